@@ -1,0 +1,1 @@
+"""A self-organising cluster of agents on NATS."""

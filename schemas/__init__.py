@@ -1,0 +1,1 @@
+"""What crosses the wire, and pure values: no I/O, no NATS, no clock."""

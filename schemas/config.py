@@ -1,0 +1,40 @@
+"""The numbers that rule a cluster: pure values, the seed's names and defaults where the seed has one."""
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from loom.schemas.wire import Count, Seconds, Unit, Wire
+
+
+class ClusterConfig(Wire, frozen=True, kw_only=True):
+    """How the phases decide. Every field has a default; give only what differs."""
+
+    min_nodes: Count = 1
+    max_nodes: Annotated[int, Meta(ge=1)] = 10
+    max_depth: Annotated[int, Meta(ge=0, le=16)] = 2
+    """Most divisions between a client's task and its smallest part."""
+    mitosis_threshold: Unit = 0.6
+    """Tasks harder than this are split."""
+    apoptosis_threshold: Unit = 0.3
+    """Nodes whose recent mean reward is below this are failing."""
+    idle_timeout_s: Seconds = 300.0
+    consecutive_loss_limit: Annotated[int, Meta(ge=1)] = 20
+    bid_window_ms: Annotated[int, Meta(ge=1, le=10_000)] = 250
+    """Longest wait for offers."""
+    no_bids_after_s: Seconds = 30.0
+    """How long a task waits for anybody at all to bid."""
+    waiting_limit: Annotated[int, Meta(ge=1)] = 64
+    """Tasks per lane that wait in MATCH while all nodes are busy."""
+    exploration: Annotated[float, Meta(ge=0)] = 0.3
+    """Weight of the bonus for nodes little is known about (c of UCB)."""
+    max_attempts: Annotated[int, Meta(ge=1, le=100)] = 3
+    """Attempts that may be the nodes' fault."""
+    max_in_flight: Annotated[int, Meta(ge=1)] = 1000
+    """Hops in TASKS above which SENSE admits nothing more."""
+    intake_limit: Annotated[int, Meta(ge=1)] = 100_000
+    """Submissions INTAKE holds before it answers `overloaded`."""
+    drain_timeout_s: Seconds = 10.0
+    """Longest wait for work in hand when stopping."""
+    learn_wait_s: Seconds = 2.0
+    """Longest wait of `AmoebaLoop.execute` for ADAPT."""

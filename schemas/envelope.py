@@ -1,0 +1,276 @@
+"""The envelope that six phases pass along, and what each of them writes on it."""
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+from msgspec.structs import replace
+
+from loom.schemas.task import Priority, RunResult, TaskAd, TaskError, TaskResult, TaskState, slug
+from loom.schemas.wire import Count, Seconds, Token, Unit, Wire
+
+Phase = Literal["sense", "match", "scale", "execute", "evaluate", "adapt"]
+PHASES: tuple[Phase, ...] = ("sense", "match", "scale", "execute", "evaluate", "adapt")
+
+MAX_HOPS = 64
+"""Hops an envelope remembers; past that the middle is dropped."""
+AWARD_BIDS = 16
+"""Bids an award remembers, best first."""
+
+
+class Spec(Wire, frozen=True, kw_only=True):
+    """What SENSE made of the ad."""
+
+    complexity: Unit
+    domains: Annotated[tuple[str, ...], Meta(min_length=1, max_length=8)]
+    """Best first; the first one is auctioned."""
+    method: Literal["given", "heuristic", "llm"]
+    """given: the ad said both; llm: a model was asked; heuristic: a look at the words."""
+    note: str = ""
+    """Why the method is not the one expected, for example that the model could not be asked."""
+    alone_since: float | None = None
+    """Server time since which nobody at all has answered a call."""
+
+    @property
+    def slug(self) -> str:
+        """The token of the auctioned domain."""
+        return slug(self.domains[0])
+
+
+class ScoredBid(Wire, frozen=True, kw_only=True):
+    """A bid as the auction weighed it."""
+
+    node_id: Token
+    host_id: Token
+    score: Annotated[float, Meta(ge=0)]
+    claim: Unit
+    evidence: float | None = None
+    """Mean reward of the node in this domain; absent: none yet."""
+    count: Count = 0
+    """Rewards behind the evidence."""
+    trust: Annotated[float, Meta(ge=0)]
+    """Evidence and claim blended, plus the bonus for the little known."""
+    bonus: Annotated[float, Meta(ge=0)] = 0.0
+    load: Unit
+    tools: Unit
+    """Share of the required tools the node has."""
+
+
+class Award(Wire, frozen=True, kw_only=True):
+    """Who won, and against whom."""
+
+    node_id: Token
+    host_id: Token
+    score: Annotated[float, Meta(ge=0)] = 0.0
+    bids: Annotated[tuple[ScoredBid, ...], Meta(max_length=AWARD_BIDS)] = ()
+    """Best first."""
+    evidence_seq: Count = 0
+    """Sequence of the last reward the scores rest on."""
+    backlog: Count = 0
+    """Runs queued at the winner."""
+    pinned: bool = False
+
+
+class Split(Wire, frozen=True, kw_only=True):
+    """Where a subtask comes from."""
+
+    parent: Token
+    depth: Annotated[int, Meta(ge=1, le=16)]
+    subtask: Token | None = None
+    """Id within the parent's plan; absent for delegated work."""
+    grant: Count | None = None
+    """Tokens the parent gave; absent: no limit."""
+    deadline: float
+    """The parent's, in server time."""
+    inputs: dict[str, str] = {}
+    child: Token | None = None
+    """On a notice to the parent: the child that ended."""
+
+
+class Hop(Wire, frozen=True, kw_only=True):
+    """One phase's turn."""
+
+    phase: Phase
+    instance: str
+    """Which replica."""
+    started: float
+    """Server time, seconds since the epoch."""
+    finished: float
+    step: Count = 0
+
+
+class Envelope(Wire, frozen=True, kw_only=True):
+    """A task on its way through the phases."""
+
+    v: int = 1
+    ad: TaskAd
+    spec: Spec | None = None
+    award: Award | None = None
+    split: Split | None = None
+    inputs: dict[str, str] = {}
+    """subtask id -> output, for a synthesis."""
+    result: RunResult | None = None
+    best: RunResult | None = None
+    """The best refused result so far."""
+    best_score: Unit = 0.0
+    error: TaskError | None = None
+    attempt: Annotated[int, Meta(ge=1)] = 1
+    failures: Count = 0
+    """Attempts that were the node's fault."""
+    step: Count = 0
+    """Hops so far; part of the next hop's message id."""
+    deadline: float
+    """Server time, seconds since the epoch."""
+    budget: int | None = None
+    """Tokens left; absent: no limit."""
+    excluded: tuple[str, ...] = ()
+    trace: str = ""
+    """W3C traceparent, passed on as it came."""
+    hops: tuple[Hop, ...] = ()
+
+    @property
+    def task_id(self) -> str:
+        """The ad's id."""
+        return self.ad.task_id
+
+    @property
+    def priority(self) -> Priority:
+        """The ad's priority."""
+        return self.ad.priority
+
+    @property
+    def slug(self) -> str:
+        """The token of the auctioned domain."""
+        return self.spec.slug if self.spec else slug(self.ad.domain or "general")
+
+    @property
+    def domain(self) -> str:
+        """The auctioned domain as worded."""
+        return self.spec.domains[0] if self.spec else self.ad.domain
+
+    @property
+    def depth(self) -> int:
+        """0 for what a client submitted."""
+        return self.split.depth if self.split else 0
+
+    def with_hop(self, hop: Hop) -> "Envelope":
+        """Return the next step's envelope: one hop longer, the middle dropped past 64.
+
+        A phase that hands a task to itself extends its last hop instead of adding one.
+        """
+        hops = self.hops
+        if hops and hops[-1].phase == hop.phase and hops[-1].instance == hop.instance:
+            hops = (*hops[:-1], replace(hops[-1], finished=hop.finished, step=hop.step))
+        else:
+            hops = (*hops, hop)
+        if len(hops) > MAX_HOPS:
+            hops = (*hops[: MAX_HOPS // 2], *hops[-MAX_HOPS // 2 :])
+        return replace(self, hops=hops, step=self.step + 1)
+
+    def failed(self, error: TaskError) -> "Envelope":
+        """Return the envelope with `error` instead of a result."""
+        return replace(self, error=error, result=None)
+
+
+class Claim(Wire, frozen=True, kw_only=True):
+    """EXECUTE's hold on an attempt: the fence."""
+
+    attempt: Count = 0
+    """0: nobody has claimed yet."""
+    node_id: str = ""
+    host_id: str = ""
+    instance: str = ""
+    """Which EXECUTE replica."""
+    stream_seq: Count = 0
+    """Sequence in TASKS of the message that carries the claim."""
+
+
+class TaskRecord(Wire, frozen=True, kw_only=True):
+    """What is known of a task, from admission to 72 hours after."""
+
+    task_id: Token
+    state: TaskState
+    submission: str = ""
+    reply_to: Annotated[tuple[str, ...], Meta(max_length=8)] = ()
+    envelope: Envelope
+    """As admitted; once the task has ended, as it ended."""
+    claim: Claim = Claim()
+    admitted_at: float
+    ended_at: float | None = None
+    score: Unit | None = None
+    """What the judge gave the result."""
+    below_threshold: bool = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether the state is terminal."""
+        return self.state in ENDED
+
+    def to_result(self) -> TaskResult:
+        """Return the answer this record holds; for a running task, how far it is."""
+        env = self.envelope
+        run = env.result or RunResult()
+        return TaskResult(
+            task_id=self.task_id,
+            state=self.state,
+            content=run.content,
+            error=env.error,
+            domain=env.domain,
+            node_id=env.award.node_id if env.award else None,
+            host_id=env.award.host_id if env.award else None,
+            attempts=max(env.attempt, self.claim.attempt) if self.ended else self.claim.attempt,
+            score=self.score,
+            below_threshold=self.below_threshold,
+            truncated=run.truncated,
+            prompt_tokens=run.prompt_tokens,
+            completion_tokens=run.completion_tokens,
+            steps=run.steps,
+            duration_s=run.duration_s,
+        )
+
+
+ENDED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+"""Terminal states."""
+
+
+class DeadLetter(Wire, frozen=True, kw_only=True):
+    """The facts beside the raw bytes of a message that could not be handled."""
+
+    phase: str
+    task_id: str
+    subject: str
+    deliveries: Count
+    reason: Annotated[str, Meta(max_length=1000)]
+    stream_seq: Count = 0
+    cut: bool = False
+    """Whether the bytes kept are fewer than there were."""
+
+
+class Subtask(Wire, frozen=True, kw_only=True):
+    """A node of a split plan."""
+
+    id: Token
+    description: str
+    domain: str = ""
+    dependencies: tuple[Token, ...] = ()
+    estimated_complexity: Unit = 0.3
+    state: Literal["waiting", "running", "succeeded", "failed", "cancelled"] = "waiting"
+    child_id: Token | None = None
+    error: TaskError | None = None
+    tokens: Count = 0
+    duration_s: Seconds = 0.0
+
+
+class SplitPlan(Wire, frozen=True, kw_only=True):
+    """A parked parent and the graph of its subtasks; outputs are read from the children's records."""
+
+    parent_id: Token
+    state: Literal["running", "joining", "done"] = "running"
+    subtasks: Annotated[tuple[Subtask, ...], Meta(max_length=1000)]
+    envelope: Envelope
+    """The parked parent."""
+    note: str = ""
+
+
+def facts(record: TaskRecord) -> dict[str, Any]:
+    """Return what a log line says of `record`."""
+    return {"task_id": record.task_id, "state": record.state, "attempt": record.envelope.attempt}

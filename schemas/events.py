@@ -1,0 +1,91 @@
+"""What happens while an agent works, as one tagged union: the same from the agent to the client."""
+
+from typing import Any, ClassVar, Literal
+
+from loom.schemas.wire import Count, Wire
+
+
+class TextDelta(Wire, frozen=True, kw_only=True, tag="text_delta"):
+    """A piece of the answer."""
+
+    type: ClassVar[str] = "text_delta"
+    text: str = ""
+
+
+class ReasoningDelta(Wire, frozen=True, kw_only=True, tag="reasoning_delta"):
+    """A piece of the model's reasoning, where it shows any."""
+
+    type: ClassVar[str] = "reasoning_delta"
+    text: str = ""
+
+
+class ToolCallStart(Wire, frozen=True, kw_only=True, tag="tool_call_start"):
+    """A tool is about to run."""
+
+    type: ClassVar[str] = "tool_call_start"
+    tool_call_id: str
+    name: str
+    input: dict[str, Any] = {}
+
+
+class ToolCallEnd(Wire, frozen=True, kw_only=True, tag="tool_call_end"):
+    """A tool has run; `result` is what the model gets to see, at most 2,000 characters here."""
+
+    type: ClassVar[str] = "tool_call_end"
+    tool_call_id: str
+    name: str = ""
+    result: str = ""
+    failed: bool = False
+    duration_ms: float = 0.0
+
+
+class StepStart(Wire, frozen=True, kw_only=True, tag="step_start"):
+    """A round of the agent begins; `step` counts from 1."""
+
+    type: ClassVar[str] = "step_start"
+    step: Count
+    total_steps: Count = 0
+    """The most rounds there may be."""
+
+
+class StepEnd(Wire, frozen=True, kw_only=True, tag="step_end"):
+    """A round of the agent ends."""
+
+    type: ClassVar[str] = "step_end"
+    step: Count
+    reason: Literal["tool_use", "complete", "max_steps", "abort"] = "complete"
+
+
+class ErrorEvent(Wire, frozen=True, kw_only=True, tag="error"):
+    """The work failed; `code` is an error code of `loom.schemas.errors`."""
+
+    type: ClassVar[str] = "error"
+    error: str
+    code: str = ""
+    recoverable: bool = False
+
+
+class TokenUsage(Wire, frozen=True, kw_only=True):
+    """Tokens the whole work took."""
+
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+    total_tokens: Count = 0
+    estimated_cost: float = 0.0
+    """Always 0: prices are not known here."""
+
+
+class Done(Wire, frozen=True, kw_only=True, tag="done"):
+    """The work is over; always the last event."""
+
+    type: ClassVar[str] = "done"
+    content: str = ""
+    tokens_used: Count = 0
+    steps: Count = 0
+    duration_ms: float = 0.0
+    usage: TokenUsage = TokenUsage()
+
+
+Progress = TextDelta | ReasoningDelta | ToolCallStart | ToolCallEnd | StepStart | StepEnd
+"""What an agent may say on its way."""
+AgentEvent = Progress | ErrorEvent | Done

@@ -1,0 +1,102 @@
+"""What has been learned, and the messages it is learned from."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from loom.schemas.wire import Count, Seconds, Token, Unit, Wire
+
+WINDOW = 120
+"""Scores remembered per node and domain."""
+
+
+class Signal(Wire, frozen=True, kw_only=True):
+    """A reward taken apart for people; ADAPT does not fold it."""
+
+    quality: Unit = 0.0
+    efficiency: Unit = 0.0
+    """1 - tokens / budget, not below 0."""
+    reliability: Unit = 0.0
+    total: Unit = 0.0
+    """.5 quality + .3 efficiency + .2 reliability."""
+
+
+class Reward(Wire, frozen=True, kw_only=True):
+    """How well a node did one attempt at a task, in somebody's judgement."""
+
+    reward_id: Annotated[str, Meta(max_length=200)]
+    """`task:attempt:source`; a later reward of the same id replaces the earlier one."""
+    kind: Literal["reward", "inherit", "snapshot"] = "reward"
+    task_id: Token
+    attempt: Count
+    source: Token = "rules"
+    """Who judges."""
+    node_id: Token
+    slug: Token
+    score: Unit
+    """0 useless to 1 perfect: what ADAPT folds."""
+    signal: Signal = Signal()
+    tokens: Count = 0
+    seconds: Seconds = 0.0
+    ended_at: float
+    """When the attempt ended, server time."""
+    reason: Annotated[str, Meta(max_length=500)] = ""
+
+
+class Score(Wire, frozen=True, kw_only=True, array_like=True):
+    """One entry of a window."""
+
+    reward_id: str
+    score: Unit
+    ended_at: float
+
+
+class DomainEvidence(Wire, frozen=True, kw_only=True):
+    """What is known of one node in one domain. Count and mean are the window's."""
+
+    scores: Annotated[tuple[Score, ...], Meta(max_length=WINDOW)] = ()
+    """By end of attempt, oldest first."""
+    count: Count = 0
+    mean: Unit = 0.0
+
+
+class NodeProfile(Wire, frozen=True, kw_only=True):
+    """What has been learned about one node."""
+
+    node_id: Token
+    last_seq: Count = 0
+    """Sequence in REWARDS of the last reward folded."""
+    domains: dict[str, DomainEvidence] = {}
+    """slug -> evidence."""
+    total_tasks: Count = 0
+    success_rate: Unit = 0.0
+    """Share of the windows' scores of at least .5."""
+    consecutive_losses: Count = 0
+    tokens: Count = 0
+    """In all."""
+    seconds: Seconds = 0.0
+    """In all."""
+    updated_at: float = 0.0
+
+    @property
+    def recent_mean(self) -> float:
+        """Mean of the ten newest scores over all domains; 0 without any."""
+        newest = sorted((s for d in self.domains.values() for s in d.scores), key=lambda s: s.ended_at)[-10:]
+        return sum(s.score for s in newest) / len(newest) if newest else 0.0
+
+
+LifecycleKind = Literal["joined", "left", "spawned", "retired", "changed", "learned"]
+
+
+class Lifecycle(Wire, frozen=True, kw_only=True):
+    """Something happened to a node."""
+
+    kind: LifecycleKind
+    node_id: Token
+    host_id: str = ""
+    at: float
+    task_ids: tuple[str, ...] = ()
+    """learned: the tasks whose rewards are now part of the profile."""
+    profile: NodeProfile | None = None
+    """learned: the profile."""
+    reason: str = ""

@@ -1,0 +1,107 @@
+"""The port to a language model: what any provider is asked, and what it answers."""
+
+from collections.abc import AsyncIterator
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from loom.schemas.wire import Count, Wire
+
+
+class ToolCall(Wire, frozen=True, kw_only=True):
+    """A model's wish to call a tool."""
+
+    id: str
+    name: str
+    arguments: str = ""
+    """JSON text as the model wrote it: unchecked."""
+
+
+class Message(Wire, frozen=True, kw_only=True):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Assistant only."""
+    tool_call_id: str = ""
+    """Tool only: the call this answers."""
+
+
+class ToolDefinition(Wire, frozen=True, kw_only=True):
+    """A tool as the model sees it."""
+
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] = {}
+    """JSON Schema of the arguments, an object."""
+
+
+class Usage(Wire, frozen=True, kw_only=True):
+    """Tokens one completion took."""
+
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion tokens together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+class CompletionParams(Wire, frozen=True, kw_only=True):
+    """One question to a model."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[ToolDefinition, ...] = ()
+    temperature: float = 0.7
+    max_tokens: int = 4096
+    json_schema: dict[str, Any] | None = None
+    """The answer must be JSON of this schema, where the model can be held to it."""
+    timeout_s: float | None = None
+    """Seconds until the answer is worthless; absent: the provider's own limit."""
+
+
+class CompletionResult(Wire, frozen=True, kw_only=True):
+    """A model's whole answer."""
+
+    content: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    usage: Usage | None = None
+    finish_reason: str | None = None
+
+
+class StreamChunk(Wire, frozen=True, kw_only=True):
+    """A piece of a model's answer; the last one carries `finish_reason` and, where known, `usage`."""
+
+    text: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Complete calls, only in the last chunk."""
+    usage: Usage | None = None
+    finish_reason: str | None = None
+
+
+@runtime_checkable
+class LLMProvider(Protocol):
+    """Any object with these two methods is a provider."""
+
+    async def complete(self, params: CompletionParams) -> CompletionResult:
+        """Return the whole answer."""
+        ...
+
+    def stream(self, params: CompletionParams) -> AsyncIterator[StreamChunk]:
+        """Yield the answer in pieces."""
+        ...
+
+
+def UserMessage(content: str) -> Message:  # noqa: N802 - the seed's public name
+    """Return a user's turn."""
+    return Message(role="user", content=content)
+
+
+def SystemMessage(content: str) -> Message:  # noqa: N802 - the seed's public name
+    """Return a system prompt."""
+    return Message(role="system", content=content)
+
+
+def AssistantMessage(content: str) -> Message:  # noqa: N802 - the seed's public name
+    """Return a model's turn."""
+    return Message(role="assistant", content=content)

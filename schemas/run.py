@@ -1,0 +1,73 @@
+"""What EXECUTE and a node host say to each other about one run."""
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from loom.schemas.events import Progress
+from loom.schemas.task import Priority, RunResult, TaskAd, TaskError
+from loom.schemas.wire import Count, Seconds, Token, Unit, Wire
+
+
+class RunRequest(Wire, frozen=True, kw_only=True):
+    """Run this task on that node. Idempotent by (task_id, attempt)."""
+
+    task_id: Token
+    attempt: Annotated[int, Meta(ge=1)] = 1
+    node_id: str = ""
+    domain: str = ""
+    """As the ad or SENSE worded it."""
+    description: str
+    complexity: Unit = 0.5
+    context: dict[str, Any] = {}
+    inputs: dict[str, str] = {}
+    """subtask id -> output, for a task that others prepared."""
+    tools: tuple[str, ...] = ()
+    """Tools the run may use; empty: all the node has. A host narrows it further."""
+    token_budget: int | None = None
+    """Tokens left; a hard limit. Absent: none."""
+    remaining_s: Seconds = 300.0
+    priority: Priority = "normal"
+    depth: Count = 0
+    """0 for what a client submitted, one more for each division or delegation."""
+    from_n: Count = 0
+    """Number of the first event wanted: more than 0 when re-attaching to a run."""
+    trace: str = ""
+
+    @property
+    def key(self) -> str:
+        """What tools may use to recognise a repeated effect."""
+        return f"{self.task_id}:{self.attempt}"
+
+
+RunKind = Literal[
+    "accepted", "rejected", "started", "delta", "tool_call", "heartbeat", "waiting", "resumed", "moved", "result", "error"
+]
+FINAL_KINDS: frozenset[str] = frozenset({"rejected", "moved", "result", "error"})
+"""No event follows one of these."""
+
+
+class RunEvent(Wire, frozen=True, kw_only=True):
+    """One event of a run, numbered from 0."""
+
+    n: Count
+    kind: RunKind
+    queued: Count = 0
+    """accepted: runs before this one."""
+    code: Literal["busy", "cannot", ""] = ""
+    """rejected: why."""
+    event: Progress | None = None
+    """delta (text, steps) and tool_call: what happened."""
+    ad: TaskAd | None = None
+    """waiting: the work delegated."""
+    result: RunResult | None = None
+    error: TaskError | None = None
+
+
+class Delta(Wire, frozen=True, kw_only=True):
+    """One step of progress as clients see it."""
+
+    task_id: Token
+    attempt: Count
+    n: Count
+    event: Progress

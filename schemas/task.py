@@ -1,0 +1,272 @@
+"""What a client asks for, and what it gets back."""
+
+import re
+import unicodedata
+from hashlib import blake2b
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from loom.schemas.errors import InvalidTask, LoomError, error_for
+from loom.schemas.wire import (
+    MAX_AD_BYTES,
+    MAX_CONTEXT_BYTES,
+    Count,
+    Seconds,
+    Token,
+    Undecodable,
+    Unit,
+    Wire,
+    decode,
+    encode,
+    free_json_fault,
+    new_id,
+)
+
+Priority = Literal["low", "normal", "high", "critical"]
+PRIORITIES: tuple[Priority, ...] = ("low", "normal", "high", "critical")
+"""Least urgent first."""
+
+DEFAULT_TOKEN_YARDSTICK = 4096
+"""Tokens against which efficiency is measured when an ad sets no budget (the seed's default)."""
+
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class Accept(Wire, frozen=True, kw_only=True):
+    """What a result must be to count as a success."""
+
+    contains: Annotated[tuple[Annotated[str, Meta(max_length=1000)], ...], Meta(max_length=16)] = ()
+    """Texts the content must hold, letter for letter."""
+    regex: Annotated[str, Meta(max_length=1000)] = ""
+    """A regular expression (Python's `re`) the content must match somewhere."""
+    json_schema: dict[str, Any] | None = None
+    """A JSON Schema the content must satisfy."""
+    threshold: Unit = 0.5
+    """Least score of a judge that counts as a success."""
+
+
+class Limits(Wire, frozen=True, kw_only=True):
+    """Narrower bounds than the cluster's; a wider one is ignored."""
+
+    max_depth: Annotated[int, Meta(ge=0, le=16)] | None = None
+    mitosis_threshold: Unit | None = None
+
+
+class TaskAd(Wire, frozen=True, kw_only=True):
+    """An advertisement for work: what is to be done, and under which limits."""
+
+    task_id: Token = msgspec.field(default_factory=new_id)
+    domain: Annotated[str, Meta(max_length=128)] = ""
+    """Field of knowledge, any text; empty: SENSE decides."""
+    description: str = ""
+    """The work, in words. At least one visible character."""
+    estimated_complexity: Unit | None = None
+    """0 trivial to 1 very hard; absent: SENSE decides."""
+    priority: Priority = "normal"
+    required_tools: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=64)], ...], Meta(max_length=32)] = ()
+    token_budget: Annotated[int, Meta(ge=1, le=100_000_000)] | None = None
+    """A hard limit of tokens; absent: no limit, and 4096 as yardstick of efficiency."""
+    timeout_s: Annotated[float, Meta(gt=0, le=86_400)] = 300.0
+    """Seconds from acceptance to the deadline."""
+    node_id: Token | None = None
+    """Pin: only this node may run it; no auction."""
+    accept: Accept | None = None
+    limits: Limits | None = None
+    context: dict[str, Any] = {}
+    """Small free JSON handed to the agent."""
+    wait: bool = True
+    """False: `loom.submit` answers at once with `accepted`."""
+
+
+class _StrictAccept(Accept, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Accept as a client submits it."""
+
+
+class _StrictLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Limits as a client submits them."""
+
+
+class _StrictAd(TaskAd, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """TaskAd as a client submits it: a misspelt field is an error, not a silent default."""
+
+    accept: _StrictAccept | None = None
+    limits: _StrictLimits | None = None
+
+
+def parse_ad(raw: bytes) -> TaskAd:
+    """Return the ad a client submitted as JSON.
+
+    Raises:
+        InvalidTask: With `field` naming the part, where one is to blame.
+    """
+    if len(raw) > MAX_AD_BYTES:
+        raise InvalidTask(f"the ad is {len(raw)} bytes; at most {MAX_AD_BYTES}. Pass large inputs by reference")
+    try:
+        ad = decode(raw, _StrictAd)
+    except Undecodable as error:
+        field = _field_in(error.message)
+        raise InvalidTask(f"not a valid TaskAd: {error.message}", field=field) from None
+    return check_ad(ad)
+
+
+def check_ad(ad: TaskAd) -> TaskAd:
+    """Return `ad` if it may be submitted; Python callers construct ads unchecked.
+
+    Raises:
+        InvalidTask: With `field` naming the part.
+    """
+    if not ad.description.strip():
+        raise InvalidTask("description is empty: say what is to be done", field="description", task_id=ad.task_id)
+    fault = free_json_fault(ad.context, max_bytes=MAX_CONTEXT_BYTES)
+    if fault:
+        raise InvalidTask(f"context {fault}", field="context", task_id=ad.task_id)
+    if ad.accept and ad.accept.regex:
+        try:
+            re.compile(ad.accept.regex)
+        except re.error as error:
+            raise InvalidTask(f"accept.regex does not compile: {error}", field="accept", task_id=ad.task_id) from None
+    if ad.accept and ad.accept.json_schema is not None:
+        fault = free_json_fault(ad.accept.json_schema, max_bytes=MAX_CONTEXT_BYTES)
+        if fault:
+            raise InvalidTask(f"accept.json_schema {fault}", field="accept", task_id=ad.task_id)
+    try:
+        raw = encode(ad)
+        decode(raw, TaskAd)
+    except (Undecodable, UnicodeEncodeError, TypeError) as error:
+        field = _field_in(str(error))
+        raise InvalidTask(f"not a valid TaskAd: {error}", field=field, task_id=ad.task_id) from None
+    if len(raw) > MAX_AD_BYTES:
+        raise InvalidTask(
+            f"the ad is {len(raw)} bytes; at most {MAX_AD_BYTES}. Pass large inputs by reference",
+            field="description",
+            task_id=ad.task_id,
+        )
+    return ad
+
+
+def _field_in(message: str) -> str | None:
+    """The field a msgspec message blames: `$.field` in a path, or the unknown one in backticks."""
+    unknown = re.search(r"unknown field `([^`]*)`", message)
+    if unknown:
+        return unknown.group(1)
+    path = re.search(r"`\$\.([A-Za-z_]\w*)", message)
+    return path.group(1) if path else None
+
+
+def is_token(text: str) -> bool:
+    """Return whether `text` may stand as one token of a subject."""
+    return _TOKEN.fullmatch(text) is not None
+
+
+def slug(domain: str) -> str:
+    """Return the token a domain is addressed and indexed by: itself when it is one, else a hash of it."""
+    folded = unicodedata.normalize("NFC", domain.strip()).casefold()
+    if _TOKEN.fullmatch(folded):
+        return folded
+    return "x-" + blake2b(folded.encode(errors="replace"), digest_size=6).hexdigest()
+
+
+class Submission(Wire, frozen=True, kw_only=True):
+    """An ad on its way into the loop."""
+
+    ad: TaskAd
+    submission: Token
+    """Random per submit call: tells a resent message from a second submitter of the same id."""
+    reply_to: Annotated[str, Meta(max_length=256)] = ""
+    """Where the TaskResult is wanted; empty: nowhere."""
+
+
+class TaskError(Wire, frozen=True, kw_only=True):
+    """Why a task, or one attempt at it, failed."""
+
+    code: Annotated[str, Meta(max_length=64)]
+    message: Annotated[str, Meta(max_length=2000)] = ""
+    field: str | None = None
+    node_id: str | None = None
+    retry_after_s: Seconds | None = None
+
+    @classmethod
+    def of(cls, error: LoomError, *, node_id: str | None = None) -> "TaskError":
+        """Return the wire form of `error`."""
+        return cls(
+            code=error.code,
+            message=error.message[:2000],
+            field=error.field,
+            node_id=node_id or error.node_id,
+            retry_after_s=error.retry_after_s,
+        )
+
+    def to_exception(self, task_id: str) -> LoomError:
+        """Return the exception a Python caller gets."""
+        return error_for(self.code, self.message, task_id=task_id, field=self.field, node_id=self.node_id)
+
+
+class RunResult(Wire, frozen=True, kw_only=True):
+    """What a node's agent produced in one attempt."""
+
+    content: str = ""
+    """The answer, at most 64 KiB of JSON."""
+    truncated: bool = False
+    """Whether the answer was longer and has been cut."""
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+    estimated_usage: bool = False
+    """Whether tokens were guessed from text lengths because the model did not say."""
+    steps: Count = 0
+    """Rounds the agent took."""
+    tool_errors: Count = 0
+    duration_s: Seconds = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and completion tokens together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+TaskState = Literal["accepted", "running", "succeeded", "failed", "cancelled"]
+
+
+class TaskResult(Wire, frozen=True, kw_only=True):
+    """The one answer to a task."""
+
+    task_id: Token
+    state: TaskState
+    content: str = ""
+    error: TaskError | None = None
+    domain: str = ""
+    node_id: str | None = None
+    host_id: str | None = None
+    attempts: Count = 0
+    score: Unit | None = None
+    """What the judge gave the result."""
+    below_threshold: bool = False
+    """Whether this is only the best there was, short of what `accept` asks."""
+    truncated: bool = False
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+    steps: Count = 0
+    duration_s: Seconds = 0.0
+    """Seconds the winning run took."""
+
+    @property
+    def success(self) -> bool:
+        """Whether the task succeeded."""
+        return self.state == "succeeded"
+
+
+class Accepted(Wire, frozen=True, kw_only=True):
+    """The answer to a submit that does not wait."""
+
+    task_id: Token
+    state: Literal["accepted"] = "accepted"
+
+
+class ErrorReply(Wire, frozen=True, kw_only=True):
+    """The body of an error reply, the same for every request."""
+
+    code: str
+    message: str
+    field: str | None = None
+    task_id: str | None = None

@@ -1,0 +1,135 @@
+"""What every message has in common: how it is declared, encoded, decoded and bounded."""
+
+import math
+import types
+from functools import cache
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from uuid import uuid4
+
+import msgspec
+
+from loom.schemas.errors import LoomError
+
+MAX_AD_BYTES = 64 * 1024
+MAX_CONTEXT_BYTES = 32 * 1024
+MAX_CONTENT_BYTES = 64 * 1024
+MAX_INPUTS_BYTES = 64 * 1024
+MAX_MESSAGE_BYTES = 512 * 1024
+MAX_JSON_DEPTH = 32
+
+T = TypeVar("T")
+
+Token = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
+"""One variable part of a subject."""
+Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+def new_id() -> str:
+    """Return a fresh random id, 32 hex digits."""
+    return uuid4().hex
+
+
+class Wire(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A message or a part of one: immutable, built by keyword, unknown fields ignored.
+
+    A float that is not finite or out of its declared range is refused at construction, because JSON would
+    turn it into null and the reader could not tell why.
+    """
+
+    def __post_init__(self) -> None:
+        for name, ge, le in _float_fields(type(self)):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and ge <= value <= le):
+                raise ValueError(f"{type(self).__name__}.{name} must be a number from {ge} to {le}, not {value}")
+
+
+@cache
+def _float_fields(cls: type) -> tuple[tuple[str, float, float], ...]:
+    """Name, least and greatest value of each field of `cls` that is a float or an optional float."""
+    found = []
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        for part in _alternatives(hint):
+            metas = [meta for meta in get_args(part)[1:] if isinstance(meta, msgspec.Meta)]
+            if (get_args(part)[0] if metas else part) is float:
+                ge = next((meta.ge for meta in metas if meta.ge is not None), -math.inf)
+                le = next((meta.le for meta in metas if meta.le is not None), math.inf)
+                found.append((name, float(ge), float(le)))
+    return tuple(found)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode(message: Any) -> bytes:
+    """Return `message` as JSON bytes."""
+    return _encoder.encode(message)
+
+
+@cache
+def _decoder(shape: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(shape)
+
+
+class Undecodable(LoomError):
+    """Bytes that are not the message they claim to be."""
+
+    code = "dead_letter"
+
+
+def decode(raw: bytes, shape: type[T], *, limit: int = MAX_MESSAGE_BYTES) -> T:
+    """Return `raw` as a `shape`.
+
+    Raises:
+        Undecodable: Longer than `limit` bytes, not JSON, not UTF-8, nested too deeply, or not that shape.
+    """
+    if len(raw) > limit:
+        raise Undecodable(f"{len(raw)} bytes; at most {limit} are read")
+    try:
+        decoder: msgspec.json.Decoder[T] = _decoder(shape)  # type: ignore[arg-type]  # classes are hashable
+        return decoder.decode(raw)
+    except RecursionError:
+        raise Undecodable("nested too deeply") from None
+    except ValueError as error:  # covers msgspec's errors and bad UTF-8
+        raise Undecodable(str(error)) from None
+
+
+def free_json_fault(value: Any, *, max_bytes: int) -> str | None:
+    """Return why `value` is not acceptable as free-form JSON, or None when it is."""
+    stack = [(value, 1)]
+    while stack:
+        item, depth = stack.pop()
+        if depth > MAX_JSON_DEPTH:
+            return f"is nested more than {MAX_JSON_DEPTH} levels deep"
+        if isinstance(item, float) and not math.isfinite(item):
+            return "holds a number that is not finite"
+        if isinstance(item, dict):
+            if not all(isinstance(key, str) for key in item):
+                return "has a key that is not a string"
+            stack.extend((child, depth + 1) for child in item.values())
+        elif isinstance(item, (list, tuple)):
+            stack.extend((child, depth + 1) for child in item)
+        elif not isinstance(item, (str, int, float, bool, type(None))):
+            return f"holds a {type(item).__name__}, which JSON cannot carry"
+    try:
+        size = len(encode(value))
+    except (UnicodeEncodeError, OverflowError) as error:
+        return f"cannot be encoded: {error}"
+    return f"is {size} bytes of JSON; at most {max_bytes}" if size > max_bytes else None
+
+
+def cut_utf8(text: str, max_bytes: int) -> tuple[str, bool]:
+    """Return `text` whose JSON form takes at most `max_bytes`, and whether it was cut."""
+    if len(encode(text)) <= max_bytes:
+        return text, False
+    low, high = 0, min(len(text), max_bytes)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if len(encode(text[:middle])) <= max_bytes else (low, middle - 1)
+    return text[:low], True
+
