@@ -38,3 +38,5 @@ class ClusterConfig(Wire, frozen=True, kw_only=True):
     """Longest wait for work in hand when stopping."""
     learn_wait_s: Seconds = 2.0
     """Longest wait of `AmoebaLoop.execute` for ADAPT."""
+    replicas: Annotated[int, Meta(ge=1, le=5)] = 1
+    """Copies of every stream and bucket, each on a server of its own."""

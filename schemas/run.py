@@ -41,7 +41,17 @@ class RunRequest(Wire, frozen=True, kw_only=True):
 
 
 RunKind = Literal[
-    "accepted", "rejected", "started", "delta", "tool_call", "heartbeat", "waiting", "resumed", "moved", "result", "error"
+    "accepted",
+    "rejected",
+    "started",
+    "delta",
+    "tool_call",
+    "heartbeat",
+    "waiting",
+    "resumed",
+    "moved",
+    "result",
+    "error",
 ]
 FINAL_KINDS: frozenset[str] = frozenset({"rejected", "moved", "result", "error"})
 """No event follows one of these."""

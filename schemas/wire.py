@@ -132,4 +132,3 @@ def cut_utf8(text: str, max_bytes: int) -> tuple[str, bool]:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if len(encode(text[:middle])) <= max_bytes else (low, middle - 1)
     return text[:low], True
-

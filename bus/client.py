@@ -1,0 +1,497 @@
+"""The connection: hardened against what was seen to break nats-py, and the only place that makes one.
+
+Replies of every kind (answers, publish acknowledgements, offers) arrive on one inbox subscription and are
+told apart by their last token, so that a request costs no subscription of its own.
+"""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any, Self
+from uuid import uuid4
+
+import msgspec
+import nats
+import nats.errors
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from loom.bus.faults import describe
+from loom.bus.gate import Gate
+from loom.bus.subjects import Subjects
+from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
+from loom.schemas.wire import Wire, encode
+
+__all__ = ["Bus", "Conflict", "Msg", "NoResponders", "PayloadTooLarge", "PubAck", "Refused", "Subscription"]
+
+log = structlog.get_logger()
+
+STALL_MS = 10_000  # unacknowledged bytes for this long mean a half-open peer
+PUBLISH_TRY_S = 2.0  # one wait for a PubAck; the id makes a second try safe
+WATCH_S = 1.0
+
+_FULL = {10077, 10023, 10047}  # stream at its limit, insufficient resources, no room on disk
+_WRONG_LAST = {10071, 10164}
+
+
+class PayloadTooLarge(LoomError):
+    """A message over the server's limit, refused here because the server would cut the connection for good."""
+
+    code = "invalid_task"
+
+
+class NoResponders(LoomError):
+    """Nobody listens on a subject. A shortcut only: any tap makes it disappear."""
+
+    code = "bus_unavailable"
+
+
+class Refused(LoomError):
+    """The server refused a JetStream call; `err_code` is its number."""
+
+    code = "bus_unavailable"
+
+    def __init__(self, message: str, err_code: int) -> None:
+        super().__init__(message)
+        self.err_code = err_code
+
+
+class Conflict(Refused):
+    """Someone else wrote this key first."""
+
+
+class PubAck(Wire, frozen=True, kw_only=True):
+    """The server's word that a message is stored."""
+
+    stream: str = ""
+    seq: int = 0
+    duplicate: bool = False
+
+
+class _ApiError(Wire, frozen=True, kw_only=True):
+    code: int = 0
+    err_code: int = 0
+    description: str = ""
+
+
+class _PubReply(PubAck, frozen=True, kw_only=True):
+    error: _ApiError | None = None
+
+
+_decode_ack = msgspec.json.Decoder(_PubReply).decode
+
+Handler = Callable[[Msg], Awaitable[None]]
+
+
+class Bus:
+    """One connection to one namespace on a nats-server.
+
+    Args:
+        url: Servers, comma separated.
+        namespace: First token of every subject.
+        role: Who this is: names the connection and its inbox prefix. `client` gets the plain `_INBOX`, the
+            only prefix task answers are sent to.
+    """
+
+    def __init__(self, url: str, *, namespace: str = "loom", role: str = "client") -> None:
+        self.url = url
+        self.subjects = Subjects(namespace)
+        self.role = role
+        self.instance = f"{role}-{uuid4().hex[:8]}"
+        self.lost = asyncio.Event()
+        """Set when the connection is closed for good: the process should end."""
+        self.gate = Gate()
+        self.clock_offset_s = 0.0
+        self._nc = Client()
+        self._inbox = f"_INBOX{'' if role == 'client' else '_' + role}.{uuid4().hex[:22]}"
+        self._sinks: dict[str, Callable[[Msg], None]] = {}
+        self._next_token = 0
+        self._failed_publishes = 0
+        self._closing = False
+        self._reconnected: list[Callable[[], None]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # -- lifecycle
+
+    async def connect(self, *, patience_s: float = 5.0) -> Self:
+        """Connect, trying for `patience_s`.
+
+        Raises:
+            BusUnavailable: No server answered in that time, or it refused us.
+        """
+        give_up = time.monotonic() + patience_s
+        while True:
+            try:
+                await self._connect_once()
+                break
+            except (OSError, nats.errors.Error, TimeoutError) as error:
+                await self._discard()
+                final = isinstance(error, nats.errors.AuthorizationError) or time.monotonic() >= give_up
+                if final:
+                    raise BusUnavailable(
+                        f"no nats-server at {_without_credentials(self.url)} ({type(error).__name__}); start one with `loom up`",
+                        url=_without_credentials(self.url),
+                    ) from error
+                await asyncio.sleep(min(0.2, patience_s))
+        self._harden_socket()
+        await self._nc.subscribe(f"{self._inbox}.*", cb=self._on_reply)
+        self.spawn(self._watch(), name="bus-watch")
+        return self
+
+    async def _connect_once(self) -> None:
+        self._nc = Client()
+        await self._nc.connect(
+            servers=self.url.split(","),
+            name=f"loom {self.instance}",
+            error_cb=self._on_error,
+            disconnected_cb=self._on_disconnect,
+            reconnected_cb=self._on_reconnect,
+            closed_cb=self._on_close,
+            allow_reconnect=False,
+            connect_timeout=2,
+            inbox_prefix=self._inbox,
+            ping_interval=5,
+            max_outstanding_pings=2,
+            drain_timeout=5,
+        )
+        # The first connection must fail loudly; every later one is retried for ever.
+        self._nc.options.update(allow_reconnect=True, max_reconnect_attempts=-1, reconnect_time_wait=0.5)
+
+    async def _discard(self) -> None:
+        self._closing = True
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await self._nc.close()
+        self._closing = False
+
+    async def close(self) -> None:
+        """Close the connection; safe to call twice or before `connect`."""
+        self._closing = True
+        await self._end_tasks()
+        if not self._nc.is_closed:
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await self._nc.close()
+
+    def abort(self) -> None:
+        """Drop the connection at once, from synchronous code; what is unsent is lost."""
+        self._closing = True
+        for task in self._tasks:
+            task.cancel()
+        nc = self._nc
+        nc._status = Client.CLOSED  # noqa: SLF001 - nats-py has no synchronous close
+        subs = [sub._wait_for_msgs_task for sub in nc._subs.values()]  # noqa: SLF001
+        for running in (nc._reading_task, nc._flusher_task, nc._ping_interval_task, nc._reconnection_task, *subs):  # noqa: SLF001
+            if running is not None:
+                running.cancel()
+        if nc._transport is not None:  # noqa: SLF001
+            nc._transport.close()  # type: ignore[no-untyped-call]  # noqa: SLF001
+
+    async def __aenter__(self) -> Self:
+        return await self.connect()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def spawn(self, work: Any, *, name: str) -> asyncio.Task[Any]:
+        """Run a coroutine beside the connection; it is cancelled when the connection closes."""
+        task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_done)
+        return task
+
+    def _on_task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("bus_task_failed", task=task.get_name(), **describe(task.exception()))
+
+    async def _end_tasks(self) -> None:
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def server_version(self) -> tuple[int, ...]:
+        """The server's version, for example (2, 15, 1)."""
+        version = self._nc.connected_server_version
+        return (version.major, version.minor, version.patch)
+
+    # -- time
+
+    def now(self) -> float:
+        """Return the server's time, seconds since the epoch."""
+        return time.time() + self.clock_offset_s
+
+    # -- plain messages
+
+    async def publish(
+        self, subject: str, message: Any = b"", *, reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        """Publish at most once; bytes go as they are, anything else as JSON.
+
+        Raises:
+            PayloadTooLarge: Body and headers are over the server's limit.
+            BusUnavailable: The connection is gone, or its buffer is full.
+        """
+        payload = message if isinstance(message, bytes) else encode(message)
+        self._check_size(payload, headers)
+        try:
+            await self._nc.publish(subject, payload, reply=reply, headers=dict(headers) if headers else None)
+        except nats.errors.Error as error:
+            raise BusUnavailable(f"cannot publish: {error}", url=_without_credentials(self.url)) from error
+
+    async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Subscription:
+        """Hand every message on `subject` to `handler`, one at a time: it must be quick."""
+
+        async def guarded(msg: Msg) -> None:
+            try:
+                await handler(msg)
+            except Exception as error:  # an escaping exception would end the subscription silently
+                log.error("handler_failed", subject=msg.subject, **describe(error))
+
+        return await self._nc.subscribe(subject, queue=queue, cb=guarded)
+
+    async def unsubscribe(self, subscription: Subscription) -> None:
+        """End a subscription; safe when the connection is already gone."""
+        with contextlib.suppress(nats.errors.Error):
+            await subscription.unsubscribe()
+
+    async def stop_delivery(self, subscription: Subscription) -> None:
+        """End a subscription after handing over all the server has sent on it."""
+        with contextlib.suppress(nats.errors.Error, LoomError, TimeoutError):
+            await self._nc._send_unsubscribe(subscription._id)  # noqa: SLF001 - the public call drops what is on its way
+            await self.echo()
+        await self.unsubscribe(subscription)
+
+    async def serve(self, subject: str, handler: Handler, *, queue: str = "", at_once: int = 256) -> Subscription:
+        """Hand every message on `subject` to `handler`, up to `at_once` of them side by side."""
+        room = asyncio.Semaphore(at_once)
+
+        async def work(msg: Msg) -> None:
+            try:
+                await handler(msg)
+            except Exception as error:  # one bad request must not end the service
+                log.error("handler_failed", subject=msg.subject, **describe(error))
+            finally:
+                room.release()
+
+        async def accept(msg: Msg) -> None:
+            await room.acquire()
+            self.spawn(work(msg), name=f"serve {msg.subject}")
+
+        return await self.subscribe(subject, accept, queue=queue)
+
+    # -- requests
+
+    def new_inbox(self) -> str:
+        """Return a fresh prefix for a subscription of one's own, outside the shared reply inbox."""
+        return f"{self._inbox}.own.{uuid4().hex[:8]}"
+
+    def open_inbox(self, sink: Callable[[Msg], None]) -> str:
+        """Return a reply subject whose messages go to `sink` until `close_inbox`."""
+        self._next_token += 1
+        reply = f"{self._inbox}.{self._next_token}"
+        self._sinks[reply] = sink
+        return reply
+
+    def close_inbox(self, reply: str) -> None:
+        """Forget a reply subject."""
+        self._sinks.pop(reply, None)
+
+    async def request(self, subject: str, message: Any = b"", *, timeout_s: float = 2.0) -> Msg:
+        """Return the first answer.
+
+        Raises:
+            TimeoutError: None came in time.
+            NoResponders: Nobody listens.
+        """
+        answer: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+        reply = self.open_inbox(lambda msg: None if answer.done() else answer.set_result(msg))
+        try:
+            await self.publish(subject, message, reply=reply)
+            async with asyncio.timeout(timeout_s):
+                msg = await answer
+        finally:
+            self.close_inbox(reply)
+        if msg.headers and msg.headers.get("Status") == "503":
+            raise NoResponders(f"nobody listens on {subject}")
+        return msg
+
+    async def echo(self, *, timeout_s: float = 2.0) -> None:
+        """Return once the server has processed all that was sent before."""
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        reply = self.open_inbox(lambda _: None if answer.done() else answer.set_result(None))
+        try:
+            await self.publish(reply)
+            async with asyncio.timeout(timeout_s):
+                await answer
+        finally:
+            self.close_inbox(reply)
+
+    async def api(self, call: str, body: Any = None, *, timeout_s: float = 5.0) -> dict[str, Any]:
+        """Return the answer of a JetStream API call, `$JS.API.<call>`.
+
+        Raises:
+            Refused: The server said no.
+            BusUnavailable: No answer, or JetStream is off.
+        """
+        try:
+            msg = await self.request(f"$JS.API.{call}", b"" if body is None else encode(body), timeout_s=timeout_s)
+        except NoResponders as error:
+            raise BusUnavailable("JetStream is off on this server; start it with `-js`") from error
+        except TimeoutError as error:
+            raise BusUnavailable(f"no answer to {call.split('.')[0]} {call.split('.')[1]} in {timeout_s} s") from error
+        answer: dict[str, Any] = msgspec.json.decode(msg.data)
+        if error_body := answer.get("error"):
+            raise Refused(str(error_body.get("description", "")), int(error_body.get("err_code", 0)))
+        return answer
+
+    # -- stored messages
+
+    async def store(
+        self,
+        subject: str,
+        message: Any,
+        *,
+        msg_id: str | None = None,
+        headers: dict[str, str] | None = None,
+        within_s: float = 10.0,
+    ) -> PubAck:
+        """Publish into a stream and return once the server has stored it.
+
+        A lost acknowledgement is answered by sending again under the same id.
+
+        Args:
+            msg_id: `Nats-Msg-Id`: a second message of that id within two minutes is dropped.
+            within_s: Seconds after which the outcome stays unknown.
+
+        Raises:
+            Conflict: The expected last sequence in `headers` is not the last one.
+            Overloaded: The stream is full.
+            Refused: The server said no for another reason.
+            BusUnavailable: No acknowledgement in `within_s`.
+        """
+        payload = message if isinstance(message, bytes) else encode(message)
+        headers = dict(headers or {})
+        if msg_id is not None:
+            headers["Nats-Msg-Id"] = msg_id
+        give_up = time.monotonic() + within_s
+        while True:
+            msg = await self._try_store(subject, payload, headers, min(PUBLISH_TRY_S, give_up - time.monotonic()))
+            if msg is not None:
+                return _read_ack(msg)
+            if time.monotonic() >= give_up:
+                raise BusUnavailable(f"the server has not confirmed a message in {within_s} s")
+
+    async def _try_store(self, subject: str, payload: bytes, headers: dict[str, str], wait_s: float) -> Msg | None:
+        answer: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+        reply = self.open_inbox(lambda msg: None if answer.done() else answer.set_result(msg))
+        try:
+            await self.publish(subject, payload, reply=reply, headers=headers)
+            async with asyncio.timeout(max(wait_s, 0.01)):
+                msg = await answer
+        except TimeoutError:
+            await self._publish_failed()
+            return None
+        finally:
+            self.close_inbox(reply)
+        self._failed_publishes = 0
+        if msg.headers and msg.headers.get("Status") == "503":  # a stream without a leader, or none at all
+            await asyncio.sleep(0.1)
+            return None
+        return msg
+
+    async def _publish_failed(self) -> None:
+        self._failed_publishes += 1
+        if self._failed_publishes >= 2 and self._nc.is_connected:  # noqa: PLR2004 - one may be chance
+            self._failed_publishes = 0
+            log.warning("connection_stalled")
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await self._nc.force_reconnect()
+
+    # -- what nats-py tells us
+
+    def on_reconnect(self, callback: Callable[[], None]) -> None:
+        """Call `callback` after every reconnect; it must not block."""
+        self._reconnected.append(callback)
+
+    def forget_reconnect(self, callback: Callable[[], None]) -> None:
+        """Stop calling `callback`."""
+        if callback in self._reconnected:
+            self._reconnected.remove(callback)
+
+    async def _on_reply(self, msg: Msg) -> None:
+        sink = self._sinks.get(msg.subject)
+        if sink is None:
+            return  # too late: nobody waits any more
+        try:
+            sink(msg)
+        except Exception as error:  # an escaping exception would end every reply
+            log.error("reply_failed", **describe(error))
+
+    async def _on_error(self, error: Exception) -> None:
+        if not self._closing:
+            log.warning("bus_error", error=str(error) or type(error).__name__)
+
+    async def _on_disconnect(self) -> None:
+        if not self._closing:
+            log.warning("bus_disconnected")
+
+    async def _on_reconnect(self) -> None:
+        log.info("bus_reconnected")
+        self._harden_socket()
+        for callback in list(self._reconnected):
+            callback()
+
+    async def _on_close(self) -> None:
+        if not self._closing:
+            log.error("bus_closed")
+            self.lost.set()
+
+    def _harden_socket(self) -> None:
+        transport = self._nc._transport  # noqa: SLF001 - nats-py offers no socket options
+        writer = getattr(transport, "_bare_io_writer", None)
+        sock = writer.get_extra_info("socket") if writer else None
+        if sock is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_MS)
+
+    async def _watch(self) -> None:
+        """Reconnect when nats-py's read loop has died while it still believes in the connection."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            reading = self._nc._reading_task  # noqa: SLF001 - the only sign of a dead read loop
+            if self._nc.is_connected and reading is not None and reading.done():
+                log.warning("read_loop_dead")
+                with contextlib.suppress(nats.errors.Error, OSError):
+                    await self._nc.force_reconnect()
+
+    def _check_size(self, payload: bytes, headers: dict[str, str] | None) -> None:
+        size = len(payload)
+        if headers:
+            size += 12 + sum(len(key) + len(value) + 4 for key, value in headers.items())
+        if size > self._nc.max_payload:
+            raise PayloadTooLarge(f"a message of {size} bytes; the server takes {self._nc.max_payload}")
+
+
+def _read_ack(msg: Msg) -> PubAck:
+    reply = _decode_ack(msg.data)
+    if reply.error is None:
+        return reply
+    error = reply.error
+    if error.err_code in _WRONG_LAST:
+        raise Conflict(error.description, error.err_code)
+    if error.err_code in _FULL:
+        raise Overloaded("the bus is full; try again later")
+    raise Refused(error.description, error.err_code)
+
+
+def _without_credentials(url: str) -> str:
+    return ",".join(
+        part.split("://", 1)[0] + "://" + part.rsplit("@", 1)[1] if "@" in part else part for part in url.split(",")
+    )

@@ -1,0 +1,94 @@
+"""One attempt to hand over a stored message, and what its handler may do with it."""
+
+import asyncio
+from datetime import datetime
+
+from loom.bus.client import Msg
+from loom.bus.gate import Gate
+from loom.schemas.wire import Wire
+
+SUSPECT_AFTER = 3
+"""Deliveries after which a message is handled alone."""
+DEAD_AFTER = 10
+"""Deliveries after which it is not handled any more."""
+
+
+class Facts(Wire, frozen=True, kw_only=True):
+    """What the server says of a delivery in its reply subject."""
+
+    delivered: int
+    stream_seq: int
+    stored_at: float
+    """Server time the message was stored, seconds since the epoch."""
+    pending: int
+    consumer_seq: int = 0
+
+
+def read_facts(reply: str) -> Facts:
+    """Return what a `$JS.ACK…` reply subject says, in its old form of 9 tokens or the newer one of 11 or 12."""
+    tokens = reply.split(".")
+    delivered, stream_seq, consumer_seq, stamp, pending = tokens[4:9] if len(tokens) == 9 else tokens[6:11]  # noqa: PLR2004
+    return Facts(
+        delivered=int(delivered),
+        stream_seq=int(stream_seq),
+        consumer_seq=int(consumer_seq),
+        stored_at=int(stamp) / 1e9,
+        pending=int(pending),
+    )
+
+
+class Slots:
+    """A lane's room: how many deliveries it may have in hand."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.taken = 0
+        self.waiting = 0
+        """Deliveries in hand that only wait for the cluster to become less busy."""
+
+    @property
+    def free(self) -> int:
+        """How many more there is room for."""
+        return self.total - self.taken
+
+
+class Delivery:
+    """A message in hand: its facts, its slot, and its place among the others of the process."""
+
+    def __init__(self, msg: Msg, slots: Slots, gate: Gate) -> None:
+        self.msg = msg
+        self.subject = msg.subject
+        self.facts = read_facts(msg.reply)
+        self.received = 0.0
+        """Server time it came here."""
+        self.slots = slots
+        self.recalled = asyncio.Event()
+        """Set when the process stops: give the work back."""
+        self._gate = gate
+        self._in_gate = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether the message is suspect: delivered several times already."""
+        return self.facts.delivered > SUSPECT_AFTER
+
+    @property
+    def dead(self) -> bool:
+        """Whether it was delivered too often to be tried again."""
+        return self.facts.delivered > DEAD_AFTER
+
+    async def enter(self) -> None:
+        """Wait for this delivery's turn in the process."""
+        await self._gate.enter(alone=self.alone)
+        self._in_gate = True
+
+    def release(self) -> None:
+        """Let others in: this delivery has shown that it does not kill the process, or has ended."""
+        if self._in_gate:
+            self._in_gate = False
+            self._gate.leave(alone=self.alone)
+
+
+def stamp(at: float) -> str:
+    """Return a server time as RFC 3339, the form a schedule takes."""
+    return datetime.fromtimestamp(at).astimezone().isoformat()

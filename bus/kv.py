@@ -1,0 +1,119 @@
+"""A typed key-value bucket with compare-and-set; the same layout `nats kv` reads."""
+
+import base64
+from typing import Generic, NamedTuple, TypeVar
+
+import structlog
+
+from loom.bus.client import Bus, Conflict, Refused
+from loom.bus.ordered import OrderedReader
+from loom.schemas.wire import Undecodable, decode, encode
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+_NO_MESSAGE = 10037
+
+
+class Entry(NamedTuple, Generic[T]):
+    """A value and the revision a compare-and-set must name."""
+
+    key: str
+    value: T
+    revision: int
+
+
+class Bucket(Generic[T]):
+    """Values of one type under the keys of one bucket.
+
+    Args:
+        name: As in the topology: `records`, `plans`, `nodes`, `tuning`.
+    """
+
+    def __init__(self, bus: Bus, name: str, shape: type[T]) -> None:
+        self._bus = bus
+        self._shape = shape
+        self._stream = f"KV_{bus.subjects.bucket(name)}"
+        self._prefix = f"$KV.{bus.subjects.bucket(name)}."
+
+    async def get(self, key: str) -> Entry[T] | None:
+        """Return the last value of `key`, read from the leader; None when there is none.
+
+        Raises:
+            BusUnavailable: No answer.
+            Undecodable: The value is not what this bucket holds.
+        """
+        try:
+            answer = await self._bus.api(f"STREAM.MSG.GET.{self._stream}", {"last_by_subj": self._prefix + key})
+        except Refused as error:
+            if error.err_code == _NO_MESSAGE:
+                return None
+            raise
+        message = answer["message"]
+        raw = base64.b64decode(message.get("data", ""))
+        return Entry(key, decode(raw, self._shape), int(message["seq"]))
+
+    async def create(self, key: str, value: T) -> int:
+        """Store the first value of `key` and return its revision.
+
+        Raises:
+            Conflict: There is one already.
+        """
+        return await self.update(key, value, 0)
+
+    async def update(self, key: str, value: T, revision: int) -> int:
+        """Store `value` if the key still is at `revision`, and return the new revision.
+
+        Raises:
+            Conflict: Someone else wrote first; read again and decide again.
+        """
+        raw = encode(value)
+        try:
+            ack = await self._bus.store(
+                self._prefix + key, raw, headers={"Nats-Expected-Last-Subject-Sequence": str(revision)}
+            )
+        except Conflict:
+            # A repeated write whose first acknowledgement was lost conflicts with itself.
+            stored = await self.get(key)
+            if stored is not None and stored.revision > revision and encode(stored.value) == raw:
+                return stored.revision
+            raise
+        return ack.seq
+
+    def reader(self) -> "BucketReader[T]":
+        """Return all values and then every change, in order."""
+        return BucketReader(
+            OrderedReader(self._bus, self._stream, filter=self._prefix + ">", deliver="last_per_subject"),
+            self._prefix,
+            self._shape,
+        )
+
+
+class BucketReader(Generic[T]):
+    """Follows a bucket."""
+
+    def __init__(self, reader: OrderedReader, prefix: str, shape: type[T]) -> None:
+        self._reader = reader
+        self._prefix = prefix
+        self._shape = shape
+
+    async def batch(self) -> list[Entry[T]]:
+        """Wait for changes and return those that are there, oldest first; undecodable ones are left out."""
+        entries = []
+        for message in await self._reader.batch():
+            try:
+                value = decode(message.data, self._shape)
+            except Undecodable as error:
+                log.warning("value_undecodable", subject=message.subject, reason=error.message)
+                continue
+            entries.append(Entry(message.subject.removeprefix(self._prefix), value, message.seq))
+        return entries
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether all that was stored when the last batch came has been read."""
+        return self._reader.caught_up
+
+    async def stop(self) -> None:
+        """Stop following."""
+        await self._reader.stop()

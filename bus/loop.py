@@ -1,0 +1,199 @@
+"""The hop loop: pull, decode, decide, settle. Handlers decide; only this file settles."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import structlog
+
+from loom.bus.client import Bus, Msg
+from loom.bus.dead import End, bury
+from loom.bus.delivery import Delivery, Slots, stamp
+from loom.bus.faults import describe
+from loom.bus.outcome import Dead, Done, Fail, Later, Leave, Next, Outcome
+from loom.bus.pull import Pull
+from loom.bus.topology import Lane, ensure_consumer
+from loom.schemas.envelope import Envelope, Hop, Phase
+from loom.schemas.errors import LoomError
+from loom.schemas.wire import Undecodable, decode
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+IN_PROGRESS_S = 10.0  # a third of ack_wait
+SLOTS = 256
+RECALL_S = 2.0  # for handlers to give work back when the drain time is over
+
+
+@dataclass(frozen=True)
+class Service(Generic[T]):
+    """One phase's consumers and what is done with their messages.
+
+    Args:
+        lanes: Consumer and slots of each lane.
+        shape: What the messages are.
+        handle: Decides; may publish what stored state implies before it returns.
+        window: How many more messages a lane may take, where its slots alone don't say.
+        end: Ends a task whose message is dead, where that is this phase's own business.
+    """
+
+    phase: Phase
+    lanes: Sequence[tuple[Lane, int]]
+    shape: type[T]
+    handle: Callable[[T, Delivery], Awaitable[Outcome]]
+    window: Callable[[Lane, Slots], int] = field(default=lambda _lane, slots: slots.free)
+    end: End | None = None
+
+
+class HopLoop(Generic[T]):
+    """Runs a service against the bus: bounded, redelivery-safe, drained on stop."""
+
+    def __init__(self, bus: Bus, service: Service[T]) -> None:
+        self._bus = bus
+        self._service = service
+        self._pulls: list[Pull] = []
+        self._in_hand: dict[asyncio.Task[None], Delivery] = {}
+        self._slots: dict[str, Slots] = {}
+
+    async def start(self) -> None:
+        """Begin to take messages; returns once the server has been asked."""
+        for lane, total in self._service.lanes:
+            slots = self._slots[lane.name] = Slots(total)
+            pull = Pull(
+                self._bus,
+                self._bus.subjects.stream(lane.stream),
+                lane.name,
+                window=lambda lane=lane, slots=slots: self._service.window(lane, slots),  # type: ignore[misc]
+                sink=lambda msg, slots=slots: self._accept(msg, slots),  # type: ignore[misc]
+                broken=lambda lane=lane: ensure_consumer(self._bus, lane),  # type: ignore[misc]
+            )
+            self._pulls.append(pull)
+            await pull.start()
+        self._ticking = self._bus.spawn(self._tick(), name=f"in-progress {self._service.phase}")
+
+    def top_up(self) -> None:
+        """Ask for more where a lane's window has grown."""
+        for pull in self._pulls:
+            pull.top_up()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new, finish for at most `timeout_s`, give the rest back. Safe to call twice or unstarted."""
+        pulls, self._pulls = self._pulls, []
+        if not pulls:
+            return
+        await asyncio.gather(*(pull.stop() for pull in pulls))
+        for limit_s in (timeout_s, RECALL_S):
+            if self._in_hand:
+                await asyncio.wait(list(self._in_hand), timeout=limit_s)
+            for delivery in self._in_hand.values():
+                delivery.recalled.set()
+        rest = dict(self._in_hand)
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+        for delivery in rest.values():
+            await self._answer(delivery, b"-NAK")
+        self._ticking.cancel()
+
+    def _accept(self, msg: Msg, slots: Slots) -> None:
+        delivery = Delivery(msg, slots, self._bus.gate)
+        delivery.received = self._bus.now()
+        slots.taken += 1
+        task = asyncio.get_running_loop().create_task(self._serve(delivery))
+        self._in_hand[task] = delivery
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        delivery = self._in_hand.pop(task)
+        delivery.release()
+        delivery.slots.taken -= 1
+        self.top_up()
+        if not task.cancelled() and task.exception():
+            log.error("loop_failed", subject=delivery.subject, **describe(task.exception()))
+
+    async def _serve(self, delivery: Delivery) -> None:
+        parsed = self._bus.subjects.parse(delivery.subject)
+        task_id = parsed.task_id if parsed else ""
+        with structlog.contextvars.bound_contextvars(task_id=task_id, phase=self._service.phase):
+            try:
+                await delivery.enter()
+                await self._settle(delivery, task_id, await self._decide(delivery))
+            except Exception as error:  # whatever a handler raises, its message must come back
+                wait_s = min(30.0, 0.25 * 2**delivery.facts.delivered) * random.uniform(0.5, 1)  # noqa: S311 - jitter
+                log.warning("hop_failed", retry_in_s=round(wait_s, 2), **describe(error))
+                await self._answer(delivery, b'-NAK {"delay": %d}' % int(wait_s * 1e9))
+
+    async def _decide(self, delivery: Delivery) -> Outcome:
+        if delivery.dead:
+            return Dead(f"delivered {delivery.facts.delivered - 1} times without being settled")
+        try:
+            message = decode(delivery.msg.data, self._service.shape)
+        except Undecodable as error:
+            return Dead(f"undecodable: {error.message}")
+        return await self._service.handle(message, delivery)
+
+    async def _settle(self, delivery: Delivery, task_id: str, outcome: Outcome) -> None:
+        match outcome:
+            case Next(phase, envelope, msg_id):
+                await self._pass_on(delivery, phase, envelope, msg_id)
+            case Fail(error, envelope):
+                await self._pass_on(delivery, "evaluate", envelope.failed(error), None)
+            case Later(delay_s, envelope):
+                await self._postpone(delivery, delay_s, envelope)
+            case Dead(reason):
+                await bury(self._bus, self._service.phase, task_id, delivery, reason, self._service.end)
+            case Done():
+                pass
+            case Leave():
+                return
+        await self._answer(delivery, b"+ACK")
+
+    def _hopped(self, delivery: Delivery, envelope: Envelope) -> Envelope:
+        hop = Hop(
+            phase=self._service.phase,
+            instance=self._bus.instance,
+            started=delivery.received,
+            finished=max(self._bus.now(), delivery.received),
+            step=envelope.step,
+        )
+        return envelope.with_hop(hop)
+
+    async def _pass_on(self, delivery: Delivery, phase: Phase, envelope: Envelope, msg_id: str | None) -> None:
+        hopped = self._hopped(delivery, envelope)
+        subject = self._bus.subjects.task(phase, hopped.priority, hopped.task_id)
+        await self._bus.store(subject, hopped, msg_id=msg_id or f"{hopped.task_id}:{hopped.step}")
+
+    async def _postpone(self, delivery: Delivery, delay_s: float, envelope: Envelope) -> None:
+        hopped = self._hopped(delivery, envelope)
+        await schedule(
+            self._bus,
+            self._bus.subjects.later(hopped.task_id, hopped.step),
+            target=self._bus.subjects.task(self._service.phase, hopped.priority, hopped.task_id),
+            at=self._bus.now() + delay_s,
+            envelope=hopped,
+            msg_id=f"{hopped.task_id}:{hopped.step}",
+        )
+
+    async def _answer(self, delivery: Delivery, verb: bytes) -> None:
+        try:
+            await self._bus.publish(delivery.msg.reply, verb)
+        except LoomError as error:
+            log.warning("settle_failed", verb=verb.decode()[:4], error=error.message)
+
+    async def _tick(self) -> None:
+        """Tell the server every 10 s that what is in hand is still being worked on."""
+        while True:
+            await asyncio.sleep(IN_PROGRESS_S)
+            for delivery in list(self._in_hand.values()):
+                await self._answer(delivery, b"+WPI")
+
+
+async def schedule(bus: Bus, subject: str, *, target: str, at: float, envelope: Envelope, msg_id: str) -> None:
+    """Store `envelope` under `subject`, to be moved to `target` at server time `at`.
+
+    A second schedule on the same subject replaces the first.
+    """
+    headers = {"Nats-Schedule": f"@at {stamp(at)}", "Nats-Schedule-Target": target}
+    await bus.store(subject, envelope, msg_id=msg_id, headers=headers)

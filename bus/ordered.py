@@ -1,0 +1,158 @@
+"""Reads a stream in order from anywhere, and keeps on reading through restarts and gaps."""
+
+import asyncio
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import structlog
+
+from loom.bus.client import Bus, Msg, Refused
+from loom.bus.delivery import read_facts
+from loom.bus.pull import Pull
+from loom.schemas.errors import LoomError
+
+log = structlog.get_logger()
+
+WINDOW = 512
+IDLE_S = 60  # the server forgets a reader that has not asked for so long
+
+
+class Stored(NamedTuple):
+    """A message as the stream holds it."""
+
+    subject: str
+    data: bytes
+    seq: int
+    stored_at: float
+    pending: int
+    """Messages behind it at the time it was sent."""
+    headers: dict[str, str]
+
+
+class OrderedReader:
+    """Every message of a stream once, in stream order.
+
+    It acknowledges nothing and leaves nothing behind: an ephemeral consumer, made anew from the last sequence
+    read whenever one is missed or the server forgot it.
+
+    Args:
+        filter: Subject filter.
+        deliver: `all`, `new`, or `last_per_subject`.
+        start_seq: First sequence wanted; overrides `deliver`.
+        start_time: RFC 3339 time of the first message wanted; overrides `deliver`.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        stream: str,
+        *,
+        filter: str,  # noqa: A002 - the field's word
+        deliver: str = "all",
+        start_seq: int | None = None,
+        start_time: str | None = None,
+    ) -> None:
+        self._bus = bus
+        self._stream = stream
+        self._filter = filter
+        self._deliver = deliver
+        self._start_seq = start_seq
+        self._start_time = start_time
+        self._buffer: list[Stored] = []
+        self._filled = asyncio.Event()
+        self._pull: Pull | None = None
+        self._last_seq = 0
+        self._consumer_seq = 0
+        self._restarting: asyncio.Task[Any] | None = None
+        self._stopped = False
+        self.caught_up = False
+        """Whether the stream held nothing more when the last message was sent."""
+
+    async def start(self) -> "OrderedReader":
+        """Make the consumer and begin to pull; called by the first `batch` otherwise."""
+        if self._pull is None:
+            await self._open()
+        return self
+
+    async def batch(self) -> list[Stored]:
+        """Wait for messages and return all that are there."""
+        await self.start()
+        await self._filled.wait()
+        self._filled.clear()
+        batch, self._buffer = self._buffer, []
+        if self._pull is not None:
+            self._pull.top_up()
+        return batch
+
+    async def stop(self) -> None:
+        """Stop reading."""
+        self._stopped = True
+        if self._pull is not None:
+            await self._pull.stop()
+
+    async def _open(self) -> None:
+        name = f"r_{uuid4().hex[:12]}"
+        config: dict[str, Any] = {
+            "name": name,
+            "filter_subject": self._filter,
+            "ack_policy": "none",
+            "inactive_threshold": IDLE_S * 1_000_000_000,
+            "mem_storage": True,
+            "num_replicas": 1,
+        }
+        if self._last_seq:
+            config |= {"deliver_policy": "by_start_sequence", "opt_start_seq": self._last_seq + 1}
+        elif self._start_seq is not None:
+            config |= {"deliver_policy": "by_start_sequence", "opt_start_seq": max(self._start_seq, 1)}
+        elif self._start_time is not None:
+            config |= {"deliver_policy": "by_start_time", "opt_start_time": self._start_time}
+        else:
+            config |= {"deliver_policy": self._deliver}
+        answer = await self._bus.api(
+            f"CONSUMER.CREATE.{self._stream}.{name}.{self._filter}",
+            {"stream_name": self._stream, "config": config},
+        )
+        if not answer.get("num_pending"):
+            self.caught_up = True
+            self._filled.set()  # tells whoever waits that there is nothing yet
+        self._consumer_seq = 0
+        self._pull = Pull(
+            self._bus,
+            self._stream,
+            name,
+            window=lambda: WINDOW - len(self._buffer),
+            sink=self._accept,
+            broken=self._reopen,
+        )
+        await self._pull.start()
+
+    def _accept(self, msg: Msg) -> None:
+        facts = read_facts(msg.reply)
+        if facts.consumer_seq != self._consumer_seq + 1:
+            if facts.consumer_seq > self._consumer_seq:  # one was lost on the way
+                self._restart()
+            return
+        self._consumer_seq = facts.consumer_seq
+        self._last_seq = facts.stream_seq
+        self.caught_up = facts.pending == 0
+        headers = dict(msg.headers or {})
+        self._buffer.append(Stored(msg.subject, msg.data, facts.stream_seq, facts.stored_at, facts.pending, headers))
+        self._filled.set()
+
+    def _restart(self) -> None:
+        if self._restarting is None or self._restarting.done():
+            self._restarting = self._bus.spawn(self._reopen(), name=f"reopen {self._stream}")
+
+    async def _reopen(self) -> None:
+        """Make the consumer anew behind the last message read; retried until it works."""
+        old, self._pull = self._pull, None
+        if old is not None:
+            await old.stop()
+        while not self._stopped:
+            try:
+                await self._open()
+            except (Refused, LoomError) as error:
+                log.warning("reader_not_restored", stream=self._stream, error=error.message)
+                await asyncio.sleep(1)
+            else:
+                return

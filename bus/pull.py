@@ -1,0 +1,146 @@
+"""A continuous pull: a consumer kept topped up with requests, healed when the server goes quiet."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from loom.bus.client import Bus, Msg, Subscription
+from loom.schemas.errors import LoomError
+
+log = structlog.get_logger()
+
+EXPIRES_S = 30.0
+HEARTBEAT_S = 5.0
+QUIET_S = 2.5 * HEARTBEAT_S
+RETRY_S = 0.25
+
+
+class Pull:
+    """Messages of one consumer, handed to `sink` as they come, never more than `window()` asked for.
+
+    Args:
+        window: How many further messages there is room for right now, those on their way not counted.
+        sink: Takes a message; must not block.
+        broken: Called when the consumer is gone or cannot be reached, before pulling again.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        stream: str,
+        consumer: str,
+        *,
+        window: Callable[[], int],
+        sink: Callable[[Msg], None],
+        broken: Callable[[], Any] | None = None,
+    ) -> None:
+        self._bus = bus
+        self._api = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
+        self._consumer = consumer
+        self._window = window
+        self._sink = sink
+        self._broken = broken
+        self._asked = 0
+        self._heard = 0.0
+        self._subscription: Subscription | None = None
+        self._inbox = ""
+        self._generation = 0
+        self._healing: asyncio.Task[Any] | None = None
+        self._stopped = False
+        self._unsent = asyncio.Event()
+
+    @property
+    def asked(self) -> int:
+        """Messages asked for and not yet here."""
+        return self._asked
+
+    async def start(self) -> None:
+        """Begin to pull."""
+        self._inbox = self._bus.new_inbox()
+        self._subscription = await self._bus.subscribe(f"{self._inbox}.*", self._on_message)
+        self._bus.on_reconnect(self._restart)
+        self._bus.spawn(self._ask(), name=f"pull {self._consumer}")
+        self._bus.spawn(self._watch(), name=f"pull-watch {self._consumer}")
+        self.top_up()
+
+    async def stop(self) -> None:
+        """Ask for nothing more; what is on its way still reaches the sink before this returns."""
+        self._stopped = True
+        self._unsent.set()
+        self._bus.forget_reconnect(self._restart)
+        if self._subscription is not None:
+            subscription, self._subscription = self._subscription, None
+            await self._bus.stop_delivery(subscription)
+
+    def top_up(self) -> None:
+        """Ask for as many messages as there is room for; cheap to call often."""
+        if not self._stopped and self._window() > self._asked:
+            self._unsent.set()
+
+    async def _ask(self) -> None:
+        while not self._stopped:
+            await self._unsent.wait()
+            self._unsent.clear()
+            room = self._window() - self._asked
+            if room <= self._asked // 2:
+                continue  # few at a time would cost a request each
+            self._asked += room
+            if self._asked == room:
+                self._heard = time.monotonic()
+            body = {"batch": room, "expires": int(EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)}
+            try:
+                await self._bus.publish(self._api, body, reply=f"{self._inbox}.{self._generation}")
+            except LoomError as error:
+                log.warning("pull_failed", consumer=self._consumer, error=error.message)
+                self._asked = 0
+
+    async def _on_message(self, msg: Msg) -> None:
+        self._heard = time.monotonic()
+        status = msg.headers.get("Status") if msg.headers and not msg.reply.startswith("$JS.ACK") else None
+        if status is None:
+            self._asked = max(0, self._asked - 1)
+            self._sink(msg)
+        elif status != "100" and msg.subject.endswith(f".{self._generation}"):
+            self._on_status(status, msg)
+
+    def _on_status(self, status: str, msg: Msg) -> None:
+        headers = msg.headers or {}
+        if status in ("408", "404") or "Nats-Pending-Messages" in headers:
+            left = int(headers.get("Nats-Pending-Messages", self._asked))
+            self._asked = max(0, self._asked - left)
+            self.top_up()
+            return
+        log.info("pull_interrupted", consumer=self._consumer, status=status, reason=headers.get("Description", ""))
+        self._heal()
+
+    async def _watch(self) -> None:
+        while not self._stopped:
+            await asyncio.sleep(1)
+            if self._asked and time.monotonic() - self._heard > QUIET_S:
+                log.info("pull_quiet", consumer=self._consumer)
+                self._heal()
+            else:
+                self.top_up()
+
+    def _restart(self) -> None:
+        """Forget what was asked: a reconnected server does not know of it."""
+        self._generation += 1
+        self._asked = 0
+        self.top_up()
+
+    def _heal(self) -> None:
+        if self._healing is None or self._healing.done():
+            self._healing = self._bus.spawn(self._healed(), name=f"pull-heal {self._consumer}")
+
+    async def _healed(self) -> None:
+        await asyncio.sleep(RETRY_S)
+        if self._broken is not None:
+            try:
+                await self._broken()
+            except LoomError as error:
+                log.warning("consumer_not_restored", consumer=self._consumer, error=error.message)
+                self._heard = time.monotonic()
+        self._restart()

@@ -1,0 +1,165 @@
+"""What a run earned the node that did it, and how that changes what is known of the node."""
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from msgspec.structs import replace
+
+from loom.schemas.learning import Signal
+from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, TaskAd
+
+PRIOR = 0.5
+"""Score of a node in a domain nothing is known about; what old scores fade towards."""
+SUCCESS_QUALITY = 0.7
+"""Quality of a success nobody has judged."""
+WIN = 0.5
+"""Rewards above this raise the success rate."""
+DAY_S = 86_400.0
+
+
+class Graded(Protocol):
+    """A reward taken apart; each part in [0, 1]."""
+
+    @property
+    def quality(self) -> float: ...  # noqa: D102 - the three parts of a signal
+    @property
+    def efficiency(self) -> float: ...  # noqa: D102
+    @property
+    def reliability(self) -> float: ...  # noqa: D102
+
+
+class Earned(Protocol):
+    """One reward in a node's history."""
+
+    @property
+    def domain(self) -> str: ...  # noqa: D102
+    @property
+    def timestamp(self) -> float: ...  # noqa: D102
+
+
+class Capabilities(Protocol):
+    """What is known of a node's skill; `loom.types.CapabilityProfile` is one."""
+
+    scores: dict[str, float]
+    total_tasks: int
+    success_rate: float
+
+    def key(self, domain: str) -> str:
+        """Return the wording under which `scores` holds `domain`."""
+        ...
+
+
+class Learner(Protocol):
+    """A node that learns; `loom.types.AgentNode` is one."""
+
+    consecutive_losses: int
+    last_active_at: float
+    decayed_at: float
+
+    @property
+    def capabilities(self) -> Capabilities: ...  # noqa: D102
+    @property
+    def reward_history(self) -> Sequence[Earned]: ...  # noqa: D102
+
+    def remember(self, *, task_id: str, domain: str, reward: float, token_cost: int, at: float) -> None:
+        """Append to the history, within its bound."""
+        ...
+
+
+class RewardBus:
+    """Turns outcomes into rewards and rewards into what is known of a node.
+
+    Args:
+        alpha: Weight of the newest reward in a moving average, 0 to 1.
+        half_life_days: Days without work after which a score is half as far from .5 as it was.
+    """
+
+    def __init__(self, alpha: float = 0.3, *, half_life_days: float = 30.0) -> None:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be from 0 to 1, not {alpha}")
+        if not half_life_days > 0:
+            raise ValueError(f"half_life_days must be more than 0, not {half_life_days}")
+        self.alpha = alpha
+        self.half_life_days = half_life_days
+
+    def compute_signal(
+        self, success: bool, token_cost: int, token_budget: int | None = None, error_count: int = 0
+    ) -> Signal:
+        """Return what a run was worth, in parts. A failure is worth nothing: failing fast must not pay.
+
+        Args:
+            success: Whether the task succeeded.
+            token_cost: Tokens the run took.
+            token_budget: Tokens it might have taken; None: the yardstick of 4096.
+            error_count: Errors on the way, such as failed tool calls.
+        """
+        if not success:
+            return Signal()
+        budget = DEFAULT_TOKEN_YARDSTICK if token_budget is None else max(token_budget, 1)
+        efficiency = min(1.0, max(0.0, 1 - token_cost / budget))
+        reliability = 0.0 if error_count else 1.0
+        parts = Signal(quality=SUCCESS_QUALITY, efficiency=efficiency, reliability=reliability)
+        return replace(parts, total=self.compute_reward(parts))
+
+    def compute_reward(self, signal: Graded) -> float:
+        """Return .5 quality + .3 efficiency + .2 reliability, in [0, 1]."""
+        return 0.5 * signal.quality + 0.3 * signal.efficiency + 0.2 * signal.reliability
+
+    def evaluate(
+        self,
+        node: Learner,
+        ad: TaskAd,
+        *,
+        success: bool,
+        token_cost: int = 0,
+        error_count: int = 0,
+        now: float | None = None,
+    ) -> float:
+        """Fold one run of `ad` into `node` and return its reward.
+
+        The domain's score and the success rate (share of rewards above .5) are moving averages of weight alpha.
+
+        Args:
+            node: Its counters, scores and history change.
+            ad: Its domain is `general` when it names none.
+            success: Whether the task succeeded.
+            token_cost: Tokens the run took.
+            error_count: Errors on the way.
+            now: When it ended, seconds since the epoch; default: the present.
+        """
+        reward = self.compute_signal(success, token_cost, ad.token_budget, error_count).total
+        at = time.time() if now is None else now
+        known = node.capabilities
+        domain = known.key(ad.domain or "general")
+        known.scores[domain] = self._moved(known.scores.get(domain, PRIOR), reward)
+        known.success_rate = self._moved(known.success_rate, float(reward > WIN))
+        known.total_tasks += 1
+        node.consecutive_losses = 0 if success else node.consecutive_losses + 1
+        node.last_active_at = at
+        node.remember(task_id=ad.task_id, domain=domain, reward=reward, token_cost=token_cost, at=at)
+        return reward
+
+    def decay(self, node: Learner, *, now: float | None = None) -> None:
+        """Let scores fade towards .5, by half of the distance per half-life since the domain's last reward.
+
+        Only what has been learned fades: a claim without any reward stays. How often it is called makes no
+        difference.
+
+        Args:
+            node: Its scores change.
+            now: Seconds since the epoch; default: the present.
+        """
+        at = time.time() if now is None else now
+        scores = node.capabilities.scores
+        newest: dict[str, float] = {}
+        for record in node.reward_history:
+            domain = node.capabilities.key(record.domain)
+            newest[domain] = max(record.timestamp, newest.get(domain, record.timestamp))
+        for domain in newest.keys() & scores.keys():
+            days = max(0.0, at - max(newest[domain], node.decayed_at)) / DAY_S
+            scores[domain] = PRIOR + (scores[domain] - PRIOR) * 0.5 ** (days / self.half_life_days)
+        node.decayed_at = max(node.decayed_at, at)
+
+    def _moved(self, old: float, new: float) -> float:
+        return self.alpha * new + (1 - self.alpha) * old

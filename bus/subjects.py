@@ -1,0 +1,125 @@
+"""Every subject, built and read here only. docs/subjects.md is generated from this file.
+
+A subject is the namespace, a family, and the family's variable tokens; a token is checked when it is put in.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from loom.schemas.errors import InvalidTask
+from loom.schemas.task import PRIORITIES, is_token
+
+_NAMESPACE = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+
+
+class Family(NamedTuple):
+    """One row of the subject table."""
+
+    name: str
+    tokens: tuple[str, ...]
+    kind: str
+    body: str
+    route: str
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family("submit", (), "request", "TaskAd", "anyone → SENSE"),
+    Family("status", ("task_id",), "request", "-", "anyone → SENSE"),
+    Family("cancel", ("task_id",), "request", "-", "anyone → SENSE, node hosts, EXECUTE"),
+    Family("intake", ("priority", "task_id"), "stream INTAKE", "Submission", "submit, Runtime → SENSE"),
+    Family("task", ("phase", "priority", "task_id"), "stream TASKS", "Envelope", "each phase → the next"),
+    Family("later", ("task_id", "step"), "stream TASKS", "Envelope, scheduled", "a phase → itself"),
+    Family("auction", ("slug",), "scatter-gather", "CallForBids → Offer", "MATCH → every node host"),
+    Family("run", ("host_id",), "request, streamed replies", "RunRequest → RunEvents", "EXECUTE → one node host"),
+    Family("host", ("host_id",), "publish", "HostAnnouncement", "node hosts → MATCH, anyone"),
+    Family("hosts", (), "publish", "-", "anyone → node hosts, which announce themselves"),
+    Family("spawn", (), "request", "SpawnRequest", "SCALE → hosts with templates"),
+    Family("retire", ("host_id",), "request", "RetireRequest", "ADAPT → one node host"),
+    Family("delta", ("task_id",), "publish", "Delta", "EXECUTE → clients, tap"),
+    Family("result", ("task_id",), "publish", "TaskResult", "EVALUATE → clients, tap"),
+    Family("reward", ("node_id", "slug"), "stream REWARDS", "Reward", "EVALUATE, judges, people → ADAPT, anyone"),
+    Family("lifecycle", ("kind", "node_id"), "publish", "Lifecycle", "node hosts, ADAPT → anyone"),
+    Family("dead", ("phase", "task_id"), "stream DEAD", "raw bytes, facts as headers", "any phase → operator"),
+)
+_BY_NAME = {family.name: family for family in FAMILIES}
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A subject taken apart."""
+
+    family: str
+    tokens: dict[str, str]
+
+    @property
+    def task_id(self) -> str:
+        """The task the subject is about; empty where it names none."""
+        return self.tokens.get("task_id", "")
+
+
+class Subjects:
+    """The subjects of one namespace.
+
+    Args:
+        namespace: Matches `[a-z0-9][a-z0-9_-]{0,31}`; two namespaces on one server never see each other.
+
+    Raises:
+        ValueError: Not such a name.
+    """
+
+    def __init__(self, namespace: str = "loom") -> None:
+        if not _NAMESPACE.fullmatch(namespace):
+            raise ValueError(f"namespace {namespace!r} must match {_NAMESPACE.pattern}")
+        self.namespace = namespace
+        self.everything = f"{namespace}.>"
+        self.submit = f"{namespace}.submit"
+        self.hosts = f"{namespace}.hosts"
+        self.spawn = f"{namespace}.spawn"
+
+    def of(self, family: str, *tokens: str) -> str:
+        """Return the subject of `family` with `tokens` in the table's order; `*` stands for any.
+
+        Raises:
+            InvalidTask: A token has characters a subject must not have; `field` names it.
+        """
+        names = _BY_NAME[family].tokens
+        for name, token in zip(names, tokens, strict=True):
+            if token != "*" and not is_token(token):
+                raise InvalidTask(f"{name} must match [A-Za-z0-9_-]{{1,64}}", field=name)
+        return ".".join((self.namespace, family, *tokens))
+
+    def later(self, task_id: str, step: int | str) -> str:
+        """Return the subject a scheduled hop waits under."""
+        return self.of("later", task_id, str(step))
+
+    def task(self, phase: str, priority: str, task_id: str) -> str:
+        """Return the subject of a hop to `phase`."""
+        return self.of("task", phase, priority, task_id)
+
+    def intake(self, priority: str, task_id: str) -> str:
+        """Return the subject of a submission."""
+        return self.of("intake", priority, task_id)
+
+    def stream(self, name: str) -> str:
+        """Return the name of a stream: `LOOM_TASKS` for `TASKS`."""
+        return f"{self.namespace.upper()}_{name}"
+
+    def bucket(self, name: str) -> str:
+        """Return the name of a key-value bucket: `loom_records` for `records`."""
+        return f"{self.namespace}_{name}"
+
+    def parse(self, subject: str) -> Parsed | None:
+        """Return what `subject` says, or None when it is not one of this namespace's."""
+        namespace, _, rest = subject.partition(".")
+        family, *tokens = rest.split(".")
+        known = _BY_NAME.get(family)
+        if namespace != self.namespace or known is None or len(tokens) != len(known.tokens):
+            return None
+        return Parsed(family, dict(zip(known.tokens, tokens, strict=True)))
+
+
+def priority_of(parsed: Parsed | None) -> str:
+    """Return the priority a subject names, or `normal`."""
+    priority = parsed.tokens.get("priority", "normal") if parsed else "normal"
+    return priority if priority in PRIORITIES else "normal"

@@ -1,0 +1,177 @@
+"""Streams, buckets and consumers as data, and one function that makes the server match."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+import structlog
+
+from loom.bus.client import Bus, Refused
+from loom.schemas.config import ClusterConfig
+from loom.schemas.errors import BusUnavailable
+from loom.schemas.task import PRIORITIES
+
+log = structlog.get_logger()
+
+ACK_WAIT_S = 30
+MIN_SERVER = (2, 12)  # message schedules
+_NS = 1_000_000_000
+_STREAM_NOT_FOUND = 10059
+_NAME_IN_USE = 10058
+
+
+class Lane(NamedTuple):
+    """One durable consumer: the messages of one phase, or of one priority of it."""
+
+    stream: str
+    name: str
+    filter: tuple[str, ...]
+    """Tokens after the namespace; `*` for any."""
+
+
+INTAKE_LANES = tuple(Lane("INTAKE", f"intake_{p}", ("intake", p, "*")) for p in PRIORITIES)
+MATCH_LANES = tuple(Lane("TASKS", f"match_{p}", ("task", "match", p, "*")) for p in PRIORITIES)
+SENSE_LANE = Lane("TASKS", "sense", ("task", "sense", "*", "*"))
+SCALE_LANE = Lane("TASKS", "scale", ("task", "scale", "*", "*"))
+EXECUTE_LANE = Lane("TASKS", "execute", ("task", "execute", "*", "*"))
+EVALUATE_LANE = Lane("TASKS", "evaluate", ("task", "evaluate", "*", "*"))
+LANES = (*INTAKE_LANES, SENSE_LANE, *MATCH_LANES, SCALE_LANE, EXECUTE_LANE, EVALUATE_LANE)
+
+BUCKETS: dict[str, timedelta] = {
+    "records": timedelta(hours=72),
+    "plans": timedelta(hours=72),
+    "nodes": timedelta(0),
+    "tuning": timedelta(0),
+}
+"""name -> how long a value is kept; 0 is for ever."""
+
+
+def streams(bus: Bus, config: ClusterConfig) -> Iterator[dict[str, Any]]:
+    """Yield the configuration of every stream of the namespace, as the JetStream API takes it."""
+    ns = bus.subjects.namespace
+    common = {"storage": "file", "num_replicas": config.replicas, "duplicate_window": 120 * _NS}
+    work = {**common, "retention": "workqueue"}
+    limits = {**common, "retention": "limits", "discard": "old"}
+    yield {
+        **work,
+        "name": bus.subjects.stream("INTAKE"),
+        "subjects": [f"{ns}.intake.>"],
+        "discard": "new",
+        "max_msgs": config.intake_limit,
+        "max_bytes": 1 << 30,
+    }
+    yield {
+        **work,
+        "name": bus.subjects.stream("TASKS"),
+        "subjects": [f"{ns}.task.>", f"{ns}.later.>"],
+        "discard": "old",  # never discards: there is no limit, but schedules demand it
+        "allow_msg_schedules": True,
+    }
+    yield {
+        **limits,
+        "name": bus.subjects.stream("REWARDS"),
+        "subjects": [f"{ns}.reward.>"],
+        "max_bytes": 1 << 28,
+    }
+    yield {
+        **limits,
+        "name": bus.subjects.stream("DEAD"),
+        "subjects": [f"{ns}.dead.>"],
+        "max_bytes": 1 << 28,
+        "max_age": 30 * 86_400 * _NS,
+    }
+    for name, keep in BUCKETS.items():
+        yield {
+            **limits,
+            "name": f"KV_{bus.subjects.bucket(name)}",
+            "subjects": [f"$KV.{bus.subjects.bucket(name)}.>"],
+            "discard": "new",
+            "max_msgs_per_subject": 1,
+            "max_age": int(keep.total_seconds()) * _NS,
+            "allow_rollup_hdrs": True,
+            "deny_delete": True,
+        }
+
+
+def consumer(bus: Bus, lane: Lane) -> dict[str, Any]:
+    """Return the configuration of a lane's durable consumer."""
+    return {
+        "durable_name": lane.name,
+        "filter_subject": ".".join((bus.subjects.namespace, *lane.filter)),
+        "ack_policy": "explicit",
+        "ack_wait": ACK_WAIT_S * _NS,
+        "max_deliver": -1,  # the loop dead-letters, so that nothing ends in silence
+        "max_ack_pending": -1,  # the loop's slots bound what is in hand
+        "max_waiting": 2048,
+    }
+
+
+async def apply(bus: Bus, config: ClusterConfig) -> list[str]:
+    """Create what is missing and return how the rest differs from the design, one sentence each.
+
+    Raises:
+        BusUnavailable: The server is too old, has no JetStream, or refuses a stream.
+    """
+    version = bus.server_version
+    if version < MIN_SERVER:
+        raise BusUnavailable(
+            f"nats-server {'.'.join(map(str, version))} is too old; loom needs {MIN_SERVER[0]}.{MIN_SERVER[1]} or newer"
+        )
+    differences: list[str] = []
+    for wanted in streams(bus, config):
+        differences += await _apply_stream(bus, wanted)
+    for lane in LANES:
+        await ensure_consumer(bus, lane)
+    for difference in differences:
+        log.warning("topology_differs", difference=difference)
+    return differences
+
+
+async def _apply_stream(bus: Bus, wanted: dict[str, Any]) -> list[str]:
+    try:
+        info = await bus.api(f"STREAM.INFO.{wanted['name']}")
+    except Refused as error:
+        if error.err_code != _STREAM_NOT_FOUND:
+            raise
+        try:
+            info = await bus.api(f"STREAM.CREATE.{wanted['name']}", wanted)
+        except Refused as refusal:
+            if refusal.err_code != _NAME_IN_USE:  # another process was faster
+                raise BusUnavailable(f"cannot create stream {wanted['name']}: {refusal.message}") from refusal
+            info = await bus.api(f"STREAM.INFO.{wanted['name']}")
+    _learn_clock(bus, info)
+    return [
+        f"{wanted['name']}: {key} is {info['config'].get(key)!r}, designed {value!r}"
+        for key, value in wanted.items()
+        if (info["config"].get(key) or 0) != (value or 0)
+    ]
+
+
+async def ensure_consumer(bus: Bus, lane: Lane) -> None:
+    """Create a lane's consumer unless it exists."""
+    stream = bus.subjects.stream(lane.stream)
+    config = consumer(bus, lane)
+    await bus.api(
+        f"CONSUMER.CREATE.{stream}.{lane.name}.{config['filter_subject']}",
+        {"stream_name": stream, "config": config},
+    )
+
+
+async def stream_state(bus: Bus, name: str, *, subjects: str = "") -> dict[str, Any]:
+    """Return the state of a stream; with `subjects`, also how many messages match that filter, by subject.
+
+    Raises:
+        BusUnavailable: No answer.
+        Refused: No such stream.
+    """
+    body = {"subjects_filter": subjects} if subjects else None
+    info = await bus.api(f"STREAM.INFO.{bus.subjects.stream(name)}", body)
+    _learn_clock(bus, info)
+    state: dict[str, Any] = info["state"]
+    return state
+
+
+def _learn_clock(bus: Bus, info: dict[str, Any]) -> None:
+    stamp = info.get("ts")
+    if isinstance(stamp, str):
+        bus.clock_offset_s = datetime.fromisoformat(stamp).timestamp() - datetime.now(UTC).timestamp()
