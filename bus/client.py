@@ -96,10 +96,12 @@ class Bus:
         namespace: First token of every subject.
         role: Who this is: names the connection and its inbox prefix. `client` gets the plain `_INBOX`, the
             only prefix task answers are sent to.
+        patience_s: How long `connect` tries.
     """
 
-    def __init__(self, url: str, *, namespace: str = "loom", role: str = "client") -> None:
+    def __init__(self, url: str, *, namespace: str = "loom", role: str = "client", patience_s: float = 5.0) -> None:
         self.url = url
+        self._patience_s = patience_s
         self.subjects = Subjects(namespace)
         self.role = role
         self.instance = f"{role}-{uuid4().hex[:8]}"
@@ -118,13 +120,13 @@ class Bus:
 
     # -- lifecycle
 
-    async def connect(self, *, patience_s: float = 5.0) -> Self:
+    async def connect(self) -> Self:
         """Connect, trying for `patience_s`.
 
         Raises:
             BusUnavailable: No server answered in that time, or it refused us.
         """
-        give_up = time.monotonic() + patience_s
+        give_up = time.monotonic() + self._patience_s
         while True:
             try:
                 await self._connect_once()
@@ -137,7 +139,7 @@ class Bus:
                         f"no nats-server at {_without_credentials(self.url)} ({type(error).__name__}); start one with `loom up`",
                         url=_without_credentials(self.url),
                     ) from error
-                await asyncio.sleep(min(0.2, patience_s))
+                await asyncio.sleep(min(0.2, self._patience_s))
         self._harden_socket()
         await self._nc.subscribe(f"{self._inbox}.*", cb=self._on_reply)
         self.spawn(self._watch(), name="bus-watch")

@@ -26,6 +26,14 @@ IN_PROGRESS_S = 10.0  # a third of ack_wait
 SLOTS = 256
 RECALL_S = 2.0  # for handlers to give work back when the drain time is over
 
+SHARES = {"low": 0.2, "normal": 0.6, "high": 0.1, "critical": 0.1}
+"""A lane's part of a phase's slots: a fifth is kept for what is urgent."""
+
+
+def lane_slots(lane: Lane, total: int = SLOTS) -> int:
+    """Return the slots of a lane named `<phase>_<priority>`."""
+    return int(total * SHARES[lane.name.rsplit("_", 1)[1]])
+
 
 @dataclass(frozen=True)
 class Service(Generic[T]):

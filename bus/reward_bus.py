@@ -1,13 +1,22 @@
 """What a run earned the node that did it, and how that changes what is known of the node."""
 
 import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Sequence
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Protocol
 
+import structlog
 from msgspec.structs import replace
 
-from loom.schemas.learning import Signal
-from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, TaskAd
+from loom.schemas.errors import BusUnavailable
+from loom.schemas.learning import Reward, Signal
+from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, TaskAd, slug
+from loom.schemas.wire import Undecodable, decode
+
+if TYPE_CHECKING:
+    from loom.bus.client import Bus
+
+log = structlog.get_logger()
 
 PRIOR = 0.5
 """Score of a node in a domain nothing is known about; what old scores fade towards."""
@@ -68,20 +77,22 @@ class Learner(Protocol):
 
 
 class RewardBus:
-    """Turns outcomes into rewards and rewards into what is known of a node.
+    """Turns outcomes into rewards and rewards into what is known of a node; with a bus, the topic they travel on.
 
     Args:
+        bus: Needed by `publish`, `subscribe` and `replay` only.
         alpha: Weight of the newest reward in a moving average, 0 to 1.
         half_life_days: Days without work after which a score is half as far from .5 as it was.
     """
 
-    def __init__(self, alpha: float = 0.3, *, half_life_days: float = 30.0) -> None:
+    def __init__(self, alpha: float = 0.3, *, half_life_days: float = 30.0, bus: "Bus | None" = None) -> None:
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, not {alpha}")
         if not half_life_days > 0:
             raise ValueError(f"half_life_days must be more than 0, not {half_life_days}")
         self.alpha = alpha
         self.half_life_days = half_life_days
+        self.bus = bus
 
     def compute_signal(
         self, success: bool, token_cost: int, token_budget: int | None = None, error_count: int = 0
@@ -163,3 +174,49 @@ class RewardBus:
 
     def _moved(self, old: float, new: float) -> float:
         return self.alpha * new + (1 - self.alpha) * old
+
+    async def publish(self, reward: Reward) -> None:
+        """Store a reward on the bus; anyone may, and the same one twice counts once.
+
+        Raises:
+            BusUnavailable: There is no bus, or the server does not confirm.
+        """
+        bus = self._connected()
+        # A revised score is a new message; the same one again is dropped within the server's window.
+        digest = blake2b(repr(reward.score).encode(), digest_size=4).hexdigest()
+        await bus.store(
+            bus.subjects.of("reward", reward.node_id, reward.slug), reward, msg_id=f"{reward.reward_id}:{digest}"
+        )
+
+    def subscribe(self, *, node_id: str | None = None, domain: str | None = None) -> AsyncIterator[Reward]:
+        """Yield every reward published from now on, in stream order, of one node or domain or of all."""
+        return self._read(node_id, domain, deliver="new", to_the_end=False)
+
+    def replay(self, *, node_id: str | None = None, domain: str | None = None) -> AsyncIterator[Reward]:
+        """Yield every reward the stream still holds, in stream order, and end."""
+        return self._read(node_id, domain, deliver="all", to_the_end=True)
+
+    async def _read(
+        self, node_id: str | None, domain: str | None, *, deliver: str, to_the_end: bool
+    ) -> AsyncIterator[Reward]:
+        from loom.bus.ordered import OrderedReader  # noqa: PLC0415 - brings nats-py, which the formulas do without
+
+        bus = self._connected()
+        filter_subject = bus.subjects.of("reward", node_id or "*", slug(domain) if domain else "*")
+        reader = OrderedReader(bus, bus.subjects.stream("REWARDS"), filter=filter_subject, deliver=deliver)
+        try:
+            while True:
+                for message in await reader.batch():
+                    try:
+                        yield decode(message.data, Reward)
+                    except Undecodable as error:
+                        log.warning("reward_undecodable", subject=message.subject, reason=error.message)
+                if to_the_end and reader.caught_up:
+                    return
+        finally:
+            await reader.stop()
+
+    def _connected(self) -> "Bus":
+        if self.bus is None:
+            raise BusUnavailable("this RewardBus has no bus: pass one, or use the RewardBus of a running Runtime")
+        return self.bus

@@ -1,6 +1,6 @@
 """The envelope that six phases pass along, and what each of them writes on it."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta
 from msgspec.structs import replace
@@ -98,6 +98,15 @@ class Hop(Wire, frozen=True, kw_only=True):
     step: Count = 0
 
 
+class Best(Wire, frozen=True, kw_only=True):
+    """A refused result worth keeping in case nothing better comes."""
+
+    result: RunResult
+    score: Unit = 0.0
+    node_id: Token
+    host_id: Token
+
+
 class Envelope(Wire, frozen=True, kw_only=True):
     """A task on its way through the phases."""
 
@@ -109,10 +118,11 @@ class Envelope(Wire, frozen=True, kw_only=True):
     inputs: dict[str, str] = {}
     """subtask id -> output, for a synthesis."""
     result: RunResult | None = None
-    best: RunResult | None = None
+    best: Best | None = None
     """The best refused result so far."""
-    best_score: Unit = 0.0
     error: TaskError | None = None
+    last_error: TaskError | None = None
+    """Why the attempt before this one failed."""
     attempt: Annotated[int, Meta(ge=1)] = 1
     failures: Count = 0
     """Attempts that were the node's fault."""
@@ -209,14 +219,15 @@ class TaskRecord(Wire, frozen=True, kw_only=True):
         """Return the answer this record holds; for a running task, how far it is."""
         env = self.envelope
         run = env.result or RunResult()
+        by = env.best if self.below_threshold else env.award
         return TaskResult(
             task_id=self.task_id,
             state=self.state,
             content=run.content,
-            error=env.error,
+            error=None if self.state == "succeeded" else env.error,
             domain=env.domain,
-            node_id=env.award.node_id if env.award else None,
-            host_id=env.award.host_id if env.award else None,
+            node_id=by.node_id if by else None,
+            host_id=by.host_id if by else None,
             attempts=max(env.attempt, self.claim.attempt) if self.ended else self.claim.attempt,
             score=self.score,
             below_threshold=self.below_threshold,
@@ -270,7 +281,3 @@ class SplitPlan(Wire, frozen=True, kw_only=True):
     """The parked parent."""
     note: str = ""
 
-
-def facts(record: TaskRecord) -> dict[str, Any]:
-    """Return what a log line says of `record`."""
-    return {"task_id": record.task_id, "state": record.state, "attempt": record.envelope.attempt}

@@ -60,6 +60,10 @@ class DomainEvidence(Wire, frozen=True, kw_only=True):
     mean: Unit = 0.0
 
 
+MAX_DOMAINS = 48
+"""Domains remembered per node: all windows full, a profile still fits a message."""
+
+
 class NodeProfile(Wire, frozen=True, kw_only=True):
     """What has been learned about one node."""
 

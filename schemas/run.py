@@ -73,6 +73,11 @@ class RunEvent(Wire, frozen=True, kw_only=True):
     result: RunResult | None = None
     error: TaskError | None = None
 
+    @property
+    def final(self) -> bool:
+        """Whether no event follows."""
+        return self.kind in FINAL_KINDS
+
 
 class Delta(Wire, frozen=True, kw_only=True):
     """One step of progress as clients see it."""

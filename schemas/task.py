@@ -39,12 +39,6 @@ class Accept(Wire, frozen=True, kw_only=True):
 
     contains: Annotated[tuple[Annotated[str, Meta(max_length=1000)], ...], Meta(max_length=16)] = ()
     """Texts the content must hold, letter for letter."""
-    regex: Annotated[str, Meta(max_length=1000)] = ""
-    """A regular expression (Python's `re`) the content must match somewhere."""
-    json_schema: dict[str, Any] | None = None
-    """A JSON Schema the content must satisfy."""
-    threshold: Unit = 0.5
-    """Least score of a judge that counts as a success."""
 
 
 class Limits(Wire, frozen=True, kw_only=True):
@@ -122,15 +116,6 @@ def check_ad(ad: TaskAd) -> TaskAd:
     fault = free_json_fault(ad.context, max_bytes=MAX_CONTEXT_BYTES)
     if fault:
         raise InvalidTask(f"context {fault}", field="context", task_id=ad.task_id)
-    if ad.accept and ad.accept.regex:
-        try:
-            re.compile(ad.accept.regex)
-        except re.error as error:
-            raise InvalidTask(f"accept.regex does not compile: {error}", field="accept", task_id=ad.task_id) from None
-    if ad.accept and ad.accept.json_schema is not None:
-        fault = free_json_fault(ad.accept.json_schema, max_bytes=MAX_CONTEXT_BYTES)
-        if fault:
-            raise InvalidTask(f"accept.json_schema {fault}", field="accept", task_id=ad.task_id)
     try:
         raw = encode(ad)
         decode(raw, TaskAd)
@@ -256,7 +241,7 @@ class TaskResult(Wire, frozen=True, kw_only=True):
         return self.state == "succeeded"
 
 
-class Accepted(Wire, frozen=True, kw_only=True):
+class Accepted(Wire, frozen=True, kw_only=True, omit_defaults=False):
     """The answer to a submit that does not wait."""
 
     task_id: Token

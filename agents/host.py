@@ -1,0 +1,281 @@
+"""The node host: answers calls for bids, runs what its nodes win, and says that it is alive.
+
+Hears      auction.*, run.<host>, cancel.*, hosts, lifecycle.learned.*
+Says       offers, run events, host.<host> every 3 s, lifecycle.joined and lifecycle.left
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+import structlog
+
+from loom.agents.function_agent import as_agent
+from loom.agents.node import Node, Room, choose
+from loom.agents.port import collect
+from loom.agents.runs import Finished, Run, send
+from loom.bus.client import Bus, Msg, Subscription
+from loom.bus.faults import describe
+from loom.schemas.auction import CallForBids, HostAnnouncement, Offer
+from loom.schemas.errors import AgentFailed, LoomError
+from loom.schemas.learning import Lifecycle, LifecycleKind
+from loom.schemas.run import RunEvent, RunKind, RunRequest
+from loom.schemas.task import TaskError
+from loom.schemas.wire import Undecodable, decode, new_id
+
+log = structlog.get_logger()
+
+ANNOUNCE_S = 3.0
+HEARTBEAT_S = 2.0
+SLOTS = 4
+BACKLOG = 16
+
+
+class NodeHost:
+    """Hosts nodes on the bus.
+
+    Args:
+        nodes: Returns the nodes there are now; read at every call, so that nodes may come and go.
+        slots: Runs a node works on at once. Runs share no conversation.
+        backlog: Runs a node queues besides.
+    """
+
+    def __init__(
+        self, bus: Bus, nodes: Callable[[], Sequence[Node]], *, slots: int = SLOTS, backlog: int = BACKLOG
+    ) -> None:
+        self.host_id = new_id()[:12]
+        self._bus = bus
+        self._nodes = nodes
+        self._slots = slots
+        self._backlog = backlog
+        self._rooms: dict[str, Room] = {}
+        self._runs: dict[tuple[str, int], Run] = {}
+        self._finished = Finished()
+        self._known: frozenset[str] = frozenset()
+        self._draining = False
+        self._subscriptions: list[Subscription] = []
+        self._tickers: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin to bid; returns once the server knows of it and everybody has been told."""
+        subjects = self._bus.subjects
+        for subject, handler in (
+            (subjects.of("run", self.host_id), self._on_run),
+            (subjects.of("cancel", "*"), self._on_cancel),
+            (subjects.of("lifecycle", "learned", "*"), self._on_learned),
+            (subjects.hosts, self._on_hosts),
+            (subjects.of("auction", "*"), self._on_call),
+        ):
+            self._subscriptions.append(await self._bus.subscribe(subject, handler))
+        await self.announce()
+        await self._bus.echo()
+        self._tickers = [
+            self._bus.spawn(self._every(ANNOUNCE_S, self.announce), name="announce"),
+            self._bus.spawn(self._every(HEARTBEAT_S, self._beat), name="heartbeats"),
+        ]
+
+    async def drain(self, timeout_s: float) -> None:
+        """Bid no more, finish runs for at most `timeout_s`, give the rest back. Safe to call twice or unstarted."""
+        if self._draining or not self._subscriptions:
+            return
+        self._draining = True
+        await self.announce()
+        working = [run.work for run in self._runs.values() if run.work is not None]
+        if working:
+            await asyncio.wait(working, timeout=timeout_s)
+        stopping = TaskError(code="node_busy", message="the host is stopping")
+        for run in list(self._runs.values()):
+            await self._end(run, "error", error=stopping)
+        for ticker in self._tickers:
+            ticker.cancel()
+        for subscription in self._subscriptions:
+            await self._bus.unsubscribe(subscription)
+        for node_id in self._known:
+            await self._tell("left", node_id)
+
+    async def announce(self) -> None:
+        """Say who is here, and tell of nodes that have come or gone."""
+        nodes = frozenset(node.id for node in self._nodes())
+        rooms = [self._room(node_id) for node_id in nodes]
+        said = HostAnnouncement(
+            host_id=self.host_id,
+            nodes=tuple(sorted(nodes)),
+            slots=self._slots * len(nodes),
+            running=sum(len(room.running) for room in rooms),
+            queued=sum(room.queued for room in rooms),
+            draining=self._draining,
+        )
+        await self._bus.publish(self._bus.subjects.of("host", self.host_id), said)
+        for node_id in nodes - self._known:
+            await self._tell("joined", node_id)
+        for node_id in self._known - nodes:
+            await self._tell("left", node_id)
+            if not self._room(node_id).running:
+                self._rooms.pop(node_id, None)
+        self._known = nodes
+
+    async def _tell(self, kind: LifecycleKind, node_id: str) -> None:
+        news = Lifecycle(kind=kind, node_id=node_id, host_id=self.host_id, at=self._bus.now())
+        await self._bus.publish(self._bus.subjects.of("lifecycle", kind, node_id), news)
+
+    def _room(self, node_id: str) -> Room:
+        if node_id not in self._rooms:
+            self._rooms[node_id] = Room(self._slots, self._backlog)
+        return self._rooms[node_id]
+
+    def _node(self, node_id: str) -> Node | None:
+        return next((node for node in self._nodes() if node.id == node_id), None)
+
+    # -- bidding
+
+    async def _on_call(self, msg: Msg) -> None:
+        try:
+            call = decode(msg.data, CallForBids)
+        except Undecodable as error:
+            log.warning("call_undecodable", reason=error.message)
+            return
+        await self._bus.publish(msg.reply, self.offer(call))
+
+    def offer(self, call: CallForBids) -> Offer:
+        """Return this host's answer to a call: bids, or why there are none."""
+        if self._draining:
+            return Offer(host_id=self.host_id, decline="draining")
+        required = set(call.required_tools)
+        able = False
+        bids = []
+        for node in self._nodes():
+            if node.agent is None or node.id in call.excluded:
+                continue
+            room = self._room(node.id)
+            bid = room.bid(node, call.slug, call.required_tools)
+            if not required <= set(bid.tools):
+                continue
+            able = True
+            if not room.full:
+                bids.append(bid)
+        if bids:
+            return Offer(host_id=self.host_id, bids=choose(bids, call.prefer, call.limit))
+        return Offer(host_id=self.host_id, decline="busy" if able else "cannot")
+
+    # -- running
+
+    async def _on_run(self, msg: Msg) -> None:
+        try:
+            request = decode(msg.data, RunRequest)
+        except Undecodable as error:
+            log.warning("run_request_undecodable", reason=error.message)
+            await send(self._bus, msg.reply, RunEvent(n=0, kind="rejected", code="cannot"))
+            return
+        known = self._runs.get((request.task_id, request.attempt))
+        if known is not None:
+            await known.move(msg.reply, request.from_n)
+            return
+        last = self._finished.get((request.task_id, request.attempt))
+        if last is not None:
+            await send(self._bus, msg.reply, last)
+            return
+        await self._stop_earlier(request)
+        await self._take(Run(self._bus, request, msg.reply))
+
+    async def _take(self, run: Run) -> None:
+        node = self._node(run.request.node_id)
+        if node is None or node.agent is None:
+            await run.say("rejected", code="cannot")
+            return
+        room = self._room(node.id)
+        if self._draining or room.full:
+            await run.say("rejected", code="busy")
+            return
+        self._runs[run.key] = run
+        room.enqueue(run)
+        await run.say("accepted", queued=max(0, room.queued - (room.slots - len(room.running))))
+        self._fill(room)
+
+    def _fill(self, room: Room) -> None:
+        while (run := room.next()) is not None:
+            run.work = asyncio.get_running_loop().create_task(self._work(run, room), name=f"run {run.request.key}")
+        self._show_load(room)
+
+    def _show_load(self, room: Room) -> None:
+        for node in self._nodes():
+            if self._rooms.get(node.id) is room:
+                node.load = room.load
+                node.status = "busy" if room.running else "idle"
+
+    async def _work(self, run: Run, room: Room) -> None:
+        """Run to the end, whatever the agent does; the last event says how it went."""
+        request = run.request
+        try:
+            await run.say("started")
+            node = self._node(request.node_id)
+            if node is None:
+                raise AgentFailed("the node left before the run began")
+            result = await collect(as_agent(node.agent), request, run.progress)
+            room.learn(result)
+            await self._end(run, "result", result=result)
+        except asyncio.CancelledError:
+            await self._end(run, "error", error=TaskError(code="cancelled", message="the run was stopped"))
+        except LoomError as error:
+            await self._end(run, "error", error=TaskError.of(error, node_id=request.node_id))
+        except Exception as error:  # noqa: BLE001 - an agent is user code: whatever it raises is its failure
+            log.warning("agent_raised", task_id=request.task_id, node_id=request.node_id, **describe(error))
+            failed = TaskError(code="agent_failed", message=f"the agent raised {type(error).__name__}")
+            await self._end(run, "error", error=failed)
+        finally:
+            room.running.discard(run)
+            self._fill(room)
+
+    async def _end(self, run: Run, kind: RunKind, **facts: Any) -> None:
+        """Say the last event once, and remember it for whoever asks again."""
+        if run.last is None:
+            await run.say(kind, **facts)
+            if run.last is not None:
+                self._finished.keep(run.key, run.last, time.monotonic())
+        self._runs.pop(run.key, None)
+        run.cancelled = True
+        if run.work is not None and run.work is not asyncio.current_task():
+            run.work.cancel()
+
+    async def _stop_earlier(self, request: RunRequest) -> None:
+        """An attempt given up elsewhere costs nothing more here."""
+        await self._stop(
+            [
+                run
+                for run in self._runs.values()
+                if run.request.task_id == request.task_id and run.key[1] < request.attempt
+            ]
+        )
+
+    async def _stop(self, runs: Iterable[Run]) -> None:
+        for run in runs:
+            await self._end(run, "error", error=TaskError(code="cancelled", message="the run was stopped"))
+
+    # -- what else is heard
+
+    async def _on_cancel(self, msg: Msg) -> None:
+        task_id = msg.subject.rsplit(".", 1)[1]
+        await self._stop([run for run in self._runs.values() if run.request.task_id == task_id])
+
+    async def _on_hosts(self, _msg: Msg) -> None:
+        await self.announce()
+
+    async def _on_learned(self, msg: Msg) -> None:
+        node = self._node(msg.subject.rsplit(".", 1)[1])
+        if node is None:
+            return
+        news = decode(msg.data, Lifecycle)
+        if news.profile is not None:
+            node.mirror(news.profile)
+
+    async def _beat(self) -> None:
+        for run in list(self._runs.values()):
+            await run.say("heartbeat")
+
+    async def _every(self, seconds: float, act: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await act()
+            except LoomError as error:
+                log.warning("host_silenced", reason=error.message)

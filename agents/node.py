@@ -1,0 +1,98 @@
+"""A hosted node: what a host needs of it, and how much of it is taken."""
+
+import heapq
+from collections.abc import Collection
+from itertools import count
+from typing import Any, Protocol
+
+from loom.agents.runs import Run
+from loom.schemas.auction import Bid
+from loom.schemas.learning import NodeProfile
+from loom.schemas.task import PRIORITIES, RunResult
+
+SMOOTHING = 0.3
+"""Weight of the newest run in expected tokens and seconds."""
+
+
+class Node(Protocol):
+    """What a host needs of a node; `loom.types.AgentNode` is one."""
+
+    id: str
+    agent: Any
+    status: Any
+    load: float
+
+    def to_bid(self, *, domain: str, required_tools: Collection[str] = ()) -> Bid:
+        """Return its offer: claim, load and tools."""
+        ...
+
+    def mirror(self, profile: NodeProfile) -> None:
+        """Take over what has been learned about it."""
+        ...
+
+
+class Room:
+    """The slots and the backlog of one node."""
+
+    def __init__(self, slots: int, backlog: int) -> None:
+        self.slots = slots
+        self.backlog = backlog
+        self.running: set[Run] = set()
+        self.expected_tokens = 0.0
+        self.expected_s = 0.0
+        self._queue: list[tuple[int, int, Run]] = []
+        self._order = count()
+
+    @property
+    def queued(self) -> int:
+        """Runs that wait for a slot."""
+        return sum(not run.cancelled for _, _, run in self._queue)
+
+    @property
+    def full(self) -> bool:
+        """Whether one more run would have no place."""
+        return len(self.running) >= self.slots and self.queued >= self.backlog
+
+    @property
+    def load(self) -> float:
+        """Taken places as a share of all, 0 to 1."""
+        return min(1.0, (len(self.running) + self.queued) / (self.slots + self.backlog))
+
+    def enqueue(self, run: Run) -> None:
+        """Add a run behind all of its priority."""
+        heapq.heappush(self._queue, (-PRIORITIES.index(run.request.priority), next(self._order), run))
+
+    def next(self) -> Run | None:
+        """Take the most urgent run that has a slot, or None."""
+        while self._queue and len(self.running) < self.slots:
+            run = heapq.heappop(self._queue)[2]
+            if not run.cancelled:
+                self.running.add(run)
+                return run
+        return None
+
+    def learn(self, result: RunResult) -> None:
+        """Adjust what a run is expected to take."""
+        first = not self.expected_s
+        weight = 1.0 if first else SMOOTHING
+        self.expected_tokens += weight * (result.tokens - self.expected_tokens)
+        self.expected_s += weight * (result.duration_s - self.expected_s)
+
+    def bid(self, node: Node, domain: str, required_tools: Collection[str]) -> Bid:
+        """Return the node's bid with the room's numbers."""
+        offer = node.to_bid(domain=domain, required_tools=required_tools)
+        return Bid(
+            node_id=offer.node_id,
+            claim=offer.claim,
+            load=self.load,
+            tools=offer.tools,
+            expected_tokens=int(self.expected_tokens),
+            expected_s=self.expected_s,
+            backlog=self.queued,
+        )
+
+
+def choose(bids: list[Bid], prefer: Collection[str], limit: int) -> tuple[Bid, ...]:
+    """Return at most `limit` bids: the preferred nodes first, then the highest claims."""
+    ranked = sorted(bids, key=lambda bid: (bid.node_id not in prefer, -bid.claim, bid.load))
+    return tuple(ranked[:limit])

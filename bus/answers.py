@@ -1,0 +1,49 @@
+"""Replies to clients: the one answer of a task, and errors, the same in every language."""
+
+from typing import Any
+
+import structlog
+
+from loom.bus.client import Bus
+from loom.schemas.envelope import TaskRecord
+from loom.schemas.errors import LoomError
+from loom.schemas.task import ErrorReply
+
+log = structlog.get_logger()
+
+REPLY_PREFIXES = ("_INBOX.", "_R_.")
+"""Where answers may go: client inboxes, and what the server makes of them between accounts."""
+
+
+def may_answer(reply: str) -> bool:
+    """Return whether `reply` is a client's inbox; any other subject could be somebody's command."""
+    return reply.startswith(REPLY_PREFIXES)
+
+
+async def answer(bus: Bus, reply: str, message: Any) -> None:
+    """Publish `message` to a client's inbox, at most once."""
+    if reply and may_answer(reply):
+        await bus.publish(reply, message)
+
+
+async def answer_error(bus: Bus, reply: str, error: LoomError) -> None:
+    """Publish an error reply: code and sentence in the headers and in the body."""
+    if not (reply and may_answer(reply)):
+        return
+    body = ErrorReply(code=error.code, message=error.message, field=error.field, task_id=error.task_id)
+    await bus.publish(reply, body, headers=error_headers(error.code, error.message))
+
+
+def error_headers(code: str, message: str) -> dict[str, str]:
+    """Return the headers by which NATS service clients recognise an error."""
+    sentence = " ".join(message.encode("ascii", "replace").decode().split())[:300]
+    return {"Nats-Service-Error": sentence, "Nats-Service-Error-Code": code}
+
+
+async def answer_task(bus: Bus, reply: str, record: TaskRecord) -> None:
+    """Answer with the result of an ended task; a failed one also says so as an error."""
+    result = record.to_result()
+    if result.error is None:
+        await answer(bus, reply, result)
+    else:
+        await answer_error(bus, reply, result.error.to_exception(record.task_id))

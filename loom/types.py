@@ -1,0 +1,334 @@
+"""The shapes Python users hold: nodes that change while they work, and the messages re-exported under one name."""
+
+import re
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from uuid import uuid4
+
+from loom.schemas import auction
+from loom.schemas.config import ClusterConfig
+from loom.schemas.events import (
+    AgentEvent,
+    Done,
+    ErrorEvent,
+    ReasoningDelta,
+    StepEnd,
+    StepStart,
+    TextDelta,
+    TokenUsage,
+    ToolCallEnd,
+    ToolCallStart,
+)
+from loom.schemas.learning import WINDOW, NodeProfile
+from loom.schemas.llm import (
+    AssistantMessage,
+    CompletionParams,
+    CompletionResult,
+    LLMProvider,
+    Message,
+    StreamChunk,
+    SystemMessage,
+    ToolCall,
+    ToolDefinition,
+    Usage,
+    UserMessage,
+)
+from loom.schemas.task import Accept, Limits, Priority, TaskAd, TaskError, TaskResult, slug
+
+__all__ = [
+    "Accept",
+    "AgentBlueprint",
+    "AgentEvent",
+    "AgentNode",
+    "AssistantMessage",
+    "Bid",
+    "CapabilityProfile",
+    "ClusterConfig",
+    "CompletionParams",
+    "CompletionResult",
+    "ComplexityEstimate",
+    "Done",
+    "ErrorEvent",
+    "HealthReport",
+    "LLMProvider",
+    "Limits",
+    "Message",
+    "NodeStatus",
+    "Priority",
+    "ReasoningDelta",
+    "RewardRecord",
+    "RewardSignal",
+    "Skill",
+    "SkillTrigger",
+    "StepEnd",
+    "StepStart",
+    "StreamChunk",
+    "SubTask",
+    "SystemMessage",
+    "TaskAd",
+    "TaskError",
+    "TaskResult",
+    "TaskSpec",
+    "TextDelta",
+    "TokenUsage",
+    "ToolCall",
+    "ToolCallEnd",
+    "ToolCallStart",
+    "ToolDefinition",
+    "Usage",
+    "UserMessage",
+]
+
+NodeStatus = Literal["idle", "busy", "splitting", "dying"]
+
+NEUTRAL = 0.5
+"""What is assumed of a node nothing is known about."""
+
+
+def _short_id() -> str:
+    return uuid4().hex[:8]
+
+
+def unit(value: float) -> float:
+    """Return `value` clamped to [0, 1]; what is not a number counts as 0."""
+    return min(1.0, max(0.0, value))
+
+
+@dataclass
+class CapabilityProfile:
+    """What a node says it can do, and how it has done so far."""
+
+    scores: dict[str, float] = field(default_factory=dict)
+    """domain, any wording -> 0 useless to 1 expert."""
+    tools: list[str] = field(default_factory=list)
+    total_tasks: int = 0
+    success_rate: float = NEUTRAL
+    """0 to 1; neutral while nothing is known."""
+
+    def key(self, domain: str) -> str:
+        """Return the wording under which `scores` holds `domain`; `domain` itself when it holds none.
+
+        Two wordings are one domain when they share a slug: `Code` and `code`, but not 代码 and 数据.
+        """
+        if domain in self.scores:
+            return domain
+        wanted = slug(domain)
+        return next((name for name in self.scores if slug(name) == wanted), domain)
+
+    def score(self, domain: str) -> float:
+        """Return the score in `domain`, in [0, 1]; neutral for a domain not named."""
+        return unit(self.scores.get(self.key(domain), NEUTRAL))
+
+    def tool_share(self, required: Collection[str]) -> float:
+        """Return the share of the required tools it has, each counted once; 1 when none is required."""
+        wanted = set(required)
+        return len(wanted.intersection(self.tools)) / len(wanted) if wanted else 1.0
+
+
+@dataclass
+class RewardSignal:
+    """A reward taken apart; each part 0 to 1."""
+
+    quality: float = 0.0
+    efficiency: float = 0.0
+    reliability: float = 0.0
+
+
+@dataclass
+class RewardRecord:
+    """What one task earned a node."""
+
+    task_id: str
+    reward: float
+    domain: str
+    token_cost: int = 0
+    timestamp: float = field(default_factory=time.time)
+    """Seconds since the epoch."""
+
+
+@dataclass
+class AgentNode:
+    """An agent's place in a cluster. It can bid before its `agent` is set, but run nothing."""
+
+    id: str = field(default_factory=_short_id)
+    parent_id: str | None = None
+    depth: int = 0
+    """Divisions between this node and one that was added by hand."""
+    capabilities: CapabilityProfile = field(default_factory=CapabilityProfile)
+    reward_history: list[RewardRecord] = field(default_factory=list)
+    """Oldest first, at most 120 per domain."""
+    status: NodeStatus = "idle"
+    load: float = 0.0
+    """0 free to 1 full."""
+    agent: Any = None
+    last_active_at: float = field(default_factory=time.time)
+    """Seconds since the epoch."""
+    consecutive_losses: int = 0
+    blueprint_id: str | None = None
+    decayed_at: float = 0.0
+    """Seconds since the epoch of the last decay of its scores; 0: never."""
+
+    def remember(self, *, task_id: str, domain: str, reward: float, token_cost: int, at: float) -> None:
+        """Append a record to the history, dropping the domain's oldest past 120."""
+        self.reward_history.append(RewardRecord(task_id, reward, domain, token_cost, at))
+        same = [index for index, record in enumerate(self.reward_history) if slug(record.domain) == slug(domain)]
+        if len(same) > WINDOW:
+            del self.reward_history[same[0]]
+
+    def to_bid(self, *, domain: str, required_tools: Collection[str] = ()) -> auction.Bid:
+        """Return what this node offers on the wire for a task of `domain` (its wording or its slug)."""
+        own = {*self.capabilities.tools, *getattr(self.agent, "tools", ())}
+        return auction.Bid(
+            node_id=self.id,
+            claim=self.capabilities.score(domain),
+            load=unit(self.load),
+            tools=tuple(tool for tool in dict.fromkeys(required_tools) if tool in own),
+        )
+
+    def mirror(self, profile: NodeProfile) -> None:
+        """Take over what has been learned about this node.
+
+        The claims in `capabilities.scores` stay as they are: the auction weighs them against the same evidence,
+        which would count twice if a claim already held it.
+        """
+        facts = self.capabilities
+        facts.total_tasks = profile.total_tasks
+        facts.success_rate = profile.success_rate if profile.total_tasks else NEUTRAL
+        self.consecutive_losses = profile.consecutive_losses
+        self.reward_history = sorted(
+            (
+                RewardRecord(entry.reward_id.split(":")[0], entry.score, facts.key(name), timestamp=entry.ended_at)
+                for name, evidence in profile.domains.items()
+                for entry in evidence.scores
+            ),
+            key=lambda record: record.timestamp,
+        )
+        if self.reward_history:
+            self.last_active_at = max(self.last_active_at, self.reward_history[-1].timestamp)
+
+
+@dataclass
+class Bid:
+    """One node's offer in a cluster's own auction."""
+
+    agent_id: str
+    task_id: str
+    score: float
+    breakdown: dict[str, float] = field(default_factory=dict)
+    """capability, availability, history, tools -> 0 to 1, before weighing."""
+    estimated_tokens: int = 0
+    """0: not estimated."""
+
+
+@dataclass
+class SubTask:
+    """A part of a task that was split."""
+
+    id: str = field(default_factory=_short_id)
+    description: str = ""
+    domain: str = ""
+    dependencies: list[str] = field(default_factory=list)
+    """Ids of the subtasks whose outputs it needs."""
+    estimated_complexity: float = 0.3
+
+
+@dataclass
+class TaskSpec:
+    """A task spelled out for whoever does it."""
+
+    task: str
+    objective: str = ""
+    output_format: str = ""
+    boundaries: str = ""
+    tool_guidance: str = ""
+    domain_hints: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ComplexityEstimate:
+    """How hard a task looks."""
+
+    score: float = 0.5
+    """0 trivial to 1 very hard."""
+    domains: list[str] = field(default_factory=list)
+    reasoning: str = ""
+    method: Literal["heuristic", "llm"] = "heuristic"
+
+
+@dataclass
+class HealthReport:
+    """How a node fares, and what to do about it."""
+
+    node_id: str
+    status: Literal["healthy", "warning", "dying"]
+    recent_avg_reward: float
+    """Mean of the ten newest rewards; 0 without any."""
+    idle_ms: int
+    """Since the node last did something; 0 while it is busy."""
+    recommendation: Literal["keep", "merge", "recycle"]
+    """merge: its knowledge is worth passing on; recycle: it is not."""
+
+
+@dataclass
+class SkillTrigger:
+    """When a skill is called for. One that could never match is refused with ValueError."""
+
+    type: Literal["keyword", "pattern", "semantic", "custom"] = "keyword"
+    keywords: list[str] = field(default_factory=list)
+    pattern: str = ""
+    """A regular expression (Python's `re`), matched anywhere, upper and lower case alike."""
+    match_all: bool = False
+    """Whether every keyword must occur."""
+    threshold: float = 0.7
+    """Least answer of `evaluator` that counts."""
+    evaluator: Callable[[str], float] | None = None
+    """semantic and custom: text -> how well it fits, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        needed = {"keyword": self.keywords, "pattern": self.pattern}.get(self.type, self.evaluator)
+        if not needed:
+            part = {"keyword": "keywords", "pattern": "a pattern"}.get(self.type, "an evaluator")
+            raise ValueError(f"a {self.type} trigger needs {part}")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"the trigger's pattern does not compile: {error}") from None
+
+
+@dataclass
+class Skill:
+    """Instructions an agent can be given when a task calls for them."""
+
+    name: str
+    description: str = ""
+    instructions: str = ""
+    activation_level: Literal["always", "conditional", "manual"] = "conditional"
+    """manual: never chosen by its trigger."""
+    priority: float = 0.5
+    """0 to 1; weighs the trigger's match."""
+    trigger: SkillTrigger | None = None
+    tools: list[str] = field(default_factory=list)
+
+
+@dataclass
+class AgentBlueprint:
+    """A recipe for new nodes, and how those made from it have done."""
+
+    id: str = field(default_factory=lambda: uuid4().hex)
+    name: str = ""
+    description: str = ""
+    system_prompt: str = ""
+    domain: str = "general"
+    domain_scores: dict[str, float] = field(default_factory=dict)
+    tools_filter: list[str] = field(default_factory=list)
+    """Tools a node made from it gets; empty: all its parent has."""
+    created_at: float = field(default_factory=time.time)
+    updated_at: float = field(default_factory=time.time)
+    generation: int = 1
+    parent_id: str | None = None
+    total_spawns: int = 0
+    total_tasks: int = 0
+    avg_reward: float = 0.0
+    reward_history: list[float] = field(default_factory=list)

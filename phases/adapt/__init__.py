@@ -1,0 +1,3 @@
+from loom.phases.adapt.service import Adapt
+
+__all__ = ["Adapt"]

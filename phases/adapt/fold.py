@@ -1,0 +1,73 @@
+"""How a reward changes what is known of a node. Pure, and the same for every replica and every rebuild."""
+
+from msgspec.structs import replace
+
+from loom.schemas.learning import MAX_DOMAINS, WINDOW, DomainEvidence, NodeProfile, Reward, Score
+
+SUCCESS = 0.5
+"""Least score that counts as a success."""
+
+
+def fold(profile: NodeProfile, reward: Reward, seq: int) -> NodeProfile:
+    """Return `profile` after the reward at stream sequence `seq`.
+
+    A sequence already folded changes nothing. A reward of a known id replaces its twin; one that ended before
+    everything in a full window is too late to matter.
+    """
+    if seq <= profile.last_seq:
+        return profile
+    profile = replace(profile, last_seq=seq)
+    before = profile.domains.get(reward.slug, DomainEvidence())
+    after = fold_domain(before, reward)
+    if after is before:
+        return profile
+    revised = any(score.reward_id == reward.reward_id for score in before.scores)
+    domains = _newest({**profile.domains, reward.slug: after})
+    scores = [score for evidence in domains.values() for score in evidence.scores]
+    lost = reward.score < SUCCESS
+    losses = profile.consecutive_losses
+    return replace(
+        profile,
+        domains=domains,
+        success_rate=sum(score.score >= SUCCESS for score in scores) / len(scores),
+        total_tasks=profile.total_tasks + (not revised),
+        consecutive_losses=losses if revised else (losses + 1 if lost else 0),
+        tokens=profile.tokens + (0 if revised else reward.tokens),
+        seconds=profile.seconds + (0.0 if revised else reward.seconds),
+        updated_at=max(profile.updated_at, reward.ended_at),
+    )
+
+
+def fold_domain(evidence: DomainEvidence, reward: Reward) -> DomainEvidence:
+    """Return the window with `reward` in its place by end of attempt; unchanged when it comes too late."""
+    new = Score(reward_id=reward.reward_id, score=reward.score, ended_at=reward.ended_at)
+    twin = next((score for score in evidence.scores if score.reward_id == reward.reward_id), None)
+    if twin is not None:
+        new = replace(new, ended_at=twin.ended_at)
+        scores = [new if score is twin else score for score in evidence.scores]
+    else:
+        if len(evidence.scores) >= WINDOW and reward.ended_at < evidence.scores[0].ended_at:
+            return evidence
+        # Stable: of equal times the one that came first stays first.
+        scores = sorted((*evidence.scores, new), key=lambda score: score.ended_at)[-WINDOW:]
+    return DomainEvidence(
+        scores=tuple(scores), count=len(scores), mean=sum(score.score for score in scores) / len(scores)
+    )
+
+
+def _newest(domains: dict[str, DomainEvidence]) -> dict[str, DomainEvidence]:
+    """The domains a profile has room for, the longest unused ones left out."""
+    if len(domains) <= MAX_DOMAINS:
+        return domains
+    kept = sorted(domains, key=lambda slug: domains[slug].scores[-1].ended_at)[-MAX_DOMAINS:]
+    return {slug: domains[slug] for slug in domains if slug in kept}
+
+
+def summary(profile: NodeProfile, newest: int = 10) -> NodeProfile:
+    """Return the profile small enough to be told to everybody: counts, means, and the newest scores."""
+    by_age = sorted(
+        ((score.ended_at, slug, score) for slug, ev in profile.domains.items() for score in ev.scores),
+        key=lambda item: item[0],
+    )[-newest:]
+    kept = {slug: tuple(score for _, s, score in by_age if s == slug) for slug in profile.domains}
+    return replace(profile, domains={slug: replace(ev, scores=kept[slug]) for slug, ev in profile.domains.items()})

@@ -1,0 +1,3 @@
+from loom.phases.evaluate.service import Evaluate
+
+__all__ = ["Evaluate"]

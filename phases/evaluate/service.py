@@ -1,0 +1,128 @@
+"""Evaluate: judge what came back, and end the task or send it to another node.
+
+Consumes   task.evaluate.*.*   results, and errors of every phase
+Publishes  reward.<node>.<slug>, result.<task>, replies to submitters
+           task.match          the envelope with its attempt raised, when another node is to try
+State      the terminal record; this is the only phase that ends a task
+Gives up   never: whatever it is handed ends a task, sends it back, or is told that it has ended
+"""
+
+import structlog
+from msgspec.structs import replace
+
+from loom.bus.answers import answer_task
+from loom.bus.client import Bus, Conflict
+from loom.bus.delivery import Delivery
+from loom.bus.kv import Entry
+from loom.bus.loop import SLOTS, HopLoop, Service
+from loom.bus.outcome import Done, Next, Outcome
+from loom.bus.records import change, records
+from loom.bus.reward_bus import RewardBus
+from loom.bus.topology import EVALUATE_LANE
+from loom.phases.evaluate.policy import Back, End, decide, implied_reward, reward_for
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Envelope, TaskRecord
+
+log = structlog.get_logger()
+
+
+class Evaluate:
+    """The fifth phase."""
+
+    def __init__(self, bus: Bus, config: ClusterConfig) -> None:
+        self._bus = bus
+        self._config = config
+        self._records = records(bus)
+        self._rewards = RewardBus(bus=bus)
+        service = Service("evaluate", [(EVALUATE_LANE, SLOTS)], Envelope, self.handle, end=self.end_dead)
+        self._loop = HopLoop(bus, service)
+
+    async def start(self) -> None:
+        """Begin to judge."""
+        await self._loop.start()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new, finish for at most `timeout_s`."""
+        await self._loop.drain(timeout_s)
+
+    async def handle(self, envelope: Envelope, _delivery: Delivery) -> Outcome:
+        """End the task or send it back; what has ended is announced again."""
+        entry = await self._records.get(envelope.task_id)
+        if entry is None:
+            entry = await self._create_missing(envelope)
+        if entry is None:
+            log.warning("record_missing", attempt=envelope.attempt)
+            return Done()
+        if not entry.value.ended and envelope.attempt < entry.value.claim.attempt:
+            log.info("late_twin_dropped", attempt=envelope.attempt, claimed=entry.value.claim.attempt)
+            return Done()
+        decision = decide(envelope, self._config, self._bus.now())
+        if isinstance(decision, Back) and not entry.value.ended:
+            return await self._send_back(decision, envelope)
+        if isinstance(decision, End) and not entry.value.ended:
+            entry = await self._write_end(decision, envelope) or entry
+        if entry.value.ended:
+            await self._announce(entry.value)
+        return Done()
+
+    async def end_dead(self, envelope: Envelope) -> None:
+        """End a task of which even this phase could not handle the message."""
+        end = End("failed", replace(envelope, result=None))
+        entry = await self._write_end(end, envelope)
+        if entry is not None and entry.value.ended:
+            await self._announce(entry.value)
+
+    async def _create_missing(self, envelope: Envelope) -> Entry[TaskRecord] | None:
+        """Only a message that never reached admission may lack a record."""
+        if any(hop.phase != "sense" for hop in envelope.hops):
+            return None
+        record = TaskRecord(task_id=envelope.task_id, state="running", envelope=envelope, admitted_at=self._bus.now())
+        try:
+            revision = await self._records.create(envelope.task_id, record)
+        except Conflict:
+            return await self._records.get(envelope.task_id)
+        return Entry(envelope.task_id, record, revision)
+
+    async def _send_back(self, decision: Back, envelope: Envelope) -> Outcome:
+        """Pass the task to MATCH again, after the failed attempt's reward; the record stays as it is."""
+        error = decision.envelope.last_error
+        log.info("sent_back", code=error.code if error else "", attempt=decision.envelope.attempt)
+        reward = reward_for(envelope, error, _finished(envelope, self._bus.now()))
+        if reward is not None:
+            await self._rewards.publish(reward)
+        return Next("match", decision.envelope)
+
+    async def _write_end(self, decision: End, envelope: Envelope) -> Entry[TaskRecord] | None:
+        now = self._bus.now()
+
+        def end(record: TaskRecord) -> TaskRecord | None:
+            if record.ended or envelope.attempt < record.claim.attempt:
+                return None
+            return replace(
+                record,
+                state=decision.state,
+                envelope=decision.envelope,
+                ended_at=now,
+                score=decision.score,
+                below_threshold=decision.below_threshold,
+            )
+
+        entry = await change(self._records, envelope.task_id, end)
+        if entry is not None and entry.value.ended:
+            error = entry.value.envelope.error
+            log.info("task_ended", state=entry.value.state, code=error.code if error else "")
+        return entry
+
+    async def _announce(self, record: TaskRecord) -> None:
+        """Publish everything an ended record implies; every reader bears hearing it twice."""
+        reward = implied_reward(record)
+        if reward is not None:
+            await self._rewards.publish(reward)
+        await self._bus.publish(self._bus.subjects.of("result", record.task_id), record.to_result())
+        for reply in record.reply_to:
+            await answer_task(self._bus, reply, record)
+
+
+def _finished(envelope: Envelope, now: float) -> float:
+    """When the attempt ended: the end of its last hop, the same however often it is asked."""
+    return envelope.hops[-1].finished if envelope.hops else now

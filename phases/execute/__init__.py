@@ -1,0 +1,3 @@
+from loom.phases.execute.service import Execute
+
+__all__ = ["Execute"]

@@ -1,0 +1,215 @@
+"""Execute: run the task on the node that won it, and tell everybody how it goes.
+
+Consumes   task.execute.*.*
+Publishes  run.<host>        a run request, answered by a stream of events
+           delta.<task>      text, steps and tool calls as they come
+           task.evaluate     the envelope with its result, or with an error
+State      the claim in the task's record: the fence of every attempt
+Gives up   node_lost, agent_failed, node_busy, deadline_exceeded, cancelled: as errors, for EVALUATE to decide
+"""
+
+import asyncio
+from typing import Any
+
+import structlog
+from msgspec.structs import replace
+
+from loom.bus.client import Bus, Conflict, Msg, Subscription
+from loom.bus.delivery import Delivery
+from loom.bus.loop import HopLoop, Service
+from loom.bus.outcome import Dead, Done, Fail, Leave, Next, Outcome
+from loom.bus.records import records
+from loom.bus.topology import EXECUTE_LANE
+from loom.phases.execute.claim import Drop, claim, may_report
+from loom.phases.execute.watch import Silent, Watch
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Award, Envelope
+from loom.schemas.errors import BusUnavailable
+from loom.schemas.run import Delta, RunEvent, RunRequest
+from loom.schemas.task import RunResult, TaskError
+
+log = structlog.get_logger()
+
+SLOTS = 1024
+CLAIM_TRIES = 8
+CANCELLED = TaskError(code="cancelled", message="the task was cancelled")
+
+
+class Execute:
+    """The fourth phase."""
+
+    def __init__(self, bus: Bus, config: ClusterConfig) -> None:
+        self._bus = bus
+        self._config = config
+        self._records = records(bus)
+        self._running: dict[str, asyncio.Event] = {}
+        self._cancels: Subscription | None = None
+        self._loop = HopLoop(bus, Service("execute", [(EXECUTE_LANE, SLOTS)], Envelope, self.handle))
+
+    async def start(self) -> None:
+        """Begin to run tasks."""
+        self._cancels = await self._bus.subscribe(self._bus.subjects.of("cancel", "*"), self._on_cancel)
+        await self._loop.start()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new, wait for runs for at most `timeout_s`, hand the rest to another replica."""
+        await self._loop.drain(timeout_s)
+        if self._cancels is not None:
+            await self._bus.unsubscribe(self._cancels)
+
+    async def handle(self, envelope: Envelope, delivery: Delivery) -> Outcome:
+        """Claim the attempt, run it, and hand on what came of it."""
+        award = envelope.award
+        if award is None:
+            return Dead("the envelope came without an award")
+        if self._bus.now() >= envelope.deadline:
+            late = TaskError(code="deadline_exceeded", message="the deadline passed before the run began")
+            return await self._report(late, envelope, delivery, claimed=False)
+        refused = await self._claim(envelope, award, delivery)
+        if refused is not None:
+            log.info("run_dropped", reason=refused.reason, attempt=envelope.attempt)
+            return Done()
+        cancelled = self._running.setdefault(envelope.task_id, asyncio.Event())
+        try:
+            return await self._run(envelope, award, delivery, cancelled)
+        finally:
+            self._running.pop(envelope.task_id, None)
+
+    async def _claim(self, envelope: Envelope, award: Award, delivery: Delivery) -> Drop | None:
+        for _ in range(CLAIM_TRIES):
+            entry = await self._records.get(envelope.task_id)
+            if entry is None:
+                return Drop("the task has no record")
+            verdict = claim(entry.value, envelope, award, self._bus.instance, delivery.facts.stream_seq)
+            if isinstance(verdict, Drop):
+                return verdict
+            try:
+                await self._records.update(envelope.task_id, verdict.record, entry.revision)
+            except Conflict:
+                continue
+            return None
+        raise BusUnavailable(f"the record of {envelope.task_id} would not hold still")
+
+    async def _run(self, envelope: Envelope, award: Award, delivery: Delivery, cancelled: asyncio.Event) -> Outcome:
+        """Watch the run until it ends, the task is cancelled or too late, or this process stops."""
+        watch = Watch(self._bus, award.host_id, request_for(envelope, award, self._bus.now()))
+        ending = asyncio.ensure_future(self._follow(watch, envelope, award, delivery))
+        stops = [asyncio.ensure_future(event.wait()) for event in (cancelled, delivery.recalled)]
+        try:
+            await asyncio.wait(
+                [ending, *stops],
+                timeout=max(0.0, envelope.deadline - self._bus.now()),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if ending.done():
+                return await self._settle(ending, envelope, award, delivery)
+            if cancelled.is_set():
+                return await self._report(CANCELLED, envelope, delivery)
+            if delivery.recalled.is_set():
+                return Next("execute", envelope)  # another replica re-attaches to the run
+            late = TaskError(
+                code="deadline_exceeded", message="the deadline passed during the run", node_id=award.node_id
+            )
+            return await self._report(late, envelope, delivery)
+        finally:
+            await _end(ending, *stops)
+
+    async def _settle(
+        self, ending: asyncio.Future[RunEvent | None], envelope: Envelope, award: Award, delivery: Delivery
+    ) -> Outcome:
+        try:
+            last = ending.result()
+        except Silent as error:
+            return await self._report(
+                TaskError(code="node_lost", message=str(error), node_id=award.node_id), envelope, delivery
+            )
+        if last is None:
+            return Next("execute", envelope)  # a suspect that proved harmless starts afresh
+        if last.kind == "result" and last.result is not None:
+            return Next(
+                "evaluate", replace(envelope, result=last.result, error=None, budget=left(envelope, last.result))
+            )
+        if last.kind == "moved":
+            return Leave()
+        return await self._report(error_in(last, award), envelope, delivery)
+
+    async def _follow(self, watch: Watch, envelope: Envelope, award: Award, delivery: Delivery) -> RunEvent | None:
+        """Relay the run's events and return the last one; None when a suspect message has proved harmless."""
+        delta = self._bus.subjects.of("delta", envelope.task_id)
+        async with watch:
+            async for event in watch.events():
+                if event.final:
+                    return event
+                if delivery.alone:
+                    return None
+                delivery.release()
+                if event.event is not None:
+                    await self._bus.publish(
+                        delta,
+                        Delta(task_id=envelope.task_id, attempt=envelope.attempt, n=event.n, event=event.event),
+                    )
+        raise Silent(f"host {award.host_id} ended without a last event")
+
+    async def _report(
+        self, error: TaskError, envelope: Envelope, delivery: Delivery, *, claimed: bool = True
+    ) -> Outcome:
+        """Hand an error on, unless the claim says that this message may not speak for the task any more."""
+        entry = await self._records.get(envelope.task_id)
+        if entry is None:
+            return Done()
+        if claimed:
+            say = may_report(entry.value, envelope.attempt, self._bus.instance, delivery.facts.stream_seq)
+        else:
+            say = "settle" if entry.value.ended or entry.value.claim.attempt > envelope.attempt else "report"
+        if say == "report":
+            log.info("run_failed", code=error.code, node_id=error.node_id, attempt=envelope.attempt)
+            return Fail(error, envelope)
+        return Done() if say == "settle" else Leave()
+
+    async def _on_cancel(self, msg: Msg) -> None:
+        running = self._running.get(msg.subject.rsplit(".", 1)[1])
+        if running is not None:
+            running.set()
+
+
+def request_for(envelope: Envelope, award: Award, now: float) -> RunRequest:
+    """Return what the node host is asked."""
+    ad = envelope.ad
+    return RunRequest(
+        task_id=ad.task_id,
+        attempt=envelope.attempt,
+        node_id=award.node_id,
+        domain=envelope.domain,
+        description=ad.description,
+        complexity=envelope.spec.complexity if envelope.spec else 0.5,
+        context=ad.context,
+        inputs={**(envelope.split.inputs if envelope.split else {}), **envelope.inputs},
+        tools=ad.required_tools,
+        token_budget=envelope.budget,
+        remaining_s=max(0.0, envelope.deadline - now),
+        priority=ad.priority,
+        depth=envelope.depth,
+        trace=envelope.trace,
+    )
+
+
+def error_in(last: RunEvent, award: Award) -> TaskError:
+    """Return the error a run ended with."""
+    if last.error is not None:
+        return replace(last.error, node_id=award.node_id)
+    if last.kind == "rejected" and last.code == "busy":
+        return TaskError(code="node_busy", message="the node's slots and backlog are full", node_id=award.node_id)
+    if last.kind == "rejected":
+        return TaskError(code="node_lost", message="the host does not have this node any more", node_id=award.node_id)
+    return TaskError(code="agent_failed", message="the run ended without a result", node_id=award.node_id)
+
+
+def left(envelope: Envelope, result: RunResult) -> int | None:
+    """Return the tokens left after a run; None when there is no limit."""
+    return None if envelope.budget is None else max(0, envelope.budget - result.tokens)
+
+
+async def _end(*work: asyncio.Future[Any]) -> None:
+    for future in work:
+        future.cancel()
+    await asyncio.gather(*work, return_exceptions=True)

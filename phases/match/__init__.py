@@ -1,0 +1,3 @@
+from loom.phases.match.service import Match
+
+__all__ = ["Match"]

@@ -1,0 +1,172 @@
+"""Match: award each task to the best of those who bid.
+
+Consumes   task.match.<priority>.*   one lane per priority
+Publishes  auction.<slug>            a call for bids, answered by every node host
+           task.scale                the envelope with its award, or without one when nobody at all bids
+State      none of its own; profiles are read, never written
+Gives up   no_bids when all who could have failed, or nobody bids for no_bids_after_s; deadline_exceeded
+"""
+
+import asyncio
+import random
+from uuid import uuid4
+
+import structlog
+from msgspec.structs import replace
+
+from loom.bus.client import Bus
+from loom.bus.delivery import Delivery, Slots
+from loom.bus.loop import HopLoop, Service, lane_slots
+from loom.bus.outcome import Fail, Later, Next, Outcome
+from loom.bus.scatter import scatter
+from loom.bus.topology import MATCH_LANES, Lane
+from loom.phases.match.policy import AllBusy, Awarded, Exhausted, Nobody, Verdict, best_known, judge
+from loom.phases.match.roster import Roster
+from loom.schemas.auction import BID_LIMIT, CallForBids, Offer
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Award, Envelope, Spec
+from loom.schemas.task import TaskError
+from loom.schemas.wire import cut_utf8
+
+log = structlog.get_logger()
+
+DESCRIPTION_BYTES = 1024
+HOLD_S = 5.0  # a busy cluster is asked again for so long before the task goes to the tail
+PAUSE_S = (0.1, 2.0)  # shortest and longest pause between two calls
+ALONE_PAUSE_S = 1.0
+
+
+class Match:
+    """The second phase."""
+
+    def __init__(self, bus: Bus, config: ClusterConfig) -> None:
+        self._bus = bus
+        self._config = config
+        self._roster = Roster(bus)
+        lanes = [(lane, lane_slots(lane)) for lane in MATCH_LANES]
+        self._loop = HopLoop(bus, Service("match", lanes, Envelope, self.handle, window=self._window))
+
+    async def start(self) -> None:
+        """Begin to hold auctions."""
+        await self._roster.start()
+        await self._loop.start()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new, finish for at most `timeout_s`."""
+        await self._loop.drain(timeout_s)
+        await self._roster.stop()
+
+    async def handle(self, envelope: Envelope, delivery: Delivery) -> Outcome:
+        """Find a node for the task; while all are busy, ask again."""
+        spec = envelope.spec
+        if spec is None:
+            return Fail(TaskError(code="invalid_task", message="the envelope came without a spec"), envelope)
+        envelope = replace(envelope, award=None, error=None, result=None)
+        if envelope.ad.node_id is not None:
+            return await self._pinned(envelope, spec, envelope.ad.node_id, delivery)
+        give_up = self._bus.now() + HOLD_S
+        pause_s = PAUSE_S[0]
+        while True:
+            if self._bus.now() >= envelope.deadline:
+                return _too_late(envelope)
+            verdict = await self._auction(envelope, spec)
+            if not isinstance(verdict, AllBusy):
+                return self._follow(verdict, envelope, spec)
+            if self._bus.now() >= give_up or delivery.recalled.is_set():
+                return Later(random.uniform(*PAUSE_S), _met_someone(envelope, spec))  # noqa: S311 - jitter
+            await self._pause(delivery, random.uniform(pause_s / 2, pause_s))  # noqa: S311 - jitter
+            pause_s = min(2 * pause_s, PAUSE_S[1])
+
+    def _follow(self, verdict: Verdict, envelope: Envelope, spec: Spec) -> Outcome:
+        match verdict:
+            case Awarded(award):
+                log.info("awarded", node_id=award.node_id, host_id=award.host_id, score=round(award.score, 3))
+                return Next("scale", replace(_met_someone(envelope, spec), award=award))
+            case Exhausted():
+                return Fail(TaskError(code="no_bids", message="every node that could has failed this task"), envelope)
+            case AllBusy() | Nobody():
+                return self._alone(envelope, spec, self._why_nobody(envelope))
+
+    def _alone(self, envelope: Envelope, spec: Spec, why: str) -> Outcome:
+        """Nobody bids: ask SCALE for a node once, then call again until it has taken too long."""
+        now = self._bus.now()
+        if spec.alone_since is None:
+            return Next("scale", replace(envelope, spec=replace(spec, alone_since=now)))
+        if now - spec.alone_since >= self._config.no_bids_after_s:
+            return Fail(TaskError(code="no_bids", message=why), envelope)
+        return Later(ALONE_PAUSE_S, envelope)
+
+    def _why_nobody(self, envelope: Envelope) -> str:
+        if envelope.ad.required_tools and self._roster.expected():
+            return f"no node has all of the required tools: {', '.join(envelope.ad.required_tools)}"
+        return "no node is there to take the task; start one with `loom node FILE.py`"
+
+    async def _pinned(self, envelope: Envelope, spec: Spec, node_id: str, delivery: Delivery) -> Outcome:
+        if self._bus.now() >= envelope.deadline:
+            return _too_late(envelope)
+        if node_id in envelope.excluded:
+            return Fail(
+                TaskError(code="no_bids", message=f"the task is pinned to {node_id}, which has failed it"), envelope
+            )
+        hosts = self._roster.hosts_of(node_id)
+        if not hosts:
+            return self._alone(envelope, spec, f"the task is pinned to {node_id}, which is not there")
+        if envelope.last_error is not None and envelope.last_error.code == "node_busy":
+            await self._pause(delivery, random.uniform(*PAUSE_S))  # noqa: S311 - jitter
+        award = Award(node_id=node_id, host_id=hosts[0], pinned=True)
+        return Next("scale", replace(_met_someone(envelope, spec), award=award))
+
+    async def _auction(self, envelope: Envelope, spec: Spec) -> Verdict:
+        expected = self._roster.expected()
+
+        def enough(offers: list[Offer]) -> bool:
+            return bool(expected) and expected <= {offer.host_id for offer in offers}
+
+        offers = await scatter(
+            self._bus,
+            self._bus.subjects.of("auction", spec.slug),
+            self._call(envelope, spec),
+            Offer,
+            window_s=self._config.bid_window_ms / 1000,
+            enough=enough,
+        )
+        self._roster.answered(expected, {offer.host_id for offer in offers})
+        return judge(envelope, offers, self._roster.profiles, self._config.exploration)
+
+    def _call(self, envelope: Envelope, spec: Spec) -> CallForBids:
+        return CallForBids(
+            auction_id=uuid4().hex,
+            task_id=envelope.task_id,
+            attempt=envelope.attempt,
+            slug=spec.slug,
+            complexity=spec.complexity,
+            required_tools=envelope.ad.required_tools,
+            description=cut_utf8(envelope.ad.description, DESCRIPTION_BYTES)[0],
+            remaining_s=max(0.0, envelope.deadline - self._bus.now()),
+            excluded=envelope.excluded,
+            prefer=best_known(self._roster.profiles, spec.slug, BID_LIMIT),
+        )
+
+    async def _pause(self, delivery: Delivery, seconds: float) -> None:
+        """Wait, counted among those who wait, until the time is over or the process stops."""
+        delivery.release()
+        delivery.slots.waiting += 1
+        try:
+            async with asyncio.timeout(seconds):
+                await delivery.recalled.wait()
+        except TimeoutError:
+            pass  # the normal end of a pause
+        finally:
+            delivery.slots.waiting -= 1
+
+    def _window(self, _lane: Lane, slots: Slots) -> int:
+        """No more is read of a lane in which many wait already."""
+        return 0 if slots.waiting >= self._config.waiting_limit else slots.free
+
+
+def _met_someone(envelope: Envelope, spec: Spec) -> Envelope:
+    return envelope if spec.alone_since is None else replace(envelope, spec=replace(spec, alone_since=None))
+
+
+def _too_late(envelope: Envelope) -> Outcome:
+    return Fail(TaskError(code="deadline_exceeded", message="the deadline passed before a node was free"), envelope)

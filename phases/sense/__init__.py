@@ -1,0 +1,3 @@
+from loom.phases.sense.service import Sense
+
+__all__ = ["Sense"]

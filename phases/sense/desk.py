@@ -1,0 +1,148 @@
+"""The front desk: submit, status and cancel, for whoever speaks NATS and JSON."""
+
+import base64
+from uuid import uuid4
+
+import structlog
+from msgspec.structs import replace
+
+from loom.bus.answers import answer, answer_error
+from loom.bus.client import Bus, Conflict, Msg, Refused, Subscription
+from loom.bus.records import change
+from loom.phases.sense.admission import Admission, envelope_for
+from loom.schemas.envelope import Envelope, TaskRecord
+from loom.schemas.errors import LoomError, UnknownTask
+from loom.schemas.task import Accepted, Submission, TaskError, parse_ad
+from loom.schemas.wire import decode
+
+log = structlog.get_logger()
+
+QUEUE = "sense"
+CANCELLED = TaskError(code="cancelled", message="the task was cancelled")
+
+
+class Desk:
+    """Answers clients. Every replica of SENSE has one; the server hands each request to one of them."""
+
+    def __init__(self, bus: Bus, admission: Admission) -> None:
+        self._bus = bus
+        self._admission = admission
+        self._subscriptions: list[Subscription] = []
+
+    async def open(self) -> None:
+        """Begin to answer."""
+        subjects = self._bus.subjects
+        for subject, handler in (
+            (subjects.submit, self._submit),
+            (subjects.of("status", "*"), self._status),
+            (subjects.of("cancel", "*"), self._cancel),
+        ):
+            self._subscriptions.append(await self._bus.serve(subject, handler, queue=QUEUE))
+
+    async def close(self) -> None:
+        """Answer what has come in and take nothing more."""
+        subscriptions, self._subscriptions = self._subscriptions, []
+        for subscription in subscriptions:
+            await self._bus.stop_delivery(subscription)
+
+    async def _submit(self, msg: Msg) -> None:
+        try:
+            ad = parse_ad(msg.data)
+            submission = Submission(ad=ad, submission=uuid4().hex, reply_to=msg.reply if ad.wait else "")
+            headers = (
+                {"traceparent": msg.headers["traceparent"]} if msg.headers and "traceparent" in msg.headers else {}
+            )
+            await self._bus.store(
+                self._bus.subjects.intake(ad.priority, ad.task_id),
+                submission,
+                msg_id=f"{ad.task_id}:{submission.submission}",
+                headers=headers,
+                within_s=5.0,
+            )
+        except LoomError as error:
+            log.info("submission_refused", code=error.code, field=error.field, reason=error.message[:200])
+            await answer_error(self._bus, msg.reply, error)
+            return
+        if not ad.wait:
+            await answer(self._bus, msg.reply, Accepted(task_id=ad.task_id))
+
+    async def _status(self, msg: Msg) -> None:
+        task_id = _task_of(msg)
+        try:
+            entry = await self._admission.records.get(task_id)
+            if entry is not None:
+                await answer(self._bus, msg.reply, entry.value)
+            elif await self._queued(task_id) is not None:
+                await answer(self._bus, msg.reply, Accepted(task_id=task_id))
+            else:
+                raise UnknownTask(f"no task {task_id} is known; records are kept for 72 hours", task_id=task_id)
+        except LoomError as error:
+            await answer_error(self._bus, msg.reply, error)
+
+    async def _cancel(self, msg: Msg) -> None:
+        task_id = _task_of(msg)
+        try:
+            await answer(self._bus, msg.reply, await self._cancelled(task_id))
+        except LoomError as error:
+            await answer_error(self._bus, msg.reply, error)
+
+    async def _cancelled(self, task_id: str) -> TaskRecord:
+        """Cancel the task unless it has ended, and return its record.
+
+        EVALUATE is told before the record changes: if this process dies in between, the task still ends.
+        """
+        entry = await self._admission.records.get(task_id)
+        if entry is None:
+            return await self._cancel_queued(task_id)
+        if entry.value.ended:
+            return entry.value
+        current = entry.value.envelope
+        await self._tell_evaluate(replace(current, attempt=max(current.attempt, entry.value.claim.attempt)))
+        changed = await change(self._admission.records, task_id, lambda record: as_cancelled(record, self._bus.now()))
+        return changed.value if changed else entry.value
+
+    async def _cancel_queued(self, task_id: str) -> TaskRecord:
+        queued = await self._queued(task_id)
+        if queued is None:
+            raise UnknownTask(f"no task {task_id} is known; records are kept for 72 hours", task_id=task_id)
+        record = TaskRecord(
+            task_id=task_id,
+            state="running",
+            submission=queued.submission,
+            reply_to=(queued.reply_to,) if queued.reply_to else (),
+            envelope=envelope_for(queued, self._bus.now(), ""),
+            admitted_at=self._bus.now(),
+        )
+        ended = as_cancelled(record, self._bus.now()) or record
+        try:
+            await self._admission.records.create(task_id, ended)
+        except Conflict:  # admitted meanwhile
+            return await self._cancelled(task_id)
+        await self._tell_evaluate(ended.envelope)
+        return ended
+
+    async def _tell_evaluate(self, envelope: Envelope) -> None:
+        subject = self._bus.subjects.task("evaluate", envelope.priority, envelope.task_id)
+        await self._bus.store(subject, envelope.failed(CANCELLED), msg_id=f"{envelope.task_id}:cancel")
+
+    async def _queued(self, task_id: str) -> Submission | None:
+        """The submission that waits in the intake, if one does."""
+        stream = self._bus.subjects.stream("INTAKE")
+        try:
+            found = await self._bus.api(
+                f"STREAM.MSG.GET.{stream}", {"last_by_subj": self._bus.subjects.of("intake", "*", task_id)}
+            )
+        except Refused:
+            return None
+        return decode(base64.b64decode(found["message"].get("data", "")), Submission)
+
+
+def as_cancelled(record: TaskRecord, now: float) -> TaskRecord | None:
+    """Return the record as cancelled at server time `now`; None when it has ended already."""
+    if record.ended:
+        return None
+    return replace(record, state="cancelled", ended_at=now, envelope=record.envelope.failed(CANCELLED))
+
+
+def _task_of(msg: Msg) -> str:
+    return msg.subject.rsplit(".", 1)[1]

@@ -1,0 +1,146 @@
+"""Sense: find out how hard a task is and which domain it belongs to.
+
+Consumes   intake.<priority>.*   submissions, one lane per priority; task.sense.*.* for subtasks
+Answers    submit, status.*, cancel.*
+Publishes  task.match            the admitted envelope with its spec
+State      task records: created here, and only here for tasks that are well
+Gives up   an ad that breaks a rule fails with invalid_task; a late one with deadline_exceeded
+"""
+
+import asyncio
+
+import structlog
+from msgspec.structs import replace
+
+from loom.bus.client import Bus
+from loom.bus.delivery import Delivery, Slots
+from loom.bus.loop import HopLoop, Service, lane_slots
+from loom.bus.outcome import Dead, Done, Fail, Next, Outcome
+from loom.bus.topology import INTAKE_LANES, SENSE_LANE, Lane, stream_state
+from loom.phases.sense.admission import Admission, envelope_for
+from loom.phases.sense.desk import CANCELLED, Desk
+from loom.phases.sense.policy import estimate_schema, look, prompt, read_estimate
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Envelope, Spec
+from loom.schemas.errors import InvalidTask, LoomError
+from loom.schemas.llm import CompletionParams, LLMProvider, UserMessage
+from loom.schemas.task import Submission, TaskError, check_ad
+
+log = structlog.get_logger()
+
+ASK_WITHIN_S = 10.0  # a model that takes longer is not worth waiting for: the heuristic stands in
+GATE_S = 0.05
+RESERVED = 0.2  # share of the room in flight kept for high and critical
+
+
+class Sense:
+    """The first phase."""
+
+    def __init__(self, bus: Bus, config: ClusterConfig, llm: LLMProvider | None = None) -> None:
+        self._bus = bus
+        self._config = config
+        self._llm = llm
+        self._admission = Admission(bus)
+        self._desk = Desk(bus, self._admission)
+        self._room = config.max_in_flight
+        intake = [(lane, lane_slots(lane)) for lane in INTAKE_LANES]
+        self._intake = HopLoop(bus, Service("sense", intake, Submission, self.admit, window=self._window))
+        self._subtasks = HopLoop(bus, Service("sense", [(SENSE_LANE, 64)], Envelope, self.admit_subtask))
+
+    async def start(self) -> None:
+        """Begin to answer and to admit."""
+        await self._intake.start()
+        await self._subtasks.start()
+        await self._desk.open()
+        self._gate = self._bus.spawn(self._watch_room(), name="intake gate")
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new, finish for at most `timeout_s`."""
+        await self._desk.close()
+        await asyncio.gather(self._intake.drain(timeout_s), self._subtasks.drain(timeout_s))
+
+    async def admit(self, submission: Submission, delivery: Delivery) -> Outcome:
+        """Admit a submission once and say how hard it is."""
+        ad = submission.ad
+        if not delivery.subject.endswith(f".{ad.task_id}"):
+            return Dead("the subject names another task than the ad")
+        self._room -= 1
+        headers = delivery.msg.headers or {}
+        envelope = envelope_for(submission, delivery.facts.stored_at, headers.get("traceparent", ""))
+        if not await self._admission.admit(envelope, submission.submission, submission.reply_to):
+            return Done()
+        try:
+            check_ad(ad)
+        except InvalidTask as error:
+            return Fail(TaskError.of(error), envelope)
+        return await self._sensed(envelope)
+
+    async def admit_subtask(self, envelope: Envelope, _delivery: Delivery) -> Outcome:
+        """Admit a part of another task; one whose parent has ended ends at once."""
+        split = envelope.split
+        if split is None:
+            return Dead("neither a submission nor a subtask")
+        if not await self._admission.admit(envelope, f"of-{split.parent}"[:64]):
+            return Done()
+        # The parent's record is read after the child's is written: whoever ends the parent sees one of them.
+        parent = await self._admission.records.get(split.parent)
+        if parent is None or parent.value.ended:
+            return Fail(CANCELLED, envelope)
+        return await self._sensed(envelope)
+
+    async def _sensed(self, envelope: Envelope) -> Outcome:
+        left_s = envelope.deadline - self._bus.now()
+        if left_s <= 0:
+            return Fail(
+                TaskError(code="deadline_exceeded", message="the deadline passed before the task began"), envelope
+            )
+        return Next("match", replace(envelope, spec=await self._spec(envelope, left_s)))
+
+    async def _spec(self, envelope: Envelope, left_s: float) -> Spec:
+        spec, unsure = look(envelope.ad)
+        if not unsure or self._llm is None:
+            return spec
+        params = CompletionParams(
+            messages=(UserMessage(prompt(envelope.ad)),),
+            temperature=0.0,
+            max_tokens=128,
+            json_schema=estimate_schema(),
+            timeout_s=min(left_s, ASK_WITHIN_S),
+        )
+        try:
+            async with asyncio.timeout(min(left_s, ASK_WITHIN_S)):
+                estimate = read_estimate((await self._llm.complete(params)).content)
+        except Exception as error:  # noqa: BLE001 - a user's provider may raise anything; the heuristic stands in
+            log.warning("model_not_asked", reason=type(error).__name__)
+            return replace(spec, note=f"the model could not be asked: {type(error).__name__}")
+        complexity = envelope.ad.estimated_complexity
+        return Spec(
+            complexity=estimate.complexity if complexity is None else complexity, domains=estimate.domains, method="llm"
+        )
+
+    def _window(self, lane: Lane, slots: Slots) -> int:
+        """How many submissions may still enter: no more than there is room for in flight."""
+        urgent = lane.name.endswith(("high", "critical"))
+        room = self._room if urgent else self._room - int(self._config.max_in_flight * RESERVED)
+        return min(slots.free, room)
+
+    async def _watch_room(self) -> None:
+        """Measure the room in flight again whenever it may have changed."""
+        while True:
+            await asyncio.sleep(GATE_S)
+            if self._room >= self._config.max_in_flight:
+                continue
+            try:
+                in_flight = (await stream_state(self._bus, "TASKS"))["messages"]
+                if in_flight >= self._config.max_in_flight * (1 - RESERVED):
+                    in_flight -= await self._parked()
+            except LoomError as error:
+                log.warning("room_unknown", reason=error.message)
+                continue
+            self._room = self._config.max_in_flight - in_flight
+            self._intake.top_up()
+
+    async def _parked(self) -> int:
+        """Messages in TASKS that only wait for their time: no work in flight."""
+        state = await stream_state(self._bus, "TASKS", subjects=self._bus.subjects.of("later", "*", "*"))
+        return sum(state.get("subjects", {}).values())

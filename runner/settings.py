@@ -1,0 +1,58 @@
+"""Settings from the environment: one table, read once, handed down."""
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from loom.schemas.config import ClusterConfig
+from loom.schemas.errors import LoomError
+
+
+class InvalidSetting(LoomError):
+    """An environment variable does not hold what it should; `field` names it."""
+
+    code = "invalid_setting"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the bus is and how this process behaves. Every field is an environment variable."""
+
+    nats_url: str = ""
+    """NATS_URL. Servers, comma separated; empty: an embedded server."""
+    loom_namespace: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}\Z")] = "loom"
+    """LOOM_NAMESPACE. First token of every subject."""
+    loom_model: str = "gpt-4o-mini"
+    """LOOM_MODEL. Model SENSE asks when OPENAI_API_KEY or OPENAI_BASE_URL is set."""
+    loom_log_level: Annotated[str, Meta(pattern=r"^(debug|info|warning|error)\Z")] = "info"
+    """LOOM_LOG_LEVEL. debug, info, warning or error."""
+    loom_store: str = ""
+    """LOOM_STORE. Folder of the embedded server's streams; empty: private, gone at the end."""
+    cluster: ClusterConfig = ClusterConfig()
+    """LOOM_<FIELD> for each field of ClusterConfig, for example LOOM_MAX_ATTEMPTS."""
+
+
+def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
+    """Return the settings the environment gives.
+
+    Raises:
+        InvalidSetting: A variable's value does not fit; `field` names the variable.
+    """
+    own = {name: environment[name.upper()] for name in Settings.__struct_fields__ if environment.get(name.upper())}
+    cluster = {
+        name: environment[f"LOOM_{name.upper()}"]
+        for name in ClusterConfig.__struct_fields__
+        if environment.get(f"LOOM_{name.upper()}")
+    }
+    own.pop("cluster", None)
+    return _convert({**own, "cluster": cluster})
+
+
+def _convert(values: dict[str, Any]) -> Settings:
+    try:
+        return msgspec.convert(values, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        name = str(error).rpartition("$.")[2].strip("`").replace("cluster.", "LOOM_").upper()
+        raise InvalidSetting(f"{name}: {str(error).partition(' - at')[0]}", field=name) from None
