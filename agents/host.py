@@ -194,7 +194,7 @@ class NodeHost:
 
     def _fill(self, room: Room) -> None:
         while (run := room.next()) is not None:
-            run.work = asyncio.get_running_loop().create_task(self._work(run, room), name=f"run {run.request.key}")
+            run.work = self._bus.spawn(self._work(run, room), name=f"run {run.request.key}")
         self._show_load(room)
 
     def _show_load(self, room: Room) -> None:

@@ -109,7 +109,7 @@ class HopLoop(Generic[T]):
         delivery = Delivery(msg, slots, self._bus.gate)
         delivery.received = self._bus.now()
         slots.taken += 1
-        task = asyncio.get_running_loop().create_task(self._serve(delivery))
+        task = self._bus.spawn(self._serve(delivery), name=f"hop {delivery.subject}")
         self._in_hand[task] = delivery
         task.add_done_callback(self._finished)
 

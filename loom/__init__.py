@@ -1,1 +1,74 @@
 """A self-organising cluster of agents on NATS."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loom.agents.agent import Agent
+    from loom.agents.config import AgentConfig
+    from loom.agents.openai_provider import OpenAIProvider
+    from loom.agents.tools import ToolContext, tool
+    from loom.bus.reward_bus import RewardBus
+    from loom.cluster.amoeba_loop import AmoebaLoop, LoopContext
+    from loom.cluster.lifecycle import LifecycleManager
+    from loom.cluster.manager import ClusterManager
+    from loom.cluster.skill_registry import SkillNodeRegistry
+    from loom.runtime import Runtime
+    from loom.schemas.config import ClusterConfig
+    from loom.schemas.errors import LoomError
+    from loom.schemas.llm import UserMessage
+    from loom.schemas.task import TaskAd
+
+__all__ = [
+    "Agent",
+    "AgentConfig",
+    "AmoebaLoop",
+    "ClusterConfig",
+    "ClusterManager",
+    "LifecycleManager",
+    "LoomError",
+    "LoopContext",
+    "OpenAIProvider",
+    "RewardBus",
+    "Runtime",
+    "SkillNodeRegistry",
+    "TaskAd",
+    "ToolContext",
+    "UserMessage",
+    "tool",
+]
+
+_HOMES = {
+    "Agent": "agents.agent",
+    "AgentConfig": "agents.config",
+    "AmoebaLoop": "cluster.amoeba_loop",
+    "ClusterConfig": "schemas.config",
+    "ClusterManager": "cluster.manager",
+    "LifecycleManager": "cluster.lifecycle",
+    "LoomError": "schemas.errors",
+    "LoopContext": "cluster.amoeba_loop",
+    "OpenAIProvider": "agents.openai_provider",
+    "RewardBus": "bus.reward_bus",
+    "Runtime": "runtime",
+    "SkillNodeRegistry": "cluster.skill_registry",
+    "TaskAd": "schemas.task",
+    "ToolContext": "agents.tools",
+    "UserMessage": "schemas.llm",
+    "tool": "agents.tools",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: `import loom` itself stays cheap."""
+    if name == "__version__":
+        return import_module("importlib.metadata").version("loom-nats")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loom' has no attribute {name!r}")
+    value = getattr(import_module(f"loom.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return sorted([*__all__, "__version__"])

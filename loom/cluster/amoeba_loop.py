@@ -1,0 +1,204 @@
+"""AmoebaLoop: one conversation through the six phases, as a stream of events."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import structlog
+
+from loom.bus import tasks
+from loom.bus.client import Bus, Msg
+from loom.bus.reward_bus import RewardBus
+from loom.bus.tasks import TaskHandle
+from loom.cluster.lifecycle import LifecycleManager
+from loom.cluster.manager import ClusterManager
+from loom.cluster.planner import TaskPlanner
+from loom.cluster.skill_registry import SkillNodeRegistry
+from loom.runner.session import Session
+from loom.runner.settings import from_environment
+from loom.schemas.errors import InvalidTask
+from loom.schemas.learning import Lifecycle
+from loom.schemas.wire import decode
+from loom.types import AgentEvent, Done, ErrorEvent, LLMProvider, Message, TaskAd, TaskResult, TextDelta, TokenUsage
+
+log = structlog.get_logger()
+
+
+@dataclass
+class LoopContext:
+    """What a conversation asks of the loop.
+
+    Args:
+        messages: The last user message is the task; earlier ones go along as its context.
+        domain: Where it belongs; empty: SENSE decides.
+        timeout_s: Seconds until the task is given up.
+        token_budget: A hard limit of tokens; None: no limit.
+    """
+
+    messages: list[Message] = field(default_factory=list)
+    domain: str = ""
+    timeout_s: float = 300.0
+    token_budget: int | None = None
+
+    def to_ad(self) -> TaskAd:
+        """Return the task.
+
+        Raises:
+            InvalidTask: No message of a user.
+        """
+        asked = [index for index, message in enumerate(self.messages) if message.role == "user"]
+        if not asked:
+            raise InvalidTask("no user message: say what is to be done", field="messages")
+        earlier = [
+            {"role": message.role, "content": message.content}
+            for message in self.messages[: asked[-1]]
+            if message.content
+        ]
+        return TaskAd(
+            domain=self.domain,
+            description=self.messages[asked[-1]].content,
+            context={"conversation": earlier} if earlier else {},
+            timeout_s=self.timeout_s,
+            token_budget=self.token_budget,
+        )
+
+
+class AmoebaLoop:
+    """Runs a conversation's task through SENSE, MATCH, SCALE, EXECUTE, EVALUATE and ADAPT.
+
+    `execute` opens what it needs and closes it again; inside `async with loop` it stays open between calls.
+
+    Args:
+        cluster: Its nodes are hosted while the loop is open, read live.
+        reward_bus: Gets a bus while the loop is open.
+        lifecycle: Its config rules the phases started here.
+        planner: Plans subtasks.
+        skill_registry: Skills that may become nodes.
+        llm: What SENSE may ask.
+    """
+
+    def __init__(
+        self,
+        cluster: ClusterManager,
+        reward_bus: RewardBus,
+        lifecycle: LifecycleManager,
+        planner: TaskPlanner,
+        skill_registry: SkillNodeRegistry,
+        llm: LLMProvider | None = None,
+    ) -> None:
+        self.cluster = cluster
+        self.reward_bus = reward_bus
+        self.lifecycle = lifecycle
+        self.planner = planner
+        self.skill_registry = skill_registry
+        self.llm = llm
+        self._session: Session | None = None
+
+    async def execute(self, ctx: LoopContext) -> AsyncIterator[AgentEvent]:
+        """Yield what happens until the task has ended and has been learned from; the last event is Done.
+
+        A failed attempt shows as a recoverable ErrorEvent before the next one begins, a failed task as a final
+        ErrorEvent before Done.
+
+        Raises:
+            InvalidTask: The context holds no task.
+            BusUnavailable: No server or no phases answer.
+        """
+        ad = ctx.to_ad()
+        session = self._session or await self._open()
+        try:
+            async with _Learned(session.bus, ad.task_id) as learned:
+                async for event in self._follow(await tasks.publish(session.bus, ad), learned):
+                    yield event
+        finally:
+            if session is not self._session:
+                await self._close(session)
+
+    async def _follow(self, handle: TaskHandle, learned: "_Learned") -> AsyncIterator[AgentEvent]:
+        started = time.monotonic()
+        text, attempt = "", 1
+        async for delta in handle.events():
+            if delta.attempt > attempt:
+                text, attempt = "", delta.attempt
+                yield ErrorEvent(error="the attempt failed; another node takes over", recoverable=True)
+            if isinstance(delta.event, TextDelta):
+                text += delta.event.text
+            yield delta.event
+        result = await handle.result()
+        if result.content != text and result.content.startswith(text):
+            yield TextDelta(text=result.content[len(text) :])  # deltas may get lost, the result does not
+        if result.error is not None:
+            yield ErrorEvent(error=result.error.message, code=result.error.code)
+        if result.node_id is not None:
+            await learned.wait(self.lifecycle.config.learn_wait_s)
+        yield _done(result, time.monotonic() - started)
+
+    async def __aenter__(self) -> Self:
+        self._session = await self._open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await self._close(session)
+
+    async def _open(self) -> Session:
+        session = Session(lambda: self.cluster.nodes, from_environment(), self.lifecycle.config, self.llm)
+        await session.open()
+        self.reward_bus.bus = session.bus
+        return session
+
+    async def _close(self, session: Session) -> None:
+        self.reward_bus.bus = None
+        await session.aclose()
+
+
+class _Learned:
+    """Listens for ADAPT to say that a task has been learned from."""
+
+    def __init__(self, bus: Bus, task_id: str) -> None:
+        self._bus = bus
+        self._task_id = task_id
+        self._heard = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        self._subscription = await self._bus.subscribe(
+            self._bus.subjects.of("lifecycle", "learned", "*"), self._on_news
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._bus.unsubscribe(self._subscription)
+
+    async def wait(self, seconds: float) -> None:
+        """Wait until it has been said, or for so long."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._heard.wait()
+        except TimeoutError:
+            log.info("not_learned_yet", task_id=self._task_id, waited_s=seconds)
+
+    async def _on_news(self, msg: Msg) -> None:
+        if self._task_id in decode(msg.data, Lifecycle).task_ids:
+            self._heard.set()
+
+
+def _done(result: TaskResult, seconds: float) -> Done:
+    return Done(
+        content=result.content,
+        tokens_used=result.prompt_tokens + result.completion_tokens,
+        steps=result.steps,
+        duration_ms=seconds * 1000,
+        usage=TokenUsage(
+            prompt_tokens=result.prompt_tokens,
+            completion_tokens=result.completion_tokens,
+            total_tokens=result.prompt_tokens + result.completion_tokens,
+        ),
+    )

@@ -1,0 +1,223 @@
+"""The Python front door: a cluster of agents, and tasks handed to it."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+import structlog
+
+from loom.agents.agent import Agent
+from loom.agents.config import AgentConfig
+from loom.agents.tools import Tool
+from loom.bus import tasks
+from loom.bus.reward_bus import RewardBus
+from loom.bus.tasks import TaskHandle
+from loom.cluster.lifecycle import LifecycleManager
+from loom.cluster.manager import ClusterManager
+from loom.runner.session import Session
+from loom.runner.settings import Settings, from_environment
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import TaskRecord
+from loom.schemas.errors import InvalidTask, LoomError
+from loom.schemas.learning import Reward
+from loom.schemas.llm import LLMProvider
+from loom.schemas.task import TaskAd, TaskResult
+from loom.types import AgentNode, CapabilityProfile, HealthReport
+
+log = structlog.get_logger()
+
+
+class Runtime:
+    """Agents of this process, and a way to hand tasks to all agents on the bus.
+
+    Building one does nothing; the first `await` connects: to the server of NATS_URL when that is set, else to an
+    embedded one with the six phases in this process. End it with `dispose`, or better `async with`.
+
+    Args:
+        provider: The model that agents made by `add_agent` use, and SENSE where it runs here.
+        config: Settings of those agents.
+        cluster_config: Rules the phases started here; absent: the seed's numbers and the environment's.
+    """
+
+    def __init__(
+        self,
+        provider: LLMProvider | None = None,
+        config: AgentConfig | None = None,
+        *,
+        cluster_config: ClusterConfig | None = None,
+    ) -> None:
+        self.provider = provider
+        self.config = config or AgentConfig()
+        self.cluster = ClusterManager()
+        self.reward_bus = RewardBus()
+        self._settings: Settings = from_environment()
+        self._cluster_config = cluster_config or self._settings.cluster
+        self.lifecycle = LifecycleManager(self._cluster_config)
+        self._session: Session | None = None
+        self._opening: asyncio.Lock | None = None
+
+    # -- agents
+
+    def add_agent(
+        self,
+        agent: Any = None,
+        *,
+        capabilities: CapabilityProfile | None = None,
+        name: str | None = None,
+        system_prompt: str | None = None,
+        tools: Sequence[Tool | Callable[..., Any]] = (),
+    ) -> AgentNode:
+        """Add a node; it bids from the next call on.
+
+        Args:
+            agent: An agent, or a Python function that does the work; absent: one is made of the Runtime's
+                provider and config.
+            capabilities: What it claims: domain -> 0 to 1.
+            name: Its node id, under which evidence about it is kept; absent: derived from what it is made of.
+            system_prompt: For a made agent, instead of the config's.
+            tools: For a made agent.
+
+        Raises:
+            LoomError: There is neither an agent nor a provider, or the name is taken or not a token.
+        """
+        if agent is None:
+            if self.provider is None:
+                raise LoomError("no provider: pass one to Runtime, or an agent or function to add_agent")
+            agent = Agent(self.provider, self.config, system_prompt=system_prompt, tools=tools)
+        capabilities = capabilities or CapabilityProfile()
+        capabilities.tools = list(dict.fromkeys([*capabilities.tools, *getattr(agent, "tools", ())]))
+        node = AgentNode(id=name or self._name(agent, capabilities), capabilities=capabilities, agent=agent)
+        self.cluster.add_node(node)
+        return node
+
+    def _name(self, agent: Any, capabilities: CapabilityProfile) -> str:
+        """Who a node is, by what it is made of: the same again after a restart."""
+        made_of = [
+            getattr(agent, "system_prompt", "") or getattr(agent, "__qualname__", type(agent).__name__),
+            sorted(capabilities.tools),
+            sorted(capabilities.scores.items()),
+        ]
+        digest = blake2b(msgspec.json.encode(made_of), digest_size=4).hexdigest()
+        ordinal = sum(node.id.startswith(digest) for node in self.cluster.nodes)
+        return f"{digest}-{ordinal + 1}"
+
+    def health_check(self) -> list[HealthReport]:
+        """Return how the nodes added here fare, by what ADAPT last said of them."""
+        return [self.lifecycle.check_health(node) for node in self.cluster.nodes]
+
+    # -- tasks
+
+    async def submit(self, task: TaskAd) -> str:
+        """Return the answer to a task.
+
+        Raises:
+            LoomError: The task failed; the class and its code say how.
+        """
+        handle = await self._publish(task, deltas=False)
+        return await handle.content()
+
+    async def publish(self, task: TaskAd) -> TaskHandle:
+        """Hand a task to the loop and return at once: the handle gives `result`, `events`, `status`, `cancel`.
+
+        Raises:
+            InvalidTask: The ad breaks a rule.
+            Overloaded: The intake is full.
+            BusUnavailable: No server or no phases answer.
+        """
+        return await self._publish(task, deltas=True)
+
+    async def submit_many(self, ads: Sequence[TaskAd], *, at_once: int = 64) -> list[TaskResult]:
+        """Return the results of all tasks in their order; one that failed says so in its `error`.
+
+        Args:
+            ads: Any number.
+            at_once: Most tasks in the loop at a time.
+        """
+        room = asyncio.Semaphore(at_once)
+
+        async def one(ad: TaskAd) -> TaskResult:
+            async with room:
+                return await (await self._publish(ad, deltas=False)).result()
+
+        return list(await asyncio.gather(*(one(ad) for ad in ads)))
+
+    async def feedback(self, task_id: str, score: float, *, reason: str = "") -> None:
+        """Publish a person's judgement of an ended task to the RewardBus.
+
+        Args:
+            task_id: A task that a node has worked on.
+            score: 0 useless to 1 perfect.
+            reason: For people.
+
+        Raises:
+            UnknownTask: No such task.
+            InvalidTask: No node has worked on it, or the score is out of range.
+        """
+        session = await self._open()
+        record = await tasks.status(session.bus, task_id)
+        if not isinstance(record, TaskRecord) or not record.ended or record.envelope.award is None:
+            raise InvalidTask("only a task that a node has finished can be judged", task_id=task_id)
+        if not 0 <= score <= 1:
+            raise InvalidTask(f"score must be from 0 to 1, not {score}", field="score", task_id=task_id)
+        await self.reward_bus.publish(judgement(record, score, reason))
+
+    async def _publish(self, task: TaskAd, *, deltas: bool) -> TaskHandle:
+        session = await self._open()
+        return await tasks.publish(session.bus, task, deltas=deltas)
+
+    # -- lifecycle
+
+    async def __aenter__(self) -> Self:
+        await self._open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Drain what is in hand and close everything; safe to call twice."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.aclose()
+
+    def dispose(self) -> None:
+        """Drop everything at once, without waiting for work in hand; safe to call twice."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.abort()
+
+    async def _open(self) -> Session:
+        """Return the session of the running event loop, opening it for whoever comes first."""
+        running = asyncio.get_running_loop()
+        if self._session is not None and self._session.loop is not running:
+            self.dispose()  # its loop is gone, and its connections with it
+            self._opening = None
+        self._opening = self._opening or asyncio.Lock()
+        async with self._opening:
+            if self._session is None:
+                session = Session(lambda: self.cluster.nodes, self._settings, self._cluster_config, self.provider)
+                await session.open()
+                self.reward_bus.bus = session.bus
+                self._session = session
+            return self._session
+
+
+def judgement(record: TaskRecord, score: float, reason: str) -> Reward:
+    """Return a person's reward for the node that finished a task."""
+    result = record.to_result()
+    return Reward(
+        reward_id=f"{record.task_id}:{result.attempts}:person",
+        task_id=record.task_id,
+        attempt=result.attempts,
+        source="person",
+        node_id=result.node_id or "",
+        slug=record.envelope.slug,
+        score=score,
+        ended_at=record.ended_at or record.admitted_at,
+        reason=reason,
+    )

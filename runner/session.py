@@ -1,0 +1,110 @@
+"""Everything one Python process needs to use loom, opened together and closed together."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+
+import structlog
+
+from loom.agents.host import NodeHost
+from loom.agents.node import Node
+from loom.bus import tasks
+from loom.bus.client import Bus
+from loom.runner.cluster import PhaseGroup
+from loom.runner.embedded import NatsServer
+from loom.runner.settings import Settings
+from loom.schemas.config import ClusterConfig
+from loom.schemas.errors import UnknownTask
+from loom.schemas.llm import LLMProvider
+from loom.schemas.wire import new_id
+
+log = structlog.get_logger()
+
+
+class Session:
+    """A client's bus and a host for its nodes; without a server to use, also a server and the six phases.
+
+    Args:
+        nodes: Returns the nodes to host, read live.
+        settings: Its `nats_url` decides: given, that server and the phases on it are used; empty, embedded ones.
+        config: Rules the phases started here; others have their own.
+        llm: What SENSE may ask, where it is started here.
+    """
+
+    def __init__(
+        self,
+        nodes: Callable[[], Sequence[Node]],
+        settings: Settings,
+        config: ClusterConfig | None = None,
+        llm: LLMProvider | None = None,
+    ) -> None:
+        self._nodes = nodes
+        self._settings = settings
+        self._config = config or settings.cluster
+        self._llm = llm
+        self._stack = AsyncExitStack()
+        self._buses: list[Bus] = []
+        self._server: NatsServer | None = None
+        self.loop = asyncio.get_running_loop()
+        self.bus: Bus
+        """The client's connection."""
+        self.host: NodeHost
+
+    async def open(self) -> None:
+        """Open all of it, or nothing.
+
+        Raises:
+            BusUnavailable: No server, or a server without phases.
+        """
+        try:
+            url = self._settings.nats_url or await self._embedded()
+            self.bus = await self._connect(url, "client")
+            if self._settings.nats_url:
+                await check_phases(self.bus)
+            host_bus = await self._connect(url, "node")
+            self.host = NodeHost(host_bus, self._nodes)
+            self._stack.push_async_callback(self.host.drain, self._config.drain_timeout_s)
+            await self.host.start()
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        """Drain and close, in the reverse order of opening; safe to call twice."""
+        await self._stack.aclose()
+        self._buses.clear()
+
+    def abort(self) -> None:
+        """Drop everything at once, from synchronous code."""
+        self._stack.pop_all()
+        for bus in self._buses:
+            bus.abort()
+        self._buses.clear()
+        if self._server is not None:
+            self._server.stop()
+
+    async def _embedded(self) -> str:
+        self._server = NatsServer()
+        self._stack.push_async_callback(asyncio.to_thread, self._server.stop)
+        await asyncio.to_thread(self._server.start)
+        phases = PhaseGroup(await self._connect(self._server.url, "phases"), config=self._config, llm=self._llm)
+        self._stack.push_async_callback(phases.drain)
+        await phases.start()
+        return self._server.url
+
+    async def _connect(self, url: str, role: str) -> Bus:
+        bus = Bus(url, namespace=self._settings.loom_namespace, role=role)
+        self._buses.append(bus)
+        return await self._stack.enter_async_context(bus)
+
+
+async def check_phases(bus: Bus) -> None:
+    """Return once a phase has answered.
+
+    Raises:
+        BusUnavailable: None does.
+    """
+    try:
+        await tasks.status(bus, f"probe-{new_id()[:8]}")
+    except UnknownTask:
+        return
