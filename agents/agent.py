@@ -122,6 +122,7 @@ class _Conversation:
         self._room = asyncio.Semaphore(PARALLEL_TOOLS)
         self._answer = CompletionResult()
         self._used = Usage()
+        self._guessed = False
         self._text = ""  # of the last round that said anything
         self._size = 0  # tokens of the conversation, as of the last round
         self._repeats = 0
@@ -212,6 +213,7 @@ class _Conversation:
         self._messages.append(Message(role="assistant", content=answer.content, tool_calls=answer.tool_calls))
 
     def _guess(self, answer: CompletionResult) -> Usage:
+        self._guessed = True
         return Usage(
             prompt_tokens=estimate_tokens((self._messages, self._definitions)),
             completion_tokens=estimate_tokens((answer.content, answer.tool_calls)),
@@ -277,6 +279,7 @@ class _Conversation:
                 prompt_tokens=used.prompt_tokens,
                 completion_tokens=used.completion_tokens,
                 total_tokens=used.total_tokens,
+                estimated=self._guessed,
             ),
         )
 

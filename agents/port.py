@@ -66,6 +66,7 @@ def result_of(done: Done, *, tool_errors: int = 0) -> RunResult:
         truncated=truncated,
         prompt_tokens=done.usage.prompt_tokens,
         completion_tokens=done.usage.completion_tokens,
+        estimated_usage=done.usage.estimated,
         steps=done.steps,
         tool_errors=tool_errors,
         duration_s=done.duration_ms / 1000,

@@ -6,8 +6,8 @@ import sys
 import structlog
 
 
-def configure(level: str = "info") -> None:
-    """Set up structlog for this process."""
+def configure(level: str = "") -> None:
+    """Set up structlog for this process; an empty level is `info`."""
     readable = sys.stderr.isatty()
     processors: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -20,6 +20,6 @@ def configure(level: str = "info") -> None:
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     structlog.configure(
         processors=processors,
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, (level or "info").upper())),
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),  # the stream of the moment
     )

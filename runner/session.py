@@ -10,6 +10,7 @@ from loom.agents.host import NodeHost
 from loom.agents.node import Node
 from loom.bus import tasks
 from loom.bus.client import Bus
+from loom.runner import logs
 from loom.runner.cluster import PhaseGroup
 from loom.runner.embedded import NatsServer
 from loom.runner.settings import Settings
@@ -56,6 +57,8 @@ class Session:
         Raises:
             BusUnavailable: No server, or a server without phases.
         """
+        if not structlog.is_configured():  # a guest in somebody's program stays quiet, and off standard output
+            logs.configure(self._settings.loom_log_level or "warning")
         try:
             url = self._settings.nats_url or await self._embedded()
             self.bus = await self._connect(url, "client")

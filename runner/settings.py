@@ -26,8 +26,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """LOOM_NAMESPACE. First token of every subject."""
     loom_model: str = "gpt-4o-mini"
     """LOOM_MODEL. Model SENSE asks when OPENAI_API_KEY or OPENAI_BASE_URL is set."""
-    loom_log_level: Annotated[str, Meta(pattern=r"^(debug|info|warning|error)\Z")] = "info"
-    """LOOM_LOG_LEVEL. debug, info, warning or error."""
+    loom_log_level: Annotated[str, Meta(pattern=r"^(debug|info|warning|error)?\Z")] = ""
+    """LOOM_LOG_LEVEL. debug, info, warning or error; empty: info for services, warning inside your own program."""
     loom_store: str = ""
     """LOOM_STORE. Folder of the embedded server's streams; empty: private, gone at the end."""
     cluster: ClusterConfig = ClusterConfig()

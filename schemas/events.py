@@ -73,6 +73,8 @@ class TokenUsage(Wire, frozen=True, kw_only=True):
     total_tokens: Count = 0
     estimated_cost: float = 0.0
     """Always 0: prices are not known here."""
+    estimated: bool = False
+    """Whether tokens were guessed from text lengths because the model did not say."""
 
 
 class Done(Wire, frozen=True, kw_only=True, tag="done"):

@@ -12,6 +12,7 @@ from loom.schemas.errors import InvalidTask, LoomError, error_for
 from loom.schemas.wire import (
     MAX_AD_BYTES,
     MAX_CONTEXT_BYTES,
+    MAX_JSON_DEPTH,
     Count,
     Seconds,
     Token,
@@ -96,12 +97,11 @@ def parse_ad(raw: bytes) -> TaskAd:
         InvalidTask: With `field` naming the part, where one is to blame.
     """
     if len(raw) > MAX_AD_BYTES:
-        raise InvalidTask(f"the ad is {len(raw)} bytes; at most {MAX_AD_BYTES}. Pass large inputs by reference")
+        raise _too_large(len(raw))
     try:
         ad = decode(raw, _StrictAd)
     except Undecodable as error:
-        field = _field_in(error.message)
-        raise InvalidTask(f"not a valid TaskAd: {error.message}", field=field) from None
+        raise _refusal(raw, error) from None
     return check_ad(ad)
 
 
@@ -123,12 +123,34 @@ def check_ad(ad: TaskAd) -> TaskAd:
         field = _field_in(str(error))
         raise InvalidTask(f"not a valid TaskAd: {error}", field=field, task_id=ad.task_id) from None
     if len(raw) > MAX_AD_BYTES:
-        raise InvalidTask(
-            f"the ad is {len(raw)} bytes; at most {MAX_AD_BYTES}. Pass large inputs by reference",
-            field="description",
-            task_id=ad.task_id,
-        )
+        raise _too_large(len(raw))
     return ad
+
+
+def _refusal(raw: bytes, error: Undecodable) -> InvalidTask:
+    if isinstance(error.__cause__, RecursionError):
+        return InvalidTask(f"context is nested more than {MAX_JSON_DEPTH} levels deep", field="context")
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        field = _field_not_utf8(raw)
+        return InvalidTask(f"{field or 'the ad'} is not UTF-8", field=field)
+    return InvalidTask(f"not a valid TaskAd: {error.message}", field=_field_in(error.message))
+
+
+def _too_large(size: int) -> InvalidTask:
+    return InvalidTask(
+        f"the ad is {size} bytes, at most {MAX_AD_BYTES}: shorten description and context, or pass them by reference",
+        field="description",
+    )
+
+
+def _field_not_utf8(raw: bytes) -> str | None:
+    """The last key before the first byte that is not UTF-8."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        keys = re.findall(rb'"(\w+)"\s*:', raw[: error.start])
+        return keys[-1].decode() if keys else None
+    return None
 
 
 def _field_in(message: str) -> str | None:

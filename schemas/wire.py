@@ -93,10 +93,10 @@ def decode(raw: bytes, shape: type[T], *, limit: int = MAX_MESSAGE_BYTES) -> T:
     try:
         decoder: msgspec.json.Decoder[T] = _decoder(shape)  # type: ignore[arg-type]  # classes are hashable
         return decoder.decode(raw)
-    except RecursionError:
-        raise Undecodable("nested too deeply") from None
+    except RecursionError as error:
+        raise Undecodable("nested too deeply") from error
     except ValueError as error:  # covers msgspec's errors and bad UTF-8
-        raise Undecodable(str(error)) from None
+        raise Undecodable(str(error)) from error
 
 
 def free_json_fault(value: Any, *, max_bytes: int) -> str | None:

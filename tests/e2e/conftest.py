@@ -1,0 +1,44 @@
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from support.openai_server import OpenAIServer
+
+from loom import AgentConfig, OpenAIProvider
+from loom.bus.client import Bus
+from loom.runner.cluster import running_phases
+
+
+@pytest.fixture
+def on_bus(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """The environment of a process that uses the shared server: address and namespace."""
+    monkeypatch.setenv("NATS_URL", nats_url)
+    monkeypatch.setenv("LOOM_NAMESPACE", namespace)
+    return nats_url, namespace
+
+
+@pytest.fixture
+async def phases(on_bus: tuple[str, str]) -> AsyncIterator[Bus]:
+    """All six phases on the shared server."""
+    url, namespace = on_bus
+    async with running_phases(url, namespace=namespace) as bus:
+        yield bus
+
+
+@pytest.fixture
+async def client(on_bus: tuple[str, str]) -> AsyncIterator[Bus]:
+    """A client's connection."""
+    url, namespace = on_bus
+    async with Bus(url, namespace=namespace) as bus:
+        yield bus
+
+
+@pytest.fixture
+def model() -> Iterator[OpenAIServer]:
+    """A well-behaved model behind the OpenAI protocol, in a thread of its own."""
+    with OpenAIServer() as server:
+        yield server
+
+
+@pytest.fixture
+def provider(model: OpenAIServer) -> OpenAIProvider:
+    return OpenAIProvider(AgentConfig(api_key="test", base_url=model.base_url))

@@ -1,0 +1,162 @@
+"""A client that knows nothing but NATS and JSON."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import nats
+import pytest
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from support.nodes import echo, fail, node
+from support.wait import until
+
+from loom.bus.client import Bus
+from loom.runner.cluster import running_nodes
+from loom.types import AgentNode
+
+
+@pytest.fixture
+async def raw(on_bus: tuple[str, str]) -> AsyncIterator[Client]:
+    connection = await nats.connect(on_bus[0])
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def nodes(on_bus: tuple[str, str], phases: Bus) -> AsyncIterator[list[AgentNode]]:
+    hosted = [node("coder", echo, code=0.9)]
+    async with running_nodes(on_bus[0], lambda: hosted, namespace=on_bus[1]):
+        yield hosted
+
+
+@pytest.fixture(params=["alone", "with a tap on everything"])
+async def tapped(request: pytest.FixtureRequest, raw: Client, namespace: str) -> list[Msg]:
+    """What a tap on the namespace has heard; empty when there is none."""
+    heard: list[Msg] = []
+
+    async def hear(msg: Msg) -> None:
+        heard.append(msg)
+
+    if request.param != "alone":
+        await raw.subscribe(f"{namespace}.>", cb=hear)
+        await raw.flush()
+    return heard
+
+
+async def ask(raw: Client, subject: str, body: Any = None) -> tuple[Any, dict[str, str]]:
+    payload = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    msg = await raw.request(subject, payload, timeout=15)
+    return json.loads(msg.data), msg.headers or {}
+
+
+async def test_submit_answers_with_the_result(
+    raw: Client, namespace: str, nodes: list[AgentNode], tapped: list[Msg]
+) -> None:
+    answer, headers = await ask(raw, f"{namespace}.submit", {"domain": "code", "description": "sort a list"})
+
+    assert answer["state"] == "succeeded"
+    assert answer["content"] == "done: sort a list"
+    assert answer["node_id"] == "coder"
+    assert "Nats-Service-Error-Code" not in headers
+
+
+async def test_without_waiting_submit_answers_accepted_and_status_has_the_record(
+    raw: Client, namespace: str, nodes: list[AgentNode], tapped: list[Msg]
+) -> None:
+    ad = {"task_id": "t-1", "domain": "code", "description": "sort", "wait": False}
+    answer, _ = await ask(raw, f"{namespace}.submit", ad)
+    assert answer == {"task_id": "t-1", "state": "accepted"}
+
+    async def ended() -> Any:
+        record, _ = await ask(raw, f"{namespace}.status.t-1")
+        return record if record.get("state") == "succeeded" else None
+
+    record = await until(ended, what="the task succeeded")
+    assert record["envelope"]["result"]["content"] == "done: sort"
+    assert [hop["phase"] for hop in record["envelope"]["hops"]] == ["sense", "match", "scale", "execute"]
+    assert record["envelope"]["award"]["bids"][0]["node_id"] == "coder"
+
+
+async def test_everything_a_task_does_can_be_heard(raw: Client, namespace: str, nodes: list[AgentNode]) -> None:
+    heard: list[Msg] = []
+
+    async def hear(msg: Msg) -> None:
+        heard.append(msg)
+
+    await raw.subscribe(f"{namespace}.>", cb=hear)
+    await raw.flush()
+    await ask(raw, f"{namespace}.submit", {"task_id": "t-2", "domain": "code", "description": "sort"})
+
+    wanted = [
+        "submit",
+        "intake.normal.t-2",
+        "task.match.normal.t-2",
+        "auction.code",
+        "task.scale.normal.t-2",
+        "task.execute.normal.t-2",
+        "delta.t-2",
+        "task.evaluate.normal.t-2",
+        "reward.coder.code",
+        "result.t-2",
+        "lifecycle.learned.coder",
+    ]
+
+    def subjects() -> list[str]:
+        return [msg.subject.removeprefix(f"{namespace}.") for msg in heard]
+
+    await until(lambda: set(wanted) <= set(subjects()), what="the whole story of the task")
+    stored = [subject for subject in subjects() if subject in wanted and subject.startswith(("intake", "task"))]
+    assert stored == [subject for subject in wanted if subject.startswith(("intake", "task"))]
+    [reward] = [json.loads(msg.data) for msg in heard if ".reward." in msg.subject]
+    assert (reward["score"], reward["node_id"], reward["task_id"]) == (1.0, "coder", "t-2")
+
+
+async def test_a_failed_task_is_answered_as_an_error(
+    raw: Client, namespace: str, nodes: list[AgentNode], tapped: list[Msg]
+) -> None:
+    nodes[:] = [node("clumsy", fail, code=0.9)]
+    answer, headers = await ask(raw, f"{namespace}.submit", {"domain": "code", "description": "sort"})
+
+    assert answer["code"] == "agent_failed"
+    assert headers["Nats-Service-Error-Code"] == "agent_failed"
+    assert "RuntimeError" in answer["message"]
+
+
+DEEP = b'{"description": "x", "context": ' + b'{"a":' * 2000 + b"1" + b"}" * 2000 + b"}"
+
+BAD: list[tuple[str, bytes, str | None]] = [
+    ("not JSON", b"sort a list", None),
+    ("empty body", b"", None),
+    ("not an object", b"[1, 2]", None),
+    ("unknown field", b'{"description": "x", "descripton": "y"}', "descripton"),
+    ("unknown field inside", b'{"description": "x", "accept": {"contians": ["a"]}}', "contians"),
+    ("wrong type", b'{"description": 3}', "description"),
+    ("empty description", b'{"description": " "}', "description"),
+    ("no description", b'{"domain": "code"}', "description"),
+    ("negative budget", b'{"description": "x", "token_budget": -5}', "token_budget"),
+    ("unknown priority", b'{"description": "x", "priority": "urgent"}', "priority"),
+    ("id with a dot", b'{"description": "x", "task_id": "a.b"}', "task_id"),
+    ("id with a space", b'{"description": "x", "task_id": "a b"}', "task_id"),
+    ("id ending in a newline", b'{"description": "x", "task_id": "a\\n"}', "task_id"),
+    ("timeout of zero", b'{"description": "x", "timeout_s": 0}', "timeout_s"),
+    ("huge number", b'{"description": "x", "timeout_s": 1e999}', "timeout_s"),
+    ("300 kB description", b'{"description": "' + b"x" * 300_000 + b'"}', "description"),
+    ("2,000-deep JSON", DEEP, "context"),
+    ("invalid UTF-8", b'{"description": "\xff\xfe"}', "description"),
+]
+
+
+@pytest.mark.parametrize(("body", "field"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+async def test_bad_input_is_refused_with_its_field_and_queues_nothing(
+    raw: Client, namespace: str, nodes: list[AgentNode], body: bytes, field: str | None
+) -> None:
+    answer, headers = await ask(raw, f"{namespace}.submit", body)
+
+    assert answer["code"] == headers["Nats-Service-Error-Code"] == "invalid_task"
+    assert answer.get("field") == field
+    assert field is None or field in answer["message"]
+    stream = await raw.jetstream().stream_info(f"{namespace.upper()}_INTAKE")
+    assert stream.state.last_seq == 0
+    good, _ = await ask(raw, f"{namespace}.submit", {"domain": "code", "description": "still there?"})
+    assert good["state"] == "succeeded"
