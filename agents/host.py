@@ -10,10 +10,11 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import structlog
+from msgspec.structs import replace
 
 from loom.agents.function_agent import as_agent
 from loom.agents.node import Node, Room, choose
-from loom.agents.port import collect
+from loom.agents.port import StreamingAgent, collect
 from loom.agents.runs import Finished, Run, send
 from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.faults import describe
@@ -30,6 +31,11 @@ ANNOUNCE_S = 3.0
 HEARTBEAT_S = 2.0
 SLOTS = 4
 BACKLOG = 16
+OWN_CODES = frozenset({"agent_failed", "budget_exceeded", "deadline_exceeded"})
+"""What a run may say of itself. Any other code an agent raises would speak for the cluster: it has just failed."""
+CANCELLED = TaskError(code="cancelled", message="the run was stopped")
+LATE = TaskError(code="deadline_exceeded", message="the deadline passed before the run was over")
+STOPPING = TaskError(code="node_busy", message="the host is stopping")
 
 
 class NodeHost:
@@ -81,12 +87,11 @@ class NodeHost:
             return
         self._draining = True
         await self.announce()
+        await self._stop([run for run in self._runs.values() if run.work is None], STOPPING)
         working = [run.work for run in self._runs.values() if run.work is not None]
         if working:
             await asyncio.wait(working, timeout=timeout_s)
-        stopping = TaskError(code="node_busy", message="the host is stopping")
-        for run in list(self._runs.values()):
-            await self._end(run, "error", error=stopping)
+        await self._stop(list(self._runs.values()), STOPPING)
         for ticker in self._tickers:
             ticker.cancel()
         for subscription in self._subscriptions:
@@ -208,16 +213,20 @@ class NodeHost:
         request = run.request
         try:
             await run.say("started")
-            node = self._node(request.node_id)
-            if node is None:
-                raise AgentFailed("the node left before the run began")
-            result = await collect(as_agent(node.agent), request, run.progress)
+            job = replace(request, remaining_s=run.left_s)
+            result = await collect(self._agent(request.node_id), job, run.progress)
             room.learn(result)
             await self._end(run, "result", result=result)
         except asyncio.CancelledError:
-            await self._end(run, "error", error=TaskError(code="cancelled", message="the run was stopped"))
+            task = asyncio.current_task()
+            stopped = task is not None and task.cancelling()
+            failed = TaskError(code="agent_failed", message="the agent was cancelled from within")
+            await self._end(run, "error", error=STOPPING if stopped else failed)
         except LoomError as error:
-            await self._end(run, "error", error=TaskError.of(error, node_id=request.node_id))
+            failed = TaskError.of(error, node_id=request.node_id)
+            if failed.code not in OWN_CODES:
+                failed = replace(failed, code="agent_failed")
+            await self._end(run, "error", error=failed)
         except Exception as error:  # noqa: BLE001 - an agent is user code: whatever it raises is its failure
             log.warning("agent_raised", task_id=request.task_id, node_id=request.node_id, **describe(error))
             failed = TaskError(code="agent_failed", message=f"the agent raised {type(error).__name__}")
@@ -225,6 +234,12 @@ class NodeHost:
         finally:
             room.running.discard(run)
             self._fill(room)
+
+    def _agent(self, node_id: str) -> StreamingAgent:
+        node = self._node(node_id)
+        if node is None:
+            raise AgentFailed("the node left before the run began")
+        return as_agent(node.agent)
 
     async def _end(self, run: Run, kind: RunKind, **facts: Any) -> None:
         """Say the last event once, and remember it for whoever asks again."""
@@ -239,23 +254,19 @@ class NodeHost:
 
     async def _stop_earlier(self, request: RunRequest) -> None:
         """An attempt given up elsewhere costs nothing more here."""
-        await self._stop(
-            [
-                run
-                for run in self._runs.values()
-                if run.request.task_id == request.task_id and run.key[1] < request.attempt
-            ]
-        )
+        task_id, attempt = request.task_id, request.attempt
+        earlier = [run for run in self._runs.values() if run.request.task_id == task_id and run.key[1] < attempt]
+        await self._stop(earlier, CANCELLED)
 
-    async def _stop(self, runs: Iterable[Run]) -> None:
+    async def _stop(self, runs: Iterable[Run], why: TaskError) -> None:
         for run in runs:
-            await self._end(run, "error", error=TaskError(code="cancelled", message="the run was stopped"))
+            await self._end(run, "error", error=why)
 
     # -- what else is heard
 
     async def _on_cancel(self, msg: Msg) -> None:
         task_id = msg.subject.rsplit(".", 1)[1]
-        await self._stop([run for run in self._runs.values() if run.request.task_id == task_id])
+        await self._stop([run for run in self._runs.values() if run.request.task_id == task_id], CANCELLED)
 
     async def _on_hosts(self, _msg: Msg) -> None:
         await self.announce()
@@ -269,8 +280,12 @@ class NodeHost:
             node.mirror(news.profile)
 
     async def _beat(self) -> None:
+        """Say which runs are still in hand; one past its deadline, queued or deaf to it, is given up."""
         for run in list(self._runs.values()):
-            await run.say("heartbeat")
+            if run.left_s > 0:
+                await run.say("heartbeat")
+            else:
+                await self._stop([run], LATE)
 
     async def _every(self, seconds: float, act: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -279,3 +294,15 @@ class NodeHost:
                 await act()
             except LoomError as error:
                 log.warning("host_silenced", reason=error.message)
+
+
+AGENTS_OWN = frozenset({"agent_failed", "budget_exceeded", "deadline_exceeded"})
+"""Codes an agent may end a run with; any other, say of a task it submitted itself, is not about this task."""
+
+
+def fault(error: LoomError, node_id: str) -> TaskError:
+    """Return an agent's error as the run's: `agent_failed` unless the code is one an agent may give."""
+    own = TaskError.of(error, node_id=node_id)
+    if own.code in AGENTS_OWN:
+        return own
+    return TaskError(code="agent_failed", message=f"{own.code}: {own.message}"[:2000], node_id=node_id)

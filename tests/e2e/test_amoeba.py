@@ -1,0 +1,141 @@
+"""AmoebaLoop: a conversation as a stream of events."""
+
+import pytest
+from support.nodes import echo, fail, node
+from support.openai_server import OpenAIServer, Reply
+
+from loom import (
+    Agent,
+    AmoebaLoop,
+    ClusterConfig,
+    ClusterManager,
+    LifecycleManager,
+    LoopContext,
+    OpenAIProvider,
+    RewardBus,
+    SkillNodeRegistry,
+    UserMessage,
+    tool,
+)
+from loom.bus.client import Bus
+from loom.cluster.planner import TaskPlanner
+from loom.schemas.errors import InvalidTask
+from loom.schemas.llm import AssistantMessage
+from loom.types import AgentEvent, AgentNode, CapabilityProfile, Done, ErrorEvent
+
+
+def loop_over(provider: OpenAIProvider, *nodes: AgentNode, **rules: object) -> AmoebaLoop:
+    cluster = ClusterManager()
+    for each in nodes:
+        cluster.add_node(each)
+    return AmoebaLoop(
+        cluster=cluster,
+        reward_bus=RewardBus(),
+        lifecycle=LifecycleManager(ClusterConfig(**rules)),  # type: ignore[arg-type]
+        planner=TaskPlanner(provider),
+        skill_registry=SkillNodeRegistry(),
+        llm=provider,
+    )
+
+
+async def events_of(loop: AmoebaLoop, text: str) -> list[AgentEvent]:
+    return [event async for event in loop.execute(LoopContext(messages=[UserMessage(text)], domain="code"))]
+
+
+async def test_text_steps_and_tools_come_in_order_and_done_comes_last(
+    phases: Bus, model: OpenAIServer, provider: OpenAIProvider
+) -> None:
+    @tool
+    def add(a: int, b: int) -> int:
+        """Add two numbers."""
+        return a + b
+
+    model.script(Reply(tool_calls=(("add", '{"a": 2, "b": 3}'),)), Reply(text="It is five.", usage=(30, 5)))
+    coder = AgentNode(
+        id="coder", capabilities=CapabilityProfile(scores={"code": 0.9}), agent=Agent(provider, tools=[add])
+    )
+    events = await events_of(loop_over(provider, coder), "what is 2 + 3?")
+
+    kinds = [event.type for event in events if event.type != "text_delta"]
+    assert kinds == [
+        "step_start",
+        "tool_call_start",
+        "tool_call_end",
+        "step_end",
+        "step_start",
+        "step_end",
+        "done",
+    ]
+    assert "".join(event.text for event in events if event.type == "text_delta") == "It is five."
+    done = events[-1]
+    assert isinstance(done, Done)
+    assert (done.content, done.steps) == ("It is five.", 2)
+    assert done.usage.total_tokens == done.tokens_used > 35
+    assert done.duration_ms > 0
+    await provider.aclose()
+
+
+async def test_it_ends_after_adapt_has_learned(phases: Bus, provider: OpenAIProvider) -> None:
+    coder = node("coder", echo, code=0.9)
+    await events_of(loop_over(provider, coder), "sort")
+
+    assert coder.capabilities.total_tasks == 1
+
+
+async def test_a_failed_attempt_shows_as_a_recoverable_error(phases: Bus, provider: OpenAIProvider) -> None:
+    events = await events_of(loop_over(provider, node("sure", fail, code=1.0), node("spare", echo, code=0.1)), "sort")
+
+    [error] = [event for event in events if isinstance(event, ErrorEvent)]
+    assert error.recoverable
+    done = events[-1]
+    assert isinstance(done, Done)
+    assert done.content == "done: sort"
+
+
+async def test_a_failed_task_ends_with_an_error_and_done(phases: Bus, provider: OpenAIProvider) -> None:
+    *_, error, done = await events_of(loop_over(provider, node("clumsy", fail, code=1.0)), "sort")
+
+    assert isinstance(error, ErrorEvent)
+    assert (error.code, error.recoverable) == ("agent_failed", False)
+    assert isinstance(done, Done)
+    assert done.content == ""
+
+
+async def test_an_agent_set_later_takes_the_next_task(phases: Bus, provider: OpenAIProvider) -> None:
+    empty = AgentNode(id="coder", capabilities=CapabilityProfile(scores={"code": 0.9}))
+    loop = loop_over(provider, empty)
+    async with loop:
+        empty.agent = echo
+        events = await events_of(loop, "one")
+        events += await events_of(loop, "two")
+
+    assert [event.content for event in events if isinstance(event, Done)] == ["done: one", "done: two"]
+    assert empty.capabilities.total_tasks == 2
+
+
+async def test_earlier_turns_go_along_as_context(phases: Bus, model: OpenAIServer, provider: OpenAIProvider) -> None:
+    coder = AgentNode(id="coder", capabilities=CapabilityProfile(scores={"code": 0.9}), agent=Agent(provider))
+    turns = [UserMessage("my name is Ada"), AssistantMessage("hello Ada"), UserMessage("what is my name?")]
+    async for _ in loop_over(provider, coder).execute(LoopContext(messages=turns, domain="code")):
+        pass
+
+    asked = model.requests[-1].messages[-1]["content"]
+    assert "what is my name?" in asked
+    assert "hello Ada" in asked
+    await provider.aclose()
+
+
+async def test_a_context_without_a_user_is_refused(provider: OpenAIProvider) -> None:
+    with pytest.raises(InvalidTask, match="no user message"):
+        async for _ in loop_over(provider).execute(LoopContext()):
+            pass
+
+
+async def test_the_reward_bus_has_a_bus_while_the_loop_is_open(phases: Bus, provider: OpenAIProvider) -> None:
+    loop = loop_over(provider, node("coder", echo, code=0.9))
+    async with loop:
+        await events_of(loop, "sort")
+        rewards = [reward async for reward in loop.reward_bus.replay(domain="code")]
+
+    assert [(reward.node_id, reward.score) for reward in rewards] == [("coder", 1.0)]
+    assert loop.reward_bus.bus is None

@@ -1,0 +1,219 @@
+"""The Python front door."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from support.nodes import Counting, echo, fail
+from support.wait import until
+
+from loom import Runtime, TaskAd
+from loom.bus.client import Bus
+from loom.schemas.envelope import TaskRecord
+from loom.schemas.errors import AgentFailed, BusUnavailable, Cancelled, InvalidTask, LoomError, NoBids, UnknownTask
+from loom.schemas.events import TextDelta
+from loom.types import CapabilityProfile, ClusterConfig
+
+CODE = CapabilityProfile(scores={"code": 0.9})
+
+
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No server in the environment: a Runtime starts its own."""
+    monkeypatch.delenv("NATS_URL", raising=False)
+
+
+def runtime(**rules: object) -> Runtime:
+    rt = Runtime(cluster_config=ClusterConfig(**rules))  # type: ignore[arg-type]
+    rt.add_agent(echo, name="coder", capabilities=CapabilityProfile(scores={"code": 0.9}))
+    return rt
+
+
+async def test_building_a_runtime_does_no_io(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NATS_URL", "nats://127.0.0.1:1")
+    rt = runtime()
+    assert [report.status for report in rt.health_check()] == ["healthy"]
+    rt.dispose()
+
+
+async def test_a_server_nobody_runs_is_bus_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NATS_URL", "nats://127.0.0.1:1")
+    with pytest.raises(BusUnavailable, match="no nats-server at"):
+        await runtime().submit(TaskAd(domain="code", description="x"))
+
+
+async def test_a_server_without_phases_is_bus_unavailable(on_bus: tuple[str, str]) -> None:
+    with pytest.raises(BusUnavailable, match='no phases answer; run "loom up"'):
+        await runtime().submit(TaskAd(domain="code", description="x"))
+
+
+async def test_submit_returns_the_answer(on_bus: tuple[str, str], phases: Bus) -> None:
+    async with runtime() as rt:
+        assert await rt.submit(TaskAd(domain="code", description="sort")) == "done: sort"
+
+
+async def test_a_failure_is_raised_as_its_type(on_bus: tuple[str, str], phases: Bus) -> None:
+    rt = Runtime()
+    rt.add_agent(fail, name="clumsy", capabilities=CODE)
+    async with rt:
+        with pytest.raises(AgentFailed, match="RuntimeError") as caught:
+            await rt.submit(TaskAd(domain="code", description="sort"))
+
+        assert caught.value.node_id == "clumsy"
+        assert caught.value.task_id
+
+
+async def test_bad_ads_are_refused_before_anything_is_sent(on_bus: tuple[str, str], phases: Bus) -> None:
+    async with runtime() as rt:
+        for ad in (
+            TaskAd(description=""),
+            TaskAd(description="x", task_id="a.b"),
+            TaskAd(description="x", timeout_s=-1.0),
+            TaskAd(description="x", context={"when": object()}),
+            TaskAd(description="lone \ud800 surrogate"),
+        ):
+            with pytest.raises(InvalidTask):
+                await rt.submit(ad)
+
+
+async def test_a_handle_streams_events_and_gives_status_and_result(on_bus: tuple[str, str], phases: Bus) -> None:
+    async with runtime() as rt:
+        handle = await rt.publish(TaskAd(domain="code", description="sort"))
+        texts = [delta.event.text async for delta in handle.events() if isinstance(delta.event, TextDelta)]
+        result = await handle.result()
+        record = await handle.status()
+
+    assert "".join(texts) == result.content == "done: sort"
+    assert isinstance(record, TaskRecord)
+    assert record.state == "succeeded"
+
+
+async def test_cancelling_stops_the_agent_within_a_second(on_bus: tuple[str, str], phases: Bus) -> None:
+    started, stopped = asyncio.Event(), asyncio.Event()
+
+    async def endless(description: str) -> str:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+        return description
+
+    rt = Runtime()
+    rt.add_agent(endless, name="endless", capabilities=CODE)
+    async with rt:
+        handle = await rt.publish(TaskAd(domain="code", description="wait"))
+        async with asyncio.timeout(5):
+            await started.wait()
+        record = await handle.cancel()
+        async with asyncio.timeout(1):
+            await stopped.wait()
+        with pytest.raises(Cancelled):
+            await handle.content(5)
+
+    assert record.state == "cancelled"
+
+
+async def test_an_unknown_task_is_said_to_be_unknown(on_bus: tuple[str, str], phases: Bus) -> None:
+    async with runtime() as rt:
+        with pytest.raises(UnknownTask):
+            await rt.feedback("nobody-knows", 1.0)
+
+
+async def test_submit_many_keeps_order_and_bounds_what_is_in_flight(on_bus: tuple[str, str], phases: Bus) -> None:
+    agent = Counting(0.02)
+    rt = Runtime()
+    rt.add_agent(agent, name="coder", capabilities=CODE)
+    async with rt:
+        ads = [TaskAd(domain="code", description=str(number)) for number in range(30)]
+        results = await rt.submit_many(ads, at_once=5)
+
+    assert [result.content for result in results] == [f"done: {number}" for number in range(30)]
+
+
+async def test_feedback_replaces_nothing_but_adds_to_what_is_known(on_bus: tuple[str, str], phases: Bus) -> None:
+    async with runtime() as rt:
+        handle = await rt.publish(TaskAd(domain="code", description="sort"))
+        await handle.result()
+        await rt.feedback(handle.task_id, 0.0, reason="not what I asked for")
+
+        [coder] = rt.cluster.nodes
+        await until(lambda: coder.capabilities.total_tasks == 2, what="both judgements are learned")
+        assert [record.reward for record in coder.reward_history] == [1.0, 0.0]
+        [report] = rt.health_check()
+        assert report.recent_avg_reward == 0.5
+        with pytest.raises(InvalidTask, match="from 0 to 1"):
+            await rt.feedback(handle.task_id, 1.5)
+
+
+async def test_unused_nodes_stay_healthy(on_bus: tuple[str, str], phases: Bus) -> None:
+    async with runtime() as rt:
+        for name in "abcd":
+            rt.add_agent(echo, name=name)
+        await rt.submit(TaskAd(domain="code", description="sort"))
+
+        assert len(rt.cluster.nodes) == 5
+        assert {report.status for report in rt.health_check()} == {"healthy"}
+
+
+async def test_nodes_added_while_it_runs_bid_at_once(on_bus: tuple[str, str], phases: Bus) -> None:
+    rt = Runtime()
+    async with rt:
+        rt.add_agent(echo, name="late", capabilities=CODE)
+        assert await rt.submit(TaskAd(domain="code", description="sort")) == "done: sort"
+
+
+async def test_nobody_to_bid_ends_as_no_bids(embedded: None) -> None:
+    async with Runtime(cluster_config=ClusterConfig(no_bids_after_s=0.5)) as rt:
+        with pytest.raises(NoBids, match="loom node"):
+            await rt.submit(TaskAd(domain="code", description="sort"))
+
+
+async def test_cluster_config_rules_the_phases_started_here(embedded: None) -> None:
+    agent = Counting()
+
+    async def refuse(job: object) -> str:
+        raise LoomError("never")
+
+    rt = Runtime(cluster_config=ClusterConfig(max_attempts=1))
+    rt.add_agent(refuse, name="sure", capabilities=CapabilityProfile(scores={"code": 1.0}))
+    rt.add_agent(agent, name="spare", capabilities=CapabilityProfile(scores={"code": 0.1}))
+    async with rt:
+        with pytest.raises(AgentFailed):
+            await rt.submit(TaskAd(domain="code", description="sort"))
+
+    assert not agent.runs
+
+
+async def test_dispose_leaves_neither_process_nor_folder_and_bears_being_called_twice(
+    embedded: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    rt = runtime()
+    assert await rt.submit(TaskAd(domain="code", description="sort")) == "done: sort"
+    assert list(tmp_path.iterdir())
+    rt.dispose()
+    rt.dispose()
+
+    await until(lambda: not list(tmp_path.iterdir()), what="the server's folder is gone")
+
+
+def test_a_runtime_serves_one_event_loop_after_another(embedded: None) -> None:
+    rt = runtime()
+    answers = [asyncio.run(rt.submit(TaskAd(domain="code", description=text))) for text in ("one", "two")]
+    rt.dispose()
+
+    assert answers == ["done: one", "done: two"]
+
+
+async def test_default_names_say_what_a_node_is_made_of() -> None:
+    first, second = Runtime(), Runtime()
+    names = [
+        [rt.add_agent(echo, capabilities=CapabilityProfile(scores={domain: 0.5})).id for domain in ("code", "code", "data")]
+        for rt in (first, second)
+    ]
+
+    assert names[0] == names[1]
+    assert len(set(names[0])) == 3
+    assert names[0][0].rpartition("-")[0] == names[0][1].rpartition("-")[0] != names[0][2].rpartition("-")[0]
