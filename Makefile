@@ -1,0 +1,44 @@
+# Every target sets up what it needs: a .venv made from nothing, renewed when pyproject.toml changes.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup demo check lint test slow fmt
+
+help:
+	@echo 'make demo    run examples/tasks.jsonl with the agents of examples/agents.py'
+	@echo 'make test    the tests'
+	@echo 'make check   what a change must pass: linters, types, import directions, tests'
+	@echo 'make slow    the tests that take longer'
+	@echo 'make fmt     format the code'
+	@echo 'make setup   only prepare .venv'
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed: make PYTHON=…")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/loom run examples/tasks.jsonl --agents examples/agents.py
+
+check: lint test
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy examples/agents.py
+	$(BIN)/lint-imports
+
+test: $(READY)
+	$(BIN)/pytest
+
+slow: $(READY)
+	$(BIN)/pytest -m 'slow and not container'
+
+fmt: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
