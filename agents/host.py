@@ -7,6 +7,7 @@ Says       offers, run events, host.<host> every 3 s, lifecycle.joined and lifec
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import structlog
@@ -51,7 +52,7 @@ class NodeHost:
         self, bus: Bus, nodes: Callable[[], Sequence[Node]], *, slots: int = SLOTS, backlog: int = BACKLOG
     ) -> None:
         self.host_id = new_id()[:12]
-        self._bus = bus
+        self.bus = bus
         self._nodes = nodes
         self._slots = slots
         self._backlog = backlog
@@ -65,7 +66,7 @@ class NodeHost:
 
     async def start(self) -> None:
         """Begin to bid; returns once the server knows of it and everybody has been told."""
-        subjects = self._bus.subjects
+        subjects = self.bus.subjects
         for subject, handler in (
             (subjects.of("run", self.host_id), self._on_run),
             (subjects.of("cancel", "*"), self._on_cancel),
@@ -73,12 +74,12 @@ class NodeHost:
             (subjects.hosts, self._on_hosts),
             (subjects.of("auction", "*"), self._on_call),
         ):
-            self._subscriptions.append(await self._bus.subscribe(subject, handler))
+            self._subscriptions.append(await self.bus.subscribe(subject, handler))
         await self.announce()
-        await self._bus.echo()
+        await self.bus.echo()
         self._tickers = [
-            self._bus.spawn(self._every(ANNOUNCE_S, self.announce), name="announce"),
-            self._bus.spawn(self._every(HEARTBEAT_S, self._beat), name="heartbeats"),
+            self.bus.spawn(self._every(ANNOUNCE_S, self.announce), name="announce"),
+            self.bus.spawn(self._every(HEARTBEAT_S, self._beat), name="heartbeats"),
         ]
 
     async def drain(self, timeout_s: float) -> None:
@@ -86,7 +87,7 @@ class NodeHost:
         if self._draining or not self._subscriptions:
             return
         self._draining = True
-        await self.announce()
+        await self._attempt(self.announce)
         await self._stop([run for run in self._runs.values() if run.work is None], STOPPING)
         working = [run.work for run in self._runs.values() if run.work is not None]
         if working:
@@ -95,9 +96,9 @@ class NodeHost:
         for ticker in self._tickers:
             ticker.cancel()
         for subscription in self._subscriptions:
-            await self._bus.unsubscribe(subscription)
+            await self.bus.unsubscribe(subscription)
         for node_id in self._known:
-            await self._tell("left", node_id)
+            await self._attempt(partial(self._tell, "left", node_id))
 
     async def announce(self) -> None:
         """Say who is here, and tell of nodes that have come or gone."""
@@ -111,7 +112,7 @@ class NodeHost:
             queued=sum(room.queued for room in rooms),
             draining=self._draining,
         )
-        await self._bus.publish(self._bus.subjects.of("host", self.host_id), said)
+        await self.bus.publish(self.bus.subjects.of("host", self.host_id), said)
         for node_id in nodes - self._known:
             await self._tell("joined", node_id)
         for node_id in self._known - nodes:
@@ -121,8 +122,8 @@ class NodeHost:
         self._known = nodes
 
     async def _tell(self, kind: LifecycleKind, node_id: str) -> None:
-        news = Lifecycle(kind=kind, node_id=node_id, host_id=self.host_id, at=self._bus.now())
-        await self._bus.publish(self._bus.subjects.of("lifecycle", kind, node_id), news)
+        news = Lifecycle(kind=kind, node_id=node_id, host_id=self.host_id, at=self.bus.now())
+        await self.bus.publish(self.bus.subjects.of("lifecycle", kind, node_id), news)
 
     def _room(self, node_id: str) -> Room:
         if node_id not in self._rooms:
@@ -140,7 +141,7 @@ class NodeHost:
         except Undecodable as error:
             log.warning("call_undecodable", reason=error.message)
             return
-        await self._bus.publish(msg.reply, self.offer(call))
+        await self.bus.publish(msg.reply, self.offer(call))
 
     def offer(self, call: CallForBids) -> Offer:
         """Return this host's answer to a call: bids, or why there are none."""
@@ -170,7 +171,7 @@ class NodeHost:
             request = decode(msg.data, RunRequest)
         except Undecodable as error:
             log.warning("run_request_undecodable", reason=error.message)
-            await send(self._bus, msg.reply, RunEvent(n=0, kind="rejected", code="cannot"))
+            await send(self.bus, msg.reply, RunEvent(n=0, kind="rejected", code="cannot"))
             return
         known = self._runs.get((request.task_id, request.attempt))
         if known is not None:
@@ -178,10 +179,10 @@ class NodeHost:
             return
         last = self._finished.get((request.task_id, request.attempt))
         if last is not None:
-            await send(self._bus, msg.reply, last)
+            await send(self.bus, msg.reply, last)
             return
         await self._stop_earlier(request)
-        await self._take(Run(self._bus, request, msg.reply))
+        await self._take(Run(self.bus, request, msg.reply))
 
     async def _take(self, run: Run) -> None:
         node = self._node(run.request.node_id)
@@ -199,7 +200,7 @@ class NodeHost:
 
     def _fill(self, room: Room) -> None:
         while (run := room.next()) is not None:
-            run.work = self._bus.spawn(self._work(run, room), name=f"run {run.request.key}")
+            run.work = self.bus.spawn(self._work(run, room), name=f"run {run.request.key}")
         self._show_load(room)
 
     def _show_load(self, room: Room) -> None:
@@ -290,10 +291,14 @@ class NodeHost:
     async def _every(self, seconds: float, act: Callable[[], Awaitable[None]]) -> None:
         while True:
             await asyncio.sleep(seconds)
-            try:
-                await act()
-            except LoomError as error:
-                log.warning("host_silenced", reason=error.message)
+            await self._attempt(act)
+
+    async def _attempt(self, act: Callable[[], Awaitable[None]]) -> None:
+        """Say something; a connection that is gone must not end the host's other work."""
+        try:
+            await act()
+        except LoomError as error:
+            log.warning("host_silenced", reason=error.message)
 
 
 AGENTS_OWN = frozenset({"agent_failed", "budget_exceeded", "deadline_exceeded"})

@@ -1,6 +1,7 @@
 """One run on a host: its events, numbered and kept, and where they are sent."""
 
 import asyncio
+import time
 from collections import OrderedDict, deque
 from typing import Any
 
@@ -36,11 +37,18 @@ class Run:
         self._inbox = inbox
         self._n = 0
         self._kept: deque[RunEvent] = deque(maxlen=HISTORY)
+        self._until = time.monotonic() + request.remaining_s
+        self._sending = asyncio.Lock()  # a watcher drops what comes out of order
 
     @property
     def key(self) -> Key:
         """What makes two requests the same run."""
         return (self.request.task_id, self.request.attempt)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds to the task's deadline; waiting in the backlog counts."""
+        return max(0.0, self._until - time.monotonic())
 
     async def say(self, kind: RunKind, **facts: Any) -> None:
         """Send the next event; a final one ends the run, and nothing is sent after it."""
@@ -52,7 +60,8 @@ class Run:
             self._kept.append(event)
         if event.final:
             self.last = event
-        await send(self._bus, self._inbox, event)
+        async with self._sending:
+            await send(self._bus, self._inbox, event)
 
     async def progress(self, event: Progress) -> None:
         """Send what the agent says on its way."""
@@ -60,11 +69,12 @@ class Run:
 
     async def move(self, inbox: str, from_n: int) -> None:
         """Send all events from number `from_n` on to `inbox`, and every later one; the old inbox is told."""
-        if inbox != self._inbox:
-            await send(self._bus, self._inbox, RunEvent(n=self._n, kind="moved"))
-            self._inbox = inbox
-        for event in [event for event in self._kept if event.n >= from_n or event.kind == "accepted"]:
-            await send(self._bus, inbox, event)
+        async with self._sending:
+            if inbox != self._inbox:
+                await send(self._bus, self._inbox, RunEvent(n=self._n, kind="moved"))
+                self._inbox = inbox
+            for event in [event for event in self._kept if event.n >= from_n or event.kind == "accepted"]:
+                await send(self._bus, inbox, event)
 
 
 async def send(bus: Bus, inbox: str, event: RunEvent) -> None:

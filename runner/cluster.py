@@ -93,7 +93,7 @@ async def running_phases(
     namespace: str = "loom",
     config: ClusterConfig | None = None,
     llm: LLMProvider | None = None,
-    patience_s: float = 5.0,
+    patience_s: float = 2.0,
 ) -> AsyncIterator[Bus]:
     """Run phases on a connection of their own while the body runs."""
     role = names[0] if len(names) == 1 else "phases"
@@ -115,7 +115,7 @@ async def running_nodes(
     slots: int = SLOTS,
     backlog: int = BACKLOG,
     drain_timeout_s: float = 10.0,
-    patience_s: float = 5.0,
+    patience_s: float = 2.0,
 ) -> AsyncIterator[NodeHost]:
     """Host nodes on a connection of their own while the body runs."""
     async with Bus(url, namespace=namespace, role="node", patience_s=patience_s) as bus:

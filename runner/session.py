@@ -12,7 +12,7 @@ from loom.bus import tasks
 from loom.bus.client import Bus
 from loom.runner import logs
 from loom.runner.cluster import PhaseGroup
-from loom.runner.embedded import NatsServer
+from loom.runner.embedded import NatsServer, embedded_server
 from loom.runner.settings import Settings
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import UnknownTask
@@ -87,9 +87,7 @@ class Session:
             self._server.stop()
 
     async def _embedded(self) -> str:
-        self._server = NatsServer()
-        self._stack.push_async_callback(asyncio.to_thread, self._server.stop)
-        await asyncio.to_thread(self._server.start)
+        self._server = await self._stack.enter_async_context(embedded_server())
         phases = PhaseGroup(await self._connect(self._server.url, "phases"), config=self._config, llm=self._llm)
         self._stack.push_async_callback(phases.drain)
         await phases.start()

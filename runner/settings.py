@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -29,7 +29,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     loom_log_level: Annotated[str, Meta(pattern=r"^(debug|info|warning|error)?\Z")] = ""
     """LOOM_LOG_LEVEL. debug, info, warning or error; empty: info for services, warning inside your own program."""
     loom_store: str = ""
-    """LOOM_STORE. Folder of the embedded server's streams; empty: private, gone at the end."""
+    """LOOM_STORE. Folder in which `loom up` keeps its streams; empty: private, gone at the end."""
     cluster: ClusterConfig = ClusterConfig()
     """LOOM_<FIELD> for each field of ClusterConfig, for example LOOM_MAX_ATTEMPTS."""
 
@@ -40,19 +40,23 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     Raises:
         InvalidSetting: A variable's value does not fit; `field` names the variable.
     """
-    own = {name: environment[name.upper()] for name in Settings.__struct_fields__ if environment.get(name.upper())}
-    cluster = {
-        name: environment[f"LOOM_{name.upper()}"]
-        for name in ClusterConfig.__struct_fields__
-        if environment.get(f"LOOM_{name.upper()}")
-    }
-    own.pop("cluster", None)
-    return _convert({**own, "cluster": cluster})
+    own = _given(Settings, "", environment)
+    cluster = _given(ClusterConfig, "LOOM_", environment)
+    return msgspec.convert({**own, "cluster": cluster}, Settings, strict=False)
 
 
-def _convert(values: dict[str, Any]) -> Settings:
-    try:
-        return msgspec.convert(values, Settings, strict=False)
-    except msgspec.ValidationError as error:
-        name = str(error).rpartition("$.")[2].strip("`").replace("cluster.", "LOOM_").upper()
-        raise InvalidSetting(f"{name}: {str(error).partition(' - at')[0]}", field=name) from None
+def _given(shape: type[msgspec.Struct], prefix: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """The values the environment gives for fields of `shape`, each one checked."""
+    given = {}
+    for name in shape.__struct_fields__:
+        variable = prefix + name.upper()
+        value = environment.get(variable)
+        if not value or name == "cluster":
+            continue
+        try:
+            msgspec.convert({name: value}, shape, strict=False)
+        except msgspec.ValidationError as error:
+            reason = str(error).partition(" - at")[0].removeprefix(f"{shape.__name__}.{name} ")
+            raise InvalidSetting(f"{variable}: {reason}", field=variable) from None
+        given[name] = value
+    return given

@@ -11,7 +11,9 @@ class ClusterConfig(Wire, frozen=True, kw_only=True):
     """How the phases decide. Every field has a default; give only what differs."""
 
     min_nodes: Count = 1
+    """Nodes of a cluster that apoptosis leaves alone."""
     max_nodes: Annotated[int, Meta(ge=1)] = 10
+    """Nodes beyond which none is added by mitosis."""
     max_depth: Annotated[int, Meta(ge=0, le=16)] = 2
     """Most divisions between a client's task and its smallest part."""
     mitosis_threshold: Unit = 0.6
@@ -19,7 +21,9 @@ class ClusterConfig(Wire, frozen=True, kw_only=True):
     apoptosis_threshold: Unit = 0.3
     """Nodes whose recent mean reward is below this are failing."""
     idle_timeout_s: Seconds = 300.0
+    """Idle time after which a node that has worked before may retire."""
     consecutive_loss_limit: Annotated[int, Meta(ge=1)] = 20
+    """Failures in a row after which a node is failing."""
     bid_window_ms: Annotated[int, Meta(ge=1, le=10_000)] = 250
     """Longest wait for offers."""
     no_bids_after_s: Seconds = 30.0

@@ -280,4 +280,3 @@ class SplitPlan(Wire, frozen=True, kw_only=True):
     envelope: Envelope
     """The parked parent."""
     note: str = ""
-

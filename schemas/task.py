@@ -106,25 +106,25 @@ def parse_ad(raw: bytes) -> TaskAd:
 
 
 def check_ad(ad: TaskAd) -> TaskAd:
-    """Return `ad` if it may be submitted; Python callers construct ads unchecked.
+    """Return `ad` as it will be read, if it may be submitted; Python callers construct ads unchecked.
 
     Raises:
         InvalidTask: With `field` naming the part.
     """
-    if not ad.description.strip():
-        raise InvalidTask("description is empty: say what is to be done", field="description", task_id=ad.task_id)
     fault = free_json_fault(ad.context, max_bytes=MAX_CONTEXT_BYTES)
     if fault:
         raise InvalidTask(f"context {fault}", field="context", task_id=ad.task_id)
     try:
         raw = encode(ad)
-        decode(raw, TaskAd)
+        if len(raw) > MAX_AD_BYTES:
+            raise _too_large(len(raw))
+        checked = decode(raw, TaskAd)
     except (Undecodable, UnicodeEncodeError, TypeError) as error:
         field = _field_in(str(error))
         raise InvalidTask(f"not a valid TaskAd: {error}", field=field, task_id=ad.task_id) from None
-    if len(raw) > MAX_AD_BYTES:
-        raise _too_large(len(raw))
-    return ad
+    if not checked.description.strip():
+        raise InvalidTask("description is empty: say what is to be done", field="description", task_id=ad.task_id)
+    return checked
 
 
 def _refusal(raw: bytes, error: Undecodable) -> InvalidTask:

@@ -41,7 +41,7 @@ class Wire(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def __post_init__(self) -> None:
         for name, ge, le in _float_fields(type(self)):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and ge <= value <= le):
+            if value is not None and not (ge <= value <= le and math.isfinite(value)):
                 raise ValueError(f"{type(self).__name__}.{name} must be a number from {ge} to {le}, not {value}")
 
 
@@ -54,6 +54,7 @@ def _float_fields(cls: type) -> tuple[tuple[str, float, float], ...]:
             metas = [meta for meta in get_args(part)[1:] if isinstance(meta, msgspec.Meta)]
             if (get_args(part)[0] if metas else part) is float:
                 ge = next((meta.ge for meta in metas if meta.ge is not None), -math.inf)
+                ge = next((math.nextafter(meta.gt, math.inf) for meta in metas if meta.gt is not None), ge)
                 le = next((meta.le for meta in metas if meta.le is not None), math.inf)
                 found.append((name, float(ge), float(le)))
     return tuple(found)
@@ -118,7 +119,7 @@ def free_json_fault(value: Any, *, max_bytes: int) -> str | None:
             return f"holds a {type(item).__name__}, which JSON cannot carry"
     try:
         size = len(encode(value))
-    except (UnicodeEncodeError, OverflowError) as error:
+    except (UnicodeEncodeError, TypeError) as error:  # TypeError: a subclass of a JSON type
         return f"cannot be encoded: {error}"
     return f"is {size} bytes of JSON; at most {max_bytes}" if size > max_bytes else None
 

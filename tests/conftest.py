@@ -22,6 +22,7 @@ def nats_url() -> Iterator[str]:
     server = NatsServer()
     server.start()
     yield server.url
+    server.kill()  # a clean end would tidy up hundreds of streams that nobody wants
     server.stop()
 
 

@@ -24,7 +24,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 LOOM = [sys.executable, "-m", "loom.runner.cli"]
 
 PROGRAMS = re.findall(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?", README, flags=re.MULTILINE | re.DOTALL)
-SHELL = [line for block in re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL) for line in block.splitlines()]
+SHELL = [
+    line
+    for block in re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+]
 COMMANDS = [shlex.split(line, comments=True) for line in SHELL]
 
 
@@ -58,16 +62,12 @@ async def service(command: list[str], **environment: str) -> AsyncIterator[None]
 @pytest.mark.parametrize(("program", "printed"), PROGRAMS, ids=[f"program {n + 1}" for n in range(len(PROGRAMS))])
 async def test_each_program_prints_what_the_readme_says(program: str, printed: str) -> None:
     with OpenAIServer() as model:
-        out = await output_of(
-            [sys.executable, "-c", program], OPENAI_BASE_URL=model.base_url, OPENAI_API_KEY="test"
-        )
+        out = await output_of([sys.executable, "-c", program], OPENAI_BASE_URL=model.base_url, OPENAI_API_KEY="test")
 
     assert out == printed if printed else "to be or not to be" in out
 
 
-async def test_the_cluster_of_the_readme_does_the_task_of_the_readme(
-    on_bus: tuple[str, str], client: Bus
-) -> None:
+async def test_the_cluster_of_the_readme_does_the_task_of_the_readme(on_bus: tuple[str, str], client: Bus) -> None:
     """`loom up`, `loom node` and the two ways to submit, word for word."""
     [up] = [command for command in COMMANDS if command[:2] == ["loom", "up"]]
     [nodes] = [command for command in COMMANDS if command[:2] == ["loom", "node"]]

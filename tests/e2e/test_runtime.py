@@ -209,7 +209,10 @@ def test_a_runtime_serves_one_event_loop_after_another(embedded: None) -> None:
 async def test_default_names_say_what_a_node_is_made_of() -> None:
     first, second = Runtime(), Runtime()
     names = [
-        [rt.add_agent(echo, capabilities=CapabilityProfile(scores={domain: 0.5})).id for domain in ("code", "code", "data")]
+        [
+            rt.add_agent(echo, capabilities=CapabilityProfile(scores={domain: 0.5})).id
+            for domain in ("code", "code", "data")
+        ]
         for rt in (first, second)
     ]
 

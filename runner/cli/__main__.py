@@ -1,0 +1,5 @@
+"""`python -m loom.runner.cli` is `loom`."""
+
+from loom.runner.cli.app import main
+
+main()

@@ -1,0 +1,63 @@
+"""The `loom` command: its table of contents, and how errors end it.
+
+Exit codes: 0 done; 1 the work failed; 2 bad input; 3 no server or no phases; 130 interrupted.
+"""
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from loom.runner.cli import serve, watch, work
+from loom.runner.cli.render import one_line
+from loom.schemas.errors import LoomError
+
+_EXITS = {"bad_usage": 2, "invalid_file": 2, "invalid_setting": 2, "invalid_task": 2, "bus_unavailable": 3}
+# The one class of everything wrong with the words on a command line.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(name="loom", add_completion=False, pretty_exceptions_enable=False)
+for command in (work.run, serve.up, serve.phase, serve.node, work.submit, watch.tap):
+    app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"loom {version('loom-nats')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def loom(
+    context: typer.Context,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """A self-organising cluster of agents on NATS."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    """Run the command of `sys.argv` and end the process with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # both are text files here
+    sys.exit(_outcome())
+
+
+def _outcome() -> int:
+    try:
+        return app(prog_name="loom", standalone_mode=False) or 0
+    except LoomError as error:
+        return _complain(error.code, error.message)
+    except _UsageError as error:
+        return _complain("bad_usage", error.format_message())  # type: ignore[attr-defined]  # every one has it
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+
+
+def _complain(code: str, message: str) -> int:
+    typer.echo(f"{code}: {one_line(message)}", err=True)
+    return _EXITS.get(code, 1)

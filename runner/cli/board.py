@@ -1,0 +1,118 @@
+"""What the bus says about the tasks of one `loom run`: where each of them is, and what came of it. No I/O."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loom.bus.tap import Seen
+from loom.schemas.auction import CallForBids
+from loom.schemas.envelope import Award, Envelope
+from loom.schemas.events import TextDelta
+from loom.schemas.learning import Lifecycle, NodeProfile, Reward
+from loom.schemas.run import Delta
+from loom.schemas.task import Submission, TaskAd, TaskResult
+
+FAMILIES = ("intake", "task", "auction", "delta", "result", "reward", "lifecycle")
+"""Families of subjects a board listens to."""
+
+TAIL_CHARS = 200
+"""Most characters of an unfinished answer that are kept to be shown."""
+
+Attempt = tuple[str, int]
+"""Task id and number."""
+
+
+@dataclass
+class Row:
+    """One task."""
+
+    ad: TaskAd
+    phase: str = "waiting"
+    """waiting (not handed in yet), a phase, or the state it ended in."""
+    node_id: str = ""
+    attempt: int = 1
+    tail: str = ""
+    """End of what the node has written so far."""
+    ended: bool = False
+
+
+class Board:
+    """The tasks of a run, in the order of their file. Messages about other tasks are ignored."""
+
+    def __init__(self, ads: Sequence[TaskAd]) -> None:
+        self.rows = {ad.task_id: Row(ad) for ad in ads}
+        """task id -> row. The keys never change, so that another thread may draw it."""
+        self.awards: dict[Attempt, Award] = {}
+        self.rewards: dict[Attempt, Reward] = {}
+        self.profiles: dict[str, NodeProfile] = {}
+        """node id -> what is known of it, for nodes that learned from these tasks."""
+        self.domains: dict[str, str] = {}
+        """slug -> the domain as worded."""
+        self._to_learn: set[tuple[str, str]] = set()
+        self._learned: set[tuple[str, str]] = set()
+
+    @property
+    def learned(self) -> bool:
+        """Whether every reward heard of is part of its node's profile."""
+        return self._to_learn <= self._learned
+
+    def see(self, seen: Seen) -> Row | None:
+        """Take in a message; return the row whose phase, node or attempt it changed."""
+        message: Any = seen.message
+        if isinstance(message, Lifecycle):
+            self._learn(message)
+            return None
+        if isinstance(message, Reward):
+            self._reward(message)
+            return None
+        row = self.rows.get(seen.tokens.get("task_id", "") or str(getattr(message, "task_id", "")))
+        if row is None or row.ended:
+            return None
+        before = (row.phase, row.node_id, row.attempt)
+        match message:
+            case Submission():
+                row.phase = "sense"
+            case Envelope() if seen.family == "task":
+                self._move(row, seen.tokens["phase"], message)
+            case CallForBids() if message.attempt >= row.attempt:
+                row.phase, row.attempt = "match", message.attempt
+            case Delta(event=TextDelta(text=text)) if message.attempt >= row.attempt:
+                row.tail = (row.tail + text)[-TAIL_CHARS:]
+            case TaskResult():
+                return self.end(message)
+            case _:
+                pass  # other kinds of progress, and what could not be read
+        return row if before != (row.phase, row.node_id, row.attempt) else None
+
+    def end(self, result: TaskResult) -> Row | None:
+        """Take in a result, from whichever way it came first; return its row unless it had ended."""
+        row = self.rows[result.task_id]
+        if row.ended:
+            return None
+        row.phase, row.ended = result.state, True
+        row.node_id, row.attempt = result.node_id or "", max(result.attempts, 1)
+        if result.success and result.node_id:
+            self._to_learn.add((result.task_id, result.node_id))
+        return row
+
+    def _move(self, row: Row, phase: str, envelope: Envelope) -> None:
+        if envelope.attempt < row.attempt:
+            return
+        if envelope.attempt > row.attempt:
+            row.tail = ""
+        row.phase, row.attempt = phase, envelope.attempt
+        row.node_id = envelope.award.node_id if envelope.award else ""
+        self.domains[envelope.slug] = envelope.domain
+        if envelope.award is not None:
+            self.awards[row.ad.task_id, envelope.attempt] = envelope.award
+
+    def _reward(self, reward: Reward) -> None:
+        if reward.task_id in self.rows:
+            self.rewards[reward.task_id, reward.attempt] = reward
+            self._to_learn.add((reward.task_id, reward.node_id))
+
+    def _learn(self, news: Lifecycle) -> None:
+        ours = [task_id for task_id in news.task_ids if task_id in self.rows]
+        if news.profile is not None and (ours or news.node_id in self.profiles):
+            self.profiles[news.node_id] = news.profile
+        self._learned.update((task_id, news.node_id) for task_id in ours)

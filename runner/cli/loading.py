@@ -1,0 +1,119 @@
+"""Files users hand to the command line: tasks as JSON lines, nodes as a Python file."""
+
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from loom.agents.function_agent import as_agent
+from loom.agents.node import Node
+from loom.agents.user_code import describe
+from loom.schemas.errors import InvalidTask, LoomError
+from loom.schemas.task import TaskAd, is_token, parse_ad
+
+MODULE = "loom_nodes_file"
+NODE_PARTS = ("id", "capabilities", "agent", "to_bid", "mirror")
+
+
+class InvalidFile(LoomError):
+    """A file cannot be read, written or used; the message names it and, where there is one, the line."""
+
+    code = "invalid_file"
+
+
+def load_tasks(path: Path) -> list[TaskAd]:
+    """Return the ads of a file, one JSON object a line; empty lines are left out.
+
+    Raises:
+        InvalidFile: It cannot be read, or holds no task.
+        InvalidTask: A line is not an ad, or repeats an id; the message names line and field.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InvalidFile(f"{path}: {error.strerror}") from error
+    ads: dict[str, TaskAd] = {}
+    lines: dict[str, int] = {}
+    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            ad = parse_ad(line)
+        except InvalidTask as error:
+            where = f"{path}, line {number}" + (f", field {error.field}" if error.field else "")
+            raise InvalidTask(f"{where}: {error.message}", field=error.field) from error
+        if ad.task_id in ads:
+            raise InvalidTask(
+                f"{path}, line {number}, field task_id: {ad.task_id} is the task of line {lines[ad.task_id]}",
+                field="task_id",
+            )
+        ads[ad.task_id], lines[ad.task_id] = ad, number
+    if not ads:
+        raise InvalidFile(f"{path}: holds no task")
+    return list(ads.values())
+
+
+def load_nodes(path: Path) -> list[Node]:
+    """Return the list `nodes` a Python file defines.
+
+    The file runs as a script would: it may import its neighbours, and whatever it raises is reported with its line.
+
+    Raises:
+        InvalidFile: It cannot be run, defines no `nodes`, or one of them cannot be hosted.
+    """
+    module = _run(path)
+    nodes = getattr(module, "nodes", None)
+    if not isinstance(nodes, list) or not nodes:
+        raise InvalidFile(f"{path}: defines no `nodes`; give it a list of AgentNode")
+    seen: set[str] = set()
+    for index, node in enumerate(nodes):
+        fault = _fault(node, seen)
+        if fault:
+            raise InvalidFile(f"{path}: nodes[{index}] {fault}")
+    return nodes
+
+
+def _run(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise InvalidFile(f"{path}: no such file")
+    spec = importlib.util.spec_from_file_location(MODULE, path)
+    if spec is None or spec.loader is None:
+        raise InvalidFile(f"{path}: not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[MODULE] = module  # dataclasses and pickles look their module up
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise InvalidFile(f"{error.filename or path}, line {error.lineno}: {error.msg}") from error
+    except (Exception, SystemExit) as error:
+        raise InvalidFile(f"{path}, line {_line_in(path, error)}: {describe(error)}") from error
+    return module
+
+
+def _line_in(path: Path, error: BaseException) -> int | None:
+    """The innermost line of the user's file that led to `error`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+    return own[-1] if own else None
+
+
+def _fault(node: Any, seen: set[str]) -> str | None:
+    """Why `node` cannot be hosted, or None."""
+    missing = [part for part in NODE_PARTS if not hasattr(node, part)]
+    if missing:
+        return f"is a {type(node).__name__} without `{missing[0]}`; make it an AgentNode"
+    if not isinstance(node.id, str) or not is_token(node.id):
+        return "has an id that does not match [A-Za-z0-9_-]{1,64}"
+    if node.id in seen:
+        return f"has the id of an earlier one, {node.id}"
+    seen.add(node.id)
+    if node.agent is None:
+        return f"({node.id}) has no agent"
+    try:
+        as_agent(node.agent)
+    except LoomError as error:
+        return f"({node.id}): {error.message}"
+    return None

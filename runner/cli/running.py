@@ -1,0 +1,94 @@
+"""From a command to a running coroutine: settings, event loop, signals, and connections that are gone for good."""
+
+import asyncio
+import contextlib
+import importlib
+import importlib.util
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from loom.agents.config import AgentConfig
+from loom.agents.openai_provider import OpenAIProvider
+from loom.bus.client import Bus
+from loom.runner import logs
+from loom.runner.settings import Settings, from_environment
+from loom.schemas.errors import BusUnavailable
+from loom.schemas.llm import LLMProvider
+
+T = TypeVar("T")
+
+DEFAULT_URL = "nats://127.0.0.1:4222"
+FOREVER_S = float("inf")
+"""How patiently a service waits for its server."""
+
+
+def prepare(log_level: str) -> Settings:
+    """Return the settings of this process, its logs set up; `log_level` rules unless LOOM_LOG_LEVEL does.
+
+    Raises:
+        InvalidSetting: An environment variable does not fit.
+    """
+    settings = from_environment()
+    logs.configure(settings.loom_log_level or log_level)
+    return settings
+
+
+def run_to_end(work: Coroutine[Any, Any, T]) -> T:
+    """Return what `work` returns, on uvloop where that is installed."""
+    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    if importlib.util.find_spec("uvloop"):
+        factory = importlib.import_module("uvloop").new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(work)
+
+
+def run_service(work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` until SIGINT or SIGTERM cancels it, which is its normal end; a second signal hurries its drain."""
+
+    async def until_signalled() -> None:
+        loop = asyncio.get_running_loop()
+        service = loop.create_task(work)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, service.cancel)
+        with contextlib.suppress(asyncio.CancelledError):
+            await service
+
+    run_to_end(until_signalled())
+
+
+async def unless_lost(bus: Bus, work: Coroutine[Any, Any, T]) -> T:
+    """Return what `work` returns.
+
+    Raises:
+        BusUnavailable: The connection was closed for good meanwhile: the process is to end, and be started again.
+    """
+    working = asyncio.ensure_future(work)
+    losing = asyncio.ensure_future(bus.lost.wait())
+    try:
+        await asyncio.wait([working, losing], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise BusUnavailable("the connection to the server was closed for good")
+    finally:
+        losing.cancel()
+        working.cancel()
+        await asyncio.gather(working, losing, return_exceptions=True)
+
+
+async def until_lost(bus: Bus) -> None:
+    """Wait; a service that may go on for ever does so here.
+
+    Raises:
+        BusUnavailable: The connection was closed for good.
+    """
+    await bus.lost.wait()
+    raise BusUnavailable("the connection to the server was closed for good")
+
+
+def sense_model(settings: Settings) -> LLMProvider | None:
+    """Return the model SENSE may ask; None where the environment gives no access to one."""
+    if os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"):
+        return OpenAIProvider(AgentConfig(model=settings.loom_model))
+    return None

@@ -1,0 +1,245 @@
+"""What does work and ends: `loom run`, `loom submit`."""
+
+import asyncio
+import contextlib
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import msgspec
+import typer
+
+from loom.agents.node import Node
+from loom.bus import tasks
+from loom.bus.client import Bus
+from loom.bus.tap import Tap
+from loom.bus.tasks import TaskHandle
+from loom.runner.cli.board import FAMILIES, Board
+from loom.runner.cli.loading import InvalidFile, load_nodes, load_tasks
+from loom.runner.cli.progress import Progress
+from loom.runner.cli.render import closing, console, show
+from loom.runner.cli.running import DEFAULT_URL, prepare, run_to_end, sense_model, unless_lost
+from loom.runner.cli.transcript import Transcript
+from loom.runner.session import Session, check_phases
+from loom.runner.settings import Settings
+from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
+from loom.schemas.events import StepStart, TextDelta
+from loom.schemas.task import Accepted, TaskAd, TaskError, TaskResult, parse_ad
+from loom.schemas.wire import decode, encode
+
+STDOUT = "-"
+AT_ONCE = 16
+PATIENCE_S = 2.0
+ACCEPT_S = 6.0
+"""A little longer than SENSE tries to have a submission stored."""
+
+
+# -- loom run
+
+
+def run(
+    file: Annotated[Path, typer.Argument(metavar="TASKS.jsonl", help="Tasks, one JSON object a line.")],
+    agents: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.py", help="Python file that defines `nodes`; with NATS_URL set it may be left out."),
+    ] = None,
+    out: Annotated[str, typer.Option(help="File of results, one JSON object a line; - is stdout.")] = "results.jsonl",
+    at_once: Annotated[int, typer.Option(min=1, help="Tasks handed in at a time.")] = AT_ONCE,
+) -> None:
+    """Do the tasks of a file, here or on the server of NATS_URL, and show how it went."""
+    settings = prepare("warning")
+    ads = load_tasks(file)
+    if agents is None and not settings.nats_url:
+        raise typer.BadParameter("needed, unless NATS_URL leads to a cluster with agents", param_hint="--agents")
+    nodes = load_nodes(agents) if agents else []
+    with output(out) as lines:
+        results = run_to_end(_run(settings, ads, nodes, lines, at_once))
+    if not all(result.success for result in results):
+        raise typer.Exit(1)
+
+
+async def _run(
+    settings: Settings, ads: Sequence[TaskAd], nodes: list[Node], lines: TextIO, at_once: int
+) -> list[TaskResult]:
+    board = Board(ads)
+    screen = console(stderr=lines is sys.stdout)
+    done: dict[str, TaskResult] = {}
+    session = Session(lambda: nodes, settings, llm=sense_model(settings))
+    started = time.monotonic()
+    try:
+        async with contextlib.aclosing(session):
+            await session.open()
+            with Progress(board, screen) as progress:
+                await _work_through(session.bus, board, progress, done, at_once, settings.cluster.learn_wait_s)
+    finally:  # an interrupted run keeps what it has
+        results = [done[ad.task_id] for ad in ads if ad.task_id in done]
+        lines.writelines(encode(result).decode() + "\n" for result in results)
+        lines.flush()
+    show(screen, closing(board, results))
+    successes = sum(result.success for result in results)
+    where = "" if lines is sys.stdout else f"; results in {lines.name}"
+    screen.print(f"\n{successes} of {len(ads)} succeeded in {time.monotonic() - started:.1f} s{where}", soft_wrap=True)
+    return results
+
+
+async def _work_through(
+    bus: Bus, board: Board, progress: Progress, done: dict[str, TaskResult], at_once: int, learn_wait_s: float
+) -> None:
+    """Do all tasks, then wait a little for what is learned from them, while the tap shows how far they are."""
+    async with Tap(bus, FAMILIES) as tap:
+        following = bus.spawn(_follow(tap, board, progress), name="progress")
+        try:
+            await unless_lost(bus, _do_all(bus, board, progress, done, at_once))
+        finally:
+            following.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(learn_wait_s):
+                while not board.learned:
+                    board.see(await anext(tap))
+
+
+async def _follow(tap: Tap, board: Board, progress: Progress) -> None:
+    async for seen in tap:
+        progress.changed(board.see(seen))
+
+
+async def _do_all(bus: Bus, board: Board, progress: Progress, done: dict[str, TaskResult], at_once: int) -> None:
+    gate = asyncio.Semaphore(at_once)
+
+    async def do(ad: TaskAd) -> None:
+        async with gate:
+            result = await _answer(bus, ad)
+        done[ad.task_id] = result
+        progress.changed(board.end(result))
+
+    working = [asyncio.ensure_future(do(row.ad)) for row in board.rows.values()]
+    try:
+        await asyncio.gather(*working)
+    finally:
+        for each in working:
+            each.cancel()
+        await asyncio.gather(*working, return_exceptions=True)
+
+
+async def _answer(bus: Bus, ad: TaskAd) -> TaskResult:
+    """Return the task's result; a refusal to take it is one, too."""
+    try:
+        async with _handed_in(bus, ad, deltas=False) as handle:
+            return await handle.result()
+    except BusUnavailable:
+        raise  # no word about the task: the run cannot go on
+    except LoomError as error:
+        return TaskResult(task_id=ad.task_id, state="failed", error=TaskError.of(error), domain=ad.domain)
+
+
+@contextlib.asynccontextmanager
+async def _handed_in(bus: Bus, ad: TaskAd, *, deltas: bool) -> AsyncIterator[TaskHandle]:
+    """Hand in a task; it is cancelled when whoever waits for it is interrupted."""
+    handle = await tasks.publish(bus, ad, deltas=deltas)
+    try:
+        yield handle
+    except asyncio.CancelledError:
+        with contextlib.suppress(LoomError):  # on the way out there is nobody to tell
+            await handle.cancel()
+        raise
+    finally:
+        await handle.close()
+
+
+@contextlib.contextmanager
+def output(name: str) -> Iterator[TextIO]:
+    """Open the file of results before anything runs.
+
+    Raises:
+        InvalidFile: It cannot be written.
+    """
+    if name == STDOUT:
+        yield sys.stdout
+        return
+    try:
+        file = Path(name).open("w", encoding="utf-8")  # noqa: SIM115 - closed below; only opening it is guarded
+    except OSError as error:
+        raise InvalidFile(f"{name}: {error.strerror}") from error
+    with file:
+        yield file
+
+
+# -- loom submit
+
+
+def submit(
+    description: Annotated[str, typer.Argument(help="The work, in words.")],
+    domain: Annotated[str, typer.Option(help="Field of knowledge; without it SENSE decides.")] = "",
+    priority: Annotated[str, typer.Option(metavar="low|normal|high|critical", help="How urgent it is.")] = "normal",
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Time to the deadline; 300 if absent.")
+    ] = None,
+    node: Annotated[str | None, typer.Option(metavar="ID", help="Only this node may do it; no auction.")] = None,
+    tool: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A tool the node must have; repeatable.")
+    ] = None,
+    context: Annotated[str, typer.Option(metavar="JSON", help="An object handed to the agent.")] = "{}",
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the task's id and do not wait.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
+) -> None:
+    """Hand in one task, show its answer as it is written, and print its result."""
+    settings = prepare("warning")
+    given: dict[str, Any] = {
+        "description": description,
+        "domain": domain,
+        "priority": priority,
+        "timeout_s": timeout,
+        "node_id": node,
+        "required_tools": tool,
+        "context": _context(context),
+        "wait": not no_wait,
+    }
+    ad = parse_ad(encode({name: value for name, value in given.items() if value is not None}))
+    result = run_to_end(_submit(settings, ad, as_json=as_json))
+    if result is not None and result.error is not None:
+        raise result.error.to_exception(ad.task_id)
+
+
+async def _submit(settings: Settings, ad: TaskAd, *, as_json: bool) -> TaskResult | None:
+    """Print what came of `ad` and return it; None when nobody waits for it."""
+    url = settings.nats_url or DEFAULT_URL
+    async with Bus(url, namespace=settings.loom_namespace, patience_s=PATIENCE_S) as bus:
+        await check_phases(bus)
+        if not ad.wait:
+            accepted = decode(await tasks.ask(bus, bus.subjects.submit, ad, timeout_s=ACCEPT_S), Accepted)
+            typer.echo(encode(accepted) if as_json else accepted.task_id)
+            return None
+        live = sys.stdout.isatty() and not as_json
+        result = await unless_lost(bus, _written(bus, ad) if live else _answer(bus, ad))
+    if as_json:
+        typer.echo(encode(result))
+    elif not live and result.success:
+        typer.echo(result.content)
+    return result
+
+
+async def _written(bus: Bus, ad: TaskAd) -> TaskResult:
+    """Return the task's result, its answer printed piece by piece while it is written."""
+    transcript = Transcript()
+    try:
+        async with _handed_in(bus, ad, deltas=True) as handle:
+            async for delta in handle.events():
+                if isinstance(delta.event, TextDelta):
+                    transcript.add(delta.attempt, delta.event.text)
+                elif isinstance(delta.event, StepStart):
+                    transcript.break_line()
+            result = await handle.result()
+        transcript.close(result.content)
+    finally:
+        transcript.break_line()
+    return result
+
+
+def _context(text: str) -> Any:
+    """The JSON of `--context`; that it is an object is for the ad to check."""
+    try:
+        return msgspec.json.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidTask(f"context is not JSON: {error}", field="context") from error

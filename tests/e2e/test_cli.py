@@ -1,0 +1,440 @@
+"""The command line, run as people and supervisors run it: as processes."""
+
+import asyncio
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import structlog
+from support.wait import until
+
+from loom.bus.client import Bus
+from loom.bus.tasks import status
+from loom.runner.cli import main
+from loom.runner.cluster import running_nodes
+from loom.runner.embedded import NatsServer
+from loom.runner.session import check_phases
+from loom.schemas.envelope import PHASES, TaskRecord
+from loom.schemas.errors import UnknownTask
+from loom.schemas.task import TaskResult
+from loom.schemas.wire import decode
+from loom.types import AgentNode, CapabilityProfile
+
+WITHIN_S = 20
+COMMAND = (sys.executable, "-m", "loom.runner.cli")
+
+AGENTS = """
+from loom.types import AgentNode, CapabilityProfile
+
+def shout(description: str) -> str:
+    return description.upper()
+
+async def spell(description: str):
+    for word in description.split():
+        yield word + " "
+
+def broken(description: str) -> str:
+    raise ValueError("the file is empty")
+
+nodes = [
+    AgentNode(id="shouter", capabilities=CapabilityProfile(scores={"loud": 0.9, "quiet": 0.1}), agent=shout),
+    AgentNode(id="speller", capabilities=CapabilityProfile(scores={"quiet": 0.9, "loud": 0.1}), agent=spell),
+    AgentNode(id="broken", capabilities=CapabilityProfile(scores={"loud": 0.0, "quiet": 0.0}), agent=broken),
+]
+"""
+TASKS = """
+{"task_id": "one", "domain": "loud", "description": "hello"}
+{"task_id": "two", "domain": "quiet", "description": "good night"}
+{"task_id": "three", "node_id": "broken", "description": "break"}
+"""
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Process:
+    """A running `loom`, its standard output and error in files."""
+
+    def __init__(self, process: asyncio.subprocess.Process, out: Path, err: Path) -> None:
+        self._process = process
+        self._out, self._err = out, err
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text()
+
+    async def says(self, text: str) -> str:
+        """Wait for `text` on either output, and return standard output."""
+
+        def said() -> bool:
+            spoken = text in self.out + self.err
+            assert spoken or self._process.returncode is None, f"ended without {text!r}: {self.err}"
+            return spoken
+
+        await until(said, within_s=WITHIN_S, what=f"{text!r} is said")
+        return self.out
+
+    async def stop(self, number: signal.Signals) -> Ended:
+        self._process.send_signal(number)
+        return await self.wait()
+
+    async def wait(self) -> Ended:
+        async with asyncio.timeout(WITHIN_S):
+            code = await self._process.wait()
+        return Ended(code, self.out, self.err)
+
+
+Start = Callable[..., Awaitable[Process]]
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the machine the tests run on."""
+    for name in list(os.environ):
+        if name.startswith(("LOOM_", "NATS_", "OPENAI_")) or name in {"COLUMNS", "NO_COLOR", "FORCE_COLOR"}:
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+async def start(environment: None, tmp_path: Path) -> AsyncIterator[Start]:
+    """Starts `loom` in a folder of its own that holds agents.py and tasks.jsonl."""
+    (tmp_path / "agents.py").write_text(AGENTS)
+    (tmp_path / "tasks.jsonl").write_text(TASKS)
+    started: list[asyncio.subprocess.Process] = []
+
+    numbers = count()
+
+    async def start_one(*words: str, **env: str) -> Process:
+        number = next(numbers)
+        out, err = tmp_path / f"{number}.out", tmp_path / f"{number}.err"
+        with out.open("wb") as stdout, err.open("wb") as stderr:
+            process = await asyncio.create_subprocess_exec(
+                *COMMAND, *words, stdout=stdout, stderr=stderr, cwd=tmp_path, env={**os.environ, **env}
+            )
+        started.append(process)
+        return Process(process, out, err)
+
+    yield start_one
+    for process in started:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def loom(start: Start, *words: str, **env: str) -> Ended:
+    return await (await start(*words, **env)).wait()
+
+
+@asynccontextmanager
+async def hosting(url: str, namespace: str, **agents: object) -> AsyncIterator[None]:
+    nodes = [AgentNode(id=name, agent=agent, capabilities=CapabilityProfile()) for name, agent in agents.items()]
+    async with running_nodes(url, lambda: nodes, namespace=namespace):
+        yield
+
+
+# -- loom run
+
+
+async def test_run_brings_all_it_needs_and_reports_in_order(start: Start, tmp_path: Path) -> None:
+    ended = await loom(start, "run", "tasks.jsonl", "--agents", "agents.py", NO_COLOR="1")
+
+    results = [decode(line, TaskResult) for line in (tmp_path / "results.jsonl").read_bytes().splitlines()]
+    assert [result.task_id for result in results] == ["one", "two", "three"]
+    assert [result.content.strip() for result in results[:2]] == ["HELLO", "good night"]
+    assert results[2].error is not None
+    assert results[2].error.code == "agent_failed"
+    assert ended.code == 1  # a task failed
+    assert "\x1b" not in ended.out
+    assert max(map(len, ended.out.splitlines())) <= 80
+    assert "one  execute  on shouter\n" in ended.out
+    progress, tables = ended.out.split("Results", 1)
+    assert all(f"one  {phase}" in progress for phase in (*PHASES[:5], "succeeded"))
+    assert re.search(r"one +loud +shouter +1 +\d\.\d +HELLO", tables)
+    assert re.search(r"three +general .* agent_failed: ", tables)
+    assert re.search(r"one +shouter +0\.\d\d +\w+ 0\.\d\d \+1 +1\.00 +0\.85", tables)  # award, runner-up, reward
+    assert re.search(r"speller +quiet +1\.00 +1 *\n", tables)  # what was learned
+    assert "2 of 3 succeeded" in tables
+
+
+async def test_run_uses_the_cluster_of_nats_url_and_pipes_its_results(
+    start: Start, on_bus: tuple[str, str], phases: Bus, tmp_path: Path
+) -> None:
+    (tmp_path / "tasks.jsonl").write_text('{"task_id": "one", "domain": "loud", "description": "hello"}')
+
+    async with hosting(*on_bus, elsewhere=lambda description: f"{description} from elsewhere"):
+        ended = await loom(start, "run", "tasks.jsonl", "--out", "-")
+
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["content"] == "hello from elsewhere"
+    assert "1 of 1 succeeded" in ended.err
+
+
+async def test_run_without_phases_says_what_to_do(start: Start, on_bus: tuple[str, str]) -> None:
+    ended = await loom(start, "run", "tasks.jsonl", "--agents", "agents.py")
+
+    assert (ended.code, ended.err) == (3, 'bus_unavailable: no phases answer; run "loom up"\n')
+
+
+async def test_an_interrupted_run_keeps_what_it_has(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "agents.py").write_text(
+        AGENTS + "import asyncio\nnodes[2].agent = lambda description: asyncio.sleep(600)"
+    )
+    run = await start("run", "tasks.jsonl", "--agents", "agents.py")
+    await run.says("two  succeeded")
+    await run.says("one  succeeded")
+    await run.says("three  execute")
+
+    ended = await run.stop(signal.SIGINT)
+
+    assert ended.code == 130
+    assert "Traceback" not in ended.err
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+
+
+# -- loom up, phase, node, tap
+
+
+async def test_a_cluster_of_processes_works_is_watched_and_stops(start: Start, tmp_path: Path) -> None:
+    up = await start("up", "--port", "0", LOOM_STORE=str(tmp_path / "store"))
+    url = re.findall(r"nats://\S+:\d+", await up.says("Ctrl-C"))[0]
+    where = {"NATS_URL": url}
+    tap, tap_json = await start("tap", **where), await start("tap", "--json", **where)
+    node = await start("node", "agents.py", "--slots", "2", **where)
+    await node.says("shouter, speller, broken on nats://")
+    await asyncio.gather(tap.says("listening on nats"), tap_json.says("listening on nats"))
+
+    said, told, failed = await asyncio.gather(
+        loom(start, "submit", "hello", "--domain", "loud", "--priority", "high", **where),
+        loom(start, "submit", "good night", "--domain", "quiet", "--json", **where),
+        loom(start, "submit", "x", "--node", "broken", **where),
+    )
+
+    assert (said.code, said.out, said.err) == (0, "HELLO\n", "")
+    assert json.loads(told.out)["node_id"] == "speller"
+    assert (failed.code, failed.out) == (1, "")
+    assert failed.err == "agent_failed: ValueError: the file is empty\n"
+    for last in ("succeeded on shouter", "failed, agent_failed"):
+        traffic = await tap.says(last)
+    for kind in ("intake", "task match", "auction", "task execute", "run", "delta", "task evaluate", "reward"):
+        assert f" {kind} " in traffic
+    await tap_json.says(f"loom.result.{json.loads(told.out)['task_id']}")
+    watched = [json.loads(line) for line in tap_json.out.splitlines()]
+    assert {"shouter", "speller"} <= {each["tokens"]["node_id"] for each in watched if each["family"] == "reward"}
+    assert (await tap.stop(signal.SIGINT)).code == 130
+    assert (await node.stop(signal.SIGTERM)).code == 0
+    ended = await up.stop(signal.SIGINT)
+    assert ended.code == 0
+    assert "phases_drained" in ended.err
+    assert "Traceback" not in ended.err
+    assert (tmp_path / "store" / "jetstream").is_dir()
+
+
+async def test_up_says_so_when_its_port_is_taken(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = await loom(start, "up", "--port", str(port))
+
+    assert ended.code == 3
+    assert ended.err.count("\n") == 1
+    assert ended.err.startswith(f"bus_unavailable: port {port} is taken")
+
+
+async def test_a_phase_waits_for_its_server(start: Start, namespace: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    url = f"nats://127.0.0.1:{port}"
+    phase = await start("phase", "match", "sense", NATS_URL=url, LOOM_NAMESPACE=namespace)
+    await phase.says("connecting")
+    server = NatsServer(port=port)
+    server.start()
+    try:
+        assert await phase.says("on nats") == f"sense, match on {url}\n"
+        async with Bus(url, namespace=namespace) as bus:
+            await check_phases(bus)
+        ended = await phase.stop(signal.SIGTERM)
+    finally:
+        server.stop()
+
+    assert ended.code == 0
+    assert "phases_drained" in ended.err
+
+
+# -- loom submit
+
+
+async def test_an_answer_is_shown_while_it_is_written_and_only_once(
+    start: Start, on_bus: tuple[str, str], phases: Bus
+) -> None:
+    go_on = asyncio.Event()
+
+    async def slow(description: str) -> AsyncIterator[str]:
+        yield "the first half, "
+        await go_on.wait()
+        yield "the second half"
+
+    async with hosting(*on_bus, slow=slow):
+        ours, theirs = pty.openpty()
+        os.set_blocking(ours, False)
+        process = await asyncio.create_subprocess_exec(*COMMAND, "submit", "x", stdin=theirs, stdout=theirs)
+        shown = bytearray()
+
+        def read(text: bytes) -> bool:
+            with suppress(BlockingIOError):
+                shown.extend(os.read(ours, 65536))
+            return text in shown
+
+        try:
+            await until(lambda: read(b"first half"), within_s=WITHIN_S, what="the first half is shown")
+            assert b"second" not in shown
+            go_on.set()
+            async with asyncio.timeout(WITHIN_S):
+                assert await process.wait() == 0
+            await until(lambda: read(b"\n"), what="the line ends")
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+            os.close(theirs)
+            os.close(ours)
+
+    assert shown == b"the first half, the second half\r\n"
+
+
+async def test_an_interrupted_submit_cancels_its_task(
+    start: Start, on_bus: tuple[str, str], phases: Bus, client: Bus
+) -> None:
+    tasks: list[str] = []
+
+    async def endless(job: object) -> str:
+        tasks.append(job.task_id)  # type: ignore[attr-defined]
+        await asyncio.sleep(600)
+        return "never"
+
+    async with hosting(*on_bus, endless=endless):
+        submit = await start("submit", "x")
+        await until(lambda: tasks, within_s=WITHIN_S, what="the run begins")
+
+        ended = await submit.stop(signal.SIGINT)
+
+        record = await status(client, tasks[0])
+    assert (ended.code, ended.out, ended.err) == (130, "", "")
+    assert isinstance(record, TaskRecord)
+    assert record.state == "cancelled"
+
+
+async def test_without_waiting_the_id_is_all_there_is(start: Start, phases: Bus, client: Bus) -> None:
+    ended = await loom(start, "submit", "x", "--no-wait")
+
+    assert ended.code == 0
+    assert (await status(client, ended.out.strip())).state in {"accepted", "running"}
+    with pytest.raises(UnknownTask):
+        await status(client, "another")
+
+
+# -- bad input
+
+
+@pytest.fixture
+def quietly(environment: None) -> Iterator[None]:
+    """For commands run in this process: what they do to the logs is undone."""
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.mark.usefixtures("quietly")
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("run missing.jsonl --agents a.py", 2, "invalid_file: missing.jsonl: No such file or directory"),
+        ("run good.jsonl", 2, "bad_usage: Invalid value for --agents: needed, unless NATS_URL leads to"),
+        ("run good.jsonl --agents missing.py", 2, "invalid_file: missing.py: no such file"),
+        ("run bad.jsonl --agents missing.py", 2, "invalid_task: bad.jsonl, line 1, field domian: "),
+        ("node bad.py", 2, "invalid_file: bad.py, line 2: ZeroDivisionError: division by zero"),
+        ("phase sense nonsense", 2, "bad_usage: Invalid value for NAME: 'nonsense' is not one of sense, match"),
+        ("submit x --priority urgent", 2, "invalid_task: not a valid TaskAd: Invalid enum value 'urgent'"),
+        ("submit x --timeout -1", 2, "invalid_task: "),
+        ("submit x --context {", 2, "invalid_task: context is not JSON"),
+        ("submit x --context [1]", 2, "invalid_task: not a valid TaskAd: Expected `object`, got `array`"),
+        ("submit x --node a.b", 2, "invalid_task: "),
+        ("up --port 70000", 2, "bad_usage: Invalid value for '--port'"),
+        ("nonsense", 2, "bad_usage: No such command 'nonsense'"),
+    ],
+)
+def test_bad_input_is_one_line_and_an_exit_code(
+    line: str,
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "good.jsonl").write_text('{"description": "x"}')
+    (tmp_path / "bad.jsonl").write_text('{"description": "x", "domian": "y"}')
+    (tmp_path / "bad.py").write_text("x = 1\nnodes = x / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["loom", *line.split()])
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+
+    assert ended.value.code == code
+    out, err = capsys.readouterr()
+    assert err.startswith(said)
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+@pytest.mark.usefixtures("quietly")
+def test_a_bad_setting_ends_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LOOM_NAMESPACE", "Not A Name")
+    for words in (["up"], ["phase", "sense"], ["node", "x.py"], ["run", "x"], ["submit", "x"], ["tap"]):
+        monkeypatch.setattr(sys, "argv", ["loom", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.startswith("invalid_setting: LOOM_NAMESPACE: ")
+
+
+async def test_without_a_server_a_client_gives_up_soon(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        url = f"nats://user:secret@127.0.0.1:{probe.getsockname()[1]}"
+    ended = await loom(start, "tap", NATS_URL=url)
+
+    assert ended.code == 3
+    assert re.fullmatch(r"bus_unavailable: no nats-server at nats://127[^\n]*\n", ended.err)
+    assert "secret" not in ended.err
+
+
+@pytest.mark.usefixtures("quietly")
+@pytest.mark.parametrize("words", [["--version"], [], ["--help"]])
+def test_the_command_introduces_itself(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["loom", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    if words == ["--version"]:
+        assert re.fullmatch(r"loom \d+\.\d+\.\d+\n", out)
+    else:
+        assert all(f" {command} " in out for command in ("run", "up", "phase", "node", "submit", "tap"))

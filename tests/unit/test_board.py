@@ -1,0 +1,160 @@
+"""What a run shows of its tasks, from messages that may be late, lost, or somebody else's."""
+
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+
+from loom.bus.subjects import Subjects
+from loom.bus.tap import Seen
+from loom.runner.cli.board import Board
+from loom.runner.cli.progress import Progress, line, live_table
+from loom.schemas.auction import CallForBids
+from loom.schemas.envelope import Award, Envelope, Spec
+from loom.schemas.events import TextDelta
+from loom.schemas.learning import Lifecycle, NodeProfile, Reward
+from loom.schemas.run import Delta
+from loom.schemas.task import Submission, TaskAd, TaskResult
+
+SUBJECTS = Subjects()
+
+
+def seen(message: Any, family: str, *tokens: str) -> Seen:
+    subject = SUBJECTS.of(family, *tokens)
+    parsed = SUBJECTS.parse(subject)
+    assert parsed is not None
+    return Seen(
+        subject=subject, family=family, tokens=parsed.tokens, message=message, headers={}, at=0.0, size=0, skipped=0
+    )
+
+
+def board(*names: str) -> Board:
+    return Board([TaskAd(task_id=name, description="x") for name in names])
+
+
+def hop(phase: str, name: str = "one", *, attempt: int = 1, node: str = "") -> Seen:
+    award = Award(node_id=node, host_id="h") if node else None
+    spec = Spec(complexity=0.1, domains=("代码",), method="given")
+    ad = TaskAd(task_id=name, description="x")
+    return seen(Envelope(ad=ad, spec=spec, award=award, attempt=attempt, deadline=9.0), "task", phase, "normal", name)
+
+
+def reward(name: str, node: str) -> Seen:
+    message = Reward(
+        reward_id=f"{name}:1:rules", task_id=name, attempt=1, node_id=node, slug="code", score=1.0, ended_at=1.0
+    )
+    return seen(message, "reward", node, "code")
+
+
+def learned(node: str, *names: str) -> Seen:
+    profile = NodeProfile(node_id=node, total_tasks=len(names))
+    news = Lifecycle(kind="learned", node_id=node, at=1.0, task_ids=names, profile=profile)
+    return seen(news, "lifecycle", "learned", node)
+
+
+def result(name: str, node: str = "coder") -> TaskResult:
+    return TaskResult(task_id=name, state="succeeded", content="x", node_id=node, attempts=1)
+
+
+def test_a_task_is_followed_through_its_phases() -> None:
+    told = board("one")
+    ad = told.rows["one"].ad
+    call = CallForBids(auction_id="a", task_id="one", attempt=1, slug="code", complexity=0.1, remaining_s=1.0)
+
+    lines = [line(told.rows["one"])]
+    for message in (
+        seen(Submission(ad=ad, submission="s"), "intake", "normal", "one"),
+        seen(call, "auction", "code"),
+        hop("match"),
+        hop("execute", node="coder"),
+        hop("match", attempt=2),
+        hop("execute", node="other", attempt=2),
+        seen(result("one", "other"), "result", "one"),
+    ):
+        row = told.see(message)
+        if row is not None:
+            lines.append(line(row))
+
+    assert lines == [
+        "one  waiting",
+        "one  sense",
+        "one  match",
+        "one  execute  on coder",
+        "one  match  attempt 2",
+        "one  execute  on other  attempt 2",
+        "one  succeeded  on other",
+    ]
+    assert {key: award.node_id for key, award in told.awards.items()} == {("one", 1): "coder", ("one", 2): "other"}
+
+
+def test_late_messages_and_other_peoples_tasks_change_nothing() -> None:
+    told = board("one", "two")
+    told.see(hop("execute", node="coder", attempt=2))
+    told.see(hop("execute", name="two", node="coder"))
+    told.end(result("two"))
+
+    assert told.see(hop("evaluate", attempt=1, node="slow")) is None
+    assert told.see(hop("evaluate", name="two", node="coder")) is None
+    assert told.see(hop("match", name="three")) is None
+    assert told.see(reward("three", "coder")) is None
+    assert told.end(result("two")) is None
+    assert (told.rows["one"].phase, told.rows["one"].node_id) == ("execute", "coder")
+    assert told.rows["two"].phase == "succeeded"
+    assert told.rewards == {}
+
+
+def test_what_a_node_writes_is_shown_until_another_attempt_begins() -> None:
+    told = board("one")
+    told.see(hop("execute", node="coder"))
+    for n, text in enumerate(("good ", "night")):
+        delta = Delta(task_id="one", attempt=1, n=n, event=TextDelta(text=text))
+        assert told.see(seen(delta, "delta", "one")) is None
+    assert told.rows["one"].tail == "good night"
+
+    told.see(hop("match", attempt=2))
+
+    assert told.rows["one"].tail == ""
+
+
+def test_all_is_learned_once_every_reward_is_in_its_nodes_profile() -> None:
+    told = board("one", "two")
+    assert told.learned
+
+    told.end(result("one", "coder"))  # its reward may be heard later, or never
+    assert not told.learned
+    told.see(reward("two", "writer"))
+    told.see(learned("coder", "one", "somebody-elses"))
+    assert not told.learned
+    told.see(learned("writer", "two"))
+    assert told.learned
+
+    told.see(learned("stranger", "somebody-elses"))
+    assert set(told.profiles) == {"coder", "writer"}
+
+
+def test_a_table_too_high_shows_what_is_in_work() -> None:
+    told = board(*(f"t{number}" for number in range(9)))
+    told.end(result("t0"))
+    told.see(hop("execute", name="t8", node="coder"))
+
+    table = live_table(told, 3)
+
+    assert table.row_count == 3
+    assert next(iter(table.columns[0].cells)) == "t8"
+    assert table.caption == "1 of 9 done"
+
+
+def test_a_terminal_gets_a_table_and_a_pipe_gets_lines() -> None:
+    shown = []
+    for terminal in (True, False):
+        told = board("one")
+        screen = Console(file=StringIO(), force_terminal=terminal, width=80, height=20, highlight=False)
+        with Progress(told, screen) as progress:
+            progress.changed(told.see(hop("execute", node="coder")))
+        assert isinstance(screen.file, StringIO)
+        shown.append(screen.file.getvalue())
+
+    table, lines = shown
+    assert "0 of 1 done" in table
+    assert "execute" in table
+    assert lines == "one  execute  on coder\n"

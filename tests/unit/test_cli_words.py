@@ -1,0 +1,121 @@
+"""What the command line prints: printable, on one line, and an answer only once."""
+
+import asyncio
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loom.bus.client import Bus
+from loom.bus.tap import SHAPES, Seen
+from loom.runner.cli.render import one_line, printable
+from loom.runner.cli.running import run_to_end, unless_lost, until_lost
+from loom.runner.cli.transcript import Transcript
+from loom.runner.cli.watch import _FACTS, as_object, describe
+from loom.schemas.errors import BusUnavailable
+
+
+@given(st.text(), st.integers(min_value=1, max_value=50))
+def test_one_line_is_one_line_no_longer_than_asked_and_steers_no_terminal(text: str, most: int) -> None:
+    line = one_line(text, most)
+
+    assert len(line) <= most
+    assert not any(unicodedata.category(character).startswith("C") for character in line)
+
+
+def test_line_breaks_and_tabs_are_printable_and_escapes_are_not() -> None:
+    assert printable("a\tb\n\x1b[31mred\x07") == "a\tb\n�[31mred�"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "content", "printed"),
+    [
+        ([(1, "good "), (1, "night")], "good night", "good night\n"),
+        ([], "good night", "good night\n"),
+        ([(1, "good ")], "good night", "good night\n"),  # the last piece was lost
+        ([(1, "night")], "good night", "night\ngood night\n"),  # the first was
+        ([(1, "let me see. "), (1, "good night\n")], "good night", "let me see. good night\n"),  # said on the way
+        ([(1, "good "), (2, "good day")], "good day", "good \ngood day\n"),  # another node began anew
+        ([(1, "a long story")], "a long", "a long story\n"),  # the result was cut
+    ],
+)
+def test_an_answer_is_printed_once(
+    pieces: list[tuple[int, str]], content: str, printed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transcript = Transcript()
+    for attempt, text in pieces:
+        transcript.add(attempt, text)
+    transcript.close(content)
+    transcript.break_line()
+
+    assert capsys.readouterr().out == printed
+
+
+def test_every_kind_of_message_has_words() -> None:
+    assert set(_FACTS) == set(SHAPES.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "headers", "said"),
+    [
+        ("", {}, ("?", "loom.new.thing", "7 bytes")),
+        ("result", {}, ("result", "t1", "7 bytes")),
+        ("dead", {"Loom-Dead-reason": "not JSON"}, ("dead", "t1", "not JSON")),
+    ],
+)
+def test_what_cannot_be_read_is_still_told(family: str, headers: dict[str, str], said: tuple[str, str, str]) -> None:
+    tokens = {"task_id": "t1"} if family else {}
+    seen = Seen(
+        subject="loom.new.thing",
+        family=family,
+        tokens=tokens,
+        message=b"\xff\x00 ?!..",
+        headers=headers,
+        at=0.0,
+        size=7,
+    )
+
+    assert describe(seen) == said
+    assert as_object(seen)["raw"] == b"\xff\x00 ?!.."
+
+
+async def test_work_ends_with_the_connection_it_needs() -> None:
+    bus = Bus("nats://127.0.0.1:1")
+    assert await unless_lost(bus, asyncio.sleep(0, "done")) == "done"
+
+    stopped = asyncio.Event()
+
+    async def endless() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+
+    waiting = asyncio.ensure_future(unless_lost(bus, endless()))
+    serving = asyncio.ensure_future(until_lost(bus))
+    await asyncio.sleep(0)
+    bus.lost.set()
+
+    with pytest.raises(BusUnavailable, match="closed for good"):
+        await waiting
+    with pytest.raises(BusUnavailable, match="closed for good"):
+        await serving
+    assert stopped.is_set()
+
+
+def test_the_failure_of_work_is_its_own() -> None:
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_to_end(fail())
+
+
+def test_uvloop_is_used_where_it_is_installed() -> None:
+    uvloop = pytest.importorskip("uvloop")
+
+    async def running() -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    assert isinstance(run_to_end(running()), uvloop.Loop)

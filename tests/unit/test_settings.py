@@ -1,0 +1,123 @@
+"""Settings from the environment, and their table in docs/settings.md.
+
+Run as a script, this file writes the table.
+"""
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from loom.runner.settings import InvalidSetting, Settings, from_environment
+from loom.schemas.config import ClusterConfig
+
+PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
+BEGIN, END = "<!-- table: written by tests/unit/test_settings.py -->\n", "<!-- end of table -->\n"
+
+
+def test_an_empty_environment_gives_the_defaults() -> None:
+    assert from_environment({}) == Settings()
+
+
+def test_variables_are_read_as_what_they_should_be() -> None:
+    settings = from_environment(
+        {
+            "NATS_URL": "nats://one,nats://two",
+            "LOOM_NAMESPACE": "team-a",
+            "LOOM_LOG_LEVEL": "debug",
+            "LOOM_MAX_ATTEMPTS": "5",
+            "LOOM_EXPLORATION": "0",
+            "LOOM_IDLE_TIMEOUT_S": "1.5",
+        }
+    )
+
+    assert settings.nats_url == "nats://one,nats://two"
+    assert settings.loom_namespace == "team-a"
+    assert settings.loom_log_level == "debug"
+    assert settings.cluster == ClusterConfig(max_attempts=5, exploration=0.0, idle_timeout_s=1.5)
+
+
+def test_an_empty_variable_is_as_good_as_none_and_strangers_are_ignored() -> None:
+    assert (
+        from_environment({"LOOM_MAX_DEPTH": "", "NATS_URL": "", "LOOM_PORT": "tcp://x", "CLUSTER": "y"}) == Settings()
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("LOOM_NAMESPACE", "Loom.A"),
+        ("LOOM_LOG_LEVEL", "loud"),
+        ("LOOM_MAX_DEPTH", "two"),
+        ("LOOM_MAX_DEPTH", "17"),
+        ("LOOM_MITOSIS_THRESHOLD", "1.1"),
+        ("LOOM_IDLE_TIMEOUT_S", "nan"),
+        ("LOOM_IDLE_TIMEOUT_S", "inf"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused_by_the_name_of_its_variable(variable: str, value: str) -> None:
+    with pytest.raises(InvalidSetting) as caught:
+        from_environment({variable: value, "LOOM_MAX_ATTEMPTS": "5"})
+
+    assert caught.value.field == variable
+    assert re.match(rf"{variable}: (Expected|must be) ", caught.value.message)
+
+
+def test_the_page_of_settings_holds_the_table_as_the_code_has_it() -> None:
+    """After a change of settings: `python tests/unit/test_settings.py`."""
+    assert table() in PAGE.read_text(encoding="utf-8")
+
+
+# -- the table
+
+
+def table() -> str:
+    rows = [
+        *rows_of(Settings, ""),
+        *rows_of(ClusterConfig, "LOOM_"),
+    ]
+    head = ["| Variable | Default | Values | Meaning |", "|---|---|---|---|"]
+    return BEGIN + "\n".join(head + rows) + "\n" + END
+
+
+def rows_of(shape: type[msgspec.Struct], prefix: str) -> Iterator[str]:
+    docs = field_docs(shape)
+    for field in msgspec.structs.fields(shape):
+        if field.name == "cluster":
+            continue
+        default = f"`{field.default}`" if field.default != "" else "none"
+        doc = docs.get(field.name, "").removeprefix(f"{field.name.upper()}. ").replace("`", "")
+        yield f"| `{prefix}{field.name.upper()}` | {default} | {values(field.type)} | {doc} |"
+
+
+def values(hint: object) -> str:
+    """What a variable may hold, from the field's type."""
+    kind = msgspec.inspect.type_info(hint)
+    if isinstance(kind, msgspec.inspect.StrType):
+        pattern = (kind.pattern or "").removeprefix("^").removesuffix(r"\Z")
+        return f"`{pattern}`".replace("|", r"\|") if pattern else "text"
+    assert isinstance(kind, (msgspec.inspect.IntType, msgspec.inspect.FloatType))
+    noun = "whole number" if isinstance(kind, msgspec.inspect.IntType) else "number"
+    upper = "" if kind.le is None else f" to {kind.le:g}"
+    return f"{noun}, {kind.ge:g}{upper}" if upper else f"{noun}, at least {kind.ge:g}"
+
+
+def field_docs(shape: type) -> dict[str, str]:
+    """field -> the text directly under it in the source."""
+    (cls,) = ast.parse(inspect.getsource(shape)).body
+    assert isinstance(cls, ast.ClassDef)
+    docs = {}
+    for field, below in zip(cls.body, cls.body[1:], strict=False):
+        is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
+            docs[field.target.id] = " ".join(str(below.value.value).split())  # type: ignore[attr-defined]
+    return docs
+
+
+if __name__ == "__main__":
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    PAGE.write_text(before + table() + rest.split(END)[1], encoding="utf-8")
