@@ -6,6 +6,7 @@ told apart by their last token, so that a request costs no subscription of its o
 
 import asyncio
 import contextlib
+import re
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -33,7 +34,9 @@ log = structlog.get_logger()
 
 STALL_MS = 10_000  # unacknowledged bytes for this long mean a half-open peer
 PUBLISH_TRY_S = 2.0  # one wait for a PubAck; the id makes a second try safe
+RETRY_S = 0.2
 WATCH_S = 1.0
+HAND_OVER_S = 2.0
 
 _FULL = {10077, 10023, 10047}  # stream at its limit, insufficient resources, no room on disk
 _WRONG_LAST = {10071, 10164}
@@ -99,8 +102,10 @@ class Bus:
         patience_s: How long `connect` tries.
     """
 
-    def __init__(self, url: str, *, namespace: str = "loom", role: str = "client", patience_s: float = 5.0) -> None:
+    def __init__(self, url: str, *, namespace: str = "loom", role: str = "client", patience_s: float = 2.0) -> None:
         self.url = url
+        self.address = re.sub(r"(^|,)(\w+://)?[^,]*@", r"\1\2", url)
+        """The servers without credentials, for messages and logs."""
         self._patience_s = patience_s
         self.subjects = Subjects(namespace)
         self.role = role
@@ -114,6 +119,7 @@ class Bus:
         self._sinks: dict[str, Callable[[Msg], None]] = {}
         self._next_token = 0
         self._failed_publishes = 0
+        self._unconfirmed: set[asyncio.Future[Msg | None]] = set()
         self._closing = False
         self._reconnected: list[Callable[[], None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -126,24 +132,35 @@ class Bus:
         Raises:
             BusUnavailable: No server answered in that time, or it refused us.
         """
-        give_up = time.monotonic() + self._patience_s
-        while True:
-            try:
-                await self._connect_once()
-                break
-            except (OSError, nats.errors.Error, TimeoutError) as error:
-                await self._discard()
-                final = isinstance(error, nats.errors.AuthorizationError) or time.monotonic() >= give_up
-                if final:
-                    raise BusUnavailable(
-                        f"no nats-server at {_without_credentials(self.url)} ({type(error).__name__}); start one with `loom up`",
-                        url=_without_credentials(self.url),
-                    ) from error
-                await asyncio.sleep(min(0.2, self._patience_s))
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await self._connect_first()
+        except (OSError, nats.errors.Error, TimeoutError) as error:
+            await self._discard()
+            why = str(error) if isinstance(error, nats.errors.Error) else f"tried for {self._patience_s:g} s"
+            raise BusUnavailable(
+                f"no nats-server at {self.address} ({why}); start one with `loom up`", url=self.address
+            ) from error
         self._harden_socket()
         await self._nc.subscribe(f"{self._inbox}.*", cb=self._on_reply)
         self.spawn(self._watch(), name="bus-watch")
         return self
+
+    async def _connect_first(self) -> None:
+        """Connect; a server that hangs up may be on its way up or down, and is tried again."""
+        while True:
+            try:
+                await self._connect_once()
+                if self._nc.is_connected:  # else it hung up so late that nats-py has not noticed
+                    return
+            except OSError:
+                pass
+            except nats.errors.Error as error:
+                # Not even an address, or what the server itself says, which nats-py leaves in quotes.
+                if self._nc._current_server is None or "'" in str(error):
+                    raise
+            await self._discard()
+            await asyncio.sleep(RETRY_S)
 
     async def _connect_once(self) -> None:
         self._nc = Client()
@@ -155,42 +172,56 @@ class Bus:
             reconnected_cb=self._on_reconnect,
             closed_cb=self._on_close,
             allow_reconnect=False,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=RETRY_S,  # type: ignore[arg-type]  # a fraction works, and a server starts in 15 ms
             connect_timeout=2,
             inbox_prefix=self._inbox,
             ping_interval=5,
             max_outstanding_pings=2,
             drain_timeout=5,
         )
-        # The first connection must fail loudly; every later one is retried for ever.
+        # nats-py tries the first connection for ever by itself; what it does after that must be asked for.
         self._nc.options.update(allow_reconnect=True, max_reconnect_attempts=-1, reconnect_time_wait=0.5)
 
     async def _discard(self) -> None:
         self._closing = True
-        with contextlib.suppress(nats.errors.Error, OSError):
-            await self._nc.close()
+        await self._close_connection()
         self._closing = False
 
     async def close(self) -> None:
         """Close the connection; safe to call twice or before `connect`."""
         self._closing = True
         await self._end_tasks()
+        await self._close_connection()
+
+    async def _close_connection(self) -> None:
         if not self._nc.is_closed:
-            with contextlib.suppress(nats.errors.Error, OSError):
+            try:
                 await self._nc.close()
+            except (nats.errors.Error, OSError, AssertionError):
+                pass  # closed all the same; it asserts that it ever connected
+            except asyncio.CancelledError:
+                # Amid a reconnect nats-py cancels a future and then waits for it.
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
 
     def abort(self) -> None:
         """Drop the connection at once, from synchronous code; what is unsent is lost."""
         self._closing = True
-        for task in self._tasks:
-            task.cancel()
         nc = self._nc
-        nc._status = Client.CLOSED  # noqa: SLF001 - nats-py has no synchronous close
-        subs = [sub._wait_for_msgs_task for sub in nc._subs.values()]  # noqa: SLF001
-        for running in (nc._reading_task, nc._flusher_task, nc._ping_interval_task, nc._reconnection_task, *subs):  # noqa: SLF001
-            if running is not None:
-                running.cancel()
-        if nc._transport is not None:  # noqa: SLF001
-            nc._transport.close()  # type: ignore[no-untyped-call]  # noqa: SLF001
+        nc._status = Client.CLOSED  # nats-py has no synchronous close
+        writer = getattr(nc._transport, "_bare_io_writer", None)
+        subs = [sub._wait_for_msgs_task for sub in nc._subs.values()]
+        own = (nc._reading_task, nc._flusher_task, nc._ping_interval_task, nc._reconnection_task)
+        running = [task for task in (*self._tasks, *own, *subs) if task is not None and not task.done()]
+        if any(task.get_loop().is_closed() for task in running) or not running:
+            _close_socket(writer)  # the loop that would have closed it has gone, and its tasks with it
+            return
+        for task in running:
+            task.cancel()
+        if writer is not None:
+            writer.close()
 
     async def __aenter__(self) -> Self:
         return await self.connect()
@@ -246,18 +277,25 @@ class Bus:
         try:
             await self._nc.publish(subject, payload, reply=reply, headers=dict(headers) if headers else None)
         except nats.errors.Error as error:
-            raise BusUnavailable(f"cannot publish: {error}", url=_without_credentials(self.url)) from error
+            raise BusUnavailable(f"cannot publish: {error}", url=self.address) from error
 
     async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Subscription:
-        """Hand every message on `subject` to `handler`, one at a time: it must be quick."""
+        """Hand every message on `subject` to `handler`, one at a time: it must be quick.
+
+        Raises:
+            BusUnavailable: The connection is gone.
+        """
 
         async def guarded(msg: Msg) -> None:
             try:
                 await handler(msg)
-            except Exception as error:  # an escaping exception would end the subscription silently
+            except Exception as error:  # noqa: BLE001 - an escaping one would end the subscription silently
                 log.error("handler_failed", subject=msg.subject, **describe(error))
 
-        return await self._nc.subscribe(subject, queue=queue, cb=guarded)
+        try:
+            return await self._nc.subscribe(subject, queue=queue, cb=guarded)
+        except nats.errors.Error as error:
+            raise BusUnavailable(f"cannot subscribe: {error}", url=self.address) from error
 
     async def unsubscribe(self, subscription: Subscription) -> None:
         """End a subscription; safe when the connection is already gone."""
@@ -267,8 +305,10 @@ class Bus:
     async def stop_delivery(self, subscription: Subscription) -> None:
         """End a subscription after handing over all the server has sent on it."""
         with contextlib.suppress(nats.errors.Error, LoomError, TimeoutError):
-            await self._nc._send_unsubscribe(subscription._id)  # noqa: SLF001 - the public call drops what is on its way
+            await self._nc._send_unsubscribe(subscription._id)  # the public call drops what is on its way
             await self.echo()
+            async with asyncio.timeout(HAND_OVER_S):
+                await subscription._pending_queue.join()  # what has come but waits for its handler
         await self.unsubscribe(subscription)
 
     async def serve(self, subject: str, handler: Handler, *, queue: str = "", at_once: int = 256) -> Subscription:
@@ -278,7 +318,7 @@ class Bus:
         async def work(msg: Msg) -> None:
             try:
                 await handler(msg)
-            except Exception as error:  # one bad request must not end the service
+            except Exception as error:  # noqa: BLE001 - one bad request must not end the service
                 log.error("handler_failed", subject=msg.subject, **describe(error))
             finally:
                 room.release()
@@ -348,7 +388,7 @@ class Bus:
         except NoResponders as error:
             raise BusUnavailable("JetStream is off on this server; start it with `-js`") from error
         except TimeoutError as error:
-            raise BusUnavailable(f"no answer to {call.split('.')[0]} {call.split('.')[1]} in {timeout_s} s") from error
+            raise BusUnavailable(f"no answer to {' '.join(call.split('.')[:2])} in {timeout_s} s") from error
         answer: dict[str, Any] = msgspec.json.decode(msg.data)
         if error_body := answer.get("error"):
             raise Refused(str(error_body.get("description", "")), int(error_body.get("err_code", 0)))
@@ -392,8 +432,9 @@ class Bus:
                 raise BusUnavailable(f"the server has not confirmed a message in {within_s} s")
 
     async def _try_store(self, subject: str, payload: bytes, headers: dict[str, str], wait_s: float) -> Msg | None:
-        answer: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Msg | None] = asyncio.get_running_loop().create_future()
         reply = self.open_inbox(lambda msg: None if answer.done() else answer.set_result(msg))
+        self._unconfirmed.add(answer)
         try:
             await self.publish(subject, payload, reply=reply, headers=headers)
             async with asyncio.timeout(max(wait_s, 0.01)):
@@ -403,6 +444,9 @@ class Bus:
             return None
         finally:
             self.close_inbox(reply)
+            self._unconfirmed.discard(answer)
+        if msg is None:
+            return None
         self._failed_publishes = 0
         if msg.headers and msg.headers.get("Status") == "503":  # a stream without a leader, or none at all
             await asyncio.sleep(0.1)
@@ -434,11 +478,11 @@ class Bus:
             return  # too late: nobody waits any more
         try:
             sink(msg)
-        except Exception as error:  # an escaping exception would end every reply
+        except Exception as error:  # noqa: BLE001 - an escaping one would end every reply
             log.error("reply_failed", **describe(error))
 
     async def _on_error(self, error: Exception) -> None:
-        if not self._closing:
+        if not self._closing and self._nc.is_connected:
             log.warning("bus_error", error=str(error) or type(error).__name__)
 
     async def _on_disconnect(self) -> None:
@@ -448,8 +492,14 @@ class Bus:
     async def _on_reconnect(self) -> None:
         log.info("bus_reconnected")
         self._harden_socket()
+        for answer in self._unconfirmed:
+            if not answer.done():
+                answer.set_result(None)  # gone with the old connection: to be sent again
         for callback in list(self._reconnected):
-            callback()
+            try:
+                callback()
+            except Exception as error:  # noqa: BLE001 - an escaping one would end the reconnect half way
+                log.error("reconnect_callback_failed", **describe(error))
 
     async def _on_close(self) -> None:
         if not self._closing:
@@ -457,7 +507,7 @@ class Bus:
             self.lost.set()
 
     def _harden_socket(self) -> None:
-        transport = self._nc._transport  # noqa: SLF001 - nats-py offers no socket options
+        transport = self._nc._transport  # nats-py offers no socket options
         writer = getattr(transport, "_bare_io_writer", None)
         sock = writer.get_extra_info("socket") if writer else None
         if sock is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -467,7 +517,7 @@ class Bus:
         """Reconnect when nats-py's read loop has died while it still believes in the connection."""
         while True:
             await asyncio.sleep(WATCH_S)
-            reading = self._nc._reading_task  # noqa: SLF001 - the only sign of a dead read loop
+            reading = self._nc._reading_task  # the only sign of a dead read loop
             if self._nc.is_connected and reading is not None and reading.done():
                 log.warning("read_loop_dead")
                 with contextlib.suppress(nats.errors.Error, OSError):
@@ -476,7 +526,7 @@ class Bus:
     def _check_size(self, payload: bytes, headers: dict[str, str] | None) -> None:
         size = len(payload)
         if headers:
-            size += 12 + sum(len(key) + len(value) + 4 for key, value in headers.items())
+            size += 12 + sum(len(f"{key}: {value}\r\n".encode()) for key, value in headers.items())
         if size > self._nc.max_payload:
             raise PayloadTooLarge(f"a message of {size} bytes; the server takes {self._nc.max_payload}")
 
@@ -493,7 +543,10 @@ def _read_ack(msg: Msg) -> PubAck:
     raise Refused(error.description, error.err_code)
 
 
-def _without_credentials(url: str) -> str:
-    return ",".join(
-        part.split("://", 1)[0] + "://" + part.rsplit("@", 1)[1] if "@" in part else part for part in url.split(",")
-    )
+def _close_socket(writer: asyncio.StreamWriter | None) -> None:
+    """Close the socket of a transport whose event loop is closed and cannot do it any more."""
+    transport = writer.transport if writer is not None else None
+    sock = getattr(transport, "_sock", None)
+    if sock is not None:
+        sock.close()
+        transport._sock, transport._closing = None, True  # type: ignore[union-attr]  # so that its end warns of nothing

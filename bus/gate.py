@@ -8,7 +8,7 @@ class Gate:
     """Many holders at once, or one alone.
 
     A message that was delivered several times may be what kills the process. It is handled alone, so that
-    its neighbours' delivery counts do not grow with its own. Those who wait to be alone go first.
+    its neighbours' delivery counts do not grow with its own. Those who wait to be alone go first, in order.
     """
 
     def __init__(self) -> None:
@@ -19,20 +19,22 @@ class Gate:
 
     async def enter(self, *, alone: bool) -> None:
         """Wait until there is room; every `enter` needs one `leave`."""
-        while self._alone or (self._together if alone else self._waiting_alone):
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            queue = self._waiting_alone if alone else self._waiting
-            queue.append(turn)
-            try:
-                await turn
-            finally:
+        if not (self._alone or self._waiting_alone or (alone and self._together)):
+            self._take(alone=alone)
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue = self._waiting_alone if alone else self._waiting
+        queue.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
                 if turn in queue:
                     queue.remove(turn)
-                    self._wake()
-        if alone:
-            self._alone = True
-        else:
-            self._together += 1
+                self._wake()
+            else:  # the turn came together with the cancellation
+                self.leave(alone=alone)
+            raise
 
     def leave(self, *, alone: bool) -> None:
         """Give the room back."""
@@ -42,17 +44,23 @@ class Gate:
             self._together -= 1
         self._wake()
 
+    def _take(self, *, alone: bool) -> None:
+        if alone:
+            self._alone = True
+        else:
+            self._together += 1
+
     def _wake(self) -> None:
-        if self._alone:
-            return
+        """Hand the room to those whose turn it is."""
         if self._waiting_alone:
-            if not self._together:
-                _resolve(self._waiting_alone[0])
-            return
-        for turn in self._waiting:
-            _resolve(turn)
+            if not (self._alone or self._together):
+                self._give_turn(self._waiting_alone, alone=True)
+        elif not self._alone:
+            while self._waiting:
+                self._give_turn(self._waiting, alone=False)
 
-
-def _resolve(turn: asyncio.Future[None]) -> None:
-    if not turn.done():
-        turn.set_result(None)
+    def _give_turn(self, queue: deque[asyncio.Future[None]], *, alone: bool) -> None:
+        turn = queue.popleft()
+        if not turn.done():  # else cancelled: its task will wake the next
+            self._take(alone=alone)
+            turn.set_result(None)

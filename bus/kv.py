@@ -1,18 +1,19 @@
 """A typed key-value bucket with compare-and-set; the same layout `nats kv` reads."""
 
 import base64
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import structlog
 
 from loom.bus.client import Bus, Conflict, Refused
 from loom.bus.ordered import OrderedReader
-from loom.schemas.wire import Undecodable, decode, encode
+from loom.schemas.wire import Undecodable, decode, new_id
 
 log = structlog.get_logger()
 T = TypeVar("T")
 
 _NO_MESSAGE = 10037
+_WRITE = "Loom-Write"  # names one write, so that its writer knows it again
 
 
 class Entry(NamedTuple, Generic[T]):
@@ -43,15 +44,21 @@ class Bucket(Generic[T]):
             BusUnavailable: No answer.
             Undecodable: The value is not what this bucket holds.
         """
+        message = await self._last(key)
+        if message is None:
+            return None
+        raw = base64.b64decode(message.get("data", ""))
+        return Entry(key, decode(raw, self._shape), int(message["seq"]))
+
+    async def _last(self, key: str) -> dict[str, Any] | None:
         try:
             answer = await self._bus.api(f"STREAM.MSG.GET.{self._stream}", {"last_by_subj": self._prefix + key})
         except Refused as error:
             if error.err_code == _NO_MESSAGE:
                 return None
             raise
-        message = answer["message"]
-        raw = base64.b64decode(message.get("data", ""))
-        return Entry(key, decode(raw, self._shape), int(message["seq"]))
+        message: dict[str, Any] = answer["message"]
+        return message
 
     async def create(self, key: str, value: T) -> int:
         """Store the first value of `key` and return its revision.
@@ -67,16 +74,16 @@ class Bucket(Generic[T]):
         Raises:
             Conflict: Someone else wrote first; read again and decide again.
         """
-        raw = encode(value)
+        write = new_id()
+        headers = {"Nats-Expected-Last-Subject-Sequence": str(revision), _WRITE: write}
         try:
-            ack = await self._bus.store(
-                self._prefix + key, raw, headers={"Nats-Expected-Last-Subject-Sequence": str(revision)}
-            )
+            ack = await self._bus.store(self._prefix + key, value, headers=headers)
         except Conflict:
-            # A repeated write whose first acknowledgement was lost conflicts with itself.
-            stored = await self.get(key)
-            if stored is not None and stored.revision > revision and encode(stored.value) == raw:
-                return stored.revision
+            # A repeated write whose first acknowledgement was lost conflicts with itself. Equal values prove
+            # nothing: two who count the same thing write the same number.
+            last = await self._last(key)
+            if last is not None and write.encode() in base64.b64decode(last.get("hdrs", "")):
+                return int(last["seq"])
             raise
         return ack.seq
 

@@ -10,7 +10,7 @@ import structlog
 
 from loom.bus.client import Bus, Msg
 from loom.bus.dead import End, bury
-from loom.bus.delivery import Delivery, Slots, stamp
+from loom.bus.delivery import DEAD_AFTER, Delivery, Slots, stamp
 from loom.bus.faults import describe
 from loom.bus.outcome import Dead, Done, Fail, Later, Leave, Next, Outcome
 from loom.bus.pull import Pull
@@ -67,6 +67,7 @@ class HopLoop(Generic[T]):
 
     async def start(self) -> None:
         """Begin to take messages; returns once the server has been asked."""
+        self._ticking = self._bus.spawn(self._tick(), name=f"in-progress {self._service.phase}")
         for lane, total in self._service.lanes:
             slots = self._slots[lane.name] = Slots(total)
             pull = Pull(
@@ -79,7 +80,6 @@ class HopLoop(Generic[T]):
             )
             self._pulls.append(pull)
             await pull.start()
-        self._ticking = self._bus.spawn(self._tick(), name=f"in-progress {self._service.phase}")
 
     def top_up(self) -> None:
         """Ask for more where a lane's window has grown."""
@@ -128,8 +128,8 @@ class HopLoop(Generic[T]):
             try:
                 await delivery.enter()
                 await self._settle(delivery, task_id, await self._decide(delivery))
-            except Exception as error:  # whatever a handler raises, its message must come back
-                wait_s = min(30.0, 0.25 * 2**delivery.facts.delivered) * random.uniform(0.5, 1)  # noqa: S311 - jitter
+            except Exception as error:  # noqa: BLE001 - whatever a handler raises, its message must come back
+                wait_s = min(30.0, 0.25 * 2.0 ** min(delivery.facts.delivered, DEAD_AFTER)) * random.uniform(0.5, 1)  # noqa: S311 - jitter
                 log.warning("hop_failed", retry_in_s=round(wait_s, 2), **describe(error))
                 await self._answer(delivery, b'-NAK {"delay": %d}' % int(wait_s * 1e9))
 

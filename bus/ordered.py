@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import structlog
 
-from loom.bus.client import Bus, Msg, Refused
+from loom.bus.client import Bus, Msg
 from loom.bus.delivery import read_facts
 from loom.bus.pull import Pull
 from loom.schemas.errors import LoomError
@@ -63,15 +63,18 @@ class OrderedReader:
         self._pull: Pull | None = None
         self._last_seq = 0
         self._consumer_seq = 0
-        self._restarting: asyncio.Task[Any] | None = None
+        self._restarting: asyncio.Task[None] | None = None
+        self._started = False
         self._stopped = False
+        self._at_end = False
         self.caught_up = False
-        """Whether the stream held nothing more when the last message was sent."""
+        """Whether the stream held nothing beyond the last batch when that was sent."""
 
     async def start(self) -> "OrderedReader":
         """Make the consumer and begin to pull; called by the first `batch` otherwise."""
-        if self._pull is None:
+        if not self._started:
             await self._open()
+            self._started = True
         return self
 
     async def batch(self) -> list[Stored]:
@@ -80,6 +83,7 @@ class OrderedReader:
         await self._filled.wait()
         self._filled.clear()
         batch, self._buffer = self._buffer, []
+        self.caught_up = self._at_end
         if self._pull is not None:
             self._pull.top_up()
         return batch
@@ -108,21 +112,23 @@ class OrderedReader:
             config |= {"deliver_policy": "by_start_time", "opt_start_time": self._start_time}
         else:
             config |= {"deliver_policy": self._deliver}
+        self._consumer_seq = 0
         answer = await self._bus.api(
             f"CONSUMER.CREATE.{self._stream}.{name}.{self._filter}",
             {"stream_name": self._stream, "config": config},
         )
-        if not answer.get("num_pending"):
-            self.caught_up = True
+        if config["deliver_policy"] == "new":  # made anew before anything came, it must not begin later
+            self._start_seq = answer["delivered"]["stream_seq"] + 1
+        self._at_end = not answer.get("num_pending")
+        if self._at_end:
             self._filled.set()  # tells whoever waits that there is nothing yet
-        self._consumer_seq = 0
         self._pull = Pull(
             self._bus,
             self._stream,
             name,
             window=lambda: WINDOW - len(self._buffer),
             sink=self._accept,
-            broken=self._reopen,
+            broken=self._restart,
         )
         await self._pull.start()
 
@@ -130,18 +136,22 @@ class OrderedReader:
         facts = read_facts(msg.reply)
         if facts.consumer_seq != self._consumer_seq + 1:
             if facts.consumer_seq > self._consumer_seq:  # one was lost on the way
-                self._restart()
+                self._begin_restart()
             return
         self._consumer_seq = facts.consumer_seq
         self._last_seq = facts.stream_seq
-        self.caught_up = facts.pending == 0
+        self._at_end = facts.pending == 0
         headers = dict(msg.headers or {})
         self._buffer.append(Stored(msg.subject, msg.data, facts.stream_seq, facts.stored_at, facts.pending, headers))
         self._filled.set()
 
-    def _restart(self) -> None:
+    def _begin_restart(self) -> asyncio.Task[None]:
         if self._restarting is None or self._restarting.done():
             self._restarting = self._bus.spawn(self._reopen(), name=f"reopen {self._stream}")
+        return self._restarting
+
+    async def _restart(self) -> None:
+        await asyncio.wait([self._begin_restart()])
 
     async def _reopen(self) -> None:
         """Make the consumer anew behind the last message read; retried until it works."""
@@ -151,8 +161,10 @@ class OrderedReader:
         while not self._stopped:
             try:
                 await self._open()
-            except (Refused, LoomError) as error:
+            except LoomError as error:
                 log.warning("reader_not_restored", stream=self._stream, error=error.message)
                 await asyncio.sleep(1)
             else:
-                return
+                break
+        if self._stopped and self._pull is not None:
+            await self._pull.stop()

@@ -47,7 +47,8 @@ class Pull:
         self._heard = 0.0
         self._subscription: Subscription | None = None
         self._inbox = ""
-        self._generation = 0
+        self._stale = True
+        self._asking: asyncio.Task[Any] | None = None
         self._healing: asyncio.Task[Any] | None = None
         self._stopped = False
         self._unsent = asyncio.Event()
@@ -59,10 +60,9 @@ class Pull:
 
     async def start(self) -> None:
         """Begin to pull."""
-        self._inbox = self._bus.new_inbox()
-        self._subscription = await self._bus.subscribe(f"{self._inbox}.*", self._on_message)
+        await self._renew()
         self._bus.on_reconnect(self._restart)
-        self._bus.spawn(self._ask(), name=f"pull {self._consumer}")
+        self._asking = self._bus.spawn(self._ask(), name=f"pull {self._consumer}")
         self._bus.spawn(self._watch(), name=f"pull-watch {self._consumer}")
         self.top_up()
 
@@ -71,9 +71,22 @@ class Pull:
         self._stopped = True
         self._unsent.set()
         self._bus.forget_reconnect(self._restart)
+        if self._asking is not None:
+            await asyncio.wait([self._asking])
         if self._subscription is not None:
             subscription, self._subscription = self._subscription, None
             await self._bus.stop_delivery(subscription)
+
+    async def _renew(self) -> None:
+        """Listen on a fresh inbox: what the server still owes the old one must not come on top of what is asked now."""
+        old, self._subscription = self._subscription, None
+        if old is not None:
+            await self._bus.stop_delivery(old)
+        if self._stopped:
+            return
+        self._inbox = self._bus.new_inbox()
+        self._subscription = await self._bus.subscribe(self._inbox, self._on_message)
+        self._stale, self._asked = False, 0
 
     def top_up(self) -> None:
         """Ask for as many messages as there is room for; cheap to call often."""
@@ -84,18 +97,22 @@ class Pull:
         while not self._stopped:
             await self._unsent.wait()
             self._unsent.clear()
-            room = self._window() - self._asked
-            if room <= self._asked // 2:
-                continue  # few at a time would cost a request each
-            self._asked += room
-            if self._asked == room:
-                self._heard = time.monotonic()
-            body = {"batch": room, "expires": int(EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)}
             try:
-                await self._bus.publish(self._api, body, reply=f"{self._inbox}.{self._generation}")
+                if self._stale:
+                    await self._renew()
+                await self._request(self._window() - self._asked)
             except LoomError as error:
                 log.warning("pull_failed", consumer=self._consumer, error=error.message)
                 self._asked = 0
+
+    async def _request(self, room: int) -> None:
+        if self._stopped or room <= self._asked // 2:
+            return  # few at a time would cost a request each
+        self._asked += room
+        if self._asked == room:
+            self._heard = time.monotonic()
+        body = {"batch": room, "expires": int(EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)}
+        await self._bus.publish(self._api, body, reply=self._inbox)
 
     async def _on_message(self, msg: Msg) -> None:
         self._heard = time.monotonic()
@@ -103,7 +120,7 @@ class Pull:
         if status is None:
             self._asked = max(0, self._asked - 1)
             self._sink(msg)
-        elif status != "100" and msg.subject.endswith(f".{self._generation}"):
+        elif status != "100" and not self._stale:
             self._on_status(status, msg)
 
     def _on_status(self, status: str, msg: Msg) -> None:
@@ -127,8 +144,7 @@ class Pull:
 
     def _restart(self) -> None:
         """Forget what was asked: a reconnected server does not know of it."""
-        self._generation += 1
-        self._asked = 0
+        self._stale, self._asked = True, 0
         self.top_up()
 
     def _heal(self) -> None:

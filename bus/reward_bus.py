@@ -183,13 +183,13 @@ class RewardBus:
         """
         bus = self._connected()
         # A revised score is a new message; the same one again is dropped within the server's window.
-        digest = blake2b(repr(reward.score).encode(), digest_size=4).hexdigest()
+        digest = blake2b(repr(float(reward.score)).encode(), digest_size=4).hexdigest()
         await bus.store(
             bus.subjects.of("reward", reward.node_id, reward.slug), reward, msg_id=f"{reward.reward_id}:{digest}"
         )
 
     def subscribe(self, *, node_id: str | None = None, domain: str | None = None) -> AsyncIterator[Reward]:
-        """Yield every reward published from now on, in stream order, of one node or domain or of all."""
+        """Yield every reward published from the first step of the iteration on, of one node or domain or of all."""
         return self._read(node_id, domain, deliver="new", to_the_end=False)
 
     def replay(self, *, node_id: str | None = None, domain: str | None = None) -> AsyncIterator[Reward]:

@@ -20,7 +20,7 @@ async def scatter(
 
     Args:
         window_s: Longest wait.
-        enough: Whether to stop waiting; asked after every answer, and once before the first.
+        enough: Whether to stop waiting; asked after every answer.
 
     Returns:
         What came in time; answers that are not a `shape` are logged and left out.

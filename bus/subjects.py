@@ -84,8 +84,8 @@ class Subjects:
             InvalidTask: A token has characters a subject must not have; `field` names it.
         """
         names = _BY_NAME[family].tokens
-        for name, token in zip(names, tokens, strict=True):
-            if token != "*" and not is_token(token):
+        for name, text in zip(names, tokens, strict=True):
+            if text != "*" and not is_token(text):
                 raise InvalidTask(f"{name} must match [A-Za-z0-9_-]{{1,64}}", field=name)
         return ".".join((self.namespace, family, *tokens))
 

@@ -89,7 +89,7 @@ class TaskHandle:
                     yield delta
         finally:
             watching.cancel()
-            await asyncio.wait([watching])  # whatever it raised, `result` raises again for who asks
+            await asyncio.gather(watching, return_exceptions=True)  # `result` raises it again for who asks
 
     async def status(self) -> TaskRecord | TaskResult:
         """Return the task's record; a TaskResult in state `accepted` while it waits for admission."""
@@ -113,8 +113,9 @@ class TaskHandle:
             self._deltas.put_nowait(decode(msg.data, Delta))
 
     def _end_deltas(self) -> None:
-        with contextlib.suppress(asyncio.QueueFull):
-            self._deltas.put_nowait(None)
+        if self._deltas.full():  # the end must get through; a delta need not
+            self._deltas.get_nowait()
+        self._deltas.put_nowait(None)
 
 
 async def publish(bus: Bus, ad: TaskAd, *, deltas: bool = True) -> TaskHandle:
@@ -149,7 +150,7 @@ async def ask(bus: Bus, subject: str, message: Any = b"", *, timeout_s: float = 
     try:
         msg = await bus.request(subject, message, timeout_s=timeout_s)
     except (TimeoutError, NoResponders) as error:
-        raise BusUnavailable('no phases answer; run "loom up"', url=bus.url) from error
+        raise BusUnavailable('no phases answer; run "loom up"', url=bus.address) from error
     if msg.headers and "Nats-Service-Error-Code" in msg.headers:
         reply = decode(msg.data, ErrorReply)
         raise error_for(reply.code, reply.message, field=reply.field, task_id=reply.task_id)

@@ -1,5 +1,6 @@
 """Streams, buckets and consumers as data, and one function that makes the server match."""
 
+import asyncio
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -15,9 +16,12 @@ log = structlog.get_logger()
 
 ACK_WAIT_S = 30
 MIN_SERVER = (2, 12)  # message schedules
+MIB = 1 << 20  # the server sets the bytes of a bounded stream aside on its disk
+CREATE_TRIES = 5
 _NS = 1_000_000_000
 _STREAM_NOT_FOUND = 10059
 _NAME_IN_USE = 10058
+_STORE_NOT_READY = 10049
 
 
 class Lane(NamedTuple):
@@ -58,7 +62,7 @@ def streams(bus: Bus, config: ClusterConfig) -> Iterator[dict[str, Any]]:
         "subjects": [f"{ns}.intake.>"],
         "discard": "new",
         "max_msgs": config.intake_limit,
-        "max_bytes": 1 << 30,
+        "max_bytes": 256 * MIB,
     }
     yield {
         **work,
@@ -71,13 +75,13 @@ def streams(bus: Bus, config: ClusterConfig) -> Iterator[dict[str, Any]]:
         **limits,
         "name": bus.subjects.stream("REWARDS"),
         "subjects": [f"{ns}.reward.>"],
-        "max_bytes": 1 << 28,
+        "max_bytes": 256 * MIB,
     }
     yield {
         **limits,
         "name": bus.subjects.stream("DEAD"),
         "subjects": [f"{ns}.dead.>"],
-        "max_bytes": 1 << 28,
+        "max_bytes": 128 * MIB,
         "max_age": 30 * 86_400 * _NS,
     }
     for name, keep in BUCKETS.items():
@@ -133,18 +137,29 @@ async def _apply_stream(bus: Bus, wanted: dict[str, Any]) -> list[str]:
     except Refused as error:
         if error.err_code != _STREAM_NOT_FOUND:
             raise
-        try:
-            info = await bus.api(f"STREAM.CREATE.{wanted['name']}", wanted)
-        except Refused as refusal:
-            if refusal.err_code != _NAME_IN_USE:  # another process was faster
-                raise BusUnavailable(f"cannot create stream {wanted['name']}: {refusal.message}") from refusal
-            info = await bus.api(f"STREAM.INFO.{wanted['name']}")
+        await _create_stream(bus, wanted)
+        info = await bus.api(f"STREAM.INFO.{wanted['name']}")
     _learn_clock(bus, info)
     return [
         f"{wanted['name']}: {key} is {info['config'].get(key)!r}, designed {value!r}"
         for key, value in wanted.items()
         if (info["config"].get(key) or 0) != (value or 0)
     ]
+
+
+async def _create_stream(bus: Bus, wanted: dict[str, Any]) -> None:
+    """Create a stream that is missing, unless another process is faster."""
+    for left in reversed(range(CREATE_TRIES)):
+        try:
+            await bus.api(f"STREAM.CREATE.{wanted['name']}", wanted)
+        except Refused as refusal:
+            if refusal.err_code == _NAME_IN_USE:
+                return
+            if refusal.err_code != _STORE_NOT_READY or not left:
+                raise BusUnavailable(f"cannot create stream {wanted['name']}: {refusal.message}") from refusal
+            await asyncio.sleep(0.05)  # seen under load; the next try succeeds
+        else:
+            return
 
 
 async def ensure_consumer(bus: Bus, lane: Lane) -> None:

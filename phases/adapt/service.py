@@ -109,9 +109,12 @@ class Adapt:
             await self._put(node_id)
 
     async def _put(self, node_id: str) -> None:
-        """Write one profile, unless another replica has written at least as much."""
+        """Write one profile, unless another replica has written at least as much.
+
+        Rewards are folded on while the server answers; what the write does not hold stays to be written.
+        """
         while True:
-            profile = self._profiles[node_id]
+            profile, tasks = self._profiles[node_id], list(self._learned[node_id])
             try:
                 revision = await self._bucket.update(node_id, profile, self._revisions.get(node_id, 0))
             except Conflict:
@@ -119,13 +122,21 @@ class Adapt:
                 self._revisions[node_id] = entry.revision if entry else 0
                 if entry is None or entry.value.last_seq < profile.last_seq:
                     continue  # ours holds more of the same stream
-                self._profiles[node_id] = entry.value if entry.value.last_seq > profile.last_seq else profile
-                self._learned.pop(node_id, None)
+                if entry.value.last_seq > self._profiles[node_id].last_seq:
+                    self._profiles[node_id] = entry.value
+                self._settle(node_id, len(tasks))
                 self._standby_until = time.monotonic() + STANDBY_S
                 return
             self._revisions[node_id] = revision
-            await self._tell(profile, self._learned.pop(node_id, []))
+            self._settle(node_id, len(tasks))
+            await self._tell(profile, tasks)
             return
+
+    def _settle(self, node_id: str, tasks: int) -> None:
+        """Forget the first so many tasks of a node: their rewards are in a written profile."""
+        del self._learned[node_id][:tasks]
+        if not self._learned[node_id]:
+            del self._learned[node_id]
 
     async def _tell(self, profile: NodeProfile, task_ids: list[str]) -> None:
         log.debug("learned", node_id=profile.node_id, tasks=len(task_ids), last_seq=profile.last_seq)

@@ -35,6 +35,12 @@ class Back:
 Decision = End | Back
 
 
+def is_late(envelope: Envelope, record: TaskRecord) -> bool:
+    """Return whether the envelope speaks of an attempt that a later one has replaced; a cancel is of the task."""
+    cancelled = envelope.error is not None and envelope.error.code == "cancelled"
+    return envelope.attempt < record.claim.attempt and not cancelled
+
+
 def judge(envelope: Envelope) -> TaskError | None:
     """Return why the result is refused by rule, or None when it is good: then its score is 1."""
     result = envelope.result
@@ -56,12 +62,11 @@ def decide(envelope: Envelope, config: ClusterConfig, now: float) -> Decision:
     refused = keep_best(replace(envelope, error=error))
     if error.code not in RETRIED:
         if error.code == "no_bids" and envelope.failures:
-            return give_up(refused, envelope.last_error or error)
+            last = envelope.last_error
+            return give_up(refused, last if last is not None and last.code in COUNTED else error)
         return End("cancelled" if error.code == "cancelled" else "failed", replace(refused, result=None))
     failures = envelope.failures + (error.code in COUNTED)
-    if failures >= config.max_attempts:
-        return give_up(replace(refused, failures=failures), error)
-    if now >= envelope.deadline and error.code in COUNTED:
+    if failures >= config.max_attempts or (now >= envelope.deadline and error.code in COUNTED):
         return give_up(replace(refused, failures=failures), error)
     if now >= envelope.deadline:
         late = TaskError(code="deadline_exceeded", message="the deadline passed before another attempt")

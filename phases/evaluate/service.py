@@ -19,7 +19,7 @@ from loom.bus.outcome import Done, Next, Outcome
 from loom.bus.records import change, records
 from loom.bus.reward_bus import RewardBus
 from loom.bus.topology import EVALUATE_LANE
-from loom.phases.evaluate.policy import Back, End, decide, implied_reward, reward_for
+from loom.phases.evaluate.policy import Back, End, decide, implied_reward, is_late, reward_for
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, TaskRecord
 
@@ -53,7 +53,7 @@ class Evaluate:
         if entry is None:
             log.warning("record_missing", attempt=envelope.attempt)
             return Done()
-        if not entry.value.ended and envelope.attempt < entry.value.claim.attempt:
+        if not entry.value.ended and is_late(envelope, entry.value):
             log.info("late_twin_dropped", attempt=envelope.attempt, claimed=entry.value.claim.attempt)
             return Done()
         decision = decide(envelope, self._config, self._bus.now())
@@ -96,7 +96,7 @@ class Evaluate:
         now = self._bus.now()
 
         def end(record: TaskRecord) -> TaskRecord | None:
-            if record.ended or envelope.attempt < record.claim.attempt:
+            if record.ended or is_late(envelope, record):
                 return None
             return replace(
                 record,

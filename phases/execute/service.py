@@ -27,6 +27,7 @@ from loom.schemas.envelope import Award, Envelope
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.run import Delta, RunEvent, RunRequest
 from loom.schemas.task import RunResult, TaskError
+from loom.schemas.wire import MAX_CONTENT_BYTES, cut_utf8
 
 log = structlog.get_logger()
 
@@ -42,13 +43,15 @@ class Execute:
         self._bus = bus
         self._config = config
         self._records = records(bus)
-        self._running: dict[str, asyncio.Event] = {}
+        self._cancelled: dict[asyncio.Event, str] = {}
+        """What to set when a task is cancelled -> its id; a task may be here twice while a run moves."""
         self._cancels: Subscription | None = None
         self._loop = HopLoop(bus, Service("execute", [(EXECUTE_LANE, SLOTS)], Envelope, self.handle))
 
     async def start(self) -> None:
         """Begin to run tasks."""
         self._cancels = await self._bus.subscribe(self._bus.subjects.of("cancel", "*"), self._on_cancel)
+        await self._bus.echo()
         await self._loop.start()
 
     async def drain(self, timeout_s: float) -> None:
@@ -65,15 +68,18 @@ class Execute:
         if self._bus.now() >= envelope.deadline:
             late = TaskError(code="deadline_exceeded", message="the deadline passed before the run began")
             return await self._report(late, envelope, delivery, claimed=False)
-        refused = await self._claim(envelope, award, delivery)
-        if refused is not None:
-            log.info("run_dropped", reason=refused.reason, attempt=envelope.attempt)
-            return Done()
-        cancelled = self._running.setdefault(envelope.task_id, asyncio.Event())
+        cancelled = asyncio.Event()
+        self._cancelled[cancelled] = envelope.task_id
         try:
+            refused = await self._claim(envelope, award, delivery)
+            if refused is not None:
+                log.info("run_dropped", reason=refused.reason, attempt=envelope.attempt)
+                return Done()
+            if cancelled.is_set():
+                return await self._report(CANCELLED, envelope, delivery)
             return await self._run(envelope, award, delivery, cancelled)
         finally:
-            self._running.pop(envelope.task_id, None)
+            del self._cancelled[cancelled]
 
     async def _claim(self, envelope: Envelope, award: Award, delivery: Delivery) -> Drop | None:
         for _ in range(CLAIM_TRIES):
@@ -126,11 +132,10 @@ class Execute:
         if last is None:
             return Next("execute", envelope)  # a suspect that proved harmless starts afresh
         if last.kind == "result" and last.result is not None:
-            return Next(
-                "evaluate", replace(envelope, result=last.result, error=None, budget=left(envelope, last.result))
-            )
+            result = bounded(last.result)
+            return Next("evaluate", replace(envelope, result=result, error=None, budget=left(envelope, result)))
         if last.kind == "moved":
-            return Leave()
+            return await self._give_way(envelope, delivery)
         return await self._report(error_in(last, award), envelope, delivery)
 
     async def _follow(self, watch: Watch, envelope: Envelope, award: Award, delivery: Delivery) -> RunEvent | None:
@@ -166,10 +171,19 @@ class Execute:
             return Fail(error, envelope)
         return Done() if say == "settle" else Leave()
 
+    async def _give_way(self, envelope: Envelope, delivery: Delivery) -> Outcome:
+        """Another handler follows the run now: settle a mere copy of its message, leave it the message itself."""
+        entry = await self._records.get(envelope.task_id)
+        if entry is None:
+            return Done()
+        say = may_report(entry.value, envelope.attempt, self._bus.instance, delivery.facts.stream_seq)
+        return Done() if say == "settle" else Leave()
+
     async def _on_cancel(self, msg: Msg) -> None:
-        running = self._running.get(msg.subject.rsplit(".", 1)[1])
-        if running is not None:
-            running.set()
+        cancelled_id = msg.subject.rsplit(".", 1)[1]
+        for event, task_id in self._cancelled.items():
+            if task_id == cancelled_id:
+                event.set()
 
 
 def request_for(envelope: Envelope, award: Award, now: float) -> RunRequest:
@@ -202,6 +216,12 @@ def error_in(last: RunEvent, award: Award) -> TaskError:
     if last.kind == "rejected":
         return TaskError(code="node_lost", message="the host does not have this node any more", node_id=award.node_id)
     return TaskError(code="agent_failed", message="the run ended without a result", node_id=award.node_id)
+
+
+def bounded(result: RunResult) -> RunResult:
+    """Return the result with its content cut to what a message may carry; a host may send more."""
+    content, cut = cut_utf8(result.content, MAX_CONTENT_BYTES)
+    return replace(result, content=content, truncated=True) if cut else result
 
 
 def left(envelope: Envelope, result: RunResult) -> int | None:

@@ -18,7 +18,7 @@ HEARTBEAT_S = 2.0
 SILENCE_S = 3 * HEARTBEAT_S + 0.5  # three heartbeats missed
 
 
-class Silent(Exception):  # noqa: N818 - an observation, named as such
+class Silent(Exception):
     """The host has not been heard from in time."""
 
 

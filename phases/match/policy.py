@@ -71,7 +71,7 @@ def award(
     envelope: Envelope, bids: Sequence[tuple[str, Bid]], profiles: Mapping[str, NodeProfile], exploration: float
 ) -> Award:
     """Return the award to the best of `bids`, (host id, bid) each; there must be one."""
-    known = [profiles.get(bid.node_id) for _, bid in bids]
+    known = [profiles.get(node_id) for node_id in {bid.node_id for _, bid in bids}]  # one node may be on two hosts
     total = sum(p.domains[envelope.slug].count for p in known if p and envelope.slug in p.domains)
     scored = [score(envelope, host_id, bid, profiles.get(bid.node_id), total, exploration) for host_id, bid in bids]
     ranked = sorted(scored, key=lambda bid: (-bid.score, tie_break(envelope.task_id, bid.node_id), bid.host_id))
@@ -86,7 +86,7 @@ def award(
     )
 
 
-def score(  # noqa: PLR0917 - the six terms of one formula
+def score(
     envelope: Envelope, host_id: str, bid: Bid, profile: NodeProfile | None, total: int, exploration: float
 ) -> ScoredBid:
     """Return `bid` with its score: .6 trust + .25 (1 - load) + .15 tools.

@@ -1,13 +1,13 @@
 """Which hosts are there to be waited for, and what is known of their nodes."""
 
-import asyncio
 import time
+from collections.abc import Sequence
 
 import structlog
 
 from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.kv import Bucket, BucketReader
-from loom.schemas.auction import HostAnnouncement
+from loom.schemas.auction import HostAnnouncement, Offer
 from loom.schemas.learning import NodeProfile
 from loom.schemas.wire import Undecodable, decode
 
@@ -34,9 +34,9 @@ class Roster:
         """Listen, and ask who is there."""
         self._subscription = await self._bus.subscribe(self._bus.subjects.of("host", "*"), self._on_announcement)
         self._reader = Bucket(self._bus, "nodes", NodeProfile).reader()
-        first = asyncio.Event()
-        self._bus.spawn(self._follow(self._reader, first), name="follow profiles")
-        await first.wait()
+        while not self._reader.caught_up:
+            await self._learn(self._reader)
+        self._bus.spawn(self._follow(self._reader), name="follow profiles")
         await self._bus.publish(self._bus.subjects.hosts)
 
     async def stop(self) -> None:
@@ -58,12 +58,13 @@ class Roster:
         expected = self.expected()
         return sorted(host for host in self._hosts_of.get(node_id, ()) if host in expected)
 
-    def answered(self, expected: frozenset[str], hosts: set[str]) -> None:
-        """Note who answered a call and who let its window pass."""
-        for host in hosts:
-            self._heard[host] = time.monotonic()
-            self._missed.pop(host, None)
-        for host in expected - hosts:
+    def answered(self, expected: frozenset[str], offers: Sequence[Offer]) -> None:
+        """Note who answered a call and who let its window pass; who is leaving is not waited for again."""
+        for offer in offers:
+            if offer.decline != "draining":
+                self._heard[offer.host_id] = time.monotonic()
+            self._missed.pop(offer.host_id, None)
+        for host in expected - {offer.host_id for offer in offers}:
             self._missed[host] = self._missed.get(host, 0) + 1
 
     async def _on_announcement(self, msg: Msg) -> None:
@@ -95,9 +96,10 @@ class Roster:
             self._missed.pop(host, None)
             self._forget_nodes(host)
 
-    async def _follow(self, reader: BucketReader[NodeProfile], first: asyncio.Event) -> None:
+    async def _follow(self, reader: BucketReader[NodeProfile]) -> None:
         while True:
-            for entry in await reader.batch():
-                self.profiles[entry.value.node_id] = entry.value
-            if reader.caught_up:
-                first.set()
+            await self._learn(reader)
+
+    async def _learn(self, reader: BucketReader[NodeProfile]) -> None:
+        for entry in await reader.batch():
+            self.profiles[entry.value.node_id] = entry.value

@@ -9,6 +9,8 @@ Gives up   no_bids when all who could have failed, or nobody bids for no_bids_af
 
 import asyncio
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from uuid import uuid4
 
 import structlog
@@ -64,18 +66,25 @@ class Match:
         envelope = replace(envelope, award=None, error=None, result=None)
         if envelope.ad.node_id is not None:
             return await self._pinned(envelope, spec, envelope.ad.node_id, delivery)
-        give_up = self._bus.now() + HOLD_S
+        if self._bus.now() >= envelope.deadline:
+            return _too_late(envelope)
+        verdict = await self._auction(envelope, spec)
+        if isinstance(verdict, AllBusy):
+            verdict = await self._wait(envelope, spec, delivery)
+        return self._follow(verdict, envelope, spec)
+
+    async def _wait(self, envelope: Envelope, spec: Spec, delivery: Delivery) -> Verdict:
+        """Call again, counted among those who wait, until something has changed or it has taken long enough."""
+        give_up = min(self._bus.now() + HOLD_S, envelope.deadline)
+        verdict: Verdict = AllBusy()
         pause_s = PAUSE_S[0]
-        while True:
-            if self._bus.now() >= envelope.deadline:
-                return _too_late(envelope)
-            verdict = await self._auction(envelope, spec)
-            if not isinstance(verdict, AllBusy):
-                return self._follow(verdict, envelope, spec)
-            if self._bus.now() >= give_up or delivery.recalled.is_set():
-                return Later(random.uniform(*PAUSE_S), _met_someone(envelope, spec))  # noqa: S311 - jitter
-            await self._pause(delivery, random.uniform(pause_s / 2, pause_s))  # noqa: S311 - jitter
-            pause_s = min(2 * pause_s, PAUSE_S[1])
+        with _counted(delivery):
+            while isinstance(verdict, AllBusy) and self._bus.now() < give_up and not delivery.recalled.is_set():
+                jitter_s = random.uniform(pause_s / 2, pause_s)  # noqa: S311 - not a secret
+                await _pause(delivery, min(jitter_s, give_up - self._bus.now()))
+                pause_s = min(2 * pause_s, PAUSE_S[1])
+                verdict = await self._auction(envelope, spec)
+        return verdict
 
     def _follow(self, verdict: Verdict, envelope: Envelope, spec: Spec) -> Outcome:
         match verdict:
@@ -84,7 +93,11 @@ class Match:
                 return Next("scale", replace(_met_someone(envelope, spec), award=award))
             case Exhausted():
                 return Fail(TaskError(code="no_bids", message="every node that could has failed this task"), envelope)
-            case AllBusy() | Nobody():
+            case AllBusy():
+                if self._bus.now() >= envelope.deadline:
+                    return _too_late(envelope)
+                return Later(random.uniform(*PAUSE_S), _met_someone(envelope, spec))  # noqa: S311 - jitter
+            case Nobody():
                 return self._alone(envelope, spec, self._why_nobody(envelope))
 
     def _alone(self, envelope: Envelope, spec: Spec, why: str) -> Outcome:
@@ -112,7 +125,8 @@ class Match:
         if not hosts:
             return self._alone(envelope, spec, f"the task is pinned to {node_id}, which is not there")
         if envelope.last_error is not None and envelope.last_error.code == "node_busy":
-            await self._pause(delivery, random.uniform(*PAUSE_S))  # noqa: S311 - jitter
+            with _counted(delivery):
+                await _pause(delivery, random.uniform(*PAUSE_S))  # noqa: S311 - jitter
         award = Award(node_id=node_id, host_id=hosts[0], pinned=True)
         return Next("scale", replace(_met_someone(envelope, spec), award=award))
 
@@ -130,8 +144,11 @@ class Match:
             window_s=self._config.bid_window_ms / 1000,
             enough=enough,
         )
-        self._roster.answered(expected, {offer.host_id for offer in offers})
-        return judge(envelope, offers, self._roster.profiles, self._config.exploration)
+        self._roster.answered(expected, offers)
+        verdict = judge(envelope, offers, self._roster.profiles, self._config.exploration)
+        if isinstance(verdict, Exhausted) and not expected <= {offer.host_id for offer in offers}:
+            return AllBusy()  # a host that should have answered may have a node yet: slow is not gone
+        return verdict
 
     def _call(self, envelope: Envelope, spec: Spec) -> CallForBids:
         return CallForBids(
@@ -147,21 +164,29 @@ class Match:
             prefer=best_known(self._roster.profiles, spec.slug, BID_LIMIT),
         )
 
-    async def _pause(self, delivery: Delivery, seconds: float) -> None:
-        """Wait, counted among those who wait, until the time is over or the process stops."""
-        delivery.release()
-        delivery.slots.waiting += 1
-        try:
-            async with asyncio.timeout(seconds):
-                await delivery.recalled.wait()
-        except TimeoutError:
-            pass  # the normal end of a pause
-        finally:
-            delivery.slots.waiting -= 1
-
     def _window(self, _lane: Lane, slots: Slots) -> int:
         """No more is read of a lane in which many wait already."""
-        return 0 if slots.waiting >= self._config.waiting_limit else slots.free
+        return min(slots.free, self._config.waiting_limit - slots.waiting)
+
+
+@contextmanager
+def _counted(delivery: Delivery) -> Iterator[None]:
+    """Count a delivery among those that only wait, of which a lane keeps few."""
+    delivery.release()
+    delivery.slots.waiting += 1
+    try:
+        yield
+    finally:
+        delivery.slots.waiting -= 1
+
+
+async def _pause(delivery: Delivery, seconds: float) -> None:
+    """Wait until the time is over or the process stops."""
+    try:
+        async with asyncio.timeout(seconds):
+            await delivery.recalled.wait()
+    except TimeoutError:
+        pass  # the normal end of a pause
 
 
 def _met_someone(envelope: Envelope, spec: Spec) -> Envelope:

@@ -11,8 +11,8 @@ from loom.bus.client import Bus, Conflict, Msg, Refused, Subscription
 from loom.bus.records import change
 from loom.phases.sense.admission import Admission, envelope_for
 from loom.schemas.envelope import Envelope, TaskRecord
-from loom.schemas.errors import LoomError, UnknownTask
-from loom.schemas.task import Accepted, Submission, TaskError, parse_ad
+from loom.schemas.errors import InvalidTask, LoomError, UnknownTask
+from loom.schemas.task import Accepted, Submission, TaskError, is_token, parse_ad
 from loom.schemas.wire import decode
 
 log = structlog.get_logger()
@@ -30,7 +30,7 @@ class Desk:
         self._subscriptions: list[Subscription] = []
 
     async def open(self) -> None:
-        """Begin to answer."""
+        """Begin to answer; returns once the server knows where to send requests."""
         subjects = self._bus.subjects
         for subject, handler in (
             (subjects.submit, self._submit),
@@ -38,6 +38,7 @@ class Desk:
             (subjects.of("cancel", "*"), self._cancel),
         ):
             self._subscriptions.append(await self._bus.serve(subject, handler, queue=QUEUE))
+        await self._bus.echo()
 
     async def close(self) -> None:
         """Answer what has come in and take nothing more."""
@@ -67,8 +68,8 @@ class Desk:
             await answer(self._bus, msg.reply, Accepted(task_id=ad.task_id))
 
     async def _status(self, msg: Msg) -> None:
-        task_id = _task_of(msg)
         try:
+            task_id = _task_of(msg)
             entry = await self._admission.records.get(task_id)
             if entry is not None:
                 await answer(self._bus, msg.reply, entry.value)
@@ -80,9 +81,8 @@ class Desk:
             await answer_error(self._bus, msg.reply, error)
 
     async def _cancel(self, msg: Msg) -> None:
-        task_id = _task_of(msg)
         try:
-            await answer(self._bus, msg.reply, await self._cancelled(task_id))
+            await answer(self._bus, msg.reply, await self._cancelled(_task_of(msg)))
         except LoomError as error:
             await answer_error(self._bus, msg.reply, error)
 
@@ -145,4 +145,8 @@ def as_cancelled(record: TaskRecord, now: float) -> TaskRecord | None:
 
 
 def _task_of(msg: Msg) -> str:
-    return msg.subject.rsplit(".", 1)[1]
+    """The task a request names; a `*`, which the server lets pass, would stand for anybody's."""
+    task_id = msg.subject.rsplit(".", 1)[1]
+    if not is_token(task_id):
+        raise InvalidTask("task_id must match [A-Za-z0-9_-]{1,64}", field="task_id")
+    return task_id

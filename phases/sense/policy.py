@@ -18,13 +18,16 @@ _KEYWORDS: dict[str, tuple[str, ...]] = {
              "数据", "统计", "分析", "表格", "销售"),
     "writing": ("write", "essay", "article", "summar", "text", "translate", "email", "story", "letter", "key sentence",
                 "写", "文章", "摘要", "总结", "翻译", "文本"),
-    "math": ("calculate", "equation", "proof", "integral", "probability", "matrix", "solve", "数学", "计算", "方程", "证明"),
-    "research": ("research", "compare", "survey", "investigate", "literature", "sources", "研究", "调查", "文献", "比较"),
+    "math": ("calculate", "equation", "proof", "integral", "probability", "matrix", "solve",
+             "数学", "计算", "方程", "证明"),
+    "research": ("research", "compare", "survey", "investigate", "literature", "sources",
+                 "研究", "调查", "文献", "比较"),
 }  # fmt: skip
 
-_SENTENCE_END = re.compile(r"[.!?。！？]+(?:\s|$)|[。！？]")
+_SENTENCE_END = re.compile(r"[.!?。！？]+(?:\s|$)|[。！？]")  # noqa: RUF001 - full-width on purpose
 _LIST_ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+", re.MULTILINE)
 _CJK = re.compile(r"[\u3400-\u9fff\u3040-\u30ff\uac00-\ud7af]")
+_CJK_OR_MARK = re.compile(_CJK.pattern + r"|[\u3000-\u303f\uff01-\uff0f\uff1a-\uff20]")
 
 CJK_PER_WORD = 2  # Chinese words are about two characters long
 
@@ -63,7 +66,7 @@ def complexity_of(text: str, domains: int) -> float:
     A CJK character counts as half a word.
     """
     cjk = len(_CJK.findall(text))
-    words = len(_CJK.sub(" ", text).split()) + cjk / CJK_PER_WORD
+    words = len(_CJK_OR_MARK.sub(" ", text).split()) + cjk / CJK_PER_WORD
     score = min(words / 200, 0.5)
     if len(_SENTENCE_END.findall(text)) > 2:  # noqa: PLR2004 - the seed's number
         score += 0.15

@@ -43,12 +43,14 @@ class Sense:
         self._admission = Admission(bus)
         self._desk = Desk(bus, self._admission)
         self._room = config.max_in_flight
+        self._gate: asyncio.Task[None] | None = None
         intake = [(lane, lane_slots(lane)) for lane in INTAKE_LANES]
         self._intake = HopLoop(bus, Service("sense", intake, Submission, self.admit, window=self._window))
         self._subtasks = HopLoop(bus, Service("sense", [(SENSE_LANE, 64)], Envelope, self.admit_subtask))
 
     async def start(self) -> None:
         """Begin to answer and to admit."""
+        await self._measure_room()  # a restarted replica may meet a full house
         await self._intake.start()
         await self._subtasks.start()
         await self._desk.open()
@@ -58,6 +60,8 @@ class Sense:
         """Take nothing new, finish for at most `timeout_s`."""
         await self._desk.close()
         await asyncio.gather(self._intake.drain(timeout_s), self._subtasks.drain(timeout_s))
+        if self._gate is not None:
+            self._gate.cancel()
 
     async def admit(self, submission: Submission, delivery: Delivery) -> Outcome:
         """Admit a submission once and say how hard it is."""
@@ -128,17 +132,19 @@ class Sense:
         """Measure the room in flight again whenever it may have changed."""
         while True:
             await asyncio.sleep(GATE_S)
-            if self._room >= self._config.max_in_flight:
-                continue
-            try:
-                in_flight = (await stream_state(self._bus, "TASKS"))["messages"]
-                if in_flight >= self._config.max_in_flight * (1 - RESERVED):
-                    in_flight -= await self._parked()
-            except LoomError as error:
-                log.warning("room_unknown", reason=error.message)
-                continue
+            if self._room < self._config.max_in_flight:
+                await self._measure_room()
+                self._intake.top_up()
+
+    async def _measure_room(self) -> None:
+        try:
+            in_flight = (await stream_state(self._bus, "TASKS"))["messages"]
+            if in_flight >= self._config.max_in_flight * (1 - RESERVED):
+                in_flight -= await self._parked()
+        except LoomError as error:
+            log.warning("room_unknown", reason=error.message)
+        else:
             self._room = self._config.max_in_flight - in_flight
-            self._intake.top_up()
 
     async def _parked(self) -> int:
         """Messages in TASKS that only wait for their time: no work in flight."""

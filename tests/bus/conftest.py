@@ -1,0 +1,56 @@
+"""A connected bus with its streams, and servers that may be killed."""
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from support.buses import Connect
+
+from loom.bus import topology
+from loom.bus.client import Bus
+from loom.runner.embedded import NatsServer
+from loom.schemas.config import ClusterConfig
+
+
+@pytest.fixture
+async def connect(namespace: str, nats_url: str) -> AsyncIterator[Connect]:
+    """Opens connections to the test's namespace, and closes them after it."""
+    buses: list[Bus] = []
+
+    async def open_one(*, url: str = nats_url, namespace: str = namespace, role: str = "client") -> Bus:
+        bus = Bus(url, namespace=namespace, role=role)
+        buses.append(bus)
+        return await bus.connect()
+
+    yield open_one
+    for bus in reversed(buses):
+        await bus.close()
+
+
+@pytest.fixture
+async def plain(connect: Connect) -> Bus:
+    """A connection, and no stream."""
+    return await connect()
+
+
+@pytest.fixture
+async def bus(plain: Bus) -> Bus:
+    """A connection to a namespace that has its streams."""
+    assert await topology.apply(plain, ClusterConfig()) == []
+    return plain
+
+
+@pytest.fixture
+def server() -> Iterator[NatsServer]:
+    """A server of the test's own, to kill and restart."""
+    server = NatsServer()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def mortal(connect: Connect, server: NatsServer) -> Bus:
+    """A connection to `server`, with streams."""
+    bus = await connect(url=server.url)
+    assert await topology.apply(bus, ClusterConfig()) == []
+    return bus

@@ -1,0 +1,265 @@
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from support.phases import Replica, Stage
+from support.wait import until
+
+from loom.bus.kv import Bucket
+from loom.bus.reward_bus import RewardBus
+from loom.phases.adapt.fold import fold
+from loom.schemas.learning import WINDOW, NodeProfile, Reward
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+def reward(n: int, node: str = "n1", score: float = 1.0, **facts: Any) -> Reward:
+    wanted: dict[str, Any] = {"slug": "code", "tokens": 10, "seconds": 0.5, **facts}
+    return Reward(
+        reward_id=f"t{n}:1:rules", task_id=f"t{n}", attempt=1, node_id=node, score=score, ended_at=float(n), **wanted
+    )
+
+
+async def publish(stage: Stage, *rewards: Reward) -> None:
+    bus = RewardBus(bus=stage.bus)
+    await asyncio.gather(*(bus.publish(one) for one in rewards))
+
+
+async def profile(stage: Stage, node: str = "n1") -> NodeProfile | None:
+    entry = await Bucket(stage.bus, "nodes", NodeProfile).get(node)
+    return entry.value if entry else None
+
+
+async def learned(stage: Stage, total: int, node: str = "n1") -> NodeProfile:
+    """Wait until the stored profile of a node holds so many tasks."""
+
+    async def known() -> NodeProfile | None:
+        found = await profile(stage, node)
+        return found if found and found.total_tasks >= total else None
+
+    found: Any = await until(known, what=f"{total} tasks of {node} are learned")
+    return found  # type: ignore[no-any-return]
+
+
+async def refolded(stage: Stage, node: str = "n1") -> NodeProfile:
+    """Return what the stream itself says of a node, folded from the beginning."""
+    known = NodeProfile(node_id=node)
+    stream = stage.bus.subjects.stream("REWARDS")
+    last = (await stage.bus.api(f"STREAM.INFO.{stream}"))["state"]["last_seq"]
+    seq = 0
+    async for one in RewardBus(bus=stage.bus).replay():
+        seq += 1  # nothing is ever removed here: the n-th reward has sequence n
+        if one.node_id == node:
+            known = fold(known, one, seq)
+    assert seq == last
+    return known
+
+
+async def writes(stage: Stage) -> int:
+    """Return how often a profile was written."""
+    info = await stage.bus.api(f"STREAM.INFO.KV_{stage.bus.subjects.bucket('nodes')}")
+    return int(info["state"]["last_seq"])
+
+
+def tasks_named(stage: Stage, node: str = "n1") -> set[str]:
+    return {task for news in stage.all("lifecycle", kind="learned", node_id=node) for task in news.task_ids}
+
+
+async def test_a_reward_becomes_a_profile_and_is_told(stage: Stage) -> None:
+    await stage.phase("adapt")
+    await publish(stage, reward(1, score=0.25))
+    news = await stage.seen("lifecycle", kind="learned", node_id="n1")
+    assert news.task_ids == ("t1",)
+    stored = await profile(stage)
+    assert stored is not None
+    assert news.profile == stored
+    assert (stored.total_tasks, stored.success_rate, stored.consecutive_losses) == (1, 0.0, 1)
+    assert (stored.tokens, stored.seconds, stored.last_seq) == (10, 0.5, 1)
+    assert (stored.domains["code"].count, stored.domains["code"].mean) == (1, 0.25)
+
+
+async def test_a_storm_is_folded_whole_and_written_in_few_batches(stage: Stage) -> None:
+    await stage.phase("adapt")
+    storm = [reward(n, score=(n % 5) / 4, slug="code" if n % 3 else "data") for n in range(600)]
+    for start in range(0, 600, 50):
+        await publish(stage, *storm[start : start + 50])
+    stored = await learned(stage, 600)
+    assert stored == await refolded(stage)
+    assert stored.domains["code"].count == stored.domains["data"].count == WINDOW
+    assert await writes(stage) < 200
+    await until(lambda: len(tasks_named(stage)) == 600, what="every task is named")
+
+
+async def test_what_comes_during_a_write_is_written_next(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapt: Any = await stage.phase("adapt")
+    bucket, slow, entered = adapt.service._bucket, asyncio.Event(), asyncio.Event()
+    update = bucket.update
+
+    async def held(*args: Any) -> int:
+        entered.set()
+        await slow.wait()
+        return int(await update(*args))
+
+    monkeypatch.setattr(bucket, "update", held)
+    await publish(stage, reward(1))
+    await entered.wait()
+    await publish(stage, reward(2))
+    await until(lambda: adapt.service._profiles["n1"].total_tasks == 2, what="the second is folded")
+    slow.set()
+    assert await learned(stage, 2) == await refolded(stage)
+    news = await stage.seen("lifecycle", kind="learned", count=2)
+    assert (stage.all("lifecycle", kind="learned")[0].task_ids, news.task_ids) == (("t1",), ("t2",))
+
+
+async def test_each_node_has_a_profile_of_its_own(stage: Stage) -> None:
+    await stage.phase("adapt")
+    await publish(stage, *(reward(n, node=f"n{n % 4}") for n in range(40)))
+    for n in range(4):
+        assert await learned(stage, 10, f"n{n}") == await refolded(stage, f"n{n}")
+
+
+async def test_a_revised_score_replaces_its_twin_and_is_told_again(stage: Stage) -> None:
+    await stage.phase("adapt")
+    await publish(stage, reward(1, score=1.0))
+    await stage.seen("lifecycle", kind="learned")
+    await publish(stage, reward(1, score=1.0))  # the same again: the server drops it
+    await publish(stage, reward(1, score=0.25))
+    await stage.seen("lifecycle", kind="learned", count=2)
+    stored = await profile(stage)
+    assert stored is not None
+    assert (stored.total_tasks, stored.domains["code"].mean, stored.last_seq) == (1, 0.25, 2)
+
+
+async def test_rubbish_on_the_reward_bus_teaches_nothing_and_stops_nobody(stage: Stage) -> None:
+    await stage.phase("adapt")
+    subjects = stage.bus.subjects
+    await stage.bus.store(subjects.of("reward", "n1", "code"), b"\xff not a reward")
+    await stage.bus.store(subjects.of("reward", "n1", "code"), b'{"score": 7}')
+    await stage.bus.store(subjects.of("reward", "n1", "code"), reward(1, node="n2"))  # another's, to be credited here
+    await stage.bus.store(subjects.of("reward", "n1", "data"), reward(2))
+    await publish(stage, reward(3))
+    stored = await learned(stage, 1)
+    assert (stored.total_tasks, stored.last_seq, set(stored.domains)) == (1, 5, {"code"})
+    assert await profile(stage, "n2") is None
+
+
+async def test_a_restarted_replica_goes_on_without_counting_twice(stage: Stage) -> None:
+    first = await stage.phase("adapt")
+    await publish(stage, *(reward(n) for n in range(10)))
+    await learned(stage, 10)
+    await first.service.drain(1)
+    await publish(stage, *(reward(n) for n in range(10, 15)))
+    second = await stage.phase("adapt")
+    assert await learned(stage, 15) == await refolded(stage)
+    second.die()
+    await publish(stage, reward(15))
+    await stage.phase("adapt")
+    stored = await learned(stage, 16)
+    assert stored == await refolded(stage)
+    assert stored.total_tasks == 16
+
+
+async def test_a_drain_writes_what_is_folded(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.phases.adapt.service.BATCH_S", 60)
+    adapt: Any = await stage.phase("adapt")
+    await publish(stage, reward(1))
+    await until(lambda: adapt.service._profiles, what="it is folded")
+    await adapt.service.drain(1)
+    assert await profile(stage) == await refolded(stage)
+
+
+async def test_a_rebuild_from_the_stream_equals_the_stored_profile(stage: Stage) -> None:
+    first = await stage.phase("adapt")
+    await publish(stage, *(reward(n % 30, score=(n * 7 % 11) / 10, slug=f"d{n % 4}") for n in range(150)))
+    await learned(stage, 30)
+    await until(lambda: at_the_end(stage), what="all is folded")
+    stored = await profile(stage)
+    await first.service.drain(1)
+    nodes = f"KV_{stage.bus.subjects.bucket('nodes')}"
+    await stage.bus.api(f"STREAM.PURGE.{nodes}")
+    await stage.phase("adapt")
+    await until(lambda: at_the_end(stage), what="all is folded again")
+    assert await profile(stage) == stored == await refolded(stage)
+
+
+async def at_the_end(stage: Stage) -> bool:
+    stored = await profile(stage)
+    return stored is not None and stored.last_seq == await stage.pending("REWARDS")
+
+
+# -- replicas
+
+
+@pytest.fixture
+async def replicas(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[Replica]:
+    """Two replicas; a standby looks after 0.2 s."""
+    monkeypatch.setattr("loom.phases.adapt.service.STANDBY_S", 0.2)
+    return [await stage.phase("adapt"), await stage.phase("adapt")]
+
+
+async def test_two_replicas_agree_and_no_task_counts_twice(stage: Stage, replicas: list[Replica]) -> None:
+    for start in range(0, 300, 30):
+        await publish(stage, *(reward(n, node=f"n{n % 2}") for n in range(start, start + 30)))
+    for node in ("n0", "n1"):
+        assert await learned(stage, 150, node) == await refolded(stage, node)
+    known: list[Any] = [replica.service for replica in replicas]
+    await until(
+        lambda: all(service._profiles["n1"].total_tasks == 150 for service in known), what="both have read it all"
+    )
+    assert known[0]._profiles == known[1]._profiles
+    await until(lambda: len(tasks_named(stage, "n1")) == 150, what="every task is named")
+
+
+async def test_one_replica_writes_and_the_other_stands_by(stage: Stage, replicas: list[Replica]) -> None:
+    await publish(stage, reward(0))
+    await learned(stage, 1)
+    before = await writes(stage)
+    for n in range(1, 16):
+        await publish(stage, reward(n))
+        await learned(stage, n + 1)
+    assert await writes(stage) - before == 15
+    assert len(stage.all("lifecycle", kind="learned")) == 16
+    assert len(replicas) == 2
+
+
+async def test_a_standby_takes_over_from_a_dead_replica(stage: Stage, replicas: list[Replica]) -> None:
+    for n in range(3):
+        await publish(stage, reward(n))
+        await learned(stage, n + 1)
+    services: list[Any] = [replica.service for replica in replicas]
+    active = max(range(2), key=lambda i: services[i]._revisions.get("n1", 0))
+    replicas[active].die()
+    await publish(stage, reward(3), reward(4))
+    assert await learned(stage, 5) == await refolded(stage)
+    await publish(stage, reward(5))
+    assert await learned(stage, 6) == await refolded(stage)
+    assert {"t3", "t4", "t5"} <= tasks_named(stage)
+
+
+async def test_a_replica_that_lags_behind_adopts_what_is_stored(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own write conflicts while it folds on: neither what it has folded since nor what is stored is lost."""
+    monkeypatch.setattr("loom.phases.adapt.service.STANDBY_S", 0.1)
+    slow: Any = await stage.phase("adapt")
+    bucket, entered, go = slow.service._bucket, asyncio.Event(), asyncio.Event()
+    update = bucket.update
+
+    async def held(*args: Any) -> int:
+        entered.set()
+        await go.wait()
+        return int(await update(*args))
+
+    monkeypatch.setattr(bucket, "update", held)
+    await publish(stage, reward(1))
+    await entered.wait()
+    fast = await stage.phase("adapt")
+    await learned(stage, 1)
+    fast.die()
+    await publish(stage, reward(2))
+    await until(lambda: slow.service._profiles["n1"].total_tasks == 2, what="the second is folded")
+    go.set()
+    assert await learned(stage, 2) == await refolded(stage)

@@ -1,0 +1,588 @@
+"""The connection: what it promises while all is well, and through everything that was seen to break one."""
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import pytest
+from structlog.testing import capture_logs
+from support.buses import Connect, Heard, alive, back
+from support.wait import until
+
+from loom.bus import client, topology
+from loom.bus.client import Bus, Conflict, Msg, NoResponders, PayloadTooLarge, Refused
+from loom.runner.embedded import NatsServer
+from loom.schemas.config import ClusterConfig
+from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
+
+
+# -- connecting
+
+
+async def test_without_a_server_connecting_fails_within_its_patience() -> None:
+    bus = Bus("nats://127.0.0.1:1,nats://127.0.0.1:2", patience_s=0.3)
+    started = time.monotonic()
+    with pytest.raises(BusUnavailable, match="loom up") as caught:
+        await bus.connect()
+    assert time.monotonic() - started < 2
+    assert caught.value.url == "nats://127.0.0.1:1,nats://127.0.0.1:2"
+    await bus.close()
+
+
+async def test_a_server_that_comes_up_a_little_later_is_found(connect: Connect) -> None:
+    server = NatsServer()
+    server.start()
+    url = server.url
+    server.kill()
+    try:
+        connecting = asyncio.ensure_future(connect(url=url))
+        await asyncio.wait([connecting], timeout=0.3)
+        assert not connecting.done()
+        await asyncio.to_thread(server.restart)
+        assert await alive(await connecting)
+    finally:
+        await asyncio.to_thread(server.stop)
+
+
+async def test_a_server_that_refuses_us_is_not_asked_twice() -> None:
+    asked = 0
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked += 1
+        writer.write(b'INFO {"server_id": "x", "version": "2.15.1", "max_payload": 1048576, "auth_required": true}\r\n')
+        await reader.readline()
+        writer.write(b"-ERR 'Authorization Violation'\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as other:
+        bus = Bus(f"nats://me:wrong@127.0.0.1:{other.sockets[0].getsockname()[1]}", patience_s=10)
+        started = time.monotonic()
+        with pytest.raises(BusUnavailable, match="Authorization"):
+            await bus.connect()
+        await bus.close()
+    assert time.monotonic() - started < 5
+    assert asked == 1
+
+
+@pytest.mark.parametrize("url", ["", "foo:bar", "nats://", "http://127.0.0.1:1", "nats://127.0.0.1:1,ws://127.0.0.1:2"])
+async def test_a_malformed_address_is_unavailable_like_any_other(url: str) -> None:
+    bus = Bus(url, patience_s=0.2)
+    with pytest.raises(BusUnavailable):
+        await bus.connect()
+    await bus.close()
+
+
+async def test_something_else_on_the_port_is_no_server() -> None:
+    async def web_server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(web_server, "127.0.0.1", 0) as other:
+        bus = Bus(f"nats://127.0.0.1:{other.sockets[0].getsockname()[1]}", patience_s=0.3)
+        with pytest.raises(BusUnavailable):
+            await bus.connect()
+        await bus.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("nats://127.0.0.1:1", "nats://127.0.0.1:1"),
+        ("nats://me:geheim@127.0.0.1:1", "nats://127.0.0.1:1"),
+        ("me:geheim@127.0.0.1:1", "127.0.0.1:1"),
+        ("geheim@127.0.0.1:1", "127.0.0.1:1"),
+        ("nats://me:ge@heim@127.0.0.1:1", "nats://127.0.0.1:1"),
+        ("nats://me:ge/heim@a:1,tls://geheim@b:2,c:3", "nats://a:1,tls://b:2,c:3"),
+    ],
+)
+async def test_no_password_is_ever_told(url: str, address: str) -> None:
+    assert Bus(url).address == address
+    with capture_logs() as logs, pytest.raises(BusUnavailable) as caught:
+        await Bus(url, patience_s=0.1).connect()
+    told = f"{caught.value} {caught.value.facts} {logs}"
+    assert "geheim" not in told
+    assert "heim" not in told
+
+
+async def test_a_bus_that_never_connected_may_be_closed_and_aborted() -> None:
+    bus = Bus("nats://127.0.0.1:1")
+    await bus.close()
+    await bus.close()
+    bus.abort()
+    bus = Bus("nats://127.0.0.1:1")
+    bus.abort()
+    await bus.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this platform has no TCP_USER_TIMEOUT")
+async def test_a_half_open_connection_is_given_up_after_ten_seconds(mortal: Bus, server: NatsServer) -> None:
+    def stall_ms() -> int:
+        sock = mortal._nc._transport._bare_io_writer.get_extra_info("socket")
+        return int(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+
+    assert stall_ms() == 10_000
+    await asyncio.to_thread(server.restart)
+    await back(mortal)
+    await until(lambda: stall_ms() == 10_000, what="the new socket is hardened too")
+
+
+# -- plain messages
+
+
+async def test_a_message_arrives_with_headers_and_json_or_bytes(plain: Bus) -> None:
+    got: list[Msg] = []
+
+    async def take(msg: Msg) -> None:
+        got.append(msg)
+
+    await plain.subscribe(plain.subjects.of("delta", "*"), take)
+    await plain.publish(plain.subjects.of("delta", "t1"), {"a": 1}, headers={"k": "v"}, reply="somewhere")
+    await plain.publish(plain.subjects.of("delta", "t2"), b"\xff")
+    await until(lambda: len(got) == 2, what="both arrive")
+    assert (got[0].data, got[0].headers, got[0].reply) == (b'{"a":1}', {"k": "v"}, "somewhere")
+    assert (got[1].data, got[1].headers, got[1].reply) == (b"\xff", None, "")
+
+
+@pytest.mark.parametrize("value", ["v" * 100, "代" * 100])
+async def test_headers_count_against_the_size_limit(plain: Bus, value: str) -> None:
+    limit = plain._nc.max_payload
+    headers = {"Key": value}
+    room = limit - len(f"NATS/1.0\r\nKey: {value}\r\n\r\n".encode())
+    heard = Heard()
+    await plain.subscribe(plain.subjects.of("delta", "t1"), heard)
+
+    with pytest.raises(PayloadTooLarge, match=str(limit)):
+        await plain.publish(plain.subjects.of("delta", "t1"), b"x" * (room + 1), headers=headers)
+    with pytest.raises(PayloadTooLarge):
+        await plain.publish(plain.subjects.of("delta", "t1"), b"x" * (limit + 1))
+    await plain.publish(plain.subjects.of("delta", "t1"), b"x" * room, headers=headers)
+
+    await heard.count(1)
+    assert len(heard.bodies[0]) == room
+    assert not plain.lost.is_set()
+
+
+@pytest.mark.parametrize("subject", ["", "a b", "a\r\nPUB x 0\r\n", "a\tb"])
+async def test_a_subject_that_would_break_the_protocol_is_refused_and_the_connection_lives(
+    plain: Bus, subject: str
+) -> None:
+    with pytest.raises(LoomError):
+        await plain.publish(subject, b"x")
+    with pytest.raises(LoomError):
+        await plain.publish("fine", b"x", reply=subject or " ")
+    assert await alive(plain)
+
+
+async def test_a_handler_that_raises_does_not_end_its_subscription(plain: Bus) -> None:
+    heard = Heard()
+
+    async def handle(msg: Msg) -> None:
+        if msg.data == b"bad":
+            raise RuntimeError("a bug")
+        await heard(msg)
+
+    await plain.subscribe(plain.subjects.of("delta", "t1"), handle)
+    with capture_logs() as logs:
+        for body in (b"bad", b"good", b"bad", b"good"):
+            await plain.publish(plain.subjects.of("delta", "t1"), body)
+        await heard.count(2)
+    assert [entry["event"] for entry in logs] == ["handler_failed"] * 2
+    assert "RuntimeError: a bug" in logs[0]["error"]
+
+
+async def test_an_ended_subscription_hears_nothing_more_and_may_be_ended_again(plain: Bus) -> None:
+    heard = Heard()
+    subscription = await plain.subscribe(plain.subjects.of("delta", "t1"), heard)
+    await plain.unsubscribe(subscription)
+    await plain.unsubscribe(subscription)
+    await plain.publish(plain.subjects.of("delta", "t1"), b"x")
+    await plain.echo()
+    assert heard.bodies == []
+
+
+async def test_a_stopped_subscription_still_hands_over_what_has_come(plain: Bus) -> None:
+    heard, go_on = Heard(), asyncio.Event()
+
+    async def slow(msg: Msg) -> None:
+        await go_on.wait()
+        await heard(msg)
+
+    subscription = await plain.subscribe(plain.subjects.of("delta", "t1"), slow)
+    for n in range(5):
+        await plain.publish(plain.subjects.of("delta", "t1"), b"%d" % n)
+    stopping = asyncio.ensure_future(plain.stop_delivery(subscription))
+    await plain.echo()
+    await plain.publish(plain.subjects.of("delta", "t1"), b"too late")
+    await plain.echo()
+    go_on.set()
+    await stopping
+    assert heard.bodies == [b"0", b"1", b"2", b"3", b"4"]
+
+
+async def test_served_requests_run_side_by_side_up_to_the_limit_and_a_bad_one_harms_nobody(plain: Bus) -> None:
+    running, most, go_on = 0, 0, asyncio.Event()
+
+    async def work(msg: Msg) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await go_on.wait()
+        running -= 1
+        if msg.data == b"3":
+            raise RuntimeError("a bug")
+        await plain.publish(msg.reply, msg.data)
+
+    await plain.serve(plain.subjects.submit, work, at_once=4)
+    asked = [
+        asyncio.ensure_future(plain.request(plain.subjects.submit, b"%d" % n, timeout_s=0.3 if n == 3 else 5))
+        for n in range(10)
+    ]
+    await until(lambda: running == 4, what="four run")
+    await plain.echo()
+    assert running == 4
+    go_on.set()
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    assert most == 4
+    assert [a.data if isinstance(a, Msg) else type(a) for a in answers] == [
+        TimeoutError if n == 3 else b"%d" % n for n in range(10)
+    ]
+
+
+# -- requests
+
+
+async def test_a_request_returns_the_first_answer(plain: Bus) -> None:
+    async def answer_twice(msg: Msg) -> None:
+        await plain.publish(msg.reply, b"one")
+        await plain.publish(msg.reply, b"two")
+
+    await plain.subscribe(plain.subjects.submit, answer_twice)
+    assert (await plain.request(plain.subjects.submit)).data == b"one"
+    assert plain._sinks == {}
+
+
+async def test_a_request_nobody_answers_times_out(plain: Bus) -> None:
+    await plain.subscribe(plain.subjects.submit, Heard())
+    with pytest.raises(TimeoutError):
+        await plain.request(plain.subjects.submit, timeout_s=0.05)
+    assert plain._sinks == {}
+
+
+async def test_without_a_listener_a_request_fails_at_once_and_with_a_tap_it_times_out(
+    plain: Bus, connect: Connect
+) -> None:
+    with pytest.raises(NoResponders):
+        await plain.request(plain.subjects.submit, timeout_s=5)
+
+    tap = await connect()
+    heard = Heard()
+    await tap.subscribe(plain.subjects.everything, heard)
+    await tap.echo()
+    with pytest.raises(TimeoutError):
+        await plain.request(plain.subjects.submit, b"anybody?", timeout_s=0.1)
+    assert heard.bodies == [b"anybody?"]
+
+
+async def test_a_sink_that_raises_does_not_end_the_others(plain: Bus) -> None:
+    def broken(_: Msg) -> None:
+        raise RuntimeError("a bug")
+
+    reply = plain.open_inbox(broken)
+    with capture_logs() as logs:
+        await plain.publish(reply)
+        await plain.echo()
+    assert [entry["event"] for entry in logs] == ["reply_failed"]
+    assert await alive(plain)
+
+
+async def test_only_a_client_answers_to_the_plain_inbox(connect: Connect) -> None:
+    client, phase = await connect(), await connect(role="sense")
+    assert client.open_inbox(lambda _: None).startswith("_INBOX.")
+    assert phase.open_inbox(lambda _: None).startswith("_INBOX_sense.")
+    assert await alive(phase)
+
+
+# -- stored messages
+
+
+def lose_acks(bus: Bus, monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
+    """Let the next `count` answers to this connection get lost; returns the inboxes that were opened."""
+    opened: list[str] = []
+    real: Callable[[Callable[[Msg], None]], str] = bus.open_inbox
+
+    def open_inbox(sink: Callable[[Msg], None]) -> str:
+        opened.append(real(sink if len(opened) >= count else lambda _: None))
+        return opened[-1]
+
+    monkeypatch.setattr(bus, "open_inbox", open_inbox)
+    monkeypatch.setattr(client, "PUBLISH_TRY_S", 0.1)
+    return opened
+
+
+async def test_a_stored_message_is_acknowledged_with_its_place(bus: Bus) -> None:
+    first = await bus.store(bus.subjects.intake("low", "t1"), {"a": 1}, msg_id="m1")
+    second = await bus.store(bus.subjects.intake("low", "t1"), {"a": 2}, msg_id="m2")
+    again = await bus.store(bus.subjects.intake("low", "t1"), {"a": 1}, msg_id="m1")
+    assert first.stream == bus.subjects.stream("INTAKE")
+    assert (first.seq, second.seq) == (1, 2)
+    assert (again.seq, again.duplicate, first.duplicate) == (1, True, False)
+
+
+async def test_a_lost_acknowledgement_is_answered_by_sending_again_under_the_same_id(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = lose_acks(bus, monkeypatch, 1)
+    ack = await bus.store(bus.subjects.intake("low", "t1"), b"x", msg_id="m1")
+    assert len(opened) == 2
+    assert (ack.seq, ack.duplicate) == (1, True)
+    assert (await topology.stream_state(bus, "INTAKE"))["messages"] == 1
+
+
+async def test_the_callers_headers_are_left_as_they_are(bus: Bus) -> None:
+    headers = {"k": "v"}
+    await bus.store(bus.subjects.intake("low", "t1"), b"x", msg_id="m1", headers=headers)
+    assert headers == {"k": "v"}
+
+
+async def test_a_write_that_expects_another_last_sequence_conflicts(bus: Bus) -> None:
+    subject = bus.subjects.intake("low", "t1")
+    with pytest.raises(Conflict):
+        await bus.store(subject, b"x", headers={"Nats-Expected-Last-Subject-Sequence": "7"})
+    with pytest.raises(Refused) as caught:
+        await bus.store(subject, b"x", headers={"Nats-Expected-Stream": "ANOTHER"})
+    assert not isinstance(caught.value, Conflict)
+    assert caught.value.err_code
+
+
+async def test_a_full_stream_is_overloaded_at_once(connect: Connect) -> None:
+    bus = await connect()
+    await topology.apply(bus, ClusterConfig(intake_limit=2))
+    for n in range(2):
+        await bus.store(bus.subjects.intake("low", f"t{n}"), b"x")
+    with pytest.raises(Overloaded):
+        await bus.store(bus.subjects.intake("low", "t3"), b"x", within_s=30)
+
+
+async def test_without_a_stream_the_outcome_is_unknown_after_the_given_time(plain: Bus) -> None:
+    started = time.monotonic()
+    with pytest.raises(BusUnavailable, match=r"0\.3 s"):
+        await plain.store(plain.subjects.intake("low", "t1"), b"x", within_s=0.3)
+    assert 0.3 <= time.monotonic() - started < 2
+    assert plain._sinks == {}
+
+
+async def test_a_message_too_large_for_the_server_is_refused_before_it_is_sent(bus: Bus) -> None:
+    with pytest.raises(PayloadTooLarge):
+        await bus.store(bus.subjects.intake("low", "t1"), b"x" * bus._nc.max_payload, msg_id="m1")
+    assert await alive(bus)
+
+
+async def test_the_api_says_what_the_server_refused(bus: Bus) -> None:
+    with pytest.raises(Refused) as caught:
+        await bus.api("STREAM.INFO.NONE")
+    assert caught.value.err_code == 10059
+
+
+async def test_the_servers_clock_is_learned_with_every_look_at_a_stream(bus: Bus) -> None:
+    assert bus.clock_offset_s != 0  # from applying the topology
+    bus.clock_offset_s = 1000
+    assert bus.now() == pytest.approx(time.time() + 1000, abs=1)
+    await topology.stream_state(bus, "TASKS")
+    assert bus.now() == pytest.approx(time.time(), abs=1)  # the server runs on this machine
+
+
+async def test_a_server_ahead_of_this_process_gives_the_time(plain: Bus) -> None:
+    ahead = datetime.fromtimestamp(time.time() + 100, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + "789Z"
+    topology._learn_clock(plain, {"ts": ahead})
+    assert plain.now() == pytest.approx(time.time() + 100, abs=1)
+
+
+# -- faults
+
+
+async def test_what_is_published_while_the_server_is_down_arrives_afterwards(mortal: Bus, server: NatsServer) -> None:
+    heard = Heard()
+    await mortal.subscribe(mortal.subjects.of("delta", "t1"), heard)
+    await asyncio.to_thread(server.kill)
+    await until(lambda: not mortal._nc.is_connected, what="the loss is noticed")
+    await mortal.publish(mortal.subjects.of("delta", "t1"), b"buffered")
+    storing = asyncio.ensure_future(mortal.store(mortal.subjects.intake("low", "t1"), b"x", msg_id="m1"))
+    await asyncio.to_thread(server.restart)
+
+    assert (await storing).seq == 1
+    await heard.count(1)
+    assert heard.bodies == [b"buffered"]
+    assert not mortal.lost.is_set()
+    assert (await mortal.api("INFO"))["streams"] == 8
+
+
+async def test_no_confirmed_message_is_lost_and_none_doubled_over_a_kill(mortal: Bus, server: NatsServer) -> None:
+    total = 300
+
+    async def keep_storing(worker: int) -> None:
+        for n in range(worker, total, 10):
+            await mortal.store(mortal.subjects.intake("low", f"t{n}"), b"x", msg_id=f"m{n}", within_s=20)
+
+    work = asyncio.gather(*(keep_storing(worker) for worker in range(10)))
+    await until(lambda: stored(mortal, 50), what="a part is stored")
+    await asyncio.to_thread(server.kill)
+    await asyncio.to_thread(server.restart)
+    await work
+    assert (await topology.stream_state(mortal, "INTAKE"))["messages"] == total
+
+
+async def stored(bus: Bus, least: int) -> bool:
+    return bool((await topology.stream_state(bus, "INTAKE"))["messages"] >= least)
+
+
+async def test_a_buffer_that_is_full_while_disconnected_is_said(mortal: Bus, server: NatsServer) -> None:
+    await asyncio.to_thread(server.kill)
+    await until(lambda: not mortal._nc.is_connected, what="the loss is noticed")
+    with pytest.raises(BusUnavailable):
+        for _ in range(10):
+            await mortal.publish(mortal.subjects.of("delta", "t1"), b"x" * 1_000_000)
+    await asyncio.to_thread(server.restart)
+    await back(mortal)
+
+
+async def test_closing_while_the_server_is_away_does_not_hang(connect: Connect, server: NatsServer) -> None:
+    bus = await connect(url=server.url)
+    await asyncio.to_thread(server.kill)
+    await until(lambda: not bus._nc.is_connected, what="the loss is noticed")
+    async with asyncio.timeout(3):
+        await bus.close()
+    assert not bus.lost.is_set()
+
+
+async def test_a_dead_read_loop_is_noticed_and_the_connection_made_anew(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "WATCH_S", 0.05)
+    plain = await connect()
+    heard = Heard()
+    await plain.subscribe(plain.subjects.of("delta", "t1"), heard)
+    dead = plain._nc._reading_task
+    assert dead is not None
+    dead.cancel()
+    await until(dead.done, what="the read loop ends")
+    assert plain._nc.is_connected
+    await back(plain)
+    await plain.publish(plain.subjects.of("delta", "t1"), b"x")
+    await heard.count(1)
+
+
+async def test_two_lost_acknowledgements_make_the_connection_anew(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    reconnected = asyncio.Event()
+    bus.on_reconnect(reconnected.set)
+    lose_acks(bus, monkeypatch, 2)
+    ack = await bus.store(bus.subjects.intake("low", "t1"), b"x", msg_id="m1")
+    assert ack.seq == 1
+    assert reconnected.is_set()
+
+
+async def test_a_reconnect_callback_that_raises_does_not_stop_the_others(plain: Bus) -> None:
+    told = asyncio.Event()
+
+    def broken() -> None:
+        raise RuntimeError("a bug")
+
+    forgotten = asyncio.Event()
+    plain.on_reconnect(broken)
+    plain.on_reconnect(forgotten.set)
+    plain.on_reconnect(told.set)
+    plain.forget_reconnect(forgotten.set)
+    plain.forget_reconnect(forgotten.set)
+    await plain._nc.force_reconnect()
+    await asyncio.wait_for(told.wait(), 5)
+    await back(plain)
+    assert not forgotten.is_set()
+
+
+async def test_a_connection_closed_for_good_is_lost(plain: Bus) -> None:
+    assert not plain.lost.is_set()
+    plain._nc._transport.write(b"NONSENSE\r\n")  # the server closes on this, and nats-py never comes back
+    await asyncio.wait_for(plain.lost.wait(), 5)
+    with pytest.raises(BusUnavailable):
+        await plain.publish(plain.subjects.of("delta", "t1"))
+    with pytest.raises(BusUnavailable):
+        await plain.subscribe(plain.subjects.of("delta", "t1"), Heard())
+
+
+async def test_closing_on_purpose_is_no_loss_and_may_be_repeated(connect: Connect) -> None:
+    bus = await connect()
+    ended = asyncio.Event()
+
+    async def run() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    bus.spawn(run(), name="a companion")
+    await bus.echo()
+    await bus.close()
+    await bus.close()
+    assert ended.is_set()
+    assert not bus.lost.is_set()
+    with pytest.raises(BusUnavailable):
+        await bus.publish("x")
+
+
+async def test_what_fails_beside_the_connection_is_logged(plain: Bus) -> None:
+    async def fail() -> None:
+        raise RuntimeError("a bug")
+
+    with capture_logs() as logs:
+        task = plain.spawn(fail(), name="the culprit")
+        await asyncio.wait([task])
+        await plain.echo()
+    assert [(entry["event"], entry["task"]) for entry in logs] == [("bus_task_failed", "the culprit")]
+
+
+ABORTS = {
+    "inside": "import asyncio; from loom.bus.client import Bus\n"
+    "async def main():\n"
+    "    bus = await Bus(URL, namespace=NS).connect()\n"
+    "    async def never(): await asyncio.Event().wait()\n"
+    "    async def heard(msg): pass\n"
+    "    await bus.subscribe('a', heard); bus.spawn(never(), name='n'); await bus.echo()\n"
+    "    bus.abort(); bus.abort(); await bus.close(); assert not bus.lost.is_set()\n"
+    "asyncio.run(main(), debug=True)\n",
+    "after": "import asyncio, gc; from loom.bus.client import Bus\n"
+    "async def main():\n"
+    "    bus = await Bus(URL, namespace=NS).connect()\n"
+    "    await bus.echo()\n"
+    "    return bus\n"
+    "bus = asyncio.run(main())\n"
+    "bus.abort(); del bus; gc.collect()\n",
+}
+
+
+@pytest.mark.parametrize("when", ABORTS)
+def test_dropping_the_connection_from_synchronous_code_leaves_nothing_behind(
+    nats_url: str, namespace: str, when: str
+) -> None:
+    script = f"URL, NS = {nats_url!r}, {namespace!r}\n{ABORTS[when]}"
+    ran = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+async def test_connections_of_one_process_have_names_of_their_own(connect: Connect) -> None:
+    one, other = await connect(role="match"), await connect(role="match")
+    assert one.instance != other.instance
+    assert one.instance.startswith("match-")
+    assert one.new_inbox() != one.new_inbox()

@@ -1,0 +1,269 @@
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from support.phases import Asker, Stage, ad, awarded, envelope, quiet
+
+from loom.bus.topology import EVALUATE_LANE
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Best, Claim, Envelope, Hop, Split
+from loom.schemas.task import Accept, RunResult, TaskError, TaskResult
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+RAN = Hop(phase="execute", instance="execute-1", started=100.0, finished=200.0)
+
+
+async def given(stage: Stage, content: str | None = None, code: str | None = None, **facts: Any) -> Envelope:
+    """A running task in its claimed attempt, back from EXECUTE with a result or an error."""
+    reply_to = facts.pop("reply_to", ())
+    claim = facts.pop("claim", facts.get("attempt", 1))
+    task = facts.pop("ad", None) or ad(task_id="t1")
+    result = None if content is None else RunResult(content=content, completion_tokens=6, duration_s=1.5)
+    error = TaskError(code=code, message=f"it said {code}", node_id="n1") if code else None
+    env = envelope(task, now=stage.bus.now(), result=result, error=error, hops=(RAN,), **facts)
+    env = env if "award" in facts else awarded(env)
+    await stage.record(replace(env, result=None, error=None), reply_to=reply_to, claim=Claim(attempt=claim))
+    await stage.put("evaluate", env)
+    return env
+
+
+# -- ends
+
+
+async def test_a_success_is_recorded_rewarded_told_and_answered(stage: Stage) -> None:
+    one, two = Asker(stage.bus), Asker(stage.bus)
+    await stage.phase("evaluate")
+    env = await given(stage, "42", reply_to=(one.inbox, two.inbox))
+    result = await stage.seen("result")
+    assert (result.state, result.content, result.node_id, result.host_id) == ("succeeded", "42", "n1", "h1")
+    assert (result.attempts, result.score, result.completion_tokens, result.duration_s) == (1, 1.0, 6, 1.5)
+    assert await one.answer(TaskResult) == await two.answer(TaskResult) == result
+    await stage.settled()
+    record = await stage.read("t1")
+    assert (record.state, record.score, record.below_threshold) == ("succeeded", 1.0, False)
+    assert record.envelope == env
+    assert record.ended_at is not None
+    reward = await stage.seen("reward", node_id="n1", slug="code")
+    assert (reward.reward_id, reward.score, reward.tokens, reward.seconds) == ("t1:1:rules", 1.0, 6, 1.5)
+    assert reward.ended_at == record.ended_at
+
+
+async def test_the_record_and_the_reward_come_before_the_result_and_the_replies(stage: Stage) -> None:
+    asker = Asker(stage.bus)
+    await stage.phase("evaluate")
+    await given(stage, "42", reply_to=(asker.inbox,))
+    await asker.answer(TaskResult)
+    said = [one.parsed.family for one in stage.heard if one.parsed.family in ("reward", "result")]
+    assert said == ["reward", "result"]
+    assert (await stage.read("t1")).ended
+
+
+async def test_a_failure_is_answered_as_an_error_everywhere(stage: Stage) -> None:
+    one, two = Asker(stage.bus), Asker(stage.bus)
+    await stage.phase("evaluate")
+    await given(stage, code="budget_exceeded", reply_to=(one.inbox, two.inbox))
+    error = await one.error()
+    assert (error.code, error.message, error.task_id) == ("budget_exceeded", "it said budget_exceeded", "t1")
+    assert await two.error() == error
+    result = await stage.seen("result")
+    assert (result.state, result.error.code) == ("failed", "budget_exceeded")
+    assert (await stage.read("t1")).state == "failed"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "invalid_task",
+        "no_bids",
+        "deadline_exceeded",
+        "cancelled",
+        "budget_exceeded",
+        "invalid_plan",
+        "subtask_failed",
+        "dead_letter",
+        "something_new",
+    ],
+)
+async def test_a_final_code_ends_the_task_without_a_reward(stage: Stage, code: str) -> None:
+    await stage.phase("evaluate")
+    await given(stage, code=code)
+    result = await stage.seen("result")
+    assert result.state == ("cancelled" if code == "cancelled" else "failed")
+    assert result.error.code == code
+    await stage.settled()
+    assert not stage.all("reward")
+
+
+# -- back to MATCH
+
+
+@pytest.mark.parametrize("code", ["node_lost", "agent_failed", "rejected_result"])
+async def test_a_nodes_fault_sends_the_task_back_with_a_reward_of_nought(stage: Stage, code: str) -> None:
+    await stage.phase("evaluate")
+    await given(stage, code=code, attempt=2, failures=1, excluded=("n0",))
+    back = await stage.seen("task", phase="match")
+    assert (back.attempt, back.failures, back.excluded) == (3, 2, ("n0", "n1"))
+    assert (back.error, back.result, back.last_error.code) == (None, None, code)
+    reward = await stage.seen("reward", node_id="n1")
+    assert (reward.reward_id, reward.score, reward.reason) == ("t1:2:rules", 0.0, code)
+    assert reward.ended_at == RAN.finished
+    record = await stage.read("t1")
+    assert (record.state, record.claim.attempt) == ("running", 2)
+    assert not stage.all("result")
+
+
+async def test_a_busy_node_costs_nothing(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    await given(stage, code="node_busy")
+    back = await stage.seen("task", phase="match")
+    assert (back.attempt, back.failures, back.excluded) == (2, 0, ())
+    assert not stage.all("reward")
+
+
+@pytest.mark.parametrize(("content", "good"), [("the answer is 42", True), ("the answer is 43", False), ("", False)])
+async def test_what_the_ad_accepts_decides(stage: Stage, content: str, good: bool) -> None:
+    await stage.phase("evaluate")
+    await given(stage, content, ad=ad(task_id="t1", accept=Accept(contains=("answer", "42"))))
+    if good:
+        assert (await stage.seen("result")).success
+    else:
+        assert (await stage.seen("task", phase="match")).last_error.code == "rejected_result"
+
+
+async def test_failures_are_bounded_and_the_last_error_is_the_answer(stage: Stage) -> None:
+    await stage.phase("evaluate", ClusterConfig(max_attempts=2))
+    await given(stage, code="agent_failed", failures=1, attempt=2)
+    result = await stage.seen("result")
+    assert (result.error.code, result.attempts) == ("agent_failed", 2)
+    assert (await stage.seen("reward")).score == 0
+    assert not stage.all("task", phase="match")
+
+
+async def test_the_best_refused_result_is_given_when_attempts_run_out(stage: Stage) -> None:
+    asker = Asker(stage.bus)
+    best = Best(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
+    await stage.phase("evaluate", ClusterConfig(max_attempts=2))
+    await given(stage, code="agent_failed", failures=1, attempt=2, best=best, reply_to=(asker.inbox,))
+    result = await asker.answer(TaskResult)
+    assert (result.state, result.content, result.below_threshold) == ("succeeded", "nearly", True)
+    assert (result.node_id, result.host_id, result.score, result.error) == ("n0", "h0", 0.0, None)
+    reward = await stage.seen("reward")
+    assert (reward.node_id, reward.score) == ("n1", 0.0)
+
+
+async def test_no_bids_after_failures_ends_with_the_last_attempts_own_error(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    own = TaskError(code="agent_failed", message="it raised", node_id="n0")
+    await given(stage, code="no_bids", failures=1, attempt=2, claim=1, award=None, last_error=own)
+    assert (await stage.seen("result")).error == own
+    await stage.settled()
+    assert not stage.all("reward")
+
+
+# -- messages that come twice, late, or out of nowhere
+
+
+async def test_whatever_comes_after_the_end_only_has_it_announced_again(stage: Stage) -> None:
+    asker = Asker(stage.bus)
+    await stage.phase("evaluate")
+    env = await given(stage, "42", reply_to=(asker.inbox,))
+    first = await asker.answer(TaskResult)
+    record = await stage.read("t1")
+    for late in (
+        env,
+        replace(env, result=RunResult(content="43")),
+        replace(env, result=None, error=TaskError(code="node_lost")),
+        replace(env, result=None, error=TaskError(code="cancelled")),
+        replace(env, attempt=7, result=None, error=TaskError(code="agent_failed")),
+    ):
+        await stage.put("evaluate", late)
+    assert await asker.answer(TaskResult, count=6) == first
+    await stage.settled()
+    assert await stage.read("t1") == record
+    assert {result.content for result in stage.all("result")} == {"42"}
+    assert not stage.all("task", phase="match")
+    assert len(set(stage.all("reward"))) == 1
+    assert await stage.pending("REWARDS") == 1
+
+
+async def test_a_failure_delivered_twice_is_sent_back_once(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    env = await given(stage, code="agent_failed")
+    await stage.put("evaluate", env)
+    await stage.settled(phase="evaluate")
+    assert await stage.pending("TASKS") == 1  # the one hop to MATCH
+    assert await stage.pending("REWARDS") == 1
+
+
+async def test_a_late_twin_of_a_replaced_attempt_is_dropped(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    await given(stage, "late", attempt=1, claim=2)
+    await stage.settled()
+    assert not stage.all("result")
+    assert not stage.all("reward")
+    assert (await stage.read("t1")).state == "running"
+
+
+async def test_a_cancel_ends_the_task_even_if_an_attempt_was_claimed_meanwhile(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    await given(stage, code="cancelled", attempt=1, claim=2)
+    assert (await stage.seen("result")).state == "cancelled"
+    assert (await stage.read("t1")).state == "cancelled"
+
+
+@pytest.mark.parametrize("split", [None, Split(parent="p", depth=1, deadline=1e12)])
+async def test_a_missing_record_is_made_for_what_never_reached_admission(stage: Stage, split: Split | None) -> None:
+    await stage.phase("evaluate")
+    error = TaskError(code="dead_letter", message="sense could not")
+    await stage.put("evaluate", envelope(ad(task_id="t1"), now=stage.bus.now(), error=error, split=split))
+    assert (await stage.seen("result")).error.code == "dead_letter"
+    assert (await stage.read("t1")).state == "failed"
+
+
+async def test_a_missing_record_of_a_task_on_its_way_stays_missing(stage: Stage) -> None:
+    evaluate = await stage.phase("evaluate")
+    env = awarded(envelope(ad(task_id="t1"), now=stage.bus.now(), hops=(RAN,), result=RunResult(content="x")))
+    await stage.put("evaluate", env)
+    await stage.settled()
+    await quiet(stage.bus, evaluate.bus)
+    assert not stage.all("result")
+    with pytest.raises(AssertionError, match="no record"):
+        await stage.read("t1")
+
+
+async def test_its_own_bad_input_ends_the_task(stage: Stage) -> None:
+    asker = Asker(stage.bus)
+    await stage.phase("evaluate")
+    await stage.record(envelope(ad(task_id="t1"), now=stage.bus.now()), reply_to=(asker.inbox,), claim=Claim(attempt=2))
+    await stage.bus.store(stage.bus.subjects.task("evaluate", "normal", "t1"), b'{"ad": 7}')
+    assert (await asker.error()).code == "dead_letter"
+    assert (await stage.read("t1")).state == "failed"
+    assert await stage.pending("DEAD") == 1
+
+
+async def test_a_message_delivered_too_often_ends_the_task(stage: Stage) -> None:
+    await given(stage, "42")
+    await stage.reject(EVALUATE_LANE, 10)
+    await stage.phase("evaluate")
+    assert (await stage.seen("result")).error.code == "dead_letter"
+    await stage.settled()
+
+
+async def test_two_replicas_end_each_task_once(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    await stage.phase("evaluate")
+    asker = Asker(stage.bus)
+    for n in range(20):
+        await given(stage, "42", ad=ad(task_id=f"t{n}"), reply_to=(asker.inbox,))
+    await asker.answer(TaskResult, count=20)
+    await stage.settled()
+    await quiet(stage.bus)
+    assert len(asker.answers) == 20
+    assert await stage.pending("REWARDS") == 20

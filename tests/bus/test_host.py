@@ -1,0 +1,574 @@
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from support.phases import Asker, Stage, quiet
+from support.wait import until
+
+from loom.agents.agent import Agent
+from loom.agents.host import NodeHost
+from loom.bus.client import Bus, Msg
+from loom.schemas.auction import CallForBids, Offer
+from loom.schemas.errors import BudgetExceeded, Cancelled, LoomError, NodeBusy
+from loom.schemas.events import Done, TextDelta
+from loom.schemas.learning import Lifecycle, NodeProfile
+from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
+from loom.schemas.run import RunEvent, RunRequest
+from loom.schemas.wire import decode
+from loom.types import AgentNode, CapabilityProfile
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.agents.host.ANNOUNCE_S", 0.1)
+    monkeypatch.setattr("loom.agents.host.HEARTBEAT_S", 0.1)
+
+
+async def quick(description: str) -> str:
+    return f"did {description}"
+
+
+async def forever(description: str) -> str:
+    await asyncio.Event().wait()
+    return description
+
+
+def node(node_id: str = "n1", agent: Any = quick, claim: float = 0.5, tools: tuple[str, ...] = ()) -> AgentNode:
+    return AgentNode(id=node_id, agent=agent, capabilities=CapabilityProfile(scores={"code": claim}, tools=list(tools)))
+
+
+class Watcher:
+    """A run request and the events that came back."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self.events: list[RunEvent] = []
+        self.inbox = bus.open_inbox(self._take)
+
+    def _take(self, msg: Msg) -> None:
+        self.events.append(decode(msg.data, RunEvent))
+
+    async def run(self, host: NodeHost, **facts: Any) -> "Watcher":
+        request = RunRequest(**{"task_id": "t1", "node_id": "n1", "description": "it", **facts})
+        await self.bus.publish(self.bus.subjects.of("run", host.host_id), request, reply=self.inbox)
+        return self
+
+    def kinds(self) -> list[str]:
+        """The kinds heard, heartbeats left out."""
+        return [event.kind for event in self.events if event.kind != "heartbeat"]
+
+    async def heard(self, kind: str, *, count: int = 1, within_s: float = 5) -> RunEvent:
+        def found() -> list[RunEvent]:
+            return [event for event in self.events if event.kind == kind]
+
+        await until(lambda: len(found()) >= count, within_s=within_s, what=f"{kind}; heard {self.kinds()}")
+        return found()[count - 1]
+
+    async def code(self) -> str:
+        """The code of the error it ended with."""
+        error = (await self.heard("error")).error
+        assert error is not None
+        return error.code
+
+
+async def run(stage: Stage, host: NodeHost, **facts: Any) -> Watcher:
+    return await Watcher(stage.bus).run(host, **facts)
+
+
+async def call(stage: Stage, **facts: Any) -> Offer:
+    """Call for bids and return the one host's answer."""
+    wanted: dict[str, Any] = {"task_id": "t1", "attempt": 1, "slug": "code", "complexity": 0.5, "remaining_s": 60.0}
+    asker = Asker(stage.bus)
+    await asker.ask(stage.bus.subjects.of("auction", "code"), CallForBids(auction_id="a", **{**wanted, **facts}))
+    return await asker.answer(Offer)
+
+
+# -- bids
+
+
+async def test_every_free_node_bids_with_its_claim_and_true_load(stage: Stage) -> None:
+    nodes = [node("n1", forever, claim=0.9, tools=("search",)), node("n2", claim=0.2)]
+    host = await stage.host(nodes, slots=1, backlog=3)
+    busy = await run(stage, host)
+    await busy.heard("started")
+    await run(stage, host, task_id="t2")
+    await until(lambda: nodes[0].load == 0.5, what="two of four places are taken")
+    offer = await call(stage)
+    one, two = offer.bids
+    assert offer.host_id == host.host_id
+    assert (one.node_id, one.claim, one.load, one.backlog) == ("n1", 0.9, 0.5, 1)
+    assert (two.node_id, two.claim, two.load, two.backlog) == ("n2", 0.2, 0.0, 0)
+
+
+async def test_bids_tell_what_runs_took_so_far(stage: Stage) -> None:
+    async def slow(description: str) -> str:
+        await asyncio.sleep(0.05)
+        return description
+
+    host = await stage.host([node(agent=slow)])
+    await (await run(stage, host)).heard("result")
+    assert (await call(stage)).bids[0].expected_s > 0.04
+
+
+async def test_only_so_many_bids_are_offered_the_preferred_first(stage: Stage) -> None:
+    await stage.host([node(f"n{i}", claim=i / 40) for i in range(40)])
+    offered = [bid.node_id for bid in (await call(stage, prefer=("n0", "n1"), limit=16)).bids]
+    assert len(offered) == 16
+    assert set(offered[:2]) == {"n0", "n1"}
+    assert offered[2:] == [f"n{i}" for i in range(39, 25, -1)]
+
+
+@pytest.mark.parametrize(
+    ("facts", "bids"),
+    [
+        ({}, ["n2", "n1"]),
+        ({"excluded": ("n2",)}, ["n1"]),
+        ({"excluded": ("n1", "n2")}, []),
+        ({"required_tools": ("search",)}, ["n1"]),
+        ({"required_tools": ("search", "shell")}, []),
+    ],
+)
+async def test_a_node_that_may_not_or_cannot_does_not_bid(stage: Stage, facts: dict[str, Any], bids: list[str]) -> None:
+    await stage.host([node("n1", tools=("search",)), node("n2", claim=0.9)])
+    offer = await call(stage, **facts)
+    assert [bid.node_id for bid in offer.bids] == bids
+    assert offer.decline == (None if bids else "cannot")
+
+
+async def test_a_node_without_an_agent_bids_once_it_gets_one(stage: Stage) -> None:
+    late = node(agent=None)
+    host = await stage.host([late])
+    assert (await call(stage)).decline == "cannot"
+    assert (await (await run(stage, host)).heard("rejected")).code == "cannot"
+    late.agent = quick
+    assert (await call(stage)).bids
+
+
+async def test_a_full_node_is_busy_and_refuses_a_run(stage: Stage) -> None:
+    host = await stage.host([node(agent=forever)], slots=1, backlog=1)
+    for n in range(2):
+        await (await run(stage, host, task_id=f"t{n}")).heard("accepted")
+    assert (await call(stage)).decline == "busy"
+    assert (await call(stage, excluded=("n1",))).decline == "cannot"
+    assert (await (await run(stage, host, task_id="t9")).heard("rejected")).code == "busy"
+
+
+async def test_a_run_for_a_node_that_is_not_here_is_rejected(stage: Stage) -> None:
+    host = await stage.host([node()])
+    assert (await (await run(stage, host, node_id="gone")).heard("rejected")).code == "cannot"
+
+
+async def test_bytes_that_are_no_call_or_request_harm_nobody(stage: Stage) -> None:
+    host = await stage.host([node()])
+    watcher = Watcher(stage.bus)
+    await stage.bus.publish(stage.bus.subjects.of("auction", "code"), b"\xff", reply=watcher.inbox)
+    await stage.bus.publish(stage.bus.subjects.of("run", host.host_id), b"{", reply=watcher.inbox)
+    assert (await watcher.heard("rejected")).code == "cannot"
+    assert (await call(stage)).bids
+
+
+# -- runs
+
+
+async def test_a_run_tells_its_story_in_numbered_events(stage: Stage) -> None:
+    host = await stage.host([node()])
+    watcher = await run(stage, host)
+    result = (await watcher.heard("result")).result
+    assert result is not None
+    assert result.content == "did it"
+    assert watcher.kinds()[:2] == ["accepted", "started"]
+    assert [event.n for event in watcher.events] == list(range(len(watcher.events)))
+    assert "".join(e.event.text for e in watcher.events if isinstance(e.event, TextDelta)) == "did it"
+
+
+async def test_slots_are_filled_the_rest_queues_by_priority_and_sends_heartbeats(stage: Stage) -> None:
+    order: list[str] = []
+    gate = asyncio.Semaphore(0)
+
+    async def work(job: RunRequest) -> str:
+        order.append(job.task_id)
+        await gate.acquire()
+        return "x"
+
+    host = await stage.host([node(agent=work)], slots=1, backlog=9)
+    first = await run(stage, host, task_id="first")
+    await first.heard("started")
+    waiting = {}
+    for name in ("low", "normal", "critical", "high"):
+        waiting[name] = await run(stage, host, task_id=name, priority=name)
+        await waiting[name].heard("accepted")
+    await waiting["low"].heard("heartbeat", count=2)
+    assert waiting["low"].kinds() == ["accepted"]
+    for _ in range(5):
+        gate.release()
+    await waiting["low"].heard("result")
+    assert order == ["first", "critical", "high", "normal", "low"]
+
+
+async def test_a_node_shows_whether_it_works(stage: Stage) -> None:
+    busy = node(agent=forever)
+    host = await stage.host([busy])
+    await (await run(stage, host)).heard("started")
+    assert (busy.status, busy.load > 0) == ("busy", True)
+    await stage.bus.publish(stage.bus.subjects.of("cancel", "t1"))
+    await until(lambda: (busy.status, busy.load) == ("idle", 0), what="it is idle again")
+
+
+def raising(error: BaseException) -> Callable[[str], Any]:
+    async def agent(description: str) -> str:
+        raise error
+
+    return agent
+
+
+class Stubborn:
+    """Streams, and yields whatever it was given."""
+
+    def __init__(self, *events: Any) -> None:
+        self.events = events
+
+    async def stream(self, _job: RunRequest) -> AsyncIterator[Any]:
+        for event in self.events:
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+
+
+async def empty(description: str) -> str:
+    return " " * len(description)
+
+
+@pytest.mark.parametrize(
+    "agent",
+    [
+        raising(RuntimeError("secret")),
+        raising(SystemExit(1)),
+        raising(asyncio.CancelledError()),
+        raising(LoomError("plain")),
+        raising(NodeBusy("would go round for ever")),
+        raising(Cancelled("is not the agent's to say")),
+        empty,
+        Stubborn(),
+        Stubborn(Done(content="")),
+        Stubborn(RuntimeError("x")),
+        Stubborn(asyncio.CancelledError()),
+        Stubborn(object(), Done(content="x")),
+        "not an agent",
+    ],
+)
+async def test_an_agent_that_raises_or_says_nothing_has_failed(stage: Stage, agent: Any) -> None:
+    nodes = [node(agent=agent)]
+    host = await stage.host(nodes, slots=1)
+    watcher = await run(stage, host)
+    assert await watcher.code() == "agent_failed"
+    nodes[0].agent = quick
+    await (await run(stage, host, task_id="t2")).heard("result")  # its slot is free again
+
+
+async def test_a_budget_that_is_spent_is_said_as_such(stage: Stage) -> None:
+    host = await stage.host([node(agent=raising(BudgetExceeded("spent")))])
+    assert await (await run(stage, host)).code() == "budget_exceeded"
+
+
+async def test_a_node_that_leaves_before_its_run_begins_fails_it(stage: Stage) -> None:
+    gate = asyncio.Event()
+
+    async def work(description: str) -> str:
+        await gate.wait()
+        return description
+
+    nodes = [node(agent=work)]
+    host = await stage.host(lambda: nodes, slots=1)
+    running = await run(stage, host)
+    queued = await run(stage, host, task_id="t2")
+    await queued.heard("accepted")
+    nodes.clear()
+    gate.set()
+    await running.heard("result")
+    assert await queued.code() == "agent_failed"
+
+
+# -- idempotence
+
+
+async def test_a_second_request_for_a_running_attempt_moves_its_events(stage: Stage) -> None:
+    go = asyncio.Event()
+    starts: list[str] = []
+
+    async def work(description: str) -> AsyncIterator[str]:
+        starts.append(description)
+        yield "one "
+        await go.wait()
+        yield "two"
+
+    host = await stage.host([node(agent=work)])
+    first = await run(stage, host)
+    await first.heard("delta", count=2)  # the step's start, and a text
+    second = await run(stage, host)
+    await second.heard("delta", count=2)
+    await first.heard("moved")
+    third = await run(stage, host, from_n=3)
+    await second.heard("moved")
+    go.set()
+    await third.heard("result")
+    assert starts == ["it"]
+    assert first.kinds() == ["accepted", "started", "delta", "delta", "moved"]
+    assert second.kinds() == ["accepted", "started", "delta", "delta", "moved"]
+    assert third.kinds()[:2] == ["accepted", "delta"]
+    assert next(event.n for event in third.events if event.kind == "delta") == 3
+    assert [event.n for event in third.events] == sorted(event.n for event in third.events)
+
+
+async def test_a_request_for_a_finished_attempt_repeats_its_end(stage: Stage) -> None:
+    runs: list[str] = []
+
+    async def work(description: str) -> str:
+        runs.append(description)
+        return "x"
+
+    host = await stage.host([node(agent=work)])
+    first = await (await run(stage, host)).heard("result")
+    second = await run(stage, host)
+    assert await second.heard("result") == first
+    assert second.kinds() == ["result"]
+    await (await run(stage, host, attempt=2)).heard("result")
+    assert len(runs) == 2
+
+
+async def test_a_later_attempt_ends_an_earlier_one(stage: Stage) -> None:
+    host = await stage.host([node(agent=forever)])
+    first = await run(stage, host)
+    await first.heard("started")
+    second = await run(stage, host, attempt=2)
+    await second.heard("started")
+    assert await first.code() == "cancelled"
+
+
+async def test_a_long_history_moves_in_order_while_the_run_goes_on(stage: Stage) -> None:
+    go, talk = asyncio.Event(), "x" * 4000
+
+    async def work(description: str) -> AsyncIterator[str]:
+        for _ in range(600):
+            yield talk
+        go.set()
+        while True:
+            yield "more"
+            await asyncio.sleep(0)
+
+    host = await stage.host([node(agent=work)])
+    first = await run(stage, host)
+    await go.wait()
+    second = await run(stage, host)
+    await second.heard("heartbeat", count=2, within_s=15)
+    await stage.bus.publish(stage.bus.subjects.of("cancel", "t1"))
+    await second.heard("error", within_s=15)
+    await first.heard("moved", within_s=15)
+    numbers = [event.n for event in second.events]
+    assert numbers == sorted(numbers)
+
+
+# -- cancel and deadline
+
+
+def blocking(seconds: float, ended: threading.Event) -> Callable[[str], str]:
+    def agent(description: str) -> str:
+        ended.wait(seconds)
+        return description
+
+    return agent
+
+
+async def test_a_run_is_cancelled_within_a_second_even_in_a_thread(stage: Stage) -> None:
+    ended = threading.Event()
+    host = await stage.host([node("n1", blocking(20, ended)), node("n2", forever)], slots=1)
+    threaded = await run(stage, host)
+    awaiting = await run(stage, host, node_id="n2", task_id="t2")
+    queued = await run(stage, host, node_id="n2", task_id="t3")
+    await threaded.heard("started")
+    await queued.heard("accepted")
+    started = time.monotonic()
+    for task_id in ("t1", "t2", "t3"):
+        await stage.bus.publish(stage.bus.subjects.of("cancel", task_id))
+    for watcher in (threaded, awaiting, queued):
+        assert await watcher.code() == "cancelled"
+    assert time.monotonic() - started < 1
+    assert "started" not in queued.kinds()
+    next_one = await run(stage, host, task_id="t4")
+    await next_one.heard("started")  # the slot is free, though the thread still runs
+    ended.set()
+    await next_one.heard("result")
+
+
+async def test_nothing_is_said_after_the_last_event(stage: Stage) -> None:
+    class Deaf:
+        async def stream(self, _job: RunRequest) -> AsyncIterator[Any]:
+            while True:
+                try:
+                    await asyncio.sleep(0.05)
+                except asyncio.CancelledError:
+                    yield TextDelta(text="still here")
+                    yield Done(content="too late")
+                    return
+
+    host = await stage.host([node(agent=Deaf())])
+    watcher = await run(stage, host)
+    await watcher.heard("started")
+    await stage.bus.publish(stage.bus.subjects.of("cancel", "t1"))
+    assert await watcher.code() == "cancelled"
+    await until(lambda: not host._room("n1").running, what="it has come to its end")
+    await quiet(stage.bus, host._bus)
+    assert watcher.kinds() == ["accepted", "started", "error"]
+
+
+async def test_a_run_past_its_deadline_ends(stage: Stage) -> None:
+    host = await stage.host([node(agent=forever)])
+    watcher = await run(stage, host, remaining_s=0.2)
+    started = time.monotonic()
+    assert await watcher.code() == "deadline_exceeded"
+    assert time.monotonic() - started < 1
+
+
+async def test_time_in_the_backlog_counts_against_the_deadline(stage: Stage) -> None:
+    given: list[float] = []
+    go = asyncio.Event()
+
+    async def work(job: RunRequest) -> str:
+        given.append(job.remaining_s)
+        await go.wait()
+        return "x"
+
+    host = await stage.host([node(agent=work)], slots=1)
+    await run(stage, host, remaining_s=60)
+    later = await run(stage, host, task_id="t2", remaining_s=60)
+    expired = await run(stage, host, task_id="t3", remaining_s=0.2)
+    assert await expired.code() == "deadline_exceeded"
+    go.set()
+    await later.heard("result")
+    assert given[1] < 59.9
+    assert expired.kinds() == ["accepted", "error"]
+
+
+# -- isolation
+
+
+class Recorder:
+    """A model that answers with all it was shown, slowly."""
+
+    def __init__(self) -> None:
+        self.together = asyncio.Barrier(2)
+
+    async def complete(self, params: CompletionParams) -> CompletionResult:
+        raise NotImplementedError
+
+    async def stream(self, params: CompletionParams) -> AsyncIterator[StreamChunk]:
+        await self.together.wait()
+        yield StreamChunk(text=" | ".join(message.content for message in params.messages))
+        await self.together.wait()
+        yield StreamChunk(finish_reason="stop")
+
+
+async def test_two_tasks_at_once_never_see_each_others_text(stage: Stage) -> None:
+    host = await stage.host([node(agent=Agent(Recorder(), system_prompt="be kind"))], slots=2)
+    for attempt in (1, 2):
+        one = await run(stage, host, task_id="t1", attempt=attempt, description="apples")
+        two = await run(stage, host, task_id="t2", attempt=attempt, description="pears")
+        contents = [(await watcher.heard("result")).result for watcher in (one, two)]
+        assert [found and found.content for found in contents] == ["be kind | apples", "be kind | pears"]
+
+
+# -- who is there
+
+
+async def test_a_host_announces_itself_regularly_and_when_asked(stage: Stage) -> None:
+    host = await stage.host([node("n1"), node("n2")], slots=3)
+    said = await stage.seen("host", host_id=host.host_id, count=3)
+    assert (said.nodes, said.slots, said.running, said.queued, said.draining) == (("n1", "n2"), 6, 0, 0, False)
+    await stage.bus.publish(stage.bus.subjects.hosts)
+    await stage.seen("host", host_id=host.host_id, count=len(stage.all("host")) + 1)
+
+
+async def test_announcements_tell_how_much_is_going_on(stage: Stage) -> None:
+    host = await stage.host([node(agent=forever)], slots=1)
+    for n in range(3):
+        await (await run(stage, host, task_id=f"t{n}")).heard("accepted")
+    await until(lambda: stage.all("host")[-1].queued == 2, what="two queue")
+    assert stage.all("host")[-1].running == 1
+
+
+async def test_nodes_that_come_and_go_are_told_of(stage: Stage) -> None:
+    nodes = [node("n1")]
+    host = await stage.host(lambda: nodes)
+    joined = await stage.seen("lifecycle", kind="joined", node_id="n1")
+    assert joined.host_id == host.host_id
+    nodes.append(node("n2"))
+    await stage.seen("lifecycle", kind="joined", node_id="n2")
+    assert [bid.node_id for bid in (await call(stage)).bids] == ["n1", "n2"]
+    nodes.pop(0)
+    await stage.seen("lifecycle", kind="left", node_id="n1")
+    assert [bid.node_id for bid in (await call(stage)).bids] == ["n2"]
+    assert not stage.all("lifecycle", kind="left", node_id="n2")
+
+
+async def test_what_is_learned_of_a_node_is_mirrored_into_it(stage: Stage) -> None:
+    mine = node("n1")
+    await stage.host([mine])
+    subject = stage.bus.subjects.of
+    for node_id, tasks in (("somebody-else", 9), ("n1", 7)):
+        profile = NodeProfile(node_id=node_id, total_tasks=tasks, success_rate=0.25, consecutive_losses=2)
+        news = Lifecycle(kind="learned", node_id=node_id, at=0, profile=profile)
+        await stage.bus.publish(subject("lifecycle", "learned", node_id), news)
+    await until(lambda: mine.capabilities.total_tasks == 7, what="it is mirrored")
+    assert (mine.capabilities.success_rate, mine.consecutive_losses) == (0.25, 2)
+
+
+# -- leaving
+
+
+async def test_a_draining_host_finishes_its_runs_and_takes_no_more(stage: Stage) -> None:
+    go = asyncio.Event()
+
+    async def work(description: str) -> str:
+        await go.wait()
+        return description
+
+    host = await stage.host([node(agent=work)], slots=1)
+    running, queued = await run(stage, host), await run(stage, host, task_id="t2")
+    await running.heard("started")
+    await queued.heard("accepted")
+    draining = asyncio.ensure_future(host.drain(5))
+    assert await queued.code() == "node_busy"  # it had not begun: another node may as well
+    assert (await call(stage)).decline == "draining"
+    assert (await (await run(stage, host, task_id="t3")).heard("rejected")).code == "busy"
+    assert stage.all("host", host_id=host.host_id)[-1].draining
+    go.set()
+    await running.heard("result")
+    await draining
+    await stage.seen("lifecycle", kind="left", node_id="n1")
+    assert queued.kinds() == ["accepted", "error"]
+
+
+async def test_what_a_drain_has_no_time_for_is_given_back(stage: Stage) -> None:
+    host = await stage.host([node(agent=forever)])
+    watcher = await run(stage, host)
+    await watcher.heard("started")
+    await host.drain(0.1)
+    assert await watcher.code() == "node_busy"
+    await host.drain(0.1)
+    assert watcher.kinds()[-1] == "error"
+
+
+async def test_a_host_whose_connection_is_closed_gives_its_runs_back(stage: Stage) -> None:
+    host = await stage.host([node(agent=forever)])
+    watcher = await run(stage, host)
+    await watcher.heard("started")
+    await host._bus.close()
+    assert await watcher.code() == "node_busy"

@@ -1,0 +1,372 @@
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from support.phases import FakeHost, Replica, Stage, ad, envelope
+from support.wait import until
+
+from loom.bus.kv import Bucket
+from loom.schemas.auction import Bid, CallForBids, Offer
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Envelope, Spec
+from loom.schemas.learning import DomainEvidence, NodeProfile, Score
+from loom.schemas.task import TaskError
+
+LONG = ClusterConfig(bid_window_ms=3000)
+"""A window nobody would wait for unnoticed."""
+SHORT = ClusterConfig(bid_window_ms=40)
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits in proportion, a tenth as long or less."""
+    monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))
+    monkeypatch.setattr("loom.phases.match.service.ALONE_PAUSE_S", 0.05)
+    monkeypatch.setattr("loom.phases.match.service.HOLD_S", 0.3)
+
+
+async def host(stage: Stage, host_id: str = "h1", *nodes: str, offer: Any = None) -> FakeHost:
+    bus = await stage.connect("node")
+    one = await FakeHost(bus, host_id, nodes or ("n1",), offer=offer).start()
+    await stage.seen("host", host_id=host_id)
+    return one
+
+
+async def match(stage: Stage, config: ClusterConfig | None = None) -> Replica:
+    """Start MATCH and wait until it knows the hosts there are."""
+    before = {host: len(stage.all("host", host_id=host)) for host in ("h1", "h2", "h7")}
+    known = [host for host, announced in before.items() if announced]
+    replica = await stage.phase("match", config)
+    for one in known:
+        await stage.seen("host", host_id=one, count=before[one] + 1)
+    await replica.bus.echo()
+    return replica
+
+
+def task(stage: Stage, **facts: Any) -> Envelope:
+    about = {name: facts.pop(name) for name in list(facts) if name in Envelope.__struct_fields__}
+    return envelope(ad(**facts), now=stage.bus.now(), **about)
+
+
+def declining(why: str) -> Callable[[CallForBids], Offer]:
+    return lambda _call: Offer(host_id="h1", decline=why)  # type: ignore[arg-type]
+
+
+# -- the auction
+
+
+async def test_the_best_bid_wins_and_the_award_tells_against_whom(stage: Stage) -> None:
+    one = await host(
+        stage, "h1", offer=lambda _: one.bids(Bid(node_id="good", claim=0.9), Bid(node_id="bad", claim=0.1))
+    )
+    two = await host(stage, "h2", offer=lambda _: two.bids(Bid(node_id="busy", claim=0.9, load=0.8, backlog=2)))
+    await match(stage)
+    env = task(stage)
+    await stage.put("match", env)
+    won = (await stage.seen("task", phase="scale")).award
+    assert (won.node_id, won.host_id, won.backlog, won.pinned) == ("good", "h1", 0, False)
+    assert [(bid.node_id, bid.host_id) for bid in won.bids] == [("good", "h1"), ("busy", "h2"), ("bad", "h1")]
+    assert won.score == won.bids[0].score == pytest.approx(0.6 * 0.9 + 0.25 + 0.15)
+
+
+async def test_the_call_tells_what_is_needed_to_bid(stage: Stage) -> None:
+    one = await host(stage)
+    await match(stage)
+    env = task(stage, description="é" * 2000, domain="代码", required_tools=("search",), excluded=("n9",), attempt=3)
+    one.offer = lambda _: one.bids(Bid(node_id="n1", tools=("search",)))
+    await stage.put("match", env)
+    await stage.seen("task", phase="scale")
+    call = one.calls[0]
+    assert (call.task_id, call.attempt, call.slug) == (env.task_id, 3, env.slug)
+    assert (call.required_tools, call.excluded, call.limit) == (("search",), ("n9",), 16)
+    assert (call.complexity, 50 < call.remaining_s <= 60) == (0.3, True)
+    assert 900 < len(call.description.encode()) <= 1024
+    assert env.ad.description.startswith(call.description)
+
+
+async def test_what_has_been_learned_is_followed_live_and_decides(stage: Stage) -> None:
+    bids = (Bid(node_id="proven", claim=0.3), Bid(node_id="boaster", claim=1.0))
+    one = await host(stage, "h1", offer=lambda _: one.bids(*bids))
+    await match(stage)
+    await stage.put("match", task(stage))
+    assert (await stage.seen("task", phase="scale")).award.node_id == "boaster"
+    scores = (Score(reward_id="r", score=1.0, ended_at=0),)
+    for node, mean in (("proven", 1.0), ("boaster", 0.0)):
+        evidence = DomainEvidence(scores=scores, count=60, mean=mean)
+        await Bucket(stage.bus, "nodes", NodeProfile).create(
+            node, NodeProfile(node_id=node, last_seq=9, domains={"code": evidence})
+        )
+
+    async def auctioned_again() -> bool:
+        await stage.put("match", task(stage))
+        return bool(stage.all("task", phase="scale")[-1].award.node_id == "proven")
+
+    await until(auctioned_again, what="evidence decides")
+    award = stage.all("task", phase="scale")[-1].award
+    assert (award.evidence_seq, award.bids[0].evidence, award.bids[0].count) == (9, 1.0, 60)
+    assert set(one.calls[-1].prefer) == {"proven", "boaster"}
+
+
+async def test_what_was_learned_before_the_start_is_known_to_the_first_auction(stage: Stage) -> None:
+    evidence = DomainEvidence(scores=(Score(reward_id="r", score=1.0, ended_at=0),), count=60, mean=1.0)
+    profile = NodeProfile(node_id="n1", last_seq=9, domains={"code": evidence})
+    await Bucket(stage.bus, "nodes", NodeProfile).create("n1", profile)
+    await host(stage)
+    await match(stage)
+    await stage.put("match", task(stage))
+    assert (await stage.seen("task", phase="scale")).award.evidence_seq == 9
+
+
+# -- how long offers are waited for
+
+
+async def timed(stage: Stage, env: Envelope, phase: str = "scale") -> float:
+    """Return how long MATCH took over a task, in seconds."""
+    await stage.put("match", env)
+    done = await stage.seen("task", phase=phase, task_id=env.task_id)
+    hop = done.hops[-1]
+    return float(hop.finished - hop.started)
+
+
+async def test_an_auction_ends_once_all_known_hosts_have_answered(stage: Stage) -> None:
+    await host(stage, "h1")
+    await host(stage, "h2")
+    await match(stage, LONG)
+    assert await timed(stage, task(stage)) < 1
+    assert len(stage.all("task", phase="scale")[0].award.bids) == 2
+
+
+async def test_without_a_known_host_the_whole_window_is_waited(stage: Stage) -> None:
+    one = await host(stage, "h1")
+    one.announce = quietly  # type: ignore[method-assign]
+    await stage.phase("match", ClusterConfig(bid_window_ms=300))
+    assert 0.29 < await timed(stage, task(stage)) < 2
+
+
+async def quietly(**_facts: Any) -> None:
+    """Say nothing."""
+
+
+async def test_a_host_that_missed_three_windows_is_not_waited_for_until_it_is_heard_again(stage: Stage) -> None:
+    await host(stage, "h1")
+    deaf = await host(stage, "h2", "n2", offer=lambda _: None)
+    await match(stage, ClusterConfig(bid_window_ms=400))
+    for _ in range(3):
+        assert await timed(stage, task(stage)) > 0.39
+    assert await timed(stage, task(stage)) < 0.3
+    await deaf.announce()
+    await deaf.bus.echo()
+    assert await timed(stage, task(stage)) > 0.39
+
+
+async def test_a_host_that_leaves_is_not_waited_for(stage: Stage) -> None:
+    await host(stage, "h1")
+    leaving = await host(stage, "h2", "n2", offer=lambda _: leaving.declines("draining"))
+    await match(stage, LONG)
+    await leaving.announce(draining=True)
+    await until(lambda: stage.all("host", host_id="h2")[-1].draining, what="it said so")
+    await leaving.bus.echo()
+    assert await timed(stage, task(stage)) < 1
+    leaving.offer = lambda _: None
+    assert await timed(stage, task(stage)) < 1
+
+
+# -- nobody, or nobody left
+
+
+async def test_when_nobody_is_there_scale_is_told_once_and_then_it_is_given_up(stage: Stage) -> None:
+    await match(stage, replace(SHORT, no_bids_after_s=0.5))
+    env = task(stage)
+    await stage.put("match", env)
+    told = await stage.seen("task", phase="scale")
+    assert told.award is None
+    assert told.spec.alone_since == pytest.approx(stage.bus.now(), abs=2)
+    await stage.put("match", told)  # SCALE sends it back
+    ended = await stage.seen("task", phase="evaluate")
+    assert ended.error.code == "no_bids"
+    assert stage.bus.now() - told.spec.alone_since >= 0.5
+    assert len(stage.all("task", phase="scale")) == 1
+    assert len([hop for hop in ended.hops if hop.phase == "match"]) == 1
+    assert len(stage.all("later")) >= 2
+
+
+async def test_a_node_that_comes_meanwhile_gets_the_task_and_the_clock_is_cleared(stage: Stage) -> None:
+    await match(stage, SHORT)
+    since = stage.bus.now() - 5
+    env = task(stage, spec=Spec(complexity=0.1, domains=("code",), method="given", alone_since=since))
+    await stage.put("match", env)
+    await stage.seen("later")
+    await host(stage)
+    won = await stage.seen("task", phase="scale")
+    assert won.award.node_id == "n1"
+    assert won.spec.alone_since is None
+
+
+async def test_nodes_without_a_required_tool_are_nobody(stage: Stage) -> None:
+    await host(stage, offer=declining("cannot"))
+    await match(stage, replace(SHORT, no_bids_after_s=0.0))
+    env = task(stage, required_tools=("search",))
+    await stage.put("match", replace(env, spec=Spec(complexity=0, domains=("code",), method="given", alone_since=1)))
+    ended = await stage.seen("task", phase="evaluate")
+    assert ended.error.code == "no_bids"
+    assert "search" in ended.error.message
+
+
+async def test_when_only_excluded_nodes_are_left_it_is_given_up_at_once(stage: Stage) -> None:
+    await host(stage, offer=declining("cannot"))
+    await match(stage, SHORT)
+    await stage.put("match", task(stage, excluded=("n1",), failures=1))
+    assert (await stage.seen("task", phase="evaluate")).error.code == "no_bids"
+    assert not stage.all("task", phase="scale")
+    assert not stage.all("later")
+
+
+async def test_a_known_host_that_is_slow_keeps_hope_alive(stage: Stage) -> None:
+    await host(stage, "h1", offer=declining("cannot"))
+    slow = await host(stage, "h2", "n2", offer=lambda _: slow.bids() if len(slow.calls) > 1 else None)
+    await match(stage, ClusterConfig(bid_window_ms=100))
+    await stage.put("match", task(stage, excluded=("n1",), failures=1))
+    assert (await stage.seen("task", phase="scale")).award.node_id == "n2"
+
+
+# -- all busy
+
+
+async def test_while_all_are_busy_a_task_waits_and_calls_again(stage: Stage) -> None:
+    one = await host(stage, offer=lambda _: one.bids() if len(one.calls) > 3 else one.declines("busy"))
+    await match(stage, LONG)
+    await stage.put("match", task(stage))
+    assert (await stage.seen("task", phase="scale")).award.node_id == "n1"
+    assert len(one.calls) == 4
+    assert not stage.all("later")
+
+
+async def test_who_has_waited_long_goes_to_the_tail(stage: Stage) -> None:
+    free = asyncio.Event()
+    one = await host(stage, offer=lambda _: one.bids() if free.is_set() else one.declines("busy"))
+    await match(stage, LONG)
+    await stage.put("match", task(stage))
+    await stage.seen("later")
+    assert len(one.calls) > 3
+    assert not stage.all("task", phase="evaluate")
+    free.set()
+    assert (await stage.seen("task", phase="scale")).award.node_id == "n1"
+
+
+async def test_no_more_of_a_lane_is_read_while_enough_of_it_wait(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.phases.match.service.HOLD_S", 60)
+    one = await host(stage, offer=lambda _: one.declines("busy"))
+    replica = await match(stage, ClusterConfig(waiting_limit=4))
+    for n in range(20):
+        await stage.put("match", task(stage, task_id=f"t{n}"))
+    await until(lambda: len({call.task_id for call in one.calls}) >= 4, what="four wait")
+    await until(lambda: len(one.calls) > 40, what="they have called again and again")
+    assert len({call.task_id for call in one.calls}) <= 8
+    await stage.put("match", task(stage, task_id="urgent", priority="critical"))
+    await until(lambda: "urgent" in {call.task_id for call in one.calls}, what="another lane is read")
+    assert len({call.task_id for call in one.calls}) <= 9
+    one.offer = None
+    await stage.seen("task", phase="scale", count=21, within_s=15)
+    await replica.service.drain(1)
+
+
+async def test_a_task_that_waits_past_its_deadline_fails(stage: Stage) -> None:
+    one = await host(stage, offer=lambda _: one.declines("busy"))
+    await match(stage, LONG)
+    env = replace(task(stage), deadline=stage.bus.now() + 0.2)
+    await stage.put("match", env)
+    assert (await stage.seen("task", phase="evaluate")).error.code == "deadline_exceeded"
+    assert env.deadline <= stage.bus.now() < env.deadline + 1.5
+    await stage.put("match", replace(env, ad=ad(task_id="late")))
+    assert (await stage.seen("task", phase="evaluate", task_id="late")).error.code == "deadline_exceeded"
+    assert "late" not in {call.task_id for call in one.calls}
+
+
+async def test_a_drained_replica_gives_waiting_tasks_back(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.phases.match.service.HOLD_S", 60)
+    one = await host(stage, offer=lambda _: one.declines("busy"))
+    replica = await match(stage, LONG)
+    await stage.put("match", task(stage))
+    await until(lambda: one.calls, what="it is called for")
+    await replica.service.drain(0.1)
+    await stage.seen("later")
+    one.offer = None
+    await match(stage, LONG)
+    await stage.seen("task", phase="scale")
+
+
+# -- pins
+
+
+async def test_a_pinned_task_goes_to_its_node_without_an_auction(stage: Stage) -> None:
+    one = await host(stage, "h7", "me", "other")
+    await match(stage)
+    await stage.put("match", task(stage, node_id="me"))
+    award = (await stage.seen("task", phase="scale")).award
+    assert (award.node_id, award.host_id, award.pinned) == ("me", "h7", True)
+    assert not one.calls
+
+
+async def test_a_pinned_task_waits_for_its_node_and_fails_without_it(stage: Stage) -> None:
+    await match(stage, replace(SHORT, no_bids_after_s=0.3))
+    await stage.put("match", task(stage, node_id="absent"))
+    told = await stage.seen("task", phase="scale")
+    await stage.put("match", told)
+    ended = await stage.seen("task", phase="evaluate")
+    assert ended.error.code == "no_bids"
+    assert "absent" in ended.error.message
+
+
+async def test_a_pinned_task_waits_for_its_node_and_gets_it(stage: Stage) -> None:
+    await match(stage, SHORT)
+    await stage.put("match", task(stage, node_id="late"))
+    await stage.put("match", await stage.seen("task", phase="scale"))
+    await stage.seen("later")
+    await host(stage, "h1", "late")
+    assert (await stage.seen("task", phase="scale", count=2)).award.node_id == "late"
+
+
+async def test_a_task_pinned_to_a_node_that_failed_it_is_given_up(stage: Stage) -> None:
+    await host(stage)
+    await match(stage)
+    await stage.put("match", task(stage, node_id="n1", excluded=("n1",), failures=1))
+    assert (await stage.seen("task", phase="evaluate")).error.code == "no_bids"
+
+
+async def test_a_pinned_task_whose_node_was_busy_pauses_first(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.3, 0.4))
+    await host(stage)
+    await match(stage)
+    busy = TaskError(code="node_busy", message="full")
+    assert await timed(stage, task(stage, node_id="n1", last_error=busy)) >= 0.3
+
+
+# -- the rest
+
+
+async def test_an_envelope_without_a_spec_ends_its_task(stage: Stage) -> None:
+    await match(stage)
+    await stage.put("match", task(stage, spec=None))
+    assert (await stage.seen("task", phase="evaluate")).error.code == "invalid_task"
+
+
+async def test_two_replicas_share_the_tasks(stage: Stage) -> None:
+    await host(stage)
+    one, two = await match(stage), await match(stage)
+    started = time.monotonic()
+    for n in range(30):
+        await stage.put("match", task(stage, task_id=f"t{n}"))
+    await stage.seen("task", phase="scale", count=30)
+    won = stage.all("task", phase="scale")
+    assert {env.task_id for env in won} == {f"t{n}" for n in range(30)}
+    assert {env.hops[-1].instance for env in won} <= {one.bus.instance, two.bus.instance}
+    assert time.monotonic() - started < 5

@@ -1,0 +1,265 @@
+"""The continuous pull: a bounded window, kept full, through restarts and without fuss."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+from support.buses import Connect, back, envelope
+from support.wait import until
+
+from loom.bus import pull as pull_module
+from loom.bus import topology
+from loom.bus.client import Bus, Msg
+from loom.bus.pull import Pull
+from loom.bus.topology import SCALE_LANE
+from loom.runner.embedded import NatsServer
+
+
+class Hand:
+    """Takes messages up to `room`, and keeps them until they are settled."""
+
+    def __init__(self, bus: Bus, room: int) -> None:
+        self.bus = bus
+        self.room = room
+        self.held: list[Msg] = []
+        self.most = 0
+        self.seen: list[str] = []
+        self.pull = Pull(
+            bus,
+            bus.subjects.stream("TASKS"),
+            "scale",
+            window=lambda: self.room - len(self.held),
+            sink=self.take,
+            broken=lambda: topology.ensure_consumer(bus, SCALE_LANE),
+        )
+
+    def take(self, msg: Msg) -> None:
+        self.held.append(msg)
+        self.seen.append(msg.subject.rsplit(".", 1)[1])
+        self.most = max(self.most, len(self.held))
+
+    async def settle(self, count: int = 1) -> None:
+        for _ in range(count):
+            await self.bus.publish(self.held.pop(0).reply, b"+ACK")
+        self.pull.top_up()
+
+    async def full(self, within_s: float = 5) -> None:
+        await until(lambda: len(self.held) == self.room, within_s=within_s, what=f"{self.room} messages in hand")
+
+    async def empty_all(self, total: int, within_s: float = 10) -> None:
+        async with asyncio.timeout(within_s):
+            while len(set(self.seen)) < total or self.held:
+                await until(lambda: self.held, what="a message in hand", within_s=within_s)
+                await self.settle(len(self.held))
+
+
+@contextlib.asynccontextmanager
+async def holding(bus: Bus, room: int) -> AsyncIterator[Hand]:
+    hand = Hand(bus, room)
+    await hand.pull.start()
+    yield hand
+    await hand.pull.stop()
+
+
+async def put(bus: Bus, first: int, count: int) -> None:
+    for n in range(first, first + count):
+        await bus.store(bus.subjects.task("scale", "normal", f"t{n}"), envelope(f"t{n}"), msg_id=f"t{n}")
+
+
+async def consumer_info(bus: Bus) -> dict[str, Any]:
+    return await bus.api(f"CONSUMER.INFO.{bus.subjects.stream('TASKS')}.scale")
+
+
+async def quiet(bus: Bus) -> None:
+    """Return once everything the server had to deliver has been delivered."""
+    for _ in range(3):
+        await bus.echo()
+
+
+async def test_no_more_is_in_hand_than_the_window(bus: Bus) -> None:
+    await put(bus, 0, 20)
+    async with holding(bus, 4) as hand:
+        await hand.full()
+        await quiet(bus)
+        assert len(hand.held) == 4
+        assert hand.pull.asked == 0
+
+        await hand.empty_all(20)
+        assert hand.most == 4
+        assert sorted(hand.seen) == sorted(f"t{n}" for n in range(20))
+
+
+async def test_messages_that_come_later_are_handed_over_as_they_come(bus: Bus) -> None:
+    async with holding(bus, 4) as hand:
+        for n in range(6):
+            await put(bus, n, 1)
+            await until(lambda: hand.held, what="the message")
+            await hand.settle()
+        assert hand.seen == [f"t{n}" for n in range(6)]
+        assert 0 < hand.pull.asked <= 4
+
+
+async def test_a_window_that_closes_takes_nothing_and_opens_again(bus: Bus) -> None:
+    async with holding(bus, 0) as hand:
+        await put(bus, 0, 4)
+        hand.pull.top_up()
+        await quiet(bus)
+        assert hand.held == []
+        hand.room = 2
+        hand.pull.top_up()
+        await hand.full()
+
+
+async def test_a_reconnect_does_not_ask_for_more_than_the_window(bus: Bus) -> None:
+    async with holding(bus, 4) as hand:
+        await until(lambda: hand.pull.asked == 4, what="the request")
+        for _ in range(2):  # the server, still the same, holds the requests of the lost connections
+            reconnected = asyncio.Event()
+            bus.on_reconnect(reconnected.set)
+            await bus._nc.force_reconnect()
+            await asyncio.wait_for(reconnected.wait(), 5)
+        await put(bus, 0, 20)
+        await hand.full()
+        await quiet(bus)
+        assert hand.most == 4
+        await hand.empty_all(20)
+        assert hand.most == 4
+
+
+async def test_pulling_goes_on_after_the_server_was_killed(mortal: Bus, server: NatsServer) -> None:
+    await put(mortal, 0, 10)
+    async with holding(mortal, 4) as hand:
+        await hand.full()
+        await asyncio.to_thread(server.kill)
+        await until(lambda: not mortal._nc.is_connected, what="the loss is noticed")
+        hand.room = 6
+        hand.pull.top_up()  # asked into the void
+        await asyncio.to_thread(server.restart)
+        await back(mortal)
+        await hand.full()
+        await quiet(mortal)
+        assert hand.most == 6
+        await put(mortal, 10, 5)
+        await hand.empty_all(15)
+
+
+async def test_a_consumer_deleted_meanwhile_is_made_again(bus: Bus) -> None:
+    async with holding(bus, 4) as hand:
+        await until(lambda: hand.pull.asked == 4, what="the request")
+        await bus.api(f"CONSUMER.DELETE.{bus.subjects.stream('TASKS')}.scale")
+        await put(bus, 0, 10)
+        await hand.empty_all(10)
+        assert hand.most <= 4
+
+
+async def test_it_is_made_again_even_where_a_tap_hides_that_nobody_answers(
+    bus: Bus, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pull_module, "QUIET_S", 0.3)
+    tap = await connect()
+
+    async def listen(_: Msg) -> None: ...
+
+    await tap.subscribe(">", listen)
+    await tap.echo()
+    await bus.api(f"CONSUMER.DELETE.{bus.subjects.stream('TASKS')}.scale")
+    await put(bus, 0, 3)
+    async with holding(bus, 4) as hand:
+        await hand.empty_all(3)
+
+
+async def test_a_consumer_that_cannot_be_restored_yet_is_tried_again(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pull_module, "QUIET_S", 0.3)  # the server does not always say that a stream has gone
+    stream = bus.subjects.stream("TASKS")
+    config = (await bus.api(f"STREAM.INFO.{stream}"))["config"]
+    async with holding(bus, 4) as hand:
+        with capture_logs() as logs:
+            await bus.api(f"STREAM.DELETE.{stream}")
+            await until(
+                lambda: any(entry["event"] == "consumer_not_restored" for entry in logs), what="a try that fails"
+            )
+        await bus.api(f"STREAM.CREATE.{stream}", config)
+        await put(bus, 0, 3)
+        await hand.empty_all(3)
+
+
+async def test_a_request_that_ran_out_is_followed_by_another(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pull_module, "EXPIRES_S", 0.3)
+    monkeypatch.setattr(pull_module, "HEARTBEAT_S", 0.1)
+    async with holding(bus, 4) as hand:
+        asked = count_requests(bus, monkeypatch)
+        await until(lambda: len(asked) >= 2, what="two further requests")
+        assert all(batch <= 4 for batch in asked)
+        assert hand.pull.asked <= 4
+        await put(bus, 0, 9)
+        await hand.empty_all(9)
+        assert hand.most <= 4
+
+
+def count_requests(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The batches asked for from now on."""
+    asked: list[int] = []
+    publish = bus.publish
+
+    async def counted(subject: str, message: Any = b"", **options: Any) -> None:
+        if ".MSG.NEXT." in subject:
+            asked.append(message["batch"])
+        await publish(subject, message, **options)
+
+    monkeypatch.setattr(bus, "publish", counted)
+    return asked
+
+
+async def test_an_idle_pull_asks_once_and_then_waits(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = count_requests(bus, monkeypatch)
+    monkeypatch.setattr(pull_module, "HEARTBEAT_S", 0.05)
+    async with holding(bus, 4) as hand:
+        heard = hand.pull._heard
+        await until(lambda: hand.pull._heard > heard + 0.3, what="several heartbeats")
+        for _ in range(50):
+            hand.pull.top_up()
+            await asyncio.sleep(0)
+        assert asked == [4]
+        assert (await consumer_info(bus))["num_waiting"] == 1
+
+
+async def test_a_busy_pull_does_not_ask_for_each_message(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = count_requests(bus, monkeypatch)
+    async with holding(bus, 64) as hand:
+        await put(bus, 0, 256)
+        while len(hand.seen) < 256 or hand.held:
+            await until(lambda: hand.held, what="a message")
+            await hand.settle()
+        assert len(asked) < 64
+
+
+async def test_a_stopped_pull_hands_over_what_is_on_its_way_and_then_nothing(bus: Bus) -> None:
+    await put(bus, 0, 3)
+    hand = Hand(bus, 8)
+    await hand.pull.start()
+    await hand.pull.stop()
+    delivered = (await consumer_info(bus))["num_ack_pending"]
+    assert len(hand.held) == delivered
+    await put(bus, 3, 3)
+    hand.pull.top_up()
+    await quiet(bus)
+    assert len(hand.held) == delivered
+    assert (await consumer_info(bus))["num_ack_pending"] == delivered
+    await hand.pull.stop()
+
+
+async def test_stopping_amid_a_reconnect_leaves_no_subscription(bus: Bus) -> None:
+    before = len(bus._nc._subs)
+    hand = Hand(bus, 4)
+    await hand.pull.start()
+    reconnected = asyncio.Event()
+    bus.on_reconnect(reconnected.set)
+    await bus._nc.force_reconnect()
+    await asyncio.wait_for(reconnected.wait(), 5)
+    await asyncio.sleep(0)  # the pull is about to listen anew
+    await hand.pull.stop()
+    assert len(bus._nc._subs) == before
+    assert hand.pull._subscription is None

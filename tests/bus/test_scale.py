@@ -1,0 +1,126 @@
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from support.phases import Stage, ad, awarded, envelope, quiet
+from support.wait import until
+
+from loom.phases.scale import is_saturated
+from loom.schemas.auction import SpawnRequest
+from loom.schemas.envelope import Award, Envelope, ScoredBid
+from loom.schemas.wire import decode
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+@pytest.fixture
+async def asked(stage: Stage) -> list[SpawnRequest]:
+    """The requests for nodes that were made; nobody answers them."""
+    requests: list[SpawnRequest] = []
+
+    async def hear(msg: Any) -> None:
+        requests.append(decode(msg.data, SpawnRequest))
+
+    await stage.bus.subscribe(stage.bus.subjects.spawn, hear)
+    return requests
+
+
+def task(stage: Stage, **facts: Any) -> Envelope:
+    return envelope(ad(**facts), now=stage.bus.now())
+
+
+def bid(load: float, node_id: str = "n1") -> ScoredBid:
+    return ScoredBid(node_id=node_id, host_id="h1", score=1, claim=1, trust=1, load=load, tools=1)
+
+
+async def test_an_awarded_task_passes_on_as_it_came(stage: Stage, asked: list[SpawnRequest]) -> None:
+    await stage.phase("scale")
+    env = awarded(task(stage))
+    await stage.put("scale", env)
+    passed = await stage.seen("task", phase="execute")
+    assert replace(passed, hops=(), step=0) == env
+    assert [hop.phase for hop in passed.hops] == ["scale"]
+    await quiet(stage.bus)
+    assert not asked
+
+
+async def test_a_task_nobody_bid_for_asks_for_a_node_and_goes_back(stage: Stage, asked: list[SpawnRequest]) -> None:
+    await stage.phase("scale")
+    env = task(stage, required_tools=("search",))
+    await stage.put("scale", env)
+    assert (await stage.seen("task", phase="match")).task_id == env.task_id
+    await until(lambda: asked, what="a node is asked for")
+    assert asked == [
+        SpawnRequest(slug="code", required_tools=("search",), reason="no_bids", task_id=env.task_id),
+    ]
+    assert not stage.all("task", phase="execute")
+
+
+@pytest.mark.parametrize(
+    ("award", "saturated"),
+    [
+        (Award(node_id="n1", host_id="h1"), False),
+        (Award(node_id="n1", host_id="h1", backlog=1), True),
+        (Award(node_id="n1", host_id="h1", bids=(bid(1.0),)), True),
+        (Award(node_id="n1", host_id="h1", bids=(bid(0.9), bid(1.0, "n2"))), False),
+    ],
+)
+def test_a_winner_with_a_queue_or_full_load_is_saturated(award: Award, saturated: bool) -> None:
+    assert is_saturated(award) is saturated
+
+
+async def test_a_saturated_winner_asks_for_a_node_and_passes_on(stage: Stage, asked: list[SpawnRequest]) -> None:
+    await stage.phase("scale")
+    await stage.put("scale", awarded(task(stage), backlog=2))
+    await stage.seen("task", phase="execute")
+    await until(lambda: asked, what="a node is asked for")
+    assert asked[0].reason == "saturated"
+
+
+async def test_a_node_is_asked_for_once_a_second_and_domain(
+    stage: Stage, asked: list[SpawnRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await stage.phase("scale")
+    for n in range(6):
+        await stage.put("scale", task(stage, domain="code" if n % 2 else "data"))
+    await stage.seen("task", phase="match", count=6)
+    await until(lambda: len(asked) >= 2, what="two nodes are asked for")
+    monkeypatch.setattr("loom.phases.scale.ASK_EVERY_S", 0.0)
+    await stage.put("scale", task(stage))
+    await until(lambda: len(asked) >= 3, what="one more is asked for")
+    assert sorted(request.slug for request in asked) == ["code", "code", "data"]
+
+
+async def test_the_task_does_not_wait_for_an_answer(stage: Stage) -> None:
+    await stage.phase("scale")
+    await stage.put("scale", task(stage))
+    hop = (await stage.seen("task", phase="match")).hops[-1]
+    assert hop.finished - hop.started < 0.3
+
+
+async def test_a_task_past_its_deadline_ends(stage: Stage) -> None:
+    await stage.phase("scale")
+    await stage.put("scale", replace(awarded(task(stage)), deadline=stage.bus.now() - 1))
+    ended = await stage.seen("task", phase="evaluate")
+    assert ended.error.code == "deadline_exceeded"
+
+
+async def test_an_envelope_without_a_spec_is_a_dead_letter_and_its_task_ends(stage: Stage) -> None:
+    await stage.phase("scale")
+    await stage.put("scale", replace(awarded(task(stage)), spec=None))
+    await stage.seen("dead", phase="scale")
+    assert (await stage.seen("task", phase="evaluate")).error.code == "dead_letter"
+
+
+async def test_two_replicas_share_the_tasks(stage: Stage) -> None:
+    await asyncio.gather(stage.phase("scale"), stage.phase("scale"))
+    for n in range(20):
+        await stage.put("scale", awarded(task(stage, task_id=f"t{n}")))
+    await stage.seen("task", phase="execute", count=20)
+    assert sorted(env.task_id for env in stage.all("task", phase="execute")) == sorted(f"t{n}" for n in range(20))

@@ -1,0 +1,194 @@
+"""Streams, buckets and consumers: created once, by whoever comes first, and never quietly changed."""
+
+import asyncio
+import sys
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+from support.buses import Connect, envelope
+
+from loom.bus import topology
+from loom.bus.client import Bus, Refused
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import PHASES
+from loom.schemas.errors import BusUnavailable
+from loom.schemas.task import PRIORITIES
+
+DAY_NS = 86_400 * 10**9
+
+
+async def config_of(bus: Bus, stream: str) -> dict[str, Any]:
+    config: dict[str, Any] = (await bus.api(f"STREAM.INFO.{stream}"))["config"]
+    return config
+
+
+async def names(bus: Bus) -> set[str]:
+    """The namespace's streams."""
+    found = (await bus.api("STREAM.NAMES"))["streams"] or []
+    ns = bus.subjects.namespace
+    return {name for name in found if name.startswith((f"{ns.upper()}_", f"KV_{ns}_"))}
+
+
+async def consumers(bus: Bus, stream: str) -> set[str]:
+    return set((await bus.api(f"CONSUMER.NAMES.{bus.subjects.stream(stream)}"))["consumers"] or [])
+
+
+async def test_everything_a_cluster_needs_is_there_after_the_first_apply(plain: Bus) -> None:
+    assert await names(plain) == set()
+    assert await topology.apply(plain, ClusterConfig()) == []
+    s = plain.subjects
+    assert await names(plain) == {s.stream(name) for name in ("INTAKE", "TASKS", "REWARDS", "DEAD")} | {
+        f"KV_{s.bucket(name)}" for name in ("records", "plans", "nodes", "tuning")
+    }
+    assert await consumers(plain, "INTAKE") == {f"intake_{priority}" for priority in PRIORITIES}
+    assert await consumers(plain, "TASKS") == {
+        *("sense", "scale", "execute", "evaluate"),
+        *(f"match_{priority}" for priority in PRIORITIES),
+    }
+
+
+async def test_applying_twice_changes_nothing_and_reports_nothing(bus: Bus) -> None:
+    async def everything() -> list[Any]:
+        found = [await bus.api(f"STREAM.INFO.{name}") for name in sorted(await names(bus))]
+        found += [
+            await bus.api(f"CONSUMER.INFO.{bus.subjects.stream(lane.stream)}.{lane.name}") for lane in topology.LANES
+        ]
+        return [(one["config"], one["created"]) for one in found]
+
+    before = await everything()
+    with capture_logs() as logs:
+        assert await topology.apply(bus, ClusterConfig()) == []
+    assert await everything() == before
+    assert not [entry for entry in logs if entry["event"] == "topology_differs"]
+
+
+async def test_the_streams_are_as_designed(bus: Bus) -> None:
+    s = bus.subjects
+    intake = await config_of(bus, s.stream("INTAKE"))
+    assert (intake["retention"], intake["discard"], intake["max_msgs"]) == ("workqueue", "new", 100_000)
+    tasks = await config_of(bus, s.stream("TASKS"))
+    assert (tasks["retention"], tasks["discard"], tasks["allow_msg_schedules"]) == ("workqueue", "old", True)
+    assert (tasks["max_msgs"], tasks["max_bytes"], tasks["max_age"]) == (-1, -1, 0)
+    dead = await config_of(bus, s.stream("DEAD"))
+    assert (dead["retention"], dead["max_age"]) == ("limits", 30 * DAY_NS)
+    assert (await config_of(bus, s.stream("REWARDS")))["max_bytes"] > 0
+    for bucket, days in (("records", 3), ("plans", 3), ("nodes", 0), ("tuning", 0)):
+        kv = await config_of(bus, f"KV_{s.bucket(bucket)}")
+        assert (kv["max_msgs_per_subject"], kv["max_age"]) == (1, days * DAY_NS)
+
+
+async def test_a_lane_waits_thirty_seconds_and_delivers_without_end(bus: Bus) -> None:
+    for lane in topology.LANES:
+        config = (await bus.api(f"CONSUMER.INFO.{bus.subjects.stream(lane.stream)}.{lane.name}"))["config"]
+        assert (config["ack_policy"], config["ack_wait"], config["max_deliver"]) == ("explicit", 30 * 10**9, -1)
+        assert config["max_ack_pending"] == -1
+        assert "backoff" not in config  # it would override the 30 seconds
+
+
+async def test_every_phase_has_a_lane_for_every_priority(bus: Bus) -> None:
+    for phase in PHASES[:-1]:  # ADAPT reads rewards
+        for priority in PRIORITIES:
+            subject = bus.subjects.task(phase, priority, "t1")
+            await bus.store(subject, envelope())
+    waiting = 0
+    for name in await consumers(bus, "TASKS"):
+        waiting += (await bus.api(f"CONSUMER.INFO.{bus.subjects.stream('TASKS')}.{name}"))["num_pending"]
+    assert waiting == 5 * len(PRIORITIES)
+
+
+async def test_a_stream_that_differs_is_left_alone_and_reported_in_a_sentence(plain: Bus) -> None:
+    wanted = next(one for one in topology.streams(plain, ClusterConfig()) if one["name"].endswith("_REWARDS"))
+    await plain.api(f"STREAM.CREATE.{wanted['name']}", {**wanted, "max_bytes": 4096, "storage": "memory"})
+
+    with capture_logs() as logs:
+        differences = await topology.apply(plain, ClusterConfig())
+
+    assert differences == [
+        f"{wanted['name']}: storage is 'memory', designed 'file'",
+        f"{wanted['name']}: max_bytes is 4096, designed {1 << 28}",
+    ]
+    assert [entry["difference"] for entry in logs if entry["event"] == "topology_differs"] == differences
+    assert (await config_of(plain, wanted["name"]))["max_bytes"] == 4096
+    assert len(await names(plain)) == 8
+
+
+async def test_a_setting_that_changed_since_is_reported_too(bus: Bus) -> None:
+    differences = await topology.apply(bus, ClusterConfig(intake_limit=7))
+    assert differences == [f"{bus.subjects.stream('INTAKE')}: max_msgs is 100000, designed 7"]
+
+
+async def test_two_namespaces_live_beside_each_other(bus: Bus, connect: Connect) -> None:
+    other = await connect(namespace=f"{bus.subjects.namespace}-2")
+    assert await topology.apply(other, ClusterConfig()) == []
+    await bus.store(bus.subjects.task("match", "low", "t1"), envelope())
+    assert (await topology.stream_state(bus, "TASKS"))["messages"] == 1
+    assert (await topology.stream_state(other, "TASKS"))["messages"] == 0
+
+
+async def test_many_may_apply_at_once(connect: Connect) -> None:
+    buses = [await connect() for _ in range(8)]
+    assert await asyncio.gather(*(topology.apply(bus, ClusterConfig()) for bus in buses)) == [[]] * 8
+    assert len(await names(buses[0])) == 8
+
+
+async def test_many_processes_may_apply_at_once(nats_url: str, namespace: str, plain: Bus) -> None:
+    script = (
+        "import asyncio; from loom.bus import topology; from loom.bus.client import Bus\n"
+        "from loom.schemas.config import ClusterConfig\n"
+        "async def main():\n"
+        f"    async with Bus({nats_url!r}, namespace={namespace!r}) as bus:\n"
+        "        assert await topology.apply(bus, ClusterConfig()) == []\n"
+        "asyncio.run(main())\n"
+    )
+    started = [
+        await asyncio.create_subprocess_exec(sys.executable, "-c", script, stderr=asyncio.subprocess.PIPE)
+        for _ in range(4)
+    ]
+    errors = [(await one.communicate())[1].decode() for one in started]
+    assert [one.returncode for one in started] == [0] * 4, errors
+    assert len(await names(plain)) == 8
+
+
+async def test_an_old_server_is_refused_by_its_version(plain: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bus, "server_version", (2, 11, 9))
+    with pytest.raises(BusUnavailable, match=r"nats-server 2\.11\.9 is too old; loom needs 2\.12"):
+        await topology.apply(plain, ClusterConfig())
+    assert await names(plain) == set()
+
+
+@pytest.mark.parametrize("version", [(2, 12, 0), (2, 15, 1), (3, 0, 0)])
+async def test_a_recent_server_is_taken(plain: Bus, monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...]) -> None:
+    assert plain.server_version >= (2, 12)
+    monkeypatch.setattr(Bus, "server_version", version)
+    assert await topology.apply(plain, ClusterConfig()) == []
+
+
+async def test_a_stream_the_server_refuses_is_said(plain: Bus) -> None:
+    with pytest.raises(BusUnavailable, match=r"cannot create stream \w+_INTAKE: .*replicas"):
+        await topology.apply(plain, ClusterConfig(replicas=3))  # there is one server only
+
+
+async def test_a_foreign_stream_in_the_way_is_said(plain: Bus) -> None:
+    ns = plain.subjects.namespace
+    await plain.api(f"STREAM.CREATE.{ns}-foreign", {"name": f"{ns}-foreign", "subjects": [f"{ns}.task.>"]})
+    with pytest.raises(BusUnavailable, match="TASKS.*overlap"):
+        await topology.apply(plain, ClusterConfig())
+
+
+async def test_a_lane_is_restored_where_it_is_missing(bus: Bus) -> None:
+    stream = bus.subjects.stream("TASKS")
+    await bus.api(f"CONSUMER.DELETE.{stream}.execute")
+    await topology.ensure_consumer(bus, topology.EXECUTE_LANE)
+    await topology.ensure_consumer(bus, topology.EXECUTE_LANE)
+    assert "execute" in await consumers(bus, "TASKS")
+
+
+async def test_the_state_of_a_stream_counts_by_subject_where_asked(bus: Bus) -> None:
+    for n in range(3):
+        await bus.store(bus.subjects.task("match", "low", f"t{n}"), envelope())
+    state = await topology.stream_state(bus, "TASKS", subjects=bus.subjects.task("match", "*", "t1"))
+    assert state["messages"] == 3
+    assert state["subjects"] == {bus.subjects.task("match", "low", "t1"): 1}
+    with pytest.raises(Refused):
+        await topology.stream_state(bus, "NONE")

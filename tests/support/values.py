@@ -1,0 +1,123 @@
+"""Hypothesis strategies for every message, read from its declaration."""
+
+import importlib
+import pkgutil
+from functools import cache
+from typing import Any
+
+import msgspec
+from hypothesis import strategies as st
+from msgspec import inspect as mi
+
+import loom.schemas
+from loom.schemas.wire import Wire
+
+SMALL = 2
+"""Most items of a collection: messages nest deep enough as they are."""
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+tokens = st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True)
+
+
+def message_types() -> list[type[Wire]]:
+    """Every public Struct of loom.schemas."""
+    found: dict[str, type[Wire]] = {}
+    for module in pkgutil.iter_modules(loom.schemas.__path__):
+        content = vars(importlib.import_module(f"loom.schemas.{module.name}"))
+        for name, value in content.items():
+            if isinstance(value, type) and issubclass(value, Wire) and value is not Wire and not name.startswith("_"):
+                found[name] = value
+    return list(found.values())
+
+
+def messages(shape: type[Wire]) -> st.SearchStrategy[Any]:
+    """Any valid `shape`."""
+    return _values(mi.type_info(shape))
+
+
+def _values(kind: mi.Type) -> st.SearchStrategy[Any]:
+    match kind:
+        case mi.StructType(cls=cls):
+            return _structs(cls)
+        case mi.StrType(pattern=str()):
+            return tokens
+        case mi.StrType(min_length=least, max_length=most):
+            return st.text(min_size=least or 0, max_size=min(most or 20, 20))
+        case mi.IntType(ge=least, le=most):
+            return st.integers(-(2**53) if least is None else least, 2**53 if most is None else most)
+        case mi.FloatType(ge=least, gt=above, le=most):
+            return st.floats(
+                min_value=above if least is None else least,
+                exclude_min=least is None and above is not None,
+                max_value=most,
+                allow_nan=False,
+                allow_infinity=False,
+            )
+        case mi.VarTupleType(item_type=item, min_length=least, max_length=most):
+            size = min(SMALL if most is None else most, SMALL)
+            return st.lists(_values(item), min_size=least or 0, max_size=size).map(tuple)
+        case mi.DictType(key_type=key, value_type=value):
+            return st.dictionaries(_values(key), _values(value), max_size=SMALL)
+        case mi.UnionType(types=kinds):
+            return st.one_of([_values(one) for one in kinds])
+        case mi.LiteralType(values=values):
+            return st.sampled_from(values)
+        case mi.BoolType():
+            return st.booleans()
+        case mi.NoneType():
+            return st.none()
+        case mi.AnyType():
+            return json_values
+    raise NotImplementedError(f"no strategy for {kind}")
+
+
+@cache
+def _structs(cls: type[Wire]) -> st.SearchStrategy[Any]:
+    return st.builds(cls, **{field.name: _values(field.type) for field in _info(cls).fields})
+
+
+def _info(cls: type[Wire]) -> mi.StructType:
+    info = mi.type_info(cls)
+    assert isinstance(info, mi.StructType)
+    return info
+
+
+def float_fields() -> list[tuple[type[Wire], str, list[float]]]:
+    """Every field that is or may be a float, with values it must refuse."""
+    return [
+        (cls, field.name, _refused(kind))
+        for cls in message_types()
+        for field in _info(cls).fields
+        for kind in (field.type.types if isinstance(field.type, mi.UnionType) else (field.type,))
+        if isinstance(kind, mi.FloatType)
+    ]
+
+
+def _refused(kind: mi.FloatType) -> list[float]:
+    bad = [float("nan"), float("inf"), float("-inf")]
+    if kind.ge is not None:
+        bad.append(kind.ge - 0.001)
+    if kind.gt is not None:
+        bad.append(kind.gt)
+    if kind.le is not None:
+        bad.append(kind.le + 0.001)
+    return bad
+
+
+def fields_of(message: Wire) -> dict[str, Any]:
+    """The fields of a message by name."""
+    return {name: getattr(message, name) for name in message.__struct_fields__}
+
+
+def with_unknown_field(message: Wire) -> bytes:
+    """The JSON of `message` as a newer peer might send it."""
+    plain = msgspec.json.decode(msgspec.json.encode(message))
+    return msgspec.json.encode({**plain, "field_of_the_future": [{"deep": 1}]})

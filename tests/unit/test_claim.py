@@ -1,0 +1,84 @@
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from support.phases import ad, awarded, envelope
+
+from loom.phases.execute.claim import Drop, Take, claim, may_report
+from loom.schemas.envelope import Claim, Envelope, TaskRecord
+
+
+def env(attempt: int = 1, node: str = "n1", host: str = "h1") -> Envelope:
+    return awarded(envelope(ad(task_id="t1"), now=0, attempt=attempt), node, host)
+
+
+def record(attempt: int = 0, **facts: Any) -> TaskRecord:
+    held = Claim(attempt=attempt, node_id="n1", host_id="h1", instance="first", stream_seq=7) if attempt else Claim()
+    return TaskRecord(task_id="t1", envelope=env(), admitted_at=0, **{"state": "running", "claim": held, **facts})
+
+
+def decided(rec: TaskRecord, message: Envelope) -> Take | Drop:
+    assert message.award is not None
+    return claim(rec, message, message.award, "second", 9)
+
+
+@pytest.mark.parametrize(
+    ("held", "message", "attached"),
+    [
+        (0, env(1), False),
+        (0, env(3), False),
+        (1, env(2), False),
+        (1, env(2, "n2", "h2"), False),
+        (2, env(2), True),
+    ],
+)
+def test_a_higher_attempt_is_taken_and_the_same_one_on_its_host_is_attached_to(
+    held: int, message: Envelope, attached: bool
+) -> None:
+    verdict = decided(record(held), message)
+    assert isinstance(verdict, Take)
+    assert verdict.attached is attached
+    assert message.award is not None
+    assert verdict.record.claim == Claim(
+        attempt=message.attempt,
+        node_id=message.award.node_id,
+        host_id=message.award.host_id,
+        instance="second",
+        stream_seq=9,
+    )
+
+
+def test_a_claim_changes_nothing_else_in_the_record() -> None:
+    before = record(reply_to=("_INBOX.a",), submission="s")
+    verdict = decided(before, env())
+    assert isinstance(verdict, Take)
+    assert replace(verdict.record, claim=before.claim) == before
+
+
+@pytest.mark.parametrize(
+    ("rec", "message"),
+    [
+        (record(2), env(1)),
+        (record(2), env(2, "n1", "h2")),
+        (record(2), env(2, "n2", "h1")),
+        (record(state="succeeded", ended_at=1.0), env(5)),
+        (record(state="cancelled", ended_at=1.0), env(1)),
+    ],
+)
+def test_a_lower_attempt_a_twin_elsewhere_and_an_ended_task_are_dropped(rec: TaskRecord, message: Envelope) -> None:
+    assert isinstance(decided(rec, message), Drop)
+
+
+@pytest.mark.parametrize(
+    ("rec", "instance", "seq", "say"),
+    [
+        (record(1), "first", 7, "report"),
+        (record(1), "other", 7, "leave"),
+        (record(1), "first", 8, "settle"),
+        (record(1), "other", 8, "settle"),
+        (record(2), "first", 7, "settle"),
+        (record(1, state="succeeded", ended_at=1.0), "first", 7, "settle"),
+    ],
+)
+def test_only_the_holder_of_the_claim_may_report_an_error(rec: TaskRecord, instance: str, seq: int, say: str) -> None:
+    assert may_report(rec, 1, instance, seq) == say

@@ -1,0 +1,61 @@
+"""What the server says of a delivery, and when a message is suspect or dead."""
+
+from datetime import datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nats.aio.msg import Msg
+
+from loom.bus.delivery import DEAD_AFTER, SUSPECT_AFTER, Delivery, Facts, Slots, read_facts, stamp
+from loom.bus.gate import Gate
+
+OLD = "$JS.ACK.LOOM_TASKS.match_low.{delivered}.{stream}.{consumer}.{at}.{pending}"
+NEW = "$JS.ACK.hub.acchash.LOOM_TASKS.match_low.{delivered}.{stream}.{consumer}.{at}.{pending}"
+counts = st.integers(0, 2**63)
+
+
+@pytest.mark.parametrize("form", [OLD, NEW, NEW + ".random"])
+@given(delivered=counts, stream=counts, consumer=counts, at=st.integers(0, 2**62), pending=counts)
+def test_facts_are_read_from_every_form_of_the_reply(
+    form: str, delivered: int, stream: int, consumer: int, at: int, pending: int
+) -> None:
+    facts = read_facts(form.format(delivered=delivered, stream=stream, consumer=consumer, at=at, pending=pending))
+    assert facts == Facts(
+        delivered=delivered, stream_seq=stream, consumer_seq=consumer, stored_at=at / 1e9, pending=pending
+    )
+
+
+def _delivery(times: int) -> Delivery:
+    reply = OLD.format(delivered=times, stream=7, consumer=9, at=1, pending=0)
+    return Delivery(Msg(_client=None, subject="loom.task.match.low.t1", reply=reply), Slots(4), Gate())  # type: ignore[arg-type]
+
+
+def test_a_message_is_suspect_after_three_deliveries_and_dead_after_ten() -> None:
+    assert (SUSPECT_AFTER, DEAD_AFTER) == (3, 10)
+    assert [_delivery(n).alone for n in (1, 3, 4, 10, 11)] == [False, False, True, True, True]
+    assert [_delivery(n).dead for n in (1, 4, 10, 11)] == [False, False, False, True]
+
+
+async def test_a_delivery_lets_others_in_once() -> None:
+    delivery = _delivery(5)
+    delivery.release()  # it had not entered: nothing to give back
+    await delivery.enter()
+    delivery.release()
+    delivery.release()
+    again = _delivery(5)
+    again._gate = delivery._gate
+    await again.enter()
+
+
+def test_slots_count_what_is_free() -> None:
+    slots = Slots(4)
+    slots.taken = 3
+    assert slots.free == 1
+
+
+@given(at=st.floats(0, 4e9))
+def test_a_stamp_is_the_same_moment_with_its_offset(at: float) -> None:
+    read = datetime.fromisoformat(stamp(at))
+    assert read.tzinfo is not None
+    assert read.timestamp() == pytest.approx(at, abs=1e-6)

@@ -1,0 +1,57 @@
+"""Errors: one code each, the same in every language."""
+
+import pytest
+
+from loom.schemas.errors import BY_CODE, BusUnavailable, InvalidTask, LoomError, NodeLost, error_for
+from loom.schemas.task import TaskError
+from loom.schemas.wire import decode, encode
+
+CODES = (
+    "invalid_task no_bids deadline_exceeded cancelled node_lost agent_failed rejected_result budget_exceeded "
+    "invalid_plan overloaded unknown_task node_busy subtask_failed dead_letter bus_unavailable"
+).split()
+
+
+def test_the_codes_are_the_published_ones() -> None:
+    assert sorted(BY_CODE) == sorted(CODES)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_code_from_the_wire_becomes_its_error_and_back(code: str) -> None:
+    error = error_for(code, "why", task_id="t1", node_id="n1")
+    assert type(error) is BY_CODE[code]
+    assert (error.code, error.message, str(error)) == (code, "why", "why")
+
+    again = decode(encode(TaskError.of(error)), TaskError).to_exception("t1")
+    assert type(again) is type(error)
+    assert (again.message, again.task_id, again.node_id) == ("why", "t1", "n1")
+
+
+def test_a_newer_peers_code_is_kept_as_it_came() -> None:
+    error = error_for("quota_exceeded", "why")
+    assert type(error) is LoomError
+    assert error.code == "quota_exceeded"
+    assert LoomError.code == "unknown"
+
+
+def test_facts_are_attributes_and_a_fact_an_error_lacks_is_none() -> None:
+    error = NodeLost("why", node_id="n1")
+    assert error.node_id == "n1"
+    assert error.field is None
+    assert BusUnavailable("why", url="nats://a").url == "nats://a"
+
+
+def test_what_is_no_fact_is_no_attribute() -> None:
+    with pytest.raises(AttributeError):
+        InvalidTask("why").nonsense
+
+
+def test_a_long_message_is_cut_to_what_the_wire_takes() -> None:
+    error = TaskError.of(InvalidTask("x" * 5000, field="description"))
+    assert decode(encode(error), TaskError) == error
+    assert error.field == "description"
+
+
+def test_the_node_to_blame_may_be_added() -> None:
+    assert TaskError.of(LoomError("why"), node_id="n2").node_id == "n2"
+    assert TaskError.of(NodeLost("why", node_id="n1"), node_id=None).node_id == "n1"

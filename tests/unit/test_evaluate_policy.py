@@ -1,0 +1,231 @@
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from support.phases import ad, awarded, envelope
+
+from loom.phases.evaluate.policy import COUNTED, RETRIED, Back, End, decide, implied_reward, is_late, judge, reward_for
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Best, Claim, Envelope, TaskRecord
+from loom.schemas.errors import BY_CODE
+from loom.schemas.task import Accept, RunResult, TaskError
+
+CONFIG = ClusterConfig(max_attempts=3)
+FINAL = sorted(set(BY_CODE) - RETRIED - {"unknown"})
+
+
+def env(content: str | None = None, code: str | None = None, **facts: Any) -> Envelope:
+    result = None if content is None else RunResult(content=content, prompt_tokens=10, completion_tokens=5)
+    error = TaskError(code=code, node_id="n1") if code else None
+    return awarded(envelope(ad(task_id="t1"), now=0, left_s=100, result=result, error=error, **facts))
+
+
+def decided(message: Envelope, now: float = 0) -> Any:
+    return decide(message, CONFIG, now)
+
+
+def accepting(*texts: str) -> Envelope:
+    return replace(env("forty-two is 42"), ad=ad(accept=Accept(contains=texts)))
+
+
+def test_a_result_is_a_success_of_score_one() -> None:
+    decision = decided(env("42"))
+    assert isinstance(decision, End)
+    assert (decision.state, decision.score, decision.below_threshold) == ("succeeded", 1.0, False)
+
+
+@pytest.mark.parametrize("content", [None, "", "  \n"])
+def test_an_empty_result_is_refused(content: str | None) -> None:
+    refusal = judge(env(content))
+    assert refusal is not None
+    assert (refusal.code, refusal.node_id) == ("rejected_result", "n1")
+
+
+@pytest.mark.parametrize(("texts", "good"), [(("42",), True), (("42", "forty"), True), (("42", "Forty"), False)])
+def test_a_result_must_hold_every_text_asked_for_letter_for_letter(texts: tuple[str, ...], good: bool) -> None:
+    assert (judge(accepting(*texts)) is None) is good
+
+
+@pytest.mark.parametrize("code", sorted(COUNTED))
+def test_a_nodes_fault_is_counted_excludes_it_and_sends_the_task_back(code: str) -> None:
+    decision = decided(env(code=code))
+    assert isinstance(decision, Back)
+    back = decision.envelope
+    assert (back.attempt, back.failures, back.excluded) == (2, 1, ("n1",))
+    assert back.error is None
+    assert back.result is None
+    assert back.last_error is not None
+    assert back.last_error.code == code
+
+
+def test_a_busy_node_is_neither_counted_nor_excluded() -> None:
+    decision = decided(env(code="node_busy", failures=2))
+    assert isinstance(decision, Back)
+    assert (decision.envelope.attempt, decision.envelope.failures, decision.envelope.excluded) == (2, 2, ())
+
+
+@pytest.mark.parametrize("code", FINAL)
+def test_every_other_code_ends_the_task(code: str) -> None:
+    decision = decided(env(code=code))
+    assert isinstance(decision, End)
+    assert decision.state == ("cancelled" if code == "cancelled" else "failed")
+    assert decision.envelope.error is not None
+    assert decision.envelope.error.code == code
+
+
+def test_a_code_of_a_newer_peer_ends_the_task_too() -> None:
+    assert isinstance(decided(env(code="from_the_future")), End)
+
+
+def test_a_node_is_excluded_once_however_often_it_fails() -> None:
+    decision = decided(env(code="node_lost", excluded=("n1",)))
+    assert isinstance(decision, Back)
+    assert decision.envelope.excluded == ("n1",)
+
+
+def test_failures_are_bounded_by_max_attempts() -> None:
+    decision = decided(env(code="agent_failed", failures=2, attempt=9))
+    assert isinstance(decision, End)
+    assert (decision.state, decision.envelope.failures) == ("failed", 3)
+    assert decision.envelope.error is not None
+    assert decision.envelope.error.code == "agent_failed"
+
+
+def test_a_refused_result_is_kept_and_given_when_attempts_run_out() -> None:
+    first = decide(replace(accepting("nowhere"), attempt=1), CONFIG, 0)
+    assert isinstance(first, Back)
+    assert first.envelope.best is not None
+    assert first.envelope.best.node_id == "n1"
+    last = decided(replace(awarded(first.envelope, "n2", "h2"), error=TaskError(code="agent_failed"), failures=2))
+    assert isinstance(last, End)
+    assert (last.state, last.below_threshold, last.score) == ("succeeded", True, 0.0)
+    assert last.envelope.result == accepting("nowhere").result
+
+
+def test_the_first_refused_result_is_not_replaced_by_an_equal_one() -> None:
+    best = Best(result=RunResult(content="first"), node_id="n0", host_id="h0")
+    decision = decide(replace(accepting("nowhere"), best=best), CONFIG, 0)
+    assert isinstance(decision, Back)
+    assert decision.envelope.best == best
+
+
+def test_an_empty_result_is_nothing_to_keep() -> None:
+    decision = decided(env(""))
+    assert isinstance(decision, Back)
+    assert decision.envelope.best is None
+
+
+def test_when_bidders_run_out_the_last_attempts_own_error_is_the_end() -> None:
+    own = TaskError(code="agent_failed", message="it raised")
+    decision = decided(env(code="no_bids", failures=1, last_error=own))
+    assert isinstance(decision, End)
+    assert decision.envelope.error == own
+
+
+def test_when_bidders_run_out_the_best_refused_result_is_given() -> None:
+    best = Best(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
+    decision = decided(env(code="no_bids", failures=1, best=best, last_error=TaskError(code="rejected_result")))
+    assert isinstance(decision, End)
+    assert (decision.state, decision.below_threshold) == ("succeeded", True)
+
+
+@pytest.mark.parametrize("last", [None, "node_busy"])
+def test_no_bids_is_the_end_when_no_attempt_failed_or_the_last_was_only_busy(last: str | None) -> None:
+    last_error = TaskError(code=last) if last else None
+    decision = decided(env(code="no_bids", failures=1 if last else 0, last_error=last_error))
+    assert isinstance(decision, End)
+    assert decision.envelope.error is not None
+    assert decision.envelope.error.code == "no_bids"
+
+
+@pytest.mark.parametrize(("code", "ends_with"), [("node_lost", "node_lost"), ("node_busy", "deadline_exceeded")])
+def test_past_the_deadline_nothing_is_sent_back(code: str, ends_with: str) -> None:
+    decision = decided(env(code=code), now=100)
+    assert isinstance(decision, End)
+    assert decision.state == "failed"
+    assert decision.envelope.error is not None
+    assert decision.envelope.error.code == ends_with
+
+
+def test_a_result_that_came_late_still_counts() -> None:
+    decision = decided(env("42"), now=1000)
+    assert isinstance(decision, End)
+    assert decision.state == "succeeded"
+
+
+codes = st.sampled_from([*sorted(BY_CODE), "strange"])
+
+
+@given(st.none() | codes, st.none() | st.text(max_size=3), st.integers(0, 5), st.integers(1, 9), st.floats(0, 200))
+def test_every_envelope_ends_or_goes_back_with_a_higher_attempt_and_bounded_failures(
+    code: str | None, content: str | None, failures: int, attempt: int, now: float
+) -> None:
+    decision = decided(env(content, code, failures=failures, attempt=attempt), now)
+    if isinstance(decision, Back):
+        assert decision.envelope.attempt == attempt + 1
+        assert decision.envelope.failures < CONFIG.max_attempts
+        assert now < decision.envelope.deadline
+    elif decision.state == "succeeded":
+        assert decision.envelope.result is not None
+        assert decision.envelope.result.content.strip()
+    else:
+        assert decision.envelope.result is None
+        assert decision.envelope.error is not None
+
+
+def test_a_success_earns_one_with_its_parts_for_people() -> None:
+    reward = reward_for(env("42"), None, 50.0)
+    assert reward is not None
+    assert (reward.reward_id, reward.score, reward.node_id, reward.slug) == ("t1:1:rules", 1.0, "n1", "code")
+    assert (reward.tokens, reward.ended_at, reward.signal.quality) == (15, 50.0, 0.7)
+    assert reward.signal.total == pytest.approx(0.5 * 0.7 + 0.3 * (1 - 15 / 4096) + 0.2)
+
+
+def test_failed_tool_calls_cost_reliability_only() -> None:
+    message = replace(env(), result=RunResult(content="42", tool_errors=1))
+    reward = reward_for(message, None, 50.0)
+    assert reward is not None
+    assert (reward.score, reward.signal.reliability) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("code", sorted(BY_CODE))
+def test_a_failure_earns_nought_for_the_nodes_fault_and_nothing_otherwise(code: str) -> None:
+    message = env("refused" if code == "rejected_result" else None, code)
+    reward = reward_for(message, message.error, 50.0)
+    assert (reward is not None) is (code in COUNTED)
+    if reward is not None:
+        assert (reward.score, reward.signal.total, reward.reason) == (0.0, 0.0, code)
+
+
+def test_nobody_is_rewarded_where_nobody_was_awarded() -> None:
+    assert reward_for(replace(env("42"), award=None), None, 0.0) is None
+
+
+def record(message: Envelope, **facts: Any) -> TaskRecord:
+    return TaskRecord(task_id="t1", state="running", envelope=message, admitted_at=0, **facts)
+
+
+def test_an_ended_record_implies_one_and_the_same_reward_and_a_running_one_none() -> None:
+    ended = record(env("42"), ended_at=9.0)
+    assert implied_reward(ended) == implied_reward(ended)
+    assert implied_reward(ended) is not None
+    assert implied_reward(record(env("42"))) is None
+
+
+def test_an_end_with_a_kept_result_still_rewards_the_last_attempt_with_nought() -> None:
+    best = Best(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
+    ending = decided(env(code="agent_failed", failures=2, best=best, attempt=3))
+    assert isinstance(ending, End)
+    reward = implied_reward(record(ending.envelope, ended_at=9.0))
+    assert reward is not None
+    assert (reward.node_id, reward.score, reward.reward_id) == ("n1", 0.0, "t1:3:rules")
+
+
+@pytest.mark.parametrize(
+    ("attempt", "code", "late"),
+    [(1, None, True), (1, "node_lost", True), (2, None, False), (3, "no_bids", False), (1, "cancelled", False)],
+)
+def test_a_replaced_attempt_is_late_unless_it_carries_a_cancel(attempt: int, code: str | None, late: bool) -> None:
+    assert is_late(env("42", code, attempt=attempt), record(env(), claim=Claim(attempt=2))) is late

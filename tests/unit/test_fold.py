@@ -1,0 +1,137 @@
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loom.phases.adapt.fold import fold, summary
+from loom.schemas.learning import MAX_DOMAINS, WINDOW, NodeProfile, Reward
+from loom.schemas.wire import decode, encode
+
+EMPTY = NodeProfile(node_id="n1")
+
+
+def reward(task: str = "t", score: float = 1.0, ended_at: float = 0.0, **facts: Any) -> Reward:
+    wanted: dict[str, Any] = {"reward_id": f"{task}:1:rules", "slug": "code", **facts}
+    return Reward(task_id=task, attempt=1, node_id="n1", score=score, ended_at=ended_at, **wanted)
+
+
+def folded(rewards: list[Reward], start: NodeProfile = EMPTY) -> NodeProfile:
+    for seq, one in enumerate(rewards, start=start.last_seq + 1):
+        start = fold(start, one, seq)
+    return start
+
+
+rewards = st.lists(
+    st.builds(
+        reward,
+        task=st.sampled_from([f"t{i}" for i in range(12)]),
+        score=st.floats(0, 1),
+        ended_at=st.floats(0, 100),
+        slug=st.sampled_from(["code", "data"]),
+        tokens=st.integers(0, 1000),
+        seconds=st.floats(0, 10),
+    ),
+    max_size=40,
+)
+
+
+@given(rewards)
+def test_counts_and_means_are_those_of_the_window(history: list[Reward]) -> None:
+    for evidence in folded(history).domains.values():
+        scores = [entry.score for entry in evidence.scores]
+        assert evidence.count == len(scores) == len({entry.reward_id for entry in evidence.scores})
+        assert evidence.mean == pytest.approx(sum(scores) / len(scores))
+        assert all(a.ended_at <= b.ended_at for a, b in pairwise(evidence.scores))
+
+
+@given(rewards)
+def test_a_profile_survives_the_wire(history: list[Reward]) -> None:
+    profile = folded(history)
+    assert decode(encode(profile), NodeProfile) == profile
+
+
+@given(rewards, st.integers(0, 40))
+def test_folding_in_two_goes_or_again_from_any_point_gives_the_same(history: list[Reward], cut: int) -> None:
+    whole = folded(history)
+    stored = folded(history[:cut])
+    for seq, one in enumerate(history, start=1):  # a restarted replica reads the whole stream again
+        stored = fold(stored, one, seq)
+    assert stored == whole
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.randoms())
+def test_windows_do_not_depend_on_the_order_of_arrival(scores: list[float], random: Any) -> None:
+    history = [reward(f"t{i}", score, float(i)) for i, score in enumerate(scores)]
+    shuffled = random.sample(history, len(history))
+    assert folded(shuffled).domains["code"] == folded(history).domains["code"]
+
+
+def test_a_sequence_already_folded_changes_nothing() -> None:
+    once = fold(EMPTY, reward(), 5)
+    assert fold(once, reward("other"), 5) is once
+    assert fold(once, reward("other"), 4) is once
+
+
+def test_the_window_holds_the_newest_120_by_end_of_attempt() -> None:
+    history = [reward(f"t{i}", ended_at=float(i)) for i in range(WINDOW + 5)]
+    kept = folded(history).domains["code"]
+    assert kept.count == WINDOW
+    assert kept.scores[0].reward_id == "t5:1:rules"
+
+
+def test_a_reward_older_than_a_full_window_is_ignored_but_counts_as_read() -> None:
+    full = folded([reward(f"t{i}", ended_at=100.0 + i) for i in range(WINDOW)])
+    late = fold(full, reward("late", score=0.0, ended_at=99.0), full.last_seq + 1)
+    assert late.last_seq == full.last_seq + 1
+    assert (late.domains, late.total_tasks, late.consecutive_losses) == (full.domains, full.total_tasks, 0)
+
+
+def test_a_late_reward_takes_its_place_by_age_while_there_is_room() -> None:
+    profile = folded([reward("b", ended_at=2.0), reward("c", ended_at=3.0), reward("a", ended_at=1.0)])
+    assert [entry.reward_id[0] for entry in profile.domains["code"].scores] == ["a", "b", "c"]
+
+
+def test_a_twin_replaces_the_score_and_counts_once() -> None:
+    rules = reward(score=1.0, ended_at=5.0, tokens=10, seconds=2.0)
+    profile = folded([rules, reward("u", ended_at=6.0), reward(score=0.25, ended_at=50.0, tokens=99)])
+    evidence = profile.domains["code"]
+    assert [(entry.score, entry.ended_at) for entry in evidence.scores] == [(0.25, 5.0), (1.0, 6.0)]
+    assert (profile.total_tasks, profile.tokens, profile.seconds) == (2, 10, 2.0)
+    assert (evidence.count, evidence.mean) == (2, 0.625)
+
+
+def test_another_source_judges_the_same_attempt_beside_the_rules() -> None:
+    person = reward(reward_id="t:1:person", score=0.0)
+    assert folded([reward(), person]).domains["code"].mean == 0.5
+
+
+def test_success_rate_is_the_share_of_scores_of_at_least_a_half_over_all_domains() -> None:
+    profile = folded([reward("a", 0.5), reward("b", 0.49), reward("c", 1.0, slug="data"), reward("d", 0.0)])
+    assert profile.success_rate == 0.5
+
+
+def test_losses_are_counted_in_a_row() -> None:
+    assert folded([reward("a", 0.0), reward("b", 0.2)]).consecutive_losses == 2
+    assert folded([reward("a", 0.0), reward("b", 0.9), reward("c", 0.0)]).consecutive_losses == 1
+
+
+def test_tokens_and_seconds_are_summed() -> None:
+    profile = folded([reward("a", tokens=5, seconds=1.5), reward("b", tokens=7, seconds=0.5)])
+    assert (profile.tokens, profile.seconds, profile.total_tasks) == (12, 2.0, 2)
+
+
+def test_only_so_many_domains_are_kept_the_longest_unused_go() -> None:
+    profile = folded([reward(f"t{i}", ended_at=float(i), slug=f"d{i}") for i in range(MAX_DOMAINS + 2)])
+    assert len(profile.domains) == MAX_DOMAINS
+    assert "d0" not in profile.domains
+    assert f"d{MAX_DOMAINS + 1}" in profile.domains
+
+
+def test_a_summary_tells_counts_and_means_and_only_the_newest_scores() -> None:
+    profile = folded([reward(f"t{i}", ended_at=float(i), slug="code" if i % 2 else "data") for i in range(60)])
+    told = summary(profile)
+    assert sum(len(evidence.scores) for evidence in told.domains.values()) == 10
+    assert told.recent_mean == profile.recent_mean
+    assert [(e.count, e.mean) for e in told.domains.values()] == [(e.count, e.mean) for e in profile.domains.values()]

@@ -1,0 +1,161 @@
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.phases import ad, envelope
+
+from loom.phases.match.policy import AllBusy, Awarded, Exhausted, Nobody, award, best_known, judge, score
+from loom.schemas.auction import Bid, Offer
+from loom.schemas.envelope import Envelope
+from loom.schemas.learning import DomainEvidence, NodeProfile, Score
+
+
+def env(task_id: str = "t1", tools: tuple[str, ...] = (), excluded: tuple[str, ...] = ()) -> Envelope:
+    return envelope(ad(task_id=task_id, required_tools=tools), now=0, excluded=excluded)
+
+
+def offer(host: str, *bids: Bid, decline: Any = None) -> Offer:
+    return Offer(host_id=host, bids=bids, decline=decline)
+
+
+def profile(node: str, count: int, mean: float, *, slug: str = "code", last_seq: int = 1) -> NodeProfile:
+    scores = (Score(reward_id="r", score=mean, ended_at=0),)
+    return NodeProfile(
+        node_id=node, last_seq=last_seq, domains={slug: DomainEvidence(scores=scores, count=count, mean=mean)}
+    )
+
+
+def judged(envelope: Envelope, *offers: Offer) -> Any:
+    return judge(envelope, offers, {}, 0.3)
+
+
+def test_a_score_without_evidence_rests_on_the_claim() -> None:
+    scored = score(env(), "h1", Bid(node_id="n1", claim=0.9, load=0.5), None, 0, 0.3)
+    assert scored.score == pytest.approx(0.6 * 0.9 + 0.25 * 0.5 + 0.15)
+    assert (scored.evidence, scored.count, scored.bonus, scored.trust) == (None, 0, 0, pytest.approx(0.9))
+
+
+def test_evidence_outweighs_the_claim_which_counts_as_two_observations() -> None:
+    scored = score(env(), "h1", Bid(node_id="n1", claim=1.0), profile("n1", 8, 0.25), 20, 0.3)
+    bonus = 0.3 * math.sqrt(math.log(21) / 10)
+    assert scored.bonus == pytest.approx(bonus)
+    assert scored.trust == pytest.approx((8 * 0.25 + 2) / 10 + bonus)
+    assert (scored.evidence, scored.count) == (0.25, 8)
+    assert scored.score == pytest.approx(0.6 * scored.trust + 0.25 + 0.15)
+
+
+def test_evidence_of_another_domain_counts_for_nothing() -> None:
+    bid = Bid(node_id="n1", claim=0.5)
+    assert score(env(), "h1", bid, profile("n1", 50, 1.0, slug="data"), 0, 0.3) == score(env(), "h1", bid, None, 0, 0.3)
+
+
+def test_evidence_is_looked_up_by_slug_whatever_the_wording() -> None:
+    chinese = envelope(ad(domain="代码"), now=0)
+    known = profile("n1", 8, 1.0, slug=chinese.slug)
+    assert score(chinese, "h1", Bid(node_id="n1"), known, 8, 0.3).count == 8
+
+
+def test_a_claim_that_failed_often_loses_to_a_modest_one() -> None:
+    boaster, modest = Bid(node_id="boaster", claim=1.0), Bid(node_id="modest", claim=0.5)
+    profiles = {"boaster": profile("boaster", 30, 0.0), "modest": profile("modest", 30, 0.9)}
+    assert award(env(), [("h1", boaster), ("h2", modest)], profiles, 0.3).node_id == "modest"
+
+
+def test_the_busier_of_equals_loses() -> None:
+    bids = [("h1", Bid(node_id="busy", load=0.9, backlog=3)), ("h2", Bid(node_id="idle", load=0.1))]
+    won = award(env(), bids, {}, 0.3)
+    assert (won.node_id, won.host_id, won.backlog) == ("idle", "h2", 0)
+
+
+def test_the_award_remembers_the_best_sixteen_bids_and_what_they_rest_on() -> None:
+    bids = [("h1", Bid(node_id=f"n{i}", claim=i / 30)) for i in range(30)]
+    profiles = {"n29": profile("n29", 3, 1.0, last_seq=77), "n1": profile("n1", 3, 0.0, last_seq=12)}
+    won = award(env(), bids, profiles, 0.0)
+    assert won.node_id == won.bids[0].node_id == "n29"
+    assert len(won.bids) == 16
+    assert [bid.score for bid in won.bids] == sorted((bid.score for bid in won.bids), reverse=True)
+    assert won.evidence_seq == 77
+    assert won.score == won.bids[0].score
+
+
+def test_exploration_counts_a_node_once_even_if_it_is_on_two_hosts() -> None:
+    twice = [("h1", Bid(node_id="n1")), ("h2", Bid(node_id="n1"))]
+    won = award(env(), twice, {"n1": profile("n1", 6, 0.5)}, 0.3)
+    assert won.bids[0].bonus == pytest.approx(0.3 * math.sqrt(math.log(7) / 8))
+
+
+def test_ties_are_stable_for_a_task_and_spread_over_tasks() -> None:
+    bids = [("h1", Bid(node_id=f"n{i}")) for i in range(4)]
+    winners = {task: award(env(task), bids, {}, 0.3).node_id for task in map(str, range(200))}
+    again = {task: award(env(task), bids[::-1], {}, 0.3).node_id for task in winners}
+    assert winners == again
+    assert min(Counter(winners.values()).values()) > 25
+
+
+@given(st.permutations(range(6)))
+def test_the_order_of_arrival_never_decides(order: list[int]) -> None:
+    bids = [(f"h{i % 2}", Bid(node_id=f"n{i // 2}", claim=0.5)) for i in range(6)]
+    assert award(env(), [bids[i] for i in order], {}, 0.3) == award(env(), bids, {}, 0.3)
+
+
+def test_a_bid_without_all_required_tools_is_no_bid() -> None:
+    needs = env(tools=("search", "shell"))
+    half, whole = Bid(node_id="half", claim=1.0, tools=("search",)), Bid(node_id="whole", tools=("shell", "search"))
+    verdict = judged(needs, offer("h1", half, whole))
+    assert isinstance(verdict, Awarded)
+    assert [bid.node_id for bid in verdict.award.bids] == ["whole"]
+    assert isinstance(judged(needs, offer("h1", half)), Nobody)
+
+
+def test_an_excluded_node_is_not_awarded_even_if_its_host_offers_it() -> None:
+    verdict = judged(env(excluded=("n1",)), offer("h1", Bid(node_id="n1", claim=1.0)), offer("h2", Bid(node_id="n2")))
+    assert isinstance(verdict, Awarded)
+    assert verdict.award.node_id == "n2"
+    assert isinstance(judged(env(excluded=("n1",)), offer("h1", Bid(node_id="n1"))), Exhausted)
+
+
+@pytest.mark.parametrize(
+    ("excluded", "declines", "verdict"),
+    [
+        ((), [], Nobody),
+        ((), ["cannot"], Nobody),
+        ((), ["busy", "cannot"], AllBusy),
+        ((), ["draining"], Nobody),
+        (("n1",), [], Nobody),
+        (("n1",), ["cannot"], Exhausted),
+        (("n1",), ["busy", "cannot"], AllBusy),
+        (("n1",), ["cannot", "draining"], Nobody),
+    ],
+)
+def test_what_follows_when_nobody_bids(excluded: tuple[str, ...], declines: list[str], verdict: type) -> None:
+    offers = [offer(f"h{i}", decline=why) for i, why in enumerate(declines)]
+    assert isinstance(judged(env(excluded=excluded), *offers), verdict)
+
+
+unit = st.floats(0, 1)
+
+
+@given(unit, unit, st.integers(0, 120), unit, st.integers(0, 10_000), st.floats(0, 2))
+def test_scores_are_finite_whatever_is_known(
+    claim: float, load: float, count: int, mean: float, total: int, exploration: float
+) -> None:
+    bid = Bid(node_id="n1", claim=claim, load=load)
+    scored = score(env(), "h1", bid, profile("n1", count, mean), total, exploration)
+    assert 0 <= scored.score < 20
+
+
+@given(unit, unit, st.integers(0, 120), unit)
+def test_a_better_claim_never_scores_lower(low: float, high: float, count: int, mean: float) -> None:
+    low, high = sorted((low, high))
+    known = profile("n1", count, mean)
+    scores = [score(env(), "h1", Bid(node_id="n1", claim=claim), known, count, 0.3).score for claim in (low, high)]
+    assert scores[0] <= scores[1] + 1e-12
+
+
+def test_the_best_known_nodes_of_a_domain_come_best_first() -> None:
+    profiles = {f"n{i}": profile(f"n{i}", 5, i / 40) for i in range(40)}
+    profiles["other"] = profile("other", 5, 1.0, slug="data")
+    assert best_known(profiles, "code", 3) == ("n39", "n38", "n37")

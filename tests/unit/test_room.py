@@ -1,0 +1,139 @@
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loom.agents.node import Room, choose
+from loom.agents.runs import KEEP_S, Finished, Run
+from loom.bus.client import Bus
+from loom.schemas.auction import Bid
+from loom.schemas.run import RunEvent, RunRequest
+from loom.schemas.task import PRIORITIES, Priority, RunResult
+from loom.types import AgentNode, CapabilityProfile
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[..., Run]]:
+    made = iter(range(10_000))
+
+    def make(priority: Priority = "normal", **facts: Any) -> Run:
+        request = RunRequest(task_id=f"t{next(made)}", description="x", priority=priority, **facts)
+        return Run(cast("Bus", None), request, "inbox")
+
+    return make
+
+
+def fill(room: Room, runs: list[Run]) -> list[Run]:
+    for one in runs:
+        room.enqueue(one)
+    started = []
+    while (one := room.next()) is not None:
+        started.append(one)
+    return started
+
+
+def test_slots_are_filled_first_and_the_rest_waits(run: Callable[..., Run]) -> None:
+    room = Room(2, 3)
+    runs = [run() for _ in range(5)]
+    assert fill(room, runs) == runs[:2]
+    assert (room.queued, room.full, room.load) == (3, True, 1.0)
+
+
+def test_the_backlog_is_ordered_by_priority_then_by_arrival(run: Callable[..., Run]) -> None:
+    room = Room(1, 9)
+    fill(room, [run()])
+    waiting = [run("low"), run("normal"), run("critical"), run("high"), run("critical"), run("normal")]
+    for one in waiting:
+        room.enqueue(one)
+    order = []
+    while room.queued:
+        room.running.clear()
+        order.append(room.next())
+    assert order == [waiting[i] for i in (2, 4, 3, 1, 5, 0)]
+
+
+def test_a_cancelled_run_leaves_the_backlog_at_once(run: Callable[..., Run]) -> None:
+    room = Room(1, 2)
+    fill(room, [run()])
+    first, second = run(), run()
+    room.enqueue(first)
+    room.enqueue(second)
+    assert room.full
+    first.cancelled = True
+    assert (room.queued, room.full) == (1, False)
+    room.running.clear()
+    assert room.next() is second
+
+
+def test_an_idle_room_has_no_load_and_is_not_full() -> None:
+    room = Room(4, 16)
+    assert (room.load, room.full, room.queued) == (0, False, 0)
+
+
+def test_a_room_without_backlog_is_full_with_its_slots(run: Callable[..., Run]) -> None:
+    room = Room(1, 0)
+    fill(room, [run()])
+    assert room.full
+
+
+@given(st.lists(st.sampled_from(PRIORITIES), max_size=20), st.integers(1, 4), st.integers(0, 8))
+def test_load_stays_in_range_and_no_more_runs_than_slots(asked: list[Priority], slots: int, backlog: int) -> None:
+    room = Room(slots, backlog)
+    for priority in asked:
+        if not room.full:
+            request = RunRequest(task_id="t", description="x", priority=priority)
+            fill(room, [Run(cast("Bus", None), request, "")])
+        assert 0 <= room.load <= 1
+        assert len(room.running) <= slots
+        assert len(room.running) + room.queued <= slots + backlog
+    assert room.full is (len(asked) >= slots + backlog)
+
+
+def test_a_bid_has_the_nodes_claim_and_tools_and_the_rooms_numbers(run: Callable[..., Run]) -> None:
+    node = AgentNode(id="n1", capabilities=CapabilityProfile(scores={"Code": 0.9}, tools=["search"]), load=0.0)
+    room = Room(1, 3)
+    fill(room, [run(), run()])
+    room.learn(RunResult(content="x", prompt_tokens=100, duration_s=2.0))
+    room.learn(RunResult(content="x", prompt_tokens=200, duration_s=4.0))
+    assert room.bid(node, "code", ("search", "shell")) == Bid(
+        node_id="n1", claim=0.9, load=0.5, tools=("search",), expected_tokens=130, expected_s=2.6, backlog=1
+    )
+
+
+def test_preferred_nodes_are_offered_first_then_the_highest_claims() -> None:
+    bids = [Bid(node_id=f"n{i}", claim=i / 40) for i in range(40)]
+    chosen = choose(bids, ("n3", "n5", "gone"), 16)
+    assert [bid.node_id for bid in chosen[:3]] == ["n5", "n3", "n39"]
+    assert len(chosen) == 16
+
+
+def test_the_end_of_a_run_is_kept_ten_minutes() -> None:
+    finished = Finished()
+    end = RunEvent(n=1, kind="result", result=RunResult(content="x"))
+    finished.keep(("t", 1), end, 0.0)
+    finished.keep(("u", 1), end, KEEP_S)
+    assert finished.get(("t", 1)) == end
+    finished.keep(("v", 1), end, KEEP_S + 1)
+    assert finished.get(("t", 1)) is None
+    assert finished.get(("u", 1)) == end
+
+
+def test_what_is_kept_is_bounded_in_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.agents.runs.KEEP_BYTES", 5_000)
+    finished = Finished()
+    for i in range(10):
+        finished.keep((f"t{i}", 1), RunEvent(n=1, kind="result", result=RunResult(content="x" * 1000)), float(i))
+    kept = [i for i in range(10) if finished.get((f"t{i}", 1))]
+    assert kept == [6, 7, 8, 9]
+
+
+def test_a_run_ended_twice_is_kept_once() -> None:
+    finished = Finished()
+    for content in ("old", "new"):
+        finished.keep(("t", 1), RunEvent(n=1, kind="result", result=RunResult(content=content)), 0.0)
+    last = finished.get(("t", 1))
+    assert last is not None
+    assert last.result == RunResult(content="new")
+    assert finished._bytes < 100

@@ -1,0 +1,120 @@
+"""Subjects: built and read in one place, and nothing gets into one that changes its shape."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.values import tokens
+
+from loom.bus.subjects import FAMILIES, Family, Subjects, priority_of
+from loom.schemas.errors import InvalidTask
+from loom.schemas.task import PRIORITIES
+
+subjects = Subjects("loom")
+namespaces = st.from_regex(r"[a-z0-9][a-z0-9_-]{0,31}", fullmatch=True)
+rejected = st.text(min_size=1).filter(
+    lambda text: not text.isascii() or not text.replace("_", "").replace("-", "").isalnum()
+)
+
+
+@given(namespace=namespaces, family=st.sampled_from(FAMILIES), data=st.data())
+def test_what_is_built_is_read_again(namespace: str, family: Family, data: st.DataObject) -> None:
+    given_tokens = [data.draw(tokens, label=name) for name in family.tokens]
+    subject = Subjects(namespace).of(family.name, *given_tokens)
+
+    parsed = Subjects(namespace).parse(subject)
+
+    assert parsed is not None
+    assert parsed.family == family.name
+    assert list(parsed.tokens.items()) == list(zip(family.tokens, given_tokens, strict=True))
+    assert subject.startswith(f"{namespace}.{family.name}")
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.tokens], ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "bad", ["", "a.b", "a b", "a\n", "a\r\nPUB x", "a\t", ">", "a*", "**", "代码", "x" * 65, "\x00"]
+)
+def test_a_token_that_would_change_the_subject_is_refused_by_name(family: Family, bad: str) -> None:
+    for at, name in enumerate(family.tokens):
+        parts = ["ok"] * len(family.tokens)
+        parts[at] = bad
+        with pytest.raises(InvalidTask) as caught:
+            subjects.of(family.name, *parts)
+        assert caught.value.field == name
+        assert name in caught.value.message
+
+
+@given(bad=rejected)
+def test_no_other_character_gets_into_a_subject(bad: str) -> None:
+    if bad == "*":
+        assert subjects.of("status", bad) == "loom.status.*"
+        return
+    with pytest.raises(InvalidTask):
+        subjects.of("status", bad)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_token_may_be_a_wildcard_and_none_may_be_missing(family: Family) -> None:
+    assert subjects.of(family.name, *["*"] * len(family.tokens)).count("*") == len(family.tokens)
+    with pytest.raises(ValueError, match="zip"):
+        subjects.of(family.name, *["x"] * (len(family.tokens) + 1))
+
+
+def test_an_unknown_family_is_a_mistake() -> None:
+    with pytest.raises(KeyError):
+        subjects.of("nonsense")
+
+
+@given(phase=tokens, priority=tokens, task_id=tokens, step=st.integers(0, 10**9))
+def test_the_named_builders_agree_with_the_table(phase: str, priority: str, task_id: str, step: int) -> None:
+    assert subjects.task(phase, priority, task_id) == subjects.of("task", phase, priority, task_id)
+    assert subjects.intake(priority, task_id) == subjects.of("intake", priority, task_id)
+    assert subjects.later(task_id, step) == subjects.of("later", task_id, str(step))
+    assert (subjects.submit, subjects.hosts, subjects.spawn) == tuple(map(subjects.of, ("submit", "hosts", "spawn")))
+
+
+@pytest.mark.parametrize(
+    "subject",
+    ["", "loom", "loom.", ".submit", "other.submit", "loom.nonsense", "loom.submit.x", "loom.status", "loom.status.a.b", "loom.task.a.b", "loom.task.a.b.c.d", "$JS.ACK.x"],
+)  # fmt: skip
+def test_a_foreign_subject_is_none_of_ours(subject: str) -> None:
+    assert subjects.parse(subject) is None
+
+
+def test_a_task_is_found_where_the_subject_names_one() -> None:
+    parsed = subjects.parse("loom.task.match.high.t-1")
+    assert parsed is not None
+    assert parsed.task_id == "t-1"
+    assert priority_of(parsed) == "high"
+
+    parsed = subjects.parse("loom.host.h1")
+    assert parsed is not None
+    assert parsed.task_id == ""
+    assert priority_of(parsed) == priority_of(None) == "normal"
+
+
+def test_a_priority_nobody_knows_counts_as_normal() -> None:
+    assert priority_of(subjects.parse("loom.task.match.urgent.t1")) == "normal"
+    assert [priority_of(subjects.parse(f"loom.intake.{priority}.t1")) for priority in PRIORITIES] == list(PRIORITIES)
+
+
+@pytest.mark.parametrize("name", ["", "Loom", "a.b", "a b", "-a", "_a", "a*", ">", "ü", "a\n", "x" * 33, "loom/x"])
+def test_a_namespace_that_is_no_single_plain_token_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="namespace"):
+        Subjects(name)
+
+
+@given(one=namespaces, other=namespaces)
+def test_namespaces_share_no_subject_stream_or_bucket(one: str, other: str) -> None:
+    if one == other:
+        return
+    a, b = Subjects(one), Subjects(other)
+    assert b.parse(a.submit) is None
+    assert {a.everything, a.stream("TASKS"), a.bucket("records")}.isdisjoint(
+        {b.everything, b.stream("TASKS"), b.bucket("records")}
+    )
+
+
+def test_names_of_streams_and_buckets() -> None:
+    assert subjects.everything == "loom.>"
+    assert subjects.stream("TASKS") == "LOOM_TASKS"
+    assert subjects.bucket("records") == "loom_records"

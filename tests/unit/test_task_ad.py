@@ -1,0 +1,165 @@
+"""What a client may submit, how it is told what is wrong, and how a domain becomes a token."""
+
+import json
+import unicodedata
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.values import messages, tokens
+
+from loom.schemas.errors import InvalidTask
+from loom.schemas.task import Accept, Limits, TaskAd, check_ad, is_token, parse_ad, slug
+from loom.schemas.wire import MAX_AD_BYTES, MAX_CONTEXT_BYTES, encode
+
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+def _ad(**fields: Any) -> bytes:
+    return json.dumps({"description": "count the words", **fields}, ensure_ascii=False).encode()
+
+
+DEEP = b'{"description": "x", "context": ' + b'{"a":' * 2000 + b"1" + b"}" * 2000 + b"}"
+
+BAD: dict[str, tuple[bytes, str | None]] = {
+    "not JSON": (b"hello", None),
+    "empty": (b"", None),
+    "not an object": (b"[]", None),
+    "half of it": (b'{"description": "x"', None),
+    "unknown field": (_ad(prioritty="high"), "prioritty"),
+    "unknown field in accept": (_ad(accept={"contain": ["x"]}), "contain"),
+    "unknown field in limits": (_ad(limits={"depth": 1}), "depth"),
+    "wrong type": (_ad(domain=7), "domain"),
+    "wrong type inside": (_ad(required_tools=["ok", 7]), "required_tools"),
+    "description absent": (b"{}", "description"),
+    "description empty": (_ad(description=""), "description"),
+    "description blank": (_ad(description=" \n\t"), "description"),
+    "description of 300 kB": (_ad(description="x" * 300_000), "description"),
+    "description not UTF-8": (b'{"description": "\xff\xfe"}', "description"),
+    "negative budget": (_ad(token_budget=-1), "token_budget"),
+    "unknown priority": (_ad(priority="urgent"), "priority"),
+    "id with a dot": (_ad(task_id="a.b"), "task_id"),
+    "id with a space": (_ad(task_id="a b"), "task_id"),
+    "id with a newline at its end": (_ad(task_id="a\n"), "task_id"),
+    "id with a wildcard": (_ad(task_id="*"), "task_id"),
+    "id empty": (_ad(task_id=""), "task_id"),
+    "id too long": (_ad(task_id="x" * 65), "task_id"),
+    "pin with a dot": (_ad(node_id="a.b"), "node_id"),
+    "no time": (_ad(timeout_s=0), "timeout_s"),
+    "more than a day": (_ad(timeout_s=86_401), "timeout_s"),
+    "complexity over 1": (_ad(estimated_complexity=1.5), "estimated_complexity"),
+    "2,000-deep JSON": (DEEP, "context"),
+    "33-deep JSON": (_ad(context=json.loads('{"a":' * 33 + "1" + "}" * 33)), "context"),
+    "large context": (_ad(context={"a": "x" * MAX_CONTEXT_BYTES}), "context"),
+    "number out of range": (b'{"description": "x", "context": {"a": 1e999}}', "context"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_refused_by_name(what: str) -> None:
+    raw, field = BAD[what]
+    with pytest.raises(InvalidTask) as caught:
+        parse_ad(raw)
+    assert caught.value.code == "invalid_task"
+    assert caught.value.field == field
+    assert field is None or field in caught.value.message
+    assert len(caught.value.message) < 500
+
+
+def test_defaults_are_as_documented() -> None:
+    ad = parse_ad(b'{"description": "count"}')
+    assert is_token(ad.task_id)
+    assert msgspec.structs.replace(ad, task_id="t") == TaskAd(task_id="t", description="count")
+    assert (ad.priority, ad.timeout_s, ad.wait, ad.token_budget, ad.domain) == ("normal", 300.0, True, None, "")
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(ad=messages(TaskAd))
+def test_what_python_may_submit_json_may_too(ad: TaskAd) -> None:
+    try:
+        checked = check_ad(ad)
+    except InvalidTask as error:
+        assert error.field in {"description", "context"}
+        with pytest.raises(InvalidTask):
+            parse_ad(encode(ad))
+    else:
+        assert checked == ad
+        assert parse_ad(encode(ad)) == ad
+
+
+PYTHON_ONLY: dict[str, tuple[dict[str, Any], str | None]] = {
+    "not a number": ({"context": {"a": float("nan")}}, "context"),
+    "an object": ({"context": {"a": object()}}, "context"),
+    "a context that is no object": ({"context": ["a"]}, "context"),
+    "a number for a text": ({"description": 7}, "description"),
+    "no description": ({"description": None}, "description"),
+    "a bad id": ({"task_id": "a.b"}, "task_id"),
+    "an unknown priority": ({"priority": "urgent"}, "priority"),
+    "a negative budget": ({"token_budget": -1}, "token_budget"),
+    "no visible character": ({"description": " \t"}, "description"),
+    "a bad limit": ({"limits": Limits(max_depth=99)}, "limits"),
+    "too much": ({"description": "x" * MAX_AD_BYTES}, "description"),
+    "far too much": ({"description": "x" * 10**6}, "description"),
+    "half a character": ({"description": "\ud800"}, None),
+    "an object for a text": ({"domain": object()}, None),
+}
+
+
+@pytest.mark.parametrize("what", PYTHON_ONLY)
+def test_an_ad_built_in_python_is_held_to_the_same_rules(what: str) -> None:
+    fields, field = PYTHON_ONLY[what]
+    with pytest.raises(InvalidTask) as caught:
+        check_ad(TaskAd(**{"description": "x", **fields}))
+    assert caught.value.field == field
+
+
+def test_an_ad_of_exactly_the_limit_is_taken() -> None:
+    short = TaskAd(task_id="t", description="x")
+    ad = TaskAd(task_id="t", description="x" * (1 + MAX_AD_BYTES - len(encode(short))))
+    assert len(encode(ad)) == MAX_AD_BYTES
+    assert parse_ad(encode(ad)) == ad
+    with pytest.raises(InvalidTask):
+        parse_ad(encode(ad) + b" ")
+
+
+def test_nested_parts_come_through() -> None:
+    ad = parse_ad(_ad(accept={"contains": ["x"]}, limits={"max_depth": 1, "mitosis_threshold": 0.5}))
+    assert ad.accept == Accept(contains=("x",))
+    assert ad.limits == Limits(max_depth=1, mitosis_threshold=0.5)
+
+
+@given(token=tokens)
+def test_a_token_is_its_own_slug_in_lower_case(token: str) -> None:
+    assert slug(token) == token.lower()
+
+
+@given(domain=texts)
+def test_a_slug_is_always_a_token_and_its_own_slug(domain: str) -> None:
+    assert is_token(slug(domain))
+    assert slug(slug(domain)) == slug(domain)
+
+
+@given(domain=texts)
+def test_how_a_text_is_composed_makes_no_difference(domain: str) -> None:
+    assert slug(unicodedata.normalize("NFC", domain)) == slug(unicodedata.normalize("NFD", domain))
+
+
+def test_case_folds_and_spaces_around_do_not_count() -> None:
+    assert slug("Code") == slug("  CODE\n") == "code"
+    assert slug("Straßenbau & Brücken") == slug("STRASSENBAU & BRÜCKEN")
+
+
+def test_texts_of_any_script_are_told_apart() -> None:
+    slugs = {
+        slug(domain)
+        for domain in ("代码", "数据", "数 据", "données", "donnees", "c++", "c#", "a.b", "a b", "*", ">", "")
+    }
+    assert len(slugs) == 12
+    assert slug("代码").startswith("x-")
+
+
+@pytest.mark.parametrize("text", ["", "a.b", "a b", "*", ">", "a\n", "ü", "x" * 65, "a\x00", " a"])
+def test_what_a_subject_must_not_hold_is_no_token(text: str) -> None:
+    assert not is_token(text)
