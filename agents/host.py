@@ -6,6 +6,7 @@ Says       offers, run events, host.<host> every 3 s, lifecycle.joined and lifec
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -32,6 +33,8 @@ ANNOUNCE_S = 3.0
 HEARTBEAT_S = 2.0
 SLOTS = 4
 BACKLOG = 16
+REMEMBER_CANCEL_S = 60.0
+CANCELS = 10_000
 OWN_CODES = frozenset({"agent_failed", "budget_exceeded", "deadline_exceeded"})
 """What a run may say of itself. Any other code an agent raises would speak for the cluster: it has just failed."""
 CANCELLED = TaskError(code="cancelled", message="the run was stopped")
@@ -59,6 +62,8 @@ class NodeHost:
         self._rooms: dict[str, Room] = {}
         self._runs: dict[tuple[str, int], Run] = {}
         self._finished = Finished()
+        self._cancelled: OrderedDict[str, float] = OrderedDict()
+        """Tasks cancelled lately -> when: their run requests may still be on the way."""
         self._known: frozenset[str] = frozenset()
         self._draining = False
         self._subscriptions: list[Subscription] = []
@@ -102,7 +107,7 @@ class NodeHost:
 
     async def announce(self) -> None:
         """Say who is here, and tell of nodes that have come or gone."""
-        nodes = frozenset(node.id for node in self._nodes())
+        nodes = frozenset(node.id for node in self._nodes() if node.agent is not None)
         rooms = [self._room(node_id) for node_id in nodes]
         said = HostAnnouncement(
             host_id=self.host_id,
@@ -180,6 +185,9 @@ class NodeHost:
         last = self._finished.get((request.task_id, request.attempt))
         if last is not None:
             await send(self.bus, msg.reply, last)
+            return
+        if request.task_id in self._cancelled:
+            await send(self.bus, msg.reply, RunEvent(n=0, kind="error", error=CANCELLED))
             return
         await self._stop_earlier(request)
         await self._take(Run(self.bus, request, msg.reply))
@@ -267,6 +275,10 @@ class NodeHost:
 
     async def _on_cancel(self, msg: Msg) -> None:
         task_id = msg.subject.rsplit(".", 1)[1]
+        now = time.monotonic()
+        self._cancelled[task_id] = now
+        while now - next(iter(self._cancelled.values())) > REMEMBER_CANCEL_S or len(self._cancelled) > CANCELS:
+            self._cancelled.popitem(last=False)
         await self._stop([run for run in self._runs.values() if run.request.task_id == task_id], CANCELLED)
 
     async def _on_hosts(self, _msg: Msg) -> None:
@@ -299,15 +311,3 @@ class NodeHost:
             await act()
         except LoomError as error:
             log.warning("host_silenced", reason=error.message)
-
-
-AGENTS_OWN = frozenset({"agent_failed", "budget_exceeded", "deadline_exceeded"})
-"""Codes an agent may end a run with; any other, say of a task it submitted itself, is not about this task."""
-
-
-def fault(error: LoomError, node_id: str) -> TaskError:
-    """Return an agent's error as the run's: `agent_failed` unless the code is one an agent may give."""
-    own = TaskError.of(error, node_id=node_id)
-    if own.code in AGENTS_OWN:
-        return own
-    return TaskError(code="agent_failed", message=f"{own.code}: {own.message}"[:2000], node_id=node_id)

@@ -7,6 +7,8 @@ from msgspec.structs import replace
 
 from loom.schemas.envelope import Award, Claim, Envelope, TaskRecord
 
+Standing = Literal["report", "settle", "leave"]
+
 
 @dataclass(frozen=True)
 class Take:

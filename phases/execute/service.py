@@ -20,7 +20,7 @@ from loom.bus.loop import HopLoop, Service
 from loom.bus.outcome import Dead, Done, Fail, Leave, Next, Outcome
 from loom.bus.records import records
 from loom.bus.topology import EXECUTE_LANE
-from loom.phases.execute.claim import Drop, claim, may_report
+from loom.phases.execute.claim import Drop, Standing, claim, may_report
 from loom.phases.execute.watch import Silent, Watch
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope
@@ -139,6 +139,15 @@ class Execute:
         return await self._report(error_in(last, award), envelope, delivery)
 
     async def _follow(self, watch: Watch, envelope: Envelope, award: Award, delivery: Delivery) -> RunEvent | None:
+        """Relay the run and return its last event; one that falls silent is asked for once more."""
+        try:
+            return await self._relay(watch, envelope, award, delivery)
+        except Silent:
+            if not watch.heard or await self._standing(envelope, delivery) != "report":
+                raise
+        return await self._relay(watch.again(), envelope, award, delivery)
+
+    async def _relay(self, watch: Watch, envelope: Envelope, award: Award, delivery: Delivery) -> RunEvent | None:
         """Relay the run's events and return the last one; None when a suspect message has proved harmless."""
         delta = self._bus.subjects.of("delta", envelope.task_id)
         async with watch:
@@ -158,26 +167,25 @@ class Execute:
     async def _report(
         self, error: TaskError, envelope: Envelope, delivery: Delivery, *, claimed: bool = True
     ) -> Outcome:
-        """Hand an error on, unless the claim says that this message may not speak for the task any more."""
-        entry = await self._records.get(envelope.task_id)
-        if entry is None:
-            return Done()
-        if claimed:
-            say = may_report(entry.value, envelope.attempt, self._bus.instance, delivery.facts.stream_seq)
-        else:
-            say = "settle" if entry.value.ended or entry.value.claim.attempt > envelope.attempt else "report"
-        if say == "report":
+        """Hand an error on, unless this message may not speak for the task any more."""
+        standing = await self._standing(envelope, delivery, claimed=claimed)
+        if standing == "report":
             log.info("run_failed", code=error.code, node_id=error.node_id, attempt=envelope.attempt)
             return Fail(error, envelope)
-        return Done() if say == "settle" else Leave()
+        return Done() if standing == "settle" else Leave()
 
     async def _give_way(self, envelope: Envelope, delivery: Delivery) -> Outcome:
         """Another handler follows the run now: settle a mere copy of its message, leave it the message itself."""
+        return Done() if await self._standing(envelope, delivery) == "settle" else Leave()
+
+    async def _standing(self, envelope: Envelope, delivery: Delivery, *, claimed: bool = True) -> Standing:
+        """What the record, read again, lets this message do."""
         entry = await self._records.get(envelope.task_id)
         if entry is None:
-            return Done()
-        say = may_report(entry.value, envelope.attempt, self._bus.instance, delivery.facts.stream_seq)
-        return Done() if say == "settle" else Leave()
+            return "settle"
+        if claimed:
+            return may_report(entry.value, envelope.attempt, self._bus.instance, delivery.facts.stream_seq)
+        return "settle" if entry.value.ended or entry.value.claim.attempt > envelope.attempt else "report"
 
     async def _on_cancel(self, msg: Msg) -> None:
         cancelled_id = msg.subject.rsplit(".", 1)[1]

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 import structlog
+from msgspec.structs import replace
 
 from loom.bus.client import Bus, Msg
 from loom.schemas.run import RunEvent, RunRequest
@@ -35,6 +36,8 @@ class Watch:
         self._events: asyncio.Queue[RunEvent | None] = asyncio.Queue()
         self._inbox = ""
         self._next_n = request.from_n
+        self.heard = False
+        """Whether the host has said anything."""
 
     async def __aenter__(self) -> Self:
         self._inbox = self._bus.open_inbox(self._take)
@@ -61,10 +64,14 @@ class Watch:
                 raise Silent(f"host {self._host_id} was silent for {wait_s} s") from None
             if event is None:
                 raise Silent(f"host {self._host_id} is not there")
-            wait_s = SILENCE_S
+            wait_s, self.heard = SILENCE_S, True
             if event.final or event.n >= self._next_n:
                 self._next_n = event.n + 1
                 yield event
+
+    def again(self) -> "Watch":
+        """Return a watch for what this one has missed: the host keeps events, and starts no run twice."""
+        return Watch(self._bus, self._host_id, replace(self._request, from_n=self._next_n))
 
     def _take(self, msg: Msg) -> None:
         if msg.headers and msg.headers.get("Status") == "503":

@@ -22,7 +22,7 @@ from loom.bus.loop import HopLoop, Service, lane_slots
 from loom.bus.outcome import Fail, Later, Next, Outcome
 from loom.bus.scatter import scatter
 from loom.bus.topology import MATCH_LANES, Lane
-from loom.phases.match.policy import AllBusy, Awarded, Exhausted, Nobody, Verdict, best_known, judge
+from loom.phases.match.policy import AllBusy, Awarded, Exhausted, Nobody, Verdict, best_known, judge, tie_break
 from loom.phases.match.roster import Roster
 from loom.schemas.auction import BID_LIMIT, CallForBids, Offer
 from loom.schemas.config import ClusterConfig
@@ -35,6 +35,7 @@ log = structlog.get_logger()
 DESCRIPTION_BYTES = 1024
 HOLD_S = 5.0  # a busy cluster is asked again for so long before the task goes to the tail
 PAUSE_S = (0.1, 2.0)  # shortest and longest pause between two calls
+BUSY_S = (0.01, 0.1)  # the same after a node turned out to be full
 ALONE_PAUSE_S = 1.0
 
 
@@ -64,10 +65,13 @@ class Match:
         if spec is None:
             return Fail(TaskError(code="invalid_task", message="the envelope came without a spec"), envelope)
         envelope = replace(envelope, award=None, error=None, result=None)
-        if envelope.ad.node_id is not None:
-            return await self._pinned(envelope, spec, envelope.ad.node_id, delivery)
         if self._bus.now() >= envelope.deadline:
             return _too_late(envelope)
+        if envelope.last_error is not None and envelope.last_error.code == "node_busy":
+            with _counted(delivery):  # who was full a moment ago may be so still
+                await _pause(delivery, random.uniform(*(BUSY_S if envelope.ad.node_id is None else PAUSE_S)))  # noqa: S311 - jitter
+        if envelope.ad.node_id is not None:
+            return self._pinned(envelope, spec, envelope.ad.node_id)
         verdict = await self._auction(envelope, spec)
         if isinstance(verdict, AllBusy):
             verdict = await self._wait(envelope, spec, delivery)
@@ -114,9 +118,7 @@ class Match:
             return f"no node has all of the required tools: {', '.join(envelope.ad.required_tools)}"
         return "no node is there to take the task; start one with `loom node FILE.py`"
 
-    async def _pinned(self, envelope: Envelope, spec: Spec, node_id: str, delivery: Delivery) -> Outcome:
-        if self._bus.now() >= envelope.deadline:
-            return _too_late(envelope)
+    def _pinned(self, envelope: Envelope, spec: Spec, node_id: str) -> Outcome:
         if node_id in envelope.excluded:
             return Fail(
                 TaskError(code="no_bids", message=f"the task is pinned to {node_id}, which has failed it"), envelope
@@ -124,10 +126,8 @@ class Match:
         hosts = self._roster.hosts_of(node_id)
         if not hosts:
             return self._alone(envelope, spec, f"the task is pinned to {node_id}, which is not there")
-        if envelope.last_error is not None and envelope.last_error.code == "node_busy":
-            with _counted(delivery):
-                await _pause(delivery, random.uniform(*PAUSE_S))  # noqa: S311 - jitter
-        award = Award(node_id=node_id, host_id=hosts[0], pinned=True)
+        host = min(hosts, key=lambda host: tie_break(envelope.task_id, host))
+        award = Award(node_id=node_id, host_id=host, pinned=True)
         return Next("scale", replace(_met_someone(envelope, spec), award=award))
 
     async def _auction(self, envelope: Envelope, spec: Spec) -> Verdict:

@@ -246,6 +246,24 @@ async def test_a_run_is_lost_only_when_its_heartbeats_stop(stage: Stage) -> None
     assert failed.hops[-1].finished - failed.hops[-1].started > 1.2
 
 
+async def test_a_result_lost_on_its_way_is_asked_for_again(stage: Stage) -> None:
+    async def mumble(run: FakeRun) -> None:
+        """Lose the last event; say it when asked once more."""
+        run.n = run.request.from_n
+        await run.say("accepted")
+        if run.request.from_n:
+            await run.say("result", result=RunResult(content="as I said"))
+
+    one = await host(stage, mumble)
+    await stage.phase("execute")
+    await given(stage)
+    done = await outcome(stage)
+
+    assert done.error is None
+    assert done.result == RunResult(content="as I said")
+    assert [run.request.from_n for run in one.runs] == [0, 1]
+
+
 async def test_a_run_past_its_deadline_fails(stage: Stage) -> None:
     await host(stage, hang)
     await stage.phase("execute")

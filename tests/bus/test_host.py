@@ -408,6 +408,24 @@ async def test_a_run_is_cancelled_within_a_second_even_in_a_thread(stage: Stage)
     await next_one.heard("result")
 
 
+async def test_a_cancel_that_overtakes_its_run_request_holds(stage: Stage) -> None:
+    host = await stage.host([node(agent=forever)])
+    await stage.bus.publish(stage.bus.subjects.of("cancel", "t1"))
+    watcher = await run(stage, host)
+
+    assert await watcher.code() == "cancelled"
+    assert watcher.kinds() == ["error"]
+
+
+async def test_a_node_is_announced_once_it_has_an_agent(stage: Stage) -> None:
+    empty = node(agent=None)
+    await stage.host([empty])
+    assert (await stage.seen("host")).nodes == ()
+    empty.agent = quick
+
+    assert (await stage.seen("lifecycle", kind="joined")).node_id == "n1"
+
+
 async def test_nothing_is_said_after_the_last_event(stage: Stage) -> None:
     class Deaf:
         async def stream(self, _job: RunRequest) -> AsyncIterator[Any]:
@@ -425,7 +443,7 @@ async def test_nothing_is_said_after_the_last_event(stage: Stage) -> None:
     await stage.bus.publish(stage.bus.subjects.of("cancel", "t1"))
     assert await watcher.code() == "cancelled"
     await until(lambda: not host._room("n1").running, what="it has come to its end")
-    await quiet(stage.bus, host._bus)
+    await quiet(stage.bus, host.bus)
     assert watcher.kinds() == ["accepted", "started", "error"]
 
 
@@ -570,5 +588,5 @@ async def test_a_host_whose_connection_is_closed_gives_its_runs_back(stage: Stag
     host = await stage.host([node(agent=forever)])
     watcher = await run(stage, host)
     await watcher.heard("started")
-    await host._bus.close()
+    await host.bus.close()
     assert await watcher.code() == "node_busy"

@@ -5,9 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loom.agents import host
 from loom.agents.node import Room, choose
 from loom.agents.runs import KEEP_S, Finished, Run
 from loom.bus.client import Bus
+from loom.phases.execute import watch
+from loom.phases.match import roster
 from loom.schemas.auction import Bid
 from loom.schemas.run import RunEvent, RunRequest
 from loom.schemas.task import PRIORITIES, Priority, RunResult
@@ -137,3 +140,11 @@ def test_a_run_ended_twice_is_kept_once() -> None:
     assert last is not None
     assert last.result == RunResult(content="new")
     assert finished._bytes < 100
+
+
+def test_hosts_speak_as_often_as_the_phases_listen() -> None:
+    """Neither side imports the other; both follow the design."""
+    assert host.HEARTBEAT_S == watch.HEARTBEAT_S == 2
+    assert 3 * watch.HEARTBEAT_S <= watch.SILENCE_S < 4 * watch.HEARTBEAT_S
+    assert watch.ACCEPT_S == 1
+    assert 3 * host.ANNOUNCE_S <= roster.HEARD_S == 10
