@@ -13,11 +13,13 @@ log = structlog.get_logger()
 
 REPLY_PREFIXES = ("_INBOX.", "_R_.")
 """Where answers may go: client inboxes, and what the server makes of them between accounts."""
+MAX_REPLY = 256
+"""Longest reply subject a record keeps."""
 
 
 def may_answer(reply: str) -> bool:
     """Return whether `reply` is a client's inbox; any other subject could be somebody's command."""
-    return reply.startswith(REPLY_PREFIXES)
+    return reply.startswith(REPLY_PREFIXES) and len(reply) <= MAX_REPLY
 
 
 async def answer(bus: Bus, reply: str, message: Any) -> None:

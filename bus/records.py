@@ -1,5 +1,7 @@
 """Task records: read and change by compare-and-set."""
 
+import asyncio
+import random
 from collections.abc import Callable
 
 from loom.bus.client import Bus, Conflict
@@ -7,7 +9,7 @@ from loom.bus.kv import Bucket, Entry
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import BusUnavailable
 
-TRIES = 8  # writers of one record are few; more than this is not contention
+TRIES = 16  # writers of one record are few; more than this is not contention
 
 
 def records(bus: Bus) -> Bucket[TaskRecord]:
@@ -39,5 +41,5 @@ async def change(
         try:
             return Entry(task_id, wanted, await bucket.update(task_id, wanted, entry.revision))
         except Conflict:
-            continue
+            await asyncio.sleep(random.uniform(0, 0.01))  # noqa: S311 - apart from the others who lost the race
     raise BusUnavailable(f"record {task_id} was changed by others {TRIES} times in a row")

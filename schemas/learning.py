@@ -60,7 +60,7 @@ class DomainEvidence(Wire, frozen=True, kw_only=True):
     mean: Unit = 0.0
 
 
-MAX_DOMAINS = 48
+MAX_DOMAINS = 24
 """Domains remembered per node: all windows full, a profile still fits a message."""
 
 

@@ -6,7 +6,7 @@ from uuid import uuid4
 import structlog
 from msgspec.structs import replace
 
-from loom.bus.answers import answer, answer_error
+from loom.bus.answers import answer, answer_error, may_answer
 from loom.bus.client import Bus, Conflict, Msg, Refused, Subscription
 from loom.bus.records import change
 from loom.phases.sense.admission import Admission, envelope_for
@@ -49,7 +49,8 @@ class Desk:
     async def _submit(self, msg: Msg) -> None:
         try:
             ad = parse_ad(msg.data)
-            submission = Submission(ad=ad, submission=uuid4().hex, reply_to=msg.reply if ad.wait else "")
+            reply_to = msg.reply if ad.wait and may_answer(msg.reply) else ""
+            submission = Submission(ad=ad, submission=uuid4().hex, reply_to=reply_to)
             headers = (
                 {"traceparent": msg.headers["traceparent"]} if msg.headers and "traceparent" in msg.headers else {}
             )
