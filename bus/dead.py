@@ -1,15 +1,17 @@
 """Dead letters: the raw bytes kept for an operator, and the task ended all the same."""
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import structlog
 from msgspec.structs import replace
 
-from loom.bus.client import Bus
+from loom.bus.answers import may_answer
+from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
 from loom.bus.records import records
-from loom.schemas.envelope import DeadLetter, Envelope, Phase
+from loom.schemas.envelope import DeadLetter, Envelope, Phase, TaskRecord
 from loom.schemas.task import Submission, TaskAd, TaskError, is_token
 from loom.schemas.wire import MAX_MESSAGE_BYTES, Undecodable, decode
 
@@ -63,7 +65,9 @@ async def _rebuild(bus: Bus, phase: Phase, task_id: str, raw: bytes) -> Envelope
     entry = await records(bus).get(task_id)
     if phase == "sense":
         submission = _read(raw, Submission)
-        if entry is not None and (submission is None or submission.submission != entry.value.submission):
+        if entry is None:
+            return await _admit_dead(bus, task_id, submission)
+        if submission is None or submission.submission != entry.value.submission:
             return None  # rubbish sent under the id of somebody's running task must not end it
     else:
         envelope = _read(raw, Envelope)
@@ -71,10 +75,25 @@ async def _rebuild(bus: Bus, phase: Phase, task_id: str, raw: bytes) -> Envelope
             return envelope
     if entry is not None:
         return replace(entry.value.envelope, attempt=max(entry.value.envelope.attempt, entry.value.claim.attempt))
-    if phase != "sense":
-        return None
-    ad = TaskAd(task_id=task_id, description="(unreadable submission)")
-    return Envelope(ad=ad, deadline=bus.now())
+    return None
+
+
+async def _admit_dead(bus: Bus, task_id: str, submission: Submission | None) -> Envelope:
+    """Return an envelope for a task that died before its admission, recorded so that its submitter is answered."""
+    if submission is None or submission.ad.task_id != task_id:
+        return Envelope(ad=TaskAd(task_id=task_id, description="(unreadable submission)"), deadline=bus.now())
+    envelope = Envelope(ad=submission.ad, deadline=bus.now())
+    record = TaskRecord(
+        task_id=task_id,
+        state="running",
+        submission=submission.submission,
+        reply_to=(submission.reply_to,) if may_answer(submission.reply_to) else (),
+        envelope=envelope,
+        admitted_at=bus.now(),
+    )
+    with contextlib.suppress(Conflict):  # a twin of this message has been here
+        await records(bus).create(task_id, record)
+    return envelope
 
 
 def _read(raw: bytes, shape: type[T]) -> T | None:

@@ -127,13 +127,29 @@ def check_ad(ad: TaskAd) -> TaskAd:
     return checked
 
 
+_RULES = {
+    "task_id": "1 to 64 letters, digits, _ or -",
+    "node_id": "1 to 64 letters, digits, _ or -",
+    "priority": f"one of {', '.join(PRIORITIES)}",
+    "timeout_s": "a number of seconds, more than 0 and at most 86400",
+    "token_budget": "a whole number of tokens, at least 1",
+    "estimated_complexity": "a number from 0 to 1",
+}
+"""field -> its rule in words, where msgspec's own are hard to read."""
+
+
 def _refusal(raw: bytes, error: Undecodable) -> InvalidTask:
+    if not raw.strip():
+        return InvalidTask("the ad is empty: send a JSON object with at least a description", field="description")
     if isinstance(error.__cause__, RecursionError):
         return InvalidTask(f"context is nested more than {MAX_JSON_DEPTH} levels deep", field="context")
     if isinstance(error.__cause__, UnicodeDecodeError):
         field = _field_not_utf8(raw)
         return InvalidTask(f"{field or 'the ad'} is not UTF-8", field=field)
-    return InvalidTask(f"not a valid TaskAd: {error.message}", field=_field_in(error.message))
+    field = _field_in(error.message)
+    if "unknown field" not in error.message and field in _RULES:
+        return InvalidTask(f"{field} must be {_RULES[field]}", field=field)
+    return InvalidTask(f"not a valid TaskAd: {error.message}", field=field)
 
 
 def _too_large(size: int) -> InvalidTask:

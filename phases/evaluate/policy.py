@@ -72,7 +72,8 @@ def decide(envelope: Envelope, config: ClusterConfig, now: float) -> Decision:
         late = TaskError(code="deadline_exceeded", message="the deadline passed before another attempt")
         return End("failed", replace(refused, result=None, error=late))
     excluded = refused.excluded
-    if error.code in COUNTED and envelope.award and envelope.award.node_id not in excluded:
+    pinned_elsewhere = error.code == "node_lost" and envelope.ad.node_id is not None  # its node may be on another host
+    if error.code in COUNTED and envelope.award and envelope.award.node_id not in excluded and not pinned_elsewhere:
         excluded = (*excluded, envelope.award.node_id)
     return Back(
         replace(

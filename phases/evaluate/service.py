@@ -109,8 +109,8 @@ class Evaluate:
 
         entry = await change(self._records, envelope.task_id, end)
         if entry is not None and entry.value.ended:
-            error = entry.value.envelope.error
-            log.info("task_ended", state=entry.value.state, code=error.code if error else "")
+            ended = entry.value.to_result()
+            log.info("task_ended", state=ended.state, code=ended.error.code if ended.error else "")
         return entry
 
     async def _announce(self, record: TaskRecord) -> None:

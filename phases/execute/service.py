@@ -33,6 +33,7 @@ log = structlog.get_logger()
 
 SLOTS = 1024
 CLAIM_TRIES = 8
+CANCEL_S = 0.25  # SENSE ends a cancelled task itself; only a cancel it has not heard is reported from here
 CANCELLED = TaskError(code="cancelled", message="the task was cancelled")
 
 
@@ -110,6 +111,7 @@ class Execute:
             if ending.done():
                 return await self._settle(ending, envelope, award, delivery)
             if cancelled.is_set():
+                await asyncio.sleep(CANCEL_S)
                 return await self._report(CANCELLED, envelope, delivery)
             if delivery.recalled.is_set():
                 return Next("execute", envelope)  # another replica re-attaches to the run

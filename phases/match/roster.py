@@ -54,9 +54,10 @@ class Roster:
         )
 
     def hosts_of(self, node_id: str) -> list[str]:
-        """Return the hosts that lately said they have this node, in a stable order."""
+        """Return the hosts that lately said they have this node, the one heard last first."""
         expected = self.expected()
-        return sorted(host for host in self._hosts_of.get(node_id, ()) if host in expected)
+        hosts = [host for host in self._hosts_of.get(node_id, ()) if host in expected]
+        return sorted(hosts, key=lambda host: self._heard[host], reverse=True)
 
     def answered(self, expected: frozenset[str], offers: Sequence[Offer]) -> None:
         """Note who answered a call and who let its window pass; who is leaving is not waited for again."""

@@ -22,7 +22,7 @@ from loom.bus.loop import HopLoop, Service, lane_slots
 from loom.bus.outcome import Fail, Later, Next, Outcome
 from loom.bus.scatter import scatter
 from loom.bus.topology import MATCH_LANES, Lane
-from loom.phases.match.policy import AllBusy, Awarded, Exhausted, Nobody, Verdict, best_known, judge, tie_break
+from loom.phases.match.policy import AllBusy, Awarded, Exhausted, Nobody, Verdict, best_known, judge
 from loom.phases.match.roster import Roster
 from loom.schemas.auction import BID_LIMIT, CallForBids, Offer
 from loom.schemas.config import ClusterConfig
@@ -66,7 +66,7 @@ class Match:
             return Fail(TaskError(code="invalid_task", message="the envelope came without a spec"), envelope)
         envelope = replace(envelope, award=None, error=None, result=None)
         if self._bus.now() >= envelope.deadline:
-            return _too_late(envelope)
+            return self._too_late(envelope, spec)
         if envelope.last_error is not None and envelope.last_error.code == "node_busy":
             with _counted(delivery):  # who was full a moment ago may be so still
                 await _pause(delivery, random.uniform(*(BUSY_S if envelope.ad.node_id is None else PAUSE_S)))  # noqa: S311 - jitter
@@ -99,7 +99,7 @@ class Match:
                 return Fail(TaskError(code="no_bids", message="every node that could has failed this task"), envelope)
             case AllBusy():
                 if self._bus.now() >= envelope.deadline:
-                    return _too_late(envelope)
+                    return self._too_late(envelope, spec)
                 return Later(random.uniform(*PAUSE_S), _met_someone(envelope, spec))  # noqa: S311 - jitter
             case Nobody():
                 return self._alone(envelope, spec, self._why_nobody(envelope))
@@ -111,9 +111,17 @@ class Match:
             return Next("scale", replace(envelope, spec=replace(spec, alone_since=now)))
         if now - spec.alone_since >= self._config.no_bids_after_s:
             return Fail(TaskError(code="no_bids", message=why), envelope)
-        return Later(ALONE_PAUSE_S, envelope)
+        return Later(min(ALONE_PAUSE_S, max(0.0, envelope.deadline - now)), envelope)
+
+    def _too_late(self, envelope: Envelope, spec: Spec) -> Outcome:
+        why = "all nodes were busy" if spec.alone_since is None else self._why_nobody(envelope)
+        return Fail(
+            TaskError(code="deadline_exceeded", message=f"the deadline passed before the award: {why}"), envelope
+        )
 
     def _why_nobody(self, envelope: Envelope) -> str:
+        if envelope.ad.node_id is not None:
+            return f"the task is pinned to {envelope.ad.node_id}, which is not there"
         if envelope.ad.required_tools and self._roster.expected():
             return f"no node has all of the required tools: {', '.join(envelope.ad.required_tools)}"
         return "no node is there to take the task; start one with `loom node FILE.py`"
@@ -125,9 +133,8 @@ class Match:
             )
         hosts = self._roster.hosts_of(node_id)
         if not hosts:
-            return self._alone(envelope, spec, f"the task is pinned to {node_id}, which is not there")
-        host = min(hosts, key=lambda host: tie_break(envelope.task_id, host))
-        award = Award(node_id=node_id, host_id=host, pinned=True)
+            return self._alone(envelope, spec, self._why_nobody(envelope))
+        award = Award(node_id=node_id, host_id=hosts[0], pinned=True)
         return Next("scale", replace(_met_someone(envelope, spec), award=award))
 
     async def _auction(self, envelope: Envelope, spec: Spec) -> Verdict:
@@ -191,7 +198,3 @@ async def _pause(delivery: Delivery, seconds: float) -> None:
 
 def _met_someone(envelope: Envelope, spec: Spec) -> Envelope:
     return envelope if spec.alone_since is None else replace(envelope, spec=replace(spec, alone_since=None))
-
-
-def _too_late(envelope: Envelope) -> Outcome:
-    return Fail(TaskError(code="deadline_exceeded", message="the deadline passed before a node was free"), envelope)

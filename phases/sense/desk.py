@@ -73,7 +73,7 @@ class Desk:
             task_id = _task_of(msg)
             entry = await self._admission.records.get(task_id)
             if entry is not None:
-                await answer(self._bus, msg.reply, entry.value)
+                await answer(self._bus, msg.reply, shown(entry.value))
             elif await self._queued(task_id) is not None:
                 await answer(self._bus, msg.reply, Accepted(task_id=task_id))
             else:
@@ -83,7 +83,7 @@ class Desk:
 
     async def _cancel(self, msg: Msg) -> None:
         try:
-            await answer(self._bus, msg.reply, await self._cancelled(_task_of(msg)))
+            await answer(self._bus, msg.reply, shown(await self._cancelled(_task_of(msg))))
         except LoomError as error:
             await answer_error(self._bus, msg.reply, error)
 
@@ -143,6 +143,11 @@ def as_cancelled(record: TaskRecord, now: float) -> TaskRecord | None:
     if record.ended:
         return None
     return replace(record, state="cancelled", ended_at=now, envelope=record.envelope.failed(CANCELLED))
+
+
+def shown(record: TaskRecord) -> TaskRecord:
+    """Return the record without what only concerns those who wait: an inbox is a place to send answers to."""
+    return replace(record, reply_to=())
 
 
 def _task_of(msg: Msg) -> str:

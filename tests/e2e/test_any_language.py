@@ -127,7 +127,7 @@ DEEP = b'{"description": "x", "context": ' + b'{"a":' * 2000 + b"1" + b"}" * 200
 
 BAD: list[tuple[str, bytes, str | None]] = [
     ("not JSON", b"sort a list", None),
-    ("empty body", b"", None),
+    ("empty body", b"", "description"),
     ("not an object", b"[1, 2]", None),
     ("unknown field", b'{"description": "x", "descripton": "y"}', "descripton"),
     ("unknown field inside", b'{"description": "x", "accept": {"contians": ["a"]}}', "contians"),
