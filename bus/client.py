@@ -195,11 +195,14 @@ class Bus:
         await self._close_connection()
 
     async def _close_connection(self) -> None:
+        while (reconnecting := self._nc._reconnection_task) is not None and not reconnecting.done():
+            reconnecting.cancel()  # once may not do: Python 3.11 loses it when the connection is refused just then
+            await asyncio.wait([reconnecting], timeout=0.1)
         if not self._nc.is_closed:
             try:
                 await self._nc.close()
-            except (nats.errors.Error, OSError, AssertionError):
-                pass  # closed all the same; it asserts that it ever connected
+            except (nats.errors.Error, OSError, AssertionError, RuntimeError):
+                pass  # closed all the same; it asserts that it ever connected, uvloop that its transport is there
             except asyncio.CancelledError:
                 # Amid a reconnect nats-py cancels a future and then waits for it.
                 task = asyncio.current_task()
@@ -211,6 +214,7 @@ class Bus:
         self._closing = True
         nc = self._nc
         nc._status = Client.CLOSED  # nats-py has no synchronous close
+        nc._server_pool.clear()  # ends a reconnect that misses its cancellation
         writer = getattr(nc._transport, "_bare_io_writer", None)
         subs = [sub._wait_for_msgs_task for sub in nc._subs.values()]
         own = (nc._reading_task, nc._flusher_task, nc._ping_interval_task, nc._reconnection_task)

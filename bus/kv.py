@@ -14,6 +14,7 @@ T = TypeVar("T")
 
 _NO_MESSAGE = 10037
 _WRITE = "Loom-Write"  # names one write, so that its writer knows it again
+_DELETED = "KV-Operation: "  # what an operator's `nats kv del` leaves behind
 
 
 class Entry(NamedTuple, Generic[T]):
@@ -22,6 +23,10 @@ class Entry(NamedTuple, Generic[T]):
     key: str
     value: T
     revision: int
+
+
+def _has(message: dict[str, Any], header: str) -> bool:
+    return header.encode() in base64.b64decode(message.get("hdrs", ""))
 
 
 class Bucket(Generic[T]):
@@ -45,7 +50,7 @@ class Bucket(Generic[T]):
             Undecodable: The value is not what this bucket holds.
         """
         message = await self._last(key)
-        if message is None:
+        if message is None or _has(message, _DELETED):
             return None
         raw = base64.b64decode(message.get("data", ""))
         return Entry(key, decode(raw, self._shape), int(message["seq"]))
@@ -82,8 +87,10 @@ class Bucket(Generic[T]):
             # A repeated write whose first acknowledgement was lost conflicts with itself. Equal values prove
             # nothing: two who count the same thing write the same number.
             last = await self._last(key)
-            if last is not None and write.encode() in base64.b64decode(last.get("hdrs", "")):
+            if last is not None and _has(last, write):
                 return int(last["seq"])
+            if last is not None and revision == 0 and _has(last, _DELETED):
+                return await self.update(key, value, int(last["seq"]))
             raise
         return ack.seq
 

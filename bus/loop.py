@@ -35,6 +35,11 @@ def lane_slots(lane: Lane, total: int = SLOTS) -> int:
     return int(total * SHARES[lane.name.rsplit("_", 1)[1]])
 
 
+def retry_s(delivered: int) -> float:
+    """Return the longest wait before a message that failed comes again: 0.5 s, doubled each time, at most 30."""
+    return min(30.0, 0.25 * 2.0 ** min(delivered, DEAD_AFTER))
+
+
 @dataclass(frozen=True)
 class Service(Generic[T]):
     """One phase's consumers and what is done with their messages.
@@ -129,7 +134,7 @@ class HopLoop(Generic[T]):
                 await delivery.enter()
                 await self._settle(delivery, task_id, await self._decide(delivery))
             except Exception as error:  # noqa: BLE001 - whatever a handler raises, its message must come back
-                wait_s = min(30.0, 0.25 * 2.0 ** min(delivery.facts.delivered, DEAD_AFTER)) * random.uniform(0.5, 1)  # noqa: S311 - jitter
+                wait_s = retry_s(delivery.facts.delivered) * random.uniform(0.5, 1)  # noqa: S311 - jitter
                 log.warning("hop_failed", retry_in_s=round(wait_s, 2), **describe(error))
                 await self._answer(delivery, b'-NAK {"delay": %d}' % int(wait_s * 1e9))
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 from msgspec.structs import replace
 
-from loom.schemas.errors import BusUnavailable
+from loom.schemas.envelope import TaskRecord
+from loom.schemas.errors import BusUnavailable, InvalidTask
 from loom.schemas.learning import Reward, Signal
 from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, TaskAd, slug
 from loom.schemas.wire import Undecodable, decode
@@ -220,3 +221,32 @@ class RewardBus:
         if self.bus is None:
             raise BusUnavailable("this RewardBus has no bus: pass one, or use the RewardBus of a running Runtime")
         return self.bus
+
+
+def judgement(record: TaskRecord, score: float, reason: str) -> Reward:
+    """Return a person's reward for the node that finished a task.
+
+    Args:
+        record: Of a task that has ended.
+        score: 0 useless to 1 perfect.
+        reason: For people.
+
+    Raises:
+        InvalidTask: No node has finished the task, or the score is out of range.
+    """
+    result = record.to_result()
+    if not record.ended or result.node_id is None:
+        raise InvalidTask("only a task that a node has finished can be judged", task_id=record.task_id)
+    if not 0 <= score <= 1:
+        raise InvalidTask(f"score must be from 0 to 1, not {score}", field="score", task_id=record.task_id)
+    return Reward(
+        reward_id=f"{record.task_id}:{result.attempts}:person",
+        task_id=record.task_id,
+        attempt=result.attempts,
+        source="person",
+        node_id=result.node_id,
+        slug=record.envelope.slug,
+        score=score,
+        ended_at=record.ended_at or record.admitted_at,
+        reason=reason[:500],
+    )

@@ -20,6 +20,7 @@ MIB = 1 << 20  # the server sets the bytes of a bounded stream aside on its disk
 CREATE_TRIES = 5
 _NS = 1_000_000_000
 _STREAM_NOT_FOUND = 10059
+_CONSUMER_NOT_FOUND = 10014
 _NAME_IN_USE = 10058
 _STORE_NOT_READY = 10049
 
@@ -131,6 +132,62 @@ async def apply(bus: Bus, config: ClusterConfig) -> list[str]:
     return differences
 
 
+class Part(NamedTuple):
+    """A stream, bucket or consumer as the server has it."""
+
+    name: str
+    info: dict[str, Any] | None
+    """The server's whole answer; None where there is no such thing."""
+    differences: tuple[str, ...]
+    """From the design, each as `key is this, designed that`."""
+
+
+class Inspection(NamedTuple):
+    """What `inspect` found."""
+
+    streams: dict[str, Part]
+    """name on the server -> a stream or a bucket"""
+    consumers: dict[str, Part]
+    """lane -> its consumer"""
+
+
+async def inspect(bus: Bus, config: ClusterConfig) -> Inspection:
+    """Return what is there beside what `apply` would make, and change nothing.
+
+    Raises:
+        BusUnavailable: No answer, or JetStream is off.
+        Refused: The server will not say.
+    """
+    found: dict[str, Part] = {}
+    for wanted in streams(bus, config):
+        name = wanted["name"]
+        found[name] = await _part(bus, name, f"STREAM.INFO.{name}", wanted)
+    lanes = {
+        lane.name: await _part(
+            bus, lane.name, f"CONSUMER.INFO.{bus.subjects.stream(lane.stream)}.{lane.name}", consumer(bus, lane)
+        )
+        for lane in LANES
+    }
+    return Inspection(found, lanes)
+
+
+async def _part(bus: Bus, name: str, call: str, wanted: dict[str, Any]) -> Part:
+    try:
+        info = await bus.api(call)
+    except Refused as error:
+        if error.err_code in {_STREAM_NOT_FOUND, _CONSUMER_NOT_FOUND}:
+            return Part(name, None, ())
+        raise
+    _learn_clock(bus, info)
+    return Part(name, info, tuple(_differences(info["config"], wanted)))
+
+
+def _differences(config: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
+    for key, value in wanted.items():
+        if (config.get(key) or 0) != (value or 0):
+            yield f"{key} is {config.get(key)!r}, designed {value!r}"
+
+
 async def _apply_stream(bus: Bus, wanted: dict[str, Any]) -> list[str]:
     try:
         info = await bus.api(f"STREAM.INFO.{wanted['name']}")
@@ -140,11 +197,7 @@ async def _apply_stream(bus: Bus, wanted: dict[str, Any]) -> list[str]:
         await _create_stream(bus, wanted)
         info = await bus.api(f"STREAM.INFO.{wanted['name']}")
     _learn_clock(bus, info)
-    return [
-        f"{wanted['name']}: {key} is {info['config'].get(key)!r}, designed {value!r}"
-        for key, value in wanted.items()
-        if (info["config"].get(key) or 0) != (value or 0)
-    ]
+    return [f"{wanted['name']}: {difference}" for difference in _differences(info["config"], wanted)]
 
 
 async def _create_stream(bus: Bus, wanted: dict[str, Any]) -> None:

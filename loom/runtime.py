@@ -13,7 +13,7 @@ from loom.agents.agent import Agent
 from loom.agents.config import AgentConfig
 from loom.agents.tools import Tool
 from loom.bus import tasks
-from loom.bus.reward_bus import RewardBus
+from loom.bus.reward_bus import RewardBus, judgement
 from loom.bus.tasks import TaskHandle
 from loom.cluster.lifecycle import LifecycleManager
 from loom.cluster.manager import ClusterManager
@@ -22,7 +22,6 @@ from loom.runner.settings import Settings, from_environment
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import InvalidTask, LoomError
-from loom.schemas.learning import Reward
 from loom.schemas.llm import LLMProvider
 from loom.schemas.task import TaskAd, TaskResult
 from loom.types import AgentNode, CapabilityProfile, HealthReport
@@ -158,10 +157,8 @@ class Runtime:
         """
         session = await self._open()
         record = await tasks.status(session.bus, task_id)
-        if not isinstance(record, TaskRecord) or not record.ended or record.envelope.award is None:
+        if not isinstance(record, TaskRecord):
             raise InvalidTask("only a task that a node has finished can be judged", task_id=task_id)
-        if not 0 <= score <= 1:
-            raise InvalidTask(f"score must be from 0 to 1, not {score}", field="score", task_id=task_id)
         await self.reward_bus.publish(judgement(record, score, reason))
 
     async def _publish(self, task: TaskAd, *, deltas: bool) -> TaskHandle:
@@ -205,19 +202,3 @@ class Runtime:
                 self.reward_bus.bus = session.bus
                 self._session = session
             return self._session
-
-
-def judgement(record: TaskRecord, score: float, reason: str) -> Reward:
-    """Return a person's reward for the node that finished a task."""
-    result = record.to_result()
-    return Reward(
-        reward_id=f"{record.task_id}:{result.attempts}:person",
-        task_id=record.task_id,
-        attempt=result.attempts,
-        source="person",
-        node_id=result.node_id or "",
-        slug=record.envelope.slug,
-        score=score,
-        ended_at=record.ended_at or record.admitted_at,
-        reason=reason,
-    )

@@ -11,6 +11,7 @@ from loom.agents.host import BACKLOG, SLOTS, NodeHost
 from loom.agents.node import Node
 from loom.bus import topology
 from loom.bus.client import Bus
+from loom.bus.presence import Presence
 from loom.phases.adapt import Adapt
 from loom.phases.evaluate import Evaluate
 from loom.phases.execute import Execute
@@ -64,6 +65,7 @@ class PhaseGroup:
         self._services = [build(name, bus, self._config, llm) for name in names]
         self._names = tuple(names)
         self._started: list[PhaseService] = []
+        self._presence = Presence(bus, self._names, bus.instance)
 
     async def start(self) -> None:
         """Make the server's streams match, then start each phase; returns once all take messages.
@@ -75,11 +77,13 @@ class PhaseGroup:
         for service in self._services:
             await service.start()
             self._started.append(service)
+        await self._presence.start()
         log.info("phases_started", phases=list(self._names), instance=self._bus.instance)
 
     async def drain(self) -> None:
         """Drain all of them side by side; safe to call twice or unstarted."""
         started, self._started = self._started, []
+        await self._presence.stop()
         await asyncio.gather(*(service.drain(self._config.drain_timeout_s) for service in started))
         if started:
             log.info("phases_drained", phases=list(self._names))
@@ -120,8 +124,11 @@ async def running_nodes(
     """Host nodes on a connection of their own while the body runs."""
     async with Bus(url, namespace=namespace, role="node", patience_s=patience_s) as bus:
         host = NodeHost(bus, nodes, slots=slots, backlog=backlog)
+        presence = Presence(bus, ["node"], host.host_id)
         try:
             await host.start()
+            await presence.start()
             yield host
         finally:
+            await presence.stop()
             await host.drain(drain_timeout_s)

@@ -6,6 +6,7 @@ went, the guard ends the server and removes the private folder. Ctrl-C reaches n
 """
 
 import asyncio
+import fcntl
 import json
 import os
 import re
@@ -92,6 +93,12 @@ class NatsServer:
         self._check_started()
         return self._pid
 
+    @property
+    def ended(self) -> bool:
+        """Whether the server, or the guard that would end it, has gone although nobody stopped it."""
+        with self._lock:
+            return self._guard is not None and self._guard.ended
+
     def start(self) -> None:
         """Start the server and return once it takes connections; started already, do nothing.
 
@@ -137,7 +144,7 @@ class NatsServer:
             ports = Path(tempfile.mkdtemp(prefix="ports-", dir=self._folder))
             store = (self._store_dir or self._folder / "store").absolute()
             listen = ["-a", "127.0.0.1", "-p", str(port), "--ports_file_dir", str(ports)]
-            self._guard = _Guard(self._folder, [binary, "-c", str(config), *listen, "-js", "-sd", str(store)])
+            self._guard = _Guard(self._folder, store, [binary, "-c", str(config), *listen, "-js", "-sd", str(store)])
             self._url, self._pid = _await_ports(ports, self._guard)
         except BaseException:
             self.stop()
@@ -146,7 +153,8 @@ class NatsServer:
     def _end_guard(self, *, keep_folder: bool) -> None:
         guard, self._guard = self._guard, None
         if guard is not None:
-            guard.end(keep_folder=keep_folder)
+            guard.end(self._pid, keep_folder=keep_folder)
+            self._pid = 0
 
     def _check_started(self) -> None:
         if self._guard is None:
@@ -172,11 +180,31 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_disown_all)
 
 
+def _lock(store: Path) -> int:
+    """Take a folder of streams for one server; two on one folder destroy each other's.
+
+    Raises:
+        BusUnavailable: Another server has it, or it cannot be written.
+    """
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        lock = os.open(store / "loom.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise BusUnavailable(f"cannot keep streams in {store}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise BusUnavailable(f"{store} is in use by another server; stop that one, or choose another folder") from error
+    return lock
+
+
 class _Guard:
     """The shell process that outlives us if need be, and the pipes between it, the server and us."""
 
-    def __init__(self, folder: Path, command: list[str]) -> None:
+    def __init__(self, folder: Path, store: Path, command: list[str]) -> None:
         self._folder = folder
+        lock = _lock(store)
         orders, self._orders = os.pipe()  # closed on exec: no other child can hold an end open
         self._server_gone, held_by_server = os.pipe()
         try:
@@ -188,14 +216,21 @@ class _Guard:
                 env={"PATH": f"{os.environ.get('PATH', '')}:{os.defpath}"},  # no secrets of ours
                 cwd="/",
                 start_new_session=True,
+                pass_fds=(lock,),  # the store is theirs until both have gone
             )
         except BaseException:
             os.close(self._orders)
             os.close(self._server_gone)
             raise
         finally:
+            os.close(lock)
             os.close(orders)
             os.close(held_by_server)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the server or the guard itself has gone."""
+        return self._process.poll() is not None or self.server_gone(0)
 
     def server_gone(self, wait_s: float) -> bool:
         """Return whether the server has ended, waiting for that up to `wait_s`."""
@@ -212,7 +247,7 @@ class _Guard:
         told = [line for line in lines if "[FTL]" in line or line.startswith("nats-server: ")]
         return (told or [line for line in lines if line] or ["it said nothing"])[-1]
 
-    def end(self, *, keep_folder: bool) -> None:
+    def end(self, server: int, *, keep_folder: bool) -> None:
         """End server and guard; return when both have gone. To be called once."""
         if keep_folder:
             with suppress(BrokenPipeError):  # somebody killed the guard
@@ -223,6 +258,10 @@ class _Guard:
         except subprocess.TimeoutExpired:  # somebody stopped the guard
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        if server and not self.server_gone(0):  # somebody killed the guard, and the server is nobody's
+            with suppress(ProcessLookupError):
+                os.kill(server, signal.SIGKILL)
+            self.server_gone(STOP_GRACE_S)
         os.close(self._server_gone)
 
     def disown(self) -> None:

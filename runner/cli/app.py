@@ -3,13 +3,14 @@
 Exit codes: 0 done; 1 the work failed; 2 bad input; 3 no server or no phases; 130 interrupted.
 """
 
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
-from loom.runner.cli import serve, watch, work
+from loom.runner.cli import checkup, nodes, rewards, serve, task, tasks, watch, work
 from loom.runner.cli.render import one_line
 from loom.schemas.errors import LoomError
 
@@ -20,6 +21,9 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 app = typer.Typer(name="loom", add_completion=False, pretty_exceptions_enable=False)
 for command in (work.run, serve.up, serve.phase, serve.node, work.submit, watch.tap):
     app.command()(command)
+for view in (task.task, tasks.tasks, tasks.cancel, nodes.nodes, nodes.hosts, rewards.reward, rewards.rewards):
+    app.command()(view)
+app.command()(checkup.doctor)
 
 
 def _show_version(wanted: bool) -> None:
@@ -49,13 +53,19 @@ def main() -> None:
 
 def _outcome() -> int:
     try:
-        return app(prog_name="loom", standalone_mode=False) or 0
+        code = app(prog_name="loom", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except OSError as error:
+        # What is still buffered cannot be written either, and must not fail again at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1 if isinstance(error, BrokenPipeError) else _complain("io_error", error.strerror or str(error))
     except LoomError as error:
         return _complain(error.code, error.message)
     except _UsageError as error:
         return _complain("bad_usage", error.format_message())  # type: ignore[attr-defined]  # every one has it
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    return code
 
 
 def _complain(code: str, message: str) -> int:

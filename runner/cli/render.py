@@ -1,5 +1,7 @@
 """How things look: one printable line each, tables of 80 columns, no colour where none is wanted."""
 
+import os
+import sys
 import unicodedata
 from collections.abc import Sequence
 
@@ -34,9 +36,20 @@ def short(task_id: str) -> str:
     return task_id[:8] if len(task_id) == HEX_ID else task_id
 
 
+class _Console(Console):
+    """A console whose reader may leave: the work it tells of goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Say no more; what is still buffered goes nowhere, so that the end of the process does not stumble over it."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 def console(*, stderr: bool = False) -> Console:
     """Return a console that adds no colour of its own to numbers and words."""
-    return Console(stderr=stderr, highlight=False)
+    return _Console(stderr=stderr, highlight=False)
 
 
 def closing(board: Board, results: Sequence[TaskResult]) -> list[Table]:

@@ -1,44 +1,72 @@
 """What keeps running: `loom up`, `loom phase`, `loom node`."""
 
+import asyncio
 import errno
+import os
 import socket
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+import sys
+from collections import Counter
+from collections.abc import Coroutine
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import structlog
 import typer
 
 from loom.agents.host import BACKLOG, SLOTS
 from loom.agents.node import Node
+from loom.bus import topology
 from loom.bus.client import Bus
+from loom.bus.presence import Present, who_is_there
+from loom.runner import logs
 from loom.runner.cli.loading import load_nodes
 from loom.runner.cli.running import DEFAULT_URL, FOREVER_S, prepare, run_service, sense_model, until_lost
 from loom.runner.cluster import running_nodes, running_phases
 from loom.runner.embedded import embedded_server
 from loom.runner.settings import Settings
+from loom.runner.supervisor import STOP_GRACE_S, Program, Supervisor, end_with_parent, keep_alive, labelled
 from loom.schemas.envelope import PHASES, Phase
 from loom.schemas.errors import BusUnavailable
 
 log = structlog.get_logger()
 
 PORT = 4222
+MOST_REPLICAS = 64
+TERMINAL = "terminal"
+ASK_AGAIN_S = 0.1
 
 
 def up(
     port: Annotated[
         int, typer.Option(min=0, max=65_535, help="Port of the server on 127.0.0.1; 0 takes any free one.")
     ] = PORT,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="Give each phase a process of its own, started again when it dies.")
+    ] = False,
+    replicas: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PHASE=N", help="With --processes: N processes for a phase. Repeatable."),
+    ] = None,
 ) -> None:
     """Start a server and the six phases, and keep them running; with NATS_URL set, the phases alone."""
-    run_service(_up(prepare("info"), port))
+    settings = prepare("info")
+    counts = _counts(replicas or [])
+    if replicas and not processes:
+        raise typer.BadParameter("needs --processes", param_hint="--replicas")
+    run_service(_up(settings, port, _programs(counts) if processes else None))
 
 
 def phase(
     names: Annotated[list[str], typer.Argument(metavar="NAME…", help=f"Any of {', '.join(PHASES)}.")],
+    supervised: Annotated[str, typer.Option(hidden=True, help="Ends with standard input; logs as for this.")] = "",
 ) -> None:
     """Run these phases on the server of NATS_URL, waiting for it if need be."""
-    run_service(_phase(prepare("info"), _phases(names)))
+    settings = prepare("info")
+    if supervised:
+        logs.configure(settings.loom_log_level, readable=supervised == TERMINAL)
+        end_with_parent(settings.cluster.drain_timeout_s + STOP_GRACE_S)
+    run_service(_phase(settings, _phases(names)))
 
 
 def node(
@@ -51,16 +79,88 @@ def node(
     run_service(_node(settings, load_nodes(file), slots, backlog))
 
 
-async def _up(settings: Settings, port: int) -> None:
-    async with AsyncExitStack() as stack:
-        url = settings.nats_url
-        if not url:
-            check_free(port)
-            store = Path(settings.loom_store) if settings.loom_store else None
-            url = (await stack.enter_async_context(embedded_server(store, port=port or -1))).url
-        bus = await stack.enter_async_context(_phases_on(url, PHASES, settings))
+async def _up(settings: Settings, port: int, programs: list[Program] | None) -> None:
+    def cluster(url: str) -> Coroutine[Any, Any, None]:
+        return _in_here(url, settings) if programs is None else _in_processes(url, settings, programs)
+
+    if settings.nats_url:
+        await cluster(settings.nats_url)
+        return
+    check_free(port)
+    store = Path(settings.loom_store) if settings.loom_store else None
+    async with embedded_server(store, port=port or -1) as server:
+        await _first_to_end(cluster(server.url), keep_alive(server))
+
+
+async def _in_here(url: str, settings: Settings) -> None:
+    async with _phases_on(url, PHASES, settings) as bus:
         _say(_welcome(settings, bus.address))
         await until_lost(bus)
+
+
+async def _in_processes(url: str, settings: Settings, programs: list[Program]) -> None:
+    log.info("connecting", server=Bus(url).address)
+    names = [program.name for program in programs]
+    async with Bus(url, namespace=settings.loom_namespace, patience_s=FOREVER_S) as bus:
+        await topology.apply(bus, settings.cluster)  # what is wrong with the server is said once, and ends us
+        supervisor = Supervisor(
+            programs,
+            environment={**os.environ, "NATS_URL": url},
+            stop_s=settings.cluster.drain_timeout_s + STOP_GRACE_S,
+            say=labelled(names),
+        )
+        async with supervisor:
+            await _all_present(bus, Counter(name.partition("-")[0] for name in names))
+            _say(_welcome(settings, bus.address))
+            await until_lost(bus)
+
+
+async def _all_present(bus: Bus, wanted: Counter[str]) -> None:
+    """Return once as many of each phase answer."""
+
+    def all_here(there: list[Present]) -> bool:
+        return wanted <= Counter(each.metadata["service"] for each in there)
+
+    while True:
+        if all_here(await who_is_there(bus, enough=all_here)):
+            return
+        await asyncio.sleep(ASK_AGAIN_S)
+
+
+async def _first_to_end(*works: Coroutine[Any, Any, None]) -> None:
+    """Run them side by side until one ends or fails; the others are cancelled."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for ended in (task for task in tasks if task.done()):
+            ended.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _programs(counts: dict[Phase, int]) -> list[Program]:
+    """One command for each process, named `match`, or `execute-1`, `execute-2` where there are several."""
+    audience = TERMINAL if sys.stderr.isatty() else "pipe"
+    command = (sys.executable, "-m", "loom.runner.cli", "phase", "--supervised", audience)
+    return [
+        Program(name if counts[name] == 1 else f"{name}-{number}", (*command, name))
+        for name in PHASES
+        for number in range(1, counts[name] + 1)
+    ]
+
+
+def _counts(replicas: list[str]) -> dict[Phase, int]:
+    counts = dict.fromkeys(PHASES, 1)
+    for text in replicas:
+        name, _, number = text.partition("=")
+        known = [phase for phase in PHASES if phase == name]
+        if not known or not number.isdecimal() or not 1 <= int(number) <= MOST_REPLICAS:
+            most = f"a phase and 1 to {MOST_REPLICAS}, such as execute=3"
+            raise typer.BadParameter(f"{text!r} is not {most}", param_hint="--replicas")
+        counts[known[0]] = int(number)
+    return counts
 
 
 async def _phase(settings: Settings, names: tuple[Phase, ...]) -> None:

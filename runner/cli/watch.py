@@ -1,166 +1,115 @@
 """What watches: `loom tap`."""
 
-import sys
-from collections.abc import Callable
-from datetime import datetime
+from collections import deque
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from loom.bus.client import Bus
+from loom.bus.history import ended_since, rewards_since
 from loom.bus.tap import Seen, Tap
-from loom.runner.cli.render import console, one_line, short
+from loom.runner.cli.looking import PATIENCE_S, domain_slug, seconds, server_time
+from loom.runner.cli.render import console
 from loom.runner.cli.running import DEFAULT_URL, prepare, run_to_end
+from loom.runner.cli.sieve import Sieve
+from loom.runner.cli.spout import Spout
+from loom.runner.cli.words import Lines, json_line
 from loom.runner.settings import Settings
-from loom.schemas.auction import CallForBids, HostAnnouncement, RetireRequest, SpawnRequest
-from loom.schemas.envelope import Envelope
-from loom.schemas.events import ToolCallEnd, ToolCallStart
-from loom.schemas.learning import Lifecycle, Reward
-from loom.schemas.run import Delta, RunRequest
-from loom.schemas.task import Submission, TaskAd, TaskResult
+from loom.schemas.envelope import PHASES
+from loom.schemas.learning import Reward
+from loom.schemas.task import TaskResult
 from loom.schemas.wire import encode
 
-PATIENCE_S = 2.0
-WORDS = 60
-"""Most characters of a description or an answer in a line."""
+ROOM = 2_000
+"""Messages that may wait to be shown: a screen that lags by more shows the past, so later ones are skipped."""
 
 
 def tap(
+    task: Annotated[str, typer.Option(metavar="ID", help="Only this task; its first 8 digits do.")] = "",
+    phase: Annotated[str, typer.Option(metavar="|".join(PHASES), help="Only what this phase gets and says.")] = "",
+    node: Annotated[str, typer.Option(metavar="ID", help="Only this node, and the tasks it works on.")] = "",
+    domain: Annotated[str, typer.Option(help="Only this domain.")] = "",
+    since: Annotated[str, typer.Option(metavar="10m", help="First tell what ended and was earned so long ago.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print every message whole, one JSON object a line.")] = False,
 ) -> None:
-    """Show all traffic of the namespace, one line per message, until Ctrl-C."""
-    run_to_end(_tap(prepare("warning"), as_json=as_json))
+    """Show the traffic of the namespace, one line per message, until Ctrl-C."""
+    if phase and phase not in PHASES:
+        raise typer.BadParameter(f"{phase!r} is not one of {', '.join(PHASES)}", param_hint="--phase")
+    sieve = Sieve(task=task, phase=phase, node=node, slug=domain_slug(domain) or "")
+    ago_s = seconds(since) if since else 0.0
+    run_to_end(_tap(prepare("warning"), sieve, ago_s, as_json=as_json))
 
 
-async def _tap(settings: Settings, *, as_json: bool) -> None:
+async def _tap(settings: Settings, sieve: Sieve, ago_s: float, *, as_json: bool) -> None:
     url = settings.nats_url or DEFAULT_URL
-    screen = console()
-    async with Bus(url, namespace=settings.loom_namespace, patience_s=PATIENCE_S) as bus, Tap(bus) as messages:
+    line = json_line if as_json else Lines(console())
+    async with (
+        Bus(url, namespace=settings.loom_namespace, patience_s=PATIENCE_S) as bus,
+        Tap(bus, room=ROOM) as messages,
+    ):
         typer.echo(f"listening on {bus.address}, namespace {settings.loom_namespace}", err=True)
+        spout = Spout()
+        told: set[str] = set()
+        if ago_s:
+            for seen in await past(bus, sieve, ago_s):
+                told.add(_once(seen))
+                await spout.pour(line(seen))
+        skipped = 0
         async for seen in messages:
-            if as_json:
-                sys.stdout.write(encode(as_object(seen)).decode() + "\n")
-                sys.stdout.flush()
+            skipped += seen.skipped
+            if sieve.passes(seen) and _once(seen) not in told:
+                await spout.pour(line(replace(seen, skipped=skipped)))
+                skipped = 0
             else:
-                _show(screen, seen)
+                await spout.pause()
 
 
-def _show(screen: Console, seen: Seen) -> None:
-    if seen.skipped:
-        screen.print(Text(f"{seen.skipped} skipped: more than could be shown", "yellow"))
-    at = datetime.fromtimestamp(seen.at).strftime("%H:%M:%S.%f")[:-3]  # noqa: DTZ006 - the reader's own time
-    kind, about, facts = describe(seen)
-    line = Text.assemble((f"{at} ", "dim"), (f"{kind:<16} ", "cyan"), (f"{about:<12} ", "bold"), facts)
-    if screen.is_terminal:
-        line.truncate(screen.width, overflow="ellipsis")
-    screen.print(line, soft_wrap=True)
+def _once(seen: Seen) -> str:
+    """What tells a message of the past from others, however it came to be heard."""
+    match seen.message:
+        case TaskResult(task_id=task_id):
+            return f"result {task_id}"
+        case Reward(reward_id=reward_id, score=score):
+            return f"reward {reward_id} {score}"
+        case _:
+            return ""
 
 
-def as_object(seen: Seen) -> dict[str, Any]:
-    """Return a message as free JSON; bytes that are no message of ours stand under `raw`, in base64."""
-    read = not isinstance(seen.message, bytes)
-    return {
-        "at": seen.at,
-        "subject": seen.subject,
-        "family": seen.family,
-        "tokens": seen.tokens,
-        "size": seen.size,
-        "skipped": seen.skipped,
-        "headers": seen.headers,
-        "message" if read else "raw": seen.message,
-    }
+async def past(bus: Bus, sieve: Sieve, ago_s: float) -> list[Seen]:
+    """Return the results and rewards of the last seconds that are wanted as if they were heard now, oldest first.
+
+    Of more than ROOM of either kind the oldest are skipped.
+
+    Raises:
+        BusUnavailable: No phase has ever run here.
+    """
+    at = await server_time(bus) - ago_s
+    wanted = 0
+    results, rewards = deque[Seen](maxlen=ROOM), deque[Seen](maxlen=ROOM)
+    async for record in ended_since(bus, at):
+        seen = _as_heard(bus, ("result", record.task_id), record.to_result(), record.ended_at or at)
+        if sieve.passes(seen):
+            wanted += 1
+            results.append(seen)
+    async for stored_at, reward in rewards_since(bus, at):
+        seen = _as_heard(bus, ("reward", reward.node_id, reward.slug), reward, stored_at)
+        if sieve.passes(seen):
+            wanted += 1
+            rewards.append(seen)
+    told = sorted((*results, *rewards), key=lambda seen: seen.at)
+    return [replace(seen, skipped=wanted - len(told)) if seen is told[0] else seen for seen in told]
 
 
-def describe(seen: Seen) -> tuple[str, str, str]:
-    """Return kind, what it is about (a task, node or host) and the facts of a message, each on one line."""
-    tokens = seen.tokens
-    kind = {"task": f"task {tokens.get('phase')}", "lifecycle": tokens.get("kind", "")}.get(seen.family, seen.family)
-    about = short(tokens.get("task_id") or tokens.get("node_id") or tokens.get("host_id") or "")
-    message = seen.message
-    if isinstance(message, bytes):
-        facts = seen.headers.get("Loom-Dead-reason") or (f"{seen.size} bytes" if seen.size else "")
-        return kind or "?", about or ("" if kind else one_line(seen.subject, WORDS)), one_line(facts)
-    if isinstance(message, (TaskAd, CallForBids, RunRequest, SpawnRequest)):
-        about = short(message.task_id or "")
-    return kind, about, one_line(_FACTS[type(message)](message), 2 * WORDS)
-
-
-def _ad(ad: TaskAd) -> str:
-    return f'{ad.priority} "{one_line(ad.description, WORDS)}"'
-
-
-def _call(call: CallForBids) -> str:
-    return f"who bids in {call.slug}? complexity {call.complexity:.2f}, attempt {call.attempt}"
-
-
-def _run(request: RunRequest) -> str:
-    return f"run on {request.node_id}, attempt {request.attempt}, {request.remaining_s:.0f} s left"
-
-
-def _host(host: HostAnnouncement) -> str:
-    load = f"{host.running} of {host.slots} slots taken, {host.queued} queued"
-    return f"{', '.join(host.nodes) or 'no nodes'}; {load}" + (", draining" if host.draining else "")
-
-
-def _news(news: Lifecycle) -> str:
-    domains = sorted(news.profile.domains.items()) if news.profile else []
-    learned = ", ".join(f"{slug} {known.mean:.2f} of {known.count}" for slug, known in domains)
-    return news.reason or learned or (f"host {news.host_id}" if news.host_id else "")
-
-
-def _reward(reward: Reward) -> str:
-    return f"{reward.score:.2f} in {reward.slug} for {short(reward.task_id)}, by {reward.source}"
-
-
-def _where(envelope: Envelope) -> str:
-    """What the last phase added."""
-    attempt = f", attempt {envelope.attempt}" if envelope.attempt > 1 else ""
-    if envelope.error is not None:
-        return f"{envelope.error.code}: {one_line(envelope.error.message, WORDS)}{attempt}"
-    if envelope.result is not None:
-        return f"result of {envelope.result.duration_s:.2f} s: {one_line(envelope.result.content, WORDS)}"
-    if envelope.award is not None:
-        award = envelope.award
-        won = "pinned" if award.pinned else f"{award.score:.2f}, {len(award.bids)} bids"
-        return f"awarded to {award.node_id} ({won}){attempt}"
-    if envelope.spec is not None:
-        spec = envelope.spec
-        if spec.alone_since is not None:
-            return f"nobody has bid in {spec.slug} so far{attempt}"
-        return f"{', '.join(spec.domains)}, complexity {spec.complexity:.2f} ({spec.method}){attempt}"
-    return f'"{one_line(envelope.ad.description, WORDS)}"'
-
-
-def _progress(delta: Delta) -> str:
-    match delta.event:
-        case ToolCallStart(name=name):
-            return f"calls {name}"
-        case ToolCallEnd(name=name, failed=failed):
-            return f"{name} {'failed' if failed else 'answered'}"
-        case event:
-            text = getattr(event, "text", "")
-            return f'"{one_line(text, WORDS)}"' if text else event.type.replace("_", " ")
-
-
-def _result(result: TaskResult) -> str:
-    if result.error is not None:
-        return f"{result.state}, {result.error.code}: {one_line(result.error.message, WORDS)}"
-    return f"{result.state} on {result.node_id}, attempt {result.attempts}: {one_line(result.content, WORDS)}"
-
-
-_FACTS: dict[type, Callable[[Any], str]] = {
-    TaskAd: _ad,
-    Submission: lambda submission: _ad(submission.ad),
-    Envelope: _where,
-    CallForBids: _call,
-    RunRequest: _run,
-    HostAnnouncement: _host,
-    SpawnRequest: lambda wanted: f"a node for {wanted.slug} is wanted: {wanted.reason}",
-    RetireRequest: lambda order: f"{order.node_id} is to retire: {order.reason}",
-    Delta: _progress,
-    TaskResult: _result,
-    Reward: _reward,
-    Lifecycle: _news,
-}
+def _as_heard(bus: Bus, address: tuple[str, ...], message: Any, at: float) -> Seen:
+    subject = bus.subjects.of(*address)
+    parsed = bus.subjects.parse(subject)
+    return Seen(
+        subject=subject,
+        family=address[0],
+        tokens=parsed.tokens if parsed else {},
+        message=message,
+        headers={},
+        at=at,
+        size=len(encode(message)),
+    )

@@ -217,6 +217,8 @@ async def _submit(settings: Settings, ad: TaskAd, *, as_json: bool) -> TaskResul
         typer.echo(encode(result))
     elif not live and result.success:
         typer.echo(result.content)
+    if result.truncated and not as_json:
+        typer.echo("truncated: the answer was longer than a message may carry, and has been cut", err=True)
     return result
 
 

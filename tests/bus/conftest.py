@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from support.buses import Connect
+from support.hops import Phases
 
 from loom.bus import topology
 from loom.bus.client import Bus
@@ -19,7 +20,9 @@ async def connect(namespace: str, nats_url: str) -> AsyncIterator[Connect]:
     async def open_one(*, url: str = nats_url, namespace: str = namespace, role: str = "client") -> Bus:
         bus = Bus(url, namespace=namespace, role=role)
         buses.append(bus)
-        return await bus.connect()
+        await bus.connect()
+        bus._nc.options["reconnect_time_wait"] = 0.02  # tests need not be patient
+        return bus
 
     yield open_one
     for bus in reversed(buses):
@@ -49,8 +52,16 @@ def server() -> Iterator[NatsServer]:
 
 
 @pytest.fixture
-async def mortal(connect: Connect, server: NatsServer) -> Bus:
+async def mortal(server: NatsServer, connect: Connect) -> Bus:
     """A connection to `server`, with streams."""
     bus = await connect(url=server.url)
     assert await topology.apply(bus, ClusterConfig()) == []
     return bus
+
+
+@pytest.fixture
+async def phases() -> AsyncIterator[Phases]:
+    """Phases of the test's own making, stopped after it."""
+    phases = Phases()
+    yield phases
+    await phases.stop()

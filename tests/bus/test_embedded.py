@@ -183,6 +183,22 @@ async def test_a_given_store_outlives_the_server(private: Path, tmp_path: Path) 
     assert not entries(private)
 
 
+def test_a_store_in_use_is_refused_until_its_server_has_gone(private: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    first, second = NatsServer(store), NatsServer(store)
+    first.start()
+    try:
+        with pytest.raises(BusUnavailable, match="in use by another server"):
+            second.start()
+        assert talks(first.url)
+        first.restart()
+        first.stop()
+        second.start()
+    finally:
+        first.stop()
+        second.stop()
+
+
 async def test_bounds_of_streams_may_add_up_to_more_than_the_disk_holds(server: NatsServer) -> None:
     connection = await nats.connect(server.url)
     for name in ("A", "B"):

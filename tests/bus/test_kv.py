@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import nats
 import pytest
@@ -85,7 +85,7 @@ async def test_a_repeated_write_whose_acknowledgement_was_lost_does_not_conflict
 ) -> None:
     real, opened = bus.open_inbox, list[str]()
 
-    def deaf_once(sink: client.Callable[[client.Msg], None]) -> str:
+    def deaf_once(sink: Callable[[client.Msg], None]) -> str:
         opened.append(real(sink if opened else lambda _: None))
         return opened[-1]
 
@@ -104,7 +104,7 @@ async def test_a_repeated_write_another_has_overtaken_is_a_conflict(
     other = Bucket(await connect(), "nodes", NodeProfile)
     real, lost = bus.open_inbox, asyncio.Event()
 
-    def deaf_once(sink: client.Callable[[client.Msg], None]) -> str:
+    def deaf_once(sink: Callable[[client.Msg], None]) -> str:
         if lost.is_set():
             return real(sink)
         return real(lambda _: lost.set())
@@ -142,6 +142,20 @@ async def test_the_layout_is_the_one_every_nats_client_reads(
     theirs = await kv.put("n2", encode(profile("n2")))
     await nc.close()
     assert await bucket.get("n2") == Entry("n2", profile("n2"), theirs)
+
+
+async def test_a_key_an_operator_deleted_is_absent_and_may_be_created_again(
+    nats_url: str, bus: Bus, bucket: Bucket[NodeProfile]
+) -> None:
+    first = await bucket.create("n1", profile(tasks=1))
+    nc = await nats.connect(nats_url)
+    await (await nc.jetstream().key_value(bus.subjects.bucket("nodes"))).delete("n1")
+    await nc.close()
+    assert await bucket.get("n1") is None
+    with pytest.raises(Conflict):
+        await bucket.update("n1", profile(tasks=2), first)
+    revision = await bucket.create("n1", profile(tasks=3))
+    assert await bucket.get("n1") == Entry("n1", profile(tasks=3), revision)
 
 
 # -- following

@@ -17,7 +17,9 @@ from loom.schemas.learning import Reward
 from loom.schemas.task import slug
 
 
-def reward(n: int = 0, *, node_id: str = "n1", domain: str = "code", score: float = 1.0, source: str = "rules") -> Reward:
+def reward(
+    n: int = 0, *, node_id: str = "n1", domain: str = "code", score: float = 1.0, source: str = "rules"
+) -> Reward:
     return Reward(
         reward_id=f"t{n}:1:{source}",
         task_id=f"t{n}",

@@ -106,7 +106,7 @@ async def test_a_stream_that_differs_is_left_alone_and_reported_in_a_sentence(pl
 
     assert differences == [
         f"{wanted['name']}: storage is 'memory', designed 'file'",
-        f"{wanted['name']}: max_bytes is 4096, designed {1 << 28}",
+        f"{wanted['name']}: max_bytes is 4096, designed {wanted['max_bytes']}",
     ]
     assert [entry["difference"] for entry in logs if entry["event"] == "topology_differs"] == differences
     assert (await config_of(plain, wanted["name"]))["max_bytes"] == 4096
@@ -143,10 +143,10 @@ async def test_many_processes_may_apply_at_once(nats_url: str, namespace: str, p
     )
     started = [
         await asyncio.create_subprocess_exec(sys.executable, "-c", script, stderr=asyncio.subprocess.PIPE)
-        for _ in range(4)
+        for _ in range(3)
     ]
     errors = [(await one.communicate())[1].decode() for one in started]
-    assert [one.returncode for one in started] == [0] * 4, errors
+    assert [one.returncode for one in started] == [0] * 3, errors
     assert len(await names(plain)) == 8
 
 
@@ -172,7 +172,7 @@ async def test_a_stream_the_server_refuses_is_said(plain: Bus) -> None:
 async def test_a_foreign_stream_in_the_way_is_said(plain: Bus) -> None:
     ns = plain.subjects.namespace
     await plain.api(f"STREAM.CREATE.{ns}-foreign", {"name": f"{ns}-foreign", "subjects": [f"{ns}.task.>"]})
-    with pytest.raises(BusUnavailable, match="TASKS.*overlap"):
+    with pytest.raises(BusUnavailable, match=r"TASKS.*overlap"):
         await topology.apply(plain, ClusterConfig())
 
 

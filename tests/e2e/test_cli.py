@@ -208,6 +208,29 @@ async def test_an_interrupted_run_keeps_what_it_has(start: Start, tmp_path: Path
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
 
 
+async def test_a_reader_that_leaves_does_not_end_the_run(start: Start, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *COMMAND,
+            "run",
+            "tasks.jsonl",
+            "--agents",
+            "agents.py",
+            cwd=tmp_path,
+            stdout=writer,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    finally:
+        os.close(writer)
+    _, errors = await process.communicate()
+
+    assert b"Traceback" not in errors
+    assert b"SystemExit" not in errors
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 3
+
+
 # -- loom up, phase, node, tap
 
 

@@ -189,13 +189,17 @@ async def test_dispose_leaves_neither_process_nor_folder_and_bears_being_called_
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
+
+    def folders() -> list[Path]:
+        return list(tmp_path.iterdir())
+
     rt = runtime()
     assert await rt.submit(TaskAd(domain="code", description="sort")) == "done: sort"
-    assert list(tmp_path.iterdir())
+    assert folders()
     rt.dispose()
     rt.dispose()
 
-    await until(lambda: not list(tmp_path.iterdir()), what="the server's folder is gone")
+    await until(lambda: not folders(), what="the server's folder is gone")
 
 
 def test_a_runtime_serves_one_event_loop_after_another(embedded: None) -> None:

@@ -3,12 +3,11 @@
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from support.wait import until
-
 from loom.bus.client import Bus, Msg
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.task import TaskAd
+from support.wait import until
 
 Connect = Callable[..., Awaitable[Bus]]
 """Opens a connection; `url`, `namespace` and `role` may be given."""

@@ -29,13 +29,15 @@ tokens = st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True)
 
 def message_types() -> list[type[Wire]]:
     """Every public Struct of loom.schemas."""
-    found: dict[str, type[Wire]] = {}
-    for module in pkgutil.iter_modules(loom.schemas.__path__):
-        content = vars(importlib.import_module(f"loom.schemas.{module.name}"))
-        for name, value in content.items():
-            if isinstance(value, type) and issubclass(value, Wire) and value is not Wire and not name.startswith("_"):
-                found[name] = value
+    modules = [
+        importlib.import_module(f"loom.schemas.{one.name}") for one in pkgutil.iter_modules(loom.schemas.__path__)
+    ]
+    found = {name: value for module in modules for name, value in vars(module).items() if _is_message(name, value)}
     return list(found.values())
+
+
+def _is_message(name: str, value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Wire) and value is not Wire and not name.startswith("_")
 
 
 def messages(shape: type[Wire]) -> st.SearchStrategy[Any]:
@@ -43,7 +45,7 @@ def messages(shape: type[Wire]) -> st.SearchStrategy[Any]:
     return _values(mi.type_info(shape))
 
 
-def _values(kind: mi.Type) -> st.SearchStrategy[Any]:
+def _values(kind: mi.Type) -> st.SearchStrategy[Any]:  # noqa: C901, PLR0911, PLR0912 - one case per kind of type
     match kind:
         case mi.StructType(cls=cls):
             return _structs(cls)
@@ -76,7 +78,8 @@ def _values(kind: mi.Type) -> st.SearchStrategy[Any]:
             return st.none()
         case mi.AnyType():
             return json_values
-    raise NotImplementedError(f"no strategy for {kind}")
+        case _:
+            raise NotImplementedError(f"no strategy for {kind}")
 
 
 @cache

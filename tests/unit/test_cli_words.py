@@ -12,7 +12,7 @@ from loom.bus.tap import SHAPES, Seen
 from loom.runner.cli.render import one_line, printable
 from loom.runner.cli.running import run_to_end, unless_lost, until_lost
 from loom.runner.cli.transcript import Transcript
-from loom.runner.cli.watch import _FACTS, as_object, describe
+from loom.runner.cli.words import _FACTS, as_object, describe
 from loom.schemas.errors import BusUnavailable
 
 

@@ -3,7 +3,7 @@
 from datetime import datetime
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nats.aio.msg import Msg
 
@@ -16,6 +16,7 @@ counts = st.integers(0, 2**63)
 
 
 @pytest.mark.parametrize("form", [OLD, NEW, NEW + ".random"])
+@settings(deadline=None)
 @given(delivered=counts, stream=counts, consumer=counts, at=st.integers(0, 2**62), pending=counts)
 def test_facts_are_read_from_every_form_of_the_reply(
     form: str, delivered: int, stream: int, consumer: int, at: int, pending: int
@@ -54,6 +55,7 @@ def test_slots_count_what_is_free() -> None:
     assert slots.free == 1
 
 
+@settings(deadline=None)
 @given(at=st.floats(0, 4e9))
 def test_a_stamp_is_the_same_moment_with_its_offset(at: float) -> None:
     read = datetime.fromisoformat(stamp(at))

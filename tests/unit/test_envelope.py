@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loom.schemas.envelope import MAX_HOPS, Award, Best, Claim, Envelope, Hop, Phase, Spec, Split, TaskRecord
@@ -52,6 +52,7 @@ def test_a_phase_visited_again_after_others_gets_a_new_hop() -> None:
     assert env.step == 8
 
 
+@settings(deadline=None)
 @given(visits=st.lists(st.sampled_from(PIPELINE), max_size=300))
 def test_hops_are_bounded_and_keep_both_ends(visits: list[Phase]) -> None:
     env, whole = _envelope(), list[int]()

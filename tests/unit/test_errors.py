@@ -6,10 +6,11 @@ from loom.schemas.errors import BY_CODE, BusUnavailable, InvalidTask, LoomError,
 from loom.schemas.task import TaskError
 from loom.schemas.wire import decode, encode
 
-CODES = (
-    "invalid_task no_bids deadline_exceeded cancelled node_lost agent_failed rejected_result budget_exceeded "
-    "invalid_plan overloaded unknown_task node_busy subtask_failed dead_letter bus_unavailable"
-).split()
+CODES = [
+    *("invalid_task", "no_bids", "deadline_exceeded", "cancelled", "node_lost", "agent_failed", "rejected_result"),
+    *("budget_exceeded", "invalid_plan", "overloaded", "unknown_task", "node_busy", "subtask_failed", "dead_letter"),
+    "bus_unavailable",
+]
 
 
 def test_the_codes_are_the_published_ones() -> None:
@@ -43,7 +44,7 @@ def test_facts_are_attributes_and_a_fact_an_error_lacks_is_none() -> None:
 
 def test_what_is_no_fact_is_no_attribute() -> None:
     with pytest.raises(AttributeError):
-        InvalidTask("why").nonsense
+        InvalidTask("why").nonsense  # noqa: B018
 
 
 def test_a_long_message_is_cut_to_what_the_wire_takes() -> None:

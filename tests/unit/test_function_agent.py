@@ -120,13 +120,13 @@ async def test_no_answer_is_a_failure(nothing: Any) -> None:
 )
 @pytest.mark.parametrize("kind", ["sync", "async", "generator"])
 async def test_what_a_function_raises_is_a_failure_in_one_line(raised: BaseException, message: str, kind: str) -> None:
-    def sync(job: RunRequest) -> str:  # noqa: ARG001
+    def sync(job: RunRequest) -> str:
         raise raised
 
-    async def coroutine(job: RunRequest) -> str:  # noqa: ARG001
+    async def coroutine(job: RunRequest) -> str:
         raise raised
 
-    async def generator(job: RunRequest) -> AsyncIterator[str]:  # noqa: ARG001
+    async def generator(job: RunRequest) -> AsyncIterator[str]:
         yield "so far so good"
         raise raised
 
@@ -141,14 +141,14 @@ async def test_a_value_json_cannot_carry_is_a_failure() -> None:
 
 
 async def test_a_typed_error_passes_as_it_is() -> None:
-    def broke(job: RunRequest) -> str:  # noqa: ARG001
+    def broke(job: RunRequest) -> str:
         raise BudgetExceeded("nothing left")
 
     with pytest.raises(BudgetExceeded, match="nothing left"):
         await events_of(FunctionAgent(broke))
 
 
-async def hang(text: str) -> str:  # noqa: ARG001
+async def hang(text: str) -> str:
     await asyncio.Event().wait()
     return "never"
 

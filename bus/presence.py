@@ -1,0 +1,131 @@
+"""Who serves here: discovery as NATS services do it, PING and INFO of the micro protocol (`nats micro ls`).
+
+A service is named `<namespace>-<what>`, and whoever asks `$SRV.PING` gets one answer from each instance.
+"""
+
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib import metadata
+
+from loom.bus.answers import answer
+from loom.bus.client import Bus, Msg, Subscription
+from loom.bus.scatter import scatter
+from loom.schemas.wire import Wire
+
+ANSWER_S = 0.5
+"""How long to listen for answers: nobody knows how many there will be."""
+
+_PING = "io.nats.micro.v1.ping_response"
+_INFO = "io.nats.micro.v1.info_response"
+
+
+class Present(Wire, frozen=True, kw_only=True):
+    """One instance of a service, as the micro protocol words it."""
+
+    type: str
+    name: str
+    id: str
+    version: str
+    metadata: dict[str, str]
+
+
+class _Info(Present, frozen=True, kw_only=True):
+    description: str
+    endpoints: list[dict[str, str]]
+
+
+class Presence:
+    """Answers discovery for services of this process.
+
+    Args:
+        names: What they are: the phases, or `node`.
+        instance: Tells replicas apart.
+        facts: More to say about each.
+    """
+
+    def __init__(self, bus: Bus, names: Sequence[str], instance: str, facts: Mapping[str, str] | None = None) -> None:
+        self._bus = bus
+        common = {"namespace": bus.subjects.namespace, "host": socket.gethostname(), **(facts or {})}
+        self._services = {
+            service_name(bus, name): Present(
+                type=_PING,
+                name=service_name(bus, name),
+                id=instance,
+                version=own_version(),
+                metadata={**common, "service": name},
+            )
+            for name in names
+        }
+        self._subscriptions: list[Subscription] = []
+
+    async def start(self) -> None:
+        """Begin to answer."""
+        subjects = ["$SRV.*"]
+        for name, service in self._services.items():
+            subjects += [f"$SRV.*.{name}", f"$SRV.*.{name}.{service.id}"]
+        for subject in subjects:
+            self._subscriptions.append(await self._bus.subscribe(subject, self._on_question))
+        await self._bus.echo()
+
+    async def stop(self) -> None:
+        """Answer no more; safe to call twice or unstarted."""
+        subscriptions, self._subscriptions = self._subscriptions, []
+        for subscription in subscriptions:
+            await self._bus.unsubscribe(subscription)
+
+    async def _on_question(self, msg: Msg) -> None:
+        _, verb, *rest = msg.subject.split(".")
+        asked = [self._services[rest[0]]] if rest else self._services.values()
+        for service in asked:
+            if verb == "PING":
+                await answer(self._bus, msg.reply, service)
+            elif verb == "INFO":
+                await answer(self._bus, msg.reply, _info(service))
+
+
+def _info(service: Present) -> _Info:
+    return _Info(
+        type=_INFO,
+        name=service.name,
+        id=service.id,
+        version=service.version,
+        metadata=service.metadata,
+        description=f"{service.metadata['service']} of a loom cluster",
+        endpoints=[],
+    )
+
+
+async def who_is_there(
+    bus: Bus, *, within_s: float = ANSWER_S, enough: Callable[[list[Present]], bool] = lambda _: False
+) -> list[Present]:
+    """Return the services of this namespace that answer in `within_s`, sorted by name and id.
+
+    Args:
+        bus: A client's: services answer to client inboxes only.
+        enough: Whether to stop listening; asked after every answer.
+    """
+
+    def ours(answers: list[Present]) -> list[Present]:
+        return [
+            each
+            for each in answers
+            if each.metadata.get("namespace") == bus.subjects.namespace
+            and each.name == service_name(bus, each.metadata.get("service", ""))
+        ]
+
+    answers = await scatter(
+        bus, "$SRV.PING", b"", Present, window_s=within_s, enough=lambda answers: enough(ours(answers))
+    )
+    return sorted(ours(answers), key=lambda each: (each.name, each.id))
+
+
+def service_name(bus: Bus, name: str) -> str:
+    """Return what a service of this namespace is called: `loom-match` for `match`."""
+    return f"{bus.subjects.namespace}-{name}"
+
+
+@cache
+def own_version() -> str:
+    """Return the version of this installation."""
+    return metadata.version("loom-nats")

@@ -1,0 +1,200 @@
+"""Who works here: `loom nodes`, `loom hosts`."""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from loom.bus.client import Bus, Msg
+from loom.bus.history import recent_records
+from loom.bus.kv import Bucket
+from loom.runner.cli.looking import AsLines, add_row, clock, looking, print_json, sparkline
+from loom.runner.cli.render import console, table_of
+from loom.runner.cli.running import prepare, run_to_end
+from loom.runner.settings import Settings
+from loom.schemas.auction import HostAnnouncement
+from loom.schemas.envelope import TaskRecord
+from loom.schemas.learning import DomainEvidence, NodeProfile
+from loom.schemas.wire import Undecodable, decode
+
+CALL_S = 0.4
+"""How long hosts have to say that they are here."""
+CLAIMS_FROM = 200
+"""Recent tasks in whose auctions claims are looked for."""
+TREND = 12
+
+Claims = dict[tuple[str, str], float]
+"""(node id, slug) -> what the node last said of itself."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A node, alive or remembered."""
+
+    node_id: str
+    hosts: tuple[HostAnnouncement, ...]
+    """Those it is on now; none: it is not alive."""
+    profile: NodeProfile | None
+    claims: dict[str, float]
+    """slug -> claim, from recent auctions."""
+
+    @property
+    def domains(self) -> list[str]:
+        """Slugs something is known about."""
+        return sorted({*self.claims, *(self.profile.domains if self.profile else ())})
+
+
+def nodes(as_json: AsLines = False) -> None:
+    """Show the nodes that are alive or remembered, and what is known of each."""
+    run_to_end(_nodes(prepare("warning"), as_json=as_json))
+
+
+def hosts(as_json: AsLines = False) -> None:
+    """Show the node hosts that are alive."""
+    run_to_end(_hosts(prepare("warning"), as_json=as_json))
+
+
+async def _nodes(settings: Settings, *, as_json: bool) -> None:
+    async with looking(settings) as bus:
+        here, profiles, records = await asyncio.gather(
+            announcements(bus), _profiles(bus), recent_records(bus, CLAIMS_FROM)
+        )
+    known = known_nodes(here, profiles, claims_in(records))
+    if as_json:
+        for one in known:
+            print_json(as_object(one))
+        return
+    screen = console()
+    if not known:
+        screen.print("no nodes are alive or remembered: start some with `loom node FILE.py`")
+        return
+    screen.print(_who(known))
+    evidence = _what(known)
+    if evidence.row_count:
+        screen.print()
+        screen.print(evidence)
+
+
+async def _hosts(settings: Settings, *, as_json: bool) -> None:
+    async with looking(settings) as bus:
+        here = await announcements(bus)
+    if as_json:
+        for host in here:
+            print_json(host)
+        return
+    screen = console()
+    if not here:
+        screen.print("no hosts answer: start one with `loom node FILE.py`")
+        return
+    numbers = ("slots", "running", "queued")
+    table = table_of(("host", *numbers, "state", "nodes"), right=numbers, ratios={"nodes": 1})
+    table.columns[-1].no_wrap = False
+    for host in here:
+        state = "draining" if host.draining else "takes work"
+        state += ", can start nodes" if host.templates else ""
+        counts = (str(host.slots), str(host.running), str(host.queued))
+        add_row(table, host.host_id, *counts, state, ", ".join(host.nodes))
+    screen.print(table)
+
+
+async def announcements(bus: Bus, within_s: float = CALL_S) -> list[HostAnnouncement]:
+    """Ask the hosts who is here, and return what they say in that time, by host id."""
+    said: dict[str, HostAnnouncement] = {}
+
+    async def take(msg: Msg) -> None:
+        try:
+            host = decode(msg.data, HostAnnouncement)
+        except Undecodable:
+            return  # whoever that is, it cannot be shown as a host
+        said[host.host_id] = host
+
+    subscription = await bus.subscribe(bus.subjects.of("host", "*"), take)
+    await bus.publish(bus.subjects.hosts)
+    await asyncio.sleep(within_s)
+    await bus.unsubscribe(subscription)
+    return [said[host_id] for host_id in sorted(said)]
+
+
+async def _profiles(bus: Bus) -> list[NodeProfile]:
+    reader = Bucket(bus, "nodes", NodeProfile).reader()
+    profiles: dict[str, NodeProfile] = {}
+    try:
+        while not reader.caught_up:
+            profiles |= {entry.key: entry.value for entry in await reader.batch()}
+    finally:
+        await reader.stop()
+    return list(profiles.values())
+
+
+def claims_in(records: Iterable[TaskRecord]) -> Claims:
+    """Return what nodes said of themselves in the auctions of these tasks, of which the newest come first."""
+    claims: Claims = {}
+    for record in records:
+        award = record.envelope.award
+        for bid in award.bids if award else ():
+            claims.setdefault((bid.node_id, record.envelope.slug), bid.claim)
+    return claims
+
+
+def known_nodes(here: Sequence[HostAnnouncement], profiles: Sequence[NodeProfile], claims: Claims) -> list[Known]:
+    """Return every node that is alive or has a profile, those alive first."""
+    by_id = {profile.node_id: profile for profile in profiles}
+    alive = {node_id for host in here for node_id in host.nodes}
+    known = [
+        Known(
+            node_id=node_id,
+            hosts=tuple(host for host in here if node_id in host.nodes),
+            profile=by_id.get(node_id),
+            claims={slug: claim for (node, slug), claim in claims.items() if node == node_id},
+        )
+        for node_id in alive | by_id.keys()
+    ]
+    return sorted(known, key=lambda one: (not one.hosts, one.node_id))
+
+
+def as_object(one: Known) -> dict[str, Any]:
+    """Return what is known of a node as free JSON."""
+    return {
+        "node_id": one.node_id,
+        "alive": bool(one.hosts),
+        "hosts": [host.host_id for host in one.hosts],
+        "claims": one.claims,
+        "profile": one.profile,
+    }
+
+
+def _who(known: Sequence[Known]) -> Table:
+    numbers = ("load", "tasks", "losses", "tokens")
+    table = table_of(("node", "host", *numbers, "last worked"), title="Nodes", right=numbers, ratios={"node": 1})
+    for one in known:
+        profile = one.profile or NodeProfile(node_id=one.node_id)
+        host = ", ".join(host.host_id for host in one.hosts) or "not alive"
+        load = " ".join(load_of(host) for host in one.hosts)
+        counts = (str(profile.total_tasks), str(profile.consecutive_losses), str(profile.tokens))
+        last = clock(profile.updated_at) if profile.updated_at else ""
+        add_row(table, one.node_id, host, load, *counts, last)
+    table.caption = "load: runs of the host's slots, + queued. losses: failures in a row."
+    return table
+
+
+def load_of(host: HostAnnouncement) -> str:
+    """Return how busy a host is: runs of slots, and what is queued besides."""
+    return f"{host.running}/{host.slots}" + (f"+{host.queued}" if host.queued else "")
+
+
+def _what(known: Sequence[Known]) -> Table:
+    numbers = ("claim", "evidence", "count", "last")
+    columns = ("node", "domain", *numbers, "trend")
+    table = table_of(columns, title="What they are good at", right=numbers, ratios={"node": 1})
+    for one in known:
+        for slug in one.domains:
+            evidence = one.profile.domains.get(slug, DomainEvidence()) if one.profile else DomainEvidence()
+            scores = [score.score for score in evidence.scores]
+            claim = f"{one.claims[slug]:.2f}" if slug in one.claims else "-"
+            mean = f"{evidence.mean:.2f}" if evidence.count else "-"
+            last = f"{scores[-1]:.2f}" if scores else "-"
+            add_row(table, one.node_id, slug, claim, mean, str(evidence.count), last, sparkline(scores[-TREND:]))
+    table.caption = f"claim: as last said in the {CLAIMS_FROM} newest tasks. evidence: mean reward over count."
+    return table

@@ -1,0 +1,116 @@
+"""Which messages `loom tap` shows. No I/O."""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+from loom.bus.tap import Seen
+from loom.runner.cli.render import short
+from loom.schemas.auction import HostAnnouncement
+from loom.schemas.envelope import Envelope
+from loom.schemas.learning import Lifecycle, NodeProfile
+from loom.schemas.task import Submission, TaskAd, slug
+
+REMEMBERED = 100_000
+"""Tasks remembered to be a node's or a domain's; the oldest are forgotten first."""
+
+SPEAKER = {
+    "submit": "sense",
+    "status": "sense",
+    "cancel": "sense",
+    "intake": "sense",
+    "auction": "match",
+    "spawn": "scale",
+    "run": "execute",
+    "delta": "execute",
+    "result": "evaluate",
+    "reward": "evaluate",
+    "retire": "adapt",
+}
+"""family -> the phase that hears it first, or says it; tasks and dead letters name theirs."""
+
+
+Ours = OrderedDict[str, None]
+"""Ids of tasks, the longest unheard of first."""
+
+
+@dataclass
+class Sieve:
+    """Passes what fits everything that was asked for; an empty wish fits all.
+
+    A delta names neither node nor domain: it passes when the last message that did, of its task, has passed.
+    """
+
+    task: str = ""
+    phase: str = ""
+    node: str = ""
+    slug: str = ""
+    _of_node: Ours = field(default_factory=Ours)
+    _of_slug: Ours = field(default_factory=Ours)
+
+    def passes(self, seen: Seen) -> bool:
+        """Return whether the message is wanted."""
+        tasks = tasks_of(seen)
+        node = _fits(self.node, nodes_of(seen), tasks, self._of_node)
+        domain = _fits(self.slug, slugs_of(seen), tasks, self._of_slug)
+        task = not self.task or any(self.task in {each, short(each)} for each in tasks)
+        return node and domain and task and (not self.phase or self.phase == phase_of(seen))
+
+
+def _fits(wish: str, named: set[str], tasks: tuple[str, ...], ours: Ours) -> bool:
+    if not wish:
+        return True
+    if not named:
+        return any(task in ours for task in tasks)
+    if len(tasks) == 1:
+        ours.pop(tasks[0], None)
+        if wish in named:
+            ours[tasks[0]] = None
+        if len(ours) > REMEMBERED:
+            ours.popitem(last=False)
+    return wish in named
+
+
+def tasks_of(seen: Seen) -> tuple[str, ...]:
+    """Return the tasks a message is about."""
+    message: Any = seen.message
+    if isinstance(message, Lifecycle):
+        return message.task_ids
+    task_id = seen.tokens.get("task_id") or getattr(message, "task_id", None)
+    return (task_id,) if task_id else ()
+
+
+def nodes_of(seen: Seen) -> set[str]:
+    """Return the nodes a message names as those it is about; losers of an auction are not."""
+    match seen.message:
+        case Envelope(award=award):
+            return {award.node_id} if award else set()
+        case HostAnnouncement(nodes=nodes):
+            return set(nodes)
+        case message:
+            node_id = seen.tokens.get("node_id") or getattr(message, "node_id", None)
+            return {node_id} if node_id else set()
+
+
+def slugs_of(seen: Seen) -> set[str]:
+    """Return the domains a message names, as tokens; one that SENSE has not judged yet may name none."""
+    match seen.message:
+        case Envelope() as envelope:
+            return {envelope.slug} if envelope.spec or envelope.ad.domain else set()
+        case Lifecycle(profile=NodeProfile(domains=domains)):
+            return set(domains)
+        case Submission(ad=TaskAd(domain=domain)):
+            pass
+        case message:
+            domain = getattr(message, "domain", "")
+            token = seen.tokens.get("slug") or getattr(message, "slug", "")
+            if token:
+                return {token}
+    return {slug(domain)} if domain else set()
+
+
+def phase_of(seen: Seen) -> str:
+    """Return the phase a message goes to, or comes from where it goes to none."""
+    if seen.family == "lifecycle":
+        return "adapt" if seen.tokens.get("kind") == "learned" else ""
+    return seen.tokens.get("phase") or SPEAKER.get(seen.family, "")

@@ -1,0 +1,62 @@
+"""Standard output that may block, because somebody has stopped reading it, without stopping the event loop.
+
+A process that stops reading from the server is cut off by it; one whose screen is slow is to skip messages instead.
+"""
+
+import asyncio
+import os
+import sys
+import threading
+from queue import SimpleQueue
+
+FULL = 256
+"""Lines that may wait to be written."""
+WAIT_S = 0.005
+BREATH = 32
+"""Messages handled between two looks at the socket."""
+
+
+class Spout:
+    """Writes lines in a thread of its own, in order."""
+
+    def __init__(self) -> None:
+        self._lines: SimpleQueue[str] = SimpleQueue()
+        self._fault: OSError | None = None
+        self._turn = 0
+        # A daemon: a write nobody reads never returns, and must not keep the process from ending.
+        self._thread = threading.Thread(target=self._write, name="spout", daemon=True)
+
+    async def pour(self, text: str) -> None:
+        """Hand `text` on; waits while too much is waiting already.
+
+        Raises:
+            OSError: Standard output is closed, a BrokenPipeError when its reader has gone.
+        """
+        if self._thread.ident is None:
+            self._thread.start()
+        while self._lines.qsize() >= FULL and self._fault is None:  # noqa: ASYNC110 - the thread need not wake us
+            await asyncio.sleep(WAIT_S)
+        if self._fault is not None:
+            raise self._fault
+        self._lines.put(text)
+        await self.pause()
+
+    async def pause(self) -> None:
+        """Let the socket be read now and then; to be called for every message that is not poured."""
+        self._turn += 1
+        if self._turn % BREATH == 0:
+            await asyncio.sleep(0)
+
+    def _write(self) -> None:
+        # Not through sys.stdout: at its end Python would wait for the lock of a write that never returns.
+        descriptor = sys.stdout.fileno()
+        try:
+            while True:
+                text = [self._lines.get()]
+                while not self._lines.empty():
+                    text.append(self._lines.get())
+                data = "".join(text).encode(errors="replace")
+                while data:
+                    data = data[os.write(descriptor, data) :]
+        except OSError as error:
+            self._fault = error

@@ -1,0 +1,205 @@
+"""One task: `loom task`."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from loom.bus.client import Bus
+from loom.bus.history import find, rewards_since
+from loom.runner.cli.looking import TaskId, add_row, clock, looking, print_json, span
+from loom.runner.cli.progress import STYLES
+from loom.runner.cli.render import console, one_line, printable, table_of
+from loom.runner.cli.running import prepare, run_to_end
+from loom.runner.cli.timeline import Try, handed_in_at, tries, turns, why
+from loom.runner.settings import Settings
+from loom.schemas.envelope import Award, ScoredBid, TaskRecord
+from loom.schemas.learning import Reward
+from loom.schemas.task import Submission, TaskError
+
+REWARDS_S = 5.0
+"""Longest search for a task's rewards."""
+ANSWER_LINES = 12
+ANSWER_CHARS = 1200
+WORDS = 300
+
+
+def task(
+    task_id: TaskId,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+) -> None:
+    """Show how one task went, or how far it is: hops, bids, attempts, answer, rewards."""
+    run_to_end(_task(prepare("warning"), task_id, as_json=as_json))
+
+
+async def _task(settings: Settings, task_id: str, *, as_json: bool) -> None:
+    async with looking(settings) as bus:
+        found = await find(bus, task_id)
+        if as_json:
+            print_json(found.record or found.submission)
+            return
+        screen = console()
+        if found.record is None:
+            _show_waiting(screen, found.submission)
+            return
+        rewards, complete = await _rewards(bus, found.record)
+        _show(screen, found.record, found.phase, rewards, bus.now())
+        if not complete:
+            screen.print(f"Rewards: looked for {REWARDS_S:.0f} s; later ones may be missing.")
+
+
+async def _rewards(bus: Bus, record: TaskRecord) -> tuple[list[Reward], bool]:
+    """The rewards of a task, and whether all that may be there was read."""
+    found: dict[str, Reward] = {}
+    try:
+        async with asyncio.timeout(REWARDS_S):
+            async for _, reward in rewards_since(bus, record.admitted_at, slug=record.envelope.slug):
+                if reward.task_id == record.task_id:
+                    found[reward.reward_id] = reward  # a later one replaces its twin
+    except TimeoutError:
+        return list(found.values()), False
+    return list(found.values()), True
+
+
+def _show_waiting(screen: Console, submission: Submission | None) -> None:
+    if submission is not None:
+        ad = submission.ad
+        screen.print(Text(f'{ad.task_id} waits for admission: {ad.priority} "{one_line(ad.description, 60)}"'))
+
+
+def _show(screen: Console, record: TaskRecord, phase: str, rewards: Sequence[Reward], now: float) -> None:
+    envelope = record.envelope
+    for line in _head(record, phase, now):
+        screen.print(line)
+    for table in (_hops(record), _bids(envelope.award, envelope.domain)):
+        if table.row_count:
+            screen.print()
+            screen.print(table)
+    if envelope.award is not None:
+        screen.print(Text(why(envelope.award)))
+    for table in (_attempts(tries(record, rewards)), _earned(rewards)):
+        if table.row_count:
+            screen.print()
+            screen.print(table)
+    _show_answer(screen, record)
+
+
+def _head(record: TaskRecord, phase: str, now: float) -> Iterator[Text]:
+    envelope, ad = record.envelope, record.envelope.ad
+    start = handed_in_at(record)
+    state = Text.assemble((record.task_id, "bold"), "  ", (record.state, STYLES.get(record.state, "cyan")))
+    if record.ended_at is not None:
+        state.append(f" after {span(max(0.0, record.ended_at - start))}")
+        state.append(", short of what was asked" if record.below_threshold else "")
+    else:
+        state.append(f" for {span(max(0.0, now - start))}{_where(record, phase)}, ")
+        state.append(f"{span(max(0.0, envelope.deadline - now))} left")
+    yield state
+    yield Text(f'"{one_line(ad.description, WORDS)}"')
+    facts = [f"handed in {clock(start)}", f"priority {ad.priority}"]
+    if envelope.spec is not None:
+        spec = envelope.spec
+        facts += [f"domain {', '.join(spec.domains)}", f"complexity {spec.complexity:.2f} ({spec.method})"]
+    elif envelope.domain:
+        facts.append(f"domain {envelope.domain}")
+    if envelope.spec is not None and envelope.spec.alone_since is not None and not record.ended:
+        facts.append(f"nobody has bid for {span(max(0.0, now - envelope.spec.alone_since))}")
+    if ad.required_tools:
+        facts.append(f"needs {', '.join(ad.required_tools)}")
+    if ad.token_budget is not None:
+        facts.append(f"at most {ad.token_budget} tokens, {envelope.budget} left")
+    if envelope.split is not None:
+        facts.append(f"part of {envelope.split.parent}")
+    yield Text(one_line(", ".join(facts)), "dim")
+
+
+def _where(record: TaskRecord, phase: str) -> str:
+    """What a running task is doing."""
+    if phase == "later":
+        return ", waiting for its next call"
+    on = f" on {record.claim.node_id}" if phase == "execute" and record.claim.attempt == record.envelope.attempt else ""
+    return f", in {phase}{on}" if phase else ""
+
+
+def _hops(record: TaskRecord) -> Table:
+    columns = ("at", "phase", "attempt", "waited", "worked", "instance")
+    table = table_of(columns, title="Hops", right=("at", "attempt", "waited", "worked"), ratios={"instance": 1})
+    for turn in turns(record):
+        if turn.after_gap:
+            add_row(table, "…")
+        waited = "" if turn.waited_s is None else span(turn.waited_s)
+        instance = turn.instance or "(ended the task; waiting included)"
+        add_row(
+            table, f"+{span(turn.at_s)}", turn.phase, str(turn.attempt), waited, span(turn.worked_s), Text(instance)
+        )
+    return table
+
+
+def _bids(award: Award | None, domain: str) -> Table:
+    numbers = ("claim", "evidence", "count", "trust", "bonus", "load", "tools", "total")
+    title = f"Bids in {one_line(domain, 40)}, best first"
+    table = table_of(("node", *numbers), title=title, right=numbers, ratios={"node": 1})
+    for bid in award.bids if award else ():
+        add_row(table, bid.node_id, *_weighed(bid))
+    return table
+
+
+def _weighed(bid: ScoredBid) -> Iterator[str]:
+    yield f"{bid.claim:.2f}"
+    yield "-" if bid.evidence is None else f"{bid.evidence:.2f}"
+    yield str(bid.count)
+    for part in (bid.trust, bid.bonus, bid.load, bid.tools, bid.score):
+        yield f"{part:.2f}"
+
+
+def _attempts(known: Sequence[Try]) -> Table:
+    numbers = ("attempt", "tokens", "time")
+    table = table_of(("attempt", "node", "outcome", "tokens", "time"), title="Attempts", right=numbers)
+    table.columns[1].max_width = table.columns[2].max_width = None
+    for one in known:
+        style = STYLES.get(one.outcome, "cyan" if one.outcome == "running" else "red")
+        time = span(one.duration_s) if one.duration_s else ""
+        tokens = str(one.tokens) if one.tokens else ""
+        add_row(table, str(one.attempt), one.node_id, Text(one.outcome, style), tokens, time)
+    return table
+
+
+def _earned(rewards: Sequence[Reward]) -> Table:
+    columns = ("attempt", "node", "by", "score", "signal", "reason")
+    table = table_of(columns, title="Rewards", right=("attempt", "score", "signal"), ratios={"reason": 1})
+    for reward in rewards:
+        signal = f"{reward.signal.total:.2f}" if reward.source == "rules" else ""
+        reason = one_line(reward.reason, WORDS)
+        add_row(table, str(reward.attempt), reward.node_id, reward.source, f"{reward.score:.2f}", signal, reason)
+    return table
+
+
+def _show_answer(screen: Console, record: TaskRecord) -> None:
+    envelope, result = record.envelope, record.envelope.result
+    for label, error in (("Error", envelope.error), ("Error of the attempt before", envelope.last_error)):
+        if error is not None:
+            screen.print()
+            screen.print(Text.assemble((f"{label}: ", "red"), _complaint(error)))
+    if envelope.excluded:
+        screen.print(Text(f"Excluded: {', '.join(envelope.excluded)}"))
+    if result is None:
+        return
+    guessed = "about " if result.estimated_usage else ""
+    tokens = f"{guessed}{result.prompt_tokens} + {result.completion_tokens} tokens" if result.tokens else "no tokens"
+    judged = f", judged {record.score:.2f}" if record.score is not None else ""
+    screen.print()
+    screen.print(Text(f"Answer ({tokens}, {result.steps} steps, {span(result.duration_s)}{judged})", "bold"))
+    lines = printable(result.content[:ANSWER_CHARS]).strip().splitlines()
+    screen.print(Text("\n".join(lines[:ANSWER_LINES])))
+    if len(lines) > ANSWER_LINES or len(result.content) > ANSWER_CHARS or result.truncated:
+        cut = " and was longer still" if result.truncated else ""
+        screen.print(Text(f"… {len(result.content)} characters in all{cut}; --json has them", "dim"))
+
+
+def _complaint(error: TaskError) -> str:
+    on = f" ({error.node_id})" if error.node_id else ""
+    return f"{error.code}: {one_line(error.message, WORDS)}{on}"

@@ -1,0 +1,116 @@
+"""Many tasks, and the end of one: `loom tasks`, `loom cancel`."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from loom.bus import tasks as client
+from loom.bus.history import Found, find, recent_records
+from loom.bus.topology import stream_state
+from loom.runner.cli.looking import (
+    MANY,
+    AsLines,
+    TaskId,
+    add_row,
+    clock,
+    domain_slug,
+    looking,
+    print_json,
+    span,
+)
+from loom.runner.cli.progress import STYLES
+from loom.runner.cli.render import console, one_line, short, table_of
+from loom.runner.cli.running import prepare, run_to_end
+from loom.runner.cli.timeline import handed_in_at
+from loom.runner.settings import Settings
+from loom.schemas.envelope import TaskRecord
+
+STATES = ("running", "succeeded", "failed", "cancelled")
+
+
+def tasks(
+    state: Annotated[str | None, typer.Option(metavar="|".join(STATES), help="Only tasks in this state.")] = None,
+    domain: Annotated[str | None, typer.Option(help="Only tasks of this domain.")] = None,
+    node: Annotated[str | None, typer.Option(metavar="ID", help="Only tasks this node has last worked on.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many.")] = MANY,
+    as_json: AsLines = False,
+) -> None:
+    """List recent tasks, the newest first."""
+    if state is not None and state not in STATES:
+        raise typer.BadParameter(f"{state!r} is not one of {', '.join(STATES)}", param_hint="--state")
+    settings = prepare("warning")
+    run_to_end(_tasks(settings, state, domain_slug(domain), node, limit, as_json=as_json))
+
+
+async def _tasks(
+    settings: Settings, state: str | None, slug: str | None, node: str | None, limit: int, *, as_json: bool
+) -> None:
+    def wanted(record: TaskRecord) -> bool:
+        return (
+            (state is None or record.state == state)
+            and (slug is None or record.envelope.slug == slug)
+            and (node is None or node in {record.claim.node_id, record.to_result().node_id})
+        )
+
+    async with looking(settings) as bus:
+        records = await recent_records(bus, limit, wanted)
+        waiting = (await stream_state(bus, "INTAKE"))["messages"]
+    if as_json:
+        for record in records:
+            print_json(record)
+        return
+    screen = console()
+    if records:
+        screen.print(_list(records))
+    elif any((state, slug, node)):
+        screen.print("no such task among those of the last 72 hours")
+    else:
+        screen.print('no tasks yet: hand one in with `loom submit "what is to do"`')
+    if waiting:
+        screen.print(f"{waiting} more waiting for admission")
+
+
+def _list(records: Sequence[TaskRecord]) -> Table:
+    columns = ("admitted", "task", "state", "domain", "node", "time", "what")
+    table = table_of(columns, right=("time",), ratios={"what": 1})
+    for record in records:
+        result = record.to_result()
+        error = record.envelope.error
+        what = one_line(record.envelope.ad.description, 200)
+        if error is not None and record.state == "failed":
+            what = f"{error.code}: {one_line(error.message, 200)}"
+        took = span(max(0.0, record.ended_at - handed_in_at(record))) if record.ended_at is not None else ""
+        add_row(
+            table,
+            clock(record.admitted_at),
+            short(record.task_id),
+            Text(record.state, STYLES.get(record.state, "cyan")),
+            one_line(record.envelope.domain, 12),
+            result.node_id or record.claim.node_id,
+            took,
+            what,
+        )
+    return table
+
+
+def cancel(task_id: TaskId) -> None:
+    """Cancel a task; one that has ended stays as it ended."""
+    run_to_end(_cancel(prepare("warning"), task_id))
+
+
+async def _cancel(settings: Settings, task_id: str) -> None:
+    async with looking(settings) as bus:
+        ended = await client.cancel(bus, _whole_id(await find(bus, task_id)))
+    if ended.state != "cancelled":
+        typer.echo(f"{ended.task_id} had ended before: {ended.state}")
+        raise typer.Exit(1)
+    typer.echo(f"{ended.task_id} cancelled")
+
+
+def _whole_id(found: Found) -> str:
+    if found.record is not None:
+        return found.record.task_id
+    return found.submission.ad.task_id if found.submission is not None else ""

@@ -1,0 +1,205 @@
+"""What a task's record tells about its way through the phases. No I/O.
+
+A record remembers hops, but not which attempt each belongs to, and the award of the last attempt only; who tried
+before is known from the rewards of the failures, and from the list of excluded nodes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from loom.phases.match.policy import AVAILABILITY_WEIGHT, TOOLS_WEIGHT, TRUST_WEIGHT
+from loom.schemas.envelope import MAX_HOPS, Award, Envelope, Hop, ScoredBid, TaskRecord
+from loom.schemas.learning import Reward
+
+CLOSE = 0.005
+"""Scores nearer than this look the same with two decimals."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One phase's turn at the task."""
+
+    phase: str
+    instance: str
+    attempt: int
+    at_s: float
+    """When it began, seconds after the task was handed in."""
+    waited_s: float | None
+    """Between the end of the turn before and its own start; None when that is not known."""
+    worked_s: float
+    after_gap: bool = False
+    """Whether turns before it have been forgotten."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Try:
+    """One attempt: the node, and what came of it."""
+
+    attempt: int
+    node_id: str
+    outcome: str
+    """`succeeded`, `running`, or the code of an error."""
+    tokens: int = 0
+    duration_s: float = 0.0
+
+
+def handed_in_at(record: TaskRecord) -> float:
+    """Return when the task was handed in, server time; a subtask begins with its admission."""
+    envelope = record.envelope
+    return record.admitted_at if envelope.split else envelope.deadline - envelope.ad.timeout_s
+
+
+def turns(record: TaskRecord) -> list[Turn]:
+    """Return the turns of the phases, in order.
+
+    EVALUATE ends a task without a hop: its last turn is reckoned from the end of the hop before, waiting included.
+    """
+    envelope, start = record.envelope, handed_in_at(record)
+    before, told = start, []
+    gap = _gap(envelope.hops)
+    for index, (hop, attempt) in enumerate(zip(envelope.hops, attempts(envelope), strict=True)):
+        told.append(
+            Turn(
+                phase=hop.phase,
+                instance=hop.instance,
+                attempt=attempt,
+                at_s=max(0.0, hop.started - start),
+                waited_s=None if index == gap else max(0.0, hop.started - before),
+                worked_s=max(0.0, hop.finished - hop.started),
+                after_gap=index == gap,
+            )
+        )
+        before = hop.finished
+    if record.ended_at is not None and envelope.hops:
+        worked = max(0.0, record.ended_at - before)
+        told.append(
+            Turn(
+                phase="evaluate",
+                instance="",
+                attempt=envelope.attempt,
+                at_s=max(0.0, before - start),
+                waited_s=None,
+                worked_s=worked,
+            )
+        )
+    return told
+
+
+def attempts(envelope: Envelope) -> list[int]:
+    """Return which attempt each hop belongs to: EVALUATE handing to MATCH begins a new one."""
+    gap = _gap(envelope.hops) or 0
+    early, late = envelope.hops[:gap], envelope.hops[gap:]
+    on_its_way_back = bool(late) and late[-1].phase == "evaluate"
+    first = envelope.attempt - _begun(late) - on_its_way_back
+    return [1 + _begun(early[: n + 1]) for n in range(len(early))] + [
+        max(1, first + _begun(late[: n + 1])) for n in range(len(late))
+    ]
+
+
+def _begun(hops: Sequence[Hop]) -> int:
+    """How many attempts begin within `hops`."""
+    return sum(_sent_back(before, after) for before, after in pairwise(hops))
+
+
+def _sent_back(before: Hop, after: Hop) -> bool:
+    return before.phase == "evaluate" and after.phase == "match"
+
+
+def _gap(hops: Sequence[Hop]) -> int | None:
+    """Where an envelope dropped hops: the first one after them."""
+    middle = MAX_HOPS // 2
+    if len(hops) < MAX_HOPS or hops[middle].step == hops[middle - 1].step + 1:
+        return None
+    return middle
+
+
+def tries(record: TaskRecord, rewards: Sequence[Reward]) -> list[Try]:
+    """Return the attempts that are known of, in order."""
+    known: dict[int, Try] = {}
+    for reward in rewards:
+        if reward.source == "rules":
+            outcome = reward.reason or "succeeded"
+            known[reward.attempt] = Try(
+                attempt=reward.attempt,
+                node_id=reward.node_id,
+                outcome=outcome,
+                tokens=reward.tokens,
+                duration_s=reward.seconds,
+            )
+    last = _last_try(record)
+    if last is not None and last.attempt not in known:
+        known[last.attempt] = last
+    return [known[number] for number in sorted(known)]
+
+
+def _last_try(record: TaskRecord) -> Try | None:
+    envelope, claim = record.envelope, record.claim
+    if not claim.attempt:
+        return None
+    error, result = envelope.error, envelope.result
+    outcome = "running"
+    if record.ended:
+        outcome = error.code if error else "succeeded"
+    elif claim.attempt < envelope.attempt and envelope.last_error is not None:
+        outcome = envelope.last_error.code
+    return Try(
+        attempt=claim.attempt,
+        node_id=claim.node_id,
+        outcome=outcome,
+        tokens=result.tokens if result else 0,
+        duration_s=result.duration_s if result else 0.0,
+    )
+
+
+def why(award: Award) -> str:
+    """Return in one sentence why the winner won."""
+    if award.pinned:
+        return f"{award.node_id} was given the task without an auction: the task is pinned to it."
+    if not award.bids:
+        return f"{award.node_id} won; the bids are not known."
+    best = award.bids[0]
+    if len(award.bids) == 1:
+        return f"{best.node_id} won with {best.score:.2f}: nobody else bid ({_trusted(best)})."
+    second = award.bids[1]
+    result = f"{best.node_id} won with {best.score:.2f} to {second.score:.2f} of {second.node_id}"
+    parts = sorted(_advantages(best, second), reverse=True)
+    if best.score - second.score < CLOSE and parts[0][0] < CLOSE:
+        return f"{result}: they are equal, and the task's id decided."
+    against = parts[-1]
+    although = f", although {_worse(against[1], best, second)}" if against[0] <= -CLOSE else ""
+    return f"{result}: {_better(parts[0][1], best, second)}{although}."
+
+
+def _advantages(best: ScoredBid, second: ScoredBid) -> list[tuple[float, str]]:
+    """What each part of the score adds to the lead."""
+    return [
+        (TRUST_WEIGHT * (best.trust - best.bonus - second.trust + second.bonus), "trust"),
+        (TRUST_WEIGHT * (best.bonus - second.bonus), "bonus"),
+        (AVAILABILITY_WEIGHT * (second.load - best.load), "load"),
+        (TOOLS_WEIGHT * (best.tools - second.tools), "tools"),
+    ]
+
+
+def _better(part: str, best: ScoredBid, second: ScoredBid) -> str:
+    return {
+        "trust": f"it is trusted more, for {_trusted(best)} against {_trusted(second)}",
+        "bonus": f"less is known about it, which earns a bonus of {best.bonus:.2f} against {second.bonus:.2f}",
+        "load": f"it is less busy, {best.load:.0%} against {second.load:.0%}",
+        "tools": f"it has more of the tools, {best.tools:.0%} against {second.tools:.0%}",
+    }[part]
+
+
+def _worse(part: str, best: ScoredBid, second: ScoredBid) -> str:
+    return {
+        "trust": f"it is trusted less, for {_trusted(best)} against {_trusted(second)}",
+        "bonus": f"the other has the bonus of the little known, {second.bonus:.2f} against {best.bonus:.2f}",
+        "load": f"it is busier, {best.load:.0%} against {second.load:.0%}",
+        "tools": f"it has fewer of the tools, {best.tools:.0%} against {second.tools:.0%}",
+    }[part]
+
+
+def _trusted(bid: ScoredBid) -> str:
+    if bid.evidence is None:
+        return f"a claim of {bid.claim:.2f} and no evidence"
+    return f"a claim of {bid.claim:.2f} and a mean reward of {bid.evidence:.2f} over {bid.count}"

@@ -1,0 +1,198 @@
+"""What is right and wrong with a running cluster: asks, changes nothing. docs/operating.md explains each finding."""
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from typing import Final, Literal
+
+from loom.bus import topology
+from loom.bus.client import Bus, Msg, Refused
+from loom.bus.presence import ANSWER_S, Present, own_version, who_is_there
+from loom.bus.topology import MIN_SERVER, Inspection
+from loom.schemas.auction import HostAnnouncement
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import PHASES
+from loom.schemas.errors import BusUnavailable
+from loom.schemas.wire import Undecodable, Wire, decode
+
+CLOCK_S: Final = 1.0
+"""An offset from the server's clock that is worth a look; deadlines count in server time."""
+FULL: Final = 0.8
+"""Share of its limit from which the intake is nearly full."""
+
+Mark = Literal["ok", "warn", "fail"]
+
+
+class Finding(Wire, frozen=True, kw_only=True, omit_defaults=False):
+    """One thing looked at."""
+
+    mark: Mark
+    about: str
+    """What was looked at: `server`, `clock`, `phase match`, …"""
+    says: str
+    todo: str = ""
+    """What to do about it; empty where there is nothing to do."""
+
+
+async def examine(bus: Bus, config: ClusterConfig) -> list[Finding]:
+    """Return everything found, in the order it depends on each other; what cannot work is not asked further."""
+    findings = [server(bus.server_version, bus.address)]
+    if findings[-1].mark == "ok":
+        findings.append(await jetstream(bus))
+    if findings[-1].mark != "ok":
+        return findings
+    seen = await topology.inspect(bus, config)
+    there, hosts = await asyncio.gather(who_is_there(bus), announced(bus))
+    return [
+        *findings,
+        clock(bus.clock_offset_s),
+        *design(seen, bus.subjects.namespace),
+        *phases(there),
+        node_hosts(hosts),
+        *backlog(seen, config),
+        dead(seen, bus.subjects.stream("DEAD")),
+    ]
+
+
+async def examine_here(bus: Bus) -> list[Finding]:
+    """Return whether what runs on this machine answers, which proves its event loop and its connection."""
+    there = [each for each in await who_is_there(bus) if each.metadata.get("host") == socket.gethostname()]
+    if not there:
+        return [_fail("here", "nothing that runs on this machine answers", "see its log; start it again")]
+    return [_ok("here", f"{', '.join(sorted(each.name for each in there))} answer")]
+
+
+def server(version: tuple[int, ...], address: str) -> Finding:
+    """Judge the server's version."""
+    said = f"nats-server {'.'.join(map(str, version))} at {address}"
+    if version >= MIN_SERVER:
+        return _ok("server", said)
+    least = ".".join(map(str, MIN_SERVER))
+    return _fail("server", f"{said} is too old", f"upgrade it to {least} or newer: loom needs message schedules")
+
+
+async def jetstream(bus: Bus) -> Finding:
+    """Ask for JetStream and judge what it has stored."""
+    try:
+        info = await bus.api("INFO")
+    except BusUnavailable as error:
+        return _fail("jetstream", error.message.partition(";")[0], "start the server with -js")
+    except Refused as error:
+        return _fail("jetstream", f"refused: {error.message}", "enable JetStream for this account")
+    return _ok("jetstream", f"{info.get('streams', 0)} streams, {info.get('storage', 0) / 2**20:.1f} MiB stored")
+
+
+def clock(offset_s: float) -> Finding:
+    """Judge this machine's clock beside the server's."""
+    said = f"{abs(offset_s):.2f} s {'behind' if offset_s > 0 else 'ahead of'} the server's"
+    if abs(offset_s) < CLOCK_S:
+        return _ok("clock", said)
+    return _warn("clock", said, "deadlines count in server time: synchronise the clocks (NTP)")
+
+
+def design(seen: Inspection, namespace: str) -> Iterator[Finding]:
+    """Judge streams, buckets and consumers beside the design."""
+    parts = [*seen.streams.values(), *seen.consumers.values()]
+    missing = [part.name for part in parts if part.info is None]
+    if len(missing) == len(parts):
+        yield _fail("streams", f"none in namespace {namespace}", 'nothing has run here yet: run "loom up"')
+        return
+    for name in missing:
+        yield _fail("streams", f"{name} is missing", "start any phase again: it creates what is missing")
+    for part in parts:
+        for difference in part.differences:
+            what = "stream" if part.name in seen.streams else "consumer"
+            todo = f"give all processes the same LOOM_ settings, or change it with `nats {what} edit`"
+            yield _warn("streams", f"{part.name}: {difference}", todo)
+    if not missing and not any(part.differences for part in parts):
+        yield _ok("streams", f"{len(seen.streams)} streams and buckets, {len(seen.consumers)} consumers as designed")
+
+
+def phases(there: list[Present]) -> Iterator[Finding]:
+    """Judge which phases answer, and whether they are of one version."""
+    for name in PHASES:
+        versions = [each.version for each in there if each.metadata["service"] == name]
+        if not versions:
+            yield _fail(f"phase {name}", "does not answer", f'run "loom phase {name}", or see its log')
+        elif set(versions) == {own_version()}:
+            yield _ok(f"phase {name}", f"{len(versions)} of version {own_version()}")
+        else:
+            said = ", ".join(sorted(set(versions)))
+            yield _warn(f"phase {name}", f"versions {said} answer, this is {own_version()}", "upgrade all alike")
+
+
+async def announced(bus: Bus) -> list[HostAnnouncement]:
+    """Ask who hosts nodes and return what the hosts say at once."""
+    heard: dict[str, HostAnnouncement] = {}
+
+    async def hear(msg: Msg) -> None:
+        try:
+            said = decode(msg.data, HostAnnouncement)
+        except Undecodable:
+            return  # MATCH logs it, and it is no host
+        heard[said.host_id] = said
+
+    subscription = await bus.subscribe(bus.subjects.of("host", "*"), hear)
+    await bus.publish(bus.subjects.hosts)
+    await asyncio.sleep(ANSWER_S)
+    await bus.unsubscribe(subscription)
+    return [said for said in heard.values() if not said.draining]
+
+
+def node_hosts(hosts: list[HostAnnouncement]) -> Finding:
+    """Judge whether anybody is there to bid."""
+    nodes = {node for host in hosts for node in host.nodes}
+    if not nodes:
+        return _warn("hosts", "no node is there to bid", 'add some: "loom node FILE.py"')
+    taken, slots = sum(host.running for host in hosts), sum(host.slots for host in hosts)
+    queued = sum(host.queued for host in hosts)
+    said = f"{len(hosts)} with {len(nodes)} nodes, {taken} of {slots} slots taken, {queued} queued"
+    if slots and taken >= slots and queued:
+        return _warn("hosts", said, 'all are busy: add nodes with "loom node FILE.py"')
+    return _ok("hosts", said)
+
+
+def backlog(seen: Inspection, config: ClusterConfig) -> Iterator[Finding]:
+    """Judge what waits for each phase, and what had to be delivered again."""
+    infos = {name: part.info for name, part in seen.consumers.items() if part.info is not None}
+    waiting = {name: int(info.get("num_pending", 0)) for name, info in infos.items()}
+    calm = True
+    intake = sum(count for name, count in waiting.items() if name.startswith("intake_"))
+    if intake >= FULL * config.intake_limit:
+        todo = "clients are told `overloaded` at the limit: add nodes, or raise LOOM_INTAKE_LIMIT"
+        yield _warn("backlog", f"intake: {intake} of at most {config.intake_limit} wait", todo)
+        calm = False
+    for name, info in infos.items():
+        phase = name.partition("_")[0]
+        if not name.startswith("intake_") and waiting[name] > config.max_in_flight:
+            yield _warn("backlog", f"{name}: {waiting[name]} wait", f'run more of it: "loom phase {phase}"')
+            calm = False
+        if again := int(info.get("num_redelivered", 0)):
+            todo = "a phase died or hung with them in hand; ten times make a dead letter: see its log"
+            yield _warn("backlog", f"{name}: {again} in hand were delivered again", todo)
+            calm = False
+    if calm and infos:
+        in_hand = sum(int(info.get("num_ack_pending", 0)) for info in infos.values())
+        yield _ok("backlog", f"{sum(waiting.values())} wait, {in_hand} in hand, none delivered again")
+
+
+def dead(seen: Inspection, stream: str) -> Finding:
+    """Judge whether dead letters wait for somebody to look at them."""
+    part = seen.streams[stream]
+    count = int(part.info["state"]["messages"]) if part.info is not None else 0
+    if not count:
+        return _ok("dead letters", "none")
+    todo = f"read why in their headers: `nats stream view {stream}`; done: `nats stream purge {stream}`"
+    return _warn("dead letters", f"{count} wait", todo)
+
+
+def _ok(about: str, says: str) -> Finding:
+    return Finding(mark="ok", about=about, says=says)
+
+
+def _warn(about: str, says: str, todo: str) -> Finding:
+    return Finding(mark="warn", about=about, says=says, todo=todo)
+
+
+def _fail(about: str, says: str, todo: str) -> Finding:
+    return Finding(mark="fail", about=about, says=says, todo=todo)

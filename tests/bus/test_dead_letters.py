@@ -1,0 +1,265 @@
+"""Dead letters: the bytes are kept, and the task ends all the same."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+from support.buses import envelope
+from support.hops import Phases, arrived, deliver_in_vain, hop, last, messages, put, settled
+
+from loom.bus import loop as loop_module
+from loom.bus.client import Bus
+from loom.bus.delivery import DEAD_AFTER, Delivery
+from loom.bus.outcome import Dead, Outcome
+from loom.bus.records import records
+from loom.bus.topology import INTAKE_LANES
+from loom.schemas.envelope import Claim, Envelope, TaskRecord
+from loom.schemas.task import RunResult, Submission, TaskAd
+from loom.schemas.wire import MAX_MESSAGE_BYTES, encode
+
+GARBAGE = b'\xff\x00{"not": json'
+
+
+async def never(_message: Any, _delivery: Delivery) -> Outcome:
+    pytest.fail("must not be handled")
+
+
+async def put_raw(bus: Bus, raw: bytes, subject: str | None = None) -> int:
+    return (await bus.store(subject or bus.subjects.task("scale", "normal", "t1"), raw)).seq
+
+
+def _record(env: Envelope, **fields: Any) -> TaskRecord:
+    return TaskRecord(**{"task_id": env.task_id, "state": "running", "envelope": env, "admitted_at": 1.0, **fields})
+
+
+async def test_undecodable_bytes_are_kept_as_they_are_with_the_facts_beside_them(bus: Bus, phases: Phases) -> None:
+    await phases.start(bus, never)
+    with capture_logs() as logs:
+        seq = await put_raw(bus, GARBAGE)
+        letter = await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t1"))
+
+    assert letter.data == GARBAGE
+    facts = {name: letter.headers[name] for name in letter.headers if name.startswith("Loom-Dead-")}
+    reason = facts.pop("Loom-Dead-reason")
+    assert facts == {
+        "Loom-Dead-phase": "scale",
+        "Loom-Dead-task-id": "t1",
+        "Loom-Dead-subject": bus.subjects.task("scale", "normal", "t1"),
+        "Loom-Dead-deliveries": "1",
+        "Loom-Dead-stream-seq": str(seq),
+        "Loom-Dead-cut": "False",
+    }
+    assert reason.startswith("undecodable: ")
+    assert letter.headers["Nats-Msg-Id"] == f"t1:dead:{seq}"
+    await settled(bus, 0)
+    assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["dead_letter"]
+
+
+async def test_the_task_ends_by_its_record(bus: Bus, phases: Phases) -> None:
+    env = envelope(attempt=2, step=7, result=RunResult(content="half"))
+    await records(bus).create("t1", _record(env, claim=Claim(attempt=3)))
+    await phases.start(bus, never)
+    seq = await put_raw(bus, GARBAGE)
+
+    kept = await hop(bus, "evaluate")
+
+    ended = kept.envelope
+    assert ended.error is not None
+    assert ended.error.code == "dead_letter"
+    assert "scale could not handle the task: undecodable" in ended.error.message
+    assert (ended.ad, ended.attempt, ended.step, ended.result) == (env.ad, 3, 7, None)
+    assert kept.headers["Nats-Msg-Id"] == f"t1:dead:{seq}"
+    await settled(bus, 1)
+
+
+async def test_without_a_record_there_is_only_the_letter(bus: Bus, phases: Phases) -> None:
+    await phases.start(bus, never)
+    await put_raw(bus, GARBAGE)
+    await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t1"))
+    await settled(bus, 0)
+
+
+async def test_a_message_delivered_more_than_ten_times_is_buried_unhandled(bus: Bus, phases: Phases) -> None:
+    env = envelope(step=3, attempt=2)
+    await put(bus, env)
+    await deliver_in_vain(bus, DEAD_AFTER)
+    await phases.start(bus, never)
+
+    letter = await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t1"))
+
+    assert letter.data == encode(env)
+    assert letter.headers["Loom-Dead-deliveries"] == "11"
+    assert letter.headers["Loom-Dead-reason"] == "delivered 10 times without being settled"
+    ended = (await hop(bus, "evaluate")).envelope
+    assert (ended.step, ended.attempt) == (3, 2)
+    assert ended.error is not None
+    assert ended.error.code == "dead_letter"
+    await settled(bus, 1)
+
+
+async def test_the_tenth_delivery_is_still_handled(bus: Bus, phases: Phases) -> None:
+    await put(bus, envelope())
+    await deliver_in_vain(bus, DEAD_AFTER - 1)
+    phase = await phases.start(bus)
+    await phase.count(1)
+    await settled(bus, 0)
+    assert await messages(bus, "DEAD") == 0
+
+
+async def test_a_handler_may_give_a_message_up_for_dead(bus: Bus, phases: Phases) -> None:
+    async def give_up(_env: Envelope, _delivery: Delivery) -> Outcome:
+        return Dead("the plan\r\ncannot be: 数据")
+
+    await phases.start(bus, give_up)
+    await put(bus, envelope())
+    letter = await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t1"))
+    assert letter.headers["Loom-Dead-reason"] == "the plan cannot be: ??"
+    error = (await hop(bus, "evaluate")).envelope.error
+    assert error is not None
+    assert "数据" in error.message
+
+
+async def test_a_message_larger_than_is_kept_is_cut_and_says_so(bus: Bus, phases: Phases) -> None:
+    await phases.start(bus, never)
+    await put_raw(bus, b"x" * (MAX_MESSAGE_BYTES + 1))
+    letter = await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t1"))
+    assert letter.data == b"x" * MAX_MESSAGE_BYTES
+    assert letter.headers["Loom-Dead-cut"] == "True"
+    assert "at most" in letter.headers["Loom-Dead-reason"]
+
+
+async def test_an_envelope_under_anothers_id_does_not_stand_for_it(bus: Bus, phases: Phases) -> None:
+    mine = envelope("t1")
+    await records(bus).create("t1", _record(mine))
+
+    async def give_up(_env: Envelope, _delivery: Delivery) -> Outcome:
+        return Dead("misaddressed")
+
+    await phases.start(bus, give_up)
+    await put_raw(bus, encode(envelope("t2")))
+    assert (await hop(bus, "evaluate", "t1")).envelope.ad == mine.ad
+    assert await last(bus, "TASKS", bus.subjects.task("evaluate", "*", "t2")) is None
+
+
+async def test_a_subject_that_names_no_task_makes_a_letter_all_the_same(bus: Bus, phases: Phases) -> None:
+    await phases.start(bus, never)
+    await put_raw(bus, encode(envelope())[:-1], f"{bus.subjects.namespace}.task.scale.normal.bad$id")
+    letter = await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "unknown"))
+    assert letter.headers["Loom-Dead-task-id"] == "bad$id"
+    await settled(bus, 0)
+
+
+async def test_a_letter_that_cannot_be_kept_yet_is_not_lost(
+    bus: Bus, phases: Phases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_module, "retry_s", lambda _: 0.05)
+    real, refused = bus.store, list[str]()
+
+    async def refuse_once(subject: str, message: Any, **options: Any) -> Any:
+        if not refused:
+            refused.append(subject)
+            raise ConnectionError
+        return await real(subject, message, **options)
+
+    await put_raw(bus, GARBAGE)
+    monkeypatch.setattr(bus, "store", refuse_once)
+    await phases.start(bus, never)
+    letter = await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t1"))
+    assert letter.headers["Loom-Dead-deliveries"] == "2"
+    await settled(bus, 0)
+
+
+async def test_a_repeated_burial_is_one_letter_and_one_end(
+    bus: Bus, phases: Phases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_module, "retry_s", lambda _: 0.05)
+    await put(bus, envelope())
+    await deliver_in_vain(bus, DEAD_AFTER)
+    real, failed = bus.store, asyncio.Event()
+
+    async def fail_after_the_end(subject: str, message: Any, **options: Any) -> Any:
+        ack = await real(subject, message, **options)
+        if ".task.evaluate." in subject and not failed.is_set():
+            failed.set()
+            raise ConnectionError
+        return ack
+
+    monkeypatch.setattr(bus, "store", fail_after_the_end)
+    await phases.start(bus, never)
+    await asyncio.wait_for(failed.wait(), 5)
+    await settled(bus, 1)
+    assert await messages(bus, "DEAD") == 1
+
+
+# -- where tasks come in
+
+
+def _intake(**service: Any) -> dict[str, Any]:
+    return {"phase": "sense", "lanes": [(INTAKE_LANES[1], 4)], "shape": Submission, **service}
+
+
+async def test_an_unreadable_submission_ends_its_task_though_nobody_knows_it(bus: Bus, phases: Phases) -> None:
+    await phases.start(bus, never, **_intake())
+    await put_raw(bus, GARBAGE, bus.subjects.intake("normal", "t1"))
+    ended = (await hop(bus, "evaluate")).envelope
+    assert (ended.task_id, ended.attempt) == ("t1", 1)
+    assert ended.deadline == pytest.approx(bus.now(), abs=30)
+    assert ended.error is not None
+    assert ended.error.code == "dead_letter"
+    await settled(bus, 0, "INTAKE")
+
+
+async def test_rubbish_under_the_id_of_a_running_task_does_not_end_it(bus: Bus, phases: Phases) -> None:
+    await records(bus).create("t1", _record(envelope(), submission="s1"))
+    await phases.start(bus, never, **_intake())
+    await put_raw(bus, GARBAGE, bus.subjects.intake("normal", "t1"))
+    await arrived(bus, "DEAD", bus.subjects.of("dead", "sense", "t1"))
+    await settled(bus, 0, "INTAKE")
+    assert await messages(bus) == 0
+
+
+async def test_the_submission_that_was_admitted_ends_its_own_task(bus: Bus, phases: Phases) -> None:
+    ad = TaskAd(task_id="t1", description="x")
+    await records(bus).create("t1", _record(envelope(), submission="s1"))
+
+    async def give_up(_submission: Submission, _delivery: Delivery) -> Outcome:
+        return Dead("no")
+
+    await phases.start(bus, give_up, **_intake())
+    await put_raw(bus, encode(Submission(ad=ad, submission="s2")), bus.subjects.intake("normal", "t1"))
+    await settled(bus, 0, "INTAKE")
+    assert await messages(bus) == 0
+    await put_raw(bus, encode(Submission(ad=ad, submission="s1")), bus.subjects.intake("normal", "t1"))
+    await hop(bus, "evaluate")
+
+
+async def test_a_submission_that_dies_before_its_admission_leaves_who_waits_for_it(bus: Bus, phases: Phases) -> None:
+    ad = TaskAd(task_id="t1", description="x")
+
+    async def give_up(_submission: Submission, _delivery: Delivery) -> Outcome:
+        return Dead("no")
+
+    await phases.start(bus, give_up, **_intake())
+    waiting = Submission(ad=ad, submission="s1", reply_to="_INBOX.somebody")
+    await put_raw(bus, encode(waiting), bus.subjects.intake("normal", "t1"))
+    ended = (await hop(bus, "evaluate")).envelope
+    record = await records(bus).get("t1")
+
+    assert ended.ad == ad
+    assert record is not None
+    assert (record.value.state, record.value.reply_to) == ("running", ("_INBOX.somebody",))
+
+
+async def test_a_phase_that_ends_tasks_itself_does_so(bus: Bus, phases: Phases) -> None:
+    ended: list[Envelope] = []
+
+    async def end(env: Envelope) -> None:
+        ended.append(env)
+
+    await records(bus).create("t1", _record(envelope()))
+    await phases.start(bus, never, end=end)
+    await put_raw(bus, GARBAGE)
+    await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t1"))
+    await settled(bus, 0)
+    assert [env.error.code for env in ended if env.error] == ["dead_letter"]

@@ -1,0 +1,359 @@
+"""The client's side of a task, with the test playing the phases."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+from support.buses import Connect, Heard, envelope
+from support.hops import arrived, messages
+from support.wait import until
+
+from loom.bus import tasks, topology
+from loom.bus.answers import answer, answer_error, answer_task, error_headers, may_answer
+from loom.bus.client import Bus, Msg
+from loom.bus.tasks import TaskHandle
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import TaskRecord
+from loom.schemas.errors import BusUnavailable, Cancelled, InvalidTask, LoomError, NoBids, Overloaded, UnknownTask
+from loom.schemas.events import TextDelta
+from loom.schemas.run import Delta
+from loom.schemas.task import Accepted, ErrorReply, RunResult, Submission, TaskAd, TaskError, TaskResult
+from loom.schemas.wire import decode
+
+AD = TaskAd(task_id="t1", description="count the words")
+
+
+class Desk:
+    """Plays SENSE: answers what is asked of a task, once it is told what to say."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self.says: dict[str, Any] = {}
+        """family -> message or error."""
+        self.asked: list[str] = []
+
+    async def open(self) -> None:
+        for family in ("status", "cancel"):
+            await self.bus.serve(self.bus.subjects.of(family, "*"), self._answer)
+
+    async def _answer(self, msg: Msg) -> None:
+        family = msg.subject.split(".")[1]
+        self.asked.append(family)
+        says = self.says[family]
+        if isinstance(says, LoomError):
+            await answer_error(self.bus, msg.reply, says)
+        else:
+            await answer(self.bus, msg.reply, says)
+
+
+@pytest.fixture
+async def desk(connect: Connect) -> Desk:
+    desk = Desk(await connect(role="sense"))
+    await desk.open()
+    await desk.bus.echo()
+    return desk
+
+
+@pytest.fixture
+async def handle(plain: Bus) -> AsyncIterator[TaskHandle]:
+    """A handle that listens, of a task somebody else has published."""
+    handle = TaskHandle(plain, AD)
+    await handle.open(deltas=True)
+    yield handle
+    await handle.close()
+
+
+def _result(**fields: Any) -> TaskResult:
+    return TaskResult(**{"task_id": "t1", "state": "succeeded", "content": "42", **fields})
+
+
+def _ended(**fields: Any) -> TaskRecord:
+    return TaskRecord(
+        **{
+            "task_id": "t1",
+            "state": "succeeded",
+            "envelope": envelope(result=RunResult(content="42")),
+            "admitted_at": 1.0,
+            "ended_at": 2.0,
+            **fields,
+        }
+    )
+
+
+async def say(bus: Bus, family: str, message: Any) -> None:
+    await bus.publish(bus.subjects.of(family, "t1"), message)
+
+
+def _delta(n: int, attempt: int = 1) -> Delta:
+    return Delta(task_id="t1", attempt=attempt, n=n, event=TextDelta(text=f"{attempt}.{n}"))
+
+
+# -- publishing
+
+
+async def test_a_published_task_is_in_the_intake_under_its_priority(bus: Bus) -> None:
+    ad = TaskAd(task_id="t1", description="count", priority="high")
+    handle = await tasks.publish(bus, ad)
+    kept = await arrived(bus, "INTAKE", bus.subjects.intake("high", "t1"))
+    submission = decode(kept.data, Submission)
+    assert (submission.ad, submission.reply_to) == (ad, "")
+    assert kept.headers["Nats-Msg-Id"] == f"t1:{submission.submission}"
+    assert (handle.task_id, handle.ad) == ("t1", ad)
+    await handle.close()
+
+
+async def test_publishing_one_task_twice_makes_two_submissions_for_sense_to_tell_apart(bus: Bus) -> None:
+    for _ in range(2):
+        await (await tasks.publish(bus, AD)).close()
+    assert await messages(bus, "INTAKE") == 2
+
+
+async def test_a_bad_ad_is_refused_before_anything_is_sent(bus: Bus) -> None:
+    before = len(bus._nc._subs)
+    with pytest.raises(InvalidTask) as caught:
+        await tasks.publish(bus, TaskAd(task_id="a.b", description="x"))
+    assert caught.value.field == "task_id"
+    assert await messages(bus, "INTAKE") == 0
+    assert len(bus._nc._subs) == before
+
+
+async def test_a_full_intake_is_overloaded_and_nothing_is_left_listening(plain: Bus) -> None:
+    await topology.apply(plain, ClusterConfig(intake_limit=1))
+    await (await tasks.publish(plain, TaskAd(description="x"))).close()
+    before = len(plain._nc._subs)
+    with pytest.raises(Overloaded):
+        await tasks.publish(plain, TaskAd(description="x"))
+    assert len(plain._nc._subs) == before
+
+
+# -- the result
+
+
+async def test_the_result_comes_to_everyone_who_waits(plain: Bus, handle: TaskHandle) -> None:
+    waiting = asyncio.gather(*(handle.result(5) for _ in range(3)), handle.content(5))
+    await say(plain, "result", _result())
+    assert await waiting == [_result(), _result(), _result(), "42"]
+    assert await handle.result() == _result()
+
+
+async def test_a_failed_task_raises_what_it_failed_of(plain: Bus, handle: TaskHandle) -> None:
+    failed = _result(state="failed", content="", error=TaskError(code="no_bids", message="nobody"))
+    await say(plain, "result", failed)
+    assert await handle.result(5) == failed
+    with pytest.raises(NoBids, match="nobody") as caught:
+        await handle.content(5)
+    assert caught.value.task_id == "t1"
+
+
+async def test_waiting_may_be_limited_and_begun_again(plain: Bus, handle: TaskHandle) -> None:
+    with pytest.raises(TimeoutError):
+        await handle.result(0.02)
+    waiting = asyncio.ensure_future(handle.result(5))
+    await say(plain, "result", _result())
+    assert await waiting == _result()
+
+
+async def test_a_lost_result_message_is_found_out_by_asking(
+    desk: Desk, handle: TaskHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "ASK_AGAIN_S", 0.05)
+    desk.says["status"] = _ended(state="running", ended_at=None)
+    waiting = asyncio.ensure_future(handle.result(10))
+    await until(lambda: len(desk.asked) >= 2, what="asked twice")
+    assert not waiting.done()
+    desk.says["status"] = Accepted(task_id="t1")
+    await until(lambda: len(desk.asked) >= 4, what="asked again")
+    assert not waiting.done()
+    desk.says["status"] = _ended()
+    assert (await waiting).content == "42"
+
+
+async def test_when_no_phase_answers_that_is_said_even_with_a_tap_listening(
+    plain: Bus, connect: Connect, handle: TaskHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "ASK_AGAIN_S", 0.05)
+    with pytest.raises(BusUnavailable, match="loom up"):
+        await handle.result(10)
+    tap = await connect()
+    await tap.subscribe(tap.subjects.everything, Heard())
+    await tap.echo()
+    with pytest.raises(BusUnavailable, match="loom up") as caught:
+        await tasks.ask(plain, plain.subjects.of("status", "t1"), timeout_s=0.1)
+    assert caught.value.url == plain.address
+
+
+async def test_a_result_that_cannot_be_read_is_as_good_as_lost(plain: Bus, handle: TaskHandle) -> None:
+    with capture_logs() as logs:
+        await say(plain, "result", b"nonsense")
+        await say(plain, "result", _result())
+        assert await handle.result(5) == _result()
+    assert [entry["event"] for entry in logs] == ["handler_failed"]
+
+
+async def test_an_ended_handle_listens_no_more(plain: Bus) -> None:
+    before = len(plain._nc._subs)
+    handle = TaskHandle(plain, AD)
+    await handle.open(deltas=True)
+    assert len(plain._nc._subs) == before + 2
+    await say(plain, "result", _result())
+    await handle.result(5)
+    assert len(plain._nc._subs) == before
+    await handle.close()
+    await handle.close()
+
+
+# -- progress
+
+
+async def seen(handle: TaskHandle) -> list[str]:
+    async with asyncio.timeout(10):
+        return [delta.event.text async for delta in handle.events() if isinstance(delta.event, TextDelta)]
+
+
+async def test_progress_is_yielded_in_order_and_once_until_the_task_ends(plain: Bus, handle: TaskHandle) -> None:
+    watching = asyncio.ensure_future(seen(handle))
+    for n in (0, 1, 1, 0, 2, 5):  # repeated on re-attaching, and one lost
+        await say(plain, "delta", _delta(n))
+    await plain.echo()
+    await say(plain, "result", _result())
+    assert await watching == ["1.0", "1.1", "1.2", "1.5"]
+
+
+async def test_a_later_attempt_begins_anew_and_an_earlier_one_is_over(plain: Bus, handle: TaskHandle) -> None:
+    watching = asyncio.ensure_future(seen(handle))
+    for delta in (_delta(0), _delta(1), _delta(0, 2), _delta(2, 1), _delta(1, 2)):
+        await say(plain, "delta", delta)
+    await plain.echo()
+    await say(plain, "result", _result())
+    assert await watching == ["1.0", "1.1", "2.0", "2.1"]
+
+
+async def test_progress_made_before_anyone_looked_is_not_lost(plain: Bus, handle: TaskHandle) -> None:
+    for n in range(3):
+        await say(plain, "delta", _delta(n))
+    await plain.echo()
+    await say(plain, "result", _result())
+    await handle.result(5)
+    assert await seen(handle) == ["1.0", "1.1", "1.2"]
+    assert await seen(handle) == []
+
+
+async def test_progress_ends_for_a_slow_reader_whose_buffer_is_full(
+    plain: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "BUFFER", 4)
+    handle = TaskHandle(plain, AD)
+    await handle.open(deltas=True)
+    stream = handle.events()
+    await say(plain, "delta", _delta(0))
+    first = await anext(stream)
+    for n in range(1, 20):
+        await say(plain, "delta", _delta(n))
+    await plain.echo()
+    await say(plain, "result", _result())
+    await handle.result(5)
+    async with asyncio.timeout(5):
+        rest = [delta.n async for delta in stream]
+    assert first.n == 0
+    assert rest == sorted(rest)
+    assert len(rest) <= 4
+
+
+async def test_looking_away_early_leaves_the_task_alone(plain: Bus, handle: TaskHandle) -> None:
+    await say(plain, "delta", _delta(0))
+    async for delta in (stream := handle.events()):
+        assert delta.n == 0
+        break
+    await stream.aclose()  # type: ignore[attr-defined]
+    waiting = asyncio.ensure_future(handle.result(5))
+    await say(plain, "result", _result())
+    assert await waiting == _result()
+
+
+async def test_progress_ends_quietly_when_no_phase_answers_and_the_result_says_why(
+    handle: TaskHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "ASK_AGAIN_S", 0.05)
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: complaints.append(context))
+    assert await seen(handle) == []
+    with pytest.raises(BusUnavailable):
+        await handle.result(5)
+    assert complaints == []
+
+
+# -- asking and cancelling
+
+
+async def test_the_status_is_the_record_or_that_the_task_waits(desk: Desk, handle: TaskHandle) -> None:
+    desk.says["status"] = _ended()
+    assert await handle.status() == _ended()
+    desk.says["status"] = Accepted(task_id="t1")
+    assert await handle.status() == TaskResult(task_id="t1", state="accepted")
+
+
+async def test_an_unknown_task_is_said(desk: Desk, handle: TaskHandle) -> None:
+    desk.says["status"] = desk.says["cancel"] = UnknownTask("no task t1", task_id="t1")
+    with pytest.raises(UnknownTask, match="no task t1") as caught:
+        await handle.status()
+    assert caught.value.task_id == "t1"
+    with pytest.raises(UnknownTask):
+        await handle.cancel()
+
+
+async def test_cancelling_returns_the_record(desk: Desk, handle: TaskHandle) -> None:
+    desk.says["cancel"] = _ended(state="cancelled")
+    assert await handle.cancel() == _ended(state="cancelled")
+    assert desk.asked == ["cancel"]
+
+
+async def test_an_id_that_is_no_token_cannot_be_asked_for(plain: Bus) -> None:
+    with pytest.raises(InvalidTask):
+        await tasks.status(plain, "a.b")
+
+
+# -- answers
+
+
+async def test_a_failed_task_is_answered_as_an_error_in_headers_and_body(plain: Bus) -> None:
+    error = TaskError(code="cancelled", message="someone\ncancelled\r\nthe task: 代码")
+    record = _ended(state="cancelled", envelope=envelope(error=error))
+    heard: list[Msg] = []
+    reply = plain.open_inbox(heard.append)
+    await answer_task(plain, reply, record)
+    await plain.echo()
+    (msg,) = heard
+    assert msg.headers is not None
+    assert msg.headers["Nats-Service-Error-Code"] == "cancelled"
+    assert msg.headers["Nats-Service-Error"] == "someone cancelled the task: ??"
+    assert decode(msg.data, ErrorReply) == ErrorReply(code="cancelled", message=error.message, task_id="t1")
+
+    await answer_task(plain, reply, _ended())
+    await plain.echo()
+    assert decode(heard[1].data, TaskResult).content == "42"
+    assert heard[1].headers is None
+
+
+@pytest.mark.parametrize("reply", ["", "loom.submit", "$JS.API.STREAM.DELETE.X", "_INBOX", "_INBOX_sense.x", "INBOX.x"])
+async def test_no_answer_goes_anywhere_but_to_a_clients_inbox(plain: Bus, connect: Connect, reply: str) -> None:
+    assert not may_answer(reply)
+    listener, heard = await connect(), Heard()
+    await listener.subscribe(">", heard)
+    await listener.echo()
+    await answer(plain, reply, _result())
+    await answer_error(plain, reply, Cancelled("no"))
+    await plain.publish(plain.subjects.of("delta", "end"))
+    await until(lambda: any(msg.subject.endswith("delta.end") for msg in heard.messages), what="the end")
+    assert not [msg for msg in heard.messages if msg.subject == reply]
+
+
+@pytest.mark.parametrize("reply", ["_INBOX.x.1", "_R_.abc.1"])
+def test_an_inbox_may_be_answered(reply: str) -> None:
+    assert may_answer(reply)
+
+
+def test_an_error_header_is_short_plain_text_on_one_line() -> None:
+    headers = error_headers("invalid_task", "é" * 1000)
+    assert headers["Nats-Service-Error"] == "?" * 300

@@ -1,0 +1,298 @@
+"""What operators look at, on one cluster: what it says, at any width, piped, and with nothing there."""
+
+import asyncio
+import json
+import re
+import secrets
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import structlog
+from support.background import Cluster, background_cluster
+from support.command import LOOM, command
+from support.nodes import echo, fail, node
+from support.wait import until
+
+from loom.bus import tasks
+from loom.bus.reward_bus import RewardBus
+from loom.runner import logs
+from loom.runner.cli import main
+from loom.schemas.auction import HostAnnouncement
+from loom.schemas.envelope import TaskRecord
+from loom.schemas.errors import UnknownTask
+from loom.schemas.learning import Reward
+from loom.schemas.run import RunRequest
+from loom.schemas.task import TaskAd
+from loom.schemas.wire import decode
+
+HEX = "0123456789abcdef" * 2
+EVIL = "hello [red]\x1b[31m"
+VIEWS = ("tasks", "task t1", "task going", "nodes", "hosts", "rewards")
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Loom = Callable[..., Ended]
+
+
+async def endless(job: RunRequest) -> str:
+    await asyncio.sleep(600)
+    return "never"
+
+
+@pytest.fixture(scope="module")
+def cluster(nats_url: str) -> Iterator[Cluster]:
+    """One that has done a task at the second try and another with a long id, and is at an endless one."""
+    nodes = [node("good", echo, loud=0.8), node("bad", fail, loud=0.9), node("slow", endless, loud=0.0)]
+    with background_cluster(nats_url, f"t{secrets.token_hex(4)}", nodes) as cluster:
+        cluster.do(_work(cluster))
+        yield cluster
+        cluster.do(tasks.cancel(cluster.bus, "going"))
+
+
+async def _work(cluster: Cluster) -> None:
+    for task_id, node_id in (("t1", None), (HEX, "good")):
+        ad = TaskAd(task_id=task_id, domain="loud", description=EVIL, node_id=node_id)
+        handle = await tasks.publish(cluster.bus, ad)
+        assert (await handle.result(10)).success
+    rewards = [reward async for reward in RewardBus(bus=cluster.bus).replay()]
+    assert [reward.node_id for reward in rewards] == ["bad", "good", "good"]
+    await _begin(cluster, "going")
+
+
+async def _begin(cluster: Cluster, task_id: str) -> None:
+    """Hand in a task that does not end, and wait until it runs."""
+
+    async def runs() -> bool:
+        record = await handle.status()
+        return isinstance(record, TaskRecord) and record.claim.attempt > 0
+
+    handle = await tasks.publish(cluster.bus, TaskAd(task_id=task_id, node_id="slow", description="go on"))
+    await until(lambda: _known(runs), what=f"{task_id} runs")
+    await handle.close()
+
+
+async def _known(ask: Callable[[], Awaitable[bool]]) -> bool:
+    try:
+        return await ask()
+    except UnknownTask:  # on its way into the intake
+        return False
+
+
+@pytest.fixture
+def loom(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Loom]:
+    """Runs a command in this process; the environment is the test's to set."""
+
+    def run(line: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["loom", *line.split()])
+        logs.configure("error")  # the cluster is in this process too
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return Ended(code, *capsys.readouterr())
+
+    yield run
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+def here(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    monkeypatch.setenv("NATS_URL", cluster.url)
+    monkeypatch.setenv("LOOM_NAMESPACE", cluster.namespace)
+    monkeypatch.setenv("COLUMNS", "80")
+    return cluster
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_every_view_fits_its_width_and_steers_no_terminal(
+    columns: int, here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for line in VIEWS:
+        ended = loom(line)
+
+        assert (ended.code, ended.err) == (0, ""), line
+        assert "\x1b" not in ended.out, line
+        if line != "rewards":  # lines for pipes, not a table
+            assert max(map(len, ended.out.splitlines())) <= columns, line
+
+
+def test_a_task_is_told_from_beginning_to_end(here: Cluster, loom: Loom) -> None:
+    out = loom("task t1").out
+
+    assert re.match(r"t1  succeeded after \d", out)
+    assert '"hello [red]�[31m"' in out
+    hops = [line.split() for line in out.partition("Hops")[2].partition("Bids")[0].splitlines()[2:] if line.strip()]
+    assert [(hop[2], hop[3]) for hop in hops] == [
+        (phase, attempt)
+        for attempt, phases in (("1", "sense match scale execute evaluate"), ("2", "match scale execute evaluate"))
+        for phase in phases.split()
+    ]
+    assert re.search(r"good +0\.80 +- +0 +0\.80 +0\.00 +0\.\d\d +1\.00 +0\.\d\d", out)
+    assert re.search(r"good won with 0\.\d\d to 0\.\d\d of\s+slow: it is trusted more", out)
+    assert re.search(r"1 +bad +agent_failed", out)
+    assert re.search(r"2 +good +succeeded", out)
+    assert re.search(r"1 +bad +rules +0\.00 .* agent_failed", out)
+    assert "Error of the attempt before: agent_failed: RuntimeError: cannot do hello" in out
+    assert "Excluded: bad" in out
+    assert "judged 1.00)\ndone: hello" in out
+
+
+def test_a_running_task_is_told_as_far_as_it_is(here: Cluster, loom: Loom) -> None:
+    out = loom("task going").out
+
+    assert re.match(r"going  running for .*, in execute on slow, \d+ s left", out)
+    assert re.search(r"1 +slow +running", out)
+    assert "slow was given the task without an auction" in out
+
+
+def test_a_record_is_printed_whole_and_found_by_its_first_digits(here: Cluster, loom: Loom) -> None:
+    record = decode(loom(f"task {HEX[:8]} --json").out.encode(), TaskRecord)
+
+    assert record.task_id == HEX
+    assert record.envelope.hops
+    running = decode(loom("task going --json").out.encode(), TaskRecord)
+    assert [hop.phase for hop in running.envelope.hops] == ["sense", "match", "scale"]
+
+
+def test_tasks_come_newest_first_and_by_what_they_are(here: Cluster, loom: Loom) -> None:
+    def listed(options: str) -> list[str]:
+        return [decode(line.encode(), TaskRecord).task_id for line in loom(f"tasks --json {options}").out.splitlines()]
+
+    assert listed("--state succeeded") == [HEX, "t1"]
+    assert listed("--state succeeded --limit 1") == [HEX]
+    assert listed("--node slow --state running") == ["going"]
+    assert listed("--domain loud") == [HEX, "t1"]
+    assert listed("--node nobody") == []
+    assert re.search(r"01234567 +succeeded +loud +good ", loom("tasks").out)
+    assert loom("tasks --node nobody").out == "no such task among those of the last 72 hours\n"
+
+
+def test_nodes_show_what_is_known_of_them(here: Cluster, loom: Loom) -> None:
+    out = loom("nodes").out
+    alive = {one["node_id"]: one for one in map(json.loads, loom("nodes --json").out.splitlines())}
+    host = decode(loom("hosts --json").out.encode(), HostAnnouncement)
+
+    assert re.search(r"bad +loud +- +0\.00 +1 +0\.00 +▁", out)  # excluded from the auction that is known
+    assert re.search(r"good +loud +0\.80 +\d\.\d\d +\d +\d\.\d\d +[▁-█]+", out)
+    assert alive["slow"]["hosts"] == [host.host_id]
+    assert alive["good"]["profile"]["domains"]["loud"]["count"] >= 2
+    assert host.nodes == ("bad", "good", "slow")
+
+
+def test_a_person_judges_and_the_reward_is_seen(here: Cluster, loom: Loom) -> None:
+    assert loom(f"reward {HEX} 0.4 --reason dull").out == "0.40 for good in loud\n"
+
+    last = decode(loom("rewards --node good --domain loud --limit 1 --json").out.encode(), Reward)
+    assert (last.task_id, last.score, last.source, last.reason) == (HEX, 0.4, "person", "dull")
+    assert re.search(r"0\.00  bad +loud +t1  by rules: agent_failed\n", loom("rewards").out)
+    assert loom("rewards --node nobody").out == "no such rewards\n"
+    assert re.search(r"2 +good +person +0\.40|1 +good +person +0\.40 .* dull", loom(f"task {HEX}").out)
+
+
+def test_a_task_is_cancelled_once(here: Cluster, loom: Loom) -> None:
+    here.do(_begin(here, "unwanted"))
+
+    assert loom("cancel unwanted") == (0, "unwanted cancelled\n", "")
+    assert loom("cancel unwanted").code == 0
+    assert loom("cancel t1") == (1, "t1 had ended before: succeeded\n", "")
+    assert re.match(r"unwanted  cancelled after .*", loom("task unwanted").out)
+
+
+async def test_a_tap_tells_the_past_and_goes_on_with_what_it_was_asked_for(here: Cluster, tmp_path: Path) -> None:
+    where = {"NATS_URL": here.url, "LOOM_NAMESPACE": here.namespace}
+    async with (
+        command(tmp_path, *LOOM, "tap", "--since", "1h", "--node", "good", **where) as tap,
+        command(tmp_path, *LOOM, "rewards", "--follow", "--limit", "1", "--json", **where) as rewards,
+    ):
+        await tap.says("for t1, by rules")
+        await rewards.says("reward_id")
+        ad = TaskAd(task_id="t9", description="x", domain="loud", node_id="good")
+        handle = await asyncio.to_thread(here.do, tasks.publish(here.bus, ad))
+        await tap.says("for t9, by rules")
+        await tap.says(f"{'result':<16} t9 ")
+        await rewards.says('"task_id":"t9"')
+        ended = await tap.end(signal.SIGINT)
+        assert (await rewards.end(signal.SIGINT)).code == 130
+    await asyncio.to_thread(here.do, handle.close())
+
+    assert ended.code == 130
+    assert re.search(r"result +t1 +succeeded on good, attempt 2", ended.out)
+    assert re.search(r"run +t9 +run on good", ended.out)
+    assert re.search(r"result +t9 +succeeded on good", ended.out)
+    assert not re.search(r"reward +bad |result +going", ended.out)
+    assert ended.err == f"listening on {here.url}, namespace {here.namespace}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("task nosuch", 1, "unknown_task: no task nosuch is known"),
+        ("task 01234560", 1, "unknown_task: no task 01234560 is known"),
+        ("task a.b", 2, "invalid_task: task_id must match"),
+        ("cancel nosuch", 1, "unknown_task: "),
+        ("reward nosuch 1", 1, "unknown_task: "),
+        ("reward t1 1.5", 2, "invalid_task: score must be from 0 to 1"),
+        ("reward going 1", 2, "invalid_task: only a task that a node has finished"),
+        ("tasks --state lost", 2, "bad_usage: Invalid value for --state: 'lost' is not one of running"),
+        ("tap --since soon", 2, "bad_usage: Invalid value: 'soon' is not a time; write it like 90s"),
+        ("tap --phase brew", 2, "bad_usage: Invalid value for --phase: 'brew' is not one of sense"),
+        ("rewards --node a.b", 2, "invalid_task: node_id must match"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(line: str, code: int, said: str, here: Cluster, loom: Loom) -> None:
+    ended = loom(line)
+
+    assert (ended.code, ended.out) == (code, "")
+    assert ended.err.startswith(said)
+    assert ended.err.count("\n") == 1
+
+
+COMMANDS = ("tasks", "task t1", "nodes", "hosts", "rewards", "cancel t1", "reward t1 1", "tap --since 1m")
+
+
+def test_without_phases_ever_every_command_says_so(here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOOM_NAMESPACE", "nobody-here")
+    for line in COMMANDS:
+        ended = loom(line)
+        assert (ended.code, ended.out) == (3, ""), line
+        assert ended.err.splitlines()[-1].startswith("bus_unavailable: no phases have run in namespace nobody"), line
+
+
+def test_without_a_server_every_command_says_so(loom: Loom, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.runner.cli.looking.PATIENCE_S", 0.1)
+    monkeypatch.setattr("loom.runner.cli.watch.PATIENCE_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        monkeypatch.setenv("NATS_URL", f"nats://127.0.0.1:{probe.getsockname()[1]}")
+    for line in COMMANDS:
+        ended = loom(line)
+        assert (ended.code, ended.out) == (3, ""), line
+        assert re.fullmatch(r"bus_unavailable: no nats-server at [^\n]*\n", ended.err), line
+
+
+def test_an_empty_cluster_is_told_in_a_sentence(
+    nats_url: str, namespace: str, loom: Loom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NATS_URL", nats_url)
+    monkeypatch.setenv("LOOM_NAMESPACE", namespace)
+    with background_cluster(nats_url, namespace, []) as empty:
+        empty.do(empty.bus.echo())
+        tasks, rewards, nodes = loom("tasks"), loom("rewards"), loom("nodes")
+        assert loom("tasks --json") == loom("rewards --json") == loom("nodes --json") == (0, "", "")
+
+    assert tasks == (0, 'no tasks yet: hand one in with `loom submit "what is to do"`\n', "")
+    assert rewards == (0, "no rewards yet: they come with the first ended task\n", "")
+    assert nodes == (0, "no nodes are alive or remembered: start some with `loom node FILE.py`\n", "")
+    assert threading.active_count() < 10

@@ -1,0 +1,197 @@
+"""`loom doctor`: what it finds, what it advises, and how it ends."""
+
+import asyncio
+import json
+import re
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+from support.command import command, loom
+
+from loom.bus.client import Bus
+from loom.bus.presence import Present, who_is_there
+from loom.bus.topology import Inspection, Part
+from loom.runner.cluster import running_nodes, running_phases
+from loom.runner.doctor import Finding, backlog, clock, examine, examine_here, node_hosts, phases
+from loom.runner.embedded import find_server
+from loom.schemas.auction import HostAnnouncement
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import PHASES
+from loom.types import AgentNode, CapabilityProfile
+
+Where = tuple[str, str]
+
+
+def nodes() -> list[AgentNode]:
+    return [AgentNode(id="n", agent=str.upper, capabilities=CapabilityProfile())]
+
+
+def troubles(findings: list[Finding]) -> dict[str, str]:
+    """About -> what is said, of all that is not well; each comes with advice."""
+    wrong = [finding for finding in findings if finding.mark != "ok"]
+    assert all(finding.todo for finding in wrong)
+    assert not any(finding.todo for finding in findings if finding.mark == "ok")
+    return {finding.about: f"{finding.mark}: {finding.says}" for finding in wrong}
+
+
+async def test_a_healthy_cluster_has_nothing_but_good_findings(on_bus: Where, client: Bus, tmp_path: Path) -> None:
+    url, namespace = on_bus
+    where = {"NATS_URL": url, "LOOM_NAMESPACE": namespace}
+    async with running_phases(url, namespace=namespace), running_nodes(url, nodes, namespace=namespace):
+        assert troubles(await examine(client, ClusterConfig())) == {}
+        assert troubles(await examine_here(client)) == {}
+        told, here = await asyncio.gather(
+            loom(tmp_path, "doctor", "--json", **where), loom(tmp_path, "doctor", "--here", **where)
+        )
+
+    assert (told.code, told.err, here.code) == (0, "", 0)
+    seen = [msgspec.convert(json.loads(line), Finding) for line in told.out.splitlines()]
+    assert [finding.about for finding in seen] == [
+        *("server", "jetstream", "clock", "streams"),
+        *(f"phase {phase}" for phase in PHASES),
+        *("hosts", "backlog", "dead letters"),
+    ]
+    assert f"{namespace}-match" in here.out
+    assert f"{namespace}-node" in here.out
+
+
+async def test_each_thing_that_is_wrong_is_a_line_with_what_to_do(on_bus: Where, client: Bus, tmp_path: Path) -> None:
+    url, namespace = on_bus
+    s = client.subjects
+    async with running_phases(url, names=("sense", "match"), namespace=namespace):
+        dead = (await client.api(f"STREAM.INFO.{s.stream('DEAD')}"))["config"]
+        await client.api(f"STREAM.UPDATE.{s.stream('DEAD')}", {**dead, "max_age": 10**12})
+        await client.api(f"CONSUMER.DELETE.{s.stream('TASKS')}.execute")
+        await client.store(s.of("dead", "match", "t1"), b"?")
+        found = troubles(await examine(client, ClusterConfig(intake_limit=7)))
+        ended = await loom(tmp_path, "doctor", NATS_URL=url, LOOM_NAMESPACE=namespace, COLUMNS="80")
+
+    assert found == {
+        "streams": f"warn: {s.stream('DEAD')}: max_age is 1000000000000, designed 2592000000000000",
+        **{f"phase {phase}": "fail: does not answer" for phase in ("scale", "execute", "evaluate", "adapt")},
+        "hosts": "warn: no node is there to bid",
+        "dead letters": "warn: 1 wait",
+    }
+    assert ended.code == 1
+    lines = ended.out.splitlines()
+    assert all(re.match(r"(ok  |warn|fail) \S", line) for line in lines)
+    assert "fail streams        execute is missing → start any phase again: it creates what is missing" in lines
+    assert 'fail phase scale    does not answer → run "loom phase scale", or see its log' in lines
+
+
+async def test_an_empty_server_says_that_nothing_has_run(client: Bus) -> None:
+    found = troubles(await examine(client, ClusterConfig()))
+
+    assert found["streams"] == f"fail: none in namespace {client.subjects.namespace}"
+    assert {"phase sense", "hosts"} <= found.keys()
+    assert troubles(await examine_here(client)).keys() == {"here"}
+
+
+def test_replicas_of_other_versions_and_strange_clocks_are_noticed() -> None:
+    assert clock(0.4).mark == "ok"
+    assert clock(-3.0).says == "3.00 s ahead of the server's"
+    assert clock(3.0).mark == "warn"
+    found = troubles(list(phases([_present("match", "0.0.1"), _present("match", "0.0.2")])))
+    assert found["phase match"].startswith("warn: versions 0.0.1, 0.0.2 answer")
+
+
+def _present(service: str, version: str) -> Present:
+    return Present(type="", name=f"loom-{service}", id=version, version=version, metadata={"service": service})
+
+
+def test_busy_hosts_and_backlogs_are_noticed() -> None:
+    host = HostAnnouncement(host_id="h", nodes=("n",), slots=4, running=4)
+    assert node_hosts([host]).mark == "ok"
+    assert node_hosts([msgspec.structs.replace(host, queued=1)]).mark == "warn"
+
+    def waiting(**pending: tuple[int, int]) -> dict[str, str]:
+        parts = {
+            name: Part(name, {"num_pending": count, "num_redelivered": again}, ())
+            for name, (count, again) in pending.items()
+        }
+        return troubles(list(backlog(Inspection({}, parts), ClusterConfig(max_in_flight=10, intake_limit=100))))
+
+    assert waiting(scale=(10, 0), intake_low=(79, 0)) == {}
+    assert waiting(scale=(11, 0)) == {"backlog": "warn: scale: 11 wait"}
+    assert waiting(scale=(0, 2)) == {"backlog": "warn: scale: 2 in hand were delivered again"}
+    assert waiting(intake_low=(40, 0), intake_high=(40, 0)) == {"backlog": "warn: intake: 80 of at most 100 wait"}
+
+
+# -- servers that will not do
+
+
+async def test_without_a_server_there_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        url = f"nats://127.0.0.1:{probe.getsockname()[1]}"
+    ended = await loom(tmp_path, "doctor", NATS_URL=url)
+
+    assert (ended.code, ended.out, ended.err.count("\n")) == (3, "", 1)
+    assert ended.err.startswith("bus_unavailable: no nats-server at ")
+
+
+@asynccontextmanager
+async def aged(url: str, version: bytes) -> AsyncIterator[str]:
+    """The server of `url`, which introduces itself with an older version."""
+    host, port = url.removeprefix("nats://").split(":")
+
+    async def pass_on(ours: asyncio.StreamReader, theirs: asyncio.StreamWriter) -> None:
+        while chunk := await ours.read(65536):
+            theirs.write(re.sub(rb'"version":"[^"]+"', b'"version":"' + version + b'"', chunk))
+        theirs.close()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server_reader, server_writer = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(pass_on(server_reader, writer), pass_on(reader, server_writer))
+
+    async with await asyncio.start_server(connect, "127.0.0.1", 0) as proxy:
+        yield f"nats://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
+
+
+async def test_an_old_server_is_to_be_upgraded(nats_url: str, tmp_path: Path) -> None:
+    async with aged(nats_url, b"2.9.10") as url:
+        ended = await loom(tmp_path, "doctor", NATS_URL=url)
+
+    assert (ended.code, ended.err) == (1, "")
+    assert ended.out == (
+        f"fail server         nats-server 2.9.10 at {url} is too old → "
+        "upgrade it to 2.12 or newer: loom needs message schedules\n"
+    )
+
+
+async def test_a_server_without_jetstream_is_told_how_to_get_it(nats_url: str, tmp_path: Path) -> None:
+    words = (find_server()[0], "-a", "127.0.0.1", "-p", "-1")
+    async with command(tmp_path, *words) as server:
+        await server.says("Server is ready")
+        address = re.findall(r"client connections on (\S+)", server.err)[0]
+        async with Bus(f"nats://{address}") as bus:
+            found = troubles(await examine(bus, ClusterConfig()))
+
+    assert found == {"jetstream": "fail: JetStream is off on this server"}
+
+
+# -- presence
+
+
+async def test_only_services_of_ones_own_namespace_are_seen(phases: Bus, client: Bus, nats_url: str) -> None:
+    async with Bus(nats_url, namespace=f"{client.subjects.namespace}-other") as stranger:
+        assert await who_is_there(stranger, within_s=0.2) == []
+        assert len(await who_is_there(client, within_s=5, enough=lambda there: len(there) == len(PHASES))) == len(
+            PHASES
+        )
+
+
+async def test_phases_are_found_as_nats_services_are(on_bus: Where, phases: Bus, client: Bus) -> None:
+    name = f"{client.subjects.namespace}-match"
+    ping = json.loads((await client.request(f"$SRV.PING.{name}")).data)
+    info = json.loads((await client.request(f"$SRV.INFO.{name}.{ping['id']}")).data)
+
+    assert ping["type"] == "io.nats.micro.v1.ping_response"
+    assert (ping["name"], ping["id"]) == (name, phases.instance)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", ping["version"])
+    assert ping["metadata"]["service"] == "match"
+    assert info == {**ping, "type": "io.nats.micro.v1.info_response", "description": "match of a loom cluster"} | {
+        "endpoints": []
+    }

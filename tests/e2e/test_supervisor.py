@@ -1,0 +1,268 @@
+"""`loom up --processes`: what dies comes back, what stops leaves nothing."""
+
+import asyncio
+import os
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+from support.command import LOOM, Command, alive, below, command, loom
+from support.wait import until
+
+from loom.bus import tasks
+from loom.bus.client import Bus
+from loom.bus.presence import who_is_there
+from loom.runner.cli import serve
+from loom.runner.cluster import running_nodes
+from loom.runner.embedded import NatsServer
+from loom.runner.supervisor import LONGEST_S, STEADY_S, Backoff, Program, Supervisor, keep_alive
+from loom.schemas.envelope import PHASES, TaskRecord
+from loom.schemas.errors import BusUnavailable
+from loom.schemas.run import RunRequest
+from loom.schemas.task import TaskAd
+from loom.types import AgentNode, CapabilityProfile
+
+pytestmark = pytest.mark.usefixtures("nats_url")  # skipped or failed where there is no server binary
+
+BACK_S = 5.0
+"""How soon what was killed is there again: two seconds, and some for a machine that runs tests besides."""
+
+
+@given(st.lists(st.floats(min_value=0, max_value=2 * STEADY_S), min_size=1))
+def test_the_pause_grows_to_its_limit_and_starts_anew_after_a_steady_life(lives: list[float]) -> None:
+    backoff = Backoff()
+    before = 0.0
+    for lived_s in lives:
+        pause_s = backoff.after(lived_s)
+        if lived_s >= STEADY_S or not before:
+            assert pause_s <= 0.2
+        else:
+            assert pause_s == min(2 * before, LONGEST_S)
+        before = pause_s
+
+
+# -- any program
+
+
+@asynccontextmanager
+async def supervised(
+    *programs: tuple[str, str], stop_s: float = 10
+) -> AsyncIterator[tuple[Supervisor, list[tuple[str, str]]]]:
+    """Shell scripts by name, and the lines they have printed."""
+    said: list[tuple[str, str]] = []
+    supervisor = Supervisor(
+        [Program(name, ("/bin/sh", "-c", script)) for name, script in programs],
+        environment=dict(os.environ),
+        stop_s=stop_s,
+        say=lambda name, line: said.append((name, line)),
+    )
+    async with supervisor:
+        yield supervisor, said
+
+
+async def test_lines_keep_the_name_of_who_printed_them() -> None:
+    async with supervised(("one", "echo a; printf 'b\\nhalf' >&2; exec sleep 60"), ("two", "echo c; exit 3")) as (
+        _,
+        said,
+    ):
+        await until(lambda: said.count(("two", "c")) >= 3, what="it is started again and again")
+        assert [line for name, line in said if name == "one"] == ["a", "b"]
+
+    assert ("one", "half") in said  # its last word, without an end of line
+
+
+async def test_who_will_not_end_is_killed() -> None:
+    async with supervised(("deaf", "trap '' TERM; echo $$; while :; do sleep 0.05; done"), stop_s=0.2) as (_, said):
+        await until(lambda: said, what="it runs")
+        pid = int(said[0][1])
+
+    assert not alive(pid)
+
+
+async def test_nothing_outlives_a_supervisor_that_is_killed(tmp_path: Path, nats_url: str, namespace: str) -> None:
+    script = f"""
+import asyncio, os
+from loom.runner.supervisor import Program, Supervisor
+
+async def main():
+    words = {(*LOOM, "phase", "--supervised", "pipe", "scale")!r}
+    programs = [Program(name, words) for name in ("one", "two")]
+    async with Supervisor(programs, environment=dict(os.environ), stop_s=5, say=lambda *said: print(*said, flush=True)):
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+    async with command(tmp_path, sys.executable, "-c", script, NATS_URL=nats_url, LOOM_NAMESPACE=namespace) as parent:
+        await parent.says("one scale on nats://")
+        await parent.says("two scale on nats://")
+        children = below(parent.process.pid)
+        await parent.end(signal.SIGKILL)
+
+        assert len(children) == 2
+        await until(lambda: not any(map(alive, children)), within_s=10, what="the children have ended")
+
+
+def restarted(server: NatsServer, before: int) -> bool:
+    try:
+        return server.pid not in {0, before}
+    except BusUnavailable:  # between the two
+        return False
+
+
+async def test_a_server_that_is_killed_comes_back_with_its_port_and_store(tmp_path: Path) -> None:
+    server = NatsServer(tmp_path / "store")
+    server.start()
+    url = server.url
+    keeping = asyncio.create_task(keep_alive(server))
+    try:
+        for victim in ("server", "guard"):
+            before = server.pid
+            async with Bus(url) as bus:
+                await bus.api("STREAM.CREATE.S", {"name": "S", "subjects": ["s"], "storage": "file"})
+                os.kill(before if victim == "server" else server._guard._process.pid, signal.SIGKILL)
+                await until(lambda: restarted(server, before), within_s=BACK_S, what="it is back")  # noqa: B023 - awaited here
+                assert server.url == url
+                assert (await bus.api("STREAM.INFO.S"))["config"]["subjects"] == ["s"]
+            await until(lambda: not alive(before), what="the old one is gone")  # noqa: B023 - awaited here
+    finally:
+        keeping.cancel()
+        last = server.pid
+        server.stop()
+    assert not alive(last)
+
+
+def test_a_server_whose_guard_was_killed_is_stopped_all_the_same() -> None:
+    server = NatsServer()
+    server.start()
+    pid = server.pid
+    assert not server.ended
+    os.kill(server._guard._process.pid, signal.SIGKILL)  # type: ignore[union-attr]
+    server.stop()
+
+    assert not alive(pid)
+    assert not server.ended  # it was stopped
+
+
+# -- the whole
+
+
+async def test_replicas_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    ended = await loom(tmp_path, "up", "--processes", "--replicas", "pilot=2")
+
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert ended.err.startswith("bad_usage: Invalid value for --replicas: 'pilot=2' is not a phase and 1 to ")
+    for text in ("execute", "execute=", "execute=0", "execute=65", "execute=two", "=2", ""):
+        with pytest.raises(typer.BadParameter):
+            serve._counts([text])
+    assert serve._counts(["execute=3"]) == {**dict.fromkeys(PHASES, 1), "execute": 3}
+
+
+class Cluster:
+    """`loom up --processes` and a client of it."""
+
+    def __init__(self, up: Command, bus: Bus) -> None:
+        self.up = up
+        self.bus = bus
+        self.go_on = asyncio.Event()
+
+    async def count(self) -> Counter[str]:
+        return Counter(each.metadata["service"] for each in await who_is_there(self.bus, within_s=0.2))
+
+    def victims(self) -> dict[int, str]:
+        """Process id -> command line of all that runs, but for the shells that mind the server."""
+        return below(self.up.process.pid)
+
+    async def task(self, task_id: str) -> None:
+        """Hand in a task that runs until `go_on`, and return when it runs."""
+        ad = TaskAd(task_id=task_id, domain="any", description="wait", wait=False)
+        await tasks.ask(self.bus, self.bus.subjects.submit, ad)
+        await self.reaches(task_id, "running")
+
+    async def reaches(self, task_id: str, state: str, within_s: float = 10) -> None:
+        async def reached() -> bool:
+            try:
+                record = await tasks.status(self.bus, task_id)
+            except BusUnavailable:
+                return False
+            claimed = isinstance(record, TaskRecord) and bool(record.claim.host_id)
+            return record.state == state and claimed
+
+        await until(reached, within_s=within_s, what=f"{task_id} is {state}")
+
+    async def kill(self, pid: int) -> None:
+        """Kill a process; return when everybody is back, in time."""
+        before = set(self.victims())
+        os.kill(pid, signal.SIGKILL)
+        killed = time.monotonic()
+        await until(lambda: not alive(pid), what="it is dead")
+
+        async def back() -> bool:
+            return len(self.victims()) >= len(before) and await self.count() >= WHOLE
+
+        await until(back, within_s=10, what="all are back")
+        assert time.monotonic() - killed < BACK_S
+
+
+WHOLE = Counter(PHASES) + Counter(["execute"])
+
+
+@asynccontextmanager
+async def cluster(folder: Path, store: str) -> AsyncIterator[Cluster]:
+    words = ("up", "--processes", "--replicas", "execute=2", "--port", "0")
+    async with command(folder, *LOOM, *words, LOOM_STORE=store) as up:
+        await up.says("Ctrl-C stops it")
+        url = re.findall(r"nats://\S+:\d+", up.out)[0]
+        async with Bus(url) as bus:
+            running = Cluster(up, bus)
+
+            async def work(job: RunRequest) -> str:
+                await running.go_on.wait()
+                return f"{job.task_id} done"
+
+            node = AgentNode(id="n", agent=work, capabilities=CapabilityProfile())
+            async with running_nodes(url, lambda: [node]):
+                yield running
+                processes = running.victims()
+                ended = await up.end(signal.SIGTERM)
+    assert ended.code == 0, ended.err
+    assert "Traceback" not in ended.err
+    assert "processes_killed" not in ended.err
+    assert not any(map(alive, processes))
+
+
+async def test_a_cluster_of_processes_heals_and_stops(tmp_path: Path) -> None:
+    async with cluster(tmp_path, str(tmp_path / "store")) as running:
+        assert await running.count() == WHOLE + Counter(["node"])
+        await running.task("t1")
+        pids = running.victims()
+        await running.kill(next(pid for pid, words in pids.items() if words.endswith("pipe evaluate")))
+        await running.kill(next(pid for pid, words in pids.items() if words.split()[0].endswith("nats-server")))
+        running.go_on.set()
+        await running.reaches("t1", "succeeded")
+
+        said = running.up.err
+        assert re.search(r"^execute-2 │ \{.*phases_started", said, re.MULTILINE)
+        assert re.search(r"^evaluate  │ evaluate on nats://", said, re.MULTILINE)
+        assert "\x1b" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+async def test_any_process_may_be_killed_while_tasks_run(tmp_path: Path) -> None:
+    async with cluster(tmp_path, str(tmp_path / "store")) as running:
+        for number, pid in enumerate(list(running.victims())):
+            running.go_on.clear()
+            await running.task(f"t{number}")
+            if alive(pid):  # the server and its guard go together
+                await running.kill(pid)
+            running.go_on.set()
+            await running.reaches(f"t{number}", "succeeded", within_s=60)

@@ -1,0 +1,17 @@
+"""Whether a command line of `loom` is one."""
+
+from collections.abc import Sequence
+
+import typer
+
+from loom.runner.cli.app import app
+
+
+def accepted(words: Sequence[str]) -> str:
+    """Return the command's name if `words` (those after `loom`) would run; raise its usage error otherwise."""
+    group = typer.main.get_command(app)
+    context = group.make_context("loom", list(words), resilient_parsing=False)
+    rest = [*context._protected_args, *context.args]
+    name, command, rest = group.resolve_command(context, rest)  # type: ignore[attr-defined]
+    command.make_context(name, rest, parent=context)
+    return str(name)

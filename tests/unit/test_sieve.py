@@ -1,0 +1,243 @@
+"""Which messages a tap shows, and how it writes them."""
+
+import io
+import re
+from typing import Any
+
+import pytest
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+from support.values import messages
+
+from loom.bus.subjects import FAMILIES, Subjects
+from loom.bus.tap import SHAPES, Seen
+from loom.runner.cli import sieve as sieve_module
+from loom.runner.cli.looking import domain_slug, seconds, span, sparkline
+from loom.runner.cli.nodes import claims_in, known_nodes, load_of
+from loom.runner.cli.sieve import Sieve, phase_of
+from loom.runner.cli.words import Lines
+from loom.schemas.auction import HostAnnouncement
+from loom.schemas.envelope import PHASES, Award, Envelope, ScoredBid, Spec, TaskRecord
+from loom.schemas.events import TextDelta
+from loom.schemas.learning import Lifecycle, NodeProfile, Reward
+from loom.schemas.run import Delta, RunRequest
+from loom.schemas.task import TaskAd, TaskResult
+
+SUBJECTS = Subjects()
+
+
+def seen(message: Any, family: str, *tokens: str, skipped: int = 0) -> Seen:
+    parsed = SUBJECTS.parse(SUBJECTS.of(family, *tokens))
+    assert parsed is not None
+    return Seen(
+        subject=SUBJECTS.of(family, *tokens),
+        family=family,
+        tokens=parsed.tokens,
+        message=message,
+        headers={},
+        at=0.0,
+        size=1,
+        skipped=skipped,
+    )
+
+
+def hop(task_id: str, phase: str = "execute", *, node: str = "", domain: str = "code") -> Seen:
+    award = Award(node_id=node, host_id="h") if node else None
+    spec = Spec(complexity=0.5, domains=(domain,), method="given")
+    ad = TaskAd(task_id=task_id, description="x")
+    return seen(Envelope(ad=ad, spec=spec, award=award, deadline=1.0), "task", phase, "normal", task_id)
+
+
+def delta(task_id: str) -> Seen:
+    return seen(Delta(task_id=task_id, attempt=1, n=0, event=TextDelta(text="x")), "delta", task_id)
+
+
+def result(task_id: str, node_id: str | None = None) -> Seen:
+    return seen(TaskResult(task_id=task_id, state="failed", node_id=node_id), "result", task_id)
+
+
+def learned(node_id: str, *task_ids: str) -> Seen:
+    return seen(Lifecycle(kind="learned", node_id=node_id, at=0.0, task_ids=task_ids), "lifecycle", "learned", node_id)
+
+
+REWARD = seen(
+    Reward(reward_id="r", task_id="t1", attempt=1, node_id="n1", slug="code", score=1.0, ended_at=0.0),
+    "reward",
+    "n1",
+    "code",
+)
+RUN = seen(RunRequest(task_id="t1", node_id="n1", description="x", domain="code"), "run", "h")
+
+
+def through(sieve: Sieve, *traffic: Seen) -> list[int]:
+    """Which of the messages pass."""
+    return [index for index, message in enumerate(traffic) if sieve.passes(message)]
+
+
+def test_without_a_wish_everything_passes() -> None:
+    assert through(Sieve(), hop("t1"), delta("t2"), REWARD, learned("n1")) == [0, 1, 2, 3]
+
+
+def test_a_task_is_known_by_its_id_or_its_first_digits() -> None:
+    whole = "0123456789abcdef" * 2
+    traffic = (hop(whole), delta(whole), hop("01234567x"), learned("n1", "other", whole), RUN, result(whole))
+
+    assert through(Sieve(task=whole), *traffic) == [0, 1, 3, 5]
+    assert through(Sieve(task=whole[:8]), *traffic) == [0, 1, 3, 5]
+    assert through(Sieve(task="t1"), *traffic, REWARD) == [4, 6]
+
+
+def test_a_phase_gets_and_says() -> None:
+    traffic = (hop("t1", "match"), hop("t1", "execute"), RUN, delta("t1"), result("t1"), REWARD, learned("n1", "t1"))
+
+    assert through(Sieve(phase="match"), *traffic) == [0]
+    assert through(Sieve(phase="execute"), *traffic) == [1, 2, 3]
+    assert through(Sieve(phase="evaluate"), *traffic) == [4, 5]
+    assert through(Sieve(phase="adapt"), *traffic) == [6]
+
+
+def test_every_family_that_concerns_one_phase_has_it() -> None:
+    of_hosts = {"host", "hosts", "lifecycle", "later"}
+    for family in FAMILIES:
+        tokens = ["match" if token == "phase" else "x" for token in family.tokens]
+        if family.name not in of_hosts:
+            assert phase_of(seen(b"", family.name, *tokens)) in PHASES, family.name
+
+
+def test_deltas_follow_the_node_that_has_the_task() -> None:
+    here = seen(HostAnnouncement(host_id="h", nodes=("n1", "n2")), "host", "h")
+    traffic = (
+        delta("t1"),  # nobody has said yet whose it is
+        hop("t1", node="n1"),
+        delta("t1"),
+        delta("t2"),
+        hop("t1", node="n2"),  # sent back, and awarded to another
+        delta("t1"),
+        result("t1"),
+        REWARD,
+        here,
+        learned("n2", "t1"),
+    )
+
+    assert through(Sieve(node="n1"), *traffic) == [1, 2, 7, 8]
+    assert through(Sieve(node="n2"), *traffic) == [4, 5, 6, 8, 9]
+
+
+def test_a_domain_is_known_by_its_words_and_by_its_token() -> None:
+    chinese = domain_slug("代码")
+    traffic = (hop("t1", domain="代码"), delta("t1"), hop("t2"), delta("t2"), REWARD)
+
+    assert chinese is not None
+    assert through(Sieve(slug=chinese), *traffic) == [0, 1]
+    assert domain_slug(chinese) == chinese
+    assert through(Sieve(slug="code"), *traffic) == [2, 3, 4]
+    assert domain_slug("") is None
+
+
+def test_wishes_combine() -> None:
+    traffic = (hop("t1", "execute", node="n1"), hop("t1", "evaluate", node="n1"), hop("t2", "execute", node="n1"))
+
+    assert through(Sieve(task="t1", phase="execute", node="n1", slug="code"), *traffic) == [0]
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sieve_module, "REMEMBERED", 2)
+    sieve = Sieve(node="n1")
+    traffic = [hop(f"t{number}", node="n1") for number in range(3)]
+
+    assert through(sieve, *traffic, *(delta(f"t{number}") for number in range(3))) == [0, 1, 2, 4, 5]
+
+
+@given(st.sampled_from(sorted(SHAPES)).flatmap(lambda family: st.tuples(st.just(family), messages(SHAPES[family]))))
+def test_any_message_can_be_sifted(told: tuple[str, Any]) -> None:
+    family, message = told
+    names = next(each.tokens for each in FAMILIES if each.name == family)
+
+    Sieve(task="t", phase="match", node="n", slug="s").passes(seen(message, family, *("x" for _ in names)))
+
+
+# -- lines
+
+
+def screen(*, terminal: bool, width: int = 40, no_color: bool = False) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=width, no_color=no_color)
+
+
+def test_a_line_on_a_terminal_fits_and_is_coloured_unless_that_is_not_wanted() -> None:
+    long = seen(TaskResult(task_id="t1", state="succeeded", content="代码 " * 40), "result", "t1", skipped=3)
+
+    coloured = Lines(screen(terminal=True))(long)
+    plain = Lines(screen(terminal=True, no_color=True))(long)
+    piped = Lines(screen(terminal=False))(long)
+
+    assert re.sub(r"\x1b\[\d+m", "", coloured) == plain
+    assert "\x1b[33m3 skipped" in coloured
+    assert max(cell_len(line) for line in plain.splitlines()) <= 40
+    assert "\x1b" not in piped
+    assert len(piped) > 80
+    assert piped.count("\n") == 2
+
+
+# -- small words
+
+
+@pytest.mark.parametrize(("text", "said"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("1d", 86_400)])
+def test_a_time_is_written_with_its_unit(text: str, said: float) -> None:
+    assert seconds(text) == said
+
+
+@pytest.mark.parametrize("text", ["10", "m", "-1s", "1 h", "1w", "", "9999999999s"])
+def test_other_times_are_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="write it like 90s"):
+        seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("duration_s", "said"),
+    [(0.0004, "0.4 ms"), (0.085, "85 ms"), (1.254, "1.25 s"), (63.2, "63 s"), (720, "12 min")],
+)
+def test_durations_have_a_few_figures(duration_s: float, said: str) -> None:
+    assert span(duration_s) == said
+
+
+@given(st.lists(st.floats(min_value=0, max_value=1)))
+def test_a_sparkline_has_a_bar_per_score_and_higher_ones_for_better(scores: list[float]) -> None:
+    line = sparkline(scores)
+
+    assert len(line) == len(scores)
+    assert list(sparkline(sorted(scores))) == sorted(line)
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+
+
+# -- nodes
+
+
+def test_nodes_that_are_alive_come_first_with_what_is_known_of_them() -> None:
+    host = HostAnnouncement(host_id="h", nodes=("b", "c"), slots=4, running=2, queued=3)
+    profiles = [NodeProfile(node_id="a", total_tasks=3), NodeProfile(node_id="c")]
+
+    known = known_nodes([host], profiles, {("b", "code"): 0.9, ("gone", "code"): 0.1})
+
+    assert [(one.node_id, bool(one.hosts), one.profile is not None) for one in known] == [
+        ("b", True, False),
+        ("c", True, True),
+        ("a", False, True),
+    ]
+    assert known[0].domains == ["code"]
+    assert load_of(host) == "2/4+3"
+
+
+def test_the_newest_claim_counts() -> None:
+    def auctioned(task_id: str, claim: float) -> TaskRecord:
+        bid = ScoredBid(node_id="a", host_id="h", score=1.0, claim=claim, trust=1.0, load=0.0, tools=1.0)
+        told = Envelope(
+            ad=TaskAd(task_id=task_id, domain="code", description="x"),
+            deadline=1.0,
+            award=Award(node_id="a", host_id="h", bids=(bid,)),
+        )
+        return TaskRecord(task_id=task_id, state="running", envelope=told, admitted_at=1.0)
+
+    assert claims_in([auctioned("new", 0.7), auctioned("old", 0.2)]) == {("a", "code"): 0.7}

@@ -1,0 +1,180 @@
+"""What a record tells about a task's way."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from support.values import messages
+
+from loom.phases.match.policy import AVAILABILITY_WEIGHT, TOOLS_WEIGHT, TRUST_WEIGHT
+from loom.runner.cli.timeline import attempts, handed_in_at, tries, turns, why
+from loom.schemas.envelope import MAX_HOPS, Award, Claim, Envelope, Hop, ScoredBid, Split, TaskRecord
+from loom.schemas.learning import Reward
+from loom.schemas.task import RunResult, TaskAd, TaskError
+
+TRIP = ("match", "scale", "execute", "evaluate")
+
+
+def envelope(*phases: str, attempt: int = 1, **fields: object) -> Envelope:
+    """One whose hops each take 1 s after waiting 2 s, handed in at 1000."""
+    hops = tuple(
+        Hop(phase=phase, instance=f"i-{phase}", started=1002.0 + 3 * n, finished=1003.0 + 3 * n, step=n)  # type: ignore[arg-type]
+        for n, phase in enumerate(phases)
+    )
+    ad = TaskAd(task_id="t1", description="x", timeout_s=300)
+    return Envelope(ad=ad, deadline=1300.0, hops=hops, attempt=attempt, **fields)  # type: ignore[arg-type]
+
+
+def record(told: Envelope, *, ended_at: float | None = None, **fields: object) -> TaskRecord:
+    state = "running" if ended_at is None else "succeeded"
+    given: dict[str, object] = {"state": state, "admitted_at": 1001.0, **fields}
+    return TaskRecord(task_id="t1", envelope=told, ended_at=ended_at, **given)  # type: ignore[arg-type]
+
+
+def bid(node_id: str, **facts: float) -> ScoredBid:
+    given = {"claim": 0.5, "load": 0.0, "tools": 1.0, "bonus": 0.0, **facts}
+    given.setdefault("trust", given["claim"] + given["bonus"])
+    score = TRUST_WEIGHT * given["trust"] + AVAILABILITY_WEIGHT * (1 - given["load"]) + TOOLS_WEIGHT * given["tools"]
+    return ScoredBid(node_id=node_id, host_id="h", score=score, **given)  # type: ignore[arg-type]
+
+
+def award(*bids: ScoredBid) -> Award:
+    return Award(node_id=bids[0].node_id, host_id="h", score=bids[0].score, bids=bids)
+
+
+def reward(attempt: int, node_id: str, reason: str = "", **fields: object) -> Reward:
+    given: dict[str, object] = {"source": "rules", "score": 0.0 if reason else 1.0, **fields}
+    return Reward(
+        reward_id=f"t1:{attempt}:{given['source']}",
+        task_id="t1",
+        attempt=attempt,
+        node_id=node_id,
+        slug="code",
+        ended_at=1010.0,
+        reason=reason,
+        **given,  # type: ignore[arg-type]
+    )
+
+
+def test_waiting_and_working_are_told_apart_and_the_end_is_reckoned() -> None:
+    told = turns(record(envelope("sense", *TRIP[:3]), ended_at=1016.0))
+
+    assert [(turn.phase, turn.at_s, turn.waited_s, turn.worked_s) for turn in told] == [
+        ("sense", 2.0, 2.0, 1.0),
+        ("match", 5.0, 2.0, 1.0),
+        ("scale", 8.0, 2.0, 1.0),
+        ("execute", 11.0, 2.0, 1.0),
+        ("evaluate", 12.0, None, 4.0),
+    ]
+
+
+def test_a_running_task_has_the_turns_it_had() -> None:
+    assert [turn.phase for turn in turns(record(envelope("sense", "match")))] == ["sense", "match"]
+    assert turns(record(envelope())) == []
+
+
+def test_a_subtask_begins_with_its_admission() -> None:
+    split = Split(parent="p", depth=1, deadline=1300.0)
+
+    assert handed_in_at(record(envelope())) == 1000.0
+    assert handed_in_at(record(envelope(split=split))) == 1001.0
+
+
+@pytest.mark.parametrize(
+    ("told", "numbers"),
+    [
+        (envelope("sense", *TRIP[:3]), [1, 1, 1, 1]),
+        (envelope("sense", *TRIP, *TRIP[:3], attempt=2), [1, 1, 1, 1, 1, 2, 2, 2]),
+        (envelope("sense", *TRIP, attempt=2), [1, 1, 1, 1, 1]),  # on its way back to MATCH
+        (envelope("sense", "match", "scale", "match", "scale"), [1] * 5),  # alone: SCALE hands back
+    ],
+)
+def test_hops_belong_to_attempts(told: Envelope, numbers: list[int]) -> None:
+    assert attempts(told) == numbers
+
+
+def test_where_hops_were_dropped_the_attempts_count_from_both_ends() -> None:
+    told = Envelope(ad=TaskAd(task_id="t1", description="x"), deadline=1300.0, attempt=40)
+    for step, phase in enumerate(("sense", *TRIP * 39, *TRIP[:3])):
+        hop = Hop(phase=phase, instance="i", started=1.0 * step, finished=1.0 * step, step=step)  # type: ignore[arg-type]
+        told = told.with_hop(hop)
+
+    numbers = attempts(told)
+    gaps = [index for index, turn in enumerate(turns(record(told))) if turn.after_gap]
+
+    assert len(numbers) == MAX_HOPS
+    assert (numbers[0], numbers[-1]) == (1, 40)
+    assert gaps == [MAX_HOPS // 2]
+    assert numbers[: gaps[0]] == sorted(numbers[: gaps[0]])
+    assert numbers[gaps[0]] > numbers[gaps[0] - 1]
+
+
+@given(messages(TaskRecord))
+def test_any_record_has_a_timeline(any_record: TaskRecord) -> None:
+    told = turns(any_record)
+
+    assert all(turn.worked_s >= 0 and turn.at_s >= 0 and turn.attempt >= 1 for turn in told)
+    tries(any_record, [])
+
+
+def test_attempts_are_known_from_rewards_and_from_the_record() -> None:
+    failed = reward(1, "bad", "agent_failed")
+    person = reward(2, "good", source="person", score=0.4)
+    ended = record(
+        envelope(attempt=2, result=RunResult(content="x", prompt_tokens=3, completion_tokens=4, duration_s=0.5)),
+        ended_at=1020.0,
+        claim=Claim(attempt=2, node_id="good"),
+    )
+
+    known = tries(ended, [failed, person])
+
+    assert [(each.attempt, each.node_id, each.outcome, each.tokens) for each in known] == [
+        (1, "bad", "agent_failed", 0),
+        (2, "good", "succeeded", 7),
+    ]
+
+
+def test_the_attempt_in_hand_is_told_and_so_is_one_just_lost() -> None:
+    claim = Claim(attempt=1, node_id="n")
+    lost = envelope(attempt=2, last_error=TaskError(code="node_lost"))
+
+    assert [each.outcome for each in tries(record(envelope(), claim=claim), [])] == ["running"]
+    assert [each.outcome for each in tries(record(lost, claim=claim), [])] == ["node_lost"]
+    assert tries(record(envelope()), []) == []
+
+
+@pytest.mark.parametrize(
+    ("bids", "said"),
+    [
+        ([bid("a", claim=0.9)], "a won with 0.94: nobody else bid (a claim of 0.90 and no evidence)."),
+        ([bid("a", claim=0.9), bid("b", claim=0.5)], "trusted more, for a claim of 0.90 and no evidence against"),
+        (
+            [bid("a", trust=0.8, evidence=0.9, count=4), bid("b", claim=0.7)],
+            "for a claim of 0.50 and a mean reward of 0.90 over 4 against a claim of 0.70 and no evidence",
+        ),
+        ([bid("a", bonus=0.4), bid("b", bonus=0.1)], "less is known about it, which earns a bonus of 0.40 against"),
+        ([bid("a"), bid("b", load=0.5)], "it is less busy, 0% against 50%."),
+        ([bid("a"), bid("b", tools=0.5)], "it has more of the tools, 100% against 50%."),
+        ([bid("a", claim=0.9, load=0.5), bid("b")], "trusted more, .*, although it is busier, 50% against 0%"),
+        ([bid("a"), bid("b")], "they are equal, and the task's id decided."),
+    ],
+)
+def test_one_sentence_says_why_the_winner_won(bids: list[ScoredBid], said: str) -> None:
+    assert re.search(said.replace("(", r"\(").replace(")", r"\)"), why(award(*bids)))
+
+
+def test_without_an_auction_nobody_was_better() -> None:
+    assert "pinned" in why(Award(node_id="a", host_id="h", pinned=True))
+    assert why(Award(node_id="a", host_id="h")) == "a won; the bids are not known."
+
+
+@given(st.lists(messages(ScoredBid), min_size=1, max_size=3))
+def test_any_award_can_be_explained(bids: list[ScoredBid]) -> None:
+    ranked = sorted(bids, key=lambda each: -each.score)
+
+    said = why(replace(award(*ranked), bids=tuple(ranked)))
+
+    assert said.startswith(f"{ranked[0].node_id} won with ")
+    assert said.endswith(".")
