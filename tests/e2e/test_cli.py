@@ -391,7 +391,7 @@ def quietly(environment: None) -> Iterator[None]:
         ("run bad.jsonl --agents missing.py", 2, "invalid_task: bad.jsonl, line 1, field domian: "),
         ("node bad.py", 2, "invalid_file: bad.py, line 2: ZeroDivisionError: division by zero"),
         ("phase sense nonsense", 2, "bad_usage: Invalid value for NAME: 'nonsense' is not one of sense, match"),
-        ("submit x --priority urgent", 2, "invalid_task: not a valid TaskAd: Invalid enum value 'urgent'"),
+        ("submit x --priority urgent", 2, "invalid_task: priority must be one of low, normal, high, critical"),
         ("submit x --timeout -1", 2, "invalid_task: "),
         ("submit x --context {", 2, "invalid_task: context is not JSON"),
         ("submit x --context [1]", 2, "invalid_task: not a valid TaskAd: Expected `object`, got `array`"),
