@@ -437,7 +437,8 @@ async def test_a_replica_that_was_overtaken_leaves_the_message_to_the_other(
     await until(lambda: len(one.runs) == 2, what="the other replica re-attached")
     claim = (await stage.read(env.task_id)).claim
     assert (claim.instance, claim.stream_seq, claim.attempt) == (second.bus.instance, first.stream_seq, 1)
-    await asyncio.sleep(0.8)  # until the first has noticed the silence, and the server would have tried again
+    overtaken = stage.bus.now()  # by 0.8 s later the first has noticed the silence, and the server would try again
+    await until(lambda: stage.bus.now() > overtaken + 0.8, what="both have had their time")
     assert await stage.pending("TASKS") == 1
     assert not stage.all("task", phase="evaluate")
     await moving.finish()

@@ -73,7 +73,7 @@ async def test_the_deadline_counts_from_when_the_server_stored_the_submission(st
     task = ad(timeout_s=0.2)
     await submit(stage, task)
     stored = stage.bus.now()
-    await asyncio.sleep(0.25)  # until the task is too old
+    await until(lambda: stage.bus.now() > stored + 0.2, what="the task is too old")
     await stage.phase("sense")
     late = await stage.seen("task", phase="evaluate")
     assert late.error.code == "deadline_exceeded"

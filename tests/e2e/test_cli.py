@@ -12,10 +12,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import structlog
+from support.command import LOOM, Command, Ended
 from support.wait import until
 
 from loom.bus.client import Bus
@@ -31,7 +31,6 @@ from loom.schemas.wire import decode
 from loom.types import AgentNode, CapabilityProfile
 
 WITHIN_S = 20
-COMMAND = (sys.executable, "-m", "loom.runner.cli")
 
 AGENTS = """
 from loom.types import AgentNode, CapabilityProfile
@@ -59,49 +58,7 @@ TASKS = """
 """
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Process:
-    """A running `loom`, its standard output and error in files."""
-
-    def __init__(self, process: asyncio.subprocess.Process, out: Path, err: Path) -> None:
-        self._process = process
-        self._out, self._err = out, err
-
-    @property
-    def out(self) -> str:
-        return self._out.read_text()
-
-    @property
-    def err(self) -> str:
-        return self._err.read_text()
-
-    async def says(self, text: str) -> str:
-        """Wait for `text` on either output, and return standard output."""
-
-        def said() -> bool:
-            spoken = text in self.out + self.err
-            assert spoken or self._process.returncode is None, f"ended without {text!r}: {self.err}"
-            return spoken
-
-        await until(said, within_s=WITHIN_S, what=f"{text!r} is said")
-        return self.out
-
-    async def stop(self, number: signal.Signals) -> Ended:
-        self._process.send_signal(number)
-        return await self.wait()
-
-    async def wait(self) -> Ended:
-        async with asyncio.timeout(WITHIN_S):
-            code = await self._process.wait()
-        return Ended(code, self.out, self.err)
-
-
-Start = Callable[..., Awaitable[Process]]
+Start = Callable[..., Awaitable[Command]]
 
 
 @pytest.fixture
@@ -121,15 +78,15 @@ async def start(environment: None, tmp_path: Path) -> AsyncIterator[Start]:
 
     numbers = count()
 
-    async def start_one(*words: str, **env: str) -> Process:
+    async def start_one(*words: str, **env: str) -> Command:
         number = next(numbers)
         out, err = tmp_path / f"{number}.out", tmp_path / f"{number}.err"
         with out.open("wb") as stdout, err.open("wb") as stderr:
             process = await asyncio.create_subprocess_exec(
-                *COMMAND, *words, stdout=stdout, stderr=stderr, cwd=tmp_path, env={**os.environ, **env}
+                *LOOM, *words, stdout=stdout, stderr=stderr, cwd=tmp_path, env={**os.environ, **env}
             )
         started.append(process)
-        return Process(process, out, err)
+        return Command(process, out, err)
 
     yield start_one
     for process in started:
@@ -139,7 +96,7 @@ async def start(environment: None, tmp_path: Path) -> AsyncIterator[Start]:
 
 
 async def loom(start: Start, *words: str, **env: str) -> Ended:
-    return await (await start(*words, **env)).wait()
+    return await (await start(*words, **env)).end()
 
 
 @asynccontextmanager
@@ -201,7 +158,7 @@ async def test_an_interrupted_run_keeps_what_it_has(start: Start, tmp_path: Path
     await run.says("one  succeeded")
     await run.says("three  execute")
 
-    ended = await run.stop(signal.SIGINT)
+    ended = await run.end(signal.SIGINT)
 
     assert ended.code == 130
     assert "Traceback" not in ended.err
@@ -213,7 +170,7 @@ async def test_a_reader_that_leaves_does_not_end_the_run(start: Start, tmp_path:
     os.close(reader)
     try:
         process = await asyncio.create_subprocess_exec(
-            *COMMAND,
+            *LOOM,
             "run",
             "tasks.jsonl",
             "--agents",
@@ -236,7 +193,7 @@ async def test_a_reader_that_leaves_does_not_end_the_run(start: Start, tmp_path:
 
 async def test_a_cluster_of_processes_works_is_watched_and_stops(start: Start, tmp_path: Path) -> None:
     up = await start("up", "--port", "0", LOOM_STORE=str(tmp_path / "store"))
-    url = re.findall(r"nats://\S+:\d+", await up.says("Ctrl-C"))[0]
+    url = re.findall(r"nats://\S+:\d+", (await up.says("Ctrl-C")).out)[0]
     where = {"NATS_URL": url}
     tap, tap_json = await start("tap", **where), await start("tap", "--json", **where)
     node = await start("node", "agents.py", "--slots", "2", **where)
@@ -254,15 +211,15 @@ async def test_a_cluster_of_processes_works_is_watched_and_stops(start: Start, t
     assert (failed.code, failed.out) == (1, "")
     assert failed.err == "agent_failed: ValueError: the file is empty\n"
     for last in ("succeeded on shouter", "failed, agent_failed"):
-        traffic = await tap.says(last)
+        traffic = (await tap.says(last)).out
     for kind in ("intake", "task match", "auction", "task execute", "run", "delta", "task evaluate", "reward"):
         assert f" {kind} " in traffic
     await tap_json.says(f"loom.result.{json.loads(told.out)['task_id']}")
     watched = [json.loads(line) for line in tap_json.out.splitlines()]
     assert {"shouter", "speller"} <= {each["tokens"]["node_id"] for each in watched if each["family"] == "reward"}
-    assert (await tap.stop(signal.SIGINT)).code == 130
-    assert (await node.stop(signal.SIGTERM)).code == 0
-    ended = await up.stop(signal.SIGINT)
+    assert (await tap.end(signal.SIGINT)).code == 130
+    assert (await node.end(signal.SIGTERM)).code == 0
+    ended = await up.end(signal.SIGINT)
     assert ended.code == 0
     assert "phases_drained" in ended.err
     assert "Traceback" not in ended.err
@@ -288,10 +245,10 @@ async def test_a_phase_waits_for_its_server(start: Start, namespace: str) -> Non
     server = NatsServer(port=port)
     server.start()
     try:
-        assert await phase.says("on nats") == f"sense, match on {url}\n"
+        assert (await phase.says("on nats")).out == f"sense, match on {url}\n"
         async with Bus(url, namespace=namespace) as bus:
             await check_phases(bus)
-        ended = await phase.stop(signal.SIGTERM)
+        ended = await phase.end(signal.SIGTERM)
     finally:
         server.stop()
 
@@ -315,7 +272,7 @@ async def test_an_answer_is_shown_while_it_is_written_and_only_once(
     async with hosting(*on_bus, slow=slow):
         ours, theirs = pty.openpty()
         os.set_blocking(ours, False)
-        process = await asyncio.create_subprocess_exec(*COMMAND, "submit", "x", stdin=theirs, stdout=theirs)
+        process = await asyncio.create_subprocess_exec(*LOOM, "submit", "x", stdin=theirs, stdout=theirs)
         shown = bytearray()
 
         def read(text: bytes) -> bool:
@@ -354,7 +311,7 @@ async def test_an_interrupted_submit_cancels_its_task(
         submit = await start("submit", "x")
         await until(lambda: tasks, within_s=WITHIN_S, what="the run begins")
 
-        ended = await submit.stop(signal.SIGINT)
+        ended = await submit.end(signal.SIGINT)
 
         record = await status(client, tasks[0])
     assert (ended.code, ended.out, ended.err) == (130, "", "")
