@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from support.buses import Connect, Heard, alive, back
 from support.wait import until
 
-from loom.bus import client, topology
+from loom.bus import client, connection, topology
 from loom.bus.client import Bus, Conflict, Msg, NoResponders, PayloadTooLarge, Refused
 from loom.runner.embedded import NatsServer
 from loom.schemas.config import ClusterConfig
@@ -505,7 +505,7 @@ async def test_closing_just_as_a_reconnect_is_refused_leaves_no_task(connect: Co
 async def test_a_dead_read_loop_is_noticed_and_the_connection_made_anew(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "WATCH_S", 0.05)
+    monkeypatch.setattr(connection, "WATCH_S", 0.05)
     plain = await connect()
     heard = Heard()
     await plain.subscribe(plain.subjects.of("delta", "t1"), heard)

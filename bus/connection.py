@@ -1,0 +1,336 @@
+"""The connection: hardened against what was seen to break nats-py, and the only place that makes one."""
+
+import asyncio
+import contextlib
+import re
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any, Self
+from uuid import uuid4
+
+import nats
+import nats.errors
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from loom.bus.faults import describe
+from loom.bus.gate import Gate
+from loom.bus.subjects import Subjects
+from loom.schemas.errors import BusUnavailable, LoomError
+from loom.schemas.wire import encode
+
+log = structlog.get_logger()
+
+STALL_MS = 10_000  # unacknowledged bytes for this long mean a half-open peer
+RETRY_S = 0.2
+WATCH_S = 1.0
+
+Handler = Callable[[Msg], Awaitable[None]]
+
+
+class PayloadTooLarge(LoomError):
+    """A message over the server's limit, refused here because the server would cut the connection for good."""
+
+    code = "invalid_task"
+
+
+class Connection:
+    """One connection to one namespace on a nats-server: plain messages, and the life of the connection itself.
+
+    Args:
+        url: Servers, comma separated.
+        namespace: First token of every subject.
+        role: Who this is: names the connection and its inbox prefix. `client` gets the plain `_INBOX`, the
+            only prefix task answers are sent to.
+        patience_s: How long `connect` tries.
+    """
+
+    def __init__(self, url: str, *, namespace: str = "loom", role: str = "client", patience_s: float = 2.0) -> None:
+        self.url = url
+        self.address = re.sub(r"(^|,)(\w+://)?[^,]*@", r"\1\2", url)
+        """The servers without credentials, for messages and logs."""
+        self._patience_s = patience_s
+        self.subjects = Subjects(namespace)
+        self.role = role
+        self.instance = f"{role}-{uuid4().hex[:8]}"
+        self.lost = asyncio.Event()
+        """Set when the connection is closed for good: the process should end."""
+        self.gate = Gate()
+        self.clock_offset_s = 0.0
+        self._nc = Client()
+        self._inbox = f"_INBOX{'' if role == 'client' else '_' + role}.{uuid4().hex[:22]}"
+        self._closing = False
+        self._reconnected: list[Callable[[], None]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # -- lifecycle
+
+    async def connect(self) -> Self:
+        """Connect, trying for `patience_s`.
+
+        Raises:
+            BusUnavailable: No server answered in that time, or it refused us.
+        """
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await self._connect_first()
+        except (OSError, nats.errors.Error, TimeoutError) as error:
+            await self._discard()
+            why = str(error) if isinstance(error, nats.errors.Error) else f"tried for {self._patience_s:g} s"
+            raise BusUnavailable(
+                f"no nats-server at {self.address} ({why}); start one with `loom up`", url=self.address
+            ) from error
+        self._harden_socket()
+        self.spawn(self._watch(), name="bus-watch")
+        return self
+
+    async def _connect_first(self) -> None:
+        """Connect; a server that hangs up may be on its way up or down, and is tried again."""
+        while True:
+            try:
+                await self._connect_once()
+                if self._nc.is_connected:  # else it hung up so late that nats-py has not noticed
+                    return
+            except OSError:
+                pass
+            except nats.errors.Error as error:
+                # Not even an address, or what the server itself says, which nats-py leaves in quotes.
+                if self._nc._current_server is None or "'" in str(error):
+                    raise
+            await self._discard()
+            await asyncio.sleep(RETRY_S)
+
+    async def _connect_once(self) -> None:
+        self._nc = Client()
+        await self._nc.connect(
+            servers=self.url.split(","),
+            name=f"loom {self.instance}",
+            error_cb=self._on_error,
+            disconnected_cb=self._on_disconnect,
+            reconnected_cb=self._on_reconnect,
+            closed_cb=self._on_close,
+            allow_reconnect=False,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=RETRY_S,  # type: ignore[arg-type]  # a fraction works, and a server starts in 15 ms
+            connect_timeout=2,
+            inbox_prefix=self._inbox,
+            ping_interval=5,
+            max_outstanding_pings=2,
+            drain_timeout=5,
+        )
+        # nats-py tries the first connection for ever by itself; what it does after that must be asked for.
+        self._nc.options.update(allow_reconnect=True, max_reconnect_attempts=-1, reconnect_time_wait=0.5)
+
+    async def _discard(self) -> None:
+        self._closing = True
+        await self._close_connection()
+        self._closing = False
+
+    async def close(self) -> None:
+        """Close the connection; safe to call twice or before `connect`."""
+        self._closing = True
+        await self._end_tasks()
+        await self._close_connection()
+
+    async def _close_connection(self) -> None:
+        while (reconnecting := self._nc._reconnection_task) is not None and not reconnecting.done():
+            reconnecting.cancel()  # once may not do: Python 3.11 loses it when the connection is refused just then
+            await asyncio.wait([reconnecting], timeout=0.1)
+        if not self._nc.is_closed:
+            try:
+                await self._nc.close()
+            except (nats.errors.Error, OSError, AssertionError, RuntimeError):
+                pass  # closed all the same; it asserts that it ever connected, uvloop that its transport is there
+            except asyncio.CancelledError:
+                # Amid a reconnect nats-py cancels a future and then waits for it.
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+
+    def abort(self) -> None:
+        """Drop the connection at once, from synchronous code; what is unsent is lost."""
+        self._closing = True
+        nc = self._nc
+        nc._status = Client.CLOSED  # nats-py has no synchronous close
+        nc._server_pool.clear()  # ends a reconnect that misses its cancellation
+        writer = getattr(nc._transport, "_bare_io_writer", None)
+        subs = [sub._wait_for_msgs_task for sub in nc._subs.values()]
+        own = (nc._reading_task, nc._flusher_task, nc._ping_interval_task, nc._reconnection_task)
+        running = [task for task in (*self._tasks, *own, *subs) if task is not None and not task.done()]
+        if any(task.get_loop().is_closed() for task in running) or not running:
+            _close_socket(writer)  # the loop that would have closed it has gone, and its tasks with it
+            return
+        for task in running:
+            task.cancel()
+        if writer is not None:
+            writer.close()
+
+    async def __aenter__(self) -> Self:
+        return await self.connect()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def spawn(self, work: Any, *, name: str) -> asyncio.Task[Any]:
+        """Run a coroutine beside the connection; it is cancelled when the connection closes."""
+        task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_done)
+        return task
+
+    def _on_task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("bus_task_failed", task=task.get_name(), **describe(task.exception()))
+
+    async def _end_tasks(self) -> None:
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def server_version(self) -> tuple[int, ...]:
+        """The server's version, for example (2, 15, 1)."""
+        version = self._nc.connected_server_version
+        return (version.major, version.minor, version.patch)
+
+    # -- time
+
+    def now(self) -> float:
+        """Return the server's time, seconds since the epoch."""
+        return time.time() + self.clock_offset_s
+
+    # -- plain messages
+
+    async def publish(
+        self, subject: str, message: Any = b"", *, reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        """Publish at most once; bytes go as they are, anything else as JSON.
+
+        Raises:
+            PayloadTooLarge: Body and headers are over the server's limit.
+            BusUnavailable: The connection is gone, or its buffer is full.
+        """
+        payload = message if isinstance(message, bytes) else encode(message)
+        self._check_size(payload, headers)
+        try:
+            await self._nc.publish(subject, payload, reply=reply, headers=dict(headers) if headers else None)
+        except nats.errors.Error as error:
+            raise BusUnavailable(f"cannot publish: {error}", url=self.address) from error
+
+    async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Subscription:
+        """Hand every message on `subject` to `handler`, one at a time: it must be quick.
+
+        Raises:
+            BusUnavailable: The connection is gone.
+        """
+
+        async def guarded(msg: Msg) -> None:
+            try:
+                await handler(msg)
+            except Exception as error:  # noqa: BLE001 - an escaping one would end the subscription silently
+                log.error("handler_failed", subject=msg.subject, **describe(error))
+
+        try:
+            return await self._nc.subscribe(subject, queue=queue, cb=guarded)
+        except nats.errors.Error as error:
+            raise BusUnavailable(f"cannot subscribe: {error}", url=self.address) from error
+
+    async def unsubscribe(self, subscription: Subscription) -> None:
+        """End a subscription; safe when the connection is already gone."""
+        with contextlib.suppress(nats.errors.Error):
+            await subscription.unsubscribe()
+
+    async def serve(self, subject: str, handler: Handler, *, queue: str = "", at_once: int = 256) -> Subscription:
+        """Hand every message on `subject` to `handler`, up to `at_once` of them side by side."""
+        room = asyncio.Semaphore(at_once)
+
+        async def work(msg: Msg) -> None:
+            try:
+                await handler(msg)
+            except Exception as error:  # noqa: BLE001 - one bad request must not end the service
+                log.error("handler_failed", subject=msg.subject, **describe(error))
+            finally:
+                room.release()
+
+        async def accept(msg: Msg) -> None:
+            await room.acquire()
+            self.spawn(work(msg), name=f"serve {msg.subject}")
+
+        return await self.subscribe(subject, accept, queue=queue)
+
+    # -- what nats-py tells us
+
+    def on_reconnect(self, callback: Callable[[], None]) -> None:
+        """Call `callback` after every reconnect; it must not block."""
+        self._reconnected.append(callback)
+
+    def forget_reconnect(self, callback: Callable[[], None]) -> None:
+        """Stop calling `callback`."""
+        if callback in self._reconnected:
+            self._reconnected.remove(callback)
+
+    async def _on_error(self, error: Exception) -> None:
+        if not self._closing and self._nc.is_connected:
+            log.warning("bus_error", error=str(error) or type(error).__name__)
+
+    async def _on_disconnect(self) -> None:
+        if not self._closing:
+            log.warning("bus_disconnected")
+
+    async def _on_reconnect(self) -> None:
+        log.info("bus_reconnected")
+        self._harden_socket()
+        for callback in list(self._reconnected):
+            try:
+                callback()
+            except Exception as error:  # noqa: BLE001 - an escaping one would end the reconnect half way
+                log.error("reconnect_callback_failed", **describe(error))
+
+    async def _on_close(self) -> None:
+        if not self._closing:
+            log.error("bus_closed")
+            self.lost.set()
+
+    def _harden_socket(self) -> None:
+        transport = self._nc._transport  # nats-py offers no socket options
+        writer = getattr(transport, "_bare_io_writer", None)
+        sock = writer.get_extra_info("socket") if writer else None
+        if sock is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_MS)
+
+    async def _watch(self) -> None:
+        """Reconnect when nats-py's read loop has died while it still believes in the connection."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            reading = self._nc._reading_task  # the only sign of a dead read loop
+            if self._nc.is_connected and reading is not None and reading.done():
+                log.warning("read_loop_dead")
+                await self._reconnect()
+
+    async def _reconnect(self) -> None:
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await self._nc.force_reconnect()
+
+    def _check_size(self, payload: bytes, headers: dict[str, str] | None) -> None:
+        size = len(payload)
+        if headers:
+            size += 12 + sum(len(f"{key}: {value}\r\n".encode()) for key, value in headers.items())
+        if size > self._nc.max_payload:
+            raise PayloadTooLarge(f"a message of {size} bytes; the server takes {self._nc.max_payload}")
+
+
+def _close_socket(writer: asyncio.StreamWriter | None) -> None:
+    """Close the socket of a transport whose event loop is closed and cannot do it any more."""
+    transport = writer.transport if writer is not None else None
+    sock = getattr(transport, "_sock", None)
+    if sock is not None:
+        sock.close()
+        transport._sock, transport._closing = None, True  # type: ignore[union-attr]  # so that its end warns of nothing
