@@ -2,12 +2,16 @@
 
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from loom.runner.embedded import NatsServer, find_server
 from loom.schemas.errors import BusUnavailable
+
+RAM_DISK = Path("/dev/shm")  # making hundreds of streams is three times as fast there
 
 
 @pytest.fixture(scope="session")
@@ -19,11 +23,12 @@ def nats_url() -> Iterator[str]:
         if os.environ.get("CI"):
             raise
         pytest.skip(error.message)
-    server = NatsServer()
-    server.start()
-    yield server.url
-    server.kill()  # a clean end would tidy up hundreds of streams that nobody wants
-    server.stop()
+    with tempfile.TemporaryDirectory(dir=RAM_DISK if RAM_DISK.is_dir() else None) as store:
+        server = NatsServer(Path(store))
+        server.start()
+        yield server.url
+        server.kill()  # a clean end would tidy up hundreds of streams that nobody wants
+        server.stop()
 
 
 @pytest.fixture
