@@ -1,8 +1,9 @@
 """Streams, buckets and consumers as data, and one function that makes the server match."""
 
 import asyncio
+import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import structlog
@@ -111,17 +112,26 @@ def consumer(bus: Bus, lane: Lane) -> dict[str, Any]:
     }
 
 
-async def apply(bus: Bus, config: ClusterConfig) -> list[str]:
-    """Create what is missing and return how the rest differs from the design, one sentence each.
+def check_version(bus: Bus) -> None:
+    """Return if the server is new enough.
 
     Raises:
-        BusUnavailable: The server is too old, has no JetStream, or refuses a stream.
+        BusUnavailable: It is not.
     """
     version = bus.server_version
     if version < MIN_SERVER:
         raise BusUnavailable(
             f"nats-server {'.'.join(map(str, version))} is too old; loom needs {MIN_SERVER[0]}.{MIN_SERVER[1]} or newer"
         )
+
+
+async def apply(bus: Bus, config: ClusterConfig) -> list[str]:
+    """Create what is missing and return how the rest differs from the design, one sentence each.
+
+    Raises:
+        BusUnavailable: The server is too old, has no JetStream, or refuses a stream.
+    """
+    check_version(bus)
     differences: list[str] = []
     for wanted in streams(bus, config):
         differences += await _apply_stream(bus, wanted)
@@ -173,12 +183,11 @@ async def inspect(bus: Bus, config: ClusterConfig) -> Inspection:
 
 async def _part(bus: Bus, name: str, call: str, wanted: dict[str, Any]) -> Part:
     try:
-        info = await bus.api(call)
+        info = await _info(bus, call)
     except Refused as error:
         if error.err_code in {_STREAM_NOT_FOUND, _CONSUMER_NOT_FOUND}:
             return Part(name, None, ())
         raise
-    _learn_clock(bus, info)
     return Part(name, info, tuple(_differences(info["config"], wanted)))
 
 
@@ -190,13 +199,12 @@ def _differences(config: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str
 
 async def _apply_stream(bus: Bus, wanted: dict[str, Any]) -> list[str]:
     try:
-        info = await bus.api(f"STREAM.INFO.{wanted['name']}")
+        info = await _info(bus, f"STREAM.INFO.{wanted['name']}")
     except Refused as error:
         if error.err_code != _STREAM_NOT_FOUND:
             raise
         await _create_stream(bus, wanted)
-        info = await bus.api(f"STREAM.INFO.{wanted['name']}")
-    _learn_clock(bus, info)
+        info = await _info(bus, f"STREAM.INFO.{wanted['name']}")
     return [f"{wanted['name']}: {difference}" for difference in _differences(info["config"], wanted)]
 
 
@@ -233,13 +241,16 @@ async def stream_state(bus: Bus, name: str, *, subjects: str = "") -> dict[str, 
         Refused: No such stream.
     """
     body = {"subjects_filter": subjects} if subjects else None
-    info = await bus.api(f"STREAM.INFO.{bus.subjects.stream(name)}", body)
-    _learn_clock(bus, info)
+    info = await _info(bus, f"STREAM.INFO.{bus.subjects.stream(name)}", body)
     state: dict[str, Any] = info["state"]
     return state
 
 
-def _learn_clock(bus: Bus, info: dict[str, Any]) -> None:
+async def _info(bus: Bus, call: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return an answer that carries the server's time, taken as of half way between question and answer."""
+    asked = time.time()
+    info = await bus.api(call, body)
     stamp = info.get("ts")
     if isinstance(stamp, str):
-        bus.clock_offset_s = datetime.fromisoformat(stamp).timestamp() - datetime.now(UTC).timestamp()
+        bus.clock_offset_s = datetime.fromisoformat(stamp).timestamp() - (asked + time.time()) / 2
+    return info

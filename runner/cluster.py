@@ -123,6 +123,7 @@ async def running_nodes(
 ) -> AsyncIterator[NodeHost]:
     """Host nodes on a connection of their own while the body runs."""
     async with Bus(url, namespace=namespace, role="node", patience_s=patience_s) as bus:
+        topology.check_version(bus)
         host = NodeHost(bus, nodes, slots=slots, backlog=backlog)
         presence = Presence(bus, ["node"], host.host_id)
         try:

@@ -10,6 +10,7 @@ from loom.agents.host import NodeHost
 from loom.agents.node import Node
 from loom.bus import tasks
 from loom.bus.client import Bus
+from loom.bus.topology import check_version
 from loom.runner import logs
 from loom.runner.cluster import PhaseGroup
 from loom.runner.embedded import NatsServer, embedded_server
@@ -103,8 +104,9 @@ async def check_phases(bus: Bus) -> None:
     """Return once a phase has answered.
 
     Raises:
-        BusUnavailable: None does.
+        BusUnavailable: None does, or the server is too old for any.
     """
+    check_version(bus)
     try:
         await tasks.status(bus, f"probe-{new_id()[:8]}")
     except UnknownTask:

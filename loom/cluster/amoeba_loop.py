@@ -26,6 +26,9 @@ from loom.types import AgentEvent, Done, ErrorEvent, LLMProvider, Message, TaskA
 
 log = structlog.get_logger()
 
+REWARDED = frozenset({"node_lost", "agent_failed", "rejected_result"})
+"""Failures there is something to learn from."""
+
 
 @dataclass
 class LoopContext:
@@ -132,7 +135,7 @@ class AmoebaLoop:
             yield TextDelta(text=result.content[len(text) :])  # deltas may get lost, the result does not
         if result.error is not None:
             yield ErrorEvent(error=result.error.message, code=result.error.code)
-        if result.node_id is not None:
+        if result.node_id is not None and (result.error is None or result.error.code in REWARDED):
             await learned.wait(self.lifecycle.config.learn_wait_s)
         yield _done(result, time.monotonic() - started)
 

@@ -13,7 +13,7 @@ from loom.phases.sense.admission import Admission, envelope_for
 from loom.schemas.envelope import Envelope, TaskRecord
 from loom.schemas.errors import InvalidTask, LoomError, UnknownTask
 from loom.schemas.task import Accepted, Submission, TaskError, is_token, parse_ad
-from loom.schemas.wire import decode
+from loom.schemas.wire import Undecodable, decode
 
 log = structlog.get_logger()
 
@@ -97,10 +97,25 @@ class Desk:
             return await self._cancel_queued(task_id)
         if entry.value.ended:
             return entry.value
-        current = entry.value.envelope
+        current = await self._last_hop(task_id) or entry.value.envelope
         await self._tell_evaluate(replace(current, attempt=max(current.attempt, entry.value.claim.attempt)))
-        changed = await change(self._admission.records, task_id, lambda record: as_cancelled(record, self._bus.now()))
+
+        def cancel(record: TaskRecord) -> TaskRecord | None:
+            return as_cancelled(replace(record, envelope=current), self._bus.now())
+
+        changed = await change(self._admission.records, task_id, cancel)
         return changed.value if changed else entry.value
+
+    async def _last_hop(self, task_id: str) -> Envelope | None:
+        """The envelope of a running task as it is on its way: with its hops and its award, so that they are kept."""
+        try:
+            found = await self._bus.api(
+                f"STREAM.MSG.GET.{self._bus.subjects.stream('TASKS')}",
+                {"last_by_subj": self._bus.subjects.task("*", "*", task_id)},
+            )
+            return decode(base64.b64decode(found["message"].get("data", "")), Envelope)
+        except (Refused, Undecodable):
+            return None
 
     async def _cancel_queued(self, task_id: str) -> TaskRecord:
         queued = await self._queued(task_id)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loom.bus.client import Bus, Refused
-from loom.bus.topology import stream_state
+from loom.bus.topology import check_version, stream_state
 from loom.runner.cli.running import DEFAULT_URL
 from loom.runner.settings import Settings
 from loom.schemas.errors import BusUnavailable
@@ -38,6 +38,7 @@ async def looking(settings: Settings) -> AsyncIterator[Bus]:
     """
     url = settings.nats_url or DEFAULT_URL
     async with Bus(url, namespace=settings.loom_namespace, patience_s=PATIENCE_S) as bus:
+        check_version(bus)
         await server_time(bus)
         yield bus
 
