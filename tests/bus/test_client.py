@@ -400,9 +400,14 @@ async def test_the_servers_clock_is_learned_with_every_look_at_a_stream(bus: Bus
     assert bus.now() == pytest.approx(time.time(), abs=1)  # the server runs on this machine
 
 
-async def test_a_server_ahead_of_this_process_gives_the_time(plain: Bus) -> None:
+async def test_a_server_ahead_of_this_process_gives_the_time(plain: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     ahead = datetime.fromtimestamp(time.time() + 100, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + "789Z"
-    topology._learn_clock(plain, {"ts": ahead})
+
+    async def api(_call: str, _body: Any = None) -> dict[str, Any]:
+        return {"ts": ahead, "state": {}}
+
+    monkeypatch.setattr(plain, "api", api)
+    await topology.stream_state(plain, "TASKS")
     assert plain.now() == pytest.approx(time.time() + 100, abs=1)
 
 
