@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from loom.schemas.errors import InvalidTask
-from loom.schemas.task import PRIORITIES, is_token
+from loom.schemas.task import is_token
 
 _NAMESPACE = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
@@ -117,9 +117,3 @@ class Subjects:
         if namespace != self.namespace or known is None or len(tokens) != len(known.tokens):
             return None
         return Parsed(family, dict(zip(known.tokens, tokens, strict=True)))
-
-
-def priority_of(parsed: Parsed | None) -> str:
-    """Return the priority a subject names, or `normal`."""
-    priority = parsed.tokens.get("priority", "normal") if parsed else "normal"
-    return priority if priority in PRIORITIES else "normal"

@@ -105,7 +105,7 @@ class Runtime:
 
     def health_check(self) -> list[HealthReport]:
         """Return how the nodes added here fare, by what ADAPT last said of them."""
-        return [self.lifecycle.check_health(node) for node in self.cluster.nodes]
+        return self.lifecycle.check_all(self.cluster.nodes)
 
     # -- tasks
 

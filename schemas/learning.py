@@ -82,12 +82,6 @@ class NodeProfile(Wire, frozen=True, kw_only=True):
     """In all."""
     updated_at: float = 0.0
 
-    @property
-    def recent_mean(self) -> float:
-        """Mean of the ten newest scores over all domains; 0 without any."""
-        newest = sorted((s for d in self.domains.values() for s in d.scores), key=lambda s: s.ended_at)[-10:]
-        return sum(s.score for s in newest) / len(newest) if newest else 0.0
-
 
 LifecycleKind = Literal["joined", "left", "spawned", "retired", "changed", "learned"]
 

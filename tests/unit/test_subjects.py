@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.values import tokens
 
-from loom.bus.subjects import FAMILIES, Family, Subjects, priority_of
+from loom.bus.subjects import FAMILIES, Family, Subjects
 from loom.schemas.errors import InvalidTask
-from loom.schemas.task import PRIORITIES
 
 subjects = Subjects("loom")
 namespaces = st.from_regex(r"[a-z0-9][a-z0-9_-]{0,31}", fullmatch=True)
@@ -88,17 +87,11 @@ def test_a_task_is_found_where_the_subject_names_one() -> None:
     parsed = subjects.parse("loom.task.match.high.t-1")
     assert parsed is not None
     assert parsed.task_id == "t-1"
-    assert priority_of(parsed) == "high"
+    assert parsed.tokens["priority"] == "high"
 
     parsed = subjects.parse("loom.host.h1")
     assert parsed is not None
     assert parsed.task_id == ""
-    assert priority_of(parsed) == priority_of(None) == "normal"
-
-
-def test_a_priority_nobody_knows_counts_as_normal() -> None:
-    assert priority_of(subjects.parse("loom.task.match.urgent.t1")) == "normal"
-    assert [priority_of(subjects.parse(f"loom.intake.{priority}.t1")) for priority in PRIORITIES] == list(PRIORITIES)
 
 
 @pytest.mark.parametrize("name", ["", "Loom", "a.b", "a b", "-a", "_a", "a*", ">", "ü", "a\n", "x" * 33, "loom/x"])
