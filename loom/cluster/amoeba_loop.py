@@ -113,7 +113,7 @@ class AmoebaLoop:
         ad = ctx.to_ad()
         session = self._session or await self._open()
         try:
-            async with _Learned(session.bus, ad.task_id) as learned:
+            async with _Learned(session.bus, ad.task_id, self.cluster) as learned:
                 async for event in self._follow(await tasks.publish(session.bus, ad), learned):
                     yield event
         finally:
@@ -162,11 +162,15 @@ class AmoebaLoop:
 
 
 class _Learned:
-    """Listens for ADAPT to say that a task has been learned from."""
+    """Listens for ADAPT to say that a task has been learned from, and shows it in the cluster's own node.
 
-    def __init__(self, bus: Bus, task_id: str) -> None:
+    The node's host hears the same news, but over another connection: perhaps later.
+    """
+
+    def __init__(self, bus: Bus, task_id: str, cluster: ClusterManager) -> None:
         self._bus = bus
         self._task_id = task_id
+        self._cluster = cluster
         self._heard = asyncio.Event()
 
     async def __aenter__(self) -> Self:
@@ -189,8 +193,13 @@ class _Learned:
             log.info("not_learned_yet", task_id=self._task_id, waited_s=seconds)
 
     async def _on_news(self, msg: Msg) -> None:
-        if self._task_id in decode(msg.data, Lifecycle).task_ids:
-            self._heard.set()
+        news = decode(msg.data, Lifecycle)
+        if self._task_id not in news.task_ids:
+            return
+        for node in self._cluster.nodes:
+            if node.id == news.node_id and news.profile is not None:
+                node.mirror(news.profile)
+        self._heard.set()
 
 
 def _done(result: TaskResult, seconds: float) -> Done:

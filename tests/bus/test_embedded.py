@@ -242,14 +242,15 @@ from loom.runner.embedded import NatsServer
 
 server = NatsServer()
 server.start()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 sibling = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 forked = os.fork()
 if forked == 0:
     server.stop()  # the parent's: not to be touched
     os.close(1)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     signal.pause()
 def tell(**facts): print(json.dumps(facts), flush=True)
-signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 others, sessions = [sibling.pid, forked], [os.getsid(0), os.getsid(server.pid)]
 tell(pid=server.pid, url=server.url, others=others, sessions=sessions)
 signal.sigwait([signal.SIGINT])
