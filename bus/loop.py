@@ -153,8 +153,8 @@ class HopLoop(Generic[T]):
                 await self._pass_on(delivery, phase, envelope, msg_id)
             case Fail(error, envelope):
                 await self._pass_on(delivery, "evaluate", envelope.failed(error), None)
-            case Later(delay_s, envelope):
-                await self._postpone(delivery, delay_s, envelope)
+            case Later(delay_s, envelope, phase):
+                await self._postpone(delivery, delay_s, envelope, phase or self._service.phase)
             case Dead(reason):
                 await bury(self._bus, self._service.phase, task_id, delivery, reason, self._service.end)
             case Done():
@@ -178,12 +178,12 @@ class HopLoop(Generic[T]):
         subject = self._bus.subjects.task(phase, hopped.priority, hopped.task_id)
         await self._bus.store(subject, hopped, msg_id=msg_id or f"{hopped.task_id}:{hopped.step}")
 
-    async def _postpone(self, delivery: Delivery, delay_s: float, envelope: Envelope) -> None:
+    async def _postpone(self, delivery: Delivery, delay_s: float, envelope: Envelope, phase: Phase) -> None:
         hopped = self._hopped(delivery, envelope)
         await schedule(
             self._bus,
             self._bus.subjects.later(hopped.task_id, hopped.step),
-            target=self._bus.subjects.task(self._service.phase, hopped.priority, hopped.task_id),
+            target=self._bus.subjects.task(phase, hopped.priority, hopped.task_id),
             at=self._bus.now() + delay_s,
             envelope=hopped,
             msg_id=f"{hopped.task_id}:{hopped.step}",

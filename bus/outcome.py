@@ -21,10 +21,15 @@ class Next:
 
 @dataclass(frozen=True)
 class Later:
-    """Hand the envelope to the same phase again after `delay_s`; meanwhile it holds no slot."""
+    """Hand the envelope to a phase after `delay_s`; meanwhile it holds no slot.
+
+    Args:
+        phase: Absent: to the same phase again.
+    """
 
     delay_s: float
     envelope: Envelope
+    phase: Phase | None = None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("cancel", ("task_id",), "request", "-", "anyone → SENSE, node hosts, EXECUTE"),
     Family("intake", ("priority", "task_id"), "stream INTAKE", "Submission", "submit, Runtime → SENSE"),
     Family("task", ("phase", "priority", "task_id"), "stream TASKS", "Envelope", "each phase → the next"),
-    Family("later", ("task_id", "step"), "stream TASKS", "Envelope, scheduled", "a phase → itself"),
+    Family("later", ("task_id", "step"), "stream TASKS", "Envelope, scheduled", "a phase → itself; EVALUATE → MATCH"),
     Family("auction", ("slug",), "scatter-gather", "CallForBids → Offer", "MATCH → every node host"),
     Family("run", ("host_id",), "request, streamed replies", "RunRequest → RunEvents", "EXECUTE → one node host"),
     Family("host", ("host_id",), "publish", "HostAnnouncement", "node hosts → MATCH, anyone"),

@@ -13,6 +13,9 @@ PHASES: tuple[Phase, ...] = ("sense", "match", "scale", "execute", "evaluate", "
 
 MAX_HOPS = 64
 """Hops an envelope remembers; past that the middle is dropped."""
+MAX_TRIED = 16
+"""Failed attempts an envelope remembers, the newest ones."""
+MAX_TRIED_CHARS = 300
 AWARD_BIDS = 16
 """Bids an award remembers, best first."""
 
@@ -107,6 +110,18 @@ class Best(Wire, frozen=True, kw_only=True):
     host_id: Token
 
 
+class Tried(Wire, frozen=True, kw_only=True):
+    """An attempt that came to nothing by its node's fault."""
+
+    attempt: Annotated[int, Meta(ge=1)]
+    node_id: Token
+    host_id: Token
+    code: Annotated[str, Meta(max_length=64)]
+    message: Annotated[str, Meta(max_length=MAX_TRIED_CHARS)] = ""
+    tokens: Count = 0
+    duration_s: Seconds = 0.0
+
+
 class Envelope(Wire, frozen=True, kw_only=True):
     """A task on its way through the phases."""
 
@@ -133,6 +148,11 @@ class Envelope(Wire, frozen=True, kw_only=True):
     budget: int | None = None
     """Tokens left; absent: no limit."""
     excluded: tuple[str, ...] = ()
+    """Nodes that have failed the task."""
+    resting: dict[str, float] = {}
+    """Excluded node -> server time from which it asked to be tried again, as a model's server told it."""
+    tried: Annotated[tuple[Tried, ...], Meta(max_length=MAX_TRIED)] = ()
+    """Attempts that failed, oldest first; the newest ones where there were more."""
     trace: str = ""
     """W3C traceparent, passed on as it came."""
     hops: tuple[Hop, ...] = ()

@@ -6,13 +6,16 @@ from msgspec.structs import replace
 
 from loom.bus.reward_bus import RewardBus
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Best, Envelope, TaskRecord
+from loom.schemas.envelope import MAX_TRIED, MAX_TRIED_CHARS, Best, Envelope, TaskRecord, Tried
 from loom.schemas.learning import Reward, Signal
 from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, RunResult, TaskError, TaskState
 
 COUNTED = frozenset({"node_lost", "agent_failed", "rejected_result"})
 """Errors that are the node's fault: counted, excluding it, rewarded with 0."""
 RETRIED = COUNTED | {"node_busy"}
+RETRY_S = 0.1
+"""Pause after the first failure of a node; twice that after each further one."""
+RETRY_MAX_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,10 @@ class End:
 
 @dataclass(frozen=True)
 class Back:
-    """The task goes to another node."""
+    """The task goes to another node, after at least `delay_s`."""
 
     envelope: Envelope
+    delay_s: float = 0.0
 
 
 Decision = End | Back
@@ -60,32 +64,78 @@ def decide(envelope: Envelope, config: ClusterConfig, now: float) -> Decision:
     if error is None:
         return End("succeeded", envelope, score=1.0)
     refused = keep_best(replace(envelope, error=error))
+    if error.code == "no_bids" and envelope.failures:
+        return wait_for_rested(envelope, now) or give_up(refused, last_failure(envelope) or error)
     if error.code not in RETRIED:
-        if error.code == "no_bids" and envelope.failures:
-            last = envelope.last_error
-            return give_up(refused, last if last is not None and last.code in COUNTED else error)
         return End("cancelled" if error.code == "cancelled" else "failed", replace(refused, result=None))
-    failures = envelope.failures + (error.code in COUNTED)
-    if failures >= config.max_attempts or (now >= envelope.deadline and error.code in COUNTED):
-        return give_up(replace(refused, failures=failures), error)
+    if error.code in COUNTED:
+        refused = count(refused, error, now)
+    if refused.failures >= config.max_attempts or (now >= envelope.deadline and error.code in COUNTED):
+        return give_up(refused, error)
     if now >= envelope.deadline:
         late = TaskError(code="deadline_exceeded", message="the deadline passed before another attempt")
         return End("failed", replace(refused, result=None, error=late))
-    excluded = refused.excluded
-    pinned_elsewhere = error.code == "node_lost" and envelope.ad.node_id is not None  # its node may be on another host
-    if error.code in COUNTED and envelope.award and envelope.award.node_id not in excluded and not pinned_elsewhere:
-        excluded = (*excluded, envelope.award.node_id)
-    return Back(
-        replace(
-            refused,
-            result=None,
-            error=None,
-            last_error=error,
-            failures=failures,
-            excluded=excluded,
-            attempt=envelope.attempt + 1,
-        )
+    again = replace(refused, result=None, error=None, last_error=error, attempt=envelope.attempt + 1)
+    return Back(again, retry_s(error, refused.failures))
+
+
+def count(envelope: Envelope, error: TaskError, now: float) -> Envelope:
+    """Return the envelope with a failure that is its node's fault: counted, remembered, and the node excluded."""
+    envelope = replace(envelope, failures=envelope.failures + 1)
+    award, result = envelope.award, envelope.result or RunResult()
+    if award is None:
+        return envelope
+    failed = Tried(
+        attempt=envelope.attempt,
+        node_id=award.node_id,
+        host_id=award.host_id,
+        code=error.code,
+        message=error.message[:MAX_TRIED_CHARS],
+        tokens=result.tokens,
+        duration_s=result.duration_s,
     )
+    envelope = replace(envelope, tried=(*envelope.tried, failed)[-MAX_TRIED:])
+    if error.retry_after_s is not None:
+        envelope = replace(envelope, resting={**envelope.resting, award.node_id: now + error.retry_after_s})
+    elsewhere = error.code == "node_lost" and envelope.ad.node_id is not None  # its node may be on another host
+    if elsewhere or award.node_id in envelope.excluded:
+        return envelope
+    return replace(envelope, excluded=(*envelope.excluded, award.node_id))
+
+
+def retry_s(error: TaskError, failures: int) -> float:
+    """Return the least pause before the next attempt: none after a refused result or a full node."""
+    return min(RETRY_MAX_S, RETRY_S * 2.0 ** (failures - 1)) if error.code in {"node_lost", "agent_failed"} else 0.0
+
+
+def wait_for_rested(envelope: Envelope, now: float) -> Back | None:
+    """Return how to go on when only failed nodes are left: with the first of those that asked for a rest.
+
+    None when there is none, or the deadline comes before it.
+    """
+    node_id = min(envelope.resting, key=lambda node: envelope.resting[node], default=None)
+    if node_id is None or envelope.resting[node_id] >= envelope.deadline:
+        return None
+    rested = replace(
+        envelope,
+        error=None,
+        result=None,
+        last_error=last_failure(envelope),
+        excluded=tuple(node for node in envelope.excluded if node != node_id),
+        resting={node: at for node, at in envelope.resting.items() if node != node_id},
+        attempt=envelope.attempt + 1,
+    )
+    return Back(rested, max(0.0, envelope.resting[node_id] - now))
+
+
+def last_failure(envelope: Envelope) -> TaskError | None:
+    """Return the error of the last attempt that was its node's fault."""
+    if envelope.last_error is not None and envelope.last_error.code in COUNTED:
+        return envelope.last_error
+    if not envelope.tried:
+        return None
+    failed = envelope.tried[-1]
+    return TaskError(code=failed.code, message=failed.message, node_id=failed.node_id)
 
 
 def keep_best(envelope: Envelope) -> Envelope:

@@ -7,6 +7,8 @@ State      the terminal record; this is the only phase that ends a task
 Gives up   never: whatever it is handed ends a task, sends it back, or is told that it has ended
 """
 
+import random
+
 import structlog
 from msgspec.structs import replace
 
@@ -15,7 +17,7 @@ from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
 from loom.bus.kv import Entry
 from loom.bus.loop import SLOTS, HopLoop, Service
-from loom.bus.outcome import Done, Next, Outcome
+from loom.bus.outcome import Done, Later, Next, Outcome
 from loom.bus.records import change, records
 from loom.bus.reward_bus import RewardBus
 from loom.bus.topology import EVALUATE_LANE
@@ -24,6 +26,9 @@ from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, TaskRecord
 
 log = structlog.get_logger()
+
+SPREAD = 1.25
+"""A pause is up to a quarter longer, so that tasks which failed together do not come again together."""
 
 
 class Evaluate:
@@ -86,11 +91,18 @@ class Evaluate:
     async def _send_back(self, decision: Back, envelope: Envelope) -> Outcome:
         """Pass the task to MATCH again, after the failed attempt's reward; the record stays as it is."""
         error = decision.envelope.last_error
-        log.info("sent_back", code=error.code if error else "", attempt=decision.envelope.attempt)
+        log.info(
+            "sent_back",
+            code=error.code if error else "",
+            attempt=decision.envelope.attempt,
+            delay_s=round(decision.delay_s, 2),
+        )
         reward = reward_for(envelope, error, _finished(envelope, self._bus.now()))
         if reward is not None:
             await self._rewards.publish(reward)
-        return Next("match", decision.envelope)
+        if not decision.delay_s:
+            return Next("match", decision.envelope)
+        return Later(decision.delay_s * random.uniform(1, SPREAD), decision.envelope, "match")  # noqa: S311 - jitter
 
     async def _write_end(self, decision: End, envelope: Envelope) -> Entry[TaskRecord] | None:
         now = self._bus.now()

@@ -158,13 +158,16 @@ def _weighed(bid: ScoredBid) -> Iterator[str]:
 
 def _attempts(known: Sequence[Try]) -> Table:
     numbers = ("attempt", "tokens", "time")
-    table = table_of(("attempt", "node", "outcome", "tokens", "time"), title="Attempts", right=numbers)
+    columns = ("attempt", "node", "outcome", "reason", "tokens", "time")
+    table = table_of(columns, title="Attempts", right=numbers, ratios={"reason": 1})
     table.columns[1].max_width = table.columns[2].max_width = None
     for one in known:
         style = STYLES.get(one.outcome, "cyan" if one.outcome == "running" else "red")
         time = span(one.duration_s) if one.duration_s else ""
         tokens = str(one.tokens) if one.tokens else ""
-        add_row(table, str(one.attempt), one.node_id, Text(one.outcome, style), tokens, time)
+        add_row(
+            table, str(one.attempt), one.node_id, Text(one.outcome, style), one_line(one.reason, WORDS), tokens, time
+        )
     return table
 
 

@@ -1,7 +1,7 @@
 """What a task's record tells about its way through the phases. No I/O.
 
 A record remembers hops, but not which attempt each belongs to, and the award of the last attempt only; who tried
-before is known from the rewards of the failures, and from the list of excluded nodes.
+before is known from the failed attempts on its envelope and, while the task runs, from the rewards of the failures.
 """
 
 from collections.abc import Sequence
@@ -40,6 +40,8 @@ class Try:
     node_id: str
     outcome: str
     """`succeeded`, `running`, or the code of an error."""
+    reason: str = ""
+    """What the error said."""
     tokens: int = 0
     duration_s: float = 0.0
 
@@ -117,8 +119,17 @@ def _gap(hops: Sequence[Hop]) -> int | None:
 def tries(record: TaskRecord, rewards: Sequence[Reward]) -> list[Try]:
     """Return the attempts that are known of, in order."""
     known: dict[int, Try] = {}
+    for failed in record.envelope.tried:
+        known[failed.attempt] = Try(
+            attempt=failed.attempt,
+            node_id=failed.node_id,
+            outcome=failed.code,
+            reason=failed.message,
+            tokens=failed.tokens,
+            duration_s=failed.duration_s,
+        )
     for reward in rewards:
-        if reward.source == "rules":
+        if reward.source == "rules" and reward.attempt not in known:
             outcome = reward.reason or "succeeded"
             known[reward.attempt] = Try(
                 attempt=reward.attempt,
@@ -137,16 +148,17 @@ def _last_try(record: TaskRecord) -> Try | None:
     envelope, claim = record.envelope, record.claim
     if not claim.attempt:
         return None
-    error, result = envelope.error, envelope.result
+    error, result = None, envelope.result
     outcome = "running"
     if record.ended:
-        outcome = error.code if error else "succeeded"
-    elif claim.attempt < envelope.attempt and envelope.last_error is not None:
-        outcome = envelope.last_error.code
+        error, outcome = envelope.error, "succeeded"
+    elif claim.attempt < envelope.attempt:
+        error = envelope.last_error
     return Try(
         attempt=claim.attempt,
         node_id=claim.node_id,
-        outcome=outcome,
+        outcome=error.code if error else outcome,
+        reason=error.message if error else "",
         tokens=result.tokens if result else 0,
         duration_s=result.duration_s if result else 0.0,
     )

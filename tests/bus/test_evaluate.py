@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from support.phases import Asker, Stage, ad, awarded, envelope, quiet
+from support.wait import until
 
 from loom.bus.topology import EVALUATE_LANE
 from loom.schemas.config import ClusterConfig
@@ -108,15 +109,26 @@ async def test_a_final_code_ends_the_task_without_a_reward(stage: Stage, code: s
 async def test_a_nodes_fault_sends_the_task_back_with_a_reward_of_nought(stage: Stage, code: str) -> None:
     await stage.phase("evaluate")
     await given(stage, code=code, attempt=2, failures=1, excluded=("n0",))
-    back = await stage.seen("task", phase="match")
+    back = await (stage.seen("task", phase="match") if code == "rejected_result" else stage.seen("later"))
     assert (back.attempt, back.failures, back.excluded) == (3, 2, ("n0", "n1"))
     assert (back.error, back.result, back.last_error.code) == (None, None, code)
     reward = await stage.seen("reward", node_id="n1")
     assert (reward.reward_id, reward.score, reward.reason) == ("t1:2:rules", 0.0, code)
     assert reward.ended_at == RAN.finished
+    assert await until(lambda: stage.pending("TASKS", stage.bus.subjects.task("match", "*", "t1")), what="the call")
     record = await stage.read("t1")
     assert (record.state, record.claim.attempt) == ("running", 2)
     assert not stage.all("result")
+
+
+async def test_a_node_that_asked_for_a_rest_is_tried_again_when_nobody_else_is_left(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    rested_at = stage.bus.now() + 0.3
+    await given(stage, code="no_bids", attempt=2, failures=1, excluded=("n1",), resting={"n1": rested_at})
+    parked = await stage.seen("later")
+    assert (parked.attempt, parked.excluded, parked.resting) == (3, (), {})
+    await until(lambda: stage.pending("TASKS", stage.bus.subjects.task("match", "*", "t1")), what="the call")
+    assert stage.bus.now() >= rested_at
 
 
 async def test_a_busy_node_costs_nothing(stage: Stage) -> None:

@@ -6,9 +6,20 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.phases import ad, awarded, envelope
 
-from loom.phases.evaluate.policy import COUNTED, RETRIED, Back, End, decide, implied_reward, is_late, judge, reward_for
+from loom.phases.evaluate.policy import (
+    COUNTED,
+    RETRIED,
+    RETRY_MAX_S,
+    Back,
+    End,
+    decide,
+    implied_reward,
+    is_late,
+    judge,
+    reward_for,
+)
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Best, Claim, Envelope, TaskRecord
+from loom.schemas.envelope import MAX_TRIED_CHARS, Best, Claim, Envelope, TaskRecord
 from loom.schemas.errors import BY_CODE
 from loom.schemas.task import Accept, RunResult, TaskError
 
@@ -83,6 +94,64 @@ def test_a_node_is_excluded_once_however_often_it_fails() -> None:
     decision = decided(env(code="node_lost", excluded=("n1",)))
     assert isinstance(decision, Back)
     assert decision.envelope.excluded == ("n1",)
+
+
+@pytest.mark.parametrize(
+    ("code", "failures", "pause_s"),
+    [("agent_failed", 0, 0.1), ("node_lost", 1, 0.2), ("rejected_result", 1, 0), ("node_busy", 2, 0)],
+)
+def test_a_failing_node_costs_a_pause_that_doubles(code: str, failures: int, pause_s: float) -> None:
+    decision = decided(env(code=code, failures=failures))
+    assert isinstance(decision, Back)
+    assert decision.delay_s == pytest.approx(pause_s)
+
+
+def test_pauses_are_bounded() -> None:
+    decision = decide(env(code="node_lost", failures=98), ClusterConfig(max_attempts=100), 0)
+    assert isinstance(decision, Back)
+    assert decision.delay_s == RETRY_MAX_S
+
+
+def test_a_failed_attempt_is_remembered_with_its_reason() -> None:
+    raised = TaskError(code="agent_failed", message="x" * 2000)
+    decision = decided(replace(env("half an answer", attempt=4), error=raised))
+    assert isinstance(decision, Back)
+    [failed] = decision.envelope.tried
+    assert (failed.attempt, failed.node_id, failed.code, failed.tokens) == (4, "n1", "agent_failed", 15)
+    assert len(failed.message) == MAX_TRIED_CHARS
+
+
+def rate_limited(retry_after_s: float) -> Envelope:
+    """An attempt whose node was told to come back later, as it stands when nobody else bids."""
+    limited = TaskError(code="agent_failed", message="too busy", retry_after_s=retry_after_s)
+    decision = decided(replace(env(), error=limited), now=10)
+    assert isinstance(decision, Back)
+    assert decision.envelope.excluded == ("n1",)
+    return decision.envelope.failed(TaskError(code="no_bids"))
+
+
+def test_a_node_that_asked_for_a_rest_is_excluded_until_only_such_nodes_are_left() -> None:
+    decision = decided(rate_limited(30), now=15)
+    assert isinstance(decision, Back)
+    assert decision.delay_s == pytest.approx(25)
+    again = decision.envelope
+    assert (again.attempt, again.failures, again.excluded, again.resting) == (3, 1, (), {})
+    assert again.last_error is not None
+    assert again.last_error.code == "agent_failed"
+
+
+def test_a_rest_past_the_deadline_is_not_waited_for() -> None:
+    decision = decided(rate_limited(90), now=15)
+    assert isinstance(decision, End)
+    assert decision.envelope.error is not None
+    assert decision.envelope.error.message == "too busy"
+
+
+def test_the_node_that_is_rested_first_is_tried_first() -> None:
+    left = env(code="no_bids", failures=2, excluded=("n1", "n2", "n3"), resting={"n1": 40.0, "n2": 20.0})
+    decision = decided(left, now=15)
+    assert isinstance(decision, Back)
+    assert (decision.envelope.excluded, decision.envelope.resting) == (("n1", "n3"), {"n1": 40.0})
 
 
 def test_failures_are_bounded_by_max_attempts() -> None:

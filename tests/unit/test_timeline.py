@@ -10,7 +10,7 @@ from support.values import messages
 
 from loom.phases.match.policy import AVAILABILITY_WEIGHT, TOOLS_WEIGHT, TRUST_WEIGHT
 from loom.runner.cli.timeline import attempts, handed_in_at, tries, turns, why
-from loom.schemas.envelope import MAX_HOPS, Award, Claim, Envelope, Hop, ScoredBid, Split, TaskRecord
+from loom.schemas.envelope import MAX_HOPS, Award, Claim, Envelope, Hop, ScoredBid, Split, TaskRecord, Tried
 from loom.schemas.learning import Reward
 from loom.schemas.task import RunResult, TaskAd, TaskError
 
@@ -134,6 +134,16 @@ def test_attempts_are_known_from_rewards_and_from_the_record() -> None:
         (1, "bad", "agent_failed", 0),
         (2, "good", "succeeded", 7),
     ]
+
+
+def test_failed_attempts_on_the_envelope_tell_their_reasons() -> None:
+    failed = Tried(attempt=1, node_id="bad", host_id="h", code="agent_failed", message="it raised", tokens=9)
+    ended = record(envelope(attempt=2, tried=(failed,)), ended_at=1020.0, claim=Claim(attempt=2, node_id="good"))
+
+    first, second = tries(ended, [reward(1, "bad", "agent_failed")])
+
+    assert (first.node_id, first.outcome, first.reason, first.tokens) == ("bad", "agent_failed", "it raised", 9)
+    assert (second.node_id, second.outcome) == ("good", "succeeded")
 
 
 def test_the_attempt_in_hand_is_told_and_so_is_one_just_lost() -> None:
