@@ -68,6 +68,15 @@ class Delivery:
         self._in_gate = False
 
     @property
+    def origin(self) -> str:
+        """The stored message itself, by the kind of its stream and its sequence: the same however often it comes.
+
+        What follows from it is named after it. A count of steps would not do: twins of one task on paths of
+        different length arrive at the same number, and the later one's hop would be dropped as a duplicate.
+        """
+        return f"{self.subject.split('.')[1]}-{self.facts.stream_seq}"
+
+    @property
     def alone(self) -> bool:
         """Whether the message is suspect: delivered several times already."""
         return self.facts.delivered > SUSPECT_AFTER

@@ -176,17 +176,17 @@ class HopLoop(Generic[T]):
     async def _pass_on(self, delivery: Delivery, phase: Phase, envelope: Envelope, msg_id: str | None) -> None:
         hopped = self._hopped(delivery, envelope)
         subject = self._bus.subjects.task(phase, hopped.priority, hopped.task_id)
-        await self._bus.store(subject, hopped, msg_id=msg_id or f"{hopped.task_id}:{hopped.step}")
+        await self._bus.store(subject, hopped, msg_id=msg_id or f"{hopped.task_id}:{delivery.origin}")
 
     async def _postpone(self, delivery: Delivery, delay_s: float, envelope: Envelope, phase: Phase) -> None:
         hopped = self._hopped(delivery, envelope)
         await schedule(
             self._bus,
-            self._bus.subjects.later(hopped.task_id, hopped.step),
+            self._bus.subjects.later(hopped.task_id, delivery.origin),
             target=self._bus.subjects.task(phase, hopped.priority, hopped.task_id),
             at=self._bus.now() + delay_s,
             envelope=hopped,
-            msg_id=f"{hopped.task_id}:{hopped.step}",
+            msg_id=f"{hopped.task_id}:{delivery.origin}",
         )
 
     async def _answer(self, delivery: Delivery, verb: bytes) -> None:

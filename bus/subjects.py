@@ -29,7 +29,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("cancel", ("task_id",), "request", "-", "anyone → SENSE, node hosts, EXECUTE"),
     Family("intake", ("priority", "task_id"), "stream INTAKE", "Submission", "submit, Runtime → SENSE"),
     Family("task", ("phase", "priority", "task_id"), "stream TASKS", "Envelope", "each phase → the next"),
-    Family("later", ("task_id", "step"), "stream TASKS", "Envelope, scheduled", "a phase → itself; EVALUATE → MATCH"),
+    Family("later", ("task_id", "origin"), "stream TASKS", "Envelope, scheduled", "a phase → itself; EVALUATE → MATCH"),
     Family("auction", ("slug",), "scatter-gather", "CallForBids → Offer", "MATCH → every node host"),
     Family("run", ("host_id",), "request, streamed replies", "RunRequest → RunEvents", "EXECUTE → one node host"),
     Family("host", ("host_id",), "publish", "HostAnnouncement", "node hosts → MATCH, anyone"),
@@ -89,9 +89,9 @@ class Subjects:
                 raise InvalidTask(f"{name} must match [A-Za-z0-9_-]{{1,64}}", field=name)
         return ".".join((self.namespace, family, *tokens))
 
-    def later(self, task_id: str, step: int | str) -> str:
-        """Return the subject a scheduled hop waits under."""
-        return self.of("later", task_id, str(step))
+    def later(self, task_id: str, origin: str) -> str:
+        """Return the subject under which the hop that follows from the message `origin` waits."""
+        return self.of("later", task_id, origin)
 
     def task(self, phase: str, priority: str, task_id: str) -> str:
         """Return the subject of a hop to `phase`."""

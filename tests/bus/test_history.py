@@ -89,7 +89,7 @@ async def test_a_task_is_found_wherever_it_is(bus: Bus) -> None:
     await bus.store(bus.subjects.task("match", "normal", "hopping"), envelope("hopping", attempt=3))
     await schedule(
         bus,
-        bus.subjects.later("waiting", 1),
+        bus.subjects.later("waiting", "task-1"),
         target=bus.subjects.task("match", "normal", "waiting"),
         at=bus.now() + 600,
         envelope=envelope("waiting", attempt=2),

@@ -36,6 +36,7 @@ from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.task import RunResult, TaskAd, TaskError
+from loom.schemas.wire import new_id
 
 
 async def to_execute(env: Envelope, _: Delivery) -> Outcome:
@@ -74,12 +75,29 @@ async def test_next_goes_to_the_phase_with_one_more_step_and_a_hop(bus: Bus, pha
     kept = await hop(bus, "execute")
 
     assert kept.subject == bus.subjects.task("execute", "normal", "t1")
-    assert kept.headers["Nats-Msg-Id"] == "t1:5"
+    assert kept.headers["Nats-Msg-Id"] == "t1:task-1"
     (made,) = kept.envelope.hops
     assert (made.phase, made.instance, made.step) == ("scale", bus.instance, 4)
     assert before - 1 <= made.started <= made.finished <= bus.now() + 1
     assert kept.envelope == replace(phase.handled[0][0], step=5, hops=(made,))
     await settled(bus, 1)
+
+
+async def test_twins_on_paths_of_different_length_do_not_swallow_each_others_hops(bus: Bus, phases: Phases) -> None:
+    async def wait_or_go(env: Envelope, _: Delivery) -> Outcome:
+        return Next("execute", env) if env.attempt == 1 else Later(60, env)
+
+    await phases.start(bus, wait_or_go)
+    for attempt, failures in ((1, 0), (1, 1), (2, 0), (2, 1)):
+        twin = envelope(attempt=attempt, failures=failures)
+        await bus.store(bus.subjects.task("scale", "normal", "t1"), twin, msg_id=new_id())
+
+    async def all_kept() -> bool:
+        state = await topology.stream_state(bus, "TASKS", subjects=bus.subjects.everything)
+        found = [subject.split(".")[1:3] for subject, count in state["subjects"].items() for _ in range(count)]
+        return sorted(found) == [["later", "t1"], ["later", "t1"], ["task", "execute"], ["task", "execute"]]
+
+    await until(all_kept, what="two hops to execute and two timers")
 
 
 async def test_a_hop_keeps_its_priority(bus: Bus, phases: Phases) -> None:
@@ -109,7 +127,7 @@ async def test_fail_goes_to_evaluate_with_the_error_and_no_result(bus: Bus, phas
     kept = await hop(bus, "evaluate")
     assert (kept.envelope.error, kept.envelope.result, kept.envelope.step) == (error, None, 1)
     assert [made.phase for made in kept.envelope.hops] == ["scale"]
-    assert kept.headers["Nats-Msg-Id"] == "t1:1"
+    assert kept.headers["Nats-Msg-Id"] == "t1:task-1"
     await settled(bus, 1)
 
 
@@ -128,9 +146,9 @@ async def test_later_comes_back_after_its_delay_and_holds_no_slot_meanwhile(bus:
     phase = await phases.start(bus, wait_once, lanes=[(SCALE_LANE, 1)])
     started = time.monotonic()
     await put(bus, envelope("t1"))
-    kept = await arrived(bus, "TASKS", bus.subjects.later("t1", 1))
+    kept = await arrived(bus, "TASKS", bus.subjects.later("t1", "task-1"))
     assert kept.headers["Nats-Schedule-Target"] == bus.subjects.task("scale", "normal", "t1")
-    assert kept.headers["Nats-Msg-Id"] == "t1:1"
+    assert kept.headers["Nats-Msg-Id"] == "t1:task-1"
     await put(bus, envelope("t2"))
     await phase.count(3)
 
@@ -250,7 +268,7 @@ async def test_a_redelivered_input_makes_the_same_hop_once(hasty: Bus, phases: P
     await settled(hasty, 1)
     assert phase.tasks == ["t1", "t1"]
     kept = await hop(hasty, "execute")
-    assert (kept.headers["Nats-Msg-Id"], kept.seq) == ("t1:1", 2)  # right behind the input: nothing came between
+    assert (kept.headers["Nats-Msg-Id"], kept.seq) == ("t1:task-1", 2)  # right behind the input: nothing came between
 
 
 async def test_a_message_of_a_lost_loop_is_handled_by_another(hasty: Bus, connect: Connect, phases: Phases) -> None:

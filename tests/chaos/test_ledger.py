@@ -1,0 +1,22 @@
+"""A whole cluster of processes under kills: every accepted task is found ended, once."""
+
+from pathlib import Path
+
+import pytest
+from support.chaos import LONGEST_DOWN_S, schedule
+from support.ledger import account
+
+
+def test_a_schedule_is_the_same_for_the_same_seed() -> None:
+    targets = ["server", "sense", "ada"]
+
+    assert list(schedule(3, targets, 20, 1.0)) == list(schedule(3, targets, 20, 1.0))
+    assert list(schedule(3, targets, 20, 1.0)) != list(schedule(4, targets, 20, 1.0))
+    assert {kill.target for kill in schedule(3, targets, 60, 1.0)} == set(targets)
+    assert all(0 <= kill.down_s <= LONGEST_DOWN_S for kill in schedule(3, targets, 60, 1.0))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+async def test_every_accepted_task_ends_once_whatever_is_killed(tmp_path: Path) -> None:
+    await account(tmp_path, count=150, per_s=20, kills=9, every_s=0.8, seed=4, ack_wait_s=3)

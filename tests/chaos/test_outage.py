@@ -1,0 +1,51 @@
+"""The server goes and comes back: nobody is blamed for it, and nothing is lost."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import pytest
+from support.nodes import Counting, node
+from support.wait import until
+
+from loom.bus import tasks
+from loom.bus.client import Bus
+from loom.runner.cluster import running_nodes, running_phases
+from loom.runner.embedded import NatsServer
+from loom.schemas.envelope import TaskRecord
+from loom.schemas.task import TaskAd
+
+SLOW_RETURN_S = 2.0
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[NatsServer]:
+    server = NatsServer()
+    await asyncio.to_thread(server.start)
+    yield server
+    await asyncio.to_thread(server.stop)
+
+
+async def test_a_host_that_is_slow_to_come_back_after_an_outage_is_not_taken_for_lost(server: NatsServer) -> None:
+    agent = Counting()
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(running_phases(server.url))
+        host = await stack.enter_async_context(running_nodes(server.url, lambda: [node("slow", agent, code=0.9)]))
+        client = await stack.enter_async_context(Bus(server.url))
+        host.bus._nc.options["reconnect_time_wait"] = SLOW_RETURN_S
+
+        first = await (await tasks.publish(client, TaskAd(domain="code", description="before"))).result(10)
+        server.kill()
+        await until(lambda: not host.bus._nc.is_connected, what="the host notices")
+        await asyncio.to_thread(server.restart)
+        await until(lambda: client._nc.is_connected, what="the client is back")
+        pinned = TaskAd(domain="code", description="after", node_id="slow")
+        handle = await tasks.publish(client, pinned)
+        after = await handle.result(30)
+        record = await handle.status()
+
+    assert first.success
+    assert after.success
+    assert agent.runs[pinned.task_id] == 1
+    assert isinstance(record, TaskRecord)
+    assert (record.envelope.attempt, record.envelope.failures, record.envelope.tried) == (1, 0, ())

@@ -1,0 +1,288 @@
+"""The account of a cluster under faults: what was accepted must be found ended, once, and nothing may be left over.
+
+Run as a script for a long account: `python -m support.ledger --tasks 2000 --kills 60 --seed 1`, with tests/ on
+PYTHONPATH.
+"""
+
+import argparse
+import asyncio
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loom.bus import tasks, topology
+from loom.bus.client import Bus
+from loom.bus.history import records_stream
+from loom.bus.kv import Bucket
+from loom.bus.ordered import OrderedReader
+from loom.bus.records import records
+from loom.bus.topology import stream_state
+from loom.phases.adapt.fold import fold
+from loom.runner.embedded import NatsServer
+from loom.schemas.envelope import PHASES, TaskRecord
+from loom.schemas.errors import LoomError
+from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.task import TaskAd, TaskState
+from loom.schemas.wire import decode, new_id
+from support.chaos import Cast, schedule
+from support.wait import until
+
+AGENTS = Path(__file__).parents[1] / "data" / "ledger_agents.py"
+AT_ONCE = 64
+NODES = ("ada", "ben", "cyd")
+
+
+@dataclass
+class Ledger:
+    """Submits tasks and keeps what was promised about each."""
+
+    bus: Bus
+    accepted: set[str] = field(default_factory=set)
+    refused: int = 0
+    ended: dict[str, tuple[TaskState, float | None]] = field(default_factory=dict)
+    """Task -> how and when it ended, as first seen."""
+    twice: list[str] = field(default_factory=list)
+    """Tasks whose end has changed."""
+
+    async def submit(self, count: int, per_s: float) -> None:
+        """Submit so many tasks at that pace, every other one over the subject that any language uses."""
+        room = asyncio.Semaphore(AT_ONCE)
+
+        async def one(number: int) -> None:
+            async with room:
+                await self._submit(number)
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(count):
+                group.create_task(one(number))
+                await asyncio.sleep(1 / per_s)
+
+    async def _submit(self, number: int) -> None:
+        ad = TaskAd(task_id=new_id(), description=f"entry {number}", domain="code", wait=False, timeout_s=600)
+        try:
+            if number % 2:
+                await tasks.ask(self.bus, self.bus.subjects.submit, ad, timeout_s=8)
+            else:
+                await (await tasks.publish(self.bus, ad, deltas=False)).close()
+        except (LoomError, TimeoutError):
+            self.refused += 1  # perhaps stored, but nothing was promised
+        else:
+            self.accepted.add(ad.task_id)
+
+    async def watch(self) -> None:
+        """Note the first end of each task; a different one later is a broken promise."""
+        reader = records(self.bus).reader()
+        while True:
+            for entry in await reader.batch():
+                self._note(entry.value)
+
+    def _note(self, record: TaskRecord) -> None:
+        if not record.ended:
+            if record.task_id in self.ended:
+                self.twice.append(record.task_id)
+            return
+        end = (record.state, record.ended_at)
+        if self.ended.setdefault(record.task_id, end) != end:
+            self.twice.append(record.task_id)
+
+    async def settled(self, within_s: float) -> None:
+        """Wait until every accepted task has ended and no work is left in the streams."""
+
+        async def nothing_left() -> bool:
+            try:
+                left = [(await stream_state(self.bus, name))["messages"] for name in ("INTAKE", "TASKS")]
+            except LoomError:
+                return False
+            return not any(left) and self.accepted <= set(self.ended)
+
+        try:
+            await until(nothing_left, within_s=within_s, what="all accepted tasks end and the streams are empty")
+        except AssertionError as error:
+            open_ones = sorted(self.accepted - set(self.ended))
+            raise AssertionError(f"{error}; {len(open_ones)} are open: {open_ones[:9]}") from None
+
+
+@dataclass(frozen=True)
+class Books:
+    """What the streams hold in the end."""
+
+    records: dict[str, TaskRecord]
+    rewards: list[tuple[int, Reward]]
+    profiles: dict[str, NodeProfile]
+    dead: int
+
+    def refolded(self) -> dict[str, NodeProfile]:
+        """The profiles as a rebuild from the stream alone makes them."""
+        rebuilt: dict[str, NodeProfile] = {}
+        for seq, reward in self.rewards:
+            known = rebuilt.get(reward.node_id, NodeProfile(node_id=reward.node_id))
+            rebuilt[reward.node_id] = fold(known, reward, seq)
+        return rebuilt
+
+    def unrewarded(self) -> list[str]:
+        """Tasks that succeeded although the node that did them earned nothing."""
+        known = {reward.reward_id for _, reward in self.rewards}
+        return [
+            task_id
+            for task_id, record in self.records.items()
+            if record.state == "succeeded" and f"{task_id}:{record.envelope.attempt}:rules" not in known
+        ]
+
+
+async def read_books(bus: Bus) -> Books:
+    stream, subject = records_stream(bus)
+    found = {}
+    for message in await _all(OrderedReader(bus, stream, filter=subject, deliver="last_per_subject")):
+        record = decode(message.data, TaskRecord)
+        found[record.task_id] = record
+    rewards = await _all(OrderedReader(bus, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*")))
+    profiles = {}
+    for name in {decode(message.data, Reward).node_id for message in rewards}:
+        entry = await Bucket(bus, "nodes", NodeProfile).get(name)
+        if entry is not None:
+            profiles[name] = entry.value
+    return Books(
+        records=found,
+        rewards=[(message.seq, decode(message.data, Reward)) for message in rewards],
+        profiles=profiles,
+        dead=(await stream_state(bus, "DEAD"))["messages"],
+    )
+
+
+async def _all(reader: OrderedReader) -> list:
+    found: list = []
+    try:
+        while not reader.caught_up:
+            found += await reader.batch()
+    finally:
+        await reader.stop()
+    return found
+
+
+async def account(
+    folder: Path, *, count: int, per_s: float, kills: int, every_s: float, seed: int, ack_wait_s: int
+) -> str:
+    """Submit tasks while things die, check the books, and return the figures.
+
+    Raises:
+        AssertionError: A promise was broken.
+    """
+    runs = folder / "runs"
+    runs.touch()
+    started = time.monotonic()
+    server = NatsServer(folder / "store")
+    server.start()
+    phases = {name: [name] for name in PHASES} | {"all": PHASES}
+    env = {"LEDGER_RUNS": str(runs), "TEST_ACK_WAIT_S": str(ack_wait_s), "LOOM_LOG_LEVEL": "info"}
+    try:
+        async with (
+            Bus(server.url) as bus,
+            Cast(server, folder, phases, NODES, AGENTS, env) as cast,
+        ):
+            await until(lambda: _is_up(bus), within_s=30, what="the cluster is up")
+            ledger = Ledger(bus)
+            watching = asyncio.ensure_future(ledger.watch())
+            async with asyncio.TaskGroup() as group:
+                group.create_task(ledger.submit(count, per_s))
+                group.create_task(cast.suffer(schedule(seed, cast.targets, kills, every_s)))
+            calm = time.monotonic()
+            await ledger.settled(within_s=180)
+            books = await _learned(bus)
+            watching.cancel()
+            assert not watching.done() or watching.cancelled()
+            check(ledger, books, runs.read_text().splitlines())
+            return figures(ledger, books, cast, time.monotonic() - started, time.monotonic() - calm)
+    finally:
+        await asyncio.to_thread(server.stop)
+
+
+async def _is_up(bus: Bus) -> bool:
+    try:
+        await topology.stream_state(bus, "DEAD")
+        probe = await tasks.publish(bus, TaskAd(task_id=new_id(), description="is anybody there?", domain="code"))
+        return (await probe.result(20)).success
+    except (LoomError, TimeoutError):
+        return False
+
+
+async def _learned(bus: Bus) -> Books:
+    """Wait until ADAPT has folded the whole stream, and return the books."""
+
+    async def folded() -> Books | None:
+        books = await read_books(bus)
+        return books if books.refolded() == books.profiles else None
+
+    books = await until(folded, within_s=30, what="the profiles equal a rebuild from the stream")
+    assert books is not None
+    return books
+
+
+def check(ledger: Ledger, books: Books, runs: list[str]) -> None:
+    lost = [task_id for task_id in ledger.accepted if not _ended(books, task_id)]
+    assert not lost, f"{len(lost)} accepted tasks have not ended: {lost[:5]}"
+    unfinished = [task_id for task_id, record in books.records.items() if not record.ended]
+    assert not unfinished, f"records without an end: {unfinished[:5]}"
+    assert not ledger.twice, f"ended twice: {ledger.twice[:5]}"
+    again = [run for run, times in Counter(runs).items() if times > 1]
+    assert not again, f"attempts that ran twice: {again[:5]}"
+    assert not books.unrewarded(), f"successes without a reward: {books.unrewarded()[:5]}"
+    counted = sum(profile.total_tasks for profile in books.profiles.values())
+    earned = len({reward.reward_id for _, reward in books.rewards})
+    assert counted == earned, f"{earned} rewards were counted as {counted}"
+
+
+def _ended(books: Books, task_id: str) -> bool:
+    record = books.records.get(task_id)
+    return record is not None and record.ended
+
+
+def figures(ledger: Ledger, books: Books, cast: Cast, took_s: float, calm_s: float) -> str:
+    ends = Counter(
+        record.state if record.envelope.error is None else f"{record.state} ({record.envelope.error.code})"
+        for record in books.records.values()
+    )
+    attempts = Counter(record.envelope.attempt for record in books.records.values())
+    failed = Counter(tried.code for record in books.records.values() for tried in record.envelope.tried)
+    repeated = len(books.rewards) - len({reward.reward_id for _, reward in books.rewards})
+    waits = sorted(
+        (record.ended_at or 0) - (record.envelope.deadline - record.envelope.ad.timeout_s)
+        for record in books.records.values()
+    )
+    return "\n".join(
+        (
+            f"{len(ledger.accepted)} accepted, {ledger.refused} not acknowledged, 0 lost, in {took_s:.0f} s",
+            f"ends: {dict(ends)}, after a median of {waits[len(waits) // 2]:.2f} s, the slowest {waits[-1]:.1f} s",
+            f"attempts needed: {dict(sorted(attempts.items()))}, failed ones: {dict(failed)}",
+            f"kills: {sum(cast.killed.values())}, {dict(sorted(cast.killed.items()))}; quiet {calm_s:.1f} s after the last",
+            f"rewards: {len(books.rewards)}, {repeated} of them repeated and counted once; dead letters: {books.dead}",
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name, value in (("tasks", 2000), ("kills", 60), ("seed", 1), ("ack-wait", 30)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--per-s", type=float, default=25)
+    parser.add_argument("--every-s", type=float, default=1.2)
+    parser.add_argument("--keep", type=Path, help="Folder for logs and streams.")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as private:
+        folder = given.keep or Path(private)
+        folder.mkdir(parents=True, exist_ok=True)
+        told = account(
+            folder,
+            count=given.tasks,
+            per_s=given.per_s,
+            kills=given.kills,
+            every_s=given.every_s,
+            seed=given.seed,
+            ack_wait_s=given.ack_wait,
+        )
+        print(asyncio.run(told))
+
+
+if __name__ == "__main__":
+    main()
