@@ -13,6 +13,7 @@ from loom.agents.config import AgentConfig
 from loom.agents.deadline import Deadline
 from loom.agents.port import collect, deltas
 from loom.agents.tools import Tool, ToolContext, ToolResult
+from loom.agents.usage import usage_of
 from loom.agents.user_code import describe, guarded, text_of
 from loom.schemas.errors import AgentFailed, BudgetExceeded, LoomError
 from loom.schemas.events import AgentEvent, Done, StepEnd, StepStart, TextDelta, TokenUsage, ToolCallEnd, ToolCallStart
@@ -21,13 +22,17 @@ from loom.schemas.run import RunRequest
 from loom.schemas.task import RunResult
 from loom.schemas.wire import encode, new_id
 
-REPEATS = 3
-"""Rounds that ask for exactly the same calls before the agent is taken to be stuck."""
+TOLD_REPEATS = 3
+"""A call wanted in so many rounds running is not run again: the model is told instead."""
+MOST_REPEATS = 5
+"""A call wanted in so many rounds running ends the job."""
 PARALLEL_TOOLS = 8
 """Calls of one round that run at a time."""
 EVENT_RESULT_CHARS = 2000
 BYTES_PER_TOKEN = 4
 """Where a model does not say how many tokens it took; about right for prose in UTF-8."""
+CHARS_PER_TOKEN = 32
+"""More than any model packs into a token: a stream longer than that is none that would stop by itself."""
 CANCEL_GRACE_S = 0.5
 """How long a cancelled tool may take to clean up before it is left behind."""
 
@@ -72,14 +77,25 @@ class Agent:
     async def stream(self, job: RunRequest) -> AsyncGenerator[AgentEvent, None]:
         """Work on `job` until the model answers without asking for tools, or `max_steps` is reached.
 
+        The same tool with the same arguments in a third round running is not run: the model is told that it repeats
+        itself. In a fifth it is taken to turn in circles.
+
         Raises:
-            AgentFailed: The model could not be asked, broke off, said nothing or turns in circles.
+            AgentFailed: The model could not be asked, broke off, said nothing, does not stop or turns in circles;
+                `retry_after_s` where its server said when to come again.
             BudgetExceeded: `job.token_budget` is spent; `partial` holds the text there is.
             DeadlineExceeded: `job.remaining_s` ran out.
+
+        Each of them has `spent`, a Done with the text and the tokens so far.
         """
-        async with aclosing(_Conversation(self, self._tools, job).events()) as events:
-            async for event in events:
-                yield event
+        conversation = _Conversation(self, self._tools, job)
+        try:
+            async with aclosing(conversation.events()) as events:
+                async for event in events:
+                    yield event
+        except LoomError as error:
+            error.facts["spent"] = conversation.so_far()
+            raise
 
     async def run(self, job: RunRequest | str) -> RunResult:
         """Work on `job`, or on a description, and return the result.
@@ -118,6 +134,7 @@ class _Conversation:
         system = (Message(role="system", content=agent.system_prompt),) if agent.system_prompt else ()
         self._messages: list[Message] = [*system, Message(role="user", content=job_message(job))]
         self._started = time.monotonic()
+        self._step = 0
         self._deadline = Deadline(job.remaining_s)
         self._room = asyncio.Semaphore(PARALLEL_TOOLS)
         self._answer = CompletionResult()
@@ -125,12 +142,12 @@ class _Conversation:
         self._guessed = False
         self._text = ""  # of the last round that said anything
         self._size = 0  # tokens of the conversation, as of the last round
-        self._repeats = 0
-        self._last_calls: list[tuple[str, str]] = []
+        self._rounds: dict[tuple[str, str], int] = {}  # call of the last round -> rounds running that wanted it
 
     async def events(self) -> AsyncGenerator[AgentEvent, None]:
         most = self._config.max_steps
         for step in range(1, most + 1):
+            self._step = step
             yield StepStart(step=step, total_steps=most)
             async with aclosing(self._ask(self._params())) as pieces:
                 async for delta in pieces:
@@ -149,7 +166,7 @@ class _Conversation:
             yield StepEnd(step=step, reason="tool_use")
         if not self._text:
             raise self._failed("the model ended without an answer")
-        yield self._done(step)
+        yield self.so_far()
 
     def _params(self) -> CompletionParams:
         """The next question, its answer bounded by the tokens that are left."""
@@ -175,8 +192,8 @@ class _Conversation:
         try:
             with guarded():
                 if self._config.stream:
-                    async with aclosing(self._deadline.each(self._provider.stream(params))) as chunks:
-                        parts: list[StreamChunk] = []
+                    parts: list[StreamChunk] = []
+                    async with aclosing(self._chunks(params)) as chunks:
                         async for chunk in chunks:
                             parts.append(chunk)
                             if chunk.text:
@@ -192,10 +209,20 @@ class _Conversation:
         except Exception as error:  # any object may be a provider, so anything may come out of it
             raise self._failed(f"the model could not answer: {describe(error)}") from error
 
+    async def _chunks(self, params: CompletionParams) -> AsyncGenerator[StreamChunk, None]:
+        """The answer's pieces, in time and not without end."""
+        room = self._config.max_tokens * CHARS_PER_TOKEN
+        async with aclosing(self._deadline.each(self._provider.stream(params))) as chunks:
+            async for chunk in chunks:
+                room -= len(chunk.text)
+                if room < 0:
+                    raise self._failed("the model does not stop: its answer is longer than it was asked for")
+                yield chunk
+
     def _take_answer(self) -> None:
         """Account for the answer and add it to the conversation."""
         answer = self._answer
-        usage = answer.usage or self._guess(answer)
+        usage = usage_of(answer.usage) or self._guess(answer)
         self._size = usage.total_tokens
         self._used = Usage(
             prompt_tokens=self._used.prompt_tokens + usage.prompt_tokens,
@@ -220,12 +247,12 @@ class _Conversation:
         )
 
     def _refuse_circles(self) -> None:
-        calls = [(each.name, each.arguments) for each in self._answer.tool_calls]
-        self._repeats = self._repeats + 1 if calls == self._last_calls else 1
-        self._last_calls = calls
-        if self._repeats >= REPEATS:
-            names = ", ".join(sorted({name for name, _ in calls}))
-            raise self._failed(f"the model turns in circles: the same call of {names} {REPEATS} rounds running")
+        wanted = {_identity(each) for each in self._answer.tool_calls}
+        self._rounds = {call: self._rounds.get(call, 0) + 1 for call in wanted}
+        names = sorted({name for (name, _), rounds in self._rounds.items() if rounds >= MOST_REPEATS})
+        if names:
+            again = f"the same call of {', '.join(names)} {MOST_REPEATS} rounds running"
+            raise self._failed(f"the model turns in circles: {again}")
 
     async def _call_tools(self, calls: Sequence[ToolCall]) -> AsyncGenerator[ToolCallStart | ToolCallEnd, None]:
         """Run the calls side by side, say so, and add what they return to the conversation."""
@@ -257,6 +284,10 @@ class _Conversation:
         if found is None:
             known = ", ".join(self._tools) or "none"
             return ToolResult(f"Error: there is no tool of that name; there are: {known}", failed=True), 0.0
+        rounds = self._rounds[_identity(wanted)]
+        if rounds >= TOLD_REPEATS:
+            again = f"not run: the same call {rounds} times in a row; use its earlier result, or do something else"
+            return ToolResult(f"Error: {again}", failed=True), 0.0
         async with self._room:
             started = time.monotonic()
             context = ToolContext(
@@ -268,12 +299,13 @@ class _Conversation:
             result = await found.run(wanted.arguments, context)
             return result, (time.monotonic() - started) * 1000
 
-    def _done(self, steps: int) -> Done:
+    def so_far(self) -> Done:
+        """The text, tokens and steps there are by now."""
         used = self._used
         return Done(
             content=self._text,
             tokens_used=used.total_tokens,
-            steps=steps,
+            steps=self._step,
             duration_ms=(time.monotonic() - self._started) * 1000,
             usage=TokenUsage(
                 prompt_tokens=used.prompt_tokens,
@@ -306,6 +338,15 @@ def _clean(answer: CompletionResult) -> CompletionResult:
         replace(each, name=text_of(each.name), arguments=text_of(each.arguments)) for each in answer.tool_calls
     )
     return replace(answer, content=text_of(answer.content), tool_calls=calls)
+
+
+def _identity(call: ToolCall) -> tuple[str, str]:
+    """What makes two calls the same: the tool, and the arguments however they are written."""
+    try:
+        value = msgspec.json.decode(call.arguments)
+        return call.name, msgspec.json.encode(value, order="sorted").decode()
+    except (ValueError, RecursionError):
+        return call.name, call.arguments
 
 
 def _as_object(arguments: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from loom.agents.function_agent import as_agent
 from loom.agents.node import Node, Room, choose
-from loom.agents.port import StreamingAgent, collect
+from loom.agents.port import StreamingAgent, collect, failure_of, spent_by
 from loom.agents.runs import Finished, Run, send
 from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.faults import describe
@@ -35,8 +35,6 @@ SLOTS = 4
 BACKLOG = 16
 REMEMBER_CANCEL_S = 60.0
 CANCELS = 10_000
-OWN_CODES = frozenset({"agent_failed", "budget_exceeded", "deadline_exceeded"})
-"""What a run may say of itself. Any other code an agent raises would speak for the cluster: it has just failed."""
 CANCELLED = TaskError(code="cancelled", message="the run was stopped")
 LATE = TaskError(code="deadline_exceeded", message="the deadline passed before the run was over")
 STOPPING = TaskError(code="node_busy", message="the host is stopping")
@@ -198,7 +196,7 @@ class NodeHost:
             await run.say("rejected", code="cannot")
             return
         room = self._room(node.id)
-        if self._draining or room.full:
+        if self._draining or not room.takes(run.request.priority):
             await run.say("rejected", code="busy")
             return
         self._runs[run.key] = run
@@ -232,10 +230,7 @@ class NodeHost:
             failed = TaskError(code="agent_failed", message="the agent was cancelled from within")
             await self._end(run, "error", error=STOPPING if stopped else failed)
         except LoomError as error:
-            failed = TaskError.of(error, node_id=request.node_id)
-            if failed.code not in OWN_CODES:
-                failed = replace(failed, code="agent_failed")
-            await self._end(run, "error", error=failed)
+            await self._end(run, "error", error=failure_of(error, request.node_id), result=spent_by(error))
         except Exception as error:  # noqa: BLE001 - an agent is user code: whatever it raises is its failure
             log.warning("agent_raised", task_id=request.task_id, node_id=request.node_id, **describe(error))
             failed = TaskError(code="agent_failed", message=f"the agent raised {type(error).__name__}")

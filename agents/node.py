@@ -8,10 +8,13 @@ from typing import Any, Protocol
 from loom.agents.runs import Run
 from loom.schemas.auction import Bid
 from loom.schemas.learning import NodeProfile
-from loom.schemas.task import PRIORITIES, RunResult
+from loom.schemas.task import PRIORITIES, Priority, RunResult
 
 SMOOTHING = 0.3
 """Weight of the newest run in expected tokens and seconds."""
+URGENT = ("high", "critical")
+KEPT = 5
+"""One in so many places of the backlog is kept for urgent runs; half of these, too, for runs awarded meanwhile."""
 
 
 class Node(Protocol):
@@ -32,11 +35,12 @@ class Node(Protocol):
 
 
 class Room:
-    """The slots and the backlog of one node."""
+    """The slots and the backlog of one node; the last fifth of the backlog is for urgent runs."""
 
     def __init__(self, slots: int, backlog: int) -> None:
         self.slots = slots
         self.backlog = backlog
+        self._open = slots + backlog - backlog // KEPT
         self.running: set[Run] = set()
         self.expected_tokens = 0.0
         self.expected_s = 0.0
@@ -50,13 +54,18 @@ class Room:
 
     @property
     def full(self) -> bool:
-        """Whether one more run would have no place."""
+        """Whether one more run would have no place, however urgent."""
         return len(self.running) >= self.slots and self.queued >= self.backlog
 
     @property
     def load(self) -> float:
-        """Taken places as a share of all, 0 to 1."""
-        return min(1.0, (len(self.running) + self.queued) / (self.slots + self.backlog))
+        """Taken places as a share of those any run may have, 0 to 1; at 1 only an urgent run is taken."""
+        return min(1.0, (len(self.running) + self.queued) / self._open)
+
+    def takes(self, priority: Priority) -> bool:
+        """Whether there is a place for one more run of this priority."""
+        late = self.backlog // KEPT // 2
+        return not self.full and (len(self.running) + self.queued < self._open + late or priority in URGENT)
 
     def enqueue(self, run: Run) -> None:
         """Add a run behind all of its priority."""

@@ -1,4 +1,12 @@
-"""Models behind OpenAI's chat completions API, at OpenAI or anywhere that speaks it."""
+"""Models behind OpenAI's chat completions API, at OpenAI or anywhere that speaks it.
+
+A fault ends as AgentFailed or DeadlineExceeded, and nothing else:
+
+passing      429, 408, 500 and up, no connection, silence, an error in the place of an answer: asked again, three
+             times in all, after 1 and 2 s, or after the wait the server asks for, up to `PATIENCE_S`
+a long wait  fails at once with `retry_after_s`: whoever called can wait without holding a place
+final        any other refusal, an answer of another form, one that breaks off after its first piece
+"""
 
 import asyncio
 import importlib
@@ -18,8 +26,10 @@ import structlog
 
 from loom.agents.config import AgentConfig
 from loom.agents.deadline import Deadline
+from loom.agents.usage import usage_of
+from loom.agents.user_code import text_of
 from loom.schemas.errors import AgentFailed, LoomError
-from loom.schemas.llm import CompletionParams, CompletionResult, Message, StreamChunk, ToolCall, ToolDefinition, Usage
+from loom.schemas.llm import CompletionParams, CompletionResult, Message, StreamChunk, ToolCall, ToolDefinition
 
 if TYPE_CHECKING:
     from openai import APIError, APIStatusError, AsyncOpenAI
@@ -29,12 +39,16 @@ T = TypeVar("T")
 TRIES = 3
 BACKOFF_S = 1.0
 """Wait before the second try; twice that before the third."""
+PATIENCE_S = 5.0
+"""Longest wait a server may ask for that is spent here."""
 SILENCE_S = 60.0
 """How long a server may say nothing before a try is given up."""
 CONNECT_S = 10.0
 LIMIT_S = TRIES * SILENCE_S
 """How long all tries may take together when the question sets no limit."""
 MAX_REASON_CHARS = 300
+HTTP_LIBRARIES = frozenset({"httpx", "httpx2"})
+"""What openai's library builds on: versions of it let those errors through while a stream is read."""
 OPENAI_URL = "https://api.openai.com/v1"
 REFUSES_ACCESS = frozenset({401, 403})
 SERVER_ERROR = 500
@@ -60,7 +74,8 @@ class OpenAIProvider:
         """Return the whole answer, trying up to three times while `params.timeout_s` lasts.
 
         Raises:
-            AgentFailed: The model could not be asked; `retry_after_s` where its server said how long to wait.
+            AgentFailed: The model could not be asked; `retry_after_s` where another try may help and its server said
+                how long to wait.
             DeadlineExceeded: `params.timeout_s` ran out.
         """
 
@@ -72,7 +87,7 @@ class OpenAIProvider:
             return CompletionResult(
                 content=choice.message.content or "",
                 tool_calls=calls.whole(),
-                usage=_usage(reply.usage),
+                usage=usage_of(reply.usage),
                 finish_reason=choice.finish_reason,
             )
 
@@ -84,7 +99,7 @@ class OpenAIProvider:
         Tried again only while nothing has been yielded. A last `finish_reason` of None: the answer broke off.
 
         Raises:
-            AgentFailed: The model could not be asked, or broke off with an error.
+            AgentFailed: The model could not be asked (see `complete`), or broke off with an error.
             DeadlineExceeded: `params.timeout_s` ran out.
         """
         deadline = _deadline(params)
@@ -118,7 +133,7 @@ class OpenAIProvider:
         calls, usage, reason = _Calls(), None, None
         try:
             async for event in source:
-                usage = _usage(event.usage) or usage
+                usage = usage_of(event.usage) or usage
                 for choice in event.choices:  # none in the event that tells the usage
                     reason = choice.finish_reason or reason
                     calls.add(choice.delta.tool_calls or ())
@@ -140,7 +155,8 @@ class OpenAIProvider:
                 failure, curable = self._failure(error)
                 asked = failure.retry_after_s
                 wait = backoff_s(tries, random.random()) if asked is None else asked  # noqa: S311 - spreads load
-                if not curable or tries == TRIES or wait >= deadline.left:
+                too_long = wait >= deadline.left or (asked is not None and asked > PATIENCE_S)
+                if not curable or tries == TRIES or too_long:
                     raise failure from error
             log.info("model_asked_again", model=self._config.model, tries=tries, wait_s=wait, reason=failure.message)
             await asyncio.sleep(wait)
@@ -200,16 +216,16 @@ class OpenAIProvider:
 
         server = f"the model's server at {self._host()}"
         match error:
-            case openai.APITimeoutError():
-                return AgentFailed(f"{server} said nothing for {SILENCE_S:g} s"), True
             case openai.APIConnectionError():
-                return AgentFailed(f"the connection to {server} failed"), True
+                return AgentFailed(_silence(error, server)), True
             case openai.APIStatusError():
                 return self._refusal(error, server)
             case openai.APIError():
                 return AgentFailed(f"{server} failed{self._reason(error)}"), True
             case openai.OpenAIError():
                 return AgentFailed("the model needs an API key: set OPENAI_API_KEY or AgentConfig(api_key=…)"), False
+            case _ if type(error).__module__.partition(".")[0] in HTTP_LIBRARIES:
+                return AgentFailed(_silence(error, server)), True
             case _:
                 return AgentFailed(f"the answer of {server} could not be read ({type(error).__name__})"), False
 
@@ -223,7 +239,7 @@ class OpenAIProvider:
             return AgentFailed(f"{server} is too busy ({status}){self._reason(error)}", **facts), True
         if status >= SERVER_ERROR:
             return AgentFailed(f"{server} failed ({status}){self._reason(error)}", **facts), True
-        return AgentFailed(f"{server} refused the request ({status}){self._reason(error)}", **facts), False
+        return AgentFailed(f"{server} refused the request ({status}){self._reason(error)}"), False
 
     def _reason(self, error: "APIError") -> str:
         """What the server itself said, if that was more than a page of HTML."""
@@ -233,7 +249,7 @@ class OpenAIProvider:
         key = self._config.api_key or os.environ.get("OPENAI_API_KEY")
         if key:
             said = said.replace(key, "***")
-        return ": " + " ".join(said.split())[:MAX_REASON_CHARS]
+        return ": " + " ".join(text_of(said).split())[:MAX_REASON_CHARS]
 
     def _host(self) -> str:
         url = self._config.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
@@ -265,6 +281,16 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
         return None
 
 
+def _silence(error: Exception, server: str) -> str:
+    """How the connection to `server` was lost, or not made."""
+    kinds = {type(each).__name__ for each in (error, error.__cause__)}
+    if "ConnectTimeout" in kinds:
+        return f"{server} could not be reached within {CONNECT_S:g} s"
+    if kinds & {"APITimeoutError", "ReadTimeout"}:
+        return f"{server} said nothing for {SILENCE_S:g} s"
+    return f"the connection to {server} failed"
+
+
 def _deadline(params: CompletionParams) -> Deadline:
     return Deadline(LIMIT_S if params.timeout_s is None else params.timeout_s)
 
@@ -286,13 +312,6 @@ def _tool(definition: ToolDefinition) -> dict[str, Any]:
     parameters = definition.parameters or {"type": "object", "properties": {}}
     function = {"name": definition.name, "description": definition.description, "parameters": parameters}
     return {"type": "function", "function": function}
-
-
-def _usage(told: Any) -> Usage | None:
-    if told is None:
-        return None
-    usage = Usage(prompt_tokens=told.prompt_tokens or 0, completion_tokens=told.completion_tokens or 0)
-    return usage if usage.total_tokens else None  # some servers fill in zeros where they do not count
 
 
 class _Calls:

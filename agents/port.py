@@ -5,16 +5,22 @@ from contextlib import aclosing
 from typing import Protocol, runtime_checkable
 
 from loom.agents.deadline import Deadline
-from loom.schemas.errors import AgentFailed, error_for
+from loom.agents.user_code import text_of
+from loom.schemas.errors import AgentFailed, LoomError, error_for
 from loom.schemas.events import AgentEvent, Done, ErrorEvent, Progress, TextDelta, ToolCallEnd
 from loom.schemas.run import RunRequest
-from loom.schemas.task import RunResult
+from loom.schemas.task import RunResult, TaskError
 from loom.schemas.wire import MAX_CONTENT_BYTES, cut_utf8
 
 Tell = Callable[[Progress], Awaitable[None]]
 
 DELTA_CHARS = 4096
 """Most characters of one TextDelta cut from a text that came whole."""
+MAX_MESSAGE_CHARS = 2000
+OWN_CODES = frozenset({"agent_failed", "budget_exceeded", "deadline_exceeded"})
+"""What a run may say of itself. Any other code an agent raises would speak for the cluster: it has just failed."""
+MOST_WAIT_S = 1e9
+"""A wait beyond this, some thirty years, means nothing."""
 
 
 @runtime_checkable
@@ -64,10 +70,27 @@ def result_of(done: Done, *, tool_errors: int = 0) -> RunResult:
     return RunResult(
         content=content,
         truncated=truncated,
-        prompt_tokens=done.usage.prompt_tokens,
-        completion_tokens=done.usage.completion_tokens,
+        prompt_tokens=max(0, done.usage.prompt_tokens),
+        completion_tokens=max(0, done.usage.completion_tokens),
         estimated_usage=done.usage.estimated,
         steps=done.steps,
         tool_errors=tool_errors,
         duration_s=done.duration_ms / 1000,
+    )
+
+
+def spent_by(error: LoomError) -> RunResult | None:
+    """Return what a failed run has cost and written, where its agent says so."""
+    return result_of(error.spent) if isinstance(error.spent, Done) else None
+
+
+def failure_of(error: LoomError, node_id: str) -> TaskError:
+    """Return what an agent's error says to the cluster: whatever it was made of, it can be sent."""
+    wait = error.retry_after_s
+    usable = isinstance(wait, int | float) and 0 <= wait <= MOST_WAIT_S
+    return TaskError(
+        code=error.code if error.code in OWN_CODES else AgentFailed.code,
+        message=text_of(str(error.message))[:MAX_MESSAGE_CHARS],
+        node_id=node_id,
+        retry_after_s=float(wait) if usable else None,
     )

@@ -1,9 +1,10 @@
 """Dead letters: the raw bytes kept for an operator, and the task ended all the same."""
 
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
+import msgspec
 import structlog
 from msgspec.structs import replace
 
@@ -30,6 +31,10 @@ async def bury(bus: Bus, phase: Phase, task_id: str, delivery: Delivery, reason:
     """
     raw = delivery.msg.data
     log.error("dead_letter", reason=reason, subject=delivery.subject, deliveries=delivery.facts.delivered)
+    submitted = is_submission(bus, delivery.subject)
+    record = await _record(bus, task_id)
+    own = None if submitted else _own_envelope(raw, task_id)
+    told = own or (record.envelope if record is not None else None)
     letter = DeadLetter(
         phase=phase,
         task_id=task_id,
@@ -38,15 +43,19 @@ async def bury(bus: Bus, phase: Phase, task_id: str, delivery: Delivery, reason:
         reason=reason[:1000],
         stream_seq=delivery.facts.stream_seq,
         cut=len(raw) > MAX_MESSAGE_BYTES,
+        trail=" ".join(hop.phase for hop in told.hops) if told is not None else "",
     )
-    msg_id = f"{task_id}:dead:{delivery.facts.stream_seq}"
+    # INTAKE and TASKS count their sequences apart.
+    msg_id = f"{task_id}:dead:{'intake-' if submitted else ''}{delivery.facts.stream_seq}"
     await bus.store(
         bus.subjects.of("dead", phase, task_id if is_token(task_id) else "unknown"),
         raw[:MAX_MESSAGE_BYTES],
         msg_id=msg_id,
         headers=letter_headers(letter),
     )
-    envelope = await _rebuild(bus, phase, task_id, raw)
+    envelope = (
+        await _submitted(bus, task_id, raw, record) if submitted else own or _rebuilt(bus, phase, task_id, record)
+    )
     if envelope is None:
         return
     envelope = envelope.failed(
@@ -58,30 +67,54 @@ async def bury(bus: Bus, phase: Phase, task_id: str, delivery: Delivery, reason:
         await bus.store(bus.subjects.task("evaluate", envelope.priority, task_id), envelope, msg_id=msg_id)
 
 
-async def _rebuild(bus: Bus, phase: Phase, task_id: str, raw: bytes) -> Envelope | None:
-    """Return the envelope to end: the message's own where it can be read, else the record's, else a bare one."""
+def is_submission(bus: Bus, subject: str) -> bool:
+    """Return whether what was on `subject` came from a client: a Submission, where all others are envelopes."""
+    parsed = bus.subjects.parse(subject)
+    return parsed is not None and parsed.family == "intake"
+
+
+async def _record(bus: Bus, task_id: str) -> TaskRecord | None:
     if not is_token(task_id):
         return None
-    entry = await records(bus).get(task_id)
-    if phase == "sense":
-        submission = _read(raw, Submission)
-        if entry is None:
-            return await _admit_dead(bus, task_id, submission)
-        if submission is None or submission.submission != entry.value.submission:
-            return None  # rubbish sent under the id of somebody's running task must not end it
-    else:
-        envelope = _read(raw, Envelope)
-        if envelope is not None and envelope.task_id == task_id:
-            return envelope
-    if entry is not None:
-        return replace(entry.value.envelope, attempt=max(entry.value.envelope.attempt, entry.value.claim.attempt))
+    try:
+        entry = await records(bus).get(task_id)
+    except Undecodable as error:  # the letter is to be kept all the same
+        log.warning("record_unreadable", reason=error.message)
+        return None
+    return entry.value if entry is not None else None
+
+
+def _own_envelope(raw: bytes, task_id: str) -> Envelope | None:
+    """The message as the envelope of the task its subject names."""
+    envelope = _read(raw, Envelope)
+    return envelope if envelope is not None and is_token(task_id) and envelope.task_id == task_id else None
+
+
+def _rebuilt(bus: Bus, phase: Phase, task_id: str, record: TaskRecord | None) -> Envelope | None:
+    """The envelope to end in the place of one that cannot be read; None where no task would end by it."""
+    if record is not None:
+        return replace(record.envelope, attempt=max(record.envelope.attempt, record.claim.attempt))
+    if phase == "sense" and is_token(task_id):  # a subtask before its admission: somebody may wait for it
+        return _unknown(bus, task_id, "(unreadable subtask)")
     return None
+
+
+async def _submitted(bus: Bus, task_id: str, raw: bytes, record: TaskRecord | None) -> Envelope | None:
+    """The envelope to end for a message of a client, which may be about a task of somebody else."""
+    if not is_token(task_id):
+        return None
+    submission = _read(raw, Submission)
+    if record is None:
+        return await _admit_dead(bus, task_id, submission)
+    if submission is None or submission.submission != record.submission:
+        return None  # rubbish sent under the id of somebody's running task must not end it
+    return _rebuilt(bus, "sense", task_id, record)
 
 
 async def _admit_dead(bus: Bus, task_id: str, submission: Submission | None) -> Envelope:
     """Return an envelope for a task that died before its admission, recorded so that its submitter is answered."""
     if submission is None or submission.ad.task_id != task_id:
-        return Envelope(ad=TaskAd(task_id=task_id, description="(unreadable submission)"), deadline=bus.now())
+        return _unknown(bus, task_id, "(unreadable submission)")
     envelope = Envelope(ad=submission.ad, deadline=bus.now())
     record = TaskRecord(
         task_id=task_id,
@@ -94,6 +127,10 @@ async def _admit_dead(bus: Bus, task_id: str, submission: Submission | None) -> 
     with contextlib.suppress(Conflict):  # a twin of this message has been here
         await records(bus).create(task_id, record)
     return envelope
+
+
+def _unknown(bus: Bus, task_id: str, description: str) -> Envelope:
+    return Envelope(ad=TaskAd(task_id=task_id, description=description), deadline=bus.now())
 
 
 def _read(raw: bytes, shape: type[T]) -> T | None:
@@ -110,3 +147,18 @@ def letter_headers(letter: DeadLetter) -> dict[str, str]:
         _PREFIX + name.replace("_", "-"): " ".join(value.encode("ascii", "replace").decode().split())
         for name, value in plain.items()
     }
+
+
+def letter_facts(headers: Mapping[str, str], subject: str) -> DeadLetter:
+    """Return what `headers` tell of the dead letter on `subject`, as far as they tell it.
+
+    Anybody may publish to that subject, so that any fact may be missing or nonsense: then they all stand at nothing.
+    """
+    _, _, phase, task_id = (*subject.split("."), "", "", "", "")[:4]
+    nothing = {"phase": phase, "task_id": task_id, "subject": "", "deliveries": 0, "reason": ""}
+    given = {name: headers.get(_PREFIX + name.replace("_", "-")) for name in DeadLetter.__struct_fields__}
+    known = {name: text for name, text in given.items() if text is not None}
+    try:
+        return msgspec.convert({**nothing, **known}, DeadLetter, strict=False)
+    except ValueError:
+        return msgspec.convert(nothing, DeadLetter)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from loom.runner.cli import checkup, nodes, rewards, serve, task, tasks, watch, work
+from loom.runner.cli import checkup, dead, nodes, rewards, serve, task, tasks, watch, work
 from loom.runner.cli.render import one_line
 from loom.schemas.errors import LoomError
 
@@ -24,6 +24,7 @@ for command in (work.run, serve.up, serve.phase, serve.node, work.submit, watch.
 for view in (task.task, tasks.tasks, tasks.cancel, nodes.nodes, nodes.hosts, rewards.reward, rewards.rewards):
     app.command()(view)
 app.command()(checkup.doctor)
+app.add_typer(dead.app, name="dead")
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,357 @@
+"""Models that fail in every way, behind real agents on a real bus: each task ends, and says how."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from support.openai_server import ERROR_EVENT, OpenAIServer, Reply, Request, text_event
+from support.phases import Stage, ad
+from support.wait import until
+
+from loom.agents import openai_provider
+from loom.agents.agent import Agent
+from loom.agents.config import AgentConfig
+from loom.agents.openai_provider import OpenAIProvider
+from loom.agents.tools import tool
+from loom.bus import tasks
+from loom.bus.client import Bus
+from loom.cluster.planner import TaskPlanner
+from loom.runner.cluster import running_nodes, running_phases
+from loom.schemas.task import TaskAd, TaskResult
+from loom.types import AgentNode, CapabilityProfile
+
+WITHIN_S = 30.0
+PAGE = "<html><body><h1>502 Bad Gateway</h1>" + "x" * 5000 + "</body></html>"
+CALLS = ("add", '{"a": 2, "b": 3}')
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+@tool(timeout_s=0.1)
+async def hang() -> None:
+    """Never return."""
+    await asyncio.Event().wait()
+
+
+@tool
+def burst() -> None:
+    """Raise."""
+    raise OSError("the disk is on fire")
+
+
+@tool
+def flood() -> str:
+    """Return far too much."""
+    return "é" * 1_000_000
+
+
+@tool
+def opaque() -> object:
+    """Return what JSON cannot carry."""
+    return object()
+
+
+def wanting(name: str, arguments: str = "{}") -> Reply:
+    return Reply(tool_calls=((name, arguments),), usage=(20, 5))
+
+
+def told(request: Request) -> str:
+    """What the model has been told last."""
+    return str(request.messages[-1]["content"])
+
+
+def echo(request: Request) -> Reply:
+    """An answer that shows what a tool said."""
+    return Reply(text=told(request)[:100], usage=(20, 5))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What a model does, and how the task must end."""
+
+    replies: Sequence[Reply | Callable[[Request], Reply]]
+    """In order; the last one for ever."""
+    state: str = "failed"
+    code: str = "agent_failed"
+    says: str = ""
+    """Part of the answer, or of the error's message."""
+    asked: int = 1
+    """How often the model is asked."""
+    retry_after_s: float | None = None
+    ad: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    patience_s: float = 30.0
+    """How long the provider lets its server be silent."""
+
+    @property
+    def attempts(self) -> int:
+        """A failed attempt has another after it, which finds only the node that failed: the task is pinned to it."""
+        return 2 if self.code == "agent_failed" else 1
+
+
+def well(*replies: Reply | Callable[[Request], Reply], says: str, asked: int, **facts: Any) -> Fault:
+    return Fault(replies=replies, state="succeeded", code="", says=says, asked=asked, **facts)
+
+
+def ill(*replies: Reply | Callable[[Request], Reply], says: str, **facts: Any) -> Fault:
+    return Fault(replies=replies, says=says, **facts)
+
+
+FINE = Reply(text="fine", usage=(20, 5))
+FAULTS: dict[str, Fault] = {
+    # -- the server is busy or broken
+    "429 in seconds": well(Reply(status=429, headers={"Retry-After": "1"}), FINE, says="fine", asked=2),
+    "429 in milliseconds": well(Reply(status=429, headers={"retry-after-ms": "20"}), FINE, says="fine", asked=2),
+    "429 until a past date": well(
+        Reply(status=429, headers={"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}), FINE, says="fine", asked=2
+    ),
+    "429 without a word": well(Reply(status=429), FINE, says="fine", asked=2),
+    "429 for ever": ill(Reply(status=429), says="too busy (429)", asked=3),
+    "429 past the deadline": ill(
+        Reply(status=429, headers={"Retry-After": "3600"}), says="too busy (429)", retry_after_s=3600
+    ),
+    "429 until a date past the deadline": ill(
+        Reply(status=429, headers={"Retry-After": "Fri, 01 Jan 2100 00:00:00 GMT"}), says="too busy (429)"
+    ),
+    "500 once": well(Reply(status=500), FINE, says="fine", asked=2),
+    "500 for ever": ill(Reply(status=500, body='{"error": {"message": "oh no"}}'), says="(500): oh no", asked=3),
+    "502 with a page": ill(Reply(status=502, body=PAGE), says="failed (502)", asked=3),
+    "400 with half a character": ill(Reply(status=400, body='{"error": {"message": "\\ud83d"}}'), says="(400): ?"),
+    "401": ill(Reply(status=401), says="check the API key"),
+    # -- the connection
+    "dropped once": well(Reply(cut_after=0), FINE, says="fine", asked=2),
+    "dropped for ever": ill(Reply(cut_after=0), says="connection to the model's server", asked=3),
+    "silent once": well(Reply(delay_s=60), FINE, says="fine", asked=2, patience_s=2),
+    "silent for ever": ill(Reply(delay_s=60), says="said nothing", asked=3, patience_s=0.3),
+    "late": ill(Reply(text="word " * 1000, pause_s=0.2), says="", code="deadline_exceeded", ad={"timeout_s": 2.0}),
+    # -- the answer
+    "cut in the middle": ill(Reply(text="a text of several pieces", cut_after=3), says="broke off"),
+    "silent in the middle": ill(
+        Reply(text="a text of several pieces", silent_after=3), says="said nothing", patience_s=2
+    ),
+    "just ended": ill(Reply(text="half an ans", finish_reason=None), says="broke off"),
+    "an error event first": well(Reply(events=(ERROR_EVENT,)), FINE, says="fine", asked=2),
+    "an error event later": ill(Reply(events=(text_event("well"), ERROR_EVENT)), says="the engine stopped"),
+    "no choices": ill(Reply(events=('{"choices": []}',)), says="broke off"),
+    "no choices, whole": ill(Reply(no_choices=True), says="could not be read", config={"stream": False}),
+    "no text": ill(Reply(text=" "), says="without an answer"),
+    "another form": ill(Reply(body="<html>Welcome!</html>"), says="", config={"stream": False}),
+    "withheld": ill(Reply(text="b", finish_reason="content_filter"), says="withheld"),
+    "full length": well(Reply(text="to be contin", finish_reason="length"), says="to be contin", asked=1),
+    "without end": ill(Reply(text="word " * 1000), says="does not stop", config={"max_tokens": 10}),
+    "no usage": well(Reply(text="fine", usage=None), says="fine", asked=1),
+    # -- tools
+    "arguments that are no JSON": well(wanting("add", "{a:"), echo, says="not valid", asked=2),
+    "arguments that are no object": well(wanting("add", "[1]"), echo, says="not valid", asked=2),
+    "arguments of the wrong type": well(wanting("add", '{"a": "x", "b": 1}'), echo, says="not valid", asked=2),
+    "an unknown tool": well(wanting("divide"), echo, says="no tool of that name", asked=2),
+    "a tool that hangs": well(wanting("hang"), echo, says="no result within 0.1 s", asked=2),
+    "a tool that raises": well(wanting("burst"), echo, says="OSError: the disk is on fire", asked=2),
+    "a tool that floods": well(wanting("flood"), lambda r: Reply(text=told(r)[-50:]), says="1000000 char", asked=2),
+    "a tool without text": well(wanting("opaque"), echo, says="neither text nor JSON", asked=2),
+    "the same call again": ill(wanting(*CALLS), says="turns in circles", asked=5),
+    "tools without end": ill(
+        lambda r: wanting("add", f'{{"a": {len(r.messages)}, "b": 1}}'),
+        says="without an answer",
+        asked=4,
+        config={"max_steps": 4},
+    ),
+    # -- tokens
+    "more tokens than allowed": ill(
+        Reply(text="dear", usage=(900, 200)), says="1100 were used", code="budget_exceeded", ad={"token_budget": 1000}
+    ),
+    "tools beyond the tokens": ill(
+        lambda r: Reply(tool_calls=(("add", f'{{"a": {len(r.messages)}, "b": 1}}'),), usage=(300, 50)),
+        says="are spent",
+        code="budget_exceeded",
+        asked=2,
+        ad={"token_budget": 1000},
+    ),
+}
+
+
+class Models:
+    """One server behind many models, each with a fault of its own; `which` tells them apart by what they are asked."""
+
+    def __init__(self, faults: dict[str, Fault], which: Callable[[Request], str]) -> None:
+        self.asked_at: dict[str, list[float]] = {name: [] for name in faults}
+        self._faults, self._which = faults, which
+
+    def answer(self, request: Request) -> Reply:
+        name = self._which(request)
+        replies = self._faults[name].replies
+        reply = replies[min(len(self.asked_at[name]), len(replies) - 1)]
+        self.asked_at[name].append(time.monotonic())
+        return reply if isinstance(reply, Reply) else reply(request)
+
+
+def by_prompt(request: Request) -> str:
+    """The system prompt names the fault."""
+    return str(request.messages[0]["content"])
+
+
+def by_number(request: Request) -> str:
+    """The question ends with the number of the fault."""
+    return list(NO_ESTIMATE)[int(told(request).rpartition(" ")[2])]
+
+
+async def provider_for(url: str, patience_s: float = 30.0) -> OpenAIProvider:
+    """A provider that is connected: on first use openai's library holds up the event loop for a while."""
+    provider = OpenAIProvider(AgentConfig(api_key="k", base_url=url))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openai_provider, "SILENCE_S", patience_s)
+        await provider._client()
+    return provider
+
+
+@dataclass
+class Cluster:
+    """All phases, a host with one node for each fault, and a client's connection."""
+
+    bus: Bus
+    models: Models
+
+    async def run(self, **facts: Any) -> TaskResult:
+        ad = {"domain": "code", "description": "add 2 and 3", "estimated_complexity": 0.1, "timeout_s": 60.0, **facts}
+        handle = await tasks.publish(self.bus, TaskAd(**ad), deltas=False)
+        try:
+            return await handle.result(WITHIN_S)
+        finally:
+            await handle.close()
+
+
+@asynccontextmanager
+async def cluster(
+    nats_url: str, namespace: str, faults: dict[str, Fault], claims: Sequence[float] = (), **rooms: int
+) -> AsyncIterator[Cluster]:
+    """The n-th fault is that of node `n<n>`, which claims `claims[n]` of the domain."""
+    models = Models(faults, by_prompt)
+    async with OpenAIServer(models.answer) as server, AsyncExitStack() as stack:
+        providers = {}
+        for patience_s in {fault.patience_s for fault in faults.values()}:
+            providers[patience_s] = await provider_for(server.base_url, patience_s)
+            stack.push_async_callback(providers[patience_s].aclose)
+        nodes = []
+        for n, (name, fault) in enumerate(faults.items()):
+            config = AgentConfig(system_prompt=name, **fault.config)
+            agent = Agent(providers[fault.patience_s], config, tools=[add, hang, burst, flood, opaque])
+            claim = claims[n] if claims else 0.5
+            nodes.append(AgentNode(id=f"n{n}", capabilities=CapabilityProfile(scores={"code": claim}), agent=agent))
+        await stack.enter_async_context(running_phases(nats_url, namespace=namespace))
+        await stack.enter_async_context(running_nodes(nats_url, lambda: nodes, namespace=namespace, **rooms))
+        yield Cluster(await stack.enter_async_context(Bus(nats_url, namespace=namespace)), models)
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_provider, "BACKOFF_S", 0.01)
+
+
+async def test_every_fault_of_a_model_ends_the_task_as_it_should(nats_url: str, namespace: str) -> None:
+    async with cluster(nats_url, namespace, FAULTS) as running:
+        runs = [running.run(**{"node_id": f"n{n}", **fault.ad}) for n, fault in enumerate(FAULTS.values())]
+        ends = dict(zip(FAULTS, await asyncio.gather(*runs), strict=True))
+
+    got = {
+        name: (end.state, end.error.code if end.error else "", end.attempts, len(running.models.asked_at[name]))
+        for name, end in ends.items()
+    }
+    assert got == {name: (fault.state, fault.code, fault.attempts, fault.asked) for name, fault in FAULTS.items()}
+    for name, end in ends.items():
+        assert FAULTS[name].says in (end.error.message if end.error else end.content), name
+        assert "<" not in (end.error.message if end.error else ""), name
+        if FAULTS[name].retry_after_s is not None:
+            assert end.error is not None
+            assert end.error.retry_after_s == FAULTS[name].retry_after_s, name
+
+
+async def test_a_task_leaves_a_model_that_fails_for_one_that_does_not(nats_url: str, namespace: str) -> None:
+    faults = {"broken": ill(Reply(status=401), says=""), "whole": well(FINE, says="", asked=1)}
+    async with cluster(nats_url, namespace, faults, claims=(0.9, 0.2)) as running:
+        end = await running.run()
+
+    assert (end.state, end.content, end.node_id, end.attempts) == ("succeeded", "fine", "n1", 2)
+
+
+async def test_the_only_model_is_asked_again_when_it_said_and_nobody_holds_a_slot_until_then(
+    nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_provider, "PATIENCE_S", 0.1)
+    busy = Reply(status=429, headers={"Retry-After": "2"})
+    async with cluster(
+        nats_url, namespace, {"busy": well(busy, FINE, says="", asked=2)}, slots=1, backlog=0
+    ) as running:
+        asked_at = running.models.asked_at["busy"]
+        first = asyncio.create_task(running.run())
+        await until(lambda: asked_at, within_s=WITHIN_S, what="the model was asked")
+        second = await running.run()
+        between = len(asked_at)
+        end = await first
+
+    assert (second.state, between) == ("succeeded", 2)
+    assert (end.state, end.content, end.attempts) == ("succeeded", "fine", 3)
+    assert len(asked_at) == 3
+    assert asked_at[2] - asked_at[0] >= 2
+
+
+UNSURE = {"domain": "", "estimated_complexity": None}
+NO_ESTIMATE: dict[str, Fault] = {
+    "429 for long": ill(Reply(status=429, headers={"Retry-After": "3600"}), says="AgentFailed"),
+    "429 for ever": ill(Reply(status=429), says="AgentFailed"),
+    "500": ill(Reply(status=500), says="AgentFailed"),
+    "502 with a page": ill(Reply(status=502, body=PAGE), says="AgentFailed"),
+    "401": ill(Reply(status=401), says="AgentFailed"),
+    "dropped": ill(Reply(cut_after=0), says="AgentFailed"),
+    "silent": ill(Reply(delay_s=60), says=""),
+    "no choices": ill(Reply(no_choices=True), says="AgentFailed"),
+    "another form": ill(Reply(body="<html>Welcome!</html>"), says="AgentFailed"),
+    "prose": ill(Reply(text="I cannot tell."), says="Undecodable"),
+    "half": ill(Reply(text='{"complexity": 0.5, "dom', finish_reason="length"), says="Undecodable"),
+    "tools": ill(wanting("add"), says="Undecodable"),
+}
+
+
+async def test_a_heuristic_stands_in_for_a_model_that_fails_sense(
+    nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loom.phases.sense.service.ASK_WITHIN_S", 2.0)
+    models = Models(NO_ESTIMATE, by_number)
+    async with OpenAIServer(models.answer) as server, Stage(nats_url, namespace) as stage:
+        provider = await provider_for(server.base_url)
+        await stage.phase("sense", llm=provider)
+        for n in range(len(NO_ESTIMATE)):
+            handle = await tasks.publish(stage.bus, ad(f"Have a look at {n}", task_id=f"t{n}", **UNSURE), deltas=False)
+            await handle.close()
+        specs = {
+            name: (await stage.seen("task", phase="match", task_id=f"t{n}", within_s=WITHIN_S)).spec
+            for n, name in enumerate(NO_ESTIMATE)
+        }
+        await provider.aclose()
+
+    for name, spec in specs.items():
+        assert (spec.method, spec.domains) == ("heuristic", ("general",)), name
+        assert spec.note.startswith("the model could not be asked"), name
+        assert NO_ESTIMATE[name].says in spec.note, name
+
+
+async def test_a_task_stays_whole_when_the_model_fails_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.cluster.planner.PLAN_WITHIN_S", 1.0)
+    models = Models(NO_ESTIMATE, by_number)
+    async with OpenAIServer(models.answer) as server, asyncio.timeout(WITHIN_S):
+        provider = await provider_for(server.base_url)
+        planner = TaskPlanner(provider)
+        plans = await asyncio.gather(*(planner.decompose(f"build {n}") for n in range(len(NO_ESTIMATE))))
+        await provider.aclose()
+
+    assert [[part.description for part in parts] for parts in plans] == [
+        [f"build {n}"] for n in range(len(NO_ESTIMATE))
+    ]
+    assert all(models.asked_at.values())

@@ -1,0 +1,205 @@
+"""`loom dead`: what an operator sees of messages that could not be handled, and what may be done with them."""
+
+import base64
+import json
+import re
+import secrets
+from collections.abc import Iterator
+
+import pytest
+from support.background import Cluster, background_cluster
+from support.foreign import publish_raw
+from support.in_process import Loom, commands
+from support.nodes import echo, node
+from support.wait import until
+
+from loom.bus import letters, tasks
+from loom.bus.letters import Letter
+from loom.runner.doctor import examine
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Envelope, Hop, Split, TaskRecord
+from loom.schemas.errors import UnknownTask
+from loom.schemas.task import TaskAd
+from loom.schemas.wire import MAX_MESSAGE_BYTES, encode
+
+EVIL = "hello [red]\x1b[31m\x9b"
+NO_JSON = b"\xff\x00\x1b[31m" + "数据\u202e".encode() + b"\n{"
+AD = TaskAd(task_id="t3", description=EVIL, domain="code", context={"n": 1})
+
+
+@pytest.fixture(scope="module")
+def cluster(nats_url: str) -> Iterator[Cluster]:
+    """One whose phases have met rubbish, something large, a task that skipped a phase, and a subtask."""
+    with background_cluster(nats_url, f"t{secrets.token_hex(4)}", [node("n", echo, code=0.9)]) as cluster:
+        cluster.do(_poison(cluster))
+        yield cluster
+
+
+async def _poison(cluster: Cluster) -> None:
+    bus = cluster.bus
+    hops = tuple(Hop(phase=phase, instance="i", started=1, finished=2) for phase in ("sense", "match"))
+    skipped = Envelope(ad=AD, deadline=bus.now() + 60, hops=hops)  # type: ignore[arg-type]  # phases all of them
+    part = Envelope(ad=TaskAd(task_id="t4", description="x"), deadline=1, split=Split(parent="p1", depth=1, deadline=1))
+    poison = {
+        bus.subjects.intake("normal", "t1"): NO_JSON,
+        bus.subjects.task("match", "normal", "t2"): b"[" + b"0," * (MAX_MESSAGE_BYTES // 2) + b"0]",
+        bus.subjects.task("scale", "normal", "t3"): encode(skipped),
+        bus.subjects.task("execute", "normal", "t4"): encode(part),
+    }
+    for count, (subject, raw) in enumerate(poison.items(), 1):
+        await bus.store(subject, raw)
+        await _kept(cluster, count)
+
+
+async def _kept(cluster: Cluster, count: int) -> list[Letter]:
+    async def there() -> list[Letter]:
+        found = await letters.letters(cluster.bus, 100)
+        return found if len(found) >= count else []
+
+    return await until(there, within_s=20, what=f"{count} dead letters")
+
+
+@pytest.fixture
+def loom(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Loom]:
+    with commands(monkeypatch, capsys) as run:
+        yield run
+
+
+@pytest.fixture
+def here(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    monkeypatch.setenv("NATS_URL", cluster.url)
+    monkeypatch.setenv("LOOM_NAMESPACE", cluster.namespace)
+    monkeypatch.setenv("COLUMNS", "80")
+    return cluster
+
+
+def test_letters_are_listed_newest_last(here: Cluster, loom: Loom) -> None:
+    ended = loom("dead ls")
+    rows = [line.split() for line in ended.out.splitlines()]
+
+    assert (ended.code, ended.err) == (0, "")
+    assert rows[0] == ["letter", "at", "phase", "task", "tries", "bytes", "reason"]
+    assert [(row[0], *row[2:6]) for row in rows[1:]] == [
+        ("1", "sense", "t1", "1", str(len(NO_JSON))),
+        ("2", "match", "t2", "1", f"{MAX_MESSAGE_BYTES}+"),
+        ("3", "scale", "t3", "1", rows[3][5]),
+        ("4", "execute", "t4", "1", rows[4][5]),
+    ]
+    told = [json.loads(line) for line in loom("dead ls --json --limit 2").out.splitlines()]
+    assert [(one["seq"], one["phase"], one["deliveries"]) for one in told] == [(3, "scale", 1), (4, "execute", 1)]
+    assert "raw" not in told[0]
+
+
+def test_a_letter_of_json_is_shown_with_its_trail_and_its_fields(here: Cluster, loom: Loom) -> None:
+    out = loom("dead show 3").out
+    assert re.search(r"^reason +the envelope came without a spec$", out, re.MULTILINE)
+    assert re.search(r"^phase +scale, after 1 delivery$", out, re.MULTILINE)
+    assert re.search(r"^trail +sense → match → scale$", out, re.MULTILINE)
+    assert re.search(rf"^subject +{here.namespace}\.task\.scale\.normal\.t3, sequence \d+$", out, re.MULTILINE)
+    assert '\n    "task_id": "t3",\n' in out
+    assert "hello [red]" in out
+
+    whole = json.loads(loom("dead show 3 --json").out)
+    assert whole["message"]["ad"]["description"] == EVIL
+    assert json.loads(base64.b64decode(whole["raw"])) == whole["message"]
+    assert (whole["trail"], whole["task_id"]) == ("sense match", "t3")
+
+
+def test_what_is_no_json_is_shown_escaped_and_what_is_large_is_cut(here: Cluster, loom: Loom) -> None:
+    out = loom("dead show 1").out
+    assert out.endswith("\n\\xff\\x00\\x1b[31m数据\\u202e\\n{\n")
+    assert re.search(r"^trail +sense$", out, re.MULTILINE)
+    large = loom("dead show 2").out
+    assert "bytes are left of more" in large
+    assert large.count("\n") < 50
+    assert f"… and {MAX_MESSAGE_BYTES - 2048} more bytes; --json has them" in large
+    whole = json.loads(loom("dead show 1 --json").out)
+    assert (whole["message"], base64.b64decode(whole["raw"])) == (None, NO_JSON)
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_every_view_fits_its_width_and_steers_no_terminal(
+    columns: str, here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    for line in ("dead ls", *(f"dead show {seq}" for seq in (1, 2, 3, 4))):
+        out = loom(line).out
+        assert max(map(len, out.splitlines())) <= int(columns), line
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", out), line
+
+
+def test_a_retried_letter_is_a_new_task_that_succeeds_and_the_letter_is_gone(here: Cluster, loom: Loom) -> None:
+    ended = loom("dead retry 3")
+    said = re.fullmatch(r"letter 3 handed in again as task ([0-9a-f]{32})\n", ended.out)
+    assert said, ended
+
+    async def done() -> TaskRecord:
+        return await until(lambda: _ended(here, said[1]), within_s=20, what="the new task has ended")
+
+    record = here.do(done())
+    assert (record.state, record.envelope.ad.context) == ("succeeded", {"n": 1})
+    assert loom("dead show 3") == (1, "", "unknown_letter: there is no dead letter 3; `loom dead ls` lists them\n")
+
+
+async def _ended(cluster: Cluster, task_id: str) -> TaskRecord | None:
+    try:
+        found = await tasks.status(cluster.bus, task_id)
+    except UnknownTask:  # on its way into the intake
+        return None
+    return found if isinstance(found, TaskRecord) and found.ended else None
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("dead retry 1", 1, "dead_letter: letter 1 holds no task that can be read"),
+        ("dead retry 2", 1, "dead_letter: letter 2 holds no task that can be read (its bytes were cut)"),
+        ("dead retry 4", 1, "dead_letter: letter 4 is a part of task p1"),
+        ("dead retry 99", 1, "unknown_letter: there is no dead letter 99"),
+        ("dead show 99", 1, "unknown_letter: there is no dead letter 99"),
+        ("dead drop 99", 1, "unknown_letter: there is no dead letter 99"),
+        ("dead show 0", 2, "bad_usage: "),
+        ("dead show one", 2, "bad_usage: "),
+        ("dead bury 1", 2, "bad_usage: No such command 'bury'"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(line: str, code: int, said: str, here: Cluster, loom: Loom) -> None:
+    ended = loom(line)
+
+    assert (ended.code, ended.out) == (code, "")
+    assert ended.err.startswith(said)
+    assert ended.err.count("\n") == 1
+
+
+def test_doctor_counts_letters_until_they_are_dropped(
+    nats_url: str, loom: Loom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NATS_URL", nats_url)
+    with background_cluster(nats_url, namespace := f"t{secrets.token_hex(4)}", []) as cluster:
+        monkeypatch.setenv("LOOM_NAMESPACE", namespace)
+        assert loom("dead ls") == (0, "no dead letters\n", "")
+        assert loom("dead ls --json") == (0, "", "")
+        publish_raw(nats_url, b"PUB %s.task.match.normal.a\x1b[31m 1\r\nx\r\n" % namespace.encode())
+        cluster.do(_kept(cluster, 1))
+        finding = cluster.do(examine(cluster.bus, ClusterConfig()))[-1]
+        shown = loom("dead show 1")
+        assert loom("dead drop 1") == (0, "letter 1 dropped\n", "")
+        assert loom("dead ls").out == "no dead letters\n"
+
+    assert (finding.about, finding.says) == ("dead letters", "1 wait")
+    assert "loom dead ls" in finding.todo
+    assert "\x1b" not in shown.out + shown.err
+
+
+def test_without_phases_or_a_server_each_says_so(here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOOM_NAMESPACE", "nobody-here")
+    for line in ("dead ls", "dead show 1", "dead retry 1", "dead drop 1"):
+        ended = loom(line)
+        assert (ended.code, ended.out) == (3, ""), line
+        assert ended.err.splitlines()[-1].startswith("bus_unavailable: no phases have run in namespace nobody"), line
+
+
+def test_dead_alone_says_what_there_is(loom: Loom) -> None:
+    ended = loom("dead")
+    assert ended.code == 0
+    assert all(word in ended.out for word in ("ls", "show", "retry", "drop"))

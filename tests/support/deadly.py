@@ -1,0 +1,72 @@
+"""One phase in a process that dies of every marked task, and is started again each time, as by a supervisor.
+
+Run as a script: server, namespace, phase. It writes a line for each death.
+"""
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+from typing import Any
+
+from loom.bus import loop, topology
+from loom.bus.client import Bus
+from loom.bus.delivery import Delivery
+from loom.bus.outcome import Outcome
+from loom.phases.scale import Scale
+from loom.phases.sense import Sense
+from loom.runner.cluster import running_phases
+from loom.schemas.envelope import Envelope, Phase
+from loom.schemas.task import Submission
+
+MARK = "deadly"
+ACK_WAIT_S = 1.0
+PR_SET_PDEATHSIG = 1
+HANDLERS: dict[str, tuple[type[Any], str]] = {"sense": (Sense, "admit"), "scale": (Scale, "handle")}
+
+
+def make_mortal(phase: str) -> None:
+    """Have the phase's handler kill this process when it gets a marked task."""
+    service, name = HANDLERS[phase]
+    real = getattr(service, name)
+
+    async def handle(self: Any, message: Submission | Envelope, delivery: Delivery) -> Outcome:
+        if MARK in message.ad.context:
+            os.kill(os.getpid(), signal.SIGKILL)
+        outcome: Outcome = await real(self, message, delivery)
+        return outcome
+
+    setattr(service, name, handle)
+
+
+def hurry() -> None:
+    """Have what is left behind come again after a second, not half a minute."""
+    real = topology.consumer
+
+    def quick(bus: Bus, lane: topology.Lane) -> dict[str, Any]:
+        return {**real(bus, lane), "ack_wait": int(ACK_WAIT_S * 1e9)}
+
+    topology.consumer = quick
+    loop.IN_PROGRESS_S = ACK_WAIT_S / 5
+
+
+async def serve(url: str, namespace: str, phase: Phase) -> None:
+    async with running_phases(url, names=(phase,), namespace=namespace):
+        await asyncio.Event().wait()
+
+
+def main(url: str, namespace: str, phase: Phase) -> None:
+    make_mortal(phase)
+    hurry()
+    while True:
+        child = os.fork()
+        if not child:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            asyncio.run(serve(url, namespace, phase))
+        os.waitpid(child, 0)
+        print("died", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])  # type: ignore[arg-type]  # the test gives what is wanted

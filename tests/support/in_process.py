@@ -1,0 +1,39 @@
+"""A command run in this process."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import pytest
+import structlog
+
+from loom.runner import logs
+from loom.runner.cli import main
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Loom = Callable[..., Ended]
+
+
+@contextmanager
+def commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Loom]:
+    """Yield what runs a command line; the environment is the test's to set."""
+
+    def run(line: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["loom", *line.split()])
+        logs.configure("error")  # the cluster is in this process too
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return Ended(code, *capsys.readouterr())
+
+    yield run
+    structlog.reset_defaults()
