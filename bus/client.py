@@ -28,9 +28,16 @@ log = structlog.get_logger()
 
 PUBLISH_TRY_S = 2.0  # one wait for a PubAck; the id makes a second try safe
 HAND_OVER_S = 2.0
+UNDECIDED_S = 0.1
+LEADER_WAIT_S = 0.25
+ASK_AGAIN_S = 1.0
+"""Silence after which a call that may be made twice is made again: its server may have died, or lost its lead."""
 
 _FULL = {10077, 10023, 10047}  # stream at its limit, insufficient resources, no room on disk
 _WRONG_LAST = {10071, 10164}
+_IN_PROCESS = 10158  # this id is being stored: an earlier sending of it, not yet on enough replicas
+_NO_LEADER = {10008, 10009, 10118}  # replicas are choosing one; it takes seconds
+_REPEATABLE = ("INFO", "STREAM.INFO.", "STREAM.MSG.GET.", "STREAM.CREATE.", "CONSUMER.INFO.", "CONSUMER.CREATE.")
 
 
 class NoResponders(LoomError):
@@ -112,8 +119,13 @@ class Bus(Connection):
         """Forget a reply subject."""
         self._sinks.pop(reply, None)
 
-    async def request(self, subject: str, message: Any = b"", *, timeout_s: float = 2.0) -> Msg:
+    async def request(
+        self, subject: str, message: Any = b"", *, timeout_s: float = 2.0, again_s: float | None = None
+    ) -> Msg:
         """Return the first answer.
+
+        Args:
+            again_s: Seconds of silence after which the same is asked again: only for what may come twice.
 
         Raises:
             TimeoutError: None came in time.
@@ -124,6 +136,9 @@ class Bus(Connection):
         try:
             await self.publish(subject, message, reply=reply)
             async with asyncio.timeout(timeout_s):
+                while again_s and not (await asyncio.wait([answer], timeout=again_s))[0]:
+                    if self._nc.is_connected:  # else it waits in the buffer already
+                        await self.publish(subject, message, reply=reply)
                 msg = await answer
         finally:
             self.close_inbox(reply)
@@ -143,18 +158,32 @@ class Bus(Connection):
             self.close_inbox(reply)
 
     async def api(self, call: str, body: Any = None, *, timeout_s: float = 5.0) -> dict[str, Any]:
-        """Return the answer of a JetStream API call, `$JS.API.<call>`.
+        """Return the answer of a JetStream API call, `$JS.API.<call>`; what changes nothing twice is asked until then.
 
         Raises:
             Refused: The server said no.
-            BusUnavailable: No answer, or JetStream is off.
+            BusUnavailable: No answer, JetStream is off, or the replicas have not chosen a leader in time.
         """
-        try:
-            msg = await self.request(f"$JS.API.{call}", b"" if body is None else encode(body), timeout_s=timeout_s)
-        except NoResponders as error:
-            raise BusUnavailable("JetStream is off on this server; start it with `-js`") from error
-        except TimeoutError as error:
-            raise BusUnavailable(f"no answer to {' '.join(call.split('.')[:2])} in {timeout_s} s") from error
+        again_s = ASK_AGAIN_S if call.startswith(_REPEATABLE) else None
+        give_up = time.monotonic() + timeout_s
+        while True:
+            left_s = give_up - time.monotonic()
+            try:
+                return await self._call(call, body, timeout_s=left_s, again_s=again_s)
+            except NoResponders as error:
+                raise BusUnavailable("JetStream is off on this server; start it with `-js`") from error
+            except TimeoutError as error:
+                raise BusUnavailable(f"no answer to {' '.join(call.split('.')[:2])} in {timeout_s} s") from error
+            except Refused as error:
+                if error.err_code not in _NO_LEADER:
+                    raise
+                if again_s is None or left_s < LEADER_WAIT_S:
+                    raise BusUnavailable(f"{error.message}; too few servers of the cluster are up") from error
+            await asyncio.sleep(LEADER_WAIT_S)
+
+    async def _call(self, call: str, body: Any, *, timeout_s: float, again_s: float | None) -> dict[str, Any]:
+        payload = b"" if body is None else encode(body)
+        msg = await self.request(f"$JS.API.{call}", payload, timeout_s=max(timeout_s, 0.01), again_s=again_s)
         answer: dict[str, Any] = msgspec.json.decode(msg.data)
         if error_body := answer.get("error"):
             raise Refused(str(error_body.get("description", "")), int(error_body.get("err_code", 0)))
@@ -190,7 +219,7 @@ class Bus(Connection):
 
         Raises:
             Conflict: The expected last sequence in `headers` is not the last one.
-            Overloaded: The stream is full.
+            Overloaded: The stream is full; or it answers and yet has stored nothing in `within_s`, as with a full disk.
             Refused: The server said no for another reason.
             BusUnavailable: No acknowledgement in `within_s`.
         """
@@ -202,9 +231,24 @@ class Bus(Connection):
         while True:
             msg = await self._try_store(subject, payload, headers, min(PUBLISH_TRY_S, give_up - time.monotonic()))
             if msg is not None:
-                return _read_ack(msg)
+                if (ack := _read_ack(msg)) is not None:
+                    return ack
+                await asyncio.sleep(UNDECIDED_S)
             if time.monotonic() >= give_up:
-                raise BusUnavailable(f"the server has not confirmed a message in {within_s} s")
+                late = f"the server has not confirmed a message in {within_s} s"
+                if msg is None and await self._is_led(subject):
+                    raise Overloaded(f"{late}, though its stream answers: the disk may be full")
+                raise BusUnavailable(late)
+
+    async def _is_led(self, subject: str) -> bool:
+        """Whether the stream of `subject` has a leader that answers, so that silence is not the connection's fault."""
+        try:
+            streams = (await self.api("STREAM.NAMES", {"subject": subject}, timeout_s=1))["streams"] or []
+            for stream in streams:
+                await self.api(f"STREAM.INFO.{stream}", timeout_s=1)
+        except (LoomError, KeyError):
+            return False
+        return bool(streams)
 
     async def _try_store(self, subject: str, payload: bytes, headers: dict[str, str], wait_s: float) -> Msg | None:
         answer: asyncio.Future[Msg | None] = asyncio.get_running_loop().create_future()
@@ -223,17 +267,23 @@ class Bus(Connection):
         if msg is None:
             return None
         self._failed_publishes = 0
-        if msg.headers and msg.headers.get("Status") == "503":  # a stream without a leader, or none at all
-            await asyncio.sleep(0.1)
-            return None
         return msg
 
     async def _publish_failed(self) -> None:
         self._failed_publishes += 1
-        if self._failed_publishes >= 2 and self._nc.is_connected:  # noqa: PLR2004 - one may be chance
-            self._failed_publishes = 0
+        if self._failed_publishes < 2 or not self._nc.is_connected:  # noqa: PLR2004 - one may be chance
+            return
+        self._failed_publishes = 0
+        if len(self._nc.servers) > 1 or not await self._answers():  # one of several may be cut off from the others
             log.warning("connection_stalled")
             await self._reconnect()
+
+    async def _answers(self) -> bool:
+        try:
+            await self.echo(timeout_s=1)
+        except (TimeoutError, LoomError):
+            return False
+        return True
 
     async def _on_reply(self, msg: Msg) -> None:
         sink = self._sinks.get(msg.subject)
@@ -251,11 +301,16 @@ class Bus(Connection):
                 answer.set_result(None)
 
 
-def _read_ack(msg: Msg) -> PubAck:
+def _read_ack(msg: Msg) -> PubAck | None:
+    """Return the acknowledgement; None while it is undecided whether the message will be stored."""
+    if msg.headers and msg.headers.get("Status") == "503":  # a stream without a leader, or none at all
+        return None
     reply = _decode_ack(msg.data)
     if reply.error is None:
         return reply
     error = reply.error
+    if error.err_code == _IN_PROCESS or error.err_code in _NO_LEADER:
+        return None
     if error.err_code in _WRONG_LAST:
         raise Conflict(error.description, error.err_code)
     if error.err_code in _FULL:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import re
 import socket
 import time
@@ -30,6 +31,20 @@ RETRY_S = 0.2
 WATCH_S = 1.0
 
 Handler = Callable[[Msg], Awaitable[None]]
+
+
+class _Client(Client):
+    """nats-py, unless somebody sends on a subject that is not UTF-8: decoding that strictly ends its read loop."""
+
+    def _build_message(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
+    ) -> Msg:
+        try:
+            msg: Msg = super()._build_message(sid, subject, reply, data, headers)
+        except UnicodeDecodeError:
+            subject, reply = (text.decode(errors="replace").encode() for text in (subject, reply))
+            msg = super()._build_message(sid, subject, reply, data, headers)
+        return msg
 
 
 class PayloadTooLarge(LoomError):
@@ -61,9 +76,12 @@ class Connection:
         """Set when the connection is closed for good: the process should end."""
         self.gate = Gate()
         self.clock_offset_s = 0.0
-        self._nc = Client()
+        self._reconnected_at = -math.inf
+        self._nc = _Client()
         self._inbox = f"_INBOX{'' if role == 'client' else '_' + role}.{uuid4().hex[:22]}"
         self._closing = False
+        self._refusals = 0
+        """In a row, since the connection was lost."""
         self._reconnected: list[Callable[[], None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -105,7 +123,7 @@ class Connection:
             await asyncio.sleep(RETRY_S)
 
     async def _connect_once(self) -> None:
-        self._nc = Client()
+        self._nc = _Client()
         await self._nc.connect(
             servers=self.url.split(","),
             name=f"loom {self.instance}",
@@ -196,6 +214,14 @@ class Connection:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
+    def settled_s(self) -> float:
+        """Seconds since the connection was lost and made again: others may be on their way back still.
+
+        0 while it is lost, without end when it never was.
+        """
+        return time.monotonic() - self._reconnected_at if self._nc.is_connected else 0.0
+
+    @property
     def server_version(self) -> tuple[int, ...]:
         """The server's version, for example (2, 15, 1)."""
         version = self._nc.connected_server_version
@@ -278,8 +304,19 @@ class Connection:
             self._reconnected.remove(callback)
 
     async def _on_error(self, error: Exception) -> None:
-        if not self._closing and self._nc.is_connected:
+        if self._closing:
+            return
+        if self._nc.is_connected:
             log.warning("bus_error", error=str(error) or type(error).__name__)
+        elif "authorization" in str(error).lower():
+            self._refused()
+
+    def _refused(self) -> None:
+        """Give up once every server has refused to have us back: nats-py would ask for ever, in silence."""
+        self._refusals += 1
+        if self._refusals > len(self._nc.servers) and not self.lost.is_set():
+            log.error("bus_refused", server=self.address)
+            self.lost.set()
 
     async def _on_disconnect(self) -> None:
         if not self._closing:
@@ -287,6 +324,8 @@ class Connection:
 
     async def _on_reconnect(self) -> None:
         log.info("bus_reconnected")
+        self._refusals = 0
+        self._reconnected_at = time.monotonic()
         self._harden_socket()
         for callback in list(self._reconnected):
             try:

@@ -1,6 +1,7 @@
 """The hop loop: pull, decode, decide, settle. Handlers decide; only this file settles."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from loom.bus.outcome import Dead, Done, Fail, Later, Leave, Next, Outcome
 from loom.bus.pull import Pull
 from loom.bus.topology import Lane, ensure_consumer
 from loom.schemas.envelope import Envelope, Hop, Phase
-from loom.schemas.errors import LoomError
+from loom.schemas.errors import LoomError, Overloaded
 from loom.schemas.wire import Undecodable, decode
 
 log = structlog.get_logger()
@@ -24,6 +25,7 @@ T = TypeVar("T")
 
 IN_PROGRESS_S = 10.0  # a third of ack_wait
 SLOTS = 256
+FULL_S = 2.0  # between two tries while the server is full
 RECALL_S = 2.0  # for handlers to give work back when the drain time is over
 
 SHARES = {"low": 0.2, "normal": 0.6, "high": 0.1, "critical": 0.1}
@@ -132,11 +134,29 @@ class HopLoop(Generic[T]):
         with structlog.contextvars.bound_contextvars(task_id=task_id, phase=self._service.phase):
             try:
                 await delivery.enter()
-                await self._settle(delivery, task_id, await self._decide(delivery))
+                await self._work(delivery, task_id)
             except Exception as error:  # noqa: BLE001 - whatever a handler raises, its message must come back
                 wait_s = retry_s(delivery.facts.delivered) * random.uniform(0.5, 1)  # noqa: S311 - jitter
                 log.warning("hop_failed", retry_in_s=round(wait_s, 2), **describe(error))
                 await self._answer(delivery, b'-NAK {"delay": %d}' % int(wait_s * 1e9))
+
+    async def _work(self, delivery: Delivery, task_id: str) -> None:
+        """Decide and settle; while the server stores nothing, try again in hand.
+
+        It is not the message's fault, and handed back its count would grow until it passed for dead.
+        """
+        while True:
+            try:
+                await self._settle(delivery, task_id, await self._decide(delivery))
+            except Overloaded as error:
+                if delivery.recalled.is_set():
+                    raise
+                log.warning("hop_waits", **describe(error))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(FULL_S):
+                        await delivery.recalled.wait()
+            else:
+                return
 
     async def _decide(self, delivery: Delivery) -> Outcome:
         if delivery.dead:
@@ -153,8 +173,8 @@ class HopLoop(Generic[T]):
                 await self._pass_on(delivery, phase, envelope, msg_id)
             case Fail(error, envelope):
                 await self._pass_on(delivery, "evaluate", envelope.failed(error), None)
-            case Later(delay_s, envelope, phase):
-                await self._postpone(delivery, delay_s, envelope, phase or self._service.phase)
+            case Later():
+                await self._postpone(delivery, outcome)
             case Dead(reason):
                 await bury(self._bus, self._service.phase, task_id, delivery, reason, self._service.end)
             case Done():
@@ -178,15 +198,15 @@ class HopLoop(Generic[T]):
         subject = self._bus.subjects.task(phase, hopped.priority, hopped.task_id)
         await self._bus.store(subject, hopped, msg_id=msg_id or f"{hopped.task_id}:{delivery.origin}")
 
-    async def _postpone(self, delivery: Delivery, delay_s: float, envelope: Envelope, phase: Phase) -> None:
-        hopped = self._hopped(delivery, envelope)
+    async def _postpone(self, delivery: Delivery, later: Later) -> None:
+        hopped = self._hopped(delivery, later.envelope)
         await schedule(
             self._bus,
             self._bus.subjects.later(hopped.task_id, delivery.origin),
-            target=self._bus.subjects.task(phase, hopped.priority, hopped.task_id),
-            at=self._bus.now() + delay_s,
+            target=self._bus.subjects.task(later.phase or self._service.phase, hopped.priority, hopped.task_id),
+            at=self._bus.now() + later.delay_s,
             envelope=hopped,
-            msg_id=f"{hopped.task_id}:{delivery.origin}",
+            msg_id=later.msg_id or f"{hopped.task_id}:{delivery.origin}",
         )
 
     async def _answer(self, delivery: Delivery, verb: bytes) -> None:

@@ -25,11 +25,13 @@ class Later:
 
     Args:
         phase: Absent: to the same phase again.
+        msg_id: As in Next.
     """
 
     delay_s: float
     envelope: Envelope
     phase: Phase | None = None
+    msg_id: str | None = None
 
 
 @dataclass(frozen=True)

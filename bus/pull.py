@@ -13,9 +13,11 @@ from loom.schemas.errors import LoomError
 log = structlog.get_logger()
 
 EXPIRES_S = 30.0
-HEARTBEAT_S = 5.0
+HEARTBEAT_S = 2.0  # three missed ones: a replica that led the consumer died without a word
 QUIET_S = 2.5 * HEARTBEAT_S
 RETRY_S = 0.25
+RETRY_MOST_S = 4.0
+"""Longest wait before trying again to reach a consumer that stays away; each wait is twice the last."""
 
 
 class Pull:
@@ -50,6 +52,7 @@ class Pull:
         self._stale = True
         self._asking: asyncio.Task[Any] | None = None
         self._healing: asyncio.Task[Any] | None = None
+        self._retry_s = RETRY_S
         self._stopped = False
         self._unsent = asyncio.Event()
 
@@ -117,6 +120,8 @@ class Pull:
     async def _on_message(self, msg: Msg) -> None:
         self._heard = time.monotonic()
         status = msg.headers.get("Status") if msg.headers and not msg.reply.startswith("$JS.ACK") else None
+        if status in (None, "100"):
+            self._retry_s = RETRY_S
         if status is None:
             self._asked = max(0, self._asked - 1)
             self._sink(msg)
@@ -126,6 +131,7 @@ class Pull:
     def _on_status(self, status: str, msg: Msg) -> None:
         headers = msg.headers or {}
         if status in ("408", "404") or "Nats-Pending-Messages" in headers:
+            self._retry_s = RETRY_S
             left = int(headers.get("Nats-Pending-Messages", self._asked))
             self._asked = max(0, self._asked - left)
             self.top_up()
@@ -152,7 +158,8 @@ class Pull:
             self._healing = self._bus.spawn(self._healed(), name=f"pull-heal {self._consumer}")
 
     async def _healed(self) -> None:
-        await asyncio.sleep(RETRY_S)
+        wait_s, self._retry_s = self._retry_s, min(2 * self._retry_s, RETRY_MOST_S)
+        await asyncio.sleep(wait_s)
         if self._broken is not None:
             try:
                 await self._broken()

@@ -10,7 +10,7 @@ import structlog
 
 from loom.bus.client import Bus, Refused
 from loom.schemas.config import ClusterConfig
-from loom.schemas.errors import BusUnavailable
+from loom.schemas.errors import BusUnavailable, LoomError
 from loom.schemas.task import PRIORITIES
 
 log = structlog.get_logger()
@@ -24,6 +24,7 @@ _STREAM_NOT_FOUND = 10059
 _CONSUMER_NOT_FOUND = 10014
 _NAME_IN_USE = 10058
 _STORE_NOT_READY = 10049
+_TOO_FEW_SERVERS = {10074, 10005}  # no cluster at all, or one without enough servers for the replicas
 
 
 class Lane(NamedTuple):
@@ -150,6 +151,8 @@ class Part(NamedTuple):
     """The server's whole answer; None where there is no such thing."""
     differences: tuple[str, ...]
     """From the design, each as `key is this, designed that`."""
+    silent: str = ""
+    """Why the server would not say whether there is such a thing; empty when it did."""
 
 
 class Inspection(NamedTuple):
@@ -165,20 +168,18 @@ async def inspect(bus: Bus, config: ClusterConfig) -> Inspection:
     """Return what is there beside what `apply` would make, and change nothing.
 
     Raises:
-        BusUnavailable: No answer, or JetStream is off.
         Refused: The server will not say.
     """
-    found: dict[str, Part] = {}
-    for wanted in streams(bus, config):
-        name = wanted["name"]
-        found[name] = await _part(bus, name, f"STREAM.INFO.{name}", wanted)
-    lanes = {
-        lane.name: await _part(
-            bus, lane.name, f"CONSUMER.INFO.{bus.subjects.stream(lane.stream)}.{lane.name}", consumer(bus, lane)
+    parts = await asyncio.gather(
+        *(_part(bus, one["name"], f"STREAM.INFO.{one['name']}", one) for one in streams(bus, config))
+    )
+    lanes = await asyncio.gather(
+        *(
+            _part(bus, lane.name, f"CONSUMER.INFO.{bus.subjects.stream(lane.stream)}.{lane.name}", consumer(bus, lane))
+            for lane in LANES
         )
-        for lane in LANES
-    }
-    return Inspection(found, lanes)
+    )
+    return Inspection({part.name: part for part in parts}, {part.name: part for part in lanes})
 
 
 async def _part(bus: Bus, name: str, call: str, wanted: dict[str, Any]) -> Part:
@@ -188,6 +189,8 @@ async def _part(bus: Bus, name: str, call: str, wanted: dict[str, Any]) -> Part:
         if error.err_code in {_STREAM_NOT_FOUND, _CONSUMER_NOT_FOUND}:
             return Part(name, None, ())
         raise
+    except BusUnavailable as error:  # no leader: the others may well have theirs
+        return Part(name, None, (), error.message)
     return Part(name, info, tuple(_differences(info["config"], wanted)))
 
 
@@ -217,7 +220,12 @@ async def _create_stream(bus: Bus, wanted: dict[str, Any]) -> None:
             if refusal.err_code == _NAME_IN_USE:
                 return
             if refusal.err_code != _STORE_NOT_READY or not left:
-                raise BusUnavailable(f"cannot create stream {wanted['name']}: {refusal.message}") from refusal
+                todo = ""
+                if refusal.err_code in _TOO_FEW_SERVERS:
+                    todo = (
+                        f"; {wanted['num_replicas']} replicas need as many servers: start them, or lower LOOM_REPLICAS"
+                    )
+                raise BusUnavailable(f"cannot create stream {wanted['name']}: {refusal.message}{todo}") from refusal
             await asyncio.sleep(0.05)  # seen under load; the next try succeeds
         else:
             return
@@ -231,6 +239,21 @@ async def ensure_consumer(bus: Bus, lane: Lane) -> None:
         f"CONSUMER.CREATE.{stream}.{lane.name}.{config['filter_subject']}",
         {"stream_name": stream, "config": config},
     )
+
+
+async def probe(bus: Bus, name: str, subject: str, *, within_s: float) -> LoomError | None:
+    """Store a message nobody consumes and take it away again; return why that failed, None where it did not.
+
+    Args:
+        name: INTAKE or TASKS.
+        subject: One of that stream's, outside every lane.
+    """
+    try:
+        await bus.store(subject, b"", within_s=within_s)
+        await bus.api(f"STREAM.PURGE.{bus.subjects.stream(name)}", {"filter": subject})
+    except LoomError as error:
+        return error
+    return None
 
 
 async def stream_state(bus: Bus, name: str, *, subjects: str = "") -> dict[str, Any]:

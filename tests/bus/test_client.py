@@ -527,10 +527,48 @@ async def test_a_dead_read_loop_is_noticed_and_the_connection_made_anew(
 async def test_two_lost_acknowledgements_make_the_connection_anew(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     reconnected = asyncio.Event()
     bus.on_reconnect(reconnected.set)
-    lose_acks(bus, monkeypatch, 2)
+    lose_acks(bus, monkeypatch, 3)  # nor does the server answer anything else
     ack = await bus.store(bus.subjects.intake("low", "t1"), b"x", msg_id="m1")
     assert ack.seq == 1
     assert reconnected.is_set()
+
+
+async def test_a_connection_that_answers_is_left_alone_when_only_the_store_is_silent(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reconnected = asyncio.Event()
+    bus.on_reconnect(reconnected.set)
+    lose_acks(bus, monkeypatch, 2)
+    ack = await bus.store(bus.subjects.intake("low", "t1"), b"x", msg_id="m1")
+    assert ack.seq == 1
+    assert not reconnected.is_set()
+
+
+async def test_a_stream_that_answers_but_stores_nothing_is_overloaded(
+    bus: Bus, plain: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bus, "_try_store", never_answered)
+    with pytest.raises(Overloaded, match="disk may be full"):
+        await bus.store(bus.subjects.intake("low", "t1"), b"x", within_s=0.1)
+    with pytest.raises(BusUnavailable):
+        await bus.store("in.no.stream", b"x", within_s=0.1)
+
+
+async def never_answered(_subject: str, _payload: bytes, _headers: dict[str, str], wait_s: float) -> None:
+    await asyncio.sleep(wait_s)
+
+
+async def test_a_question_whose_server_dies_is_asked_again(mortal: Bus, server: NatsServer) -> None:
+    os.kill(server.pid, signal.SIGSTOP)
+    asked = asyncio.ensure_future(mortal.api(f"STREAM.INFO.{mortal.subjects.stream('TASKS')}", timeout_s=30))
+    purged = asyncio.ensure_future(mortal.api(f"STREAM.PURGE.{mortal.subjects.stream('DEAD')}", timeout_s=1))
+    await asyncio.wait([asked], timeout=0.2)
+    server.kill()
+    await asyncio.to_thread(server.restart)
+
+    assert (await asked)["state"]["messages"] == 0
+    with pytest.raises(BusUnavailable):  # what changes something twice is for the caller to repeat
+        await purged
 
 
 async def test_a_reconnect_callback_that_raises_does_not_stop_the_others(plain: Bus) -> None:

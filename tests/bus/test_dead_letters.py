@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 from support.buses import envelope
+from support.foreign import publish_raw
 from support.hops import Phases, arrived, deliver_in_vain, hop, last, messages, put, settled
 
 from loom.bus import loop as loop_module
@@ -13,8 +14,8 @@ from loom.bus.client import Bus
 from loom.bus.delivery import DEAD_AFTER, Delivery
 from loom.bus.outcome import Dead, Outcome
 from loom.bus.records import records
-from loom.bus.topology import INTAKE_LANES
-from loom.schemas.envelope import Claim, Envelope, TaskRecord
+from loom.bus.topology import INTAKE_LANES, SENSE_LANE
+from loom.schemas.envelope import Claim, Envelope, Hop, Phase, Split, TaskRecord
 from loom.schemas.task import RunResult, Submission, TaskAd
 from loom.schemas.wire import MAX_MESSAGE_BYTES, encode
 
@@ -49,6 +50,7 @@ async def test_undecodable_bytes_are_kept_as_they_are_with_the_facts_beside_them
         "Loom-Dead-deliveries": "1",
         "Loom-Dead-stream-seq": str(seq),
         "Loom-Dead-cut": "False",
+        "Loom-Dead-trail": "",
     }
     assert reason.startswith("undecodable: ")
     assert letter.headers["Nats-Msg-Id"] == f"t1:dead:{seq}"
@@ -71,6 +73,36 @@ async def test_the_task_ends_by_its_record(bus: Bus, phases: Phases) -> None:
     assert (ended.ad, ended.attempt, ended.step, ended.result) == (env.ad, 3, 7, None)
     assert kept.headers["Nats-Msg-Id"] == f"t1:dead:{seq}"
     await settled(bus, 1)
+
+
+def _hops(*phases: Phase) -> tuple[Hop, ...]:
+    return tuple(Hop(phase=phase, instance="i", started=1, finished=2) for phase in phases)
+
+
+async def test_the_trail_is_the_messages_own_and_else_the_records(bus: Bus, phases: Phases) -> None:
+    async def give_up(_env: Envelope, _delivery: Delivery) -> Outcome:
+        return Dead("no")
+
+    await phases.start(bus, give_up)
+    await put(bus, envelope("t1", hops=_hops("sense", "match", "scale", "match")))
+    await records(bus).create("t2", _record(envelope("t2", hops=_hops("sense", "match"))))
+    await put_raw(bus, GARBAGE, bus.subjects.task("scale", "normal", "t2"))
+
+    own = await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t1"))
+    told = await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t2"))
+    assert own.headers["Loom-Dead-trail"] == "sense match scale match"
+    assert told.headers["Loom-Dead-trail"] == "sense match"
+
+
+async def test_a_letter_is_kept_and_the_task_ends_though_its_record_cannot_be_read(bus: Bus, phases: Phases) -> None:
+    async def give_up(_env: Envelope, _delivery: Delivery) -> Outcome:
+        return Dead("no")
+
+    await bus.store(f"$KV.{bus.subjects.bucket('records')}.t1", b"{")
+    await phases.start(bus, give_up)
+    await put(bus, envelope())
+    await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t1"))
+    assert (await hop(bus, "evaluate")).envelope.error is not None
 
 
 async def test_without_a_record_there_is_only_the_letter(bus: Bus, phases: Phases) -> None:
@@ -147,6 +179,19 @@ async def test_a_subject_that_names_no_task_makes_a_letter_all_the_same(bus: Bus
     await put_raw(bus, encode(envelope())[:-1], f"{bus.subjects.namespace}.task.scale.normal.bad$id")
     letter = await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "unknown"))
     assert letter.headers["Loom-Dead-task-id"] == "bad$id"
+    await settled(bus, 0)
+
+
+async def test_a_subject_that_is_not_utf8_makes_a_letter_and_cuts_no_connection(
+    bus: Bus, phases: Phases, nats_url: str
+) -> None:
+    await phases.start(bus, never)
+    with capture_logs() as logs:
+        subject = bus.subjects.task("scale", "normal", "t1").encode()
+        publish_raw(nats_url, b"PUB %s\xff 2\r\n{]\r\n" % subject)
+        letter = await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "unknown"))
+    assert letter.data == b"{]"
+    assert "read_loop_dead" not in {entry["event"] for entry in logs}
     await settled(bus, 0)
 
 
@@ -232,6 +277,38 @@ async def test_the_submission_that_was_admitted_ends_its_own_task(bus: Bus, phas
     assert await messages(bus) == 0
     await put_raw(bus, encode(Submission(ad=ad, submission="s1")), bus.subjects.intake("normal", "t1"))
     await hop(bus, "evaluate")
+
+
+async def test_a_submission_and_a_hop_of_one_sequence_and_task_are_two_letters(bus: Bus, phases: Phases) -> None:
+    await phases.start(bus, never, **_intake())
+    seqs = {await put_raw(bus, GARBAGE, bus.subjects.intake("normal", "t1")), await put_raw(bus, GARBAGE)}
+    await settled(bus, 0, "INTAKE")
+    await phases.start(bus, never)
+    await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t1"))
+    assert seqs == {1}
+    assert await messages(bus, "DEAD") == 2
+
+
+@pytest.mark.parametrize("admitted", [False, True])
+async def test_a_subtask_that_dies_in_sense_ends_as_the_subtask_it_is(admitted: bool, bus: Bus, phases: Phases) -> None:
+    async def give_up(_env: Envelope, _delivery: Delivery) -> Outcome:
+        return Dead("no")
+
+    child = envelope(split=Split(parent="p1", depth=1, deadline=4e9))
+    if admitted:
+        await records(bus).create("t1", _record(child, submission="of-p1"))
+    await phases.start(bus, give_up, phase="sense", lanes=[(SENSE_LANE, 4)])
+    await put(bus, child, "sense")
+    ended = (await hop(bus, "evaluate")).envelope
+    assert ended.split == child.split
+    assert ended.error is not None
+
+
+async def test_an_unreadable_subtask_ends_though_nobody_knows_it(bus: Bus, phases: Phases) -> None:
+    await phases.start(bus, never, phase="sense", lanes=[(SENSE_LANE, 4)])
+    await put_raw(bus, GARBAGE, bus.subjects.task("sense", "normal", "t1"))
+    ended = (await hop(bus, "evaluate")).envelope
+    assert (ended.task_id, ended.ad.description) == ("t1", "(unreadable subtask)")
 
 
 async def test_a_submission_that_dies_before_its_admission_leaves_who_waits_for_it(bus: Bus, phases: Phases) -> None:

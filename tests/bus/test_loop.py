@@ -27,14 +27,14 @@ from support.wait import until
 from loom.bus import loop as loop_module
 from loom.bus import topology
 from loom.bus.client import Bus
-from loom.bus.delivery import Delivery
+from loom.bus.delivery import DEAD_AFTER, Delivery
 from loom.bus.loop import HopLoop, Service, lane_slots, retry_s
 from loom.bus.outcome import Done, Fail, Later, Leave, Next, Outcome
 from loom.bus.topology import INTAKE_LANES, MATCH_LANES, SCALE_LANE
 from loom.runner.embedded import NatsServer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
-from loom.schemas.errors import BusUnavailable
+from loom.schemas.errors import BusUnavailable, Overloaded
 from loom.schemas.task import RunResult, TaskAd, TaskError
 from loom.schemas.wire import new_id
 
@@ -257,6 +257,26 @@ async def test_a_next_hop_that_cannot_be_stored_brings_the_message_back(
     monkeypatch.setattr(bus, "store", refuse_once)
     await hop(bus, "execute")
     assert phase.tasks == ["t1", "t1"]
+    await settled(bus, 1)
+
+
+async def test_while_the_server_is_full_a_message_stays_in_hand_and_does_not_age(
+    bus: Bus, phases: Phases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_module, "FULL_S", 0.01)
+    real, refused = bus.store, list[str]()
+
+    async def full(subject: str, message: Any, **options: Any) -> Any:
+        if len(refused) < 2 * DEAD_AFTER:
+            refused.append(subject)
+            raise Overloaded("the bus is full")
+        return await real(subject, message, **options)
+
+    phase = await phases.start(bus, to_execute)
+    monkeypatch.setattr(bus, "store", full)
+    await real(bus.subjects.task("scale", "normal", "t1"), envelope())
+    await hop(bus, "execute")
+    assert {delivery.facts.delivered for _, delivery in phase.handled} == {1}
     await settled(bus, 1)
 
 

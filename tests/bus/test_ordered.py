@@ -1,6 +1,8 @@
 """The ordered reader: every message once, in order, wherever it begins and whatever happens."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -236,6 +238,18 @@ async def test_what_is_written_during_restarts_is_read_once_and_in_order(
         await one.count(10 * (turn + 1), within_s=20)
     assert sorted(one.bodies) == list(range(30))
     assert [message.seq for message in one.read] == list(range(1, 31))
+
+
+async def test_a_reader_started_while_the_server_restarts_begins_after_it(
+    mortal: Bus, server: NatsServer, reading: Start
+) -> None:
+    await put(mortal, 0, 1)
+    os.kill(server.pid, signal.SIGSTOP)
+    one = reading(mortal)
+    await asyncio.wait([one._task], timeout=0.2)
+    server.kill()
+    await asyncio.to_thread(server.restart)
+    await one.got([0, 1], within_s=20)
 
 
 async def test_a_stopped_reader_leaves_no_subscription_and_no_request(bus: Bus, reading: Start) -> None:

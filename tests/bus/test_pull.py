@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import itertools
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,6 +18,7 @@ from loom.bus.client import Bus, Msg
 from loom.bus.pull import Pull
 from loom.bus.topology import SCALE_LANE
 from loom.runner.embedded import NatsServer
+from loom.schemas.errors import BusUnavailable
 
 
 class Hand:
@@ -183,6 +186,26 @@ async def test_a_consumer_that_cannot_be_restored_yet_is_tried_again(bus: Bus, m
         await bus.api(f"STREAM.CREATE.{stream}", config)
         await put(bus, 0, 3)
         await hand.empty_all(3)
+
+
+async def test_a_consumer_that_stays_away_is_looked_for_ever_more_rarely(
+    plain: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pull_module, "RETRY_MOST_S", 0.8)
+    times: list[float] = []
+
+    async def broken() -> None:
+        times.append(time.monotonic())
+        raise BusUnavailable("no such stream")
+
+    pull = Pull(plain, "NONE", "none", window=lambda: 1, sink=lambda _: None, broken=broken)
+    await pull.start()
+    with capture_logs():
+        await until(lambda: len(times) == 4, within_s=20, what="four looks")
+    await pull.stop()
+
+    waits = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert [wait >= least for wait, least in zip(waits, (0.5, 0.8, 0.8), strict=True)] == [True] * 3
 
 
 async def test_a_request_that_ran_out_is_followed_by_another(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nats.aio.msg import Msg
 
-from loom.bus.delivery import DEAD_AFTER, SUSPECT_AFTER, Delivery, Facts, Slots, read_facts, stamp
+from loom.bus.delivery import DEAD_AFTER, SUSPECT_AFTER, Delivery, Facts, Slots, place, read_facts, stamp
 from loom.bus.gate import Gate
 
 OLD = "$JS.ACK.LOOM_TASKS.match_low.{delivered}.{stream}.{consumer}.{at}.{pending}"
@@ -61,3 +61,13 @@ def test_a_stamp_is_the_same_moment_with_its_offset(at: float) -> None:
     read = datetime.fromisoformat(stamp(at))
     assert read.tzinfo is not None
     assert read.timestamp() == pytest.approx(at, abs=1e-6)
+
+
+@given(*[st.integers(1, 2**40)] * 2, st.sampled_from(range(4, 11, 2)))
+def test_of_two_suspects_each_comes_first_once_in_two_deliveries(one: int, other: int, delivered: int) -> None:
+    def places(count: int) -> list[float]:
+        return [place(Facts(delivered=count, stream_seq=seq, stored_at=0, pending=0)) for seq in (one, other)]
+
+    (mine, others), (later, others_later) = places(delivered), places(delivered + 1)
+    assert 0 <= min(mine, others, later, others_later) <= max(mine, others, later, others_later) <= 1
+    assert one == other or (mine < others) != (later < others_later)
