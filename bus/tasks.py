@@ -13,6 +13,7 @@ from loom.schemas.task import ErrorReply, Submission, TaskAd, TaskResult, check_
 from loom.schemas.wire import Undecodable, decode, new_id
 
 ASK_AGAIN_S = 5.0  # a lost result message is found out this late
+UNANSWERED = 3  # questions in a row; phases may be on their way up again
 BUFFER = 10_000  # deltas kept for a reader that has not come yet
 ANSWER_S = 3.0
 
@@ -56,13 +57,22 @@ class TaskHandle:
 
         Raises:
             TimeoutError: It has not ended in `timeout_s`.
-            BusUnavailable: No phases answer.
+            BusUnavailable: No phases answer, for about half a minute.
         """
+        unanswered = 0
         async with asyncio.timeout(timeout_s):
             while not self._result.done():
                 await asyncio.wait([self._result], timeout=ASK_AGAIN_S)
-                if not self._result.done():
+                if self._result.done():
+                    break
+                try:
                     await self._look()
+                except BusUnavailable:
+                    unanswered += 1
+                    if unanswered == UNANSWERED:
+                        raise
+                else:
+                    unanswered = 0
         await self.close()
         return self._result.result()
 

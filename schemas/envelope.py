@@ -142,7 +142,7 @@ class Envelope(Wire, frozen=True, kw_only=True):
     failures: Count = 0
     """Attempts that were the node's fault."""
     step: Count = 0
-    """Hops so far; part of the next hop's message id."""
+    """Hops so far."""
     deadline: float
     """Server time, seconds since the epoch."""
     budget: int | None = None
@@ -274,6 +274,8 @@ class DeadLetter(Wire, frozen=True, kw_only=True):
     stream_seq: Count = 0
     cut: bool = False
     """Whether the bytes kept are fewer than there were."""
+    trail: str = ""
+    """The phases it had passed, oldest first, with a space between: `sense match scale`."""
 
 
 class Subtask(Wire, frozen=True, kw_only=True):
@@ -286,9 +288,15 @@ class Subtask(Wire, frozen=True, kw_only=True):
     estimated_complexity: Unit = 0.3
     state: Literal["waiting", "running", "succeeded", "failed", "cancelled"] = "waiting"
     child_id: Token | None = None
+    grant: Count | None = None
+    """Tokens it may use; absent: no limit."""
+    node_id: Token | None = None
+    """Who did it."""
     error: TaskError | None = None
     tokens: Count = 0
+    """Used, failed attempts included."""
     duration_s: Seconds = 0.0
+    """From its admission to its end."""
 
 
 class SplitPlan(Wire, frozen=True, kw_only=True):

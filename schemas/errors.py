@@ -43,7 +43,7 @@ class LoomError(Exception):
         raise AttributeError(name)
 
 
-_FACTS = frozenset({"task_id", "field", "node_id", "url", "retry_after_s", "partial"})
+_FACTS = frozenset({"task_id", "field", "node_id", "url", "retry_after_s", "partial", "spent"})
 
 
 class InvalidTask(LoomError):

@@ -71,6 +71,7 @@ class RunEvent(Wire, frozen=True, kw_only=True):
     ad: TaskAd | None = None
     """waiting: the work delegated."""
     result: RunResult | None = None
+    """result: what was produced; error: what had been written and spent by then, where the agent knows."""
     error: TaskError | None = None
 
     @property

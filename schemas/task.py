@@ -223,7 +223,14 @@ class TaskError(Wire, frozen=True, kw_only=True):
 
     def to_exception(self, task_id: str) -> LoomError:
         """Return the exception a Python caller gets."""
-        return error_for(self.code, self.message, task_id=task_id, field=self.field, node_id=self.node_id)
+        return error_for(
+            self.code,
+            self.message,
+            task_id=task_id,
+            field=self.field,
+            node_id=self.node_id,
+            retry_after_s=self.retry_after_s,
+        )
 
 
 class RunResult(Wire, frozen=True, kw_only=True):

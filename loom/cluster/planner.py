@@ -6,13 +6,16 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import structlog
 from msgspec.structs import replace
 
-from loom.schemas.errors import AgentFailed, Cancelled, InvalidPlan, LoomError, SubtaskFailed
+from loom.schemas.errors import AgentFailed, Cancelled, DeadlineExceeded, InvalidPlan, LoomError, SubtaskFailed
 from loom.schemas.llm import CompletionParams, CompletionResult, LLMProvider, SystemMessage, UserMessage
 from loom.schemas.plan import PLAN_SCHEMA, check_graph, parse_plan
 from loom.types import SubTask, TaskAd, TaskError, TaskResult, Usage
 
 Execute = Callable[[SubTask, dict[str, str]], Awaitable[TaskResult]]
 """Runs one subtask; the second argument holds subtask id -> output for each of its dependencies."""
+
+PLAN_WITHIN_S = 60.0
+"""A plan that takes a model longer is not worth waiting for."""
 
 PLAN_PROMPT = """\
 Split the user's task into at most 5 subtasks that different specialists can do on their own, in parallel where \
@@ -36,15 +39,18 @@ class TaskPlanner:
         self._provider = provider
 
     async def decompose(self, task: TaskAd | str) -> list[SubTask]:
-        """Return subtasks that make a valid graph; one equal to the task when the model's answer is of no use.
+        """Return subtasks that make a valid graph; one equal to the task when the model gives none in time.
 
-        Raises whatever the provider raises.
+        Raises what the provider raises, unless it is AgentFailed or DeadlineExceeded.
         """
         ad = _as_ad(task)
-        answer = await self._ask(PLAN_PROMPT, ad.description, max_tokens=1024, schema=PLAN_SCHEMA)
+        within_s = min(ad.timeout_s, PLAN_WITHIN_S)
         try:
+            answer = await self._ask(
+                PLAN_PROMPT, ad.description, max_tokens=1024, schema=PLAN_SCHEMA, timeout_s=within_s
+            )
             plan = parse_plan(answer.content)
-        except InvalidPlan as error:
+        except (AgentFailed, DeadlineExceeded, InvalidPlan) as error:
             log.warning("plan_unusable", task_id=ad.task_id, reason=error.message)
             whole = SubTask(description=ad.description, domain=ad.domain)
             if ad.estimated_complexity is not None:
@@ -102,7 +108,8 @@ class TaskPlanner:
             (content,) = outputs.values()
             return _total(TaskResult(task_id=ad.task_id, state="succeeded", content=content, domain=ad.domain), results)
         parts = [f"[{name}] {outputs.get(name, '(missing: this subtask gave no result)')}" for name in results]
-        answer = await self._ask(SYNTHESIS_PROMPT, ad.description + "\n\n" + "\n---\n".join(parts), max_tokens=2048)
+        question = ad.description + "\n\n" + "\n---\n".join(parts)
+        answer = await self._ask(SYNTHESIS_PROMPT, question, max_tokens=2048, timeout_s=ad.timeout_s)
         if not answer.content.strip():
             failure = _failed(ad.task_id, AgentFailed("the model returned an empty synthesis"))
             return _total(failure, results, answer.usage)
@@ -110,10 +117,12 @@ class TaskPlanner:
         return _total(whole, results, answer.usage)
 
     async def _ask(
-        self, system: str, user: str, *, max_tokens: int, schema: dict[str, object] | None = None
+        self, system: str, user: str, *, max_tokens: int, timeout_s: float, schema: dict[str, object] | None = None
     ) -> CompletionResult:
         messages = (SystemMessage(system), UserMessage(user))
-        params = CompletionParams(messages=messages, temperature=0.3, max_tokens=max_tokens, json_schema=schema)
+        params = CompletionParams(
+            messages=messages, temperature=0.3, max_tokens=max_tokens, json_schema=schema, timeout_s=timeout_s
+        )
         return await self._provider.complete(params)
 
 

@@ -63,20 +63,34 @@ def decide(envelope: Envelope, config: ClusterConfig, now: float) -> Decision:
     error = envelope.error or judge(envelope)
     if error is None:
         return End("succeeded", envelope, score=1.0)
-    refused = keep_best(replace(envelope, error=error))
+    refused = replace(envelope, error=error)
+    if error.code == "rejected_result":
+        refused = keep_best(refused)
     if error.code == "no_bids" and envelope.failures:
         return wait_for_rested(envelope, now) or give_up(refused, last_failure(envelope) or error)
     if error.code not in RETRIED:
-        return End("cancelled" if error.code == "cancelled" else "failed", replace(refused, result=None))
+        return End("cancelled" if error.code == "cancelled" else "failed", replace(refused, result=partial(refused)))
     if error.code in COUNTED:
         refused = count(refused, error, now)
-    if refused.failures >= config.max_attempts or (now >= envelope.deadline and error.code in COUNTED):
-        return give_up(refused, error)
-    if now >= envelope.deadline:
-        late = TaskError(code="deadline_exceeded", message="the deadline passed before another attempt")
-        return End("failed", replace(refused, result=None, error=late))
+    final = last_word(refused, error, config, now)
+    if final is not None:
+        return final
     again = replace(refused, result=None, error=None, last_error=error, attempt=envelope.attempt + 1)
     return Back(again, retry_s(error, refused.failures))
+
+
+def last_word(envelope: Envelope, error: TaskError, config: ClusterConfig, now: float) -> End | None:
+    """Return the end of a task that may not be tried again: too often, too late, or nothing left to spend."""
+    late = now >= envelope.deadline
+    if envelope.failures >= config.max_attempts or (late and error.code in COUNTED):
+        return give_up(envelope, error)
+    if late:
+        late_error = TaskError(code="deadline_exceeded", message="the deadline passed before another attempt")
+        return End("failed", replace(envelope, result=None, error=late_error))
+    if envelope.budget is not None and envelope.budget <= 0:
+        why = f"no tokens are left for another attempt, after {error.code}: {error.message}"
+        return give_up(envelope, TaskError(code="budget_exceeded", message=why[:2000]))
+    return None
 
 
 def count(envelope: Envelope, error: TaskError, now: float) -> Envelope:
@@ -146,9 +160,15 @@ def keep_best(envelope: Envelope) -> Envelope:
     return replace(envelope, best=Best(result=result, score=0.0, node_id=award.node_id, host_id=award.host_id))
 
 
+def partial(envelope: Envelope) -> RunResult | None:
+    """Return what a failed task answers besides its error: what there is for the tokens that are spent."""
+    return envelope.result if envelope.error is not None and envelope.error.code == "budget_exceeded" else None
+
+
 def give_up(envelope: Envelope, error: TaskError) -> End:
     """Return the end of a task that nobody is left to try: with the best there was, else with the last error."""
-    ended = replace(envelope, error=error, result=envelope.best.result if envelope.best else None)
+    ended = replace(envelope, error=error)
+    ended = replace(ended, result=envelope.best.result if envelope.best else partial(ended))
     if envelope.best is not None:
         return End("succeeded", ended, score=envelope.best.score, below_threshold=True)
     return End("failed", ended)

@@ -100,9 +100,11 @@ class Evaluate:
         reward = reward_for(envelope, error, _finished(envelope, self._bus.now()))
         if reward is not None:
             await self._rewards.publish(reward)
+        msg_id = f"{envelope.task_id}:attempt-{decision.envelope.attempt}"  # twins of the failure make one attempt
         if not decision.delay_s:
-            return Next("match", decision.envelope)
-        return Later(decision.delay_s * random.uniform(1, SPREAD), decision.envelope, "match")  # noqa: S311 - jitter
+            return Next("match", decision.envelope, msg_id)
+        delay_s = decision.delay_s * random.uniform(1, SPREAD)  # noqa: S311 - jitter
+        return Later(delay_s, decision.envelope, "match", msg_id)
 
     async def _write_end(self, decision: End, envelope: Envelope) -> Entry[TaskRecord] | None:
         now = self._bus.now()

@@ -17,10 +17,10 @@ from msgspec.structs import replace
 from loom.bus.client import Bus, Conflict, Msg, Subscription
 from loom.bus.delivery import Delivery
 from loom.bus.loop import HopLoop, Service
-from loom.bus.outcome import Dead, Done, Fail, Leave, Next, Outcome
+from loom.bus.outcome import Dead, Done, Leave, Next, Outcome
 from loom.bus.records import records
 from loom.bus.topology import EXECUTE_LANE
-from loom.phases.execute.claim import Drop, Standing, claim, may_report
+from loom.phases.execute.claim import Drop, Standing, Take, claim, may_report
 from loom.phases.execute.watch import Silent, Watch
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope
@@ -34,6 +34,9 @@ log = structlog.get_logger()
 SLOTS = 1024
 CLAIM_TRIES = 8
 CANCEL_S = 0.25  # SENSE ends a cancelled task itself; only a cancel it has not heard is reported from here
+SETTLE_S = 5.0
+"""After a reconnect: long enough for every host to be back."""
+ASK_AGAIN_S = 0.25
 CANCELLED = TaskError(code="cancelled", message="the task was cancelled")
 
 
@@ -72,17 +75,19 @@ class Execute:
         cancelled = asyncio.Event()
         self._cancelled[cancelled] = envelope.task_id
         try:
-            refused = await self._claim(envelope, award, delivery)
-            if refused is not None:
-                log.info("run_dropped", reason=refused.reason, attempt=envelope.attempt)
+            claimed = await self._claim(envelope, award, delivery)
+            if isinstance(claimed, Drop):
+                log.info("run_dropped", reason=claimed.reason, attempt=envelope.attempt)
                 return Done()
             if cancelled.is_set():
                 return await self._report(CANCELLED, envelope, delivery)
-            return await self._run(envelope, award, delivery, cancelled)
+            request = request_for(envelope, award, self._bus.now())
+            watch = Watch(self._bus, award.host_id, request, attached=claimed.attached)
+            return await self._run(watch, envelope, award, delivery, cancelled)
         finally:
             del self._cancelled[cancelled]
 
-    async def _claim(self, envelope: Envelope, award: Award, delivery: Delivery) -> Drop | None:
+    async def _claim(self, envelope: Envelope, award: Award, delivery: Delivery) -> Take | Drop:
         for _ in range(CLAIM_TRIES):
             entry = await self._records.get(envelope.task_id)
             if entry is None:
@@ -94,12 +99,13 @@ class Execute:
                 await self._records.update(envelope.task_id, verdict.record, entry.revision)
             except Conflict:
                 continue
-            return None
+            return verdict
         raise BusUnavailable(f"the record of {envelope.task_id} would not hold still")
 
-    async def _run(self, envelope: Envelope, award: Award, delivery: Delivery, cancelled: asyncio.Event) -> Outcome:
+    async def _run(
+        self, watch: Watch, envelope: Envelope, award: Award, delivery: Delivery, cancelled: asyncio.Event
+    ) -> Outcome:
         """Watch the run until it ends, the task is cancelled or too late, or this process stops."""
-        watch = Watch(self._bus, award.host_id, request_for(envelope, award, self._bus.now()))
         ending = asyncio.ensure_future(self._follow(watch, envelope, award, delivery))
         stops = [asyncio.ensure_future(event.wait()) for event in (cancelled, delivery.recalled)]
         try:
@@ -134,20 +140,30 @@ class Execute:
         if last is None:
             return Next("execute", envelope)  # a suspect that proved harmless starts afresh
         if last.kind == "result" and last.result is not None:
-            result = bounded(last.result)
-            return Next("evaluate", replace(envelope, result=result, error=None, budget=left(envelope, result)))
+            return Next("evaluate", replace(spent(envelope, last.result), error=None))
         if last.kind == "moved":
             return await self._give_way(envelope, delivery)
-        return await self._report(error_in(last, award), envelope, delivery)
+        return await self._report(error_in(last, award), spent(envelope, last.result), delivery)
 
     async def _follow(self, watch: Watch, envelope: Envelope, award: Award, delivery: Delivery) -> RunEvent | None:
-        """Relay the run and return its last event; one that falls silent is asked for once more."""
-        try:
-            return await self._relay(watch, envelope, award, delivery)
-        except Silent:
-            if not watch.heard or await self._standing(envelope, delivery) != "report":
-                raise
-        return await self._relay(watch.again(), envelope, award, delivery)
+        """Relay the run and return its last event; one that falls silent is asked for once more.
+
+        After an outage of the bus hosts come back one by one, and none of them is to blame for that: until
+        they have had time to, a silent one is asked again and again.
+        """
+        asked_again = False
+        while True:
+            try:
+                return await self._relay(watch, envelope, award, delivery)
+            except Silent:
+                settling = self._bus.settled_s < SETTLE_S
+                if not settling and (asked_again or not watch.heard):
+                    raise
+                if await self._standing(envelope, delivery) != "report":
+                    raise
+            if settling:
+                await asyncio.sleep(ASK_AGAIN_S)
+            watch, asked_again = watch.again(), not settling
 
     async def _relay(self, watch: Watch, envelope: Envelope, award: Award, delivery: Delivery) -> RunEvent | None:
         """Relay the run's events and return the last one; None when a suspect message has proved harmless."""
@@ -173,7 +189,7 @@ class Execute:
         standing = await self._standing(envelope, delivery, claimed=claimed)
         if standing == "report":
             log.info("run_failed", code=error.code, node_id=error.node_id, attempt=envelope.attempt)
-            return Fail(error, envelope)
+            return Next("evaluate", replace(envelope, error=error))
         return Done() if standing == "settle" else Leave()
 
     async def _give_way(self, envelope: Envelope, delivery: Delivery) -> Outcome:
@@ -232,6 +248,14 @@ def bounded(result: RunResult) -> RunResult:
     """Return the result with its content cut to what a message may carry; a host may send more."""
     content, cut = cut_utf8(result.content, MAX_CONTENT_BYTES)
     return replace(result, content=content, truncated=True) if cut else result
+
+
+def spent(envelope: Envelope, result: RunResult | None) -> Envelope:
+    """Return the envelope with what a run produced, its tokens taken off the budget."""
+    if result is None:
+        return replace(envelope, result=None)
+    result = bounded(result)
+    return replace(envelope, result=result, budget=left(envelope, result))
 
 
 def left(envelope: Envelope, result: RunResult) -> int | None:

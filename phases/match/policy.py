@@ -1,7 +1,7 @@
 """Who wins: claims weighed by evidence. Pure: offers and profiles in, a verdict out."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -12,6 +12,10 @@ from loom.schemas.learning import NodeProfile
 TRUST_WEIGHT = 0.6
 AVAILABILITY_WEIGHT = 0.25
 TOOLS_WEIGHT = 0.15
+URGENT = ("high", "critical")
+"""Priorities that may have the places a node at full load has kept for them."""
+SPACING_S = 0.25
+"""What it takes an award to become a run on a busy machine."""
 CLAIM_OBSERVATIONS = 2
 """Observations a claim counts as."""
 
@@ -42,29 +46,45 @@ Verdict = Awarded | AllBusy | Exhausted | Nobody
 
 
 def judge(
-    envelope: Envelope, offers: Sequence[Offer], profiles: Mapping[str, NodeProfile], exploration: float
+    envelope: Envelope,
+    offers: Sequence[Offer],
+    profiles: Mapping[str, NodeProfile],
+    exploration: float,
+    spaced: Collection[tuple[str, str]] = (),
 ) -> Verdict:
     """Return what follows from the offers to one call.
 
     Args:
         profiles: node id -> what has been learned.
         exploration: c of the bonus for the little known.
+        spaced: (host id, node id) of nodes that were awarded a task a moment ago: urgent ones only.
     """
     required = frozenset(envelope.ad.required_tools)
-    bids = [
+    able = [
         (offer.host_id, bid)
         for offer in offers
         for bid in offer.bids
         if bid.node_id not in envelope.excluded and required <= set(bid.tools)
     ]
+    urgent = envelope.priority in URGENT
+    bids = [(host, bid) for host, bid in able if urgent or (bid.load < 1 and (host, bid.node_id) not in spaced)]
     if bids:
         return Awarded(award(envelope, bids, profiles, exploration))
     declines = {offer.decline for offer in offers}
-    if "busy" in declines:
+    if able or "busy" in declines:
         return AllBusy()
     if envelope.excluded and offers and "draining" not in declines:
         return Exhausted()
     return Nobody()
+
+
+def spacing_s(bid: Bid) -> float:
+    """Return how long a winner that queues already is left alone: until its next bid can tell of this award.
+
+    Without it one free place is awarded to all who call in that time, and all but one come back. Places come free
+    as runs end, so it is never longer than a run.
+    """
+    return min(SPACING_S, bid.expected_s or SPACING_S) if bid.backlog else 0.0
 
 
 def award(

@@ -9,6 +9,7 @@ Gives up   no_bids when all who could have failed, or nobody bids for no_bids_af
 
 import asyncio
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import uuid4
@@ -19,10 +20,10 @@ from msgspec.structs import replace
 from loom.bus.client import Bus
 from loom.bus.delivery import Delivery, Slots
 from loom.bus.loop import HopLoop, Service, lane_slots
-from loom.bus.outcome import Fail, Later, Next, Outcome
+from loom.bus.outcome import Dead, Fail, Later, Next, Outcome
 from loom.bus.scatter import scatter
 from loom.bus.topology import MATCH_LANES, Lane
-from loom.phases.match.policy import AllBusy, Awarded, Exhausted, Nobody, Verdict, best_known, judge
+from loom.phases.match.policy import AllBusy, Awarded, Exhausted, Nobody, Verdict, best_known, judge, spacing_s
 from loom.phases.match.roster import Roster
 from loom.schemas.auction import BID_LIMIT, CallForBids, Offer
 from loom.schemas.config import ClusterConfig
@@ -46,6 +47,8 @@ class Match:
         self._bus = bus
         self._config = config
         self._roster = Roster(bus)
+        self._spaced: dict[tuple[str, str], float] = {}
+        """(host id, node id) -> monotonic time before which only an urgent task is awarded to it."""
         lanes = [(lane, lane_slots(lane)) for lane in MATCH_LANES]
         self._loop = HopLoop(bus, Service("match", lanes, Envelope, self.handle, window=self._window))
 
@@ -63,7 +66,7 @@ class Match:
         """Find a node for the task; while all are busy, ask again."""
         spec = envelope.spec
         if spec is None:
-            return Fail(TaskError(code="invalid_task", message="the envelope came without a spec"), envelope)
+            return Dead("the envelope came without a spec")
         envelope = replace(envelope, award=None, error=None, result=None)
         if self._bus.now() >= envelope.deadline:
             return self._too_late(envelope, spec)
@@ -152,10 +155,19 @@ class Match:
             enough=enough,
         )
         self._roster.answered(expected, offers)
-        verdict = judge(envelope, offers, self._roster.profiles, self._config.exploration)
+        now = time.monotonic()
+        self._spaced = {place: until for place, until in self._spaced.items() if until > now}
+        verdict = judge(envelope, offers, self._roster.profiles, self._config.exploration, self._spaced)
+        if isinstance(verdict, Awarded):
+            self._space(verdict.award, offers, now)
         if isinstance(verdict, Exhausted) and not expected <= {offer.host_id for offer in offers}:
             return AllBusy()  # a host that should have answered may have a node yet: slow is not gone
         return verdict
+
+    def _space(self, award: Award, offers: list[Offer], now: float) -> None:
+        won = next(b for o in offers if o.host_id == award.host_id for b in o.bids if b.node_id == award.node_id)
+        if wait_s := spacing_s(won):
+            self._spaced[award.host_id, award.node_id] = now + wait_s
 
     def _call(self, envelope: Envelope, spec: Spec) -> CallForBids:
         return CallForBids(

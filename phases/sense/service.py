@@ -43,6 +43,10 @@ class Sense:
         self._admission = Admission(bus)
         self._desk = Desk(bus, self._admission)
         self._room = config.max_in_flight
+        self._slots: dict[str, Slots] = {}
+        """The slots of each lane of the intake."""
+        self._begun = 0
+        """Submissions taken in hand so far."""
         self._gate: asyncio.Task[None] | None = None
         intake = [(lane, lane_slots(lane)) for lane in INTAKE_LANES]
         self._intake = HopLoop(bus, Service("sense", intake, Submission, self.admit, window=self._window))
@@ -69,6 +73,7 @@ class Sense:
         if not delivery.subject.endswith(f".{ad.task_id}"):
             return Dead("the subject names another task than the ad")
         self._room -= 1
+        self._begun += 1
         headers = delivery.msg.headers or {}
         envelope = envelope_for(submission, delivery.facts.stored_at, headers.get("traceparent", ""))
         if not await self._admission.admit(envelope, submission.submission, submission.reply_to):
@@ -124,6 +129,7 @@ class Sense:
 
     def _window(self, lane: Lane, slots: Slots) -> int:
         """How many submissions may still enter: no more than there is room for in flight."""
+        self._slots[lane.name] = slots
         urgent = lane.name.endswith(("high", "critical"))
         room = self._room if urgent else self._room - int(self._config.max_in_flight * RESERVED)
         return min(slots.free, room)
@@ -137,6 +143,7 @@ class Sense:
                 self._intake.top_up()
 
     async def _measure_room(self) -> None:
+        in_hand, begun = sum(slots.taken for slots in self._slots.values()), self._begun
         try:
             in_flight = (await stream_state(self._bus, "TASKS"))["messages"]
             if in_flight >= self._config.max_in_flight * (1 - RESERVED):
@@ -144,7 +151,8 @@ class Sense:
         except LoomError as error:
             log.warning("room_unknown", reason=error.message)
         else:
-            self._room = self._config.max_in_flight - in_flight
+            in_hand += self._begun - begun  # on their way into TASKS, and not seen there yet
+            self._room = self._config.max_in_flight - in_flight - in_hand
 
     async def _parked(self) -> int:
         """Messages in TASKS that only wait for their time: no work in flight."""

@@ -12,7 +12,7 @@ from loom.agents.agent import Agent
 from loom.agents.host import NodeHost
 from loom.bus.client import Bus, Msg
 from loom.schemas.auction import CallForBids, Offer
-from loom.schemas.errors import BudgetExceeded, Cancelled, LoomError, NodeBusy
+from loom.schemas.errors import AgentFailed, BudgetExceeded, Cancelled, LoomError, NodeBusy
 from loom.schemas.events import Done, TextDelta
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
@@ -256,6 +256,13 @@ async def empty(description: str) -> str:
         raising(LoomError("plain")),
         raising(NodeBusy("would go round for ever")),
         raising(Cancelled("is not the agent's to say")),
+        raising(RuntimeError("half a pair: \ud83d")),
+        raising(AgentFailed("half a pair: \ud83d")),
+        raising(AgentFailed(7)),  # type: ignore[arg-type]
+        raising(AgentFailed("later", retry_after_s=-1)),
+        raising(AgentFailed("later", retry_after_s=float("inf"), field=7)),
+        raising(AgentFailed("later", retry_after_s="soon")),
+        raising(AgentFailed("later", retry_after_s=10**400)),
         empty,
         Stubborn(),
         Stubborn(Done(content="")),
@@ -277,6 +284,13 @@ async def test_an_agent_that_raises_or_says_nothing_has_failed(stage: Stage, age
 async def test_a_budget_that_is_spent_is_said_as_such(stage: Stage) -> None:
     host = await stage.host([node(agent=raising(BudgetExceeded("spent")))])
     assert await (await run(stage, host)).code() == "budget_exceeded"
+
+
+async def test_a_wait_an_agent_asks_for_is_passed_on(stage: Stage) -> None:
+    host = await stage.host([node(agent=raising(AgentFailed("too busy", retry_after_s=7)))])
+    error = (await (await run(stage, host)).heard("error")).error
+    assert error is not None
+    assert (error.code, error.message, error.retry_after_s) == ("agent_failed", "too busy", 7)
 
 
 async def test_a_node_that_leaves_before_its_run_begins_fails_it(stage: Stage) -> None:

@@ -353,10 +353,11 @@ async def test_a_pinned_task_whose_node_was_busy_pauses_first(stage: Stage, monk
 # -- the rest
 
 
-async def test_an_envelope_without_a_spec_ends_its_task(stage: Stage) -> None:
+async def test_an_envelope_without_a_spec_is_a_dead_letter(stage: Stage) -> None:
     await match(stage)
     await stage.put("match", task(stage, spec=None))
-    assert (await stage.seen("task", phase="evaluate")).error.code == "invalid_task"
+    assert (await stage.seen("task", phase="evaluate")).error.code == "dead_letter"
+    assert await stage.pending("DEAD") == 1
 
 
 async def test_two_replicas_share_the_tasks(stage: Stage) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 from support.openai_server import OpenAIServer, Reply, Request
+from support.wait import until
 
 from loom.agents.agent import EVENT_RESULT_CHARS, PARALLEL_TOOLS, Agent, estimate_tokens, job_message
 from loom.agents.config import AgentConfig
@@ -13,7 +14,7 @@ from loom.agents.openai_provider import OpenAIProvider
 from loom.agents.tools import ToolContext, tool
 from loom.schemas.errors import AgentFailed, BudgetExceeded, DeadlineExceeded, LoomError
 from loom.schemas.events import AgentEvent, Done, StepEnd, TextDelta, ToolCallEnd, ToolCallStart
-from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
+from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk, Usage
 from loom.schemas.run import RunRequest
 
 JOB = RunRequest(task_id="t1", attempt=2, description="What is 2 + 3?", remaining_s=10)
@@ -132,6 +133,8 @@ async def test_no_more_than_eight_calls_run_at_a_time(server: OpenAIServer, make
     [
         (("add", '{"a": "two"}'), "the arguments are not valid"),
         (("add", "{a:"), "the arguments are not valid"),
+        (("add", "[1, 2]"), "the arguments are not valid"),
+        (("add", "null"), "the arguments are not valid"),
         (("subtract", "{}"), "there is no tool of that name; there are: add"),
     ],
 )
@@ -223,18 +226,61 @@ async def test_an_end_without_any_text_is_a_failure(server: OpenAIServer, make: 
         await events_of(make(add, max_steps=1))
 
 
-async def test_the_same_call_three_rounds_running_is_a_failure(server: OpenAIServer, make: MakeAgent) -> None:
+def repeating(server: OpenAIServer) -> None:
+    """A model that wants the same call forever, differently written each time."""
+    server.answer = lambda request: Reply(tool_calls=(("look", f'{{"where":{" " * len(request.messages)}"here"}}'),))
+
+
+async def test_a_call_repeated_a_third_time_is_not_run_and_the_model_told(
+    server: OpenAIServer, make: MakeAgent
+) -> None:
     ran = []
 
     def look(where: str) -> str:
         ran.append(where)
         return "nothing"
 
-    server.answer = lambda _: Reply(tool_calls=(("look", '{"where":"here"}'),))
-    with pytest.raises(AgentFailed, match="turns in circles"):
+    call = ("look", '{"where":"here"}')
+    server.script(*(Reply(tool_calls=(call,)),) * 2, Reply(tool_calls=(call, ("look", '{"where":"there"}'))))
+    result = await make(look).run(JOB)
+
+    assert ran == ["here", "here", "there"]
+    said = [message["content"] for message in server.requests[3].messages if message["role"] == "tool"]
+    assert said[:2] == ["nothing", "nothing"]
+    assert "not run: the same call 3 times in a row" in said[2]
+    assert said[3] == "nothing"
+    assert result.tool_errors == 1
+
+
+async def test_the_same_call_five_rounds_running_is_a_failure(server: OpenAIServer, make: MakeAgent) -> None:
+    ran = []
+
+    def look(where: str) -> str:
+        ran.append(where)
+        return "nothing"
+
+    repeating(server)
+    with pytest.raises(AgentFailed, match="turns in circles: the same call of look 5 rounds running"):
         await make(look).run(JOB)
 
     assert ran == ["here", "here"]
+    assert len(server.requests) == 5
+
+
+async def test_a_round_of_other_calls_in_between_begins_anew(server: OpenAIServer, make: MakeAgent) -> None:
+    calls = ['{"a":1,"b":1}', '{"a":1,"b":1}', '{"a":1,"b":2}'] * 2
+    server.script(*(Reply(tool_calls=(("add", call),)) for call in calls), Reply(text="done"))
+
+    assert (await make(add).run(JOB)).tool_errors == 0
+
+
+async def test_tools_without_end_are_stopped_by_the_step_budget(server: OpenAIServer, make: MakeAgent) -> None:
+    server.answer = lambda request: Reply(
+        text="so far", tool_calls=(("add", f'{{"a":{len(request.messages)},"b":1}}'),)
+    )
+    result = await make(add, max_steps=4).run(JOB)
+
+    assert (result.content, result.steps, len(server.requests)) == ("so far", 4, 4)
 
 
 async def test_different_calls_are_no_circle(server: OpenAIServer, make: MakeAgent) -> None:
@@ -249,6 +295,29 @@ async def test_a_stream_without_an_end_is_a_failure(server: OpenAIServer, make: 
         await events_of(make())
 
     assert caught.value.partial == "half an ans"
+
+
+async def test_an_answer_without_end_is_a_failure(server: OpenAIServer, make: MakeAgent) -> None:
+    server.script(Reply(text="word " * 10_000))
+    with pytest.raises(AgentFailed, match="does not stop"):
+        await make(max_tokens=10).run(JOB)
+
+    await until(lambda: server.disconnects == 1, what="the client hung up")
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_an_answer_of_nothing_is_a_failure(server: OpenAIServer, make: MakeAgent, streaming: bool) -> None:
+    server.script(Reply(events=('{"choices": []}',)) if streaming else Reply(text="x", no_choices=True))
+    with pytest.raises(AgentFailed):
+        await make(stream=streaming).run(JOB)
+
+
+async def test_a_wait_the_models_server_asks_for_reaches_the_caller(server: OpenAIServer, make: MakeAgent) -> None:
+    server.script(Reply(status=429, headers={"Retry-After": "60"}))
+    with pytest.raises(AgentFailed) as caught:
+        await make().run(RunRequest(task_id="t1", description="x", remaining_s=3600))
+
+    assert caught.value.retry_after_s == 60
 
 
 async def test_an_answer_of_full_length_is_accepted_and_a_withheld_one_is_not(
@@ -406,6 +475,22 @@ class Broken:
 async def test_whatever_a_provider_raises_is_a_failure(error: BaseException, streaming: bool) -> None:
     with pytest.raises(AgentFailed, match="the model could not answer"):
         await events_of(Agent(Broken(error), AgentConfig(stream=streaming)))
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("told", [{"prompt_tokens": -900}, {"prompt_tokens": "7"}, {"completion_tokens": 1.5}, {}])
+async def test_nonsense_about_usage_is_replaced_by_an_estimate(told: dict[str, Any], streaming: bool) -> None:
+    class Boastful:
+        async def complete(self, _params: CompletionParams) -> CompletionResult:
+            return CompletionResult(content="fine", usage=Usage(**told))
+
+        async def stream(self, _params: CompletionParams) -> AsyncIterator[StreamChunk]:
+            yield StreamChunk(text="fine", usage=Usage(**told), finish_reason="stop")
+
+    done = done_of(await events_of(Agent(Boastful(), AgentConfig(stream=streaming))))
+
+    assert (done.content, done.usage.estimated) == ("fine", True)
+    assert 0 < done.tokens_used < 50
 
 
 async def test_half_a_surrogate_pair_does_not_spoil_a_conversation(server: OpenAIServer, make: MakeAgent) -> None:

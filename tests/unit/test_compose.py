@@ -18,6 +18,8 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: service for name, service in SERVICES.items() if name != "nats"}
+CLUSTER: dict[str, Any] = yaml.safe_load((ROOT / "compose.cluster.yaml").read_text())["services"]
+SERVERS = {name: service for name, service in CLUSTER.items() if name.startswith("nats-")}
 
 
 def test_there_is_a_service_for_each_phase_a_node_a_tap_and_the_server() -> None:
@@ -88,3 +90,52 @@ def test_the_comments_of_the_file_are_commands_that_make_sense() -> None:
         words = shlex.split(line)
         scaled = [words[at + 1].split("=")[0] for at, word in enumerate(words) if word == "--scale"]
         assert set(scaled) <= set(PHASES)
+
+
+# -- compose.cluster.yaml
+
+
+def test_the_cluster_has_the_same_phases_and_nodes_on_three_servers() -> None:
+    assert CLUSTER.keys() == {"nats-1", "nats-2", "nats-3", *PHASES, "node", "doctor"}
+    for name in (*PHASES, "node"):
+        service, single = CLUSTER[name], SERVICES[name]
+        own = {"NATS_URL", "LOOM_REPLICAS"}
+        assert {key: value for key, value in service["environment"].items() if key not in own} == {
+            key: value for key, value in single["environment"].items() if key not in own
+        }
+        differs = {"environment", "depends_on", "deploy"}
+        assert {k: v for k, v in service.items() if k not in differs} == {
+            k: v for k, v in single.items() if k not in differs
+        }
+        assert (name == "node") == ("deploy" not in service)
+    assert CLUSTER["doctor"]["profiles"]
+    assert accepted(CLUSTER["doctor"]["command"]) == "doctor"
+
+
+@pytest.mark.parametrize("name", sorted(CLUSTER.keys() - SERVERS.keys()))
+def test_everybody_knows_all_servers_of_the_cluster_and_keeps_a_copy_on_each(name: str) -> None:
+    service = CLUSTER[name]
+
+    assert service["environment"]["NATS_URL"] == ",".join(f"nats://{server}:4222" for server in SERVERS)
+    assert service["environment"]["LOOM_REPLICAS"] == str(len(SERVERS))
+    assert service["depends_on"] == {server: {"condition": "service_healthy"} for server in SERVERS}
+
+
+def test_the_servers_are_alike_but_for_name_port_and_volume_and_know_each_other() -> None:
+    names, ports, volumes = set(), set(), set()
+    for name, server in SERVERS.items():
+        words = dict(word.removeprefix("--").partition("=")[::2] for word in server["command"])
+        assert words.pop("server_name") == name
+        assert words["routes"].split(",") == [f"nats://{other}:6222" for other in SERVERS]
+        assert words["cluster"] == "nats://0.0.0.0:6222"
+        assert {"jetstream", "cluster_name"} <= words.keys()
+        names.add(tuple(sorted(words.items())))
+        (port,), (volume,) = server["ports"], server["volumes"]
+        assert port.startswith("127.0.0.1:")  # there is no password
+        assert volume.endswith(f":{words['store_dir']}")
+        ports.add(port)
+        volumes.add(volume)
+        assert server["image"] == SERVICES["nats"]["image"]
+        assert server["healthcheck"] == SERVICES["nats"]["healthcheck"]
+
+    assert (len(names), len(ports), len(volumes)) == (1, 3, 3)

@@ -61,6 +61,12 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_every_test_that_shows_a_promise_is_there() -> None:
+    named = re.findall(r"`(\w+/test_\w+\.py)`", (DOCS / "reliability.md").read_text(encoding="utf-8"))
+    assert len(set(named)) > 10
+    assert [name for name in named if not (DOCS.parent / "tests" / name).exists()] == []
+
+
 # -- the tables
 
 

@@ -240,7 +240,8 @@ def test_every_envelope_ends_or_goes_back_with_a_higher_attempt_and_bounded_fail
         assert decision.envelope.result is not None
         assert decision.envelope.result.content.strip()
     else:
-        assert decision.envelope.result is None
+        spent = decision.envelope.error is not None and decision.envelope.error.code == "budget_exceeded"
+        assert spent or decision.envelope.result is None
         assert decision.envelope.error is not None
 
 
@@ -298,3 +299,25 @@ def test_an_end_with_a_kept_result_still_rewards_the_last_attempt_with_nought() 
 )
 def test_a_replaced_attempt_is_late_unless_it_carries_a_cancel(attempt: int, code: str | None, late: bool) -> None:
     assert is_late(env("42", code, attempt=attempt), record(env(), claim=Claim(attempt=2))) is late
+
+
+def test_a_spent_budget_leaves_what_there_is_for_it() -> None:
+    decision = decided(env("half an ans", "budget_exceeded"))
+    assert isinstance(decision, End)
+    assert decision.state == "failed"
+    assert decision.envelope.result is not None
+    assert decision.envelope.result.content == "half an ans"
+
+
+def test_what_a_failing_agent_wrote_is_no_answer() -> None:
+    decision = decided(env("half an ans", "agent_failed"))
+    assert isinstance(decision, Back)
+    assert decision.envelope.best is None
+    assert decision.envelope.tried[-1].tokens == 15
+
+
+def test_without_tokens_left_there_is_no_other_attempt() -> None:
+    decision = decided(env("half", "agent_failed", budget=0))
+    assert isinstance(decision, End)
+    assert decision.envelope.error is not None
+    assert decision.envelope.error.code == "budget_exceeded"

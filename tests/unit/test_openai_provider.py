@@ -1,16 +1,20 @@
 import asyncio
 import gc
+import json
+import socket
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
+from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.openai_server import OpenAIServer, Reply, sample
+from support.openai_server import ERROR_EVENT, OpenAIServer, Reply, sample, text_event
 from support.wait import until
 
 from loom.agents import openai_provider
@@ -188,6 +192,55 @@ async def test_a_wait_longer_than_the_time_left_fails_at_once(server: OpenAIServ
 
 
 @pytest.mark.parametrize("streaming", [True, False])
+async def test_a_long_wait_is_left_to_whoever_called(
+    server: OpenAIServer, provider: OpenAIProvider, streaming: bool
+) -> None:
+    patient = msgspec.structs.replace(ASK, timeout_s=3600)
+    server.script(Reply(status=503, headers={"Retry-After": "6"}))
+    async with asyncio.timeout(5):
+        with pytest.raises(AgentFailed) as caught:
+            await (streamed(provider, patient) if streaming else provider.complete(patient))
+
+    assert caught.value.retry_after_s == 6 > openai_provider.PATIENCE_S
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("headers", [{"Retry-After": "1"}, {"retry-after-ms": "300", "Retry-After": "60"}])
+async def test_a_short_wait_the_server_asks_for_is_kept(
+    server: OpenAIServer, provider: OpenAIProvider, headers: dict[str, str]
+) -> None:
+    asked_at: list[float] = []
+
+    def busy_once(_: object) -> Reply:
+        asked_at.append(time.monotonic())
+        return Reply(text="now") if len(asked_at) > 1 else Reply(status=429, headers=headers)
+
+    server.answer = busy_once
+
+    assert (await provider.complete(ASK)).content == "now"
+    assert asked_at[1] - asked_at[0] >= (retry_after_s({k.lower(): v for k, v in headers.items()}, now=0) or 0)
+
+
+async def test_a_server_that_stays_busy_is_given_up_with_its_last_word(
+    server: OpenAIServer, provider: OpenAIProvider
+) -> None:
+    server.answer = lambda _: Reply(status=429, headers={"retry-after-ms": "1"})
+    with pytest.raises(AgentFailed) as caught:
+        await provider.complete(ASK)
+
+    assert caught.value.retry_after_s == 0.001
+    assert len(server.requests) == 3
+
+
+async def test_a_refusal_promises_nothing_for_later(server: OpenAIServer, provider: OpenAIProvider) -> None:
+    server.script(Reply(status=400, headers={"Retry-After": "60"}))
+    with pytest.raises(AgentFailed) as caught:
+        await provider.complete(ASK)
+
+    assert caught.value.retry_after_s is None
+
+
+@pytest.mark.parametrize("streaming", [True, False])
 async def test_an_answer_that_comes_too_late_is_a_missed_deadline(
     server: OpenAIServer, provider: OpenAIProvider, streaming: bool
 ) -> None:
@@ -206,15 +259,85 @@ async def test_a_stream_that_dawdles_misses_its_deadline(server: OpenAIServer, p
     await until(lambda: server.disconnects == 1, what="the client hung up")
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("silent", [Reply(text="never", delay_s=30), Reply(text="never", silent_after=1)])
 async def test_silence_is_tried_again(
-    server: OpenAIServer, provider: OpenAIProvider, monkeypatch: pytest.MonkeyPatch
+    server: OpenAIServer, provider: OpenAIProvider, silent: Reply, streaming: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openai_provider, "SILENCE_S", 0.2)
     monkeypatch.setattr(openai_provider, "BACKOFF_S", 0.01)
     server.answer = lambda _: Reply(text="here")
-    server.script(Reply(text="never", delay_s=30))
+    server.script(silent if streaming else Reply(delay_s=30))
+    text = "".join(c.text for c in await streamed(provider)) if streaming else (await provider.complete(ASK)).content
 
-    assert (await provider.complete(ASK)).content == "here"
+    assert text == "here"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("ReadTimeout", "said nothing"), ("ReadError", "connection"), ("ConnectTimeout", "be reached")]
+)
+async def test_an_error_the_library_lets_through_is_understood(
+    server: OpenAIServer, provider: OpenAIProvider, name: str, said: str
+) -> None:
+    await provider.complete(ASK)
+    error = type(name, (Exception,), {"__module__": "httpx"})()
+    failure, curable = provider._failure(error)
+
+    assert said in failure.message
+    assert curable
+
+
+async def test_silence_in_the_middle_is_a_failure(
+    server: OpenAIServer, provider: OpenAIProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_provider, "SILENCE_S", 0.2)
+    server.script(Reply(text="a text of several pieces", silent_after=3))
+    with pytest.raises(AgentFailed, match=r"broke off: .* said nothing for 0\.2 s"):
+        await streamed(provider)
+
+    assert len(server.requests) == 1
+
+
+async def test_a_server_out_of_reach_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_provider, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(openai_provider, "CONNECT_S", 0.2)
+    with ExitStack() as stack:
+        deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):  # its queue is full: who comes now gets no answer at all
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(deaf.getsockname())
+        provider = provider_for(f"http://127.0.0.1:{deaf.getsockname()[1]}/v1")
+        with pytest.raises(AgentFailed, match=r"could not be reached within 0\.2 s"):
+            await provider.complete(ASK)
+        await provider.aclose()
+
+
+@pytest.mark.parametrize("lost", [Reply(text="lost", cut_after=0), Reply(events=(ERROR_EVENT,))])
+async def test_what_breaks_before_its_first_text_is_tried_again(
+    server: OpenAIServer, provider: OpenAIProvider, lost: Reply, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_provider, "BACKOFF_S", 0.01)
+    server.script(lost, Reply(text="found"))
+
+    assert "".join(chunk.text for chunk in await streamed(provider)) == "found"
+
+
+async def test_a_dropped_connection_is_tried_again(
+    server: OpenAIServer, provider: OpenAIProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_provider, "BACKOFF_S", 0.01)
+    server.script(Reply(cut_after=0), Reply(text="found"))
+
+    assert (await provider.complete(ASK)).content == "found"
+
+
+async def test_an_error_in_the_middle_of_a_stream_is_a_failure(server: OpenAIServer, provider: OpenAIProvider) -> None:
+    server.script(Reply(events=(text_event("well, "), ERROR_EVENT)))
+    with pytest.raises(AgentFailed, match=r"broke off: .* failed: the engine stopped"):
+        await streamed(provider)
+
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("events", [0, 1])
@@ -247,6 +370,45 @@ async def test_a_stream_that_just_ends_has_no_finish_reason(server: OpenAIServer
     server.script(Reply(text="half an ans", finish_reason=None))
 
     assert (await streamed(provider))[-1].finish_reason is None
+
+
+@pytest.mark.parametrize("event", ['{"choices": []}', '{"choices": [{"index": 0, "delta": {}}]}'])
+async def test_a_stream_of_nothing_has_no_finish_reason(
+    server: OpenAIServer, provider: OpenAIProvider, event: str
+) -> None:
+    server.script(Reply(events=(event,)))
+
+    assert await streamed(provider) == [StreamChunk()]
+
+
+@pytest.mark.parametrize("event", ['"?"', "[1]", '{"choices": null}', '{"choices": [{}]}', "{broken", "<html>"])
+async def test_a_stream_of_another_form_is_a_failure(
+    server: OpenAIServer, provider: OpenAIProvider, event: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_provider, "BACKOFF_S", 0.01)
+    server.answer = lambda _: Reply(events=(event,))
+    with pytest.raises(AgentFailed, match="the model's server at"):
+        await streamed(provider)
+
+
+@pytest.mark.parametrize("told", [(-1, 3), (1.5, 3), ("7", "3"), ([], {}), (None, None)])
+async def test_nonsense_about_usage_does_not_spoil_an_answer(
+    server: OpenAIServer, provider: OpenAIProvider, told: tuple[Any, Any]
+) -> None:
+    usage = dict(zip(("prompt_tokens", "completion_tokens"), told, strict=True))
+    choice = {"index": 0, "message": {"role": "assistant", "content": "fine"}, "finish_reason": "stop"}
+    server.script(Reply(body=json.dumps({"choices": [choice], "usage": usage})))
+    result = await provider.complete(ASK)
+
+    assert (result.content, result.usage) == ("fine", None)
+
+
+async def test_what_a_server_says_of_its_failure_can_be_sent_on(server: OpenAIServer, provider: OpenAIProvider) -> None:
+    server.script(Reply(status=400, body='{"error": {"message": "half a pair: \\ud83d"}}'))
+    with pytest.raises(AgentFailed, match="half a pair: ") as caught:
+        await provider.complete(ASK)
+
+    assert caught.value.message.encode()
 
 
 @pytest.mark.parametrize("body", ['{"hello": "world"}', "<html>Welcome!</html>", '{"choices": []}', "{broken"])

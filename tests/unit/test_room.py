@@ -146,5 +146,5 @@ def test_hosts_speak_as_often_as_the_phases_listen() -> None:
     """Neither side imports the other; both follow the design."""
     assert host.HEARTBEAT_S == watch.HEARTBEAT_S == 2
     assert 3 * watch.HEARTBEAT_S <= watch.SILENCE_S < 4 * watch.HEARTBEAT_S
-    assert watch.ACCEPT_S == 1
+    assert watch.ABSENT_S < host.HEARTBEAT_S < watch.ACCEPT_S
     assert 3 * host.ANNOUNCE_S <= roster.HEARD_S == 10

@@ -29,6 +29,7 @@ def test_variables_are_read_as_what_they_should_be() -> None:
             "NATS_URL": "nats://one,nats://two",
             "LOOM_NAMESPACE": "team-a",
             "LOOM_LOG_LEVEL": "debug",
+            "LOOM_SYNC_INTERVAL": "500ms",
             "LOOM_MAX_ATTEMPTS": "5",
             "LOOM_EXPLORATION": "0",
             "LOOM_IDLE_TIMEOUT_S": "1.5",
@@ -38,6 +39,7 @@ def test_variables_are_read_as_what_they_should_be() -> None:
     assert settings.nats_url == "nats://one,nats://two"
     assert settings.loom_namespace == "team-a"
     assert settings.loom_log_level == "debug"
+    assert settings.loom_sync_interval == "500ms"
     assert settings.cluster == ClusterConfig(max_attempts=5, exploration=0.0, idle_timeout_s=1.5)
 
 
@@ -52,6 +54,9 @@ def test_an_empty_variable_is_as_good_as_none_and_strangers_are_ignored() -> Non
     [
         ("LOOM_NAMESPACE", "Loom.A"),
         ("LOOM_LOG_LEVEL", "loud"),
+        ("LOOM_SYNC_INTERVAL", "now and then"),
+        ("LOOM_SYNC_INTERVAL", "0s"),
+        ("LOOM_SYNC_INTERVAL", "10"),
         ("LOOM_MAX_DEPTH", "two"),
         ("LOOM_MAX_DEPTH", "17"),
         ("LOOM_MITOSIS_THRESHOLD", "1.1"),

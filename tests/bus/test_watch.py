@@ -1,0 +1,94 @@
+"""A run as EXECUTE sees it: whom it asks, for how long, and what it hears too late."""
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+from structlog.testing import capture_logs
+from support.phases import FakeHost, FakeRun
+from support.wait import until
+
+from loom.bus.client import Bus
+from loom.phases.execute.watch import Silent, Watch
+from loom.schemas.run import RunEvent, RunRequest
+from loom.schemas.task import RunResult
+
+REQUEST = RunRequest(task_id="t1", description="count the words", remaining_s=60)
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.phases.execute.watch.ASK_AGAIN_S", 0.1)
+    monkeypatch.setattr("loom.phases.execute.watch.ACCEPT_S", 1)
+
+
+async def host(bus: Bus, answer: Callable[[FakeRun], Awaitable[None]] = FakeRun.succeed, *, deaf: int = 0) -> FakeHost:
+    """A host that misses the first so many requests."""
+
+    async def answer_some(run: FakeRun) -> None:
+        if len(one.runs) > deaf:
+            await answer(run)
+
+    one = FakeHost(bus, run=answer_some)
+    return await one.start()
+
+
+async def heard(watch: Watch) -> list[RunEvent]:
+    events = []
+    async with watch:
+        async for event in watch.events():
+            events.append(event)
+            if event.final:
+                break
+    return events
+
+
+async def test_a_host_that_missed_the_request_is_asked_again_for_what_is_left_of_the_time(plain: Bus) -> None:
+    one = await host(plain, deaf=2)
+    assert [event.kind for event in await heard(Watch(plain, "h1", REQUEST))] == ["accepted", "started", "result"]
+    left = [run.request.remaining_s for run in one.runs]
+    assert len(left) == 3
+    assert left[0] > left[1] > left[2] > 0
+
+
+async def test_a_host_that_is_back_only_after_the_first_request_is_found(plain: Bus) -> None:
+    """Nobody listens at first, and the server says so at once."""
+    watch = Watch(plain, "h1", REQUEST)
+    async with watch:
+        await plain.echo()
+        await host(plain)
+        assert (await anext(watch.events())).kind == "accepted"
+
+
+@pytest.mark.parametrize("attached", [True, False])
+async def test_only_a_run_that_may_be_going_on_is_waited_for_as_long_as_three_heartbeats(
+    plain: Bus, monkeypatch: pytest.MonkeyPatch, attached: bool
+) -> None:
+    monkeypatch.setattr("loom.phases.execute.watch.ACCEPT_S", 0.25)
+    monkeypatch.setattr("loom.phases.execute.watch.SILENCE_S", 30)
+    await host(plain, deaf=6)
+    watch = Watch(plain, "h1", REQUEST, attached=attached)
+    if attached:
+        assert (await heard(watch))[-1].kind == "result"
+    else:
+        with pytest.raises(Silent):
+            await heard(watch)
+
+
+async def test_the_result_of_a_host_given_up_is_refused_and_logged(plain: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.phases.execute.watch.SILENCE_S", 0.1)
+
+    async def stall(run: FakeRun) -> None:
+        await run.say("accepted")
+
+    one = await host(plain, stall)
+    with pytest.raises(Silent):
+        await heard(Watch(plain, "h1", REQUEST))
+    with capture_logs() as logs:
+        await one.runs[0].say("heartbeat")
+        await one.runs[0].say("result", result=RunResult(content="late"))
+        await one.runs[0].say("result", result=RunResult(content="later still"))
+        await until(lambda: logs, what="it is logged")
+        await plain.echo()
+    assert [(log["event"], log["task_id"], log["host_id"], log["kind"]) for log in logs] == [
+        ("late_run_refused", "t1", "h1", "result")
+    ]
