@@ -1,24 +1,29 @@
-"""What is right and wrong with a running cluster: asks, changes nothing. docs/operating.md explains each finding."""
+"""What is right and wrong with a running cluster: asks, and leaves all as it was. See docs/operating.md."""
 
 import asyncio
 import socket
 from collections.abc import Iterator
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from loom.bus import topology
 from loom.bus.client import Bus, Msg, Refused
 from loom.bus.presence import ANSWER_S, Present, own_version, who_is_there
-from loom.bus.topology import MIN_SERVER, Inspection
+from loom.bus.topology import MIN_SERVER, Inspection, Part
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
-from loom.schemas.errors import BusUnavailable
+from loom.schemas.errors import BusUnavailable, Overloaded
 from loom.schemas.wire import Undecodable, Wire, decode
 
 CLOCK_S: Final = 1.0
 """An offset from the server's clock that is worth a look; deadlines count in server time."""
 FULL: Final = 0.8
 """Share of its limit from which the intake is nearly full."""
+
+PROBE_S: Final = 4.0
+"""How long a stream may take to store a message; replicas that have just lost their leader need longer."""
+
+AGAIN: Final = "ask again in ten seconds, as replicas may be choosing a leader; else see the server's log"
 
 Mark = Literal["ok", "warn", "fail"]
 
@@ -47,6 +52,8 @@ async def examine(bus: Bus, config: ClusterConfig) -> list[Finding]:
         *findings,
         clock(bus.clock_offset_s),
         *design(seen, bus.subjects.namespace),
+        *replicas(seen),
+        *await storage(bus, seen, config),
         *phases(there),
         node_hosts(hosts),
         *backlog(seen, config),
@@ -76,7 +83,8 @@ async def jetstream(bus: Bus) -> Finding:
     try:
         info = await bus.api("INFO")
     except BusUnavailable as error:
-        return _fail("jetstream", error.message.partition(";")[0], "start the server with -js")
+        said, _, todo = error.message.partition("; ")
+        return _fail("jetstream", said, todo or "see the server's log")
     except Refused as error:
         return _fail("jetstream", f"refused: {error.message}", "enable JetStream for this account")
     return _ok("jetstream", f"{info.get('streams', 0)} streams, {info.get('storage', 0) / 2**20:.1f} MiB stored")
@@ -93,7 +101,7 @@ def clock(offset_s: float) -> Finding:
 def design(seen: Inspection, namespace: str) -> Iterator[Finding]:
     """Judge streams, buckets and consumers beside the design."""
     parts = [*seen.streams.values(), *seen.consumers.values()]
-    missing = [part.name for part in parts if part.info is None]
+    missing = [part.name for part in parts if part.info is None and not part.silent]
     if len(missing) == len(parts):
         yield _fail("streams", f"none in namespace {namespace}", 'nothing has run here yet: run "loom up"')
         return
@@ -104,8 +112,58 @@ def design(seen: Inspection, namespace: str) -> Iterator[Finding]:
             what = "stream" if part.name in seen.streams else "consumer"
             todo = f"give all processes the same LOOM_ settings, or change it with `nats {what} edit`"
             yield _warn("streams", f"{part.name}: {difference}", todo)
-    if not missing and not any(part.differences for part in parts):
+    if not missing and not any(part.differences or part.silent for part in parts):
         yield _ok("streams", f"{len(seen.streams)} streams and buckets, {len(seen.consumers)} consumers as designed")
+
+
+def replicas(seen: Inspection) -> Iterator[Finding]:
+    """Judge whether every stream has a leader and replicas that keep up; nothing to say of a single server."""
+    unled = [part.name for part in (*seen.streams.values(), *seen.consumers.values()) if part.silent or _unled(part)]
+    for name in unled:
+        todo = "more than half of its servers must be up: start those that are down (`nats server list`)"
+        yield _fail("replicas", f"{name} has no leader that answers", todo)
+    copies = [
+        (part.name, each)
+        for part in seen.streams.values()
+        for each in _cluster(part).get("replicas") or ()
+        if part.info
+    ]
+    behind: dict[str, list[str]] = {}
+    for name, each in copies:
+        if each.get("offline") or not each.get("current"):
+            behind.setdefault(str(each["name"]), []).append(name)
+    for server, names in sorted(behind.items()):
+        todo = "start that server, or see its log; until it is level, losing another one may stop the cluster"
+        yield _warn("replicas", f"{server} is down or behind in {len(names)} streams: {', '.join(sorted(names))}", todo)
+    if copies and not behind and not unled:
+        yield _ok("replicas", f"{len(copies)} copies are level with their leaders")
+
+
+def _cluster(part: Part) -> dict[str, Any]:
+    cluster: dict[str, Any] = (part.info or {}).get("cluster") or {}
+    return cluster
+
+
+def _unled(part: Part) -> bool:
+    return bool(_cluster(part)) and not _cluster(part).get("leader")
+
+
+async def storage(bus: Bus, seen: Inspection, config: ClusterConfig) -> Iterator[Finding]:
+    """Judge whether the streams that must take every message do, by storing one and taking it away again."""
+    probes = {"INTAKE": f"{bus.subjects.namespace}.intake.probe", "TASKS": f"{bus.subjects.namespace}.later.probe"}
+    there = {name: seen.streams[bus.subjects.stream(name)].info for name in probes}
+    full = there["INTAKE"] is not None and int(there["INTAKE"]["state"]["messages"]) >= config.intake_limit
+    asked = [name for name, info in there.items() if info is not None and not (full and name == "INTAKE")]
+    told = await asyncio.gather(*(topology.probe(bus, name, probes[name], within_s=PROBE_S) for name in asked))
+    troubles = [(bus.subjects.stream(name), why) for name, why in zip(asked, told, strict=True) if why is not None]
+    disk = "make room on its disk, then restart nats-server: it does not write again by itself"
+    found = [
+        _fail("storage", f"{name} stores nothing: {why.message}", disk if isinstance(why, Overloaded) else AGAIN)
+        for name, why in troubles
+    ]
+    if asked and not troubles:
+        found = [_ok("storage", f"{' and '.join(bus.subjects.stream(name) for name in asked)} take messages")]
+    return iter(found)
 
 
 def phases(there: list[Present]) -> Iterator[Finding]:
@@ -182,7 +240,7 @@ def dead(seen: Inspection, stream: str) -> Finding:
     count = int(part.info["state"]["messages"]) if part.info is not None else 0
     if not count:
         return _ok("dead letters", "none")
-    todo = f"read why in their headers: `nats stream view {stream}`; done: `nats stream purge {stream}`"
+    todo = "see why: `loom dead ls`, `loom dead show`; then `loom dead retry` or `loom dead drop`"
     return _warn("dead letters", f"{count} wait", todo)
 
 

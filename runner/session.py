@@ -88,7 +88,8 @@ class Session:
             self._server.stop()
 
     async def _embedded(self) -> str:
-        self._server = await self._stack.enter_async_context(embedded_server())
+        sync = self._settings.loom_sync_interval or None
+        self._server = await self._stack.enter_async_context(embedded_server(sync_interval=sync))
         phases = PhaseGroup(await self._connect(self._server.url, "phases"), config=self._config, llm=self._llm)
         self._stack.push_async_callback(phases.drain)
         await phases.start()

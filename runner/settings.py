@@ -30,6 +30,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """LOOM_LOG_LEVEL. debug, info, warning or error; empty: info for services, warning inside your own program."""
     loom_store: str = ""
     """LOOM_STORE. Folder in which `loom up` keeps its streams; empty: private, gone at the end."""
+    loom_sync_interval: Annotated[str, Meta(pattern=r"^(always|[1-9][0-9]{0,5}(ms|s|m|h))?\Z")] = ""
+    """LOOM_SYNC_INTERVAL. How often a server started here flushes streams to the disk: always, or every 10s, 2m, …;
+    empty: every 2 minutes. A killed process loses nothing either way, a lost machine what was not flushed."""
     cluster: ClusterConfig = ClusterConfig()
     """LOOM_<FIELD> for each field of ClusterConfig, for example LOOM_MAX_ATTEMPTS."""
 

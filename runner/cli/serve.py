@@ -88,7 +88,8 @@ async def _up(settings: Settings, port: int, programs: list[Program] | None) -> 
         return
     check_free(port)
     store = Path(settings.loom_store) if settings.loom_store else None
-    async with embedded_server(store, port=port or -1) as server:
+    sync = settings.loom_sync_interval or None
+    async with embedded_server(store, port=port or -1, sync_interval=sync) as server:
         await _first_to_end(cluster(server.url), keep_alive(server))
 
 

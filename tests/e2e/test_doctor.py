@@ -50,7 +50,7 @@ async def test_a_healthy_cluster_has_nothing_but_good_findings(on_bus: Where, cl
     assert (told.code, told.err, here.code) == (0, "", 0)
     seen = [msgspec.convert(json.loads(line), Finding) for line in told.out.splitlines()]
     assert [finding.about for finding in seen] == [
-        *("server", "jetstream", "clock", "streams"),
+        *("server", "jetstream", "clock", "streams", "storage"),
         *(f"phase {phase}" for phase in PHASES),
         *("hosts", "backlog", "dead letters"),
     ]

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from support.command import FOREIGN
-
 from loom.runner.embedded import NatsServer
+from support.command import FOREIGN
 
 SERVER = "server"
 LONGEST_DOWN_S = 1.5

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 PIECE_CHARS = 8
+SILENCE_S = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,12 @@ class Reply:
     """Before each piece of a stream."""
     cut_after: int | None = None
     """The connection breaks after so many events of a stream, or before anything else."""
+    silent_after: int | None = None
+    """The server says nothing more after so many events of a stream."""
     no_choices: bool = False
-    """A stream begins with an event without choices."""
+    """A whole answer has none; a stream begins with an event without."""
+    events: tuple[str, ...] = ()
+    """JSON texts, sent raw as a stream's events when there are any; such a stream just ends."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,9 @@ class Request:
 
 
 Answerer = Callable[[Request], Reply]
+
+ERROR_EVENT = '{"error": {"message": "the engine stopped", "type": "server_error"}}'
+"""What a server says in a stream it cannot go on with."""
 
 
 class OpenAIServer:
@@ -162,6 +170,11 @@ class OpenAIServer:
         return True
 
 
+def text_event(text: str) -> str:
+    """Return an event with a piece of text, for `Reply.events`."""
+    return json.dumps(_event([{"index": 0, "delta": {"content": text}, "finish_reason": None}]))
+
+
 def well_behaved(request: Request) -> Reply:
     """Repeat the last user message, or answer by a value of the schema that was asked for."""
     wanted = request.body.get("response_format")
@@ -224,15 +237,15 @@ def _head(status: int, fields: dict[str, str]) -> bytes:
 
 async def _stream(request: Request, reply: Reply, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
     writer.write(_head(200, {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked", **reply.headers}))
-    for n, event in enumerate(_events(request, reply)):
+    for n, event in enumerate(reply.events or [json.dumps(event) for event in _events(request, reply)]):
         if n == reply.cut_after:
             await writer.drain()
             writer.transport.abort()
             return False
-        await _wait(reply.pause_s, reader)
-        _write_event(writer, json.dumps(event))
+        await _wait(SILENCE_S if n == reply.silent_after else reply.pause_s, reader)
+        _write_event(writer, event)
         await writer.drain()
-    if reply.finish_reason is not None:
+    if reply.finish_reason is not None and not reply.events:
         _write_event(writer, "[DONE]")
     writer.write(b"0\r\n\r\n")
     await writer.drain()
