@@ -34,7 +34,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 slow: $(READY)
 	$(BIN)/pytest -m 'slow and not container'

@@ -73,7 +73,7 @@ KINDS = {
     "too large": Kind(lambda raw: raw.ljust(MAX_MESSAGE_BYTES + 1), f"at most {MAX_MESSAGE_BYTES} are read"),
     "another task's": Kind(instead(b'"task_id":"', b'"task_id":"x'), "names another task than the ad", LANES[:1]),
     "no subtask": Kind(lambda raw: raw, "neither a submission nor a subtask", ("sense",)),
-    "without a spec": Kind(lambda raw: raw, "without a spec", ("scale",)),
+    "without a spec": Kind(lambda raw: raw, "without a spec", ("match", "scale")),
     "without an award": Kind(lambda raw: raw, "without an award", ("execute",)),
 }
 
@@ -176,15 +176,15 @@ async def end_of(bus: Bus, task_id: str) -> str:
     return record.envelope.error.code if record.envelope.error else record.state
 
 
-async def test_an_envelope_that_skipped_a_phase_ends_its_task_in_match_and_evaluate(cluster: Bus) -> None:
-    for phase in ("match", "evaluate"):
-        raw = well(phase, phase, cluster.now())
-        admitted = TaskRecord(task_id=phase, state="running", envelope=decode(raw, Envelope), admitted_at=cluster.now())
-        await records(cluster).create(phase, admitted)
-        await cluster.store(subject_of(cluster, phase, phase), raw)
-        assert await end_of(cluster, phase) == "invalid_task"
+async def test_an_envelope_that_evaluate_sends_back_without_a_spec_is_a_dead_letter_too(cluster: Bus) -> None:
+    raw = well("evaluate", "evaluate", cluster.now())
+    envelope = decode(raw, Envelope)
+    admitted = TaskRecord(task_id="evaluate", state="running", envelope=envelope, admitted_at=cluster.now())
+    await records(cluster).create("evaluate", admitted)
+    await cluster.store(subject_of(cluster, "evaluate", "evaluate"), raw)
+    assert await end_of(cluster, "evaluate") == "dead_letter"
     await settled(cluster, 0)
-    assert await messages(cluster, "DEAD") == 0
+    assert await messages(cluster, "DEAD") == 1
     await serves(cluster)
 
 

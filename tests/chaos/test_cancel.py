@@ -1,0 +1,220 @@
+"""A cancel, wherever the task is: the right state, the right answer, and nobody works on."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import pytest
+from support.nodes import node
+from support.wait import until
+
+from loom.agents.host import NodeHost
+from loom.bus import tasks
+from loom.bus.client import Bus, Msg
+from loom.bus.tasks import TaskHandle
+from loom.runner.cluster import running_nodes, running_phases
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import TaskRecord
+from loom.schemas.errors import BusUnavailable, Cancelled, UnknownTask
+from loom.schemas.run import RunRequest
+from loom.schemas.task import TaskAd
+
+WITHIN_S = 20
+
+
+class Agents:
+    """Agents that never end by themselves, each stubborn in its own way; what they are at is seen from outside."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.stopped: list[str] = []
+        self.over = threading.Event()
+
+    async def endless(self, job: RunRequest) -> str:
+        self.started.append(job.task_id)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.stopped.append(job.task_id)
+        return "never"
+
+    async def deaf(self, job: RunRequest) -> str:
+        self.started.append(job.task_id)
+        while not self.over.is_set():
+            try:
+                await asyncio.sleep(0.2)
+            except asyncio.CancelledError:
+                continue  # as an agent does that swallows what it should not
+        return "much too late"
+
+    def threaded(self, job: RunRequest) -> str:
+        self.started.append(job.task_id)
+        self.over.wait(WITHIN_S)
+        return "too late"
+
+    async def quick(self, job: RunRequest) -> str:
+        self.started.append(job.task_id)
+        return "done"
+
+
+@pytest.fixture
+def agents() -> Iterator[Agents]:
+    agents = Agents()
+    yield agents
+    agents.over.set()
+
+
+@pytest.fixture
+async def bus(nats_url: str, namespace: str) -> AsyncIterator[Bus]:
+    async with Bus(nats_url, namespace=namespace) as bus:
+        yield bus
+
+
+@asynccontextmanager
+async def cluster(
+    bus: Bus,
+    agents: Agents,
+    *,
+    kinds: Sequence[str] = ("endless", "deaf", "threaded", "quick"),
+    slots: int = 4,
+    backlog: int = 16,
+) -> AsyncIterator[None]:
+    """All phases, and two hosts with a node of each kind."""
+
+    def hosting(number: int) -> AbstractAsyncContextManager[NodeHost]:
+        nodes = [node(f"{kind}{number}", getattr(agents, kind), **{kind: 0.9}) for kind in kinds]
+        return running_nodes(
+            bus.url, lambda: nodes, namespace=bus.subjects.namespace, slots=slots, backlog=backlog, drain_timeout_s=0
+        )
+
+    config = ClusterConfig(drain_timeout_s=0.5)
+    async with running_phases(bus.url, namespace=bus.subjects.namespace, config=config), hosting(1), hosting(2):
+        yield
+
+
+async def publish(bus: Bus, node_id: str = "", domain: str = "any") -> TaskHandle:
+    return await tasks.publish(bus, TaskAd(domain=domain, description="x", node_id=node_id or None), deltas=False)
+
+
+async def is_cancelled(handle: TaskHandle) -> None:
+    """The record, the answer and a second cancel all say so."""
+    with pytest.raises(Cancelled):
+        await handle.content(WITHIN_S)
+    record = await handle.status()
+    assert isinstance(record, TaskRecord)
+    assert record.state == "cancelled"
+    assert await handle.cancel() == record
+
+
+async def test_a_running_agent_stops_within_a_second_on_every_host_and_a_deaf_one_delays_no_answer(
+    bus: Bus, agents: Agents
+) -> None:
+    async with cluster(bus, agents):
+        names = [f"{kind}{host}" for kind in ("endless", "deaf", "threaded") for host in (1, 2)]
+        handles = [await publish(bus, name) for name in names]
+        await until(lambda: len(agents.started) == len(names), within_s=WITHIN_S, what="all run")
+
+        begun = time.monotonic()
+        records = await asyncio.gather(*(handle.cancel() for handle in handles))
+        endless = {handle.task_id for handle in handles[:2]}
+        await until(lambda: set(agents.stopped) == endless, within_s=1, what="the agents stop")
+        with pytest.raises(Cancelled):
+            await asyncio.gather(*(handle.content(WITHIN_S) for handle in handles))
+        took_s = time.monotonic() - begun
+
+        assert {record.state for record in records} == {"cancelled"}
+        assert took_s < 1.5
+        await asyncio.gather(*map(is_cancelled, handles))
+        # The places are free again, even those of runs that would not stop.
+        assert await (await publish(bus, domain="quick")).content(WITHIN_S) == "done"
+        agents.over.set()
+
+
+async def test_a_waiting_task_is_cancelled_whether_in_an_auction_or_in_a_backlog(bus: Bus, agents: Agents) -> None:
+    async with cluster(bus, agents, kinds=("endless",), slots=1, backlog=1):
+        running = [await publish(bus, "endless1"), await publish(bus, "endless2")]
+        await until(lambda: len(agents.started) == 2, within_s=WITHIN_S, what="the slots are taken")
+        queued = [await publish(bus), await publish(bus)]
+
+        async def awarded() -> bool:
+            records = [await handle.status() for handle in queued]
+            return all(isinstance(record, TaskRecord) and record.claim.host_id for record in records)
+
+        await until(awarded, within_s=WITHIN_S, what="the backlogs are full")
+        called: list[bytes] = []
+
+        async def hear(msg: Msg) -> None:
+            called.append(msg.data)
+
+        auctioned = await publish(bus)
+        await bus.subscribe(bus.subjects.of("auction", "*"), hear)
+        await until(lambda: len(called) > 1, within_s=WITHIN_S, what="nodes are asked again and again")
+        bounced = await publish(bus, "endless1")  # no auction: pinned to a node that is full
+
+        waiting = [*queued, auctioned, bounced]
+        await asyncio.gather(*(handle.cancel() for handle in waiting))
+        await asyncio.gather(*map(is_cancelled, waiting))
+        await asyncio.gather(*(handle.cancel() for handle in running))
+        last = await publish(bus)
+        await until(lambda: last.task_id in agents.started, within_s=WITHIN_S, what="the places are free again")
+        await last.cancel()
+
+    assert len(agents.started) == 3
+
+
+async def test_a_task_handed_in_before_any_phase_is_cancelled_once_one_is_there(bus: Bus, agents: Agents) -> None:
+    async with running_phases(bus.url, namespace=bus.subjects.namespace):
+        pass  # leaves the streams
+    handle = await publish(bus)
+    with pytest.raises(BusUnavailable, match="no phases answer"):
+        await handle.cancel()
+
+    async with running_phases(bus.url, namespace=bus.subjects.namespace, names=("sense", "evaluate")):
+        assert (await handle.cancel()).state == "cancelled"
+        await is_cancelled(handle)
+    async with cluster(bus, agents):
+        assert await (await publish(bus, domain="quick")).content(WITHIN_S) == "done"
+
+    assert handle.task_id not in agents.started
+
+
+async def test_what_has_ended_stays_as_it_ended_and_an_unknown_task_is_said_to_be(bus: Bus, agents: Agents) -> None:
+    async with cluster(bus, agents):
+        handle = await publish(bus, "quick1")
+        assert await handle.content(WITHIN_S) == "done"
+        ended = await handle.status()
+
+        answers = await asyncio.gather(handle.cancel(), handle.cancel(), tasks.cancel(bus, handle.task_id))
+
+        assert answers == [ended] * 3
+        assert await handle.status() == ended
+        with pytest.raises(UnknownTask):
+            await tasks.cancel(bus, "nobodys")
+
+
+async def test_a_cancel_that_races_the_result_or_another_cancel_gives_one_end(bus: Bus, agents: Agents) -> None:
+    async with cluster(bus, agents):
+        told: dict[str, list[bytes]] = {}
+
+        async def hear(msg: Msg) -> None:
+            told.setdefault(msg.subject.rsplit(".", 1)[1], []).append(msg.data)
+
+        await bus.subscribe(bus.subjects.of("result", "*"), hear)
+
+        async def race(number: int) -> None:
+            handle = await publish(bus, domain="quick")
+            await asyncio.sleep(number * 0.001)
+            answers = await asyncio.gather(handle.cancel(), handle.cancel())
+            result = await handle.result(WITHIN_S)
+            record = await handle.status()
+            assert isinstance(record, TaskRecord)
+            assert {answer.state for answer in answers} == {record.state} == {result.state}
+            assert result.state in ("cancelled", "succeeded")
+
+        await asyncio.gather(*(race(number) for number in range(40)))
+        await bus.echo()
+
+    assert len(told) == 40
+    assert all(len(set(said)) == 1 for said in told.values())  # told again perhaps, never otherwise

@@ -1,0 +1,222 @@
+"""A phase dies or stops at each point of a hop, alone or with the server: the task ends once, and ran once."""
+
+import asyncio
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from itertools import product
+from typing import NamedTuple, Self
+
+import pytest
+from support.buses import back
+from support.crashing import QUICK, WITHIN_S, Child, each_setting, phase
+from support.nodes import node
+from support.phases import Asker, Stage, ad
+from support.wait import until
+
+from loom.agents.host import NodeHost
+from loom.bus import tasks, topology
+from loom.bus.kv import Bucket
+from loom.bus.records import records
+from loom.runner.cluster import running_nodes, running_phases
+from loom.runner.embedded import NatsServer
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import PHASES, Phase, TaskRecord
+from loom.schemas.learning import NodeProfile
+from loom.schemas.run import RunRequest
+from loom.schemas.task import TaskResult
+from loom.schemas.wire import decode
+
+HOP = ("fetched", "handled, unpublished", "published, unconfirmed", "confirmed, unacked", "acked")
+RUNNING = ("recorded", "relayed")
+RUN_S = 2.0  # longer than a message of a dead replica takes to come again: it meets the run alive
+
+
+class Crash(NamedTuple):
+    """Who dies where, and what the task is like."""
+
+    phase: Phase
+    point: str
+    task: str = "plain"
+    """plain; refused: the first attempt fails; cancelled: while it runs."""
+
+
+CRASHES: dict[str, Sequence[Crash]] = {
+    "sense": [Crash("sense", point) for point in (*HOP, "recorded", "submission stored")],
+    "sense's cancel desk": [Crash("sense", point, "cancelled") for point in ("cancel told", "cancel recorded")],
+    "match": [Crash("match", point) for point in HOP],
+    "scale": [Crash("scale", point) for point in HOP],
+    "execute": [Crash("execute", point) for point in (*HOP, "recorded", "relayed")],
+    "evaluate at the end": [
+        Crash("evaluate", point)
+        for point in ("fetched", "recorded", "rewarded", "announced", "confirmed, unacked", "acked")
+    ],
+    "evaluate sending back": [
+        Crash("evaluate", point, "refused")
+        for point in ("fetched", "rewarded", "handled, unpublished", "published, unconfirmed", "confirmed, unacked")
+    ],
+    "adapt": [Crash("adapt", "learned")],
+}
+
+
+class Town(Stage):
+    """A namespace where one phase runs in a process that will die or stop, and everything else is well."""
+
+    def __init__(self, url: str, namespace: str, crash: Crash, how: signal.Signals, *, durable: bool) -> None:
+        super().__init__(url, namespace)
+        self.how = how
+        self.crash = crash
+        self.runs: Counter[int] = Counter()
+        """attempt -> how often it ran"""
+        self.hosts: list[NodeHost] = []
+        self.task = ad("survive")
+        self._durable = durable
+
+    async def _lay_out(self) -> None:
+        if self._durable:
+            await topology.apply(self.bus, ClusterConfig())
+        else:
+            await super()._lay_out()
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        healthy = [name for name in PHASES if name != self.crash.phase]
+        enter = self._stack.enter_async_context
+        self.child = await enter(Child(phase, self.url, self.namespace, *self.crash[:2], self.how))
+        await enter(running_phases(self.url, names=healthy, namespace=self.namespace))
+        for name in ("a", "b"):  # two hosts: a second auction may well be won by the other
+            hosted = [node(name, self._agent, code=0.9)]
+            self.hosts.append(await enter(running_nodes(self.url, partial(list, hosted), namespace=self.namespace)))
+        return self
+
+    async def _agent(self, job: RunRequest) -> str:
+        self.runs[job.attempt] += 1
+        if self.crash.task == "refused" and job.attempt == 1:
+            raise RuntimeError("not today")
+        if self.crash.phase not in ("evaluate", "adapt"):
+            await asyncio.sleep(WITHIN_S if self.crash.task == "cancelled" else RUN_S)
+        return f"survived attempt {job.attempt}"
+
+    async def strike(self) -> None:
+        """Submit the task and wait until the phase has fallen over it."""
+        self.client = Asker(self.bus)
+        await self.client.ask(self.bus.subjects.submit, self.task)
+        if self.crash.task == "cancelled":
+            await until(lambda: self.runs[1], within_s=WITHIN_S, what="the run")
+            await self.bus.publish(self.bus.subjects.of("cancel", self.task.task_id))
+        await self.child.says("fallen")
+
+    async def recover(self, *, answered: bool) -> None:
+        """Put a replica in the dead one's place and see how the task ends."""
+        if not (self.crash.phase == "execute" and self.crash.point in RUNNING):
+            for host in self.hosts:  # a host that is still gone is lost; not so one whose run may be going on
+                await back(host.bus)
+        await self._stack.enter_async_context(
+            running_phases(self.url, names=[self.crash.phase], namespace=self.namespace)
+        )
+        record = await until(self._ended, within_s=WITHIN_S, what=f"{self.crash}: the end; heard: {self.tape()}")
+        await self._check(record)
+        if self.how is signal.SIGSTOP:  # now it goes on where it was
+            self.child.resume()
+            await self.child.end()
+            await self._check(record)
+        await self._answered(record, surely=answered)
+
+    async def _check(self, record: TaskRecord) -> None:
+        """The streams run empty, and what has come of the task is what should, once, and stays."""
+        attempts = 2 if self.crash.task == "refused" else 1
+        rewards = 0 if self.crash.task == "cancelled" else attempts
+        await until(lambda: self._learned(rewards), within_s=WITHIN_S, what=f"{self.crash}: {rewards} rewards")
+        await until(self._quiet, within_s=WITHIN_S, what=f"{self.crash}: empty streams; heard: {self.tape()}")
+        assert record.state == ("cancelled" if self.crash.task == "cancelled" else "succeeded"), (self.crash, record)
+        assert self.runs == dict.fromkeys(range(1, attempts + 1), 1), self.crash
+        assert await self._ended() == record, self.crash
+        assert await self._learned(rewards), self.crash
+        assert await self.pending("DEAD") == 0, self.crash
+        if record.state == "succeeded":
+            assert record.to_result().content == f"survived attempt {attempts}", self.crash
+
+    async def _ended(self) -> TaskRecord | None:
+        entry = await records(self.bus).get(self.task.task_id)
+        return entry.value if entry and entry.value.ended else None
+
+    async def _learned(self, rewards: int) -> bool:
+        """Whether the nodes have learned from exactly so many."""
+        bucket = Bucket(self.bus, "nodes", NodeProfile)
+        profiles = [entry.value for name in ("a", "b") if (entry := await bucket.get(name))]
+        return sum(profile.total_tasks for profile in profiles) == rewards
+
+    async def _quiet(self) -> bool:
+        return not await self.pending("INTAKE") and not await self.pending("TASKS")
+
+    async def _answered(self, record: TaskRecord, *, surely: bool) -> None:
+        """Whoever waits has been told; where a server's restart may have lost the answer, asking finds it."""
+        if surely:
+            await until(lambda: self.client.answers, within_s=WITHIN_S, what=f"{self.crash}: an answer")
+        if record.state == "succeeded":
+            assert {decode(msg.data, TaskResult) for msg in self.client.answers} <= {record.to_result()}, self.crash
+        found = await tasks.status(self.bus, self.task.task_id)
+        assert isinstance(found, TaskRecord)
+        assert found.to_result() == record.to_result(), self.crash
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name, value in each_setting(QUICK):
+        monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture
+def server() -> Iterator[NatsServer]:
+    server = NatsServer()
+    server.start()
+    yield server
+    server.stop()
+
+
+async def survive(
+    crashes: Sequence[Crash],
+    url: str,
+    namespace: str,
+    *,
+    ways: Sequence[signal.Signals] = (signal.SIGKILL, signal.SIGSTOP),
+    server: NatsServer | None = None,
+) -> None:
+    """Go through all crashes side by side; with `server`, kill and restart it before anybody recovers."""
+    async with AsyncExitStack() as stack:
+        towns = [
+            Town(url, f"{namespace}-{n}", crash, how, durable=server is not None)
+            for n, (crash, how) in enumerate(product(crashes, ways))
+        ]
+        await asyncio.gather(*(stack.enter_async_context(town) for town in towns))
+        await asyncio.gather(*(town.strike() for town in towns))
+        if server is not None:
+            server.kill()
+            await asyncio.to_thread(server.restart)
+        await asyncio.gather(*(town.recover(answered=server is None) for town in towns))
+
+
+async def test_a_task_survives_a_phase_killed_half_way_and_then_the_server(server: NatsServer, namespace: str) -> None:
+    halves = [
+        Crash("sense", "recorded"),
+        Crash("match", "confirmed, unacked"),
+        Crash("execute", "relayed"),
+        Crash("evaluate", "recorded"),
+    ]
+    await survive(halves, server.url, namespace, ways=[signal.SIGKILL], server=server)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", CRASHES)
+async def test_a_task_survives_a_phase_killed_or_stopped_at_any_point(who: str, nats_url: str, namespace: str) -> None:
+    await survive(CRASHES[who], nats_url, namespace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", CRASHES)
+async def test_a_task_survives_a_phase_killed_or_stopped_at_any_point_and_then_the_server(
+    who: str, server: NatsServer, namespace: str
+) -> None:
+    await survive(CRASHES[who], server.url, namespace, server=server)

@@ -1,0 +1,192 @@
+"""Who is stopped or killed while it works and wakes too late changes nothing any more."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+from support.crashing import IMPATIENT, QUICK, WITHIN_S, Child, each_setting, host, phase
+from support.nodes import node
+from support.phases import Stage, ad
+from support.wait import until
+
+from loom.bus import tasks
+from loom.bus.kv import Bucket
+from loom.bus.records import records
+from loom.bus.tasks import TaskHandle
+from loom.runner.cluster import running_phases
+from loom.schemas.envelope import PHASES, TaskRecord
+from loom.schemas.learning import NodeProfile
+from loom.schemas.run import Delta, RunRequest
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name, value in each_setting({**QUICK, **IMPATIENT}):
+        monkeypatch.setattr(module, name, value)
+
+
+class Client:
+    """Submits one task and keeps all it is told."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.bus = stage.bus
+        self.task = ad("endure")
+        self.deltas: list[Delta] = []
+
+    async def submit(self) -> None:
+        self.handle: TaskHandle = await tasks.publish(self.bus, self.task)
+        self._listening = asyncio.create_task(self._listen())
+
+    async def _listen(self) -> None:
+        async for delta in self.handle.events():
+            self.deltas.append(delta)
+
+    async def ended(self) -> TaskRecord:
+        """Wait for the task's end; its deltas have come in order by then."""
+        await self.handle.result(WITHIN_S)
+        await self._listening
+        numbers = [(delta.attempt, delta.n) for delta in self.deltas]
+        assert numbers == sorted(set(numbers))
+        return await self.record()
+
+    async def record(self) -> TaskRecord:
+        entry = await records(self.bus).get(self.task.task_id)
+        assert entry is not None
+        return entry.value
+
+    async def learned(self, **wanted: list[float]) -> None:
+        """Wait until each node has learned from these scores, and from no others."""
+        bucket = Bucket(self.bus, "nodes", NodeProfile)
+
+        async def scores(name: str) -> list[float]:
+            entry = await bucket.get(name)
+            return [score.score for score in entry.value.domains["code"].scores] if entry else []
+
+        async def so() -> bool:
+            return {name: await scores(name) for name in wanted} == wanted
+
+        await until(so, within_s=WITHIN_S, what=f"learned {wanted}")
+
+
+class Held:
+    """An agent that says something, and goes on when told to."""
+
+    def __init__(self) -> None:
+        self.runs: Counter[int] = Counter()
+        self.go = asyncio.Event()
+
+    async def __call__(self, job: RunRequest) -> AsyncIterator[str]:
+        self.runs[job.attempt] += 1
+        yield "begun, "
+        await self.go.wait()
+        yield "ended"
+
+
+async def settled(stage: Stage) -> None:
+    """Wait until no message is left, and none died."""
+
+    async def so() -> bool:
+        return not await stage.pending("TASKS") and not await stage.pending("INTAKE")
+
+    await until(so, within_s=WITHIN_S, what=f"empty streams; heard: {stage.tape()}")
+    assert await stage.pending("DEAD") == 0
+
+
+async def lose_host(url: str, namespace: str, *, wakes: bool, logs: list[Any]) -> None:
+    other = Held()
+    other.go.set()
+    async with AsyncExitStack() as stack:
+        stage = await stack.enter_async_context(Stage(url, namespace))
+        await stack.enter_async_context(running_phases(url, namespace=namespace))
+        lost = await stack.enter_async_context(Child(host, url, namespace, "lost"))
+        client = Client(stage)
+        await client.submit()
+        await lost.says("run 1")
+        await until(lambda: client.deltas, within_s=WITHIN_S, what="the first attempt's delta")
+        await stage.host([node("other", other, code=0.9)])
+        if wakes:
+            lost.stop()
+        else:
+            lost.process.kill()
+        record = await client.ended()
+        result = record.to_result()
+        assert (result.state, result.content, result.node_id, result.attempts) == (
+            *("succeeded", "begun, ended"),
+            *("other", 2),
+        )
+        if wakes:
+            lost.tell("go")
+            lost.resume()
+            await lost.says("over 1")
+            await until(
+                lambda: any(
+                    log["event"] == "late_run_refused" and log["task_id"] == client.task.task_id for log in logs
+                ),
+                within_s=WITHIN_S,
+                what=f"the late result is refused: {logs}",
+            )
+        await client.learned(lost=[0.0], other=[1.0])
+        await settled(stage)
+        assert await client.record() == record
+        assert other.runs == {2: 1}
+        assert {delta.attempt for delta in client.deltas} == {1, 2}
+        heard = [delta for delta in stage.all("delta") if delta.attempt == 1]
+        assert heard == [delta for delta in client.deltas if delta.attempt == 1]  # nothing more after it woke
+        assert len(stage.all("result")) == 1
+
+
+async def test_a_host_stopped_or_killed_during_a_run_is_replaced_and_what_it_says_late_is_refused(
+    nats_url: str, namespace: str
+) -> None:
+    with capture_logs() as logs:
+        await asyncio.gather(
+            lose_host(nats_url, f"{namespace}-stopped", wakes=True, logs=logs),
+            lose_host(nats_url, f"{namespace}-killed", wakes=False, logs=logs),
+        )
+
+
+async def stop_execute(url: str, namespace: str, wakes: str) -> None:
+    agent = Held()
+    others = [name for name in PHASES if name != "execute"]
+    async with AsyncExitStack() as stack:
+        stage = await stack.enter_async_context(Stage(url, namespace))
+        await stack.enter_async_context(running_phases(url, names=others, namespace=namespace))
+        stopped = await stack.enter_async_context(Child(phase, url, namespace, "execute"))
+        await stage.host([node("one", agent, code=0.9)])
+        client = Client(stage)
+        await client.submit()
+        await until(lambda: len(client.deltas) == 2, within_s=WITHIN_S, what="a delta of the first replica")
+        stopped.stop()
+        if wakes == "with the result in hand":
+            agent.go.set()
+        replica = await stack.enter_async_context(running_phases(url, names=["execute"], namespace=namespace))
+
+        async def taken_over() -> bool:
+            return (await client.record()).claim.instance == replica.instance
+
+        await until(taken_over, within_s=WITHIN_S, what="the other replica has claimed the run")
+        if wakes == "during the run":
+            stopped.resume()  # it may find the message delivered to it once more, and take the run back: that is well
+        agent.go.set()
+        record = await client.ended()
+        stopped.resume()
+        await stopped.end()
+        await client.learned(one=[1.0])
+        await settled(stage)
+        assert await client.record() == record
+        assert (record.to_result().content, record.to_result().attempts) == ("begun, ended", 1)
+        assert agent.runs == {1: 1}
+        assert [hop.phase for hop in record.envelope.hops].count("execute") == 1
+        assert not stopped.logged("run_failed")
+        assert not stopped.logged("hop_failed")
+
+
+async def test_an_execute_replica_that_wakes_after_another_took_its_run_over_settles_silently(
+    nats_url: str, namespace: str
+) -> None:
+    whens = ("during the run", "after the end", "with the result in hand")
+    await asyncio.gather(*(stop_execute(nats_url, f"{namespace}-{n}", when) for n, when in enumerate(whens)))

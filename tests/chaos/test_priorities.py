@@ -1,0 +1,148 @@
+"""What is urgent overtakes what is not, however much of that there is."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
+from statistics import median
+
+import pytest
+from support.nodes import node
+from support.phases import ad, envelope
+
+from loom.agents.host import NodeHost
+from loom.agents.node import Room
+from loom.agents.runs import Run
+from loom.bus import tasks, topology
+from loom.bus.client import Bus
+from loom.phases.match.policy import AllBusy, Awarded, judge, spacing_s
+from loom.runner.cluster import running_nodes, running_phases
+from loom.runner.embedded import NatsServer
+from loom.schemas.auction import Bid, Offer
+from loom.schemas.run import RunRequest
+from loom.schemas.task import PRIORITIES, Priority, TaskAd
+
+FLOOD = 5000
+AT_ONCE = 250
+RUN_S = 0.1
+CRITICALS = 9
+TRIES = 3  # the machine may be busy with something else for a moment
+WITHIN_S = 30
+
+RAISED = pytest.mark.parametrize(("priority", "raised"), [(name, name in ("high", "critical")) for name in PRIORITIES])
+"""Each priority, and whether it may have what is kept."""
+
+
+@pytest.fixture
+def server() -> Iterator[NatsServer]:
+    """A server of the test's own: what is queued on it at the end goes with it."""
+    server = NatsServer()
+    server.start()
+    yield server
+    server.kill()
+    server.stop()
+
+
+async def work(job: RunRequest) -> str:
+    await asyncio.sleep(RUN_S)
+    return job.priority
+
+
+def hosting(url: str, name: str) -> AbstractAsyncContextManager[NodeHost]:
+    return running_nodes(url, lambda: [node(name, work, any=0.9)], slots=2, drain_timeout_s=0)
+
+
+async def flood(bus: Bus, count: int) -> None:
+    """Hand in so many low tasks, each of them accepted."""
+    for _ in range(count // AT_ONCE):
+        ads = [TaskAd(domain="any", description="can wait", priority="low", wait=False) for _ in range(AT_ONCE)]
+        await asyncio.gather(*(tasks.ask(bus, bus.subjects.submit, ad, timeout_s=WITHIN_S) for ad in ads))
+
+
+async def latency(bus: Bus) -> float:
+    """Seconds from handing in a critical task to its answer."""
+    begun = time.monotonic()
+    handle = await tasks.publish(bus, TaskAd(domain="any", description="now", priority="critical"), deltas=False)
+    assert await handle.content(WITHIN_S) == "critical"
+    return time.monotonic() - begun
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+async def test_a_critical_task_overtakes_five_thousand_low_ones(server: NatsServer) -> None:
+    url = server.url
+    async with running_phases(url), hosting(url, "n1"), hosting(url, "n2"), Bus(url) as bus:
+        empty = [await latency(bus) for _ in range(CRITICALS)]
+        await flood(bus, FLOOD)
+        waiting = (await topology.stream_state(bus, "INTAKE"))["messages"]
+        for _ in range(TRIES):
+            loaded = [await latency(bus) for _ in range(CRITICALS)]
+            if median(loaded) <= 3 * median(empty):
+                break
+        left = (await topology.stream_state(bus, "INTAKE"))["messages"]
+
+    assert 0 < left <= waiting  # the flood outlasted the criticals
+    assert median(loaded) <= 3 * median(empty), (empty, loaded)
+
+
+@RAISED
+def test_only_the_urgent_are_awarded_to_a_node_at_full_load(priority: Priority, raised: bool) -> None:
+    task = envelope(ad(priority=priority), now=0)
+    full = Offer(host_id="h1", bids=(Bid(node_id="n1", claim=0.9, load=1.0, backlog=13),))
+    free = Offer(host_id="h2", bids=(Bid(node_id="n2", claim=0.1, load=0.2),))
+
+    assert isinstance(judge(task, [full], {}, 0.3), Awarded if raised else AllBusy)
+    assert isinstance(judge(task, [full, free], {}, 0.3), Awarded)
+
+
+@RAISED
+def test_only_the_urgent_are_awarded_to_a_node_that_has_just_been_awarded_another(
+    priority: Priority, raised: bool
+) -> None:
+    offer = Offer(host_id="h1", bids=(Bid(node_id="n1", load=0.6, backlog=7),))
+
+    verdict = judge(envelope(ad(priority=priority), now=0), [offer], {}, 0.3, {("h1", "n1")})
+
+    assert isinstance(verdict, Awarded if raised else AllBusy)
+
+
+@pytest.mark.parametrize(
+    ("bid", "wait_s"),
+    [
+        (Bid(node_id="n", load=0.8, backlog=0, expected_s=60), 0),
+        (Bid(node_id="n", load=0.5, backlog=4, expected_s=60), 0.25),
+        (Bid(node_id="n", load=0.5, backlog=4), 0.25),
+        (Bid(node_id="n", load=0.9, backlog=9, expected_s=0.001), 0.001),
+    ],
+    ids=["nobody queues", "long runs", "nothing known yet", "short runs"],
+)
+def test_awards_to_a_node_that_queues_are_spaced_but_no_wider_than_its_runs_are_long(bid: Bid, wait_s: float) -> None:
+    assert spacing_s(bid) == wait_s
+
+
+async def test_the_last_places_of_a_backlog_are_for_the_urgent() -> None:
+    bus = Bus("nats://127.0.0.1:1")
+
+    def run(priority: Priority) -> Run:
+        request = RunRequest(
+            task_id="t", attempt=1, node_id="n", domain="any", description="x", remaining_s=1, priority=priority
+        )
+        return Run(bus, request, "_INBOX.x")
+
+    room = Room(slots=1, backlog=10)
+    taken = 0
+    while room.takes("normal"):
+        room.enqueue(run("normal"))
+        room.next()
+        taken += 1
+
+    assert (taken, room.load, room.full) == (10, 1.0, False)  # a slot, eight places, and one for an award on its way
+    assert not room.takes("low")
+    assert room.takes("high")
+    room.enqueue(run("critical"))
+    assert room.full
+    assert not room.takes("critical")
+    room.running.clear()
+    first = room.next()
+    assert first is not None
+    assert first.request.priority == "critical"

@@ -1,0 +1,154 @@
+"""Three servers, three copies of everything: one of them is killed, and nothing that was accepted is lost."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import pytest
+from support.ledger import Ledger, check, read_books
+from support.nats_cluster import NatsCluster, leader, nats_cluster
+from support.nodes import echo, node
+from support.wait import until
+
+from loom.bus import loop, tasks, topology
+from loom.bus.client import Bus
+from loom.runner.cluster import running_nodes, running_phases
+from loom.runner.doctor import Finding, examine
+from loom.schemas.config import ClusterConfig
+from loom.schemas.run import RunRequest
+from loom.schemas.task import TaskAd
+
+THREE = ClusterConfig(replicas=3)
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[NatsCluster]:
+    async with nats_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+async def client(cluster: NatsCluster) -> AsyncIterator[Bus]:
+    async with Bus(cluster.url, patience_s=20) as bus:
+        yield bus
+
+
+async def _copies(bus: Bus) -> dict[str, int]:
+    """Stream or bucket -> servers that have it, the leader among them."""
+    infos = [(await bus.api(f"STREAM.INFO.{one['name']}")) for one in topology.streams(bus, THREE)]
+    return {info["config"]["name"]: 1 + len(info["cluster"].get("replicas") or []) for info in infos}
+
+
+async def test_every_stream_is_on_three_servers_and_tasks_end_on_them(cluster: NatsCluster, client: Bus) -> None:
+    assert await topology.apply(client, THREE) == []
+    assert await topology.apply(client, THREE) == []
+    assert set((await _copies(client)).values()) == {3}
+    async with running_phases(cluster.url, config=THREE), running_nodes(cluster.url, lambda: [node("n", echo)]):
+        handles = [await tasks.publish(client, TaskAd(description=f"job {n}", domain="code")) for n in range(5)]
+        results = await asyncio.gather(*(handle.result(30) for handle in handles))
+
+    assert [result.content for result in results] == [f"done: job {n}" for n in range(5)]
+
+
+async def test_more_copies_of_what_is_there_are_the_operators_to_make(cluster: NatsCluster, client: Bus) -> None:
+    assert await topology.apply(client, ClusterConfig()) == []
+
+    told = await topology.apply(client, THREE)
+
+    assert len(told) == len(await _copies(client))
+    assert all(sentence.endswith(": num_replicas is 1, designed 3") for sentence in told)
+    assert set((await _copies(client)).values()) == {1}
+    advice = [each.todo for each in await examine(client, THREE) if each.about == "streams"]
+    assert all("nats stream edit" in todo for todo in advice)
+
+
+async def test_a_message_sent_again_while_its_first_sending_is_being_copied_is_stored_once(client: Bus) -> None:
+    """Replicas refuse a second sending of an id that is not yet stored; that is no answer for who sent it."""
+    await topology.apply(client, THREE)
+    subject = client.subjects.intake("low", "t1")
+
+    acks = await asyncio.gather(*(client.store(subject, b"x", msg_id="m1", within_s=30) for _ in range(20)))
+
+    assert {ack.seq for ack in acks} == {1}
+    assert (await topology.stream_state(client, "INTAKE"))["messages"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("stream", ["LOOM_INTAKE", "LOOM_TASKS", "KV_loom_records"])
+async def test_the_leader_dies_while_tasks_are_submitted_and_none_is_lost(
+    cluster: NatsCluster, client: Bus, stream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topology, "ACK_WAIT_S", 3)  # what was in hand need not come back after 30 s
+    monkeypatch.setattr(loop, "IN_PROGRESS_S", 1.0)
+    runs: list[str] = []
+
+    async def agent(job: RunRequest) -> str:
+        runs.append(f"{job.task_id}:{job.attempt}")
+        return "done"
+
+    async with AsyncExitStack() as stack:
+        for names in (("sense", "execute"), ("match", "scale"), ("evaluate", "adapt")):
+            await stack.enter_async_context(running_phases(cluster.url, names=names, config=THREE, patience_s=20))
+        await stack.enter_async_context(running_nodes(cluster.url, lambda: [node("n", agent, code=0.9)], patience_s=20))
+        ledger = Ledger(client)
+        watching = asyncio.ensure_future(ledger.watch())
+        submitting = asyncio.ensure_future(ledger.submit(120, per_s=30))
+        await until(lambda: len(ledger.accepted) >= 20, within_s=30, what="tasks are accepted")
+        dead = await leader(client, stream)
+        cluster.kill(dead)
+        await submitting
+        await leader(client, stream, other_than=dead)
+        await ledger.settled(within_s=60)
+        await cluster.restart(dead)
+        await cluster.ready()
+        books = await until(lambda: _folded(client), within_s=30, what="all rewards are folded")
+        watching.cancel()
+        check(ledger, books, runs)
+        await until(lambda: _level(client), within_s=30, what="the server that came back has caught up")
+
+    assert len(ledger.accepted) >= 20
+
+
+async def _folded(bus: Bus):  # type: ignore[no-untyped-def]  # noqa: ANN202 - as the ledger's own
+    books = await read_books(bus)
+    return books if books.refolded() == books.profiles else None
+
+
+async def _found(bus: Bus) -> list[Finding]:
+    return [each for each in await examine(bus, THREE) if each.about in {"replicas", "jetstream"}]
+
+
+async def _level(bus: Bus) -> bool:
+    return any(each.about == "replicas" and each.mark == "ok" for each in await _found(bus))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+async def test_the_doctor_names_the_server_that_is_down_and_says_when_too_few_are_left(
+    cluster: NatsCluster, client: Bus
+) -> None:
+    await topology.apply(client, THREE)
+    await until(lambda: _level(client), within_s=30, what="all copies are level")
+    first, second, _ = sorted(
+        cluster.members, key=lambda name: f"127.0.0.1:{cluster.members[name].port}" in _at(client)
+    )
+
+    async def warned() -> bool:
+        return any(each.mark == "warn" and each.says.startswith(f"{first} is down") for each in await _found(client))
+
+    cluster.kill(first)
+    await until(warned, within_s=40, what="the server that is down is named")
+
+    async def stopped() -> bool:
+        return any(each.mark == "fail" and each.todo for each in await _found(client))
+
+    cluster.kill(second)
+    await until(stopped, within_s=40, what="no leader is left")
+    await asyncio.gather(cluster.restart(first), cluster.restart(second))
+    await until(lambda: _level(client), within_s=60, what="all copies are level again")
+
+
+def _at(bus: Bus) -> str:
+    url = bus._nc.connected_url
+    return url.netloc if url is not None else ""
