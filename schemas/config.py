@@ -18,6 +18,8 @@ class ClusterConfig(Wire, frozen=True, kw_only=True):
     """Most divisions between a client's task and its smallest part."""
     mitosis_threshold: Unit = 0.6
     """Tasks harder than this are split."""
+    max_subtasks: Annotated[int, Meta(ge=1, le=64)] = 16
+    """Parts a task is divided into at most."""
     apoptosis_threshold: Unit = 0.3
     """Nodes whose recent mean reward is below this are failing."""
     idle_timeout_s: Seconds = 300.0

@@ -8,7 +8,7 @@ from loom.bus.reward_bus import RewardBus
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import MAX_TRIED, MAX_TRIED_CHARS, Best, Envelope, TaskRecord, Tried
 from loom.schemas.learning import Reward, Signal
-from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, RunResult, TaskError, TaskState
+from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, RunResult, TaskAd, TaskError, TaskState
 
 COUNTED = frozenset({"node_lost", "agent_failed", "rejected_result"})
 """Errors that are the node's fault: counted, excluding it, rewarded with 0."""
@@ -210,3 +210,25 @@ def implied_reward(record: TaskRecord) -> Reward | None:
     if record.ended_at is None:
         return None
     return reward_for(record.envelope, record.envelope.error, record.ended_at)
+
+
+def notice_of(record: TaskRecord) -> Envelope | None:
+    """Return what SCALE is told when a subtask of a plan has ended; None for any other task."""
+    split = record.envelope.split
+    if split is None or split.subtask is None:
+        return None
+    return Envelope(
+        ad=TaskAd(
+            task_id=split.parent,
+            description=f"subtask {split.subtask} has ended",
+            priority=record.envelope.priority,
+        ),
+        split=replace(split, child=record.task_id, inputs={}),
+        deadline=split.deadline,
+        trace=record.envelope.trace,
+    )
+
+
+def may_be_divided(record: TaskRecord) -> bool:
+    """Return whether a plan may be left over: one was put together, or the task ended before it could be."""
+    return bool(record.envelope.inputs) or record.state != "succeeded"

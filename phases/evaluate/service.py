@@ -2,6 +2,7 @@
 
 Consumes   task.evaluate.*.*   results, and errors of every phase
 Publishes  reward.<node>.<slug>, result.<task>, replies to submitters
+           task.scale          that a subtask has ended, or a task that had been divided
            task.match          the envelope with its attempt raised, when another node is to try
 State      the terminal record; this is the only phase that ends a task
 Gives up   never: whatever it is handed ends a task, sends it back, or is told that it has ended
@@ -15,15 +16,24 @@ from msgspec.structs import replace
 from loom.bus.answers import answer_task
 from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
-from loom.bus.kv import Entry
+from loom.bus.kv import Bucket, Entry
 from loom.bus.loop import SLOTS, HopLoop, Service
 from loom.bus.outcome import Done, Later, Next, Outcome
 from loom.bus.records import change, records
 from loom.bus.reward_bus import RewardBus
 from loom.bus.topology import EVALUATE_LANE
-from loom.phases.evaluate.policy import Back, End, decide, implied_reward, is_late, reward_for
+from loom.phases.evaluate.policy import (
+    Back,
+    End,
+    decide,
+    implied_reward,
+    is_late,
+    may_be_divided,
+    notice_of,
+    reward_for,
+)
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Envelope, TaskRecord
+from loom.schemas.envelope import Envelope, SplitPlan, TaskRecord
 
 log = structlog.get_logger()
 
@@ -38,6 +48,7 @@ class Evaluate:
         self._bus = bus
         self._config = config
         self._records = records(bus)
+        self._plans = Bucket(bus, "plans", SplitPlan)
         self._rewards = RewardBus(bus=bus)
         service = Service("evaluate", [(EVALUATE_LANE, SLOTS)], Envelope, self.handle, end=self.end_dead)
         self._loop = HopLoop(bus, service)
@@ -132,9 +143,23 @@ class Evaluate:
         reward = implied_reward(record)
         if reward is not None:
             await self._rewards.publish(reward)
+        await self._tell_scale(record)
         await self._bus.publish(self._bus.subjects.of("result", record.task_id), record.to_result())
         for reply in record.reply_to:
             await answer_task(self._bus, reply, record)
+
+    async def _tell_scale(self, record: TaskRecord) -> None:
+        """Tell SCALE that a subtask has ended, or that a task has which may have been divided."""
+        notice = notice_of(record)
+        if notice is not None:
+            await self._store_for_scale(notice, f"{record.task_id}:done")
+        # The plan is looked for after the record is written: whoever stores one reads the record after that.
+        if may_be_divided(record) and await self._plans.get(record.task_id) is not None:
+            await self._store_for_scale(record.envelope, f"{record.task_id}:unpark")
+
+    async def _store_for_scale(self, envelope: Envelope, msg_id: str) -> None:
+        subject = self._bus.subjects.task("scale", envelope.priority, envelope.task_id)
+        await self._bus.store(subject, envelope, msg_id=msg_id)
 
 
 def _finished(envelope: Envelope, now: float) -> float:

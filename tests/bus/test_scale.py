@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from support.phases import Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
-from loom.phases.scale import is_saturated
+from loom.phases.scale.spawn import is_saturated
 from loom.schemas.auction import SpawnRequest
 from loom.schemas.envelope import Award, Envelope, ScoredBid
 from loom.schemas.wire import decode
@@ -91,7 +91,7 @@ async def test_a_node_is_asked_for_once_a_second_and_domain(
         await stage.put("scale", task(stage, domain="code" if n % 2 else "data"))
     await stage.seen("task", phase="match", count=6)
     await until(lambda: len(asked) >= 2, what="two nodes are asked for")
-    monkeypatch.setattr("loom.phases.scale.ASK_EVERY_S", 0.0)
+    monkeypatch.setattr("loom.phases.scale.spawn.ASK_EVERY_S", 0.0)
     await stage.put("scale", task(stage))
     await until(lambda: len(asked) >= 3, what="one more is asked for")
     assert sorted(request.slug for request in asked) == ["code", "code", "data"]

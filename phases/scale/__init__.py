@@ -1,0 +1,3 @@
+from loom.phases.scale.service import Scale
+
+__all__ = ["Scale"]

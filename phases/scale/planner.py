@@ -1,0 +1,86 @@
+"""Where a plan comes from: the ad itself, or a model, asked a second time with its mistakes."""
+
+import asyncio
+from typing import Any
+
+import structlog
+
+from loom.phases.scale.graph import PLAN
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Subtask
+from loom.schemas.errors import InvalidPlan
+from loom.schemas.llm import AssistantMessage, CompletionParams, LLMProvider, SystemMessage, UserMessage
+from loom.schemas.plan import PLAN_SCHEMA, parse_plan
+from loom.schemas.task import TaskAd
+from loom.schemas.wire import encode
+
+log = structlog.get_logger()
+
+PLAN_WITHIN_S = 60.0
+"""A plan that takes a model longer is not worth waiting for."""
+PLAN_TOKENS = 2048
+TRIES = 2
+
+PROMPT = """\
+Split the user's task into at most {most} subtasks that different specialists can do on their own, in parallel where \
+possible.
+Answer with JSON only: {{"subtasks": [{{"id", "description", "domain", "dependencies", "estimated_complexity"}}]}}.
+A subtask gets the outputs of those whose ids are in its dependencies, and nothing else: its description must say all \
+the rest. estimated_complexity is a number from 0 (trivial) to 1 (very hard). A task that gains nothing from \
+splitting is one subtask."""
+
+
+def given(ad: TaskAd, config: ClusterConfig) -> tuple[Subtask, ...] | None:
+    """Return the plan the ad itself gives; None when it gives none.
+
+    Raises:
+        InvalidPlan: It breaks a rule.
+    """
+    plan = ad.context.get(PLAN)
+    if plan is None or isinstance(plan, bool):
+        return None
+    return bounded(parse_plan(encode(plan).decode()), config)
+
+
+def bounded(plan: tuple[Subtask, ...], config: ClusterConfig) -> tuple[Subtask, ...]:
+    """Return the plan, if it is not too large.
+
+    Raises:
+        InvalidPlan: It is.
+    """
+    if len(plan) > config.max_subtasks:
+        raise InvalidPlan(f"the plan has {len(plan)} subtasks, at most {config.max_subtasks}", field="subtasks")
+    return plan
+
+
+async def asked(llm: LLMProvider, ad: TaskAd, config: ClusterConfig, within_s: float) -> tuple[Subtask, ...]:
+    """Return a model's plan; a bad one is sent back once, with what is wrong with it.
+
+    Raises:
+        InvalidPlan: The second one is bad too.
+        TimeoutError: It took longer than `within_s`.
+        Whatever the provider raises.
+    """
+    messages: list[Any] = [SystemMessage(PROMPT.format(most=config.max_subtasks)), UserMessage(ad.description)]
+    async with asyncio.timeout(min(within_s, PLAN_WITHIN_S)) as limit:
+        for left in reversed(range(TRIES)):
+            due = limit.when() or 0.0
+            params = CompletionParams(
+                messages=tuple(messages),
+                temperature=0.3,
+                max_tokens=PLAN_TOKENS,
+                json_schema=PLAN_SCHEMA,
+                timeout_s=max(0.001, due - asyncio.get_running_loop().time()),
+            )
+            answer = (await llm.complete(params)).content
+            try:
+                return bounded(parse_plan(answer), config)
+            except InvalidPlan as error:
+                if not left:
+                    raise
+                log.info("plan_sent_back", reason=error.message)
+                messages += [
+                    AssistantMessage(answer),
+                    UserMessage(f"This plan cannot be used: {error.message}. Answer with the corrected JSON only."),
+                ]
+    raise AssertionError("unreachable: the last try returns or raises")

@@ -1,0 +1,243 @@
+"""Scale: divide a hard task into a graph of subtasks, ask for a node where one is missing, and pass the rest on.
+
+Consumes   task.scale.*.*    awarded tasks; notices that a subtask has ended; the end of a divided task
+Publishes  task.sense        the first envelope of each subtask, once all it depends on has succeeded
+           later.<parent>    the parked parent, due at its deadline
+           task.execute      a task as it came, or a parent with its subtasks' outputs, to be put together
+           spawn             a request for one more node, to hosts that can start some
+State      plans: one per divided task, changed by compare-and-set; whoever changes one publishes what follows
+Gives up   deadline_exceeded, invalid_plan, subtask_failed, budget_exceeded
+"""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+
+import structlog
+from msgspec.structs import replace
+
+from loom.bus import tasks
+from loom.bus.client import Bus, Conflict
+from loom.bus.delivery import Delivery
+from loom.bus.kv import Bucket
+from loom.bus.loop import SLOTS, HopLoop, Service, schedule
+from loom.bus.outcome import Dead, Done, Fail, Next, Outcome
+from loom.bus.records import records
+from loom.bus.topology import SCALE_LANE
+from loom.phases.scale import graph, planner
+from loom.phases.scale.spawn import NodeRequests, is_saturated
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Envelope, SplitPlan, Subtask
+from loom.schemas.errors import BusUnavailable, InvalidPlan, UnknownTask
+from loom.schemas.llm import LLMProvider
+from loom.schemas.task import RunResult, TaskError
+
+log = structlog.get_logger()
+
+TRIES = 64  # notices of one plan come together; each of them is one change
+LATE = TaskError(code="deadline_exceeded", message="the deadline passed before the run began")
+
+
+class Scale:
+    """The third phase."""
+
+    def __init__(self, bus: Bus, config: ClusterConfig, llm: LLMProvider | None = None) -> None:
+        self._bus = bus
+        self._config = config
+        self._llm = llm
+        self._records = records(bus)
+        self._plans = Bucket(bus, "plans", SplitPlan)
+        self._nodes = NodeRequests(bus)
+        self._loop = HopLoop(bus, Service("scale", [(SCALE_LANE, SLOTS)], Envelope, self.handle))
+
+    async def start(self) -> None:
+        """Begin to divide tasks and to pass them on."""
+        await self._loop.start()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new, finish for at most `timeout_s`."""
+        await self._loop.drain(timeout_s)
+
+    async def handle(self, envelope: Envelope, _delivery: Delivery) -> Outcome:
+        """Divide the task, or pass it on; or go on with a plan after news of it."""
+        if envelope.split is not None and envelope.split.child is not None:
+            return await self._on_notice(envelope.split.parent, envelope.split.child)
+        if envelope.error is not None or envelope.result is not None:
+            return await self._on_end(envelope.task_id)
+        if envelope.spec is None:
+            return Dead("the envelope came without a spec")
+        if self._bus.now() >= envelope.deadline:
+            return Fail(LATE, envelope)
+        return await self._on_task(envelope)
+
+    async def _on_task(self, envelope: Envelope) -> Outcome:
+        if envelope.award is None:
+            self._nodes.ask(envelope, saturated=False)
+            return Next("match", envelope)
+        if is_saturated(envelope.award):
+            self._nodes.ask(envelope, saturated=True)
+        if envelope.inputs or not graph.may_split(envelope, self._config):
+            return Next("execute", envelope)
+        return await self._divide(envelope)
+
+    # -- dividing
+
+    async def _divide(self, envelope: Envelope) -> Outcome:
+        """Park the task and begin its subtasks; a task that has a plan already goes on with that."""
+        entry = await self._plans.get(envelope.task_id)
+        if entry is not None:
+            return await self._carry_out(entry.value, graph.running(entry.value))
+        try:
+            subtasks = planner.given(envelope.ad, self._config)
+        except InvalidPlan as error:
+            return Fail(TaskError.of(error), envelope)
+        if subtasks is None:
+            subtasks, why = await self._ask_for_plan(envelope)
+            if subtasks is None:
+                log.info("not_divided", reason=why)
+                return Next("execute", _noted(envelope, f"not divided: {why}"))
+        plan = graph.begin(envelope, subtasks)
+        try:
+            await self._plans.create(envelope.task_id, plan)
+        except Conflict:  # a twin of the message was faster
+            return await self._divide(envelope)
+        log.info("divided", subtasks=len(plan.subtasks), begun=len(graph.running(plan)))
+        return await self._carry_out(plan, graph.running(plan))
+
+    async def _ask_for_plan(self, envelope: Envelope) -> tuple[tuple[Subtask, ...] | None, str]:
+        """A model's plan; or None, and why the task is better left whole."""
+        if self._llm is None:
+            return None, "no model is there to plan"
+        left_s = envelope.deadline - self._bus.now()
+        try:
+            subtasks = await planner.asked(self._llm, envelope.ad, self._config, left_s)
+        except InvalidPlan as error:
+            return None, f"the model's plan cannot be used: {error.message}"
+        except Exception as error:  # noqa: BLE001 - a user's provider may raise anything; the task runs whole
+            log.warning("model_not_asked", reason=type(error).__name__)
+            return None, f"the model could not be asked: {type(error).__name__}"
+        if len(subtasks) == 1:
+            return None, "the model sees one task in it"
+        return subtasks, ""
+
+    # -- news of a plan
+
+    async def _on_notice(self, parent_id: str, child_id: str) -> Outcome:
+        """A subtask has ended: note it, and publish what follows."""
+        child = await self._records.get(child_id)
+        if child is None or not child.value.ended:
+            log.warning("notice_too_early", child_id=child_id)
+            return Done()
+        for _ in range(TRIES):
+            entry = await self._plans.get(parent_id)
+            if entry is None:
+                log.info("notice_without_plan", child_id=child_id)
+                return Done()
+            before = entry.value
+            plan = graph.note(before, child.value)
+            if plan == before:  # told before, perhaps by a process that died right then: all of it is published again
+                return await self._carry_out(plan, graph.running(plan))
+            try:
+                await self._plans.update(parent_id, plan, entry.revision)
+            except Conflict:
+                continue
+            known = {part.id for part in graph.running(before)}
+            return await self._carry_out(plan, [part for part in graph.running(plan) if part.id not in known])
+        raise BusUnavailable(f"the plan of {parent_id} would not hold still")
+
+    async def _on_end(self, parent_id: str) -> Outcome:
+        """The divided task has ended: its plan is over, and so are the subtasks that still run."""
+        for _ in range(TRIES):
+            entry = await self._plans.get(parent_id)
+            if entry is None:
+                return Done()
+            try:
+                await self._plans.update(parent_id, graph.finish(entry.value), entry.revision)
+            except Conflict:
+                continue
+            await self._drop_timer(parent_id)
+            await asyncio.gather(*(self._cancel(part) for part in graph.running(entry.value)))
+            return Done()
+        raise BusUnavailable(f"the plan of {parent_id} would not hold still")
+
+    async def _cancel(self, part: Subtask) -> None:
+        if part.child_id is None:
+            return
+        with suppress(UnknownTask):  # not admitted yet: at its admission it finds that its parent has ended
+            await tasks.cancel(self._bus, part.child_id)
+
+    # -- what a plan implies
+
+    async def _carry_out(self, plan: SplitPlan, begun: Sequence[Subtask]) -> Outcome:
+        """Publish what the stored plan implies; every reader bears hearing it twice.
+
+        Args:
+            begun: The subtasks to publish.
+        """
+        match plan.state:
+            case "running":
+                await self._begin(plan, begun)
+                return Done()
+            case "joining":
+                await self._drop_timer(plan.parent_id)
+                outputs = await self._outputs(plan, [part.id for part in plan.subtasks])
+                return Next("execute", graph.joined(plan, outputs), f"{plan.parent_id}:join")
+            case "done":
+                return await self._fail(plan)
+
+    async def _begin(self, plan: SplitPlan, begun: Sequence[Subtask]) -> None:
+        parent = plan.envelope
+        await schedule(
+            self._bus,
+            self._bus.subjects.later(plan.parent_id, "timer"),
+            target=self._bus.subjects.task("scale", parent.priority, plan.parent_id),
+            at=parent.deadline,
+            envelope=parent,
+            msg_id=f"{plan.parent_id}:timer",
+        )
+        # The record is read after the plan is stored: whoever ends the parent sees one of them.
+        record = await self._records.get(plan.parent_id)
+        if record is None or record.value.ended:
+            await self._on_end(plan.parent_id)
+            return
+        outputs = await self._outputs(plan, [name for part in begun for name in part.dependencies])
+        await asyncio.gather(*(self._publish(graph.child_of(plan, part, outputs, self._bus.now())) for part in begun))
+
+    async def _publish(self, child: Envelope) -> None:
+        subject = self._bus.subjects.task("sense", child.priority, child.task_id)
+        await self._bus.store(subject, child, msg_id=f"{child.task_id}:begin")
+
+    async def _outputs(self, plan: SplitPlan, names: Sequence[str]) -> dict[str, str]:
+        """What came out of the named subtasks, read from their records."""
+        wanted = {part.id: part.child_id for part in plan.subtasks if part.id in names and part.child_id}
+        entries = await asyncio.gather(*(self._records.get(child_id) for child_id in wanted.values()))
+        return {
+            name: entry.value.envelope.result.content
+            for name, entry in zip(wanted, entries, strict=True)
+            if entry is not None and entry.value.envelope.result is not None
+        }
+
+    async def _fail(self, plan: SplitPlan) -> Outcome:
+        """Hand the parent of a failed plan to EVALUATE; one that is over for another reason has ended already."""
+        error = graph.failure(plan)
+        if error is None:
+            return Done()
+        await self._drop_timer(plan.parent_id)
+        failed = replace(plan.envelope, error=error, result=await self._partial(plan, error))
+        return Next("evaluate", failed, f"{plan.parent_id}:planfail")
+
+    async def _partial(self, plan: SplitPlan, error: TaskError) -> RunResult | None:
+        """What there is for a budget that is spent: the outputs so far."""
+        if error.code != "budget_exceeded":
+            return None
+        outputs = await self._outputs(plan, [part.id for part in plan.subtasks if part.state == "succeeded"])
+        return RunResult(content="\n\n".join(graph.fitting(outputs).values())) if outputs else None
+
+    async def _drop_timer(self, parent_id: str) -> None:
+        """Take the parked parent out of the stream, where it would count as work."""
+        stream = self._bus.subjects.stream("TASKS")
+        await self._bus.api(f"STREAM.PURGE.{stream}", {"filter": self._bus.subjects.later(parent_id, "*")})
+
+
+def _noted(envelope: Envelope, note: str) -> Envelope:
+    return envelope if envelope.spec is None else replace(envelope, spec=replace(envelope.spec, note=note))
