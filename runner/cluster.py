@@ -42,7 +42,7 @@ def build(phase: Phase, bus: Bus, config: ClusterConfig, llm: LLMProvider | None
     builders: dict[Phase, Callable[[], PhaseService]] = {
         "sense": lambda: Sense(bus, config, llm),
         "match": lambda: Match(bus, config),
-        "scale": lambda: Scale(bus, config),
+        "scale": lambda: Scale(bus, config, llm),
         "execute": lambda: Execute(bus, config),
         "evaluate": lambda: Evaluate(bus, config),
         "adapt": lambda: Adapt(bus, config),
