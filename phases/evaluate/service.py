@@ -154,7 +154,8 @@ class Evaluate:
         if notice is not None:
             await self._store_for_scale(notice, f"{record.task_id}:done")
         # The plan is looked for after the record is written: whoever stores one reads the record after that.
-        if may_be_divided(record) and await self._plans.get(record.task_id) is not None:
+        plan = await self._plans.get(record.task_id) if may_be_divided(record) else None
+        if plan is not None and plan.value.subtasks:
             await self._store_for_scale(record.envelope, f"{record.task_id}:unpark")
 
     async def _store_for_scale(self, envelope: Envelope, msg_id: str) -> None:

@@ -1,14 +1,14 @@
 """The graph of a divided task and what a child's end does to it. Pure: every change gives a new plan."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import blake2b
 
 from msgspec.structs import replace
 
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Split, SplitPlan, Subtask, TaskRecord
-from loom.schemas.task import RunResult, TaskAd, TaskError
+from loom.schemas.task import TaskAd, TaskError
 from loom.schemas.wire import MAX_INPUTS_BYTES, cut_utf8, encode
 
 SYNTHESIS_SHARE = 0.2
@@ -19,22 +19,30 @@ PLAN = "plan"
 """Key of the ad's context under which a client may give the plan itself, or `true` to have one made."""
 
 
+_OWN = frozenset({"budget_exceeded", "deadline_exceeded"})
+"""Errors of a subtask that are the parent's own: its budget and its deadline are what they share."""
+
+
 def child_id(parent_id: str, subtask_id: str) -> str:
     """Return the task id of a subtask: the same whoever computes it."""
     digest = blake2b(f"{parent_id}:{subtask_id}".encode(), digest_size=16).digest()
     return base64.b32encode(digest).decode().rstrip("=").lower()
 
 
-def may_split(envelope: Envelope, config: ClusterConfig) -> bool:
-    """Return whether the task is to be divided: it asks for it or is hard, and is not divided too deeply yet."""
+def asks_to_split(envelope: Envelope, config: ClusterConfig) -> bool:
+    """Return whether the task is to be divided: its ad asks for it, or it is hard and may go to any node."""
+    ad, limits, hard = envelope.ad, envelope.ad.limits, config.mitosis_threshold
+    if limits is not None and limits.mitosis_threshold is not None:
+        hard = max(hard, limits.mitosis_threshold)
+    if ad.context.get(PLAN) not in (None, False):
+        return True
+    return ad.node_id is None and envelope.spec is not None and envelope.spec.complexity > hard
+
+
+def deepest(envelope: Envelope, config: ClusterConfig) -> int:
+    """Return how many divisions there may be between a client's task and its smallest part."""
     limits = envelope.ad.limits
-    deepest, hard = config.max_depth, config.mitosis_threshold
-    if limits is not None:
-        deepest = deepest if limits.max_depth is None else min(deepest, limits.max_depth)
-        hard = hard if limits.mitosis_threshold is None else max(hard, limits.mitosis_threshold)
-    if envelope.depth >= deepest or envelope.spec is None:
-        return False
-    return PLAN in envelope.ad.context or envelope.spec.complexity > hard
+    return config.max_depth if limits is None or limits.max_depth is None else min(config.max_depth, limits.max_depth)
 
 
 def begin(envelope: Envelope, subtasks: Sequence[Subtask]) -> SplitPlan:
@@ -46,29 +54,46 @@ def begin(envelope: Envelope, subtasks: Sequence[Subtask]) -> SplitPlan:
     return advance(SplitPlan(parent_id=envelope.task_id, subtasks=named, envelope=envelope))
 
 
+def whole(envelope: Envelope, why: str) -> SplitPlan:
+    """Return the plan of a task that stays whole: the decision is made once, however often the task comes."""
+    return SplitPlan(parent_id=envelope.task_id, state="done", subtasks=(), envelope=envelope, note=why)
+
+
 def advance(plan: SplitPlan) -> SplitPlan:
-    """Return the plan with every subtask running whose dependencies have succeeded; joining when all have."""
+    """Return the plan with every subtask running whose dependencies have succeeded; joining when all have.
+
+    It is done instead when a subtask has failed, or no tokens are left.
+    """
+    if failure(plan):
+        return finish(plan)
     done = {part.id for part in plan.subtasks if part.state == "succeeded"}
     if len(done) == len(plan.subtasks):
         return replace(plan, state="joining")
-    begun = [part for part in plan.subtasks if part.state == "waiting" and done.issuperset(part.dependencies)]
-    grants = _grants(plan, begun)
-    subtasks = tuple(
-        replace(part, state="running", grant=grants[part.id]) if part.id in grants else part for part in plan.subtasks
-    )
-    return replace(plan, subtasks=subtasks)
+    ready = {part.id for part in plan.subtasks if part.state == "waiting" and done.issuperset(part.dependencies)}
+    grants = _grants(plan, ready)
+    plan = replace(plan, subtasks=tuple(_begun(part, grants) for part in plan.subtasks))
+    return finish(plan) if failure(plan) else plan
 
 
-def _grants(plan: SplitPlan, begun: Sequence[Subtask]) -> dict[str, int | None]:
+def _begun(part: Subtask, grants: Mapping[str, int | None]) -> Subtask:
+    if part.id not in grants:
+        return part
+    grant = grants[part.id]
+    if grant == 0:
+        return replace(part, state="failed", error=TaskError(code="budget_exceeded", message="no tokens are left"))
+    return replace(part, state="running", grant=grant)
+
+
+def _grants(plan: SplitPlan, ready: Collection[str]) -> dict[str, int | None]:
     """Share what is left of the budget among all that has not begun, by how hard each is; what is unused comes back."""
     left = tokens_left(plan)
-    if left is None:
-        return {part.id: None for part in begun}
-    lent = sum(max(0, (part.grant or 0) - part.tokens) for part in plan.subtasks if part.state == "running")
-    free = max(0, left - lent) * (1 - SYNTHESIS_SHARE)
+    if left is None or plan.envelope.budget is None:
+        return dict.fromkeys(ready)
+    lent = sum(max(0, (part.grant or 0) - part.tokens) for part in running(plan))
+    free = max(0.0, left - lent - plan.envelope.budget * SYNTHESIS_SHARE)
     weights = {part.id: LEAST_WEIGHT + part.estimated_complexity for part in plan.subtasks if part.state == "waiting"}
     total = sum(weights.values())
-    return {part.id: max(1, int(free * weights[part.id] / total)) for part in begun}
+    return {name: int(free * weights[name] / total) for name in ready}
 
 
 def tokens_left(plan: SplitPlan) -> int | None:
@@ -77,33 +102,42 @@ def tokens_left(plan: SplitPlan) -> int | None:
     return None if budget is None else budget - sum(part.tokens for part in plan.subtasks)
 
 
-def note(plan: SplitPlan, record: TaskRecord) -> SplitPlan:
+def note(plan: SplitPlan, record: TaskRecord, below: SplitPlan | None = None) -> SplitPlan:
     """Return the plan after the child of that (ended) record; told again, nothing changes.
 
     A subtask that failed fails the plan, and so does a budget that is spent.
+
+    Args:
+        below: The plan of the child, where it was divided itself.
     """
     if plan.state != "running":
         return plan
-    subtasks = tuple(_ended(part, record) if part.child_id == record.task_id else part for part in plan.subtasks)
-    if subtasks == plan.subtasks:
-        return plan
-    plan = replace(plan, subtasks=subtasks)
-    return replace(plan, state="done") if failure(plan) else advance(plan)
+    subtasks = tuple(_ended(part, record, below) if part.child_id == record.task_id else part for part in plan.subtasks)
+    return plan if subtasks == plan.subtasks else advance(replace(plan, subtasks=subtasks))
 
 
-def _ended(part: Subtask, record: TaskRecord) -> Subtask:
+def _ended(part: Subtask, record: TaskRecord, below: SplitPlan | None) -> Subtask:
     if part.state != "running" or not record.ended or record.state in {"accepted", "running"}:
         return part
-    result = record.envelope.result or RunResult()
-    failed = sum(tried.tokens for tried in record.envelope.tried)
     return replace(
         part,
         state=record.state,
         error=None if record.state == "succeeded" else record.envelope.error,
-        node_id=record.envelope.award.node_id if record.envelope.award else None,
-        tokens=result.tokens + failed,
+        node_id=record.to_result().node_id,
+        tokens=_used(part, record, below),
         duration_s=max(0.0, (record.ended_at or record.admitted_at) - record.admitted_at),
     )
+
+
+def _used(part: Subtask, record: TaskRecord, below: SplitPlan | None) -> int:
+    """Tokens a child has used: in each attempt, in its own subtasks, and in whatever else took from its grant."""
+    envelope = record.envelope
+    last = 0 if record.below_threshold or envelope.result is None else envelope.result.tokens  # the best one was tried
+    told = last + sum(tried.tokens for tried in envelope.tried)
+    told += sum(inner.tokens for inner in below.subtasks) if below else 0
+    if part.grant is None or envelope.budget is None:
+        return told
+    return max(told, part.grant - envelope.budget)
 
 
 def failure(plan: SplitPlan) -> TaskError | None:
@@ -112,18 +146,29 @@ def failure(plan: SplitPlan) -> TaskError | None:
         if part.state in ("failed", "cancelled"):
             why = part.error.message if part.error else ""
             code = part.error.code if part.error else part.state
-            if code == "budget_exceeded":
-                return TaskError(code=code, message=f"subtask {part.id} spent its part of the budget: {why}"[:2000])
+            if code in _OWN:
+                return TaskError(code=code, message=f"subtask {part.id}: {why}"[:2000])
             return TaskError(code="subtask_failed", message=f"subtask {part.id} ended with {code}: {why}"[:2000])
     left = tokens_left(plan)
-    if left is not None and left < 0:
-        return TaskError(code="budget_exceeded", message=f"the subtasks used {-left} tokens more than the budget")
+    if left is not None and left <= 0:
+        return TaskError(code="budget_exceeded", message="the subtasks have used all tokens of the budget")
     return None
 
 
 def running(plan: SplitPlan) -> list[Subtask]:
     """Return the subtasks that have begun and not ended, in the order of the plan."""
     return [part for part in plan.subtasks if part.state == "running"]
+
+
+def begun_by(plan: SplitPlan, child_id: str) -> list[Subtask]:
+    """Return the running subtasks that the end of that child was the last to hold up, or may have been."""
+    ended = {part.id for part in plan.subtasks if part.child_id == child_id}
+    return [part for part in running(plan) if not ended.isdisjoint(part.dependencies)]
+
+
+def is_failed_by(plan: SplitPlan, child_id: str) -> bool:
+    """Return whether that child's end is among what has failed the plan."""
+    return any(part.child_id == child_id and part.state != "running" for part in plan.subtasks)
 
 
 def finish(plan: SplitPlan) -> SplitPlan:
@@ -135,10 +180,11 @@ def child_of(plan: SplitPlan, part: Subtask, outputs: Mapping[str, str], now: fl
     """Return the first envelope of a subtask.
 
     Args:
-        outputs: subtask id -> what came out, for each of its dependencies.
+        outputs: subtask id -> what came out, for each of its dependencies; what the parent was given comes on top.
         now: Server time, seconds since the epoch.
     """
     parent = plan.envelope
+    given = parent.split.inputs if parent.split else {}
     ad = TaskAd(
         task_id=part.child_id or child_id(parent.task_id, part.id),
         domain=part.domain or parent.domain,
@@ -156,7 +202,7 @@ def child_of(plan: SplitPlan, part: Subtask, outputs: Mapping[str, str], now: fl
         subtask=part.id,
         grant=part.grant,
         deadline=parent.deadline,
-        inputs=fitting({name: outputs.get(name, "") for name in part.dependencies}),
+        inputs=fitting({**given, **{name: outputs.get(name, "") for name in part.dependencies}}),
     )
     return Envelope(ad=ad, split=split, deadline=parent.deadline, budget=part.grant, trace=parent.trace)
 

@@ -12,7 +12,7 @@ from loom.schemas.errors import InvalidPlan
 from loom.schemas.llm import AssistantMessage, CompletionParams, LLMProvider, SystemMessage, UserMessage
 from loom.schemas.plan import PLAN_SCHEMA, parse_plan
 from loom.schemas.task import TaskAd
-from loom.schemas.wire import encode
+from loom.schemas.wire import MAX_CONTEXT_BYTES, encode
 
 log = structlog.get_logger()
 
@@ -39,7 +39,7 @@ def given(ad: TaskAd, config: ClusterConfig) -> tuple[Subtask, ...] | None:
     plan = ad.context.get(PLAN)
     if plan is None or isinstance(plan, bool):
         return None
-    return bounded(parse_plan(encode(plan).decode()), config)
+    return bounded(parse_plan(plan if isinstance(plan, str) else encode(plan).decode()), config)
 
 
 def bounded(plan: tuple[Subtask, ...], config: ClusterConfig) -> tuple[Subtask, ...]:
@@ -50,6 +50,12 @@ def bounded(plan: tuple[Subtask, ...], config: ClusterConfig) -> tuple[Subtask, 
     """
     if len(plan) > config.max_subtasks:
         raise InvalidPlan(f"the plan has {len(plan)} subtasks, at most {config.max_subtasks}", field="subtasks")
+    try:
+        size = len(encode(plan))
+    except UnicodeEncodeError:
+        raise InvalidPlan("the plan holds text that is not Unicode", field="subtasks") from None
+    if size > MAX_CONTEXT_BYTES:  # as much as a client may give: it must fit, with its parent, wherever it is kept
+        raise InvalidPlan(f"the plan is {size} bytes of JSON, at most {MAX_CONTEXT_BYTES}", field="subtasks")
     return plan
 
 

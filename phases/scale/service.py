@@ -4,19 +4,19 @@ Consumes   task.scale.*.*    awarded tasks; notices that a subtask has ended; th
 Publishes  task.sense        the first envelope of each subtask, once all it depends on has succeeded
            later.<parent>    the parked parent, due at its deadline
            task.execute      a task as it came, or a parent with its subtasks' outputs, to be put together
+           cancel.<child>    that a subtask is to stop, once its parent has ended
            spawn             a request for one more node, to hosts that can start some
 State      plans: one per divided task, changed by compare-and-set; whoever changes one publishes what follows
 Gives up   deadline_exceeded, invalid_plan, subtask_failed, budget_exceeded
 """
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from weakref import WeakValueDictionary
 
 import structlog
 from msgspec.structs import replace
 
-from loom.bus import tasks
 from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
 from loom.bus.kv import Bucket
@@ -28,14 +28,17 @@ from loom.phases.scale import graph, planner
 from loom.phases.scale.spawn import NodeRequests, is_saturated
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, SplitPlan, Subtask
-from loom.schemas.errors import BusUnavailable, InvalidPlan, UnknownTask
+from loom.schemas.errors import BusUnavailable, InvalidPlan
 from loom.schemas.llm import LLMProvider
 from loom.schemas.task import RunResult, TaskError
+from loom.schemas.wire import MAX_CONTENT_BYTES, cut_utf8
 
 log = structlog.get_logger()
 
+CANCEL_S = (0.02, 0.1, 0.4, 1.0, 1.0)  # waits for SENSE to record a cancel
 TRIES = 64  # notices of one plan come together; each of them is one change
 LATE = TaskError(code="deadline_exceeded", message="the deadline passed before the run began")
+PARKED = TaskError(code="deadline_exceeded", message="the deadline passed before all subtasks had ended")
 
 
 class Scale:
@@ -48,7 +51,10 @@ class Scale:
         self._records = records(bus)
         self._plans = Bucket(bus, "plans", SplitPlan)
         self._nodes = NodeRequests(bus)
-        self._loop = HopLoop(bus, Service("scale", [(SCALE_LANE, SLOTS)], Envelope, self.handle))
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """Parent -> held by who changes its plan: only other replicas are met at the compare-and-set."""
+        service = Service("scale", [(SCALE_LANE, SLOTS)], Envelope, self.handle, end=self.end_dead)
+        self._loop = HopLoop(bus, service)
 
     async def start(self) -> None:
         """Begin to divide tasks and to pass them on."""
@@ -58,7 +64,7 @@ class Scale:
         """Take nothing new, finish for at most `timeout_s`."""
         await self._loop.drain(timeout_s)
 
-    async def handle(self, envelope: Envelope, _delivery: Delivery) -> Outcome:
+    async def handle(self, envelope: Envelope, delivery: Delivery) -> Outcome:
         """Divide the task, or pass it on; or go on with a plan after news of it."""
         if envelope.split is not None and envelope.split.child is not None:
             return await self._on_notice(envelope.split.parent, envelope.split.child)
@@ -66,9 +72,27 @@ class Scale:
             return await self._on_end(envelope.task_id)
         if envelope.spec is None:
             return Dead("the envelope came without a spec")
+        if self._is_timer(delivery):
+            return Fail(PARKED, envelope)
         if self._bus.now() >= envelope.deadline:
             return Fail(LATE, envelope)
         return await self._on_task(envelope)
+
+    async def end_dead(self, envelope: Envelope) -> None:
+        """Hand a task whose message is dead to EVALUATE; a dead notice is not the envelope of the task it is about."""
+        if envelope.split is not None and envelope.split.child is not None:
+            plan = await self._plans.get(envelope.task_id)
+            if plan is None or plan.value.state != "running":
+                return
+            envelope = replace(plan.value.envelope, error=envelope.error)
+        subject = self._bus.subjects.task("evaluate", envelope.priority, envelope.task_id)
+        await self._bus.store(subject, envelope, msg_id=f"{envelope.task_id}:dead:scale-{envelope.attempt}")
+
+    def _is_timer(self, delivery: Delivery) -> bool:
+        """Whether a parked parent's time has come, by the server's clock."""
+        parsed = self._bus.subjects.parse(delivery.subject)
+        timer = self._bus.subjects.later(parsed.task_id, "timer") if parsed else ""
+        return (delivery.msg.headers or {}).get("Nats-Scheduler") == timer
 
     async def _on_task(self, envelope: Envelope) -> Outcome:
         if envelope.award is None:
@@ -76,8 +100,11 @@ class Scale:
             return Next("match", envelope)
         if is_saturated(envelope.award):
             self._nodes.ask(envelope, saturated=True)
-        if envelope.inputs or not graph.may_split(envelope, self._config):
+        if envelope.inputs or not graph.asks_to_split(envelope, self._config):
             return Next("execute", envelope)
+        deepest = graph.deepest(envelope, self._config)
+        if envelope.depth >= deepest:
+            return Next("execute", _noted(envelope, f"at most {deepest} divisions deep are allowed"))
         return await self._divide(envelope)
 
     # -- dividing
@@ -86,39 +113,43 @@ class Scale:
         """Park the task and begin its subtasks; a task that has a plan already goes on with that."""
         entry = await self._plans.get(envelope.task_id)
         if entry is not None:
-            return await self._carry_out(entry.value, graph.running(entry.value))
+            return await self._go_on(envelope, entry.value)
         try:
             subtasks = planner.given(envelope.ad, self._config)
         except InvalidPlan as error:
             return Fail(TaskError.of(error), envelope)
-        if subtasks is None:
-            subtasks, why = await self._ask_for_plan(envelope)
-            if subtasks is None:
-                log.info("not_divided", reason=why)
-                return Next("execute", _noted(envelope, f"not divided: {why}"))
-        plan = graph.begin(envelope, subtasks)
+        if subtasks is not None:
+            plan = graph.begin(envelope, subtasks)
+        elif self._llm is not None:
+            plan = await self._ask_for_plan(envelope, self._llm)
+        else:
+            return Next("execute", _noted(envelope, "no model is there to plan"))
         try:
             await self._plans.create(envelope.task_id, plan)
         except Conflict:  # a twin of the message was faster
             return await self._divide(envelope)
-        log.info("divided", subtasks=len(plan.subtasks), begun=len(graph.running(plan)))
+        log.info("divided", subtasks=len(plan.subtasks), begun=len(graph.running(plan)), note=plan.note)
+        return await self._go_on(envelope, plan)
+
+    async def _go_on(self, envelope: Envelope, plan: SplitPlan) -> Outcome:
+        """Carry out the plan there is, were it that the task stays whole."""
+        if not plan.subtasks:
+            return Next("execute", _noted(envelope, plan.note))
         return await self._carry_out(plan, graph.running(plan))
 
-    async def _ask_for_plan(self, envelope: Envelope) -> tuple[tuple[Subtask, ...] | None, str]:
-        """A model's plan; or None, and why the task is better left whole."""
-        if self._llm is None:
-            return None, "no model is there to plan"
+    async def _ask_for_plan(self, envelope: Envelope, llm: LLMProvider) -> SplitPlan:
+        """A model's plan; where it has none of use, the task stays whole, and the plan says why."""
         left_s = envelope.deadline - self._bus.now()
         try:
-            subtasks = await planner.asked(self._llm, envelope.ad, self._config, left_s)
+            subtasks = await planner.asked(llm, envelope.ad, self._config, left_s)
         except InvalidPlan as error:
-            return None, f"the model's plan cannot be used: {error.message}"
+            return graph.whole(envelope, f"the model's plan cannot be used: {error.message}")
         except Exception as error:  # noqa: BLE001 - a user's provider may raise anything; the task runs whole
             log.warning("model_not_asked", reason=type(error).__name__)
-            return None, f"the model could not be asked: {type(error).__name__}"
+            return graph.whole(envelope, f"the model could not be asked: {type(error).__name__}")
         if len(subtasks) == 1:
-            return None, "the model sees one task in it"
-        return subtasks, ""
+            return graph.whole(envelope, "the model sees one task in it")
+        return graph.begin(envelope, subtasks)
 
     # -- news of a plan
 
@@ -128,43 +159,61 @@ class Scale:
         if child is None or not child.value.ended:
             log.warning("notice_too_early", child_id=child_id)
             return Done()
-        for _ in range(TRIES):
-            entry = await self._plans.get(parent_id)
-            if entry is None:
-                log.info("notice_without_plan", child_id=child_id)
-                return Done()
-            before = entry.value
-            plan = graph.note(before, child.value)
-            if plan == before:  # told before, perhaps by a process that died right then: all of it is published again
-                return await self._carry_out(plan, graph.running(plan))
-            try:
-                await self._plans.update(parent_id, plan, entry.revision)
-            except Conflict:
-                continue
+        inner = await self._plans.get(child_id) if child.value.envelope.inputs else None
+        below = inner.value if inner else None
+        change = await self._change(parent_id, lambda plan: graph.note(plan, child.value, below))
+        if change is None:
+            log.info("notice_without_plan", child_id=child_id)
+            return Done()
+        before, plan = change
+        if plan != before:
             known = {part.id for part in graph.running(before)}
             return await self._carry_out(plan, [part for part in graph.running(plan) if part.id not in known])
-        raise BusUnavailable(f"the plan of {parent_id} would not hold still")
+        # Told before, perhaps by a process that died right then: what followed is published again.
+        if plan.state == "done" and not graph.is_failed_by(plan, child_id):
+            return Done()
+        return await self._carry_out(plan, graph.begun_by(plan, child_id))
 
     async def _on_end(self, parent_id: str) -> Outcome:
         """The divided task has ended: its plan is over, and so are the subtasks that still run."""
-        for _ in range(TRIES):
-            entry = await self._plans.get(parent_id)
-            if entry is None:
-                return Done()
-            try:
-                await self._plans.update(parent_id, graph.finish(entry.value), entry.revision)
-            except Conflict:
-                continue
+        change = await self._change(parent_id, graph.finish)
+        if change is not None:
             await self._drop_timer(parent_id)
-            await asyncio.gather(*(self._cancel(part) for part in graph.running(entry.value)))
-            return Done()
+            await asyncio.gather(*(self._cancel(part) for part in graph.running(change[1])))
+        return Done()
+
+    async def _change(
+        self, parent_id: str, decide: Callable[[SplitPlan], SplitPlan]
+    ) -> tuple[SplitPlan, SplitPlan] | None:
+        """Change a plan, and return how it was and how it is; None when there is none."""
+        async with self._turns.setdefault(parent_id, asyncio.Lock()):
+            for _ in range(TRIES):
+                entry = await self._plans.get(parent_id)
+                if entry is None:
+                    return None
+                wanted = decide(entry.value)
+                if wanted == entry.value:
+                    return wanted, wanted
+                try:
+                    await self._plans.update(parent_id, wanted, entry.revision)
+                except Conflict:
+                    continue
+                return entry.value, wanted
         raise BusUnavailable(f"the plan of {parent_id} would not hold still")
 
     async def _cancel(self, part: Subtask) -> None:
-        if part.child_id is None:
-            return
-        with suppress(UnknownTask):  # not admitted yet: at its admission it finds that its parent has ended
-            await tasks.cancel(self._bus, part.child_id)
+        """Have a subtask cancelled, and see that it is; a phase's inbox gets no answer of SENSE.
+
+        One that is not admitted yet finds at its admission that its parent has ended.
+        """
+        child_id = part.child_id or ""
+        for wait_s in CANCEL_S:
+            entry = await self._records.get(child_id)
+            if entry is None or entry.value.ended:
+                return
+            await self._bus.publish(self._bus.subjects.of("cancel", child_id))
+            await asyncio.sleep(wait_s)
+        raise BusUnavailable(f"nobody cancels {child_id}")
 
     # -- what a plan implies
 
@@ -176,7 +225,8 @@ class Scale:
         """
         match plan.state:
             case "running":
-                await self._begin(plan, begun)
+                if begun:
+                    await self._begin(plan, begun)
                 return Done()
             case "joining":
                 await self._drop_timer(plan.parent_id)
@@ -195,10 +245,13 @@ class Scale:
             envelope=parent,
             msg_id=f"{plan.parent_id}:timer",
         )
-        # The record is read after the plan is stored: whoever ends the parent sees one of them.
-        record = await self._records.get(plan.parent_id)
+        # Read after the plan is stored and the timer set: whoever ends or joins the parent sees one of them.
+        record, entry = await asyncio.gather(self._records.get(plan.parent_id), self._plans.get(plan.parent_id))
         if record is None or record.value.ended:
             await self._on_end(plan.parent_id)
+            return
+        if entry is None or entry.value.state != "running":
+            await self._drop_timer(plan.parent_id)
             return
         outputs = await self._outputs(plan, [name for part in begun for name in part.dependencies])
         await asyncio.gather(*(self._publish(graph.child_of(plan, part, outputs, self._bus.now())) for part in begun))
@@ -230,14 +283,22 @@ class Scale:
         """What there is for a budget that is spent: the outputs so far."""
         if error.code != "budget_exceeded":
             return None
-        outputs = await self._outputs(plan, [part.id for part in plan.subtasks if part.state == "succeeded"])
-        return RunResult(content="\n\n".join(graph.fitting(outputs).values())) if outputs else None
+        outputs = await self._outputs(
+            plan, [part.id for part in plan.subtasks if part.state in ("succeeded", "failed")]
+        )
+        content, cut = cut_utf8("\n\n".join(filter(None, outputs.values())), MAX_CONTENT_BYTES)
+        return RunResult(content=content, truncated=cut) if content else None
 
     async def _drop_timer(self, parent_id: str) -> None:
         """Take the parked parent out of the stream, where it would count as work."""
         stream = self._bus.subjects.stream("TASKS")
-        await self._bus.api(f"STREAM.PURGE.{stream}", {"filter": self._bus.subjects.later(parent_id, "*")})
+        await self._bus.api(f"STREAM.PURGE.{stream}", {"filter": self._bus.subjects.later(parent_id, "timer")})
 
 
-def _noted(envelope: Envelope, note: str) -> Envelope:
-    return envelope if envelope.spec is None else replace(envelope, spec=replace(envelope.spec, note=note))
+def _noted(envelope: Envelope, why: str) -> Envelope:
+    """Return the envelope saying why its task has not been divided, beside what SENSE had to say."""
+    spec = envelope.spec
+    note = f"not divided: {why}"
+    if spec is None or note in spec.note:
+        return envelope
+    return replace(envelope, spec=replace(spec, note="; ".join(filter(None, (spec.note, note)))))

@@ -5,9 +5,10 @@ import time
 import structlog
 
 from loom.bus.client import Bus, NoResponders
-from loom.schemas.auction import SpawnRequest
+from loom.schemas.auction import SpawnReply, SpawnRequest
 from loom.schemas.envelope import Award, Envelope
 from loom.schemas.errors import LoomError
+from loom.schemas.wire import decode
 
 log = structlog.get_logger()
 
@@ -39,13 +40,14 @@ class NodeRequests:
 
     async def _request(self, request: SpawnRequest) -> None:
         try:
-            await self._bus.request(self._bus.subjects.spawn, request, timeout_s=ANSWER_S)
+            msg = await self._bus.request(self._bus.subjects.spawn, request, timeout_s=ANSWER_S)
+            reply = decode(msg.data, SpawnReply)
         except (TimeoutError, NoResponders):
             log.info("no_host_can_spawn", slug=request.slug, reason=request.reason)
         except LoomError as error:
             log.warning("spawn_request_failed", slug=request.slug, reason=error.message)
         else:
-            log.info("node_requested", slug=request.slug, reason=request.reason)
+            log.info("node_requested", slug=request.slug, node_id=reply.node_id, declined=reply.decline)
 
 
 def is_saturated(award: Award) -> bool:

@@ -113,9 +113,11 @@ class Desk:
                 f"STREAM.MSG.GET.{self._bus.subjects.stream('TASKS')}",
                 {"last_by_subj": self._bus.subjects.task("*", "*", task_id)},
             )
-            return decode(base64.b64decode(found["message"].get("data", "")), Envelope)
+            envelope = decode(base64.b64decode(found["message"].get("data", "")), Envelope)
         except (Refused, Undecodable):
             return None
+        is_notice = envelope.split is not None and envelope.split.child is not None  # it bears the task's id, no more
+        return None if is_notice else envelope
 
     async def _cancel_queued(self, task_id: str) -> TaskRecord:
         queued = await self._queued(task_id)

@@ -6,9 +6,10 @@ from msgspec.structs import replace
 from support.phases import Asker, Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
+from loom.bus.kv import Bucket
 from loom.bus.topology import EVALUATE_LANE
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Best, Claim, Envelope, Hop, Split
+from loom.schemas.envelope import Best, Claim, Envelope, Hop, Split, SplitPlan, Subtask
 from loom.schemas.task import Accept, RunResult, TaskError, TaskResult
 
 
@@ -279,3 +280,98 @@ async def test_two_replicas_end_each_task_once(stage: Stage) -> None:
     await quiet(stage.bus)
     assert len(asker.answers) == 20
     assert await stage.pending("REWARDS") == 20
+
+
+# -- subtasks and divided tasks
+
+
+PART = Split(parent="p", depth=1, subtask="a", grant=100, deadline=1e12, inputs={"before": "it"})
+
+
+async def with_plan(stage: Stage, env: Envelope, *parts: Subtask) -> None:
+    await Bucket(stage.bus, "plans", SplitPlan).create(
+        env.task_id, SplitPlan(parent_id=env.task_id, subtasks=parts, envelope=env)
+    )
+
+
+def scale_ids(stage: Stage) -> list[str]:
+    """The ids of what SCALE has been told."""
+    told = [one for one in stage.heard if one.parsed.tokens.get("phase") == "scale"]
+    return [one.headers["Nats-Msg-Id"] for one in told]
+
+
+@pytest.mark.parametrize(("content", "code"), [("42", None), (None, "budget_exceeded"), (None, "cancelled")])
+async def test_scale_is_told_of_a_subtasks_end_however_it_ended(
+    stage: Stage, content: str | None, code: str | None
+) -> None:
+    await stage.phase("evaluate")
+    await given(stage, content, code, split=PART, ad=ad(task_id="t1", priority="high"))
+    notice = await stage.seen("task", phase="scale")
+    assert (notice.task_id, notice.priority, notice.split) == ("p", "high", replace(PART, child="t1", inputs={}))
+    assert (notice.result, notice.error) == (None, None)
+    assert scale_ids(stage) == ["t1:done"]
+    assert (await stage.read("t1")).ended
+
+
+async def test_the_parent_is_told_after_the_reward_and_before_the_result(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    await given(stage, "42", split=PART)
+    await stage.seen("result")
+    said = [one.parsed.tokens.get("phase", one.parsed.family) for one in stage.heard]
+    assert said == ["evaluate", "reward", "scale", "result"]
+
+
+async def test_an_end_that_is_announced_again_is_told_to_scale_again_under_the_same_id(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    await with_plan(stage, envelope(ad(task_id="t1"), now=stage.bus.now()), Subtask(id="x", description="do x"))
+    env = await given(stage, "42", split=PART, inputs={"x": "out x"})
+    await stage.seen("result")
+    await stage.put("evaluate", replace(env, result=None, error=TaskError(code="deadline_exceeded")))
+    await stage.seen("result", count=2)
+    assert scale_ids(stage) == ["t1:done", "t1:unpark"] * 2
+    assert await stage.pending("TASKS", stage.bus.subjects.task("scale", "*", "*")) == 2
+    assert stage.all("result")[0] == stage.all("result")[1]
+
+
+async def test_delegated_work_is_nobodys_subtask(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    await given(stage, "42", split=replace(PART, subtask=None))
+    await stage.seen("result")
+    assert not scale_ids(stage)
+
+
+@pytest.mark.parametrize("code", ["cancelled", "deadline_exceeded", "subtask_failed"])
+async def test_the_plan_of_a_task_that_has_failed_is_over(stage: Stage, code: str) -> None:
+    await stage.phase("evaluate")
+    env = envelope(ad(task_id="t1"), now=stage.bus.now())
+    await with_plan(stage, env, Subtask(id="x", description="do x"))
+    await given(stage, code=code)
+    told = await stage.seen("task", phase="scale")
+    assert (told.task_id, told.error.code, told.split) == ("t1", code, None)
+    assert scale_ids(stage) == ["t1:unpark"]
+
+
+async def test_a_task_that_stayed_whole_has_no_plan_that_could_be_over(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    await with_plan(stage, envelope(ad(task_id="t1"), now=stage.bus.now()))
+    await given(stage, code="cancelled")
+    await stage.seen("result")
+    assert not scale_ids(stage)
+
+
+async def test_plans_are_looked_for_only_where_there_may_be_one(stage: Stage) -> None:
+    looks: list[str] = []
+
+    async def hear(_msg: Any) -> None:
+        looks.append("plans")
+
+    await stage.bus.subscribe(f"$JS.API.STREAM.MSG.GET.KV_{stage.bus.subjects.bucket('plans')}", hear)
+    evaluate = await stage.phase("evaluate")
+    await given(stage, "42", ad=ad(task_id="plain"))
+    await stage.seen("result")
+    await quiet(stage.bus, evaluate.bus)
+    assert not looks
+    await given(stage, "42", ad=ad(task_id="joined"), inputs={"x": "out x"})
+    await stage.seen("result", count=2)
+    await quiet(stage.bus, evaluate.bus)
+    assert len(looks) == 1

@@ -20,3 +20,11 @@ def test_a_schedule_is_the_same_for_the_same_seed() -> None:
 @pytest.mark.timeout(240)
 async def test_every_accepted_task_ends_once_whatever_is_killed(tmp_path: Path) -> None:
     await account(tmp_path, count=150, per_s=20, kills=9, every_s=0.8, seed=4, ack_wait_s=3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+async def test_every_divided_task_ends_once_and_no_subtask_runs_twice_whatever_is_killed(tmp_path: Path) -> None:
+    told = await account(tmp_path, count=12, per_s=2, kills=8, every_s=0.8, seed=7, ack_wait_s=3, parts=8)
+
+    assert "overhead" in told

@@ -13,10 +13,11 @@ LONGEST_S = 0.2
 
 
 async def work(job: RunRequest) -> str:
-    """Take a while that depends on the task, and answer what the ledger expects."""
+    """Take a while that depends on the task, unless there is nothing to do, and answer what the ledger expects."""
     with RUNS.open("a") as runs:
         runs.write(f"{job.task_id} {job.attempt}\n")
-    await asyncio.sleep(hashlib.blake2b(job.task_id.encode(), digest_size=1).digest()[0] / 255 * LONGEST_S)
+    if job.description != "nothing":
+        await asyncio.sleep(hashlib.blake2b(job.task_id.encode(), digest_size=1).digest()[0] / 255 * LONGEST_S)
     return f"done: {job.description}"
 
 

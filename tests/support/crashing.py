@@ -20,6 +20,7 @@ from loom.bus.client import Bus
 from loom.bus.kv import Bucket
 from loom.bus.loop import HopLoop
 from loom.bus.reward_bus import RewardBus
+from loom.phases.scale import Scale
 from loom.phases.sense.desk import Desk
 from loom.runner.cluster import running_nodes, running_phases
 from loom.schemas.envelope import Phase
@@ -96,6 +97,15 @@ def _in(bucket: str) -> Callable[..., bool]:
     return lambda self, *_: self._prefix.endswith(f"_{bucket}.")
 
 
+def _becomes(state: str) -> Callable[..., bool]:
+    return lambda self, _key, value, *_: self._prefix.endswith("_plans.") and value.state == state
+
+
+def _begins_a_subtask(bus: Bus, subject: str, *_: Any) -> bool:
+    parsed = bus.subjects.parse(subject)
+    return parsed is not None and parsed.tokens.get("phase") == "sense"
+
+
 def _acks(_loop: HopLoop[Any], _delivery: Any, verb: bytes) -> bool:
     return verb == b"+ACK"
 
@@ -114,6 +124,14 @@ POINTS: dict[str, Patch] = {
     "submission stored": after(Bus, "publish", _on("intake")),
     "cancel told": after(Desk, "_tell_evaluate"),
     "cancel recorded": after(Desk, "_cancelled"),
+    "plan stored": after(Bucket, "create", _in("plans")),
+    "timer set": after(Bus, "publish", _on("later")),
+    "subtask begun": after(Bus, "publish", _begins_a_subtask),
+    "plan noted": after(Bucket, "update", _becomes("running")),
+    "plan joined": after(Bucket, "update", _becomes("joining")),
+    "timer dropped": after(Scale, "_drop_timer"),
+    "plan over": after(Bucket, "update", _becomes("done")),
+    "subtask cancelled": after(Bus, "publish", _on("cancel")),
     "none": lambda _fall: None,
 }
 """Where a process may die or stop -> how to have it do so."""

@@ -1,16 +1,19 @@
 """The account of a cluster under faults: what was accepted must be found ended, once, and nothing may be left over.
 
 Run as a script for a long account: `python -m support.ledger --tasks 2000 --kills 60 --seed 1`, with tests/ on
-PYTHONPATH.
+PYTHONPATH; with `--parts 8 --tasks 50` the tasks are divided, and what a subtask costs is measured first.
 """
 
 import argparse
 import asyncio
+import random
+import statistics
 import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from loom.bus import tasks, topology
 from loom.bus.client import Bus
@@ -21,7 +24,7 @@ from loom.bus.records import records
 from loom.bus.topology import stream_state
 from loom.phases.adapt.fold import fold
 from loom.runner.embedded import NatsServer
-from loom.schemas.envelope import PHASES, TaskRecord
+from loom.schemas.envelope import PHASES, SplitPlan, TaskRecord
 from loom.schemas.errors import LoomError
 from loom.schemas.learning import NodeProfile, Reward
 from loom.schemas.task import TaskAd, TaskState
@@ -32,6 +35,10 @@ from support.wait import until
 AGENTS = Path(__file__).parents[1] / "data" / "ledger_agents.py"
 AT_ONCE = 64
 NODES = ("ada", "ben", "cyd")
+SUFFERING = ("scale", "execute", "all", *NODES)
+"""What dies while tasks are divided."""
+MEASURED = 20
+"""Tasks of each kind by which the cost of a subtask is measured."""
 
 
 @dataclass
@@ -39,6 +46,9 @@ class Ledger:
     """Submits tasks and keeps what was promised about each."""
 
     bus: Bus
+    parts: int = 0
+    """Subtasks of each task; their graphs are drawn by a seeded dice."""
+    dice: random.Random = field(default_factory=random.Random)
     accepted: set[str] = field(default_factory=set)
     refused: int = 0
     ended: dict[str, tuple[TaskState, float | None]] = field(default_factory=dict)
@@ -60,7 +70,14 @@ class Ledger:
                 await asyncio.sleep(1 / per_s)
 
     async def _submit(self, number: int) -> None:
-        ad = TaskAd(task_id=new_id(), description=f"entry {number}", domain="code", wait=False, timeout_s=600)
+        ad = TaskAd(
+            task_id=new_id(),
+            description=f"entry {number}",
+            domain="code",
+            wait=False,
+            timeout_s=600,
+            context=random_plan(self.parts, self.dice) if self.parts else {},
+        )
         try:
             if number % 2:
                 await tasks.ask(self.bus, self.bus.subjects.submit, ad, timeout_s=8)
@@ -104,6 +121,27 @@ class Ledger:
             raise AssertionError(f"{error}; {len(open_ones)} are open: {open_ones[:9]}") from None
 
 
+def random_plan(parts: int, dice: random.Random) -> dict[str, Any]:
+    """Return the context of an ad that asks for so many subtasks, in any graph."""
+    names = [f"s{n}" for n in range(parts)]
+    plan = [
+        {
+            "id": name,
+            "description": f"part {name}",
+            "dependencies": dice.sample(names[:n], k=min(n, dice.randint(0, 2))),
+        }
+        for n, name in enumerate(names)
+    ]
+    dice.shuffle(plan)
+    return {"plan": plan}
+
+
+def chain(parts: int) -> dict[str, Any]:
+    """Return the context of an ad whose subtasks wait for one another: nothing of them is side by side."""
+    plan = [{"id": f"s{n}", "description": "nothing", "dependencies": [f"s{n - 1}"] if n else []} for n in range(parts)]
+    return {"plan": plan}
+
+
 @dataclass(frozen=True)
 class Books:
     """What the streams hold in the end."""
@@ -112,13 +150,14 @@ class Books:
     rewards: list[tuple[int, Reward]]
     profiles: dict[str, NodeProfile]
     dead: int
+    plans: dict[str, SplitPlan]
 
     def refolded(self) -> dict[str, NodeProfile]:
         """The profiles as a rebuild from the stream alone makes them."""
         rebuilt: dict[str, NodeProfile] = {}
         for seq, reward in self.rewards:
             known = rebuilt.get(reward.node_id, NodeProfile(node_id=reward.node_id))
-            rebuilt[reward.node_id] = fold(known, reward, seq)
+            rebuilt[reward.node_id] = fold(known, reward, seq, forget=True)
         return rebuilt
 
     def unrewarded(self) -> list[str]:
@@ -148,6 +187,11 @@ async def read_books(bus: Bus) -> Books:
         rewards=[(message.seq, decode(message.data, Reward)) for message in rewards],
         profiles=profiles,
         dead=(await stream_state(bus, "DEAD"))["messages"],
+        plans={
+            task_id: plan.value
+            for task_id, record in found.items()
+            if "plan" in record.envelope.ad.context and (plan := await Bucket(bus, "plans", SplitPlan).get(task_id))
+        },
     )
 
 
@@ -162,9 +206,12 @@ async def _all(reader: OrderedReader) -> list:
 
 
 async def account(
-    folder: Path, *, count: int, per_s: float, kills: int, every_s: float, seed: int, ack_wait_s: int
+    folder: Path, *, count: int, per_s: float, kills: int, every_s: float, seed: int, ack_wait_s: int, parts: int = 0
 ) -> str:
     """Submit tasks while things die, check the books, and return the figures.
+
+    Args:
+        parts: Subtasks each task is divided into. Then only what works on those dies: SCALE, EXECUTE and nodes.
 
     Raises:
         AssertionError: A promise was broken.
@@ -182,18 +229,19 @@ async def account(
             Cast(server, folder, phases, NODES, AGENTS, env) as cast,
         ):
             await until(lambda: _is_up(bus), within_s=30, what="the cluster is up")
-            ledger = Ledger(bus)
+            cost = await overhead(bus, parts) if parts else ""
+            ledger = Ledger(bus, parts, random.Random(seed))
             watching = asyncio.ensure_future(ledger.watch())
             async with asyncio.TaskGroup() as group:
                 group.create_task(ledger.submit(count, per_s))
-                group.create_task(cast.suffer(schedule(seed, cast.targets, kills, every_s)))
+                group.create_task(cast.suffer(schedule(seed, SUFFERING if parts else cast.targets, kills, every_s)))
             calm = time.monotonic()
             await ledger.settled(within_s=180)
             books = await _learned(bus)
             watching.cancel()
             assert not watching.done() or watching.cancelled()
             check(ledger, books, runs.read_text().splitlines())
-            return figures(ledger, books, cast, time.monotonic() - started, time.monotonic() - calm)
+            return figures(ledger, books, cast, time.monotonic() - started, time.monotonic() - calm) + cost
     finally:
         await asyncio.to_thread(server.stop)
 
@@ -227,10 +275,44 @@ def check(ledger: Ledger, books: Books, runs: list[str]) -> None:
     assert not ledger.twice, f"ended twice: {ledger.twice[:5]}"
     again = [run for run, times in Counter(runs).items() if times > 1]
     assert not again, f"attempts that ran twice: {again[:5]}"
+    check_plans(ledger, books)
     assert not books.unrewarded(), f"successes without a reward: {books.unrewarded()[:5]}"
     counted = sum(profile.total_tasks for profile in books.profiles.values())
     earned = len({reward.reward_id for _, reward in books.rewards})
     assert counted <= earned, f"{earned} rewards were counted as {counted}"  # one that comes late may not matter
+
+
+def check_plans(ledger: Ledger, books: Books) -> None:
+    """Every divided task has a plan that is over, and each of its subtasks a record of its own."""
+    for task_id in ledger.accepted if ledger.parts else ():
+        record, plan = books.records[task_id], books.plans[task_id]
+        assert plan.state == "done", f"{task_id}: its plan is {plan.state}"
+        children = [books.records.get(part.child_id or "") for part in plan.subtasks]
+        if record.state == "succeeded":
+            assert [child.state if child else "" for child in children] == ["succeeded"] * ledger.parts, task_id
+            assert list(record.envelope.inputs) == [part.id for part in plan.subtasks], task_id
+
+
+async def overhead(bus: Bus, parts: int) -> str:
+    """Return what a subtask costs, in a cluster where nothing dies, beside a task that is not divided.
+
+    The subtasks do nothing and wait for one another, so that a divided task takes as long as all of them.
+    """
+
+    async def took_s(context: dict[str, Any]) -> float:
+        begun = time.monotonic()
+        ad = TaskAd(task_id=new_id(), description="nothing", domain="code", context=context)
+        handle = await tasks.publish(bus, ad, deltas=False)
+        assert (await handle.result(60)).success
+        return time.monotonic() - begun
+
+    plain = statistics.median([await took_s({}) for _ in range(MEASURED)])
+    divided = statistics.median([await took_s(chain(parts)) for _ in range(MEASURED)])
+    each = (divided - plain) / parts
+    return (
+        f"\nunsplit task: {plain * 1000:.1f} ms; {parts} subtasks in a chain: {divided * 1000:.1f} ms, "
+        f"{each * 1000:.1f} ms each, overhead {(each - plain) * 1000:+.1f} ms"
+    )
 
 
 def _ended(books: Books, task_id: str) -> bool:
@@ -246,6 +328,7 @@ def figures(ledger: Ledger, books: Books, cast: Cast, took_s: float, calm_s: flo
     attempts = Counter(record.envelope.attempt for record in books.records.values())
     failed = Counter(tried.code for record in books.records.values() for tried in record.envelope.tried)
     repeated = len(books.rewards) - len({reward.reward_id for _, reward in books.rewards})
+    began = Counter(part.state for plan in books.plans.values() for part in plan.subtasks)
     waits = sorted(
         (record.ended_at or 0) - (record.envelope.deadline - record.envelope.ad.timeout_s)
         for record in books.records.values()
@@ -256,6 +339,7 @@ def figures(ledger: Ledger, books: Books, cast: Cast, took_s: float, calm_s: flo
             f"ends: {dict(ends)}, after a median of {waits[len(waits) // 2]:.2f} s, the slowest {waits[-1]:.1f} s",
             f"attempts needed: {dict(sorted(attempts.items()))}, failed ones: {dict(failed)}",
             f"kills: {sum(cast.killed.values())}, {dict(sorted(cast.killed.items()))}; quiet {calm_s:.1f} s later",
+            f"divided: {len(books.plans)}, their subtasks: {dict(began)}",
             f"rewards: {len(books.rewards)}, {repeated} of them repeated and counted once; dead letters: {books.dead}",
         )
     )
@@ -263,7 +347,7 @@ def figures(ledger: Ledger, books: Books, cast: Cast, took_s: float, calm_s: flo
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name, value in (("tasks", 2000), ("kills", 60), ("seed", 1), ("ack-wait", 30)):
+    for name, value in (("tasks", 2000), ("kills", 60), ("seed", 1), ("ack-wait", 30), ("parts", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--per-s", type=float, default=25)
     parser.add_argument("--every-s", type=float, default=1.2)
@@ -280,6 +364,7 @@ def main() -> None:
             every_s=given.every_s,
             seed=given.seed,
             ack_wait_s=given.ack_wait,
+            parts=given.parts,
         )
         print(asyncio.run(told))
 

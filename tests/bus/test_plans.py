@@ -1,0 +1,578 @@
+"""SCALE divides a task: what it publishes and stores, whatever comes twice, late or never."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from support.phases import Stage, ad, awarded, envelope, quiet
+from support.wait import until
+
+from loom.bus import tasks
+from loom.bus.client import Msg
+from loom.bus.kv import Bucket
+from loom.bus.loop import schedule
+from loom.bus.records import change, records
+from loom.bus.topology import SCALE_LANE
+from loom.phases.evaluate.policy import notice_of
+from loom.phases.scale.graph import child_id
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Award, Envelope, Split, SplitPlan, TaskRecord
+from loom.schemas.llm import CompletionParams, CompletionResult
+from loom.schemas.task import Limits, RunResult, TaskError
+
+Part = tuple[str, ...]
+DIAMOND: Sequence[Part] = (("top",), ("left", "top"), ("right", "top"), ("end", "left", "right"))
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+def written(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    return [{"id": name, "description": f"do {name}", "dependencies": needs} for name, *needs in parts]
+
+
+async def awarded_task(stage: Stage, **facts: Any) -> Envelope:
+    """A task that runs, as MATCH hands it to SCALE."""
+    ours = {name: facts.pop(name) for name in ("left_s", "split") if name in facts}
+    env = awarded(envelope(ad(**{"task_id": "p", **facts}), now=stage.bus.now(), **ours))
+    await stage.record(replace(env, award=None))
+    return env
+
+
+async def divided(stage: Stage, parts: Sequence[Part], **facts: Any) -> Envelope:
+    """A task whose ad gives its plan, in SCALE's hands."""
+    env = await awarded_task(stage, context={"plan": written(parts)}, **facts)
+    await stage.put("scale", env)
+    return env
+
+
+async def begun(stage: Stage, name: str, parent: str = "p", *, count: int = 1) -> Envelope:
+    """The first envelope of a subtask."""
+    found = await stage.seen("task", phase="sense", task_id=child_id(parent, name), count=count)
+    assert isinstance(found, Envelope)
+    return found
+
+
+async def end(stage: Stage, child: Envelope, state: Any = "succeeded", tokens: int = 0, **facts: Any) -> TaskRecord:
+    """Let a subtask end as EVALUATE does: its record, then the notice."""
+    assert child.split is not None
+    result = RunResult(content=f"out {child.split.subtask}", completion_tokens=tokens)
+    error = None if state == "succeeded" else TaskError(code="agent_failed", message="it broke")
+    over = awarded(replace(child, result=result if error is None else None, error=error, **facts))
+    record = await stage.record(over, state=state, ended_at=stage.bus.now())
+    await tell(stage, record)
+    return record
+
+
+async def tell(stage: Stage, record: TaskRecord) -> None:
+    notice = notice_of(record)
+    assert notice is not None
+    await stage.put("scale", notice)
+
+
+async def ended(stage: Stage, name: str, **facts: Any) -> TaskRecord:
+    return await end(stage, await begun(stage, name), **facts)
+
+
+async def stored(stage: Stage, parent: str = "p") -> SplitPlan | None:
+    entry = await Bucket(stage.bus, "plans", SplitPlan).get(parent)
+    return entry.value if entry else None
+
+
+async def dealt_with(stage: Stage) -> None:
+    """Wait until SCALE has nothing in hand, and all it said has been heard."""
+    await stage.settled(phase="scale")
+    await quiet(stage.bus)
+
+
+def ids(stage: Stage, family: str, **tokens: str) -> list[str]:
+    """The ids of the messages heard, oldest first."""
+    return [
+        one.headers["Nats-Msg-Id"]
+        for one in stage.heard
+        if one.parsed.family == family and all(one.parsed.tokens.get(name) == text for name, text in tokens.items())
+    ]
+
+
+def timers(stage: Stage) -> Any:
+    return stage.pending("TASKS", stage.bus.subjects.later("p", "timer"))
+
+
+async def reads_of(stage: Stage, bucket: str) -> list[Msg]:
+    """Every look into a bucket from now on."""
+    heard: list[Msg] = []
+
+    async def hear(msg: Msg) -> None:
+        heard.append(msg)
+
+    await stage.bus.subscribe(f"$JS.API.STREAM.MSG.GET.KV_{stage.bus.subjects.bucket(bucket)}", hear)
+    await stage.bus.echo()
+    return heard
+
+
+# -- as it should be
+
+
+async def test_a_divided_task_is_parked_and_what_is_ready_begins(stage: Stage) -> None:
+    await stage.phase("scale")
+    env = await divided(stage, (("a",), ("b",), ("c", "a", "b")), token_budget=1000, priority="high")
+    first, second = await begun(stage, "a"), await begun(stage, "b")
+    await dealt_with(stage)
+    assert ids(stage, "task", phase="sense") == [f"{child_id('p', name)}:begin" for name in ("a", "b")]
+    assert (first.ad.description, first.priority, first.deadline) == ("do a", "high", env.deadline)
+    assert first.split == Split(parent="p", depth=1, subtask="a", grant=first.budget, deadline=env.deadline)
+    assert second.budget == first.budget == 266
+    plan = await stored(stage)
+    assert plan is not None
+    assert (plan.state, plan.envelope) == ("running", env)
+    assert [part.state for part in plan.subtasks] == ["running", "running", "waiting"]
+    assert ids(stage, "later") == ["p:timer"]
+    assert await timers(stage) == 1
+    assert not stage.all("task", phase="execute")
+
+
+async def test_what_waits_begins_as_soon_as_its_own_needs_are_met(stage: Stage) -> None:
+    await stage.phase("scale")
+    await divided(stage, (("slow",), ("a",), ("b", "a"), ("c", "b")))
+    await begun(stage, "slow")
+    await ended(stage, "a")
+    child = await begun(stage, "b")
+    assert child.split is not None
+    assert child.split.inputs == {"a": "out a"}
+    await ended(stage, "b")
+    assert (await begun(stage, "c")).split.inputs == {"b": "out b"}  # type: ignore[union-attr]
+    assert not stage.all("task", phase="execute")
+
+
+async def test_the_join_hands_on_all_outputs_in_the_plans_order_and_drops_the_timer(stage: Stage) -> None:
+    await stage.phase("scale")
+    env = await divided(stage, DIAMOND, token_budget=1000)
+    for name in ("top", "right", "left"):
+        await ended(stage, name, tokens=100)
+    last = await begun(stage, "end")
+    assert last.split is not None
+    assert last.split.inputs == {"left": "out left", "right": "out right"}
+    await end(stage, last, tokens=100)
+    joined = await stage.seen("task", phase="execute")
+    assert list(joined.inputs.items()) == [(name, f"out {name}") for name in ("top", "left", "right", "end")]
+    assert (joined.award, joined.attempt, joined.budget, joined.split) == (env.award, 1, 600, None)
+    assert ids(stage, "task", phase="execute") == ["p:join"]
+    await dealt_with(stage)
+    assert await timers(stage) == 0
+    plan = await stored(stage)
+    assert plan is not None
+    assert (plan.state, {part.state for part in plan.subtasks}) == ("joining", {"succeeded"})
+
+
+async def test_a_parent_that_has_ended_is_over_for_its_plan_too(stage: Stage) -> None:
+    await stage.phase("scale")
+    env = await divided(stage, (("a",),))
+    await ended(stage, "a")
+    await stage.seen("task", phase="execute")
+    await stage.put("scale", replace(env, result=RunResult(content="all")))
+    await dealt_with(stage)
+    assert (await stored(stage)).state == "done"  # type: ignore[union-attr]
+    assert not stage.all("task", phase="evaluate")
+
+
+async def test_many_ends_at_once_make_each_change_once_under_two_replicas(stage: Stage) -> None:
+    await asyncio.gather(stage.phase("scale"), stage.phase("scale"))
+    names = [f"s{n}" for n in range(15)]
+    await divided(stage, [*((name,) for name in names), ("end", *names)])
+    children = [await begun(stage, name) for name in names]
+    records = [await stage.record(_good(child), state="succeeded", ended_at=1.0) for child in children]
+    await asyncio.gather(*(tell(stage, record) for record in records))
+    last = await begun(stage, "end")
+    assert last.split is not None
+    assert list(last.split.inputs) == names
+    await end(stage, last)
+    await stage.seen("task", phase="execute")
+    await dealt_with(stage)
+    assert len(ids(stage, "task", phase="sense")) == 16
+    assert len(ids(stage, "task", phase="execute")) == 1
+    assert len(ids(stage, "later")) == 2  # when parts began: at first, and for the last one
+
+
+def _good(child: Envelope) -> Envelope:
+    return awarded(replace(child, result=RunResult(content="out")))
+
+
+async def test_a_task_that_cannot_have_a_plan_costs_no_look_for_one(stage: Stage) -> None:
+    reads = await reads_of(stage, "plans")
+    await stage.phase("scale", llm=Scripted("unasked"))
+    await stage.put("scale", await awarded_task(stage))
+    await stage.seen("task", phase="execute")
+    await quiet(stage.bus)
+    assert not reads
+
+
+# -- twice, late, never
+
+
+async def test_all_that_follows_is_published_again_under_the_same_ids(stage: Stage) -> None:
+    await stage.phase("scale")
+    env = await divided(stage, (("a",), ("b",), ("c", "a"), ("d", "b")))
+    await begun(stage, "a")
+    await stage.put("scale", env)
+    await begun(stage, "b", count=2)
+    record = await ended(stage, "a")
+    await begun(stage, "c")
+    await tell(stage, record)
+    await begun(stage, "c", count=2)
+    await dealt_with(stage)
+    said = ids(stage, "task", phase="sense")
+    assert {name: said.count(f"{child_id('p', name)}:begin") for name in "abcd"} == {"a": 2, "b": 2, "c": 2, "d": 0}
+    assert await stage.pending("TASKS", stage.bus.subjects.of("task", "sense", "*", "*")) == 3
+    assert await timers(stage) == 1
+    last = [await ended(stage, name) for name in ("b", "c", "d")][-1]
+    await stage.seen("task", phase="execute")
+    await tell(stage, last)
+    await stage.seen("task", phase="execute", count=2)
+    await stage.put("scale", env)
+    await stage.seen("task", phase="execute", count=3)
+    await dealt_with(stage)
+    assert set(ids(stage, "task", phase="execute")) == {"p:join"}
+    assert await stage.pending("TASKS", stage.bus.subjects.of("task", "execute", "*", "*")) == 1
+    assert await timers(stage) == 0
+
+
+async def test_twins_of_the_parent_make_one_plan_for_the_node_that_was_first(stage: Stage) -> None:
+    await stage.phase("scale")
+    env = await awarded_task(stage, context={"plan": written((("a",),))})
+    await stage.put("scale", env)
+    await begun(stage, "a")
+    await stage.put("scale", replace(env, award=Award(node_id="n2", host_id="h2")))
+    await begun(stage, "a", count=2)
+    await ended(stage, "a")
+    assert (await stage.seen("task", phase="execute")).award == env.award
+
+
+async def test_a_notice_before_its_time_or_of_nobodys_plan_changes_nothing(stage: Stage) -> None:
+    await stage.phase("scale")
+    await divided(stage, (("a",),))
+    child = await begun(stage, "a")
+    record = await stage.record(child)
+    await tell(stage, record)  # it still runs
+    stranger = replace(child, ad=replace(child.ad, task_id="x"), split=replace(child.split, parent="y"))  # type: ignore[type-var]
+    await end(stage, stranger)
+    mistaken = replace(child, ad=replace(child.ad, task_id="z"))
+    await end(stage, mistaken)  # one the plan does not know
+    await dealt_with(stage)
+    assert (await stored(stage)).subtasks[0].state == "running"  # type: ignore[union-attr]
+    assert not stage.all("task", phase="execute") + stage.all("task", phase="evaluate")
+
+
+async def test_at_its_deadline_a_parked_task_fails(stage: Stage) -> None:
+    await stage.phase("scale")
+    await divided(stage, (("a",),), left_s=0.6)
+    await begun(stage, "a")
+    late = await stage.seen("task", phase="evaluate")
+    assert (late.task_id, late.error.code) == ("p", "deadline_exceeded")
+    assert "subtasks" in late.error.message
+    assert late.hops[-1].finished >= late.deadline - 0.5
+    await dealt_with(stage)
+    assert await timers(stage) == 0
+
+
+async def test_the_servers_clock_decides_when_a_parked_task_is_late(stage: Stage) -> None:
+    """A replica whose clock is behind takes the timer for what it is."""
+    scale = await stage.phase("scale")
+    scale.bus.clock_offset_s -= 30
+    await divided(stage, (("a",),), left_s=0.6)
+    assert (await stage.seen("task", phase="evaluate")).error.code == "deadline_exceeded"
+
+
+async def test_a_task_joined_late_leaves_its_own_next_attempt_alone(stage: Stage) -> None:
+    """The timer is purged, and nothing else that waits under the parent's id: a retry waits there too."""
+    await stage.phase("scale")
+    await divided(stage, (("a",),))
+    record = await ended(stage, "a")
+    await stage.seen("task", phase="execute")
+    await stage.bus.store(stage.bus.subjects.later("p", "task-77"), b"{}", headers={})
+    await tell(stage, record)
+    await stage.seen("task", phase="execute", count=2)
+    await dealt_with(stage)
+    assert await stage.pending("TASKS", stage.bus.subjects.later("p", "task-77")) == 1
+
+
+async def test_a_timer_set_for_a_plan_that_another_replica_has_joined_meanwhile_is_taken_back(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def late(*args: Any, **facts: Any) -> None:
+        plans = Bucket(stage.bus, "plans", SplitPlan)
+        entry = await plans.get("p")
+        assert entry is not None
+        await plans.update("p", replace(entry.value, state="joining"), entry.revision)
+        await schedule(*args, **facts)
+
+    monkeypatch.setattr("loom.phases.scale.service.schedule", late)
+    await stage.phase("scale")
+    await divided(stage, (("a",),))
+    await stage.seen("later")
+    await dealt_with(stage)
+    assert await timers(stage) == 0
+    assert not stage.all("task", phase="sense")
+
+
+async def test_a_synthesis_on_its_way_to_another_node_is_not_divided_again(stage: Stage) -> None:
+    await stage.phase("scale")
+    env = await divided(stage, (("a",),))
+    await ended(stage, "a")
+    joined = await stage.seen("task", phase="execute")
+    again = replace(joined, attempt=2, award=Award(node_id="n2", host_id="h2"))
+    await stage.put("scale", again)
+    passed = await stage.seen("task", phase="execute", count=2)
+    assert (passed.attempt, passed.award, passed.inputs) == (2, again.award, {"a": "out a"})
+    assert len(ids(stage, "task", phase="sense")) == 1
+    assert env.ad == passed.ad
+
+
+async def test_a_dead_notice_ends_the_parent_it_is_about(stage: Stage) -> None:
+    parent = await divided(stage, (("a",), ("b",)), split=Split(parent="g", depth=1, subtask="p", deadline=1e12))
+    scale = await stage.phase("scale")
+    child = await begun(stage, "a")
+    scale.die()
+    await end(stage, child)
+    await stage.reject(SCALE_LANE, 10)
+    await stage.phase("scale")
+    over = await stage.seen("task", phase="evaluate", within_s=10)
+    assert (over.task_id, over.error.code, over.ad, over.split) == ("p", "dead_letter", parent.ad, parent.split)
+
+
+# -- ends
+
+
+async def test_a_failed_subtask_fails_the_parent_with_its_reason(stage: Stage) -> None:
+    await stage.phase("scale")
+    await divided(stage, (("a",), ("b",), ("c", "a")))
+    second = await begun(stage, "b")
+    record = await ended(stage, "a", state="failed")
+    failed = await stage.seen("task", phase="evaluate")
+    assert (failed.task_id, failed.error.code) == ("p", "subtask_failed")
+    assert failed.error.message == "subtask a ended with agent_failed: it broke"
+    await tell(stage, record)
+    await stage.seen("task", phase="evaluate", count=2)
+    await end(stage, second)
+    await dealt_with(stage)
+    assert ids(stage, "task", phase="evaluate") == ["p:planfail"] * 2
+    assert not ids(stage, "task", phase="sense", task_id=child_id("p", "c"))
+    assert await timers(stage) == 0
+
+
+async def test_a_budget_that_is_spent_ends_the_task_with_what_there_is(stage: Stage) -> None:
+    await stage.phase("scale")
+    await divided(stage, (("a",), ("b", "a"), ("c", "b")), token_budget=1000)
+    await ended(stage, "a", tokens=10)
+    await ended(stage, "b", tokens=2000)
+    failed = await stage.seen("task", phase="evaluate")
+    assert (failed.error.code, failed.result.content) == ("budget_exceeded", "out a\n\nout b")
+    await dealt_with(stage)
+    assert len(ids(stage, "task", phase="sense")) == 2
+
+
+async def test_nothing_begins_for_a_parent_that_has_ended(stage: Stage) -> None:
+    env = await awarded_task(stage, context={"plan": written((("a",),))})
+    await change(records(stage.bus), "p", lambda record: replace(record, state="cancelled", ended_at=1.0))
+    await stage.phase("scale")
+    await stage.put("scale", env)
+    await dealt_with(stage)
+    assert not stage.all("task", phase="sense")
+    assert (await stored(stage)).state == "done"  # type: ignore[union-attr]
+    assert await timers(stage) == 0
+
+
+async def test_a_cancel_reaches_children_and_their_children_and_those_not_admitted_yet(stage: Stage) -> None:
+    await asyncio.gather(*(stage.phase(name) for name in ("scale", "sense", "evaluate")))
+    plan = {"plan": written((("x",), ("y", "x")))}
+    await divided(stage, (("a",), ("b",), ("c", "a")))
+    first = await stage.seen("task", phase="match", task_id=child_id("p", "a"))
+    await stage.put("scale", awarded(replace(first, ad=replace(first.ad, context=plan))))
+    inner = child_id(first.task_id, "x")
+    await stage.seen("task", phase="match", task_id=inner)
+    assert (await tasks.cancel(stage.bus, "p")).state == "cancelled"
+    for name in (first.task_id, child_id("p", "b"), inner):
+        assert (await stage.seen("result", task_id=name)).state == "cancelled"
+    late = replace(first, ad=replace(first.ad, task_id="late"), spec=None)
+    await stage.put("sense", late)
+    assert (await stage.seen("result", task_id="late")).state == "cancelled"
+    await asyncio.gather(*(stage.settled(phase=name) for name in ("scale", "sense", "evaluate")))
+    assert [(await stored(stage, name)).state for name in ("p", first.task_id)] == ["done", "done"]  # type: ignore[union-attr]
+    assert await stage.pending("TASKS", stage.bus.subjects.of("later", "*", "*")) == 0
+
+
+async def test_a_cancel_while_a_notice_waits_ends_the_task_as_itself(stage: Stage) -> None:
+    scale = await stage.phase("scale")
+    env = await divided(stage, (("a",), ("b",)))
+    child = await begun(stage, "a")
+    scale.die()
+    await end(stage, child)  # nobody takes the notice
+    await asyncio.gather(stage.phase("sense"), stage.phase("evaluate"))
+    assert (await tasks.cancel(stage.bus, "p")).envelope.ad == env.ad
+    await stage.seen("result", task_id="p")
+    told = await until(lambda: [one for one in stage.all("task", phase="scale") if one.error], what="SCALE is told")
+    assert isinstance(told, list)
+    assert (told[0].ad, told[0].split) == (env.ad, None)
+
+
+# -- depth and plans of no use
+
+
+@pytest.mark.parametrize(
+    ("depth", "limits", "whole"), [(1, None, False), (2, None, True), (1, Limits(max_depth=1), True)]
+)
+async def test_a_part_is_divided_itself_until_it_is_too_deep(
+    stage: Stage, depth: int, limits: Limits | None, *, whole: bool
+) -> None:
+    await stage.phase("scale")
+    split = Split(parent="g", depth=depth, subtask="p", deadline=1e12, inputs={"before": "it"})
+    await divided(stage, (("a",),), split=split, limits=limits)
+    if whole:
+        passed = await stage.seen("task", phase="execute")
+        assert passed.spec.note.startswith("not divided: at most")
+        assert await stored(stage) is None
+    else:
+        child = await begun(stage, "a")
+        assert child.split is not None
+        assert (child.depth, child.split.parent, child.split.inputs) == (2, "p", {"before": "it"})
+
+
+@pytest.mark.parametrize(
+    ("plan", "complaint"),
+    [
+        (written((("a", "b"), ("b", "a"))), "form a cycle: a, b, a|form a cycle: b, a, b"),
+        (written((("a", "a"),)), "form a cycle"),
+        (written((("a", "x"),)), "subtask a has the unknown dependency x"),
+        (written((("a",), ("a",))), "duplicate subtask id a"),
+        ([{"id": n, "description": "x"} for n in range(1000)], "1000 subtasks, at most 16"),
+        ([], "no JSON list of subtasks"),
+        ("do this, then that", "no JSON list of subtasks"),
+        ([{"id": "a"}], "malformed subtask: .*description"),
+        ([{"id": "a b", "description": "x"}], "malformed subtask"),
+    ],
+)
+async def test_a_given_plan_that_breaks_a_rule_ends_the_task_and_says_which(
+    stage: Stage, plan: Any, complaint: str
+) -> None:
+    await stage.phase("scale")
+    await stage.put("scale", await awarded_task(stage, context={"plan": plan}))
+    failed = await stage.seen("task", phase="evaluate")
+    assert failed.error.code == "invalid_plan"
+    with pytest.raises(ValueError, match=complaint):
+        raise ValueError(failed.error.message)
+    assert await stored(stage) is None
+    assert await timers(stage) == 0
+
+
+# -- a model's plan
+
+
+class Scripted:
+    """A model that gives these answers, or raises them, and keeps what it was asked."""
+
+    def __init__(self, *answers: str | Exception) -> None:
+        self.answers = list(answers)
+        self.asked: list[CompletionParams] = []
+
+    async def complete(self, params: CompletionParams) -> CompletionResult:
+        self.asked.append(params)
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return CompletionResult(content=answer)
+
+    def stream(self, params: CompletionParams) -> Any:
+        raise NotImplementedError
+
+
+GOOD = json.dumps({"subtasks": written((("a",), ("b", "a")))})
+CYCLE = json.dumps(written((("a", "b"), ("b", "a"))))
+ALONE = json.dumps(written((("a",),)))
+
+
+@pytest.mark.parametrize(
+    "answer", [GOOD, f"Here is my plan:\n{GOOD}\nGood luck!", f"```json\n{GOOD}\n```", f"[1] as {{you}} like: {GOOD}"]
+)
+async def test_a_models_plan_is_found_in_prose_and_in_a_fence(stage: Stage, answer: str) -> None:
+    model = Scripted(answer)
+    await stage.phase("scale", llm=model)
+    await stage.put("scale", _hard(await awarded_task(stage)))
+    assert (await begun(stage, "a")).ad.description == "do a"
+    assert [message.content for message in model.asked[0].messages][-1] == "add two numbers"
+
+
+async def test_a_bad_plan_is_sent_back_once_with_what_is_wrong_with_it(stage: Stage) -> None:
+    model = Scripted(CYCLE, GOOD)
+    await stage.phase("scale", llm=model)
+    await stage.put("scale", _hard(await awarded_task(stage)))
+    await begun(stage, "a")
+    assert [message.role for message in model.asked[1].messages] == ["system", "user", "assistant", "user"]
+    assert model.asked[1].messages[2].content == CYCLE
+    assert "form a cycle" in model.asked[1].messages[3].content
+
+
+@pytest.mark.parametrize(
+    ("answers", "why"),
+    [
+        ((CYCLE, "sorry"), "the model's plan cannot be used: the answer holds no JSON list"),
+        ((RuntimeError("key sk-1"),), "the model could not be asked: RuntimeError"),
+        ((ALONE,), "the model sees one task in it"),
+        ((json.dumps([{"id": "a", "description": "\ud83d"}]),) * 2, "cannot be used: the plan holds text that is not"),
+    ],
+)
+async def test_without_a_plan_of_use_the_task_runs_whole_and_says_so_and_nobody_is_asked_again(
+    stage: Stage, answers: tuple[Any, ...], why: str
+) -> None:
+    model = Scripted(*answers)
+    await stage.phase("scale", llm=model)
+    env = _hard(await awarded_task(stage))
+    await stage.put("scale", env)
+    passed = await stage.seen("task", phase="execute")
+    assert passed.spec.note.startswith("not divided: ")
+    assert why in passed.spec.note
+    assert "sk-1" not in passed.spec.note
+    again = replace(passed, attempt=2, award=Award(node_id="n2", host_id="h2"))
+    for twin in (env, again):
+        await stage.put("scale", twin)
+    third = await stage.seen("task", phase="execute", count=3)
+    assert third.spec == passed.spec
+    assert {one.award.node_id for one in stage.all("task", phase="execute")} == {"n1", "n2"}
+    assert len(model.asked) == len(answers)
+    assert await timers(stage) == 0
+
+
+async def test_a_model_that_takes_longer_than_the_task_has_is_not_waited_for(stage: Stage) -> None:
+    class Slow(Scripted):
+        async def complete(self, params: CompletionParams) -> CompletionResult:
+            self.asked.append(params)
+            await asyncio.sleep(3600)
+            raise AssertionError
+
+    model = Slow()
+    await stage.phase("scale", llm=model)
+    await stage.put("scale", _hard(await awarded_task(stage, left_s=0.5)))
+    passed = await stage.seen("task", phase="execute")
+    assert "could not be asked: TimeoutError" in passed.spec.note
+    assert 0 < (model.asked[0].timeout_s or 0) <= 0.5
+
+
+async def test_where_there_is_no_model_a_hard_task_runs_whole_and_says_so(stage: Stage) -> None:
+    await stage.phase("scale")
+    await stage.put("scale", _hard(await awarded_task(stage)))
+    assert (await stage.seen("task", phase="execute")).spec.note == "not divided: no model is there to plan"
+
+
+async def test_a_task_may_ask_to_be_divided_however_easy_it_is(stage: Stage) -> None:
+    await stage.phase("scale", ClusterConfig(max_subtasks=2), llm=Scripted(GOOD))
+    await stage.put("scale", await awarded_task(stage, context={"plan": True, "repo": "x"}))
+    assert (await begun(stage, "a")).ad.context == {"repo": "x"}
+
+
+def _hard(env: Envelope) -> Envelope:
+    assert env.spec is not None
+    return replace(env, spec=replace(env.spec, complexity=0.9))

@@ -1,0 +1,191 @@
+"""SCALE dies or stops at each point of a plan: the parent ends once, and no subtask ran twice."""
+
+import asyncio
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple, Self
+
+import pytest
+from support.crashing import QUICK, WITHIN_S, Child, each_setting, phase
+from support.nodes import node
+from support.phases import Stage, ad
+from support.wait import until
+
+from loom.bus import tasks, topology
+from loom.bus.kv import Bucket
+from loom.bus.records import records
+from loom.phases.scale.graph import child_id
+from loom.runner.cluster import running_nodes, running_phases
+from loom.runner.embedded import NatsServer
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import PHASES, SplitPlan, TaskRecord
+from loom.schemas.run import RunRequest
+
+PLAN: dict[str, Sequence[str]] = {"top": (), "left": ("top",), "right": ("top",), "end": ("left", "right")}
+HEALTHY = [name for name in PHASES if name != "scale"]
+
+
+class Crash(NamedTuple):
+    """Where SCALE falls, and how the task is to end."""
+
+    point: str
+    ends: str = "succeeded"
+    """succeeded; failed: `left` does; cancelled: by its client, while `top` runs."""
+
+
+CRASHES: dict[str, Sequence[Crash]] = {
+    "dividing": [Crash("plan stored"), Crash("timer set"), Crash("subtask begun"), Crash("confirmed, unacked")],
+    "going on": [Crash("plan noted"), Crash("plan joined"), Crash("timer dropped"), Crash("plan over")],
+    "failing": [Crash("plan over", "failed"), Crash("timer dropped", "failed"), Crash("subtask cancelled", "failed")],
+    "cancelled": [Crash("plan over", "cancelled"), Crash("subtask cancelled", "cancelled")],
+}
+
+
+class Town(Stage):
+    """A namespace where SCALE runs in a process that will fall, and everything else is well."""
+
+    def __init__(self, url: str, namespace: str, crash: Crash, how: signal.Signals, *, durable: bool) -> None:
+        super().__init__(url, namespace)
+        self.crash, self.how = crash, how
+        self.runs: Counter[tuple[str, int]] = Counter()
+        """(task, attempt) -> how often it ran"""
+        self.task = ad("all", context={"plan": [self._part(name) for name in PLAN]})
+        self.family = [self.task.task_id, *(child_id(self.task.task_id, name) for name in PLAN)]
+        self._durable = durable
+
+    def _part(self, name: str) -> dict[str, Any]:
+        return {"id": name, "description": name, "dependencies": PLAN[name]}
+
+    async def _lay_out(self) -> None:
+        if self._durable:
+            await topology.apply(self.bus, ClusterConfig())
+        else:
+            await super()._lay_out()
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        enter = self._stack.enter_async_context
+        self.child = await enter(Child(phase, self.url, self.namespace, "scale", self.crash.point, self.how))
+        await enter(running_phases(self.url, names=HEALTHY, namespace=self.namespace))
+        for name in ("a", "b"):
+            hosted = [node(name, self._agent, code=0.9)]
+            await enter(running_nodes(self.url, partial(list, hosted), namespace=self.namespace))
+        return self
+
+    async def _agent(self, job: RunRequest) -> str:
+        self.runs[job.task_id, job.attempt] += 1
+        if self.crash.ends == "cancelled" or (self.crash.ends == "failed" and job.description == "right"):
+            await asyncio.sleep(WITHIN_S)
+        if self.crash.ends == "failed" and job.description == "left":
+            raise RuntimeError("not today")
+        return f"{job.description}({', '.join(job.inputs.values())})"
+
+    async def strike(self) -> None:
+        """Submit the task and wait until SCALE has fallen over it."""
+        await tasks.publish(self.bus, self.task, deltas=False)
+        if self.crash.ends == "cancelled":
+            await until(lambda: self.runs, within_s=WITHIN_S, what="a subtask runs")
+            await self.bus.publish(self.bus.subjects.of("cancel", self.task.task_id))
+        await self.child.says("fallen")
+
+    async def recover(self) -> None:
+        """Put a replica in the fallen one's place and see how all of it ends."""
+        await self._stack.enter_async_context(running_phases(self.url, names=["scale"], namespace=self.namespace))
+        record = await self._check()
+        if self.how is signal.SIGSTOP:  # now it goes on where it was
+            self.child.resume()
+            await self.child.end()
+            assert await self._check() == record, self.crash
+
+    async def _check(self) -> TaskRecord:
+        """All have ended, as they should, nothing ran twice, and nothing is left over."""
+        await until(self._over, within_s=2 * WITHIN_S, what=f"{self.crash}: the end; heard: {self.tape()}")
+        found = {name: await self._record(name) for name in self.family}
+        record = found[self.task.task_id]
+        assert record is not None
+        assert record.state == self.crash.ends, (self.crash, record.to_result())
+        assert set(self.runs.values()) <= {1}, (self.crash, self.runs)
+        assert await self.pending("DEAD") == 0, self.crash
+        entry = await Bucket(self.bus, "plans", SplitPlan).get(self.task.task_id)
+        assert entry is not None
+        assert entry.value.state == "done", self.crash
+        if record.state == "succeeded":
+            whole = "top(), left(top()), right(top()), end(left(top()), right(top()))"
+            assert record.to_result().content == f"all({whole})", self.crash
+            assert {task_id for task_id, _ in self.runs} == set(self.family), self.crash
+        elif record.state == "failed":
+            assert record.to_result().error is not None
+            assert record.to_result().error.code == "subtask_failed", (self.crash, record.to_result())  # type: ignore[union-attr]
+            assert found[child_id(self.task.task_id, "right")].state == "cancelled"  # type: ignore[union-attr]
+        return record
+
+    async def _over(self) -> bool:
+        if await self.pending("INTAKE") or await self.pending("TASKS"):
+            return False
+        found = [record for name in self.family if (record := await self._record(name))]
+        return self.task.task_id in {one.task_id for one in found} and all(record.ended for record in found)
+
+    async def _record(self, task_id: str) -> TaskRecord | None:
+        entry = await records(self.bus).get(task_id)
+        return entry.value if entry else None
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name, value in each_setting(QUICK):
+        monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture
+def server() -> Iterator[NatsServer]:
+    server = NatsServer()
+    server.start()
+    yield server
+    server.stop()
+
+
+async def survive(
+    crashes: Sequence[Crash],
+    url: str,
+    namespace: str,
+    *,
+    ways: Sequence[signal.Signals] = (signal.SIGKILL, signal.SIGSTOP),
+    server: NatsServer | None = None,
+) -> None:
+    """Go through all crashes side by side; with `server`, kill and restart it before anybody recovers."""
+    async with AsyncExitStack() as stack:
+        towns = [
+            Town(url, f"{namespace}-{n}", crash, how, durable=server is not None)
+            for n, (crash, how) in enumerate(product(crashes, ways))
+        ]
+        await asyncio.gather(*(stack.enter_async_context(town) for town in towns))
+        await asyncio.gather(*(town.strike() for town in towns))
+        if server is not None:
+            server.kill()
+            await asyncio.to_thread(server.restart)
+        await asyncio.gather(*(town.recover() for town in towns))
+
+
+async def test_a_divided_task_survives_scale_killed_half_way(nats_url: str, namespace: str) -> None:
+    halves = [Crash("plan stored"), Crash("plan noted"), Crash("plan joined"), Crash("plan over", "cancelled")]
+    await survive(halves, nats_url, namespace, ways=[signal.SIGKILL])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", CRASHES)
+async def test_a_divided_task_survives_scale_killed_or_stopped_at_any_point(
+    when: str, nats_url: str, namespace: str
+) -> None:
+    await survive(CRASHES[when], nats_url, namespace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", CRASHES)
+async def test_a_divided_task_survives_scale_killed_or_stopped_at_any_point_and_then_the_server(
+    when: str, server: NatsServer, namespace: str
+) -> None:
+    await survive(CRASHES[when], server.url, namespace, server=server)

@@ -1,0 +1,44 @@
+"""An EXECUTE in a process of its own that dies or stops while a delegation is under way."""
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from loom.bus.client import Bus
+from loom.phases.execute.errands import Errands
+from loom.phases.execute.watch import Watch
+from loom.runner.cluster import running_phases
+from support.crashing import QUICK, WITHIN_S, Orders, Patch, after, before, each_setting
+
+
+def _to_sense(bus: Bus, subject: str, *_: Any) -> bool:
+    parsed = bus.subjects.parse(subject)
+    return parsed is not None and parsed.tokens.get("phase") == "sense"
+
+
+POINTS: dict[str, Patch] = {
+    "heard": before(Errands, "_run"),
+    "noted": after(Errands, "_note"),
+    "stored": after(Bus, "publish", _to_sense),
+    "ended": before(Watch, "hand"),
+    "handed": after(Watch, "hand"),
+}
+"""Where it may die or stop -> how to have it do so."""
+
+
+async def execute(
+    say: Callable[[Any], None], orders: Orders, url: str, namespace: str, point: str, how: signal.Signals
+) -> None:
+    """Run EXECUTE, which kills or stops itself when a delegation first reaches `point`."""
+    for module, setting, value in each_setting(QUICK):
+        setattr(module, setting, value)
+
+    def fall() -> None:
+        say("fallen")
+        os.kill(os.getpid(), how)
+
+    POINTS[point](fall)
+    async with running_phases(url, names=["execute"], namespace=namespace, patience_s=WITHIN_S):
+        say("ready")
+        await orders.over.wait()

@@ -1,0 +1,97 @@
+"""A host with a nursery on a stage, and agents that work until they are let go."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from loom.agents.host import NodeHost
+from loom.agents.nursery import Nursery
+from loom.schemas.auction import (
+    CallForBids,
+    HostAnnouncement,
+    Offer,
+    RetireReply,
+    RetireRequest,
+    SpawnReply,
+    SpawnRequest,
+)
+from loom.schemas.run import RunEvent, RunRequest
+from loom.schemas.wire import decode, new_id
+from loom.types import AgentNode
+from support.phases import Stage
+from support.wait import until
+
+WITHIN_S = 20
+
+
+class Held:
+    """An agent that works until it is let go."""
+
+    def __init__(self) -> None:
+        self.working: list[str] = []
+        self.go = asyncio.Event()
+
+    async def __call__(self, job: RunRequest) -> str:
+        self.working.append(job.node_id)
+        await self.go.wait()
+        return f"done by {job.node_id}"
+
+
+class Place:
+    """A host with a nursery, and what is asked of it."""
+
+    def __init__(self, stage: Stage, host: NodeHost, nursery: Nursery) -> None:
+        self.stage, self.host, self.nursery = stage, host, nursery
+
+    async def spawn(self, slug: str = "code", tools: tuple[str, ...] = ()) -> SpawnReply:
+        wanted = SpawnRequest(slug=slug, required_tools=tools, reason="saturated")
+        answer = await self.stage.bus.request(self.stage.bus.subjects.spawn, wanted, timeout_s=WITHIN_S)
+        return decode(answer.data, SpawnReply)
+
+    async def retire(self, node_id: str, **facts: Any) -> RetireReply:
+        order = RetireRequest(node_id=node_id, reason="a test", **facts)
+        subject = self.stage.bus.subjects.of("retire", self.host.host_id)
+        return decode((await self.stage.bus.request(subject, order, timeout_s=WITHIN_S)).data, RetireReply)
+
+    async def run(self, node_id: str) -> list[RunEvent]:
+        """Have the node work; return its events, which go on coming."""
+        events: list[RunEvent] = []
+        inbox = self.stage.bus.open_inbox(lambda msg: events.append(decode(msg.data, RunEvent)))
+        request = RunRequest(task_id=new_id(), attempt=1, node_id=node_id, description="do it", remaining_s=60)
+        await self.stage.bus.publish(self.stage.bus.subjects.of("run", self.host.host_id), request, reply=inbox)
+        await until(lambda: events, within_s=WITHIN_S, what="the host answers")
+        return events
+
+    async def fill(self, node_id: str, agent: Held) -> list[RunEvent]:
+        before = agent.working.count(node_id)
+        events = await self.run(node_id)
+        await until(lambda: agent.working.count(node_id) > before, within_s=WITHIN_S, what=f"{node_id} works")
+        return events
+
+    def bids(self, **facts: Any) -> Offer:
+        call = {"auction_id": "a", "task_id": "t", "attempt": 1, "slug": "code", "complexity": 0.3, "remaining_s": 9}
+        return self.host.offer(CallForBids(**{**call, **facts}))
+
+    def names(self) -> list[str]:
+        return [one.id for one in self.nursery.nodes()]
+
+    async def says(self, *names: str) -> HostAnnouncement:
+        """Wait until the host has announced just these nodes."""
+
+        def said() -> HostAnnouncement | None:
+            news = self.stage.all("host", host_id=self.host.host_id)
+            return news[-1] if news and news[-1].nodes == tuple(sorted(names)) else None
+
+        last = await until(said, within_s=WITHIN_S, what=f"{names} are announced; heard: {self.stage.tape()}")
+        assert last is not None
+        return last
+
+
+async def place(stage: Stage, nodes: Sequence[AgentNode], max_nodes: int, **rooms: int) -> Place:
+    bus = await stage.connect("node")
+    nursery = Nursery(bus, lambda: nodes, max_nodes=max_nodes)
+    host = NodeHost(bus, nursery.nodes, **rooms)
+    await host.start()
+    await nursery.start(host)
+    stage._stack.push_async_callback(host.drain, 0)
+    return Place(stage, host, nursery)

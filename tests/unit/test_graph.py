@@ -1,0 +1,360 @@
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from loom.phases.scale import graph
+from loom.phases.scale.planner import bounded
+from loom.phases.scale.planner import given as given_plan
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Award, Best, Envelope, Spec, Split, SplitPlan, Subtask, TaskRecord, Tried
+from loom.schemas.errors import InvalidPlan
+from loom.schemas.task import Limits, RunResult, TaskAd, TaskError
+from loom.schemas.wire import MAX_INPUTS_BYTES, MAX_MESSAGE_BYTES, decode, encode
+
+CONFIG = ClusterConfig()
+
+
+def parent(budget: int | None = None, complexity: float = 0.3, **facts: Any) -> Envelope:
+    context, limits, node_id = facts.pop("context", {}), facts.pop("limits", None), facts.pop("node_id", None)
+    ad = TaskAd(task_id="p", description="all of it", context=context, limits=limits, node_id=node_id)
+    spec = Spec(complexity=complexity, domains=("code",), method="given")
+    award = Award(node_id="n1", host_id="h1")
+    return Envelope(ad=ad, spec=spec, award=award, deadline=1000.0, budget=budget, **facts)
+
+
+def part(name: str, *needs: str, **facts: Any) -> Subtask:
+    return Subtask(id=name, description=f"do {name}", dependencies=needs, **facts)
+
+
+def ended(plan: SplitPlan, name: str, state: Any = "succeeded", tokens: int = 0, **facts: Any) -> TaskRecord:
+    """The record of a subtask's task once it is over."""
+    (one,) = [each for each in plan.subtasks if each.id == name]
+    child = graph.child_of(plan, one, {}, 0.0)
+    error = None if state == "succeeded" else TaskError(code=facts.pop("code", "agent_failed"), message="no")
+    result = RunResult(content=f"out {name}", completion_tokens=tokens) if state == "succeeded" else None
+    left = None if one.grant is None else max(0, one.grant - tokens)
+    below_threshold = facts.pop("below_threshold", False)
+    child = replace(child, **{"result": result, "error": error, "budget": left, **facts})
+    return TaskRecord(
+        task_id=child.task_id,
+        state=state,
+        envelope=child,
+        admitted_at=1.0,
+        ended_at=3.0,
+        below_threshold=below_threshold,
+    )
+
+
+def by_name(plan: SplitPlan) -> dict[str, Subtask]:
+    return {each.id: each for each in plan.subtasks}
+
+
+@st.composite
+def dags(draw: st.DrawFn) -> tuple[Subtask, ...]:
+    """Any graph of up to 12 subtasks, in any order."""
+    names = [f"s{n}" for n in range(draw(st.integers(1, 12)))]
+    parts = [
+        part(
+            name,
+            *draw(st.lists(st.sampled_from(names[:n]), max_size=3)) if n else (),
+            estimated_complexity=draw(st.floats(0, 1)),
+        )
+        for n, name in enumerate(names)
+    ]
+    return tuple(draw(st.permutations(parts)))
+
+
+# -- whatever the graph and the order of ends
+
+
+@given(dags(), st.one_of(st.none(), st.integers(1, 5000)), st.randoms(use_true_random=False), st.data())
+def test_every_plan_ends_and_nothing_begins_before_what_it_needs(
+    parts: Sequence[Subtask], budget: int | None, dice: random.Random, data: st.DataObject
+) -> None:
+    may_fail = data.draw(st.booleans())
+    plan = graph.begin(parent(budget), parts)
+    begun: list[str] = [each.id for each in graph.running(plan)]
+    while plan.state == "running":
+        running = graph.running(plan)
+        assert running, "a running plan that waits for nobody would wait for ever"
+        one = dice.choice(running)
+        for need in one.dependencies:
+            assert by_name(plan)[need].state == "succeeded"
+        state = "failed" if may_fail and dice.random() < 0.1 else "succeeded"
+        record = ended(plan, one.id, state, tokens=dice.randint(0, one.grant or 0))
+        after = graph.note(plan, record)
+        assert after != plan
+        assert graph.note(after, record) == after, "told twice"
+        new = [each.id for each in graph.running(after) if each.id not in {old.id for old in running}]
+        assert set(new) <= {each.id for each in graph.begun_by(after, record.task_id)}
+        begun += new
+        plan = after
+    assert len(begun) == len(set(begun))
+    if plan.state == "joining":
+        assert {each.state for each in plan.subtasks} == {"succeeded"}
+        assert sorted(begun) == sorted(each.id for each in parts)
+    else:
+        assert graph.failure(plan) is not None
+
+
+@given(dags(), st.integers(1000, 50_000), st.randoms(use_true_random=False))
+def test_what_is_lent_never_exceeds_what_is_left_and_the_synthesis_keeps_its_share(
+    parts: Sequence[Subtask], budget: int, dice: random.Random
+) -> None:
+    plan = graph.begin(parent(budget), parts)
+    while plan.state == "running":
+        left = graph.tokens_left(plan)
+        assert left is not None
+        lent = sum(each.grant or 0 for each in graph.running(plan))
+        assert lent <= left - graph.SYNTHESIS_SHARE * budget
+        one = dice.choice(graph.running(plan))
+        plan = graph.note(plan, ended(plan, one.id, tokens=dice.randint(0, one.grant or 0)))
+    assert plan.state == "joining"
+    joined = graph.joined(plan, {})
+    used = sum(each.tokens for each in plan.subtasks)
+    assert joined.budget == budget - used
+    assert joined.budget >= graph.SYNTHESIS_SHARE * budget
+
+
+@given(st.dictionaries(st.text(max_size=8), st.text(max_size=200), max_size=12), st.integers(1, 4000))
+def test_inputs_fit_in_their_order_and_short_ones_stay_whole(texts: dict[str, str], times: int) -> None:
+    inputs = {name: text * times for name, text in texts.items()}
+    fitted = graph.fitting(inputs)
+    assert list(fitted) == list(inputs)
+    assert sum(len(encode(text)) for text in fitted.values()) <= MAX_INPUTS_BYTES
+    for name, text in inputs.items():
+        assert text.startswith(fitted[name])
+        if len(encode(text)) <= MAX_INPUTS_BYTES // max(1, len(inputs)):
+            assert fitted[name] == text
+
+
+# -- budgets
+
+
+def test_what_one_did_not_use_comes_back_to_the_next() -> None:
+    plan = graph.begin(parent(1000), [part("a"), part("b", "a")])
+    assert by_name(plan)["a"].grant == 400
+    plan = graph.note(plan, ended(plan, "a", tokens=100))
+    assert by_name(plan)["b"].grant == 700  # 900 are left, 200 of them for the synthesis
+
+
+def test_a_chain_leaves_the_synthesis_its_fifth_however_long_it_is() -> None:
+    names = [f"s{n}" for n in range(8)]
+    plan = graph.begin(parent(1000), [part(name, *names[max(0, n - 1) : n]) for n, name in enumerate(names)])
+    for name in names:
+        plan = graph.note(plan, ended(plan, name, tokens=by_name(plan)[name].grant or 0))
+    assert plan.state == "joining"
+    assert graph.joined(plan, {}).budget == pytest.approx(200, abs=8)
+
+
+def test_a_harder_subtask_gets_more() -> None:
+    plan = graph.begin(parent(1000), [part("a", estimated_complexity=0.9), part("b", estimated_complexity=0.1)])
+    assert by_name(plan)["a"].grant == 666
+    assert by_name(plan)["b"].grant == 133
+
+
+def test_without_a_budget_there_are_no_limits() -> None:
+    plan = graph.begin(parent(), [part("a"), part("b", "a")])
+    plan = graph.note(plan, ended(plan, "a", tokens=10**6))
+    assert (by_name(plan)["a"].tokens, by_name(plan)["b"].grant) == (10**6, None)
+    assert plan.state == "running"
+
+
+def test_a_budget_that_is_spent_fails_the_plan_at_once() -> None:
+    plan = graph.begin(parent(1000), [part("a"), part("b", "a"), part("c", "b")])
+    plan = graph.note(plan, ended(plan, "a", tokens=1000))
+    error = graph.failure(plan)
+    assert error is not None
+    assert (plan.state, error.code) == ("done", "budget_exceeded")
+    assert by_name(plan)["b"].state == "waiting"
+
+
+def test_a_budget_too_small_to_share_is_spent_from_the_beginning() -> None:
+    plan = graph.begin(parent(8), [part(f"s{n}") for n in range(16)])
+    error = graph.failure(plan)
+    assert error is not None
+    assert (plan.state, error.code) == ("done", "budget_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("facts", "used"),
+    [
+        ({}, 40),
+        ({"tried": (Tried(attempt=1, node_id="n", host_id="h", code="agent_failed", tokens=25),)}, 65),
+        ({"budget": 100}, 300),  # something else has taken from its grant
+        ({"budget": None}, 40),
+    ],
+)
+def test_every_token_a_child_has_used_counts(facts: dict[str, Any], used: int) -> None:
+    plan = graph.begin(parent(1000), [part("a"), part("b")])
+    assert by_name(plan)["a"].grant == 400
+    plan = graph.note(plan, ended(plan, "a", tokens=40, **facts))
+    assert by_name(plan)["a"].tokens == used
+
+
+def test_the_best_of_refused_results_is_counted_as_the_attempt_it_was() -> None:
+    plan = graph.begin(parent(), [part("a"), part("b")])
+    best = RunResult(content="nearly", completion_tokens=30)
+    tried = (Tried(attempt=1, node_id="n7", host_id="h", code="rejected_result", tokens=30),)
+    record = ended(
+        plan,
+        "a",
+        tried=tried,
+        result=best,
+        best=Best(result=best, node_id="n7", host_id="h"),
+        below_threshold=True,
+    )
+    one = by_name(graph.note(plan, record))["a"]
+    assert (one.state, one.tokens, one.node_id) == ("succeeded", 30, "n7")
+
+
+def test_the_tokens_of_a_childs_own_subtasks_count() -> None:
+    plan = graph.begin(parent(), [part("a"), part("b")])
+    below = graph.begin(parent(), [part("x"), part("y")])
+    below = graph.note(below, ended(below, "x", tokens=7))
+    plan = graph.note(plan, ended(plan, "a", tokens=5), below)
+    assert by_name(plan)["a"].tokens == 12
+
+
+# -- failures
+
+
+def test_a_failed_subtask_fails_the_plan_and_says_why() -> None:
+    plan = graph.begin(parent(), [part("a"), part("b"), part("c", "a", "b")])
+    plan = graph.note(plan, ended(plan, "a", "failed", code="node_lost"))
+    error = graph.failure(plan)
+    assert error is not None
+    assert (plan.state, error.code, error.message) == ("done", "subtask_failed", "subtask a ended with node_lost: no")
+    assert [each.state for each in plan.subtasks] == ["failed", "running", "waiting"]
+    assert graph.is_failed_by(plan, graph.child_id("p", "a"))
+    assert not graph.is_failed_by(plan, graph.child_id("p", "b"))
+    assert graph.note(plan, ended(plan, "b")) == plan, "what comes after the end changes nothing"
+
+
+@pytest.mark.parametrize("code", ["deadline_exceeded", "budget_exceeded"])
+def test_a_deadline_and_a_budget_are_the_parents_own(code: str) -> None:
+    plan = graph.begin(parent(), [part("a"), part("b")])
+    error = graph.failure(graph.note(plan, ended(plan, "a", "failed", code=code)))
+    assert error == TaskError(code=code, message="subtask a: no")
+
+
+def test_a_cancelled_subtask_fails_the_plan() -> None:
+    plan = graph.begin(parent(), [part("a"), part("b")])
+    error = graph.failure(graph.note(plan, ended(plan, "a", "cancelled", code="cancelled")))
+    assert error is not None
+    assert (error.code, error.message) == ("subtask_failed", "subtask a ended with cancelled: no")
+
+
+def test_a_record_that_has_not_ended_and_one_of_somebody_else_change_nothing() -> None:
+    plan = graph.begin(parent(), [part("a"), part("b")])
+    record = ended(plan, "a")
+    assert graph.note(plan, replace(record, state="running")) == plan
+    assert graph.note(plan, replace(record, task_id="other")) == plan
+
+
+# -- when
+
+
+@pytest.mark.parametrize(
+    ("env", "asks"),
+    [
+        (parent(complexity=0.6), False),
+        (parent(complexity=0.61), True),
+        (parent(complexity=0.61, limits=Limits(mitosis_threshold=0.9)), False),
+        (parent(complexity=0.5, limits=Limits(mitosis_threshold=0.1)), False),  # only narrower
+        (parent(context={"plan": True}), True),
+        (parent(context={"plan": [{"id": "a"}]}), True),
+        (parent(context={"plan": False}), False),
+        (parent(context={"plan": None}, complexity=0.9), True),
+        (parent(complexity=0.9, node_id="n1"), False),  # pinned: this node and no other
+        (parent(node_id="n1", context={"plan": True}), True),
+    ],
+)
+def test_what_is_hard_or_asks_for_it_is_divided(env: Envelope, *, asks: bool) -> None:
+    assert graph.asks_to_split(env, CONFIG) is asks
+
+
+@pytest.mark.parametrize(("limit", "depth"), [(None, 2), (1, 1), (0, 0), (9, 2)])
+def test_an_ad_may_only_narrow_the_depth(limit: int | None, depth: int) -> None:
+    limits = None if limit is None else Limits(max_depth=limit)
+    assert graph.deepest(parent(limits=limits), CONFIG) == depth
+
+
+# -- children
+
+
+def test_a_child_has_its_own_id_and_its_parents_deadline_priority_and_context() -> None:
+    env = parent(1000, context={"plan": [1], "repo": "x"}, limits=Limits(max_depth=1), trace="00-ab-cd-01")
+    plan = graph.begin(env, [part("a"), part("b", "a", domain="data", estimated_complexity=0.4)])
+    plan = graph.note(plan, ended(plan, "a"))
+    child = graph.child_of(plan, by_name(plan)["b"], {"a": "out a", "z": "no"}, now=900.0)
+    assert child.task_id == graph.child_id("p", "b") != graph.child_id("p", "a")
+    assert (child.ad.domain, child.ad.description, child.ad.estimated_complexity) == ("data", "do b", 0.4)
+    assert (child.ad.context, child.ad.limits, child.ad.timeout_s) == ({"repo": "x"}, Limits(max_depth=1), 100.0)
+    assert (child.deadline, child.trace, child.budget) == (1000.0, "00-ab-cd-01", child.ad.token_budget)
+    assert child.split == Split(
+        parent="p", depth=1, subtask="b", grant=child.budget, deadline=1000.0, inputs={"a": "out a"}
+    )
+    assert decode(encode(child), Envelope) == child
+
+
+def test_a_part_of_a_part_is_deeper_and_knows_what_its_parent_was_given() -> None:
+    split = Split(parent="g", depth=1, subtask="p", deadline=1000.0, inputs={"before": "it", "a": "theirs"})
+    plan = graph.begin(parent(split=split), [part("a"), part("b", "a")])
+    first = graph.child_of(plan, by_name(plan)["a"], {}, 0.0)
+    second = graph.child_of(plan, by_name(plan)["b"], {"a": "ours"}, 0.0)
+    assert first.split is not None
+    assert second.split is not None
+    assert (first.depth, first.split.inputs) == (2, {"before": "it", "a": "theirs"})
+    assert second.split.inputs == {"before": "it", "a": "ours"}
+
+
+# -- what is too large
+
+
+def largest_plan() -> tuple[Subtask, ...]:
+    """64 subtasks that take all a plan may, in characters that are long in JSON."""
+    return tuple(part(f"s{n}", domain="d", estimated_complexity=0.1) for n in range(64))
+
+
+def test_the_largest_plan_a_client_may_give_can_be_read_again_when_all_has_been_noted() -> None:
+    parts = largest_plan()
+    room = (32 * 1024 - len(encode(parts))) // 64 // 6
+    parts = tuple(replace(each, description=each.description + "\x01" * room) for each in parts)
+    config = ClusterConfig(max_subtasks=64)
+    env = parent(10**8, context={"k": "v" * 32_000}, inputs={"a": "\x01" * 10_000}, best=None)
+    env = replace(env, ad=replace(env.ad, description="\x01" * 5000), trace="t" * 256)
+    plan = graph.begin(env, bounded(parts, config))
+    for each in parts[:-1]:
+        plan = graph.note(plan, ended(plan, each.id, award=Award(node_id="n" * 64, host_id="h" * 64), tokens=10**4))
+    why = TaskError(code="agent_failed", message="\x01" * 2000)
+    plan = graph.note(plan, ended(plan, parts[-1].id, "failed", error=why))
+    assert plan.state == "done"
+    assert len(encode(plan)) < MAX_MESSAGE_BYTES / 2
+    assert decode(encode(plan), SplitPlan) == plan
+
+
+@pytest.mark.parametrize(
+    ("parts", "complaint"),
+    [
+        (largest_plan(), "64 subtasks, at most 16"),
+        ((part("a"), replace(part("b"), description="x" * 33_000)), "bytes of JSON, at most 32768"),
+        ((replace(part("a"), description="half of \ud83d"),), "not Unicode"),
+    ],
+)
+def test_a_plan_that_is_too_large_or_cannot_be_written_is_refused(parts: tuple[Subtask, ...], complaint: str) -> None:
+    with pytest.raises(InvalidPlan, match=complaint):
+        bounded(parts, CONFIG)
+
+
+def test_a_plan_may_be_given_as_a_list_as_an_object_or_as_text() -> None:
+    parts = [{"id": "a", "description": "x"}]
+    for form in (parts, {"subtasks": parts}, '```json\n[{"id": "a", "description": "x"}]\n```'):
+        assert given_plan(TaskAd(context={"plan": form}), CONFIG) == (Subtask(id="a", description="x"),)
+    for form in (True, False, None):
+        assert given_plan(TaskAd(context={"plan": form}), CONFIG) is None
