@@ -9,6 +9,7 @@ import structlog
 
 from loom.agents.host import BACKLOG, SLOTS, NodeHost
 from loom.agents.node import Node
+from loom.agents.nursery import Nursery
 from loom.bus import topology
 from loom.bus.client import Bus
 from loom.bus.presence import Presence
@@ -118,18 +119,27 @@ async def running_nodes(
     namespace: str = "loom",
     slots: int = SLOTS,
     backlog: int = BACKLOG,
+    max_nodes: int | None = None,
     drain_timeout_s: float = 10.0,
     patience_s: float = 2.0,
 ) -> AsyncIterator[NodeHost]:
-    """Host nodes on a connection of their own while the body runs."""
+    """Host nodes on a connection of their own while the body runs.
+
+    Args:
+        max_nodes: Most nodes the host may grow to by clones of these; absent: it starts none.
+    """
     async with Bus(url, namespace=namespace, role="node", patience_s=patience_s) as bus:
         topology.check_version(bus)
-        host = NodeHost(bus, nodes, slots=slots, backlog=backlog)
+        nursery = Nursery(bus, nodes, max_nodes=max_nodes or 0)
+        host = NodeHost(bus, nursery.nodes, slots=slots, backlog=backlog)
         presence = Presence(bus, ["node"], host.host_id)
         try:
             await host.start()
             await presence.start()
+            if max_nodes is not None:
+                await nursery.start(host)
             yield host
         finally:
             await presence.stop()
+            await nursery.stop()
             await host.drain(drain_timeout_s)

@@ -10,6 +10,8 @@ BID_LIMIT = 16
 """Most bids one offer carries."""
 
 DeclineCode = Literal["busy", "cannot", "draining"]
+SpawnDecline = Literal["cannot", "idle", "full"]
+RetireDecline = Literal["original", "unknown", "busy"]
 
 
 class CallForBids(Wire, frozen=True, kw_only=True):
@@ -46,6 +48,8 @@ class Bid(Wire, frozen=True, kw_only=True):
     expected_s: Seconds = 0.0
     backlog: Count = 0
     """Runs queued before this one."""
+    free: Count | None = None
+    """Places for tasks that are not urgent; absent: not told."""
 
 
 class Offer(Wire, frozen=True, kw_only=True):
@@ -54,6 +58,20 @@ class Offer(Wire, frozen=True, kw_only=True):
     host_id: Token
     bids: tuple[Bid, ...] = ()
     decline: DeclineCode | None = None
+
+
+class ChildState(Wire, frozen=True, kw_only=True):
+    """How a node fares that its host started on request."""
+
+    node_id: Token
+    parent_id: Token
+    """The node it is a clone of."""
+    age_s: Seconds = 0.0
+    """Since it was started."""
+    idle_s: Seconds = 0.0
+    """Since it last had work in hand, or was started; 0 while it has some."""
+    retiring: bool = False
+    """Whether it only finishes what it has in hand."""
 
 
 class HostAnnouncement(Wire, frozen=True, kw_only=True):
@@ -67,6 +85,10 @@ class HostAnnouncement(Wire, frozen=True, kw_only=True):
     draining: bool = False
     templates: bool = False
     """Whether it can start nodes on request."""
+    busy: Annotated[tuple[Token, ...], Meta(max_length=4096)] = ()
+    """Those of the nodes that have work in hand."""
+    children: Annotated[tuple[ChildState, ...], Meta(max_length=4096)] = ()
+    """Those of the nodes that were started on request."""
 
 
 class SpawnRequest(Wire, frozen=True, kw_only=True):
@@ -78,8 +100,28 @@ class SpawnRequest(Wire, frozen=True, kw_only=True):
     task_id: Token | None = None
 
 
+class SpawnReply(Wire, frozen=True, kw_only=True):
+    """A host's answer to a request for a node: which one it has started, or why none."""
+
+    host_id: Token
+    node_id: Token | None = None
+    decline: SpawnDecline | None = None
+    """cannot: none of its nodes has the tools; idle: one that could take the work has none; full: at its limit."""
+
+
 class RetireRequest(Wire, frozen=True, kw_only=True):
     """ADAPT asks a host to retire a node."""
 
     node_id: Token
     reason: Annotated[str, Meta(max_length=500)] = ""
+    when_idle: bool = False
+    """Whether the node may stay if it has work in hand."""
+
+
+class RetireReply(Wire, frozen=True, kw_only=True):
+    """A host's answer: the node takes no more work and goes once it has none in hand, or why it stays."""
+
+    host_id: Token
+    node_id: Token
+    decline: RetireDecline | None = None
+    """original: it was not started on request; unknown: it is not here (any more); busy: as `when_idle` asked."""

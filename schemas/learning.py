@@ -27,7 +27,9 @@ class Reward(Wire, frozen=True, kw_only=True):
     reward_id: Annotated[str, Meta(max_length=200)]
     """`task:attempt:source`; a later reward of the same id replaces the earlier one."""
     kind: Literal["reward", "inherit", "snapshot"] = "reward"
+    """inherit: the mean of a retired node, passed on to this one, as which it counts as one observation."""
     task_id: Token
+    """inherit: the retired node's id instead."""
     attempt: Count
     source: Token = "rules"
     """Who judges."""
@@ -58,6 +60,8 @@ class DomainEvidence(Wire, frozen=True, kw_only=True):
     """By end of attempt, oldest first."""
     count: Count = 0
     mean: Unit = 0.0
+    since: float = 0.0
+    """Attempts that ended earlier are forgotten: the window was full, or the node has changed."""
 
 
 MAX_DOMAINS = 24
@@ -81,6 +85,14 @@ class NodeProfile(Wire, frozen=True, kw_only=True):
     seconds: Seconds = 0.0
     """In all."""
     updated_at: float = 0.0
+
+
+class Lease(Wire, frozen=True, kw_only=True):
+    """Who of several replicas may act, and until when."""
+
+    holder: str
+    until: float
+    """Server time."""
 
 
 LifecycleKind = Literal["joined", "left", "spawned", "retired", "changed", "learned"]

@@ -5,10 +5,9 @@ from collections.abc import Iterable
 
 from loom.cluster.manager import ClusterManager
 from loom.schemas.errors import LoomError
+from loom.schemas.health import HEALTH_WINDOW, complement, is_failing
+from loom.schemas.task import slug
 from loom.types import NEUTRAL, AgentNode, CapabilityProfile, ClusterConfig, HealthReport, Limits, TaskAd, unit
-
-HEALTH_WINDOW = 10
-"""Rewards a node's recent mean is made of; with fewer, the mean says too little to condemn anybody."""
 
 
 class MitosisError(LoomError):
@@ -52,8 +51,7 @@ class LifecycleManager:
         idle_s = 0.0 if node.status == "busy" else max(0.0, (time.time() if now is None else now) - node.last_active_at)
         report = HealthReport(node.id, "healthy", mean, round(idle_s * 1000), "keep")
         limit = self.config.consecutive_loss_limit
-        poor = len(rewards) == HEALTH_WINDOW and mean < self.config.apoptosis_threshold
-        if node.consecutive_losses >= limit or poor:
+        if is_failing(rewards, node.consecutive_losses, self.config):
             report.status, report.recommendation = "dying", "recycle"
         elif rewards and idle_s > self.config.idle_timeout_s:
             report.status, report.recommendation = "dying", "merge"
@@ -128,7 +126,8 @@ class LifecycleManager:
 
 
 def _complement(node: AgentNode, other: AgentNode) -> float:
-    """How differently skilled `other` is, less up to half for its load."""
-    mine, its = node.capabilities, other.capabilities
-    domains = {*mine.scores, *(name for name in its.scores if mine.key(name) not in mine.scores)}
-    return sum(abs(mine.score(name) - its.score(name)) for name in domains) * (1 - 0.5 * unit(other.load))
+    return complement(_by_slug(node), _by_slug(other), unit(other.load))
+
+
+def _by_slug(node: AgentNode) -> dict[str, float]:
+    return {slug(domain): node.capabilities.score(domain) for domain in node.capabilities.scores}

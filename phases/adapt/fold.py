@@ -2,26 +2,31 @@
 
 from msgspec.structs import replace
 
+from loom.phases.adapt.change import changed_at
 from loom.schemas.learning import MAX_DOMAINS, WINDOW, DomainEvidence, NodeProfile, Reward, Score
 
 SUCCESS = 0.5
 """Least score that counts as a success."""
 
 
-def fold(profile: NodeProfile, reward: Reward, seq: int) -> NodeProfile:
+def fold(profile: NodeProfile, reward: Reward, seq: int, *, forget: bool = False) -> NodeProfile:
     """Return `profile` after the reward at stream sequence `seq`.
 
     A sequence already folded changes nothing. A reward of a known id replaces its twin; one that ended before
-    everything in a full window is too late to matter.
+    everything in a full window is too late to matter. An inheritance is one more entry of the window, whatever
+    number of rewards it stands for, and no task of this node's.
+
+    Args:
+        forget: Whether what came before a change of the node in the domain is left out from then on.
     """
     if seq <= profile.last_seq:
         return profile
     profile = replace(profile, last_seq=seq)
     before = profile.domains.get(reward.slug, DomainEvidence())
-    after = fold_domain(before, reward)
+    after = fold_domain(before, reward, forget=forget)
     if after is before:
         return profile
-    revised = any(score.reward_id == reward.reward_id for score in before.scores)
+    counted = reward.kind == "inherit" or any(score.reward_id == reward.reward_id for score in before.scores)
     domains = _newest({**profile.domains, reward.slug: after})
     scores = [score for evidence in domains.values() for score in evidence.scores]
     lost = reward.score < SUCCESS
@@ -30,15 +35,15 @@ def fold(profile: NodeProfile, reward: Reward, seq: int) -> NodeProfile:
         profile,
         domains=domains,
         success_rate=sum(score.score >= SUCCESS for score in scores) / len(scores),
-        total_tasks=profile.total_tasks + (not revised),
-        consecutive_losses=losses if revised else (losses + 1 if lost else 0),
-        tokens=profile.tokens + (0 if revised else reward.tokens),
-        seconds=profile.seconds + (0.0 if revised else reward.seconds),
+        total_tasks=profile.total_tasks + (not counted),
+        consecutive_losses=losses if counted else (losses + 1 if lost else 0),
+        tokens=profile.tokens + (0 if counted else reward.tokens),
+        seconds=profile.seconds + (0.0 if counted else reward.seconds),
         updated_at=max(profile.updated_at, reward.ended_at),
     )
 
 
-def fold_domain(evidence: DomainEvidence, reward: Reward) -> DomainEvidence:
+def fold_domain(evidence: DomainEvidence, reward: Reward, *, forget: bool = False) -> DomainEvidence:
     """Return the window with `reward` in its place by end of attempt; unchanged when it comes too late."""
     new = Score(reward_id=reward.reward_id, score=reward.score, ended_at=reward.ended_at)
     twin = next((score for score in evidence.scores if score.reward_id == reward.reward_id), None)
@@ -46,13 +51,26 @@ def fold_domain(evidence: DomainEvidence, reward: Reward) -> DomainEvidence:
         new = replace(new, ended_at=twin.ended_at)
         scores = [new if score is twin else score for score in evidence.scores]
     else:
-        if len(evidence.scores) >= WINDOW and reward.ended_at < evidence.scores[0].ended_at:
+        if reward.ended_at < evidence.since:
             return evidence
         # Stable: of equal times the one that came first stays first.
         scores = sorted((*evidence.scores, new), key=lambda score: score.ended_at)[-WINDOW:]
+    since = scores[0].ended_at if len(scores) == WINDOW else evidence.since
+    change = changed_at([score.score for score in scores]) if forget else None
+    if change is not None:
+        since, scores = scores[change].ended_at, scores[change:]
     return DomainEvidence(
-        scores=tuple(scores), count=len(scores), mean=sum(score.score for score in scores) / len(scores)
+        scores=tuple(scores), count=len(scores), mean=sum(score.score for score in scores) / len(scores), since=since
     )
+
+
+def change_in(before: NodeProfile, after: NodeProfile) -> str | None:
+    """Return in words what a fold has found changed about the node; None when it has forgotten nothing."""
+    for slug, evidence in after.domains.items():
+        known = before.domains.get(slug)
+        if known is not None and evidence.count < known.count:
+            return f"{slug}: from {known.mean:.2f} over {known.count} to {evidence.mean:.2f} over {evidence.count}"
+    return None
 
 
 def _newest(domains: dict[str, DomainEvidence]) -> dict[str, DomainEvidence]:

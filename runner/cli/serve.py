@@ -73,10 +73,17 @@ def node(
     file: Annotated[Path, typer.Argument(metavar="FILE.py", help="Python file that defines `nodes`, a list.")],
     slots: Annotated[int, typer.Option(min=1, help="Runs each node works on at once.")] = SLOTS,
     backlog: Annotated[int, typer.Option(min=0, help="Runs each node queues besides.")] = BACKLOG,
+    max_nodes: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Clone nodes under load, up to N in all; clones idle too long go."),
+    ] = None,
 ) -> None:
     """Host the nodes a file defines on the server of NATS_URL, waiting for it if need be."""
     settings = prepare("info")
-    run_service(_node(settings, load_nodes(file), slots, backlog))
+    nodes = load_nodes(file)
+    if max_nodes is not None and max_nodes < len(nodes):
+        raise typer.BadParameter(f"{file} has {len(nodes)} nodes already", param_hint="--max-nodes")
+    run_service(_node(settings, nodes, slots, backlog, max_nodes))
 
 
 async def _up(settings: Settings, port: int, programs: list[Program] | None) -> None:
@@ -182,7 +189,7 @@ def _phases_on(url: str, names: tuple[Phase, ...], settings: Settings) -> Abstra
     )
 
 
-async def _node(settings: Settings, nodes: list[Node], slots: int, backlog: int) -> None:
+async def _node(settings: Settings, nodes: list[Node], slots: int, backlog: int, max_nodes: int | None) -> None:
     url = settings.nats_url or DEFAULT_URL
     log.info("connecting", server=Bus(url).address)
     hosted = running_nodes(
@@ -191,6 +198,7 @@ async def _node(settings: Settings, nodes: list[Node], slots: int, backlog: int)
         namespace=settings.loom_namespace,
         slots=slots,
         backlog=backlog,
+        max_nodes=max_nodes,
         drain_timeout_s=settings.cluster.drain_timeout_s,
         patience_s=FOREVER_S,
     )

@@ -116,6 +116,32 @@ async def test_what_comes_during_a_write_is_written_next(stage: Stage, monkeypat
     assert (stage.all("lifecycle", kind="learned")[0].task_ids, news.task_ids) == (("t1",), ("t2",))
 
 
+async def test_an_inheritance_that_comes_during_a_write_is_written_next(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names no task: that it is unwritten shows in the profile alone."""
+    adapt: Any = await stage.phase("adapt")
+    bucket, slow, entered = adapt.service._bucket, asyncio.Event(), asyncio.Event()
+    update = bucket.update
+
+    async def held(*args: Any) -> int:
+        entered.set()
+        await slow.wait()
+        return int(await update(*args))
+
+    monkeypatch.setattr(bucket, "update", held)
+    await publish(stage, reward(1))
+    await entered.wait()
+    await publish(stage, reward(2, kind="inherit"))
+    await until(lambda: adapt.service._profiles["n1"].last_seq == 2, what="it is folded")
+    slow.set()
+    await until(lambda: at_the_end(stage), what="it is written")
+    stored = await profile(stage)
+    assert stored == await refolded(stage)
+    assert (stored.total_tasks, stored.domains["code"].count) == (1, 2)
+    assert tasks_named(stage) == {"t1"}
+
+
 async def test_each_node_has_a_profile_of_its_own(stage: Stage) -> None:
     await stage.phase("adapt")
     await publish(stage, *(reward(n, node=f"n{n % 4}") for n in range(40)))

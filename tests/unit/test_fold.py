@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.adapt.fold import fold, summary
+from loom.phases.adapt.fold import change_in, fold, summary
 from loom.schemas.learning import MAX_DOMAINS, WINDOW, NodeProfile, Reward
 from loom.schemas.wire import decode, encode
 
@@ -30,6 +30,7 @@ rewards = st.lists(
         score=st.floats(0, 1),
         ended_at=st.floats(0, 100),
         slug=st.sampled_from(["code", "data"]),
+        kind=st.sampled_from(["reward", "inherit"]),
         tokens=st.integers(0, 1000),
         seconds=st.floats(0, 10),
     ),
@@ -134,3 +135,23 @@ def test_a_summary_tells_counts_and_means_and_only_the_newest_scores() -> None:
     told = summary(profile)
     assert sum(len(evidence.scores) for evidence in told.domains.values()) == 10
     assert [(e.count, e.mean) for e in told.domains.values()] == [(e.count, e.mean) for e in profile.domains.values()]
+
+
+def test_what_came_before_a_change_is_forgotten_and_does_not_come_back() -> None:
+    good = [reward(f"g{n}", 1.0, n) for n in range(60)]
+    bad = [reward(f"b{n}", 0.0, 60 + n) for n in range(12)]
+    profile, told = EMPTY, []
+    for seq, one in enumerate([*good, *bad], 1):
+        before, profile = profile, fold(profile, one, seq, forget=True)
+        told.append(change_in(before, profile))
+
+    assert (profile.domains["code"].mean, profile.domains["code"].count <= 12) == (0.0, True)
+    assert [change for change in told if change] == ["code: from 0.97 over 62 to 0.00 over 3"]
+    again = fold(profile, good[3], 1000, forget=True)
+    assert again.domains == profile.domains
+    assert again.total_tasks == profile.total_tasks == 72
+
+
+def test_without_forgetting_the_window_is_all_there_is() -> None:
+    profile = folded([reward(f"g{n}", 1.0, n) for n in range(60)] + [reward(f"b{n}", 0.0, 60 + n) for n in range(12)])
+    assert profile.domains["code"].count == 72

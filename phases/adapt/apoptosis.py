@@ -1,0 +1,107 @@
+"""Who retires, and who inherits what they have learned. Pure: announcements and profiles in, decisions out."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from loom.schemas.auction import HostAnnouncement
+from loom.schemas.config import ClusterConfig
+from loom.schemas.health import HEALTH_WINDOW, complement, is_failing
+from loom.schemas.learning import NodeProfile, Reward, Score
+
+INHERITED = "inherit:"
+"""How the id of an inherited entry begins."""
+
+
+class Retirement(NamedTuple):
+    """A child that is to go."""
+
+    host_id: str
+    node_id: str
+    reason: str
+    when_idle: bool
+    """Whether it may stay if it has got work meanwhile."""
+
+
+def who_retires(
+    hosts: Sequence[HostAnnouncement], profiles: Mapping[str, NodeProfile], config: ClusterConfig
+) -> list[Retirement]:
+    """Return the children that are failing, then those idle for `idle_timeout_s`, the longest first.
+
+    Only children go, never a node that somebody has put there. One younger than `idle_timeout_s` is left alone, so
+    that it has had its chance, and at most so many are named that `min_nodes` of the cluster stay.
+    """
+    spare = max(0, sum(len(staying(host)) for host in hosts) - config.min_nodes)
+    grown = [
+        (host.host_id, child)
+        for host in hosts
+        for child in host.children
+        if not child.retiring and child.age_s >= config.idle_timeout_s
+    ]
+    failing, idle = [], []
+    for host_id, child in sorted(grown, key=lambda one: (-one[1].idle_s, one[0], one[1].node_id)):
+        if why := _failure(profiles.get(child.node_id), config):
+            failing.append(Retirement(host_id, child.node_id, why, when_idle=False))
+        elif child.idle_s > 0 and child.idle_s >= config.idle_timeout_s:
+            idle.append(Retirement(host_id, child.node_id, f"idle for {child.idle_s:.0f} s", when_idle=True))
+    return [*failing, *idle][:spare]
+
+
+def heir(node_id: str, hosts: Sequence[HostAnnouncement], profiles: Mapping[str, NodeProfile]) -> str | None:
+    """Return the idle node that a retired one complements most, or None where there is none to inherit.
+
+    Nobody inherits while another host still has a node of that id: its evidence is in use.
+    """
+    if any(node_id in staying(host) for host in hosts):
+        return None
+    mine = _means(profiles.get(node_id))
+    gains = {
+        other: complement(mine, _means(profiles.get(other)), min(1.0, host.running / max(host.slots, 1)))
+        for host in hosts
+        for other in staying(host) - set(host.busy)
+    }
+    return min(gains, key=lambda other: (-gains[other], other), default=None)
+
+
+def bequest(profile: NodeProfile, to: str) -> Iterator[Reward]:
+    """Yield what `to` inherits: for each domain the mean of what the node has earned itself, as one observation."""
+    for slug, evidence in profile.domains.items():
+        own = _own(evidence.scores)
+        if own:
+            yield Reward(
+                reward_id=f"{INHERITED}{profile.node_id}",
+                kind="inherit",
+                task_id=profile.node_id,
+                attempt=0,
+                source="adapt",
+                node_id=to,
+                slug=slug,
+                score=sum(score.score for score in own) / len(own),
+                ended_at=max(score.ended_at for score in own),
+                reason=f"{len(own)} rewards of {profile.node_id}, which has retired",
+            )
+
+
+def staying(host: HostAnnouncement) -> set[str]:
+    """Return the nodes of a host that are not on their way out."""
+    return set(host.nodes) - {child.node_id for child in host.children if child.retiring}
+
+
+def _failure(profile: NodeProfile | None, config: ClusterConfig) -> str:
+    """Why the node is failing; empty when it is not, or too little is known."""
+    if profile is None:
+        return ""
+    scores = _own([score for evidence in profile.domains.values() for score in evidence.scores])
+    recent = [score.score for score in sorted(scores, key=lambda score: score.ended_at)][-HEALTH_WINDOW:]
+    if not is_failing(recent, profile.consecutive_losses, config):
+        return ""
+    if profile.consecutive_losses >= config.consecutive_loss_limit:
+        return f"failed {profile.consecutive_losses} times in a row"
+    return f"earned {sum(recent) / len(recent):.2f} on average over its last {len(recent)} tasks"
+
+
+def _means(profile: NodeProfile | None) -> dict[str, float]:
+    return {slug: evidence.mean for slug, evidence in profile.domains.items()} if profile else {}
+
+
+def _own(scores: Sequence[Score]) -> list[Score]:
+    return [score for score in scores if not score.reward_id.startswith(INHERITED)]

@@ -1,0 +1,112 @@
+"""Has children retired that are idle or failing, one at a time, and passes on what they have learned."""
+
+import asyncio
+from collections.abc import Mapping
+
+import structlog
+
+from loom.bus.client import Bus, Conflict, NoResponders
+from loom.bus.faults import describe
+from loom.bus.kv import Bucket
+from loom.phases.adapt.apoptosis import Retirement, bequest, heir, who_retires
+from loom.phases.adapt.census import Census
+from loom.schemas.auction import RetireReply, RetireRequest
+from loom.schemas.config import ClusterConfig
+from loom.schemas.errors import LoomError
+from loom.schemas.learning import Lease, NodeProfile
+from loom.schemas.wire import decode
+
+log = structlog.get_logger()
+
+SWEEP_S = 1.0
+ANSWER_S = 1.0
+TRIES = 4  # hosts asked in one sweep, so that it is over well within the lease
+LEASE_S = 15.0  # longer than a host takes to announce what has changed
+LEASE = "apoptosis"
+
+
+class Retiring:
+    """ADAPT's other half. Of several replicas only the one that holds the lease acts.
+
+    Args:
+        profiles: What has been learned, as it is now.
+    """
+
+    def __init__(self, bus: Bus, config: ClusterConfig, profiles: Mapping[str, NodeProfile]) -> None:
+        self._bus = bus
+        self._config = config
+        self._profiles = profiles
+        self._census = Census(bus)
+        self._leases = Bucket(bus, "tuning", Lease)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to look after the nodes."""
+        await self._census.start()
+        self._task = self._bus.spawn(self._watch(), name="retire nodes")
+
+    async def stop(self) -> None:
+        """Retire nobody any more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._census.stop()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            try:
+                await self._sweep()
+            except LoomError as error:
+                log.warning("nobody_retired", **describe(error))
+
+    async def _sweep(self) -> None:
+        """Have the first due child retired that its host lets go."""
+        due = who_retires(self._census.hosts(), self._profiles, self._config)[:TRIES]
+        if not due or not await self._may_act():
+            return
+        for one in due:
+            if await self._retire(one):
+                await self._pass_on(one.node_id)
+                return
+
+    async def _may_act(self) -> bool:
+        """Take or renew the lease; another's must have run out."""
+        now = self._bus.now()
+        entry = await self._leases.get(LEASE)
+        if entry is not None and entry.value.holder != self._bus.instance and entry.value.until > now:
+            return False
+        mine = Lease(holder=self._bus.instance, until=now + LEASE_S)
+        try:
+            await self._leases.update(LEASE, mine, entry.revision if entry else 0)
+        except Conflict:
+            return False
+        return True
+
+    async def _retire(self, one: Retirement) -> bool:
+        """Ask its host; return whether the child is on its way out."""
+        order = RetireRequest(node_id=one.node_id, reason=one.reason, when_idle=one.when_idle)
+        subject = self._bus.subjects.of("retire", one.host_id)
+        try:
+            answer = await self._bus.request(subject, order, timeout_s=ANSWER_S)
+        except (TimeoutError, NoResponders):
+            log.info("host_does_not_answer", host_id=one.host_id, node_id=one.node_id)
+            return False
+        reply = decode(answer.data, RetireReply)
+        if reply.decline is not None:
+            log.debug("retirement_declined", node_id=one.node_id, decline=reply.decline)
+            return False
+        log.info("node_retires", node_id=one.node_id, host_id=one.host_id, reason=one.reason)
+        self._census.note_retiring(one.host_id, one.node_id)
+        return True
+
+    async def _pass_on(self, node_id: str) -> None:
+        """Publish what the node has learned for its heir to fold."""
+        profile = self._profiles.get(node_id)
+        to = heir(node_id, self._census.hosts(), self._profiles)
+        if profile is None or to is None:
+            return
+        for reward in bequest(profile, to):
+            subject = self._bus.subjects.of("reward", to, reward.slug)
+            await self._bus.store(subject, reward, msg_id=f"{reward.reward_id}:{reward.slug}")
+        log.info("inherited", node_id=node_id, heir=to)

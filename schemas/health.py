@@ -1,0 +1,36 @@
+"""When a node is failing, and whose place it would best take: what the phases and the front door decide alike."""
+
+from collections.abc import Mapping, Sequence
+from math import fsum
+
+from loom.schemas.config import ClusterConfig
+
+HEALTH_WINDOW = 10
+"""Rewards a node's recent mean is made of; with fewer, the mean says too little to condemn anybody."""
+NEUTRAL = 0.5
+"""The score of a domain nothing is known about."""
+
+
+def is_failing(rewards: Sequence[float], losses: int, config: ClusterConfig) -> bool:
+    """Return whether a node lost too often in a row, or earned too little over its last ten rewards.
+
+    Args:
+        rewards: Oldest first, each 0 to 1; fewer than ten condemn nobody.
+        losses: Failures in a row.
+        config: Its `consecutive_loss_limit` and `apoptosis_threshold`.
+    """
+    recent = rewards[-HEALTH_WINDOW:]
+    poor = len(recent) == HEALTH_WINDOW and fsum(recent) / HEALTH_WINDOW < config.apoptosis_threshold
+    return losses >= config.consecutive_loss_limit or poor
+
+
+def complement(mine: Mapping[str, float], its: Mapping[str, float], load: float) -> float:
+    """Return how differently skilled a node is that might inherit: sum |Δscore| · (1 - load / 2).
+
+    Args:
+        mine: Domain's slug -> score, of who leaves.
+        its: The same, of who stays.
+        load: Of who stays, 0 to 1.
+    """
+    apart = sum(abs(mine.get(slug, NEUTRAL) - its.get(slug, NEUTRAL)) for slug in {*mine, *its})
+    return apart * (1 - 0.5 * load)

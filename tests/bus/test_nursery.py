@@ -1,0 +1,152 @@
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from support.nodes import echo, node
+from support.nursery import WITHIN_S, Held, Place, place
+from support.phases import Stage
+from support.wait import until
+
+from loom.agents.child import STEM, child_id
+from loom.schemas.auction import SpawnRequest
+from loom.types import AgentNode, CapabilityProfile
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+async def test_a_saturated_host_starts_a_clone_that_bids_and_works(stage: Stage) -> None:
+    agent = Held()
+    here = await place(stage, [AgentNode(id="a", agent=agent, depth=1, capabilities=expert("pdf"))], 2, slots=1)
+    await here.fill("a", agent)
+    reply = await here.spawn(tools=("pdf",))
+    assert (reply.node_id, reply.decline) == ("a-c1", None)
+    said = await here.says("a", "a-c1")
+    assert (said.templates, said.busy, said.slots) == (True, ("a",), 2)
+    [state] = said.children
+    assert (state.node_id, state.parent_id, state.retiring) == ("a-c1", "a", False)
+    news = await stage.seen("lifecycle", kind="spawned", node_id="a-c1", within_s=WITHIN_S)
+    assert (news.host_id, news.reason) == (here.host.host_id, "clone of a: saturated in code")
+    assert await stage.seen("lifecycle", kind="joined", node_id="a-c1")
+    [child] = [one for one in here.bids(required_tools=("pdf",)).bids if one.node_id == "a-c1"]
+    assert (child.claim, child.load, child.tools) == (0.5, 0, ("pdf",))
+    [elsewhere] = [one for one in here.bids(slug="cooking").bids if one.node_id == "a-c1"]
+    assert elsewhere.claim == 0.1
+    clone: Any = here.nursery.nodes()[1]
+    assert (clone.parent_id, clone.depth) == ("a", 2)
+    events = await here.fill("a-c1", agent)
+    agent.go.set()
+    await until(lambda: events[-1].final, within_s=WITHIN_S, what="it ends")
+    assert events[-1].result is not None
+    assert events[-1].result.content == "done by a-c1"
+
+
+def expert(*tools: str) -> CapabilityProfile:
+    return CapabilityProfile(scores={"code": 0.9, "cooking": 0.1}, tools=list(tools))
+
+
+async def test_it_declines_what_it_cannot_or_need_not_or_may_not_start(stage: Stage) -> None:
+    agent = Held()
+    here = await place(stage, [node("a", agent, code=0.9)], 2, slots=1)
+    assert (await here.spawn()).decline == "idle"
+    await here.fill("a", agent)
+    assert (await here.spawn(tools=("pdf",))).decline == "cannot"
+    assert (await here.spawn()).node_id == "a-c1"
+    assert (await here.spawn()).decline == "idle"
+    await here.fill("a-c1", agent)
+    assert (await here.spawn()).decline == "full"
+    assert here.names() == ["a", "a-c1"]
+
+
+async def test_the_template_that_claims_most_is_cloned_and_children_are_not(stage: Stage) -> None:
+    agent = Held()
+    here = await place(stage, [node("a", agent, code=0.2), node("b", agent, code=0.4)], 9, slots=1)
+    for busy, born in (("a", None), ("b", "b-c1"), ("b-c1", "b-c2")):
+        await here.fill(busy, agent)
+        assert (await here.spawn()).node_id == born
+
+
+async def test_requests_at_once_on_two_hosts_pass_no_limit(stage: Stage) -> None:
+    agent = Held()
+    here, there = [await place(stage, [node("a", agent)], 3, slots=1, backlog=0) for _ in range(2)]
+    for one in (here, there):
+        await one.fill("a", agent)
+    for size in (2, 3):
+        await until(
+            lambda size=size: asked(here, there, size),  # type: ignore[misc]
+            within_s=WITHIN_S,
+            what=f"both have {size} nodes",
+        )
+        for one in (here, there):
+            assert len(one.names()) == size
+            await one.fill(f"a-c{size - 1}", agent)
+    replies = await asyncio.gather(*(here.spawn() for _ in range(30)))
+    assert {reply.decline for reply in replies} == {"full"}
+    assert here.names() == there.names() == ["a", "a-c1", "a-c2"]
+
+
+async def asked(here: Place, there: Place, size: int) -> bool:
+    """Ask ten times at once; return whether both hosts have grown to that size."""
+    await asyncio.gather(*(here.spawn() for _ in range(10)))
+    return len(here.names()) == len(there.names()) == size
+
+
+async def test_a_retiring_child_takes_nothing_new_and_ends_what_it_has(stage: Stage) -> None:
+    agent = Held()
+    here = await place(stage, [node("a", agent)], 2, slots=1)
+    await here.fill("a", agent)
+    await here.spawn()
+    running = await here.fill("a-c1", agent)
+    queued = await here.run("a-c1")
+    assert (await here.retire("a-c1", when_idle=True)).decline == "busy"
+    assert (await here.retire("a-c1")).decline is None
+    assert (await here.retire("a-c1")).decline is None  # told again, it goes on as it was
+    changed = await stage.seen("lifecycle", kind="changed", node_id="a-c1", within_s=WITHIN_S)
+    assert changed.reason == "takes no more work: a test"
+    assert [one.node_id for one in here.bids().bids] == ["a"]
+    late = await here.run("a-c1")
+    assert (late[0].kind, late[0].code) == ("rejected", "busy")
+    assert (await here.says("a", "a-c1")).children[0].retiring
+    agent.go.set()
+    await here.says("a")
+    assert (running[-1].kind, queued[-1].kind) == ("result", "result")
+    retired = await stage.seen("lifecycle", kind="retired", node_id="a-c1", within_s=WITHIN_S)
+    assert retired.reason == "a test"
+    assert len(stage.all("lifecycle", kind="changed")) == len(stage.all("lifecycle", kind="retired")) == 1
+    gone = await here.run("a-c1")
+    assert (gone[0].kind, gone[0].code) == ("rejected", "busy")  # an award on its way is nobody's fault
+    never = await here.run("a-c9")
+    assert (never[0].kind, never[0].code) == ("rejected", "cannot")
+    assert (await here.retire("a-c1")).decline == "unknown"
+
+
+async def test_an_original_is_never_let_go(stage: Stage) -> None:
+    here = await place(stage, [node("a", echo)], 2)
+    assert (await here.retire("a")).decline == "original"
+    assert here.names() == ["a"]
+
+
+async def test_rubbish_and_a_stopped_nursery_start_nobody(stage: Stage) -> None:
+    agent = Held()
+    here = await place(stage, [node("a", agent)], 9, slots=1)
+    await here.fill("a", agent)
+    await stage.bus.publish(stage.bus.subjects.spawn, b"{")
+    await stage.bus.publish(stage.bus.subjects.of("retire", here.host.host_id), b"[]")
+    assert (await here.spawn()).node_id == "a-c1"
+    await here.nursery.stop()
+    await here.nursery.stop()
+    await here.host.bus.echo()
+    await stage.bus.publish(stage.bus.subjects.spawn, SpawnRequest(slug="code"))
+    await stage.bus.echo()
+    await here.host.bus.echo()
+    assert here.names() == ["a", "a-c1"]
+
+
+def test_a_child_is_named_after_its_template_by_the_first_free_number() -> None:
+    assert child_id("a", ["a", "a-c1", "a-c3"]) == "a-c2"
+    long = "x" * 64
+    assert child_id(long, [long, f"{'x' * STEM}-c1"]) == f"{'x' * STEM}-c2"

@@ -1,0 +1,150 @@
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from support.nodes import node
+from support.nursery import WITHIN_S, Held, Place, place
+from support.phases import Stage
+from support.wait import until
+
+from loom.bus.kv import Bucket
+from loom.bus.reward_bus import RewardBus
+from loom.phases.adapt.fold import fold
+from loom.schemas.auction import RetireRequest
+from loom.schemas.config import ClusterConfig
+from loom.schemas.learning import Lease, NodeProfile, Reward
+from loom.schemas.wire import decode
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
+    monkeypatch.setattr("loom.agents.host.ANNOUNCE_S", 0.1)
+    monkeypatch.setattr("loom.phases.adapt.retiring.SWEEP_S", 0.05)
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+@pytest.fixture
+async def grown(stage: Stage) -> Place:
+    """A host that has grown from one node to three, all busy; `let_go` ends their work."""
+    agent = Held()
+    here = await place(stage, [node("a", agent, code=0.9)], 3, slots=1)
+    here.let_go = agent.go.set  # type: ignore[attr-defined]
+    await here.fill("a", agent)
+    for child in ("a-c1", "a-c2"):
+        assert (await here.spawn()).node_id == child
+        await here.fill(child, agent)
+    await here.says("a", "a-c1", "a-c2")
+    return here
+
+
+def orders(stage: Stage) -> list[RetireRequest]:
+    return [decode(raw, RetireRequest) for raw in stage.all("retire")]
+
+
+async def earned(stage: Stage, node_id: str, *scores: float, slug: str = "code") -> None:
+    bus = RewardBus(bus=stage.bus)
+    for n, score in enumerate(scores):
+        task = f"{node_id}-{slug}-{n}"
+        one = Reward(
+            reward_id=f"{task}:1:rules",
+            task_id=task,
+            attempt=1,
+            node_id=node_id,
+            slug=slug,
+            score=score,
+            ended_at=stage.bus.now() + n,
+        )
+        await bus.publish(one)
+
+
+async def profiles(stage: Stage) -> dict[str, NodeProfile]:
+    bucket = Bucket(stage.bus, "nodes", NodeProfile)
+    entries = [await bucket.get(name) for name in ("a", "a-c1", "a-c2")]
+    return {entry.key: entry.value for entry in entries if entry}
+
+
+async def refolded(stage: Stage) -> dict[str, NodeProfile]:
+    """What the stream itself says, folded from the beginning; nothing is ever removed here."""
+    known: dict[str, NodeProfile] = {}
+    seq = 0
+    async for one in RewardBus(bus=stage.bus).replay():
+        seq += 1
+        known[one.node_id] = fold(known.get(one.node_id, NodeProfile(node_id=one.node_id)), one, seq)
+    return known
+
+
+async def test_idle_children_retire_and_the_survivor_inherits_what_a_rebuild_finds_too(
+    stage: Stage, grown: Place
+) -> None:
+    await stage.phase("adapt", ClusterConfig(idle_timeout_s=0.5))
+    await earned(stage, "a-c1", 1.0, 0.5)
+    await earned(stage, "a", 0.0, 0.0)
+    grown.let_go()  # type: ignore[attr-defined]
+    await grown.says("a")
+    assert {one.node_id for one in orders(stage)} == {"a-c1", "a-c2"}
+    assert all(one.when_idle and one.reason.startswith("idle for") for one in orders(stage))
+
+    async def inherited() -> bool:
+        known = await profiles(stage)
+        return "a" in known and known["a"].domains["code"].count == 3 and known == await refolded(stage)
+
+    await until(inherited, within_s=WITHIN_S, what="the survivor's stored profile holds the inheritance")
+    heir = (await profiles(stage))["a"]
+    assert (heir.domains["code"].mean, heir.total_tasks, heir.consecutive_losses) == (0.25, 2, 2)
+    await until(lambda: last_told(stage, "a") == 3, within_s=WITHIN_S, what="the inheritance is told")
+    [passed] = [one for one in stage.all("reward", node_id="a") if one.kind == "inherit"]
+    assert (passed.reward_id, passed.score) == ("inherit:a-c1", 0.75)
+
+
+def last_told(stage: Stage, node_id: str) -> int:
+    """Return the rewards in `code` that the newest profile told of counts."""
+    news = stage.all("lifecycle", kind="learned", node_id=node_id)
+    return news[-1].profile.domains["code"].count if news else 0
+
+
+async def test_a_failing_child_retires_amid_its_work_and_ends_it(stage: Stage, grown: Place) -> None:
+    await stage.phase("adapt", ClusterConfig(idle_timeout_s=0.01, consecutive_loss_limit=3))
+    await earned(stage, "a-c2", 0.0, 0.0, 0.0)
+    changed = await stage.seen("lifecycle", kind="changed", node_id="a-c2", within_s=WITHIN_S)
+    assert changed.reason == "takes no more work: failed 3 times in a row"
+    assert grown.names() == ["a", "a-c1", "a-c2"]
+    grown.let_go()  # type: ignore[attr-defined]
+    await stage.seen("lifecycle", kind="retired", node_id="a-c2", within_s=WITHIN_S)
+
+
+async def test_of_two_replicas_one_acts_and_min_nodes_stay(
+    stage: Stage, grown: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loom.phases.adapt.retiring.LEASE_S", 1.0)
+    config = ClusterConfig(idle_timeout_s=0.3, min_nodes=2)
+    replicas = [await stage.phase("adapt", config) for _ in range(2)]
+    grown.let_go()  # type: ignore[attr-defined]
+    await until(lambda: len(grown.names()) == 2, within_s=WITHIN_S, what="one child has gone")
+    count = len(stage.all("host"))
+    await stage.seen("host", count=count + 10, within_s=WITHIN_S)  # both look on meanwhile
+    assert len(orders(stage)) == 1
+    assert len(grown.names()) == 2
+    leases: list[Any] = [replica.service for replica in replicas]
+    holder = await leases[0]._retiring._leases.get("apoptosis")
+    [active] = [replica for replica in replicas if replica.bus.instance == holder.value.holder]
+    active.die()
+    await stage.phase("adapt", ClusterConfig(idle_timeout_s=0.3, min_nodes=1))
+    await grown.says("a")
+    assert len(orders(stage)) == 2
+
+
+async def test_a_replica_waits_while_another_holds_the_lease(stage: Stage, grown: Place) -> None:
+    bucket = Bucket(stage.bus, "tuning", Lease)
+    held = await bucket.create("apoptosis", Lease(holder="another", until=stage.bus.now() + 600))
+    await stage.phase("adapt", ClusterConfig(idle_timeout_s=0.1))
+    grown.let_go()  # type: ignore[attr-defined]
+    await until(lambda: idle_for(stage, 0.5), within_s=WITHIN_S, what="both are idle and known to be")
+    assert not orders(stage)
+    await bucket.update("apoptosis", Lease(holder="another", until=stage.bus.now() - 1), held)
+    await grown.says("a")
+
+
+def idle_for(stage: Stage, seconds: float) -> bool:
+    children = stage.all("host")[-1].children
+    return len(children) == 2 and all(child.idle_s > seconds for child in children)

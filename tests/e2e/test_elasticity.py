@@ -1,0 +1,141 @@
+"""A cluster that grows with its load and shrinks after it."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command import LOOM, command, loom
+from support.nodes import Counting, node
+from support.wait import until
+
+from loom.agents.node import Node
+from loom.bus import tasks
+from loom.bus.client import Bus, Msg, NoResponders
+from loom.runner.cluster import running_nodes, running_phases
+from loom.schemas.auction import HostAnnouncement, SpawnReply, SpawnRequest
+from loom.schemas.config import ClusterConfig
+from loom.schemas.learning import Lifecycle
+from loom.schemas.task import TaskAd, TaskResult
+from loom.schemas.wire import decode
+
+WITHIN_S = 60
+AT_ONCE = 24
+RUN_S = 0.1
+CONFIG = ClusterConfig(idle_timeout_s=1.0)
+
+
+class Census:
+    """What the hosts say of themselves: how many nodes each has now, and had at most."""
+
+    def __init__(self) -> None:
+        self.now: dict[str, int] = {}
+        self.most: Counter[str] = Counter()
+        self.told: Counter[str] = Counter()
+        """Lifecycle events by kind."""
+
+    async def start(self, bus: Bus) -> None:
+        await bus.subscribe(bus.subjects.of("host", "*"), self._note)
+        await bus.subscribe(bus.subjects.of("lifecycle", "*", "*"), self._tell)
+
+    async def _note(self, msg: Msg) -> None:
+        said = decode(msg.data, HostAnnouncement)
+        self.now[said.host_id] = len(said.nodes)
+        self.most[said.host_id] = max(self.most[said.host_id], len(said.nodes))
+
+    async def _tell(self, msg: Msg) -> None:
+        self.told[decode(msg.data, Lifecycle).kind] += 1
+
+
+class Burst:
+    """Keeps so many tasks in the loop until it is told to stop."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.results: list[TaskResult] = []
+        self.over = asyncio.Event()
+        self._bus = bus
+
+    async def last(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(AT_ONCE):
+                group.create_task(self._go_on())
+
+    async def _go_on(self) -> None:
+        while not self.over.is_set():
+            handle = await tasks.publish(self._bus, TaskAd(description="add two numbers", domain="code"), deltas=False)
+            self.results.append(await handle.result(WITHIN_S))
+
+
+def nodes(agent: Counting) -> Sequence[Node]:
+    return [node("a", agent, code=0.8)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+async def test_a_burst_grows_two_hosts_to_their_limits_and_quiet_shrinks_them_again(
+    nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two SCALE and two ADAPT replicas: nothing in flight is lost, no run happens twice."""
+    monkeypatch.setattr("loom.agents.host.ANNOUNCE_S", 0.2)
+    monkeypatch.setattr("loom.phases.adapt.retiring.SWEEP_S", 0.2)
+    agent, census = Counting(RUN_S), Census()
+    here, there = nodes(agent), nodes(agent)
+    async with (
+        Bus(nats_url, namespace=namespace) as bus,
+        running_phases(nats_url, namespace=namespace, config=CONFIG),
+        running_phases(nats_url, namespace=namespace, config=CONFIG, names=("scale", "adapt")),
+        running_nodes(nats_url, lambda: here, namespace=namespace, slots=1, backlog=4, max_nodes=3) as one,
+        running_nodes(nats_url, lambda: there, namespace=namespace, slots=1, backlog=4, max_nodes=2) as two,
+    ):
+        await census.start(bus)
+        limits = {one.host_id: 3, two.host_id: 2}
+        burst = Burst(bus)
+        lasting = asyncio.create_task(burst.last())
+        await until(lambda: census.now == limits, within_s=WITHIN_S, what=f"both are full grown: {census.now}")
+        before = len(burst.results)
+        await until(lambda: len(burst.results) > before + AT_ONCE, within_s=WITHIN_S, what="it goes on at full size")
+        burst.over.set()
+        await lasting
+        alone = {one.host_id: 1, two.host_id: 1}
+        await until(lambda: census.now == alone, within_s=WITHIN_S, what=f"both have shrunk: {census.now}")
+        after = await (await tasks.publish(bus, TaskAd(description="one more", domain="code"))).result(WITHIN_S)
+    assert after.success
+    assert census.most == limits
+    assert (census.told["spawned"], census.told["retired"]) == (3, 3)
+    assert [result.error for result in burst.results if not result.success] == []
+    assert {result.node_id for result in burst.results} == {"a", "a-c1", "a-c2"}
+    assert set(agent.runs.values()) == {1}
+
+
+PAIR = """
+from loom.types import AgentNode
+
+async def work(description: str) -> str:
+    return description
+
+nodes = [AgentNode(id="a", agent=work), AgentNode(id="b", agent=work)]
+"""
+
+
+async def test_the_command_line_says_how_far_a_host_may_grow(nats_url: str, namespace: str, tmp_path: Path) -> None:
+    file = tmp_path / "pair.py"
+    file.write_text(PAIR)
+    env = {"NATS_URL": nats_url, "LOOM_NAMESPACE": namespace}
+    words = ("node", str(file), "--max-nodes")
+    async with command(tmp_path, *LOOM, *words, "3", **env) as host, Bus(nats_url, namespace=namespace) as bus:
+        refused = await loom(tmp_path, *words, "1", **env)
+        assert refused.code == 2
+        assert "has 2 nodes already" in " ".join(refused.err.split())
+        await host.says("a, b on")
+
+        async def asked() -> SpawnReply | None:
+            try:
+                answer = await bus.request(bus.subjects.spawn, SpawnRequest(slug="code"), timeout_s=5)
+            except (TimeoutError, NoResponders):
+                return None
+            return decode(answer.data, SpawnReply)
+
+        reply: Any = await until(asked, within_s=WITHIN_S, what="the host answers")
+        assert reply.decline == "idle"

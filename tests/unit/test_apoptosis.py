@@ -1,0 +1,204 @@
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from loom.phases.adapt.apoptosis import bequest, heir, staying, who_retires
+from loom.phases.adapt.fold import fold
+from loom.schemas.auction import ChildState, HostAnnouncement
+from loom.schemas.config import ClusterConfig
+from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile, Reward, Score
+
+CONFIG = ClusterConfig(idle_timeout_s=60, min_nodes=1)
+OLD = {"age_s": 1000.0}
+
+
+def child(node_id: str = "a-c1", **facts: Any) -> ChildState:
+    return ChildState(node_id=node_id, parent_id="a", **{**OLD, **facts})
+
+
+def host(*children: ChildState, nodes: tuple[str, ...] = ("a",), **facts: Any) -> HostAnnouncement:
+    names = (*nodes, *(one.node_id for one in children))
+    return HostAnnouncement(**{"host_id": "h1", "nodes": names, "slots": 8, "children": children, **facts})
+
+
+def profile(node_id: str, losses: int = 0, **domains: list[float]) -> NodeProfile:
+    """A profile with these scores, oldest first, by domain."""
+    known = {
+        slug: DomainEvidence(
+            scores=tuple(Score(reward_id=f"{slug}{n}:1:rules", score=x, ended_at=float(n)) for n, x in enumerate(each)),
+            count=len(each),
+            mean=sum(each) / len(each),
+        )
+        for slug, each in domains.items()
+    }
+    return NodeProfile(node_id=node_id, domains=known, consecutive_losses=losses)
+
+
+def profiles(*known: NodeProfile) -> dict[str, NodeProfile]:
+    return {one.node_id: one for one in known}
+
+
+def goes(*hosts: HostAnnouncement, config: ClusterConfig = CONFIG, known: tuple[NodeProfile, ...] = ()) -> list[str]:
+    return [one.node_id for one in who_retires(hosts, profiles(*known), config)]
+
+
+# -- who retires
+
+
+def test_a_child_idle_for_long_enough_retires_if_it_is_idle_still() -> None:
+    [one] = who_retires([host(child(idle_s=61))], {}, CONFIG)
+    assert (one.host_id, one.node_id, one.when_idle) == ("h1", "a-c1", True)
+    assert one.reason == "idle for 61 s"
+    assert goes(host(child(idle_s=59))) == []
+
+
+def test_the_longest_idle_goes_first_and_the_failing_before_them() -> None:
+    crowd = host(child("a-c1", idle_s=70), child("a-c2", idle_s=90), child("a-c3"))
+    assert goes(crowd, known=(profile("a-c3", losses=20),)) == ["a-c3", "a-c2", "a-c1"]
+
+
+def test_a_working_child_is_not_idle_even_without_any_patience() -> None:
+    assert goes(host(child(idle_s=0)), config=ClusterConfig(idle_timeout_s=0)) == []
+
+
+@pytest.mark.parametrize(
+    ("known", "why"),
+    [
+        (profile("a-c1", losses=20), "failed 20 times in a row"),
+        (profile("a-c1", code=[0.2] * 10), "earned 0.20 on average over its last 10 tasks"),
+        (profile("a-c1", code=[1.0] * 50, data=[0.0] * 60), "earned 0.00 on average over its last 10 tasks"),
+    ],
+)
+def test_a_failing_child_retires_though_it_works(known: NodeProfile, why: str) -> None:
+    [one] = who_retires([host(child(idle_s=0))], profiles(known), CONFIG)
+    assert (one.reason, one.when_idle) == (why, False)
+
+
+@pytest.mark.parametrize(
+    "known",
+    [profile("a-c1"), profile("a-c1", code=[0.0] * 9), profile("a-c1", losses=19), profile("a-c1", code=[0.3] * 10)],
+)
+def test_nobody_is_condemned_for_the_lack_of_history_or_at_the_threshold(known: NodeProfile) -> None:
+    assert goes(host(child()), known=(known,)) == []
+
+
+def test_what_was_inherited_condemns_nobody() -> None:
+    known = NodeProfile(node_id="a-c1")
+    for seq in range(1, 12):
+        left = Reward(
+            reward_id=f"inherit:x-c{seq}",
+            kind="inherit",
+            task_id=f"x-c{seq}",
+            attempt=0,
+            node_id="a-c1",
+            slug="code",
+            score=0.0,
+            ended_at=float(seq),
+        )
+        known = fold(known, left, seq)
+    assert known.domains["code"].count == 11
+    assert goes(host(child()), known=(known,)) == []
+
+
+def test_a_newcomer_is_left_alone() -> None:
+    assert goes(host(child(age_s=59, idle_s=59)), known=(profile("a-c1", losses=99),)) == []
+
+
+def test_what_somebody_has_put_there_stays() -> None:
+    assert goes(host(child(idle_s=99), nodes=("a", "b")), known=(profile("b", losses=99),)) == ["a-c1"]
+
+
+def test_min_nodes_of_all_hosts_together_stay() -> None:
+    config = ClusterConfig(idle_timeout_s=60, min_nodes=3)
+    here = host(child("a-c1", idle_s=80), child("a-c2", idle_s=70))
+    there = host(child("b-c1", idle_s=90), nodes=("b",), host_id="h2")
+    assert goes(here, there, config=config) == ["b-c1", "a-c1"]
+    assert goes(here, config=config) == []
+
+
+states = st.builds(
+    ChildState,
+    node_id=st.sampled_from([f"a-c{n}" for n in range(9)]),
+    parent_id=st.just("a"),
+    age_s=st.floats(0, 200),
+    idle_s=st.floats(0, 200),
+    retiring=st.booleans(),
+)
+crowds = st.lists(states, max_size=9, unique_by=lambda one: one.node_id).map(lambda every: host(*every))
+
+
+@given(st.lists(crowds, max_size=3), st.integers(0, 12), st.integers(0, 2))
+def test_however_they_fare_enough_stay_and_only_children_go(
+    hosts: list[HostAnnouncement], min_nodes: int, losers: int
+) -> None:
+    hosts = [replace(one, host_id=f"h{n}") for n, one in enumerate(hosts)]
+    config = ClusterConfig(idle_timeout_s=60, min_nodes=min_nodes)
+    known = profiles(*(profile(f"a-c{n}", losses=20) for n in range(losers)))
+    due = who_retires(hosts, known, config)
+    before = sum(len(staying(one)) for one in hosts)
+    assert len(due) <= max(0, before - min_nodes)
+    assert len({(one.host_id, one.node_id) for one in due}) == len(due)
+    fit = {(one.host_id, c.node_id) for one in hosts for c in one.children if not c.retiring and c.age_s >= 60}
+    assert {(one.host_id, one.node_id) for one in due} <= fit
+
+
+# -- who inherits
+
+
+def test_the_idle_node_it_complements_most_inherits() -> None:
+    known = profiles(profile("a-c1", code=[0.9]), profile("b", code=[0.2]), profile("c", code=[0.8]))
+    crowd = host(child(retiring=True), nodes=("b", "c"))
+    assert heir("a-c1", [crowd], known) == "b"
+    assert heir("a-c1", [replace(crowd, busy=("b",))], known) == "c"
+
+
+def test_a_loaded_host_lowers_what_its_nodes_gain() -> None:
+    known = profiles(profile("a-c1", code=[0.9]), profile("b", code=[0.2]), profile("c", code=[0.3]))
+    calm, loaded = host(nodes=("c",)), host(nodes=("b",), host_id="h2", running=8)
+    assert heir("a-c1", [calm, loaded], known) == "c"
+
+
+def test_nobody_inherits_without_an_idle_survivor_or_while_the_node_lives_elsewhere() -> None:
+    leaving = host(child(retiring=True), busy=("a",))
+    assert heir("a-c1", [leaving], {}) is None
+    twin = host(child("a-c1"), host_id="h2")
+    assert heir("a-c1", [replace(leaving, busy=()), twin], {}) is None
+
+
+def test_equal_gains_fall_to_the_first_by_name_however_the_hosts_are_ordered() -> None:
+    hosts = [host(nodes=("c", "b")), host(nodes=("d",), host_id="h2")]
+    assert heir("a-c1", hosts, {}) == heir("a-c1", hosts[::-1], {}) == "b"
+
+
+def test_a_bequest_is_one_observation_a_domain_and_no_task_of_the_heir() -> None:
+    source = profile("a-c1", code=[1.0, 0.5], data=[0.0] * 30)
+    start = profile("b", losses=3, code=[0.0])
+    folded = start
+    for seq, reward in enumerate(bequest(source, "b"), start=1):
+        folded = fold(folded, reward, seq)
+    assert {slug: (e.count, e.mean) for slug, e in folded.domains.items()} == {"code": (2, 0.375), "data": (1, 0.0)}
+    assert (folded.total_tasks, folded.consecutive_losses, folded.tokens) == (0, 3, 0)
+
+
+def test_a_second_bequest_of_the_same_node_replaces_the_first() -> None:
+    folded = NodeProfile(node_id="b")
+    for seq, scores in enumerate(([0.0], [1.0]), start=1):
+        [reward] = bequest(profile("a-c1", code=scores), "b")
+        folded = fold(folded, reward, seq)
+    assert (folded.domains["code"].count, folded.domains["code"].mean) == (1, 1.0)
+
+
+def test_what_was_inherited_is_not_passed_on() -> None:
+    [first] = bequest(profile("a-c1", code=[1.0]), "b")
+    between = fold(NodeProfile(node_id="b"), first, 1)
+    assert list(bequest(between, "c")) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=WINDOW))
+def test_a_bequest_lies_within_what_was_earned(scores: list[float]) -> None:
+    [reward] = bequest(profile("a-c1", code=scores), "b")
+    assert min(scores) - 1e-9 <= reward.score <= max(scores) + 1e-9
+    assert reward.ended_at == len(scores) - 1
