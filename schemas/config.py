@@ -23,7 +23,7 @@ class ClusterConfig(Wire, frozen=True, kw_only=True):
     apoptosis_threshold: Unit = 0.3
     """Nodes whose recent mean reward is below this are failing."""
     idle_timeout_s: Seconds = 300.0
-    """Idle time after which a node that has worked before may retire."""
+    """Idle time after which a node that was started on request may retire."""
     consecutive_loss_limit: Annotated[int, Meta(ge=1)] = 20
     """Failures in a row after which a node is failing."""
     bid_window_ms: Annotated[int, Meta(ge=1, le=10_000)] = 250
@@ -32,8 +32,12 @@ class ClusterConfig(Wire, frozen=True, kw_only=True):
     """How long a task waits for anybody at all to bid."""
     waiting_limit: Annotated[int, Meta(ge=1)] = 64
     """Tasks per lane that wait in MATCH while all nodes are busy."""
+    policy: Annotated[str, Meta(min_length=1, max_length=200)] = "glr_ucb"
+    """How MATCH trusts bidders: glr_ucb, ucb, thompson, greedy, round_robin, random, or `module:function`."""
     exploration: Annotated[float, Meta(ge=0)] = 0.3
     """Weight of the bonus for nodes little is known about (c of UCB)."""
+    half_life_days: Annotated[float, Meta(ge=0.001)] = 14.0
+    """Days without news after which what is known of a node counts half."""
     max_attempts: Annotated[int, Meta(ge=1, le=100)] = 3
     """Attempts that may be the nodes' fault."""
     max_in_flight: Annotated[int, Meta(ge=1)] = 1000

@@ -1,7 +1,7 @@
 """Which hosts are there to be waited for, and what is known of their nodes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -18,10 +18,15 @@ MISSED_WINDOWS = 3
 
 
 class Roster:
-    """Listens to announcements and to what ADAPT learns. It decides how long to wait, never who may bid."""
+    """Listens to announcements and to what ADAPT learns. It decides how long to wait, never who may bid.
 
-    def __init__(self, bus: Bus) -> None:
+    Args:
+        learned: Told of each profile that has changed.
+    """
+
+    def __init__(self, bus: Bus, *, learned: Callable[[NodeProfile], None] = lambda _: None) -> None:
         self._bus = bus
+        self._learned = learned
         self.profiles: dict[str, NodeProfile] = {}
         """node id -> what has been learned."""
         self._heard: dict[str, float] = {}
@@ -104,3 +109,4 @@ class Roster:
     async def _learn(self, reader: BucketReader[NodeProfile]) -> None:
         for entry in await reader.batch():
             self.profiles[entry.value.node_id] = entry.value
+            self._learned(entry.value)

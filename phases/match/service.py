@@ -9,7 +9,6 @@ Gives up   no_bids when all who could have failed, or nobody bids for no_bids_af
 
 import asyncio
 import random
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import uuid4
@@ -23,8 +22,10 @@ from loom.bus.loop import HopLoop, Service, lane_slots
 from loom.bus.outcome import Dead, Fail, Later, Next, Outcome
 from loom.bus.scatter import scatter
 from loom.bus.topology import MATCH_LANES, Lane
-from loom.phases.match.policy import AllBusy, Awarded, Exhausted, Nobody, Verdict, best_known, judge, spacing_s
+from loom.phases.match.awards import Awards
+from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, Verdict, best_known, judge
 from loom.phases.match.roster import Roster
+from loom.phases.match.trust import policy
 from loom.schemas.auction import BID_LIMIT, CallForBids, Offer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope, Spec
@@ -38,6 +39,7 @@ HOLD_S = 5.0  # a busy cluster is asked again for so long before the task goes t
 PAUSE_S = (0.1, 2.0)  # shortest and longest pause between two calls
 BUSY_S = (0.01, 0.1)  # the same after a node turned out to be full
 ALONE_PAUSE_S = 1.0
+DAY_S = 86_400.0
 
 
 class Match:
@@ -46,9 +48,9 @@ class Match:
     def __init__(self, bus: Bus, config: ClusterConfig) -> None:
         self._bus = bus
         self._config = config
-        self._roster = Roster(bus)
-        self._spaced: dict[tuple[str, str], float] = {}
-        """(host id, node id) -> monotonic time before which only an urgent task is awarded to it."""
+        self._awards = Awards()
+        self._roster = Roster(bus, learned=self._awards.judged)
+        self._policy = policy(config.policy)
         lanes = [(lane, lane_slots(lane)) for lane in MATCH_LANES]
         self._loop = HopLoop(bus, Service("match", lanes, Envelope, self.handle, window=self._window))
 
@@ -155,19 +157,23 @@ class Match:
             enough=enough,
         )
         self._roster.answered(expected, offers)
-        now = time.monotonic()
-        self._spaced = {place: until for place, until in self._spaced.items() if until > now}
-        verdict = judge(envelope, offers, self._roster.profiles, self._config.exploration, self._spaced)
+        verdict = judge(envelope, offers, self._book())
         if isinstance(verdict, Awarded):
-            self._space(verdict.award, offers, now)
+            self._awards.note(envelope, verdict.award, offers)
         if isinstance(verdict, Exhausted) and not expected <= {offer.host_id for offer in offers}:
             return AllBusy()  # a host that should have answered may have a node yet: slow is not gone
         return verdict
 
-    def _space(self, award: Award, offers: list[Offer], now: float) -> None:
-        won = next(b for o in offers if o.host_id == award.host_id for b in o.bids if b.node_id == award.node_id)
-        if wait_s := spacing_s(won):
-            self._spaced[award.host_id, award.node_id] = now + wait_s
+    def _book(self) -> Book:
+        return Book(
+            profiles=self._roster.profiles,
+            policy=self._policy,
+            exploration=self._config.exploration,
+            now=self._bus.now(),
+            half_life_s=self._config.half_life_days * DAY_S,
+            taken=self._awards.taken(),
+            pending=self._awards.pending(),
+        )
 
     def _call(self, envelope: Envelope, spec: Spec) -> CallForBids:
         return CallForBids(

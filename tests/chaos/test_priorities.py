@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from statistics import median
@@ -15,7 +16,7 @@ from loom.agents.node import Room
 from loom.agents.runs import Run
 from loom.bus import tasks, topology
 from loom.bus.client import Bus
-from loom.phases.match.policy import AllBusy, Awarded, judge, spacing_s
+from loom.phases.match.policy import AllBusy, Awarded, Book, Verdict, judge, taken_s
 from loom.runner.cluster import running_nodes, running_phases
 from loom.runner.embedded import NatsServer
 from loom.schemas.auction import Bid, Offer
@@ -91,33 +92,41 @@ def test_only_the_urgent_are_awarded_to_a_node_at_full_load(priority: Priority, 
     full = Offer(host_id="h1", bids=(Bid(node_id="n1", claim=0.9, load=1.0, backlog=13),))
     free = Offer(host_id="h2", bids=(Bid(node_id="n2", claim=0.1, load=0.2),))
 
-    assert isinstance(judge(task, [full], {}, 0.3), Awarded if raised else AllBusy)
-    assert isinstance(judge(task, [full, free], {}, 0.3), Awarded)
+    assert isinstance(judge(task, [full], Book()), Awarded if raised else AllBusy)
+    assert isinstance(judge(task, [full, free], Book()), Awarded)
 
 
 @RAISED
-def test_only_the_urgent_are_awarded_to_a_node_that_has_just_been_awarded_another(
+def test_a_place_that_was_awarded_a_moment_ago_is_the_next_ones_only_if_urgent(
     priority: Priority, raised: bool
 ) -> None:
-    offer = Offer(host_id="h1", bids=(Bid(node_id="n1", load=0.6, backlog=7),))
+    offer = Offer(host_id="h1", bids=(Bid(node_id="n1", load=0.9, backlog=7, free=2),))
 
-    verdict = judge(envelope(ad(priority=priority), now=0), [offer], {}, 0.3, {("h1", "n1")})
+    def verdict(taken: int) -> Verdict:
+        return judge(envelope(ad(priority=priority), now=0), [offer], Book(taken={("h1", "n1"): taken}))
 
-    assert isinstance(verdict, Awarded if raised else AllBusy)
+    assert isinstance(verdict(1), Awarded)
+    assert isinstance(verdict(2), Awarded if raised else AllBusy)
+
+
+def test_awards_of_a_moment_ago_spread_a_burst_over_equals() -> None:
+    offers = [Offer(host_id=f"h{n}", bids=(Bid(node_id=f"n{n}", claim=0.9, free=16),)) for n in (1, 2)]
+    taken: Counter[tuple[str, str]] = Counter()
+    for number in range(20):
+        verdict = judge(envelope(ad(task_id=f"t{number}"), now=0), offers, Book(taken=taken))
+        assert isinstance(verdict, Awarded)
+        taken[verdict.award.host_id, verdict.award.node_id] += 1
+
+    assert sorted(taken.values()) == [10, 10]
 
 
 @pytest.mark.parametrize(
-    ("bid", "wait_s"),
-    [
-        (Bid(node_id="n", load=0.8, backlog=0, expected_s=60), 0),
-        (Bid(node_id="n", load=0.5, backlog=4, expected_s=60), 0.25),
-        (Bid(node_id="n", load=0.5, backlog=4), 0.25),
-        (Bid(node_id="n", load=0.9, backlog=9, expected_s=0.001), 0.001),
-    ],
-    ids=["nobody queues", "long runs", "nothing known yet", "short runs"],
+    ("bid", "held_s"),
+    [(Bid(node_id="n", expected_s=60), 0.25), (Bid(node_id="n"), 0.25), (Bid(node_id="n", expected_s=0.001), 0.001)],
+    ids=["long runs", "nothing known yet", "short runs"],
 )
-def test_awards_to_a_node_that_queues_are_spaced_but_no_wider_than_its_runs_are_long(bid: Bid, wait_s: float) -> None:
-    assert spacing_s(bid) == wait_s
+def test_an_award_is_held_against_a_node_no_longer_than_its_runs_are_long(bid: Bid, held_s: float) -> None:
+    assert taken_s(bid) == held_s
 
 
 async def test_the_last_places_of_a_backlog_are_for_the_urgent() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.phases import ad, envelope
 
-from loom.phases.match.policy import AllBusy, Awarded, Exhausted, Nobody, award, best_known, judge, score
+from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, award, best_known, judge, score
 from loom.schemas.auction import Bid, Offer
 from loom.schemas.envelope import Envelope
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
@@ -28,18 +28,22 @@ def profile(node: str, count: int, mean: float, *, slug: str = "code", last_seq:
     )
 
 
+def knowing(known: NodeProfile, exploration: float = 0.3) -> Book:
+    return Book({known.node_id: known}, exploration=exploration)
+
+
 def judged(envelope: Envelope, *offers: Offer) -> Any:
-    return judge(envelope, offers, {}, 0.3)
+    return judge(envelope, offers, Book())
 
 
 def test_a_score_without_evidence_rests_on_the_claim() -> None:
-    scored = score(env(), "h1", Bid(node_id="n1", claim=0.9, load=0.5), None, 0, 0.3)
+    scored = score(env(), "h1", Bid(node_id="n1", claim=0.9, load=0.5), Book(), 0)
     assert scored.score == pytest.approx(0.6 * 0.9 + 0.25 * 0.5 + 0.15)
     assert (scored.evidence, scored.count, scored.bonus, scored.trust) == (None, 0, 0, pytest.approx(0.9))
 
 
 def test_evidence_outweighs_the_claim_which_counts_as_two_observations() -> None:
-    scored = score(env(), "h1", Bid(node_id="n1", claim=1.0), profile("n1", 8, 0.25), 20, 0.3)
+    scored = score(env(), "h1", Bid(node_id="n1", claim=1.0), knowing(profile("n1", 8, 0.25)), 20)
     bonus = 0.3 * math.sqrt(math.log(21) / 10)
     assert scored.bonus == pytest.approx(bonus)
     assert scored.trust == pytest.approx((8 * 0.25 + 2) / 10 + bonus)
@@ -49,31 +53,33 @@ def test_evidence_outweighs_the_claim_which_counts_as_two_observations() -> None
 
 def test_evidence_of_another_domain_counts_for_nothing() -> None:
     bid = Bid(node_id="n1", claim=0.5)
-    assert score(env(), "h1", bid, profile("n1", 50, 1.0, slug="data"), 0, 0.3) == score(env(), "h1", bid, None, 0, 0.3)
+    assert score(env(), "h1", bid, knowing(profile("n1", 50, 1.0, slug="data")), 0) == score(
+        env(), "h1", bid, Book(), 0
+    )
 
 
 def test_evidence_is_looked_up_by_slug_whatever_the_wording() -> None:
     chinese = envelope(ad(domain="代码"), now=0)
     known = profile("n1", 8, 1.0, slug=chinese.slug)
-    assert score(chinese, "h1", Bid(node_id="n1"), known, 8, 0.3).count == 8
+    assert score(chinese, "h1", Bid(node_id="n1"), knowing(known), 8).count == 8
 
 
 def test_a_claim_that_failed_often_loses_to_a_modest_one() -> None:
     boaster, modest = Bid(node_id="boaster", claim=1.0), Bid(node_id="modest", claim=0.5)
     profiles = {"boaster": profile("boaster", 30, 0.0), "modest": profile("modest", 30, 0.9)}
-    assert award(env(), [("h1", boaster), ("h2", modest)], profiles, 0.3).node_id == "modest"
+    assert award(env(), [("h1", boaster), ("h2", modest)], Book(profiles)).node_id == "modest"
 
 
 def test_the_busier_of_equals_loses() -> None:
     bids = [("h1", Bid(node_id="busy", load=0.9, backlog=3)), ("h2", Bid(node_id="idle", load=0.1))]
-    won = award(env(), bids, {}, 0.3)
+    won = award(env(), bids, Book())
     assert (won.node_id, won.host_id, won.backlog) == ("idle", "h2", 0)
 
 
 def test_the_award_remembers_the_best_sixteen_bids_and_what_they_rest_on() -> None:
     bids = [("h1", Bid(node_id=f"n{i}", claim=i / 30)) for i in range(30)]
     profiles = {"n29": profile("n29", 3, 1.0, last_seq=77), "n1": profile("n1", 3, 0.0, last_seq=12)}
-    won = award(env(), bids, profiles, 0.0)
+    won = award(env(), bids, Book(profiles, exploration=0.0))
     assert won.node_id == won.bids[0].node_id == "n29"
     assert len(won.bids) == 16
     assert [bid.score for bid in won.bids] == sorted((bid.score for bid in won.bids), reverse=True)
@@ -83,14 +89,14 @@ def test_the_award_remembers_the_best_sixteen_bids_and_what_they_rest_on() -> No
 
 def test_exploration_counts_a_node_once_even_if_it_is_on_two_hosts() -> None:
     twice = [("h1", Bid(node_id="n1")), ("h2", Bid(node_id="n1"))]
-    won = award(env(), twice, {"n1": profile("n1", 6, 0.5)}, 0.3)
+    won = award(env(), twice, knowing(profile("n1", 6, 0.5)))
     assert won.bids[0].bonus == pytest.approx(0.3 * math.sqrt(math.log(7) / 8))
 
 
 def test_ties_are_stable_for_a_task_and_spread_over_tasks() -> None:
     bids = [("h1", Bid(node_id=f"n{i}")) for i in range(4)]
-    winners = {task: award(env(task), bids, {}, 0.3).node_id for task in map(str, range(200))}
-    again = {task: award(env(task), bids[::-1], {}, 0.3).node_id for task in winners}
+    winners = {task: award(env(task), bids, Book()).node_id for task in map(str, range(200))}
+    again = {task: award(env(task), bids[::-1], Book()).node_id for task in winners}
     assert winners == again
     assert min(Counter(winners.values()).values()) > 25
 
@@ -98,7 +104,7 @@ def test_ties_are_stable_for_a_task_and_spread_over_tasks() -> None:
 @given(st.permutations(range(6)))
 def test_the_order_of_arrival_never_decides(order: list[int]) -> None:
     bids = [(f"h{i % 2}", Bid(node_id=f"n{i // 2}", claim=0.5)) for i in range(6)]
-    assert award(env(), [bids[i] for i in order], {}, 0.3) == award(env(), bids, {}, 0.3)
+    assert award(env(), [bids[i] for i in order], Book()) == award(env(), bids, Book())
 
 
 def test_a_bid_without_all_required_tools_is_no_bid() -> None:
@@ -143,7 +149,7 @@ def test_scores_are_finite_whatever_is_known(
     claim: float, load: float, count: int, mean: float, total: int, exploration: float
 ) -> None:
     bid = Bid(node_id="n1", claim=claim, load=load)
-    scored = score(env(), "h1", bid, profile("n1", count, mean), total, exploration)
+    scored = score(env(), "h1", bid, knowing(profile("n1", count, mean), exploration), total)
     assert 0 <= scored.score < 20
 
 
@@ -151,7 +157,7 @@ def test_scores_are_finite_whatever_is_known(
 def test_a_better_claim_never_scores_lower(low: float, high: float, count: int, mean: float) -> None:
     low, high = sorted((low, high))
     known = profile("n1", count, mean)
-    scores = [score(env(), "h1", Bid(node_id="n1", claim=claim), known, count, 0.3).score for claim in (low, high)]
+    scores = [score(env(), "h1", Bid(node_id="n1", claim=claim), knowing(known), count).score for claim in (low, high)]
     assert scores[0] <= scores[1] + 1e-12
 
 
@@ -159,3 +165,15 @@ def test_the_best_known_nodes_of_a_domain_come_best_first() -> None:
     profiles = {f"n{i}": profile(f"n{i}", 5, i / 40) for i in range(40)}
     profiles["other"] = profile("other", 5, 1.0, slug="data")
     assert best_known(profiles, "code", 3) == ("n39", "n38", "n37")
+
+
+def test_idle_knowledge_fades_towards_the_claim() -> None:
+    known = profile("n1", 8, 1.0)
+    fresh, halved, old = (
+        score(env(), "h1", Bid(node_id="n1", claim=0.0), Book({"n1": known}, now=now, half_life_s=100), 8).trust
+        for now in (0, 100, 10_000)
+    )
+    bonus = 0.3 * math.sqrt(math.log(9) / 2)
+    assert fresh == pytest.approx(8 / 10 + 0.3 * math.sqrt(math.log(9) / 10))
+    assert halved == pytest.approx(4 / 6 + 0.3 * math.sqrt(math.log(9) / 6))
+    assert old == pytest.approx(bonus)
