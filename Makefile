@@ -30,7 +30,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy examples/agents.py
+	$(BIN)/mypy examples/agents.py examples/report.py
 	$(BIN)/lint-imports
 
 test: $(READY)

@@ -179,7 +179,7 @@ async def _recent(bus: Bus, beginning: str) -> TaskRecord:
 async def _under_way(bus: Bus, record: TaskRecord) -> Found:
     """The record of a running task with the envelope of the hop it is at."""
     hop = await _last(bus, "TASKS", bus.subjects.of("task", "*", "*", record.task_id), Envelope)
-    if hop is not None:
+    if hop is not None and not _is_notice(hop[1]):
         subject, envelope = hop
         parsed = bus.subjects.parse(subject)
         return Found(replace(record, envelope=envelope), parsed.tokens["phase"] if parsed else "")
@@ -187,6 +187,11 @@ async def _under_way(bus: Bus, record: TaskRecord) -> Found:
     if waiting is not None:
         return Found(replace(record, envelope=waiting[1]), "later")
     return Found(record, "")
+
+
+def _is_notice(envelope: Envelope) -> bool:
+    """Whether it only tells SCALE that a subtask has ended; the parked task itself waits elsewhere."""
+    return envelope.split is not None and envelope.split.child is not None
 
 
 async def _last(bus: Bus, stream: str, subject: str, shape: type[T]) -> tuple[str, T] | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loom.agents.agent import Agent
     from loom.agents.config import AgentConfig
+    from loom.agents.delegate import delegate
     from loom.agents.openai_provider import OpenAIProvider
     from loom.agents.tools import ToolContext, tool
     from loom.bus.reward_bus import RewardBus
@@ -35,6 +36,7 @@ __all__ = [
     "TaskAd",
     "ToolContext",
     "UserMessage",
+    "delegate",
     "tool",
 ]
 
@@ -54,6 +56,7 @@ _HOMES = {
     "TaskAd": "schemas.task",
     "ToolContext": "agents.tools",
     "UserMessage": "schemas.llm",
+    "delegate": "agents.delegate",
     "tool": "agents.tools",
 }
 

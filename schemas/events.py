@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar, Literal
 
-from loom.schemas.wire import Count, Wire
+from loom.schemas.wire import Count, Token, Wire
 
 
 class TextDelta(Wire, frozen=True, kw_only=True, tag="text_delta"):
@@ -88,6 +88,25 @@ class Done(Wire, frozen=True, kw_only=True, tag="done"):
     usage: TokenUsage = TokenUsage()
 
 
+class SubtaskEvent(Wire, frozen=True, kw_only=True, tag="subtask"):
+    """A part of a divided task has begun or ended; no agent says this, a loop does."""
+
+    type: ClassVar[str] = "subtask"
+    id: Token
+    """Within the plan."""
+    task_id: Token
+    """Its own task."""
+    state: Literal["running", "succeeded", "failed", "cancelled"]
+    description: str = ""
+    node_id: str | None = None
+    """Who has done it; absent while it runs."""
+    error: str = ""
+    """Code of why it did not succeed."""
+
+
 Progress = TextDelta | ReasoningDelta | ToolCallStart | ToolCallEnd | StepStart | StepEnd
 """What an agent may say on its way."""
 AgentEvent = Progress | ErrorEvent | Done
+"""What an agent says."""
+LoopEvent = AgentEvent | SubtaskEvent
+"""What a loop says of a task."""

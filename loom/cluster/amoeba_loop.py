@@ -17,12 +17,24 @@ from loom.cluster.lifecycle import LifecycleManager
 from loom.cluster.manager import ClusterManager
 from loom.cluster.planner import TaskPlanner
 from loom.cluster.skill_registry import SkillNodeRegistry
+from loom.cluster.subtasks import Subtasks
 from loom.runner.session import Session
 from loom.runner.settings import from_environment
 from loom.schemas.errors import InvalidTask
 from loom.schemas.learning import Lifecycle
 from loom.schemas.wire import decode
-from loom.types import AgentEvent, Done, ErrorEvent, LLMProvider, Message, TaskAd, TaskResult, TextDelta, TokenUsage
+from loom.types import (
+    Done,
+    ErrorEvent,
+    LLMProvider,
+    LoopEvent,
+    Message,
+    SubtaskEvent,
+    TaskAd,
+    TaskResult,
+    TextDelta,
+    TokenUsage,
+)
 
 log = structlog.get_logger()
 
@@ -78,9 +90,9 @@ class AmoebaLoop:
         cluster: Its nodes are hosted while the loop is open, read live.
         reward_bus: Gets a bus while the loop is open.
         lifecycle: Its config rules the phases started here.
-        planner: Plans subtasks.
+        planner: For the caller's own use: the phases plan by themselves, and ask as it does.
         skill_registry: Skills that may become nodes.
-        llm: What SENSE may ask.
+        llm: What SENSE may ask, and SCALE for a plan, where the phases are started here.
     """
 
     def __init__(
@@ -100,11 +112,11 @@ class AmoebaLoop:
         self.llm = llm
         self._session: Session | None = None
 
-    async def execute(self, ctx: LoopContext) -> AsyncIterator[AgentEvent]:
+    async def execute(self, ctx: LoopContext) -> AsyncIterator[LoopEvent]:
         """Yield what happens until the task has ended and has been learned from; the last event is Done.
 
         A failed attempt shows as a recoverable ErrorEvent before the next one begins, a failed task as a final
-        ErrorEvent before Done.
+        ErrorEvent before Done. Of a divided task a SubtaskEvent tells when each part begins and ends.
 
         Raises:
             InvalidTask: The context holds no task.
@@ -113,17 +125,23 @@ class AmoebaLoop:
         ad = ctx.to_ad()
         session = self._session or await self._open()
         try:
-            async with _Learned(session.bus, ad.task_id, self.cluster) as learned:
-                async for event in self._follow(await tasks.publish(session.bus, ad), learned):
+            async with (
+                _Learned(session.bus, ad.task_id, self.cluster) as learned,
+                Subtasks(session.bus, ad.task_id) as parts,
+            ):
+                async for event in self._follow(await tasks.publish(session.bus, ad), parts, learned):
                     yield event
         finally:
             if session is not self._session:
                 await self._close(session)
 
-    async def _follow(self, handle: TaskHandle, learned: "_Learned") -> AsyncIterator[AgentEvent]:
+    async def _follow(self, handle: TaskHandle, parts: Subtasks, learned: "_Learned") -> AsyncIterator[LoopEvent]:
         started = time.monotonic()
         text, attempt = "", 1
-        async for delta in handle.events():
+        async for delta in parts.follow(handle):
+            if isinstance(delta, SubtaskEvent):
+                yield delta
+                continue
             if delta.attempt > attempt:
                 text, attempt = "", delta.attempt
                 yield ErrorEvent(error="the attempt failed; another node takes over", recoverable=True)

@@ -6,24 +6,15 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import structlog
 from msgspec.structs import replace
 
+from loom.phases.scale import planner
+from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import AgentFailed, Cancelled, DeadlineExceeded, InvalidPlan, LoomError, SubtaskFailed
 from loom.schemas.llm import CompletionParams, CompletionResult, LLMProvider, SystemMessage, UserMessage
-from loom.schemas.plan import PLAN_SCHEMA, check_graph, parse_plan
+from loom.schemas.plan import check_graph
 from loom.types import SubTask, TaskAd, TaskError, TaskResult, Usage
 
 Execute = Callable[[SubTask, dict[str, str]], Awaitable[TaskResult]]
 """Runs one subtask; the second argument holds subtask id -> output for each of its dependencies."""
-
-PLAN_WITHIN_S = 60.0
-"""A plan that takes a model longer is not worth waiting for."""
-
-PLAN_PROMPT = """\
-Split the user's task into at most 5 subtasks that different specialists can do on their own, in parallel where \
-possible.
-Answer with JSON only: {"subtasks": [{"id", "description", "domain", "dependencies", "estimated_complexity"}]}.
-A subtask gets the outputs of those whose ids are in its dependencies, and nothing else: its description must say all \
-the rest. estimated_complexity is a number from 0 (trivial) to 1 (very hard). A task that gains nothing from \
-splitting is one subtask."""
 
 SYNTHESIS_PROMPT = """\
 Answer the user's task from the outputs of its subtasks below, each after its id in brackets. Answer the task itself; \
@@ -41,17 +32,16 @@ class TaskPlanner:
     async def decompose(self, task: TaskAd | str) -> list[SubTask]:
         """Return subtasks that make a valid graph; one equal to the task when the model gives none in time.
 
+        The model is asked as SCALE asks it: a bad plan is sent back once.
+
         Raises what the provider raises, unless it is AgentFailed or DeadlineExceeded.
         """
         ad = _as_ad(task)
-        within_s = min(ad.timeout_s, PLAN_WITHIN_S)
         try:
-            answer = await self._ask(
-                PLAN_PROMPT, ad.description, max_tokens=1024, schema=PLAN_SCHEMA, timeout_s=within_s
-            )
-            plan = parse_plan(answer.content)
-        except (AgentFailed, DeadlineExceeded, InvalidPlan) as error:
-            log.warning("plan_unusable", task_id=ad.task_id, reason=error.message)
+            plan = await planner.asked(self._provider, ad, ClusterConfig(), ad.timeout_s)
+        except (AgentFailed, DeadlineExceeded, InvalidPlan, TimeoutError) as error:
+            reason = error.message if isinstance(error, LoomError) else "the model took too long"
+            log.warning("plan_unusable", task_id=ad.task_id, reason=reason)
             whole = SubTask(description=ad.description, domain=ad.domain)
             if ad.estimated_complexity is not None:
                 whole.estimated_complexity = ad.estimated_complexity
@@ -109,20 +99,16 @@ class TaskPlanner:
             return _total(TaskResult(task_id=ad.task_id, state="succeeded", content=content, domain=ad.domain), results)
         parts = [f"[{name}] {outputs.get(name, '(missing: this subtask gave no result)')}" for name in results]
         question = ad.description + "\n\n" + "\n---\n".join(parts)
-        answer = await self._ask(SYNTHESIS_PROMPT, question, max_tokens=2048, timeout_s=ad.timeout_s)
+        answer = await self._synthesis(question, ad.timeout_s)
         if not answer.content.strip():
             failure = _failed(ad.task_id, AgentFailed("the model returned an empty synthesis"))
             return _total(failure, results, answer.usage)
         whole = TaskResult(task_id=ad.task_id, state="succeeded", content=answer.content, domain=ad.domain)
         return _total(whole, results, answer.usage)
 
-    async def _ask(
-        self, system: str, user: str, *, max_tokens: int, timeout_s: float, schema: dict[str, object] | None = None
-    ) -> CompletionResult:
-        messages = (SystemMessage(system), UserMessage(user))
-        params = CompletionParams(
-            messages=messages, temperature=0.3, max_tokens=max_tokens, json_schema=schema, timeout_s=timeout_s
-        )
+    async def _synthesis(self, question: str, timeout_s: float) -> CompletionResult:
+        messages = (SystemMessage(SYNTHESIS_PROMPT), UserMessage(question))
+        params = CompletionParams(messages=messages, temperature=0.3, max_tokens=2048, timeout_s=timeout_s)
         return await self._provider.complete(params)
 
 

@@ -1,12 +1,12 @@
 """What the bus says about the tasks of one `loom run`: where each of them is, and what came of it. No I/O."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loom.bus.tap import Seen
 from loom.schemas.auction import CallForBids
-from loom.schemas.envelope import Award, Envelope
+from loom.schemas.envelope import Award, Envelope, Split
 from loom.schemas.events import TextDelta
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward
 from loom.schemas.run import Delta
@@ -33,6 +33,9 @@ class Row:
     attempt: int = 1
     tail: str = ""
     """End of what the node has written so far."""
+    parts: set[str] = field(default_factory=set)
+    """Ids of its subtasks that have begun."""
+    parts_ended: set[str] = field(default_factory=set)
     ended: bool = False
 
 
@@ -65,6 +68,8 @@ class Board:
         if isinstance(message, Reward):
             self._reward(message)
             return None
+        if isinstance(message, Envelope) and message.split is not None and seen.family == "task":
+            return self._part(message.split, message.task_id)
         row = self.rows.get(seen.tokens.get("task_id", "") or str(getattr(message, "task_id", "")))
         if row is None or row.ended:
             return None
@@ -95,9 +100,20 @@ class Board:
             self._to_learn.add((result.task_id, result.node_id))
         return row
 
+    def _part(self, split: Split, task_id: str) -> Row | None:
+        """Take in a hop of a subtask, or the notice that it has ended."""
+        row = self.rows.get(split.parent)
+        if row is None or row.ended or split.subtask is None:
+            return None
+        before = len(row.parts), len(row.parts_ended)
+        row.parts.add(split.child or task_id)
+        if split.child is not None:
+            row.parts_ended.add(split.child)
+        return row if before != (len(row.parts), len(row.parts_ended)) else None
+
     def _move(self, row: Row, phase: str, envelope: Envelope) -> None:
-        if envelope.attempt < row.attempt:
-            return
+        if envelope.attempt < row.attempt or (phase == "scale" and (envelope.result or envelope.error) is not None):
+            return  # an older attempt; or what tells SCALE that the task has ended
         if envelope.attempt > row.attempt:
             row.tail = ""
         row.phase, row.attempt = phase, envelope.attempt

@@ -55,7 +55,16 @@ def line(row: Row) -> str:
         parts.append(f"on {row.node_id}")
     if row.attempt > 1:
         parts.append(f"attempt {row.attempt}")
+    if _divided(row):
+        parts.append(_divided(row))
     return "  ".join(parts)
+
+
+def _divided(row: Row) -> str:
+    """How far the subtasks are; empty when there are none, or they are all over."""
+    if row.ended or row.phase != "scale" or not row.parts:
+        return ""
+    return f"{len(row.parts_ended)} of {len(row.parts)} begun subtasks done"
 
 
 def live_table(board: Board, height: int) -> Table:
@@ -68,7 +77,7 @@ def live_table(board: Board, height: int) -> Table:
     table = table_of(("task", "phase", "node", "says"), ratios={"says": 1})
     table.caption = f"{ended} of {len(board.rows)} done" + (f", {failed} failed" if failed else "")
     for row in rows:
-        tail = one_line(row.tail[-60:]) if not row.ended else ""
+        tail = (_divided(row) or one_line(row.tail[-60:])) if not row.ended else ""
         cells = (short(row.ad.task_id), Text(row.phase, STYLES.get(row.phase, "cyan")), row.node_id, Text(tail, "dim"))
         table.add_row(*cells)
     return table

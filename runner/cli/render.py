@@ -1,6 +1,7 @@
 """How things look: one printable line each, tables of 80 columns, no colour where none is wanted."""
 
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ from loom.schemas.task import TaskResult
 
 ROWS = 40
 """Most rows of a closing table: the file of results has them all."""
-HEX_ID = 32
-"""Length of an id nobody chose."""
+MADE_ID = re.compile(r"[0-9a-f]{32}|[a-z2-7]{26}")
+"""An id nobody chose: a task's, a subtask's."""
 
 
 def printable(text: str) -> str:
@@ -33,7 +34,7 @@ def one_line(text: str, most: int = 1000) -> str:
 
 def short(task_id: str) -> str:
     """Return enough of an id to recognise it."""
-    return task_id[:8] if len(task_id) == HEX_ID else task_id
+    return task_id[:8] if MADE_ID.fullmatch(task_id) else task_id
 
 
 class _Console(Console):

@@ -38,7 +38,8 @@ Ours = OrderedDict[str, None]
 class Sieve:
     """Passes what fits everything that was asked for; an empty wish fits all.
 
-    A delta names neither node nor domain: it passes when the last message that did, of its task, has passed.
+    A delta names neither node nor domain: it passes when the last message that did, of its task, has passed. A task
+    comes with its subtasks, and theirs, from where they are first heard of.
     """
 
     task: str = ""
@@ -47,14 +48,25 @@ class Sieve:
     slug: str = ""
     _of_node: Ours = field(default_factory=Ours)
     _of_slug: Ours = field(default_factory=Ours)
+    _kin: Ours = field(default_factory=Ours)
 
     def passes(self, seen: Seen) -> bool:
         """Return whether the message is wanted."""
         tasks = tasks_of(seen)
         node = _fits(self.node, nodes_of(seen), tasks, self._of_node)
         domain = _fits(self.slug, slugs_of(seen), tasks, self._of_slug)
-        task = not self.task or any(self.task in {each, short(each)} for each in tasks)
+        if isinstance(seen.message, Envelope):
+            self.hear_of(seen.message)
+        task = not self.task or any(self._is_ours(each) for each in tasks)
         return node and domain and task and (not self.phase or self.phase == phase_of(seen))
+
+    def hear_of(self, envelope: Envelope) -> None:
+        """Remember a subtask of the wanted task, so that what is said of it passes."""
+        if self.task and envelope.split is not None and self._is_ours(envelope.split.parent):
+            _remember(self._kin, envelope.task_id)
+
+    def _is_ours(self, task_id: str) -> bool:
+        return self.task in {task_id, short(task_id)} or task_id in self._kin
 
 
 def _fits(wish: str, named: set[str], tasks: tuple[str, ...], ours: Ours) -> bool:
@@ -65,10 +77,15 @@ def _fits(wish: str, named: set[str], tasks: tuple[str, ...], ours: Ours) -> boo
     if len(tasks) == 1:
         ours.pop(tasks[0], None)
         if wish in named:
-            ours[tasks[0]] = None
-        if len(ours) > REMEMBERED:
-            ours.popitem(last=False)
+            _remember(ours, tasks[0])
     return wish in named
+
+
+def _remember(ours: Ours, task_id: str) -> None:
+    ours.pop(task_id, None)
+    ours[task_id] = None
+    if len(ours) > REMEMBERED:
+        ours.popitem(last=False)
 
 
 def tasks_of(seen: Seen) -> tuple[str, ...]:

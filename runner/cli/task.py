@@ -2,22 +2,24 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from loom.bus.client import Bus
-from loom.bus.history import find, rewards_since
+from loom.bus.history import Found, find, rewards_since
 from loom.runner.cli.looking import TaskId, add_row, clock, looking, print_json, span
 from loom.runner.cli.progress import STYLES
-from loom.runner.cli.render import console, one_line, printable, table_of
+from loom.runner.cli.render import console, one_line, printable, show, table_of
 from loom.runner.cli.running import prepare, run_to_end
 from loom.runner.cli.timeline import Try, handed_in_at, tries, turns, why
+from loom.runner.cli.tree import Division, progress_of, read_division, tree
 from loom.runner.settings import Settings
-from loom.schemas.envelope import Award, ScoredBid, TaskRecord
+from loom.schemas.envelope import Award, ScoredBid, SplitPlan, TaskRecord
 from loom.schemas.learning import Reward
 from loom.schemas.task import Submission, TaskError
 
@@ -32,22 +34,23 @@ def task(
     task_id: TaskId,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
-    """Show how one task went, or how far it is: hops, bids, attempts, answer, rewards."""
+    """Show how one task went, or how far it is: hops, bids, subtasks, attempts, answer, rewards."""
     run_to_end(_task(prepare("warning"), task_id, as_json=as_json))
 
 
 async def _task(settings: Settings, task_id: str, *, as_json: bool) -> None:
     async with looking(settings) as bus:
         found = await find(bus, task_id)
-        if as_json:
-            print_json(found.record or found.submission)
-            return
         screen = console()
         if found.record is None:
-            _show_waiting(screen, found.submission)
+            _show_waiting(screen, found.submission, as_json=as_json)
+            return
+        division = await read_division(bus, found.record)
+        if as_json:
+            print_json(_with_plan(found.record, division))
             return
         rewards, complete = await _rewards(bus, found.record)
-        _show(screen, found.record, found.phase, rewards, bus.now())
+        _show(screen, found, division, rewards, bus.now())
         if not complete:
             screen.print(f"Rewards: looked for {REWARDS_S:.0f} s; later ones may be missing.")
 
@@ -65,30 +68,42 @@ async def _rewards(bus: Bus, record: TaskRecord) -> tuple[list[Reward], bool]:
     return list(found.values()), True
 
 
-def _show_waiting(screen: Console, submission: Submission | None) -> None:
-    if submission is not None:
+def _with_plan(record: TaskRecord, division: Division) -> Any:
+    """The record as JSON; of a divided task with its plan, whose envelope is the record's own."""
+    told = msgspec.to_builtins(record)
+    if division.plan is not None:
+        told["plan"] = msgspec.to_builtins(division.plan)
+        del told["plan"]["envelope"]
+    return told
+
+
+def _show_waiting(screen: Console, submission: Submission | None, *, as_json: bool) -> None:
+    if as_json:
+        print_json(submission)
+    elif submission is not None:
         ad = submission.ad
         screen.print(Text(f'{ad.task_id} waits for admission: {ad.priority} "{one_line(ad.description, 60)}"'))
 
 
-def _show(screen: Console, record: TaskRecord, phase: str, rewards: Sequence[Reward], now: float) -> None:
+def _show(screen: Console, found: Found, division: Division, rewards: Sequence[Reward], now: float) -> None:
+    record = found.record
+    if record is None:
+        return
     envelope = record.envelope
-    for line in _head(record, phase, now):
+    for line in _head(record, _where(record, found.phase, division.plan), now):
         screen.print(line)
-    for table in (_hops(record), _bids(envelope.award, envelope.domain)):
-        if table.row_count:
-            screen.print()
-            screen.print(table)
+    _print(screen, _hops(record), _bids(envelope.award, envelope.domain))
     if envelope.award is not None:
         screen.print(Text(why(envelope.award)))
-    for table in (_attempts(tries(record, rewards)), _earned(rewards)):
-        if table.row_count:
-            screen.print()
-            screen.print(table)
+    _print(screen, tree(division, now), _attempts(tries(record, rewards)), _earned(rewards))
     _show_answer(screen, record)
 
 
-def _head(record: TaskRecord, phase: str, now: float) -> Iterator[Text]:
+def _print(screen: Console, *tables: Table) -> None:
+    show(screen, [table for table in tables if table.row_count])
+
+
+def _head(record: TaskRecord, where: str, now: float) -> Iterator[Text]:
     envelope, ad = record.envelope, record.envelope.ad
     start = handed_in_at(record)
     state = Text.assemble((record.task_id, "bold"), "  ", (record.state, STYLES.get(record.state, "cyan")))
@@ -96,7 +111,7 @@ def _head(record: TaskRecord, phase: str, now: float) -> Iterator[Text]:
         state.append(f" after {span(max(0.0, record.ended_at - start))}")
         state.append(", short of what was asked" if record.below_threshold else "")
     else:
-        state.append(f" for {span(max(0.0, now - start))}{_where(record, phase)}, ")
+        state.append(f" for {span(max(0.0, now - start))}{where}, ")
         state.append(f"{span(max(0.0, envelope.deadline - now))} left")
     yield state
     yield Text(f'"{one_line(ad.description, WORDS)}"')
@@ -112,13 +127,18 @@ def _head(record: TaskRecord, phase: str, now: float) -> Iterator[Text]:
         facts.append(f"needs {', '.join(ad.required_tools)}")
     if ad.token_budget is not None:
         facts.append(f"at most {ad.token_budget} tokens, {envelope.budget} left")
-    if envelope.split is not None:
-        facts.append(f"part of {envelope.split.parent}")
     yield Text(one_line(", ".join(facts)), "dim")
+    if envelope.split is not None:
+        what = f"subtask {envelope.split.subtask}" if envelope.split.subtask else "delegated work"
+        yield Text(f"{what} of {envelope.split.parent}", "dim")
+    if envelope.spec is not None and envelope.spec.note:
+        yield Text(one_line(envelope.spec.note, WORDS), "yellow")
 
 
-def _where(record: TaskRecord, phase: str) -> str:
+def _where(record: TaskRecord, phase: str, plan: SplitPlan | None) -> str:
     """What a running task is doing."""
+    if plan is not None and plan.state == "running":
+        return f", divided, {progress_of(plan)}"
     if phase == "later":
         return ", waiting for its next call"
     on = f" on {record.claim.node_id}" if phase == "execute" and record.claim.attempt == record.envelope.attempt else ""

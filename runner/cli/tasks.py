@@ -78,10 +78,6 @@ def _list(records: Sequence[TaskRecord]) -> Table:
     table = table_of(columns, right=("time",), ratios={"what": 1})
     for record in records:
         result = record.to_result()
-        error = record.envelope.error
-        what = one_line(record.envelope.ad.description, 200)
-        if error is not None and record.state == "failed":
-            what = f"{error.code}: {one_line(error.message, 200)}"
         took = span(max(0.0, record.ended_at - handed_in_at(record))) if record.ended_at is not None else ""
         add_row(
             table,
@@ -91,9 +87,23 @@ def _list(records: Sequence[TaskRecord]) -> Table:
             one_line(record.envelope.domain, 12),
             result.node_id or record.claim.node_id,
             took,
-            what,
+            _what(record),
         )
     return table
+
+
+def _what(record: TaskRecord) -> str:
+    """The work, or why it failed; before it where a part comes from, and of a divided task how many it had."""
+    envelope = record.envelope
+    split, error = envelope.split, envelope.error
+    what = one_line(envelope.ad.description, 200)
+    if error is not None and record.state == "failed":
+        what = f"{error.code}: {one_line(error.message, 200)}"
+    if envelope.inputs:
+        what = f"({len(envelope.inputs)} subtasks) {what}"
+    if split is not None:
+        what = f"{short(split.parent)}/{split.subtask or 'delegated'}: {what}"
+    return what
 
 
 def cancel(task_id: TaskId) -> None:

@@ -26,7 +26,9 @@ ROOM = 2_000
 
 
 def tap(
-    task: Annotated[str, typer.Option(metavar="ID", help="Only this task; its first 8 digits do.")] = "",
+    task: Annotated[
+        str, typer.Option(metavar="ID", help="Only this task and its subtasks; its first 8 digits do.")
+    ] = "",
     phase: Annotated[str, typer.Option(metavar="|".join(PHASES), help="Only what this phase gets and says.")] = "",
     node: Annotated[str, typer.Option(metavar="ID", help="Only this node, and the tasks it works on.")] = "",
     domain: Annotated[str, typer.Option(help="Only this domain.")] = "",
@@ -88,6 +90,7 @@ async def past(bus: Bus, sieve: Sieve, ago_s: float) -> list[Seen]:
     wanted = 0
     results, rewards = deque[Seen](maxlen=ROOM), deque[Seen](maxlen=ROOM)
     async for record in ended_since(bus, at):
+        sieve.hear_of(record.envelope)
         seen = _as_heard(bus, ("result", record.task_id), record.to_result(), record.ended_at or at)
         if sieve.passes(seen):
             wanted += 1

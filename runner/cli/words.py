@@ -10,7 +10,7 @@ from rich.console import Console
 from loom.bus.tap import Seen
 from loom.runner.cli.render import one_line, short
 from loom.schemas.auction import CallForBids, HostAnnouncement, RetireRequest, SpawnRequest
-from loom.schemas.envelope import Envelope
+from loom.schemas.envelope import Envelope, Split
 from loom.schemas.events import ToolCallEnd, ToolCallStart
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.run import Delta, RunRequest
@@ -79,7 +79,22 @@ def describe(seen: Seen) -> tuple[str, str, str]:
         return kind or "?", about or ("" if kind else one_line(seen.subject, WORDS)), one_line(facts)
     if isinstance(message, (TaskAd, CallForBids, RunRequest, SpawnRequest)):
         about = short(message.task_id or "")
-    return kind, about, one_line(_FACTS[type(message)](message), 2 * WORDS)
+    told = _news_of_division(seen, message) if isinstance(message, Envelope) else ""
+    return kind, about, one_line(told or _FACTS[type(message)](message), 2 * WORDS)
+
+
+def _news_of_division(seen: Seen, envelope: Envelope) -> str:
+    """What SCALE is told, or tells itself, of a task that was divided; empty for any other hop."""
+    split = envelope.split
+    if seen.tokens.get("origin") == "timer":
+        return f"divided: parked for its subtasks, at most {max(0.0, envelope.deadline - seen.at):.0f} s"
+    if split is not None and split.child is not None:
+        return f"subtask {split.subtask} has ended: {short(split.child)}"
+    if seen.tokens.get("phase") == "scale" and (envelope.result or envelope.error) is not None:
+        return "has ended, and so have its subtasks"
+    if seen.tokens.get("phase") == "execute" and envelope.inputs and envelope.award is not None:
+        return f"its subtasks are done: {envelope.award.node_id} puts {len(envelope.inputs)} outputs together"
+    return ""
 
 
 def _ad(ad: TaskAd) -> str:
@@ -125,7 +140,15 @@ def _where(envelope: Envelope) -> str:
         if spec.alone_since is not None:
             return f"nobody has bid in {spec.slug} so far{attempt}"
         return f"{', '.join(spec.domains)}, complexity {spec.complexity:.2f} ({spec.method}){attempt}"
-    return f'"{one_line(envelope.ad.description, WORDS)}"'
+    said = f'"{one_line(envelope.ad.description, WORDS)}"'
+    return f"{_origin(envelope.split)}{said}"
+
+
+def _origin(split: Split | None) -> str:
+    if split is None:
+        return ""
+    of = f"subtask {split.subtask} of {short(split.parent)}" if split.subtask else f"delegated by {short(split.parent)}"
+    return f"{of} with {', '.join(split.inputs)}: " if split.inputs else f"{of}: "
 
 
 def _progress(delta: Delta) -> str:

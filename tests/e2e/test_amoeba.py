@@ -1,5 +1,7 @@
 """AmoebaLoop: a conversation as a stream of events."""
 
+import json
+
 import pytest
 from support.nodes import echo, fail, node
 from support.openai_server import OpenAIServer, Reply
@@ -19,9 +21,11 @@ from loom import (
 )
 from loom.bus.client import Bus
 from loom.cluster.planner import TaskPlanner
+from loom.runner.cluster import running_phases
 from loom.schemas.errors import InvalidTask
 from loom.schemas.llm import AssistantMessage
-from loom.types import AgentEvent, AgentNode, CapabilityProfile, Done, ErrorEvent
+from loom.schemas.run import RunRequest
+from loom.types import AgentNode, CapabilityProfile, Done, ErrorEvent, LoopEvent, SubtaskEvent
 
 
 def loop_over(provider: OpenAIProvider, *nodes: AgentNode, **rules: object) -> AmoebaLoop:
@@ -38,7 +42,7 @@ def loop_over(provider: OpenAIProvider, *nodes: AgentNode, **rules: object) -> A
     )
 
 
-async def events_of(loop: AmoebaLoop, text: str) -> list[AgentEvent]:
+async def events_of(loop: AmoebaLoop, text: str) -> list[LoopEvent]:
     return [event async for event in loop.execute(LoopContext(messages=[UserMessage(text)], domain="code"))]
 
 
@@ -123,6 +127,49 @@ async def test_earlier_turns_go_along_as_context(phases: Bus, model: OpenAIServe
     assert "what is my name?" in asked
     assert "hello Ada" in asked
     await provider.aclose()
+
+
+PLAN = {
+    "subtasks": [
+        {"id": "left", "description": "look left", "domain": "code", "dependencies": []},
+        {"id": "right", "description": "look right", "domain": "code", "dependencies": []},
+        {"id": "both", "description": "compare", "domain": "code", "dependencies": ["left", "right"]},
+    ]
+}
+
+
+RUN = (("running", None), ("succeeded", "coder"))
+
+
+async def test_the_parts_of_a_divided_task_are_told_as_they_begin_and_end(
+    on_bus: tuple[str, str], model: OpenAIServer, provider: OpenAIProvider
+) -> None:
+    """The model of the phases says the task is hard, and how to divide it."""
+    model.script(
+        Reply(text=json.dumps({"complexity": 0.9, "domains": ["code"]})),
+        Reply(text=f"Here is my plan: {json.dumps(PLAN)}"),
+    )
+
+    async def agent(job: RunRequest) -> str:
+        return f"{job.description}: {', '.join(job.inputs)}"
+
+    url, namespace = on_bus
+    loop = loop_over(provider, node("coder", agent, code=0.9))
+    context = LoopContext(messages=[UserMessage("cross the road")])
+    async with running_phases(url, namespace=namespace, llm=provider):
+        events = [event async for event in loop.execute(context)]
+    await provider.aclose()
+
+    parts = [event for event in events if isinstance(event, SubtaskEvent)]
+    told = [(part.id, part.state, part.node_id) for part in parts]
+    assert sorted(told[:4]) == [(id_, *of) for id_ in ("left", "right") for of in RUN]
+    assert told[4:] == [("both", *of) for of in RUN]
+    assert [event.type for event in events[:2]] == ["subtask", "subtask"]
+    assert len({part.task_id for part in parts}) == 3
+    *_, done = events
+    assert isinstance(done, Done)
+    assert done.content == "cross the road: left, right, both"
+    assert [event.text for event in events if event.type == "text_delta"] == [done.content]
 
 
 async def test_a_context_without_a_user_is_refused(provider: OpenAIProvider) -> None:

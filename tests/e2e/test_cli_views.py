@@ -20,11 +20,12 @@ from support.nodes import echo, fail, node
 from support.wait import until
 
 from loom.bus import tasks
+from loom.bus.kv import Bucket
 from loom.bus.reward_bus import RewardBus
 from loom.runner import logs
 from loom.runner.cli import main
 from loom.schemas.auction import HostAnnouncement
-from loom.schemas.envelope import TaskRecord
+from loom.schemas.envelope import SplitPlan, TaskRecord
 from loom.schemas.errors import UnknownTask
 from loom.schemas.learning import Reward
 from loom.schemas.run import RunRequest
@@ -178,6 +179,62 @@ def test_tasks_come_newest_first_and_by_what_they_are(here: Cluster, loom: Loom)
     assert listed("--node nobody") == []
     assert re.search(r"01234567 +succeeded +loud +good ", loom("tasks").out)
     assert loom("tasks --node nobody").out == "no such task among those of the last 72 hours\n"
+
+
+PLAN = [
+    {"id": "top", "description": "read"},
+    {"id": "left", "description": "go left", "dependencies": ["top"]},
+    {"id": "right", "description": "block", "dependencies": ["top"]},
+    {"id": "end", "description": "close", "dependencies": ["left", "right"]},
+]
+
+
+def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
+    nats_url: str, namespace: str, loom: Loom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NATS_URL", nats_url)
+    monkeypatch.setenv("LOOM_NAMESPACE", namespace)
+    monkeypatch.setenv("COLUMNS", "100")
+    opened = threading.Event()
+
+    def work(job: RunRequest) -> str:
+        if job.description == "block":
+            assert opened.wait(20)
+        return f"{job.description} after {', '.join(job.inputs) or 'nothing'}"
+
+    with background_cluster(nats_url, namespace, [node("ann", work), node("bob", work)]) as cluster:
+
+        async def divided() -> bool:
+            entry = await Bucket(cluster.bus, "plans", SplitPlan).get("report")
+            return entry is not None and [part.state for part in entry.value.subtasks][1:3] == ["succeeded", "running"]
+
+        ad = TaskAd(task_id="report", domain="code", description="tell it all", context={"plan": PLAN})
+        handle = cluster.do(tasks.publish(cluster.bus, ad))
+        cluster.do(until(divided, within_s=15, what="one part runs"))
+        running = re.sub(" +\n", "\n", loom("task report").out)
+        listed = loom("tasks").out
+        opened.set()
+        result = cluster.do(handle.result(15))
+        ended, told = loom("task report").out, json.loads(loom("task report --json").out)
+        child = loom(f"task {told['plan']['subtasks'][3]['child_id']}").out
+        closed = loom("tasks").out
+        whole = cluster.do(tasks.publish(cluster.bus, TaskAd(task_id="one", description="x", context={"plan": True})))
+        cluster.do(whole.result(15))
+        undivided = loom("task one").out
+
+    assert result.content == "tell it all after top, left, right, end"
+    assert re.match(r"report  running for .*, divided, 2 of 4 subtasks done, \d+ s left", running)
+    assert re.search(r"├─ top +succeeded +(ann|bob) .* read\n", running)
+    assert re.search(r"├─ right +running +(ann|bob) .* top .* block\n", running)
+    assert re.search(r"└─ end +waiting +left, right +close\n", running)
+    assert re.search(r"running .* report/right: block", listed)
+    assert re.search(r"4 of 4 subtasks done", ended)
+    assert [part["state"] for part in told["plan"]["subtasks"]] == ["succeeded"] * 4
+    assert decode(json.dumps(told).encode(), TaskRecord).task_id == "report"
+    assert "subtask end of report" in child
+    assert re.search(r"report +succeeded .* \(4 subtasks\) tell it all", closed)
+    assert "not divided: no model is there to plan" in undivided
+    assert "subtasks done" not in undivided
 
 
 def test_nodes_show_what_is_known_of_them(here: Cluster, loom: Loom) -> None:

@@ -96,6 +96,20 @@ async def test_the_cluster_of_the_readme_does_the_task_of_the_readme(on_bus: tup
     assert json.loads(ad)["domain"] == result.domain == "data"
 
 
+async def test_the_report_of_the_readme_is_written(tmp_path: Path) -> None:
+    """From real files, by a plan in the ad, on a server of its own."""
+    [run] = [command for command in COMMANDS if command[:2] == ["loom", "run"]]
+    out = tmp_path / "results.jsonl"
+    told = await output_of([*LOOM, *run[1:], "--out", str(out)])
+
+    [result] = [decode(line, TaskResult) for line in out.read_bytes().splitlines()]
+    assert result.success
+    assert not result.below_threshold
+    assert result.node_id == "editor"
+    assert "loans per visitor: Hill Library 2.47" in result.content
+    assert "begun subtasks done" in told
+
+
 @pytest.mark.parametrize(
     "words", [command for command in COMMANDS if command[0] == "loom"], ids=lambda words: " ".join(words[:2])
 )

@@ -10,11 +10,11 @@ from loom.bus.tap import Seen
 from loom.runner.cli.board import Board
 from loom.runner.cli.progress import Progress, line, live_table
 from loom.schemas.auction import CallForBids
-from loom.schemas.envelope import Award, Envelope, Spec
+from loom.schemas.envelope import Award, Envelope, Spec, Split
 from loom.schemas.events import TextDelta
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward
 from loom.schemas.run import Delta
-from loom.schemas.task import Submission, TaskAd, TaskResult
+from loom.schemas.task import RunResult, Submission, TaskAd, TaskResult
 
 SUBJECTS = Subjects()
 
@@ -158,3 +158,32 @@ def test_a_terminal_gets_a_table_and_a_pipe_gets_lines() -> None:
     assert "0 of 1 done" in table
     assert "execute" in table
     assert lines == "one  execute  on coder\n"
+
+
+def part(name: str, *, of: str, ended: bool = False) -> Seen:
+    split = Split(parent=of, depth=1, subtask="a", deadline=9.0, child=name if ended else None)
+    about = of if ended else name
+    message = Envelope(ad=TaskAd(task_id=about, description="x"), deadline=9.0, split=split)
+    return seen(message, "task", "scale" if ended else "sense", "normal", about)
+
+
+def test_a_divided_task_shows_how_far_its_parts_are() -> None:
+    told = board("one")
+    row = told.rows["one"]
+    told.see(hop("scale", node="coder"))
+    lines = [
+        line(row) for message in (part("c1", of="one"), part("c2", of="one"), part("c3", of="two")) if told.see(message)
+    ]
+    assert told.see(part("c1", of="one", ended=True)) is row
+    assert told.see(part("c1", of="one", ended=True)) is None  # said twice
+
+    assert lines == [
+        "one  scale  on coder  0 of 1 begun subtasks done",
+        "one  scale  on coder  0 of 2 begun subtasks done",
+    ]
+    assert line(row) == "one  scale  on coder  1 of 2 begun subtasks done"
+    assert list(told.domains.values()) == ["代码"]
+    told.see(hop("execute", node="coder"))
+    assert line(row) == "one  execute  on coder"
+    told.see(seen(Envelope(ad=row.ad, deadline=9.0, result=RunResult()), "task", "scale", "normal", "one"))
+    assert line(row) == "one  execute  on coder"  # SCALE is told that it has ended

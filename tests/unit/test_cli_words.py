@@ -2,10 +2,12 @@
 
 import asyncio
 import unicodedata
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from loom.bus.client import Bus
 from loom.bus.tap import SHAPES, Seen
@@ -13,7 +15,9 @@ from loom.runner.cli.render import one_line, printable
 from loom.runner.cli.running import run_to_end, unless_lost, until_lost
 from loom.runner.cli.transcript import Transcript
 from loom.runner.cli.words import _FACTS, as_object, describe
+from loom.schemas.envelope import Award, Envelope, Split
 from loom.schemas.errors import BusUnavailable
+from loom.schemas.task import TaskAd, TaskError
 
 
 @given(st.text(), st.integers(min_value=1, max_value=50))
@@ -78,6 +82,36 @@ def test_what_cannot_be_read_is_still_told(family: str, headers: dict[str, str],
 
     assert describe(seen) == said
     assert as_object(seen)["raw"] == b"\xff\x00 ?!.."
+
+
+CHILD = "vhbjcwllu7fwm5miyoy253m5ai"
+AWARD = Award(node_id="bob", host_id="h")
+PART = Split(parent="report", depth=1, subtask="end", deadline=60.0, inputs={"left": "l", "right": "r"})
+
+
+@pytest.mark.parametrize(
+    ("phase", "facts", "said"),
+    [
+        ("", {"award": AWARD}, "divided: parked for its subtasks, at most 50 s"),
+        ("sense", {"split": PART}, 'subtask end of report with left, right: "do it"'),
+        ("sense", {"split": replace(PART, subtask=None, inputs={})}, 'delegated by report: "do it"'),
+        ("scale", {"split": replace(PART, child=CHILD)}, "subtask end has ended: vhbjcwll"),
+        (
+            "execute",
+            {"award": AWARD, "inputs": {"a": "1", "b": "2"}},
+            "its subtasks are done: bob puts 2 outputs together",
+        ),
+        ("scale", {"award": AWARD, "error": TaskError(code="cancelled")}, "has ended, and so have its subtasks"),
+        ("scale", {"award": AWARD}, "awarded to bob (0.00, 0 bids)"),
+    ],
+)
+def test_each_step_of_a_division_is_told(phase: str, facts: dict[str, Any], said: str) -> None:
+    envelope = Envelope(ad=TaskAd(task_id="t1", description="do it"), deadline=60.0, **facts)
+    family = "task" if phase else "later"
+    tokens = {"task_id": "t1", **({"phase": phase} if phase else {"origin": "timer"})}
+    seen = Seen(subject="", family=family, tokens=tokens, message=envelope, headers={}, at=10.0, size=1)
+
+    assert describe(seen)[2] == said
 
 
 async def test_work_ends_with_the_connection_it_needs() -> None:

@@ -26,17 +26,18 @@ AD = TaskAd(task_id="t", domain="code", description="build it", estimated_comple
 
 
 class Scripted:
-    """A provider that gives one answer, or raises it, and keeps what it was asked."""
+    """A provider that gives these answers, the last one for ever, or raises them, and keeps what it was asked."""
 
-    def __init__(self, answer: str | Exception = "") -> None:
-        self.answer = answer
+    def __init__(self, *answers: str | Exception) -> None:
+        self.answers = answers or ("",)
         self.asked: list[CompletionParams] = []
 
     async def complete(self, params: CompletionParams) -> CompletionResult:
+        answer = self.answers[min(len(self.asked), len(self.answers) - 1)]
         self.asked.append(params)
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return CompletionResult(content=self.answer, usage=Usage(prompt_tokens=100, completion_tokens=10))
+        if isinstance(answer, Exception):
+            raise answer
+        return CompletionResult(content=answer, usage=Usage(prompt_tokens=100, completion_tokens=10))
 
     def stream(self, params: CompletionParams) -> AsyncIterator[StreamChunk]:
         raise NotImplementedError
@@ -186,13 +187,40 @@ def test_no_text_breaks_the_reader(text: str) -> None:
 
 
 async def test_the_model_is_asked_for_json_of_the_plan() -> None:
-    provider = Scripted("[]")
+    provider = Scripted(json.dumps(plan(part("a"))))
     await TaskPlanner(provider).decompose("just words")
 
     (asked,) = provider.asked
     assert isinstance(provider, LLMProvider)
-    assert (asked.temperature, asked.max_tokens, asked.json_schema) == (0.3, 1024, PLAN_SCHEMA)
+    assert (asked.temperature, asked.json_schema) == (0.3, PLAN_SCHEMA)
+    assert [message.role for message in asked.messages] == ["system", "user"]
     assert asked.messages[-1].content == "just words"
+
+
+async def test_a_bad_plan_is_sent_back_once_with_what_is_wrong() -> None:
+    bad_plan = json.dumps(plan(part("a", "nobody")))
+    provider = Scripted(bad_plan, json.dumps(plan(part("a"), part("b", "a"))))
+    subtasks = await TaskPlanner(provider).decompose(AD)
+
+    assert [subtask.id for subtask in subtasks] == ["a", "b"]
+    first, second = provider.asked
+    assert second.messages[: len(first.messages)] == first.messages
+    assert second.messages[-2].content == bad_plan
+    assert "subtask a has the unknown dependency nobody" in second.messages[-1].content
+
+
+async def test_a_model_that_takes_too_long_leaves_the_task_whole() -> None:
+    class Silent(Scripted):
+        async def complete(self, params: CompletionParams) -> CompletionResult:
+            self.asked.append(params)
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    provider = Silent()
+    (whole,) = await TaskPlanner(provider).decompose(TaskAd(description="build it", timeout_s=0.05))
+
+    assert whole.description == "build it"
+    assert len(provider.asked) == 1
 
 
 async def test_a_providers_error_reaches_the_caller() -> None:

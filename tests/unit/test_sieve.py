@@ -20,7 +20,7 @@ from loom.runner.cli.nodes import claims_in, known_nodes, load_of
 from loom.runner.cli.sieve import Sieve, phase_of
 from loom.runner.cli.words import Lines
 from loom.schemas.auction import HostAnnouncement
-from loom.schemas.envelope import PHASES, Award, Envelope, ScoredBid, Spec, TaskRecord
+from loom.schemas.envelope import PHASES, Award, Envelope, ScoredBid, Spec, Split, TaskRecord
 from loom.schemas.events import TextDelta
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward
 from loom.schemas.run import Delta, RunRequest
@@ -59,6 +59,12 @@ def result(task_id: str, node_id: str | None = None) -> Seen:
     return seen(TaskResult(task_id=task_id, state="failed", node_id=node_id), "result", task_id)
 
 
+def part(task_id: str, *, of: str) -> Seen:
+    split = Split(parent=of, depth=1, subtask="a", deadline=1.0)
+    message = Envelope(ad=TaskAd(task_id=task_id, description="x"), deadline=1.0, split=split)
+    return seen(message, "task", "sense", "normal", task_id)
+
+
 def learned(node_id: str, *task_ids: str) -> Seen:
     return seen(Lifecycle(kind="learned", node_id=node_id, at=0.0, task_ids=task_ids), "lifecycle", "learned", node_id)
 
@@ -88,6 +94,29 @@ def test_a_task_is_known_by_its_id_or_its_first_digits() -> None:
     assert through(Sieve(task=whole), *traffic) == [0, 1, 3, 5]
     assert through(Sieve(task=whole[:8]), *traffic) == [0, 1, 3, 5]
     assert through(Sieve(task="t1"), *traffic, REWARD) == [4, 6]
+
+
+def test_a_task_comes_with_its_parts_and_theirs() -> None:
+    traffic = (
+        part("c1", of="t1"),
+        delta("c1"),
+        part("c2", of="other"),
+        result("c2"),
+        part("c11", of="c1"),
+        result("c11"),
+        learned("n1", "c11"),
+    )
+
+    assert through(Sieve(task="t1"), *traffic) == [0, 1, 4, 5, 6]
+    assert through(Sieve(task="c1"), *traffic) == [0, 1, 4, 5, 6]
+    assert through(Sieve(task="c11"), *traffic) == [4, 5, 6]
+
+
+def test_what_ended_before_a_tap_is_known_to_be_a_part_of_its_task() -> None:
+    sieve = Sieve(task="t1")
+    sieve.hear_of(part("c1", of="t1").message)
+
+    assert through(sieve, result("c1"), result("c2")) == [0]
 
 
 def test_a_phase_gets_and_says() -> None:

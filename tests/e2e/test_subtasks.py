@@ -1,0 +1,71 @@
+"""What a client hears of the parts of its own task."""
+
+from typing import Any
+
+import pytest
+from support.nodes import node
+
+from loom.bus import tasks
+from loom.bus.client import Bus
+from loom.cluster.subtasks import Subtasks
+from loom.runner.cluster import running_nodes
+from loom.schemas.events import SubtaskEvent
+from loom.schemas.run import Delta, RunRequest
+from loom.schemas.task import TaskAd
+
+
+async def work(job: RunRequest) -> str:
+    if job.description == "break":
+        raise RuntimeError("it is broken")
+    return f"done: {job.description}"
+
+
+@pytest.fixture
+async def hosted(phases: Bus, on_bus: tuple[str, str]) -> Any:
+    async with running_nodes(on_bus[0], lambda: [node("ann", work, code=0.9)], namespace=on_bus[1]):
+        yield
+
+
+def task(*descriptions: str, **facts: Any) -> TaskAd:
+    """One whose parts are done one after the other, each named after what it does."""
+    plan = [
+        {"id": text, "description": text, "dependencies": list(descriptions[:index])}
+        for index, text in enumerate(descriptions)
+    ]
+    return TaskAd(domain="code", description="all of it", context={"plan": plan}, **facts)
+
+
+async def heard(bus: Bus, ad: TaskAd, *, deaf_after: int = 1000) -> list[Delta | SubtaskEvent]:
+    news: list[Delta | SubtaskEvent] = []
+    async with Subtasks(bus, ad.task_id) as parts:
+        async for one in parts.follow(await tasks.publish(bus, ad)):
+            news.append(one)
+            if len(news) == deaf_after:
+                await parts.__aexit__(None, None, None)
+    return news
+
+
+def told(news: list[Delta | SubtaskEvent]) -> list[tuple[str, str, str | None, str]]:
+    return [(one.id, one.state, one.node_id, one.error) for one in news if isinstance(one, SubtaskEvent)]
+
+
+async def test_a_part_that_fails_says_why(client: Bus, hosted: None) -> None:
+    assert told(await heard(client, task("look", "break", "rest"))) == [
+        ("look", "running", None, ""),
+        ("look", "succeeded", "ann", ""),
+        ("break", "running", None, ""),
+        ("break", "failed", None, "agent_failed"),
+    ]
+
+
+async def test_what_was_missed_is_told_when_the_task_has_ended(client: Bus, hosted: None) -> None:
+    ended = told(await heard(client, task("one", "two"), deaf_after=1))
+
+    assert ended == [(name, *of) for name in ("one", "two") for of in (("running", None, ""), ("succeeded", "ann", ""))]
+
+
+async def test_of_a_whole_task_there_is_only_its_own_progress(client: Bus, hosted: None) -> None:
+    news = await heard(client, TaskAd(domain="code", description="x"))
+
+    assert news
+    assert told(news) == []
