@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from loom.agents.config import AgentConfig
 from loom.agents.deadline import Deadline
+from loom.agents.delegate import Delegator
 from loom.agents.port import collect, deltas
 from loom.agents.tools import Tool, ToolContext, ToolResult
 from loom.agents.usage import usage_of
@@ -136,6 +137,7 @@ class _Conversation:
         self._started = time.monotonic()
         self._step = 0
         self._deadline = Deadline(job.remaining_s)
+        self._delegator = Delegator.current()
         self._room = asyncio.Semaphore(PARALLEL_TOOLS)
         self._answer = CompletionResult()
         self._used = Usage()
@@ -175,7 +177,7 @@ class _Conversation:
             raise self._failed(f"the conversation has outgrown the agent's {self._config.token_budget} tokens")
         longest = self._config.max_tokens
         if self._job.token_budget is not None:
-            left = self._job.token_budget - self._used.total_tokens
+            left = self._job.token_budget - self._spent
             if size >= left:
                 raise self._overspent(f"{left} are left and the next question takes about {size}")
             longest = min(longest, left - size)
@@ -234,10 +236,17 @@ class _Conversation:
             raise self._failed("the model's answer broke off")
         if answer.finish_reason == "content_filter":
             raise self._failed("the model's answer was withheld by a content filter")
+        if self._delegator is not None:
+            self._delegator.own_tokens = self._used.total_tokens
         budget = self._job.token_budget
-        if budget is not None and self._used.total_tokens > budget:
-            raise self._overspent(f"{self._used.total_tokens} were used")
+        if budget is not None and self._spent > budget:
+            raise self._overspent(f"{self._spent} were used")
         self._messages.append(Message(role="assistant", content=answer.content, tool_calls=answer.tool_calls))
+
+    @property
+    def _spent(self) -> int:
+        """Tokens the job has taken, those of delegated work included."""
+        return self._used.total_tokens + (self._delegator.run.others.tokens if self._delegator else 0)
 
     def _guess(self, answer: CompletionResult) -> Usage:
         self._guessed = True

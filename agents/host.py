@@ -6,14 +6,17 @@ Says       offers, run events, host.<host> every 3 s, lifecycle.joined and lifec
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
 import structlog
 from msgspec.structs import replace
 
+from loom.agents.child import Child
+from loom.agents.delegate import Delegator
 from loom.agents.function_agent import as_agent
 from loom.agents.node import Node, Room, choose
 from loom.agents.port import StreamingAgent, collect, failure_of, spent_by
@@ -35,6 +38,7 @@ SLOTS = 4
 BACKLOG = 16
 REMEMBER_CANCEL_S = 60.0
 CANCELS = 10_000
+LEFT = 256
 CANCELLED = TaskError(code="cancelled", message="the run was stopped")
 LATE = TaskError(code="deadline_exceeded", message="the deadline passed before the run was over")
 STOPPING = TaskError(code="node_busy", message="the host is stopping")
@@ -53,6 +57,8 @@ class NodeHost:
         self, bus: Bus, nodes: Callable[[], Sequence[Node]], *, slots: int = SLOTS, backlog: int = BACKLOG
     ) -> None:
         self.host_id = new_id()[:12]
+        self.templates = False
+        """Whether nodes can be started here on request."""
         self.bus = bus
         self._nodes = nodes
         self._slots = slots
@@ -63,6 +69,9 @@ class NodeHost:
         self._cancelled: OrderedDict[str, float] = OrderedDict()
         """Tasks cancelled lately -> when: their run requests may still be on the way."""
         self._known: frozenset[str] = frozenset()
+        self._left: deque[str] = deque(maxlen=LEFT)
+        """Nodes that have gone lately: awards to them may still be on the way."""
+        self._context = copy_context()
         self._draining = False
         self._subscriptions: list[Subscription] = []
         self._tickers: list[asyncio.Task[None]] = []
@@ -105,7 +114,9 @@ class NodeHost:
 
     async def announce(self) -> None:
         """Say who is here, and tell of nodes that have come or gone."""
-        nodes = frozenset(node.id for node in self._nodes() if node.agent is not None)
+        here = [node for node in self._nodes() if node.agent is not None]
+        nodes = frozenset(node.id for node in here)
+        self._left.extend(self._known - nodes)
         rooms = [self._room(node_id) for node_id in nodes]
         said = HostAnnouncement(
             host_id=self.host_id,
@@ -114,13 +125,16 @@ class NodeHost:
             running=sum(len(room.running) for room in rooms),
             queued=sum(room.queued for room in rooms),
             draining=self._draining,
+            templates=self.templates,
+            busy=tuple(sorted(node.id for node in here if _has_work(self._room(node.id)))),
+            children=tuple(node.state() for node in here if isinstance(node, Child)),
         )
         await self.bus.publish(self.bus.subjects.of("host", self.host_id), said)
         for node_id in nodes - self._known:
             await self._tell("joined", node_id)
         for node_id in self._known - nodes:
             await self._tell("left", node_id)
-            if not self._room(node_id).running:
+            if not self._room(node_id).busy:
                 self._rooms.pop(node_id, None)
         self._known = nodes
 
@@ -161,7 +175,7 @@ class NodeHost:
             if not required <= set(bid.tools):
                 continue
             able = True
-            if not room.full:
+            if not room.full and node.status != "dying":
                 bids.append(bid)
         if bids:
             return Offer(host_id=self.host_id, bids=choose(bids, call.prefer, call.limit))
@@ -178,6 +192,7 @@ class NodeHost:
             return
         known = self._runs.get((request.task_id, request.attempt))
         if known is not None:
+            known.answer(request.answers)
             await known.move(msg.reply, request.from_n)
             return
         last = self._finished.get((request.task_id, request.attempt))
@@ -193,27 +208,33 @@ class NodeHost:
     async def _take(self, run: Run) -> None:
         node = self._node(run.request.node_id)
         if node is None or node.agent is None:
-            await run.say("rejected", code="cannot")
+            left = run.request.node_id in self._left  # nobody's fault: it was there when it won
+            await run.say("rejected", code="busy" if left else "cannot")
             return
         room = self._room(node.id)
-        if self._draining or not room.takes(run.request.priority):
+        if self._draining or node.status == "dying" or not room.takes(run.request.priority):
             await run.say("rejected", code="busy")
             return
         self._runs[run.key] = run
         room.enqueue(run)
+        self._show_load(room)
         await run.say("accepted", queued=max(0, room.queued - (room.slots - len(room.running))))
         self._fill(room)
 
     def _fill(self, room: Room) -> None:
         while (run := room.next()) is not None:
-            run.work = self.bus.spawn(self._work(run, room), name=f"run {run.request.key}")
+            # Not in the context of whoever freed the slot: that is another run, and its variables are its own.
+            run.work = self._context.run(self.bus.spawn, self._work(run, room), name=f"run {run.request.key}")
         self._show_load(room)
 
     def _show_load(self, room: Room) -> None:
         for node in self._nodes():
             if self._rooms.get(node.id) is room:
                 node.load = room.load
-                node.status = "busy" if room.running else "idle"
+                if node.status != "dying":
+                    node.status = "busy" if room.busy else "idle"
+                if isinstance(node, Child):
+                    node.has_work = _has_work(room)
 
     async def _work(self, run: Run, room: Room) -> None:
         """Run to the end, whatever the agent does; the last event says how it went."""
@@ -221,9 +242,11 @@ class NodeHost:
         try:
             await run.say("started")
             job = replace(request, remaining_s=run.left_s)
-            result = await collect(self._agent(request.node_id), job, run.progress)
+            with Delegator(run, room, partial(self._fill, room)) as delegator:
+                result = await collect(self._agent(request.node_id), job, run.progress)
             room.learn(result)
-            await self._end(run, "result", result=result)
+            too_dear = delegator.overspent(result)
+            await self._end(run, "error" if too_dear else "result", error=too_dear, result=result)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             stopped = task is not None and task.cancelling()
@@ -236,7 +259,7 @@ class NodeHost:
             failed = TaskError(code="agent_failed", message=f"the agent raised {type(error).__name__}")
             await self._end(run, "error", error=failed)
         finally:
-            room.running.discard(run)
+            room.forget(run)
             self._fill(room)
 
     def _agent(self, node_id: str) -> StreamingAgent:
@@ -248,7 +271,7 @@ class NodeHost:
     async def _end(self, run: Run, kind: RunKind, **facts: Any) -> None:
         """Say the last event once, and remember it for whoever asks again."""
         if run.last is None:
-            await run.say(kind, **facts)
+            await run.say(kind, **{**facts, "result": run.charged(facts.get("result"))})
             if run.last is not None:
                 self._finished.keep(run.key, run.last, time.monotonic())
         self._runs.pop(run.key, None)
@@ -306,3 +329,8 @@ class NodeHost:
             await act()
         except LoomError as error:
             log.warning("host_silenced", reason=error.message)
+
+
+def _has_work(room: Room) -> bool:
+    """Whether a run is queued, or has begun and not ended, waiting for others perhaps."""
+    return room.busy or room.queued > 0

@@ -1,6 +1,7 @@
 """A hosted node: what a host needs of it, and how much of it is taken."""
 
 import heapq
+from collections import deque
 from collections.abc import Collection
 from itertools import count
 from typing import Any, Protocol
@@ -35,13 +36,19 @@ class Node(Protocol):
 
 
 class Room:
-    """The slots and the backlog of one node; the last fifth of the backlog is for urgent runs."""
+    """The slots and the backlog of one node; the last fifth of the backlog is for urgent runs.
+
+    A run that waits for work it has delegated holds no slot: it may be what the slot is needed for.
+    """
 
     def __init__(self, slots: int, backlog: int) -> None:
         self.slots = slots
         self.backlog = backlog
         self._open = slots + backlog - backlog // KEPT
         self.running: set[Run] = set()
+        self.away: set[Run] = set()
+        """Runs that have begun and hold no slot: they wait for others, or for their slot back."""
+        self._returning: deque[Run] = deque()
         self.expected_tokens = 0.0
         self.expected_s = 0.0
         self._queue: list[tuple[int, int, Run]] = []
@@ -50,7 +57,12 @@ class Room:
     @property
     def queued(self) -> int:
         """Runs that wait for a slot."""
-        return sum(not run.cancelled for _, _, run in self._queue)
+        return sum(not run.cancelled for _, _, run in self._queue) + len(self._returning)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a run has begun and not ended."""
+        return bool(self.running or self.away)
 
     @property
     def full(self) -> bool:
@@ -72,13 +84,35 @@ class Room:
         heapq.heappush(self._queue, (-PRIORITIES.index(run.request.priority), next(self._order), run))
 
     def next(self) -> Run | None:
-        """Take the most urgent run that has a slot, or None."""
+        """Take the most urgent run that has a slot, or None; those that had one before get theirs first."""
+        while self._returning and len(self.running) < self.slots:
+            run = self._returning.popleft()
+            self.away.discard(run)
+            self.running.add(run)
+            run.seated.set()
         while self._queue and len(self.running) < self.slots:
             run = heapq.heappop(self._queue)[2]
             if not run.cancelled:
                 self.running.add(run)
                 return run
         return None
+
+    def leave(self, run: Run) -> None:
+        """Free the slot of a run that waits for others, if it has one."""
+        self.forget(run)
+        self.away.add(run)
+        run.seated.clear()
+
+    def come_back(self, run: Run) -> None:
+        """Have the next free slot given to a run that has waited; `run.seated` tells when."""
+        self._returning.append(run)
+
+    def forget(self, run: Run) -> None:
+        """Free whatever place a run has that has begun."""
+        self.running.discard(run)
+        self.away.discard(run)
+        if run in self._returning:
+            self._returning.remove(run)
 
     def learn(self, result: RunResult) -> None:
         """Adjust what a run is expected to take."""
@@ -98,6 +132,7 @@ class Room:
             expected_tokens=int(self.expected_tokens),
             expected_s=self.expected_s,
             backlog=self.queued,
+            free=max(0, self._open - len(self.running) - self.queued),
         )
 
 

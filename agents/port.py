@@ -17,8 +17,8 @@ Tell = Callable[[Progress], Awaitable[None]]
 DELTA_CHARS = 4096
 """Most characters of one TextDelta cut from a text that came whole."""
 MAX_MESSAGE_CHARS = 2000
-OWN_CODES = frozenset({"agent_failed", "budget_exceeded", "deadline_exceeded"})
-"""What a run may say of itself. Any other code an agent raises would speak for the cluster: it has just failed."""
+OWN_CODES = frozenset({"agent_failed", "budget_exceeded", "deadline_exceeded", "subtask_failed"})
+"""What a run may say of itself, and of what it has delegated. Any other code would speak for the cluster."""
 MOST_WAIT_S = 1e9
 """A wait beyond this, some thirty years, means nothing."""
 

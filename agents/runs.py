@@ -3,14 +3,17 @@
 import asyncio
 import time
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from typing import Any
 
 import structlog
+from msgspec.structs import replace
 
 from loom.bus.client import Bus
 from loom.schemas.errors import LoomError
 from loom.schemas.events import Progress, ToolCallEnd, ToolCallStart
 from loom.schemas.run import RunEvent, RunKind, RunRequest
+from loom.schemas.task import RunResult, TaskAd, TaskResult
 from loom.schemas.wire import encode
 
 log = structlog.get_logger()
@@ -33,10 +36,17 @@ class Run:
         self.cancelled = False
         self.last: RunEvent | None = None
         """The final event, once there is one."""
+        self.seated = asyncio.Event()
+        """Whether it has its slot back after it waited for others."""
+        self.others = RunResult()
+        """What others have spent on its behalf."""
         self._bus = bus
         self._inbox = inbox
         self._n = 0
         self._kept: deque[RunEvent] = deque(maxlen=HISTORY)
+        self._waits: dict[str, RunEvent] = {}
+        """Delegated task -> the event that told of it; kept however much is said meanwhile."""
+        self._answers: dict[str, asyncio.Future[TaskResult]] = {}
         self._until = time.monotonic() + request.remaining_s
         self._sending = asyncio.Lock()  # a watcher drops what comes out of order
 
@@ -56,7 +66,9 @@ class Run:
             return
         event = RunEvent(n=self._n, kind=kind, **facts)
         self._n += 1
-        if kind != "heartbeat":
+        if event.ad is not None:
+            self._waits[event.ad.task_id] = event
+        elif kind != "heartbeat":
             self._kept.append(event)
         if event.final:
             self.last = event
@@ -67,13 +79,52 @@ class Run:
         """Send what the agent says on its way."""
         await self.say("tool_call" if isinstance(event, ToolCallStart | ToolCallEnd) else "delta", event=event)
 
+    async def ask(self, ad: TaskAd) -> TaskResult:
+        """Have others do `ad` and return how it ended; who watches is told when nobody waits for it any more."""
+        answer: asyncio.Future[TaskResult] = asyncio.get_running_loop().create_future()
+        self._answers[ad.task_id] = answer
+        try:
+            await self.say("waiting", ad=ad)
+            return await answer
+        finally:
+            del self._answers[ad.task_id]
+            self._waits.pop(ad.task_id, None)
+            await self.say("resumed", task_id=ad.task_id)
+
+    def answer(self, results: Iterable[TaskResult]) -> None:
+        """Hand over what came of delegated work; what has been handed over before, or nobody awaits, is left out."""
+        for result in results:
+            answer = self._answers.get(result.task_id)
+            if answer is not None and not answer.done():
+                answer.set_result(result)
+
+    def charge(self, result: TaskResult) -> None:
+        """Count what delegated work has spent."""
+        self.others = replace(
+            self.others,
+            prompt_tokens=self.others.prompt_tokens + result.prompt_tokens,
+            completion_tokens=self.others.completion_tokens + result.completion_tokens,
+        )
+
+    def charged(self, result: RunResult | None) -> RunResult | None:
+        """Return what the run itself has produced and spent together with what others have spent on its behalf."""
+        if not self.others.tokens:
+            return result
+        own = result or RunResult()
+        return replace(
+            own,
+            prompt_tokens=own.prompt_tokens + self.others.prompt_tokens,
+            completion_tokens=own.completion_tokens + self.others.completion_tokens,
+        )
+
     async def move(self, inbox: str, from_n: int) -> None:
         """Send all events from number `from_n` on to `inbox`, and every later one; the old inbox is told."""
         async with self._sending:
             if inbox != self._inbox:
                 await send(self._bus, self._inbox, RunEvent(n=self._n, kind="moved"))
                 self._inbox = inbox
-            for event in [event for event in self._kept if event.n >= from_n or event.kind == "accepted"]:
+            kept = sorted([*self._kept, *self._waits.values()], key=lambda event: event.n)
+            for event in [event for event in kept if event.n >= from_n or event.kind == "accepted"]:
                 await send(self._bus, inbox, event)
 
 

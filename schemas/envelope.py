@@ -16,6 +16,8 @@ MAX_HOPS = 64
 MAX_TRIED = 16
 """Failed attempts an envelope remembers, the newest ones."""
 MAX_TRIED_CHARS = 300
+MAX_DELEGATED = 256
+"""Delegated tasks a record remembers."""
 AWARD_BIDS = 16
 """Bids an award remembers, best first."""
 
@@ -229,6 +231,8 @@ class TaskRecord(Wire, frozen=True, kw_only=True):
     score: Unit | None = None
     """What the judge gave the result."""
     below_threshold: bool = False
+    delegated: Annotated[tuple[Token, ...], Meta(max_length=MAX_DELEGATED)] = ()
+    """Tasks its runs have delegated, oldest first; the newest ones where there were more."""
 
     @property
     def ended(self) -> bool:

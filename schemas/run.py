@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from loom.schemas.events import Progress
-from loom.schemas.task import Priority, RunResult, TaskAd, TaskError
+from loom.schemas.task import Priority, RunResult, TaskAd, TaskError, TaskResult
 from loom.schemas.wire import Count, Seconds, Token, Unit, Wire
 
 
@@ -32,6 +32,9 @@ class RunRequest(Wire, frozen=True, kw_only=True):
     """0 for what a client submitted, one more for each division or delegation."""
     from_n: Count = 0
     """Number of the first event wanted: more than 0 when re-attaching to a run."""
+    answers: tuple[TaskResult, ...] = ()
+    """How delegated work ended, for a run that waits for it; at most 64 KiB of content in all. Prompt tokens include
+    all that failed attempts took."""
     trace: str = ""
 
     @property
@@ -69,7 +72,9 @@ class RunEvent(Wire, frozen=True, kw_only=True):
     event: Progress | None = None
     """delta (text, steps) and tool_call: what happened."""
     ad: TaskAd | None = None
-    """waiting: the work delegated."""
+    """waiting: the work delegated; its `token_budget` is the most it may take."""
+    task_id: Token | None = None
+    """resumed: the delegated task nobody waits for any more, answered or not."""
     result: RunResult | None = None
     """result: what was produced; error: what had been written and spent by then, where the agent knows."""
     error: TaskError | None = None

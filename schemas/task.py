@@ -13,6 +13,7 @@ from loom.schemas.wire import (
     MAX_AD_BYTES,
     MAX_CONTEXT_BYTES,
     MAX_JSON_DEPTH,
+    MAX_SCHEMA_BYTES,
     Count,
     Seconds,
     Token,
@@ -40,6 +41,14 @@ class Accept(Wire, frozen=True, kw_only=True):
 
     contains: Annotated[tuple[Annotated[str, Meta(max_length=1000)], ...], Meta(max_length=16)] = ()
     """Texts the content must hold, letter for letter."""
+    pattern: Annotated[str, Meta(min_length=1, max_length=1000)] | None = None
+    """A regular expression that must be found in the content."""
+    json_schema: dict[str, Any] | None = None
+    """The content must be JSON that fits this schema, which holds all it refers to."""
+    rubric: Annotated[str, Meta(min_length=1, max_length=2000)] | None = None
+    """What a model judges the content by, where the phases may ask one."""
+    threshold: Unit = 0.5
+    """Least score of that model; below it the task goes to another node."""
 
 
 class Limits(Wire, frozen=True, kw_only=True):
@@ -111,9 +120,11 @@ def check_ad(ad: TaskAd) -> TaskAd:
     Raises:
         InvalidTask: With `field` naming the part.
     """
-    fault = free_json_fault(ad.context, max_bytes=MAX_CONTEXT_BYTES)
-    if fault:
-        raise InvalidTask(f"context {fault}", field="context", task_id=ad.task_id)
+    schema = ad.accept.json_schema if ad.accept else None
+    for name, free, most in (("context", ad.context, MAX_CONTEXT_BYTES), ("accept", schema, MAX_SCHEMA_BYTES)):
+        fault = free_json_fault(free, max_bytes=most)
+        if fault:
+            raise InvalidTask(f"{name} {fault}", field=name, task_id=ad.task_id)
     try:
         raw = encode(ad)
         if len(raw) > MAX_AD_BYTES:

@@ -24,6 +24,8 @@ class Drop:
     """This message has nothing left to do."""
 
     reason: str
+    delegated: tuple[str, ...] = ()
+    """What a run of an ended task has delegated: nobody wants it any more."""
 
 
 def claim(record: TaskRecord, envelope: Envelope, award: Award, instance: str, stream_seq: int) -> Take | Drop:
@@ -33,7 +35,7 @@ def claim(record: TaskRecord, envelope: Envelope, award: Award, instance: str, s
     The same attempt on another host, and any lower one, is a twin.
     """
     if record.ended:
-        return Drop("the task has ended")
+        return Drop("the task has ended", record.delegated)
     held = record.claim
     if envelope.attempt < held.attempt:
         return Drop("a later attempt is running")

@@ -3,8 +3,9 @@
 Consumes   task.execute.*.*
 Publishes  run.<host>        a run request, answered by a stream of events
            delta.<task>      text, steps and tool calls as they come
+           task.sense        what the run delegates, as a task of its own; its end is told to the run
            task.evaluate     the envelope with its result, or with an error
-State      the claim in the task's record: the fence of every attempt
+State      the claim in the task's record: the fence of every attempt; and the ids of what has been delegated
 Gives up   node_lost, agent_failed, node_busy, deadline_exceeded, cancelled: as errors, for EVALUATE to decide
 """
 
@@ -21,6 +22,7 @@ from loom.bus.outcome import Dead, Done, Leave, Next, Outcome
 from loom.bus.records import records
 from loom.bus.topology import EXECUTE_LANE
 from loom.phases.execute.claim import Drop, Standing, Take, claim, may_report
+from loom.phases.execute.errands import Errands, call_off
 from loom.phases.execute.watch import Silent, Watch
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope
@@ -78,12 +80,20 @@ class Execute:
             claimed = await self._claim(envelope, award, delivery)
             if isinstance(claimed, Drop):
                 log.info("run_dropped", reason=claimed.reason, attempt=envelope.attempt)
+                await call_off(self._bus, claimed.delegated)
                 return Done()
             if cancelled.is_set():
                 return await self._report(CANCELLED, envelope, delivery)
             request = request_for(envelope, award, self._bus.now())
             watch = Watch(self._bus, award.host_id, request, attached=claimed.attached)
-            return await self._run(watch, envelope, award, delivery, cancelled)
+            earlier = claimed.record.delegated if claimed.attached else ()
+            errands = Errands(self._bus, self._config, envelope, delivery, self._loop.top_up, earlier)
+            outcome: Outcome | None = None
+            try:
+                outcome = await self._run(watch, errands, envelope, award, delivery, cancelled)
+            finally:
+                await errands.close(cancelling=cancelled.is_set() or is_over(outcome))
+            return outcome
         finally:
             del self._cancelled[cancelled]
 
@@ -103,10 +113,16 @@ class Execute:
         raise BusUnavailable(f"the record of {envelope.task_id} would not hold still")
 
     async def _run(
-        self, watch: Watch, envelope: Envelope, award: Award, delivery: Delivery, cancelled: asyncio.Event
+        self,
+        watch: Watch,
+        errands: Errands,
+        envelope: Envelope,
+        award: Award,
+        delivery: Delivery,
+        cancelled: asyncio.Event,
     ) -> Outcome:
         """Watch the run until it ends, the task is cancelled or too late, or this process stops."""
-        ending = asyncio.ensure_future(self._follow(watch, envelope, award, delivery))
+        ending = asyncio.ensure_future(self._follow(watch, errands, envelope, delivery))
         stops = [asyncio.ensure_future(event.wait()) for event in (cancelled, delivery.recalled)]
         try:
             await asyncio.wait(
@@ -115,7 +131,7 @@ class Execute:
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if ending.done():
-                return await self._settle(ending, envelope, award, delivery)
+                return await self._settle(ending, errands, envelope, award, delivery)
             if cancelled.is_set():
                 await asyncio.sleep(CANCEL_S)
                 return await self._report(CANCELLED, envelope, delivery)
@@ -129,14 +145,18 @@ class Execute:
             await _end(ending, *stops)
 
     async def _settle(
-        self, ending: asyncio.Future[RunEvent | None], envelope: Envelope, award: Award, delivery: Delivery
+        self,
+        ending: asyncio.Future[RunEvent | None],
+        errands: Errands,
+        envelope: Envelope,
+        award: Award,
+        delivery: Delivery,
     ) -> Outcome:
         try:
             last = ending.result()
         except Silent as error:
-            return await self._report(
-                TaskError(code="node_lost", message=str(error), node_id=award.node_id), envelope, delivery
-            )
+            lost = TaskError(code="node_lost", message=str(error), node_id=award.node_id)
+            return await self._report(lost, spent(envelope, errands.result), delivery)
         if last is None:
             return Next("execute", envelope)  # a suspect that proved harmless starts afresh
         if last.kind == "result" and last.result is not None:
@@ -145,7 +165,7 @@ class Execute:
             return await self._give_way(envelope, delivery)
         return await self._report(error_in(last, award), spent(envelope, last.result), delivery)
 
-    async def _follow(self, watch: Watch, envelope: Envelope, award: Award, delivery: Delivery) -> RunEvent | None:
+    async def _follow(self, watch: Watch, errands: Errands, envelope: Envelope, delivery: Delivery) -> RunEvent | None:
         """Relay the run and return its last event; one that falls silent is asked for once more.
 
         After an outage of the bus hosts come back one by one, and none of them is to blame for that: until
@@ -154,7 +174,7 @@ class Execute:
         asked_again = False
         while True:
             try:
-                return await self._relay(watch, envelope, award, delivery)
+                return await self._relay(watch, errands, envelope, delivery)
             except Silent:
                 settling = self._bus.settled_s < SETTLE_S
                 if not settling and (asked_again or not watch.heard):
@@ -165,7 +185,7 @@ class Execute:
                 await asyncio.sleep(ASK_AGAIN_S)
             watch, asked_again = watch.again(), not settling
 
-    async def _relay(self, watch: Watch, envelope: Envelope, award: Award, delivery: Delivery) -> RunEvent | None:
+    async def _relay(self, watch: Watch, errands: Errands, envelope: Envelope, delivery: Delivery) -> RunEvent | None:
         """Relay the run's events and return the last one; None when a suspect message has proved harmless."""
         delta = self._bus.subjects.of("delta", envelope.task_id)
         async with watch:
@@ -175,12 +195,13 @@ class Execute:
                 if delivery.alone:
                     return None
                 delivery.release()
+                await errands.hear(event, watch)
                 if event.event is not None:
                     await self._bus.publish(
                         delta,
                         Delta(task_id=envelope.task_id, attempt=envelope.attempt, n=event.n, event=event.event),
                     )
-        raise Silent(f"host {award.host_id} ended without a last event")
+        raise Silent("the host ended without a last event")
 
     async def _report(
         self, error: TaskError, envelope: Envelope, delivery: Delivery, *, claimed: bool = True
@@ -231,6 +252,11 @@ def request_for(envelope: Envelope, award: Award, now: float) -> RunRequest:
         depth=envelope.depth,
         trace=envelope.trace,
     )
+
+
+def is_over(outcome: Outcome | None) -> bool:
+    """Return whether the run has come to its end here, and is not to go on under another watcher."""
+    return isinstance(outcome, Next) and outcome.phase == "evaluate"
 
 
 def error_in(last: RunEvent, award: Award) -> TaskError:

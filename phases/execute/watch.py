@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import structlog
 from msgspec.structs import replace
@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from loom.bus.client import Bus, Msg
 from loom.schemas.errors import LoomError
 from loom.schemas.run import RunEvent, RunRequest
+from loom.schemas.task import TaskResult
 from loom.schemas.wire import Undecodable, decode
 
 log = structlog.get_logger()
@@ -68,9 +69,13 @@ class Watch:
         else:
             self._bus.close_inbox(self._inbox)
 
-    async def _ask(self) -> None:
-        request = replace(self._request, remaining_s=max(0.0, self._until - time.monotonic()))
+    async def _ask(self, **facts: Any) -> None:
+        request = replace(self._request, remaining_s=max(0.0, self._until - time.monotonic()), **facts)
         await self._bus.publish(self._bus.subjects.of("run", self._host_id), request, reply=self._inbox)
+
+    async def hand(self, answer: TaskResult) -> None:
+        """Tell the run what came of work it has delegated: the same request again, from the next event on."""
+        await self._ask(from_n=self._next_n, answers=(answer,))
 
     async def events(self) -> AsyncIterator[RunEvent]:
         """Yield the events, oldest first, each once; the last one is final.
@@ -99,7 +104,8 @@ class Watch:
 
     async def _first(self) -> RunEvent:
         """Ask until something is heard: after an outage a host may be back later than we are, and miss the request."""
-        while self._attached or self._absent_s < ABSENT_S:
+        patience_s = ACCEPT_S if self._attached else ABSENT_S
+        while self._absent_s < patience_s:
             with suppress(TimeoutError):
                 async with asyncio.timeout(ASK_AGAIN_S):
                     return await self._events.get()

@@ -9,7 +9,7 @@ from loom.bus.history import ended_since, find, newest, recent_records, rewards_
 from loom.bus.loop import schedule
 from loom.bus.records import records
 from loom.bus.reward_bus import RewardBus, judgement
-from loom.schemas.envelope import Award, TaskRecord
+from loom.schemas.envelope import Award, Split, TaskRecord
 from loom.schemas.errors import InvalidTask, UnknownTask
 from loom.schemas.learning import Reward
 from loom.schemas.task import Submission, TaskAd, TaskState
@@ -84,9 +84,11 @@ async def test_a_task_is_found_wherever_it_is(bus: Bus) -> None:
     bucket = records(bus)
     queued = Submission(ad=TaskAd(task_id="queued", description="x"), submission="s")
     await bus.store(bus.subjects.intake("normal", "queued"), queued)
-    for task_id in ("hopping", "waiting", "between"):
+    for task_id in ("hopping", "waiting", "between", "divided"):
         await bucket.create(task_id, record(task_id))
     await bus.store(bus.subjects.task("match", "normal", "hopping"), envelope("hopping", attempt=3))
+    notice = Split(parent="divided", depth=1, subtask="a", child="c", deadline=4e9)
+    await bus.store(bus.subjects.task("scale", "normal", "divided"), envelope("divided", split=notice, attempt=9))
     await schedule(
         bus,
         bus.subjects.later("waiting", "task-1"),
@@ -98,11 +100,12 @@ async def test_a_task_is_found_wherever_it_is(bus: Bus) -> None:
     await bucket.create("ended", record("ended", "failed", ended_at=1.0))
 
     assert (await find(bus, "queued")).submission == queued
-    found = {task_id: await find(bus, task_id) for task_id in ("hopping", "waiting", "between", "ended")}
+    found = {task_id: await find(bus, task_id) for task_id in ("hopping", "waiting", "between", "divided", "ended")}
     assert {task_id: (one.phase, one.record and one.record.envelope.attempt) for task_id, one in found.items()} == {
         "hopping": ("match", 3),
         "waiting": ("later", 2),
         "between": ("", 1),
+        "divided": ("", 1),
         "ended": ("", 1),
     }
 

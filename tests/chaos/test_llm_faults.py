@@ -343,7 +343,7 @@ async def test_a_heuristic_stands_in_for_a_model_that_fails_sense(
 
 
 async def test_a_task_stays_whole_when_the_model_fails_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.cluster.planner.PLAN_WITHIN_S", 1.0)
+    monkeypatch.setattr("loom.phases.scale.planner.PLAN_WITHIN_S", 1.0)
     models = Models(NO_ESTIMATE, by_number)
     async with OpenAIServer(models.answer) as server, asyncio.timeout(WITHIN_S):
         provider = await provider_for(server.base_url)

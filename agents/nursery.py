@@ -1,0 +1,165 @@
+"""The nursery: starts clones of a host's nodes when they are asked for, and lets them go when they are told to.
+
+Hears      spawn (one host of the queue group), retire.<host>
+Says       a reply to each, lifecycle.spawned, lifecycle.changed when a child takes no more work, lifecycle.retired
+"""
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import structlog
+
+from loom.agents.child import Child, child_id
+from loom.agents.host import NodeHost
+from loom.agents.node import Node
+from loom.bus.client import Bus, Msg, Subscription
+from loom.schemas.auction import RetireDecline, RetireReply, RetireRequest, SpawnDecline, SpawnReply, SpawnRequest
+from loom.schemas.errors import BusUnavailable
+from loom.schemas.learning import Lifecycle, LifecycleKind
+from loom.schemas.wire import Undecodable, decode
+
+log = structlog.get_logger()
+
+QUEUE = "nursery"
+
+
+class Nursery:
+    """The nodes of one host: those it was given, and the clones of them it has started.
+
+    Args:
+        originals: Returns the nodes that were given, read at every call. Any of them may be cloned; none is let go.
+        max_nodes: Most nodes there are, originals and children together; no child is started beyond.
+    """
+
+    def __init__(self, bus: Bus, originals: Callable[[], Sequence[Node]], *, max_nodes: int) -> None:
+        self._bus = bus
+        self._originals = originals
+        self._max_nodes = max_nodes
+        self._children: dict[str, Child] = {}
+        self._host: NodeHost | None = None
+        self._subscriptions: list[Subscription] = []
+
+    def nodes(self) -> list[Node]:
+        """Return originals and children, as they are now: what a NodeHost is to be given."""
+        return [*self._originals(), *cast("list[Node]", list(self._children.values()))]
+
+    async def start(self, host: NodeHost) -> None:
+        """Begin to take requests, for a started host of these `nodes`."""
+        self._host = host
+        subjects = self._bus.subjects
+        self._subscriptions = [
+            await self._bus.subscribe(subjects.spawn, self._on_spawn, queue=QUEUE),
+            await self._bus.subscribe(subjects.of("retire", host.host_id), self._on_retire),
+        ]
+        host.templates = True
+        await host.announce()
+        await self._bus.echo()
+
+    async def stop(self) -> None:
+        """Take no more requests; the children stay until their host goes. Safe to call twice or unstarted."""
+        subscriptions, self._subscriptions = self._subscriptions, []
+        for subscription in subscriptions:
+            await self._bus.unsubscribe(subscription)
+
+    # -- growing
+
+    async def _on_spawn(self, msg: Msg) -> None:
+        host = self._running()
+        try:
+            wanted = decode(msg.data, SpawnRequest)
+        except Undecodable as error:
+            log.warning("spawn_request_undecodable", reason=error.message)
+            return
+        made = self.spawn(wanted)
+        if isinstance(made, Child):
+            log.info("node_spawned", node_id=made.id, slug=wanted.slug, reason=wanted.reason)
+            await host.announce()
+            await self._tell("spawned", made, f"clone of {made.parent_id}: {wanted.reason} in {wanted.slug}")
+            reply = SpawnReply(host_id=host.host_id, node_id=made.id)
+        else:
+            log.debug("spawn_declined", slug=wanted.slug, decline=made)
+            reply = SpawnReply(host_id=host.host_id, decline=made)
+        if msg.reply:
+            await self._bus.publish(msg.reply, reply)
+
+    def spawn(self, wanted: SpawnRequest) -> "Child | SpawnDecline":
+        """Return a new child, which is among `nodes` from now on, or why there is none."""
+        nodes = self.nodes()
+        template = choose_template(wanted, nodes, self._max_nodes)
+        if isinstance(template, str):
+            return template
+        child = Child(child_id(template.id, (node.id for node in nodes)), template, wanted.slug)
+        self._children[child.id] = child
+        return child
+
+    # -- shrinking
+
+    async def _on_retire(self, msg: Msg) -> None:
+        host = self._running()
+        try:
+            order = decode(msg.data, RetireRequest)
+        except Undecodable as error:
+            log.warning("retire_request_undecodable", reason=error.message)
+            return
+        decline = self._refusal(order)
+        child = self._children.get(order.node_id)
+        if decline is None and child is not None and child.status != "dying":
+            child.status = "dying"
+            log.info("node_retiring", node_id=child.id, reason=order.reason)
+            self._bus.spawn(self._let_go(child, order.reason), name=f"retire {child.id}")
+            await host.announce()
+            await self._tell("changed", child, f"takes no more work: {order.reason}")
+        if msg.reply:
+            await self._bus.publish(
+                msg.reply, RetireReply(host_id=host.host_id, node_id=order.node_id, decline=decline)
+            )
+
+    def _refusal(self, order: RetireRequest) -> RetireDecline | None:
+        child = self._children.get(order.node_id)
+        if child is None:
+            return "original" if any(node.id == order.node_id for node in self._originals()) else "unknown"
+        return "busy" if order.when_idle and child.has_work and child.status != "dying" else None
+
+    async def _let_go(self, child: Child, reason: str) -> None:
+        """Wait until it has nothing in hand; it bids no more and takes nothing new."""
+        await child.free.wait()
+        del self._children[child.id]
+        try:
+            await self._running().announce()
+            await self._tell("retired", child, reason)
+        except BusUnavailable as error:  # who missed it hears the next announcement
+            log.warning("retirement_untold", node_id=child.id, reason=error.message)
+        log.info("node_retired", node_id=child.id)
+
+    async def _tell(self, kind: LifecycleKind, child: Child, reason: str) -> None:
+        host_id = self._running().host_id
+        news = Lifecycle(kind=kind, node_id=child.id, host_id=host_id, at=self._bus.now(), reason=reason)
+        await self._bus.publish(self._bus.subjects.of("lifecycle", kind, child.id), news)
+
+    def _running(self) -> NodeHost:
+        if self._host is None:
+            raise RuntimeError("the nursery has not been started")
+        return self._host
+
+
+def choose_template(wanted: SpawnRequest, nodes: Sequence[Node], max_nodes: int) -> Node | SpawnDecline:
+    """Return the node to clone, or why there is to be none more.
+
+    It is the one with the tools that claims most in the domain; children are not cloned. While one of those that could
+    take the work has nothing in hand, it bids, and another would only stand beside it.
+    """
+    offers = [(node, node.to_bid(domain=wanted.slug, required_tools=wanted.required_tools)) for node in nodes]
+    required = set(wanted.required_tools)
+    able = [
+        (node, bid)
+        for node, bid in offers
+        if node.agent is not None and node.status != "dying" and required <= set(bid.tools)
+    ]
+    templates = [(bid.claim, node) for node, bid in able if not isinstance(node, Child)]
+    if not templates:
+        return "cannot"
+    if any(not node.load for node, _ in able):
+        return "idle"
+    if len(nodes) >= max_nodes:
+        return "full"
+    return max(templates, key=lambda item: item[0])[1]

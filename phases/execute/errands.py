@@ -1,0 +1,242 @@
+"""What one run delegates, from its `waiting` to the answer: published as a task, waited for, handed to the run."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+import structlog
+from msgspec.structs import replace
+
+from loom.bus.client import Bus, Msg
+from loom.bus.delivery import Delivery
+from loom.bus.faults import describe
+from loom.bus.kv import Bucket
+from loom.bus.records import change, records
+from loom.phases.execute.claim import may_report
+from loom.phases.execute.watch import Watch
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import MAX_DELEGATED, Envelope, Split, SplitPlan, TaskRecord
+from loom.schemas.errors import InvalidTask, LoomError
+from loom.schemas.run import RunEvent
+from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult, check_ad
+from loom.schemas.wire import MAX_INPUTS_BYTES, cut_utf8
+
+log = structlog.get_logger()
+
+LOOK_AGAIN_S = 5.0  # a lost result message is found out this late
+RETRY_S = 1.0
+CANCEL_S = (0.02, 0.1, 0.4, 1.0, 1.0)  # waits for SENSE to record a cancel
+
+
+class Errands:
+    """The delegated work of one run; while some of it is open the delivery holds no slot of this phase.
+
+    Args:
+        envelope: The delegating task's.
+        top_up: Called when a slot has become free.
+        earlier: What the run, or one before it, has delegated already.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        config: ClusterConfig,
+        envelope: Envelope,
+        delivery: Delivery,
+        top_up: Callable[[], None],
+        earlier: Iterable[str] = (),
+    ) -> None:
+        self._bus, self._config, self._envelope, self._delivery = bus, config, envelope, delivery
+        self._top_up = top_up
+        self._records = records(bus)
+        self._plans = Bucket(bus, "plans", SplitPlan)
+        self._open: dict[str, asyncio.Task[None]] = {}
+        self._answers: dict[str, TaskResult] = {}
+        """Answers the run has not said to have."""
+        self._wanted = set(earlier)
+        """What is to be cancelled should the run end now."""
+        self._watch: Watch | None = None
+        self._noting = asyncio.Lock()
+        self._spent = 0
+
+    @property
+    def result(self) -> RunResult | None:
+        """What delegated work has spent, for a run that can no longer say so itself."""
+        return RunResult(prompt_tokens=self._spent) if self._spent else None
+
+    async def hear(self, event: RunEvent, watch: Watch) -> None:
+        """Act on what the run says of its delegated work; any word of it is an occasion to repeat a lost answer."""
+        self._watch = watch
+        if event.kind == "waiting" and event.ad is not None and event.ad.task_id not in self._open:
+            if not self._open:
+                self._delivery.slots.taken -= 1
+                self._top_up()
+            self._open[event.ad.task_id] = self._bus.spawn(self._run(event.ad), name=f"errand {event.ad.task_id}")
+            self._wanted.add(event.ad.task_id)
+        elif event.kind == "resumed" and event.task_id in self._open:
+            self._forget(event.task_id)
+        elif event.kind == "heartbeat":
+            for answer in list(self._answers.values()):
+                await watch.hand(answer)
+
+    def _forget(self, task_id: str) -> None:
+        """Close an errand the run does not wait for any more; without an answer it is cancelled."""
+        self._open.pop(task_id).cancel()
+        self._wanted.discard(task_id)
+        if not self._open:
+            self._delivery.slots.taken += 1
+        if self._answers.pop(task_id, None) is None:
+            self._bus.spawn(call_off(self._bus, [task_id]), name=f"call off {task_id}")
+
+    async def close(self, *, cancelling: bool) -> None:
+        """Wait for nothing more; the run goes on elsewhere, or has ended and what it has delegated with it."""
+        for errand in self._open.values():
+            errand.cancel()
+        if self._open:
+            self._delivery.slots.taken += 1
+        self._open.clear()
+        if cancelling:
+            await call_off(self._bus, self._wanted)
+
+    async def _run(self, ad: TaskAd) -> None:
+        """See one errand through; whatever the bus refuses is tried again, for every step may be repeated."""
+        while True:
+            try:
+                answer = await self._answer(ad)
+                if answer is not None and self._watch is not None:
+                    self._answers[ad.task_id] = answer
+                    await self._watch.hand(answer)
+            except LoomError as error:
+                log.warning("errand_waits", errand=ad.task_id, **describe(error))
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
+
+    async def _answer(self, ad: TaskAd) -> TaskResult | None:
+        """What the run is to be told; None when it is no longer this message's to tell."""
+        try:
+            child = errand_for(self._envelope, ad, self._config)
+        except InvalidTask as error:
+            self._wanted.discard(ad.task_id)
+            return TaskResult(task_id=ad.task_id, state="failed", error=TaskError.of(error))
+        if not await self._note(ad.task_id):
+            return None
+        record = await self._ended(child)
+        self._wanted.discard(ad.task_id)
+        own = await self._records.get(self._envelope.task_id)
+        if own is None or not self._mine(own.value):
+            return None
+        if record.envelope.split is None or record.envelope.split.parent != self._envelope.task_id:
+            other = TaskError(code="invalid_task", message="the id names another task", field="task_id")
+            return TaskResult(task_id=ad.task_id, state="failed", error=other)
+        plan = await self._plans.get(ad.task_id)  # it may have been divided itself
+        taken = tokens_of(record, plan.value if plan else None)
+        if ad.task_id not in self._answers:
+            self._spent += taken
+        return answer_in(record, taken)
+
+    async def _note(self, task_id: str) -> bool:
+        """Write the errand onto the delegating task's record, before there is one: who ends the task must see it."""
+
+        def add(record: TaskRecord) -> TaskRecord | None:
+            if not self._mine(record) or task_id in record.delegated:
+                return None
+            return replace(record, delegated=(*record.delegated, task_id)[-MAX_DELEGATED:])
+
+        async with self._noting:  # errands of one run would only get into each other's way
+            entry = await change(self._records, self._envelope.task_id, add)
+        return entry is not None and self._mine(entry.value)
+
+    def _mine(self, record: TaskRecord) -> bool:
+        facts = self._delivery.facts
+        return may_report(record, self._envelope.attempt, self._bus.instance, facts.stream_seq) == "report"
+
+    async def _ended(self, child: Envelope) -> TaskRecord:
+        """Publish the errand and return its record once it has ended."""
+        told = asyncio.Event()
+
+        async def tell(_msg: Msg) -> None:
+            told.set()
+
+        subjects = self._bus.subjects
+        listening = await self._bus.subscribe(subjects.of("result", child.task_id), tell)
+        try:
+            subject = subjects.task("sense", child.priority, child.task_id)
+            await self._bus.store(subject, child, msg_id=f"{child.task_id}:delegate")
+            while True:
+                entry = await self._records.get(child.task_id)
+                if entry is not None and entry.value.ended:
+                    return entry.value
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_AGAIN_S):
+                        await told.wait()
+                told.clear()
+        finally:
+            await self._bus.unsubscribe(listening)
+
+
+def errand_for(envelope: Envelope, ad: TaskAd, config: ClusterConfig) -> Envelope:
+    """Return the first envelope of what a run of `envelope` delegates by `ad`.
+
+    It is as urgent as the task it is for, ends no later, may spend no more, and may be divided no further.
+
+    Raises:
+        InvalidTask: It would be too deep, or breaks a rule of ads.
+    """
+    depth, limits = envelope.depth + 1, envelope.ad.limits
+    most = config.max_depth
+    if limits is not None and limits.max_depth is not None:
+        most = min(most, limits.max_depth)
+    if depth > most:
+        raise InvalidTask(f"delegating once more would be {depth} deep, and max_depth is {most}", field="limits")
+    budgets = [tokens for tokens in (ad.token_budget, envelope.budget) if tokens is not None]
+    grant = min(budgets, default=None)
+    if grant is not None and grant < 1:
+        raise InvalidTask("no tokens are left to delegate with", field="token_budget")
+    ad = check_ad(replace(ad, priority=envelope.priority, limits=limits, token_budget=grant))
+    split = Split(parent=envelope.task_id, depth=depth, grant=grant, deadline=envelope.deadline)
+    return Envelope(ad=ad, split=split, deadline=envelope.deadline, budget=grant, trace=envelope.trace)
+
+
+def tokens_of(record: TaskRecord, plan: SplitPlan | None = None) -> int:
+    """Return the tokens an ended task has taken in all, failed attempts and the parts of its plan included."""
+    env = record.envelope
+    spent = sum(failed.tokens for failed in env.tried) + (sum(part.tokens for part in plan.subtasks) if plan else 0)
+    if env.result is not None and not record.below_threshold and all(one.attempt != env.attempt for one in env.tried):
+        spent += env.result.tokens
+    granted = env.split.grant if env.split else None
+    return spent if granted is None or env.budget is None else max(spent, granted - env.budget)
+
+
+def answer_in(record: TaskRecord, taken: int) -> TaskResult:
+    """Return what the run is told of ended work: with all tokens it has taken, and no longer than a message may be."""
+    result = record.to_result()
+    content, cut = cut_utf8(result.content, MAX_INPUTS_BYTES)
+    return replace(
+        result,
+        content=content,
+        truncated=result.truncated or cut,
+        prompt_tokens=max(0, taken - result.completion_tokens),
+    )
+
+
+async def call_off(bus: Bus, task_ids: Iterable[str]) -> None:
+    """Have tasks cancelled that nobody waits for, and see that they are; a phase's inbox gets no answer of SENSE.
+
+    One that is not admitted yet ends at its admission if its parent has ended by then.
+    """
+
+    async def call_off_one(task_id: str) -> None:
+        try:
+            for wait_s in CANCEL_S:
+                entry = await records(bus).get(task_id)
+                if entry is None or entry.value.ended:
+                    return
+                await bus.publish(bus.subjects.of("cancel", task_id))
+                await asyncio.sleep(wait_s)
+        except LoomError as error:
+            log.warning("errand_not_cancelled", errand=task_id, **describe(error))
+        else:
+            log.warning("errand_not_cancelled", errand=task_id, error="nobody has recorded it")
+
+    await asyncio.gather(*map(call_off_one, task_ids))

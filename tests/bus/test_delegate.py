@@ -1,0 +1,292 @@
+"""A node host whose agents delegate, with the test playing EXECUTE."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+from support.phases import Stage
+from support.wait import until
+
+from loom import delegate
+from loom.agents.delegate import delegated_id
+from loom.agents.host import NodeHost
+from loom.bus.client import Bus, Msg
+from loom.schemas.errors import SubtaskFailed
+from loom.schemas.events import AgentEvent, Done, TokenUsage
+from loom.schemas.run import RunEvent, RunRequest
+from loom.schemas.task import RunResult, TaskError, TaskResult
+from loom.schemas.wire import decode
+from loom.types import AgentNode, CapabilityProfile
+
+CHILD = delegated_id("t1", 1, 1)
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.agents.host.HEARTBEAT_S", 0.1)
+
+
+def node(agent: Any) -> AgentNode:
+    return AgentNode(id="n1", agent=agent, capabilities=CapabilityProfile(scores={"code": 0.5}))
+
+
+class Watcher:
+    """Run requests and the events that came back, as EXECUTE sees them."""
+
+    def __init__(self, bus: Bus, host: NodeHost, **facts: Any) -> None:
+        self.bus, self.host = bus, host
+        self.request = RunRequest(**{"task_id": "t1", "node_id": "n1", "description": "it", **facts})
+        self.events: list[RunEvent] = []
+        self.inbox = bus.open_inbox(self._take)
+
+    def _take(self, msg: Msg) -> None:
+        self.events.append(decode(msg.data, RunEvent))
+
+    async def ask(self, **facts: Any) -> "Watcher":
+        request = RunRequest(
+            **{**{name: getattr(self.request, name) for name in RunRequest.__struct_fields__}, **facts}
+        )
+        await self.bus.publish(self.bus.subjects.of("run", self.host.host_id), request, reply=self.inbox)
+        return self
+
+    async def answer(self, task_id: str = CHILD, content: str = "four", **facts: Any) -> None:
+        """Hand over how delegated work ended, from the next event on."""
+        result = TaskResult(**{"task_id": task_id, "state": "succeeded", "content": content, **facts})
+        await self.ask(answers=(result,), from_n=self.events[-1].n + 1)
+
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.events if event.kind not in ("heartbeat", "delta")]
+
+    async def heard(self, kind: str, *, count: int = 1) -> RunEvent:
+        def found() -> list[RunEvent]:
+            return [event for event in self.events if event.kind == kind]
+
+        await until(lambda: len(found()) >= count, within_s=20, what=f"{count} {kind}; heard {self.kinds()}")
+        return found()[count - 1]
+
+
+async def watch(stage: Stage, host: NodeHost, **facts: Any) -> Watcher:
+    return await Watcher(stage.bus, host, **facts).ask()
+
+
+async def ask_one(job: RunRequest) -> str:
+    if job.description == "plain":
+        return "plain"
+    return f"they say {await delegate('two and two', domain='math', context={'k': 1})}"
+
+
+async def test_a_delegating_run_waits_without_a_slot_and_goes_on_with_the_answer(stage: Stage) -> None:
+    host = await stage.host([node(ask_one)], slots=1)
+    one = await watch(stage, host, priority="high", token_budget=100)
+    ad = (await one.heard("waiting")).ad
+    assert ad is not None
+    assert (ad.task_id, ad.description, ad.domain, ad.context) == (CHILD, "two and two", "math", {"k": 1})
+    assert (ad.priority, ad.token_budget) == ("high", 50)
+    await one.heard("heartbeat", count=2)
+    other = await watch(stage, host, task_id="t2", description="plain")
+    await other.heard("result")  # in the one slot there is
+    await one.answer()
+    result = (await one.heard("result")).result
+    assert result is not None
+    assert result.content == "they say four"
+    assert one.kinds() == ["accepted", "started", "waiting", "accepted", "resumed", "result"]
+    assert (await one.heard("resumed")).task_id == CHILD
+    numbers = [event.n for event in one.events if event.kind != "accepted"]
+    assert numbers == sorted(set(numbers))
+
+
+async def test_an_answered_run_waits_for_a_slot_ahead_of_newcomers(stage: Stage) -> None:
+    order: list[str] = []
+    gate = asyncio.Event()
+
+    async def work(job: RunRequest) -> str:
+        if job.task_id == "t1":
+            await delegate("a part")
+        order.append(job.task_id)
+        if job.task_id == "holder":
+            await gate.wait()
+        return "x"
+
+    host = await stage.host([node(work)], slots=1)
+    one = await watch(stage, host)
+    await one.heard("waiting")
+    await (await watch(stage, host, task_id="holder")).heard("started")
+    late = await watch(stage, host, task_id="late", priority="critical")
+    await late.heard("accepted")
+    await one.answer()
+    await one.heard("resumed")
+    await one.heard("heartbeat", count=len([e for e in one.events if e.kind == "heartbeat"]) + 2)
+    assert order == ["holder"]
+    gate.set()
+    await late.heard("result")
+    assert order == ["holder", "t1", "late"]
+
+
+async def test_whoever_watches_next_is_told_of_what_is_still_waited_for(stage: Stage) -> None:
+    told = asyncio.Event()
+
+    async def work(job: RunRequest) -> AsyncIterator[str]:
+        answer = asyncio.ensure_future(delegate("slow"))
+        await asyncio.sleep(0)  # it is the first
+        await delegate("quick")
+        for _ in range(1100):  # more than a host remembers
+            yield "."
+        told.set()
+        yield await answer
+
+    host = await stage.host([node(work)])
+    one = await watch(stage, host)
+    await one.heard("waiting", count=2)
+    await one.answer(delegated_id("t1", 1, 2))
+    await told.wait()
+    two = await watch(stage, host)
+    waiting = await two.heard("waiting")
+    assert waiting.ad is not None
+    assert (waiting.ad.task_id, waiting.ad.description) == (CHILD, "slow")
+    assert [event.n for event in two.events][:2] == sorted(event.n for event in two.events)[:2]
+    await one.heard("moved")
+    for _ in range(2):  # a repeated answer harms nobody
+        await two.answer(content="at last")
+    result = (await two.heard("result")).result
+    assert result is not None
+    assert result.content.endswith("at last")
+    assert two.kinds().count("waiting") == 1
+
+
+async def test_several_parts_at_once_hold_no_slot_until_all_have_come(stage: Stage) -> None:
+    async def work(job: RunRequest) -> str:
+        if job.description == "plain":
+            return "plain"
+        return " ".join(await asyncio.gather(*(delegate(f"part {n}") for n in range(3))))
+
+    host = await stage.host([node(work)], slots=1)
+    one = await watch(stage, host)
+    await one.heard("waiting", count=3)
+    ids = [event.ad.task_id for event in one.events if event.ad]
+    assert ids == [delegated_id("t1", 1, call) for call in (1, 2, 3)]
+    for n, task_id in enumerate(ids):
+        await (await watch(stage, host, task_id=f"other{n}", description="plain")).heard("result")
+        await one.answer(task_id, f"p{n}")
+        await one.heard("resumed", count=n + 1)
+    result = (await one.heard("result")).result
+    assert result is not None
+    assert result.content == "p0 p1 p2"
+    assert not host._room("n1").busy
+
+
+async def test_a_failed_part_is_an_error_the_agent_may_catch(stage: Stage) -> None:
+    async def work(job: RunRequest) -> str:
+        try:
+            return str(await delegate("fly"))
+        except SubtaskFailed as error:
+            if job.description == "brave":
+                return f"never mind: {error.message}"
+            raise
+
+    host = await stage.host([node(work)])
+    failed: dict[str, Any] = {"state": "failed", "error": TaskError(code="no_bids", message="nobody can fly")}
+    one = await watch(stage, host, description="brave")
+    await one.heard("waiting")
+    await one.answer(**failed)
+    result = (await one.heard("result")).result
+    assert result is not None
+    assert result.content == "never mind: delegated work failed: no_bids: nobody can fly"
+    two = await watch(stage, host, attempt=2)
+    await two.heard("waiting")
+    await two.answer(delegated_id("t1", 2, 1), **failed)
+    error = (await two.heard("error")).error
+    assert error is not None
+    assert (error.code, error.message) == ("subtask_failed", "delegated work failed: no_bids: nobody can fly")
+
+
+async def test_an_agent_may_stop_waiting(stage: Stage) -> None:
+    async def work(job: RunRequest) -> str:
+        try:
+            async with asyncio.timeout(0.1):
+                return str(await delegate("too slow"))
+        except TimeoutError:
+            return "without them"
+
+    host = await stage.host([node(work)], slots=1)
+    one = await watch(stage, host)
+    result = (await one.heard("result")).result
+    assert result is not None
+    assert result.content == "without them"
+    assert one.kinds() == ["accepted", "started", "waiting", "resumed", "result"]
+    assert not host._room("n1").busy
+
+
+@pytest.mark.parametrize("how", ["cancelled", "deadline_exceeded", "node_busy"])
+async def test_a_waiting_run_can_be_stopped(stage: Stage, how: str) -> None:
+    host = await stage.host([node(ask_one)], slots=1)
+    one = await watch(stage, host, remaining_s=0.5 if how == "deadline_exceeded" else 60)
+    await one.heard("waiting")
+    if how == "cancelled":
+        await stage.bus.publish(stage.bus.subjects.of("cancel", "t1"))
+    elif how == "node_busy":
+        await host.drain(0)
+    error = (await one.heard("error")).error
+    assert error is not None
+    assert error.code == how
+    await until(lambda: not host._room("n1").busy, what="nothing is left of it")
+
+
+class Model:
+    """Spends tokens of its own after what others have done."""
+
+    async def stream(self, _job: RunRequest) -> AsyncIterator[AgentEvent]:
+        answer = await delegate("a part")
+        yield Done(content=answer, usage=TokenUsage(prompt_tokens=30, completion_tokens=10))
+
+
+@pytest.mark.parametrize(("taken", "kind"), [(60, "result"), (61, "error")])
+async def test_what_others_take_counts_against_the_task(stage: Stage, taken: int, kind: str) -> None:
+    host = await stage.host([node(Model())])
+    one = await watch(stage, host, token_budget=100)
+    await one.heard("waiting")
+    await one.answer(prompt_tokens=taken - 20, completion_tokens=20)
+    last = await one.heard(kind)
+    assert last.result == RunResult(content="four", prompt_tokens=taken + 10, completion_tokens=30)
+    assert last.error is None or last.error.code == "budget_exceeded"
+
+
+async def test_a_run_that_fails_tells_what_others_took(stage: Stage) -> None:
+    async def work(job: RunRequest) -> str:
+        await delegate("a part")
+        raise RuntimeError("and then this")
+
+    host = await stage.host([node(work)])
+    one = await watch(stage, host)
+    await one.heard("waiting")
+    await one.answer(prompt_tokens=5, completion_tokens=6)
+    assert (await one.heard("error")).result == RunResult(prompt_tokens=5, completion_tokens=6)
+
+
+async def test_nothing_of_a_waiting_run_reaches_the_one_that_gets_its_slot(stage: Stage) -> None:
+    secret: ContextVar[str] = ContextVar("secret", default="none")
+    seen: list[str] = []
+
+    async def work(job: RunRequest) -> str:
+        seen.append(secret.get())
+        secret.set(job.task_id)
+        if job.task_id == "t1":
+            await delegate("a part")
+        return "x"
+
+    host = await stage.host([node(work)], slots=1)
+    one = Watcher(stage.bus, host)
+    two = Watcher(stage.bus, host, task_id="t2")
+    await asyncio.gather(one.ask(), two.ask())
+    await two.heard("result")
+    await one.heard("waiting")
+    await one.answer()
+    await one.heard("result")
+    assert seen == ["none", "none"]

@@ -1,0 +1,284 @@
+"""EXECUTE with a run that delegates: the test plays the host, and the phases the delegated task passes."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from support.phases import FakeHost, FakeRun, Stage, ad, awarded, envelope, quiet
+from support.wait import until
+
+from loom.bus.records import change, records
+from loom.schemas.envelope import Claim, Envelope, Split, TaskRecord
+from loom.schemas.task import Limits, RunResult, TaskError, TaskResult
+
+CHILD = "delegated-1"
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.phases.execute.watch.SILENCE_S", 1.5)
+
+
+class Delegating(FakeHost):
+    """A host whose one run says what the test has it say, on the inbox that asked last, and beats meanwhile."""
+
+    mouth: FakeRun | None = None
+    beating = True
+
+    async def work(self, run: FakeRun) -> None:
+        if self.mouth is not None and self.mouth.inbox == run.inbox:
+            return
+        if self.mouth is not None:
+            run.n = self.mouth.n
+            await self.mouth.say("moved")
+        self.mouth = run
+        await run.bus.publish(run.inbox, {"n": 0, "kind": "accepted"})
+        run.n = max(run.n, 1)
+        while self.mouth is run and self.beating:
+            await run.say("heartbeat")
+            await asyncio.sleep(0.1)
+
+    async def say(self, kind: Any, **facts: Any) -> None:
+        await until(lambda: self.mouth, what="it runs")
+        assert self.mouth is not None
+        await self.mouth.say(kind, **facts)
+
+    def answers(self) -> list[TaskResult]:
+        return [answer for run in self.runs for answer in run.request.answers]
+
+    async def answer(self) -> TaskResult:
+        await until(self.answers, within_s=20, what="an answer")
+        return self.answers()[0]
+
+
+async def host(stage: Stage) -> Delegating:
+    one = Delegating(await stage.connect("node"), "h1")
+    one.run = one.work
+    return await one.start()
+
+
+async def given(stage: Stage, **facts: Any) -> Envelope:
+    about = {name: facts.pop(name) for name in list(facts) if name in Envelope.__struct_fields__}
+    env = awarded(envelope(ad(**facts), now=stage.bus.now(), **about))
+    await stage.record(env)
+    await stage.put("execute", env)
+    return env
+
+
+async def end(stage: Stage, child: Envelope, state: Any = "succeeded", *, tell: bool = True, **facts: Any) -> None:
+    """End the delegated task as EVALUATE does."""
+    await stage.record(replace(child, **facts), state=state, ended_at=stage.bus.now())
+    if tell:
+        done = (await stage.read(child.task_id)).to_result()
+        await stage.bus.publish(stage.bus.subjects.of("result", child.task_id), done)
+
+
+async def finish(stage: Stage, one: Delegating) -> Envelope:
+    await one.say("resumed", task_id=CHILD)
+    await one.say("result", result=RunResult(content="done", prompt_tokens=30))
+    done: Envelope = await stage.seen("task", phase="evaluate", within_s=20)
+    return done
+
+
+async def test_delegated_work_becomes_a_task_and_its_end_is_told_to_the_run(stage: Stage) -> None:
+    one = await host(stage)
+    await stage.phase("execute")
+    env = await given(stage, priority="high", token_budget=100, budget=80, trace="00-x", limits=Limits(max_depth=2))
+    await one.say("waiting", ad=ad("a part", task_id=CHILD, token_budget=90, context={"k": 1}))
+    child: Envelope = await stage.seen("task", phase="sense", task_id=CHILD)
+    assert child.split == Split(parent=env.task_id, depth=1, grant=80, deadline=env.deadline)
+    assert (child.ad.description, child.ad.context, child.priority) == ("a part", {"k": 1}, "high")
+    assert (child.deadline, child.budget, child.ad.limits, child.trace) == (env.deadline, 80, env.ad.limits, "00-x")
+    assert (await stage.read(env.task_id)).delegated == (CHILD,)
+    await end(stage, child, result=RunResult(content="four", prompt_tokens=5, completion_tokens=6))
+    answer = await one.answer()
+    assert (answer.task_id, answer.content, answer.prompt_tokens, answer.completion_tokens) == (CHILD, "four", 5, 6)
+    asked = next(run.request for run in one.runs if run.request.answers)
+    assert asked.from_n > 1
+    first = one.runs[0].request
+    assert replace(asked, answers=(), from_n=0, remaining_s=first.remaining_s) == first
+    done = await finish(stage, one)
+    assert (done.error, done.budget) == (None, 50)
+    assert (await stage.read(env.task_id)).delegated == (CHILD,)
+    assert len(stage.all("task", phase="sense")) == 1
+
+
+async def test_an_end_that_nobody_told_is_found_and_a_lost_answer_repeated(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loom.phases.execute.errands.LOOK_AGAIN_S", 0.2)
+    one = await host(stage)
+    await stage.phase("execute")
+    await given(stage)
+    await one.say("waiting", ad=ad("a part", task_id=CHILD))
+    child = await stage.seen("task", phase="sense", task_id=CHILD)
+    await end(stage, child, "failed", tell=False, error=TaskError(code="no_bids", message="nobody"))
+    answer = await one.answer()
+    assert (answer.state, answer.error) == ("failed", TaskError(code="no_bids", message="nobody"))
+    await until(lambda: len(one.answers()) >= 3, what="it is said until the run has it")
+    await one.say("resumed", task_id=CHILD)
+    await quiet(stage.bus, one.bus)
+    said = len(one.answers())
+    beats = one.mouth.n if one.mouth else 0
+    await until(lambda: one.mouth and one.mouth.n > beats + 3, what="more heartbeats")
+    assert len(one.answers()) <= said + 1
+    assert (await finish(stage, one)).error is None
+
+
+@pytest.mark.parametrize(
+    ("facts", "asked", "says"),
+    [
+        ({"split": Split(parent="p", depth=2, deadline=0)}, {}, "3 deep, and max_depth is 2"),
+        ({"limits": Limits(max_depth=0)}, {}, "1 deep, and max_depth is 0"),
+        ({}, {"description": ""}, "description is empty"),
+        ({"budget": 0}, {}, "no tokens are left"),
+    ],
+)
+async def test_what_may_not_be_delegated_is_answered_at_once(
+    stage: Stage, facts: dict[str, Any], asked: dict[str, Any], says: str
+) -> None:
+    one = await host(stage)
+    await stage.phase("execute")
+    env = await given(stage, **facts)
+    await one.say("waiting", ad=ad(**{"description": "a part", "task_id": CHILD, **asked}))
+    answer = await one.answer()
+    assert answer.error is not None
+    assert (answer.state, answer.error.code) == ("failed", "invalid_task")
+    assert says in answer.error.message
+    assert (await finish(stage, one)).error is None
+    assert not stage.all("task", phase="sense")
+    assert (await stage.read(env.task_id)).delegated == ()
+
+
+async def test_an_id_that_names_another_task_gets_no_answer_of_it(stage: Stage) -> None:
+    one = await host(stage)
+    await stage.phase("execute")
+    other = envelope(ad("a secret", task_id=CHILD), now=stage.bus.now(), result=RunResult(content="secret"))
+    await stage.record(other, state="succeeded", ended_at=1.0)
+    await given(stage)
+    await one.say("waiting", ad=ad("a part", task_id=CHILD))
+    answer = await one.answer()
+    assert (answer.content, answer.error and answer.error.message) == ("", "the id names another task")
+
+
+async def test_a_waiting_run_holds_no_slot_of_this_phase(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.phases.execute.service.SLOTS", 1)
+    one = await host(stage)
+    await FakeHost(await stage.connect("node"), "h2", run=FakeRun.succeed).start()
+    execute: Any = await stage.phase("execute")
+    (slots,) = execute.service._loop._slots.values()
+    await given(stage)
+    await one.say("waiting", ad=ad("a part", task_id=CHILD))
+    second = awarded(envelope(ad(task_id="second"), now=stage.bus.now()), host_id="h2")
+    await stage.record(second)
+    await stage.put("execute", second)
+    await stage.seen("task", phase="evaluate", task_id="second", within_s=20)
+    child = await stage.seen("task", phase="sense", task_id=CHILD)
+    await end(stage, child, result=RunResult(content="four"))
+    await one.answer()
+    await one.say("resumed", task_id=CHILD)
+    await until(lambda: slots.taken == 1, what="it has its slot back")
+    await one.say("result", result=RunResult(content="done"))
+    await until(lambda: slots.taken == 0, what="its slot is free")
+
+
+async def test_another_replica_sees_what_is_waited_for_and_hands_it_over(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = await host(stage)
+    leaving = await stage.phase("execute")
+    env = await given(stage)
+    waiting = ad("a part", task_id=CHILD)
+    await one.say("waiting", ad=waiting)
+    child = await stage.seen("task", phase="sense", task_id=CHILD)
+    first = one.mouth
+    await leaving.service.drain(0)
+    await stage.phase("execute")
+    await until(lambda: one.mouth is not first, within_s=20, what="it is watched by another")
+    await one.say("waiting", ad=waiting)  # as a host repeats what it keeps
+    await end(stage, child, result=RunResult(content="four"))
+    assert (await one.answer()).content == "four"
+    assert (await finish(stage, one)).error is None
+    assert (await stage.read(env.task_id)).delegated == (CHILD,)
+    assert not stage.all("cancel")
+
+
+@pytest.mark.parametrize("why", ["cancelled", "given up", "host lost", "late", "ended before"])
+async def test_work_that_nobody_waits_for_any_more_is_cancelled(stage: Stage, why: str) -> None:
+    one = await host(stage)
+    await stage.phase("sense")
+    await stage.phase("execute")
+    env = await given(stage, token_budget=100, **({"deadline": stage.bus.now() + 2} if why == "late" else {}))
+    await one.say("waiting", ad=ad("a part", task_id=CHILD))
+    await stage.seen("task", phase="match", task_id=CHILD, within_s=20)
+    if why == "cancelled":
+        await stage.bus.request(stage.bus.subjects.of("cancel", env.task_id), timeout_s=20)
+    elif why == "given up":
+        await one.say("resumed", task_id=CHILD)
+        await one.say("result", result=RunResult(content="without it"))
+        assert (await stage.seen("task", phase="evaluate", task_id=env.task_id, within_s=20)).error is None
+    elif why == "host lost":
+        one.beating = False
+    elif why == "ended before":
+        await one.say("error", error=TaskError(code="agent_failed", message="enough"))
+    await stage.seen("cancel", task_id=CHILD, within_s=20)
+    await until(lambda: ended(stage, CHILD), within_s=20, what="it is cancelled")
+
+
+async def ended(stage: Stage, task_id: str) -> bool:
+    return (await stage.read(task_id)).state == "cancelled"
+
+
+async def test_a_message_of_an_ended_task_cancels_what_its_run_delegated(stage: Stage) -> None:
+    """EXECUTE was not there to hear the cancel."""
+    env = awarded(envelope(now=stage.bus.now()))
+    await stage.record(env, state="cancelled", ended_at=1.0, delegated=(CHILD, "not-admitted"))
+    await stage.record(envelope(ad(task_id=CHILD), now=stage.bus.now()))
+    await stage.phase("sense")
+    await stage.phase("execute")
+    await stage.put("execute", env)
+    await until(lambda: ended(stage, CHILD), what="it is cancelled")
+    await stage.settled(phase="execute")
+
+
+async def test_what_was_spent_for_a_lost_run_is_not_forgotten(stage: Stage) -> None:
+    one = await host(stage)
+    await stage.phase("execute")
+    await given(stage, token_budget=100)
+    await one.say("waiting", ad=ad("a part", task_id=CHILD))
+    child = await stage.seen("task", phase="sense", task_id=CHILD)
+    await end(stage, child, result=RunResult(content="four", prompt_tokens=15, completion_tokens=5))
+    await one.answer()
+    one.beating = False
+    lost: Envelope = await stage.seen("task", phase="evaluate", within_s=20)
+    assert lost.error is not None
+    assert (lost.error.code, lost.budget) == ("node_lost", 80)
+
+
+async def test_a_replica_that_was_overtaken_hands_nothing_over(stage: Stage) -> None:
+    one = await host(stage)
+    await stage.phase("execute")
+    env = await given(stage)
+    await one.say("waiting", ad=ad("a part", task_id=CHILD))
+    child = await stage.seen("task", phase="sense", task_id=CHILD)
+
+    def overtake(record: TaskRecord) -> TaskRecord:
+        return replace(record, claim=Claim(**{**_fields(record.claim), "instance": "another"}))
+
+    await change(records(stage.bus), env.task_id, overtake)
+    await end(stage, child, result=RunResult(content="four"))
+    beats = one.mouth.n if one.mouth else 0
+    await until(lambda: one.mouth and one.mouth.n > beats + 5, what="half a second")
+    assert not one.answers()
+
+
+def _fields(claim: Claim) -> dict[str, Any]:
+    return {name: getattr(claim, name) for name in Claim.__struct_fields__}

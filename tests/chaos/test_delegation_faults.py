@@ -1,0 +1,79 @@
+"""EXECUTE dies or stops while a run waits for work it has delegated: both end once, and ran once."""
+
+import asyncio
+import signal
+from collections import Counter
+from contextlib import AsyncExitStack
+from functools import partial
+
+import pytest
+from support.crashing import QUICK, WITHIN_S, Child, each_setting
+from support.errand_points import POINTS, execute
+from support.nodes import node
+from support.phases import Stage, ad
+from support.wait import until
+
+from loom import delegate
+from loom.bus import tasks
+from loom.runner.cluster import running_nodes, running_phases
+from loom.schemas.envelope import PHASES
+from loom.schemas.run import RunRequest
+
+
+class Town(Stage):
+    """A namespace where EXECUTE will die or stop, and everything else is well; the one node has one slot."""
+
+    def __init__(self, url: str, namespace: str, point: str, how: signal.Signals) -> None:
+        super().__init__(url, namespace)
+        self.point, self.how = point, how
+        self.runs: Counter[str] = Counter()
+
+    async def agent(self, job: RunRequest) -> str:
+        self.runs[job.description] += 1
+        if job.depth:
+            return "four"
+        return f"they say {await delegate('part', domain='code')}"
+
+    async def survive(self) -> None:
+        """Go through the fault and see how the task and its part end."""
+        enter = self._stack.enter_async_context
+        child = await enter(Child(execute, self.url, self.namespace, self.point, self.how))
+        others = [name for name in PHASES if name != "execute"]
+        await enter(running_phases(self.url, names=others, namespace=self.namespace))
+        hosted = [node("a", self.agent, code=0.9)]
+        await enter(running_nodes(self.url, partial(list, hosted), namespace=self.namespace, slots=1))
+        handle = await tasks.publish(self.bus, ad("whole", timeout_s=120))
+        await child.says("fallen")
+        await enter(running_phases(self.url, names=["execute"], namespace=self.namespace))
+        result = await handle.result(2 * WITHIN_S)
+        await until(self._quiet, within_s=WITHIN_S, what=f"{self.point}: empty streams; heard: {self.tape()}")
+        if self.how is signal.SIGSTOP:
+            child.resume()
+            await child.end()
+            await until(self._quiet, within_s=WITHIN_S, what=f"{self.point}: still empty; heard: {self.tape()}")
+        assert (result.state, result.content, result.attempts) == ("succeeded", "they say four", 1), self.point
+        assert self.runs == {"whole": 1, "part": 1}, self.point
+        record = await self.read(handle.task_id)
+        (part,) = record.delegated
+        assert (await self.read(part)).state == "succeeded", self.point
+        assert await self.pending("DEAD") == 0, self.point
+
+    async def _quiet(self) -> bool:
+        return not await self.pending("INTAKE") and not await self.pending("TASKS")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name, value in each_setting(QUICK):
+        monkeypatch.setattr(module, name, value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_delegation_survives_execute_killed_or_stopped_at_any_point(
+    how: signal.Signals, nats_url: str, namespace: str
+) -> None:
+    async with AsyncExitStack() as stack:
+        towns = [Town(nats_url, f"{namespace}-{n}", point, how) for n, point in enumerate(POINTS)]
+        await asyncio.gather(*(stack.enter_async_context(town) for town in towns))
+        await asyncio.gather(*(town.survive() for town in towns))

@@ -1,0 +1,229 @@
+"""Delegation without a bus: ids, grants, slots, the child's envelope and what it has spent."""
+
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from support.phases import ad, awarded, envelope
+from support.values import tokens
+
+from loom import delegate
+from loom.agents.delegate import Delegator, delegated_id, failure
+from loom.agents.node import Room
+from loom.agents.runs import Run
+from loom.bus.client import Bus
+from loom.phases.execute.errands import answer_in, errand_for, tokens_of
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Envelope, Split, SplitPlan, Subtask, TaskRecord, Tried
+from loom.schemas.errors import BudgetExceeded, InvalidTask, LoomError
+from loom.schemas.run import RunRequest
+from loom.schemas.task import Limits, RunResult, TaskError, TaskResult, is_token
+
+CONFIG = ClusterConfig(max_depth=2)
+
+
+def run(task_id: str = "t", **facts: Any) -> Run:
+    return Run(cast("Bus", None), RunRequest(task_id=task_id, description="x", **facts), "inbox")
+
+
+# -- ids
+
+
+@given(tokens, st.integers(1, 99), st.integers(1, 99), st.integers(1, 99), st.integers(1, 99))
+def test_an_id_follows_from_task_attempt_and_call_and_from_nothing_else(
+    task_id: str, attempt: int, call: int, other_attempt: int, other_call: int
+) -> None:
+    one = delegated_id(task_id, attempt, call)
+    assert is_token(one)
+    assert len(one) == 26
+    same = delegated_id(task_id, other_attempt, other_call) == one
+    assert same == ((attempt, call) == (other_attempt, other_call))
+
+
+def test_an_id_is_the_same_in_every_process() -> None:
+    assert delegated_id("t1", 1, 1) == "p75q56isdsysljnohmtqord5qm"
+
+
+# -- the tool
+
+
+async def test_only_a_run_on_a_host_can_delegate() -> None:
+    with pytest.raises(LoomError, match="only a run on a node host"):
+        await delegate("add two numbers", domain="code")
+
+
+def test_a_model_sees_a_task_and_a_domain() -> None:
+    assert delegate.name == "delegate"
+    schema = delegate.definition.parameters
+    assert schema["required"] == ["task"]
+    assert schema["properties"]["domain"]["type"] == "string"
+    assert "best at it" in delegate.definition.description
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (TaskError(code="no_bids", message="nobody came"), "delegated work failed: no_bids: nobody came"),
+        (TaskError(code="subtask_failed", message="further down"), "further down"),
+        (None, "ended as cancelled"),
+    ],
+)
+def test_a_failure_says_what_failed_once(error: TaskError | None, says: str) -> None:
+    state: Any = "failed" if error else "cancelled"
+    raised = failure(TaskResult(task_id="c", state=state, error=error))
+    assert raised.message.endswith(says)
+    assert raised.code == "subtask_failed"
+
+
+# -- grants
+
+
+def delegator(**facts: Any) -> Delegator:
+    return Delegator(run(**facts), Room(1, 1), lambda: None)
+
+
+def test_without_a_limit_an_agent_grants_what_it_likes() -> None:
+    assert (delegator()._grant(None), delegator()._grant(500)) == (None, 500)
+
+
+def test_a_grant_is_half_of_what_is_left_or_what_is_asked_and_never_more_than_there_is() -> None:
+    one = delegator(token_budget=100)
+    assert (one._grant(None), one._grant(30), one._grant(1000)) == (50, 30, 100)
+    one.own_tokens = 40
+    one.run.charge(TaskResult(task_id="c", state="succeeded", prompt_tokens=10, completion_tokens=20))
+    assert one._grant(1000) == 30
+    one.own_tokens = 70
+    with pytest.raises(BudgetExceeded, match="none of the task's 100 tokens"):
+        one._grant(1)
+
+
+def test_what_others_took_counts_once_and_too_much_is_too_dear() -> None:
+    one = delegator(token_budget=100)
+    own = RunResult(content="x", prompt_tokens=30, completion_tokens=30)
+    assert (one.overspent(own), one.run.charged(own), one.run.charged(None)) == (None, own, None)
+    one.run.charge(TaskResult(task_id="c", state="succeeded", prompt_tokens=20, completion_tokens=20))
+    assert one.overspent(own) is None
+    assert one.run.charged(own) == RunResult(content="x", prompt_tokens=50, completion_tokens=50)
+    one.run.charge(TaskResult(task_id="d", state="failed", prompt_tokens=1))
+    too_dear = one.overspent(own)
+    assert too_dear is not None
+    assert (too_dear.code, "101 were used, 41 of them by others" in too_dear.message) == ("budget_exceeded", True)
+
+
+# -- slots
+
+
+def test_who_waits_for_others_frees_a_slot_and_gets_the_next_one_before_newcomers() -> None:
+    room = Room(1, 5)
+    first, second, third = run("1"), run("2"), run("3", priority="critical")
+    for one in (first, second, third):
+        room.enqueue(one)
+    assert room.next() is third
+    room.leave(third)
+    assert room.next() is first
+    room.come_back(third)
+    assert (room.running, room.queued, room.busy) == ({first}, 2, True)
+    assert room.next() is None
+    assert not third.seated.is_set()
+    room.forget(first)
+    assert room.next() is None
+    assert (room.running, room.away, third.seated.is_set()) == ({third}, set(), True)
+    room.forget(third)
+    assert room.next() is second
+
+
+def test_a_room_whose_runs_all_wait_is_busy_and_has_room() -> None:
+    room = Room(1, 0)
+    one = run()
+    room.enqueue(one)
+    room.next()
+    assert room.full
+    room.leave(one)
+    assert (room.full, room.load, room.busy) == (False, 0, True)
+    room.come_back(one)
+    room.forget(one)
+    assert (room.busy, room.queued) == (False, 0)
+
+
+# -- the child
+
+
+def parent(**facts: Any) -> Envelope:
+    return awarded(envelope(ad(priority="high", **facts.pop("ad", {})), now=1000.0, trace="00-x", **facts))
+
+
+def test_delegated_work_inherits_urgency_deadline_limits_and_trace() -> None:
+    env = parent(ad={"limits": Limits(max_depth=1)})
+    child = errand_for(env, ad("part", task_id="c", priority="low", timeout_s=9999), CONFIG)
+    assert (child.ad.description, child.priority, child.deadline, child.trace) == ("part", "high", env.deadline, "00-x")
+    assert child.split == Split(parent=env.task_id, depth=1, deadline=env.deadline)
+    assert (child.ad.limits, child.budget) == (env.ad.limits, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "left", "granted"), [(None, None, None), (5, None, 5), (None, 7, 7), (5, 7, 5), (9, 7, 7)]
+)
+def test_delegated_work_gets_what_is_asked_and_no_more_than_is_left(
+    asked: int | None, left: int | None, granted: int | None
+) -> None:
+    child = errand_for(parent(budget=left), ad(task_id="c", token_budget=asked), CONFIG)
+    assert child.split is not None
+    assert (child.budget, child.split.grant, child.ad.token_budget) == (granted, granted, granted)
+
+
+@pytest.mark.parametrize(
+    ("depth", "limit", "refused"),
+    [(0, None, False), (1, None, False), (2, None, True), (0, 0, True), (0, 1, False), (1, 1, True), (2, 9, True)],
+)
+def test_delegating_ends_at_the_smaller_of_the_clusters_and_the_tasks_depth(
+    depth: int, limit: int | None, refused: bool
+) -> None:
+    split = Split(parent="p", depth=depth, deadline=0) if depth else None
+    env = parent(ad={"limits": Limits(max_depth=limit)}, split=split)
+    if refused:
+        with pytest.raises(
+            InvalidTask, match=f"{depth + 1} deep, and max_depth is {min(2, limit or 0) if limit is not None else 2}"
+        ):
+            errand_for(env, ad(task_id="c"), CONFIG)
+    else:
+        assert errand_for(env, ad(task_id="c"), CONFIG).depth == depth + 1
+
+
+@pytest.mark.parametrize("fault", [{"description": " "}, {"context": {"k": "x" * 40_000}}])
+def test_an_ad_that_may_not_be_submitted_is_not_delegated_either(fault: dict[str, Any]) -> None:
+    with pytest.raises(InvalidTask):
+        errand_for(parent(), replace(ad(task_id="c"), **fault), CONFIG)
+
+
+def ended(*, below: bool = False, **facts: Any) -> TaskRecord:
+    env = envelope(now=0.0, **facts)
+    return TaskRecord(
+        task_id=env.task_id, state="succeeded", envelope=env, admitted_at=0, ended_at=1, below_threshold=below
+    )
+
+
+def tried(attempt: int, spent: int) -> Tried:
+    return Tried(attempt=attempt, node_id="n", host_id="h", code="agent_failed", tokens=spent)
+
+
+def test_what_work_took_includes_failed_attempts_and_counts_none_twice() -> None:
+    result = RunResult(content="x", prompt_tokens=4, completion_tokens=3)
+    split = Split(parent="p", depth=1, grant=100, deadline=0)
+    assert tokens_of(ended()) == 0
+    assert tokens_of(ended(result=result)) == 7
+    assert tokens_of(ended(result=result, attempt=2, tried=(tried(1, 10),))) == 17
+    assert tokens_of(ended(result=result, attempt=1, tried=(tried(1, 7),))) == 7
+    assert tokens_of(ended(result=result, attempt=3, tried=(tried(1, 7), tried(2, 5)), below=True)) == 12
+    parts = tuple(Subtask(id=name, description="x", tokens=8) for name in "ab")
+    assert tokens_of(ended(result=result), SplitPlan(parent_id="t", subtasks=parts, envelope=ended().envelope)) == 23
+    assert tokens_of(ended(result=result, split=split, budget=80)) == 20
+    assert tokens_of(ended(result=result, split=split, budget=100)) == 7
+
+
+def test_the_answer_a_run_gets_tells_all_that_was_taken_and_fits_a_message() -> None:
+    result = RunResult(content="数" * 100_000, prompt_tokens=4, completion_tokens=3)
+    answer = answer_in(ended(result=result), 17)
+    assert (answer.prompt_tokens, answer.completion_tokens, answer.truncated) == (14, 3, True)
+    assert len(answer.content.encode()) <= 64 * 1024
