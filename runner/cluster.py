@@ -45,7 +45,7 @@ def build(phase: Phase, bus: Bus, config: ClusterConfig, llm: LLMProvider | None
         "match": lambda: Match(bus, config),
         "scale": lambda: Scale(bus, config, llm),
         "execute": lambda: Execute(bus, config),
-        "evaluate": lambda: Evaluate(bus, config),
+        "evaluate": lambda: Evaluate(bus, config, llm),
         "adapt": lambda: Adapt(bus, config),
     }
     return builders[phase]()

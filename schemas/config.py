@@ -38,6 +38,8 @@ class ClusterConfig(Wire, frozen=True, kw_only=True):
     """Weight of the bonus for nodes little is known about (c of UCB)."""
     half_life_days: Annotated[float, Meta(ge=0.001)] = 14.0
     """Days without news after which what is known of a node counts half."""
+    judge_share: Unit = 0.0
+    """Share of results a model judges besides those whose ad has a rubric, where a model can be asked."""
     max_attempts: Annotated[int, Meta(ge=1, le=100)] = 3
     """Attempts that may be the nodes' fault."""
     max_in_flight: Annotated[int, Meta(ge=1)] = 1000

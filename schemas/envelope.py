@@ -112,6 +112,13 @@ class Best(Wire, frozen=True, kw_only=True):
     host_id: Token
 
 
+class Opinion(Wire, frozen=True, kw_only=True):
+    """What a judging model thinks of a result."""
+
+    score: Unit
+    reason: Annotated[str, Meta(max_length=MAX_TRIED_CHARS)] = ""
+
+
 class Tried(Wire, frozen=True, kw_only=True):
     """An attempt that came to nothing by its node's fault."""
 
@@ -135,6 +142,8 @@ class Envelope(Wire, frozen=True, kw_only=True):
     inputs: dict[str, str] = {}
     """subtask id -> output, for a synthesis."""
     result: RunResult | None = None
+    opinion: Opinion | None = None
+    """Of the result, where a model was asked."""
     best: Best | None = None
     """The best refused result so far."""
     error: TaskError | None = None

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from loom.bus.reward_bus import RewardBus
+from loom.phases.accept import complaint
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import MAX_TRIED, MAX_TRIED_CHARS, Best, Envelope, TaskRecord, Tried
 from loom.schemas.learning import Reward, Signal
-from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, RunResult, TaskAd, TaskError, TaskState
+from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, Accept, RunResult, TaskAd, TaskError, TaskState
 
 COUNTED = frozenset({"node_lost", "agent_failed", "rejected_result"})
 """Errors that are the node's fault: counted, excluding it, rewarded with 0."""
@@ -46,23 +47,23 @@ def is_late(envelope: Envelope, record: TaskRecord) -> bool:
 
 
 def judge(envelope: Envelope) -> TaskError | None:
-    """Return why the result is refused by rule, or None when it is good: then its score is 1."""
-    result = envelope.result
+    """Return why the result is refused, by rule or by the opinion on the envelope; None when it is good."""
+    content = envelope.result.content if envelope.result else ""
+    why = complaint(content, envelope.ad.accept)
+    opinion, least = envelope.opinion, (envelope.ad.accept or Accept()).threshold
+    if why is None and opinion is not None and opinion.score < least:
+        why = f"judged {opinion.score:.2f}, at least {least:.2f} is asked for: {opinion.reason}"
+    if why is None:
+        return None
     node_id = envelope.award.node_id if envelope.award else None
-    if result is None or not result.content.strip():
-        return TaskError(code="rejected_result", message="the result is empty", node_id=node_id)
-    accept = envelope.ad.accept
-    missing = [text for text in accept.contains if text not in result.content] if accept else []
-    if missing:
-        return TaskError(code="rejected_result", message=f"the result does not contain {missing[0]!r}", node_id=node_id)
-    return None
+    return TaskError(code="rejected_result", message=why[:2000], node_id=node_id)
 
 
 def decide(envelope: Envelope, config: ClusterConfig, now: float) -> Decision:
     """Return whether the task ends, and how, or goes back to MATCH."""
     error = envelope.error or judge(envelope)
     if error is None:
-        return End("succeeded", envelope, score=1.0)
+        return End("succeeded", envelope, score=envelope.opinion.score if envelope.opinion else 1.0)
     refused = replace(envelope, error=error)
     if error.code == "rejected_result":
         refused = keep_best(refused)
@@ -75,7 +76,7 @@ def decide(envelope: Envelope, config: ClusterConfig, now: float) -> Decision:
     final = last_word(refused, error, config, now)
     if final is not None:
         return final
-    again = replace(refused, result=None, error=None, last_error=error, attempt=envelope.attempt + 1)
+    again = replace(refused, result=None, opinion=None, error=None, last_error=error, attempt=envelope.attempt + 1)
     return Back(again, retry_s(error, refused.failures))
 
 
@@ -153,11 +154,14 @@ def last_failure(envelope: Envelope) -> TaskError | None:
 
 
 def keep_best(envelope: Envelope) -> Envelope:
-    """Return the envelope with its refused result kept, if there is one and none better."""
+    """Return the envelope with its refused result kept, if there is one and none as good."""
     result, award = envelope.result, envelope.award
-    if result is None or award is None or not result.content.strip() or envelope.best is not None:
+    if result is None or award is None or not result.content.strip():
         return envelope
-    return replace(envelope, best=Best(result=result, score=0.0, node_id=award.node_id, host_id=award.host_id))
+    score = envelope.opinion.score if envelope.opinion else 0.0
+    if envelope.best is not None and envelope.best.score >= score:
+        return envelope
+    return replace(envelope, best=Best(result=result, score=score, node_id=award.node_id, host_id=award.host_id))
 
 
 def partial(envelope: Envelope) -> RunResult | None:
@@ -189,13 +193,21 @@ def reward_for(envelope: Envelope, error: TaskError | None, ended_at: float) -> 
         attempt=envelope.attempt,
         node_id=award.node_id,
         slug=envelope.slug,
-        score=0.0 if error else 1.0,
+        score=_score(envelope, error),
         signal=Signal() if error else _signal(envelope, result),
         tokens=result.tokens,
         seconds=result.duration_s,
         ended_at=ended_at,
         reason=error.code if error else "",
     )
+
+
+def _score(envelope: Envelope, error: TaskError | None) -> float:
+    """1 or 0 by the rules; anything between where a model was asked."""
+    judged = error is None or error.code == "rejected_result"
+    if envelope.opinion is not None and judged:
+        return envelope.opinion.score
+    return 0.0 if error else 1.0
 
 
 def _signal(envelope: Envelope, result: RunResult) -> Signal:

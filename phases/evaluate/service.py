@@ -22,18 +22,21 @@ from loom.bus.outcome import Done, Later, Next, Outcome
 from loom.bus.records import change, records
 from loom.bus.reward_bus import RewardBus
 from loom.bus.topology import EVALUATE_LANE
+from loom.phases.evaluate import opinion
 from loom.phases.evaluate.policy import (
     Back,
     End,
     decide,
     implied_reward,
     is_late,
+    judge,
     may_be_divided,
     notice_of,
     reward_for,
 )
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, SplitPlan, TaskRecord
+from loom.schemas.llm import LLMProvider
 
 log = structlog.get_logger()
 
@@ -44,9 +47,10 @@ SPREAD = 1.25
 class Evaluate:
     """The fifth phase."""
 
-    def __init__(self, bus: Bus, config: ClusterConfig) -> None:
+    def __init__(self, bus: Bus, config: ClusterConfig, llm: LLMProvider | None = None) -> None:
         self._bus = bus
         self._config = config
+        self._llm = llm
         self._records = records(bus)
         self._plans = Bucket(bus, "plans", SplitPlan)
         self._rewards = RewardBus(bus=bus)
@@ -72,6 +76,8 @@ class Evaluate:
         if not entry.value.ended and is_late(envelope, entry.value):
             log.info("late_twin_dropped", attempt=envelope.attempt, claimed=entry.value.claim.attempt)
             return Done()
+        if not entry.value.ended:
+            envelope = await self._with_opinion(envelope)
         decision = decide(envelope, self._config, self._bus.now())
         if isinstance(decision, Back) and not entry.value.ended:
             return await self._send_back(decision, envelope)
@@ -80,6 +86,19 @@ class Evaluate:
         if entry.value.ended:
             await self._announce(entry.value)
         return Done()
+
+    async def _with_opinion(self, envelope: Envelope) -> Envelope:
+        """Ask a model what it thinks of a result that keeps the rules, where that is wanted."""
+        if self._llm is None or envelope.error is not None or judge(envelope) is not None:
+            return envelope
+        if not opinion.wanted(envelope, self._config.judge_share):
+            return envelope
+        try:
+            found = await opinion.ask(self._llm, envelope, envelope.deadline - self._bus.now())
+        except Exception as error:  # noqa: BLE001 - a user's provider may raise anything; the rules' word stands
+            log.warning("model_not_asked", reason=type(error).__name__)
+            return envelope
+        return replace(envelope, opinion=found)
 
     async def end_dead(self, envelope: Envelope) -> None:
         """End a task of which even this phase could not handle the message."""

@@ -9,10 +9,11 @@ from msgspec.structs import replace
 from loom.bus.answers import answer, answer_error, may_answer
 from loom.bus.client import Bus, Conflict, Msg, Refused, Subscription
 from loom.bus.records import change
+from loom.phases.accept import unusable
 from loom.phases.sense.admission import Admission, envelope_for
 from loom.schemas.envelope import Envelope, TaskRecord
 from loom.schemas.errors import InvalidTask, LoomError, UnknownTask
-from loom.schemas.task import Accepted, Submission, TaskError, is_token, parse_ad
+from loom.schemas.task import Accepted, Submission, TaskAd, TaskError, is_token, parse_ad
 from loom.schemas.wire import Undecodable, decode
 
 log = structlog.get_logger()
@@ -49,6 +50,7 @@ class Desk:
     async def _submit(self, msg: Msg) -> None:
         try:
             ad = parse_ad(msg.data)
+            check_accept(ad)
             reply_to = msg.reply if ad.wait and may_answer(msg.reply) else ""
             submission = Submission(ad=ad, submission=uuid4().hex, reply_to=reply_to)
             headers = (
@@ -153,6 +155,17 @@ class Desk:
         except Refused:
             return None
         return decode(base64.b64decode(found["message"].get("data", "")), Submission)
+
+
+def check_accept(ad: TaskAd) -> None:
+    """Return if some answer could be what the ad accepts.
+
+    Raises:
+        InvalidTask: Its pattern or its schema can never be met.
+    """
+    fault = unusable(ad.accept) if ad.accept is not None else None
+    if fault is not None:
+        raise InvalidTask(fault, field="accept", task_id=ad.task_id)
 
 
 def as_cancelled(record: TaskRecord, now: float) -> TaskRecord | None:

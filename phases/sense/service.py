@@ -18,7 +18,7 @@ from loom.bus.loop import HopLoop, Service, lane_slots
 from loom.bus.outcome import Dead, Done, Fail, Next, Outcome
 from loom.bus.topology import INTAKE_LANES, SENSE_LANE, Lane, stream_state
 from loom.phases.sense.admission import Admission, envelope_for
-from loom.phases.sense.desk import CANCELLED, Desk
+from loom.phases.sense.desk import CANCELLED, Desk, check_accept
 from loom.phases.sense.policy import estimate_schema, look, prompt, read_estimate
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Spec
@@ -79,7 +79,7 @@ class Sense:
         if not await self._admission.admit(envelope, submission.submission, submission.reply_to):
             return Done()
         try:
-            check_ad(ad)
+            check_accept(check_ad(ad))
         except InvalidTask as error:
             return Fail(TaskError.of(error), envelope)
         return await self._sensed(envelope)

@@ -10,6 +10,7 @@ from loom.bus.kv import Bucket
 from loom.bus.topology import EVALUATE_LANE
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Best, Claim, Envelope, Hop, Split, SplitPlan, Subtask
+from loom.schemas.llm import CompletionParams, CompletionResult
 from loom.schemas.task import Accept, RunResult, TaskError, TaskResult
 
 
@@ -101,6 +102,46 @@ async def test_a_final_code_ends_the_task_without_a_reward(stage: Stage, code: s
     assert result.error.code == code
     await stage.settled()
     assert not stage.all("reward")
+
+
+class Judge:
+    """A model with an opinion, or without any."""
+
+    def __init__(self, says: str | Exception) -> None:
+        self._says = says
+        self.asked: list[CompletionParams] = []
+
+    async def complete(self, params: CompletionParams) -> CompletionResult:
+        self.asked.append(params)
+        if isinstance(self._says, Exception):
+            raise self._says
+        return CompletionResult(content=self._says)
+
+    def stream(self, params: CompletionParams) -> Any:
+        raise NotImplementedError
+
+
+async def test_a_model_judges_by_the_ads_rubric_and_its_score_is_the_reward(stage: Stage) -> None:
+    await stage.phase("evaluate", llm=Judge('{"score": 0.75, "reason": "nearly"}'))
+    await given(stage, "an answer", ad=ad(task_id="t1", accept=Accept(rubric="must be complete")))
+    assert (await stage.seen("result")).score == 0.75
+    assert (await stage.seen("reward", node_id="n1")).score == 0.75
+
+
+async def test_a_poor_opinion_sends_the_task_to_another_node(stage: Stage) -> None:
+    await stage.phase("evaluate", llm=Judge('{"score": 0.2, "reason": "off the point"}'))
+    await given(stage, "an answer", ad=ad(task_id="t1", accept=Accept(rubric="must be complete")))
+    back = await stage.seen("task", phase="match")
+    assert (back.last_error.code, back.best.score, back.excluded) == ("rejected_result", 0.2, ("n1",))
+    assert "off the point" in back.last_error.message
+    assert (await stage.seen("reward", node_id="n1")).score == 0.2
+
+
+@pytest.mark.parametrize("says", ["no idea", RuntimeError("down")])
+async def test_without_an_opinion_the_rules_word_stands(stage: Stage, says: str | Exception) -> None:
+    await stage.phase("evaluate", ClusterConfig(judge_share=1.0), Judge(says))
+    await given(stage, "an answer")
+    assert (await stage.seen("result")).score == 1.0
 
 
 # -- back to MATCH

@@ -11,7 +11,7 @@ from loom.bus.loop import schedule
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Claim, Split, TaskRecord
 from loom.schemas.llm import CompletionParams, CompletionResult
-from loom.schemas.task import Accepted, RunResult, Submission, TaskAd, TaskResult
+from loom.schemas.task import Accept, Accepted, RunResult, Submission, TaskAd, TaskResult
 from loom.schemas.wire import encode
 
 
@@ -177,6 +177,16 @@ async def test_a_bad_ad_is_refused_at_the_desk_and_nothing_is_queued(stage: Stag
     assert not stage.all("intake")
     await asker.ask(stage.bus.subjects.submit, ad(wait=False))
     assert (await asker.answer(Accepted, count=4)).state == "accepted"
+
+
+async def test_an_ad_that_accepts_nothing_at_all_is_refused(stage: Stage) -> None:
+    await stage.phase("sense")
+    await stage.phase("evaluate")
+    asker, straight = Asker(stage.bus), Asker(stage.bus)
+    await asker.ask(stage.bus.subjects.submit, ad(accept=Accept(pattern="(")))
+    await submit(stage, ad(accept=Accept(json_schema={"type": "nonsense"})), reply_to=straight.inbox)
+    for error in (await asker.error(), await straight.error()):
+        assert (error.code, error.field) == ("invalid_task", "accept")
 
 
 async def test_a_bad_ad_put_straight_into_the_intake_ends_with_a_reply_and_a_record(stage: Stage) -> None:

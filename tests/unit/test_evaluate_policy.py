@@ -19,7 +19,7 @@ from loom.phases.evaluate.policy import (
     reward_for,
 )
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import MAX_TRIED_CHARS, Best, Claim, Envelope, TaskRecord
+from loom.schemas.envelope import MAX_TRIED_CHARS, Best, Claim, Envelope, Opinion, TaskRecord
 from loom.schemas.errors import BY_CODE
 from loom.schemas.task import Accept, RunResult, TaskError
 
@@ -321,3 +321,58 @@ def test_without_tokens_left_there_is_no_other_attempt() -> None:
     assert isinstance(decision, End)
     assert decision.envelope.error is not None
     assert decision.envelope.error.code == "budget_exceeded"
+
+
+# -- a model's opinion
+
+
+def judged_as(score: float, threshold: float = 0.5, **facts: Any) -> Envelope:
+    opinion = Opinion(score=score, reason="so and so")
+    return replace(env("an answer", **facts), opinion=opinion, ad=ad(task_id="t1", accept=Accept(threshold=threshold)))
+
+
+def test_an_opinion_is_the_score_of_a_success_and_of_its_reward() -> None:
+    decision = decided(judged_as(0.8))
+    assert isinstance(decision, End)
+    assert (decision.state, decision.score) == ("succeeded", 0.8)
+    earned = reward_for(decision.envelope, None, 5.0)
+    assert earned is not None
+    assert earned.score == 0.8
+
+
+def test_below_the_ads_threshold_the_task_goes_to_another_node_and_the_answer_is_kept() -> None:
+    decision = decided(judged_as(0.6, threshold=0.7))
+    assert isinstance(decision, Back)
+    back = decision.envelope
+    assert (back.excluded, back.opinion) == (("n1",), None)
+    assert back.last_error is not None
+    assert "judged 0.60, at least 0.70" in back.last_error.message
+    assert back.best is not None
+    assert back.best.score == 0.6
+    earned = reward_for(judged_as(0.6, threshold=0.7), back.last_error, 5.0)
+    assert earned is not None
+    assert earned.score == 0.6
+
+
+@pytest.mark.parametrize(("score", "kept"), [(0.3, "first"), (0.4, "first"), (0.45, "an answer")])
+def test_of_refused_answers_the_best_is_given_in_the_end(score: float, kept: str) -> None:
+    best = Best(result=RunResult(content="first"), score=0.4, node_id="n0", host_id="h0")
+    decision = decided(judged_as(score, failures=2, best=best))
+    assert isinstance(decision, End)
+    assert (decision.state, decision.below_threshold) == ("succeeded", True)
+    assert decision.envelope.result is not None
+    assert decision.envelope.result.content == kept
+    assert decision.score == max(score, 0.4)
+
+
+def test_a_node_that_failed_earns_nothing_whatever_was_thought_of_it() -> None:
+    failed = TaskError(code="agent_failed")
+    earned = reward_for(replace(judged_as(0.9), error=failed), failed, 5.0)
+    assert earned is not None
+    assert earned.score == 0.0
+
+
+def test_rules_come_before_opinions() -> None:
+    refused = replace(judged_as(1.0), ad=ad(accept=Accept(contains=("42",))))
+    decision = decided(refused)
+    assert isinstance(decision, Back)
