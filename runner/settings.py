@@ -25,7 +25,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     loom_namespace: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}\Z")] = "loom"
     """LOOM_NAMESPACE. First token of every subject."""
     loom_model: str = "gpt-4o-mini"
-    """LOOM_MODEL. Model the phases ask (how hard, how to divide, how good) when OPENAI_API_KEY or OPENAI_BASE_URL is set."""
+    """LOOM_MODEL. Model the phases ask, for judging and planning, when OPENAI_API_KEY or OPENAI_BASE_URL is set."""
     loom_log_level: Annotated[str, Meta(pattern=r"^(debug|info|warning|error)?\Z")] = ""
     """LOOM_LOG_LEVEL. debug, info, warning or error; empty: info for services, warning inside your own program."""
     loom_store: str = ""
