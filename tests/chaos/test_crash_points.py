@@ -3,8 +3,7 @@
 import asyncio
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from typing import NamedTuple, Self
@@ -14,6 +13,7 @@ from support.buses import back
 from support.crashing import QUICK, WITHIN_S, Child, each_setting, phase
 from support.nodes import node
 from support.phases import Asker, Stage, ad
+from support.towns import survive
 from support.wait import until
 
 from loom.agents.host import NodeHost
@@ -108,7 +108,7 @@ class Town(Stage):
             await self.bus.publish(self.bus.subjects.of("cancel", self.task.task_id))
         await self.child.says("fallen")
 
-    async def recover(self, *, answered: bool) -> None:
+    async def recover(self) -> None:
         """Put a replica in the dead one's place and see how the task ends."""
         if not (self.crash.phase == "execute" and self.crash.point in RUNNING):
             for host in self.hosts:  # a host that is still gone is lost; not so one whose run may be going on
@@ -122,7 +122,7 @@ class Town(Stage):
             self.child.resume()
             await self.child.end()
             await self._check(record)
-        await self._answered(record, surely=answered)
+        await self._answered(record, surely=not self._durable)
 
     async def _check(self, record: TaskRecord) -> None:
         """The streams run empty, and what has come of the task is what should, once, and stays."""
@@ -168,34 +168,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, value)
 
 
-@pytest.fixture
-def server() -> Iterator[NatsServer]:
-    server = NatsServer()
-    server.start()
-    yield server
-    server.stop()
-
-
-async def survive(
+def towns(
     crashes: Sequence[Crash],
     url: str,
     namespace: str,
     *,
     ways: Sequence[signal.Signals] = (signal.SIGKILL, signal.SIGSTOP),
-    server: NatsServer | None = None,
-) -> None:
-    """Go through all crashes side by side; with `server`, kill and restart it before anybody recovers."""
-    async with AsyncExitStack() as stack:
-        towns = [
-            Town(url, f"{namespace}-{n}", crash, how, durable=server is not None)
-            for n, (crash, how) in enumerate(product(crashes, ways))
-        ]
-        await asyncio.gather(*(stack.enter_async_context(town) for town in towns))
-        await asyncio.gather(*(town.strike() for town in towns))
-        if server is not None:
-            server.kill()
-            await asyncio.to_thread(server.restart)
-        await asyncio.gather(*(town.recover(answered=server is None) for town in towns))
+    durable: bool = False,
+) -> list[Town]:
+    """One for each crash and each way to bring it about."""
+    cases = enumerate(product(crashes, ways))
+    return [Town(url, f"{namespace}-{n}", crash, how, durable=durable) for n, (crash, how) in cases]
 
 
 async def test_a_task_survives_a_phase_killed_half_way_and_then_the_server(server: NatsServer, namespace: str) -> None:
@@ -205,13 +188,13 @@ async def test_a_task_survives_a_phase_killed_half_way_and_then_the_server(serve
         Crash("execute", "relayed"),
         Crash("evaluate", "recorded"),
     ]
-    await survive(halves, server.url, namespace, ways=[signal.SIGKILL], server=server)
+    await survive(towns(halves, server.url, namespace, ways=[signal.SIGKILL], durable=True), server)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("who", CRASHES)
 async def test_a_task_survives_a_phase_killed_or_stopped_at_any_point(who: str, nats_url: str, namespace: str) -> None:
-    await survive(CRASHES[who], nats_url, namespace)
+    await survive(towns(CRASHES[who], nats_url, namespace))
 
 
 @pytest.mark.slow
@@ -219,4 +202,4 @@ async def test_a_task_survives_a_phase_killed_or_stopped_at_any_point(who: str, 
 async def test_a_task_survives_a_phase_killed_or_stopped_at_any_point_and_then_the_server(
     who: str, server: NatsServer, namespace: str
 ) -> None:
-    await survive(CRASHES[who], server.url, namespace, server=server)
+    await survive(towns(CRASHES[who], server.url, namespace, durable=True), server)

@@ -1,10 +1,8 @@
 """The server goes and comes back: nobody is blamed for it, and nothing is lost."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
-import pytest
 from support.nodes import Counting, node
 from support.wait import until
 
@@ -16,14 +14,6 @@ from loom.schemas.envelope import TaskRecord
 from loom.schemas.task import TaskAd
 
 SLOW_RETURN_S = 2.0
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[NatsServer]:
-    server = NatsServer()
-    await asyncio.to_thread(server.start)
-    yield server
-    await asyncio.to_thread(server.stop)
 
 
 async def test_a_host_that_is_slow_to_come_back_after_an_outage_is_not_taken_for_lost(server: NatsServer) -> None:

@@ -3,8 +3,7 @@
 import asyncio
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple, Self
@@ -13,6 +12,7 @@ import pytest
 from support.crashing import QUICK, WITHIN_S, Child, each_setting, phase
 from support.nodes import node
 from support.phases import Stage, ad
+from support.towns import survive
 from support.wait import until
 
 from loom.bus import tasks, topology
@@ -140,39 +140,22 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, value)
 
 
-@pytest.fixture
-def server() -> Iterator[NatsServer]:
-    server = NatsServer()
-    server.start()
-    yield server
-    server.stop()
-
-
-async def survive(
+def towns(
     crashes: Sequence[Crash],
     url: str,
     namespace: str,
     *,
     ways: Sequence[signal.Signals] = (signal.SIGKILL, signal.SIGSTOP),
-    server: NatsServer | None = None,
-) -> None:
-    """Go through all crashes side by side; with `server`, kill and restart it before anybody recovers."""
-    async with AsyncExitStack() as stack:
-        towns = [
-            Town(url, f"{namespace}-{n}", crash, how, durable=server is not None)
-            for n, (crash, how) in enumerate(product(crashes, ways))
-        ]
-        await asyncio.gather(*(stack.enter_async_context(town) for town in towns))
-        await asyncio.gather(*(town.strike() for town in towns))
-        if server is not None:
-            server.kill()
-            await asyncio.to_thread(server.restart)
-        await asyncio.gather(*(town.recover() for town in towns))
+    durable: bool = False,
+) -> list[Town]:
+    """One for each crash and each way to bring it about."""
+    cases = enumerate(product(crashes, ways))
+    return [Town(url, f"{namespace}-{n}", crash, how, durable=durable) for n, (crash, how) in cases]
 
 
 async def test_a_divided_task_survives_scale_killed_half_way(nats_url: str, namespace: str) -> None:
     halves = [Crash("plan stored"), Crash("plan noted"), Crash("plan joined"), Crash("plan over", "cancelled")]
-    await survive(halves, nats_url, namespace, ways=[signal.SIGKILL])
+    await survive(towns(halves, nats_url, namespace, ways=[signal.SIGKILL]))
 
 
 @pytest.mark.slow
@@ -180,7 +163,7 @@ async def test_a_divided_task_survives_scale_killed_half_way(nats_url: str, name
 async def test_a_divided_task_survives_scale_killed_or_stopped_at_any_point(
     when: str, nats_url: str, namespace: str
 ) -> None:
-    await survive(CRASHES[when], nats_url, namespace)
+    await survive(towns(CRASHES[when], nats_url, namespace))
 
 
 @pytest.mark.slow
@@ -188,4 +171,4 @@ async def test_a_divided_task_survives_scale_killed_or_stopped_at_any_point(
 async def test_a_divided_task_survives_scale_killed_or_stopped_at_any_point_and_then_the_server(
     when: str, server: NatsServer, namespace: str
 ) -> None:
-    await survive(CRASHES[when], server.url, namespace, server=server)
+    await survive(towns(CRASHES[when], server.url, namespace, durable=True), server)
