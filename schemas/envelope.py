@@ -32,6 +32,8 @@ class Spec(Wire, frozen=True, kw_only=True):
     """given: the ad said both; llm: a model was asked; heuristic: a look at the words."""
     note: str = ""
     """Why the method is not the one expected, for example that the model could not be asked."""
+    estimated: Unit | None = None
+    """SENSE's own guess, before calibration; absent: the ad gave the complexity."""
     alone_since: float | None = None
     """Server time since which nobody at all has answered a call."""
 
@@ -261,7 +263,7 @@ class TaskRecord(Wire, frozen=True, kw_only=True):
             domain=env.domain,
             node_id=by.node_id if by else None,
             host_id=by.host_id if by else None,
-            attempts=max(env.attempt, self.claim.attempt) if self.ended else self.claim.attempt,
+            attempts=self.claim.attempt,
             score=self.score,
             below_threshold=self.below_threshold,
             truncated=run.truncated,

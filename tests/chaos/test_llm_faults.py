@@ -91,11 +91,6 @@ class Fault:
     patience_s: float = 30.0
     """How long the provider lets its server be silent."""
 
-    @property
-    def attempts(self) -> int:
-        """A failed attempt has another after it, which finds only the node that failed: the task is pinned to it."""
-        return 2 if self.code == "agent_failed" else 1
-
 
 def well(*replies: Reply | Callable[[Request], Reply], says: str, asked: int, **facts: Any) -> Fault:
     return Fault(replies=replies, state="succeeded", code="", says=says, asked=asked, **facts)
@@ -264,7 +259,7 @@ async def test_every_fault_of_a_model_ends_the_task_as_it_should(nats_url: str, 
         name: (end.state, end.error.code if end.error else "", end.attempts, len(running.models.asked_at[name]))
         for name, end in ends.items()
     }
-    assert got == {name: (fault.state, fault.code, fault.attempts, fault.asked) for name, fault in FAULTS.items()}
+    assert got == {name: (fault.state, fault.code, 1, fault.asked) for name, fault in FAULTS.items()}
     for name, end in ends.items():
         assert FAULTS[name].says in (end.error.message if end.error else end.content), name
         assert "<" not in (end.error.message if end.error else ""), name

@@ -138,7 +138,7 @@ def test_a_failure_says_why() -> None:
     assert result.node_id is None
 
 
-def test_a_running_task_counts_the_attempts_that_were_claimed() -> None:
+def test_a_task_counts_the_attempts_that_were_claimed() -> None:
     assert _record(claim=Claim(attempt=0)).to_result().attempts == 0
     assert _record(claim=Claim(attempt=3)).to_result().attempts == 3
-    assert _record(state="failed", envelope=_envelope(attempt=4), claim=Claim(attempt=3)).to_result().attempts == 4
+    assert _record(state="failed", envelope=_envelope(attempt=4), claim=Claim(attempt=3)).to_result().attempts == 3
