@@ -37,7 +37,7 @@ test: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal
 
 slow: $(READY)
-	$(BIN)/pytest -n 2 --dist worksteal -m 'slow and not container'
+	$(BIN)/pytest -n 2 --dist worksteal --timeout 180 -m 'slow and not container'
 
 fmt: $(READY)
 	$(BIN)/ruff check --fix .
