@@ -84,6 +84,17 @@ async def since(bus: Bus, stream: str, subject: str, at: float) -> AsyncIterator
         yield message
 
 
+async def between(bus: Bus, stream: str, subject: str, first: int, last: int) -> AsyncIterator[Stored]:
+    """Yield what a stream holds from sequence `first` to sequence `last`, and end.
+
+    Raises:
+        Refused: No such stream.
+        BusUnavailable: No answer.
+    """
+    async for message in _until(OrderedReader(bus, stream, filter=subject, start_seq=first), last):
+        yield message
+
+
 async def _until(reader: OrderedReader, last: int) -> AsyncIterator[Stored]:
     """Yield what `reader` finds, to the end of the stream as it was when it was asked about."""
     try:

@@ -94,10 +94,10 @@ class Bucket(Generic[T]):
             raise
         return ack.seq
 
-    def reader(self) -> "BucketReader[T]":
-        """Return all values and then every change, in order."""
+    def reader(self, keys: str = ">") -> "BucketReader[T]":
+        """Return all values and then every change, in order; `keys` filters as subjects are filtered."""
         return BucketReader(
-            OrderedReader(self._bus, self._stream, filter=self._prefix + ">", deliver="last_per_subject"),
+            OrderedReader(self._bus, self._stream, filter=self._prefix + keys, deliver="last_per_subject"),
             self._prefix,
             self._shape,
         )

@@ -209,9 +209,12 @@ class RewardBus:
             while True:
                 for message in await reader.batch():
                     try:
-                        yield decode(message.data, Reward)
+                        reward = decode(message.data, Reward)
                     except Undecodable as error:
                         log.warning("reward_undecodable", subject=message.subject, reason=error.message)
+                        continue
+                    if reward.kind != "snapshot":  # nobody has earned it
+                        yield reward
                 if to_the_end and reader.caught_up:
                     return
         finally:
@@ -240,9 +243,9 @@ def judgement(record: TaskRecord, score: float, reason: str) -> Reward:
     if not 0 <= score <= 1:
         raise InvalidTask(f"score must be from 0 to 1, not {score}", field="score", task_id=record.task_id)
     return Reward(
-        reward_id=f"{record.task_id}:{result.attempts}:person",
+        reward_id=f"{record.task_id}:{record.envelope.attempt}:person",
         task_id=record.task_id,
-        attempt=result.attempts,
+        attempt=record.envelope.attempt,
         source="person",
         node_id=result.node_id,
         slug=record.envelope.slug,

@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from math import fsum
+from typing import Literal
 
 from loom.schemas.config import ClusterConfig
+
+Health = Literal["healthy", "warning", "dying"]
 
 HEALTH_WINDOW = 10
 """Rewards a node's recent mean is made of; with fewer, the mean says too little to condemn anybody."""
@@ -22,6 +25,19 @@ def is_failing(rewards: Sequence[float], losses: int, config: ClusterConfig) -> 
     recent = rewards[-HEALTH_WINDOW:]
     poor = len(recent) == HEALTH_WINDOW and fsum(recent) / HEALTH_WINDOW < config.apoptosis_threshold
     return losses >= config.consecutive_loss_limit or poor
+
+
+def health(rewards: Sequence[float], losses: int, config: ClusterConfig) -> Health:
+    """Return how a node fares: dying when it is failing, a warning at half the losses; little history is healthy.
+
+    Args:
+        rewards: Oldest first, each 0 to 1.
+        losses: Failures in a row.
+        config: As for `is_failing`.
+    """
+    if is_failing(rewards, losses, config):
+        return "dying"
+    return "warning" if losses and losses >= config.consecutive_loss_limit / 2 else "healthy"
 
 
 def complement(mine: Mapping[str, float], its: Mapping[str, float], load: float) -> float:

@@ -8,6 +8,10 @@ from loom.schemas.wire import Count, Seconds, Token, Unit, Wire
 
 WINDOW = 120
 """Scores remembered per node and domain."""
+SNAPSHOTS = "_snapshot"
+"""Slug under which snapshots travel."""
+BIAS = "bias."
+"""How the keys of calibrations begin in the bucket `tuning`; the slug follows."""
 
 
 class Signal(Wire, frozen=True, kw_only=True):
@@ -19,30 +23,6 @@ class Signal(Wire, frozen=True, kw_only=True):
     reliability: Unit = 0.0
     total: Unit = 0.0
     """.5 quality + .3 efficiency + .2 reliability."""
-
-
-class Reward(Wire, frozen=True, kw_only=True):
-    """How well a node did one attempt at a task, in somebody's judgement."""
-
-    reward_id: Annotated[str, Meta(max_length=200)]
-    """`task:attempt:source`; a later reward of the same id replaces the earlier one."""
-    kind: Literal["reward", "inherit", "snapshot"] = "reward"
-    """inherit: the mean of a retired node, passed on to this one, as which it counts as one observation."""
-    task_id: Token
-    """inherit: the retired node's id instead."""
-    attempt: Count
-    source: Token = "rules"
-    """Who judges."""
-    node_id: Token
-    slug: Token
-    score: Unit
-    """0 useless to 1 perfect: what ADAPT folds."""
-    signal: Signal = Signal()
-    tokens: Count = 0
-    seconds: Seconds = 0.0
-    ended_at: float
-    """When the attempt ended, server time."""
-    reason: Annotated[str, Meta(max_length=500)] = ""
 
 
 class Score(Wire, frozen=True, kw_only=True, array_like=True):
@@ -85,6 +65,56 @@ class NodeProfile(Wire, frozen=True, kw_only=True):
     seconds: Seconds = 0.0
     """In all."""
     updated_at: float = 0.0
+
+
+class Snapshot(Wire, frozen=True, kw_only=True):
+    """What was known of one node when all of the stream up to `through` was folded: one of a round, one per node."""
+
+    through: Count
+    """Sequence in REWARDS; the same for the whole round."""
+    nodes: Count
+    """How many the round has: a round that lacks one was never finished."""
+    profile: NodeProfile
+
+
+class Reward(Wire, frozen=True, kw_only=True):
+    """How well a node did one attempt at a task, in somebody's judgement."""
+
+    reward_id: Annotated[str, Meta(max_length=200)]
+    """`task:attempt:source`; a later reward of the same id replaces the earlier one."""
+    kind: Literal["reward", "inherit", "snapshot"] = "reward"
+    """inherit: the mean of a retired node, passed on to this one, as which it counts as one observation.
+    snapshot: no reward at all but what a rebuild starts with; whoever is not ADAPT leaves it out."""
+    task_id: Token
+    """inherit: the retired node's id instead; snapshot: the node's own."""
+    attempt: Count
+    source: Token = "rules"
+    """Who judges."""
+    node_id: Token
+    slug: Token
+    score: Unit
+    """0 useless to 1 perfect: what ADAPT folds."""
+    signal: Signal = Signal()
+    tokens: Count = 0
+    seconds: Seconds = 0.0
+    ended_at: float
+    """When the attempt ended, server time."""
+    estimated: Unit | None = None
+    """How hard SENSE itself took the task to be, before calibration; absent: the ad said it, or the run cannot tell."""
+    reason: Annotated[str, Meta(max_length=500)] = ""
+    snapshot: Snapshot | None = None
+
+
+class Calibration(Wire, frozen=True, kw_only=True):
+    """How far SENSE is off in one domain."""
+
+    slug: Token
+    bias: Annotated[float, Meta(ge=-1, le=1)] = 0.0
+    """Moving average of actual less estimated complexity."""
+    count: Count = 0
+    """Tasks behind it."""
+    last_seq: Count = 0
+    """Sequence in REWARDS of the last reward folded."""
 
 
 class Lease(Wire, frozen=True, kw_only=True):

@@ -38,8 +38,8 @@ from loom.types import (
 
 log = structlog.get_logger()
 
-REWARDED = frozenset({"node_lost", "agent_failed", "rejected_result"})
-"""Failures there is something to learn from."""
+REWARDED = frozenset({"node_lost", "agent_failed", "rejected_result", "deadline_exceeded"})
+"""Failures there is something to learn from, where a node had the task."""
 
 
 @dataclass

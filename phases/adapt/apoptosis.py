@@ -86,12 +86,17 @@ def staying(host: HostAnnouncement) -> set[str]:
     return set(host.nodes) - {child.node_id for child in host.children if child.retiring}
 
 
+def newest_own(profile: NodeProfile) -> list[float]:
+    """Return the last ten scores a node has earned itself, in whatever domain, oldest first."""
+    scores = _own([score for evidence in profile.domains.values() for score in evidence.scores])
+    return [score.score for score in sorted(scores, key=lambda score: score.ended_at)][-HEALTH_WINDOW:]
+
+
 def _failure(profile: NodeProfile | None, config: ClusterConfig) -> str:
     """Why the node is failing; empty when it is not, or too little is known."""
     if profile is None:
         return ""
-    scores = _own([score for evidence in profile.domains.values() for score in evidence.scores])
-    recent = [score.score for score in sorted(scores, key=lambda score: score.ended_at)][-HEALTH_WINDOW:]
+    recent = newest_own(profile)
     if not is_failing(recent, profile.consecutive_losses, config):
         return ""
     if profile.consecutive_losses >= config.consecutive_loss_limit:

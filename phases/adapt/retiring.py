@@ -5,15 +5,15 @@ from collections.abc import Mapping
 
 import structlog
 
-from loom.bus.client import Bus, Conflict, NoResponders
+from loom.bus.client import Bus, NoResponders
 from loom.bus.faults import describe
-from loom.bus.kv import Bucket
 from loom.phases.adapt.apoptosis import Retirement, bequest, heir, who_retires
 from loom.phases.adapt.census import Census
+from loom.phases.adapt.lease import take_lease
 from loom.schemas.auction import RetireReply, RetireRequest
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
-from loom.schemas.learning import Lease, NodeProfile
+from loom.schemas.learning import NodeProfile
 from loom.schemas.wire import decode
 
 log = structlog.get_logger()
@@ -21,7 +21,6 @@ log = structlog.get_logger()
 SWEEP_S = 1.0
 ANSWER_S = 1.0
 TRIES = 4  # hosts asked in one sweep, so that it is over well within the lease
-LEASE_S = 15.0  # longer than a host takes to announce what has changed
 LEASE = "apoptosis"
 
 
@@ -37,7 +36,6 @@ class Retiring:
         self._config = config
         self._profiles = profiles
         self._census = Census(bus)
-        self._leases = Bucket(bus, "tuning", Lease)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -63,25 +61,12 @@ class Retiring:
     async def _sweep(self) -> None:
         """Have the first due child retired that its host lets go."""
         due = who_retires(self._census.hosts(), self._profiles, self._config)[:TRIES]
-        if not due or not await self._may_act():
+        if not due or not await take_lease(self._bus, LEASE):
             return
         for one in due:
             if await self._retire(one):
                 await self._pass_on(one.node_id)
                 return
-
-    async def _may_act(self) -> bool:
-        """Take or renew the lease; another's must have run out."""
-        now = self._bus.now()
-        entry = await self._leases.get(LEASE)
-        if entry is not None and entry.value.holder != self._bus.instance and entry.value.until > now:
-            return False
-        mine = Lease(holder=self._bus.instance, until=now + LEASE_S)
-        try:
-            await self._leases.update(LEASE, mine, entry.revision if entry else 0)
-        except Conflict:
-            return False
-        return True
 
     async def _retire(self, one: Retirement) -> bool:
         """Ask its host; return whether the child is on its way out."""

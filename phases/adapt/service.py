@@ -4,7 +4,9 @@ Consumes   the RewardBus (stream REWARDS), whole, in stream order; host announce
 Publishes  lifecycle.learned.<node>   a profile has changed
            lifecycle.changed.<node>   the node itself has: what came before is forgotten
            retire.<host>              a request to let an idle or failing child go; what it has learned is inherited
-State      NodeProfiles, one compare-and-set per node and batch; replicas that are overtaken stand by
+           reward.<node>._snapshot    what is known of each node, before the stream drops the rewards it rests on
+State      NodeProfiles, one compare-and-set per node and batch; replicas that are overtaken stand by.
+           How far SENSE is off in each domain, the same way
 Gives up   an undecodable reward is logged and left out: nobody waits for it
 """
 
@@ -16,19 +18,20 @@ import structlog
 from loom.bus.client import Bus, Conflict
 from loom.bus.faults import describe
 from loom.bus.kv import Bucket
-from loom.bus.ordered import OrderedReader, Stored
-from loom.phases.adapt.fold import change_in, fold, summary
+from loom.bus.ordered import OrderedReader
+from loom.phases.adapt.calibrating import Calibrating
+from loom.phases.adapt.fold import change_in, fold, forgets, reward_in, summary
+from loom.phases.adapt.rebuild import rebuild, stored_profiles
 from loom.phases.adapt.retiring import Retiring
+from loom.phases.adapt.snapshots import Snapshots
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward
-from loom.schemas.wire import Undecodable, decode
 
 log = structlog.get_logger()
 
 BATCH_S = 0.02
 STANDBY_S = 1.0  # a standby writes what the active replica has not written by then
-FORGETTING = "glr_ucb"  # the award policy that forgets what came before a change
 TOLD_TASKS = 256  # task ids one `learned` names
 
 
@@ -37,15 +40,17 @@ class Adapt:
 
     def __init__(self, bus: Bus, config: ClusterConfig) -> None:
         self._bus = bus
-        self._forget = config.policy == FORGETTING
+        self._forget = forgets(config.policy)
         self._profiles: dict[str, NodeProfile] = {}
         self._revisions: dict[str, int] = {}
-        self._learned: dict[str, list[str]] = {}
-        """node id -> tasks folded and not yet written; none for what is no task's reward."""
+        self._unwritten: dict[str, list[tuple[int, Reward]]] = {}
+        """node id -> rewards folded and not yet written, with their sequences; none: written whole, by a rebuild."""
         self._changed: dict[str, list[str]] = {}
         """node id -> changes found and not yet told."""
         self._standby_until = 0.0
         self._retiring = Retiring(bus, config, self._profiles)
+        self._snapshots = Snapshots(bus, self._profiles)
+        self._calibrating = Calibrating(bus)
         self._bucket = Bucket(bus, "nodes", NodeProfile)
         self._reader = OrderedReader(bus, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*"))
         self._dirty = asyncio.Event()
@@ -53,21 +58,31 @@ class Adapt:
 
     async def start(self) -> None:
         """Read what is known, then the whole stream; what is known already is skipped."""
-        profiles = self._bucket.reader()
-        while not profiles.caught_up:
-            for entry in await profiles.batch():
-                self._profiles[entry.key], self._revisions[entry.key] = entry.value, entry.revision
-        await profiles.stop()
+        for node_id, entry in (await stored_profiles(self._bus)).items():
+            self._profiles[node_id], self._revisions[node_id] = entry.value, entry.revision
+        if not self._profiles:
+            await self._begin_anew()
+        await self._calibrating.start()
+        await self._snapshots.start()
         await self._reader.start()
         self._tasks = [
             self._bus.spawn(self._read(), name="fold rewards"),
             self._bus.spawn(self._write(), name="write profiles"),
+            self._bus.spawn(self._follow(), name="follow profiles"),
         ]
         await self._retiring.start()
+
+    async def _begin_anew(self) -> None:
+        """Nothing is stored: take what the stream says, whose head a round of snapshots may stand in for."""
+        self._profiles.update((await rebuild(self._bus, forget=self._forget)).profiles)
+        self._unwritten = {node_id: [] for node_id in self._profiles}
+        if self._profiles:
+            self._dirty.set()
 
     async def drain(self, timeout_s: float) -> None:
         """Stop reading; the stream keeps what is not folded yet."""
         await self._retiring.stop()
+        await self._snapshots.stop()
         await self._reader.stop()
         tasks, self._tasks = self._tasks, []
         for task in tasks:
@@ -82,27 +97,35 @@ class Adapt:
     async def _read(self) -> None:
         while True:
             for message in await self._reader.batch():
-                self._fold(message)
+                reward = reward_in(message, self._bus.subjects)
+                if reward is not None:
+                    self._fold(message.seq, reward)
+                self._snapshots.note(message, reward)
 
-    def _fold(self, message: Stored) -> None:
-        try:
-            reward = decode(message.data, Reward)
-        except Undecodable as error:
-            log.warning("reward_undecodable", subject=message.subject, reason=error.message)
-            return
-        if message.subject != self._bus.subjects.of("reward", reward.node_id, reward.slug):
-            log.warning("reward_misaddressed", subject=message.subject, node_id=reward.node_id)
-            return
-        known = self._profiles.get(reward.node_id, NodeProfile(node_id=reward.node_id))
-        folded = fold(known, reward, message.seq, forget=self._forget)
-        if folded is not known:
-            if (change := change_in(known, folded)) is not None:
-                self._changed.setdefault(reward.node_id, []).append(change)
-            self._profiles[reward.node_id] = folded
-            learned = self._learned.setdefault(reward.node_id, [])
-            if reward.kind != "inherit":
-                learned.append(reward.task_id)
+    def _fold(self, seq: int, reward: Reward) -> None:
+        if self._calibrating.fold(seq, reward):
             self._dirty.set()
+        known = self._profiles.get(reward.node_id, NodeProfile(node_id=reward.node_id))
+        folded = fold(known, reward, seq, forget=self._forget)
+        if folded is known:
+            return
+        if (change := change_in(known, folded)) is not None:
+            self._changed.setdefault(reward.node_id, []).append(change)
+        self._profiles[reward.node_id] = folded
+        self._unwritten.setdefault(reward.node_id, []).append((seq, reward))
+        self._dirty.set()
+
+    async def _follow(self) -> None:
+        """Take over what an operator has repaired: it rests on the same rewards as what is known here."""
+        reader = self._bucket.reader()
+        try:
+            while True:
+                for entry in await reader.batch():
+                    mine = self._profiles.get(entry.key)
+                    if mine is not None and mine.last_seq == entry.value.last_seq and entry.key not in self._unwritten:
+                        self._profiles[entry.key], self._revisions[entry.key] = entry.value, entry.revision
+        finally:
+            await reader.stop()
 
     async def _write(self) -> None:
         while True:
@@ -118,8 +141,9 @@ class Adapt:
                 await asyncio.sleep(STANDBY_S)
 
     async def _flush(self) -> None:
-        for node_id in list(self._learned):
+        for node_id in list(self._unwritten):
             await self._put(node_id)
+        await self._calibrating.flush()
 
     async def _put(self, node_id: str) -> None:
         """Write one profile, unless another replica has written at least as much.
@@ -127,32 +151,48 @@ class Adapt:
         Rewards are folded on while the server answers; what the write does not hold stays to be written.
         """
         while True:
-            profile, tasks = self._profiles[node_id], list(self._learned[node_id])
+            profile = self._profiles[node_id]
+            tasks = [reward.task_id for _, reward in self._unwritten[node_id] if reward.kind != "inherit"]
             try:
                 revision = await self._bucket.update(node_id, profile, self._revisions.get(node_id, 0))
             except Conflict:
                 entry = await self._bucket.get(node_id)
                 self._revisions[node_id] = entry.revision if entry else 0
-                if entry is None or entry.value.last_seq < profile.last_seq:
-                    continue  # ours holds more of the same stream
-                if entry.value.last_seq > self._profiles[node_id].last_seq:
-                    self._profiles[node_id] = entry.value
-                self._settle(node_id, len(tasks), entry.value)
+                if entry is None or self._adopt(entry.value):
+                    continue
                 self._changed.pop(node_id, None)
                 self._standby_until = time.monotonic() + STANDBY_S
                 return
             self._revisions[node_id] = revision
-            self._settle(node_id, len(tasks), profile)
+            self._settle(profile)
             await self._tell(profile, tasks)
             for change in self._changed.pop(node_id, ()):
                 await self._say_changed(node_id, change)
             return
 
-    def _settle(self, node_id: str, tasks: int, written: NodeProfile) -> None:
-        """Forget the first so many tasks of a node: their rewards are in the written profile."""
-        del self._learned[node_id][:tasks]
-        if not self._learned[node_id] and self._profiles[node_id].last_seq <= written.last_seq:
-            del self._learned[node_id]
+    def _adopt(self, stored: NodeProfile) -> bool:
+        """Take another's profile, with what it lacks folded onto it; return whether there is any of that to write.
+
+        Another replica has folded the same stream, so nothing changes by it; an operator may have repaired it.
+        """
+        node_id = stored.node_id
+        lacking = [one for one in self._unwritten[node_id] if one[0] > stored.last_seq]
+        if not lacking and stored.last_seq < self._profiles[node_id].last_seq:
+            return True  # ours comes from a rebuild: it is whole, and not in pieces to fold
+        self._settle(stored)
+        for seq, reward in lacking:
+            stored = fold(stored, reward, seq, forget=self._forget)
+        self._profiles[node_id] = stored
+        return bool(lacking)
+
+    def _settle(self, written: NodeProfile) -> None:
+        """Forget the rewards that are in a written profile."""
+        node_id = written.node_id
+        left = [one for one in self._unwritten[node_id] if one[0] > written.last_seq]
+        if left:
+            self._unwritten[node_id] = left
+        else:
+            del self._unwritten[node_id]
 
     async def _say_changed(self, node_id: str, change: str) -> None:
         log.info("node_changed", node_id=node_id, change=change)

@@ -181,10 +181,11 @@ def give_up(envelope: Envelope, error: TaskError) -> End:
 def reward_for(envelope: Envelope, error: TaskError | None, ended_at: float) -> Reward | None:
     """Return the reward of the envelope's attempt; None when nobody earned one.
 
-    A reward exists for a success and for the three failures that are the node's fault.
+    A reward exists for a success, for the three failures that are the node's fault, and for a run that the deadline
+    has ended: else an agent that hangs would never lose its share.
     """
     award = envelope.award
-    if award is None or (error is not None and error.code not in COUNTED):
+    if award is None or (error is not None and error.code not in COUNTED and not ran_too_long(error)):
         return None
     result = (envelope.result if error is None else None) or RunResult()
     return Reward(
@@ -198,8 +199,14 @@ def reward_for(envelope: Envelope, error: TaskError | None, ended_at: float) -> 
         tokens=result.tokens,
         seconds=result.duration_s,
         ended_at=ended_at,
+        estimated=None if error else _guess(envelope),
         reason=error.code if error else "",
     )
+
+
+def ran_too_long(error: TaskError) -> bool:
+    """Return whether a node had the task in hand when its deadline came."""
+    return error.code == "deadline_exceeded" and error.node_id is not None
 
 
 def _score(envelope: Envelope, error: TaskError | None) -> float:
@@ -208,6 +215,11 @@ def _score(envelope: Envelope, error: TaskError | None) -> float:
     if envelope.opinion is not None and judged:
         return envelope.opinion.score
     return 0.0 if error else 1.0
+
+
+def _guess(envelope: Envelope) -> float | None:
+    """How hard SENSE took the task to be; None when it did not say, or the run had parts done by others."""
+    return envelope.spec.estimated if envelope.spec and not envelope.inputs else None
 
 
 def _signal(envelope: Envelope, result: RunResult) -> Signal:

@@ -3,7 +3,7 @@
 Consumes   intake.<priority>.*   submissions, one lane per priority; task.sense.*.* for subtasks
 Answers    submit, status.*, cancel.*
 Publishes  task.match            the admitted envelope with its spec
-State      task records: created here, and only here for tasks that are well
+State      task records: created here, and only here for tasks that are well; calibrations are read, never written
 Gives up   an ad that breaks a rule fails with invalid_task; a late one with deadline_exceeded
 """
 
@@ -18,6 +18,7 @@ from loom.bus.loop import HopLoop, Service, lane_slots
 from loom.bus.outcome import Dead, Done, Fail, Next, Outcome
 from loom.bus.topology import INTAKE_LANES, SENSE_LANE, Lane, stream_state
 from loom.phases.sense.admission import Admission, envelope_for
+from loom.phases.sense.calibration import Calibrations
 from loom.phases.sense.desk import CANCELLED, Desk, check_accept
 from loom.phases.sense.policy import estimate_schema, look, prompt, read_estimate
 from loom.schemas.config import ClusterConfig
@@ -42,6 +43,7 @@ class Sense:
         self._llm = llm
         self._admission = Admission(bus)
         self._desk = Desk(bus, self._admission)
+        self._calibrations = Calibrations(bus)
         self._room = config.max_in_flight
         self._slots: dict[str, Slots] = {}
         """The slots of each lane of the intake."""
@@ -55,6 +57,7 @@ class Sense:
     async def start(self) -> None:
         """Begin to answer and to admit."""
         await self._measure_room()  # a restarted replica may meet a full house
+        await self._calibrations.start()
         await self._intake.start()
         await self._subtasks.start()
         await self._desk.open()
@@ -64,6 +67,7 @@ class Sense:
         """Take nothing new, finish for at most `timeout_s`."""
         await self._desk.close()
         await asyncio.gather(self._intake.drain(timeout_s), self._subtasks.drain(timeout_s))
+        await self._calibrations.stop()
         if self._gate is not None:
             self._gate.cancel()
 
@@ -103,7 +107,10 @@ class Sense:
             return Fail(
                 TaskError(code="deadline_exceeded", message="the deadline passed before the task began"), envelope
             )
-        return Next("match", replace(envelope, spec=await self._spec(envelope, left_s)))
+        spec = await self._spec(envelope, left_s)
+        if envelope.ad.estimated_complexity is None:
+            spec = self._calibrations.apply(spec)
+        return Next("match", replace(envelope, spec=spec))
 
     async def _spec(self, envelope: Envelope, left_s: float) -> Spec:
         spec, unsure = look(envelope.ad)

@@ -21,9 +21,10 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 app = typer.Typer(name="loom", add_completion=False, pretty_exceptions_enable=False)
 for command in (work.run, serve.up, serve.phase, serve.node, work.submit, watch.tap):
     app.command()(command)
-for view in (task.task, tasks.tasks, tasks.cancel, nodes.nodes, nodes.hosts, rewards.reward, rewards.rewards):
+for view in (task.task, tasks.tasks, tasks.cancel, nodes.nodes, nodes.hosts, rewards.reward):
     app.command()(view)
 app.command()(checkup.doctor)
+app.add_typer(rewards.app, name="rewards")
 app.add_typer(dead.app, name="dead")
 
 

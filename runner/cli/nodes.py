@@ -3,27 +3,36 @@
 import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from loom.bus.client import Bus, Msg
 from loom.bus.history import recent_records
-from loom.bus.kv import Bucket
+from loom.phases.adapt.apoptosis import newest_own
+from loom.phases.adapt.rebuild import stored_profiles
 from loom.runner.cli.looking import AsLines, add_row, clock, looking, print_json, sparkline
 from loom.runner.cli.render import console, table_of
 from loom.runner.cli.running import prepare, run_to_end
 from loom.runner.settings import Settings
 from loom.schemas.auction import HostAnnouncement
+from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord
-from loom.schemas.learning import DomainEvidence, NodeProfile
+from loom.schemas.health import Health, health
+from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile
 from loom.schemas.wire import Undecodable, decode
 
 CALL_S = 0.4
 """How long hosts have to say that they are here."""
 CLAIMS_FROM = 200
 """Recent tasks in whose auctions claims are looked for."""
-TREND = 12
+NEWEST = 10
+"""Scores the trend is told by."""
+STYLES: dict[Health, str] = {"healthy": "green", "warning": "yellow", "dying": "red"}
+Z, PRIOR = 1.96, 4
+"""Of 95 %, and the trials, half of them won, that an interval of few trials is to be widened by."""
 
 Claims = dict[tuple[str, str], float]
 """(node id, slug) -> what the node last said of itself."""
@@ -58,19 +67,19 @@ def hosts(as_json: AsLines = False) -> None:
 
 async def _nodes(settings: Settings, *, as_json: bool) -> None:
     async with looking(settings) as bus:
-        here, profiles, records = await asyncio.gather(
-            announcements(bus), _profiles(bus), recent_records(bus, CLAIMS_FROM)
+        here, stored, records = await asyncio.gather(
+            announcements(bus), stored_profiles(bus), recent_records(bus, CLAIMS_FROM)
         )
-    known = known_nodes(here, profiles, claims_in(records))
+    known = known_nodes(here, [entry.value for entry in stored.values()], claims_in(records))
     if as_json:
         for one in known:
-            print_json(as_object(one))
+            print_json(as_object(one, settings.cluster))
         return
     screen = console()
     if not known:
         screen.print("no nodes are alive or remembered: start some with `loom node FILE.py`")
         return
-    screen.print(_who(known))
+    screen.print(_who(known, settings.cluster))
     evidence = _what(known)
     if evidence.row_count:
         screen.print()
@@ -117,17 +126,6 @@ async def announcements(bus: Bus, within_s: float = CALL_S) -> list[HostAnnounce
     return [said[host_id] for host_id in sorted(said)]
 
 
-async def _profiles(bus: Bus) -> list[NodeProfile]:
-    reader = Bucket(bus, "nodes", NodeProfile).reader()
-    profiles: dict[str, NodeProfile] = {}
-    try:
-        while not reader.caught_up:
-            profiles |= {entry.key: entry.value for entry in await reader.batch()}
-    finally:
-        await reader.stop()
-    return list(profiles.values())
-
-
 def claims_in(records: Iterable[TaskRecord]) -> Claims:
     """Return what nodes said of themselves in the auctions of these tasks, of which the newest come first."""
     claims: Claims = {}
@@ -154,27 +152,63 @@ def known_nodes(here: Sequence[HostAnnouncement], profiles: Sequence[NodeProfile
     return sorted(known, key=lambda one: (not one.hosts, one.node_id))
 
 
-def as_object(one: Known) -> dict[str, Any]:
+def as_object(one: Known, config: ClusterConfig) -> dict[str, Any]:
     """Return what is known of a node as free JSON."""
+    known = one.profile.domains.items() if one.profile else ()
     return {
         "node_id": one.node_id,
         "alive": bool(one.hosts),
         "hosts": [host.host_id for host in one.hosts],
+        "health": health_of(one.profile, config),
         "claims": one.claims,
+        "uncertainty": {slug: uncertainty(evidence) for slug, evidence in known if evidence.count},
+        "trend": {slug: trend(evidence) for slug, evidence in known if evidence.count},
+        "changed_at": {slug: at for slug, evidence in known if (at := changed_at(evidence)) is not None},
         "profile": one.profile,
     }
 
 
-def _who(known: Sequence[Known]) -> Table:
+def health_of(profile: NodeProfile | None, config: ClusterConfig) -> Health:
+    """Return how a node fares; one nothing is known of is healthy."""
+    return "healthy" if profile is None else health(newest_own(profile), profile.consecutive_losses, config)
+
+
+def uncertainty(evidence: DomainEvidence) -> float:
+    """Return half the width of the 95 % interval of the mean, as of outcomes won or lost.
+
+    With two wins and two losses added (Agresti and Coull 1998), so that few equal outcomes do not look certain.
+    """
+    trials = evidence.count + PRIOR
+    mean = (evidence.mean * evidence.count + PRIOR / 2) / trials
+    return Z * sqrt(mean * (1 - mean) / trials)
+
+
+def trend(evidence: DomainEvidence) -> float:
+    """Return how much the mean of the newest ten scores is above that of the window."""
+    newest = [score.score for score in evidence.scores[-NEWEST:]]
+    return sum(newest) / len(newest) - evidence.mean
+
+
+def changed_at(evidence: DomainEvidence) -> float | None:
+    """Return when the node was found to have changed, server time: what it did before is forgotten.
+
+    A window that has filled up since tells no more of it.
+    """
+    return evidence.since if evidence.since and evidence.count < WINDOW else None
+
+
+def _who(known: Sequence[Known], config: ClusterConfig) -> Table:
     numbers = ("load", "tasks", "losses", "tokens")
-    table = table_of(("node", "host", *numbers, "last worked"), title="Nodes", right=numbers, ratios={"node": 1})
+    columns = ("node", "host", "health", *numbers, "last worked")
+    table = table_of(columns, title="Nodes", right=numbers, ratios={"node": 1})
     for one in known:
         profile = one.profile or NodeProfile(node_id=one.node_id)
         host = ", ".join(host.host_id for host in one.hosts) or "not alive"
         load = " ".join(load_of(host) for host in one.hosts)
         counts = (str(profile.total_tasks), str(profile.consecutive_losses), str(profile.tokens))
         last = clock(profile.updated_at) if profile.updated_at else ""
-        add_row(table, one.node_id, host, load, *counts, last)
+        fares = health_of(one.profile, config)
+        add_row(table, one.node_id, host, Text(fares, STYLES[fares]), load, *counts, last)
     table.caption = "load: runs of the host's slots, + queued. losses: failures in a row."
     return table
 
@@ -185,16 +219,28 @@ def load_of(host: HostAnnouncement) -> str:
 
 
 def _what(known: Sequence[Known]) -> Table:
-    numbers = ("claim", "evidence", "count", "last")
-    columns = ("node", "domain", *numbers, "trend")
-    table = table_of(columns, title="What they are good at", right=numbers, ratios={"node": 1})
+    numbers = ("claim", "evidence", "count", "trend")
+    changes = any(changed_at(known) for one in known if one.profile for known in one.profile.domains.values())
+    columns = ("node", "domain", *numbers, "newest", *(("changed",) if changes else ()))
+    table = table_of(columns, title="What they are good at", right=numbers, ratios={"node": 2, "domain": 1})
     for one in known:
         for slug in one.domains:
             evidence = one.profile.domains.get(slug, DomainEvidence()) if one.profile else DomainEvidence()
-            scores = [score.score for score in evidence.scores]
             claim = f"{one.claims[slug]:.2f}" if slug in one.claims else "-"
-            mean = f"{evidence.mean:.2f}" if evidence.count else "-"
-            last = f"{scores[-1]:.2f}" if scores else "-"
-            add_row(table, one.node_id, slug, claim, mean, str(evidence.count), last, sparkline(scores[-TREND:]))
-    table.caption = f"claim: as last said in the {CLAIMS_FROM} newest tasks. evidence: mean reward over count."
+            add_row(table, one.node_id, slug, claim, *_shown(evidence)[: len(columns) - 3])
+    table.caption = (
+        f"claim: as last said in the {CLAIMS_FROM} newest tasks. evidence: mean reward over count, in 19 of 20 cases "
+        f"within ±. trend: the newest {NEWEST} against the mean."
+        + (" changed: what came before is forgotten." if changes else "")
+    )
     return table
+
+
+def _shown(evidence: DomainEvidence) -> tuple[str, str, str, str, str]:
+    """Evidence, count, trend, newest scores and change of a node in a domain."""
+    if not evidence.count:
+        return "-", "0", "-", "", ""
+    mean = f"{evidence.mean:.2f} ±{uncertainty(evidence):.2f}"
+    at = changed_at(evidence)
+    newest = sparkline(score.score for score in evidence.scores[-NEWEST:])
+    return mean, str(evidence.count), f"{trend(evidence):+.2f}", newest, "" if at is None else clock(at)

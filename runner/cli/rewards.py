@@ -1,23 +1,34 @@
-"""What work earns: `loom reward`, `loom rewards`."""
+"""What work earns: `loom reward`, `loom rewards`, `loom rewards rebuild`."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from loom.bus.client import Bus
 from loom.bus.history import find, newest
 from loom.bus.ordered import OrderedReader, Stored
 from loom.bus.reward_bus import RewardBus, judgement
-from loom.runner.cli.looking import MANY, AsLines, TaskId, clock, domain_slug, looking, print_json
-from loom.runner.cli.render import console, one_line, short
+from loom.phases.adapt.fold import forgets
+from loom.phases.adapt.rebuild import WRONG, Compared, Rebuilt, compare, repair
+from loom.runner.cli.looking import MANY, AsLines, TaskId, add_row, clock, domain_slug, looking, print_json
+from loom.runner.cli.render import console, one_line, short, table_of
 from loom.runner.cli.running import prepare, run_to_end, unless_lost
 from loom.runner.settings import Settings
 from loom.schemas.errors import InvalidTask
-from loom.schemas.learning import Reward
+from loom.schemas.learning import NodeProfile, Reward
 from loom.schemas.wire import Undecodable, decode
 
+VERDICTS = {
+    "same": "as stored",
+    "behind": "as stored; newer rewards are on their way",
+    "differs": "stored otherwise",
+    "missing": "not stored",
+    "beyond": "the stream does not tell",
+}
 GOOD, POOR = 0.7, 0.3
 """Scores from which a reward is shown green, and below which red."""
 
@@ -41,7 +52,12 @@ async def _reward(settings: Settings, task_id: str, score: float, reason: str) -
     typer.echo(f"{given.score:.2f} for {given.node_id} in {given.slug}")
 
 
+app = typer.Typer()
+
+
+@app.callback(invoke_without_command=True)
 def rewards(
+    context: typer.Context,
     follow: Annotated[bool, typer.Option("--follow", help="Go on with new ones until Ctrl-C.")] = False,
     node: Annotated[str | None, typer.Option(metavar="ID", help="Only this node's.")] = None,
     domain: Annotated[str | None, typer.Option(help="Only those in this domain.")] = None,
@@ -49,6 +65,8 @@ def rewards(
     as_json: AsLines = False,
 ) -> None:
     """Show the last rewards, the newest at the end."""
+    if context.invoked_subcommand is not None:
+        return
     settings = prepare("warning")
     run_to_end(_rewards(settings, node, domain_slug(domain), limit, follow=follow, as_json=as_json))
 
@@ -59,7 +77,7 @@ async def _rewards(
     screen = console()
     async with looking(settings) as bus:
         stream, subject = bus.subjects.stream("REWARDS"), bus.subjects.of("reward", node or "*", slug or "*")
-        there = await newest(bus, stream, subject, limit)
+        there = await newest(bus, stream, subject, limit, _is_reward)
         for message in there.messages:
             _print(screen, message, as_json=as_json)
         if follow:
@@ -72,10 +90,18 @@ async def _follow(bus: Bus, screen: Console, stream: str, subject: str, start_se
     reader = OrderedReader(bus, stream, filter=subject, start_seq=start_seq)
     try:
         while True:
-            for message in await reader.batch():
+            for message in filter(_is_reward, await reader.batch()):
                 _print(screen, message, as_json=as_json)
     finally:
         await reader.stop()
+
+
+def _is_reward(message: Stored) -> bool:
+    """Whether it is more than a snapshot, which nobody has earned."""
+    try:
+        return decode(message.data, Reward).kind != "snapshot"
+    except Undecodable:
+        return True  # it is shown as what it is
 
 
 def _print(screen: Console, message: Stored, *, as_json: bool) -> None:
@@ -104,3 +130,74 @@ def line_of(given: Reward, at: float) -> Text:
         (f"  {given.node_id:<16}", "bold"),
         f" {given.slug:<14} {short(given.task_id)}{attempt}  by {given.source}{reason}",
     )
+
+
+@app.command()
+def rebuild(
+    write: Annotated[bool, typer.Option("--write", help="Store the rebuilt profile where another is stored.")] = False,
+    as_json: AsLines = False,
+) -> None:
+    """Learn every node's profile again from the stream alone, and compare it with what is stored."""
+    raise typer.Exit(run_to_end(_rebuild(prepare("warning"), write=write, as_json=as_json)))
+
+
+async def _rebuild(settings: Settings, *, write: bool, as_json: bool) -> int:
+    """Return the exit code: 1 where a profile is wrong and stays so."""
+    async with looking(settings) as bus:
+        rebuilt, compared = await compare(bus, forget=forgets(settings.cluster.policy))
+        lost = await repair(bus, compared) if write else []
+    wrong = [one.node_id for one in compared if one.verdict in WRONG and (not write or one.node_id in lost)]
+    if as_json:
+        for one in compared:
+            print_json(_as_object(one, written=write and one.verdict in WRONG and one.node_id not in lost))
+    else:
+        _show(rebuilt, compared, wrong, written=write)
+    return 1 if wrong else 0
+
+
+def _as_object(one: Compared, *, written: bool) -> dict[str, Any]:
+    stored = one.stored.value if one.stored else None
+    return {
+        "node_id": one.node_id,
+        "verdict": one.verdict,
+        "stored": stored,
+        "rebuilt": one.rebuilt,
+        "written": written,
+    }
+
+
+def _show(rebuilt: Rebuilt, compared: Sequence[Compared], wrong: Sequence[str], *, written: bool) -> None:
+    screen = console()
+    if not compared:
+        screen.print("no rewards yet: they come with the first ended task")
+        return
+    screen.print(_comparison(compared))
+    start = f"the snapshots at reward {rebuilt.start.seq}" if rebuilt.start.seq else "its first reward"
+    if not rebuilt.start.whole:
+        start = f"reward {rebuilt.start.seq + 1}: what came before is gone, and no snapshots stand in for it"
+    screen.print(Text(f"Folded from {start} to reward {rebuilt.last_seq}."))
+    if wrong and written:
+        screen.print(Text(f"Written by somebody else meanwhile: {', '.join(wrong)}. Look again."))
+    elif wrong:
+        screen.print(
+            Text("--write stores the rebuilt ones. Policies forget differently: LOOM_POLICY is to be as ADAPT's.")
+        )
+    elif written:
+        count = sum(one.verdict in WRONG for one in compared)
+        screen.print(Text(f"{count} profiles written."))
+
+
+def _comparison(compared: Sequence[Compared]) -> Table:
+    numbers = ("stored", "rebuilt", "at")
+    table = table_of(("node", *numbers, "profile"), right=numbers, ratios={"node": 1, "profile": 2})
+    for one in compared:
+        style = "red" if one.verdict in WRONG else "yellow" if one.verdict == "beyond" else "green"
+        at = str(one.rebuilt.last_seq) if one.rebuilt else "-"
+        stored = one.stored.value if one.stored else None
+        add_row(table, one.node_id, _told(stored), _told(one.rebuilt), at, Text(VERDICTS[one.verdict], style))
+    table.caption = "stored, rebuilt: tasks and mean success. at: the last reward folded."
+    return table
+
+
+def _told(profile: NodeProfile | None) -> str:
+    return f"{profile.total_tasks} {profile.success_rate:.2f}" if profile else "-"

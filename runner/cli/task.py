@@ -16,7 +16,7 @@ from loom.runner.cli.looking import TaskId, add_row, clock, looking, print_json,
 from loom.runner.cli.progress import STYLES
 from loom.runner.cli.render import console, one_line, printable, show, table_of
 from loom.runner.cli.running import prepare, run_to_end
-from loom.runner.cli.timeline import Try, handed_in_at, tries, turns, why
+from loom.runner.cli.timeline import Try, handed_in_at, rests_on, tries, turns, why
 from loom.runner.cli.tree import Division, progress_of, read_division, tree
 from loom.runner.settings import Settings
 from loom.schemas.envelope import Award, ScoredBid, SplitPlan, TaskRecord
@@ -95,6 +95,8 @@ def _show(screen: Console, found: Found, division: Division, rewards: Sequence[R
     _print(screen, _hops(record), _bids(envelope.award, envelope.domain))
     if envelope.award is not None:
         screen.print(Text(why(envelope.award)))
+        if envelope.award.bids:
+            screen.print(Text(rests_on(envelope.award), "dim"))
     _print(screen, tree(division, now), _attempts(tries(record, rewards)), _earned(rewards))
     _show_answer(screen, record)
 

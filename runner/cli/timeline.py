@@ -183,6 +183,13 @@ def why(award: Award) -> str:
     return f"{result}: {_better(parts[0][1], best, second)}{although}."
 
 
+def rests_on(award: Award) -> str:
+    """Return what the scores of the bids rest on, and what they are made of."""
+    evidence = f"rewards up to {award.evidence_seq}" if award.evidence_seq else "claims alone: no rewards were known"
+    weights = f"{TRUST_WEIGHT} trust + {AVAILABILITY_WEIGHT} (1 - load) + {TOOLS_WEIGHT} tools"
+    return f"By {evidence}; total = {weights}, the bonus being part of trust."
+
+
 def _advantages(best: ScoredBid, second: ScoredBid) -> list[tuple[float, str]]:
     """What each part of the score adds to the lead."""
     return [

@@ -121,6 +121,8 @@ def _news(news: Lifecycle) -> str:
 
 
 def _reward(reward: Reward) -> str:
+    if reward.snapshot is not None:
+        return f"what is known of {reward.node_id}, for a rebuild to start at {reward.snapshot.through}"
     return f"{reward.score:.2f} in {reward.slug} for {short(reward.task_id)}, by {reward.source}"
 
 

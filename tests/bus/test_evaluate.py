@@ -85,7 +85,6 @@ async def test_a_failure_is_answered_as_an_error_everywhere(stage: Stage) -> Non
     [
         "invalid_task",
         "no_bids",
-        "deadline_exceeded",
         "cancelled",
         "budget_exceeded",
         "invalid_plan",

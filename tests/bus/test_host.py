@@ -66,7 +66,7 @@ class Watcher:
         """The kinds heard, heartbeats left out."""
         return [event.kind for event in self.events if event.kind != "heartbeat"]
 
-    async def heard(self, kind: str, *, count: int = 1, within_s: float = 5) -> RunEvent:
+    async def heard(self, kind: str, *, count: int = 1, within_s: float = 20) -> RunEvent:
         def found() -> list[RunEvent]:
             return [event for event in self.events if event.kind == kind]
 

@@ -173,7 +173,7 @@ class Follower:
         while True:
             self.entries += await self.reader.batch()
 
-    async def got(self, tasks: list[int], within_s: float = 5) -> None:
+    async def got(self, tasks: list[int], within_s: float = 20) -> None:
         """Wait until these counts were read, in this order and no others."""
         await until(lambda: len(self.entries) >= len(tasks), within_s=within_s, what=f"{len(tasks)} values")
         assert [entry.value.total_tasks for entry in self.entries] == tasks

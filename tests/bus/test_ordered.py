@@ -40,11 +40,11 @@ class Reading:
     def bodies(self) -> list[int]:
         return [int(message.data) for message in self.read]
 
-    async def count(self, wanted: int, within_s: float = 5) -> None:
+    async def count(self, wanted: int, within_s: float = 20) -> None:
         await until(lambda: len(self.read) >= wanted or self.failed, within_s=within_s, what=f"{wanted} read")
         assert self.failed is None
 
-    async def got(self, wanted: list[int], within_s: float = 5) -> None:
+    async def got(self, wanted: list[int], within_s: float = 20) -> None:
         """Wait until this was read, in this order, and nothing else."""
         await self.count(len(wanted), within_s)
         assert self.bodies == wanted

@@ -49,10 +49,10 @@ class Hand:
             await self.bus.publish(self.held.pop(0).reply, b"+ACK")
         self.pull.top_up()
 
-    async def full(self, within_s: float = 5) -> None:
+    async def full(self, within_s: float = 20) -> None:
         await until(lambda: len(self.held) == self.room, within_s=within_s, what=f"{self.room} messages in hand")
 
-    async def empty_all(self, total: int, within_s: float = 10) -> None:
+    async def empty_all(self, total: int, within_s: float = 20) -> None:
         async with asyncio.timeout(within_s):
             while len(set(self.seen)) < total or self.held:
                 await until(lambda: self.held, what="a message in hand", within_s=within_s)

@@ -1,5 +1,4 @@
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 from support.nodes import node
@@ -116,7 +115,7 @@ async def test_a_failing_child_retires_amid_its_work_and_ends_it(stage: Stage, g
 async def test_of_two_replicas_one_acts_and_min_nodes_stay(
     stage: Stage, grown: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.phases.adapt.retiring.LEASE_S", 1.0)
+    monkeypatch.setattr("loom.phases.adapt.lease.LEASE_S", 1.0)
     config = ClusterConfig(idle_timeout_s=0.3, min_nodes=2)
     replicas = [await stage.phase("adapt", config) for _ in range(2)]
     grown.let_go()  # type: ignore[attr-defined]
@@ -125,8 +124,7 @@ async def test_of_two_replicas_one_acts_and_min_nodes_stay(
     await stage.seen("host", count=count + 10, within_s=WITHIN_S)  # both look on meanwhile
     assert len(orders(stage)) == 1
     assert len(grown.names()) == 2
-    leases: list[Any] = [replica.service for replica in replicas]
-    holder = await leases[0]._retiring._leases.get("apoptosis")
+    holder = await Bucket(stage.bus, "tuning", Lease).get("apoptosis")
     [active] = [replica for replica in replicas if replica.bus.instance == holder.value.holder]
     active.die()
     await stage.phase("adapt", ClusterConfig(idle_timeout_s=0.3, min_nodes=1))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import structlog
+from msgspec.structs import replace
 from support.background import Cluster, background_cluster
 from support.command import LOOM, command
 from support.nodes import echo, fail, node
@@ -27,14 +28,14 @@ from loom.runner.cli import main
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.envelope import SplitPlan, TaskRecord
 from loom.schemas.errors import UnknownTask
-from loom.schemas.learning import Reward
+from loom.schemas.learning import NodeProfile, Reward
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
 from loom.schemas.wire import decode
 
 HEX = "0123456789abcdef" * 2
 EVIL = "hello [red]\x1b[31m"
-VIEWS = ("tasks", "task t1", "task going", "nodes", "hosts", "rewards")
+VIEWS = ("tasks", "task t1", "task going", "nodes", "hosts", "rewards", "rewards rebuild")
 
 
 class Ended(NamedTuple):
@@ -143,6 +144,7 @@ def test_a_task_is_told_from_beginning_to_end(here: Cluster, loom: Loom) -> None
     ]
     assert re.search(r"good +0\.80 +- +0 +0\.80 +0\.00 +0\.\d\d +1\.00 +0\.\d\d", out)
     assert re.search(r"good won with 0\.\d\d to 0\.\d\d of\s+slow: it is trusted more", out)
+    assert re.search(r"By (rewards up to \d+|claims alone).* total = 0\.6 trust", out)
     assert re.search(r"1 +bad +agent_failed", out)
     assert re.search(r"2 +good +succeeded", out)
     assert re.search(r"1 +bad +rules +0\.00 .* agent_failed", out)
@@ -242,10 +244,12 @@ def test_nodes_show_what_is_known_of_them(here: Cluster, loom: Loom) -> None:
     alive = {one["node_id"]: one for one in map(json.loads, loom("nodes --json").out.splitlines())}
     host = decode(loom("hosts --json").out.encode(), HostAnnouncement)
 
-    assert re.search(r"bad +loud +- +0\.00 +1 +0\.00 +▁", out)  # excluded from the auction that is known
-    assert re.search(r"good +loud +0\.80 +\d\.\d\d +\d +\d\.\d\d +[▁-█]+", out)
+    assert re.search(r"bad +loud +- +0\.00 ±0\.43 +1 +\+0\.00 +▁", out)  # excluded from the auction that is known
+    assert re.search(r"good +loud +0\.80 +\d\.\d\d ±\d\.\d\d +\d +[+-]\d\.\d\d +[▁-█]+", out)
     assert alive["slow"]["hosts"] == [host.host_id]
     assert alive["good"]["profile"]["domains"]["loud"]["count"] >= 2
+    assert (alive["bad"]["health"], alive["slow"]["health"]) == ("healthy", "healthy")  # one failure says too little
+    assert 0 < alive["good"]["uncertainty"]["loud"] < alive["bad"]["uncertainty"]["loud"]
     assert host.nodes == ("bad", "good", "slow")
 
 
@@ -257,6 +261,29 @@ def test_a_person_judges_and_the_reward_is_seen(here: Cluster, loom: Loom) -> No
     assert re.search(r"0\.00  bad +loud +t1  by rules: agent_failed\n", loom("rewards").out)
     assert loom("rewards --node nobody").out == "no such rewards\n"
     assert re.search(r"2 +good +person +0\.40|1 +good +person +0\.40 .* dull", loom(f"task {HEX}").out)
+
+
+def test_a_rebuild_finds_what_is_stored_and_repairs_what_is_not(here: Cluster, loom: Loom) -> None:
+    ended = loom("rewards rebuild")
+    assert ended.code == 0
+    assert re.search(r"bad +1 0\.00 +1 0\.00 +\d+ +as stored +\n", ended.out)
+    assert "Folded from its first reward to reward" in ended.out
+
+    here.do(_spoil(here, "bad"))
+    spoilt = loom("rewards rebuild")
+    assert spoilt.code == 1
+    assert re.search(r"bad +7 1\.00 +1 0\.00 +\d+ +stored otherwise", spoilt.out)
+    assert "--write" in spoilt.out
+    told = [json.loads(line) for line in loom("rewards rebuild --write --json").out.splitlines()]
+    assert {one["node_id"]: one["written"] for one in told} == {"bad": True, "good": False}
+    assert loom("rewards rebuild").code == 0
+
+
+async def _spoil(cluster: Cluster, node_id: str) -> None:
+    bucket = Bucket(cluster.bus, "nodes", NodeProfile)
+    entry = await bucket.get(node_id)
+    assert entry is not None
+    await bucket.update(node_id, replace(entry.value, total_tasks=7, success_rate=1.0), entry.revision)
 
 
 def test_a_task_is_cancelled_once(here: Cluster, loom: Loom) -> None:

@@ -187,7 +187,7 @@ class Cluster:
         await tasks.ask(self.bus, self.bus.subjects.submit, ad)
         await self.reaches(task_id, "running")
 
-    async def reaches(self, task_id: str, state: str, within_s: float = 10) -> None:
+    async def reaches(self, task_id: str, state: str, within_s: float = 20) -> None:
         async def reached() -> bool:
             try:
                 record = await tasks.status(self.bus, task_id)

@@ -26,7 +26,7 @@ class Heard:
     def bodies(self) -> list[bytes]:
         return [msg.data for msg in self.messages]
 
-    async def count(self, wanted: int, within_s: float = 5) -> list[Msg]:
+    async def count(self, wanted: int, within_s: float = 20) -> list[Msg]:
         await until(lambda: len(self.messages) >= wanted, within_s=within_s, what=f"{wanted} messages")
         return self.messages
 

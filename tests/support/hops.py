@@ -48,7 +48,7 @@ class Phase:
         """The ids of what was handled, in order."""
         return [delivery.subject.rsplit(".", 1)[1] for _, delivery in self.handled]
 
-    async def count(self, wanted: int, within_s: float = 5) -> None:
+    async def count(self, wanted: int, within_s: float = 20) -> None:
         await until(lambda: len(self.handled) >= wanted, within_s=within_s, what=f"{wanted} messages handled")
 
 
@@ -103,7 +103,7 @@ async def last(bus: Bus, stream: str, subject: str) -> Kept | None:
     return Kept(message["subject"], base64.b64decode(message.get("data", "")), headers, message["seq"])
 
 
-async def arrived(bus: Bus, stream: str, subject: str, within_s: float = 5) -> Kept:
+async def arrived(bus: Bus, stream: str, subject: str, within_s: float = 20) -> Kept:
     """Wait for a message of a subject and return it."""
     return await until(lambda: last(bus, stream, subject), within_s=within_s, what=f"a message on {subject}")  # type: ignore[return-value]
 

@@ -167,7 +167,7 @@ class Stage:
             if one.parsed.family == family and all(one.parsed.tokens.get(name) == text for name, text in tokens.items())
         ]
 
-    async def seen(self, family: str, *, count: int = 1, within_s: float = 5, **tokens: str) -> Any:
+    async def seen(self, family: str, *, count: int = 1, within_s: float = 20, **tokens: str) -> Any:
         """Wait for the `count`-th message of a family and return its body."""
         await until(
             lambda: len(self._of(family, tokens)) >= count,

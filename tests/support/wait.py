@@ -8,7 +8,7 @@ from typing import TypeVar, cast
 T = TypeVar("T")
 
 
-async def until(condition: Callable[[], T | Awaitable[T]], *, within_s: float = 5, what: str) -> T:
+async def until(condition: Callable[[], T | Awaitable[T]], *, within_s: float = 20, what: str) -> T:
     """Return the first truthy value of `condition`, asked about every 10 ms.
 
     Raises:

@@ -9,6 +9,7 @@ from loom.phases.adapt.apoptosis import bequest, heir, staying, who_retires
 from loom.phases.adapt.fold import fold
 from loom.schemas.auction import ChildState, HostAnnouncement
 from loom.schemas.config import ClusterConfig
+from loom.schemas.health import health
 from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile, Reward, Score
 
 CONFIG = ClusterConfig(idle_timeout_s=60, min_nodes=1)
@@ -202,3 +203,13 @@ def test_a_bequest_lies_within_what_was_earned(scores: list[float]) -> None:
     [reward] = bequest(profile("a-c1", code=scores), "b")
     assert min(scores) - 1e-9 <= reward.score <= max(scores) + 1e-9
     assert reward.ended_at == len(scores) - 1
+
+
+def test_half_the_losses_are_a_warning_and_little_history_is_healthy() -> None:
+    config = ClusterConfig(consecutive_loss_limit=20, apoptosis_threshold=0.3)
+    assert [health([], losses, config) for losses in (0, 9, 10, 19, 20)] == [
+        "healthy", "healthy", "warning", "warning", "dying",
+    ]  # fmt: skip
+    assert [health([0.0] * count, 0, config) for count in (0, 1, 9, 10)] == ["healthy", "healthy", "healthy", "dying"]
+    assert health([0.0] * 20 + [0.5] * 10, 0, config) == "healthy"
+    assert health([], 0, ClusterConfig(consecutive_loss_limit=1)) == "healthy"

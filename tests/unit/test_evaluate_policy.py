@@ -264,9 +264,14 @@ def test_failed_tool_calls_cost_reliability_only() -> None:
 def test_a_failure_earns_nought_for_the_nodes_fault_and_nothing_otherwise(code: str) -> None:
     message = env("refused" if code == "rejected_result" else None, code)
     reward = reward_for(message, message.error, 50.0)
-    assert (reward is not None) is (code in COUNTED)
+    assert (reward is not None) is (code in COUNTED | {"deadline_exceeded"})
     if reward is not None:
         assert (reward.score, reward.signal.total, reward.reason) == (0.0, 0.0, code)
+
+
+def test_a_deadline_that_passed_before_the_run_is_not_its_nodes_fault() -> None:
+    late = TaskError(code="deadline_exceeded", message="the deadline passed before the run began")
+    assert reward_for(env(), late, 50.0) is None
 
 
 def test_nobody_is_rewarded_where_nobody_was_awarded() -> None:

@@ -1,0 +1,93 @@
+"""How far SENSE is off in each domain: what tasks turned out to be, against what it had taken them for."""
+
+import structlog
+from msgspec.structs import replace
+
+from loom.bus.client import Bus, Conflict
+from loom.bus.kv import Bucket
+from loom.schemas.learning import BIAS, Calibration, Reward
+
+log = structlog.get_logger()
+
+NEWEST = 0.3
+"""Weight of the newest task in the moving average."""
+SUCCESS = 0.5
+TOKENS, SECONDS = 8192, 30.0
+"""From which on a task counts as hard as can be."""
+TOKENS_SHARE = 0.6
+
+
+def actual(reward: Reward) -> float:
+    """Return how hard a task turned out to be: .6 min(tokens / 8192, 1) + .4 min(seconds / 30, 1)."""
+    by_tokens, by_time = min(reward.tokens / TOKENS, 1.0), min(reward.seconds / SECONDS, 1.0)
+    return TOKENS_SHARE * by_tokens + (1 - TOKENS_SHARE) * by_time
+
+
+def recalibrated(known: Calibration, reward: Reward, seq: int) -> Calibration:
+    """Return the calibration after the reward at stream sequence `seq`; the same where it tells nothing.
+
+    Only the rules' word on a success counts, once for each task: a failure has not shown how hard the task is.
+    """
+    ruled = reward.kind == "reward" and reward.source == "rules" and reward.score >= SUCCESS
+    if seq <= known.last_seq or reward.estimated is None or not ruled:
+        return known
+    bias = NEWEST * (actual(reward) - reward.estimated) + (1 - NEWEST) * known.bias
+    return replace(known, bias=bias, count=known.count + 1, last_seq=seq)
+
+
+class Calibrating:
+    """Keeps the calibrations of the bucket `tuning`; what another replica has written further is taken over."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bucket = Bucket(bus, "tuning", Calibration)
+        self._known: dict[str, Calibration] = {}
+        self._revisions: dict[str, int] = {}
+        self._unwritten: set[str] = set()
+
+    async def start(self) -> None:
+        """Read what is known."""
+        reader = self._bucket.reader(f"{BIAS}*")
+        try:
+            while not reader.caught_up:
+                for entry in await reader.batch():
+                    self._known[entry.value.slug], self._revisions[entry.value.slug] = entry.value, entry.revision
+        finally:
+            await reader.stop()
+
+    def fold(self, seq: int, reward: Reward) -> bool:
+        """Take in a reward; return whether there is anything to write."""
+        known = self._known.get(reward.slug, Calibration(slug=reward.slug))
+        after = recalibrated(known, reward, seq)
+        if after is known:
+            return False
+        self._known[reward.slug] = after
+        self._unwritten.add(reward.slug)
+        return True
+
+    async def flush(self) -> None:
+        """Write what has changed.
+
+        Raises:
+            BusUnavailable: No answer.
+        """
+        for slug in sorted(self._unwritten):
+            await self._put(slug)
+
+    async def _put(self, slug: str) -> None:
+        while True:
+            mine = self._known[slug]
+            try:
+                self._revisions[slug] = await self._bucket.update(BIAS + slug, mine, self._revisions.get(slug, 0))
+                written = mine
+            except Conflict:
+                entry = await self._bucket.get(BIAS + slug)
+                self._revisions[slug] = entry.revision if entry else 0
+                if entry is None or entry.value.last_seq < mine.last_seq:
+                    continue  # ours holds more of the same stream
+                written = entry.value
+                if written.last_seq > self._known[slug].last_seq:
+                    self._known[slug] = written
+            if self._known[slug].last_seq <= written.last_seq:
+                self._unwritten.discard(slug)
+                log.debug("calibrated", slug=slug, bias=round(written.bias, 3), tasks=written.count)
+            return

@@ -1,0 +1,161 @@
+"""What the stream alone says of every node, beside what is stored; and the repair of what is not the same."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from loom.bus.client import Bus, Conflict
+from loom.bus.history import between
+from loom.bus.kv import Bucket, Entry
+from loom.phases.adapt.fold import fold, reward_in
+from loom.schemas.learning import SNAPSHOTS, NodeProfile, Reward, Snapshot
+
+Verdict = Literal["same", "behind", "differs", "missing", "beyond"]
+"""same: stored as rebuilt. behind: the same, and rewards have come since. differs, missing: stored otherwise, or not
+at all. beyond: the stream does not tell, for its head is gone and no round of snapshots stands in for it."""
+WRONG: tuple[Verdict, ...] = ("differs", "missing")
+
+
+class Start(NamedTuple):
+    """Where a rebuild begins."""
+
+    seq: int
+    """Sequence up to which everything is in the profiles."""
+    profiles: dict[str, NodeProfile]
+    whole: bool
+    """Whether nothing is lost; else the stream's head is gone and nothing stands in for it."""
+
+
+class Compared(NamedTuple):
+    """One node: as stored, and as the stream has it."""
+
+    node_id: str
+    verdict: Verdict
+    stored: Entry[NodeProfile] | None
+    rebuilt: NodeProfile | None
+
+
+class Rebuilt(NamedTuple):
+    """What the stream says."""
+
+    profiles: dict[str, NodeProfile]
+    start: Start
+    last_seq: int
+    then: dict[str, NodeProfile]
+    """The same as they were at the sequences asked for."""
+
+
+async def rebuild(bus: Bus, *, forget: bool, at: Mapping[str, int] | None = None) -> Rebuilt:
+    """Fold the stream from its first reward, or from the oldest round of snapshots that stands in for its lost head.
+
+    Args:
+        forget: As the phases that wrote the profiles do: whether the award policy forgets what came before a change.
+        at: node id -> the last sequence folded of a profile to compare with.
+
+    Raises:
+        Refused: There is no such stream.
+        BusUnavailable: No answer.
+    """
+    state = (await bus.api(f"STREAM.INFO.{bus.subjects.stream('REWARDS')}"))["state"]
+    first, last = state["first_seq"], state["last_seq"]
+    start = Start(0, {}, whole=True) if first <= 1 else start_of([one async for one in _snapshots(bus, last)], first)
+    profiles, wanted = dict(start.profiles), at or {}
+    then = {node: known for node, known in profiles.items() if known.last_seq == wanted.get(node)}
+    async for seq, reward in _rewards(bus, "*", start.seq + 1, last):
+        known = profiles.get(reward.node_id, NodeProfile(node_id=reward.node_id))
+        folded = fold(known, reward, seq, forget=forget)
+        if folded is known:
+            continue
+        profiles[reward.node_id] = folded
+        if seq == wanted.get(reward.node_id):
+            then[reward.node_id] = folded
+    return Rebuilt(profiles, start, last, then)
+
+
+def start_of(snapshots: Sequence[Snapshot], first: int) -> Start:
+    """Return the profiles of the oldest finished round behind which the stream still holds everything.
+
+    Args:
+        snapshots: In stream order.
+        first: Sequence of the first message the stream holds.
+    """
+    rounds: dict[int, dict[str, NodeProfile]] = {}
+    for one in snapshots:
+        if one.through + 1 >= first:
+            told = rounds.setdefault(one.through, {})
+            told[one.profile.node_id] = one.profile
+            if len(told) >= one.nodes:
+                return Start(one.through, told, whole=True)
+    return Start(first - 1, {}, whole=False)
+
+
+async def compare(bus: Bus, *, forget: bool) -> tuple[Rebuilt, list[Compared]]:
+    """Return what the stream says, and each node beside what is stored of it, by id.
+
+    Raises:
+        Refused: There is no such stream.
+        BusUnavailable: No answer.
+    """
+    stored = await stored_profiles(bus)
+    rebuilt = await rebuild(bus, forget=forget, at={node: entry.value.last_seq for node, entry in stored.items()})
+    nodes = sorted(stored.keys() | rebuilt.profiles.keys())
+    return rebuilt, [_compared(node, stored.get(node), rebuilt) for node in nodes]
+
+
+def _compared(node_id: str, stored: Entry[NodeProfile] | None, rebuilt: Rebuilt) -> Compared:
+    known = rebuilt.profiles.get(node_id)
+    return Compared(node_id, _verdict(stored, known, rebuilt.then.get(node_id), rebuilt.start), stored, known)
+
+
+def _verdict(
+    stored: Entry[NodeProfile] | None, rebuilt: NodeProfile | None, then: NodeProfile | None, start: Start
+) -> Verdict:
+    if stored is not None and then == stored.value:
+        return "same" if then == rebuilt else "behind"
+    if rebuilt is None or not start.whole:
+        return "beyond"
+    return "missing" if stored is None else "differs"
+
+
+async def repair(bus: Bus, wrong: Sequence[Compared]) -> list[str]:
+    """Store the rebuilt profiles of what differs or is missing, and return the nodes that somebody wrote meanwhile.
+
+    A node the stream knows nothing of is left as it is.
+
+    Raises:
+        BusUnavailable: No answer.
+    """
+    bucket, lost = Bucket(bus, "nodes", NodeProfile), []
+    for one in wrong:
+        if one.verdict not in WRONG or one.rebuilt is None:
+            continue
+        try:
+            await bucket.update(one.node_id, one.rebuilt, one.stored.revision if one.stored else 0)
+        except Conflict:
+            lost.append(one.node_id)
+    return lost
+
+
+async def stored_profiles(bus: Bus) -> dict[str, Entry[NodeProfile]]:
+    """Return every stored profile by node id."""
+    reader = Bucket(bus, "nodes", NodeProfile).reader()
+    found: dict[str, Entry[NodeProfile]] = {}
+    try:
+        while not reader.caught_up:
+            found |= {entry.key: entry for entry in await reader.batch()}
+    finally:
+        await reader.stop()
+    return found
+
+
+async def _snapshots(bus: Bus, last: int) -> AsyncIterator[Snapshot]:
+    async for _, reward in _rewards(bus, SNAPSHOTS, 1, last):
+        if reward.snapshot is not None:
+            yield reward.snapshot
+
+
+async def _rewards(bus: Bus, slug: str, first: int, last: int) -> AsyncIterator[tuple[int, Reward]]:
+    subject = bus.subjects.of("reward", "*", slug)
+    async for message in between(bus, bus.subjects.stream("REWARDS"), subject, first, last):
+        reward = reward_in(message, bus.subjects)
+        if reward is not None:
+            yield message.seq, reward

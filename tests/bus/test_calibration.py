@@ -1,0 +1,80 @@
+from collections.abc import AsyncIterator
+
+import pytest
+from support.phases import Asker, Stage
+from support.wait import until
+
+from loom.bus.kv import Bucket
+from loom.bus.reward_bus import RewardBus
+from loom.schemas.learning import BIAS, Calibration, Lease, Reward
+from loom.schemas.task import TaskAd
+from loom.schemas.wire import new_id
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+async def done(stage: Stage, *estimates: float) -> None:
+    """Tasks SENSE took for this hard, all of which took no effort at all."""
+    for estimated in estimates:
+        task = new_id()
+        await RewardBus(bus=stage.bus).publish(
+            Reward(
+                reward_id=f"{task}:1:rules", task_id=task, attempt=1, node_id="n1", slug="code", score=1.0,
+                ended_at=1.0, estimated=estimated,
+            )
+        )  # fmt: skip
+
+
+async def known(stage: Stage, count: int) -> Calibration:
+    async def there() -> Calibration | None:
+        entry = await Bucket(stage.bus, "tuning", Calibration).get(f"{BIAS}code")
+        return entry.value if entry and entry.value.count >= count else None
+
+    found = await until(there, within_s=20, what=f"{count} tasks are calibrated by")
+    assert found is not None
+    return found
+
+
+async def sensed(stage: Stage, **facts: float) -> tuple[float, str]:
+    """Return how hard SENSE takes a task of one word to be, and what it notes."""
+    ad = TaskAd(task_id=new_id(), domain="code", description="word " * 40, **facts)  # type: ignore[arg-type]
+    await Asker(stage.bus).ask(stage.bus.subjects.submit, ad)
+    envelope = await stage.seen("task", phase="match", task_id=ad.task_id, within_s=20)
+    return envelope.spec.complexity, envelope.spec.note
+
+
+async def test_sense_is_corrected_by_what_tasks_turned_out_to_be(stage: Stage) -> None:
+    await Bucket(stage.bus, "tuning", Lease).create("apoptosis", Lease(holder="x", until=0))  # another's affair
+    await stage.phase("adapt")
+    await stage.phase("sense")
+    await done(stage, 0.2, 0.2)
+    await known(stage, 2)
+    assert await sensed(stage) == (0.2, "")
+
+    await done(stage, 0.2)
+    bias = (await known(stage, 3)).bias
+    assert bias == pytest.approx(-0.2 * (1 - 0.7**3))
+
+    async def corrected() -> bool:
+        return await sensed(stage) == (round(0.2 + bias, 4), "complexity 0.20 by itself, -0.13 by 3 tasks before")
+
+    await until(corrected, within_s=20, what="SENSE has heard of it")
+    assert await sensed(stage, estimated_complexity=0.2) == (0.2, "")
+
+
+async def test_replicas_that_count_the_same_tasks_count_them_once(stage: Stage) -> None:
+    first = await stage.phase("adapt")
+    await stage.phase("adapt")
+    for count in range(1, 8):
+        await done(stage, 0.5)
+        await known(stage, count)
+    await first.close()
+    await stage.phase("adapt")  # it reads the whole stream again
+    await done(stage, 0.5)
+    last = await known(stage, 8)
+    assert (last.count, last.last_seq) == (8, 8)
+    assert last.bias == pytest.approx(-0.5 * (1 - 0.7**8))

@@ -1,0 +1,179 @@
+"""What the stream alone says: compared, repaired, and begun at snapshots once its head is gone."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from support.phases import Replica, Stage
+from support.wait import until
+
+from loom.bus.kv import Bucket
+from loom.bus.reward_bus import RewardBus
+from loom.phases.adapt.rebuild import compare, rebuild, repair, stored_profiles
+from loom.schemas.config import ClusterConfig
+from loom.schemas.learning import SNAPSHOTS, NodeProfile, Reward
+
+KEEPS_ALL = ClusterConfig(policy="ucb")
+LIMIT = 256 * 1024
+WITHIN_S = 20
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+def reward(n: int, node: str = "n1", score: float = 1.0, **facts: Any) -> Reward:
+    wanted: dict[str, Any] = {"slug": "code", "tokens": 10, "seconds": 0.5, **facts}
+    return Reward(
+        reward_id=f"t{n}:1:rules", task_id=f"t{n}", attempt=1, node_id=node, score=score, ended_at=float(n), **wanted
+    )
+
+
+async def publish(stage: Stage, *rewards: Reward) -> None:
+    bus = RewardBus(bus=stage.bus)
+    await asyncio.gather(*(bus.publish(one) for one in rewards))
+
+
+async def stored(stage: Stage) -> dict[str, NodeProfile]:
+    return {node: entry.value for node, entry in (await stored_profiles(stage.bus)).items()}
+
+
+async def learned(stage: Stage, tasks: int) -> dict[str, NodeProfile]:
+    """Wait until the stored profiles hold so many tasks in all."""
+
+    async def known() -> dict[str, NodeProfile] | None:
+        found = await stored(stage)
+        return found if sum(profile.total_tasks for profile in found.values()) >= tasks else None
+
+    found = await until(known, within_s=WITHIN_S, what=f"{tasks} tasks are learned")
+    assert found is not None
+    return found
+
+
+async def verdicts(stage: Stage) -> dict[str, str]:
+    _, compared = await compare(stage.bus, forget=False)
+    return {one.node_id: one.verdict for one in compared}
+
+
+async def test_each_node_is_compared_as_of_the_last_reward_it_holds(stage: Stage) -> None:
+    adapt = await stage.phase("adapt", KEEPS_ALL)
+    await publish(stage, *(reward(n, f"n{n % 4}") for n in range(20)))
+    whole = await learned(stage, 20)
+    assert await verdicts(stage) == dict.fromkeys(("n0", "n1", "n2", "n3"), "same")
+    await adapt.close()
+
+    await publish(stage, reward(21, "n1"), reward(22, "n4"))
+    bucket = Bucket(stage.bus, "nodes", NodeProfile)
+    entries = await stored_profiles(stage.bus)
+    await bucket.update("n2", replace(whole["n2"], total_tasks=99), entries["n2"].revision)
+    await bucket.create("stranger", NodeProfile(node_id="stranger"))
+    assert await verdicts(stage) == {
+        "n0": "same", "n1": "behind", "n2": "differs", "n3": "same", "n4": "missing", "stranger": "beyond",
+    }  # fmt: skip
+
+    _, compared = await compare(stage.bus, forget=False)
+    assert await repair(stage.bus, compared) == []
+    assert await repair(stage.bus, compared) == ["n2", "n4"]  # what was read before the repair is of no use after it
+    repaired = await stored(stage)
+    assert repaired["n2"] == whole["n2"]
+    assert repaired["n4"].total_tasks == 1
+    assert repaired["stranger"] == NodeProfile(node_id="stranger")
+
+
+async def test_a_repair_holds_though_the_phase_that_runs_has_folded_on_what_was_wrong(stage: Stage) -> None:
+    bucket = Bucket(stage.bus, "nodes", NodeProfile)
+    await publish(stage, *(reward(n) for n in range(4)))
+    await bucket.create("n1", NodeProfile(node_id="n1", total_tasks=70, last_seq=4))
+    adapt: Any = await stage.phase("adapt", KEEPS_ALL)
+    await publish(stage, reward(5))
+    await learned(stage, 71)
+
+    _, compared = await compare(stage.bus, forget=False)
+    assert [one.verdict for one in compared] == ["differs"]
+    assert await repair(stage.bus, compared) == []
+    await until(lambda: _total(adapt.service) == 5, within_s=WITHIN_S, what="the running phase takes it over")
+    await publish(stage, reward(6))
+
+    async def six() -> bool:
+        return (await stored(stage))["n1"].last_seq == 6
+
+    await until(six, within_s=WITHIN_S, what="the next reward is learned")
+    assert (await stored(stage))["n1"].total_tasks == 6
+    assert await verdicts(stage) == {"n1": "same"}
+
+
+@pytest.fixture
+async def short(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """A stage whose stream of rewards soon drops its head."""
+    monkeypatch.setattr("loom.phases.adapt.snapshots.RETRY_S", 0.05)
+    stream = stage.bus.subjects.stream("REWARDS")
+    info = await stage.bus.api(f"STREAM.INFO.{stream}")
+    await stage.bus.api(f"STREAM.UPDATE.{stream}", {**info["config"], "max_bytes": LIMIT})
+    return stage
+
+
+async def head_dropped(stage: Stage, adapts: list[Replica]) -> dict[str, NodeProfile]:
+    """Let rewards come until the first ones are gone, no faster than they are read; return what has been learned."""
+    services: list[Any] = [adapt.service for adapt in adapts]
+    await publish(stage, *(reward(n, "idle") for n in range(3)))
+    for start in range(3, 1503, 100):
+        await publish(stage, *(reward(n, f"n{n % 3}", (n % 5) / 4) for n in range(start, start + 100)))
+        await until(
+            lambda start=start: all(_total(one) >= start + 100 for one in services),  # type: ignore[misc]
+            within_s=WITHIN_S,
+            what="all is read",
+        )
+    return await learned(stage, 1503)
+
+
+def _total(service: Any) -> int:
+    return sum(profile.total_tasks for profile in service._profiles.values())
+
+
+async def test_a_rebuild_begins_at_the_snapshots_when_the_head_is_gone(short: Stage) -> None:
+    replicas = [await short.phase("adapt", KEEPS_ALL) for _ in range(2)]
+    whole = await head_dropped(short, replicas)
+    for replica in replicas:
+        await replica.close()
+
+    state = (await short.bus.api(f"STREAM.INFO.{short.bus.subjects.stream('REWARDS')}"))["state"]
+    assert state["first_seq"] > 100
+    rebuilt = await rebuild(short.bus, forget=False)
+    assert rebuilt.profiles == whole  # the idle node too, whose rewards are all gone
+    assert rebuilt.start.whole
+    assert rebuilt.start.seq >= state["first_seq"] - 1
+    assert set((await verdicts(short)).values()) == {"same"}
+
+    await short.bus.api(f"STREAM.PURGE.KV_{short.bus.subjects.bucket('nodes')}")
+    await short.phase("adapt", KEEPS_ALL)
+    assert await learned(short, 1503) == whole
+    assert [one async for one in RewardBus(bus=short.bus).replay(domain=SNAPSHOTS)] == []
+
+
+async def test_only_one_replica_takes_each_round(short: Stage) -> None:
+    replicas = [await short.phase("adapt", KEEPS_ALL) for _ in range(2)]
+    await head_dropped(short, replicas)
+    rounds: dict[int, list[str]] = {}
+    for one in short.all("reward"):
+        if one.kind == "snapshot":
+            rounds.setdefault(one.snapshot.through, []).append(one.node_id)
+    assert 2 <= len(rounds) <= 16
+    assert all(sorted(nodes) == ["idle", "n0", "n1", "n2"] for nodes in rounds.values())
+
+
+async def test_without_snapshots_a_lost_head_is_said_and_nothing_is_repaired(stage: Stage) -> None:
+    adapt = await stage.phase("adapt", KEEPS_ALL)
+    await publish(stage, *(reward(n) for n in range(10)))
+    whole = await learned(stage, 10)
+    await adapt.close()
+    await stage.bus.api(f"STREAM.PURGE.{stage.bus.subjects.stream('REWARDS')}", {"seq": 4})
+
+    rebuilt, compared = await compare(stage.bus, forget=False)
+    assert not rebuilt.start.whole
+    assert [one.verdict for one in compared] == ["beyond"]
+    assert await repair(stage.bus, compared) == []
+    assert await stored(stage) == whole
