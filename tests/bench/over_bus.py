@@ -1,0 +1,157 @@
+"""The benchmark's worlds over a real bus: six phases in this process, agents in others, one task is one run."""
+
+import asyncio
+import json
+import secrets
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+from bench.learning import AGENTS, HEAD, Figures, Setting, World, play, row
+from msgspec.structs import replace
+from support.command import LOOM, command
+from support.wait import until
+
+from loom.bus import tasks
+from loom.bus.client import Bus, Msg
+from loom.phases.match import Match
+from loom.runner import logs
+from loom.runner.cluster import PhaseGroup
+from loom.runner.embedded import NatsServer
+from loom.schemas.config import ClusterConfig
+from loom.schemas.learning import Reward
+from loom.schemas.task import TaskAd
+from loom.schemas.wire import decode
+
+FILE = Path(__file__).with_name("agents.py")
+WITHIN_S = 60
+AT_ONCE = 16
+CONFIG = ClusterConfig(max_attempts=1, half_life_days=1e18)
+"""One task is one run; and no time passes, as offline."""
+
+
+@dataclass
+class Cluster:
+    """A running cluster whose agents are those of a world."""
+
+    world: World
+    url: str
+    namespace: str
+    folder: Path
+    match: Match
+    bus: Bus
+    """A client's connection."""
+    stack: AsyncExitStack
+    winners: dict[int, int] = field(default_factory=dict)
+    """Task -> agent, once its reward is out."""
+    scores: dict[int, float] = field(default_factory=dict)
+
+    async def host(self, agents: Sequence[int]) -> None:
+        """Start agents in a process of their own; returns once MATCH has heard of them."""
+        given = {"seed": self.world.seed, "agents": list(agents), "setting": asdict(self.world.setting)}
+        environment = {
+            "NATS_URL": self.url,
+            "LOOM_NAMESPACE": self.namespace,
+            "LOOM_LOG_LEVEL": "error",
+            "PYTHONPATH": str(FILE.parents[1]),
+            "LEARNING_WORLD": json.dumps(given),
+        }
+        await self.stack.enter_async_context(command(self.folder, *LOOM, "node", str(FILE), **environment))
+        await until(
+            lambda: all(self.match._roster.hosts_of(str(agent)) for agent in agents),
+            within_s=WITHIN_S,
+            what=f"MATCH has heard of {agents}; {[each.read_text() for each in self.folder.glob('*.err')]}",
+        )
+
+    async def play(self, at_once: int = 1) -> list[int]:
+        """Have every task done, so many at once, and return whom they were awarded to.
+
+        One at a time, a task is submitted once MATCH knows how the one before it went.
+        """
+        room = asyncio.Semaphore(at_once)
+
+        async def on_reward(msg: Msg) -> None:
+            reward = decode(msg.data, Reward)
+            number = int(reward.task_id.removeprefix("t"))
+            assert number not in self.winners, f"task {number} was rewarded twice"
+            self.winners[number], self.scores[number] = int(reward.node_id), reward.score
+            room.release()
+
+        await self.bus.subscribe(self.bus.subjects.of("reward", "*", "*"), on_reward)
+        setting = self.world.setting
+        for number in range(setting.tasks):
+            if number == setting.join_at:
+                await self.host([AGENTS])
+            async with asyncio.timeout(WITHIN_S):
+                await room.acquire()
+            if at_once == 1:
+                await until(lambda: self.known >= len(self.winners), within_s=WITHIN_S, what="MATCH knows the rewards")
+            await self._submit(number)
+        await until(lambda: len(self.winners) == setting.tasks, within_s=WITHIN_S, what="all is judged")
+        return [self.winners[number] for number in range(setting.tasks)]
+
+    @property
+    def known(self) -> int:
+        """Sequence of the newest reward MATCH knows of, which is how many there are: one a task."""
+        return max((profile.last_seq for profile in self.match._roster.profiles.values()), default=0)
+
+    async def _submit(self, number: int) -> None:
+        domain = f"d{self.world.domain(number)}"
+        ad = TaskAd(task_id=f"t{number}", domain=domain, description="x", estimated_complexity=0.3)
+        await (await tasks.publish(self.bus, ad, deltas=False)).close()
+
+
+@asynccontextmanager
+async def cluster(url: str, world: World, config: ClusterConfig = CONFIG) -> AsyncIterator[Cluster]:
+    """Run six phases, and the agents of a world in two processes, in a namespace of their own."""
+    namespace = f"t{secrets.token_hex(4)}"
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        bus = await stack.enter_async_context(Bus(url, namespace=namespace))
+        own = await stack.enter_async_context(Bus(url, namespace=namespace, role="phases"))
+        phases = PhaseGroup(own, config=config)
+        stack.push_async_callback(phases.drain)
+        await phases.start()
+        match = next(service for service in phases._services if isinstance(service, Match))
+        running = Cluster(world, url, namespace, folder, match, bus, stack)
+        half = AGENTS // 2
+        await asyncio.gather(running.host(range(half)), running.host(range(half, AGENTS)))
+        yield running
+
+
+async def one_at_a_time(url: str, world: World, policy: str = "glr_ucb") -> list[int]:
+    """Return whom a policy awards each task of a world to, when nothing is under way meanwhile and all are free."""
+    with patch("loom.phases.match.policy.TAKEN_S", 0.0):  # an award of a moment ago is over, and is no load
+        async with cluster(url, world, replace(CONFIG, policy=policy)) as running:
+            return await running.play()
+
+
+async def side_by_side(url: str, world: World, policy: str = "glr_ucb") -> list[int]:
+    """The same with 16 tasks under way."""
+    async with cluster(url, world, replace(CONFIG, policy=policy)) as running:
+        return await running.play(AT_ONCE)
+
+
+async def compare(policies: Sequence[str], settings: Sequence[Setting], seeds: Sequence[int]) -> None:
+    """Print what the policies do over a bus, beside what they do without one."""
+    logs.configure("error")
+    print(HEAD)
+    server = NatsServer()
+    server.start()
+    try:
+        for setting in settings:
+            worlds = [World(seed, setting) for seed in seeds]
+            for policy in policies:
+                offline = [play(policy, world) for world in worlds]
+                serial = [await one_at_a_time(server.url, world, policy) for world in worlds]
+                at_once = [await side_by_side(server.url, world, policy) for world in worlds]
+                same = sum(a == b for a, b in zip(offline, serial, strict=True))
+                for how, played in (("offline", offline), ("1 at once", serial), (f"{AT_ONCE} at once", at_once)):
+                    figures = [Figures.of(world, winners) for world, winners in zip(worlds, played, strict=True)]
+                    print(row(how, setting, figures), flush=True)
+                print(f"{policy}: one at a time picks as offline in {same} of {len(worlds)} worlds", flush=True)
+    finally:
+        server.stop()

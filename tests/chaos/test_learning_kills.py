@@ -1,0 +1,96 @@
+"""What is learned while those who learn, judge and award are killed: what the stream of rewards says, once."""
+
+import asyncio
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from bench.learning import AGENTS, Setting, World
+from bench.over_bus import FILE
+from support.chaos import Cast, schedule
+from support.ledger import Books, read_books
+from support.wait import until
+
+from loom.bus import tasks
+from loom.bus.client import Bus
+from loom.bus.topology import stream_state
+from loom.runner.embedded import NatsServer
+from loom.schemas.errors import LoomError
+from loom.schemas.task import TaskAd
+
+WORLD = World(4004, Setting(tasks=600))
+MORTAL = ("adapt", "match", "evaluate")
+PER_S = 40
+WITHIN_S = 120
+
+
+async def submit(bus: Bus, number: int) -> None:
+    domain = f"d{WORLD.domain(number)}"
+    ad = TaskAd(task_id=f"t{number}", domain=domain, description="x", estimated_complexity=0.3, timeout_s=600)
+    await (await tasks.publish(bus, ad, deltas=False)).close()
+
+
+async def submit_all(bus: Bus) -> None:
+    for number in range(WORLD.setting.tasks):
+        await submit(bus, number)
+        await asyncio.sleep(1 / PER_S)
+
+
+async def laid_out(bus: Bus) -> bool:
+    try:
+        await stream_state(bus, "DEAD")
+    except LoomError:
+        return False
+    return True
+
+
+async def settled(bus: Bus) -> Books | None:
+    """The books, once every task has ended and everything is folded."""
+    if any([(await stream_state(bus, name))["messages"] for name in ("INTAKE", "TASKS")]):
+        return None
+    books = await read_books(bus)
+    ended = sum(record.ended for record in books.records.values())
+    return books if ended == WORLD.setting.tasks and books.refolded() == books.profiles else None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_profiles_equal_a_rebuild_whoever_of_those_who_learn_is_killed(seed: int, tmp_path: Path) -> None:
+    server = NatsServer(tmp_path / "store")
+    server.start()
+    phases = {**{name: [name] for name in MORTAL}, "second adapt": ["adapt"], "rest": ["sense", "scale", "execute"]}
+    world = {"seed": WORLD.seed, "agents": list(range(AGENTS)), "setting": asdict(WORLD.setting)}
+    env = {"LEARNING_WORLD": json.dumps(world), "LOOM_MAX_ATTEMPTS": "1", "TEST_ACK_WAIT_S": "3"}
+    try:
+        async with (
+            Bus(server.url) as bus,
+            Cast(server, tmp_path, phases, ["agents"], FILE, {**env, "LOOM_LOG_LEVEL": "info"}) as cast,
+        ):
+            await until(lambda: laid_out(bus), within_s=30, what="the streams are there")
+            async with asyncio.TaskGroup() as group:
+                group.create_task(submit_all(bus))
+                group.create_task(cast.suffer(schedule(seed, (*MORTAL, "second adapt"), kills=12, every_s=1.0)))
+            books = await until(lambda: settled(bus), within_s=WITHIN_S, what="profiles equal a rebuild")
+    finally:
+        await asyncio.to_thread(server.stop)
+
+    assert books is not None
+    assert cast.killed.total() == 12
+    check(books)
+
+
+def check(books: Books) -> None:
+    earned = {reward.reward_id: reward for _, reward in books.rewards}
+    assert len(earned) == WORLD.setting.tasks, "each task has one attempt, and that one reward"
+    assert all(earned[reward.reward_id].score == reward.score for _, reward in books.rewards), "judged in two ways"
+    had = Counter((reward.node_id, reward.slug) for reward in earned.values())
+    forgotten = []
+    for node_id, profile in books.profiles.items():
+        assert profile.total_tasks <= sum(count for (name, _), count in had.items() if name == node_id)
+        for slug, evidence in profile.domains.items():
+            assert len({score.reward_id for score in evidence.scores}) == evidence.count <= had[node_id, slug]
+            forgotten += [(node_id, slug)] if evidence.count < had[node_id, slug] else []
+    assert forgotten, "no node was found changed, though specialists have dropped"
