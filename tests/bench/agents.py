@@ -8,7 +8,6 @@ import os
 from functools import partial
 
 from bench.learning import Setting, World
-
 from loom.schemas.run import RunRequest
 from loom.types import AgentNode, CapabilityProfile
 

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
-from bench.learning import AGENTS, HEAD, Figures, Setting, World, play, row
 from msgspec.structs import replace
 from support.command import LOOM, command
 from support.wait import until
 
+from bench.learning import AGENTS, HEAD, Figures, Setting, World, play, row
 from loom.bus import tasks
 from loom.bus.client import Bus, Msg
 from loom.phases.match import Match
