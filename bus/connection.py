@@ -28,6 +28,7 @@ log = structlog.get_logger()
 
 STALL_MS = 10_000  # unacknowledged bytes for this long mean a half-open peer
 RETRY_S = 0.2
+END_S = 5.0
 WATCH_S = 1.0
 
 Handler = Callable[[Msg], Awaitable[None]]
@@ -211,7 +212,10 @@ class Connection:
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            _, deaf = await asyncio.wait(tasks, timeout=END_S)  # an agent's code may be deaf to it
+            for task in deaf:
+                log.warning("task_left_behind", task=task.get_name())
 
     @property
     def settled_s(self) -> float:
