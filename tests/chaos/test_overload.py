@@ -118,7 +118,7 @@ async def test_a_full_intake_refuses_at_once_and_all_that_was_accepted_ends(bus:
         for hand_over in (submit, publish):
             begun = time.monotonic()
             assert not await hand_over(bus, new_id())
-            assert time.monotonic() - begun < 5
+            assert time.monotonic() - begun < 1
         assert await in_flight(bus) <= IN_FLIGHT * 1.25
         taken = [task_id for task_id, took in accepted.items() if took]
         assert LIMIT <= len(taken) < len(accepted)
@@ -149,7 +149,7 @@ async def test_without_any_phase_the_intake_takes_so_many_and_keeps_them(bus: Bu
     took = await asyncio.gather(*(publish(bus, task_id) for task_id in ids))
     begun = time.monotonic()
     assert not await publish(bus, "one-more")
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 1
     agent = Gated(open_now=True)
     async with (
         running_nodes(bus.url, lambda: [node("n", agent)], drain_timeout_s=0, **where),
