@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo check lint test slow fmt
+.PHONY: help setup demo check lint test slow bench fmt
 
 help:
 	@echo 'make demo    run examples/tasks.jsonl with the agents of examples/agents.py'
 	@echo 'make test    the tests'
 	@echo 'make check   what a change must pass: linters, types, import directions, tests'
 	@echo 'make slow    the tests that take longer'
+	@echo 'make bench   what the loop costs beside the bus alone; takes some minutes, on a machine without other work'
 	@echo 'make fmt     format the code'
 	@echo 'make setup   only prepare .venv'
 
@@ -38,6 +39,14 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal --timeout 180 -m 'slow and not container'
+
+bench: .venv/.bench
+	$(BIN)/python tests/bench/loop.py
+	$(BIN)/python tests/bench/scales.py
+
+.venv/.bench: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@touch $@
 
 fmt: $(READY)
 	$(BIN)/ruff check --fix .

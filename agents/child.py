@@ -1,4 +1,4 @@
-"""A clone of a node, started on request."""
+"""A node started on request: a clone of another, or the first with a skill."""
 
 import asyncio
 import time
@@ -25,7 +25,7 @@ class Child:
 
     Args:
         node_id: Who it is.
-        template: The node it is a clone of.
+        template: The node it is a clone of; of the same id: a node of its own, with a skill, that nobody hosts.
         wanted: Slug of the domain it was wanted for.
     """
 
@@ -42,6 +42,16 @@ class Child:
         self._template = template
         self._wanted = wanted
         self._born = self._free_since = time.monotonic()
+
+    @property
+    def is_clone(self) -> bool:
+        """Whether it is a copy of a node of another name."""
+        return self.id != self.parent_id
+
+    @property
+    def origin(self) -> str:
+        """What it was made of, for people."""
+        return f"clone of {self.parent_id}" if self.is_clone else f"skill {getattr(self.agent, 'name', self.id)}"
 
     @property
     def has_work(self) -> bool:

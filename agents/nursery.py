@@ -1,4 +1,4 @@
-"""The nursery: starts clones of a host's nodes when they are asked for, and lets them go when they are told to.
+"""The nursery: starts nodes on request, clones of a host's own or new ones, and lets them go when it is told to.
 
 Hears      spawn (one host of the queue group), retire.<host>
 Says       a reply to each, lifecycle.spawned, lifecycle.changed when a child takes no more work, lifecycle.retired
@@ -22,19 +22,26 @@ log = structlog.get_logger()
 
 QUEUE = "nursery"
 
+Skills = Callable[[SpawnRequest], Node | None]
+"""Returns a node that can take the task wanted, to be started at once, or None where no skill is called for."""
+
 
 class Nursery:
-    """The nodes of one host: those it was given, and the clones of them it has started.
+    """The nodes of one host: those it was given, and those it has started.
 
     Args:
         originals: Returns the nodes that were given, read at every call. Any of them may be cloned; none is let go.
         max_nodes: Most nodes there are, originals and children together; no child is started beyond.
+        skills: Asked where none of the nodes could be cloned; what it returns is a child, and may be cloned itself.
     """
 
-    def __init__(self, bus: Bus, originals: Callable[[], Sequence[Node]], *, max_nodes: int) -> None:
+    def __init__(
+        self, bus: Bus, originals: Callable[[], Sequence[Node]], *, max_nodes: int, skills: Skills | None = None
+    ) -> None:
         self._bus = bus
         self._originals = originals
         self._max_nodes = max_nodes
+        self._skills = skills
         self._children: dict[str, Child] = {}
         self._host: NodeHost | None = None
         self._subscriptions: list[Subscription] = []
@@ -74,7 +81,7 @@ class Nursery:
         if isinstance(made, Child):
             log.info("node_spawned", node_id=made.id, slug=wanted.slug, reason=wanted.reason)
             await host.announce()
-            await self._tell("spawned", made, f"clone of {made.parent_id}: {wanted.reason} in {wanted.slug}")
+            await self._tell("spawned", made, f"{made.origin}: {wanted.reason} in {wanted.slug}")
             reply = SpawnReply(host_id=host.host_id, node_id=made.id)
         else:
             log.debug("spawn_declined", slug=wanted.slug, decline=made)
@@ -87,10 +94,23 @@ class Nursery:
         nodes = self.nodes()
         template = choose_template(wanted, nodes, self._max_nodes)
         if isinstance(template, str):
-            return template
-        child = Child(child_id(template.id, (node.id for node in nodes)), template, wanted.slug)
+            template = self._skilled(wanted, len(nodes)) if template == "cannot" else template
+            if isinstance(template, str):
+                return template
+        taken = {node.id for node in nodes}
+        name = child_id(template.id, taken) if template.id in taken else template.id
+        child = Child(name, template, wanted.slug)
         self._children[child.id] = child
         return child
+
+    def _skilled(self, wanted: SpawnRequest, size: int) -> Node | SpawnDecline:
+        """Return the node of a skill the task calls for; asked only with room for it, since it counts as started."""
+        if self._skills is None:
+            return "cannot"
+        if size >= self._max_nodes:
+            return "full"
+        node = self._skills(wanted)
+        return node if node is not None and has_tools(node, wanted) else "cannot"
 
     # -- shrinking
 
@@ -145,21 +165,21 @@ class Nursery:
 def choose_template(wanted: SpawnRequest, nodes: Sequence[Node], max_nodes: int) -> Node | SpawnDecline:
     """Return the node to clone, or why there is to be none more.
 
-    It is the one with the tools that claims most in the domain; children are not cloned. While one of those that could
+    It is the one with the tools that claims most in the domain; clones are not cloned. While one of those that could
     take the work has nothing in hand, it bids, and another would only stand beside it.
     """
-    offers = [(node, node.to_bid(domain=wanted.slug, required_tools=wanted.required_tools)) for node in nodes]
-    required = set(wanted.required_tools)
-    able = [
-        (node, bid)
-        for node, bid in offers
-        if node.agent is not None and node.status != "dying" and required <= set(bid.tools)
-    ]
-    templates = [(bid.claim, node) for node, bid in able if not isinstance(node, Child)]
+    able = [node for node in nodes if node.agent is not None and node.status != "dying" and has_tools(node, wanted)]
+    if any(not node.load for node in able):
+        return "idle"
+    templates = [node for node in able if not (isinstance(node, Child) and node.is_clone)]
     if not templates:
         return "cannot"
-    if any(not node.load for node, _ in able):
-        return "idle"
     if len(nodes) >= max_nodes:
         return "full"
-    return max(templates, key=lambda item: item[0])[1]
+    return max(templates, key=lambda node: node.to_bid(domain=wanted.slug).claim)
+
+
+def has_tools(node: Node, wanted: SpawnRequest) -> bool:
+    """Return whether a node has the tools that are required: without them it cannot bid."""
+    offer = node.to_bid(domain=wanted.slug, required_tools=wanted.required_tools)
+    return set(wanted.required_tools) <= set(offer.tools)

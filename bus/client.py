@@ -14,11 +14,11 @@ from uuid import uuid4
 import msgspec
 import nats.errors
 import structlog
-from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from loom.bus.connection import Connection, PayloadTooLarge
 from loom.bus.faults import describe
+from loom.bus.message import Msg
 from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
 from loom.schemas.wire import Wire, encode
 
@@ -99,7 +99,7 @@ class Bus(Connection):
             BusUnavailable: No server answered in that time, or it refused us.
         """
         await super().connect()
-        await self._nc.subscribe(f"{self._inbox}.*", cb=self._on_reply)
+        await self._nc.listen(f"{self._inbox}.*", self._on_reply)
         return self
 
     # -- requests
@@ -142,7 +142,7 @@ class Bus(Connection):
                 msg = await answer
         finally:
             self.close_inbox(reply)
-        if msg.headers and msg.headers.get("Status") == "503":
+        if msg.status == "503":
             raise NoResponders(f"nobody listens on {subject}")
         return msg
 
@@ -285,14 +285,11 @@ class Bus(Connection):
             return False
         return True
 
-    async def _on_reply(self, msg: Msg) -> None:
+    def _on_reply(self, msg: Msg) -> None:
         sink = self._sinks.get(msg.subject)
         if sink is None:
             return  # too late: nobody waits any more
-        try:
-            sink(msg)
-        except Exception as error:  # noqa: BLE001 - an escaping one would end every reply
-            log.error("reply_failed", **describe(error))
+        sink(msg)
 
     def _send_again(self) -> None:
         """What was not confirmed has gone with the old connection."""
@@ -303,7 +300,7 @@ class Bus(Connection):
 
 def _read_ack(msg: Msg) -> PubAck | None:
     """Return the acknowledgement; None while it is undecided whether the message will be stored."""
-    if msg.headers and msg.headers.get("Status") == "503":  # a stream without a leader, or none at all
+    if msg.status == "503":  # a stream without a leader, or none at all
         return None
     reply = _decode_ack(msg.data)
     if reply.error is None:

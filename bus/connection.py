@@ -6,7 +6,7 @@ import math
 import re
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 from uuid import uuid4
@@ -15,11 +15,12 @@ import nats
 import nats.errors
 import structlog
 from nats.aio.client import Client
-from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from loom.bus.faults import describe
 from loom.bus.gate import Gate
+from loom.bus.lean_client import LeanClient, Take
+from loom.bus.message import Msg, format_headers
 from loom.bus.subjects import Subjects
 from loom.schemas.errors import BusUnavailable, LoomError
 from loom.schemas.wire import encode
@@ -32,20 +33,6 @@ END_S = 5.0
 WATCH_S = 1.0
 
 Handler = Callable[[Msg], Awaitable[None]]
-
-
-class _Client(Client):
-    """nats-py, unless somebody sends on a subject that is not UTF-8: decoding that strictly ends its read loop."""
-
-    def _build_message(
-        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
-    ) -> Msg:
-        try:
-            msg: Msg = super()._build_message(sid, subject, reply, data, headers)
-        except UnicodeDecodeError:
-            subject, reply = (text.decode(errors="replace").encode() for text in (subject, reply))
-            msg = super()._build_message(sid, subject, reply, data, headers)
-        return msg
 
 
 class PayloadTooLarge(LoomError):
@@ -78,7 +65,7 @@ class Connection:
         self.gate = Gate()
         self.clock_offset_s = 0.0
         self._reconnected_at = -math.inf
-        self._nc = _Client()
+        self._nc = LeanClient()
         self._inbox = f"_INBOX{'' if role == 'client' else '_' + role}.{uuid4().hex[:22]}"
         self._closing = False
         self._refusals = 0
@@ -124,7 +111,7 @@ class Connection:
             await asyncio.sleep(RETRY_S)
 
     async def _connect_once(self) -> None:
-        self._nc = _Client()
+        self._nc = LeanClient()
         await self._nc.connect(
             servers=self.url.split(","),
             name=f"loom {self.instance}",
@@ -240,7 +227,7 @@ class Connection:
     # -- plain messages
 
     async def publish(
-        self, subject: str, message: Any = b"", *, reply: str = "", headers: dict[str, str] | None = None
+        self, subject: str, message: Any = b"", *, reply: str = "", headers: Mapping[str, str] | None = None
     ) -> None:
         """Publish at most once; bytes go as they are, anything else as JSON.
 
@@ -248,12 +235,37 @@ class Connection:
             PayloadTooLarge: Body and headers are over the server's limit.
             BusUnavailable: The connection is gone, or its buffer is full.
         """
+        self.send(subject, message, reply=reply, headers=headers)
+        if self._nc.clogged:
+            await self._nc.unclog()
+
+    def send(self, subject: str, message: Any = b"", *, reply: str = "", headers: Mapping[str, str] | None = None) -> None:
+        """Publish from where nobody can wait: whoever sends much must use `publish`, which waits for a full socket.
+
+        Raises:
+            PayloadTooLarge: Body and headers are over the server's limit.
+            BusUnavailable: The connection is gone, or its buffer is full.
+        """
         payload = message if isinstance(message, bytes) else encode(message)
-        self._check_size(payload, headers)
+        block = format_headers(headers) if headers else b""
+        if len(payload) + len(block) > self._nc.max_payload:
+            size = len(payload) + len(block)
+            raise PayloadTooLarge(f"a message of {size} bytes; the server takes {self._nc.max_payload}")
         try:
-            await self._nc.publish(subject, payload, reply=reply, headers=dict(headers) if headers else None)
+            self._nc.send(subject, reply, payload, block)
         except nats.errors.Error as error:
             raise BusUnavailable(f"cannot publish: {error}", url=self.address) from error
+
+    async def listen(self, subject: str, take: Take, *, queue: str = "") -> Subscription:
+        """Hand every message on `subject` to `take` the moment it is read: it must be quick, and cannot wait.
+
+        Raises:
+            BusUnavailable: The connection is gone.
+        """
+        try:
+            return await self._nc.listen(subject, take, queue=queue)
+        except nats.errors.Error as error:
+            raise BusUnavailable(f"cannot subscribe: {error}", url=self.address) from error
 
     async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Subscription:
         """Hand every message on `subject` to `handler`, one at a time: it must be quick.
@@ -269,7 +281,7 @@ class Connection:
                 log.error("handler_failed", subject=msg.subject, **describe(error))
 
         try:
-            return await self._nc.subscribe(subject, queue=queue, cb=guarded)
+            return await self._nc.subscribe(subject, queue=queue, cb=guarded)  # type: ignore[arg-type]  # our Msg
         except nats.errors.Error as error:
             raise BusUnavailable(f"cannot subscribe: {error}", url=self.address) from error
 
@@ -361,13 +373,6 @@ class Connection:
     async def _reconnect(self) -> None:
         with contextlib.suppress(nats.errors.Error, OSError):
             await self._nc.force_reconnect()
-
-    def _check_size(self, payload: bytes, headers: dict[str, str] | None) -> None:
-        size = len(payload)
-        if headers:
-            size += 12 + sum(len(f"{key}: {value}\r\n".encode()) for key, value in headers.items())
-        if size > self._nc.max_payload:
-            raise PayloadTooLarge(f"a message of {size} bytes; the server takes {self._nc.max_payload}")
 
 
 def _close_socket(writer: asyncio.StreamWriter | None) -> None:

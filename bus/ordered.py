@@ -1,6 +1,7 @@
 """Reads a stream in order from anywhere, and keeps on reading through restarts and gaps."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -26,7 +27,7 @@ class Stored(NamedTuple):
     stored_at: float
     pending: int
     """Messages behind it at the time it was sent."""
-    headers: dict[str, str]
+    headers: Mapping[str, str]
 
 
 class OrderedReader:
@@ -141,8 +142,7 @@ class OrderedReader:
         self._consumer_seq = facts.consumer_seq
         self._last_seq = facts.stream_seq
         self._at_end = facts.pending == 0
-        headers = dict(msg.headers or {})
-        self._buffer.append(Stored(msg.subject, msg.data, facts.stream_seq, facts.stored_at, facts.pending, headers))
+        self._buffer.append(Stored(msg.subject, msg.data, facts.stream_seq, facts.stored_at, facts.pending, msg.headers))
         self._filled.set()
 
     def _begin_restart(self) -> asyncio.Task[None]:

@@ -88,7 +88,7 @@ class Pull:
         if self._stopped:
             return
         self._inbox = self._bus.new_inbox()
-        self._subscription = await self._bus.subscribe(self._inbox, self._on_message)
+        self._subscription = await self._bus.listen(self._inbox, self._on_message)
         self._stale, self._asked = False, 0
 
     def top_up(self) -> None:
@@ -117,9 +117,9 @@ class Pull:
         body = {"batch": room, "expires": int(EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)}
         await self._bus.publish(self._api, body, reply=self._inbox)
 
-    async def _on_message(self, msg: Msg) -> None:
+    def _on_message(self, msg: Msg) -> None:
         self._heard = time.monotonic()
-        status = msg.headers.get("Status") if msg.headers and not msg.reply.startswith("$JS.ACK") else None
+        status = None if msg.reply.startswith("$JS.ACK") else msg.status
         if status in (None, "100"):
             self._retry_s = RETRY_S
         if status is None:
@@ -129,7 +129,7 @@ class Pull:
             self._on_status(status, msg)
 
     def _on_status(self, status: str, msg: Msg) -> None:
-        headers = msg.headers or {}
+        headers = msg.headers
         if status in ("408", "404") or "Nats-Pending-Messages" in headers:
             self._retry_s = RETRY_S
             left = int(headers.get("Nats-Pending-Messages", self._asked))

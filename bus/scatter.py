@@ -29,7 +29,7 @@ async def scatter(
     over = asyncio.Event()
 
     def take(msg: Msg) -> None:
-        if msg.headers and msg.headers.get("Status") == "503":
+        if msg.status == "503":
             over.set()
             return
         try:

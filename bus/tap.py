@@ -147,7 +147,7 @@ class Tap:
             family=family,
             tokens=parsed.tokens if parsed else {},
             message=message,
-            headers=dict(msg.headers or {}),
+            headers=dict(msg.headers),
             at=at,
             size=len(msg.data),
             skipped=skipped,

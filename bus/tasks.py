@@ -38,11 +38,11 @@ class TaskHandle:
     async def open(self, *, deltas: bool) -> None:
         """Listen for the result, and for deltas if wanted; to be called before the task is published."""
         self._subscriptions.append(
-            await self._bus.subscribe(self._bus.subjects.of("result", self.task_id), self._on_result)
+            await self._bus.listen(self._bus.subjects.of("result", self.task_id), self._on_result)
         )
         if deltas:
             self._subscriptions.append(
-                await self._bus.subscribe(self._bus.subjects.of("delta", self.task_id), self._on_delta)
+                await self._bus.listen(self._bus.subjects.of("delta", self.task_id), self._on_delta)
             )
 
     async def close(self) -> None:
@@ -114,11 +114,11 @@ class TaskHandle:
         if isinstance(found, TaskRecord) and found.ended and not self._result.done():
             self._result.set_result(found.to_result())
 
-    async def _on_result(self, msg: Msg) -> None:
+    def _on_result(self, msg: Msg) -> None:
         if not self._result.done():
             self._result.set_result(decode(msg.data, TaskResult))
 
-    async def _on_delta(self, msg: Msg) -> None:
+    def _on_delta(self, msg: Msg) -> None:
         with contextlib.suppress(asyncio.QueueFull):  # nobody reads: at most once allows it
             self._deltas.put_nowait(decode(msg.data, Delta))
 
@@ -161,7 +161,7 @@ async def ask(bus: Bus, subject: str, message: Any = b"", *, timeout_s: float = 
         msg = await bus.request(subject, message, timeout_s=timeout_s)
     except (TimeoutError, NoResponders) as error:
         raise BusUnavailable('no phases answer; run "loom up"', url=bus.address) from error
-    if msg.headers and "Nats-Service-Error-Code" in msg.headers:
+    if "Nats-Service-Error-Code" in msg.headers:
         reply = decode(msg.data, ErrorReply)
         raise error_for(reply.code, reply.message, field=reply.field, task_id=reply.task_id)
     return msg.data

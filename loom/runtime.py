@@ -17,6 +17,8 @@ from loom.bus.reward_bus import RewardBus, judgement
 from loom.bus.tasks import TaskHandle
 from loom.cluster.lifecycle import LifecycleManager
 from loom.cluster.manager import ClusterManager
+from loom.cluster.skill_nodes import skill_nodes
+from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.runner.session import Session
 from loom.runner.settings import Settings, from_environment
 from loom.schemas.config import ClusterConfig
@@ -55,6 +57,8 @@ class Runtime:
         self._settings: Settings = from_environment()
         self._cluster_config = cluster_config or self._settings.cluster
         self.lifecycle = LifecycleManager(self._cluster_config)
+        self.skill_registry = SkillNodeRegistry()
+        """As of `AmoebaLoop`: skills to become nodes where nobody bids; they work with the provider and the config."""
         self._session: Session | None = None
         self._opening: asyncio.Lock | None = None
 
@@ -197,7 +201,13 @@ class Runtime:
         self._opening = self._opening or asyncio.Lock()
         async with self._opening:
             if self._session is None:
-                session = Session(lambda: self.cluster.nodes, self._settings, self._cluster_config, self.provider)
+                session = Session(
+                    lambda: self.cluster.nodes,
+                    self._settings,
+                    self._cluster_config,
+                    self.provider,
+                    skills=skill_nodes(self.skill_registry, self.provider, self.config),
+                )
                 await session.open()
                 self.reward_bus.bus = session.bus
                 self._session = session

@@ -203,7 +203,7 @@ class AgentNode:
         self.consecutive_losses = profile.consecutive_losses
         self.reward_history = sorted(
             (
-                RewardRecord(entry.reward_id.split(":")[0], entry.score, facts.key(name), timestamp=entry.ended_at)
+                RewardRecord(entry.attempt_id.split(":")[0], entry.score, facts.key(name), timestamp=entry.ended_at)
                 for name, evidence in profile.domains.items()
                 for entry in evidence.scores
             ),

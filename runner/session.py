@@ -8,6 +8,7 @@ import structlog
 
 from loom.agents.host import NodeHost
 from loom.agents.node import Node
+from loom.agents.nursery import Nursery, Skills
 from loom.bus import tasks
 from loom.bus.client import Bus
 from loom.bus.topology import check_version
@@ -31,6 +32,7 @@ class Session:
         settings: Its `nats_url` decides: given, that server and the phases on it are used; empty, embedded ones.
         config: Rules the phases started here; others have their own.
         llm: What SENSE may ask, where it is started here.
+        skills: Makes nodes of skills; given, nodes are started here on request, up to `config.max_nodes` in all.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class Session:
         settings: Settings,
         config: ClusterConfig | None = None,
         llm: LLMProvider | None = None,
+        skills: Skills | None = None,
     ) -> None:
         self._nodes = nodes
         self._settings = settings
         self._config = config or settings.cluster
         self._llm = llm
+        self._skills = skills
         self._stack = AsyncExitStack()
         self._buses: list[Bus] = []
         self._server: NatsServer | None = None
@@ -66,9 +70,13 @@ class Session:
             if self._settings.nats_url:
                 await check_phases(self.bus)
             host_bus = await self._connect(url, "node")
-            self.host = NodeHost(host_bus, self._nodes)
+            nursery = Nursery(host_bus, self._nodes, max_nodes=self._config.max_nodes, skills=self._skills)
+            self.host = NodeHost(host_bus, nursery.nodes)
             self._stack.push_async_callback(self.host.drain, self._config.drain_timeout_s)
             await self.host.start()
+            if self._skills is not None:
+                self._stack.push_async_callback(nursery.stop)
+                await nursery.start(self.host)
         except BaseException:
             await self.aclose()
             raise

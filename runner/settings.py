@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -48,18 +48,31 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     return msgspec.convert({**own, "cluster": cluster}, Settings, strict=False)
 
 
-def _given(shape: type[msgspec.Struct], prefix: str, environment: Mapping[str, str]) -> dict[str, str]:
+def _given(shape: type[msgspec.Struct], prefix: str, environment: Mapping[str, str]) -> dict[str, object]:
     """The values the environment gives for fields of `shape`, each one checked."""
-    given = {}
-    for name in shape.__struct_fields__:
-        variable = prefix + name.upper()
+    given: dict[str, object] = {}
+    for field in msgspec.structs.fields(shape):
+        name, variable = field.name, prefix + field.name.upper()
         value = environment.get(variable)
         if not value or name == "cluster":
             continue
         try:
-            msgspec.convert({name: value}, shape, strict=False)
-        except msgspec.ValidationError as error:
+            given[name] = _pairs(value) if get_origin(field.type) is dict else value
+            msgspec.convert({name: given[name]}, shape, strict=False)
+        except ValueError as error:  # msgspec's are such
             reason = str(error).partition(" - at")[0].removeprefix(f"{shape.__name__}.{name} ")
             raise InvalidSetting(f"{variable}: {reason}", field=variable) from None
-        given[name] = value
     return given
+
+
+def _pairs(value: str) -> dict[str, str]:
+    """What `name=value,name=value` says.
+
+    Raises:
+        ValueError: It is something else, or names one twice.
+    """
+    pairs = [[part.strip() for part in pair.split("=")] for pair in value.split(",")]
+    whole = all(len(pair) == 2 and all(pair) for pair in pairs)  # noqa: PLR2004 - a name and a value
+    if not whole or len({pair[0] for pair in pairs}) < len(pairs):
+        raise ValueError("must be name=value, or several with commas between, each name once")
+    return dict(pairs)

@@ -96,6 +96,8 @@ class SpawnRequest(Wire, frozen=True, kw_only=True):
 
     slug: Token
     required_tools: tuple[str, ...] = ()
+    description: str = ""
+    """The task's first 1 KiB, cut on a character boundary."""
     reason: Literal["no_bids", "saturated"] = "no_bids"
     task_id: Token | None = None
 

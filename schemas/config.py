@@ -4,7 +4,9 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from loom.schemas.wire import Count, Seconds, Unit, Wire
+from loom.schemas.wire import Count, Seconds, Token, Unit, Wire
+
+Weight = Annotated[float, Meta(ge=0, le=1000)]
 
 
 class ClusterConfig(Wire, frozen=True, kw_only=True):
@@ -40,6 +42,9 @@ class ClusterConfig(Wire, frozen=True, kw_only=True):
     """Days without news after which what is known of a node counts half."""
     judge_share: Unit = 0.0
     """Share of results a model judges besides those whose ad has a rubric, where a model can be asked."""
+    judge_weights: dict[Token, Weight] = {}
+    """What the word of a source of rewards weighs beside others on the same attempt; with 0 nothing is learned from it.
+    Whoever is not named weighs 1, a person (`person`) 3."""
     max_attempts: Annotated[int, Meta(ge=1, le=100)] = 3
     """Attempts that may be the nodes' fault."""
     max_in_flight: Annotated[int, Meta(ge=1)] = 1000
@@ -52,3 +57,9 @@ class ClusterConfig(Wire, frozen=True, kw_only=True):
     """Longest wait of `AmoebaLoop.execute` for ADAPT."""
     replicas: Annotated[int, Meta(ge=1, le=5)] = 1
     """Copies of every stream and bucket, each on a server of its own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for source, weight in self.judge_weights.items():
+            if not 0 <= weight <= 1000:  # noqa: PLR2004 - as declared; a NaN is none of that
+                raise ValueError(f"ClusterConfig.judge_weights must be numbers from 0 to 1000, not {source}={weight}")

@@ -74,6 +74,8 @@ class Award(Wire, frozen=True, kw_only=True):
     """Sequence of the last reward the scores rest on."""
     backlog: Count = 0
     """Runs queued at the winner."""
+    policy: Annotated[str, Meta(max_length=200)] = ""
+    """How the bidders were trusted, by the name the setting has; empty: pinned, or of a version that did not tell."""
     pinned: bool = False
 
 

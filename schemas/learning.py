@@ -26,11 +26,16 @@ class Signal(Wire, frozen=True, kw_only=True):
 
 
 class Score(Wire, frozen=True, kw_only=True, array_like=True):
-    """One entry of a window."""
+    """One entry of a window: an attempt, however many have judged it."""
 
-    reward_id: str
+    attempt_id: str
+    """`task:attempt`; `inherit:node` is what a retired node has left, and stands for no task of this one's."""
     score: Unit
+    """The weighted mean of what its judges said last."""
     ended_at: float
+    words: dict[str, Unit] = {}
+    """source -> what it said last, in four decimals; none: the rules alone have judged. The digest stands for a
+    source with a name of more than eight characters."""
 
 
 class DomainEvidence(Wire, frozen=True, kw_only=True):
@@ -81,7 +86,7 @@ class Reward(Wire, frozen=True, kw_only=True):
     """How well a node did one attempt at a task, in somebody's judgement."""
 
     reward_id: Annotated[str, Meta(max_length=200)]
-    """`task:attempt:source`; a later reward of the same id replaces the earlier one."""
+    """`task:attempt:source`; a source's later word on the same attempt replaces its earlier one."""
     kind: Literal["reward", "inherit", "snapshot"] = "reward"
     """inherit: the mean of a retired node, passed on to this one, as which it counts as one observation.
     snapshot: no reward at all but what a rebuild starts with; whoever is not ADAPT leaves it out."""

@@ -16,6 +16,7 @@ from loom.bus.tasks import TaskHandle
 from loom.cluster.lifecycle import LifecycleManager
 from loom.cluster.manager import ClusterManager
 from loom.cluster.planner import TaskPlanner
+from loom.cluster.skill_nodes import skill_nodes
 from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.cluster.subtasks import Subtasks
 from loom.runner.session import Session
@@ -91,8 +92,9 @@ class AmoebaLoop:
         reward_bus: Gets a bus while the loop is open.
         lifecycle: Its config rules the phases started here.
         planner: For the caller's own use: the phases plan by themselves, and ask as it does.
-        skill_registry: Skills that may become nodes.
-        llm: What SENSE may ask, and SCALE for a plan, where the phases are started here.
+        skill_registry: A skill a task calls for becomes a node when nobody bids. With skills in it as the loop
+            opens, it hosts up to `max_nodes` nodes: those of skills, and clones of any that are overrun.
+        llm: What SENSE may ask, and SCALE for a plan, where the phases are started here; and the model of skills.
     """
 
     def __init__(
@@ -169,7 +171,13 @@ class AmoebaLoop:
             await self._close(session)
 
     async def _open(self) -> Session:
-        session = Session(lambda: self.cluster.nodes, from_environment(), self.lifecycle.config, self.llm)
+        session = Session(
+            lambda: self.cluster.nodes,
+            from_environment(),
+            self.lifecycle.config,
+            self.llm,
+            skills=skill_nodes(self.skill_registry, self.llm),
+        )
         await session.open()
         self.reward_bus.bus = session.bus
         return session

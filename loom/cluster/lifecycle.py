@@ -2,12 +2,20 @@
 
 import time
 from collections.abc import Iterable
+from typing import Literal
 
 from loom.cluster.manager import ClusterManager
 from loom.schemas.errors import LoomError
-from loom.schemas.health import HEALTH_WINDOW, complement, is_failing
+from loom.schemas.health import HEALTH_WINDOW, Health, complement, health
 from loom.schemas.task import slug
 from loom.types import NEUTRAL, AgentNode, CapabilityProfile, ClusterConfig, HealthReport, Limits, TaskAd, unit
+
+ADVICE: dict[Health, Literal["keep", "merge", "recycle"]] = {
+    "healthy": "keep",
+    "warning": "merge",
+    "dying": "recycle",
+}
+"""What to do with a node that fares so; the seed's words."""
 
 
 class MitosisError(LoomError):
@@ -49,14 +57,10 @@ class LifecycleManager:
         rewards = [record.reward for record in node.reward_history[-HEALTH_WINDOW:]]
         mean = sum(rewards) / len(rewards) if rewards else 0.0
         idle_s = 0.0 if node.status == "busy" else max(0.0, (time.time() if now is None else now) - node.last_active_at)
-        report = HealthReport(node.id, "healthy", mean, round(idle_s * 1000), "keep")
-        limit = self.config.consecutive_loss_limit
-        if is_failing(rewards, node.consecutive_losses, self.config):
-            report.status, report.recommendation = "dying", "recycle"
-        elif rewards and idle_s > self.config.idle_timeout_s:
+        status = health(rewards, node.consecutive_losses, self.config)
+        report = HealthReport(node.id, status, mean, round(idle_s * 1000), ADVICE[status])
+        if status != "dying" and rewards and idle_s > self.config.idle_timeout_s:
             report.status, report.recommendation = "dying", "merge"
-        elif node.consecutive_losses * 2 >= limit and node.consecutive_losses:
-            report.status, report.recommendation = "warning", "merge"
         return report
 
     def check_all(self, nodes: Iterable[AgentNode], *, now: float | None = None) -> list[HealthReport]:

@@ -2,18 +2,27 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import TYPE_CHECKING, Any
 
 from loom.types import Skill, SkillTrigger
+
+if TYPE_CHECKING:
+    from loom.agents.tools import Tool
 
 LEAST_MATCH = 0.3
 """Priority times fit below which a skill is not chosen."""
 
 
 class SkillNodeRegistry:
-    """Holds skills by name, upper and lower case alike; a later one of the same name replaces the earlier."""
+    """Holds skills by name, upper and lower case alike; a later one of the same name replaces the earlier.
 
-    def __init__(self) -> None:
+    Args:
+        tools: What skills may name in their `tools`: Tools, or functions to make tools of.
+    """
+
+    def __init__(self, tools: "Iterable[Tool | Callable[..., Any]]" = ()) -> None:
+        self.tools = tuple(tools)
         self._skills: dict[str, Skill] = {}
         self._loaded: set[str] = set()
 
@@ -56,12 +65,16 @@ class SkillNodeRegistry:
         """Return one line per skill, `name: description`, for a prompt."""
         return "\n".join(f"{skill.name}: {skill.description}" for skill in self._skills.values())
 
-    def find_match(self, text: str) -> Skill | None:
-        """Return the skill `text` calls for most: greatest priority times fit, at least .3; ties to the earlier."""
+    def find_match(self, text: str, *, required_tools: Collection[str] = ()) -> Skill | None:
+        """Return the skill `text` calls for most: greatest priority times fit, at least .3; ties to the earlier.
+
+        Only skills that name all `required_tools` are looked at.
+        """
+        required = set(required_tools)
         rated = [
             (skill.priority * fit(skill.trigger, text), skill)
             for skill in self._skills.values()
-            if skill.trigger and skill.activation_level != "manual"
+            if skill.trigger and skill.activation_level != "manual" and required <= set(skill.tools)
         ]
         best, skill = max(rated, key=lambda pair: pair[0], default=(0.0, None))
         return skill if best >= LEAST_MATCH else None

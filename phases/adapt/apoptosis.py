@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from loom.phases.adapt.fold import own_by_age
+from loom.phases.adapt.judges import INHERITED, own
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.config import ClusterConfig
 from loom.schemas.health import HEALTH_WINDOW, complement, is_failing
-from loom.schemas.learning import NodeProfile, Reward, Score
-
-INHERITED = "inherit:"
-"""How the id of an inherited entry begins."""
+from loom.schemas.learning import NodeProfile, Reward
 
 
 class Retirement(NamedTuple):
@@ -65,8 +64,8 @@ def heir(node_id: str, hosts: Sequence[HostAnnouncement], profiles: Mapping[str,
 def bequest(profile: NodeProfile, to: str) -> Iterator[Reward]:
     """Yield what `to` inherits: for each domain the mean of what the node has earned itself, as one observation."""
     for slug, evidence in profile.domains.items():
-        own = _own(evidence.scores)
-        if own:
+        earned = own(evidence.scores)
+        if earned:
             yield Reward(
                 reward_id=f"{INHERITED}{profile.node_id}",
                 kind="inherit",
@@ -75,9 +74,9 @@ def bequest(profile: NodeProfile, to: str) -> Iterator[Reward]:
                 source="adapt",
                 node_id=to,
                 slug=slug,
-                score=sum(score.score for score in own) / len(own),
-                ended_at=max(score.ended_at for score in own),
-                reason=f"{len(own)} rewards of {profile.node_id}, which has retired",
+                score=sum(score.score for score in earned) / len(earned),
+                ended_at=max(score.ended_at for score in earned),
+                reason=f"{len(earned)} tasks of {profile.node_id}, which has retired",
             )
 
 
@@ -88,8 +87,7 @@ def staying(host: HostAnnouncement) -> set[str]:
 
 def newest_own(profile: NodeProfile) -> list[float]:
     """Return the last ten scores a node has earned itself, in whatever domain, oldest first."""
-    scores = _own([score for evidence in profile.domains.values() for score in evidence.scores])
-    return [score.score for score in sorted(scores, key=lambda score: score.ended_at)][-HEALTH_WINDOW:]
+    return [score.score for score in own_by_age(profile.domains)[-HEALTH_WINDOW:]]
 
 
 def _failure(profile: NodeProfile | None, config: ClusterConfig) -> str:
@@ -106,7 +104,3 @@ def _failure(profile: NodeProfile | None, config: ClusterConfig) -> str:
 
 def _means(profile: NodeProfile | None) -> dict[str, float]:
     return {slug: evidence.mean for slug, evidence in profile.domains.items()} if profile else {}
-
-
-def _own(scores: Sequence[Score]) -> list[Score]:
-    return [score for score in scores if not score.reward_id.startswith(INHERITED)]

@@ -15,6 +15,8 @@ SUCCESS = 0.5
 TOKENS, SECONDS = 8192, 30.0
 """From which on a task counts as hard as can be."""
 TOKENS_SHARE = 0.6
+MOST = 1000
+"""Domains that are calibrated: an ad may name any domain, and what is stored of one is stored for ever."""
 
 
 def actual(reward: Reward) -> float:
@@ -36,7 +38,10 @@ def recalibrated(known: Calibration, reward: Reward, seq: int) -> Calibration:
 
 
 class Calibrating:
-    """Keeps the calibrations of the bucket `tuning`; what another replica has written further is taken over."""
+    """Keeps the calibrations of the bucket `tuning`; what another replica has written further is taken over.
+
+    The first `MOST` domains are calibrated. In any that come later SENSE's guesses stay as they are.
+    """
 
     def __init__(self, bus: Bus) -> None:
         self._bucket = Bucket(bus, "tuning", Calibration)
@@ -56,12 +61,15 @@ class Calibrating:
 
     def fold(self, seq: int, reward: Reward) -> bool:
         """Take in a reward; return whether there is anything to write."""
-        known = self._known.get(reward.slug, Calibration(slug=reward.slug))
+        new = reward.slug not in self._known
+        known = Calibration(slug=reward.slug) if new else self._known[reward.slug]
         after = recalibrated(known, reward, seq)
-        if after is known:
+        if after is known or (new and len(self._known) >= MOST):
             return False
         self._known[reward.slug] = after
         self._unwritten.add(reward.slug)
+        if new and len(self._known) == MOST:
+            log.warning("no_further_domain_is_calibrated", domains=MOST)
         return True
 
     async def flush(self) -> None:

@@ -1,6 +1,6 @@
 """How a reward changes what is known of a node. Pure, and the same for every replica and every rebuild."""
 
-from hashlib import blake2b
+from collections.abc import Mapping
 
 import structlog
 from msgspec.structs import replace
@@ -8,16 +8,15 @@ from msgspec.structs import replace
 from loom.bus.ordered import Stored
 from loom.bus.subjects import Subjects
 from loom.phases.adapt.change import changed_at
+from loom.phases.adapt.judges import WEIGHTS, attempt_id, judged, own, weight
 from loom.schemas.learning import MAX_DOMAINS, WINDOW, DomainEvidence, NodeProfile, Reward, Score
-from loom.schemas.wire import Undecodable, decode, encode
+from loom.schemas.wire import Undecodable, decode
 
 log = structlog.get_logger()
 
 FORGETTING = "glr_ucb"
 SUCCESS = 0.5
 """Least score that counts as a success."""
-ID_BYTES = 100
-"""Longest id a window keeps as it is: with longer ones a profile whose windows are full would outgrow a message."""
 
 
 def forgets(policy: str) -> bool:
@@ -38,49 +37,71 @@ def reward_in(message: Stored, subjects: Subjects) -> Reward | None:
     return reward
 
 
-def fold(profile: NodeProfile, reward: Reward, seq: int, *, forget: bool = False) -> NodeProfile:
+def fold(
+    profile: NodeProfile,
+    reward: Reward,
+    seq: int,
+    *,
+    forget: bool = False,
+    weights: Mapping[str, float] = WEIGHTS,
+) -> NodeProfile:
     """Return `profile` after the reward at stream sequence `seq`.
 
-    A sequence already folded changes nothing, nor does a snapshot. A reward of a known id replaces its twin; one that
-    ended before everything in a full window is too late to matter. An inheritance is one more entry of the window,
-    whatever number of rewards it stands for, and no task of this node's.
+    A sequence already folded changes nothing, nor does a snapshot; the word of a source without weight is read, and no
+    more. An attempt is one entry of its window, however many judge it; one that ended before everything in a full
+    window is too late to matter. An inheritance is one more entry, whatever number of rewards it stands for, and no
+    task of this node's.
+
+    Losses in a row are counted as attempts come in, by the first word on each. When a later word turns a loss into a
+    win, or back, they are counted anew: the losses since the last win, by end of attempt, as far as the windows go.
 
     Args:
         forget: Whether what came before a change of the node in the domain is left out from then on.
+        weights: What the judges weigh, as `weights_of` gives it.
     """
     if seq <= profile.last_seq or reward.kind == "snapshot":
         return profile
     profile = replace(profile, last_seq=seq)
+    if reward.kind == "reward" and weight(reward.source, weights) == 0:
+        return profile
     before = profile.domains.get(reward.slug, DomainEvidence())
-    after = fold_domain(before, reward, forget=forget)
+    known = _known(before, reward)
+    new = judged(known, reward, weights)
+    after = _with(before, known, new, forget=forget)
     if after is before:
         return profile
-    counted = reward.kind == "inherit" or _twin(before, reward) is not None
+    counted = reward.kind == "inherit" or known is not None
     domains = _newest({**profile.domains, reward.slug: after})
     scores = [score for evidence in domains.values() for score in evidence.scores]
-    lost = reward.score < SUCCESS
     losses = profile.consecutive_losses
+    if not counted:
+        losses = losses + 1 if _lost(new) else 0
+    elif known is not None and reward.kind == "reward" and _lost(known) != _lost(new):
+        losses = _losses_in_a_row(domains)
     return replace(
         profile,
         domains=domains,
-        success_rate=sum(score.score >= SUCCESS for score in scores) / len(scores),
+        success_rate=sum(not _lost(score) for score in scores) / len(scores),
         total_tasks=profile.total_tasks + (not counted),
-        consecutive_losses=losses if counted else (losses + 1 if lost else 0),
+        consecutive_losses=losses,
         tokens=profile.tokens + (0 if counted else reward.tokens),
         seconds=profile.seconds + (0.0 if counted else reward.seconds),
         updated_at=max(profile.updated_at, reward.ended_at),
     )
 
 
-def fold_domain(evidence: DomainEvidence, reward: Reward, *, forget: bool = False) -> DomainEvidence:
-    """Return the window with `reward` in its place by end of attempt; unchanged when it comes too late."""
-    new = Score(reward_id=kept_id(reward.reward_id), score=reward.score, ended_at=reward.ended_at)
-    twin = _twin(evidence, reward)
-    if twin is not None:
-        new = replace(new, ended_at=twin.ended_at)
-        scores = [new if score is twin else score for score in evidence.scores]
+def own_by_age(domains: Mapping[str, DomainEvidence]) -> list[Score]:
+    """Return what a node has earned itself, in whatever domain, oldest first."""
+    scores = own(score for evidence in domains.values() for score in evidence.scores)
+    return sorted(scores, key=lambda score: score.ended_at)
+
+
+def _with(evidence: DomainEvidence, known: Score | None, new: Score, *, forget: bool) -> DomainEvidence:
+    """The window with `new` in the place of `known`, or in its own by end of attempt; unchanged when it is too late."""
+    if known is not None:
+        scores = [new if score is known else score for score in evidence.scores]
     else:
-        if reward.ended_at < evidence.since:
+        if new.ended_at < evidence.since:
             return evidence
         # Stable: of equal times the one that came first stays first.
         scores = sorted((*evidence.scores, new), key=lambda score: score.ended_at)[-WINDOW:]
@@ -93,6 +114,20 @@ def fold_domain(evidence: DomainEvidence, reward: Reward, *, forget: bool = Fals
     )
 
 
+def _known(evidence: DomainEvidence, reward: Reward) -> Score | None:
+    wanted = attempt_id(reward)
+    return next((score for score in evidence.scores if score.attempt_id == wanted), None)
+
+
+def _lost(score: Score) -> bool:
+    return score.score < SUCCESS
+
+
+def _losses_in_a_row(domains: Mapping[str, DomainEvidence]) -> int:
+    newest = own_by_age(domains)[::-1]
+    return next((number for number, score in enumerate(newest) if not _lost(score)), len(newest))
+
+
 def change_in(before: NodeProfile, after: NodeProfile) -> str | None:
     """Return in words what a fold has found changed about the node; None when it has forgotten nothing."""
     for slug, evidence in after.domains.items():
@@ -100,18 +135,6 @@ def change_in(before: NodeProfile, after: NodeProfile) -> str | None:
         if known is not None and evidence.count < known.count:
             return f"{slug}: from {known.mean:.2f} over {known.count} to {evidence.mean:.2f} over {evidence.count}"
     return None
-
-
-def kept_id(reward_id: str) -> str:
-    """Return what a window remembers a reward by: its id, or the digest of one that is very long."""
-    if len(encode(reward_id)) <= ID_BYTES:
-        return reward_id
-    return f"x-{blake2b(reward_id.encode(errors='surrogatepass'), digest_size=16).hexdigest()}"
-
-
-def _twin(evidence: DomainEvidence, reward: Reward) -> Score | None:
-    reward_id = kept_id(reward.reward_id)
-    return next((score for score in evidence.scores if score.reward_id == reward_id), None)
 
 
 def _newest(domains: dict[str, DomainEvidence]) -> dict[str, DomainEvidence]:

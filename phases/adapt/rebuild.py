@@ -7,6 +7,7 @@ from loom.bus.client import Bus, Conflict
 from loom.bus.history import between
 from loom.bus.kv import Bucket, Entry
 from loom.phases.adapt.fold import fold, reward_in
+from loom.phases.adapt.judges import WEIGHTS
 from loom.schemas.learning import SNAPSHOTS, NodeProfile, Reward, Snapshot
 
 Verdict = Literal["same", "behind", "differs", "missing", "beyond"]
@@ -44,11 +45,14 @@ class Rebuilt(NamedTuple):
     """The same as they were at the sequences asked for."""
 
 
-async def rebuild(bus: Bus, *, forget: bool, at: Mapping[str, int] | None = None) -> Rebuilt:
+async def rebuild(
+    bus: Bus, *, forget: bool, weights: Mapping[str, float] = WEIGHTS, at: Mapping[str, int] | None = None
+) -> Rebuilt:
     """Fold the stream from its first reward, or from the oldest round of snapshots that stands in for its lost head.
 
     Args:
         forget: As the phases that wrote the profiles do: whether the award policy forgets what came before a change.
+        weights: As theirs: what the judges weigh.
         at: node id -> the last sequence folded of a profile to compare with.
 
     Raises:
@@ -62,7 +66,7 @@ async def rebuild(bus: Bus, *, forget: bool, at: Mapping[str, int] | None = None
     then = {node: known for node, known in profiles.items() if known.last_seq == wanted.get(node)}
     async for seq, reward in _rewards(bus, "*", start.seq + 1, last):
         known = profiles.get(reward.node_id, NodeProfile(node_id=reward.node_id))
-        folded = fold(known, reward, seq, forget=forget)
+        folded = fold(known, reward, seq, forget=forget, weights=weights)
         if folded is known:
             continue
         profiles[reward.node_id] = folded
@@ -88,7 +92,7 @@ def start_of(snapshots: Sequence[Snapshot], first: int) -> Start:
     return Start(first - 1, {}, whole=False)
 
 
-async def compare(bus: Bus, *, forget: bool) -> tuple[Rebuilt, list[Compared]]:
+async def compare(bus: Bus, *, forget: bool, weights: Mapping[str, float] = WEIGHTS) -> tuple[Rebuilt, list[Compared]]:
     """Return what the stream says, and each node beside what is stored of it, by id.
 
     Raises:
@@ -96,7 +100,8 @@ async def compare(bus: Bus, *, forget: bool) -> tuple[Rebuilt, list[Compared]]:
         BusUnavailable: No answer.
     """
     stored = await stored_profiles(bus)
-    rebuilt = await rebuild(bus, forget=forget, at={node: entry.value.last_seq for node, entry in stored.items()})
+    at = {node: entry.value.last_seq for node, entry in stored.items()}
+    rebuilt = await rebuild(bus, forget=forget, weights=weights, at=at)
     nodes = sorted(stored.keys() | rebuilt.profiles.keys())
     return rebuilt, [_compared(node, stored.get(node), rebuilt) for node in nodes]
 

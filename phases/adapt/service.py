@@ -21,6 +21,7 @@ from loom.bus.kv import Bucket
 from loom.bus.ordered import OrderedReader
 from loom.phases.adapt.calibrating import Calibrating
 from loom.phases.adapt.fold import change_in, fold, forgets, reward_in, summary
+from loom.phases.adapt.judges import weights_of
 from loom.phases.adapt.rebuild import rebuild, stored_profiles
 from loom.phases.adapt.retiring import Retiring
 from loom.phases.adapt.snapshots import Snapshots
@@ -41,6 +42,7 @@ class Adapt:
     def __init__(self, bus: Bus, config: ClusterConfig) -> None:
         self._bus = bus
         self._forget = forgets(config.policy)
+        self._weights = weights_of(config.judge_weights)
         self._profiles: dict[str, NodeProfile] = {}
         self._revisions: dict[str, int] = {}
         self._unwritten: dict[str, list[tuple[int, Reward]]] = {}
@@ -74,7 +76,8 @@ class Adapt:
 
     async def _begin_anew(self) -> None:
         """Nothing is stored: take what the stream says, whose head a round of snapshots may stand in for."""
-        self._profiles.update((await rebuild(self._bus, forget=self._forget)).profiles)
+        rebuilt = await rebuild(self._bus, forget=self._forget, weights=self._weights)
+        self._profiles.update(rebuilt.profiles)
         self._unwritten = {node_id: [] for node_id in self._profiles}
         if self._profiles:
             self._dirty.set()
@@ -106,7 +109,7 @@ class Adapt:
         if self._calibrating.fold(seq, reward):
             self._dirty.set()
         known = self._profiles.get(reward.node_id, NodeProfile(node_id=reward.node_id))
-        folded = fold(known, reward, seq, forget=self._forget)
+        folded = fold(known, reward, seq, forget=self._forget, weights=self._weights)
         if folded is known:
             return
         if (change := change_in(known, folded)) is not None:
@@ -181,7 +184,7 @@ class Adapt:
             return True  # ours comes from a rebuild: it is whole, and not in pieces to fold
         self._settle(stored)
         for seq, reward in lacking:
-            stored = fold(stored, reward, seq, forget=self._forget)
+            stored = fold(stored, reward, seq, forget=self._forget, weights=self._weights)
         self._profiles[node_id] = stored
         return bool(lacking)
 

@@ -124,7 +124,7 @@ class Watch:
         return Watch(self._bus, self._host_id, replace(self._request, from_n=self._next_n, remaining_s=left_s))
 
     def _take(self, msg: Msg) -> None:
-        if msg.headers and msg.headers.get("Status") == "503":
+        if msg.status == "503":
             self._absent_since = self._absent_since or time.monotonic()
             return
         self._absent_since = None

@@ -19,15 +19,15 @@ class Awards:
     def __init__(self) -> None:
         self._taken: deque[tuple[float, tuple[str, str]]] = deque()
         self._unjudged: dict[tuple[str, str], dict[str, float]] = {}
-        """(node id, slug) -> reward id to come -> when it was awarded."""
+        """(node id, slug) -> attempt to be judged -> when it was awarded."""
 
     def note(self, envelope: Envelope, award: Award, offers: Sequence[Offer]) -> None:
         """Remember an award that was made on these offers."""
         now = time.monotonic()
         won = next(b for o in offers if o.host_id == award.host_id for b in o.bids if b.node_id == award.node_id)
         self._taken.append((now + taken_s(won), (award.host_id, award.node_id)))
-        to_come = f"{envelope.task_id}:{envelope.attempt}:rules"
-        self._unjudged.setdefault((award.node_id, envelope.slug), {})[to_come] = now
+        attempt_id = f"{envelope.task_id}:{envelope.attempt}"
+        self._unjudged.setdefault((award.node_id, envelope.slug), {})[attempt_id] = now
 
     def judged(self, profile: NodeProfile) -> None:
         """Forget the awards of whose rewards this profile tells."""
@@ -36,7 +36,7 @@ class Awards:
             if unjudged is None:
                 continue
             for score in evidence.scores:
-                unjudged.pop(score.reward_id, None)
+                unjudged.pop(score.attempt_id, None)
             if not unjudged:
                 del self._unjudged[profile.node_id, slug]
 

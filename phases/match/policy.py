@@ -28,6 +28,8 @@ class Book:
     profiles: Mapping[str, NodeProfile] = field(default_factory=dict)
     """node id -> what has been learned."""
     policy: Policy = ucb
+    policy_name: str = ""
+    """As the setting has it."""
     exploration: float = 0.3
     """c of the bonus for the little known."""
     now: float = 0.0
@@ -118,6 +120,7 @@ def award(envelope: Envelope, bids: Sequence[tuple[str, Bid]], book: Book) -> Aw
         bids=tuple(ranked[:AWARD_BIDS]),
         evidence_seq=max((profile.last_seq for profile in known if profile), default=0),
         backlog=next(bid.backlog for host, bid in bids if (host, bid.node_id) == (best.host_id, best.node_id)),
+        policy=book.policy_name,
     )
 
 

@@ -168,6 +168,7 @@ class Match:
         return Book(
             profiles=self._roster.profiles,
             policy=self._policy,
+            policy_name=self._config.policy,
             exploration=self._config.exploration,
             now=self._bus.now(),
             half_life_s=self._config.half_life_days * DAY_S,

@@ -92,7 +92,7 @@ class Scale:
         """Whether a parked parent's time has come, by the server's clock."""
         parsed = self._bus.subjects.parse(delivery.subject)
         timer = self._bus.subjects.later(parsed.task_id, "timer") if parsed else ""
-        return (delivery.msg.headers or {}).get("Nats-Scheduler") == timer
+        return delivery.msg.headers.get("Nats-Scheduler") == timer
 
     async def _on_task(self, envelope: Envelope) -> Outcome:
         if envelope.award is None:

@@ -8,46 +8,64 @@ from loom.bus.client import Bus, NoResponders
 from loom.schemas.auction import SpawnReply, SpawnRequest
 from loom.schemas.envelope import Award, Envelope
 from loom.schemas.errors import LoomError
-from loom.schemas.wire import decode
+from loom.schemas.wire import cut_utf8, decode
 
 log = structlog.get_logger()
 
 ASK_EVERY_S = 1.0  # a node takes about this long to start and to be seen bidding
 ANSWER_S = 0.5
+TRIES = 4  # the server picks one of the hosts, and it may be one that cannot
+DESCRIPTION_BYTES = 1024
 
 
 class NodeRequests:
-    """Requests to hosts that can start nodes: at most one a second for each domain."""
+    """Requests to hosts that can start nodes: at most one a second for each domain.
+
+    Where nobody bids, tasks that say different things are asked about each: one may call for a skill, another not.
+    """
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._asked: dict[str, float] = {}
+        self._asked: dict[tuple[object, ...], float] = {}
 
     def ask(self, envelope: Envelope, *, saturated: bool) -> None:
         """Ask for a node for the task's domain; the task does not wait for the answer."""
-        now = time.monotonic()
-        if now - self._asked.get(envelope.slug, -ASK_EVERY_S) < ASK_EVERY_S:
-            return
-        self._asked = {slug: at for slug, at in self._asked.items() if now - at < ASK_EVERY_S}
-        self._asked[envelope.slug] = now
         request = SpawnRequest(
             slug=envelope.slug,
             required_tools=envelope.ad.required_tools,
+            description=cut_utf8(envelope.ad.description, DESCRIPTION_BYTES)[0],
             reason="saturated" if saturated else "no_bids",
             task_id=envelope.task_id,
         )
+        now = time.monotonic()
+        what = (request.slug,) if saturated else (request.slug, request.required_tools, request.description)
+        if now - self._asked.get(what, -ASK_EVERY_S) < ASK_EVERY_S:
+            return
+        self._asked = {asked: at for asked, at in self._asked.items() if now - at < ASK_EVERY_S}
+        self._asked[what] = now
         self._bus.spawn(self._request(request), name="spawn request")
 
     async def _request(self, request: SpawnRequest) -> None:
         try:
-            msg = await self._bus.request(self._bus.subjects.spawn, request, timeout_s=ANSWER_S)
-            reply = decode(msg.data, SpawnReply)
+            reply = await self._answer(request)
         except (TimeoutError, NoResponders):
             log.info("no_host_can_spawn", slug=request.slug, reason=request.reason)
         except LoomError as error:
             log.warning("spawn_request_failed", slug=request.slug, reason=error.message)
         else:
             log.info("node_requested", slug=request.slug, node_id=reply.node_id, declined=reply.decline)
+
+    async def _answer(self, request: SpawnRequest) -> SpawnReply:
+        """Return what a host says; where nobody bids, one that cannot is taken for an answer the last time only."""
+        for _ in range(1, TRIES):
+            reply = await self._ask_one(request)
+            if reply.decline != "cannot" or request.reason == "saturated":
+                return reply
+        return await self._ask_one(request)
+
+    async def _ask_one(self, request: SpawnRequest) -> SpawnReply:
+        msg = await self._bus.request(self._bus.subjects.spawn, request, timeout_s=ANSWER_S)
+        return decode(msg.data, SpawnReply)
 
 
 def is_saturated(award: Award) -> bool:

@@ -53,9 +53,7 @@ class Desk:
             check_accept(ad)
             reply_to = msg.reply if ad.wait and may_answer(msg.reply) else ""
             submission = Submission(ad=ad, submission=uuid4().hex, reply_to=reply_to)
-            headers = (
-                {"traceparent": msg.headers["traceparent"]} if msg.headers and "traceparent" in msg.headers else {}
-            )
+            headers = {"traceparent": msg.headers["traceparent"]} if "traceparent" in msg.headers else {}
             await self._bus.store(
                 self._bus.subjects.intake(ad.priority, ad.task_id),
                 submission,

@@ -78,8 +78,7 @@ class Sense:
             return Dead("the subject names another task than the ad")
         self._room -= 1
         self._begun += 1
-        headers = delivery.msg.headers or {}
-        envelope = envelope_for(submission, delivery.facts.stored_at, headers.get("traceparent", ""))
+        envelope = envelope_for(submission, delivery.facts.stored_at, delivery.msg.headers.get("traceparent", ""))
         if not await self._admission.admit(envelope, submission.submission, submission.reply_to):
             return Done()
         try:

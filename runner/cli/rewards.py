@@ -13,6 +13,7 @@ from loom.bus.history import find, newest
 from loom.bus.ordered import OrderedReader, Stored
 from loom.bus.reward_bus import RewardBus, judgement
 from loom.phases.adapt.fold import forgets
+from loom.phases.adapt.judges import weights_of
 from loom.phases.adapt.rebuild import WRONG, Compared, Rebuilt, compare, repair
 from loom.runner.cli.looking import MANY, AsLines, TaskId, add_row, clock, domain_slug, looking, print_json
 from loom.runner.cli.render import console, one_line, short, table_of
@@ -144,7 +145,9 @@ def rebuild(
 async def _rebuild(settings: Settings, *, write: bool, as_json: bool) -> int:
     """Return the exit code: 1 where a profile is wrong and stays so."""
     async with looking(settings) as bus:
-        rebuilt, compared = await compare(bus, forget=forgets(settings.cluster.policy))
+        config = settings.cluster
+        weights = weights_of(config.judge_weights)
+        rebuilt, compared = await compare(bus, forget=forgets(config.policy), weights=weights)
         lost = await repair(bus, compared) if write else []
     wrong = [one.node_id for one in compared if one.verdict in WRONG and (not write or one.node_id in lost)]
     if as_json:
@@ -180,7 +183,7 @@ def _show(rebuilt: Rebuilt, compared: Sequence[Compared], wrong: Sequence[str], 
         screen.print(Text(f"Written by somebody else meanwhile: {', '.join(wrong)}. Look again."))
     elif wrong:
         screen.print(
-            Text("--write stores the rebuilt ones. Policies forget differently: LOOM_POLICY is to be as ADAPT's.")
+            Text("--write stores the rebuilt ones. LOOM_POLICY and LOOM_JUDGE_WEIGHTS are to be as they are for ADAPT.")
         )
     elif written:
         count = sum(one.verdict in WRONG for one in compared)

@@ -16,8 +16,9 @@ from loom.runner.cli.looking import TaskId, add_row, clock, looking, print_json,
 from loom.runner.cli.progress import STYLES
 from loom.runner.cli.render import console, one_line, printable, show, table_of
 from loom.runner.cli.running import prepare, run_to_end
-from loom.runner.cli.timeline import Try, handed_in_at, rests_on, tries, turns, why
+from loom.runner.cli.timeline import Try, handed_in_at, tries, turns
 from loom.runner.cli.tree import Division, progress_of, read_division, tree
+from loom.runner.cli.winning import rests_on, why
 from loom.runner.settings import Settings
 from loom.schemas.envelope import Award, ScoredBid, SplitPlan, TaskRecord
 from loom.schemas.learning import Reward
@@ -94,9 +95,9 @@ def _show(screen: Console, found: Found, division: Division, rewards: Sequence[R
         screen.print(line)
     _print(screen, _hops(record), _bids(envelope.award, envelope.domain))
     if envelope.award is not None:
-        screen.print(Text(why(envelope.award)))
+        screen.print(Text(one_line(why(envelope.award))))
         if envelope.award.bids:
-            screen.print(Text(rests_on(envelope.award), "dim"))
+            screen.print(Text(one_line(rests_on(envelope.award)), "dim"))
     _print(screen, tree(division, now), _attempts(tries(record, rewards)), _earned(rewards))
     _show_answer(screen, record)
 

@@ -8,12 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from loom.phases.match.policy import AVAILABILITY_WEIGHT, TOOLS_WEIGHT, TRUST_WEIGHT
-from loom.schemas.envelope import MAX_HOPS, Award, Envelope, Hop, ScoredBid, TaskRecord
+from loom.schemas.envelope import MAX_HOPS, Envelope, Hop, TaskRecord
 from loom.schemas.learning import Reward
-
-CLOSE = 0.005
-"""Scores nearer than this look the same with two decimals."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,63 +158,3 @@ def _last_try(record: TaskRecord) -> Try | None:
         tokens=result.tokens if result else 0,
         duration_s=result.duration_s if result else 0.0,
     )
-
-
-def why(award: Award) -> str:
-    """Return in one sentence why the winner won."""
-    if award.pinned:
-        return f"{award.node_id} was given the task without an auction: the task is pinned to it."
-    if not award.bids:
-        return f"{award.node_id} won; the bids are not known."
-    best = award.bids[0]
-    if len(award.bids) == 1:
-        return f"{best.node_id} won with {best.score:.2f}: nobody else bid ({_trusted(best)})."
-    second = award.bids[1]
-    result = f"{best.node_id} won with {best.score:.2f} to {second.score:.2f} of {second.node_id}"
-    parts = sorted(_advantages(best, second), reverse=True)
-    if best.score - second.score < CLOSE and parts[0][0] < CLOSE:
-        return f"{result}: they are equal, and the task's id decided."
-    against = parts[-1]
-    although = f", although {_worse(against[1], best, second)}" if against[0] <= -CLOSE else ""
-    return f"{result}: {_better(parts[0][1], best, second)}{although}."
-
-
-def rests_on(award: Award) -> str:
-    """Return what the scores of the bids rest on, and what they are made of."""
-    evidence = f"rewards up to {award.evidence_seq}" if award.evidence_seq else "claims alone: no rewards were known"
-    weights = f"{TRUST_WEIGHT} trust + {AVAILABILITY_WEIGHT} (1 - load) + {TOOLS_WEIGHT} tools"
-    return f"By {evidence}; total = {weights}, the bonus being part of trust."
-
-
-def _advantages(best: ScoredBid, second: ScoredBid) -> list[tuple[float, str]]:
-    """What each part of the score adds to the lead."""
-    return [
-        (TRUST_WEIGHT * (best.trust - best.bonus - second.trust + second.bonus), "trust"),
-        (TRUST_WEIGHT * (best.bonus - second.bonus), "bonus"),
-        (AVAILABILITY_WEIGHT * (second.load - best.load), "load"),
-        (TOOLS_WEIGHT * (best.tools - second.tools), "tools"),
-    ]
-
-
-def _better(part: str, best: ScoredBid, second: ScoredBid) -> str:
-    return {
-        "trust": f"it is trusted more, for {_trusted(best)} against {_trusted(second)}",
-        "bonus": f"less is known about it, which earns a bonus of {best.bonus:.2f} against {second.bonus:.2f}",
-        "load": f"it is less busy, {best.load:.0%} against {second.load:.0%}",
-        "tools": f"it has more of the tools, {best.tools:.0%} against {second.tools:.0%}",
-    }[part]
-
-
-def _worse(part: str, best: ScoredBid, second: ScoredBid) -> str:
-    return {
-        "trust": f"it is trusted less, for {_trusted(best)} against {_trusted(second)}",
-        "bonus": f"the other has the bonus of the little known, {second.bonus:.2f} against {best.bonus:.2f}",
-        "load": f"it is busier, {best.load:.0%} against {second.load:.0%}",
-        "tools": f"it has fewer of the tools, {best.tools:.0%} against {second.tools:.0%}",
-    }[part]
-
-
-def _trusted(bid: ScoredBid) -> str:
-    if bid.evidence is None:
-        return f"a claim of {bid.claim:.2f} and no evidence"
-    return f"a claim of {bid.claim:.2f} and a mean reward of {bid.evidence:.2f} over {bid.count}"

@@ -17,13 +17,13 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
         yield stage
 
 
-async def done(stage: Stage, *estimates: float) -> None:
+async def done(stage: Stage, *estimates: float, slug: str = "code") -> None:
     """Tasks SENSE took for this hard, all of which took no effort at all."""
     for estimated in estimates:
         task = new_id()
         await RewardBus(bus=stage.bus).publish(
             Reward(
-                reward_id=f"{task}:1:rules", task_id=task, attempt=1, node_id="n1", slug="code", score=1.0,
+                reward_id=f"{task}:1:rules", task_id=task, attempt=1, node_id="n1", slug=slug, score=1.0,
                 ended_at=1.0, estimated=estimated,
             )
         )  # fmt: skip
@@ -78,3 +78,22 @@ async def test_replicas_that_count_the_same_tasks_count_them_once(stage: Stage) 
     last = await known(stage, 8)
     assert (last.count, last.last_seq) == (8, 8)
     assert last.bias == pytest.approx(-0.5 * (1 - 0.7**8))
+
+
+async def test_domains_past_the_limit_leave_no_key_not_even_after_a_restart(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loom.phases.adapt.calibrating.MOST", 2)
+    first = await stage.phase("adapt")
+    for slug in ("made-up-1", "code", "made-up-2"):
+        await done(stage, 0.5, slug=slug)
+    await done(stage, 0.5)
+    await known(stage, 2)
+    await first.close()
+    await stage.phase("adapt")  # it reads the whole stream again
+    await done(stage, 0.5, slug="made-up-3")
+    await done(stage, 0.5)
+    await known(stage, 3)
+
+    kept = [await Bucket(stage.bus, "tuning", Calibration).get(f"{BIAS}made-up-{n}") for n in (1, 2, 3)]
+    assert [entry is not None for entry in kept] == [True, False, False]

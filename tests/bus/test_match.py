@@ -99,7 +99,7 @@ async def test_what_has_been_learned_is_followed_live_and_decides(stage: Stage) 
     await match(stage)
     await stage.put("match", task(stage))
     assert (await stage.seen("task", phase="scale")).award.node_id == "boaster"
-    scores = (Score(reward_id="r", score=1.0, ended_at=stage.bus.now()),)
+    scores = (Score(attempt_id="r", score=1.0, ended_at=stage.bus.now()),)
     for node, mean in (("proven", 1.0), ("boaster", 0.0)):
         evidence = DomainEvidence(scores=scores, count=60, mean=mean)
         await Bucket(stage.bus, "nodes", NodeProfile).create(
@@ -113,11 +113,12 @@ async def test_what_has_been_learned_is_followed_live_and_decides(stage: Stage) 
     await until(auctioned_again, what="evidence decides")
     award = stage.all("task", phase="scale")[-1].award
     assert (award.evidence_seq, award.bids[0].evidence, award.bids[0].count) == (9, 1.0, 60)
+    assert award.policy == ClusterConfig().policy
     assert set(one.calls[-1].prefer) == {"proven", "boaster"}
 
 
 async def test_what_was_learned_before_the_start_is_known_to_the_first_auction(stage: Stage) -> None:
-    evidence = DomainEvidence(scores=(Score(reward_id="r", score=1.0, ended_at=stage.bus.now()),), count=60, mean=1.0)
+    evidence = DomainEvidence(scores=(Score(attempt_id="r", score=1.0, ended_at=stage.bus.now()),), count=60, mean=1.0)
     profile = NodeProfile(node_id="n1", last_seq=9, domains={"code": evidence})
     await Bucket(stage.bus, "nodes", NodeProfile).create("n1", profile)
     await host(stage)

@@ -130,6 +130,65 @@ async def test_an_original_is_never_let_go(stage: Stage) -> None:
     assert here.names() == ["a"]
 
 
+class Skills:
+    """A source of one node for texts that say its word."""
+
+    def __init__(self, agent: Held, *tools: str) -> None:
+        self.asked = 0
+        self._node = AgentNode(id="skill-sql", agent=agent, capabilities=CapabilityProfile(tools=list(tools)))
+
+    def __call__(self, wanted: SpawnRequest) -> AgentNode | None:
+        self.asked += 1
+        return self._node if "sql" in wanted.description else None
+
+
+async def test_a_skill_becomes_a_node_where_nobody_can_and_is_a_child_like_any_other(stage: Stage) -> None:
+    agent = Held()
+    here = await place(stage, [], 9, Skills(agent, "db"), slots=1)
+    assert here.bids().decline == "cannot"
+    assert (await here.spawn(text="a poem")).decline == "cannot"
+    assert (await here.spawn(text="sql", tools=("db", "shell"))).decline == "cannot"
+    assert (await here.spawn("data", text="sql", tools=("db",))).node_id == "skill-sql"
+    news = await stage.seen("lifecycle", kind="spawned", node_id="skill-sql", within_s=WITHIN_S)
+    assert news.reason == "skill skill-sql: saturated in data"
+    [state] = (await here.says("skill-sql")).children
+    assert (state.node_id, state.parent_id) == ("skill-sql", "skill-sql")
+    [bid] = here.bids(slug="data", required_tools=("db",)).bids
+    assert (bid.node_id, bid.claim, bid.tools) == ("skill-sql", 0.5, ("db",))
+    events = await here.fill("skill-sql", agent)
+    assert (await here.retire("skill-sql", when_idle=True)).decline == "busy"
+    agent.go.set()
+    await until(lambda: events[-1].final, within_s=WITHIN_S, what="it ends")
+    assert events[-1].result is not None
+    assert events[-1].result.content == "done by skill-sql"
+    assert (await here.retire("skill-sql")).decline is None
+    await here.says()
+    assert await stage.seen("lifecycle", kind="retired", node_id="skill-sql", within_s=WITHIN_S)
+    assert (await here.spawn(text="sql")).node_id == "skill-sql"
+
+
+async def test_a_skill_that_is_there_is_not_started_twice_but_cloned_when_overrun(stage: Stage) -> None:
+    agent = Held()
+    skills = Skills(agent)
+    here = await place(stage, [], 2, skills, slots=1)
+    assert (await here.spawn(text="sql")).node_id == "skill-sql"
+    assert (await here.spawn(text="sql")).decline == "idle"
+    await here.fill("skill-sql", agent)
+    assert (await here.spawn(text="anything")).node_id == "skill-sql-c1"
+    assert (await here.spawn(text="sql")).decline == "idle"
+    await here.fill("skill-sql-c1", agent)
+    assert (await here.spawn(text="sql")).decline == "full"
+    assert (here.names(), skills.asked) == (["skill-sql", "skill-sql-c1"], 1)
+
+
+async def test_skills_are_asked_only_where_no_node_can_and_there_is_room(stage: Stage) -> None:
+    skills = Skills(Held(), "db")
+    here = await place(stage, [node("a", echo)], 1, skills)
+    assert (await here.spawn(text="sql")).decline == "idle"
+    assert (await here.spawn(text="sql", tools=("db",))).decline == "full"
+    assert skills.asked == 0
+
+
 async def test_rubbish_and_a_stopped_nursery_start_nobody(stage: Stage) -> None:
     agent = Held()
     here = await place(stage, [node("a", agent)], 9, slots=1)

@@ -11,9 +11,11 @@ from support.wait import until
 
 from loom.bus.kv import Bucket
 from loom.bus.reward_bus import RewardBus
+from loom.phases.adapt.judges import weights_of
 from loom.phases.adapt.rebuild import compare, rebuild, repair, stored_profiles
 from loom.schemas.config import ClusterConfig
 from loom.schemas.learning import SNAPSHOTS, NodeProfile, Reward
+from loom.schemas.wire import encode
 
 KEEPS_ALL = ClusterConfig(policy="ucb")
 LIMIT = 256 * 1024
@@ -104,6 +106,28 @@ async def test_a_repair_holds_though_the_phase_that_runs_has_folded_on_what_was_
     await until(six, within_s=WITHIN_S, what="the next reward is learned")
     assert (await stored(stage))["n1"].total_tasks == 6
     assert await verdicts(stage) == {"n1": "same"}
+
+
+async def test_a_judge_of_its_own_moves_a_profile_by_its_weight_and_a_rebuild_does_the_same(stage: Stage) -> None:
+    weights = {"linter": 2.0, "gossip": 0.0}
+    await stage.phase("adapt", ClusterConfig(policy="ucb", judge_weights=weights))
+    await publish(stage, reward(1, score=1.0))
+    for source, score in (("linter", 0.25), ("person", 0.5), ("gossip", 0.0)):  # plain JSON, as another language has it
+        word = {"reward_id": f"{source}/1", "task_id": "t1", "attempt": 1, "source": source, "node_id": "n1"}
+        words = encode({**word, "slug": "code", "score": score, "ended_at": 1.0})
+        await stage.bus.store(stage.bus.subjects.of("reward", "n1", "code"), words)
+
+    async def read() -> NodeProfile | None:
+        known = (await stored(stage)).get("n1")
+        return known if known and known.last_seq == 4 else None
+
+    profile: Any = await until(read, within_s=WITHIN_S, what="all four are read")
+    evidence = profile.domains["code"]
+    assert evidence.mean == pytest.approx((1 * 1.0 + 2 * 0.25 + 3 * 0.5) / 6, abs=1e-6)
+    assert (evidence.count, profile.total_tasks, profile.tokens) == (1, 1, 10)
+    _, as_adapt = await compare(stage.bus, forget=False, weights=weights_of(weights))
+    _, otherwise = await compare(stage.bus, forget=False)
+    assert [one.verdict for one in (*as_adapt, *otherwise)] == ["same", "differs"]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from support.phases import Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
 from loom.phases.scale.spawn import is_saturated
-from loom.schemas.auction import SpawnRequest
+from loom.schemas.auction import SpawnReply, SpawnRequest
 from loom.schemas.envelope import Award, Envelope, ScoredBid
 from loom.schemas.wire import decode
 
@@ -57,7 +57,13 @@ async def test_a_task_nobody_bid_for_asks_for_a_node_and_goes_back(stage: Stage,
     assert (await stage.seen("task", phase="match")).task_id == env.task_id
     await until(lambda: asked, what="a node is asked for")
     assert asked == [
-        SpawnRequest(slug="code", required_tools=("search",), reason="no_bids", task_id=env.task_id),
+        SpawnRequest(
+            slug="code",
+            required_tools=("search",),
+            description=env.ad.description,
+            reason="no_bids",
+            task_id=env.task_id,
+        ),
     ]
     assert not stage.all("task", phase="execute")
 
@@ -95,6 +101,42 @@ async def test_a_node_is_asked_for_once_a_second_and_domain(
     await stage.put("scale", task(stage))
     await until(lambda: len(asked) >= 3, what="one more is asked for")
     assert sorted(request.slug for request in asked) == ["code", "code", "data"]
+
+
+async def test_tasks_nobody_bids_for_are_asked_about_each_by_what_they_say(
+    stage: Stage, asked: list[SpawnRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them may call for a skill that the others do not."""
+    monkeypatch.setattr("loom.phases.scale.spawn.ASK_EVERY_S", 60.0)
+    await stage.phase("scale")
+    for text in ("sort", "é" * 600, "sort"):
+        await stage.put("scale", task(stage, description=text))
+        await stage.put("scale", awarded(task(stage, description=text), backlog=2))
+    await stage.seen("task", phase="match", count=3)
+    await stage.seen("task", phase="execute", count=3)
+    await until(lambda: len(asked) >= 3, what="they are asked about")
+    alone = sorted(request.description for request in asked if request.reason == "no_bids")
+    assert alone == ["sort", "é" * 511]
+    assert len(asked) == 3
+
+
+async def test_where_nobody_bids_a_host_that_cannot_is_not_the_last_to_be_asked(stage: Stage) -> None:
+    await stage.phase("scale")
+    asked: list[SpawnRequest] = []
+
+    async def answer(msg: Any) -> None:
+        asked.append(decode(msg.data, SpawnRequest))
+        mine = [one for one in asked if one.reason == asked[-1].reason]
+        facts: dict[str, Any] = {"node_id": "n"} if len(mine) == 3 else {"decline": "cannot"}
+        await stage.bus.publish(msg.reply, SpawnReply(host_id="h", **facts))
+
+    await stage.bus.subscribe(stage.bus.subjects.spawn, answer)
+    await stage.put("scale", awarded(task(stage), backlog=2))
+    await until(lambda: asked, what="a node is asked for")
+    await stage.put("scale", task(stage))
+    await until(lambda: len(asked) >= 4, what="others are asked")
+    await quiet(stage.bus)
+    assert [request.reason for request in asked] == ["saturated", "no_bids", "no_bids", "no_bids"]
 
 
 async def test_the_task_does_not_wait_for_an_answer(stage: Stage) -> None:

@@ -333,7 +333,7 @@ async def test_a_failed_task_is_answered_as_an_error_in_headers_and_body(plain: 
     await answer_task(plain, reply, _ended())
     await plain.echo()
     assert decode(heard[1].data, TaskResult).content == "42"
-    assert heard[1].headers is None
+    assert not heard[1].headers
 
 
 @pytest.mark.parametrize("reply", ["", "loom.submit", "$JS.API.STREAM.DELETE.X", "_INBOX", "_INBOX_sense.x", "INBOX.x"])

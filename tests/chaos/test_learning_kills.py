@@ -91,6 +91,6 @@ def check(books: Books) -> None:
     for node_id, profile in books.profiles.items():
         assert profile.total_tasks <= sum(count for (name, _), count in had.items() if name == node_id)
         for slug, evidence in profile.domains.items():
-            assert len({score.reward_id for score in evidence.scores}) == evidence.count <= had[node_id, slug]
+            assert len({score.attempt_id for score in evidence.scores}) == evidence.count <= had[node_id, slug]
             forgotten += [(node_id, slug)] if evidence.count < had[node_id, slug] else []
     assert forgotten, "no node was found changed, though specialists have dropped"

@@ -144,7 +144,7 @@ def test_a_task_is_told_from_beginning_to_end(here: Cluster, loom: Loom) -> None
     ]
     assert re.search(r"good +0\.80 +- +0 +0\.80 +0\.00 +0\.\d\d +1\.00 +0\.\d\d", out)
     assert re.search(r"good won with 0\.\d\d to 0\.\d\d of\s+slow: it is trusted more", out)
-    assert re.search(r"By (rewards up to \d+|claims alone).* total = 0\.6 trust", out)
+    assert re.search(r"Policy glr_ucb, by (rewards up to \d+|claims alone).* total = 0\.6 trust", out)
     assert re.search(r"1 +bad +agent_failed", out)
     assert re.search(r"2 +good +succeeded", out)
     assert re.search(r"1 +bad +rules +0\.00 .* agent_failed", out)

@@ -132,17 +132,17 @@ async def test_submit_many_keeps_order_and_bounds_what_is_in_flight(on_bus: tupl
     assert [result.content for result in results] == [f"done: {number}" for number in range(30)]
 
 
-async def test_feedback_replaces_nothing_but_adds_to_what_is_known(on_bus: tuple[str, str], phases: Bus) -> None:
+async def test_feedback_outweighs_the_rules_on_one_and_the_same_task(on_bus: tuple[str, str], phases: Bus) -> None:
     async with runtime() as rt:
         handle = await rt.publish(TaskAd(domain="code", description="sort"))
         await handle.result()
         await rt.feedback(handle.task_id, 0.0, reason="not what I asked for")
 
         [coder] = rt.cluster.nodes
-        await until(lambda: coder.capabilities.total_tasks == 2, what="both judgements are learned")
-        assert [record.reward for record in coder.reward_history] == [1.0, 0.0]
+        await until(lambda: [one.reward for one in coder.reward_history] == [0.25], what="both judgements are learned")
+        assert coder.capabilities.total_tasks == 1
         [report] = rt.health_check()
-        assert report.recent_avg_reward == 0.5
+        assert report.recent_avg_reward == 0.25
         with pytest.raises(InvalidTask, match="from 0 to 1"):
             await rt.feedback(handle.task_id, 1.5)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from loom.agents.host import NodeHost
-from loom.agents.nursery import Nursery
+from loom.agents.nursery import Nursery, Skills
 from loom.schemas.auction import (
     CallForBids,
     HostAnnouncement,
@@ -43,8 +43,8 @@ class Place:
     def __init__(self, stage: Stage, host: NodeHost, nursery: Nursery) -> None:
         self.stage, self.host, self.nursery = stage, host, nursery
 
-    async def spawn(self, slug: str = "code", tools: tuple[str, ...] = ()) -> SpawnReply:
-        wanted = SpawnRequest(slug=slug, required_tools=tools, reason="saturated")
+    async def spawn(self, slug: str = "code", tools: tuple[str, ...] = (), text: str = "") -> SpawnReply:
+        wanted = SpawnRequest(slug=slug, required_tools=tools, description=text, reason="saturated")
         answer = await self.stage.bus.request(self.stage.bus.subjects.spawn, wanted, timeout_s=WITHIN_S)
         return decode(answer.data, SpawnReply)
 
@@ -87,9 +87,11 @@ class Place:
         return last
 
 
-async def place(stage: Stage, nodes: Sequence[AgentNode], max_nodes: int, **rooms: int) -> Place:
+async def place(
+    stage: Stage, nodes: Sequence[AgentNode], max_nodes: int, skills: Skills | None = None, **rooms: int
+) -> Place:
     bus = await stage.connect("node")
-    nursery = Nursery(bus, lambda: nodes, max_nodes=max_nodes)
+    nursery = Nursery(bus, lambda: nodes, max_nodes=max_nodes, skills=skills)
     host = NodeHost(bus, nursery.nodes, **rooms)
     await host.start()
     await nursery.start(host)

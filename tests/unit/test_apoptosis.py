@@ -29,7 +29,7 @@ def profile(node_id: str, losses: int = 0, **domains: list[float]) -> NodeProfil
     """A profile with these scores, oldest first, by domain."""
     known = {
         slug: DomainEvidence(
-            scores=tuple(Score(reward_id=f"{slug}{n}:1:rules", score=x, ended_at=float(n)) for n, x in enumerate(each)),
+            scores=tuple(Score(attempt_id=f"{slug}{n}:1", score=x, ended_at=float(n)) for n, x in enumerate(each)),
             count=len(each),
             mean=sum(each) / len(each),
         )

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from loom.phases.adapt.calibrating import actual, recalibrated
+from loom.bus.client import Bus
+from loom.phases.adapt.calibrating import MOST, Calibrating, actual, recalibrated
 from loom.phases.evaluate.policy import reward_for
 from loom.phases.sense.calibration import calibrated
 from loom.schemas.envelope import Award, Envelope, Spec
@@ -16,9 +17,9 @@ NEW = Calibration(slug="code")
 
 
 def reward(estimated: float | None = 0.9, tokens: int = 4096, seconds: float = 15.0, **facts: Any) -> Reward:
-    wanted: dict[str, Any] = {"score": 1.0, "reward_id": "t:1:rules", **facts}
+    wanted: dict[str, Any] = {"score": 1.0, "reward_id": "t:1:rules", "slug": "code", **facts}
     return Reward(
-        task_id="t", attempt=1, node_id="n", slug="code", tokens=tokens, seconds=seconds, estimated=estimated,
+        task_id="t", attempt=1, node_id="n", tokens=tokens, seconds=seconds, estimated=estimated,
         ended_at=1.0, **wanted,
     )  # fmt: skip
 
@@ -100,3 +101,12 @@ def test_a_reward_tells_the_guess_itself_of_a_task_done_whole_by_its_node() -> N
         reward_for(ended(), TaskError(code="agent_failed", message=""), 1.0),
     ]
     assert [one and one.estimated for one in told] == [0.4, None, None, None]
+
+
+def test_so_many_domains_are_calibrated_and_no_more_but_those_go_on() -> None:
+    calibrating = Calibrating(Bus("nats://nowhere"))
+    slugs = [f"d{number}" for number in range(MOST + 1)]
+
+    assert [calibrating.fold(seq, reward(slug=slug)) for seq, slug in enumerate(slugs, 1)] == [True] * MOST + [False]
+    assert calibrating.fold(MOST + 2, reward(slug=slugs[0]))
+    assert not calibrating.fold(MOST + 3, reward(slug=slugs[-1]))

@@ -42,7 +42,7 @@ rewards = st.lists(
 def test_counts_and_means_are_those_of_the_window(history: list[Reward]) -> None:
     for evidence in folded(history).domains.values():
         scores = [entry.score for entry in evidence.scores]
-        assert evidence.count == len(scores) == len({entry.reward_id for entry in evidence.scores})
+        assert evidence.count == len(scores) == len({entry.attempt_id for entry in evidence.scores})
         assert evidence.mean == pytest.approx(sum(scores) / len(scores))
         assert all(a.ended_at <= b.ended_at for a, b in pairwise(evidence.scores))
 
@@ -79,7 +79,7 @@ def test_the_window_holds_the_newest_120_by_end_of_attempt() -> None:
     history = [reward(f"t{i}", ended_at=float(i)) for i in range(WINDOW + 5)]
     kept = folded(history).domains["code"]
     assert kept.count == WINDOW
-    assert kept.scores[0].reward_id == "t5:1:rules"
+    assert kept.scores[0].attempt_id == "t5:1"
 
 
 def test_a_reward_older_than_a_full_window_is_ignored_but_counts_as_read() -> None:
@@ -91,7 +91,7 @@ def test_a_reward_older_than_a_full_window_is_ignored_but_counts_as_read() -> No
 
 def test_a_late_reward_takes_its_place_by_age_while_there_is_room() -> None:
     profile = folded([reward("b", ended_at=2.0), reward("c", ended_at=3.0), reward("a", ended_at=1.0)])
-    assert [entry.reward_id[0] for entry in profile.domains["code"].scores] == ["a", "b", "c"]
+    assert [entry.attempt_id[0] for entry in profile.domains["code"].scores] == ["a", "b", "c"]
 
 
 def test_a_twin_replaces_the_score_and_counts_once() -> None:
@@ -101,11 +101,6 @@ def test_a_twin_replaces_the_score_and_counts_once() -> None:
     assert [(entry.score, entry.ended_at) for entry in evidence.scores] == [(0.25, 5.0), (1.0, 6.0)]
     assert (profile.total_tasks, profile.tokens, profile.seconds) == (2, 10, 2.0)
     assert (evidence.count, evidence.mean) == (2, 0.625)
-
-
-def test_another_source_judges_the_same_attempt_beside_the_rules() -> None:
-    person = reward(reward_id="t:1:person", score=0.0)
-    assert folded([reward(), person]).domains["code"].mean == 0.5
 
 
 def test_success_rate_is_the_share_of_scores_of_at_least_a_half_over_all_domains() -> None:

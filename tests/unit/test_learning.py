@@ -22,7 +22,7 @@ NEVER = 10**6
 
 
 def known(node_id: str, mean: float, count: int) -> NodeProfile:
-    scores = (Score(reward_id="r", score=mean, ended_at=0),)
+    scores = (Score(attempt_id="r", score=mean, ended_at=0),)
     return NodeProfile(
         node_id=node_id, last_seq=1, domains={"code": DomainEvidence(scores=scores, count=count, mean=mean)}
     )

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from support.phases import ad, envelope
 
 from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, award, best_known, judge, score
+from loom.phases.match.trust import POLICIES
 from loom.schemas.auction import Bid, Offer
 from loom.schemas.envelope import Envelope
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
@@ -22,7 +23,7 @@ def offer(host: str, *bids: Bid, decline: Any = None) -> Offer:
 
 
 def profile(node: str, count: int, mean: float, *, slug: str = "code", last_seq: int = 1) -> NodeProfile:
-    scores = (Score(reward_id="r", score=mean, ended_at=0),)
+    scores = (Score(attempt_id="r", score=mean, ended_at=0),)
     return NodeProfile(
         node_id=node, last_seq=last_seq, domains={slug: DomainEvidence(scores=scores, count=count, mean=mean)}
     )
@@ -85,6 +86,11 @@ def test_the_award_remembers_the_best_sixteen_bids_and_what_they_rest_on() -> No
     assert [bid.score for bid in won.bids] == sorted((bid.score for bid in won.bids), reverse=True)
     assert won.evidence_seq == 77
     assert won.score == won.bids[0].score
+
+
+def test_the_award_names_the_policy_it_was_made_by() -> None:
+    book = Book(policy=POLICIES["random"], policy_name="random")
+    assert award(env(), [("h1", Bid(node_id="n1"))], book).policy == "random"
 
 
 def test_exploration_counts_a_node_once_even_if_it_is_on_two_hosts() -> None:

@@ -12,7 +12,13 @@ def folded(*scores: float) -> NodeProfile:
     profile = NodeProfile(node_id="n")
     for seq, score in enumerate(scores, start=1):
         one = Reward(
-            reward_id=f"t{seq}", task_id="t", attempt=1, node_id="n", slug="code", score=score, ended_at=1000.0 + seq
+            reward_id=f"t{seq}:1:rules",
+            task_id=f"t{seq}",
+            attempt=1,
+            node_id="n",
+            slug="code",
+            score=score,
+            ended_at=1000.0 + seq,
         )
         profile = fold(profile, one, seq, forget=True)
     return profile

@@ -33,6 +33,7 @@ def test_variables_are_read_as_what_they_should_be() -> None:
             "LOOM_MAX_ATTEMPTS": "5",
             "LOOM_EXPLORATION": "0",
             "LOOM_IDLE_TIMEOUT_S": "1.5",
+            "LOOM_JUDGE_WEIGHTS": "person=5, linter=0.5,rules=0",
         }
     )
 
@@ -40,7 +41,12 @@ def test_variables_are_read_as_what_they_should_be() -> None:
     assert settings.loom_namespace == "team-a"
     assert settings.loom_log_level == "debug"
     assert settings.loom_sync_interval == "500ms"
-    assert settings.cluster == ClusterConfig(max_attempts=5, exploration=0.0, idle_timeout_s=1.5)
+    assert settings.cluster == ClusterConfig(
+        max_attempts=5,
+        exploration=0.0,
+        idle_timeout_s=1.5,
+        judge_weights={"person": 5.0, "linter": 0.5, "rules": 0.0},
+    )
 
 
 def test_an_empty_variable_is_as_good_as_none_and_strangers_are_ignored() -> None:
@@ -62,6 +68,17 @@ def test_an_empty_variable_is_as_good_as_none_and_strangers_are_ignored() -> Non
         ("LOOM_MITOSIS_THRESHOLD", "1.1"),
         ("LOOM_IDLE_TIMEOUT_S", "nan"),
         ("LOOM_IDLE_TIMEOUT_S", "inf"),
+        ("LOOM_JUDGE_WEIGHTS", "person"),
+        ("LOOM_JUDGE_WEIGHTS", "person=3,"),
+        ("LOOM_JUDGE_WEIGHTS", "=3"),
+        ("LOOM_JUDGE_WEIGHTS", "person=3=4"),
+        ("LOOM_JUDGE_WEIGHTS", "person=3,person=4"),
+        ("LOOM_JUDGE_WEIGHTS", "person=much"),
+        ("LOOM_JUDGE_WEIGHTS", "person=-1"),
+        ("LOOM_JUDGE_WEIGHTS", "person=nan"),
+        ("LOOM_JUDGE_WEIGHTS", "person=inf"),
+        ("LOOM_JUDGE_WEIGHTS", "a person=1"),
+        ("LOOM_JUDGE_WEIGHTS", '{"person": 3}'),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused_by_the_name_of_its_variable(variable: str, value: str) -> None:
@@ -94,17 +111,22 @@ def rows_of(shape: type[msgspec.Struct], prefix: str) -> Iterator[str]:
     for field in msgspec.structs.fields(shape):
         if field.name == "cluster":
             continue
-        default = f"`{field.default}`" if field.default != "" else "none"
+        default = "none" if field.default in {"", msgspec.NODEFAULT} else f"`{field.default}`"
         doc = docs.get(field.name, "").removeprefix(f"{field.name.upper()}. ").replace("`", "")
         yield f"| `{prefix}{field.name.upper()}` | {default} | {values(field.type)} | {doc} |"
 
 
 def values(hint: object) -> str:
     """What a variable may hold, from the field's type."""
-    kind = msgspec.inspect.type_info(hint)
+    return values_of(msgspec.inspect.type_info(hint))
+
+
+def values_of(kind: msgspec.inspect.Type) -> str:
     if isinstance(kind, msgspec.inspect.StrType):
         pattern = (kind.pattern or "").removeprefix("^").removesuffix(r"\Z")
         return f"`{pattern}`".replace("|", r"\|") if pattern else "text"
+    if isinstance(kind, msgspec.inspect.DictType):
+        return f"`name=value,name=value`; each a {values_of(kind.value_type)}"
     assert isinstance(kind, (msgspec.inspect.IntType, msgspec.inspect.FloatType))
     noun = "whole number" if isinstance(kind, msgspec.inspect.IntType) else "number"
     upper = "" if kind.le is None else f" to {kind.le:g}"

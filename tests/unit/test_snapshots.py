@@ -1,11 +1,28 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.adapt.fold import fold, kept_id
+from loom.phases.adapt.fold import fold
+from loom.phases.adapt.judges import ID_LENGTH
 from loom.phases.adapt.rebuild import start_of
 from loom.phases.adapt.snapshots import snapshot_of
-from loom.schemas.learning import MAX_DOMAINS, WINDOW, NodeProfile, Reward, Snapshot
+from loom.schemas.learning import MAX_DOMAINS, WINDOW, NodeProfile, Reward, Score, Snapshot
 from loom.schemas.wire import MAX_MESSAGE_BYTES, decode, encode
+
+LONGEST = 178
+"""Bytes an entry takes at most."""
+
+
+def reward(source: str, score: float, *, slug: str, ended_at: float, attempt: int) -> Reward:
+    return Reward(
+        reward_id="r",
+        task_id="t" * 64,
+        attempt=attempt,
+        source=source,
+        node_id="n" * 64,
+        slug=slug,
+        score=score,
+        ended_at=ended_at,
+    )
 
 
 def part(node: str, through: int, nodes: int = 2) -> Snapshot:
@@ -33,34 +50,38 @@ def test_a_snapshot_teaches_nobody_who_knows_the_node() -> None:
     assert fold(known, told, 10) is known
 
 
-@given(
-    st.text(alphabet=st.sampled_from('a\x01😀"\\é'), min_size=200, max_size=200), st.floats(0, 1), st.floats(1e8, 1e10)
-)
-def test_the_snapshot_of_a_node_that_knows_all_it_may_is_a_message(text: str, score: float, ended_at: float) -> None:
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(1e8, 1e10), st.integers(0, 9_999_999))
+def test_the_snapshot_of_a_node_that_knows_all_it_may_is_a_message(
+    scores: list[float], ended_at: float, attempt: int
+) -> None:
+    """However many judge, and whatever they are called."""
     profile, seq = NodeProfile(node_id="n" * 64), 0
     for domain in range(MAX_DOMAINS):
-        slug, seq = f"{domain:064}", seq + 1
-        one = Reward(
-            reward_id=text, task_id="t", attempt=1, node_id=profile.node_id, slug=slug, score=score, ended_at=ended_at
-        )
-        profile = fold(profile, one, seq)
+        slug = f"{domain:064}"
+        for judge, score in enumerate(scores):
+            seq += 1
+            profile = fold(profile, reward(f"{judge:064}", score, slug=slug, ended_at=ended_at, attempt=attempt), seq)
     one_each = len(encode(profile))
     [entry] = profile.domains[slug].scores
-    most = one_each + MAX_DOMAINS * (WINDOW - 1) * (max(len(encode(entry)), 145) + 1)
+    assert len(encode(entry)) <= LONGEST
+    most = one_each + MAX_DOMAINS * (WINDOW - 1) * (LONGEST + 1)
     assert most < MAX_MESSAGE_BYTES - 1000
     assert decode(encode(snapshot_of(profile, seq, 1)), Reward).snapshot == Snapshot(
         through=seq, nodes=1, profile=profile
     )
 
 
-def test_ids_that_differ_are_kept_apart_and_twins_of_long_ones_found() -> None:
-    long, other = "x" * 200, "x" * 199 + "y"
-    assert kept_id(long) != kept_id(other)
-    assert kept_id("t:1:rules") == "t:1:rules"
+def test_a_profile_from_before_entries_held_words_is_read() -> None:
+    old = b'{"node_id":"a","last_seq":3,"domains":{"code":{"scores":[["t:1:rules",1.0,2.5]],"count":1,"mean":1.0}}}'
+    profile = decode(old, NodeProfile)
+    assert profile.domains["code"].scores == (Score(attempt_id="t:1:rules", score=1.0, ended_at=2.5),)
+    after = fold(profile, reward("rules", 0.0, slug="code", ended_at=3.0, attempt=2), 4)
+    assert (after.domains["code"].count, after.domains["code"].mean) == (2, 0.5)
+
+
+def test_attempts_of_endless_numbers_are_kept_apart() -> None:
     profile = NodeProfile(node_id="a")
-    for seq, (reward_id, score) in enumerate([(long, 1.0), (other, 1.0), (long, 0.0)], start=1):
-        one = Reward(
-            reward_id=reward_id, task_id="t", attempt=1, node_id="a", slug="code", score=score, ended_at=float(seq)
-        )
-        profile = fold(profile, one, seq)
-    assert (profile.total_tasks, profile.domains["code"].count, profile.domains["code"].mean) == (2, 2, 0.5)
+    for seq, attempt in enumerate((10**100, 10**100 + 1, 10**100), start=1):
+        profile = fold(profile, reward("rules", seq / 3, slug="code", ended_at=1.0, attempt=attempt), seq)
+    assert [round(entry.score, 2) for entry in profile.domains["code"].scores] == [1.0, 0.67]
+    assert all(len(entry.attempt_id) <= ID_LENGTH for entry in profile.domains["code"].scores)

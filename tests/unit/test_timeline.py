@@ -1,16 +1,11 @@
 """What a record tells about a task's way."""
 
-import re
-
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
-from msgspec.structs import replace
 from support.values import messages
 
-from loom.phases.match.policy import AVAILABILITY_WEIGHT, TOOLS_WEIGHT, TRUST_WEIGHT
-from loom.runner.cli.timeline import attempts, handed_in_at, tries, turns, why
-from loom.schemas.envelope import MAX_HOPS, Award, Claim, Envelope, Hop, ScoredBid, Split, TaskRecord, Tried
+from loom.runner.cli.timeline import attempts, handed_in_at, tries, turns
+from loom.schemas.envelope import MAX_HOPS, Claim, Envelope, Hop, Split, TaskRecord, Tried
 from loom.schemas.learning import Reward
 from loom.schemas.task import RunResult, TaskAd, TaskError
 
@@ -31,17 +26,6 @@ def record(told: Envelope, *, ended_at: float | None = None, **fields: object) -
     state = "running" if ended_at is None else "succeeded"
     given: dict[str, object] = {"state": state, "admitted_at": 1001.0, **fields}
     return TaskRecord(task_id="t1", envelope=told, ended_at=ended_at, **given)  # type: ignore[arg-type]
-
-
-def bid(node_id: str, **facts: float) -> ScoredBid:
-    given = {"claim": 0.5, "load": 0.0, "tools": 1.0, "bonus": 0.0, **facts}
-    given.setdefault("trust", given["claim"] + given["bonus"])
-    score = TRUST_WEIGHT * given["trust"] + AVAILABILITY_WEIGHT * (1 - given["load"]) + TOOLS_WEIGHT * given["tools"]
-    return ScoredBid(node_id=node_id, host_id="h", score=score, **given)  # type: ignore[arg-type]
-
-
-def award(*bids: ScoredBid) -> Award:
-    return Award(node_id=bids[0].node_id, host_id="h", score=bids[0].score, bids=bids)
 
 
 def reward(attempt: int, node_id: str, reason: str = "", **fields: object) -> Reward:
@@ -153,38 +137,3 @@ def test_the_attempt_in_hand_is_told_and_so_is_one_just_lost() -> None:
     assert [each.outcome for each in tries(record(envelope(), claim=claim), [])] == ["running"]
     assert [each.outcome for each in tries(record(lost, claim=claim), [])] == ["node_lost"]
     assert tries(record(envelope()), []) == []
-
-
-@pytest.mark.parametrize(
-    ("bids", "said"),
-    [
-        ([bid("a", claim=0.9)], "a won with 0.94: nobody else bid (a claim of 0.90 and no evidence)."),
-        ([bid("a", claim=0.9), bid("b", claim=0.5)], "trusted more, for a claim of 0.90 and no evidence against"),
-        (
-            [bid("a", trust=0.8, evidence=0.9, count=4), bid("b", claim=0.7)],
-            "for a claim of 0.50 and a mean reward of 0.90 over 4 against a claim of 0.70 and no evidence",
-        ),
-        ([bid("a", bonus=0.4), bid("b", bonus=0.1)], "less is known about it, which earns a bonus of 0.40 against"),
-        ([bid("a"), bid("b", load=0.5)], "it is less busy, 0% against 50%."),
-        ([bid("a"), bid("b", tools=0.5)], "it has more of the tools, 100% against 50%."),
-        ([bid("a", claim=0.9, load=0.5), bid("b")], "trusted more, .*, although it is busier, 50% against 0%"),
-        ([bid("a"), bid("b")], "they are equal, and the task's id decided."),
-    ],
-)
-def test_one_sentence_says_why_the_winner_won(bids: list[ScoredBid], said: str) -> None:
-    assert re.search(said.replace("(", r"\(").replace(")", r"\)"), why(award(*bids)))
-
-
-def test_without_an_auction_nobody_was_better() -> None:
-    assert "pinned" in why(Award(node_id="a", host_id="h", pinned=True))
-    assert why(Award(node_id="a", host_id="h")) == "a won; the bids are not known."
-
-
-@given(st.lists(messages(ScoredBid), min_size=1, max_size=3))
-def test_any_award_can_be_explained(bids: list[ScoredBid]) -> None:
-    ranked = sorted(bids, key=lambda each: -each.score)
-
-    said = why(replace(award(*ranked), bids=tuple(ranked)))
-
-    assert said.startswith(f"{ranked[0].node_id} won with ")
-    assert said.endswith(".")

@@ -18,7 +18,7 @@ def node(**scores: float) -> AgentNode:
 def profile(**domains: list[tuple[str, float, float]]) -> NodeProfile:
     evidence = {
         name: DomainEvidence(
-            scores=tuple(Score(reward_id=i, score=s, ended_at=t) for i, s, t in entries), count=len(entries), mean=0.5
+            scores=tuple(Score(attempt_id=i, score=s, ended_at=t) for i, s, t in entries), count=len(entries), mean=0.5
         )
         for name, entries in domains.items()
     }

@@ -1,0 +1,61 @@
+"""Skills become nodes: where nobody can take a task that calls for one, an agent is made of it."""
+
+from functools import partial
+
+import structlog
+
+from loom.agents.agent import Agent
+from loom.agents.config import AgentConfig
+from loom.agents.nursery import Skills
+from loom.agents.tools import Tool
+from loom.bus.faults import describe
+from loom.cluster.skill_registry import SkillNodeRegistry
+from loom.schemas.auction import SpawnRequest
+from loom.schemas.llm import LLMProvider
+from loom.schemas.task import slug
+from loom.types import AgentNode, Skill
+
+log = structlog.get_logger()
+
+
+def skill_nodes(
+    registry: SkillNodeRegistry, provider: LLMProvider | None, config: AgentConfig | None = None
+) -> Skills | None:
+    """Return what makes nodes of the registry's skills on request; None without a skill, or a model to work with."""
+    if provider is None or not registry.size:
+        return None
+    return partial(node_for, registry, provider, config)
+
+
+def node_for(
+    registry: SkillNodeRegistry, provider: LLMProvider, config: AgentConfig | None, wanted: SpawnRequest
+) -> AgentNode | None:
+    """Return a node with the skill the task calls for most, marked as loaded; None where none will do."""
+    try:
+        skill = registry.find_match(wanted.description, required_tools=wanted.required_tools)
+    except Exception as error:  # noqa: BLE001 - a trigger's evaluator is user code: whatever it raises is no match
+        log.warning("skill_trigger_raised", **describe(error))
+        return None
+    if skill is None:
+        return None
+    made = (each if isinstance(each, Tool) else Tool(each) for each in registry.tools)
+    tools = {tool.name: tool for tool in made}
+    missing = sorted(set(skill.tools) - tools.keys())
+    if missing:
+        log.warning("skill_lacks_tools", skill=skill.name, tools=missing)
+        return None
+    agent = Agent(
+        provider,
+        config,
+        system_prompt=skill.instructions or skill.description or None,
+        tools=[tools[name] for name in dict.fromkeys(skill.tools)],
+        name=skill.name,
+    )
+    registry.mark_loaded(skill.name)
+    return AgentNode(id=node_id(skill), agent=agent)
+
+
+def node_id(skill: Skill) -> str:
+    """Return the id of a skill's node, always the same: evidence about it outlives it."""
+    name = slug(f"skill-{skill.name}")
+    return name if name.startswith("skill-") else f"skill-{name}"
