@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, TypeVar, overload
 from uuid import uuid4
 
 import msgspec
@@ -16,8 +16,8 @@ import nats.errors
 import structlog
 from nats.aio.subscription import Subscription
 
+from loom.bus.awaited import Awaited
 from loom.bus.connection import Connection, PayloadTooLarge
-from loom.bus.faults import describe
 from loom.bus.message import Msg
 from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
 from loom.schemas.wire import Wire, encode
@@ -25,6 +25,7 @@ from loom.schemas.wire import Wire, encode
 __all__ = ["Bus", "Conflict", "Msg", "NoResponders", "PayloadTooLarge", "PubAck", "Refused", "Subscription"]
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 PUBLISH_TRY_S = 2.0  # one wait for a PubAck; the id makes a second try safe
 HAND_OVER_S = 2.0
@@ -74,6 +75,10 @@ class _ApiError(Wire, frozen=True, kw_only=True):
     description: str = ""
 
 
+class _Answer(Wire, frozen=True, kw_only=True):
+    error: _ApiError | None = None
+
+
 class _PubReply(PubAck, frozen=True, kw_only=True):
     error: _ApiError | None = None
 
@@ -89,7 +94,7 @@ class Bus(Connection):
         self._sinks: dict[str, Callable[[Msg], None]] = {}
         self._next_token = 0
         self._failed_publishes = 0
-        self._unconfirmed: set[asyncio.Future[Msg | None]] = set()
+        self._unconfirmed: set[Awaited[Msg]] = set()
         self.on_reconnect(self._send_again)
 
     async def connect(self) -> Self:
@@ -131,15 +136,16 @@ class Bus(Connection):
             TimeoutError: None came in time.
             NoResponders: Nobody listens.
         """
-        answer: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
-        reply = self.open_inbox(lambda msg: None if answer.done() else answer.set_result(msg))
+        give_up = time.monotonic() + timeout_s
+        answer: Awaited[Msg] = Awaited()
+        reply = self.open_inbox(answer.give)
         try:
             await self.publish(subject, message, reply=reply)
-            async with asyncio.timeout(timeout_s):
-                while again_s and not (await asyncio.wait([answer], timeout=again_s))[0]:
-                    if self._nc.is_connected:  # else it waits in the buffer already
-                        await self.publish(subject, message, reply=reply)
-                msg = await answer
+            while (msg := await answer.wait(min(give_up - time.monotonic(), again_s or timeout_s))) is None:
+                if time.monotonic() >= give_up:
+                    raise TimeoutError(f"no answer on {subject} in {timeout_s:g} s")
+                if self._nc.is_connected:  # else it waits in the buffer already
+                    await self.publish(subject, message, reply=reply)
         finally:
             self.close_inbox(reply)
         if msg.status == "503":
@@ -148,16 +154,20 @@ class Bus(Connection):
 
     async def echo(self, *, timeout_s: float = 2.0) -> None:
         """Return once the server has processed all that was sent before."""
-        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        reply = self.open_inbox(lambda _: None if answer.done() else answer.set_result(None))
+        answer: Awaited[Msg] = Awaited()
+        reply = self.open_inbox(answer.give)
         try:
             await self.publish(reply)
-            async with asyncio.timeout(timeout_s):
-                await answer
+            if await answer.wait(timeout_s) is None:
+                raise TimeoutError(f"the server did not echo in {timeout_s:g} s")
         finally:
             self.close_inbox(reply)
 
-    async def api(self, call: str, body: Any = None, *, timeout_s: float = 5.0) -> dict[str, Any]:
+    @overload
+    async def api(self, call: str, body: Any = None, *, timeout_s: float = 5.0) -> dict[str, Any]: ...
+    @overload
+    async def api(self, call: str, body: Any = None, *, timeout_s: float = 5.0, shape: type[T]) -> T: ...
+    async def api(self, call: str, body: Any = None, *, timeout_s: float = 5.0, shape: Any = dict[str, Any]) -> Any:
         """Return the answer of a JetStream API call, `$JS.API.<call>`; what changes nothing twice is asked until then.
 
         Raises:
@@ -169,7 +179,7 @@ class Bus(Connection):
         while True:
             left_s = give_up - time.monotonic()
             try:
-                return await self._call(call, body, timeout_s=left_s, again_s=again_s)
+                return await self._call(call, body, shape, timeout_s=left_s, again_s=again_s)
             except NoResponders as error:
                 raise BusUnavailable("JetStream is off on this server; start it with `-js`") from error
             except TimeoutError as error:
@@ -181,13 +191,12 @@ class Bus(Connection):
                     raise BusUnavailable(f"{error.message}; too few servers of the cluster are up") from error
             await asyncio.sleep(LEADER_WAIT_S)
 
-    async def _call(self, call: str, body: Any, *, timeout_s: float, again_s: float | None) -> dict[str, Any]:
+    async def _call(self, call: str, body: Any, shape: Any, *, timeout_s: float, again_s: float | None) -> Any:
         payload = b"" if body is None else encode(body)
         msg = await self.request(f"$JS.API.{call}", payload, timeout_s=max(timeout_s, 0.01), again_s=again_s)
-        answer: dict[str, Any] = msgspec.json.decode(msg.data)
-        if error_body := answer.get("error"):
-            raise Refused(str(error_body.get("description", "")), int(error_body.get("err_code", 0)))
-        return answer
+        if b'"error"' in msg.data and (error := msgspec.json.decode(msg.data, type=_Answer).error) is not None:
+            raise Refused(error.description, error.err_code)
+        return msgspec.json.decode(msg.data, type=shape)
 
     async def stop_delivery(self, subscription: Subscription) -> None:
         """End a subscription after handing over all the server has sent on it."""
@@ -251,22 +260,21 @@ class Bus(Connection):
         return bool(streams)
 
     async def _try_store(self, subject: str, payload: bytes, headers: dict[str, str], wait_s: float) -> Msg | None:
-        answer: asyncio.Future[Msg | None] = asyncio.get_running_loop().create_future()
-        reply = self.open_inbox(lambda msg: None if answer.done() else answer.set_result(msg))
+        """Publish once and return the answer; None when none came in time, or the connection went before."""
+        answer: Awaited[Msg] = Awaited()
+        reply = self.open_inbox(answer.give)
         self._unconfirmed.add(answer)
+        give_up = time.monotonic() + wait_s
         try:
             await self.publish(subject, payload, reply=reply, headers=headers)
-            async with asyncio.timeout(max(wait_s, 0.01)):
-                msg = await answer
-        except TimeoutError:
-            await self._publish_failed()
-            return None
+            msg = await answer.wait(max(wait_s, 0.01))
         finally:
             self.close_inbox(reply)
             self._unconfirmed.discard(answer)
-        if msg is None:
-            return None
-        self._failed_publishes = 0
+        if msg is not None:
+            self._failed_publishes = 0
+        elif time.monotonic() >= give_up:
+            await self._publish_failed()
         return msg
 
     async def _publish_failed(self) -> None:
@@ -294,8 +302,7 @@ class Bus(Connection):
     def _send_again(self) -> None:
         """What was not confirmed has gone with the old connection."""
         for answer in self._unconfirmed:
-            if not answer.done():
-                answer.set_result(None)
+            answer.wake()
 
 
 def _read_ack(msg: Msg) -> PubAck | None:

@@ -239,7 +239,9 @@ class Connection:
         if self._nc.clogged:
             await self._nc.unclog()
 
-    def send(self, subject: str, message: Any = b"", *, reply: str = "", headers: Mapping[str, str] | None = None) -> None:
+    def send(
+        self, subject: str, message: Any = b"", *, reply: str = "", headers: Mapping[str, str] | None = None
+    ) -> None:
         """Publish from where nobody can wait: whoever sends much must use `publish`, which waits for a full socket.
 
         Raises:

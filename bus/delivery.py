@@ -1,12 +1,13 @@
 """One attempt to hand over a stored message, and what its handler may do with it."""
 
 import asyncio
+from collections.abc import Callable
 from datetime import datetime
 from hashlib import blake2b
+from typing import NamedTuple
 
 from loom.bus.client import Msg
 from loom.bus.gate import Gate
-from loom.schemas.wire import Wire
 
 SUSPECT_AFTER = 3
 """Deliveries after which a message is handled alone."""
@@ -16,7 +17,7 @@ SPREAD_S = 0.5
 """Time over which the suspects of a process are spread."""
 
 
-class Facts(Wire, frozen=True, kw_only=True):
+class Facts(NamedTuple):
     """What the server says of a delivery in its reply subject."""
 
     delivered: int
@@ -67,6 +68,8 @@ class Delivery:
         self.slots = slots
         self.recalled = asyncio.Event()
         """Set when the process stops: give the work back."""
+        self.on_recall: Callable[[], None] | None = None
+        """Called when it is set, by whoever cannot wait for it."""
         self._gate = gate
         self._in_gate = False
 
@@ -88,6 +91,12 @@ class Delivery:
     def dead(self) -> bool:
         """Whether it was delivered too often to be tried again."""
         return self.facts.delivered > DEAD_AFTER
+
+    def recall(self) -> None:
+        """Ask for the work back: the process stops."""
+        self.recalled.set()
+        if self.on_recall is not None:
+            self.on_recall()
 
     async def enter(self) -> None:
         """Wait for this delivery's turn in the process."""

@@ -1,13 +1,12 @@
 """A typed key-value bucket with compare-and-set; the same layout `nats kv` reads."""
 
-import base64
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import structlog
 
 from loom.bus.client import Bus, Conflict, Refused
 from loom.bus.ordered import OrderedReader
-from loom.schemas.wire import Undecodable, decode, new_id
+from loom.schemas.wire import Undecodable, Wire, decode, new_id
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -25,8 +24,19 @@ class Entry(NamedTuple, Generic[T]):
     revision: int
 
 
-def _has(message: dict[str, Any], header: str) -> bool:
-    return header.encode() in base64.b64decode(message.get("hdrs", ""))
+class _Stored(Wire, frozen=True, kw_only=True):
+    """What the server holds under a key; in its JSON the bytes are base64."""
+
+    seq: int
+    hdrs: bytes = b""
+    data: bytes = b""
+
+    def has(self, header: str) -> bool:
+        return header.encode() in self.hdrs
+
+
+class _Got(Wire, frozen=True, kw_only=True):
+    message: _Stored
 
 
 class Bucket(Generic[T]):
@@ -50,20 +60,20 @@ class Bucket(Generic[T]):
             Undecodable: The value is not what this bucket holds.
         """
         message = await self._last(key)
-        if message is None or _has(message, _DELETED):
+        if message is None or message.has(_DELETED):
             return None
-        raw = base64.b64decode(message.get("data", ""))
-        return Entry(key, decode(raw, self._shape), int(message["seq"]))
+        return Entry(key, decode(message.data, self._shape), message.seq)
 
-    async def _last(self, key: str) -> dict[str, Any] | None:
+    async def _last(self, key: str) -> _Stored | None:
         try:
-            answer = await self._bus.api(f"STREAM.MSG.GET.{self._stream}", {"last_by_subj": self._prefix + key})
+            got = await self._bus.api(
+                f"STREAM.MSG.GET.{self._stream}", {"last_by_subj": self._prefix + key}, shape=_Got
+            )
         except Refused as error:
             if error.err_code == _NO_MESSAGE:
                 return None
             raise
-        message: dict[str, Any] = answer["message"]
-        return message
+        return got.message
 
     async def create(self, key: str, value: T) -> int:
         """Store the first value of `key` and return its revision.
@@ -87,10 +97,10 @@ class Bucket(Generic[T]):
             # A repeated write whose first acknowledgement was lost conflicts with itself. Equal values prove
             # nothing: two who count the same thing write the same number.
             last = await self._last(key)
-            if last is not None and _has(last, write):
-                return int(last["seq"])
-            if last is not None and revision == 0 and _has(last, _DELETED):
-                return await self.update(key, value, int(last["seq"]))
+            if last is not None and last.has(write):
+                return last.seq
+            if last is not None and revision == 0 and last.has(_DELETED):
+                return await self.update(key, value, last.seq)
             raise
         return ack.seq
 

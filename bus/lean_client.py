@@ -183,7 +183,7 @@ class LeanClient(Client):
         writer: asyncio.StreamWriter = self._transport._io_writer  # type: ignore[attr-defined]  # of TCP and of TLS
         self.clogged = writer.transport.get_write_buffer_size() > CLOGGED_BYTES
 
-    async def _flush_pending(self, force_flush: bool = False) -> Any:  # noqa: FBT001, FBT002 - nats-py's signature
+    async def _flush_pending(self, force_flush: bool = False) -> Any:
         """Send what waits; nats-py wakes a task for it."""
         if force_flush or not self.is_connected:
             return await super()._flush_pending(force_flush)

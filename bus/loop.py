@@ -103,7 +103,7 @@ class HopLoop(Generic[T]):
             if self._in_hand:
                 await asyncio.wait(list(self._in_hand), timeout=limit_s)
             for delivery in self._in_hand.values():
-                delivery.recalled.set()
+                delivery.recall()
         rest = dict(self._in_hand)
         for task in rest:
             task.cancel()
@@ -131,14 +131,14 @@ class HopLoop(Generic[T]):
     async def _serve(self, delivery: Delivery) -> None:
         parsed = self._bus.subjects.parse(delivery.subject)
         task_id = parsed.task_id if parsed else ""
-        with structlog.contextvars.bound_contextvars(task_id=task_id, phase=self._service.phase):
-            try:
-                await delivery.enter()
-                await self._work(delivery, task_id)
-            except Exception as error:  # noqa: BLE001 - whatever a handler raises, its message must come back
-                wait_s = retry_s(delivery.facts.delivered) * random.uniform(0.5, 1)  # noqa: S311 - jitter
-                log.warning("hop_failed", retry_in_s=round(wait_s, 2), **describe(error))
-                await self._answer(delivery, b'-NAK {"delay": %d}' % int(wait_s * 1e9))
+        structlog.contextvars.bind_contextvars(task_id=task_id, phase=self._service.phase)  # of this asyncio task alone
+        try:
+            await delivery.enter()
+            await self._work(delivery, task_id)
+        except Exception as error:  # noqa: BLE001 - whatever a handler raises, its message must come back
+            wait_s = retry_s(delivery.facts.delivered) * random.uniform(0.5, 1)  # noqa: S311 - jitter
+            log.warning("hop_failed", retry_in_s=round(wait_s, 2), **describe(error))
+            await self._answer(delivery, b'-NAK {"delay": %d}' % int(wait_s * 1e9))
 
     async def _work(self, delivery: Delivery, task_id: str) -> None:
         """Decide and settle; while the server stores nothing, try again in hand.

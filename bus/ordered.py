@@ -142,7 +142,9 @@ class OrderedReader:
         self._consumer_seq = facts.consumer_seq
         self._last_seq = facts.stream_seq
         self._at_end = facts.pending == 0
-        self._buffer.append(Stored(msg.subject, msg.data, facts.stream_seq, facts.stored_at, facts.pending, msg.headers))
+        self._buffer.append(
+            Stored(msg.subject, msg.data, facts.stream_seq, facts.stored_at, facts.pending, msg.headers)
+        )
         self._filled.set()
 
     def _begin_restart(self) -> asyncio.Task[None]:

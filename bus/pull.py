@@ -93,8 +93,12 @@ class Pull:
 
     def top_up(self) -> None:
         """Ask for as many messages as there is room for; cheap to call often."""
-        if not self._stopped and self._window() > self._asked:
+        if not self._stopped and (self._stale or self._worth(self._window() - self._asked)):
             self._unsent.set()
+
+    def _worth(self, room: int) -> bool:
+        """Whether to ask for so many more: few at a time would cost a request each."""
+        return room > self._asked // 2
 
     async def _ask(self) -> None:
         while not self._stopped:
@@ -109,8 +113,8 @@ class Pull:
                 self._asked = 0
 
     async def _request(self, room: int) -> None:
-        if self._stopped or room <= self._asked // 2:
-            return  # few at a time would cost a request each
+        if self._stopped or not self._worth(room):
+            return
         self._asked += room
         if self._asked == room:
             self._heard = time.monotonic()

@@ -4,9 +4,11 @@ import asyncio
 import random
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from loom.bus.client import Bus, Conflict
 from loom.bus.kv import Bucket, Entry
-from loom.schemas.envelope import TaskRecord
+from loom.schemas.envelope import Envelope, Known, TaskRecord
 from loom.schemas.errors import BusUnavailable
 
 TRIES = 16  # writers of one record are few; more than this is not contention
@@ -17,13 +19,50 @@ def records(bus: Bus) -> Bucket[TaskRecord]:
     return Bucket(bus, "records", TaskRecord)
 
 
+def remembered(envelope: Envelope) -> Entry[TaskRecord] | None:
+    """Return the record as it was when the envelope was sent: good for a write, which fails if it has changed since.
+
+    None when the envelope does not tell.
+    """
+    known = envelope.known
+    if known is None:
+        return None
+    record = TaskRecord(
+        task_id=envelope.task_id,
+        state="running",
+        submission=known.submission,
+        reply_to=known.reply_to,
+        envelope=replace(envelope, known=None),
+        claim=known.claim,
+        admitted_at=known.admitted_at,
+    )
+    return Entry(envelope.task_id, record, known.revision)
+
+
+def known_of(record: TaskRecord, revision: int) -> Known | None:
+    """Return what an envelope is to tell of the record it leaves behind; None for what it cannot tell in full."""
+    if record.ended or record.delegated:
+        return None
+    return Known(
+        revision=revision,
+        submission=record.submission,
+        reply_to=record.reply_to,
+        claim=record.claim,
+        admitted_at=record.admitted_at,
+    )
+
+
 async def change(
-    bucket: Bucket[TaskRecord], task_id: str, decide: Callable[[TaskRecord], TaskRecord | None]
+    bucket: Bucket[TaskRecord],
+    task_id: str,
+    decide: Callable[[TaskRecord], TaskRecord | None],
+    entry: Entry[TaskRecord] | None = None,
 ) -> Entry[TaskRecord] | None:
     """Apply `decide` to the record until nobody else wrote in between.
 
     Args:
         decide: Pure. Returns the new record, or None to leave it as it is.
+        entry: What to try on first, unread.
 
     Returns:
         The record as it now is; None when there is none.
@@ -32,7 +71,7 @@ async def change(
         BusUnavailable: The record would not hold still.
     """
     for _ in range(TRIES):
-        entry = await bucket.get(task_id)
+        entry = entry or await bucket.get(task_id)
         if entry is None:
             return None
         wanted = decide(entry.value)
@@ -41,5 +80,6 @@ async def change(
         try:
             return Entry(task_id, wanted, await bucket.update(task_id, wanted, entry.revision))
         except Conflict:
+            entry = None
             await asyncio.sleep(random.uniform(0, 0.01))  # noqa: S311 - apart from the others who lost the race
     raise BusUnavailable(f"record {task_id} was changed by others {TRIES} times in a row")

@@ -135,6 +135,32 @@ class Tried(Wire, frozen=True, kw_only=True):
     duration_s: Seconds = 0.0
 
 
+class Claim(Wire, frozen=True, kw_only=True):
+    """EXECUTE's hold on an attempt: the fence."""
+
+    attempt: Count = 0
+    """0: nobody has claimed yet."""
+    node_id: str = ""
+    host_id: str = ""
+    instance: str = ""
+    """Which EXECUTE replica."""
+    stream_seq: Count = 0
+    """Sequence in TASKS of the message that carries the claim."""
+
+
+class Known(Wire, frozen=True, kw_only=True):
+    """The record besides its envelope, as whoever wrote it last has left it: the next write needs no reading.
+
+    The write names `revision`, so it fails where somebody else has written since, and then the record is read.
+    """
+
+    revision: Annotated[int, Meta(ge=1)]
+    submission: str = ""
+    reply_to: Annotated[tuple[str, ...], Meta(max_length=8)] = ()
+    claim: Claim = Claim()
+    admitted_at: float
+
+
 class Envelope(Wire, frozen=True, kw_only=True):
     """A task on its way through the phases."""
 
@@ -170,6 +196,8 @@ class Envelope(Wire, frozen=True, kw_only=True):
     """Attempts that failed, oldest first; the newest ones where there were more."""
     trace: str = ""
     """W3C traceparent, passed on as it came."""
+    known: Known | None = None
+    """Of the task's record; absent on the record's own copy."""
     hops: tuple[Hop, ...] = ()
 
     @property
@@ -216,19 +244,6 @@ class Envelope(Wire, frozen=True, kw_only=True):
         return replace(self, error=error, result=None)
 
 
-class Claim(Wire, frozen=True, kw_only=True):
-    """EXECUTE's hold on an attempt: the fence."""
-
-    attempt: Count = 0
-    """0: nobody has claimed yet."""
-    node_id: str = ""
-    host_id: str = ""
-    instance: str = ""
-    """Which EXECUTE replica."""
-    stream_seq: Count = 0
-    """Sequence in TASKS of the message that carries the claim."""
-
-
 class TaskRecord(Wire, frozen=True, kw_only=True):
     """What is known of a task, from admission to 72 hours after."""
 
@@ -237,7 +252,7 @@ class TaskRecord(Wire, frozen=True, kw_only=True):
     submission: str = ""
     reply_to: Annotated[tuple[str, ...], Meta(max_length=8)] = ()
     envelope: Envelope
-    """As admitted; once the task has ended, as it ended."""
+    """As admitted, then as it was when an attempt was claimed; once the task has ended, as it ended."""
     claim: Claim = Claim()
     admitted_at: float
     ended_at: float | None = None

@@ -6,7 +6,7 @@ from msgspec import Meta
 
 from loom.schemas.events import Progress
 from loom.schemas.task import Priority, RunResult, TaskAd, TaskError, TaskResult
-from loom.schemas.wire import Count, Seconds, Token, Unit, Wire
+from loom.schemas.wire import Count, Seconds, Token, Unit, Wire, decode
 
 
 class RunRequest(Wire, frozen=True, kw_only=True):
@@ -83,6 +83,17 @@ class RunEvent(Wire, frozen=True, kw_only=True):
     def final(self) -> bool:
         """Whether no event follows."""
         return self.kind in FINAL_KINDS
+
+
+def read_events(raw: bytes) -> tuple[RunEvent, ...]:
+    """Return what one message on a run's inbox tells: an event, or several in a JSON array, oldest first.
+
+    Raises:
+        Undecodable: It is neither.
+    """
+    if raw.startswith(b"["):
+        return decode(raw, tuple[RunEvent, ...])
+    return (decode(raw, RunEvent),)
 
 
 class Delta(Wire, frozen=True, kw_only=True):

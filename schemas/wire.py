@@ -1,6 +1,7 @@
 """What every message has in common: how it is declared, encoded, decoded and bounded."""
 
 import math
+import sys
 import types
 from functools import cache
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -40,13 +41,20 @@ class Wire(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     def __post_init__(self) -> None:
-        for name, ge, le in _float_fields(type(self)):
+        cls = type(self)
+        fields = _bounds.get(cls)
+        if fields is None:
+            fields = _bounds[cls] = _float_fields(cls)
+        for name, ge, le in fields:
             value = getattr(self, name)
-            if value is not None and not (ge <= value <= le and math.isfinite(value)):
+            if value is not None and not ge <= value <= le:
                 raise ValueError(f"{type(self).__name__}.{name} must be a number from {ge} to {le}, not {value}")
 
 
-@cache
+_bounds: dict[type, tuple[tuple[str, float, float], ...]] = {}
+"""What is checked of each class: built as often as messages are, this is not asked of a cache each time."""
+
+
 def _float_fields(cls: type) -> tuple[tuple[str, float, float], ...]:
     """Name, least and greatest value of each field of `cls` that is a float or an optional float."""
     found = []
@@ -54,9 +62,9 @@ def _float_fields(cls: type) -> tuple[tuple[str, float, float], ...]:
         for part in _alternatives(hint):
             metas = [meta for meta in get_args(part)[1:] if isinstance(meta, msgspec.Meta)]
             if (get_args(part)[0] if metas else part) is float:
-                ge = next((meta.ge for meta in metas if meta.ge is not None), -math.inf)
+                ge = next((meta.ge for meta in metas if meta.ge is not None), -sys.float_info.max)
                 ge = next((math.nextafter(meta.gt, math.inf) for meta in metas if meta.gt is not None), ge)
-                le = next((meta.le for meta in metas if meta.le is not None), math.inf)
+                le = next((meta.le for meta in metas if meta.le is not None), sys.float_info.max)
                 found.append((name, float(ge), float(le)))
     return tuple(found)
 

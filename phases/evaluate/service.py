@@ -19,7 +19,7 @@ from loom.bus.delivery import Delivery
 from loom.bus.kv import Bucket, Entry
 from loom.bus.loop import SLOTS, HopLoop, Service
 from loom.bus.outcome import Done, Later, Next, Outcome
-from loom.bus.records import change, records
+from loom.bus.records import change, records, remembered
 from loom.bus.reward_bus import RewardBus
 from loom.bus.topology import EVALUATE_LANE
 from loom.phases.evaluate import opinion
@@ -67,34 +67,38 @@ class Evaluate:
 
     async def handle(self, envelope: Envelope, _delivery: Delivery) -> Outcome:
         """End the task or send it back; what has ended is announced again."""
-        entry = await self._records.get(envelope.task_id)
-        if entry is None:
-            entry = await self._create_missing(envelope)
+        entry, envelope = remembered(envelope), replace(envelope, known=None)
+        llm = self._judging_model(envelope)
+        decision = decide(envelope, self._config, self._bus.now()) if llm is None else None
+        if not isinstance(decision, End):
+            entry = None  # what is remembered is good for a write alone, which fails if it is wrong
+        entry = entry or await self._records.get(envelope.task_id) or await self._create_missing(envelope)
         if entry is None:
             log.warning("record_missing", attempt=envelope.attempt)
             return Done()
         if not entry.value.ended and is_late(envelope, entry.value):
             log.info("late_twin_dropped", attempt=envelope.attempt, claimed=entry.value.claim.attempt)
             return Done()
-        if not entry.value.ended:
-            envelope = await self._with_opinion(envelope)
-        decision = decide(envelope, self._config, self._bus.now())
+        if llm is not None and not entry.value.ended:
+            envelope = await self._with_opinion(llm, envelope)
+        decision = decision or decide(envelope, self._config, self._bus.now())
         if isinstance(decision, Back) and not entry.value.ended:
             return await self._send_back(decision, envelope)
         if isinstance(decision, End) and not entry.value.ended:
-            entry = await self._write_end(decision, envelope) or entry
+            entry = await self._write_end(decision, envelope, entry) or entry
         if entry.value.ended:
             await self._announce(entry.value)
         return Done()
 
-    async def _with_opinion(self, envelope: Envelope) -> Envelope:
-        """Ask a model what it thinks of a result that keeps the rules, where that is wanted."""
+    def _judging_model(self, envelope: Envelope) -> LLMProvider | None:
+        """Return the model to ask what it thinks of a result that keeps the rules, where that is wanted."""
         if self._llm is None or envelope.error is not None or judge(envelope) is not None:
-            return envelope
-        if not opinion.wanted(envelope, self._config.judge_share):
-            return envelope
+            return None
+        return self._llm if opinion.wanted(envelope, self._config.judge_share) else None
+
+    async def _with_opinion(self, llm: LLMProvider, envelope: Envelope) -> Envelope:
         try:
-            found = await opinion.ask(self._llm, envelope, envelope.deadline - self._bus.now())
+            found = await opinion.ask(llm, envelope, envelope.deadline - self._bus.now())
         except Exception as error:  # noqa: BLE001 - a user's provider may raise anything; the rules' word stands
             log.warning("model_not_asked", reason=type(error).__name__)
             return envelope
@@ -136,7 +140,9 @@ class Evaluate:
         delay_s = decision.delay_s * random.uniform(1, SPREAD)  # noqa: S311 - jitter
         return Later(delay_s, decision.envelope, "match", msg_id)
 
-    async def _write_end(self, decision: End, envelope: Envelope) -> Entry[TaskRecord] | None:
+    async def _write_end(
+        self, decision: End, envelope: Envelope, entry: Entry[TaskRecord] | None = None
+    ) -> Entry[TaskRecord] | None:
         now = self._bus.now()
 
         def end(record: TaskRecord) -> TaskRecord | None:
@@ -151,7 +157,7 @@ class Evaluate:
                 below_threshold=decision.below_threshold,
             )
 
-        entry = await change(self._records, envelope.task_id, end)
+        entry = await change(self._records, envelope.task_id, end, entry)
         if entry is not None and entry.value.ended:
             ended = entry.value.to_result()
             log.info("task_ended", state=ended.state, code=ended.error.code if ended.error else "")

@@ -10,7 +10,8 @@ Gives up   node_lost, agent_failed, node_busy, deadline_exceeded, cancelled: as 
 """
 
 import asyncio
-from typing import Any
+import dataclasses
+from functools import partial
 
 import structlog
 from msgspec.structs import replace
@@ -19,11 +20,11 @@ from loom.bus.client import Bus, Conflict, Msg, Subscription
 from loom.bus.delivery import Delivery
 from loom.bus.loop import HopLoop, Service
 from loom.bus.outcome import Dead, Done, Leave, Next, Outcome
-from loom.bus.records import records
+from loom.bus.records import known_of, records, remembered
 from loom.bus.topology import EXECUTE_LANE
 from loom.phases.execute.claim import Drop, Standing, Take, claim, may_report
 from loom.phases.execute.errands import Errands, call_off
-from loom.phases.execute.watch import Silent, Watch
+from loom.phases.execute.watch import Silent, Stop, Watch
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope
 from loom.schemas.errors import BusUnavailable
@@ -49,14 +50,14 @@ class Execute:
         self._bus = bus
         self._config = config
         self._records = records(bus)
-        self._cancelled: dict[asyncio.Event, str] = {}
-        """What to set when a task is cancelled -> its id; a task may be here twice while a run moves."""
+        self._stops: dict[str, list[Stop]] = {}
+        """Task -> what ends the watching of its runs; a task may be here twice while a run moves."""
         self._cancels: Subscription | None = None
         self._loop = HopLoop(bus, Service("execute", [(EXECUTE_LANE, SLOTS)], Envelope, self.handle))
 
     async def start(self) -> None:
         """Begin to run tasks."""
-        self._cancels = await self._bus.subscribe(self._bus.subjects.of("cancel", "*"), self._on_cancel)
+        self._cancels = await self._bus.listen(self._bus.subjects.of("cancel", "*"), self._on_cancel)
         await self._bus.echo()
         await self._loop.start()
 
@@ -74,91 +75,79 @@ class Execute:
         if self._bus.now() >= envelope.deadline:
             late = TaskError(code="deadline_exceeded", message="the deadline passed before the run began")
             return await self._report(late, envelope, delivery, claimed=False)
-        cancelled = asyncio.Event()
-        self._cancelled[cancelled] = envelope.task_id
+        stop = Stop()
+        timer = asyncio.get_running_loop().call_later(envelope.deadline - self._bus.now(), stop.set, "late")
+        delivery.on_recall = partial(stop.set, "recalled")
+        self._stops.setdefault(envelope.task_id, []).append(stop)
         try:
-            claimed = await self._claim(envelope, award, delivery)
-            if isinstance(claimed, Drop):
-                log.info("run_dropped", reason=claimed.reason, attempt=envelope.attempt)
-                await call_off(self._bus, claimed.delegated)
-                return Done()
-            if cancelled.is_set():
-                return await self._report(CANCELLED, envelope, delivery)
-            request = request_for(envelope, award, self._bus.now())
-            watch = Watch(self._bus, award.host_id, request, attached=claimed.attached)
-            earlier = claimed.record.delegated if claimed.attached else ()
-            errands = Errands(self._bus, self._config, envelope, delivery, self._loop.top_up, earlier)
-            outcome: Outcome | None = None
-            try:
-                outcome = await self._run(watch, errands, envelope, award, delivery, cancelled)
-            finally:
-                await errands.close(cancelling=cancelled.is_set() or is_over(outcome))
-            return outcome
+            return await self._claimed(envelope, award, delivery, stop)
         finally:
-            del self._cancelled[cancelled]
+            timer.cancel()
+            self._stops[envelope.task_id].remove(stop)
+            if not self._stops[envelope.task_id]:
+                del self._stops[envelope.task_id]
+
+    async def _claimed(self, envelope: Envelope, award: Award, delivery: Delivery, stop: Stop) -> Outcome:
+        claimed = await self._claim(envelope, award, delivery)
+        if isinstance(claimed, Drop):
+            log.info("run_dropped", reason=claimed.reason, attempt=envelope.attempt)
+            await call_off(self._bus, claimed.delegated)
+            return Done()
+        envelope = replace(envelope, known=claimed.known)
+        if stop.cancelled():
+            return await self._report(CANCELLED, envelope, delivery)
+        request = request_for(envelope, award, self._bus.now())
+        watch = Watch(self._bus, award.host_id, request, stop, attached=claimed.attached)
+        earlier = claimed.record.delegated if claimed.attached else ()
+        errands = Errands(self._bus, self._config, envelope, delivery, self._loop.top_up, earlier)
+        outcome: Outcome | None = None
+        try:
+            outcome = await self._run(watch, errands, envelope, award, delivery, stop)
+        finally:
+            await errands.close(cancelling=stop.cancelled() or is_over(outcome))
+        return outcome
 
     async def _claim(self, envelope: Envelope, award: Award, delivery: Delivery) -> Take | Drop:
+        entry = remembered(envelope)
         for _ in range(CLAIM_TRIES):
-            entry = await self._records.get(envelope.task_id)
+            read = entry is None
+            entry = entry or await self._records.get(envelope.task_id)
             if entry is None:
                 return Drop("the task has no record")
             verdict = claim(entry.value, envelope, award, self._bus.instance, delivery.facts.stream_seq)
-            if isinstance(verdict, Drop):
-                return verdict
             try:
-                await self._records.update(envelope.task_id, verdict.record, entry.revision)
+                if isinstance(verdict, Take):
+                    revision = await self._records.update(envelope.task_id, verdict.record, entry.revision)
+                    return dataclasses.replace(verdict, known=known_of(verdict.record, revision))
+                if read:
+                    return verdict
             except Conflict:
-                continue
-            return verdict
+                pass
+            entry = None
         raise BusUnavailable(f"the record of {envelope.task_id} would not hold still")
 
     async def _run(
-        self,
-        watch: Watch,
-        errands: Errands,
-        envelope: Envelope,
-        award: Award,
-        delivery: Delivery,
-        cancelled: asyncio.Event,
+        self, watch: Watch, errands: Errands, envelope: Envelope, award: Award, delivery: Delivery, stop: Stop
     ) -> Outcome:
         """Watch the run until it ends, the task is cancelled or too late, or this process stops."""
-        ending = asyncio.ensure_future(self._follow(watch, errands, envelope, delivery))
-        stops = [asyncio.ensure_future(event.wait()) for event in (cancelled, delivery.recalled)]
         try:
-            await asyncio.wait(
-                [ending, *stops],
-                timeout=max(0.0, envelope.deadline - self._bus.now()),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if ending.done():
-                return await self._settle(ending, errands, envelope, award, delivery)
-            if cancelled.is_set():
-                await asyncio.sleep(CANCEL_S)
-                return await self._report(CANCELLED, envelope, delivery)
-            if delivery.recalled.is_set():
-                return Next("execute", envelope)  # another replica re-attaches to the run
+            last = await self._follow(watch, errands, envelope, delivery)
+        except Silent as error:
+            lost = TaskError(code="node_lost", message=str(error), node_id=award.node_id)
+            return await self._report(lost, spent(envelope, errands.result), delivery)
+        if last is not None:
+            return await self._settle(last, envelope, award, delivery)
+        if stop.cancelled():
+            await asyncio.sleep(CANCEL_S)
+            return await self._report(CANCELLED, envelope, delivery)
+        if stop.reason == "late":
             late = TaskError(
                 code="deadline_exceeded", message="the deadline passed during the run", node_id=award.node_id
             )
             return await self._report(late, envelope, delivery)
-        finally:
-            await _end(ending, *stops)
+        return Next("execute", envelope)  # recalled, another replica re-attaches; harmless, a suspect starts afresh
 
-    async def _settle(
-        self,
-        ending: asyncio.Future[RunEvent | None],
-        errands: Errands,
-        envelope: Envelope,
-        award: Award,
-        delivery: Delivery,
-    ) -> Outcome:
-        try:
-            last = ending.result()
-        except Silent as error:
-            lost = TaskError(code="node_lost", message=str(error), node_id=award.node_id)
-            return await self._report(lost, spent(envelope, errands.result), delivery)
-        if last is None:
-            return Next("execute", envelope)  # a suspect that proved harmless starts afresh
+    async def _settle(self, last: RunEvent, envelope: Envelope, award: Award, delivery: Delivery) -> Outcome:
         if last.kind == "result" and last.result is not None:
             return Next("evaluate", replace(spent(envelope, last.result), error=None))
         if last.kind == "moved":
@@ -186,12 +175,13 @@ class Execute:
             watch, asked_again = watch.again(), not settling
 
     async def _relay(self, watch: Watch, errands: Errands, envelope: Envelope, delivery: Delivery) -> RunEvent | None:
-        """Relay the run's events and return the last one; None when a suspect message has proved harmless."""
+        """Relay the run's events and return the last one.
+
+        None when the watching is stopped, or a suspect message has proved harmless.
+        """
         delta = self._bus.subjects.of("delta", envelope.task_id)
         async with watch:
-            async for event in watch.events():
-                if event.final:
-                    return event
+            while (event := await watch.next()) is not None and not event.final:
                 if delivery.alone:
                     return None
                 delivery.release()
@@ -201,7 +191,7 @@ class Execute:
                         delta,
                         Delta(task_id=envelope.task_id, attempt=envelope.attempt, n=event.n, event=event.event),
                     )
-        raise Silent("the host ended without a last event")
+            return event
 
     async def _report(
         self, error: TaskError, envelope: Envelope, delivery: Delivery, *, claimed: bool = True
@@ -226,11 +216,9 @@ class Execute:
             return may_report(entry.value, envelope.attempt, self._bus.instance, delivery.facts.stream_seq)
         return "settle" if entry.value.ended or entry.value.claim.attempt > envelope.attempt else "report"
 
-    async def _on_cancel(self, msg: Msg) -> None:
-        cancelled_id = msg.subject.rsplit(".", 1)[1]
-        for event, task_id in self._cancelled.items():
-            if task_id == cancelled_id:
-                event.set()
+    def _on_cancel(self, msg: Msg) -> None:
+        for stop in self._stops.get(msg.subject.rsplit(".", 1)[1], ()):
+            stop.set("cancelled")
 
 
 def request_for(envelope: Envelope, award: Award, now: float) -> RunRequest:
@@ -287,9 +275,3 @@ def spent(envelope: Envelope, result: RunResult | None) -> Envelope:
 def left(envelope: Envelope, result: RunResult) -> int | None:
     """Return the tokens left after a run; None when there is no limit."""
     return None if envelope.budget is None else max(0, envelope.budget - result.tokens)
-
-
-async def _end(*work: asyncio.Future[Any]) -> None:
-    for future in work:
-        future.cancel()
-    await asyncio.gather(*work, return_exceptions=True)

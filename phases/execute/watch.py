@@ -2,19 +2,20 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import structlog
 from msgspec.structs import replace
 
 from loom.bus.client import Bus, Msg
 from loom.schemas.errors import LoomError
-from loom.schemas.run import RunEvent, RunRequest
+from loom.schemas.run import RunEvent, RunRequest, read_events
 from loom.schemas.task import TaskResult
-from loom.schemas.wire import Undecodable, decode
+from loom.schemas.wire import Undecodable
 
 log = structlog.get_logger()
 
@@ -26,9 +27,30 @@ HEARTBEAT_S = 2.0
 SILENCE_S = 3 * HEARTBEAT_S + 0.5  # three heartbeats missed
 LATE_S = 600.0  # a host repeats a result for as long
 
+Reason = Literal["cancelled", "recalled", "late"]
+
 
 class Silent(Exception):
     """The host has not been heard from in time."""
+
+
+class Stop:
+    """What ends the watching of a run from outside: the first of a cancel, a recall and the deadline."""
+
+    def __init__(self) -> None:
+        self.reason: Reason | None = None
+        self.wake: Callable[[], None] = lambda: None
+        """Ends the wait for an event that is going on."""
+
+    def cancelled(self) -> bool:
+        """Whether it was the task that was cancelled."""
+        return self.reason == "cancelled"
+
+    def set(self, reason: Reason) -> None:
+        """Have the run watched no further."""
+        if self.reason is None:
+            self.reason = reason
+            self.wake()
 
 
 class Watch:
@@ -37,15 +59,18 @@ class Watch:
     Use as a context manager: the request is sent on entering; leaving forgets the run's inbox.
 
     Args:
+        stop: Ends `next` early.
         attached: Whether the run may be going on already. Then its host has the time of three heartbeats to answer.
     """
 
-    def __init__(self, bus: Bus, host_id: str, request: RunRequest, *, attached: bool = False) -> None:
+    def __init__(self, bus: Bus, host_id: str, request: RunRequest, stop: Stop, *, attached: bool = False) -> None:
         self._bus = bus
         self._host_id = host_id
         self._request = request
+        self._stop = stop
         self._until = time.monotonic() + request.remaining_s
-        self._events: asyncio.Queue[RunEvent] = asyncio.Queue()
+        self._events: deque[RunEvent] = deque()
+        self._waiting: asyncio.Future[None] | None = None
         self._inbox = ""
         self._next_n = request.from_n
         self._attached = attached
@@ -56,6 +81,7 @@ class Watch:
 
     async def __aenter__(self) -> Self:
         self._inbox = self._bus.open_inbox(self._take)
+        self._stop.wake = self._wake
         await self._ask()
         return self
 
@@ -77,40 +103,67 @@ class Watch:
         """Tell the run what came of work it has delegated: the same request again, from the next event on."""
         await self._ask(from_n=self._next_n, answers=(answer,))
 
-    async def events(self) -> AsyncIterator[RunEvent]:
-        """Yield the events, oldest first, each once; the last one is final.
+    async def next(self) -> RunEvent | None:
+        """Return the next event, each once and in order; None when the watching is stopped.
 
         Raises:
             Silent: Nobody is there, no `accepted` came in time, or three heartbeats were missed.
         """
-        wait_s = SILENCE_S if self._attached else ACCEPT_S
         while True:
-            event = await self._next(wait_s)
-            wait_s, self.heard = SILENCE_S, True
+            if not self._events:
+                await (self._hear() if self.heard else self._hear_first())
+            if self._stop.reason is not None and not self._events:
+                return None
+            event = self._events.popleft()
+            self.heard = True
             if event.final or event.n >= self._next_n:
                 self._next_n = event.n + 1
-                yield event
+                return event
 
-    async def _next(self, wait_s: float) -> RunEvent:
-        try:
-            async with asyncio.timeout(wait_s):
-                return await (self._events.get() if self.heard else self._first())
-        except TimeoutError:
+    async def _hear(self, wait_s: float = SILENCE_S) -> None:
+        """Wait until there is an event."""
+        await self._wait(wait_s)
+        if not self._here:
             with suppress(TimeoutError, LoomError):  # it may be us who are late: what has come by now counts
                 await self._bus.echo(timeout_s=CATCH_UP_S)
-        if self._events.empty():
+        if not self._here:
             raise Silent(f"host {self._host_id} was silent for {wait_s} s")
-        return self._events.get_nowait()
 
-    async def _first(self) -> RunEvent:
+    async def _hear_first(self) -> None:
         """Ask until something is heard: after an outage a host may be back later than we are, and miss the request."""
-        patience_s = ACCEPT_S if self._attached else ABSENT_S
-        while self._absent_s < patience_s:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(ASK_AGAIN_S):
-                    return await self._events.get()
-            await self._ask()
-        raise Silent(f"host {self._host_id} is not there")
+        wait_s, patience_s = (SILENCE_S, ACCEPT_S) if self._attached else (ACCEPT_S, ABSENT_S)
+        give_up = time.monotonic() + wait_s
+        while not self._here:
+            if self._absent_s >= patience_s:
+                raise Silent(f"host {self._host_id} is not there")
+            left_s = give_up - time.monotonic()
+            if left_s <= ASK_AGAIN_S:
+                await self._hear(max(0.0, left_s))
+                return
+            await self._wait(ASK_AGAIN_S)
+            if not self._here:
+                await self._ask()
+
+    @property
+    def _here(self) -> bool:
+        """Whether there is something to act on."""
+        return bool(self._events) or self._stop.reason is not None
+
+    async def _wait(self, seconds: float) -> None:
+        """Wait for an event or a stop."""
+        if self._here:
+            return
+        loop = asyncio.get_running_loop()
+        self._waiting = loop.create_future()
+        timer = loop.call_later(seconds, self._wake)
+        try:
+            await self._waiting
+        finally:
+            timer.cancel()
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     @property
     def _absent_s(self) -> float:
@@ -121,7 +174,8 @@ class Watch:
         """Return a watch for what this one has missed: the host keeps events, and starts no run twice."""
         self._bus.close_inbox(self._inbox)
         left_s = max(0.0, self._until - time.monotonic())
-        return Watch(self._bus, self._host_id, replace(self._request, from_n=self._next_n, remaining_s=left_s))
+        request = replace(self._request, from_n=self._next_n, remaining_s=left_s)
+        return Watch(self._bus, self._host_id, request, self._stop)
 
     def _take(self, msg: Msg) -> None:
         if msg.status == "503":
@@ -129,18 +183,19 @@ class Watch:
             return
         self._absent_since = None
         try:
-            event = decode(msg.data, RunEvent)
+            events = read_events(msg.data)
         except Undecodable as error:
             log.warning("run_event_undecodable", host_id=self._host_id, reason=error.message)
             return
         if not self._given_up:
-            self._events.put_nowait(event)
-        elif event.final:
+            self._events.extend(events)
+            self._wake()
+        elif events and events[-1].final:
             self._bus.close_inbox(self._inbox)
             log.info(
                 "late_run_refused",
                 task_id=self._request.task_id,
                 attempt=self._request.attempt,
                 host_id=self._host_id,
-                kind=event.kind,
+                kind=events[-1].kind,
             )

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 from loom.bus.answers import answer, answer_task, may_answer
 from loom.bus.client import Bus, Conflict
 from loom.bus.kv import Entry
-from loom.bus.records import change, records
+from loom.bus.records import change, known_of, records
 from loom.schemas.envelope import Envelope, TaskRecord
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.task import Accepted, Submission
@@ -23,10 +23,10 @@ class Admission:
         self._bus = bus
         self.records = records(bus)
 
-    async def admit(self, envelope: Envelope, submission: str, reply_to: str = "") -> bool:
-        """Create the task's record, and return whether this message carries the task on.
+    async def admit(self, envelope: Envelope, submission: str, reply_to: str = "") -> Envelope | None:
+        """Create the task's record, and return the envelope, which knows of it, if this message carries the task on.
 
-        False when someone else's submission does: `reply_to` is then answered with the result, now if the
+        None when someone else's submission does: `reply_to` is then answered with the result, now if the
         task has ended, else when it ends.
         """
         reply = reply_to if may_answer(reply_to) else ""
@@ -39,12 +39,13 @@ class Admission:
             admitted_at=self._bus.now(),
         )
         try:
-            await self.records.create(envelope.task_id, record)
+            revision = await self.records.create(envelope.task_id, record)
         except Conflict:
-            return await self._meet(envelope.task_id, submission, reply)
-        return True
+            return await self._meet(envelope, submission, reply)
+        return replace(envelope, known=known_of(record, revision))
 
-    async def _meet(self, task_id: str, submission: str, reply: str) -> bool:
+    async def _meet(self, envelope: Envelope, submission: str, reply: str) -> Envelope | None:
+        task_id = envelope.task_id
         entry = await self.records.get(task_id)
         if entry is None:
             raise BusUnavailable("a record conflicted and then was not there")
@@ -52,12 +53,12 @@ class Admission:
             await answer_task(self._bus, reply, entry.value)
             # Who listens instead of asking hears it too.
             await self._bus.publish(self._bus.subjects.of("result", task_id), entry.value.to_result())
-            return False
+            return None
         if entry.value.submission == submission:
-            return True
+            return envelope
         if reply:
             await self._listen_too(entry, reply)
-        return False
+        return None
 
     async def _listen_too(self, entry: Entry[TaskRecord], reply: str) -> None:
         def add(record: TaskRecord) -> TaskRecord | None:

@@ -79,26 +79,28 @@ class Sense:
         self._room -= 1
         self._begun += 1
         envelope = envelope_for(submission, delivery.facts.stored_at, delivery.msg.headers.get("traceparent", ""))
-        if not await self._admission.admit(envelope, submission.submission, submission.reply_to):
+        admitted = await self._admission.admit(envelope, submission.submission, submission.reply_to)
+        if admitted is None:
             return Done()
         try:
             check_accept(check_ad(ad))
         except InvalidTask as error:
-            return Fail(TaskError.of(error), envelope)
-        return await self._sensed(envelope)
+            return Fail(TaskError.of(error), admitted)
+        return await self._sensed(admitted)
 
     async def admit_subtask(self, envelope: Envelope, _delivery: Delivery) -> Outcome:
         """Admit a part of another task; one whose parent has ended ends at once."""
         split = envelope.split
         if split is None:
             return Dead("neither a submission nor a subtask")
-        if not await self._admission.admit(envelope, f"of-{split.parent}"[:64]):
+        admitted = await self._admission.admit(envelope, f"of-{split.parent}"[:64])
+        if admitted is None:
             return Done()
         # The parent's record is read after the child's is written: whoever ends the parent sees one of them.
         parent = await self._admission.records.get(split.parent)
         if parent is None or parent.value.ended:
-            return Fail(CANCELLED, envelope)
-        return await self._sensed(envelope)
+            return Fail(CANCELLED, admitted)
+        return await self._sensed(admitted)
 
     async def _sensed(self, envelope: Envelope) -> Outcome:
         left_s = envelope.deadline - self._bus.now()

@@ -15,9 +15,8 @@ from loom.agents.host import NodeHost
 from loom.bus.client import Bus, Msg
 from loom.schemas.errors import SubtaskFailed
 from loom.schemas.events import AgentEvent, Done, TokenUsage
-from loom.schemas.run import RunEvent, RunRequest
+from loom.schemas.run import RunEvent, RunRequest, read_events
 from loom.schemas.task import RunResult, TaskError, TaskResult
-from loom.schemas.wire import decode
 from loom.types import AgentNode, CapabilityProfile
 
 CHILD = delegated_id("t1", 1, 1)
@@ -48,7 +47,7 @@ class Watcher:
         self.inbox = bus.open_inbox(self._take)
 
     def _take(self, msg: Msg) -> None:
-        self.events.append(decode(msg.data, RunEvent))
+        self.events.extend(read_events(msg.data))
 
     async def ask(self, **facts: Any) -> "Watcher":
         request = RunRequest(

@@ -16,8 +16,7 @@ from loom.schemas.errors import AgentFailed, BudgetExceeded, Cancelled, LoomErro
 from loom.schemas.events import Done, TextDelta
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
-from loom.schemas.run import RunEvent, RunRequest
-from loom.schemas.wire import decode
+from loom.schemas.run import RunEvent, RunRequest, read_events
 from loom.types import AgentNode, CapabilityProfile
 
 
@@ -55,7 +54,7 @@ class Watcher:
         self.inbox = bus.open_inbox(self._take)
 
     def _take(self, msg: Msg) -> None:
-        self.events.append(decode(msg.data, RunEvent))
+        self.events.extend(read_events(msg.data))
 
     async def run(self, host: NodeHost, **facts: Any) -> "Watcher":
         request = RunRequest(**{"task_id": "t1", "node_id": "n1", "description": "it", **facts})

@@ -459,5 +459,5 @@ async def test_the_wire_form_of_a_submission_is_plain_json_others_can_write(stag
     assert (await stage.seen("task", phase="match")).ad == TaskAd(task_id="t1", description="x", domain="code")
     await quiet(stage.bus)
     assert encode(replace((await stage.read("t1")).envelope, deadline=0.0)) == encode(
-        replace(stage.all("task", phase="match")[0], deadline=0.0, spec=None, step=0, hops=())
+        replace(stage.all("task", phase="match")[0], deadline=0.0, spec=None, known=None, step=0, hops=())
     )

@@ -8,7 +8,7 @@ from support.phases import FakeHost, FakeRun
 from support.wait import until
 
 from loom.bus.client import Bus
-from loom.phases.execute.watch import Silent, Watch
+from loom.phases.execute.watch import Silent, Stop, Watch
 from loom.schemas.run import RunEvent, RunRequest
 from loom.schemas.task import RunResult
 
@@ -35,7 +35,7 @@ async def host(bus: Bus, answer: Callable[[FakeRun], Awaitable[None]] = FakeRun.
 async def heard(watch: Watch) -> list[RunEvent]:
     events = []
     async with watch:
-        async for event in watch.events():
+        while (event := await watch.next()) is not None:
             events.append(event)
             if event.final:
                 break
@@ -44,7 +44,7 @@ async def heard(watch: Watch) -> list[RunEvent]:
 
 async def test_a_host_that_missed_the_request_is_asked_again_for_what_is_left_of_the_time(plain: Bus) -> None:
     one = await host(plain, deaf=2)
-    assert [event.kind for event in await heard(Watch(plain, "h1", REQUEST))] == ["accepted", "started", "result"]
+    assert [event.kind for event in await heard(Watch(plain, "h1", REQUEST, Stop()))] == ["accepted", "started", "result"]
     left = [run.request.remaining_s for run in one.runs]
     assert len(left) == 3
     assert left[0] > left[1] > left[2] > 0
@@ -52,11 +52,37 @@ async def test_a_host_that_missed_the_request_is_asked_again_for_what_is_left_of
 
 async def test_a_host_that_is_back_only_after_the_first_request_is_found(plain: Bus) -> None:
     """Nobody listens at first, and the server says so at once."""
-    watch = Watch(plain, "h1", REQUEST)
+    watch = Watch(plain, "h1", REQUEST, Stop())
     async with watch:
         await plain.echo()
         await host(plain)
-        assert (await anext(watch.events())).kind == "accepted"
+        first = await watch.next()
+    assert first is not None
+    assert first.kind == "accepted"
+
+
+async def test_several_events_in_one_message_are_several_events(plain: Bus) -> None:
+    async def at_once(run: FakeRun) -> None:
+        events = [RunEvent(n=0, kind="accepted"), RunEvent(n=1, kind="started")]
+        await plain.publish(run.inbox, events)
+        await plain.publish(run.inbox, [*events, RunEvent(n=2, kind="result", result=RunResult(content="done"))])
+
+    await host(plain, at_once)
+    assert [event.n for event in await heard(Watch(plain, "h1", REQUEST, Stop()))] == [0, 1, 2]
+
+
+async def test_a_stop_ends_the_wait_for_the_next_event_and_what_has_come_still_counts(plain: Bus) -> None:
+    one = await host(plain, FakeRun.succeed)
+    stop = Stop()
+    async with Watch(plain, "h1", REQUEST, stop) as watch:
+        await until(lambda: one.runs, what="it runs")
+        await plain.echo()
+        stop.set("recalled")
+        stop.set("late")
+        kinds = [event.kind for _ in range(3) if (event := await watch.next()) is not None]
+        assert kinds == ["accepted", "started", "result"]
+        assert await watch.next() is None
+        assert stop.reason == "recalled"
 
 
 @pytest.mark.parametrize("attached", [True, False])
@@ -66,7 +92,7 @@ async def test_only_a_run_that_may_be_going_on_is_waited_for_as_long_as_three_he
     monkeypatch.setattr("loom.phases.execute.watch.ACCEPT_S", 0.25)
     monkeypatch.setattr("loom.phases.execute.watch.SILENCE_S", 30)
     await host(plain, deaf=6)
-    watch = Watch(plain, "h1", REQUEST, attached=attached)
+    watch = Watch(plain, "h1", REQUEST, Stop(), attached=attached)
     if attached:
         assert (await heard(watch))[-1].kind == "result"
     else:
@@ -82,7 +108,7 @@ async def test_the_result_of_a_host_given_up_is_refused_and_logged(plain: Bus, m
 
     one = await host(plain, stall)
     with pytest.raises(Silent):
-        await heard(Watch(plain, "h1", REQUEST))
+        await heard(Watch(plain, "h1", REQUEST, Stop()))
     with capture_logs() as logs:
         await one.runs[0].say("heartbeat")
         await one.runs[0].say("result", result=RunResult(content="late"))
