@@ -9,8 +9,6 @@ LEAST = 8
 LEAST_BEFORE = 4
 LEAST_AFTER = 3
 THRESHOLD = 12.0
-_EDGE = 1e-9
-"""Keeps means of 0 and 1 away from logarithms of nothing."""
 
 
 def changed_at(scores: Sequence[float]) -> int | None:
@@ -26,17 +24,24 @@ def changed_at(scores: Sequence[float]) -> int | None:
     if total < LEAST:
         return None
     sums = list(accumulate(scores))
-    mean = sums[-1] / total
+    alone = likelihood(sums[-1], total)
+    if -alone <= THRESHOLD:
+        return None  # no split explains more than all there is to explain
     best, at = THRESHOLD, None
     for before in range(LEAST_BEFORE, total - LEAST_AFTER + 1):
-        left, after = sums[before - 1], total - before
-        evidence = before * kl(left / before, mean) + after * kl((sums[-1] - left) / after, mean)
+        left = sums[before - 1]
+        evidence = likelihood(left, before) + likelihood(sums[-1] - left, total - before) - alone
         if evidence > best:
             best, at = evidence, before
     return at
 
 
-def kl(p: float, q: float) -> float:
-    """Return the Kullback-Leibler divergence between Bernoulli variables of means `p` and `q`."""
-    p, q = (min(max(each, _EDGE), 1 - _EDGE) for each in (p, q))
-    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+def likelihood(wins: float, total: float) -> float:
+    """Return the greatest log-likelihood of so many wins of Bernoulli trials, at most 0.
+
+    Two parts' together, less that of the whole, is i·kl(m1, m) + (n - i)·kl(m2, m): their cross terms add up to it.
+    """
+    losses = total - wins
+    if wins <= 0 or losses <= 0:
+        return 0.0
+    return wins * math.log(wins / total) + losses * math.log(losses / total)

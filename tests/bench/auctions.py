@@ -1,0 +1,94 @@
+"""What an award takes as hosts and nodes become more: MATCH's own auction over a bus, nothing else going on."""
+
+import sys
+from pathlib import Path
+
+from support.wait import until
+
+from bench.measure import closed_loop, quantile, said
+from bench.town import Town, ad, town
+from loom.bus import topology
+from loom.bus.client import Bus
+from loom.bus.kv import Bucket
+from loom.phases.match import Match
+from loom.phases.match.policy import Awarded
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Envelope, Spec
+from loom.schemas.learning import DomainEvidence, NodeProfile
+
+HOSTS_FILE = Path(__file__).with_name("hosts.py")
+PROCESSES = 4
+HOSTS = (2, 10, 50, 200)
+NODES = (10, 100, 1000)
+ON = 2
+"""Hosts the nodes are on."""
+EVIDENCE = 20
+"""Rewards each node is known by."""
+WITHIN_S = 60
+MOST_TIMES_DEARER, MOST_P50_MS = 3.0, 25.0
+
+
+async def auction(hosts: int, nodes_each: int, auctions: int) -> tuple[float, float]:
+    """Return p50 and p99 of awarding one task after another, in ms."""
+    async with town() as running:
+        bus = await running.connection(role="match")
+        await topology.apply(bus, ClusterConfig())
+        names = await _start_hosts(running, hosts, nodes_each)
+        await _make_known(bus, names)
+        match = Match(bus, ClusterConfig())
+        await match.start()
+        try:
+            heard = match._roster
+            await until(lambda: len(heard.expected()) == hosts, within_s=WITHIN_S, what="all hosts are heard of")
+            await until(lambda: len(heard.profiles) == len(names), within_s=WITHIN_S, what="all profiles are read")
+
+            async def once() -> None:
+                spec = Spec(complexity=0.3, domains=("code",), method="given")
+                verdict = await match._auction(Envelope(ad=ad(), spec=spec, deadline=bus.now() + WITHIN_S), spec)
+                assert isinstance(verdict, Awarded), verdict
+
+            await closed_loop(once, 20, 1)
+            times = await closed_loop(once, auctions, 1)
+        finally:
+            await match.drain(0)
+    return 1e3 * quantile(times, 0.5), 1e3 * quantile(times, 0.99)
+
+
+async def _start_hosts(running: Town, hosts: int, nodes_each: int) -> list[str]:
+    """Start hosts spread over a few processes, and return the names of their nodes."""
+    names = []
+    processes = min(PROCESSES, hosts)
+    for number in range(processes):
+        here = hosts // processes + (number < hosts % processes)
+        words = (sys.executable, str(HOSTS_FILE), str(here), str(nodes_each), f"p{number}")
+        await running.start(f"hosts {number}", *words, says="here")
+        names += [f"p{number}-{host}-{node}" for host in range(here) for node in range(nodes_each)]
+    return names
+
+
+async def _make_known(bus: Bus, names: list[str]) -> None:
+    """Write a profile of every node, as a cluster that has worked for a while has."""
+    bucket = Bucket(bus, "nodes", NodeProfile)
+    for name in names:
+        evidence = DomainEvidence(count=EVIDENCE, mean=0.5)
+        await bucket.create(name, NodeProfile(node_id=name, last_seq=1, domains={"code": evidence}))
+
+
+async def many_hosts(*, quick: bool) -> None:
+    """Auctions with 2 to 200 hosts of one node each."""
+    for hosts in HOSTS:
+        p50, p99 = await auction(hosts, 1, 100 if quick else 500)
+        promised = f"  ({said(p50 < MOST_P50_MS)}: p50 < {MOST_P50_MS:.0f} ms)" if hosts == HOSTS[-1] else ""
+        print(f"{hosts:5} hosts, a node each: p50 {p50:7.2f} ms, p99 {p99:7.2f} ms{promised}", flush=True)
+
+
+async def many_nodes(*, quick: bool) -> None:
+    """Auctions with 10 to 1,000 nodes on two hosts."""
+    first = 0.0
+    for nodes in NODES:
+        p50, p99 = await auction(ON, nodes // ON, 100 if quick else 500)
+        first = first or p50
+        kept = said(p50 / first <= MOST_TIMES_DEARER)
+        promised = f", {p50 / first:.1f} times {NODES[0]}" if nodes != NODES[0] else ""
+        promised += f"  ({kept}: ≤ {MOST_TIMES_DEARER:.0f} times)" if nodes == NODES[-1] else ""
+        print(f"{nodes:5} nodes on {ON} hosts: p50 {p50:7.2f} ms, p99 {p99:7.2f} ms{promised}", flush=True)
