@@ -7,7 +7,7 @@ told apart by their last token, so that a request costs no subscription of its o
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Self, TypeVar, overload
 from uuid import uuid4
 
@@ -75,6 +75,17 @@ class _ApiError(Wire, frozen=True, kw_only=True):
     description: str = ""
 
 
+class _Unconfirmed:
+    """A message on its way into a stream."""
+
+    def __init__(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
+        self.subject, self.payload, self.headers = subject, payload, headers
+        self.answer: Awaited[Msg] = Awaited()
+        self.reply = ""
+        self.anew = False
+        """Whether the connection was lost meanwhile: silence then means nothing."""
+
+
 class _Answer(Wire, frozen=True, kw_only=True):
     error: _ApiError | None = None
 
@@ -94,7 +105,7 @@ class Bus(Connection):
         self._sinks: dict[str, Callable[[Msg], None]] = {}
         self._next_token = 0
         self._failed_publishes = 0
-        self._unconfirmed: set[Awaited[Msg]] = set()
+        self._unconfirmed: set[_Unconfirmed] = set()
         self.on_reconnect(self._send_again)
 
     async def connect(self) -> Self:
@@ -209,7 +220,7 @@ class Bus(Connection):
 
     # -- stored messages
 
-    async def store(
+    def store(
         self,
         subject: str,
         message: Any,
@@ -217,10 +228,11 @@ class Bus(Connection):
         msg_id: str | None = None,
         headers: dict[str, str] | None = None,
         within_s: float = 10.0,
-    ) -> PubAck:
-        """Publish into a stream and return once the server has stored it.
+    ) -> Coroutine[Any, Any, PubAck]:
+        """Publish into a stream; what is returned, awaited, returns once the server has stored it.
 
-        A lost acknowledgement is answered by sending again under the same id.
+        The message is sent by the call itself, so that others may follow it before it is confirmed. A lost
+        acknowledgement is answered by sending again under the same id.
 
         Args:
             msg_id: `Nats-Msg-Id`: a second message of that id within two minutes is dropped.
@@ -232,22 +244,49 @@ class Bus(Connection):
             Refused: The server said no for another reason.
             BusUnavailable: No acknowledgement in `within_s`.
         """
-        payload = message if isinstance(message, bytes) else encode(message)
         headers = dict(headers or {})
         if msg_id is not None:
             headers["Nats-Msg-Id"] = msg_id
+        stored = _Unconfirmed(subject, message if isinstance(message, bytes) else encode(message), headers)
+        stored.reply = self.open_inbox(stored.answer.give)
+        try:
+            self.send(subject, stored.payload, reply=stored.reply, headers=headers)
+        except LoomError:
+            self.close_inbox(stored.reply)
+            raise
+        self._unconfirmed.add(stored)
+        return self._confirm(stored, within_s)
+
+    async def _confirm(self, stored: "_Unconfirmed", within_s: float) -> PubAck:
         give_up = time.monotonic() + within_s
-        while True:
-            msg = await self._try_store(subject, payload, headers, min(PUBLISH_TRY_S, give_up - time.monotonic()))
-            if msg is not None:
-                if (ack := _read_ack(msg)) is not None:
-                    return ack
-                await asyncio.sleep(UNDECIDED_S)
-            if time.monotonic() >= give_up:
-                late = f"the server has not confirmed a message in {within_s} s"
-                if msg is None and await self._is_led(subject):
-                    raise Overloaded(f"{late}, though its stream answers: the disk may be full")
-                raise BusUnavailable(late)
+        try:
+            if self._nc.clogged:
+                await self._nc.unclog()
+            while True:
+                msg = await stored.answer.wait(max(0.01, min(PUBLISH_TRY_S, give_up - time.monotonic())))
+                if msg is not None:
+                    self._failed_publishes = 0
+                    if (ack := _read_ack(msg)) is not None:
+                        return ack
+                    await asyncio.sleep(UNDECIDED_S)
+                elif not stored.anew:
+                    await self._publish_failed()
+                if time.monotonic() >= give_up:
+                    late = f"the server has not confirmed a message in {within_s} s"
+                    if msg is None and await self._is_led(stored.subject):
+                        raise Overloaded(f"{late}, though its stream answers: the disk may be full")
+                    raise BusUnavailable(late)
+                await self._store_again(stored)
+        finally:
+            self.close_inbox(stored.reply)
+            self._unconfirmed.discard(stored)
+
+    async def _store_again(self, stored: "_Unconfirmed") -> None:
+        """Send once more, with an inbox of its own: a late answer to the first sending may say less than the next."""
+        self.close_inbox(stored.reply)
+        stored.answer, stored.anew = Awaited(), False
+        stored.reply = self.open_inbox(stored.answer.give)
+        await self.publish(stored.subject, stored.payload, reply=stored.reply, headers=stored.headers)
 
     async def _is_led(self, subject: str) -> bool:
         """Whether the stream of `subject` has a leader that answers, so that silence is not the connection's fault."""
@@ -258,24 +297,6 @@ class Bus(Connection):
         except (LoomError, KeyError):
             return False
         return bool(streams)
-
-    async def _try_store(self, subject: str, payload: bytes, headers: dict[str, str], wait_s: float) -> Msg | None:
-        """Publish once and return the answer; None when none came in time, or the connection went before."""
-        answer: Awaited[Msg] = Awaited()
-        reply = self.open_inbox(answer.give)
-        self._unconfirmed.add(answer)
-        give_up = time.monotonic() + wait_s
-        try:
-            await self.publish(subject, payload, reply=reply, headers=headers)
-            msg = await answer.wait(max(wait_s, 0.01))
-        finally:
-            self.close_inbox(reply)
-            self._unconfirmed.discard(answer)
-        if msg is not None:
-            self._failed_publishes = 0
-        elif time.monotonic() >= give_up:
-            await self._publish_failed()
-        return msg
 
     async def _publish_failed(self) -> None:
         self._failed_publishes += 1
@@ -301,8 +322,9 @@ class Bus(Connection):
 
     def _send_again(self) -> None:
         """What was not confirmed has gone with the old connection."""
-        for answer in self._unconfirmed:
-            answer.wake()
+        for stored in self._unconfirmed:
+            stored.anew = True
+            stored.answer.wake()
 
 
 def _read_ack(msg: Msg) -> PubAck | None:

@@ -41,13 +41,14 @@ def parse_headers(raw: bytes) -> dict[str, str]:
     """Return a header block by name; what is no header line is left out."""
     first, *lines = raw.decode(errors="replace").split("\r\n")
     headers: dict[str, str] = {}
-    said = first.removeprefix(_VERSION).strip()
-    if said:
-        code, _, why = said.partition(" ")
-        if code.isdigit():
-            headers["Status"] = code
-        if why:
-            headers["Description"] = why.strip()
+    version, _, said = first.partition(" ")
+    if version != _VERSION:
+        return headers
+    code, _, why = said.partition(" ")
+    if code.isdigit():
+        headers["Status"] = code
+    if why:
+        headers["Description"] = why.strip()
     for line in lines:
         name, colon, value = line.partition(":")
         if colon and name and not any(map(str.isspace, name)):

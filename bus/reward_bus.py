@@ -1,9 +1,9 @@
 """What a run earned the node that did it, and how that changes what is known of the node."""
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 from msgspec.structs import replace
@@ -15,7 +15,7 @@ from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, TaskAd, slug
 from loom.schemas.wire import Undecodable, decode
 
 if TYPE_CHECKING:
-    from loom.bus.client import Bus
+    from loom.bus.client import Bus, PubAck
 
 log = structlog.get_logger()
 
@@ -176,8 +176,8 @@ class RewardBus:
     def _moved(self, old: float, new: float) -> float:
         return self.alpha * new + (1 - self.alpha) * old
 
-    async def publish(self, reward: Reward) -> None:
-        """Store a reward on the bus; anyone may, and the same one twice counts once.
+    def publish(self, reward: Reward) -> "Coroutine[Any, Any, PubAck]":
+        """Store a reward on the bus, to be awaited; anyone may, and the same one twice counts once.
 
         Raises:
             BusUnavailable: There is no bus, or the server does not confirm.
@@ -185,7 +185,7 @@ class RewardBus:
         bus = self._connected()
         # A revised score is a new message; the same one again is dropped within the server's window.
         digest = blake2b(repr(float(reward.score)).encode(), digest_size=4).hexdigest()
-        await bus.store(
+        return bus.store(
             bus.subjects.of("reward", reward.node_id, reward.slug), reward, msg_id=f"{reward.reward_id}:{digest}"
         )
 

@@ -20,17 +20,22 @@ async def scatter(
 
     Args:
         window_s: Longest wait.
-        enough: Whether to stop waiting; asked after every answer.
+        enough: Whether to stop waiting; asked once after every answer, which is the last of those it is given.
 
     Returns:
         What came in time; answers that are not a `shape` are logged and left out.
     """
     answers: list[T] = []
-    over = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[None] = loop.create_future()
+
+    def end() -> None:
+        if not over.done():
+            over.set_result(None)
 
     def take(msg: Msg) -> None:
         if msg.status == "503":
-            over.set()
+            end()
             return
         try:
             answers.append(decode(msg.data, shape))
@@ -38,15 +43,14 @@ async def scatter(
             log.warning("answer_undecodable", subject=subject, reason=error.message)
             return
         if enough(answers):
-            over.set()
+            end()
 
     reply = bus.open_inbox(take)
+    window = loop.call_later(window_s, end)
     try:
         await bus.publish(subject, question, reply=reply)
-        async with asyncio.timeout(window_s):
-            await over.wait()
-    except TimeoutError:
-        pass  # the window is a normal end
+        await over
     finally:
+        window.cancel()
         bus.close_inbox(reply)
     return answers

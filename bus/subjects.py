@@ -4,7 +4,6 @@ A subject is the namespace, a family, and the family's variable tokens; a token 
 """
 
 import re
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from loom.schemas.errors import InvalidTask
@@ -45,8 +44,7 @@ FAMILIES: tuple[Family, ...] = (
 _BY_NAME = {family.name: family for family in FAMILIES}
 
 
-@dataclass(frozen=True)
-class Parsed:
+class Parsed(NamedTuple):
     """A subject taken apart."""
 
     family: str

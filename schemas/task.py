@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Annotated, Any, Literal
 
@@ -34,6 +35,7 @@ DEFAULT_TOKEN_YARDSTICK = 4096
 """Tokens against which efficiency is measured when an ad sets no budget (the seed's default)."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+MAX_TOKEN = 64
 
 
 class Accept(Wire, frozen=True, kw_only=True):
@@ -191,9 +193,15 @@ def _field_in(message: str) -> str | None:
 
 def is_token(text: str) -> bool:
     """Return whether `text` may stand as one token of a subject."""
+    return len(text) <= MAX_TOKEN and _is_token(text)
+
+
+@lru_cache(maxsize=4096)
+def _is_token(text: str) -> bool:
     return _TOKEN.fullmatch(text) is not None
 
 
+@lru_cache(maxsize=1024)
 def slug(domain: str) -> str:
     """Return the token a domain is addressed and indexed by: itself when it is one, else a hash of it."""
     folded = unicodedata.normalize("NFC", domain.strip()).casefold()

@@ -166,12 +166,15 @@ class Evaluate:
     async def _announce(self, record: TaskRecord) -> None:
         """Publish everything an ended record implies; every reader bears hearing it twice."""
         reward = implied_reward(record)
-        if reward is not None:
-            await self._rewards.publish(reward)
-        await self._tell_scale(record)
-        await self._bus.publish(self._bus.subjects.of("result", record.task_id), record.to_result())
-        for reply in record.reply_to:
-            await answer_task(self._bus, reply, record)
+        rewarded = self._rewards.publish(reward) if reward is not None else None  # sent; nobody waits till it is stored
+        try:
+            await self._tell_scale(record)
+            await self._bus.publish(self._bus.subjects.of("result", record.task_id), record.to_result())
+            for reply in record.reply_to:
+                await answer_task(self._bus, reply, record)
+        finally:
+            if rewarded is not None:
+                await rewarded
 
     async def _tell_scale(self, record: TaskRecord) -> None:
         """Tell SCALE that a subtask has ended, or that a task has which may have been divided."""

@@ -17,6 +17,7 @@ from support.buses import Connect, Heard, alive, back
 from support.wait import until
 
 from loom.bus import client, connection, topology
+from loom.bus.awaited import Awaited
 from loom.bus.client import Bus, Conflict, Msg, NoResponders, PayloadTooLarge, Refused
 from loom.runner.embedded import NatsServer
 from loom.schemas.config import ClusterConfig
@@ -547,15 +548,22 @@ async def test_a_connection_that_answers_is_left_alone_when_only_the_store_is_si
 async def test_a_stream_that_answers_but_stores_nothing_is_overloaded(
     bus: Bus, plain: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bus, "_try_store", never_answered)
+    monkeypatch.setattr(client, "_Unconfirmed", Unanswered)
     with pytest.raises(Overloaded, match="disk may be full"):
         await bus.store(bus.subjects.intake("low", "t1"), b"x", within_s=0.1)
     with pytest.raises(BusUnavailable):
         await bus.store("in.no.stream", b"x", within_s=0.1)
 
 
-async def never_answered(_subject: str, _payload: bytes, _headers: dict[str, str], wait_s: float) -> None:
-    await asyncio.sleep(wait_s)
+class Deaf(Awaited[Msg]):
+    def give(self, value: Msg) -> None:
+        """Hear nothing."""
+
+
+class Unanswered(client._Unconfirmed):
+    def __init__(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
+        super().__init__(subject, payload, headers)
+        self.answer = Deaf()
 
 
 async def test_a_question_whose_server_dies_is_asked_again(mortal: Bus, server: NatsServer) -> None:
