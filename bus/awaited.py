@@ -29,12 +29,19 @@ class Awaited(Generic[T]):
     async def wait(self, seconds: float) -> T | None:
         """Return the value; None when there is none in time, or somebody calls `wake` before."""
         if self.value is None and seconds > 0:
-            loop = asyncio.get_running_loop()
-            self._waiting = loop.create_future()
-            timer = loop.call_later(seconds, self.wake)
+            timer = asyncio.get_running_loop().call_later(seconds, self.wake)
+            try:
+                await self.woken()
+            finally:
+                timer.cancel()
+        return self.value
+
+    async def woken(self) -> T | None:
+        """Return the value; None when somebody calls `wake` before there is one, which is the only end of the wait."""
+        if self.value is None:
+            self._waiting = asyncio.get_running_loop().create_future()
             try:
                 await self._waiting
             finally:
-                timer.cancel()
                 self._waiting = None
         return self.value

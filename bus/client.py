@@ -6,6 +6,7 @@ told apart by their last token, so that a request costs no subscription of its o
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Self, TypeVar, overload
@@ -29,6 +30,7 @@ T = TypeVar("T")
 
 PUBLISH_TRY_S = 2.0  # one wait for a PubAck; the id makes a second try safe
 HAND_OVER_S = 2.0
+LOOK_S = 0.05
 UNDECIDED_S = 0.1
 LEADER_WAIT_S = 0.25
 ASK_AGAIN_S = 1.0
@@ -82,6 +84,8 @@ class _Unconfirmed:
         self.subject, self.payload, self.headers = subject, payload, headers
         self.answer: Awaited[Msg] = Awaited()
         self.reply = ""
+        self.until = math.inf
+        """When to wait no longer, in monotonic time: one look at all of them is cheaper than a timer for each."""
         self.anew = False
         """Whether the connection was lost meanwhile: silence then means nothing."""
 
@@ -116,6 +120,7 @@ class Bus(Connection):
         """
         await super().connect()
         await self._nc.listen(f"{self._inbox}.*", self._on_reply)
+        self.spawn(self._watch_unconfirmed(), name="watch unconfirmed")
         return self
 
     # -- requests
@@ -263,7 +268,8 @@ class Bus(Connection):
             if self._nc.clogged:
                 await self._nc.unclog()
             while True:
-                msg = await stored.answer.wait(max(0.01, min(PUBLISH_TRY_S, give_up - time.monotonic())))
+                stored.until = min(time.monotonic() + PUBLISH_TRY_S, give_up)
+                msg = await stored.answer.woken()
                 if msg is not None:
                     self._failed_publishes = 0
                     if (ack := _read_ack(msg)) is not None:
@@ -319,6 +325,14 @@ class Bus(Connection):
         if sink is None:
             return  # too late: nobody waits any more
         sink(msg)
+
+    async def _watch_unconfirmed(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            now = time.monotonic()
+            for stored in self._unconfirmed:
+                if now >= stored.until:
+                    stored.answer.wake()
 
     def _send_again(self) -> None:
         """What was not confirmed has gone with the old connection."""

@@ -46,11 +46,13 @@ async def scatter(
             end()
 
     reply = bus.open_inbox(take)
-    window = loop.call_later(window_s, end)
     try:
         await bus.publish(subject, question, reply=reply)
-        await over
+        window = loop.call_later(window_s, end)
+        try:
+            await over
+        finally:
+            window.cancel()
     finally:
-        window.cancel()
         bus.close_inbox(reply)
     return answers

@@ -185,12 +185,11 @@ class Execute:
                 if delivery.alone:
                     return None
                 delivery.release()
-                await errands.hear(event, watch)
-                if event.event is not None:
-                    await self._bus.publish(
-                        delta,
-                        Delta(task_id=envelope.task_id, attempt=envelope.attempt, n=event.n, event=event.event),
-                    )
+                if event.event is None:
+                    await errands.hear(event, watch)
+                else:
+                    said = Delta(task_id=envelope.task_id, attempt=envelope.attempt, n=event.n, event=event.event)
+                    await self._bus.publish(delta, said)
             return event
 
     async def _report(

@@ -26,6 +26,8 @@ CATCH_UP_S = 5.0
 HEARTBEAT_S = 2.0
 SILENCE_S = 3 * HEARTBEAT_S + 0.5  # three heartbeats missed
 LATE_S = 600.0  # a host repeats a result for as long
+BREATH = 64
+"""Events in a row after which the other runs of the process have their turn."""
 
 Reason = Literal["cancelled", "recalled", "late"]
 
@@ -74,6 +76,8 @@ class Watch:
         self._inbox = ""
         self._next_n = request.from_n
         self._attached = attached
+        self._in_a_row = 0
+        """Events handed on without a wait between them."""
         self._given_up = False
         self._absent_since: float | None = None
         self.heard = False
@@ -116,6 +120,10 @@ class Watch:
                 return None
             event = self._events.popleft()
             self.heard = True
+            self._in_a_row = 0 if not self._events else self._in_a_row + 1
+            if self._in_a_row == BREATH:
+                self._in_a_row = 0
+                await asyncio.sleep(0)
             if event.final or event.n >= self._next_n:
                 self._next_n = event.n + 1
                 return event

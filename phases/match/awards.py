@@ -1,55 +1,78 @@
 """What this replica has awarded lately: neither bids nor rewards can tell of it yet."""
 
+import math
 import time
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from heapq import heappop, heappush
 
-from loom.phases.match.policy import taken_s
-from loom.schemas.auction import Offer
-from loom.schemas.envelope import Award, Envelope
-from loom.schemas.learning import NodeProfile
+from loom.phases.match.policy import Awarded, taken_s
+from loom.schemas.envelope import Envelope
 
 UNJUDGED_S = 60.0
 """An award without a reward for so long is forgotten: not every attempt earns one."""
+SWEEP_S = 1.0
+"""How often those are looked for."""
+
+Place = tuple[str, str]
 
 
 class Awards:
-    """Remembers awards for as long as they are news."""
+    """Remembers awards for as long as they are news; what it returns is its own, and changes with it."""
 
     def __init__(self) -> None:
-        self._taken: deque[tuple[float, tuple[str, str]]] = deque()
-        self._unjudged: dict[tuple[str, str], dict[str, float]] = {}
+        self._ends: list[tuple[float, Place]] = []
+        """A heap: until when an award is held against its (host id, node id)."""
+        self._taken: Counter[Place] = Counter()
+        self._unjudged: dict[Place, dict[str, float]] = {}
         """(node id, slug) -> attempt to be judged -> when it was awarded."""
+        self._pending: dict[Place, int] = {}
+        self._swept = -math.inf
 
-    def note(self, envelope: Envelope, award: Award, offers: Sequence[Offer]) -> None:
-        """Remember an award that was made on these offers."""
+    def note(self, envelope: Envelope, slug: str, awarded: Awarded) -> None:
+        """Remember an award in a domain."""
         now = time.monotonic()
-        won = next(b for o in offers if o.host_id == award.host_id for b in o.bids if b.node_id == award.node_id)
-        self._taken.append((now + taken_s(won), (award.host_id, award.node_id)))
-        attempt_id = f"{envelope.task_id}:{envelope.attempt}"
-        self._unjudged.setdefault((award.node_id, envelope.slug), {})[attempt_id] = now
+        award = awarded.award
+        taken = (award.host_id, award.node_id)
+        heappush(self._ends, (now + taken_s(awarded.bid), taken))
+        self._taken[taken] += 1
+        judged = (award.node_id, slug)
+        unjudged = self._unjudged.setdefault(judged, {})
+        unjudged[f"{envelope.task_id}:{envelope.attempt}"] = now
+        self._pending[judged] = len(unjudged)
 
-    def judged(self, profile: NodeProfile) -> None:
-        """Forget the awards of whose rewards this profile tells."""
-        for slug, evidence in profile.domains.items():
-            unjudged = self._unjudged.get((profile.node_id, slug))
-            if unjudged is None:
-                continue
-            for score in evidence.scores:
-                unjudged.pop(score.attempt_id, None)
-            if not unjudged:
-                del self._unjudged[profile.node_id, slug]
+    def judged(self, node_id: str, slug: str, attempt_ids: Iterable[str]) -> None:
+        """Forget the awards that have been rewarded."""
+        unjudged = self._unjudged.get((node_id, slug))
+        if unjudged is None:
+            return
+        for attempt_id in attempt_ids:
+            unjudged.pop(attempt_id, None)
+        self._count((node_id, slug), unjudged)
 
-    def taken(self) -> Mapping[tuple[str, str], int]:
+    def taken(self) -> Mapping[Place, int]:
         """Return (host id, node id) -> awards of a moment ago."""
         now = time.monotonic()
-        self._taken = deque(entry for entry in self._taken if entry[0] > now)
-        return Counter(place for _, place in self._taken)
+        while self._ends and self._ends[0][0] <= now:
+            _, place = heappop(self._ends)
+            self._taken[place] -= 1
+            if not self._taken[place]:
+                del self._taken[place]
+        return self._taken
 
-    def pending(self) -> Mapping[tuple[str, str], int]:
+    def pending(self) -> Mapping[Place, int]:
         """Return (node id, slug) -> awards not judged yet."""
-        since = time.monotonic() - UNJUDGED_S
-        for unjudged in self._unjudged.values():
-            while unjudged and next(iter(unjudged.values())) < since:
-                del unjudged[next(iter(unjudged))]
-        return {place: len(unjudged) for place, unjudged in self._unjudged.items() if unjudged}
+        now = time.monotonic()
+        if now >= self._swept + SWEEP_S:
+            self._swept = now
+            for place, unjudged in list(self._unjudged.items()):
+                while unjudged and next(iter(unjudged.values())) < now - UNJUDGED_S:
+                    del unjudged[next(iter(unjudged))]
+                self._count(place, unjudged)
+        return self._pending
+
+    def _count(self, place: Place, unjudged: Mapping[str, float]) -> None:
+        if unjudged:
+            self._pending[place] = len(unjudged)
+        else:
+            del self._unjudged[place], self._pending[place]

@@ -1,13 +1,17 @@
 """Who wins: claims weighed by evidence. Pure: offers and profiles in, a verdict out."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import groupby
+from operator import itemgetter
+from typing import NamedTuple
 
+import msgspec
 from msgspec.structs import replace
 
-from loom.phases.match.trust import Known, Policy, ucb
+from loom.phases.match.trust import Known, Policy, Trust, ucb
 from loom.schemas.auction import Bid, Offer
 from loom.schemas.envelope import AWARD_BIDS, Award, Envelope, ScoredBid
 from loom.schemas.learning import DomainEvidence, NodeProfile
@@ -19,13 +23,13 @@ URGENT = ("high", "critical")
 """Priorities that may have the places a node has kept for them."""
 TAKEN_S = 0.25
 """What it takes an award to become a run on a busy machine."""
+_NONE = DomainEvidence()
 
 
-@dataclass(frozen=True)
-class Book:
+class Book(msgspec.Struct, frozen=True):
     """What MATCH knows besides the offers."""
 
-    profiles: Mapping[str, NodeProfile] = field(default_factory=dict)
+    profiles: Mapping[str, NodeProfile] = {}
     """node id -> what has been learned."""
     policy: Policy = ucb
     policy_name: str = ""
@@ -36,9 +40,9 @@ class Book:
     """Server time, seconds since the epoch."""
     half_life_s: float = math.inf
     """Idle time after which what is known of a node counts half."""
-    taken: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    taken: Mapping[tuple[str, str], int] = {}
     """(host id, node id) -> awards of a moment ago, of which its bid cannot tell yet."""
-    pending: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    pending: Mapping[tuple[str, str], int] = {}
     """(node id, slug) -> awards that have not been judged yet."""
 
 
@@ -47,6 +51,8 @@ class Awarded:
     """There is a winner."""
 
     award: Award
+    bid: Bid
+    """The winner's."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,12 @@ def judge(envelope: Envelope, offers: Sequence[Offer], book: Book) -> Verdict:
         (offer.host_id, bid)
         for offer in offers
         for bid in offer.bids
-        if bid.node_id not in envelope.excluded and required <= set(bid.tools)
+        if bid.node_id not in envelope.excluded and (not required or required.issubset(bid.tools))
     ]
     bids = [(host, seen) for host, bid in able if (seen := as_taken(host, bid, envelope, book)) is not None]
     if bids:
-        return Awarded(award(envelope, bids, book))
+        won = award(envelope, bids, book)
+        return Awarded(won, next(bid for host, bid in bids if (host, bid.node_id) == (won.host_id, won.node_id)))
     declines = {offer.decline for offer in offers}
     if able or "busy" in declines:
         return AllBusy()
@@ -108,18 +115,19 @@ def taken_s(bid: Bid) -> float:
 
 def award(envelope: Envelope, bids: Sequence[tuple[str, Bid]], book: Book) -> Award:
     """Return the award to the best of `bids`, (host id, bid) each; there must be one."""
-    known = [book.profiles.get(node_id) for node_id in {bid.node_id for _, bid in bids}]  # it may be on two hosts
-    total = sum(p.domains[envelope.slug].count for p in known if p and envelope.slug in p.domains)
-    scored = [score(envelope, host_id, bid, book, total) for host_id, bid in bids]
-    ranked = sorted(scored, key=lambda bid: (-bid.score, tie_break(envelope.task_id, bid.node_id), bid.host_id))
+    slug = envelope.slug
+    nodes = {bid.node_id for _, bid in bids}  # one may be on two hosts
+    known = [profile for node_id in nodes if (profile := book.profiles.get(node_id))]
+    total = sum(profile.domains[slug].count for profile in known if slug in profile.domains)
+    ranked = _best_first(envelope, (_weigh(envelope, slug, host_id, bid, book, total) for host_id, bid in bids))
     best = ranked[0]
     return Award(
-        node_id=best.node_id,
+        node_id=best.bid.node_id,
         host_id=best.host_id,
         score=best.score,
-        bids=tuple(ranked[:AWARD_BIDS]),
-        evidence_seq=max((profile.last_seq for profile in known if profile), default=0),
-        backlog=next(bid.backlog for host, bid in bids if (host, bid.node_id) == (best.host_id, best.node_id)),
+        bids=tuple(map(_told, ranked)),
+        evidence_seq=max((profile.last_seq for profile in known), default=0),
+        backlog=best.bid.backlog,
         policy=book.policy_name,
     )
 
@@ -130,28 +138,66 @@ def score(envelope: Envelope, host_id: str, bid: Bid, book: Book, total: int) ->
     Args:
         total: Rewards of all bidders in this domain.
     """
+    return _told(_weigh(envelope, envelope.slug, host_id, bid, book, total))
+
+
+class _Weighed(NamedTuple):
+    """A bid and what its score is made of."""
+
+    score: float
+    host_id: str
+    bid: Bid
+    evidence: DomainEvidence
+    trust: Trust
+    tools: float
+
+
+def _weigh(envelope: Envelope, slug: str, host_id: str, bid: Bid, book: Book, total: int) -> _Weighed:
     profile = book.profiles.get(bid.node_id)
-    evidence = (profile.domains.get(envelope.slug) if profile else None) or DomainEvidence()
-    count = evidence.count * remembered(evidence, book)
+    evidence = (profile.domains.get(slug) if profile else None) or _NONE
     trust = book.policy(
         Known(
-            task_id=envelope.task_id,
+            task_id=envelope.ad.task_id,
             attempt=envelope.attempt,
             node_id=bid.node_id,
             claim=bid.claim,
             mean=evidence.mean if evidence.count else 0.0,
-            count=count,
+            count=evidence.count * remembered(evidence, book),
             total=total,
-            pending=book.pending.get((bid.node_id, envelope.slug), 0),
+            pending=book.pending.get((bid.node_id, slug), 0),
             exploration=book.exploration,
         )
     )
-    required = set(envelope.ad.required_tools)
-    tools = len(required & set(bid.tools)) / len(required) if required else 1.0
+    if not 0 <= trust.value < math.inf:
+        raise ValueError(f"policy {book.policy_name} trusts {bid.node_id} with {trust.value}: no finite number from 0")
+    required = envelope.ad.required_tools
+    tools = len(set(required).intersection(bid.tools)) / len(set(required)) if required else 1.0
+    value = TRUST_WEIGHT * trust.value + AVAILABILITY_WEIGHT * (1 - bid.load) + TOOLS_WEIGHT * tools
+    return _Weighed(value, host_id, bid, evidence, trust, tools)
+
+
+def _best_first(envelope: Envelope, weighed: Iterable[_Weighed]) -> list[_Weighed]:
+    """The bids an award remembers, in order; of equals the tie-break decides, which only they need."""
+    ranked: list[_Weighed] = []
+    for _, group in groupby(sorted(weighed, key=_score, reverse=True), key=_score):
+        equals = list(group)
+        if len(equals) > 1:
+            equals.sort(key=lambda one: (tie_break(envelope.task_id, one.bid.node_id), one.host_id))
+        ranked += equals
+        if len(ranked) >= AWARD_BIDS:
+            break
+    return ranked[:AWARD_BIDS]
+
+
+_score = itemgetter(0)
+
+
+def _told(weighed: _Weighed) -> ScoredBid:
+    value, host_id, bid, evidence, trust, tools = weighed
     return ScoredBid(
         node_id=bid.node_id,
         host_id=host_id,
-        score=TRUST_WEIGHT * trust.value + AVAILABILITY_WEIGHT * (1 - bid.load) + TOOLS_WEIGHT * tools,
+        score=value,
         claim=bid.claim,
         evidence=evidence.mean if evidence.count else None,
         count=evidence.count,
@@ -172,9 +218,3 @@ def remembered(evidence: DomainEvidence, book: Book) -> float:
 def tie_break(task_id: str, node_id: str) -> bytes:
     """Return what orders equals: stable for one task, spread over many."""
     return blake2b(f"{task_id}:{node_id}".encode(), digest_size=8).digest()
-
-
-def best_known(profiles: Mapping[str, NodeProfile], slug: str, limit: int) -> tuple[str, ...]:
-    """Return the nodes with the best evidence in a domain, best first."""
-    means = {node: p.domains[slug].mean for node, p in profiles.items() if slug in p.domains}
-    return tuple(sorted(means, key=lambda node: (-means[node], node))[:limit])

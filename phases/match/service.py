@@ -11,7 +11,7 @@ import asyncio
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from uuid import uuid4
+from secrets import token_hex
 
 import structlog
 from msgspec.structs import replace
@@ -23,10 +23,11 @@ from loom.bus.outcome import Dead, Fail, Later, Next, Outcome
 from loom.bus.scatter import scatter
 from loom.bus.topology import MATCH_LANES, Lane
 from loom.phases.match.awards import Awards
-from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, Verdict, best_known, judge
+from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, Verdict, judge
+from loom.phases.match.reading import ReadOffer
 from loom.phases.match.roster import Roster
 from loom.phases.match.trust import policy
-from loom.schemas.auction import BID_LIMIT, CallForBids, Offer
+from loom.schemas.auction import BID_LIMIT, CallForBids
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope, Spec
 from loom.schemas.task import TaskError
@@ -49,7 +50,7 @@ class Match:
         self._bus = bus
         self._config = config
         self._awards = Awards()
-        self._roster = Roster(bus, learned=self._awards.judged)
+        self._roster = Roster(bus, judged=self._awards.judged)
         self._policy = policy(config.policy)
         lanes = [(lane, lane_slots(lane)) for lane in MATCH_LANES]
         self._loop = HopLoop(bus, Service("match", lanes, Envelope, self.handle, window=self._window))
@@ -97,7 +98,7 @@ class Match:
 
     def _follow(self, verdict: Verdict, envelope: Envelope, spec: Spec) -> Outcome:
         match verdict:
-            case Awarded(award):
+            case Awarded(award=award):
                 log.info("awarded", node_id=award.node_id, host_id=award.host_id, score=round(award.score, 3))
                 return Next("scale", replace(_met_someone(envelope, spec), award=award))
             case Exhausted():
@@ -143,24 +144,27 @@ class Match:
         return Next("scale", replace(_met_someone(envelope, spec), award=award))
 
     async def _auction(self, envelope: Envelope, spec: Spec) -> Verdict:
-        expected = self._roster.expected()
+        slug = spec.slug
+        missing = set(self._roster.expected())
+        anybody = bool(missing)
 
-        def enough(offers: list[Offer]) -> bool:
-            return bool(expected) and expected <= {offer.host_id for offer in offers}
+        def enough(offers: list[ReadOffer]) -> bool:
+            missing.discard(offers[-1].host_id)
+            return anybody and not missing
 
         offers = await scatter(
             self._bus,
-            self._bus.subjects.of("auction", spec.slug),
-            self._call(envelope, spec),
-            Offer,
+            self._bus.subjects.of("auction", slug),
+            self._call(envelope, spec, slug),
+            ReadOffer,
             window_s=self._config.bid_window_ms / 1000,
             enough=enough,
         )
-        self._roster.answered(expected, offers)
+        self._roster.answered(offers, missing)
         verdict = judge(envelope, offers, self._book())
         if isinstance(verdict, Awarded):
-            self._awards.note(envelope, verdict.award, offers)
-        if isinstance(verdict, Exhausted) and not expected <= {offer.host_id for offer in offers}:
+            self._awards.note(envelope, slug, verdict)
+        if isinstance(verdict, Exhausted) and missing:
             return AllBusy()  # a host that should have answered may have a node yet: slow is not gone
         return verdict
 
@@ -176,18 +180,18 @@ class Match:
             pending=self._awards.pending(),
         )
 
-    def _call(self, envelope: Envelope, spec: Spec) -> CallForBids:
+    def _call(self, envelope: Envelope, spec: Spec, slug: str) -> CallForBids:
         return CallForBids(
-            auction_id=uuid4().hex,
+            auction_id=token_hex(16),
             task_id=envelope.task_id,
             attempt=envelope.attempt,
-            slug=spec.slug,
+            slug=slug,
             complexity=spec.complexity,
             required_tools=envelope.ad.required_tools,
             description=cut_utf8(envelope.ad.description, DESCRIPTION_BYTES)[0],
             remaining_s=max(0.0, envelope.deadline - self._bus.now()),
             excluded=envelope.excluded,
-            prefer=best_known(self._roster.profiles, spec.slug, BID_LIMIT),
+            prefer=self._roster.ranking.best(slug, BID_LIMIT),
         )
 
     def _window(self, _lane: Lane, slots: Slots) -> int:

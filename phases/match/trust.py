@@ -3,9 +3,10 @@
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from hashlib import blake2b
 from random import Random
+
+import msgspec
 
 from loom.schemas.errors import LoomError
 
@@ -13,8 +14,7 @@ CLAIM_OBSERVATIONS = 2
 """Observations a claim counts as."""
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(msgspec.Struct, frozen=True, gc=False):
     """What is known of one bidder when a task is awarded."""
 
     task_id: str
@@ -44,8 +44,7 @@ class Known:
         return Random(int.from_bytes(digest))  # noqa: S311 - repeatable on purpose
 
 
-@dataclass(frozen=True)
-class Trust:
+class Trust(msgspec.Struct, frozen=True, gc=False):
     """What a policy says of a bidder."""
 
     value: float

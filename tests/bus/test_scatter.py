@@ -4,10 +4,11 @@ import asyncio
 import time
 from typing import Any
 
+import pytest
 from structlog.testing import capture_logs
 from support.buses import Connect, Heard
 
-from loom.bus.client import Bus, Msg
+from loom.bus.client import Bus, Msg, PayloadTooLarge
 from loom.bus.scatter import scatter
 from loom.schemas.auction import Bid, Offer
 
@@ -54,6 +55,26 @@ async def test_it_ends_with_the_window_and_keeps_what_came(plain: Bus) -> None:
 async def test_answers_keep_their_order(plain: Bus) -> None:
     await bidder(plain, "h1", times=3)
     assert (await ask(plain, enough=3, window_s=5))[0] == ["h1"] * 3
+
+
+async def test_what_is_enough_is_asked_once_after_each_answer(plain: Bus) -> None:
+    for n in range(4):
+        await bidder(plain, f"h{n}", raw=b"nonsense" if n == 3 else None)
+    last: list[str] = []
+
+    def enough(offers: list[Offer]) -> bool:
+        last.append(offers[-1].host_id)
+        return len(last) == 3
+
+    subject = plain.subjects.of("auction", "code")
+    offers = await scatter(plain, subject, b"?", Offer, window_s=5, enough=enough)
+    assert last == [offer.host_id for offer in offers]
+
+
+async def test_a_question_that_cannot_be_sent_leaves_nothing_behind(plain: Bus) -> None:
+    with pytest.raises(PayloadTooLarge):
+        await scatter(plain, plain.subjects.of("auction", "code"), b"x" * 2**21, Offer, window_s=60, enough=bool)
+    assert plain._sinks == {}
 
 
 async def test_without_a_listener_it_ends_at_once_and_with_a_tap_by_its_window(plain: Bus, connect: Connect) -> None:

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.phases import ad, envelope
 
-from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, award, best_known, judge, score
-from loom.phases.match.trust import POLICIES
+from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, award, judge, score, tie_break
+from loom.phases.match.trust import POLICIES, Trust
 from loom.schemas.auction import Bid, Offer
 from loom.schemas.envelope import Envelope
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
@@ -167,10 +167,30 @@ def test_a_better_claim_never_scores_lower(low: float, high: float, count: int, 
     assert scores[0] <= scores[1] + 1e-12
 
 
-def test_the_best_known_nodes_of_a_domain_come_best_first() -> None:
-    profiles = {f"n{i}": profile(f"n{i}", 5, i / 40) for i in range(40)}
-    profiles["other"] = profile("other", 5, 1.0, slug="data")
-    assert best_known(profiles, "code", 3) == ("n39", "n38", "n37")
+@given(st.lists(st.tuples(st.sampled_from("abcdefghijklmnopqrst"), st.sampled_from([0.2, 0.5, 0.8])), max_size=40))
+def test_an_award_remembers_its_bids_by_score_then_by_the_tie_break_of_the_task_then_by_host(
+    made: list[tuple[str, float]],
+) -> None:
+    bids = [("h1", Bid(node_id="n1", claim=0.1))] + [
+        (f"h{number}", Bid(node_id=node, claim=claim)) for number, (node, claim) in enumerate(made, 2)
+    ]
+    scored = [score(env(), host, bid, Book(), 0) for host, bid in bids]
+    ordered = sorted(scored, key=lambda bid: (-bid.score, tie_break("t1", bid.node_id), bid.host_id))
+    assert award(env(), bids, Book()).bids == tuple(ordered[:16])
+
+
+def test_an_award_says_which_bid_has_won() -> None:
+    bids = (Bid(node_id="n1", claim=0.9, backlog=2, expected_s=0.1), Bid(node_id="n2", claim=0.1))
+    verdict = judged(env(), offer("h1", *bids), offer("h2", bids[1]))
+    assert isinstance(verdict, Awarded)
+    assert verdict.bid == bids[0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.1])
+def test_a_policy_that_trusts_beyond_measure_is_refused_even_for_one_bid_of_many(value: float) -> None:
+    book = Book(policy=lambda known: Trust(value if known.node_id == "n30" else 0.5), policy_name="mine:odd")
+    with pytest.raises(ValueError, match="mine:odd"):
+        award(env(), [("h", Bid(node_id=f"n{number}")) for number in range(40)], book)
 
 
 def test_idle_knowledge_fades_towards_the_claim() -> None:

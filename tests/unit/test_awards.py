@@ -1,0 +1,85 @@
+"""What MATCH holds against a node because it has just awarded something to it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.phases import ad, envelope
+
+from loom.phases.match.awards import SWEEP_S, UNJUDGED_S, Awards
+from loom.phases.match.policy import TAKEN_S, Awarded
+from loom.schemas.auction import Bid
+from loom.schemas.envelope import Award
+
+
+class Clock:
+    """The time, in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("loom.phases.match.awards.time", clock)
+    return clock
+
+
+def note(awards: Awards, task_id: str, node: str = "n1", host: str = "h1", *, expected_s: float = 0.0) -> None:
+    bid = Bid(node_id=node, expected_s=expected_s)
+    awards.note(envelope(ad(task_id=task_id), now=0), "code", Awarded(Award(node_id=node, host_id=host), bid))
+
+
+def test_an_award_is_held_for_as_long_as_a_run_takes_whatever_was_awarded_before_it(clock: Clock) -> None:
+    awards = Awards()
+    note(awards, "t1")
+    note(awards, "t2", expected_s=TAKEN_S / 10)
+    note(awards, "t3", "n2")
+    assert dict(awards.taken()) == {("h1", "n1"): 2, ("h1", "n2"): 1}
+    clock.now += TAKEN_S / 10
+    assert dict(awards.taken()) == {("h1", "n1"): 1, ("h1", "n2"): 1}
+    clock.now += TAKEN_S
+    assert dict(awards.taken()) == {}
+
+
+def test_an_award_is_pending_until_its_reward_is_known(clock: Clock) -> None:
+    awards = Awards()
+    for task in ("t1", "t2", "t2"):
+        note(awards, task)
+    assert dict(awards.pending()) == {("n1", "code"): 2}
+    awards.judged("n1", "code", ["other:1", "t1:1", "t2:2"])
+    awards.judged("n1", "data", ["t2:1"])
+    awards.judged("n2", "code", ["t2:1"])
+    assert dict(awards.pending()) == {("n1", "code"): 1}
+    awards.judged("n1", "code", ["t2:1"])
+    assert dict(awards.pending()) == {}
+
+
+def test_an_award_that_is_never_judged_is_forgotten(clock: Clock) -> None:
+    awards = Awards()
+    note(awards, "t1")
+    clock.now += UNJUDGED_S / 2
+    note(awards, "t2")
+    assert dict(awards.pending()) == {("n1", "code"): 2}
+    clock.now += UNJUDGED_S / 2 + SWEEP_S
+    assert dict(awards.pending()) == {("n1", "code"): 1}
+    clock.now += UNJUDGED_S
+    assert dict(awards.pending()) == {}
+    assert awards._unjudged == {}
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.booleans(), st.integers(0, 5))))
+def test_what_is_counted_is_what_is_remembered(steps: list[tuple[str, bool, int]]) -> None:
+    awards = Awards()
+    expected: dict[str, set[str]] = {"a": set(), "b": set()}
+    for node, judged, number in steps:
+        if judged:
+            awards.judged(node, "code", [f"t{number}:1"])
+            expected[node].discard(f"t{number}:1")
+        else:
+            note(awards, f"t{number}", node)
+            expected[node].add(f"t{number}:1")
+    assert dict(awards.pending()) == {(node, "code"): len(tasks) for node, tasks in expected.items() if tasks}

@@ -1,0 +1,28 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loom.phases.match.ranking import Ranking
+
+means = st.dictionaries(st.sampled_from(["code", "data", "math"]), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), means)), st.integers(0, 8))
+def test_after_any_changes_the_best_of_each_domain_come_best_first(
+    changes: list[tuple[str, dict[str, float]]], limit: int
+) -> None:
+    ranking = Ranking()
+    for node, told in changes:
+        ranking.learn(node, told)
+    known = dict(changes)
+    for slug in ("code", "data", "math"):
+        there = {node: told[slug] for node, told in known.items() if slug in told}
+        assert ranking.best(slug, limit) == tuple(sorted(there, key=lambda node: (-there[node], node))[:limit])
+        assert (slug in ranking._order) == bool(there)
+
+
+def test_what_is_told_is_copied() -> None:
+    ranking, told = Ranking(), {"code": 0.5}
+    ranking.learn("n1", told)
+    told["code"] = 0.9
+    ranking.learn("n1", told)
+    assert ranking.best("code", 9) == ("n1",)

@@ -1,0 +1,200 @@
+"""Whom MATCH waits for, and what it knows of their nodes, without a bus."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from structlog.testing import capture_logs
+from support.values import messages
+
+from loom.bus.client import Bus, Msg
+from loom.bus.kv import Entry
+from loom.phases.match.reading import ReadOffer, ReadProfile
+from loom.phases.match.roster import HEARD_S, MISSED_WINDOWS, Roster
+from loom.schemas.auction import HostAnnouncement, Offer
+from loom.schemas.learning import DomainEvidence, NodeProfile, Score
+from loom.schemas.wire import Undecodable, decode, encode
+
+
+class Clock:
+    """The time, in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Changes:
+    """A bucket's reader that has one batch."""
+
+    def __init__(self, profiles: Iterable[Any]) -> None:
+        self._entries = [Entry("n", decode(encode(profile), ReadProfile), 1) for profile in profiles]
+
+    async def batch(self) -> list[Entry[ReadProfile]]:
+        return self._entries
+
+
+async def learn(roster: Roster, *profiles: Any) -> None:
+    await roster._learn(Changes(profiles))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("loom.phases.match.roster.time", clock)
+    return clock
+
+
+@pytest.fixture
+async def roster(clock: Clock) -> Roster:
+    return Roster(Bus("nats://127.0.0.1:1"))
+
+
+def announce(roster: Roster, host: str, *nodes: str, draining: bool = False) -> None:
+    roster._on_announcement(Msg("", data=encode(HostAnnouncement(host_id=host, nodes=nodes, draining=draining))))
+
+
+# -- whom to wait for
+
+
+async def test_a_host_is_expected_until_it_has_been_silent_for_too_long(roster: Roster, clock: Clock) -> None:
+    announce(roster, "h1", "n1")
+    clock.now += HEARD_S / 2
+    announce(roster, "h2", "n2")
+    assert roster.expected() == {"h1", "h2"}
+    clock.now += HEARD_S / 2 + 1
+    assert roster.expected() == {"h2"}
+    announce(roster, "h1", "n1")
+    assert roster.expected() == {"h1", "h2"}
+    clock.now += HEARD_S + 1
+    assert roster.expected() == set()
+
+
+async def test_an_answer_is_a_sign_of_life_unless_its_host_is_leaving(roster: Roster, clock: Clock) -> None:
+    announce(roster, "h1")
+    announce(roster, "h2")
+    clock.now += HEARD_S - 1
+    roster.answered([Offer(host_id="h1"), Offer(host_id="h2", decline="draining"), Offer(host_id="new")], set())
+    assert roster.expected() == {"h1", "h2", "new"}
+    clock.now += 2
+    assert roster.expected() == {"h1", "new"}
+
+
+async def test_who_says_to_be_leaving_is_not_expected_any_more(roster: Roster) -> None:
+    announce(roster, "h1", "n1")
+    assert roster.hosts_of("n1") == ["h1"]
+    announce(roster, "h1", draining=True)
+    assert roster.expected() == set()
+    assert roster.hosts_of("n1") == []
+
+
+async def test_who_lets_windows_pass_is_not_expected_until_it_answers(roster: Roster) -> None:
+    announce(roster, "h1")
+    for _ in range(MISSED_WINDOWS - 1):
+        roster.answered([], roster.expected())
+    assert roster.expected() == {"h1"}
+    roster.answered([], roster.expected())
+    assert roster.expected() == set()
+    roster.answered([Offer(host_id="h1", decline="busy")], set())
+    assert roster.expected() == {"h1"}
+
+
+async def test_a_node_is_where_it_was_last_said_to_be(roster: Roster, clock: Clock) -> None:
+    announce(roster, "h1", "n1", "n2")
+    clock.now += 1
+    announce(roster, "h2", "n2", "n3")
+    assert [roster.hosts_of(node) for node in ("n1", "n2", "n3")] == [["h1"], ["h2", "h1"], ["h2"]]
+    clock.now += 1
+    announce(roster, "h1", "n3")
+    assert [roster.hosts_of(node) for node in ("n1", "n2", "n3")] == [[], ["h2"], ["h1", "h2"]]
+
+
+async def test_hosts_that_come_and_go_are_forgotten(roster: Roster, clock: Clock) -> None:
+    for number in range(100):
+        announce(roster, f"h{number}", f"n{number}")
+        clock.now += HEARD_S
+    assert len(roster._heard) < 20
+    assert len(roster._hosts_of) == len(roster._nodes_of) < 20
+
+
+# -- what is known
+
+
+def evidence(*scores: float, task: str = "t") -> DomainEvidence:
+    window = tuple(Score(attempt_id=f"{task}{n}:1", score=score, ended_at=n) for n, score in enumerate(scores))
+    return DomainEvidence(scores=window, count=len(scores), mean=sum(scores) / max(1, len(scores)))
+
+
+@given(st.lists(messages(NodeProfile), max_size=4))
+async def test_whatever_adapt_writes_is_known_with_counts_means_and_the_newest_score(
+    profiles: Sequence[NodeProfile],
+) -> None:
+    roster = Roster(Bus("nats://127.0.0.1:1"))
+    for profile in profiles:
+        await learn(roster, profile)
+    for node, known in roster.profiles.items():
+        whole = next(profile for profile in reversed(profiles) if profile.node_id == node)
+        assert known.last_seq == whole.last_seq
+        assert known.domains == {
+            slug: replace(one, scores=tuple(replace(score, words={}) for score in one.scores[-1:]), since=0.0)
+            for slug, one in whole.domains.items()
+        }
+
+
+async def test_the_best_known_follow_the_profiles(roster: Roster) -> None:
+    await learn(roster, NodeProfile(node_id="n1", domains={"code": evidence(1, 0)}))
+    await learn(roster, NodeProfile(node_id="n2", domains={"code": evidence(1, 1)}))
+    assert roster.ranking.best("code", 16) == ("n2", "n1")
+    await learn(roster, NodeProfile(node_id="n2", domains={"data": evidence(1)}))
+    assert roster.ranking.best("code", 16) == ("n1",)
+
+
+async def test_only_the_domains_that_have_changed_are_told_and_of_many_changes_the_last() -> None:
+    told: list[tuple[str, str, list[str]]] = []
+    roster = Roster(Bus("nats://127.0.0.1:1"), judged=lambda node, slug, ids: told.append((node, slug, list(ids))))
+    code, data = evidence(1, 0), evidence(1, task="d")
+    await learn(roster, NodeProfile(node_id="n1", domains={"code": code, "data": data}))
+    assert told == [("n1", "code", ["t0:1", "t1:1"]), ("n1", "data", ["d0:1"])]
+    told.clear()
+    known = roster.profiles["n1"].domains
+    later = [
+        NodeProfile(node_id="n1", domains={"code": evidence(*scores), "data": data}) for scores in ([1], [1, 0, 1])
+    ]
+    await learn(roster, *later)
+    assert told == [("n1", "code", ["t0:1", "t1:1", "t2:1"])]
+    assert roster.profiles["n1"].domains["data"] is known["data"]
+    assert roster.profiles["n1"].domains["code"].mean == pytest.approx(2 / 3)
+
+
+async def test_a_profile_that_cannot_be_read_leaves_what_is_known(roster: Roster) -> None:
+    await learn(roster, NodeProfile(node_id="n1", last_seq=1, domains={"code": evidence(1)}))
+    with capture_logs() as logs:
+        await learn(roster, {"node_id": "n1", "last_seq": 2, "domains": {"code": {"scores": ["odd"], "count": 9}}})
+    assert [entry["event"] for entry in logs] == ["profile_undecodable"]
+    assert roster.profiles["n1"].last_seq == 1
+    assert roster.ranking.best("code", 1) == ("n1",)
+
+
+# -- what is read of offers
+
+
+@given(messages(Offer))
+def test_an_offer_is_read_as_it_was_written(offer: Offer) -> None:
+    assert encode(decode(encode(offer), ReadOffer)) == encode(offer)
+
+
+@pytest.mark.parametrize("odd", [{"load": 2}, {"claim": -1}, {"expected_s": -1}, {"load": None}, {"node_id": "a b"}])
+def test_an_offer_beyond_its_ranges_is_refused(odd: dict[str, Any]) -> None:
+    with pytest.raises(Undecodable):
+        decode(json.dumps({"host_id": "h", "bids": [{"node_id": "n", **odd}]}).encode(), ReadOffer)
+
+
+def test_a_number_that_no_float_can_hold_is_refused() -> None:
+    with pytest.raises(Undecodable):
+        decode(b'{"host_id": "h", "bids": [{"node_id": "n", "expected_s": 1e999}]}', ReadOffer)
