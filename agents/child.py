@@ -69,8 +69,15 @@ class Child:
     def to_bid(self, *, domain: str, required_tools: Collection[str] = ()) -> Bid:
         """Return its offer: its template's, with a claim of its own."""
         offer = self._template.to_bid(domain=domain, required_tools=required_tools)
-        claim = CLAIM if slug(domain) == self._wanted else min(CLAIM, offer.claim)
-        return replace(offer, node_id=self.id, claim=claim, load=self.load)
+        return replace(offer, node_id=self.id, claim=self.claim(domain), load=self.load)
+
+    def claim(self, domain: str) -> float:
+        """Return what it claims: 0.5 in the domain it was wanted for, else no more than that, nor than its template."""
+        return CLAIM if slug(domain) == self._wanted else min(CLAIM, self._template.claim(domain))
+
+    def has_tools(self, required: Collection[str]) -> bool:
+        """Return whether it has all of these tools: its template's."""
+        return self._template.has_tools(required)
 
     def mirror(self, profile: NodeProfile) -> None:
         """Take note of nothing: the auction weighs what has been learned, and nobody else looks here."""

@@ -1,10 +1,11 @@
 """The moment after which a job's work is worthless."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterable
+from types import TracebackType
 from typing import TypeVar, cast
 
+from loom.agents.user_code import Opened
 from loom.schemas.errors import DeadlineExceeded
 
 T = TypeVar("T")
@@ -17,44 +18,55 @@ class Deadline:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._at = asyncio.get_running_loop().time() + seconds
+        self._now = asyncio.get_running_loop().time
+        self._at = self._now() + seconds
 
     @property
     def left(self) -> float:
         """Seconds left, never negative."""
-        return max(0.0, self._at - asyncio.get_running_loop().time())
+        return max(0.0, self._at - self._now())
 
     def check(self) -> None:
         """Raise DeadlineExceeded if no time is left."""
-        if not self.left:
-            raise self._exceeded()
+        if self._now() >= self._at:
+            raise self.exceeded()
 
-    @asynccontextmanager
-    async def enforced(self) -> AsyncIterator[None]:
-        """Cancel the body when time runs out."""
-        self.check()
-        try:
-            async with asyncio.timeout_at(self._at) as scope:
-                yield
-        except TimeoutError as error:
-            if scope.expired():
-                raise self._exceeded() from error
-            raise
+    def enforced(self) -> "Enforced":
+        """Cancel the body of an `async with` when time runs out."""
+        return Enforced(self, asyncio.timeout_at(self._at))
 
     async def each(self, source: AsyncIterable[T]) -> AsyncGenerator[T, None]:
         """Yield what `source` yields, in time, and close it however this ends."""
-        items = aiter(source)
-        try:
+        async with Opened(source) as items:
             while True:
                 async with self.enforced():
                     item = await anext(items, _END)
                 if item is _END:
                     return
                 yield cast("T", item)
-        finally:
-            close = getattr(items, "aclose", None)
-            if close is not None:
-                await close()
 
-    def _exceeded(self) -> DeadlineExceeded:
+    def exceeded(self) -> DeadlineExceeded:
+        """Return the error of whoever was late."""
         return DeadlineExceeded(f"not done within {self._seconds:g} s")
+
+
+class Enforced:
+    """A body that ends with its deadline: a class, since a generator's context costs more than most bodies."""
+
+    def __init__(self, deadline: Deadline, scope: asyncio.Timeout) -> None:
+        self._deadline = deadline
+        self._scope = scope
+
+    async def __aenter__(self) -> None:
+        self._deadline.check()
+        await self._scope.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._scope.__aexit__(kind, error, trace)
+        except TimeoutError as late:
+            raise self._deadline.exceeded() from late
+        if isinstance(error, TimeoutError) and self._scope.expired():
+            raise self._deadline.exceeded() from error

@@ -3,12 +3,10 @@
 import inspect
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
 from typing import Any
 
-from loom.agents.deadline import Deadline
 from loom.agents.port import StreamingAgent, deltas
-from loom.agents.user_code import call, describe, guarded, text_of
+from loom.agents.user_code import Opened, call, describe, guarded, text_of
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.events import AgentEvent, Done, StepEnd, StepStart
 from loom.schemas.run import RunRequest
@@ -33,22 +31,27 @@ class FunctionAgent:
         self._takes_text = _takes_text(fn, self.name)
 
     async def stream(self, job: RunRequest) -> AsyncGenerator[AgentEvent, None]:
-        """Call the function for `job`.
+        """Call the function for `job`; whoever listens ends it when the time is up.
 
         Raises:
             AgentFailed: It raised, or returned nothing.
-            DeadlineExceeded: `job.remaining_s` ran out.
         """
         started = time.monotonic()
         written: list[str] = []
         yield StepStart(step=1, total_steps=1)
         try:
             with guarded():
-                async with aclosing(self._pieces(job)) as pieces:
-                    async for piece in pieces:
-                        written.append(piece)
-                        for delta in deltas(piece):
-                            yield delta
+                result = await call(self._fn, job.description if self._takes_text else job)
+                if hasattr(result, "__aiter__"):
+                    async with Opened(result) as pieces:
+                        async for piece in pieces:
+                            written.append(text_of(piece))
+                            for delta in deltas(written[-1]):
+                                yield delta
+                elif result is not None:
+                    written.append(text_of(result))
+                    for delta in deltas(written[-1]):
+                        yield delta
         except LoomError:
             raise
         except Exception as error:  # a user's function may raise anything
@@ -58,17 +61,6 @@ class FunctionAgent:
             raise AgentFailed(f"{self.name} returned nothing", task_id=job.task_id)
         yield StepEnd(step=1)
         yield Done(content=content, steps=1, duration_ms=(time.monotonic() - started) * 1000)
-
-    async def _pieces(self, job: RunRequest) -> AsyncGenerator[str, None]:
-        deadline = Deadline(job.remaining_s)
-        async with deadline.enforced():
-            result = await call(self._fn, job.description if self._takes_text else job)
-        if hasattr(result, "__aiter__"):
-            async with aclosing(deadline.each(result)) as pieces:
-                async for piece in pieces:
-                    yield text_of(piece)
-        elif result is not None:
-            yield text_of(result)
 
 
 def as_agent(thing: Any) -> StreamingAgent:

@@ -30,6 +30,14 @@ class Node(Protocol):
         """Return its offer: claim, load and tools."""
         ...
 
+    def claim(self, domain: str) -> float:
+        """Return how well it says it does `domain`, a slug or any wording of it: 0 to 1, the claim of its offer."""
+        ...
+
+    def has_tools(self, required: Collection[str]) -> bool:
+        """Return whether it has all of these tools: without them it does not bid."""
+        ...
+
     def mirror(self, profile: NodeProfile) -> None:
         """Take over what has been learned about it."""
         ...
@@ -57,12 +65,19 @@ class Room:
     @property
     def queued(self) -> int:
         """Runs that wait for a slot."""
+        if not self._queue:
+            return len(self._returning)
         return sum(not run.cancelled for _, _, run in self._queue) + len(self._returning)
 
     @property
     def busy(self) -> bool:
         """Whether a run has begun and not ended."""
         return bool(self.running or self.away)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a run is queued, or has begun and not ended, waiting for others perhaps."""
+        return self.busy or self.queued > 0
 
     @property
     def full(self) -> bool:
@@ -134,9 +149,3 @@ class Room:
             backlog=self.queued,
             free=max(0, self._open - len(self.running) - self.queued),
         )
-
-
-def choose(bids: list[Bid], prefer: Collection[str], limit: int) -> tuple[Bid, ...]:
-    """Return at most `limit` bids: the preferred nodes first, then the highest claims."""
-    ranked = sorted(bids, key=lambda bid: (bid.node_id not in prefer, -bid.claim, bid.load))
-    return tuple(ranked[:limit])

@@ -110,7 +110,7 @@ class Nursery:
         if size >= self._max_nodes:
             return "full"
         node = self._skills(wanted)
-        return node if node is not None and has_tools(node, wanted) else "cannot"
+        return node if node is not None and node.has_tools(wanted.required_tools) else "cannot"
 
     # -- shrinking
 
@@ -168,7 +168,11 @@ def choose_template(wanted: SpawnRequest, nodes: Sequence[Node], max_nodes: int)
     It is the one with the tools that claims most in the domain; clones are not cloned. While one of those that could
     take the work has nothing in hand, it bids, and another would only stand beside it.
     """
-    able = [node for node in nodes if node.agent is not None and node.status != "dying" and has_tools(node, wanted)]
+    able = [
+        node
+        for node in nodes
+        if node.agent is not None and node.status != "dying" and node.has_tools(wanted.required_tools)
+    ]
     if any(not node.load for node in able):
         return "idle"
     templates = [node for node in able if not (isinstance(node, Child) and node.is_clone)]
@@ -176,10 +180,4 @@ def choose_template(wanted: SpawnRequest, nodes: Sequence[Node], max_nodes: int)
         return "cannot"
     if len(nodes) >= max_nodes:
         return "full"
-    return max(templates, key=lambda node: node.to_bid(domain=wanted.slug).claim)
-
-
-def has_tools(node: Node, wanted: SpawnRequest) -> bool:
-    """Return whether a node has the tools that are required: without them it cannot bid."""
-    offer = node.to_bid(domain=wanted.slug, required_tools=wanted.required_tools)
-    return set(wanted.required_tools) <= set(offer.tools)
+    return max(templates, key=lambda node: node.claim(wanted.slug))

@@ -1,11 +1,10 @@
 """What an agent is, and how its stream becomes one result."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing
 from typing import Protocol, runtime_checkable
 
 from loom.agents.deadline import Deadline
-from loom.agents.user_code import text_of
+from loom.agents.user_code import Opened, text_of
 from loom.schemas.errors import AgentFailed, LoomError, error_for
 from loom.schemas.events import AgentEvent, Done, ErrorEvent, Progress, TextDelta, ToolCallEnd
 from loom.schemas.run import RunRequest
@@ -49,7 +48,8 @@ async def collect(agent: StreamingAgent, job: RunRequest, tell: Tell | None = No
     """
     tool_errors = 0
     done: Done | None = None
-    async with aclosing(Deadline(job.remaining_s).each(agent.stream(job))) as events:
+    deadline = Deadline(job.remaining_s)
+    async with Opened(agent.stream(job)) as events, deadline.enforced():
         async for event in events:
             if isinstance(event, ErrorEvent):
                 raise error_for(event.code or AgentFailed.code, event.error, task_id=job.task_id)
@@ -59,6 +59,7 @@ async def collect(agent: StreamingAgent, job: RunRequest, tell: Tell | None = No
                 done = event
             elif tell is not None:
                 await tell(event)
+            deadline.check()  # it may have been deaf to its end
     if done is None or not done.content.strip():
         raise AgentFailed("the agent ended without an answer", task_id=job.task_id)
     return result_of(done, tool_errors=tool_errors)

@@ -3,7 +3,8 @@
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import structlog
@@ -12,7 +13,7 @@ from msgspec.structs import replace
 from loom.bus.client import Bus
 from loom.schemas.errors import LoomError
 from loom.schemas.events import Progress, ToolCallEnd, ToolCallStart
-from loom.schemas.run import RunEvent, RunKind, RunRequest
+from loom.schemas.run import FINAL_KINDS, RunEvent, RunKind, RunRequest
 from loom.schemas.task import RunResult, TaskAd, TaskResult
 from loom.schemas.wire import encode
 
@@ -20,6 +21,8 @@ log = structlog.get_logger()
 
 HISTORY = 1024
 """Events of a live run kept for whoever re-attaches."""
+BATCH_BYTES = 64 * 1024
+"""Most of several events in one message, and how far an agent may be ahead of its connection; larger ones go alone."""
 KEEP_S = 600.0
 KEEP_BYTES = 32 * 1024 * 1024
 
@@ -34,8 +37,8 @@ class Run:
         self.work: asyncio.Task[None] | None = None
         """None while it is queued."""
         self.cancelled = False
-        self.last: RunEvent | None = None
-        """The final event, once there is one."""
+        self.last: bytes | None = None
+        """The final event as it was sent, once there is one."""
         self.seated = asyncio.Event()
         """Whether it has its slot back after it waited for others."""
         self.others = RunResult()
@@ -43,12 +46,16 @@ class Run:
         self._bus = bus
         self._inbox = inbox
         self._n = 0
-        self._kept: deque[RunEvent] = deque(maxlen=HISTORY)
-        self._waits: dict[str, RunEvent] = {}
+        self._batch: list[bytes] = []
+        """Events said and not sent."""
+        self._batch_bytes = 0
+        self._ahead_bytes = 0
+        """Said since the agent last waited for the connection."""
+        self._kept: deque[tuple[int, bytes]] = deque(maxlen=HISTORY)
+        self._waits: dict[str, tuple[int, bytes]] = {}
         """Delegated task -> the event that told of it; kept however much is said meanwhile."""
         self._answers: dict[str, asyncio.Future[TaskResult]] = {}
         self._until = time.monotonic() + request.remaining_s
-        self._sending = asyncio.Lock()  # a watcher drops what comes out of order
 
     @property
     def key(self) -> Key:
@@ -60,36 +67,64 @@ class Run:
         """Seconds to the task's deadline; waiting in the backlog counts."""
         return max(0.0, self._until - time.monotonic())
 
-    async def say(self, kind: RunKind, **facts: Any) -> None:
-        """Send the next event; a final one ends the run, and nothing is sent after it."""
+    def say(self, kind: RunKind, **facts: Any) -> None:
+        """Say the next event: it is sent with all that is said in this turn of the event loop and the next.
+
+        A final one is sent at once and ends the run: nothing is said after it.
+        """
         if self.last is not None:
             return
-        event = RunEvent(n=self._n, kind=kind, **facts)
+        n, event = self._n, encode(RunEvent(n=self._n, kind=kind, **facts))
         self._n += 1
-        if event.ad is not None:
-            self._waits[event.ad.task_id] = event
+        if kind == "waiting":
+            self._waits[facts["ad"].task_id] = (n, event)
         elif kind != "heartbeat":
-            self._kept.append(event)
-        if event.final:
+            self._kept.append((n, event))
+        self._ahead_bytes += len(event)
+        self._add(event)
+        if kind in FINAL_KINDS:
             self.last = event
-        async with self._sending:
-            await send(self._bus, self._inbox, event)
+            self.flush()
+
+    def _add(self, event: bytes) -> None:
+        if self._batch_bytes + len(event) > BATCH_BYTES:
+            self.flush()
+        if not self._batch:
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, self.flush)  # a turn later: what begins in this one may say more
+        self._batch.append(event)
+        self._batch_bytes += len(event)
+
+    def flush(self) -> None:
+        """Send what has been said and is not sent yet."""
+        if self._batch:
+            send(self._bus, self._inbox, self._packed())
+
+    def _packed(self) -> bytes:
+        """Take what has been said as the body of one message."""
+        batch, self._batch, self._batch_bytes = self._batch, [], 0
+        return batch[0] if len(batch) == 1 else b"[" + b",".join(batch) + b"]"
 
     async def progress(self, event: Progress) -> None:
-        """Send what the agent says on its way."""
-        await self.say("tool_call" if isinstance(event, ToolCallStart | ToolCallEnd) else "delta", event=event)
+        """Say what the agent says on its way; one that says much waits until the connection takes more."""
+        self.say("tool_call" if isinstance(event, (ToolCallStart, ToolCallEnd)) else "delta", event=event)
+        if self._ahead_bytes >= BATCH_BYTES and self._batch:
+            self._ahead_bytes = 0
+            with lost_aloud():
+                await self._bus.publish(self._inbox, self._packed())
+            await asyncio.sleep(0)  # the connection writes between turns, and an agent may never wait by itself
 
     async def ask(self, ad: TaskAd) -> TaskResult:
         """Have others do `ad` and return how it ended; who watches is told when nobody waits for it any more."""
         answer: asyncio.Future[TaskResult] = asyncio.get_running_loop().create_future()
         self._answers[ad.task_id] = answer
         try:
-            await self.say("waiting", ad=ad)
+            self.say("waiting", ad=ad)
             return await answer
         finally:
             del self._answers[ad.task_id]
             self._waits.pop(ad.task_id, None)
-            await self.say("resumed", task_id=ad.task_id)
+            self.say("resumed", task_id=ad.task_id)
 
     def answer(self, results: Iterable[TaskResult]) -> None:
         """Hand over what came of delegated work; what has been handed over before, or nobody awaits, is left out."""
@@ -117,50 +152,57 @@ class Run:
             completion_tokens=own.completion_tokens + self.others.completion_tokens,
         )
 
-    async def move(self, inbox: str, from_n: int) -> None:
+    def move(self, inbox: str, from_n: int) -> None:
         """Send all events from number `from_n` on to `inbox`, and every later one; the old inbox is told."""
-        async with self._sending:
-            if inbox != self._inbox:
-                await send(self._bus, self._inbox, RunEvent(n=self._n, kind="moved"))
-                self._inbox = inbox
-            kept = sorted([*self._kept, *self._waits.values()], key=lambda event: event.n)
-            for event in [event for event in kept if event.n >= from_n or event.kind == "accepted"]:
-                await send(self._bus, inbox, event)
+        self.flush()
+        if inbox != self._inbox:
+            send(self._bus, self._inbox, encode(RunEvent(n=self._n, kind="moved")))
+            self._inbox = inbox
+        for n, event in sorted([*self._kept, *self._waits.values()]):
+            if n >= from_n or n == 0:  # the first one tells that the run was accepted
+                self._add(event)
+        self.flush()
 
 
-async def send(bus: Bus, inbox: str, event: RunEvent) -> None:
-    """Send one event; a lost one is missed by its number or by the watcher's patience."""
+def send(bus: Bus, inbox: str, body: bytes) -> None:
+    """Send an event, or several as an array."""
+    with lost_aloud():
+        bus.send(inbox, body)
+
+
+@contextmanager
+def lost_aloud() -> Iterator[None]:
+    """Log what cannot be sent: it is missed by its number or by the watcher's patience."""
     try:
-        await bus.publish(inbox, event)
+        yield
     except LoomError as error:
-        log.warning("run_event_lost", kind=event.kind, reason=error.message)
+        log.warning("run_event_lost", reason=error.message)
 
 
 class Finished:
     """Last events of runs that have ended, kept for ten minutes and at most 32 MiB."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Key, tuple[float, int, RunEvent]] = OrderedDict()
+        self._kept: OrderedDict[Key, tuple[float, bytes]] = OrderedDict()
         self._bytes = 0
 
-    def keep(self, key: Key, event: RunEvent, now: float) -> None:
+    def keep(self, key: Key, event: bytes, now: float) -> None:
         """Remember how a run ended, at monotonic time `now`."""
         self._drop(key)
-        size = len(encode(event))
-        self._kept[key] = (now, size, event)
-        self._bytes += size
+        self._kept[key] = (now, event)
+        self._bytes += len(event)
         while self._kept:
-            oldest, (at, _, _) = next(iter(self._kept.items()))
+            oldest, (at, _) = next(iter(self._kept.items()))
             if now - at <= KEEP_S and self._bytes <= KEEP_BYTES:
                 return
             self._drop(oldest)
 
-    def get(self, key: Key) -> RunEvent | None:
+    def get(self, key: Key) -> bytes | None:
         """Return the last event of a run, if it is still known."""
         entry = self._kept.get(key)
-        return entry[2] if entry else None
+        return entry[1] if entry else None
 
     def _drop(self, key: Key) -> None:
         entry = self._kept.pop(key, None)
         if entry is not None:
-            self._bytes -= entry[1]
+            self._bytes -= len(entry[1])

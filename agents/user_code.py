@@ -4,17 +4,20 @@ import asyncio
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import partial
-from typing import Any
+from types import TracebackType
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
 from loom.schemas.wire import encode, free_json_fault
 
 MAX_FAULT_CHARS = 500
+
+T = TypeVar("T")
 
 
 async def call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -42,6 +45,23 @@ def guarded() -> Iterator[None]:
         if task is None or task.cancelling():
             raise
         raise RuntimeError("it was cancelled from within") from error
+
+
+class Opened(Generic[T]):
+    """Iterates over what a user's code yields, and closes it, if it can be, however that ends."""
+
+    def __init__(self, source: AsyncIterable[T]) -> None:
+        self._items = aiter(source)
+
+    async def __aenter__(self) -> AsyncIterator[T]:
+        return self._items
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        close = getattr(self._items, "aclose", None)
+        if close is not None:
+            await close()
 
 
 def text_of(value: Any) -> str:

@@ -97,7 +97,7 @@ def _short_id() -> str:
 
 def unit(value: float) -> float:
     """Return `value` clamped to [0, 1]; what is not a number counts as 0."""
-    return min(1.0, max(0.0, value))
+    return value if 0 <= value <= 1 else min(1.0, max(0.0, value))
 
 
 @dataclass
@@ -123,7 +123,8 @@ class CapabilityProfile:
 
     def score(self, domain: str) -> float:
         """Return the score in `domain`, in [0, 1]; neutral for a domain not named."""
-        return unit(self.scores.get(self.key(domain), NEUTRAL))
+        known = self.scores.get(domain)
+        return unit(self.scores.get(self.key(domain), NEUTRAL) if known is None else known)
 
     def tool_share(self, required: Collection[str]) -> float:
         """Return the share of the required tools it has, each counted once; 1 when none is required."""
@@ -183,13 +184,24 @@ class AgentNode:
 
     def to_bid(self, *, domain: str, required_tools: Collection[str] = ()) -> auction.Bid:
         """Return what this node offers on the wire for a task of `domain` (its wording or its slug)."""
-        own = {*self.capabilities.tools, *getattr(self.agent, "tools", ())}
+        own = self._tools()
         return auction.Bid(
             node_id=self.id,
-            claim=self.capabilities.score(domain),
+            claim=self.claim(domain),
             load=unit(self.load),
             tools=tuple(tool for tool in dict.fromkeys(required_tools) if tool in own),
         )
+
+    def _tools(self) -> set[str]:
+        return {*self.capabilities.tools, *getattr(self.agent, "tools", ())}
+
+    def has_tools(self, required: Collection[str]) -> bool:
+        """Return whether it has all of these tools, itself or by its agent."""
+        return not required or self._tools().issuperset(required)
+
+    def claim(self, domain: str) -> float:
+        """Return how well it says it does a domain (its wording or its slug), in [0, 1]."""
+        return self.capabilities.score(domain)
 
     def mirror(self, profile: NodeProfile) -> None:
         """Take over what has been learned about this node.

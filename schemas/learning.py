@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from loom.schemas.wire import Count, Seconds, Token, Unit, Wire
 
@@ -25,8 +25,11 @@ class Signal(Wire, frozen=True, kw_only=True):
     """.5 quality + .3 efficiency + .2 reliability."""
 
 
-class Score(Wire, frozen=True, kw_only=True, array_like=True):
-    """One entry of a window: an attempt, however many have judged it."""
+class Score(Struct, frozen=True, kw_only=True, array_like=True, omit_defaults=True):
+    """One entry of a window: an attempt, however many have judged it.
+
+    Made of a Reward, whose numbers are checked, and read by the hundred: it is not checked again.
+    """
 
     attempt_id: str
     """`task:attempt`; `inherit:node` is what a retired node has left, and stands for no task of this one's."""

@@ -1,12 +1,14 @@
 """What EXECUTE and a node host say to each other about one run."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta
+from msgspec import Meta, Raw
 
 from loom.schemas.events import Progress
 from loom.schemas.task import Priority, RunResult, TaskAd, TaskError, TaskResult
-from loom.schemas.wire import Count, Seconds, Token, Unit, Wire, decode
+from loom.schemas.wire import Count, Seconds, Token, Undecodable, Unit, Wire, decode
 
 
 class RunRequest(Wire, frozen=True, kw_only=True):
@@ -88,12 +90,26 @@ class RunEvent(Wire, frozen=True, kw_only=True):
 def read_events(raw: bytes) -> tuple[RunEvent, ...]:
     """Return what one message on a run's inbox tells: an event, or several in a JSON array, oldest first.
 
+    What is no event in an array is left out: an agent's slip must not take the run's result with it.
+
     Raises:
-        Undecodable: It is neither.
+        Undecodable: No event can be read.
     """
-    if raw.startswith(b"["):
+    if not raw.startswith(b"["):
+        return (decode(raw, RunEvent),)
+    try:
         return decode(raw, tuple[RunEvent, ...])
-    return (decode(raw, RunEvent),)
+    except Undecodable:
+        events = tuple(_readable(decode(raw, tuple[Raw, ...])))
+        if not events:
+            raise
+        return events
+
+
+def _readable(parts: Iterable[Raw]) -> Iterator[RunEvent]:
+    for part in parts:
+        with suppress(Undecodable):
+            yield decode(bytes(part), RunEvent)
 
 
 class Delta(Wire, frozen=True, kw_only=True):

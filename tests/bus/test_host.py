@@ -1,4 +1,6 @@
 import asyncio
+import os
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -10,13 +12,16 @@ from support.wait import until
 
 from loom.agents.agent import Agent
 from loom.agents.host import NodeHost
+from loom.agents.runs import BATCH_BYTES
 from loom.bus.client import Bus, Msg
+from loom.runner.embedded import NatsServer
 from loom.schemas.auction import CallForBids, Offer
 from loom.schemas.errors import AgentFailed, BudgetExceeded, Cancelled, LoomError, NodeBusy
-from loom.schemas.events import Done, TextDelta
+from loom.schemas.events import Done, ReasoningDelta, TextDelta
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
 from loom.schemas.run import RunEvent, RunRequest, read_events
+from loom.schemas.wire import encode
 from loom.types import AgentNode, CapabilityProfile
 
 
@@ -51,9 +56,11 @@ class Watcher:
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
         self.events: list[RunEvent] = []
+        self.bodies: list[bytes] = []
         self.inbox = bus.open_inbox(self._take)
 
     def _take(self, msg: Msg) -> None:
+        self.bodies.append(msg.data)
         self.events.extend(read_events(msg.data))
 
     async def run(self, host: NodeHost, **facts: Any) -> "Watcher":
@@ -189,6 +196,68 @@ async def test_a_run_tells_its_story_in_numbered_events(stage: Stage) -> None:
     assert "".join(e.event.text for e in watcher.events if isinstance(e.event, TextDelta)) == "did it"
 
 
+async def test_a_run_that_is_over_at_once_is_told_in_one_message(stage: Stage) -> None:
+    host = await stage.host([node()])
+    await (await run(stage, host)).heard("result")  # now the host knows that it is a matter of moments
+    second = await run(stage, host, task_id="t2")
+    await second.heard("result")
+    assert len(second.bodies) == 1
+    assert [event.n for event in second.events] == list(range(len(second.events)))
+
+
+async def test_a_run_is_accepted_before_an_agent_gets_the_loop_that_may_keep_it(stage: Stage) -> None:
+    async def block(description: str) -> str:
+        time.sleep(0.1)  # noqa: ASYNC251 - what users do
+        return description
+
+    host = await stage.host([node(agent=block)])
+    watcher = await run(stage, host)
+    await watcher.heard("result")
+    assert [event.kind for event in read_events(watcher.bodies[0])] == ["accepted"]
+
+
+async def test_what_an_agent_says_comes_in_messages_of_bounded_size(stage: Stage) -> None:
+    async def talk(description: str) -> AsyncIterator[str]:
+        for size in (1, 4000) * 100:
+            yield "x" * size
+
+    class Reasons:
+        async def stream(self, _job: RunRequest) -> AsyncIterator[Any]:
+            yield ReasoningDelta(text="x" * 2 * BATCH_BYTES)
+            yield Done(content="x" * BATCH_BYTES)
+
+    host = await stage.host([node("n1", talk), node("n2", Reasons())])
+    many, large = await run(stage, host), await run(stage, host, task_id="t2", node_id="n2")
+    for watcher in (many, large):
+        await watcher.heard("result")
+        assert [event.n for event in watcher.events] == list(range(len(watcher.events)))
+        for body in watcher.bodies:
+            events = read_events(body)
+            assert len(body) <= BATCH_BYTES + len(events) + 1 or len(events) == 1
+    assert len(many.bodies) < len(many.events) / 10
+
+
+async def test_an_agent_that_never_waits_is_slowed_to_what_the_server_takes(server: NatsServer, namespace: str) -> None:
+    said, most, moved_at = 0, 25_000, time.monotonic()
+
+    async def talk(description: str) -> AsyncIterator[str]:
+        nonlocal said, moved_at
+        while said < most:  # 100 MB if nobody slows it
+            said, moved_at = said + 1, time.monotonic()
+            yield "x" * 4000
+
+    async with Stage(server.url, namespace) as stage:
+        host = await stage.host([node(agent=talk)])
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            host._on_run(Msg("", "_INBOX.x", encode(RunRequest(task_id="t1", node_id="n1", description="it"))))
+            await until(lambda: said and time.monotonic() - moved_at > 0.5, within_s=8, what="it waits")
+            assert said < most / 2
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        await until(lambda: said == most, within_s=60, what="it goes on")
+
+
 async def test_slots_are_filled_the_rest_queues_by_priority_and_sends_heartbeats(stage: Stage) -> None:
     order: list[str] = []
     gate = asyncio.Semaphore(0)
@@ -308,6 +377,7 @@ async def test_a_node_that_leaves_before_its_run_begins_fails_it(stage: Stage) -
     gate.set()
     await running.heard("result")
     assert await queued.code() == "agent_failed"
+    await until(lambda: not host._rooms, what="nothing is left of the node")
 
 
 # -- idempotence
@@ -382,6 +452,7 @@ async def test_a_long_history_moves_in_order_while_the_run_goes_on(stage: Stage)
     await go.wait()
     second = await run(stage, host)
     await second.heard("heartbeat", count=2, within_s=15)
+    assert all(len(body) <= BATCH_BYTES + 1024 for body in second.bodies)
     await stage.bus.publish(stage.bus.subjects.of("cancel", "t1"))
     await second.heard("error", within_s=15)
     await first.heard("moved", within_s=15)

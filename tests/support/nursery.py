@@ -15,7 +15,7 @@ from loom.schemas.auction import (
     SpawnReply,
     SpawnRequest,
 )
-from loom.schemas.run import RunEvent, RunRequest
+from loom.schemas.run import RunEvent, RunRequest, read_events
 from loom.schemas.wire import decode, new_id
 from loom.types import AgentNode
 from support.phases import Stage
@@ -56,7 +56,7 @@ class Place:
     async def run(self, node_id: str) -> list[RunEvent]:
         """Have the node work; return its events, which go on coming."""
         events: list[RunEvent] = []
-        inbox = self.stage.bus.open_inbox(lambda msg: events.append(decode(msg.data, RunEvent)))
+        inbox = self.stage.bus.open_inbox(lambda msg: events.extend(read_events(msg.data)))
         request = RunRequest(task_id=new_id(), attempt=1, node_id=node_id, description="do it", remaining_s=60)
         await self.stage.bus.publish(self.stage.bus.subjects.of("run", self.host.host_id), request, reply=inbox)
         await until(lambda: events, within_s=WITHIN_S, what="the host answers")

@@ -1,0 +1,110 @@
+"""What a host offers, whatever its nodes are: the same as if each of them had made a bid and the best were taken."""
+
+import asyncio
+from typing import Any, cast
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loom.agents.host import NodeHost
+from loom.agents.node import Node
+from loom.agents.runs import Run
+from loom.bus.client import Bus
+from loom.schemas.auction import Bid, CallForBids
+from loom.schemas.run import RunRequest
+from loom.types import AgentNode, CapabilityProfile
+
+SLOTS, BACKLOG = 2, 3
+TOOLS = ("search", "shell")
+NAMES = tuple(f"n{number}" for number in range(12))
+
+
+def agent(description: str) -> str:
+    return description
+
+
+nodes = st.builds(
+    lambda node_id, claim, tools, status, given_agent: AgentNode(
+        id=node_id,
+        capabilities=CapabilityProfile(scores={"code": claim} if claim is not None else {}, tools=list(tools)),
+        status=status,
+        agent=given_agent,
+    ),
+    st.sampled_from(NAMES),
+    st.sampled_from((None, 0.0, 0.3, 0.7, 1.0)),
+    st.sets(st.sampled_from(TOOLS)),
+    st.sampled_from(("idle", "busy", "dying")),
+    st.sampled_from((agent, agent, None)),
+)
+calls = st.builds(
+    lambda **facts: CallForBids(
+        auction_id="a", task_id="t", attempt=1, slug="code", complexity=0.5, remaining_s=9, **facts
+    ),
+    excluded=st.lists(st.sampled_from(NAMES), max_size=3).map(tuple),
+    prefer=st.lists(st.sampled_from((*NAMES, "elsewhere")), max_size=3).map(tuple),
+    required_tools=st.sets(st.sampled_from(TOOLS)).map(tuple),
+    limit=st.integers(1, 6),
+)
+
+
+def in_hand(host: NodeHost, node_id: str, count: int) -> None:
+    room = host._room(node_id)
+    for number in range(count):
+        request = RunRequest(task_id=f"{node_id}-{number}", node_id=node_id, description="x")
+        room.enqueue(Run(cast("Bus", None), request, ""))
+    while room.next() is not None:
+        pass
+
+
+def best(host: NodeHost, there: list[AgentNode], call: CallForBids) -> tuple[list[Bid], bool]:
+    """All bids in their order, and whether any node could, busy or not."""
+    able = [
+        node
+        for node in there
+        if node.agent is not None
+        and node.id not in call.excluded
+        and set(call.required_tools) <= set(node.capabilities.tools)
+    ]
+    free = [node for node in able if node.status != "dying" and not host._room(node.id).full]
+    bids = [host._room(node.id).bid(cast("Node", node), call.slug, call.required_tools) for node in free]
+    return sorted(bids, key=lambda bid: (bid.node_id not in call.prefer, -bid.claim, bid.load)), bool(able)
+
+
+@given(
+    st.lists(nodes, max_size=12, unique_by=lambda node: node.id),
+    st.dictionaries(st.sampled_from(NAMES), st.integers(0, 5)),
+    calls,
+)
+def test_the_best_bids_are_offered_as_if_every_node_had_made_one(
+    there: list[AgentNode], work: dict[str, int], call: CallForBids
+) -> None:
+    host = NodeHost(cast("Bus", None), lambda: cast("list[Node]", there), slots=SLOTS, backlog=BACKLOG)
+    for node_id, count in work.items():
+        in_hand(host, node_id, count)
+    offer = host.offer(call)
+    bids, able = best(host, there, call)
+    assert list(offer.bids) == bids[: call.limit]
+    assert offer.decline == (None if bids else "busy" if able else "cannot")
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from(NAMES), st.integers(0, 11)), max_size=30))
+def test_a_node_is_found_wherever_its_list_has_moved_it(changes: list[tuple[bool, str, int]]) -> None:
+    there: list[AgentNode] = []
+    host = NodeHost(cast("Bus", None), lambda: cast("list[Node]", there))
+    for adds, name, place in changes:
+        known = [node.id for node in there]
+        if adds and name not in known:
+            there.insert(place, AgentNode(id=name, agent=agent))
+        elif not adds and name in known:
+            there.pop(known.index(name))
+        for wanted in NAMES:
+            assert cast("Any", host._node(wanted)) is next((node for node in there if node.id == wanted), None)
+
+
+async def test_an_agent_is_made_once_of_a_function_and_again_of_another() -> None:
+    node = AgentNode(id="n1", agent=agent)
+    host = NodeHost(cast("Bus", None), lambda: [cast("Node", node)])
+    first = host._agent("n1")
+    assert host._agent("n1") is first
+    node.agent = asyncio.sleep
+    assert host._agent("n1") is not first
