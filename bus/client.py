@@ -21,7 +21,7 @@ from loom.bus.awaited import Awaited
 from loom.bus.connection import Connection, PayloadTooLarge
 from loom.bus.message import Msg
 from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
-from loom.schemas.wire import Wire, encode
+from loom.schemas.wire import Relayed, encode
 
 __all__ = ["Bus", "Conflict", "Msg", "NoResponders", "PayloadTooLarge", "PubAck", "Refused", "Subscription"]
 
@@ -63,7 +63,7 @@ class Conflict(Refused):
     """Someone else wrote this key first."""
 
 
-class PubAck(Wire, frozen=True, kw_only=True):
+class PubAck(Relayed, frozen=True, kw_only=True):
     """The server's word that a message is stored."""
 
     stream: str = ""
@@ -71,7 +71,7 @@ class PubAck(Wire, frozen=True, kw_only=True):
     duplicate: bool = False
 
 
-class _ApiError(Wire, frozen=True, kw_only=True):
+class _ApiError(Relayed, frozen=True, kw_only=True):
     code: int = 0
     err_code: int = 0
     description: str = ""
@@ -90,7 +90,7 @@ class _Unconfirmed:
         """Whether the connection was lost meanwhile: silence then means nothing."""
 
 
-class _Answer(Wire, frozen=True, kw_only=True):
+class _Answer(Relayed, frozen=True, kw_only=True):
     error: _ApiError | None = None
 
 

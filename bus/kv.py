@@ -6,7 +6,7 @@ import structlog
 
 from loom.bus.client import Bus, Conflict, Refused
 from loom.bus.ordered import OrderedReader
-from loom.schemas.wire import Undecodable, Wire, decode, new_id
+from loom.schemas.wire import Relayed, Undecodable, decode, new_id
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -24,7 +24,7 @@ class Entry(NamedTuple, Generic[T]):
     revision: int
 
 
-class _Stored(Wire, frozen=True, kw_only=True):
+class _Stored(Relayed, frozen=True, kw_only=True):
     """What the server holds under a key; in its JSON the bytes are base64."""
 
     seq: int
@@ -35,7 +35,7 @@ class _Stored(Wire, frozen=True, kw_only=True):
         return header.encode() in self.hdrs
 
 
-class _Got(Wire, frozen=True, kw_only=True):
+class _Got(Relayed, frozen=True, kw_only=True):
     message: _Stored
 
 

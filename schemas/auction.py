@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from loom.schemas.wire import Count, Seconds, Token, Unit, Wire
+from loom.schemas.wire import Count, Relayed, Seconds, Token, Unit, Wire
 
 BID_LIMIT = 16
 """Most bids one offer carries."""
@@ -14,7 +14,7 @@ SpawnDecline = Literal["cannot", "idle", "full"]
 RetireDecline = Literal["original", "unknown", "busy"]
 
 
-class CallForBids(Wire, frozen=True, kw_only=True):
+class CallForBids(Relayed, frozen=True, kw_only=True):
     """MATCH asks who would take a task."""
 
     auction_id: Token
@@ -52,7 +52,7 @@ class Bid(Wire, frozen=True, kw_only=True):
     """Places for tasks that are not urgent; absent: not told."""
 
 
-class Offer(Wire, frozen=True, kw_only=True):
+class Offer(Relayed, frozen=True, kw_only=True):
     """One host's answer to a call: bids, or why there are none."""
 
     host_id: Token

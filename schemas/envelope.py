@@ -6,7 +6,7 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from loom.schemas.task import Priority, RunResult, TaskAd, TaskError, TaskResult, TaskState, slug
-from loom.schemas.wire import Count, Seconds, Token, Unit, Wire
+from loom.schemas.wire import Count, Relayed, Seconds, Token, Unit, Wire
 
 Phase = Literal["sense", "match", "scale", "execute", "evaluate", "adapt"]
 PHASES: tuple[Phase, ...] = ("sense", "match", "scale", "execute", "evaluate", "adapt")
@@ -62,7 +62,7 @@ class ScoredBid(Wire, frozen=True, kw_only=True):
     """Share of the required tools the node has."""
 
 
-class Award(Wire, frozen=True, kw_only=True):
+class Award(Relayed, frozen=True, kw_only=True):
     """Who won, and against whom."""
 
     node_id: Token
@@ -95,7 +95,7 @@ class Split(Wire, frozen=True, kw_only=True):
     """On a notice to the parent: the child that ended."""
 
 
-class Hop(Wire, frozen=True, kw_only=True):
+class Hop(Relayed, frozen=True, kw_only=True):
     """One phase's turn."""
 
     phase: Phase
@@ -135,7 +135,7 @@ class Tried(Wire, frozen=True, kw_only=True):
     duration_s: Seconds = 0.0
 
 
-class Claim(Wire, frozen=True, kw_only=True):
+class Claim(Relayed, frozen=True, kw_only=True):
     """EXECUTE's hold on an attempt: the fence."""
 
     attempt: Count = 0
@@ -148,7 +148,7 @@ class Claim(Wire, frozen=True, kw_only=True):
     """Sequence in TASKS of the message that carries the claim."""
 
 
-class Known(Wire, frozen=True, kw_only=True):
+class Known(Relayed, frozen=True, kw_only=True):
     """The record besides its envelope, as whoever wrote it last has left it: the next write needs no reading.
 
     The write names `revision`, so it fails where somebody else has written since, and then the record is read.
@@ -161,7 +161,7 @@ class Known(Wire, frozen=True, kw_only=True):
     admitted_at: float
 
 
-class Envelope(Wire, frozen=True, kw_only=True):
+class Envelope(Relayed, frozen=True, kw_only=True):
     """A task on its way through the phases."""
 
     v: int = 1
@@ -244,7 +244,7 @@ class Envelope(Wire, frozen=True, kw_only=True):
         return replace(self, error=error, result=None)
 
 
-class TaskRecord(Wire, frozen=True, kw_only=True):
+class TaskRecord(Relayed, frozen=True, kw_only=True):
     """What is known of a task, from admission to 72 hours after."""
 
     task_id: Token

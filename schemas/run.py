@@ -8,10 +8,10 @@ from msgspec import Meta, Raw
 
 from loom.schemas.events import Progress
 from loom.schemas.task import Priority, RunResult, TaskAd, TaskError, TaskResult
-from loom.schemas.wire import Count, Seconds, Token, Undecodable, Unit, Wire, decode
+from loom.schemas.wire import Count, Relayed, Seconds, Token, Undecodable, Unit, decode
 
 
-class RunRequest(Wire, frozen=True, kw_only=True):
+class RunRequest(Relayed, frozen=True, kw_only=True):
     """Run this task on that node. Idempotent by (task_id, attempt)."""
 
     task_id: Token
@@ -62,7 +62,7 @@ FINAL_KINDS: frozenset[str] = frozenset({"rejected", "moved", "result", "error"}
 """No event follows one of these."""
 
 
-class RunEvent(Wire, frozen=True, kw_only=True):
+class RunEvent(Relayed, frozen=True, kw_only=True):
     """One event of a run, numbered from 0."""
 
     n: Count
@@ -112,7 +112,7 @@ def _readable(parts: Iterable[Raw]) -> Iterator[RunEvent]:
             yield decode(bytes(part), RunEvent)
 
 
-class Delta(Wire, frozen=True, kw_only=True):
+class Delta(Relayed, frozen=True, kw_only=True):
     """One step of progress as clients see it."""
 
     task_id: Token

@@ -16,6 +16,7 @@ from loom.schemas.wire import (
     MAX_JSON_DEPTH,
     MAX_SCHEMA_BYTES,
     Count,
+    Relayed,
     Seconds,
     Token,
     Undecodable,
@@ -210,7 +211,7 @@ def slug(domain: str) -> str:
     return "x-" + blake2b(folded.encode(errors="replace"), digest_size=6).hexdigest()
 
 
-class Submission(Wire, frozen=True, kw_only=True):
+class Submission(Relayed, frozen=True, kw_only=True):
     """An ad on its way into the loop."""
 
     ad: TaskAd
@@ -277,7 +278,7 @@ class RunResult(Wire, frozen=True, kw_only=True):
 TaskState = Literal["accepted", "running", "succeeded", "failed", "cancelled"]
 
 
-class TaskResult(Wire, frozen=True, kw_only=True):
+class TaskResult(Relayed, frozen=True, kw_only=True):
     """The one answer to a task."""
 
     task_id: Token

@@ -33,8 +33,15 @@ def new_id() -> str:
     return uuid4().hex
 
 
-class Wire(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A message or a part of one: immutable, built by keyword, unknown fields ignored.
+class Relayed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A message made of others and of readings of a clock: immutable, built by keyword, unknown fields ignored.
+
+    It is built dozens of times for each task, and so not checked: whoever reads it checks every range.
+    """
+
+
+class Wire(Relayed, frozen=True, kw_only=True):
+    """A message or a part of one that says something of its own.
 
     A float that is not finite or out of its declared range is refused at construction, because JSON would
     turn it into null and the reader could not tell why.

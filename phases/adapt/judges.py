@@ -68,8 +68,11 @@ def judged(known: Score | None, reward: Reward, weights: Mapping[str, float] = W
     words = {**words, _kept(reward.source): round(reward.score, WORD_DIGITS)}
     heaviest = sorted(words, key=lambda source: -weights.get(source, USUAL))[:MOST]
     words = {source: words[source] for source in heaviest}
-    total = fsum(weights.get(source, USUAL) for source in words)
-    mean = fsum(weights.get(source, USUAL) * word for source, word in words.items()) / total
+    most = weights.get(heaviest[0], USUAL)
+    shares = {
+        source: weights.get(source, USUAL) / most for source in words
+    }  # of the heaviest: none is lost in rounding
+    mean = fsum(shares[source] * word for source, word in words.items()) / fsum(shares.values())
     return Score(attempt_id=alone.attempt_id, score=round(mean, DIGITS), ended_at=ended_at, words=words)
 
 

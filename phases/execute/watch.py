@@ -115,7 +115,7 @@ class Watch:
         """
         while True:
             if not self._events:
-                await (self._hear() if self.heard else self._hear_first())
+                await (self._hear(SILENCE_S) if self.heard else self._hear_first())
             if self._stop.reason is not None and not self._events:
                 return None
             event = self._events.popleft()
@@ -128,7 +128,7 @@ class Watch:
                 self._next_n = event.n + 1
                 return event
 
-    async def _hear(self, wait_s: float = SILENCE_S) -> None:
+    async def _hear(self, wait_s: float) -> None:
         """Wait until there is an event."""
         await self._wait(wait_s)
         if not self._here:

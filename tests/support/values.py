@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec import inspect as mi
 
 import loom.schemas
-from loom.schemas.wire import Wire
+from loom.schemas.wire import Relayed, Wire
 
 SMALL = 2
 """Most items of a collection: messages nest deep enough as they are."""
@@ -27,7 +27,7 @@ json_values = st.recursive(
 tokens = st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True)
 
 
-def message_types() -> list[type[Wire]]:
+def message_types() -> list[type[Relayed]]:
     """Every public Struct of loom.schemas."""
     modules = [
         importlib.import_module(f"loom.schemas.{one.name}") for one in pkgutil.iter_modules(loom.schemas.__path__)
@@ -37,10 +37,12 @@ def message_types() -> list[type[Wire]]:
 
 
 def _is_message(name: str, value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, Wire) and value is not Wire and not name.startswith("_")
+    if not isinstance(value, type) or not issubclass(value, Relayed):
+        return False
+    return value not in (Relayed, Wire) and not name.startswith("_")
 
 
-def messages(shape: type[Wire]) -> st.SearchStrategy[Any]:
+def messages(shape: type[Relayed]) -> st.SearchStrategy[Any]:
     """Any valid `shape`."""
     return _values(mi.type_info(shape))
 
@@ -83,21 +85,22 @@ def _values(kind: mi.Type) -> st.SearchStrategy[Any]:  # noqa: C901, PLR0911, PL
 
 
 @cache
-def _structs(cls: type[Wire]) -> st.SearchStrategy[Any]:
+def _structs(cls: type[Relayed]) -> st.SearchStrategy[Any]:
     return st.builds(cls, **{field.name: _values(field.type) for field in _info(cls).fields})
 
 
-def _info(cls: type[Wire]) -> mi.StructType:
+def _info(cls: type[Relayed]) -> mi.StructType:
     info = mi.type_info(cls)
     assert isinstance(info, mi.StructType)
     return info
 
 
-def float_fields() -> list[tuple[type[Wire], str, list[float]]]:
-    """Every field that is or may be a float, with values it must refuse."""
+def float_fields() -> list[tuple[type[Relayed], str, list[float]]]:
+    """Every field that is or may be a float, with values to refuse, of the messages that are checked when built."""
     return [
         (cls, field.name, _refused(kind))
         for cls in message_types()
+        if issubclass(cls, Wire)
         for field in _info(cls).fields
         for kind in (field.type.types if isinstance(field.type, mi.UnionType) else (field.type,))
         if isinstance(kind, mi.FloatType)
@@ -115,12 +118,12 @@ def _refused(kind: mi.FloatType) -> list[float]:
     return bad
 
 
-def fields_of(message: Wire) -> dict[str, Any]:
+def fields_of(message: Relayed) -> dict[str, Any]:
     """The fields of a message by name."""
     return {name: getattr(message, name) for name in message.__struct_fields__}
 
 
-def with_unknown_field(message: Wire) -> bytes:
+def with_unknown_field(message: Relayed) -> bytes:
     """The JSON of `message` as a newer peer might send it."""
     plain = msgspec.json.decode(msgspec.json.encode(message))
     return msgspec.json.encode({**plain, "field_of_the_future": [{"deep": 1}]})
