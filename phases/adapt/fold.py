@@ -1,6 +1,7 @@
 """How a reward changes what is known of a node. Pure, and the same for every replica and every rebuild."""
 
 from collections.abc import Mapping
+from operator import attrgetter
 
 import structlog
 from msgspec.structs import replace
@@ -17,6 +18,9 @@ log = structlog.get_logger()
 FORGETTING = "glr_ucb"
 SUCCESS = 0.5
 """Least score that counts as a success."""
+
+
+_score, _ended_at, _attempt_id = attrgetter("score"), attrgetter("ended_at"), attrgetter("attempt_id")
 
 
 def forgets(policy: str) -> bool:
@@ -72,7 +76,7 @@ def fold(
         return profile
     counted = reward.kind == "inherit" or known is not None
     domains = _newest({**profile.domains, reward.slug: after})
-    scores = [score for evidence in domains.values() for score in evidence.scores]
+    wins = sum(sum(map(SUCCESS.__le__, map(_score, evidence.scores))) for evidence in domains.values())
     losses = profile.consecutive_losses
     if not counted:
         losses = losses + 1 if _lost(new) else 0
@@ -81,7 +85,7 @@ def fold(
     return replace(
         profile,
         domains=domains,
-        success_rate=sum(not _lost(score) for score in scores) / len(scores),
+        success_rate=wins / sum(evidence.count for evidence in domains.values()),
         total_tasks=profile.total_tasks + (not counted),
         consecutive_losses=losses,
         tokens=profile.tokens + (0 if counted else reward.tokens),
@@ -93,7 +97,7 @@ def fold(
 def own_by_age(domains: Mapping[str, DomainEvidence]) -> list[Score]:
     """Return what a node has earned itself, in whatever domain, oldest first."""
     scores = own(score for evidence in domains.values() for score in evidence.scores)
-    return sorted(scores, key=lambda score: score.ended_at)
+    return sorted(scores, key=_ended_at)
 
 
 def _with(evidence: DomainEvidence, known: Score | None, new: Score, *, forget: bool) -> DomainEvidence:
@@ -104,19 +108,19 @@ def _with(evidence: DomainEvidence, known: Score | None, new: Score, *, forget: 
         if new.ended_at < evidence.since:
             return evidence
         # Stable: of equal times the one that came first stays first.
-        scores = sorted((*evidence.scores, new), key=lambda score: score.ended_at)[-WINDOW:]
+        scores = sorted((*evidence.scores, new), key=_ended_at)[-WINDOW:]
     since = scores[0].ended_at if len(scores) == WINDOW else evidence.since
-    change = changed_at([score.score for score in scores]) if forget else None
+    change = changed_at(list(map(_score, scores))) if forget else None
     if change is not None:
         since, scores = scores[change].ended_at, scores[change:]
-    return DomainEvidence(
-        scores=tuple(scores), count=len(scores), mean=sum(score.score for score in scores) / len(scores), since=since
-    )
+    mean = sum(map(_score, scores)) / len(scores)
+    return DomainEvidence(scores=tuple(scores), count=len(scores), mean=mean, since=since)
 
 
 def _known(evidence: DomainEvidence, reward: Reward) -> Score | None:
     wanted = attempt_id(reward)
-    return next((score for score in evidence.scores if score.attempt_id == wanted), None)
+    ids = list(map(_attempt_id, evidence.scores))
+    return evidence.scores[ids.index(wanted)] if wanted in ids else None
 
 
 def _lost(score: Score) -> bool:
