@@ -25,7 +25,7 @@ class Signal(Wire, frozen=True, kw_only=True):
     """.5 quality + .3 efficiency + .2 reliability."""
 
 
-class Score(Struct, frozen=True, kw_only=True, array_like=True, omit_defaults=True):
+class Score(Struct, frozen=True, kw_only=True, array_like=True, omit_defaults=True, gc=False):
     """One entry of a window: an attempt, however many have judged it.
 
     Made of a Reward, whose numbers are checked, and read by the hundred: it is not checked again.

@@ -33,10 +33,11 @@ def new_id() -> str:
     return uuid4().hex
 
 
-class Relayed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Relayed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """A message made of others and of readings of a clock: immutable, built by keyword, unknown fields ignored.
 
-    It is built dozens of times for each task, and so not checked: whoever reads it checks every range.
+    It is built dozens of times for each task, and so not checked: whoever reads it checks every range. Nor does the
+    garbage collector look at it: what can be sent holds nothing that holds it.
     """
 
 
