@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from bench.auctions import many_hosts, many_nodes
 from bench.deltas import many_deltas
+from bench.durable import durability
 from bench.resting import backlog, idle, start_up
 from loom.runner import logs
 from loom.runner.cli.running import run_to_end
@@ -23,6 +24,7 @@ MEASURES: dict[str, Measure] = {
     "start": start_up,
     "idle": idle,
     "backlog": backlog,
+    "durability": durability,
 }
 QUEUED = 100_000
 

@@ -29,13 +29,13 @@ WITHIN_S = 60
 class Town:
     """A running cluster, and a client of it in this process."""
 
-    def __init__(self, server: NatsServer, folder: Path, stack: AsyncExitStack) -> None:
-        self.processes = {"server": server.pid}
-        self.url = server.url
+    def __init__(self, url: str, server_pid: int, folder: Path, stack: AsyncExitStack, **environment: str) -> None:
+        self.processes = {"server": server_pid}
+        self.url = url
         self.bus: Bus
         self.by_request = False
         """Whether tasks are handed in by a request to `loom.submit`, instead of being stored and followed."""
-        self._folder, self._stack = folder, stack
+        self._folder, self._stack, self._environment = folder, stack, environment
 
     async def start(self, name: str, *words: str, says: str, **environment: str) -> Command:
         """Start a process and return once it says so."""
@@ -46,6 +46,7 @@ class Town:
                 NATS_URL=self.url,
                 LOOM_LOG_LEVEL="error",
                 PYTHONPATH=os.pathsep.join(str(folder) for folder in HERE.parents[:2]),  # this tree's loom
+                **self._environment,
                 **environment,
             )
         )
@@ -106,7 +107,7 @@ async def town() -> AsyncIterator[Town]:
         server = NatsServer()
         stack.callback(server.stop)
         server.start()
-        yield Town(server, folder, stack)
+        yield Town(server.url, server.pid, folder, stack)
 
 
 @asynccontextmanager
