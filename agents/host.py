@@ -37,13 +37,12 @@ ANNOUNCE_S = 3.0
 HEARTBEAT_S = 2.0
 SLOTS = 4
 BACKLOG = 16
-PROMPT_S = 1.0
-"""A node whose runs take less says that it has accepted one together with what comes of it."""
 REMEMBER_CANCEL_S = 60.0
 CANCELS = 10_000
 LEFT = 256
 CANCELLED = TaskError(code="cancelled", message="the run was stopped")
 LATE = TaskError(code="deadline_exceeded", message="the deadline passed before the run was over")
+UNTOLD = TaskError(code="agent_failed", message="the agent failed, and its error cannot be told")
 STOPPING = TaskError(code="node_busy", message="the host is stopping")
 
 
@@ -251,8 +250,7 @@ class NodeHost:
         self._runs.setdefault(run.request.task_id, {})[run.request.attempt] = run
         room.enqueue(run)
         run.say("accepted", queued=max(0, room.queued - (room.slots - len(room.running))))
-        if not 0 < room.expected_s < PROMPT_S:
-            run.flush()  # its agent may keep the loop to itself
+        run.flush()  # its agent may keep the loop to itself
         self._fill(node.id)
 
     def _fill(self, node_id: str) -> None:
@@ -296,6 +294,8 @@ class NodeHost:
             failed = TaskError(code="agent_failed", message=f"the agent raised {type(error).__name__}")
             self._end(run, "error", error=failed)
         finally:
+            if run.last is None:  # an error made by user code may itself raise when it is looked at
+                self._end(run, "error", error=UNTOLD)
             room.forget(run)
             self._fill(request.node_id)
 

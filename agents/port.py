@@ -9,7 +9,7 @@ from loom.schemas.errors import AgentFailed, LoomError, error_for
 from loom.schemas.events import AgentEvent, Done, ErrorEvent, Progress, TextDelta, ToolCallEnd
 from loom.schemas.run import RunRequest
 from loom.schemas.task import RunResult, TaskError
-from loom.schemas.wire import MAX_CONTENT_BYTES, cut_utf8
+from loom.schemas.wire import MAX_CONTENT_BYTES, Undecodable, cut_utf8, decode, encode
 
 Tell = Callable[[Progress], Awaitable[None]]
 
@@ -44,7 +44,7 @@ async def collect(agent: StreamingAgent, job: RunRequest, tell: Tell | None = No
         tell: Hears all progress as it comes.
 
     Raises:
-        LoomError: The agent failed; an ErrorEvent, an empty answer or none at all counts as failing.
+        LoomError: The agent failed; an ErrorEvent, an empty answer, none at all or a senseless one counts as failing.
     """
     tool_errors = 0
     done: Done | None = None
@@ -66,9 +66,13 @@ async def collect(agent: StreamingAgent, job: RunRequest, tell: Tell | None = No
 
 
 def result_of(done: Done, *, tool_errors: int = 0) -> RunResult:
-    """Return the result an agent's last event stands for, its content cut to what a message may carry."""
+    """Return the result an agent's last event stands for, its content cut to what a message may carry.
+
+    Raises:
+        AgentFailed: A field is of another type than it should be, or out of its range.
+    """
     content, truncated = cut_utf8(done.content, MAX_CONTENT_BYTES)
-    return RunResult(
+    result = RunResult(
         content=content,
         truncated=truncated,
         prompt_tokens=max(0, done.usage.prompt_tokens),
@@ -78,11 +82,18 @@ def result_of(done: Done, *, tool_errors: int = 0) -> RunResult:
         tool_errors=tool_errors,
         duration_s=done.duration_ms / 1000,
     )
+    try:
+        return decode(encode(result), RunResult)  # built unchecked: who reads it elsewhere would refuse it
+    except Undecodable as error:
+        raise AgentFailed(f"the agent's result makes no sense: {error.message}") from error
 
 
 def spent_by(error: LoomError) -> RunResult | None:
-    """Return what a failed run has cost and written, where its agent says so."""
-    return result_of(error.spent) if isinstance(error.spent, Done) else None
+    """Return what a failed run has cost and written, where its agent says so and it makes sense."""
+    try:
+        return result_of(error.spent) if isinstance(error.spent, Done) else None
+    except Exception:  # noqa: BLE001 - made by user code: that the run failed is what must be told
+        return None
 
 
 def failure_of(error: LoomError, node_id: str) -> TaskError:

@@ -123,6 +123,21 @@ class Bus(Connection):
         self.spawn(self._watch_unconfirmed(), name="watch unconfirmed")
         return self
 
+    async def close(self) -> None:
+        """Close the connection; safe to call twice or before `connect`. What is not confirmed yet fails."""
+        await super().close()
+        self._wake_unconfirmed()
+
+    def abort(self) -> None:
+        """Drop the connection at once, from synchronous code; what is unsent is lost."""
+        super().abort()
+        with contextlib.suppress(RuntimeError):  # the loop has gone, and who waited with it
+            self._wake_unconfirmed()
+
+    def _wake_unconfirmed(self) -> None:
+        for stored in self._unconfirmed:
+            stored.answer.wake()
+
     # -- requests
 
     def new_inbox(self) -> str:
@@ -268,6 +283,8 @@ class Bus(Connection):
             if self._nc.clogged:
                 await self._nc.unclog()
             while True:
+                if self._nc.is_closed and stored.answer.value is None:
+                    raise BusUnavailable("the connection was closed before the server had confirmed", url=self.address)
                 stored.until = min(time.monotonic() + PUBLISH_TRY_S, give_up)
                 msg = await stored.answer.woken()
                 if msg is not None:
@@ -338,7 +355,7 @@ class Bus(Connection):
         """What was not confirmed has gone with the old connection."""
         for stored in self._unconfirmed:
             stored.anew = True
-            stored.answer.wake()
+        self._wake_unconfirmed()
 
 
 def _read_ack(msg: Msg) -> PubAck | None:

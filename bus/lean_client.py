@@ -119,6 +119,11 @@ class LeanClient(Client):
         subscription._pending_size += len(data)
         subscription._pending_queue.put_nowait(msg)  # type: ignore[arg-type]  # only this file and our handlers read it
 
+    async def _process_connect_init(self) -> None:
+        """Begin a connection; what was read of the last one while that was given up is forgotten."""
+        self._ps.reset()
+        await super()._process_connect_init()
+
     def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
         super()._remove_sub(sid, max_msgs)
         self._takers.pop(sid, None)
@@ -178,9 +183,11 @@ class LeanClient(Client):
         self._writing = False
         if not self._pending or not self.is_connected or self._transport is None:
             return  # reconnected, it is sent before anything else
-        pending, self._pending, self._pending_data_size = self._pending, [], 0
-        self._transport.write(b"".join(pending))
         writer: asyncio.StreamWriter = self._transport._io_writer  # type: ignore[attr-defined]  # of TCP and of TLS
+        if writer.is_closing():
+            return  # lost, which nats-py is about to notice; uvloop would raise
+        pending, self._pending, self._pending_data_size = self._pending, [], 0
+        writer.write(b"".join(pending))
         self.clogged = writer.transport.get_write_buffer_size() > CLOGGED_BYTES
 
     async def _flush_pending(self, force_flush: bool = False) -> Any:

@@ -30,7 +30,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("task", ("phase", "priority", "task_id"), "stream TASKS", "Envelope", "each phase → the next"),
     Family("later", ("task_id", "origin"), "stream TASKS", "Envelope, scheduled", "a phase → itself; EVALUATE → MATCH"),
     Family("auction", ("slug",), "scatter-gather", "CallForBids → Offer", "MATCH → every node host"),
-    Family("run", ("host_id",), "request, streamed replies", "RunRequest → RunEvents", "EXECUTE → one node host"),
+    Family(
+        "run", ("host_id",), "request, streamed replies", "RunRequest → RunEvents, one or several", "EXECUTE → a host"
+    ),
     Family("host", ("host_id",), "publish", "HostAnnouncement", "node hosts → MATCH, anyone"),
     Family("hosts", (), "publish", "-", "anyone → node hosts, which announce themselves"),
     Family("spawn", (), "request", "SpawnRequest → SpawnReply", "SCALE → hosts with templates"),

@@ -1,5 +1,6 @@
 """Skills become nodes: where nobody can take a task that calls for one, an agent is made of it."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import structlog
@@ -21,14 +22,23 @@ log = structlog.get_logger()
 def skill_nodes(
     registry: SkillNodeRegistry, provider: LLMProvider | None, config: AgentConfig | None = None
 ) -> Skills | None:
-    """Return what makes nodes of the registry's skills on request; None without a skill, or a model to work with."""
+    """Return what makes nodes of the registry's skills on request; None without a skill, or a model to work with.
+
+    Raises:
+        LoomError: One of the registry's tools cannot be described to a model.
+    """
     if provider is None or not registry.size:
         return None
-    return partial(node_for, registry, provider, config)
+    made = (each if isinstance(each, Tool) else Tool(each) for each in registry.tools)
+    return partial(_node_for, registry, {tool.name: tool for tool in made}, provider, config)
 
 
-def node_for(
-    registry: SkillNodeRegistry, provider: LLMProvider, config: AgentConfig | None, wanted: SpawnRequest
+def _node_for(
+    registry: SkillNodeRegistry,
+    tools: Mapping[str, Tool],
+    provider: LLMProvider,
+    config: AgentConfig | None,
+    wanted: SpawnRequest,
 ) -> AgentNode | None:
     """Return a node with the skill the task calls for most, marked as loaded; None where none will do."""
     try:
@@ -38,8 +48,6 @@ def node_for(
         return None
     if skill is None:
         return None
-    made = (each if isinstance(each, Tool) else Tool(each) for each in registry.tools)
-    tools = {tool.name: tool for tool in made}
     missing = sorted(set(skill.tools) - tools.keys())
     if missing:
         log.warning("skill_lacks_tools", skill=skill.name, tools=missing)

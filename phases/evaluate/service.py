@@ -106,7 +106,7 @@ class Evaluate:
 
     async def end_dead(self, envelope: Envelope) -> None:
         """End a task of which even this phase could not handle the message."""
-        end = End("failed", replace(envelope, result=None))
+        end = End("failed", replace(envelope, result=None, known=None))
         entry = await self._write_end(end, envelope)
         if entry is not None and entry.value.ended:
             await self._announce(entry.value)
@@ -172,9 +172,12 @@ class Evaluate:
             await self._bus.publish(self._bus.subjects.of("result", record.task_id), record.to_result())
             for reply in record.reply_to:
                 await answer_task(self._bus, reply, record)
-        finally:
-            if rewarded is not None:
-                await rewarded
+        except BaseException:
+            if rewarded is not None:  # not waited for: the message comes again, and says the reward again
+                self._bus.spawn(rewarded, name=f"reward {record.task_id}")
+            raise
+        if rewarded is not None:
+            await rewarded
 
     async def _tell_scale(self, record: TaskRecord) -> None:
         """Tell SCALE that a subtask has ended, or that a task has which may have been divided."""

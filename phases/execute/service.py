@@ -78,6 +78,8 @@ class Execute:
         stop = Stop()
         timer = asyncio.get_running_loop().call_later(envelope.deadline - self._bus.now(), stop.set, "late")
         delivery.on_recall = partial(stop.set, "recalled")
+        if delivery.recalled.is_set():
+            stop.set("recalled")
         self._stops.setdefault(envelope.task_id, []).append(stop)
         try:
             return await self._claimed(envelope, award, delivery, stop)

@@ -115,7 +115,7 @@ class Watch:
         """
         while True:
             if not self._events:
-                await (self._hear(SILENCE_S) if self.heard else self._hear_first())
+                await (self._hear(SILENCE_S, SILENCE_S) if self.heard else self._hear_first())
             if self._stop.reason is not None and not self._events:
                 return None
             event = self._events.popleft()
@@ -128,14 +128,14 @@ class Watch:
                 self._next_n = event.n + 1
                 return event
 
-    async def _hear(self, wait_s: float) -> None:
-        """Wait until there is an event."""
+    async def _hear(self, wait_s: float, limit_s: float) -> None:
+        """Wait until there is an event, for what is left of the time a host has."""
         await self._wait(wait_s)
         if not self._here:
             with suppress(TimeoutError, LoomError):  # it may be us who are late: what has come by now counts
                 await self._bus.echo(timeout_s=CATCH_UP_S)
         if not self._here:
-            raise Silent(f"host {self._host_id} was silent for {wait_s} s")
+            raise Silent(f"host {self._host_id} was silent for {limit_s:g} s")
 
     async def _hear_first(self) -> None:
         """Ask until something is heard: after an outage a host may be back later than we are, and miss the request."""
@@ -146,7 +146,7 @@ class Watch:
                 raise Silent(f"host {self._host_id} is not there")
             left_s = give_up - time.monotonic()
             if left_s <= ASK_AGAIN_S:
-                await self._hear(max(0.0, left_s))
+                await self._hear(max(0.0, left_s), wait_s)
                 return
             await self._wait(ASK_AGAIN_S)
             if not self._here:
@@ -195,10 +195,12 @@ class Watch:
         except Undecodable as error:
             log.warning("run_event_undecodable", host_id=self._host_id, reason=error.message)
             return
+        if not events:
+            return  # a word of nothing is no silence either
         if not self._given_up:
             self._events.extend(events)
             self._wake()
-        elif events and events[-1].final:
+        elif events[-1].final:
             self._bus.close_inbox(self._inbox)
             log.info(
                 "late_run_refused",

@@ -82,7 +82,7 @@ class Roster:
         now = time.monotonic()
         for offer in offers:
             self._here(offer.host_id, self._heard.get(offer.host_id) if offer.decline == "draining" else now)
-        for host in missing:
+        for host in missing & self._heard.keys():  # one that has left meanwhile is forgotten
             self._missed[host] = self._missed.get(host, 0) + 1
             if self._missed[host] >= MISSED_WINDOWS:
                 self._expected_until = -math.inf
@@ -121,12 +121,12 @@ class Roster:
 
     def _forget(self, host_id: str) -> None:
         self._heard.pop(host_id, None)
+        self._missed.pop(host_id, None)
         self._expected_until = -math.inf
         self._forget_nodes(host_id)
 
     def _forget_silent(self) -> None:
         for host in set(self._heard) - self.expected():
-            self._missed.pop(host, None)
             self._forget(host)
 
     # -- what has been learned

@@ -98,6 +98,7 @@ class Desk:
         if entry.value.ended:
             return entry.value
         current = await self._last_hop(task_id) or entry.value.envelope
+        current = replace(current, known=None)
         await self._tell_evaluate(replace(current, attempt=max(current.attempt, entry.value.claim.attempt)))
 
         def cancel(record: TaskRecord) -> TaskRecord | None:

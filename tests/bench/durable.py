@@ -27,7 +27,7 @@ async def one(sync_interval: str | None = None) -> AsyncIterator[tuple[str, int]
 
 @asynccontextmanager
 async def three() -> AsyncIterator[tuple[str, int]]:
-    """Run three servers on this machine, each with a copy of every stream; the one whose CPU is counted is the first."""
+    """Run three servers on this machine, each with a copy of every stream; the CPU counted is the first one's."""
     cluster = NatsCluster()
     await cluster.start()
     try:

@@ -525,6 +525,25 @@ async def test_a_dead_read_loop_is_noticed_and_the_connection_made_anew(
     await heard.count(1)
 
 
+async def test_half_a_message_of_the_old_connection_does_not_spoil_the_new_one(plain: Bus) -> None:
+    transport: Any = plain._nc._transport
+    transport._io_reader.feed_data(b"MSG old 1 9999\r\nhalf of it")  # comes just as the connection is given up
+    await plain._nc.force_reconnect()
+    await back(plain)
+
+
+async def test_what_is_sent_on_a_lost_connection_before_that_is_noticed_arrives_afterwards(
+    connect: Connect, plain: Bus
+) -> None:
+    other, heard = await connect(), Heard()
+    await other.subscribe(other.subjects.of("delta", "t1"), heard)
+    await other.echo()
+    transport: Any = plain._nc._transport
+    transport._io_writer.transport.abort()
+    await plain.publish(plain.subjects.of("delta", "t1"), b"x")
+    assert (await heard.count(1))[0].data == b"x"
+
+
 async def test_two_lost_acknowledgements_make_the_connection_anew(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     reconnected = asyncio.Event()
     bus.on_reconnect(reconnected.set)
@@ -626,6 +645,27 @@ async def test_closing_on_purpose_is_no_loss_and_may_be_repeated(connect: Connec
     assert not bus.lost.is_set()
     with pytest.raises(BusUnavailable):
         await bus.publish("x")
+
+
+@pytest.mark.parametrize("end", ["close", "abort"])
+async def test_nobody_waits_for_a_confirmation_that_a_closed_connection_cannot_bring(
+    connect: Connect, plain: Bus, end: str
+) -> None:
+    bus = await connect()
+    await plain.subscribe("in.no.stream", Heard())  # else the server says at once that nobody listens
+    await plain.echo()
+    waiting = asyncio.ensure_future(bus.store("in.no.stream", b"x"))
+    unawaited = bus.store("in.no.stream", b"x")
+    await bus.echo()
+    if end == "close":
+        await bus.close()
+    else:
+        bus.abort()
+    async with asyncio.timeout(5):
+        for confirmed in (waiting, unawaited):
+            with pytest.raises(BusUnavailable):
+                await confirmed
+    await bus.close()
 
 
 async def test_what_fails_beside_the_connection_is_logged(plain: Bus) -> None:

@@ -1,15 +1,19 @@
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from support.buses import Connect
 from support.phases import Asker, Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
 from loom.bus.kv import Bucket
 from loom.bus.topology import EVALUATE_LANE
+from loom.phases.evaluate.service import Evaluate
+from loom.runner.embedded import NatsServer
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Best, Claim, Envelope, Hop, Split, SplitPlan, Subtask
+from loom.schemas.envelope import Best, Claim, Envelope, Hop, Known, Split, SplitPlan, Subtask, TaskRecord
 from loom.schemas.llm import CompletionParams, CompletionResult
 from loom.schemas.task import Accept, RunResult, TaskError, TaskResult
 
@@ -302,11 +306,28 @@ async def test_its_own_bad_input_ends_the_task(stage: Stage) -> None:
 
 
 async def test_a_message_delivered_too_often_ends_the_task(stage: Stage) -> None:
-    await given(stage, "42")
+    await given(stage, "42", known=Known(revision=1, reply_to=("_INBOX.a.1",), admitted_at=1.0))
     await stage.reject(EVALUATE_LANE, 10)
     await stage.phase("evaluate")
     assert (await stage.seen("result")).error.code == "dead_letter"
     await stage.settled()
+    assert (await stage.read("t1")).envelope.known is None
+
+
+async def test_a_stop_does_not_wait_for_a_reward_that_cannot_be_stored(server: NatsServer, connect: Connect) -> None:
+    bus = await connect(url=server.url)
+    evaluate = Evaluate(bus, ClusterConfig())
+    late = TaskError(code="deadline_exceeded", node_id="n1")
+    ended = awarded(envelope(ad(task_id="t1"), now=bus.now(), error=late))
+    record = TaskRecord(task_id="t1", state="failed", envelope=ended, admitted_at=1.0, ended_at=2.0)
+    server.kill()
+    await until(lambda: not bus._nc.is_connected, what="the connection is lost")
+    announcing = asyncio.ensure_future(evaluate._announce(record))
+    await until(lambda: bus._unconfirmed, what="the reward is on its way")
+    await asyncio.sleep(0)
+    announcing.cancel()
+    done, _ = await asyncio.wait([announcing], timeout=5)
+    assert done
 
 
 async def test_two_replicas_end_each_task_once(stage: Stage) -> None:

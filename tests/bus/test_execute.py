@@ -7,7 +7,13 @@ from msgspec.structs import replace
 from support.phases import FakeHost, FakeRun, Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
+from loom.bus.delivery import Delivery, Slots
+from loom.bus.gate import Gate
+from loom.bus.message import Msg
+from loom.bus.outcome import Next
 from loom.bus.topology import EXECUTE_LANE
+from loom.phases.execute.service import Execute
+from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Claim, Envelope, Split
 from loom.schemas.events import TextDelta, ToolCallStart
 from loom.schemas.run import RunRequest
@@ -492,6 +498,19 @@ async def test_a_drained_replica_hands_its_runs_on(stage: Stage) -> None:
     await moving.finish()
     assert (await outcome(stage)).result == RunResult(content="at last")
     assert len(stage.all("task", phase="evaluate")) == 1
+
+
+async def test_a_message_that_is_recalled_before_its_run_begins_is_handed_on(stage: Stage) -> None:
+    await host(stage, accepted)
+    execute = await stage.phase("execute")
+    await execute.service.drain(0)
+    env = awarded(envelope(ad(), now=stage.bus.now()))
+    await stage.record(env)
+    delivery = Delivery(Msg("t.task.execute.normal.t1", "$JS.ACK.S.C.1.7.1.1.0"), Slots(1), Gate())
+    delivery.recall()
+    handled = await asyncio.wait_for(Execute(execute.bus, ClusterConfig()).handle(env, delivery), 10)
+    assert isinstance(handled, Next)
+    assert handled.phase == "execute"
 
 
 async def test_a_drain_waits_for_runs_that_end_in_time(stage: Stage) -> None:

@@ -17,7 +17,7 @@ from loom.bus.client import Bus, Msg
 from loom.runner.embedded import NatsServer
 from loom.schemas.auction import CallForBids, Offer
 from loom.schemas.errors import AgentFailed, BudgetExceeded, Cancelled, LoomError, NodeBusy
-from loom.schemas.events import Done, ReasoningDelta, TextDelta
+from loom.schemas.events import Done, ReasoningDelta, TextDelta, TokenUsage
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
 from loom.schemas.run import RunEvent, RunRequest, read_events
@@ -196,24 +196,52 @@ async def test_a_run_tells_its_story_in_numbered_events(stage: Stage) -> None:
     assert "".join(e.event.text for e in watcher.events if isinstance(e.event, TextDelta)) == "did it"
 
 
-async def test_a_run_that_is_over_at_once_is_told_in_one_message(stage: Stage) -> None:
+async def test_what_becomes_of_a_short_run_is_told_in_one_message(stage: Stage) -> None:
     host = await stage.host([node()])
-    await (await run(stage, host)).heard("result")  # now the host knows that it is a matter of moments
-    second = await run(stage, host, task_id="t2")
-    await second.heard("result")
-    assert len(second.bodies) == 1
-    assert [event.n for event in second.events] == list(range(len(second.events)))
+    watcher = await run(stage, host)
+    await watcher.heard("result")
+    assert len(watcher.bodies) == 2
+    assert [event.n for event in watcher.events] == list(range(len(watcher.events)))
 
 
 async def test_a_run_is_accepted_before_an_agent_gets_the_loop_that_may_keep_it(stage: Stage) -> None:
-    async def block(description: str) -> str:
-        time.sleep(0.1)  # noqa: ASYNC251 - what users do
+    async def moody(description: str) -> str:
+        if description == "block":
+            time.sleep(0.1)  # noqa: ASYNC251 - what users do
         return description
 
-    host = await stage.host([node(agent=block)])
-    watcher = await run(stage, host)
-    await watcher.heard("result")
-    assert [event.kind for event in read_events(watcher.bodies[0])] == ["accepted"]
+    host = await stage.host([node(agent=moody)])
+    for task_id, description in (("t1", "it"), ("t2", "block")):  # a quick run promises nothing of the next
+        watcher = await run(stage, host, task_id=task_id, description=description)
+        await watcher.heard("result")
+        assert [event.kind for event in read_events(watcher.bodies[0])] == ["accepted"]
+
+
+async def test_a_run_ends_whatever_an_agent_makes_its_last_event_of(stage: Stage) -> None:
+    class Mute(LoomError):
+        def __init__(self) -> None:
+            pass  # and so has no message
+
+    odd: dict[str, Any] = {
+        "rounds": Done(content="x", steps="three"),  # type: ignore[arg-type]  # what users do
+        "less": Done(content="x", steps=-1),
+        "half": Done(content="x", usage=TokenUsage(prompt_tokens=1.5)),  # type: ignore[arg-type]
+        "spent": AgentFailed("gave up", spent=Done(content="x", steps="three")),  # type: ignore[arg-type]
+        "none": AgentFailed("gave up", spent=Done(content="x", usage=None)),  # type: ignore[arg-type]
+        "mute": Mute(),
+    }
+
+    class Odd:
+        async def stream(self, job: RunRequest) -> AsyncIterator[Any]:
+            last = odd[job.description]
+            if isinstance(last, Exception):
+                raise last
+            yield last
+
+    host = await stage.host([node(agent=Odd())], slots=len(odd))
+    watchers = [await run(stage, host, task_id=f"t-{name}", description=name) for name in odd]
+    assert [await watcher.code() for watcher in watchers] == ["agent_failed"] * len(odd)
+    assert watchers[3].events[-1].error.message == "gave up"  # type: ignore[union-attr]
 
 
 async def test_what_an_agent_says_comes_in_messages_of_bounded_size(stage: Stage) -> None:

@@ -12,7 +12,7 @@ from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Claim, Split, TaskRecord
 from loom.schemas.llm import CompletionParams, CompletionResult
 from loom.schemas.task import Accept, Accepted, RunResult, Submission, TaskAd, TaskResult
-from loom.schemas.wire import encode
+from loom.schemas.wire import encode, new_id
 
 
 @pytest.fixture
@@ -341,6 +341,20 @@ async def test_a_running_task_is_cancelled_by_telling_evaluate_first(stage: Stag
     told = await stage.seen("task", phase="evaluate", task_id="t1")
     assert (told.error.code, told.attempt) == ("cancelled", 2)
     assert (await stage.read("t1")) == record
+
+
+async def test_who_is_to_be_answered_is_not_shown_to_who_cancels_a_task_on_its_way(stage: Stage) -> None:
+    await stage.phase("sense")
+    submitter, asker = Asker(stage.bus), Asker(stage.bus)
+    task = ad(task_id="t1")
+    sent = submission(task, reply_to=submitter.inbox)
+    await stage.bus.store(stage.bus.subjects.intake("normal", "t1"), sent, msg_id=new_id())
+    assert (await stage.seen("task", phase="match")).known.reply_to == (submitter.inbox,)
+    await asker.ask(stage.bus.subjects.of("cancel", "t1"))
+    record = await asker.answer(TaskRecord)
+    assert (record.state, record.envelope.known) == ("cancelled", None)
+    assert submitter.inbox not in asker.answers[0].data.decode()
+    assert (await stage.read("t1")).envelope.known is None
 
 
 async def test_cancelling_what_has_ended_changes_nothing(stage: Stage) -> None:

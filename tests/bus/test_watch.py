@@ -97,7 +97,7 @@ async def test_only_a_run_that_may_be_going_on_is_waited_for_as_long_as_three_he
     if attached:
         assert (await heard(watch))[-1].kind == "result"
     else:
-        with pytest.raises(Silent):
+        with pytest.raises(Silent, match=r"silent for 0\.25 s"):
             await heard(watch)
 
 

@@ -55,7 +55,13 @@ CRASHES: dict[str, Sequence[Crash]] = {
     ],
     "evaluate sending back": [
         Crash("evaluate", point, "refused")
-        for point in ("fetched", "rewarded", "handled, unpublished", "published, unconfirmed", "confirmed, unacked")
+        for point in (
+            "fetched",
+            "reward stored",
+            "handled, unpublished",
+            "published, unconfirmed",
+            "confirmed, unacked",
+        )
     ],
     "adapt": [Crash("adapt", "learned")],
 }

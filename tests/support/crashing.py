@@ -19,7 +19,6 @@ import structlog
 from loom.bus.client import Bus
 from loom.bus.kv import Bucket
 from loom.bus.loop import HopLoop
-from loom.bus.reward_bus import RewardBus
 from loom.phases.scale import Scale
 from loom.phases.sense.desk import Desk
 from loom.runner.cluster import running_nodes, running_phases
@@ -64,7 +63,17 @@ def after(owner: type, method: str, when: Callable[..., bool] = lambda *_: True)
     return _replace(owner, method, when, call=True)
 
 
-def _replace(owner: type, method: str, when: Callable[..., bool], *, call: bool) -> Patch:
+def sent(owner: type, method: str, when: Callable[..., bool] = lambda *_: True) -> Patch:
+    """Fall instead of calling a method, once the server has what was sent before."""
+    return _replace(owner, method, when, call=False, echo=True)
+
+
+def stored(*families: str) -> Patch:
+    """Fall once the server has a message for a stream, and before its word of that is read."""
+    return sent(Bus, "_confirm", lambda bus, message, *_: _on(*families)(bus, message.subject))
+
+
+def _replace(owner: type, method: str, when: Callable[..., bool], *, call: bool, echo: bool = False) -> Patch:
     original: Callable[..., Awaitable[Any]] = getattr(owner, method)
 
     def patch(fall: Callable[[], None]) -> None:
@@ -73,16 +82,22 @@ def _replace(owner: type, method: str, when: Callable[..., bool], *, call: bool)
                 return await original(self, *args, **options)
             setattr(owner, method, original)
             if not call:
+                if echo:
+                    await _bus_of(self).echo()
                 fall()
             result = await original(self, *args, **options)
             if call:
-                await (self if isinstance(self, Bus) else getattr(self, "_bus", None) or self.bus).echo()
+                await _bus_of(self).echo()
                 fall()
             return result
 
         setattr(owner, method, fatal)
 
     return patch
+
+
+def _bus_of(owner: Any) -> Bus:
+    return owner if isinstance(owner, Bus) else getattr(owner, "_bus", None) or owner.bus
 
 
 def _on(*families: str) -> Callable[..., bool]:
@@ -101,8 +116,8 @@ def _becomes(state: str) -> Callable[..., bool]:
     return lambda self, _key, value, *_: self._prefix.endswith("_plans.") and value.state == state
 
 
-def _begins_a_subtask(bus: Bus, subject: str, *_: Any) -> bool:
-    parsed = bus.subjects.parse(subject)
+def _begins_a_subtask(bus: Bus, message: Any, *_: Any) -> bool:
+    parsed = bus.subjects.parse(message.subject)
     return parsed is not None and parsed.tokens.get("phase") == "sense"
 
 
@@ -113,20 +128,21 @@ def _acks(_loop: HopLoop[Any], _delivery: Any, verb: bytes) -> bool:
 POINTS: dict[str, Patch] = {
     "fetched": before(HopLoop, "_decide"),
     "handled, unpublished": before(HopLoop, "_settle"),
-    "published, unconfirmed": after(Bus, "publish", _on("task", "later")),
+    "published, unconfirmed": stored("task", "later"),
     "confirmed, unacked": before(HopLoop, "_answer", _acks),
     "acked": after(HopLoop, "_answer", _acks),
     "recorded": after(Bucket, "update", _in("records")),
     "relayed": after(Bus, "publish", _on("delta")),
-    "rewarded": after(RewardBus, "publish"),
+    "rewarded": sent(Bus, "publish", _on("result")),
+    "reward stored": stored("reward"),
     "announced": after(Bus, "publish", _on("result")),
     "learned": after(Bucket, "update", _in("nodes")),
-    "submission stored": after(Bus, "publish", _on("intake")),
+    "submission stored": stored("intake"),
     "cancel told": after(Desk, "_tell_evaluate"),
     "cancel recorded": after(Desk, "_cancelled"),
     "plan stored": after(Bucket, "create", _in("plans")),
-    "timer set": after(Bus, "publish", _on("later")),
-    "subtask begun": after(Bus, "publish", _begins_a_subtask),
+    "timer set": stored("later"),
+    "subtask begun": sent(Bus, "_confirm", _begins_a_subtask),
     "plan noted": after(Bucket, "update", _becomes("running")),
     "plan joined": after(Bucket, "update", _becomes("joining")),
     "timer dropped": after(Scale, "_drop_timer"),

@@ -9,18 +9,18 @@ from loom.bus.client import Bus
 from loom.phases.execute.errands import Errands
 from loom.phases.execute.watch import Watch
 from loom.runner.cluster import running_phases
-from support.crashing import QUICK, WITHIN_S, Orders, Patch, after, before, each_setting
+from support.crashing import QUICK, WITHIN_S, Orders, Patch, after, before, each_setting, sent
 
 
-def _to_sense(bus: Bus, subject: str, *_: Any) -> bool:
-    parsed = bus.subjects.parse(subject)
+def _to_sense(bus: Bus, message: Any, *_: Any) -> bool:
+    parsed = bus.subjects.parse(message.subject)
     return parsed is not None and parsed.tokens.get("phase") == "sense"
 
 
 POINTS: dict[str, Patch] = {
     "heard": before(Errands, "_run"),
     "noted": after(Errands, "_note"),
-    "stored": after(Bus, "publish", _to_sense),
+    "stored": sent(Bus, "_confirm", _to_sense),
     "ended": before(Watch, "hand"),
     "handed": after(Watch, "hand"),
 }

@@ -70,6 +70,7 @@ class Stage:
         self._stack.push_async_callback(self._clear)
         await self._lay_out()
         await self.bus.subscribe(self.bus.subjects.everything, self._hear)
+        await self.bus.echo()  # others speak on connections of their own, which the server may read first
         return self
 
     async def __aexit__(

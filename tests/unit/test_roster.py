@@ -123,6 +123,15 @@ async def test_hosts_that_come_and_go_are_forgotten(roster: Roster, clock: Clock
     assert len(roster._hosts_of) == len(roster._nodes_of) < 20
 
 
+async def test_nothing_is_kept_of_a_host_that_leaves_while_its_answer_is_awaited(roster: Roster) -> None:
+    announce(roster, "h1", "n1")
+    roster.answered([], {"h1"})
+    announce(roster, "h1", draining=True)
+    assert not roster._missed
+    roster.answered([], {"h1"})
+    assert not roster._missed
+
+
 # -- what is known
 
 

@@ -11,6 +11,7 @@ from loom.agents.config import AgentConfig
 from loom.cluster.skill_nodes import node_id, skill_nodes
 from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.schemas.auction import SpawnRequest
+from loom.schemas.errors import LoomError
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
 from loom.schemas.task import is_token
 from loom.types import AgentNode, Skill, SkillTrigger
@@ -95,6 +96,11 @@ def test_a_skill_that_names_a_tool_nobody_has_given_is_not_started() -> None:
 
     assert found(registry, "sql") is None
     assert not registry.is_loaded("sql")
+
+
+def test_what_cannot_be_a_tool_is_said_at_once_and_not_when_a_task_waits_for_it() -> None:
+    with pytest.raises(LoomError, match="cannot name a tool"):
+        skill_nodes(registry_of(skill("sql", "sql"), tools=[lambda text: text]), Model())
 
 
 def test_a_trigger_that_raises_matches_nothing() -> None:
