@@ -8,6 +8,8 @@ from loom.schemas.wire import Count, Relayed, Seconds, Token, Unit, Wire
 
 BID_LIMIT = 16
 """Most bids one offer carries."""
+DESCRIPTION_BYTES = 1024
+"""How much of a task's description those who could take it are told."""
 
 DeclineCode = Literal["busy", "cannot", "draining"]
 SpawnDecline = Literal["cannot", "idle", "full"]

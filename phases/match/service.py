@@ -27,7 +27,7 @@ from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, 
 from loom.phases.match.reading import ReadOffer
 from loom.phases.match.roster import Roster
 from loom.phases.match.trust import policy
-from loom.schemas.auction import BID_LIMIT, CallForBids
+from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, CallForBids
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope, Spec
 from loom.schemas.task import TaskError
@@ -35,7 +35,6 @@ from loom.schemas.wire import cut_utf8
 
 log = structlog.get_logger()
 
-DESCRIPTION_BYTES = 1024
 HOLD_S = 5.0  # a busy cluster is asked again for so long before the task goes to the tail
 PAUSE_S = (0.1, 2.0)  # shortest and longest pause between two calls
 BUSY_S = (0.01, 0.1)  # the same after a node turned out to be full

@@ -5,7 +5,7 @@ import time
 import structlog
 
 from loom.bus.client import Bus, NoResponders
-from loom.schemas.auction import SpawnReply, SpawnRequest
+from loom.schemas.auction import DESCRIPTION_BYTES, SpawnReply, SpawnRequest
 from loom.schemas.envelope import Award, Envelope
 from loom.schemas.errors import LoomError
 from loom.schemas.wire import cut_utf8, decode
@@ -15,7 +15,6 @@ log = structlog.get_logger()
 ASK_EVERY_S = 1.0  # a node takes about this long to start and to be seen bidding
 ANSWER_S = 0.5
 TRIES = 4  # the server picks one of the hosts, and it may be one that cannot
-DESCRIPTION_BYTES = 1024
 
 
 class NodeRequests:
