@@ -4,30 +4,19 @@ from typing import Any
 
 import pytest
 from support.phases import Replica, Stage
+from support.rewards import publish, reward
 from support.wait import until
 
 from loom.bus.kv import Bucket
 from loom.bus.reward_bus import RewardBus
 from loom.phases.adapt.fold import fold
-from loom.schemas.learning import WINDOW, NodeProfile, Reward
+from loom.schemas.learning import WINDOW, NodeProfile
 
 
 @pytest.fixture
 async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
     async with Stage(nats_url, namespace) as stage:
         yield stage
-
-
-def reward(n: int, node: str = "n1", score: float = 1.0, **facts: Any) -> Reward:
-    wanted: dict[str, Any] = {"slug": "code", "tokens": 10, "seconds": 0.5, **facts}
-    return Reward(
-        reward_id=f"t{n}:1:rules", task_id=f"t{n}", attempt=1, node_id=node, score=score, ended_at=float(n), **wanted
-    )
-
-
-async def publish(stage: Stage, *rewards: Reward) -> None:
-    bus = RewardBus(bus=stage.bus)
-    await asyncio.gather(*(bus.publish(one) for one in rewards))
 
 
 async def profile(stage: Stage, node: str = "n1") -> NodeProfile | None:

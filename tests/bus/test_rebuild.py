@@ -1,12 +1,12 @@
 """What the stream alone says: compared, repaired, and begun at snapshots once its head is gone."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 from support.phases import Replica, Stage
+from support.rewards import publish, reward
 from support.wait import until
 
 from loom.bus.kv import Bucket
@@ -14,7 +14,7 @@ from loom.bus.reward_bus import RewardBus
 from loom.phases.adapt.judges import weights_of
 from loom.phases.adapt.rebuild import compare, rebuild, repair, stored_profiles
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import SNAPSHOTS, NodeProfile, Reward
+from loom.schemas.learning import SNAPSHOTS, NodeProfile
 from loom.schemas.wire import encode
 
 KEEPS_ALL = ClusterConfig(policy="ucb")
@@ -26,18 +26,6 @@ WITHIN_S = 20
 async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
     async with Stage(nats_url, namespace) as stage:
         yield stage
-
-
-def reward(n: int, node: str = "n1", score: float = 1.0, **facts: Any) -> Reward:
-    wanted: dict[str, Any] = {"slug": "code", "tokens": 10, "seconds": 0.5, **facts}
-    return Reward(
-        reward_id=f"t{n}:1:rules", task_id=f"t{n}", attempt=1, node_id=node, score=score, ended_at=float(n), **wanted
-    )
-
-
-async def publish(stage: Stage, *rewards: Reward) -> None:
-    bus = RewardBus(bus=stage.bus)
-    await asyncio.gather(*(bus.publish(one) for one in rewards))
 
 
 async def stored(stage: Stage) -> dict[str, NodeProfile]:
