@@ -49,6 +49,8 @@ class Slots:
         self.taken = 0
         self.waiting = 0
         """Deliveries in hand that only wait for the cluster to become less busy."""
+        self.recalled = asyncio.Event()
+        """Set when the process stops: give the work back."""
 
     @property
     def free(self) -> int:
@@ -66,8 +68,7 @@ class Delivery:
         self.received = 0.0
         """Server time it came here."""
         self.slots = slots
-        self.recalled = asyncio.Event()
-        """Set when the process stops: give the work back."""
+        self.recalled = slots.recalled
         self.on_recall: Callable[[], None] | None = None
         """Called when it is set, by whoever cannot wait for it."""
         self._gate = gate

@@ -129,8 +129,7 @@ class HopLoop(Generic[T]):
             log.error("loop_failed", subject=delivery.subject, **describe(task.exception()))
 
     async def _serve(self, delivery: Delivery) -> None:
-        parsed = self._bus.subjects.parse(delivery.subject)
-        task_id = parsed.task_id if parsed else ""
+        task_id = delivery.subject.rpartition(".")[2]  # the last token of every lane's subjects
         structlog.contextvars.bind_contextvars(task_id=task_id, phase=self._service.phase)  # of this asyncio task alone
         try:
             await delivery.enter()
