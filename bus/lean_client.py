@@ -25,6 +25,8 @@ log = structlog.get_logger()
 CLOGGED_BYTES = 2 * 2**20
 """Unsent bytes beyond which whoever publishes waits for the socket."""
 MAX_LINE = 4096
+MUCH_BYTES = 128 * 1024
+"""Bytes read at once after which whoever awaits messages has a turn: uvloop else reads on while there is more."""
 
 Take = Callable[[Msg], None]
 
@@ -152,12 +154,23 @@ class LeanClient(Client):
         """Hand messages over as the socket is read; all else, and what follows it, is for nats-py's read loop."""
         behind = self._ps.parsing or reader._buffer  # type: ignore[attr-defined]  # what that has not read yet
         if reader is self._reader and not behind:
+            if len(data) >= MUCH_BYTES:
+                self._pause(reader._transport)  # type: ignore[attr-defined]
             to_be_written, self._writing = self._writing, True
             data = self._ps.take(data)
             if not to_be_written:
                 self._write_out()  # what the messages gave rise to
         if data:
             asyncio.StreamReader.feed_data(reader, data)
+
+    def _pause(self, transport: asyncio.Transport) -> None:
+        """Read no more in this turn of the event loop."""
+        transport.pause_reading()
+        asyncio.get_running_loop().call_soon(self._read_on, transport)
+
+    def _read_on(self, transport: asyncio.Transport) -> None:
+        if not transport.is_closing():
+            transport.resume_reading()
 
     def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
         super()._remove_sub(sid, max_msgs)

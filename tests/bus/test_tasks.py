@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -259,6 +260,32 @@ async def test_progress_ends_for_a_slow_reader_whose_buffer_is_full(
     assert first.n == 0
     assert rest == sorted(rest)
     assert len(rest) <= 4
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_reader_gets_all_that_was_said_while_its_process_was_busy(nats_url: str, namespace: str, loop: str) -> None:
+    count = 4 * tasks.BUFFER
+
+    async def speak() -> None:
+        async with Bus(nats_url, namespace=namespace) as bus:
+            for n in range(count):
+                await say(bus, "delta", _delta(n))
+            await say(bus, "result", _result())
+            await bus.echo()
+
+    async def listen() -> int:
+        async with Bus(nats_url, namespace=namespace) as bus:
+            handle = TaskHandle(bus, AD)
+            await handle.open(deltas=True)
+            await bus.echo()
+            speaker = Thread(target=asyncio.run, args=(speak(),))
+            speaker.start()
+            speaker.join()  # in the meantime this loop reads nothing
+            return len(await seen(handle))
+
+    factory = pytest.importorskip(loop).new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        assert runner.run(listen()) == count
 
 
 async def test_looking_away_early_leaves_the_task_alone(plain: Bus, handle: TaskHandle) -> None:
