@@ -156,10 +156,7 @@ class LeanClient(Client):
         if reader is self._reader and not behind:
             if len(data) >= MUCH_BYTES:
                 self._pause(reader._transport)  # type: ignore[attr-defined]
-            to_be_written, self._writing = self._writing, True
             data = self._ps.take(data)
-            if not to_be_written:
-                self._write_out()  # what the messages gave rise to
         if data:
             asyncio.StreamReader.feed_data(reader, data)
 
