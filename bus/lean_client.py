@@ -8,7 +8,6 @@ what a hop itself does.
 import asyncio
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import structlog
@@ -25,8 +24,6 @@ log = structlog.get_logger()
 CLOGGED_BYTES = 2 * 2**20
 """Unsent bytes beyond which whoever publishes waits for the socket."""
 MAX_LINE = 4096
-MUCH_BYTES = 128 * 1024
-"""Bytes read at once after which whoever awaits messages has a turn: uvloop else reads on while there is more."""
 
 Take = Callable[[Msg], None]
 
@@ -38,8 +35,6 @@ class LeanParser(Parser):
         super().__init__(nc)
         self._deliver = nc.deliver
         self._rest = b""
-        self.parsing = False
-        """Whether `parse` is under way: what comes meanwhile must wait."""
 
     def reset(self) -> None:
         """Forget what has come of a message that is not complete."""
@@ -47,42 +42,28 @@ class LeanParser(Parser):
         self._rest = b""
 
     async def parse(self, data: bytes = b"") -> None:
-        """Hand over every message that is complete, and act on all else.
+        """Hand over every message that is complete.
 
         Raises:
             ProtocolError: This is not what a nats-server says.
         """
-        self.parsing = True
-        try:
-            while data := self.take(data):
-                end = data.find(b"\r\n") + 2
-                if end == 1 or data.startswith((b"MSG ", b"HMSG ")):
-                    raise ProtocolError(f"nats: no end, or no sense, in a line of {len(data)} bytes")
-                await super().parse(data[:end])
-                data = data[end:]
-        finally:
-            self.parsing = False
-
-    def take(self, data: bytes) -> bytes:
-        """Hand over messages up to the first line that is anything else, and return what is left from there on."""
         if self._rest:
-            data, self._rest = self._rest + data, b""
+            data = self._rest + data
         position, size = 0, len(data)
         while position < size:
             end = data.find(b"\r\n", position)
             if end < 0:
                 if size - position > MAX_LINE and not data.startswith((b"INFO", b"-ERR"), position):
-                    return data[position:]
+                    raise ProtocolError("nats: a line without an end")
                 break
             line = data[position:end]
-            if not line.startswith((b"MSG ", b"HMSG ")):
-                return data[position:]
-            arguments = line.split()
-            start = end + 2
-            try:
+            if line.startswith((b"MSG ", b"HMSG ")):
+                arguments = line.split()
+                start = end + 2
                 stop = start + int(arguments[-1])
                 if stop + 2 > size:
                     break
+                position = stop + 2
                 if line[0] == _PLAIN:
                     reply = arguments[3] if len(arguments) == 5 else b""  # noqa: PLR2004 - MSG subject sid reply size
                     self._deliver(int(arguments[2]), arguments[1], reply, data[start:stop], b"")
@@ -90,11 +71,10 @@ class LeanParser(Parser):
                     body = start + int(arguments[-2])
                     reply = arguments[3] if len(arguments) == 6 else b""  # noqa: PLR2004 - and the headers' size
                     self._deliver(int(arguments[2]), arguments[1], reply, data[body:stop], data[start:body])
-            except (ValueError, IndexError):
-                return data[position:]
-            position = stop + 2
+            else:
+                position = end + 2
+                await super().parse(line + b"\r\n")
         self._rest = data[position:]
-        return b""
 
 
 _PLAIN = ord("M")
@@ -106,9 +86,7 @@ class LeanClient(Client):
 
     def __init__(self) -> None:
         super().__init__()
-        self._ps: LeanParser = LeanParser(self)
-        self._reader: asyncio.StreamReader | None = None
-        """Of the connection as it is now."""
+        self._ps = LeanParser(self)
         self._takers: dict[int, Take] = {}
         self._writing = False
         self.clogged = False
@@ -144,30 +122,7 @@ class LeanClient(Client):
     async def _process_connect_init(self) -> None:
         """Begin a connection; what was read of the last one while that was given up is forgotten."""
         self._ps.reset()
-        self._reader = None
         await super()._process_connect_init()
-        self._reader = reader = getattr(self._transport, "_io_reader", None)
-        if reader is not None:  # else a WebSocket, which the read loop reads by itself
-            reader.feed_data = partial(self._feed, reader)
-
-    def _feed(self, reader: asyncio.StreamReader, data: bytes) -> None:
-        """Hand messages over as the socket is read; all else, and what follows it, is for nats-py's read loop."""
-        behind = self._ps.parsing or reader._buffer  # type: ignore[attr-defined]  # what that has not read yet
-        if reader is self._reader and not behind:
-            if len(data) >= MUCH_BYTES:
-                self._pause(reader._transport)  # type: ignore[attr-defined]
-            data = self._ps.take(data)
-        if data:
-            asyncio.StreamReader.feed_data(reader, data)
-
-    def _pause(self, transport: asyncio.Transport) -> None:
-        """Read no more in this turn of the event loop."""
-        transport.pause_reading()
-        asyncio.get_running_loop().call_soon(self._read_on, transport)
-
-    def _read_on(self, transport: asyncio.Transport) -> None:
-        if not transport.is_closing():
-            transport.resume_reading()
 
     def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
         super()._remove_sub(sid, max_msgs)
