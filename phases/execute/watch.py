@@ -36,12 +36,16 @@ class Silent(Exception):
     """The host has not been heard from in time."""
 
 
+def nobody_waits() -> None:
+    """Wake nobody."""
+
+
 class Stop:
     """What ends the watching of a run from outside: the first of a cancel, a recall and the deadline."""
 
     def __init__(self) -> None:
         self.reason: Reason | None = None
-        self.wake: Callable[[], None] = lambda: None
+        self.wake: Callable[[], None] = nobody_waits
         """Ends the wait for an event that is going on."""
 
     def cancelled(self) -> bool:
@@ -92,6 +96,7 @@ class Watch:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stop.wake = nobody_waits  # each would keep the other until a collection
         if isinstance(error, Silent):
             self._given_up = True  # should it wake, its last word is refused aloud
             keep_s = min(LATE_S, self._request.remaining_s)

@@ -1,5 +1,7 @@
 """A run as EXECUTE sees it: whom it asks, for how long, and what it hears too late."""
 
+import gc
+import weakref
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -84,6 +86,22 @@ async def test_a_stop_ends_the_wait_for_the_next_event_and_what_has_come_still_c
         assert kinds == ["accepted", "started", "result"]
         assert await watch.next() is None
         assert stop.reason == "recalled"
+
+
+async def test_a_watch_that_is_over_leaves_nothing_for_the_garbage_collector(plain: Bus) -> None:
+    """Phases collect rarely, and what a task says would stay until then."""
+    await host(plain)
+    stop = Stop()
+    watch = Watch(plain, "h1", REQUEST, stop)
+    left = weakref.ref(watch)
+    gc.disable()
+    try:
+        await heard(watch)
+        del watch
+        assert left() is None
+    finally:
+        gc.enable()
+    stop.set("late")  # wakes nobody
 
 
 @pytest.mark.parametrize("attached", [True, False])
