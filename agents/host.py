@@ -319,8 +319,9 @@ class NodeHost:
         attempts = self._runs.get(run.request.task_id, {})
         if attempts.pop(run.request.attempt, None) is not None and not attempts:
             del self._runs[run.request.task_id]
-        run.cancelled = True
-        if run.work is not None and run.work is not asyncio.current_task():
+        if run.work is None:
+            self._room(run.request.node_id).forget(run)
+        elif run.work is not asyncio.current_task():
             run.work.cancel()
 
     def _stop(self, runs: Iterable[Run], why: TaskError) -> None:

@@ -65,9 +65,7 @@ class Room:
     @property
     def queued(self) -> int:
         """Runs that wait for a slot."""
-        if not self._queue:
-            return len(self._returning)
-        return sum(not run.cancelled for _, _, run in self._queue) + len(self._returning)
+        return len(self._queue) + len(self._returning)
 
     @property
     def busy(self) -> bool:
@@ -105,12 +103,11 @@ class Room:
             self.away.discard(run)
             self.running.add(run)
             run.seated.set()
-        while self._queue and len(self.running) < self.slots:
-            run = heapq.heappop(self._queue)[2]
-            if not run.cancelled:
-                self.running.add(run)
-                return run
-        return None
+        if not self._queue or len(self.running) >= self.slots:
+            return None
+        run = heapq.heappop(self._queue)[2]
+        self.running.add(run)
+        return run
 
     def leave(self, run: Run) -> None:
         """Free the slot of a run that waits for others, if it has one."""
@@ -123,7 +120,10 @@ class Room:
         self._returning.append(run)
 
     def forget(self, run: Run) -> None:
-        """Free whatever place a run has that has begun."""
+        """Free whatever place a run has."""
+        if run.work is None:
+            self._queue = [queued for queued in self._queue if queued[2] is not run]
+            heapq.heapify(self._queue)
         self.running.discard(run)
         self.away.discard(run)
         if run in self._returning:

@@ -36,7 +36,6 @@ class Run:
         self.request = request
         self.work: asyncio.Task[None] | None = None
         """None while it is queued."""
-        self.cancelled = False
         self.last: bytes | None = None
         """The final event as it was sent, once there is one."""
         self.seated = asyncio.Event()

@@ -26,6 +26,7 @@ class NodeRequests:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._asked: dict[tuple[object, ...], float] = {}
+        """What was asked within the last second, the oldest first."""
 
     def ask(self, envelope: Envelope, *, saturated: bool) -> None:
         """Ask for a node for the task's domain; the task does not wait for the answer."""
@@ -38,9 +39,10 @@ class NodeRequests:
         )
         now = time.monotonic()
         what = (request.slug,) if saturated else (request.slug, request.required_tools, request.description)
-        if now - self._asked.get(what, -ASK_EVERY_S) < ASK_EVERY_S:
+        while self._asked and now - next(iter(self._asked.values())) >= ASK_EVERY_S:
+            del self._asked[next(iter(self._asked))]
+        if what in self._asked:
             return
-        self._asked = {asked: at for asked, at in self._asked.items() if now - at < ASK_EVERY_S}
         self._asked[what] = now
         self._bus.spawn(self._request(request), name="spawn request")
 

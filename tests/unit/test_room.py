@@ -64,7 +64,7 @@ def test_a_cancelled_run_leaves_the_backlog_at_once(run: Callable[..., Run]) -> 
     room.enqueue(first)
     room.enqueue(second)
     assert room.full
-    first.cancelled = True
+    room.forget(first)
     assert (room.queued, room.full) == (1, False)
     room.running.clear()
     assert room.next() is second
