@@ -55,6 +55,20 @@ async def writes(stage: Stage) -> int:
     return int(info["state"]["last_seq"])
 
 
+def hold(adapt: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
+    """Hold back what a replica writes; return what is set once it writes, and what lets it go on."""
+    bucket, entered, go = adapt.service._bucket, asyncio.Event(), asyncio.Event()
+    update = bucket.update
+
+    async def held(*args: Any) -> int:
+        entered.set()
+        await go.wait()
+        return int(await update(*args))
+
+    monkeypatch.setattr(bucket, "update", held)
+    return entered, go
+
+
 def tasks_named(stage: Stage, node: str = "n1") -> set[str]:
     return {task for news in stage.all("lifecycle", kind="learned", node_id=node) for task in news.task_ids}
 
@@ -86,20 +100,12 @@ async def test_a_storm_is_folded_whole_and_written_in_few_batches(stage: Stage) 
 
 async def test_what_comes_during_a_write_is_written_next(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     adapt: Any = await stage.phase("adapt")
-    bucket, slow, entered = adapt.service._bucket, asyncio.Event(), asyncio.Event()
-    update = bucket.update
-
-    async def held(*args: Any) -> int:
-        entered.set()
-        await slow.wait()
-        return int(await update(*args))
-
-    monkeypatch.setattr(bucket, "update", held)
+    entered, go = hold(adapt, monkeypatch)
     await publish(stage, reward(1))
     await entered.wait()
     await publish(stage, reward(2))
     await until(lambda: adapt.service._profiles["n1"].total_tasks == 2, what="the second is folded")
-    slow.set()
+    go.set()
     assert await learned(stage, 2) == await refolded(stage)
     news = await stage.seen("lifecycle", kind="learned", count=2)
     assert (stage.all("lifecycle", kind="learned")[0].task_ids, news.task_ids) == (("t1",), ("t2",))
@@ -110,20 +116,12 @@ async def test_an_inheritance_that_comes_during_a_write_is_written_next(
 ) -> None:
     """It names no task: that it is unwritten shows in the profile alone."""
     adapt: Any = await stage.phase("adapt")
-    bucket, slow, entered = adapt.service._bucket, asyncio.Event(), asyncio.Event()
-    update = bucket.update
-
-    async def held(*args: Any) -> int:
-        entered.set()
-        await slow.wait()
-        return int(await update(*args))
-
-    monkeypatch.setattr(bucket, "update", held)
+    entered, go = hold(adapt, monkeypatch)
     await publish(stage, reward(1))
     await entered.wait()
     await publish(stage, reward(2, kind="inherit"))
     await until(lambda: adapt.service._profiles["n1"].last_seq == 2, what="it is folded")
-    slow.set()
+    go.set()
     await until(lambda: at_the_end(stage), what="it is written")
     stored = await profile(stage)
     assert stored == await refolded(stage)
@@ -260,15 +258,7 @@ async def test_a_replica_that_lags_behind_adopts_what_is_stored(stage: Stage, mo
     """Its own write conflicts while it folds on: neither what it has folded since nor what is stored is lost."""
     monkeypatch.setattr("loom.phases.adapt.service.STANDBY_S", 0.1)
     slow: Any = await stage.phase("adapt")
-    bucket, entered, go = slow.service._bucket, asyncio.Event(), asyncio.Event()
-    update = bucket.update
-
-    async def held(*args: Any) -> int:
-        entered.set()
-        await go.wait()
-        return int(await update(*args))
-
-    monkeypatch.setattr(bucket, "update", held)
+    entered, go = hold(slow, monkeypatch)
     await publish(stage, reward(1))
     await entered.wait()
     fast = await stage.phase("adapt")

@@ -1,6 +1,7 @@
 from collections.abc import Iterator
 
 import pytest
+from support.crashing import QUICK, each_setting
 
 from loom.runner.embedded import NatsServer
 
@@ -12,3 +13,10 @@ def server() -> Iterator[NatsServer]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is gone is soon replaced."""
+    for module, name, value in each_setting(QUICK):
+        monkeypatch.setattr(module, name, value)

@@ -1,13 +1,13 @@
 """A cancel, wherever the task is: the right state, the right answer, and nobody works on."""
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
 from support.nodes import node
+from support.stubborn import Stubborn
 from support.wait import until
 
 from loom.agents.host import NodeHost
@@ -18,51 +18,14 @@ from loom.runner.cluster import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import BusUnavailable, Cancelled, UnknownTask
-from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
 
 WITHIN_S = 20
 
 
-class Agents:
-    """Agents that never end by themselves, each stubborn in its own way; what they are at is seen from outside."""
-
-    def __init__(self) -> None:
-        self.started: list[str] = []
-        self.stopped: list[str] = []
-        self.over = threading.Event()
-
-    async def endless(self, job: RunRequest) -> str:
-        self.started.append(job.task_id)
-        try:
-            await asyncio.Event().wait()
-        finally:
-            self.stopped.append(job.task_id)
-        return "never"
-
-    async def deaf(self, job: RunRequest) -> str:
-        self.started.append(job.task_id)
-        until = time.monotonic() + WITHIN_S  # a test that fails before `over` must not hang
-        while not self.over.is_set() and time.monotonic() < until:
-            try:
-                await asyncio.sleep(0.2)
-            except asyncio.CancelledError:
-                continue  # as an agent does that swallows what it should not
-        return "much too late"
-
-    def threaded(self, job: RunRequest) -> str:
-        self.started.append(job.task_id)
-        self.over.wait(WITHIN_S)
-        return "too late"
-
-    async def quick(self, job: RunRequest) -> str:
-        self.started.append(job.task_id)
-        return "done"
-
-
 @pytest.fixture
-def agents() -> Iterator[Agents]:
-    agents = Agents()
+def agents() -> Iterator[Stubborn]:
+    agents = Stubborn()
     yield agents
     agents.over.set()
 
@@ -76,7 +39,7 @@ async def bus(nats_url: str, namespace: str) -> AsyncIterator[Bus]:
 @asynccontextmanager
 async def cluster(
     bus: Bus,
-    agents: Agents,
+    agents: Stubborn,
     *,
     kinds: Sequence[str] = ("endless", "deaf", "threaded", "quick"),
     slots: int = 4,
@@ -110,12 +73,12 @@ async def is_cancelled(handle: TaskHandle) -> None:
 
 
 async def test_a_running_agent_stops_within_a_second_on_every_host_and_a_deaf_one_delays_no_answer(
-    bus: Bus, agents: Agents
+    bus: Bus, agents: Stubborn
 ) -> None:
     async with cluster(bus, agents):
         names = [f"{kind}{host}" for kind in ("endless", "deaf", "threaded") for host in (1, 2)]
         handles = [await publish(bus, name) for name in names]
-        await until(lambda: len(agents.started) == len(names), within_s=WITHIN_S, what="all run")
+        await until(lambda: len(agents.begun) == len(names), within_s=WITHIN_S, what="all run")
 
         begun = time.monotonic()
         records = await asyncio.gather(*(handle.cancel() for handle in handles))
@@ -133,10 +96,10 @@ async def test_a_running_agent_stops_within_a_second_on_every_host_and_a_deaf_on
         agents.over.set()
 
 
-async def test_a_waiting_task_is_cancelled_whether_in_an_auction_or_in_a_backlog(bus: Bus, agents: Agents) -> None:
+async def test_a_waiting_task_is_cancelled_whether_in_an_auction_or_in_a_backlog(bus: Bus, agents: Stubborn) -> None:
     async with cluster(bus, agents, kinds=("endless",), slots=1, backlog=1):
         running = [await publish(bus, "endless1"), await publish(bus, "endless2")]
-        await until(lambda: len(agents.started) == 2, within_s=WITHIN_S, what="the slots are taken")
+        await until(lambda: len(agents.begun) == 2, within_s=WITHIN_S, what="the slots are taken")
         queued = [await publish(bus), await publish(bus)]
 
         async def awarded() -> bool:
@@ -159,13 +122,13 @@ async def test_a_waiting_task_is_cancelled_whether_in_an_auction_or_in_a_backlog
         await asyncio.gather(*map(is_cancelled, waiting))
         await asyncio.gather(*(handle.cancel() for handle in running))
         last = await publish(bus)
-        await until(lambda: last.task_id in agents.started, within_s=WITHIN_S, what="the places are free again")
+        await until(lambda: last.task_id in agents.begun, within_s=WITHIN_S, what="the places are free again")
         await last.cancel()
 
-    assert len(agents.started) == 3
+    assert len(agents.begun) == 3
 
 
-async def test_a_task_handed_in_before_any_phase_is_cancelled_once_one_is_there(bus: Bus, agents: Agents) -> None:
+async def test_a_task_handed_in_before_any_phase_is_cancelled_once_one_is_there(bus: Bus, agents: Stubborn) -> None:
     async with running_phases(bus.url, namespace=bus.subjects.namespace):
         pass  # leaves the streams
     handle = await publish(bus)
@@ -178,10 +141,10 @@ async def test_a_task_handed_in_before_any_phase_is_cancelled_once_one_is_there(
     async with cluster(bus, agents):
         assert await (await publish(bus, domain="quick")).content(WITHIN_S) == "done"
 
-    assert handle.task_id not in agents.started
+    assert handle.task_id not in agents.begun
 
 
-async def test_what_has_ended_stays_as_it_ended_and_an_unknown_task_is_said_to_be(bus: Bus, agents: Agents) -> None:
+async def test_what_has_ended_stays_as_it_ended_and_an_unknown_task_is_said_to_be(bus: Bus, agents: Stubborn) -> None:
     async with cluster(bus, agents):
         handle = await publish(bus, "quick1")
         assert await handle.content(WITHIN_S) == "done"
@@ -195,7 +158,7 @@ async def test_what_has_ended_stays_as_it_ended_and_an_unknown_task_is_said_to_b
             await tasks.cancel(bus, "nobodys")
 
 
-async def test_a_cancel_that_races_the_result_or_another_cancel_gives_one_end(bus: Bus, agents: Agents) -> None:
+async def test_a_cancel_that_races_the_result_or_another_cancel_gives_one_end(bus: Bus, agents: Stubborn) -> None:
     async with cluster(bus, agents):
         told: dict[str, list[bytes]] = {}
 

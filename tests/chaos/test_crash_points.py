@@ -5,15 +5,14 @@ import signal
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from itertools import product
 from typing import NamedTuple, Self
 
 import pytest
 from support.buses import back
-from support.crashing import QUICK, WITHIN_S, Child, each_setting, phase
+from support.crashing import WITHIN_S, Child, phase
 from support.nodes import node
 from support.phases import Asker, Stage, ad
-from support.towns import survive
+from support.towns import survive, towns
 from support.wait import until
 
 from loom.agents.host import NodeHost
@@ -28,6 +27,8 @@ from loom.schemas.learning import NodeProfile
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskResult
 from loom.schemas.wire import decode
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 HOP = ("fetched", "handled, unpublished", "published, unconfirmed", "confirmed, unacked", "acked")
 RUNNING = ("recorded", "relayed")
@@ -168,25 +169,6 @@ class Town(Stage):
         assert found.to_result() == record.to_result(), self.crash
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name, value in each_setting(QUICK):
-        monkeypatch.setattr(module, name, value)
-
-
-def towns(
-    crashes: Sequence[Crash],
-    url: str,
-    namespace: str,
-    *,
-    ways: Sequence[signal.Signals] = (signal.SIGKILL, signal.SIGSTOP),
-    durable: bool = False,
-) -> list[Town]:
-    """One for each crash and each way to bring it about."""
-    cases = enumerate(product(crashes, ways))
-    return [Town(url, f"{namespace}-{n}", crash, how, durable=durable) for n, (crash, how) in cases]
-
-
 async def test_a_task_survives_a_phase_killed_half_way_and_then_the_server(server: NatsServer, namespace: str) -> None:
     halves = [
         Crash("sense", "recorded"),
@@ -194,13 +176,13 @@ async def test_a_task_survives_a_phase_killed_half_way_and_then_the_server(serve
         Crash("execute", "relayed"),
         Crash("evaluate", "recorded"),
     ]
-    await survive(towns(halves, server.url, namespace, ways=[signal.SIGKILL], durable=True), server)
+    await survive(towns(Town, halves, server.url, namespace, ways=[signal.SIGKILL], durable=True), server)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("who", CRASHES)
 async def test_a_task_survives_a_phase_killed_or_stopped_at_any_point(who: str, nats_url: str, namespace: str) -> None:
-    await survive(towns(CRASHES[who], nats_url, namespace))
+    await survive(towns(Town, CRASHES[who], nats_url, namespace))
 
 
 @pytest.mark.slow
@@ -208,4 +190,4 @@ async def test_a_task_survives_a_phase_killed_or_stopped_at_any_point(who: str, 
 async def test_a_task_survives_a_phase_killed_or_stopped_at_any_point_and_then_the_server(
     who: str, server: NatsServer, namespace: str
 ) -> None:
-    await survive(towns(CRASHES[who], server.url, namespace, durable=True), server)
+    await survive(towns(Town, CRASHES[who], server.url, namespace, durable=True), server)

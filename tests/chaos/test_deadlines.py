@@ -1,13 +1,13 @@
 """Nobody works past a deadline, wherever the task is when it comes, and the answer comes in time."""
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from support.nodes import node
+from support.stubborn import Stubborn
 from support.wait import until
 
 from loom.agents.agent import Agent
@@ -18,12 +18,11 @@ from loom.bus.tasks import TaskHandle
 from loom.runner.cluster import running_nodes, running_phases
 from loom.schemas.errors import DeadlineExceeded
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
-from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
 
 WITHIN_S = 20
 TIMEOUT_S = 1.0
-LATE_S = 8.0
+LATE_S = 4.0
 """Longest wait for the answer after the deadline."""
 
 
@@ -31,38 +30,6 @@ LATE_S = 8.0
 async def bus(nats_url: str, namespace: str) -> AsyncIterator[Bus]:
     async with Bus(nats_url, namespace=namespace) as bus:
         yield bus
-
-
-class Stubborn:
-    """Work that does not end by itself; when it began and was stopped is kept."""
-
-    def __init__(self) -> None:
-        self.begun: list[str] = []
-        self.stopped: dict[str, float] = {}
-        self.over = threading.Event()
-
-    async def endless(self, job: RunRequest) -> str:
-        self.begun.append(job.task_id)
-        try:
-            await asyncio.Event().wait()
-        finally:
-            self.stopped[job.task_id] = time.monotonic()
-        return "never"
-
-    async def deaf(self, job: RunRequest) -> str:
-        self.begun.append(job.task_id)
-        until = time.monotonic() + WITHIN_S  # a test that fails before `over` must not hang
-        while not self.over.is_set() and time.monotonic() < until:
-            try:
-                await asyncio.sleep(0.2)
-            except asyncio.CancelledError:
-                continue
-        return "late"
-
-    def threaded(self, job: RunRequest) -> str:
-        self.begun.append(job.task_id)
-        self.over.wait(WITHIN_S)
-        return "late"
 
 
 class Silent:

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 
 import pytest
-from support.crashing import QUICK, WITHIN_S, Child, each_setting
+from support.crashing import WITHIN_S, Child
 from support.errand_points import POINTS, execute
 from support.nodes import node
 from support.phases import Stage, ad
@@ -18,6 +18,8 @@ from loom.bus import tasks
 from loom.runner.cluster import running_nodes, running_phases
 from loom.schemas.envelope import PHASES
 from loom.schemas.run import RunRequest
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 class Town(Stage):
@@ -60,12 +62,6 @@ class Town(Stage):
 
     async def _quiet(self) -> bool:
         return not await self.pending("INTAKE") and not await self.pending("TASKS")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name, value in each_setting(QUICK):
-        monkeypatch.setattr(module, name, value)
 
 
 @pytest.mark.slow

@@ -5,14 +5,13 @@ import signal
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from itertools import product
 from typing import Any, NamedTuple, Self
 
 import pytest
-from support.crashing import QUICK, WITHIN_S, Child, each_setting, phase
+from support.crashing import WITHIN_S, Child, phase
 from support.nodes import node
 from support.phases import Stage, ad
-from support.towns import survive
+from support.towns import survive, towns
 from support.wait import until
 
 from loom.bus import tasks, topology
@@ -24,6 +23,8 @@ from loom.runner.embedded import NatsServer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES, SplitPlan, TaskRecord
 from loom.schemas.run import RunRequest
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 PLAN: dict[str, Sequence[str]] = {"top": (), "left": ("top",), "right": ("top",), "end": ("left", "right")}
 HEALTHY = [name for name in PHASES if name != "scale"]
@@ -134,28 +135,9 @@ class Town(Stage):
         return entry.value if entry else None
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name, value in each_setting(QUICK):
-        monkeypatch.setattr(module, name, value)
-
-
-def towns(
-    crashes: Sequence[Crash],
-    url: str,
-    namespace: str,
-    *,
-    ways: Sequence[signal.Signals] = (signal.SIGKILL, signal.SIGSTOP),
-    durable: bool = False,
-) -> list[Town]:
-    """One for each crash and each way to bring it about."""
-    cases = enumerate(product(crashes, ways))
-    return [Town(url, f"{namespace}-{n}", crash, how, durable=durable) for n, (crash, how) in cases]
-
-
 async def test_a_divided_task_survives_scale_killed_half_way(nats_url: str, namespace: str) -> None:
     halves = [Crash("plan stored"), Crash("plan noted"), Crash("plan joined"), Crash("plan over", "cancelled")]
-    await survive(towns(halves, nats_url, namespace, ways=[signal.SIGKILL]))
+    await survive(towns(Town, halves, nats_url, namespace, ways=[signal.SIGKILL]))
 
 
 @pytest.mark.slow
@@ -163,7 +145,7 @@ async def test_a_divided_task_survives_scale_killed_half_way(nats_url: str, name
 async def test_a_divided_task_survives_scale_killed_or_stopped_at_any_point(
     when: str, nats_url: str, namespace: str
 ) -> None:
-    await survive(towns(CRASHES[when], nats_url, namespace))
+    await survive(towns(Town, CRASHES[when], nats_url, namespace))
 
 
 @pytest.mark.slow
@@ -171,4 +153,4 @@ async def test_a_divided_task_survives_scale_killed_or_stopped_at_any_point(
 async def test_a_divided_task_survives_scale_killed_or_stopped_at_any_point_and_then_the_server(
     when: str, server: NatsServer, namespace: str
 ) -> None:
-    await survive(towns(CRASHES[when], server.url, namespace, durable=True), server)
+    await survive(towns(Town, CRASHES[when], server.url, namespace, durable=True), server)

@@ -1,6 +1,8 @@
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from support.background import Cluster
+from support.in_process import Loom, commands
 from support.openai_server import OpenAIServer
 
 from loom import AgentConfig, OpenAIProvider
@@ -42,3 +44,19 @@ def model() -> Iterator[OpenAIServer]:
 @pytest.fixture
 def provider(model: OpenAIServer) -> OpenAIProvider:
     return OpenAIProvider(AgentConfig(api_key="test", base_url=model.base_url))
+
+
+@pytest.fixture
+def loom(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Loom]:
+    """Runs a command in this process; the environment is the test's to set."""
+    with commands(monkeypatch, capsys) as run:
+        yield run
+
+
+@pytest.fixture
+def here(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """The module's own `cluster`, which commands find in the environment."""
+    monkeypatch.setenv("NATS_URL", cluster.url)
+    monkeypatch.setenv("LOOM_NAMESPACE", cluster.namespace)
+    monkeypatch.setenv("COLUMNS", "80")
+    return cluster

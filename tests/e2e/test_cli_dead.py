@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from support.background import Cluster, background_cluster
 from support.foreign import publish_raw
-from support.in_process import Loom, commands
+from support.in_process import Loom, is_refused
 from support.nodes import echo, node
 from support.wait import until
 
@@ -57,20 +57,6 @@ async def _kept(cluster: Cluster, count: int) -> list[Letter]:
         return found if len(found) >= count else []
 
     return await until(there, within_s=20, what=f"{count} dead letters")
-
-
-@pytest.fixture
-def loom(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Loom]:
-    with commands(monkeypatch, capsys) as run:
-        yield run
-
-
-@pytest.fixture
-def here(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    monkeypatch.setenv("NATS_URL", cluster.url)
-    monkeypatch.setenv("LOOM_NAMESPACE", cluster.namespace)
-    monkeypatch.setenv("COLUMNS", "80")
-    return cluster
 
 
 def test_letters_are_listed_newest_last(here: Cluster, loom: Loom) -> None:
@@ -164,11 +150,7 @@ async def _ended(cluster: Cluster, task_id: str) -> TaskRecord | None:
     ],
 )
 def test_what_cannot_be_done_is_one_line(line: str, code: int, said: str, here: Cluster, loom: Loom) -> None:
-    ended = loom(line)
-
-    assert (ended.code, ended.out) == (code, "")
-    assert ended.err.startswith(said)
-    assert ended.err.count("\n") == 1
+    is_refused(loom, line, code, said)
 
 
 def test_doctor_counts_letters_until_they_are_dropped(

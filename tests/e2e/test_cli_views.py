@@ -6,25 +6,21 @@ import re
 import secrets
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import structlog
 from msgspec.structs import replace
 from support.background import Cluster, background_cluster
 from support.command import LOOM, command
+from support.in_process import Loom, is_refused
 from support.nodes import echo, fail, node
 from support.wait import until
 
 from loom.bus import tasks
 from loom.bus.kv import Bucket
 from loom.bus.reward_bus import RewardBus
-from loom.runner import logs
-from loom.runner.cli import main
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.envelope import SplitPlan, TaskRecord
 from loom.schemas.errors import UnknownTask
@@ -36,15 +32,6 @@ from loom.schemas.wire import decode
 HEX = "0123456789abcdef" * 2
 EVIL = "hello [red]\x1b[31m"
 VIEWS = ("tasks", "task t1", "task going", "nodes", "hosts", "rewards", "rewards rebuild")
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Loom = Callable[..., Ended]
 
 
 async def endless(job: RunRequest) -> str:
@@ -89,32 +76,6 @@ async def _known(ask: Callable[[], Awaitable[bool]]) -> bool:
         return await ask()
     except UnknownTask:  # on its way into the intake
         return False
-
-
-@pytest.fixture
-def loom(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Loom]:
-    """Runs a command in this process; the environment is the test's to set."""
-
-    def run(line: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["loom", *line.split()])
-        logs.configure("error")  # the cluster is in this process too
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        assert isinstance(code, int)
-        return Ended(code, *capsys.readouterr())
-
-    yield run
-    structlog.reset_defaults()
-
-
-@pytest.fixture
-def here(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    monkeypatch.setenv("NATS_URL", cluster.url)
-    monkeypatch.setenv("LOOM_NAMESPACE", cluster.namespace)
-    monkeypatch.setenv("COLUMNS", "80")
-    return cluster
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -337,11 +298,7 @@ async def test_a_tap_tells_the_past_and_goes_on_with_what_it_was_asked_for(here:
     ],
 )
 def test_what_cannot_be_done_is_one_line(line: str, code: int, said: str, here: Cluster, loom: Loom) -> None:
-    ended = loom(line)
-
-    assert (ended.code, ended.out) == (code, "")
-    assert ended.err.startswith(said)
-    assert ended.err.count("\n") == 1
+    is_refused(loom, line, code, said)
 
 
 COMMANDS = ("tasks", "task t1", "nodes", "hosts", "rewards", "cancel t1", "reward t1 1", "tap --since 1m")

@@ -259,6 +259,7 @@ async def phase(
     name: Phase,
     point: str = "none",
     how: signal.Signals = signal.SIGKILL,
+    points: Mapping[str, Patch] = POINTS,
 ) -> None:
     """Run one phase, which kills or stops itself when it first reaches `point`."""
     for module, setting, value in each_setting(QUICK):
@@ -268,7 +269,7 @@ async def phase(
         say("fallen")
         os.kill(os.getpid(), how)
 
-    POINTS[point](fall)
+    points[point](fall)
     async with running_phases(url, names=[name], namespace=namespace, patience_s=WITHIN_S):
         say("ready")
         await orders.over.wait()

@@ -1,6 +1,5 @@
 """An EXECUTE in a process of its own that dies or stops while a delegation is under way."""
 
-import os
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 from loom.bus.client import Bus
 from loom.phases.execute.errands import Errands
 from loom.phases.execute.watch import Watch
-from loom.runner.cluster import running_phases
-from support.crashing import QUICK, WITHIN_S, Orders, Patch, after, before, each_setting, sent
+from support.crashing import Orders, Patch, after, before, phase, sent
 
 
 def _to_sense(bus: Bus, message: Any, *_: Any) -> bool:
@@ -31,14 +29,4 @@ async def execute(
     say: Callable[[Any], None], orders: Orders, url: str, namespace: str, point: str, how: signal.Signals
 ) -> None:
     """Run EXECUTE, which kills or stops itself when a delegation first reaches `point`."""
-    for module, setting, value in each_setting(QUICK):
-        setattr(module, setting, value)
-
-    def fall() -> None:
-        say("fallen")
-        os.kill(os.getpid(), how)
-
-    POINTS[point](fall)
-    async with running_phases(url, names=["execute"], namespace=namespace, patience_s=WITHIN_S):
-        say("ready")
-        await orders.over.wait()
+    await phase(say, orders, url, namespace, "execute", point, how, points=POINTS)

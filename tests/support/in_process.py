@@ -37,3 +37,12 @@ def commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
     yield run
     structlog.reset_defaults()
+
+
+def is_refused(loom: Loom, line: str, code: int, said: str) -> None:
+    """The command ends with this code, and all it says is one line of error that begins so."""
+    ended = loom(line)
+
+    assert (ended.code, ended.out) == (code, ""), ended
+    assert ended.err.startswith(said), ended
+    assert ended.err.count("\n") == 1, ended

@@ -1,8 +1,10 @@
 """Namespaces in each of which one process dies at a point of its own, gone through side by side."""
 
 import asyncio
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from itertools import product
 from typing import Any, Protocol
 
 from loom.runner.embedded import NatsServer
@@ -16,6 +18,20 @@ class Town(AbstractAsyncContextManager[Any], Protocol):
 
     async def recover(self) -> None:
         """Replace it, and check that nothing is lost."""
+
+
+def towns(
+    kind: Callable[..., Town],
+    crashes: Sequence[Any],
+    url: str,
+    namespace: str,
+    *,
+    ways: Sequence[signal.Signals] = (signal.SIGKILL, signal.SIGSTOP),
+    durable: bool = False,
+) -> list[Town]:
+    """Return a town of that kind for each crash and each way to bring it about."""
+    cases = enumerate(product(crashes, ways))
+    return [kind(url, f"{namespace}-{n}", crash, how, durable=durable) for n, (crash, how) in cases]
 
 
 async def survive(towns: Sequence[Town], server: NatsServer | None = None) -> None:
