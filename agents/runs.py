@@ -175,7 +175,7 @@ def lost_aloud() -> Iterator[None]:
     try:
         yield
     except LoomError as error:
-        log.warning("run_event_lost", reason=error.message)
+        log.info("run_event_lost", reason=error.message)
 
 
 class Finished:

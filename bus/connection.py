@@ -88,7 +88,8 @@ class Connection:
             await self._discard()
             why = str(error) if isinstance(error, nats.errors.Error) else f"tried for {self._patience_s:g} s"
             raise BusUnavailable(
-                f"no nats-server at {self.address} ({why}); start one with `loom up`", url=self.address
+                f"no nats-server at {self.address} ({why}); start one there, or run `loom up` without NATS_URL",
+                url=self.address,
             ) from error
         self._harden_socket()
         self.spawn(self._watch(), name="bus-watch")

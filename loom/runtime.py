@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from hashlib import blake2b
 from types import TracebackType
 from typing import Any, Self
@@ -11,6 +12,7 @@ import structlog
 
 from loom.agents.agent import Agent
 from loom.agents.config import AgentConfig
+from loom.agents.function_agent import as_agent
 from loom.agents.tools import Tool
 from loom.bus import tasks
 from loom.bus.reward_bus import RewardBus, judgement
@@ -35,7 +37,8 @@ class Runtime:
     """Agents of this process, and a way to hand tasks to all agents on the bus.
 
     Building one does nothing; the first `await` connects: to the server of NATS_URL when that is set, else to an
-    embedded one with the six phases in this process. End it with `dispose`, or better `async with`.
+    embedded one with the six phases in this process. End it with `dispose`, or better `async with`: that finishes what
+    is in hand, unless it is left by an exception and nobody else is on the server.
 
     Args:
         provider: The model that agents made by `add_agent` use, and SENSE where it runs here.
@@ -84,13 +87,15 @@ class Runtime:
             tools: For a made agent.
 
         Raises:
-            LoomError: There is neither an agent nor a provider, or the name is taken or not a token.
+            LoomError: There is neither an agent nor a provider, what is given is no agent, or the name is taken or
+                not a token.
         """
         if agent is None:
             if self.provider is None:
                 raise LoomError("no provider: pass one to Runtime, or an agent or function to add_agent")
             agent = Agent(self.provider, self.config, system_prompt=system_prompt, tools=tools)
-        capabilities = capabilities or CapabilityProfile()
+        as_agent(agent)  # what is none is refused here, and not by every run
+        capabilities = deepcopy(capabilities) if capabilities else CapabilityProfile()  # two nodes may claim alike
         capabilities.tools = list(dict.fromkeys([*capabilities.tools, *getattr(agent, "tools", ())]))
         node = AgentNode(id=name or self._name(agent, capabilities), capabilities=capabilities, agent=agent)
         self.cluster.add_node(node)
@@ -178,6 +183,8 @@ class Runtime:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and not self._settings.nats_url:
+            self.dispose()  # the server goes, too: nobody is left to hear of what is in hand
         await self.aclose()
 
     async def aclose(self) -> None:

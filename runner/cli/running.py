@@ -10,6 +10,8 @@ import signal
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+import structlog
+
 from loom.agents.config import AgentConfig
 from loom.agents.openai_provider import OpenAIProvider
 from loom.bus.client import Bus
@@ -18,6 +20,7 @@ from loom.runner.settings import Settings, from_environment
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.llm import LLMProvider
 
+log = structlog.get_logger()
 T = TypeVar("T")
 
 DEFAULT_URL = "nats://127.0.0.1:4222"
@@ -41,14 +44,27 @@ def prepare(log_level: str) -> Settings:
 
 
 def run_to_end(work: Coroutine[Any, Any, T]) -> T:
-    """Return what `work` returns, on uvloop where that is installed."""
+    """Return what `work` returns, on uvloop where that is installed. SIGTERM cancels it, as Ctrl-C does.
+
+    Raises:
+        SystemExit: SIGTERM came, and `work` has ended of it.
+    """
+
+    async def until_terminated() -> T:
+        loop, working = asyncio.get_running_loop(), asyncio.ensure_future(work)
+        loop.add_signal_handler(signal.SIGTERM, working.cancel)
+        return await working
+
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     if importlib.util.find_spec("uvloop"):
         factory = importlib.import_module("uvloop").new_event_loop
     gc.freeze()  # what has been imported stays
     gc.set_threshold(*RARELY)
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(work)
+        try:
+            return runner.run(until_terminated())
+        except asyncio.CancelledError:
+            raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def run_service(work: Coroutine[Any, Any, None]) -> None:
@@ -57,8 +73,13 @@ def run_service(work: Coroutine[Any, Any, None]) -> None:
     async def until_signalled() -> None:
         loop = asyncio.get_running_loop()
         service = loop.create_task(work)
+
+        def stop() -> None:
+            service.cancel()
+            log.info("stopping", hint="once more hurries it")
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, service.cancel)
+            loop.add_signal_handler(number, stop)
         with contextlib.suppress(asyncio.CancelledError):
             await service
 

@@ -53,6 +53,8 @@ def run(
     ads = load_tasks(file)
     if agents is None and not settings.nats_url:
         raise typer.BadParameter("needed, unless NATS_URL leads to a cluster with agents", param_hint="--agents")
+    if out != STDOUT and Path(out).resolve() == file.resolve():
+        raise typer.BadParameter("is the file of the tasks", param_hint="--out")
     nodes = load_nodes(agents) if agents else []
     with output(out) as lines:
         results = run_to_end(_run(settings, ads, nodes, lines, at_once))
@@ -212,7 +214,11 @@ async def _submit(settings: Settings, ad: TaskAd, *, as_json: bool) -> TaskResul
             typer.echo(encode(accepted) if as_json else accepted.task_id)
             return None
         live = sys.stdout.isatty() and not as_json
-        result = await unless_lost(bus, _written(bus, ad) if live else _answer(bus, ad))
+        try:
+            result = await unless_lost(bus, _written(bus, ad) if live else _answer(bus, ad))
+        except asyncio.CancelledError:
+            typer.echo(f"interrupted: task {ad.task_id} is cancelled", err=True)
+            raise
     if as_json:
         typer.echo(encode(result))
     elif not live and result.success:

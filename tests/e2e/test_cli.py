@@ -149,7 +149,8 @@ async def test_run_without_phases_says_what_to_do(start: Start, on_bus: tuple[st
     assert (ended.code, ended.err) == (3, 'bus_unavailable: no phases answer; run "loom up"\n')
 
 
-async def test_an_interrupted_run_keeps_what_it_has(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+async def test_an_interrupted_run_keeps_what_it_has(start: Start, tmp_path: Path, by: signal.Signals) -> None:
     (tmp_path / "agents.py").write_text(
         AGENTS + "import asyncio\nnodes[2].agent = lambda description: asyncio.sleep(600)"
     )
@@ -158,9 +159,9 @@ async def test_an_interrupted_run_keeps_what_it_has(start: Start, tmp_path: Path
     await run.says("one  succeeded")
     await run.says("three  execute")
 
-    ended = await run.end(signal.SIGINT)
+    ended = await run.end(by)
 
-    assert ended.code == 130
+    assert ended.code == 128 + by
     assert "Traceback" not in ended.err
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
 
@@ -314,7 +315,8 @@ async def test_an_interrupted_submit_cancels_its_task(
         ended = await submit.end(signal.SIGINT)
 
         record = await status(client, tasks[0])
-    assert (ended.code, ended.out, ended.err) == (130, "", "")
+    assert (ended.code, ended.out) == (130, "")
+    assert ended.err == f"interrupted: task {tasks[0]} is cancelled\n"
     assert isinstance(record, TaskRecord)
     assert record.state == "cancelled"
 
@@ -344,6 +346,7 @@ def quietly(environment: None) -> Iterator[None]:
     [
         ("run missing.jsonl --agents a.py", 2, "invalid_file: missing.jsonl: No such file or directory"),
         ("run good.jsonl", 2, "bad_usage: Invalid value for --agents: needed, unless NATS_URL leads to"),
+        ("run good.jsonl --agents a.py --out ./good.jsonl", 2, "bad_usage: Invalid value for --out: is the file of"),
         ("run good.jsonl --agents missing.py", 2, "invalid_file: missing.py: no such file"),
         ("run bad.jsonl --agents missing.py", 2, "invalid_task: bad.jsonl, line 1, field domian: "),
         ("node bad.py", 2, "invalid_file: bad.py, line 2: ZeroDivisionError: division by zero"),

@@ -225,3 +225,45 @@ async def test_default_names_say_what_a_node_is_made_of() -> None:
     assert names[0] == names[1]
     assert len(set(names[0])) == 3
     assert names[0][0].rpartition("-")[0] == names[0][1].rpartition("-")[0] != names[0][2].rpartition("-")[0]
+
+
+async def test_nodes_may_be_given_one_profile_and_keep_their_own_tools() -> None:
+    class Equipped(Counting):
+        def __init__(self, tool: str) -> None:
+            super().__init__()
+            self.tools = [tool]
+
+    rt, given = Runtime(), CapabilityProfile(scores={"code": 0.9})
+    nodes = [rt.add_agent(Equipped(tool), name=tool, capabilities=given) for tool in ("left", "right")]
+
+    assert [node.capabilities.tools for node in nodes] == [["left"], ["right"]]
+    assert given.tools == []
+
+
+@pytest.mark.parametrize("thing", [3, Counting, divmod])
+async def test_what_is_no_agent_is_refused_when_it_is_added(thing: object) -> None:
+    rt = Runtime()
+    with pytest.raises(LoomError):
+        rt.add_agent(thing)
+    assert not rt.cluster.nodes
+
+
+async def test_a_program_that_fails_does_not_wait_for_what_is_in_hand(embedded: None) -> None:
+    begun = asyncio.Event()
+
+    async def endless(description: str) -> str:
+        begun.set()
+        await asyncio.sleep(600)
+        return description
+
+    rt = Runtime(cluster_config=ClusterConfig(drain_timeout_s=30.0))
+    rt.add_agent(endless, name="endless")
+
+    async def program() -> None:
+        async with rt:
+            await rt.publish(TaskAd(description="x"))
+            await begun.wait()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.wait_for(program(), 15)
