@@ -151,11 +151,12 @@ def _where(record: TaskRecord, phase: str, plan: SplitPlan | None) -> str:
 def _hops(record: TaskRecord) -> Table:
     columns = ("at", "phase", "attempt", "waited", "worked", "instance")
     table = table_of(columns, title="Hops", right=("at", "attempt", "waited", "worked"), ratios={"instance": 1})
+    end = "was cancelled in it" if record.state == "cancelled" else "ended the task"
     for turn in turns(record):
         if turn.after_gap:
             add_row(table, "…")
         waited = "" if turn.waited_s is None else span(turn.waited_s)
-        instance = turn.instance or "(ended the task; waiting included)"
+        instance = turn.instance or f"({end}; waiting included)"
         add_row(
             table, f"+{span(turn.at_s)}", turn.phase, str(turn.attempt), waited, span(turn.worked_s), Text(instance)
         )

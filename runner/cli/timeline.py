@@ -8,8 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from loom.schemas.envelope import MAX_HOPS, Envelope, Hop, TaskRecord
+from loom.schemas.envelope import MAX_HOPS, Envelope, Hop, Phase, TaskRecord
 from loom.schemas.learning import Reward
+
+AFTER: dict[Phase, Phase] = {
+    "sense": "match",
+    "match": "scale",
+    "scale": "execute",
+    "execute": "evaluate",
+    "evaluate": "match",
+    "adapt": "match",
+}
+"""Whose turn it is after a hop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +61,8 @@ def handed_in_at(record: TaskRecord) -> float:
 def turns(record: TaskRecord) -> list[Turn]:
     """Return the turns of the phases, in order.
 
-    EVALUATE ends a task without a hop: its last turn is reckoned from the end of the hop before, waiting included.
+    EVALUATE ends a task without a hop: its last turn is reckoned from the end of the hop before, waiting included. So is
+    that of the phase which had a task when it was cancelled.
     """
     envelope, start = record.envelope, handed_in_at(record)
     before, told = start, []
@@ -73,7 +84,7 @@ def turns(record: TaskRecord) -> list[Turn]:
         worked = max(0.0, record.ended_at - before)
         told.append(
             Turn(
-                phase="evaluate",
+                phase="evaluate" if record.state != "cancelled" else AFTER[envelope.hops[-1].phase],
                 instance="",
                 attempt=envelope.attempt,
                 at_s=max(0.0, before - start),

@@ -54,6 +54,12 @@ def test_waiting_and_working_are_told_apart_and_the_end_is_reckoned() -> None:
     ]
 
 
+def test_a_cancelled_task_was_with_the_phase_after_its_last_hop() -> None:
+    told = turns(record(envelope("sense", *TRIP[:2]), ended_at=1016.0, state="cancelled"))
+
+    assert [turn.phase for turn in told] == ["sense", "match", "scale", "execute"]
+
+
 def test_a_running_task_has_the_turns_it_had() -> None:
     assert [turn.phase for turn in turns(record(envelope("sense", "match")))] == ["sense", "match"]
     assert turns(record(envelope())) == []
