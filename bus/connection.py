@@ -29,6 +29,8 @@ log = structlog.get_logger()
 
 STALL_MS = 10_000  # unacknowledged bytes for this long mean a half-open peer
 RETRY_S = 0.2
+TELL_S = 10.0
+"""How often it is said that there is no server to connect to."""
 END_S = 5.0
 WATCH_S = 1.0
 
@@ -81,6 +83,7 @@ class Connection:
         Raises:
             BusUnavailable: No server answered in that time, or it refused us.
         """
+        telling = asyncio.ensure_future(self._tell())
         try:
             async with asyncio.timeout(self._patience_s):
                 await self._connect_first()
@@ -91,9 +94,17 @@ class Connection:
                 f"no nats-server at {self.address} ({why}); start one there, or run `loom up` without NATS_URL",
                 url=self.address,
             ) from error
+        finally:
+            telling.cancel()
         self._harden_socket()
         self.spawn(self._watch(), name="bus-watch")
         return self
+
+    async def _tell(self) -> None:
+        """Say now and then that there is no server yet: a service waits for ever."""
+        while True:
+            await asyncio.sleep(TELL_S)
+            log.warning("no_server_yet", server=self.address)
 
     async def _connect_first(self) -> None:
         """Connect; a server that hangs up may be on its way up or down, and is tried again."""

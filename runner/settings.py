@@ -37,6 +37,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """LOOM_<FIELD> for each field of ClusterConfig, for example LOOM_MAX_ATTEMPTS."""
 
 
+_WANTED = {  # a variable is text whatever it says
+    "Expected `int`, got `str`": "must be a whole number",
+    "Expected `float`, got `str`": "must be a number",
+    "Expected `bool`, got `str`": "must be true or false",
+}
+
+
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     """Return the settings the environment gives.
 
@@ -61,6 +68,7 @@ def _given(shape: type[msgspec.Struct], prefix: str, environment: Mapping[str, s
             msgspec.convert({name: given[name]}, shape, strict=False)
         except ValueError as error:  # msgspec's are such
             reason = str(error).partition(" - at")[0].removeprefix(f"{shape.__name__}.{name} ")
+            reason = _WANTED.get(reason, reason)
             raise InvalidSetting(f"{variable}: {reason}", field=variable) from None
     return given
 

@@ -61,8 +61,8 @@ def handed_in_at(record: TaskRecord) -> float:
 def turns(record: TaskRecord) -> list[Turn]:
     """Return the turns of the phases, in order.
 
-    EVALUATE ends a task without a hop: its last turn is reckoned from the end of the hop before, waiting included. So is
-    that of the phase which had a task when it was cancelled.
+    EVALUATE ends a task without a hop: its last turn is reckoned from the end of the hop before, waiting included.
+    So is that of the phase which had a task when it was cancelled.
     """
     envelope, start = record.envelope, handed_in_at(record)
     before, told = start, []

@@ -36,6 +36,15 @@ async def test_without_a_server_connecting_fails_within_its_patience() -> None:
     await bus.close()
 
 
+async def test_a_service_that_waits_for_its_server_says_so_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "TELL_S", 0.3)
+    bus = Bus("nats://me:secret@127.0.0.1:1", patience_s=0.8)
+    with capture_logs() as logs, pytest.raises(BusUnavailable, match="without NATS_URL"):
+        await bus.connect()
+    told = [log["server"] for log in logs if log["event"] == "no_server_yet"]
+    assert set(told) == {"nats://127.0.0.1:1"}
+
+
 async def test_a_server_that_comes_up_a_little_later_is_found(connect: Connect) -> None:
     server = NatsServer()
     server.start()

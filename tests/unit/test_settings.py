@@ -89,6 +89,11 @@ def test_a_value_that_does_not_fit_is_refused_by_the_name_of_its_variable(variab
     assert re.match(rf"{variable}: (Expected|must be) ", caught.value.message)
 
 
+def test_a_variable_that_is_no_number_is_told_what_it_must_be() -> None:
+    with pytest.raises(InvalidSetting, match="LOOM_MAX_ATTEMPTS: must be a whole number"):
+        from_environment({"LOOM_MAX_ATTEMPTS": "two"})
+
+
 def test_the_page_of_settings_holds_the_table_as_the_code_has_it() -> None:
     """After a change of settings: `python tests/unit/test_settings.py`."""
     assert table() in PAGE.read_text(encoding="utf-8")
