@@ -52,7 +52,8 @@ def run_to_end(work: Coroutine[Any, Any, T]) -> T:
 
     async def until_terminated() -> T:
         loop, working = asyncio.get_running_loop(), asyncio.ensure_future(work)
-        loop.add_signal_handler(signal.SIGTERM, working.cancel)
+        with contextlib.suppress(NotImplementedError):  # on Windows, where nobody sends it
+            loop.add_signal_handler(signal.SIGTERM, working.cancel)
         return await working
 
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
