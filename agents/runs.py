@@ -109,7 +109,7 @@ class Run:
         self.say("tool_call" if isinstance(event, (ToolCallStart, ToolCallEnd)) else "delta", event=event)
         if self._ahead_bytes >= BATCH_BYTES and self._batch:
             self._ahead_bytes = 0
-            with lost_aloud():
+            with lost_aloud(self._bus):
                 await self._bus.publish(self._inbox, self._packed())
             await asyncio.sleep(0)  # the connection writes between turns, and an agent may never wait by itself
 
@@ -165,17 +165,18 @@ class Run:
 
 def send(bus: Bus, inbox: str, body: bytes) -> None:
     """Send an event, or several as an array."""
-    with lost_aloud():
+    with lost_aloud(bus):
         bus.send(inbox, body)
 
 
 @contextmanager
-def lost_aloud() -> Iterator[None]:
+def lost_aloud(bus: Bus) -> Iterator[None]:
     """Log what cannot be sent: it is missed by its number or by the watcher's patience."""
     try:
         yield
     except LoomError as error:
-        log.info("run_event_lost", reason=error.message)
+        if not bus.closing:
+            log.warning("run_event_lost", reason=error.message)
 
 
 class Finished:

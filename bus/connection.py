@@ -217,6 +217,11 @@ class Connection:
                 log.warning("task_left_behind", task=task.get_name())
 
     @property
+    def closing(self) -> bool:
+        """Whether the connection is being closed, or has been, on purpose."""
+        return self._closing
+
+    @property
     def settled_s(self) -> float:
         """Seconds since the connection was lost and made again: others may be on their way back still.
 

@@ -144,7 +144,8 @@ async def _handed_in(bus: Bus, ad: TaskAd, *, deltas: bool) -> AsyncIterator[Tas
         yield handle
     except asyncio.CancelledError:
         with contextlib.suppress(LoomError):  # on the way out there is nobody to tell
-            await handle.cancel()
+            record = await handle.cancel()
+            typer.echo(f"interrupted: {ad.task_id} {record.state}", err=True)
         raise
     finally:
         await handle.close()
@@ -214,11 +215,7 @@ async def _submit(settings: Settings, ad: TaskAd, *, as_json: bool) -> TaskResul
             typer.echo(encode(accepted) if as_json else accepted.task_id)
             return None
         live = sys.stdout.isatty() and not as_json
-        try:
-            result = await unless_lost(bus, _written(bus, ad) if live else _answer(bus, ad))
-        except asyncio.CancelledError:
-            typer.echo(f"interrupted: task {ad.task_id} is cancelled", err=True)
-            raise
+        result = await unless_lost(bus, _written(bus, ad) if live else _answer(bus, ad))
     if as_json:
         typer.echo(encode(result))
     elif not live and result.success:

@@ -316,7 +316,7 @@ async def test_an_interrupted_submit_cancels_its_task(
 
         record = await status(client, tasks[0])
     assert (ended.code, ended.out) == (130, "")
-    assert ended.err == f"interrupted: task {tasks[0]} is cancelled\n"
+    assert ended.err == f"interrupted: {tasks[0]} cancelled\n"
     assert isinstance(record, TaskRecord)
     assert record.state == "cancelled"
 
