@@ -13,7 +13,6 @@ from functools import partial
 from heapq import nsmallest
 from typing import Any
 
-import structlog
 from msgspec.structs import replace
 
 from loom.agents.child import Child
@@ -24,6 +23,7 @@ from loom.agents.port import StreamingAgent, collect, failure_of, spent_by
 from loom.agents.runs import Finished, Run, send
 from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.faults import describe
+from loom.bus.log import get_logger
 from loom.schemas.auction import CallForBids, HostAnnouncement, Offer
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.learning import Lifecycle, LifecycleKind
@@ -31,7 +31,7 @@ from loom.schemas.run import RunEvent, RunKind, RunRequest
 from loom.schemas.task import TaskError
 from loom.schemas.wire import Undecodable, decode, encode, new_id
 
-log = structlog.get_logger()
+log = get_logger()
 
 ANNOUNCE_S = 3.0
 HEARTBEAT_S = 2.0

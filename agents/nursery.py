@@ -7,18 +7,17 @@ Says       a reply to each, lifecycle.spawned, lifecycle.changed when a child ta
 from collections.abc import Callable, Sequence
 from typing import cast
 
-import structlog
-
 from loom.agents.child import Child, child_id
 from loom.agents.host import NodeHost
 from loom.agents.node import Node
 from loom.bus.client import Bus, Msg, Subscription
+from loom.bus.log import get_logger
 from loom.schemas.auction import RetireDecline, RetireReply, RetireRequest, SpawnDecline, SpawnReply, SpawnRequest
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.learning import Lifecycle, LifecycleKind
 from loom.schemas.wire import Undecodable, decode
 
-log = structlog.get_logger()
+log = get_logger()
 
 QUEUE = "nursery"
 

@@ -22,12 +22,11 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-import structlog
-
 from loom.agents.config import AgentConfig
 from loom.agents.deadline import Deadline
 from loom.agents.usage import usage_of
 from loom.agents.user_code import text_of
+from loom.bus.log import get_logger
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.llm import CompletionParams, CompletionResult, Message, StreamChunk, ToolCall, ToolDefinition
 
@@ -55,7 +54,7 @@ SERVER_ERROR = 500
 TRY_AGAIN = frozenset({408, 429})
 """With all from 500 up: what another try may cure."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class OpenAIProvider:

@@ -7,17 +7,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import structlog
 from msgspec.structs import replace
 
 from loom.bus.client import Bus
+from loom.bus.log import get_logger
 from loom.schemas.errors import LoomError
 from loom.schemas.events import Progress, ToolCallEnd, ToolCallStart
 from loom.schemas.run import FINAL_KINDS, RunEvent, RunKind, RunRequest
 from loom.schemas.task import RunResult, TaskAd, TaskResult
 from loom.schemas.wire import encode
 
-log = structlog.get_logger()
+log = get_logger()
 
 HISTORY = 1024
 """Events of a live run kept for whoever re-attaches."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, overload
 
 import msgspec
-import structlog
 from msgspec import UNSET, UnsetType
 
 from loom.agents.user_code import call, describe, text_of
+from loom.bus.log import get_logger
 from loom.schemas.errors import LoomError
 from loom.schemas.llm import ToolDefinition
 from loom.schemas.task import is_token
@@ -20,7 +20,7 @@ MAX_RESULT_BYTES = 16 * 1024
 """Most a model gets to see of one result."""
 MAX_DESCRIPTION_CHARS = 1024
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 @dataclass(frozen=True, kw_only=True)

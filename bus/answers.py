@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import structlog
-
 from loom.bus.client import Bus
+from loom.bus.log import get_logger
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import LoomError
 from loom.schemas.task import ErrorReply
 
-log = structlog.get_logger()
+log = get_logger()
 
 REPLY_PREFIXES = ("_INBOX.", "_R_.")
 """Where answers may go: client inboxes, and what the server makes of them between accounts."""

@@ -14,18 +14,18 @@ from uuid import uuid4
 
 import msgspec
 import nats.errors
-import structlog
 from nats.aio.subscription import Subscription
 
 from loom.bus.awaited import Awaited
 from loom.bus.connection import Connection, PayloadTooLarge
+from loom.bus.log import get_logger
 from loom.bus.message import Msg
 from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
 from loom.schemas.wire import Relayed, encode
 
 __all__ = ["Bus", "Conflict", "Msg", "NoResponders", "PayloadTooLarge", "PubAck", "Refused", "Subscription"]
 
-log = structlog.get_logger()
+log = get_logger()
 T = TypeVar("T")
 
 PUBLISH_TRY_S = 2.0  # one wait for a PubAck; the id makes a second try safe

@@ -13,19 +13,19 @@ from uuid import uuid4
 
 import nats
 import nats.errors
-import structlog
 from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 
 from loom.bus.faults import describe
 from loom.bus.gate import Gate
 from loom.bus.lean_client import LeanClient, Take
+from loom.bus.log import get_logger
 from loom.bus.message import Msg, format_headers
 from loom.bus.subjects import Subjects
 from loom.schemas.errors import BusUnavailable, LoomError
 from loom.schemas.wire import encode
 
-log = structlog.get_logger()
+log = get_logger()
 
 STALL_MS = 10_000  # unacknowledged bytes for this long mean a half-open peer
 RETRY_S = 0.2

@@ -5,18 +5,18 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
 import msgspec
-import structlog
 from msgspec.structs import replace
 
 from loom.bus.answers import may_answer
 from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
+from loom.bus.log import get_logger
 from loom.bus.records import records
 from loom.schemas.envelope import DeadLetter, Envelope, Phase, TaskRecord
 from loom.schemas.task import Submission, TaskAd, TaskError, is_token
 from loom.schemas.wire import MAX_MESSAGE_BYTES, Undecodable, decode
 
-log = structlog.get_logger()
+log = get_logger()
 
 T = TypeVar("T")
 End = Callable[[Envelope], Awaitable[None]]

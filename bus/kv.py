@@ -2,13 +2,12 @@
 
 from typing import Generic, NamedTuple, TypeVar
 
-import structlog
-
 from loom.bus.client import Bus, Conflict, Refused
+from loom.bus.log import get_logger
 from loom.bus.ordered import OrderedReader
 from loom.schemas.wire import Relayed, Undecodable, decode, new_id
 
-log = structlog.get_logger()
+log = get_logger()
 T = TypeVar("T")
 
 _NO_MESSAGE = 10037

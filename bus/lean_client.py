@@ -10,16 +10,16 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import structlog
 from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 from nats.errors import BadSubjectError, ConnectionClosedError, OutboundBufferLimitError, ProtocolError
 from nats.protocol.parser import Parser
 
 from loom.bus.faults import describe
+from loom.bus.log import get_logger
 from loom.bus.message import Msg
 
-log = structlog.get_logger()
+log = get_logger()
 
 CLOGGED_BYTES = 2 * 2**20
 """Unsent bytes beyond which whoever publishes waits for the socket."""

@@ -13,6 +13,7 @@ from loom.bus.client import Bus, Msg
 from loom.bus.dead import End, bury
 from loom.bus.delivery import DEAD_AFTER, Delivery, Slots, stamp
 from loom.bus.faults import describe
+from loom.bus.log import get_logger
 from loom.bus.outcome import Dead, Done, Fail, Later, Leave, Next, Outcome
 from loom.bus.pull import Pull
 from loom.bus.topology import Lane, ensure_consumer
@@ -20,7 +21,7 @@ from loom.schemas.envelope import Envelope, Hop, Phase
 from loom.schemas.errors import LoomError, Overloaded
 from loom.schemas.wire import Undecodable, decode
 
-log = structlog.get_logger()
+log = get_logger()
 T = TypeVar("T")
 
 IN_PROGRESS_S = 10.0  # a third of ack_wait

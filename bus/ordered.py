@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-import structlog
-
 from loom.bus.client import Bus, Msg
 from loom.bus.delivery import read_facts
+from loom.bus.log import get_logger
 from loom.bus.pull import Pull
 from loom.schemas.errors import LoomError
 
-log = structlog.get_logger()
+log = get_logger()
 
 WINDOW = 512
 IDLE_S = 60  # the server forgets a reader that has not asked for so long

@@ -5,12 +5,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import structlog
-
 from loom.bus.client import Bus, Msg, Subscription
+from loom.bus.log import get_logger
 from loom.schemas.errors import LoomError
 
-log = structlog.get_logger()
+log = get_logger()
 
 EXPIRES_S = 30.0
 HEARTBEAT_S = 2.0  # three missed ones: a replica that led the consumer died without a word

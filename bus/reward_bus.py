@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol
 
-import structlog
 from msgspec.structs import replace
 
+from loom.bus.log import get_logger
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import BusUnavailable, InvalidTask
 from loom.schemas.learning import Reward, Signal
@@ -17,7 +17,7 @@ from loom.schemas.wire import Undecodable, decode
 if TYPE_CHECKING:
     from loom.bus.client import Bus, PubAck
 
-log = structlog.get_logger()
+log = get_logger()
 
 PRIOR = 0.5
 """Score of a node in a domain nothing is known about; what old scores fade towards."""

@@ -4,12 +4,11 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import structlog
-
 from loom.bus.client import Bus, Msg
+from loom.bus.log import get_logger
 from loom.schemas.wire import Undecodable, decode
 
-log = structlog.get_logger()
+log = get_logger()
 T = TypeVar("T")
 
 

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-import structlog
-
 from loom.bus.client import Bus, Refused
+from loom.bus.log import get_logger
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, LoomError
 from loom.schemas.task import PRIORITIES
 
-log = structlog.get_logger()
+log = get_logger()
 
 ACK_WAIT_S = 30
 MIN_SERVER = (2, 12)  # message schedules

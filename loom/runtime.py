@@ -8,13 +8,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import msgspec
-import structlog
 
 from loom.agents.agent import Agent
 from loom.agents.config import AgentConfig
 from loom.agents.function_agent import as_agent
 from loom.agents.tools import Tool
 from loom.bus import tasks
+from loom.bus.log import get_logger
 from loom.bus.reward_bus import RewardBus, judgement
 from loom.bus.tasks import TaskHandle
 from loom.cluster.lifecycle import LifecycleManager
@@ -30,7 +30,7 @@ from loom.schemas.llm import LLMProvider
 from loom.schemas.task import TaskAd, TaskResult
 from loom.types import AgentNode, CapabilityProfile, HealthReport
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class Runtime:

@@ -5,13 +5,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-import structlog
-
 from loom.agents.host import BACKLOG, SLOTS, NodeHost
 from loom.agents.node import Node
 from loom.agents.nursery import Nursery
 from loom.bus import topology
 from loom.bus.client import Bus
+from loom.bus.log import get_logger
 from loom.bus.presence import Presence
 from loom.phases.adapt import Adapt
 from loom.phases.evaluate import Evaluate
@@ -23,7 +22,7 @@ from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES, Phase
 from loom.schemas.llm import LLMProvider
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class PhaseService(Protocol):

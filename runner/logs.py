@@ -1,4 +1,4 @@
-"""Logs: readable on a terminal, JSON otherwise, always on standard error."""
+"""Loom's lines on standard error: readable on a terminal, JSON otherwise. No other logging is touched."""
 
 import logging
 import os
@@ -6,15 +6,29 @@ import sys
 
 import structlog
 
+from loom.bus import log
+
+
+class _StandardError:
+    """Writes lines to the standard error of the moment."""
+
+    def msg(self, line: str) -> None:
+        """Write one line."""
+        if sys.stderr is not None:  # as under pythonw
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
+    debug = info = warning = error = critical = msg
+
 
 def configure(level: str = "", *, readable: bool | None = None) -> None:
-    """Set up structlog for this process; an empty level is `info`.
+    """Send loom's lines to standard error; an empty level is `info`.
 
     Args:
         readable: Whether they end on a terminal; absent: whether standard error is one.
     """
     if readable is None:
-        readable = sys.stderr.isatty()
+        readable = sys.stderr is not None and sys.stderr.isatty()
     processors: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -28,8 +42,10 @@ def configure(level: str = "", *, readable: bool | None = None) -> None:
         )
     else:
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    structlog.configure(
-        processors=processors,
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, (level or "info").upper())),
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),  # the stream of the moment
-    )
+    wrapper = structlog.make_filtering_bound_logger(getattr(logging, (level or "info").upper()))
+    log.use(structlog.wrap_logger(_StandardError(), processors=processors, wrapper_class=wrapper).bind())
+
+
+def reset() -> None:
+    """Undo `configure`: loom's lines go to the standard library's logger `loom` again."""
+    log.reset()

@@ -4,12 +4,10 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
-import structlog
-
 from loom.agents.host import NodeHost
 from loom.agents.node import Node
 from loom.agents.nursery import Nursery, Skills
-from loom.bus import tasks
+from loom.bus import log, tasks
 from loom.bus.client import Bus
 from loom.bus.topology import check_version
 from loom.runner import logs
@@ -20,8 +18,6 @@ from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import UnknownTask
 from loom.schemas.llm import LLMProvider
 from loom.schemas.wire import new_id
-
-log = structlog.get_logger()
 
 
 class Session:
@@ -62,8 +58,8 @@ class Session:
         Raises:
             BusUnavailable: No server, or a server without phases.
         """
-        if not structlog.is_configured():  # a guest in somebody's program stays quiet, and off standard output
-            logs.configure(self._settings.loom_log_level or "warning")
+        if self._settings.loom_log_level and log.is_default():
+            logs.configure(self._settings.loom_log_level)
         try:
             url = self._settings.nats_url or await self._embedded()
             self.bus = await self._connect(url, "client")

@@ -14,11 +14,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, NamedTuple, NoReturn, Self
 
-import structlog
-
+from loom.bus.log import get_logger
 from loom.runner.embedded import NatsServer
 
-log = structlog.get_logger()
+log = get_logger()
 
 FIRST_S: Final = 0.05
 LONGEST_S: Final = 5.0

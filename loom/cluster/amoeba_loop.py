@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-import structlog
-
 from loom.bus import tasks
 from loom.bus.client import Bus, Msg
+from loom.bus.log import get_logger
 from loom.bus.reward_bus import RewardBus
 from loom.bus.tasks import TaskHandle
 from loom.cluster.lifecycle import LifecycleManager
@@ -37,7 +36,7 @@ from loom.types import (
     TokenUsage,
 )
 
-log = structlog.get_logger()
+log = get_logger()
 
 REWARDED = frozenset({"node_lost", "agent_failed", "rejected_result", "deadline_exceeded"})
 """Failures there is something to learn from, where a node had the task."""

@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-import structlog
 from msgspec.structs import replace
 
+from loom.bus.log import get_logger
 from loom.phases.scale import planner
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import AgentFailed, Cancelled, DeadlineExceeded, InvalidPlan, LoomError, SubtaskFailed
@@ -20,7 +20,7 @@ SYNTHESIS_PROMPT = """\
 Answer the user's task from the outputs of its subtasks below, each after its id in brackets. Answer the task itself; \
 do not describe the subtasks. Where an output you need is missing, say so."""
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class TaskPlanner:

@@ -3,20 +3,19 @@
 from collections.abc import Mapping
 from functools import partial
 
-import structlog
-
 from loom.agents.agent import Agent
 from loom.agents.config import AgentConfig
 from loom.agents.nursery import Skills
 from loom.agents.tools import Tool
 from loom.bus.faults import describe
+from loom.bus.log import get_logger
 from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.schemas.auction import SpawnRequest
 from loom.schemas.llm import LLMProvider
 from loom.schemas.task import slug
 from loom.types import AgentNode, Skill
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 def skill_nodes(

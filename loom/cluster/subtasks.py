@@ -6,11 +6,11 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-import structlog
 from msgspec.structs import replace
 
 from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.kv import Bucket
+from loom.bus.log import get_logger
 from loom.bus.records import records
 from loom.bus.tasks import TaskHandle
 from loom.schemas.envelope import Envelope, SplitPlan, Subtask, TaskRecord
@@ -19,7 +19,7 @@ from loom.schemas.events import SubtaskEvent
 from loom.schemas.run import Delta
 from loom.schemas.wire import decode
 
-log = structlog.get_logger()
+log = get_logger()
 
 
 class Subtasks:

@@ -1,13 +1,13 @@
 """How far SENSE is off in each domain: what tasks turned out to be, against what it had taken them for."""
 
-import structlog
 from msgspec.structs import replace
 
 from loom.bus.client import Bus, Conflict
 from loom.bus.kv import Bucket
+from loom.bus.log import get_logger
 from loom.schemas.learning import BIAS, Calibration, Reward
 
-log = structlog.get_logger()
+log = get_logger()
 
 NEWEST = 0.3
 """Weight of the newest task in the moving average."""

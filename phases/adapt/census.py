@@ -2,14 +2,14 @@
 
 import time
 
-import structlog
 from msgspec.structs import replace
 
 from loom.bus.client import Bus, Msg, Subscription
+from loom.bus.log import get_logger
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.wire import Undecodable, decode
 
-log = structlog.get_logger()
+log = get_logger()
 
 HEARD_S = 10.0  # hosts announce themselves every 3 s
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from operator import attrgetter
 
-import structlog
 from msgspec.structs import replace
 
+from loom.bus.log import get_logger
 from loom.bus.ordered import Stored
 from loom.bus.subjects import Subjects
 from loom.phases.adapt.change import changed_at
@@ -13,7 +13,7 @@ from loom.phases.adapt.judges import WEIGHTS, attempt_id, judged, own, weight
 from loom.schemas.learning import MAX_DOMAINS, WINDOW, DomainEvidence, NodeProfile, Reward, Score
 from loom.schemas.wire import Undecodable, decode
 
-log = structlog.get_logger()
+log = get_logger()
 
 FORGETTING = "glr_ucb"
 SUCCESS = 0.5

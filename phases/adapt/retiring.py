@@ -3,10 +3,9 @@
 import asyncio
 from collections.abc import Mapping
 
-import structlog
-
 from loom.bus.client import Bus, NoResponders
 from loom.bus.faults import describe
+from loom.bus.log import get_logger
 from loom.phases.adapt.apoptosis import Retirement, bequest, heir, who_retires
 from loom.phases.adapt.census import Census
 from loom.phases.adapt.lease import take_lease
@@ -16,7 +15,7 @@ from loom.schemas.errors import LoomError
 from loom.schemas.learning import NodeProfile
 from loom.schemas.wire import decode
 
-log = structlog.get_logger()
+log = get_logger()
 
 SWEEP_S = 1.0
 ANSWER_S = 1.0

@@ -13,11 +13,10 @@ Gives up   an undecodable reward is logged and left out: nobody waits for it
 import asyncio
 import time
 
-import structlog
-
 from loom.bus.client import Bus, Conflict
 from loom.bus.faults import describe
 from loom.bus.kv import Bucket
+from loom.bus.log import get_logger
 from loom.bus.ordered import OrderedReader
 from loom.phases.adapt.calibrating import Calibrating
 from loom.phases.adapt.fold import change_in, fold, forgets, reward_in, summary
@@ -29,7 +28,7 @@ from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward
 
-log = structlog.get_logger()
+log = get_logger()
 
 BATCH_S = 0.02
 STANDBY_S = 1.0  # a standby writes what the active replica has not written by then

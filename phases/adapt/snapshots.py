@@ -3,17 +3,16 @@
 import asyncio
 from collections.abc import Mapping
 
-import structlog
-
 from loom.bus.client import Bus
 from loom.bus.faults import describe
+from loom.bus.log import get_logger
 from loom.bus.ordered import Stored
 from loom.phases.adapt.lease import take_lease
 from loom.schemas.errors import LoomError
 from loom.schemas.learning import SNAPSHOTS, NodeProfile, Reward, Snapshot
 from loom.schemas.wire import encode
 
-log = structlog.get_logger()
+log = get_logger()
 
 SHARE = 0.25
 """Share of the stream's limit that fills up between two rounds; one round may take as much itself."""

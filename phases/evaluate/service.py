@@ -10,13 +10,13 @@ Gives up   never: whatever it is handed ends a task, sends it back, or is told t
 
 import random
 
-import structlog
 from msgspec.structs import replace
 
 from loom.bus.answers import answer_task
 from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
 from loom.bus.kv import Bucket, Entry
+from loom.bus.log import get_logger
 from loom.bus.loop import SLOTS, HopLoop, Service
 from loom.bus.outcome import Done, Later, Next, Outcome
 from loom.bus.records import change, records, remembered
@@ -38,7 +38,7 @@ from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, SplitPlan, TaskRecord
 from loom.schemas.llm import LLMProvider
 
-log = structlog.get_logger()
+log = get_logger()
 
 SPREAD = 1.25
 """A pause is up to a quarter longer, so that tasks which failed together do not come again together."""

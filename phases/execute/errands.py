@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-import structlog
 from msgspec.structs import replace
 
 from loom.bus.client import Bus, Msg
 from loom.bus.delivery import Delivery
 from loom.bus.faults import describe
 from loom.bus.kv import Bucket
+from loom.bus.log import get_logger
 from loom.bus.records import change, records
 from loom.phases.execute.claim import may_report
 from loom.phases.execute.watch import Watch
@@ -21,7 +21,7 @@ from loom.schemas.run import RunEvent
 from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult, check_ad
 from loom.schemas.wire import MAX_INPUTS_BYTES, cut_utf8
 
-log = structlog.get_logger()
+log = get_logger()
 
 LOOK_AGAIN_S = 5.0  # a lost result message is found out this late
 RETRY_S = 1.0

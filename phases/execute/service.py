@@ -13,11 +13,11 @@ import asyncio
 import dataclasses
 from functools import partial
 
-import structlog
 from msgspec.structs import replace
 
 from loom.bus.client import Bus, Conflict, Msg, Subscription
 from loom.bus.delivery import Delivery
+from loom.bus.log import get_logger
 from loom.bus.loop import HopLoop, Service
 from loom.bus.outcome import Dead, Done, Leave, Next, Outcome
 from loom.bus.records import known_of, records, remembered
@@ -32,7 +32,7 @@ from loom.schemas.run import Delta, RunEvent, RunRequest
 from loom.schemas.task import RunResult, TaskError
 from loom.schemas.wire import MAX_CONTENT_BYTES, cut_utf8
 
-log = structlog.get_logger()
+log = get_logger()
 
 SLOTS = 1024
 CLAIM_TRIES = 8

@@ -8,16 +8,16 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import structlog
 from msgspec.structs import replace
 
 from loom.bus.client import Bus, Msg
+from loom.bus.log import get_logger
 from loom.schemas.errors import LoomError
 from loom.schemas.run import RunEvent, RunRequest, read_events
 from loom.schemas.task import TaskResult
 from loom.schemas.wire import Undecodable
 
-log = structlog.get_logger()
+log = get_logger()
 
 ABSENT_S = 1.0  # nobody listens: a host may be a little later than we are to come back after an outage
 ACCEPT_S = 3.0  # it may be busy; on a machine at its limit hundreds answered later than after one

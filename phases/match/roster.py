@@ -5,17 +5,16 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 
-import structlog
-
 from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.kv import Bucket, BucketReader
+from loom.bus.log import get_logger
 from loom.phases.match.ranking import Ranking
 from loom.phases.match.reading import Judged, ReadProfile, known, window
 from loom.schemas.auction import HostAnnouncement, Offer
 from loom.schemas.learning import NodeProfile
 from loom.schemas.wire import Undecodable, decode
 
-log = structlog.get_logger()
+log = get_logger()
 
 HEARD_S = 10.0
 MISSED_WINDOWS = 3

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from secrets import token_hex
 
-import structlog
 from msgspec.structs import replace
 
 from loom.bus.client import Bus
 from loom.bus.delivery import Delivery, Slots
+from loom.bus.log import get_logger
 from loom.bus.loop import HopLoop, Service, lane_slots
 from loom.bus.outcome import Dead, Fail, Later, Next, Outcome
 from loom.bus.scatter import scatter
@@ -33,7 +33,7 @@ from loom.schemas.envelope import Award, Envelope, Spec
 from loom.schemas.task import TaskError
 from loom.schemas.wire import cut_utf8
 
-log = structlog.get_logger()
+log = get_logger()
 
 HOLD_S = 5.0  # a busy cluster is asked again for so long before the task goes to the tail
 PAUSE_S = (0.1, 2.0)  # shortest and longest pause between two calls

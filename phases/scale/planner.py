@@ -3,8 +3,7 @@
 import asyncio
 from typing import Any
 
-import structlog
-
+from loom.bus.log import get_logger
 from loom.phases.scale.graph import PLAN
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Subtask
@@ -14,7 +13,7 @@ from loom.schemas.plan import PLAN_SCHEMA, parse_plan
 from loom.schemas.task import TaskAd
 from loom.schemas.wire import MAX_CONTEXT_BYTES, encode
 
-log = structlog.get_logger()
+log = get_logger()
 
 PLAN_WITHIN_S = 60.0
 """A plan that takes a model longer is not worth waiting for."""

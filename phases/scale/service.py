@@ -14,12 +14,12 @@ import asyncio
 from collections.abc import Callable, Sequence
 from weakref import WeakValueDictionary
 
-import structlog
 from msgspec.structs import replace
 
 from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
 from loom.bus.kv import Bucket
+from loom.bus.log import get_logger
 from loom.bus.loop import SLOTS, HopLoop, Service, schedule
 from loom.bus.outcome import Dead, Done, Fail, Next, Outcome
 from loom.bus.records import records
@@ -33,7 +33,7 @@ from loom.schemas.llm import LLMProvider
 from loom.schemas.task import RunResult, TaskError
 from loom.schemas.wire import MAX_CONTENT_BYTES, cut_utf8
 
-log = structlog.get_logger()
+log = get_logger()
 
 CANCEL_S = (0.02, 0.1, 0.4, 1.0, 1.0)  # waits for SENSE to record a cancel
 TRIES = 64  # notices of one plan come together; each of them is one change

@@ -2,15 +2,14 @@
 
 import time
 
-import structlog
-
 from loom.bus.client import Bus, NoResponders
+from loom.bus.log import get_logger
 from loom.schemas.auction import DESCRIPTION_BYTES, SpawnReply, SpawnRequest
 from loom.schemas.envelope import Award, Envelope
 from loom.schemas.errors import LoomError
 from loom.schemas.wire import cut_utf8, decode
 
-log = structlog.get_logger()
+log = get_logger()
 
 ASK_EVERY_S = 1.0  # a node takes about this long to start and to be seen bidding
 ANSWER_S = 0.5

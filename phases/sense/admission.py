@@ -1,17 +1,17 @@
 """Admission: a task enters the loop once, whoever submits it and however often."""
 
-import structlog
 from msgspec.structs import replace
 
 from loom.bus.answers import answer, answer_task, may_answer
 from loom.bus.client import Bus, Conflict
 from loom.bus.kv import Entry
+from loom.bus.log import get_logger
 from loom.bus.records import change, known_of, records
 from loom.schemas.envelope import Envelope, TaskRecord
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.task import Accepted, Submission
 
-log = structlog.get_logger()
+log = get_logger()
 
 MAX_REPLIES = 8
 

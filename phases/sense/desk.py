@@ -3,11 +3,11 @@
 import base64
 from uuid import uuid4
 
-import structlog
 from msgspec.structs import replace
 
 from loom.bus.answers import answer, answer_error, may_answer
 from loom.bus.client import Bus, Conflict, Msg, Refused, Subscription
+from loom.bus.log import get_logger
 from loom.bus.records import change
 from loom.phases.accept import unusable
 from loom.phases.sense.admission import Admission, envelope_for
@@ -16,7 +16,7 @@ from loom.schemas.errors import InvalidTask, LoomError, UnknownTask
 from loom.schemas.task import Accepted, Submission, TaskAd, TaskError, is_token, parse_ad
 from loom.schemas.wire import Undecodable, decode
 
-log = structlog.get_logger()
+log = get_logger()
 
 QUEUE = "sense"
 CANCELLED = TaskError(code="cancelled", message="the task was cancelled")

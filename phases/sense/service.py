@@ -9,11 +9,11 @@ Gives up   an ad that breaks a rule fails with invalid_task; a late one with dea
 
 import asyncio
 
-import structlog
 from msgspec.structs import replace
 
 from loom.bus.client import Bus
 from loom.bus.delivery import Delivery, Slots
+from loom.bus.log import get_logger
 from loom.bus.loop import HopLoop, Service, lane_slots
 from loom.bus.outcome import Dead, Done, Fail, Next, Outcome
 from loom.bus.topology import INTAKE_LANES, SENSE_LANE, Lane, stream_state
@@ -27,7 +27,7 @@ from loom.schemas.errors import InvalidTask, LoomError
 from loom.schemas.llm import CompletionParams, LLMProvider, UserMessage
 from loom.schemas.task import Submission, TaskError, check_ad
 
-log = structlog.get_logger()
+log = get_logger()
 
 ASK_WITHIN_S = 10.0  # a model that takes longer is not worth waiting for: the heuristic stands in
 GATE_S = 0.05

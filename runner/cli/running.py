@@ -10,17 +10,16 @@ import signal
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-import structlog
-
 from loom.agents.config import AgentConfig
 from loom.agents.openai_provider import OpenAIProvider
 from loom.bus.client import Bus
+from loom.bus.log import get_logger
 from loom.runner import logs
 from loom.runner.settings import Settings, from_environment
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.llm import LLMProvider
 
-log = structlog.get_logger()
+log = get_logger()
 T = TypeVar("T")
 
 DEFAULT_URL = "nats://127.0.0.1:4222"

@@ -11,13 +11,13 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
-import structlog
 import typer
 
 from loom.agents.host import BACKLOG, SLOTS
 from loom.agents.node import Node
 from loom.bus import topology
 from loom.bus.client import Bus
+from loom.bus.log import get_logger
 from loom.bus.presence import Present, who_is_there
 from loom.runner import logs
 from loom.runner.cli.loading import load_nodes
@@ -29,7 +29,7 @@ from loom.runner.supervisor import STOP_GRACE_S, Program, Supervisor, end_with_p
 from loom.schemas.envelope import PHASES, Phase
 from loom.schemas.errors import BusUnavailable
 
-log = structlog.get_logger()
+log = get_logger()
 
 PORT = 4222
 MOST_REPLICAS = 64

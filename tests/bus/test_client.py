@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 from support.buses import Connect, Heard, alive, back
+from support.logs import capture_logs
 from support.wait import until
 
 from loom.bus import client, connection, topology

@@ -4,10 +4,10 @@ import asyncio
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 from support.buses import envelope
 from support.foreign import publish_raw
 from support.hops import Phases, arrived, deliver_in_vain, hop, last, messages, put, settled
+from support.logs import capture_logs
 
 from loom.bus import loop as loop_module
 from loom.bus.client import Bus

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Callable
 
 import nats
 import pytest
-from structlog.testing import capture_logs
 from support.buses import Connect, back, envelope
+from support.logs import capture_logs
 from support.wait import until
 
 from loom.bus import client

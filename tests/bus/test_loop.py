@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import structlog
 from msgspec.structs import replace
-from structlog.testing import capture_logs
 from support.buses import Connect, back, envelope
 from support.hops import (
     Phases,
@@ -22,6 +21,7 @@ from support.hops import (
     settled,
     turns,
 )
+from support.logs import capture_logs
 from support.wait import until
 
 from loom.bus import loop as loop_module

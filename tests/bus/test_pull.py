@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 from support.buses import Connect, back, envelope
+from support.logs import capture_logs
 from support.wait import until
 
 from loom.bus import pull as pull_module

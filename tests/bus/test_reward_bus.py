@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import pytest
-from structlog.testing import capture_logs
 from support.buses import Connect
+from support.logs import capture_logs
 from support.wait import until
 
 from loom.bus import topology

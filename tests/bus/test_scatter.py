@@ -5,8 +5,8 @@ import time
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 from support.buses import Connect, Heard
+from support.logs import capture_logs
 
 from loom.bus.client import Bus, Msg, PayloadTooLarge
 from loom.bus.scatter import scatter

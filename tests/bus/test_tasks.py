@@ -6,9 +6,9 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 from support.buses import Connect, Heard, envelope
 from support.hops import arrived, messages
+from support.logs import capture_logs
 from support.wait import until
 
 from loom.bus import tasks, topology

@@ -5,8 +5,8 @@ import sys
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 from support.buses import Connect, envelope
+from support.logs import capture_logs
 
 from loom.bus import topology
 from loom.bus.client import Bus, Refused

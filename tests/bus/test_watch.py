@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Awaitable, Callable
 
 import pytest
-from structlog.testing import capture_logs
+from support.logs import capture_logs
 from support.phases import FakeHost, FakeRun
 from support.wait import until
 

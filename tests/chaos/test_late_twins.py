@@ -7,8 +7,8 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 from support.crashing import IMPATIENT, QUICK, WITHIN_S, Child, each_setting, host, phase
+from support.logs import capture_logs
 from support.nodes import node
 from support.phases import Stage, ad
 from support.wait import until

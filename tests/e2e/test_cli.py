@@ -14,13 +14,13 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-import structlog
 from support.command import LOOM, Command, Ended
 from support.wait import until
 
 from loom.bus.client import Bus
 from loom.bus.tasks import status
-from loom.runner.cli import main
+from loom.runner import logs
+from loom.runner.cli.app import main
 from loom.runner.cluster import running_nodes
 from loom.runner.embedded import NatsServer
 from loom.runner.session import check_phases
@@ -337,7 +337,7 @@ async def test_without_waiting_the_id_is_all_there_is(start: Start, phases: Bus,
 def quietly(environment: None) -> Iterator[None]:
     """For commands run in this process: what they do to the logs is undone."""
     yield
-    structlog.reset_defaults()
+    logs.reset()
 
 
 @pytest.mark.usefixtures("quietly")

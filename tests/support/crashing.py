@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import structlog
 
+from loom.bus import log
 from loom.bus.client import Bus
 from loom.bus.kv import Bucket
 from loom.bus.loop import HopLoop
@@ -24,6 +25,7 @@ from loom.phases.sense.desk import Desk
 from loom.runner.cluster import running_nodes, running_phases
 from loom.schemas.envelope import Phase
 from loom.schemas.run import RunRequest
+from support.logs import output
 from support.nodes import node
 from support.wait import until
 
@@ -243,7 +245,7 @@ def _main(pipe: Connection, work: Callable[..., Awaitable[None]], args: tuple[An
         pipe.send({name: str(value) for name, value in event.items()})
         raise structlog.DropEvent
 
-    structlog.configure(processors=[structlog.contextvars.merge_contextvars, tell])
+    log.use(output([structlog.contextvars.merge_contextvars, tell]))
 
     async def run() -> None:
         await work(pipe.send, Orders(pipe), *args)

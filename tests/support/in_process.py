@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
-import structlog
 
 from loom.runner import logs
-from loom.runner.cli import main
+from loom.runner.cli.app import main
 
 
 class Ended(NamedTuple):
@@ -36,7 +35,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return Ended(code, *capsys.readouterr())
 
     yield run
-    structlog.reset_defaults()
+    logs.reset()
 
 
 def is_refused(loom: Loom, line: str, code: int, said: str) -> None:

@@ -4,7 +4,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
+from support.logs import capture_logs
 from support.openai_server import OpenAIServer, Reply, Request
 from support.wait import until
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from structlog.testing import capture_logs
+from support.logs import capture_logs
 from support.values import messages
 
 from loom.bus.client import Bus, Msg

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from structlog.testing import capture_logs
+from support.logs import capture_logs
 
 from loom.agents.tools import MAX_RESULT_BYTES, Tool, ToolContext, ToolResult, tool
 from loom.schemas.errors import LoomError
