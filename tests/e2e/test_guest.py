@@ -1,0 +1,73 @@
+"""A Runtime inside a user's program: what belongs to the program stays as it is."""
+
+import asyncio
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import structlog
+
+from loom import Runtime, TaskAd
+from loom.runner import logs
+
+
+@pytest.fixture(autouse=True)
+def _logs() -> Iterator[None]:
+    logs.reset()
+    yield
+    logs.reset()
+
+
+def globals_of_the_process() -> dict[str, Any]:
+    """What a library could change for the whole process."""
+    structure = structlog.get_config()
+    return {
+        "structlog": (structlog.is_configured(), {**structure, "processors": list(structure["processors"])}),
+        "logging": (list(logging.root.handlers), logging.root.level, logging.getLogger("loom").handlers),
+        "warnings": list(warnings.filters),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)],
+        "hooks": (sys.excepthook, sys.unraisablehook, sys.displayhook),
+        "loop": (type(asyncio.get_running_loop()), asyncio.get_running_loop().get_exception_handler()),
+    }
+
+
+@pytest.mark.parametrize("level", ["", "debug"])
+async def test_a_runtime_leaves_everything_global_to_its_program(
+    level: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NATS_URL", raising=False)
+    monkeypatch.setenv("LOOM_LOG_LEVEL", level)
+    mine = structlog.get_logger()
+    before = globals_of_the_process()
+
+    async def agent(_description: str) -> str:
+        mine.info("said by the agent")
+        return "ok"
+
+    runtime = Runtime()
+    runtime.add_agent(agent, name="a")
+    async with runtime:
+        assert globals_of_the_process() == before
+        assert await runtime.submit(TaskAd(description="x")) == "ok"
+        mine.info("said meanwhile")
+    mine.info("said afterwards")
+
+    assert globals_of_the_process() == before
+    said = capsys.readouterr()
+    assert all(f"said {when}" in said.out for when in ("by the agent", "meanwhile", "afterwards"))
+    assert ("phases_started" in said.err) is (level == "debug")
+
+
+async def test_a_program_that_logs_by_the_standard_library_gets_the_lines_of_loom(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("NATS_URL", raising=False)
+    with caplog.at_level(logging.INFO):
+        async with Runtime():
+            pass
+
+    assert any(name == "loom" and "phases_started" in text for name, _, text in caplog.record_tuples)
