@@ -17,6 +17,7 @@ import nats.errors
 from nats.aio.subscription import Subscription
 
 from loom.bus.awaited import Awaited
+from loom.bus.clock_sync import ClockSync
 from loom.bus.connection import Connection, PayloadTooLarge
 from loom.bus.log import get_logger
 from loom.bus.message import Msg
@@ -33,6 +34,8 @@ HAND_OVER_S = 2.0
 LOOK_S = 0.05
 UNDECIDED_S = 0.1
 LEADER_WAIT_S = 0.25
+CLOCK_S = 1.0
+"""How long the server may take to state its time."""
 ASK_AGAIN_S = 1.0
 """Silence after which a call that may be made twice is made again: its server may have died, or lost its lead."""
 
@@ -111,6 +114,7 @@ class Bus(Connection):
         self._failed_publishes = 0
         self._unconfirmed: set[_Unconfirmed] = set()
         self.on_reconnect(self._send_again)
+        self._clock_sync = ClockSync(self)
 
     async def connect(self) -> Self:
         """Connect, trying for `patience_s`.
@@ -121,7 +125,21 @@ class Bus(Connection):
         await super().connect()
         await self._nc.listen(f"{self._inbox}.*", self._on_reply)
         self.spawn(self._watch_unconfirmed(), name="watch unconfirmed")
+        await self.sync_clock()
+        self.spawn(self._clock_sync.keep(), name="clock")
         return self
+
+    async def sync_clock(self) -> bool:
+        """Measure the server's time for `now`; return whether the server gave it.
+
+        The time stays this machine's own without JetStream, without the namespace's streams and without the right to
+        ask for their information.
+        """
+        return await self._clock_sync.sync(timeout_s=CLOCK_S)
+
+    async def _on_error(self, error: Exception) -> None:
+        if not self._clock_sync.is_denial(error):
+            await super()._on_error(error)
 
     async def close(self) -> None:
         """Close the connection; safe to call twice or before `connect`. What is not confirmed yet fails."""

@@ -16,6 +16,7 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 
+from loom.bus.clock import ServerClock
 from loom.bus.faults import describe
 from loom.bus.gate import Gate
 from loom.bus.lean_client import LeanClient, Take
@@ -65,7 +66,7 @@ class Connection:
         self.lost = asyncio.Event()
         """Set when the connection is closed for good: the process should end."""
         self.gate = Gate()
-        self.clock_offset_s = 0.0
+        self.clock = ServerClock()
         self._reconnected_at = -math.inf
         self._nc = LeanClient()
         self._inbox = f"_INBOX{'' if role == 'client' else '_' + role}.{uuid4().hex[:22]}"
@@ -239,7 +240,7 @@ class Connection:
 
     def now(self) -> float:
         """Return the server's time, seconds since the epoch."""
-        return time.time() + self.clock_offset_s
+        return self.clock.now()
 
     # -- plain messages
 

@@ -4,9 +4,12 @@ A service is named `<namespace>-<what>`, and whoever asks `$SRV.PING` gets one a
 """
 
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
+from typing import NamedTuple
 
 from loom.bus.answers import answer
 from loom.bus.client import Bus, Msg, Subscription
@@ -15,6 +18,9 @@ from loom.schemas.wire import Wire
 
 ANSWER_S = 0.5
 """How long to listen for answers: nobody knows how many there will be."""
+
+SERVER_TIME, WALL_CLOCK = "server_time", "wall_clock"
+"""Metadata of INFO: the process's two clocks at its answer, seconds since the epoch."""
 
 _PING = "io.nats.micro.v1.ping_response"
 _INFO = "io.nats.micro.v1.info_response"
@@ -81,16 +87,17 @@ class Presence:
             if verb == "PING":
                 await answer(self._bus, msg.reply, service)
             elif verb == "INFO":
-                await answer(self._bus, msg.reply, _info(service))
+                await answer(self._bus, msg.reply, _info(service, self._bus.now()))
 
 
-def _info(service: Present) -> _Info:
+def _info(service: Present, server_time: float) -> _Info:
+    clocks = {SERVER_TIME: f"{server_time:.3f}", WALL_CLOCK: f"{time.time():.3f}"}
     return _Info(
         type=_INFO,
         name=service.name,
         id=service.id,
         version=service.version,
-        metadata=service.metadata,
+        metadata={**service.metadata, **clocks},
         description=f"{service.metadata['service']} of a loom cluster",
         endpoints=[],
     )
@@ -118,6 +125,41 @@ async def who_is_there(
         bus, "$SRV.PING", b"", Present, window_s=within_s, enough=lambda answers: enough(ours(answers))
     )
     return sorted(ours(answers), key=lambda each: (each.name, each.id))
+
+
+class Clocks(NamedTuple):
+    """The clocks of one process beside those of the process that asked."""
+
+    services: tuple[str, ...]
+    instance: str
+    host: str
+    server_time_off_s: float
+    """What the process takes for the server's time, less what it is; the time of the answer's way is in it."""
+    wall_off_s: float
+    """The process's wall clock, less the server's time."""
+
+
+async def clocks(bus: Bus, *, within_s: float = ANSWER_S) -> list[Clocks]:
+    """Return the clocks of every process of this namespace that answers in `within_s`, one entry each."""
+    processes: dict[str, Clocks] = {}
+
+    def compare(answers: list[Present]) -> bool:
+        newest, now = answers[-1], bus.now()
+        facts = newest.metadata
+        with suppress(KeyError, ValueError):  # another program's service, or of a version without clocks
+            if facts["namespace"] == bus.subjects.namespace:
+                known = processes.get(newest.id)
+                processes[newest.id] = Clocks(
+                    (*(known.services if known else ()), newest.name),
+                    newest.id,
+                    facts["host"],
+                    float(facts[SERVER_TIME]) - now,
+                    float(facts[WALL_CLOCK]) - now,
+                )
+        return False
+
+    await scatter(bus, "$SRV.INFO", b"", Present, window_s=within_s, enough=compare)
+    return sorted(processes.values())
 
 
 def service_name(bus: Bus, name: str) -> str:

@@ -1,9 +1,8 @@
 """Streams, buckets and consumers as data, and one function that makes the server match."""
 
 import asyncio
-import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 from loom.bus.client import Bus, Refused
@@ -137,6 +136,7 @@ async def apply(bus: Bus, config: ClusterConfig) -> list[str]:
         differences += await _apply_stream(bus, wanted)
     for lane in LANES:
         await ensure_consumer(bus, lane)
+    await bus.sync_clock()  # the first moment at which a stream is there to ask about
     for difference in differences:
         log.warning("topology_differs", difference=difference)
     return differences
@@ -183,7 +183,7 @@ async def inspect(bus: Bus, config: ClusterConfig) -> Inspection:
 
 async def _part(bus: Bus, name: str, call: str, wanted: dict[str, Any]) -> Part:
     try:
-        info = await _info(bus, call)
+        info = await bus.api(call)
     except Refused as error:
         if error.err_code in {_STREAM_NOT_FOUND, _CONSUMER_NOT_FOUND}:
             return Part(name, None, ())
@@ -201,12 +201,12 @@ def _differences(config: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str
 
 async def _apply_stream(bus: Bus, wanted: dict[str, Any]) -> list[str]:
     try:
-        info = await _info(bus, f"STREAM.INFO.{wanted['name']}")
+        info = await bus.api(f"STREAM.INFO.{wanted['name']}")
     except Refused as error:
         if error.err_code != _STREAM_NOT_FOUND:
             raise
         await _create_stream(bus, wanted)
-        info = await _info(bus, f"STREAM.INFO.{wanted['name']}")
+        info = await bus.api(f"STREAM.INFO.{wanted['name']}")
     return [f"{wanted['name']}: {difference}" for difference in _differences(info["config"], wanted)]
 
 
@@ -263,16 +263,6 @@ async def stream_state(bus: Bus, name: str, *, subjects: str = "") -> dict[str, 
         Refused: No such stream.
     """
     body = {"subjects_filter": subjects} if subjects else None
-    info = await _info(bus, f"STREAM.INFO.{bus.subjects.stream(name)}", body)
+    info = await bus.api(f"STREAM.INFO.{bus.subjects.stream(name)}", body)
     state: dict[str, Any] = info["state"]
     return state
-
-
-async def _info(bus: Bus, call: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return an answer that carries the server's time, taken as of half way between question and answer."""
-    asked = time.time()
-    info = await bus.api(call, body)
-    stamp = info.get("ts")
-    if isinstance(stamp, str):
-        bus.clock_offset_s = datetime.fromisoformat(stamp).timestamp() - (asked + time.time()) / 2
-    return info

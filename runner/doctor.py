@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 
 from loom.bus import topology
 from loom.bus.client import Bus, Msg, Refused
-from loom.bus.presence import ANSWER_S, Present, own_version, who_is_there
+from loom.bus.presence import ANSWER_S, Clocks, Present, clocks, own_version, who_is_there
 from loom.bus.topology import MIN_SERVER, Inspection, Part
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.config import ClusterConfig
@@ -22,6 +22,8 @@ FULL: Final = 0.8
 
 PROBE_S: Final = 4.0
 """How long a stream may take to store a message; replicas that have just lost their leader need longer."""
+
+_WRONG_TIME: Final = "its tasks end too early or too late"
 
 AGAIN: Final = "ask again in ten seconds, as replicas may be choosing a leader; else see the server's log"
 
@@ -47,10 +49,11 @@ async def examine(bus: Bus, config: ClusterConfig) -> list[Finding]:
     if findings[-1].mark != "ok":
         return findings
     seen = await topology.inspect(bus, config)
-    there, hosts = await asyncio.gather(who_is_there(bus), announced(bus))
+    there, hosts, others = await asyncio.gather(who_is_there(bus), announced(bus), clocks(bus))
     return [
         *findings,
-        clock(bus.clock_offset_s),
+        clock(-bus.clock.wall_ahead_s),
+        *(process_clocks(others) if bus.clock.measured else ()),
         *design(seen, bus.subjects.namespace),
         *replicas(seen),
         *await storage(bus, seen, config),
@@ -92,10 +95,26 @@ async def jetstream(bus: Bus) -> Finding:
 
 def clock(offset_s: float) -> Finding:
     """Judge this machine's clock beside the server's."""
-    said = f"{abs(offset_s):.2f} s {'behind' if offset_s > 0 else 'ahead of'} the server's"
+    said = f"{_apart(-offset_s)} the server's"
     if abs(offset_s) < CLOCK_S:
         return _ok("clock", said)
-    return _warn("clock", said, "deadlines count in server time: synchronise the clocks (NTP)")
+    return _warn("clock", said, "synchronise the clocks (NTP): no deadline depends on it, the times in logs do")
+
+
+def process_clocks(others: list[Clocks]) -> Iterator[Finding]:
+    """Judge the clocks of the processes that answer; nothing to report of those that agree."""
+    for each in others:
+        process = f"{', '.join(each.services)} ({each.instance}) on {each.host}"
+        if abs(each.server_time_off_s) > CLOCK_S:
+            text = f"{process} takes the server's time to be {_apart(each.server_time_off_s)} what it is"
+            yield _fail("clock", text, f"allow it to publish to $JS.API.STREAM.INFO, or start it again: {_WRONG_TIME}")
+        elif abs(each.wall_off_s) > CLOCK_S:
+            text = f"the wall clock of {process} is {_apart(each.wall_off_s)} the server's"
+            yield _warn("clock", text, "synchronise the clocks (NTP): no deadline depends on it, the times in logs do")
+
+
+def _apart(seconds: float) -> str:
+    return f"{abs(seconds):.2f} s {'ahead of' if seconds > 0 else 'behind'}"
 
 
 def design(seen: Inspection, namespace: str) -> Iterator[Finding]:

@@ -31,7 +31,7 @@ AsLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a l
 
 @asynccontextmanager
 async def looking(settings: Settings) -> AsyncIterator[Bus]:
-    """Connect to the server of NATS_URL, whose clock the connection then knows.
+    """Connect to the server of NATS_URL.
 
     Raises:
         BusUnavailable: No server, or one that no phase has ever run on.
@@ -39,12 +39,12 @@ async def looking(settings: Settings) -> AsyncIterator[Bus]:
     url = settings.nats_url or DEFAULT_URL
     async with Bus(url, namespace=settings.loom_namespace, patience_s=PATIENCE_S) as bus:
         check_version(bus)
-        await server_time(bus)
+        await check_has_run(bus)
         yield bus
 
 
-async def server_time(bus: Bus) -> float:
-    """Return the server's time, seconds since the epoch, having asked for it.
+async def check_has_run(bus: Bus) -> None:
+    """Return if a phase has ever run here.
 
     Raises:
         BusUnavailable: No phase has ever run here.
@@ -54,7 +54,6 @@ async def server_time(bus: Bus) -> float:
     except Refused as error:
         where = f"namespace {bus.subjects.namespace} of {bus.address}"
         raise BusUnavailable(f'no phases have run in {where}; run "loom up"') from error
-    return bus.now()
 
 
 def seconds(text: str) -> float:

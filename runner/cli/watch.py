@@ -9,7 +9,7 @@ import typer
 from loom.bus.client import Bus
 from loom.bus.history import ended_since, rewards_since
 from loom.bus.tap import Seen, Tap
-from loom.runner.cli.looking import PATIENCE_S, domain_slug, seconds, server_time
+from loom.runner.cli.looking import PATIENCE_S, check_has_run, domain_slug, seconds
 from loom.runner.cli.render import console
 from loom.runner.cli.running import DEFAULT_URL, prepare, run_to_end
 from loom.runner.cli.sieve import Sieve
@@ -86,7 +86,8 @@ async def past(bus: Bus, sieve: Sieve, ago_s: float) -> list[Seen]:
     Raises:
         BusUnavailable: No phase has ever run here.
     """
-    at = await server_time(bus) - ago_s
+    await check_has_run(bus)
+    at = bus.now() - ago_s
     wanted = 0
     results, rewards = deque[Seen](maxlen=ROOM), deque[Seen](maxlen=ROOM)
     async for record in ended_since(bus, at):

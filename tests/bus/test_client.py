@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -400,25 +399,6 @@ async def test_the_api_says_what_the_server_refused(bus: Bus) -> None:
     with pytest.raises(Refused) as caught:
         await bus.api("STREAM.INFO.NONE")
     assert caught.value.err_code == 10059
-
-
-async def test_the_servers_clock_is_learned_with_every_look_at_a_stream(bus: Bus) -> None:
-    assert bus.clock_offset_s != 0  # from applying the topology
-    bus.clock_offset_s = 1000
-    assert bus.now() == pytest.approx(time.time() + 1000, abs=1)
-    await topology.stream_state(bus, "TASKS")
-    assert bus.now() == pytest.approx(time.time(), abs=1)  # the server runs on this machine
-
-
-async def test_a_server_ahead_of_this_process_gives_the_time(plain: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    ahead = datetime.fromtimestamp(time.time() + 100, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + "789Z"
-
-    async def api(_call: str, _body: Any = None) -> dict[str, Any]:
-        return {"ts": ahead, "state": {}}
-
-    monkeypatch.setattr(plain, "api", api)
-    await topology.stream_state(plain, "TASKS")
-    assert plain.now() == pytest.approx(time.time() + 100, abs=1)
 
 
 # -- faults

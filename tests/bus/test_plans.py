@@ -283,7 +283,7 @@ async def test_at_its_deadline_a_parked_task_fails(stage: Stage) -> None:
 async def test_the_servers_clock_decides_when_a_parked_task_is_late(stage: Stage) -> None:
     """A replica whose clock is behind takes the timer for what it is."""
     scale = await stage.phase("scale")
-    scale.bus.clock_offset_s -= 30
+    scale.bus.clock._offset_s -= 30
     await divided(stage, (("a",),), left_s=0.6)
     assert (await stage.seen("task", phase="evaluate")).error.code == "deadline_exceeded"
 

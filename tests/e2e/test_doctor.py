@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
+import pytest
 from support.command import command, loom
 
 from loom.bus.client import Bus
@@ -192,6 +193,8 @@ async def test_phases_are_found_as_nats_services_are(on_bus: Where, phases: Bus,
     assert (ping["name"], ping["id"]) == (name, phases.instance)
     assert re.fullmatch(r"\d+\.\d+\.\d+", ping["version"])
     assert ping["metadata"]["service"] == "match"
+    clocks = {name: float(info["metadata"].pop(name)) for name in ("server_time", "wall_clock")}
+    assert clocks == {name: pytest.approx(client.now(), abs=2) for name in clocks}  # the server runs on this machine
     assert info == {**ping, "type": "io.nats.micro.v1.info_response", "description": "match of a loom cluster"} | {
         "endpoints": []
     }

@@ -41,7 +41,7 @@ async def test_a_runtime_leaves_everything_global_to_its_program(
 ) -> None:
     monkeypatch.delenv("NATS_URL", raising=False)
     monkeypatch.setenv("LOOM_LOG_LEVEL", level)
-    mine = structlog.get_logger()
+    mine = structlog.get_logger()  # noqa: TID251 - the program's own
     before = globals_of_the_process()
 
     async def agent(_description: str) -> str:

@@ -85,7 +85,7 @@ class Stage:
             *(self.bus.api(f"STREAM.CREATE.{one['name']}", {**one, "storage": "memory"}) for one in streams)
         )
         await asyncio.gather(*(topology.ensure_consumer(self.bus, lane) for lane in topology.LANES))
-        await topology.stream_state(self.bus, "TASKS")  # tells the server's clock
+        await self.bus.sync_clock()
 
     async def _clear(self) -> None:
         """Leave no streams behind: the server is shared by the whole session."""
@@ -110,7 +110,6 @@ class Stage:
     ) -> "Replica":
         """Start a replica of one phase on a connection of its own."""
         bus = await self.connect(name)
-        bus.clock_offset_s = self.bus.clock_offset_s  # as topology.apply would have learned it
         service = build(name, bus, config or ClusterConfig(), llm)
         await service.start()
         replica = Replica(bus, service)

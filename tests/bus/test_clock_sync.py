@@ -1,0 +1,153 @@
+"""When the server's time is measured, and what counts where it cannot be."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from support.buses import Connect, back
+from support.command import command
+from support.logs import capture_logs
+from support.wait import until
+
+from loom.bus import clock_sync, topology
+from loom.bus.client import Bus
+from loom.runner.embedded import NatsServer, find_server
+from loom.schemas.config import ClusterConfig
+
+
+def set_off(bus: Bus, seconds: float) -> None:
+    """Let a connection's time be wrong, as after a suspension."""
+    bus.clock._offset_s += seconds
+    assert abs(bus.now() - time.time()) > 1
+
+
+def right(bus: Bus) -> bool:
+    return abs(bus.now() - time.time()) < 1  # the server runs on this machine
+
+
+async def test_the_time_is_known_as_soon_as_a_connection_is_made_or_the_streams_are(
+    connect: Connect, plain: Bus
+) -> None:
+    assert not plain.clock.measured  # no stream is there to ask about
+    assert right(plain)
+    await topology.apply(plain, ClusterConfig())
+    assert plain.clock.measured
+    later = await connect(role="node")
+    assert later.clock.measured
+
+
+@pytest.mark.parametrize("off_s", [3600, -3600])
+async def test_the_time_is_measured_again_when_asked_for(bus: Bus, off_s: float) -> None:
+    set_off(bus, off_s)
+    assert await bus.sync_clock()
+    assert right(bus)
+
+
+async def test_looking_at_a_stream_sets_no_clock(bus: Bus) -> None:
+    set_off(bus, 3600)
+    await topology.stream_state(bus, "TASKS")
+    await topology.inspect(bus, ClusterConfig())
+    assert not right(bus)
+
+
+async def test_the_time_is_measured_again_after_a_reconnect(mortal: Bus, server: NatsServer) -> None:
+    set_off(mortal, 3600)
+    await asyncio.to_thread(server.restart)
+    await back(mortal)
+    await until(lambda: right(mortal), within_s=5, what="the time is right again")
+
+
+async def test_the_time_is_measured_again_every_few_minutes(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock_sync, "EVERY_S", 0.1)
+    set_off(bus, 3600)
+    await until(lambda: right(bus), within_s=5, what="the time is right again")
+
+
+async def test_the_time_is_measured_again_once_the_two_clocks_of_the_machine_move_apart(bus: Bus) -> None:
+    set_off(bus, 60)
+    bus.clock._gap_s -= 60  # as the monotonic clock stands still while the machine sleeps
+    await until(lambda: right(bus), within_s=5, what="the time is right again")
+
+
+async def test_the_time_is_found_once_there_is_a_stream(
+    connect: Connect, plain: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clock_sync, "UNTIL_FIRST_S", 0.1)
+    early = await connect(role="node")
+    assert not early.clock.measured
+    await topology.apply(plain, ClusterConfig())
+    await until(lambda: early.clock.measured, within_s=5, what="the time is measured")
+
+
+async def test_the_best_of_three_tries_counts_when_the_way_is_long(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+
+    async def slow(_timeout_s: float) -> float:
+        nonlocal asked
+        asked += 1
+        at = time.time()
+        await asyncio.sleep((0.3, 0.05, 0.2)[asked - 1])  # all of it on the way back
+        return at
+
+    monkeypatch.setattr(bus._clock_sync, "_ask", slow)
+    set_off(bus, 3600)
+    assert await bus.sync_clock()
+    assert asked == 3
+    assert bus.now() - time.time() == pytest.approx(-0.025, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"{}", b"[]", b"?", b'{"ts": 5}', b'{"ts": "soon"}', b'{"ts": "2026-01-01T00:00:00"}', b"\xff"]
+)
+async def test_an_answer_without_the_time_leaves_the_clock_alone(bus: Bus, answer: bytes) -> None:
+    real: Any = bus.send
+
+    def send(subject: str, message: Any = b"", **more: Any) -> None:
+        if subject.startswith("$JS.API.STREAM.INFO"):
+            real(more["reply"], answer)
+        else:
+            real(subject, message, **more)
+
+    bus.send = send  # type: ignore[method-assign]  # a server that does not answer as it should
+    before = bus.clock._offset_s
+    assert not await bus.sync_clock()
+    assert bus.clock._offset_s == before
+
+
+@asynccontextmanager
+async def server_with(folder: Path, config: str) -> AsyncIterator[str]:
+    """A server of that configuration; yields its address."""
+    conf = folder / "nats.conf"
+    conf.write_text(config)
+    ports = folder / "ports"
+    ports.mkdir()
+    words = (find_server()[0], "-c", str(conf), "-a", "127.0.0.1", "-p", "-1", "--ports_file_dir", str(ports))
+    async with command(folder, *words) as server:
+        await server.says("Server is ready")
+        [file] = await until(lambda: list(ports.glob("*.ports")), what="the server lists its ports")
+        yield msgspec.json.decode(file.read_bytes())["nats"][0]
+
+
+async def test_without_the_right_to_ask_this_machines_clock_counts_and_connecting_is_not_slow(tmp_path: Path) -> None:
+    allowed = 'permissions: { publish: { deny: "$JS.API.>" }, subscribe: ">" }'
+    users = f"authorization {{ users: [ {{ user: node, password: pw, {allowed} }} ] }}"
+    async with server_with(tmp_path, f'jetstream {{ store_dir: "{tmp_path}/js" }}\n{users}') as url:
+        began = time.monotonic()
+        with capture_logs() as logs:
+            async with Bus(url.replace("//", "//node:pw@"), role="node") as bus:
+                assert time.monotonic() - began < clock_sync.CHECK_S
+                assert not bus.clock.measured
+                assert right(bus)
+                await bus.echo()
+    assert [entry["event"] for entry in logs] == ["server_time_denied"]
+
+
+async def test_without_jetstream_this_machines_clock_counts(tmp_path: Path) -> None:
+    async with server_with(tmp_path, "") as url, Bus(url) as bus:
+        assert not bus.clock.measured
+        assert right(bus)
