@@ -264,8 +264,8 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
     """Return how many seconds a server asks to wait, by `retry-after-ms` or `Retry-After` (seconds or a date).
 
     Args:
-        headers: Looked up in lower case.
-        now: Seconds since the epoch.
+        headers: Looked up in lower case. A date counts from the server's own `Date`.
+        now: Seconds since the epoch, for an answer without a `Date`.
     """
     for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:
@@ -274,8 +274,16 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
             continue
         if isfinite(seconds) and seconds >= 0:
             return seconds
+    until = _date(headers.get("retry-after", ""))
+    if until is None:
+        return None
+    sent = _date(headers.get("date", ""))
+    return max(0.0, until - (now if sent is None else sent))
+
+
+def _date(text: str) -> float | None:
     try:
-        return max(0.0, parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - now)
+        return parsedate_to_datetime(text).timestamp()
     except (ValueError, OverflowError):
         return None
 

@@ -1,12 +1,13 @@
 """The connection: hardened against what was seen to break nats-py, and the only place that makes one."""
 
 import asyncio
-import contextlib
 import math
-import re
+import random
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 from uuid import uuid4
@@ -16,12 +17,15 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 
+from loom.bus.addresses import Address, parse_addresses, shown, tls_wanted
 from loom.bus.clock import ServerClock
+from loom.bus.connect_causes import CHECK_ADDRESS, Cause, HungUp, cause_of
 from loom.bus.faults import describe
 from loom.bus.gate import Gate
 from loom.bus.lean_client import LeanClient, Take
 from loom.bus.log import get_logger
 from loom.bus.message import Msg, format_headers
+from loom.bus.resolver import Resolver
 from loom.bus.subjects import Subjects
 from loom.schemas.errors import BusUnavailable, LoomError
 from loom.schemas.wire import encode
@@ -57,8 +61,15 @@ class Connection:
 
     def __init__(self, url: str, *, namespace: str = "loom", role: str = "client", patience_s: float = 2.0) -> None:
         self.url = url
-        self.address = re.sub(r"(^|,)(\w+://)?[^,]*@", r"\1\2", url)
+        self._addresses: tuple[Address, ...] = ()
+        self.address = "the servers of NATS_URL"
         """The servers without credentials, for messages and logs."""
+        with suppress(BusUnavailable):  # raised by `connect`
+            self._addresses = parse_addresses(url)
+            self.address = shown(self._addresses)
+        self._failures: dict[str, Exception] = {}
+        """host and port -> why the last attempt there failed"""
+        self._causes_logged: set[str] = set()
         self._patience_s = patience_s
         self.subjects = Subjects(namespace)
         self.role = role
@@ -82,19 +93,20 @@ class Connection:
         """Connect, trying for `patience_s`.
 
         Raises:
-            BusUnavailable: No server answered in that time, or it refused us.
+            BusUnavailable: No server could be connected to in that time, or none will be; the message says why.
         """
+        parse_addresses(self.url)
+        self._resolver = Resolver()
         telling = asyncio.ensure_future(self._tell())
         try:
             async with asyncio.timeout(self._patience_s):
                 await self._connect_first()
-        except (OSError, nats.errors.Error, TimeoutError) as error:
+        except TimeoutError:
             await self._discard()
-            why = str(error) if isinstance(error, nats.errors.Error) else f"tried for {self._patience_s:g} s"
-            raise BusUnavailable(
-                f"no nats-server at {self.address} ({why}); start one there, or run `loom up` without NATS_URL",
-                url=self.address,
-            ) from error
+            raise BusUnavailable(f"no nats-server at {self.address}: {self._why()}", url=self.address) from None
+        except BusUnavailable:
+            await self._discard()
+            raise
         finally:
             telling.cancel()
         self._harden_socket()
@@ -102,31 +114,55 @@ class Connection:
         return self
 
     async def _tell(self) -> None:
-        """Say now and then that there is no server yet: a service waits for ever."""
+        """Log now and then why there is no server yet: a service waits without end."""
         while True:
             await asyncio.sleep(TELL_S)
-            log.warning("no_server_yet", server=self.address)
+            log.warning("no_server_yet", server=self.address, cause=self._why())
+
+    def _why(self) -> str:
+        """Return why no server could be connected to; of several, each one's own cause unless they are alike."""
+        causes = self._causes()
+        if not causes:
+            return f"no answer in {self._patience_s:g} s; {CHECK_ADDRESS}"
+        if len(set(causes.values())) == 1:
+            return str(next(iter(causes.values())))
+        return " | ".join(f"{server}: {cause}" for server, cause in causes.items())
+
+    def _causes(self) -> dict[str, Cause]:
+        tls = tls_wanted(self._addresses)
+        return {
+            address.shown: cause_of(self._failures[address.netloc], tls=tls)
+            for address in self._addresses
+            if address.netloc in self._failures
+        }
 
     async def _connect_first(self) -> None:
-        """Connect; a server that hangs up may be on its way up or down, and is tried again."""
+        """Connect; what may heal is tried again, beginning with another server each time.
+
+        Raises:
+            BusUnavailable: No server can be connected to, and waiting does not help.
+        """
+        order = deque(random.sample(self._addresses, len(self._addresses)))
         while True:
-            try:
-                await self._connect_once()
-                if self._nc.is_connected:  # else it hung up so late that nats-py has not noticed
+            with suppress(OSError, nats.errors.Error):  # kept in _failures
+                await self._connect_once(order)
+                if self._nc.is_connected:
                     return
-            except OSError:
-                pass
-            except nats.errors.Error as error:
-                # Not even an address, or what the server itself says, which nats-py leaves in quotes.
-                if self._nc._current_server is None or "'" in str(error):
-                    raise
+                self._failures[order[0].netloc] = HungUp()  # so late that nats-py has not noticed
+            causes = self._causes()
+            if len(causes) == len({address.shown for address in self._addresses}) and all(
+                cause.final for cause in causes.values()
+            ):
+                raise BusUnavailable(f"cannot connect to {self.address}: {self._why()}", url=self.address)
             await self._discard()
+            order.rotate(-1)
             await asyncio.sleep(RETRY_S)
 
-    async def _connect_once(self) -> None:
-        self._nc = LeanClient()
+    async def _connect_once(self, order: Iterable[Address]) -> None:
+        self._nc = LeanClient(self._addresses, self._resolver, self._failures)
         await self._nc.connect(
-            servers=self.url.split(","),
+            servers=[address.url for address in order],
+            dont_randomize=True,
             name=f"loom {self.instance}",
             error_cb=self._on_error,
             disconnected_cb=self._on_disconnect,
@@ -142,7 +178,9 @@ class Connection:
             drain_timeout=5,
         )
         # nats-py tries the first connection for ever by itself; what it does after that must be asked for.
-        self._nc.options.update(allow_reconnect=True, max_reconnect_attempts=-1, reconnect_time_wait=0.5)
+        self._nc.options.update(
+            allow_reconnect=True, max_reconnect_attempts=-1, reconnect_time_wait=0.5, dont_randomize=False
+        )
 
     async def _discard(self) -> None:
         self._closing = True
@@ -307,7 +345,7 @@ class Connection:
 
     async def unsubscribe(self, subscription: Subscription) -> None:
         """End a subscription; safe when the connection is already gone."""
-        with contextlib.suppress(nats.errors.Error):
+        with suppress(nats.errors.Error):
             await subscription.unsubscribe()
 
     async def serve(self, subject: str, handler: Handler, *, queue: str = "", at_once: int = 256) -> Subscription:
@@ -344,14 +382,17 @@ class Connection:
             return
         if self._nc.is_connected:
             log.warning("bus_error", error=str(error) or type(error).__name__)
-        elif "authorization" in str(error).lower():
-            self._refused()
+        elif any(error is failure for failure in self._failures.values()):
+            self._reconnect_failed(cause_of(error, tls=tls_wanted(self._addresses)))
 
-    def _refused(self) -> None:
-        """Give up once every server has refused to have us back: nats-py would ask for ever, in silence."""
-        self._refusals += 1
+    def _reconnect_failed(self, cause: Cause) -> None:
+        """Log each cause once; give up when every server has failed for good: nats-py would ask on in silence."""
+        if cause.what not in self._causes_logged:
+            self._causes_logged.add(cause.what)
+            log.warning("reconnect_failed", server=self.address, cause=str(cause))
+        self._refusals += cause.final
         if self._refusals > len(self._nc.servers) and not self.lost.is_set():
-            log.error("bus_refused", server=self.address)
+            log.error("bus_refused", server=self.address, cause=str(cause))
             self.lost.set()
 
     async def _on_disconnect(self) -> None:
@@ -361,6 +402,7 @@ class Connection:
     async def _on_reconnect(self) -> None:
         log.info("bus_reconnected")
         self._refusals = 0
+        self._causes_logged.clear()
         self._reconnected_at = time.monotonic()
         self._harden_socket()
         for callback in list(self._reconnected):
@@ -391,7 +433,7 @@ class Connection:
                 await self._reconnect()
 
     async def _reconnect(self) -> None:
-        with contextlib.suppress(nats.errors.Error, OSError):
+        with suppress(nats.errors.Error, OSError):
             await self._nc.force_reconnect()
 
 

@@ -7,17 +7,19 @@ what a hop itself does.
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 from nats.errors import BadSubjectError, ConnectionClosedError, OutboundBufferLimitError, ProtocolError
 from nats.protocol.parser import Parser
 
+from loom.bus.addresses import Address
 from loom.bus.faults import describe
+from loom.bus.handshake import HandshakeClient
 from loom.bus.log import get_logger
 from loom.bus.message import Msg
+from loom.bus.resolver import Resolver
 
 log = get_logger()
 
@@ -81,11 +83,16 @@ _PLAIN = ord("M")
 _breaks = re.compile(r"[\s\x00]").search
 
 
-class LeanClient(Client):
+class LeanClient(HandshakeClient):
     """A client whose messages take the short way."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        addresses: Sequence[Address] = (),
+        resolver: Resolver | None = None,
+        failures: dict[str, Exception] | None = None,
+    ) -> None:
+        super().__init__(addresses, resolver, failures)
         self._ps = LeanParser(self)
         self._takers: dict[int, Take] = {}
         self._writing = False

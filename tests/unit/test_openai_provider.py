@@ -501,6 +501,7 @@ def test_the_wait_doubles_give_or_take_a_quarter(tries: int, jitter: float) -> N
         ({"retry-after": "7", "retry-after-ms": "250"}, 0.25),
         ({"retry-after": "Thu, 01 Jan 1970 00:01:40 GMT"}, 40.0),
         ({"retry-after": "Thu, 01 Jan 1970 00:00:10 GMT"}, 0.0),
+        ({"retry-after": "Thu, 01 Jan 1970 02:00:07 GMT", "date": "Thu, 01 Jan 1970 02:00:00 GMT"}, 7.0),
     ],
 )
 def test_the_wait_a_server_asks_for_is_understood(headers: dict[str, str], expected: float | None) -> None:
