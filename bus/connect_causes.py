@@ -78,7 +78,8 @@ def cause_of(error: BaseException, *, tls: bool = False) -> Cause:
 
 def _tls(error: ssl.SSLError) -> Cause:
     if not isinstance(error, ssl.SSLCertVerificationError):
-        return Cause(f"TLS fails ({error.reason or 'no reason given'})", "see the server's log", final=True)
+        reason = getattr(error, "reason", None) or "no reason given"  # absent where Python itself raised it
+        return Cause(f"TLS fails ({reason})", "see the server's log", final=True)
     reason = error.verify_message.rstrip(".") or "no reason given"
     if error.verify_code == _EXPIRED:
         return Cause("the server's certificate has expired", "renew it on the server", final=True)

@@ -34,6 +34,8 @@ log = get_logger()
 
 STALL_MS = 10_000  # unacknowledged bytes for this long mean a half-open peer
 RETRY_S = 0.2
+CONNECT_S = 2.0
+"""How long each step of one attempt to connect may take: look-up, TCP, the first line, TLS."""
 TELL_S = 10.0
 """How often it is said that there is no server to connect to."""
 END_S = 5.0
@@ -171,7 +173,7 @@ class Connection:
             allow_reconnect=False,
             max_reconnect_attempts=-1,
             reconnect_time_wait=RETRY_S,  # type: ignore[arg-type]  # a fraction works, and a server starts in 15 ms
-            connect_timeout=2,
+            connect_timeout=CONNECT_S,  # type: ignore[arg-type]  # a fraction works
             inbox_prefix=self._inbox,
             ping_interval=5,
             max_outstanding_pings=2,

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -68,7 +69,7 @@ async def test_tls_asked_for_on_one_server_holds_for_all_of_them() -> None:
     assert fake.received == b""
 
 
-@pytest.mark.parametrize("words", [("doctor",), ("tasks",), ("submit", "x"), ("phase", "sense")])
+@pytest.mark.parametrize("words", [("doctor",), ("phase", "sense")])
 async def test_every_command_ends_at_once_and_names_the_cause(words: tuple[str, ...], tmp_path: Path) -> None:
     async with fake_server(info()) as fake:
         ended = await loom(tmp_path, *words, NATS_URL=f"tls://{LOGIN}@{fake.address}")
@@ -170,13 +171,16 @@ async def test_a_certificate_of_an_unknown_authority_or_for_another_host_is_the_
 ) -> None:
     files = certificate(tmp_path, host="elsewhere.example", ip="127.0.0.9")
     async with tls_server(tmp_path, files, demand) as address:
-        unknown = await loom(tmp_path, "tasks", NATS_URL=f"tls://{LOGIN}@{address}", SSL_CERT_FILE=os.devnull)
-        other = await loom(tmp_path, "tasks", NATS_URL=f"tls://{LOGIN}@{address}", SSL_CERT_FILE=str(files[0]))
-    assert (unknown.code, other.code) == (3, 3)
-    assert "certificate is not trusted" in unknown.err
-    assert "SSL_CERT_FILE" in unknown.err
-    assert "certificate is for another host name" in other.err
-    assert "secret" not in unknown.err + other.err
+        for authority, words in (
+            (os.devnull, "is not trusted .*SSL_CERT_FILE"),
+            (files[0], "is for another host name"),
+        ):
+            monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+            began = time.monotonic()
+            with pytest.raises(BusUnavailable, match=words) as caught:
+                await Bus(f"tls://{LOGIN}@{address}", patience_s=20).connect()
+            assert time.monotonic() - began < 5
+            assert "secret" not in str(caught.value)
 
 
 async def test_a_service_ends_with_an_untrusted_certificate(tmp_path: Path) -> None:

@@ -1,0 +1,266 @@
+"""Connecting: every cause of a failure is named in one line, with what to do, and without a secret."""
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from support.buses import alive, back
+from support.command import command, loom
+from support.fake_server import fake_server, info
+from support.logs import capture_logs
+from support.wait import until
+
+from loom.bus import connection, resolver
+from loom.bus.client import Bus
+from loom.bus.resolver import Resolver
+from loom.runner.embedded import NatsServer, find_server
+from loom.schemas.errors import BusUnavailable
+
+PASSWORDS = ["s3cr,et@x", "a:b/c?d#e", "100%", "%41", "pä ss", "'\"\\", ""]
+
+
+async def refused(url: str, patience_s: float = 0.5) -> str:
+    """Fail to connect, and return the whole of what is said about it."""
+    bus = Bus(url, patience_s=patience_s)
+    with capture_logs() as logs, pytest.raises(BusUnavailable) as caught:
+        await bus.connect()
+    await bus.close()
+    assert "\n" not in caught.value.message
+    return f"{caught.value.message} {caught.value.facts} {logs}"
+
+
+@pytest.mark.parametrize(
+    ("greeting", "cause"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "something else than a nats-server answers"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "something else than a nats-server answers"),
+        (b"220 mail\r\n", "something else than a nats-server answers"),
+        (b"\x15\x03\x01\x00\x02\x02\x46\n", "something else than a nats-server answers"),
+        (b"x" * 100_000, "the server hangs up"),
+        (b"INFO\r\n", "something else than a nats-server answers"),
+        (b"INFO ?\r\n", "info message, json parse error"),
+        (b"INFO []\r\n", "something else than a nats-server answers"),
+        (b'INFO {"connect_urls": 5}\r\n', "something else than a nats-server answers"),
+        (b"", "the server hangs up"),
+    ],
+)
+async def test_a_port_where_something_else_answers_is_named(greeting: bytes, cause: str) -> None:
+    async with fake_server(greeting, hang_up=True) as fake:
+        said = await refused(f"nats://u:secret@{fake.address}")
+    assert cause in said
+    assert fake.received == b""
+    assert "secret" not in said
+
+
+async def test_a_port_that_accepts_and_stays_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "CONNECT_S", 0.2)
+    async with fake_server() as fake:
+        said = await refused(f"nats://u:secret@{fake.address}")
+    assert "the connection is accepted, but nothing is sent" in said
+    assert fake.received == b""
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (b"-ERR 'Authorization Violation'\r\n", "refuses the credentials (Authorization Violation); check the user"),
+        (b"-ERR 'maximum connections exceeded'\r\n", "refuses the connection (maximum connections exceeded)"),
+    ],
+)
+async def test_what_the_server_refuses_is_named(error: bytes, cause: str) -> None:
+    async with fake_server(info(auth_required=True), answer=error, hang_up=True) as fake:
+        said = await refused(f"nats://u:secret@{fake.address}")
+    assert cause in said
+    assert "secret" not in said
+    assert b'"pass": "secret"' in fake.received
+
+
+async def test_of_several_servers_each_has_its_own_cause_and_all_are_tried() -> None:
+    async with (
+        fake_server(info(auth_required=True), answer=b"-ERR 'Authorization Violation'\r\n", hang_up=True) as one,
+        fake_server(b"SSH-2.0\r\n", hang_up=True) as other,
+    ):
+        said = await refused(f"nats://a:secret@{one.address},nats://{other.address},127.0.0.1:1", patience_s=1.5)
+    assert f"nats://{one.address}: the server refuses the credentials" in said
+    assert f"nats://{other.address}: something else" in said
+    assert "127.0.0.1:1: the connection is refused" in said
+    assert "secret" not in said
+
+
+async def test_servers_that_all_refuse_end_the_attempt_at_once() -> None:
+    answer = b"-ERR 'Authorization Violation'\r\n"
+    async with (
+        fake_server(info(auth_required=True), answer=answer, hang_up=True) as one,
+        fake_server(info(auth_required=True), answer=answer, hang_up=True) as other,
+    ):
+        began = time.monotonic()
+        said = await refused(f"nats://a:b@{one.address},nats://a:b@{other.address}", patience_s=20)
+    assert time.monotonic() - began < 5
+    assert said.startswith(f"cannot connect to nats://{one.address},nats://{other.address}: the server refuses the cr")
+
+
+async def test_one_server_that_refuses_does_not_stop_the_others(nats_url: str) -> None:
+    async with fake_server(info(), answer=b"-ERR 'Authorization Violation'\r\n", hang_up=True) as fake:
+        for _ in range(4):  # whichever comes first
+            async with Bus(f"nats://{fake.address},{nats_url}", patience_s=10) as bus:
+                assert await alive(bus)
+
+
+# -- credentials
+
+
+@asynccontextmanager
+async def guarded(folder: Path, users: str) -> AsyncIterator[str]:
+    """A server with these users; yields host and port."""
+    conf = folder / "nats.conf"
+    conf.write_text(f"authorization {{ {users} }}\n")
+    ports = folder / "ports"
+    ports.mkdir()
+    words = (find_server()[0], "-c", str(conf), "-a", "127.0.0.1", "-p", "-1", "--ports_file_dir", str(ports))
+    async with command(folder, *words) as server:
+        await server.says("Server is ready")
+        [file] = await until(lambda: list(ports.glob("*.ports")), what="its ports are listed")
+        yield json.loads(file.read_text())["nats"][0].rpartition("/")[2]
+
+
+async def test_any_password_works_percent_encoded(tmp_path: Path) -> None:
+    passwords = [password for password in PASSWORDS if password]
+    users = ", ".join(
+        f"{{ user: u{n}, password: {json.dumps(text, ensure_ascii=False)} }}" for n, text in enumerate(passwords)
+    )
+    async with guarded(tmp_path, f"users: [ {users} ]") as address:
+        for n, password in enumerate(passwords):
+            encoded = "".join(f"%{byte:02X}" for byte in password.encode())
+            async with Bus(f"nats://u{n}:{encoded}@{address}") as bus:
+                assert await alive(bus)
+
+
+async def test_a_token_works_and_a_wrong_one_is_named_without_it(tmp_path: Path) -> None:
+    async with guarded(tmp_path, 'token: "t0,ken"') as address:
+        async with Bus(f"nats://t0%2Cken@{address}") as bus:
+            assert await alive(bus)
+        said = await refused(f"nats://s3cret@{address}")
+    assert "check the user and password, or the token, in NATS_URL" in said
+    assert "s3cret" not in said
+
+
+async def test_each_server_gets_its_own_credentials() -> None:
+    answer = b"-ERR 'Authorization Violation'\r\n"
+    async with (
+        fake_server(info(auth_required=True), answer=answer, hang_up=True) as one,
+        fake_server(info(auth_required=True), answer=answer, hang_up=True) as other,
+        fake_server(info(auth_required=True), answer=answer, hang_up=True) as third,
+    ):
+        await refused(f"nats://a:first@{one.address},nats://second@{other.address},{third.address}", patience_s=5)
+    assert b'"pass": "first"' in one.received
+    assert b'"auth_token": "second"' in other.received
+    assert not any(word in third.received for word in (b"first", b"second", b"pass", b"token"))
+    assert b"second" not in one.received
+    assert b"first" not in other.received
+
+
+# -- at the command line
+
+
+@pytest.mark.parametrize(
+    ("line", "url", "words"),
+    [
+        ("phase sense", "http://127.0.0.1:1", "the server's address begins with neither nats:// nor tls://"),
+        ("up --processes", "nats://u:s3cr,et@127.0.0.1:1", "write a comma as %2C"),
+        ("doctor", "nats://127.0.0.1:99999", "is not a number from 1 to 65535"),
+    ],
+)
+async def test_an_address_that_cannot_be_one_ends_every_command_at_once(
+    url: str, words: str, line: str, tmp_path: Path
+) -> None:
+    ended = await loom(tmp_path, *line.split(), NATS_URL=url)
+    assert ended.code == 3
+    assert words in ended.err.splitlines()[-1]
+    assert "s3cr" not in ended.err
+    assert "et@" not in ended.err
+
+
+async def test_a_service_that_waits_logs_the_cause_and_starts_once_there_is_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "TELL_S", 0.1)
+    server = NatsServer()
+    await asyncio.to_thread(server.start)
+    server.kill()
+    bus = Bus(server.url, patience_s=20)
+    with capture_logs() as logs:
+        connecting = asyncio.ensure_future(bus.connect())
+        await until(lambda: logs, what="a line is logged")
+        await asyncio.to_thread(server.restart)
+        await connecting
+    await bus.close()
+    await asyncio.to_thread(server.stop)
+    line = next(entry for entry in logs if entry["event"] == "no_server_yet" and "refused" in entry["cause"])
+    assert line["cause"].startswith("the connection is refused; start one there")
+
+
+async def test_every_cause_of_an_outage_is_logged_once(tmp_path: Path) -> None:
+    server = NatsServer()
+    await asyncio.to_thread(server.start)
+    async with Bus(server.url) as bus:
+        bus._nc.options["reconnect_time_wait"] = 0.02
+        with capture_logs() as logs:
+            await asyncio.to_thread(server.kill)
+            await until(lambda: any(entry["event"] == "reconnect_failed" for entry in logs), what="it is logged")
+            await asyncio.sleep(0.3)  # many more attempts
+            await asyncio.to_thread(server.restart)
+            await back(bus)
+        causes = [entry["cause"] for entry in logs if entry["event"] == "reconnect_failed"]
+        assert len(causes) == len(set(causes)) <= 2
+        assert any("refused" in cause for cause in causes)
+    await asyncio.to_thread(server.stop)
+
+
+# -- host names
+
+
+async def test_an_unknown_host_name_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    said = await refused("nats://u:secret@no-such-host.invalid")
+    assert "the host name is not known; check the name in NATS_URL" in said
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 70, "."])
+async def test_what_no_name_server_would_know_is_an_unknown_host_name(host: str) -> None:
+    assert "host name" in await refused(f"nats://{host}:1")
+
+
+async def test_a_host_with_several_addresses_is_tried_at_each(nats_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = nats_url.rpartition(":")[2]
+    entries = [(2, 1, 6, "", ("127.0.0.9", 0)), (2, 1, 6, "", ("127.0.0.1", 0)), (2, 1, 6, "", ("127.0.0.1", 0))]
+    monkeypatch.setattr(resolver, "_entries", lambda _: entries)
+    assert await Resolver().addresses("several.example") == ["127.0.0.9", "127.0.0.1"]
+    async with Bus(f"nats://several.example:{port}") as bus:
+        assert await alive(bus)
+
+
+async def test_a_name_server_that_does_not_answer_is_named_and_asked_once_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = 0
+
+    def slow(_host: str) -> list[tuple[object, ...]]:
+        nonlocal asked
+        asked += 1
+        time.sleep(1)
+        return []
+
+    monkeypatch.setattr(resolver, "_entries", slow)
+    monkeypatch.setattr(connection, "CONNECT_S", 0.1)
+    said = await refused("nats://slow.example", patience_s=0.8)
+    assert "the host name cannot be looked up for now" in said
+    assert asked == 1
