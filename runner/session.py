@@ -13,7 +13,7 @@ from loom.bus.topology import check_version
 from loom.runner import logs
 from loom.runner.cluster import PhaseGroup
 from loom.runner.embedded import NatsServer, embedded_server
-from loom.runner.settings import Settings
+from loom.runner.settings import Settings, warn_of_misspelt_settings
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import UnknownTask
 from loom.schemas.llm import LLMProvider
@@ -60,6 +60,7 @@ class Session:
         """
         if self._settings.loom_log_level and log.is_default():
             logs.configure(self._settings.loom_log_level)
+        warn_of_misspelt_settings()
         try:
             url = self._settings.nats_url or await self._embedded()
             self.bus = await self._connect(url, "client")

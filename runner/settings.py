@@ -1,14 +1,20 @@
 """Settings from the environment: one table, read once, handed down."""
 
+import difflib
 import os
+import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, get_origin
 
 import msgspec
 from msgspec import Meta
 
+from loom.bus.log import get_logger
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
+
+log = get_logger()
 
 
 class InvalidSetting(LoomError):
@@ -27,7 +33,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     loom_model: str = "gpt-4o-mini"
     """LOOM_MODEL. Model the phases ask, for judging and planning, when OPENAI_API_KEY or OPENAI_BASE_URL is set."""
     loom_log_level: Annotated[str, Meta(pattern=r"^(debug|info|warning|error)?\Z")] = ""
-    """LOOM_LOG_LEVEL. debug, info, warning or error; empty: info for services, warning inside your own program."""
+    """LOOM_LOG_LEVEL. debug, info, warning or error, in any case; empty: info for services, warning for other commands.
+    In your own program empty leaves it to logging.getLogger("loom"); a level writes lines to standard error."""
+    loom_event_loop: Annotated[str, Meta(pattern=r"^(auto|uvloop|asyncio)\Z")] = "auto"
+    """LOOM_EVENT_LOOP. Event loop of the commands: auto, uvloop or asyncio; auto: uvloop where it is installed."""
     loom_store: str = ""
     """LOOM_STORE. Folder in which `loom up` keeps its streams; empty: private, gone at the end."""
     loom_sync_interval: Annotated[str, Meta(pattern=r"^(always|[1-9][0-9]{0,5}(ms|s|m|h))?\Z")] = ""
@@ -37,11 +46,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """LOOM_<FIELD> for each field of ClusterConfig, for example LOOM_MAX_ATTEMPTS."""
 
 
-_WANTED = {  # a variable is text whatever it says
-    "Expected `int`, got `str`": "must be a whole number",
-    "Expected `float`, got `str`": "must be a number",
-    "Expected `bool`, got `str`": "must be true or false",
+_FORMS = {
+    "loom_namespace": "must be 1 to 32 small letters, digits, - or _, and begin with a letter or a digit",
+    "loom_log_level": "must be debug, info, warning or error",
+    "loom_sync_interval": "must be always, or a time such as 500ms, 10s, 2m or 1h",
+    "loom_event_loop": "must be auto, uvloop or asyncio",
+    "judge_weights": "must be name=weight, or several with commas between; each weight a number from 0 to 1000",
 }
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+_BOUNDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
+_NEAR = 0.7
+"""How alike a misspelt variable and a known one are, from 0 to 1."""
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
@@ -63,14 +78,49 @@ def _given(shape: type[msgspec.Struct], prefix: str, environment: Mapping[str, s
         value = environment.get(variable)
         if not value or name == "cluster":
             continue
+        if name in {"loom_log_level", "loom_event_loop"}:
+            value = value.strip().lower()
         try:
             given[name] = _pairs(value) if get_origin(field.type) is dict else value
             msgspec.convert({name: given[name]}, shape, strict=False)
         except ValueError as error:  # msgspec's are such
-            reason = str(error).partition(" - at")[0].removeprefix(f"{shape.__name__}.{name} ")
-            reason = _WANTED.get(reason, reason)
+            reason = _FORMS.get(name) or _sentence(str(error).removeprefix(f"{shape.__name__}.{name} "))
             raise InvalidSetting(f"{variable}: {reason}", field=variable) from None
     return given
+
+
+def _sentence(error: str) -> str:
+    """Return what msgspec says of a number, in words."""
+    kind = re.match(r"Expected `(\w+)`(?: (>=|<=|>|<) (\S+))?", error)
+    if kind is None or kind[1] not in _KINDS:
+        return error.partition(" - at")[0]
+    bound = f" of {_BOUNDS[kind[2]]} {kind[3]}" if kind[2] else ""
+    return f"must be {_KINDS[kind[1]]}{bound}"
+
+
+def warn_of_misspelt_settings() -> None:
+    """Log each variable of the environment that looks like a misspelt setting, once in a process."""
+    for variable, nearest in misspelt().items():
+        _warn(variable, nearest)
+
+
+@cache
+def _warn(variable: str, nearest: str) -> None:
+    log.warning("unknown_setting", variable=variable, hint=f"is {nearest} meant?")
+
+
+def misspelt(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the variables that loom does not know but that resemble one it knows: name -> the nearest known name."""
+    known = {field.name.upper() for field in msgspec.structs.fields(Settings)} - {"CLUSTER"}
+    known |= {f"LOOM_{field.name.upper()}" for field in msgspec.structs.fields(ClusterConfig)}
+    by_rest = {name.removeprefix("LOOM_"): name for name in known}
+    found = {}
+    for variable in sorted(environment):
+        if variable.upper().startswith("LOOM_") and variable not in known:
+            near = difflib.get_close_matches(variable.upper().removeprefix("LOOM_"), by_rest, n=1, cutoff=_NEAR)
+            if near:
+                found[variable] = by_rest[near[0]]
+    return found
 
 
 def _pairs(value: str) -> dict[str, str]:

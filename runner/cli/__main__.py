@@ -1,5 +1,5 @@
 """`python -m loom.runner.cli` is `loom`."""
 
-from loom.runner.cli.app import main
+from loom.runner.cli.start import main
 
 main()

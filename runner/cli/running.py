@@ -8,6 +8,7 @@ import importlib.util
 import os
 import signal
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from loom.agents.config import AgentConfig
@@ -15,7 +16,7 @@ from loom.agents.openai_provider import OpenAIProvider
 from loom.bus.client import Bus
 from loom.bus.log import get_logger
 from loom.runner import logs
-from loom.runner.settings import Settings, from_environment
+from loom.runner.settings import InvalidSetting, Settings, from_environment, warn_of_misspelt_settings
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.llm import LLMProvider
 
@@ -39,11 +40,33 @@ def prepare(log_level: str) -> Settings:
     """
     settings = from_environment()
     logs.configure(settings.loom_log_level or log_level)
+    warn_of_misspelt_settings()
     return settings
 
 
+def loop_factory(wanted: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes the event loop: None for asyncio's own.
+
+    Args:
+        wanted: auto, uvloop or asyncio.
+
+    Raises:
+        InvalidSetting: uvloop is wanted and not installed.
+    """
+    if wanted == "asyncio":
+        return None
+    if importlib.util.find_spec("uvloop"):
+        factory: Callable[[], asyncio.AbstractEventLoop] = importlib.import_module("uvloop").new_event_loop
+        return factory
+    if wanted == "uvloop":
+        raise InvalidSetting(
+            "LOOM_EVENT_LOOP: uvloop is not installed; install loom-nats[fast], or choose auto", field="LOOM_EVENT_LOOP"
+        )
+    return None
+
+
 def run_to_end(work: Coroutine[Any, Any, T]) -> T:
-    """Return what `work` returns, on uvloop where that is installed. SIGTERM cancels it, as Ctrl-C does.
+    """Return what `work` returns, on the loop of LOOM_EVENT_LOOP. SIGTERM cancels it, as Ctrl-C does.
 
     Raises:
         SystemExit: SIGTERM came, and `work` has ended of it.
@@ -55,16 +78,23 @@ def run_to_end(work: Coroutine[Any, Any, T]) -> T:
             loop.add_signal_handler(signal.SIGTERM, working.cancel)
         return await working
 
-    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
-    if importlib.util.find_spec("uvloop"):
-        factory = importlib.import_module("uvloop").new_event_loop
+    try:
+        factory = loop_factory(from_environment().loom_event_loop)
+    except InvalidSetting:
+        work.close()
+        raise
     gc.freeze()  # what has been imported stays
     gc.set_threshold(*RARELY)
     with asyncio.Runner(loop_factory=factory) as runner:
+        threads = ThreadPoolExecutor(thread_name_prefix="loom")
+        runner.get_loop().set_default_executor(threads)
         try:
             return runner.run(until_terminated())
         except asyncio.CancelledError:
             raise SystemExit(128 + signal.SIGTERM) from None
+        finally:  # closing the loop waits for the threads of its executor, and one may be busy for long
+            threads.shutdown(wait=False, cancel_futures=True)
+            runner.get_loop().set_default_executor(ThreadPoolExecutor(max_workers=1))
 
 
 def run_service(work: Coroutine[Any, Any, None]) -> None:

@@ -5,7 +5,7 @@ import os
 import signal
 from pathlib import Path
 
-from loom.runner.cli import main
+from loom.runner.cli.app import main
 
 profile = cProfile.Profile()
 
