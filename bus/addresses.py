@@ -16,6 +16,10 @@ _SCHEME = re.compile(r"([^/@:]*)://")
 _HOST = re.compile(r"[^\s\x00-\x1f\[\]@:/?#]+")
 
 
+class _NotAnAddressError(ValueError):
+    """What is wrong with an address, without any of its text."""
+
+
 class Login(NamedTuple):
     """What a server is to know a client by: a user and a password, or a token."""
 
@@ -54,7 +58,11 @@ def parse_addresses(text: str) -> tuple[Address, ...]:
             part of it may belong to a password.
     """
     parts = [part.strip() for part in text.split(",")]
-    addresses = tuple(_parse(part, number, len(parts)) for number, part in enumerate(parts, start=1) if part)
+    try:
+        addresses = tuple(_parse(part, number, len(parts)) for number, part in enumerate(parts, start=1) if part)
+    except _NotAnAddressError as error:
+        hint = f"; {ESCAPES}" if "@" in text else ""
+        raise BusUnavailable(f"{error}; {FORM}{hint}") from None
     if not addresses:
         raise BusUnavailable(f"the list of servers is empty; {FORM}")
     return addresses
@@ -70,15 +78,15 @@ def _parse(part: str, number: int, count: int) -> Address:
     scheme, rest = _without_scheme(part, which)
     userinfo, at, rest = rest.rpartition("@")
     if at and number > 1 and not scheme:  # the comma before it may be one of the password
-        raise BusUnavailable(f"{which} has a user or token but no nats:// or tls:// before it; {ESCAPES}")
+        raise _NotAnAddressError(f"{which} has a user or token but no nats:// or tls:// before it")
     host, port_text, tail = _host_and_port(rest, which)
     if tail.strip("/"):
-        raise BusUnavailable(f"{which} goes on behind its port; {FORM}; {ESCAPES}")
+        raise _NotAnAddressError(f"{which} goes on behind its port")
     port = DEFAULT_PORT
     if port_text:
         port = int(port_text) if port_text.isascii() and port_text.isdecimal() and len(port_text) <= 5 else 0  # noqa: PLR2004
         if not 1 <= port <= MAX_PORT:
-            raise BusUnavailable(f"the port of {which} is not a number from 1 to {MAX_PORT}; {FORM}; {ESCAPES}")
+            raise _NotAnAddressError(f"the port of {which} is not a number from 1 to {MAX_PORT}")
     written = rest.removesuffix(tail) if tail else rest
     return Address(
         scheme or "nats", host, port, _login(userinfo) if at else None, f"{scheme and scheme + '://'}{written}"
@@ -92,9 +100,9 @@ def _without_scheme(part: str, which: str) -> tuple[str, str]:
         return "", part
     scheme = found[1].lower()
     if scheme in {"ws", "wss"}:
-        raise BusUnavailable(f"{which} is a websocket, which loom does not speak; {FORM}")
+        raise _NotAnAddressError(f"{which} is a websocket, which loom does not speak")
     if scheme not in {"nats", "tls"}:
-        raise BusUnavailable(f"{which} begins with neither nats:// nor tls://; {FORM}")
+        raise _NotAnAddressError(f"{which} begins with neither nats:// nor tls://")
     return scheme, part[found.end() :]
 
 
@@ -110,8 +118,9 @@ def _host_and_port(text: str, which: str) -> tuple[str, str, str]:
         host, _, port = text.partition(":")
         known = _HOST.fullmatch(host) is not None and ":" not in port
     if not known:
-        why = "has no host" if not text or text.startswith(":") else "has a host that cannot be one"
-        raise BusUnavailable(f"{which} {why}; {FORM}, an IPv6 address in brackets; {ESCAPES}")
+        if not text.strip(":"):
+            raise _NotAnAddressError(f"{which} has no host")
+        raise _NotAnAddressError(f"{which} has no host that could be one; an IPv6 address needs brackets")
     return host, port, tail
 
 

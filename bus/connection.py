@@ -84,6 +84,8 @@ class Connection:
         self._nc = LeanClient()
         self._inbox = f"_INBOX{'' if role == 'client' else '_' + role}.{uuid4().hex[:22]}"
         self._closing = False
+        self._established = False
+        """Whether there has been a connection."""
         self._refusals = 0
         """In a row, since the connection was lost."""
         self._reconnected: list[Callable[[], None]] = []
@@ -111,6 +113,7 @@ class Connection:
             raise
         finally:
             telling.cancel()
+        self._established = True
         self._harden_socket()
         self.spawn(self._watch(), name="bus-watch")
         return self
@@ -173,7 +176,7 @@ class Connection:
             allow_reconnect=False,
             max_reconnect_attempts=-1,
             reconnect_time_wait=RETRY_S,  # type: ignore[arg-type]  # a fraction works, and a server starts in 15 ms
-            connect_timeout=CONNECT_S,  # type: ignore[arg-type]  # a fraction works
+            connect_timeout=min(CONNECT_S, self._patience_s / 2),  # type: ignore[arg-type]  # a fraction works
             inbox_prefix=self._inbox,
             ping_interval=5,
             max_outstanding_pings=2,
@@ -384,7 +387,7 @@ class Connection:
             return
         if self._nc.is_connected:
             log.warning("bus_error", error=str(error) or type(error).__name__)
-        elif any(error is failure for failure in self._failures.values()):
+        elif self._established and any(error is failure for failure in self._failures.values()):
             self._reconnect_failed(cause_of(error, tls=tls_wanted(self._addresses)))
 
     def _reconnect_failed(self, cause: Cause) -> None:

@@ -2,21 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from support.buses import Connect, back
-from support.command import command
+from support.configured import configured_server
 from support.logs import capture_logs
 from support.wait import until
 
 from loom.bus import clock_sync, topology
 from loom.bus.client import Bus
-from loom.runner.embedded import NatsServer, find_server
+from loom.runner.embedded import NatsServer
 from loom.schemas.config import ClusterConfig
 
 
@@ -119,27 +116,13 @@ async def test_an_answer_without_the_time_leaves_the_clock_alone(bus: Bus, answe
     assert bus.clock._offset_s == before
 
 
-@asynccontextmanager
-async def server_with(folder: Path, config: str) -> AsyncIterator[str]:
-    """A server of that configuration; yields its address."""
-    conf = folder / "nats.conf"
-    conf.write_text(config)
-    ports = folder / "ports"
-    ports.mkdir()
-    words = (find_server()[0], "-c", str(conf), "-a", "127.0.0.1", "-p", "-1", "--ports_file_dir", str(ports))
-    async with command(folder, *words) as server:
-        await server.says("Server is ready")
-        [file] = await until(lambda: list(ports.glob("*.ports")), what="the server lists its ports")
-        yield msgspec.json.decode(file.read_bytes())["nats"][0]
-
-
 async def test_without_the_right_to_ask_this_machines_clock_counts_and_connecting_is_not_slow(tmp_path: Path) -> None:
     allowed = 'permissions: { publish: { deny: "$JS.API.>" }, subscribe: ">" }'
     users = f"authorization {{ users: [ {{ user: node, password: pw, {allowed} }} ] }}"
-    async with server_with(tmp_path, f'jetstream {{ store_dir: "{tmp_path}/js" }}\n{users}') as url:
+    async with configured_server(tmp_path, f'jetstream {{ store_dir: "{tmp_path}/js" }}\n{users}') as address:
         began = time.monotonic()
         with capture_logs() as logs:
-            async with Bus(url.replace("//", "//node:pw@"), role="node") as bus:
+            async with Bus(f"nats://node:pw@{address}", role="node") as bus:
                 assert time.monotonic() - began < clock_sync.CHECK_S
                 assert not bus.clock.measured
                 assert right(bus)
@@ -148,6 +131,6 @@ async def test_without_the_right_to_ask_this_machines_clock_counts_and_connectin
 
 
 async def test_without_jetstream_this_machines_clock_counts(tmp_path: Path) -> None:
-    async with server_with(tmp_path, "") as url, Bus(url) as bus:
+    async with configured_server(tmp_path, "") as address, Bus(address) as bus:
         assert not bus.clock.measured
         assert right(bus)

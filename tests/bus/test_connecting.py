@@ -4,13 +4,13 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 from support.buses import alive, back
-from support.command import command, loom
+from support.command import loom
+from support.configured import configured_server
 from support.fake_server import fake_server, info
 from support.logs import capture_logs
 from support.wait import until
@@ -18,7 +18,7 @@ from support.wait import until
 from loom.bus import connection, resolver
 from loom.bus.client import Bus
 from loom.bus.resolver import Resolver
-from loom.runner.embedded import NatsServer, find_server
+from loom.runner.embedded import NatsServer
 from loom.schemas.errors import BusUnavailable
 
 PASSWORDS = ["s3cr,et@x", "a:b/c?d#e", "100%", "%41", "pä ss", "'\"\\", ""]
@@ -114,18 +114,9 @@ async def test_one_server_that_refuses_does_not_stop_the_others(nats_url: str) -
 # -- credentials
 
 
-@asynccontextmanager
-async def guarded(folder: Path, users: str) -> AsyncIterator[str]:
+def guarded(folder: Path, users: str) -> AbstractAsyncContextManager[str]:
     """A server with these users; yields host and port."""
-    conf = folder / "nats.conf"
-    conf.write_text(f"authorization {{ {users} }}\n")
-    ports = folder / "ports"
-    ports.mkdir()
-    words = (find_server()[0], "-c", str(conf), "-a", "127.0.0.1", "-p", "-1", "--ports_file_dir", str(ports))
-    async with command(folder, *words) as server:
-        await server.says("Server is ready")
-        [file] = await until(lambda: list(ports.glob("*.ports")), what="its ports are listed")
-        yield json.loads(file.read_text())["nats"][0].rpartition("/")[2]
+    return configured_server(folder, f"authorization {{ {users} }}\n")
 
 
 async def test_any_password_works_percent_encoded(tmp_path: Path) -> None:
@@ -186,39 +177,34 @@ async def test_an_address_that_cannot_be_one_ends_every_command_at_once(
 
 
 async def test_a_service_that_waits_logs_the_cause_and_starts_once_there_is_a_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "TELL_S", 0.1)
-    server = NatsServer()
-    await asyncio.to_thread(server.start)
     server.kill()
     bus = Bus(server.url, patience_s=20)
+    refused = "the connection is refused; start one there"
     with capture_logs() as logs:
         connecting = asyncio.ensure_future(bus.connect())
-        await until(lambda: logs, what="a line is logged")
+        await until(lambda: any(entry["cause"].startswith(refused) for entry in logs), what="the cause is logged")
         await asyncio.to_thread(server.restart)
         await connecting
+    assert await alive(bus)
     await bus.close()
-    await asyncio.to_thread(server.stop)
-    line = next(entry for entry in logs if entry["event"] == "no_server_yet" and "refused" in entry["cause"])
-    assert line["cause"].startswith("the connection is refused; start one there")
+    assert {entry["event"] for entry in logs} == {"no_server_yet"}
 
 
-async def test_every_cause_of_an_outage_is_logged_once(tmp_path: Path) -> None:
-    server = NatsServer()
-    await asyncio.to_thread(server.start)
+async def test_every_cause_of_an_outage_is_logged_once(server: NatsServer) -> None:
     async with Bus(server.url) as bus:
         bus._nc.options["reconnect_time_wait"] = 0.02
         with capture_logs() as logs:
             await asyncio.to_thread(server.kill)
-            await until(lambda: any(entry["event"] == "reconnect_failed" for entry in logs), what="it is logged")
-            await asyncio.sleep(0.3)  # many more attempts
+            attempts = bus._nc._server_pool[0]
+            await until(lambda: attempts.reconnects > 5, what="several attempts fail")
             await asyncio.to_thread(server.restart)
             await back(bus)
         causes = [entry["cause"] for entry in logs if entry["event"] == "reconnect_failed"]
         assert len(causes) == len(set(causes)) <= 2
         assert any("refused" in cause for cause in causes)
-    await asyncio.to_thread(server.stop)
 
 
 # -- host names

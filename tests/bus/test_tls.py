@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from support.buses import alive, back
 from support.certificates import certificate
-from support.command import command, loom
+from support.command import loom
+from support.configured import configured_server
 from support.fake_server import fake_server, info
 from support.logs import capture_logs
 from support.wait import until
 
 from loom.bus.client import Bus
-from loom.runner.embedded import find_server
 from loom.schemas.errors import BusUnavailable
 
 LOGIN = "bob:top%2Csecret"
@@ -33,20 +33,13 @@ def trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
 
 
 @asynccontextmanager
-async def tls_server(folder: Path, files: tuple[Path, Path], more: str = "", port: int = -1) -> AsyncIterator[str]:
+async def tls_server(folder: Path, files: tuple[Path, Path], more: str = "") -> AsyncIterator[str]:
     """A nats-server with TLS and the user of LOGIN; yields host and port."""
-    conf = folder / f"nats{port}.conf"
-    conf.write_text(
+    config = (
         f'tls {{ cert_file: "{files[0]}", key_file: "{files[1]}", timeout: 5 }}\n'
         f'authorization {{ user: bob, password: "top,secret" }}\n{more}'
     )
-    ports = folder / "ports"
-    ports.mkdir(exist_ok=True)
-    words = (find_server()[0], "-c", str(conf), "-a", "127.0.0.1", "-p", str(port), "--ports_file_dir", str(ports))
-    async with command(folder, *words) as server:
-        await server.says("Server is ready")
-        [file] = await until(lambda: list(ports.glob(f"*_{server.process.pid}.ports")), what="its ports are listed")
-        address = json.loads(file.read_text())["nats"][0].rpartition("/")[2]
+    async with configured_server(folder, config) as address:
         yield address.replace("127.0.0.1", "localhost")
 
 
