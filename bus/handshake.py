@@ -68,11 +68,21 @@ class Transport(TcpTransport):
         Raises:
             OSError: The handshake failed; ssl.SSLError says how.
         """
+        assert self._io_writer is not None  # noqa: S101 - `connect` comes first
+        reader = asyncio.StreamReader(limit=buffer_size)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        protocol._over_ssl = True  # type: ignore[attr-defined]  # asyncio's own way; else it warns at the end
+        loop = asyncio.get_running_loop()
+        host = uri if isinstance(uri, str) else uri.hostname
         try:
-            await super().connect_tls(uri, ssl_context, buffer_size, connect_timeout)
+            async with asyncio.timeout(connect_timeout):
+                below = self._io_writer.transport
+                transport = await loop.start_tls(below, protocol, ssl_context, server_hostname=host)
         except BaseException:
             self._handshake_failed = True
             raise
+        assert transport is not None  # noqa: S101 - only for a transport without TLS support
+        self._io_reader, self._io_writer = reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     async def wait_closed(self) -> None:
         """Return once the connection is closed."""
