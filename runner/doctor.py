@@ -106,8 +106,8 @@ def process_clocks(others: list[Clocks]) -> Iterator[Finding]:
     for each in others:
         process = f"{', '.join(each.services)} ({each.instance}) on {each.host}"
         if abs(each.server_time_off_s) > CLOCK_S:
-            text = f"{process} takes the server's time to be {_apart(each.server_time_off_s)} what it is"
-            yield _fail("clock", text, f"allow it to publish to $JS.API.STREAM.INFO, or start it again: {_WRONG_TIME}")
+            text = f"{process} is {_apart(each.server_time_off_s)} the server's time in its decisions"
+            yield _fail("clock", text, f"{_WRONG_TIME}: look for server_time_denied in its log, start it again")
         elif abs(each.wall_off_s) > CLOCK_S:
             text = f"the wall clock of {process} is {_apart(each.wall_off_s)} the server's"
             yield _warn("clock", text, "synchronise the clocks (NTP): no deadline depends on it, the times in logs do")

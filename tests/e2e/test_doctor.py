@@ -13,10 +13,10 @@ import pytest
 from support.command import command, loom
 
 from loom.bus.client import Bus
-from loom.bus.presence import Present, who_is_there
+from loom.bus.presence import Clocks, Present, clocks, who_is_there
 from loom.bus.topology import Inspection, Part
 from loom.runner.cluster import running_nodes, running_phases
-from loom.runner.doctor import Finding, backlog, clock, examine, examine_here, node_hosts, phases
+from loom.runner.doctor import Finding, backlog, clock, examine, examine_here, node_hosts, phases, process_clocks
 from loom.runner.embedded import find_server
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.config import ClusterConfig
@@ -97,6 +97,41 @@ def test_replicas_of_other_versions_and_strange_clocks_are_noticed() -> None:
     assert clock(3.0).mark == "warn"
     found = troubles(list(phases([_present("match", "0.0.1"), _present("match", "0.0.2")])))
     assert found["phase match"].startswith("warn: versions 0.0.1, 0.0.2 answer")
+
+
+def test_a_process_whose_clocks_are_off_is_named() -> None:
+    def process(server_time_off_s: float = 0.0, wall_off_s: float = 0.0) -> Clocks:
+        return Clocks(("loom-execute", "loom-match"), "phases-1", "box", server_time_off_s, wall_off_s)
+
+    def judged(clocks: Clocks) -> dict[str, str]:
+        return troubles(list(process_clocks([clocks])))
+
+    who = "loom-execute, loom-match (phases-1) on box"
+    assert judged(process(0.9, -0.9)) == {}
+    assert judged(process(wall_off_s=3600)) == {
+        "clock": f"warn: the wall clock of {who} is 3600.00 s ahead of the server's"
+    }
+    assert judged(process(wall_off_s=-2)) == {"clock": f"warn: the wall clock of {who} is 2.00 s behind the server's"}
+    assert judged(process(-3600, 0)) == {"clock": f"fail: {who} is 3600.00 s behind the server's time in its decisions"}
+
+
+async def test_processes_that_are_wrong_about_the_servers_time_are_found(on_bus: Where, client: Bus) -> None:
+    url, namespace = on_bus
+    async with (
+        running_phases(url, names=("sense",), namespace=namespace),
+        running_phases(url, names=("match",), namespace=namespace) as match,
+        running_nodes(url, nodes, namespace=namespace) as host,
+    ):
+        assert len(await clocks(client)) == 3
+        match.clock._offset_s += 3600
+        host.bus.clock._offset_s -= 5
+        await client.sync_clock()
+        found = [finding.says for finding in await examine(client, ClusterConfig()) if finding.about == "clock"]
+
+    assert [re.sub(r"\.\d\d|\(.*\) on \S+", "", says) for says in found[1:]] == [
+        f"{namespace}-match  is 3600 s ahead of the server's time in its decisions",
+        f"{namespace}-node  is 5 s behind the server's time in its decisions",
+    ]
 
 
 def _present(service: str, version: str) -> Present:
