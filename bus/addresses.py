@@ -1,4 +1,4 @@
-"""Addresses of servers as NATS_URL has them, taken apart without a word of their secrets in any message."""
+"""Parses the addresses of servers in NATS_URL; no message contains a part of their secrets."""
 
 import re
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ _HOST = re.compile(r"[^\s\x00-\x1f\[\]@:/?#]+")
 
 
 class _NotAnAddressError(ValueError):
-    """What is wrong with an address, without any of its text."""
+    """The reason why an address cannot be parsed, without any of its text."""
 
 
 class Login(NamedTuple):
-    """What a server is to know a client by: a user and a password, or a token."""
+    """The credentials of a client: a user and a password, or a token."""
 
     user: str | None = None
     password: str | None = None
@@ -132,7 +132,7 @@ def _login(userinfo: str) -> Login | None:
 
 
 def tls_wanted(addresses: Sequence[Address]) -> bool:
-    """Return whether any of the servers is to be spoken to by TLS only: then all are, also those learned of later."""
+    """Return whether any address asks for TLS: it then holds for all servers, also for those learned of later."""
     return any(address.scheme == "tls" for address in addresses)
 
 

@@ -19,7 +19,7 @@ log = get_logger()
 
 EVERY_S = 120.0
 UNTIL_FIRST_S = 5.0
-"""Pause while there is no stream yet whose information carries the time."""
+"""Pause between attempts while the namespace has no streams."""
 CHECK_S = 1.0
 """How often the wall clock is compared with the monotonic one."""
 TRIES = 3
@@ -32,7 +32,7 @@ class _StreamInfo(msgspec.Struct):
 
 
 class ClockSync:
-    """Keeps a connection's clock at the server's time, which the server states in the information of a stream."""
+    """Keeps a connection's clock at the server's time, which is part of the information of every stream."""
 
     def __init__(self, bus: "Bus") -> None:
         self._bus = bus
@@ -42,7 +42,7 @@ class ClockSync:
         self._denied = False
 
     async def sync(self, *, timeout_s: float) -> bool:
-        """Measure, the best of a few tries; return whether the server gave its time in `timeout_s`."""
+        """Measure the time, the best of up to three tries; return whether the server answered in `timeout_s`."""
         for tries in range(TRIES):
             asked = time.monotonic()
             server_time = await self._ask(timeout_s)
@@ -75,7 +75,7 @@ class ClockSync:
             pass
 
     def is_denial(self, error: Exception) -> bool:
-        """Return whether `error` is the server's refusal to be asked for its time; the request then ends."""
+        """Return whether `error` denies the request for the server's time; a running request then ends."""
         text = str(error).lower()
         if "permissions violation" not in text or self._subject.lower() not in text:
             return False

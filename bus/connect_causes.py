@@ -1,4 +1,4 @@
-"""Why a server could not be connected to, in one sentence each, with what to do about it."""
+"""Turns the errors of an attempt to connect into causes: one sentence each, with the remedy."""
 
 import errno
 import re
@@ -13,13 +13,13 @@ CHECK_ADDRESS = "check host and port in NATS_URL"
 CHECK_LOGIN = "check the user and password, or the token, in NATS_URL"
 
 LONGEST = 200
-"""Characters of the server's own words that are repeated."""
+"""Most characters of an error text of the server that a cause repeats."""
 
 _EXPIRED, _HOSTNAME, _IP = 10, 62, 64  # X509_V_ERR_…
 
 
 class NotNats(nats.errors.Error):
-    """The other side sent something else than the protocol begins with."""
+    """The first line of the other side does not belong to the NATS protocol."""
 
 
 class Silent(nats.errors.Error):
@@ -36,7 +36,7 @@ class Cause(NamedTuple):
     what: str
     todo: str
     final: bool = False
-    """Whether waiting does not help."""
+    """Whether a later attempt would fail too."""
 
     def __str__(self) -> str:
         return f"{self.what}; {self.todo}"
@@ -47,17 +47,17 @@ _PLAIN: dict[type[BaseException], Cause] = {
         "the server offers no TLS", "give it a certificate, or write nats:// in NATS_URL", final=True
     ),
     HungUp: Cause("the server hangs up", "it may be starting or stopping: see its log"),
-    Silent: Cause("the connection is accepted, but nothing is sent", f"{CHECK_ADDRESS}: no nats-server is there"),
-    NotNats: Cause("something else than a nats-server answers", CHECK_ADDRESS),
-    TimeoutError: Cause("no answer", f"{CHECK_ADDRESS}; a firewall may drop what is sent"),
+    Silent: Cause("the connection is accepted, but no data arrives", f"{CHECK_ADDRESS}: no nats-server is there"),
+    NotNats: Cause("the answer does not come from a nats-server", CHECK_ADDRESS),
+    TimeoutError: Cause("no answer", f"{CHECK_ADDRESS}; a firewall may drop the packets"),
 }
 
 
 def cause_of(error: BaseException, *, tls: bool = False) -> Cause:
-    """Return what an error of one attempt to connect means.
+    """Return the cause of a failed attempt to connect.
 
     Args:
-        error: What was raised.
+        error: The exception of the attempt.
         tls: Whether TLS was asked for.
     """
     for kind, cause in _PLAIN.items():
@@ -73,7 +73,7 @@ def cause_of(error: BaseException, *, tls: bool = False) -> Cause:
         case OSError():
             return _os_error(error)
         case _:
-            return Cause(f"what the server sends cannot be read ({type(error).__name__})", CHECK_ADDRESS)
+            return Cause(f"the answer cannot be read ({type(error).__name__})", CHECK_ADDRESS)
 
 
 def _tls(error: ssl.SSLError) -> Cause:
@@ -91,18 +91,18 @@ def _tls(error: ssl.SSLError) -> Cause:
 
 
 def _refusal(text: str, *, tls: bool) -> Cause:
-    """Return what an error of the server means, which nats-py quotes."""
+    """Return the cause that an error text of the server stands for; nats-py puts it in quotes."""
     quoted = re.search(r"'([^']+)'", text)
     if quoted is None:
         return Cause(text.removeprefix("nats: "), "see the server's log")
-    said = quoted[1][:LONGEST]
-    words = said.lower()
-    if "authorization" in words or "authentication" in words:
-        return Cause(f"the server refuses the credentials ({said})", CHECK_LOGIN, final=True)
-    if "tls" in words or "secure connection" in words:
+    words = quoted[1][:LONGEST]
+    lower = words.lower()
+    if "authorization" in lower or "authentication" in lower:
+        return Cause(f"the server refuses the credentials ({words})", CHECK_LOGIN, final=True)
+    if "tls" in lower or "secure connection" in lower:
         todo = "see the server's log" if tls else "write tls:// in NATS_URL"
-        return Cause(f"the server refuses the connection ({said})", todo, final=True)
-    return Cause(f"the server refuses the connection ({said})", "see the server's log")
+        return Cause(f"the server refuses the connection ({words})", todo, final=True)
+    return Cause(f"the server refuses the connection ({words})", "see the server's log")
 
 
 def _unresolved(error: socket.gaierror) -> Cause:

@@ -97,7 +97,7 @@ class Connection:
         """Connect, trying for `patience_s`.
 
         Raises:
-            BusUnavailable: No server could be connected to in that time, or none will be; the message says why.
+            BusUnavailable: No server could be connected to; the message contains the cause and the remedy.
         """
         parse_addresses(self.url)
         self._resolver = Resolver()
@@ -119,7 +119,7 @@ class Connection:
         return self
 
     async def _tell(self) -> None:
-        """Log now and then why there is no server yet: a service waits without end."""
+        """Log every TELL_S why there is no server yet: a service waits without a limit."""
         while True:
             await asyncio.sleep(TELL_S)
             log.warning("no_server_yet", server=self.address, cause=self._why())
@@ -391,7 +391,7 @@ class Connection:
             self._reconnect_failed(cause_of(error, tls=tls_wanted(self._addresses)))
 
     def _reconnect_failed(self, cause: Cause) -> None:
-        """Log each cause once; give up when every server has failed for good: nats-py would ask on in silence."""
+        """Log each cause once; give up when every server has failed for good: nats-py retries without a limit."""
         if cause.what not in self._causes_logged:
             self._causes_logged.add(cause.what)
             log.warning("reconnect_failed", server=self.address, cause=str(cause))

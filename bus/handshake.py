@@ -1,7 +1,7 @@
-"""nats-py from the first byte of a connection to CONNECT: who is spoken to, by TLS or not, with which credentials.
+"""The handshake of a connection, up to CONNECT: addresses, TLS and credentials.
 
-nats-py upgrades to TLS only where the server demands it, whatever the address says, and leaves out the credentials for
-servers it learns of from another one.
+nats-py uses TLS only where the server demands it, whatever the address asks for, and sends no credentials to servers it
+learns of from another one.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ class Transport(TcpTransport):
         Raises:
             OSError: The name is not known, or no address of it accepts a connection.
         """
-        if self._bare_io_writer is not None:  # the connection before, below TLS, which nats-py forgets
+        if self._bare_io_writer is not None:  # of the connection before: nats-py leaves it open below TLS
             self._bare_io_writer.transport.abort()
         self.first_line, self._handshake_failed = None, False
         try:
@@ -86,7 +86,7 @@ class Transport(TcpTransport):
 
     async def wait_closed(self) -> None:
         """Return once the connection is closed."""
-        if not self._handshake_failed:  # else the stream is never informed of its end: asyncio took it away for TLS
+        if not self._handshake_failed:  # else it would never return: the failed upgrade has detached the stream
             await super().wait_closed()  # type: ignore[no-untyped-call]  # nats-py's
 
     async def readline(self) -> bytes:
@@ -101,7 +101,7 @@ class HandshakeClient(Client):
     """A client that connects by the rules of its addresses.
 
     Args:
-        addresses: Its servers. Where one of them asks for TLS, nothing is sent without it, to whichever server.
+        addresses: Its servers. Where one of them asks for TLS, nothing is sent to any server without it.
         resolver: Looks host names up.
         failures: Gets the last error of each server that failed: host and port -> error.
     """
@@ -133,14 +133,14 @@ class HandshakeClient(Client):
         server = self._current_server.uri.netloc if self._current_server is not None else ""
         try:
             await super()._process_connect_init()
-        except Exception as error:  # noqa: BLE001 - nats-py trips in many ways over what is not its protocol
+        except Exception as error:  # noqa: BLE001 - another protocol makes nats-py fail in many ways
             failure = self._explained(error)
             self._failures[server] = failure
             _raise(failure, error)
         self._failures.pop(server, None)
 
     def _explained(self, error: Exception) -> Exception:
-        """Return an error that says more, and that nats-py knows how to handle."""
+        """Return a more specific error, of a type that nats-py handles."""
         first_line = self._transport.first_line if isinstance(self._transport, Transport) else None
         if isinstance(error, TimeoutError) and first_line is None:
             return Silent()
@@ -151,7 +151,7 @@ class HandshakeClient(Client):
         return NotNats() if first_line else HungUp()
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        """Take in what a server states of itself, before anything is sent to it.
+        """Process the INFO of a server; nothing has been sent to it yet.
 
         Raises:
             SecureConnWantedError: TLS is asked for, and the server does not offer it.

@@ -15,7 +15,7 @@ _LIBRARY = logging.getLogger("loom")
 
 
 def _is_wanted(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    """Drop a line that the program's logging would not show."""
+    """Drop a line that is below the level of the program's logging."""
     if not _LIBRARY.isEnabledFor(getattr(logging, method.upper())):
         raise structlog.DropEvent
     return event

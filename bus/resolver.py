@@ -1,6 +1,6 @@
-"""Host names to addresses, in threads that nobody has to wait for.
+"""Resolves host names in daemon threads.
 
-The event loops look names up in threads that are joined when a program ends: up to 40 s where no name server answers.
+The event loops use threads that are joined when a program ends: up to 40 s later where no name server answers.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from functools import partial
 
 
 class Resolver:
-    """Looks host names up; one look-up of a name at a time, however often it is asked for meanwhile."""
+    """Resolves host names; concurrent requests for one name share a look-up."""
 
     def __init__(self) -> None:
         self._running: dict[str, asyncio.Future[list[str]]] = {}
@@ -37,7 +37,7 @@ class Resolver:
             self._running.pop(host, None)
             if isinstance(found, OSError):
                 future.set_exception(found)
-                future.exception()  # it may be that nobody waits any more
+                future.exception()  # marks it as retrieved: all waiters may have given up
             else:
                 future.set_result(found)
 

@@ -95,14 +95,14 @@ async def jetstream(bus: Bus) -> Finding:
 
 def clock(offset_s: float) -> Finding:
     """Judge this machine's clock beside the server's."""
-    said = f"{_apart(-offset_s)} the server's"
+    text = f"{_apart(-offset_s)} the server's"
     if abs(offset_s) < CLOCK_S:
-        return _ok("clock", said)
-    return _warn("clock", said, "synchronise the clocks (NTP): no deadline depends on it, the times in logs do")
+        return _ok("clock", text)
+    return _warn("clock", text, "synchronise the clocks (NTP): no deadline depends on it, the times in logs do")
 
 
 def process_clocks(others: list[Clocks]) -> Iterator[Finding]:
-    """Judge the clocks of the processes that answer; nothing to report of those that agree."""
+    """Judge the clocks of the processes that answer; clocks that agree yield no finding."""
     for each in others:
         process = f"{', '.join(each.services)} ({each.instance}) on {each.host}"
         if abs(each.server_time_off_s) > CLOCK_S:

@@ -90,7 +90,7 @@ def _given(shape: type[msgspec.Struct], prefix: str, environment: Mapping[str, s
 
 
 def _sentence(error: str) -> str:
-    """Return what msgspec says of a number, in words."""
+    """Return an error of msgspec about a number as a sentence."""
     kind = re.match(r"Expected `(\w+)`(?: (>=|<=|>|<) (\S+))?", error)
     if kind is None or kind[1] not in _KINDS:
         return error.partition(" - at")[0]
@@ -110,7 +110,7 @@ def _warn(variable: str, nearest: str) -> None:
 
 
 def misspelt(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the variables that loom does not know but that resemble one it knows: name -> the nearest known name."""
+    """Return the unknown variables that resemble a known one: name -> the nearest known name."""
     known = {field.name.upper() for field in msgspec.structs.fields(Settings)} - {"CLUSTER"}
     known |= {f"LOOM_{field.name.upper()}" for field in msgspec.structs.fields(ClusterConfig)}
     by_rest = {name.removeprefix("LOOM_"): name for name in known}

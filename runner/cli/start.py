@@ -1,7 +1,7 @@
 """The first and the last thing in a `loom` process, before and after everything that takes long to import.
 
-As process 1 of a container `loom` is its init as well: the kernel drops signals that such a process has no handler
-for, and leaves it the orphans of all others, which become zombies unless it waits for them.
+As process 1 of a container `loom` is the init as well: the kernel drops signals for which process 1 has no handler, and
+makes it the parent of all orphans, which stay zombies until it waits for them.
 """
 
 import atexit
@@ -14,9 +14,9 @@ from contextlib import suppress
 from typing import NoReturn
 
 LINGER_S = 1.0
-"""How long threads that nobody stops may go on once the command is over."""
+"""How long non-daemon threads may go on once the command is over."""
 _OWN = {signal.SIGTTIN, signal.SIGTTOU, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT}
-"""Signals that are not passed on: of the terminal, and of this process's own faults."""
+"""Signals that are not passed on: those of the terminal, and those of faults in this process."""
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
@@ -45,7 +45,7 @@ def _run() -> int:
 def open_standard_streams() -> None:
     """Put /dev/null in the place of standard streams that are closed, as daemons and cron jobs leave them.
 
-    The next file or socket would get their number, and what is printed would be written into it.
+    The next file or socket would get the number of a closed stream, and printed text would be written into it.
     """
     for number, (name, mode) in enumerate(_STREAMS):
         try:
@@ -127,6 +127,6 @@ def end(code: int) -> NoReturn:
             if stream is not None:
                 stream.flush()
     except (OSError, ValueError, KeyboardInterrupt):
-        pass  # a pipe nobody reads, a closed stream, an impatient person
+        pass  # a broken pipe, a closed stream, a second Ctrl-C
     finally:
         os._exit(code)

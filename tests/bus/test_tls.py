@@ -47,7 +47,7 @@ async def tls_server(folder: Path, files: tuple[Path, Path], more: str = "") -> 
 @pytest.mark.parametrize("others", ["", "nats://127.0.0.1:1,"])
 async def test_nothing_is_sent_to_a_server_without_tls(facts: dict[str, bool], others: str) -> None:
     async with fake_server(info(**facts)) as fake:
-        bus = Bus(f"{others}tls://{LOGIN}@{fake.address}", patience_s=1)
+        bus = Bus(f"{others}tls://{LOGIN}@{fake.address}", patience_s=0.4)
         with pytest.raises(BusUnavailable, match="the server offers no TLS") as caught:
             await bus.connect()
     assert fake.connections
@@ -97,7 +97,7 @@ async def test_nothing_is_sent_without_tls_at_a_reconnect_and_the_cause_ends_the
         async with tls_server(tmp_path, trusted) as address:
             bus = await Bus(f"tls://{LOGIN}@{address}").connect()
             bus._nc.options["reconnect_time_wait"] = 0.02
-            for server in bus._nc._server_pool:  # from here on somebody else answers on the server's address
+            for server in bus._nc._server_pool:  # another process takes over the address
                 server.uri = server.uri._replace(netloc=fake.address)
         with capture_logs() as logs:
             async with asyncio.timeout(10):

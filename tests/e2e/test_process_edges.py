@@ -94,6 +94,7 @@ async def test_process_1_obeys_sigterm_while_it_still_imports(tmp_path: Path) ->
             assert await container.process.wait() == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 @in_container
 async def test_process_1_drains_and_ends_with_the_code_of_the_command(
     tmp_path: Path, nats_url: str, namespace: str
