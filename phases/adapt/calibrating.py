@@ -49,13 +49,22 @@ class Calibrating:
         self._revisions: dict[str, int] = {}
         self._unwritten: set[str] = set()
 
-    async def start(self) -> None:
-        """Read what is known."""
+    async def start(self, last_seq: int) -> None:
+        """Read what is known.
+
+        Args:
+            last_seq: Of the stream of rewards; what claims to hold more rests on another stream and starts at 0 again.
+        """
+        self._known, self._revisions, self._unwritten = {}, {}, set()
         reader = self._bucket.reader(f"{BIAS}*")
         try:
             while not reader.caught_up:
                 for entry in await reader.batch():
-                    self._known[entry.value.slug], self._revisions[entry.value.slug] = entry.value, entry.revision
+                    known = entry.value
+                    if known.last_seq > last_seq:
+                        known = Calibration(slug=known.slug)
+                        self._unwritten.add(known.slug)
+                    self._known[known.slug], self._revisions[known.slug] = known, entry.revision
         finally:
             await reader.stop()
 

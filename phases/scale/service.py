@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
+from loom.bus.duplicates import store_once
 from loom.bus.kv import Bucket
 from loom.bus.loop import SLOTS, HopLoop, Service, schedule
 from loom.bus.outcome import Dead, Done, Fail, Next, Outcome
@@ -86,7 +87,8 @@ class Scale:
                 return
             envelope = replace(plan.value.envelope, error=envelope.error)
         subject = self._bus.subjects.task("evaluate", envelope.priority, envelope.task_id)
-        await self._bus.store(subject, envelope, msg_id=f"{envelope.task_id}:dead:scale-{envelope.attempt}")
+        msg_id = f"{envelope.task_id}:dead:scale-{envelope.attempt}"
+        await store_once(self._bus, subject, envelope, msg_id=msg_id)
 
     def _is_timer(self, delivery: Delivery) -> bool:
         """Whether a parked parent's time has come, by the server's clock."""
@@ -258,7 +260,7 @@ class Scale:
 
     async def _publish(self, child: Envelope) -> None:
         subject = self._bus.subjects.task("sense", child.priority, child.task_id)
-        await self._bus.store(subject, child, msg_id=f"{child.task_id}:begin")
+        await store_once(self._bus, subject, child, msg_id=f"{child.task_id}:begin")
 
     async def _outputs(self, plan: SplitPlan, names: Sequence[str]) -> dict[str, str]:
         """What came out of the named subtasks, read from their records."""

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from loom.bus.answers import answer, answer_error, may_answer
 from loom.bus.client import Bus, Conflict, Msg, Refused, Subscription
+from loom.bus.duplicates import store_once
 from loom.bus.records import change
 from loom.phases.accept import unusable
 from loom.phases.sense.admission import Admission, envelope_for
@@ -142,7 +143,7 @@ class Desk:
 
     async def _tell_evaluate(self, envelope: Envelope) -> None:
         subject = self._bus.subjects.task("evaluate", envelope.priority, envelope.task_id)
-        await self._bus.store(subject, envelope.failed(CANCELLED), msg_id=f"{envelope.task_id}:cancel")
+        await store_once(self._bus, subject, envelope.failed(CANCELLED), msg_id=f"{envelope.task_id}:cancel")
 
     async def _queued(self, task_id: str) -> Submission | None:
         """The submission that waits in the intake, if one does."""
