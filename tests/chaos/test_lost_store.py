@@ -14,7 +14,6 @@ from loom.bus import tasks, topology
 from loom.bus.client import Bus, Refused
 from loom.bus.kv import Bucket
 from loom.runner.cluster import running_nodes, running_phases
-from loom.runner.doctor import design
 from loom.runner.embedded import NatsServer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.learning import NodeProfile
