@@ -4,16 +4,15 @@ Ids are deterministic, so a twin of the sender may have stored the same message 
 and no fault. But anyone who may publish into the stream can guess an id and store another message under it.
 """
 
-import base64
 from collections.abc import Coroutine, Mapping
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import structlog
 
-from loom.bus.client import Bus, PubAck, Refused
-from loom.bus.message import parse_headers
+from loom.bus.client import Bus, PubAck
 from loom.bus.records import records
+from loom.bus.stored import StoredMessage, read_message
 from loom.schemas.envelope import Envelope
 from loom.schemas.learning import Reward
 from loom.schemas.wire import Undecodable, decode, encode, new_id
@@ -24,15 +23,6 @@ SCHEDULE = "Nats-Schedule"
 TARGET = "Nats-Schedule-Target"
 _AT = "@at "
 _TOLERANCE_S = 1.0
-
-
-class Kept(NamedTuple):
-    """A message as its stream holds it."""
-
-    subject: str
-    data: bytes
-    headers: Mapping[str, str]
-    seq: int
 
 
 def store_once(
@@ -67,7 +57,7 @@ async def resolve(
     Args:
         after: Sequence in the same stream of the message this one follows from; 0 where there is none.
     """
-    stored = await _message(bus, ack.stream, {"seq": ack.seq})
+    stored = await read_message(bus, ack.stream, {"seq": ack.seq})
     if stored is None:
         # Settled by its reader, or removed by whoever took the id: the task itself shows which.
         ours = isinstance(message, Envelope) and await _goes_on(bus, message, subject, max(ack.seq, after))
@@ -79,7 +69,7 @@ async def resolve(
     return await bus.store(subject, message, msg_id=f"{msg_id}:{new_id()}", headers=headers)
 
 
-def is_ours(stored: Kept, subject: str, message: Any, headers: Mapping[str, str], now: float) -> bool:
+def is_ours(stored: StoredMessage, subject: str, message: Any, headers: Mapping[str, str], now: float) -> bool:
     """Return whether a stored message does what `message` is to do.
 
     An envelope must be of the same task and attempt and, on its way back by a schedule, not much later. What twins
@@ -100,7 +90,7 @@ def is_ours(stored: Kept, subject: str, message: Any, headers: Mapping[str, str]
     return same and _is_in_time(stored.headers, headers, now)
 
 
-def _is_same_reward(stored: Kept, subject: str, reward: Reward) -> bool:
+def _is_same_reward(stored: StoredMessage, subject: str, reward: Reward) -> bool:
     """Whether a reward of the same id is stored; what a retired node leaves counts once, whoever inherits it."""
     try:
         twin = decode(stored.data, Reward)
@@ -151,24 +141,15 @@ async def _goes_on(bus: Bus, envelope: Envelope, subject: str, after: int) -> bo
         return True
     carriers = (bus.subjects.of("later", envelope.task_id, "*"), bus.subjects.task("*", "*", envelope.task_id))
     for carrier in carriers:
-        found = await _message(bus, bus.subjects.stream("TASKS"), {"last_by_subj": carrier})
+        found = await read_message(bus, bus.subjects.stream("TASKS"), {"last_by_subj": carrier})
         if found is not None and found.seq > after and _carries(found, envelope):
             return True
     return False
 
 
-def _carries(found: Kept, envelope: Envelope) -> bool:
+def _carries(found: StoredMessage, envelope: Envelope) -> bool:
     try:
         carried = decode(found.data, Envelope)
     except Undecodable:
         return False
     return carried.task_id == envelope.task_id and carried.attempt >= envelope.attempt and _child(carried) is None
-
-
-async def _message(bus: Bus, stream: str, which: dict[str, Any]) -> Kept | None:
-    try:
-        message = (await bus.api(f"STREAM.MSG.GET.{stream}", which))["message"]
-    except Refused:
-        return None
-    headers = parse_headers(base64.b64decode(message.get("hdrs", "")))
-    return Kept(message["subject"], base64.b64decode(message.get("data", "")), headers, message["seq"])

@@ -41,7 +41,8 @@ SENSE_LANE = Lane("TASKS", "sense", ("task", "sense", "*", "*"))
 SCALE_LANE = Lane("TASKS", "scale", ("task", "scale", "*", "*"))
 EXECUTE_LANE = Lane("TASKS", "execute", ("task", "execute", "*", "*"))
 EVALUATE_LANE = Lane("TASKS", "evaluate", ("task", "evaluate", "*", "*"))
-LANES = (*INTAKE_LANES, SENSE_LANE, *MATCH_LANES, SCALE_LANE, EXECUTE_LANE, EVALUATE_LANE)
+TASK_LANES = (SENSE_LANE, *MATCH_LANES, SCALE_LANE, EXECUTE_LANE, EVALUATE_LANE)
+LANES = (*INTAKE_LANES, *TASK_LANES)
 
 BUCKETS: dict[str, timedelta] = {
     "records": timedelta(hours=72),
@@ -310,6 +311,29 @@ async def stream_state(bus: Bus, name: str, *, subjects: str = "") -> dict[str, 
     info = await _info(bus, f"STREAM.INFO.{bus.subjects.stream(name)}", body)
     state: dict[str, Any] = info["state"]
     return state
+
+
+async def lane_infos(bus: Bus) -> dict[Lane, dict[str, Any]]:
+    """Return what the server says of each consumer of the hops.
+
+    Raises:
+        BusUnavailable: No answer.
+        Refused: One of them is missing.
+    """
+    stream = bus.subjects.stream("TASKS")
+    infos = await asyncio.gather(*(bus.api(f"CONSUMER.INFO.{stream}.{lane.name}") for lane in TASK_LANES))
+    return dict(zip(TASK_LANES, infos, strict=True))
+
+
+async def in_flight(bus: Bus) -> int:
+    """Return how many hops wait for a phase or are in the hands of one; what is parked until its time is neither.
+
+    Raises:
+        BusUnavailable: No answer.
+        Refused: A consumer is missing.
+    """
+    infos = (await lane_infos(bus)).values()
+    return sum(int(info["num_pending"]) + int(info["num_ack_pending"]) for info in infos)
 
 
 async def _info(bus: Bus, call: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

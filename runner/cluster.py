@@ -90,6 +90,7 @@ class PhaseGroup:
     async def _start(self) -> None:
         try:
             await topology.apply(self._bus, self._config)
+            self._bus.missing.clear()  # just created
             for name in self._names:
                 service = build(name, self._bus, self._config, self._llm)
                 self._started.append(service)

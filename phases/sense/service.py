@@ -15,8 +15,9 @@ from msgspec.structs import replace
 from loom.bus.client import Bus
 from loom.bus.delivery import Delivery, Slots
 from loom.bus.loop import HopLoop, Service, lane_slots
+from loom.bus.orphans import sweep
 from loom.bus.outcome import Dead, Done, Fail, Next, Outcome
-from loom.bus.topology import INTAKE_LANES, SENSE_LANE, Lane, stream_state
+from loom.bus.topology import INTAKE_LANES, SENSE_LANE, Lane, in_flight, stream_state
 from loom.phases.sense.admission import Admission, envelope_for
 from loom.phases.sense.calibration import Calibrations
 from loom.phases.sense.desk import CANCELLED, Desk, check_accept
@@ -31,6 +32,8 @@ log = structlog.get_logger()
 
 ASK_WITHIN_S = 10.0  # a model that takes longer is not worth waiting for: the heuristic stands in
 GATE_S = 0.05
+EXACT_FROM = 0.5
+"""Share of the room in flight from which consumers are counted: parked and settled messages stay in the stream, too."""
 RESERVED = 0.2  # share of the room in flight kept for high and critical
 
 
@@ -50,6 +53,7 @@ class Sense:
         self._begun = 0
         """Submissions taken in hand so far."""
         self._gate: asyncio.Task[None] | None = None
+        self._sweeping: asyncio.Task[None] | None = None
         intake = [(lane, lane_slots(lane)) for lane in INTAKE_LANES]
         self._intake = HopLoop(bus, Service("sense", intake, Submission, self.admit, window=self._window))
         self._subtasks = HopLoop(bus, Service("sense", [(SENSE_LANE, 64)], Envelope, self.admit_subtask))
@@ -62,14 +66,16 @@ class Sense:
         await self._subtasks.start()
         await self._desk.open()
         self._gate = self._bus.spawn(self._watch_room(), name="intake gate")
+        self._sweeping = self._bus.spawn(sweep(self._bus), name="sweep orphans")
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, finish for at most `timeout_s`."""
         await self._desk.close()
         await asyncio.gather(self._intake.drain(timeout_s), self._subtasks.drain(timeout_s))
         await self._calibrations.stop()
-        if self._gate is not None:
-            self._gate.cancel()
+        for task in (self._gate, self._sweeping):
+            if task is not None:
+                task.cancel()
 
     async def admit(self, submission: Submission, delivery: Delivery) -> Outcome:
         """Admit a submission once and say how hard it is."""
@@ -153,16 +159,11 @@ class Sense:
     async def _measure_room(self) -> None:
         in_hand, begun = sum(slots.taken for slots in self._slots.values()), self._begun
         try:
-            in_flight = (await stream_state(self._bus, "TASKS"))["messages"]
-            if in_flight >= self._config.max_in_flight * (1 - RESERVED):
-                in_flight -= await self._parked()
+            hops = (await stream_state(self._bus, "TASKS"))["messages"]
+            if hops > self._config.max_in_flight * EXACT_FROM:
+                hops = await in_flight(self._bus)
         except LoomError as error:
             log.warning("room_unknown", reason=error.message)
         else:
             in_hand += self._begun - begun  # on their way into TASKS, and not seen there yet
-            self._room = self._config.max_in_flight - in_flight - in_hand
-
-    async def _parked(self) -> int:
-        """Messages in TASKS that only wait for their time: no work in flight."""
-        state = await stream_state(self._bus, "TASKS", subjects=self._bus.subjects.of("later", "*", "*"))
-        return sum(state.get("subjects", {}).values())
+            self._room = self._config.max_in_flight - hops - in_hand

@@ -18,11 +18,12 @@ from support.wait import until
 from loom.bus import tasks
 from loom.bus.client import Bus
 from loom.bus.delivery import Delivery, stamp
-from loom.bus.duplicates import SCHEDULE, TARGET, Kept, is_ours, store_once
+from loom.bus.duplicates import SCHEDULE, TARGET, is_ours, store_once
 from loom.bus.kv import Bucket
 from loom.bus.loop import schedule
 from loom.bus.outcome import Later, Next, Outcome
 from loom.bus.reward_bus import RewardBus
+from loom.bus.stored import StoredMessage
 from loom.runner.cluster import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Split
@@ -42,8 +43,8 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
         yield stage
 
 
-def kept(subject: str, message: Any, **headers: str) -> Kept:
-    return Kept(subject, message if isinstance(message, bytes) else encode(message), headers, 7)
+def kept(subject: str, message: Any, **headers: str) -> StoredMessage:
+    return StoredMessage(subject, message if isinstance(message, bytes) else encode(message), headers, 7)
 
 
 def taken(logs: list[Any]) -> list[Any]:
@@ -67,7 +68,7 @@ def taken(logs: list[Any]) -> list[Any]:
         (kept("s", HOP, **{SCHEDULE: "@at 2099-01-01T00:00:00Z", TARGET: "s"}), False),
     ],
 )
-def test_a_twins_message_has_the_same_subject_task_and_attempt(stored: Kept, *, ours: bool) -> None:
+def test_a_twins_message_has_the_same_subject_task_and_attempt(stored: StoredMessage, *, ours: bool) -> None:
     assert is_ours(stored, "s", HOP, {}, NOW) is ours
 
 
