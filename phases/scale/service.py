@@ -168,12 +168,12 @@ class Scale:
             log.info("notice_without_plan", child_id=child_id)
             return Done()
         before, plan = change
+        if plan != before and before.state == "done":
+            return Done()  # the parent's end is published already, or will be by a message of its own
         if plan != before:
             known = {part.id for part in graph.running(before)}
             return await self._carry_out(plan, [part for part in graph.running(plan) if part.id not in known])
         # Told before, perhaps by a process that died right then: what followed is published again.
-        if plan.state == "done" and not graph.is_failed_by(plan, child_id):
-            return Done()
         return await self._carry_out(plan, graph.begun_by(plan, child_id))
 
     async def _on_end(self, parent_id: str) -> Outcome:
@@ -274,7 +274,7 @@ class Scale:
 
     async def _fail(self, plan: SplitPlan) -> Outcome:
         """Hand the parent of a failed plan to EVALUATE; one that is over for another reason has ended already."""
-        error = graph.failure(plan)
+        error = plan.error
         if error is None:
             return Done()
         await self._drop_timer(plan.parent_id)
