@@ -33,6 +33,8 @@ HAND_OVER_S = 2.0
 LOOK_S = 0.05
 UNDECIDED_S = 0.1
 LEADER_WAIT_S = 0.25
+SETTLED_S = 4.0
+"""Age from which a connection may be given up: a new one first gets time to work."""
 ASK_AGAIN_S = 1.0
 """Silence after which a call that may be made twice is made again: its server may have died, or lost its lead."""
 
@@ -112,6 +114,7 @@ class Bus(Connection):
         self._sinks: dict[str, Callable[[Msg], None]] = {}
         self._next_token = 0
         self._failed_publishes = 0
+        self._leaving = False
         self._unconfirmed: set[_Unconfirmed] = set()
         self.missing = asyncio.Event()
         """Set when a stream or a consumer may be missing on the server; `loom.bus.upkeep` creates it again."""
@@ -338,9 +341,23 @@ class Bus(Connection):
         if self._failed_publishes < 2 or not self._nc.is_connected:  # noqa: PLR2004 - one may be chance
             return
         self._failed_publishes = 0
-        if len(self._nc.servers) > 1 or not await self._answers():  # one of several may be cut off from the others
-            log.warning("connection_stalled")
-            await self._reconnect()
+        await self.leave_stalled_server()
+
+    async def leave_stalled_server(self) -> None:
+        """Connect again, to another server where there are several; a single one is left only if it answers nothing.
+
+        One of several servers may live and yet be cut off from the others: it answers, and stores nothing. Calls that
+        come before a new connection is 4 s old change nothing.
+        """
+        if self._leaving or self.settled_s < SETTLED_S:
+            return
+        self._leaving = True
+        try:
+            if len(self._nc.servers) > 1 or not await self._answers():
+                log.warning("connection_stalled")
+                await self._reconnect()
+        finally:
+            self._leaving = False
 
     async def _answers(self) -> bool:
         try:
