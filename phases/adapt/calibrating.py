@@ -53,9 +53,8 @@ class Calibrating:
         """Read what is known.
 
         Args:
-            last_seq: Of the stream of rewards; what claims to hold more rests on another stream and starts at 0 again.
+            last_seq: Of the stream of rewards; what claims to hold more cannot rest on it and is forgotten.
         """
-        self._known, self._revisions, self._unwritten = {}, {}, set()
         reader = self._bucket.reader(f"{BIAS}*")
         try:
             while not reader.caught_up:
@@ -67,6 +66,11 @@ class Calibrating:
                     self._known[known.slug], self._revisions[known.slug] = known, entry.revision
         finally:
             await reader.stop()
+
+    def begin_anew(self) -> None:
+        """Keep what is known: the stream it rests on was lost, and another has begun."""
+        self._known = {slug: replace(known, last_seq=0) for slug, known in self._known.items()}
+        self._unwritten = set(self._known)
 
     def fold(self, seq: int, reward: Reward) -> bool:
         """Take in a reward; return whether there is anything to write."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 
 import structlog
+from msgspec.structs import replace
 
 from loom.bus.client import Bus, Conflict
 from loom.bus.faults import describe
@@ -89,24 +90,21 @@ class Adapt:
         """Take what the stream says of these nodes and of unknown ones; snapshots may stand in for its lost head."""
         rebuilt = (await rebuild(self._bus, forget=self._forget, weights=self._weights)).profiles
         for node_id in {*nodes, *(rebuilt.keys() - self._profiles.keys())}:
-            self._profiles[node_id] = rebuilt.get(node_id, NodeProfile(node_id=node_id))
+            # A stream that knows nothing of the node was lost, and what is stored is all there is.
+            known = rebuilt.get(node_id) or replace(self._profiles[node_id], last_seq=0)
+            self._profiles[node_id] = known
             self._unwritten[node_id] = []
             self._dirty.set()
 
-    async def _reload(self) -> None:
-        """Forget what rests on a stream that was lost, and read again."""
+    async def _begin_anew(self) -> None:
+        """Keep what is known: the stream it rests on was lost, and another has begun at its first sequence."""
         async with self._writing:
-            while True:
-                for forgotten in (self._profiles, self._revisions, self._unwritten, self._changed):
-                    forgotten.clear()  # `Retiring` and `Snapshots` hold the same profiles
-                self._snapshots.restart()
-                try:
-                    await self._load()
-                except LoomError as error:
-                    log.warning("profiles_not_read", **describe(error))
-                    await asyncio.sleep(STANDBY_S)
-                else:
-                    return
+            for node_id, profile in self._profiles.items():
+                self._profiles[node_id] = replace(profile, last_seq=0)
+                self._unwritten[node_id] = []
+            self._calibrating.begin_anew()
+            self._snapshots.begin_anew()
+        self._dirty.set()
 
     async def drain(self, timeout_s: float) -> None:
         """Stop reading; the stream keeps what is not folded yet."""
@@ -129,7 +127,7 @@ class Adapt:
             batch = await self._reader.batch()
             if self._reader.generation != generation:
                 generation = self._reader.generation
-                await self._reload()
+                await self._begin_anew()
             for message in batch:
                 reward = reward_in(message, self._bus.subjects)
                 if reward is not None:

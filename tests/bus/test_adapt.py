@@ -292,6 +292,14 @@ async def test_a_profile_beyond_the_stream_is_not_believed_at_the_start(stage: S
     assert await rebuilt(stage, 3) == await refolded(stage)
 
 
+async def test_what_is_stored_of_a_node_is_kept_where_the_stream_was_lost(stage: Stage) -> None:
+    await put_profile(stage, forged(4))
+    await stage.phase("adapt")
+    await publish(stage, reward(1))
+    found = await rebuilt(stage, 501)
+    assert found.last_seq == 1
+
+
 @pytest.mark.parametrize("last_seq", [100, 2**50])
 async def test_a_profile_beyond_the_stream_is_not_believed_later_either(stage: Stage, last_seq: int) -> None:
     await publish(stage, reward(1))
