@@ -1,7 +1,7 @@
 """What is done when the message id of a first sending was taken: the message that took it must be ours.
 
 Ids are deterministic, so a twin of the sender may have stored the same message before; that is why it is a duplicate
-and no fault. But anyone who may publish into the stream can guess an id and store another message under it.
+and no fault. But any client that may publish into the stream can guess an id and store another message under it.
 """
 
 from collections.abc import Coroutine, Mapping
@@ -52,14 +52,14 @@ async def resolve(
     headers: dict[str, str] | None = None,
     after: int = 0,
 ) -> PubAck:
-    """Return `ack`, a duplicate's, where a twin has stored the message; else store it under an id nobody can guess.
+    """Return `ack`, a duplicate's, where a twin has stored the message; else store it under a random id.
 
     Args:
         after: Sequence in the same stream of the message this one follows from; 0 where there is none.
     """
     stored = await read_message(bus, ack.stream, {"seq": ack.seq})
     if stored is None:
-        # Settled by its reader, or removed by whoever took the id: the task itself shows which.
+        # Settled by its reader, or removed by the client that took the id: the task itself shows which.
         ours = isinstance(message, Envelope) and await _goes_on(bus, message, subject, max(ack.seq, after))
     else:
         ours = is_ours(stored, subject, message, headers or {}, bus.now())
@@ -72,8 +72,8 @@ async def resolve(
 def is_ours(stored: StoredMessage, subject: str, message: Any, headers: Mapping[str, str], now: float) -> bool:
     """Return whether a stored message does what `message` is to do.
 
-    An envelope must be of the same task and attempt and, on its way back by a schedule, not much later. What twins
-    say differently (hops, times, instance, result) does not count. A reward must have the same id and score. Anything
+    An envelope must be of the same task and attempt and, on its way back by a schedule, not much later. Differences
+    between twins (hops, times, instance, result) do not count. A reward must have the same id and score. Anything
     else must be the same bytes.
     """
     if isinstance(message, Reward):
@@ -91,7 +91,7 @@ def is_ours(stored: StoredMessage, subject: str, message: Any, headers: Mapping[
 
 
 def _is_same_reward(stored: StoredMessage, subject: str, reward: Reward) -> bool:
-    """Whether a reward of the same id is stored; what a retired node leaves counts once, whoever inherits it."""
+    """Whether a reward of the same id is stored; an inheritance of any heir counts as the same."""
     try:
         twin = decode(stored.data, Reward)
     except Undecodable:

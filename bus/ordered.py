@@ -100,7 +100,7 @@ class OrderedReader:
             await self._pull.stop()
 
     async def _find_stream(self) -> None:
-        """Begin anew where the stream is another one than before: its sequences start at 1 again."""
+        """Start over where the stream is another one than before: its sequences start at 1 again."""
         created = str((await self._bus.api(f"STREAM.INFO.{self._stream}"))["created"])
         if self._created not in ("", created):
             log.warning("stream_replaced", stream=self._stream, last_seq=self._last_seq)

@@ -1,6 +1,6 @@
 """Messages that stay in the stream of hops although no consumer will ever deliver them, and their removal.
 
-The server may keep a message that was acknowledged, and anyone may store one where no consumer looks. Neither is work
+The server may keep a message that was acknowledged, and a client may store one where no consumer looks. Neither is work
 in flight; they only take room on the disk.
 """
 

@@ -314,7 +314,7 @@ async def stream_state(bus: Bus, name: str, *, subjects: str = "") -> dict[str, 
 
 
 async def lane_infos(bus: Bus) -> dict[Lane, dict[str, Any]]:
-    """Return what the server says of each consumer of the hops.
+    """Return the server's information on each consumer of the hops.
 
     Raises:
         BusUnavailable: No answer.

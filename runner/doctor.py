@@ -241,14 +241,14 @@ def backlog(seen: Inspection, config: ClusterConfig) -> Iterator[Finding]:
 
 
 async def stuck(bus: Bus, seen: Inspection) -> list[Finding]:
-    """Judge whether messages stay in the stream of hops that no phase will ever get; nothing to say where none do."""
+    """Judge whether messages stay in the stream of hops that no phase will ever get; no finding where none do."""
     if any(seen.consumers[lane.name].info is None for lane in topology.TASK_LANES):
-        return []  # what those are missing is said already
+        return []  # `design` reports it
     orphans = (await find_orphans(bus)).orphans
     if not orphans:
         return []
-    said = f"{len(orphans)} messages stay in {bus.subjects.stream('TASKS')} that no phase gets, such as "
-    return [_warn("orphans", f"{said}{orphans[0].subject}", "SENSE removes them within minutes; else see its log")]
+    found = f"{len(orphans)} messages stay in {bus.subjects.stream('TASKS')} that no phase gets, such as "
+    return [_warn("orphans", f"{found}{orphans[0].subject}", "SENSE removes them within minutes; else see its log")]
 
 
 def dead(seen: Inspection, stream: str) -> Finding:

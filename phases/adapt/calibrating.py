@@ -67,7 +67,7 @@ class Calibrating:
         finally:
             await reader.stop()
 
-    def begin_anew(self) -> None:
+    def start_over(self) -> None:
         """Keep what is known: the stream it rests on was lost, and another has begun."""
         self._known = {slug: replace(known, last_seq=0) for slug, known in self._known.items()}
         self._unwritten = set(self._known)

@@ -87,7 +87,7 @@ class Adapt:
         await self._calibrating.start(state["last_seq"])
 
     async def _rebuild(self, nodes: Sequence[str]) -> None:
-        """Take what the stream says of these nodes and of unknown ones; snapshots may stand in for its lost head."""
+        """Fold the stream for these nodes and unknown ones; snapshots may stand in for its lost head."""
         rebuilt = (await rebuild(self._bus, forget=self._forget, weights=self._weights)).profiles
         for node_id in {*nodes, *(rebuilt.keys() - self._profiles.keys())}:
             # A stream that knows nothing of the node was lost, and what is stored is all there is.
@@ -96,14 +96,14 @@ class Adapt:
             self._unwritten[node_id] = []
             self._dirty.set()
 
-    async def _begin_anew(self) -> None:
+    async def _start_over(self) -> None:
         """Keep what is known: the stream it rests on was lost, and another has begun at its first sequence."""
         async with self._writing:
             for node_id, profile in self._profiles.items():
                 self._profiles[node_id] = replace(profile, last_seq=0)
                 self._unwritten[node_id] = []
-            self._calibrating.begin_anew()
-            self._snapshots.begin_anew()
+            self._calibrating.start_over()
+            self._snapshots.start_over()
         self._dirty.set()
 
     async def drain(self, timeout_s: float) -> None:
@@ -127,7 +127,7 @@ class Adapt:
             batch = await self._reader.batch()
             if self._reader.generation != generation:
                 generation = self._reader.generation
-                await self._begin_anew()
+                await self._start_over()
             for message in batch:
                 reward = reward_in(message, self._bus.subjects)
                 if reward is not None:

@@ -54,7 +54,7 @@ class Snapshots:
         if self._limit:
             self._task = self._bus.spawn(self._watch(), name="take snapshots")
 
-    def begin_anew(self) -> None:
+    def start_over(self) -> None:
         """Count from nothing: the stream was lost, and another has begun."""
         self._read_to, self._since, self._round = 0, 0, (0, set())
         self._due.clear()

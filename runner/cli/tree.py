@@ -43,7 +43,7 @@ class Division:
         return replace(plan, subtasks=tuple(self._as_recorded(part) for part in plan.subtasks))
 
     def _as_recorded(self, part: Subtask) -> Subtask:
-        """The subtask with the end its own record tells, where the plan does not have it yet."""
+        """Return the subtask with the end in its own record, where the plan does not have it yet."""
         found = self.found.get(part.child_id or "")
         record = found.record if found is not None else None
         if part.state != "running" or record is None or record.state in ("accepted", "running"):

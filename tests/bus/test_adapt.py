@@ -274,7 +274,7 @@ async def test_a_replica_that_lags_behind_adopts_what_is_stored(stage: Stage, mo
 
 
 def forged(last_seq: int) -> NodeProfile:
-    """A profile nobody has earned, as of a sequence the stream does not have."""
+    """A profile that no reward supports, as of a sequence the stream does not have."""
     return NodeProfile(node_id="n1", last_seq=last_seq, total_tasks=500, success_rate=0.0)
 
 

@@ -65,7 +65,7 @@ async def test_a_settled_message_of_an_ended_task_is_an_orphan(stage: Stage, pha
 
 
 @pytest.mark.parametrize(
-    "where", ["later.x.y", "task.nobody.low.t1", "task.execute.low.t1.more", "task.match.urgent.t1"]
+    "where", ["later.x.y", "task.unknown.low.t1", "task.execute.low.t1.more", "task.match.urgent.t1"]
 )
 async def test_a_message_no_consumer_looks_for_is_an_orphan(stage: Stage, where: str) -> None:
     ack = await stage.bus.store(f"{stage.namespace}.{where}", b"{}")

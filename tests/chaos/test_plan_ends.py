@@ -48,7 +48,7 @@ async def work(job: RunRequest) -> str:
 
 
 async def settled_plan(bus: Bus, task_id: str) -> SplitPlan:
-    """Wait until the plan is done and says of every subtask that was begun what its record says."""
+    """Wait until the plan is done and has for every subtask that was begun the state of its record."""
 
     async def settled() -> SplitPlan | None:
         entry = await Bucket(bus, "plans", SplitPlan).get(task_id)
@@ -60,11 +60,11 @@ async def settled_plan(bus: Bus, task_id: str) -> SplitPlan:
                 return None
         return entry.value
 
-    return await until(settled, what="the plan tells how its subtasks ended")
+    return await until(settled, what="the plan shows how its subtasks ended")
 
 
 @pytest.mark.parametrize("how", ["cancelled", "deadline", "failed"])
-async def test_the_plan_of_an_ended_task_tells_how_its_subtasks_ended(bus: Bus, how: str) -> None:
+async def test_the_plan_of_an_ended_task_shows_how_its_subtasks_ended(bus: Bus, how: str) -> None:
     plan = [{**part, "description": "fails"} if how == "failed" and part["id"] == "first" else part for part in PLAN]
     ad = TaskAd(domain="code", description="all", context={"plan": plan}, timeout_s=1.5 if how == "deadline" else 30)
     handle = await tasks.publish(bus, ad, deltas=False)
