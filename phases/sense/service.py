@@ -8,6 +8,7 @@ Gives up   an ad that breaks a rule fails with invalid_task; a late one with dea
 """
 
 import asyncio
+import time
 
 import structlog
 from msgspec.structs import replace
@@ -33,7 +34,9 @@ log = structlog.get_logger()
 ASK_WITHIN_S = 10.0  # a model that takes longer is not worth waiting for: the heuristic stands in
 GATE_S = 0.05
 EXACT_FROM = 0.5
-"""Share of the room in flight from which consumers are counted: parked and settled messages stay in the stream, too."""
+"""Share of the room in flight from which it matters that not every stored message is work in flight."""
+IDLE_S = 0.5
+"""How long the count of parked and settled messages is good for: it takes a request to each consumer."""
 RESERVED = 0.2  # share of the room in flight kept for high and critical
 
 
@@ -48,6 +51,9 @@ class Sense:
         self._desk = Desk(bus, self._admission)
         self._calibrations = Calibrations(bus)
         self._room = config.max_in_flight
+        self._idle = 0
+        """Messages in TASKS that are no work in flight: parked until their time, or settled and kept by the server."""
+        self._idle_until = 0.0
         self._slots: dict[str, Slots] = {}
         """The slots of each lane of the intake."""
         self._begun = 0
@@ -159,11 +165,14 @@ class Sense:
     async def _measure_room(self) -> None:
         in_hand, begun = sum(slots.taken for slots in self._slots.values()), self._begun
         try:
-            hops = (await stream_state(self._bus, "TASKS"))["messages"]
-            if hops > self._config.max_in_flight * EXACT_FROM:
-                hops = await in_flight(self._bus)
+            stored = (await stream_state(self._bus, "TASKS"))["messages"]
+            if stored <= self._config.max_in_flight * EXACT_FROM:
+                self._idle, self._idle_until = 0, 0.0
+            elif time.monotonic() >= self._idle_until:
+                self._idle = max(0, stored - await in_flight(self._bus))
+                self._idle_until = time.monotonic() + IDLE_S
         except LoomError as error:
             log.warning("room_unknown", reason=error.message)
         else:
             in_hand += self._begun - begun  # on their way into TASKS, and not seen there yet
-            self._room = self._config.max_in_flight - hops - in_hand
+            self._room = self._config.max_in_flight - max(0, stored - self._idle) - in_hand
