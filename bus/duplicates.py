@@ -78,16 +78,14 @@ def is_ours(stored: StoredMessage, subject: str, message: Any, headers: Mapping[
     """
     if isinstance(message, Reward):
         return _is_same_reward(stored, subject, message)
-    if stored.subject != subject:
-        return False
     if not isinstance(message, Envelope):
-        return stored.data == (message if isinstance(message, bytes) else encode(message))
+        return stored.subject == subject and stored.data == (message if isinstance(message, bytes) else encode(message))
     try:
         twin = decode(stored.data, Envelope)
     except Undecodable:
         return False
     same = (twin.task_id, twin.attempt, _child(twin)) == (message.task_id, message.attempt, _child(message))
-    return same and _is_in_time(stored.headers, headers, now)
+    return same and _comes_out_alike(stored, subject, message.task_id, headers, now)
 
 
 def _is_same_reward(stored: StoredMessage, subject: str, reward: Reward) -> bool:
@@ -107,18 +105,28 @@ def _child(envelope: Envelope) -> str | None:
     return envelope.split.child if envelope.split else None
 
 
-def _is_in_time(stored: Mapping[str, str], headers: Mapping[str, str], now: float) -> bool:
-    """Whether a scheduled message comes out where it should and not much later than wanted."""
-    if stored.get(TARGET) != headers.get(TARGET):
+def _comes_out_alike(stored: StoredMessage, subject: str, task_id: str, headers: Mapping[str, str], now: float) -> bool:
+    """Whether a stored message reaches the same phase as the wanted one would, and not much later.
+
+    Twins schedule under subjects of their own, and one may wait where the other does not.
+    """
+    if SCHEDULE in stored.headers and not stored.subject.startswith(f"{subject.partition('.')[0]}.later.{task_id}."):
         return False
-    if SCHEDULE not in headers:
-        return SCHEDULE not in stored
-    at, wanted = _scheduled(stored), _scheduled(headers)
+    if _phase_subject(stored.subject, stored.headers) != _phase_subject(subject, headers):
+        return False
+    at, wanted = _due(stored.headers, now), _due(headers, now)
     return at is not None and wanted is not None and at <= wanted + max(0.0, wanted - now) + _TOLERANCE_S
 
 
-def _scheduled(headers: Mapping[str, str]) -> float | None:
-    text = headers.get(SCHEDULE, "")
+def _phase_subject(subject: str, headers: Mapping[str, str]) -> str:
+    return headers.get(TARGET, "") if SCHEDULE in headers else subject
+
+
+def _due(headers: Mapping[str, str], now: float) -> float | None:
+    """When the message comes out; None where that cannot be read."""
+    text = headers.get(SCHEDULE)
+    if text is None:
+        return now
     try:
         return datetime.fromisoformat(text.removeprefix(_AT)).timestamp() if text.startswith(_AT) else None
     except ValueError:

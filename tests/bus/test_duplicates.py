@@ -72,24 +72,36 @@ def test_a_twins_message_has_the_same_subject_task_and_attempt(stored: StoredMes
     assert is_ours(stored, "s", HOP, {}, NOW) is ours
 
 
+PHASE = "ns.task.match.normal.d"
+LATER = "ns.later.d.task-2"
+
+
 @pytest.mark.parametrize(
-    ("at", "target", "ours"),
+    ("under", "at", "target", "ours"),
     [
-        (stamp(NOW + 10), "t", True),
-        (stamp(NOW + 12), "t", True),
-        (stamp(NOW - 10), "t", True),
-        (stamp(NOW + 60), "t", False),
-        (stamp(NOW + 10), "elsewhere", False),
-        ("never", "t", False),
+        (LATER, stamp(NOW + 10), PHASE, True),
+        ("ns.later.d.task-1", stamp(NOW + 12), PHASE, True),
+        (LATER, stamp(NOW - 10), PHASE, True),
+        (LATER, stamp(NOW + 60), PHASE, False),
+        (LATER, stamp(NOW + 10), "elsewhere", False),
+        ("ns.later.other.task-2", stamp(NOW + 10), PHASE, False),
+        (LATER, "never", PHASE, False),
+        (PHASE, None, None, True),  # a twin that does not wait
+        (LATER, None, None, False),  # nothing ever moves it
     ],
 )
-def test_a_twins_schedule_comes_out_at_the_same_place_and_not_much_later(at: str, target: str, *, ours: bool) -> None:
-    stored = kept("s", HOP, **{SCHEDULE: f"@at {at}", TARGET: target})
-    assert is_ours(stored, "s", HOP, {SCHEDULE: f"@at {stamp(NOW + 10)}", TARGET: "t"}, NOW) is ours
+def test_a_twins_schedule_comes_out_at_the_same_place_and_not_much_later(
+    under: str, at: str | None, target: str | None, *, ours: bool
+) -> None:
+    headers = {} if at is None else {SCHEDULE: f"@at {at}", TARGET: str(target)}
+    wanted = {SCHEDULE: f"@at {stamp(NOW + 10)}", TARGET: PHASE}
+    assert is_ours(kept(under, HOP, **headers), LATER, HOP, wanted, NOW) is ours
 
 
-def test_a_scheduled_message_is_not_replaced_by_one_that_never_comes_out() -> None:
-    assert not is_ours(kept("s", HOP), "s", HOP, {SCHEDULE: f"@at {stamp(NOW)}", TARGET: "t"}, NOW)
+@pytest.mark.parametrize(("delay_s", "ours"), [(0.5, True), (30.0, False)])
+def test_a_twin_that_waits_long_does_not_stand_for_one_that_does_not(delay_s: float, *, ours: bool) -> None:
+    stored = kept(LATER, HOP, **{SCHEDULE: f"@at {stamp(NOW + delay_s)}", TARGET: PHASE})
+    assert is_ours(stored, PHASE, HOP, {}, NOW) is ours
 
 
 # -- honest twins

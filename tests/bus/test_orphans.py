@@ -136,7 +136,7 @@ async def test_sweepers_side_by_side_remove_orphans_and_nothing_else(
 
 async def test_orphans_and_timers_take_no_room_from_submissions(stage: Stage) -> None:
     s = stage.bus.subjects
-    for n in range(3):
+    for n in range(5):
         await orphan(stage, f"o{n}")
         await schedule(
             stage.bus,

@@ -17,7 +17,7 @@ from loom.bus import tasks, topology, upkeep
 from loom.bus.client import Bus, Refused
 from loom.bus.kv import Bucket
 from loom.phases.scale import graph
-from loom.phases.sense.desk import STRANDED_S
+from loom.phases.sense import desk
 from loom.runner.cluster import running_nodes, running_phases
 from loom.runner.embedded import NatsServer
 from loom.schemas.config import ClusterConfig
@@ -70,7 +70,6 @@ async def complete(bus: Bus) -> None:
     await until(so, what="everything is there again")
 
 
-@pytest.mark.slow
 async def test_after_the_store_was_wiped_new_tasks_end_and_learning_goes_on(tmp_path: Path) -> None:
     server = NatsServer(tmp_path / "store")
     server.start()
@@ -144,6 +143,11 @@ async def test_a_dead_letter_is_kept_although_its_stream_was_deleted(client: Bus
 # -- tasks whose messages were lost
 
 
+@pytest.fixture(autouse=True)
+def soon_stranded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk, "STRANDED_S", 0.1)
+
+
 @pytest.fixture
 async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
     async with Stage(nats_url, namespace) as stage:
@@ -159,8 +163,7 @@ async def purge(stage: Stage) -> None:
     await stage.bus.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}")
 
 
-@pytest.mark.parametrize("lose", [roll_up, purge])
-@pytest.mark.parametrize("plan", [[], [{"id": "a", "description": "a"}]])
+@pytest.mark.parametrize(("lose", "plan"), [(purge, []), (roll_up, [{"id": "a", "description": "a"}])])
 async def test_a_task_whose_messages_were_lost_ends_after_its_deadline_when_it_is_asked_for(
     stage: Stage, lose: Callable[[Stage], Awaitable[None]], plan: list[Any]
 ) -> None:
@@ -195,7 +198,7 @@ async def test_a_late_task_that_still_waits_for_a_phase_is_left_alone(stage: Sta
     await stage.phase("evaluate")
     handle = await tasks.publish(stage.bus, TaskAd(domain="code", description="x", timeout_s=0.1), deltas=False)
     hop = await stage.seen("task", phase="match", task_id=handle.task_id)
-    await until(lambda: stage.bus.now() > hop.deadline + STRANDED_S, what="the task is late")
+    await until(lambda: stage.bus.now() > hop.deadline + desk.STRANDED_S, what="the task is late")
     for _ in range(2):
         await tasks.status(stage.bus, handle.task_id)
     assert stage.all("task", phase="evaluate") == []
