@@ -36,9 +36,13 @@ UNDECIDED_S = 0.1
 LEADER_WAIT_S = 0.25
 CLOCK_S = 1.0
 """How long the server may take to state its time."""
+SETTLED_S = 4.0
+"""Age from which a connection may be given up: a new one first gets time to work."""
 ASK_AGAIN_S = 1.0
 """Silence after which a call that may be made twice is made again: its server may have died, or lost its lead."""
 
+STREAM_NOT_FOUND = 10059
+CONSUMER_NOT_FOUND = 10014
 _FULL = {10077, 10023, 10047}  # stream at its limit, insufficient resources, no room on disk
 _WRONG_LAST = {10071, 10164}
 _IN_PROCESS = 10158  # this id is being stored: an earlier sending of it, not yet on enough replicas
@@ -72,6 +76,7 @@ class PubAck(Relayed, frozen=True, kw_only=True):
     stream: str = ""
     seq: int = 0
     duplicate: bool = False
+    """Whether another message had taken the id and this one is not stored; a repetition by `store` does not count."""
 
 
 class _ApiError(Relayed, frozen=True, kw_only=True):
@@ -112,9 +117,13 @@ class Bus(Connection):
         self._sinks: dict[str, Callable[[Msg], None]] = {}
         self._next_token = 0
         self._failed_publishes = 0
+        self._leaving = False
         self._unconfirmed: set[_Unconfirmed] = set()
+        self.missing = asyncio.Event()
+        """Set when a stream or a consumer may be missing on the server; `loom.bus.upkeep` creates it again."""
         self.on_reconnect(self._send_again)
         self._clock_sync = ClockSync(self)
+        self.on_reconnect(self.missing.set)  # the server may have come back with an empty store
 
     async def connect(self) -> Self:
         """Connect, trying for `patience_s`.
@@ -244,6 +253,8 @@ class Bus(Connection):
         payload = b"" if body is None else encode(body)
         msg = await self.request(f"$JS.API.{call}", payload, timeout_s=max(timeout_s, 0.01), again_s=again_s)
         if b'"error"' in msg.data and (error := msgspec.json.decode(msg.data, type=_Answer).error) is not None:
+            if error.err_code in {STREAM_NOT_FOUND, CONSUMER_NOT_FOUND}:
+                self.missing.set()
             raise Refused(error.description, error.err_code)
         return msgspec.json.decode(msg.data, type=shape)
 
@@ -296,7 +307,7 @@ class Bus(Connection):
         return self._confirm(stored, within_s)
 
     async def _confirm(self, stored: "_Unconfirmed", within_s: float) -> PubAck:
-        give_up = time.monotonic() + within_s
+        give_up, repeated = time.monotonic() + within_s, False
         try:
             if self._nc.clogged:
                 await self._nc.unclog()
@@ -308,9 +319,12 @@ class Bus(Connection):
                 if msg is not None:
                     self._failed_publishes = 0
                     if (ack := _read_ack(msg)) is not None:
-                        return ack
+                        return msgspec.structs.replace(ack, duplicate=False) if repeated and ack.duplicate else ack
+                    if msg.status == "503":
+                        self.missing.set()
                     await asyncio.sleep(UNDECIDED_S)
                 elif not stored.anew:
+                    self.missing.set()
                     await self._publish_failed()
                 if time.monotonic() >= give_up:
                     late = f"the server has not confirmed a message in {within_s} s"
@@ -318,6 +332,7 @@ class Bus(Connection):
                         raise Overloaded(f"{late}, though its stream answers: the disk may be full")
                     raise BusUnavailable(late)
                 await self._store_again(stored)
+                repeated = True
         finally:
             self.close_inbox(stored.reply)
             self._unconfirmed.discard(stored)
@@ -344,9 +359,23 @@ class Bus(Connection):
         if self._failed_publishes < 2 or not self._nc.is_connected:  # noqa: PLR2004 - one may be chance
             return
         self._failed_publishes = 0
-        if len(self._nc.servers) > 1 or not await self._answers():  # one of several may be cut off from the others
-            log.warning("connection_stalled")
-            await self._reconnect()
+        await self.leave_stalled_server()
+
+    async def leave_stalled_server(self) -> None:
+        """Connect again, to another server where there are several; a single one is left only if it answers nothing.
+
+        One of several servers may live and yet be cut off from the others: it answers, and stores nothing. Calls that
+        come before a new connection is 4 s old change nothing.
+        """
+        if self._leaving or self.settled_s < SETTLED_S:
+            return
+        self._leaving = True
+        try:
+            if len(self._nc.servers) > 1 or not await self._answers():
+                log.warning("connection_stalled")
+                await self._reconnect()
+        finally:
+            self._leaving = False
 
     async def _answers(self) -> bool:
         try:

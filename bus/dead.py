@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from loom.bus.answers import may_answer
 from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
+from loom.bus.duplicates import store_once
 from loom.bus.log import get_logger
 from loom.bus.records import records
 from loom.schemas.envelope import DeadLetter, Envelope, Phase, TaskRecord
@@ -47,7 +48,8 @@ async def bury(bus: Bus, phase: Phase, task_id: str, delivery: Delivery, reason:
     )
     # INTAKE and TASKS count their sequences apart.
     msg_id = f"{task_id}:dead:{'intake-' if submitted else ''}{delivery.facts.stream_seq}"
-    await bus.store(
+    await store_once(
+        bus,
         bus.subjects.of("dead", phase, task_id if is_token(task_id) else "unknown"),
         raw[:MAX_MESSAGE_BYTES],
         msg_id=msg_id,
@@ -64,7 +66,7 @@ async def bury(bus: Bus, phase: Phase, task_id: str, delivery: Delivery, reason:
     if end is not None:
         await end(envelope)
     else:
-        await bus.store(bus.subjects.task("evaluate", envelope.priority, task_id), envelope, msg_id=msg_id)
+        await store_once(bus, bus.subjects.task("evaluate", envelope.priority, task_id), envelope, msg_id=msg_id)
 
 
 def is_submission(bus: Bus, subject: str) -> bool:

@@ -83,6 +83,12 @@ class Delivery:
         """
         return f"{self.subject.split('.')[1]}-{self.facts.stream_seq}"
 
+    def seq_in(self, stream: str) -> int:
+        """Return the sequence of the message if `stream` is the one that holds it, else 0."""
+        tokens = self.msg.reply.split(".")
+        held_by = tokens[2] if len(tokens) == 9 else tokens[4]  # noqa: PLR2004 - as in `read_facts`
+        return self.facts.stream_seq if held_by == stream else 0
+
     @property
     def alone(self) -> bool:
         """Whether the message is suspect: delivered several times already."""

@@ -133,6 +133,11 @@ class BucketReader(Generic[T]):
         return entries
 
     @property
+    def generation(self) -> int:
+        """How often the bucket was lost and another of its name begun."""
+        return self._reader.generation
+
+    @property
     def caught_up(self) -> bool:
         """Whether all that was stored when the last batch came has been read."""
         return self._reader.caught_up

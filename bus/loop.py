@@ -12,6 +12,7 @@ import structlog
 from loom.bus.client import Bus, Msg
 from loom.bus.dead import End, bury
 from loom.bus.delivery import DEAD_AFTER, Delivery, Slots, stamp
+from loom.bus.duplicates import SCHEDULE, TARGET, resolve, store_once
 from loom.bus.faults import describe
 from loom.bus.log import get_logger
 from loom.bus.outcome import Dead, Done, Fail, Later, Leave, Next, Outcome
@@ -196,7 +197,10 @@ class HopLoop(Generic[T]):
     async def _pass_on(self, delivery: Delivery, phase: Phase, envelope: Envelope, msg_id: str | None) -> None:
         hopped = self._hopped(delivery, envelope)
         subject = self._bus.subjects.task(phase, hopped.priority, hopped.task_id)
-        await self._bus.store(subject, hopped, msg_id=msg_id or f"{hopped.task_id}:{delivery.origin}")
+        msg_id = msg_id or f"{hopped.task_id}:{delivery.origin}"
+        ack = await self._bus.store(subject, hopped, msg_id=msg_id)
+        if ack.duplicate:
+            await resolve(self._bus, ack, subject, hopped, msg_id=msg_id, after=delivery.seq_in(ack.stream))
 
     async def _postpone(self, delivery: Delivery, later: Later) -> None:
         hopped = self._hopped(delivery, later.envelope)
@@ -228,5 +232,5 @@ async def schedule(bus: Bus, subject: str, *, target: str, at: float, envelope: 
 
     A second schedule on the same subject replaces the first.
     """
-    headers = {"Nats-Schedule": f"@at {stamp(at)}", "Nats-Schedule-Target": target}
-    await bus.store(subject, envelope, msg_id=msg_id, headers=headers)
+    headers = {SCHEDULE: f"@at {stamp(at)}", TARGET: target}
+    await store_once(bus, subject, envelope, msg_id=msg_id, headers=headers)

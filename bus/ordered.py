@@ -67,6 +67,10 @@ class OrderedReader:
         self._started = False
         self._stopped = False
         self._at_end = False
+        self._created = ""
+        """When the stream that is read was created, as the server words it."""
+        self.generation = 0
+        """How often the stream was lost and another of its name begun; each is read from its beginning."""
         self.caught_up = False
         """Whether the stream held nothing beyond the last batch when that was sent."""
 
@@ -94,7 +98,19 @@ class OrderedReader:
         if self._pull is not None:
             await self._pull.stop()
 
+    async def _find_stream(self) -> None:
+        """Start over where the stream is another one than before: its sequences start at 1 again."""
+        created = str((await self._bus.api(f"STREAM.INFO.{self._stream}"))["created"])
+        if self._created not in ("", created):
+            log.warning("stream_replaced", stream=self._stream, last_seq=self._last_seq)
+            self.generation += 1
+            self._buffer.clear()
+            self._last_seq, self._start_seq, self._start_time = 0, None, None
+            self._deliver = "all" if self._deliver == "new" else self._deliver
+        self._created = created
+
     async def _open(self) -> None:
+        await self._find_stream()
         name = f"r_{uuid4().hex[:12]}"
         config: dict[str, Any] = {
             "name": name,

@@ -7,7 +7,7 @@ from typing import Any
 
 from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.log import get_logger
-from loom.schemas.errors import LoomError
+from loom.schemas.errors import BusUnavailable, LoomError
 
 log = get_logger()
 
@@ -15,6 +15,8 @@ EXPIRES_S = 30.0
 HEARTBEAT_S = 2.0  # three missed ones: a replica that led the consumer died without a word
 QUIET_S = 2.5 * HEARTBEAT_S
 RETRY_S = 0.25
+STALLED_AFTER = 3
+"""Unanswered tries in a row to restore a consumer, after which another server is tried."""
 RETRY_MOST_S = 4.0
 """Longest wait before trying again to reach a consumer that stays away; each wait is twice the last."""
 
@@ -52,6 +54,8 @@ class Pull:
         self._asking: asyncio.Task[Any] | None = None
         self._healing: asyncio.Task[Any] | None = None
         self._retry_s = RETRY_S
+        self._failures = 0
+        """Times in a row that the server did not answer."""
         self._stopped = False
         self._unsent = asyncio.Event()
 
@@ -169,4 +173,16 @@ class Pull:
             except LoomError as error:
                 log.warning("consumer_not_restored", consumer=self._consumer, error=error.message)
                 self._heard = time.monotonic()
+                await self._count_failure(error)
+            else:
+                self._failures = 0
         self._restart()
+
+    async def _count_failure(self, error: LoomError) -> None:
+        """Leave the server once it has not answered a few times in a row: it may be cut off from the others."""
+        if not isinstance(error, BusUnavailable):
+            return  # it has answered
+        self._failures += 1
+        if self._failures >= STALLED_AFTER:
+            self._failures = 0
+            await self._bus.leave_stalled_server()

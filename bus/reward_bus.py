@@ -182,12 +182,13 @@ class RewardBus:
         Raises:
             BusUnavailable: There is no bus, or the server does not confirm.
         """
+        from loom.bus.duplicates import store_once  # noqa: PLC0415 - brings nats-py, as above
+
         bus = self._connected()
         # A revised score is a new message; the same one again is dropped within the server's window.
         digest = blake2b(repr(float(reward.score)).encode(), digest_size=4).hexdigest()
-        return bus.store(
-            bus.subjects.of("reward", reward.node_id, reward.slug), reward, msg_id=f"{reward.reward_id}:{digest}"
-        )
+        subject = bus.subjects.of("reward", reward.node_id, reward.slug)
+        return store_once(bus, subject, reward, msg_id=f"{reward.reward_id}:{digest}")
 
     def subscribe(self, *, node_id: str | None = None, domain: str | None = None) -> AsyncIterator[Reward]:
         """Yield every reward published from the first step of the iteration on, of one node or domain or of all."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from loom.bus.client import Bus, Refused
+from loom.bus.client import CONSUMER_NOT_FOUND, STREAM_NOT_FOUND, Bus, Refused
 from loom.bus.log import get_logger
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, LoomError
@@ -18,8 +18,7 @@ MIN_SERVER = (2, 12)  # message schedules
 MIB = 1 << 20  # the server sets the bytes of a bounded stream aside on its disk
 CREATE_TRIES = 5
 _NS = 1_000_000_000
-_STREAM_NOT_FOUND = 10059
-_CONSUMER_NOT_FOUND = 10014
+_ROLLUP = "allow_rollup_hdrs"
 _NAME_IN_USE = 10058
 _STORE_NOT_READY = 10049
 _TOO_FEW_SERVERS = {10074, 10005}  # no cluster at all, or one without enough servers for the replicas
@@ -40,7 +39,8 @@ SENSE_LANE = Lane("TASKS", "sense", ("task", "sense", "*", "*"))
 SCALE_LANE = Lane("TASKS", "scale", ("task", "scale", "*", "*"))
 EXECUTE_LANE = Lane("TASKS", "execute", ("task", "execute", "*", "*"))
 EVALUATE_LANE = Lane("TASKS", "evaluate", ("task", "evaluate", "*", "*"))
-LANES = (*INTAKE_LANES, SENSE_LANE, *MATCH_LANES, SCALE_LANE, EXECUTE_LANE, EVALUATE_LANE)
+TASK_LANES = (SENSE_LANE, *MATCH_LANES, SCALE_LANE, EXECUTE_LANE, EVALUATE_LANE)
+LANES = (*INTAKE_LANES, *TASK_LANES)
 
 BUCKETS: dict[str, timedelta] = {
     "records": timedelta(hours=72),
@@ -54,7 +54,12 @@ BUCKETS: dict[str, timedelta] = {
 def streams(bus: Bus, config: ClusterConfig) -> Iterator[dict[str, Any]]:
     """Yield the configuration of every stream of the namespace, as the JetStream API takes it."""
     ns = bus.subjects.namespace
-    common = {"storage": "file", "num_replicas": config.replicas, "duplicate_window": 120 * _NS}
+    common = {
+        "storage": "file",
+        "num_replicas": config.replicas,
+        "duplicate_window": 120 * _NS,
+        _ROLLUP: False,  # one message with a rollup header would erase all others
+    }
     work = {**common, "retention": "workqueue"}
     limits = {**common, "retention": "limits", "discard": "old"}
     yield {
@@ -71,6 +76,7 @@ def streams(bus: Bus, config: ClusterConfig) -> Iterator[dict[str, Any]]:
         "subjects": [f"{ns}.task.>", f"{ns}.later.>"],
         "discard": "old",  # never discards: there is no limit, but schedules demand it
         "allow_msg_schedules": True,
+        _ROLLUP: True,  # the server sets it with schedules and refuses to unset it
     }
     yield {
         **limits,
@@ -93,7 +99,6 @@ def streams(bus: Bus, config: ClusterConfig) -> Iterator[dict[str, Any]]:
             "discard": "new",
             "max_msgs_per_subject": 1,
             "max_age": int(keep.total_seconds()) * _NS,
-            "allow_rollup_hdrs": True,
             "deny_delete": True,
         }
 
@@ -142,6 +147,30 @@ async def apply(bus: Bus, config: ClusterConfig) -> list[str]:
     return differences
 
 
+async def restore(bus: Bus, config: ClusterConfig) -> list[str]:
+    """Create the streams, buckets and consumers that are missing, change nothing else, and return their names.
+
+    Raises:
+        BusUnavailable: No answer, or the server refuses a stream.
+    """
+    created = []
+    for wanted in streams(bus, config):
+        try:
+            await bus.api(f"STREAM.INFO.{wanted['name']}")
+        except Refused as error:
+            if error.err_code != STREAM_NOT_FOUND:
+                raise
+            await _create_stream(bus, wanted)
+            created.append(str(wanted["name"]))
+    for name in dict.fromkeys(lane.stream for lane in LANES):
+        stored = (await bus.api(f"CONSUMER.NAMES.{bus.subjects.stream(name)}"))["consumers"] or []
+        for lane in LANES:
+            if lane.stream == name and lane.name not in stored:
+                await ensure_consumer(bus, lane)
+                created.append(lane.name)
+    return created
+
+
 class Part(NamedTuple):
     """A stream, bucket or consumer as the server has it."""
 
@@ -185,7 +214,7 @@ async def _part(bus: Bus, name: str, call: str, wanted: dict[str, Any]) -> Part:
     try:
         info = await bus.api(call)
     except Refused as error:
-        if error.err_code in {_STREAM_NOT_FOUND, _CONSUMER_NOT_FOUND}:
+        if error.err_code in {STREAM_NOT_FOUND, CONSUMER_NOT_FOUND}:
             return Part(name, None, ())
         raise
     except BusUnavailable as error:  # no leader: the others may well have theirs
@@ -203,11 +232,26 @@ async def _apply_stream(bus: Bus, wanted: dict[str, Any]) -> list[str]:
     try:
         info = await bus.api(f"STREAM.INFO.{wanted['name']}")
     except Refused as error:
-        if error.err_code != _STREAM_NOT_FOUND:
+        if error.err_code != STREAM_NOT_FOUND:
             raise
         await _create_stream(bus, wanted)
         info = await bus.api(f"STREAM.INFO.{wanted['name']}")
-    return [f"{wanted['name']}: {difference}" for difference in _differences(info["config"], wanted)]
+    stored: dict[str, Any] = info["config"]
+    if stored.get(_ROLLUP) and not wanted[_ROLLUP]:
+        stored = await _forbid_rollup(bus, stored)
+    return [f"{wanted['name']}: {difference}" for difference in _differences(stored, wanted)]
+
+
+async def _forbid_rollup(bus: Bus, stored: dict[str, Any]) -> dict[str, Any]:
+    """Turn rollup headers off for a stream and return its configuration, unchanged where the server refuses."""
+    try:
+        answer = await bus.api(f"STREAM.UPDATE.{stored['name']}", {**stored, _ROLLUP: False})
+    except Refused as refusal:
+        log.warning("rollup_still_allowed", stream=stored["name"], reason=refusal.message)
+        return stored
+    config: dict[str, Any] = answer["config"]
+    log.info("rollup_forbidden", stream=stored["name"])
+    return config
 
 
 async def _create_stream(bus: Bus, wanted: dict[str, Any]) -> None:
@@ -266,3 +310,26 @@ async def stream_state(bus: Bus, name: str, *, subjects: str = "") -> dict[str, 
     info = await bus.api(f"STREAM.INFO.{bus.subjects.stream(name)}", body)
     state: dict[str, Any] = info["state"]
     return state
+
+
+async def lane_infos(bus: Bus) -> dict[Lane, dict[str, Any]]:
+    """Return the server's information on each consumer of the hops.
+
+    Raises:
+        BusUnavailable: No answer.
+        Refused: One of them is missing.
+    """
+    stream = bus.subjects.stream("TASKS")
+    infos = await asyncio.gather(*(bus.api(f"CONSUMER.INFO.{stream}.{lane.name}") for lane in TASK_LANES))
+    return dict(zip(TASK_LANES, infos, strict=True))
+
+
+async def in_flight(bus: Bus) -> int:
+    """Return how many hops wait for a phase or are in the hands of one; what is parked until its time is neither.
+
+    Raises:
+        BusUnavailable: No answer.
+        Refused: A consumer is missing.
+    """
+    infos = (await lane_infos(bus)).values()
+    return sum(int(info["num_pending"]) + int(info["num_ack_pending"]) for info in infos)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from loom.agents.host import BACKLOG, SLOTS, NodeHost
 from loom.agents.node import Node
@@ -12,14 +12,17 @@ from loom.bus import topology
 from loom.bus.client import Bus
 from loom.bus.log import get_logger
 from loom.bus.presence import Presence
+from loom.bus.upkeep import keep
 from loom.phases.adapt import Adapt
 from loom.phases.evaluate import Evaluate
 from loom.phases.execute import Execute
 from loom.phases.match import Match
 from loom.phases.scale import Scale
 from loom.phases.sense import Sense
+from loom.runner.starting import until_started
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES, Phase
+from loom.schemas.errors import LoomError
 from loom.schemas.llm import LLMProvider
 
 log = get_logger()
@@ -62,31 +65,74 @@ class PhaseGroup:
     ) -> None:
         self._bus = bus
         self._config = config or ClusterConfig()
-        self._services = [build(name, bus, self._config, llm) for name in names]
+        self._llm = llm
         self._names = tuple(names)
         self._started: list[PhaseService] = []
         self._presence = Presence(bus, self._names, bus.instance)
+        self._upkeep: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
+    async def start(self, *, patience_s: float = 0.0) -> None:
         """Make the server's streams match, then start each phase; returns once all take messages.
 
+        Args:
+            patience_s: How long a start that fails is tried again.
+
         Raises:
-            BusUnavailable: The server is too old, has no JetStream, or does not answer.
+            BusUnavailable: The server is too old; or after that time it has no JetStream, does not answer, or refuses
+                a stream.
         """
-        await topology.apply(self._bus, self._config)
-        for service in self._services:
-            await service.start()
-            self._started.append(service)
-        await self._presence.start()
+        topology.check_version(self._bus)
+        await until_started(self._start, patience_s=patience_s)
+        self._upkeep = self._bus.spawn(keep(self._bus, self._config), name="topology upkeep")
         log.info("phases_started", phases=list(self._names), instance=self._bus.instance)
+
+    async def _start(self) -> None:
+        try:
+            await topology.apply(self._bus, self._config)
+            self._bus.missing.clear()  # just created
+            for name in self._names:
+                service = build(name, self._bus, self._config, self._llm)
+                self._started.append(service)
+                await service.start()
+            await self._presence.start()
+        except (LoomError, TimeoutError):
+            await self._stop(0)
+            raise
 
     async def drain(self) -> None:
         """Drain all of them side by side; safe to call twice or unstarted."""
+        if await self._stop(self._config.drain_timeout_s):
+            log.info("phases_drained", phases=list(self._names))
+        if self._upkeep is not None:  # the last, as what is in hand may need a stream
+            self._upkeep.cancel()
+
+    async def _stop(self, timeout_s: float) -> bool:
+        """Stop all phases that were started, if only in part, and return whether there were any."""
         started, self._started = self._started, []
         await self._presence.stop()
-        await asyncio.gather(*(service.drain(self._config.drain_timeout_s) for service in started))
-        if started:
-            log.info("phases_drained", phases=list(self._names))
+        await asyncio.gather(*(service.drain(timeout_s) for service in started))
+        return bool(started)
+
+
+class HostGroup(NamedTuple):
+    """A node host with what belongs to it, started and stopped together."""
+
+    host: NodeHost
+    nursery: Nursery
+    presence: Presence
+
+    async def start(self, *, growing: bool) -> None:
+        """Begin to bid; with `growing`, also take requests for further nodes."""
+        await self.host.start()
+        await self.presence.start()
+        if growing:
+            await self.nursery.start(self.host)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Finish runs for at most `timeout_s` and give the rest back."""
+        await self.presence.stop()
+        await self.nursery.stop()
+        await self.host.drain(timeout_s)
 
 
 @asynccontextmanager
@@ -104,7 +150,7 @@ async def running_phases(
     async with Bus(url, namespace=namespace, role=role, patience_s=patience_s) as bus:
         group = PhaseGroup(bus, names, config, llm)
         try:
-            await group.start()
+            await group.start(patience_s=patience_s)
             yield bus
         finally:
             await group.drain()
@@ -129,16 +175,20 @@ async def running_nodes(
     """
     async with Bus(url, namespace=namespace, role="node", patience_s=patience_s) as bus:
         topology.check_version(bus)
-        nursery = Nursery(bus, nodes, max_nodes=max_nodes or 0)
-        host = NodeHost(bus, nursery.nodes, slots=slots, backlog=backlog)
-        presence = Presence(bus, ["node"], host.host_id)
+
+        async def start() -> HostGroup:
+            nursery = Nursery(bus, nodes, max_nodes=max_nodes or 0)
+            host = NodeHost(bus, nursery.nodes, slots=slots, backlog=backlog)
+            group = HostGroup(host, nursery, Presence(bus, ["node"], host.host_id))
+            try:
+                await group.start(growing=max_nodes is not None)
+            except BaseException:
+                await group.drain(0)
+                raise
+            return group
+
+        group = await until_started(start, patience_s=patience_s)
         try:
-            await host.start()
-            await presence.start()
-            if max_nodes is not None:
-                await nursery.start(host)
-            yield host
+            yield group.host
         finally:
-            await presence.stop()
-            await nursery.stop()
-            await host.drain(drain_timeout_s)
+            await group.drain(drain_timeout_s)

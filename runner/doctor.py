@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 
 from loom.bus import topology
 from loom.bus.client import Bus, Msg, Refused
+from loom.bus.orphans import find as find_orphans
 from loom.bus.presence import ANSWER_S, Clocks, Present, clocks, own_version, who_is_there
 from loom.bus.topology import MIN_SERVER, Inspection, Part
 from loom.schemas.auction import HostAnnouncement
@@ -60,6 +61,7 @@ async def examine(bus: Bus, config: ClusterConfig) -> list[Finding]:
         *phases(there),
         node_hosts(hosts),
         *backlog(seen, config),
+        *await stuck(bus, seen),
         dead(seen, bus.subjects.stream("DEAD")),
     ]
 
@@ -122,14 +124,18 @@ def design(seen: Inspection, namespace: str) -> Iterator[Finding]:
     parts = [*seen.streams.values(), *seen.consumers.values()]
     missing = [part.name for part in parts if part.info is None and not part.silent]
     if len(missing) == len(parts):
-        yield _fail("streams", f"none in namespace {namespace}", 'nothing has run here yet: run "loom up"')
+        todo = 'nothing has run here yet: run "loom up"; phases that run already create them within seconds'
+        yield _fail("streams", f"none in namespace {namespace}", todo)
         return
     for name in missing:
-        yield _fail("streams", f"{name} is missing", "start any phase again: it creates what is missing")
+        todo = "any running phase creates it again within half a minute; if none runs, start one"
+        yield _fail("streams", f"{name} is missing", todo)
     for part in parts:
         for difference in part.differences:
             what = "stream" if part.name in seen.streams else "consumer"
             todo = f"give all processes the same LOOM_ settings, or change it with `nats {what} edit`"
+            if difference.startswith("allow_rollup_hdrs"):
+                todo = "one message could erase all others: start any phase again, it changes that"
             yield _warn("streams", f"{part.name}: {difference}", todo)
     if not missing and not any(part.differences or part.silent for part in parts):
         yield _ok("streams", f"{len(seen.streams)} streams and buckets, {len(seen.consumers)} consumers as designed")
@@ -251,6 +257,17 @@ def backlog(seen: Inspection, config: ClusterConfig) -> Iterator[Finding]:
     if calm and infos:
         in_hand = sum(int(info.get("num_ack_pending", 0)) for info in infos.values())
         yield _ok("backlog", f"{sum(waiting.values())} wait, {in_hand} in hand, none delivered again")
+
+
+async def stuck(bus: Bus, seen: Inspection) -> list[Finding]:
+    """Judge whether messages stay in the stream of hops that no phase will ever get; no finding where none do."""
+    if any(seen.consumers[lane.name].info is None for lane in topology.TASK_LANES):
+        return []  # `design` reports it
+    orphans = (await find_orphans(bus)).orphans
+    if not orphans:
+        return []
+    found = f"{len(orphans)} messages stay in {bus.subjects.stream('TASKS')} that no phase gets, such as "
+    return [_warn("orphans", f"{found}{orphans[0].subject}", "SENSE removes them within minutes; else see its log")]
 
 
 def dead(seen: Inspection, stream: str) -> Finding:

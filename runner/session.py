@@ -1,6 +1,7 @@
 """Everything one Python process needs to use loom, opened together and closed together."""
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 
@@ -8,16 +9,20 @@ from loom.agents.host import NodeHost
 from loom.agents.node import Node
 from loom.agents.nursery import Nursery, Skills
 from loom.bus import log, tasks
-from loom.bus.client import Bus
+from loom.bus.client import Bus, NoResponders
 from loom.bus.topology import check_version
 from loom.runner import logs
 from loom.runner.cluster import PhaseGroup
 from loom.runner.embedded import NatsServer, embedded_server
 from loom.runner.settings import Settings, warn_of_misspelt_settings
 from loom.schemas.config import ClusterConfig
-from loom.schemas.errors import UnknownTask
+from loom.schemas.errors import BusUnavailable, UnknownTask
 from loom.schemas.llm import LLMProvider
 from loom.schemas.wire import new_id
+
+STREAMS_S = 10.0
+"""How long phases that answer may be without their streams: they create them again within seconds."""
+ASK_AGAIN_S = 0.25
 
 
 class Session:
@@ -107,13 +112,20 @@ class Session:
 
 
 async def check_phases(bus: Bus) -> None:
-    """Return once a phase has answered.
+    """Return once a phase has answered; one that cannot read its streams yet is asked again for 10 s.
 
     Raises:
-        BusUnavailable: None does, or the server is too old for any.
+        BusUnavailable: None does, the server is too old for any, or the streams stay away.
     """
     check_version(bus)
-    try:
-        await tasks.status(bus, f"probe-{new_id()[:8]}")
-    except UnknownTask:
-        return
+    give_up = time.monotonic() + STREAMS_S
+    while True:
+        try:
+            await tasks.status(bus, f"probe-{new_id()[:8]}")
+        except UnknownTask:
+            return
+        except BusUnavailable as error:
+            no_answer = isinstance(error.__cause__, TimeoutError | NoResponders)
+            if no_answer or time.monotonic() >= give_up:
+                raise
+        await asyncio.sleep(ASK_AGAIN_S)

@@ -339,4 +339,6 @@ class SplitPlan(Wire, frozen=True, kw_only=True):
     subtasks: Annotated[tuple[Subtask, ...], Meta(max_length=1000)]
     envelope: Envelope
     """The parked parent."""
+    error: TaskError | None = None
+    """Why a plan that is done has failed; absent where the parent ended for another reason."""
     note: str = ""

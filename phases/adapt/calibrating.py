@@ -49,15 +49,28 @@ class Calibrating:
         self._revisions: dict[str, int] = {}
         self._unwritten: set[str] = set()
 
-    async def start(self) -> None:
-        """Read what is known."""
+    async def start(self, last_seq: int) -> None:
+        """Read what is known.
+
+        Args:
+            last_seq: Of the stream of rewards; what claims to hold more cannot rest on it and is forgotten.
+        """
         reader = self._bucket.reader(f"{BIAS}*")
         try:
             while not reader.caught_up:
                 for entry in await reader.batch():
-                    self._known[entry.value.slug], self._revisions[entry.value.slug] = entry.value, entry.revision
+                    known = entry.value
+                    if known.last_seq > last_seq:
+                        known = Calibration(slug=known.slug)
+                        self._unwritten.add(known.slug)
+                    self._known[known.slug], self._revisions[known.slug] = known, entry.revision
         finally:
             await reader.stop()
+
+    def start_over(self) -> None:
+        """Keep what is known: the stream it rests on was lost, and another has begun."""
+        self._known = {slug: replace(known, last_seq=0) for slug, known in self._known.items()}
+        self._unwritten = set(self._known)
 
     def fold(self, seq: int, reward: Reward) -> bool:
         """Take in a reward; return whether there is anything to write."""

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping
 
 from loom.bus.client import Bus, NoResponders
+from loom.bus.duplicates import store_once
 from loom.bus.faults import describe
 from loom.bus.log import get_logger
 from loom.phases.adapt.apoptosis import Retirement, bequest, heir, who_retires
@@ -92,5 +93,5 @@ class Retiring:
             return
         for reward in bequest(profile, to):
             subject = self._bus.subjects.of("reward", to, reward.slug)
-            await self._bus.store(subject, reward, msg_id=f"{reward.reward_id}:{reward.slug}")
+            await store_once(self._bus, subject, reward, msg_id=f"{reward.reward_id}:{reward.slug}")
         log.info("inherited", node_id=node_id, heir=to)

@@ -12,12 +12,16 @@ Gives up   an undecodable reward is logged and left out: nobody waits for it
 
 import asyncio
 import time
+from collections.abc import Sequence
+
+from msgspec.structs import replace
 
 from loom.bus.client import Bus, Conflict
 from loom.bus.faults import describe
 from loom.bus.kv import Bucket
 from loom.bus.log import get_logger
 from loom.bus.ordered import OrderedReader
+from loom.bus.topology import stream_state
 from loom.phases.adapt.calibrating import Calibrating
 from loom.phases.adapt.fold import change_in, fold, forgets, reward_in, summary
 from loom.phases.adapt.judges import weights_of
@@ -55,15 +59,12 @@ class Adapt:
         self._bucket = Bucket(bus, "nodes", NodeProfile)
         self._reader = OrderedReader(bus, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*"))
         self._dirty = asyncio.Event()
+        self._writing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Read what is known, then the whole stream; what is known already is skipped."""
-        for node_id, entry in (await stored_profiles(self._bus)).items():
-            self._profiles[node_id], self._revisions[node_id] = entry.value, entry.revision
-        if not self._profiles:
-            await self._begin_anew()
-        await self._calibrating.start()
+        await self._load()
         await self._snapshots.start()
         await self._reader.start()
         self._tasks = [
@@ -73,13 +74,37 @@ class Adapt:
         ]
         await self._retiring.start()
 
-    async def _begin_anew(self) -> None:
-        """Nothing is stored: take what the stream says, whose head a round of snapshots may stand in for."""
-        rebuilt = await rebuild(self._bus, forget=self._forget, weights=self._weights)
-        self._profiles.update(rebuilt.profiles)
-        self._unwritten = {node_id: [] for node_id in self._profiles}
-        if self._profiles:
+    async def _load(self) -> None:
+        """Read what is stored; what the stream cannot have given is taken from the stream instead."""
+        state = await stream_state(self._bus, "REWARDS")
+        for node_id, entry in (await stored_profiles(self._bus)).items():
+            self._profiles[node_id], self._revisions[node_id] = entry.value, entry.revision
+        beyond = [node_id for node_id, profile in self._profiles.items() if profile.last_seq > state["last_seq"]]
+        if beyond:
+            log.warning("profiles_beyond_stream", nodes=sorted(beyond), last_seq=state["last_seq"])
+        if beyond or not self._profiles:
+            await self._rebuild(beyond)
+        await self._calibrating.start(state["last_seq"])
+
+    async def _rebuild(self, nodes: Sequence[str]) -> None:
+        """Fold the stream for these nodes and unknown ones; snapshots may stand in for its lost head."""
+        rebuilt = (await rebuild(self._bus, forget=self._forget, weights=self._weights)).profiles
+        for node_id in {*nodes, *(rebuilt.keys() - self._profiles.keys())}:
+            # A stream that knows nothing of the node was lost, and what is stored is all there is.
+            known = rebuilt.get(node_id) or replace(self._profiles[node_id], last_seq=0)
+            self._profiles[node_id] = known
+            self._unwritten[node_id] = []
             self._dirty.set()
+
+    async def _start_over(self) -> None:
+        """Keep what is known: the stream it rests on was lost, and another has begun at its first sequence."""
+        async with self._writing:
+            for node_id, profile in self._profiles.items():
+                self._profiles[node_id] = replace(profile, last_seq=0)
+                self._unwritten[node_id] = []
+            self._calibrating.start_over()
+            self._snapshots.start_over()
+        self._dirty.set()
 
     async def drain(self, timeout_s: float) -> None:
         """Stop reading; the stream keeps what is not folded yet."""
@@ -97,8 +122,13 @@ class Adapt:
             log.info("profiles_left_to_others", **describe(error))
 
     async def _read(self) -> None:
+        generation = self._reader.generation
         while True:
-            for message in await self._reader.batch():
+            batch = await self._reader.batch()
+            if self._reader.generation != generation:
+                generation = self._reader.generation
+                await self._start_over()
+            for message in batch:
                 reward = reward_in(message, self._bus.subjects)
                 if reward is not None:
                     self._fold(message.seq, reward)
@@ -120,14 +150,31 @@ class Adapt:
     async def _follow(self) -> None:
         """Take over what an operator has repaired: it rests on the same rewards as what is known here."""
         reader = self._bucket.reader()
+        generation = 0
         try:
             while True:
-                for entry in await reader.batch():
+                batch = await reader.batch()
+                if reader.generation != generation:
+                    generation = reader.generation
+                    await self._write_all()
+                for entry in batch:
                     mine = self._profiles.get(entry.key)
                     if mine is not None and mine.last_seq == entry.value.last_seq and entry.key not in self._unwritten:
                         self._profiles[entry.key], self._revisions[entry.key] = entry.value, entry.revision
         finally:
             await reader.stop()
+
+    async def _write_all(self) -> None:
+        """Have every profile of the present stream written again: the bucket was lost with what stood in it."""
+        try:
+            last_seq = (await stream_state(self._bus, "REWARDS"))["last_seq"]
+        except LoomError as error:  # a profile is written again with its next reward
+            log.warning("profiles_not_written", reason=error.message)
+            return
+        for node_id, profile in self._profiles.items():
+            if profile.last_seq <= last_seq:
+                self._unwritten.setdefault(node_id, [])
+        self._dirty.set()
 
     async def _write(self) -> None:
         while True:
@@ -143,9 +190,10 @@ class Adapt:
                 await asyncio.sleep(STANDBY_S)
 
     async def _flush(self) -> None:
-        for node_id in list(self._unwritten):
-            await self._put(node_id)
-        await self._calibrating.flush()
+        async with self._writing:
+            for node_id in list(self._unwritten):
+                await self._put(node_id)
+            await self._calibrating.flush()
 
     async def _put(self, node_id: str) -> None:
         """Write one profile, unless another replica has written at least as much.
@@ -160,7 +208,7 @@ class Adapt:
             except Conflict:
                 entry = await self._bucket.get(node_id)
                 self._revisions[node_id] = entry.revision if entry else 0
-                if entry is None or self._adopt(entry.value):
+                if entry is None or await self._is_beyond_stream(node_id, entry.value) or self._adopt(entry.value):
                     continue
                 self._changed.pop(node_id, None)
                 self._standby_until = time.monotonic() + STANDBY_S
@@ -171,6 +219,12 @@ class Adapt:
             for change in self._changed.pop(node_id, ()):
                 await self._say_changed(node_id, change)
             return
+
+    async def _is_beyond_stream(self, node_id: str, stored: NodeProfile) -> bool:
+        """Whether a stored profile claims rewards that the stream does not hold: nothing of it can be believed."""
+        if stored.last_seq <= self._profiles[node_id].last_seq:
+            return False
+        return stored.last_seq > int((await stream_state(self._bus, "REWARDS"))["last_seq"])
 
     def _adopt(self, stored: NodeProfile) -> bool:
         """Take another's profile, with what it lacks folded onto it; return whether there is any of that to write.

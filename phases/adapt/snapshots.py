@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping
 
 from loom.bus.client import Bus
+from loom.bus.duplicates import store_once
 from loom.bus.faults import describe
 from loom.bus.log import get_logger
 from loom.bus.ordered import Stored
@@ -51,6 +52,11 @@ class Snapshots:
         self._limit = max(0, int(info["config"].get("max_bytes", 0)))
         if self._limit:
             self._task = self._bus.spawn(self._watch(), name="take snapshots")
+
+    def start_over(self) -> None:
+        """Count from nothing: the stream was lost, and another has begun."""
+        self._read_to, self._since, self._round = 0, 0, (0, set())
+        self._due.clear()
 
     async def stop(self) -> None:
         """Publish no more."""
@@ -100,7 +106,7 @@ class Snapshots:
             return
         for one in round_:
             subject = self._bus.subjects.of("reward", one.node_id, SNAPSHOTS)
-            await self._bus.store(subject, one, msg_id=one.reward_id)
+            await store_once(self._bus, subject, one, msg_id=one.reward_id)
         log.info("snapshots_taken", nodes=len(round_), bytes=taken, through=through)
 
 

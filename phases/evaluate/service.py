@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from loom.bus.answers import answer_task
 from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
+from loom.bus.duplicates import store_once
 from loom.bus.kv import Bucket, Entry
 from loom.bus.log import get_logger
 from loom.bus.loop import SLOTS, HopLoop, Service
@@ -191,7 +192,7 @@ class Evaluate:
 
     async def _store_for_scale(self, envelope: Envelope, msg_id: str) -> None:
         subject = self._bus.subjects.task("scale", envelope.priority, envelope.task_id)
-        await self._bus.store(subject, envelope, msg_id=msg_id)
+        await store_once(self._bus, subject, envelope, msg_id=msg_id)
 
 
 def _finished(envelope: Envelope, now: float) -> float:

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from loom.bus.client import Bus, Msg
 from loom.bus.delivery import Delivery
+from loom.bus.duplicates import store_once
 from loom.bus.faults import describe
 from loom.bus.kv import Bucket
 from loom.bus.log import get_logger
@@ -162,7 +163,7 @@ class Errands:
         listening = await self._bus.subscribe(subjects.of("result", child.task_id), tell)
         try:
             subject = subjects.task("sense", child.priority, child.task_id)
-            await self._bus.store(subject, child, msg_id=f"{child.task_id}:delegate")
+            await store_once(self._bus, subject, child, msg_id=f"{child.task_id}:delegate")
             while True:
                 entry = await self._records.get(child.task_id)
                 if entry is not None and entry.value.ended:

@@ -64,15 +64,16 @@ def advance(plan: SplitPlan) -> SplitPlan:
 
     It is done instead when a subtask has failed, or no tokens are left.
     """
-    if failure(plan):
-        return finish(plan)
+    if error := failure(plan):
+        return replace(finish(plan), error=error)
     done = {part.id for part in plan.subtasks if part.state == "succeeded"}
     if len(done) == len(plan.subtasks):
         return replace(plan, state="joining")
     ready = {part.id for part in plan.subtasks if part.state == "waiting" and done.issuperset(part.dependencies)}
     grants = _grants(plan, ready)
     plan = replace(plan, subtasks=tuple(_begun(part, grants) for part in plan.subtasks))
-    return finish(plan) if failure(plan) else plan
+    error = failure(plan)
+    return replace(finish(plan), error=error) if error else plan
 
 
 def _begun(part: Subtask, grants: Mapping[str, int | None]) -> Subtask:
@@ -103,17 +104,19 @@ def tokens_left(plan: SplitPlan) -> int | None:
 
 
 def note(plan: SplitPlan, record: TaskRecord, below: SplitPlan | None = None) -> SplitPlan:
-    """Return the plan after the child of that (ended) record; told again, nothing changes.
+    """Return the plan after the child of that (ended) record; a second time, nothing changes.
 
-    A subtask that failed fails the plan, and so does a budget that is spent.
+    A subtask that failed fails the plan, and so does a budget that is spent. In a plan that is done only the state of
+    the subtask is written.
 
     Args:
         below: The plan of the child, where it was divided itself.
     """
-    if plan.state != "running":
-        return plan
     subtasks = tuple(_ended(part, record, below) if part.child_id == record.task_id else part for part in plan.subtasks)
-    return plan if subtasks == plan.subtasks else advance(replace(plan, subtasks=subtasks))
+    if subtasks == plan.subtasks:
+        return plan
+    noted = replace(plan, subtasks=subtasks)
+    return advance(noted) if plan.state == "running" else noted
 
 
 def _ended(part: Subtask, record: TaskRecord, below: SplitPlan | None) -> Subtask:
@@ -164,11 +167,6 @@ def begun_by(plan: SplitPlan, child_id: str) -> list[Subtask]:
     """Return the running subtasks that the end of that child was the last to hold up, or may have been."""
     ended = {part.id for part in plan.subtasks if part.child_id == child_id}
     return [part for part in running(plan) if not ended.isdisjoint(part.dependencies)]
-
-
-def is_failed_by(plan: SplitPlan, child_id: str) -> bool:
-    """Return whether that child's end is among what has failed the plan."""
-    return any(part.child_id == child_id and part.state != "running" for part in plan.subtasks)
 
 
 def finish(plan: SplitPlan) -> SplitPlan:

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
+from loom.bus.duplicates import store_once
 from loom.bus.kv import Bucket
 from loom.bus.log import get_logger
 from loom.bus.loop import SLOTS, HopLoop, Service, schedule
@@ -86,7 +87,8 @@ class Scale:
                 return
             envelope = replace(plan.value.envelope, error=envelope.error)
         subject = self._bus.subjects.task("evaluate", envelope.priority, envelope.task_id)
-        await self._bus.store(subject, envelope, msg_id=f"{envelope.task_id}:dead:scale-{envelope.attempt}")
+        msg_id = f"{envelope.task_id}:dead:scale-{envelope.attempt}"
+        await store_once(self._bus, subject, envelope, msg_id=msg_id)
 
     def _is_timer(self, delivery: Delivery) -> bool:
         """Whether a parked parent's time has come, by the server's clock."""
@@ -166,12 +168,12 @@ class Scale:
             log.info("notice_without_plan", child_id=child_id)
             return Done()
         before, plan = change
+        if plan != before and before.state == "done":
+            return Done()  # the parent's end is published already, or will be by a message of its own
         if plan != before:
             known = {part.id for part in graph.running(before)}
             return await self._carry_out(plan, [part for part in graph.running(plan) if part.id not in known])
         # Told before, perhaps by a process that died right then: what followed is published again.
-        if plan.state == "done" and not graph.is_failed_by(plan, child_id):
-            return Done()
         return await self._carry_out(plan, graph.begun_by(plan, child_id))
 
     async def _on_end(self, parent_id: str) -> Outcome:
@@ -258,7 +260,7 @@ class Scale:
 
     async def _publish(self, child: Envelope) -> None:
         subject = self._bus.subjects.task("sense", child.priority, child.task_id)
-        await self._bus.store(subject, child, msg_id=f"{child.task_id}:begin")
+        await store_once(self._bus, subject, child, msg_id=f"{child.task_id}:begin")
 
     async def _outputs(self, plan: SplitPlan, names: Sequence[str]) -> dict[str, str]:
         """What came out of the named subtasks, read from their records."""
@@ -272,7 +274,7 @@ class Scale:
 
     async def _fail(self, plan: SplitPlan) -> Outcome:
         """Hand the parent of a failed plan to EVALUATE; one that is over for another reason has ended already."""
-        error = graph.failure(plan)
+        error = plan.error
         if error is None:
             return Done()
         await self._drop_timer(plan.parent_id)

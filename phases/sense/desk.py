@@ -7,8 +7,10 @@ from msgspec.structs import replace
 
 from loom.bus.answers import answer, answer_error, may_answer
 from loom.bus.client import Bus, Conflict, Msg, Refused, Subscription
+from loom.bus.duplicates import store_once
 from loom.bus.log import get_logger
 from loom.bus.records import change
+from loom.bus.stored import read_message
 from loom.phases.accept import unusable
 from loom.phases.sense.admission import Admission, envelope_for
 from loom.schemas.envelope import Envelope, TaskRecord
@@ -20,6 +22,11 @@ log = get_logger()
 
 QUEUE = "sense"
 CANCELLED = TaskError(code="cancelled", message="the task was cancelled")
+STRANDED = TaskError(
+    code="deadline_exceeded", message="the deadline passed, and the server has lost the task's messages"
+)
+STRANDED_S = 1.0
+"""Seconds after its deadline from which a task without messages counts as stranded."""
 
 
 class Desk:
@@ -73,6 +80,7 @@ class Desk:
             task_id = _task_of(msg)
             entry = await self._admission.records.get(task_id)
             if entry is not None:
+                await self._end_if_stranded(entry.value)
                 await answer(self._bus, msg.reply, shown(entry.value))
             elif await self._queued(task_id) is not None:
                 await answer(self._bus, msg.reply, Accepted(task_id=task_id))
@@ -80,6 +88,18 @@ class Desk:
                 raise UnknownTask(f"no task {task_id} is known; records are kept for 72 hours", task_id=task_id)
         except LoomError as error:
             await answer_error(self._bus, msg.reply, error)
+
+    async def _end_if_stranded(self, record: TaskRecord) -> None:
+        """Have a task ended that is past its deadline and of which no hop is stored any more: the server lost them."""
+        if record.ended or self._bus.now() < record.envelope.deadline + STRANDED_S:
+            return
+        task_id, subjects = record.task_id, self._bus.subjects
+        for hops in (subjects.later(task_id, "*"), subjects.task("*", "*", task_id)):
+            if await read_message(self._bus, subjects.stream("TASKS"), {"last_by_subj": hops}) is not None:
+                return
+        log.warning("task_stranded", task_id=task_id)
+        attempt = max(record.envelope.attempt, record.claim.attempt)
+        await self._tell_evaluate(replace(record.envelope, attempt=attempt), STRANDED, f"{task_id}:stranded")
 
     async def _cancel(self, msg: Msg) -> None:
         try:
@@ -99,7 +119,8 @@ class Desk:
             return entry.value
         current = await self._last_hop(task_id) or entry.value.envelope
         current = replace(current, known=None)
-        await self._tell_evaluate(replace(current, attempt=max(current.attempt, entry.value.claim.attempt)))
+        attempt = max(current.attempt, entry.value.claim.attempt)
+        await self._tell_evaluate(replace(current, attempt=attempt), CANCELLED, f"{task_id}:cancel")
 
         def cancel(record: TaskRecord) -> TaskRecord | None:
             return as_cancelled(replace(record, envelope=current), self._bus.now())
@@ -137,12 +158,12 @@ class Desk:
             await self._admission.records.create(task_id, ended)
         except Conflict:  # admitted meanwhile
             return await self._cancelled(task_id)
-        await self._tell_evaluate(ended.envelope)
+        await self._tell_evaluate(ended.envelope, CANCELLED, f"{task_id}:cancel")
         return ended
 
-    async def _tell_evaluate(self, envelope: Envelope) -> None:
+    async def _tell_evaluate(self, envelope: Envelope, error: TaskError, msg_id: str) -> None:
         subject = self._bus.subjects.task("evaluate", envelope.priority, envelope.task_id)
-        await self._bus.store(subject, envelope.failed(CANCELLED), msg_id=f"{envelope.task_id}:cancel")
+        await store_once(self._bus, subject, envelope.failed(error), msg_id=msg_id)
 
     async def _queued(self, task_id: str) -> Submission | None:
         """The submission that waits in the intake, if one does."""

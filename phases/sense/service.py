@@ -8,6 +8,7 @@ Gives up   an ad that breaks a rule fails with invalid_task; a late one with dea
 """
 
 import asyncio
+import time
 
 from msgspec.structs import replace
 
@@ -15,8 +16,9 @@ from loom.bus.client import Bus
 from loom.bus.delivery import Delivery, Slots
 from loom.bus.log import get_logger
 from loom.bus.loop import HopLoop, Service, lane_slots
+from loom.bus.orphans import sweep
 from loom.bus.outcome import Dead, Done, Fail, Next, Outcome
-from loom.bus.topology import INTAKE_LANES, SENSE_LANE, Lane, stream_state
+from loom.bus.topology import INTAKE_LANES, SENSE_LANE, Lane, in_flight, stream_state
 from loom.phases.sense.admission import Admission, envelope_for
 from loom.phases.sense.calibration import Calibrations
 from loom.phases.sense.desk import CANCELLED, Desk, check_accept
@@ -31,6 +33,10 @@ log = get_logger()
 
 ASK_WITHIN_S = 10.0  # a model that takes longer is not worth waiting for: the heuristic stands in
 GATE_S = 0.05
+EXACT_FROM = 0.5
+"""Share of the room in flight from which it matters that not every stored message is work in flight."""
+IDLE_S = 0.5
+"""How long the count of parked and settled messages is good for: it takes a request to each consumer."""
 RESERVED = 0.2  # share of the room in flight kept for high and critical
 
 
@@ -45,11 +51,15 @@ class Sense:
         self._desk = Desk(bus, self._admission)
         self._calibrations = Calibrations(bus)
         self._room = config.max_in_flight
+        self._idle = 0
+        """Messages in TASKS that are no work in flight: parked until their time, or settled and kept by the server."""
+        self._idle_until = 0.0
         self._slots: dict[str, Slots] = {}
         """The slots of each lane of the intake."""
         self._begun = 0
         """Submissions taken in hand so far."""
         self._gate: asyncio.Task[None] | None = None
+        self._sweeping: asyncio.Task[None] | None = None
         intake = [(lane, lane_slots(lane)) for lane in INTAKE_LANES]
         self._intake = HopLoop(bus, Service("sense", intake, Submission, self.admit, window=self._window))
         self._subtasks = HopLoop(bus, Service("sense", [(SENSE_LANE, 64)], Envelope, self.admit_subtask))
@@ -62,14 +72,16 @@ class Sense:
         await self._subtasks.start()
         await self._desk.open()
         self._gate = self._bus.spawn(self._watch_room(), name="intake gate")
+        self._sweeping = self._bus.spawn(sweep(self._bus), name="sweep orphans")
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, finish for at most `timeout_s`."""
         await self._desk.close()
         await asyncio.gather(self._intake.drain(timeout_s), self._subtasks.drain(timeout_s))
         await self._calibrations.stop()
-        if self._gate is not None:
-            self._gate.cancel()
+        for task in (self._gate, self._sweeping):
+            if task is not None:
+                task.cancel()
 
     async def admit(self, submission: Submission, delivery: Delivery) -> Outcome:
         """Admit a submission once and say how hard it is."""
@@ -153,16 +165,14 @@ class Sense:
     async def _measure_room(self) -> None:
         in_hand, begun = sum(slots.taken for slots in self._slots.values()), self._begun
         try:
-            in_flight = (await stream_state(self._bus, "TASKS"))["messages"]
-            if in_flight >= self._config.max_in_flight * (1 - RESERVED):
-                in_flight -= await self._parked()
+            stored = (await stream_state(self._bus, "TASKS"))["messages"]
+            if stored <= self._config.max_in_flight * EXACT_FROM:
+                self._idle, self._idle_until = 0, 0.0
+            elif time.monotonic() >= self._idle_until:
+                self._idle = max(0, stored - await in_flight(self._bus))
+                self._idle_until = time.monotonic() + IDLE_S
         except LoomError as error:
             log.warning("room_unknown", reason=error.message)
         else:
             in_hand += self._begun - begun  # on their way into TASKS, and not seen there yet
-            self._room = self._config.max_in_flight - in_flight - in_hand
-
-    async def _parked(self) -> int:
-        """Messages in TASKS that only wait for their time: no work in flight."""
-        state = await stream_state(self._bus, "TASKS", subjects=self._bus.subjects.of("later", "*", "*"))
-        return sum(state.get("subjects", {}).values())
+            self._room = self._config.max_in_flight - max(0, stored - self._idle) - in_hand

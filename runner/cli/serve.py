@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Coroutine
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ from loom.runner.cli.running import DEFAULT_URL, FOREVER_S, prepare, run_service
 from loom.runner.cluster import running_nodes, running_phases
 from loom.runner.embedded import embedded_server
 from loom.runner.settings import Settings
+from loom.runner.starting import until_started
 from loom.runner.supervisor import STOP_GRACE_S, Program, Supervisor, end_with_parent, keep_alive, labelled
 from loom.schemas.envelope import PHASES, Phase
 from loom.schemas.errors import BusUnavailable
@@ -110,7 +112,9 @@ async def _in_processes(url: str, settings: Settings, programs: list[Program]) -
     log.info("connecting", server=Bus(url).address)
     names = [program.name for program in programs]
     async with Bus(url, namespace=settings.loom_namespace, patience_s=FOREVER_S) as bus:
-        await topology.apply(bus, settings.cluster)  # what is wrong with the server is said once, and ends us
+        topology.check_version(bus)
+        # Here once, so that what a start waits for is logged by one process.
+        await until_started(partial(topology.apply, bus, settings.cluster), patience_s=FOREVER_S)
         supervisor = Supervisor(
             programs,
             environment={**os.environ, "NATS_URL": url},

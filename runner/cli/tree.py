@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
 from rich.table import Table
 from rich.text import Text
 
@@ -37,14 +38,26 @@ class Division:
     def plan(self) -> SplitPlan | None:
         """The task's own plan; None when it was not divided, which is a plan without parts."""
         plan = self.plans.get(self.root)
-        return plan if plan is not None and plan.subtasks else None
+        if plan is None or not plan.subtasks:
+            return None
+        return replace(plan, subtasks=tuple(self._as_recorded(part) for part in plan.subtasks))
+
+    def _as_recorded(self, part: Subtask) -> Subtask:
+        """Return the subtask with the end in its own record, where the plan does not have it yet."""
+        found = self.found.get(part.child_id or "")
+        record = found.record if found is not None else None
+        if part.state != "running" or record is None or record.state in ("accepted", "running"):
+            return part
+        result = record.to_result()
+        return replace(part, state=record.state, error=result.error, node_id=result.node_id, duration_s=_lasted(record))
 
     def parts(self, task_id: str) -> list[Subtask]:
         """Return the subtasks of a task in the order of its plan, then what it delegated."""
         plan, found = self.plans.get(task_id), self.found.get(task_id)
         delegated = found.record.delegated if found and found.record else ()
         inner = (self.found[each].record for each in delegated if each in self.found)
-        return [*(plan.subtasks if plan else ()), *(_as_part(record) for record in inner if record)]
+        subtasks = [self._as_recorded(part) for part in plan.subtasks] if plan else []
+        return [*subtasks, *(_as_part(record) for record in inner if record)]
 
 
 async def read_division(bus: Bus, record: TaskRecord) -> Division:
@@ -88,8 +101,12 @@ def _as_part(record: TaskRecord) -> Subtask:
         node_id=result.node_id,
         error=result.error,
         tokens=(envelope.result or RunResult()).tokens + sum(tried.tokens for tried in envelope.tried),
-        duration_s=max(0.0, (record.ended_at or record.admitted_at) - record.admitted_at),
+        duration_s=_lasted(record),
     )
+
+
+def _lasted(record: TaskRecord) -> float:
+    return max(0.0, (record.ended_at or record.admitted_at) - record.admitted_at)
 
 
 def progress_of(plan: SplitPlan) -> str:
@@ -127,19 +144,16 @@ def _rows(division: Division, above: tuple[str, ...], indent: str, now: float) -
     parts, plan = division.parts(task_id), division.plans.get(task_id)
     for index, part in enumerate(parts):
         last = index == len(parts) - 1
-        state = _state(part, plan, division.found.get(part.child_id or ""))
+        state = _state(part, plan)
         yield indent + ("└─ " if last else "├─ ") + part.id, state, *_facts(part, division, now)
         if part.child_id is not None and part.child_id not in above:
             yield from _rows(division, (*above, part.child_id), indent + ("   " if last else "│  "), now)
 
 
-def _state(part: Subtask, plan: SplitPlan | None, found: Found | None) -> Text:
-    """The state as planned; once a plan is over it changes no more, whatever becomes of the parts."""
+def _state(part: Subtask, plan: SplitPlan | None) -> Text:
     state: str = part.state
     if plan is not None and plan.state == "done" and state == "waiting":
         state = "not run"
-    elif plan is not None and plan.state == "done" and state == "running" and found is not None and found.record:
-        state = found.record.state
     return Text(state, STYLES.get(state, "dim" if state == "not run" else "cyan"))
 
 

@@ -10,7 +10,7 @@ from support.wait import until
 from loom.bus.kv import Bucket
 from loom.bus.reward_bus import RewardBus
 from loom.phases.adapt.fold import fold
-from loom.schemas.learning import WINDOW, NodeProfile
+from loom.schemas.learning import BIAS, WINDOW, Calibration, NodeProfile
 
 
 @pytest.fixture
@@ -268,3 +268,66 @@ async def test_a_replica_that_lags_behind_adopts_what_is_stored(stage: Stage, mo
     await until(lambda: slow.service._profiles["n1"].total_tasks == 2, what="the second is folded")
     go.set()
     assert await learned(stage, 2) == await refolded(stage)
+
+
+# -- profiles that claim more than the stream holds
+
+
+def forged(last_seq: int) -> NodeProfile:
+    """A profile that no reward supports, as of a sequence the stream does not have."""
+    return NodeProfile(node_id="n1", last_seq=last_seq, total_tasks=500, success_rate=0.0)
+
+
+async def put_profile(stage: Stage, wanted: NodeProfile) -> None:
+    bucket = Bucket(stage.bus, "nodes", NodeProfile)
+    entry = await bucket.get("n1")
+    await bucket.update("n1", wanted, entry.revision if entry else 0)
+
+
+@pytest.mark.parametrize("last_seq", [4, 2**50])
+async def test_a_profile_beyond_the_stream_is_not_believed_at_the_start(stage: Stage, last_seq: int) -> None:
+    await publish(stage, *(reward(n) for n in range(3)))
+    await put_profile(stage, forged(last_seq))
+    await stage.phase("adapt")
+    assert await rebuilt(stage, 3) == await refolded(stage)
+
+
+async def test_what_is_stored_of_a_node_is_kept_where_the_stream_was_lost(stage: Stage) -> None:
+    await put_profile(stage, forged(4))
+    await stage.phase("adapt")
+    await publish(stage, reward(1))
+    found = await rebuilt(stage, 501)
+    assert found.last_seq == 1
+
+
+@pytest.mark.parametrize("last_seq", [100, 2**50])
+async def test_a_profile_beyond_the_stream_is_not_believed_later_either(stage: Stage, last_seq: int) -> None:
+    await publish(stage, reward(1))
+    await stage.phase("adapt")
+    await learned(stage, 1)
+    await put_profile(stage, forged(last_seq))
+    await publish(stage, reward(2), reward(3))
+    assert await rebuilt(stage, 3) == await refolded(stage)
+
+
+async def test_what_sense_is_off_by_starts_at_nothing_where_it_claims_more_than_the_stream_holds(stage: Stage) -> None:
+    bucket = Bucket(stage.bus, "tuning", Calibration)
+    await bucket.update(f"{BIAS}code", Calibration(slug="code", bias=0.9, count=99, last_seq=2**50), 0)
+    await stage.phase("adapt")
+    await publish(stage, reward(1, estimated=0.5))
+
+    async def known() -> Calibration | None:
+        entry = await bucket.get(f"{BIAS}code")
+        return entry.value if entry is not None and entry.value.count == 1 else None
+
+    assert abs((await until(known, what="the calibration starts again")).bias) < 0.5
+
+
+async def rebuilt(stage: Stage, total: int) -> NodeProfile:
+    """Wait until the stored profile holds exactly so many tasks."""
+
+    async def known() -> NodeProfile | None:
+        found = await profile(stage)
+        return found if found is not None and found.total_tasks == total else None
+
+    return await until(known, what=f"exactly {total} tasks of n1 are learned")

@@ -232,6 +232,7 @@ async def test_an_exception_brings_the_message_back_later_each_time(
     waits = [entry["retry_in_s"] for entry in logs if entry["event"] == "hop_failed"]
     assert [0.025 <= waits[0] <= 0.05, 0.05 <= waits[1] <= 0.1, 0.1 <= waits[2] <= 0.2] == [True] * 3
     assert all(later - earlier >= wait - 0.02 for earlier, later, wait in zip(at, at[1:], waits, strict=False))
+    await until(lambda: len(answers) == 4, what="the last answer")
     assert [answer[:4] for answer in answers] == [b"-NAK", b"-NAK", b"-NAK", b"+ACK"]
     assert all("a bug" in entry["error"] for entry in logs if entry["event"] == "hop_failed")
 

@@ -14,11 +14,18 @@ from support.wait import until
 
 from loom.bus import pull as pull_module
 from loom.bus import topology
-from loom.bus.client import Bus, Msg
+from loom.bus.client import STREAM_NOT_FOUND, Bus, Msg, Refused
+from loom.bus.lean_client import LeanClient
 from loom.bus.pull import Pull
 from loom.bus.topology import SCALE_LANE
 from loom.runner.embedded import NatsServer
-from loom.schemas.errors import BusUnavailable
+from loom.schemas.errors import BusUnavailable, LoomError
+
+STALLS = [
+    (BusUnavailable("no answer"), 3, True),
+    (BusUnavailable("no answer"), 1, False),  # it answers everything else, and there is no other
+    (Refused("stream not found", STREAM_NOT_FOUND), 3, False),
+]
 
 
 class Hand:
@@ -206,6 +213,30 @@ async def test_a_consumer_that_stays_away_is_looked_for_ever_more_rarely(
 
     waits = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert [wait >= least for wait, least in zip(waits, (0.5, 0.8, 0.8), strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize(("error", "servers", "leaves"), STALLS)
+async def test_a_server_that_does_not_restore_a_consumer_a_few_times_is_left(
+    plain: Bus, monkeypatch: pytest.MonkeyPatch, error: LoomError, servers: int, *, leaves: bool
+) -> None:
+    monkeypatch.setattr(pull_module, "RETRY_S", 0.01)
+    monkeypatch.setattr(pull_module, "RETRY_MOST_S", 0.01)
+    monkeypatch.setattr(LeanClient, "servers", property(lambda _: [None] * servers))
+    reconnects: list[None] = []
+    plain.on_reconnect(lambda: reconnects.append(None))
+    tries = 0
+
+    async def broken() -> None:
+        nonlocal tries
+        tries += 1
+        raise error
+
+    pull = Pull(plain, "NONE", "none", window=lambda: 1, sink=lambda _: None, broken=broken)
+    await pull.start()
+    with capture_logs():
+        await until(lambda: tries >= 3 * pull_module.STALLED_AFTER + 1, what="many tries")
+    await pull.stop()
+    assert len(reconnects) == int(leaves), "a new connection is given time"
 
 
 async def test_a_request_that_ran_out_is_followed_by_another(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:

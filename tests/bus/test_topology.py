@@ -10,6 +10,7 @@ from support.logs import capture_logs
 
 from loom.bus import topology
 from loom.bus.client import Bus, Refused
+from loom.runner.doctor import design
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
 from loom.schemas.errors import BusUnavailable
@@ -119,6 +120,93 @@ async def test_a_stream_that_differs_is_left_alone_and_reported_in_a_sentence(pl
 async def test_a_setting_that_changed_since_is_reported_too(bus: Bus) -> None:
     differences = await topology.apply(bus, ClusterConfig(intake_limit=7))
     assert differences == [f"{bus.subjects.stream('INTAKE')}: max_msgs is 100000, designed 7"]
+
+
+# -- rollup headers, by which one message erases others
+
+STREAMS = ("INTAKE", "REWARDS", "DEAD", "records", "plans", "nodes", "tuning")
+
+
+def full_name(bus: Bus, name: str) -> str:
+    return bus.subjects.stream(name) if name.isupper() else f"KV_{bus.subjects.bucket(name)}"
+
+
+def subject_in(bus: Bus, name: str, key: str) -> str:
+    """A subject of that stream or bucket."""
+    subjects = {
+        "INTAKE": bus.subjects.intake("low", key),
+        "REWARDS": bus.subjects.of("reward", key, "code"),
+        "DEAD": bus.subjects.of("dead", "match", key),
+    }
+    return subjects.get(name, f"$KV.{bus.subjects.bucket(name)}.{key}")
+
+
+@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("scope", ["all", "sub"])
+async def test_no_message_erases_others_by_a_rollup_header(bus: Bus, name: str, scope: str) -> None:
+    for n in range(3):
+        await bus.store(subject_in(bus, name, f"k{n}"), b"{}")
+    with pytest.raises(Refused, match="rollup not permitted"):
+        await bus.store(subject_in(bus, name, "k1"), b"{}", headers={"Nats-Rollup": scope})
+    assert (await bus.api(f"STREAM.INFO.{full_name(bus, name)}"))["state"]["messages"] == 3
+
+
+@pytest.mark.parametrize("name", STREAMS)
+async def test_a_stream_of_before_that_allows_rollup_headers_is_changed_in_place(plain: Bus, name: str) -> None:
+    stream = full_name(plain, name)
+    wanted = next(one for one in topology.streams(plain, ClusterConfig()) if one["name"] == stream)
+    await plain.api(f"STREAM.CREATE.{stream}", {**wanted, "allow_rollup_hdrs": True})
+    await plain.store(subject_in(plain, name, "k1"), b"{}")
+    seen = await topology.inspect(plain, ClusterConfig())
+    assert [(finding.mark, finding.says) for finding in design(seen, "x") if stream in finding.says] == [
+        ("warn", f"{stream}: allow_rollup_hdrs is True, designed False")
+    ]
+
+    assert await topology.apply(plain, ClusterConfig()) == []
+    assert (await config_of(plain, stream))["allow_rollup_hdrs"] is False
+    assert (await plain.api(f"STREAM.INFO.{stream}"))["state"]["messages"] == 1
+
+
+async def test_a_stream_whose_change_the_server_refuses_is_reported(
+    plain: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = full_name(plain, "records")
+    wanted = next(one for one in topology.streams(plain, ClusterConfig()) if one["name"] == stream)
+    await plain.api(f"STREAM.CREATE.{stream}", {**wanted, "allow_rollup_hdrs": True})
+    api = plain.api
+
+    async def refuse(call: str, body: Any = None, **options: Any) -> Any:
+        if call.startswith("STREAM.UPDATE."):
+            raise Refused("not permitted", 10000)
+        return await api(call, body, **options)
+
+    monkeypatch.setattr(plain, "api", refuse)
+    assert await topology.apply(plain, ClusterConfig()) == [f"{stream}: allow_rollup_hdrs is True, designed False"]
+
+
+async def test_only_the_stream_with_schedules_allows_rollup_headers_as_the_server_demands(bus: Bus) -> None:
+    allowed = [name for name in sorted(await names(bus)) if (await config_of(bus, name))["allow_rollup_hdrs"]]
+    assert allowed == [bus.subjects.stream("TASKS")]
+    config = {**(await config_of(bus, allowed[0])), "name": "pedantic", "subjects": ["pedantic.>"]}
+    with pytest.raises(Refused, match="scheduling cannot be set if roll-ups are disabled"):
+        await bus.api("STREAM.CREATE.pedantic", {**config, "allow_rollup_hdrs": False, "pedantic": True})
+
+
+# -- what is missing
+
+
+async def test_what_is_missing_is_restored_and_the_rest_is_left_as_it_is(bus: Bus) -> None:
+    stream = bus.subjects.stream("TASKS")
+    edited = {**topology.consumer(bus, topology.SCALE_LANE), "ack_wait": 5 * 10**9}
+    call = f"CONSUMER.CREATE.{stream}.scale.{edited['filter_subject']}"
+    await bus.api(call, {"stream_name": stream, "config": edited})
+    assert await topology.restore(bus, ClusterConfig(intake_limit=7)) == []
+
+    await bus.api(f"STREAM.DELETE.{full_name(bus, 'plans')}")
+    await bus.api(f"CONSUMER.DELETE.{stream}.match_low")
+    assert await topology.restore(bus, ClusterConfig(intake_limit=7)) == [full_name(bus, "plans"), "match_low"]
+    assert (await bus.api(f"CONSUMER.INFO.{stream}.scale"))["config"]["ack_wait"] == 5 * 10**9
+    assert (await config_of(bus, bus.subjects.stream("INTAKE")))["max_msgs"] == 100_000
 
 
 async def test_two_namespaces_live_beside_each_other(bus: Bus, connect: Connect) -> None:

@@ -231,9 +231,10 @@ def test_a_failed_subtask_fails_the_plan_and_says_why() -> None:
     assert error is not None
     assert (plan.state, error.code, error.message) == ("done", "subtask_failed", "subtask a ended with node_lost: no")
     assert [each.state for each in plan.subtasks] == ["failed", "running", "waiting"]
-    assert graph.is_failed_by(plan, graph.child_id("p", "a"))
-    assert not graph.is_failed_by(plan, graph.child_id("p", "b"))
-    assert graph.note(plan, ended(plan, "b")) == plan, "what comes after the end changes nothing"
+    assert plan.error == error
+    after = graph.note(plan, ended(plan, "b"))
+    assert (after.state, after.error) == ("done", error), "what comes after the end changes only its own part"
+    assert [each.state for each in after.subtasks] == ["failed", "succeeded", "waiting"]
 
 
 @pytest.mark.parametrize("code", ["deadline_exceeded", "budget_exceeded"])
@@ -358,3 +359,30 @@ def test_a_plan_may_be_given_as_a_list_as_an_object_or_as_text() -> None:
         assert given_plan(TaskAd(context={"plan": form}), CONFIG) == (Subtask(id="a", description="x"),)
     for form in (True, False, None):
         assert given_plan(TaskAd(context={"plan": form}), CONFIG) is None
+
+
+# -- after a plan is done
+
+
+@given(dags(), st.randoms(use_true_random=False), st.booleans())
+def test_a_plan_that_is_done_takes_in_the_ends_of_its_subtasks_and_changes_nothing_else(
+    parts: Sequence[Subtask],
+    dice: random.Random,
+    parent_ended: bool,
+) -> None:
+    plan = graph.begin(parent(), parts)
+    if parent_ended:
+        done = graph.finish(plan)
+    else:
+        done = graph.note(plan, ended(plan, dice.choice(graph.running(plan)).id, "failed"))
+        assert done.error == graph.failure(done)
+    after = done
+    for one in dice.sample(graph.running(done), len(graph.running(done))):
+        record = ended(done, one.id, dice.choice(["succeeded", "failed", "cancelled"]))
+        after = graph.note(after, record)
+        assert by_name(after)[one.id].state == record.state
+        assert graph.note(after, record) == after, "a second time"
+    assert graph.running(after) == []
+    assert (after.state, after.error) == ("done", done.error)
+    untouched = {each.id for each in done.subtasks if each.state != "running"}
+    assert all(by_name(after)[name] == by_name(done)[name] for name in untouched)

@@ -1,0 +1,319 @@
+"""A message id that was taken: an honest twin's message is left alone, any other one costs nothing but an id."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from hashlib import blake2b
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from support.hops import Phases, last, messages, put
+from support.logs import capture_logs
+from support.nodes import Counting, node
+from support.phases import Stage, awarded, envelope
+from support.rewards import reward
+from support.wait import until
+
+from loom.bus import tasks
+from loom.bus.client import Bus
+from loom.bus.delivery import Delivery, stamp
+from loom.bus.duplicates import SCHEDULE, TARGET, is_ours, store_once
+from loom.bus.kv import Bucket
+from loom.bus.loop import schedule
+from loom.bus.outcome import Later, Next, Outcome
+from loom.bus.reward_bus import RewardBus
+from loom.bus.stored import StoredMessage
+from loom.runner.cluster import running_nodes, running_phases
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Envelope, Split
+from loom.schemas.errors import AgentFailed
+from loom.schemas.learning import NodeProfile
+from loom.schemas.run import RunRequest
+from loom.schemas.task import RunResult, TaskAd, TaskError
+from loom.schemas.wire import encode
+
+NOW = 1_800_000_000.0
+HOP = envelope(TaskAd(task_id="d", description="x"), now=NOW)
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+def kept(subject: str, message: Any, **headers: str) -> StoredMessage:
+    return StoredMessage(subject, message if isinstance(message, bytes) else encode(message), headers, 7)
+
+
+def taken(logs: list[Any]) -> list[Any]:
+    return [entry for entry in logs if entry["event"] == "message_id_taken"]
+
+
+# -- whose message it is
+
+
+@pytest.mark.parametrize(
+    ("stored", "ours"),
+    [
+        (kept("s", HOP), True),
+        (kept("s", replace(HOP, result=RunResult(content="a twin's own"), step=9, attempt=1)), True),
+        (kept("elsewhere", HOP), False),
+        (kept("s", replace(HOP, attempt=2)), False),
+        (kept("s", replace(HOP, ad=replace(HOP.ad, task_id="other"))), False),
+        (kept("s", replace(HOP, split=Split(parent="d", depth=1, deadline=NOW, child="c"))), False),
+        (kept("s", b"{}"), False),
+        (kept("s", b"\xff"), False),
+        (kept("s", HOP, **{SCHEDULE: "@at 2099-01-01T00:00:00Z", TARGET: "s"}), False),
+    ],
+)
+def test_a_twins_message_has_the_same_subject_task_and_attempt(stored: StoredMessage, *, ours: bool) -> None:
+    assert is_ours(stored, "s", HOP, {}, NOW) is ours
+
+
+PHASE = "ns.task.match.normal.d"
+LATER = "ns.later.d.task-2"
+
+
+@pytest.mark.parametrize(
+    ("under", "at", "target", "ours"),
+    [
+        (LATER, stamp(NOW + 10), PHASE, True),
+        ("ns.later.d.task-1", stamp(NOW + 12), PHASE, True),
+        (LATER, stamp(NOW - 10), PHASE, True),
+        (LATER, stamp(NOW + 60), PHASE, False),
+        (LATER, stamp(NOW + 10), "elsewhere", False),
+        ("ns.later.other.task-2", stamp(NOW + 10), PHASE, False),
+        (LATER, "never", PHASE, False),
+        (PHASE, None, None, True),  # a twin that does not wait
+        (LATER, None, None, False),  # nothing ever moves it
+    ],
+)
+def test_a_twins_schedule_comes_out_at_the_same_place_and_not_much_later(
+    under: str, at: str | None, target: str | None, *, ours: bool
+) -> None:
+    headers = {} if at is None else {SCHEDULE: f"@at {at}", TARGET: str(target)}
+    wanted = {SCHEDULE: f"@at {stamp(NOW + 10)}", TARGET: PHASE}
+    assert is_ours(kept(under, HOP, **headers), LATER, HOP, wanted, NOW) is ours
+
+
+@pytest.mark.parametrize(("delay_s", "ours"), [(0.5, True), (30.0, False)])
+def test_a_twin_that_waits_long_does_not_stand_for_one_that_does_not(delay_s: float, *, ours: bool) -> None:
+    stored = kept(LATER, HOP, **{SCHEDULE: f"@at {stamp(NOW + delay_s)}", TARGET: PHASE})
+    assert is_ours(stored, PHASE, HOP, {}, NOW) is ours
+
+
+# -- honest twins
+
+
+async def test_a_twin_that_is_still_stored_is_left_alone(bus: Bus) -> None:
+    subject = bus.subjects.task("match", "normal", "d")
+    with capture_logs() as logs:
+        for step in range(3):
+            await store_once(bus, subject, replace(HOP, step=step), msg_id="d:x")
+    assert await messages(bus) == 1
+    assert not taken(logs)
+
+
+@pytest.mark.parametrize("facts", [{"state": "succeeded", "ended_at": NOW}, {"state": "cancelled", "ended_at": NOW}])
+async def test_a_settled_twin_of_a_task_that_has_ended_is_not_sent_again(stage: Stage, facts: Any) -> None:
+    await stage.record(HOP, **facts)
+    await assert_settled_twin(stage.bus, again=0)
+
+
+async def test_a_settled_twin_of_a_later_attempt_is_not_sent_again(stage: Stage) -> None:
+    await stage.claimed(HOP, attempt=2)
+    await assert_settled_twin(stage.bus, again=0)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_settled_twin_whose_task_is_further_on_is_not_sent_again(stage: Stage, *, waits: bool) -> None:
+    await stage.record(HOP)
+    await settled_twin(stage.bus)
+    if waits:
+        target = stage.bus.subjects.task("match", "normal", "d")
+        later = stage.bus.subjects.later("d", "task-1")
+        await schedule(stage.bus, later, target=target, at=stage.bus.now() + 99, envelope=HOP, msg_id="d:y")
+    else:
+        await put(stage.bus, HOP, "execute")
+    await store_once(stage.bus, stage.bus.subjects.task("match", "normal", "d"), HOP, msg_id="d:x")
+    assert await messages(stage.bus) == 1
+
+
+async def test_a_settled_twin_of_a_task_nothing_carries_any_more_is_sent_again(stage: Stage) -> None:
+    await stage.record(HOP)
+    await assert_settled_twin(stage.bus, again=1)
+
+
+async def settled_twin(bus: Bus) -> None:
+    """Take the id of a hop to MATCH by a message that is gone afterwards."""
+    ack = await bus.store(bus.subjects.task("match", "normal", "d"), HOP, msg_id="d:x")
+    await bus.api(f"STREAM.MSG.DELETE.{ack.stream}", {"seq": ack.seq})
+
+
+async def assert_settled_twin(bus: Bus, *, again: int) -> None:
+    await settled_twin(bus)
+    with capture_logs() as logs:
+        await store_once(bus, bus.subjects.task("match", "normal", "d"), HOP, msg_id="d:x")
+    assert await messages(bus) == again
+    assert len(taken(logs)) == again
+
+
+async def test_a_redelivered_message_makes_its_hop_once(bus: Bus, phases: Phases) -> None:
+    handled = 0
+
+    async def fail_once_after_the_hop(message: Envelope, delivery: Delivery) -> Outcome:
+        nonlocal handled
+        handled += 1
+        if handled == 1:
+            subject = bus.subjects.task("match", "normal", "d")
+            await bus.store(subject, message, msg_id=f"d:{delivery.origin}")
+            raise RuntimeError("this process died before its ack")
+        return Next("match", message)
+
+    with capture_logs() as logs:
+        phase = await phases.start(bus, fail_once_after_the_hop)
+        await put(bus, HOP)
+        await phase.count(2)
+        await until(lambda: not phase.running, what="it is settled")
+    assert len(taken(logs)) == 0
+    hops = await bus.api(
+        f"STREAM.INFO.{bus.subjects.stream('TASKS')}", {"subjects_filter": bus.subjects.task("match", "*", "*")}
+    )
+    assert hops["state"]["subjects"] == {bus.subjects.task("match", "normal", "d"): 1}
+
+
+# -- ids that were taken by others
+
+
+@pytest.mark.parametrize("where", ["later.x.y", "task.evaluate.low.zzz", "task.match.normal.d"])
+@pytest.mark.parametrize("outcome", ["next", "later"])
+async def test_a_hop_whose_id_was_taken_is_stored_all_the_same(
+    bus: Bus, phases: Phases, where: str, outcome: str
+) -> None:
+    async def decide(message: Envelope, _delivery: Delivery) -> Outcome:
+        return Next("match", message) if outcome == "next" else Later(0.05, message, "match")
+
+    await bus.store(f"{bus.subjects.namespace}.{where}", b"{}", msg_id="d:task-2")
+    await phases.start(bus, decide)
+    assert await put(bus, HOP) == 2
+
+    async def hop() -> Any:
+        found = await last(bus, "TASKS", bus.subjects.task("match", "normal", "d"))
+        return found if found is not None and found.data != b"{}" else None
+
+    found = await until(hop, what="the hop")
+    assert found.envelope.task_id == "d"
+
+
+async def test_a_taken_id_whose_message_is_gone_loses_no_hop(bus: Bus, phases: Phases) -> None:
+    async def decide(message: Envelope, _delivery: Delivery) -> Outcome:
+        return Next("match", message)
+
+    ack = await bus.store(bus.subjects.later("x", "y"), b"{}", msg_id="d:task-2")
+    await bus.api(f"STREAM.MSG.DELETE.{ack.stream}", {"seq": ack.seq})
+    await phases.start(bus, decide)
+    assert await put(bus, HOP) == 2
+    await until(lambda: last(bus, "TASKS", bus.subjects.task("match", "normal", "d")), what="the hop")
+
+
+async def test_a_reward_whose_id_was_taken_is_learned_all_the_same(stage: Stage) -> None:
+    await stage.phase("adapt")
+    earned = reward(1)
+    digest = blake2b(repr(float(earned.score)).encode(), digest_size=4).hexdigest()
+    await stage.bus.store(stage.bus.subjects.of("reward", "x", "y"), b"{}", msg_id=f"{earned.reward_id}:{digest}")
+
+    for _ in range(2):  # the same twice counts once
+        await RewardBus(bus=stage.bus).publish(earned)
+
+    async def known() -> NodeProfile | None:
+        entry = await Bucket(stage.bus, "nodes", NodeProfile).get(earned.node_id)
+        return entry.value if entry else None
+
+    assert (await until(known, what="the reward is learned")).total_tasks == 1
+
+
+async def test_a_result_whose_id_was_taken_ends_its_task(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    hop = awarded(envelope(TaskAd(task_id="d", description="x"), now=stage.bus.now()))
+    await stage.claimed(hop, attempt=1)
+    subject = stage.bus.subjects.task("evaluate", "normal", "d")
+    await stage.bus.store(stage.bus.subjects.later("x", "y"), b"{}", msg_id="d:task-9")
+    await store_once(stage.bus, subject, replace(hop, result=RunResult(content="42")), msg_id="d:task-9")
+    await until(lambda: ended(stage), what="the task has ended")
+    assert (await stage.read("d")).state == "succeeded"
+
+
+async def test_a_cancel_whose_id_was_taken_is_announced(stage: Stage) -> None:
+    await stage.phase("sense")
+    await stage.phase("evaluate")
+    hop = envelope(TaskAd(task_id="d", description="x"), now=stage.bus.now())
+    await stage.record(hop)
+    await stage.bus.store(stage.bus.subjects.later("x", "y"), b"{}", msg_id="d:cancel")
+    await tasks.cancel(stage.bus, "d")
+    assert (await stage.seen("result", task_id="d")).state == "cancelled"
+
+
+async def ended(stage: Stage) -> bool:
+    return (await stage.read("d")).ended
+
+
+@pytest.mark.parametrize("where", ["later.x.y", "task.evaluate.low.zzz"])
+async def test_a_task_whose_every_id_was_taken_ends_in_time(nats_url: str, namespace: str, where: str) -> None:
+    agent = FailsOnce()
+    async with AsyncExitStack() as stack:
+        bus = await stack.enter_async_context(Bus(nats_url, namespace=namespace))
+        await stack.enter_async_context(
+            running_phases(nats_url, namespace=namespace, config=ClusterConfig(mitosis_threshold=1.0))
+        )
+        hosted = [node("n1", agent, code=0.9), node("n2", agent, code=0.9)]
+        await stack.enter_async_context(running_nodes(nats_url, lambda: hosted, namespace=namespace))
+        ids = [f"d:intake-{n}" for n in range(1, 4)] + [f"d:task-{n}" for n in range(1, 160)] + ["d:attempt-2"]
+        await asyncio.gather(*(bus.store(f"{namespace}.{where}", b"{}", msg_id=one) for one in ids))
+        ad = TaskAd(task_id="d", domain="code", description="add two numbers", timeout_s=15)
+        result = await (await tasks.publish(bus, ad, deltas=False)).result(20)
+        record = await tasks.status(bus, "d")
+
+    assert result.success, result.error
+    assert result.attempts == 2
+    assert record.state == "succeeded"
+    assert agent.runs["d"] == 2
+
+
+class FailsOnce(Counting):
+    """An agent whose first run of each task fails."""
+
+    async def __call__(self, job: RunRequest) -> str:
+        done = await super().__call__(job)
+        if self.runs[job.task_id] == 1:
+            raise AgentFailed("the first run fails")
+        return done
+
+
+async def test_a_divided_task_whose_ids_were_taken_ends_with_its_parts(nats_url: str, namespace: str) -> None:
+    from loom.phases.scale.graph import child_id  # noqa: PLC0415 - the ids an attacker computes
+
+    agent = Counting()
+    plan = [{"id": name, "description": name, "domain": "code"} for name in ("a", "b")]
+    plan[1]["dependencies"] = ["a"]  # type: ignore[assignment]
+    children = [child_id("p", name) for name in ("a", "b")]
+    ids = ["p:timer", "p:join", "p:unpark", "p:planfail"]
+    ids += [f"{child}:{what}" for child in children for what in ("begin", "done")]
+    async with AsyncExitStack() as stack:
+        bus = await stack.enter_async_context(Bus(nats_url, namespace=namespace))
+        await stack.enter_async_context(running_phases(nats_url, namespace=namespace))
+        await stack.enter_async_context(
+            running_nodes(nats_url, lambda: [node("n1", agent, code=0.9)], namespace=namespace)
+        )
+        await asyncio.gather(*(bus.store(bus.subjects.later("x", "y"), b"{}", msg_id=one) for one in ids))
+        ad = TaskAd(task_id="p", domain="code", description="all", context={"plan": plan}, timeout_s=15)
+        result = await (await tasks.publish(bus, ad, deltas=False)).result(20)
+
+    assert result.success, result.error
+    assert agent.runs == {"p": 1, **dict.fromkeys(children, 1)}
+
+
+def test_an_error_to_evaluate_is_ours_too() -> None:
+    failed = HOP.failed(TaskError(code="node_lost", message="x"))
+    assert is_ours(kept("s", HOP), "s", failed, {}, NOW)

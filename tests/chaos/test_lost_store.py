@@ -1,0 +1,204 @@
+"""The server loses what it has stored under running phases: they create it again, and new work is done."""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from support.nodes import echo, node
+from support.phases import Stage, awarded
+from support.wait import until
+
+from loom.bus import tasks, topology, upkeep
+from loom.bus.client import Bus, Refused
+from loom.bus.kv import Bucket
+from loom.phases.scale import graph
+from loom.phases.sense import desk
+from loom.runner.cluster import running_nodes, running_phases
+from loom.runner.embedded import NatsServer
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import TaskRecord
+from loom.schemas.learning import NodeProfile
+from loom.schemas.task import PRIORITIES, TaskAd, TaskResult
+
+STREAMS = ("INTAKE", "TASKS", "REWARDS", "DEAD", "records", "plans", "nodes", "tuning")
+
+
+@pytest.fixture
+async def client(nats_url: str, namespace: str) -> AsyncIterator[Bus]:
+    """A client of a whole cluster on the shared server."""
+    async with AsyncExitStack() as stack:
+        where = {"namespace": namespace}
+        bus = await stack.enter_async_context(Bus(nats_url, namespace=namespace))
+        await stack.enter_async_context(running_phases(nats_url, **where))  # type: ignore[arg-type]
+        await stack.enter_async_context(
+            running_nodes(nats_url, lambda: [node("n1", echo, code=0.9)], namespace=namespace)
+        )
+        yield bus
+
+
+async def do(bus: Bus, description: str = "add two numbers") -> TaskResult:
+    """Submit a task and return its result."""
+    ad = TaskAd(domain="code", description=description, timeout_s=20)
+    return await (await tasks.publish(bus, ad, deltas=False)).result(25)
+
+
+async def learned(bus: Bus, total: int, within_s: float = 20) -> NodeProfile:
+    """Wait until the profile of the node holds exactly so many tasks."""
+
+    async def known() -> NodeProfile | None:
+        try:
+            entry = await Bucket(bus, "nodes", NodeProfile).get("n1")
+        except Refused:
+            return None
+        return entry.value if entry is not None and entry.value.total_tasks == total else None
+
+    return await until(known, within_s=within_s, what=f"{total} tasks are learned")
+
+
+async def complete(bus: Bus) -> None:
+    """Wait until every stream, bucket and consumer is there."""
+
+    async def so() -> bool:
+        seen = await topology.inspect(bus, ClusterConfig())
+        return all(part.info is not None for part in (*seen.streams.values(), *seen.consumers.values()))
+
+    await until(so, what="everything is there again")
+
+
+async def test_after_the_store_was_wiped_new_tasks_end_and_learning_goes_on(tmp_path: Path) -> None:
+    server = NatsServer(tmp_path / "store")
+    server.start()
+    try:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(running_phases(server.url))
+            await stack.enter_async_context(running_nodes(server.url, lambda: [node("n1", echo, code=0.9)]))
+            bus = await stack.enter_async_context(Bus(server.url))
+            for n in range(3):
+                assert (await do(bus, f"before {n}")).success
+            await learned(bus, 3)
+
+            server.kill()
+            shutil.rmtree(tmp_path / "store" / "jetstream")
+            await asyncio.to_thread(server.restart)
+            await complete(bus)
+            results = [await do(bus, f"after {n}") for n in range(2)]
+            profile = await learned(bus, 5)  # what is known of the node is kept
+
+        assert all(result.success for result in results)
+        assert profile.last_seq == 2
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("name", STREAMS)
+async def test_a_deleted_stream_or_bucket_is_created_again_and_new_tasks_end(client: Bus, name: str) -> None:
+    assert (await do(client, "before")).success
+    await learned(client, 1)
+    stream = client.subjects.stream(name) if name.isupper() else f"KV_{client.subjects.bucket(name)}"
+    await client.api(f"STREAM.DELETE.{stream}")
+
+    for n in range(2):
+        assert (await do(client, f"after {n}")).success
+    await learned(client, 3)
+
+
+async def test_deleted_consumers_are_created_again_and_tasks_of_every_priority_end(client: Bus) -> None:
+    for lane in topology.LANES:
+        await client.api(f"CONSUMER.DELETE.{client.subjects.stream(lane.stream)}.{lane.name}")
+    for priority in PRIORITIES:
+        ad = TaskAd(domain="code", description="after", priority=priority, timeout_s=20)
+        assert (await (await tasks.publish(client, ad, deltas=False)).result(25)).success
+    await complete(client)
+
+
+async def test_what_nothing_asks_for_is_created_again_at_the_next_look(
+    nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "LOOK_S", 0.1)
+    async with Bus(nats_url, namespace=namespace) as client, running_phases(nats_url, namespace=namespace):
+        for name in ("DEAD", "plans", "tuning"):
+            stream = client.subjects.stream(name) if name.isupper() else f"KV_{client.subjects.bucket(name)}"
+            await client.api(f"STREAM.DELETE.{stream}")
+        await complete(client)
+
+
+async def test_a_dead_letter_is_kept_although_its_stream_was_deleted(client: Bus) -> None:
+    await client.api(f"STREAM.DELETE.{client.subjects.stream('DEAD')}")
+    await client.publish(client.subjects.task("match", "low", "t1"), b"?")
+
+    async def kept() -> bool:
+        try:
+            return (await topology.stream_state(client, "DEAD"))["messages"] == 1
+        except Refused:
+            return False
+
+    await until(kept, what="the dead letter")
+
+
+# -- tasks whose messages were lost
+
+
+@pytest.fixture(autouse=True)
+def soon_stranded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk, "STRANDED_S", 0.1)
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+async def roll_up(stage: Stage) -> None:
+    """Erase all hops by one message, as the server lets anyone do who may publish a hop."""
+    await stage.bus.store(stage.bus.subjects.later("x", "y"), b"{}", headers={"Nats-Rollup": "all"})
+
+
+async def purge(stage: Stage) -> None:
+    await stage.bus.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}")
+
+
+@pytest.mark.parametrize(("lose", "plan"), [(purge, []), (roll_up, [{"id": "a", "description": "a"}])])
+async def test_a_task_whose_messages_were_lost_ends_after_its_deadline_when_it_is_asked_for(
+    stage: Stage, lose: Callable[[Stage], Awaitable[None]], plan: list[Any]
+) -> None:
+    for phase in ("sense", "scale", "evaluate"):
+        await stage.phase(phase)  # type: ignore[arg-type]
+    handle = await tasks.publish(stage.bus, TaskAd(domain="code", description="x", timeout_s=0.5), deltas=False)
+    hop = await stage.seen("task", phase="match", task_id=handle.task_id)
+    if plan:
+        await stage.put("scale", awarded(replace(hop, ad=replace(hop.ad, context={"plan": plan}))))
+        await stage.seen("task", phase="match", count=2)
+    await lose(stage)
+
+    async def ended() -> TaskRecord | None:
+        found = await tasks.status(stage.bus, handle.task_id)
+        return found if isinstance(found, TaskRecord) and found.ended else None
+
+    record = await until(ended, what="the task has ended")
+    assert record.envelope.error is not None
+    assert record.envelope.error.code == "deadline_exceeded"
+    assert (await handle.result(5)).state == "failed"
+    if plan:
+        child = graph.child_id(handle.task_id, "a")
+        await until(lambda: has_ended(stage, child), what="its subtask has ended")
+
+
+async def has_ended(stage: Stage, task_id: str) -> bool:
+    return (await stage.read(task_id)).ended
+
+
+async def test_a_late_task_that_still_waits_for_a_phase_is_left_alone(stage: Stage) -> None:
+    await stage.phase("sense")
+    await stage.phase("evaluate")
+    handle = await tasks.publish(stage.bus, TaskAd(domain="code", description="x", timeout_s=0.1), deltas=False)
+    hop = await stage.seen("task", phase="match", task_id=handle.task_id)
+    await until(lambda: stage.bus.now() > hop.deadline + desk.STRANDED_S, what="the task is late")
+    for _ in range(2):
+        await tasks.status(stage.bus, handle.task_id)
+    assert stage.all("task", phase="evaluate") == []
