@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from copy import deepcopy
 from hashlib import blake2b
 from types import TracebackType
@@ -62,6 +63,8 @@ class Runtime:
         self.lifecycle = LifecycleManager(self._cluster_config)
         self.skill_registry = SkillNodeRegistry()
         """As of `AmoebaLoop`: skills to become nodes where nobody bids; they work with the provider and the config."""
+        self._context = copy_context()
+        """Of context variables runs see what the maker of the Runtime saw, not what its first user does."""
         self._session: Session | None = None
         self._opening: asyncio.Lock | None = None
 
@@ -214,6 +217,7 @@ class Runtime:
                     self._cluster_config,
                     self.provider,
                     skills=skill_nodes(self.skill_registry, self.provider, self.config),
+                    context=self._context,
                 )
                 await session.open()
                 self.reward_bus.bus = session.bus

@@ -15,7 +15,9 @@ import structlog
 from loom.agents.config import AgentConfig
 from loom.agents.openai_provider import OpenAIProvider
 from loom.bus.client import Bus
+from loom.bus.faults import describe
 from loom.runner import logs
+from loom.runner.cli.ending import StopSignals, tear_down
 from loom.runner.settings import Settings, from_environment
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.llm import LLMProvider
@@ -43,33 +45,43 @@ def prepare(log_level: str) -> Settings:
     return settings
 
 
-def run_to_end(work: Coroutine[Any, Any, T]) -> T:
-    """Return what `work` returns, on uvloop where that is installed. SIGTERM cancels it, as Ctrl-C does.
+def run_to_end(work: Coroutine[Any, Any, T], *, limit_s: float | None = None) -> T:
+    """Return what `work` returns, on uvloop where that is installed. SIGTERM cancels it, and so does Ctrl-C.
+
+    Args:
+        limit_s: As of StopSignals, for work that runs user code.
 
     Raises:
         SystemExit: SIGTERM came, and `work` has ended of it.
+        KeyboardInterrupt: SIGINT came, and `work` has ended of it.
     """
+    received: list[int] = []
 
-    async def until_terminated() -> T:
+    async def until_stopped() -> T:
         loop, working = asyncio.get_running_loop(), asyncio.ensure_future(work)
-        with contextlib.suppress(NotImplementedError):  # on Windows, where nobody sends it
-            loop.add_signal_handler(signal.SIGTERM, working.cancel)
-        return await working
+        with StopSignals(loop, working.cancel, limit_s=limit_s, last_words=_nothing) as signals:
+            try:
+                return await working
+            finally:
+                received.extend(signals.received)
 
-    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
-    if importlib.util.find_spec("uvloop"):
-        factory = importlib.import_module("uvloop").new_event_loop
-    gc.freeze()  # what has been imported stays
-    gc.set_threshold(*RARELY)
-    with asyncio.Runner(loop_factory=factory) as runner:
-        try:
-            return runner.run(until_terminated())
-        except asyncio.CancelledError:
-            raise SystemExit(128 + signal.SIGTERM) from None
+    try:
+        return _run(until_stopped())
+    except asyncio.CancelledError:
+        if received and received[0] == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
-def run_service(work: Coroutine[Any, Any, None]) -> None:
-    """Run `work` until SIGINT or SIGTERM cancels it, which is its normal end; a second signal hurries its drain."""
+def run_service(
+    work: Coroutine[Any, Any, None], *, limit_s: float | None = None, last_words: Callable[[], None] | None = None
+) -> None:
+    """Run `work` until SIGINT or SIGTERM cancels it, which is its normal end; a second signal hurries its drain.
+
+    Args:
+        limit_s: As of StopSignals, for work that runs user code.
+        last_words: As of StopSignals.
+    """
 
     async def until_signalled() -> None:
         loop = asyncio.get_running_loop()
@@ -79,12 +91,49 @@ def run_service(work: Coroutine[Any, Any, None]) -> None:
             service.cancel()
             log.info("stopping", hint="once more hurries it")
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop)
-        with contextlib.suppress(asyncio.CancelledError):
+        signals = StopSignals(loop, stop, limit_s=limit_s, last_words=last_words or _nothing)
+        with signals, contextlib.suppress(asyncio.CancelledError):
             await service
 
-    run_to_end(until_signalled())
+    _run(until_signalled())
+
+
+def _run(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` to its end. What user code raises in a task or a callback of its own ends neither loop nor process."""
+    gc.freeze()  # what has been imported stays
+    gc.set_threshold(*RARELY)
+    loop = _new_loop()
+    asyncio.set_event_loop(loop)
+    loop.set_exception_handler(_log_fault)
+    try:
+        task = loop.create_task(main)
+        while True:
+            try:
+                return loop.run_until_complete(task)
+            except (KeyboardInterrupt, SystemExit) as error:
+                if task.done():
+                    raise
+                log.error("exception_escaped", hint="raised in a task or a callback of user code", **describe(error))
+    finally:
+        tear_down(loop)
+        asyncio.set_event_loop(None)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    if importlib.util.find_spec("uvloop"):
+        loop: asyncio.AbstractEventLoop = importlib.import_module("uvloop").new_event_loop()
+        return loop
+    return asyncio.new_event_loop()
+
+
+def _log_fault(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what asyncio has to report in our own form: its own prints texts of exceptions, secrets and all."""
+    error = context.get("exception")
+    log.error("task_failed", reason=context.get("message"), **(describe(error) if error is not None else {}))
+
+
+def _nothing() -> None:
+    """Leave without last words."""
 
 
 async def unless_lost(bus: Bus, work: Coroutine[Any, Any, T]) -> T:

@@ -265,7 +265,10 @@ async def test_what_an_agent_says_comes_in_messages_of_bounded_size(stage: Stage
     assert len(many.bodies) < len(many.events) / 10
 
 
-async def test_an_agent_that_never_waits_is_slowed_to_what_the_server_takes(server: NatsServer, namespace: str) -> None:
+async def test_an_agent_that_never_waits_is_slowed_to_what_the_server_takes(
+    server: NatsServer, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loom.agents.port.MAX_TEXT_CHARS", 10**9)
     said, most, moved_at = 0, 25_000, time.monotonic()
 
     async def talk(description: str) -> AsyncIterator[str]:
