@@ -147,7 +147,7 @@ class NodeHost:
         self.abandon()
 
     async def _ended(self, timeout_s: float) -> None:
-        """Wait until no run is in hand; one that was stopped meanwhile counts as ended, whatever its code still does."""
+        """Wait until no run is in hand; one that was stopped meanwhile has ended, whatever its code still does."""
         end_at = time.monotonic() + timeout_s
         while (left_s := end_at - time.monotonic()) > 0:
             working = [run.work for run in self._in_hand() if run.work is not None]

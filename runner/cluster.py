@@ -7,6 +7,7 @@ from typing import Protocol
 
 import structlog
 
+from loom.agents.guarded_provider import GuardedProvider
 from loom.agents.host import BACKLOG, SLOTS, NodeHost
 from loom.agents.node import Node
 from loom.agents.nursery import Nursery
@@ -63,7 +64,8 @@ class PhaseGroup:
     ) -> None:
         self._bus = bus
         self._config = config or ClusterConfig()
-        self._services = [build(name, bus, self._config, llm) for name in names]
+        guarded = GuardedProvider(llm) if llm is not None else None
+        self._services = [build(name, bus, self._config, guarded) for name in names]
         self._names = tuple(names)
         self._started: list[PhaseService] = []
         self._presence = Presence(bus, self._names, bus.instance)
