@@ -62,6 +62,8 @@ class Watchdog:
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
         self._turn_at = time.monotonic()
+        self._warn_at = 0.0
+        """When to warn again of a loop that is still blocked."""
         self._stopped = threading.Event()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -92,20 +94,18 @@ class Watchdog:
             elif now - self._turn_at > BLOCKED_S and not self._loop.is_closed():
                 try:
                     asyncio.run(self._stand_in(self._turn_at))
+                    self._warn_at = 0.0
                 except Exception as error:  # noqa: BLE001 - an escaping one would end the thread, and the host with it
                     log.error("watchdog_failed", **describe(error))
                 checked_at = time.monotonic()
 
     async def _stand_in(self, since: float) -> None:
         """Publish in the place of the loop until it turns again."""
-        warn_at, beat_at, announce_at = since + WARN_S, 0.0, 0.0
+        beat_at = announce_at = 0.0
         async with AsyncExitStack() as stack:
             bus: Bus | None = None
             while self._turn_at == since and not self._stopped.is_set() and not self._loop.is_closed():
                 now = time.monotonic()
-                if now >= warn_at:
-                    warn_at = now + WARN_AGAIN_S
-                    self._warn(now - since)
                 bus = bus or await self._connected(stack)
                 if bus is not None and now >= beat_at:
                     beat_at = now + self._beat_s
@@ -113,6 +113,9 @@ class Watchdog:
                 if bus is not None and now >= announce_at:
                     announce_at = now + self._announce_s
                     self._announce(bus)
+                if now - since >= WARN_S and now >= self._warn_at:
+                    self._warn_at = now + WARN_AGAIN_S  # first: a log that fails must not do so each time
+                    self._warn(now - since)
                 await asyncio.sleep(min(CHECK_S, self._beat_s))
 
     async def _connected(self, stack: AsyncExitStack) -> Bus | None:
@@ -138,11 +141,11 @@ class Watchdog:
 
     def _warn(self, blocked_s: float) -> None:
         frame = sys._current_frames().get(self._loop_thread)  # noqa: SLF001 - Python's only way to it
-        stack = traceback.StackSummary.extract(traceback.walk_stack(frame), limit=MOST_FRAMES, lookup_lines=False)
+        frames = traceback.StackSummary.extract(traceback.walk_stack(frame), limit=MOST_FRAMES, lookup_lines=False)
         log.warning(
             "event_loop_blocked",
             seconds=round(blocked_s, 1),
-            stack=[f"{each.filename}:{each.lineno} {each.name}" for each in stack],
+            frames=[f"{each.filename}:{each.lineno} {each.name}" for each in frames],
             hint="blocking work belongs in a def, in asyncio.to_thread or in a process",
             **self._work_in_hand(),
         )
