@@ -39,7 +39,8 @@ class Runtime:
 
     Building one does nothing; the first `await` connects: to the server of NATS_URL when that is set, else to an
     embedded one with the six phases in this process. End it with `dispose`, or better `async with`: that finishes what
-    is in hand, unless it is left by an exception and nobody else is on the server.
+    is in hand, unless it is left by an exception and nobody else is on the server. Each run starts from the context
+    variables there are where the Runtime is made.
 
     Args:
         provider: The model that agents made by `add_agent` use, and SENSE where it runs here.

@@ -105,6 +105,7 @@ class StopSignals:
     def _take(self) -> None:
         """Act on one signal."""
         self._handled += 1
+        log.info("stopping", hint="once more hurries it")
         with contextlib.suppress(RuntimeError):  # the loop has just closed
             self._loop.call_soon_threadsafe(self._stop)
         if self._limit_s is not None:
@@ -125,8 +126,9 @@ def tear_down(loop: asyncio.AbstractEventLoop) -> None:
     tasks = asyncio.all_tasks(loop)
     for task in tasks:
         task.cancel()
-    closing = [loop.shutdown_asyncgens(), loop.shutdown_default_executor()]
-    deaf = _wait(loop, tasks) | set().union(*(_wait(loop, {loop.create_task(each)}) for each in closing))
+    deaf = _wait(loop, tasks)
+    deaf |= _wait(loop, {loop.create_task(loop.shutdown_asyncgens(), name="asynchronous generators")})
+    deaf |= _wait(loop, {loop.create_task(loop.shutdown_default_executor(), name="threads of asyncio.to_thread")})
     _left.extend(task.get_name() for task in deaf)
     if not deaf:
         loop.close()

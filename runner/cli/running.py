@@ -86,12 +86,7 @@ def run_service(
     async def until_signalled() -> None:
         loop = asyncio.get_running_loop()
         service = loop.create_task(work)
-
-        def stop() -> None:
-            service.cancel()
-            log.info("stopping", hint="once more hurries it")
-
-        signals = StopSignals(loop, stop, limit_s=limit_s, last_words=last_words or _nothing)
+        signals = StopSignals(loop, service.cancel, limit_s=limit_s, last_words=last_words or _nothing)
         with signals, contextlib.suppress(asyncio.CancelledError):
             await service
 
