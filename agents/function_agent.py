@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Any
 
 from loom.agents.port import Output, StreamingAgent, deltas, raised
@@ -78,24 +78,27 @@ class _Written:
         """The text that is kept."""
         return "".join(self._pieces)
 
-    def add(self, piece: Any) -> Iterator[TextDelta]:
+    def add(self, piece: Any) -> Iterable[TextDelta]:
         """Take a piece and return it as events.
 
         Raises:
             AgentFailed: There is more than any answer takes.
         """
-        with guarded():
-            text = text_of(piece)
+        if type(piece) is str and piece.isascii():
+            text = piece
+        else:
+            with guarded():
+                text = text_of(piece)
         self._output.add(len(text))
         return self._kept(text)
 
-    def whole(self, value: Any) -> Iterator[TextDelta]:
+    def whole(self, value: Any) -> Iterable[TextDelta]:
         """Take all there is and return it as events; what is too long for a result is not looked at."""
         with guarded():
             text = text_of(value[: self._room] if isinstance(value, str) else value)
         return self._kept(text)
 
-    def _kept(self, text: str) -> Iterator[TextDelta]:
+    def _kept(self, text: str) -> Iterable[TextDelta]:
         if self._room > 0:
             self._pieces.append(text[: self._room])
             self._room -= len(text)

@@ -1,6 +1,6 @@
 """What an agent is, and how its stream becomes one result."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol, runtime_checkable
 
 import structlog
@@ -40,10 +40,12 @@ class StreamingAgent(Protocol):
         ...
 
 
-def deltas(text: str) -> Iterator[TextDelta]:
-    """Yield `text` in pieces, as far as a result may carry it."""
-    for start in range(0, min(len(text), MAX_CONTENT_BYTES), DELTA_CHARS):
-        yield TextDelta(text=text[start : start + DELTA_CHARS])
+def deltas(text: str) -> tuple[TextDelta, ...]:
+    """Return `text` in pieces, as far as a result may carry it."""
+    if 0 < len(text) <= DELTA_CHARS:
+        return (TextDelta(text=text),)
+    starts = range(0, min(len(text), MAX_CONTENT_BYTES), DELTA_CHARS)
+    return tuple(TextDelta(text=text[start : start + DELTA_CHARS]) for start in starts)
 
 
 class Output:
