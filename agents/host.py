@@ -48,6 +48,7 @@ CANCELS = 10_000
 LEFT = 256
 CANCELLED = TaskError(code="cancelled", message="the run was stopped")
 LATE = TaskError(code="deadline_exceeded", message="the deadline passed before the run was over")
+NOT_ENDED = TaskError(code="agent_failed", message="the run failed in its host, whose log has the reason")
 CANCELLED_ITSELF = TaskError(code="agent_failed", message="the agent cancelled its own run")
 STOPPING = TaskError(code="node_busy", message="the host is stopping")
 
@@ -335,10 +336,10 @@ class NodeHost:
         if isinstance(node, Child):
             node.has_work = room.has_work
 
-    def _on_work_done(self, run: Run, room: Room, _work: asyncio.Task[None]) -> None:
+    def _on_work_done(self, run: Run, room: Room, work: asyncio.Task[None]) -> None:
         """Free what a run holds. Its task may have been cancelled before its first step: so nothing in it does this."""
         if run.last is None:
-            self._end(run, "error", error=STOPPING)
+            self._end(run, "error", error=STOPPING if work.cancelled() else NOT_ENDED)
         self._stopping.pop(run, None)
         self._stuck.discard(run)
         room.forget(run)

@@ -96,7 +96,8 @@ class Watchdog:
                     asyncio.run(self._stand_in(self._turn_at))
                     self._warn_at = 0.0
                 except Exception as error:  # noqa: BLE001 - an escaping one would end the thread, and the host with it
-                    log.error("watchdog_failed", **describe(error))
+                    with suppress(OSError, ValueError):  # it may be the log itself that fails
+                        log.error("watchdog_failed", **describe(error))
                 checked_at = time.monotonic()
 
     async def _stand_in(self, since: float) -> None:

@@ -105,20 +105,23 @@ class StopSignals:
     def _take(self) -> None:
         """Act on one signal."""
         self._handled += 1
-        log.info("stopping", hint="once more hurries it")
         with contextlib.suppress(RuntimeError):  # the loop has just closed
             self._loop.call_soon_threadsafe(self._stop)
         if self._limit_s is not None:
             limit_s = self._limit_s if self._handled == 1 else HURRY_S
             self._end_at = min(self._end_at, time.monotonic() + limit_s)
+        with contextlib.suppress(OSError, ValueError):  # the reader of the log may have gone before us
+            log.info("stopping", hint="once more hurries it")
 
     def _end(self) -> NoReturn:
         try:
             self._last_words()
+            log.error("ended_by_force", hint="user code still ran: it blocks, or ignores its cancel")
         except Exception as error:  # noqa: BLE001 - nothing may hold up the end
-            log.error("last_words_failed", **describe(error))
-        log.error("ended_by_force", hint="user code still ran: it blocks, or ignores its cancel")
-        exit_now(1)
+            with contextlib.suppress(OSError, ValueError):
+                log.error("last_words_failed", **describe(error))
+        finally:
+            exit_now(1)
 
 
 def tear_down(loop: asyncio.AbstractEventLoop) -> None:
