@@ -15,7 +15,8 @@ from loom.agents.delegate import Delegator
 from loom.agents.port import collect, deltas
 from loom.agents.tools import Tool, ToolContext, ToolResult
 from loom.agents.usage import usage_of
-from loom.agents.user_code import describe, guarded, text_of
+from loom.agents.user_code import described, guarded, text_of, type_name
+from loom.bus.log import get_logger
 from loom.schemas.errors import AgentFailed, BudgetExceeded, LoomError
 from loom.schemas.events import AgentEvent, Done, StepEnd, StepStart, TextDelta, TokenUsage, ToolCallEnd, ToolCallStart
 from loom.schemas.llm import CompletionParams, CompletionResult, LLMProvider, Message, StreamChunk, ToolCall, Usage
@@ -36,6 +37,8 @@ CHARS_PER_TOKEN = 32
 """More than any model packs into a token: a stream longer than that is none that would stop by itself."""
 CANCEL_GRACE_S = 0.5
 """How long a cancelled tool may take to clean up before it is left behind."""
+
+log = get_logger()
 
 
 class Agent:
@@ -192,31 +195,37 @@ class _Conversation:
     async def _ask(self, params: CompletionParams) -> AsyncGenerator[TextDelta, None]:
         """Ask the model, yield its text in pieces and keep the answer."""
         try:
-            with guarded():
-                if self._config.stream:
-                    parts: list[StreamChunk] = []
-                    async with aclosing(self._chunks(params)) as chunks:
-                        async for chunk in chunks:
-                            parts.append(chunk)
-                            if chunk.text:
-                                yield TextDelta(text=text_of(chunk.text))
+            if self._config.stream:
+                parts: list[StreamChunk] = []
+                async with aclosing(self._chunks(params)) as chunks:
+                    async for chunk in chunks:
+                        parts.append(chunk)
+                        if chunk.text:
+                            yield TextDelta(text=text_of(chunk.text))
+                with guarded():
                     self._answer = _clean(_joined(parts))
-                else:
+            else:
+                with guarded():
                     async with self._deadline.enforced():
-                        self._answer = _clean(await self._provider.complete(params))
-                    for delta in deltas(self._answer.content):
-                        yield delta
+                        answer = await self._provider.complete(params)
+                    self._answer = _clean(answer)
+                for delta in deltas(self._answer.content):
+                    yield delta
         except LoomError:
             raise
         except Exception as error:  # any object may be a provider, so anything may come out of it
-            raise self._failed(f"the model could not answer: {describe(error)}") from error
+            log.warning("provider_raised", task_id=self._job.task_id, node_id=self._job.node_id, **described(error))
+            raise self._failed(f"the model could not answer: its provider raised {type_name(error)}") from error
 
     async def _chunks(self, params: CompletionParams) -> AsyncGenerator[StreamChunk, None]:
         """The answer's pieces, in time and not without end."""
         room = self._config.max_tokens * CHARS_PER_TOKEN
-        async with aclosing(self._deadline.each(self._provider.stream(params))) as chunks:
+        with guarded():
+            source = self._provider.stream(params)
+        async with aclosing(self._deadline.each(source)) as chunks:
             async for chunk in chunks:
-                room -= len(chunk.text)
+                with guarded():
+                    room -= len(chunk.text)
                 if room < 0:
                     raise self._failed("the model does not stop: its answer is longer than it was asked for")
                 yield chunk
@@ -370,7 +379,7 @@ def _tool_call_end(call: ToolCall, result: ToolResult, duration_ms: float) -> To
     return ToolCallEnd(
         tool_call_id=call.id,
         name=call.name,
-        result=result.text[:EVENT_RESULT_CHARS],
+        result=(result.text if result.published is None else result.published)[:EVENT_RESULT_CHARS],
         failed=result.failed,
         duration_ms=duration_ms,
     )

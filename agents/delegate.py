@@ -109,10 +109,10 @@ class Delegator:
         finally:
             self._granted -= ad.token_budget or 0
             self._open -= 1
-            if not self._open:
+            if not self._open and self.run.last is None:  # a run that has ended needs no slot
                 self._room.come_back(self.run)
                 self._fill()
-        if not self._open:
+        if not self._open and self.run.last is None:
             await self.run.seated.wait()
         return result
 

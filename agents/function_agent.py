@@ -2,14 +2,15 @@
 
 import inspect
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Any
 
-from loom.agents.port import StreamingAgent, deltas
-from loom.agents.user_code import Opened, call, describe, guarded, text_of
+from loom.agents.port import Output, StreamingAgent, deltas, raised
+from loom.agents.user_code import NotText, Opened, call, guarded, text_of
 from loom.schemas.errors import AgentFailed, LoomError
-from loom.schemas.events import AgentEvent, Done, StepEnd, StepStart
+from loom.schemas.events import AgentEvent, Done, StepEnd, StepStart, TextDelta
 from loom.schemas.run import RunRequest
+from loom.schemas.wire import MAX_CONTENT_BYTES
 
 
 class FunctionAgent:
@@ -31,36 +32,77 @@ class FunctionAgent:
         self._takes_text = _takes_text(fn, self.name)
 
     async def stream(self, job: RunRequest) -> AsyncGenerator[AgentEvent, None]:
-        """Call the function for `job`; whoever listens ends it when the time is up.
+        """Call the function for `job`; the caller ends it when the time is up.
 
         Raises:
-            AgentFailed: It raised, or returned nothing.
+            AgentFailed: It raised, returned nothing or what is no text, or yielded text without end.
         """
         started = time.monotonic()
-        written: list[str] = []
+        written = _Written()
         yield StepStart(step=1, total_steps=1)
         try:
+            result = await call(self._fn, job.description if self._takes_text else job)
             with guarded():
-                result = await call(self._fn, job.description if self._takes_text else job)
-                if hasattr(result, "__aiter__"):
-                    async with Opened(result) as pieces:
-                        async for piece in pieces:
-                            written.append(text_of(piece))
-                            for delta in deltas(written[-1]):
-                                yield delta
-                elif result is not None:
-                    written.append(text_of(result))
-                    for delta in deltas(written[-1]):
-                        yield delta
+                streams = hasattr(result, "__aiter__")
+            if streams:
+                async with Opened(result) as pieces:
+                    async for piece in pieces:
+                        for delta in written.add(piece):
+                            yield delta
+            elif result is not None:
+                for delta in written.whole(result):
+                    yield delta
         except LoomError:
             raise
+        except NotText as error:
+            raise AgentFailed(f"{self.name} gave no text: {error}", task_id=job.task_id) from error
         except Exception as error:  # a user's function may raise anything
-            raise AgentFailed(describe(error), task_id=job.task_id) from error
-        content = "".join(written)
-        if not content.strip():
+            raise raised(error, job) from error
+        if not written.content.strip():
             raise AgentFailed(f"{self.name} returned nothing", task_id=job.task_id)
         yield StepEnd(step=1)
-        yield Done(content=content, steps=1, duration_ms=(time.monotonic() - started) * 1000)
+        yield Done(content=written.content, steps=1, duration_ms=(time.monotonic() - started) * 1000)
+
+
+class _Written:
+    """What a function has written, kept as far as a result may carry it."""
+
+    def __init__(self) -> None:
+        self._output = Output()
+        self._pieces: list[str] = []
+        self._room = MAX_CONTENT_BYTES + 1
+        """One character more than fits shows that there was more."""
+
+    @property
+    def content(self) -> str:
+        """The text that is kept."""
+        return "".join(self._pieces)
+
+    def add(self, piece: Any) -> Iterable[TextDelta]:
+        """Take a piece and return it as events.
+
+        Raises:
+            AgentFailed: There is more than any answer takes.
+        """
+        if type(piece) is str and piece.isascii():
+            text = piece
+        else:
+            with guarded():
+                text = text_of(piece)
+        self._output.add(len(text))
+        return self._kept(text)
+
+    def whole(self, value: Any) -> Iterable[TextDelta]:
+        """Take all there is and return it as events; what is too long for a result is not looked at."""
+        with guarded():
+            text = text_of(value[: self._room] if isinstance(value, str) else value)
+        return self._kept(text)
+
+    def _kept(self, text: str) -> Iterable[TextDelta]:
+        if self._room > 0:
+            self._pieces.append(text[: self._room])
+            self._room -= len(text)
+        return deltas(text)
 
 
 def as_agent(thing: Any) -> StreamingAgent:

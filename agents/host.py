@@ -15,20 +15,22 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from loom.agents.abandonable import Abandonable
 from loom.agents.child import Child
 from loom.agents.delegate import Delegator
 from loom.agents.function_agent import as_agent
 from loom.agents.node import Node, Room
-from loom.agents.port import StreamingAgent, collect, failure_of, spent_by
+from loom.agents.port import StreamingAgent, collect, failed, raised
 from loom.agents.runs import Finished, Run, send
+from loom.agents.user_code import described, ends_task
+from loom.agents.watchdog import Watchdog
 from loom.bus.client import Bus, Msg, Subscription
-from loom.bus.faults import describe
 from loom.bus.log import get_logger
 from loom.schemas.auction import CallForBids, HostAnnouncement, Offer
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.learning import Lifecycle, LifecycleKind
 from loom.schemas.run import RunEvent, RunKind, RunRequest
-from loom.schemas.task import TaskError
+from loom.schemas.task import RunResult, TaskError
 from loom.schemas.wire import Undecodable, decode, encode, new_id
 
 log = get_logger()
@@ -37,12 +39,17 @@ ANNOUNCE_S = 3.0
 HEARTBEAT_S = 2.0
 SLOTS = 4
 BACKLOG = 16
+CLEAN_UP_S = 1.0
+"""For runs a drain has cancelled, before they are abandoned."""
+GIVE_UP_S = 30.0
+"""After so long a run that ignores its cancel loses its slot."""
 REMEMBER_CANCEL_S = 60.0
 CANCELS = 10_000
 LEFT = 256
 CANCELLED = TaskError(code="cancelled", message="the run was stopped")
 LATE = TaskError(code="deadline_exceeded", message="the deadline passed before the run was over")
-UNTOLD = TaskError(code="agent_failed", message="the agent failed, and its error cannot be told")
+NOT_ENDED = TaskError(code="agent_failed", message="the run failed in its host, whose log has the reason")
+CANCELLED_ITSELF = TaskError(code="agent_failed", message="the agent cancelled its own run")
 STOPPING = TaskError(code="node_busy", message="the host is stopping")
 
 
@@ -75,6 +82,10 @@ class NodeHost:
         """Node -> what it has for an agent, and the agent made of it."""
         self._runs: dict[str, dict[int, Run]] = {}
         """Task -> attempt -> the run in hand."""
+        self._stopping: dict[Run, float] = {}
+        """Runs that were cancelled and still work -> when, on the monotonic clock."""
+        self._stuck: set[Run] = set()
+        """Runs that still work although they were given up."""
         self._finished = Finished()
         self._cancelled: OrderedDict[str, float] = OrderedDict()
         """Tasks cancelled lately -> when: their run requests may still be on the way."""
@@ -82,6 +93,9 @@ class NodeHost:
         self._left: deque[str] = deque(maxlen=LEFT)
         """Nodes that have gone lately: awards to them may still be on the way."""
         self._context = copy_context()
+        self._announced: HostAnnouncement | None = None
+        """What was published last."""
+        self._watchdog: Watchdog | None = None
         self._draining = False
         self._subscriptions: list[Subscription] = []
         self._tickers: list[asyncio.Task[None]] = []
@@ -99,28 +113,71 @@ class NodeHost:
         self._subscriptions.append(await self.bus.subscribe(subjects.hosts, self._on_hosts))
         await self.announce()
         await self.bus.echo()
+        self._watchdog = Watchdog(
+            self.bus, self._in_hand, lambda: self._announced, beat_s=HEARTBEAT_S, announce_s=ANNOUNCE_S
+        )
+        self._watchdog.start()
         self._tickers = [
             self.bus.spawn(self._every(ANNOUNCE_S, self.announce), name="announce"),
             self.bus.spawn(self._every(HEARTBEAT_S, self._beat), name="heartbeats"),
         ]
 
     async def drain(self, timeout_s: float) -> None:
-        """Bid no more, finish runs for at most `timeout_s`, give the rest back. Safe to call twice or unstarted."""
+        """Bid no more, finish runs for at most `timeout_s`, give the rest back. Safe to call twice or unstarted.
+
+        A run that does not end within a second of its cancel is abandoned.
+        """
         if self._draining or not self._subscriptions:
             return
         self._draining = True
         await self._attempt(self.announce)
         self._stop([run for run in self._in_hand() if run.work is None], STOPPING)
-        working = [run.work for run in self._in_hand() if run.work is not None]
-        if working:
-            await asyncio.wait(working, timeout=timeout_s)
-        self._stop(self._in_hand(), STOPPING)
+        try:
+            await self._ended(timeout_s)
+        finally:
+            self._stop(self._in_hand(), STOPPING)
         for ticker in self._tickers:
             ticker.cancel()
         for subscription in self._subscriptions:
             await self.bus.unsubscribe(subscription)
         for node_id in self._known:
             await self._attempt(partial(self._tell, "left", node_id))
+        stopping = [run.work for run in self._stopping if run.work is not None]
+        if stopping:
+            await asyncio.wait(stopping, timeout=CLEAN_UP_S)
+        self.abandon()
+
+    async def _ended(self, timeout_s: float) -> None:
+        """Wait until no run is in hand; one that was stopped meanwhile has ended, whatever its code still does."""
+        end_at = time.monotonic() + timeout_s
+        while (left_s := end_at - time.monotonic()) > 0:
+            working = [run.work for run in self._in_hand() if run.work is not None]
+            if not working:
+                return
+            await asyncio.wait(working, timeout=min(left_s, HEARTBEAT_S), return_when=asyncio.FIRST_COMPLETED)
+
+    def abort(self) -> None:
+        """Have runs abandoned that do not end within a second of their cancel; from synchronous code."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        loops = {run.work.get_loop() for run in [*self._in_hand(), *self._stopping] if run.work is not None}
+        for loop in loops:
+            if not loop.is_closed():
+                loop.call_later(CLEAN_UP_S, self.abandon)
+
+    def abandon(self) -> None:
+        """Resume the code of no run that is left."""
+        for run in [*self._in_hand(), *self._stopping, *self._stuck]:
+            if run.agent is not None and run.work is not None:
+                run.agent.abandon()
+                run.work.cancel()
+        if self._watchdog is not None:
+            self._watchdog.stop()
+
+    def give_back(self) -> None:
+        """Publish that all runs in hand are given back, from another thread: the event loop may be blocked."""
+        if self._watchdog is not None:
+            self._watchdog.give_back(STOPPING)
 
     async def announce(self) -> None:
         """Say who is here, and tell of nodes that have come or gone."""
@@ -138,7 +195,9 @@ class NodeHost:
             templates=self.templates,
             busy=tuple(sorted(node_id for node_id, room in rooms.items() if room.has_work)),
             children=tuple(node.state() for node in here if isinstance(node, Child)),
+            stuck=len(self._stuck),
         )
+        self._announced = said
         await self.bus.publish(self.bus.subjects.of("host", self.host_id), said)
         for node_id in nodes - self._known:
             await self._tell("joined", node_id)
@@ -176,7 +235,12 @@ class NodeHost:
         except Undecodable as error:
             log.warning("call_undecodable", reason=error.message)
             return
-        self.bus.send(msg.reply, self.offer(call))
+        try:
+            offer = self.offer(call)
+        except BaseException as error:  # noqa: BLE001 - a node may be a user's class: its fault is not the host's end
+            log.error("node_raised", slug=call.slug, **described(error))
+            offer = Offer(host_id=self.host_id, decline="cannot")
+        self.bus.send(msg.reply, offer)
 
     def offer(self, call: CallForBids) -> Offer:
         """Return this host's answer to a call: bids, or why there are none.
@@ -256,9 +320,10 @@ class NodeHost:
     def _fill(self, node_id: str) -> None:
         """Begin what there is a slot for, and show what a node has in hand."""
         room = self._room(node_id)
-        while (run := room.next()) is not None:
-            # Not in the context of whoever freed the slot: that is another run, and its variables are its own.
-            run.work = self._context.run(self.bus.spawn, self._work(run, room), name=f"run {run.request.key}")
+        while not self.bus.closing and (run := room.next()) is not None:
+            # Not in the context of what freed the slot: that is another run, and its variables are its own.
+            run.work = self._context.run(self.bus.spawn, self._work(run), name=f"run {run.request.key}")
+            run.work.add_done_callback(partial(self._on_work_done, run, room))
         node = self._node(node_id)
         if node is None:
             if not room.has_work:
@@ -271,33 +336,42 @@ class NodeHost:
         if isinstance(node, Child):
             node.has_work = room.has_work
 
-    async def _work(self, run: Run, room: Room) -> None:
+    def _on_work_done(self, run: Run, room: Room, work: asyncio.Task[None]) -> None:
+        """Free what a run holds. Its task may have been cancelled before its first step: so nothing in it does this."""
+        if run.last is None:
+            self._end(run, "error", error=STOPPING if work.cancelled() else NOT_ENDED)
+        self._stopping.pop(run, None)
+        self._stuck.discard(run)
+        room.forget(run)
+        self._fill(run.request.node_id)
+
+    async def _work(self, run: Run) -> None:
         """Run to the end, whatever the agent does; the last event says how it went."""
-        request = run.request
+        run.say("started")
+        run.agent = Abandonable(self._outcome(run))
         try:
-            run.say("started")
-            job = replace(request, remaining_s=run.left_s)
-            with Delegator(run, room, partial(self._fill, request.node_id)) as delegator:
-                result = await collect(self._agent(request.node_id), job, run.progress)
-            room.learn(result)
-            too_dear = delegator.overspent(result)
-            self._end(run, "error" if too_dear else "result", error=too_dear, result=result)
+            error, result = await run.agent
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            stopped = task is not None and task.cancelling()
-            failed = TaskError(code="agent_failed", message="the agent was cancelled from within")
-            self._end(run, "error", error=STOPPING if stopped else failed)
+            if run.agent.cancelled_itself:
+                self._end(run, "error", error=CANCELLED_ITSELF)
+            raise
+        self._end(run, "result" if error is None else "error", error=error, result=result)
+
+    async def _outcome(self, run: Run) -> tuple[TaskError | None, RunResult | None]:
+        """Run the agent and return its error, if it failed, and its result; only a cancellation is raised."""
+        node_id, room = run.request.node_id, self._room(run.request.node_id)
+        job = replace(run.request, remaining_s=run.left_s)
+        try:
+            with Delegator(run, room, partial(self._fill, node_id)) as delegator:
+                result = await collect(self._agent(node_id), job, run.progress)
+            room.learn(result)
+            return delegator.overspent(result), result
         except LoomError as error:
-            self._end(run, "error", error=failure_of(error, request.node_id), result=spent_by(error))
-        except Exception as error:  # noqa: BLE001 - an agent is user code: whatever it raises is its failure
-            log.warning("agent_raised", task_id=request.task_id, node_id=request.node_id, **describe(error))
-            failed = TaskError(code="agent_failed", message=f"the agent raised {type(error).__name__}")
-            self._end(run, "error", error=failed)
-        finally:
-            if run.last is None:  # an error made by user code may itself raise when it is looked at
-                self._end(run, "error", error=UNTOLD)
-            room.forget(run)
-            self._fill(request.node_id)
+            return failed(error, node_id)
+        except BaseException as error:  # whatever user code raises is its failure
+            if ends_task(error):
+                raise
+            return failed(raised(error, job), node_id)
 
     def _agent(self, node_id: str) -> StreamingAgent:
         """The agent of a node, made once of what it has for one."""
@@ -321,7 +395,9 @@ class NodeHost:
             del self._runs[run.request.task_id]
         if run.work is None:
             self._room(run.request.node_id).forget(run)
-        elif run.work is not asyncio.current_task():
+            self._fill(run.request.node_id)
+        elif run.work is not asyncio.current_task() and not run.work.done():
+            self._stopping.setdefault(run, time.monotonic())
             run.work.cancel()
 
     def _stop(self, runs: Iterable[Run], why: TaskError) -> None:
@@ -329,7 +405,8 @@ class NodeHost:
             self._end(run, "error", error=why)
 
     def _in_hand(self) -> list[Run]:
-        return [run for attempts in self._runs.values() for run in attempts.values()]
+        # In copies: the watchdog's thread asks, too.
+        return [run for attempts in list(self._runs.values()) for run in list(attempts.values())]
 
     # -- what else is heard
 
@@ -359,6 +436,21 @@ class NodeHost:
                 run.say("heartbeat")
             else:
                 self._stop([run], LATE)
+        given_up = time.monotonic() - GIVE_UP_S
+        for run in [run for run, at in self._stopping.items() if at <= given_up]:
+            self._give_up(run)
+
+    def _give_up(self, run: Run) -> None:
+        """Free the slot of a run that has ignored its cancel, and resume its code no more."""
+        del self._stopping[run]
+        self._stuck.add(run)
+        request = run.request
+        log.warning("run_ignores_cancel", task_id=request.task_id, node_id=request.node_id, attempt=request.attempt)
+        if run.agent is not None and run.work is not None:
+            run.agent.abandon()
+            run.work.cancel()
+        self._room(request.node_id).forget(run)
+        self._fill(request.node_id)
 
     async def _every(self, seconds: float, act: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -366,8 +458,12 @@ class NodeHost:
             await self._attempt(act)
 
     async def _attempt(self, act: Callable[[], Awaitable[None]]) -> None:
-        """Say something; a connection that is gone must not end the host's other work."""
+        """Publish something; a connection that is gone, or a node's own fault, must not end the host's other work."""
         try:
             await act()
         except LoomError as error:
             log.warning("host_silenced", reason=error.message)
+        except BaseException as error:
+            if ends_task(error):
+                raise
+            log.error("node_raised", **described(error))

@@ -27,6 +27,7 @@ from loom.agents.deadline import Deadline
 from loom.agents.usage import usage_of
 from loom.agents.user_code import text_of
 from loom.bus.log import get_logger
+from loom.bus.redaction import redact
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.llm import CompletionParams, CompletionResult, Message, StreamChunk, ToolCall, ToolDefinition
 
@@ -245,10 +246,8 @@ class OpenAIProvider:
         said = error.body.get("message") if isinstance(error.body, dict) else None
         if not isinstance(said, str) or not said.strip():
             return ""
-        key = self._config.api_key or os.environ.get("OPENAI_API_KEY")
-        if key:
-            said = said.replace(key, "***")
-        return ": " + " ".join(text_of(said).split())[:MAX_REASON_CHARS]
+        said = redact(text_of(said[: 4 * MAX_REASON_CHARS]), [self._config.api_key or ""])
+        return ": " + " ".join(said.split())[:MAX_REASON_CHARS]
 
     def _host(self) -> str:
         url = self._config.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL

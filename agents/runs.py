@@ -9,6 +9,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from loom.agents.abandonable import Abandonable
 from loom.bus.client import Bus
 from loom.bus.log import get_logger
 from loom.schemas.errors import LoomError
@@ -36,6 +37,8 @@ class Run:
         self.request = request
         self.work: asyncio.Task[None] | None = None
         """None while it is queued."""
+        self.agent: Abandonable[Any] | None = None
+        """The user's code, once it has begun."""
         self.last: bytes | None = None
         """The final event as it was sent, once there is one."""
         self.seated = asyncio.Event()
@@ -60,6 +63,11 @@ class Run:
     def key(self) -> Key:
         """What makes two requests the same run."""
         return (self.request.task_id, self.request.attempt)
+
+    @property
+    def inbox(self) -> str:
+        """Where its events go."""
+        return self._inbox
 
     @property
     def left_s(self) -> float:

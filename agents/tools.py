@@ -9,7 +9,7 @@ from typing import Any, overload
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from loom.agents.user_code import call, describe, text_of
+from loom.agents.user_code import NotText, call, describe, guarded, text_of, type_name
 from loom.bus.log import get_logger
 from loom.schemas.errors import LoomError
 from loom.schemas.llm import ToolDefinition
@@ -46,6 +46,8 @@ class ToolResult:
 
     text: str
     failed: bool = False
+    published: str | None = None
+    """What the bus gets instead: of an exception its type alone. Absent: the text."""
 
 
 class Tool:
@@ -94,15 +96,20 @@ class Tool:
         scope = asyncio.timeout(limit)
         try:
             async with scope:
-                text = text_of(await call(self._fn, **given))
-        except Exception as error:  # noqa: BLE001 - a tool may raise anything; the model is told
-            timed_out = isinstance(error, TimeoutError) and scope.expired()
-            return self._failed(f"no result within {limit:g} s" if timed_out else describe(error), context)
-        return ToolResult(_bounded(text))
+                value = await call(self._fn, **given)
+                with guarded():
+                    return ToolResult(_bounded(value))
+        except (LoomError, NotText) as error:  # meant for people
+            return self._failed(describe(error), context)
+        except Exception as error:  # noqa: BLE001 - a tool may raise anything; the model gets to see it
+            if isinstance(error, TimeoutError) and scope.expired():
+                return self._failed(f"no result within {limit:g} s", context)
+            return self._failed(describe(error), context, f"the tool raised {type_name(error)}")
 
-    def _failed(self, reason: str, context: ToolContext) -> ToolResult:
+    def _failed(self, reason: str, context: ToolContext, published: str | None = None) -> ToolResult:
         log.warning("tool_failed", tool=self.name, task_id=context.task_id, attempt=context.attempt, reason=reason)
-        return ToolResult(_bounded(f"Error: {reason}"), failed=True)
+        said = None if published is None else f"Error: {published}"
+        return ToolResult(_bounded(f"Error: {reason}"), failed=True, published=said)
 
 
 @overload
@@ -156,6 +163,9 @@ def _schema(shape: type, name: str) -> dict[str, Any]:
     return {**schema, "$defs": parts} if parts else schema
 
 
-def _bounded(text: str) -> str:
+def _bounded(value: Any) -> str:
+    """A tool's value as text a model gets to see; of a long text only as much is read."""
+    text = text_of(value[:MAX_RESULT_BYTES] if isinstance(value, str) else value)
+    size = len(value) if isinstance(value, str) else len(text)
     kept, was_cut = cut_utf8(text, MAX_RESULT_BYTES)
-    return f"{kept}\n[cut: {len(text)} characters in all]" if was_cut else kept
+    return f"{kept}\n[cut: {size} characters in all]" if was_cut or size > len(text) else kept

@@ -4,26 +4,40 @@ import asyncio
 import inspect
 import sys
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import msgspec
 
+from loom.bus import faults
+from loom.bus.log import get_logger
 from loom.schemas.wire import encode, free_json_fault
 
-MAX_FAULT_CHARS = 500
+TURN_S = 0.01
+"""Longest time an iteration that never waits keeps the event loop."""
 
 T = TypeVar("T")
 
+log = get_logger()
+
+
+class BaseExceptionRaised(Exception):
+    """User code raised what ends a process or a task; `__cause__` is it."""
+
+
+class NotText(ValueError):
+    """A value is neither text nor JSON."""
+
 
 async def call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Return what `fn` returns, raising what it raises; a sync one runs in a thread of its own.
+    """Return what `fn` returns, raising what it raises as `guarded` does; a sync one runs in a thread of its own.
 
-    A cancelled call returns at once; the thread of a sync function is abandoned to run to its end, unheard.
+    A cancelled call returns at once; the thread of a sync function is abandoned to run to its end.
     """
     with guarded():
         if _is_async(fn):
@@ -33,60 +47,118 @@ async def call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         return await result if inspect.isawaitable(result) else result
 
 
-@contextmanager
-def guarded() -> Iterator[None]:
-    """Keep what is meant to end a process or task from leaving a user's code as anything but a RuntimeError."""
-    try:
-        yield
-    except SystemExit as error:
-        raise RuntimeError("it called exit()") from error
-    except asyncio.CancelledError as error:
+class guarded:  # noqa: N801 - used as a function; a class costs a third of a generator's context
+    """Raise `BaseExceptionRaised` for whatever leaves the body and would end the process or this task.
+
+    A cancellation of this very task passes. The body must hold no `yield`: a generator that is closed there ends by
+    a GeneratorExit that is not the user's.
+    """
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        if error is None or isinstance(error, Exception) or ends_task(error):
+            return False
+        raise BaseExceptionRaised("a BaseException") from error
+
+
+def ends_task(error: BaseException) -> bool:
+    """Return whether `error` cancels the running task or closes the caller's coroutine, and is not user code's own."""
+    if isinstance(error, asyncio.CancelledError):
         task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        raise RuntimeError("it was cancelled from within") from error
+        return task is None or task.cancelling() > 0
+    trace = error.__traceback__
+    return isinstance(error, GeneratorExit) and (trace is None or trace.tb_next is None)
 
 
 class Opened(Generic[T]):
-    """Iterates over what a user's code yields, and closes it, if it can be, however that ends."""
+    """Iterates over what a user's code yields, guarded, and closes it, if it can be, however that ends.
+
+    An iteration that never waits gives the event loop a turn now and then.
+    """
 
     def __init__(self, source: AsyncIterable[T]) -> None:
-        self._items = aiter(source)
+        with guarded():
+            self._items = aiter(source)
+        self._turn_at = time.monotonic()
 
-    async def __aenter__(self) -> AsyncIterator[T]:
-        return self._items
+    async def __aenter__(self) -> Self:
+        return self
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        if time.monotonic() - self._turn_at > TURN_S:
+            await asyncio.sleep(0)
+            self._turn_at = time.monotonic()
+        try:  # `guarded` by hand: there may be a hundred thousand items a second
+            return await self._items.__anext__()
+        except Exception:
+            raise
+        except BaseException as error:
+            if ends_task(error):
+                raise
+            raise BaseExceptionRaised("a BaseException") from error
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        close = getattr(self._items, "aclose", None)
-        if close is not None:
-            await close()
+        try:
+            with guarded():
+                close = getattr(self._items, "aclose", None)
+                if close is not None:
+                    await close()
+        except Exception as fault:
+            if error is None:
+                raise
+            # What ended the iteration is the failure; this one came on top.
+            log.warning("close_failed", **described(fault))
 
 
 def text_of(value: Any) -> str:
     """Return a user's value as text: a str as it is, anything else as JSON.
 
     Raises:
-        ValueError: JSON cannot carry it.
+        NotText: JSON cannot carry it.
     """
     if isinstance(value, str):
-        return value.encode(errors="replace").decode()
+        if type(value) is str and value.isascii():
+            return value
+        return str.encode(value, errors="replace").decode()  # plain, whatever a subclass makes of it
     try:
         plain = msgspec.to_builtins(value, str_keys=True)
     except (TypeError, ValueError, RecursionError):
-        raise ValueError(f"a {type(value).__name__} is neither text nor JSON") from None
+        raise NotText(f"a {type(value).__name__} is neither text nor JSON") from None
     fault = free_json_fault(plain, max_bytes=sys.maxsize)
     if fault:
-        raise ValueError(f"the value {fault}")
+        raise NotText(f"the value {fault}")
     return encode(plain).decode()
 
 
+def origin(error: BaseException) -> BaseException:
+    """Return what user code raised: some exceptions cannot leave a coroutine, and come wrapped in another."""
+    cause = error.__cause__
+    stopped = type(error) is RuntimeError and isinstance(cause, (StopIteration, StopAsyncIteration))
+    return cause if cause is not None and (stopped or type(error) is BaseExceptionRaised) else error
+
+
 def describe(error: BaseException) -> str:
-    """Return `TypeName: message` on one line, at most 500 characters: no repr, no traceback."""
-    message = " ".join(str(error).split())
-    name = type(error).__name__
-    return (f"{name}: {message}" if message else name)[:MAX_FAULT_CHARS]
+    """Return `TypeName: message` on one line without secrets, at most 500 characters."""
+    return faults.summary(origin(error))
+
+
+def described(error: BaseException) -> dict[str, str]:
+    """Return type, message without secrets, and place of what user code raised, for a log line."""
+    return faults.describe(origin(error))
+
+
+def type_name(error: BaseException) -> str:
+    """Return the class name of what user code raised: what may be published of it."""
+    return faults.type_name(origin(error))
 
 
 def _is_async(fn: Callable[..., Any]) -> bool:

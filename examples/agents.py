@@ -19,6 +19,7 @@ from datetime import date
 from itertools import combinations
 from pathlib import Path
 
+from loom.schemas.errors import AgentFailed
 from loom.schemas.run import RunRequest
 from loom.types import AgentNode, CapabilityProfile
 
@@ -30,15 +31,15 @@ def read_input(file: str) -> str:
     """Return the text of a file in `inputs`.
 
     Raises:
-        ValueError: It is outside that folder, not there, or larger than 2 MB.
+        AgentFailed: It is outside that folder, not there, or larger than 2 MB.
     """
     path = (INPUTS / file).resolve()
     if not path.is_relative_to(INPUTS):
-        raise ValueError(f"{file} is outside the inputs folder")
+        raise AgentFailed(f"{file} is outside the inputs folder")
     if not path.is_file():
-        raise ValueError(f"there is no {file} in the inputs folder")
+        raise AgentFailed(f"there is no {file} in the inputs folder")
     if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{file} is larger than {MAX_BYTES} bytes")
+        raise AgentFailed(f"{file} is larger than {MAX_BYTES} bytes")
     return path.read_text(encoding="utf-8")
 
 
@@ -46,11 +47,11 @@ def file_of(job: RunRequest) -> str:
     """Return the file a job names in its context.
 
     Raises:
-        ValueError: It names none.
+        AgentFailed: It names none.
     """
     file = job.context.get("file")
     if not isinstance(file, str) or not file:
-        raise ValueError('name the input in the context of the task: {"file": "sales.csv"}')
+        raise AgentFailed('name the input in the context of the task: {"file": "sales.csv"}')
     return file
 
 
@@ -100,14 +101,14 @@ def read_table(file: str) -> list[Column]:
     """Return the columns of a CSV file with a header.
 
     Raises:
-        ValueError: It cannot be read, has no rows, or a row is not as long as the header.
+        AgentFailed: It cannot be read, has no rows, or a row is not as long as the header.
     """
     header, *rows = list(csv.reader(read_input(file).splitlines())) or [[]]
     if not rows:
-        raise ValueError(f"{file} has no rows")
+        raise AgentFailed(f"{file} has no rows")
     for line, row in enumerate(rows, start=2):
         if len(row) != len(header):
-            raise ValueError(f"{file}, row {line}: {len(row)} cells instead of {len(header)}")
+            raise AgentFailed(f"{file}, row {line}: {len(row)} cells instead of {len(header)}")
     return [Column(name, [row[index].strip() for row in rows]) for index, name in enumerate(header)]
 
 
@@ -148,7 +149,7 @@ def _choose(numeric: Sequence[Column], measure: str) -> Column:
     for column in numeric:
         if column.name == measure:
             return column
-    raise ValueError(f"there is no number column {measure}; there are {', '.join(column.name for column in numeric)}")
+    raise AgentFailed(f"there is no number column {measure}; there are {', '.join(column.name for column in numeric)}")
 
 
 def _correlations(numeric: Sequence[Column]) -> list[str]:
@@ -203,12 +204,12 @@ def read_source(file: str) -> ast.Module:
     """Return the syntax tree of a Python file.
 
     Raises:
-        ValueError: It cannot be read, or is not Python.
+        AgentFailed: It cannot be read, or is not Python.
     """
     try:
         return ast.parse(read_input(file), filename=file)
     except SyntaxError as error:
-        raise ValueError(f"{file}, line {error.lineno}: {error.msg}") from error
+        raise AgentFailed(f"{file}, line {error.lineno}: {error.msg}") from error
 
 
 def code_outline(file: str) -> str:
@@ -331,7 +332,7 @@ def text_keywords(file: str) -> str:
     text = read_input(file)
     sentences = sentences_of(text)
     if not sentences:
-        raise ValueError(f"{file} holds no sentence")
+        raise AgentFailed(f"{file} holds no sentence")
     chinese = _is_chinese(text)
     size = len(CJK.findall(text)) if chinese else len(re.findall(r"[A-Za-z']+", text))
     common = [f"{word} ({count})" for word, count in Counter(words_of(text)).most_common(8) if count > 1]

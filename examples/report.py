@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from loom.schemas.errors import AgentFailed
 from loom.schemas.run import RunRequest
 from loom.types import AgentNode, CapabilityProfile
 
@@ -35,10 +36,10 @@ def read(job: RunRequest) -> str:
     """Return the findings of the document that the description names, as JSON."""
     named = FILE.search(job.description)
     if named is None:
-        raise ValueError("the description names no .txt file")
+        raise AgentFailed("the description names no .txt file")
     path = DOCUMENTS / named.group()
     if not path.is_file():
-        raise ValueError(f"there is no {named.group()} in the report folder")
+        raise AgentFailed(f"there is no {named.group()} in the report folder")
     text = path.read_text(encoding="utf-8")
     title, _, body = text.partition("\n")
     wish = WISH.search(body)
@@ -55,7 +56,7 @@ def compare(job: RunRequest) -> str:
     """Return what the documents read before have in common, side by side."""
     documents = findings_in(job)
     if len(documents) < 2:  # noqa: PLR2004 - one has nothing to be compared with
-        raise ValueError("give me the findings of at least two documents")
+        raise AgentFailed("give me the findings of at least two documents")
     lines = []
     for name in documents[0].figures:
         ranked = sorted((each for each in documents if name in each.figures), key=lambda each: -each.figures[name])
@@ -72,7 +73,7 @@ def write(job: RunRequest) -> str:
     documents = findings_in(job)
     compared = [output for name, output in job.inputs.items() if name.startswith("compare")]
     if not documents or not compared:
-        raise ValueError("an editor needs findings and a comparison")
+        raise AgentFailed("an editor needs findings and a comparison")
     whole = sum(each.figures.get("Visitors", 0) for each in documents)
     words = sum(each.words for each in documents)
     parts = [

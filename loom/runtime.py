@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from copy import deepcopy
 from hashlib import blake2b
 from types import TracebackType
@@ -38,7 +39,8 @@ class Runtime:
 
     Building one does nothing; the first `await` connects: to the server of NATS_URL when that is set, else to an
     embedded one with the six phases in this process. End it with `dispose`, or better `async with`: that finishes what
-    is in hand, unless it is left by an exception and nobody else is on the server.
+    is in hand, unless it is left by an exception and nobody else is on the server. Each run starts from the context
+    variables there are where the Runtime is made.
 
     Args:
         provider: The model that agents made by `add_agent` use, and SENSE where it runs here.
@@ -62,6 +64,8 @@ class Runtime:
         self.lifecycle = LifecycleManager(self._cluster_config)
         self.skill_registry = SkillNodeRegistry()
         """As of `AmoebaLoop`: skills to become nodes where nobody bids; they work with the provider and the config."""
+        self._context = copy_context()
+        """Of context variables runs see what the maker of the Runtime saw, not what its first user does."""
         self._session: Session | None = None
         self._opening: asyncio.Lock | None = None
 
@@ -214,6 +218,7 @@ class Runtime:
                     self._cluster_config,
                     self.provider,
                     skills=skill_nodes(self.skill_registry, self.provider, self.config),
+                    context=self._context,
                 )
                 await session.open()
                 self.reward_bus.bus = session.bus

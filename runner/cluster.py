@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple, Protocol
 
+from loom.agents.guarded_provider import GuardedProvider
 from loom.agents.host import BACKLOG, SLOTS, NodeHost
 from loom.agents.node import Node
 from loom.agents.nursery import Nursery
@@ -65,7 +66,7 @@ class PhaseGroup:
     ) -> None:
         self._bus = bus
         self._config = config or ClusterConfig()
-        self._llm = llm
+        self._llm = GuardedProvider(llm) if llm is not None else None
         self._names = tuple(names)
         self._started: list[PhaseService] = []
         self._presence = Presence(bus, self._names, bus.instance)

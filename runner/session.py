@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from contextvars import Context, copy_context
 
 from loom.agents.host import NodeHost
 from loom.agents.node import Node
@@ -34,6 +35,7 @@ class Session:
         config: Rules the phases started here; others have their own.
         llm: What SENSE may ask, where it is started here.
         skills: Makes nodes of skills; given, nodes are started here on request, up to `config.max_nodes` in all.
+        context: What runs and phases see of context variables; absent: the caller's. Each run has a copy of its own.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Session:
         config: ClusterConfig | None = None,
         llm: LLMProvider | None = None,
         skills: Skills | None = None,
+        context: Context | None = None,
     ) -> None:
         self._nodes = nodes
         self._settings = settings
@@ -53,9 +56,10 @@ class Session:
         self._buses: list[Bus] = []
         self._server: NatsServer | None = None
         self.loop = asyncio.get_running_loop()
+        self._context = copy_context() if context is None else context
         self.bus: Bus
         """The client's connection."""
-        self.host: NodeHost
+        self._host: NodeHost | None = None
 
     async def open(self) -> None:
         """Open all of it, or nothing.
@@ -63,6 +67,10 @@ class Session:
         Raises:
             BusUnavailable: No server, or a server without phases.
         """
+        # In a task with a context of its own: all that is started here goes on in it, whoever was first to open this.
+        await self.loop.create_task(self._open(), context=self._context.copy())
+
+    async def _open(self) -> None:
         if self._settings.loom_log_level and log.is_default():
             logs.configure(self._settings.loom_log_level)
         warn_of_misspelt_settings()
@@ -73,12 +81,12 @@ class Session:
                 await check_phases(self.bus)
             host_bus = await self._connect(url, "node")
             nursery = Nursery(host_bus, self._nodes, max_nodes=self._config.max_nodes, skills=self._skills)
-            self.host = NodeHost(host_bus, nursery.nodes)
-            self._stack.push_async_callback(self.host.drain, self._config.drain_timeout_s)
-            await self.host.start()
+            self._host = NodeHost(host_bus, nursery.nodes)
+            self._stack.push_async_callback(self._host.drain, self._config.drain_timeout_s)
+            await self._host.start()
             if self._skills is not None:
                 self._stack.push_async_callback(nursery.stop)
-                await nursery.start(self.host)
+                await nursery.start(self._host)
         except BaseException:
             await self.aclose()
             raise
@@ -91,6 +99,8 @@ class Session:
     def abort(self) -> None:
         """Drop everything at once, from synchronous code."""
         self._stack.pop_all()
+        if self._host is not None:
+            self._host.abort()
         for bus in self._buses:
             bus.abort()
         self._buses.clear()

@@ -91,6 +91,8 @@ class HostAnnouncement(Wire, frozen=True, kw_only=True):
     """Those of the nodes that have work in hand."""
     children: Annotated[tuple[ChildState, ...], Meta(max_length=4096)] = ()
     """Those of the nodes that were started on request."""
+    stuck: Count = 0
+    """Runs that still work although they were given up: they ignored their cancel. They hold no slot."""
 
 
 class SpawnRequest(Wire, frozen=True, kw_only=True):

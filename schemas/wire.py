@@ -143,9 +143,10 @@ def free_json_fault(value: Any, *, max_bytes: int) -> str | None:
 
 def cut_utf8(text: str, max_bytes: int) -> tuple[str, bool]:
     """Return `text` whose JSON form takes at most `max_bytes`, and whether it was cut."""
-    if len(encode(text)) <= max_bytes:
+    text, whole = text[:max_bytes], len(text) <= max_bytes  # a character takes a byte or more: the rest is never read
+    if whole and len(encode(text)) <= max_bytes:
         return text, False
-    low, high = 0, min(len(text), max_bytes)
+    low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if len(encode(text[:middle])) <= max_bytes else (low, middle - 1)

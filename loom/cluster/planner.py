@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from msgspec.structs import replace
 
+from loom.bus.faults import describe
 from loom.bus.log import get_logger
 from loom.phases.scale import planner
 from loom.schemas.config import ClusterConfig
@@ -124,8 +125,8 @@ async def _attempt(execute: Execute, subtask: SubTask, inputs: dict[str, str]) -
             raise
         # Nobody cancelled us: something the subtask awaited was cancelled elsewhere.
         return _failed(subtask.id, Cancelled("what the subtask waited for was cancelled"), attempts=1)
-    except Exception as error:  # `execute` is the user's and may raise anything
-        log.warning("subtask_raised", subtask_id=subtask.id, exc_info=True)
+    except Exception as error:  # noqa: BLE001 - `execute` is the user's and may raise anything
+        log.warning("subtask_raised", subtask_id=subtask.id, **describe(error))
         return _failed(subtask.id, AgentFailed(f"the subtask raised {type(error).__name__}"), attempts=1)
 
 

@@ -42,7 +42,7 @@ def _node_for(
     """Return a node with the skill the task calls for most, marked as loaded; None where none will do."""
     try:
         skill = registry.find_match(wanted.description, required_tools=wanted.required_tools)
-    except Exception as error:  # noqa: BLE001 - a trigger's evaluator is user code: whatever it raises is no match
+    except BaseException as error:  # noqa: BLE001 - a trigger's evaluator is user code: whatever it raises is no match
         log.warning("skill_trigger_raised", **describe(error))
         return None
     if skill is None:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from loom.runner.cli import checkup, dead, nodes, rewards, serve, task, tasks, watch, work
+from loom.runner.cli.ending import end
 from loom.runner.cli.render import one_line
 from loom.schemas.errors import LoomError
 
@@ -50,7 +51,7 @@ def main() -> None:
     """Run the command of `sys.argv` and end the process with its exit code."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # both are text files here
-    sys.exit(_outcome())
+    end(_outcome())
 
 
 def _outcome() -> int:

@@ -1,10 +1,14 @@
 """Files users hand to the command line: tasks as JSON lines, nodes as a Python file."""
 
 import importlib.util
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from loom.agents.function_agent import as_agent
@@ -64,12 +68,15 @@ def load_nodes(path: Path) -> list[Node]:
         InvalidFile: It cannot be run, defines no `nodes`, or one of them cannot be hosted.
     """
     module = _run(path)
-    nodes = getattr(module, "nodes", None)
+    nodes = vars(module).get("nodes")
     if not isinstance(nodes, list) or not nodes:
         raise InvalidFile(f"{path}: defines no `nodes`; give it a list of AgentNode")
     seen: set[str] = set()
     for index, node in enumerate(nodes):
-        fault = _fault(node, seen)
+        try:
+            fault = _fault(node, seen)
+        except BaseException as error:  # noqa: BLE001 - a class of the file's may raise when it is looked at
+            fault = f"cannot be looked at: {describe(error)}"
         if fault:
             raise InvalidFile(f"{path}: nodes[{index}] {fault}")
     return nodes
@@ -85,12 +92,34 @@ def _run(path: Path) -> ModuleType:
     sys.modules[MODULE] = module  # dataclasses and pickles look their module up
     sys.path.insert(0, str(path.resolve().parent))
     try:
-        spec.loader.exec_module(module)
+        with _interruptible() as interrupted:
+            spec.loader.exec_module(module)
     except SyntaxError as error:
         raise InvalidFile(f"{error.filename or path}, line {error.lineno}: {error.msg}") from error
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # the file is user code: whatever it raises is its fault
+        if interrupted:
+            raise
         raise InvalidFile(f"{path}, line {_line_in(path, error)}: {describe(error)}") from error
     return module
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Yield a list that holds SIGINT once Ctrl-C was pressed: the file may raise KeyboardInterrupt by itself."""
+    interrupted: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupted.append(number)
+        signal.default_int_handler(number, frame)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _line_in(path: Path, error: BaseException) -> int | None:

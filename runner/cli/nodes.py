@@ -103,6 +103,7 @@ async def _hosts(settings: Settings, *, as_json: bool) -> None:
     for host in here:
         state = "draining" if host.draining else "takes work"
         state += ", can start nodes" if host.templates else ""
+        state += f", {host.stuck} stuck" if host.stuck else ""
         counts = (str(host.slots), str(host.running), str(host.queued))
         add_row(table, host.host_id, *counts, state, ", ".join(host.nodes))
     screen.print(table)

@@ -8,14 +8,15 @@ import importlib.util
 import os
 import signal
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from loom.agents.config import AgentConfig
 from loom.agents.openai_provider import OpenAIProvider
 from loom.bus.client import Bus
+from loom.bus.faults import describe
 from loom.bus.log import get_logger
 from loom.runner import logs
+from loom.runner.cli.ending import StopSignals, tear_down
 from loom.runner.settings import InvalidSetting, Settings, from_environment, warn_of_misspelt_settings
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.llm import LLMProvider
@@ -44,8 +45,8 @@ def prepare(log_level: str) -> Settings:
     return settings
 
 
-def loop_factory(wanted: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return what makes the event loop: None for asyncio's own.
+def loop_factory(wanted: str) -> Callable[[], asyncio.AbstractEventLoop]:
+    """Return the function that makes the event loop.
 
     Args:
         wanted: auto, uvloop or asyncio.
@@ -53,67 +54,97 @@ def loop_factory(wanted: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
     Raises:
         InvalidSetting: uvloop is wanted and not installed.
     """
-    if wanted == "asyncio":
-        return None
-    if importlib.util.find_spec("uvloop"):
+    if wanted != "asyncio" and importlib.util.find_spec("uvloop"):
         factory: Callable[[], asyncio.AbstractEventLoop] = importlib.import_module("uvloop").new_event_loop
         return factory
     if wanted == "uvloop":
         raise InvalidSetting(
             "LOOM_EVENT_LOOP: uvloop is not installed; install loom-nats[fast], or choose auto", field="LOOM_EVENT_LOOP"
         )
-    return None
+    return asyncio.new_event_loop
 
 
-def run_to_end(work: Coroutine[Any, Any, T]) -> T:
-    """Return what `work` returns, on the loop of LOOM_EVENT_LOOP. SIGTERM cancels it, as Ctrl-C does.
+def run_to_end(work: Coroutine[Any, Any, T], *, limit_s: float | None = None) -> T:
+    """Return what `work` returns, on the loop of LOOM_EVENT_LOOP. SIGTERM cancels it, and so does Ctrl-C.
+
+    Args:
+        limit_s: As of StopSignals, for work that runs user code.
 
     Raises:
         SystemExit: SIGTERM came, and `work` has ended of it.
+        KeyboardInterrupt: SIGINT came, and `work` has ended of it.
     """
+    received: list[int] = []
 
-    async def until_terminated() -> T:
+    async def until_stopped() -> T:
         loop, working = asyncio.get_running_loop(), asyncio.ensure_future(work)
-        with contextlib.suppress(NotImplementedError):  # on Windows, where nobody sends it
-            loop.add_signal_handler(signal.SIGTERM, working.cancel)
-        return await working
+        with StopSignals(loop, working.cancel, limit_s=limit_s, last_words=_nothing) as signals:
+            try:
+                return await working
+            finally:
+                received.extend(signals.received)
 
     try:
-        factory = loop_factory(from_environment().loom_event_loop)
-    except InvalidSetting:
-        work.close()
-        raise
-    gc.freeze()  # what has been imported stays
-    gc.set_threshold(*RARELY)
-    with asyncio.Runner(loop_factory=factory) as runner:
-        threads = ThreadPoolExecutor(thread_name_prefix="loom")
-        runner.get_loop().set_default_executor(threads)
-        try:
-            return runner.run(until_terminated())
-        except asyncio.CancelledError:
-            raise SystemExit(128 + signal.SIGTERM) from None
-        finally:  # closing the loop waits for the threads of its executor, and one may be busy for long
-            threads.shutdown(wait=False, cancel_futures=True)
-            runner.get_loop().set_default_executor(ThreadPoolExecutor(max_workers=1))
+        return _run(until_stopped())
+    except asyncio.CancelledError:
+        if received and received[0] == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
-def run_service(work: Coroutine[Any, Any, None]) -> None:
-    """Run `work` until SIGINT or SIGTERM cancels it, which is its normal end; a second signal hurries its drain."""
+def run_service(
+    work: Coroutine[Any, Any, None], *, limit_s: float | None = None, last_words: Callable[[], None] | None = None
+) -> None:
+    """Run `work` until SIGINT or SIGTERM cancels it, which is its normal end; a second signal hurries its drain.
+
+    Args:
+        limit_s: As of StopSignals, for work that runs user code.
+        last_words: As of StopSignals.
+    """
 
     async def until_signalled() -> None:
         loop = asyncio.get_running_loop()
         service = loop.create_task(work)
-
-        def stop() -> None:
-            service.cancel()
-            log.info("stopping", hint="once more hurries it")
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop)
-        with contextlib.suppress(asyncio.CancelledError):
+        signals = StopSignals(loop, service.cancel, limit_s=limit_s, last_words=last_words or _nothing)
+        with signals, contextlib.suppress(asyncio.CancelledError):
             await service
 
-    run_to_end(until_signalled())
+    _run(until_signalled())
+
+
+def _run(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` to its end. What user code raises in a task or a callback of its own ends neither loop nor process."""
+    try:
+        loop = loop_factory(from_environment().loom_event_loop)()
+    except InvalidSetting:
+        main.close()
+        raise
+    gc.freeze()  # what has been imported stays
+    gc.set_threshold(*RARELY)
+    asyncio.set_event_loop(loop)
+    loop.set_exception_handler(_log_fault)
+    try:
+        task = loop.create_task(main)
+        while True:
+            try:
+                return loop.run_until_complete(task)
+            except (KeyboardInterrupt, SystemExit) as error:
+                if task.done():
+                    raise
+                log.error("exception_escaped", hint="raised in a task or a callback of user code", **describe(error))
+    finally:
+        tear_down(loop)
+        asyncio.set_event_loop(None)
+
+
+def _log_fault(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what asyncio has to report in our own form: its own prints texts of exceptions, secrets and all."""
+    error = context.get("exception")
+    log.error("task_failed", reason=context.get("message"), **(describe(error) if error is not None else {}))
+
+
+def _nothing() -> None:
+    """Leave without last words."""
 
 
 async def unless_lost(bus: Bus, work: Coroutine[Any, Any, T]) -> T:

@@ -14,13 +14,14 @@ from typing import Annotated, Any
 
 import typer
 
-from loom.agents.host import BACKLOG, SLOTS
+from loom.agents.host import BACKLOG, SLOTS, NodeHost
 from loom.agents.node import Node
 from loom.bus import topology
 from loom.bus.client import Bus
 from loom.bus.log import get_logger
 from loom.bus.presence import Present, who_is_there
 from loom.runner import logs
+from loom.runner.cli.ending import EXTRA_S
 from loom.runner.cli.loading import load_nodes
 from loom.runner.cli.running import DEFAULT_URL, FOREVER_S, prepare, run_service, sense_model, until_lost
 from loom.runner.cluster import running_nodes, running_phases
@@ -85,7 +86,15 @@ def node(
     nodes = load_nodes(file)
     if max_nodes is not None and max_nodes < len(nodes):
         raise typer.BadParameter(f"{file} has {len(nodes)} nodes already", param_hint="--max-nodes")
-    run_service(_node(settings, nodes, slots, backlog, max_nodes))
+    hosts: list[NodeHost] = []
+
+    def give_back() -> None:
+        for host in hosts:
+            host.give_back()
+
+    limit_s = settings.cluster.drain_timeout_s + EXTRA_S
+    work = _node(settings, nodes, slots, backlog, max_nodes, hosts)
+    run_service(work, limit_s=limit_s, last_words=give_back)
 
 
 async def _up(settings: Settings, port: int, programs: list[Program] | None) -> None:
@@ -193,7 +202,9 @@ def _phases_on(url: str, names: tuple[Phase, ...], settings: Settings) -> Abstra
     )
 
 
-async def _node(settings: Settings, nodes: list[Node], slots: int, backlog: int, max_nodes: int | None) -> None:
+async def _node(
+    settings: Settings, nodes: list[Node], slots: int, backlog: int, max_nodes: int | None, hosts: list[NodeHost]
+) -> None:
     url = settings.nats_url or DEFAULT_URL
     log.info("connecting", server=Bus(url).address)
     hosted = running_nodes(
@@ -207,6 +218,7 @@ async def _node(settings: Settings, nodes: list[Node], slots: int, backlog: int,
         patience_s=FOREVER_S,
     )
     async with hosted as host:
+        hosts.append(host)
         _say(f"{', '.join(node.id for node in nodes)} on {host.bus.address}")
         await until_lost(host.bus)
 

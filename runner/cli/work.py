@@ -17,6 +17,7 @@ from loom.bus.client import Bus
 from loom.bus.tap import Tap
 from loom.bus.tasks import TaskHandle
 from loom.runner.cli.board import FAMILIES, Board
+from loom.runner.cli.ending import EXTRA_S
 from loom.runner.cli.loading import InvalidFile, load_nodes, load_tasks
 from loom.runner.cli.progress import Progress
 from loom.runner.cli.render import closing, console, show
@@ -57,7 +58,8 @@ def run(
         raise typer.BadParameter("is the file of the tasks", param_hint="--out")
     nodes = load_nodes(agents) if agents else []
     with output(out) as lines:
-        results = run_to_end(_run(settings, ads, nodes, lines, at_once))
+        limit_s = 2 * settings.cluster.drain_timeout_s + EXTRA_S if nodes else None
+        results = run_to_end(_run(settings, ads, nodes, lines, at_once), limit_s=limit_s)
     if not all(result.success for result in results):
         raise typer.Exit(1)
 
@@ -70,15 +72,15 @@ async def _run(
     done: dict[str, TaskResult] = {}
     session = Session(lambda: nodes, settings, llm=sense_model(settings))
     started = time.monotonic()
-    try:
-        async with contextlib.aclosing(session):
-            await session.open()
+    async with contextlib.aclosing(session):
+        await session.open()
+        try:
             with Progress(board, screen) as progress:
                 await _work_through(session.bus, board, progress, done, at_once, settings.cluster.learn_wait_s)
-    finally:  # an interrupted run keeps what it has
-        results = [done[ad.task_id] for ad in ads if ad.task_id in done]
-        lines.writelines(encode(result).decode() + "\n" for result in results)
-        lines.flush()
+        finally:  # an interrupted run keeps what it has, however long its agents hold up the end
+            results = [done[ad.task_id] for ad in ads if ad.task_id in done]
+            lines.writelines(encode(result).decode() + "\n" for result in results)
+            lines.flush()
     show(screen, closing(board, results))
     successes = sum(result.success for result in results)
     where = "" if lines is sys.stdout else f"; results in {lines.name}"

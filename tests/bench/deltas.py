@@ -21,7 +21,7 @@ from loom.schemas.task import TaskAd
 TALKER = Path(__file__).with_name("talker.py")
 WANTED_PER_S = 50_000
 MANY = 100
-ON_ONE, ON_MANY = 100_000, 1000
+ON_ONE, ON_MANY = 90_000, 1000
 """Pieces of a task alone, and of each of many."""
 
 

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 from support.phases import Asker, Stage, quiet
+from support.runs import Watcher, run
 from support.wait import until
 
 from loom.agents.agent import Agent
-from loom.agents.host import NodeHost
 from loom.agents.runs import BATCH_BYTES
-from loom.bus.client import Bus, Msg
+from loom.bus.client import Msg
 from loom.runner.embedded import NatsServer
 from loom.schemas.auction import CallForBids, Offer
 from loom.schemas.errors import AgentFailed, BudgetExceeded, Cancelled, LoomError, NodeBusy
 from loom.schemas.events import Done, ReasoningDelta, TextDelta, TokenUsage
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
-from loom.schemas.run import RunEvent, RunRequest, read_events
+from loom.schemas.run import RunRequest, read_events
 from loom.schemas.wire import encode
 from loom.types import AgentNode, CapabilityProfile
 
@@ -48,46 +48,6 @@ async def forever(description: str) -> str:
 
 def node(node_id: str = "n1", agent: Any = quick, claim: float = 0.5, tools: tuple[str, ...] = ()) -> AgentNode:
     return AgentNode(id=node_id, agent=agent, capabilities=CapabilityProfile(scores={"code": claim}, tools=list(tools)))
-
-
-class Watcher:
-    """A run request and the events that came back."""
-
-    def __init__(self, bus: Bus) -> None:
-        self.bus = bus
-        self.events: list[RunEvent] = []
-        self.bodies: list[bytes] = []
-        self.inbox = bus.open_inbox(self._take)
-
-    def _take(self, msg: Msg) -> None:
-        self.bodies.append(msg.data)
-        self.events.extend(read_events(msg.data))
-
-    async def run(self, host: NodeHost, **facts: Any) -> "Watcher":
-        request = RunRequest(**{"task_id": "t1", "node_id": "n1", "description": "it", **facts})
-        await self.bus.publish(self.bus.subjects.of("run", host.host_id), request, reply=self.inbox)
-        return self
-
-    def kinds(self) -> list[str]:
-        """The kinds heard, heartbeats left out."""
-        return [event.kind for event in self.events if event.kind != "heartbeat"]
-
-    async def heard(self, kind: str, *, count: int = 1, within_s: float = 20) -> RunEvent:
-        def found() -> list[RunEvent]:
-            return [event for event in self.events if event.kind == kind]
-
-        await until(lambda: len(found()) >= count, within_s=within_s, what=f"{kind}; heard {self.kinds()}")
-        return found()[count - 1]
-
-    async def code(self) -> str:
-        """The code of the error it ended with."""
-        error = (await self.heard("error")).error
-        assert error is not None
-        return error.code
-
-
-async def run(stage: Stage, host: NodeHost, **facts: Any) -> Watcher:
-    return await Watcher(stage.bus).run(host, **facts)
 
 
 async def call(stage: Stage, **facts: Any) -> Offer:
@@ -265,7 +225,10 @@ async def test_what_an_agent_says_comes_in_messages_of_bounded_size(stage: Stage
     assert len(many.bodies) < len(many.events) / 10
 
 
-async def test_an_agent_that_never_waits_is_slowed_to_what_the_server_takes(server: NatsServer, namespace: str) -> None:
+async def test_an_agent_that_never_waits_is_slowed_to_what_the_server_takes(
+    server: NatsServer, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loom.agents.port.MAX_TEXT_CHARS", 10**9)
     said, most, moved_at = 0, 25_000, time.monotonic()
 
     async def talk(description: str) -> AsyncIterator[str]:

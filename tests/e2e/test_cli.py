@@ -210,7 +210,7 @@ async def test_a_cluster_of_processes_works_is_watched_and_stops(start: Start, t
     assert (said.code, said.out, said.err) == (0, "HELLO\n", "")
     assert json.loads(told.out)["node_id"] == "speller"
     assert (failed.code, failed.out) == (1, "")
-    assert failed.err == "agent_failed: ValueError: the file is empty\n"
+    assert failed.err == "agent_failed: the agent raised ValueError\n"
     for last in ("succeeded on shouter", "failed, agent_failed"):
         traffic = (await tap.says(last)).out
     for kind in ("intake", "task match", "auction", "task execute", "run", "delta", "task evaluate", "reward"):

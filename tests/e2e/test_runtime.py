@@ -1,9 +1,12 @@
 """The Python front door."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import pytest
+import structlog
 from support.nodes import Counting, echo, fail
 from support.wait import until
 
@@ -12,6 +15,7 @@ from loom.bus.client import Bus
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import AgentFailed, BusUnavailable, Cancelled, InvalidTask, LoomError, NoBids, UnknownTask
 from loom.schemas.events import TextDelta
+from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
 from loom.types import CapabilityProfile, ClusterConfig
 
 CODE = CapabilityProfile(scores={"code": 0.9})
@@ -267,3 +271,46 @@ async def test_a_program_that_fails_does_not_wait_for_what_is_in_hand(embedded: 
 
     with pytest.raises(ZeroDivisionError):
         await asyncio.wait_for(program(), 15)
+
+
+tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
+
+
+async def test_a_run_sees_nothing_of_the_caller_that_opened_the_runtime(on_bus: tuple[str, str], phases: Bus) -> None:
+    async def waits(description: str) -> str:
+        return tenant.get()
+
+    def threaded(description: str) -> str:
+        return tenant.get()
+
+    rt = Runtime()
+    rt.add_agent(waits, name="waits")
+    rt.add_agent(threaded, name="threaded")
+
+    async def request(caller: str, node_id: str) -> str:
+        tenant.set(caller)
+        structlog.contextvars.bind_contextvars(caller=caller)
+        return await rt.submit(TaskAd(domain="code", description="x", node_id=node_id))
+
+    for caller in ("alice", "bob"):
+        for node_id in ("waits", "threaded"):
+            assert await asyncio.create_task(request(caller, node_id)) == "nobody"
+    await rt.aclose()
+
+
+class Interrupts:
+    """A model provider that interrupts what asks it."""
+
+    async def complete(self, params: CompletionParams) -> CompletionResult:
+        raise KeyboardInterrupt(params.max_tokens)
+
+    async def stream(self, params: CompletionParams) -> AsyncIterator[StreamChunk]:
+        yield StreamChunk(text=str(params.max_tokens))
+        raise SystemExit
+
+
+async def test_a_provider_that_interrupts_the_phases_ends_neither_them_nor_the_program(embedded: None) -> None:
+    rt = Runtime(Interrupts(), cluster_config=ClusterConfig(judge_share=1.0))
+    rt.add_agent(echo, name="echo")
+    async with rt:
+        assert await rt.submit(TaskAd(description="hm")) == "done: hm"  # so vague that SENSE asks the model

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from loom.schemas.errors import AgentFailed
 from loom.schemas.plan import parse_plan
 from loom.schemas.run import RunRequest
 from loom.schemas.task import parse_ad
@@ -48,7 +49,7 @@ def test_a_document_is_read_for_its_figures_and_its_wish(report: ModuleType) -> 
 
 @pytest.mark.parametrize("file", ["../report.py", "missing.txt", "a/../../hills.md", ""])
 def test_only_documents_of_the_folder_are_read(report: ModuleType, file: str) -> None:
-    with pytest.raises(ValueError, match=r"there is no missing|names no \.txt"):
+    with pytest.raises(AgentFailed, match=r"there is no missing|names no \.txt"):
         report.read(job(f"Read {file}"))
 
 
@@ -72,5 +73,5 @@ def test_each_domain_of_the_plan_has_a_specialist_and_wrong_work_is_refused(repo
 
     assert {AD.domain, *(part.domain for part in PLAN)} == claims
     for work in (report.compare, report.write):
-        with pytest.raises(ValueError, match=r"need|give me"):
+        with pytest.raises(AgentFailed, match=r"need|give me"):
             work(job("do it"))

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from loom.agents.agent import Agent
+from loom.schemas.errors import AgentFailed
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd, parse_ad
 
@@ -74,7 +75,7 @@ def test_the_context_chooses_what_is_measured(agents: ModuleType) -> None:
     assert "rain_mm by wind_from (total, share, mean)\n  N: 31.10, 46%, 7.78" in agents.thorough_data(
         job("weather.csv", measure="rain_mm")
     )
-    with pytest.raises(ValueError, match="no number column sunshine; there are high_c"):
+    with pytest.raises(AgentFailed, match="no number column sunshine; there are high_c"):
         agents.thorough_data(job("weather.csv", measure="sunshine"))
 
 
@@ -83,7 +84,7 @@ def test_the_context_chooses_what_is_measured(agents: ModuleType) -> None:
 )
 def test_a_table_that_is_none_is_refused(agents: ModuleType, inputs: Path, table: str, complaint: str) -> None:
     (inputs / "t.csv").write_text(table)
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(AgentFailed, match=complaint):
         agents.quick_data(job("t.csv"))
 
 
@@ -141,7 +142,7 @@ def test_complexity_counts_every_branch_but_not_those_of_functions_inside(agents
 
 def test_what_is_not_python_is_refused_with_its_line(agents: ModuleType, inputs: Path) -> None:
     (inputs / "t.py").write_text("x = 1\ndef (\n")
-    with pytest.raises(ValueError, match=r"t\.py, line 2: invalid syntax"):
+    with pytest.raises(AgentFailed, match=r"t\.py, line 2: invalid syntax"):
         agents.quick_code(job("t.py"))
 
 
@@ -186,24 +187,24 @@ def test_points_inside_a_number_end_no_sentence(agents: ModuleType) -> None:
 @pytest.mark.parametrize("file", ["../agents.py", "/etc/passwd", "a/../../agents.py", "", "missing.csv", ".", "a\0b"])
 def test_only_files_in_the_inputs_folder_are_read(agents: ModuleType, file: str) -> None:
     for work in (agents.quick_data, agents.thorough_data, agents.quick_code, agents.quick_writing):
-        with pytest.raises(ValueError, match=r"inputs folder|name the input|null"):
+        with pytest.raises((AgentFailed, ValueError), match=r"inputs folder|name the input|null"):
             work(job(file))
 
 
 def test_a_link_out_of_the_inputs_folder_is_not_followed(agents: ModuleType, inputs: Path) -> None:
     (inputs / "link.py").symlink_to(EXAMPLES / "agents.py")
-    with pytest.raises(ValueError, match="outside the inputs folder"):
+    with pytest.raises(AgentFailed, match="outside the inputs folder"):
         agents.quick_code(job("link.py"))
 
 
 def test_a_job_without_a_file_is_told_how_to_name_one(agents: ModuleType) -> None:
-    with pytest.raises(ValueError, match="context"):
+    with pytest.raises(AgentFailed, match="context"):
         agents.quick_data(RunRequest(task_id="t", description="look"))
 
 
 def test_the_tools_read_no_other_files_either(agents: ModuleType) -> None:
     for tool in (agents.table_report, agents.code_review, agents.text_summary):
-        with pytest.raises(ValueError, match="outside the inputs folder"):
+        with pytest.raises(AgentFailed, match="outside the inputs folder"):
             tool("../agents.py")
 
 

@@ -1,5 +1,6 @@
 """Files users hand to the command line: what is read, and what is said of one that cannot be."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -107,6 +108,20 @@ def test_a_file_of_nodes_may_import_its_neighbours_and_define_dataclasses(script
         ("def f(:\n", "agents.py, line 1: invalid syntax"),
         ("x = 1\nraise RuntimeError('no\\nkey')\n", "agents.py, line 2: RuntimeError: no key"),
         ("import sys\nsys.exit(3)\n", "agents.py, line 2: SystemExit: 3"),
+        ("\nraise KeyboardInterrupt\n", "agents.py, line 2: KeyboardInterrupt"),
+        ("\n\nraise GeneratorExit('x')\n", "agents.py, line 3: GeneratorExit: x"),
+        ("import asyncio\nraise asyncio.CancelledError\n", "agents.py, line 2: CancelledError"),
+        ("raise BaseExceptionGroup('x', [KeyboardInterrupt()])\n", "agents.py, line 1: BaseExceptionGroup: x"),
+        ("def f(): f()\nf()\n", "agents.py, line 1: RecursionError: "),
+        (
+            "class E(BaseException):\n    def __str__(self): raise KeyboardInterrupt\nraise E\n",
+            "agents.py, line 3: E: (its __str__ raised KeyboardInterrupt)",
+        ),
+        ("raise ValueError('Bearer abcdefgh123')\n", "agents.py, line 1: ValueError: Bearer ***"),
+        (
+            "class N:\n    @property\n    def id(self): raise KeyboardInterrupt\nnodes = [N()]\n",
+            "agents.py: nodes[0] cannot be looked at: KeyboardInterrupt",
+        ),
         ("import json\n\njson.loads('{')\n", "agents.py, line 3: JSONDecodeError: "),
         ("x = 1\n", "agents.py: defines no `nodes`"),
         ("nodes = []\n", "agents.py: defines no `nodes`"),
@@ -135,3 +150,12 @@ def test_what_is_no_python_file_is_named(tmp_path: Path, name: str) -> None:
 
     with pytest.raises(InvalidFile, match=f"{name}: no such file"):
         load_nodes(tmp_path / name)
+
+
+def test_ctrl_c_while_a_file_is_loaded_is_no_fault_of_the_file(script: Path) -> None:
+    script.write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(10)\n")
+    before = signal.getsignal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        load_nodes(script)
+    assert signal.getsignal(signal.SIGINT) is before

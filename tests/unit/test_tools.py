@@ -94,14 +94,15 @@ async def test_no_arguments_at_all_suit_a_tool_without_parameters() -> None:
     assert await Tool(lambda: "pong", name="ping").run("", CONTEXT) == ToolResult("pong")
 
 
-async def test_an_exception_is_told_in_one_line_and_logged() -> None:
+async def test_a_model_sees_an_exception_in_one_line_and_the_bus_only_its_type() -> None:
     def fail() -> None:
         raise FileNotFoundError("no\nsuch file")
 
     with capture_logs() as logs:
         result = await Tool(fail).run("{}", CONTEXT)
 
-    assert result == ToolResult("Error: FileNotFoundError: no such file", failed=True)
+    published = "Error: the tool raised FileNotFoundError"
+    assert result == ToolResult("Error: FileNotFoundError: no such file", failed=True, published=published)
     assert [(line["event"], line["tool"], line["task_id"]) for line in logs] == [("tool_failed", "fail", "t1")]
 
 
