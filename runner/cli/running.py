@@ -23,6 +23,7 @@ from loom.schemas.llm import LLMProvider
 
 log = get_logger()
 T = TypeVar("T")
+LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 DEFAULT_URL = "nats://127.0.0.1:4222"
 FOREVER_S = float("inf")
@@ -45,7 +46,7 @@ def prepare(log_level: str) -> Settings:
     return settings
 
 
-def loop_factory(wanted: str) -> Callable[[], asyncio.AbstractEventLoop]:
+def loop_factory(wanted: str) -> LoopFactory:
     """Return the function that makes the event loop.
 
     Args:
@@ -55,7 +56,7 @@ def loop_factory(wanted: str) -> Callable[[], asyncio.AbstractEventLoop]:
         InvalidSetting: uvloop is wanted and not installed.
     """
     if wanted != "asyncio" and importlib.util.find_spec("uvloop"):
-        factory: Callable[[], asyncio.AbstractEventLoop] = importlib.import_module("uvloop").new_event_loop
+        factory: LoopFactory = importlib.import_module("uvloop").new_event_loop
         return factory
     if wanted == "uvloop":
         raise InvalidSetting(
@@ -74,6 +75,7 @@ def run_to_end(work: Coroutine[Any, Any, T], *, limit_s: float | None = None) ->
         SystemExit: SIGTERM came, and `work` has ended of it.
         KeyboardInterrupt: SIGINT came, and `work` has ended of it.
     """
+    new_loop = _chosen_loop(work)
     received: list[int] = []
 
     async def until_stopped() -> T:
@@ -85,7 +87,7 @@ def run_to_end(work: Coroutine[Any, Any, T], *, limit_s: float | None = None) ->
                 received.extend(signals.received)
 
     try:
-        return _run(until_stopped())
+        return _run(until_stopped(), new_loop)
     except asyncio.CancelledError:
         if received and received[0] == signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -101,6 +103,7 @@ def run_service(
         limit_s: As of StopSignals, for work that runs user code.
         last_words: As of StopSignals.
     """
+    new_loop = _chosen_loop(work)
 
     async def until_signalled() -> None:
         loop = asyncio.get_running_loop()
@@ -109,18 +112,23 @@ def run_service(
         with signals, contextlib.suppress(asyncio.CancelledError):
             await service
 
-    _run(until_signalled())
+    _run(until_signalled(), new_loop)
 
 
-def _run(main: Coroutine[Any, Any, T]) -> T:
-    """Run `main` to its end. What user code raises in a task or a callback of its own ends neither loop nor process."""
+def _chosen_loop(work: Coroutine[Any, Any, Any]) -> LoopFactory:
+    """Return what makes the loop of LOOM_EVENT_LOOP; where that is refused, `work` is closed."""
     try:
-        loop = loop_factory(from_environment().loom_event_loop)()
+        return loop_factory(from_environment().loom_event_loop)
     except InvalidSetting:
-        main.close()
+        work.close()
         raise
+
+
+def _run(main: Coroutine[Any, Any, T], new_loop: LoopFactory) -> T:
+    """Run `main` to its end. What user code raises in a task or a callback of its own ends neither loop nor process."""
     gc.freeze()  # what has been imported stays
     gc.set_threshold(*RARELY)
+    loop = new_loop()
     asyncio.set_event_loop(loop)
     loop.set_exception_handler(_log_fault)
     try:

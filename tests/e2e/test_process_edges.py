@@ -206,7 +206,7 @@ def test_the_event_loop_is_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_loop_that_is_not_installed_is_refused_and_auto_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert loop_factory("auto") is None
+    assert loop_factory("auto") is asyncio.new_event_loop
     monkeypatch.setenv("LOOM_EVENT_LOOP", "uvloop")
     with pytest.raises(InvalidSetting, match="uvloop is not installed"):
         run_to_end(asyncio.sleep(0))
