@@ -8,7 +8,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -17,23 +17,34 @@ from support.command import FOREIGN
 
 SERVER = "server"
 LONGEST_DOWN_S = 1.5
+FROZEN_S = (5.0, 40.0)
+"""Shortest and longest time for which a process is stopped."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """Something is killed, and comes back a little later."""
+    """Something is killed, or stopped, and comes back a little later."""
 
     after_s: float
     """Since the kill before."""
     target: str
     down_s: float
+    frozen: bool = False
+    """Whether the process is stopped and goes on (SIGSTOP, SIGCONT) instead of being replaced."""
 
 
-def schedule(seed: int, targets: Sequence[str], kills: int, every_s: float) -> Iterator[Kill]:
-    """Yield so many kills, the same ones for the same seed; each target is as likely as any other."""
+def schedule(seed: int, targets: Sequence[str], kills: int, every_s: float, *, stops: bool = False) -> Iterator[Kill]:
+    """Yield so many kills, the same ones for the same seed; each target is as likely as any other.
+
+    Args:
+        stops: Whether every third one stops a process for a while. The server is only killed.
+    """
     dice = random.Random(seed)
-    for _ in range(kills):
-        yield Kill(dice.uniform(0.5, 1.5) * every_s, dice.choice(targets), dice.uniform(0, LONGEST_DOWN_S))
+    for number in range(kills):
+        kill = Kill(dice.uniform(0.5, 1.5) * every_s, dice.choice(targets), dice.uniform(0, LONGEST_DOWN_S))
+        if stops and number % 3 == 0 and kill.target != SERVER:
+            kill = replace(kill, down_s=dice.uniform(*FROZEN_S), frozen=True)
+        yield kill
 
 
 @dataclass
@@ -59,6 +70,21 @@ class Member:
             self.process.send_signal(number)
         process, self.process = self.process, None
         return await process.wait()
+
+    @property
+    def running(self) -> bool:
+        """Whether the process was started and has not ended."""
+        return self.process is not None and self.process.returncode is None
+
+    async def freeze(self, seconds: float) -> None:
+        """Stop the process for so long; it goes on where it was."""
+        if self.process is None:
+            return
+        process = self.process
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(seconds)
+            process.send_signal(signal.SIGCONT)
 
 
 @dataclass
@@ -105,9 +131,11 @@ class Cast:
         async with asyncio.TaskGroup() as group:
             for kill in kills:
                 await asyncio.sleep(kill.after_s)
-                self.killed[kill.target] += 1
+                self.killed[f"{kill.target} stopped" if kill.frozen else kill.target] += 1
                 if kill.target == SERVER:
                     await self._kill_server(kill.down_s)  # the only one: nothing else dies meanwhile
+                elif kill.frozen:
+                    group.create_task(self.members[kill.target].freeze(kill.down_s))
                 else:
                     group.create_task(self._kill_member(self.members[kill.target], kill.down_s))
 

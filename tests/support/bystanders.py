@@ -1,0 +1,284 @@
+"""A stream of honest tasks beside tasks, agents and messages that burden the same cluster.
+
+Run as a script for the long measurement: `python -m support.bystanders --seconds 60`, with tests/ on PYTHONPATH.
+"""
+
+import argparse
+import asyncio
+import signal
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from loom.bus import topology
+from loom.bus.client import Bus, Msg
+from loom.runner.embedded import NatsServer
+from loom.schemas.envelope import PHASES
+from loom.schemas.errors import LoomError
+from support.chaos import Cast
+from support.wait import until
+
+AGENTS = Path(__file__).parents[1] / "data" / "troublesome_agents.py"
+HOSTS = ("honest-1", "honest-2", "echo", "interrupts-1", "interrupts-2", "blocks", "deaf", "endless")
+PER_S = 20
+ANSWER_S = 30.0
+AGAIN_S = 1.0
+"""Between two burdens of one kind."""
+MOST_TIMES = 3.0
+MOST_MORE_S = 2.0
+FLOOR_S = 0.05
+"""Below this a p95 is noise of the machine: three times a few milliseconds are a few milliseconds."""
+
+
+@dataclass
+class Stream:
+    """What became of a stream of tasks."""
+
+    took_s: list[float] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    """One sentence for each task that did not succeed at its first attempt."""
+
+    @property
+    def p95_s(self) -> float:
+        return sorted(self.took_s)[int(0.95 * len(self.took_s))]
+
+    @property
+    def slowest_s(self) -> float:
+        return max(self.took_s)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.took_s)} tasks, p95 {self.p95_s * 1000:.0f} ms, slowest {self.slowest_s * 1000:.0f} ms, "
+            f"{len(self.faults)} faults"
+        )
+
+
+class Client:
+    """Submits ads as JSON over the subject that any language uses."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+
+    async def submit(self, tool: str, *, timeout_s: float = 60, **ad: Any) -> dict[str, Any]:
+        """Submit a task that only nodes with `tool` take, and return the answer."""
+        body = {
+            "domain": "code",
+            "description": "work",
+            "estimated_complexity": 0.1,
+            "required_tools": [tool],
+            "timeout_s": timeout_s,
+            **ad,
+        }
+        reply = await self._bus.request(self._bus.subjects.submit, msgspec.json.encode(body), timeout_s=ANSWER_S)
+        answer: dict[str, Any] = msgspec.json.decode(reply.data)
+        return answer
+
+    async def stream(self, seconds: float) -> Stream:
+        """Submit honest tasks at an even pace for so long, and return what became of them."""
+        stream = Stream()
+
+        async def submit(number: int) -> None:
+            started = time.monotonic()
+            try:
+                answer = await self.submit("honest", description=f"entry {number}")
+            except (LoomError, TimeoutError) as error:
+                stream.faults.append(f"entry {number}: {error}")
+            else:
+                if (answer.get("state"), answer.get("attempts")) != ("succeeded", 1):
+                    stream.faults.append(f"entry {number}: {answer}")
+            stream.took_s.append(time.monotonic() - started)
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(int(seconds * PER_S)):
+                group.create_task(submit(number))
+                await asyncio.sleep(1 / PER_S)
+        return stream
+
+
+class ForgedHost:
+    """A host made of plain messages whose every result has fields of its own choice."""
+
+    def __init__(self, bus: Bus, tool: str, result: bytes) -> None:
+        self._bus, self._tool, self._result = bus, tool, result
+        self._host_id = f"forged-{tool}"
+        self.runs = 0
+
+    async def __aenter__(self) -> Self:
+        subjects = self._bus.subjects
+        await self._bus.subscribe(subjects.of("auction", "*"), self._on_call)
+        await self._bus.subscribe(subjects.of("run", self._host_id), self._on_run)
+        self._beat = self._bus.spawn(self._announce(), name="announce")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._beat.cancel()
+
+    async def _announce(self) -> None:
+        while True:
+            body = {"host_id": self._host_id, "nodes": [self._host_id], "slots": 4}
+            await self._bus.publish(self._bus.subjects.of("host", self._host_id), msgspec.json.encode(body))
+            await asyncio.sleep(1)
+
+    async def _on_call(self, msg: Msg) -> None:
+        call = msgspec.json.decode(msg.data)
+        if self._tool in call.get("required_tools", ()):
+            bid = {"node_id": self._host_id, "claim": 1.0, "tools": [self._tool]}
+            await self._bus.publish(msg.reply, msgspec.json.encode({"host_id": self._host_id, "bids": [bid]}))
+
+    async def _on_run(self, msg: Msg) -> None:
+        self.runs += 1
+        for n, kind in enumerate(("accepted", "started")):
+            await self._bus.publish(msg.reply, msgspec.json.encode({"n": n, "kind": kind}))
+        last = b'{"n": 2, "kind": "result", "result": {"content": "forged", %s}}' % self._result
+        await self._bus.publish(msg.reply, last)
+
+
+def schema_bomb(doublings: int = 60) -> dict[str, Any]:
+    """Return a JSON Schema of 4 kB whose references double so often."""
+    parts: dict[str, Any] = {"a0": {"type": "object"}}
+    for n in range(1, doublings + 1):
+        parts[f"a{n}"] = {"allOf": [{"$ref": f"#/$defs/a{n - 1}"}] * 2}
+    return {"$ref": f"#/$defs/a{doublings}", "$defs": parts}
+
+
+def burdens() -> Mapping[str, Callable[[Client], Awaitable[Any]]]:
+    """Return a name for each burden, and what brings it about once."""
+    return {
+        "schema bomb": lambda client: client.submit("echo", description="{}", accept={"json_schema": schema_bomb()}),
+        "pattern bomb": lambda client: client.submit("echo", accept={"pattern": "a{1000000}"}),
+        "400-digit integer": lambda client: client.submit("integer"),
+        "1e308 seconds": lambda client: client.submit("duration"),
+        "KeyboardInterrupt": lambda client: client.submit("interrupts", timeout_s=20),
+        "blocked loop": lambda client: client.submit("blocks", timeout_s=20),
+        "swallowed cancel": lambda client: client.submit("deaf", timeout_s=2),
+        "endless generator": lambda client: client.submit("endless", timeout_s=5),
+    }
+
+
+@asynccontextmanager
+async def repeated(burden: Callable[[Client], Awaitable[Any]], client: Client) -> AsyncIterator[None]:
+    """Bring a burden about each second for the length of the block."""
+
+    async def once() -> None:
+        with suppress(LoomError, TimeoutError):  # how it ends is the subject of other tests
+            await burden(client)
+
+    async def again_and_again() -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                group.create_task(once())
+                await asyncio.sleep(AGAIN_S)
+
+    going_on = asyncio.create_task(again_and_again())
+    try:
+        yield
+        assert not going_on.done(), "the burden has stopped by itself"
+    finally:
+        going_on.cancel()
+        await asyncio.gather(going_on, return_exceptions=True)
+
+
+@dataclass(frozen=True)
+class Town:
+    """A cluster of six phase processes with honest and troublesome hosts, and a client of it."""
+
+    cast: Cast
+    client: Client
+
+    async def measure(self, seconds: float) -> dict[str, Stream]:
+        """Return the stream alone, as `alone`, and the same stream beside each burden."""
+        found = {"alone": await self.client.stream(seconds)}
+        for name, burden in burdens().items():
+            async with repeated(burden, self.client):
+                found[name] = await self.client.stream(seconds)
+        return found
+
+    def ended(self) -> list[str]:
+        """Return the names of the processes that have ended."""
+        return [name for name, member in self.cast.members.items() if not member.running]
+
+    async def stops(self, name: str, within_s: float) -> None:
+        """Ask a process to stop, and check that it ends in time."""
+        member = self.cast.members[name]
+        async with asyncio.timeout(within_s):
+            await member.kill(signal.SIGTERM)
+
+
+@asynccontextmanager
+async def town(folder: Path, **env: str) -> AsyncIterator[Town]:
+    """Start the cluster for the length of the block."""
+    server = NatsServer(folder / "store")
+    server.start()
+    phases = {name: [name] for name in PHASES}
+    try:
+        async with (
+            Bus(server.url) as bus,
+            Cast(server, folder, phases, HOSTS, AGENTS, {"LOOM_LOG_LEVEL": "info", **env}) as cast,
+            ForgedHost(bus, "integer", b'"prompt_tokens": 1%s' % (b"0" * 400)),
+            ForgedHost(bus, "duration", b'"duration_s": 1e308'),
+        ):
+            client = Client(bus)
+            await until(lambda: is_up(bus, client), within_s=60, what="the cluster is up")
+            yield Town(cast, client)
+    finally:
+        await asyncio.to_thread(server.stop)
+
+
+async def is_up(bus: Bus, client: Client) -> bool:
+    try:
+        await topology.stream_state(bus, "DEAD")
+        answers = [await client.submit(tool, description="{}", timeout_s=5) for tool in ("honest", "echo")]
+    except (LoomError, TimeoutError):
+        return False
+    return all(answer.get("state") == "succeeded" for answer in answers)
+
+
+def check(found: Mapping[str, Stream]) -> None:
+    """Check that no burden has cost the stream a task, an attempt or much time.
+
+    Raises:
+        AssertionError: One has.
+    """
+    alone = found["alone"]
+    for name, stream in found.items():
+        assert not stream.faults, f"beside {name}: {stream.faults[:3]}"
+        assert stream.p95_s <= MOST_TIMES * max(alone.p95_s, FLOOR_S), f"beside {name}: {stream}; alone: {alone}"
+        assert stream.slowest_s <= alone.slowest_s + MOST_MORE_S, f"beside {name}: {stream}; alone: {alone}"
+
+
+async def account(folder: Path, seconds: float) -> dict[str, Stream]:
+    """Measure the stream, check it, and check that the processes have stayed and the deaf host stops in time.
+
+    Raises:
+        AssertionError: A promise is broken.
+        TimeoutError: The deaf host does not stop.
+    """
+    async with town(folder, LOOM_DRAIN_TIMEOUT_S="3") as place:
+        found = await place.measure(seconds)
+        for name, stream in found.items():
+            print(f"{name:>20}: {stream}")
+        check(found)
+        assert not place.ended(), f"ended: {place.ended()}"
+        await place.stops("deaf", within_s=5)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--keep", type=Path, help="Folder for logs and streams.")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as private:
+        folder = given.keep or Path(private)
+        folder.mkdir(parents=True, exist_ok=True)
+        asyncio.run(account(folder, given.seconds))
+
+
+if __name__ == "__main__":
+    main()
