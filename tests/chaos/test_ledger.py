@@ -23,6 +23,14 @@ async def test_every_accepted_task_ends_once_whatever_is_killed(tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_every_task_ends_once_though_processes_stop_and_tasks_are_cancelled_delegated_and_divided(
+    tmp_path: Path,
+) -> None:
+    await account(tmp_path, count=100, per_s=15, kills=9, every_s=0.8, seed=11, ack_wait_s=3, mixed=True)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 async def test_every_divided_task_ends_once_and_no_subtask_runs_twice_whatever_is_killed(tmp_path: Path) -> None:
     told = await account(tmp_path, count=12, per_s=2, kills=8, every_s=0.8, seed=7, ack_wait_s=3, parts=8)

@@ -1,7 +1,8 @@
 """The account of a cluster under faults: what was accepted must be found ended, once, and nothing may be left over.
 
 Run as a script for a long account: `python -m support.ledger --tasks 2000 --kills 60 --seed 1`, with tests/ on
-PYTHONPATH; with `--parts 8 --tasks 50` the tasks are divided, and what a subtask costs is measured first.
+PYTHONPATH; with `--parts 8 --tasks 50` the tasks are divided, and what a subtask costs is measured first. With `--mixed`
+some tasks are cancelled, some delegate and some are divided, and processes are also stopped for 5 to 40 s.
 """
 
 import argparse
@@ -37,6 +38,10 @@ AT_ONCE = 64
 NODES = ("ada", "ben", "cyd")
 SUFFERING = ("scale", "execute", "all", *NODES)
 """What dies while tasks are divided."""
+CANCELLED, DELEGATING, DIVIDED = 3, 5, 8
+"""Last digits of the numbers of tasks that are cancelled, delegate or are divided."""
+MIXED_PARTS = 3
+LONGEST_BEFORE_CANCEL_S = 0.5
 MEASURED = 20
 """Tasks of each kind by which the cost of a subtask is measured."""
 
@@ -48,11 +53,15 @@ class Ledger:
     bus: Bus
     parts: int = 0
     """Subtasks of each task; their graphs are drawn by a seeded dice."""
+    mixed: bool = False
+    """Whether of ten tasks one is cancelled soon, one delegates and one is divided."""
     dice: random.Random = field(default_factory=random.Random)
     accepted: set[str] = field(default_factory=set)
     refused: int = 0
     ended: dict[str, tuple[TaskState, float | None]] = field(default_factory=dict)
     """Task -> how and when it ended, as first seen."""
+    cancelled: set[str] = field(default_factory=set)
+    """Tasks whose cancellation was answered."""
     twice: list[str] = field(default_factory=list)
     """Tasks whose end has changed."""
 
@@ -69,15 +78,21 @@ class Ledger:
                 group.create_task(one(number))
                 await asyncio.sleep(1 / per_s)
 
-    async def _submit(self, number: int) -> None:
-        ad = TaskAd(
+    def ad(self, number: int) -> TaskAd:
+        """Return the ad of that number."""
+        divided = MIXED_PARTS if self.mixed and number % 10 == DIVIDED else self.parts
+        verb = "delegate" if self.mixed and number % 10 == DELEGATING else "entry"
+        return TaskAd(
             task_id=new_id(),
-            description=f"entry {number}",
+            description=f"{verb} {number}",
             domain="code",
             wait=False,
             timeout_s=600,
-            context=random_plan(self.parts, self.dice) if self.parts else {},
+            context=random_plan(divided, self.dice) if divided else {},
         )
+
+    async def _submit(self, number: int) -> None:
+        ad = self.ad(number)
         try:
             if number % 2:
                 await tasks.ask(self.bus, self.bus.subjects.submit, ad, timeout_s=8)
@@ -87,6 +102,17 @@ class Ledger:
             self.refused += 1  # perhaps stored, but nothing was promised
         else:
             self.accepted.add(ad.task_id)
+            if self.mixed and number % 10 == CANCELLED:
+                await self._cancel(ad.task_id)
+
+    async def _cancel(self, task_id: str) -> None:
+        """Cancel a task a moment after its submission; without an answer nothing is promised."""
+        await asyncio.sleep(self.dice.uniform(0, LONGEST_BEFORE_CANCEL_S))
+        try:
+            await tasks.cancel(self.bus, task_id)
+        except (LoomError, TimeoutError):
+            return
+        self.cancelled.add(task_id)
 
     async def watch(self) -> None:
         """Note the first end of each task; a different one later is a broken promise."""
@@ -206,12 +232,23 @@ async def _all(reader: OrderedReader) -> list:
 
 
 async def account(
-    folder: Path, *, count: int, per_s: float, kills: int, every_s: float, seed: int, ack_wait_s: int, parts: int = 0
+    folder: Path,
+    *,
+    count: int,
+    per_s: float,
+    kills: int,
+    every_s: float,
+    seed: int,
+    ack_wait_s: int,
+    parts: int = 0,
+    mixed: bool = False,
 ) -> str:
     """Submit tasks while things die, check the books, and return the figures.
 
     Args:
         parts: Subtasks each task is divided into. Then only what works on those dies: SCALE, EXECUTE and nodes.
+
+        mixed: Whether some tasks are cancelled, delegate or are divided, and every third kill stops a process instead.
 
     Raises:
         AssertionError: A promise was broken.
@@ -230,11 +267,12 @@ async def account(
         ):
             await until(lambda: _is_up(bus), within_s=30, what="the cluster is up")
             cost = await overhead(bus, parts) if parts else ""
-            ledger = Ledger(bus, parts, random.Random(seed))
+            ledger = Ledger(bus, parts, mixed, random.Random(seed))
             watching = asyncio.ensure_future(ledger.watch())
             async with asyncio.TaskGroup() as group:
                 group.create_task(ledger.submit(count, per_s))
-                group.create_task(cast.suffer(schedule(seed, SUFFERING if parts else cast.targets, kills, every_s)))
+                targets = SUFFERING if parts else cast.targets
+                group.create_task(cast.suffer(schedule(seed, targets, kills, every_s, stops=mixed)))
             calm = time.monotonic()
             await ledger.settled(within_s=180)
             books = await _learned(bus)
@@ -276,6 +314,8 @@ def check(ledger: Ledger, books: Books, runs: list[str]) -> None:
     again = [run for run, times in Counter(runs).items() if times > 1]
     assert not again, f"attempts that ran twice: {again[:5]}"
     check_plans(ledger, books)
+    cancelled = [task_id for task_id in ledger.cancelled if not _ended(books, task_id)]
+    assert not cancelled, f"cancelled tasks that go on: {cancelled[:5]}"
     assert not books.unrewarded(), f"successes without a reward: {books.unrewarded()[:5]}"
     counted = sum(profile.total_tasks for profile in books.profiles.values())
     earned = len({reward.reward_id for _, reward in books.rewards})
@@ -284,12 +324,16 @@ def check(ledger: Ledger, books: Books, runs: list[str]) -> None:
 
 def check_plans(ledger: Ledger, books: Books) -> None:
     """Every divided task has a plan that is over, and each of its subtasks a record of its own."""
-    for task_id in ledger.accepted if ledger.parts else ():
-        record, plan = books.records[task_id], books.plans[task_id]
+    divided = [task_id for task_id in ledger.accepted if "plan" in books.records[task_id].envelope.ad.context]
+    for task_id in divided:
+        record, plan = books.records[task_id], books.plans.get(task_id)
+        if plan is None:
+            assert record.state != "succeeded", f"{task_id} succeeded without a plan"
+            continue
         assert plan.state == "done", f"{task_id}: its plan is {plan.state}"
         children = [books.records.get(part.child_id or "") for part in plan.subtasks]
         if record.state == "succeeded":
-            assert [child.state if child else "" for child in children] == ["succeeded"] * ledger.parts, task_id
+            assert [child.state if child else "" for child in children] == ["succeeded"] * len(children), task_id
             assert list(record.envelope.inputs) == [part.id for part in plan.subtasks], task_id
 
 
@@ -351,6 +395,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--per-s", type=float, default=25)
     parser.add_argument("--every-s", type=float, default=1.2)
+    parser.add_argument("--mixed", action="store_true", help="Cancels, delegations, divided tasks, stopped processes.")
     parser.add_argument("--keep", type=Path, help="Folder for logs and streams.")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as private:
@@ -365,6 +410,7 @@ def main() -> None:
             seed=given.seed,
             ack_wait_s=given.ack_wait,
             parts=given.parts,
+            mixed=given.mixed,
         )
         print(asyncio.run(told))
 
