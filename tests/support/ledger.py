@@ -1,8 +1,8 @@
 """The account of a cluster under faults: what was accepted must be found ended, once, and nothing may be left over.
 
 Run as a script for a long account: `python -m support.ledger --tasks 2000 --kills 60 --seed 1`, with tests/ on
-PYTHONPATH; with `--parts 8 --tasks 50` the tasks are divided, and what a subtask costs is measured first. With `--mixed`
-some tasks are cancelled, some delegate and some are divided, and processes are also stopped for 5 to 40 s.
+PYTHONPATH; with `--parts 8 --tasks 50` the tasks are divided, and what a subtask costs is measured first. With
+`--mixed` some tasks are cancelled, some delegate, some are divided, and processes are also stopped for 5 to 40 s.
 """
 
 import argparse
