@@ -50,7 +50,8 @@ def _reset_structlog() -> None:
 
 @contextmanager
 def _logging_restored() -> Iterator[None]:
-    """Restore level, handlers and switches of every logger there is."""
+    """Restore level, handlers and switches of every logger there is, and of `loom`, even if no module has one yet."""
+    logging.getLogger("loom")
     named = [each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
     before = [(each, each.level, each.propagate, each.disabled, [*each.handlers]) for each in (logging.root, *named)]
     disabled = logging.root.manager.disable
