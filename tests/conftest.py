@@ -21,9 +21,7 @@ settings.load_profile("loom")
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
-) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
     """Print, after a failure, how to run the tests in the same order."""
     if exitstatus == pytest.ExitCode.TESTS_FAILED and config.getoption("randomly_reorganize", default=False):
         seed = config.getoption("randomly_seed")

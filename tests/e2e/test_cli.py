@@ -246,7 +246,10 @@ async def test_a_phase_waits_for_its_server(start: Start, namespace: str) -> Non
     server = NatsServer(port=port)
     server.start()
     try:
-        assert (await phase.says("on nats")).out == f"sense, match on {url}\n"
+        await phase.says("on nats")
+        assert phase.out == ""  # where logs are collected, every line is of one form
+        lines = [json.loads(line) for line in phase.err.splitlines()]
+        assert [line["message"] for line in lines if line["event"] == "ready"] == [f"sense, match on {url}"]
         async with Bus(url, namespace=namespace) as bus:
             await check_phases(bus)
         ended = await phase.end(signal.SIGTERM)

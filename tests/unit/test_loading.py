@@ -135,3 +135,13 @@ def test_what_is_no_python_file_is_named(tmp_path: Path, name: str) -> None:
 
     with pytest.raises(InvalidFile, match=f"{name}: no such file"):
         load_nodes(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".py", "agents.py/deeper.py"])
+def test_a_file_that_the_system_refuses_is_named(name: str, script: Path) -> None:
+    script.write_text(NODES)
+
+    with pytest.raises(InvalidFile) as refused:
+        load_nodes(script.parent / name)
+
+    assert refused.value.message.startswith(f"{script.parent / name}: ")

@@ -93,8 +93,12 @@ def test_an_info_line_is_seen_after_logs_were_limited_to_warnings() -> None:
 def test_the_state_is_restored_when_the_body_fails(tmp_path: Path) -> None:
     before = state()
 
-    with pytest.raises(ZeroDivisionError), process_state_restored():
-        change_everything(tmp_path)
-        raise ZeroDivisionError
+    def fail() -> None:
+        with process_state_restored():
+            change_everything(tmp_path)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
 
     assert state() == before
