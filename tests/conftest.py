@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from support.process_state import process_state_restored
 
 from loom.runner.embedded import NatsServer, find_server
@@ -16,7 +16,7 @@ from loom.schemas.errors import BusUnavailable
 RAM_DISK = Path("/dev/shm")  # making hundreds of streams is three times as fast there
 
 # A slow moment of the machine is no failure. Under CI the examples are the same each time: hypothesis's own choice.
-settings.register_profile("loom", deadline=None, print_blob=True)
+settings.register_profile("loom", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("loom")
 
 

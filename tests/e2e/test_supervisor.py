@@ -239,6 +239,7 @@ async def cluster(folder: Path, store: str) -> AsyncIterator[Cluster]:
     assert not any(map(alive, processes))
 
 
+@pytest.mark.slow
 async def test_a_cluster_of_processes_heals_and_stops(tmp_path: Path) -> None:
     async with cluster(tmp_path, str(tmp_path / "store")) as running:
         assert await running.count() == WHOLE + Counter(["node"])
