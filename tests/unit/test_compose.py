@@ -123,7 +123,7 @@ def test_every_setting_that_a_service_reads_is_passed_on(file: str, name: str) -
 
 
 @pytest.mark.parametrize(("file", "name"), LASTING)
-def test_the_model_is_within_reach_of_those_that_ask_it_alone(file: str, name: str) -> None:
+def test_only_the_services_that_ask_a_model_get_its_key(file: str, name: str) -> None:
     asks = name in {"sense", "scale", "evaluate", "node"}
 
     assert ({"OPENAI_API_KEY", "OPENAI_BASE_URL"} <= service_of(file, name)["environment"].keys()) == asks
