@@ -13,10 +13,13 @@ COPY loom loom
 RUN pip --python /opt/loom/bin/python install --no-cache-dir --disable-pip-version-check '.[fast]'
 
 FROM python:${PYTHON}-slim
-# The base image comes without byte code and containers cannot write any: every health check would compile again.
+# As PID 1, an init forwards signals from the first moment and reaps the processes that an agent leaves behind.
+RUN apt-get update && apt-get install --yes --no-install-recommends tini && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*
+# The base image comes without byte code and containers cannot write any: every start would compile again.
 RUN python -m compileall -qq -j 0 /usr/local/lib || true  # a file that does not compile costs only its own time
 COPY --from=build /opt/loom /opt/loom
-ENV PATH=/opt/loom/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# The user has no home: libraries that keep files in one find /tmp.
+ENV PATH=/opt/loom/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
-ENTRYPOINT ["loom"]
+ENTRYPOINT ["tini", "-s", "--", "loom"]
 CMD ["--help"]

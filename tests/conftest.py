@@ -7,11 +7,45 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+from support.command import FOREIGN
+from support.process_state import process_state_restored
 
 from loom.runner.embedded import NatsServer, find_server
 from loom.schemas.errors import BusUnavailable
 
 RAM_DISK = Path("/dev/shm")  # making hundreds of streams is three times as fast there
+
+# A slow moment of the machine is no failure. Under CI the examples are the same each time: hypothesis's own choice.
+settings.register_profile("loom", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("loom")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
+    """Print, after a failure, how to run the tests in the same order."""
+    if exitstatus == pytest.ExitCode.TESTS_FAILED and config.getoption("randomly_reorganize", default=False):
+        seed = config.getoption("randomly_seed")
+        terminalreporter.write_line(f"the order of this run: pytest --randomly-seed={seed}", red=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def outside_ignored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The developer's own settings, keys and certificates play no part: no test asks a server outside."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+            environment.delenv(name)
+        environment.delenv("SSL_CERT_FILE", raising=False)
+        # Reading the system's certificates takes 50 ms of CPU for every model client.
+        environment.setenv("SSL_CERT_DIR", str(tmp_path_factory.mktemp("certificates")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def process_state() -> Iterator[None]:
+    """Every test begins with the same logging, environment, signal handlers, folder and event loop policy."""
+    with process_state_restored():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import signal
+import stat
 import sys
 import threading
 import traceback
@@ -83,7 +84,13 @@ def load_nodes(path: Path) -> list[Node]:
 
 
 def _run(path: Path) -> ModuleType:
-    if not path.is_file():
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        is_file = False
+    except OSError as error:
+        raise InvalidFile(f"{path}: {error.strerror}") from error
+    if not is_file:
         raise InvalidFile(f"{path}: no such file")
     spec = importlib.util.spec_from_file_location(MODULE, path)
     if spec is None or spec.loader is None:

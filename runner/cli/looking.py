@@ -13,6 +13,7 @@ from rich.text import Text
 
 from loom.bus.client import Bus, Refused
 from loom.bus.topology import check_version, stream_state
+from loom.runner.cli.render import printable
 from loom.runner.cli.running import DEFAULT_URL
 from loom.runner.settings import Settings
 from loom.schemas.errors import BusUnavailable
@@ -96,8 +97,8 @@ def sparkline(scores: Iterable[float]) -> str:
 
 
 def add_row(table: Table, *cells: str | Text) -> None:
-    """Add cells as they are: no text of anybody's is taken for markup."""
-    table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+    """Add cells as text: none of it is taken for markup, or steers the terminal."""
+    table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells))
 
 
 def print_json(message: Any) -> None:

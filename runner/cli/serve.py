@@ -186,7 +186,7 @@ def _counts(replicas: list[str]) -> dict[Phase, int]:
 
 async def _phase(settings: Settings, names: tuple[Phase, ...]) -> None:
     async with _phases_on(settings.nats_url or DEFAULT_URL, names, settings) as bus:
-        _say(f"{', '.join(names)} on {bus.address}")
+        _announce(f"{', '.join(names)} on {bus.address}")
         await until_lost(bus)
 
 
@@ -219,7 +219,7 @@ async def _node(
     )
     async with hosted as host:
         hosts.append(host)
-        _say(f"{', '.join(node.id for node in nodes)} on {host.bus.address}")
+        _announce(f"{', '.join(node.id for node in nodes)} on {host.bus.address}")
         await until_lost(host.bus)
 
 
@@ -257,6 +257,14 @@ def _welcome(settings: Settings, address: str) -> str:
             "Ctrl-C stops it",
         )
     )
+
+
+def _announce(text: str) -> None:
+    """Print on a terminal; elsewhere log, so that all output of a service is of one form."""
+    if sys.stdout.isatty():
+        _say(text)
+    else:
+        log.info("ready", message=text)
 
 
 def _say(text: str) -> None:

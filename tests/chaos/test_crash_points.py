@@ -169,6 +169,7 @@ class Town(Stage):
         assert found.to_result() == record.to_result(), self.crash
 
 
+@pytest.mark.slow
 async def test_a_task_survives_a_phase_killed_half_way_and_then_the_server(server: NatsServer, namespace: str) -> None:
     halves = [
         Crash("sense", "recorded"),

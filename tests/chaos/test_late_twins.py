@@ -139,6 +139,7 @@ async def lose_host(url: str, namespace: str, *, wakes: bool, logs: list[Any]) -
         assert len(stage.all("result")) == 1
 
 
+@pytest.mark.slow
 async def test_a_host_stopped_or_killed_during_a_run_is_replaced_and_what_it_says_late_is_refused(
     nats_url: str, namespace: str
 ) -> None:
@@ -185,6 +186,7 @@ async def stop_execute(url: str, namespace: str, wakes: str) -> None:
         assert not stopped.logged("hop_failed")
 
 
+@pytest.mark.slow
 async def test_an_execute_replica_that_wakes_after_another_took_its_run_over_settles_silently(
     nats_url: str, namespace: str
 ) -> None:

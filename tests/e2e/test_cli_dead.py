@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
+from msgspec.structs import replace
 from support.background import Cluster, background_cluster
 from support.foreign import publish_raw
 from support.in_process import Loom, is_refused
@@ -37,18 +38,22 @@ def cluster(nats_url: str) -> Iterator[Cluster]:
 
 async def _poison(cluster: Cluster) -> None:
     bus = cluster.bus
-    hops = tuple(Hop(phase=phase, instance="i", started=1, finished=2) for phase in ("sense", "match"))
-    skipped = Envelope(ad=AD, deadline=bus.now() + 60, hops=hops)  # type: ignore[arg-type]  # phases all of them
     part = Envelope(ad=TaskAd(task_id="t4", description="x"), deadline=1, split=Split(parent="p1", depth=1, deadline=1))
     poison = {
         bus.subjects.intake("normal", "t1"): NO_JSON,
         bus.subjects.task("match", "normal", "t2"): b"[" + b"0," * (MAX_MESSAGE_BYTES // 2) + b"0]",
-        bus.subjects.task("scale", "normal", "t3"): encode(skipped),
+        bus.subjects.task("scale", "normal", "t3"): _skipped(cluster, AD),
         bus.subjects.task("execute", "normal", "t4"): encode(part),
     }
     for count, (subject, raw) in enumerate(poison.items(), 1):
         await bus.store(subject, raw)
         await _kept(cluster, count)
+
+
+def _skipped(cluster: Cluster, ad: TaskAd) -> bytes:
+    """An envelope that reaches SCALE without what MATCH leaves."""
+    hops = tuple(Hop(phase=phase, instance="i", started=1, finished=2) for phase in ("sense", "match"))
+    return encode(Envelope(ad=ad, deadline=cluster.bus.now() + 60, hops=hops))  # type: ignore[arg-type]  # phases all of them
 
 
 async def _kept(cluster: Cluster, count: int) -> list[Letter]:
@@ -115,8 +120,9 @@ def test_every_view_fits_its_width_and_steers_no_terminal(
 
 
 def test_a_retried_letter_is_a_new_task_that_succeeds_and_the_letter_is_gone(here: Cluster, loom: Loom) -> None:
-    ended = loom("dead retry 3")
-    said = re.fullmatch(r"letter 3 handed in again as task ([0-9a-f]{32})\n", ended.out)
+    letter = here.do(_one_more(here))  # the other tests look at the first four
+    ended = loom(f"dead retry {letter.seq}")
+    said = re.fullmatch(rf"letter {letter.seq} handed in again as task ([0-9a-f]{{32}})\n", ended.out)
     assert said, ended
 
     async def done() -> TaskRecord:
@@ -124,7 +130,14 @@ def test_a_retried_letter_is_a_new_task_that_succeeds_and_the_letter_is_gone(her
 
     record = here.do(done())
     assert (record.state, record.envelope.ad.context) == ("succeeded", {"n": 1})
-    assert loom("dead show 3") == (1, "", "unknown_letter: there is no dead letter 3; `loom dead ls` lists them\n")
+    gone = f"unknown_letter: there is no dead letter {letter.seq}; `loom dead ls` lists them\n"
+    assert loom(f"dead show {letter.seq}") == (1, "", gone)
+
+
+async def _one_more(cluster: Cluster) -> Letter:
+    subject = cluster.bus.subjects.task("scale", "normal", "t5")
+    await cluster.bus.store(subject, _skipped(cluster, replace(AD, task_id="t5")))
+    return (await _kept(cluster, 5))[-1]
 
 
 async def _ended(cluster: Cluster, task_id: str) -> TaskRecord | None:

@@ -135,8 +135,8 @@ def test_tasks_come_newest_first_and_by_what_they_are(here: Cluster, loom: Loom)
     def listed(options: str) -> list[str]:
         return [decode(line.encode(), TaskRecord).task_id for line in loom(f"tasks --json {options}").out.splitlines()]
 
-    assert listed("--state succeeded") == [HEX, "t1"]
-    assert listed("--state succeeded --limit 1") == [HEX]
+    assert listed("--state succeeded --domain loud") == [HEX, "t1"]
+    assert listed("--state succeeded --domain loud --limit 1") == [HEX]
     assert listed("--node slow --state running") == ["going"]
     assert listed("--domain loud") == [HEX, "t1"]
     assert listed("--node nobody") == []
@@ -264,7 +264,7 @@ async def test_a_tap_tells_the_past_and_goes_on_with_what_it_was_asked_for(here:
     ):
         await tap.says("for t1, by rules")
         await rewards.says("reward_id")
-        ad = TaskAd(task_id="t9", description="x", domain="loud", node_id="good")
+        ad = TaskAd(task_id="t9", description="x", domain="quiet", node_id="good")
         handle = await asyncio.to_thread(here.do, tasks.publish(here.bus, ad))
         await tap.says("for t9, by rules")
         await tap.says(f"{'result':<16} t9 ")

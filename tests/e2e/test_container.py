@@ -1,11 +1,16 @@
-"""The loop against a nats-server in a container, where a Docker engine answers."""
+"""The loop against a nats-server in a container, and the compose files, where a Docker engine answers."""
 
 import asyncio
+import json
 import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import yaml
+from support.compose import ROOT, WITHIN_S, docker, started, within
 
 from loom.bus import tasks
 from loom.bus.client import Bus
@@ -13,10 +18,10 @@ from loom.runner.cluster import running_nodes, running_phases
 from loom.runner.embedded import find_server
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.run import RunRequest
-from loom.schemas.task import TaskAd
+from loom.schemas.task import TaskAd, TaskResult
 from loom.types import AgentNode, CapabilityProfile
 
-pytestmark = [pytest.mark.container, pytest.mark.filterwarnings("default"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.container, pytest.mark.filterwarnings("default"), pytest.mark.timeout(400)]
 
 IMAGE = "loom-test-nats"
 PATIENCE_S = 20.0
@@ -74,3 +79,88 @@ async def test_the_loop_runs_on_a_server_in_a_container_and_survives_its_death(c
         await asyncio.to_thread(server.start)  # type: ignore[attr-defined]
         go_on.set()
         assert await second.content(timeout_s=90) == "WAIT"
+
+
+# -- the compose files
+
+
+@pytest.fixture(scope="module")
+def images() -> None:
+    """The image of the Dockerfile under the name the compose files use, and that of the server."""
+    (server,) = {
+        service["image"]
+        for file in ("compose.yaml", "compose.cluster.yaml")
+        for service in yaml.safe_load((ROOT / file).read_text())["services"].values()
+        if service["image"] != "loom"
+    }
+    try:
+        docker("compose", "version")
+        if subprocess.run(["docker", "image", "inspect", server], capture_output=True, check=False).returncode:
+            docker("pull", server)
+        docker("build", "--network", "host", "--tag", "loom", ".")
+    except (AssertionError, FileNotFoundError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"no engine, no compose, or images that cannot be had: {error}")
+
+
+def run_a_task(url: str) -> TaskResult:
+    async def run() -> TaskResult:
+        async with Bus(url, patience_s=PATIENCE_S) as bus:
+            ad = TaskAd(domain="data", description="statistics", context={"file": "sales.csv"})
+            return await (await tasks.publish(bus, ad)).result(90)
+
+    return asyncio.run(run())
+
+
+def test_both_compose_files_run_side_by_side_and_the_cluster_grows_without_one_of_its_servers(
+    images: None, tmp_path: Path
+) -> None:
+    with started("compose.yaml", tmp_path) as single, started("compose.cluster.yaml", tmp_path) as cluster:
+        for project in (single, cluster):
+            assert run_a_task(project.url).success
+            found = project.compose("run", "--rm", "-T", "doctor").splitlines()
+            assert [line for line in found if not line.startswith("ok ")] == []
+
+        docker("kill", "--signal", "STOP", *cluster.containers("nats-2"))  # it runs, and answers nothing
+        within(60, lambda: cluster.health("nats-2") == "unhealthy", "the server is found out")
+        cluster.compose("up", "--no-build", "--detach", "--scale", "execute=3")
+        assert len(cluster.containers("execute")) == 3
+        assert run_a_task(cluster.url).success
+        docker("kill", "--signal", "CONT", *cluster.containers("nats-2"))
+
+        cluster.compose("kill", "nats-3")
+        cluster.compose("up", "--no-build", "--detach", "--no-deps", "--scale", "execute=4", "execute")
+        assert len(cluster.containers("execute")) == 4
+        assert len(single.containers("execute")) == 1
+
+
+def test_a_service_in_a_container_logs_json_has_scratch_space_and_is_unhealthy_without_a_server(
+    images: None, tmp_path: Path
+) -> None:
+    with started("compose.yaml", tmp_path) as project:
+        for service in ("sense", "node"):
+            events = [json.loads(line)["event"] for line in project.logs(service)]
+            assert events[0] == "connecting"
+            assert "ready" in events
+        project.compose("exec", "-T", "node", "sh", "-c", "echo x > /tmp/scratch && ! echo x > /scratch 2>/dev/null")
+        orphan = "(setsid sh -c 'sleep 0.1 &' &); sleep 1; ! grep -l '^State:.Z' /proc/[0-9]*/status"
+        project.compose("exec", "-T", "node", "sh", "-c", orphan)
+
+        project.compose("kill", "nats")
+        within(60, lambda: project.health("sense") == "unhealthy", "the lost server is noticed")
+        project.compose("up", "--no-build", "--detach")
+        within(WITHIN_S, project.all_healthy, "all are healthy again")
+        assert run_a_task(project.url).success
+
+
+def test_a_file_that_the_user_of_the_image_may_not_read_is_named(images: None, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    (closed / "agents.py").write_text("nodes = []")
+    tmp_path.chmod(0o755)
+    refused = subprocess.run(  # noqa: PLW1510 - the exit code is what is looked at
+        ["docker", "run", "--rm", "--volume", f"{tmp_path}:/given:ro", "loom", "node", "/given/closed/agents.py"],
+        capture_output=True,
+        text=True,
+    )
+
+    assert (refused.returncode, refused.stderr) == (2, "invalid_file: /given/closed/agents.py: Permission denied\n")

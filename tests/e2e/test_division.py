@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from support.chaos import Cast
 from support.wait import until
 
@@ -38,6 +39,7 @@ DIAMOND = [
 ]
 
 
+@pytest.mark.slow
 async def test_a_diamond_runs_on_two_node_processes_and_is_put_together(tmp_path: Path) -> None:
     agents = tmp_path / "agents.py"
     agents.write_text(AGENTS)

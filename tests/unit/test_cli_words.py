@@ -1,6 +1,8 @@
 """What the command line prints: printable, on one line, and an answer only once."""
 
 import asyncio
+import json
+import sys
 import unicodedata
 from typing import Any
 
@@ -11,6 +13,8 @@ from msgspec.structs import replace
 
 from loom.bus.client import Bus
 from loom.bus.tap import SHAPES, Seen
+from loom.runner import logs
+from loom.runner.cli import serve
 from loom.runner.cli.render import one_line, printable
 from loom.runner.cli.running import run_to_end, unless_lost, until_lost
 from loom.runner.cli.transcript import Transcript
@@ -153,3 +157,20 @@ def test_uvloop_is_used_where_it_is_installed() -> None:
         return asyncio.get_running_loop()
 
     assert isinstance(run_to_end(running()), uvloop.Loop)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_service_is_announced_by_a_line_on_a_terminal_and_by_a_log_event_elsewhere(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure("info", readable=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+
+    serve._announce("match on nats://127.0.0.1:4222")
+
+    out, err = capsys.readouterr()
+    if terminal:
+        assert (out, err) == ("match on nats://127.0.0.1:4222\n", "")
+    else:
+        assert out == ""
+        assert json.loads(err)["message"] == "match on nats://127.0.0.1:4222"

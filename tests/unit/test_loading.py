@@ -159,3 +159,13 @@ def test_ctrl_c_while_a_file_is_loaded_is_no_fault_of_the_file(script: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         load_nodes(script)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".py", "agents.py/deeper.py"])
+def test_a_file_that_the_system_refuses_is_named(name: str, script: Path) -> None:
+    script.write_text(NODES)
+
+    with pytest.raises(InvalidFile) as refused:
+        load_nodes(script.parent / name)
+
+    assert refused.value.message.startswith(f"{script.parent / name}: ")

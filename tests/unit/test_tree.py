@@ -3,8 +3,10 @@
 import io
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 from support.values import messages
 
@@ -137,4 +139,14 @@ def test_any_plan_can_be_drawn_at_any_width(parts: list[Subtask], record: TaskRe
     children = {one.child_id: Found(record, "match") for one in parts if one.child_id}
     lines = drawn(Division("t", {"t": plan("t", *parts)}, children), 80)
 
-    assert all(len(line) <= 80 for line in lines)
+    assert all(cell_len(line) <= 80 for line in lines)
+    assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize("code", ["\x1b[2J", "\x9b2J", "\x07", "\u202e"])
+def test_no_part_of_a_plan_steers_the_terminal(code: str) -> None:
+    evil = Subtask(id=code, description=code, dependencies=(code,), state="running", child_id="c", node_id=code)
+    lines = drawn(Division("t", {"t": plan("t", evil)}))
+
+    assert "�" in lines[-1]
+    assert code[0] not in "".join(lines)
