@@ -1,10 +1,8 @@
 """Delegation: a run has others do part of its work, and holds no slot while it waits for them."""
 
 import asyncio
-from base64 import b32encode
 from collections.abc import Callable
 from contextvars import ContextVar
-from hashlib import blake2b
 from types import TracebackType
 from typing import Any, Optional, Self
 
@@ -12,10 +10,9 @@ from loom.agents.node import Room
 from loom.agents.runs import Run
 from loom.agents.tools import tool
 from loom.schemas.errors import BudgetExceeded, LoomError, SubtaskFailed
+from loom.schemas.run import MAX_OPEN_DELEGATIONS, delegated_id
 from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult, check_ad
 
-MOST_OPEN = 64
-"""Delegated tasks a run waits for at a time; further ones wait their turn."""
 MOST_S = 86_400.0
 
 _current: ContextVar[Optional["Delegator"]] = ContextVar("delegator", default=None)
@@ -53,7 +50,7 @@ class Delegator:
         self._calls = 0
         self._granted = 0
         self._open = 0
-        self._turn = asyncio.Semaphore(MOST_OPEN)
+        self._turn = asyncio.Semaphore(MAX_OPEN_DELEGATIONS)  # further ones wait their turn
 
     def __enter__(self) -> Self:
         self._token = _current.set(self)
@@ -78,7 +75,8 @@ class Delegator:
             InvalidTask: It cannot be submitted; `field` names the part to blame.
         """
         self._calls += 1
-        task_id = delegated_id(self.run.request.task_id, self.run.request.attempt, self._calls)
+        call = self._calls
+        task_id = delegated_id(self.run.request.task_id, self.run.request.attempt, call)
         async with self._turn:
             if self.run.last is not None:
                 raise LoomError("the run that would delegate has ended")
@@ -92,19 +90,19 @@ class Delegator:
                 timeout_s=min(MOST_S, max(0.001, self.run.left_s)),
                 context=context,
             )
-            result = await self._ask(check_ad(ad))
+            result = await self._ask(check_ad(ad), call)
         if result.success:
             return result.content
         raise failure(result)
 
-    async def _ask(self, ad: TaskAd) -> TaskResult:
+    async def _ask(self, ad: TaskAd, call: int) -> TaskResult:
         """Wait for the work without a slot; the last of several answers gets the run its slot back."""
         self._granted += ad.token_budget or 0
         self._open += 1
         self._room.leave(self.run)
         self._fill()
         try:
-            result = await self.run.ask(ad)
+            result = await self.run.ask(ad, call)
             self.run.charge(result)
         finally:
             self._granted -= ad.token_budget or 0
@@ -133,12 +131,6 @@ class Delegator:
             return None
         used = f"{result.tokens + others} were used, {others} of them by others"
         return TaskError(code=BudgetExceeded.code, message=f"the task's {budget} tokens are spent: {used}")
-
-
-def delegated_id(task_id: str, attempt: int, call: int) -> str:
-    """Return the id of the `call`-th task an attempt delegates: 26 letters and digits, the same whoever computes it."""
-    digest = blake2b(f"{task_id}:{attempt}:{call}".encode(), digest_size=16).digest()
-    return b32encode(digest).decode().rstrip("=").lower()
 
 
 def failure(result: TaskResult) -> SubtaskFailed:

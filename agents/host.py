@@ -29,7 +29,7 @@ from loom.bus.log import get_logger
 from loom.schemas.auction import CallForBids, HostAnnouncement, Offer
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.learning import Lifecycle, LifecycleKind
-from loom.schemas.run import RunEvent, RunKind, RunRequest
+from loom.schemas.run import REQUEST_VALID_S, RunEvent, RunKind, RunRequest
 from loom.schemas.task import RunResult, TaskError
 from loom.schemas.wire import Undecodable, decode, encode, new_id
 
@@ -299,7 +299,25 @@ class NodeHost:
             return
         # An attempt given up elsewhere costs nothing more here.
         self._stop([run for attempt, run in attempts.items() if attempt < request.attempt], CANCELLED)
+        if not self._is_current(request):
+            return
         self._take(Run(self.bus, request, msg.reply))
+
+    def _is_current(self, request: RunRequest) -> bool:
+        """Whether a run may begin on this request; of an old one its sender has a newer one, or has given up."""
+        now = self.bus.now()
+        age_s = 0.0 if request.sent_at is None else now - request.sent_at
+        late = request.deadline is not None and now >= request.deadline
+        if late or age_s > REQUEST_VALID_S:
+            log.warning(
+                "run_request_too_old",
+                task_id=request.task_id,
+                attempt=request.attempt,
+                node_id=request.node_id,
+                age_s=round(age_s, 1),
+                past_deadline=late,
+            )
+        return not late and age_s <= REQUEST_VALID_S
 
     def _take(self, run: Run) -> None:
         node = self._node(run.request.node_id)
@@ -321,6 +339,9 @@ class NodeHost:
         """Begin what there is a slot for, and show what a node has in hand."""
         room = self._room(node_id)
         while not self.bus.closing and (run := room.next()) is not None:
+            if run.left_s <= 0:  # it waited in the backlog past its deadline
+                self._stop([run], LATE)  # which fills the room again
+                return
             # Not in the context of what freed the slot: that is another run, and its variables are its own.
             run.work = self._context.run(self.bus.spawn, self._work(run), name=f"run {run.request.key}")
             run.work.add_done_callback(partial(self._on_work_done, run, room))

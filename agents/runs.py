@@ -56,8 +56,12 @@ class Run:
         self._kept: deque[tuple[int, bytes]] = deque(maxlen=HISTORY)
         self._waits: dict[str, tuple[int, bytes]] = {}
         """Delegated task -> the event that told of it; kept however much is said meanwhile."""
+        self._resumed: deque[tuple[int, bytes]] = deque(maxlen=HISTORY)
+        """Events that end a wait; no amount of progress pushes them out."""
+        self._first: tuple[int, bytes] | None = None
         self._answers: dict[str, asyncio.Future[TaskResult]] = {}
-        self._until = time.monotonic() + request.remaining_s
+        left_s = request.remaining_s if request.deadline is None else request.deadline - bus.now()
+        self._until = time.monotonic() + min(request.remaining_s, left_s)
 
     @property
     def key(self) -> Key:
@@ -83,8 +87,12 @@ class Run:
             return
         n, event = self._n, encode(RunEvent(n=self._n, kind=kind, **facts))
         self._n += 1
-        if kind == "waiting":
+        if n == 0:
+            self._first = (n, event)
+        elif kind == "waiting":
             self._waits[facts["ad"].task_id] = (n, event)
+        elif kind == "resumed":
+            self._resumed.append((n, event))
         elif kind != "heartbeat":
             self._kept.append((n, event))
         self._ahead_bytes += len(event)
@@ -121,12 +129,12 @@ class Run:
                 await self._bus.publish(self._inbox, self._packed())
             await asyncio.sleep(0)  # the connection writes between turns, and an agent may never wait by itself
 
-    async def ask(self, ad: TaskAd) -> TaskResult:
-        """Have others do `ad` and return how it ended; who watches is told when nobody waits for it any more."""
+    async def ask(self, ad: TaskAd, call: int) -> TaskResult:
+        """Have others do `ad`, the run's `call`-th delegation, and return how it ended; `resumed` ends the wait."""
         answer: asyncio.Future[TaskResult] = asyncio.get_running_loop().create_future()
         self._answers[ad.task_id] = answer
         try:
-            self.say("waiting", ad=ad)
+            self.say("waiting", ad=ad, call=call)
             return await answer
         finally:
             del self._answers[ad.task_id]
@@ -165,8 +173,10 @@ class Run:
         if inbox != self._inbox:
             send(self._bus, self._inbox, encode(RunEvent(n=self._n, kind="moved")))
             self._inbox = inbox
-        for n, event in sorted([*self._kept, *self._waits.values()]):
-            if n >= from_n or n == 0:  # the first one tells that the run was accepted
+        if self._first is not None:
+            self._add(self._first[1])  # always: it marks the answer to a request
+        for n, event in sorted([*self._kept, *self._resumed, *self._waits.values()]):
+            if n >= from_n:
                 self._add(event)
         self.flush()
 

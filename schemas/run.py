@@ -1,7 +1,9 @@
 """What EXECUTE and a node host say to each other about one run."""
 
+from base64 import b32encode
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from hashlib import blake2b
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Raw
@@ -9,6 +11,11 @@ from msgspec import Meta, Raw
 from loom.schemas.events import Progress
 from loom.schemas.task import Priority, RunResult, TaskAd, TaskError, TaskResult
 from loom.schemas.wire import Count, Relayed, Seconds, Token, Undecodable, Unit, decode
+
+MAX_OPEN_DELEGATIONS = 64
+"""Delegated tasks a run may have open at a time."""
+REQUEST_VALID_S = 4.0
+"""Age beyond which a host begins nothing on a request: EXECUTE repeats each second what it still wants."""
 
 
 class RunRequest(Relayed, frozen=True, kw_only=True):
@@ -29,6 +36,10 @@ class RunRequest(Relayed, frozen=True, kw_only=True):
     token_budget: int | None = None
     """Tokens left; a hard limit. Absent: none."""
     remaining_s: Seconds = 300.0
+    deadline: float | None = None
+    """The task's, in server time; absent: `remaining_s` counts from when the request is read."""
+    sent_at: float | None = None
+    """Server time of this sending of the request; absent: unknown."""
     priority: Priority = "normal"
     depth: Count = 0
     """0 for what a client submitted, one more for each division or delegation."""
@@ -75,6 +86,8 @@ class RunEvent(Relayed, frozen=True, kw_only=True):
     """delta (text, steps) and tool_call: what happened."""
     ad: TaskAd | None = None
     """waiting: the work delegated; its `token_budget` is the most it may take."""
+    call: Count = 0
+    """waiting: which delegation of this attempt it is, from 1; the ad's id is `delegated_id` of it."""
     task_id: Token | None = None
     """resumed: the delegated task nobody waits for any more, answered or not."""
     result: RunResult | None = None
@@ -85,6 +98,12 @@ class RunEvent(Relayed, frozen=True, kw_only=True):
     def final(self) -> bool:
         """Whether no event follows."""
         return self.kind in FINAL_KINDS
+
+
+def delegated_id(task_id: str, attempt: int, call: int) -> str:
+    """Return the id of the `call`-th task an attempt delegates: 26 letters and digits, the same wherever computed."""
+    digest = blake2b(f"{task_id}:{attempt}:{call}".encode(), digest_size=16).digest()
+    return b32encode(digest).decode().rstrip("=").lower()
 
 
 def read_events(raw: bytes) -> tuple[RunEvent, ...]:

@@ -1,6 +1,7 @@
 """What one run delegates, from its `waiting` to the answer: published as a task, waited for, handed to the run."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
@@ -18,7 +19,7 @@ from loom.phases.execute.watch import Watch
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import MAX_DELEGATED, Envelope, Split, SplitPlan, TaskRecord
 from loom.schemas.errors import InvalidTask, LoomError
-from loom.schemas.run import RunEvent
+from loom.schemas.run import MAX_OPEN_DELEGATIONS, RunEvent, delegated_id
 from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult, check_ad
 from loom.schemas.wire import MAX_INPUTS_BYTES, cut_utf8
 
@@ -26,6 +27,7 @@ log = get_logger()
 
 LOOK_AGAIN_S = 5.0  # a lost result message is found out this late
 RETRY_S = 1.0
+REPEAT_S = 1.0  # least time between repetitions of unconfirmed answers
 CANCEL_S = (0.02, 0.1, 0.4, 1.0, 1.0)  # waits for SENSE to record a cancel
 
 
@@ -56,6 +58,9 @@ class Errands:
         """Answers the run has not said to have."""
         self._wanted = set(earlier)
         """What is to be cancelled should the run end now."""
+        self._failed = False
+        """Whether an answer was not a success."""
+        self._repeated_at = 0.0
         self._watch: Watch | None = None
         self._noting = asyncio.Lock()
         self._spent = 0
@@ -66,19 +71,45 @@ class Errands:
         return RunResult(prompt_tokens=self._spent) if self._spent else None
 
     async def hear(self, event: RunEvent, watch: Watch) -> None:
-        """Act on what the run says of its delegated work; any word of it is an occasion to repeat a lost answer."""
+        """Act on an event about delegated work; a heartbeat is an occasion to repeat answers that may be lost."""
         self._watch = watch
         if event.kind == "waiting" and event.ad is not None and event.ad.task_id not in self._open:
-            if not self._open:
-                self._delivery.slots.taken -= 1
-                self._top_up()
-            self._open[event.ad.task_id] = self._bus.spawn(self._run(event.ad), name=f"errand {event.ad.task_id}")
-            self._wanted.add(event.ad.task_id)
+            refused = refusal(event.ad, event.call, self._envelope, len(self._open))
+            if refused is None:
+                self._begin(event.ad)
+            else:
+                log.warning("delegation_refused", task_id=self._envelope.task_id, reason=refused.message)
+                self._failed = True
+                # Once: it is not kept, so that a flood of refused ones takes no memory.
+                await watch.hand(TaskResult(task_id=event.ad.task_id, state="failed", error=refused))
         elif event.kind == "resumed" and event.task_id in self._open:
             self._forget(event.task_id)
-        elif event.kind == "heartbeat":
+        elif event.kind == "heartbeat" and time.monotonic() - self._repeated_at >= REPEAT_S:
+            self._repeated_at = time.monotonic()
             for answer in list(self._answers.values()):
                 await watch.hand(answer)
+
+    def _begin(self, ad: TaskAd) -> None:
+        if not self._open:
+            self._delivery.slots.taken -= 1
+            self._top_up()
+        self._open[ad.task_id] = self._bus.spawn(self._run(ad), name=f"errand {ad.task_id}")
+        self._wanted.add(ad.task_id)
+
+    async def failed(self) -> bool:
+        """Whether a task this run has delegated ended without a success, also under an earlier watcher of the run."""
+        if self._failed:
+            return True
+        task_id, attempt = self._envelope.task_id, self._envelope.attempt
+        own = await self._records.get(task_id)
+        if own is None or not own.value.delegated:
+            return False
+        mine = {delegated_id(task_id, attempt, call) for call in range(1, 2 * MAX_DELEGATED + 1)}
+        for child_id in mine.intersection(own.value.delegated):
+            entry = await self._records.get(child_id)
+            if entry is not None and child_of(entry.value, task_id) and entry.value.state in ("failed", "cancelled"):
+                return True
+        return False
 
     def _forget(self, task_id: str) -> None:
         """Close an errand the run does not wait for any more; without an answer it is cancelled."""
@@ -87,7 +118,7 @@ class Errands:
         if not self._open:
             self._delivery.slots.taken += 1
         if self._answers.pop(task_id, None) is None:
-            self._bus.spawn(call_off(self._bus, [task_id]), name=f"call off {task_id}")
+            self._bus.spawn(call_off(self._bus, self._envelope.task_id, [task_id]), name=f"call off {task_id}")
 
     async def close(self, *, cancelling: bool) -> None:
         """Wait for nothing more; the run goes on elsewhere, or has ended and what it has delegated with it."""
@@ -97,7 +128,7 @@ class Errands:
             self._delivery.slots.taken += 1
         self._open.clear()
         if cancelling:
-            await call_off(self._bus, self._wanted)
+            await call_off(self._bus, self._envelope.task_id, self._wanted)
 
     async def _run(self, ad: TaskAd) -> None:
         """See one errand through; whatever the bus refuses is tried again, for every step may be repeated."""
@@ -105,6 +136,7 @@ class Errands:
             try:
                 answer = await self._answer(ad)
                 if answer is not None and self._watch is not None:
+                    self._failed = self._failed or not answer.success
                     self._answers[ad.task_id] = answer
                     await self._watch.hand(answer)
             except LoomError as error:
@@ -127,7 +159,7 @@ class Errands:
         own = await self._records.get(self._envelope.task_id)
         if own is None or not self._mine(own.value):
             return None
-        if record.envelope.split is None or record.envelope.split.parent != self._envelope.task_id:
+        if not child_of(record, self._envelope.task_id):
             other = TaskError(code="invalid_task", message="the id names another task", field="task_id")
             return TaskResult(task_id=ad.task_id, state="failed", error=other)
         plan = await self._plans.get(ad.task_id)  # it may have been divided itself
@@ -221,8 +253,30 @@ def answer_in(record: TaskRecord, taken: int) -> TaskResult:
     )
 
 
-async def call_off(bus: Bus, task_ids: Iterable[str]) -> None:
-    """Have tasks cancelled that nobody waits for, and see that they are; a phase's inbox gets no answer of SENSE.
+def child_of(record: TaskRecord, parent: str) -> bool:
+    """Return whether a task was delegated by `parent`, as its record has it."""
+    return record.envelope.split is not None and record.envelope.split.parent == parent
+
+
+def refusal(ad: TaskAd, call: int, envelope: Envelope, opened: int) -> TaskError | None:
+    """Return why a run may not delegate `ad`, or None.
+
+    Args:
+        call: Number of the delegation within the attempt, from 1, as the event has it.
+        envelope: The delegating task's.
+        opened: Delegated tasks the run has open.
+    """
+    if call < 1 or ad.task_id != delegated_id(envelope.task_id, envelope.attempt, call):
+        why = "the id of delegated work must follow from task, attempt and call"
+        return TaskError(code="invalid_task", message=why, field="task_id")
+    if opened >= MAX_OPEN_DELEGATIONS:
+        why = f"{opened} delegated tasks are open, and no more are allowed; wait until one of them has ended"
+        return TaskError(code="overloaded", message=why)
+    return None
+
+
+async def call_off(bus: Bus, parent: str, task_ids: Iterable[str]) -> None:
+    """Cancel tasks that `parent` has delegated, and see that they are; those of another parent are left alone.
 
     One that is not admitted yet ends at its admission if its parent has ended by then.
     """
@@ -231,7 +285,7 @@ async def call_off(bus: Bus, task_ids: Iterable[str]) -> None:
         try:
             for wait_s in CANCEL_S:
                 entry = await records(bus).get(task_id)
-                if entry is None or entry.value.ended:
+                if entry is None or entry.value.ended or not child_of(entry.value, parent):
                     return
                 await bus.publish(bus.subjects.of("cancel", task_id))
                 await asyncio.sleep(wait_s)

@@ -22,6 +22,7 @@ from loom.bus.loop import HopLoop, Service
 from loom.bus.outcome import Dead, Done, Leave, Next, Outcome
 from loom.bus.records import known_of, records, remembered
 from loom.bus.topology import EXECUTE_LANE
+from loom.phases.execute.belief import Facts, believed
 from loom.phases.execute.claim import Drop, Standing, Take, claim, may_report
 from loom.phases.execute.errands import Errands, call_off
 from loom.phases.execute.watch import Silent, Stop, Watch
@@ -40,6 +41,7 @@ CANCEL_S = 0.25  # SENSE ends a cancelled task itself; only a cancel it has not 
 SETTLE_S = 5.0
 """After a reconnect: long enough for every host to be back."""
 ASK_AGAIN_S = 0.25
+SUBTASK_FAILED = "subtask_failed"
 CANCELLED = TaskError(code="cancelled", message="the task was cancelled")
 
 
@@ -93,7 +95,7 @@ class Execute:
         claimed = await self._claim(envelope, award, delivery)
         if isinstance(claimed, Drop):
             log.info("run_dropped", reason=claimed.reason, attempt=envelope.attempt)
-            await call_off(self._bus, claimed.delegated)
+            await call_off(self._bus, envelope.task_id, claimed.delegated)
             return Done()
         envelope = replace(envelope, known=claimed.known)
         if stop.cancelled():
@@ -138,7 +140,7 @@ class Execute:
             lost = TaskError(code="node_lost", message=str(error), node_id=award.node_id)
             return await self._report(lost, spent(envelope, errands.result), delivery)
         if last is not None:
-            return await self._settle(last, envelope, award, delivery)
+            return await self._settle(last, errands, envelope, award, delivery, stop)
         if stop.cancelled():
             await asyncio.sleep(CANCEL_S)
             return await self._report(CANCELLED, envelope, delivery)
@@ -149,12 +151,30 @@ class Execute:
             return await self._report(late, envelope, delivery)
         return Next("execute", envelope)  # recalled, another replica re-attaches; harmless, a suspect starts afresh
 
-    async def _settle(self, last: RunEvent, envelope: Envelope, award: Award, delivery: Delivery) -> Outcome:
+    async def _settle(
+        self, last: RunEvent, errands: Errands, envelope: Envelope, award: Award, delivery: Delivery, stop: Stop
+    ) -> Outcome:
         if last.kind == "result" and last.result is not None:
             return Next("evaluate", replace(spent(envelope, last.result), error=None))
         if last.kind == "moved":
             return await self._give_way(envelope, delivery)
-        return await self._report(error_in(last, award), spent(envelope, last.result), delivery)
+        error = error_in(last, award)
+        if last.error is not None:
+            error = believed(error, await self._facts(last, errands, envelope, stop))
+        return await self._report(error, spent(envelope, last.result), delivery)
+
+    async def _facts(self, last: RunEvent, errands: Errands, envelope: Envelope, stop: Stop) -> Facts:
+        """Collect what the code of a run's error is checked against."""
+        code = last.error.code if last.error else ""
+        if code == CANCELLED.code and not stop.cancelled():
+            await asyncio.sleep(CANCEL_S)  # the host's word may be here before the cancel itself
+        return Facts(
+            budget=envelope.budget,
+            tokens=last.result.tokens if last.result else 0,
+            left_s=envelope.deadline - self._bus.now(),
+            delegation_failed=code == SUBTASK_FAILED and await errands.failed(),
+            cancelled=stop.cancelled(),
+        )
 
     async def _follow(self, watch: Watch, errands: Errands, envelope: Envelope, delivery: Delivery) -> RunEvent | None:
         """Relay the run and return its last event; one that falls silent is asked for once more.
@@ -237,6 +257,7 @@ def request_for(envelope: Envelope, award: Award, now: float) -> RunRequest:
         tools=ad.required_tools,
         token_budget=envelope.budget,
         remaining_s=max(0.0, envelope.deadline - now),
+        deadline=envelope.deadline,
         priority=ad.priority,
         depth=envelope.depth,
         trace=envelope.trace,

@@ -12,22 +12,31 @@ from msgspec.structs import replace
 
 from loom.bus.client import Bus, Msg
 from loom.bus.log import get_logger
+from loom.phases.execute.ordering import EventOrder
 from loom.schemas.errors import LoomError
 from loom.schemas.run import RunEvent, RunRequest, read_events
-from loom.schemas.task import TaskResult
+from loom.schemas.task import TaskError, TaskResult
 from loom.schemas.wire import Undecodable
 
 log = get_logger()
 
 ABSENT_S = 1.0  # nobody listens: a host may be a little later than we are to come back after an outage
 ACCEPT_S = 3.0  # it may be busy; on a machine at its limit hundreds answered later than after one
-ASK_AGAIN_S = 0.3
+ASK_AGAIN_S = 1.0
+ABSENT_AGAIN_S = 0.25  # nobody has got the request: asking again makes no work
 CATCH_UP_S = 5.0
 HEARTBEAT_S = 2.0
 SILENCE_S = 3 * HEARTBEAT_S + 0.5  # three heartbeats missed
 LATE_S = 600.0  # a host repeats a result for as long
+MAX_RUN_BYTES = 16 * 2**20
+MAX_RUN_EVENTS = 100_000
+"""What a run may send; more ends it."""
 BREATH = 64
 """Events in a row after which the other runs of the process have their turn."""
+TOO_MANY = TaskError(
+    code="agent_failed",
+    message=f"too many events: a run may send {MAX_RUN_EVENTS:,} of them and {MAX_RUN_BYTES // 2**20} MiB",
+)
 
 Reason = Literal["cancelled", "recalled", "late"]
 
@@ -78,7 +87,12 @@ class Watch:
         self._events: deque[RunEvent] = deque()
         self._waiting: asyncio.Future[None] | None = None
         self._inbox = ""
-        self._next_n = request.from_n
+        self._order = EventOrder(request.from_n)
+        self._bytes = self._count = 0
+        """Of all events received."""
+        self._spoke = False
+        """Whether anything has come since `next` looked last."""
+        self._asked_at = 0.0
         self._attached = attached
         self._in_a_row = 0
         """Events handed on without a wait between them."""
@@ -105,12 +119,14 @@ class Watch:
             self._bus.close_inbox(self._inbox)
 
     async def _ask(self, **facts: Any) -> None:
-        request = replace(self._request, remaining_s=max(0.0, self._until - time.monotonic()), **facts)
+        self._asked_at = time.monotonic()
+        left_s = max(0.0, self._until - self._asked_at)
+        request = replace(self._request, remaining_s=left_s, sent_at=self._bus.now(), **facts)
         await self._bus.publish(self._bus.subjects.of("run", self._host_id), request, reply=self._inbox)
 
     async def hand(self, answer: TaskResult) -> None:
         """Tell the run what came of work it has delegated: the same request again, from the next event on."""
-        await self._ask(from_n=self._next_n, answers=(answer,))
+        await self._ask(from_n=self._order.next_n, answers=(answer,))
 
     async def next(self) -> RunEvent | None:
         """Return the next event, each once and in order; None when the watching is stopped.
@@ -123,14 +139,17 @@ class Watch:
                 await (self._hear(SILENCE_S, SILENCE_S) if self.heard else self._hear_first())
             if self._stop.reason is not None and not self._events:
                 return None
+            self.heard, self._spoke = True, False
+            if self._order.asks(time.monotonic()):
+                await self._ask(from_n=self._order.next_n)
+            if not self._events:
+                continue
             event = self._events.popleft()
-            self.heard = True
             self._in_a_row = 0 if not self._events else self._in_a_row + 1
             if self._in_a_row == BREATH:
                 self._in_a_row = 0
                 await asyncio.sleep(0)
-            if event.final or event.n >= self._next_n:
-                self._next_n = event.n + 1
+            if event.n or event.kind != "heartbeat":  # one numbered 0 stands in for the host's event loop
                 return event
 
     async def _hear(self, wait_s: float, limit_s: float) -> None:
@@ -150,17 +169,18 @@ class Watch:
             if self._absent_s >= patience_s:
                 raise Silent(f"host {self._host_id} is not there")
             left_s = give_up - time.monotonic()
-            if left_s <= ASK_AGAIN_S:
+            if left_s <= min(ASK_AGAIN_S, ABSENT_AGAIN_S):
                 await self._hear(max(0.0, left_s), wait_s)
                 return
-            await self._wait(ASK_AGAIN_S)
-            if not self._here:
+            await self._wait(min(ASK_AGAIN_S, ABSENT_AGAIN_S))
+            due = self._absent_since is not None or time.monotonic() - self._asked_at >= ASK_AGAIN_S
+            if due and not self._here:
                 await self._ask()
 
     @property
     def _here(self) -> bool:
         """Whether there is something to act on."""
-        return bool(self._events) or self._stop.reason is not None
+        return bool(self._events) or self._spoke or self._stop.reason is not None
 
     async def _wait(self, seconds: float) -> None:
         """Wait for an event or a stop."""
@@ -187,8 +207,10 @@ class Watch:
         """Return a watch for what this one has missed: the host keeps events, and starts no run twice."""
         self._bus.close_inbox(self._inbox)
         left_s = max(0.0, self._until - time.monotonic())
-        request = replace(self._request, from_n=self._next_n, remaining_s=left_s)
-        return Watch(self._bus, self._host_id, request, self._stop)
+        request = replace(self._request, from_n=self._order.next_n, remaining_s=left_s)
+        watch = Watch(self._bus, self._host_id, request, self._stop)
+        watch._bytes, watch._count = self._bytes, self._count
+        return watch
 
     def _take(self, msg: Msg) -> None:
         if msg.status == "503":
@@ -203,7 +225,14 @@ class Watch:
         if not events:
             return  # a word of nothing is no silence either
         if not self._given_up:
-            self._events.extend(events)
+            self._bytes += len(msg.data)
+            self._count += len(events)
+            if self._bytes > MAX_RUN_BYTES or self._count > MAX_RUN_EVENTS:
+                self._bus.close_inbox(self._inbox)
+                self._events.clear()
+                events = (RunEvent(n=self._order.next_n, kind="error", error=TOO_MANY),)
+            self._events.extend(self._order.take(events, time.monotonic()))
+            self._spoke = True
             self._wake()
         elif events[-1].final:
             self._bus.close_inbox(self._inbox)

@@ -10,12 +10,11 @@ from support.phases import Stage
 from support.wait import until
 
 from loom import delegate
-from loom.agents.delegate import delegated_id
 from loom.agents.host import NodeHost
 from loom.bus.client import Bus, Msg
 from loom.schemas.errors import SubtaskFailed
 from loom.schemas.events import AgentEvent, Done, TokenUsage
-from loom.schemas.run import RunEvent, RunRequest, read_events
+from loom.schemas.run import RunEvent, RunRequest, delegated_id, read_events
 from loom.schemas.task import RunResult, TaskError, TaskResult
 from loom.types import AgentNode, CapabilityProfile
 

@@ -11,9 +11,10 @@ from support.wait import until
 
 from loom.bus.records import change, records
 from loom.schemas.envelope import Claim, Envelope, Split, TaskRecord
+from loom.schemas.run import delegated_id
 from loom.schemas.task import Limits, RunResult, TaskError, TaskResult
 
-CHILD = "delegated-1"
+CHILD = delegated_id("t1", 1, 1)
 
 
 @pytest.fixture
@@ -40,8 +41,9 @@ class Delegating(FakeHost):
             run.n = self.mouth.n
             await self.mouth.say("moved")
         self.mouth = run
-        await run.bus.publish(run.inbox, {"n": 0, "kind": "accepted"})
         run.n = max(run.n, 1)
+        await run.bus.publish(run.inbox, [{"n": 0, "kind": "accepted"}, {"n": run.n, "kind": "heartbeat"}])
+        run.n += 1
         while self.mouth is run and self.beating:
             await run.say("heartbeat")
             await asyncio.sleep(0.1)
@@ -49,7 +51,8 @@ class Delegating(FakeHost):
     async def say(self, kind: Any, **facts: Any) -> None:
         await until(lambda: self.mouth, what="it runs")
         assert self.mouth is not None
-        await self.mouth.say(kind, **facts)
+        call = {"call": 1} if kind == "waiting" else {}
+        await self.mouth.say(kind, **{**call, **facts})
 
     def answers(self) -> list[TaskResult]:
         return [answer for run in self.runs for answer in run.request.answers]
@@ -67,7 +70,7 @@ async def host(stage: Stage) -> Delegating:
 
 async def given(stage: Stage, **facts: Any) -> Envelope:
     about = {name: facts.pop(name) for name in list(facts) if name in Envelope.__struct_fields__}
-    env = awarded(envelope(ad(**facts), now=stage.bus.now(), **about))
+    env = awarded(envelope(ad(**{"task_id": "t1", **facts}), now=stage.bus.now(), **about))
     await stage.record(env)
     await stage.put("execute", env)
     return env
@@ -104,7 +107,7 @@ async def test_delegated_work_becomes_a_task_and_its_end_is_told_to_the_run(stag
     asked = next(run.request for run in one.runs if run.request.answers)
     assert asked.from_n > 1
     first = one.runs[0].request
-    assert replace(asked, answers=(), from_n=0, remaining_s=first.remaining_s) == first
+    assert replace(asked, answers=(), from_n=0, remaining_s=first.remaining_s, sent_at=first.sent_at) == first
     done = await finish(stage, one)
     assert (done.error, done.budget) == (None, 50)
     assert (await stage.read(env.task_id)).delegated == (CHILD,)
@@ -241,7 +244,8 @@ async def test_a_message_of_an_ended_task_cancels_what_its_run_delegated(stage: 
     """EXECUTE was not there to hear the cancel."""
     env = awarded(envelope(now=stage.bus.now()))
     await stage.record(env, state="cancelled", ended_at=1.0, delegated=(CHILD, "not-admitted"))
-    await stage.record(envelope(ad(task_id=CHILD), now=stage.bus.now()))
+    child = envelope(ad(task_id=CHILD), now=stage.bus.now(), split=Split(parent=env.task_id, depth=1, deadline=0))
+    await stage.record(child)
     await stage.phase("sense")
     await stage.phase("execute")
     await stage.put("execute", env)

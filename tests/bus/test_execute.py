@@ -100,7 +100,7 @@ async def test_the_host_is_told_all_it_needs(stage: Stage) -> None:
     )
     await outcome(stage)
     asked = one.runs[0].request
-    assert replace(asked, remaining_s=1) == RunRequest(
+    assert replace(asked, remaining_s=1, sent_at=None) == RunRequest(
         task_id=env.task_id,
         attempt=2,
         node_id="n1",
@@ -112,11 +112,13 @@ async def test_the_host_is_told_all_it_needs(stage: Stage) -> None:
         tools=("search",),
         token_budget=77,
         remaining_s=1,
+        deadline=env.deadline,
         priority="high",
         depth=2,
         trace="00-x",
     )
     assert 50 < asked.remaining_s <= 60
+    assert asked.sent_at == pytest.approx(stage.bus.now(), abs=10)
 
 
 async def test_progress_is_relayed_numbered_and_in_order(stage: Stage) -> None:
@@ -216,7 +218,7 @@ async def no_result(run: FakeRun) -> None:
         (accepted, "node_lost"),
         (busy, "node_busy"),
         (cannot, "node_lost"),
-        (fail, "budget_exceeded"),
+        (fail, "agent_failed"),
         (no_result, "agent_failed"),
     ],
 )

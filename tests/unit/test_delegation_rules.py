@@ -10,7 +10,7 @@ from support.phases import ad, awarded, envelope
 from support.values import tokens
 
 from loom import delegate
-from loom.agents.delegate import Delegator, delegated_id, failure
+from loom.agents.delegate import Delegator, failure
 from loom.agents.node import Room
 from loom.agents.runs import Run
 from loom.bus.client import Bus
@@ -18,7 +18,7 @@ from loom.phases.execute.errands import answer_in, errand_for, tokens_of
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Split, SplitPlan, Subtask, TaskRecord, Tried
 from loom.schemas.errors import BudgetExceeded, InvalidTask, LoomError
-from loom.schemas.run import RunRequest
+from loom.schemas.run import RunRequest, delegated_id
 from loom.schemas.task import Limits, RunResult, TaskError, TaskResult, is_token
 
 CONFIG = ClusterConfig(max_depth=2)
