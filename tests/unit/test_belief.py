@@ -1,0 +1,65 @@
+"""What EXECUTE believes of the error code a host reports."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loom.phases.execute.belief import LATE_S, Facts, believed
+from loom.schemas.errors import BY_CODE
+from loom.schemas.task import TaskError
+
+NOTHING = Facts(budget=None, tokens=0, left_s=60, delegation_failed=False, cancelled=False)
+
+facts = st.builds(
+    Facts,
+    budget=st.none() | st.integers(0, 100),
+    tokens=st.integers(0, 200),
+    left_s=st.floats(-5, 100),
+    delegation_failed=st.booleans(),
+    cancelled=st.booleans(),
+)
+codes = st.sampled_from(sorted(BY_CODE)) | st.text(max_size=64)
+
+
+def code(claimed: str, known: Facts) -> str:
+    return believed(TaskError(code=claimed, message="why"), known).code
+
+
+@given(codes, facts)
+def test_a_code_is_believed_only_with_the_fact_that_confirms_it(claimed: str, known: Facts) -> None:
+    found = code(claimed, known)
+    assert found in (claimed, "agent_failed")
+    if found == "budget_exceeded":
+        assert known.budget is not None
+        assert known.tokens >= known.budget
+    elif found == "deadline_exceeded":
+        assert known.left_s <= LATE_S
+    elif found == "subtask_failed":
+        assert known.delegation_failed
+    elif found == "cancelled":
+        assert known.cancelled
+    else:
+        assert found in ("agent_failed", "node_busy")
+
+
+@pytest.mark.parametrize("claimed", sorted({*BY_CODE, "unheard_of"} - {"node_busy"}))
+def test_without_facts_every_code_is_the_agents_failure(claimed: str) -> None:
+    assert code(claimed, NOTHING) == "agent_failed"
+
+
+@pytest.mark.parametrize(
+    ("claimed", "known"),
+    [
+        ("budget_exceeded", Facts(10, 10, 60, False, False)),
+        ("deadline_exceeded", Facts(None, 0, LATE_S, False, False)),
+        ("subtask_failed", Facts(None, 0, 60, True, False)),
+        ("cancelled", Facts(None, 0, 60, False, True)),
+    ],
+)
+def test_a_confirmed_code_is_kept(claimed: str, known: Facts) -> None:
+    assert code(claimed, known) == claimed
+
+
+def test_the_message_and_the_wait_are_kept_and_bounded() -> None:
+    error = believed(TaskError(code="no_bids", message="x" * 5000, retry_after_s=3), NOTHING)
+    assert (error.message, error.retry_after_s) == ("x" * 2000, 3)
