@@ -286,3 +286,96 @@ async def test_a_replica_that_was_overtaken_hands_nothing_over(stage: Stage) -> 
 
 def _fields(claim: Claim) -> dict[str, Any]:
     return {name: getattr(claim, name) for name in Claim.__struct_fields__}
+
+
+# -- what a run may not cause
+
+
+async def victim(stage: Stage, task_id: str, **facts: Any) -> None:
+    await stage.record(envelope(ad(task_id=task_id), now=stage.bus.now(), **facts))
+
+
+@pytest.mark.parametrize(
+    ("task_id", "call"),
+    [
+        ("victim", 1),
+        ("victim", 0),
+        (CHILD, 2),
+        (delegated_id("t1", 2, 1), 1),
+        (delegated_id("other", 1, 1), 1),
+        (delegated_id("t1", 1, 0), 0),
+    ],
+)
+async def test_an_id_that_does_not_follow_from_the_run_is_refused_and_its_task_left_alone(
+    stage: Stage, task_id: str, call: int
+) -> None:
+    one = await host(stage)
+    await victim(stage, task_id)
+    await stage.phase("execute")
+    env = await given(stage)
+    await one.say("waiting", ad=ad("a part", task_id=task_id), call=call)
+    answer = await one.answer()
+    assert (answer.task_id, answer.error and answer.error.code) == (task_id, "invalid_task")
+    await one.say("resumed", task_id=task_id)
+    await one.say("result", result=RunResult(content="done"))
+    await stage.seen("task", phase="evaluate", within_s=20)
+    await quiet(stage.bus, one.bus)
+    assert not stage.all("cancel")
+    assert not stage.all("task", phase="sense")
+    assert (await stage.read(env.task_id)).delegated == ()
+
+
+@pytest.mark.parametrize("parent", [None, "another"])
+@pytest.mark.parametrize("ends", ["resumed", "error"])
+async def test_a_task_under_a_derived_id_is_cancelled_only_if_this_task_is_its_parent(
+    stage: Stage, parent: str | None, ends: str
+) -> None:
+    split = Split(parent=parent, depth=1, deadline=0) if parent else None
+    one = await host(stage)
+    await victim(stage, CHILD, split=split)
+    await stage.phase("execute")
+    await given(stage)
+    await one.say("waiting", ad=ad("a part", task_id=CHILD))
+    await stage.seen("task", phase="sense", task_id=CHILD)
+    if ends == "resumed":
+        await one.say("resumed", task_id=CHILD)
+    await one.say("error", error=TaskError(code="agent_failed", message="enough"))
+    await stage.seen("task", phase="evaluate", within_s=20)
+    await quiet(stage.bus, one.bus)
+    assert not stage.all("cancel")
+
+
+async def test_delegations_beyond_those_a_run_may_have_open_are_refused(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loom.phases.execute.errands.MAX_OPEN_DELEGATIONS", 3)
+    one = await host(stage)
+    await stage.phase("execute")
+    env = await given(stage)
+    ids = [delegated_id("t1", 1, call) for call in range(1, 7)]
+    for call, task_id in enumerate(ids, 1):
+        await one.say("waiting", ad=ad("a part", task_id=task_id), call=call)
+    await until(lambda: len(one.answers()) >= 3, what="three refusals")
+    refused = {answer.task_id: answer.error and answer.error.code for answer in one.answers()}
+    assert refused == dict.fromkeys(ids[3:], "overloaded")
+    assert len({child.task_id for child in [await stage.seen("task", phase="sense", task_id=i) for i in ids[:3]]}) == 3
+    assert len(stage.all("task", phase="sense")) == 3
+    assert (await stage.read(env.task_id)).delegated == tuple(ids[:3])
+    await one.say("resumed", task_id=ids[0])
+    await one.say("waiting", ad=ad("a part", task_id=ids[5]), call=6)
+    await stage.seen("task", phase="sense", task_id=ids[5])
+
+
+@pytest.mark.parametrize("failed", [True, False])
+async def test_a_failed_delegation_is_believed_only_where_one_has_failed(stage: Stage, failed: bool) -> None:
+    one = await host(stage)
+    await stage.phase("execute")
+    await given(stage)
+    await one.say("waiting", ad=ad("a part", task_id=CHILD))
+    child = await stage.seen("task", phase="sense", task_id=CHILD)
+    await end(stage, child, "failed" if failed else "succeeded", result=RunResult(content="four"))
+    await one.answer()
+    await one.say("resumed", task_id=CHILD)
+    await one.say("error", error=TaskError(code="subtask_failed", message="it did not work"))
+    error = (await stage.seen("task", phase="evaluate", within_s=20)).error
+    assert (error.code, error.message) == ("subtask_failed" if failed else "agent_failed", "it did not work")

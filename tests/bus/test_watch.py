@@ -1,5 +1,6 @@
 """A run as EXECUTE sees it: whom it asks, for how long, and what it hears too late."""
 
+import asyncio
 import gc
 import weakref
 from collections.abc import Awaitable, Callable
@@ -11,7 +12,7 @@ from support.wait import until
 
 from loom.bus.client import Bus
 from loom.phases.execute.watch import Silent, Stop, Watch
-from loom.schemas.run import RunEvent, RunRequest
+from loom.schemas.run import RunEvent, RunKind, RunRequest
 from loom.schemas.task import RunResult
 
 REQUEST = RunRequest(task_id="t1", description="count the words", remaining_s=60)
@@ -137,3 +138,107 @@ async def test_the_result_of_a_host_given_up_is_refused_and_logged(plain: Bus, m
     assert [(log["event"], log["task_id"], log["host_id"], log["kind"]) for log in logs] == [
         ("late_run_refused", "t1", "h1", "result")
     ]
+
+
+# -- events that are lost
+
+
+class Forgetful(FakeHost):
+    """A host that keeps what it sends, loses the events it is given, and sends again from the number asked for."""
+
+    def __init__(self, bus: Bus, lost: set[int], kinds: tuple[RunKind, ...]) -> None:
+        super().__init__(bus, run=self.answer)
+        self.lost, self.kinds = lost, kinds
+
+    async def answer(self, run: FakeRun) -> None:
+        events = [RunEvent(n=n, kind=kind) for n, kind in enumerate(self.kinds)]
+        if len(self.runs) > 1:
+            await self.bus.publish(run.inbox, [each for each in events if each.n == 0 or each.n >= run.request.from_n])
+            return
+        for event in events:
+            if event.n not in self.lost:
+                await self.bus.publish(run.inbox, event)
+
+
+KINDS: tuple[RunKind, ...] = ("accepted", "started", "waiting", "heartbeat", "resumed", "heartbeat", "result")
+
+
+@pytest.mark.parametrize("lost", [{0}, {2}, {4}, {1, 2}, {2, 4}, {0, 1, 2, 4}])
+async def test_a_lost_event_is_asked_for_at_once_and_each_comes_once_and_in_order(plain: Bus, lost: set[int]) -> None:
+    one = await Forgetful(plain, lost, KINDS[:6]).start()
+    async with Watch(plain, "h1", REQUEST, Stop()) as watch:
+        events = [await watch.next() for _ in range(6)]
+    assert [event and event.n for event in events] == [0, 1, 2, 3, 4, 5]
+    assert 2 <= len(one.runs) <= 3
+    assert one.runs[1].request.from_n == min(lost)
+
+
+async def test_a_lost_result_is_asked_for_once_the_host_is_silent(plain: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.phases.execute.watch.SILENCE_S", 0.2)
+    await Forgetful(plain, {6}, KINDS).start()
+    first = Watch(plain, "h1", REQUEST, Stop())
+    with pytest.raises(Silent):
+        await heard(first)
+    assert [event.kind for event in await heard(first.again())] == ["result"]
+
+
+async def test_a_stand_in_heartbeat_is_neither_a_gap_nor_silence(plain: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.phases.execute.watch.SILENCE_S", 0.5)
+
+    async def blocked(run: FakeRun) -> None:
+        await run.say("accepted")
+        for _ in range(8):
+            await asyncio.sleep(0.1)
+            await plain.publish(run.inbox, RunEvent(n=0, kind="heartbeat"))
+        await run.say("result")
+
+    one = await host(plain, blocked)
+    assert [event.kind for event in await heard(Watch(plain, "h1", REQUEST, Stop()))] == ["accepted", "result"]
+    assert len(one.runs) == 1
+
+
+# -- how often a host is asked, and how much it may send
+
+
+async def test_a_request_without_an_answer_is_repeated_each_second_and_names_when_it_was_sent(
+    plain: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loom.phases.execute.watch.ASK_AGAIN_S", 1.0)
+    monkeypatch.setattr("loom.phases.execute.watch.ACCEPT_S", 3.0)
+    one = await host(plain, deaf=2)
+    await heard(Watch(plain, "h1", REQUEST, Stop()))
+    sent = [run.request.sent_at or 0.0 for run in one.runs]
+    assert [round(later - sent[0]) for later in sent] == [0, 1, 2]
+    assert sent[0] == pytest.approx(plain.now() - 2, abs=1.5)
+
+
+@pytest.mark.parametrize("limit", ["MAX_RUN_EVENTS", "MAX_RUN_BYTES"])
+@pytest.mark.parametrize("together", [True, False])
+async def test_a_run_that_sends_too_much_is_given_up(
+    plain: Bus, monkeypatch: pytest.MonkeyPatch, limit: str, together: bool
+) -> None:
+    monkeypatch.setattr(f"loom.phases.execute.watch.{limit}", 30 if limit == "MAX_RUN_EVENTS" else 1000)
+
+    async def flood(run: FakeRun) -> None:
+        events = [RunEvent(n=n, kind="heartbeat") for n in range(1, 100)]
+        await run.say("accepted")
+        for body in [events] if together else events:
+            await plain.publish(run.inbox, body)
+
+    await host(plain, flood)
+    watch = Watch(plain, "h1", REQUEST, Stop())
+    last = (await heard(watch))[-1]
+    assert last.error is not None
+    assert last.error.code == "agent_failed"
+    assert last.error.message.startswith("too many events")
+
+
+async def test_repeating_one_number_is_counted_too(plain: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.phases.execute.watch.MAX_RUN_EVENTS", 30)
+
+    async def flood(run: FakeRun) -> None:
+        for _ in range(40):
+            await plain.publish(run.inbox, RunEvent(n=0, kind="accepted"))
+
+    await host(plain, flood)
+    assert (await heard(Watch(plain, "h1", REQUEST, Stop())))[-1].kind == "error"
