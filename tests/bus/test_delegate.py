@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from support.phases import Stage
 from support.wait import until
 
@@ -157,6 +158,34 @@ async def test_whoever_watches_next_is_told_of_what_is_still_waited_for(stage: S
     assert result is not None
     assert result.content.endswith("at last")
     assert two.kinds().count("waiting") == 1
+
+
+async def test_events_about_delegation_are_sent_again_however_much_was_said_since(stage: Stage) -> None:
+    said = asyncio.Event()
+
+    async def work(job: RunRequest) -> AsyncIterator[str]:
+        answer = asyncio.ensure_future(delegate("slow"))
+        await asyncio.sleep(0)  # it is the first
+        await delegate("quick")
+        for _ in range(1100):  # more than a host keeps of them
+            yield "."
+        said.set()
+        yield await answer
+
+    host = await stage.host([node(work)])
+    one = await watch(stage, host)
+    await one.heard("waiting", count=2)
+    await one.answer(delegated_id("t1", 1, 2))
+    await said.wait()
+    waiting, resumed = await one.heard("waiting"), await one.heard("resumed")
+    seen = len(one.events)
+    await one.ask(from_n=waiting.n)
+    await one.heard("resumed", count=2)
+    again = one.events[seen:]
+    kept = [event for event in again if event.kind in ("accepted", "waiting", "resumed")]
+    assert kept == [replace(again[0], n=0), waiting, resumed]
+    assert (waiting.call, waiting.ad and waiting.ad.task_id) == (1, CHILD)
+    assert not [event for event in again if event.kind == "moved"]
 
 
 async def test_several_parts_at_once_hold_no_slot_until_all_have_come(stage: Stage) -> None:

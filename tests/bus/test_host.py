@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from support.logs import capture_logs
 from support.phases import Asker, Stage, quiet
 from support.runs import Watcher, run
 from support.wait import until
@@ -20,7 +21,7 @@ from loom.schemas.errors import AgentFailed, BudgetExceeded, Cancelled, LoomErro
 from loom.schemas.events import Done, ReasoningDelta, TextDelta, TokenUsage
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
-from loom.schemas.run import RunRequest, read_events
+from loom.schemas.run import REQUEST_VALID_S, RunRequest, read_events
 from loom.schemas.wire import encode
 from loom.types import AgentNode, CapabilityProfile
 
@@ -548,6 +549,81 @@ async def test_time_in_the_backlog_counts_against_the_deadline(stage: Stage) -> 
     await later.heard("result")
     assert given[1] < 59.9
     assert expired.kinds() == ["accepted", "error"]
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        {"sent": -30.0},
+        {"sent": -REQUEST_VALID_S - 0.5},
+        {"deadline": -0.01},
+        {"sent": -8.0, "deadline": -3.0},
+        {"sent": -8.0, "deadline": 60.0, "attempt": 2},
+        {"sent": 0.0, "deadline": -0.01, "attempt": 2},
+    ],
+)
+async def test_an_old_request_begins_nothing(stage: Stage, old: dict[str, Any]) -> None:
+    begun: list[str] = []
+
+    async def work(job: RunRequest) -> str:
+        begun.append(job.task_id)
+        return "x"
+
+    host = await stage.host([node(agent=work)])
+    now = stage.bus.now()
+    facts = {name: now + old[key] for name, key in (("sent_at", "sent"), ("deadline", "deadline")) if key in old}
+    with capture_logs() as logs:
+        watcher = await run(stage, host, attempt=old.get("attempt", 1), **facts)
+        await (await run(stage, host, task_id="t2", sent_at=now, deadline=now + 60)).heard("result")
+    assert begun == ["t2"]
+    assert watcher.events == []
+    assert [log["task_id"] for log in logs if log["event"] == "run_request_too_old"] == ["t1"]
+
+
+async def test_an_old_request_still_moves_a_run_in_hand_and_repeats_its_result(stage: Stage) -> None:
+    go = asyncio.Event()
+
+    async def work(description: str) -> str:
+        await go.wait()
+        return "x"
+
+    host = await stage.host([node(agent=work)])
+    await run(stage, host)
+    second = await run(stage, host, sent_at=stage.bus.now() - 30)
+    await second.heard("accepted")
+    go.set()
+    await second.heard("result")
+    await (await run(stage, host, sent_at=stage.bus.now() - 30)).heard("result")
+
+
+async def test_a_run_ends_at_the_deadline_of_its_request_however_late_that_is_read(stage: Stage) -> None:
+    host = await stage.host([node(agent=forever)])
+    now = stage.bus.now()
+    watcher = await run(stage, host, remaining_s=60, sent_at=now - 2, deadline=now + 0.3)
+    assert await watcher.code() == "deadline_exceeded"
+
+
+async def test_a_queued_run_does_not_begin_past_its_deadline(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slot becomes free before the next heartbeat looks at it."""
+    monkeypatch.setattr("loom.agents.host.HEARTBEAT_S", 30)
+    begun: list[str] = []
+    go = asyncio.Event()
+
+    async def work(job: RunRequest) -> str:
+        begun.append(job.task_id)
+        await go.wait()
+        return "x"
+
+    host = await stage.host([node(agent=work)], slots=1)
+    await run(stage, host)
+    late = [await run(stage, host, task_id=f"late{n}", deadline=stage.bus.now() + 0.2) for n in range(2)]
+    last = await run(stage, host, task_id="last")
+    await last.heard("accepted")
+    await until(lambda: all(each.left_s <= 0 for each in host._in_hand() if each.request.deadline), what="it is late")
+    go.set()
+    await last.heard("result")
+    assert [await each.code() for each in late] == ["deadline_exceeded"] * 2
+    assert begun == ["t1", "last"]
 
 
 # -- isolation
