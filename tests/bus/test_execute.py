@@ -232,6 +232,37 @@ async def test_how_a_run_fails_is_reported_with_its_node(stage: Stage, script: S
     assert (failed.result, failed.award) == (None, env.award)
 
 
+@pytest.mark.parametrize(
+    ("claimed", "facts", "tokens", "believed"),
+    [
+        ("budget_exceeded", {"token_budget": 10}, 10, "budget_exceeded"),
+        ("budget_exceeded", {"token_budget": 10}, 9, "agent_failed"),
+        ("deadline_exceeded", {"left_s": 0.9}, 0, "deadline_exceeded"),
+        ("deadline_exceeded", {"left_s": 60}, 0, "agent_failed"),
+        ("subtask_failed", {}, 0, "agent_failed"),
+        ("cancelled", {}, 0, "agent_failed"),
+        ("invalid_task", {}, 0, "agent_failed"),
+        ("no_bids", {}, 0, "agent_failed"),
+        ("node_busy", {}, 0, "node_busy"),
+    ],
+)
+async def test_the_code_of_a_host_counts_as_far_as_facts_confirm_it(
+    stage: Stage, claimed: str, facts: dict[str, Any], tokens: int, believed: str
+) -> None:
+    async def end(run: FakeRun) -> None:
+        await run.say("accepted")
+        result = RunResult(prompt_tokens=tokens) if tokens else None
+        await run.say("error", error=TaskError(code=claimed, message="so it is"), result=result)
+
+    await host(stage, end)
+    await stage.phase("execute")
+    about = {name: value for name, value in facts.items() if name != "left_s"}
+    await given(stage, deadline=stage.bus.now() + facts.get("left_s", 30), **about)
+    error = (await outcome(stage)).error
+    assert error is not None
+    assert (error.code, error.message, error.node_id) == (believed, "so it is", "n1")
+
+
 async def test_a_host_nobody_has_heard_of_is_a_lost_node(stage: Stage) -> None:
     await stage.phase("execute")
     await given(stage)
