@@ -55,7 +55,7 @@ class Violation:
 
 
 class _Reply(Relayed, frozen=True, kw_only=True):
-    kind: Literal["met", "unmet", "unusable", "slow", "memory"]
+    kind: Literal["met", "unmet", "unusable", "slow", "memory", "died"]
     fault: str = ""
     last: bool = False
 
@@ -93,7 +93,7 @@ class CheckPool:
         if digest not in self._outcomes:
             fault = out_of_bounds(accept)
             reply = _Reply(kind="unusable", fault=fault) if fault else await self._ask(accept, schema, digest, None)
-            if reply.kind == "memory":  # perhaps another process killed the helper: the next check may succeed
+            if reply.kind == "died":  # the next check may succeed
                 return _fault_of(reply, accept)
             self._outcomes[digest] = _fault_of(reply, accept)
         return self._outcomes[digest]
@@ -130,9 +130,10 @@ class CheckPool:
         request = {"pattern": accept.pattern, "json_schema": msgspec.Raw(schema), "content": content}
         if digest not in self._costly:
             reply = await self._quick.ask(request)
-            if reply.kind not in {"slow", "memory"}:
+            if reply.kind not in {"slow", "memory", "died"}:
                 return reply
-            self._costly[digest] = True
+            if reply.kind != "died":  # else perhaps another process has killed the helper
+                self._costly[digest] = True
         return await self._slow.ask(request)
 
 
@@ -155,7 +156,7 @@ class _Lane:
         """When the next helper may be started, in monotonic time."""
 
     async def ask(self, request: Mapping[str, object]) -> _Reply:
-        """Return the outcome; kind "memory" as well where the process ended and nothing is known of the cause.
+        """Return the outcome; kind "died" where the process ended and nothing is known of the cause.
 
         Raises:
             NotChecked: Its turn does not come, or no process can be started, or it does not run.
@@ -169,12 +170,11 @@ class _Lane:
                 reply = _decode_reply(await helper.ask(raw, STUCK_S))
             except HelperDied as died:
                 self._drop("cpu" if died.why == "cpu" else "memory, or a signal")
-                return _Reply(kind="slow" if died.why == "cpu" else "memory")
+                return _Reply(kind="slow" if died.why == "cpu" else "died")
             except TimeoutError:
                 self._drop("stuck")
-                raise NotChecked(
-                    "the helper process that checks accept does not run", retry_after_s=RESTART_S
-                ) from None
+                why = "the helper process that checks accept is stuck"
+                raise NotChecked(why, retry_after_s=RESTART_S) from None
             except BaseException:  # a cancellation: its answer would be taken for that of the next check
                 self._drop("cancelled")
                 raise
@@ -261,5 +261,7 @@ def _fault_of(reply: _Reply, accept: Accept) -> str | None:
     part = "accept.pattern" if accept.json_schema is None else "accept.json_schema"
     if accept.pattern is not None and accept.json_schema is not None:
         part = "accept.pattern and accept.json_schema"
-    limit = f"within {SLOW_S:g} s of CPU time" if reply.kind == "slow" else "within 512 MiB of memory"
-    return f"{part} could not be checked {limit}"
+    if reply.kind == "died":
+        return f"{part} could not be checked: the helper process ended, perhaps for lack of memory"
+    limit = f"{SLOW_S:g} s of CPU time" if reply.kind == "slow" else "512 MiB of memory"
+    return f"{part} could not be checked within {limit}"

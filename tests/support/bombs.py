@@ -61,7 +61,7 @@ OVERSIZED_SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "doubling conditions": {
         "$defs": {"a0": {}}
-        | {f"a{n}": dict.fromkeys(("if", "then", "else"), {"$ref": f"#/$defs/a{n - 1}"}) for n in range(1, 30)},
+        | {f"a{n}": {key: {"$ref": f"#/$defs/a{n - 1}"} for key in ("if", "then", "else")} for n in range(1, 30)},
         "not": {"$ref": "#/$defs/a29"},
     },
     "many alike": {"allOf": [{"$id": "x"} for _ in range(500)] + [{"$ref": "x"} for _ in range(400)]},

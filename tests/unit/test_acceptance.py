@@ -7,12 +7,12 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.bombs import COSTLY_PATTERNS, OVERSIZED_PATTERNS, OVERSIZED_SCHEMAS, SLOW_TO_READ
 
 from loom.phases.shared.acceptance import encoded_schema, has_check, out_of_bounds, plain_violation
 from loom.phases.shared.check_helper import Request, check
 from loom.schemas.task import Accept
 from loom.schemas.wire import encode
-from support.bombs import COSTLY_PATTERNS, OVERSIZED_PATTERNS, OVERSIZED_SCHEMAS, SLOW_TO_READ
 
 NUMBERED = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 TREE = {
