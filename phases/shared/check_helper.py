@@ -23,7 +23,7 @@ MEMORY_BYTES: Final = 512 << 20
 """Address space beyond what the process has when it is ready."""
 RETIRE_KIB: Final = 128 << 10
 """A process that has grown by so much ends after its answer: the next check finds all of the memory free."""
-ORPHAN_S: Final = 10.0
+ORPHAN_S: Final = 5.0
 """Interval of the look at the parent, which a forked child of it may outlive with a copy of the socket."""
 KEPT: Final = 64
 """Compiled patterns, and as many validators."""

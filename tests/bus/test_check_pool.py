@@ -16,7 +16,7 @@ from support.buses import Connect
 from support.wait import until
 
 from loom.bus.client import Bus
-from loom.phases.shared import check_helper, check_pool
+from loom.phases.shared import check_pool
 from loom.phases.shared.check_pool import CheckPool, NotChecked
 from loom.phases.shared.check_process import HelperDied, HelperProcess
 from loom.schemas.task import Accept
@@ -235,12 +235,17 @@ async def test_helpers_end_with_the_bus(connect: Connect) -> None:
 
 
 PARENT = """
-import asyncio, sys
+import asyncio, os, sys, time
 from loom.phases.shared.check_process import HelperProcess
 from loom.schemas.wire import encode
 async def main():
     helper = await HelperProcess.start()
     print(helper._process.pid, flush=True)
+    if sys.argv[1] == "forked":
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+        print(child, flush=True)
     if sys.argv[1] == "busy":
         bomb = {"cpu_s": 1, "pattern": "(a|a|aa)+$", "json_schema": None, "content": "a" * 65000 + "!"}
         await helper.ask(encode(bomb), 60)
@@ -261,15 +266,19 @@ async def test_a_helper_ends_when_its_parent_is_killed(state: str) -> None:
     await until(lambda: not runs(pid), what="the helper ends")
 
 
-async def test_a_helper_that_outlives_its_parents_socket_looks_for_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_helper, "ORPHAN_S", 0.01)
-    near, far = await asyncio.to_thread(os.pipe)
-    monkeypatch.setattr(check_helper, "_SOCKET", near)
+@pytest.mark.slow
+async def test_a_helper_ends_though_a_forked_child_of_its_parent_holds_its_socket() -> None:
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", PARENT, "forked", stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    pid, child = [int(await parent.stdout.readline()) for _ in range(2)]
+    parent.kill()
+    await parent.wait()
     try:
-        assert await asyncio.to_thread(check_helper._read, lambda: True) is None
+        await until(lambda: not runs(pid), within_s=30, what="the helper ends")
+        assert runs(child)
     finally:
-        os.close(near)
-        os.close(far)
+        os.kill(child, signal.SIGKILL)
+        await parent.stdout.read()  # to its end, which closes it
 
 
 def test_a_pool_works_in_a_thread_and_installs_no_signal_handler(nats_url: str, namespace: str) -> None:
