@@ -267,18 +267,16 @@ async def test_a_helper_ends_when_its_parent_is_killed(state: str) -> None:
 
 
 @pytest.mark.slow
-async def test_a_helper_ends_though_a_forked_child_of_its_parent_holds_its_socket() -> None:
-    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", PARENT, "forked", stdout=subprocess.PIPE)
-    assert parent.stdout is not None
-    pid, child = [int(await parent.stdout.readline()) for _ in range(2)]
-    parent.kill()
-    await parent.wait()
+def test_a_helper_ends_though_a_forked_child_of_its_parent_holds_its_socket() -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT, "forked"], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        pid, child = [int(parent.stdout.readline()) for _ in range(2)]
+        parent.kill()
     try:
-        await until(lambda: not runs(pid), within_s=30, what="the helper ends")
+        asyncio.run(until(lambda: not runs(pid), within_s=30, what="the helper ends"))
         assert runs(child)
     finally:
         os.kill(child, signal.SIGKILL)
-        await parent.stdout.read()  # to its end, which closes it
 
 
 def test_a_pool_works_in_a_thread_and_installs_no_signal_handler(nats_url: str, namespace: str) -> None:
