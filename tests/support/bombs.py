@@ -13,6 +13,7 @@ OVERSIZED_PATTERNS = {
     "small repeats in small repeats": "(((((a{10}){10}){10}){10}){10}){10}",
     "a repeat of a repeat": "a{1000}{1000}",
     "many repeats": "a{1000}" * 140,
+    "grapheme clusters": r"(?:\X{30}){1000}",
     "a look behind of a million": "(?<=a{1000000})b",
     "499 brackets": "(" * 499 + ")" * 499,
     "200 groups": "(?:" * 200 + "x" + ")" * 200,
