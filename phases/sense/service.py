@@ -23,15 +23,20 @@ from loom.phases.sense.admission import Admission, envelope_for
 from loom.phases.sense.calibration import Calibrations
 from loom.phases.sense.desk import CANCELLED, Desk, check_accept
 from loom.phases.sense.policy import estimate_schema, look, prompt, read_estimate
+from loom.phases.shared.check_pool import CheckPool, NotChecked
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Spec
 from loom.schemas.errors import InvalidTask, LoomError
 from loom.schemas.llm import CompletionParams, LLMProvider, UserMessage
-from loom.schemas.task import Submission, TaskError, check_ad
+from loom.schemas.task import Submission, TaskAd, TaskError, check_ad
+from loom.schemas.wire import MAX_AD_BYTES
 
 log = get_logger()
 
 ASK_WITHIN_S = 10.0  # a model that takes longer is not worth waiting for: the heuristic stands in
+MAX_SUBMISSION_BYTES = MAX_AD_BYTES + 1024
+"""An ad at its limit, with id and reply subject: a longer message is refused before its parts are looked at."""
+TOO_LARGE = TaskError(code="invalid_task", message=f"the ad is more than {MAX_AD_BYTES} bytes", field="description")
 GATE_S = 0.05
 EXACT_FROM = 0.5
 """Share of the room in flight from which it matters that not every stored message is work in flight."""
@@ -48,7 +53,8 @@ class Sense:
         self._config = config
         self._llm = llm
         self._admission = Admission(bus)
-        self._desk = Desk(bus, self._admission)
+        self._checks = CheckPool(bus)
+        self._desk = Desk(bus, self._admission, self._checks)
         self._calibrations = Calibrations(bus)
         self._room = config.max_in_flight
         self._idle = 0
@@ -94,11 +100,20 @@ class Sense:
         admitted = await self._admission.admit(envelope, submission.submission, submission.reply_to)
         if admitted is None:
             return Done()
+        if len(delivery.msg.data) > MAX_SUBMISSION_BYTES:
+            return Fail(TOO_LARGE, admitted)
         try:
-            check_accept(check_ad(ad))
+            check_ad(ad)
+            await self._check_accept(ad)
         except InvalidTask as error:
             return Fail(TaskError.of(error), admitted)
         return await self._sensed(admitted)
+
+    async def _check_accept(self, ad: TaskAd) -> None:
+        try:
+            await check_accept(ad, self._checks)
+        except NotChecked as error:
+            log.warning("accept_not_checked", reason=error.message)  # EVALUATE checks it with the result
 
     async def admit_subtask(self, envelope: Envelope, _delivery: Delivery) -> Outcome:
         """Admit a part of another task; one whose parent has ended ends at once."""
@@ -112,6 +127,10 @@ class Sense:
         parent = await self._admission.records.get(split.parent)
         if parent is None or parent.value.ended:
             return Fail(CANCELLED, admitted)
+        try:
+            await self._check_accept(admitted.ad)  # a delegated ad has been through no desk
+        except InvalidTask as error:
+            return Fail(TaskError.of(error), admitted)
         return await self._sensed(admitted)
 
     async def _sensed(self, envelope: Envelope) -> Outcome:
