@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any, Final, Literal
 
 from loom.bus import topology
-from loom.bus.client import Bus, Msg, Refused
+from loom.bus.announcements import announced_hosts
+from loom.bus.client import Bus, Refused
 from loom.bus.orphans import find as find_orphans
 from loom.bus.presence import ANSWER_S, Clocks, Present, clocks, own_version, who_is_there
 from loom.bus.topology import MIN_SERVER, Inspection, Part
@@ -14,7 +15,7 @@ from loom.schemas.auction import HostAnnouncement
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
 from loom.schemas.errors import BusUnavailable, Overloaded
-from loom.schemas.wire import Undecodable, Wire, decode
+from loom.schemas.wire import Wire
 
 CLOCK_S: Final = 1.0
 """An offset from the server's clock that is worth a look; deadlines count in server time."""
@@ -50,7 +51,7 @@ async def examine(bus: Bus, config: ClusterConfig) -> list[Finding]:
     if findings[-1].mark != "ok":
         return findings
     seen = await topology.inspect(bus, config)
-    there, hosts, others = await asyncio.gather(who_is_there(bus), announced(bus), clocks(bus))
+    there, hosts, others = await asyncio.gather(who_is_there(bus), announced_hosts(bus, ANSWER_S), clocks(bus))
     return [
         *findings,
         clock(-bus.clock.wall_ahead_s),
@@ -202,24 +203,6 @@ def phases(there: list[Present]) -> Iterator[Finding]:
         else:
             said = ", ".join(sorted(set(versions)))
             yield _warn(f"phase {name}", f"versions {said} answer, this is {own_version()}", "upgrade all alike")
-
-
-async def announced(bus: Bus) -> list[HostAnnouncement]:
-    """Ask who hosts nodes and return what the hosts say at once."""
-    heard: dict[str, HostAnnouncement] = {}
-
-    async def hear(msg: Msg) -> None:
-        try:
-            said = decode(msg.data, HostAnnouncement)
-        except Undecodable:
-            return  # MATCH logs it, and it is no host
-        heard[said.host_id] = said
-
-    subscription = await bus.subscribe(bus.subjects.of("host", "*"), hear)
-    await bus.publish(bus.subjects.hosts)
-    await asyncio.sleep(ANSWER_S)
-    await bus.unsubscribe(subscription)
-    return [said for said in heard.values() if not said.draining]
 
 
 def node_hosts(hosts: list[HostAnnouncement]) -> Finding:

@@ -18,6 +18,10 @@ MAX_TRIED = 16
 MAX_TRIED_CHARS = 300
 MAX_DELEGATED = 256
 """Delegated tasks a record remembers."""
+BUSY_S, BUSY_MAX_S = 0.02, 5.0
+"""First and longest pause after an attempt that met a full node."""
+IN_HAND_S = 0.25
+"""A longer pause is a schedule: it holds no slot of MATCH."""
 AWARD_BIDS = 16
 """Bids an award remembers, best first."""
 
@@ -182,6 +186,8 @@ class Envelope(Relayed, frozen=True, kw_only=True):
     attempt: Annotated[int, Meta(ge=1)] = 1
     failures: Count = 0
     """Attempts that were the node's fault."""
+    busy_retries: Count = 0
+    """Attempts that met a full node."""
     step: Count = 0
     """Hops so far."""
     deadline: float
@@ -238,6 +244,11 @@ class Envelope(Relayed, frozen=True, kw_only=True):
         if len(hops) > MAX_HOPS:
             hops = (*hops[: MAX_HOPS // 2], *hops[-MAX_HOPS // 2 :])
         return replace(self, hops=hops, step=self.step + 1)
+
+    @property
+    def busy_pause_s(self) -> float:
+        """Seconds to pause after an attempt that met a full node: 20 ms, doubled each time, at most 5 s."""
+        return min(BUSY_MAX_S, BUSY_S * 2.0 ** min(self.busy_retries - 1, 16)) if self.busy_retries else 0.0
 
     def failed(self, error: TaskError) -> "Envelope":
         """Return the envelope with `error` instead of a result."""

@@ -8,7 +8,7 @@ from loom.bus.reward_bus import RewardBus
 from loom.phases.shared.acceptance import plain_violation
 from loom.phases.shared.check_pool import Violation
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import MAX_TRIED, MAX_TRIED_CHARS, Best, Envelope, TaskRecord, Tried
+from loom.schemas.envelope import IN_HAND_S, MAX_TRIED, MAX_TRIED_CHARS, Best, Envelope, TaskRecord, Tried
 from loom.schemas.learning import Reward, Signal
 from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, Accept, RunResult, TaskAd, TaskError, TaskState
 
@@ -96,6 +96,9 @@ def decide(envelope: Envelope, config: ClusterConfig, now: float, violation: Vio
     if final is not None:
         return final
     again = replace(refused, result=None, opinion=None, error=None, last_error=error, attempt=envelope.attempt + 1)
+    if error.code == "node_busy":
+        again = replace(again, busy_retries=again.busy_retries + 1)
+        return Back(again, again.busy_pause_s if again.busy_pause_s > IN_HAND_S else 0.0)
     return Back(again, retry_s(error, refused.failures))
 
 

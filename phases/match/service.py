@@ -23,13 +23,14 @@ from loom.bus.outcome import Dead, Fail, Later, Next, Outcome
 from loom.bus.scatter import scatter
 from loom.bus.topology import MATCH_LANES, Lane
 from loom.phases.match.awards import Awards
+from loom.phases.match.claims import SETTLE_S
 from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, Verdict, judge
 from loom.phases.match.reading import ReadOffer
 from loom.phases.match.roster import Roster
 from loom.phases.match.trust import policy
 from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, CallForBids
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope, Spec
+from loom.schemas.envelope import IN_HAND_S, Award, Envelope, Spec
 from loom.schemas.task import TaskError
 from loom.schemas.wire import cut_utf8
 
@@ -37,7 +38,6 @@ log = get_logger()
 
 HOLD_S = 5.0  # a busy cluster is asked again for so long before the task goes to the tail
 PAUSE_S = (0.1, 2.0)  # shortest and longest pause between two calls
-BUSY_S = (0.01, 0.1)  # the same after a node turned out to be full
 ALONE_PAUSE_S = 1.0
 DAY_S = 86_400.0
 
@@ -73,8 +73,10 @@ class Match:
         if self._bus.now() >= envelope.deadline:
             return self._too_late(envelope, spec)
         if envelope.last_error is not None and envelope.last_error.code == "node_busy":
-            with _counted(delivery):  # who was full a moment ago may be so still
-                await _pause(delivery, random.uniform(*(BUSY_S if envelope.ad.node_id is None else PAUSE_S)))  # noqa: S311 - jitter
+            pause_s = envelope.busy_pause_s  # a longer one has passed already
+            if pause_s <= IN_HAND_S:
+                with _counted(delivery):
+                    await _pause(delivery, random.uniform(pause_s / 2, pause_s))  # noqa: S311 - jitter
         if envelope.ad.node_id is not None:
             return self._pinned(envelope, spec, envelope.ad.node_id)
         verdict = await self._auction(envelope, spec)
@@ -127,7 +129,7 @@ class Match:
     def _why_nobody(self, envelope: Envelope) -> str:
         if envelope.ad.node_id is not None:
             return f"the task is pinned to {envelope.ad.node_id}, which is not there"
-        if envelope.ad.required_tools and self._roster.expected():
+        if envelope.ad.required_tools and self._roster.awaited():
             return f"no node has all of the required tools: {', '.join(envelope.ad.required_tools)}"
         return "no node is there to take the task; start one with `loom node FILE.py`"
 
@@ -136,15 +138,17 @@ class Match:
             return Fail(
                 TaskError(code="no_bids", message=f"the task is pinned to {node_id}, which has failed it"), envelope
             )
-        hosts = self._roster.hosts_of(node_id)
-        if not hosts:
+        host_id = self._roster.host_of(node_id)
+        if host_id is None:
             return self._alone(envelope, spec, self._why_nobody(envelope))
-        award = Award(node_id=node_id, host_id=hosts[0], pinned=True)
+        if self._roster.is_contested(node_id):
+            return Later(SETTLE_S, envelope)
+        award = Award(node_id=node_id, host_id=host_id, pinned=True)
         return Next("scale", replace(_met_someone(envelope, spec), award=award))
 
     async def _auction(self, envelope: Envelope, spec: Spec) -> Verdict:
         slug = spec.slug
-        missing = set(self._roster.expected())
+        missing = self._roster.awaited()
         anybody = bool(missing)
 
         def enough(offers: list[ReadOffer]) -> bool:
