@@ -7,16 +7,21 @@ from collections.abc import Set as AbstractSet
 HEARD_S = 10.0
 """Hosts announce themselves every 3 s; one that is silent for this long has gone."""
 MISSED_WINDOWS = 3
-"""Auctions after whose windows a host that does not answer is not waited for."""
-NEWCOMERS_EVERY_S = 1.0
+"""Windows after which a host that does not answer is not waited for."""
+ANSWERS = 4
+"""Answers that make up for a missed window: a host that answers some calls and not others is not waited for either."""
+NEWCOMERS_EVERY_S = 2.0
 """Hosts that have not offered yet are waited for in one auction of this time: announcing is free, offering is not."""
+
+_LIMIT = MISSED_WINDOWS * ANSWERS
 
 
 class Presence:
     """Remembers hosts by their signs of life: in a time that does not depend on how many there are.
 
     An offer proves a host. A host that has only announced itself is a newcomer: it is called like all others, but
-    seldom waited for, so that made-up hosts cannot slow every auction.
+    seldom waited for, so that made-up hosts cannot slow every auction. The same holds for one that misses windows,
+    until it has answered often enough.
 
     Args:
         clock: Returns seconds that never go back.
@@ -34,8 +39,13 @@ class Presence:
         self._awaited: set[str] = set()
         """Proven hosts that answer."""
         self._missed: dict[str, int] = {}
+        """Host -> answers that would make up for the windows it has missed."""
+        self._dropped: set[str] = set()
+        """Hosts that have missed too many, and have not made up for all of them yet."""
+        self._returning: set[str] = set()
+        """Dropped hosts that have announced themselves since they were last waited for."""
         self._newcomers_at = 0.0
-        """From when newcomers may be waited for again."""
+        """From when newcomers and returning hosts may be waited for again."""
 
     def __len__(self) -> int:
         return len(self._proven) + len(self._newcomers)
@@ -50,47 +60,58 @@ class Presence:
         self._expire()
         if self._awaited and self._clock() < self._newcomers_at:
             return set(self._awaited)
-        return self._awaited | {host for host in self._newcomers if self._missed.get(host, 0) < MISSED_WINDOWS}
+        return self._awaited | self._returning | (self._newcomers.keys() - self._dropped)
 
     def announced(self, host_id: str) -> None:
         """Record an announcement."""
         now = self._clock()
-        if host_id in self._awaited:
+        if host_id in self._proven:
             _move(self._proven, host_id, now)
+            if host_id in self._dropped:
+                self._returning.add(host_id)
             return
-        if self._proven.pop(host_id, None) is not None:
-            self._missed.pop(host_id, None)  # one that has missed windows gets another chance
         _move(self._newcomers, host_id, now)
         self._expire()
         while len(self) > self._most:
             self.forget(next(iter(self._newcomers)))
 
     def answered(self, host_ids: Iterable[str], missing: AbstractSet[str]) -> None:
-        """Record who answered a call, and who was waited for in vain."""
+        """Record the hosts that answered a call, and those that were waited for in vain."""
         now = self._clock()
-        newcomers = False
-        for host_id in host_ids:
-            newcomers |= self._newcomers.pop(host_id, None) is not None
-            _move(self._proven, host_id, now)
-            self._awaited.add(host_id)
-            self._missed.pop(host_id, None)
-        for host_id in missing:
-            if host_id in self._newcomers:
-                newcomers = True
-            elif host_id not in self._awaited:
-                continue  # it has left meanwhile
-            self._missed[host_id] = self._missed.get(host_id, 0) + 1
-            if self._missed[host_id] >= MISSED_WINDOWS:
-                self._awaited.discard(host_id)
-        if newcomers:
+        if any(host_id in self._returning or host_id in self._newcomers for host_id in (*host_ids, *missing)):
             self._newcomers_at = now + NEWCOMERS_EVERY_S
+        for host_id in host_ids:
+            self._newcomers.pop(host_id, None)
+            _move(self._proven, host_id, now)
+            self._make_up(host_id)
+        for host_id in missing:
+            if host_id in self._proven or host_id in self._newcomers:  # else it has left meanwhile
+                self._miss(host_id)
+
+    def _make_up(self, host_id: str) -> None:
+        missed = self._missed.pop(host_id, 0)
+        if missed > 1:
+            self._missed[host_id] = missed - 1
+        else:
+            self._dropped.discard(host_id)
+        self._returning.discard(host_id)
+        if host_id not in self._dropped:
+            self._awaited.add(host_id)
+
+    def _miss(self, host_id: str) -> None:
+        self._returning.discard(host_id)
+        self._missed[host_id] = min(_LIMIT, self._missed.get(host_id, 0) + ANSWERS)
+        if self._missed[host_id] == _LIMIT:
+            self._dropped.add(host_id)
+            self._awaited.discard(host_id)
 
     def forget(self, host_id: str) -> None:
         """Forget a host."""
         self._proven.pop(host_id, None)
         self._newcomers.pop(host_id, None)
         self._missed.pop(host_id, None)
-        self._awaited.discard(host_id)
+        for hosts in (self._awaited, self._dropped, self._returning):
+            hosts.discard(host_id)
         self._forgotten(host_id)
 
     def forget_newcomer(self) -> bool:

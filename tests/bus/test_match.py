@@ -158,8 +158,9 @@ async def quietly(**_facts: Any) -> None:
 
 
 async def test_a_proven_host_that_missed_three_windows_is_not_waited_for_until_it_announces_itself(
-    stage: Stage,
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("loom.phases.match.presence.NEWCOMERS_EVERY_S", 0.0)
     await host(stage, "h1")
     silent = await host(stage, "h2", "n2")
     await match(stage, ClusterConfig(bid_window_ms=400))

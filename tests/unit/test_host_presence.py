@@ -3,7 +3,7 @@
 import time
 
 from loom.phases.match.claims import CONTEST_EVERY_S, SETTLE_S, Claims
-from loom.phases.match.presence import HEARD_S, MISSED_WINDOWS, NEWCOMERS_EVERY_S, Presence
+from loom.phases.match.presence import ANSWERS, HEARD_S, MISSED_WINDOWS, NEWCOMERS_EVERY_S, Presence
 
 
 class Clock:
@@ -25,9 +25,27 @@ def test_a_proven_host_is_awaited_until_it_misses_three_windows() -> None:
         hosts.answered([], {"h1"})
     assert hosts.awaited() == {"h1"}
     hosts.answered([], {"h1"})
-    assert hosts.awaited() == set()
-    hosts.answered(["h1"], set())
-    assert hosts.awaited() == {"h1"}
+    hosts.answered(["good"], set())
+    assert hosts.awaited() == {"good"}
+    for _ in range(MISSED_WINDOWS * ANSWERS):
+        assert "h1" not in hosts.awaited()
+        hosts.answered(["good", "h1"], set())
+    assert hosts.awaited() == {"good", "h1"}
+
+
+def test_a_host_that_answers_one_call_in_ten_is_not_awaited() -> None:
+    clock = Clock()
+    hosts = presence(clock)
+    hosts.answered(["good"], set())
+    awaited = 0
+    for number in range(1000):
+        clock.now += 0.05
+        hosts.announced("picky")
+        waiting = "picky" in hosts.awaited()
+        awaited += waiting
+        answers = number % 10 == 0
+        hosts.answered(["good", "picky"] if answers else ["good"], {"picky"} if waiting and not answers else set())
+    assert awaited < 50  # of a thousand auctions in 50 s
 
 
 def test_newcomers_are_awaited_in_one_auction_a_second_and_at_most_three_times() -> None:
@@ -43,7 +61,8 @@ def test_newcomers_are_awaited_in_one_auction_a_second_and_at_most_three_times()
         clock.now += NEWCOMERS_EVERY_S
         hosts.announced("new")
     assert hosts.awaited() == {"good"}
-    hosts.answered(["new"], set())
+    for _ in range(MISSED_WINDOWS * ANSWERS):
+        hosts.answered(["new"], set())
     assert hosts.awaited() == {"good", "new"}
 
 
@@ -101,7 +120,7 @@ def test_twenty_thousand_hosts_cost_linear_time() -> None:
         for number in range(count):
             hosts.announced(f"h{number}")
             if number % 10 == 0:
-                hosts.answered(["good"], hosts.awaited())
+                hosts.answered(["good"], hosts.awaited() - {"good"})
         return time.process_time() - started
 
     few = min(cost_s(2_000) for _ in range(3))
