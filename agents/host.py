@@ -425,7 +425,11 @@ class NodeHost:
         node = self._node(msg.subject.rsplit(".", 1)[1])
         if node is None:
             return
-        news = decode(msg.data, Lifecycle)
+        try:
+            news = decode(msg.data, Lifecycle)
+        except Undecodable as error:
+            self.bus.discards.add("lifecycle_undecodable", reason=error.message, node_id=node.id)
+            return
         if news.profile is not None:
             node.mirror(news.profile)
 

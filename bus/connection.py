@@ -20,6 +20,7 @@ from nats.aio.subscription import Subscription
 from loom.bus.addresses import Address, parse_addresses, shown, tls_wanted
 from loom.bus.clock import ServerClock
 from loom.bus.connect_causes import CHECK_ADDRESS, Cause, HungUp, cause_of
+from loom.bus.discards import Discards
 from loom.bus.faults import describe
 from loom.bus.gate import Gate
 from loom.bus.lean_client import LeanClient, Take
@@ -79,6 +80,7 @@ class Connection:
         self.lost = asyncio.Event()
         """Set when the connection is closed for good: the process should end."""
         self.gate = Gate()
+        self.discards = Discards()
         self.clock = ServerClock()
         self._reconnected_at = -math.inf
         self._nc = LeanClient()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from loom.bus.answers import answer
 from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.scatter import scatter
-from loom.schemas.wire import Wire
+from loom.schemas.wire import Wire, decode
 
 ANSWER_S = 0.5
 """How long to listen for answers: nobody knows how many there will be."""
@@ -122,9 +122,13 @@ async def who_is_there(
         ]
 
     answers = await scatter(
-        bus, "$SRV.PING", b"", Present, window_s=within_s, enough=lambda answers: enough(ours(answers))
+        bus, "$SRV.PING", b"", _read, window_s=within_s, enough=lambda answers: enough(ours(answers))
     )
     return sorted(ours(answers), key=lambda each: (each.name, each.id))
+
+
+def _read(raw: bytes) -> Present:
+    return decode(raw, Present)
 
 
 class Clocks(NamedTuple):
@@ -158,7 +162,7 @@ async def clocks(bus: Bus, *, within_s: float = ANSWER_S) -> list[Clocks]:
                 )
         return False
 
-    await scatter(bus, "$SRV.INFO", b"", Present, window_s=within_s, enough=compare)
+    await scatter(bus, "$SRV.INFO", b"", _read, window_s=within_s, enough=compare)
     return sorted(processes.values())
 
 

@@ -5,11 +5,8 @@ import time
 from msgspec.structs import replace
 
 from loom.bus.client import Bus, Msg, Subscription
-from loom.bus.log import get_logger
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.wire import Undecodable, decode
-
-log = get_logger()
 
 HEARD_S = 10.0  # hosts announce themselves every 3 s
 
@@ -52,7 +49,7 @@ class Census:
         try:
             said = decode(msg.data, HostAnnouncement)
         except Undecodable as error:
-            log.warning("announcement_undecodable", reason=error.message)
+            self._bus.discards.add("announcement_undecodable", reason=error.message, subject=msg.subject)
             return
         self._said.pop(said.host_id, None)
         if not said.draining:

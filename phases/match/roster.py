@@ -7,14 +7,11 @@ from collections.abc import Set as AbstractSet
 
 from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.kv import Bucket, BucketReader
-from loom.bus.log import get_logger
 from loom.phases.match.ranking import Ranking
 from loom.phases.match.reading import Judged, ReadProfile, known, window
 from loom.schemas.auction import HostAnnouncement, Offer
 from loom.schemas.learning import NodeProfile
 from loom.schemas.wire import Undecodable, decode
-
-log = get_logger()
 
 HEARD_S = 10.0
 MISSED_WINDOWS = 3
@@ -98,7 +95,7 @@ class Roster:
         try:
             said = decode(msg.data, HostAnnouncement)
         except Undecodable as error:
-            log.warning("announcement_undecodable", reason=error.message)
+            self._bus.discards.add("announcement_undecodable", reason=error.message, subject=msg.subject)
             return
         if said.draining:
             self._forget(said.host_id)
@@ -135,11 +132,13 @@ class Roster:
             await self._learn(reader)
 
     async def _learn(self, reader: BucketReader[ReadProfile]) -> None:
-        for node in {entry.value.node_id: entry.value for entry in await reader.batch()}.values():
+        for node in {
+            entry.key: entry.value for entry in await reader.batch() if entry.key == entry.value.node_id
+        }.values():
             try:
                 self._take(node)
             except Undecodable as error:
-                log.warning("profile_undecodable", node_id=node.node_id, reason=error.message)
+                self._bus.discards.add("profile_undecodable", reason=error.message, node_id=node.node_id)
 
     def _take(self, read: ReadProfile) -> None:
         """Learn what has changed of a node."""

@@ -24,7 +24,7 @@ from loom.bus.scatter import scatter
 from loom.bus.topology import MATCH_LANES, Lane
 from loom.phases.match.awards import Awards
 from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, Verdict, judge
-from loom.phases.match.reading import ReadOffer
+from loom.phases.match.reading import OfferReader, ReadOffer
 from loom.phases.match.roster import Roster
 from loom.phases.match.trust import policy
 from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, CallForBids
@@ -39,6 +39,8 @@ HOLD_S = 5.0  # a busy cluster is asked again for so long before the task goes t
 PAUSE_S = (0.1, 2.0)  # shortest and longest pause between two calls
 BUSY_S = (0.01, 0.1)  # the same after a node turned out to be full
 ALONE_PAUSE_S = 1.0
+MAX_REASON = 1000
+"""Characters of a reason that names the tools a client asked for."""
 DAY_S = 86_400.0
 
 
@@ -128,7 +130,7 @@ class Match:
         if envelope.ad.node_id is not None:
             return f"the task is pinned to {envelope.ad.node_id}, which is not there"
         if envelope.ad.required_tools and self._roster.expected():
-            return f"no node has all of the required tools: {', '.join(envelope.ad.required_tools)}"
+            return f"no node has all of the required tools: {', '.join(envelope.ad.required_tools)}"[:MAX_REASON]
         return "no node is there to take the task; start one with `loom node FILE.py`"
 
     def _pinned(self, envelope: Envelope, spec: Spec, node_id: str) -> Outcome:
@@ -155,7 +157,7 @@ class Match:
             self._bus,
             self._bus.subjects.of("auction", slug),
             self._call(envelope, spec, slug),
-            ReadOffer,
+            OfferReader(self._bus.discards, BID_LIMIT),
             window_s=self._config.bid_window_ms / 1000,
             enough=enough,
         )

@@ -32,7 +32,7 @@ from loom.schemas.envelope import Envelope, SplitPlan, Subtask
 from loom.schemas.errors import BusUnavailable, InvalidPlan
 from loom.schemas.llm import LLMProvider
 from loom.schemas.task import RunResult, TaskError
-from loom.schemas.wire import MAX_CONTENT_BYTES, cut_utf8
+from loom.schemas.wire import MAX_CONTENT_BYTES, cut_note, cut_utf8
 
 log = get_logger()
 
@@ -303,4 +303,4 @@ def _noted(envelope: Envelope, why: str) -> Envelope:
     note = f"not divided: {why}"
     if spec is None or note in spec.note:
         return envelope
-    return replace(envelope, spec=replace(spec, note="; ".join(filter(None, (spec.note, note)))))
+    return replace(envelope, spec=replace(spec, note=cut_note("; ".join(filter(None, (spec.note, note))))))

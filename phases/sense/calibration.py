@@ -47,7 +47,9 @@ class Calibrations:
             await self._learn(reader)
 
     async def _learn(self, reader: BucketReader[Calibration]) -> None:
-        self._known |= {entry.value.slug: entry.value for entry in await reader.batch()}
+        self._known |= {
+            entry.value.slug: entry.value for entry in await reader.batch() if entry.key == BIAS + entry.value.slug
+        }
 
 
 def calibrated(guess: Spec, known: Mapping[str, Calibration]) -> Spec:

@@ -34,7 +34,8 @@ class Changes:
     """A bucket's reader that has one batch."""
 
     def __init__(self, profiles: Iterable[Any]) -> None:
-        self._entries = [Entry("n", decode(encode(profile), ReadProfile), 1) for profile in profiles]
+        read = [decode(encode(profile), ReadProfile) for profile in profiles]
+        self._entries = [Entry(profile.node_id, profile, 1) for profile in read]
 
     async def batch(self) -> list[Entry[ReadProfile]]:
         return self._entries
