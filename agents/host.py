@@ -118,8 +118,8 @@ class NodeHost:
         )
         self._watchdog.start()
         self._tickers = [
-            self.bus.spawn(self._every(ANNOUNCE_S, self.announce), name="announce"),
-            self.bus.spawn(self._every(HEARTBEAT_S, self._beat), name="heartbeats"),
+            self.bus.spawn(self._every(ANNOUNCE_S, self.announce), name="announce", essential=True),
+            self.bus.spawn(self._every(HEARTBEAT_S, self._beat), name="heartbeats", essential=True),
         ]
 
     async def drain(self, timeout_s: float) -> None:

@@ -129,6 +129,10 @@ class BucketReader(Generic[T]):
         self.unreadable: dict[str, int] = {}
         """Key -> revision of the values of the last batch that cannot be read."""
 
+    async def start(self) -> None:
+        """Begin to read, and try again until the server answers."""
+        await self._reader.begin()
+
     async def batch(self) -> list[Entry[T]]:
         """Wait for changes and return those that are there, oldest first; undecodable ones are left out."""
         entries, self.unreadable = [], {}

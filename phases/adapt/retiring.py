@@ -41,7 +41,7 @@ class Retiring:
     async def start(self) -> None:
         """Begin to look after the nodes."""
         await self._census.start()
-        self._task = self._bus.spawn(self._watch(), name="retire nodes")
+        self._task = self._bus.spawn(self._watch(), name="retire nodes", essential=True)
 
     async def stop(self) -> None:
         """Retire nobody any more."""

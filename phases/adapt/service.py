@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from loom.bus.client import Bus, Conflict
 from loom.bus.faults import describe
 from loom.bus.faults import summary as summary_of
+from loom.bus.health import Health
 from loom.bus.kv import Bucket
 from loom.bus.log import get_logger
 from loom.bus.ordered import OrderedReader, Stored
@@ -34,7 +35,7 @@ from loom.phases.adapt.snapshots import Snapshots
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward
-from loom.schemas.wire import Undecodable
+from loom.schemas.wire import Undecodable, total_s
 
 log = get_logger()
 
@@ -58,6 +59,8 @@ class Adapt:
         """node id -> changes found and not yet told."""
         self._standby_until = 0.0
         self._read_seq = 0
+        self._unwritten_since = time.monotonic()
+        """When a flush last left nothing unwritten."""
         self._retiring = Retiring(bus, config, self._profiles)
         self._snapshots = Snapshots(bus, self._profiles)
         self._calibrating = Calibrating(bus)
@@ -67,15 +70,20 @@ class Adapt:
         self._writing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
 
+    def health(self) -> Health:
+        """Return how far the stream has been read, and how long a profile has waited to be written."""
+        waiting_s = time.monotonic() - self._unwritten_since if self._unwritten else 0.0
+        return Health(in_hand=len(self._unwritten), oldest_s=total_s(waiting_s), last_seq=self._read_seq)
+
     async def start(self) -> None:
         """Read what is known, then the whole stream; what is known already is skipped."""
         await self._load()
         await self._snapshots.start()
         await self._reader.start()
         self._tasks = [
-            self._bus.spawn(self._read(), name="fold rewards"),
-            self._bus.spawn(self._write(), name="write profiles"),
-            self._bus.spawn(self._follow(), name="follow profiles"),
+            self._bus.spawn(self._read(), name="fold rewards", essential=True),
+            self._bus.spawn(self._write(), name="write profiles", essential=True),
+            self._bus.spawn(self._follow(), name="follow profiles", essential=True),
         ]
         await self._retiring.start()
 
@@ -170,12 +178,15 @@ class Adapt:
         if (change := change_in(known, folded)) is not None:
             self._changed.setdefault(reward.node_id, []).append(change)
         self._profiles[reward.node_id] = folded
+        if not self._unwritten:
+            self._unwritten_since = time.monotonic()
         self._unwritten.setdefault(reward.node_id, []).append((seq, reward))
         self._dirty.set()
 
     async def _follow(self) -> None:
         """Take over what an operator has repaired: it rests on the same rewards as what is known here."""
         reader = self._bucket.reader()
+        await reader.start()
         generation = 0
         try:
             while True:
@@ -242,6 +253,7 @@ class Adapt:
             for node_id in list(self._unwritten):
                 await self._put(node_id)
             await self._calibrating.flush()
+        self._unwritten_since = time.monotonic()
 
     async def _put(self, node_id: str) -> None:
         """Write one profile, unless another replica has written at least as much.

@@ -46,7 +46,7 @@ class Roster:
         self._reader = Bucket(self._bus, "nodes", ReadProfile).reader()
         while not self._reader.caught_up:
             await self._learn(self._reader)
-        self._bus.spawn(self._follow(self._reader), name="follow profiles")
+        self._bus.spawn(self._follow(self._reader), name="follow profiles", essential=True)
         await self._bus.publish(self._bus.subjects.hosts)
 
     async def stop(self) -> None:

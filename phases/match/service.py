@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from loom.bus.client import Bus
 from loom.bus.delivery import Delivery, Slots
+from loom.bus.health import Health
 from loom.bus.log import get_logger
 from loom.bus.loop import HopLoop, Service, lane_slots
 from loom.bus.outcome import Dead, Fail, Later, Next, Outcome
@@ -55,6 +56,10 @@ class Match:
         self._policy = policy(config.policy)
         lanes = [(lane, lane_slots(lane)) for lane in MATCH_LANES]
         self._loop = HopLoop(bus, Service("match", lanes, Envelope, self.handle, window=self._window))
+
+    def health(self) -> Health:
+        """Return how far the work has got."""
+        return self._loop.health()
 
     async def start(self) -> None:
         """Begin to hold auctions."""

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
 from loom.bus.duplicates import store_once
+from loom.bus.health import Health
 from loom.bus.kv import Bucket
 from loom.bus.log import get_logger
 from loom.bus.loop import SLOTS, HopLoop, Service, schedule
@@ -56,6 +57,10 @@ class Scale:
         """Parent -> held by who changes its plan: only other replicas are met at the compare-and-set."""
         service = Service("scale", [(SCALE_LANE, SLOTS)], Envelope, self.handle, end=self.end_dead)
         self._loop = HopLoop(bus, service)
+
+    def health(self) -> Health:
+        """Return how far the work has got."""
+        return self._loop.health()
 
     async def start(self) -> None:
         """Begin to divide tasks and to pass them on."""

@@ -16,8 +16,9 @@ from loom.bus.client import Bus
 from loom.bus.presence import Clocks, Present, clocks, who_is_there
 from loom.bus.topology import Inspection, Part
 from loom.runner.cluster import running_nodes, running_phases
-from loom.runner.doctor import Finding, backlog, clock, examine, examine_here, node_hosts, phases, process_clocks
+from loom.runner.doctor import backlog, clock, examine, examine_here, node_hosts, phases, process_clocks
 from loom.runner.embedded import find_server
+from loom.runner.findings import Finding
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
@@ -53,6 +54,7 @@ async def test_a_healthy_cluster_has_nothing_but_good_findings(on_bus: Where, cl
     assert [finding.about for finding in seen] == [
         *("server", "jetstream", "clock", "streams", "storage"),
         *(f"phase {phase}" for phase in PHASES),
+        "work",
         *("hosts", "backlog", "dead letters"),
     ]
     assert f"{namespace}-match" in here.out
@@ -230,6 +232,8 @@ async def test_phases_are_found_as_nats_services_are(on_bus: Where, phases: Bus,
     assert ping["metadata"]["service"] == "match"
     clocks = {name: float(info["metadata"].pop(name)) for name in ("server_time", "wall_clock")}
     assert clocks == {name: pytest.approx(client.now(), abs=2) for name in clocks}  # the server runs on this machine
+    health = json.loads(info["metadata"].pop("health"))
+    assert health.get("handled", 0) == health.get("in_hand", 0) == 0
     assert info == {**ping, "type": "io.nats.micro.v1.info_response", "description": "match of a loom cluster"} | {
         "endpoints": []
     }
