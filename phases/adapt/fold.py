@@ -98,7 +98,7 @@ def fold(
     return replace(
         profile,
         domains=domains,
-        success_rate=wins / sum(evidence.count for evidence in domains.values()),
+        success_rate=wins / sum(len(evidence.scores) for evidence in domains.values()),
         total_tasks=total(profile.total_tasks, 0 if counted else 1),
         consecutive_losses=losses,
         tokens=total(profile.tokens, 0 if counted else reward.tokens),
