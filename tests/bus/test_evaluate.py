@@ -346,7 +346,7 @@ async def test_two_replicas_end_each_task_once(stage: Stage) -> None:
 # -- subtasks and divided tasks
 
 
-PART = Split(parent="p", depth=1, subtask="a", grant=100, deadline=1e12, inputs={"before": "it"})
+PART = Split(parent="p", depth=1, subtask="a", grant=100, deadline=1e10, inputs={"before": "it"})
 
 
 async def with_plan(stage: Stage, env: Envelope, *parts: Subtask) -> None:
