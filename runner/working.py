@@ -95,7 +95,7 @@ def judged(before: Look, after: Look) -> Iterator[Finding]:
         if phase != "execute" and oldest_s > OLD_S:
             yield fail(about, f"has had something in hand for {oldest_s:.0f} s", RESTART)
         if before.idle(phase) and after.idle(phase) and before.handled(phase) == after.handled(phase):
-            yield fail(about, f"{after.waiting[phase]} messages wait and none is taken", RESTART)
+            yield fail(about, f"waiting messages: {after.waiting[phase]}; none is taken", RESTART)
     yield from _rewards(before, after)
     yield from _discards(after)
 
@@ -105,9 +105,9 @@ def _rewards(before: Look, after: Look) -> Iterator[Finding]:
     if not behind or not before.rewards_behind():
         return
     if behind >= before.rewards_behind() + after.last_reward - before.last_reward:
-        yield fail("work adapt", f"{behind} rewards behind its stream and reads none", RESTART)
+        yield fail("work adapt", f"rewards not read: {behind}; none is being read", RESTART)
     else:
-        yield warn("work adapt", f"{behind} rewards behind its stream", "it catches up: look again in a minute")
+        yield warn("work adapt", f"rewards not read: {behind}", "it catches up: look again in a minute")
 
 
 def _discards(after: Look) -> Iterator[Finding]:
