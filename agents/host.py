@@ -118,8 +118,8 @@ class NodeHost:
         )
         self._watchdog.start()
         self._tickers = [
-            self.bus.spawn(self._every(ANNOUNCE_S, self.announce), name="announce"),
-            self.bus.spawn(self._every(HEARTBEAT_S, self._beat), name="heartbeats"),
+            self.bus.spawn(self._every(ANNOUNCE_S, self.announce), name="announce", essential=True),
+            self.bus.spawn(self._every(HEARTBEAT_S, self._beat), name="heartbeats", essential=True),
         ]
 
     async def drain(self, timeout_s: float) -> None:
@@ -425,7 +425,11 @@ class NodeHost:
         node = self._node(msg.subject.rsplit(".", 1)[1])
         if node is None:
             return
-        news = decode(msg.data, Lifecycle)
+        try:
+            news = decode(msg.data, Lifecycle)
+        except Undecodable as error:
+            self.bus.discards.add("lifecycle_undecodable", reason=error.message, node_id=node.id)
+            return
         if news.profile is not None:
             node.mirror(news.profile)
 

@@ -16,7 +16,7 @@ from loom.schemas.errors import LoomError
 from loom.schemas.events import Progress, ToolCallEnd, ToolCallStart
 from loom.schemas.run import FINAL_KINDS, RunEvent, RunKind, RunRequest
 from loom.schemas.task import RunResult, TaskAd, TaskResult
-from loom.schemas.wire import encode
+from loom.schemas.wire import encode, total
 
 log = get_logger()
 
@@ -144,8 +144,8 @@ class Run:
         """Count what delegated work has spent."""
         self.others = replace(
             self.others,
-            prompt_tokens=self.others.prompt_tokens + result.prompt_tokens,
-            completion_tokens=self.others.completion_tokens + result.completion_tokens,
+            prompt_tokens=total(self.others.prompt_tokens, result.prompt_tokens),
+            completion_tokens=total(self.others.completion_tokens, result.completion_tokens),
         )
 
     def charged(self, result: RunResult | None) -> RunResult | None:
@@ -155,8 +155,8 @@ class Run:
         own = result or RunResult()
         return replace(
             own,
-            prompt_tokens=own.prompt_tokens + self.others.prompt_tokens,
-            completion_tokens=own.completion_tokens + self.others.completion_tokens,
+            prompt_tokens=total(own.prompt_tokens, self.others.prompt_tokens),
+            completion_tokens=total(own.completion_tokens, self.others.completion_tokens),
         )
 
     def move(self, inbox: str, from_n: int) -> None:

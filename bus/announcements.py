@@ -1,27 +1,25 @@
 """Announcements of node hosts, as far as they can be believed: the host in the subject is the host."""
 
 import asyncio
-import time
 
 from loom.bus.client import Bus, Msg
-from loom.bus.log import get_logger
+from loom.bus.discards import Discards
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.wire import Undecodable, decode
 
-log = get_logger()
-
 MAX_HOSTS = 10_000
 """Hosts that a reader of announcements remembers at most."""
-LOG_EVERY_S = 1.0
 
 
 class AnnouncementReader:
-    """Reads announcements, and counts and logs those it leaves out."""
+    """Reads announcements, and counts and logs those it leaves out.
 
-    def __init__(self) -> None:
-        self.left_out = 0
-        """Announcements that could not be read or named another host than their subject."""
-        self._log_at = 0.0
+    Args:
+        discards: Where they are counted.
+    """
+
+    def __init__(self, discards: Discards) -> None:
+        self._discards = discards
 
     def read(self, msg: Msg) -> HostAnnouncement | None:
         """Return the announcement; None for one that is left out."""
@@ -29,24 +27,18 @@ class AnnouncementReader:
         try:
             announcement = decode(msg.data, HostAnnouncement)
         except Undecodable as error:
-            self._leave_out(host_id, error.message)
+            self._discards.add("announcement_undecodable", reason=error.message, host_id=host_id)
             return None
         if announcement.host_id != host_id:
-            self._leave_out(host_id, "the body names another host than the subject")
+            reason = f"the body names the host {announcement.host_id}"
+            self._discards.add("announcement_of_another_host", reason=reason, host_id=host_id)
             return None
         return announcement
-
-    def _leave_out(self, host_id: str, reason: str) -> None:
-        self.left_out += 1
-        now = time.monotonic()
-        if now >= self._log_at:  # a flood must not fill the log
-            self._log_at = now + LOG_EVERY_S
-            log.warning("announcement_left_out", host_id=host_id, reason=reason, left_out=self.left_out)
 
 
 async def announced_hosts(bus: Bus, within_s: float) -> list[HostAnnouncement]:
     """Ask the hosts to announce themselves, and return what came within `within_s` seconds, by host id."""
-    reader = AnnouncementReader()
+    reader = AnnouncementReader(bus.discards)
     found: dict[str, HostAnnouncement] = {}
 
     async def take(msg: Msg) -> None:

@@ -22,7 +22,7 @@ from loom.bus.connection import Connection, PayloadTooLarge
 from loom.bus.log import get_logger
 from loom.bus.message import Msg
 from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
-from loom.schemas.wire import Relayed, encode
+from loom.schemas.wire import Count, Name, Relayed, Text, Undecodable, decode, encode
 
 __all__ = ["Bus", "Conflict", "Msg", "NoResponders", "PayloadTooLarge", "PubAck", "Refused", "Subscription"]
 
@@ -41,6 +41,8 @@ SETTLED_S = 4.0
 ASK_AGAIN_S = 1.0
 """Silence after which a call that may be made twice is made again: its server may have died, or lost its lead."""
 
+MAX_ANSWER_BYTES = 64 * 2**20
+"""The server's own limit of a message; an answer of the API may be as long."""
 STREAM_NOT_FOUND = 10059
 CONSUMER_NOT_FOUND = 10014
 _FULL = {10077, 10023, 10047}  # stream at its limit, insufficient resources, no room on disk
@@ -73,16 +75,16 @@ class Conflict(Refused):
 class PubAck(Relayed, frozen=True, kw_only=True):
     """The server's word that a message is stored."""
 
-    stream: str = ""
-    seq: int = 0
+    stream: Name = ""
+    seq: Count = 0
     duplicate: bool = False
     """Whether another message had taken the id and this one is not stored; a repetition by `store` does not count."""
 
 
 class _ApiError(Relayed, frozen=True, kw_only=True):
-    code: int = 0
-    err_code: int = 0
-    description: str = ""
+    code: Count = 0
+    err_code: Count = 0
+    description: Text = ""
 
 
 class _Unconfirmed:
@@ -104,9 +106,6 @@ class _Answer(Relayed, frozen=True, kw_only=True):
 
 class _PubReply(PubAck, frozen=True, kw_only=True):
     error: _ApiError | None = None
-
-
-_decode_ack = msgspec.json.Decoder(_PubReply).decode
 
 
 class Bus(Connection):
@@ -133,9 +132,9 @@ class Bus(Connection):
         """
         await super().connect()
         await self._nc.listen(f"{self._inbox}.*", self._on_reply)
-        self.spawn(self._watch_unconfirmed(), name="watch unconfirmed")
+        self.spawn(self._watch_unconfirmed(), name="watch unconfirmed", essential=True)
         await self.sync_clock()
-        self.spawn(self._clock_sync.keep(), name="clock")
+        self.spawn(self._clock_sync.keep(), name="clock", essential=True)
         return self
 
     async def sync_clock(self) -> bool:
@@ -252,11 +251,16 @@ class Bus(Connection):
     async def _call(self, call: str, body: Any, shape: Any, *, timeout_s: float, again_s: float | None) -> Any:
         payload = b"" if body is None else encode(body)
         msg = await self.request(f"$JS.API.{call}", payload, timeout_s=max(timeout_s, 0.01), again_s=again_s)
-        if b'"error"' in msg.data and (error := msgspec.json.decode(msg.data, type=_Answer).error) is not None:
+        try:
+            error = decode(msg.data, _Answer, limit=MAX_ANSWER_BYTES).error if b'"error"' in msg.data else None
+            answer = msgspec.json.decode(msg.data, type=shape) if error is None else None
+        except (Undecodable, ValueError, RecursionError) as cause:
+            raise BusUnavailable(f"the answer to {' '.join(call.split('.')[:2])} cannot be read") from cause
+        if error is not None:
             if error.err_code in {STREAM_NOT_FOUND, CONSUMER_NOT_FOUND}:
                 self.missing.set()
             raise Refused(error.description, error.err_code)
-        return msgspec.json.decode(msg.data, type=shape)
+        return answer
 
     async def stop_delivery(self, subscription: Subscription) -> None:
         """End a subscription after handing over all the server has sent on it."""
@@ -318,7 +322,7 @@ class Bus(Connection):
                 msg = await stored.answer.woken()
                 if msg is not None:
                     self._failed_publishes = 0
-                    if (ack := _read_ack(msg)) is not None:
+                    if (ack := self._acknowledged(msg)) is not None:
                         return msgspec.structs.replace(ack, duplicate=False) if repeated and ack.duplicate else ack
                     if msg.status == "503":
                         self.missing.set()
@@ -336,6 +340,14 @@ class Bus(Connection):
         finally:
             self.close_inbox(stored.reply)
             self._unconfirmed.discard(stored)
+
+    def _acknowledged(self, msg: Msg) -> PubAck | None:
+        """Return the acknowledgement; None where it has to be asked for again."""
+        try:
+            return _read_ack(msg)
+        except Undecodable as error:  # not the server's: anyone may publish to a reply subject
+            self.discards.add("ack_undecodable", reason=error.message)
+            return None
 
     async def _store_again(self, stored: "_Unconfirmed") -> None:
         """Send once more, with an inbox of its own: a late answer to the first sending may say less than the next."""
@@ -406,10 +418,15 @@ class Bus(Connection):
 
 
 def _read_ack(msg: Msg) -> PubAck | None:
-    """Return the acknowledgement; None while it is undecided whether the message will be stored."""
+    """Return the acknowledgement; None while it is undecided whether the message will be stored.
+
+    Raises:
+        Undecodable: The message is no acknowledgement.
+        Conflict, Overloaded, Refused: The server said no.
+    """
     if msg.status == "503":  # a stream without a leader, or none at all
         return None
-    reply = _decode_ack(msg.data)
+    reply = decode(msg.data, _PubReply)
     if reply.error is None:
         return reply
     error = reply.error

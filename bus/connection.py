@@ -20,7 +20,8 @@ from nats.aio.subscription import Subscription
 from loom.bus.addresses import Address, parse_addresses, shown, tls_wanted
 from loom.bus.clock import ServerClock
 from loom.bus.connect_causes import CHECK_ADDRESS, Cause, HungUp, cause_of
-from loom.bus.faults import describe
+from loom.bus.discards import Discards
+from loom.bus.faults import describe, summary
 from loom.bus.gate import Gate
 from loom.bus.lean_client import LeanClient, Take
 from loom.bus.log import get_logger
@@ -50,6 +51,12 @@ class PayloadTooLarge(LoomError):
     code = "invalid_task"
 
 
+class ServiceFailed(LoomError):
+    """A task without which the process is of no use has ended with an exception."""
+
+    code = "service_failed"
+
+
 class Connection:
     """One connection to one namespace on a nats-server: plain messages, and the life of the connection itself.
 
@@ -77,8 +84,11 @@ class Connection:
         self.role = role
         self.instance = f"{role}-{uuid4().hex[:8]}"
         self.lost = asyncio.Event()
-        """Set when the connection is closed for good: the process should end."""
+        """Set when the connection is closed for good or an essential task has failed: the process should end."""
+        self.failure = ""
+        """The essential task that failed first, and its error."""
         self.gate = Gate()
+        self.discards = Discards()
         self.clock = ServerClock()
         self._reconnected_at = -math.inf
         self._nc = LeanClient()
@@ -90,6 +100,7 @@ class Connection:
         """In a row, since the connection was lost."""
         self._reconnected: list[Callable[[], None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._essential: set[asyncio.Task[Any]] = set()
 
     # -- lifecycle
 
@@ -115,7 +126,7 @@ class Connection:
             telling.cancel()
         self._established = True
         self._harden_socket()
-        self.spawn(self._watch(), name="bus-watch")
+        self.spawn(self._watch(), name="bus-watch", essential=True)
         return self
 
     async def _tell(self) -> None:
@@ -239,17 +250,36 @@ class Connection:
     ) -> None:
         await self.close()
 
-    def spawn(self, work: Any, *, name: str) -> asyncio.Task[Any]:
-        """Run a coroutine beside the connection; it is cancelled when the connection closes."""
+    def spawn(self, work: Any, *, name: str, essential: bool = False) -> asyncio.Task[Any]:
+        """Run a coroutine beside the connection; it is cancelled when the connection closes.
+
+        Args:
+            essential: Whether the process is of no use without it: an exception that ends it sets `lost`.
+        """
         task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
+        if essential:
+            self._essential.add(task)
         task.add_done_callback(self._on_task_done)
         return task
 
     def _on_task_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("bus_task_failed", task=task.get_name(), **describe(task.exception()))
+        essential = task in self._essential
+        self._essential.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        log.error("essential_task_failed" if essential else "bus_task_failed", task=task.get_name(), **describe(error))
+        if essential and not self._closing:
+            self.failure = self.failure or f"{task.get_name()}: {summary(error)}"
+            self.lost.set()
+
+    def loss(self) -> LoomError:
+        """Return why `lost` is set: an essential task has failed, or the connection was closed for good."""
+        if self.failure:
+            return ServiceFailed(f"an essential task has failed ({self.failure}); see the log, then start it again")
+        return BusUnavailable("the connection to the server was closed for good", url=self.address)
 
     async def _end_tasks(self) -> None:
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]

@@ -81,6 +81,17 @@ class OrderedReader:
             self._started = True
         return self
 
+    async def begin(self) -> None:
+        """Begin to read as `start` does, and try again until the server answers."""
+        while True:
+            try:
+                await self.start()
+            except LoomError as error:
+                log.warning("reader_not_started", stream=self._stream, error=error.message)
+                await asyncio.sleep(1)
+            else:
+                return
+
     async def batch(self) -> list[Stored]:
         """Wait for messages and return all that are there."""
         await self.start()
@@ -164,7 +175,7 @@ class OrderedReader:
 
     def _begin_restart(self) -> asyncio.Task[None]:
         if self._restarting is None or self._restarting.done():
-            self._restarting = self._bus.spawn(self._reopen(), name=f"reopen {self._stream}")
+            self._restarting = self._bus.spawn(self._reopen(), name=f"reopen {self._stream}", essential=True)
         return self._restarting
 
     async def _restart(self) -> None:

@@ -68,8 +68,8 @@ class Pull:
         """Begin to pull."""
         await self._renew()
         self._bus.on_reconnect(self._restart)
-        self._asking = self._bus.spawn(self._ask(), name=f"pull {self._consumer}")
-        self._bus.spawn(self._watch(), name=f"pull-watch {self._consumer}")
+        self._asking = self._bus.spawn(self._ask(), name=f"pull {self._consumer}", essential=True)
+        self._bus.spawn(self._watch(), name=f"pull-watch {self._consumer}", essential=True)
         self.top_up()
 
     async def stop(self) -> None:
@@ -162,7 +162,7 @@ class Pull:
 
     def _heal(self) -> None:
         if self._healing is None or self._healing.done():
-            self._healing = self._bus.spawn(self._healed(), name=f"pull-heal {self._consumer}")
+            self._healing = self._bus.spawn(self._healed(), name=f"pull-heal {self._consumer}", essential=True)
 
     async def _healed(self) -> None:
         wait_s, self._retry_s = self._retry_s, min(2 * self._retry_s, RETRY_MOST_S)

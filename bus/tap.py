@@ -16,7 +16,6 @@ from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.subjects import FAMILIES
 from loom.schemas.auction import CallForBids, HostAnnouncement, RetireRequest, SpawnRequest
 from loom.schemas.envelope import Envelope
-from loom.schemas.errors import BusUnavailable
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.run import Delta, RunRequest
 from loom.schemas.task import Submission, TaskAd, TaskResult
@@ -115,7 +114,7 @@ class Tap:
         """
         while not self._waiting:
             if self._bus.lost.is_set():
-                raise BusUnavailable("the connection to the server was closed for good")
+                raise self._bus.loss()
             if self._closed:
                 raise StopAsyncIteration
             self._stirred.clear()

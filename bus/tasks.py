@@ -116,11 +116,21 @@ class TaskHandle:
 
     def _on_result(self, msg: Msg) -> None:
         if not self._result.done():
-            self._result.set_result(decode(msg.data, TaskResult))
+            try:
+                result = decode(msg.data, TaskResult)
+            except Undecodable as error:  # the record holds the result, and is read before long
+                self._bus.discards.add("result_undecodable", reason=error.message, task_id=self.task_id)
+            else:
+                self._result.set_result(result)
 
     def _on_delta(self, msg: Msg) -> None:
+        try:
+            delta = decode(msg.data, Delta)
+        except Undecodable as error:
+            self._bus.discards.add("delta_undecodable", reason=error.message, task_id=self.task_id)
+            return
         with contextlib.suppress(asyncio.QueueFull):  # nobody reads: at most once allows it
-            self._deltas.put_nowait(decode(msg.data, Delta))
+            self._deltas.put_nowait(delta)
 
     def _end_deltas(self) -> None:
         if self._deltas.full():  # the end must get through; a delta need not

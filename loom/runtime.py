@@ -223,4 +223,5 @@ class Runtime:
                 await session.open()
                 self.reward_bus.bus = session.bus
                 self._session = session
+            self._session.check()
             return self._session

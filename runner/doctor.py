@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import Iterator
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from loom.bus import topology
 from loom.bus.announcements import announced_hosts
@@ -11,11 +11,15 @@ from loom.bus.client import Bus, Refused
 from loom.bus.orphans import find as find_orphans
 from loom.bus.presence import ANSWER_S, Clocks, Present, clocks, own_version, who_is_there
 from loom.bus.topology import MIN_SERVER, Inspection, Part
+from loom.runner.findings import Finding
+from loom.runner.findings import fail as _fail
+from loom.runner.findings import ok as _ok
+from loom.runner.findings import warn as _warn
+from loom.runner.working import working
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
 from loom.schemas.errors import BusUnavailable, Overloaded
-from loom.schemas.wire import Wire
 
 CLOCK_S: Final = 1.0
 """An offset from the server's clock that is worth a look; deadlines count in server time."""
@@ -28,19 +32,6 @@ PROBE_S: Final = 4.0
 _WRONG_TIME: Final = "its tasks end too early or too late"
 
 AGAIN: Final = "ask again in ten seconds, as replicas may be choosing a leader; else see the server's log"
-
-Mark = Literal["ok", "warn", "fail"]
-
-
-class Finding(Wire, frozen=True, kw_only=True, omit_defaults=False):
-    """One thing looked at."""
-
-    mark: Mark
-    about: str
-    """What was looked at: `server`, `clock`, `phase match`, …"""
-    says: str
-    todo: str = ""
-    """What to do about it; empty where there is nothing to do."""
 
 
 async def examine(bus: Bus, config: ClusterConfig) -> list[Finding]:
@@ -60,6 +51,7 @@ async def examine(bus: Bus, config: ClusterConfig) -> list[Finding]:
         *replicas(seen),
         *await storage(bus, seen, config),
         *phases(there),
+        *await working(bus, seen, config),
         node_hosts(hosts),
         *backlog(seen, config),
         *await stuck(bus, seen),
@@ -261,15 +253,3 @@ def dead(seen: Inspection, stream: str) -> Finding:
         return _ok("dead letters", "none")
     todo = "see why: `loom dead ls`, `loom dead show`; then `loom dead retry` or `loom dead drop`"
     return _warn("dead letters", f"{count} wait", todo)
-
-
-def _ok(about: str, says: str) -> Finding:
-    return Finding(mark="ok", about=about, says=says)
-
-
-def _warn(about: str, says: str, todo: str) -> Finding:
-    return Finding(mark="warn", about=about, says=says, todo=todo)
-
-
-def _fail(about: str, says: str, todo: str) -> Finding:
-    return Finding(mark="fail", about=about, says=says, todo=todo)

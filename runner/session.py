@@ -96,6 +96,16 @@ class Session:
         await self._stack.aclose()
         self._buses.clear()
 
+    def check(self) -> None:
+        """Return while all that was started here works.
+
+        Raises:
+            ServiceFailed: An essential task of it has failed.
+        """
+        for bus in self._buses:
+            if bus.failure:
+                raise bus.loss()
+
     def abort(self) -> None:
         """Drop everything at once, from synchronous code."""
         self._stack.pop_all()

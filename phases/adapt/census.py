@@ -16,7 +16,7 @@ class Census:
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._announcements = AnnouncementReader()
+        self._announcements = AnnouncementReader(bus.discards)
         self._said: dict[str, tuple[float, HostAnnouncement]] = {}
         self._subscription: Subscription | None = None
 

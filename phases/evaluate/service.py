@@ -17,11 +17,12 @@ from loom.bus.answers import answer_task
 from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
 from loom.bus.duplicates import store_once
+from loom.bus.health import Health
 from loom.bus.kv import Bucket, Entry
 from loom.bus.log import get_logger
 from loom.bus.loop import SLOTS, HopLoop, Service
 from loom.bus.outcome import Done, Later, Next, Outcome
-from loom.bus.records import change, records, remembered
+from loom.bus.records import change, records, remembered, salvaged
 from loom.bus.reward_bus import RewardBus
 from loom.bus.topology import EVALUATE_LANE
 from loom.phases.evaluate import opinion
@@ -42,6 +43,7 @@ from loom.phases.shared.check_pool import CheckPool, NotChecked, Violation
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, SplitPlan, TaskRecord
 from loom.schemas.llm import LLMProvider
+from loom.schemas.wire import Undecodable
 
 log = get_logger()
 
@@ -64,6 +66,10 @@ class Evaluate:
         self._checks = CheckPool(bus)
         service = Service("evaluate", [(EVALUATE_LANE, SLOTS)], Envelope, self.handle, end=self.end_dead)
         self._loop = HopLoop(bus, service)
+
+    def health(self) -> Health:
+        """Return how far the work has got."""
+        return self._loop.health()
 
     async def start(self) -> None:
         """Begin to judge."""
@@ -135,7 +141,11 @@ class Evaluate:
     async def end_dead(self, envelope: Envelope) -> None:
         """End a task of which even this phase could not handle the message."""
         end = End("failed", replace(envelope, result=None, known=None))
-        entry = await self._write_end(end, envelope)
+        try:
+            entry = await self._write_end(end, envelope)
+        except Undecodable as error:
+            log.warning("record_replaced", reason=error.message)
+            entry = await self._write_end(end, envelope, await salvaged(self._bus, envelope))
         if entry is not None and entry.value.ended:
             await self._announce(entry.value)
 
@@ -213,7 +223,11 @@ class Evaluate:
         if notice is not None:
             await self._store_for_scale(notice, f"{record.task_id}:done")
         # The plan is looked for after the record is written: whoever stores one reads the record after that.
-        plan = await self._plans.get(record.task_id) if may_be_divided(record) else None
+        try:
+            plan = await self._plans.get(record.task_id) if may_be_divided(record) else None
+        except Undecodable as error:  # SCALE cannot read it either: there is nothing to stop
+            log.warning("plan_undecodable", reason=error.message)
+            plan = None
         if plan is not None and plan.value.subtasks:
             await self._store_for_scale(record.envelope, f"{record.task_id}:unpark")
 

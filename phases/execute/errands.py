@@ -20,7 +20,7 @@ from loom.schemas.envelope import MAX_DELEGATED, Envelope, Split, SplitPlan, Tas
 from loom.schemas.errors import InvalidTask, LoomError
 from loom.schemas.run import RunEvent
 from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult, check_ad
-from loom.schemas.wire import MAX_INPUTS_BYTES, cut_utf8
+from loom.schemas.wire import MAX_INPUTS_BYTES, cut_utf8, total
 
 log = get_logger()
 
@@ -63,7 +63,7 @@ class Errands:
     @property
     def result(self) -> RunResult | None:
         """What delegated work has spent, for a run that can no longer say so itself."""
-        return RunResult(prompt_tokens=self._spent) if self._spent else None
+        return RunResult(prompt_tokens=total(self._spent)) if self._spent else None
 
     async def hear(self, event: RunEvent, watch: Watch) -> None:
         """Act on what the run says of its delegated work; any word of it is an occasion to repeat a lost answer."""
@@ -217,7 +217,7 @@ def answer_in(record: TaskRecord, taken: int) -> TaskResult:
         result,
         content=content,
         truncated=result.truncated or cut,
-        prompt_tokens=max(0, taken - result.completion_tokens),
+        prompt_tokens=total(max(0, taken - result.completion_tokens)),
     )
 
 

@@ -190,15 +190,18 @@ class Watch:
         request = replace(self._request, from_n=self._next_n, remaining_s=left_s)
         return Watch(self._bus, self._host_id, request, self._stop)
 
+    def _discard(self, reason: str) -> None:
+        self._bus.discards.add("run_event_undecodable", reason=reason, host_id=self._host_id)
+
     def _take(self, msg: Msg) -> None:
         if msg.status == "503":
             self._absent_since = self._absent_since or time.monotonic()
             return
         self._absent_since = None
         try:
-            events = read_events(msg.data)
+            events = read_events(msg.data, self._discard)
         except Undecodable as error:
-            log.warning("run_event_undecodable", host_id=self._host_id, reason=error.message)
+            self._discard(error.message)
             return
         if not events:
             return  # a word of nothing is no silence either

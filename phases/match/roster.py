@@ -40,7 +40,7 @@ class Roster:
         """node id -> what has been learned; of each window the newest score alone."""
         self.ranking = Ranking()
         self._read: dict[str, ReadProfile] = {}
-        self._announcements = AnnouncementReader()
+        self._announcements = AnnouncementReader(bus.discards)
         self._presence = Presence(_now, MAX_HOSTS, self._forget_nodes)
         self._claims = Claims(_now, self._presence.seen_at)
         self._reader: BucketReader[ReadProfile] | None = None
@@ -52,7 +52,7 @@ class Roster:
         self._reader = Bucket(self._bus, "nodes", ReadProfile).reader()
         while not self._reader.caught_up:
             await self._learn(self._reader)
-        self._bus.spawn(self._follow(self._reader), name="follow profiles")
+        self._bus.spawn(self._follow(self._reader), name="follow profiles", essential=True)
         await self._bus.publish(self._bus.subjects.hosts)
 
     async def stop(self) -> None:
@@ -104,11 +104,13 @@ class Roster:
             await self._learn(reader)
 
     async def _learn(self, reader: BucketReader[ReadProfile]) -> None:
-        for node in {entry.value.node_id: entry.value for entry in await reader.batch()}.values():
+        for node in {
+            entry.key: entry.value for entry in await reader.batch() if entry.key == entry.value.node_id
+        }.values():
             try:
                 self._take(node)
             except Undecodable as error:
-                log.warning("profile_undecodable", node_id=node.node_id, reason=error.message)
+                self._bus.discards.add("profile_undecodable", reason=error.message, node_id=node.node_id)
 
     def _take(self, read: ReadProfile) -> None:
         """Learn what has changed of a node."""

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from loom.bus.client import Bus
 from loom.bus.delivery import Delivery, Slots
+from loom.bus.health import Health
 from loom.bus.log import get_logger
 from loom.bus.loop import HopLoop, Service, lane_slots
 from loom.bus.outcome import Dead, Fail, Later, Next, Outcome
@@ -25,7 +26,7 @@ from loom.bus.topology import MATCH_LANES, Lane
 from loom.phases.match.awards import Awards
 from loom.phases.match.claims import SETTLE_S
 from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, Verdict, judge
-from loom.phases.match.reading import ReadOffer
+from loom.phases.match.reading import OfferReader, ReadOffer
 from loom.phases.match.roster import Roster
 from loom.phases.match.trust import policy
 from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, CallForBids
@@ -39,6 +40,8 @@ log = get_logger()
 HOLD_S = 5.0  # a busy cluster is asked again for so long before the task goes to the tail
 PAUSE_S = (0.1, 2.0)  # shortest and longest pause between two calls
 ALONE_PAUSE_S = 1.0
+MAX_REASON = 1000
+"""Characters of a reason that names the tools a client asked for."""
 DAY_S = 86_400.0
 
 
@@ -53,6 +56,10 @@ class Match:
         self._policy = policy(config.policy)
         lanes = [(lane, lane_slots(lane)) for lane in MATCH_LANES]
         self._loop = HopLoop(bus, Service("match", lanes, Envelope, self.handle, window=self._window))
+
+    def health(self) -> Health:
+        """Return how far the work has got."""
+        return self._loop.health()
 
     async def start(self) -> None:
         """Begin to hold auctions."""
@@ -130,7 +137,7 @@ class Match:
         if envelope.ad.node_id is not None:
             return f"the task is pinned to {envelope.ad.node_id}, which is not there"
         if envelope.ad.required_tools and self._roster.awaited():
-            return f"no node has all of the required tools: {', '.join(envelope.ad.required_tools)}"
+            return f"no node has all of the required tools: {', '.join(envelope.ad.required_tools)}"[:MAX_REASON]
         return "no node is there to take the task; start one with `loom node FILE.py`"
 
     def _pinned(self, envelope: Envelope, spec: Spec, node_id: str) -> Outcome:
@@ -159,7 +166,7 @@ class Match:
             self._bus,
             self._bus.subjects.of("auction", slug),
             self._call(envelope, spec, slug),
-            ReadOffer,
+            OfferReader(self._bus.discards, BID_LIMIT),
             window_s=self._config.bid_window_ms / 1000,
             enough=enough,
         )

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
 from loom.bus.duplicates import store_once
+from loom.bus.health import Health
 from loom.bus.kv import Bucket
 from loom.bus.log import get_logger
 from loom.bus.loop import SLOTS, HopLoop, Service, schedule
@@ -32,7 +33,7 @@ from loom.schemas.envelope import Envelope, SplitPlan, Subtask
 from loom.schemas.errors import BusUnavailable, InvalidPlan
 from loom.schemas.llm import LLMProvider
 from loom.schemas.task import RunResult, TaskError
-from loom.schemas.wire import MAX_CONTENT_BYTES, cut_utf8
+from loom.schemas.wire import MAX_CONTENT_BYTES, cut_note, cut_utf8
 
 log = get_logger()
 
@@ -56,6 +57,10 @@ class Scale:
         """Parent -> held by who changes its plan: only other replicas are met at the compare-and-set."""
         service = Service("scale", [(SCALE_LANE, SLOTS)], Envelope, self.handle, end=self.end_dead)
         self._loop = HopLoop(bus, service)
+
+    def health(self) -> Health:
+        """Return how far the work has got."""
+        return self._loop.health()
 
     async def start(self) -> None:
         """Begin to divide tasks and to pass them on."""
@@ -303,4 +308,4 @@ def _noted(envelope: Envelope, why: str) -> Envelope:
     note = f"not divided: {why}"
     if spec is None or note in spec.note:
         return envelope
-    return replace(envelope, spec=replace(spec, note="; ".join(filter(None, (spec.note, note)))))
+    return replace(envelope, spec=replace(spec, note=cut_note("; ".join(filter(None, (spec.note, note))))))

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from loom.bus.client import Bus
 from loom.bus.delivery import Delivery, Slots
+from loom.bus.health import Health, together
 from loom.bus.log import get_logger
 from loom.bus.loop import HopLoop, Service, lane_slots
 from loom.bus.orphans import sweep
@@ -70,6 +71,10 @@ class Sense:
         self._intake = HopLoop(bus, Service("sense", intake, Submission, self.admit, window=self._window))
         self._subtasks = HopLoop(bus, Service("sense", [(SENSE_LANE, 64)], Envelope, self.admit_subtask))
 
+    def health(self) -> Health:
+        """Return how far the work has got."""
+        return together([self._intake.health(), self._subtasks.health()])
+
     async def start(self) -> None:
         """Begin to answer and to admit."""
         await self._measure_room()  # a restarted replica may meet a full house
@@ -77,7 +82,7 @@ class Sense:
         await self._intake.start()
         await self._subtasks.start()
         await self._desk.open()
-        self._gate = self._bus.spawn(self._watch_room(), name="intake gate")
+        self._gate = self._bus.spawn(self._watch_room(), name="intake gate", essential=True)
         self._sweeping = self._bus.spawn(sweep(self._bus), name="sweep orphans")
 
     async def drain(self, timeout_s: float) -> None:
