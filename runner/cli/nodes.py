@@ -116,8 +116,9 @@ async def announcements(bus: Bus, within_s: float = CALL_S) -> list[HostAnnounce
     async def take(msg: Msg) -> None:
         try:
             host = decode(msg.data, HostAnnouncement)
-        except Undecodable:
-            return  # whoever that is, it cannot be shown as a host
+        except Undecodable as error:
+            bus.discards.add("announcement_undecodable", reason=error.message, subject=msg.subject)
+            return
         said[host.host_id] = host
 
     subscription = await bus.subscribe(bus.subjects.of("host", "*"), take)
