@@ -7,6 +7,7 @@ from uuid import uuid4
 
 from loom.bus.client import Bus, Msg
 from loom.bus.delivery import read_facts
+from loom.bus.faults import describe
 from loom.bus.log import get_logger
 from loom.bus.pull import Pull
 from loom.schemas.errors import LoomError
@@ -189,8 +190,8 @@ class OrderedReader:
         while not self._stopped:
             try:
                 await self._open()
-            except LoomError as error:
-                log.warning("reader_not_restored", stream=self._stream, error=error.message)
+            except (LoomError, LookupError, TypeError) as error:  # the latter: an answer of another shape
+                log.warning("reader_not_restored", stream=self._stream, **describe(error))
                 await asyncio.sleep(1)
             else:
                 break

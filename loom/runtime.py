@@ -223,5 +223,6 @@ class Runtime:
                 await session.open()
                 self.reward_bus.bus = session.bus
                 self._session = session
-            self._session.check()
+            else:
+                self._session.check()  # a new one is left to its first use: `async with` must have it to close
             return self._session

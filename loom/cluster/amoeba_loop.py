@@ -22,7 +22,7 @@ from loom.runner.session import Session
 from loom.runner.settings import from_environment
 from loom.schemas.errors import InvalidTask
 from loom.schemas.learning import Lifecycle
-from loom.schemas.wire import decode
+from loom.schemas.wire import Undecodable, decode
 from loom.types import (
     Done,
     ErrorEvent,
@@ -218,7 +218,11 @@ class _Learned:
             log.info("not_learned_yet", task_id=self._task_id, waited_s=seconds)
 
     async def _on_news(self, msg: Msg) -> None:
-        news = decode(msg.data, Lifecycle)
+        try:
+            news = decode(msg.data, Lifecycle)
+        except Undecodable as error:
+            self._bus.discards.add("lifecycle_undecodable", reason=error.message, subject=msg.subject)
+            return
         if self._task_id not in news.task_ids:
             return
         for node in self._cluster.nodes:

@@ -17,7 +17,7 @@ from loom.schemas.envelope import Envelope, SplitPlan, Subtask, TaskRecord
 from loom.schemas.errors import LoomError
 from loom.schemas.events import SubtaskEvent
 from loom.schemas.run import Delta
-from loom.schemas.wire import decode
+from loom.schemas.wire import Undecodable, decode
 
 log = get_logger()
 
@@ -72,7 +72,11 @@ class Subtasks:
                 yield news
 
     async def _on_hop(self, msg: Msg) -> None:
-        envelope = decode(msg.data, Envelope)
+        try:
+            envelope = decode(msg.data, Envelope)
+        except Undecodable as error:
+            self._bus.discards.add("envelope_undecodable", reason=error.message, subject=msg.subject)
+            return
         if self._bus.subjects.later(self._task_id, "timer") == msg.subject:
             self._heard.put_nowait(None)
         elif envelope.split is not None and envelope.split.child is not None:

@@ -33,7 +33,7 @@ from loom.schemas.envelope import Envelope, SplitPlan, Subtask
 from loom.schemas.errors import BusUnavailable, InvalidPlan
 from loom.schemas.llm import LLMProvider
 from loom.schemas.task import RunResult, TaskError
-from loom.schemas.wire import MAX_CONTENT_BYTES, cut_note, cut_utf8
+from loom.schemas.wire import MAX_CONTENT_BYTES, Undecodable, cut_note, cut_utf8
 
 log = get_logger()
 
@@ -87,7 +87,11 @@ class Scale:
     async def end_dead(self, envelope: Envelope) -> None:
         """Hand a task whose message is dead to EVALUATE; a dead notice is not the envelope of the task it is about."""
         if envelope.split is not None and envelope.split.child is not None:
-            plan = await self._plans.get(envelope.task_id)
+            try:
+                plan = await self._plans.get(envelope.task_id)
+            except Undecodable as error:  # the timer of the parked task ends it
+                log.warning("plan_undecodable", reason=error.message)
+                return
             if plan is None or plan.value.state != "running":
                 return
             envelope = replace(plan.value.envelope, error=envelope.error)

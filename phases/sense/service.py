@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from loom.bus.client import Bus
 from loom.bus.delivery import Delivery, Slots
+from loom.bus.faults import describe
 from loom.bus.health import Health, together
 from loom.bus.log import get_logger
 from loom.bus.loop import HopLoop, Service, lane_slots
@@ -195,8 +196,8 @@ class Sense:
             elif time.monotonic() >= self._idle_until:
                 self._idle = max(0, stored - await in_flight(self._bus))
                 self._idle_until = time.monotonic() + IDLE_S
-        except LoomError as error:
-            log.warning("room_unknown", reason=error.message)
+        except (LoomError, LookupError, TypeError) as error:  # the latter: an answer of another shape
+            log.warning("room_unknown", **describe(error))
         else:
             in_hand += self._begun - begun  # on their way into TASKS, and not seen there yet
             self._room = self._config.max_in_flight - max(0, stored - self._idle) - in_hand

@@ -17,10 +17,12 @@ from loom.bus.connection import ServiceFailed
 from loom.bus.kv import Bucket
 from loom.bus.message import Msg
 from loom.bus.records import records
+from loom.bus.topology import stream_state
 from loom.phases.adapt.lease import LEASE_S, take_lease
 from loom.runner.cli.running import until_lost
 from loom.schemas.auction import Bid
-from loom.schemas.envelope import Claim
+from loom.schemas.envelope import Claim, Split
+from loom.schemas.errors import BusUnavailable
 from loom.schemas.learning import BIAS, Calibration, DomainEvidence, Lease, NodeProfile, Score
 from loom.schemas.task import RunResult, TaskError, TaskResult
 from loom.schemas.wire import encode
@@ -284,6 +286,17 @@ async def test_a_plan_that_is_garbage_keeps_no_task_from_its_end(stage: Stage) -
     await stage.settled()
 
 
+async def test_a_notice_about_a_plan_that_is_garbage_is_settled(stage: Stage) -> None:
+    await stage.phase("scale")
+    parent, child = envelope(ad(task_id="t1"), now=stage.bus.now()), envelope(ad(task_id="c1"), now=stage.bus.now())
+    await stage.record(child, state="succeeded", ended_at=1.0)
+    await stage.bus.store(f"$KV.{stage.bus.subjects.bucket('plans')}.t1", b"\xff")
+    split = Split(parent="t1", depth=1, subtask="a", deadline=1e10, child="c1")
+    await stage.put("scale", replace(parent, split=split))
+    await until(lambda: stage.all("dead", phase="scale"), within_s=5, what="the notice is a dead letter")
+    await stage.settled()
+
+
 # -- acknowledgements
 
 
@@ -307,6 +320,25 @@ async def test_a_forged_acknowledgement_is_asked_for_again(bus: Bus, forged_ack:
     ack = await storing
     assert ack.seq > 0
     assert bus.discards.counts["ack_undecodable"] == 1
+
+
+@pytest.mark.parametrize("forged_answer", [b"\xff", b"7", b"[" * 5000, b'{"error":7}', b'{"state":7}', b'{"state":{}}'])
+async def test_a_forged_answer_of_the_server_is_a_typed_error(bus: Bus, forged_answer: bytes) -> None:
+    asking = asyncio.ensure_future(stream_state(bus, "TASKS"))
+    while not bus._sinks:  # before the server can answer
+        await asyncio.sleep(0)
+    bus._on_reply(Msg(next(iter(bus._sinks)), data=forged_answer))
+    with pytest.raises(BusUnavailable, match="cannot be read"):
+        await asking
+
+
+@pytest.mark.parametrize("forged_answer", [b"\xff", b"7", b"[" * 5000, b'{"ts":1e308}'])
+async def test_a_forged_time_of_the_server_is_no_time(bus: Bus, forged_answer: bytes) -> None:
+    asking = asyncio.ensure_future(bus._clock_sync._ask(2.0))
+    while not bus._sinks:  # before the server can answer
+        await asyncio.sleep(0)
+    bus._on_reply(Msg(next(iter(bus._sinks)), data=forged_answer))
+    assert await asking is None
 
 
 # -- essential tasks

@@ -190,7 +190,7 @@ async def test_a_result_that_cannot_be_read_is_as_good_as_lost(plain: Bus, handl
         await say(plain, "result", b"nonsense")
         await say(plain, "result", _result())
         assert await handle.result(5) == _result()
-    assert [entry["event"] for entry in logs] == ["handler_failed"]
+    assert [entry["event"] for entry in logs] == ["result_undecodable"]
 
 
 async def test_an_ended_handle_listens_no_more(plain: Bus) -> None:

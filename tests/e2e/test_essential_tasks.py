@@ -13,6 +13,7 @@ from loom.bus.client import Bus
 from loom.bus.connection import ServiceFailed
 from loom.bus.reward_bus import RewardBus
 from loom.phases.adapt.service import Adapt
+from loom.schemas.errors import BusUnavailable
 from loom.types import CapabilityProfile
 
 LOOM = (sys.executable, "-m", "support.failing_loom")
@@ -70,6 +71,24 @@ async def test_an_embedded_runtime_raises_the_reason_and_works_again_once_reopen
             await rt.submit(TaskAd(description="two", **task))
         await rt.aclose()
         assert await rt.submit(TaskAd(description="three", **task)) == "THREE"
+
+
+async def test_a_runtime_whose_phases_fail_at_once_leaves_no_server_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NATS_URL", raising=False)
+    monkeypatch.setattr(Adapt, "_read", _fail_at_once)
+    async with Runtime() as rt:
+        assert rt._session is not None
+        url = rt._session.bus.url
+        phases = next(bus for bus in rt._session._buses if bus.role == "phases")
+        await phases.lost.wait()
+        with pytest.raises(ServiceFailed, match="fold rewards"):
+            await rt.submit(TaskAd(description="one"))
+    with pytest.raises(BusUnavailable):
+        await Bus(url).connect()
+
+
+async def _fail_at_once(_self: Any) -> None:
+    raise ValueError("poison")
 
 
 def _fail(_self: Any, _message: Any) -> None:
