@@ -300,7 +300,12 @@ async def embedded_server(
             await loop.run_in_executor(thread, server.start)
             yield server
         finally:
-            await asyncio.shield(loop.run_in_executor(thread, server.stop))
+            try:
+                stopping = loop.run_in_executor(thread, server.stop)
+            except RuntimeError:  # no thread is started once the interpreter exits
+                server.stop()
+            else:
+                await asyncio.shield(stopping)
 
 
 def find_server() -> tuple[str, tuple[int, int]]:
