@@ -1,4 +1,4 @@
-"""What MATCH reads of offers and profiles: what no award needs is passed over, and nothing is checked twice."""
+"""What MATCH reads of offers, profiles and records: what no award needs is passed over; nothing is checked twice."""
 
 from collections.abc import Mapping
 from typing import Annotated
@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from loom.schemas.auction import Bid, Offer
+from loom.schemas.envelope import ENDED
 from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile, Score
 from loom.schemas.wire import Count, Token, Unit, decode
 
@@ -25,6 +26,17 @@ class ReadOffer(Offer, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Check nothing, as with a bid."""
+
+
+class ReadRecord(msgspec.Struct, frozen=True):
+    """The part of a TaskRecord that decides whether a waiting task goes on."""
+
+    state: str
+
+    @property
+    def ended(self) -> bool:
+        """Whether the state is terminal."""
+        return self.state in ENDED
 
 
 class ReadEvidence(msgspec.Struct, frozen=True):
