@@ -21,6 +21,7 @@ from loom.bus.clock_sync import ClockSync
 from loom.bus.connection import Connection, PayloadTooLarge
 from loom.bus.log import get_logger
 from loom.bus.message import Msg
+from loom.bus.ownership import running_loop
 from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
 from loom.schemas.wire import Relayed, encode
 
@@ -179,7 +180,13 @@ class Bus(Connection):
         return f"{self._inbox}.0"
 
     def open_inbox(self, sink: Callable[[Msg], None]) -> str:
-        """Return a reply subject whose messages go to `sink` until `close_inbox`."""
+        """Return a reply subject whose messages go to `sink` until `close_inbox`.
+
+        Raises:
+            WrongEventLoop: The connection is open in another event loop.
+        """
+        if running_loop() is not self._loop:
+            self.check_owner()
         self._next_token += 1
         reply = f"{self._inbox}.{self._next_token}"
         self._sinks[reply] = sink

@@ -27,7 +27,7 @@ from loom.bus.gate import Gate
 from loom.bus.lean_client import LeanClient, Take
 from loom.bus.log import get_logger
 from loom.bus.message import Msg, format_headers
-from loom.bus.ownership import Owner, keep_forever
+from loom.bus.ownership import Owner, keep_forever, running_loop
 from loom.bus.resolver import Resolver
 from loom.bus.subjects import Subjects
 from loom.schemas.errors import BusUnavailable, LoomError
@@ -351,7 +351,7 @@ class Connection:
             BusUnavailable: The connection is gone, or its buffer is full.
             WrongEventLoop: The connection is open in another event loop.
         """
-        if asyncio.get_running_loop() is not self._loop:
+        if running_loop() is not self._loop:
             self.check_owner()
         payload = message if isinstance(message, bytes) else encode(message)
         block = format_headers(headers) if headers else b""

@@ -162,7 +162,8 @@ class Runtime:
             WrongEventLoop: The Runtime is open in an event loop that does not run now.
             BusUnavailable: The Runtime was closed meanwhile.
         """
-        answer = asyncio.run_coroutine_threadsafe(self.submit(task), self._loop_for_sync())
+        loop = self._loop_for_sync()
+        answer = asyncio.run_coroutine_threadsafe(self.submit(task), loop)
         try:
             return answer.result(timeout_s)
         except concurrent.futures.CancelledError:
