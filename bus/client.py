@@ -326,6 +326,7 @@ class Bus(Connection):
     async def _confirm(self, stored: "_Unconfirmed", within_s: float) -> PubAck:
         give_up, repeated = time.monotonic() + within_s, False
         stored.awaited = True
+        self._unconfirmed.add(stored)  # again, if it was given up before this was awaited
         try:
             if self._nc.clogged:
                 await self._nc.unclog()
