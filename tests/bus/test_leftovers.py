@@ -270,3 +270,11 @@ async def test_a_reader_of_rewards_that_breaks_off_leaves_nothing(bus: Bus) -> N
     async for _ in topic.replay():
         break
     await nothing_more(bus, before)
+
+
+async def test_a_stored_message_that_is_awaited_late_is_confirmed(bus: Bus) -> None:
+    storing = bus.store(bus.subjects.intake("low", "late"), b"{}", msg_id="late", within_s=0.2)
+    assert bus._unconfirmed
+    await until(lambda: not bus._unconfirmed and not bus._sinks, what="it is given up")
+    assert (await storing).seq > 0
+    assert not bus._unconfirmed
