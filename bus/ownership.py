@@ -3,7 +3,9 @@
 import asyncio
 import ctypes
 import os
+import selectors
 from typing import Any, Final
+from weakref import WeakSet
 
 from loom.schemas.errors import LoomError
 
@@ -26,6 +28,7 @@ class Owner:
 
     def __init__(self, what: str, ways: str = f"{THREADSAFE}, or a Runtime of its own") -> None:
         self.loop = asyncio.get_running_loop()
+        _loops.add(self.loop)
         self._pid = os.getpid()
         self._what = what
         self._ways = ways
@@ -73,3 +76,26 @@ def keep_forever(inherited: Any) -> None:
     be woken by that socket again. The child's exit closes its descriptors, which harms nobody.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
+
+
+_loops: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
+
+
+def _detach_loops() -> None:
+    """Give inherited event loops a selector of their own, and stop those that run.
+
+    A fork in the thread of a loop leaves the child inside that loop. With the parent's selector it would read what
+    the parent's sockets receive, and its cleanup would unregister them. A loop of uvloop keeps what it has.
+    """
+    for loop in list(_loops):
+        if isinstance(loop, asyncio.SelectorEventLoop) and not loop.is_closed():
+            inner: Any = loop
+            keep_forever((inner._selector, inner._ssock, inner._csock))  # noqa: SLF001 - there is no public way
+            inner._selector = selectors.DefaultSelector()  # noqa: SLF001 - as above
+            inner._make_self_pipe()  # noqa: SLF001 - threads of the child wake the loop through it
+            if loop.is_running():
+                loop.stop()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_detach_loops)

@@ -195,11 +195,11 @@ async def test_agents_may_fork_pools_and_children_that_exit_at_once(monkeypatch:
         await works_on(rt)
 
 
-def script(text: str) -> str:
+def script(text: str, *arguments: str) -> str:
     """Run a program of its own and return its standard output."""
     environment = {name: value for name, value in os.environ.items() if name != "NATS_URL"}
     ended = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(text)],
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(text), *arguments],
         capture_output=True, text=True, timeout=50, check=False, env=environment,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
@@ -258,3 +258,55 @@ def test_a_child_whose_parent_has_closed_its_runtime_starts_a_server_of_its_own(
         )
         == "before in True\nchild in False\n"
     )
+
+
+FORKS_IN_ITS_LOOP = """
+    import asyncio, os, sys
+    from loom import Runtime, TaskAd
+
+    children = []
+
+    async def echo(description: str) -> str:
+        return description
+
+    async def forks(description: str) -> str:
+        child = os.fork()
+        if child == 0 and description == "exits":
+            sys.exit(0)
+        if child == 0 and description == "raises":
+            raise ValueError("in the child")
+        children.append(child)
+        return "forked"
+
+    rt = Runtime()
+    rt.add_agent(echo, name="echo")
+    rt.add_agent(forks, name="forks")
+
+    async def main() -> None:
+        async with rt:
+            if sys.argv[1] == "program":
+                children.append(os.fork())
+                if not children[0]:
+                    sys.exit(0)
+            else:
+                print(await rt.submit(TaskAd(description=sys.argv[1], node_id="forks")), flush=True)
+            for child in children:
+                await asyncio.wait_for(asyncio.to_thread(os.waitpid, child, 0), 20)
+            for n in range(3):
+                print(await asyncio.wait_for(rt.submit(TaskAd(description="after", node_id="echo")), 10), flush=True)
+
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("child", "first"),
+    [
+        ("exits", "forked\n"),
+        pytest.param("raises", "forked\n", marks=pytest.mark.slow),
+        pytest.param("returns", "forked\n", marks=pytest.mark.slow),
+        pytest.param("program", "", marks=pytest.mark.slow),
+    ],
+)
+def test_a_child_forked_in_the_loops_own_thread_ends_and_takes_nothing_from_the_parent(child: str, first: str) -> None:
+    assert script(FORKS_IN_ITS_LOOP, child) == first + 3 * "after\n"
