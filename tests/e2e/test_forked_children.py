@@ -138,8 +138,16 @@ async def test_handles_connections_and_rewards_of_the_parent_are_refused_in_a_ch
             await bus.echo()
             return "works"
 
-    async with runtime() as rt, Bus(url, namespace=namespace) as bus:
-        handle = await rt.publish(pinned("task"))
+    go_on = asyncio.Event()
+
+    async def held_back(description: str) -> str:
+        await go_on.wait()
+        return description
+
+    rt = runtime()
+    rt.add_agent(held_back, name="held_back")
+    async with rt, Bus(url, namespace=namespace) as bus:
+        handle = await rt.publish(pinned("task", "held_back"))
         for call in (handle.result, handle.content, lambda: anext(handle.events())):
             assert (await in_child(call)).startswith(
                 "WrongEventLoop: this task handle was opened by the parent process"
@@ -149,8 +157,9 @@ async def test_handles_connections_and_rewards_of_the_parent_are_refused_in_a_ch
         assert await in_child(handle.close) == "None"
         assert await in_child(lambda: reopened(bus)) == "works"
         await bus.echo()
-        assert await handle.content() == f"task in {os.getpid()}"
-        assert await in_child(handle.content) == f"task in {os.getpid()}"
+        go_on.set()
+        assert await handle.content() == "task"
+        assert await in_child(handle.content) == "task"
         await works_on(rt)
 
 
