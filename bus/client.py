@@ -21,6 +21,7 @@ from loom.bus.clock_sync import ClockSync
 from loom.bus.connection import Connection, PayloadTooLarge
 from loom.bus.log import get_logger
 from loom.bus.message import Msg
+from loom.bus.ownership import running_loop
 from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
 from loom.schemas.wire import Count, Name, Relayed, Text, Undecodable, decode, encode
 
@@ -96,6 +97,8 @@ class _Unconfirmed:
         self.reply = ""
         self.until = math.inf
         """When to wait no longer, in monotonic time: one look at all of them is cheaper than a timer for each."""
+        self.awaited = False
+        """Whether the outcome is waited for; a task that is cancelled before its first step never waits."""
         self.anew = False
         """Whether the connection was lost meanwhile: silence then means nothing."""
 
@@ -170,8 +173,19 @@ class Bus(Connection):
         """Return a fresh prefix for a subscription of one's own, outside the shared reply inbox."""
         return f"{self._inbox}.own.{uuid4().hex[:8]}"
 
+    @property
+    def no_inbox(self) -> str:
+        """A reply subject for requests whose answer is of no use: answers to it are dropped."""
+        return f"{self._inbox}.0"
+
     def open_inbox(self, sink: Callable[[Msg], None]) -> str:
-        """Return a reply subject whose messages go to `sink` until `close_inbox`."""
+        """Return a reply subject whose messages go to `sink` until `close_inbox`.
+
+        Raises:
+            WrongEventLoop: The connection is open in another event loop.
+        """
+        if running_loop() is not self._loop:
+            self.check_owner()
         self._next_token += 1
         reply = f"{self._inbox}.{self._next_token}"
         self._sinks[reply] = sink
@@ -264,12 +278,14 @@ class Bus(Connection):
 
     async def stop_delivery(self, subscription: Subscription) -> None:
         """End a subscription after handing over all the server has sent on it."""
-        with contextlib.suppress(nats.errors.Error, LoomError, TimeoutError):
-            await self._nc._send_unsubscribe(subscription._id)  # the public call drops what is on its way
-            await self.echo()
-            async with asyncio.timeout(HAND_OVER_S):
-                await subscription._pending_queue.join()  # what has come but waits for its handler
-        await self.unsubscribe(subscription)
+        try:
+            with contextlib.suppress(nats.errors.Error, LoomError, TimeoutError):
+                await self._nc._send_unsubscribe(subscription._id)  # the public call drops what is on its way
+                await self.echo()
+                async with asyncio.timeout(HAND_OVER_S):
+                    await subscription._pending_queue.join()  # what has come but waits for its handler
+        finally:
+            self.end_subscription(subscription)
 
     # -- stored messages
 
@@ -307,11 +323,14 @@ class Bus(Connection):
         except LoomError:
             self.close_inbox(stored.reply)
             raise
+        stored.until = time.monotonic() + within_s
         self._unconfirmed.add(stored)
         return self._confirm(stored, within_s)
 
     async def _confirm(self, stored: "_Unconfirmed", within_s: float) -> PubAck:
         give_up, repeated = time.monotonic() + within_s, False
+        stored.awaited = True
+        self._unconfirmed.add(stored)  # again, if it was given up before this was awaited
         try:
             if self._nc.clogged:
                 await self._nc.unclog()
@@ -406,9 +425,12 @@ class Bus(Connection):
         while True:
             await asyncio.sleep(LOOK_S)
             now = time.monotonic()
-            for stored in self._unconfirmed:
-                if now >= stored.until:
+            for stored in [each for each in self._unconfirmed if now >= each.until]:
+                if stored.awaited:
                     stored.answer.wake()
+                else:
+                    self.close_inbox(stored.reply)
+                    self._unconfirmed.discard(stored)
 
     def _send_again(self) -> None:
         """What was not confirmed has gone with the old connection."""

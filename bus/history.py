@@ -2,7 +2,8 @@
 
 import base64
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import NamedTuple, TypeVar
 
@@ -81,8 +82,9 @@ async def since(bus: Bus, stream: str, subject: str, at: float) -> AsyncIterator
     """
     last = (await bus.api(f"STREAM.INFO.{stream}"))["state"]["last_seq"]
     start_time = datetime.fromtimestamp(at, UTC).isoformat()
-    async for message in _until(OrderedReader(bus, stream, filter=subject, start_time=start_time), last):
-        yield message
+    async with aclosing(_until(OrderedReader(bus, stream, filter=subject, start_time=start_time), last)) as messages:
+        async for message in messages:
+            yield message
 
 
 async def between(bus: Bus, stream: str, subject: str, first: int, last: int) -> AsyncIterator[Stored]:
@@ -92,11 +94,12 @@ async def between(bus: Bus, stream: str, subject: str, first: int, last: int) ->
         Refused: No such stream.
         BusUnavailable: No answer.
     """
-    async for message in _until(OrderedReader(bus, stream, filter=subject, start_seq=first), last):
-        yield message
+    async with aclosing(_until(OrderedReader(bus, stream, filter=subject, start_seq=first), last)) as messages:
+        async for message in messages:
+            yield message
 
 
-async def _until(reader: OrderedReader, last: int) -> AsyncIterator[Stored]:
+async def _until(reader: OrderedReader, last: int) -> AsyncGenerator[Stored, None]:
     """Yield what `reader` finds, to the end of the stream as it was when it was asked about."""
     try:
         while True:

@@ -86,20 +86,30 @@ class Tap:
         self._stirred = asyncio.Event()
         self._closed = False
         self._subscriptions: list[Subscription] = []
+        self._noticing: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        for subject in self._subjects:
-            self._subscriptions.append(await self._bus.subscribe(subject, self._take))
-        await self._bus.echo()
-        self._bus.spawn(self._notice_loss(), name="tap")
+        try:
+            for subject in self._subjects:
+                self._subscriptions.append(await self._bus.subscribe(subject, self._take))
+            await self._bus.echo()
+        except BaseException:  # a cancelled entry is not followed by an exit
+            self._close()
+            raise
+        self._noticing = self._bus.spawn(self._notice_loss(), name="tap")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        subscriptions, self._subscriptions = self._subscriptions, []
-        for subscription in subscriptions:
-            await self._bus.unsubscribe(subscription)
+        self._close()
+
+    def _close(self) -> None:
+        for subscription in self._subscriptions:
+            self._bus.end_subscription(subscription)
+        self._subscriptions.clear()
+        if self._noticing is not None:
+            self._noticing.cancel()
         self._closed = True
         self._stirred.set()
 

@@ -1,8 +1,8 @@
 """News of the parts of one task, should SCALE divide it."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Self
 
@@ -54,7 +54,7 @@ class Subtasks:
         for subscription in subscriptions:
             await self._bus.unsubscribe(subscription)
 
-    async def follow(self, handle: TaskHandle) -> AsyncIterator[Delta | SubtaskEvent]:
+    async def follow(self, handle: TaskHandle) -> AsyncGenerator[Delta | SubtaskEvent, None]:
         """Yield the task's own progress and that of its parts, until it has ended."""
         working = [asyncio.create_task(self._deltas(handle)), asyncio.create_task(self._look())]
         try:
@@ -84,8 +84,9 @@ class Subtasks:
 
     async def _deltas(self, handle: TaskHandle) -> None:
         try:
-            async for delta in handle.events():
-                self._news.put_nowait(delta)
+            async with aclosing(handle.events()) as deltas:
+                async for delta in deltas:
+                    self._news.put_nowait(delta)
         finally:
             self._news.put_nowait(None)
 

@@ -1,4 +1,4 @@
-"""What MATCH reads of offers and profiles: what no award needs is passed over, and nothing is checked twice."""
+"""What MATCH reads of offers, profiles and records: what no award needs is passed over; nothing is checked twice."""
 
 from collections.abc import Mapping
 from typing import Annotated
@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from loom.bus.discards import Discards
 from loom.schemas.auction import Bid, DeclineCode, Offer
+from loom.schemas.envelope import ENDED
 from loom.schemas.learning import MAX_DOMAINS, WINDOW, DomainEvidence, NodeProfile, Score
 from loom.schemas.wire import Count, Name, Relayed, Timestamp, Token, Undecodable, Unit, decode
 
@@ -88,6 +89,17 @@ class OfferReader:
         except Undecodable as error:
             self._discards.add("bid_undecodable", reason=error.message, host_id=host_id)
             return None
+
+
+class ReadRecord(msgspec.Struct, frozen=True):
+    """The part of a TaskRecord that decides whether a waiting task goes on."""
+
+    state: str
+
+    @property
+    def ended(self) -> bool:
+        """Whether the state is terminal."""
+        return self.state in ENDED
 
 
 class ReadEvidence(msgspec.Struct, frozen=True):

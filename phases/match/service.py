@@ -3,7 +3,7 @@
 Consumes   task.match.<priority>.*   one lane per priority
 Publishes  auction.<slug>            a call for bids, answered by every node host
            task.scale                the envelope with its award, or without one when nobody at all bids
-State      none of its own; profiles are read, never written
+State      none of its own; profiles are read, never written; so are the records of tasks that wait
 Gives up   no_bids when all who could have failed, or nobody bids for no_bids_after_s; deadline_exceeded
 """
 
@@ -18,22 +18,23 @@ from msgspec.structs import replace
 from loom.bus.client import Bus
 from loom.bus.delivery import Delivery, Slots
 from loom.bus.health import Health
+from loom.bus.kv import Bucket
 from loom.bus.log import get_logger
 from loom.bus.loop import HopLoop, Service, lane_slots
-from loom.bus.outcome import Dead, Fail, Later, Next, Outcome
+from loom.bus.outcome import Dead, Done, Fail, Later, Next, Outcome
 from loom.bus.scatter import scatter
 from loom.bus.topology import MATCH_LANES, Lane
 from loom.phases.match.awards import Awards
 from loom.phases.match.claims import SETTLE_S
 from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, Verdict, judge
-from loom.phases.match.reading import OfferReader, ReadOffer
+from loom.phases.match.reading import OfferReader, ReadOffer, ReadRecord
 from loom.phases.match.roster import Roster
 from loom.phases.match.trust import policy
 from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, CallForBids
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import IN_HAND_S, Award, Envelope, Spec
 from loom.schemas.task import TaskError
-from loom.schemas.wire import cut_utf8
+from loom.schemas.wire import Undecodable, cut_utf8
 
 log = get_logger()
 
@@ -52,6 +53,7 @@ class Match:
         self._bus = bus
         self._config = config
         self._awards = Awards()
+        self._records = Bucket(bus, "records", ReadRecord)
         self._roster = Roster(bus, judged=self._awards.judged)
         self._policy = policy(config.policy)
         lanes = [(lane, lane_slots(lane)) for lane in MATCH_LANES]
@@ -76,6 +78,8 @@ class Match:
         spec = envelope.spec
         if spec is None:
             return Dead("the envelope came without a spec")
+        if _comes_back(envelope) and await self._has_ended(envelope):
+            return Done()
         envelope = replace(envelope, award=None, error=None, result=None)
         if self._bus.now() >= envelope.deadline:
             return self._too_late(envelope, spec)
@@ -88,11 +92,17 @@ class Match:
             return self._pinned(envelope, spec, envelope.ad.node_id)
         verdict = await self._auction(envelope, spec)
         if isinstance(verdict, AllBusy):
-            verdict = await self._wait(envelope, spec, delivery)
+            waited = await self._wait(envelope, spec, delivery)
+            if waited is None:
+                return Done()
+            verdict = waited
         return self._follow(verdict, envelope, spec)
 
-    async def _wait(self, envelope: Envelope, spec: Spec, delivery: Delivery) -> Verdict:
-        """Call again, counted among those who wait, until something has changed or it has taken long enough."""
+    async def _wait(self, envelope: Envelope, spec: Spec, delivery: Delivery) -> Verdict | None:
+        """Call again, counted among those who wait, until something has changed or it has taken long enough.
+
+        None: the task has ended meanwhile.
+        """
         give_up = min(self._bus.now() + HOLD_S, envelope.deadline)
         verdict: Verdict = AllBusy()
         pause_s = PAUSE_S[0]
@@ -101,8 +111,18 @@ class Match:
                 jitter_s = random.uniform(pause_s / 2, pause_s)  # noqa: S311 - not a secret
                 await _pause(delivery, min(jitter_s, give_up - self._bus.now()))
                 pause_s = min(2 * pause_s, PAUSE_S[1])
+                if await self._has_ended(envelope):
+                    return None
                 verdict = await self._auction(envelope, spec)
         return verdict
+
+    async def _has_ended(self, envelope: Envelope) -> bool:
+        """Return whether the task's record has ended: by a cancel, say, while the task waited for bids."""
+        try:
+            entry = await self._records.get(envelope.task_id)
+        except Undecodable:
+            return False  # EXECUTE reads the whole record, and settles what cannot be read
+        return entry is not None and entry.value.ended
 
     def _follow(self, verdict: Verdict, envelope: Envelope, spec: Spec) -> Outcome:
         match verdict:
@@ -227,6 +247,11 @@ async def _pause(delivery: Delivery, seconds: float) -> None:
             await delivery.recalled.wait()
     except TimeoutError:
         pass  # the normal end of a pause
+
+
+def _comes_back(envelope: Envelope) -> bool:
+    """Whether MATCH itself had scheduled the task: a first auction costs no read of its record."""
+    return bool(envelope.hops) and envelope.hops[-1].phase == "match"
 
 
 def _met_someone(envelope: Envelope, spec: Spec) -> Envelope:

@@ -9,9 +9,10 @@ from support.phases import FakeHost, Replica, Stage, ad, envelope
 from support.wait import until
 
 from loom.bus.kv import Bucket
+from loom.bus.records import records
 from loom.schemas.auction import Bid, CallForBids, HostAnnouncement, Offer
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Envelope, Spec
+from loom.schemas.envelope import Envelope, Spec, TaskRecord, TaskState
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
 from loom.schemas.task import TaskError
 
@@ -347,6 +348,94 @@ async def test_a_drained_replica_gives_waiting_tasks_back(stage: Stage, monkeypa
     one.offer = None
     await match(stage, LONG)
     await stage.seen("task", phase="scale")
+
+
+# -- tasks that end while they wait
+
+
+async def put_record(stage: Stage, env: Envelope, state: TaskState) -> int:
+    record = TaskRecord(task_id=env.task_id, state=state, envelope=env, admitted_at=stage.bus.now())
+    bucket = records(stage.bus)
+    before = await bucket.get(env.task_id)
+    return await bucket.update(env.task_id, record, before.revision if before else 0)
+
+
+async def settled(stage: Stage) -> None:
+    """Wait until no task is in MATCH's hand, before it or scheduled for it."""
+
+    async def empty() -> bool:
+        return await stage.pending("TASKS") == len(stage.all("task", phase="scale"))
+
+    await until(empty, what="nothing waits")
+
+
+async def test_a_task_that_is_cancelled_while_there_are_no_nodes_is_dropped(stage: Stage) -> None:
+    await match(stage, SHORT)
+    env = task(stage, spec=Spec(complexity=0.1, domains=("code",), method="given", alone_since=stage.bus.now()))
+    await put_record(stage, env, "running")
+    await stage.put("match", env)
+    await stage.seen("later", count=2)
+    await put_record(stage, env, "cancelled")
+    await settled(stage)
+    await host(stage)
+    await stage.put("match", task(stage, task_id="next"))
+    await stage.seen("task", phase="scale", task_id="next")
+    assert [each.task_id for each in stage.all("task", phase="scale")] == ["next"]
+    assert not stage.all("task", phase="evaluate")
+
+
+async def test_a_pinned_task_that_is_cancelled_is_not_awarded_when_its_node_comes(stage: Stage) -> None:
+    await match(stage, SHORT)
+    env = task(
+        stage,
+        node_id="late",
+        spec=Spec(complexity=0.1, domains=("code",), method="given", alone_since=stage.bus.now()),
+    )
+    await put_record(stage, env, "running")
+    await stage.put("match", env)
+    await stage.seen("later", count=2)
+    await put_record(stage, env, "cancelled")
+    await settled(stage)
+    await host(stage, "h1", "late")
+    await stage.put("match", task(stage, task_id="next", node_id="late"))
+    await stage.seen("task", phase="scale", task_id="next")
+    assert [each.task_id for each in stage.all("task", phase="scale")] == ["next"]
+
+
+@pytest.mark.parametrize("state", ["cancelled", "failed", "succeeded"])
+async def test_a_task_that_ends_while_all_nodes_are_busy_calls_for_bids_no_more(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, state: TaskState
+) -> None:
+    monkeypatch.setattr("loom.phases.match.service.HOLD_S", 60)
+    one = await host(stage, offer=lambda _: one.declines("busy"))
+    await match(stage, LONG)
+    env = task(stage)
+    await put_record(stage, env, "running")
+    await stage.put("match", env)
+    await until(lambda: len(one.calls) > 3, what="it waits in hand")
+    await put_record(stage, env, state)
+    await settled(stage)
+    calls = len(one.calls)
+    one.offer = None
+    await stage.put("match", task(stage, task_id="next"))
+    await stage.seen("task", phase="scale", task_id="next")
+    assert [each.task_id for each in stage.all("task", phase="scale")] == ["next"]
+    assert len(one.calls) == calls + 1
+    assert not stage.all("later")
+
+
+async def test_a_first_auction_reads_no_record(stage: Stage) -> None:
+    await host(stage)
+    replica = await match(stage)
+    read: list[str] = []
+
+    async def count(key: str) -> None:
+        read.append(key)
+
+    replica.service._records.get = count
+    await stage.put("match", task(stage))
+    await stage.seen("task", phase="scale")
+    assert not read
 
 
 # -- pins

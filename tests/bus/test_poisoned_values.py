@@ -325,7 +325,7 @@ async def test_a_forged_acknowledgement_is_asked_for_again(bus: Bus, forged_ack:
 @pytest.mark.parametrize("forged_answer", [b"\xff", b"7", b"[" * 5000, b'{"error":7}', b'{"state":7}', b'{"state":{}}'])
 async def test_a_forged_answer_of_the_server_is_a_typed_error(bus: Bus, forged_answer: bytes) -> None:
     asking = asyncio.ensure_future(stream_state(bus, "TASKS"))
-    while not bus._sinks:  # before the server can answer
+    while not bus._sinks:  # noqa: ASYNC110 - the answer has to come before the server's own
         await asyncio.sleep(0)
     bus._on_reply(Msg(next(iter(bus._sinks)), data=forged_answer))
     with pytest.raises(BusUnavailable, match="cannot be read"):
@@ -335,7 +335,7 @@ async def test_a_forged_answer_of_the_server_is_a_typed_error(bus: Bus, forged_a
 @pytest.mark.parametrize("forged_answer", [b"\xff", b"7", b"[" * 5000, b'{"ts":1e308}'])
 async def test_a_forged_time_of_the_server_is_no_time(bus: Bus, forged_answer: bytes) -> None:
     asking = asyncio.ensure_future(bus._clock_sync._ask(2.0))
-    while not bus._sinks:  # before the server can answer
+    while not bus._sinks:  # noqa: ASYNC110 - the answer has to come before the server's own
         await asyncio.sleep(0)
     bus._on_reply(Msg(next(iter(bus._sinks)), data=forged_answer))
     assert await asking is None
