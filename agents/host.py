@@ -43,6 +43,8 @@ CLEAN_UP_S = 1.0
 """For runs a drain has cancelled, before they are abandoned."""
 GIVE_UP_S = 30.0
 """After so long a run that ignores its cancel loses its slot."""
+PATIENCE_S = 3.0
+"""Age of a request from which no run is begun for it: EXECUTE repeats it each second for as long as it waits."""
 REMEMBER_CANCEL_S = 60.0
 CANCELS = 10_000
 LEFT = 256
@@ -297,6 +299,9 @@ class NodeHost:
         if last is not None:
             send(self.bus, msg.reply, last)
             return
+        if (reason := stale(request, self.bus)) is not None:  # EXECUTE has given it up, or will repeat it
+            log.warning("run_request_ignored", task_id=request.task_id, attempt=request.attempt, reason=reason)
+            return
         # An attempt given up elsewhere costs nothing more here.
         self._stop([run for attempt, run in attempts.items() if attempt < request.attempt], CANCELLED)
         self._take(Run(self.bus, request, msg.reply))
@@ -471,3 +476,15 @@ class NodeHost:
             if ends_task(error):
                 raise
             log.error("node_raised", **described(error))
+
+
+def stale(request: RunRequest, bus: Bus) -> str | None:
+    """Return why a request is not the occasion to begin a run; None where it is, or the server's time is not known."""
+    if not bus.clock.measured:
+        return None
+    now = bus.now()
+    if request.deadline is not None and now >= request.deadline:
+        return "its deadline has passed"
+    if request.sent_at is not None and now - request.sent_at > PATIENCE_S:
+        return f"it was sent {now - request.sent_at:.1f} s ago"
+    return None

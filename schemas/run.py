@@ -18,6 +18,7 @@ from loom.schemas.wire import (
     Relayed,
     Seconds,
     Text,
+    Timestamp,
     Token,
     Undecodable,
     Unit,
@@ -53,6 +54,10 @@ class RunRequest(Relayed, frozen=True, kw_only=True):
     """How delegated work ended, for a run that waits for it; at most 64 KiB of content in all. Prompt tokens include
     all that failed attempts took."""
     trace: Note = ""
+    deadline: Timestamp | None = None
+    """The task's, in server time. A host begins no run after it."""
+    sent_at: Timestamp | None = None
+    """Server time of this sending. A host begins no run for a request that has waited for too long."""
 
     @property
     def key(self) -> str:

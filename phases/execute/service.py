@@ -242,6 +242,7 @@ def request_for(envelope: Envelope, award: Award, now: float) -> RunRequest:
         tools=ad.required_tools,
         token_budget=envelope.budget,
         remaining_s=max(0.0, envelope.deadline - now),
+        deadline=envelope.deadline,
         priority=ad.priority,
         depth=envelope.depth,
         trace=envelope.trace,

@@ -21,7 +21,14 @@ log = get_logger()
 
 ABSENT_S = 1.0  # nobody listens: a host may be a little later than we are to come back after an outage
 ACCEPT_S = 3.0  # it may be busy; on a machine at its limit hundreds answered later than after one
-ASK_AGAIN_S = 0.3
+ASK_AGAIN_S = 1.0
+"""Silence after which a request is repeated: a host that takes long to answer must not get it many times."""
+ABSENT_AGAIN_S = 0.3
+"""The same while the server knows of no host that would get it."""
+GAP_ASKS = 3
+"""Requests for missing events after which the run goes on without them."""
+HELD = 1024
+"""Events kept while others before them are missing."""
 CATCH_UP_S = 5.0
 HEARTBEAT_S = 2.0
 SILENCE_S = 3 * HEARTBEAT_S + 0.5  # three heartbeats missed
@@ -79,6 +86,10 @@ class Watch:
         self._waiting: asyncio.Future[None] | None = None
         self._inbox = ""
         self._next_n = request.from_n
+        self._held: dict[int, RunEvent] = {}
+        """Number -> event that came while others before it were missing."""
+        self._gap_asks = 0
+        """How often the events from `_next_n` on were asked for."""
         self._attached = attached
         self._in_a_row = 0
         """Events handed on without a wait between them."""
@@ -105,7 +116,8 @@ class Watch:
             self._bus.close_inbox(self._inbox)
 
     async def _ask(self, **facts: Any) -> None:
-        request = replace(self._request, remaining_s=max(0.0, self._until - time.monotonic()), **facts)
+        left_s = max(0.0, self._until - time.monotonic())
+        request = replace(self._request, remaining_s=left_s, sent_at=self._bus.now(), **facts)
         await self._bus.publish(self._bus.subjects.of("run", self._host_id), request, reply=self._inbox)
 
     async def hand(self, answer: TaskResult) -> None:
@@ -129,9 +141,33 @@ class Watch:
             if self._in_a_row == BREATH:
                 self._in_a_row = 0
                 await asyncio.sleep(0)
-            if event.final or event.n >= self._next_n:
-                self._next_n = event.n + 1
+            if event.final or event.n == self._next_n:
+                self._advance(event.n + 1)
                 return event
+            if event.n > self._next_n:
+                await self._miss(event)
+                if event.kind == "heartbeat":
+                    return event
+
+    def _advance(self, next_n: int) -> None:
+        self._next_n, self._gap_asks = next_n, 0
+        if next_n in self._held:
+            self._events.appendleft(self._held.pop(next_n))
+
+    async def _miss(self, event: RunEvent) -> None:
+        """Ask for the events that are missing before this one; without them the run goes on in the end.
+
+        A host publishes what it has kept in order, so a second copy of a held event means that no more will come.
+        """
+        heartbeat = event.kind == "heartbeat"  # these are not kept by a host: a lost one leaves a gap for good
+        complete = event.n in self._held or len(self._held) >= HELD
+        if not heartbeat:
+            self._held[event.n] = event
+        if not self._gap_asks or (heartbeat and self._held and self._gap_asks < GAP_ASKS):
+            self._gap_asks += 1
+            await self._ask(from_n=self._next_n)
+        elif complete or heartbeat:
+            self._advance(min(self._held, default=event.n + 1))
 
     async def _hear(self, wait_s: float, limit_s: float) -> None:
         """Wait until there is an event, for what is left of the time a host has."""
@@ -153,7 +189,9 @@ class Watch:
             if left_s <= ASK_AGAIN_S:
                 await self._hear(max(0.0, left_s), wait_s)
                 return
-            await self._wait(ASK_AGAIN_S)
+            await self._wait(ASK_AGAIN_S)  # the server's answer that there is no host ends it early
+            if self._absent_since is not None:
+                await self._wait(ABSENT_AGAIN_S)
             if not self._here:
                 await self._ask()
 
@@ -195,7 +233,10 @@ class Watch:
 
     def _take(self, msg: Msg) -> None:
         if msg.status == "503":
-            self._absent_since = self._absent_since or time.monotonic()
+            if self._absent_since is None:
+                self._absent_since = time.monotonic()
+            if not self.heard:
+                self._wake()
             return
         self._absent_since = None
         try:

@@ -104,7 +104,7 @@ async def test_delegated_work_becomes_a_task_and_its_end_is_told_to_the_run(stag
     asked = next(run.request for run in one.runs if run.request.answers)
     assert asked.from_n > 1
     first = one.runs[0].request
-    assert replace(asked, answers=(), from_n=0, remaining_s=first.remaining_s) == first
+    assert replace(asked, answers=(), from_n=0, remaining_s=first.remaining_s, sent_at=first.sent_at) == first
     done = await finish(stage, one)
     assert (done.error, done.budget) == (None, 50)
     assert (await stage.read(env.task_id)).delegated == (CHILD,)

@@ -100,7 +100,9 @@ async def test_the_host_is_told_all_it_needs(stage: Stage) -> None:
     )
     await outcome(stage)
     asked = one.runs[0].request
-    assert replace(asked, remaining_s=1) == RunRequest(
+    assert asked.deadline == env.deadline
+    assert asked.sent_at is not None
+    assert replace(asked, remaining_s=1, deadline=None, sent_at=None) == RunRequest(
         task_id=env.task_id,
         attempt=2,
         node_id="n1",

@@ -1,8 +1,10 @@
 """A run as EXECUTE sees it: whom it asks, for how long, and what it hears too late."""
 
+import asyncio
 import gc
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import count
 
 import pytest
 from support.logs import capture_logs
@@ -10,9 +12,9 @@ from support.phases import FakeHost, FakeRun
 from support.wait import until
 
 from loom.bus.client import Bus
-from loom.phases.execute.watch import Silent, Stop, Watch
+from loom.phases.execute.watch import ASK_AGAIN_S, Silent, Stop, Watch
 from loom.schemas.run import RunEvent, RunRequest
-from loom.schemas.task import RunResult
+from loom.schemas.task import RunResult, TaskAd
 
 REQUEST = RunRequest(task_id="t1", description="count the words", remaining_s=60)
 
@@ -137,3 +139,59 @@ async def test_the_result_of_a_host_given_up_is_refused_and_logged(plain: Bus, m
     assert [(log["event"], log["task_id"], log["host_id"], log["kind"]) for log in logs] == [
         ("late_run_refused", "t1", "h1", "result")
     ]
+
+
+# -- events that are lost
+
+
+AD = TaskAd(task_id="child", description="part of it")
+WAITING = RunEvent(n=2, kind="waiting", ad=AD)
+RESULT = RunResult(content="done")
+
+
+def run_of(*events: RunEvent, first: Sequence[RunEvent]) -> Callable[[FakeRun], Awaitable[None]]:
+    """A host that publishes `first` for the first request; later ones get what a host keeps of `events`."""
+    requests = count()
+
+    async def answer(run: FakeRun) -> None:
+        kept = [one for one in events if one.kind != "heartbeat" and (one.n >= run.request.from_n or one.n == 0)]
+        await run.bus.publish(run.inbox, kept if next(requests) else list(first))
+
+    return answer
+
+
+ACCEPTED, STARTED = RunEvent(n=0, kind="accepted"), RunEvent(n=1, kind="started")
+RESUMED, END = RunEvent(n=4, kind="resumed", task_id="child"), RunEvent(n=6, kind="result", result=RESULT)
+BEAT, LATER_BEAT = RunEvent(n=3, kind="heartbeat"), RunEvent(n=5, kind="heartbeat")
+WHOLE = (ACCEPTED, STARTED, WAITING, BEAT, RESUMED, LATER_BEAT, END)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [{2}, {4}, {0}, {1}, {0, 1, 2}, {2, 4}, {1, 2, 4}, {3}, {2, 3, 4}],
+    ids=lambda lost: "+".join(WHOLE[n].kind for n in sorted(lost)),
+)
+async def test_lost_events_are_asked_for_at_once_and_come_once_and_in_order(plain: Bus, lost: set[int]) -> None:
+    events = WHOLE[:-1]  # the run goes on
+    first = [event for event in events if event.n not in lost]
+    await host(plain, run_of(*events, first=first))
+    seen: list[RunEvent] = []
+    async with Watch(plain, "h1", REQUEST, Stop()) as watch:
+        async with asyncio.timeout(5):
+            while {event.n for event in seen if event.kind != "heartbeat"} != {0, 1, 2, 4}:
+                event = await watch.next()
+                assert event is not None
+                seen.append(event)
+    assert [event.n for event in seen if event.kind != "heartbeat"] == [0, 1, 2, 4]
+
+
+async def test_events_that_a_host_has_not_kept_do_not_stall_the_run(plain: Bus) -> None:
+    events = [event for event in WHOLE if event.n != 2]
+    await host(plain, run_of(*events, first=events))
+    async with asyncio.timeout(5):
+        seen = await heard(Watch(plain, "h1", REQUEST, Stop()))
+    assert [event.kind for event in seen][-1] == "result"
+
+
+async def test_an_unanswered_request_is_repeated_each_second() -> None:
+    assert ASK_AGAIN_S == 1.0
