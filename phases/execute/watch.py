@@ -90,6 +90,7 @@ class Watch:
         """Number -> event that came while others before it were missing."""
         self._gap_asks = 0
         """How often the events from `_next_n` on were asked for."""
+        self._gap_asked_at = 0.0
         self._attached = attached
         self._in_a_row = 0
         """Events handed on without a wait between them."""
@@ -163,10 +164,11 @@ class Watch:
         complete = event.n in self._held or len(self._held) >= HELD
         if not heartbeat:
             self._held[event.n] = event
-        if not self._gap_asks or (heartbeat and self._held and self._gap_asks < GAP_ASKS):
-            self._gap_asks += 1
+        late = heartbeat and time.monotonic() - self._gap_asked_at >= ASK_AGAIN_S
+        if not self._gap_asks or (late and self._held and self._gap_asks < GAP_ASKS):
+            self._gap_asks, self._gap_asked_at = self._gap_asks + 1, time.monotonic()
             await self._ask(from_n=self._next_n)
-        elif complete or heartbeat:
+        elif complete or late:
             self._advance(min(self._held, default=event.n + 1))
 
     async def _hear(self, wait_s: float, limit_s: float) -> None:

@@ -104,9 +104,8 @@ class Roster:
             await self._learn(reader)
 
     async def _learn(self, reader: BucketReader[ReadProfile]) -> None:
-        for node in {
-            entry.key: entry.value for entry in await reader.batch() if entry.key == entry.value.node_id
-        }.values():
+        batch = [entry.value for entry in await reader.batch() if entry.key == entry.value.node_id]
+        for node in {read.node_id: read for read in batch}.values():
             try:
                 self._take(node)
             except Undecodable as error:

@@ -322,23 +322,34 @@ async def test_a_forged_acknowledgement_is_asked_for_again(bus: Bus, forged_ack:
     assert bus.discards.counts["ack_undecodable"] == 1
 
 
+def forge_next_answer(bus: Bus, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the next request answered with `data` before the server can answer it."""
+    opened = bus.open_inbox
+
+    def open_inbox(sink: Any) -> str:
+        reply = opened(sink)
+        asyncio.get_running_loop().call_soon(bus._on_reply, Msg(reply, data=data))
+        monkeypatch.setattr(bus, "open_inbox", opened)
+        return reply
+
+    monkeypatch.setattr(bus, "open_inbox", open_inbox)
+
+
 @pytest.mark.parametrize("forged_answer", [b"\xff", b"7", b"[" * 5000, b'{"error":7}', b'{"state":7}', b'{"state":{}}'])
-async def test_a_forged_answer_of_the_server_is_a_typed_error(bus: Bus, forged_answer: bytes) -> None:
-    asking = asyncio.ensure_future(stream_state(bus, "TASKS"))
-    while not bus._sinks:  # noqa: ASYNC110 - the answer has to come before the server's own
-        await asyncio.sleep(0)
-    bus._on_reply(Msg(next(iter(bus._sinks)), data=forged_answer))
+async def test_a_forged_answer_of_the_server_is_a_typed_error(
+    bus: Bus, forged_answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forge_next_answer(bus, forged_answer, monkeypatch)
     with pytest.raises(BusUnavailable, match="cannot be read"):
-        await asking
+        await stream_state(bus, "TASKS")
 
 
 @pytest.mark.parametrize("forged_answer", [b"\xff", b"7", b"[" * 5000, b'{"ts":1e308}'])
-async def test_a_forged_time_of_the_server_is_no_time(bus: Bus, forged_answer: bytes) -> None:
-    asking = asyncio.ensure_future(bus._clock_sync._ask(2.0))
-    while not bus._sinks:  # noqa: ASYNC110 - the answer has to come before the server's own
-        await asyncio.sleep(0)
-    bus._on_reply(Msg(next(iter(bus._sinks)), data=forged_answer))
-    assert await asking is None
+async def test_a_forged_time_of_the_server_is_no_time(
+    bus: Bus, forged_answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forge_next_answer(bus, forged_answer, monkeypatch)
+    assert await bus._clock_sync._ask(2.0) is None
 
 
 # -- essential tasks

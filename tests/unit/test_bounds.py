@@ -28,7 +28,7 @@ from loom.schemas.wire import MAX_INT, MAX_SECONDS, Relayed, Undecodable, decode
 
 HUGE = 10**400
 INSIDE_A_PROCESS = ("loom.schemas.llm", "loom.schemas.config")
-"""What a model is asked, and a process's settings: neither is read from the bus."""
+"""The port to a model and the settings of a process: neither is read from the bus."""
 ON_THE_WIRE = [shape for shape in message_types() if shape.__module__ not in INSIDE_A_PROCESS]
 
 
