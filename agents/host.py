@@ -29,7 +29,7 @@ from loom.bus.log import get_logger
 from loom.schemas.auction import CallForBids, HostAnnouncement, Offer
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.learning import Lifecycle, LifecycleKind
-from loom.schemas.run import REQUEST_VALID_S, RunEvent, RunKind, RunRequest
+from loom.schemas.run import RunEvent, RunKind, RunRequest
 from loom.schemas.task import RunResult, TaskError
 from loom.schemas.wire import Undecodable, decode, encode, new_id
 
@@ -43,6 +43,8 @@ CLEAN_UP_S = 1.0
 """For runs a drain has cancelled, before they are abandoned."""
 GIVE_UP_S = 30.0
 """After so long a run that ignores its cancel loses its slot."""
+PATIENCE_S = 3.0
+"""Age of a request from which no run is begun for it: EXECUTE repeats it each second for as long as it waits."""
 REMEMBER_CANCEL_S = 60.0
 CANCELS = 10_000
 LEFT = 256
@@ -118,8 +120,8 @@ class NodeHost:
         )
         self._watchdog.start()
         self._tickers = [
-            self.bus.spawn(self._every(ANNOUNCE_S, self.announce), name="announce"),
-            self.bus.spawn(self._every(HEARTBEAT_S, self._beat), name="heartbeats"),
+            self.bus.spawn(self._every(ANNOUNCE_S, self.announce), name="announce", essential=True),
+            self.bus.spawn(self._every(HEARTBEAT_S, self._beat), name="heartbeats", essential=True),
         ]
 
     async def drain(self, timeout_s: float) -> None:
@@ -297,27 +299,12 @@ class NodeHost:
         if last is not None:
             send(self.bus, msg.reply, last)
             return
+        if (reason := stale(request, self.bus)) is not None:  # EXECUTE has given it up, or will repeat it
+            log.warning("run_request_ignored", task_id=request.task_id, attempt=request.attempt, reason=reason)
+            return
         # An attempt given up elsewhere costs nothing more here.
         self._stop([run for attempt, run in attempts.items() if attempt < request.attempt], CANCELLED)
-        if not self._is_current(request):
-            return
         self._take(Run(self.bus, request, msg.reply))
-
-    def _is_current(self, request: RunRequest) -> bool:
-        """Whether a run may begin on this request; of an old one its sender has a newer one, or has given up."""
-        now = self.bus.now()
-        age_s = 0.0 if request.sent_at is None else now - request.sent_at
-        late = request.deadline is not None and now >= request.deadline
-        if late or age_s > REQUEST_VALID_S:
-            log.warning(
-                "run_request_too_old",
-                task_id=request.task_id,
-                attempt=request.attempt,
-                node_id=request.node_id,
-                age_s=round(age_s, 1),
-                past_deadline=late,
-            )
-        return not late and age_s <= REQUEST_VALID_S
 
     def _take(self, run: Run) -> None:
         node = self._node(run.request.node_id)
@@ -446,7 +433,11 @@ class NodeHost:
         node = self._node(msg.subject.rsplit(".", 1)[1])
         if node is None:
             return
-        news = decode(msg.data, Lifecycle)
+        try:
+            news = decode(msg.data, Lifecycle)
+        except Undecodable as error:
+            self.bus.discards.add("lifecycle_undecodable", reason=error.message, node_id=node.id)
+            return
         if news.profile is not None:
             node.mirror(news.profile)
 
@@ -488,3 +479,15 @@ class NodeHost:
             if ends_task(error):
                 raise
             log.error("node_raised", **described(error))
+
+
+def stale(request: RunRequest, bus: Bus) -> str | None:
+    """Return why a request is not the occasion to begin a run; None where it is, or the server's time is not known."""
+    if not bus.clock.measured:
+        return None
+    now = bus.now()
+    if request.deadline is not None and now >= request.deadline:
+        return "its deadline has passed"
+    if request.sent_at is not None and now - request.sent_at > PATIENCE_S:
+        return f"it was sent {now - request.sent_at:.1f} s ago"
+    return None

@@ -126,20 +126,21 @@ def result_of(done: Done, *, tool_errors: int = 0) -> RunResult:
         AgentFailed: A field is of another type than it should be, or out of its range.
     """
     content, truncated = cut_utf8(done.content, MAX_CONTENT_BYTES)
-    result = RunResult(
-        content=content,
-        truncated=truncated,
-        prompt_tokens=max(0, done.usage.prompt_tokens),
-        completion_tokens=max(0, done.usage.completion_tokens),
-        estimated_usage=done.usage.estimated,
-        steps=done.steps,
-        tool_errors=tool_errors,
-        duration_s=done.duration_ms / 1000,
-    )
     try:
-        return decode(encode(result), RunResult)  # built unchecked: who reads it elsewhere would refuse it
-    except Undecodable as error:
-        raise AgentFailed(f"the agent's result makes no sense: {error.message}") from error
+        result = RunResult(
+            content=content,
+            truncated=truncated,
+            prompt_tokens=max(0, done.usage.prompt_tokens),
+            completion_tokens=max(0, done.usage.completion_tokens),
+            estimated_usage=done.usage.estimated,
+            steps=done.steps,
+            tool_errors=tool_errors,
+            duration_s=done.duration_ms / 1000,
+        )
+        return decode(encode(result), RunResult)  # integers are checked by decoding alone
+    except (Undecodable, ValueError) as error:
+        message = error.message if isinstance(error, Undecodable) else str(error)
+        raise AgentFailed(f"the agent's result makes no sense: {message}") from error
 
 
 def failed(error: LoomError, node_id: str) -> tuple[TaskError, RunResult | None]:

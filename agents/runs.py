@@ -16,7 +16,7 @@ from loom.schemas.errors import LoomError
 from loom.schemas.events import Progress, ToolCallEnd, ToolCallStart
 from loom.schemas.run import FINAL_KINDS, RunEvent, RunKind, RunRequest
 from loom.schemas.task import RunResult, TaskAd, TaskResult
-from loom.schemas.wire import encode
+from loom.schemas.wire import encode, total
 
 log = get_logger()
 
@@ -60,7 +60,8 @@ class Run:
         """Events that end a wait; no amount of progress pushes them out."""
         self._first: tuple[int, bytes] | None = None
         self._answers: dict[str, asyncio.Future[TaskResult]] = {}
-        left_s = request.remaining_s if request.deadline is None else request.deadline - bus.now()
+        deadline = request.deadline
+        left_s = request.remaining_s if deadline is None or not bus.clock.measured else deadline - bus.now()
         self._until = time.monotonic() + min(request.remaining_s, left_s)
 
     @property
@@ -152,8 +153,8 @@ class Run:
         """Count what delegated work has spent."""
         self.others = replace(
             self.others,
-            prompt_tokens=self.others.prompt_tokens + result.prompt_tokens,
-            completion_tokens=self.others.completion_tokens + result.completion_tokens,
+            prompt_tokens=total(self.others.prompt_tokens, result.prompt_tokens),
+            completion_tokens=total(self.others.completion_tokens, result.completion_tokens),
         )
 
     def charged(self, result: RunResult | None) -> RunResult | None:
@@ -163,8 +164,8 @@ class Run:
         own = result or RunResult()
         return replace(
             own,
-            prompt_tokens=own.prompt_tokens + self.others.prompt_tokens,
-            completion_tokens=own.completion_tokens + self.others.completion_tokens,
+            prompt_tokens=total(own.prompt_tokens, self.others.prompt_tokens),
+            completion_tokens=total(own.completion_tokens, self.others.completion_tokens),
         )
 
     def move(self, inbox: str, from_n: int) -> None:

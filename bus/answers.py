@@ -7,6 +7,7 @@ from loom.bus.log import get_logger
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import LoomError
 from loom.schemas.task import ErrorReply
+from loom.schemas.wire import cut_name, cut_note
 
 log = get_logger()
 
@@ -31,7 +32,12 @@ async def answer_error(bus: Bus, reply: str, error: LoomError) -> None:
     """Publish an error reply: code and sentence in the headers and in the body."""
     if not (reply and may_answer(reply)):
         return
-    body = ErrorReply(code=error.code, message=error.message, field=error.field, task_id=error.task_id)
+    body = ErrorReply(
+        code=cut_name(error.code),
+        message=cut_note(error.message),
+        field=None if error.field is None else cut_name(error.field),
+        task_id=None if error.task_id is None else cut_name(error.task_id),
+    )
     await bus.publish(reply, body, headers=error_headers(error.code, error.message))
 
 

@@ -21,8 +21,9 @@ from loom.bus.clock_sync import ClockSync
 from loom.bus.connection import Connection, PayloadTooLarge
 from loom.bus.log import get_logger
 from loom.bus.message import Msg
+from loom.bus.ownership import running_loop
 from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
-from loom.schemas.wire import Relayed, encode
+from loom.schemas.wire import Count, Name, Relayed, Text, Undecodable, decode, encode
 
 __all__ = ["Bus", "Conflict", "Msg", "NoResponders", "PayloadTooLarge", "PubAck", "Refused", "Subscription"]
 
@@ -41,6 +42,8 @@ SETTLED_S = 4.0
 ASK_AGAIN_S = 1.0
 """Silence after which a call that may be made twice is made again: its server may have died, or lost its lead."""
 
+MAX_ANSWER_BYTES = 64 * 2**20
+"""The server's own limit of a message; an answer of the API may be as long."""
 STREAM_NOT_FOUND = 10059
 CONSUMER_NOT_FOUND = 10014
 _FULL = {10077, 10023, 10047}  # stream at its limit, insufficient resources, no room on disk
@@ -73,16 +76,16 @@ class Conflict(Refused):
 class PubAck(Relayed, frozen=True, kw_only=True):
     """The server's word that a message is stored."""
 
-    stream: str = ""
-    seq: int = 0
+    stream: Name = ""
+    seq: Count = 0
     duplicate: bool = False
     """Whether another message had taken the id and this one is not stored; a repetition by `store` does not count."""
 
 
 class _ApiError(Relayed, frozen=True, kw_only=True):
-    code: int = 0
-    err_code: int = 0
-    description: str = ""
+    code: Count = 0
+    err_code: Count = 0
+    description: Text = ""
 
 
 class _Unconfirmed:
@@ -94,6 +97,8 @@ class _Unconfirmed:
         self.reply = ""
         self.until = math.inf
         """When to wait no longer, in monotonic time: one look at all of them is cheaper than a timer for each."""
+        self.awaited = False
+        """Whether the outcome is waited for; a task that is cancelled before its first step never waits."""
         self.anew = False
         """Whether the connection was lost meanwhile: silence then means nothing."""
 
@@ -104,9 +109,6 @@ class _Answer(Relayed, frozen=True, kw_only=True):
 
 class _PubReply(PubAck, frozen=True, kw_only=True):
     error: _ApiError | None = None
-
-
-_decode_ack = msgspec.json.Decoder(_PubReply).decode
 
 
 class Bus(Connection):
@@ -133,9 +135,9 @@ class Bus(Connection):
         """
         await super().connect()
         await self._nc.listen(f"{self._inbox}.*", self._on_reply)
-        self.spawn(self._watch_unconfirmed(), name="watch unconfirmed")
+        self.spawn(self._watch_unconfirmed(), name="watch unconfirmed", essential=True)
         await self.sync_clock()
-        self.spawn(self._clock_sync.keep(), name="clock")
+        self.spawn(self._clock_sync.keep(), name="clock", essential=True)
         return self
 
     async def sync_clock(self) -> bool:
@@ -171,8 +173,19 @@ class Bus(Connection):
         """Return a fresh prefix for a subscription of one's own, outside the shared reply inbox."""
         return f"{self._inbox}.own.{uuid4().hex[:8]}"
 
+    @property
+    def no_inbox(self) -> str:
+        """A reply subject for requests whose answer is of no use: answers to it are dropped."""
+        return f"{self._inbox}.0"
+
     def open_inbox(self, sink: Callable[[Msg], None]) -> str:
-        """Return a reply subject whose messages go to `sink` until `close_inbox`."""
+        """Return a reply subject whose messages go to `sink` until `close_inbox`.
+
+        Raises:
+            WrongEventLoop: The connection is open in another event loop.
+        """
+        if running_loop() is not self._loop:
+            self.check_owner()
         self._next_token += 1
         reply = f"{self._inbox}.{self._next_token}"
         self._sinks[reply] = sink
@@ -252,20 +265,27 @@ class Bus(Connection):
     async def _call(self, call: str, body: Any, shape: Any, *, timeout_s: float, again_s: float | None) -> Any:
         payload = b"" if body is None else encode(body)
         msg = await self.request(f"$JS.API.{call}", payload, timeout_s=max(timeout_s, 0.01), again_s=again_s)
-        if b'"error"' in msg.data and (error := msgspec.json.decode(msg.data, type=_Answer).error) is not None:
+        try:
+            error = decode(msg.data, _Answer, limit=MAX_ANSWER_BYTES).error if b'"error"' in msg.data else None
+            answer = msgspec.json.decode(msg.data, type=shape) if error is None else None
+        except (Undecodable, ValueError, RecursionError) as cause:
+            raise BusUnavailable(f"the answer to {' '.join(call.split('.')[:2])} cannot be read") from cause
+        if error is not None:
             if error.err_code in {STREAM_NOT_FOUND, CONSUMER_NOT_FOUND}:
                 self.missing.set()
             raise Refused(error.description, error.err_code)
-        return msgspec.json.decode(msg.data, type=shape)
+        return answer
 
     async def stop_delivery(self, subscription: Subscription) -> None:
         """End a subscription after handing over all the server has sent on it."""
-        with contextlib.suppress(nats.errors.Error, LoomError, TimeoutError):
-            await self._nc._send_unsubscribe(subscription._id)  # the public call drops what is on its way
-            await self.echo()
-            async with asyncio.timeout(HAND_OVER_S):
-                await subscription._pending_queue.join()  # what has come but waits for its handler
-        await self.unsubscribe(subscription)
+        try:
+            with contextlib.suppress(nats.errors.Error, LoomError, TimeoutError):
+                await self._nc._send_unsubscribe(subscription._id)  # the public call drops what is on its way
+                await self.echo()
+                async with asyncio.timeout(HAND_OVER_S):
+                    await subscription._pending_queue.join()  # what has come but waits for its handler
+        finally:
+            self.end_subscription(subscription)
 
     # -- stored messages
 
@@ -303,11 +323,14 @@ class Bus(Connection):
         except LoomError:
             self.close_inbox(stored.reply)
             raise
+        stored.until = time.monotonic() + within_s
         self._unconfirmed.add(stored)
         return self._confirm(stored, within_s)
 
     async def _confirm(self, stored: "_Unconfirmed", within_s: float) -> PubAck:
         give_up, repeated = time.monotonic() + within_s, False
+        stored.awaited = True
+        self._unconfirmed.add(stored)  # again, if it was given up before this was awaited
         try:
             if self._nc.clogged:
                 await self._nc.unclog()
@@ -318,7 +341,7 @@ class Bus(Connection):
                 msg = await stored.answer.woken()
                 if msg is not None:
                     self._failed_publishes = 0
-                    if (ack := _read_ack(msg)) is not None:
+                    if (ack := self._acknowledged(msg)) is not None:
                         return msgspec.structs.replace(ack, duplicate=False) if repeated and ack.duplicate else ack
                     if msg.status == "503":
                         self.missing.set()
@@ -336,6 +359,14 @@ class Bus(Connection):
         finally:
             self.close_inbox(stored.reply)
             self._unconfirmed.discard(stored)
+
+    def _acknowledged(self, msg: Msg) -> PubAck | None:
+        """Return the acknowledgement; None where it has to be asked for again."""
+        try:
+            return _read_ack(msg)
+        except Undecodable as error:  # not the server's: anyone may publish to a reply subject
+            self.discards.add("ack_undecodable", reason=error.message)
+            return None
 
     async def _store_again(self, stored: "_Unconfirmed") -> None:
         """Send once more, with an inbox of its own: a late answer to the first sending may say less than the next."""
@@ -394,9 +425,12 @@ class Bus(Connection):
         while True:
             await asyncio.sleep(LOOK_S)
             now = time.monotonic()
-            for stored in self._unconfirmed:
-                if now >= stored.until:
+            for stored in [each for each in self._unconfirmed if now >= each.until]:
+                if stored.awaited:
                     stored.answer.wake()
+                else:
+                    self.close_inbox(stored.reply)
+                    self._unconfirmed.discard(stored)
 
     def _send_again(self) -> None:
         """What was not confirmed has gone with the old connection."""
@@ -406,10 +440,15 @@ class Bus(Connection):
 
 
 def _read_ack(msg: Msg) -> PubAck | None:
-    """Return the acknowledgement; None while it is undecided whether the message will be stored."""
+    """Return the acknowledgement; None while it is undecided whether the message will be stored.
+
+    Raises:
+        Undecodable: The message is no acknowledgement.
+        Conflict, Overloaded, Refused: The server said no.
+    """
     if msg.status == "503":  # a stream without a leader, or none at all
         return None
-    reply = _decode_ack(msg.data)
+    reply = decode(msg.data, _PubReply)
     if reply.error is None:
         return reply
     error = reply.error

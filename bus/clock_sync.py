@@ -98,7 +98,7 @@ class ClockSync:
             self._bus.send(self._subject, reply=reply)
             msg = await self._answer.wait(timeout_s)
             stamp = msgspec.json.decode(msg.data, type=_StreamInfo).ts if msg is not None else None
-        except (LoomError, msgspec.DecodeError):
+        except (LoomError, ValueError, RecursionError):
             return None  # not sent, or not the information of a stream: an error of the API, or "no responders"
         finally:
             self._bus.close_inbox(reply)

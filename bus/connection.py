@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 import random
 import socket
 import time
@@ -11,6 +12,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 from uuid import uuid4
+from weakref import WeakSet
 
 import nats
 import nats.errors
@@ -20,11 +22,13 @@ from nats.aio.subscription import Subscription
 from loom.bus.addresses import Address, parse_addresses, shown, tls_wanted
 from loom.bus.clock import ServerClock
 from loom.bus.connect_causes import CHECK_ADDRESS, Cause, HungUp, cause_of
-from loom.bus.faults import describe
+from loom.bus.discards import Discards
+from loom.bus.faults import describe, summary
 from loom.bus.gate import Gate
 from loom.bus.lean_client import LeanClient, Take
 from loom.bus.log import get_logger
 from loom.bus.message import Msg, format_headers
+from loom.bus.ownership import Owner, keep_forever, running_loop
 from loom.bus.resolver import Resolver
 from loom.bus.subjects import Subjects
 from loom.schemas.errors import BusUnavailable, LoomError
@@ -48,6 +52,12 @@ class PayloadTooLarge(LoomError):
     """A message over the server's limit, refused here because the server would cut the connection for good."""
 
     code = "invalid_task"
+
+
+class ServiceFailed(LoomError):
+    """A task without which the process is of no use has ended with an exception."""
+
+    code = "service_failed"
 
 
 class Connection:
@@ -77,8 +87,11 @@ class Connection:
         self.role = role
         self.instance = f"{role}-{uuid4().hex[:8]}"
         self.lost = asyncio.Event()
-        """Set when the connection is closed for good: the process should end."""
+        """Set when the connection is closed for good or an essential task has failed: the process should end."""
+        self.failure = ""
+        """The essential task that failed first, and its error."""
         self.gate = Gate()
+        self.discards = Discards()
         self.clock = ServerClock()
         self._reconnected_at = -math.inf
         self._nc = LeanClient()
@@ -90,6 +103,11 @@ class Connection:
         """In a row, since the connection was lost."""
         self._reconnected: list[Callable[[], None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._essential: set[asyncio.Task[Any]] = set()
+        self._owner: Owner | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """Its owner's, compared with the running one at each message."""
+        _connections.add(self)
 
     # -- lifecycle
 
@@ -98,8 +116,12 @@ class Connection:
 
         Raises:
             BusUnavailable: No server could be connected to; the message contains the cause and the remedy.
+            WrongEventLoop: The connection is open in another event loop.
         """
         parse_addresses(self.url)
+        self._check_free()
+        self._owner = Owner("connection")
+        self._loop = self._owner.loop
         self._resolver = Resolver()
         telling = asyncio.ensure_future(self._tell())
         try:
@@ -115,7 +137,7 @@ class Connection:
             telling.cancel()
         self._established = True
         self._harden_socket()
-        self.spawn(self._watch(), name="bus-watch")
+        self.spawn(self._watch(), name="bus-watch", essential=True)
         return self
 
     async def _tell(self) -> None:
@@ -193,7 +215,12 @@ class Connection:
         self._closing = False
 
     async def close(self) -> None:
-        """Close the connection; safe to call twice or before `connect`."""
+        """Close the connection; safe to call twice or before `connect`.
+
+        Raises:
+            WrongEventLoop: The connection is open in another event loop.
+        """
+        self._check_free()
         self._closing = True
         await self._end_tasks()
         await self._close_connection()
@@ -239,17 +266,36 @@ class Connection:
     ) -> None:
         await self.close()
 
-    def spawn(self, work: Any, *, name: str) -> asyncio.Task[Any]:
-        """Run a coroutine beside the connection; it is cancelled when the connection closes."""
+    def spawn(self, work: Any, *, name: str, essential: bool = False) -> asyncio.Task[Any]:
+        """Run a coroutine beside the connection; it is cancelled when the connection closes.
+
+        Args:
+            essential: Whether the process is of no use without it: an exception that ends it sets `lost`.
+        """
         task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
+        if essential:
+            self._essential.add(task)
         task.add_done_callback(self._on_task_done)
         return task
 
     def _on_task_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("bus_task_failed", task=task.get_name(), **describe(task.exception()))
+        essential = task in self._essential
+        self._essential.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        log.error("essential_task_failed" if essential else "bus_task_failed", task=task.get_name(), **describe(error))
+        if essential and not self._closing:
+            self.failure = self.failure or f"{task.get_name()}: {summary(error)}"
+            self.lost.set()
+
+    def loss(self) -> LoomError:
+        """Return why `lost` is set: an essential task has failed, or the connection was closed for good."""
+        if self.failure:
+            return ServiceFailed(f"an essential task has failed ({self.failure}); see the log, then start it again")
+        return BusUnavailable("the connection to the server was closed for good", url=self.address)
 
     async def _end_tasks(self) -> None:
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
@@ -278,6 +324,31 @@ class Connection:
         """The server's version, for example (2, 15, 1)."""
         version = self._nc.connected_server_version
         return (version.major, version.minor, version.patch)
+
+    # -- ownership
+
+    def check_owner(self) -> None:
+        """Return if the connection was opened in the running event loop.
+
+        Raises:
+            WrongEventLoop: It was opened in another event loop.
+            BusUnavailable: It was not opened in this process.
+        """
+        if self._owner is None:
+            raise BusUnavailable("the connection is not open in this process; call connect() first", url=self.address)
+        self._owner.check()
+
+    def _check_free(self) -> None:
+        """Return unless the connection is open in another living event loop."""
+        if self._owner is not None and self._owner.lives and not self._nc.is_closed:
+            self._owner.check()
+
+    def _forget(self) -> None:
+        """Become a connection that was never opened, in a forked child: sockets and selector are the parent's."""
+        keep_forever(self.__dict__.copy())
+        self.__init__(  # type: ignore[misc]  # subclasses take the same arguments
+            self.url, namespace=self.subjects.namespace, role=self.role, patience_s=self._patience_s
+        )
 
     # -- time
 
@@ -308,7 +379,10 @@ class Connection:
         Raises:
             PayloadTooLarge: Body and headers are over the server's limit.
             BusUnavailable: The connection is gone, or its buffer is full.
+            WrongEventLoop: The connection is open in another event loop.
         """
+        if running_loop() is not self._loop:
+            self.check_owner()
         payload = message if isinstance(message, bytes) else encode(message)
         block = format_headers(headers) if headers else b""
         if len(payload) + len(block) > self._nc.max_payload:
@@ -324,7 +398,9 @@ class Connection:
 
         Raises:
             BusUnavailable: The connection is gone.
+            WrongEventLoop: The connection is open in another event loop.
         """
+        self.check_owner()
         try:
             return await self._nc.listen(subject, take, queue=queue)
         except nats.errors.Error as error:
@@ -335,7 +411,9 @@ class Connection:
 
         Raises:
             BusUnavailable: The connection is gone.
+            WrongEventLoop: The connection is open in another event loop.
         """
+        self.check_owner()
 
         async def guarded(msg: Msg) -> None:
             try:
@@ -350,8 +428,25 @@ class Connection:
 
     async def unsubscribe(self, subscription: Subscription) -> None:
         """End a subscription; safe when the connection is already gone."""
-        with suppress(nats.errors.Error):
-            await subscription.unsubscribe()
+        self.end_subscription(subscription)
+
+    def end_subscription(self, subscription: Subscription) -> None:
+        """End a subscription without waiting; safe to call twice, and when the connection is already gone."""
+        self._nc.end_subscription(subscription)
+
+    def end_soon(self, subscriptions: Iterable[Subscription]) -> None:
+        """End subscriptions in the next turn of the connection's loop; from any thread, also from a finalizer.
+
+        A connection that is closed, or was inherited from a parent process, has none left to end.
+        """
+
+        def end() -> None:
+            for subscription in subscriptions:
+                self._nc.end_subscription(subscription)
+
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(end)
 
     async def serve(self, subject: str, handler: Handler, *, queue: str = "", at_once: int = 256) -> Subscription:
         """Hand every message on `subject` to `handler`, up to `at_once` of them side by side."""
@@ -440,6 +535,18 @@ class Connection:
     async def _reconnect(self) -> None:
         with suppress(nats.errors.Error, OSError):
             await self._nc.force_reconnect()
+
+
+_connections: WeakSet[Connection] = WeakSet()
+
+
+def _forget_all() -> None:
+    for connection in list(_connections):
+        connection._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
 
 
 def _close_socket(writer: asyncio.StreamWriter | None) -> None:

@@ -33,7 +33,7 @@ async def bury(bus: Bus, phase: Phase, task_id: str, delivery: Delivery, reason:
     raw = delivery.msg.data
     log.error("dead_letter", reason=reason, subject=delivery.subject, deliveries=delivery.facts.delivered)
     submitted = is_submission(bus, delivery.subject)
-    record = await _record(bus, task_id)
+    record, is_unreadable = await _record(bus, task_id)
     own = None if submitted else _own_envelope(raw, task_id)
     told = own or (record.envelope if record is not None else None)
     letter = DeadLetter(
@@ -58,6 +58,8 @@ async def bury(bus: Bus, phase: Phase, task_id: str, delivery: Delivery, reason:
     envelope = (
         await _submitted(bus, task_id, raw, record) if submitted else own or _rebuilt(bus, phase, task_id, record)
     )
+    if envelope is None and is_unreadable:
+        envelope = _unknown(bus, task_id, "(unreadable task)")
     if envelope is None:
         return
     envelope = envelope.failed(
@@ -75,15 +77,16 @@ def is_submission(bus: Bus, subject: str) -> bool:
     return parsed is not None and parsed.family == "intake"
 
 
-async def _record(bus: Bus, task_id: str) -> TaskRecord | None:
+async def _record(bus: Bus, task_id: str) -> tuple[TaskRecord | None, bool]:
+    """Return the task's record, and whether there is one that cannot be read."""
     if not is_token(task_id):
-        return None
+        return None, False
     try:
         entry = await records(bus).get(task_id)
     except Undecodable as error:  # the letter is to be kept all the same
         log.warning("record_unreadable", reason=error.message)
-        return None
-    return entry.value if entry is not None else None
+        return None, True
+    return entry.value if entry is not None else None, False
 
 
 def _own_envelope(raw: bytes, task_id: str) -> Envelope | None:

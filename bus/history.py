@@ -2,7 +2,8 @@
 
 import base64
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import NamedTuple, TypeVar
 
@@ -22,6 +23,7 @@ T = TypeVar("T")
 FIRST_LOOK = 512
 """Sequences looked at first for the newest messages; eight times as many each time they are not enough."""
 SHORT_ID = 8
+_OPERATION = "KV-Operation"
 SHORT_AMONG = 5_000
 """Newest records among which a shortened id is looked for."""
 
@@ -80,8 +82,9 @@ async def since(bus: Bus, stream: str, subject: str, at: float) -> AsyncIterator
     """
     last = (await bus.api(f"STREAM.INFO.{stream}"))["state"]["last_seq"]
     start_time = datetime.fromtimestamp(at, UTC).isoformat()
-    async for message in _until(OrderedReader(bus, stream, filter=subject, start_time=start_time), last):
-        yield message
+    async with aclosing(_until(OrderedReader(bus, stream, filter=subject, start_time=start_time), last)) as messages:
+        async for message in messages:
+            yield message
 
 
 async def between(bus: Bus, stream: str, subject: str, first: int, last: int) -> AsyncIterator[Stored]:
@@ -91,11 +94,12 @@ async def between(bus: Bus, stream: str, subject: str, first: int, last: int) ->
         Refused: No such stream.
         BusUnavailable: No answer.
     """
-    async for message in _until(OrderedReader(bus, stream, filter=subject, start_seq=first), last):
-        yield message
+    async with aclosing(_until(OrderedReader(bus, stream, filter=subject, start_seq=first), last)) as messages:
+        async for message in messages:
+            yield message
 
 
-async def _until(reader: OrderedReader, last: int) -> AsyncIterator[Stored]:
+async def _until(reader: OrderedReader, last: int) -> AsyncGenerator[Stored, None]:
     """Yield what `reader` finds, to the end of the stream as it was when it was asked about."""
     try:
         while True:
@@ -121,7 +125,7 @@ async def recent_records(
     found: dict[str, TaskRecord] = {}
 
     def take(message: Stored) -> bool:
-        record = _read(message, TaskRecord)
+        record = _read(bus, message, TaskRecord)
         if record is None or not wanted(record):
             return False
         found[message.subject] = record
@@ -136,7 +140,7 @@ async def recent_records(
 async def ended_since(bus: Bus, at: float) -> AsyncIterator[TaskRecord]:
     """Yield the records of tasks that ended at server time `at` or later, in the order they ended."""
     async for message in since(bus, *records_stream(bus), at):
-        record = _read(message, TaskRecord)
+        record = _read(bus, message, TaskRecord)
         if record is not None and record.ended_at is not None and record.ended_at >= at:
             yield record
 
@@ -145,7 +149,7 @@ async def rewards_since(bus: Bus, at: float, *, slug: str = "*") -> AsyncIterato
     """Yield the rewards stored at server time `at` or later, each with that time, in stream order."""
     subject = bus.subjects.of("reward", "*", slug)
     async for message in since(bus, bus.subjects.stream("REWARDS"), subject, at):
-        reward = _read(message, Reward)
+        reward = _read(bus, message, Reward)
         if reward is not None:
             yield message.stored_at, reward
 
@@ -181,7 +185,7 @@ async def _recent(bus: Bus, beginning: str) -> TaskRecord:
         state = (await bus.api(f"STREAM.INFO.{stream}"))["state"]
         reader = OrderedReader(bus, stream, filter=subject, start_seq=max(1, state["last_seq"] - SHORT_AMONG))
         found = [m async for m in _until(reader, state["last_seq"]) if m.subject.startswith(prefix)]
-        matches = {message.subject: _read(message, TaskRecord) for message in found}
+        matches = {message.subject: _read(bus, message, TaskRecord) for message in found}
         if len(matches) == 1 and (record := next(iter(matches.values()))) is not None:
             return record
     raise UnknownTask(f"no task {beginning} is known; records are kept for 72 hours", task_id=beginning)
@@ -215,9 +219,11 @@ async def _last(bus: Bus, stream: str, subject: str, shape: type[T]) -> tuple[st
         return None
 
 
-def _read(message: Stored, shape: type[T]) -> T | None:
+def _read(bus: Bus, message: Stored, shape: type[T]) -> T | None:
     """The message as a `shape`; None for what its writers did not mean to be one."""
     try:
         return decode(message.data, shape)
-    except Undecodable:
+    except Undecodable as error:
+        if _OPERATION not in message.headers:  # else the key was deleted
+            bus.discards.add("message_undecodable", reason=error.message, subject=message.subject)
         return None

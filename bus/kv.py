@@ -3,16 +3,16 @@
 from typing import Generic, NamedTuple, TypeVar
 
 from loom.bus.client import Bus, Conflict, Refused
-from loom.bus.log import get_logger
+from loom.bus.discards import Discards
 from loom.bus.ordered import OrderedReader
 from loom.schemas.wire import Relayed, Undecodable, decode, new_id
 
-log = get_logger()
 T = TypeVar("T")
 
 _NO_MESSAGE = 10037
 _WRITE = "Loom-Write"  # names one write, so that its writer knows it again
-_DELETED = "KV-Operation: "  # what an operator's `nats kv del` leaves behind
+_OPERATION = "KV-Operation"
+_DELETED = f"{_OPERATION}: "  # what an operator's `nats kv del` leaves behind
 
 
 class Entry(NamedTuple, Generic[T]):
@@ -63,6 +63,11 @@ class Bucket(Generic[T]):
             return None
         return Entry(key, decode(message.data, self._shape), message.seq)
 
+    async def revision(self, key: str) -> int:
+        """Return the revision of `key`, whether its value can be read or not; 0 where there is none."""
+        message = await self._last(key)
+        return message.seq if message is not None else 0
+
     async def _last(self, key: str) -> _Stored | None:
         try:
             got = await self._bus.api(
@@ -109,27 +114,39 @@ class Bucket(Generic[T]):
             OrderedReader(self._bus, self._stream, filter=self._prefix + keys, deliver="last_per_subject"),
             self._prefix,
             self._shape,
+            self._bus.discards,
         )
 
 
 class BucketReader(Generic[T]):
     """Follows a bucket."""
 
-    def __init__(self, reader: OrderedReader, prefix: str, shape: type[T]) -> None:
+    def __init__(self, reader: OrderedReader, prefix: str, shape: type[T], discards: Discards) -> None:
         self._reader = reader
         self._prefix = prefix
         self._shape = shape
+        self._discards = discards
+        self.unreadable: dict[str, int] = {}
+        """Key -> revision of the values of the last batch that cannot be read."""
+
+    async def start(self) -> None:
+        """Begin to read, and try again until the server answers."""
+        await self._reader.begin()
 
     async def batch(self) -> list[Entry[T]]:
         """Wait for changes and return those that are there, oldest first; undecodable ones are left out."""
-        entries = []
+        entries, self.unreadable = [], {}
         for message in await self._reader.batch():
+            key = message.subject.removeprefix(self._prefix)
+            if _OPERATION in message.headers:
+                continue  # the key was deleted
             try:
                 value = decode(message.data, self._shape)
             except Undecodable as error:
-                log.warning("value_undecodable", subject=message.subject, reason=error.message)
+                self._discards.add("value_undecodable", reason=error.message, subject=message.subject)
+                self.unreadable[key] = message.seq
                 continue
-            entries.append(Entry(message.subject.removeprefix(self._prefix), value, message.seq))
+            entries.append(Entry(key, value, message.seq))
         return entries
 
     @property

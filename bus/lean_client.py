@@ -107,6 +107,20 @@ class LeanClient(HandshakeClient):
         self._takers[subscription._id] = take
         return subscription
 
+    def end_subscription(self, subscription: Subscription) -> None:
+        """End a subscription without waiting; messages that wait for its handler are dropped. Safe to call twice."""
+        if subscription._closed:
+            return
+        subscription._closed = True
+        subscription._stop_processing()
+        self._remove_sub(subscription._id)
+        if not self.is_closed:  # while reconnecting, too: its SUB may still wait to be sent
+            command = b"UNSUB %d\r\n" % subscription._id
+            self._pending.append(command)
+            self._pending_data_size += len(command)
+            if not self._writing:
+                self._schedule_write()
+
     def deliver(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         """Hand a message over: at once to a listener, else into its subscription's queue."""
         subscription = self._subs.get(sid)

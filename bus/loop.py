@@ -14,13 +14,14 @@ from loom.bus.dead import End, bury
 from loom.bus.delivery import DEAD_AFTER, Delivery, Slots, stamp
 from loom.bus.duplicates import SCHEDULE, TARGET, resolve, store_once
 from loom.bus.faults import describe
+from loom.bus.health import Health
 from loom.bus.log import get_logger
 from loom.bus.outcome import Dead, Done, Fail, Later, Leave, Next, Outcome
 from loom.bus.pull import Pull
 from loom.bus.topology import Lane, ensure_consumer
 from loom.schemas.envelope import Envelope, Hop, Phase
 from loom.schemas.errors import LoomError, Overloaded
-from loom.schemas.wire import Undecodable, decode
+from loom.schemas.wire import Undecodable, decode, total_s
 
 log = get_logger()
 T = TypeVar("T")
@@ -73,10 +74,17 @@ class HopLoop(Generic[T]):
         self._pulls: list[Pull] = []
         self._in_hand: dict[asyncio.Task[None], Delivery] = {}
         self._slots: dict[str, Slots] = {}
+        self._handled = 0
+
+    def health(self) -> Health:
+        """Return what has been handled and what is in hand."""
+        since = min((delivery.received for delivery in self._in_hand.values()), default=None)
+        oldest_s = 0.0 if since is None else max(0.0, self._bus.now() - since)
+        return Health(handled=self._handled, in_hand=len(self._in_hand), oldest_s=total_s(oldest_s))
 
     async def start(self) -> None:
         """Begin to take messages; returns once the server has been asked."""
-        self._ticking = self._bus.spawn(self._tick(), name=f"in-progress {self._service.phase}")
+        self._ticking = self._bus.spawn(self._tick(), name=f"in-progress {self._service.phase}", essential=True)
         for lane, total in self._service.lanes:
             slots = self._slots[lane.name] = Slots(total)
             pull = Pull(
@@ -136,6 +144,7 @@ class HopLoop(Generic[T]):
         try:
             await delivery.enter()
             await self._work(delivery, task_id)
+            self._handled += 1
         except Exception as error:  # noqa: BLE001 - whatever a handler raises, its message must come back
             wait_s = retry_s(delivery.facts.delivered) * random.uniform(0.5, 1)  # noqa: S311 - jitter
             log.warning("hop_failed", retry_in_s=round(wait_s, 2), **describe(error))
@@ -166,7 +175,10 @@ class HopLoop(Generic[T]):
             message = decode(delivery.msg.data, self._service.shape)
         except Undecodable as error:
             return Dead(f"undecodable: {error.message}")
-        return await self._service.handle(message, delivery)
+        try:
+            return await self._service.handle(message, delivery)
+        except Undecodable as error:  # a stored value: the next delivery would find the same
+            return Dead(f"a stored value is undecodable: {error.message}")
 
     async def _settle(self, delivery: Delivery, task_id: str, outcome: Outcome) -> None:
         match outcome:

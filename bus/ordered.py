@@ -1,12 +1,14 @@
 """Reads a stream in order from anywhere, and keeps on reading through restarts and gaps."""
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 from loom.bus.client import Bus, Msg
 from loom.bus.delivery import read_facts
+from loom.bus.faults import describe
 from loom.bus.log import get_logger
 from loom.bus.pull import Pull
 from loom.schemas.errors import LoomError
@@ -33,7 +35,7 @@ class OrderedReader:
     """Every message of a stream once, in stream order.
 
     It acknowledges nothing and leaves nothing behind: an ephemeral consumer, made anew from the last sequence
-    read whenever one is missed or the server forgot it.
+    read whenever one is missed or the server forgot it. `stop` deletes it.
 
     Args:
         filter: Subject filter.
@@ -61,6 +63,8 @@ class OrderedReader:
         self._buffer: list[Stored] = []
         self._filled = asyncio.Event()
         self._pull: Pull | None = None
+        self._consumer = ""
+        """The consumer on the server; empty when there is none to delete."""
         self._last_seq = 0
         self._consumer_seq = 0
         self._restarting: asyncio.Task[None] | None = None
@@ -81,6 +85,17 @@ class OrderedReader:
             self._started = True
         return self
 
+    async def begin(self) -> None:
+        """Begin to read as `start` does, and try again until the server answers."""
+        while True:
+            try:
+                await self.start()
+            except LoomError as error:
+                log.warning("reader_not_started", stream=self._stream, error=error.message)
+                await asyncio.sleep(1)
+            else:
+                return
+
     async def batch(self) -> list[Stored]:
         """Wait for messages and return all that are there."""
         await self.start()
@@ -93,10 +108,20 @@ class OrderedReader:
         return batch
 
     async def stop(self) -> None:
-        """Stop reading."""
+        """Stop reading, and have the server delete the consumer."""
         self._stopped = True
-        if self._pull is not None:
-            await self._pull.stop()
+        try:
+            if self._pull is not None:
+                await self._pull.stop()
+        finally:
+            self._delete_consumer()
+
+    def _delete_consumer(self) -> None:
+        """Ask for it without waiting for the answer: the server deletes a consumer that is not used after IDLE_S."""
+        name, self._consumer = self._consumer, ""
+        if name:
+            with contextlib.suppress(LoomError):
+                self._bus.send(f"$JS.API.CONSUMER.DELETE.{self._stream}.{name}", reply=self._bus.no_inbox)
 
     async def _find_stream(self) -> None:
         """Start over where the stream is another one than before: its sequences start at 1 again."""
@@ -129,6 +154,7 @@ class OrderedReader:
         else:
             config |= {"deliver_policy": self._deliver}
         self._consumer_seq = 0
+        self._consumer = name  # before the request: one that is broken off may have been served
         answer = await self._bus.api(
             f"CONSUMER.CREATE.{self._stream}.{name}.{self._filter}",
             {"stream_name": self._stream, "config": config},
@@ -164,7 +190,7 @@ class OrderedReader:
 
     def _begin_restart(self) -> asyncio.Task[None]:
         if self._restarting is None or self._restarting.done():
-            self._restarting = self._bus.spawn(self._reopen(), name=f"reopen {self._stream}")
+            self._restarting = self._bus.spawn(self._reopen(), name=f"reopen {self._stream}", essential=True)
         return self._restarting
 
     async def _restart(self) -> None:
@@ -175,13 +201,15 @@ class OrderedReader:
         old, self._pull = self._pull, None
         if old is not None:
             await old.stop()
+        self._delete_consumer()
         while not self._stopped:
             try:
                 await self._open()
-            except LoomError as error:
-                log.warning("reader_not_restored", stream=self._stream, error=error.message)
+            except (LoomError, LookupError, TypeError) as error:  # the latter: an answer of another shape
+                self._delete_consumer()
+                log.warning("reader_not_restored", stream=self._stream, **describe(error))
                 await asyncio.sleep(1)
             else:
                 break
-        if self._stopped and self._pull is not None:
-            await self._pull.stop()
+        if self._stopped:
+            await self.stop()

@@ -11,16 +11,22 @@ from functools import cache
 from importlib import metadata
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from loom.bus.answers import answer
 from loom.bus.client import Bus, Msg, Subscription
+from loom.bus.health import Health
 from loom.bus.scatter import scatter
-from loom.schemas.wire import Wire
+from loom.schemas.wire import Undecodable, Wire, cut_note, decode, encode
 
 ANSWER_S = 0.5
 """How long to listen for answers: nobody knows how many there will be."""
 
 SERVER_TIME, WALL_CLOCK = "server_time", "wall_clock"
 """Metadata of INFO: the process's two clocks at its answer, seconds since the epoch."""
+
+HEALTH = "health"
+"""Metadata of a phase's INFO: its Health as JSON."""
 
 _PING = "io.nats.micro.v1.ping_response"
 _INFO = "io.nats.micro.v1.info_response"
@@ -64,6 +70,8 @@ class Presence:
             for name in names
         }
         self._subscriptions: list[Subscription] = []
+        self.health: dict[str, Callable[[], Health]] = {}
+        """Name -> returns how far its work has got."""
 
     async def start(self) -> None:
         """Begin to answer."""
@@ -87,17 +95,26 @@ class Presence:
             if verb == "PING":
                 await answer(self._bus, msg.reply, service)
             elif verb == "INFO":
-                await answer(self._bus, msg.reply, _info(service, self._bus.now()))
+                await answer(self._bus, msg.reply, _info(service, self._bus.now(), self._health(service)))
+
+    def _health(self, service: Present) -> Health | None:
+        report = self.health.get(service.metadata["service"])
+        if report is None:
+            return None
+        first = next(iter(self.health)) == service.metadata["service"]  # the counts are those of the whole process
+        discards = dict(self._bus.discards.counts.most_common(20)) if first else {}
+        return replace(report(), failure=cut_note(self._bus.failure), discards=discards)
 
 
-def _info(service: Present, server_time: float) -> _Info:
+def _info(service: Present, server_time: float, health: Health | None) -> _Info:
     clocks = {SERVER_TIME: f"{server_time:.3f}", WALL_CLOCK: f"{time.time():.3f}"}
+    report = {} if health is None else {HEALTH: encode(health).decode()}
     return _Info(
         type=_INFO,
         name=service.name,
         id=service.id,
         version=service.version,
-        metadata={**service.metadata, **clocks},
+        metadata={**service.metadata, **clocks, **report},
         description=f"{service.metadata['service']} of a loom cluster",
         endpoints=[],
     )
@@ -122,9 +139,13 @@ async def who_is_there(
         ]
 
     answers = await scatter(
-        bus, "$SRV.PING", b"", Present, window_s=within_s, enough=lambda answers: enough(ours(answers))
+        bus, "$SRV.PING", b"", _read, window_s=within_s, enough=lambda answers: enough(ours(answers))
     )
     return sorted(ours(answers), key=lambda each: (each.name, each.id))
+
+
+def _read(raw: bytes) -> Present:
+    return decode(raw, Present)
 
 
 class Clocks(NamedTuple):
@@ -158,8 +179,20 @@ async def clocks(bus: Bus, *, within_s: float = ANSWER_S) -> list[Clocks]:
                 )
         return False
 
-    await scatter(bus, "$SRV.INFO", b"", Present, window_s=within_s, enough=compare)
+    await scatter(bus, "$SRV.INFO", b"", _read, window_s=within_s, enough=compare)
     return sorted(processes.values())
+
+
+async def health_reports(bus: Bus, *, within_s: float = ANSWER_S) -> dict[str, list[Health]]:
+    """Return what the phases of this namespace that answer in `within_s` report, by phase."""
+    answers = await scatter(bus, "$SRV.INFO", b"", _read, window_s=within_s, enough=lambda _: False)
+    reports: dict[str, list[Health]] = {}
+    for each in answers:
+        if each.metadata.get("namespace") == bus.subjects.namespace and HEALTH in each.metadata:
+            with suppress(Undecodable):  # of another version
+                report = decode(each.metadata[HEALTH].encode(errors="replace"), Health)
+                reports.setdefault(each.metadata.get("service", ""), []).append(report)
+    return reports
 
 
 def service_name(bus: Bus, name: str) -> str:

@@ -52,6 +52,7 @@ class Pull:
         self._inbox = ""
         self._stale = True
         self._asking: asyncio.Task[Any] | None = None
+        self._watching: asyncio.Task[Any] | None = None
         self._healing: asyncio.Task[Any] | None = None
         self._retry_s = RETRY_S
         self._failures = 0
@@ -68,8 +69,8 @@ class Pull:
         """Begin to pull."""
         await self._renew()
         self._bus.on_reconnect(self._restart)
-        self._asking = self._bus.spawn(self._ask(), name=f"pull {self._consumer}")
-        self._bus.spawn(self._watch(), name=f"pull-watch {self._consumer}")
+        self._asking = self._bus.spawn(self._ask(), name=f"pull {self._consumer}", essential=True)
+        self._watching = self._bus.spawn(self._watch(), name=f"pull-watch {self._consumer}", essential=True)
         self.top_up()
 
     async def stop(self) -> None:
@@ -77,11 +78,15 @@ class Pull:
         self._stopped = True
         self._unsent.set()
         self._bus.forget_reconnect(self._restart)
-        if self._asking is not None:
-            await asyncio.wait([self._asking])
-        if self._subscription is not None:
+        if self._watching is not None:
+            self._watching.cancel()
+        try:
+            if self._asking is not None:
+                await asyncio.wait([self._asking])
+        finally:  # a caller that is cancelled meanwhile leaves no subscription
             subscription, self._subscription = self._subscription, None
-            await self._bus.stop_delivery(subscription)
+            if subscription is not None:
+                await self._bus.stop_delivery(subscription)
 
     async def _renew(self) -> None:
         """Listen on a fresh inbox: what the server still owes the old one must not come on top of what is asked now."""
@@ -162,7 +167,7 @@ class Pull:
 
     def _heal(self) -> None:
         if self._healing is None or self._healing.done():
-            self._healing = self._bus.spawn(self._healed(), name=f"pull-heal {self._consumer}")
+            self._healing = self._bus.spawn(self._healed(), name=f"pull-heal {self._consumer}", essential=True)
 
     async def _healed(self) -> None:
         wait_s, self._retry_s = self._retry_s, min(2 * self._retry_s, RETRY_MOST_S)

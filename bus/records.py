@@ -8,8 +8,9 @@ from msgspec.structs import replace
 
 from loom.bus.client import Bus, Conflict
 from loom.bus.kv import Bucket, Entry
-from loom.schemas.envelope import Envelope, Known, TaskRecord
+from loom.schemas.envelope import Envelope, Known, ReplySubjects, TaskRecord
 from loom.schemas.errors import BusUnavailable
+from loom.schemas.wire import Name, Relayed, Timestamp, Undecodable
 
 TRIES = 16  # writers of one record are few; more than this is not contention
 
@@ -83,3 +84,36 @@ async def change(
             entry = None
             await asyncio.sleep(random.uniform(0, 0.01))  # noqa: S311 - apart from the others who lost the race
     raise BusUnavailable(f"record {task_id} was changed by others {TRIES} times in a row")
+
+
+class _Remains(Relayed, frozen=True, kw_only=True):
+    """The fields of a record that its submitters need."""
+
+    submission: Name = ""
+    reply_to: ReplySubjects = ()
+    admitted_at: Timestamp = 0.0
+
+
+async def salvaged(bus: Bus, envelope: Envelope) -> Entry[TaskRecord]:
+    """Return a running record to write over one that cannot be read, with those of its fields that can be.
+
+    Args:
+        envelope: The task's, for what is known of the record besides.
+    """
+    task_id = envelope.task_id
+    known = envelope.known
+    remains = _Remains(submission=known.submission, reply_to=known.reply_to) if known else _Remains()
+    try:
+        entry = await Bucket(bus, "records", _Remains).get(task_id)
+        remains = entry.value if entry is not None else remains
+    except Undecodable:
+        pass  # nothing of it can be read; the envelope may know
+    record = TaskRecord(
+        task_id=task_id,
+        state="running",
+        submission=remains.submission,
+        reply_to=remains.reply_to,
+        envelope=envelope,
+        admitted_at=remains.admitted_at or bus.now(),
+    )
+    return Entry(task_id, record, await records(bus).revision(task_id))

@@ -109,7 +109,7 @@ class RewardBus:
         if not success:
             return Signal()
         budget = DEFAULT_TOKEN_YARDSTICK if token_budget is None else max(token_budget, 1)
-        efficiency = min(1.0, max(0.0, 1 - token_cost / budget))
+        efficiency = 1 - min(max(token_cost, 0), budget) / budget
         reliability = 0.0 if error_count else 1.0
         parts = Signal(quality=SUCCESS_QUALITY, efficiency=efficiency, reliability=reliability)
         return replace(parts, total=self.compute_reward(parts))
@@ -212,7 +212,7 @@ class RewardBus:
                     try:
                         reward = decode(message.data, Reward)
                     except Undecodable as error:
-                        log.warning("reward_undecodable", subject=message.subject, reason=error.message)
+                        bus.discards.add("reward_undecodable", reason=error.message, subject=message.subject)
                         continue
                     if reward.kind != "snapshot":  # nobody has earned it
                         yield reward

@@ -5,24 +5,29 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from loom.bus.client import Bus, Msg
-from loom.bus.log import get_logger
-from loom.schemas.wire import Undecodable, decode
+from loom.schemas.wire import Undecodable
 
-log = get_logger()
 T = TypeVar("T")
 
 
 async def scatter(
-    bus: Bus, subject: str, question: Any, shape: type[T], *, window_s: float, enough: Callable[[list[T]], bool]
+    bus: Bus,
+    subject: str,
+    question: Any,
+    read: Callable[[bytes], T],
+    *,
+    window_s: float,
+    enough: Callable[[list[T]], bool],
 ) -> list[T]:
     """Publish `question` and return the answers, in order of arrival.
 
     Args:
+        read: Decodes an answer; raises Undecodable for one that is to be left out.
         window_s: Longest wait.
         enough: Whether to stop waiting; asked once after every answer, which is the last of those it is given.
 
     Returns:
-        What came in time; answers that are not a `shape` are logged and left out.
+        What came in time; the other answers are counted and left out.
     """
     answers: list[T] = []
     loop = asyncio.get_running_loop()
@@ -37,9 +42,9 @@ async def scatter(
             end()
             return
         try:
-            answers.append(decode(msg.data, shape))
+            answers.append(read(msg.data))
         except Undecodable as error:
-            log.warning("answer_undecodable", subject=subject, reason=error.message)
+            bus.discards.add("answer_undecodable", reason=error.message, subject=subject)
             return
         if enough(answers):
             end()

@@ -16,7 +16,6 @@ from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.subjects import FAMILIES
 from loom.schemas.auction import CallForBids, HostAnnouncement, RetireRequest, SpawnRequest
 from loom.schemas.envelope import Envelope
-from loom.schemas.errors import BusUnavailable
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.run import Delta, RunRequest
 from loom.schemas.task import Submission, TaskAd, TaskResult
@@ -87,20 +86,30 @@ class Tap:
         self._stirred = asyncio.Event()
         self._closed = False
         self._subscriptions: list[Subscription] = []
+        self._noticing: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        for subject in self._subjects:
-            self._subscriptions.append(await self._bus.subscribe(subject, self._take))
-        await self._bus.echo()
-        self._bus.spawn(self._notice_loss(), name="tap")
+        try:
+            for subject in self._subjects:
+                self._subscriptions.append(await self._bus.subscribe(subject, self._take))
+            await self._bus.echo()
+        except BaseException:  # a cancelled entry is not followed by an exit
+            self._close()
+            raise
+        self._noticing = self._bus.spawn(self._notice_loss(), name="tap")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        subscriptions, self._subscriptions = self._subscriptions, []
-        for subscription in subscriptions:
-            await self._bus.unsubscribe(subscription)
+        self._close()
+
+    def _close(self) -> None:
+        for subscription in self._subscriptions:
+            self._bus.end_subscription(subscription)
+        self._subscriptions.clear()
+        if self._noticing is not None:
+            self._noticing.cancel()
         self._closed = True
         self._stirred.set()
 
@@ -115,7 +124,7 @@ class Tap:
         """
         while not self._waiting:
             if self._bus.lost.is_set():
-                raise BusUnavailable("the connection to the server was closed for good")
+                raise self._bus.loss()
             if self._closed:
                 raise StopAsyncIteration
             self._stirred.clear()

@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
-from loom.bus.client import Bus, Msg, NoResponders, Subscription
+from loom.bus.client import Bus, NoResponders
+from loom.bus.ownership import Owner, running_loop
+from loom.bus.task_updates import TaskUpdates
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import BusUnavailable, LoomError, error_for
 from loom.schemas.run import Delta
@@ -14,43 +17,63 @@ from loom.schemas.wire import Undecodable, decode, new_id
 
 ASK_AGAIN_S = 5.0  # a lost result message is found out this late
 UNANSWERED = 3  # questions in a row; phases may be on their way up again
-BUFFER = 10_000  # deltas kept for a reader that has not come yet
 ANSWER_S = 3.0
 
 
 class TaskHandle:
     """One submitted task.
 
-    Deltas are at-most-once and kept only while the handle is open; the result is asked for again when its
-    message was lost.
+    Deltas are at-most-once and kept, within bounds, from `publish` on until they are read; the result is requested
+    again when its message was lost. The subscriptions end with the task, or when the handle is dropped. A handle
+    works in the event loop that made it.
     """
 
     def __init__(self, bus: Bus, ad: TaskAd) -> None:
         self.ad = ad
         self.task_id = ad.task_id
         self._bus = bus
-        self._deltas: asyncio.Queue[Delta | None] = asyncio.Queue(BUFFER)
-        self._result: asyncio.Future[TaskResult] = asyncio.get_running_loop().create_future()
-        self._subscriptions: list[Subscription] = []
+        self._owner = Owner("task handle")
+        self._updates = TaskUpdates(bus, ad.task_id)
         self._attempt = 0
         self._next_n = 0
+        weakref.finalize(self, self._updates.drop).atexit = False
+
+    async def publish(self, *, deltas: bool = True) -> None:
+        """Publish the ad; once this returns, the task will end.
+
+        Args:
+            deltas: Whether progress is kept from now on; otherwise from the first step of `events` on.
+
+        Raises:
+            InvalidTask: The ad breaks a rule; `field` names it.
+            Overloaded: The intake is full.
+            BusUnavailable: The server does not confirm.
+        """
+        check_ad(self.ad)
+        submission = Submission(ad=self.ad, submission=new_id())
+        try:
+            await self.open(deltas=deltas)
+            await self._bus.store(
+                self._bus.subjects.intake(self.ad.priority, self.task_id),
+                submission,
+                msg_id=f"{self.task_id}:{submission.submission}",
+            )
+        except BaseException:  # a caller that is cancelled here gets no handle to close
+            self._updates.close()
+            raise
 
     async def open(self, *, deltas: bool) -> None:
-        """Listen for the result, and for deltas if wanted; to be called before the task is published."""
-        self._subscriptions.append(
-            await self._bus.listen(self._bus.subjects.of("result", self.task_id), self._on_result)
-        )
+        """Subscribe to the result, and to deltas if wanted; to be called before the task is published."""
+        await self._updates.subscribe()
         if deltas:
-            self._subscriptions.append(
-                await self._bus.listen(self._bus.subjects.of("delta", self.task_id), self._on_delta)
-            )
+            await self._updates.subscribe_to_deltas()
 
     async def close(self) -> None:
-        """Stop listening; safe to call twice."""
-        subscriptions, self._subscriptions = self._subscriptions, []
-        for subscription in subscriptions:
-            await self._bus.unsubscribe(subscription)
-        self._end_deltas()
+        """End the subscriptions; safe to call twice, and from another event loop. `result` and `events` renew them."""
+        if running_loop() is self._owner.loop:
+            self._updates.close()
+        else:
+            self._updates.drop()
 
     async def result(self, timeout_s: float | None = None) -> TaskResult:
         """Return the task's result once it has ended, however it ended.
@@ -58,13 +81,21 @@ class TaskHandle:
         Raises:
             TimeoutError: It has not ended in `timeout_s`.
             BusUnavailable: No phases answer, for about half a minute.
+            WrongEventLoop: The handle was made in another event loop.
         """
+        result = self._updates.result
+        if result.done():
+            return result.result()
+        self._owner.check()
         unanswered = 0
         async with asyncio.timeout(timeout_s):
-            while not self._result.done():
-                await asyncio.wait([self._result], timeout=ASK_AGAIN_S)
-                if self._result.done():
+            wait_s = ASK_AGAIN_S if self._updates.subscribed else 0.0  # the result may have come before
+            await self._updates.subscribe()
+            while True:
+                await asyncio.wait([result], timeout=wait_s)
+                if result.done():
                     break
+                wait_s = ASK_AGAIN_S
                 try:
                     await self._look()
                 except BusUnavailable:
@@ -73,8 +104,7 @@ class TaskHandle:
                         raise
                 else:
                     unanswered = 0
-        await self.close()
-        return self._result.result()
+        return result.result()
 
     async def content(self, timeout_s: float | None = None) -> str:
         """Return the answer's text.
@@ -82,24 +112,41 @@ class TaskHandle:
         Raises:
             LoomError: The task failed; the class and code say how.
             TimeoutError: It has not ended in `timeout_s`.
+            WrongEventLoop: The handle was made in another event loop.
         """
         result = await self.result(timeout_s)
         if result.error is not None:
             raise result.error.to_exception(self.task_id)
         return result.content
 
-    async def events(self) -> AsyncIterator[Delta]:
-        """Yield progress in order until the task ends, each step once; a later attempt starts anew."""
+    async def events(self) -> AsyncGenerator[Delta, None]:
+        """Yield progress in order until the task ends, each step once; a later attempt starts anew.
+
+        An iteration that is broken off leaves the task running and drops its progress; another one goes on from then.
+
+        Raises:
+            WrongEventLoop: The handle was made in another event loop.
+        """
+        self._owner.check()
+        updates = self._updates
+        updates.begin_reading()
         watching = asyncio.ensure_future(self.result())
-        watching.add_done_callback(lambda _: self._end_deltas())
+        watching.add_done_callback(lambda _: updates.changed.set())
         try:
-            while (delta := await self._deltas.get()) is not None:
-                if (delta.attempt, delta.n) >= (self._attempt, self._next_n):
-                    self._attempt, self._next_n = delta.attempt, delta.n + 1
-                    yield delta
+            await updates.subscribe_to_deltas()
+            while True:
+                while (delta := updates.next_delta()) is not None:
+                    if (delta.attempt, delta.n) >= (self._attempt, self._next_n):
+                        self._attempt, self._next_n = delta.attempt, delta.n + 1
+                        yield delta
+                if watching.done():
+                    return
+                updates.changed.clear()
+                await updates.changed.wait()
         finally:
+            updates.end_reading()
             watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)  # `result` raises it again for who asks
+            await asyncio.gather(watching, return_exceptions=True)  # `result` raises it again for its own caller
 
     async def status(self) -> TaskRecord | TaskResult:
         """Return the task's record; a TaskResult in state `accepted` while it waits for admission."""
@@ -111,21 +158,8 @@ class TaskHandle:
 
     async def _look(self) -> None:
         found = await status(self._bus, self.task_id)
-        if isinstance(found, TaskRecord) and found.ended and not self._result.done():
-            self._result.set_result(found.to_result())
-
-    def _on_result(self, msg: Msg) -> None:
-        if not self._result.done():
-            self._result.set_result(decode(msg.data, TaskResult))
-
-    def _on_delta(self, msg: Msg) -> None:
-        with contextlib.suppress(asyncio.QueueFull):  # nobody reads: at most once allows it
-            self._deltas.put_nowait(decode(msg.data, Delta))
-
-    def _end_deltas(self) -> None:
-        if self._deltas.full():  # the end must get through; a delta need not
-            self._deltas.get_nowait()
-        self._deltas.put_nowait(None)
+        if isinstance(found, TaskRecord) and found.ended:
+            self._updates.finish(found.to_result())
 
 
 async def publish(bus: Bus, ad: TaskAd, *, deltas: bool = True) -> TaskHandle:
@@ -136,18 +170,45 @@ async def publish(bus: Bus, ad: TaskAd, *, deltas: bool = True) -> TaskHandle:
         Overloaded: The intake is full.
         BusUnavailable: The server does not confirm.
     """
-    check_ad(ad)
     handle = TaskHandle(bus, ad)
-    await handle.open(deltas=deltas)
-    submission = Submission(ad=ad, submission=new_id())
-    try:
-        await bus.store(
-            bus.subjects.intake(ad.priority, ad.task_id), submission, msg_id=f"{ad.task_id}:{submission.submission}"
-        )
-    except LoomError:
-        await handle.close()
-        raise
+    await handle.publish(deltas=deltas)
     return handle
+
+
+@contextlib.asynccontextmanager
+async def published(
+    bus: Bus,
+    ad: TaskAd,
+    *,
+    deltas: bool,
+    cancel_with_caller: bool,
+    cancelled: Callable[[TaskRecord], None] | None = None,
+) -> AsyncIterator[TaskHandle]:
+    """Publish a task and yield its handle, which is closed with the block.
+
+    Args:
+        deltas: Whether progress is kept from the start.
+        cancel_with_caller: Whether the task is cancelled when the caller is cancelled, or breaks off an iteration.
+        cancelled: Called with the record of a task that was cancelled with its caller.
+
+    Raises:
+        InvalidTask: The ad breaks a rule; `field` names it.
+        Overloaded: The intake is full.
+        BusUnavailable: The server does not confirm.
+    """
+    handle = TaskHandle(bus, ad)
+    try:
+        await handle.publish(deltas=deltas)
+        yield handle
+    except (asyncio.CancelledError, GeneratorExit):
+        if cancel_with_caller:
+            with contextlib.suppress(LoomError):  # the task was never stored, or the cluster is gone
+                record = await handle.cancel()
+                if cancelled is not None:
+                    cancelled(record)
+        raise
+    finally:
+        await handle.close()
 
 
 async def ask(bus: Bus, subject: str, message: Any = b"", *, timeout_s: float = ANSWER_S) -> bytes:

@@ -308,7 +308,9 @@ async def stream_state(bus: Bus, name: str, *, subjects: str = "") -> dict[str, 
     """
     body = {"subjects_filter": subjects} if subjects else None
     info = await bus.api(f"STREAM.INFO.{bus.subjects.stream(name)}", body)
-    state: dict[str, Any] = info["state"]
+    state = info.get("state")
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), int) for key in ("messages", "last_seq")):
+        raise BusUnavailable(f"the answer about stream {name} cannot be read; ask again")
     return state
 
 

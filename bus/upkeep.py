@@ -32,7 +32,7 @@ async def keep(bus: Bus, config: ClusterConfig) -> None:
         bus.missing.clear()
         try:
             created = await topology.restore(bus, config)
-        except LoomError as error:
+        except (LoomError, LookupError, TypeError) as error:  # the latter: an answer of another shape
             bus.missing.set()
             if now() >= reported + REPORT_S:
                 reported = now()

@@ -1,6 +1,7 @@
 """The Python front door: a cluster of agents, and tasks handed to it."""
 
 import asyncio
+import concurrent.futures
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from copy import deepcopy
@@ -14,19 +15,22 @@ from loom.agents.agent import Agent
 from loom.agents.config import AgentConfig
 from loom.agents.function_agent import as_agent
 from loom.agents.tools import Tool
+from loom.background_loop import BackgroundLoop
 from loom.bus import tasks
 from loom.bus.log import get_logger
+from loom.bus.ownership import THREADSAFE, Owner, running_loop
 from loom.bus.reward_bus import RewardBus, judgement
 from loom.bus.tasks import TaskHandle
 from loom.cluster.lifecycle import LifecycleManager
 from loom.cluster.manager import ClusterManager
 from loom.cluster.skill_nodes import skill_nodes
 from loom.cluster.skill_registry import SkillNodeRegistry
-from loom.runner.session import Session
+from loom.runner.session import Inheritance, Session
+from loom.runner.session_owner import SessionOwner
 from loom.runner.settings import Settings, from_environment
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord
-from loom.schemas.errors import InvalidTask, LoomError
+from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
 from loom.schemas.llm import LLMProvider
 from loom.schemas.task import TaskAd, TaskResult
 from loom.types import AgentNode, CapabilityProfile, HealthReport
@@ -41,6 +45,10 @@ class Runtime:
     embedded one with the six phases in this process. End it with `dispose`, or better `async with`: that finishes what
     is in hand, unless it is left by an exception and nobody else is on the server. Each run starts from the context
     variables there are where the Runtime is made.
+
+    One event loop at a time uses it: the one that opens it. Calls from another living loop raise `WrongEventLoop` and
+    change nothing; synchronous code and other threads use `submit_sync`. A forked child opens a session of its own:
+    to the parent's embedded server while that answers. Nodes added before the fork stay with the parent.
 
     Args:
         provider: The model that agents made by `add_agent` use, and SENSE where it runs here.
@@ -66,8 +74,8 @@ class Runtime:
         """As of `AmoebaLoop`: skills to become nodes where nobody bids; they work with the provider and the config."""
         self._context = copy_context()
         """Of context variables runs see what the maker of the Runtime saw, not what its first user does."""
-        self._session: Session | None = None
-        self._opening: asyncio.Lock | None = None
+        self._sessions = SessionOwner(self._make_session)
+        self._background = BackgroundLoop(at_exit=self.dispose)
 
     # -- agents
 
@@ -122,14 +130,46 @@ class Runtime:
 
     # -- tasks
 
-    async def submit(self, task: TaskAd) -> str:
+    async def submit(self, task: TaskAd, *, cancel_with_caller: bool = False) -> str:
         """Return the answer to a task.
+
+        Args:
+            task: The work.
+            cancel_with_caller: Whether the task is cancelled when this call is, as by `asyncio.timeout`; otherwise
+                the task goes on, and only its answer is dropped.
 
         Raises:
             LoomError: The task failed; the class and its code say how.
+            WrongEventLoop: The Runtime is open in another event loop.
         """
-        handle = await self._publish(task, deltas=False)
-        return await handle.content()
+        session = await self._open()
+        async with tasks.published(session.bus, task, deltas=False, cancel_with_caller=cancel_with_caller) as handle:
+            return await handle.content()
+
+    def submit_sync(self, task: TaskAd, timeout_s: float | None = None) -> str:
+        """Return the answer to a task, from code without an event loop: a script, a web view, a sync agent.
+
+        While the Runtime is open in an event loop of another thread, the task goes through that loop; otherwise
+        through a background thread that `dispose` ends.
+
+        Args:
+            task: The work.
+            timeout_s: Seconds to wait for the answer; the task itself goes on. None: until the task ends.
+
+        Raises:
+            LoomError: The task failed, or this thread runs an event loop: use `await submit(…)` there.
+            TimeoutError: There is no answer in `timeout_s`.
+            WrongEventLoop: The Runtime is open in an event loop that does not run now.
+            BusUnavailable: The Runtime was closed meanwhile.
+        """
+        loop = self._loop_for_sync()
+        answer = asyncio.run_coroutine_threadsafe(self.submit(task), loop)
+        try:
+            return answer.result(timeout_s)
+        except concurrent.futures.CancelledError:
+            raise BusUnavailable("the Runtime was closed before the task ended", task_id=task.task_id) from None
+        finally:
+            answer.cancel()  # after a timeout or an interrupt; without effect on an answer that is here
 
     async def publish(self, task: TaskAd) -> TaskHandle:
         """Hand a task to the loop and return at once: the handle gives `result`, `events`, `status`, `cancel`.
@@ -139,22 +179,36 @@ class Runtime:
             Overloaded: The intake is full.
             BusUnavailable: No server or no phases answer.
         """
-        return await self._publish(task, deltas=True)
+        session = await self._open()
+        return await tasks.publish(session.bus, task)
 
-    async def submit_many(self, ads: Sequence[TaskAd], *, at_once: int = 64) -> list[TaskResult]:
+    async def submit_many(
+        self, ads: Sequence[TaskAd], *, at_once: int = 64, cancel_with_caller: bool = False
+    ) -> list[TaskResult]:
         """Return the results of all tasks in their order; one that failed says so in its `error`.
 
         Args:
             ads: Any number.
             at_once: Most tasks in the loop at a time.
+            cancel_with_caller: Whether tasks in the loop are cancelled when this call is.
         """
         room = asyncio.Semaphore(at_once)
 
         async def one(ad: TaskAd) -> TaskResult:
             async with room:
-                return await (await self._publish(ad, deltas=False)).result()
+                session = await self._open()
+                async with tasks.published(
+                    session.bus, ad, deltas=False, cancel_with_caller=cancel_with_caller
+                ) as handle:
+                    return await handle.result()
 
-        return list(await asyncio.gather(*(one(ad) for ad in ads)))
+        waiting = [asyncio.ensure_future(one(ad)) for ad in ads]
+        try:
+            return list(await asyncio.gather(*waiting))
+        finally:  # after an error, too, none of them goes on
+            for each in waiting:
+                each.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
 
     async def feedback(self, task_id: str, score: float, *, reason: str = "") -> None:
         """Publish a person's judgement of an ended task to the RewardBus.
@@ -174,10 +228,6 @@ class Runtime:
             raise InvalidTask("only a task that a node has finished can be judged", task_id=task_id)
         await self.reward_bus.publish(judgement(record, score, reason))
 
-    async def _publish(self, task: TaskAd, *, deltas: bool) -> TaskHandle:
-        session = await self._open()
-        return await tasks.publish(session.bus, task, deltas=deltas)
-
     # -- lifecycle
 
     async def __aenter__(self) -> Self:
@@ -192,35 +242,41 @@ class Runtime:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Drain what is in hand and close everything; safe to call twice."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.aclose()
+        """Drain what is in hand and close everything; safe to call twice.
+
+        Raises:
+            WrongEventLoop: The Runtime is open in another event loop.
+        """
+        await self._sessions.aclose()
 
     def dispose(self) -> None:
-        """Drop everything at once, without waiting for work in hand; safe to call twice."""
-        session, self._session = self._session, None
-        if session is not None:
-            session.abort()
+        """Drop everything at once, without waiting for work in hand; from any thread, and safe to call twice."""
+        self._sessions.abort()
+        self._background.close()
 
     async def _open(self) -> Session:
-        """Return the session of the running event loop, opening it for whoever comes first."""
-        running = asyncio.get_running_loop()
-        if self._session is not None and self._session.loop is not running:
-            self.dispose()  # its loop is gone, and its connections with it
-            self._opening = None
-        self._opening = self._opening or asyncio.Lock()
-        async with self._opening:
-            if self._session is None:
-                session = Session(
-                    lambda: self.cluster.nodes,
-                    self._settings,
-                    self._cluster_config,
-                    self.provider,
-                    skills=skill_nodes(self.skill_registry, self.provider, self.config),
-                    context=self._context,
-                )
-                await session.open()
-                self.reward_bus.bus = session.bus
-                self._session = session
-            return self._session
+        session = await self._sessions.open()
+        self.reward_bus.bus = session.bus
+        return session
+
+    def _make_session(self, parent: Inheritance | None) -> Session:
+        return Session(
+            lambda: self.cluster.nodes,
+            self._settings,
+            self._cluster_config,
+            self.provider,
+            skills=skill_nodes(self.skill_registry, self.provider, self.config),
+            context=self._context,
+            parent=parent,
+            owner=Owner("Runtime", f"submit_sync, or {THREADSAFE}, or a Runtime of its own"),
+        )
+
+    def _loop_for_sync(self) -> asyncio.AbstractEventLoop:
+        if running_loop() is not None:
+            raise LoomError("submit_sync would block the event loop of this thread; use `await rt.submit(…)`")
+        owner = self._sessions.owner
+        if owner is None:
+            return self._background.loop()
+        if not owner.loop.is_running():
+            raise owner.refusal()
+        return owner.loop

@@ -11,6 +11,7 @@ from loom.agents.node import Node
 from loom.agents.nursery import Nursery
 from loom.bus import topology
 from loom.bus.client import Bus
+from loom.bus.health import Health
 from loom.bus.log import get_logger
 from loom.bus.presence import Presence
 from loom.bus.upkeep import keep
@@ -38,6 +39,10 @@ class PhaseService(Protocol):
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, finish for at most `timeout_s`, give the rest back."""
+        ...
+
+    def health(self) -> Health:
+        """Return how far the work has got."""
         ...
 
 
@@ -84,7 +89,7 @@ class PhaseGroup:
         """
         topology.check_version(self._bus)
         await until_started(self._start, patience_s=patience_s)
-        self._upkeep = self._bus.spawn(keep(self._bus, self._config), name="topology upkeep")
+        self._upkeep = self._bus.spawn(keep(self._bus, self._config), name="topology upkeep", essential=True)
         log.info("phases_started", phases=list(self._names), instance=self._bus.instance)
 
     async def _start(self) -> None:
@@ -94,6 +99,7 @@ class PhaseGroup:
             for name in self._names:
                 service = build(name, self._bus, self._config, self._llm)
                 self._started.append(service)
+                self._presence.health[name] = service.health
                 await service.start()
             await self._presence.start()
         except (LoomError, TimeoutError):

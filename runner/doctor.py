@@ -3,18 +3,23 @@
 import asyncio
 import socket
 from collections.abc import Iterator
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from loom.bus import topology
-from loom.bus.client import Bus, Msg, Refused
+from loom.bus.announcements import announced_hosts
+from loom.bus.client import Bus, Refused
 from loom.bus.orphans import find as find_orphans
 from loom.bus.presence import ANSWER_S, Clocks, Present, clocks, own_version, who_is_there
 from loom.bus.topology import MIN_SERVER, Inspection, Part
+from loom.runner.findings import Finding
+from loom.runner.findings import fail as _fail
+from loom.runner.findings import ok as _ok
+from loom.runner.findings import warn as _warn
+from loom.runner.working import working
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
 from loom.schemas.errors import BusUnavailable, Overloaded
-from loom.schemas.wire import Undecodable, Wire, decode
 
 CLOCK_S: Final = 1.0
 """An offset from the server's clock that is worth a look; deadlines count in server time."""
@@ -28,19 +33,6 @@ _WRONG_TIME: Final = "its tasks end too early or too late"
 
 AGAIN: Final = "ask again in ten seconds, as replicas may be choosing a leader; else see the server's log"
 
-Mark = Literal["ok", "warn", "fail"]
-
-
-class Finding(Wire, frozen=True, kw_only=True, omit_defaults=False):
-    """One thing looked at."""
-
-    mark: Mark
-    about: str
-    """What was looked at: `server`, `clock`, `phase match`, …"""
-    says: str
-    todo: str = ""
-    """What to do about it; empty where there is nothing to do."""
-
 
 async def examine(bus: Bus, config: ClusterConfig) -> list[Finding]:
     """Return everything found, in the order it depends on each other; what cannot work is not asked further."""
@@ -50,7 +42,7 @@ async def examine(bus: Bus, config: ClusterConfig) -> list[Finding]:
     if findings[-1].mark != "ok":
         return findings
     seen = await topology.inspect(bus, config)
-    there, hosts, others = await asyncio.gather(who_is_there(bus), announced(bus), clocks(bus))
+    there, hosts, others = await asyncio.gather(who_is_there(bus), announced_hosts(bus, ANSWER_S), clocks(bus))
     return [
         *findings,
         clock(-bus.clock.wall_ahead_s),
@@ -59,6 +51,7 @@ async def examine(bus: Bus, config: ClusterConfig) -> list[Finding]:
         *replicas(seen),
         *await storage(bus, seen, config),
         *phases(there),
+        *await working(bus, seen, config),
         node_hosts(hosts),
         *backlog(seen, config),
         *await stuck(bus, seen),
@@ -204,24 +197,6 @@ def phases(there: list[Present]) -> Iterator[Finding]:
             yield _warn(f"phase {name}", f"versions {said} answer, this is {own_version()}", "upgrade all alike")
 
 
-async def announced(bus: Bus) -> list[HostAnnouncement]:
-    """Ask who hosts nodes and return what the hosts say at once."""
-    heard: dict[str, HostAnnouncement] = {}
-
-    async def hear(msg: Msg) -> None:
-        try:
-            said = decode(msg.data, HostAnnouncement)
-        except Undecodable:
-            return  # MATCH logs it, and it is no host
-        heard[said.host_id] = said
-
-    subscription = await bus.subscribe(bus.subjects.of("host", "*"), hear)
-    await bus.publish(bus.subjects.hosts)
-    await asyncio.sleep(ANSWER_S)
-    await bus.unsubscribe(subscription)
-    return [said for said in heard.values() if not said.draining]
-
-
 def node_hosts(hosts: list[HostAnnouncement]) -> Finding:
     """Judge whether anybody is there to bid."""
     nodes = {node for host in hosts for node in host.nodes}
@@ -278,15 +253,3 @@ def dead(seen: Inspection, stream: str) -> Finding:
         return _ok("dead letters", "none")
     todo = "see why: `loom dead ls`, `loom dead show`; then `loom dead retry` or `loom dead drop`"
     return _warn("dead letters", f"{count} wait", todo)
-
-
-def _ok(about: str, says: str) -> Finding:
-    return Finding(mark="ok", about=about, says=says)
-
-
-def _warn(about: str, says: str, todo: str) -> Finding:
-    return Finding(mark="warn", about=about, says=says, todo=todo)
-
-
-def _fail(about: str, says: str, todo: str) -> Finding:
-    return Finding(mark="fail", about=about, says=says, todo=todo)

@@ -294,13 +294,19 @@ async def embedded_server(
         BusUnavailable: There is no nats-server, it is too old, or it did not come up.
     """
     server = NatsServer(store_dir, port=port, sync_interval=sync_interval)
-    loop = asyncio.get_running_loop()
+    loop, parent = asyncio.get_running_loop(), os.getpid()
     with ThreadPoolExecutor(max_workers=1) as thread:  # one: when cancelled while starting, stop comes after start
         try:
             await loop.run_in_executor(thread, server.start)
             yield server
         finally:
-            await asyncio.shield(loop.run_in_executor(thread, server.stop))
+            if os.getpid() == parent:  # in a forked child the server is the parent's, and the thread does not exist
+                try:
+                    stopping = loop.run_in_executor(thread, server.stop)
+                except RuntimeError:  # no thread is started once the interpreter exits
+                    server.stop()
+                else:
+                    await asyncio.shield(stopping)
 
 
 def find_server() -> tuple[str, tuple[int, int]]:

@@ -1,16 +1,21 @@
 """Everything one Python process needs to use loom, opened together and closed together."""
 
 import asyncio
+import os
+import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from contextvars import Context, copy_context
+from typing import NamedTuple
+from weakref import WeakSet
 
 from loom.agents.host import NodeHost
 from loom.agents.node import Node
 from loom.agents.nursery import Nursery, Skills
 from loom.bus import log, tasks
 from loom.bus.client import Bus, NoResponders
+from loom.bus.ownership import Owner, keep_forever, running_loop
 from loom.bus.topology import check_version
 from loom.runner import logs
 from loom.runner.cluster import PhaseGroup
@@ -24,6 +29,17 @@ from loom.schemas.wire import new_id
 STREAMS_S = 10.0
 """How long phases that answer may be without their streams: they create them again within seconds."""
 ASK_AGAIN_S = 0.25
+ABORT_S = 5.0
+"""How long another thread waits for a session's loop to drop its connections."""
+
+
+class Inheritance(NamedTuple):
+    """What a forked child knows of the session that goes on in its parent process."""
+
+    url: str
+    """Address of the parent's embedded server; empty when it uses the server of NATS_URL."""
+    nodes: tuple[Node, ...]
+    """The nodes that the parent hosts."""
 
 
 class Session:
@@ -36,6 +52,9 @@ class Session:
         llm: What SENSE may ask, where it is started here.
         skills: Makes nodes of skills; given, nodes are started here on request, up to `config.max_nodes` in all.
         context: What runs and phases see of context variables; absent: the caller's. Each run has a copy of its own.
+        parent: The session of the parent process, after a fork: its embedded server is used while its phases answer,
+            and its nodes stay there.
+        owner: The event loop it works in; absent: the running one.
     """
 
     def __init__(
@@ -46,6 +65,8 @@ class Session:
         llm: LLMProvider | None = None,
         skills: Skills | None = None,
         context: Context | None = None,
+        parent: Inheritance | None = None,
+        owner: Owner | None = None,
     ) -> None:
         self._nodes = nodes
         self._settings = settings
@@ -55,11 +76,20 @@ class Session:
         self._stack = AsyncExitStack()
         self._buses: list[Bus] = []
         self._server: NatsServer | None = None
-        self.loop = asyncio.get_running_loop()
+        self._url = ""
+        self._parent = parent
+        self._aborted = False
+        self.owner = owner or Owner("session")
+        self.opening = asyncio.Lock()
+        """For those who share the session: held while it is opened or closed."""
+        self.is_open = False
+        self.inheritance: Inheritance | None = None
+        """Set in a forked child, if the session was at work in the parent."""
         self._context = copy_context() if context is None else context
         self.bus: Bus
         """The client's connection."""
         self._host: NodeHost | None = None
+        _sessions.add(self)
 
     async def open(self) -> None:
         """Open all of it, or nothing.
@@ -68,19 +98,23 @@ class Session:
             BusUnavailable: No server, or a server without phases.
         """
         # In a task with a context of its own: all that is started here goes on in it, whoever was first to open this.
-        await self.loop.create_task(self._open(), context=self._context.copy())
+        await self.owner.loop.create_task(self._open(), context=self._context.copy())
+        if self._aborted:
+            await self.aclose()
+            raise BusUnavailable("the session was closed while it was being opened")
+        self.is_open = True
 
     async def _open(self) -> None:
         if self._settings.loom_log_level and log.is_default():
             logs.configure(self._settings.loom_log_level)
         warn_of_misspelt_settings()
         try:
-            url = self._settings.nats_url or await self._embedded()
-            self.bus = await self._connect(url, "client")
-            if self._settings.nats_url:
+            self._url = self._settings.nats_url or await self._parents_server() or await self._embedded()
+            self.bus = await self._connect(self._url, "client")
+            if self._server is None:
                 await check_phases(self.bus)
-            host_bus = await self._connect(url, "node")
-            nursery = Nursery(host_bus, self._nodes, max_nodes=self._config.max_nodes, skills=self._skills)
+            host_bus = await self._connect(self._url, "node")
+            nursery = Nursery(host_bus, self._hosted, max_nodes=self._config.max_nodes, skills=self._skills)
             self._host = NodeHost(host_bus, nursery.nodes)
             self._stack.push_async_callback(self._host.drain, self._config.drain_timeout_s)
             await self._host.start()
@@ -92,20 +126,80 @@ class Session:
             raise
 
     async def aclose(self) -> None:
-        """Drain and close, in the reverse order of opening; safe to call twice."""
+        """Drain and close, in the reverse order of opening; safe to call twice. In a forked child, do nothing."""
+        if self.owner.inherited:
+            return
+        self.is_open = False
         await self._stack.aclose()
         self._buses.clear()
 
+    def check(self) -> None:
+        """Return while all that was started here works.
+
+        Raises:
+            ServiceFailed: An essential task of it has failed.
+        """
+        for bus in self._buses:
+            if bus.failure:
+                raise bus.loss()
+
     def abort(self) -> None:
-        """Drop everything at once, from synchronous code."""
+        """Drop everything at once, from synchronous code in any thread; in a forked child, do nothing."""
+        if self.owner.inherited:
+            return
+        self._aborted = True
+        loop = self.owner.loop
+        if loop.is_running() and running_loop() is not loop:
+            dropped = threading.Event()
+
+            def drop() -> None:
+                self._drop()
+                dropped.set()
+
+            with suppress(RuntimeError):  # the loop has just been closed
+                loop.call_soon_threadsafe(drop)
+                dropped.wait(ABORT_S)
+        else:
+            self._drop()
+        if self._server is not None:
+            self._server.stop()
+
+    def _drop(self) -> None:
+        if not self.is_open:
+            return  # `open` finds that it was aborted
+        self.is_open = False
         self._stack.pop_all()
         if self._host is not None:
             self._host.abort()
         for bus in self._buses:
             bus.abort()
         self._buses.clear()
-        if self._server is not None:
-            self._server.stop()
+
+    def leave_to_parent(self) -> None:
+        """Keep what a forked child may know of the session, and never destroy the rest."""
+        if self.is_open and self.owner.loop.is_running():
+            self.inheritance = Inheritance(self._url if self._server else "", tuple(self._nodes()))
+        keep_forever(self)
+
+    def _hosted(self) -> Sequence[Node]:
+        """Return the nodes to host here: all but those that the parent process hosts."""
+        nodes = self._nodes()
+        if self._parent is None:
+            return nodes
+        elsewhere = {id(node) for node in self._parent.nodes}
+        return [node for node in nodes if id(node) not in elsewhere]
+
+    async def _parents_server(self) -> str:
+        """Return the address of the parent's server; empty when there is none, or its phases do not answer."""
+        if self._parent is None or not self._parent.url:
+            return ""
+        try:
+            async with Bus(self._parent.url, namespace=self._settings.loom_namespace) as bus:
+                await check_phases(bus)
+        except BusUnavailable:
+            self._parent = None  # the parent has ended: its nodes are hosted here, too
+            return ""
+        return self._parent.url
 
     async def _embedded(self) -> str:
         sync = self._settings.loom_sync_interval or None
@@ -119,6 +213,18 @@ class Session:
         bus = Bus(url, namespace=self._settings.loom_namespace, role=role)
         self._buses.append(bus)
         return await self._stack.enter_async_context(bus)
+
+
+_sessions: WeakSet[Session] = WeakSet()
+
+
+def _leave_all() -> None:
+    for session in list(_sessions):
+        session.leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_all)
 
 
 async def check_phases(bus: Bus) -> None:

@@ -4,10 +4,12 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from loom.schemas.wire import Count, Relayed, Seconds, Token, Unit, Wire
+from loom.schemas.wire import MAX_NODES, Count, Names, Note, Ordinal, Relayed, Seconds, Token, Unit, Wire
 
 BID_LIMIT = 16
 """Most bids one offer carries."""
+MAX_BIDS = 64
+"""Most bids a call may ask of one host."""
 DESCRIPTION_BYTES = 1024
 """How much of a task's description those who could take it are told."""
 
@@ -21,18 +23,18 @@ class CallForBids(Relayed, frozen=True, kw_only=True):
 
     auction_id: Token
     task_id: Token
-    attempt: Annotated[int, Meta(ge=1)]
+    attempt: Ordinal
     slug: Token
     """The domain's token."""
     complexity: Unit
-    required_tools: tuple[str, ...] = ()
-    description: str = ""
+    required_tools: Names = ()
+    description: Note = ""
     """The first 1 KiB."""
     remaining_s: Seconds
-    excluded: tuple[str, ...] = ()
+    excluded: Names = ()
     """Nodes that have failed this task."""
-    limit: Annotated[int, Meta(ge=1, le=64)] = BID_LIMIT
-    prefer: tuple[str, ...] = ()
+    limit: Annotated[int, Meta(ge=1, le=MAX_BIDS)] = BID_LIMIT
+    prefer: Names = ()
     """Nodes MATCH knows to be good: their hosts must offer them if they are free."""
 
 
@@ -44,7 +46,7 @@ class Bid(Wire, frozen=True, kw_only=True):
     """How well the node says it does this domain."""
     load: Unit = 0.0
     """Taken slots and backlog as a share of all there is room for."""
-    tools: tuple[str, ...] = ()
+    tools: Names = ()
     """Those of the required tools it has."""
     expected_tokens: Count = 0
     expected_s: Seconds = 0.0
@@ -58,7 +60,7 @@ class Offer(Relayed, frozen=True, kw_only=True):
     """One host's answer to a call: bids, or why there are none."""
 
     host_id: Token
-    bids: tuple[Bid, ...] = ()
+    bids: Annotated[tuple[Bid, ...], Meta(max_length=MAX_BIDS)] = ()
     decline: DeclineCode | None = None
 
 
@@ -80,16 +82,16 @@ class HostAnnouncement(Wire, frozen=True, kw_only=True):
     """A host says that it is alive."""
 
     host_id: Token
-    nodes: Annotated[tuple[Token, ...], Meta(max_length=4096)] = ()
+    nodes: Annotated[tuple[Token, ...], Meta(max_length=MAX_NODES)] = ()
     slots: Count = 0
     running: Count = 0
     queued: Count = 0
     draining: bool = False
     templates: bool = False
     """Whether it can start nodes on request."""
-    busy: Annotated[tuple[Token, ...], Meta(max_length=4096)] = ()
+    busy: Annotated[tuple[Token, ...], Meta(max_length=MAX_NODES)] = ()
     """Those of the nodes that have work in hand."""
-    children: Annotated[tuple[ChildState, ...], Meta(max_length=4096)] = ()
+    children: Annotated[tuple[ChildState, ...], Meta(max_length=MAX_NODES)] = ()
     """Those of the nodes that were started on request."""
     stuck: Count = 0
     """Runs that still work although they were given up: they ignored their cancel. They hold no slot."""
@@ -99,8 +101,8 @@ class SpawnRequest(Wire, frozen=True, kw_only=True):
     """SCALE asks for one more node."""
 
     slug: Token
-    required_tools: tuple[str, ...] = ()
-    description: str = ""
+    required_tools: Names = ()
+    description: Note = ""
     """The task's first 1 KiB, cut on a character boundary."""
     reason: Literal["no_bids", "saturated"] = "no_bids"
     task_id: Token | None = None

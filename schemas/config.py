@@ -4,7 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from loom.schemas.wire import Count, Seconds, Token, Unit, Wire
+from loom.schemas.wire import Count, Ordinal, Seconds, Token, Unit, Wire
 
 Weight = Annotated[float, Meta(ge=0, le=1000)]
 
@@ -14,7 +14,7 @@ class ClusterConfig(Wire, frozen=True, kw_only=True):
 
     min_nodes: Count = 1
     """Nodes of a cluster that apoptosis leaves alone."""
-    max_nodes: Annotated[int, Meta(ge=1)] = 10
+    max_nodes: Ordinal = 10
     """Nodes beyond which none is added by mitosis."""
     max_depth: Annotated[int, Meta(ge=0, le=16)] = 2
     """Most divisions between a client's task and its smallest part."""
@@ -26,19 +26,19 @@ class ClusterConfig(Wire, frozen=True, kw_only=True):
     """Nodes whose recent mean reward is below this are failing."""
     idle_timeout_s: Seconds = 300.0
     """Idle time after which a node that was started on request may retire."""
-    consecutive_loss_limit: Annotated[int, Meta(ge=1)] = 20
+    consecutive_loss_limit: Ordinal = 20
     """Failures in a row after which a node is failing."""
     bid_window_ms: Annotated[int, Meta(ge=1, le=10_000)] = 250
     """Longest wait for offers."""
     no_bids_after_s: Seconds = 30.0
     """How long a task waits for anybody at all to bid."""
-    waiting_limit: Annotated[int, Meta(ge=1)] = 64
+    waiting_limit: Ordinal = 64
     """Tasks per lane that wait in MATCH while all nodes are busy."""
     policy: Annotated[str, Meta(min_length=1, max_length=200)] = "glr_ucb"
     """How MATCH trusts bidders: glr_ucb, ucb, thompson, greedy, round_robin, random, or `module:function`."""
-    exploration: Annotated[float, Meta(ge=0)] = 0.3
+    exploration: Annotated[float, Meta(ge=0, le=1e9)] = 0.3
     """Weight of the bonus for nodes little is known about (c of UCB)."""
-    half_life_days: Annotated[float, Meta(ge=0.001)] = 14.0
+    half_life_days: Annotated[float, Meta(ge=0.001, le=1e9)] = 14.0
     """Days without news after which what is known of a node counts half."""
     judge_share: Unit = 0.0
     """Share of results a model judges besides those whose ad has a rubric, where a model can be asked."""
@@ -47,9 +47,9 @@ class ClusterConfig(Wire, frozen=True, kw_only=True):
     Whoever is not named weighs 1, a person (`person`) 3."""
     max_attempts: Annotated[int, Meta(ge=1, le=100)] = 3
     """Attempts that may be the nodes' fault."""
-    max_in_flight: Annotated[int, Meta(ge=1)] = 1000
+    max_in_flight: Ordinal = 1000
     """Hops in TASKS above which SENSE admits nothing more."""
-    intake_limit: Annotated[int, Meta(ge=1)] = 100_000
+    intake_limit: Ordinal = 100_000
     """Submissions INTAKE holds before it answers `overloaded`."""
     drain_timeout_s: Seconds = 10.0
     """Longest wait for work in hand when stopping."""

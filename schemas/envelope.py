@@ -6,7 +6,21 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from loom.schemas.task import Priority, RunResult, TaskAd, TaskError, TaskResult, TaskState, slug
-from loom.schemas.wire import Count, Relayed, Seconds, Token, Unit, Wire
+from loom.schemas.wire import (
+    Count,
+    Name,
+    Names,
+    Note,
+    Ordinal,
+    Outputs,
+    Relayed,
+    Seconds,
+    Text,
+    Timestamp,
+    Token,
+    Unit,
+    Wire,
+)
 
 Phase = Literal["sense", "match", "scale", "execute", "evaluate", "adapt"]
 PHASES: tuple[Phase, ...] = ("sense", "match", "scale", "execute", "evaluate", "adapt")
@@ -18,23 +32,31 @@ MAX_TRIED = 16
 MAX_TRIED_CHARS = 300
 MAX_DELEGATED = 256
 """Delegated tasks a record remembers."""
+BUSY_S, BUSY_MAX_S = 0.02, 5.0
+"""First and longest pause after an attempt that met a full node."""
+IN_HAND_S = 0.25
+"""A longer pause is a schedule: it holds no slot of MATCH."""
 AWARD_BIDS = 16
 """Bids an award remembers, best first."""
+MAX_TRUST = 1e9
+"""Most a bidder is trusted, and most its score."""
+Merit = Annotated[float, Meta(ge=0, le=MAX_TRUST)]
+ReplySubjects = Annotated[tuple[Annotated[str, Meta(max_length=256)], ...], Meta(max_length=8)]
 
 
 class Spec(Wire, frozen=True, kw_only=True):
     """What SENSE made of the ad."""
 
     complexity: Unit
-    domains: Annotated[tuple[str, ...], Meta(min_length=1, max_length=8)]
+    domains: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=8)]
     """Best first; the first one is auctioned."""
     method: Literal["given", "heuristic", "llm"]
     """given: the ad said both; llm: a model was asked; heuristic: a look at the words."""
-    note: str = ""
+    note: Note = ""
     """Why the method is not the one expected, for example that the model could not be asked."""
     estimated: Unit | None = None
     """SENSE's own guess, before calibration; absent: the ad gave the complexity."""
-    alone_since: float | None = None
+    alone_since: Timestamp | None = None
     """Server time since which nobody at all has answered a call."""
 
     @property
@@ -48,15 +70,15 @@ class ScoredBid(Wire, frozen=True, kw_only=True):
 
     node_id: Token
     host_id: Token
-    score: Annotated[float, Meta(ge=0)]
+    score: Merit
     claim: Unit
-    evidence: float | None = None
+    evidence: Unit | None = None
     """Mean reward of the node in this domain; absent: none yet."""
     count: Count = 0
     """Rewards behind the evidence."""
-    trust: Annotated[float, Meta(ge=0)]
+    trust: Merit
     """Evidence and claim blended, plus the bonus for the little known."""
-    bonus: Annotated[float, Meta(ge=0)] = 0.0
+    bonus: Merit = 0.0
     load: Unit
     tools: Unit
     """Share of the required tools the node has."""
@@ -67,7 +89,7 @@ class Award(Relayed, frozen=True, kw_only=True):
 
     node_id: Token
     host_id: Token
-    score: Annotated[float, Meta(ge=0)] = 0.0
+    score: Merit = 0.0
     bids: Annotated[tuple[ScoredBid, ...], Meta(max_length=AWARD_BIDS)] = ()
     """Best first."""
     evidence_seq: Count = 0
@@ -88,9 +110,9 @@ class Split(Wire, frozen=True, kw_only=True):
     """Id within the parent's plan; absent for delegated work."""
     grant: Count | None = None
     """Tokens the parent gave; absent: no limit."""
-    deadline: float
+    deadline: Timestamp
     """The parent's, in server time."""
-    inputs: dict[str, str] = {}
+    inputs: Outputs = {}
     child: Token | None = None
     """On a notice to the parent: the child that ended."""
 
@@ -99,11 +121,11 @@ class Hop(Relayed, frozen=True, kw_only=True):
     """One phase's turn."""
 
     phase: Phase
-    instance: str
+    instance: Name
     """Which replica."""
-    started: float
+    started: Timestamp
     """Server time, seconds since the epoch."""
-    finished: float
+    finished: Timestamp
     step: Count = 0
 
 
@@ -126,7 +148,7 @@ class Opinion(Wire, frozen=True, kw_only=True):
 class Tried(Wire, frozen=True, kw_only=True):
     """An attempt that came to nothing by its node's fault."""
 
-    attempt: Annotated[int, Meta(ge=1)]
+    attempt: Ordinal
     node_id: Token
     host_id: Token
     code: Annotated[str, Meta(max_length=64)]
@@ -140,9 +162,9 @@ class Claim(Relayed, frozen=True, kw_only=True):
 
     attempt: Count = 0
     """0: nobody has claimed yet."""
-    node_id: str = ""
-    host_id: str = ""
-    instance: str = ""
+    node_id: Name = ""
+    host_id: Name = ""
+    instance: Name = ""
     """Which EXECUTE replica."""
     stream_seq: Count = 0
     """Sequence in TASKS of the message that carries the claim."""
@@ -154,22 +176,22 @@ class Known(Relayed, frozen=True, kw_only=True):
     The write names `revision`, so it fails where somebody else has written since, and then the record is read.
     """
 
-    revision: Annotated[int, Meta(ge=1)]
-    submission: str = ""
-    reply_to: Annotated[tuple[str, ...], Meta(max_length=8)] = ()
+    revision: Ordinal
+    submission: Name = ""
+    reply_to: ReplySubjects = ()
     claim: Claim = Claim()
-    admitted_at: float
+    admitted_at: Timestamp
 
 
 class Envelope(Relayed, frozen=True, kw_only=True):
     """A task on its way through the phases."""
 
-    v: int = 1
+    v: Count = 1
     ad: TaskAd
     spec: Spec | None = None
     award: Award | None = None
     split: Split | None = None
-    inputs: dict[str, str] = {}
+    inputs: Outputs = {}
     """subtask id -> output, for a synthesis."""
     result: RunResult | None = None
     opinion: Opinion | None = None
@@ -179,26 +201,28 @@ class Envelope(Relayed, frozen=True, kw_only=True):
     error: TaskError | None = None
     last_error: TaskError | None = None
     """Why the attempt before this one failed."""
-    attempt: Annotated[int, Meta(ge=1)] = 1
+    attempt: Ordinal = 1
     failures: Count = 0
     """Attempts that were the node's fault."""
+    busy_retries: Count = 0
+    """Attempts that met a full node."""
     step: Count = 0
     """Hops so far."""
-    deadline: float
+    deadline: Timestamp
     """Server time, seconds since the epoch."""
-    budget: int | None = None
+    budget: Count | None = None
     """Tokens left; absent: no limit."""
-    excluded: tuple[str, ...] = ()
+    excluded: Names = ()
     """Nodes that have failed the task."""
-    resting: dict[str, float] = {}
+    resting: Annotated[dict[Name, Timestamp], Meta(max_length=1000)] = {}
     """Excluded node -> server time from which it asked to be tried again, as a model's server told it."""
     tried: Annotated[tuple[Tried, ...], Meta(max_length=MAX_TRIED)] = ()
     """Attempts that failed, oldest first; the newest ones where there were more."""
-    trace: str = ""
+    trace: Note = ""
     """W3C traceparent, passed on as it came."""
     known: Known | None = None
     """Of the task's record; absent on the record's own copy."""
-    hops: tuple[Hop, ...] = ()
+    hops: Annotated[tuple[Hop, ...], Meta(max_length=2 * MAX_HOPS)] = ()
 
     @property
     def task_id(self) -> str:
@@ -239,6 +263,11 @@ class Envelope(Relayed, frozen=True, kw_only=True):
             hops = (*hops[: MAX_HOPS // 2], *hops[-MAX_HOPS // 2 :])
         return replace(self, hops=hops, step=self.step + 1)
 
+    @property
+    def busy_pause_s(self) -> float:
+        """Seconds to pause after an attempt that met a full node: 20 ms, doubled each time, at most 5 s."""
+        return min(BUSY_MAX_S, BUSY_S * 2.0 ** min(self.busy_retries - 1, 16)) if self.busy_retries else 0.0
+
     def failed(self, error: TaskError) -> "Envelope":
         """Return the envelope with `error` instead of a result."""
         return replace(self, error=error, result=None)
@@ -249,13 +278,13 @@ class TaskRecord(Relayed, frozen=True, kw_only=True):
 
     task_id: Token
     state: TaskState
-    submission: str = ""
-    reply_to: Annotated[tuple[str, ...], Meta(max_length=8)] = ()
+    submission: Name = ""
+    reply_to: ReplySubjects = ()
     envelope: Envelope
     """As admitted, then as it was when an attempt was claimed; once the task has ended, as it ended."""
     claim: Claim = Claim()
-    admitted_at: float
-    ended_at: float | None = None
+    admitted_at: Timestamp
+    ended_at: Timestamp | None = None
     score: Unit | None = None
     """What the judge gave the result."""
     below_threshold: bool = False
@@ -295,18 +324,22 @@ ENDED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 """Terminal states."""
 
 
+Subject = Annotated[str, Meta(max_length=4096)]
+"""As long as the server takes one; a token of it may be as long."""
+
+
 class DeadLetter(Wire, frozen=True, kw_only=True):
     """The facts beside the raw bytes of a message that could not be handled."""
 
-    phase: str
-    task_id: str
-    subject: str
+    phase: Subject
+    task_id: Subject
+    subject: Subject
     deliveries: Count
     reason: Annotated[str, Meta(max_length=1000)]
     stream_seq: Count = 0
     cut: bool = False
     """Whether the bytes kept are fewer than there were."""
-    trail: str = ""
+    trail: Note = ""
     """The phases it had passed, oldest first, with a space between: `sense match scale`."""
 
 
@@ -314,9 +347,9 @@ class Subtask(Wire, frozen=True, kw_only=True):
     """A node of a split plan."""
 
     id: Token
-    description: str
-    domain: str = ""
-    dependencies: tuple[Token, ...] = ()
+    description: Text
+    domain: Name = ""
+    dependencies: Annotated[tuple[Token, ...], Meta(max_length=1000)] = ()
     estimated_complexity: Unit = 0.3
     state: Literal["waiting", "running", "succeeded", "failed", "cancelled"] = "waiting"
     child_id: Token | None = None
@@ -341,4 +374,4 @@ class SplitPlan(Wire, frozen=True, kw_only=True):
     """The parked parent."""
     error: TaskError | None = None
     """Why a plan that is done has failed; absent where the parent ended for another reason."""
-    note: str = ""
+    note: Note = ""

@@ -1,42 +1,42 @@
 """What happens while an agent works, as one tagged union: the same from the agent to the client."""
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from loom.schemas.wire import Count, Token, Wire
+from loom.schemas.wire import Count, FreeJson, Name, Number, Text, Token, Wire
 
 
 class TextDelta(Wire, frozen=True, kw_only=True, tag="text_delta"):
     """A piece of the answer."""
 
     type: ClassVar[str] = "text_delta"
-    text: str = ""
+    text: Text = ""
 
 
 class ReasoningDelta(Wire, frozen=True, kw_only=True, tag="reasoning_delta"):
     """A piece of the model's reasoning, where it shows any."""
 
     type: ClassVar[str] = "reasoning_delta"
-    text: str = ""
+    text: Text = ""
 
 
 class ToolCallStart(Wire, frozen=True, kw_only=True, tag="tool_call_start"):
     """A tool is about to run."""
 
     type: ClassVar[str] = "tool_call_start"
-    tool_call_id: str
-    name: str
-    input: dict[str, Any] = {}
+    tool_call_id: Text
+    name: Text
+    input: FreeJson = {}
 
 
 class ToolCallEnd(Wire, frozen=True, kw_only=True, tag="tool_call_end"):
     """A tool has run; `result` is what the model gets to see, at most 2,000 characters here."""
 
     type: ClassVar[str] = "tool_call_end"
-    tool_call_id: str
-    name: str = ""
-    result: str = ""
+    tool_call_id: Text
+    name: Text = ""
+    result: Text = ""
     failed: bool = False
-    duration_ms: float = 0.0
+    duration_ms: Number = 0.0
 
 
 class StepStart(Wire, frozen=True, kw_only=True, tag="step_start"):
@@ -60,8 +60,8 @@ class ErrorEvent(Wire, frozen=True, kw_only=True, tag="error"):
     """The work failed; `code` is an error code of `loom.schemas.errors`."""
 
     type: ClassVar[str] = "error"
-    error: str
-    code: str = ""
+    error: Text
+    code: Text = ""
     recoverable: bool = False
 
 
@@ -71,7 +71,7 @@ class TokenUsage(Wire, frozen=True, kw_only=True):
     prompt_tokens: Count = 0
     completion_tokens: Count = 0
     total_tokens: Count = 0
-    estimated_cost: float = 0.0
+    estimated_cost: Number = 0.0
     """Always 0: prices are not known here."""
     estimated: bool = False
     """Whether tokens were guessed from text lengths because the model did not say."""
@@ -81,10 +81,10 @@ class Done(Wire, frozen=True, kw_only=True, tag="done"):
     """The work is over; always the last event."""
 
     type: ClassVar[str] = "done"
-    content: str = ""
+    content: Text = ""
     tokens_used: Count = 0
     steps: Count = 0
-    duration_ms: float = 0.0
+    duration_ms: Number = 0.0
     usage: TokenUsage = TokenUsage()
 
 
@@ -97,10 +97,10 @@ class SubtaskEvent(Wire, frozen=True, kw_only=True, tag="subtask"):
     task_id: Token
     """Its own task."""
     state: Literal["running", "succeeded", "failed", "cancelled"]
-    description: str = ""
-    node_id: str | None = None
+    description: Text = ""
+    node_id: Name | None = None
     """Who has done it; absent while it runs."""
-    error: str = ""
+    error: Name = ""
     """Code of why it did not succeed."""
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from loom.schemas.wire import Count, Seconds, Token, Unit, Wire
+from loom.schemas.wire import Count, Name, Names, Note, Seconds, Timestamp, Token, Unit, Wire
 
 WINDOW = 120
 """Scores remembered per node and domain."""
@@ -31,12 +31,12 @@ class Score(Struct, frozen=True, kw_only=True, array_like=True, omit_defaults=Tr
     Made of a Reward, whose numbers are checked, and read by the hundred: it is not checked again.
     """
 
-    attempt_id: str
+    attempt_id: Name
     """`task:attempt`; `inherit:node` is what a retired node has left, and stands for no task of this one's."""
     score: Unit
     """The weighted mean of what its judges said last."""
-    ended_at: float
-    words: dict[str, Unit] = {}
+    ended_at: Timestamp
+    words: Annotated[dict[Name, Unit], Meta(max_length=64)] = {}
     """source -> what it said last, in four decimals; none: the rules alone have judged. The digest stands for a
     source with a name of more than eight characters."""
 
@@ -48,7 +48,7 @@ class DomainEvidence(Wire, frozen=True, kw_only=True):
     """By end of attempt, oldest first."""
     count: Count = 0
     mean: Unit = 0.0
-    since: float = 0.0
+    since: Timestamp = 0.0
     """Attempts that ended earlier are forgotten: the window was full, or the node has changed."""
 
 
@@ -62,17 +62,17 @@ class NodeProfile(Wire, frozen=True, kw_only=True):
     node_id: Token
     last_seq: Count = 0
     """Sequence in REWARDS of the last reward folded."""
-    domains: dict[str, DomainEvidence] = {}
+    domains: Annotated[dict[Name, DomainEvidence], Meta(max_length=MAX_DOMAINS)] = {}
     """slug -> evidence."""
     total_tasks: Count = 0
     success_rate: Unit = 0.0
     """Share of the windows' scores of at least .5."""
     consecutive_losses: Count = 0
     tokens: Count = 0
-    """In all."""
+    """In all; the sum stops at the greatest integer of a message."""
     seconds: Seconds = 0.0
-    """In all."""
-    updated_at: float = 0.0
+    """In all; the sum stops at 1e9."""
+    updated_at: Timestamp = 0.0
 
 
 class Snapshot(Wire, frozen=True, kw_only=True):
@@ -105,7 +105,7 @@ class Reward(Wire, frozen=True, kw_only=True):
     signal: Signal = Signal()
     tokens: Count = 0
     seconds: Seconds = 0.0
-    ended_at: float
+    ended_at: Timestamp
     """When the attempt ended, server time."""
     estimated: Unit | None = None
     """How hard SENSE itself took the task to be, before calibration; absent: the ad said it, or the run cannot tell."""
@@ -128,8 +128,8 @@ class Calibration(Wire, frozen=True, kw_only=True):
 class Lease(Wire, frozen=True, kw_only=True):
     """Who of several replicas may act, and until when."""
 
-    holder: str
-    until: float
+    holder: Name
+    until: Timestamp
     """Server time."""
 
 
@@ -141,10 +141,10 @@ class Lifecycle(Wire, frozen=True, kw_only=True):
 
     kind: LifecycleKind
     node_id: Token
-    host_id: str = ""
-    at: float
-    task_ids: tuple[str, ...] = ()
+    host_id: Name = ""
+    at: Timestamp
+    task_ids: Names = ()
     """learned: the tasks whose rewards are now part of the profile."""
     profile: NodeProfile | None = None
     """learned: the profile."""
-    reason: str = ""
+    reason: Note = ""

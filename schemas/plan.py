@@ -122,18 +122,21 @@ class _Draft(Wire, frozen=True, kw_only=True):
 
 _decoder = json.JSONDecoder()
 _OPENING = re.compile(r"[\[{]")
+MAX_IN_VAIN = 256 * 1024
+"""Characters read from brackets that turn out to open no JSON, 256 more for each: about 10 ms."""
 
 
 def _json_values(text: str) -> Iterator[Any]:
-    """Yield every JSON array and object in `text`, outermost only, in order."""
-    at = 0
-    while opening := _OPENING.search(text, at):
+    """Yield every JSON array and object in `text`, outermost only, in order, until too many brackets open none."""
+    at, in_vain = 0, 0
+    while in_vain < MAX_IN_VAIN and (opening := _OPENING.search(text, at)):
         try:
             value, at = _decoder.raw_decode(text, opening.start())
         except RecursionError:  # too deep to be a plan; trying each bracket inside would take the square of its depth
             return
-        except ValueError:  # a bracket in prose
+        except ValueError as error:  # a bracket in prose, or a number of thousands of digits
             at = opening.end()
+            in_vain += getattr(error, "pos", len(text)) - at + 256
         else:
             yield value
 

@@ -1,54 +1,68 @@
 """What EXECUTE and a node host say to each other about one run."""
 
 from base64 import b32encode
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta, Raw
 
 from loom.schemas.events import Progress
 from loom.schemas.task import Priority, RunResult, TaskAd, TaskError, TaskResult
-from loom.schemas.wire import Count, Relayed, Seconds, Token, Undecodable, Unit, decode
+from loom.schemas.wire import (
+    Count,
+    FreeJson,
+    Name,
+    Names,
+    Note,
+    Ordinal,
+    Outputs,
+    Relayed,
+    Seconds,
+    Text,
+    Timestamp,
+    Token,
+    Undecodable,
+    Unit,
+    cut_note,
+    decode,
+)
 
 MAX_OPEN_DELEGATIONS = 64
 """Delegated tasks a run may have open at a time."""
-REQUEST_VALID_S = 4.0
-"""Age beyond which a host begins nothing on a request: EXECUTE repeats each second what it still wants."""
 
 
 class RunRequest(Relayed, frozen=True, kw_only=True):
     """Run this task on that node. Idempotent by (task_id, attempt)."""
 
     task_id: Token
-    attempt: Annotated[int, Meta(ge=1)] = 1
-    node_id: str = ""
-    domain: str = ""
+    attempt: Ordinal = 1
+    node_id: Name = ""
+    domain: Name = ""
     """As the ad or SENSE worded it."""
-    description: str
+    description: Text
     complexity: Unit = 0.5
-    context: dict[str, Any] = {}
-    inputs: dict[str, str] = {}
+    context: FreeJson = {}
+    inputs: Outputs = {}
     """subtask id -> output, for a task that others prepared."""
-    tools: tuple[str, ...] = ()
+    tools: Names = ()
     """Tools the run may use; empty: all the node has. A host narrows it further."""
-    token_budget: int | None = None
+    token_budget: Count | None = None
     """Tokens left; a hard limit. Absent: none."""
     remaining_s: Seconds = 300.0
-    deadline: float | None = None
-    """The task's, in server time; absent: `remaining_s` counts from when the request is read."""
-    sent_at: float | None = None
-    """Server time of this sending of the request; absent: unknown."""
     priority: Priority = "normal"
     depth: Count = 0
     """0 for what a client submitted, one more for each division or delegation."""
     from_n: Count = 0
     """Number of the first event wanted: more than 0 when re-attaching to a run."""
-    answers: tuple[TaskResult, ...] = ()
+    answers: Annotated[tuple[TaskResult, ...], Meta(max_length=1000)] = ()
     """How delegated work ended, for a run that waits for it; at most 64 KiB of content in all. Prompt tokens include
     all that failed attempts took."""
-    trace: str = ""
+    trace: Note = ""
+    deadline: Timestamp | None = None
+    """The task's, in server time. A host begins no run after it."""
+    sent_at: Timestamp | None = None
+    """Server time of this sending. A host begins no run for a request that has waited for too long."""
 
     @property
     def key(self) -> str:
@@ -106,29 +120,52 @@ def delegated_id(task_id: str, attempt: int, call: int) -> str:
     return b32encode(digest).decode().rstrip("=").lower()
 
 
-def read_events(raw: bytes) -> tuple[RunEvent, ...]:
+def read_events(raw: bytes, discard: Callable[[str], None] = lambda _: None) -> tuple[RunEvent, ...]:
     """Return what one message on a run's inbox tells: an event, or several in a JSON array, oldest first.
 
     What is no event in an array is left out: an agent's slip must not take the run's result with it.
+
+    Args:
+        discard: Called with the reason for each event of an array that is left out.
+
+    A last event that cannot be read ends the run all the same, as `agent_failed` with the reason.
 
     Raises:
         Undecodable: No event can be read.
     """
     if not raw.startswith(b"["):
-        return (decode(raw, RunEvent),)
+        return (_event(raw),)
     try:
         return decode(raw, tuple[RunEvent, ...])
     except Undecodable:
-        events = tuple(_readable(decode(raw, tuple[Raw, ...])))
+        events = tuple(_readable(decode(raw, tuple[Raw, ...]), discard))
         if not events:
             raise
         return events
 
 
-def _readable(parts: Iterable[Raw]) -> Iterator[RunEvent]:
+def _readable(parts: Iterable[Raw], discard: Callable[[str], None]) -> Iterator[RunEvent]:
     for part in parts:
-        with suppress(Undecodable):
-            yield decode(bytes(part), RunEvent)
+        try:
+            yield _event(bytes(part))
+        except Undecodable as error:
+            discard(error.message)
+
+
+class _Kind(Relayed, frozen=True, kw_only=True):
+    """What every event must have, for one whose other fields cannot be read."""
+
+    kind: RunKind
+
+
+def _event(raw: bytes) -> RunEvent:
+    try:
+        return decode(raw, RunEvent)
+    except Undecodable as error:
+        if decode(raw, _Kind).kind not in ("result", "error"):
+            raise
+        why = cut_note(f"the last event of the run cannot be read: {error.message}")
+        return RunEvent(n=0, kind="error", error=TaskError(code="agent_failed", message=why))
 
 
 class Delta(Relayed, frozen=True, kw_only=True):

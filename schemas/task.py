@@ -4,7 +4,7 @@ import re
 import unicodedata
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -16,16 +16,23 @@ from loom.schemas.wire import (
     MAX_JSON_DEPTH,
     MAX_SCHEMA_BYTES,
     Count,
+    FreeJson,
+    Name,
+    Note,
     Relayed,
     Seconds,
+    Text,
     Token,
     Undecodable,
     Unit,
     Wire,
+    cut_name,
+    cut_note,
     decode,
     encode,
     free_json_fault,
     new_id,
+    total,
 )
 
 Priority = Literal["low", "normal", "high", "critical"]
@@ -46,7 +53,7 @@ class Accept(Wire, frozen=True, kw_only=True):
     """Texts the content must hold, letter for letter."""
     pattern: Annotated[str, Meta(min_length=1, max_length=1000)] | None = None
     """A regular expression that must be found in the content."""
-    json_schema: dict[str, Any] | None = None
+    json_schema: FreeJson | None = None
     """The content must be JSON that fits this schema, which holds all it refers to."""
     rubric: Annotated[str, Meta(min_length=1, max_length=2000)] | None = None
     """What a model judges the content by, where the phases may ask one."""
@@ -67,7 +74,7 @@ class TaskAd(Wire, frozen=True, kw_only=True):
     task_id: Token = msgspec.field(default_factory=new_id)
     domain: Annotated[str, Meta(max_length=128)] = ""
     """Field of knowledge, any text; empty: SENSE decides."""
-    description: str = ""
+    description: Text = ""
     """The work, in words. At least one visible character."""
     estimated_complexity: Unit | None = None
     """0 trivial to 1 very hard; absent: SENSE decides."""
@@ -81,7 +88,7 @@ class TaskAd(Wire, frozen=True, kw_only=True):
     """Pin: only this node may run it; no auction."""
     accept: Accept | None = None
     limits: Limits | None = None
-    context: dict[str, Any] = {}
+    context: FreeJson = {}
     """Small free JSON handed to the agent."""
     wait: bool = True
     """False: `loom.submit` answers at once with `accepted`."""
@@ -225,9 +232,9 @@ class TaskError(Wire, frozen=True, kw_only=True):
     """Why a task, or one attempt at it, failed."""
 
     code: Annotated[str, Meta(max_length=64)]
-    message: Annotated[str, Meta(max_length=2000)] = ""
-    field: str | None = None
-    node_id: str | None = None
+    message: Note = ""
+    field: Name | None = None
+    node_id: Name | None = None
     retry_after_s: Seconds | None = None
 
     @classmethod
@@ -235,8 +242,8 @@ class TaskError(Wire, frozen=True, kw_only=True):
         """Return the wire form of `error`."""
         return cls(
             code=error.code,
-            message=error.message[:2000],
-            field=error.field,
+            message=cut_note(error.message),
+            field=None if error.field is None else cut_name(error.field),
             node_id=node_id or error.node_id,
             retry_after_s=error.retry_after_s,
         )
@@ -256,7 +263,7 @@ class TaskError(Wire, frozen=True, kw_only=True):
 class RunResult(Wire, frozen=True, kw_only=True):
     """What a node's agent produced in one attempt."""
 
-    content: str = ""
+    content: Text = ""
     """The answer, at most 64 KiB of JSON."""
     truncated: bool = False
     """Whether the answer was longer and has been cut."""
@@ -272,7 +279,7 @@ class RunResult(Wire, frozen=True, kw_only=True):
     @property
     def tokens(self) -> int:
         """Prompt and completion tokens together."""
-        return self.prompt_tokens + self.completion_tokens
+        return total(self.prompt_tokens, self.completion_tokens)
 
 
 TaskState = Literal["accepted", "running", "succeeded", "failed", "cancelled"]
@@ -283,11 +290,11 @@ class TaskResult(Relayed, frozen=True, kw_only=True):
 
     task_id: Token
     state: TaskState
-    content: str = ""
+    content: Text = ""
     error: TaskError | None = None
-    domain: str = ""
-    node_id: str | None = None
-    host_id: str | None = None
+    domain: Name = ""
+    node_id: Name | None = None
+    host_id: Name | None = None
     attempts: Count = 0
     score: Unit | None = None
     """What the judge gave the result."""
@@ -316,7 +323,7 @@ class Accepted(Wire, frozen=True, kw_only=True, omit_defaults=False):
 class ErrorReply(Wire, frozen=True, kw_only=True):
     """The body of an error reply, the same for every request."""
 
-    code: str
-    message: str
-    field: str | None = None
-    task_id: str | None = None
+    code: Name
+    message: Note
+    field: Name | None = None
+    task_id: Name | None = None

@@ -19,13 +19,57 @@ MAX_INPUTS_BYTES = 64 * 1024
 MAX_MESSAGE_BYTES = 512 * 1024
 MAX_JSON_DEPTH = 32
 
+MAX_INT = 2**53 - 1
+"""Greatest integer of a message: every reader of JSON agrees on the integers up to here."""
+MAX_SECONDS = 1e9
+MAX_TIMESTAMP = 1e11
+MAX_NODES = 4096
+"""Most nodes, tasks or outputs one message names."""
+
 T = TypeVar("T")
 
 Token = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
 """One variable part of a subject."""
 Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
-Count = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_SECONDS)]
+"""A duration, at most some thirty years."""
+Timestamp = Annotated[float, msgspec.Meta(ge=0, le=MAX_TIMESTAMP)]
+"""Server time, seconds since the epoch."""
+Number = Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
+"""A float without a narrower range."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
+Ordinal = Annotated[int, msgspec.Meta(ge=1, le=MAX_INT)]
+Text = Annotated[str, msgspec.Meta(max_length=MAX_MESSAGE_BYTES)]
+"""Content: as long as a message may be."""
+Name = Annotated[str, msgspec.Meta(max_length=200)]
+"""An id, a code, the name of a field or of a tool: whatever names one thing."""
+Note = Annotated[str, msgspec.Meta(max_length=2048)]
+"""Sentences for people."""
+Names = Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_NODES)]
+Outputs = Annotated[dict[Name, Text], msgspec.Meta(max_length=MAX_NODES)]
+"""subtask id -> output."""
+FreeJson = Annotated[dict[str, Any], msgspec.Meta(max_length=MAX_CONTEXT_BYTES)]
+"""A JSON object of a client's own; `free_json_fault` checks its size and depth."""
+
+
+def cut_note(text: str) -> str:
+    """Return `text` cut to what a `Note` holds."""
+    return text[:2000]
+
+
+def cut_name(text: str) -> str:
+    """Return `text` cut to what a `Name` holds."""
+    return text[:200]
+
+
+def total(*counts: int) -> int:
+    """Return the sum of counts, at most the greatest integer of a message."""
+    return min(sum(counts), MAX_INT)
+
+
+def total_s(*seconds: float) -> float:
+    """Return the sum of durations, at most the longest one of a message."""
+    return min(sum(seconds), MAX_SECONDS)
 
 
 def new_id() -> str:

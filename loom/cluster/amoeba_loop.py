@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -10,6 +11,7 @@ from typing import Self
 from loom.bus import tasks
 from loom.bus.client import Bus, Msg
 from loom.bus.log import get_logger
+from loom.bus.ownership import THREADSAFE, Owner
 from loom.bus.reward_bus import RewardBus
 from loom.bus.tasks import TaskHandle
 from loom.cluster.lifecycle import LifecycleManager
@@ -18,11 +20,12 @@ from loom.cluster.planner import TaskPlanner
 from loom.cluster.skill_nodes import skill_nodes
 from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.cluster.subtasks import Subtasks
-from loom.runner.session import Session
+from loom.runner.session import Inheritance, Session
+from loom.runner.session_owner import SessionOwner
 from loom.runner.settings import from_environment
 from loom.schemas.errors import InvalidTask
 from loom.schemas.learning import Lifecycle
-from loom.schemas.wire import decode
+from loom.schemas.wire import Undecodable, decode
 from loom.types import (
     Done,
     ErrorEvent,
@@ -111,7 +114,7 @@ class AmoebaLoop:
         self.planner = planner
         self.skill_registry = skill_registry
         self.llm = llm
-        self._session: Session | None = None
+        self._sessions = SessionOwner(self._make_session)
 
     async def execute(self, ctx: LoopContext) -> AsyncIterator[LoopEvent]:
         """Yield what happens until the task has ended and has been learned from; the last event is Done.
@@ -119,36 +122,41 @@ class AmoebaLoop:
         A failed attempt shows as a recoverable ErrorEvent before the next one begins, a failed task as a final
         ErrorEvent before Done. Of a divided task a SubtaskEvent tells when each part begins and ends.
 
+        An iteration that is broken off cancels the task.
+
         Raises:
             InvalidTask: The context holds no task.
             BusUnavailable: No server or no phases answer.
+            WrongEventLoop: The loop is open, by `async with`, in another event loop.
         """
         ad = ctx.to_ad()
-        session = self._session or await self._open()
-        try:
+        async with self._session() as session:
+            self.reward_bus.bus = session.bus
             async with (
                 _Learned(session.bus, ad.task_id, self.cluster) as learned,
                 Subtasks(session.bus, ad.task_id) as parts,
+                tasks.published(session.bus, ad, deltas=True, cancel_with_caller=True) as handle,
+                aclosing(self._follow(handle, parts, learned)) as events,
             ):
-                async for event in self._follow(await tasks.publish(session.bus, ad), parts, learned):
+                async for event in events:
                     yield event
-        finally:
-            if session is not self._session:
-                await self._close(session)
 
-    async def _follow(self, handle: TaskHandle, parts: Subtasks, learned: "_Learned") -> AsyncIterator[LoopEvent]:
+    async def _follow(
+        self, handle: TaskHandle, parts: Subtasks, learned: "_Learned"
+    ) -> AsyncGenerator[LoopEvent, None]:
         started = time.monotonic()
         text, attempt = "", 1
-        async for delta in parts.follow(handle):
-            if isinstance(delta, SubtaskEvent):
-                yield delta
-                continue
-            if delta.attempt > attempt:
-                text, attempt = "", delta.attempt
-                yield ErrorEvent(error="the attempt failed; another node takes over", recoverable=True)
-            if isinstance(delta.event, TextDelta):
-                text += delta.event.text
-            yield delta.event
+        async with aclosing(parts.follow(handle)) as deltas:
+            async for delta in deltas:
+                if isinstance(delta, SubtaskEvent):
+                    yield delta
+                    continue
+                if delta.attempt > attempt:
+                    text, attempt = "", delta.attempt
+                    yield ErrorEvent(error="the attempt failed; another node takes over", recoverable=True)
+                if isinstance(delta.event, TextDelta):
+                    text += delta.event.text
+                yield delta.event
         result = await handle.result()
         if result.content != text and result.content.startswith(text):
             yield TextDelta(text=result.content[len(text) :])  # deltas may get lost, the result does not
@@ -159,31 +167,39 @@ class AmoebaLoop:
         yield _done(result, time.monotonic() - started)
 
     async def __aenter__(self) -> Self:
-        self._session = await self._open()
+        self.reward_bus.bus = (await self._sessions.open()).bus
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            await self._close(session)
+        await self._sessions.aclose()
+        self.reward_bus.bus = None
 
-    async def _open(self) -> Session:
-        session = Session(
+    @asynccontextmanager
+    async def _session(self) -> AsyncIterator[Session]:
+        """Yield the session that `async with` opened, else one for this block alone."""
+        if self._sessions.owner is not None:
+            yield await self._sessions.open()
+            return
+        async with aclosing(self._make_session(self._sessions.inheritance)) as session:
+            await session.open()
+            try:
+                yield session
+            finally:
+                if self.reward_bus.bus is session.bus:
+                    self.reward_bus.bus = None
+
+    def _make_session(self, parent: Inheritance | None) -> Session:
+        return Session(
             lambda: self.cluster.nodes,
             from_environment(),
             self.lifecycle.config,
             self.llm,
             skills=skill_nodes(self.skill_registry, self.llm),
+            parent=parent,
+            owner=Owner("AmoebaLoop", f"{THREADSAFE}, or an AmoebaLoop of its own"),
         )
-        await session.open()
-        self.reward_bus.bus = session.bus
-        return session
-
-    async def _close(self, session: Session) -> None:
-        self.reward_bus.bus = None
-        await session.aclose()
 
 
 class _Learned:
@@ -218,7 +234,11 @@ class _Learned:
             log.info("not_learned_yet", task_id=self._task_id, waited_s=seconds)
 
     async def _on_news(self, msg: Msg) -> None:
-        news = decode(msg.data, Lifecycle)
+        try:
+            news = decode(msg.data, Lifecycle)
+        except Undecodable as error:
+            self._bus.discards.add("lifecycle_undecodable", reason=error.message, subject=msg.subject)
+            return
         if self._task_id not in news.task_ids:
             return
         for node in self._cluster.nodes:

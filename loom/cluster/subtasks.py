@@ -1,8 +1,8 @@
 """News of the parts of one task, should SCALE divide it."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Self
 
@@ -17,7 +17,7 @@ from loom.schemas.envelope import Envelope, SplitPlan, Subtask, TaskRecord
 from loom.schemas.errors import LoomError
 from loom.schemas.events import SubtaskEvent
 from loom.schemas.run import Delta
-from loom.schemas.wire import decode
+from loom.schemas.wire import Undecodable, decode
 
 log = get_logger()
 
@@ -54,7 +54,7 @@ class Subtasks:
         for subscription in subscriptions:
             await self._bus.unsubscribe(subscription)
 
-    async def follow(self, handle: TaskHandle) -> AsyncIterator[Delta | SubtaskEvent]:
+    async def follow(self, handle: TaskHandle) -> AsyncGenerator[Delta | SubtaskEvent, None]:
         """Yield the task's own progress and that of its parts, until it has ended."""
         working = [asyncio.create_task(self._deltas(handle)), asyncio.create_task(self._look())]
         try:
@@ -72,7 +72,11 @@ class Subtasks:
                 yield news
 
     async def _on_hop(self, msg: Msg) -> None:
-        envelope = decode(msg.data, Envelope)
+        try:
+            envelope = decode(msg.data, Envelope)
+        except Undecodable as error:
+            self._bus.discards.add("envelope_undecodable", reason=error.message, subject=msg.subject)
+            return
         if self._bus.subjects.later(self._task_id, "timer") == msg.subject:
             self._heard.put_nowait(None)
         elif envelope.split is not None and envelope.split.child is not None:
@@ -80,8 +84,9 @@ class Subtasks:
 
     async def _deltas(self, handle: TaskHandle) -> None:
         try:
-            async for delta in handle.events():
-                self._news.put_nowait(delta)
+            async with aclosing(handle.events()) as deltas:
+                async for delta in deltas:
+                    self._news.put_nowait(delta)
         finally:
             self._news.put_nowait(None)
 

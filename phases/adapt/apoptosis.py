@@ -54,7 +54,7 @@ def heir(node_id: str, hosts: Sequence[HostAnnouncement], profiles: Mapping[str,
         return None
     mine = _means(profiles.get(node_id))
     gains = {
-        other: complement(mine, _means(profiles.get(other)), min(1.0, host.running / max(host.slots, 1)))
+        other: complement(mine, _means(profiles.get(other)), min(host.running, max(host.slots, 1)) / max(host.slots, 1))
         for host in hosts
         for other in staying(host) - set(host.busy)
     }

@@ -5,7 +5,9 @@ from msgspec.structs import replace
 from loom.bus.client import Bus, Conflict
 from loom.bus.kv import Bucket
 from loom.bus.log import get_logger
+from loom.bus.topology import stream_state
 from loom.schemas.learning import BIAS, Calibration, Reward
+from loom.schemas.wire import Undecodable
 
 log = get_logger()
 
@@ -21,7 +23,7 @@ MOST = 1000
 
 def actual(reward: Reward) -> float:
     """Return how hard a task turned out to be: .6 min(tokens / 8192, 1) + .4 min(seconds / 30, 1)."""
-    by_tokens, by_time = min(reward.tokens / TOKENS, 1.0), min(reward.seconds / SECONDS, 1.0)
+    by_tokens, by_time = min(reward.tokens, TOKENS) / TOKENS, min(reward.seconds, SECONDS) / SECONDS
     return TOKENS_SHARE * by_tokens + (1 - TOKENS_SHARE) * by_time
 
 
@@ -44,6 +46,7 @@ class Calibrating:
     """
 
     def __init__(self, bus: Bus) -> None:
+        self._bus = bus
         self._bucket = Bucket(bus, "tuning", Calibration)
         self._known: dict[str, Calibration] = {}
         self._revisions: dict[str, int] = {}
@@ -60,6 +63,8 @@ class Calibrating:
             while not reader.caught_up:
                 for entry in await reader.batch():
                     known = entry.value
+                    if entry.key != BIAS + known.slug:
+                        continue
                     if known.last_seq > last_seq:
                         known = Calibration(slug=known.slug)
                         self._unwritten.add(known.slug)
@@ -101,14 +106,26 @@ class Calibrating:
                 self._revisions[slug] = await self._bucket.update(BIAS + slug, mine, self._revisions.get(slug, 0))
                 written = mine
             except Conflict:
-                entry = await self._bucket.get(BIAS + slug)
-                self._revisions[slug] = entry.revision if entry else 0
-                if entry is None or entry.value.last_seq < mine.last_seq:
+                stored = await self._stored(slug)
+                if stored is None or stored.last_seq < mine.last_seq:
                     continue  # ours holds more of the same stream
-                written = entry.value
+                written = stored
                 if written.last_seq > self._known[slug].last_seq:
                     self._known[slug] = written
             if self._known[slug].last_seq <= written.last_seq:
                 self._unwritten.discard(slug)
                 log.debug("calibrated", slug=slug, bias=round(written.bias, 3), tasks=written.count)
             return
+
+    async def _stored(self, slug: str) -> Calibration | None:
+        """Return the stored calibration and note its revision; None where there is none that can be believed."""
+        try:
+            entry = await self._bucket.get(BIAS + slug)
+        except Undecodable:
+            self._revisions[slug] = await self._bucket.revision(BIAS + slug)
+            return None
+        self._revisions[slug] = entry.revision if entry else 0
+        if entry is None or entry.value.slug != slug:
+            return None
+        beyond = entry.value.last_seq > int((await stream_state(self._bus, "REWARDS"))["last_seq"])
+        return None if beyond else entry.value

@@ -4,12 +4,9 @@ import time
 
 from msgspec.structs import replace
 
+from loom.bus.announcements import MAX_HOSTS, AnnouncementReader
 from loom.bus.client import Bus, Msg, Subscription
-from loom.bus.log import get_logger
 from loom.schemas.auction import HostAnnouncement
-from loom.schemas.wire import Undecodable, decode
-
-log = get_logger()
 
 HEARD_S = 10.0  # hosts announce themselves every 3 s
 
@@ -19,6 +16,7 @@ class Census:
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
+        self._announcements = AnnouncementReader(bus.discards)
         self._said: dict[str, tuple[float, HostAnnouncement]] = {}
         self._subscription: Subscription | None = None
 
@@ -49,11 +47,11 @@ class Census:
         self._said[host_id] = at, replace(said, children=children)
 
     async def _on_announcement(self, msg: Msg) -> None:
-        try:
-            said = decode(msg.data, HostAnnouncement)
-        except Undecodable as error:
-            log.warning("announcement_undecodable", reason=error.message)
+        announcement = self._announcements.read(msg)
+        if announcement is None:
             return
-        self._said.pop(said.host_id, None)
-        if not said.draining:
-            self._said[said.host_id] = time.monotonic(), said
+        self._said.pop(announcement.host_id, None)
+        if not announcement.draining:
+            self._said[announcement.host_id] = time.monotonic(), announcement
+        if len(self._said) > MAX_HOSTS:
+            del self._said[next(iter(self._said))]

@@ -5,17 +5,17 @@ from operator import attrgetter
 
 from msgspec.structs import replace
 
-from loom.bus.log import get_logger
+from loom.bus.discards import Discards
 from loom.bus.ordered import Stored
 from loom.bus.subjects import Subjects
 from loom.phases.adapt.change import changed_at
 from loom.phases.adapt.judges import WEIGHTS, attempt_id, judged, own, weight
 from loom.schemas.learning import MAX_DOMAINS, WINDOW, DomainEvidence, NodeProfile, Reward, Score
-from loom.schemas.wire import Undecodable, decode
-
-log = get_logger()
+from loom.schemas.wire import Undecodable, decode, total, total_s
 
 FORGETTING = "glr_ucb"
+SKEW_S = 5.0
+"""How far the clock of a judge may be ahead of the server's."""
 SUCCESS = 0.5
 """Least score that counts as a success."""
 
@@ -28,17 +28,30 @@ def forgets(policy: str) -> bool:
     return policy == FORGETTING
 
 
-def reward_in(message: Stored, subjects: Subjects) -> Reward | None:
-    """Return the reward a message of the stream is; None for what nobody is to learn from."""
+def reward_in(message: Stored, subjects: Subjects, discards: Discards) -> Reward | None:
+    """Return the reward a message of the stream is; None for one that cannot be used, which is counted."""
     try:
         reward = decode(message.data, Reward)
     except Undecodable as error:
-        log.warning("reward_undecodable", subject=message.subject, reason=error.message)
+        discards.add("reward_undecodable", reason=error.message, subject=message.subject)
         return None
     if message.subject != subjects.of("reward", reward.node_id, reward.slug):
-        log.warning("reward_misaddressed", subject=message.subject, node_id=reward.node_id)
+        reason = f"it is about node {reward.node_id} and domain {reward.slug}"
+        discards.add("reward_misaddressed", reason=reason, subject=message.subject)
+        return None
+    if reward.kind != "snapshot" and reward.ended_at > message.stored_at + SKEW_S:
+        reason = f"its attempt ended {reward.ended_at - message.stored_at:.0f} s after the reward was stored"
+        discards.add("reward_dated_ahead", reason=reason, subject=message.subject)
         return None
     return reward
+
+
+def is_dated_ahead(profile: NodeProfile, at: float) -> bool:
+    """Return whether a profile holds an attempt that ended more than a few seconds after server time `at`."""
+    times = [profile.updated_at]
+    for evidence in profile.domains.values():
+        times += [evidence.since, *(score.ended_at for score in evidence.scores)]
+    return max(times) > at + SKEW_S
 
 
 def fold(
@@ -79,17 +92,17 @@ def fold(
     wins = sum(sum(map(SUCCESS.__le__, map(_score, evidence.scores))) for evidence in domains.values())
     losses = profile.consecutive_losses
     if not counted:
-        losses = losses + 1 if _lost(new) else 0
+        losses = total(losses, 1) if _lost(new) else 0
     elif known is not None and reward.kind == "reward" and _lost(known) != _lost(new):
         losses = _losses_in_a_row(domains)
     return replace(
         profile,
         domains=domains,
-        success_rate=wins / sum(evidence.count for evidence in domains.values()),
-        total_tasks=profile.total_tasks + (not counted),
+        success_rate=wins / sum(len(evidence.scores) for evidence in domains.values()),
+        total_tasks=total(profile.total_tasks, 0 if counted else 1),
         consecutive_losses=losses,
-        tokens=profile.tokens + (0 if counted else reward.tokens),
-        seconds=profile.seconds + (0.0 if counted else reward.seconds),
+        tokens=total(profile.tokens, 0 if counted else reward.tokens),
+        seconds=total_s(profile.seconds, 0.0 if counted else reward.seconds),
         updated_at=max(profile.updated_at, reward.ended_at),
     )
 

@@ -3,6 +3,7 @@
 from loom.bus.client import Bus, Conflict
 from loom.bus.kv import Bucket
 from loom.schemas.learning import Lease
+from loom.schemas.wire import Undecodable
 
 LEASE_S = 15.0  # longer than a host takes to announce what has changed
 
@@ -14,12 +15,19 @@ async def take_lease(bus: Bus, name: str) -> bool:
         BusUnavailable: No answer.
     """
     leases, now = Bucket(bus, "tuning", Lease), bus.now()
-    entry = await leases.get(name)
-    if entry is not None and entry.value.holder != bus.instance and entry.value.until > now:
+    try:
+        entry = await leases.get(name)
+    except Undecodable:
+        entry, revision = None, await leases.revision(name)
+    else:
+        revision = entry.revision if entry else 0
+    held = entry.value if entry is not None else Lease(holder="", until=0)
+    # A longer lease than any replica takes is not a replica's: it would be held by no process.
+    if held.holder != bus.instance and now < held.until <= now + 2 * LEASE_S:
         return False
     mine = Lease(holder=bus.instance, until=now + LEASE_S)
     try:
-        await leases.update(name, mine, entry.revision if entry else 0)
+        await leases.update(name, mine, revision)
     except Conflict:
         return False
     return True

@@ -33,6 +33,8 @@ class Compared(NamedTuple):
     verdict: Verdict
     stored: Entry[NodeProfile] | None
     rebuilt: NodeProfile | None
+    revision: int = 0
+    """Of a stored value that cannot be read, which a repair replaces."""
 
 
 class Rebuilt(NamedTuple):
@@ -99,11 +101,13 @@ async def compare(bus: Bus, *, forget: bool, weights: Mapping[str, float] = WEIG
         Refused: There is no such stream.
         BusUnavailable: No answer.
     """
-    stored = await stored_profiles(bus)
+    stored, unreadable = await read_profiles(bus)
     at = {node: entry.value.last_seq for node, entry in stored.items()}
     rebuilt = await rebuild(bus, forget=forget, weights=weights, at=at)
     nodes = sorted(stored.keys() | rebuilt.profiles.keys())
-    return rebuilt, [_compared(node, stored.get(node), rebuilt) for node in nodes]
+    return rebuilt, [
+        _compared(node, stored.get(node), rebuilt)._replace(revision=unreadable.get(node, 0)) for node in nodes
+    ]
 
 
 def _compared(node_id: str, stored: Entry[NodeProfile] | None, rebuilt: Rebuilt) -> Compared:
@@ -134,22 +138,41 @@ async def repair(bus: Bus, wrong: Sequence[Compared]) -> list[str]:
         if one.verdict not in WRONG or one.rebuilt is None:
             continue
         try:
-            await bucket.update(one.node_id, one.rebuilt, one.stored.revision if one.stored else 0)
+            await bucket.update(one.node_id, one.rebuilt, one.stored.revision if one.stored else one.revision)
         except Conflict:
             lost.append(one.node_id)
     return lost
 
 
-async def stored_profiles(bus: Bus) -> dict[str, Entry[NodeProfile]]:
-    """Return every stored profile by node id."""
+class StoredProfiles(NamedTuple):
+    """What the bucket of profiles holds."""
+
+    profiles: dict[str, Entry[NodeProfile]]
+    """By node id."""
+    unreadable: dict[str, int]
+    """Key -> revision of the values that are no profile of the node their key names."""
+
+
+async def read_profiles(bus: Bus) -> StoredProfiles:
+    """Return every stored profile, and which ones cannot be used."""
     reader = Bucket(bus, "nodes", NodeProfile).reader()
-    found: dict[str, Entry[NodeProfile]] = {}
+    found = StoredProfiles({}, {})
     try:
         while not reader.caught_up:
-            found |= {entry.key: entry for entry in await reader.batch()}
+            for entry in await reader.batch():
+                if entry.value.node_id == entry.key:
+                    found.profiles[entry.key] = entry
+                else:
+                    found.unreadable[entry.key] = entry.revision
+            found.unreadable.update(reader.unreadable)
     finally:
         await reader.stop()
     return found
+
+
+async def stored_profiles(bus: Bus) -> dict[str, Entry[NodeProfile]]:
+    """Return every stored profile that can be used, by node id."""
+    return (await read_profiles(bus)).profiles
 
 
 async def _snapshots(bus: Bus, last: int) -> AsyncIterator[Snapshot]:
@@ -161,6 +184,6 @@ async def _snapshots(bus: Bus, last: int) -> AsyncIterator[Snapshot]:
 async def _rewards(bus: Bus, slug: str, first: int, last: int) -> AsyncIterator[tuple[int, Reward]]:
     subject = bus.subjects.of("reward", "*", slug)
     async for message in between(bus, bus.subjects.stream("REWARDS"), subject, first, last):
-        reward = reward_in(message, bus.subjects)
+        reward = reward_in(message, bus.subjects, bus.discards)
         if reward is not None:
             yield message.seq, reward

@@ -14,7 +14,7 @@ from loom.schemas.auction import RetireReply, RetireRequest
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
 from loom.schemas.learning import NodeProfile
-from loom.schemas.wire import decode
+from loom.schemas.wire import Undecodable, decode
 
 log = get_logger()
 
@@ -41,7 +41,7 @@ class Retiring:
     async def start(self) -> None:
         """Begin to look after the nodes."""
         await self._census.start()
-        self._task = self._bus.spawn(self._watch(), name="retire nodes")
+        self._task = self._bus.spawn(self._watch(), name="retire nodes", essential=True)
 
     async def stop(self) -> None:
         """Retire nobody any more."""
@@ -77,7 +77,11 @@ class Retiring:
         except (TimeoutError, NoResponders):
             log.info("host_does_not_answer", host_id=one.host_id, node_id=one.node_id)
             return False
-        reply = decode(answer.data, RetireReply)
+        try:
+            reply = decode(answer.data, RetireReply)
+        except Undecodable as error:  # another host's child may be due as well
+            self._bus.discards.add("retire_reply_undecodable", reason=error.message, host_id=one.host_id)
+            return False
         if reply.decline is not None:
             log.debug("retirement_declined", node_id=one.node_id, decline=reply.decline)
             return False

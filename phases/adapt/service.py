@@ -13,24 +13,29 @@ Gives up   an undecodable reward is logged and left out: nobody waits for it
 import asyncio
 import time
 from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
 
 from msgspec.structs import replace
 
 from loom.bus.client import Bus, Conflict
 from loom.bus.faults import describe
+from loom.bus.faults import summary as summary_of
+from loom.bus.health import Health
 from loom.bus.kv import Bucket
 from loom.bus.log import get_logger
-from loom.bus.ordered import OrderedReader
+from loom.bus.ordered import OrderedReader, Stored
 from loom.bus.topology import stream_state
 from loom.phases.adapt.calibrating import Calibrating
-from loom.phases.adapt.fold import change_in, fold, forgets, reward_in, summary
+from loom.phases.adapt.fold import change_in, fold, forgets, is_dated_ahead, reward_in, summary
 from loom.phases.adapt.judges import weights_of
-from loom.phases.adapt.rebuild import rebuild, stored_profiles
+from loom.phases.adapt.rebuild import read_profiles, rebuild
 from loom.phases.adapt.retiring import Retiring
 from loom.phases.adapt.snapshots import Snapshots
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward
+from loom.schemas.wire import Undecodable, total_s
 
 log = get_logger()
 
@@ -53,6 +58,9 @@ class Adapt:
         self._changed: dict[str, list[str]] = {}
         """node id -> changes found and not yet told."""
         self._standby_until = 0.0
+        self._read_seq = 0
+        self._unwritten_since = time.monotonic()
+        """When a flush last left nothing unwritten."""
         self._retiring = Retiring(bus, config, self._profiles)
         self._snapshots = Snapshots(bus, self._profiles)
         self._calibrating = Calibrating(bus)
@@ -62,29 +70,48 @@ class Adapt:
         self._writing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
 
+    def health(self) -> Health:
+        """Return how far the stream has been read, and how long a profile has waited to be written."""
+        waiting_s = time.monotonic() - self._unwritten_since if self._unwritten else 0.0
+        return Health(in_hand=len(self._unwritten), oldest_s=total_s(waiting_s), last_seq=self._read_seq)
+
     async def start(self) -> None:
         """Read what is known, then the whole stream; what is known already is skipped."""
         await self._load()
         await self._snapshots.start()
         await self._reader.start()
         self._tasks = [
-            self._bus.spawn(self._read(), name="fold rewards"),
-            self._bus.spawn(self._write(), name="write profiles"),
-            self._bus.spawn(self._follow(), name="follow profiles"),
+            self._bus.spawn(self._read(), name="fold rewards", essential=True),
+            self._bus.spawn(self._write(), name="write profiles", essential=True),
+            self._bus.spawn(self._follow(), name="follow profiles", essential=True),
         ]
         await self._retiring.start()
 
     async def _load(self) -> None:
         """Read what is stored; what the stream cannot have given is taken from the stream instead."""
-        state = await stream_state(self._bus, "REWARDS")
-        for node_id, entry in (await stored_profiles(self._bus)).items():
+        stored, unreadable = await read_profiles(self._bus)
+        state = await stream_state(self._bus, "REWARDS")  # after the profiles: none can rest on more
+        for node_id, entry in stored.items():
             self._profiles[node_id], self._revisions[node_id] = entry.value, entry.revision
+        self._revisions |= unreadable
         beyond = [node_id for node_id, profile in self._profiles.items() if profile.last_seq > state["last_seq"]]
         if beyond:
             log.warning("profiles_beyond_stream", nodes=sorted(beyond), last_seq=state["last_seq"])
-        if beyond or not self._profiles:
-            await self._rebuild(beyond)
+        ahead = self._dated_ahead(state)
+        if ahead:
+            log.warning("profiles_dated_ahead", nodes=ahead)
+            for node_id in ahead:
+                self._profiles[node_id] = NodeProfile(node_id=node_id)
+        if beyond or ahead or unreadable or not self._profiles:
+            await self._rebuild([*beyond, *ahead])
         await self._calibrating.start(state["last_seq"])
+
+    def _dated_ahead(self, state: dict[str, Any]) -> list[str]:
+        """Return the nodes whose profiles hold attempts that ended after the stream's last reward was stored."""
+        if not state["messages"]:
+            return []
+        stored_at = datetime.fromisoformat(state["last_ts"]).timestamp()
+        return sorted(node_id for node_id, profile in self._profiles.items() if is_dated_ahead(profile, stored_at))
 
     async def _rebuild(self, nodes: Sequence[str]) -> None:
         """Fold the stream for these nodes and unknown ones; snapshots may stand in for its lost head."""
@@ -129,10 +156,17 @@ class Adapt:
                 generation = self._reader.generation
                 await self._start_over()
             for message in batch:
-                reward = reward_in(message, self._bus.subjects)
-                if reward is not None:
-                    self._fold(message.seq, reward)
-                self._snapshots.note(message, reward)
+                self._take(message)
+
+    def _take(self, message: Stored) -> None:
+        self._read_seq = message.seq
+        reward = reward_in(message, self._bus.subjects, self._bus.discards)
+        try:
+            if reward is not None:
+                self._fold(message.seq, reward)
+        except Exception as error:  # noqa: BLE001 - no reward, whatever it holds, may end the learning from all others
+            self._bus.discards.add("reward_not_folded", reason=summary_of(error), subject=message.subject)
+        self._snapshots.note(message, reward)
 
     def _fold(self, seq: int, reward: Reward) -> None:
         if self._calibrating.fold(seq, reward):
@@ -144,12 +178,15 @@ class Adapt:
         if (change := change_in(known, folded)) is not None:
             self._changed.setdefault(reward.node_id, []).append(change)
         self._profiles[reward.node_id] = folded
+        if not self._unwritten:
+            self._unwritten_since = time.monotonic()
         self._unwritten.setdefault(reward.node_id, []).append((seq, reward))
         self._dirty.set()
 
     async def _follow(self) -> None:
         """Take over what an operator has repaired: it rests on the same rewards as what is known here."""
         reader = self._bucket.reader()
+        await reader.start()
         generation = 0
         try:
             while True:
@@ -159,10 +196,32 @@ class Adapt:
                     await self._write_all()
                 for entry in batch:
                     mine = self._profiles.get(entry.key)
-                    if mine is not None and mine.last_seq == entry.value.last_seq and entry.key not in self._unwritten:
+                    if mine is None or entry.key in self._unwritten:
+                        continue
+                    if entry.value.node_id != entry.key:
+                        self._replace(entry.key)
+                    elif mine.last_seq == entry.value.last_seq:
                         self._profiles[entry.key], self._revisions[entry.key] = entry.value, entry.revision
+                    elif entry.value.last_seq > self._read_seq:
+                        await self._replace_if_beyond(entry.key, entry.value)
+                for key in reader.unreadable:
+                    self._replace(key)
         finally:
             await reader.stop()
+
+    async def _replace_if_beyond(self, node_id: str, stored: NodeProfile) -> None:
+        try:
+            if await self._is_beyond_stream(node_id, stored):
+                self._replace(node_id)
+        except LoomError as error:  # the next reward of the node brings it up again
+            log.warning("profile_not_checked", node_id=node_id, reason=error.message)
+
+    def _replace(self, node_id: str) -> None:
+        """Have a stored profile that cannot be believed written over, if there is something to write."""
+        if node_id in self._profiles:
+            log.warning("profile_replaced", node_id=node_id)
+            self._unwritten.setdefault(node_id, [])
+            self._dirty.set()
 
     async def _write_all(self) -> None:
         """Have every profile of the present stream written again: the bucket was lost with what stood in it."""
@@ -194,6 +253,7 @@ class Adapt:
             for node_id in list(self._unwritten):
                 await self._put(node_id)
             await self._calibrating.flush()
+        self._unwritten_since = time.monotonic()
 
     async def _put(self, node_id: str) -> None:
         """Write one profile, unless another replica has written at least as much.
@@ -206,9 +266,8 @@ class Adapt:
             try:
                 revision = await self._bucket.update(node_id, profile, self._revisions.get(node_id, 0))
             except Conflict:
-                entry = await self._bucket.get(node_id)
-                self._revisions[node_id] = entry.revision if entry else 0
-                if entry is None or await self._is_beyond_stream(node_id, entry.value) or self._adopt(entry.value):
+                stored = await self._stored(node_id)
+                if stored is None or await self._is_beyond_stream(node_id, stored) or self._adopt(stored):
                     continue
                 self._changed.pop(node_id, None)
                 self._standby_until = time.monotonic() + STANDBY_S
@@ -219,6 +278,17 @@ class Adapt:
             for change in self._changed.pop(node_id, ()):
                 await self._say_changed(node_id, change)
             return
+
+    async def _stored(self, node_id: str) -> NodeProfile | None:
+        """Return the stored profile of a node and note its revision; None where there is none that can be used."""
+        try:
+            entry = await self._bucket.get(node_id)
+        except Undecodable as error:
+            self._revisions[node_id] = await self._bucket.revision(node_id)
+            log.warning("profile_replaced", node_id=node_id, reason=error.message)
+            return None
+        self._revisions[node_id] = entry.revision if entry else 0
+        return entry.value if entry is not None and entry.value.node_id == node_id else None
 
     async def _is_beyond_stream(self, node_id: str, stored: NodeProfile) -> bool:
         """Whether a stored profile claims rewards that the stream does not hold: nothing of it can be believed."""

@@ -51,7 +51,7 @@ class Snapshots:
         info = await self._bus.api(f"STREAM.INFO.{self._bus.subjects.stream('REWARDS')}")
         self._limit = max(0, int(info["config"].get("max_bytes", 0)))
         if self._limit:
-            self._task = self._bus.spawn(self._watch(), name="take snapshots")
+            self._task = self._bus.spawn(self._watch(), name="take snapshots", essential=True)
 
     def start_over(self) -> None:
         """Count from nothing: the stream was lost, and another has begun."""

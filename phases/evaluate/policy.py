@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from loom.bus.reward_bus import RewardBus
-from loom.phases.accept import complaint
+from loom.phases.shared.acceptance import plain_violation
+from loom.phases.shared.check_pool import Violation
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import MAX_TRIED, MAX_TRIED_CHARS, Best, Envelope, TaskRecord, Tried
+from loom.schemas.envelope import IN_HAND_S, MAX_TRIED, MAX_TRIED_CHARS, Best, Envelope, TaskRecord, Tried
 from loom.schemas.learning import Reward, Signal
 from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, Accept, RunResult, TaskAd, TaskError, TaskState
 
@@ -46,10 +47,18 @@ def is_late(envelope: Envelope, record: TaskRecord) -> bool:
     return envelope.attempt < record.claim.attempt and not cancelled
 
 
-def judge(envelope: Envelope) -> TaskError | None:
-    """Return why the result is refused, by rule or by the opinion on the envelope; None when it is good."""
+def judge(envelope: Envelope, violation: Violation | None = None) -> TaskError | None:
+    """Return why the result is refused, by rule or by the opinion on the envelope; None when it is good.
+
+    Args:
+        violation: The outcome of the ad's pattern and JSON Schema.
+    """
     content = envelope.result.content if envelope.result else ""
-    why = complaint(content, envelope.ad.accept)
+    why = plain_violation(content, envelope.ad.accept)
+    if why is None and violation is not None:
+        if violation.error.code != "rejected_result":
+            return violation.error
+        why = violation.error.message
     opinion, least = envelope.opinion, (envelope.ad.accept or Accept()).threshold
     if why is None and opinion is not None and opinion.score < least:
         why = f"judged {opinion.score:.2f}, at least {least:.2f} is asked for: {opinion.reason}"
@@ -59,13 +68,23 @@ def judge(envelope: Envelope) -> TaskError | None:
     return TaskError(code="rejected_result", message=why[:2000], node_id=node_id)
 
 
-def decide(envelope: Envelope, config: ClusterConfig, now: float) -> Decision:
-    """Return whether the task ends, and how, or goes back to MATCH."""
-    error = envelope.error or judge(envelope)
+def unchecked(why: str) -> Violation:
+    """Return the outcome of a check that could not be made before the deadline: the task fails, and no node did."""
+    message = f"the deadline passed before the result could be checked: {why}"
+    return Violation(TaskError(code="deadline_exceeded", message=message[:2000]), decided=False)
+
+
+def decide(envelope: Envelope, config: ClusterConfig, now: float, violation: Violation | None = None) -> Decision:
+    """Return whether the task ends, and how, or goes back to MATCH.
+
+    Args:
+        violation: The outcome of the ad's pattern and JSON Schema.
+    """
+    error = envelope.error or judge(envelope, violation)
     if error is None:
         return End("succeeded", envelope, score=envelope.opinion.score if envelope.opinion else 1.0)
     refused = replace(envelope, error=error)
-    if error.code == "rejected_result":
+    if error.code == "rejected_result" and (violation is None or violation.decided):
         refused = keep_best(refused)
     if error.code == "no_bids" and envelope.failures:
         return wait_for_rested(envelope, now) or give_up(refused, last_failure(envelope) or error)
@@ -77,6 +96,9 @@ def decide(envelope: Envelope, config: ClusterConfig, now: float) -> Decision:
     if final is not None:
         return final
     again = replace(refused, result=None, opinion=None, error=None, last_error=error, attempt=envelope.attempt + 1)
+    if error.code == "node_busy":
+        again = replace(again, busy_retries=again.busy_retries + 1)
+        return Back(again, again.busy_pause_s if again.busy_pause_s > IN_HAND_S else 0.0)
     return Back(again, retry_s(error, refused.failures))
 
 

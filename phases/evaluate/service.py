@@ -5,7 +5,8 @@ Publishes  reward.<node>.<slug>, result.<task>, replies to submitters
            task.scale          that a subtask has ended, or a task that had been divided
            task.match          the envelope with its attempt raised, when another node is to try
 State      the terminal record; this is the only phase that ends a task
-Gives up   never: whatever it is handed ends a task, sends it back, or is told that it has ended
+Gives up   never: whatever it is handed ends a task, sends it back, or is told that it has ended; a result that cannot
+           be checked now waits, at most until its deadline
 """
 
 import random
@@ -16,11 +17,12 @@ from loom.bus.answers import answer_task
 from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
 from loom.bus.duplicates import store_once
+from loom.bus.health import Health
 from loom.bus.kv import Bucket, Entry
 from loom.bus.log import get_logger
 from loom.bus.loop import SLOTS, HopLoop, Service
 from loom.bus.outcome import Done, Later, Next, Outcome
-from loom.bus.records import change, records, remembered
+from loom.bus.records import change, records, remembered, salvaged
 from loom.bus.reward_bus import RewardBus
 from loom.bus.topology import EVALUATE_LANE
 from loom.phases.evaluate import opinion
@@ -34,13 +36,19 @@ from loom.phases.evaluate.policy import (
     may_be_divided,
     notice_of,
     reward_for,
+    unchecked,
 )
+from loom.phases.shared.acceptance import has_check
+from loom.phases.shared.check_pool import CheckPool, NotChecked, Violation
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, SplitPlan, TaskRecord
 from loom.schemas.llm import LLMProvider
+from loom.schemas.wire import Undecodable
 
 log = get_logger()
 
+CHECK_AGAIN_S = 1.0
+"""Pause before a result is taken up again that could not be checked now."""
 SPREAD = 1.25
 """A pause is up to a quarter longer, so that tasks which failed together do not come again together."""
 
@@ -55,8 +63,13 @@ class Evaluate:
         self._records = records(bus)
         self._plans = Bucket(bus, "plans", SplitPlan)
         self._rewards = RewardBus(bus=bus)
+        self._checks = CheckPool(bus)
         service = Service("evaluate", [(EVALUATE_LANE, SLOTS)], Envelope, self.handle, end=self.end_dead)
         self._loop = HopLoop(bus, service)
+
+    def health(self) -> Health:
+        """Return how far the work has got."""
+        return self._loop.health()
 
     async def start(self) -> None:
         """Begin to judge."""
@@ -69,8 +82,14 @@ class Evaluate:
     async def handle(self, envelope: Envelope, _delivery: Delivery) -> Outcome:
         """End the task or send it back; what has ended is announced again."""
         entry, envelope = remembered(envelope), replace(envelope, known=None)
-        llm = self._judging_model(envelope)
-        decision = decide(envelope, self._config, self._bus.now()) if llm is None else None
+        violation = None
+        if envelope.error is None and has_check(envelope.ad.accept):
+            checked = await self._check(envelope)
+            if isinstance(checked, Later):
+                return checked
+            violation = checked
+        llm = self._judging_model(envelope, violation)
+        decision = decide(envelope, self._config, self._bus.now(), violation) if llm is None else None
         if not isinstance(decision, End):
             entry = None  # what is remembered is good for a write alone, which fails if it is wrong
         entry = entry or await self._records.get(envelope.task_id) or await self._create_missing(envelope)
@@ -91,9 +110,23 @@ class Evaluate:
             await self._announce(entry.value)
         return Done()
 
-    def _judging_model(self, envelope: Envelope) -> LLMProvider | None:
+    async def _check(self, envelope: Envelope) -> Violation | Later | None:
+        """Return the outcome of pattern and JSON Schema; `Later` while they cannot be checked."""
+        content, accept = envelope.result.content if envelope.result else "", envelope.ad.accept
+        try:
+            return await self._checks.violation(content, accept) if accept is not None else None
+        except NotChecked as error:
+            log.warning("result_not_checked", reason=error.message)
+            if self._bus.now() >= envelope.deadline:
+                return unchecked(error.message)
+            entry = await self._records.get(envelope.task_id)
+            if entry is not None and entry.value.ended:
+                return unchecked(error.message)
+            return Later(CHECK_AGAIN_S * random.uniform(1, SPREAD), envelope)  # noqa: S311 - jitter
+
+    def _judging_model(self, envelope: Envelope, violation: Violation | None) -> LLMProvider | None:
         """Return the model to ask what it thinks of a result that keeps the rules, where that is wanted."""
-        if self._llm is None or envelope.error is not None or judge(envelope) is not None:
+        if self._llm is None or envelope.error is not None or judge(envelope, violation) is not None:
             return None
         return self._llm if opinion.wanted(envelope, self._config.judge_share) else None
 
@@ -108,7 +141,11 @@ class Evaluate:
     async def end_dead(self, envelope: Envelope) -> None:
         """End a task of which even this phase could not handle the message."""
         end = End("failed", replace(envelope, result=None, known=None))
-        entry = await self._write_end(end, envelope)
+        try:
+            entry = await self._write_end(end, envelope)
+        except Undecodable as error:
+            log.warning("record_replaced", reason=error.message)
+            entry = await self._write_end(end, envelope, await salvaged(self._bus, envelope))
         if entry is not None and entry.value.ended:
             await self._announce(entry.value)
 
@@ -186,7 +223,11 @@ class Evaluate:
         if notice is not None:
             await self._store_for_scale(notice, f"{record.task_id}:done")
         # The plan is looked for after the record is written: whoever stores one reads the record after that.
-        plan = await self._plans.get(record.task_id) if may_be_divided(record) else None
+        try:
+            plan = await self._plans.get(record.task_id) if may_be_divided(record) else None
+        except Undecodable as error:  # SCALE cannot read it either: there is nothing to stop
+            log.warning("plan_undecodable", reason=error.message)
+            plan = None
         if plan is not None and plan.value.subtasks:
             await self._store_for_scale(record.envelope, f"{record.task_id}:unpark")
 

@@ -21,7 +21,7 @@ from loom.schemas.envelope import MAX_DELEGATED, Envelope, Split, SplitPlan, Tas
 from loom.schemas.errors import InvalidTask, LoomError
 from loom.schemas.run import MAX_OPEN_DELEGATIONS, RunEvent, delegated_id
 from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult, check_ad
-from loom.schemas.wire import MAX_INPUTS_BYTES, cut_utf8
+from loom.schemas.wire import MAX_INPUTS_BYTES, cut_utf8, total
 
 log = get_logger()
 
@@ -60,6 +60,7 @@ class Errands:
         """What is to be cancelled should the run end now."""
         self._failed = False
         """Whether an answer was not a success."""
+        self._refusals = 0
         self._repeated_at = 0.0
         self._watch: Watch | None = None
         self._noting = asyncio.Lock()
@@ -68,7 +69,7 @@ class Errands:
     @property
     def result(self) -> RunResult | None:
         """What delegated work has spent, for a run that can no longer say so itself."""
-        return RunResult(prompt_tokens=self._spent) if self._spent else None
+        return RunResult(prompt_tokens=total(self._spent)) if self._spent else None
 
     async def hear(self, event: RunEvent, watch: Watch) -> None:
         """Act on an event about delegated work; a heartbeat is an occasion to repeat answers that may be lost."""
@@ -77,7 +78,8 @@ class Errands:
             refused = refusal(event.ad, event.call, self._envelope, len(self._open))
             if refused is None:
                 self._begin(event.ad)
-            else:
+            elif self._refusals < MAX_OPEN_DELEGATIONS:  # a flood is not answered one by one
+                self._refusals += 1
                 log.warning("delegation_refused", task_id=self._envelope.task_id, reason=refused.message)
                 self._failed = True
                 # Once: it is not kept, so that a flood of refused ones takes no memory.
@@ -249,7 +251,7 @@ def answer_in(record: TaskRecord, taken: int) -> TaskResult:
         result,
         content=content,
         truncated=result.truncated or cut,
-        prompt_tokens=max(0, taken - result.completion_tokens),
+        prompt_tokens=total(max(0, taken - result.completion_tokens)),
     )
 
 

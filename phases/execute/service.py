@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from loom.bus.client import Bus, Conflict, Msg, Subscription
 from loom.bus.delivery import Delivery
+from loom.bus.health import Health
 from loom.bus.log import get_logger
 from loom.bus.loop import HopLoop, Service
 from loom.bus.outcome import Dead, Done, Leave, Next, Outcome
@@ -56,6 +57,10 @@ class Execute:
         """Task -> what ends the watching of its runs; a task may be here twice while a run moves."""
         self._cancels: Subscription | None = None
         self._loop = HopLoop(bus, Service("execute", [(EXECUTE_LANE, SLOTS)], Envelope, self.handle))
+
+    def health(self) -> Health:
+        """Return how far the work has got."""
+        return self._loop.health()
 
     async def start(self) -> None:
         """Begin to run tasks."""

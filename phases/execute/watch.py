@@ -12,7 +12,6 @@ from msgspec.structs import replace
 
 from loom.bus.client import Bus, Msg
 from loom.bus.log import get_logger
-from loom.phases.execute.ordering import EventOrder
 from loom.schemas.errors import LoomError
 from loom.schemas.run import RunEvent, RunRequest, read_events
 from loom.schemas.task import TaskError, TaskResult
@@ -23,7 +22,13 @@ log = get_logger()
 ABSENT_S = 1.0  # nobody listens: a host may be a little later than we are to come back after an outage
 ACCEPT_S = 3.0  # it may be busy; on a machine at its limit hundreds answered later than after one
 ASK_AGAIN_S = 1.0
-ABSENT_AGAIN_S = 0.25  # nobody has got the request: asking again makes no work
+"""Silence after which a request is repeated: a host that takes long to answer must not get it many times."""
+ABSENT_AGAIN_S = 0.3
+"""The same while the server knows of no host that would get it."""
+GAP_ASKS = 3
+"""Requests for missing events after which the run goes on without them."""
+HELD = 1024
+"""Events kept while others before them are missing."""
 CATCH_UP_S = 5.0
 HEARTBEAT_S = 2.0
 SILENCE_S = 3 * HEARTBEAT_S + 0.5  # three heartbeats missed
@@ -87,12 +92,14 @@ class Watch:
         self._events: deque[RunEvent] = deque()
         self._waiting: asyncio.Future[None] | None = None
         self._inbox = ""
-        self._order = EventOrder(request.from_n)
+        self._next_n = request.from_n
         self._bytes = self._count = 0
         """Of all events received."""
-        self._spoke = False
-        """Whether anything has come since `next` looked last."""
-        self._asked_at = 0.0
+        self._held: dict[int, RunEvent] = {}
+        """Number -> event that came while others before it were missing."""
+        self._gap_asks = 0
+        """How often the events from `_next_n` on were asked for."""
+        self._gap_asked_at = 0.0
         self._attached = attached
         self._in_a_row = 0
         """Events handed on without a wait between them."""
@@ -119,14 +126,13 @@ class Watch:
             self._bus.close_inbox(self._inbox)
 
     async def _ask(self, **facts: Any) -> None:
-        self._asked_at = time.monotonic()
-        left_s = max(0.0, self._until - self._asked_at)
+        left_s = max(0.0, self._until - time.monotonic())
         request = replace(self._request, remaining_s=left_s, sent_at=self._bus.now(), **facts)
         await self._bus.publish(self._bus.subjects.of("run", self._host_id), request, reply=self._inbox)
 
     async def hand(self, answer: TaskResult) -> None:
         """Tell the run what came of work it has delegated: the same request again, from the next event on."""
-        await self._ask(from_n=self._order.next_n, answers=(answer,))
+        await self._ask(from_n=self._next_n, answers=(answer,))
 
     async def next(self) -> RunEvent | None:
         """Return the next event, each once and in order; None when the watching is stopped.
@@ -139,18 +145,40 @@ class Watch:
                 await (self._hear(SILENCE_S, SILENCE_S) if self.heard else self._hear_first())
             if self._stop.reason is not None and not self._events:
                 return None
-            self.heard, self._spoke = True, False
-            if self._order.asks(time.monotonic()):
-                await self._ask(from_n=self._order.next_n)
-            if not self._events:
-                continue
             event = self._events.popleft()
+            self.heard = True
             self._in_a_row = 0 if not self._events else self._in_a_row + 1
             if self._in_a_row == BREATH:
                 self._in_a_row = 0
                 await asyncio.sleep(0)
-            if event.n or event.kind != "heartbeat":  # one numbered 0 stands in for the host's event loop
+            if event.final or event.n == self._next_n:
+                self._advance(event.n + 1)
                 return event
+            if event.n > self._next_n:
+                await self._miss(event)
+                if event.kind == "heartbeat":
+                    return event
+
+    def _advance(self, next_n: int) -> None:
+        self._next_n, self._gap_asks = next_n, 0
+        if next_n in self._held:
+            self._events.appendleft(self._held.pop(next_n))
+
+    async def _miss(self, event: RunEvent) -> None:
+        """Ask for the events that are missing before this one; without them the run goes on in the end.
+
+        A host publishes what it has kept in order, so a second copy of a held event means that no more will come.
+        """
+        heartbeat = event.kind == "heartbeat"  # these are not kept by a host: a lost one leaves a gap for good
+        complete = event.n in self._held or len(self._held) >= HELD
+        if not heartbeat:
+            self._held[event.n] = event
+        late = heartbeat and time.monotonic() - self._gap_asked_at >= ASK_AGAIN_S
+        if not self._gap_asks or (late and self._held and self._gap_asks < GAP_ASKS):
+            self._gap_asks, self._gap_asked_at = self._gap_asks + 1, time.monotonic()
+            await self._ask(from_n=self._next_n)
+        elif complete or late:
+            self._advance(min(self._held, default=event.n + 1))
 
     async def _hear(self, wait_s: float, limit_s: float) -> None:
         """Wait until there is an event, for what is left of the time a host has."""
@@ -169,18 +197,19 @@ class Watch:
             if self._absent_s >= patience_s:
                 raise Silent(f"host {self._host_id} is not there")
             left_s = give_up - time.monotonic()
-            if left_s <= min(ASK_AGAIN_S, ABSENT_AGAIN_S):
+            if left_s <= ASK_AGAIN_S:
                 await self._hear(max(0.0, left_s), wait_s)
                 return
-            await self._wait(min(ASK_AGAIN_S, ABSENT_AGAIN_S))
-            due = self._absent_since is not None or time.monotonic() - self._asked_at >= ASK_AGAIN_S
-            if due and not self._here:
+            await self._wait(ASK_AGAIN_S)  # the server's answer that there is no host ends it early
+            if self._absent_since is not None:
+                await self._wait(ABSENT_AGAIN_S)
+            if not self._here:
                 await self._ask()
 
     @property
     def _here(self) -> bool:
         """Whether there is something to act on."""
-        return bool(self._events) or self._spoke or self._stop.reason is not None
+        return bool(self._events) or self._stop.reason is not None
 
     async def _wait(self, seconds: float) -> None:
         """Wait for an event or a stop."""
@@ -207,20 +236,26 @@ class Watch:
         """Return a watch for what this one has missed: the host keeps events, and starts no run twice."""
         self._bus.close_inbox(self._inbox)
         left_s = max(0.0, self._until - time.monotonic())
-        request = replace(self._request, from_n=self._order.next_n, remaining_s=left_s)
+        request = replace(self._request, from_n=self._next_n, remaining_s=left_s)
         watch = Watch(self._bus, self._host_id, request, self._stop)
         watch._bytes, watch._count = self._bytes, self._count
         return watch
 
+    def _discard(self, reason: str) -> None:
+        self._bus.discards.add("run_event_undecodable", reason=reason, host_id=self._host_id)
+
     def _take(self, msg: Msg) -> None:
         if msg.status == "503":
-            self._absent_since = self._absent_since or time.monotonic()
+            if self._absent_since is None:
+                self._absent_since = time.monotonic()
+            if not self.heard:
+                self._wake()
             return
         self._absent_since = None
         try:
-            events = read_events(msg.data)
+            events = read_events(msg.data, self._discard)
         except Undecodable as error:
-            log.warning("run_event_undecodable", host_id=self._host_id, reason=error.message)
+            self._discard(error.message)
             return
         if not events:
             return  # a word of nothing is no silence either
@@ -230,9 +265,8 @@ class Watch:
             if self._bytes > MAX_RUN_BYTES or self._count > MAX_RUN_EVENTS:
                 self._bus.close_inbox(self._inbox)
                 self._events.clear()
-                events = (RunEvent(n=self._order.next_n, kind="error", error=TOO_MANY),)
-            self._events.extend(self._order.take(events, time.monotonic()))
-            self._spoke = True
+                events = (RunEvent(n=self._next_n, kind="error", error=TOO_MANY),)
+            self._events.extend(events)
             self._wake()
         elif events[-1].final:
             self._bus.close_inbox(self._inbox)

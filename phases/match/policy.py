@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from loom.phases.match.trust import Known, Policy, Trust, ucb
 from loom.schemas.auction import Bid, Offer
-from loom.schemas.envelope import AWARD_BIDS, Award, Envelope, ScoredBid
+from loom.schemas.envelope import AWARD_BIDS, MAX_TRUST, Award, Envelope, ScoredBid
 from loom.schemas.learning import DomainEvidence, NodeProfile
 
 TRUST_WEIGHT = 0.6
@@ -104,7 +104,7 @@ def as_taken(host_id: str, bid: Bid, envelope: Envelope, book: Book) -> Bid | No
     if bid.free is None or not taken:
         return bid if bid.load < 1 or envelope.priority in URGENT else None
     if taken < bid.free:
-        return replace(bid, load=bid.load + taken * (1 - bid.load) / bid.free)
+        return replace(bid, load=min(1.0, bid.load + taken / bid.free * (1 - bid.load)))
     return replace(bid, load=1.0) if envelope.priority in URGENT else None
 
 
@@ -172,7 +172,7 @@ def _weigh(envelope: Envelope, slug: str, host_id: str, bid: Bid, book: Book, to
         raise ValueError(f"policy {book.policy_name} trusts {bid.node_id} with {trust.value}: no finite number from 0")
     required = envelope.ad.required_tools
     tools = len(set(required).intersection(bid.tools)) / len(set(required)) if required else 1.0
-    value = TRUST_WEIGHT * trust.value + AVAILABILITY_WEIGHT * (1 - bid.load) + TOOLS_WEIGHT * tools
+    value = TRUST_WEIGHT * min(trust.value, MAX_TRUST) + AVAILABILITY_WEIGHT * (1 - bid.load) + TOOLS_WEIGHT * tools
     return _Weighed(value, host_id, bid, evidence, trust, tools)
 
 
@@ -201,8 +201,8 @@ def _told(weighed: _Weighed) -> ScoredBid:
         claim=bid.claim,
         evidence=evidence.mean if evidence.count else None,
         count=evidence.count,
-        trust=trust.value,
-        bonus=trust.bonus,
+        trust=min(trust.value, MAX_TRUST),
+        bonus=min(trust.bonus, MAX_TRUST),
         load=bid.load,
         tools=tools,
     )

@@ -1,23 +1,29 @@
 """Which hosts are there to be waited for, and what is known of their nodes."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 
+from loom.bus.announcements import MAX_HOSTS, AnnouncementReader
 from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.kv import Bucket, BucketReader
 from loom.bus.log import get_logger
+from loom.phases.match.claims import Claims
+from loom.phases.match.presence import Presence
 from loom.phases.match.ranking import Ranking
 from loom.phases.match.reading import Judged, ReadProfile, known, window
-from loom.schemas.auction import HostAnnouncement, Offer
+from loom.schemas.auction import Offer
 from loom.schemas.learning import NodeProfile
-from loom.schemas.wire import Undecodable, decode
+from loom.schemas.wire import Undecodable
 
 log = get_logger()
 
-HEARD_S = 10.0
-MISSED_WINDOWS = 3
+MAX_NODES = 100_000
+"""Names of nodes that are kept for pinned tasks, those of each host counted."""
+
+
+def _now() -> float:
+    return time.monotonic()
 
 
 class Roster:
@@ -34,12 +40,9 @@ class Roster:
         """node id -> what has been learned; of each window the newest score alone."""
         self.ranking = Ranking()
         self._read: dict[str, ReadProfile] = {}
-        self._heard: dict[str, float] = {}
-        self._missed: dict[str, int] = {}
-        self._expected: frozenset[str] = frozenset()
-        self._expected_until = -math.inf
-        self._nodes_of: dict[str, tuple[str, ...]] = {}
-        self._hosts_of: dict[str, set[str]] = {}
+        self._announcements = AnnouncementReader(bus.discards)
+        self._presence = Presence(_now, MAX_HOSTS, self._forget_nodes)
+        self._claims = Claims(_now, self._presence.seen_at)
         self._reader: BucketReader[ReadProfile] | None = None
         self._subscription: Subscription | None = None
 
@@ -49,7 +52,7 @@ class Roster:
         self._reader = Bucket(self._bus, "nodes", ReadProfile).reader()
         while not self._reader.caught_up:
             await self._learn(self._reader)
-        self._bus.spawn(self._follow(self._reader), name="follow profiles")
+        self._bus.spawn(self._follow(self._reader), name="follow profiles", essential=True)
         await self._bus.publish(self._bus.subjects.hosts)
 
     async def stop(self) -> None:
@@ -59,74 +62,40 @@ class Roster:
         if self._reader is not None:
             await self._reader.stop()
 
-    def expected(self) -> frozenset[str]:
-        """Return the hosts whose offers are worth waiting for."""
-        now = time.monotonic()
-        if now >= self._expected_until:
-            since = now - HEARD_S
-            self._expected = frozenset(
-                host for host, at in self._heard.items() if at >= since and self._missed.get(host, 0) < MISSED_WINDOWS
-            )
-            self._expected_until = min((self._heard[host] for host in self._expected), default=math.inf) + HEARD_S
-        return self._expected
+    def awaited(self) -> set[str]:
+        """Return the hosts whose offers the next auction waits for."""
+        return self._presence.awaited()
 
-    def hosts_of(self, node_id: str) -> list[str]:
-        """Return the hosts that lately said they have this node, the one heard last first."""
-        expected = self.expected()
-        hosts = [host for host in self._hosts_of.get(node_id, ()) if host in expected]
-        return sorted(hosts, key=lambda host: self._heard[host], reverse=True)
+    def host_of(self, node_id: str) -> str | None:
+        """Return the host a node belongs to; None when no host that announces it is alive."""
+        return self._claims.host_of(node_id)
+
+    def is_contested(self, node_id: str) -> bool:
+        """Return whether a second host has just announced a node, and the first may be alive."""
+        return self._claims.is_open(node_id)
 
     def answered(self, offers: Sequence[Offer], missing: AbstractSet[str]) -> None:
-        """Note who answered a call and who let its window pass; who is leaving is not waited for again."""
-        now = time.monotonic()
-        for offer in offers:
-            self._here(offer.host_id, self._heard.get(offer.host_id) if offer.decline == "draining" else now)
-        for host in missing & self._heard.keys():  # one that has left meanwhile is forgotten
-            self._missed[host] = self._missed.get(host, 0) + 1
-            if self._missed[host] >= MISSED_WINDOWS:
-                self._expected_until = -math.inf
-
-    def _here(self, host_id: str, at: float | None) -> None:
-        if at is not None:
-            self._heard[host_id] = at
-        if self._missed:
-            self._missed.pop(host_id, None)
-        if host_id not in self._expected:
-            self._expected_until = -math.inf
-
-    def _on_announcement(self, msg: Msg) -> None:
-        try:
-            said = decode(msg.data, HostAnnouncement)
-        except Undecodable as error:
-            log.warning("announcement_undecodable", reason=error.message)
-            return
-        if said.draining:
-            self._forget(said.host_id)
-            return
-        self._here(said.host_id, time.monotonic())
-        if said.nodes != self._nodes_of.get(said.host_id):
-            self._forget_nodes(said.host_id)
-            self._nodes_of[said.host_id] = said.nodes
-            for node in said.nodes:
-                self._hosts_of.setdefault(node, set()).add(said.host_id)
-        if len(self._heard) > 2 * len(self.expected()) + 16:
-            self._forget_silent()
+        """Record who answered a call and who let its window pass; a host that is leaving is not waited for again."""
+        self._presence.answered([offer.host_id for offer in offers if offer.decline != "draining"], missing)
 
     def _forget_nodes(self, host_id: str) -> None:
-        for node in set(self._nodes_of.pop(host_id, ())):
-            self._hosts_of[node].discard(host_id)
-            if not self._hosts_of[node]:
-                del self._hosts_of[node]
+        self._claims.forget(host_id)
 
-    def _forget(self, host_id: str) -> None:
-        self._heard.pop(host_id, None)
-        self._missed.pop(host_id, None)
-        self._expected_until = -math.inf
-        self._forget_nodes(host_id)
-
-    def _forget_silent(self) -> None:
-        for host in set(self._heard) - self.expected():
-            self._forget(host)
+    def _on_announcement(self, msg: Msg) -> None:
+        announcement = self._announcements.read(msg)
+        if announcement is None:
+            return
+        host_id = announcement.host_id
+        if announcement.draining:
+            self._presence.forget(host_id)
+            return
+        self._presence.announced(host_id)
+        if self._presence.seen_at(host_id) is None:
+            return  # there are too many hosts
+        if self._claims.announce(host_id, announcement.nodes):
+            self._bus.send(self._bus.subjects.hosts)  # those that are alive announce themselves at once
+        while self._claims.size > MAX_NODES and self._presence.forget_newcomer():
+            pass
 
     # -- what has been learned
 
@@ -135,11 +104,12 @@ class Roster:
             await self._learn(reader)
 
     async def _learn(self, reader: BucketReader[ReadProfile]) -> None:
-        for node in {entry.value.node_id: entry.value for entry in await reader.batch()}.values():
+        batch = [entry.value for entry in await reader.batch() if entry.key == entry.value.node_id]
+        for node in {read.node_id: read for read in batch}.values():
             try:
                 self._take(node)
             except Undecodable as error:
-                log.warning("profile_undecodable", node_id=node.node_id, reason=error.message)
+                self._bus.discards.add("profile_undecodable", reason=error.message, node_id=node.node_id)
 
     def _take(self, read: ReadProfile) -> None:
         """Learn what has changed of a node."""

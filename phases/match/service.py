@@ -3,7 +3,7 @@
 Consumes   task.match.<priority>.*   one lane per priority
 Publishes  auction.<slug>            a call for bids, answered by every node host
            task.scale                the envelope with its award, or without one when nobody at all bids
-State      none of its own; profiles are read, never written
+State      none of its own; profiles are read, never written; so are the records of tasks that wait
 Gives up   no_bids when all who could have failed, or nobody bids for no_bids_after_s; deadline_exceeded
 """
 
@@ -17,28 +17,32 @@ from msgspec.structs import replace
 
 from loom.bus.client import Bus
 from loom.bus.delivery import Delivery, Slots
+from loom.bus.health import Health
+from loom.bus.kv import Bucket
 from loom.bus.log import get_logger
 from loom.bus.loop import HopLoop, Service, lane_slots
-from loom.bus.outcome import Dead, Fail, Later, Next, Outcome
+from loom.bus.outcome import Dead, Done, Fail, Later, Next, Outcome
 from loom.bus.scatter import scatter
 from loom.bus.topology import MATCH_LANES, Lane
 from loom.phases.match.awards import Awards
+from loom.phases.match.claims import SETTLE_S
 from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, Verdict, judge
-from loom.phases.match.reading import ReadOffer
+from loom.phases.match.reading import OfferReader, ReadOffer, ReadRecord
 from loom.phases.match.roster import Roster
 from loom.phases.match.trust import policy
 from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, CallForBids
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope, Spec
+from loom.schemas.envelope import IN_HAND_S, Award, Envelope, Spec
 from loom.schemas.task import TaskError
-from loom.schemas.wire import cut_utf8
+from loom.schemas.wire import Undecodable, cut_utf8
 
 log = get_logger()
 
 HOLD_S = 5.0  # a busy cluster is asked again for so long before the task goes to the tail
 PAUSE_S = (0.1, 2.0)  # shortest and longest pause between two calls
-BUSY_S = (0.01, 0.1)  # the same after a node turned out to be full
 ALONE_PAUSE_S = 1.0
+MAX_REASON = 1000
+"""Characters of a reason that names the tools a client asked for."""
 DAY_S = 86_400.0
 
 
@@ -49,10 +53,15 @@ class Match:
         self._bus = bus
         self._config = config
         self._awards = Awards()
+        self._records = Bucket(bus, "records", ReadRecord)
         self._roster = Roster(bus, judged=self._awards.judged)
         self._policy = policy(config.policy)
         lanes = [(lane, lane_slots(lane)) for lane in MATCH_LANES]
         self._loop = HopLoop(bus, Service("match", lanes, Envelope, self.handle, window=self._window))
+
+    def health(self) -> Health:
+        """Return how far the work has got."""
+        return self._loop.health()
 
     async def start(self) -> None:
         """Begin to hold auctions."""
@@ -69,21 +78,31 @@ class Match:
         spec = envelope.spec
         if spec is None:
             return Dead("the envelope came without a spec")
+        if _comes_back(envelope) and await self._has_ended(envelope):
+            return Done()
         envelope = replace(envelope, award=None, error=None, result=None)
         if self._bus.now() >= envelope.deadline:
             return self._too_late(envelope, spec)
         if envelope.last_error is not None and envelope.last_error.code == "node_busy":
-            with _counted(delivery):  # who was full a moment ago may be so still
-                await _pause(delivery, random.uniform(*(BUSY_S if envelope.ad.node_id is None else PAUSE_S)))  # noqa: S311 - jitter
+            pause_s = envelope.busy_pause_s  # a longer one has passed already
+            if pause_s <= IN_HAND_S:
+                with _counted(delivery):
+                    await _pause(delivery, random.uniform(pause_s / 2, pause_s))  # noqa: S311 - jitter
         if envelope.ad.node_id is not None:
             return self._pinned(envelope, spec, envelope.ad.node_id)
         verdict = await self._auction(envelope, spec)
         if isinstance(verdict, AllBusy):
-            verdict = await self._wait(envelope, spec, delivery)
+            waited = await self._wait(envelope, spec, delivery)
+            if waited is None:
+                return Done()
+            verdict = waited
         return self._follow(verdict, envelope, spec)
 
-    async def _wait(self, envelope: Envelope, spec: Spec, delivery: Delivery) -> Verdict:
-        """Call again, counted among those who wait, until something has changed or it has taken long enough."""
+    async def _wait(self, envelope: Envelope, spec: Spec, delivery: Delivery) -> Verdict | None:
+        """Call again, counted among those who wait, until something has changed or it has taken long enough.
+
+        None: the task has ended meanwhile.
+        """
         give_up = min(self._bus.now() + HOLD_S, envelope.deadline)
         verdict: Verdict = AllBusy()
         pause_s = PAUSE_S[0]
@@ -92,8 +111,18 @@ class Match:
                 jitter_s = random.uniform(pause_s / 2, pause_s)  # noqa: S311 - not a secret
                 await _pause(delivery, min(jitter_s, give_up - self._bus.now()))
                 pause_s = min(2 * pause_s, PAUSE_S[1])
+                if await self._has_ended(envelope):
+                    return None
                 verdict = await self._auction(envelope, spec)
         return verdict
+
+    async def _has_ended(self, envelope: Envelope) -> bool:
+        """Return whether the task's record has ended: by a cancel, say, while the task waited for bids."""
+        try:
+            entry = await self._records.get(envelope.task_id)
+        except Undecodable:
+            return False  # EXECUTE reads the whole record, and settles what cannot be read
+        return entry is not None and entry.value.ended
 
     def _follow(self, verdict: Verdict, envelope: Envelope, spec: Spec) -> Outcome:
         match verdict:
@@ -127,8 +156,8 @@ class Match:
     def _why_nobody(self, envelope: Envelope) -> str:
         if envelope.ad.node_id is not None:
             return f"the task is pinned to {envelope.ad.node_id}, which is not there"
-        if envelope.ad.required_tools and self._roster.expected():
-            return f"no node has all of the required tools: {', '.join(envelope.ad.required_tools)}"
+        if envelope.ad.required_tools and self._roster.awaited():
+            return f"no node has all of the required tools: {', '.join(envelope.ad.required_tools)}"[:MAX_REASON]
         return "no node is there to take the task; start one with `loom node FILE.py`"
 
     def _pinned(self, envelope: Envelope, spec: Spec, node_id: str) -> Outcome:
@@ -136,15 +165,17 @@ class Match:
             return Fail(
                 TaskError(code="no_bids", message=f"the task is pinned to {node_id}, which has failed it"), envelope
             )
-        hosts = self._roster.hosts_of(node_id)
-        if not hosts:
+        host_id = self._roster.host_of(node_id)
+        if host_id is None:
             return self._alone(envelope, spec, self._why_nobody(envelope))
-        award = Award(node_id=node_id, host_id=hosts[0], pinned=True)
+        if self._roster.is_contested(node_id):
+            return Later(SETTLE_S, envelope)
+        award = Award(node_id=node_id, host_id=host_id, pinned=True)
         return Next("scale", replace(_met_someone(envelope, spec), award=award))
 
     async def _auction(self, envelope: Envelope, spec: Spec) -> Verdict:
         slug = spec.slug
-        missing = set(self._roster.expected())
+        missing = self._roster.awaited()
         anybody = bool(missing)
 
         def enough(offers: list[ReadOffer]) -> bool:
@@ -155,7 +186,7 @@ class Match:
             self._bus,
             self._bus.subjects.of("auction", slug),
             self._call(envelope, spec, slug),
-            ReadOffer,
+            OfferReader(self._bus.discards, BID_LIMIT),
             window_s=self._config.bid_window_ms / 1000,
             enough=enough,
         )
@@ -216,6 +247,11 @@ async def _pause(delivery: Delivery, seconds: float) -> None:
             await delivery.recalled.wait()
     except TimeoutError:
         pass  # the normal end of a pause
+
+
+def _comes_back(envelope: Envelope) -> bool:
+    """Whether MATCH itself had scheduled the task: a first auction costs no read of its record."""
+    return bool(envelope.hops) and envelope.hops[-1].phase == "match"
 
 
 def _met_someone(envelope: Envelope, spec: Spec) -> Envelope:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Split, SplitPlan, Subtask, TaskRecord
 from loom.schemas.task import TaskAd, TaskError
-from loom.schemas.wire import MAX_INPUTS_BYTES, cut_utf8, encode
+from loom.schemas.wire import MAX_INPUTS_BYTES, MAX_SECONDS, cut_note, cut_utf8, encode, total
 
 SYNTHESIS_SHARE = 0.2
 """Part of a budget kept for putting the outputs together."""
@@ -56,7 +56,7 @@ def begin(envelope: Envelope, subtasks: Sequence[Subtask]) -> SplitPlan:
 
 def whole(envelope: Envelope, why: str) -> SplitPlan:
     """Return the plan of a task that stays whole: the decision is made once, however often the task comes."""
-    return SplitPlan(parent_id=envelope.task_id, state="done", subtasks=(), envelope=envelope, note=why)
+    return SplitPlan(parent_id=envelope.task_id, state="done", subtasks=(), envelope=envelope, note=cut_note(why))
 
 
 def advance(plan: SplitPlan) -> SplitPlan:
@@ -93,8 +93,8 @@ def _grants(plan: SplitPlan, ready: Collection[str]) -> dict[str, int | None]:
     lent = sum(max(0, (part.grant or 0) - part.tokens) for part in running(plan))
     free = max(0.0, left - lent - plan.envelope.budget * SYNTHESIS_SHARE)
     weights = {part.id: LEAST_WEIGHT + part.estimated_complexity for part in plan.subtasks if part.state == "waiting"}
-    total = sum(weights.values())
-    return {name: int(free * weights[name] / total) for name in ready}
+    weight = sum(weights.values())
+    return {name: int(free * weights[name] / weight) for name in ready}
 
 
 def tokens_left(plan: SplitPlan) -> int | None:
@@ -128,7 +128,7 @@ def _ended(part: Subtask, record: TaskRecord, below: SplitPlan | None) -> Subtas
         error=None if record.state == "succeeded" else record.envelope.error,
         node_id=record.to_result().node_id,
         tokens=_used(part, record, below),
-        duration_s=max(0.0, (record.ended_at or record.admitted_at) - record.admitted_at),
+        duration_s=min(MAX_SECONDS, max(0.0, (record.ended_at or record.admitted_at) - record.admitted_at)),
     )
 
 
@@ -138,9 +138,9 @@ def _used(part: Subtask, record: TaskRecord, below: SplitPlan | None) -> int:
     last = 0 if record.below_threshold or envelope.result is None else envelope.result.tokens  # the best one was tried
     told = last + sum(tried.tokens for tried in envelope.tried)
     told += sum(inner.tokens for inner in below.subtasks) if below else 0
-    if part.grant is None or envelope.budget is None:
-        return told
-    return max(told, part.grant - envelope.budget)
+    if part.grant is not None and envelope.budget is not None:
+        told = max(told, part.grant - envelope.budget)
+    return total(told)
 
 
 def failure(plan: SplitPlan) -> TaskError | None:

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
 from loom.bus.duplicates import store_once
+from loom.bus.health import Health
 from loom.bus.kv import Bucket
 from loom.bus.log import get_logger
 from loom.bus.loop import SLOTS, HopLoop, Service, schedule
@@ -32,7 +33,7 @@ from loom.schemas.envelope import Envelope, SplitPlan, Subtask
 from loom.schemas.errors import BusUnavailable, InvalidPlan
 from loom.schemas.llm import LLMProvider
 from loom.schemas.task import RunResult, TaskError
-from loom.schemas.wire import MAX_CONTENT_BYTES, cut_utf8
+from loom.schemas.wire import MAX_CONTENT_BYTES, Undecodable, cut_note, cut_utf8
 
 log = get_logger()
 
@@ -56,6 +57,10 @@ class Scale:
         """Parent -> held by who changes its plan: only other replicas are met at the compare-and-set."""
         service = Service("scale", [(SCALE_LANE, SLOTS)], Envelope, self.handle, end=self.end_dead)
         self._loop = HopLoop(bus, service)
+
+    def health(self) -> Health:
+        """Return how far the work has got."""
+        return self._loop.health()
 
     async def start(self) -> None:
         """Begin to divide tasks and to pass them on."""
@@ -82,7 +87,11 @@ class Scale:
     async def end_dead(self, envelope: Envelope) -> None:
         """Hand a task whose message is dead to EVALUATE; a dead notice is not the envelope of the task it is about."""
         if envelope.split is not None and envelope.split.child is not None:
-            plan = await self._plans.get(envelope.task_id)
+            try:
+                plan = await self._plans.get(envelope.task_id)
+            except Undecodable as error:  # the timer of the parked task ends it
+                log.warning("plan_undecodable", reason=error.message)
+                return
             if plan is None or plan.value.state != "running":
                 return
             envelope = replace(plan.value.envelope, error=envelope.error)
@@ -303,4 +312,4 @@ def _noted(envelope: Envelope, why: str) -> Envelope:
     note = f"not divided: {why}"
     if spec is None or note in spec.note:
         return envelope
-    return replace(envelope, spec=replace(spec, note="; ".join(filter(None, (spec.note, note)))))
+    return replace(envelope, spec=replace(spec, note=cut_note("; ".join(filter(None, (spec.note, note))))))

@@ -28,7 +28,7 @@ class Calibrations:
         self._reader = Bucket(self._bus, "tuning", Calibration).reader(f"{BIAS}*")
         while not self._reader.caught_up:
             await self._learn(self._reader)
-        self._task = self._bus.spawn(self._follow(self._reader), name="follow calibrations")
+        self._task = self._bus.spawn(self._follow(self._reader), name="follow calibrations", essential=True)
 
     async def stop(self) -> None:
         """Follow no more."""
@@ -47,7 +47,9 @@ class Calibrations:
             await self._learn(reader)
 
     async def _learn(self, reader: BucketReader[Calibration]) -> None:
-        self._known |= {entry.value.slug: entry.value for entry in await reader.batch()}
+        self._known |= {
+            entry.value.slug: entry.value for entry in await reader.batch() if entry.key == BIAS + entry.value.slug
+        }
 
 
 def calibrated(guess: Spec, known: Mapping[str, Calibration]) -> Spec:

@@ -11,8 +11,8 @@ from loom.bus.duplicates import store_once
 from loom.bus.log import get_logger
 from loom.bus.records import change
 from loom.bus.stored import read_message
-from loom.phases.accept import unusable
 from loom.phases.sense.admission import Admission, envelope_for
+from loom.phases.shared.check_pool import CheckPool
 from loom.schemas.envelope import Envelope, TaskRecord
 from loom.schemas.errors import InvalidTask, LoomError, UnknownTask
 from loom.schemas.task import Accepted, Submission, TaskAd, TaskError, is_token, parse_ad
@@ -32,9 +32,10 @@ STRANDED_S = 1.0
 class Desk:
     """Answers clients. Every replica of SENSE has one; the server hands each request to one of them."""
 
-    def __init__(self, bus: Bus, admission: Admission) -> None:
+    def __init__(self, bus: Bus, admission: Admission, checks: CheckPool) -> None:
         self._bus = bus
         self._admission = admission
+        self._checks = checks
         self._subscriptions: list[Subscription] = []
 
     async def open(self) -> None:
@@ -57,7 +58,7 @@ class Desk:
     async def _submit(self, msg: Msg) -> None:
         try:
             ad = parse_ad(msg.data)
-            check_accept(ad)
+            await check_accept(ad, self._checks)
             reply_to = msg.reply if ad.wait and may_answer(msg.reply) else ""
             submission = Submission(ad=ad, submission=uuid4().hex, reply_to=reply_to)
             headers = {"traceparent": msg.headers["traceparent"]} if "traceparent" in msg.headers else {}
@@ -177,13 +178,14 @@ class Desk:
         return decode(base64.b64decode(found["message"].get("data", "")), Submission)
 
 
-def check_accept(ad: TaskAd) -> None:
-    """Return if some answer could be what the ad accepts.
+async def check_accept(ad: TaskAd, checks: CheckPool) -> None:
+    """Return if the ad's pattern and JSON Schema can be used.
 
     Raises:
-        InvalidTask: Its pattern or its schema can never be met.
+        InvalidTask: One of them exceeds a bound, or does not compile within its time and memory.
+        NotChecked: It cannot be found out now.
     """
-    fault = unusable(ad.accept) if ad.accept is not None else None
+    fault = await checks.unsatisfiable(ad.accept) if ad.accept is not None else None
     if fault is not None:
         raise InvalidTask(fault, field="accept", task_id=ad.task_id)
 

@@ -14,6 +14,8 @@ from msgspec.structs import replace
 
 from loom.bus.client import Bus
 from loom.bus.delivery import Delivery, Slots
+from loom.bus.faults import describe
+from loom.bus.health import Health, together
 from loom.bus.log import get_logger
 from loom.bus.loop import HopLoop, Service, lane_slots
 from loom.bus.orphans import sweep
@@ -23,15 +25,20 @@ from loom.phases.sense.admission import Admission, envelope_for
 from loom.phases.sense.calibration import Calibrations
 from loom.phases.sense.desk import CANCELLED, Desk, check_accept
 from loom.phases.sense.policy import estimate_schema, look, prompt, read_estimate
+from loom.phases.shared.check_pool import CheckPool, NotChecked
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Spec
 from loom.schemas.errors import InvalidTask, LoomError
 from loom.schemas.llm import CompletionParams, LLMProvider, UserMessage
-from loom.schemas.task import Submission, TaskError, check_ad
+from loom.schemas.task import Submission, TaskAd, TaskError, check_ad
+from loom.schemas.wire import MAX_AD_BYTES
 
 log = get_logger()
 
 ASK_WITHIN_S = 10.0  # a model that takes longer is not worth waiting for: the heuristic stands in
+MAX_SUBMISSION_BYTES = MAX_AD_BYTES + 1024
+"""An ad at its limit, with id and reply subject: a longer message is refused before its parts are looked at."""
+TOO_LARGE = TaskError(code="invalid_task", message=f"the ad is more than {MAX_AD_BYTES} bytes", field="description")
 GATE_S = 0.05
 EXACT_FROM = 0.5
 """Share of the room in flight from which it matters that not every stored message is work in flight."""
@@ -48,7 +55,8 @@ class Sense:
         self._config = config
         self._llm = llm
         self._admission = Admission(bus)
-        self._desk = Desk(bus, self._admission)
+        self._checks = CheckPool(bus)
+        self._desk = Desk(bus, self._admission, self._checks)
         self._calibrations = Calibrations(bus)
         self._room = config.max_in_flight
         self._idle = 0
@@ -64,6 +72,10 @@ class Sense:
         self._intake = HopLoop(bus, Service("sense", intake, Submission, self.admit, window=self._window))
         self._subtasks = HopLoop(bus, Service("sense", [(SENSE_LANE, 64)], Envelope, self.admit_subtask))
 
+    def health(self) -> Health:
+        """Return how far the work has got."""
+        return together([self._intake.health(), self._subtasks.health()])
+
     async def start(self) -> None:
         """Begin to answer and to admit."""
         await self._measure_room()  # a restarted replica may meet a full house
@@ -71,7 +83,7 @@ class Sense:
         await self._intake.start()
         await self._subtasks.start()
         await self._desk.open()
-        self._gate = self._bus.spawn(self._watch_room(), name="intake gate")
+        self._gate = self._bus.spawn(self._watch_room(), name="intake gate", essential=True)
         self._sweeping = self._bus.spawn(sweep(self._bus), name="sweep orphans")
 
     async def drain(self, timeout_s: float) -> None:
@@ -94,11 +106,20 @@ class Sense:
         admitted = await self._admission.admit(envelope, submission.submission, submission.reply_to)
         if admitted is None:
             return Done()
+        if len(delivery.msg.data) > MAX_SUBMISSION_BYTES:
+            return Fail(TOO_LARGE, admitted)
         try:
-            check_accept(check_ad(ad))
+            check_ad(ad)
+            await self._check_accept(ad)
         except InvalidTask as error:
             return Fail(TaskError.of(error), admitted)
         return await self._sensed(admitted)
+
+    async def _check_accept(self, ad: TaskAd) -> None:
+        try:
+            await check_accept(ad, self._checks)
+        except NotChecked as error:
+            log.warning("accept_not_checked", reason=error.message)  # EVALUATE checks it with the result
 
     async def admit_subtask(self, envelope: Envelope, _delivery: Delivery) -> Outcome:
         """Admit a part of another task; one whose parent has ended ends at once."""
@@ -112,6 +133,10 @@ class Sense:
         parent = await self._admission.records.get(split.parent)
         if parent is None or parent.value.ended:
             return Fail(CANCELLED, admitted)
+        try:
+            await self._check_accept(admitted.ad)  # a delegated ad has been through no desk
+        except InvalidTask as error:
+            return Fail(TaskError.of(error), admitted)
         return await self._sensed(admitted)
 
     async def _sensed(self, envelope: Envelope) -> Outcome:
@@ -171,8 +196,8 @@ class Sense:
             elif time.monotonic() >= self._idle_until:
                 self._idle = max(0, stored - await in_flight(self._bus))
                 self._idle_until = time.monotonic() + IDLE_S
-        except LoomError as error:
-            log.warning("room_unknown", reason=error.message)
+        except (LoomError, LookupError, TypeError) as error:  # the latter: an answer of another shape
+            log.warning("room_unknown", **describe(error))
         else:
             in_hand += self._begun - begun  # on their way into TASKS, and not seen there yet
             self._room = self._config.max_in_flight - max(0, stored - self._idle) - in_hand

@@ -8,7 +8,8 @@ from rich.text import Text
 from loom.bus.client import Bus
 from loom.runner.cli.render import console, one_line
 from loom.runner.cli.running import DEFAULT_URL, prepare, run_to_end
-from loom.runner.doctor import Finding, examine, examine_here
+from loom.runner.doctor import examine, examine_here
+from loom.runner.findings import Finding
 from loom.runner.settings import Settings
 from loom.schemas.wire import encode
 

@@ -42,6 +42,8 @@ async def looking(settings: Settings) -> AsyncIterator[Bus]:
         check_version(bus)
         await check_has_run(bus)
         yield bus
+        if left_out := sum(bus.discards.counts.values()):
+            typer.echo(f"not shown, as they cannot be read: {left_out}", err=True)
 
 
 async def check_has_run(bus: Bus) -> None:

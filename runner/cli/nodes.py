@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from loom.bus.client import Bus, Msg
+from loom.bus.announcements import announced_hosts
 from loom.bus.history import recent_records
 from loom.phases.adapt.apoptosis import newest_own
 from loom.phases.adapt.rebuild import stored_profiles
@@ -22,7 +22,6 @@ from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.health import Health, health
 from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile
-from loom.schemas.wire import Undecodable, decode
 
 CALL_S = 0.4
 """How long hosts have to say that they are here."""
@@ -68,7 +67,7 @@ def hosts(as_json: AsLines = False) -> None:
 async def _nodes(settings: Settings, *, as_json: bool) -> None:
     async with looking(settings) as bus:
         here, stored, records = await asyncio.gather(
-            announcements(bus), stored_profiles(bus), recent_records(bus, CLAIMS_FROM)
+            announced_hosts(bus, CALL_S), stored_profiles(bus), recent_records(bus, CLAIMS_FROM)
         )
     known = known_nodes(here, [entry.value for entry in stored.values()], claims_in(records))
     if as_json:
@@ -88,7 +87,7 @@ async def _nodes(settings: Settings, *, as_json: bool) -> None:
 
 async def _hosts(settings: Settings, *, as_json: bool) -> None:
     async with looking(settings) as bus:
-        here = await announcements(bus)
+        here = await announced_hosts(bus, CALL_S)
     if as_json:
         for host in here:
             print_json(host)
@@ -107,24 +106,6 @@ async def _hosts(settings: Settings, *, as_json: bool) -> None:
         counts = (str(host.slots), str(host.running), str(host.queued))
         add_row(table, host.host_id, *counts, state, ", ".join(host.nodes))
     screen.print(table)
-
-
-async def announcements(bus: Bus, within_s: float = CALL_S) -> list[HostAnnouncement]:
-    """Ask the hosts who is here, and return what they say in that time, by host id."""
-    said: dict[str, HostAnnouncement] = {}
-
-    async def take(msg: Msg) -> None:
-        try:
-            host = decode(msg.data, HostAnnouncement)
-        except Undecodable:
-            return  # whoever that is, it cannot be shown as a host
-        said[host.host_id] = host
-
-    subscription = await bus.subscribe(bus.subjects.of("host", "*"), take)
-    await bus.publish(bus.subjects.hosts)
-    await asyncio.sleep(within_s)
-    await bus.unsubscribe(subscription)
-    return [said[host_id] for host_id in sorted(said)]
 
 
 def claims_in(records: Iterable[TaskRecord]) -> Claims:

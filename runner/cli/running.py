@@ -18,7 +18,6 @@ from loom.bus.log import get_logger
 from loom.runner import logs
 from loom.runner.cli.ending import StopSignals, tear_down
 from loom.runner.settings import InvalidSetting, Settings, from_environment, warn_of_misspelt_settings
-from loom.schemas.errors import BusUnavailable
 from loom.schemas.llm import LLMProvider
 
 log = get_logger()
@@ -160,6 +159,7 @@ async def unless_lost(bus: Bus, work: Coroutine[Any, Any, T]) -> T:
 
     Raises:
         BusUnavailable: The connection was closed for good meanwhile: the process is to end, and be started again.
+        ServiceFailed: An essential task has failed; the same follows.
     """
     working = asyncio.ensure_future(work)
     losing = asyncio.ensure_future(bus.lost.wait())
@@ -167,7 +167,7 @@ async def unless_lost(bus: Bus, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait([working, losing], return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise BusUnavailable("the connection to the server was closed for good")
+        raise bus.loss()
     finally:
         losing.cancel()
         working.cancel()
@@ -179,9 +179,10 @@ async def until_lost(bus: Bus) -> None:
 
     Raises:
         BusUnavailable: The connection was closed for good.
+        ServiceFailed: An essential task has failed.
     """
     await bus.lost.wait()
-    raise BusUnavailable("the connection to the server was closed for good")
+    raise bus.loss()
 
 
 def sense_model(settings: Settings) -> LLMProvider | None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -25,6 +25,7 @@ from loom.runner.cli.running import DEFAULT_URL, prepare, run_to_end, sense_mode
 from loom.runner.cli.transcript import Transcript
 from loom.runner.session import Session, check_phases
 from loom.runner.settings import Settings
+from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
 from loom.schemas.events import StepStart, TextDelta
 from loom.schemas.task import Accepted, TaskAd, TaskError, TaskResult, parse_ad
@@ -138,19 +139,13 @@ async def _answer(bus: Bus, ad: TaskAd) -> TaskResult:
         return TaskResult(task_id=ad.task_id, state="failed", error=TaskError.of(error), domain=ad.domain)
 
 
-@contextlib.asynccontextmanager
-async def _handed_in(bus: Bus, ad: TaskAd, *, deltas: bool) -> AsyncIterator[TaskHandle]:
-    """Hand in a task; it is cancelled when whoever waits for it is interrupted."""
-    handle = await tasks.publish(bus, ad, deltas=deltas)
-    try:
-        yield handle
-    except asyncio.CancelledError:
-        with contextlib.suppress(LoomError):  # on the way out there is nobody to tell
-            record = await handle.cancel()
-            typer.echo(f"interrupted: {ad.task_id} {record.state}", err=True)
-        raise
-    finally:
-        await handle.close()
+def _handed_in(bus: Bus, ad: TaskAd, *, deltas: bool) -> contextlib.AbstractAsyncContextManager[TaskHandle]:
+    """Publish a task that is cancelled when the command is interrupted."""
+
+    def report(record: TaskRecord) -> None:
+        typer.echo(f"interrupted: {ad.task_id} {record.state}", err=True)
+
+    return tasks.published(bus, ad, deltas=deltas, cancel_with_caller=True, cancelled=report)
 
 
 @contextlib.contextmanager

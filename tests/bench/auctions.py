@@ -39,7 +39,7 @@ async def auction(hosts: int, nodes_each: int, auctions: int) -> tuple[float, fl
         await match.start()
         try:
             heard = match._roster
-            await until(lambda: len(heard.expected()) == hosts, within_s=WITHIN_S, what="all hosts are heard of")
+            await until(lambda: len(heard.awaited()) == hosts, within_s=WITHIN_S, what="all hosts are heard of")
             await until(lambda: len(heard.profiles) == len(names), within_s=WITHIN_S, what="all profiles are read")
 
             async def once() -> None:

@@ -275,7 +275,7 @@ async def test_a_cancel_ends_the_task_even_if_an_attempt_was_claimed_meanwhile(s
     assert (await stage.read("t1")).state == "cancelled"
 
 
-@pytest.mark.parametrize("split", [None, Split(parent="p", depth=1, deadline=1e12)])
+@pytest.mark.parametrize("split", [None, Split(parent="p", depth=1, deadline=1e10)])
 async def test_a_missing_record_is_made_for_what_never_reached_admission(stage: Stage, split: Split | None) -> None:
     await stage.phase("evaluate")
     error = TaskError(code="dead_letter", message="sense could not")
@@ -346,7 +346,7 @@ async def test_two_replicas_end_each_task_once(stage: Stage) -> None:
 # -- subtasks and divided tasks
 
 
-PART = Split(parent="p", depth=1, subtask="a", grant=100, deadline=1e12, inputs={"before": "it"})
+PART = Split(parent="p", depth=1, subtask="a", grant=100, deadline=1e10, inputs={"before": "it"})
 
 
 async def with_plan(stage: Stage, env: Envelope, *parts: Subtask) -> None:

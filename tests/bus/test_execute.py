@@ -100,7 +100,9 @@ async def test_the_host_is_told_all_it_needs(stage: Stage) -> None:
     )
     await outcome(stage)
     asked = one.runs[0].request
-    assert replace(asked, remaining_s=1, sent_at=None) == RunRequest(
+    assert asked.deadline == env.deadline
+    assert asked.sent_at is not None
+    assert replace(asked, remaining_s=1, deadline=None, sent_at=None) == RunRequest(
         task_id=env.task_id,
         attempt=2,
         node_id="n1",
@@ -112,13 +114,11 @@ async def test_the_host_is_told_all_it_needs(stage: Stage) -> None:
         tools=("search",),
         token_budget=77,
         remaining_s=1,
-        deadline=env.deadline,
         priority="high",
         depth=2,
         trace="00-x",
     )
     assert 50 < asked.remaining_s <= 60
-    assert asked.sent_at == pytest.approx(stage.bus.now(), abs=10)
 
 
 async def test_progress_is_relayed_numbered_and_in_order(stage: Stage) -> None:

@@ -9,9 +9,10 @@ from support.phases import FakeHost, Replica, Stage, ad, envelope
 from support.wait import until
 
 from loom.bus.kv import Bucket
-from loom.schemas.auction import Bid, CallForBids, Offer
+from loom.bus.records import records
+from loom.schemas.auction import Bid, CallForBids, HostAnnouncement, Offer
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Envelope, Spec
+from loom.schemas.envelope import Envelope, Spec, TaskRecord, TaskState
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
 from loom.schemas.task import TaskError
 
@@ -157,16 +158,60 @@ async def quietly(**_facts: Any) -> None:
     """Say nothing."""
 
 
-async def test_a_host_that_missed_three_windows_is_not_waited_for_until_it_is_heard_again(stage: Stage) -> None:
+async def test_a_proven_host_that_missed_three_windows_is_not_waited_for_until_it_announces_itself(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loom.phases.match.presence.NEWCOMERS_EVERY_S", 0.0)
     await host(stage, "h1")
-    deaf = await host(stage, "h2", "n2", offer=lambda _: None)
+    silent = await host(stage, "h2", "n2")
     await match(stage, ClusterConfig(bid_window_ms=400))
+    await timed(stage, task(stage))
+    silent.offer = lambda _: None
     for _ in range(3):
         assert await timed(stage, task(stage)) > 0.39
     assert await timed(stage, task(stage)) < 0.3
-    await deaf.announce()
-    await deaf.bus.echo()
+    await silent.announce()
+    await silent.bus.echo()
     assert await timed(stage, task(stage)) > 0.39
+
+
+async def test_a_host_that_has_never_offered_slows_one_auction_a_second(stage: Stage) -> None:
+    await host(stage, "h1")
+    await host(stage, "h2", "n2", offer=lambda _: None)
+    await match(stage, ClusterConfig(bid_window_ms=400))
+    assert await timed(stage, task(stage)) > 0.39
+    assert await timed(stage, task(stage)) < 0.3
+
+
+async def test_twenty_thousand_made_up_hosts_do_not_hold_up_a_task(stage: Stage) -> None:
+    await host(stage, "h1")
+    await match(stage)
+    alone_s = max([await timed(stage, task(stage)) for _ in range(10)])
+    for number in range(20_000):
+        body = b'{"host_id": "m%d", "nodes": ["m%d"], "slots": 4}' % (number, number)
+        await stage.bus.publish(stage.bus.subjects.of("host", f"m{number}"), body)
+    took_s = sorted([await timed(stage, task(stage)) for _ in range(20)])
+    assert took_s[-2] < alone_s + 1  # one of them may have waited for the newcomers
+    assert stage.all("task", phase="scale")[-1].award.host_id == "h1"
+
+
+async def test_a_pinned_task_goes_to_the_first_of_two_hosts_that_announce_its_node(stage: Stage) -> None:
+    await host(stage, "h1", "good-1")
+    await match(stage)
+    await timed(stage, task(stage, node_id="good-1"))
+    await host(stage, "evil", "good-1")
+    await timed(stage, task(stage, node_id="good-1"))
+    assert [env.award.host_id for env in stage.all("task", phase="scale")] == ["h1", "h1"]
+
+
+async def test_a_host_that_announces_the_drain_of_another_has_no_effect(stage: Stage) -> None:
+    await host(stage, "h1", "good-1")
+    await match(stage)
+    body = HostAnnouncement(host_id="h1", draining=True)
+    await stage.bus.publish(stage.bus.subjects.of("host", "evil"), body)
+    await stage.bus.echo()
+    await timed(stage, task(stage, node_id="good-1"))
+    assert stage.all("task", phase="scale")[-1].award.host_id == "h1"
 
 
 async def test_a_host_that_leaves_is_not_waited_for(stage: Stage) -> None:
@@ -305,6 +350,94 @@ async def test_a_drained_replica_gives_waiting_tasks_back(stage: Stage, monkeypa
     await stage.seen("task", phase="scale")
 
 
+# -- tasks that end while they wait
+
+
+async def put_record(stage: Stage, env: Envelope, state: TaskState) -> int:
+    record = TaskRecord(task_id=env.task_id, state=state, envelope=env, admitted_at=stage.bus.now())
+    bucket = records(stage.bus)
+    before = await bucket.get(env.task_id)
+    return await bucket.update(env.task_id, record, before.revision if before else 0)
+
+
+async def settled(stage: Stage) -> None:
+    """Wait until no task is in MATCH's hand, before it or scheduled for it."""
+
+    async def empty() -> bool:
+        return await stage.pending("TASKS") == len(stage.all("task", phase="scale"))
+
+    await until(empty, what="nothing waits")
+
+
+async def test_a_task_that_is_cancelled_while_there_are_no_nodes_is_dropped(stage: Stage) -> None:
+    await match(stage, SHORT)
+    env = task(stage, spec=Spec(complexity=0.1, domains=("code",), method="given", alone_since=stage.bus.now()))
+    await put_record(stage, env, "running")
+    await stage.put("match", env)
+    await stage.seen("later", count=2)
+    await put_record(stage, env, "cancelled")
+    await settled(stage)
+    await host(stage)
+    await stage.put("match", task(stage, task_id="next"))
+    await stage.seen("task", phase="scale", task_id="next")
+    assert [each.task_id for each in stage.all("task", phase="scale")] == ["next"]
+    assert not stage.all("task", phase="evaluate")
+
+
+async def test_a_pinned_task_that_is_cancelled_is_not_awarded_when_its_node_comes(stage: Stage) -> None:
+    await match(stage, SHORT)
+    env = task(
+        stage,
+        node_id="late",
+        spec=Spec(complexity=0.1, domains=("code",), method="given", alone_since=stage.bus.now()),
+    )
+    await put_record(stage, env, "running")
+    await stage.put("match", env)
+    await stage.seen("later", count=2)
+    await put_record(stage, env, "cancelled")
+    await settled(stage)
+    await host(stage, "h1", "late")
+    await stage.put("match", task(stage, task_id="next", node_id="late"))
+    await stage.seen("task", phase="scale", task_id="next")
+    assert [each.task_id for each in stage.all("task", phase="scale")] == ["next"]
+
+
+@pytest.mark.parametrize("state", ["cancelled", "failed", "succeeded"])
+async def test_a_task_that_ends_while_all_nodes_are_busy_calls_for_bids_no_more(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, state: TaskState
+) -> None:
+    monkeypatch.setattr("loom.phases.match.service.HOLD_S", 60)
+    one = await host(stage, offer=lambda _: one.declines("busy"))
+    await match(stage, LONG)
+    env = task(stage)
+    await put_record(stage, env, "running")
+    await stage.put("match", env)
+    await until(lambda: len(one.calls) > 3, what="it waits in hand")
+    await put_record(stage, env, state)
+    await settled(stage)
+    calls = len(one.calls)
+    one.offer = None
+    await stage.put("match", task(stage, task_id="next"))
+    await stage.seen("task", phase="scale", task_id="next")
+    assert [each.task_id for each in stage.all("task", phase="scale")] == ["next"]
+    assert len(one.calls) == calls + 1
+    assert not stage.all("later")
+
+
+async def test_a_first_auction_reads_no_record(stage: Stage) -> None:
+    await host(stage)
+    replica = await match(stage)
+    read: list[str] = []
+
+    async def count(key: str) -> None:
+        read.append(key)
+
+    replica.service._records.get = count
+    await stage.put("match", task(stage))
+    await stage.seen("task", phase="scale")
+    assert not read
+
+
 # -- pins
 
 
@@ -343,12 +476,12 @@ async def test_a_task_pinned_to_a_node_that_failed_it_is_given_up(stage: Stage) 
     assert (await stage.seen("task", phase="evaluate")).error.code == "no_bids"
 
 
-async def test_a_pinned_task_whose_node_was_busy_pauses_first(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.3, 0.4))
+@pytest.mark.parametrize("pinned", [None, "n1"])
+async def test_a_task_whose_node_was_busy_pauses_first(pinned: str | None, stage: Stage) -> None:
     await host(stage)
     await match(stage)
     busy = TaskError(code="node_busy", message="full")
-    assert await timed(stage, task(stage, node_id="n1", last_error=busy)) >= 0.3
+    assert await timed(stage, task(stage, node_id=pinned, last_error=busy, busy_retries=4)) >= 0.08
 
 
 # -- the rest

@@ -334,7 +334,7 @@ async def test_a_synthesis_on_its_way_to_another_node_is_not_divided_again(stage
 
 
 async def test_a_dead_notice_ends_the_parent_it_is_about(stage: Stage) -> None:
-    parent = await divided(stage, (("a",), ("b",)), split=Split(parent="g", depth=1, subtask="p", deadline=1e12))
+    parent = await divided(stage, (("a",), ("b",)), split=Split(parent="g", depth=1, subtask="p", deadline=1e10))
     scale = await stage.phase("scale")
     child = await begun(stage, "a")
     scale.die()
@@ -430,7 +430,7 @@ async def test_a_part_is_divided_itself_until_it_is_too_deep(
     stage: Stage, depth: int, limits: Limits | None, *, whole: bool
 ) -> None:
     await stage.phase("scale")
-    split = Split(parent="g", depth=depth, subtask="p", deadline=1e12, inputs={"before": "it"})
+    split = Split(parent="g", depth=depth, subtask="p", deadline=1e10, inputs={"before": "it"})
     await divided(stage, (("a",),), split=split, limits=limits)
     if whole:
         passed = await stage.seen("task", phase="execute")

@@ -134,7 +134,7 @@ async def test_of_two_replicas_one_acts_and_min_nodes_stay(
 
 async def test_a_replica_waits_while_another_holds_the_lease(stage: Stage, grown: Place) -> None:
     bucket = Bucket(stage.bus, "tuning", Lease)
-    held = await bucket.create("apoptosis", Lease(holder="another", until=stage.bus.now() + 600))
+    held = await bucket.create("apoptosis", Lease(holder="another", until=stage.bus.now() + 25))
     await stage.phase("adapt", ClusterConfig(idle_timeout_s=0.1))
     grown.let_go()  # type: ignore[attr-defined]
     await until(lambda: idle_for(stage, 0.5), within_s=WITHIN_S, what="both are idle and known to be")

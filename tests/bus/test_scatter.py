@@ -11,6 +11,11 @@ from support.logs import capture_logs
 from loom.bus.client import Bus, Msg, PayloadTooLarge
 from loom.bus.scatter import scatter
 from loom.schemas.auction import Bid, Offer
+from loom.schemas.wire import decode
+
+
+def read(raw: bytes) -> Offer:
+    return decode(raw, Offer)
 
 
 async def bidder(bus: Bus, host_id: str, *, times: int = 1, raw: bytes | None = None) -> None:
@@ -28,7 +33,7 @@ async def ask(bus: Bus, *, enough: int = 99, window_s: float = 0.1) -> tuple[lis
         bus,
         bus.subjects.of("auction", "code"),
         {"who": "?"},
-        Offer,
+        read,
         window_s=window_s,
         enough=lambda offers: len(offers) >= enough,
     )
@@ -67,13 +72,13 @@ async def test_what_is_enough_is_asked_once_after_each_answer(plain: Bus) -> Non
         return len(last) == 3
 
     subject = plain.subjects.of("auction", "code")
-    offers = await scatter(plain, subject, b"?", Offer, window_s=5, enough=enough)
+    offers = await scatter(plain, subject, b"?", read, window_s=5, enough=enough)
     assert last == [offer.host_id for offer in offers]
 
 
 async def test_a_question_that_cannot_be_sent_leaves_nothing_behind(plain: Bus) -> None:
     with pytest.raises(PayloadTooLarge):
-        await scatter(plain, plain.subjects.of("auction", "code"), b"x" * 2**21, Offer, window_s=60, enough=bool)
+        await scatter(plain, plain.subjects.of("auction", "code"), b"x" * 2**21, read, window_s=60, enough=bool)
     assert plain._sinks == {}
 
 
@@ -122,7 +127,7 @@ async def test_many_calls_side_by_side_get_their_own_answers(plain: Bus) -> None
 
     async def call(name: str) -> list[Any]:
         subject = plain.subjects.of("auction", "code")
-        offers = await scatter(plain, subject, name, Offer, window_s=5, enough=bool)
+        offers = await scatter(plain, subject, name, read, window_s=5, enough=bool)
         return [offer.host_id for offer in offers]
 
     assert await asyncio.gather(*(call(f"h{n}") for n in range(50))) == [[f"h{n}"] for n in range(50)]

@@ -11,7 +11,7 @@ from support.hops import arrived, messages
 from support.logs import capture_logs
 from support.wait import until
 
-from loom.bus import tasks, topology
+from loom.bus import task_updates, tasks, topology
 from loom.bus.answers import answer, answer_error, answer_task, error_headers, may_answer
 from loom.bus.client import Bus, Msg
 from loom.bus.tasks import TaskHandle
@@ -190,7 +190,7 @@ async def test_a_result_that_cannot_be_read_is_as_good_as_lost(plain: Bus, handl
         await say(plain, "result", b"nonsense")
         await say(plain, "result", _result())
         assert await handle.result(5) == _result()
-    assert [entry["event"] for entry in logs] == ["handler_failed"]
+    assert [entry["event"] for entry in logs] == ["result_undecodable"]
 
 
 async def test_an_ended_handle_listens_no_more(plain: Bus) -> None:
@@ -244,7 +244,7 @@ async def test_progress_made_before_anyone_looked_is_not_lost(plain: Bus, handle
 async def test_progress_ends_for_a_slow_reader_whose_buffer_is_full(
     plain: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "BUFFER", 4)
+    monkeypatch.setattr(task_updates, "BUFFER", 4)
     handle = TaskHandle(plain, AD)
     await handle.open(deltas=True)
     stream = handle.events()
@@ -264,7 +264,7 @@ async def test_progress_ends_for_a_slow_reader_whose_buffer_is_full(
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_a_reader_gets_all_that_was_said_while_its_process_was_busy(nats_url: str, namespace: str, loop: str) -> None:
-    count = 4 * tasks.BUFFER
+    count = 4 * task_updates.BUFFER
 
     async def speak() -> None:
         async with Bus(nats_url, namespace=namespace) as bus:

@@ -11,7 +11,7 @@ from support.stubborn import Stubborn
 from support.wait import until
 
 from loom.agents.host import NodeHost
-from loom.bus import tasks
+from loom.bus import tasks, topology
 from loom.bus.client import Bus, Msg
 from loom.bus.tasks import TaskHandle
 from loom.runner.cluster import running_nodes, running_phases
@@ -182,3 +182,40 @@ async def test_a_cancel_that_races_the_result_or_another_cancel_gives_one_end(bu
 
     assert len(told) == 40
     assert all(len(set(said)) == 1 for said in told.values())  # told again perhaps, never otherwise
+
+
+async def test_a_task_that_is_cancelled_while_it_waits_for_a_node_is_never_awarded(bus: Bus, agents: Stubborn) -> None:
+    """Wherever it waits: for any node, for the one it is pinned to, or parked for the parts it was divided into."""
+    plan = {"plan": {"subtasks": [{"id": "a", "description": "x", "domain": "quick"}]}}
+    divided = TaskAd(domain="quick", description="x", estimated_complexity=1.0, context=plan)
+    awarded: list[str] = []
+
+    async def note(msg: Msg) -> None:
+        awarded.append(msg.subject.rsplit(".", 1)[1])
+
+    config = ClusterConfig(drain_timeout_s=0.5, no_bids_after_s=30)
+    async with running_phases(bus.url, namespace=bus.subjects.namespace, config=config):
+        alone = [await publish(bus, domain="quick"), await publish(bus, "quick1"), await tasks.publish(bus, divided)]
+
+        async def all_wait() -> bool:
+            return await stored(bus, bus.subjects.of("later", "*", "*")) >= len(alone)
+
+        await until(all_wait, within_s=WITHIN_S, what="they wait")
+        await asyncio.gather(*(handle.cancel() for handle in alone))
+        await asyncio.gather(*map(is_cancelled, alone))
+
+        async def none_waits() -> bool:
+            return await stored(bus, ">") == 0
+
+        await until(none_waits, within_s=WITHIN_S, what="they are dropped")
+        await bus.subscribe(bus.subjects.task("execute", "*", "*"), note)
+        nodes = [node("quick1", agents.quick, quick=0.9)]
+        async with running_nodes(bus.url, lambda: nodes, namespace=bus.subjects.namespace, drain_timeout_s=0):
+            last = await publish(bus, domain="quick")
+            assert await last.content(WITHIN_S) == "done"
+            assert awarded == [last.task_id]
+
+
+async def stored(bus: Bus, subjects: str) -> int:
+    state = await topology.stream_state(bus, "TASKS", subjects=subjects)
+    return sum(state.get("subjects", {}).values())

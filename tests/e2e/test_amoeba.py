@@ -1,10 +1,13 @@
 """AmoebaLoop: a conversation as a stream of events."""
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
 
 import pytest
 from support.nodes import echo, fail, node
 from support.openai_server import OpenAIServer, Reply
+from support.wait import until
 
 from loom import (
     Agent,
@@ -20,12 +23,13 @@ from loom import (
     tool,
 )
 from loom.bus.client import Bus
+from loom.bus.history import recent_records
 from loom.cluster.planner import TaskPlanner
 from loom.runner.cluster import running_phases
 from loom.schemas.errors import InvalidTask
 from loom.schemas.llm import AssistantMessage
 from loom.schemas.run import RunRequest
-from loom.types import AgentNode, CapabilityProfile, Done, ErrorEvent, LoopEvent, SubtaskEvent
+from loom.types import AgentNode, CapabilityProfile, Done, ErrorEvent, LoopEvent, SubtaskEvent, TextDelta
 
 
 def loop_over(provider: OpenAIProvider, *nodes: AgentNode, **rules: object) -> AmoebaLoop:
@@ -186,3 +190,54 @@ async def test_the_reward_bus_has_a_bus_while_the_loop_is_open(phases: Bus, prov
 
     assert [(reward.node_id, reward.score) for reward in rewards] == [("coder", 1.0)]
     assert loop.reward_bus.bus is None
+
+
+async def endless(job: RunRequest) -> AsyncIterator[str]:
+    yield "first "
+    await asyncio.sleep(600)
+    yield "last"
+
+
+@pytest.mark.parametrize("leave", ["break", "close", "cancel"])
+async def test_a_conversation_that_is_broken_off_cancels_its_task_and_leaves_nothing(
+    phases: Bus, client: Bus, provider: OpenAIProvider, leave: str
+) -> None:
+    loop = loop_over(provider, node("endless", endless, code=0.9))
+    before = asyncio.all_tasks()
+    first = asyncio.Event()
+
+    async def converse() -> None:
+        events = loop.execute(LoopContext(messages=[UserMessage("talk")], domain="code"))
+        async for event in events:
+            if isinstance(event, TextDelta):
+                first.set()
+                if leave == "break":
+                    break
+                if leave == "close":
+                    await events.aclose()  # type: ignore[attr-defined]
+
+    conversing = asyncio.ensure_future(converse())
+    async with asyncio.timeout(20):
+        await first.wait()
+    if leave == "cancel":
+        conversing.cancel()
+    await asyncio.wait([conversing])
+    await until(lambda: not asyncio.all_tasks() - before - {conversing}, within_s=5, what="the session is closed")
+    [record] = await recent_records(client, 5)
+    assert record.state == "cancelled"
+    assert loop.reward_bus.bus is None
+
+
+async def test_a_conversation_that_is_broken_off_within_an_open_loop_leaves_it_usable(
+    phases: Bus, provider: OpenAIProvider
+) -> None:
+    loop = loop_over(provider, node("endless", endless, slow=0.9), node("echo", echo, code=0.9))
+    async with loop:
+        bus = loop.reward_bus.bus
+        assert bus is not None
+        before = len(bus._nc._subs)
+        async for event in loop.execute(LoopContext(messages=[UserMessage("talk")], domain="slow")):
+            if isinstance(event, TextDelta):
+                break
+        await until(lambda: len(bus._nc._subs) == before, what="its subscriptions end")
+        assert (await events_of(loop, "sum"))[-1].content == "done: sum"  # type: ignore[union-attr]

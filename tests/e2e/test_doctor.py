@@ -11,13 +11,20 @@ from pathlib import Path
 import msgspec
 import pytest
 from support.command import command, loom
+from support.phases import ad, envelope
+from support.rewards import reward
+from support.wait import until
 
 from loom.bus.client import Bus
 from loom.bus.presence import Clocks, Present, clocks, who_is_there
+from loom.bus.reward_bus import RewardBus
 from loom.bus.topology import Inspection, Part
-from loom.runner.cluster import running_nodes, running_phases
-from loom.runner.doctor import Finding, backlog, clock, examine, examine_here, node_hosts, phases, process_clocks
+from loom.phases.adapt import Adapt
+from loom.phases.scale import Scale
+from loom.runner.cluster import PhaseGroup, running_nodes, running_phases
+from loom.runner.doctor import backlog, clock, examine, examine_here, node_hosts, phases, process_clocks
 from loom.runner.embedded import find_server
+from loom.runner.findings import Finding
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
@@ -53,6 +60,7 @@ async def test_a_healthy_cluster_has_nothing_but_good_findings(on_bus: Where, cl
     assert [finding.about for finding in seen] == [
         *("server", "jetstream", "clock", "streams", "storage"),
         *(f"phase {phase}" for phase in PHASES),
+        "work",
         *("hosts", "backlog", "dead letters"),
     ]
     assert f"{namespace}-match" in here.out
@@ -230,6 +238,40 @@ async def test_phases_are_found_as_nats_services_are(on_bus: Where, phases: Bus,
     assert ping["metadata"]["service"] == "match"
     clocks = {name: float(info["metadata"].pop(name)) for name in ("server_time", "wall_clock")}
     assert clocks == {name: pytest.approx(client.now(), abs=2) for name in clocks}  # the server runs on this machine
+    health = json.loads(info["metadata"].pop("health"))
+    assert health.get("handled", 0) == health.get("in_hand", 0) == 0
     assert info == {**ping, "type": "io.nats.micro.v1.info_response", "description": "match of a loom cluster"} | {
         "endpoints": []
     }
+
+
+async def test_a_phase_that_answers_and_does_not_work_is_found(
+    on_bus: Where, client: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, namespace = on_bus
+    monkeypatch.setattr("loom.runner.working.LOOK_AGAIN_S", 0.1)
+    async with Bus(url, namespace=namespace, role="phases") as bus:
+        group = PhaseGroup(bus, ("scale", "adapt"))
+        await group.start()
+        scale, adapt = group._started
+        assert isinstance(scale, Scale)
+        assert isinstance(adapt, Adapt)
+        await scale._loop._pulls[0].stop()
+        adapt._tasks[0].cancel()
+        env = envelope(ad(task_id="t1"), now=client.now())
+        await client.store(client.subjects.task("scale", "normal", "t1"), env)
+        await RewardBus(bus=client).publish(reward(1))
+        found = troubles(await examine(client, ClusterConfig()))
+        await group.drain()
+
+    assert found["work scale"] == "fail: waiting messages: 1; none is taken"
+    assert found["work adapt"] == "fail: rewards not read: 1; none is being read"
+
+
+async def test_messages_that_phases_left_out_are_a_warning(on_bus: Where, client: Bus) -> None:
+    url, namespace = on_bus
+    async with running_phases(url, names=("adapt",), namespace=namespace) as bus:
+        await client.store(client.subjects.of("reward", "n1", "code"), b'{"seconds":1e308}')
+        await until(lambda: bus.discards.counts, what="the reward is left out")
+        found = troubles(await examine(client, ClusterConfig()))
+    assert found["discards"] == "warn: messages were left out: 1 reward_undecodable"

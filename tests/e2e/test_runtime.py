@@ -11,11 +11,13 @@ from support.nodes import Counting, echo, fail
 from support.wait import until
 
 from loom import Runtime, TaskAd
+from loom.bus import tasks
 from loom.bus.client import Bus
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import AgentFailed, BusUnavailable, Cancelled, InvalidTask, LoomError, NoBids, UnknownTask
 from loom.schemas.events import TextDelta
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
+from loom.schemas.run import RunRequest
 from loom.types import CapabilityProfile, ClusterConfig
 
 CODE = CapabilityProfile(scores={"code": 0.9})
@@ -314,3 +316,50 @@ async def test_a_provider_that_interrupts_the_phases_ends_neither_them_nor_the_p
     rt.add_agent(echo, name="echo")
     async with rt:
         assert await rt.submit(TaskAd(description="hm")) == "done: hm"  # so vague that SENSE asks the model
+
+
+async def test_a_task_is_cancelled_with_its_caller_when_that_is_asked_for(
+    on_bus: tuple[str, str], phases: Bus, client: Bus
+) -> None:
+    begun: list[str] = []
+    stopped: list[str] = []
+
+    async def endless(job: RunRequest) -> str:
+        begun.append(job.task_id)
+        try:
+            await asyncio.sleep(600)
+        finally:
+            stopped.append(job.task_id)
+        return ""
+
+    async def state(ad: TaskAd) -> str:
+        return (await tasks.status(client, ad.task_id)).state
+
+    one, two, three, kept = (TaskAd(description="x", node_id="endless") for _ in range(4))
+    rt = Runtime()
+    rt.add_agent(endless, name="endless")
+    async with rt:
+        calls = [
+            asyncio.ensure_future(rt.submit(one, cancel_with_caller=True)),
+            asyncio.ensure_future(rt.submit_many([two, three], cancel_with_caller=True)),
+            asyncio.ensure_future(rt.submit(kept)),
+        ]
+        await until(lambda: len(begun) == 4, what="all run")
+        for call in calls:
+            call.cancel()
+        await asyncio.wait(calls)
+        await until(lambda: len(stopped) == 3, what="three are stopped")
+        assert [await state(ad) for ad in (one, two, three, kept)] == [*["cancelled"] * 3, "running"]
+        await tasks.cancel(client, kept.task_id)
+
+
+async def test_submit_many_that_fails_submits_nothing_more(on_bus: tuple[str, str], phases: Bus) -> None:
+    agent = Counting(0.05)
+    rt = Runtime()
+    rt.add_agent(agent, name="coder", capabilities=CODE)
+    async with rt:
+        good = [TaskAd(domain="code", description=str(n)) for n in range(20)]
+        with pytest.raises(InvalidTask):
+            await rt.submit_many([*good[:2], TaskAd(task_id="a.b", description="x"), *good[2:]], at_once=3)
+        await rt.submit(TaskAd(domain="code", description="last"))
+        assert len(agent.runs) <= 4

@@ -23,7 +23,7 @@ from loom.bus.kv import Bucket
 from loom.bus.ordered import OrderedReader
 from loom.bus.records import records
 from loom.bus.topology import stream_state
-from loom.phases.adapt.fold import fold
+from loom.phases.adapt.fold import fold, reward_in
 from loom.runner.embedded import NatsServer
 from loom.schemas.envelope import PHASES, SplitPlan, TaskRecord
 from loom.schemas.errors import LoomError
@@ -202,15 +202,17 @@ async def read_books(bus: Bus) -> Books:
     for message in await _all(OrderedReader(bus, stream, filter=subject, deliver="last_per_subject")):
         record = decode(message.data, TaskRecord)
         found[record.task_id] = record
-    rewards = await _all(OrderedReader(bus, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*")))
+    stored = await _all(OrderedReader(bus, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*")))
+    usable = [(message.seq, reward_in(message, bus.subjects, bus.discards)) for message in stored]
+    rewards = [(seq, reward) for seq, reward in usable if reward is not None]
     profiles = {}
-    for name in {decode(message.data, Reward).node_id for message in rewards}:
+    for name in {reward.node_id for _, reward in rewards}:
         entry = await Bucket(bus, "nodes", NodeProfile).get(name)
         if entry is not None:
             profiles[name] = entry.value
     return Books(
         records=found,
-        rewards=[(message.seq, decode(message.data, Reward)) for message in rewards],
+        rewards=rewards,
         profiles=profiles,
         dead=(await stream_state(bus, "DEAD"))["messages"],
         plans={

@@ -16,7 +16,7 @@ from support.words import accepted
 from loom.bus.client import Bus
 from loom.bus.subjects import FAMILIES
 from loom.bus.topology import LANES, streams
-from loom.runner import doctor
+from loom.runner import doctor, working
 from loom.schemas.config import ClusterConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -31,11 +31,12 @@ def test_the_page_of_subjects_holds_the_tables_as_the_code_has_them() -> None:
 
 
 def test_every_finding_of_the_doctor_is_explained() -> None:
-    calls = [node for node in ast.walk(ast.parse(inspect.getsource(doctor))) if isinstance(node, ast.Call)]
+    sources = [ast.parse(inspect.getsource(module)) for module in (doctor, working)]
+    calls = [node for source in sources for node in ast.walk(source) if isinstance(node, ast.Call)]
     about = {
-        call.args[0].value if isinstance(call.args[0], ast.Constant) else "phase …"
+        str(call.args[0].value).removesuffix(" adapt") if isinstance(call.args[0], ast.Constant) else "phase …"
         for call in calls
-        if isinstance(call.func, ast.Name) and call.func.id in {"_ok", "_warn", "_fail"}
+        if isinstance(call.func, ast.Name) and call.func.id.lstrip("_") in {"ok", "warn", "fail"}
     }
 
     explained = re.findall(r"(?m)^\| `([^`]+)` \|", (DOCS / "operating.md").read_text(encoding="utf-8"))

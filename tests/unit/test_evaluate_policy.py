@@ -19,7 +19,7 @@ from loom.phases.evaluate.policy import (
     reward_for,
 )
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import MAX_TRIED_CHARS, Best, Claim, Envelope, Opinion, TaskRecord
+from loom.schemas.envelope import IN_HAND_S, MAX_TRIED_CHARS, Best, Claim, Envelope, Opinion, TaskRecord
 from loom.schemas.errors import BY_CODE
 from loom.schemas.task import Accept, RunResult, TaskError
 
@@ -381,3 +381,18 @@ def test_rules_come_before_opinions() -> None:
     refused = replace(judged_as(1.0), ad=ad(accept=Accept(contains=("42",))))
     decision = decided(refused)
     assert isinstance(decision, Back)
+
+
+def test_a_full_node_is_asked_again_after_a_pause_that_grows_to_five_seconds() -> None:
+    message = env()
+    pauses, delays = [], []
+    for _ in range(12):
+        again = decided(message.failed(TaskError(code="node_busy", message="full")))
+        assert isinstance(again, Back)
+        assert (again.envelope.failures, again.envelope.excluded) == (0, ())
+        message = again.envelope
+        pauses.append(message.busy_pause_s)
+        delays.append(again.delay_s)
+    assert pauses[:4] == [0.02, 0.04, 0.08, 0.16]
+    assert pauses[-1] == 5.0
+    assert delays == [0.0 if pause <= IN_HAND_S else pause for pause in pauses]

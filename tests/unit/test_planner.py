@@ -1,5 +1,6 @@
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -373,3 +374,28 @@ async def test_an_empty_synthesis_is_a_failure() -> None:
     answer = await TaskPlanner(Scripted(" ")).aggregate(AD, {"a": good("a"), "b": good("b")})
 
     assert (answer.success, code_of(answer), answer.prompt_tokens) == (False, "agent_failed", 100)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{" * 32_000,
+        '["' * 16_000,
+        "[1," * 10_000,
+        ("[" + "1," * 400) * 38,
+        ("[" + "1," * 15) * 900,
+        ("[" * 900 + "x") * 35,
+        "[" + "9" * 31_000,
+        "[] " * 10_000,
+    ],
+)
+def test_text_that_holds_no_plan_is_read_in_a_moment(text: str) -> None:
+    began = time.thread_time()
+    with pytest.raises(InvalidPlan):
+        parse_plan(text)
+    assert time.thread_time() - began < 0.05
+
+
+def test_a_plan_is_found_behind_brackets_of_prose() -> None:
+    prose = "see [1], {x}, [the notes](n.md), f(a[i]) { return } " * 40
+    assert [part.id for part in parse_plan(prose + '{"subtasks": [{"id": "a", "description": "do it"}]}')] == ["a"]

@@ -1,4 +1,4 @@
-"""Whom MATCH waits for, and what it knows of their nodes, without a bus."""
+"""The hosts MATCH waits for, and its knowledge of their nodes, without a bus."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -13,8 +13,9 @@ from support.values import messages
 
 from loom.bus.client import Bus, Msg
 from loom.bus.kv import Entry
+from loom.phases.match.presence import HEARD_S
 from loom.phases.match.reading import ReadOffer, ReadProfile
-from loom.phases.match.roster import HEARD_S, MISSED_WINDOWS, Roster
+from loom.phases.match.roster import Roster
 from loom.schemas.auction import HostAnnouncement, Offer
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
 from loom.schemas.wire import Undecodable, decode, encode
@@ -34,7 +35,8 @@ class Changes:
     """A bucket's reader that has one batch."""
 
     def __init__(self, profiles: Iterable[Any]) -> None:
-        self._entries = [Entry("n", decode(encode(profile), ReadProfile), 1) for profile in profiles]
+        read = [decode(encode(profile), ReadProfile) for profile in profiles]
+        self._entries = [Entry(profile.node_id, profile, 1) for profile in read]
 
     async def batch(self) -> list[Entry[ReadProfile]]:
         return self._entries
@@ -56,24 +58,25 @@ async def roster(clock: Clock) -> Roster:
     return Roster(Bus("nats://127.0.0.1:1"))
 
 
-def announce(roster: Roster, host: str, *nodes: str, draining: bool = False) -> None:
-    roster._on_announcement(Msg("", data=encode(HostAnnouncement(host_id=host, nodes=nodes, draining=draining))))
+def announce(roster: Roster, host: str, *nodes: str, draining: bool = False, subject: str = "") -> None:
+    body = encode(HostAnnouncement(host_id=host, nodes=nodes, draining=draining))
+    roster._on_announcement(Msg(subject or f"loom.host.{host}", data=body))
 
 
-# -- whom to wait for
+# -- the hosts to wait for
 
 
-async def test_a_host_is_expected_until_it_has_been_silent_for_too_long(roster: Roster, clock: Clock) -> None:
+async def test_a_host_is_awaited_until_it_has_been_silent_for_too_long(roster: Roster, clock: Clock) -> None:
     announce(roster, "h1", "n1")
     clock.now += HEARD_S / 2
     announce(roster, "h2", "n2")
-    assert roster.expected() == {"h1", "h2"}
+    assert roster.awaited() == {"h1", "h2"}
     clock.now += HEARD_S / 2 + 1
-    assert roster.expected() == {"h2"}
+    assert roster.awaited() == {"h2"}
     announce(roster, "h1", "n1")
-    assert roster.expected() == {"h1", "h2"}
+    assert roster.awaited() == {"h1", "h2"}
     clock.now += HEARD_S + 1
-    assert roster.expected() == set()
+    assert roster.awaited() == set()
 
 
 async def test_an_answer_is_a_sign_of_life_unless_its_host_is_leaving(roster: Roster, clock: Clock) -> None:
@@ -81,55 +84,36 @@ async def test_an_answer_is_a_sign_of_life_unless_its_host_is_leaving(roster: Ro
     announce(roster, "h2")
     clock.now += HEARD_S - 1
     roster.answered([Offer(host_id="h1"), Offer(host_id="h2", decline="draining"), Offer(host_id="new")], set())
-    assert roster.expected() == {"h1", "h2", "new"}
     clock.now += 2
-    assert roster.expected() == {"h1", "new"}
+    assert roster.awaited() == {"h1", "new"}
 
 
-async def test_who_says_to_be_leaving_is_not_expected_any_more(roster: Roster) -> None:
+async def test_a_host_that_announces_its_drain_is_not_awaited_any_more(roster: Roster) -> None:
     announce(roster, "h1", "n1")
-    assert roster.hosts_of("n1") == ["h1"]
+    assert roster.host_of("n1") == "h1"
     announce(roster, "h1", draining=True)
-    assert roster.expected() == set()
-    assert roster.hosts_of("n1") == []
+    assert roster.awaited() == set()
+    assert roster.host_of("n1") is None
 
 
-async def test_who_lets_windows_pass_is_not_expected_until_it_answers(roster: Roster) -> None:
-    announce(roster, "h1")
-    for _ in range(MISSED_WINDOWS - 1):
-        roster.answered([], roster.expected())
-    assert roster.expected() == {"h1"}
-    roster.answered([], roster.expected())
-    assert roster.expected() == set()
-    roster.answered([Offer(host_id="h1", decline="busy")], set())
-    assert roster.expected() == {"h1"}
-
-
-async def test_a_node_is_where_it_was_last_said_to_be(roster: Roster, clock: Clock) -> None:
-    announce(roster, "h1", "n1", "n2")
-    clock.now += 1
-    announce(roster, "h2", "n2", "n3")
-    assert [roster.hosts_of(node) for node in ("n1", "n2", "n3")] == [["h1"], ["h2", "h1"], ["h2"]]
-    clock.now += 1
-    announce(roster, "h1", "n3")
-    assert [roster.hosts_of(node) for node in ("n1", "n2", "n3")] == [[], ["h2"], ["h1", "h2"]]
-
-
-async def test_hosts_that_come_and_go_are_forgotten(roster: Roster, clock: Clock) -> None:
-    for number in range(100):
-        announce(roster, f"h{number}", f"n{number}")
-        clock.now += HEARD_S
-    assert len(roster._heard) < 20
-    assert len(roster._hosts_of) == len(roster._nodes_of) < 20
-
-
-async def test_nothing_is_kept_of_a_host_that_leaves_while_its_answer_is_awaited(roster: Roster) -> None:
+async def test_an_announcement_in_the_name_of_another_host_has_no_effect(roster: Roster) -> None:
     announce(roster, "h1", "n1")
-    roster.answered([], {"h1"})
-    announce(roster, "h1", draining=True)
-    assert not roster._missed
-    roster.answered([], {"h1"})
-    assert not roster._missed
+    with capture_logs() as logs:
+        announce(roster, "h1", draining=True, subject="loom.host.evil")
+        announce(roster, "h3", "n3", subject="loom.host.evil")
+    assert roster.awaited() == {"h1"}
+    assert (roster.host_of("n1"), roster.host_of("n3")) == ("h1", None)
+    assert [entry["event"] for entry in logs] == ["announcement_of_another_host"] * 2
+
+
+async def test_the_names_of_made_up_nodes_are_bounded(roster: Roster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.phases.match.roster.MAX_NODES", 10)
+    announce(roster, "good", "n1")
+    roster.answered([Offer(host_id="good")], set())
+    for number in range(20):
+        announce(roster, f"h{number}", *(f"n{number}-{n}" for n in range(4)))
+    assert roster._claims.size <= 10
+    assert roster.host_of("n1") == "good"
 
 
 # -- what is known

@@ -1,7 +1,11 @@
+import re
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loom.phases.sense import policy
 from loom.phases.sense.policy import (
     Estimate,
     complexity_of,
@@ -135,3 +139,24 @@ def test_the_model_is_asked_for_the_shape_that_is_read() -> None:
 
 def test_a_long_description_is_cut_in_the_question() -> None:
     assert len(prompt(TaskAd(description="x" * 50_000))) < 5_000
+
+
+_PLAIN_SENTENCE_END = re.compile(r"[.!?。！？]+(?:\s|$)|[。！？]")  # noqa: RUF001 - full-width on purpose
+_PLAIN_LIST_ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+", re.MULTILINE)
+
+
+@given(st.text(alphabet="a1 .!?。！？-*•)\n\t\r\u2028", max_size=40))  # noqa: RUF001 - full-width on purpose
+def test_sentences_and_lists_are_found_as_by_the_plain_rules(text: str) -> None:
+    score = min(len(policy._CJK_OR_MARK.sub(" ", text).split()) / 200, 0.5)
+    score += 0.15 * (len(_PLAIN_SENTENCE_END.findall(text)) > 2) + 0.1 * (_PLAIN_LIST_ITEM.search(text) is not None)
+    assert complexity_of(text, 0) == round(score, 4)
+
+
+@pytest.mark.parametrize(
+    "text", [".", "!?", "\n", "\n\t", "\r\n", " ", "1", "\n1", "。", "。a", ".a", "1) ", "代", "- "]
+)
+def test_a_long_description_takes_a_moment(text: str) -> None:
+    description = text * (60_000 // len(text.encode())) + "x"
+    began = time.thread_time()
+    look(TaskAd(description=description))
+    assert time.thread_time() - began < 0.05

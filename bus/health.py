@@ -1,0 +1,32 @@
+"""What a phase reports about its own work, for an operator's checks."""
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from loom.schemas.wire import Count, Name, Note, Relayed, Seconds, total
+
+
+class Health(Relayed, frozen=True, kw_only=True):
+    """How far one phase of one process has got."""
+
+    handled: Count = 0
+    """Messages handled since the start."""
+    in_hand: Count = 0
+    oldest_s: Seconds = 0.0
+    """How long the oldest of those in hand has been there."""
+    last_seq: Count | None = None
+    """ADAPT: sequence of the last reward read."""
+    failure: Note = ""
+    """The essential task that failed, and its error."""
+    discards: Annotated[dict[Name, Count], Meta(max_length=100)] = {}
+    """Log event -> messages of the whole process that were left out."""
+
+
+def together(parts: list[Health]) -> Health:
+    """Return the health of several parts as one."""
+    return Health(
+        handled=total(*(part.handled for part in parts)),
+        in_hand=total(*(part.in_hand for part in parts)),
+        oldest_s=max((part.oldest_s for part in parts), default=0.0),
+    )

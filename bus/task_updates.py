@@ -1,0 +1,113 @@
+"""What a client receives about one task: its result, and the progress that has not been read yet."""
+
+import asyncio
+from collections import deque
+from typing import Final
+
+from loom.bus.client import Bus, Msg, Subscription
+from loom.schemas.run import Delta
+from loom.schemas.task import TaskResult
+from loom.schemas.wire import Undecodable, decode
+
+BUFFER: Final = 10_000
+"""Most deltas kept for a reader; later ones are dropped until the reader has caught up."""
+BUFFER_BYTES: Final = 16 * 2**20
+"""Most bytes of them."""
+
+
+class TaskUpdates:
+    """The subscriptions for one task and what has come on them.
+
+    Subscriptions end with the result, or with `close`. Nothing here refers to the task's handle: a handle that is
+    dropped can be collected while its subscriptions still exist.
+    """
+
+    def __init__(self, bus: Bus, task_id: str) -> None:
+        self._bus = bus
+        self._task_id = task_id
+        self.result: asyncio.Future[TaskResult] = asyncio.get_running_loop().create_future()
+        self.changed = asyncio.Event()
+        """Set when a delta comes; a reader clears it before it waits."""
+        self._deltas: deque[bytes] = deque()
+        self._bytes = 0
+        self._readers = 0
+        self._to_result: Subscription | None = None
+        self._to_deltas: Subscription | None = None
+
+    @property
+    def subscribed(self) -> bool:
+        """Whether the result will come by itself."""
+        return self._to_result is not None
+
+    async def subscribe(self) -> None:
+        """Subscribe to the result, unless that is done or the result is here."""
+        if self._to_result is None and not self.result.done():
+            subject = self._bus.subjects.of("result", self._task_id)
+            self._to_result = await self._bus.listen(subject, self._on_result)
+
+    async def subscribe_to_deltas(self) -> None:
+        """Subscribe to progress, unless that is done or the result is here."""
+        if self._to_deltas is None and not self.result.done():
+            subject = self._bus.subjects.of("delta", self._task_id)
+            self._to_deltas = await self._bus.listen(subject, self._on_delta)
+
+    def begin_reading(self) -> None:
+        """Count a reader of deltas."""
+        self._readers += 1
+
+    def end_reading(self) -> None:
+        """Discount a reader; after the last one the subscription ends and unread deltas are dropped."""
+        self._readers -= 1
+        if not self._readers:
+            self._end_deltas()
+            self._deltas.clear()
+            self._bytes = 0
+
+    def next_delta(self) -> Delta | None:
+        """Return the oldest delta that has not been read; None when there is none."""
+        while self._deltas:
+            raw = self._deltas.popleft()
+            self._bytes -= len(raw)
+            try:
+                return decode(raw, Delta)
+            except Undecodable as error:
+                self._bus.discards.add("delta_undecodable", reason=error.message, task_id=self._task_id)
+        return None
+
+    def finish(self, result: TaskResult) -> None:
+        """Set the result and end the subscriptions; a second result is ignored."""
+        if not self.result.done():
+            self.result.set_result(result)
+        self.close()
+
+    def close(self) -> None:
+        """End the subscriptions; safe to call twice."""
+        self._end_deltas()
+        if self._to_result is not None:
+            self._bus.end_subscription(self._to_result)
+            self._to_result = None
+
+    def drop(self) -> None:
+        """Close from any thread, as a finalizer must."""
+        subscriptions = [each for each in (self._to_result, self._to_deltas) if each is not None]
+        if subscriptions:
+            self._bus.end_soon(subscriptions)
+
+    def _end_deltas(self) -> None:
+        if self._to_deltas is not None:
+            self._bus.end_subscription(self._to_deltas)
+            self._to_deltas = None
+
+    def _on_result(self, msg: Msg) -> None:
+        try:
+            result = decode(msg.data, TaskResult)
+        except Undecodable as error:  # the record holds the result, and is read before long
+            self._bus.discards.add("result_undecodable", reason=error.message, task_id=self._task_id)
+        else:
+            self.finish(result)
+
+    def _on_delta(self, msg: Msg) -> None:
+        if len(self._deltas) < BUFFER and self._bytes + len(msg.data) <= BUFFER_BYTES:
+            self._deltas.append(msg.data)
+            self._bytes += len(msg.data)
+            self.changed.set()

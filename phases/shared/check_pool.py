@@ -1,0 +1,267 @@
+"""Checks of what ads accept, made in helper processes: neither the event loop nor its memory is a submitter's."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Final, Generic, Literal, TypeVar
+
+import msgspec
+
+from loom.bus.client import Bus
+from loom.bus.log import get_logger
+from loom.phases.shared.acceptance import encoded_schema, has_check, out_of_bounds, plain_violation
+from loom.phases.shared.check_process import HelperDied, HelperProcess
+from loom.schemas.errors import Overloaded
+from loom.schemas.task import Accept, TaskError
+from loom.schemas.wire import Relayed, encode
+
+log = get_logger()
+T = TypeVar("T")
+
+QUICK_S: Final = 0.1
+"""CPU time of a check in the quick lane; one that needs more moves to the slow lane."""
+SLOW_S: Final = 1.0
+"""CPU time of a check in the slow lane; one that needs more has failed."""
+WAIT_S: Final = 2.0
+"""Wall-clock time that a check waits for its turn in each lane."""
+STUCK_S: Final = 30.0
+"""Wall-clock time of a check: so late a busy machine is no explanation."""
+MOST_SLOW: Final = 8
+"""Checks in the slow lane, the running one included."""
+RESTART_S: Final = 1.0
+"""Pause after a helper that could not be started."""
+REMEMBERED: Final = 1024
+"""Acceptance criteria whose outcome is remembered."""
+
+
+class NotChecked(Overloaded):
+    """The check cannot be made now: too many wait, or no helper process can be started."""
+
+
+@dataclass(frozen=True)
+class Violation:
+    """Why a result is refused.
+
+    Args:
+        decided: False: the check met a limit, and nothing is known of the result.
+    """
+
+    error: TaskError
+    decided: bool = True
+
+
+class _Reply(Relayed, frozen=True, kw_only=True):
+    kind: Literal["met", "unmet", "unusable", "slow", "memory", "died"]
+    fault: str = ""
+    last: bool = False
+
+
+_decode_reply = msgspec.json.Decoder(_Reply).decode
+
+
+class CheckPool:
+    """Checks for one service, in two processes at most, which are started when the first check needs them.
+
+    Every check begins in the quick lane. So costly ones wait for each other in the slow lane, and the others wait
+    for a tenth of a second at a time. The processes end with the bus.
+    """
+
+    def __init__(self, bus: Bus) -> None:
+        self._quick = _Lane(bus, QUICK_S, most=None)
+        self._slow = _Lane(bus, SLOW_S, most=MOST_SLOW)
+        self._outcomes: _Recent[str | None] = _Recent()
+        """Digest of pattern and schema -> why they cannot be used; None when they can."""
+        self._costly: _Recent[bool] = _Recent()
+        """Digests of those that were too costly for the quick lane."""
+
+    async def unsatisfiable(self, accept: Accept) -> str | None:
+        """Return in one sentence why a pattern or a JSON Schema cannot be used; None when both can.
+
+        Raises:
+            NotChecked: It cannot be found out now.
+        """
+        if not has_check(accept):
+            return None
+        schema = encoded_schema(accept)
+        if isinstance(schema, str):
+            return schema
+        digest = _digest(accept, schema)
+        if digest not in self._outcomes:
+            fault = out_of_bounds(accept)
+            reply = _Reply(kind="unusable", fault=fault) if fault else await self._ask(accept, schema, digest, None)
+            if reply.kind == "died":  # the next check may succeed
+                return _fault_of(reply, accept)
+            self._outcomes[digest] = _fault_of(reply, accept)
+        return self._outcomes[digest]
+
+    async def violation(self, content: str, accept: Accept) -> Violation | None:
+        """Return why a result is refused by pattern or JSON Schema; None when it is not.
+
+        A result that `plain_violation` refuses is not looked at.
+
+        Raises:
+            NotChecked: It cannot be found out now.
+        """
+        if not has_check(accept) or plain_violation(content, accept) is not None:
+            return None
+        schema = encoded_schema(accept)
+        if isinstance(schema, str):
+            return _unusable(schema)
+        digest = _digest(accept, schema)
+        if digest not in self._outcomes and (fault := out_of_bounds(accept)) is not None:
+            self._outcomes[digest] = fault
+        if (known := self._outcomes.get(digest)) is not None:
+            return _unusable(known)
+        reply = await self._ask(accept, schema, digest, content)
+        if reply.kind in {"met", "unmet", "unusable"}:
+            self._outcomes[digest] = reply.fault if reply.kind == "unusable" else None
+        fault = _fault_of(reply, accept)
+        if fault is None:
+            return None
+        if reply.kind == "unusable":
+            return _unusable(fault)
+        return Violation(TaskError(code="rejected_result", message=fault[:2000]), decided=reply.kind == "unmet")
+
+    async def _ask(self, accept: Accept, schema: bytes, digest: bytes, content: str | None) -> _Reply:
+        request = {"pattern": accept.pattern, "json_schema": msgspec.Raw(schema), "content": content}
+        if digest not in self._costly:
+            reply = await self._quick.ask(request)
+            if reply.kind not in {"slow", "memory", "died"}:
+                return reply
+            if reply.kind != "died":  # else perhaps another process has killed the helper
+                self._costly[digest] = True
+        return await self._slow.ask(request)
+
+
+class _Lane:
+    """One helper process, asked for one check after another, in the order of their coming.
+
+    Args:
+        cpu_s: CPU time for each check.
+        most: Checks that may wait or run; None: no bound but the time they wait.
+    """
+
+    def __init__(self, bus: Bus, cpu_s: float, most: int | None) -> None:
+        self._bus = bus
+        self._cpu_s = cpu_s
+        self._most = most
+        self._turn = asyncio.Lock()
+        self._here = 0
+        self._helper: HelperProcess | None = None
+        self._not_before = 0.0
+        """When the next helper may be started, in monotonic time."""
+
+    async def ask(self, request: Mapping[str, object]) -> _Reply:
+        """Return the outcome; kind "died" where the process ended and nothing is known of the cause.
+
+        Raises:
+            NotChecked: Its turn does not come, or no process can be started, or it does not run.
+        """
+        raw = encode({"cpu_s": self._cpu_s, **request})
+        async with self._its_turn():
+            helper = self._helper
+            if helper is None or not helper.is_alive:
+                helper = await self._start()
+            try:
+                reply = _decode_reply(await helper.ask(raw, STUCK_S))
+            except HelperDied as died:
+                self._drop("cpu" if died.why == "cpu" else "memory, or a signal")
+                return _Reply(kind="slow" if died.why == "cpu" else "died")
+            except TimeoutError:
+                self._drop("stuck")
+                why = "the helper process that checks accept is stuck"
+                raise NotChecked(why, retry_after_s=RESTART_S) from None
+            except BaseException:  # a cancellation: its answer would be taken for that of the next check
+                self._drop("cancelled")
+                raise
+            if reply.last:
+                self._drop("")
+            return reply
+
+    @asynccontextmanager
+    async def _its_turn(self) -> AsyncIterator[None]:
+        if self._most is not None and self._here >= self._most:
+            raise NotChecked("too many costly checks of accept are waiting; try again later", retry_after_s=WAIT_S)
+        self._here += 1
+        try:
+            try:
+                async with asyncio.timeout(WAIT_S):
+                    await self._turn.acquire()
+            except TimeoutError:
+                why = f"the check of accept has waited for {WAIT_S:g} s; try again later"
+                raise NotChecked(why, retry_after_s=WAIT_S) from None
+            try:
+                yield
+            finally:
+                self._turn.release()
+        finally:
+            self._here -= 1
+
+    async def _start(self) -> HelperProcess:
+        self._drop("")
+        if time.monotonic() < self._not_before:
+            raise NotChecked("no helper process can be started to check accept", retry_after_s=RESTART_S)
+        self._not_before = time.monotonic() + RESTART_S
+        try:
+            helper = await HelperProcess.start()
+        except (OSError, HelperDied) as error:  # TimeoutError is an OSError
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            log.error("check_helper_not_started", reason=reason)
+            why = f"no helper process can be started to check accept ({reason})"
+            raise NotChecked(why, retry_after_s=RESTART_S) from None
+        self._not_before = 0.0
+        self._helper = helper
+        self._bus.spawn(_end_with_bus(helper), name="check helper")
+        return helper
+
+    def _drop(self, why: str) -> None:
+        """End the process, if there is one: the next check starts another."""
+        helper, self._helper = self._helper, None
+        if helper is not None:
+            helper.close()
+            if why:
+                log.warning("check_helper_ended", why=why)
+
+
+async def _end_with_bus(helper: HelperProcess) -> None:
+    """Close the helper when this task is cancelled, which the bus does when it closes."""
+    try:
+        await helper.closed.wait()
+    except asyncio.CancelledError:
+        await asyncio.sleep(0)  # checks that run are cancelled in this turn, too: they let go of the socket
+        helper.close()
+        raise
+
+
+class _Recent(OrderedDict[bytes, T], Generic[T]):
+    """The latest entries; the oldest ones are forgotten."""
+
+    def __setitem__(self, key: bytes, value: T) -> None:
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        if len(self) > REMEMBERED:
+            self.popitem(last=False)
+
+
+def _digest(accept: Accept, schema: bytes) -> bytes:
+    return blake2b(encode(accept.pattern) + schema, digest_size=16).digest()
+
+
+def _unusable(fault: str) -> Violation:
+    return Violation(TaskError(code="invalid_task", message=fault[:2000], field="accept"))
+
+
+def _fault_of(reply: _Reply, accept: Accept) -> str | None:
+    if reply.kind in {"met", "unmet", "unusable"}:
+        return reply.fault or None
+    part = "accept.pattern" if accept.json_schema is None else "accept.json_schema"
+    if accept.pattern is not None and accept.json_schema is not None:
+        part = "accept.pattern and accept.json_schema"
+    if reply.kind == "died":
+        return f"{part} could not be checked: the helper process ended, perhaps for lack of memory"
+    limit = f"{SLOW_S:g} s of CPU time" if reply.kind == "slow" else "512 MiB of memory"
+    return f"{part} could not be checked within {limit}"

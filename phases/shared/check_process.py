@@ -1,0 +1,148 @@
+"""One helper process: started, asked and ended from the event loop.
+
+It is no child of asyncio: no signal handler and no child watcher is needed, so that it works in any thread.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import weakref
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final, Self
+
+START_S: Final = 20.0
+"""Wall-clock time for the process to be ready; 0.2 s on an idle machine."""
+REAP_S: Final = 1.0
+_REAP_STEP_S: Final = 0.005
+_LENGTH = struct.Struct(">I")
+_BOOT: Final = "import sys; sys.path += sys.argv[2:]; import check_helper; check_helper.main()"
+_KEPT_VARIABLES: Final = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+"""All that the process is given of the environment, which may hold secrets."""
+
+
+class HelperDied(Exception):
+    """The process has ended before its answer.
+
+    Args:
+        why: "cpu", or "ended" where the cause is not known, such as lack of memory.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+class HelperProcess:
+    """A running helper. `close` it: it ends as well when this object, or this process, is gone."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", own: socket.socket) -> None:
+        self._process = process
+        self._socket = own
+        self._end = weakref.finalize(self, _end, process, own)
+        self._end.atexit = False  # the process reads the end of its input then
+        self.closed = asyncio.Event()
+        """Set by `close`."""
+
+    @classmethod
+    async def start(cls) -> Self:
+        """Start a helper and return once it is ready.
+
+        Raises:
+            OSError: The system starts no process now.
+            HelperDied: It ended at once.
+            TimeoutError: It is not ready in time.
+        """
+        own, its = socket.socketpair()
+        try:
+            own.setblocking(False)
+            process = subprocess.Popen(  # noqa: S603, ASYNC220 - a vfork: the loop stands for a millisecond
+                [sys.executable or "python3", "-I", "-S", "-B", "-c", _BOOT, str(os.getpid()), *_folders()],
+                stdin=its.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
+                cwd="/",
+                start_new_session=True,  # Ctrl-C in the terminal is for the parent
+            )
+        except BaseException:
+            own.close()
+            raise
+        finally:
+            its.close()
+        helper = cls(process, own)
+        try:
+            async with asyncio.timeout(START_S):
+                await helper._receive()
+        except BaseException:
+            helper.close()
+            raise
+        return helper
+
+    async def ask(self, request: bytes, within_s: float) -> bytes:
+        """Return the reply to one request. After any error, a cancellation too, the process has to be closed.
+
+        Raises:
+            HelperDied: The process has ended.
+            TimeoutError: No reply in `within_s` seconds of wall-clock time.
+        """
+        async with asyncio.timeout(within_s):
+            try:
+                await asyncio.get_running_loop().sock_sendall(self._socket, _LENGTH.pack(len(request)) + request)
+            except OSError:
+                raise HelperDied(await self._why()) from None
+            return await self._receive()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process runs and has not been closed."""
+        return self._end.alive and self._process.poll() is None
+
+    def close(self) -> None:
+        """Kill the process; safe to call twice."""
+        self._end()
+        self.closed.set()
+
+    async def _receive(self) -> bytes:
+        head = await self._exactly(_LENGTH.size)
+        return await self._exactly(_LENGTH.unpack(head)[0])
+
+    async def _exactly(self, size: int) -> bytes:
+        loop = asyncio.get_running_loop()
+        received = b""
+        while len(received) < size:
+            try:
+                part = await loop.sock_recv(self._socket, size - len(received))
+            except OSError:
+                part = b""
+            if not part:
+                raise HelperDied(await self._why())
+            received += part
+        return received
+
+    async def _why(self) -> str:
+        """Return why the process has ended: its socket closes a moment before it can be waited for."""
+        for _ in range(int(REAP_S / _REAP_STEP_S)):
+            if (code := self._process.poll()) is not None:
+                return "cpu" if code == -signal.SIGPROF else "ended"
+            await asyncio.sleep(_REAP_STEP_S)
+        return "ended"
+
+
+def _end(process: "subprocess.Popen[bytes]", own: socket.socket) -> None:
+    own.close()
+    process.kill()
+    with suppress(subprocess.TimeoutExpired):  # the next Popen of this process waits for it then
+        process.wait(REAP_S)
+
+
+def _folders() -> list[str]:
+    """Return the folders the helper imports from: its own, and those of the packages it needs."""
+    specs = [find_spec(name) for name in ("regex", "jsonschema_rs", "msgspec")]
+    found = [str(Path(spec.origin).parent.parent) for spec in specs if spec is not None and spec.origin]
+    return list(dict.fromkeys([*found, str(Path(__file__).parent)]))

@@ -1,0 +1,287 @@
+"""Calls that are broken off, and handles that are dropped, leave nothing in the client or on the server."""
+
+import asyncio
+import gc
+import tracemalloc
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+import pytest
+from support.wait import until
+
+from loom.bus import history, tasks
+from loom.bus.client import Bus, Refused
+from loom.bus.kv import Bucket
+from loom.bus.ordered import OrderedReader
+from loom.bus.reward_bus import RewardBus
+from loom.bus.scatter import scatter
+from loom.bus.tap import Tap
+from loom.bus.tasks import TaskHandle
+from loom.schemas.events import TextDelta
+from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.run import Delta
+from loom.schemas.task import TaskAd, TaskResult
+from loom.schemas.wire import encode
+
+AD = TaskAd(task_id="t1", description="count the words")
+
+
+class Held(NamedTuple):
+    """What a client holds, and the consumers on the server."""
+
+    subscriptions: int
+    inboxes: int
+    unconfirmed: int
+    tasks: int
+    callbacks: int
+    consumers: int
+
+
+async def held(bus: Bus) -> Held:
+    streams = [bus.subjects.stream(name) for name in ("INTAKE", "TASKS", "REWARDS", "DEAD")]
+    streams += [f"KV_{bus.subjects.bucket(name)}" for name in ("records", "plans", "nodes", "tuning")]
+    return Held(
+        len(bus._nc._subs),
+        len(bus._sinks),
+        len(bus._unconfirmed),
+        len(bus._tasks),
+        len(bus._reconnected),
+        sum([await consumers(bus, stream) for stream in streams]),
+    )
+
+
+async def consumers(bus: Bus, stream: str) -> int:
+    try:
+        return int((await bus.api(f"STREAM.INFO.{stream}"))["state"]["consumer_count"])
+    except Refused:
+        return 0  # this namespace has no streams
+
+
+async def nothing_more(bus: Bus, before: Held) -> None:
+    async def same() -> bool:
+        return await held(bus) == before
+
+    try:
+        await until(same, within_s=5, what="all is as before")
+    except AssertionError:
+        assert await held(bus) == before
+
+
+async def delta(bus: Bus, n: int) -> None:
+    await bus.publish(bus.subjects.of("delta", "t1"), Delta(task_id="t1", attempt=1, n=n, event=TextDelta(text="x")))
+
+
+# -- handles
+
+
+async def publish_and_drop(bus: Bus, count: int) -> None:
+    before = await held(bus)
+    await tasks.publish(bus, TaskAd(description="warm"))
+    gc.collect()
+    tracemalloc.start()
+    kept = tracemalloc.get_traced_memory()[0]
+    for _ in range(count // 100):
+        await asyncio.gather(*(tasks.publish(bus, TaskAd(description="x")) for _ in range(100)))
+    gc.collect()
+    await nothing_more(bus, before)
+    kept = tracemalloc.get_traced_memory()[0] - kept
+    tracemalloc.stop()
+    assert kept < 5 * 2**20
+
+
+async def test_two_thousand_dropped_handles_leave_no_subscription_and_no_memory(bus: Bus) -> None:
+    await publish_and_drop(bus, 2_000)
+
+
+@pytest.mark.slow
+async def test_ten_thousand_dropped_handles_leave_no_subscription_and_no_memory(bus: Bus) -> None:
+    await publish_and_drop(bus, 10_000)
+
+
+async def test_a_dropped_handle_takes_the_progress_it_kept_with_it(plain: Bus) -> None:
+    before = await held(plain)
+    handle = TaskHandle(plain, AD)
+    await handle.open(deltas=True)
+    for n in range(100):
+        await delta(plain, n)
+    await plain.echo()
+    del handle
+    gc.collect()
+    await nothing_more(plain, before)
+    assert not [each for each in gc.get_objects() if type(each).__name__ == "TaskUpdates"]
+
+
+async def test_progress_that_is_not_read_is_kept_within_bounds(plain: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = len(encode(Delta(task_id="t1", attempt=1, n=0, event=TextDelta(text="x"))))
+    monkeypatch.setattr("loom.bus.task_updates.BUFFER_BYTES", 5 * size)
+    handle = TaskHandle(plain, AD)
+    await handle.open(deltas=True)
+    for n in range(9):
+        await delta(plain, n)
+    await plain.echo()
+    await plain.publish(plain.subjects.of("result", "t1"), TaskResult(task_id="t1", state="succeeded", content="x"))
+    assert [each.n async for each in handle.events()] == [0, 1, 2, 3, 4]
+
+
+async def test_a_kept_handle_ends_its_subscriptions_with_the_task(plain: Bus) -> None:
+    before = await held(plain)
+    handle = TaskHandle(plain, AD)
+    await handle.open(deltas=True)
+    result = TaskResult(task_id="t1", state="succeeded", content="42")
+    await plain.publish(plain.subjects.of("result", "t1"), result)
+    await nothing_more(plain, before)
+    assert await asyncio.to_thread(asyncio.run, handle.result()) == result  # an ended task can be read anywhere
+
+
+async def broken_off(bus: Bus, handle: TaskHandle) -> None:
+    async for _ in handle.events():
+        break
+
+
+async def closed(bus: Bus, handle: TaskHandle) -> None:
+    stream = handle.events()
+    await anext(stream)
+    await stream.aclose()
+
+
+async def cancelled(bus: Bus, handle: TaskHandle) -> None:
+    async def read() -> None:
+        async for _ in handle.events():
+            begun.set()
+
+    begun = asyncio.Event()
+    reading = asyncio.ensure_future(read())
+    await begun.wait()
+    reading.cancel()
+    await asyncio.wait([reading])
+
+
+@pytest.mark.parametrize("leave", [broken_off, closed, cancelled])
+async def test_an_iteration_that_is_left_ends_the_subscription_to_progress_and_another_begins_it_again(
+    plain: Bus, leave: Callable[[Bus, TaskHandle], Awaitable[None]]
+) -> None:
+    handle = TaskHandle(plain, AD)
+    await handle.open(deltas=False)
+    before = await held(plain)
+    await handle.open(deltas=True)
+    await delta(plain, 0)
+    await leave(plain, handle)
+    await nothing_more(plain, before)
+
+    stream = handle.events()
+    again = asyncio.ensure_future(anext(stream))
+    await until(lambda: len(plain._nc._subs) > before.subscriptions, what="it is subscribed again")
+    await delta(plain, 1)
+    assert (await again).n == 1
+    await stream.aclose()
+
+
+# -- calls that are cancelled at every turn of the event loop
+
+
+async def published(bus: Bus) -> None:
+    async with tasks.published(bus, TaskAd(description="x"), deltas=True, cancel_with_caller=False) as handle:
+        await handle.content()
+
+
+async def followed(bus: Bus) -> None:
+    handle = await tasks.publish(bus, TaskAd(description="x"))
+    async for _ in handle.events():
+        pass
+
+
+async def requested(bus: Bus) -> None:
+    await bus.request("unanswered", timeout_s=5)
+
+
+async def stored(bus: Bus) -> None:
+    await asyncio.gather(*(bus.store(bus.subjects.intake("low", f"t{n}"), b"{}", within_s=0.2) for n in range(3)))
+
+
+async def scattered(bus: Bus) -> None:
+    await scatter(bus, "unanswered", b"", TaskResult, window_s=5, enough=lambda _: False)
+
+
+async def rewards(bus: Bus) -> None:
+    async for _ in RewardBus(bus=bus).subscribe():
+        pass
+
+
+async def old_rewards(bus: Bus) -> None:
+    async for _ in RewardBus(bus=bus).replay():
+        pass
+
+
+async def bucket(bus: Bus) -> None:
+    reader = Bucket(bus, "nodes", NodeProfile).reader()
+    try:
+        while True:
+            await reader.batch()
+    finally:
+        await reader.stop()
+
+
+async def past(bus: Bus) -> None:
+    async for _ in history.since(bus, bus.subjects.stream("REWARDS"), bus.subjects.of("reward", "*", "*"), 0.0):
+        pass
+
+
+async def tapped(bus: Bus) -> None:
+    async with Tap(bus, ["task", "result"]) as tap:
+        async for _ in tap:
+            pass
+
+
+@pytest.mark.parametrize(
+    "call", [published, followed, requested, stored, scattered, rewards, old_rewards, bucket, past, tapped]
+)
+async def test_a_call_that_is_cancelled_anywhere_leaves_nothing(bus: Bus, call: Callable[[Bus], Any]) -> None:
+    before = await held(bus)
+    for turns in [*range(12), 20, 50]:
+        calling = asyncio.ensure_future(call(bus))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        calling.cancel()
+        await asyncio.gather(calling, return_exceptions=True)
+    del calling  # its traceback refers to what it had
+    gc.collect()
+    await nothing_more(bus, before)
+
+
+async def test_a_reader_of_a_stream_that_is_stopped_deletes_its_consumer(bus: Bus) -> None:
+    before = await held(bus)
+    reader = await OrderedReader(
+        bus, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*")
+    ).start()
+    assert (await held(bus)).consumers == before.consumers + 1
+    await reader.stop()
+    await nothing_more(bus, before)
+
+
+async def test_a_reader_of_rewards_that_breaks_off_leaves_nothing(bus: Bus) -> None:
+    before = await held(bus)
+    topic = RewardBus(bus=bus)
+    for n in range(3):
+        await topic.publish(
+            Reward(
+                reward_id=f"r{n}",
+                task_id="t",
+                attempt=1,
+                source="person",
+                node_id="n",
+                slug="code",
+                score=1,
+                ended_at=1,
+            )
+        )
+    async for _ in topic.replay():
+        break
+    await nothing_more(bus, before)
+
+
+async def test_a_stored_message_that_is_awaited_late_is_confirmed(bus: Bus) -> None:
+    storing = bus.store(bus.subjects.intake("low", "late"), b"{}", msg_id="late", within_s=0.2)
+    assert bus._unconfirmed
+    await until(lambda: not bus._unconfirmed and not bus._sinks, what="it is given up")
+    assert (await storing).seq > 0
+    assert not bus._unconfirmed

@@ -1,0 +1,239 @@
+"""Every number, text and collection of a message is bounded, and what is out of bounds is left out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec import inspect as mi
+from support.logs import capture_logs
+from support.phases import ad, awarded, envelope
+from support.values import message_types
+
+from loom.bus.discards import LINES, PERIOD_S, Discards
+from loom.bus.reward_bus import RewardBus
+from loom.phases.adapt.apoptosis import heir
+from loom.phases.adapt.calibrating import actual, recalibrated
+from loom.phases.adapt.fold import fold
+from loom.phases.match.policy import Awarded, Book, judge
+from loom.phases.match.reading import MAX_OFFER_BYTES, OfferReader
+from loom.schemas.auction import Bid, HostAnnouncement, Offer
+from loom.schemas.envelope import MAX_TRUST, Envelope, TaskRecord
+from loom.schemas.errors import InvalidTask
+from loom.schemas.events import TextDelta
+from loom.schemas.learning import Calibration, NodeProfile, Reward
+from loom.schemas.run import RunEvent, read_events
+from loom.schemas.task import RunResult, TaskError
+from loom.schemas.wire import MAX_INT, MAX_SECONDS, Relayed, Undecodable, decode, encode
+
+HUGE = 10**400
+INSIDE_A_PROCESS = ("loom.schemas.llm", "loom.schemas.config")
+"""The port to a model and the settings of a process: neither is read from the bus."""
+ON_THE_WIRE = [shape for shape in message_types() if shape.__module__ not in INSIDE_A_PROCESS]
+
+
+def unbounded(kind: mi.Type, path: str) -> Iterator[str]:
+    match kind:
+        case mi.StrType(max_length=None, pattern=None) | mi.IntType(le=None) | mi.FloatType(le=None):
+            yield path
+        case mi.IntType(ge=None, gt=None) | mi.FloatType(ge=None, gt=None):
+            yield path
+        case mi.VarTupleType(item_type=item, max_length=most):
+            if most is None:
+                yield path
+            yield from unbounded(item, f"{path}[]")
+        case mi.DictType(value_type=value, max_length=most):
+            if most is None:
+                yield path
+            yield from unbounded(value, f"{path}{{}}")
+        case mi.UnionType(types=kinds):
+            for one in kinds:
+                yield from unbounded(one, path)
+
+
+@pytest.mark.parametrize("shape", ON_THE_WIRE, ids=lambda shape: shape.__name__)
+def test_everything_in_a_message_is_bounded(shape: type[Relayed]) -> None:
+    info = mi.type_info(shape)
+    assert isinstance(info, mi.StructType)
+    assert [path for field in info.fields for path in unbounded(field.type, field.name)] == []
+
+
+def with_number(message: Any, field: str, number: str) -> bytes:
+    """The JSON of a message with a number in one of its fields that Python could not write there."""
+    plain = {**msgspec.to_builtins(message), field: "@"}
+    return encode(plain).replace(b'"@"', number.encode())
+
+
+RESULT = RunResult(content="x")
+REWARD = Reward(
+    reward_id="t:1:rules", task_id="t", attempt=1, node_id="n", slug="code", score=1.0, ended_at=1.0, estimated=0.5
+)
+NUMBERS = [
+    (RESULT, "prompt_tokens", "9" * 400),
+    (RESULT, "completion_tokens", str(2**53)),
+    (RESULT, "steps", "9" * 5000),
+    (RESULT, "tool_errors", "-1"),
+    (RESULT, "duration_s", "1e308"),
+    (RESULT, "duration_s", "1e999"),
+    (REWARD, "seconds", "1e308"),
+    (REWARD, "tokens", "9" * 400),
+    (REWARD, "attempt", str(2**64)),
+    (REWARD, "ended_at", "1e300"),
+    (REWARD, "ended_at", "-1"),
+    (Bid(node_id="n"), "free", "9" * 400),
+    (Bid(node_id="n"), "backlog", str(2**53)),
+    (Bid(node_id="n"), "expected_s", "1e10"),
+    (Bid(node_id="n"), "expected_tokens", "9" * 20),
+    (HostAnnouncement(host_id="h"), "running", "9" * 400),
+    (HostAnnouncement(host_id="h"), "slots", "9" * 400),
+    (NodeProfile(node_id="n"), "seconds", "1.7e308"),
+    (NodeProfile(node_id="n"), "last_seq", str(2**60)),
+    (NodeProfile(node_id="n"), "updated_at", "1e300"),
+    (Calibration(slug="code"), "last_seq", str(2**60)),
+    (TaskError(code="x"), "retry_after_s", "1e300"),
+]
+
+
+@pytest.mark.parametrize(("message", "field", "number"), NUMBERS)
+def test_a_number_out_of_bounds_is_undecodable(message: Relayed, field: str, number: str) -> None:
+    with pytest.raises(Undecodable):
+        decode(with_number(message, field, number), type(message))
+
+
+def test_numbers_at_their_bounds_are_read() -> None:
+    greatest = RunResult(prompt_tokens=MAX_INT, steps=MAX_INT, duration_s=MAX_SECONDS)
+    assert decode(encode(greatest), RunResult) == greatest
+
+
+def test_an_error_is_cut_to_what_a_message_holds() -> None:
+    error = TaskError.of(InvalidTask("x" * 10_000, field="f" * 10_000))
+    assert decode(encode(error), TaskError) == error
+
+
+# -- sums and shares
+
+
+def test_sums_of_a_profile_stop_at_their_bounds() -> None:
+    profile = NodeProfile(node_id="n")
+    for seq in range(1, 4):
+        one = msgspec.structs.replace(REWARD, task_id=f"t{seq}", tokens=MAX_INT, seconds=MAX_SECONDS)
+        profile = fold(profile, one, seq)
+    assert (profile.tokens, profile.seconds, profile.total_tasks) == (MAX_INT, MAX_SECONDS, 3)
+    assert decode(encode(profile), NodeProfile) == profile
+
+
+def test_tokens_of_a_result_stop_at_the_greatest_integer() -> None:
+    assert RunResult(prompt_tokens=MAX_INT, completion_tokens=MAX_INT).tokens == MAX_INT
+
+
+def test_a_huge_number_built_in_python_overflows_no_formula() -> None:
+    huge = msgspec.structs.replace(REWARD, tokens=HUGE, seconds=MAX_SECONDS)
+    assert actual(huge) == 1.0
+    assert recalibrated(Calibration(slug="code"), huge, 1).count == 1
+    assert RewardBus().compute_signal(success=True, token_cost=HUGE).efficiency == 0.0
+    assert RewardBus().compute_signal(success=True, token_cost=HUGE, token_budget=HUGE).efficiency == 0.0
+    assert RewardBus().compute_signal(success=True, token_cost=-HUGE).efficiency == 1.0
+    hosts = [HostAnnouncement(host_id="h", nodes=("a",), running=HUGE, slots=3)]
+    assert heir("b", hosts, {}) == "a"
+
+
+def test_a_huge_number_of_free_places_can_be_weighed() -> None:
+    bid = Bid(node_id="n", free=HUGE, load=0.5)
+    won = judge(envelope(ad(), now=0), [Offer(host_id="h", bids=(bid,))], Book(taken={("h", "n"): 3}))
+    assert isinstance(won, Awarded)
+    assert 0.5 <= won.bid.load <= 1
+
+
+def test_trust_is_bounded_where_it_is_written() -> None:
+    from loom.phases.match.trust import Trust  # noqa: PLC0415 - of this test alone
+
+    book = Book(policy=lambda _: Trust(1e300))
+    won = judge(envelope(ad(), now=0), [Offer(host_id="h", bids=(Bid(node_id="n"),))], book)
+    assert isinstance(won, Awarded)
+    assert won.award.bids[0].trust == MAX_TRUST
+    env = awarded(envelope(ad(), now=0), bids=won.award.bids)
+    assert decode(encode(env), Envelope) == env
+
+
+# -- events and offers
+
+
+@pytest.mark.parametrize("kind", ["result", "error"])
+def test_a_last_event_that_cannot_be_read_ends_the_run_with_the_reason(kind: str) -> None:
+    raw = b'{"n":3,"kind":"%s","result":{"prompt_tokens":%s}}' % (kind.encode(), b"9" * 400)
+    (alone,) = read_events(raw)
+    assert (alone.kind, alone.final) == ("error", True)
+    assert alone.error is not None
+    assert (alone.error.code, "prompt_tokens" in alone.error.message) == ("agent_failed", True)
+    delta = RunEvent(n=2, kind="delta", event=TextDelta(text="x"))
+    assert read_events(b"[" + encode(delta) + b"," + raw + b"]") == (delta, alone)
+
+
+def test_other_events_that_cannot_be_read_are_left_out_and_reported() -> None:
+    reasons: list[str] = []
+    good = RunEvent(n=1, kind="started")
+    bad = b'{"n":%s,"kind":"delta"}' % (b"9" * 400)
+    assert read_events(b"[" + bad + b"," + encode(good) + b"]", reasons.append) == (good,)
+    assert len(reasons) == 1
+
+
+def reader(limit: int = 16) -> tuple[OfferReader, Discards]:
+    discards = Discards()
+    return OfferReader(discards, limit), discards
+
+
+BAD_BIDS = {
+    "free": b'{"node_id":"bad","free":%s}' % (b"9" * 400),
+    "claim": b'{"node_id":"bad","claim":2}',
+    "load": b'{"node_id":"bad","load":1e308}',
+    "expected_s": b'{"node_id":"bad","expected_s":1e308}',
+    "tools": b'{"node_id":"bad","tools":[1]}',
+    "no object": b"7",
+    "no name": b"{}",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_BIDS.values(), ids=BAD_BIDS)
+def test_a_bid_that_cannot_be_read_leaves_the_other_bids_of_its_host(bad: bytes) -> None:
+    read, discards = reader()
+    offer = read(b'{"host_id":"h","bids":[{"node_id":"a"},%s,{"node_id":"b"}]}' % bad)
+    assert [bid.node_id for bid in offer.bids] == ["a", "b"]
+    assert discards.counts["bid_undecodable"] == 1
+
+
+def test_as_many_bids_as_were_asked_for_are_read_and_one_offer_of_each_host() -> None:
+    read, discards = reader(limit=2)
+    many = Offer(host_id="h", bids=tuple(Bid(node_id=f"n{n}") for n in range(5)))
+    assert [bid.node_id for bid in read(encode(many)).bids] == ["n0", "n1"]
+    assert discards.counts["bids_discarded"] == 1
+    with pytest.raises(Undecodable, match="already"):
+        read(encode(many))
+
+
+def test_a_giant_offer_is_refused_before_it_is_decoded() -> None:
+    read, _ = reader()
+    with pytest.raises(Undecodable, match=f"at most {MAX_OFFER_BYTES}"):
+        read(b" " * (MAX_OFFER_BYTES + 1))
+
+
+# -- counting
+
+
+def test_a_flood_is_counted_whole_and_logged_in_part() -> None:
+    now = 0.0
+    discards = Discards(lambda: now)
+    with capture_logs() as logs:
+        for _ in range(1000):
+            discards.add("reward_undecodable", reason="x")
+        assert len(logs) == LINES
+        now = PERIOD_S
+        discards.add("reward_undecodable", reason="x")
+    assert logs[-1]["total"] == discards.counts["reward_undecodable"] == 1001
+    assert len(logs) == LINES + 1
+
+
+def test_a_record_of_the_longest_texts_fits_its_bounds() -> None:
+    tools = tuple("t" * 64 for _ in range(32))
+    env = awarded(envelope(ad(description="d" * 20_000, required_tools=tools), now=0))
+    record = TaskRecord(task_id=env.task_id, state="running", envelope=env, admitted_at=1.0)
+    assert decode(encode(record), TaskRecord) == record

@@ -1,0 +1,187 @@
+"""Hosts an auction waits for: in linear time, and made-up ones seldom."""
+
+import time
+
+from loom.phases.match.claims import CONTEST_EVERY_S, SETTLE_S, Claims
+from loom.phases.match.presence import ANSWERS, HEARD_S, MISSED_WINDOWS, NEWCOMERS_EVERY_S, Presence
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def presence(clock: Clock, most: int = 100) -> Presence:
+    return Presence(clock, most, lambda _: None)
+
+
+def test_a_proven_host_is_awaited_until_it_misses_three_windows() -> None:
+    hosts = presence(Clock())
+    hosts.answered(["h1"], set())
+    for _ in range(MISSED_WINDOWS - 1):
+        hosts.answered([], {"h1"})
+    assert hosts.awaited() == {"h1"}
+    hosts.answered([], {"h1"})
+    hosts.answered(["good"], set())
+    assert hosts.awaited() == {"good"}
+    for _ in range(MISSED_WINDOWS * ANSWERS):
+        assert "h1" not in hosts.awaited()
+        hosts.answered(["good", "h1"], set())
+    assert hosts.awaited() == {"good", "h1"}
+
+
+def test_a_host_that_answers_one_call_in_ten_is_not_awaited() -> None:
+    clock = Clock()
+    hosts = presence(clock)
+    hosts.answered(["good"], set())
+    awaited = 0
+    for number in range(1000):
+        clock.now += 0.05
+        hosts.announced("picky")
+        waiting = "picky" in hosts.awaited()
+        awaited += waiting
+        answers = number % 10 == 0
+        hosts.answered(["good", "picky"] if answers else ["good"], {"picky"} if waiting and not answers else set())
+    assert awaited < 50  # of a thousand auctions in 50 s
+
+
+def test_newcomers_are_awaited_in_one_auction_a_second_and_at_most_three_times() -> None:
+    clock = Clock()
+    hosts = presence(clock)
+    hosts.answered(["good"], set())
+    clock.now += NEWCOMERS_EVERY_S
+    hosts.announced("new")
+    for _ in range(MISSED_WINDOWS):
+        assert hosts.awaited() == {"good", "new"}
+        hosts.answered(["good"], {"new"})
+        assert hosts.awaited() == {"good"}
+        clock.now += NEWCOMERS_EVERY_S
+        hosts.announced("new")
+    assert hosts.awaited() == {"good"}
+    for _ in range(MISSED_WINDOWS * ANSWERS):
+        hosts.answered(["new"], set())
+    assert hosts.awaited() == {"good", "new"}
+
+
+def test_the_first_auction_after_a_start_waits_for_every_announced_host() -> None:
+    hosts = presence(Clock())
+    hosts.announced("h1")
+    hosts.announced("h2")
+    assert hosts.awaited() == {"h1", "h2"}
+    hosts.answered(["h1"], {"h2"})
+    assert hosts.awaited() == {"h1"}
+
+
+def test_a_silent_proven_host_gets_another_chance_when_it_announces_itself() -> None:
+    clock = Clock()
+    hosts = presence(clock)
+    hosts.answered(["good", "slow"], set())
+    for _ in range(MISSED_WINDOWS):
+        hosts.answered(["good"], {"slow"})
+    assert hosts.awaited() == {"good"}
+    clock.now += NEWCOMERS_EVERY_S
+    hosts.announced("slow")
+    assert hosts.awaited() == {"good", "slow"}
+
+
+def test_made_up_hosts_push_out_no_proven_host() -> None:
+    clock = Clock()
+    hosts = presence(clock, most=10)
+    hosts.answered(["good"], set())
+    for number in range(1000):
+        hosts.announced(f"h{number}")
+    assert len(hosts) == 10
+    assert hosts.seen_at("good") is not None
+    assert hosts.seen_at("h0") is None
+
+
+def test_hosts_that_come_and_go_are_forgotten() -> None:
+    clock = Clock()
+    gone: list[str] = []
+    hosts = Presence(clock, 100, gone.append)
+    for number in range(100):
+        hosts.announced(f"h{number}")
+        clock.now += HEARD_S / 2
+    hosts.awaited()
+    assert len(hosts) <= 3
+    assert len(gone) >= 97
+    hosts.answered([], {"h0"})
+    assert not hosts._missed
+
+
+def test_twenty_thousand_hosts_cost_linear_time() -> None:
+    def cost_s(count: int) -> float:
+        hosts = presence(Clock(), most=10_000)
+        hosts.answered(["good"], set())
+        started = time.process_time()
+        for number in range(count):
+            hosts.announced(f"h{number}")
+            if number % 10 == 0:
+                hosts.answered(["good"], hosts.awaited() - {"good"})
+        return time.process_time() - started
+
+    few = min(cost_s(2_000) for _ in range(3))
+    assert min(cost_s(20_000) for _ in range(3)) < 30 * few  # ten times the hosts; a square would be a hundred times
+
+
+# -- nodes that more than one host announces
+
+
+def test_a_node_belongs_to_the_first_host_that_is_alive() -> None:
+    clock = Clock()
+    hosts = presence(clock)
+    claims = Claims(clock, hosts.seen_at)
+    for host_id in ("first", "second"):
+        hosts.announced(host_id)
+        clock.now += 0.1
+    assert not claims.announce("first", ("good-1",))
+    assert claims.announce("second", ("good-1", "own"))
+    assert claims.is_open("good-1")
+    hosts.announced("first")  # the host was asked to announce itself
+    clock.now += SETTLE_S
+    assert not claims.is_open("good-1")
+    assert claims.host_of("good-1") == "first"
+    assert claims.host_of("own") == "second"
+    assert claims.host_of("unknown") is None
+
+
+def test_a_node_that_came_back_on_another_host_is_there_at_once_when_the_first_is_dead() -> None:
+    clock = Clock()
+    hosts = presence(clock)
+    claims = Claims(clock, hosts.seen_at)
+    hosts.announced("dead")
+    claims.announce("dead", ("n1",))
+    clock.now += 1
+    hosts.announced("reborn")
+    assert claims.announce("reborn", ("n1",))
+    clock.now += SETTLE_S
+    assert claims.host_of("n1") == "reborn"
+
+
+def test_many_made_up_claims_do_not_keep_a_node_contested() -> None:
+    clock = Clock()
+    hosts = presence(clock)
+    claims = Claims(clock, hosts.seen_at)
+    for number in range(int(CONTEST_EVERY_S / 0.1)):
+        hosts.announced(f"h{number}")
+        hosts.announced("h0")
+        contested = claims.announce(f"h{number}", ("n1",))
+        assert contested == (number == 1)
+        clock.now += 0.1
+    assert not claims.is_open("n1")
+    assert claims.host_of("n1") == "h0"
+
+
+def test_a_host_that_no_longer_has_a_node_loses_it() -> None:
+    clock = Clock()
+    hosts = presence(clock)
+    claims = Claims(clock, hosts.seen_at)
+    hosts.announced("h1")
+    claims.announce("h1", ("n1", "n2"))
+    claims.announce("h1", ("n2",))
+    assert (claims.host_of("n1"), claims.host_of("n2"), claims.size) == (None, "h1", 1)
+    claims.forget("h1")
+    assert (claims.host_of("n2"), claims.size) == (None, 0)

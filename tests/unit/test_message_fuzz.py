@@ -1,0 +1,310 @@
+"""Nothing a message may hold raises anything but a LoomError, in any decoder or in the pure code behind it."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from random import Random
+from typing import Any
+
+import msgspec
+import msgspec.inspect as mi
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loom.bus.client import _read_ack
+from loom.bus.dead import letter_facts
+from loom.bus.discards import Discards
+from loom.bus.message import Msg
+from loom.bus.ordered import Stored
+from loom.bus.subjects import Subjects
+from loom.phases.adapt.apoptosis import bequest, heir, who_retires
+from loom.phases.adapt.calibrating import recalibrated
+from loom.phases.adapt.fold import fold, is_dated_ahead, reward_in, summary
+from loom.phases.evaluate import policy as evaluate
+from loom.phases.execute.errands import answer_in, errand_for, tokens_of
+from loom.phases.execute.service import error_in, request_for, spent
+from loom.phases.match.policy import Awarded, Book, judge
+from loom.phases.match.reading import OfferReader, ReadOffer, ReadProfile, known, window
+from loom.phases.match.trust import POLICIES
+from loom.phases.scale import graph, planner
+from loom.phases.sense.calibration import calibrated
+from loom.phases.sense.policy import look
+from loom.schemas.auction import (
+    BID_LIMIT,
+    CallForBids,
+    HostAnnouncement,
+    Offer,
+    RetireReply,
+    RetireRequest,
+    SpawnReply,
+    SpawnRequest,
+)
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import DeadLetter, Envelope, SplitPlan, Subtask, TaskRecord
+from loom.schemas.errors import LoomError
+from loom.schemas.events import Done, ErrorEvent, SubtaskEvent
+from loom.schemas.learning import Calibration, Lease, Lifecycle, NodeProfile, Reward
+from loom.schemas.plan import parse_plan
+from loom.schemas.run import Delta, RunEvent, RunRequest, read_events
+from loom.schemas.task import Accepted, ErrorReply, Submission, TaskAd, TaskResult, check_ad, parse_ad
+from loom.schemas.wire import MAX_INT, MAX_MESSAGE_BYTES, Undecodable, decode, encode
+
+SHAPES: tuple[Any, ...] = (
+    *(
+        TaskAd,
+        Submission,
+        TaskResult,
+        Accepted,
+        ErrorReply,
+        RunRequest,
+        RunEvent,
+        Delta,
+        SubtaskEvent,
+        Done,
+        ErrorEvent,
+    ),
+    *(CallForBids, Offer, HostAnnouncement, SpawnRequest, SpawnReply, RetireRequest, RetireReply),
+    *(Reward, NodeProfile, Calibration, Lease, Lifecycle, Envelope, TaskRecord, SplitPlan, DeadLetter),
+)
+CONFIG = ClusterConfig()
+
+INTS = ("0", "1", "-1", "2147483648", str(MAX_INT), str(MAX_INT + 1), "18446744073709551616", "9" * 400, "9" * 4400)
+FLOATS = (
+    "0.0",
+    "1.0",
+    "-0.0",
+    "5e-324",
+    "1e-300",
+    "1e308",
+    "1e309",
+    "-1e308",
+    "1e9",
+    "1e11",
+    "NaN",
+    "0.30000000000000004",
+)
+TEXTS = ('""', '"a.b"', '">"', '"\\u0000"', '"\\ud800"', '"\\u202e"', f'"{"x" * 65}"', f'"{"y" * 3000}"', '"inherit:x"')
+WORDS = ('"a"', '"b"', '"good-1"', '"code"')
+DEEP = "[" * 3000
+
+
+class Forger:
+    """Writes JSON of any shape, mostly fitting, with odd values among them.
+
+    Args:
+        odd: Share of odd values.
+    """
+
+    def __init__(self, seed: int, odd: float) -> None:
+        self.dice = Random(seed)
+        self.odd = odd
+
+    def body(self, shape: Any) -> bytes:
+        text = self._of(mi.type_info(shape))
+        if self.dice.random() < self.odd / 2:
+            at = self.dice.randrange(len(text))
+            text = text[:at] + self.dice.choice(["", "9" * 30, "e400", DEEP, '"', "null", "\x00"]) + text[at + 1 :]
+        return text.encode()
+
+    def made(self, shape: Any, read: Callable[[bytes], Any] | None = None) -> Any:
+        """Return a message that can be read; None when none came up."""
+        for _ in range(8):
+            try:
+                return (read or (lambda raw: decode(raw, shape)))(self.body(shape))
+            except Undecodable:
+                continue
+        return None
+
+    def _of(self, shape: mi.Type) -> str:  # noqa: C901, PLR0911 - a case for each kind of type
+        odd = self.dice.random() < self.odd
+        match shape:
+            case mi.Metadata():
+                return self._of(shape.type)
+            case mi.IntType():
+                return self.dice.choice(INTS) if odd else str(self.dice.randint(0, 20))
+            case mi.FloatType():
+                return self.dice.choice(FLOATS) if odd else repr(self.dice.random())
+            case mi.StrType():
+                return self.dice.choice(TEXTS if odd else WORDS)
+            case mi.BoolType():
+                return self.dice.choice(["true", "false"])
+            case mi.LiteralType():
+                return json.dumps(self.dice.choice(shape.values))
+            case mi.UnionType():
+                return self._of(self.dice.choice(shape.types))
+            case mi.CollectionType():
+                return f"[{', '.join(self._of(shape.item_type) for _ in range(self.dice.choice([0, 1, 2, 5])))}]"
+            case mi.DictType():
+                pairs = (
+                    f"{self._of(mi.StrType())}: {self._of(shape.value_type)}"
+                    for _ in range(self.dice.choice([0, 1, 3]))
+                )
+                return f"{{{', '.join(pairs)}}}"
+            case mi.StructType():
+                return self._struct(shape)
+            case mi.AnyType():
+                return self.dice.choice(
+                    ["1", '"x"', "null", "[[]]", '{"plan": true}', "9" * 400, "1e308", DEEP if odd else "[]"]
+                )
+        return "null"
+
+    def _struct(self, shape: mi.StructType) -> str:
+        fields = [field for field in shape.fields if field.required or self.dice.random() < 0.5]
+        if shape.array_like:
+            return f"[{', '.join(self._of(field.type) for field in shape.fields[: self.dice.randint(3, 4)])}]"
+        pairs = [
+            f'"{field.encode_name}": {self._of(field.type)}' for field in fields if self.dice.random() > self.odd / 4
+        ]
+        if shape.tag is not None:
+            pairs.append(f'"{shape.tag_field}": {json.dumps(shape.tag)}')
+        return f"{{{', '.join(pairs)}}}"
+
+
+def any_message(forger: Forger) -> None:
+    shape = forger.dice.choice(SHAPES)
+    message = decode(forger.body(shape), shape)
+    assert decode(encode(message), shape, limit=2 * MAX_MESSAGE_BYTES) == message
+
+
+def ads(forger: Forger) -> None:
+    ad = parse_ad(forger.body(TaskAd))
+    spec, _ = look(ad)
+    calibrated(spec, {"code": Calibration(slug="code", bias=1.0, count=9)})
+    check_ad(ad)
+    planner.given(ad, CONFIG)
+
+
+def events(forger: Forger) -> None:
+    parts = [forger.body(RunEvent) for _ in range(forger.dice.randint(0, 4))]
+    for event in read_events(b"[" + b",".join(parts) + b"]" if forger.dice.random() < 0.6 else forger.body(RunEvent)):
+        decode(encode(event), RunEvent)
+
+
+def auctions(forger: Forger) -> None:
+    envelope, read = forger.made(Envelope), OfferReader(Discards(), BID_LIMIT)
+    offers = [offer for offer in (forger.made(ReadOffer, read) for _ in range(3)) if offer is not None]
+    profile = forger.made(ReadProfile)
+    profiles = {}
+    if profile is not None:
+        windows = {slug: window(evidence) for slug, evidence in profile.domains.items()}
+        profiles = {profile.node_id: known(profile, windows, None)}
+    if envelope is None or envelope.spec is None:
+        return
+    taken = {(offer.host_id, bid.node_id): forger.dice.choice([1, 5]) for offer in offers for bid in offer.bids}
+    for policy in POLICIES.values():
+        verdict = judge(envelope, offers, Book(policy=policy, profiles=profiles, now=1e9, half_life_s=1e6, taken=taken))
+        if isinstance(verdict, Awarded):
+            decode(
+                encode(msgspec.structs.replace(envelope, award=verdict.award)), Envelope, limit=2 * MAX_MESSAGE_BYTES
+            )
+
+
+def learning(forger: Forger) -> None:
+    profile = forger.made(NodeProfile) or NodeProfile(node_id="good-1")
+    calibration = forger.made(Calibration) or Calibration(slug="code")
+    subjects, discards = Subjects("loom"), Discards()
+    for seq in range(profile.last_seq + 1, profile.last_seq + 9):
+        body = forger.body(Reward)
+        reward = reward_in(Stored("loom.reward.good-1.code", body, seq, 1.0, 0, {}), subjects, discards)
+        reward = reward or forger.made(Reward)
+        if reward is not None:
+            profile = fold(profile, reward, seq, forget=True)
+            calibration = recalibrated(calibration, reward, seq)
+    is_dated_ahead(profile, 1e9)
+    decode(encode(calibration), Calibration)
+    for one in (profile, summary(profile)):
+        decode(encode(one), NodeProfile)
+    for inherited in bequest(profile, "heir"):
+        decode(encode(inherited), Reward)
+
+
+def judging(forger: Forger) -> None:
+    envelope, record = forger.made(Envelope), forger.made(TaskRecord)
+    if envelope is not None:
+        decision = evaluate.decide(envelope, CONFIG, 1.0)
+        decode(encode(decision.envelope), Envelope, limit=2 * MAX_MESSAGE_BYTES)
+        if (reward := evaluate.reward_for(envelope, envelope.error, 1.0)) is not None:
+            decode(encode(reward), Reward)
+    if record is not None:
+        decode(encode(record.to_result()), TaskResult)
+        decode(encode(answer_in(record, tokens_of(record))), TaskResult)
+        evaluate.implied_reward(record)
+        evaluate.notice_of(record)
+
+
+def running(forger: Forger) -> None:
+    envelope, event = forger.made(Envelope), forger.made(RunEvent)
+    if envelope is None or event is None:
+        return
+    decode(encode(spent(envelope, event.result)), Envelope, limit=2 * MAX_MESSAGE_BYTES)
+    if envelope.award is not None:
+        error_in(event, envelope.award)
+        encode(request_for(envelope, envelope.award, 1.0))
+    if event.ad is not None:
+        errand_for(envelope, event.ad, CONFIG)
+
+
+def plans(forger: Forger) -> None:
+    plan, record = forger.made(SplitPlan), forger.made(TaskRecord)
+    if plan is not None and record is not None:
+        noted = graph.note(plan, record)
+        decode(encode(noted), SplitPlan, limit=2 * MAX_MESSAGE_BYTES)
+        graph.failure(noted)
+        for part in graph.running(noted)[:2]:
+            encode(graph.child_of(noted, part, {}, 1.0))
+        encode(graph.joined(noted, {}))
+    parse_plan(forger.body(list[Subtask]).decode())
+
+
+def hosts(forger: Forger) -> None:
+    there = [host for host in (forger.made(HostAnnouncement) for _ in range(3)) if host is not None]
+    profile = forger.made(NodeProfile)
+    profiles = {profile.node_id: profile} if profile is not None else {}
+    who_retires(there, profiles, CONFIG)
+    heir("a", there, profiles)
+
+
+class Ack(msgspec.Struct):
+    """What a server answers to a stored message."""
+
+    stream: str = ""
+    seq: int = 0
+    duplicate: bool = False
+    error: dict[str, int] | None = None
+
+
+def acknowledgements(forger: Forger) -> None:
+    body = forger.body(Ack)
+    _read_ack(Msg("_INBOX.x", "", forger.dice.choice([body, body + b"\xff", body[:-1], DEEP.encode()]), b""))
+
+
+def dead_letters(forger: Forger) -> None:
+    names = [f"Loom-Dead-{name.replace('_', '-')}" for name in DeadLetter.__struct_fields__]
+    letter_facts({name: forger.body(str).decode().strip('"') for name in names}, "loom.dead.match.t1")
+
+
+TARGETS = (
+    *(any_message, ads, events, auctions, learning, judging, running, plans, hosts, acknowledgements, dead_letters),
+)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=[target.__name__ for target in TARGETS])
+@settings(derandomize=True, deadline=None, max_examples=60, database=None)
+@given(seed=st.integers(0, 2**32), odd=st.sampled_from([0.02, 0.1, 0.3]))
+def test_whatever_a_message_holds_only_loom_errors_come_of_it(
+    target: Callable[[Forger], None], seed: int, odd: float
+) -> None:
+    with suppress(LoomError):  # a message that is refused
+        target(Forger(seed, odd))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2**53 - 1])
+def test_a_stored_profile_whose_counts_do_not_fit_its_scores_goes_on_learning(count: int) -> None:
+    scores = [[f"t{n}:1", 1.0, float(n)] for n in range(4)]
+    stored = {"node_id": "n", "domains": {"code": {"scores": scores, "count": count, "mean": 1.0}}}
+    reward = Reward(reward_id="t9:1:rules", task_id="t9", attempt=1, node_id="n", slug="data", score=1.0, ended_at=9.0)
+
+    folded = fold(decode(encode(stored), NodeProfile), reward, 1)
+
+    assert (folded.success_rate, folded.total_tasks) == (1.0, 1)

@@ -1,0 +1,77 @@
+"""What doctor makes of the reports of phases that answer."""
+
+from typing import Any
+
+import pytest
+
+from loom.bus.health import Health
+from loom.bus.topology import Inspection, Part
+from loom.runner.working import OLD_S, Look, judged, waiting_in
+from loom.schemas.config import ClusterConfig
+
+
+def look(*, waiting: int = 0, last_reward: int = 0, **reports: Health) -> Look:
+    return Look({"match": waiting}, last_reward, {phase: [report] for phase, report in reports.items()})
+
+
+def verdicts(before: Look, after: Look | None = None) -> dict[str, str]:
+    found = list(judged(before, after or before))
+    assert all(finding.todo for finding in found)
+    return {finding.about: f"{finding.mark}: {finding.says}" for finding in found}
+
+
+def test_a_phase_at_rest_or_at_work_is_well() -> None:
+    assert verdicts(look(match=Health())) == {}
+    assert verdicts(look(waiting=9, match=Health(in_hand=3))) == {}
+    moving = look(waiting=9, match=Health(handled=1)), look(waiting=9, match=Health(handled=2))
+    assert verdicts(*moving) == {}
+
+
+def test_messages_that_wait_while_none_is_taken_are_a_failure() -> None:
+    still = look(waiting=9, match=Health(handled=5))
+    assert verdicts(still, still) == {"work match": "fail: waiting messages: 9; none is taken"}
+
+
+def test_a_failed_essential_task_is_a_failure() -> None:
+    found = verdicts(look(adapt=Health(last_seq=0, failure="fold rewards: ValueError: x")))
+    assert found == {"work adapt": "fail: an essential task has failed: fold rewards: ValueError: x"}
+
+
+def test_a_message_in_hand_for_long_is_a_failure_unless_it_is_a_run() -> None:
+    old = Health(in_hand=1, oldest_s=OLD_S + 1)
+    assert verdicts(look(match=old)) == {"work match": "fail: has had something in hand for 121 s"}
+    assert verdicts(look(execute=old)) == {}
+
+
+@pytest.mark.parametrize(
+    ("read", "mark"),
+    [((5, 5), "fail"), ((5, 7), "warn"), ((5, 9), "")],
+    ids=["stands still", "catches up", "has caught up"],
+)
+def test_a_reader_of_rewards_behind_its_stream_is_found(read: tuple[int, int], mark: str) -> None:
+    before, after = (look(last_reward=9, adapt=Health(last_seq=seq)) for seq in read)
+    assert verdicts(before, after).get("work adapt", "").partition(":")[0] == mark
+
+
+def test_one_replica_at_the_end_of_the_stream_is_enough() -> None:
+    both = Look({}, 9, {"adapt": [Health(last_seq=9), Health(last_seq=2)]})
+    assert verdicts(both) == {}
+
+
+def test_messages_that_were_left_out_are_listed() -> None:
+    found = verdicts(look(match=Health(discards={"bid_undecodable": 2}), adapt=Health(discards={"x": 1}, last_seq=0)))
+    assert found == {"discards": "warn: messages were left out: 2 bid_undecodable, 1 x"}
+
+
+def consumers(**pending: int) -> Inspection:
+    def part(name: str, count: int) -> Part:
+        info: dict[str, Any] = {"num_pending": count, "num_ack_pending": 0}
+        return Part(name, info, ())
+
+    return Inspection({}, {name: part(name, count) for name, count in pending.items()})
+
+
+def test_lanes_of_a_phase_count_together_and_a_full_cluster_lets_the_intake_wait() -> None:
+    seen = consumers(intake_low=3, sense=1, match_low=2, match_critical=2)
+    assert waiting_in(seen, ClusterConfig()) == {"sense": 4, "match": 4}
+    assert waiting_in(seen, ClusterConfig(max_in_flight=5)) == {"sense": 1, "match": 4}
