@@ -60,7 +60,7 @@ async def test_an_embedded_runtime_raises_the_reason_and_works_again_once_reopen
     task: Any = {"domain": "code", "estimated_complexity": 0.1}
     async with rt:
         assert await rt.submit(TaskAd(description="one", **task)) == "ONE"
-        session = rt._session
+        session = rt._sessions._session
         assert session is not None
         with monkeypatch.context() as patch:
             patch.setattr(Adapt, "_take", _fail)
@@ -77,9 +77,9 @@ async def test_a_runtime_whose_phases_fail_at_once_leaves_no_server_behind(monke
     monkeypatch.delenv("NATS_URL", raising=False)
     monkeypatch.setattr(Adapt, "_read", _fail_at_once)
     async with Runtime() as rt:
-        assert rt._session is not None
-        url = rt._session.bus.url
-        phases = next(bus for bus in rt._session._buses if bus.role == "phases")
+        assert rt._sessions._session is not None
+        url = rt._sessions._session.bus.url
+        phases = next(bus for bus in rt._sessions._session._buses if bus.role == "phases")
         await phases.lost.wait()
         with pytest.raises(ServiceFailed, match="fold rewards"):
             await rt.submit(TaskAd(description="one"))

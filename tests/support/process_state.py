@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import structlog
 
 from loom.runner import logs
+from loom.runner.cli import ending
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE, signal.SIGCHLD)
 POLICY_DEPRECATED = (3, 14)
@@ -46,6 +47,7 @@ def _reset_structlog() -> None:
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()
     logs.reset()
+    ending._left.clear()  # a command that runs in the test process would end that process
 
 
 @contextmanager
