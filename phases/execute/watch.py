@@ -174,7 +174,7 @@ class Watch:
         if not heartbeat:
             self._held[event.n] = event
         late = heartbeat and time.monotonic() - self._gap_asked_at >= ASK_AGAIN_S
-        if not self._gap_asks or (late and self._held and self._gap_asks < GAP_ASKS):
+        if not self._gap_asks or (late and self._gap_asks < GAP_ASKS):
             self._gap_asks, self._gap_asked_at = self._gap_asks + 1, time.monotonic()
             await self._ask(from_n=self._next_n)
         elif complete or late:

@@ -72,8 +72,7 @@ class Presence:
             return
         _move(self._newcomers, host_id, now)
         self._expire()
-        while len(self) > self._most:
-            self.forget(next(iter(self._newcomers)))
+        self._trim(host_id)
 
     def answered(self, host_ids: Iterable[str], missing: AbstractSet[str]) -> None:
         """Record the hosts that answered a call, and those that were waited for in vain."""
@@ -84,9 +83,16 @@ class Presence:
             self._newcomers.pop(host_id, None)
             _move(self._proven, host_id, now)
             self._make_up(host_id)
+            self._trim(host_id)
         for host_id in missing:
             if host_id in self._proven or host_id in self._newcomers:  # else it has left meanwhile
                 self._miss(host_id)
+
+    def _trim(self, newest: str) -> None:
+        """Forget the hosts that were silent for longest while there are too many: newcomers, and then proven ones."""
+        while len(self) > self._most:
+            newcomer = next((host_id for host_id in self._newcomers if host_id != newest), None)
+            self.forget(newcomer or next(iter(self._proven)))
 
     def _make_up(self, host_id: str) -> None:
         missed = self._missed.pop(host_id, 0)

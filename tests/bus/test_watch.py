@@ -227,3 +227,25 @@ async def test_repeating_one_number_is_counted_too(plain: Bus, monkeypatch: pyte
 
     await host(plain, flood)
     assert (await heard(Watch(plain, "h1", REQUEST, Stop())))[-1].kind == "error"
+
+
+@pytest.mark.parametrize("unanswered", [1, 2])
+async def test_a_lost_wait_is_asked_for_again_when_its_repetition_is_lost_too(plain: Bus, unanswered: int) -> None:
+    """A run that waits for others publishes nothing but heartbeats."""
+    requests = count()
+
+    async def answer(run: FakeRun) -> None:
+        number = next(requests)
+        if number == 0:
+            await plain.publish(run.inbox, [ACCEPTED, STARTED])
+            for n in range(3, 100):
+                await plain.publish(run.inbox, RunEvent(n=n, kind="heartbeat"))
+                await asyncio.sleep(0.05)
+        elif number > unanswered:
+            await plain.publish(run.inbox, [ACCEPTED, WAITING])
+
+    await host(plain, answer)
+    async with Watch(plain, "h1", REQUEST, Stop()) as watch, asyncio.timeout(10):
+        while (event := await watch.next()) is not None and event.kind != "waiting":
+            pass
+    assert event is not None

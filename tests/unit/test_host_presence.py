@@ -98,6 +98,15 @@ def test_made_up_hosts_push_out_no_proven_host() -> None:
     assert hosts.seen_at("h0") is None
 
 
+def test_made_up_hosts_that_offer_are_bounded_and_a_new_host_finds_a_place() -> None:
+    hosts = presence(Clock(), most=10)
+    hosts.answered([f"h{number}" for number in range(50)], set())
+    assert len(hosts) == 10
+    hosts.announced("new")
+    assert len(hosts) == 10
+    assert hosts.seen_at("new") is not None
+
+
 def test_hosts_that_come_and_go_are_forgotten() -> None:
     clock = Clock()
     gone: list[str] = []
