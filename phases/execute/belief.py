@@ -8,6 +8,8 @@ from loom.schemas.task import TaskError
 
 LATE_S = 1.0
 """A host's clock may be ahead of ours by so much."""
+SPENT = 0.5
+"""Share of its budget a run has to report as spent: an agent stops before the request that would go beyond it."""
 MAX_MESSAGE_CHARS = 2000
 
 
@@ -34,7 +36,7 @@ def believed(error: TaskError, facts: Facts) -> TaskError:
     """
     confirmed = {
         "node_busy": True,
-        "budget_exceeded": facts.budget is not None and facts.tokens >= facts.budget,
+        "budget_exceeded": facts.budget is not None and facts.tokens >= SPENT * facts.budget,
         "deadline_exceeded": facts.left_s <= LATE_S,
         "subtask_failed": facts.delegation_failed,
         "cancelled": facts.cancelled,

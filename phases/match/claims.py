@@ -50,7 +50,8 @@ class Claims:
         now = self._clock()
         if not others or now < self._contested.get(node, -CONTEST_EVERY_S) + CONTEST_EVERY_S:
             return False
-        self._contested[node] = now
+        seen_at = self._seen_at(host_id)  # the announcement that begins the contest is a sign of life in it
+        self._contested[node] = now if seen_at is None else seen_at
         return True
 
     def forget(self, host_id: str) -> None:

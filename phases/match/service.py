@@ -165,11 +165,11 @@ class Match:
             return Fail(
                 TaskError(code="no_bids", message=f"the task is pinned to {node_id}, which has failed it"), envelope
             )
+        if self._roster.is_contested(node_id):
+            return Later(SETTLE_S, envelope)
         host_id = self._roster.host_of(node_id)
         if host_id is None:
             return self._alone(envelope, spec, self._why_nobody(envelope))
-        if self._roster.is_contested(node_id):
-            return Later(SETTLE_S, envelope)
         award = Award(node_id=node_id, host_id=host_id, pinned=True)
         return Next("scale", replace(_met_someone(envelope, spec), award=award))
 

@@ -236,7 +236,7 @@ async def test_how_a_run_fails_is_reported_with_its_node(stage: Stage, script: S
     ("claimed", "facts", "tokens", "believed"),
     [
         ("budget_exceeded", {"token_budget": 10}, 10, "budget_exceeded"),
-        ("budget_exceeded", {"token_budget": 10}, 9, "agent_failed"),
+        ("budget_exceeded", {"token_budget": 10}, 4, "agent_failed"),
         ("deadline_exceeded", {"left_s": 0.9}, 0, "deadline_exceeded"),
         ("deadline_exceeded", {"left_s": 60}, 0, "agent_failed"),
         ("subtask_failed", {}, 0, "agent_failed"),

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.execute.belief import LATE_S, Facts, believed
+from loom.phases.execute.belief import LATE_S, SPENT, Facts, believed
 from loom.schemas.errors import BY_CODE
 from loom.schemas.task import TaskError
 
@@ -31,7 +31,7 @@ def test_a_code_is_believed_only_with_the_fact_that_confirms_it(claimed: str, kn
     assert found in (claimed, "agent_failed")
     if found == "budget_exceeded":
         assert known.budget is not None
-        assert known.tokens >= known.budget
+        assert known.tokens >= SPENT * known.budget
     elif found == "deadline_exceeded":
         assert known.left_s <= LATE_S
     elif found == "subtask_failed":
