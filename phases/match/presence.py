@@ -56,11 +56,15 @@ class Presence:
         return self._proven.get(host_id, self._newcomers.get(host_id))
 
     def awaited(self) -> set[str]:
-        """Return the hosts whose offers the next auction waits for."""
+        """Return the hosts whose offers the next auction waits for; one auction of a time includes newcomers."""
         self._expire()
-        if self._awaited and self._clock() < self._newcomers_at:
+        now = self._clock()
+        if self._awaited and now < self._newcomers_at:
             return set(self._awaited)
-        return self._awaited | self._returning | (self._newcomers.keys() - self._dropped)
+        others = self._returning | (self._newcomers.keys() - self._dropped)
+        if others:
+            self._newcomers_at = now + NEWCOMERS_EVERY_S  # auctions that begin meanwhile do not wait as well
+        return self._awaited | others
 
     def announced(self, host_id: str) -> None:
         """Record an announcement."""
@@ -77,8 +81,6 @@ class Presence:
     def answered(self, host_ids: Iterable[str], missing: AbstractSet[str]) -> None:
         """Record the hosts that answered a call, and those that were waited for in vain."""
         now = self._clock()
-        if any(host_id in self._returning or host_id in self._newcomers for host_id in (*host_ids, *missing)):
-            self._newcomers_at = now + NEWCOMERS_EVERY_S
         for host_id in host_ids:
             self._newcomers.pop(host_id, None)
             _move(self._proven, host_id, now)

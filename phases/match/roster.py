@@ -66,6 +66,11 @@ class Roster:
         """Return the hosts whose offers the next auction waits for."""
         return self._presence.awaited()
 
+    @property
+    def has_hosts(self) -> bool:
+        """Whether any host is present."""
+        return len(self._presence) > 0
+
     def host_of(self, node_id: str) -> str | None:
         """Return the host a node belongs to; None when no host that announces it is alive."""
         return self._claims.host_of(node_id)

@@ -156,7 +156,7 @@ class Match:
     def _why_nobody(self, envelope: Envelope) -> str:
         if envelope.ad.node_id is not None:
             return f"the task is pinned to {envelope.ad.node_id}, which is not there"
-        if envelope.ad.required_tools and self._roster.awaited():
+        if envelope.ad.required_tools and self._roster.has_hosts:
             return f"no node has all of the required tools: {', '.join(envelope.ad.required_tools)}"[:MAX_REASON]
         return "no node is there to take the task; start one with `loom node FILE.py`"
 

@@ -115,7 +115,7 @@ async def cluster(url: str, world: World, config: ClusterConfig = CONFIG) -> Asy
         phases = PhaseGroup(own, config=config)
         stack.push_async_callback(phases.drain)
         await phases.start()
-        match = next(service for service in phases._services if isinstance(service, Match))
+        match = next(service for service in phases._started if isinstance(service, Match))
         running = Cluster(world, url, namespace, folder, match, bus, stack)
         half = AGENTS // 2
         await asyncio.gather(running.host(range(half)), running.host(range(half, AGENTS)))
