@@ -61,7 +61,7 @@ class Cluster:
         }
         await self.stack.enter_async_context(command(self.folder, *LOOM, "node", str(FILE), **environment))
         await until(
-            lambda: all(self.match._roster.hosts_of(str(agent)) for agent in agents),
+            lambda: all(self.match._roster.host_of(str(agent)) for agent in agents),
             within_s=WITHIN_S,
             what=f"MATCH has heard of {agents}; {[each.read_text() for each in self.folder.glob('*.err')]}",
         )

@@ -32,8 +32,8 @@ AGAIN_S = 1.0
 """Between two burdens of one kind."""
 MOST_TIMES = 3.0
 MOST_MORE_S = 2.0
-FLOOR_S = 0.05
-"""Below this a p95 is noise of the machine: three times a few milliseconds are a few milliseconds."""
+FLOOR_S = 0.1
+"""A lower p95 counts as this: a host that stops answering costs the first few auctions a bid window each."""
 
 
 @dataclass
