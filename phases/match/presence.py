@@ -12,6 +12,8 @@ ANSWERS = 4
 """Answers that make up for a missed window: a host that answers some calls and not others is not waited for either."""
 NEWCOMERS_EVERY_S = 2.0
 """Hosts that have not offered yet are waited for in one auction of this time: announcing is free, offering is not."""
+BURST = 2
+"""Auctions in a row that may do so after a time without one: hosts that join one after the other are all found."""
 
 _LIMIT = MISSED_WINDOWS * ANSWERS
 
@@ -45,7 +47,7 @@ class Presence:
         self._returning: set[str] = set()
         """Dropped hosts that have announced themselves since they were last waited for."""
         self._newcomers_at = 0.0
-        """From when newcomers and returning hosts may be waited for again."""
+        """When newcomers and returning hosts will have been waited for seldom enough again."""
 
     def __len__(self) -> int:
         return len(self._proven) + len(self._newcomers)
@@ -59,11 +61,13 @@ class Presence:
         """Return the hosts whose offers the next auction waits for; one auction of a time includes newcomers."""
         self._expire()
         now = self._clock()
-        if self._awaited and now < self._newcomers_at:
+        if self._awaited and self._newcomers_at - now > (BURST - 1) * NEWCOMERS_EVERY_S:
             return set(self._awaited)
         others = self._returning | (self._newcomers.keys() - self._dropped)
         if others:
-            self._newcomers_at = now + NEWCOMERS_EVERY_S  # auctions that begin meanwhile do not wait as well
+            self._newcomers_at = (
+                max(self._newcomers_at, now) + NEWCOMERS_EVERY_S
+            )  # auctions that begin meanwhile do not wait as well
         return self._awaited | others
 
     def announced(self, host_id: str) -> None:

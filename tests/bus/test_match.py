@@ -175,7 +175,10 @@ async def test_a_proven_host_that_missed_three_windows_is_not_waited_for_until_i
     assert await timed(stage, task(stage)) > 0.39
 
 
-async def test_a_host_that_has_never_offered_slows_one_auction_a_second(stage: Stage) -> None:
+async def test_a_host_that_has_never_offered_slows_one_auction_in_two_seconds(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loom.phases.match.presence.BURST", 1)
     await host(stage, "h1")
     await host(stage, "h2", "n2", offer=lambda _: None)
     await match(stage, ClusterConfig(bid_window_ms=400))

@@ -2,6 +2,8 @@
 
 import time
 
+import pytest
+
 from loom.phases.match.claims import CONTEST_EVERY_S, SETTLE_S, Claims
 from loom.phases.match.presence import ANSWERS, HEARD_S, MISSED_WINDOWS, NEWCOMERS_EVERY_S, Presence
 
@@ -12,6 +14,11 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+@pytest.fixture(autouse=True)
+def no_burst(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.phases.match.presence.BURST", 1)
 
 
 def presence(clock: Clock, most: int = 100) -> Presence:
@@ -85,6 +92,18 @@ def test_a_silent_proven_host_gets_another_chance_when_it_announces_itself() -> 
     clock.now += NEWCOMERS_EVERY_S
     hosts.announced("slow")
     assert hosts.awaited() == {"good", "slow"}
+
+
+def test_two_hosts_that_join_one_after_the_other_are_both_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.phases.match.presence.BURST", 2)
+    hosts = presence(Clock())
+    hosts.announced("first")
+    assert hosts.awaited() == {"first"}
+    hosts.answered(["first"], set())
+    hosts.announced("second")
+    assert hosts.awaited() == {"first", "second"}
+    hosts.announced("third")
+    assert hosts.awaited() == {"first"}
 
 
 def test_made_up_hosts_push_out_no_proven_host() -> None:
