@@ -81,7 +81,7 @@ class Errands:
             elif self._refusals < MAX_OPEN_DELEGATIONS:  # a flood is not answered one by one
                 self._refusals += 1
                 log.warning("delegation_refused", task_id=self._envelope.task_id, reason=refused.message)
-                self._failed = True
+                self._failed = self._failed or refused.code != "invalid_task"  # a wrong id is the host's own doing
                 # Once: it is not kept, so that a flood of refused ones takes no memory.
                 await watch.hand(TaskResult(task_id=event.ad.task_id, state="failed", error=refused))
         elif event.kind == "resumed" and event.task_id in self._open:
@@ -106,7 +106,7 @@ class Errands:
         own = await self._records.get(task_id)
         if own is None or not own.value.delegated:
             return False
-        mine = {delegated_id(task_id, attempt, call) for call in range(1, 2 * MAX_DELEGATED + 1)}
+        mine = {delegated_id(task_id, attempt, call) for call in range(1, MAX_DELEGATED + 1)}
         for child_id in mine.intersection(own.value.delegated):
             entry = await self._records.get(child_id)
             if entry is not None and child_of(entry.value, task_id) and entry.value.state in ("failed", "cancelled"):
@@ -120,7 +120,8 @@ class Errands:
         if not self._open:
             self._delivery.slots.taken += 1
         if self._answers.pop(task_id, None) is None:
-            self._bus.spawn(call_off(self._bus, self._envelope.task_id, [task_id]), name=f"call off {task_id}")
+            cancelling = call_off(self._bus, self._envelope.task_id, [task_id], admitted=False)
+            self._bus.spawn(cancelling, name=f"call off {task_id}")
 
     async def close(self, *, cancelling: bool) -> None:
         """Wait for nothing more; the run goes on elsewhere, or has ended and what it has delegated with it."""
@@ -274,22 +275,33 @@ def refusal(ad: TaskAd, call: int, envelope: Envelope, opened: int) -> TaskError
     if opened >= MAX_OPEN_DELEGATIONS:
         why = f"{opened} delegated tasks are open, and no more are allowed; wait until one of them has ended"
         return TaskError(code="overloaded", message=why)
+    if call > MAX_DELEGATED:
+        why = f"a run may delegate {MAX_DELEGATED} tasks, as many as the record of its task remembers"
+        return TaskError(code="overloaded", message=why)
     return None
 
 
-async def call_off(bus: Bus, parent: str, task_ids: Iterable[str]) -> None:
+def goes_on(record: TaskRecord, parent: str) -> bool:
+    """Return whether a task that `parent` has delegated has not ended."""
+    return not record.ended and child_of(record, parent)
+
+
+async def call_off(bus: Bus, parent: str, task_ids: Iterable[str], *, admitted: bool = True) -> None:
     """Cancel tasks that `parent` has delegated, and see that they are; those of another parent are left alone.
 
-    One that is not admitted yet ends at its admission if its parent has ended by then.
+    Args:
+        admitted: Whether a task without a record is left alone: it ends at its admission, for its parent has ended.
+            Otherwise its record is waited for.
     """
 
     async def call_off_one(task_id: str) -> None:
         try:
             for wait_s in CANCEL_S:
                 entry = await records(bus).get(task_id)
-                if entry is None or entry.value.ended or not child_of(entry.value, parent):
+                if (entry is None and admitted) or (entry is not None and not goes_on(entry.value, parent)):
                     return
-                await bus.publish(bus.subjects.of("cancel", task_id))
+                if entry is not None:
+                    await bus.publish(bus.subjects.of("cancel", task_id))
                 await asyncio.sleep(wait_s)
         except LoomError as error:
             log.warning("errand_not_cancelled", errand=task_id, **describe(error))

@@ -252,20 +252,21 @@ class Watch:
                 self._wake()
             return
         self._absent_since = None
+        events: tuple[RunEvent, ...] = ()
         try:
             events = read_events(msg.data, self._discard)
         except Undecodable as error:
             self._discard(error.message)
-            return
-        if not events:
-            return  # a word of nothing is no silence either
         if not self._given_up:
             self._bytes += len(msg.data)
-            self._count += len(events)
+            self._count += max(1, len(events))
             if self._bytes > MAX_RUN_BYTES or self._count > MAX_RUN_EVENTS:
                 self._bus.close_inbox(self._inbox)
                 self._events.clear()
                 events = (RunEvent(n=self._next_n, kind="error", error=TOO_MANY),)
+        if not events:
+            return  # an empty array is a sign of life without an event
+        if not self._given_up:
             self._events.extend(events)
             self._wake()
         elif events[-1].final:

@@ -177,6 +177,7 @@ async def test_events_about_delegation_are_sent_again_however_much_was_said_sinc
     await one.heard("waiting", count=2)
     await one.answer(delegated_id("t1", 1, 2))
     await said.wait()
+    await one.heard("delta", count=1100)
     waiting, resumed = await one.heard("waiting"), await one.heard("resumed")
     seen = len(one.events)
     await one.ask(from_n=waiting.n)

@@ -10,7 +10,8 @@ from support.phases import FakeHost, FakeRun, Stage, ad, awarded, envelope, quie
 from support.wait import until
 
 from loom.bus.records import change, records
-from loom.schemas.envelope import Claim, Envelope, Split, TaskRecord
+from loom.phases.execute.errands import refusal
+from loom.schemas.envelope import MAX_DELEGATED, Claim, Envelope, Split, TaskRecord
 from loom.schemas.run import delegated_id
 from loom.schemas.task import Limits, RunResult, TaskError, TaskResult
 
@@ -379,3 +380,43 @@ async def test_a_failed_delegation_is_believed_only_where_one_has_failed(stage: 
     await one.say("error", error=TaskError(code="subtask_failed", message="it did not work"))
     error = (await stage.seen("task", phase="evaluate", within_s=20)).error
     assert (error.code, error.message) == ("subtask_failed" if failed else "agent_failed", "it did not work")
+
+
+async def test_work_that_is_given_up_before_its_admission_is_cancelled_once_it_is_admitted(stage: Stage) -> None:
+    one = await host(stage)
+    await stage.phase("execute")
+    await given(stage)
+    await one.say("waiting", ad=ad("a part", task_id=CHILD), call=1)
+    child = await stage.seen("task", phase="sense", task_id=CHILD)
+    await one.say("resumed", task_id=CHILD)
+    await one.bus.echo()
+    assert not stage.all("cancel")
+    await stage.record(child)  # as SENSE does
+    await stage.seen("cancel", task_id=CHILD)
+
+
+async def test_a_run_delegates_as_many_tasks_as_its_record_remembers() -> None:
+    env = awarded(envelope(ad(task_id="t1"), now=0))
+
+    def refused(call: int) -> str:
+        error = refusal(ad("a part", task_id=delegated_id("t1", 1, call)), call, env, 0)
+        return error.code if error else ""
+
+    assert [refused(call) for call in (0, 1, MAX_DELEGATED, MAX_DELEGATED + 1)] == [
+        "invalid_task",
+        "",
+        "",
+        "overloaded",
+    ]
+
+
+async def test_a_wrong_id_is_no_failed_delegation(stage: Stage) -> None:
+    one = await host(stage)
+    await stage.phase("execute")
+    await given(stage)
+    await one.say("waiting", ad=ad("a part", task_id="wrong"), call=1)
+    await one.answer()
+    await one.say("error", error=TaskError(code="subtask_failed", message="says the host"))
+    failed: Envelope = await stage.seen("task", phase="evaluate", within_s=20)
+    assert failed.error is not None
+    assert failed.error.code == "agent_failed"

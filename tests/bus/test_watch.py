@@ -249,3 +249,21 @@ async def test_a_lost_wait_is_asked_for_again_when_its_repetition_is_lost_too(pl
         while (event := await watch.next()) is not None and event.kind != "waiting":
             pass
     assert event is not None
+
+
+@pytest.mark.parametrize("garbage", [b"x" * 200, b"{}", b"[7, 8]", b"[]"])
+async def test_messages_that_hold_no_event_are_counted_too(
+    plain: Bus, monkeypatch: pytest.MonkeyPatch, garbage: bytes
+) -> None:
+    monkeypatch.setattr("loom.phases.execute.watch.MAX_RUN_EVENTS", 30)
+
+    async def flood(run: FakeRun) -> None:
+        await run.say("accepted")
+        for _ in range(40):
+            await plain.publish(run.inbox, garbage)
+
+    await host(plain, flood)
+    async with asyncio.timeout(10):
+        last = (await heard(Watch(plain, "h1", REQUEST, Stop())))[-1]
+    assert last.error is not None
+    assert last.error.message.startswith("too many events")
