@@ -38,7 +38,7 @@ class ClusterConfig(Wire, frozen=True, kw_only=True):
     """How MATCH trusts bidders: glr_ucb, ucb, thompson, greedy, round_robin, random, or `module:function`."""
     exploration: Annotated[float, Meta(ge=0, le=1e9)] = 0.3
     """Weight of the bonus for nodes little is known about (c of UCB)."""
-    half_life_days: Annotated[float, Meta(ge=0.001, le=1e18)] = 14.0
+    half_life_days: Annotated[float, Meta(ge=0.001, le=1e15)] = 14.0
     """Days without news after which what is known of a node counts half."""
     judge_share: Unit = 0.0
     """Share of results a model judges besides those whose ad has a rubric, where a model can be asked."""

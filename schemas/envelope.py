@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from loom.schemas.task import Priority, RunResult, TaskAd, TaskError, TaskResult, TaskState, slug
 from loom.schemas.wire import (
+    MAX_SECONDS,
     Count,
     Name,
     Names,
@@ -295,6 +296,11 @@ class TaskRecord(Relayed, frozen=True, kw_only=True):
     def ended(self) -> bool:
         """Whether the state is terminal."""
         return self.state in ENDED
+
+    @property
+    def lasted_s(self) -> float:
+        """Seconds from admission to the end, at most what a message carries; 0 while the task goes on."""
+        return min(MAX_SECONDS, max(0.0, (self.ended_at or self.admitted_at) - self.admitted_at))
 
     def to_result(self) -> TaskResult:
         """Return the answer this record holds; for a running task, how far it is."""

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Split, SplitPlan, Subtask, TaskRecord
 from loom.schemas.task import TaskAd, TaskError
-from loom.schemas.wire import MAX_INPUTS_BYTES, MAX_SECONDS, cut_note, cut_utf8, encode, total
+from loom.schemas.wire import MAX_INPUTS_BYTES, cut_note, cut_utf8, encode, total
 
 SYNTHESIS_SHARE = 0.2
 """Part of a budget kept for putting the outputs together."""
@@ -128,7 +128,7 @@ def _ended(part: Subtask, record: TaskRecord, below: SplitPlan | None) -> Subtas
         error=None if record.state == "succeeded" else record.envelope.error,
         node_id=record.to_result().node_id,
         tokens=_used(part, record, below),
-        duration_s=min(MAX_SECONDS, max(0.0, (record.ended_at or record.admitted_at) - record.admitted_at)),
+        duration_s=record.lasted_s,
     )
 
 

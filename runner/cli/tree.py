@@ -49,7 +49,7 @@ class Division:
         if part.state != "running" or record is None or record.state in ("accepted", "running"):
             return part
         result = record.to_result()
-        return replace(part, state=record.state, error=result.error, node_id=result.node_id, duration_s=_lasted(record))
+        return replace(part, state=record.state, error=result.error, node_id=result.node_id, duration_s=record.lasted_s)
 
     def parts(self, task_id: str) -> list[Subtask]:
         """Return the subtasks of a task in the order of its plan, then what it delegated."""
@@ -101,12 +101,8 @@ def _as_part(record: TaskRecord) -> Subtask:
         node_id=result.node_id,
         error=result.error,
         tokens=(envelope.result or RunResult()).tokens + sum(tried.tokens for tried in envelope.tried),
-        duration_s=_lasted(record),
+        duration_s=record.lasted_s,
     )
-
-
-def _lasted(record: TaskRecord) -> float:
-    return max(0.0, (record.ended_at or record.admitted_at) - record.admitted_at)
 
 
 def progress_of(plan: SplitPlan) -> str:

@@ -29,7 +29,7 @@ from loom.schemas.wire import decode
 FILE = Path(__file__).with_name("agents.py")
 WITHIN_S = 60
 AT_ONCE = 16
-CONFIG = ClusterConfig(max_attempts=1, half_life_days=1e18)
+CONFIG = ClusterConfig(max_attempts=1, half_life_days=1e15)
 """One task is one run; and no time passes, as offline."""
 
 

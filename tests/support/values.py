@@ -1,6 +1,7 @@
 """Hypothesis strategies for every message, read from its declaration."""
 
 import importlib
+import math
 import pkgutil
 from functools import cache
 from string import ascii_letters, digits
@@ -116,7 +117,7 @@ def _refused(kind: mi.FloatType) -> list[float]:
     if kind.gt is not None:
         bad.append(kind.gt)
     if kind.le is not None:
-        bad.append(kind.le + 0.001)
+        bad.append(math.nextafter(kind.le, math.inf))
     return bad
 
 

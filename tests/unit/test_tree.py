@@ -15,6 +15,7 @@ from loom.runner.cli.render import ROWS, short
 from loom.runner.cli.tree import Division, tree
 from loom.schemas.envelope import Claim, Envelope, Split, SplitPlan, Subtask, TaskRecord
 from loom.schemas.task import RunResult, TaskAd, TaskError
+from loom.schemas.wire import MAX_SECONDS
 
 NOW = 1010.0
 
@@ -150,3 +151,12 @@ def test_no_part_of_a_plan_steers_the_terminal(code: str) -> None:
 
     assert "�" in lines[-1]
     assert code[0] not in "".join(lines)
+
+
+def test_a_task_that_took_longer_than_a_message_can_carry_is_drawn() -> None:
+    child = found("c-a", state="succeeded", ended_at=5e10)
+    lines = drawn(Division("t", {"t": plan("t", part("a", "running"))}, {"c-a": child}))
+
+    assert child.record is not None
+    assert child.record.lasted_s == MAX_SECONDS
+    assert any("do a" in line for line in lines)
