@@ -187,7 +187,7 @@ class NodeHost:
         nodes = frozenset(node.id for node in here)
         self._left.extend(self._known - nodes)
         rooms = {node_id: room for node_id, room in self._rooms.items() if node_id in nodes}
-        said = HostAnnouncement(
+        announcement = HostAnnouncement(
             host_id=self.host_id,
             nodes=tuple(sorted(nodes)),
             slots=self._slots * len(nodes),
@@ -199,8 +199,8 @@ class NodeHost:
             children=tuple(node.state() for node in here if isinstance(node, Child)),
             stuck=len(self._stuck),
         )
-        self._announced = said
-        await self.bus.publish(self.bus.subjects.of("host", self.host_id), said)
+        self._announced = announcement
+        await self.bus.publish(self.bus.subjects.of("host", self.host_id), announcement)
         for node_id in nodes - self._known:
             await self._tell("joined", node_id)
         for node_id in self._known - nodes:
@@ -475,7 +475,7 @@ class NodeHost:
             await act()
         except LoomError as error:
             log.warning("host_silenced", reason=error.message)
-        except BaseException as error:
+        except BaseException as error:  # a node may be a user's class, whose faults are its own
             if ends_task(error):
                 raise
             log.error("node_raised", **described(error))

@@ -242,12 +242,12 @@ class OpenAIProvider:
         return AgentFailed(f"{server} refused the request ({status}){self._reason(error)}"), False
 
     def _reason(self, error: "APIError") -> str:
-        """What the server itself said, if that was more than a page of HTML."""
-        said = error.body.get("message") if isinstance(error.body, dict) else None
-        if not isinstance(said, str) or not said.strip():
+        """Return the server's own message, without secrets; empty where it is a page of HTML."""
+        text = error.body.get("message") if isinstance(error.body, dict) else None
+        if not isinstance(text, str) or not text.strip():
             return ""
-        said = redact(text_of(said[: 4 * MAX_REASON_CHARS]), [self._config.api_key or ""])
-        return ": " + " ".join(said.split())[:MAX_REASON_CHARS]
+        text = redact(text_of(text[: 4 * MAX_REASON_CHARS]), [self._config.api_key or ""])
+        return ": " + " ".join(text.split())[:MAX_REASON_CHARS]
 
     def _host(self) -> str:
         url = self._config.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL

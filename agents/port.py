@@ -144,7 +144,7 @@ def result_of(done: Done, *, tool_errors: int = 0) -> RunResult:
 
 
 def failed(error: LoomError, node_id: str) -> tuple[TaskError, RunResult | None]:
-    """Return what a run's error says to the cluster, and what the run has cost."""
+    """Return the error that is published for a run, and what the run has cost."""
     try:
         return failure_of(error, node_id), spent_by(error)
     except BaseException:  # noqa: BLE001 - a class of the user's may raise when it is looked at
@@ -161,7 +161,7 @@ def spent_by(error: LoomError) -> RunResult | None:
 
 
 def failure_of(error: LoomError, node_id: str) -> TaskError:
-    """Return what an agent's error says to the cluster, without secrets: whatever it was made of, it can be sent."""
+    """Return the error that is published for an agent's: without secrets, and in a form that can be sent."""
     wait = error.retry_after_s
     usable = isinstance(wait, int | float) and 0 <= wait <= MOST_WAIT_S
     return TaskError(

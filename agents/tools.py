@@ -108,8 +108,8 @@ class Tool:
 
     def _failed(self, reason: str, context: ToolContext, published: str | None = None) -> ToolResult:
         log.warning("tool_failed", tool=self.name, task_id=context.task_id, attempt=context.attempt, reason=reason)
-        said = None if published is None else f"Error: {published}"
-        return ToolResult(_bounded(f"Error: {reason}"), failed=True, published=said)
+        described = None if published is None else f"Error: {published}"
+        return ToolResult(_bounded(f"Error: {reason}"), failed=True, published=described)
 
 
 @overload

@@ -134,11 +134,11 @@ class Watchdog:
                     bus.send(run.inbox, HEARTBEAT)
 
     def _announce(self, bus: Bus, *, draining: bool = False) -> None:
-        said = self._announcement()
-        if said is not None:
+        announcement = self._announcement()
+        if announcement is not None:
             with suppress(LoomError):  # at most once, as every announcement
-                message = replace(said, draining=said.draining or draining)
-                bus.send(bus.subjects.of("host", said.host_id), message)
+                message = replace(announcement, draining=announcement.draining or draining)
+                bus.send(bus.subjects.of("host", announcement.host_id), message)
 
     def _warn(self, blocked_s: float) -> None:
         frame = sys._current_frames().get(self._loop_thread)  # noqa: SLF001 - Python's only way to it

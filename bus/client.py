@@ -242,7 +242,7 @@ class Bus(Connection):
         """Return the answer of a JetStream API call, `$JS.API.<call>`; what changes nothing twice is asked until then.
 
         Raises:
-            Refused: The server said no.
+            Refused: The server refused.
             BusUnavailable: No answer, JetStream is off, or the replicas have not chosen a leader in time.
         """
         again_s = ASK_AGAIN_S if call.startswith(_REPEATABLE) else None
@@ -310,7 +310,7 @@ class Bus(Connection):
         Raises:
             Conflict: The expected last sequence in `headers` is not the last one.
             Overloaded: The stream is full; or it answers and yet has stored nothing in `within_s`, as with a full disk.
-            Refused: The server said no for another reason.
+            Refused: The server refused for another reason.
             BusUnavailable: No acknowledgement in `within_s`.
         """
         headers = dict(headers or {})
@@ -444,7 +444,7 @@ def _read_ack(msg: Msg) -> PubAck | None:
 
     Raises:
         Undecodable: The message is no acknowledgement.
-        Conflict, Overloaded, Refused: The server said no.
+        Conflict, Overloaded, Refused: The server refused.
     """
     if msg.status == "503":  # a stream without a leader, or none at all
         return None

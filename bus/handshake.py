@@ -66,7 +66,7 @@ class Transport(TcpTransport):
         """Continue by TLS.
 
         Raises:
-            OSError: The handshake failed; ssl.SSLError says how.
+            OSError: The handshake failed; ssl.SSLError holds the cause.
         """
         assert self._io_writer is not None  # noqa: S101 - `connect` comes first
         reader = asyncio.StreamReader(limit=buffer_size)

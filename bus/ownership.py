@@ -73,7 +73,7 @@ def keep_forever(inherited: Any) -> None:
     """Exempt an object from destruction, in a forked child.
 
     A destroyed transport removes its socket from the epoll set, which parent and child share: the parent would not
-    be woken by that socket again. The child's exit closes its descriptors, which harms nobody.
+    be woken by that socket again. The child's exit closes its descriptors, and the parent's stay open.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
 

@@ -120,7 +120,7 @@ class TaskHandle:
         return result.content
 
     async def events(self) -> AsyncGenerator[Delta, None]:
-        """Yield progress in order until the task ends, each step once; a later attempt starts anew.
+        """Yield progress in order until the task ends, each step once; a later attempt starts from its first step.
 
         An iteration that is broken off leaves the task running and drops its progress; another one goes on from then.
 

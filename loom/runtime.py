@@ -43,7 +43,7 @@ class Runtime:
 
     Building one does nothing; the first `await` connects: to the server of NATS_URL when that is set, else to an
     embedded one with the six phases in this process. End it with `dispose`, or better `async with`: that finishes what
-    is in hand, unless it is left by an exception and nobody else is on the server. Each run starts from the context
+    is in hand, unless an exception leaves it and no other client is on the server. Each run starts from the context
     variables there are where the Runtime is made.
 
     One event loop at a time uses it: the one that opens it. Calls from another living loop raise `WrongEventLoop` and

@@ -97,7 +97,7 @@ class Session:
         Raises:
             BusUnavailable: No server, or a server without phases.
         """
-        # In a task with a context of its own: all that is started here goes on in it, whoever was first to open this.
+        # In a task with a context of its own: the first caller's variables must not reach what is started here.
         await self.owner.loop.create_task(self._open(), context=self._context.copy())
         if self._aborted:
             await self.aclose()

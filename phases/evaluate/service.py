@@ -5,7 +5,7 @@ Publishes  reward.<node>.<slug>, result.<task>, replies to submitters
            task.scale          that a subtask has ended, or a task that had been divided
            task.match          the envelope with its attempt raised, when another node is to try
 State      the terminal record; this is the only phase that ends a task
-Gives up   never: whatever it is handed ends a task, sends it back, or is told that it has ended; a result that cannot
+Gives up   never: every message ends a task, sends it back, or belongs to a task that has ended; a result that cannot
            be checked now waits, at most until its deadline
 """
 

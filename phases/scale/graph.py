@@ -136,11 +136,11 @@ def _used(part: Subtask, record: TaskRecord, below: SplitPlan | None) -> int:
     """Tokens a child has used: in each attempt, in its own subtasks, and in whatever else took from its grant."""
     envelope = record.envelope
     last = 0 if record.below_threshold or envelope.result is None else envelope.result.tokens  # the best one was tried
-    told = last + sum(tried.tokens for tried in envelope.tried)
-    told += sum(inner.tokens for inner in below.subtasks) if below else 0
+    tokens = last + sum(tried.tokens for tried in envelope.tried)
+    tokens += sum(inner.tokens for inner in below.subtasks) if below else 0
     if part.grant is not None and envelope.budget is not None:
-        told = max(told, part.grant - envelope.budget)
-    return total(told)
+        tokens = max(tokens, part.grant - envelope.budget)
+    return total(tokens)
 
 
 def failure(plan: SplitPlan) -> TaskError | None:

@@ -20,7 +20,7 @@ REFUSALS = re.compile(
 )
 """How models say that they will not. Only the beginning counts: an answer may well quote a refusal."""
 REFUSAL_CHARS: Final = 300
-"""A longer answer says more than no."""
+"""A longer answer is not a mere refusal."""
 
 
 def plain_violation(content: str, accept: Accept | None) -> str | None:

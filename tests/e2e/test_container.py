@@ -141,7 +141,8 @@ def test_a_service_in_a_container_logs_json_has_scratch_space_and_is_unhealthy_w
             events = [json.loads(line)["event"] for line in project.logs(service)]
             assert events[0] == "connecting"
             assert "ready" in events
-        project.compose("exec", "-T", "node", "sh", "-c", "echo x > /tmp/scratch && ! echo x > /scratch 2>/dev/null")
+        scratch = "cd /tmp && echo x > scratch && ! echo x > /scratch 2>/dev/null"
+        project.compose("exec", "-T", "node", "sh", "-c", scratch)
         orphan = "(setsid sh -c 'sleep 0.1 &' &); sleep 1; ! grep -l '^State:.Z' /proc/[0-9]*/status"
         project.compose("exec", "-T", "node", "sh", "-c", orphan)
 
