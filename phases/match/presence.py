@@ -10,6 +10,8 @@ MISSED_WINDOWS = 3
 """Windows after which a host that does not answer is not waited for."""
 ANSWERS = 4
 """Answers that make up for a missed window: a host that answers some calls and not others is not waited for either."""
+MAX_DOUBLINGS = 6
+"""A host that misses too many again has to answer twice as often as before, up to so many doublings."""
 NEWCOMERS_EVERY_S = 2.0
 """Hosts that have not offered yet are waited for in one auction of this time: announcing is free, offering is not."""
 BURST = 2
@@ -42,6 +44,8 @@ class Presence:
         """Proven hosts that answer."""
         self._missed: dict[str, int] = {}
         """Host -> answers that would make up for the windows it has missed."""
+        self._drops: dict[str, int] = {}
+        """Host -> how often it has missed too many."""
         self._dropped: set[str] = set()
         """Hosts that have missed too many, and have not made up for all of them yet."""
         self._returning: set[str] = set()
@@ -112,16 +116,22 @@ class Presence:
 
     def _miss(self, host_id: str) -> None:
         self._returning.discard(host_id)
-        self._missed[host_id] = min(_LIMIT, self._missed.get(host_id, 0) + ANSWERS)
-        if self._missed[host_id] == _LIMIT:
+        if host_id in self._dropped:
+            return
+        missed = self._missed.get(host_id, 0) + ANSWERS
+        if missed >= _LIMIT:
             self._dropped.add(host_id)
             self._awaited.discard(host_id)
+            drops = self._drops[host_id] = self._drops.get(host_id, 0) + 1
+            missed = _LIMIT * 2 ** min(drops - 1, MAX_DOUBLINGS)
+        self._missed[host_id] = missed
 
     def forget(self, host_id: str) -> None:
         """Forget a host."""
         self._proven.pop(host_id, None)
         self._newcomers.pop(host_id, None)
         self._missed.pop(host_id, None)
+        self._drops.pop(host_id, None)
         for hosts in (self._awaited, self._dropped, self._returning):
             hosts.discard(host_id)
         self._forgotten(host_id)

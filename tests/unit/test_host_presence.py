@@ -106,6 +106,27 @@ def test_two_hosts_that_join_one_after_the_other_are_both_awaited(monkeypatch: p
     assert hosts.awaited() == {"first"}
 
 
+def test_a_host_that_only_answers_its_own_calls_is_awaited_in_few_auctions() -> None:
+    """Twenty auctions a second; the windows of five of them overlap."""
+    clock = Clock()
+    hosts = presence(clock)
+    hosts.answered(["good"], set())
+    awaited, open_windows = 0, list[set[str]]()
+    for number in range(1200):
+        clock.now += 0.05
+        if number % 20 == 0:
+            hosts.announced("picky")
+        waiting = "picky" in hosts.awaited()
+        awaited += waiting
+        answers = number % 20 == 10
+        open_windows.append({"picky"} if waiting and not answers else set())
+        if answers:
+            hosts.answered(["picky"], set())
+        if len(open_windows) > 5:
+            hosts.answered(["good"], open_windows.pop(0))
+    assert awaited < 1200 * 0.05
+
+
 def test_made_up_hosts_push_out_no_proven_host() -> None:
     clock = Clock()
     hosts = presence(clock, most=10)
