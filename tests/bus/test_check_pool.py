@@ -73,6 +73,7 @@ async def test_ordinary_checks_share_one_helper(pool: CheckPool) -> None:
     assert pool._slow._helper is None
 
 
+@pytest.mark.slow
 async def test_a_check_beyond_its_time_fails_and_those_after_it_are_made(pool: CheckPool) -> None:
     began = time.monotonic()
     outcome = await pool.violation(COSTLY_CONTENT, SLOW)
@@ -105,6 +106,7 @@ async def test_a_known_costly_check_goes_to_the_slow_lane_at_once(pool: CheckPoo
     assert pid_of(pool._quick) == quick
 
 
+@pytest.mark.slow
 async def test_too_many_costly_checks_are_put_off(pool: CheckPool) -> None:
     await pool.violation(COSTLY_CONTENT, SLOW)
     async with pool._slow._turn:

@@ -115,6 +115,7 @@ async def test_delegated_work_becomes_a_task_and_its_end_is_told_to_the_run(stag
     assert len(stage.all("task", phase="sense")) == 1
 
 
+@pytest.mark.slow
 async def test_an_end_that_nobody_told_is_found_and_a_lost_answer_repeated(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +195,7 @@ async def test_a_waiting_run_holds_no_slot_of_this_phase(stage: Stage, monkeypat
     await until(lambda: slots.taken == 0, what="its slot is free")
 
 
+@pytest.mark.slow
 async def test_another_replica_sees_what_is_waited_for_and_hands_it_over(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +217,7 @@ async def test_another_replica_sees_what_is_waited_for_and_hands_it_over(
     assert not stage.all("cancel")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("why", ["cancelled", "given up", "host lost", "late", "ended before"])
 async def test_work_that_nobody_waits_for_any_more_is_cancelled(stage: Stage, why: str) -> None:
     one = await host(stage)
@@ -254,6 +257,7 @@ async def test_a_message_of_an_ended_task_cancels_what_its_run_delegated(stage: 
     await stage.settled(phase="execute")
 
 
+@pytest.mark.slow
 async def test_what_was_spent_for_a_lost_run_is_not_forgotten(stage: Stage) -> None:
     one = await host(stage)
     await stage.phase("execute")

@@ -269,6 +269,7 @@ async def test_a_host_nobody_has_heard_of_is_a_lost_node(stage: Stage) -> None:
     assert await code_of(stage) == "node_lost"
 
 
+@pytest.mark.slow
 async def test_a_run_is_lost_only_when_its_heartbeats_stop(stage: Stage) -> None:
     async def falter(run: FakeRun) -> None:
         await accepted(run)
@@ -458,6 +459,7 @@ async def test_a_stale_copys_error_is_settled_silently(stage: Stage) -> None:
     assert (await outcome(stage)).error is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("says_moved", [True, False])
 async def test_a_replica_that_was_overtaken_leaves_the_message_to_the_other(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, says_moved: bool

@@ -186,6 +186,7 @@ async def test_a_host_that_has_never_offered_slows_one_auction_in_two_seconds(
     assert await timed(stage, task(stage)) < 0.3
 
 
+@pytest.mark.slow
 async def test_twenty_thousand_made_up_hosts_do_not_hold_up_a_task(stage: Stage) -> None:
     await host(stage, "h1")
     await match(stage)

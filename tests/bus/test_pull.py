@@ -195,6 +195,7 @@ async def test_a_consumer_that_cannot_be_restored_yet_is_tried_again(bus: Bus, m
         await hand.empty_all(3)
 
 
+@pytest.mark.slow
 async def test_a_consumer_that_stays_away_is_looked_for_ever_more_rarely(
     plain: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,7 @@ async def test_a_blocked_host_stays_alive_for_those_who_watch_it(bus: Bus, nats_
     assert numbers == sorted(numbers)  # no heartbeat took the number of an event that was not sent yet
 
 
+@pytest.mark.slow
 async def test_a_run_past_its_deadline_gets_no_more_heartbeats_from_the_watchdog(
     bus: Bus, nats_url: str, namespace: str
 ) -> None:

@@ -66,6 +66,7 @@ async def works_as_ever(bus: Bus, when: str) -> None:
     assert TIMEOUT_S - 0.1 <= took_s <= TIMEOUT_S + LATE_S, when
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step_s", STEPS_S)
 async def test_a_step_in_a_process_that_does_everything_changes_nothing(
     nats_url: str, namespace: str, step_s: float, monkeypatch: pytest.MonkeyPatch

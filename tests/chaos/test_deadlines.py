@@ -62,6 +62,7 @@ async def ends_in_time(bus: Bus, node_id: str = "", **facts: Any) -> str:
     return handle.task_id
 
 
+@pytest.mark.slow
 async def test_a_deadline_is_kept_in_an_auction_in_a_backlog_and_in_every_kind_of_run(bus: Bus) -> None:
     work, model = Stubborn(), Silent()
     nodes = [
@@ -96,6 +97,7 @@ async def test_a_deadline_is_kept_in_an_auction_in_a_backlog_and_in_every_kind_o
     assert not {queued, bounced, toolless} & set(work.begun)
 
 
+@pytest.mark.slow
 async def test_a_deadline_is_kept_while_all_are_busy_and_while_nobody_is_there(bus: Bus) -> None:
     work = Stubborn()
     namespace = bus.subjects.namespace

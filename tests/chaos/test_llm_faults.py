@@ -250,6 +250,7 @@ def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_provider, "BACKOFF_S", 0.01)
 
 
+@pytest.mark.slow
 async def test_every_fault_of_a_model_ends_the_task_as_it_should(nats_url: str, namespace: str) -> None:
     async with cluster(nats_url, namespace, FAULTS) as running:
         runs = [running.run(**{"node_id": f"n{n}", **fault.ad}) for n, fault in enumerate(FAULTS.values())]
@@ -276,6 +277,7 @@ async def test_a_task_leaves_a_model_that_fails_for_one_that_does_not(nats_url: 
     assert (end.state, end.content, end.node_id, end.attempts) == ("succeeded", "fine", "n1", 2)
 
 
+@pytest.mark.slow
 async def test_the_only_model_is_asked_again_when_it_said_and_nobody_holds_a_slot_until_then(
     nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +316,7 @@ NO_ESTIMATE: dict[str, Fault] = {
 }
 
 
+@pytest.mark.slow
 async def test_a_heuristic_stands_in_for_a_model_that_fails_sense(
     nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,7 @@ async def test_after_the_store_was_wiped_new_tasks_end_and_learning_goes_on(tmp_
         server.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STREAMS)
 async def test_a_deleted_stream_or_bucket_is_created_again_and_new_tasks_end(client: Bus, name: str) -> None:
     assert (await do(client, "before")).success

@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import AsyncExitStack
 
+import pytest
 from support.nodes import Counting, node
 from support.wait import until
 
@@ -16,6 +17,7 @@ from loom.schemas.task import TaskAd
 SLOW_RETURN_S = 2.0
 
 
+@pytest.mark.slow
 async def test_a_host_that_is_slow_to_come_back_after_an_outage_is_not_taken_for_lost(server: NatsServer) -> None:
     agent = Counting()
     async with AsyncExitStack() as stack:

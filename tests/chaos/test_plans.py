@@ -135,6 +135,7 @@ class Town(Stage):
         return entry.value if entry else None
 
 
+@pytest.mark.slow
 async def test_a_divided_task_survives_scale_killed_half_way(nats_url: str, namespace: str) -> None:
     halves = [Crash("plan stored"), Crash("plan noted"), Crash("plan joined"), Crash("plan over", "cancelled")]
     await survive(towns(Town, halves, nats_url, namespace, ways=[signal.SIGKILL]))

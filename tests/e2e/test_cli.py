@@ -149,6 +149,7 @@ async def test_run_without_phases_says_what_to_do(start: Start, on_bus: tuple[st
     assert (ended.code, ended.err) == (3, 'bus_unavailable: no phases answer; run "loom up"\n')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 async def test_an_interrupted_run_keeps_what_it_has(start: Start, tmp_path: Path, by: signal.Signals) -> None:
     (tmp_path / "agents.py").write_text(
@@ -238,6 +239,7 @@ async def test_up_says_so_when_its_port_is_taken(start: Start) -> None:
     assert ended.err.startswith(f"bus_unavailable: port {port} is taken")
 
 
+@pytest.mark.slow
 async def test_a_phase_waits_for_its_server(start: Start, namespace: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -400,6 +402,7 @@ def test_a_bad_setting_ends_every_command(monkeypatch: pytest.MonkeyPatch, capsy
         assert capsys.readouterr().err.startswith("invalid_setting: LOOM_NAMESPACE: ")
 
 
+@pytest.mark.slow
 async def test_without_a_server_a_client_gives_up_soon(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         url = f"nats://user:secret@127.0.0.1:{probe.getsockname()[1]}"

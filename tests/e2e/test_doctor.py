@@ -67,6 +67,7 @@ async def test_a_healthy_cluster_has_nothing_but_good_findings(on_bus: Where, cl
     assert f"{namespace}-node" in here.out
 
 
+@pytest.mark.slow
 async def test_each_thing_that_is_wrong_is_a_line_with_what_to_do(on_bus: Where, client: Bus, tmp_path: Path) -> None:
     url, namespace = on_bus
     s = client.subjects
@@ -123,6 +124,7 @@ def test_a_process_whose_clocks_are_off_is_named() -> None:
     assert judged(process(-3600, 0)) == {"clock": f"fail: {who} is 3600.00 s behind the server's time in its decisions"}
 
 
+@pytest.mark.slow
 async def test_processes_that_are_wrong_about_the_servers_time_are_found(on_bus: Where, client: Bus) -> None:
     url, namespace = on_bus
     async with (
@@ -168,6 +170,7 @@ def test_busy_hosts_and_backlogs_are_noticed() -> None:
 # -- servers that will not do
 
 
+@pytest.mark.slow
 async def test_without_a_server_there_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         url = f"nats://127.0.0.1:{probe.getsockname()[1]}"

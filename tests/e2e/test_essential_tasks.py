@@ -73,6 +73,7 @@ async def test_an_embedded_runtime_raises_the_reason_and_works_again_once_reopen
         assert await rt.submit(TaskAd(description="three", **task)) == "THREE"
 
 
+@pytest.mark.slow
 async def test_a_runtime_whose_phases_fail_at_once_leaves_no_server_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NATS_URL", raising=False)
     monkeypatch.setattr(Adapt, "_read", _fail_at_once)

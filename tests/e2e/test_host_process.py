@@ -290,6 +290,8 @@ import asyncio, time
 from loom import Runtime, TaskAd
 from loom.schemas.config import ClusterConfig
 
+pytestmark = pytest.mark.slow
+
 async def deaf(description: str) -> str:
     while True:
         try:

@@ -158,6 +158,7 @@ async def test_a_process_whose_server_has_a_name_that_takes_long_to_look_up_ends
     assert time.monotonic() - began < PROMPT_S
 
 
+@pytest.mark.slow
 async def test_a_process_ends_after_its_drain_although_a_thread_goes_on(
     tmp_path: Path, nats_url: str, namespace: str
 ) -> None:
@@ -179,6 +180,7 @@ async def test_a_process_ends_after_its_drain_although_a_thread_goes_on(
     assert (tmp_path / "busy.done").exists()  # what the program wants done at its end is done
 
 
+@pytest.mark.slow
 def test_a_thread_of_the_executor_does_not_hold_up_the_end_of_the_work() -> None:
     async def work() -> str:
         asyncio.get_running_loop().run_in_executor(None, time.sleep, 20)

@@ -42,6 +42,7 @@ async def test_building_a_runtime_does_no_io(monkeypatch: pytest.MonkeyPatch) ->
     rt.dispose()
 
 
+@pytest.mark.slow
 async def test_a_server_nobody_runs_is_bus_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NATS_URL", "nats://127.0.0.1:1")
     with pytest.raises(BusUnavailable, match="no nats-server at"):
@@ -210,6 +211,7 @@ async def test_dispose_leaves_neither_process_nor_folder_and_bears_being_called_
     await until(lambda: not folders(), what="the server's folder is gone")
 
 
+@pytest.mark.slow
 def test_a_runtime_serves_one_event_loop_after_another(embedded: None) -> None:
     rt = runtime()
     answers = [asyncio.run(rt.submit(TaskAd(domain="code", description=text))) for text in ("one", "two")]

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import pytest
 from support.nodes import Counting, node
 
 from loom import Runtime
@@ -65,6 +66,7 @@ async def test_runtimes_in_two_processes_win_each_others_tasks(phases: Bus) -> N
     assert max((mine.runs + theirs).values()) == 1
 
 
+@pytest.mark.slow
 async def test_two_replicas_of_every_phase_share_the_work_and_run_no_task_twice(
     on_bus: tuple[str, str], client: Bus
 ) -> None:

@@ -88,6 +88,7 @@ async def test_who_will_not_end_is_killed() -> None:
     assert not alive(pid)
 
 
+@pytest.mark.slow
 async def test_nothing_outlives_a_supervisor_that_is_killed(tmp_path: Path, nats_url: str, namespace: str) -> None:
     script = f"""
 import asyncio, os

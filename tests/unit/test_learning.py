@@ -155,6 +155,7 @@ def test_figures_of_one_who_always_knows_best_show_no_regret() -> None:
     assert (figures.regret, figures.optimal, figures.recovered_after, figures.newcomer_after) == (0, 1, 100, 16)
 
 
+@pytest.mark.slow
 def test_learning_beats_guessing_and_round_robin_by_far() -> None:
     regrets = {
         name: mean(run(name, Setting(tasks=1500), seed).regret for seed in OTHER_SEEDS[:2])
