@@ -136,6 +136,7 @@ async def test_costly_checks_end_in_their_time_beside_neighbours_without_delay(s
     assert longest.seconds < MOST_S, longest
 
 
+@pytest.mark.slow
 async def test_a_result_that_cannot_be_checked_in_time_is_refused_and_tried_elsewhere(stage: Stage) -> None:
     await stage.phase("evaluate")
     await back_from_execute(stage, Accept(pattern=COSTLY_PATTERNS[0]), COSTLY_CONTENT, "t1")
@@ -216,6 +217,7 @@ async def test_a_description_of_64_kib_takes_a_moment(stage: Stage, longest: Lon
     assert longest.seconds < MOST_S, longest
 
 
+@pytest.mark.slow
 async def test_all_phases_stand_a_submitters_bombs(stage: Stage, longest: Longest) -> None:
     """The way of an ordinary cluster: bombs among tasks that all succeed."""
     phases: tuple[Phase, ...] = ("sense", "match", "scale", "execute", "evaluate")
@@ -245,6 +247,7 @@ async def test_all_phases_stand_a_submitters_bombs(stage: Stage, longest: Longes
     assert longest.seconds < MOST_S, longest
 
 
+@pytest.mark.slow
 async def test_a_phase_stops_while_bombs_are_checked(stage: Stage) -> None:
     replica = await stage.phase("evaluate")
     for number in range(4):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from support.buses import Connect, Heard, alive, back
 from support.logs import capture_logs
+from support.stopping import stop
 from support.wait import until
 
 from loom.bus import client, connection, topology
@@ -458,6 +459,7 @@ async def test_closing_while_the_server_is_away_does_not_hang(connect: Connect, 
     assert not bus.lost.is_set()
 
 
+@pytest.mark.slow
 async def test_closing_at_any_moment_of_a_loss_leaves_no_task(connect: Connect, server: NatsServer) -> None:
     """Every turn of the event loop after the loss is tried: a reconnect reacts differently at each."""
     before = asyncio.all_tasks()
@@ -533,6 +535,7 @@ async def test_what_is_sent_on_a_lost_connection_before_that_is_noticed_arrives_
     assert (await heard.count(1))[0].data == b"x"
 
 
+@pytest.mark.slow
 async def test_two_lost_acknowledgements_make_the_connection_anew(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     reconnected = asyncio.Event()
     bus.on_reconnect(reconnected.set)
@@ -575,7 +578,7 @@ class Unanswered(client._Unconfirmed):
 
 
 async def test_a_question_whose_server_dies_is_asked_again(mortal: Bus, server: NatsServer) -> None:
-    os.kill(server.pid, signal.SIGSTOP)
+    stop(server.pid)
     asked = asyncio.ensure_future(mortal.api(f"STREAM.INFO.{mortal.subjects.stream('TASKS')}", timeout_s=30))
     purged = asyncio.ensure_future(mortal.api(f"STREAM.PURGE.{mortal.subjects.stream('DEAD')}", timeout_s=1))
     await asyncio.wait([asked], timeout=0.2)

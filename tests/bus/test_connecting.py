@@ -80,6 +80,7 @@ async def test_what_the_server_refuses_is_named(error: bytes, cause: str) -> Non
     assert b'"pass": "secret"' in fake.received
 
 
+@pytest.mark.slow
 async def test_of_several_servers_each_has_its_own_cause_and_all_are_tried() -> None:
     async with (
         fake_server(info(auth_required=True), answer=b"-ERR 'Authorization Violation'\r\n", hang_up=True) as one,
@@ -158,6 +159,7 @@ async def test_each_server_gets_its_own_credentials() -> None:
 # -- at the command line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "url", "words"),
     [

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nats
 import pytest
+from support.stopping import stop
 from support.wait import until
 
 from loom.runner import embedded
@@ -227,7 +228,7 @@ def test_a_server_that_hangs_is_killed_on_stop(server: NatsServer, monkeypatch: 
     stubborn = NatsServer()
     stubborn.start()
     pid = stubborn.pid
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     stubborn.stop()
 
     assert not alive(pid)

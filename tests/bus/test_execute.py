@@ -211,6 +211,7 @@ async def no_result(run: FakeRun) -> None:
     await run.say("result")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "code"),
     [

@@ -10,6 +10,7 @@ import pytest
 from support.logs import capture_logs
 from support.phases import Asker, Stage, quiet
 from support.runs import Watcher, run
+from support.stopping import stop
 from support.wait import until
 
 from loom.agents.agent import Agent
@@ -227,6 +228,7 @@ async def test_what_an_agent_says_comes_in_messages_of_bounded_size(stage: Stage
     assert len(many.bodies) < len(many.events) / 10
 
 
+@pytest.mark.slow
 async def test_an_agent_that_never_waits_is_slowed_to_what_the_server_takes(
     server: NatsServer, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +243,7 @@ async def test_an_agent_that_never_waits_is_slowed_to_what_the_server_takes(
 
     async with Stage(server.url, namespace) as stage:
         host = await stage.host([node(agent=talk)])
-        os.kill(server.pid, signal.SIGSTOP)
+        stop(server.pid)
         try:
             host._on_run(Msg("", "_INBOX.x", encode(RunRequest(task_id="t1", node_id="n1", description="it"))))
             await until(lambda: said and time.monotonic() - moved_at > 0.5, within_s=8, what="it waits")

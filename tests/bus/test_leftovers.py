@@ -89,6 +89,7 @@ async def publish_and_drop(bus: Bus, count: int) -> None:
     assert kept < 5 * 2**20
 
 
+@pytest.mark.slow
 async def test_two_thousand_dropped_handles_leave_no_subscription_and_no_memory(bus: Bus) -> None:
     await publish_and_drop(bus, 2_000)
 

@@ -432,6 +432,7 @@ async def test_a_suspect_that_has_shown_to_be_harmless_lets_the_others_in(bus: B
 # -- long work
 
 
+@pytest.mark.slow
 async def test_long_work_is_not_given_to_another(hasty: Bus, phases: Phases, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop_module, "IN_PROGRESS_S", 0.1)
     answers, held = record_answers(hasty), Held()

@@ -158,6 +158,7 @@ async def quietly(**_facts: Any) -> None:
     """Say nothing."""
 
 
+@pytest.mark.slow
 async def test_a_proven_host_that_missed_three_windows_is_not_waited_for_until_it_announces_itself(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,13 +1,12 @@
 """The ordered reader: every message once, in order, wherever it begins and whatever happens."""
 
 import asyncio
-import os
-import signal
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 from support.buses import Connect, back
+from support.stopping import stop
 from support.wait import until
 
 from loom.bus import ordered
@@ -226,6 +225,7 @@ async def test_what_is_new_begins_where_the_reader_began_even_if_the_server_was_
     await one.got([1, 2, 3], within_s=15)
 
 
+@pytest.mark.slow
 async def test_what_is_written_during_restarts_is_read_once_and_in_order(
     mortal: Bus, server: NatsServer, reading: Start
 ) -> None:
@@ -244,7 +244,7 @@ async def test_a_reader_started_while_the_server_restarts_begins_after_it(
     mortal: Bus, server: NatsServer, reading: Start
 ) -> None:
     await put(mortal, 0, 1)
-    os.kill(server.pid, signal.SIGSTOP)
+    stop(server.pid)
     one = reading(mortal)
     await asyncio.wait([one._task], timeout=0.2)
     server.kill()

@@ -164,6 +164,7 @@ async def test_a_consumer_deleted_meanwhile_is_made_again(bus: Bus) -> None:
         assert hand.most <= 4
 
 
+@pytest.mark.slow
 async def test_it_is_made_again_even_where_a_tap_hides_that_nobody_answers(
     bus: Bus, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,7 @@ async def test_a_failing_child_retires_amid_its_work_and_ends_it(stage: Stage, g
     await stage.seen("lifecycle", kind="retired", node_id="a-c2", within_s=WITHIN_S)
 
 
+@pytest.mark.slow
 async def test_of_two_replicas_one_acts_and_min_nodes_stay(
     stage: Stage, grown: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

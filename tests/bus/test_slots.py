@@ -195,6 +195,7 @@ async def test_a_run_that_ignores_its_cancel_is_given_up_and_shown(
     await until(lambda: stage.all("host")[-1].stuck == 0, what="it has ended")
 
 
+@pytest.mark.slow
 async def test_a_drain_does_not_wait_for_runs_that_ignore_their_cancel(stage: Stage) -> None:
     stubborn = Stubborn()
     host = await stage.host([node("n1", stubborn.deaf)], slots=2)

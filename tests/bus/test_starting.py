@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support.logs import capture_logs
 from support.nodes import echo, node
+from support.stopping import stop
 from support.wait import until
 
 from loom.bus import tasks, topology
@@ -138,7 +139,7 @@ def freeze_after_connecting(server: NatsServer, monkeypatch: pytest.MonkeyPatch,
         bus = await connect(self)
         made += 1
         if made == connections:
-            os.kill(server.pid, signal.SIGSTOP)
+            stop(server.pid)
             all_made.set()
         await all_made.wait()
         return bus

@@ -223,6 +223,7 @@ async def test_many_may_apply_at_once(connect: Connect) -> None:
     assert len(await names(buses[0])) == 8
 
 
+@pytest.mark.slow
 async def test_many_processes_may_apply_at_once(nats_url: str, namespace: str, plain: Bus) -> None:
     script = (
         "import asyncio; from loom.bus import topology; from loom.bus.client import Bus\n"

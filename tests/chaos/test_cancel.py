@@ -184,6 +184,7 @@ async def test_a_cancel_that_races_the_result_or_another_cancel_gives_one_end(bu
     assert all(len(set(said)) == 1 for said in told.values())  # told again perhaps, never otherwise
 
 
+@pytest.mark.slow
 async def test_a_task_that_is_cancelled_while_it_waits_for_a_node_is_never_awarded(bus: Bus, agents: Stubborn) -> None:
     """Wherever it waits: for any node, for the one it is pinned to, or parked for the parts it was divided into."""
     plan = {"plan": {"subtasks": [{"id": "a", "description": "x", "domain": "quick"}]}}

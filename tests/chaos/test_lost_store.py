@@ -70,6 +70,7 @@ async def complete(bus: Bus) -> None:
     await until(so, what="everything is there again")
 
 
+@pytest.mark.slow
 async def test_after_the_store_was_wiped_new_tasks_end_and_learning_goes_on(tmp_path: Path) -> None:
     server = NatsServer(tmp_path / "store")
     server.start()

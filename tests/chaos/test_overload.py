@@ -89,6 +89,7 @@ async def succeeded(bus: Bus, ids: list[str]) -> None:
         await until(ended, within_s=WITHIN_S, what=f"{task_id} has ended")
 
 
+@pytest.mark.slow
 async def test_a_full_intake_refuses_at_once_and_all_that_was_accepted_ends(bus: Bus) -> None:
     agent = Gated()
     config = ClusterConfig(intake_limit=LIMIT, max_in_flight=IN_FLIGHT)

@@ -63,6 +63,7 @@ async def settled_plan(bus: Bus, task_id: str) -> SplitPlan:
     return await until(settled, what="the plan shows how its subtasks ended")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cancelled", "deadline", "failed"])
 async def test_the_plan_of_an_ended_task_shows_how_its_subtasks_ended(bus: Bus, how: str) -> None:
     plan = [{**part, "description": "fails"} if how == "failed" and part["id"] == "first" else part for part in PLAN]

@@ -39,6 +39,7 @@ async def _copies(bus: Bus) -> dict[str, int]:
     return {info["config"]["name"]: 1 + len(info["cluster"].get("replicas") or []) for info in infos}
 
 
+@pytest.mark.slow
 async def test_every_stream_is_on_three_servers_and_tasks_end_on_them(cluster: NatsCluster, client: Bus) -> None:
     assert await topology.apply(client, THREE) == []
     assert await topology.apply(client, THREE) == []
@@ -62,6 +63,7 @@ async def test_more_copies_of_what_is_there_are_the_operators_to_make(cluster: N
     assert all("nats stream edit" in todo for todo in advice)
 
 
+@pytest.mark.slow
 async def test_a_message_sent_again_while_its_first_sending_is_being_copied_is_stored_once(client: Bus) -> None:
     """Replicas refuse a second sending of an id that is not yet stored; that is no answer for who sent it."""
     await topology.apply(client, THREE)

@@ -111,6 +111,7 @@ async def cluster_of(server: NatsServer, agent: Agent) -> AsyncIterator[Bus]:
         yield bus
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("away_s", [1, pytest.param(15, marks=[pytest.mark.slow, pytest.mark.timeout(120)])])
 async def test_work_goes_on_after_the_server_was_away(server: NatsServer, away_s: float) -> None:
     agent = Agent()

@@ -167,6 +167,7 @@ async def test_an_interrupted_run_keeps_what_it_has(start: Start, tmp_path: Path
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 async def test_a_reader_that_leaves_does_not_end_the_run(start: Start, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -229,6 +230,7 @@ async def test_a_cluster_of_processes_works_is_watched_and_stops(start: Start, t
     assert (tmp_path / "store" / "jetstream").is_dir()
 
 
+@pytest.mark.slow
 async def test_up_says_so_when_its_port_is_taken(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

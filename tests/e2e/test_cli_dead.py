@@ -166,6 +166,7 @@ def test_what_cannot_be_done_is_one_line(line: str, code: int, said: str, here: 
     is_refused(loom, line, code, said)
 
 
+@pytest.mark.slow
 def test_doctor_counts_letters_until_they_are_dropped(
     nats_url: str, loom: Loom, monkeypatch: pytest.MonkeyPatch
 ) -> None:

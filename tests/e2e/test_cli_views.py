@@ -256,6 +256,7 @@ def test_a_task_is_cancelled_once(here: Cluster, loom: Loom) -> None:
     assert re.match(r"unwanted  cancelled after .*", loom("task unwanted").out)
 
 
+@pytest.mark.slow
 async def test_a_tap_tells_the_past_and_goes_on_with_what_it_was_asked_for(here: Cluster, tmp_path: Path) -> None:
     where = {"NATS_URL": here.url, "LOOM_NAMESPACE": here.namespace}
     async with (
@@ -312,6 +313,7 @@ def test_without_phases_ever_every_command_says_so(here: Cluster, loom: Loom, mo
         assert ended.err.splitlines()[-1].startswith("bus_unavailable: no phases have run in namespace nobody"), line
 
 
+@pytest.mark.slow
 def test_without_a_server_every_command_says_so(loom: Loom, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loom.runner.cli.looking.PATIENCE_S", 0.1)
     monkeypatch.setattr("loom.runner.cli.watch.PATIENCE_S", 0.1)

@@ -198,6 +198,7 @@ async def aged(url: str, version: bytes) -> AsyncIterator[str]:
         yield f"nats://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
 
 
+@pytest.mark.slow
 async def test_an_old_server_is_to_be_upgraded(nats_url: str, tmp_path: Path) -> None:
     async with aged(nats_url, b"2.9.10") as url:
         ended = await loom(tmp_path, "doctor", NATS_URL=url)
@@ -249,6 +250,7 @@ async def test_phases_are_found_as_nats_services_are(on_bus: Where, phases: Bus,
     }
 
 
+@pytest.mark.slow
 async def test_a_phase_that_answers_and_does_not_work_is_found(
     on_bus: Where, client: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:

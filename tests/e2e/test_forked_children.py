@@ -87,6 +87,7 @@ async def works_on(rt: Runtime) -> None:
     assert time.monotonic() - began < 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_a_child_submits_to_the_parents_embedded_cluster(monkeypatch: pytest.MonkeyPatch, loop: str) -> None:
     monkeypatch.delenv("NATS_URL", raising=False)
@@ -179,6 +180,7 @@ async def test_an_open_amoeba_loop_works_in_parent_and_child(monkeypatch: pytest
         assert await last() == f"task in {os.getpid()}"
 
 
+@pytest.mark.slow
 async def test_agents_may_fork_pools_and_children_that_exit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NATS_URL", raising=False)
     rt = runtime()
@@ -308,6 +310,7 @@ FORKS_IN_ITS_LOOP = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("child", "first"),
     [

@@ -122,6 +122,7 @@ async def begun_on(bus: Bus, node_id: str, domain: str = "") -> TaskHandle:
     return handle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [
@@ -169,6 +170,7 @@ async def outlives(running: Command, number: signal.Signals) -> None:
             await running.process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["blocks", pytest.param("deaf", marks=pytest.mark.slow)])
 async def test_a_second_signal_ends_a_host_at_once(nats_url: str, namespace: str, tmp_path: Path, kind: str) -> None:
     async with (
@@ -184,6 +186,7 @@ async def test_a_second_signal_ends_a_host_at_once(nats_url: str, namespace: str
     assert ended.code in (0, 1)
 
 
+@pytest.mark.slow
 async def test_what_user_code_raises_in_tasks_and_callbacks_of_its_own_does_not_end_the_host(
     nats_url: str, namespace: str, tmp_path: Path
 ) -> None:
@@ -208,6 +211,7 @@ async def test_what_user_code_raises_in_tasks_and_callbacks_of_its_own_does_not_
     assert "Traceback" not in ended.err
 
 
+@pytest.mark.slow
 async def test_a_secret_in_an_exception_is_found_nowhere(namespace: str, tmp_path: Path) -> None:
     def refuse(_request: object) -> Reply:
         return Reply(status=400, body=json.dumps({"error": {"message": f"bad header Authorization: Bearer {KEY}"}}))
@@ -290,8 +294,6 @@ import asyncio, time
 from loom import Runtime, TaskAd
 from loom.schemas.config import ClusterConfig
 
-pytestmark = pytest.mark.slow
-
 async def deaf(description: str) -> str:
     while True:
         try:
@@ -315,6 +317,7 @@ print("the program goes on")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leave", ["pass", pytest.param("rt.dispose()", marks=pytest.mark.slow)])
 async def test_a_program_goes_on_after_a_runtime_whose_agent_ignores_its_cancel(tmp_path: Path, leave: str) -> None:
     (tmp_path / "program.py").write_text(PROGRAM.replace("{leave}", leave))

@@ -96,6 +96,7 @@ async def hang(_job: RunRequest) -> str:
     return "never"
 
 
+@pytest.mark.slow
 async def test_who_fails_says_nothing_or_never_answers_loses_its_share_and_never_looks_successful(town: Town) -> None:
     await town.host(node("failing", fail, code=0.9), node("empty", empty, code=0.9))
     await town.silent_host("silent", 0.9)
@@ -113,6 +114,7 @@ async def test_who_fails_says_nothing_or_never_answers_loses_its_share_and_never
     assert firsts[-40:].count("good") >= 30, firsts
 
 
+@pytest.mark.slow
 async def test_who_hangs_until_the_deadline_loses_its_share(town: Town) -> None:
     await town.host(node("hanging", hang, code=0.9), node("good", echo, code=0.5))
     results = await town.work(20, timeout_s=0.5)

@@ -29,6 +29,7 @@ def without(streams: str, *words: str) -> tuple[str, ...]:
     return ("sh", "-c", f'exec "$@" {CLOSED[streams]}', "sh", *words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "streams",
     ["stdin", pytest.param("stdout", marks=pytest.mark.slow), pytest.param("stderr", marks=pytest.mark.slow), "all"],
@@ -110,6 +111,7 @@ async def test_process_1_drains_and_ends_with_the_code_of_the_command(
         assert (await container.end()).code == 3
 
 
+@pytest.mark.slow
 @in_container
 async def test_orphans_of_agents_do_not_stay_zombies_under_process_1(
     tmp_path: Path, nats_url: str, namespace: str
@@ -143,6 +145,7 @@ async def test_orphans_of_agents_do_not_stay_zombies_under_process_1(
 # -- the end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["asyncio", "auto"])
 async def test_a_process_whose_server_has_a_name_that_takes_long_to_look_up_ends_at_once(
     loop: str, tmp_path: Path

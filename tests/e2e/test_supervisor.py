@@ -118,6 +118,7 @@ def restarted(server: NatsServer, before: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 async def test_a_server_that_is_killed_comes_back_with_its_port_and_store(tmp_path: Path) -> None:
     server = NatsServer(tmp_path / "store")
     server.start()

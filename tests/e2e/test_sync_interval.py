@@ -4,6 +4,7 @@ import asyncio
 import re
 from pathlib import Path
 
+import pytest
 from support.command import LOOM, below, command
 
 PIECE = """
@@ -25,6 +26,7 @@ def _server_settings(pid: int) -> str:
     return Path(config).read_text()
 
 
+@pytest.mark.slow
 async def test_a_server_started_here_flushes_as_often_as_set(tmp_path: Path) -> None:
     (tmp_path / "piece.py").write_text(PIECE)
 

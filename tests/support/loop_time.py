@@ -1,6 +1,7 @@
 """CPU time of single callbacks of the event loop."""
 
 import asyncio
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ class Longest:
 
 @contextmanager
 def longest_callback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Longest]:
-    """Yield the longest callback so far of every loop of plain asyncio."""
+    """Yield the longest callback so far of every loop of plain asyncio; the suite's garbage waits meanwhile."""
     longest, run = Longest(), asyncio.Handle._run
 
     def timed(handle: asyncio.Handle) -> None:
@@ -31,4 +32,8 @@ def longest_callback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Longest]:
 
     with monkeypatch.context() as patch:
         patch.setattr(asyncio.Handle, "_run", timed)
-        yield longest
+        gc.disable()
+        try:
+            yield longest
+        finally:
+            gc.enable()

@@ -250,6 +250,7 @@ async def test_an_answer_that_comes_too_late_is_a_missed_deadline(
         await (streamed(provider, hurried) if streaming else provider.complete(hurried))
 
 
+@pytest.mark.slow
 async def test_a_stream_that_dawdles_misses_its_deadline(server: OpenAIServer, provider: OpenAIProvider) -> None:
     await provider.complete(ASK)  # the first use imports the library, which takes time of its own
     server.script(Reply(text="word " * 500, pause_s=0.05))

@@ -181,6 +181,7 @@ async def test_a_nest_of_brackets_is_given_up_at_once() -> None:
     assert whole.description == "build it"
 
 
+@pytest.mark.slow
 @given(st.text() | st.recursive(st.none() | st.text() | st.floats() | st.integers(), st.lists).map(json.dumps))
 def test_no_text_breaks_the_reader(text: str) -> None:
     with pytest.raises(InvalidPlan):

@@ -101,6 +101,7 @@ def test_where_hops_were_dropped_the_attempts_count_from_both_ends() -> None:
     assert numbers[gaps[0]] > numbers[gaps[0] - 1]
 
 
+@pytest.mark.slow
 @given(messages(TaskRecord))
 def test_any_record_has_a_timeline(any_record: TaskRecord) -> None:
     told = turns(any_record)

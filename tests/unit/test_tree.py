@@ -134,6 +134,7 @@ def test_of_very_many_parts_the_first_are_shown() -> None:
     assert lines[-1].strip() == "… and 960 more"
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(st.lists(messages(Subtask), min_size=1, max_size=3), messages(TaskRecord))
 def test_any_plan_can_be_drawn_at_any_width(parts: list[Subtask], record: TaskRecord) -> None:
