@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loom.agents.agent import Agent
-    from loom.agents.config import AgentConfig
     from loom.agents.delegate import delegate
-    from loom.agents.openai_provider import OpenAIProvider
+    from loom.agents.llm.agent import Agent
+    from loom.agents.llm.config import AgentConfig
+    from loom.agents.llm.openai_provider import OpenAIProvider
     from loom.agents.tools import ToolContext, tool
     from loom.bus.reward_bus import RewardBus
     from loom.cluster.amoeba_loop import AmoebaLoop, LoopContext

@@ -11,9 +11,9 @@ from typing import Any, Self
 
 import msgspec
 
-from loom.agents.agent import Agent
-from loom.agents.config import AgentConfig
 from loom.agents.function_agent import as_agent
+from loom.agents.llm.agent import Agent
+from loom.agents.llm.config import AgentConfig
 from loom.agents.tools import Tool
 from loom.background_loop import BackgroundLoop
 from loom.bus import tasks

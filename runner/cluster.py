@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple, Protocol
 
-from loom.agents.guarded_provider import GuardedProvider
 from loom.agents.host import BACKLOG, SLOTS, NodeHost
+from loom.agents.llm.guarded_provider import GuardedProvider
 from loom.agents.node import Node
 from loom.agents.nursery import Nursery
 from loom.bus import topology

@@ -5,7 +5,17 @@ from typing import Annotated, Literal
 from msgspec import Meta
 from msgspec.structs import replace
 
-from loom.schemas.task import Priority, RunResult, TaskAd, TaskError, TaskResult, TaskState, slug
+from loom.schemas.task import (
+    MAX_WARNINGS,
+    PhaseUsage,
+    Priority,
+    RunResult,
+    TaskAd,
+    TaskError,
+    TaskResult,
+    TaskState,
+    slug,
+)
 from loom.schemas.wire import (
     MAX_SECONDS,
     Count,
@@ -219,6 +229,12 @@ class Envelope(Relayed, frozen=True, kw_only=True):
     """Excluded node -> server time from which it asked to be tried again, as a model's server told it."""
     tried: Annotated[tuple[Tried, ...], Meta(max_length=MAX_TRIED)] = ()
     """Attempts that failed, oldest first; the newest ones where there were more."""
+    spent: RunResult = RunResult()
+    """Tokens and money of all attempts before this one; content is empty."""
+    phase_usage: Annotated[dict[Name, PhaseUsage], Meta(max_length=16)] = {}
+    """phase -> what its questions to a model took."""
+    warnings: Annotated[tuple[Note, ...], Meta(max_length=MAX_WARNINGS)] = ()
+    """What a person should know of the result."""
     trace: Note = ""
     """W3C traceparent, passed on as it came."""
     known: Known | None = None

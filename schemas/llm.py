@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from loom.schemas.wire import Count, Wire
+from loom.schemas.wire import Count, FreeJson, Wire
 
 
 class ToolCall(Wire, frozen=True, kw_only=True):
@@ -13,6 +13,8 @@ class ToolCall(Wire, frozen=True, kw_only=True):
     name: str
     arguments: str = ""
     """JSON text as the model wrote it: unchecked."""
+    extra: FreeJson = {}
+    """Fields beside the call that its server wants back unchanged, such as a signature."""
 
 
 class Message(Wire, frozen=True, kw_only=True):
@@ -24,6 +26,8 @@ class Message(Wire, frozen=True, kw_only=True):
     """Assistant only."""
     tool_call_id: str = ""
     """Tool only: the call this answers."""
+    reasoning: str = ""
+    """Assistant only: the model's reasoning, for servers that want it back."""
 
 
 class ToolDefinition(Wire, frozen=True, kw_only=True):
@@ -52,8 +56,10 @@ class CompletionParams(Wire, frozen=True, kw_only=True):
 
     messages: tuple[Message, ...]
     tools: tuple[ToolDefinition, ...] = ()
-    temperature: float = 0.7
-    max_tokens: int = 4096
+    temperature: float | None = 0.7
+    """None: the server's own."""
+    max_tokens: int | None = 4096
+    """Most tokens of the answer; None: the server's own limit."""
     json_schema: dict[str, Any] | None = None
     """The answer must be JSON of this schema, where the model can be held to it."""
     timeout_s: float | None = None
@@ -64,6 +70,9 @@ class CompletionResult(Wire, frozen=True, kw_only=True):
     """A model's whole answer."""
 
     content: str = ""
+    reasoning: str = ""
+    refusal: str = ""
+    """The model's sentence, where it refuses."""
     tool_calls: tuple[ToolCall, ...] = ()
     usage: Usage | None = None
     finish_reason: str | None = None
@@ -73,6 +82,8 @@ class StreamChunk(Wire, frozen=True, kw_only=True):
     """A piece of a model's answer; the last one carries `finish_reason` and, where known, `usage`."""
 
     text: str = ""
+    reasoning: str = ""
+    refusal: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     """Complete calls, only in the last chunk."""
     usage: Usage | None = None

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Raw
 
 from loom.schemas.events import Progress
-from loom.schemas.task import Priority, RunResult, TaskAd, TaskError, TaskResult
+from loom.schemas.task import Accept, Priority, RunResult, TaskAd, TaskError, TaskResult
 from loom.schemas.wire import (
     Count,
     FreeJson,
@@ -45,6 +45,8 @@ class RunRequest(Relayed, frozen=True, kw_only=True):
     context: FreeJson = {}
     inputs: Outputs = {}
     """subtask id -> output, for a task that others prepared."""
+    accept: Accept | None = None
+    """What the answer must be to count as a success."""
     tools: Names = ()
     """Tools the run may use; empty: all the node has. A host narrows it further."""
     token_budget: Count | None = None

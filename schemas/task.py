@@ -44,6 +44,8 @@ DEFAULT_TOKEN_YARDSTICK = 4096
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_TOKEN = 64
+MAX_WARNINGS = 8
+Dollars = Annotated[float, Meta(ge=0, le=1e9)]
 
 
 class Accept(Wire, frozen=True, kw_only=True):
@@ -275,11 +277,35 @@ class RunResult(Wire, frozen=True, kw_only=True):
     """Rounds the agent took."""
     tool_errors: Count = 0
     duration_s: Seconds = 0.0
+    usd: Dollars = 0.0
+    """What the run has cost, as far as its agent reports it."""
 
     @property
     def tokens(self) -> int:
         """Prompt and completion tokens together."""
         return total(self.prompt_tokens, self.completion_tokens)
+
+
+class PhaseUsage(Wire, frozen=True, kw_only=True):
+    """What one phase has asked a model on behalf of a task."""
+
+    requests: Count = 0
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+    estimated: bool = False
+    """Whether tokens were guessed from text lengths because the model did not report them."""
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and completion tokens together."""
+        return total(self.prompt_tokens, self.completion_tokens)
+
+
+class TaskUsage(Wire, frozen=True, kw_only=True):
+    """What a task has taken besides its runs."""
+
+    phases: Annotated[dict[Name, PhaseUsage], Meta(max_length=16)] = {}
+    """phase -> what its questions to a model took; absent: the phase asked none."""
 
 
 TaskState = Literal["accepted", "running", "succeeded", "failed", "cancelled"]
@@ -302,10 +328,16 @@ class TaskResult(Relayed, frozen=True, kw_only=True):
     """Whether this is only the best there was, short of what `accept` asks."""
     truncated: bool = False
     prompt_tokens: Count = 0
+    """Of all attempts, delegated work included; those of the phases are in `usage`."""
     completion_tokens: Count = 0
+    usd: Dollars = 0.0
+    """What all attempts have cost, as far as their agents report it."""
+    usage: TaskUsage = TaskUsage()
     steps: Count = 0
     duration_s: Seconds = 0.0
     """Seconds the winning run took."""
+    warnings: Annotated[tuple[Note, ...], Meta(max_length=MAX_WARNINGS)] = ()
+    """What a person should know of the result, such as a judge that could not be asked."""
 
     @property
     def success(self) -> bool:

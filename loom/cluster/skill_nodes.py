@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from functools import partial
 
-from loom.agents.agent import Agent
-from loom.agents.config import AgentConfig
+from loom.agents.llm.agent import Agent
+from loom.agents.llm.config import AgentConfig
 from loom.agents.nursery import Skills
 from loom.agents.tools import Tool
 from loom.bus.faults import describe

@@ -10,8 +10,8 @@ import signal
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from loom.agents.config import AgentConfig
-from loom.agents.openai_provider import OpenAIProvider
+from loom.agents.llm.config import AgentConfig
+from loom.agents.llm.openai_provider import OpenAIProvider
 from loom.bus.client import Bus
 from loom.bus.faults import describe
 from loom.bus.log import get_logger

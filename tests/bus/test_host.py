@@ -13,8 +13,8 @@ from support.runs import Watcher, run
 from support.stopping import stop
 from support.wait import until
 
-from loom.agents.agent import Agent
 from loom.agents.host import PATIENCE_S
+from loom.agents.llm.agent import Agent
 from loom.agents.runs import BATCH_BYTES
 from loom.bus.client import Msg
 from loom.runner.embedded import NatsServer

@@ -13,9 +13,9 @@ from support.phases import Asker, Stage
 from support.runs import run
 from support.wait import until
 
-from loom.agents.agent import Agent
-from loom.agents.config import AgentConfig
 from loom.agents.host import NodeHost
+from loom.agents.llm.agent import Agent
+from loom.agents.llm.config import AgentConfig
 from loom.agents.tools import Tool, tool
 from loom.schemas.auction import CallForBids, Offer
 from loom.schemas.errors import AgentFailed, LoomError

@@ -10,8 +10,8 @@ from support.nodes import node
 from support.stubborn import Stubborn
 from support.wait import until
 
-from loom.agents.agent import Agent
-from loom.agents.config import AgentConfig
+from loom.agents.llm.agent import Agent
+from loom.agents.llm.config import AgentConfig
 from loom.bus import tasks
 from loom.bus.client import Bus
 from loom.bus.tasks import TaskHandle

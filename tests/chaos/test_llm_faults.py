@@ -12,10 +12,10 @@ from support.openai_server import ERROR_EVENT, OpenAIServer, Reply, Request, tex
 from support.phases import Stage, ad
 from support.wait import until
 
-from loom.agents import openai_provider
-from loom.agents.agent import Agent
-from loom.agents.config import AgentConfig
-from loom.agents.openai_provider import OpenAIProvider
+from loom.agents.llm import openai_provider
+from loom.agents.llm.agent import Agent
+from loom.agents.llm.config import AgentConfig
+from loom.agents.llm.openai_provider import OpenAIProvider
 from loom.agents.tools import tool
 from loom.bus import tasks
 from loom.bus.client import Bus

@@ -8,9 +8,9 @@ from support.logs import capture_logs
 from support.openai_server import OpenAIServer, Reply, Request
 from support.wait import until
 
-from loom.agents.agent import EVENT_RESULT_CHARS, PARALLEL_TOOLS, Agent, estimate_tokens, job_message
-from loom.agents.config import AgentConfig
-from loom.agents.openai_provider import OpenAIProvider
+from loom.agents.llm.agent import EVENT_RESULT_CHARS, PARALLEL_TOOLS, Agent, estimate_tokens, job_message
+from loom.agents.llm.config import AgentConfig
+from loom.agents.llm.openai_provider import OpenAIProvider
 from loom.agents.tools import ToolContext, tool
 from loom.schemas.errors import AgentFailed, BudgetExceeded, DeadlineExceeded, LoomError
 from loom.schemas.events import AgentEvent, Done, StepEnd, TextDelta, ToolCallEnd, ToolCallStart

@@ -12,10 +12,10 @@ from msgspec.structs import replace
 from support.openai_server import OpenAIServer, Reply
 from support.phases import ad, awarded, envelope
 
-from loom.agents.agent import Agent
-from loom.agents.config import AgentConfig
 from loom.agents.function_agent import FunctionAgent
-from loom.agents.openai_provider import OpenAIProvider
+from loom.agents.llm.agent import Agent
+from loom.agents.llm.config import AgentConfig
+from loom.agents.llm.openai_provider import OpenAIProvider
 from loom.agents.port import StreamingAgent, collect, failure_of
 from loom.phases.adapt.fold import fold
 from loom.phases.evaluate.policy import End, decide, reward_for

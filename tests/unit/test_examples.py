@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from loom.agents.agent import Agent
+from loom.agents.llm.agent import Agent
 from loom.schemas.errors import AgentFailed
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd, parse_ad

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from support.openai_server import ERROR_EVENT, OpenAIServer, Reply, sample, text_event
 from support.wait import until
 
-from loom.agents import openai_provider
-from loom.agents.config import AgentConfig
-from loom.agents.openai_provider import OpenAIProvider, backoff_s, retry_after_s
+from loom.agents.llm import openai_provider
+from loom.agents.llm.config import AgentConfig
+from loom.agents.llm.openai_provider import OpenAIProvider, backoff_s, retry_after_s
 from loom.schemas.errors import AgentFailed, DeadlineExceeded
 from loom.schemas.llm import (
     CompletionParams,
@@ -484,7 +484,7 @@ def test_one_provider_serves_several_event_loops_and_leaves_nothing_open() -> No
 
 
 def test_importing_it_does_not_import_openai() -> None:
-    code = "import sys, loom.agents.openai_provider; sys.exit('openai' in sys.modules)"
+    code = "import sys, loom.agents.llm.openai_provider; sys.exit('openai' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

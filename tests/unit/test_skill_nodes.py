@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from loom.agents.agent import Agent
-from loom.agents.config import AgentConfig
+from loom.agents.llm.agent import Agent
+from loom.agents.llm.config import AgentConfig
 from loom.cluster.skill_nodes import node_id, skill_nodes
 from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.schemas.auction import SpawnRequest

@@ -22,9 +22,9 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from loom.agents.config import AgentConfig
 from loom.agents.deadline import Deadline
-from loom.agents.usage import usage_of
+from loom.agents.llm.config import AgentConfig
+from loom.agents.llm.usage import usage_of
 from loom.agents.user_code import text_of
 from loom.bus.log import get_logger
 from loom.bus.redaction import redact
@@ -324,8 +324,8 @@ class _Calls:
     """Tool calls, put together from fragments: id and name come first, arguments in any number of pieces."""
 
     def __init__(self) -> None:
-        self._parts: list[dict[str, str]] = []
-        self._open: dict[int | None, dict[str, str]] = {}
+        self._parts: list[dict[str, Any]] = []
+        self._open: dict[int | None, dict[str, Any]] = {}
 
     def add(self, fragments: Iterable[Any]) -> None:
         for fragment in fragments:

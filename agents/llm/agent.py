@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from loom.agents.config import AgentConfig
 from loom.agents.deadline import Deadline
 from loom.agents.delegate import Delegator
+from loom.agents.llm.config import AgentConfig
+from loom.agents.llm.usage import usage_of
 from loom.agents.port import collect, deltas
 from loom.agents.tools import Tool, ToolContext, ToolResult
-from loom.agents.usage import usage_of
 from loom.agents.user_code import described, guarded, text_of, type_name
 from loom.bus.log import get_logger
 from loom.schemas.errors import AgentFailed, BudgetExceeded, LoomError
