@@ -8,7 +8,7 @@ from loom.agents.llm.usage import usage_of
 from loom.agents.user_code import text_of
 from loom.schemas.errors import AgentFailed
 from loom.schemas.llm import StreamChunk, ToolCall
-from loom.schemas.wire import encode
+from loom.schemas.wire import MAX_MESSAGE_BYTES, encode, free_json_fault
 
 TEXTS = ("reasoning", "refusal")
 OTHERS = ("tool_calls", "tool_call", "usage", "finish_reason")
@@ -87,5 +87,11 @@ def _call(given: Any, what: str) -> ToolCall:
         arguments=_text(function, "arguments", what)
         if isinstance(arguments, str | None)
         else encode(arguments).decode(),
-        extra=dict(extra) if isinstance(extra, Mapping) else {},
+        extra=_sendable(extra),
     )
+
+
+def _sendable(extra: Any) -> dict[str, Any]:
+    """Fields beside a call, where they can be sent back: as JSON."""
+    usable = isinstance(extra, dict) and free_json_fault(extra, max_bytes=MAX_MESSAGE_BYTES) is None
+    return extra if usable else {}

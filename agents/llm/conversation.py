@@ -12,7 +12,7 @@ from loom.agents.llm.answer import Answer, most_chars, why_empty
 from loom.agents.llm.answer_text import json_text
 from loom.agents.llm.completion import chunks
 from loom.agents.llm.config import AgentConfig
-from loom.agents.llm.history import CallIds, assistant_turn, legal_call
+from loom.agents.llm.history import CallIds, legal_call
 from loom.agents.llm.prompt import opening
 from loom.agents.llm.token_use import TokenUse, answer_limit, estimate_tokens
 from loom.agents.llm.tool_calls import MOST_REPEATS, ToolCalls, Wanted
@@ -21,8 +21,11 @@ from loom.agents.user_code import described, type_name
 from loom.bus.log import get_logger
 from loom.schemas.errors import AgentFailed, BudgetExceeded, LoomError
 from loom.schemas.events import AgentEvent, Done, ReasoningDelta, StepEnd, StepStart, TextDelta
-from loom.schemas.llm import CompletionParams, LLMProvider
+from loom.schemas.llm import CompletionParams, LLMProvider, Message
 from loom.schemas.run import RunRequest
+
+REPORT_S = 0.05
+"""How long before its deadline a job ends, so that its cost is reported by then."""
 
 log = get_logger()
 
@@ -49,7 +52,7 @@ class Conversation:
         self._schema = job.accept.json_schema if job.accept else None
         self._started = time.monotonic()
         self._step = 0
-        self._deadline = Deadline(job.remaining_s)
+        self._deadline = Deadline(job.remaining_s, early_s=REPORT_S)
         self._delegator = Delegator.current()
         self._calls = ToolCalls(allowed, job, self._deadline, config.tool_context)
         self._ids = CallIds()
@@ -172,7 +175,13 @@ class Conversation:
             again = f"the same call of {', '.join(circling)} {MOST_REPEATS} rounds running"
             raise self._failed(f"the model turns in circles: {again}")
         calls = [Wanted(each, legal_call(each, self._ids.unique(each.id))) for each in answer.tool_calls]
-        self._messages.append(assistant_turn(answer.content, answer.reasoning, [each.legal for each in calls]))
+        turn = Message(
+            role="assistant",
+            content=answer.content,
+            reasoning=answer.reasoning,
+            tool_calls=tuple(each.legal for each in calls),
+        )
+        self._messages.append(turn)
         cut = answer.finish_reason == "length"
         async with aclosing(self._calls.run(calls, self._messages, cut=cut)) as events:
             async for event in events:

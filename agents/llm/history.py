@@ -5,13 +5,12 @@ before it becomes a part of the conversation; the call's result names the fault 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
-from loom.agents.user_code import text_of
 from loom.schemas.llm import Message, ToolCall
 
 MAX_NAME_CHARS = 64
@@ -60,11 +59,6 @@ class CallIds:
         return call_id
 
 
-def without_surrogates(call: ToolCall) -> ToolCall:
-    """Return `call` without halves of surrogate pairs, which models write and UTF-8 cannot carry."""
-    return replace(call, id=text_of(call.id), name=text_of(call.name), arguments=text_of(call.arguments))
-
-
 def alternating(turns: Iterable[Message]) -> list[Message]:
     """Return `turns` with neighbours of one role joined, since many models expect the roles to alternate."""
     joined: list[Message] = []
@@ -74,8 +68,3 @@ def alternating(turns: Iterable[Message]) -> list[Message]:
         else:
             joined.append(turn)
     return joined
-
-
-def assistant_turn(content: str, reasoning: str, calls: Sequence[ToolCall]) -> Message:
-    """Return a model's turn that asks for tools."""
-    return Message(role="assistant", content=content, reasoning=reasoning, tool_calls=tuple(calls))
