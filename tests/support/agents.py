@@ -126,3 +126,19 @@ def _call_fault(call: dict[str, Any], seen: set[str]) -> str:
         return "an id is empty or not unique"
     json.dumps(call, ensure_ascii=False).encode()
     return ""
+
+
+def as_openai(params: CompletionParams) -> list[dict[str, Any]]:
+    """The messages of a question in OpenAI's form."""
+    return [
+        {
+            "role": each.role,
+            "content": each.content,
+            "tool_call_id": each.tool_call_id,
+            "tool_calls": [
+                {"id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
+                for call in each.tool_calls
+            ],
+        }
+        for each in params.messages
+    ]
