@@ -97,7 +97,7 @@ async def test_tools_learn_for_whom_they_run(server: OpenAIServer, make: MakeAge
     server.script(Reply(tool_calls=(("whoami", "{}"),)), Reply(text="ok"))
     await make(whoami, tool_context={"user": "ann"}).run(JOB)
 
-    assert server.requests[1].messages[-1]["content"] == "t1:2 ann True"
+    assert server.requests[1].messages[-1]["content"] == "t1:2:1 ann True"
 
 
 async def test_a_job_narrows_the_tools(server: OpenAIServer, make: MakeAgent) -> None:
