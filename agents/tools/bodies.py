@@ -5,8 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
-import msgspec
-
 from loom.agents.tools.context import ToolContext, ToolResult
 from loom.agents.tools.docstring import read_docstring
 from loom.agents.tools.parameters import InvalidArguments, Parameters
@@ -100,8 +98,8 @@ class SchemaBody:
     async def run(self, arguments: str, context: ToolContext) -> ToolResult:
         """Run the call; a part of its value that is not text becomes a placeholder."""
         try:
-            given = msgspec.json.decode(arguments.strip() or "{}", type=dict[str, Any])
-        except (ValueError, RecursionError) as error:
+            given = from_json(dict[str, Any], arguments.strip() or "{}")
+        except ValueError as error:
             raise InvalidArguments(str(error)) from error
         self._check(given)
         value = await call(self._fn, given, context)

@@ -54,7 +54,8 @@ class Parameters:
                 raise LoomError(f"tool {name}: a ToolContext is given as {each.name} itself, not as a part of it")
             default, field = each.default, _pydantic_field(kind, each.default)
             if field is not None:  # `x: int = Field(3)`: the function's own default is the Field
-                kind, default = Annotated[kind, field], field.get_default()
+                kind = Annotated[kind, field] if field is default else kind
+                default = field.get_default()
                 if field.is_required():
                     default = each.empty
                 else:

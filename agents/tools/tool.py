@@ -107,7 +107,9 @@ class Tool:
                 return await self._body.run(arguments, context)
         except InvalidArguments as error:
             return self._failed(f"the arguments are not valid: {error}", context)
-        except (LoomError, NotText) as error:  # meant for people
+        except NotText as error:
+            return self._failed(f"the tool's result cannot be shown: {error}", context)
+        except LoomError as error:  # meant for people
             return self._failed(describe(error), context)
         except Exception as error:  # noqa: BLE001 - a tool may raise anything; the model gets to see it
             if isinstance(error, TimeoutError) and scope.expired():

@@ -1,5 +1,4 @@
 import asyncio
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -109,8 +108,71 @@ async def test_a_model_sees_an_exception_in_one_line_and_the_bus_only_its_type()
     assert [(line["event"], line["tool"], line["task_id"]) for line in logs] == [("tool_failed", "fail", "t1")]
 
 
-async def test_a_tool_cannot_end_the_process() -> None:
-    assert (await Tool(lambda: sys.exit(3), name="leave").run("{}", CONTEXT)).failed
+class Wordless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Odd(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Wordless(),
+        Odd("own"),
+        GeneratorExit(),
+        KeyboardInterrupt(),
+        SystemExit(3),
+        StopIteration(1),
+        StopAsyncIteration(),
+        asyncio.CancelledError(),
+        ExceptionGroup("several", [ValueError("inner")]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("kind", ["sync", "async", "lazy"])
+async def test_whatever_leaves_a_tool_is_a_text_for_the_model(error: BaseException, kind: str) -> None:
+    def fail() -> None:
+        raise error
+
+    async def fail_later() -> None:
+        raise error
+
+    def fail_while_iterated() -> Any:
+        return (each() for each in [fail])
+
+    fn = {"sync": fail, "async": fail_later, "lazy": fail_while_iterated}[kind]
+    result = await Tool(fn, name="fail").run("{}", CONTEXT)
+
+    assert result.failed
+    assert result.text.startswith(f"Error: {type(error).__name__}")
+    assert result.published == f"Error: the tool raised {type(error).__name__}"
+
+
+async def test_a_tool_may_report_a_failure_without_raising() -> None:
+    given = ToolResult("no such order", failed=True)
+
+    assert await Tool(lambda: given, name="look_up").run("{}", CONTEXT) == given
+
+
+async def test_what_a_sync_tool_returns_is_iterated_in_its_thread() -> None:
+    here = threading.get_ident()
+
+    def rows() -> Any:
+        for _ in range(2):
+            yield threading.get_ident() != here
+
+    assert await Tool(rows).run("{}", CONTEXT) == ToolResult("[true,true]")
+
+
+def test_an_async_generator_is_not_a_tool() -> None:
+    async def rows() -> Any:
+        yield 1
+
+    with pytest.raises(LoomError, match="async generator"):
+        Tool(rows)
 
 
 async def test_a_tool_that_cancels_itself_has_failed() -> None:
