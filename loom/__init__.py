@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from loom.agents.llm.agent import Agent
     from loom.agents.llm.config import AgentConfig
     from loom.agents.llm.openai_provider import OpenAIProvider
-    from loom.agents.tools import ToolContext, tool
+    from loom.agents.tools import Lifespan, Tool, ToolContext, ToolRegistry, ToolResult, define_tool, tool
     from loom.bus.reward_bus import RewardBus
     from loom.cluster.amoeba_loop import AmoebaLoop, LoopContext
     from loom.cluster.lifecycle import LifecycleManager
@@ -27,6 +27,7 @@ __all__ = [
     "ClusterConfig",
     "ClusterManager",
     "LifecycleManager",
+    "Lifespan",
     "LoomError",
     "LoopContext",
     "OpenAIProvider",
@@ -34,8 +35,12 @@ __all__ = [
     "Runtime",
     "SkillNodeRegistry",
     "TaskAd",
+    "Tool",
     "ToolContext",
+    "ToolRegistry",
+    "ToolResult",
     "UserMessage",
+    "define_tool",
     "delegate",
     "tool",
 ]
@@ -47,6 +52,7 @@ _HOMES = {
     "ClusterConfig": "schemas.config",
     "ClusterManager": "cluster.manager",
     "LifecycleManager": "cluster.lifecycle",
+    "Lifespan": "agents.tools",
     "LoomError": "schemas.errors",
     "LoopContext": "cluster.amoeba_loop",
     "OpenAIProvider": "agents.llm.openai_provider",
@@ -54,8 +60,12 @@ _HOMES = {
     "Runtime": "runtime",
     "SkillNodeRegistry": "cluster.skill_registry",
     "TaskAd": "schemas.task",
+    "Tool": "agents.tools",
     "ToolContext": "agents.tools",
+    "ToolRegistry": "agents.tools",
+    "ToolResult": "agents.tools",
     "UserMessage": "schemas.llm",
+    "define_tool": "agents.tools",
     "delegate": "agents.delegate",
     "tool": "agents.tools",
 }

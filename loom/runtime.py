@@ -2,7 +2,7 @@
 
 import asyncio
 import concurrent.futures
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import copy_context
 from copy import deepcopy
 from hashlib import blake2b
@@ -86,7 +86,7 @@ class Runtime:
         capabilities: CapabilityProfile | None = None,
         name: str | None = None,
         system_prompt: str | None = None,
-        tools: Sequence[Tool | Callable[..., Any]] = (),
+        tools: Iterable[Tool | Callable[..., Any]] = (),
     ) -> AgentNode:
         """Add a node; it bids from the next call on.
 
@@ -96,7 +96,7 @@ class Runtime:
             capabilities: What it claims: domain -> 0 to 1.
             name: Its node id, under which evidence about it is kept; absent: derived from what it is made of.
             system_prompt: For a made agent, instead of the config's.
-            tools: For a made agent.
+            tools: For a made agent: tools, functions to make tools of, or a ToolRegistry.
 
         Raises:
             LoomError: There is neither an agent nor a provider, what is given is no agent, or the name is taken or
