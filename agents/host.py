@@ -375,11 +375,11 @@ class NodeHost:
             room.learn(result)
             return delegator.overspent(result), result
         except LoomError as error:
-            return failed(error, node_id)
+            return failed(error, job)
         except BaseException as error:  # whatever user code raises is its failure
             if ends_task(error):
                 raise
-            return failed(raised(error, job), node_id)
+            return failed(raised(error, job), job)
 
     def _agent(self, node_id: str) -> StreamingAgent:
         """The agent of a node, made once of what it has for one."""

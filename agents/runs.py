@@ -24,6 +24,7 @@ HISTORY = 1024
 """Events of a live run kept for whoever re-attaches."""
 BATCH_BYTES = 64 * 1024
 """Most of several events in one message, and how far an agent may be ahead of its connection; larger ones go alone."""
+MAX_USD = 1e9
 KEEP_S = 600.0
 KEEP_BYTES = 32 * 1024 * 1024
 
@@ -155,17 +156,19 @@ class Run:
             self.others,
             prompt_tokens=total(self.others.prompt_tokens, result.prompt_tokens),
             completion_tokens=total(self.others.completion_tokens, result.completion_tokens),
+            usd=min(MAX_USD, self.others.usd + result.usd),
         )
 
     def charged(self, result: RunResult | None) -> RunResult | None:
         """Return what the run itself has produced and spent together with what others have spent on its behalf."""
-        if not self.others.tokens:
+        if not self.others.tokens and not self.others.usd:
             return result
         own = result or RunResult()
         return replace(
             own,
             prompt_tokens=total(own.prompt_tokens, self.others.prompt_tokens),
             completion_tokens=total(own.completion_tokens, self.others.completion_tokens),
+            usd=min(MAX_USD, own.usd + self.others.usd),
         )
 
     def move(self, inbox: str, from_n: int) -> None:

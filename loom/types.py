@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import uuid4
 
+from loom.agents.job import Answer, Job
 from loom.schemas import auction
 from loom.schemas.config import ClusterConfig
+from loom.schemas.errors import InvalidTask
 from loom.schemas.events import (
     AgentEvent,
     Done,
@@ -44,6 +46,7 @@ __all__ = [
     "AgentBlueprint",
     "AgentEvent",
     "AgentNode",
+    "Answer",
     "AssistantMessage",
     "Bid",
     "CapabilityProfile",
@@ -54,6 +57,8 @@ __all__ = [
     "Done",
     "ErrorEvent",
     "HealthReport",
+    "InvalidTask",
+    "Job",
     "LLMProvider",
     "Limits",
     "LoopEvent",
