@@ -4,20 +4,37 @@ import math
 import operator
 import threading
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import msgspec
 
-from loom.agents.delegate import Delegator
-from loom.agents.runs import MAX_USD
 from loom.schemas.errors import AgentFailed, BudgetExceeded
 from loom.schemas.events import TokenUsage
 from loom.schemas.run import RunRequest
 from loom.schemas.wire import MAX_INT, total
 
+MAX_USD = 1e9
+
 _lock = threading.Lock()
 """Held while costs are added: a sync agent may report from several threads."""
+
+
+class RunCosts(Protocol):
+    """What a run on a host has taken so far."""
+
+    own_tokens: int
+    """By the agent itself, as far as it reports them."""
+
+    @property
+    def others_tokens(self) -> int:
+        """Tokens of what the run has delegated."""
+        ...
+
+
+run_costs: ContextVar[RunCosts | None] = ContextVar("run_costs", default=None)
+"""The costs of the run that user code works for; None outside of a host."""
 
 
 class Spent(msgspec.Struct):
@@ -76,11 +93,11 @@ class Job(RunRequest, frozen=True, kw_only=True):
         """
         prompt, completion = split_tokens(tokens, prompt_tokens, completion_tokens)
         self.spent.add(prompt, completion, dollars("cost_usd", cost_usd))
-        delegator = Delegator.current()
         others = 0
-        if delegator is not None:
-            delegator.own_tokens = max(delegator.own_tokens, self.spent.tokens)
-            others = delegator.run.others.tokens
+        costs = run_costs.get()
+        if costs is not None:
+            costs.own_tokens = max(costs.own_tokens, self.spent.tokens)
+            others = costs.others_tokens
         check_budget(self, self.spent.tokens + others)
 
 

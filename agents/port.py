@@ -6,8 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 from msgspec.structs import replace
 
 from loom.agents.deadline import Deadline
-from loom.agents.job import Job, Spent, check_budget
-from loom.agents.runs import MAX_USD
+from loom.agents.job import MAX_USD, Job, Spent, check_budget
 from loom.agents.user_code import Opened, described, ends_task, guarded, text_of, type_name
 from loom.agents.yielded import deltas, events_of
 from loom.bus.log import get_logger

@@ -10,6 +10,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from loom.agents.abandonable import Abandonable
+from loom.agents.job import MAX_USD
 from loom.bus.client import Bus
 from loom.bus.log import get_logger
 from loom.schemas.errors import LoomError
@@ -24,7 +25,6 @@ HISTORY = 1024
 """Events of a live run kept for whoever re-attaches."""
 BATCH_BYTES = 64 * 1024
 """Most of several events in one message, and how far an agent may be ahead of its connection; larger ones go alone."""
-MAX_USD = 1e9
 KEEP_S = 600.0
 KEEP_BYTES = 32 * 1024 * 1024
 
