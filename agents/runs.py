@@ -25,6 +25,10 @@ HISTORY = 1024
 """Events of a live run kept for whoever re-attaches."""
 BATCH_BYTES = 64 * 1024
 """Most of several events in one message, and how far an agent may be ahead of its connection; larger ones go alone."""
+PATIENCE_S = 3.0
+"""Age of a request from which no run is begun for it: EXECUTE repeats it each second for as long as it waits."""
+REMEMBER_CANCEL_S = 60.0
+CANCELS = 10_000
 KEEP_S = 600.0
 KEEP_BYTES = 32 * 1024 * 1024
 
@@ -228,3 +232,31 @@ class Finished:
         entry = self._kept.pop(key, None)
         if entry is not None:
             self._bytes -= len(entry[1])
+
+
+class Cancelled:
+    """Tasks cancelled in the last minute, at most 10,000: their run requests may still be on the way."""
+
+    def __init__(self) -> None:
+        self._at: OrderedDict[str, float] = OrderedDict()
+
+    def add(self, task_id: str, now: float) -> None:
+        """Remember a task cancelled at monotonic time `now`."""
+        self._at[task_id] = now
+        while now - next(iter(self._at.values())) > REMEMBER_CANCEL_S or len(self._at) > CANCELS:
+            self._at.popitem(last=False)
+
+    def __contains__(self, task_id: str) -> bool:
+        return task_id in self._at
+
+
+def stale(request: RunRequest, bus: Bus) -> str | None:
+    """Return why a request is not the occasion to begin a run; None where it is, or the server's time is not known."""
+    if not bus.clock.measured:
+        return None
+    now = bus.now()
+    if request.deadline is not None and now >= request.deadline:
+        return "its deadline has passed"
+    if request.sent_at is not None and now - request.sent_at > PATIENCE_S:
+        return f"it was sent {now - request.sent_at:.1f} s ago"
+    return None
