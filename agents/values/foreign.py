@@ -2,6 +2,7 @@
 
 import sys
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
 
@@ -59,9 +60,19 @@ def _from_str(kind: Any, value: Any) -> Any:
 
 
 def _adapter(kind: Any) -> Any:
-    """The TypeAdapter of a type of pydantic's, or None: where there is such a type, pydantic has been imported."""
+    """The TypeAdapter of a type of pydantic's, or None for any other type."""
     kind = kind.kind if isinstance(kind, ForPydantic) else kind if is_pydantic(kind) else None
-    return None if kind is None else sys.modules["pydantic"].TypeAdapter(kind)
+    if kind is None:
+        return None
+    try:
+        return _made_adapter(kind)
+    except TypeError:  # metadata that has no hash
+        return _made_adapter.__wrapped__(kind)
+
+
+@lru_cache(maxsize=256)
+def _made_adapter(kind: Any) -> Any:
+    return sys.modules["pydantic"].TypeAdapter(kind)  # where there is such a type, pydantic has been imported
 
 
 def _sentence(error: Any) -> str:

@@ -35,13 +35,23 @@ def json_schema(kind: Any) -> dict[str, Any]:
         >>> json_schema(tuple[int, str])
         {'type': 'array', 'items': {'anyOf': [{'type': 'integer'}, {'type': 'string'}]}, 'minItems': 2, 'maxItems': 2}
     """
+    try:
+        return portable(_described(kind))
+    except Exception as error:
+        # A class may hold names that do not exist, and pydantic has errors of its own.
+        reason = str(error).partition("\n")[0]
+        raise TypeError(f"{getattr(kind, '__name__', kind)} has no JSON Schema: {reason}") from error
+
+
+def _described(kind: Any) -> dict[str, Any]:
+    """The schema as msgspec and pydantic write it, with the descriptions of fields."""
     shape = for_msgspec(kind)
     (top,), parts = msgspec.json.schema_components([shape], schema_hook=schema_hook, ref_template=_REFERENCE + "{name}")
     for owner, field, description in described_fields(kind):
         known = parts.get(owner, {}).get("properties", {}).get(field)
         if known is not None:
             known.setdefault("description", description)
-    return portable({**top, "$defs": parts} if parts else top)
+    return {**top, "$defs": parts} if parts else top
 
 
 def portable(schema: dict[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,10 @@ class Crate:
     labels: list  # type: ignore[type-arg]
 
 
+class Opaquest:
+    """A class without fields."""
+
+
 class Tree(msgspec.Struct):
     """A node."""
 
@@ -188,7 +192,20 @@ def test_a_format_that_servers_refuse_becomes_words() -> None:
     assert json_schema(Annotated[uuid.UUID, "whose"]) == {"type": "string", "description": "whose (uuid)"}
 
 
-@pytest.mark.parametrize("kind", [object, complex, type("Own", (), {})])
+@dataclass
+class Broken:
+    part: "Missing"  # type: ignore[name-defined]  # noqa: F821
+
+
+class BrokenModel(pydantic.BaseModel):
+    part: "Missing"  # type: ignore[name-defined]  # noqa: F821
+
+
+class Opaque(pydantic.BaseModel, arbitrary_types_allowed=True):
+    part: Opaquest
+
+
+@pytest.mark.parametrize("kind", [object, complex, Opaquest, Broken, BrokenModel, list[Opaque], Order | Crate])
 def test_what_json_cannot_carry_has_no_schema(kind: Any) -> None:
     with pytest.raises(TypeError):
         json_schema(kind)
