@@ -72,7 +72,7 @@ class TypeBody:
         try:
             self.parameters = _as_parameters(json_schema(kind), name)
         except TypeError as error:
-            raise LoomError(f"tool {name}: JSON cannot carry its parameters: {error}") from error
+            raise LoomError(f"tool {name}: its parameters have no JSON Schema: {error}") from error
         self.description = self.parameters.get("description", "")
 
     async def run(self, arguments: str, context: ToolContext) -> ToolResult:

@@ -131,7 +131,7 @@ def _schema(shape: type, name: str) -> dict[str, Any]:
     try:
         return json_schema(shape)
     except TypeError as error:
-        raise LoomError(f"tool {name}: JSON cannot carry its parameters: {error}") from error
+        raise LoomError(f"tool {name}: its parameters have no JSON Schema: {error}") from error
 
 
 def _add_defaults(properties: dict[str, Any], defaults: Mapping[str, Any]) -> None:

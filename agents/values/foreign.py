@@ -17,7 +17,7 @@ def schema_hook(kind: Any) -> dict[str, Any]:
     """Return the JSON Schema of a type msgspec does not know.
 
     Raises:
-        NotImplementedError: Nor is it known here.
+        TypeError: Nor is it known here.
     """
     if isinstance(kind, type) and issubclass(kind, PurePath):
         return {"type": "string", "description": "a path"}
@@ -25,7 +25,7 @@ def schema_hook(kind: Any) -> dict[str, Any]:
         return {"type": "string", "description": "a fraction such as 1/3"}
     adapter = _adapter(kind)
     if adapter is None:
-        raise NotImplementedError
+        raise TypeError(f"JSON cannot carry a value of type {getattr(kind, '__name__', kind)}")
     schema: dict[str, Any] = adapter.json_schema(ref_template="#/$defs/{model}")
     return schema
 

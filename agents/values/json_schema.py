@@ -1,5 +1,6 @@
 """JSON Schemas of types, in the dialect that models' servers have in common."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import msgspec
 from loom.agents.values.annotations import described_fields, for_msgspec
 from loom.agents.values.foreign import schema_hook
 
+_NO_DEFAULT = re.compile(r"Encoding objects of type (\S+) is unsupported")
 _REFERENCE = "#/$defs/"
 _UNDERSTOOD_FORMATS = frozenset({"date-time"})
 """Gemini's server refuses a string with another format."""
@@ -39,8 +41,15 @@ def json_schema(kind: Any) -> dict[str, Any]:
         return portable(_described(kind))
     except Exception as error:
         # A class may hold names that do not exist, and pydantic has errors of its own.
-        reason = str(error).partition("\n")[0]
-        raise TypeError(f"{getattr(kind, '__name__', kind)} has no JSON Schema: {reason}") from error
+        raise TypeError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).partition("\n")[0]
+    default = _NO_DEFAULT.fullmatch(text)
+    if default is None:
+        return text
+    return f"JSON cannot carry a field's default value of type {default[1]}: give it as default_factory"
 
 
 def _described(kind: Any) -> dict[str, Any]:
