@@ -8,11 +8,11 @@ from msgspec.structs import replace
 
 from loom.agents.deadline import Deadline
 from loom.agents.delegate import Delegator
-from loom.agents.llm.answer import Answer, most_chars, why_empty
 from loom.agents.llm.answer_text import json_text
 from loom.agents.llm.completion import chunks
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.history import CallIds, legal_call
+from loom.agents.llm.model_answer import ModelAnswer, most_chars, why_empty
 from loom.agents.llm.prompt import opening
 from loom.agents.llm.token_use import TokenUse, answer_limit, estimate_tokens
 from loom.agents.llm.tool_calls import MOST_REPEATS, ToolCalls, Wanted
@@ -56,7 +56,7 @@ class Conversation:
         self._delegator = Delegator.current()
         self._calls = ToolCalls(allowed, job, self._deadline, config.tool_context)
         self._ids = CallIds()
-        self._answer = Answer()
+        self._answer = ModelAnswer()
         self._limit: int | None = None  # most tokens of the last answer
         self._tokens = TokenUse()
         self._text = ""  # of the last round that wrote any
@@ -91,7 +91,7 @@ class Conversation:
     async def _ask(self) -> AsyncGenerator[TextDelta | ReasoningDelta, None]:
         """Ask the model, yield what it shows, keep the answer and count its tokens, also those of a broken one."""
         params = self._params()
-        self._answer = Answer()
+        self._answer = ModelAnswer()
         try:
             async with aclosing(self._asked(params)) as pieces:
                 async for delta in pieces:
@@ -182,8 +182,7 @@ class Conversation:
             tool_calls=tuple(each.legal for each in calls),
         )
         self._messages.append(turn)
-        cut = answer.finish_reason == "length"
-        async with aclosing(self._calls.run(calls, self._messages, cut=cut)) as events:
+        async with aclosing(self._calls.run(calls, self._messages, cut=answer.cut)) as events:
             async for event in events:
                 yield event
 
@@ -193,16 +192,17 @@ class Conversation:
         Raises:
             AgentFailed: There is none.
         """
-        answer = self._answer
-        if not answer.content.strip():
-            config_limit = self._config.max_tokens
-            why = why_empty(answer, limit=self._limit, by_budget=self._limit != config_limit)
-            if answer.tool_calls:
-                why = f"its {self._step} rounds went into tool calls: raise AgentConfig(max_steps=…)"
-            if not self._text or (why and not answer.tool_calls):
-                raise self._failed("the model ended without an answer" + (f": {why}" if why else ""))
+        if not self._text or self._answer.spoilt:
+            why = self._why_empty()
+            raise self._failed("the model ended without an answer" + (f": {why}" if why else ""))
         if self._job.accept is not None and self._job.accept.json_schema is not None:
             self._text = json_text(self._text, self._job.accept.json_schema)
+
+    def _why_empty(self) -> str:
+        if self._answer.tool_calls:
+            return f"its {self._step} rounds went into tool calls: raise AgentConfig(max_steps=…)"
+        by_budget = self._limit != self._config.max_tokens
+        return why_empty(self._answer, limit=self._limit, by_budget=by_budget)
 
     @property
     def _spent(self) -> int:

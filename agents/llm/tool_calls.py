@@ -14,6 +14,7 @@ from loom.agents.tools import Tool, ToolContext, ToolResult
 from loom.schemas.events import ToolCallEnd, ToolCallStart
 from loom.schemas.llm import Message, ToolCall
 from loom.schemas.run import RunRequest
+from loom.schemas.wire import MAX_CONTENT_BYTES, free_json_fault
 
 TOLD_REPEATS = 3
 """A call wanted in so many rounds running is not run again: its result is a warning."""
@@ -75,8 +76,7 @@ class ToolCalls:
         running: dict[asyncio.Task[tuple[ToolResult, float]], Wanted] = {}
         try:
             for place, each in enumerate(calls):
-                arguments = arguments_object(each.legal.arguments) or {}
-                yield ToolCallStart(tool_call_id=each.legal.id, name=each.legal.name, input=arguments)
+                yield _start(each.legal)
                 running[asyncio.create_task(self._result(each.written, place, cut=cut))] = each
             pending = set(running)
             while pending:
@@ -134,6 +134,12 @@ def _identity(call: ToolCall) -> tuple[str, str]:
         return call.name, msgspec.json.encode(value, order="sorted").decode()
     except (ValueError, RecursionError):
         return call.name, call.arguments
+
+
+def _start(call: ToolCall) -> ToolCallStart:
+    arguments = arguments_object(call.arguments) or {}
+    sendable = free_json_fault(arguments, max_bytes=MAX_CONTENT_BYTES) is None
+    return ToolCallStart(tool_call_id=call.id, name=call.name, input=arguments if sendable else {})
 
 
 def _end(call: ToolCall, result: ToolResult, duration_ms: float) -> ToolCallEnd:

@@ -290,3 +290,16 @@ async def test_whatever_a_tool_raises_is_a_result_and_the_run_goes_on(error: Bas
 
     assert (result.content, result.tool_errors) == ("I see.", 1)
     assert provider.asked[1].messages[-1].content.startswith(f"Error: {type(error).__name__}")
+
+
+async def test_arguments_too_deep_for_an_event_are_not_shown() -> None:
+    def work(a: Any) -> int:
+        return len(a)
+
+    deep = ToolCall(id="a", name="work", arguments='{"a":' + "[" * 100 + "]" * 100 + "}")
+    provider = Scripted(wanting(deep), saying("done"))
+    with capture_logs():
+        events = await events_of(provider.agent(tool(work)))
+
+    assert only(ToolCallStart, events)[0].input == {}
+    assert provider.asked[1].messages[-1].content == "1"

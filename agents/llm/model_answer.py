@@ -5,14 +5,14 @@ from collections.abc import Iterable
 from loom.agents.llm.answer_text import ThoughtSplitter
 from loom.agents.port import MAX_TEXT_CHARS, deltas
 from loom.schemas.events import ReasoningDelta, TextDelta
-from loom.schemas.llm import StreamChunk, ToolCall, Usage
+from loom.schemas.llm import CompletionResult, StreamChunk, ToolCall, Usage
 
 MAX_REFUSAL_CHARS = 1000
 CHARS_PER_TOKEN = 32
 """More than any model packs into a token."""
 
 
-class Answer:
+class ModelAnswer:
     """Collects the pieces of one answer and returns each as what may be shown of it."""
 
     def __init__(self) -> None:
@@ -29,6 +29,16 @@ class Answer:
         self._splitter = ThoughtSplitter()
         self._texts: list[str] = []
         self._reasoning: list[str] = []
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether the model refused, or was cut before it wrote any text."""
+        return not self.content.strip() and not self.tool_calls and (bool(self.refusal.strip()) or self.cut)
+
+    @property
+    def cut(self) -> bool:
+        """Whether the answer ended at its most tokens."""
+        return self.finish_reason == "length"
 
     @property
     def content(self) -> str:
@@ -58,6 +68,17 @@ class Answer:
         """Return what is left to show after the last piece."""
         return self._shown(*self._splitter.end())
 
+    def result(self) -> CompletionResult:
+        """Return the answer as a whole."""
+        return CompletionResult(
+            content=self.content,
+            reasoning=self.reasoning,
+            refusal=self.refusal,
+            tool_calls=tuple(self.tool_calls),
+            usage=self.usage,
+            finish_reason=self.finish_reason,
+        )
+
     def _shown(self, reasoning: str, text: str) -> list[ReasoningDelta | TextDelta]:
         if text:
             self._texts.append(text)
@@ -75,7 +96,7 @@ def most_chars(max_tokens: int | None) -> int:
     return MAX_TEXT_CHARS if max_tokens is None else max_tokens * CHARS_PER_TOKEN
 
 
-def why_empty(answer: Answer, *, limit: int | None, by_budget: bool) -> str:
+def why_empty(answer: ModelAnswer, *, limit: int | None, by_budget: bool) -> str:
     """Return why an answer holds no text, as a clause for a message.
 
     Args:
@@ -84,7 +105,7 @@ def why_empty(answer: Answer, *, limit: int | None, by_budget: bool) -> str:
     """
     if answer.refusal.strip():
         return f"it refused: {' '.join(answer.refusal.split())[:MAX_REFUSAL_CHARS]}"
-    if answer.finish_reason != "length":
+    if not answer.cut:
         return "it wrote reasoning alone" if answer.reasoned else ""
     what = "went into reasoning" if answer.reasoned else "ended before any text (hidden reasoning counts as well)"
     if limit is None:
