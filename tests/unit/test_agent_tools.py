@@ -1,5 +1,6 @@
 import asyncio
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 from support.agents import JOB, MakeAgent, Scripted, add, done_of, events_of, only, saying, wanting
