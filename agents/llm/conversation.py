@@ -98,7 +98,7 @@ class Conversation:
                     yield delta
         except AgentFailed as error:
             # A server that knows no such response format, or not beside tools, refuses the whole request.
-            if params.json_schema is None or self._answer.begun or error.retry_after_s is not None:
+            if params.json_schema is None or self._answer.pieces or error.retry_after_s is not None:
                 raise
             log.info("model_asked_without_schema", task_id=self._job.task_id, reason=error.message)
             self._schema = None
@@ -127,7 +127,7 @@ class Conversation:
             raise self._failed(f"the model could not answer: its provider raised {type_name(error)}") from error
 
     def _check_size(self) -> None:
-        if self._config.stream and self._answer.size > most_chars(self._config.max_tokens):
+        if self._answer.pieces > 1 and self._answer.size > most_chars(self._config.max_tokens):
             raise self._failed("the model does not stop: its answer is longer than it was asked for")
 
     def _params(self) -> CompletionParams:
@@ -151,9 +151,9 @@ class Conversation:
     def _count(self) -> None:
         """Account for the answer, as far as it came."""
         answer = self._answer
-        if not answer.begun:
+        if not answer.pieces:
             return
-        written = (answer.content, answer.reasoning, answer.tool_calls)
+        written = (answer.content, answer.reasoning, answer.thoughts, answer.refusal, answer.tool_calls)
         self._tokens.add(answer.usage, (self._messages, self._definitions), written)
         if answer.content.strip():
             self._text = answer.content

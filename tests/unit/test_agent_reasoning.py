@@ -47,8 +47,9 @@ async def test_reasoning_of_every_round_goes_back() -> None:
     assert [each.reasoning for each in provider.asked[2].messages if each.role == "assistant"] == ["first", "second"]
 
 
-async def test_reasoning_counts_as_written_where_the_model_does_not_count() -> None:
-    answer = [StreamChunk(reasoning="hm " * 400), StreamChunk(text="5", finish_reason="stop")]
+@pytest.mark.parametrize("thoughts", [{"reasoning": "hm " * 400}, {"text": f"<think>{'hm ' * 400}</think>"}])
+async def test_reasoning_counts_as_written_where_the_model_does_not_count(thoughts: dict[str, str]) -> None:
+    answer = [StreamChunk(**thoughts), StreamChunk(text="5", finish_reason="stop")]
     done = done_of(await events_of(Scripted(answer).agent()))
 
     assert 300 <= done.usage.completion_tokens <= 320
