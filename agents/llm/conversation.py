@@ -15,7 +15,7 @@ from loom.agents.llm.history import CallIds, legal_call
 from loom.agents.llm.model_answer import ModelAnswer, most_chars, why_empty
 from loom.agents.llm.prompt import opening
 from loom.agents.llm.token_use import TokenUse, answer_limit, estimate_tokens
-from loom.agents.llm.tool_calls import MOST_REPEATS, ToolCalls, Wanted
+from loom.agents.llm.tool_round import MOST_REPEATS, ToolRounds, Wanted
 from loom.agents.tools import Tool
 from loom.agents.user_code import described, type_name
 from loom.bus.log import get_logger
@@ -54,7 +54,7 @@ class Conversation:
         self._step = 0
         self._deadline = Deadline(job.remaining_s, early_s=REPORT_S)
         self._delegator = Delegator.current()
-        self._calls = ToolCalls(allowed, job, self._deadline, config.tool_context)
+        self._calls = ToolRounds(allowed, job, self._deadline, config.tool_context)
         self._ids = CallIds()
         self._answer = ModelAnswer()
         self._limit: int | None = None  # most tokens of the last answer

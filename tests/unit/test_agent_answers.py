@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from support.agents import JOB, MakeAgent, Scripted, add, events_of, saying, wanting
+from support.agents import JOB, MakeAgent, Scripted, add, answering, events_of, wanting
 from support.logs import capture_logs
 from support.openai_server import OpenAIServer, Reply, Request
 
@@ -165,7 +165,7 @@ async def test_a_refused_request_without_a_schema_is_not_sent_again(server: Open
     ],
 )
 async def test_what_surrounds_wanted_json_is_taken_off(text: str, streaming: bool) -> None:
-    result = await Scripted(saying(text)).agent(stream=streaming).run(WANTS_JSON)
+    result = await Scripted(answering(text)).agent(stream=streaming).run(WANTS_JSON)
 
     assert result.content == '{"port": 80}'
 
@@ -173,7 +173,7 @@ async def test_what_surrounds_wanted_json_is_taken_off(text: str, streaming: boo
 async def test_text_stays_as_it_is_where_no_json_is_wanted() -> None:
     text = '```json\n{"port": 80}\n```'
 
-    assert (await Scripted(saying(text)).agent().run(JOB)).content == text
+    assert (await Scripted(answering(text)).agent().run(JOB)).content == text
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.agents import JOB, Scripted, add, done_of, events_of, only, saying, wanting
+from support.agents import JOB, Scripted, add, answering, done_of, events_of, only, wanting
 
 from loom.agents.llm.answer_text import ThoughtSplitter, without_thoughts
 from loom.schemas.errors import AgentFailed
@@ -33,7 +33,7 @@ async def test_reasoning_is_an_event_of_its_own(streaming: bool) -> None:
 
 @pytest.mark.parametrize("streaming", [True, False])
 async def test_reasoning_goes_back_with_the_calls_it_led_to(streaming: bool) -> None:
-    provider = Scripted(wanting(ADD, reasoning="I should add."), saying("5"))
+    provider = Scripted(wanting(ADD, reasoning="I should add."), answering("5"))
     await events_of(provider.agent(add, stream=streaming))
 
     turn = provider.asked[1].messages[-2]
@@ -41,7 +41,7 @@ async def test_reasoning_goes_back_with_the_calls_it_led_to(streaming: bool) -> 
 
 
 async def test_reasoning_of_every_round_goes_back() -> None:
-    provider = Scripted(wanting(ADD, reasoning="first"), wanting(ADD, reasoning="second"), saying("5"))
+    provider = Scripted(wanting(ADD, reasoning="first"), wanting(ADD, reasoning="second"), answering("5"))
     await events_of(provider.agent(add))
 
     assert [each.reasoning for each in provider.asked[2].messages if each.role == "assistant"] == ["first", "second"]
@@ -73,7 +73,7 @@ async def test_a_block_of_thoughts_is_reasoning_and_no_part_of_the_answer(size: 
 
 
 async def test_a_block_of_thoughts_before_a_call_stays_out_of_the_history() -> None:
-    provider = Scripted(wanting(ADD, text="<think>add them</think>Adding."), saying("5"))
+    provider = Scripted(wanting(ADD, text="<think>add them</think>Adding."), answering("5"))
     await events_of(provider.agent(add))
 
     assert provider.asked[1].messages[-2].content == "Adding."

@@ -3,13 +3,13 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
-from support.agents import JOB, MakeAgent, Scripted, add, done_of, events_of, only, saying, wanting
+from support.agents import JOB, MakeAgent, Scripted, add, answering, done_of, events_of, only, wanting
 from support.logs import capture_logs
 from support.openai_server import OpenAIServer, Reply
 
 from loom.agents.llm.agent import Agent
 from loom.agents.llm.openai_provider import OpenAIProvider
-from loom.agents.llm.tool_calls import EVENT_RESULT_CHARS, PARALLEL_TOOLS
+from loom.agents.llm.tool_round import EVENT_RESULT_CHARS, PARALLEL_TOOLS
 from loom.agents.tools import ToolContext, tool
 from loom.schemas.errors import AgentFailed, DeadlineExceeded, LoomError
 from loom.schemas.events import StepEnd, ToolCallEnd, ToolCallStart
@@ -285,7 +285,7 @@ async def test_whatever_a_tool_raises_is_a_result_and_the_run_goes_on(error: Bas
     async def work_async() -> str:
         raise error
 
-    provider = Scripted(wanting(ToolCall(id="a", name="work")), saying("I see."))
+    provider = Scripted(wanting(ToolCall(id="a", name="work")), answering("I see."))
     with capture_logs():
         result = await provider.agent(tool(work) if threaded else tool(name="work")(work_async)).run(JOB)
 
@@ -298,7 +298,7 @@ async def test_arguments_too_deep_for_an_event_are_not_shown() -> None:
         return len(a)
 
     deep = ToolCall(id="a", name="work", arguments='{"a":' + "[" * 100 + "]" * 100 + "}")
-    provider = Scripted(wanting(deep), saying("done"))
+    provider = Scripted(wanting(deep), answering("done"))
     with capture_logs():
         events = await events_of(provider.agent(tool(work)))
 

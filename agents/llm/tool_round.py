@@ -16,7 +16,7 @@ from loom.schemas.llm import Message, ToolCall
 from loom.schemas.run import RunRequest
 from loom.schemas.wire import MAX_CONTENT_BYTES, free_json_fault
 
-TOLD_REPEATS = 3
+WARNED_REPEATS = 3
 """A call wanted in so many rounds running is not run again: its result is a warning."""
 MOST_REPEATS = 5
 """A call wanted in so many rounds running ends the job."""
@@ -39,7 +39,7 @@ class Wanted:
     """As it goes into the conversation."""
 
 
-class ToolCalls:
+class ToolRounds:
     """Runs the calls of one job.
 
     Args:
@@ -122,7 +122,7 @@ class ToolCalls:
         if place >= MAX_CALLS:
             return f"not run: one turn may make at most {MAX_CALLS} calls; make the others in the next one"
         rounds = self._rounds.get(_identity(call), 0)
-        if rounds >= TOLD_REPEATS:
+        if rounds >= WARNED_REPEATS:
             return f"not run: the same call {rounds} times in a row; use its earlier result, or do something else"
         return ""
 
