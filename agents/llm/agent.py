@@ -183,7 +183,7 @@ class _Conversation:
             left = self._job.token_budget - self._spent
             if size >= left:
                 raise self._overspent(f"{left} are left and the next question takes about {size}")
-            longest = min(longest, left - size)
+            longest = left - size if longest is None else min(longest, left - size)
         return CompletionParams(
             messages=tuple(self._messages),
             tools=self._definitions,
@@ -219,7 +219,7 @@ class _Conversation:
 
     async def _chunks(self, params: CompletionParams) -> AsyncGenerator[StreamChunk, None]:
         """The answer's pieces, in time and not without end."""
-        room = self._config.max_tokens * CHARS_PER_TOKEN
+        room = (self._config.max_tokens or self._config.token_budget) * CHARS_PER_TOKEN
         with guarded():
             source = self._provider.stream(params)
         async with aclosing(self._deadline.each(source)) as chunks:

@@ -307,7 +307,7 @@ async def test_an_answer_without_end_is_a_failure(server: OpenAIServer, make: Ma
 
 @pytest.mark.parametrize("streaming", [True, False])
 async def test_an_answer_of_nothing_is_a_failure(server: OpenAIServer, make: MakeAgent, streaming: bool) -> None:
-    server.script(Reply(events=('{"choices": []}',)) if streaming else Reply(text="x", no_choices=True))
+    server.script(Reply(events=('{"choices": []}',), done=True) if streaming else Reply(text="x", no_choices=True))
     with pytest.raises(AgentFailed):
         await make(stream=streaming).run(JOB)
 

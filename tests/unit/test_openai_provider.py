@@ -19,7 +19,8 @@ from support.wait import until
 
 from loom.agents.llm import openai_provider
 from loom.agents.llm.config import AgentConfig
-from loom.agents.llm.openai_provider import OpenAIProvider, backoff_s, retry_after_s
+from loom.agents.llm.openai_provider import OpenAIProvider, backoff_s
+from loom.agents.llm.waits import retry_after_s
 from loom.schemas.errors import AgentFailed, DeadlineExceeded
 from loom.schemas.llm import (
     CompletionParams,
@@ -51,8 +52,8 @@ async def provider(server: OpenAIServer) -> AsyncIterator[OpenAIProvider]:
     await made.aclose()
 
 
-def provider_for(base_url: str) -> OpenAIProvider:
-    return OpenAIProvider(AgentConfig(api_key=KEY, base_url=base_url, model="tiny"))
+def provider_for(base_url: str, **config: Any) -> OpenAIProvider:
+    return OpenAIProvider(AgentConfig(**{"api_key": KEY, "base_url": base_url, "model": "tiny", **config}))
 
 
 async def streamed(provider: OpenAIProvider, params: CompletionParams = ASK) -> list[StreamChunk]:
@@ -263,52 +264,51 @@ async def test_a_stream_that_dawdles_misses_its_deadline(server: OpenAIServer, p
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("silent", [Reply(text="never", delay_s=30), Reply(text="never", silent_after=1)])
 async def test_silence_is_tried_again(
-    server: OpenAIServer, provider: OpenAIProvider, silent: Reply, streaming: bool, monkeypatch: pytest.MonkeyPatch
+    server: OpenAIServer, silent: Reply, streaming: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openai_provider, "SILENCE_S", 0.2)
     monkeypatch.setattr(openai_provider, "BACKOFF_S", 0.01)
+    provider = provider_for(server.base_url, timeout_s=0.2)
     server.answer = lambda _: Reply(text="here")
     server.script(silent if streaming else Reply(delay_s=30))
     text = "".join(c.text for c in await streamed(provider)) if streaming else (await provider.complete(ASK)).content
 
     assert text == "here"
+    await provider.aclose()
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("ReadTimeout", "said nothing"), ("ReadError", "connection"), ("ConnectTimeout", "be reached")]
+    ("name", "said"), [("ReadTimeout", "sent nothing"), ("ReadError", "connection"), ("ConnectTimeout", "be reached")]
 )
 async def test_an_error_the_library_lets_through_is_understood(
     server: OpenAIServer, provider: OpenAIProvider, name: str, said: str
 ) -> None:
     await provider.complete(ASK)
     error = type(name, (Exception,), {"__module__": "httpx"})()
-    failure, curable = provider._failure(error)
+    fault = provider._fault(error)
 
-    assert said in failure.message
-    assert curable
+    assert said in fault.error.message
+    assert fault.curable
 
 
-async def test_silence_in_the_middle_is_a_failure(
-    server: OpenAIServer, provider: OpenAIProvider, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(openai_provider, "SILENCE_S", 0.2)
+async def test_silence_in_the_middle_is_a_failure(server: OpenAIServer) -> None:
+    provider = provider_for(server.base_url, timeout_s=0.2)
     server.script(Reply(text="a text of several pieces", silent_after=3))
-    with pytest.raises(AgentFailed, match=r"broke off: .* said nothing for 0\.2 s"):
+    with pytest.raises(AgentFailed, match=r"broke off: .* sent nothing for 0\.2 s"):
         await streamed(provider)
 
     assert len(server.requests) == 1
+    await provider.aclose()
 
 
 async def test_a_server_out_of_reach_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_provider, "BACKOFF_S", 0.01)
-    monkeypatch.setattr(openai_provider, "CONNECT_S", 0.2)
     with ExitStack() as stack:
         deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(4):  # its queue is full: who comes now gets no answer at all
             waiting = stack.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(deaf.getsockname())
-        provider = provider_for(f"http://127.0.0.1:{deaf.getsockname()[1]}/v1")
+        provider = provider_for(f"http://127.0.0.1:{deaf.getsockname()[1]}/v1", connect_timeout_s=0.2)
         with pytest.raises(AgentFailed, match=r"could not be reached within 0\.2 s"):
             await provider.complete(ASK)
         await provider.aclose()
@@ -367,29 +367,36 @@ async def test_a_stream_cut_later_fails_without_another_try(server: OpenAIServer
     assert len(server.requests) == 1
 
 
-async def test_a_stream_that_just_ends_has_no_finish_reason(server: OpenAIServer, provider: OpenAIProvider) -> None:
+async def test_a_stream_that_just_ends_has_broken_off(server: OpenAIServer, provider: OpenAIProvider) -> None:
     server.script(Reply(text="half an ans", finish_reason=None))
+    with pytest.raises(AgentFailed, match=r"broke off: the model's server at \S+ ended the stream"):
+        await streamed(provider)
 
-    assert (await streamed(provider))[-1].finish_reason is None
-
-
-@pytest.mark.parametrize("event", ['{"choices": []}', '{"choices": [{"index": 0, "delta": {}}]}'])
-async def test_a_stream_of_nothing_has_no_finish_reason(
-    server: OpenAIServer, provider: OpenAIProvider, event: str
-) -> None:
-    server.script(Reply(events=(event,)))
-
-    assert await streamed(provider) == [StreamChunk()]
+    assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("event", ['"?"', "[1]", '{"choices": null}', '{"choices": [{}]}', "{broken", "<html>"])
-async def test_a_stream_of_another_form_is_a_failure(
+STRANGE = [
+    '{"choices": []}',
+    '{"choices": [{"index": 0, "delta": {}}]}',
+    '"?"',
+    "[1]",
+    '{"choices": null}',
+    '{"choices": [{}]}',
+    "{broken",
+    "<html>",
+]
+
+
+@pytest.mark.parametrize("event", STRANGE)
+async def test_a_stream_of_nothing_is_tried_again_and_has_broken_off_in_the_end(
     server: OpenAIServer, provider: OpenAIProvider, event: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openai_provider, "BACKOFF_S", 0.01)
     server.answer = lambda _: Reply(events=(event,))
-    with pytest.raises(AgentFailed, match="the model's server at"):
+    with pytest.raises(AgentFailed, match="broke off: the model's server at"):
         await streamed(provider)
+
+    assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize("told", [(-1, 3), (1.5, 3), ("7", "3"), ([], {}), (None, None)])
@@ -412,13 +419,25 @@ async def test_what_a_server_says_of_its_failure_can_be_sent_on(server: OpenAISe
     assert caught.value.message.encode()
 
 
-@pytest.mark.parametrize("body", ['{"hello": "world"}', "<html>Welcome!</html>", '{"choices": []}', "{broken"])
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ('{"hello": "world"}', "could not be read: it has no choices"),
+        ("<html>Welcome!</html>", "is a web page: check base_url"),
+        ('{"choices": []}', "could not be read: it has no choices"),
+        ('{"choices": null}', "could not be read: it has no choices"),
+        ("{broken", "could not be read: it is not JSON"),
+    ],
+)
 async def test_an_answer_of_another_form_is_a_failure(
-    server: OpenAIServer, provider: OpenAIProvider, body: str
+    server: OpenAIServer, provider: OpenAIProvider, body: str, why: str, streaming: bool
 ) -> None:
     server.script(Reply(body=body))
-    with pytest.raises(AgentFailed, match="could not be read"):
-        await provider.complete(ASK)
+    with pytest.raises(AgentFailed, match=f"the answer of the model's server at .* {why}"):
+        await (streamed(provider) if streaming else provider.complete(ASK))
+
+    assert len(server.requests) == 1
 
 
 async def test_a_model_that_is_down_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,7 +499,7 @@ def test_one_provider_serves_several_event_loops_and_leaves_nothing_open() -> No
         gc.collect()
 
         assert answers == ["You said: How do you do?"] * 3
-        assert len(provider._clients) == 1
+        assert len(provider._clients._clients) == 1
 
 
 def test_importing_it_does_not_import_openai() -> None:
