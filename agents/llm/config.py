@@ -81,6 +81,37 @@ class AgentConfig:
                 raise ValueError(f"{name} {fault}")
 
 
+OF_PROVIDERS = (
+    "provider",
+    "model",
+    "reasoning_effort",
+    "tool_choice",
+    "extra",
+    "headers",
+    "api_key",
+    "base_url",
+    "api_version",
+    "timeout_s",
+    "connect_timeout_s",
+)
+"""Settings that a provider reads, and an agent does not."""
+
+
+def settings_without_effect(config: AgentConfig, provider: Any) -> list[str]:
+    """Return the settings of an agent's config that are set, and that its provider does not have.
+
+    Empty where the provider has no AgentConfig as its `config`: it may take them from anywhere.
+    """
+    own, default = getattr(provider, "config", None), AgentConfig()
+    if not isinstance(own, AgentConfig):
+        return []
+    return [
+        name
+        for name in OF_PROVIDERS
+        if getattr(config, name) != getattr(default, name) and getattr(config, name) != getattr(own, name)
+    ]
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 

@@ -78,11 +78,11 @@ class OpenAIProvider:
     """
 
     def __init__(self, config: AgentConfig | None = None) -> None:
-        self._config = config or AgentConfig()
-        self._clients = Clients(self._config.timeout_s, self._config.connect_timeout_s)
+        self.config = config or AgentConfig()
+        self._clients = Clients(self.config.timeout_s, self.config.connect_timeout_s)
         self._compatibility = Compatibility()
         # A missing key is found on first use: the environment may be completed until then.
-        self._endpoint = endpoint_of(self._config, os.environ, key_required=False)
+        self._endpoint = endpoint_of(self.config, os.environ, key_required=False)
         self._complete = False
 
     async def complete(self, params: CompletionParams) -> CompletionResult:
@@ -164,7 +164,7 @@ class OpenAIProvider:
         """Ask up to three times, as long as another try may help and there is time to wait for it."""
         tries, mends = 1, 0
         while True:
-            request = request_of(self._config, params, self._compatibility, stream=stream)
+            request = request_of(self.config, params, self._compatibility, stream=stream)
             try:
                 async with deadline.enforced():
                     return await ask(await self._client(), request)
@@ -180,9 +180,7 @@ class OpenAIProvider:
                 too_long = wait >= deadline.left or (asked is not None and asked > PATIENCE_S)
                 if not fault.curable or tries == TRIES or too_long:
                     raise fault.error from error
-            log.info(
-                "model_asked_again", model=self._config.model, tries=tries, wait_s=wait, reason=fault.error.message
-            )
+            log.info("model_asked_again", model=self.config.model, tries=tries, wait_s=wait, reason=fault.error.message)
             await asyncio.sleep(wait)
             tries += 1
 
@@ -190,24 +188,24 @@ class OpenAIProvider:
         """Learn from a refusal; whether the next request differs from the refused one."""
         if refusal is None:
             return False
-        if request_of(self._config, params, self._compatibility, stream=stream) != request:
+        if request_of(self.config, params, self._compatibility, stream=stream) != request:
             return True  # another request has met the same refusal meanwhile
         step = mended(self._compatibility, request, refusal)
         if step is None:
             return False
         self._compatibility, name = step
-        log.warning("model_refuses_parameter", model=self._config.model, server=self._endpoint.host, parameter=name)
-        return request_of(self._config, params, self._compatibility, stream=stream) != request
+        log.warning("model_refuses_parameter", model=self.config.model, server=self._endpoint.host, parameter=name)
+        return request_of(self.config, params, self._compatibility, stream=stream) != request
 
     async def _client(self) -> "AsyncOpenAI":
         """Return the running loop's client."""
         if not self._complete:
-            self._endpoint = endpoint_of(self._config, os.environ)
+            self._endpoint = endpoint_of(self.config, os.environ)
             self._complete = True
         return await self._clients.get(self._endpoint)
 
     def _deadline(self, params: CompletionParams) -> Deadline:
-        return Deadline(TRIES * self._config.timeout_s if params.timeout_s is None else params.timeout_s)
+        return Deadline(TRIES * self.config.timeout_s if params.timeout_s is None else params.timeout_s)
 
     def _fault(self, error: Exception) -> _Fault:
         """Return the typed error for an exception that came out of the library or a reader."""
@@ -244,9 +242,9 @@ class OpenAIProvider:
         """Return how the connection was lost, or not made."""
         kinds = {type(each).__name__ for each in (error, error.__cause__)}
         if "ConnectTimeout" in kinds:
-            return f"{self._server} could not be reached within {self._config.connect_timeout_s:g} s"
+            return f"{self._server} could not be reached within {self.config.connect_timeout_s:g} s"
         if kinds & {"APITimeoutError", "ReadTimeout"}:
-            return f"{self._server} sent nothing for {self._config.timeout_s:g} s"
+            return f"{self._server} sent nothing for {self.config.timeout_s:g} s"
         return f"the connection to {self._server} failed"
 
 

@@ -136,9 +136,7 @@ FAULTS: dict[str, Fault] = {
     "an error event first": well(Reply(events=(ERROR_EVENT,)), FINE, says="fine", asked=2),
     "an error event later": ill(Reply(events=(text_event("well"), ERROR_EVENT)), says="the engine stopped"),
     "no choices": ill(Reply(events=('{"choices": []}',)), says="broke off", asked=3),
-    "no choices, whole": ill(
-        Reply(no_choices=True), says="it has no choices", config={"stream": False}
-    ),
+    "no choices, whole": ill(Reply(no_choices=True), says="it has no choices", config={"stream": False}),
     "no text": ill(Reply(text=" "), says="without an answer"),
     "another form": ill(Reply(body="<html>Welcome!</html>"), says="", config={"stream": False}),
     "withheld": ill(Reply(text="b", finish_reason="content_filter"), says="withheld"),
