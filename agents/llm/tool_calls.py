@@ -6,6 +6,7 @@ some servers send it late, or another one with each fragment.
 """
 
 import json
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -218,7 +219,7 @@ def _fragment(element: Mapping[str, Any]) -> _Fragment:
 
 
 def _can_go_back(value: Any) -> bool:
-    return value is not None and free_json_fault(value, max_bytes=MAX_CALL_BYTES) is None
+    return value is not None and free_json_fault(value, max_bytes=sys.maxsize) is None
 
 
 def _text(value: Any) -> str:
