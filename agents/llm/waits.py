@@ -10,6 +10,8 @@ MAX_DEPTH = 8
 EPOCH_FROM = 1e9
 """Numbers from here on are moments: seconds since the epoch, or milliseconds from a thousand times as much on."""
 MOST_PARTS = 200
+WAIT_FIELDS = frozenset({"retrydelay", "retry_after", "retry_after_s", "retry_after_seconds", "x-ratelimit-reset"})
+"""Fields of a body, in lower case, that hold a wait; the last is of a server behind a gateway."""
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SPAN = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(ms|[smhd])")
@@ -62,12 +64,10 @@ def span_s(text: str) -> float | None:
 def _in_body(body: Any, now: float) -> float | None:
     texts = []
     for name, value in _fields(body, MAX_DEPTH):
-        if name in ("retrydelay", "retry_after", "retry_after_s", "retry_after_seconds", "retryafter", "retry-after"):
+        if name in WAIT_FIELDS:
             seconds = _seconds(value, now)
             if seconds is not None:
                 return seconds
-        elif name == "x-ratelimit-reset":  # of the server behind a gateway
-            texts.append(f"retry in {_seconds(value, now) or 0:f}s")
         elif name in ("message", "error", "detail", "raw", "") and isinstance(value, str):
             texts.append(value[:2000])
     for text in texts:

@@ -4,11 +4,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from support.openai_server import Answerer, OpenAIServer, Reply
-
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.openai_provider import OpenAIProvider
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk, UserMessage
+from support.openai_server import Answerer, OpenAIServer, Reply
 
 KEY = "sk-very-secret"
 ASK = CompletionParams(messages=(UserMessage("How do you do?"),), timeout_s=10)

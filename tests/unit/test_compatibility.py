@@ -27,7 +27,9 @@ def refused(message: str, param: str | None = None, code: str | None = None, sta
 
 def o_series(request: Request) -> Reply:
     if "max_tokens" in request.body:
-        message = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        message = (
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        )
         return refused(message, "max_tokens", "unsupported_parameter")
     if request.body.get("temperature", 1) != 1:
         message = "Unsupported value: 'temperature' does not support 0.7 with this model."
@@ -56,7 +58,9 @@ def by_mistral(request: Request) -> Reply:
 
 def without_streams(request: Request) -> Reply:
     if request.body.get("stream"):
-        return refused("Unsupported value: 'stream' does not support true with this model.", "stream", "unsupported_value")
+        return refused(
+            "Unsupported value: 'stream' does not support true with this model.", "stream", "unsupported_value"
+        )
     return Reply(text="ok") if "stream_options" not in request.body else refused("only allowed when stream is on")
 
 

@@ -57,7 +57,11 @@ def test_the_reason_is_found_in_each_form(body: Any, reason: str) -> None:
     [
         ({"error": {"message": "no region"}}, 403, "the server refuses access (403): no region"),
         ({}, 403, "the server refuses access (403): check the API key"),
-        ({"error": {"message": "Key sk-pro***********abcd is wrong."}}, 401, "the server refuses access (401): Key *** is wrong."),
+        (
+            {"error": {"message": "Key sk-pro***********abcd is wrong."}},
+            401,
+            "the server refuses access (401): Key *** is wrong.",
+        ),
         ({"error": {"message": "gone"}}, 404, "the server refused the request (404): gone"),
         ("404 page not found", 404, "the server does not know the path (404): 404 page not found; check base_url"),
         ({"detail": "Not Found"}, 404, "the server does not know the path (404): Not Found; check base_url"),
@@ -75,7 +79,8 @@ def test_a_missing_version_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "shown"), [("ollama", True), ("lm-studio", True), ("not-needed", True), ("abc123def", False), ("k" * 16, False)]
+    ("key", "shown"),
+    [("ollama", True), ("lm-studio", True), ("not-needed", True), ("abc123def", False), ("k" * 16, False)],
 )
 async def test_only_a_key_that_is_a_secret_is_taken_out(key: str, shown: bool) -> None:
     reply = Reply(status=400, body=json.dumps({"error": f"the word {key} stands here"}))
@@ -141,13 +146,20 @@ async def test_a_quota_that_is_used_up_is_not_asked_again(error: dict[str, str])
 
 NAMES = ["error", "message", "detail", "code", "type", "loc", "msg", "metadata", "raw", "retryDelay", "param", "status"]
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["20s", "429", "try again in 9s"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["20s", "429", "try again in 9s"]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=5),
     max_leaves=20,
 )
 
 
-@given(body=JSON, status=st.none() | st.integers(400, 599), value=st.text() | st.sampled_from(["1e999", "-1", "9" * 40]))
+@given(
+    body=JSON, status=st.none() | st.integers(400, 599), value=st.text() | st.sampled_from(["1e999", "-1", "9" * 40])
+)
 def test_whatever_a_server_says_is_a_short_sentence_and_a_wait(body: Any, status: int | None, value: str) -> None:
     headers = dict.fromkeys(("retry-after", "x-ratelimit-reset", "x-ratelimit-reset-tokens"), value)
     refusal = refusal_of(body, status=status, headers=headers, now=1e9)

@@ -85,7 +85,9 @@ def test_parallel_calls_stay_separate(events: list[Any]) -> None:
         pytest.param([call(0, "a", "add", '{"a":'), call(0, "a", "add", "5}")], id="the name again"),
         pytest.param([call(0, "a", "add", '{"a":5}'), call(0, "a", "add", "")], id="the head again at the end"),
         pytest.param([call(0, "a", "add", '{"a":5}'), call(0, "a", "add", '{"a":5}')], id="all of it again"),
-        pytest.param([call(0, "a", "add", "{}"), call(0, None, None, '{"a":'), call(0, None, None, "5}")], id="{} first"),
+        pytest.param(
+            [call(0, "a", "add", "{}"), call(0, None, None, '{"a":'), call(0, None, None, "5}")], id="{} first"
+        ),
         pytest.param([call(None, "a", "add", '{"a":'), call(0, None, None, "5}")], id="the index late"),
         pytest.param([call(0, "a", "add", '{"a":'), call(None, None, None, "5}")], id="the index only at first"),
         pytest.param([{"index": 0, "function": None}, call(0, "a", "add", '{"a":5}')], id="function null"),
@@ -150,16 +152,21 @@ def test_arguments_in_another_form_become_an_object(written: str, plain: str) ->
     ],
 )
 def test_calls_without_end_are_a_failure(fragments: list[dict[str, Any]]) -> None:
-    calls = ToolCalls()
     with pytest.raises(AgentFailed, match=r"more than 128 tools|longer than \d+ bytes"):
-        for each in fragments:
-            calls.add_fragments(each)
+        streamed(*fragments)
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.sampled_from(["{}", '{"a":1}']),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["index", "id", "function", "name", "arguments", "x"]), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters())
+    | st.sampled_from(["{}", '{"a":1}']),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["index", "id", "function", "name", "arguments", "x"]), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
