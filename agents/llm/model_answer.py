@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from loom.agents.llm.answer_text import ThoughtSplitter
+from loom.agents.llm.thinking import ThinkBlock
 from loom.agents.port import MAX_TEXT_CHARS, deltas
 from loom.schemas.events import ReasoningDelta, TextDelta
 from loom.schemas.llm import CompletionResult, StreamChunk, ToolCall, Usage
@@ -24,7 +24,7 @@ class ModelAnswer:
         self.tool_calls: list[ToolCall] = []
         self.usage: Usage | None = None
         self.finish_reason: str | None = None
-        self._splitter = ThoughtSplitter()
+        self._think = ThinkBlock()
         self._texts: list[str] = []
         self._reasoning: list[str] = []
         self._thoughts: list[str] = []
@@ -63,12 +63,12 @@ class ModelAnswer:
         self.tool_calls.extend(chunk.tool_calls)
         self.usage = chunk.usage or self.usage
         self.finish_reason = chunk.finish_reason or self.finish_reason
-        thoughts, text = self._splitter.add(chunk.text) if chunk.text else ("", "")
+        thoughts, text = self._think.split(chunk.text) if chunk.text else ("", "")
         return self._shown(chunk.reasoning, thoughts, text)
 
     def end(self) -> list[ReasoningDelta | TextDelta]:
         """Return what is left to show after the last piece."""
-        return self._shown("", *self._splitter.end())
+        return self._shown("", *self._think.rest())
 
     def result(self) -> CompletionResult:
         """Return the answer as a whole."""

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.agents import JOB, Scripted, add, answering, done_of, events_of, only, wanting
 
-from loom.agents.llm.answer_text import ThoughtSplitter, without_thoughts
+from loom.agents.llm.thinking import ThinkBlock, without_thoughts
 from loom.schemas.errors import AgentFailed
 from loom.schemas.events import AgentEvent, ReasoningDelta, TextDelta
 from loom.schemas.llm import StreamChunk, ToolCall
@@ -102,8 +102,8 @@ def test_thoughts_are_taken_off_at_the_start_alone(text: str, thoughts: str, ans
 
 @given(st.lists(st.sampled_from(["<think>", "</think>", "<", "think", ">", "/", " ", "\n", "a", "<thi", "nk>"])))
 def test_pieces_show_what_the_whole_text_shows(pieces: list[str]) -> None:
-    splitter = ThoughtSplitter()
-    parts = [*map(splitter.add, pieces), splitter.end()]
+    block = ThinkBlock()
+    parts = [*map(block.split, pieces), block.rest()]
 
     assert ("".join(part[0] for part in parts), "".join(part[1] for part in parts)) == without_thoughts("".join(pieces))
 
