@@ -1,9 +1,13 @@
 """A model's reasoning is shown apart from its answer, kept for the job, and no part of the result."""
 
+import json
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.agents import JOB, Scripted, add, answering, done_of, events_of, only, wanting
+from support.agents import JOB, MakeAgent, Scripted, add, answering, done_of, events_of, only, wanting
+from support.openai_server import OpenAIServer, Reply, Request
 
 from loom.agents.llm.thinking import ThinkBlock, without_thoughts
 from loom.schemas.errors import AgentFailed
@@ -114,3 +118,46 @@ async def test_a_run_of_a_reasoning_model_holds_its_answer_alone() -> None:
     )
 
     assert result.content == "5"
+
+
+def stream_of(*deltas: dict[str, Any], finish_reason: str) -> Reply:
+    """A streamed answer of these deltas."""
+    choices = [{"index": 0, "delta": delta} for delta in deltas]
+    choices.append({"index": 0, "delta": {}, "finish_reason": finish_reason})
+    return Reply(events=tuple(json.dumps({"choices": [choice]}) for choice in choices), done=True)
+
+
+def call_of(**fields: Any) -> dict[str, Any]:
+    function = {"name": "add", "arguments": '{"a":2,"b":3}'}
+    return {"tool_calls": [{"index": 0, "id": "x", "type": "function", "function": function, **fields}]}
+
+
+async def test_a_server_that_wants_its_reasoning_back_gets_it(server: OpenAIServer, make: MakeAgent) -> None:
+    def deepseek(request: Request) -> Reply:
+        turns = [message for message in request.messages if message.get("tool_calls")]
+        if not turns:
+            return stream_of({"reasoning_content": "I should add."}, call_of(), finish_reason="tool_calls")
+        if turns[0].get("reasoning_content") != "I should add.":
+            return Reply(status=400, body='{"error": {"message": "Missing `reasoning_content`"}}')
+        return Reply(text="5")
+
+    server.answer = deepseek
+    events = await events_of(make(add))
+
+    assert shown(events) == ("I should add.", "5")
+
+
+async def test_a_server_that_wants_a_signature_back_gets_it(server: OpenAIServer, make: MakeAgent) -> None:
+    signature = {"google": {"thought_signature": "SIG"}}
+
+    def gemini(request: Request) -> Reply:
+        turns = [message for message in request.messages if message.get("tool_calls")]
+        if not turns:
+            return stream_of(call_of(extra_content=signature), finish_reason="tool_calls")
+        if turns[0]["tool_calls"][0].get("extra_content") != signature:
+            return Reply(status=400, body='{"error": {"message": "a thought_signature is missing"}}')
+        return Reply(text="5")
+
+    server.answer = gemini
+
+    assert (await make(add).run(JOB)).content == "5"
