@@ -4,11 +4,14 @@ import re
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
+from loom.agents.job import Answer, Job
 from loom.schemas import auction
 from loom.schemas.config import ClusterConfig
+from loom.schemas.errors import InvalidTask
 from loom.schemas.events import (
     AgentEvent,
     Done,
@@ -39,11 +42,15 @@ from loom.schemas.llm import (
 )
 from loom.schemas.task import Accept, Limits, Priority, TaskAd, TaskError, TaskResult, slug
 
+if TYPE_CHECKING:
+    from loom.agents.tools import Tool, ToolContext, ToolRegistry, ToolResult, define_tool
+
 __all__ = [
     "Accept",
     "AgentBlueprint",
     "AgentEvent",
     "AgentNode",
+    "Answer",
     "AssistantMessage",
     "Bid",
     "CapabilityProfile",
@@ -54,6 +61,8 @@ __all__ = [
     "Done",
     "ErrorEvent",
     "HealthReport",
+    "InvalidTask",
+    "Job",
     "LLMProvider",
     "Limits",
     "LoopEvent",
@@ -77,13 +86,28 @@ __all__ = [
     "TaskSpec",
     "TextDelta",
     "TokenUsage",
+    "Tool",
     "ToolCall",
     "ToolCallEnd",
     "ToolCallStart",
+    "ToolContext",
     "ToolDefinition",
+    "ToolRegistry",
+    "ToolResult",
     "Usage",
     "UserMessage",
+    "define_tool",
 ]
+
+_OF_TOOLS = frozenset({"Tool", "ToolContext", "ToolRegistry", "ToolResult", "define_tool"})
+
+
+def __getattr__(name: str) -> Any:
+    """Import what tools are made of when it is asked for: the shapes alone stay cheap."""
+    if name not in _OF_TOOLS:
+        raise AttributeError(f"module 'loom.types' has no attribute {name!r}")
+    return getattr(import_module("loom.agents.tools"), name)
+
 
 NodeStatus = Literal["idle", "busy", "splitting", "dying"]
 
@@ -174,6 +198,15 @@ class AgentNode:
     blueprint_id: str | None = None
     decayed_at: float = 0.0
     """Seconds since the epoch of the last decay of its scores; 0: never."""
+    domains: Collection[str] | None = None
+    """Domains it takes at all, in any wording; None: every one. A task pinned to the node needs no domain of it.
+
+    Two wordings are one domain when they share a slug, as in `capabilities`.
+    """
+
+    def takes(self, domain: str) -> bool:
+        """Return whether it takes tasks of a domain (its wording or its slug): one it names, with a score above 0."""
+        return self.claim(domain) > 0
 
     def remember(self, *, task_id: str, domain: str, reward: float, token_cost: int, at: float) -> None:
         """Append a record to the history, dropping the domain's oldest past 120."""
@@ -200,7 +233,11 @@ class AgentNode:
         return not required or self._tools().issuperset(required)
 
     def claim(self, domain: str) -> float:
-        """Return how well it says it does a domain (its wording or its slug), in [0, 1]."""
+        """Return how well it says it does a domain (its wording or its slug), in [0, 1]; 0: it does not take it."""
+        if self.domains is not None:
+            wanted = slug(domain)
+            if not any(slug(name) == wanted for name in self.domains):
+                return 0.0
         return self.capabilities.score(domain)
 
     def mirror(self, profile: NodeProfile) -> None:
