@@ -8,14 +8,20 @@ import json
 from collections.abc import Collection
 from typing import Any, NoReturn
 
+from msgspec import structs
+
 from loom.agents.llm.refusals import ErrorReply, reason_of
 from loom.agents.llm.thinking import ThinkBlock
-from loom.agents.llm.tool_calls import ToolCalls
+from loom.agents.llm.tool_calls import MAX_CALL_BYTES, ToolCalls
 from loom.agents.llm.usage import usage_of
 from loom.agents.user_code import text_of
 from loom.schemas.llm import StreamChunk, Usage
+from loom.schemas.wire import free_json_fault
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+REASONING_DETAILS = "reasoning_details"
+"""A field of a message that OpenRouter wants back with its calls; kept beside the first of them."""
+MAX_DETAILS = 10_000
 MAX_FINISH_REASON_CHARS = 64
 MAX_NESTING = 8
 
@@ -41,6 +47,7 @@ class AnswerReader:
         """The field that reasoning came in."""
         self._taken = taken
         self._calls = ToolCalls()
+        self._details: list[Any] = []
         self._usage: Usage | None = None
         self._think = ThinkBlock()
         self._index: Any = None
@@ -86,6 +93,9 @@ class AnswerReader:
         if whole and not self._read_choice:
             self._refuse_unknown()
         calls = self._calls.finished(self._taken)
+        if calls and self._details and free_json_fault(self._details, max_bytes=MAX_CALL_BYTES) is None:
+            extra = {**calls[0].extra, REASONING_DETAILS: self._details}
+            calls = (structs.replace(calls[0], extra=extra), *calls[1:])
         if self.finish_reason is None:
             if not ended:
                 raise BrokeOff
@@ -127,6 +137,9 @@ class AnswerReader:
             self._calls.add_whole(message.get("tool_calls"))
         else:
             turn = {"content": choice.get("text")}
+        details = turn.get(REASONING_DETAILS)
+        if isinstance(details, list):
+            self._details.extend(details[: MAX_DETAILS - len(self._details)])
         written, thought = content_of(turn.get("content"))
         inside, text = self._think.split(written) if written else ("", "")
         reasoning = self._reasoning(turn) + thought + inside
