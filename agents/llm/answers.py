@@ -5,13 +5,11 @@ in parts, reasoning under any of its names, a refusal, calls, usage.
 """
 
 import json
-from collections.abc import Collection
 from typing import Any, NoReturn
 
 from msgspec import structs
 
 from loom.agents.llm.refusals import ErrorReply, reason_of
-from loom.agents.llm.thinking import ThinkBlock
 from loom.agents.llm.tool_calls import MAX_CALL_BYTES, ToolCalls
 from loom.agents.llm.usage import usage_of
 from loom.agents.user_code import text_of
@@ -35,21 +33,15 @@ class BrokeOff(Exception):
 
 
 class AnswerReader:
-    """Reads one answer, from events or from a whole value.
+    """Reads one answer, from events or from a whole value."""
 
-    Args:
-        taken: Ids of the calls earlier in the conversation.
-    """
-
-    def __init__(self, taken: Collection[str] = ()) -> None:
+    def __init__(self) -> None:
         self.finish_reason: str | None = None
         self.reasoning_field: str | None = None
         """The field that reasoning came in."""
-        self._taken = taken
         self._calls = ToolCalls()
         self._details: list[Any] = []
         self._usage: Usage | None = None
-        self._think = ThinkBlock()
         self._index: Any = None
         self._read_choice = self._read_delta = False
         self._unknown: Any = None
@@ -92,7 +84,7 @@ class AnswerReader:
         """
         if whole and not self._read_choice:
             self._refuse_unknown()
-        calls = self._calls.finished(self._taken)
+        calls = self._calls.finished()
         if calls and self._details and free_json_fault(self._details, max_bytes=MAX_CALL_BYTES) is None:
             extra = {**calls[0].extra, REASONING_DETAILS: self._details}
             calls = (structs.replace(calls[0], extra=extra), *calls[1:])
@@ -100,10 +92,7 @@ class AnswerReader:
             if not ended:
                 raise BrokeOff
             self.finish_reason = "tool_calls" if calls else "stop"
-        reasoning, text = self._think.rest()
-        return StreamChunk(
-            text=text, reasoning=reasoning, tool_calls=calls, usage=self._usage, finish_reason=self.finish_reason
-        )
+        return StreamChunk(tool_calls=calls, usage=self._usage, finish_reason=self.finish_reason)
 
     def _refuse_unknown(self) -> NoReturn:
         """Raise the error of an answer that held no choice."""
@@ -140,9 +129,8 @@ class AnswerReader:
         details = turn.get(REASONING_DETAILS)
         if isinstance(details, list):
             self._details.extend(details[: MAX_DETAILS - len(self._details)])
-        written, thought = content_of(turn.get("content"))
-        inside, text = self._think.split(written) if written else ("", "")
-        reasoning = self._reasoning(turn) + thought + inside
+        text, thought = content_of(turn.get("content"))
+        reasoning = self._reasoning(turn) + thought
         refusal = _plain(turn.get("refusal"))
         return StreamChunk(text=text, reasoning=reasoning, refusal=refusal) if text or reasoning or refusal else None
 

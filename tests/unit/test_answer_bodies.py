@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loom.agents.llm.bodies import BodyReader
-from loom.agents.llm.thinking import ThinkBlock
 from loom.schemas.errors import AgentFailed
 
 
@@ -47,35 +46,6 @@ def test_a_body_without_end_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("loom.agents.llm.bodies.MAX_STREAM_BYTES", 5000)
     with pytest.raises(AgentFailed, match="too long"):
         read(b'data: {"a": 1}\n\n' * 1000, 100)
-
-
-@pytest.mark.parametrize(
-    ("pieces", "text", "reasoning"),
-    [
-        (["<think>a {x}</think>\n42"], "42", "a {x}"),
-        (["\n<thi", "nk>", "a<", "b</th", "ink>", "\n\n", " 4", "2 "], "42 ", "a<b"),
-        (["<think>never closed</thi"], "", "never closed</thi"),
-        (["<thin ice>"], "<thin ice>", ""),
-        (["<", "b>bold</b>"], "<b>bold</b>", ""),
-        (["in <think>the</think> middle"], "in <think>the</think> middle", ""),
-        (["<think></think>"], "", ""),
-        (["  two"], "  two", ""),
-        (["<thi"], "<thi", ""),
-    ],
-)
-def test_a_leading_block_of_thought_is_reasoning(pieces: list[str], text: str, reasoning: str) -> None:
-    block = ThinkBlock()
-    found = [*(block.split(piece) for piece in pieces), block.rest()]
-
-    assert ("".join(part for _, part in found), "".join(part for part, _ in found)) == (text, reasoning)
-
-
-@pytest.mark.parametrize("cuts", range(1, 9))
-def test_a_block_of_thought_is_found_however_it_is_cut(cuts: int) -> None:
-    block, whole = ThinkBlock(), "<think>one < two</think>\n three"
-    found = [*(block.split(whole[at : at + cuts]) for at in range(0, len(whole), cuts)), block.rest()]
-
-    assert ("".join(part for _, part in found), "".join(part for part, _ in found)) == ("three", "one < two")
 
 
 @given(pieces=st.lists(st.binary(max_size=30) | st.sampled_from([b"data: ", b"{", b"\n", b"\n\n", b"event: error\n"])))
