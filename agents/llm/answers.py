@@ -69,7 +69,7 @@ class AnswerReader:
         reason = choice.get("finish_reason")
         if isinstance(reason, str) and reason:
             self.finish_reason = text_of(reason[:MAX_FINISH_REASON_CHARS])
-        return self._said(choice)
+        return self._chunk_of(choice)
 
     def last(self, *, ended: bool, whole: bool) -> StreamChunk:
         """Return the last chunk: calls, usage and finish reason.
@@ -114,7 +114,7 @@ class AnswerReader:
                     return choice
         return None
 
-    def _said(self, choice: dict[str, Any]) -> StreamChunk | None:
+    def _chunk_of(self, choice: dict[str, Any]) -> StreamChunk | None:
         """Read a choice's delta, or its message."""
         delta, message = choice.get("delta"), choice.get("message")
         if isinstance(delta, dict):

@@ -182,8 +182,8 @@ async def test_arguments_are_taken_in_any_form(arguments: Any, taken: str, strea
 @BOTH
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
 async def test_reasoning_is_kept_apart_from_the_text(field: str, stream: bool) -> None:
-    said = {field: "I should add.", "content": None}
-    events = (delta_event(said), text_event("3"), END)
+    written = {field: "I should add.", "content": None}
+    events = (delta_event(written), text_event("3"), END)
     whole = Reply(body=message_body({field: "I should add.", "content": "3"}))
     async with serving(Reply(events=events) if stream else whole) as (_, provider):
         answer = await answered(provider, stream=stream)
@@ -193,9 +193,9 @@ async def test_reasoning_is_kept_apart_from_the_text(field: str, stream: bool) -
 
 @BOTH
 async def test_a_length_that_went_into_reasoning_can_be_recognised(stream: bool) -> None:
-    said = {"reasoning_content": "hmm", "content": None}
-    whole = Reply(body=message_body(said, "length"))
-    async with serving(Reply(events=(delta_event(said, "length"),)) if stream else whole) as (_, provider):
+    written = {"reasoning_content": "hmm", "content": None}
+    whole = Reply(body=message_body(written, "length"))
+    async with serving(Reply(events=(delta_event(written, "length"),)) if stream else whole) as (_, provider):
         answer = await answered(provider, stream=stream)
 
     assert (answer.content, answer.reasoning, answer.finish_reason) == ("", "hmm", "length")
@@ -203,8 +203,8 @@ async def test_a_length_that_went_into_reasoning_can_be_recognised(stream: bool)
 
 @BOTH
 async def test_a_refusal_is_kept(stream: bool) -> None:
-    said = {"refusal": "I can't help with that.", "content": None}
-    reply = Reply(events=(delta_event(said), END)) if stream else Reply(body=message_body(said))
+    written = {"refusal": "I can't help with that.", "content": None}
+    reply = Reply(events=(delta_event(written), END)) if stream else Reply(body=message_body(written))
     async with serving(reply) as (_, provider):
         assert (await answered(provider, stream=stream)).refusal == "I can't help with that."
 
@@ -265,8 +265,8 @@ async def test_reasoning_goes_back_only_where_it_came_as_reasoning_content(
     field: str, back: dict[str, str], stream: bool
 ) -> None:
     call = ToolCall(id="x", name="add", arguments="{}")
-    said = {field: "hmm", "content": "1"}
-    reply = Reply(events=(delta_event(said), END)) if stream else Reply(body=message_body(said))
+    written = {field: "hmm", "content": "1"}
+    reply = Reply(events=(delta_event(written), END)) if stream else Reply(body=message_body(written))
     async with serving(reply) as (server, provider):
         await answered(provider, stream=stream)
         await provider.complete(history(call, "hmm"))
