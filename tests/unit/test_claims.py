@@ -33,16 +33,16 @@ def test_a_profile_is_copied_for_each_node() -> None:
 @pytest.mark.parametrize(
     ("capabilities", "sentence"),
     [
-        ({"code": 9}, "the rating in 'code' is 9: give a number from 0"),
-        ({"code": -0.1}, "the rating in 'code' is -0.1"),
-        ({"code": float("nan")}, "the rating in 'code' is nan"),
-        ({"code": "high"}, "the rating in 'code' is a str: give a number"),
-        ({"code": True}, "the rating in 'code' is a bool"),
-        ({"code": None}, "the rating in 'code' is a NoneType"),
-        ({7: 0.5}, "a domain is a int"),
-        ({" ": 0.5}, "a domain is empty"),
-        (CapabilityProfile(scores={"code": 9}), "the rating in 'code' is 9"),
-        (["code"], 'capabilities are a list: give a dict such as {"code": 0.9}'),
+        ({"code": 9}, "the node has the rating 9 in 'code': give a number from 0"),
+        ({"code": -0.1}, "the rating -0.1 in 'code'"),
+        ({"code": float("nan")}, "the rating nan in 'code'"),
+        ({"code": "high"}, "the rating a str in 'code'"),
+        ({"code": True}, "the rating a bool in 'code'"),
+        ({"code": None}, "the rating a NoneType in 'code'"),
+        ({7: 0.5}, "a domain that is a int"),
+        ({" ": 0.5}, "a domain that is empty"),
+        (CapabilityProfile(scores={"code": 9}), "the rating 9 in 'code'"),
+        (["code"], 'capabilities that are a list: give a dict such as {"code": 0.9}'),
     ],
 )
 def test_a_rating_that_is_not_a_number_from_0_to_1_is_refused(capabilities: Any, sentence: str) -> None:
@@ -70,7 +70,14 @@ def test_domains_may_come_in_any_collection(domains: Any, taken: list[str] | Non
 
 
 @pytest.mark.parametrize(
-    ("domains", "sentence"), [([], "domains is empty"), ([7], "a domain is a int"), ([""], "empty")]
+    ("domains", "sentence"),
+    [
+        ([], "domains that name nothing"),
+        ("", "domains that name nothing"),
+        (7, "domains that name nothing"),
+        ([7], "a domain that is a int"),
+        ([""], "a domain that is empty"),
+    ],
 )
 def test_domains_that_name_nothing_are_refused(domains: Any, sentence: str) -> None:
     with pytest.raises(LoomError, match=sentence):
