@@ -2,7 +2,7 @@
 
 import asyncio
 import concurrent.futures
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextvars import copy_context
 from hashlib import blake2b
 from types import TracebackType
@@ -91,7 +91,7 @@ class Runtime:
         domains: Collection[str] | None = None,
         replace: bool = False,
         system_prompt: str | None = None,
-        tools: Sequence[Tool | Callable[..., Any]] = (),
+        tools: Iterable[Tool | Callable[..., Any]] = (),
     ) -> AgentNode:
         """Add a node; it bids from the next call on.
 
@@ -103,7 +103,7 @@ class Runtime:
             domains: Domains it takes at all, in any wording; absent: every one. A pinned task needs none of them.
             replace: Whether it takes the place of a node of that name; runs in hand end with the agent they have.
             system_prompt: For a made agent, instead of the config's.
-            tools: For a made agent.
+            tools: For a made agent: tools, functions to make tools of, or a ToolRegistry.
 
         Raises:
             LoomError: There is neither an agent nor a provider, what is given is not an agent, a rating is not a

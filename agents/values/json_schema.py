@@ -1,5 +1,6 @@
 """JSON Schemas of types, in the dialect that models' servers have in common."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,9 +9,11 @@ import msgspec
 from loom.agents.values.annotations import described_fields, for_msgspec
 from loom.agents.values.foreign import schema_hook
 
+_NO_DEFAULT = re.compile(r"Encoding objects of type (\S+) is unsupported")
 _REFERENCE = "#/$defs/"
 _UNDERSTOOD_FORMATS = frozenset({"date-time"})
 """Gemini's server refuses a string with another format."""
+_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _MAPS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SCHEMAS = ("items", "additionalProperties", "not", "propertyNames", "contains")
@@ -34,13 +37,30 @@ def json_schema(kind: Any) -> dict[str, Any]:
         >>> json_schema(tuple[int, str])
         {'type': 'array', 'items': {'anyOf': [{'type': 'integer'}, {'type': 'string'}]}, 'minItems': 2, 'maxItems': 2}
     """
+    try:
+        return portable(_described(kind))
+    except Exception as error:
+        # A class may hold names that do not exist, and pydantic has errors of its own.
+        raise TypeError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).partition("\n")[0]
+    default = _NO_DEFAULT.fullmatch(text)
+    if default is None:
+        return text
+    return f"JSON cannot carry a field's default value of type {default[1]}: give it as default_factory"
+
+
+def _described(kind: Any) -> dict[str, Any]:
+    """The schema as msgspec and pydantic write it, with the descriptions of fields."""
     shape = for_msgspec(kind)
     (top,), parts = msgspec.json.schema_components([shape], schema_hook=schema_hook, ref_template=_REFERENCE + "{name}")
     for owner, field, description in described_fields(kind):
         known = parts.get(owner, {}).get("properties", {}).get(field)
         if known is not None:
             known.setdefault("description", description)
-    return portable({**top, "$defs": parts} if parts else top)
+    return {**top, "$defs": parts} if parts else top
 
 
 def portable(schema: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +108,7 @@ def _rewritten(schema: Any, definitions: dict[str, Any]) -> dict[str, Any]:
             made[key] = _rewritten(made[key], definitions)
     if "default" in schema:
         made["default"] = msgspec.to_builtins(schema["default"], str_keys=True)
-    return _with_plain_format(_with_items(made, definitions))
+    return _with_type(_with_plain_format(_with_items(made, definitions)))
 
 
 def _with_items(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +137,16 @@ def _with_items(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str
     if places and all(titles):
         schema.setdefault("description", f"in this order: {', '.join(map(str, titles))}")
     return {**schema, "items": items}
+
+
+def _with_type(schema: dict[str, Any]) -> dict[str, Any]:
+    """An enum with the type of its values, without which some servers refuse it."""
+    values = schema.get("enum")
+    kinds = {type(each) for each in values} if isinstance(values, list) else set()
+    if len(kinds) == 1 and "type" not in schema:
+        name = _NAMES.get(kinds.pop())
+        return {**schema, "type": name} if name else schema
+    return schema
 
 
 def _with_plain_format(schema: dict[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ async def test_tools_learn_for_whom_they_run(server: OpenAIServer, make: MakeAge
     server.script(Reply(tool_calls=(("whoami", "{}"),)), Reply(text="ok"))
     await make(whoami, tool_context={"user": "ann"}).run(JOB)
 
-    assert server.requests[1].messages[-1]["content"] == "t1:2 ann True"
+    assert server.requests[1].messages[-1]["content"] == "t1:2:1 ann True"
 
 
 async def test_a_job_narrows_the_tools(server: OpenAIServer, make: MakeAgent) -> None:
@@ -246,3 +246,39 @@ async def test_a_tool_that_resists_cancelling_is_left_behind(server: OpenAIServe
     release.set()
 
     assert task.cancelled()
+
+
+async def test_each_call_of_a_job_has_a_key_of_its_own_also_among_equal_ones(
+    server: OpenAIServer, make: MakeAgent
+) -> None:
+    paid: list[tuple[str, str]] = []
+
+    @tool
+    async def pay(to: str, context: ToolContext) -> str:
+        paid.append((context.key, context.call_id))
+        return "paid"
+
+    rounds = (
+        Reply(tool_calls=(("pay", '{"to":"ann"}'), ("pay", '{"to":"bob"}'), ("pay", '{"to":"bob"}'))),
+        Reply(tool_calls=(("pay", '{"to":"eve"}'),)),
+        Reply(text="done"),
+    )
+    for _ in range(2):  # the same attempt, run again
+        server.script(*rounds)
+        await make(pay).run(JOB)
+
+    assert [key for key, _ in paid] == ["t1:2:1", "t1:2:2", "t1:2:3", "t1:2:4"] * 2
+    assert [key for key, _ in paid[:4]] == [key for key, _ in paid[4:]]
+    assert len({call_id for _, call_id in paid[:4]}) == 4
+
+
+async def test_a_call_that_is_refused_counts_for_the_keys_of_those_after_it(
+    server: OpenAIServer, make: MakeAgent
+) -> None:
+    def key(context: ToolContext) -> str:
+        return context.key
+
+    server.script(Reply(tool_calls=(("unknown", "{}"), ("key", "{}"))), Reply(text="done"))
+    await make(key).run(JOB)
+
+    assert server.requests[1].messages[-1]["content"] == "t1:2:2"
