@@ -13,7 +13,7 @@ from loom.phases.evaluate.policy import (
     Back,
     End,
     decide,
-    implied_reward,
+    implied_rewards,
     is_late,
     judge,
     reward_for,
@@ -24,7 +24,7 @@ from loom.schemas.errors import BY_CODE
 from loom.schemas.task import Accept, RunResult, TaskError
 
 CONFIG = ClusterConfig(max_attempts=3)
-FINAL = sorted(set(BY_CODE) - RETRIED - {"unknown"})
+FINAL = sorted(set(BY_CODE) - RETRIED - {"unknown", "invalid_task"})
 
 
 def env(content: str | None = None, code: str | None = None, **facts: Any) -> Envelope:
@@ -284,17 +284,16 @@ def record(message: Envelope, **facts: Any) -> TaskRecord:
 
 def test_an_ended_record_implies_one_and_the_same_reward_and_a_running_one_none() -> None:
     ended = record(env("42"), ended_at=9.0)
-    assert implied_reward(ended) == implied_reward(ended)
-    assert implied_reward(ended) is not None
-    assert implied_reward(record(env("42"))) is None
+    assert implied_rewards(ended) == implied_rewards(ended)
+    assert len(implied_rewards(ended)) == 1
+    assert implied_rewards(record(env("42"))) == ()
 
 
 def test_an_end_with_a_kept_result_still_rewards_the_last_attempt_with_nought() -> None:
     best = Best(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
     ending = decided(env(code="agent_failed", failures=2, best=best, attempt=3))
     assert isinstance(ending, End)
-    reward = implied_reward(record(ending.envelope, ended_at=9.0))
-    assert reward is not None
+    (reward,) = implied_rewards(record(ending.envelope, ended_at=9.0))
     assert (reward.node_id, reward.score, reward.reward_id) == ("n1", 0.0, "t1:3:rules")
 
 
