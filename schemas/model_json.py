@@ -16,7 +16,8 @@ MAX_IN_VAIN = 256 * 1024
 MAX_ANSWER_CHARS = 2 * MAX_MESSAGE_BYTES
 """As much of an answer is read."""
 
-_MARK = re.compile(r"[\[{]|<(?P<close>/)?(?P<tag>think|thinking|thought|reasoning)>", re.IGNORECASE)
+_BRACKET = re.compile(r"[\[{]")
+_BRACKET_OR_TAG = re.compile(r"[\[{]|</?(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 
 
 def read_model_json(text: str, shape: type[T]) -> T:
@@ -49,6 +50,8 @@ def as_shape(value: Any, shape: type[T]) -> T:
     try:
         encode(value)
         return msgspec.convert(value, shape, strict=False)
+    except UnicodeEncodeError as error:
+        raise Undecodable("it holds text that is not Unicode") from error
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise Undecodable(str(error)) from error
 
@@ -89,11 +92,12 @@ _decoder = json.JSONDecoder(parse_constant=_not_finite)
 
 def _marks(text: str) -> Iterator[tuple[Any, int]]:
     """Yield what matters in a text with its place: JSON values, and the tags of reasoning outside of them."""
+    mark = _BRACKET_OR_TAG if "<" in text else _BRACKET
     at, in_vain = 0, 0
-    while in_vain < MAX_IN_VAIN and (found := _MARK.search(text, at)):
+    while in_vain < MAX_IN_VAIN and (found := mark.search(text, at)):
         start, at = found.span()
-        if found["tag"]:
-            yield (_CLOSING if found["close"] else _OPENING), at
+        if text[start] == "<":
+            yield (_CLOSING if text[start + 1] == "/" else _OPENING), at
             continue
         try:
             value, end = _decoder.raw_decode(text, start)

@@ -242,7 +242,7 @@ async def test_how_a_run_fails_is_reported_with_its_node(stage: Stage, script: S
         ("deadline_exceeded", {"left_s": 60}, 0, "agent_failed"),
         ("subtask_failed", {}, 0, "agent_failed"),
         ("cancelled", {}, 0, "agent_failed"),
-        ("invalid_task", {}, 0, "agent_failed"),
+        ("invalid_task", {}, 0, "invalid_task"),
         ("no_bids", {}, 0, "agent_failed"),
         ("node_busy", {}, 0, "node_busy"),
     ],
