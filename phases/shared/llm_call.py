@@ -155,7 +155,7 @@ def _failure(error: Exception) -> _Failure:
     cause: BaseException | None = error
     while cause is not None and len(chain) < CAUSES:
         chain.append(cause)
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__  # HTTP libraries drop the cause of a refused connection
     statuses = [status for each in chain if isinstance(status := getattr(each, "status_code", None), int)]
     if statuses:
         refused = statuses[0] in REFUSED
