@@ -12,7 +12,7 @@ from loom.schemas.wire import MAX_MESSAGE_BYTES, Undecodable, encode
 T = TypeVar("T")
 
 MAX_IN_VAIN = 256 * 1024
-"""Characters read from brackets that turn out to open no JSON, 256 more for each: about 10 ms."""
+"""Twice the characters read from brackets that turn out to open no JSON, 256 more for each: about 10 ms."""
 MAX_ANSWER_CHARS = 2 * MAX_MESSAGE_BYTES
 """As much of an answer is read."""
 
@@ -104,7 +104,7 @@ def _marks(text: str) -> Iterator[tuple[Any, int]]:
         except RecursionError:  # trying each bracket inside would take the square of its depth
             return
         except ValueError as error:  # a bracket in prose, or a number of thousands of digits
-            in_vain += getattr(error, "pos", len(text)) - at + 256
+            in_vain += 2 * (getattr(error, "pos", len(text)) - at) + 256
         else:
             at = end
             yield value, end
