@@ -13,6 +13,8 @@ T = TypeVar("T")
 
 MAX_IN_VAIN = 256 * 1024
 """Twice the characters read from brackets that turn out to open no JSON, 256 more for each: about 10 ms."""
+MAX_VALUES = 1000
+"""Values looked at in one answer."""
 MAX_ANSWER_CHARS = 2 * MAX_MESSAGE_BYTES
 """As much of an answer is read."""
 
@@ -61,7 +63,8 @@ def json_values(text: str) -> Iterator[Any]:
 
     What stands in a reasoning block, such as `<think>…</think>`, is not an answer; nor is what stands before a
     closing tag that was never opened, which some servers send. Of a block that is never closed the last value counts
-    if the text ends with it: the model forgot the tag. Too many brackets that open no JSON end the search.
+    if the text ends with it: the model forgot the tag. Too many brackets that open no JSON end the search, and so do
+    1000 values.
     """
     values: list[Any] = []
     thought: tuple[int, list[Any]] | None = None
@@ -93,8 +96,8 @@ _decoder = json.JSONDecoder(parse_constant=_not_finite)
 def _marks(text: str) -> Iterator[tuple[Any, int]]:
     """Yield what matters in a text with its place: JSON values, and the tags of reasoning outside of them."""
     mark = _BRACKET_OR_TAG if "<" in text else _BRACKET
-    at, in_vain = 0, 0
-    while in_vain < MAX_IN_VAIN and (found := mark.search(text, at)):
+    at, in_vain, values = 0, 0, 0
+    while in_vain < MAX_IN_VAIN and values < MAX_VALUES and (found := mark.search(text, at)):
         start, at = found.span()
         if text[start] == "<":
             yield (_CLOSING if text[start + 1] == "/" else _OPENING), at
@@ -106,5 +109,5 @@ def _marks(text: str) -> Iterator[tuple[Any, int]]:
         except ValueError as error:  # a bracket in prose, or a number of thousands of digits
             in_vain += 2 * (getattr(error, "pos", len(text)) - at) + 256
         else:
-            at = end
+            at, values = end, values + 1
             yield value, end

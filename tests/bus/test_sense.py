@@ -372,6 +372,20 @@ async def test_a_running_task_is_cancelled_by_telling_evaluate_first(stage: Stag
     assert (await stage.read("t1")) == record
 
 
+async def test_a_cancelled_task_tells_what_its_failed_attempts_took(stage: Stage) -> None:
+    await stage.phase("sense")
+    took = RunResult(prompt_tokens=10, completion_tokens=5, usd=0.5)
+    env = envelope(ad(task_id="t1"), now=stage.bus.now(), attempt=2, spent=took, result=took)
+    await stage.record(replace(env, spent=RunResult(), result=None, attempt=1))
+    await stage.put("execute", env)
+    asker = Asker(stage.bus)
+    await asker.ask(stage.bus.subjects.of("cancel", "t1"))
+    record = await asker.answer(TaskRecord)
+    assert (record.state, record.to_result().prompt_tokens, record.to_result().usd) == ("cancelled", 20, 1.0)
+    told = await stage.seen("task", phase="evaluate")
+    assert (told.error.code, told.spent) == ("cancelled", took.usage_with(took))
+
+
 async def test_who_is_to_be_answered_is_not_shown_to_who_cancels_a_task_on_its_way(stage: Stage) -> None:
     await stage.phase("sense")
     submitter, asker = Asker(stage.bus), Asker(stage.bus)
