@@ -300,7 +300,7 @@ def _signal(envelope: Envelope, result: RunResult) -> Signal:
 
 
 def implied_rewards(record: TaskRecord) -> tuple[Reward, ...]:
-    """Return the rewards that an ended record implies, the last attempt's first; the same ones whoever asks."""
+    """Return the rewards that an ended record implies, the last attempt's first; the same ones in every replica."""
     if record.ended_at is None:
         return ()
     last = reward_for(record.envelope, record.envelope.error, record.ended_at)

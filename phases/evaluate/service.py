@@ -209,7 +209,7 @@ class Evaluate:
             for reply in record.reply_to:
                 await answer_task(self._bus, reply, record)
         except BaseException:
-            for one in stored:  # not waited for: the message comes again, and says the reward again
+            for one in stored:  # not waited for: the message comes again, and so do its rewards
                 self._bus.spawn(one, name=f"reward {record.task_id}")
             raise
         await asyncio.gather(*stored)

@@ -79,4 +79,4 @@ async def asked(
 def _mended(answer: str, error: LoomError) -> tuple[Message, ...]:
     log.info("plan_sent_back", reason=error.message)
     why = f"This plan cannot be used: {error.message}. Answer with the corrected JSON only."
-    return AssistantMessage(answer), UserMessage(why)
+    return AssistantMessage(answer[:MAX_CONTEXT_BYTES]), UserMessage(why)

@@ -151,6 +151,13 @@ class _Conversation(Generic[T]):
 
 
 def _failure(error: Exception) -> _Failure:
+    try:
+        return _classified(error)
+    except BaseException:  # noqa: BLE001 - a class of a user's may raise anything when it is looked at
+        return _Failure(AgentFailed("the model's provider failed"), type_name(error), down=True)
+
+
+def _classified(error: Exception) -> _Failure:
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and len(chain) < CAUSES:

@@ -32,7 +32,7 @@ def charged(envelope: Envelope, phase: Phase, usage: PhaseUsage) -> Envelope:
 def tokens_of(record: TaskRecord) -> int:
     """Return the tokens an ended task has taken in all: attempts, parts, the phases' questions.
 
-    Where it was granted a budget, it is at least what is missing of that: a run that was lost told of no tokens.
+    Where it was granted a budget, it is at least what is missing of that: a run that was lost reports no tokens.
     """
     envelope = record.envelope
     used = total(record.used.tokens, *(usage.tokens for usage in envelope.phase_usage.values()))

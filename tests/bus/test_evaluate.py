@@ -140,7 +140,7 @@ async def test_a_poor_opinion_sends_the_task_to_another_node(stage: Stage) -> No
 
 
 @pytest.mark.parametrize("says", ["no idea", RuntimeError("down, key sk-1")])
-async def test_without_an_opinion_the_rules_word_stands_and_the_result_says_so(
+async def test_without_an_opinion_the_rules_decide_and_the_result_has_a_warning(
     stage: Stage, says: str | Exception
 ) -> None:
     await stage.phase("evaluate", ClusterConfig(judge_share=1.0), Judge(says))
@@ -166,7 +166,7 @@ async def test_a_rubric_that_was_not_checked_earns_nothing(stage: Stage, judge: 
     assert not stage.all("reward")
 
 
-async def test_a_judge_is_asked_again_without_a_response_format_and_what_it_took_is_told(stage: Stage) -> None:
+async def test_a_judge_is_asked_again_without_a_response_format_and_its_tokens_are_in_the_result(stage: Stage) -> None:
     class Late(Judge):
         async def complete(self, params: CompletionParams) -> CompletionResult:
             self._says = "no idea" if not self.asked else '{"score": "8/10"}'
@@ -218,7 +218,7 @@ async def test_a_pinned_task_ends_with_its_nodes_word_at_once(stage: Stage) -> N
     assert not stage.all("reward")
 
 
-async def test_where_nobody_else_bids_the_nodes_word_is_the_end(stage: Stage) -> None:
+async def test_without_another_bidder_the_nodes_word_is_the_end(stage: Stage) -> None:
     await stage.phase("evaluate")
     word = TaskError(code="invalid_task", message="no such file", field="context", node_id="n0")
     await given(stage, code="no_bids", failures=1, attempt=2, claim=1, award=None, last_error=word)

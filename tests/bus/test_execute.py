@@ -17,7 +17,7 @@ from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Claim, Envelope, Split
 from loom.schemas.events import TextDelta, ToolCallStart
 from loom.schemas.run import RunRequest
-from loom.schemas.task import RunResult, TaskError
+from loom.schemas.task import Accept, RunResult, TaskError
 
 Script = Callable[[FakeRun], Awaitable[None]]
 
@@ -91,6 +91,7 @@ async def test_the_host_is_told_all_it_needs(stage: Stage) -> None:
         domain="数据",
         context={"k": [1]},
         required_tools=("search",),
+        accept=Accept(contains=("42",)),
         priority="high",
         attempt=2,
         budget=77,
@@ -108,6 +109,7 @@ async def test_the_host_is_told_all_it_needs(stage: Stage) -> None:
         node_id="n1",
         domain="数据",
         description="do it",
+        accept=Accept(contains=("42",)),
         complexity=0.3,
         context={"k": [1]},
         inputs={"a": "from a", "b": "from b"},

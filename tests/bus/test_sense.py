@@ -372,7 +372,7 @@ async def test_a_running_task_is_cancelled_by_telling_evaluate_first(stage: Stag
     assert (await stage.read("t1")) == record
 
 
-async def test_a_cancelled_task_tells_what_its_failed_attempts_took(stage: Stage) -> None:
+async def test_a_cancelled_task_has_the_tokens_of_its_failed_attempts(stage: Stage) -> None:
     await stage.phase("sense")
     took = RunResult(prompt_tokens=10, completion_tokens=5, usd=0.5)
     env = envelope(ad(task_id="t1"), now=stage.bus.now(), attempt=2, spent=took, result=took)

@@ -483,7 +483,7 @@ def test_a_rule_that_the_ad_breaks_ends_it_whoever_was_awarded(award: str | None
     assert decision.envelope.failures == 0
 
 
-def test_when_nobody_else_bids_the_nodes_word_is_the_answer() -> None:
+def test_without_another_bidder_the_nodes_word_is_the_answer() -> None:
     back = decided(invalid())
     assert isinstance(back, Back)
     decision = decided(replace(back.envelope, award=None).failed(TaskError(code="no_bids")))
@@ -535,7 +535,7 @@ attempts = st.lists(
 
 
 @given(attempts, st.integers(1, 20))
-def test_however_a_task_ends_it_tells_what_all_attempts_took_and_its_budget_agrees(
+def test_however_a_task_ends_its_result_has_the_tokens_of_all_attempts_and_its_budget_agrees(
     tries: list[tuple[str, int | None, bool]], max_attempts: int
 ) -> None:
     message = replace(env(), budget=10**6)

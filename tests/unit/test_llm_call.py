@@ -91,7 +91,7 @@ async def test_an_answer_that_was_cut_gets_more_room() -> None:
     assert model.asked[1].max_tokens == 10 * MORE_TOKENS
 
 
-async def test_nobody_is_asked_a_third_time() -> None:
+async def test_a_question_is_not_put_a_third_time() -> None:
     model = Model("seven")
     answer = await put(model)
     assert (answer.value, answer.why, len(model.asked)) == (None, "its answer could not be read", 2)
@@ -117,7 +117,17 @@ async def test_a_model_that_does_not_answer_is_asked_once(error: BaseException) 
     assert "sk-1" not in answer.why
 
 
-async def test_a_mistake_is_told_with_the_second_question() -> None:
+async def test_an_exception_that_raises_when_it_is_looked_at_is_a_failure_like_any_other() -> None:
+    class Evil(Exception):
+        @property
+        def status_code(self) -> int:
+            raise KeyboardInterrupt
+
+    answer = await put(Model(Evil()))
+    assert (answer.value, answer.why) == (None, "Evil")
+
+
+async def test_a_mistake_goes_along_with_the_second_question() -> None:
     model = Model("seven", "7")
     await put(model, mend=lambda answer, error: (UserMessage(f"{answer}: {error.message}"),))
     assert [message.content for message in model.asked[1].messages] == ["four", "seven: not a number"]

@@ -117,7 +117,7 @@ async def test_a_silent_judge_is_not_waited_for_past_the_deadline() -> None:
     assert time.monotonic() - began < 1
 
 
-def test_a_result_nobody_could_judge_says_so() -> None:
+def test_a_result_that_could_not_be_judged_has_a_warning() -> None:
     why = Answer[Opinion](None, why="RuntimeError")
     plain = opinion.with_opinion(answered(), why)
     assert (plain.opinion, plain.unjudged) == (None, "RuntimeError")
