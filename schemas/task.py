@@ -326,6 +326,10 @@ class TaskUsage(Wire, frozen=True, kw_only=True):
     phases: Annotated[dict[Name, PhaseUsage], Meta(max_length=16)] = {}
     """phase -> what its questions to a model took; absent: the phase asked none."""
 
+    def __hash__(self) -> int:
+        """Return a hash, so that results with a dictionary in them may be members of a set."""
+        return hash(frozenset(self.phases.items()))
+
 
 TaskState = Literal["accepted", "running", "succeeded", "failed", "cancelled"]
 
