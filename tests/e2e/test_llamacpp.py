@@ -11,9 +11,10 @@ from support.llamacpp_server import LlamaServer, llamacpp_server, scripted_model
 from support.wait import until
 
 from loom import Agent, AgentConfig, OpenAIProvider, Runtime, TaskAd, tool
+from loom.agents.port import collect
 from loom.bus.client import Bus
 from loom.schemas.errors import AgentFailed
-from loom.schemas.events import Done, TextDelta, ToolCallEnd, ToolCallStart
+from loom.schemas.events import AgentEvent, Done, TextDelta, ToolCallEnd, ToolCallStart
 from loom.schemas.llm import CompletionParams, StreamChunk, UserMessage
 from loom.schemas.run import RunRequest
 from loom.types import CapabilityProfile
@@ -164,15 +165,16 @@ async def test_a_server_that_dies_in_the_middle_of_an_answer_is_a_failure_with_w
     server: LlamaServer, provider: OpenAIProvider
 ) -> None:
     agent = Agent(provider, AgentConfig(max_tokens=100_000))
-    text = ""
-    with pytest.raises(AgentFailed, match="broke off") as caught:
-        async for event in agent.stream(job("[endless]")):
-            if isinstance(event, TextDelta) and not text:
-                await server.kill()
-            text += event.text if isinstance(event, TextDelta) else ""
 
-    assert text.startswith("tick tock ")
+    async def kill_at_first_word(event: AgentEvent) -> None:
+        if isinstance(event, TextDelta):
+            await server.kill()
+
+    with pytest.raises(AgentFailed, match="broke off") as caught:
+        await collect(agent, job("[endless]"), kill_at_first_word)
+
     assert isinstance(caught.value.spent, Done)
+    assert caught.value.spent.content.startswith("tick ")
 
 
 async def test_a_task_whose_server_died_succeeds_once_the_server_is_back(

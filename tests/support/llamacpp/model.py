@@ -69,8 +69,8 @@ def write(path: str, template: str, script: Script) -> None:
     model.add_unk_token_id(UNKNOWN)
     model.add_bos_token_id(START)
     model.add_eos_token_id(END)
-    model.add_add_bos_token(True)  # noqa: FBT003 - gguf's own signature
-    model.add_add_space_prefix(False)  # noqa: FBT003 - gguf's own signature
+    model.add_add_bos_token(True)
+    model.add_add_space_prefix(False)
     model.add_chat_template(template)
 
     embedding = np.zeros((count, width), np.float32)
