@@ -96,10 +96,10 @@ class OpenAIProvider:
     async def stream(self, params: CompletionParams) -> AsyncGenerator[StreamChunk, None]:
         """Yield the answer in pieces; tool calls, usage and finish reason come with the last.
 
-        Tried again only while nothing has been yielded. A last `finish_reason` of None: the answer broke off.
+        Tried again only while nothing has been yielded.
 
         Raises:
-            AgentFailed: The model could not be asked (see `complete`), or broke off with an error.
+            AgentFailed: The model could not be asked (see `complete`), or its answer broke off.
             DeadlineExceeded: `params.timeout_s` ran out.
         """
         deadline = _deadline(params)
@@ -141,6 +141,8 @@ class OpenAIProvider:
                         yield StreamChunk(text=choice.delta.content)
         finally:
             await source.close()
+        if reason is None:
+            raise AgentFailed("the model's answer broke off: its stream ended without a finish_reason")
         yield StreamChunk(tool_calls=calls.whole(), usage=usage, finish_reason=reason)
 
     async def _persist(self, ask: "Callable[[AsyncOpenAI], Awaitable[T]]", deadline: Deadline) -> T:

@@ -259,6 +259,7 @@ def request_for(envelope: Envelope, award: Award, now: float) -> RunRequest:
         complexity=envelope.spec.complexity if envelope.spec else 0.5,
         context=ad.context,
         inputs={**(envelope.split.inputs if envelope.split else {}), **envelope.inputs},
+        accept=ad.accept,
         tools=ad.required_tools,
         token_budget=envelope.budget,
         remaining_s=max(0.0, envelope.deadline - now),

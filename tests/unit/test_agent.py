@@ -8,9 +8,12 @@ from support.logs import capture_logs
 from support.openai_server import OpenAIServer, Reply, Request
 from support.wait import until
 
-from loom.agents.llm.agent import EVENT_RESULT_CHARS, PARALLEL_TOOLS, Agent, estimate_tokens, job_message
+from loom.agents.llm.agent import Agent
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.openai_provider import OpenAIProvider
+from loom.agents.llm.prompt import job_message
+from loom.agents.llm.token_use import estimate_tokens
+from loom.agents.llm.tool_calls import EVENT_RESULT_CHARS, PARALLEL_TOOLS
 from loom.agents.tools import ToolContext, tool
 from loom.schemas.errors import AgentFailed, BudgetExceeded, DeadlineExceeded, LoomError
 from loom.schemas.events import AgentEvent, Done, StepEnd, TextDelta, ToolCallEnd, ToolCallStart

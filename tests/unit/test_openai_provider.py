@@ -367,19 +367,17 @@ async def test_a_stream_cut_later_fails_without_another_try(server: OpenAIServer
     assert len(server.requests) == 1
 
 
-async def test_a_stream_that_just_ends_has_no_finish_reason(server: OpenAIServer, provider: OpenAIProvider) -> None:
+async def test_a_stream_that_just_ends_is_a_failure(server: OpenAIServer, provider: OpenAIProvider) -> None:
     server.script(Reply(text="half an ans", finish_reason=None))
-
-    assert (await streamed(provider))[-1].finish_reason is None
+    with pytest.raises(AgentFailed, match="broke off"):
+        await streamed(provider)
 
 
 @pytest.mark.parametrize("event", ['{"choices": []}', '{"choices": [{"index": 0, "delta": {}}]}'])
-async def test_a_stream_of_nothing_has_no_finish_reason(
-    server: OpenAIServer, provider: OpenAIProvider, event: str
-) -> None:
+async def test_a_stream_of_nothing_is_a_failure(server: OpenAIServer, provider: OpenAIProvider, event: str) -> None:
     server.script(Reply(events=(event,)))
-
-    assert await streamed(provider) == [StreamChunk()]
+    with pytest.raises(AgentFailed, match="broke off"):
+        await streamed(provider)
 
 
 @pytest.mark.parametrize("event", ['"?"', "[1]", '{"choices": null}', '{"choices": [{}]}', "{broken", "<html>"])
