@@ -2,7 +2,6 @@
 
 import asyncio
 import inspect
-import sys
 import threading
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable
@@ -12,11 +11,9 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar
 
-import msgspec
-
+from loom.agents import values
 from loom.bus import faults
 from loom.bus.log import get_logger
-from loom.schemas.wire import encode, free_json_fault
 
 TURN_S = 0.01
 """Longest time an iteration that never waits keeps the event loop."""
@@ -25,13 +22,12 @@ T = TypeVar("T")
 
 log = get_logger()
 
+NotText = values.NotText
+text_of = values.to_text
+
 
 class BaseExceptionRaised(Exception):
     """User code raised what ends a process or a task; `__cause__` is it."""
-
-
-class NotText(ValueError):
-    """A value is neither text nor JSON."""
 
 
 async def call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -117,26 +113,6 @@ class Opened(Generic[T]):
                 raise
             # What ended the iteration is the failure; this one came on top.
             log.warning("close_failed", **described(fault))
-
-
-def text_of(value: Any) -> str:
-    """Return a user's value as text: a str as it is, anything else as JSON.
-
-    Raises:
-        NotText: JSON cannot carry it.
-    """
-    if isinstance(value, str):
-        if type(value) is str and value.isascii():
-            return value
-        return str.encode(value, errors="replace").decode()  # plain, whatever a subclass makes of it
-    try:
-        plain = msgspec.to_builtins(value, str_keys=True)
-    except (TypeError, ValueError, RecursionError):
-        raise NotText(f"a {type(value).__name__} is neither text nor JSON") from None
-    fault = free_json_fault(plain, max_bytes=sys.maxsize)
-    if fault:
-        raise NotText(f"the value {fault}")
-    return encode(plain).decode()
 
 
 def origin(error: BaseException) -> BaseException:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loom.agents.delegate import delegate
+    from loom.agents.job import Answer, Job
     from loom.agents.llm.agent import Agent
     from loom.agents.llm.config import AgentConfig
     from loom.agents.llm.openai_provider import OpenAIProvider
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from loom.cluster.skill_registry import SkillNodeRegistry
     from loom.runtime import Runtime
     from loom.schemas.config import ClusterConfig
-    from loom.schemas.errors import LoomError
+    from loom.schemas.errors import InvalidTask, LoomError
     from loom.schemas.llm import UserMessage
     from loom.schemas.task import TaskAd
 
@@ -24,8 +25,11 @@ __all__ = [
     "Agent",
     "AgentConfig",
     "AmoebaLoop",
+    "Answer",
     "ClusterConfig",
     "ClusterManager",
+    "InvalidTask",
+    "Job",
     "LifecycleManager",
     "LoomError",
     "LoopContext",
@@ -44,8 +48,11 @@ _HOMES = {
     "Agent": "agents.llm.agent",
     "AgentConfig": "agents.llm.config",
     "AmoebaLoop": "cluster.amoeba_loop",
+    "Answer": "agents.job",
     "ClusterConfig": "schemas.config",
     "ClusterManager": "cluster.manager",
+    "InvalidTask": "schemas.errors",
+    "Job": "agents.job",
     "LifecycleManager": "cluster.lifecycle",
     "LoomError": "schemas.errors",
     "LoopContext": "cluster.amoeba_loop",

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import uuid4
 
+from loom.agents.job import Answer, Job
 from loom.schemas import auction
 from loom.schemas.config import ClusterConfig
+from loom.schemas.errors import InvalidTask
 from loom.schemas.events import (
     AgentEvent,
     Done,
@@ -44,6 +46,7 @@ __all__ = [
     "AgentBlueprint",
     "AgentEvent",
     "AgentNode",
+    "Answer",
     "AssistantMessage",
     "Bid",
     "CapabilityProfile",
@@ -54,6 +57,8 @@ __all__ = [
     "Done",
     "ErrorEvent",
     "HealthReport",
+    "InvalidTask",
+    "Job",
     "LLMProvider",
     "Limits",
     "LoopEvent",
@@ -174,6 +179,15 @@ class AgentNode:
     blueprint_id: str | None = None
     decayed_at: float = 0.0
     """Seconds since the epoch of the last decay of its scores; 0: never."""
+    domains: Collection[str] | None = None
+    """Domains it takes at all, in any wording; None: every one. A task pinned to the node needs no domain of it.
+
+    Two wordings are one domain when they share a slug, as in `capabilities`.
+    """
+
+    def takes(self, domain: str) -> bool:
+        """Return whether it takes tasks of a domain (its wording or its slug): one it names, with a score above 0."""
+        return self.claim(domain) > 0
 
     def remember(self, *, task_id: str, domain: str, reward: float, token_cost: int, at: float) -> None:
         """Append a record to the history, dropping the domain's oldest past 120."""
@@ -200,7 +214,11 @@ class AgentNode:
         return not required or self._tools().issuperset(required)
 
     def claim(self, domain: str) -> float:
-        """Return how well it says it does a domain (its wording or its slug), in [0, 1]."""
+        """Return how well it says it does a domain (its wording or its slug), in [0, 1]; 0: it does not take it."""
+        if self.domains is not None:
+            wanted = slug(domain)
+            if not any(slug(name) == wanted for name in self.domains):
+                return 0.0
         return self.capabilities.score(domain)
 
     def mirror(self, profile: NodeProfile) -> None:

@@ -111,7 +111,7 @@ async def ended(agent: StreamingAgent) -> Envelope:
     try:
         ran = replace(task, result=await collect(agent, job))
     except LoomError as error:
-        ran = replace(task, error=failure_of(error, "n1"))
+        ran = replace(task, error=failure_of(error, RunRequest(task_id="t1", node_id="n1", description="x")))
     end = decide(ran, ClusterConfig(max_attempts=1), 0)
     assert isinstance(end, End)
     return end.envelope

@@ -168,7 +168,7 @@ async def test_what_is_not_text_becomes_json(value: Any, text: str) -> None:
     assert await Tool(lambda: value, name="value").run("{}", CONTEXT) == ToolResult(text)
 
 
-@pytest.mark.parametrize("value", [object(), float("nan"), {"deep": float("inf")}, iter([1])])
+@pytest.mark.parametrize("value", [object(), float("nan"), {"deep": float("inf")}, b"\xff"])
 async def test_what_json_cannot_carry_is_an_error_without_repr(value: Any) -> None:
     result = await Tool(lambda: value, name="value").run("{}", CONTEXT)
 

@@ -1,0 +1,132 @@
+"""JSON Schemas of types, in the dialect that models' servers have in common."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from loom.agents.values.annotations import described_fields, for_msgspec
+from loom.agents.values.foreign import schema_hook
+
+_REFERENCE = "#/$defs/"
+_UNDERSTOOD_FORMATS = frozenset({"date-time"})
+"""Gemini's server refuses a string with another format."""
+_MAPS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_SCHEMAS = ("items", "additionalProperties", "not", "propertyNames", "contains")
+
+
+def json_schema(kind: Any) -> dict[str, Any]:
+    """Return the JSON Schema of `kind`, as OpenAI, llama.cpp and Gemini accept it.
+
+    An array always has an object as `items`; a tuple is an array of as many items, of any of its types. The type
+    itself is on top, those it is made of are under `$defs`. Descriptions come from `Annotated[…, "text"]`,
+    `msgspec.Meta(description=…)`, pydantic's `Field(description=…)`, `Doc` and the docstrings of classes.
+
+    Args:
+        kind: A type of JSON's own, msgspec Struct, dataclass, attrs class, TypedDict, NamedTuple, Enum, pydantic
+            model, date or time, UUID, Decimal, Fraction, Path, or a collection or union of them.
+
+    Raises:
+        TypeError: JSON cannot carry it, or not tell one member of a union from another.
+
+    Example:
+        >>> json_schema(tuple[int, str])
+        {'type': 'array', 'items': {'anyOf': [{'type': 'integer'}, {'type': 'string'}]}, 'minItems': 2, 'maxItems': 2}
+    """
+    shape = for_msgspec(kind)
+    (top,), parts = msgspec.json.schema_components([shape], schema_hook=schema_hook, ref_template=_REFERENCE + "{name}")
+    for owner, field, description in described_fields(kind):
+        known = parts.get(owner, {}).get("properties", {}).get(field)
+        if known is not None:
+            known.setdefault("description", description)
+    return portable({**top, "$defs": parts} if parts else top)
+
+
+def portable(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON Schema in the dialect of `json_schema`: what it says of tuples, formats and booleans reworded.
+
+    Definitions inside it move to the top, and a reference on top is replaced by what it names.
+    """
+    definitions: dict[str, Any] = {}
+    top = _rewritten(schema, definitions)
+    name = _named(top)
+    if name in definitions:
+        top = {**definitions[name], **{key: value for key, value in top.items() if key != "$ref"}}
+        if not any(_named(each) == name for each in _parts([top, definitions])):
+            del definitions[name]
+        top.pop("title", None)
+    return {**top, "$defs": definitions} if definitions else top
+
+
+def _named(schema: dict[str, Any]) -> str:
+    reference = schema.get("$ref")
+    return reference.removeprefix(_REFERENCE) if isinstance(reference, str) else ""
+
+
+def _parts(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        yield value
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _parts(child)
+
+
+def _rewritten(schema: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    """`schema` in the common dialect; its definitions go to `definitions`."""
+    if not isinstance(schema, dict):  # true: anything; false: nothing
+        return {} if schema is not False else {"not": {}}
+    definitions.update({name: _rewritten(each, definitions) for name, each in schema.get("$defs", {}).items()})
+    made = {key: value for key, value in schema.items() if key not in ("$defs", "$schema", "default")}
+    for key in _MAPS:
+        if isinstance(made.get(key), dict):
+            made[key] = {name: _rewritten(each, definitions) for name, each in made[key].items()}
+    for key in _LISTS:
+        if isinstance(made.get(key), list):
+            made[key] = [_rewritten(each, definitions) for each in made[key]]
+    for key in _SCHEMAS:
+        if key in made and not isinstance(made[key], (bool, list)):
+            made[key] = _rewritten(made[key], definitions)
+    if "default" in schema:
+        made["default"] = msgspec.to_builtins(schema["default"], str_keys=True)
+    return _with_plain_format(_with_items(made, definitions))
+
+
+def _with_items(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    """An array with one object as `items`; of a tuple's items each may have any of its types."""
+    places = schema.pop("prefixItems", None)
+    if isinstance(schema.get("items"), list):  # how older drafts write a tuple
+        places = [_rewritten(each, definitions) for each in schema.pop("items")]
+    kind = schema.get("type")
+    if kind != "array" and not (isinstance(kind, list) and "array" in kind):
+        return schema
+    rest = schema.pop("items", None)
+    if places is None:
+        return {**schema, "items": rest if isinstance(rest, dict) else {}}
+    if isinstance(rest, dict):
+        places.append(rest)
+    else:
+        schema.setdefault("minItems", len(places))
+        schema.setdefault("maxItems", len(places))
+    options: list[dict[str, Any]] = []
+    for each in places:
+        option = {key: value for key, value in each.items() if key not in ("title", "default")}
+        if option not in options:
+            options.append(option)
+    items = options[0] if len(options) == 1 else {"anyOf": options} if options else {}
+    titles = [each.get("title") for each in places]
+    if places and all(titles):
+        schema.setdefault("description", f"in this order: {', '.join(map(str, titles))}")
+    return {**schema, "items": items}
+
+
+def _with_plain_format(schema: dict[str, Any]) -> dict[str, Any]:
+    """A string's format or encoding as words, where servers refuse the keyword."""
+    words = [
+        schema.pop(key)
+        for key in ("format", "contentEncoding")
+        if schema.get(key) not in _UNDERSTOOD_FORMATS and isinstance(schema.get(key), str)
+    ]
+    if words:
+        text = schema.get("description")
+        schema["description"] = f"{text} ({', '.join(words)})" if text else ", ".join(words)
+    return schema
