@@ -37,7 +37,7 @@ def _read(given: Any, text_field: str, what: str, wanted: str) -> StreamChunk:
         return StreamChunk(text=text_of(given))
     fields = _fields(given)
     if not any(hasattr(fields, name) for name in (text_field, *TEXTS, *OTHERS)):
-        raise AgentFailed(f"{what} is a {type(given).__name__}: a provider gives {wanted}, or text")
+        raise AgentFailed(f"{what} is of type {type(given).__name__}: a provider gives {wanted}, or text")
     return StreamChunk(
         text=_text(fields, text_field, what),
         reasoning=_text(fields, "reasoning", what),
@@ -60,14 +60,14 @@ def _text(fields: Any, name: str, what: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise AgentFailed(f"{what} has a {type(value).__name__} as its {name}: a provider gives text, or None")
+        raise AgentFailed(f"{what} has {name} of type {type(value).__name__}: a provider gives text, or None")
     return text_of(value)
 
 
 def _calls(fields: Any, what: str) -> Iterable[ToolCall]:
     given = getattr(fields, "tool_calls", None) or ()
     if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
-        raise AgentFailed(f"{what} has a {type(given).__name__} as its tool_calls: a provider gives a list of ToolCall")
+        raise AgentFailed(f"{what} has tool_calls of type {type(given).__name__}: a provider gives a list of ToolCall")
     calls = list(given)
     single = getattr(fields, "tool_call", None)
     if single is not None and single not in calls:
@@ -79,7 +79,7 @@ def _call(given: Any, what: str) -> ToolCall:
     call = _fields(given)
     function = _fields(getattr(call, "function", None)) or call
     if not hasattr(function, "name"):
-        raise AgentFailed(f"{what} has a {type(given).__name__} among its tool_calls: a provider gives a ToolCall")
+        raise AgentFailed(f"{what} has a call of type {type(given).__name__}: a provider gives a ToolCall")
     arguments, extra = getattr(function, "arguments", None), getattr(call, "extra", None)
     return ToolCall(
         id=_text(call, "id", what),

@@ -29,7 +29,7 @@ async def chunks(
     streams, completes = (callable(getattr(provider, name, None)) for name in ("stream", "complete"))
     if not streams and not completes:
         kind = type(provider).__name__
-        raise AgentFailed(f"the model's provider, a {kind}, has neither complete(params) nor stream(params)")
+        raise AgentFailed(f"the model's provider, of type {kind}, has neither complete(params) nor stream(params)")
     if not streams or (completes and not streaming):
         async with deadline.enforced():
             answer = await call(provider.complete, params)
@@ -53,5 +53,7 @@ async def _stream(provider: Any, params: CompletionParams, deadline: Deadline) -
                 source = await source
         if not hasattr(source, "__aiter__"):
             kind = type(source).__name__
-            raise AgentFailed(f"the provider's stream(params) returned a {kind}: make it an async generator")
+            raise AgentFailed(
+                f"the provider's stream(params) returned an object of type {kind}: make it an async generator"
+            )
     return source

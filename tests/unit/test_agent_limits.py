@@ -1,12 +1,22 @@
+"""What a job may take, and that its cost is known however it ends."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
 import pytest
-from support.agents import JOB, MakeAgent, add
+from msgspec.structs import replace
+from support.agents import JOB, MakeAgent, Scripted, add, events_of, wanting
+from support.logs import capture_logs
 from support.openai_server import OpenAIServer, Reply
 from support.wait import until
 
+from loom.agents.llm.agent import Agent
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.token_use import estimate_tokens
 from loom.agents.tools import tool
-from loom.schemas.errors import AgentFailed, BudgetExceeded, DeadlineExceeded
+from loom.schemas.errors import AgentFailed, BudgetExceeded, DeadlineExceeded, LoomError
+from loom.schemas.llm import CompletionParams, StreamChunk, ToolCall, Usage
 from loom.schemas.run import RunRequest
 
 
@@ -83,3 +93,114 @@ async def test_a_slow_model_misses_the_deadline(server: OpenAIServer, make: Make
 def test_a_limit_below_one_is_refused(limits: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(limits))):
         AgentConfig(**limits)  # type: ignore[arg-type]
+
+
+def costing(answer: list[StreamChunk], prompt: int, completion: int) -> list[StreamChunk]:
+    """`answer` with what it took."""
+    usage = Usage(prompt_tokens=prompt, completion_tokens=completion)
+    return [*answer[:-1], replace(answer[-1], usage=usage)]
+
+
+ADD = ToolCall(id="a", name="add", arguments='{"a":2,"b":3}')
+
+
+async def failure_of(agent: Agent, job: RunRequest = JOB) -> LoomError:
+    with pytest.raises(LoomError) as caught:
+        await agent.run(job)
+    return caught.value
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize(
+    "last",
+    [
+        [ValueError("gone")],
+        [AgentFailed("the model's server failed (500)")],
+        [DeadlineExceeded("late")],
+        [KeyboardInterrupt()],
+    ],
+)
+async def test_a_provider_that_fails_last_does_not_hide_what_was_spent(last: list[Any], streaming: bool) -> None:
+    provider = Scripted(costing(wanting(ADD, text="One moment."), 1000, 500), last)
+    error = await failure_of(provider.agent(add, stream=streaming))
+
+    assert (error.spent.usage.prompt_tokens, error.spent.usage.completion_tokens) == (1000, 500)
+    assert (error.spent.steps, error.partial) == (2, "One moment.")
+
+
+async def test_an_answer_that_breaks_off_counts_as_far_as_it_came() -> None:
+    error = await failure_of(Scripted([StreamChunk(text="word " * 400), OSError("reset")]).agent())
+
+    assert 500 <= error.spent.usage.completion_tokens <= 520
+    assert error.spent.usage.prompt_tokens > 0
+    assert error.spent.usage.estimated
+
+
+async def test_a_question_that_was_never_answered_costs_nothing() -> None:
+    error = await failure_of(Scripted([OSError("no route")]).agent())
+
+    assert error.spent.tokens_used == 0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [StreamChunk(text="part", finish_reason="content_filter")],
+        [StreamChunk(reasoning="hm", finish_reason="length")],
+        [StreamChunk(refusal="No.", finish_reason="stop")],
+    ],
+)
+async def test_a_useless_answer_is_paid_for(answer: list[StreamChunk]) -> None:
+    error = await failure_of(Scripted(costing(answer, 1000, 500)).agent())
+
+    assert error.spent.tokens_used == 1500
+
+
+async def test_a_budget_that_ends_the_job_shows_what_was_spent() -> None:
+    provider = Scripted(costing(wanting(ADD), 300, 50), costing(wanting(ADD), 600, 100))
+    error = await failure_of(provider.agent(add), RunRequest(task_id="t1", description="Hi", token_budget=1000))
+
+    assert error.code == "budget_exceeded"
+    assert error.spent.tokens_used == 1050
+
+
+async def test_a_budget_too_small_for_the_next_question_shows_what_was_spent() -> None:
+    provider = Scripted(costing(wanting(ADD), 500, 100))
+    error = await failure_of(provider.agent(add), RunRequest(task_id="t1", description="Hi", token_budget=700))
+
+    assert error.code == "budget_exceeded"
+    assert error.spent.tokens_used == 600
+
+
+@pytest.mark.parametrize("where", ["tool", "stream"])
+async def test_a_missed_deadline_does_not_hide_what_was_spent(where: str) -> None:
+    class Slow(Scripted):
+        async def stream(self, params: CompletionParams) -> AsyncIterator[Any]:
+            if self.asked:
+                await asyncio.Event().wait()
+            async for piece in super().stream(params):
+                yield piece
+
+    async def wait() -> None:
+        if where == "tool":
+            await asyncio.Event().wait()
+
+    provider = Slow(costing(wanting(ToolCall(id="a", name="wait"), text="So far."), 1000, 500))
+    with capture_logs():
+        error = await failure_of(provider.agent(wait), RunRequest(task_id="t1", description="x", remaining_s=0.2))
+
+    assert error.code == "deadline_exceeded"
+    assert (error.spent.tokens_used, error.partial) == (1500, "So far.")
+
+
+async def test_every_round_counts_towards_a_circles_cost() -> None:
+    provider = Scripted(*[costing(wanting(ADD), 10, 5)] * 5)
+    error = await failure_of(provider.agent(add))
+
+    assert (error.code, error.spent.tokens_used) == ("agent_failed", 75)
+
+
+async def test_calls_without_end_are_a_failure() -> None:
+    provider = Scripted([StreamChunk(tool_call=replace(ADD, id=str(n))) for n in range(1000)])
+    with pytest.raises(AgentFailed, match="does not stop"):
+        await events_of(provider.agent(add, max_tokens=10))
