@@ -55,7 +55,8 @@ class LlamaServer:
 
     async def kill(self) -> None:
         """End it at once, as a crash would."""
-        self.process.process.kill()
+        if self.process.process.returncode is None:
+            self.process.process.kill()
         await self.process.process.wait()
 
 
@@ -70,16 +71,23 @@ def scripted_model(
     chains: Mapping[str, Sequence[str]],
     *,
     loops: Mapping[str, Sequence[str]] | None = None,
+    openings: Mapping[str, Sequence[str]] | None = None,
 ) -> Path:
-    """Write a model to `file`: `chains` by the word that starts them, and `loops`, which do not end."""
-    loops = loops or {}
-    words = [word for word in (*chains, *loops) if word != AFTER_TOOLS]
+    """Write a model to `file`: its pieces by the word that starts them.
+
+    Args:
+        python: Of an environment that has gguf.
+        file: Where the model is written.
+        chains: Written once.
+        loops: Written again and again.
+        openings: Written once; what follows is random, as far as a grammar allows.
+    """
+    groups = {"chains": chains, "loops": loops or {}, "openings": openings or {}}
+    words = [word for group in groups.values() for word in group if word != AFTER_TOOLS]
     branches = "".join(f"{{% elif '[{word}]' in last.content %}}<|{word}|>" for word in words)
-    script = {
-        "template": TEMPLATE.replace("\n%BRANCHES%", branches),
-        "chains": {f"<|{word}|>": list(pieces) for word, pieces in chains.items()},
-        "loops": {f"<|{word}|>": list(pieces) for word, pieces in loops.items()},
-    }
+    script: dict[str, object] = {"template": TEMPLATE.replace("\n%BRANCHES%", branches)}
+    for name, group in groups.items():
+        script[name] = {f"<|{word}|>": list(pieces) for word, pieces in group.items()}
     words_to_run = (str(python), str(SCRIPTS / "model.py"), str(file))
     made = subprocess.run(words_to_run, input=json.dumps(script), capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr

@@ -2,9 +2,10 @@
 
     python model.py OUT.gguf < script.json
 
-The script is a JSON object: `{"template": "<Jinja>", "chains": {"<|hello|>": ["Hel", "lo."]}, "loops": {…}}`. A chat
-template that ends with the token `<|hello|>` makes the model write the pieces `Hel`, `lo.` and end; the pieces of a
-loop are repeated without end. The model is a Markov chain: attention and feed-forward weights are 0, each token has an
+The script is a JSON object: `{"template": "<Jinja>", "chains": {"<|hello|>": ["Hel", "lo."]}, "loops": {…}, "openings":
+{…}}`. A chat template that ends with the token `<|hello|>` makes the model write the pieces `Hel`, `lo.` and end. The
+pieces of a loop are repeated without end; after those of an opening each token is as likely as another, so that a
+grammar decides. The model is a Markov chain: attention and feed-forward weights are 0, each token has an
 embedding of its own, and the output matrix holds the token that follows. Sampling with a temperature of about 1 leaves
 the chain as it is; a grammar may force the model off it.
 
@@ -33,13 +34,14 @@ def vocabulary(script: Script) -> tuple[list[bytes], list[int], dict[int, int]]:
     tokens = [b"<unk>", b"<s>", b"</s>", *(f"<0x{byte:02X}>".encode() for byte in range(256))]
     types = [kind.UNKNOWN, kind.CONTROL, kind.CONTROL, *[kind.BYTE] * 256]
     follows: dict[int, int] = {}
-    for group, ends in (("chains", True), ("loops", False)):
+    for group in ("chains", "loops", "openings"):
         for start, pieces in script.get(group, {}).items():
             first = len(tokens)
             tokens += [start.encode(), *(piece.replace(" ", "\u2581").encode() for piece in pieces)]
             types += [kind.CONTROL, *[kind.NORMAL] * len(pieces)]
             follows.update(pairwise(range(first, len(tokens))))
-            follows[len(tokens) - 1] = END if ends else first + 1
+            if group != "openings":
+                follows[len(tokens) - 1] = END if group == "chains" else first + 1
     repeated = {token for token in tokens if tokens.count(token) > 1}
     if repeated:
         raise SystemExit(f"each piece can follow one other only: {sorted(repeated)}")
