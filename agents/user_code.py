@@ -36,7 +36,7 @@ async def call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     A cancelled call returns at once; the thread of a sync function is abandoned to run to its end.
     """
     with guarded():
-        if _is_async(fn):
+        if is_async(fn):
             result = fn(*args, **kwargs)
         else:
             result = await _in_thread(partial(fn, *args, **kwargs))
@@ -137,7 +137,8 @@ def type_name(error: BaseException) -> str:
     return faults.type_name(origin(error))
 
 
-def _is_async(fn: Callable[..., Any]) -> bool:
+def is_async(fn: Callable[..., Any]) -> bool:
+    """Return whether calling `fn` cannot block: it makes a coroutine or an async generator."""
     return any(
         check(candidate)
         for check in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)

@@ -1,13 +1,13 @@
 """An agent that works in rounds with a language model and calls tools."""
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Self
 
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.conversation import Conversation
 from loom.agents.port import collect
-from loom.agents.tools import Tool
+from loom.agents.tools import Tool, close_all, start_all
 from loom.schemas.errors import LoomError
 from loom.schemas.events import AgentEvent
 from loom.schemas.llm import LLMProvider
@@ -24,7 +24,7 @@ class Agent:
             other classes with the fields of `CompletionResult` and `StreamChunk`, dicts or texts.
         config: Default: an AgentConfig without a system prompt.
         system_prompt: Instead of the config's.
-        tools: Tools, or functions to make tools of; names must differ.
+        tools: Tools, or functions to make tools of, or a ToolRegistry; names must differ.
         name: What people call it.
 
     Raises:
@@ -37,7 +37,7 @@ class Agent:
         config: AgentConfig | None = None,
         *,
         system_prompt: str | None = None,
-        tools: Sequence[Tool | Callable[..., Any]] = (),
+        tools: Iterable[Tool | Callable[..., Any]] = (),
         name: str | None = None,
     ) -> None:
         self.provider = provider
@@ -53,6 +53,25 @@ class Agent:
     def tools(self) -> tuple[str, ...]:
         """Names of its tools."""
         return tuple(self._tools)
+
+    async def start(self) -> None:
+        """Open what its tools need open; a node host calls it before the first run.
+
+        Raises:
+            LoomError: A tool's lifespan cannot be opened.
+        """
+        await start_all(self._tools.values())
+
+    async def close(self) -> None:
+        """Close what `start` opened; a node host calls it at its end."""
+        await close_all(self._tools.values())
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     async def stream(self, job: RunRequest | str) -> AsyncGenerator[AgentEvent, None]:
         """Work on `job`, or on a description, until the model answers without asking for tools, or at `max_steps`.

@@ -4,20 +4,14 @@ Servers refuse a conversation as a whole for one tool call with a broken name, i
 before it becomes a part of the conversation; the call's result names the fault to the model.
 """
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
+from loom.agents.tools import legal_name
 from loom.schemas.llm import Message, ToolCall
-
-MAX_NAME_CHARS = 64
-NAMELESS = "unnamed"
-
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_FOREIGN = re.compile(r"[^A-Za-z0-9_-]+")
 
 
 def arguments_object(arguments: str) -> dict[str, Any] | None:
@@ -26,13 +20,6 @@ def arguments_object(arguments: str) -> dict[str, Any] | None:
         return msgspec.json.decode(arguments.strip() or "{}", type=dict[str, Any])
     except (ValueError, RecursionError):
         return None
-
-
-def legal_name(name: str) -> str:
-    """Return `name` as a tool may be called: 1 to 64 letters, digits, `_` and `-`."""
-    if _NAME.fullmatch(name):
-        return name
-    return _FOREIGN.sub("_", name)[:MAX_NAME_CHARS] if re.search("[A-Za-z0-9]", name) else NAMELESS
 
 
 def legal_call(call: ToolCall, call_id: str) -> ToolCall:

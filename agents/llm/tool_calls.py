@@ -10,7 +10,7 @@ import msgspec
 
 from loom.agents.deadline import Deadline
 from loom.agents.llm.history import arguments_object
-from loom.agents.tools import Tool, ToolContext, ToolResult
+from loom.agents.tools import Tool, ToolContext, ToolResult, legal_name
 from loom.schemas.events import ToolCallEnd, ToolCallStart
 from loom.schemas.llm import Message, ToolCall
 from loom.schemas.run import RunRequest
@@ -54,6 +54,7 @@ class ToolCalls:
         self._deadline = deadline
         self._tool_context = tool_context
         self._room = asyncio.Semaphore(PARALLEL_TOOLS)
+        self._made = 0  # calls of all rounds
         self._rounds: dict[tuple[str, str], int] = {}  # call of the last round -> rounds running that wanted it
 
     def circling(self, calls: Sequence[ToolCall]) -> list[str]:
@@ -77,7 +78,8 @@ class ToolCalls:
             for place, each in enumerate(calls):
                 arguments = arguments_object(each.legal.arguments) or {}
                 yield ToolCallStart(tool_call_id=each.legal.id, name=each.legal.name, input=arguments)
-                running[asyncio.create_task(self._result(each.written, place, cut=cut))] = each
+                self._made += 1
+                running[asyncio.create_task(self._result(each, place, self._made, cut=cut))] = each
             pending = set(running)
             while pending:
                 ended, pending = await asyncio.wait(
@@ -96,8 +98,9 @@ class ToolCalls:
             for task, each in running.items()
         )
 
-    async def _result(self, call: ToolCall, place: int, *, cut: bool) -> tuple[ToolResult, float]:
+    async def _result(self, wanted: Wanted, place: int, number: int, *, cut: bool) -> tuple[ToolResult, float]:
         """The result and how many milliseconds it took."""
+        call = wanted.written
         refusal = self._refusal(call, place)
         if refusal:
             return ToolResult(f"Error: {refusal}", failed=True), 0.0
@@ -107,9 +110,11 @@ class ToolCalls:
                 task_id=self._job.task_id,
                 attempt=self._job.attempt,
                 remaining_s=self._deadline.left,
+                call=number,
+                call_id=wanted.legal.id,
                 tool_context=self._tool_context,
             )
-            result = await self._tools[call.name].run(call.arguments, context)
+            result = await self._tools[legal_name(call.name)].run(call.arguments, context)
             took_ms = (time.monotonic() - started) * 1000
         if cut and result.failed and arguments_object(call.arguments) is None:
             result = ToolResult(f"{result.text}; the turn was cut at its most tokens", failed=True)
@@ -117,7 +122,7 @@ class ToolCalls:
 
     def _refusal(self, call: ToolCall, place: int) -> str:
         """Why a call is not run; empty when it is."""
-        if call.name not in self._tools:
+        if legal_name(call.name) not in self._tools:
             return f"there is no tool of that name; there are: {', '.join(self._tools) or 'none'}"
         if place >= MAX_CALLS:
             return f"not run: one turn may make at most {MAX_CALLS} calls; make the others in the next one"

@@ -11,6 +11,7 @@ from loom.agents.values.foreign import schema_hook
 _REFERENCE = "#/$defs/"
 _UNDERSTOOD_FORMATS = frozenset({"date-time"})
 """Gemini's server refuses a string with another format."""
+_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _MAPS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SCHEMAS = ("items", "additionalProperties", "not", "propertyNames", "contains")
@@ -88,7 +89,7 @@ def _rewritten(schema: Any, definitions: dict[str, Any]) -> dict[str, Any]:
             made[key] = _rewritten(made[key], definitions)
     if "default" in schema:
         made["default"] = msgspec.to_builtins(schema["default"], str_keys=True)
-    return _with_plain_format(_with_items(made, definitions))
+    return _with_type(_with_plain_format(_with_items(made, definitions)))
 
 
 def _with_items(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +118,16 @@ def _with_items(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str
     if places and all(titles):
         schema.setdefault("description", f"in this order: {', '.join(map(str, titles))}")
     return {**schema, "items": items}
+
+
+def _with_type(schema: dict[str, Any]) -> dict[str, Any]:
+    """An enum with the type of its values, without which some servers refuse it."""
+    values = schema.get("enum")
+    kinds = {type(each) for each in values} if isinstance(values, list) else set()
+    if len(kinds) == 1 and "type" not in schema:
+        name = _NAMES.get(kinds.pop())
+        return {**schema, "type": name} if name else schema
+    return schema
 
 
 def _with_plain_format(schema: dict[str, Any]) -> dict[str, Any]:

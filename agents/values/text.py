@@ -20,6 +20,7 @@ from loom.schemas.wire import MAX_JSON_DEPTH, encode
 MAX_VALUES = 1_000_000
 """Most numbers, texts and collections one value may hold; an iterator without end must not take the process."""
 
+_NOT_UTF8 = "the value holds bytes that are not UTF-8 text; encode them, as base64 for example"
 _AS_THEY_ARE = frozenset({bool, int, NoneType})
 _BY_MSGSPEC = (date, time, timedelta, UUID, Decimal)
 _BYTES = (bytes, bytearray, memoryview)
@@ -65,8 +66,10 @@ def to_json(value: Any) -> Any:
         return _Conversion().of(value, 1)
     except NotText:
         raise
+    except UnicodeDecodeError:
+        raise NotText(_NOT_UTF8) from None
     except (TypeError, ValueError, RecursionError) as error:  # out of a serialiser of the value's own
-        raise NotText(f"a {type(value).__name__} cannot become JSON ({type(error).__name__})") from None
+        raise NotText(f"a value of type {type(value).__name__} cannot become JSON ({type(error).__name__})") from None
 
 
 class _Conversion:
@@ -120,7 +123,7 @@ def _scalar(value: Any) -> Any:
     elif isinstance(value, int):
         made = int(value)
     elif isinstance(value, _BYTES):
-        made = _decoded(bytes(value))
+        made = bytes(value).decode()
     elif isinstance(value, _BY_MSGSPEC):
         made = msgspec.to_builtins(value)
     elif isinstance(value, os.PathLike):
@@ -128,13 +131,6 @@ def _scalar(value: Any) -> Any:
     elif isinstance(value, Fraction):
         made = str(value)
     return made
-
-
-def _decoded(value: bytes) -> str:
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        raise NotText("the value holds bytes that are not UTF-8 text; encode them, as base64 for example") from None
 
 
 def _items(value: Any) -> Iterable[Any] | None:
@@ -176,7 +172,7 @@ def _unwrapped(value: Any) -> Any:
     elif hasattr(kind, "__fields__") and callable(getattr(value, "json", None)):  # a model of pydantic 1
         made = msgspec.json.decode(value.json())
     else:
-        raise NotText(f"a {kind.__name__} is neither text nor JSON")
+        raise NotText(f"a value of type {kind.__name__} is neither text nor JSON")
     return made
 
 

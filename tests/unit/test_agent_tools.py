@@ -2,7 +2,7 @@ import asyncio
 from contextlib import aclosing
 
 import pytest
-from support.agents import JOB, MakeAgent, Scripted, add, done_of, events_of, only, saying, wanting
+from support.agents import JOB, MakeAgent, add, done_of, events_of, only
 from support.logs import capture_logs
 from support.openai_server import OpenAIServer, Reply
 
@@ -12,7 +12,6 @@ from loom.agents.llm.tool_calls import EVENT_RESULT_CHARS, PARALLEL_TOOLS
 from loom.agents.tools import ToolContext, tool
 from loom.schemas.errors import AgentFailed, DeadlineExceeded, LoomError
 from loom.schemas.events import StepEnd, ToolCallEnd, ToolCallStart
-from loom.schemas.llm import ToolCall
 from loom.schemas.run import RunRequest
 
 
@@ -98,7 +97,7 @@ async def test_tools_learn_for_whom_they_run(server: OpenAIServer, make: MakeAge
     server.script(Reply(tool_calls=(("whoami", "{}"),)), Reply(text="ok"))
     await make(whoami, tool_context={"user": "ann"}).run(JOB)
 
-    assert server.requests[1].messages[-1]["content"] == "t1:2 ann True"
+    assert server.requests[1].messages[-1]["content"] == "t1:2:1 ann True"
 
 
 async def test_a_job_narrows_the_tools(server: OpenAIServer, make: MakeAgent) -> None:
@@ -249,44 +248,37 @@ async def test_a_tool_that_resists_cancelling_is_left_behind(server: OpenAIServe
     assert task.cancelled()
 
 
-class Unprintable(Exception):
-    def __str__(self) -> str:
-        raise RuntimeError("no words")
+async def test_each_call_of_a_job_has_a_key_of_its_own_also_among_equal_ones(
+    server: OpenAIServer, make: MakeAgent
+) -> None:
+    paid: list[tuple[str, str]] = []
 
-    __repr__ = __str__
+    @tool
+    async def pay(to: str, context: ToolContext) -> str:
+        paid.append((context.key, context.call_id))
+        return "paid"
+
+    rounds = (
+        Reply(tool_calls=(("pay", '{"to":"ann"}'), ("pay", '{"to":"bob"}'), ("pay", '{"to":"bob"}'))),
+        Reply(tool_calls=(("pay", '{"to":"eve"}'),)),
+        Reply(text="done"),
+    )
+    for _ in range(2):  # the same attempt, run again
+        server.script(*rounds)
+        await make(pay).run(JOB)
+
+    assert [key for key, _ in paid] == ["t1:2:1", "t1:2:2", "t1:2:3", "t1:2:4"] * 2
+    assert [key for key, _ in paid[:4]] == [key for key, _ in paid[4:]]
+    assert len({call_id for _, call_id in paid[:4]}) == 4
 
 
-class Odd(BaseException):
-    pass
+async def test_a_call_that_is_refused_counts_for_the_keys_of_those_after_it(
+    server: OpenAIServer, make: MakeAgent
+) -> None:
+    def key(context: ToolContext) -> str:
+        return context.key
 
+    server.script(Reply(tool_calls=(("unknown", "{}"), ("key", "{}"))), Reply(text="done"))
+    await make(key).run(JOB)
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        ValueError("plain"),
-        Unprintable(),
-        Odd("own"),
-        GeneratorExit(),
-        KeyboardInterrupt(),
-        SystemExit(3),
-        StopIteration(),
-        StopAsyncIteration(),
-        asyncio.CancelledError(),
-        ExceptionGroup("several", [Unprintable()]),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-@pytest.mark.parametrize("threaded", [True, False])
-async def test_whatever_a_tool_raises_is_a_result_and_the_run_goes_on(error: BaseException, threaded: bool) -> None:
-    def work() -> str:
-        raise error
-
-    async def work_async() -> str:
-        raise error
-
-    provider = Scripted(wanting(ToolCall(id="a", name="work")), saying("I see."))
-    with capture_logs():
-        result = await provider.agent(tool(work) if threaded else tool(name="work")(work_async)).run(JOB)
-
-    assert (result.content, result.tool_errors) == ("I see.", 1)
-    assert provider.asked[1].messages[-1].content.startswith(f"Error: {type(error).__name__}")
+    assert server.requests[1].messages[-1]["content"] == "t1:2:2"
