@@ -215,6 +215,7 @@ def result_of(done: Done, *, tool_errors: int = 0) -> RunResult:
         return decode(encode(result), RunResult)  # integers are checked by decoding alone
     except (Undecodable, ValueError, TypeError, AttributeError) as error:  # user code builds events unchecked
         message = error.message if isinstance(error, Undecodable) else str(error)
+        message = "a count is not a number" if isinstance(error, TypeError | AttributeError) else message
         raise AgentFailed(f"the agent's result makes no sense: {message}") from error
 
 

@@ -17,6 +17,8 @@ from loom.bus.log import get_logger
 
 TURN_S = 0.01
 """Longest time an iteration that never waits keeps the event loop."""
+AWAITABLES = 2
+"""A coroutine, and what it returns, are awaited; an awaitable that gives itself is not awaited for ever."""
 
 T = TypeVar("T")
 
@@ -40,7 +42,10 @@ async def call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
             result = fn(*args, **kwargs)
         else:
             result = await _in_thread(partial(fn, *args, **kwargs))
-        return await result if inspect.isawaitable(result) else result
+        for _ in range(AWAITABLES):
+            if inspect.isawaitable(result):
+                result = await result
+        return result
 
 
 class guarded:  # noqa: N801 - used as a function; a class costs a third of a generator's context
