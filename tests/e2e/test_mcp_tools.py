@@ -24,10 +24,19 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "mcp_tools.py"
 SERVER = Path(__file__).parents[1] / "support" / "mcp_server.py"
 
 
+@pytest.fixture(scope="session")
+def python() -> Path:
+    return python_of("mcp")
+
+
+@pytest.fixture(scope="session")
+def model_python() -> Path:
+    return python_of("llamacpp")
+
+
 @asynccontextmanager
-async def hosting(on_bus: tuple[str, str], base_url: str, folder: Path) -> AsyncIterator[Command]:
+async def hosting(on_bus: tuple[str, str], python: Path, base_url: str, folder: Path) -> AsyncIterator[Command]:
     """The example's node, with the model at `base_url`."""
-    python = python_of("mcp")
     url, namespace = on_bus
     environment = {"NATS_URL": url, "LOOM_NAMESPACE": namespace, "MCP_SERVER": f"{python} {SERVER}"}
     environment |= {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": KEY}
@@ -49,11 +58,11 @@ def served(host: Command) -> list[int]:
 
 
 async def test_a_model_calls_the_tools_of_an_mcp_server(
-    phases: Bus, on_bus: tuple[str, str], client: Bus, model: OpenAIServer, tmp_path: Path
+    phases: Bus, on_bus: tuple[str, str], client: Bus, model: OpenAIServer, python: Path, tmp_path: Path
 ) -> None:
     calls = (("add", '{"a": 1, "b": 2}'), ("add", '{"a": "one"}'), ("files_read", '{"path": "x"}'), ("picture", "{}"))
     model.script(Reply(tool_calls=calls), Reply(text="It is 3."))
-    async with hosting(on_bus, model.base_url, tmp_path) as host:
+    async with hosting(on_bus, python, model.base_url, tmp_path) as host:
         result, _ = await done(client)
         pids = served(host)
         ended = await host.end(signal.SIGTERM)
@@ -75,12 +84,12 @@ async def test_a_model_calls_the_tools_of_an_mcp_server(
 
 
 async def test_an_mcp_server_that_has_died_is_started_again_for_the_next_call(
-    phases: Bus, on_bus: tuple[str, str], client: Bus, model: OpenAIServer, tmp_path: Path
+    phases: Bus, on_bus: tuple[str, str], client: Bus, model: OpenAIServer, python: Path, tmp_path: Path
 ) -> None:
     model.script(
         Reply(tool_calls=(("crash", "{}"),)), Reply(tool_calls=(("add", '{"a": 1, "b": 2}'),)), Reply(text="It is 3.")
     )
-    async with hosting(on_bus, model.base_url, tmp_path):
+    async with hosting(on_bus, python, model.base_url, tmp_path):
         result, ends = await done(client)
 
     assert (result.state, result.content) == ("succeeded", "It is 3."), result.error
@@ -88,14 +97,13 @@ async def test_an_mcp_server_that_has_died_is_started_again_for_the_next_call(
 
 
 async def test_a_llama_cpp_model_uses_an_mcp_server(
-    phases: Bus, on_bus: tuple[str, str], client: Bus, tmp_path: Path
+    phases: Bus, on_bus: tuple[str, str], client: Bus, python: Path, model_python: Path, tmp_path: Path
 ) -> None:
-    python = python_of("llamacpp")
     chains = {"sum": tool_call("add", json.dumps({"a": 1, "b": 2})), "after_tools": ("It is", " 3.")}
-    scripted = scripted_model(python, tmp_path / "scripted.gguf", chains)
+    scripted = scripted_model(model_python, tmp_path / "scripted.gguf", chains)
     async with (
-        llamacpp_server(python, scripted, tmp_path) as server,
-        hosting(on_bus, server.base_url, tmp_path),
+        llamacpp_server(model_python, scripted, tmp_path) as server,
+        hosting(on_bus, python, server.base_url, tmp_path),
     ):
         result, ends = await done(client)
 

@@ -25,7 +25,9 @@ import pytest
 REQUIREMENTS = Path(__file__).parents[1] / "environments"
 WITH_LOOM = Path(__file__).with_name("with_loom.py")
 INSTALL_S = 600
-INSTALL = ("--quiet", "--disable-pip-version-check", "--no-compile", "--retries", "2", "--only-binary", ":all:")
+INSTALL = ("--quiet", "--disable-pip-version-check", "--retries", "2", "--only-binary", ":all:")
+OUTSIDE = dict(os.environ)
+"""The developer's own settings, which the tests take away: pip may need a proxy or certificates of them."""
 PINNED = ("--require-hashes", "--no-deps")  # the file is complete: pip has nothing to resolve
 
 
@@ -93,12 +95,12 @@ def run(*words: str) -> None:
     """Run a command to its end.
 
     Raises:
-        NotInstallable: It failed; the reason is its last line.
+        NotInstallable: It failed; the reason is its last error.
     """
     try:
-        subprocess.run(words, check=True, capture_output=True, text=True, timeout=INSTALL_S)
+        subprocess.run(words, check=True, capture_output=True, text=True, timeout=INSTALL_S, env=OUTSIDE)
     except subprocess.CalledProcessError as error:
-        lines = [line for line in error.stderr.splitlines() if line.strip()]
-        raise NotInstallable(lines[-1] if lines else f"exit code {error.returncode}") from error
+        lines = [line for line in error.stderr.splitlines() if line.startswith("ERROR:")]
+        raise NotInstallable(lines[-1] if lines else f"exit code {error.returncode}: {error.stderr}") from error
     except subprocess.TimeoutExpired as error:
         raise NotInstallable(f"not installed within {INSTALL_S} s") from error
