@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from loom.agents.llm.agent import Agent
     from loom.agents.llm.config import AgentConfig
     from loom.agents.llm.openai_provider import OpenAIProvider
-    from loom.agents.tools import ToolContext, tool
+    from loom.agents.tools import Lifespan, Tool, ToolContext, ToolRegistry, ToolResult, define_tool, tool
     from loom.bus.reward_bus import RewardBus
     from loom.cluster.amoeba_loop import AmoebaLoop, LoopContext
     from loom.cluster.lifecycle import LifecycleManager
@@ -31,6 +31,7 @@ __all__ = [
     "InvalidTask",
     "Job",
     "LifecycleManager",
+    "Lifespan",
     "LoomError",
     "LoopContext",
     "OpenAIProvider",
@@ -38,8 +39,12 @@ __all__ = [
     "Runtime",
     "SkillNodeRegistry",
     "TaskAd",
+    "Tool",
     "ToolContext",
+    "ToolRegistry",
+    "ToolResult",
     "UserMessage",
+    "define_tool",
     "delegate",
     "tool",
 ]
@@ -54,6 +59,7 @@ _HOMES = {
     "InvalidTask": "schemas.errors",
     "Job": "agents.job",
     "LifecycleManager": "cluster.lifecycle",
+    "Lifespan": "agents.tools",
     "LoomError": "schemas.errors",
     "LoopContext": "cluster.amoeba_loop",
     "OpenAIProvider": "agents.llm.openai_provider",
@@ -61,8 +67,12 @@ _HOMES = {
     "Runtime": "runtime",
     "SkillNodeRegistry": "cluster.skill_registry",
     "TaskAd": "schemas.task",
+    "Tool": "agents.tools",
     "ToolContext": "agents.tools",
+    "ToolRegistry": "agents.tools",
+    "ToolResult": "agents.tools",
     "UserMessage": "schemas.llm",
+    "define_tool": "agents.tools",
     "delegate": "agents.delegate",
     "tool": "agents.tools",
 }

@@ -2,7 +2,7 @@
 
 import asyncio
 import concurrent.futures
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextvars import copy_context
 from hashlib import blake2b
 from types import TracebackType
@@ -13,7 +13,7 @@ import msgspec
 from loom.ads import AnyAd, ad_of, as_type, with_schema
 from loom.agents.function_agent import as_agent
 from loom.agents.llm.agent import Agent
-from loom.agents.llm.config import AgentConfig
+from loom.agents.llm.config import AgentConfig, settings_without_effect
 from loom.agents.tools import Tool
 from loom.background_loop import BackgroundLoop
 from loom.bus import tasks
@@ -91,7 +91,9 @@ class Runtime:
         domains: Collection[str] | None = None,
         replace: bool = False,
         system_prompt: str | None = None,
-        tools: Sequence[Tool | Callable[..., Any]] = (),
+        tools: Iterable[Tool | Callable[..., Any]] = (),
+        provider: LLMProvider | None = None,
+        config: AgentConfig | None = None,
     ) -> AgentNode:
         """Add a node; it bids from the next call on.
 
@@ -103,16 +105,25 @@ class Runtime:
             domains: Domains it takes at all, in any wording; absent: every one. A pinned task needs none of them.
             replace: Whether it takes the place of a node of that name; runs in hand end with the agent they have.
             system_prompt: For a made agent, instead of the config's.
-            tools: For a made agent.
+            tools: For a made agent: tools, functions to make tools of, or a ToolRegistry.
+            provider: The model of a made agent, instead of the Runtime's; so nodes of one Runtime use several models:
+                `add_agent(provider=OpenAIProvider(config), config=config)`.
+            config: For a made agent, instead of the Runtime's. Its model and server are those of the provider.
 
         Raises:
             LoomError: There is neither an agent nor a provider, what is given is not an agent, a rating is not a
                 number from 0 to 1, or the name is taken or not a token.
         """
         if agent is None:
-            if self.provider is None:
-                raise LoomError("no provider: pass one to Runtime, or an agent or function to add_agent")
-            agent = Agent(self.provider, self.config, system_prompt=system_prompt, tools=tools)
+            provider, config = provider or self.provider, config or self.config
+            if provider is None:
+                raise LoomError("no provider: pass one to Runtime or add_agent, or an agent or function to add_agent")
+            unused = settings_without_effect(config, provider)
+            if unused:
+                log.warning("settings_without_effect", settings=unused, advice="pass provider=OpenAIProvider(config)")
+            agent = Agent(provider, config, system_prompt=system_prompt, tools=tools)
+        elif provider is not None or config is not None:
+            raise LoomError("provider and config are for an agent that add_agent makes: leave out the agent or these")
         if isinstance(agent, AgentNode):
             raise LoomError("an AgentNode is a node already: add it by rt.cluster.add_node(node)")
         as_agent(agent)  # what is none is refused here, and not by every run

@@ -4,7 +4,8 @@ import re
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 from loom.agents.job import Answer, Job
@@ -40,6 +41,9 @@ from loom.schemas.llm import (
     UserMessage,
 )
 from loom.schemas.task import Accept, Limits, Priority, TaskAd, TaskError, TaskResult, slug
+
+if TYPE_CHECKING:
+    from loom.agents.tools import Tool, ToolContext, ToolRegistry, ToolResult, define_tool
 
 __all__ = [
     "Accept",
@@ -82,13 +86,28 @@ __all__ = [
     "TaskSpec",
     "TextDelta",
     "TokenUsage",
+    "Tool",
     "ToolCall",
     "ToolCallEnd",
     "ToolCallStart",
+    "ToolContext",
     "ToolDefinition",
+    "ToolRegistry",
+    "ToolResult",
     "Usage",
     "UserMessage",
+    "define_tool",
 ]
+
+_OF_TOOLS = frozenset({"Tool", "ToolContext", "ToolRegistry", "ToolResult", "define_tool"})
+
+
+def __getattr__(name: str) -> Any:
+    """Import what tools are made of when it is asked for: the shapes alone stay cheap."""
+    if name not in _OF_TOOLS:
+        raise AttributeError(f"module 'loom.types' has no attribute {name!r}")
+    return getattr(import_module("loom.agents.tools"), name)
+
 
 NodeStatus = Literal["idle", "busy", "splitting", "dying"]
 

@@ -8,14 +8,14 @@ from msgspec.structs import replace
 
 from loom.agents.deadline import Deadline
 from loom.agents.delegate import Delegator
-from loom.agents.llm.answer import Answer, most_chars, why_empty
-from loom.agents.llm.answer_text import json_text
 from loom.agents.llm.completion import chunks
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.history import CallIds, legal_call
+from loom.agents.llm.model_answer import ModelAnswer, most_chars, why_empty
 from loom.agents.llm.prompt import opening
 from loom.agents.llm.token_use import TokenUse, answer_limit, estimate_tokens
-from loom.agents.llm.tool_calls import MOST_REPEATS, ToolCalls, Wanted
+from loom.agents.llm.tool_round import MOST_REPEATS, ToolRounds, Wanted
+from loom.agents.llm.wrapped_json import json_text
 from loom.agents.tools import Tool
 from loom.agents.user_code import described, type_name
 from loom.bus.log import get_logger
@@ -54,9 +54,9 @@ class Conversation:
         self._step = 0
         self._deadline = Deadline(job.remaining_s, early_s=REPORT_S)
         self._delegator = Delegator.current()
-        self._calls = ToolCalls(allowed, job, self._deadline, config.tool_context)
+        self._calls = ToolRounds(allowed, job, self._deadline, config.tool_context)
         self._ids = CallIds()
-        self._answer = Answer()
+        self._answer = ModelAnswer()
         self._limit: int | None = None  # most tokens of the last answer
         self._tokens = TokenUse()
         self._text = ""  # of the last round that wrote any
@@ -91,14 +91,14 @@ class Conversation:
     async def _ask(self) -> AsyncGenerator[TextDelta | ReasoningDelta, None]:
         """Ask the model, yield what it shows, keep the answer and count its tokens, also those of a broken one."""
         params = self._params()
-        self._answer = Answer()
+        self._answer = ModelAnswer()
         try:
             async with aclosing(self._asked(params)) as pieces:
                 async for delta in pieces:
                     yield delta
         except AgentFailed as error:
             # A server that knows no such response format, or not beside tools, refuses the whole request.
-            if params.json_schema is None or self._answer.begun or error.retry_after_s is not None:
+            if params.json_schema is None or self._answer.pieces or error.retry_after_s is not None:
                 raise
             log.info("model_asked_without_schema", task_id=self._job.task_id, reason=error.message)
             self._schema = None
@@ -127,7 +127,7 @@ class Conversation:
             raise self._failed(f"the model could not answer: its provider raised {type_name(error)}") from error
 
     def _check_size(self) -> None:
-        if self._config.stream and self._answer.size > most_chars(self._config.max_tokens):
+        if self._answer.pieces > 1 and self._answer.size > most_chars(self._config.max_tokens):
             raise self._failed("the model does not stop: its answer is longer than it was asked for")
 
     def _params(self) -> CompletionParams:
@@ -151,9 +151,9 @@ class Conversation:
     def _count(self) -> None:
         """Account for the answer, as far as it came."""
         answer = self._answer
-        if not answer.begun:
+        if not answer.pieces:
             return
-        written = (answer.content, answer.reasoning, answer.tool_calls)
+        written = (answer.content, answer.reasoning, answer.thoughts, answer.refusal, answer.tool_calls)
         self._tokens.add(answer.usage, (self._messages, self._definitions), written)
         if answer.content.strip():
             self._text = answer.content
@@ -182,8 +182,7 @@ class Conversation:
             tool_calls=tuple(each.legal for each in calls),
         )
         self._messages.append(turn)
-        cut = answer.finish_reason == "length"
-        async with aclosing(self._calls.run(calls, self._messages, cut=cut)) as events:
+        async with aclosing(self._calls.run(calls, self._messages, cut=answer.cut)) as events:
             async for event in events:
                 yield event
 
@@ -193,16 +192,17 @@ class Conversation:
         Raises:
             AgentFailed: There is none.
         """
-        answer = self._answer
-        if not answer.content.strip():
-            config_limit = self._config.max_tokens
-            why = why_empty(answer, limit=self._limit, by_budget=self._limit != config_limit)
-            if answer.tool_calls:
-                why = f"its {self._step} rounds went into tool calls: raise AgentConfig(max_steps=…)"
-            if not self._text or (why and not answer.tool_calls):
-                raise self._failed("the model ended without an answer" + (f": {why}" if why else ""))
+        if not self._text or self._answer.spoilt:
+            why = self._why_empty()
+            raise self._failed("the model ended without an answer" + (f": {why}" if why else ""))
         if self._job.accept is not None and self._job.accept.json_schema is not None:
             self._text = json_text(self._text, self._job.accept.json_schema)
+
+    def _why_empty(self) -> str:
+        if self._answer.tool_calls:
+            return f"its {self._step} rounds went into tool calls: raise AgentConfig(max_steps=…)"
+        by_budget = self._limit != self._config.max_tokens
+        return why_empty(self._answer, limit=self._limit, by_budget=by_budget)
 
     @property
     def _spent(self) -> int:

@@ -18,10 +18,10 @@ def opening(system_prompt: str, job: RunRequest) -> list[Message]:
     """
     *earlier, last = [replace(turn, content=text_of(turn.content)) for turn in job.messages]
     system = [system_prompt, *(turn.content for turn in earlier if turn.role == "system")]
-    said = [turn for turn in earlier if turn.role != "system"]
+    talk = [turn for turn in earlier if turn.role != "system"]
     prompt = "\n\n".join(text for text in system if text)
     first = [Message(role="system", content=prompt)] if prompt else []
-    return [*first, *alternating([*said, replace(last, content=job_message(job))])]
+    return [*first, *alternating([*talk, replace(last, content=job_message(job))])]
 
 
 def job_message(job: RunRequest) -> str:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from loom.agents.llm.usage import usage_of
 from loom.schemas.events import TokenUsage
 from loom.schemas.llm import Usage
 from loom.schemas.wire import encode
@@ -38,14 +37,13 @@ class TokenUse:
         return self._prompt + self._completion
 
     def add(self, usage: Usage | None, question: Any, answer: Any) -> None:
-        """Count an answer, by its texts where its model gives no usage that can be believed."""
-        counted = usage_of(usage)
-        if counted is None:
+        """Count an answer, by its texts where its model gives no usage."""
+        if usage is None:
             self._estimated = True
-            counted = Usage(prompt_tokens=estimate_tokens(question), completion_tokens=estimate_tokens(answer))
-        self.last = counted.total_tokens
-        self._prompt += counted.prompt_tokens
-        self._completion += counted.completion_tokens
+            usage = Usage(prompt_tokens=estimate_tokens(question), completion_tokens=estimate_tokens(answer))
+        self.last = usage.total_tokens
+        self._prompt += usage.prompt_tokens
+        self._completion += usage.completion_tokens
 
     def as_usage(self) -> TokenUsage:
         """Return the sums."""

@@ -1,151 +1,226 @@
-"""The tool calls of one turn: run side by side, each answered by exactly one message."""
+"""Tool calls of an answer, put together from whatever form a server gives them. Pure.
 
-import asyncio
-import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+A call is found by its index. Without an index a fragment belongs to the latest call. A name begins a new call where the
+call under that index already has a name and whole arguments, or a name in the same event. An id alone never begins one:
+some servers send it late, or another one with each fragment.
+"""
+
+import json
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 import msgspec
 
-from loom.agents.deadline import Deadline
-from loom.agents.llm.history import arguments_object
-from loom.agents.tools import Tool, ToolContext, ToolResult, legal_name
-from loom.schemas.events import ToolCallEnd, ToolCallStart
-from loom.schemas.llm import Message, ToolCall
-from loom.schemas.run import RunRequest
+from loom.agents.user_code import text_of
+from loom.schemas.errors import AgentFailed
+from loom.schemas.llm import ToolCall
+from loom.schemas.wire import encode, free_json_fault
 
-TOLD_REPEATS = 3
-"""A call wanted in so many rounds running is not run again: its result is a warning."""
-MOST_REPEATS = 5
-"""A call wanted in so many rounds running ends the job."""
-PARALLEL_TOOLS = 8
-"""Calls of one round that run at a time."""
-MAX_CALLS = 64
-"""Calls of one round that are run; any further one is answered by an error."""
-EVENT_RESULT_CHARS = 2000
-CANCEL_GRACE_S = 0.5
-"""How long a cancelled tool may take to clean up before it is left behind."""
+MAX_CALLS = 128
+"""Most calls of one answer."""
+MAX_CALL_BYTES = 1 << 20
+"""Most bytes of all calls of one answer."""
+ID_CHARS = 9
+"""Length of an id made here: some servers take no other."""
+
+_KNOWN = frozenset({"index", "id", "type", "function", "name", "arguments"})
+
+
+@dataclass
+class _Call:
+    """A call that is being put together."""
+
+    index: int | None
+    id: str = ""
+    name: str = ""
+    pieces: list[str] = field(default_factory=list)
+    length: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> str:
+        self.pieces = ["".join(self.pieces)]
+        return self.pieces[0]
+
+    def add_arguments(self, text: str, *, whole: bool) -> None:
+        # An empty object in front of others is the placeholder of some servers.
+        if whole or (self.length == len("{}") and text and self.arguments == "{}"):
+            self.pieces, self.length = [], 0
+        self.pieces.append(text)
+        self.length += len(text)
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A call a model wants."""
+class _Fragment:
+    """What one element of `tool_calls` holds."""
 
-    written: ToolCall
-    """As the model wrote it."""
-    legal: ToolCall
-    """As it goes into the conversation."""
+    index: int | None
+    id: str
+    name: str
+    arguments: str
+    whole: bool
+    """Whether the arguments came as an object, and so are not a piece."""
+    extra: dict[str, Any]
 
 
 class ToolCalls:
-    """Runs the calls of one job.
+    """The calls of one answer."""
 
-    Args:
-        tools: By name.
-        tool_context: Handed to tools that take a ToolContext.
-    """
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+        self._open: dict[int | None, _Call] = {}
+        self._bytes = 0
 
-    def __init__(
-        self, tools: Mapping[str, Tool], job: RunRequest, deadline: Deadline, tool_context: Mapping[str, Any]
-    ) -> None:
-        self._tools = tools
-        self._job = job
-        self._deadline = deadline
-        self._tool_context = tool_context
-        self._room = asyncio.Semaphore(PARALLEL_TOOLS)
-        self._made = 0  # calls of all rounds
-        self._rounds: dict[tuple[str, str], int] = {}  # call of the last round -> rounds running that wanted it
-
-    def circling(self, calls: Sequence[ToolCall]) -> list[str]:
-        """Count a round that wants `calls`, and return the names of those wanted for too many rounds running."""
-        self._rounds = {call: self._rounds.get(call, 0) + 1 for call in {_identity(each) for each in calls}}
-        return sorted({name for (name, _), rounds in self._rounds.items() if rounds >= MOST_REPEATS})
-
-    async def run(
-        self, calls: Sequence[Wanted], conversation: list[Message], *, cut: bool = False
-    ) -> AsyncGenerator[ToolCallStart | ToolCallEnd, None]:
-        """Run `calls`, yield their starts and ends, and add their results to `conversation` in the order of the calls.
-
-        Args:
-            cut: Whether the turn was cut at its most tokens, which explains arguments that cannot be read.
+    def add_fragments(self, value: Any) -> None:
+        """Add the fragments of one event.
 
         Raises:
-            DeadlineExceeded: There is no time left.
+            AgentFailed: The calls are too many or too long.
         """
-        running: dict[asyncio.Task[tuple[ToolResult, float]], Wanted] = {}
-        try:
-            for place, each in enumerate(calls):
-                arguments = arguments_object(each.legal.arguments) or {}
-                yield ToolCallStart(tool_call_id=each.legal.id, name=each.legal.name, input=arguments)
-                self._made += 1
-                running[asyncio.create_task(self._result(each, place, self._made, cut=cut))] = each
-            pending = set(running)
-            while pending:
-                ended, pending = await asyncio.wait(
-                    pending, timeout=self._deadline.left, return_when=asyncio.FIRST_COMPLETED
-                )
-                if not ended:
-                    self._deadline.check()
-                for task in ended:
-                    yield _end(running[task].legal, *task.result())
-        finally:
-            unfinished = [task for task in running if task.cancel()]
-            if unfinished:
-                await asyncio.wait(unfinished, timeout=CANCEL_GRACE_S)
-        conversation.extend(
-            Message(role="tool", content=task.result()[0].text, tool_call_id=each.legal.id)
-            for task, each in running.items()
-        )
+        named: set[int] = set()
+        for each in _fragments(value):
+            call = self._open_call(each, named)
+            if each.name:
+                named.add(id(call))
+            self._extend(call, each)
 
-    async def _result(self, wanted: Wanted, place: int, number: int, *, cut: bool) -> tuple[ToolResult, float]:
-        """The result and how many milliseconds it took."""
-        call = wanted.written
-        refusal = self._refusal(call, place)
-        if refusal:
-            return ToolResult(f"Error: {refusal}", failed=True), 0.0
-        async with self._room:
-            started = time.monotonic()
-            context = ToolContext(
-                task_id=self._job.task_id,
-                attempt=self._job.attempt,
-                remaining_s=self._deadline.left,
-                call=number,
-                call_id=wanted.legal.id,
-                tool_context=self._tool_context,
+    def add_whole(self, value: Any) -> None:
+        """Add the calls of a whole answer: each element is one.
+
+        Raises:
+            AgentFailed: The calls are too many or too long.
+        """
+        for each in _fragments(value):
+            self._extend(self._begin(each.index), each)
+
+    def finished(self, taken: Collection[str] = ()) -> tuple[ToolCall, ...]:
+        """Return the calls, each with an id of its own.
+
+        Args:
+            taken: Ids of earlier calls in the conversation.
+        """
+        used = set(taken)
+        calls = []
+        for each in self._calls:
+            if not each.name and not each.arguments:
+                continue
+            identity = each.id
+            while not identity or identity in used:
+                identity = uuid4().hex[:ID_CHARS]
+            used.add(identity)
+            calls.append(
+                ToolCall(id=identity, name=each.name, arguments=plain_arguments(each.arguments), extra=each.extra)
             )
-            result = await self._tools[legal_name(call.name)].run(call.arguments, context)
-            took_ms = (time.monotonic() - started) * 1000
-        if cut and result.failed and arguments_object(call.arguments) is None:
-            result = ToolResult(f"{result.text}; the turn was cut at its most tokens", failed=True)
-        return result, took_ms
+        return tuple(calls)
 
-    def _refusal(self, call: ToolCall, place: int) -> str:
-        """Why a call is not run; empty when it is."""
-        if legal_name(call.name) not in self._tools:
-            return f"there is no tool of that name; there are: {', '.join(self._tools) or 'none'}"
-        if place >= MAX_CALLS:
-            return f"not run: one turn may make at most {MAX_CALLS} calls; make the others in the next one"
-        rounds = self._rounds.get(_identity(call), 0)
-        if rounds >= TOLD_REPEATS:
-            return f"not run: the same call {rounds} times in a row; use its earlier result, or do something else"
-        return ""
+    def _open_call(self, fragment: _Fragment, named: Collection[int]) -> _Call:
+        """Return the call that a fragment belongs to."""
+        latest = self._calls[-1] if self._calls else None
+        call = self._open.get(fragment.index)
+        if fragment.index is None and fragment.id and not fragment.name:
+            call = next((each for each in self._calls if each.id == fragment.id), call)
+        if call is None and latest is not None and (fragment.index is None or latest.index is None):
+            call = latest if not fragment.name or fragment.index is None else None
+        if call is None or _begins(fragment, call, id(call) in named):
+            return self._begin(fragment.index)
+        return call
+
+    def _begin(self, index: int | None) -> _Call:
+        if len(self._calls) == MAX_CALLS:
+            raise AgentFailed(f"the model called more than {MAX_CALLS} tools in one answer")
+        call = _Call(index)
+        self._calls.append(call)
+        self._open[index] = call
+        return call
+
+    def _extend(self, call: _Call, fragment: _Fragment) -> None:
+        self._bytes += len(fragment.id) + len(fragment.name) + len(fragment.arguments)
+        self._bytes += len(encode(fragment.extra)) if fragment.extra else 0
+        if self._bytes > MAX_CALL_BYTES:
+            raise AgentFailed(f"the model's tool calls are longer than {MAX_CALL_BYTES} bytes")
+        call.id = call.id or fragment.id
+        if not fragment.name.startswith(call.name):
+            call.name += fragment.name
+        elif fragment.name:  # the first one, the same one again, or a longer one
+            call.name = fragment.name
+        if not _repeats(fragment, call):
+            call.add_arguments(fragment.arguments, whole=fragment.whole)
+        call.extra.update(fragment.extra)
 
 
-def _identity(call: ToolCall) -> tuple[str, str]:
-    """What makes two calls the same: the tool, and the arguments however they are written."""
+def _begins(fragment: _Fragment, call: _Call, named: bool) -> bool:
+    """Whether a fragment under the index of `call` begins another call."""
+    if not fragment.name or not call.name:
+        return False
+    if named:
+        return True
+    other_id = bool(fragment.id and call.id and fragment.id != call.id)
+    if not call.length:
+        return other_id and fragment.name != call.name
+    if not _is_whole(call.arguments):
+        return False
+    return other_id or (bool(fragment.arguments) and not _repeats(fragment, call)) or fragment.name != call.name
+
+
+def _repeats(fragment: _Fragment, call: _Call) -> bool:
+    """Whether a fragment holds a whole call that is already there."""
+    same = fragment.id == call.id != "" and fragment.name == call.name != ""
+    return same and fragment.arguments == call.arguments and _is_whole(call.arguments)
+
+
+def plain_arguments(text: str) -> str:
+    """Return arguments as the text of an object, where they are one in another form: `null`, or a text in a text."""
+    stripped = text.strip()
+    if stripped == "null":
+        return "{}"
+    if stripped.startswith('"'):
+        try:
+            inner = msgspec.json.decode(stripped, type=str)
+        except (msgspec.DecodeError, RecursionError):
+            return text
+        if inner.strip() in ("", "null"):
+            return "{}"
+        return inner if _is_whole(inner) else text
+    return text
+
+
+def _is_whole(arguments: str) -> bool:
+    """Whether the text is a JSON object, and so complete."""
+    if not arguments.rstrip().endswith("}"):
+        return False
     try:
-        value = msgspec.json.decode(call.arguments)
-        return call.name, msgspec.json.encode(value, order="sorted").decode()
-    except (ValueError, RecursionError):
-        return call.name, call.arguments
+        return isinstance(msgspec.json.decode(arguments), dict)
+    except (msgspec.DecodeError, RecursionError):
+        return False
 
 
-def _end(call: ToolCall, result: ToolResult, duration_ms: float) -> ToolCallEnd:
-    return ToolCallEnd(
-        tool_call_id=call.id,
-        name=call.name,
-        result=(result.text if result.published is None else result.published)[:EVENT_RESULT_CHARS],
-        failed=result.failed,
-        duration_ms=duration_ms,
+def _fragments(value: Any) -> list[_Fragment]:
+    """Return what is legible of the field `tool_calls`."""
+    elements = value if isinstance(value, list) else [value]
+    return [_fragment(each) for each in elements if isinstance(each, dict)]
+
+
+def _fragment(element: Mapping[str, Any]) -> _Fragment:
+    index, function = element.get("index"), element.get("function")
+    source = function if isinstance(function, dict) else element
+    arguments = source.get("arguments")
+    whole = isinstance(arguments, dict | list)
+    return _Fragment(
+        index=index if isinstance(index, int) and not isinstance(index, bool) else None,
+        id=_text(element.get("id")),
+        name=_text(source.get("name")),
+        arguments=text_of(json.dumps(arguments, ensure_ascii=False)) if whole else _text(arguments),
+        whole=whole,
+        extra={key: each for key, each in element.items() if key not in _KNOWN and _can_go_back(each)},
     )
+
+
+def _can_go_back(value: Any) -> bool:
+    return value is not None and free_json_fault(value, max_bytes=sys.maxsize) is None
+
+
+def _text(value: Any) -> str:
+    return text_of(value) if isinstance(value, str) else ""

@@ -69,12 +69,11 @@ class TypeBody:
 
     def __init__(self, kind: Any, fn: Callable[[Any, ToolContext], Any], name: str) -> None:
         self._kind, self._fn = kind, fn
-        self.description = inspect.getdoc(kind) or ""
         try:
             self.parameters = _as_parameters(json_schema(kind), name)
         except TypeError as error:
-            reason = str(error).partition("\n")[0]
-            raise LoomError(f"tool {name}: JSON cannot carry its parameters: {reason}") from error
+            raise LoomError(f"tool {name}: its parameters have no JSON Schema: {error}") from error
+        self.description = self.parameters.get("description", "")
 
     async def run(self, arguments: str, context: ToolContext) -> ToolResult:
         """Run the call."""

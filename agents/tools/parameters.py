@@ -131,8 +131,7 @@ def _schema(shape: type, name: str) -> dict[str, Any]:
     try:
         return json_schema(shape)
     except TypeError as error:
-        reason = str(error).partition("\n")[0]
-        raise LoomError(f"tool {name}: JSON cannot carry its parameters: {reason}") from error
+        raise LoomError(f"tool {name}: its parameters have no JSON Schema: {error}") from error
 
 
 def _add_defaults(properties: dict[str, Any], defaults: Mapping[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """Annotations as msgspec reads them."""
 
+import sys
 import types
 from collections.abc import Iterable, Iterator
+from dataclasses import is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -24,7 +26,8 @@ def for_msgspec(kind: Any) -> Any:
     """Return `kind` as msgspec reads it: metadata of other libraries as `msgspec.Meta`.
 
     A plain string, `typing_extensions.Doc`, pydantic's `Field` and annotated_types are such metadata. What has
-    validators of pydantic, a pydantic dataclass, and a union with one of its models become a stand-in.
+    validators of pydantic, a pydantic dataclass, a dataclass, TypedDict or NamedTuple with fields of pydantic's, and a
+    union with one of its models become a stand-in.
     """
     if _wants_pydantic(kind):
         return _stand_in(kind)
@@ -58,11 +61,7 @@ def described_fields(kind: Any) -> Iterator[tuple[str, str, str]]:
         if not isinstance(owner, type) or owner in seen or is_pydantic(owner) or owner.__module__ == "builtins":
             continue
         seen.add(owner)
-        try:
-            hints = get_type_hints(owner, include_extras=True)
-        except (NameError, TypeError, AttributeError):  # not a class with fields
-            continue
-        for name, hint in hints.items():
+        for name, hint in _hints(owner).items():
             todo.append(hint)
             if get_origin(hint) is Annotated:
                 for _, facts in _facts(get_args(hint)[1:]):
@@ -98,7 +97,42 @@ def _wants_pydantic(kind: Any) -> bool:
     if origin in (Union, types.UnionType):
         members = [each for each in arguments if each is not types.NoneType]
         return len(members) > 1 and any(is_pydantic(each) for each in members)
-    return isinstance(kind, type) and "__pydantic_fields__" in vars(kind) and hasattr(kind, "__dataclass_fields__")
+    return isinstance(kind, type) and _is_of_pydantic_fields(kind, set())
+
+
+def _is_of_pydantic_fields(kind: type, seen: set[type]) -> bool:
+    """Return whether `kind` is a pydantic dataclass, or a plain class with fields that are pydantic's."""
+    seen.add(kind)
+    if hasattr(kind, "__dataclass_fields__") and "__pydantic_fields__" in vars(kind):
+        return True
+    plain = is_dataclass(kind) or _is_typed_dict(kind) or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
+    todo = list(_hints(kind).values()) if plain and not is_pydantic(kind) else []
+    while todo:
+        each = todo.pop()
+        if isinstance(each, type):
+            if each not in seen and _is_of_pydantic_fields(each, seen):
+                return True
+        elif type(each).__module__.partition(".")[0] == "pydantic":  # a Field or a validator in an Annotated
+            return True
+        todo.extend(() if get_origin(each) is Literal else get_args(each))
+    return False
+
+
+def _is_typed_dict(kind: type) -> bool:
+    """Return whether `kind` is a TypedDict that pydantic takes: before Python 3.12 not one of typing's own."""
+    return (
+        issubclass(kind, dict)
+        and hasattr(kind, "__total__")
+        and (sys.version_info >= (3, 12) or type(kind).__module__ != "typing")
+    )
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    """The annotations of a class's fields; none where they cannot be read."""
+    try:
+        return get_type_hints(kind, include_extras=True)
+    except (NameError, TypeError, AttributeError):
+        return {}
 
 
 @cache

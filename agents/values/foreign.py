@@ -2,6 +2,7 @@
 
 import sys
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
 
@@ -16,7 +17,7 @@ def schema_hook(kind: Any) -> dict[str, Any]:
     """Return the JSON Schema of a type msgspec does not know.
 
     Raises:
-        NotImplementedError: Nor is it known here.
+        TypeError: Nor is it known here.
     """
     if isinstance(kind, type) and issubclass(kind, PurePath):
         return {"type": "string", "description": "a path"}
@@ -24,7 +25,7 @@ def schema_hook(kind: Any) -> dict[str, Any]:
         return {"type": "string", "description": "a fraction such as 1/3"}
     adapter = _adapter(kind)
     if adapter is None:
-        raise NotImplementedError
+        raise TypeError(f"JSON cannot carry a value of type {getattr(kind, '__name__', kind)}")
     schema: dict[str, Any] = adapter.json_schema(ref_template="#/$defs/{model}")
     return schema
 
@@ -59,9 +60,19 @@ def _from_str(kind: Any, value: Any) -> Any:
 
 
 def _adapter(kind: Any) -> Any:
-    """The TypeAdapter of a type of pydantic's, or None: where there is such a type, pydantic has been imported."""
+    """The TypeAdapter of a type of pydantic's, or None for any other type."""
     kind = kind.kind if isinstance(kind, ForPydantic) else kind if is_pydantic(kind) else None
-    return None if kind is None else sys.modules["pydantic"].TypeAdapter(kind)
+    if kind is None:
+        return None
+    try:
+        return _made_adapter(kind)
+    except TypeError:  # metadata that has no hash
+        return _made_adapter.__wrapped__(kind)
+
+
+@lru_cache(maxsize=256)
+def _made_adapter(kind: Any) -> Any:
+    return sys.modules["pydantic"].TypeAdapter(kind)  # where there is such a type, pydantic has been imported
 
 
 def _sentence(error: Any) -> str:

@@ -1,5 +1,6 @@
 """JSON Schemas of types, in the dialect that models' servers have in common."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import msgspec
 from loom.agents.values.annotations import described_fields, for_msgspec
 from loom.agents.values.foreign import schema_hook
 
+_NO_DEFAULT = re.compile(r"Encoding objects of type (\S+) is unsupported")
 _REFERENCE = "#/$defs/"
 _UNDERSTOOD_FORMATS = frozenset({"date-time"})
 """Gemini's server refuses a string with another format."""
@@ -35,13 +37,30 @@ def json_schema(kind: Any) -> dict[str, Any]:
         >>> json_schema(tuple[int, str])
         {'type': 'array', 'items': {'anyOf': [{'type': 'integer'}, {'type': 'string'}]}, 'minItems': 2, 'maxItems': 2}
     """
+    try:
+        return portable(_described(kind))
+    except Exception as error:
+        # A class may hold names that do not exist, and pydantic has errors of its own.
+        raise TypeError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).partition("\n")[0]
+    default = _NO_DEFAULT.fullmatch(text)
+    if default is None:
+        return text
+    return f"JSON cannot carry a field's default value of type {default[1]}: give it as default_factory"
+
+
+def _described(kind: Any) -> dict[str, Any]:
+    """The schema as msgspec and pydantic write it, with the descriptions of fields."""
     shape = for_msgspec(kind)
     (top,), parts = msgspec.json.schema_components([shape], schema_hook=schema_hook, ref_template=_REFERENCE + "{name}")
     for owner, field, description in described_fields(kind):
         known = parts.get(owner, {}).get("properties", {}).get(field)
         if known is not None:
             known.setdefault("description", description)
-    return portable({**top, "$defs": parts} if parts else top)
+    return {**top, "$defs": parts} if parts else top
 
 
 def portable(schema: dict[str, Any]) -> dict[str, Any]:

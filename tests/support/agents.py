@@ -64,7 +64,7 @@ class Scripted:
         return self._answers.pop(0)
 
 
-def saying(text: str, finish_reason: str = "stop") -> list[StreamChunk]:
+def answering(text: str, finish_reason: str = "stop") -> list[StreamChunk]:
     """An answer in two pieces."""
     return [StreamChunk(text=text[:3]), StreamChunk(text=text[3:], finish_reason=finish_reason)]
 

@@ -3,13 +3,13 @@
 from typing import Any
 
 import pytest
-from support.agents import JOB, MakeAgent, Scripted, add, events_of, saying, wanting
+from support.agents import JOB, MakeAgent, Scripted, add, answering, events_of, wanting
 from support.logs import capture_logs
 from support.openai_server import OpenAIServer, Reply, Request
 
-from loom.agents.llm.answer_text import MAX_CANDIDATES, json_text
 from loom.agents.llm.prompt import acceptance, job_message
-from loom.schemas.errors import AgentFailed
+from loom.agents.llm.wrapped_json import MAX_CANDIDATES, json_text
+from loom.schemas.errors import AgentFailed, DeadlineExceeded, LoomError
 from loom.schemas.llm import StreamChunk, ToolCall, Usage
 from loom.schemas.run import RunRequest
 from loom.schemas.task import Accept
@@ -32,7 +32,7 @@ async def test_a_stream_without_an_end_is_a_failure(server: OpenAIServer, make: 
 
 @pytest.mark.parametrize("streaming", [True, False])
 async def test_an_answer_of_nothing_is_a_failure(server: OpenAIServer, make: MakeAgent, streaming: bool) -> None:
-    server.script(Reply(events=('{"choices": []}',)) if streaming else Reply(text="x", no_choices=True))
+    server.script(Reply(events=('{"choices": []}',), done=True) if streaming else Reply(text="x", no_choices=True))
     with pytest.raises(AgentFailed):
         await make(stream=streaming).run(JOB)
 
@@ -138,11 +138,27 @@ async def test_a_server_that_refuses_response_formats_is_asked_in_words_alone(
         return Reply(tool_calls=(("add", '{"a":40,"b":40}'),))
 
     server.answer = old
-    with capture_logs() as logs:
+    with capture_logs():
         assert (await make(add).run(WANTS_JSON)).content == '{"port": 80}'
 
-    assert ["response_format" in request.body for request in server.requests] == [True, False, False]
-    assert [line["event"] for line in logs] == ["model_asked_without_schema"]
+    assert ["response_format" in request.body for request in server.requests[-2:]] == [False, False]
+
+
+async def test_a_provider_that_refuses_schemas_is_asked_once_more_and_never_again_with_one() -> None:
+    provider = Scripted([AgentFailed("refused")], wanting(ADD), answering('{"port": 80}'))
+    with capture_logs():
+        assert (await provider.agent(add).run(WANTS_JSON)).content == '{"port": 80}'
+
+    assert [asked.json_schema for asked in provider.asked] == [SCHEMA, None, None]
+
+
+@pytest.mark.parametrize("failure", [AgentFailed("busy", retry_after_s=9.0), DeadlineExceeded("late")])
+async def test_a_failure_that_has_another_cause_is_not_asked_again(failure: LoomError) -> None:
+    provider = Scripted([failure])
+    with pytest.raises(LoomError):
+        await provider.agent().run(WANTS_JSON)
+
+    assert len(provider.asked) == 1
 
 
 async def test_a_refused_request_without_a_schema_is_not_sent_again(server: OpenAIServer, make: MakeAgent) -> None:
@@ -165,7 +181,7 @@ async def test_a_refused_request_without_a_schema_is_not_sent_again(server: Open
     ],
 )
 async def test_what_surrounds_wanted_json_is_taken_off(text: str, streaming: bool) -> None:
-    result = await Scripted(saying(text)).agent(stream=streaming).run(WANTS_JSON)
+    result = await Scripted(answering(text)).agent(stream=streaming).run(WANTS_JSON)
 
     assert result.content == '{"port": 80}'
 
@@ -173,7 +189,7 @@ async def test_what_surrounds_wanted_json_is_taken_off(text: str, streaming: boo
 async def test_text_stays_as_it_is_where_no_json_is_wanted() -> None:
     text = '```json\n{"port": 80}\n```'
 
-    assert (await Scripted(saying(text)).agent().run(JOB)).content == text
+    assert (await Scripted(answering(text)).agent().run(JOB)).content == text
 
 
 @pytest.mark.parametrize(

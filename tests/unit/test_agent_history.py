@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.agents import JOB, MakeAgent, Scripted, add, as_openai, events_of, history_fault, only, saying, wanting
+from support.agents import JOB, MakeAgent, Scripted, add, answering, as_openai, events_of, history_fault, only, wanting
 from support.logs import capture_logs
 from support.openai_server import OpenAIServer, Reply, Request
 
 from loom.agents.llm.history import CallIds, alternating, legal_call, legal_name
-from loom.agents.llm.tool_calls import MAX_CALLS
+from loom.agents.llm.tool_round import MAX_CALLS
 from loom.agents.tools import tool
 from loom.schemas.events import ToolCallEnd, ToolCallStart
 from loom.schemas.llm import AssistantMessage, StreamChunk, ToolCall, UserMessage
@@ -90,7 +90,7 @@ async def test_calls_that_share_an_id_or_have_none_get_ids_of_their_own() -> Non
     calls = [
         ToolCall(id=each, name="add", arguments=f'{{"a":{n},"b":0}}') for n, each in enumerate(["x", "x", "", "y"])
     ]
-    provider = Scripted(wanting(*calls), wanting(calls[0]), saying("done"))
+    provider = Scripted(wanting(*calls), wanting(calls[0]), answering("done"))
     events = await events_of(provider.agent(add))
 
     ids = [start.tool_call_id for start in only(ToolCallStart, events)]
@@ -109,7 +109,7 @@ async def test_calls_past_the_most_of_one_turn_are_answered_by_an_error() -> Non
         ran.append(n)
 
     calls = [ToolCall(id=f"c{n}", name="work", arguments=f'{{"n":{n}}}') for n in range(MAX_CALLS + 6)]
-    provider = Scripted(wanting(*calls), saying("done"))
+    provider = Scripted(wanting(*calls), answering("done"))
     await events_of(provider.agent(tool(work)))
 
     results = [each.content for each in provider.asked[1].messages if each.role == "tool"]
@@ -120,7 +120,7 @@ async def test_calls_past_the_most_of_one_turn_are_answered_by_an_error() -> Non
 async def test_fields_beside_a_call_go_back_unless_they_cannot_be_sent() -> None:
     signed = ToolCall(id="a", name="now", extra={"extra_content": {"google": {"thought_signature": "SIG"}}})
     broken = ToolCall(id="b", name="now", extra={"text": "\ud83d"})
-    provider = Scripted(wanting(signed, broken), saying("done"))
+    provider = Scripted(wanting(signed, broken), answering("done"))
     await events_of(provider.agent(now))
 
     sent = provider.asked[1].messages[-3].tool_calls
@@ -140,7 +140,7 @@ calls = st.builds(
 @given(rounds=st.lists(st.tuples(st.lists(calls, min_size=1, max_size=4), texts, texts), min_size=1, max_size=3))
 def test_no_answer_of_a_model_makes_the_conversation_illegal(rounds: list[tuple[list[ToolCall], str, str]]) -> None:
     answers = [wanting(*wanted, text=text, reasoning=reasoning) for wanted, text, reasoning in rounds]
-    provider = Scripted(*answers, saying("done"))
+    provider = Scripted(*answers, answering("done"))
     with capture_logs():
         asyncio.run(events_of(provider.agent(now)))
 

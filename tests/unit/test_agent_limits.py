@@ -204,3 +204,23 @@ async def test_calls_without_end_are_a_failure() -> None:
     provider = Scripted([StreamChunk(tool_call=replace(ADD, id=str(n))) for n in range(1000)])
     with pytest.raises(AgentFailed, match="does not stop"):
         await events_of(provider.agent(add, max_tokens=10))
+
+
+async def test_a_whole_answer_longer_than_asked_for_is_an_answer() -> None:
+    result = (
+        await Scripted([StreamChunk(text="x" * 100_000, finish_reason="stop")])
+        .agent(stream=False, max_tokens=10)
+        .run(JOB)
+    )
+
+    assert result.truncated
+
+
+async def test_a_stream_without_end_is_a_failure_also_where_complete_was_wanted() -> None:
+    class Endless:
+        async def stream(self, _params: CompletionParams) -> AsyncIterator[str]:
+            while True:
+                yield "word "
+
+    with pytest.raises(AgentFailed, match="does not stop"):
+        await events_of(Agent(Endless(), AgentConfig(stream=False, max_tokens=10)))  # type: ignore[arg-type]

@@ -1,17 +1,19 @@
 import asyncio
 from contextlib import aclosing
+from typing import Any
 
 import pytest
-from support.agents import JOB, MakeAgent, add, done_of, events_of, only
+from support.agents import JOB, MakeAgent, Scripted, add, answering, done_of, events_of, only, wanting
 from support.logs import capture_logs
 from support.openai_server import OpenAIServer, Reply
 
 from loom.agents.llm.agent import Agent
 from loom.agents.llm.openai_provider import OpenAIProvider
-from loom.agents.llm.tool_calls import EVENT_RESULT_CHARS, PARALLEL_TOOLS
+from loom.agents.llm.tool_round import EVENT_RESULT_CHARS, PARALLEL_TOOLS
 from loom.agents.tools import ToolContext, tool
 from loom.schemas.errors import AgentFailed, DeadlineExceeded, LoomError
 from loom.schemas.events import StepEnd, ToolCallEnd, ToolCallStart
+from loom.schemas.llm import ToolCall
 from loom.schemas.run import RunRequest
 
 
@@ -246,6 +248,62 @@ async def test_a_tool_that_resists_cancelling_is_left_behind(server: OpenAIServe
     release.set()
 
     assert task.cancelled()
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+    __repr__ = __str__
+
+
+class Odd(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("plain"),
+        Unprintable(),
+        Odd("own"),
+        GeneratorExit(),
+        KeyboardInterrupt(),
+        SystemExit(3),
+        StopIteration(),
+        StopAsyncIteration(),
+        asyncio.CancelledError(),
+        ExceptionGroup("several", [Unprintable()]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("threaded", [True, False])
+async def test_whatever_a_tool_raises_is_a_result_and_the_run_goes_on(error: BaseException, threaded: bool) -> None:
+    def work() -> str:
+        raise error
+
+    async def work_async() -> str:
+        raise error
+
+    provider = Scripted(wanting(ToolCall(id="a", name="work")), answering("I see."))
+    with capture_logs():
+        result = await provider.agent(tool(work) if threaded else tool(name="work")(work_async)).run(JOB)
+
+    assert (result.content, result.tool_errors) == ("I see.", 1)
+    assert provider.asked[1].messages[-1].content.startswith(f"Error: {type(error).__name__}")
+
+
+async def test_arguments_too_deep_for_an_event_are_not_shown() -> None:
+    def work(a: Any) -> int:
+        return len(a)
+
+    deep = ToolCall(id="a", name="work", arguments='{"a":' + "[" * 100 + "]" * 100 + "}")
+    provider = Scripted(wanting(deep), answering("done"))
+    with capture_logs():
+        events = await events_of(provider.agent(tool(work)))
+
+    assert only(ToolCallStart, events)[0].input == {}
+    assert provider.asked[1].messages[-1].content == "1"
 
 
 async def test_each_call_of_a_job_has_a_key_of_its_own_also_among_equal_ones(

@@ -237,6 +237,13 @@ async def test_a_tool_of_a_dataclass_too_and_with_a_sync_call() -> None:
     assert await made.run('{"x": 1}', CONTEXT) == ToolResult('{"x":1,"tags":[]}')
 
 
+def test_the_docstring_of_the_type_describes_a_tool_without_a_description() -> None:
+    def of(kind: type) -> str:
+        return Tool(name="x", schema=kind, call=lambda _arguments, _context: None).definition.description
+
+    assert (of(Weather), of(Point)) == ("Where and when.", "")
+
+
 @pytest.mark.parametrize("kind", [list[int], object, int])
 def test_a_type_that_is_not_an_object_is_refused(kind: Any) -> None:
     with pytest.raises(LoomError, match="tool x"):

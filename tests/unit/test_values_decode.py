@@ -15,6 +15,7 @@ import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typing_extensions import TypedDict as PortableTypedDict
 
 from loom.agents.values import from_json, to_text
 
@@ -63,6 +64,16 @@ class Truck(msgspec.Struct):
     root: Path = Path()
 
 
+@dataclass
+class Load:
+    parcels: list[Parcel]
+    floor: Annotated[int, pydantic.Field(ge=0)] = 0
+
+
+class Street(PortableTypedDict):
+    length: Annotated[int, pydantic.Field(ge=1)]
+
+
 ORDER = Order(Address(street="High Street"), (2, "l"))
 VALUES: list[tuple[Any, Any]] = [
     (Place, Place(1.0, 2.0)),
@@ -75,6 +86,8 @@ VALUES: list[tuple[Any, Any]] = [
     (Address | Shop, Shop(name="n")),
     (list[Parcel], [Parcel(weight=1)]),
     (Order, ORDER),
+    (Load, Load([Parcel(weight=1)])),
+    (list[Street], [{"length": 1}]),
     (Crate, Crate(ORDER, 3)),
     (Truck, Truck([Crate(ORDER, 3)], Path("/x"))),
     (Path, Path("/x")),
@@ -103,6 +116,9 @@ def test_a_value_comes_back_from_its_text(kind: Any, value: Any) -> None:
         (Annotated[int, pydantic.Field(ge=1)], "0", ">= 1"),
         (list[Annotated[str, pydantic.Field(max_length=1)]], '["ab"]', "$[0]"),
         (Path, "1", "Path"),
+        (Load, '{"parcels": [{"weight": 0}]}', "parcels[0].weight: "),
+        (list[Load], '[{"parcels": [], "floor": -1}]', "floor: "),
+        (Street, '{"length": 0}', "length: "),
         (Fraction, '"1/0"', "Fraction"),
         (Place, "[1]", "length"),
         (list[int], "[", "truncated"),

@@ -61,6 +61,10 @@ class Crate:
     labels: list  # type: ignore[type-arg]
 
 
+class Opaquest:
+    """A class without fields."""
+
+
 class Tree(msgspec.Struct):
     """A node."""
 
@@ -188,10 +192,48 @@ def test_a_format_that_servers_refuse_becomes_words() -> None:
     assert json_schema(Annotated[uuid.UUID, "whose"]) == {"type": "string", "description": "whose (uuid)"}
 
 
-@pytest.mark.parametrize("kind", [object, complex, type("Own", (), {})])
+@dataclass
+class Broken:
+    part: "Missing"  # type: ignore[name-defined]  # noqa: F821
+
+
+class BrokenModel(pydantic.BaseModel):
+    part: "Missing"  # type: ignore[name-defined]  # noqa: F821
+
+
+class Opaque(pydantic.BaseModel, arbitrary_types_allowed=True):
+    part: Opaquest
+
+
+@pytest.mark.parametrize("kind", [object, complex, Opaquest, Broken, BrokenModel, list[Opaque], Order | Crate])
 def test_what_json_cannot_carry_has_no_schema(kind: Any) -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError) as caught:
         json_schema(kind)
+
+    assert "\n" not in str(caught.value)
+
+
+def test_a_default_that_json_cannot_carry_is_named() -> None:
+    @dataclass
+    class Settings:
+        root: Path = Path()
+
+    with pytest.raises(TypeError, match="default value of type PosixPath: give it as default_factory"):
+        json_schema(Settings)
+
+
+def test_fields_of_pydantic_in_a_dataclass_keep_their_bounds() -> None:
+    @dataclass
+    class Page:
+        n: Annotated[int, pydantic.Field(ge=1, description="from 1")] = 1
+
+    assert json_schema(list[Page])["items"]["properties"]["n"] == {
+        "type": "integer",
+        "minimum": 1,
+        "description": "from 1",
+        "default": 1,
+        "title": "N",
+    }
 
 
 def test_a_schema_of_another_dialect_is_reworded() -> None:
