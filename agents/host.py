@@ -62,8 +62,7 @@ class NodeHost:
         self, bus: Bus, nodes: Callable[[], Sequence[Node]], *, slots: int = SLOTS, backlog: int = BACKLOG
     ) -> None:
         self.host_id = new_id()[:12]
-        self.templates = False
-        """Whether nodes can be started here on request."""
+        self.templates = False  # whether nodes can be started here on request
         self.bus = bus
         self._nodes = nodes
         self._slots = slots

@@ -68,7 +68,7 @@ def check_stream(agent: Any) -> None:
         LoomError: It cannot be: it belongs to another framework, is not an async generator, or takes other arguments.
     """
     kind, stream = type(agent).__name__, agent.stream
-    if callable(getattr(agent, "ainvoke", None)):
+    if callable(getattr(agent, "ainvoke", None)) and not inspect.isasyncgenfunction(stream):
         raise LoomError(
             f"a {kind} is a LangChain or LangGraph object, whose stream takes other arguments and yields other things "
             f"than an agent's: add a function that calls it, such as {WRAP}"

@@ -236,7 +236,8 @@ class AgentNode:
         """Return how well it says it does a domain (its wording or its slug), in [0, 1]; 0: it does not take it."""
         if self.domains is not None:
             wanted = slug(domain)
-            if not any(slug(name) == wanted for name in self.domains):
+            names = (self.domains,) if isinstance(self.domains, str) else self.domains
+            if not any(slug(name) == wanted for name in names):
                 return 0.0
         return self.capabilities.score(domain)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, NamedTuple
 
+from loom.agents.claims import domains_fault, scores_fault
 from loom.agents.function_agent import as_agent
 from loom.agents.lifetime import CLOSE_S, has_lifetime
 from loom.agents.node import Node
@@ -178,4 +179,5 @@ def _fault(node: Any, seen: set[str]) -> str | None:
         as_agent(node.agent)
     except LoomError as error:
         return f"({node.id}): {error.message}"
-    return None
+    fault = domains_fault(getattr(node, "domains", None)) or scores_fault(getattr(node.capabilities, "scores", {}))
+    return f"({node.id}) {fault}" if fault else None

@@ -168,8 +168,15 @@ async def test_a_failed_run_keeps_what_it_has_reported() -> None:
 
 @pytest.mark.parametrize(
     "facts",
-    [{"tokens": -1}, {"prompt_tokens": 1.5}, {"completion_tokens": "3"}, {"cost_usd": -0.1}, {"cost_usd": "1"}]
-    + [{"cost_usd": float("nan")}, {"tokens": 2**60}],
+    [
+        {"tokens": -1},
+        {"prompt_tokens": 1.5},
+        {"completion_tokens": "3"},
+        {"cost_usd": -0.1},
+        {"cost_usd": "1"},
+        {"cost_usd": float("nan")},
+        {"tokens": 2**60},
+    ],
 )
 def test_a_senseless_report_is_refused_with_the_name_of_the_argument(facts: dict[str, Any]) -> None:
     with pytest.raises(AgentFailed, match=next(iter(facts))):

@@ -128,6 +128,11 @@ def test_a_file_of_nodes_may_import_its_neighbours_and_define_dataclasses(script
         ("nodes = {'a': 1}\n", "agents.py: defines no `nodes`"),
         ("nodes = [3]\n", "agents.py: nodes[0] is a int without `id`"),
         (NODES + "nodes[0].agent = None\n", "agents.py: nodes[0] (shouter) has no agent"),
+        (NODES + "nodes[0].domains = []\n", "agents.py: nodes[0] (shouter) has domains that name nothing"),
+        (
+            NODES + "nodes[0].capabilities.scores['loud'] = 9\n",
+            "agents.py: nodes[0] (shouter) has the rating 9 in 'loud'",
+        ),
         (NODES + "nodes[0].agent = 'shout'\n", "agents.py: nodes[0] (shouter): a str is not an agent"),
         (NODES + "nodes[0].agent = lambda a, b: a\n", "agents.py: nodes[0] (shouter): <lambda> must take one argument"),
         (NODES + "nodes[0].id = 'a b'\n", "agents.py: nodes[0] has an id that does not match"),

@@ -58,8 +58,15 @@ def fails(error: BaseException) -> Callable[[str], Iterator[str]]:
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("x"), KeyboardInterrupt(), SystemExit(1), StopIteration(), StopAsyncIteration()]
-    + [GeneratorExit(), asyncio.CancelledError()],
+    [
+        ValueError("x"),
+        KeyboardInterrupt(),
+        SystemExit(1),
+        StopIteration(),
+        StopAsyncIteration(),
+        GeneratorExit(),
+        asyncio.CancelledError(),
+    ],
     ids=lambda error: type(error).__name__,
 )
 async def test_what_a_generator_raises_is_a_failure_that_names_its_type(error: BaseException) -> None:
