@@ -10,8 +10,7 @@ server: OPENAI_BASE_URL.
 import asyncio
 import os
 import shlex
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
 from mcp import Client, MCPError, StdioServerParameters
@@ -21,33 +20,6 @@ from mcp.types import Tool as RemoteTool
 from loom import Agent, AgentConfig, OpenAIProvider, ToolContext
 from loom.agents.tools import Lifespan, Tool
 from loom.types import AgentNode, CapabilityProfile
-
-END_S = 5.0
-
-
-class Connection:
-    """A client of an MCP server, and whether the server is still there."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self._lost = asyncio.Event()
-        self.ended = asyncio.Event()
-
-    async def call(self, name: str, arguments: dict[str, Any]) -> CallToolResult:
-        """Call a tool; once the server has gone, end the connection, so that the next call opens another."""
-        try:
-            return await self._client.call_tool(name, arguments)
-        except MCPError as error:
-            if error.code == CONNECTION_CLOSED:
-                self._lost.set()
-                async with asyncio.timeout(END_S):
-                    await self.ended.wait()
-            raise
-
-    async def watch(self) -> None:
-        """Raise ConnectionError as soon as a call finds that the server has gone."""
-        await self._lost.wait()
-        raise ConnectionError("the MCP server has ended")
 
 
 class McpServer:
@@ -60,7 +32,7 @@ class McpServer:
 
     def __init__(self, server: StdioServerParameters | str, *, name: str = "the MCP server") -> None:
         self._server = server
-        self._lifespan = Lifespan(self._connected, name=name)
+        self._client = Lifespan(lambda: Client(server), name=name)
 
     async def tools(self) -> list[Tool]:
         """Return all its tools, asked of the server once; names that models cannot use are changed."""
@@ -79,27 +51,19 @@ class McpServer:
             description=remote.description or "",
             schema=remote.input_schema,
             call=self._caller(remote.name),
-            lifespan=self._lifespan,
+            lifespan=self._client,
         )
 
     def _caller(self, name: str) -> Callable[[dict[str, Any], ToolContext], Any]:
         async def call(arguments: dict[str, Any], context: ToolContext) -> CallToolResult:  # noqa: ARG001 - a tool's form
-            return await self._lifespan.value.call(name, arguments)
+            try:
+                return await self._client.value.call_tool(name, arguments)
+            except MCPError as error:
+                if error.code == CONNECTION_CLOSED:
+                    self._client.reopen()  # by the next call
+                raise
 
         return call
-
-    @asynccontextmanager
-    async def _connected(self) -> AsyncIterator[Connection]:
-        connection = None
-        try:
-            async with Client(self._server) as client, asyncio.TaskGroup() as group:
-                connection = Connection(client)
-                watching = group.create_task(connection.watch())
-                yield connection
-                watching.cancel()
-        finally:
-            if connection is not None:
-                connection.ended.set()
 
 
 def server_of(text: str) -> StdioServerParameters | str:
