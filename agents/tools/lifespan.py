@@ -34,6 +34,8 @@ class Lifespan(Generic[T]):
         self._open = open_
         self._users = 0
         self._task: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
+        self._leaving: set[asyncio.Task[None]] = set()
 
     @property
     def value(self) -> T:
@@ -73,19 +75,28 @@ class Lifespan(Generic[T]):
             self._task = asyncio.create_task(self._hold(self._ready, self._closing))
         await asyncio.shield(self._ready)
 
-    async def close(self) -> None:
-        """Close it, if no other user is left."""
-        self._users = max(0, self._users - 1)
-        task = self._task
-        if self._users or task is None:
-            return
+    def reopen(self) -> None:
+        """Close what is open and let the next call open it again: for a call that finds a connection lost."""
+        task, closing = self._task, self._closing
         self._task = None
-        self._closing.set()
-        if self._ready.done():
-            await asyncio.wait({task}, timeout=CLOSE_S)
-        if task.cancel():
-            await asyncio.wait({task}, timeout=CLOSE_S)
-        if not task.done():
+        if task is not None and not task.done():
+            self._leaving.add(task)
+            task.get_loop().call_soon_threadsafe(closing.set)  # a sync call runs in a thread
+
+    async def close(self) -> None:
+        """Close it, if no other user is left; what has not ended after 5 s is cancelled."""
+        self._users = max(0, self._users - 1)
+        if self._users:
+            return
+        opening = self._task is not None and not self._ready.done()
+        self.reopen()
+        leaving = set(self._leaving)
+        if leaving and not opening:
+            await asyncio.wait(leaving, timeout=CLOSE_S)
+        unfinished = {task for task in leaving if task.cancel()}
+        if unfinished:
+            await asyncio.wait(unfinished, timeout=CLOSE_S)
+        if not all(task.done() for task in leaving):
             log.warning("tool_resource_left_open", resource=self.name)
 
     async def _hold(self, ready: "asyncio.Future[T]", closing: asyncio.Event) -> None:
@@ -102,3 +113,4 @@ class Lifespan(Generic[T]):
             if not ready.done():
                 ready.set_exception(LoomError(f"{self.name} was closed while it opened"))
             ready.exception()  # asyncio reports one that nothing has read
+            self._leaving.discard(asyncio.current_task())

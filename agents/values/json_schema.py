@@ -60,16 +60,38 @@ def _described(kind: Any) -> dict[str, Any]:
         known = parts.get(owner, {}).get("properties", {}).get(field)
         if known is not None:
             known.setdefault("description", description)
+    for each in (top, *list(parts.values())):
+        _hoist(each, parts)
     return {**top, "$defs": parts} if parts else top
+
+
+def _hoist(node: Any, parts: dict[str, Any]) -> None:
+    """Move the definitions inside a schema to `parts`, those of a name that another one has under a new name."""
+    if isinstance(node, dict) and "$defs" in node:
+        inner: dict[str, Any] = node.pop("$defs")
+        names = {name: _free_name(name, each, parts) for name, each in inner.items()}
+        for part in _parts([node, list(inner.values())]):
+            if _named(part) in names:
+                part["$ref"] = _REFERENCE + names[_named(part)]
+        parts.update({names[name]: each for name, each in inner.items()})
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _hoist(child, parts)
+
+
+def _free_name(name: str, schema: dict[str, Any], parts: dict[str, Any]) -> str:
+    for candidate in (name, *(f"{name}_{n}" for n in range(2, len(parts) + 3))):
+        if parts.get(candidate, schema) == schema:
+            return candidate
+    return name
 
 
 def portable(schema: dict[str, Any]) -> dict[str, Any]:
     """Return a JSON Schema in the dialect of `json_schema`: what it says of tuples, formats and booleans reworded.
 
-    Definitions inside it move to the top, and a reference on top is replaced by what it names.
+    A reference on top is replaced by what it names.
     """
-    definitions: dict[str, Any] = {}
-    top = _rewritten(schema, definitions)
+    top = _rewritten(schema)
+    definitions = top.pop("$defs", {})
     name = _named(top)
     if name in definitions:
         top = {**definitions[name], **{key: value for key, value in top.items() if key != "$ref"}}
@@ -91,31 +113,30 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
         yield from _parts(child)
 
 
-def _rewritten(schema: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    """`schema` in the common dialect; its definitions go to `definitions`."""
+def _rewritten(schema: Any) -> dict[str, Any]:
+    """`schema` in the common dialect."""
     if not isinstance(schema, dict):  # true: anything; false: nothing
         return {} if schema is not False else {"not": {}}
-    definitions.update({name: _rewritten(each, definitions) for name, each in schema.get("$defs", {}).items()})
-    made = {key: value for key, value in schema.items() if key not in ("$defs", "$schema", "default")}
+    made = {key: value for key, value in schema.items() if key not in ("$schema", "default")}
     for key in _MAPS:
         if isinstance(made.get(key), dict):
-            made[key] = {name: _rewritten(each, definitions) for name, each in made[key].items()}
+            made[key] = {name: _rewritten(each) for name, each in made[key].items()}
     for key in _LISTS:
         if isinstance(made.get(key), list):
-            made[key] = [_rewritten(each, definitions) for each in made[key]]
+            made[key] = [_rewritten(each) for each in made[key]]
     for key in _SCHEMAS:
         if key in made and not isinstance(made[key], (bool, list)):
-            made[key] = _rewritten(made[key], definitions)
+            made[key] = _rewritten(made[key])
     if "default" in schema:
         made["default"] = msgspec.to_builtins(schema["default"], str_keys=True)
-    return _with_type(_with_plain_format(_with_items(made, definitions)))
+    return _with_type(_with_plain_format(_with_items(made)))
 
 
-def _with_items(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+def _with_items(schema: dict[str, Any]) -> dict[str, Any]:
     """An array with one object as `items`; of a tuple's items each may have any of its types."""
     places = schema.pop("prefixItems", None)
     if isinstance(schema.get("items"), list):  # how older drafts write a tuple
-        places = [_rewritten(each, definitions) for each in schema.pop("items")]
+        places = [_rewritten(each) for each in schema.pop("items")]
     kind = schema.get("type")
     if kind != "array" and not (isinstance(kind, list) and "array" in kind):
         return schema

@@ -17,7 +17,7 @@ import msgspec
 
 from loom.schemas.wire import MAX_JSON_DEPTH, encode
 
-MAX_VALUES = 1_000_000
+MAX_VALUES = 250_000
 """Most numbers, texts and collections one value may hold; an iterator without end must not take the process."""
 
 _NOT_UTF8 = "the value holds bytes that are not UTF-8 text; encode them, as base64 for example"
@@ -39,7 +39,7 @@ def to_text(value: Any) -> str:
 
     Raises:
         NotText: JSON cannot carry it: another object, bytes that are not UTF-8, a number that is not finite, a
-            nesting of more than 32 levels, more than a million values.
+            nesting of more than 32 levels, more than 250,000 values.
 
     Example:
         >>> to_text({"when": date(2024, 5, 1)})

@@ -105,6 +105,32 @@ async def _cancel_when(event: asyncio.Event, task: "asyncio.Task[Any]") -> None:
     task.cancel()
 
 
+@pytest.mark.parametrize("threaded", [False, True])
+async def test_a_call_that_finds_it_lost_has_it_opened_again_for_the_next_one(threaded: bool) -> None:
+    server = Server()
+    life = server.life()
+    life.reopen()  # nothing is open
+
+    def use(_arguments: dict[str, Any], _context: ToolContext) -> int:
+        if life.value == 1:
+            life.reopen()
+            raise ConnectionError("lost")
+        return life.value
+
+    async def use_in_loop(arguments: dict[str, Any], context: ToolContext) -> int:
+        return use(arguments, context)
+
+    made = Tool(name="use", schema={}, call=use if threaded else use_in_loop, lifespan=life)
+    await made.start()
+    with capture_logs():
+        assert (await made.run("{}", CONTEXT)).failed
+    assert (await made.run("{}", CONTEXT)).text == "2"
+    await made.close()
+
+    assert server.closed == server.opened
+    assert len(server.opened) == 2
+
+
 @pytest.mark.parametrize("fault", [OSError("refused: key 1234"), KeyboardInterrupt(), SystemExit(1)], ids=repr)
 async def test_one_that_cannot_be_opened_is_an_error_without_its_text(fault: BaseException) -> None:
     server = Server()

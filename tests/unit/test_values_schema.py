@@ -187,6 +187,37 @@ def test_a_type_that_refers_to_itself_stays_among_the_definitions() -> None:
     assert schema["$defs"]["Tree"]["properties"]["name"] == {"type": "string"}
 
 
+def test_two_classes_of_one_name_stay_apart() -> None:
+    other = pydantic.create_model("Order", weight=(int, ...))
+    model = pydantic.create_model("Box", orders=(list[other], ...))  # type: ignore[valid-type]
+
+    @dataclass
+    class Both:
+        mine: Order
+        box: model  # type: ignore[valid-type]
+
+    Both.__annotations__ = {"mine": Order, "box": model}
+    schema = json_schema(Both)
+
+    assert schema["properties"]["mine"] == {"$ref": "#/$defs/Order"}
+    assert schema["properties"]["box"]["properties"]["orders"]["items"] == {"$ref": "#/$defs/Order_2"}
+    assert "weight" in schema["$defs"]["Order_2"]["properties"]
+    assert "buyer" in schema["$defs"]["Order"]["properties"]
+
+
+def test_references_of_any_kind_in_a_foreign_schema_still_lead_somewhere() -> None:
+    foreign = {
+        "type": "object",
+        "properties": {
+            "a": {"type": "string"},
+            "b": {"$ref": "#/properties/a"},
+            "c": {"$defs": {"D": {"type": "integer"}}, "$ref": "#/properties/c/$defs/D"},
+        },
+    }
+
+    assert portable(foreign) == foreign
+
+
 def test_a_format_that_servers_refuse_becomes_words() -> None:
     assert json_schema(dt.date) == {"type": "string", "description": "date"}
     assert json_schema(Annotated[uuid.UUID, "whose"]) == {"type": "string", "description": "whose (uuid)"}
