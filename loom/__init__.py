@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from loom.agents.llm.openai_provider import OpenAIProvider
     from loom.agents.tools import ToolContext, tool
     from loom.bus.reward_bus import RewardBus
-    from loom.cluster.amoeba_loop import AmoebaLoop, LoopContext
+    from loom.cluster.amoeba_loop import AmoebaLoop
     from loom.cluster.lifecycle import LifecycleManager
+    from loom.cluster.loop_context import LoopContext
     from loom.cluster.manager import ClusterManager
     from loom.cluster.skill_registry import SkillNodeRegistry
     from loom.runtime import Runtime
@@ -48,7 +49,7 @@ _HOMES = {
     "ClusterManager": "cluster.manager",
     "LifecycleManager": "cluster.lifecycle",
     "LoomError": "schemas.errors",
-    "LoopContext": "cluster.amoeba_loop",
+    "LoopContext": "cluster.loop_context",
     "OpenAIProvider": "agents.llm.openai_provider",
     "RewardBus": "bus.reward_bus",
     "Runtime": "runtime",

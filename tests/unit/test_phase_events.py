@@ -1,0 +1,84 @@
+"""What the record of a task shows of its phases."""
+
+import pytest
+from msgspec.structs import replace
+from support.phases import awarded, envelope
+
+from loom.cluster.phase_events import phase_events
+from loom.schemas.envelope import Envelope, Hop, TaskRecord, Tried
+from loom.schemas.events import PhaseEvent
+from loom.schemas.task import RunResult, TaskError
+
+
+def with_hops(env: Envelope, *phases: str) -> Envelope:
+    for n, phase in enumerate(phases):
+        env = env.with_hop(Hop(phase=phase, instance=f"{phase}-{n}", started=n, finished=n + 0.5, step=n))  # type: ignore[arg-type]  # a phase
+    return env
+
+
+def record(env: Envelope, *, ended: bool = True, score: float | None = None) -> TaskRecord:
+    failed = env.error is not None
+    state = ("failed" if failed else "succeeded") if ended else "running"
+    ended_at = 99.0 if ended else None
+    return TaskRecord(
+        task_id=env.task_id,
+        state=state,  # type: ignore[arg-type]  # one of the states
+        envelope=env,
+        admitted_at=0,
+        ended_at=ended_at,
+        score=score,
+    )
+
+
+def reports(env: Envelope, **facts: float) -> list[PhaseEvent]:
+    return list(phase_events(record(env, **facts)).values())  # type: ignore[arg-type]  # ended, score
+
+
+def test_a_running_task_shows_what_was_decided_before_its_run() -> None:
+    env = with_hops(awarded(envelope(now=0)), "sense", "match")
+
+    assert [event.name for event in reports(env, ended=False)] == ["sense", "match"]
+
+
+def test_the_last_evaluation_is_reported_though_it_made_no_hop() -> None:
+    run = RunResult(content="x", prompt_tokens=1024, tool_errors=1)
+    env = replace(with_hops(awarded(envelope(now=0)), "sense", "match", "execute"), result=run)
+    *_, execute, evaluate = reports(env, score=0.4)
+
+    assert (execute.name, execute.tokens, execute.duration_ms, execute.error) == ("execute", 1024, 500, "")
+    assert (evaluate.name, evaluate.score, evaluate.duration_ms) == ("evaluate", 0.4, 96_500)
+    assert evaluate.reward == pytest.approx(0.5 * 0.7 + 0.3 * 0.75)
+
+
+def test_a_node_earns_nothing_for_a_failure_that_is_not_its_own() -> None:
+    env = with_hops(awarded(envelope(now=0)), "sense", "match", "execute")
+    by_node, by_others = (replace(env, error=TaskError(code=code)) for code in ("agent_failed", "cancelled"))
+
+    assert [reports(each)[-1].reward for each in (by_node, by_others)] == [0.0, None]
+    assert reports(by_others)[-1].error == "cancelled"
+
+
+def test_hops_belong_to_the_attempts_that_evaluate_began() -> None:
+    phases = ("sense", "match", "execute", "evaluate", "match", "execute", "evaluate", "match", "execute")
+    env = replace(
+        with_hops(awarded(envelope(now=0)), *phases),
+        attempt=3,
+        result=RunResult(content="x"),
+        tried=(Tried(attempt=2, node_id="b", host_id="h", code="node_lost", tokens=5),),
+    )
+
+    assert [(event.name, event.attempt) for event in reports(env)] == [
+        *(("sense", 1), ("match", 1), ("execute", 1), ("evaluate", 1)),
+        *(("match", 2), ("execute", 2), ("evaluate", 2)),
+        *(("match", 3), ("execute", 3), ("evaluate", 3)),
+    ]
+    match, execute, evaluate = [event for event in reports(env) if event.attempt == 2]
+    assert match.node_id == execute.node_id == evaluate.node_id == "b"
+    assert (execute.error, execute.tokens, evaluate.reward) == ("node_lost", 5, 0.0)
+    assert {event.node_id for event in reports(env) if event.attempt == 1} == {None}
+
+
+def test_a_task_whose_first_hops_were_dropped_keeps_its_last_attempt() -> None:
+    env = replace(with_hops(awarded(envelope(now=0)), "match", "execute"), attempt=7, result=RunResult(content="x"))
+
+    assert {event.attempt for event in reports(env)} == {7}
