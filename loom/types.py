@@ -53,6 +53,7 @@ __all__ = [
     "CompletionResult",
     "ComplexityEstimate",
     "Done",
+    "DoneEvent",
     "ErrorEvent",
     "HealthReport",
     "LLMProvider",
@@ -63,12 +64,15 @@ __all__ = [
     "PhaseEvent",
     "Priority",
     "ReasoningDelta",
+    "ReasoningDeltaEvent",
     "RewardRecord",
     "RewardSignal",
     "Skill",
     "SkillTrigger",
     "StepEnd",
+    "StepEndEvent",
     "StepStart",
+    "StepStartEvent",
     "StreamChunk",
     "SubTask",
     "SubtaskEvent",
@@ -78,14 +82,25 @@ __all__ = [
     "TaskResult",
     "TaskSpec",
     "TextDelta",
+    "TextDeltaEvent",
     "TokenUsage",
     "ToolCall",
     "ToolCallEnd",
+    "ToolCallEndEvent",
     "ToolCallStart",
+    "ToolCallStartEvent",
     "ToolDefinition",
     "Usage",
     "UserMessage",
 ]
+
+TextDeltaEvent = TextDelta
+ReasoningDeltaEvent = ReasoningDelta
+ToolCallStartEvent = ToolCallStart
+ToolCallEndEvent = ToolCallEnd
+StepStartEvent = StepStart
+StepEndEvent = StepEnd
+DoneEvent = Done
 
 NodeStatus = Literal["idle", "busy", "splitting", "dying"]
 
@@ -147,9 +162,9 @@ class RewardSignal:
 class RewardRecord:
     """What one task earned a node."""
 
-    task_id: str
-    reward: float
-    domain: str
+    task_id: str = ""
+    reward: float = 0.0
+    domain: str = ""
     token_cost: int = 0
     timestamp: float = field(default_factory=time.time)
     """Seconds since the epoch."""
@@ -231,9 +246,9 @@ class AgentNode:
 class Bid:
     """One node's offer in a cluster's own auction."""
 
-    agent_id: str
-    task_id: str
-    score: float
+    agent_id: str = ""
+    task_id: str = ""
+    score: float = 0.0
     breakdown: dict[str, float] = field(default_factory=dict)
     """capability, availability, history, tools -> 0 to 1, before weighing."""
     estimated_tokens: int = 0
@@ -317,7 +332,11 @@ class SkillTrigger:
 
 @dataclass
 class Skill:
-    """Instructions an agent can be given when a task calls for them."""
+    """Instructions an agent can be given when a task calls for them.
+
+    Raises:
+        ValueError: `trigger` is a dict that does not make a SkillTrigger.
+    """
 
     name: str
     description: str = ""
@@ -327,7 +346,15 @@ class Skill:
     priority: float = 0.5
     """0 to 1; weighs the trigger's match."""
     trigger: SkillTrigger | None = None
+    """Absent: a task calls for the skill by its name and description. A dict of its fields does, too."""
     tools: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.trigger, dict):
+            try:
+                self.trigger = SkillTrigger(**self.trigger)
+            except TypeError as error:
+                raise ValueError(f"the trigger of skill {self.name} is not a SkillTrigger: {error}") from None
 
 
 @dataclass
