@@ -21,10 +21,13 @@ from loom.bus.log import get_logger
 from loom.bus.ownership import THREADSAFE, Owner, running_loop
 from loom.bus.reward_bus import RewardBus, judgement
 from loom.bus.tasks import TaskHandle
+from loom.cluster.amoeba_loop import AmoebaLoop
 from loom.cluster.lifecycle import LifecycleManager
-from loom.cluster.manager import ClusterManager
-from loom.cluster.skill_nodes import skill_nodes
+from loom.cluster.manager import ClusterManager, InvalidNode
+from loom.cluster.planner import TaskPlanner
+from loom.cluster.skill_nodes import node_of, skill_nodes, tools_of
 from loom.cluster.skill_registry import SkillNodeRegistry
+from loom.runner.node_overview import NodeOverview, node_overviews
 from loom.runner.session import Inheritance, Session
 from loom.runner.session_owner import SessionOwner
 from loom.runner.settings import Settings, from_environment
@@ -33,9 +36,12 @@ from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
 from loom.schemas.llm import LLMProvider
 from loom.schemas.task import TaskAd, TaskResult
-from loom.types import AgentNode, CapabilityProfile, HealthReport
+from loom.types import AgentNode, CapabilityProfile, HealthReport, Skill
 
 log = get_logger()
+
+SKILL_CLAIM = 0.7
+"""What the node of a loaded skill claims in the domain of its name."""
 
 
 class Runtime:
@@ -60,15 +66,14 @@ class Runtime:
         self,
         provider: LLMProvider | None = None,
         config: AgentConfig | None = None,
-        *,
         cluster_config: ClusterConfig | None = None,
     ) -> None:
         self.provider = provider
         self.config = config or AgentConfig()
-        self.cluster = ClusterManager()
         self.reward_bus = RewardBus()
         self._settings: Settings = from_environment()
         self._cluster_config = cluster_config or self._settings.cluster
+        self.cluster = ClusterManager(self._cluster_config)
         self.lifecycle = LifecycleManager(self._cluster_config)
         self.skill_registry = SkillNodeRegistry()
         """As of `AmoebaLoop`: skills to become nodes where nobody bids; they work with the provider and the config."""
@@ -109,6 +114,8 @@ class Runtime:
         as_agent(agent)  # what is none is refused here, and not by every run
         capabilities = deepcopy(capabilities) if capabilities else CapabilityProfile()  # two nodes may claim alike
         capabilities.tools = list(dict.fromkeys([*capabilities.tools, *getattr(agent, "tools", ())]))
+        if name is not None and self.cluster.get_node(name) is not None:
+            raise InvalidNode(f"there is another node {name}: remove it first or choose a name", node_id=name)
         node = AgentNode(id=name or self._name(agent, capabilities), capabilities=capabilities, agent=agent)
         self.cluster.add_node(node)
         return node
@@ -124,9 +131,55 @@ class Runtime:
         ordinal = sum(node.id.startswith(digest) for node in self.cluster.nodes)
         return f"{digest}-{ordinal + 1}"
 
+    def load_skill(self, skill: Skill) -> AgentNode:
+        """Add the skill, and a node that follows its instructions, at once; return the node.
+
+        It claims .7 in the domain of the skill's name. `skill_registry.register` alone adds a node only when a task
+        calls for the skill and nobody bids.
+
+        Raises:
+            LoomError: There is no provider, or the skill names a tool that the registry was not given.
+        """
+        if self.provider is None:
+            raise LoomError("no provider: pass one to Runtime before it loads a skill")
+        tools = tools_of(self.skill_registry)
+        missing = sorted(set(skill.tools) - tools.keys())
+        if missing:
+            names = ", ".join(missing)
+            raise LoomError(f"skill {skill.name} names tools that the skill_registry was not given: {names}")
+        node = node_of(skill, tools, self.provider, self.config)
+        node.capabilities = CapabilityProfile(scores={skill.name: SKILL_CLAIM}, tools=list(skill.tools))
+        self.cluster.add_node(node)
+        self.skill_registry.register(skill)
+        self.skill_registry.mark_loaded(skill.name)
+        return node
+
+    def amoeba_loop(self) -> AmoebaLoop:
+        """Return a loop over the nodes and skills added here, which opens a session of its own.
+
+        Without NATS_URL that is another embedded server: what its ADAPT learns shows in the nodes, but the Runtime's
+        own phases do not know it.
+
+        Raises:
+            LoomError: There is no provider.
+        """
+        if self.provider is None:
+            raise LoomError("no provider: pass one to Runtime before it makes a loop")
+        planner = TaskPlanner(self.provider)
+        return AmoebaLoop(self.cluster, RewardBus(), self.lifecycle, planner, self.skill_registry, self.provider)
+
     def health_check(self) -> list[HealthReport]:
         """Return how the nodes added here fare, by what ADAPT last said of them."""
         return self.lifecycle.check_all(self.cluster.nodes)
+
+    async def nodes(self) -> list[NodeOverview]:
+        """Return every node of the cluster and what is known of it in each domain; takes about half a second.
+
+        Raises:
+            BusUnavailable: No server or no phases answer.
+        """
+        session = await self._open()
+        return await node_overviews(session.bus, self._cluster_config)
 
     # -- tasks
 

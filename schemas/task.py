@@ -95,6 +95,11 @@ class TaskAd(Wire, frozen=True, kw_only=True):
     wait: bool = True
     """False: `loom.submit` answers at once with `accepted`."""
 
+    def _out_of_range(self, name: str, ge: float, le: float) -> ValueError:
+        """Return the error that a client in another language would get."""
+        error = super()._out_of_range(name, ge, le)
+        return InvalidTask(f"{name} must be {_RULES[name]}", field=name) if name in _RULES else error
+
 
 class _StrictAccept(Accept, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Accept as a client submits it."""

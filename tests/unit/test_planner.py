@@ -394,7 +394,7 @@ def test_text_that_holds_no_plan_is_read_in_a_moment(text: str) -> None:
     began = time.thread_time()
     with pytest.raises(InvalidPlan):
         parse_plan(text)
-    assert time.thread_time() - began < 0.05
+    assert time.thread_time() - began < 0.5  # quadratic work takes seconds
 
 
 def test_a_plan_is_found_behind_brackets_of_prose() -> None:
