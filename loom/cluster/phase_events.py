@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from loom.bus.log import get_logger
 from loom.bus.reward_bus import RewardBus
 from loom.bus.tasks import TaskHandle
-from loom.schemas.envelope import Hop, TaskRecord, Tried
+from loom.schemas.envelope import Hop, Phase, TaskRecord, Tried
 from loom.schemas.errors import LoomError
 from loom.schemas.events import PhaseEvent
 from loom.schemas.learning import NodeProfile
@@ -21,13 +21,13 @@ MOST_READS = 8
 
 
 class PhaseReports:
-    """Reads the record of one task when there may be news, and reports each hop once."""
+    """Reads the record of one task when there may be news, and reports each phase once for each attempt."""
 
     def __init__(self, handle: TaskHandle) -> None:
         self._handle = handle
         self.subtasks: set[str] = set()
         """Ids of the parts the task has been divided into so far."""
-        self._reported: set[int] = set()
+        self._reported: set[tuple[int, Phase]] = set()
         self._attempt = 0
         self._reads = 0
 
@@ -56,18 +56,18 @@ class PhaseReports:
         return found if isinstance(found, TaskRecord) else None
 
     def _new(self, record: TaskRecord, *, running: int | None = None) -> list[PhaseEvent]:
-        """The events of hops that have not been reported; of the attempt that runs only those before its run."""
-        new = {
-            step: event
-            for step, event in phase_events(record, subtasks=len(self.subtasks)).items()
-            if step not in self._reported and (running is None or _precedes(event, running))
-        }
-        self._reported.update(new)
-        return list(new.values())
+        """The events that have not been reported; of the attempt that runs only those before its run."""
+        new = [
+            event
+            for event in phase_events(record, subtasks=len(self.subtasks))
+            if (event.attempt, event.name) not in self._reported and (running is None or _precedes(event, running))
+        ]
+        self._reported.update((event.attempt, event.name) for event in new)
+        return new
 
 
-def phase_events(record: TaskRecord, *, subtasks: int = 0) -> dict[int, PhaseEvent]:
-    """Return an event for each hop of the record, by the hop's step; for an ended task also the last evaluation.
+def phase_events(record: TaskRecord, *, subtasks: int = 0) -> list[PhaseEvent]:
+    """Return an event for each phase of each attempt, in the order of their last hops.
 
     Only what the record still holds is reported: of an attempt before the last one the node and why it failed.
     """
@@ -84,7 +84,11 @@ def phase_events(record: TaskRecord, *, subtasks: int = 0) -> dict[int, PhaseEve
             )
         )
     attempts = _attempts(hops, envelope.attempt)
-    return {hop.step: _event(hop, attempt, record, subtasks) for hop, attempt in zip(hops, attempts, strict=True)}
+    seconds: dict[tuple[int, Phase], float] = {}
+    for hop, attempt in zip(hops, attempts, strict=True):
+        before = seconds.pop((attempt, hop.phase), 0.0)  # MATCH and SCALE may have had the task several times
+        seconds[attempt, hop.phase] = before + hop.finished - hop.started
+    return [_event(phase, attempt, took, record, subtasks) for (attempt, phase), took in seconds.items()]
 
 
 def adapted(profile: NodeProfile, attempt: int) -> PhaseEvent:
@@ -112,14 +116,14 @@ def _attempts(hops: Sequence[Hop], last: int) -> list[int]:
     return [max(1, last - counted[-1] + each) for each in counted]
 
 
-def _event(hop: Hop, attempt: int, record: TaskRecord, subtasks: int) -> PhaseEvent:
+def _event(phase: Phase, attempt: int, seconds: float, record: TaskRecord, subtasks: int) -> PhaseEvent:
     envelope = record.envelope
-    event = PhaseEvent(name=hop.phase, attempt=attempt, duration_ms=round((hop.finished - hop.started) * 1000))
-    if hop.phase == "sense" and envelope.spec is not None:
+    event = PhaseEvent(name=phase, attempt=attempt, duration_ms=round(seconds * 1000))
+    if phase == "sense" and envelope.spec is not None:
         spec = envelope.spec
         domains = spec.domains
         return replace(event, complexity=spec.complexity, domain=domains[0], domains=domains, method=spec.method)
-    if hop.phase == "scale":
+    if phase == "scale":
         return replace(event, subtasks=subtasks)
     if attempt < envelope.attempt:
         tried = next((each for each in envelope.tried if each.attempt == attempt), None)

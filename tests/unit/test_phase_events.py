@@ -31,7 +31,7 @@ def record(env: Envelope, *, ended: bool = True, score: float | None = None) -> 
 
 
 def reports(env: Envelope, **facts: float) -> list[PhaseEvent]:
-    return list(phase_events(record(env, **facts)).values())  # type: ignore[arg-type]  # ended, score
+    return phase_events(record(env, **facts))  # type: ignore[arg-type]  # ended, score
 
 
 def test_a_running_task_shows_what_was_decided_before_its_run() -> None:
@@ -82,3 +82,14 @@ def test_a_task_whose_first_hops_were_dropped_keeps_its_last_attempt() -> None:
     env = replace(with_hops(awarded(envelope(now=0)), "match", "execute"), attempt=7, result=RunResult(content="x"))
 
     assert {event.attempt for event in reports(env)} == {7}
+
+
+def test_a_phase_that_had_the_task_twice_in_an_attempt_is_reported_once() -> None:
+    env = with_hops(awarded(envelope(now=0)), "sense", "match", "scale", "match", "execute")
+
+    assert [(event.name, event.duration_ms) for event in reports(env, ended=False)] == [
+        ("sense", 500),
+        ("scale", 500),
+        ("match", 1000),
+        ("execute", 500),
+    ]
