@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loom.agents.delegate import delegate
+    from loom.agents.event_bus import EventBus
     from loom.agents.llm.agent import Agent
     from loom.agents.llm.config import AgentConfig
     from loom.agents.llm.openai_provider import OpenAIProvider
@@ -20,6 +21,23 @@ if TYPE_CHECKING:
     from loom.schemas.errors import LoomError
     from loom.schemas.llm import UserMessage
     from loom.schemas.task import TaskAd
+    from loom.types import (
+        Done,
+        DoneEvent,
+        ErrorEvent,
+        ReasoningDelta,
+        ReasoningDeltaEvent,
+        StepEnd,
+        StepEndEvent,
+        StepStart,
+        StepStartEvent,
+        TextDelta,
+        TextDeltaEvent,
+        ToolCallEnd,
+        ToolCallEndEvent,
+        ToolCallStart,
+        ToolCallStartEvent,
+    )
 
 __all__ = [
     "Agent",
@@ -27,14 +45,30 @@ __all__ = [
     "AmoebaLoop",
     "ClusterConfig",
     "ClusterManager",
+    "Done",
+    "DoneEvent",
+    "ErrorEvent",
+    "EventBus",
     "LifecycleManager",
     "LoomError",
     "LoopContext",
     "OpenAIProvider",
+    "ReasoningDelta",
+    "ReasoningDeltaEvent",
     "RewardBus",
     "Runtime",
     "SkillNodeRegistry",
+    "StepEnd",
+    "StepEndEvent",
+    "StepStart",
+    "StepStartEvent",
     "TaskAd",
+    "TextDelta",
+    "TextDeltaEvent",
+    "ToolCallEnd",
+    "ToolCallEndEvent",
+    "ToolCallStart",
+    "ToolCallStartEvent",
     "ToolContext",
     "UserMessage",
     "delegate",
@@ -47,14 +81,30 @@ _HOMES = {
     "AmoebaLoop": "cluster.amoeba_loop",
     "ClusterConfig": "schemas.config",
     "ClusterManager": "cluster.manager",
+    "Done": "types",
+    "DoneEvent": "types",
+    "ErrorEvent": "types",
+    "EventBus": "agents.event_bus",
     "LifecycleManager": "cluster.lifecycle",
     "LoomError": "schemas.errors",
     "LoopContext": "cluster.loop_context",
     "OpenAIProvider": "agents.llm.openai_provider",
+    "ReasoningDelta": "types",
+    "ReasoningDeltaEvent": "types",
     "RewardBus": "bus.reward_bus",
     "Runtime": "runtime",
     "SkillNodeRegistry": "cluster.skill_registry",
+    "StepEnd": "types",
+    "StepEndEvent": "types",
+    "StepStart": "types",
+    "StepStartEvent": "types",
     "TaskAd": "schemas.task",
+    "TextDelta": "types",
+    "TextDeltaEvent": "types",
+    "ToolCallEnd": "types",
+    "ToolCallEndEvent": "types",
+    "ToolCallStart": "types",
+    "ToolCallStartEvent": "types",
     "ToolContext": "agents.tools",
     "UserMessage": "schemas.llm",
     "delegate": "agents.delegate",

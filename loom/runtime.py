@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from copy import deepcopy
 from hashlib import blake2b
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -39,6 +40,9 @@ from loom.schemas.task import TaskAd, TaskResult
 from loom.types import AgentNode, CapabilityProfile, HealthReport, Skill
 
 log = get_logger()
+
+__path__ = [str(Path(__file__).parent / "compat" / "runtime")]
+"""Makes `loom.runtime.core` importable, the path of loom-agent 0.6."""
 
 SKILL_CLAIM = 0.7
 """What the node of a loaded skill claims in the domain of its name."""

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from loom.agents.deadline import Deadline
 from loom.agents.delegate import Delegator
+from loom.agents.event_bus import EventBus
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.usage import usage_of
 from loom.agents.port import collect, deltas
@@ -50,6 +51,7 @@ class Agent:
         system_prompt: Instead of the config's.
         tools: Tools, or functions to make tools of; names must differ.
         name: What people call it.
+        event_bus: Gets the events of every job, beside the iterator; absent: one of its own, for `on`.
 
     Raises:
         LoomError: A function cannot be a tool, or two have one name.
@@ -59,11 +61,15 @@ class Agent:
         self,
         provider: LLMProvider,
         config: AgentConfig | None = None,
+        name: str | None = None,
         *,
         system_prompt: str | None = None,
         tools: Sequence[Tool | Callable[..., Any]] = (),
-        name: str | None = None,
+        event_bus: EventBus | None = None,
     ) -> None:
+        self.id = new_id()
+        self.event_bus = event_bus or EventBus()
+        self.on = self.event_bus.on
         self.provider = provider
         self.config = config or AgentConfig()
         self.system_prompt = self.config.system_prompt if system_prompt is None else system_prompt
@@ -94,7 +100,7 @@ class Agent:
         """
         conversation = _Conversation(self, self._tools, job)
         try:
-            async with aclosing(conversation.events()) as events:
+            async with aclosing(self.event_bus.relay(conversation.events())) as events:
                 async for event in events:
                     yield event
         except LoomError as error:
