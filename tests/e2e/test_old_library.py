@@ -1,33 +1,19 @@
 """Programs written for loom-agent 0.6 run: each of examples/old_library uses every import and call of its part."""
 
-import asyncio
-import os
-import sys
 from pathlib import Path
 
 from support.openai_server import OpenAIServer
+from support.programs import output_of
 
 PROGRAMS = Path(__file__).parents[2] / "examples" / "old_library"
 
 
-async def output_of(program: str, model: OpenAIServer | None = None) -> list[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "NATS_URL"}
-    if model is not None:
-        environment |= {"OPENAI_BASE_URL": model.base_url, "OPENAI_API_KEY": "test"}
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", str(PROGRAMS / program)),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=environment,
-    )
-    async with asyncio.timeout(40):
-        out, errors = await process.communicate()
-    assert process.returncode == 0, errors.decode()
-    return out.decode().splitlines()
+async def lines_of(program: str, model: OpenAIServer | None = None) -> list[str]:
+    return (await output_of(str(PROGRAMS / program), model=model)).splitlines()
 
 
 async def test_the_cluster_manager_auctions_divides_and_retires_nodes() -> None:
-    lines = await output_of("cluster_manager.py")
+    lines = await lines_of("cluster_manager.py")
 
     assert lines[1] == "coder bids 0.860: capability 0.90, availability 1.00, history 0.50, tools 1.00"
     assert lines[4:] == [
@@ -43,7 +29,7 @@ async def test_the_cluster_manager_auctions_divides_and_retires_nodes() -> None:
 
 
 async def test_the_reward_bus_learns_from_runs() -> None:
-    assert await output_of("reward_bus.py") == [
+    assert await lines_of("reward_bus.py") == [
         "quality 0.70, efficiency 0.80, reliability 1.00",
         "reward 0.79",
         "a failure earns 0.00, however few tokens it took",
@@ -58,7 +44,7 @@ async def test_the_reward_bus_learns_from_runs() -> None:
 
 
 async def test_the_runtime_answers_by_its_nodes_and_skills(model: OpenAIServer) -> None:
-    assert await output_of("runtime.py", model) == [
+    assert await lines_of("runtime.py", model) == [
         "nodes: 3 - idle: True",
         "You said: Sort a list",
         "You said: Translate: hello",
@@ -69,7 +55,7 @@ async def test_the_runtime_answers_by_its_nodes_and_skills(model: OpenAIServer) 
 
 
 async def test_the_amoeba_loop_reports_text_phases_and_its_end(model: OpenAIServer) -> None:
-    lines = await output_of("amoeba_loop.py", model)
+    lines = await lines_of("amoeba_loop.py", model)
 
     assert lines[:3] == ["[sense] code", "[match] coder", "[scale] "]
     assert lines[3].startswith("You said: Write a Python function that sorts a list")
