@@ -139,7 +139,7 @@ class Runtime:
         """Add the skill, and a node that follows its instructions, at once; return the node.
 
         It claims .7 in the domain of the skill's name. `skill_registry.register` alone adds a node only when a task
-        calls for the skill and nobody bids.
+        calls for the skill and no node bids.
 
         Raises:
             LoomError: There is no provider, or the skill names a tool that the registry was not given.

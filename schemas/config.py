@@ -10,7 +10,7 @@ from loom.schemas.wire import Count, Ordinal, Seconds, Token, Unit, Wire
 NOT_SETTINGS = {
     "bid_weights": "the weights are fixed, and `policy` rules how bidders are trusted",
     "min_bids": "one bid is enough, and no_bids_after_s limits the wait for it",
-    "fallback_strategy": "a task that nobody bids for ends with NoBids after no_bids_after_s",
+    "fallback_strategy": "a task without any bid ends with NoBids after no_bids_after_s",
 }
 """Settings of loom-agent 0.6 that have no counterpart, and why."""
 BLUEPRINTS = "blueprint_"

@@ -76,7 +76,7 @@ class AmoebaLoop:
         """Yield what happens until the task has ended and has been learned from; the last event is Done.
 
         A failed attempt shows as a recoverable ErrorEvent before the next one begins, a failed task as a final
-        ErrorEvent before Done. Of a divided task a SubtaskEvent tells when each part begins and ends. A PhaseEvent
+        ErrorEvent before Done. Of a divided task a SubtaskEvent reports when each part begins and ends. A PhaseEvent
         reports what each phase decided: the first three with the attempt's first progress, all before Done.
 
         An iteration that is broken off cancels the task.
