@@ -95,14 +95,6 @@ __all__ = [
     "UserMessage",
 ]
 
-TextDeltaEvent = TextDelta
-ReasoningDeltaEvent = ReasoningDelta
-ToolCallStartEvent = ToolCallStart
-ToolCallEndEvent = ToolCallEnd
-StepStartEvent = StepStart
-StepEndEvent = StepEnd
-DoneEvent = Done
-
 NodeStatus = Literal["idle", "busy", "splitting", "dying"]
 
 NEUTRAL = 0.5
@@ -380,3 +372,12 @@ class AgentBlueprint:
     total_tasks: int = 0
     avg_reward: float = 0.0
     reward_history: list[float] = field(default_factory=list)
+
+
+TextDeltaEvent = TextDelta
+ReasoningDeltaEvent = ReasoningDelta
+ToolCallStartEvent = ToolCallStart
+ToolCallEndEvent = ToolCallEnd
+StepStartEvent = StepStart
+StepEndEvent = StepEnd
+DoneEvent = Done

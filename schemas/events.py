@@ -3,12 +3,13 @@
 from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
+from msgspec.structs import force_setattr
 
 from loom.schemas.envelope import AWARD_BIDS, Merit, Phase, ScoredBid
 from loom.schemas.wire import Count, FreeJson, Name, Names, Number, Ordinal, Text, Token, Unit, Wire
 
 Milliseconds = Annotated[int, Meta(ge=-(10**12), le=10**12)] | Number
-"""A duration: whole milliseconds from the agents of this package, of others as they report it."""
+"""A duration, whole or not."""
 
 
 class TextDelta(Wire, frozen=True, kw_only=True, tag="text_delta"):
@@ -43,6 +44,11 @@ class ToolCallEnd(Wire, frozen=True, kw_only=True, tag="tool_call_end"):
     result: Text = ""
     failed: bool = False
     duration_ms: Milliseconds = 0
+    """Rounded to whole milliseconds."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        force_setattr(self, "duration_ms", round(self.duration_ms))
 
 
 class StepStart(Wire, frozen=True, kw_only=True, tag="step_start"):

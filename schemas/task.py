@@ -287,11 +287,6 @@ class RunResult(Wire, frozen=True, kw_only=True):
     """What the run has cost, as far as its agent reports it."""
 
     @property
-    def tokens(self) -> int:
-        """Prompt and completion tokens together."""
-        return total(self.prompt_tokens, self.completion_tokens)
-
-    @property
     def tokens_used(self) -> int:
         """The same as `tokens`."""
         return self.tokens
@@ -305,6 +300,11 @@ class RunResult(Wire, frozen=True, kw_only=True):
     def duration_ms(self) -> int:
         """`duration_s` in whole milliseconds."""
         return round(self.duration_s * 1000)
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and completion tokens together."""
+        return total(self.prompt_tokens, self.completion_tokens)
 
 
 class PhaseUsage(Wire, frozen=True, kw_only=True):

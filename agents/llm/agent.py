@@ -330,7 +330,7 @@ class _Conversation:
             content=self._text,
             tokens_used=used.total_tokens,
             steps=self._step,
-            duration_ms=round((time.monotonic() - self._started) * 1000),
+            duration_ms=(time.monotonic() - self._started) * 1000,
             usage=TokenUsage(
                 prompt_tokens=used.prompt_tokens,
                 completion_tokens=used.completion_tokens,
@@ -387,5 +387,5 @@ def _tool_call_end(call: ToolCall, result: ToolResult, duration_ms: float) -> To
         name=call.name,
         result=(result.text if result.published is None else result.published)[:EVENT_RESULT_CHARS],
         failed=result.failed,
-        duration_ms=round(duration_ms),
+        duration_ms=duration_ms,
     )
