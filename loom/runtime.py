@@ -25,7 +25,7 @@ from loom.bus.tasks import TaskHandle
 from loom.cluster.amoeba_loop import AmoebaLoop
 from loom.cluster.lifecycle import LifecycleManager
 from loom.cluster.manager import ClusterManager, InvalidNode
-from loom.cluster.planner import TaskPlanner
+from loom.cluster.runtime_loop import RuntimeLoop
 from loom.cluster.skill_nodes import node_of, skill_nodes, tools_of
 from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.runner.node_overview import NodeOverview, node_overviews
@@ -159,18 +159,16 @@ class Runtime:
         return node
 
     def amoeba_loop(self) -> AmoebaLoop:
-        """Return a loop over the nodes and skills added here, which opens a session of its own.
-
-        Without NATS_URL that is another embedded server: what its ADAPT learns shows in the nodes, but the Runtime's
-        own phases do not know it.
+        """Return a loop over the nodes and skills added here; while the Runtime is open, on its server.
 
         Raises:
             LoomError: There is no provider.
         """
         if self.provider is None:
             raise LoomError("no provider: pass one to Runtime before it makes a loop")
-        planner = TaskPlanner(self.provider)
-        return AmoebaLoop(self.cluster, RewardBus(), self.lifecycle, planner, self.skill_registry, self.provider)
+        return RuntimeLoop(
+            self._sessions, self.cluster, self.reward_bus, self.lifecycle, self.skill_registry, self.provider
+        )
 
     def health_check(self) -> list[HealthReport]:
         """Return how the nodes added here fare, by what ADAPT last said of them."""

@@ -18,7 +18,9 @@ from loom import (
     LoopContext,
     OpenAIProvider,
     RewardBus,
+    Runtime,
     SkillNodeRegistry,
+    TaskAd,
     UserMessage,
     tool,
 )
@@ -292,3 +294,23 @@ async def test_a_task_that_nobody_takes_reports_the_phases_it_passed(phases: Bus
     assert reports[0] == ("sense", None, "")
     assert reports[-1] == ("evaluate", None, "deadline_exceeded")
     assert [event.type for event in events[-2:]] == ["error", "done"]
+
+
+async def test_the_loop_of_a_runtime_uses_its_server_while_it_is_open(
+    provider: OpenAIProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NATS_URL", raising=False)
+    rt = Runtime(provider)
+    coder = rt.add_agent(echo, name="coder", capabilities=CapabilityProfile(scores={"code": 0.9}))
+    loop = rt.amoeba_loop()
+    async with rt:
+        session = rt._sessions._session
+        assert (await events_of(loop, "one"))[-1].content == "done: one"  # type: ignore[union-attr]
+        assert await rt.submit(TaskAd(domain="code", description="two")) == "done: two"
+        assert rt._sessions._session is session
+        await until(lambda: coder.capabilities.total_tasks == 2, what="both tasks are learned from, by one ADAPT")
+
+    alone = await events_of(loop, "three")
+    assert alone[-1].content == "done: three"  # type: ignore[union-attr]
+    assert rt._sessions.owner is None
+    await provider.aclose()
