@@ -1,5 +1,6 @@
 """Reports what each phase decided about a task, as its record shows it."""
 
+import asyncio
 from collections.abc import Sequence
 
 from msgspec.structs import replace
@@ -18,6 +19,8 @@ REWARDED = frozenset({"node_lost", "agent_failed", "rejected_result", "deadline_
 """Failures that ADAPT learns from, where a node had the task."""
 MOST_READS = 8
 """Readings of the record for one attempt, while it does not show the attempt yet."""
+READ_S = 1.0
+"""Longest wait for the record."""
 
 
 class PhaseReports:
@@ -29,17 +32,22 @@ class PhaseReports:
         """Ids of the parts the task has been divided into so far."""
         self._reported: set[tuple[int, Phase]] = set()
         self._attempt = 0
+        """The newest one that was reported."""
+        self._awaited = 0
+        """The one that `_reads` counts for."""
         self._reads = 0
 
     async def of_attempt(self, attempt: int) -> list[PhaseEvent]:
         """Return what the phases before EXECUTE decided for a running attempt; empty once they have been reported."""
+        if attempt != self._awaited:
+            self._awaited, self._reads = attempt, 0
         if attempt <= self._attempt or self._reads >= MOST_READS:
             return []
         self._reads += 1
         record = await self._read()
         if record is None or record.envelope.attempt < attempt:
             return []  # the claim of the attempt is being written
-        self._attempt, self._reads = attempt, 0
+        self._attempt = attempt
         return self._new(record, running=attempt)
 
     async def of_ended(self) -> list[PhaseEvent]:
@@ -49,9 +57,11 @@ class PhaseReports:
 
     async def _read(self) -> TaskRecord | None:
         try:
-            found = await self._handle.status()
-        except LoomError as error:  # the task itself goes on
-            log.info("phases_not_reported", task_id=self._handle.task_id, reason=error.message)
+            async with asyncio.timeout(READ_S):
+                found = await self._handle.status()
+        except (LoomError, TimeoutError) as error:  # the task itself goes on, and its progress must not wait for long
+            log.info("phases_not_reported", task_id=self._handle.task_id, reason=type(error).__name__)
+            self._reads = MOST_READS
             return None
         return found if isinstance(found, TaskRecord) else None
 

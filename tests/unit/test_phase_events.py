@@ -4,8 +4,9 @@ import pytest
 from msgspec.structs import replace
 from support.phases import awarded, envelope
 
-from loom.cluster.phase_events import phase_events
+from loom.cluster.phase_events import MOST_READS, PhaseReports, phase_events
 from loom.schemas.envelope import Envelope, Hop, TaskRecord, Tried
+from loom.schemas.errors import BusUnavailable
 from loom.schemas.events import PhaseEvent
 from loom.schemas.task import RunResult, TaskError
 
@@ -93,3 +94,68 @@ def test_a_phase_that_had_the_task_twice_in_an_attempt_is_reported_once() -> Non
         ("match", 1000),
         ("execute", 500),
     ]
+
+
+class Watched:
+    """A handle whose record is what the test says, or cannot be read."""
+
+    task_id = "t"
+
+    def __init__(self, *records: TaskRecord | Exception) -> None:
+        self.records = list(records)
+        self.reads = 0
+
+    async def status(self) -> TaskRecord:
+        self.reads += 1
+        found = self.records.pop(0) if len(self.records) > 1 else self.records[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def watching(*records: TaskRecord | Exception) -> tuple[PhaseReports, Watched]:
+    handle = Watched(*records)
+    return PhaseReports(handle), handle  # type: ignore[arg-type]  # it has what is read of a handle
+
+
+def running(attempt: int, *phases: str) -> TaskRecord:
+    return record(replace(with_hops(awarded(envelope(now=0)), *phases), attempt=attempt), ended=False)
+
+
+async def test_an_attempt_is_read_until_its_claim_is_stored_and_then_no_more() -> None:
+    first = ("sense", "match")
+    second = (*first, "execute", "evaluate", "match")
+    news, handle = watching(running(1, *first), running(1, *first), running(2, *second))
+
+    assert [event.name for event in await news.of_attempt(1)] == ["sense", "match"]
+    assert await news.of_attempt(1) == []
+    assert await news.of_attempt(2) == []
+    assert [event.name for event in await news.of_attempt(2)] == ["execute", "evaluate", "match"]
+    assert await news.of_attempt(2) == []
+    assert handle.reads == 3
+
+
+async def test_an_attempt_whose_claim_is_never_seen_is_not_read_forever() -> None:
+    news, handle = watching(running(1, "sense", "match"))
+    for _ in range(100):
+        assert await news.of_attempt(2) == []
+
+    assert handle.reads == MOST_READS
+
+
+async def test_a_record_that_cannot_be_read_holds_up_the_progress_of_an_attempt_once() -> None:
+    hops = ("sense", "match", "execute", "evaluate", "match")
+    news, handle = watching(BusUnavailable("no phases answer"), running(2, *hops))
+    assert [await news.of_attempt(1) for _ in range(3)] == [[]] * 3
+    assert handle.reads == 1
+
+    assert [event.attempt for event in await news.of_attempt(2)] == [1, 1, 1, 1, 2]
+    assert handle.reads == 2
+
+
+async def test_what_a_run_has_reported_is_not_reported_again_at_its_end() -> None:
+    env = replace(with_hops(awarded(envelope(now=0)), "sense", "match", "execute"), result=RunResult(content="x"))
+    news, _ = watching(running(1, "sense", "match"), record(env))
+    await news.of_attempt(1)
+
+    assert [event.name for event in await news.of_ended()] == ["execute", "evaluate"]

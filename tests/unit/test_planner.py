@@ -400,3 +400,15 @@ def test_text_that_holds_no_plan_is_read_in_a_moment(text: str) -> None:
 def test_a_plan_is_found_behind_brackets_of_prose() -> None:
     prose = "see [1], {x}, [the notes](n.md), f(a[i]) { return } " * 40
     assert [part.id for part in parse_plan(prose + '{"subtasks": [{"id": "a", "description": "do it"}]}')] == ["a"]
+
+
+async def test_an_executor_that_takes_the_subtask_alone_is_refused_before_anything_runs() -> None:
+    ran: list[str] = []
+
+    async def alone(subtask: SubTask) -> TaskResult:
+        ran.append(subtask.id)
+        return TaskResult(task_id=subtask.id, state="succeeded")
+
+    with pytest.raises(TypeError, match=r"\(subtask, inputs\)"):
+        await TaskPlanner(Scripted()).execute_dag([part("a")], alone)  # type: ignore[arg-type]
+    assert ran == []
