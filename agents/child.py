@@ -21,7 +21,8 @@ STEM = 56
 class Child:
     """A node that shares its template's agent and tools, and has an id, a claim and evidence of its own.
 
-    It claims 0.5 in the domain it was wanted for; in any other no more than that, nor than its template does.
+    It claims 0.5 in the domain it was wanted for; in any other no more than that, nor than its template does. It takes
+    no domain that its template does not.
 
     Args:
         node_id: Who it is.

@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Optional, Self
 
+from loom.agents.job import run_costs
 from loom.agents.node import Room
 from loom.agents.runs import Run
 from loom.agents.tools import tool
@@ -53,13 +54,19 @@ class Delegator:
         self._turn = asyncio.Semaphore(MAX_OPEN_DELEGATIONS)  # further ones wait their turn
 
     def __enter__(self) -> Self:
-        self._token = _current.set(self)
+        self._tokens = _current.set(self), run_costs.set(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _current.reset(self._token)
+        _current.reset(self._tokens[0])
+        run_costs.reset(self._tokens[1])
+
+    @property
+    def others_tokens(self) -> int:
+        """Tokens that delegated work has taken so far."""
+        return self.run.others.tokens
 
     @staticmethod
     def current() -> "Delegator | None":

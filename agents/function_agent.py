@@ -1,58 +1,61 @@
 """Agents made of ordinary Python functions."""
 
-import inspect
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Sequence
+from contextlib import aclosing
 from typing import Any
 
-from loom.agents.port import Output, StreamingAgent, deltas, raised
+from msgspec.structs import replace
+
+from loom.agents.job import Answer, Job
+from loom.agents.port import Output, StreamingAgent, raised
+from loom.agents.signatures import check_stream, name_of, takes_text
+from loom.agents.threaded import ThreadedIteration
 from loom.agents.user_code import NotText, Opened, call, guarded, text_of
+from loom.agents.yielded import EVENTS, deltas, events_of
 from loom.schemas.errors import AgentFailed, LoomError
-from loom.schemas.events import AgentEvent, Done, StepEnd, StepStart, TextDelta
+from loom.schemas.events import AgentEvent, Done, StepEnd, StepStart, TextDelta, TokenUsage
 from loom.schemas.run import RunRequest
-from loom.schemas.wire import MAX_CONTENT_BYTES
+from loom.schemas.task import RunResult
+from loom.schemas.wire import MAX_CONTENT_BYTES, total
 
 
 class FunctionAgent:
-    """A function as an agent: async, sync (runs in a thread), or an async generator of text pieces.
+    """A function as an agent: async, sync (runs in a thread), or a generator of text pieces of either kind.
 
     Args:
-        fn: Takes the description, if its parameter is annotated `str` or named `description`, else the RunRequest.
-            Returns text, or anything JSON can carry.
+        fn: Takes the text of the task, or the job where its parameter is annotated RunRequest or Job, or has no
+            annotation and is named job, request, req or run. Returns text, anything JSON can carry, or an `Answer`;
+            a generator may also yield events.
         tools: Names of the tools it claims to have, for bids.
+        name: What logs and errors call it; absent: the function's name.
 
     Raises:
         LoomError: `fn` does not take exactly one argument.
     """
 
-    def __init__(self, fn: Callable[..., Any], *, tools: Sequence[str] = ()) -> None:
-        self.name: str = getattr(fn, "__name__", type(fn).__name__)
+    def __init__(self, fn: Callable[..., Any], *, tools: Sequence[str] = (), name: str | None = None) -> None:
+        self.name = name or name_of(fn)
         self.tools = tuple(tools)
         self._fn = fn
-        self._takes_text = _takes_text(fn, self.name)
+        self._takes_text = takes_text(fn)
 
     async def stream(self, job: RunRequest) -> AsyncGenerator[AgentEvent, None]:
         """Call the function for `job`; the caller ends it when the time is up.
 
         Raises:
-            AgentFailed: It raised, returned nothing or what is no text, or yielded text without end.
+            AgentFailed: It raised, returned nothing or what is not text, or yielded text without end.
         """
         started = time.monotonic()
         written = _Written()
         yield StepStart(step=1, total_steps=1)
         try:
-            result = await call(self._fn, job.description if self._takes_text else job)
-            with guarded():
-                streams = hasattr(result, "__aiter__")
-            if streams:
-                async with Opened(result) as pieces:
-                    async for piece in pieces:
-                        for delta in written.add(piece):
-                            yield delta
-            elif result is not None:
-                for delta in written.whole(result):
-                    yield delta
-        except LoomError:
+            async with aclosing(self._events(job, written)) as events:
+                async for event in events:
+                    yield event
+        except LoomError as error:
+            if error.spent is None and written.content:
+                error.__dict__.setdefault("facts", {})["spent"] = Done(content=written.content, usage=written.usage)
             raise
         except NotText as error:
             raise AgentFailed(f"{self.name} gave no text: {error}", task_id=job.task_id) from error
@@ -61,13 +64,36 @@ class FunctionAgent:
         if not written.content.strip():
             raise AgentFailed(f"{self.name} returned nothing", task_id=job.task_id)
         yield StepEnd(step=1)
-        yield Done(content=written.content, steps=1, duration_ms=(time.monotonic() - started) * 1000)
+        duration_ms = (time.monotonic() - started) * 1000
+        yield Done(content=written.content, steps=1, duration_ms=duration_ms, usage=written.usage)
+
+    async def _events(self, job: RunRequest, written: "_Written") -> AsyncGenerator[AgentEvent, None]:
+        job = job if isinstance(job, Job) else Job.of(job)
+        result = await call(self._fn, job.description if self._takes_text else job)
+        with guarded():
+            source = _iteration(result)
+        if source is not None:
+            async with Opened(source) as pieces:
+                async for piece in pieces:
+                    for event in written.add(piece):
+                        yield event
+        elif result is not None:
+            for event in written.whole(result):
+                yield event
+
+
+def _iteration(result: Any) -> AsyncIterable[Any] | None:
+    """What a function yields; None where it has returned its answer."""
+    if isinstance(result, Generator):
+        return ThreadedIteration(result)
+    return result if hasattr(result, "__aiter__") else None
 
 
 class _Written:
-    """What a function has written, kept as far as a result may carry it."""
+    """What a function has written, kept as far as a result may carry it, and the costs it reports."""
 
     def __init__(self) -> None:
+        self.usage = TokenUsage()
         self._output = Output()
         self._pieces: list[str] = []
         self._room = MAX_CONTENT_BYTES + 1
@@ -78,24 +104,53 @@ class _Written:
         """The text that is kept."""
         return "".join(self._pieces)
 
-    def add(self, piece: Any) -> Iterable[TextDelta]:
+    def add(self, piece: Any) -> Iterable[AgentEvent]:
         """Take a piece and return it as events.
 
         Raises:
             AgentFailed: There is more than any answer takes.
         """
         if type(piece) is str and piece.isascii():
-            text = piece
-        else:
-            with guarded():
-                text = text_of(piece)
-        self._output.add(len(text))
-        return self._kept(text)
+            return self._counted(piece)
+        if isinstance(piece, EVENTS) and not isinstance(piece, Done | TextDelta):
+            self._output.add(0)
+            return events_of(piece)
+        with guarded():
+            text = self._text(piece)
+        return self._counted(text)
 
-    def whole(self, value: Any) -> Iterable[TextDelta]:
+    def whole(self, value: Any) -> Iterable[AgentEvent]:
         """Take all there is and return it as events; what is too long for a result is not looked at."""
         with guarded():
-            text = text_of(value[: self._room] if isinstance(value, str) else value)
+            text = self._text(value[: self._room] if isinstance(value, str) else value)
+        return self._kept(text)
+
+    def _text(self, value: Any) -> str:
+        """The text of a value, whose costs are added up if it carries any."""
+        if isinstance(value, TextDelta):
+            return text_of(value.text)
+        if isinstance(value, Answer):
+            self._charge(value.token_usage())
+            return text_of(value.content)
+        if isinstance(value, RunResult):  # of an agent that the function has run
+            used = {"prompt_tokens": value.prompt_tokens, "completion_tokens": value.completion_tokens}
+            self._charge(Answer("", used, value.usd).token_usage())
+            return text_of(value.content)
+        if isinstance(value, Done):
+            self._charge(value.usage)
+            return "" if self._pieces else text_of(value.content)  # the pieces before it are the same text
+        return text_of(value)
+
+    def _charge(self, usage: TokenUsage) -> None:
+        sums = {
+            name: total(getattr(self.usage, name), getattr(usage, name))
+            for name in ("prompt_tokens", "completion_tokens", "total_tokens")
+        }
+        cost = self.usage.estimated_cost + usage.estimated_cost
+        self.usage = replace(usage, **sums, estimated_cost=cost, estimated=self.usage.estimated or usage.estimated)
+
+    def _counted(self, text: str) -> Iterable[TextDelta]:
+        self._output.add(len(text))
         return self._kept(text)
 
     def _kept(self, text: str) -> Iterable[TextDelta]:
@@ -106,28 +161,21 @@ class _Written:
 
 
 def as_agent(thing: Any) -> StreamingAgent:
-    """Return `thing` if it is an agent, or the agent a function makes.
+    """Return `thing` if it is an agent, or the agent that a function, or an object with `run(text)`, makes.
 
     Raises:
-        LoomError: It is neither.
+        LoomError: It is neither, or could not work; the message names what to write.
     """
-    if not isinstance(thing, type):
-        if isinstance(thing, StreamingAgent):
-            return thing
-        if callable(thing):
-            return FunctionAgent(thing)
-    what = f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
-    raise LoomError(f"{what} is not an agent: give an object with stream(job), or a function of one argument")
-
-
-def _takes_text(fn: Callable[..., Any], name: str) -> bool:
-    try:
-        parameters = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError) as error:
-        raise LoomError(f"{name} hides its parameters: wrap it in a def") from error
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)]
-    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if not positional or len(required) > 1 or (required and required[0].kind is inspect.Parameter.KEYWORD_ONLY):
-        raise LoomError(f"{name} must take one argument: the description (annotated str) or the RunRequest")
-    # A module with postponed annotations has them as text.
-    return positional[0].annotation in (str, "str") or positional[0].name == "description"
+    if isinstance(thing, type):
+        raise LoomError(f"the class {thing.__name__} is not an agent: give an object of it, {thing.__name__}(…)")
+    if isinstance(thing, StreamingAgent):
+        check_stream(thing)
+        return thing
+    if callable(thing):
+        return FunctionAgent(thing)
+    if callable(run := getattr(thing, "run", None)):
+        return FunctionAgent(run, tools=getattr(thing, "tools", ()), name=type(thing).__name__)
+    raise LoomError(
+        f"a {type(thing).__name__} is not an agent: give a function of one argument, an object with stream(job), "
+        "or one with run(text)"
+    )

@@ -6,28 +6,31 @@ Says       offers, run events, host.<host> every 3 s, lifecycle.joined and lifec
 
 import asyncio
 import time
-from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import copy_context
 from functools import partial
-from heapq import nsmallest
 from typing import Any
 
 from msgspec.structs import replace
 
+from loom.agents import endings
 from loom.agents.abandonable import Abandonable
+from loom.agents.announcement import facts_of
+from loom.agents.bidding import make_offer
 from loom.agents.child import Child
 from loom.agents.delegate import Delegator
-from loom.agents.function_agent import as_agent
-from loom.agents.node import Node, Room
-from loom.agents.port import StreamingAgent, collect, failed, raised
-from loom.agents.runs import Finished, Run, send
+from loom.agents.hosted import HostedAgents
+from loom.agents.node import Node, NodeIndex, Room
+from loom.agents.port import collect, failed, raised
+from loom.agents.repeating import attempt, every
+from loom.agents.runs import Cancelled, Finished, Run, send, stale
 from loom.agents.user_code import described, ends_task
 from loom.agents.watchdog import Watchdog
 from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.log import get_logger
 from loom.schemas.auction import CallForBids, HostAnnouncement, Offer
-from loom.schemas.errors import AgentFailed, LoomError
+from loom.schemas.errors import LoomError
 from loom.schemas.learning import Lifecycle, LifecycleKind
 from loom.schemas.run import RunEvent, RunKind, RunRequest
 from loom.schemas.task import RunResult, TaskError
@@ -43,16 +46,7 @@ CLEAN_UP_S = 1.0
 """For runs a drain has cancelled, before they are abandoned."""
 GIVE_UP_S = 30.0
 """After so long a run that ignores its cancel loses its slot."""
-PATIENCE_S = 3.0
-"""Age of a request from which no run is begun for it: EXECUTE repeats it each second for as long as it waits."""
-REMEMBER_CANCEL_S = 60.0
-CANCELS = 10_000
 LEFT = 256
-CANCELLED = TaskError(code="cancelled", message="the run was stopped")
-LATE = TaskError(code="deadline_exceeded", message="the deadline passed before the run was over")
-NOT_ENDED = TaskError(code="agent_failed", message="the run failed in its host, whose log has the reason")
-CANCELLED_ITSELF = TaskError(code="agent_failed", message="the agent cancelled its own run")
-STOPPING = TaskError(code="node_busy", message="the host is stopping")
 
 
 class NodeHost:
@@ -68,20 +62,16 @@ class NodeHost:
         self, bus: Bus, nodes: Callable[[], Sequence[Node]], *, slots: int = SLOTS, backlog: int = BACKLOG
     ) -> None:
         self.host_id = new_id()[:12]
-        self.templates = False
-        """Whether nodes can be started here on request."""
+        self.templates = False  # whether nodes can be started here on request
         self.bus = bus
         self._nodes = nodes
         self._slots = slots
         self._backlog = backlog
         self._rooms: dict[str, Room] = {}
         """Of nodes that have had work."""
-        self._places: dict[str, int] = {}
-        """Where among the nodes one was when last looked for."""
+        self._node = NodeIndex(nodes).get
         self._vacant = Room(slots, backlog)
         """That of a node without work."""
-        self._agents: dict[str, tuple[Any, StreamingAgent]] = {}
-        """Node -> what it has for an agent, and the agent made of it."""
         self._runs: dict[str, dict[int, Run]] = {}
         """Task -> attempt -> the run in hand."""
         self._stopping: dict[Run, float] = {}
@@ -89,12 +79,12 @@ class NodeHost:
         self._stuck: set[Run] = set()
         """Runs that still work although they were given up."""
         self._finished = Finished()
-        self._cancelled: OrderedDict[str, float] = OrderedDict()
-        """Tasks cancelled lately -> when: their run requests may still be on the way."""
+        self._cancelled = Cancelled()
         self._known: frozenset[str] = frozenset()
         self._left: deque[str] = deque(maxlen=LEFT)
         """Nodes that have gone lately: awards to them may still be on the way."""
         self._context = copy_context()
+        self._agents = HostedAgents(self._context)
         self._announced: HostAnnouncement | None = None
         """What was published last."""
         self._watchdog: Watchdog | None = None
@@ -120,8 +110,8 @@ class NodeHost:
         )
         self._watchdog.start()
         self._tickers = [
-            self.bus.spawn(self._every(ANNOUNCE_S, self.announce), name="announce", essential=True),
-            self.bus.spawn(self._every(HEARTBEAT_S, self._beat), name="heartbeats", essential=True),
+            self.bus.spawn(every(ANNOUNCE_S, self.announce), name="announce", essential=True),
+            self.bus.spawn(every(HEARTBEAT_S, self._beat), name="heartbeats", essential=True),
         ]
 
     async def drain(self, timeout_s: float) -> None:
@@ -132,22 +122,23 @@ class NodeHost:
         if self._draining or not self._subscriptions:
             return
         self._draining = True
-        await self._attempt(self.announce)
-        self._stop([run for run in self._in_hand() if run.work is None], STOPPING)
+        await attempt(self.announce)
+        self._stop([run for run in self._in_hand() if run.work is None], endings.STOPPING)
         try:
             await self._ended(timeout_s)
         finally:
-            self._stop(self._in_hand(), STOPPING)
+            self._stop(self._in_hand(), endings.STOPPING)
         for ticker in self._tickers:
             ticker.cancel()
         for subscription in self._subscriptions:
             await self.bus.unsubscribe(subscription)
         for node_id in self._known:
-            await self._attempt(partial(self._tell, "left", node_id))
+            await attempt(partial(self._tell, "left", node_id))
         stopping = [run.work for run in self._stopping if run.work is not None]
         if stopping:
             await asyncio.wait(stopping, timeout=CLEAN_UP_S)
         self.abandon()
+        await self._agents.close()
 
     async def _ended(self, timeout_s: float) -> None:
         """Wait until no run is in hand; one that was stopped meanwhile has ended, whatever its code still does."""
@@ -162,6 +153,7 @@ class NodeHost:
         """Have runs abandoned that do not end within a second of their cancel; from synchronous code."""
         if self._watchdog is not None:
             self._watchdog.stop()
+        self._agents.release()
         loops = {run.work.get_loop() for run in [*self._in_hand(), *self._stopping] if run.work is not None}
         for loop in loops:
             if not loop.is_closed():
@@ -179,25 +171,19 @@ class NodeHost:
     def give_back(self) -> None:
         """Publish that all runs in hand are given back, from another thread: the event loop may be blocked."""
         if self._watchdog is not None:
-            self._watchdog.give_back(STOPPING)
+            self._watchdog.give_back(endings.STOPPING)
 
     async def announce(self) -> None:
         """Say who is here, and tell of nodes that have come or gone."""
         here = [node for node in self._nodes() if node.agent is not None]
         nodes = frozenset(node.id for node in here)
         self._left.extend(self._known - nodes)
-        rooms = {node_id: room for node_id, room in self._rooms.items() if node_id in nodes}
         announcement = HostAnnouncement(
             host_id=self.host_id,
-            nodes=tuple(sorted(nodes)),
-            slots=self._slots * len(nodes),
-            running=sum(len(room.running) for room in rooms.values()),
-            queued=sum(room.queued for room in rooms.values()),
             draining=self._draining,
             templates=self.templates,
-            busy=tuple(sorted(node_id for node_id, room in rooms.items() if room.has_work)),
-            children=tuple(node.state() for node in here if isinstance(node, Child)),
             stuck=len(self._stuck),
+            **facts_of(here, self._rooms, self._slots),
         )
         self._announced = announcement
         await self.bus.publish(self.bus.subjects.of("host", self.host_id), announcement)
@@ -217,18 +203,6 @@ class NodeHost:
             self._rooms[node_id] = Room(self._slots, self._backlog)
         return self._rooms[node_id]
 
-    def _node(self, node_id: str) -> Node | None:
-        nodes = self._nodes()
-        place = self._places.get(node_id, 0)
-        if place < len(nodes) and nodes[place].id == node_id:
-            return nodes[place]
-        for place, node in enumerate(nodes):
-            if node.id == node_id:
-                self._places[node_id] = place
-                return node
-        self._places.pop(node_id, None)
-        return None
-
     # -- bidding
 
     def _on_call(self, msg: Msg) -> None:
@@ -245,38 +219,10 @@ class NodeHost:
         self.bus.send(msg.reply, offer)
 
     def offer(self, call: CallForBids) -> Offer:
-        """Return this host's answer to a call: bids, or why there are none.
-
-        The nodes that are preferred come first, then the highest claims, then the least loaded.
-        """
+        """Return this host's answer to a call: bids, or why there are none."""
         if self._draining:
             return Offer(host_id=self.host_id, decline="draining")
-        excluded = set(call.excluded)
-        able = [
-            node
-            for node in self._nodes()
-            if node.agent is not None and node.id not in excluded and node.has_tools(call.required_tools)
-        ]
-        best = [able[place] for *_, place in nsmallest(call.limit, self._ranks(able, call))]
-        if not best:
-            return Offer(host_id=self.host_id, decline="busy" if able else "cannot")
-        rooms = [self._rooms.get(node.id, self._vacant) for node in best]
-        bids = [room.bid(node, call.slug, call.required_tools) for node, room in zip(best, rooms, strict=True)]
-        return Offer(host_id=self.host_id, bids=tuple(bids))
-
-    def _ranks(self, nodes: Sequence[Node], call: CallForBids) -> list[tuple[bool, float, float, int]]:
-        """What orders the nodes that take work, the first one least; last comes a node's place among `nodes`."""
-        ranks = []
-        preferred = set(call.prefer)
-        for place, node in enumerate(nodes):
-            if node.status == "dying":
-                continue
-            room = self._rooms.get(node.id)
-            if room is None:
-                ranks.append((node.id not in preferred, -node.claim(call.slug), 0.0, place))
-            elif not room.full:
-                ranks.append((node.id not in preferred, -node.claim(call.slug), room.load, place))
-        return ranks
+        return make_offer(self.host_id, call, self._nodes(), lambda node_id: self._rooms.get(node_id, self._vacant))
 
     # -- running
 
@@ -295,7 +241,7 @@ class NodeHost:
             return
         last = self._finished.get((request.task_id, request.attempt))
         if last is None and request.task_id in self._cancelled:
-            last = encode(RunEvent(n=0, kind="error", error=CANCELLED))
+            last = encode(RunEvent(n=0, kind="error", error=endings.CANCELLED))
         if last is not None:
             send(self.bus, msg.reply, last)
             return
@@ -303,7 +249,7 @@ class NodeHost:
             log.warning("run_request_ignored", task_id=request.task_id, attempt=request.attempt, reason=reason)
             return
         # An attempt given up elsewhere costs nothing more here.
-        self._stop([run for attempt, run in attempts.items() if attempt < request.attempt], CANCELLED)
+        self._stop([run for attempt, run in attempts.items() if attempt < request.attempt], endings.CANCELLED)
         self._take(Run(self.bus, request, msg.reply))
 
     def _take(self, run: Run) -> None:
@@ -327,7 +273,7 @@ class NodeHost:
         room = self._room(node_id)
         while not self.bus.closing and (run := room.next()) is not None:
             if run.left_s <= 0:  # it waited in the backlog past its deadline
-                self._stop([run], LATE)  # which fills the room again
+                self._stop([run], endings.LATE)  # which fills the room again
                 return
             # Not in the context of what freed the slot: that is another run, and its variables are its own.
             run.work = self._context.run(self.bus.spawn, self._work(run), name=f"run {run.request.key}")
@@ -336,7 +282,7 @@ class NodeHost:
         if node is None:
             if not room.has_work:
                 del self._rooms[node_id]
-                self._agents.pop(node_id, None)
+                self._agents.forget(node_id)
             return
         node.load = room.load
         if node.status != "dying":
@@ -347,7 +293,7 @@ class NodeHost:
     def _on_work_done(self, run: Run, room: Room, work: asyncio.Task[None]) -> None:
         """Free what a run holds. Its task may have been cancelled before its first step: so nothing in it does this."""
         if run.last is None:
-            self._end(run, "error", error=STOPPING if work.cancelled() else NOT_ENDED)
+            self._end(run, "error", error=endings.STOPPING if work.cancelled() else endings.NOT_ENDED)
         self._stopping.pop(run, None)
         self._stuck.discard(run)
         room.forget(run)
@@ -361,36 +307,27 @@ class NodeHost:
             error, result = await run.agent
         except asyncio.CancelledError:
             if run.agent.cancelled_itself:
-                self._end(run, "error", error=CANCELLED_ITSELF)
+                self._end(run, "error", error=endings.CANCELLED_ITSELF)
             raise
         self._end(run, "result" if error is None else "error", error=error, result=result)
 
     async def _outcome(self, run: Run) -> tuple[TaskError | None, RunResult | None]:
         """Run the agent and return its error, if it failed, and its result; only a cancellation is raised."""
         node_id, room = run.request.node_id, self._room(run.request.node_id)
-        job = replace(run.request, remaining_s=run.left_s)
+        job = run.request
         try:
-            with Delegator(run, room, partial(self._fill, node_id)) as delegator:
-                result = await collect(self._agent(node_id), job, run.progress)
+            async with self._agents.ready(self._node(node_id)) as agent:
+                job = replace(job, remaining_s=run.left_s)
+                with Delegator(run, room, partial(self._fill, node_id)) as delegator:
+                    result = await collect(agent, job, run.progress)
             room.learn(result)
             return delegator.overspent(result), result
         except LoomError as error:
-            return failed(error, node_id)
+            return failed(error, job)
         except BaseException as error:  # whatever user code raises is its failure
             if ends_task(error):
                 raise
-            return failed(raised(error, job), node_id)
-
-    def _agent(self, node_id: str) -> StreamingAgent:
-        """The agent of a node, made once of what it has for one."""
-        node = self._node(node_id)
-        if node is None:
-            raise AgentFailed("the node left before the run began")
-        given, agent = self._agents.get(node_id, (None, None))
-        if agent is None or given is not node.agent:
-            agent = as_agent(node.agent)
-            self._agents[node_id] = (node.agent, agent)
-        return agent
+            return failed(raised(error, job), job)
 
     def _end(self, run: Run, kind: RunKind, **facts: Any) -> None:
         """Say the last event once, and remember it for whoever asks again."""
@@ -420,11 +357,8 @@ class NodeHost:
 
     def _on_cancel(self, msg: Msg) -> None:
         task_id = msg.subject.rsplit(".", 1)[1]
-        now = time.monotonic()
-        self._cancelled[task_id] = now
-        while now - next(iter(self._cancelled.values())) > REMEMBER_CANCEL_S or len(self._cancelled) > CANCELS:
-            self._cancelled.popitem(last=False)
-        self._stop(list(self._runs.get(task_id, {}).values()), CANCELLED)
+        self._cancelled.add(task_id, time.monotonic())
+        self._stop(list(self._runs.get(task_id, {}).values()), endings.CANCELLED)
 
     async def _on_hosts(self, _msg: Msg) -> None:
         await self.announce()
@@ -447,7 +381,7 @@ class NodeHost:
             if run.left_s > 0:
                 run.say("heartbeat")
             else:
-                self._stop([run], LATE)
+                self._stop([run], endings.LATE)
         given_up = time.monotonic() - GIVE_UP_S
         for run in [run for run, at in self._stopping.items() if at <= given_up]:
             self._give_up(run)
@@ -463,31 +397,3 @@ class NodeHost:
             run.work.cancel()
         self._room(request.node_id).forget(run)
         self._fill(request.node_id)
-
-    async def _every(self, seconds: float, act: Callable[[], Awaitable[None]]) -> None:
-        while True:
-            await asyncio.sleep(seconds)
-            await self._attempt(act)
-
-    async def _attempt(self, act: Callable[[], Awaitable[None]]) -> None:
-        """Publish something; a connection that is gone, or a node's own fault, must not end the host's other work."""
-        try:
-            await act()
-        except LoomError as error:
-            log.warning("host_silenced", reason=error.message)
-        except BaseException as error:  # a node may be a user's class, whose faults are its own
-            if ends_task(error):
-                raise
-            log.error("node_raised", **described(error))
-
-
-def stale(request: RunRequest, bus: Bus) -> str | None:
-    """Return why a request is not the occasion to begin a run; None where it is, or the server's time is not known."""
-    if not bus.clock.measured:
-        return None
-    now = bus.now()
-    if request.deadline is not None and now >= request.deadline:
-        return "its deadline has passed"
-    if request.sent_at is not None and now - request.sent_at > PATIENCE_S:
-        return f"it was sent {now - request.sent_at:.1f} s ago"
-    return None

@@ -2,7 +2,7 @@
 
 import heapq
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from itertools import count
 from typing import Any, Protocol
 
@@ -31,7 +31,10 @@ class Node(Protocol):
         ...
 
     def claim(self, domain: str) -> float:
-        """Return how well it says it does `domain`, a slug or any wording of it: 0 to 1, the claim of its offer."""
+        """Return how well it says it does `domain`, a slug or any wording of it: 0 to 1, the claim of its offer.
+
+        At 0 it does not take the domain: it bids on no such task.
+        """
         ...
 
     def has_tools(self, required: Collection[str]) -> bool:
@@ -41,6 +44,32 @@ class Node(Protocol):
     def mirror(self, profile: NodeProfile) -> None:
         """Take over what has been learned about it."""
         ...
+
+
+class NodeIndex:
+    """Finds a host's nodes by id, however they come and go.
+
+    Args:
+        nodes: Returns the nodes there are now.
+    """
+
+    def __init__(self, nodes: Callable[[], Sequence[Node]]) -> None:
+        self._nodes = nodes
+        self._places: dict[str, int] = {}
+        """Where among the nodes one was when last looked for."""
+
+    def get(self, node_id: str) -> Node | None:
+        """Return the node of that id, if there is one."""
+        nodes = self._nodes()
+        place = self._places.get(node_id, 0)
+        if place < len(nodes) and nodes[place].id == node_id:
+            return nodes[place]
+        for place, node in enumerate(nodes):
+            if node.id == node_id:
+                self._places[node_id] = place
+                return node
+        self._places.pop(node_id, None)
+        return None
 
 
 class Room:

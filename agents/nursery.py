@@ -170,7 +170,10 @@ def choose_template(wanted: SpawnRequest, nodes: Sequence[Node], max_nodes: int)
     able = [
         node
         for node in nodes
-        if node.agent is not None and node.status != "dying" and node.has_tools(wanted.required_tools)
+        if node.agent is not None
+        and node.status != "dying"
+        and node.has_tools(wanted.required_tools)
+        and node.claim(wanted.slug) > 0
     ]
     if any(not node.load for node in able):
         return "idle"

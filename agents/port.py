@@ -1,30 +1,34 @@
 """What an agent is, and how its stream becomes one result."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
+from msgspec.structs import replace
+
 from loom.agents.deadline import Deadline
+from loom.agents.job import MAX_USD, Job, Spent, check_budget
 from loom.agents.user_code import Opened, described, ends_task, guarded, text_of, type_name
+from loom.agents.yielded import deltas, events_of
 from loom.bus.log import get_logger
 from loom.bus.redaction import redact
-from loom.schemas.errors import AgentFailed, LoomError, error_for
-from loom.schemas.events import AgentEvent, Done, ErrorEvent, Progress, TextDelta, ToolCallEnd
+from loom.schemas.errors import AgentFailed, InvalidTask, LoomError, error_for
+from loom.schemas.events import AgentEvent, Done, ErrorEvent, Progress, ToolCallEnd
 from loom.schemas.run import RunRequest
 from loom.schemas.task import RunResult, TaskError
-from loom.schemas.wire import MAX_CONTENT_BYTES, Undecodable, cut_utf8, decode, encode
+from loom.schemas.wire import MAX_CONTENT_BYTES, Undecodable, cut_name, cut_utf8, decode, encode, total
+
+__all__ = ["StreamingAgent", "collect", "deltas", "failed", "failure_of", "raised", "result_of"]
 
 log = get_logger()
 
 Tell = Callable[[Progress], Awaitable[None]]
 
-DELTA_CHARS = 4096
-"""Most characters of one TextDelta cut from a text that came whole."""
 MAX_TEXT_CHARS = 4 * 2**20
 """Characters of text beyond which a run counts as endless."""
 MAX_EVENTS = 100_000
 """Events, or pieces of text, beyond which a run counts as endless."""
 MAX_MESSAGE_CHARS = 2000
-OWN_CODES = frozenset({"agent_failed", "budget_exceeded", "deadline_exceeded", "subtask_failed"})
+OWN_CODES = frozenset({"agent_failed", "budget_exceeded", "deadline_exceeded", "invalid_task", "subtask_failed"})
 """What a run may say of itself, and of what it has delegated. Any other code would speak for the cluster."""
 MOST_WAIT_S = 1e9
 """A wait beyond this, some thirty years, means nothing."""
@@ -37,14 +41,6 @@ class StreamingAgent(Protocol):
     def stream(self, job: RunRequest) -> AsyncIterator[AgentEvent]:
         """Work on `job`."""
         ...
-
-
-def deltas(text: str) -> tuple[TextDelta, ...]:
-    """Return `text` in pieces, as far as a result may carry it."""
-    if 0 < len(text) <= DELTA_CHARS:
-        return (TextDelta(text=text),)
-    starts = range(0, min(len(text), MAX_CONTENT_BYTES), DELTA_CHARS)
-    return tuple(TextDelta(text=text[start : start + DELTA_CHARS]) for start in starts)
 
 
 class Output:
@@ -67,50 +63,128 @@ class Output:
             raise AgentFailed(f"endless output: more than {limit}")
 
 
-async def collect(agent: StreamingAgent, job: RunRequest, tell: Tell | None = None) -> RunResult:
-    """Run `job` to its end and return the result.
+async def collect(agent: StreamingAgent, request: RunRequest, tell: Tell | None = None) -> RunResult:
+    """Run a request to its end and return the result, with what the agent has reported of its costs.
 
     Args:
         tell: Called with all progress as it comes.
 
     Raises:
         LoomError: The agent failed; an ErrorEvent, an empty answer, none at all, an endless or a senseless one counts
-            as failing. Of any other exception only the type is named; its text is logged.
+            as failing. Of any other exception only the type is named; its text is logged. `spent` has the costs.
+        BudgetExceeded: The answer took more than the request's `token_budget`.
         asyncio.CancelledError: This task is cancelled.
     """
+    job = Job.of(request)
     try:
         return await _collected(agent, job, tell)
-    except LoomError:
+    except LoomError as error:
+        _charge(error, job.spent)
         raise
     except BaseException as error:  # an agent is user code: whatever it raises is its failure
         if ends_task(error):
             raise
-        raise raised(error, job) from error
+        failure = raised(error, job)
+        _charge(failure, job.spent)
+        raise failure from error
 
 
-async def _collected(agent: StreamingAgent, job: RunRequest, tell: Tell | None) -> RunResult:
-    tool_errors = 0
-    done: Done | None = None
-    output = Output()
+async def _collected(agent: StreamingAgent, job: Job, tell: Tell | None) -> RunResult:
+    seen = _Seen(job)
     deadline = Deadline(job.remaining_s)
     with guarded():
         source = agent.stream(job)
-    async with Opened(source) as events, deadline.enforced():
-        async for event in events:
-            if isinstance(event, ErrorEvent):
-                raise error_for(event.code or AgentFailed.code, event.error, task_id=job.task_id)
-            if isinstance(event, ToolCallEnd):
-                tool_errors += event.failed
-            text = getattr(event, "text", "")
-            output.add(len(text) if isinstance(text, str) else 0)
-            if isinstance(event, Done):
-                done = event
-            elif tell is not None:
-                await tell(event)
+        if not hasattr(source, "__aiter__"):
+            raise AgentFailed(f"stream returned a {type(source).__name__}: make it an async generator")
+    async with Opened(source) as items, deadline.enforced():
+        async for item in items:
+            for event in seen.events(item):
+                if tell is not None:
+                    await tell(event)
             deadline.check()  # it may have been deaf to its end
-    if done is None or not done.content or done.content.isspace():
-        raise AgentFailed("the agent ended without an answer", task_id=job.task_id)
-    return result_of(done, tool_errors=tool_errors)
+    return seen.result()
+
+
+class _Seen:
+    """What an agent has yielded so far."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._output = Output()
+        self._done: Done | None = None
+        self._texts: list[str] = []
+        """Text that was not yielded as events: the answer, if no Done comes."""
+        self._tool_errors = 0
+
+    def events(self, item: Any) -> Iterator[Progress]:
+        """Take an item and yield its progress.
+
+        Raises:
+            LoomError: It is an ErrorEvent, not an event at all, or more than any answer takes.
+        """
+        self._output.add(_size(item))
+        if isinstance(item, str):
+            self._texts.append(item)
+        for event in events_of(item):
+            if isinstance(event, ErrorEvent):
+                raise error_for(event.code or AgentFailed.code, event.error, task_id=self._job.task_id)
+            if isinstance(event, ToolCallEnd):
+                self._tool_errors += event.failed
+            if isinstance(event, Done):
+                self._done = event
+            else:
+                yield event
+
+    def result(self) -> RunResult:
+        """Return the result, with what the agent has reported of its costs.
+
+        Raises:
+            AgentFailed: There is no answer, or it makes no sense.
+            BudgetExceeded: It took more than the task's `token_budget`.
+        """
+        done = self._done
+        if done is None and self._texts:
+            done = Done(content=text_of("".join(self._texts)), steps=1)
+        if done is None or not done.content or done.content.isspace():
+            message = "the agent ended without an answer: its last event must be a Done with content"
+            raise AgentFailed(message, task_id=self._job.task_id)
+        result = _with(result_of(done, tool_errors=self._tool_errors), self._job.spent)
+        try:
+            check_budget(self._job, result.tokens)
+        except LoomError as error:
+            error.facts["spent"] = done
+            raise
+        return result
+
+
+def _size(item: Any) -> int:
+    text = item if isinstance(item, str) else getattr(item, "text", "")
+    return len(text) if isinstance(text, str) else 0
+
+
+def _with(result: RunResult, spent: Spent) -> RunResult:
+    """The result together with what the agent has reported on its way."""
+    return replace(
+        result,
+        prompt_tokens=total(result.prompt_tokens, spent.prompt_tokens),
+        completion_tokens=total(result.completion_tokens, spent.completion_tokens),
+        usd=min(MAX_USD, result.usd + spent.usd),
+    )
+
+
+def _charge(error: LoomError, spent: Spent) -> None:
+    """Add what the agent has reported to the costs that its error carries."""
+    if not spent.tokens and not spent.usd:
+        return
+    before = error.spent if isinstance(error.spent, Done) else Done()
+    usage = before.usage
+    after = replace(
+        usage,
+        prompt_tokens=total(usage.prompt_tokens, spent.prompt_tokens),
+        completion_tokens=total(usage.completion_tokens, spent.completion_tokens),
+        estimated_cost=usage.estimated_cost + spent.usd,
+    )
+    error.__dict__.setdefault("facts", {})["spent"] = replace(before, usage=after)
 
 
 def raised(error: BaseException, job: RunRequest) -> AgentFailed:
@@ -136,20 +210,22 @@ def result_of(done: Done, *, tool_errors: int = 0) -> RunResult:
             steps=done.steps,
             tool_errors=tool_errors,
             duration_s=done.duration_ms / 1000,
+            usd=min(MAX_USD, max(0.0, done.usage.estimated_cost)),
         )
         return decode(encode(result), RunResult)  # integers are checked by decoding alone
-    except (Undecodable, ValueError) as error:
+    except (Undecodable, ValueError, TypeError, AttributeError) as error:  # user code builds events unchecked
         message = error.message if isinstance(error, Undecodable) else str(error)
+        message = "a count is not a number" if isinstance(error, TypeError | AttributeError) else message
         raise AgentFailed(f"the agent's result makes no sense: {message}") from error
 
 
-def failed(error: LoomError, node_id: str) -> tuple[TaskError, RunResult | None]:
+def failed(error: LoomError, request: RunRequest) -> tuple[TaskError, RunResult | None]:
     """Return the error that is published for a run, and what the run has cost."""
     try:
-        return failure_of(error, node_id), spent_by(error)
+        return failure_of(error, request), spent_by(error)
     except BaseException:  # noqa: BLE001 - a class of the user's may raise when it is looked at
         message = f"the agent raised {type_name(error)}"
-        return TaskError(code=AgentFailed.code, message=message, node_id=node_id), None
+        return TaskError(code=AgentFailed.code, message=message, node_id=request.node_id), None
 
 
 def spent_by(error: LoomError) -> RunResult | None:
@@ -160,14 +236,25 @@ def spent_by(error: LoomError) -> RunResult | None:
         return None
 
 
-def failure_of(error: LoomError, node_id: str) -> TaskError:
-    """Return the error that is published for an agent's: without secrets, and in a form that can be sent."""
+def failure_of(error: LoomError, request: RunRequest) -> TaskError:
+    """Return the error that is published for an agent's: without secrets, and in a form that can be sent.
+
+    An InvalidTask about another task, such as one that the agent submits itself, is the agent's own failure.
+    """
     wait = error.retry_after_s
     usable = isinstance(wait, int | float) and 0 <= wait <= MOST_WAIT_S
+    code = error.code if error.code in OWN_CODES else AgentFailed.code
+    field = None
+    if code == InvalidTask.code:
+        if error.task_id in (None, request.task_id):
+            field = cut_name(redact(text_of(error.field))) if isinstance(error.field, str) else None
+        else:
+            code = AgentFailed.code
     return TaskError(
-        code=error.code if error.code in OWN_CODES else AgentFailed.code,
+        code=code,
         message=_publishable(error.message, error),
-        node_id=node_id,
+        field=field,
+        node_id=request.node_id,
         retry_after_s=float(wait) if usable else None,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from loom.agents.abandonable import Abandonable
+from loom.agents.job import MAX_USD
 from loom.bus.client import Bus
 from loom.bus.log import get_logger
 from loom.schemas.errors import LoomError
@@ -24,6 +25,10 @@ HISTORY = 1024
 """Events of a live run kept for whoever re-attaches."""
 BATCH_BYTES = 64 * 1024
 """Most of several events in one message, and how far an agent may be ahead of its connection; larger ones go alone."""
+PATIENCE_S = 3.0
+"""Age of a request from which no run is begun for it: EXECUTE repeats it each second for as long as it waits."""
+REMEMBER_CANCEL_S = 60.0
+CANCELS = 10_000
 KEEP_S = 600.0
 KEEP_BYTES = 32 * 1024 * 1024
 
@@ -155,17 +160,19 @@ class Run:
             self.others,
             prompt_tokens=total(self.others.prompt_tokens, result.prompt_tokens),
             completion_tokens=total(self.others.completion_tokens, result.completion_tokens),
+            usd=min(MAX_USD, self.others.usd + result.usd),
         )
 
     def charged(self, result: RunResult | None) -> RunResult | None:
         """Return what the run itself has produced and spent together with what others have spent on its behalf."""
-        if not self.others.tokens:
+        if not self.others.tokens and not self.others.usd:
             return result
         own = result or RunResult()
         return replace(
             own,
             prompt_tokens=total(own.prompt_tokens, self.others.prompt_tokens),
             completion_tokens=total(own.completion_tokens, self.others.completion_tokens),
+            usd=min(MAX_USD, own.usd + self.others.usd),
         )
 
     def move(self, inbox: str, from_n: int) -> None:
@@ -225,3 +232,31 @@ class Finished:
         entry = self._kept.pop(key, None)
         if entry is not None:
             self._bytes -= len(entry[1])
+
+
+class Cancelled:
+    """Tasks cancelled in the last minute, at most 10,000: their run requests may still be on the way."""
+
+    def __init__(self) -> None:
+        self._at: OrderedDict[str, float] = OrderedDict()
+
+    def add(self, task_id: str, now: float) -> None:
+        """Remember a task cancelled at monotonic time `now`."""
+        self._at[task_id] = now
+        while now - next(iter(self._at.values())) > REMEMBER_CANCEL_S or len(self._at) > CANCELS:
+            self._at.popitem(last=False)
+
+    def __contains__(self, task_id: str) -> bool:
+        return task_id in self._at
+
+
+def stale(request: RunRequest, bus: Bus) -> str | None:
+    """Return why a request is not the occasion to begin a run; None where it is, or the server's time is not known."""
+    if not bus.clock.measured:
+        return None
+    now = bus.now()
+    if request.deadline is not None and now >= request.deadline:
+        return "its deadline has passed"
+    if request.sent_at is not None and now - request.sent_at > PATIENCE_S:
+        return f"it was sent {now - request.sent_at:.1f} s ago"
+    return None

@@ -2,7 +2,6 @@
 
 import asyncio
 import inspect
-import sys
 import threading
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable
@@ -12,26 +11,25 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar
 
-import msgspec
-
+from loom.agents import values
 from loom.bus import faults
 from loom.bus.log import get_logger
-from loom.schemas.wire import encode, free_json_fault
 
 TURN_S = 0.01
 """Longest time an iteration that never waits keeps the event loop."""
+AWAITABLES = 2
+"""A coroutine, and what it returns, are awaited; an awaitable that gives itself is not awaited for ever."""
 
 T = TypeVar("T")
 
 log = get_logger()
 
+NotText = values.NotText
+text_of = values.to_text
+
 
 class BaseExceptionRaised(Exception):
     """User code raised what ends a process or a task; `__cause__` is it."""
-
-
-class NotText(ValueError):
-    """A value is neither text nor JSON."""
 
 
 async def call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -40,11 +38,14 @@ async def call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     A cancelled call returns at once; the thread of a sync function is abandoned to run to its end.
     """
     with guarded():
-        if _is_async(fn):
+        if is_async(fn):
             result = fn(*args, **kwargs)
         else:
             result = await _in_thread(partial(fn, *args, **kwargs))
-        return await result if inspect.isawaitable(result) else result
+        for _ in range(AWAITABLES):
+            if inspect.isawaitable(result):
+                result = await result
+        return result
 
 
 class guarded:  # noqa: N801 - used as a function; a class costs a third of a generator's context
@@ -119,26 +120,6 @@ class Opened(Generic[T]):
             log.warning("close_failed", **described(fault))
 
 
-def text_of(value: Any) -> str:
-    """Return a user's value as text: a str as it is, anything else as JSON.
-
-    Raises:
-        NotText: JSON cannot carry it.
-    """
-    if isinstance(value, str):
-        if type(value) is str and value.isascii():
-            return value
-        return str.encode(value, errors="replace").decode()  # plain, whatever a subclass makes of it
-    try:
-        plain = msgspec.to_builtins(value, str_keys=True)
-    except (TypeError, ValueError, RecursionError):
-        raise NotText(f"a {type(value).__name__} is neither text nor JSON") from None
-    fault = free_json_fault(plain, max_bytes=sys.maxsize)
-    if fault:
-        raise NotText(f"the value {fault}")
-    return encode(plain).decode()
-
-
 def origin(error: BaseException) -> BaseException:
     """Return what user code raised: some exceptions cannot leave a coroutine, and come wrapped in another."""
     cause = error.__cause__
@@ -161,7 +142,8 @@ def type_name(error: BaseException) -> str:
     return faults.type_name(origin(error))
 
 
-def _is_async(fn: Callable[..., Any]) -> bool:
+def is_async(fn: Callable[..., Any]) -> bool:
+    """Return whether calling `fn` cannot block: it makes a coroutine or an async generator."""
     return any(
         check(candidate)
         for check in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)

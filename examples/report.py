@@ -91,9 +91,8 @@ def findings_in(job: RunRequest) -> list[Findings]:
 
 
 def specialist(name: str, domain: str, work: object) -> AgentNode:
-    """Return a node that claims one domain and, so that others win there, nothing in the rest."""
-    scores = {"reading": 0.0, "comparison": 0.0, "report": 0.0, domain: 0.9}
-    return AgentNode(id=name, capabilities=CapabilityProfile(scores=scores), agent=work)
+    """Return a node that takes tasks of one domain."""
+    return AgentNode(id=name, domains=[domain], capabilities=CapabilityProfile(scores={domain: 0.9}), agent=work)
 
 
 nodes = [

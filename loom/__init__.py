@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loom.agents.delegate import delegate
     from loom.agents.event_bus import EventBus
+    from loom.agents.job import Answer, Job
     from loom.agents.llm.agent import Agent
     from loom.agents.llm.config import AgentConfig
     from loom.agents.llm.openai_provider import OpenAIProvider
-    from loom.agents.tools import ToolContext, tool
+    from loom.agents.tools import Lifespan, Tool, ToolContext, ToolRegistry, ToolResult, define_tool, tool
     from loom.bus.reward_bus import RewardBus
     from loom.cluster.amoeba_loop import AmoebaLoop
     from loom.cluster.lifecycle import LifecycleManager
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from loom.cluster.skill_registry import SkillNodeRegistry
     from loom.runtime import Runtime
     from loom.schemas.config import ClusterConfig
-    from loom.schemas.errors import LoomError
+    from loom.schemas.errors import InvalidTask, LoomError
     from loom.schemas.llm import UserMessage
     from loom.schemas.task import TaskAd
     from loom.types import (
@@ -43,13 +44,17 @@ __all__ = [
     "Agent",
     "AgentConfig",
     "AmoebaLoop",
+    "Answer",
     "ClusterConfig",
     "ClusterManager",
     "Done",
     "DoneEvent",
     "ErrorEvent",
     "EventBus",
+    "InvalidTask",
+    "Job",
     "LifecycleManager",
+    "Lifespan",
     "LoomError",
     "LoopContext",
     "OpenAIProvider",
@@ -65,12 +70,16 @@ __all__ = [
     "TaskAd",
     "TextDelta",
     "TextDeltaEvent",
+    "Tool",
     "ToolCallEnd",
     "ToolCallEndEvent",
     "ToolCallStart",
     "ToolCallStartEvent",
     "ToolContext",
+    "ToolRegistry",
+    "ToolResult",
     "UserMessage",
+    "define_tool",
     "delegate",
     "tool",
 ]
@@ -79,10 +88,14 @@ _HOMES = {
     "Agent": "agents.llm.agent",
     "AgentConfig": "agents.llm.config",
     "AmoebaLoop": "cluster.amoeba_loop",
+    "Answer": "agents.job",
     "ClusterConfig": "schemas.config",
     "ClusterManager": "cluster.manager",
     "EventBus": "agents.event_bus",
+    "InvalidTask": "schemas.errors",
+    "Job": "agents.job",
     "LifecycleManager": "cluster.lifecycle",
+    "Lifespan": "agents.tools",
     "LoomError": "schemas.errors",
     "LoopContext": "cluster.amoeba_loop",
     "OpenAIProvider": "agents.llm.openai_provider",
@@ -90,8 +103,12 @@ _HOMES = {
     "Runtime": "runtime",
     "SkillNodeRegistry": "cluster.skill_registry",
     "TaskAd": "schemas.task",
+    "Tool": "agents.tools",
     "ToolContext": "agents.tools",
+    "ToolRegistry": "agents.tools",
+    "ToolResult": "agents.tools",
     "UserMessage": "schemas.llm",
+    "define_tool": "agents.tools",
     "delegate": "agents.delegate",
     "tool": "agents.tools",
 }

@@ -2,19 +2,19 @@
 
 import asyncio
 import concurrent.futures
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextvars import copy_context
-from copy import deepcopy
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar, overload
 
 import msgspec
 
+from loom.ads import AnyAd, ad_of, as_type, with_schema
 from loom.agents.function_agent import as_agent
 from loom.agents.llm.agent import Agent
-from loom.agents.llm.config import AgentConfig
+from loom.agents.llm.config import AgentConfig, settings_without_effect
 from loom.agents.tools import Tool
 from loom.background_loop import BackgroundLoop
 from loom.bus import tasks
@@ -22,11 +22,12 @@ from loom.bus.log import get_logger
 from loom.bus.ownership import THREADSAFE, Owner, running_loop
 from loom.bus.reward_bus import RewardBus, judgement
 from loom.bus.tasks import TaskHandle
+from loom.claims import AnyCapabilities, domains_of, profile_of
 from loom.cluster.amoeba_loop import AmoebaLoop
 from loom.cluster.lifecycle import LifecycleManager
 from loom.cluster.manager import ClusterManager, InvalidNode
 from loom.cluster.runtime_loop import RuntimeLoop
-from loom.cluster.skill_nodes import node_of, skill_nodes, tools_of
+from loom.cluster.skill_nodes import load, skill_nodes
 from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.runner.node_overview import NodeOverview, node_overviews
 from loom.runner.session import Inheritance, Session
@@ -39,13 +40,12 @@ from loom.schemas.llm import LLMProvider
 from loom.schemas.task import TaskAd, TaskResult
 from loom.types import AgentNode, CapabilityProfile, HealthReport, Skill
 
+T = TypeVar("T")
+
 log = get_logger()
 
 __path__ = [str(Path(__file__).parent / "compat" / "runtime")]
 """Makes `loom.runtime.core` importable, the path of loom-agent 0.6."""
-
-SKILL_CLAIM = 0.7
-"""What the node of a loaded skill claims in the domain of its name."""
 
 
 class Runtime:
@@ -92,36 +92,69 @@ class Runtime:
         self,
         agent: Any = None,
         *,
-        capabilities: CapabilityProfile | None = None,
+        capabilities: AnyCapabilities | None = None,
         name: str | None = None,
+        domains: Collection[str] | None = None,
+        replace: bool = False,
         system_prompt: str | None = None,
-        tools: Sequence[Tool | Callable[..., Any]] = (),
+        tools: Iterable[Tool | Callable[..., Any]] = (),
+        provider: LLMProvider | None = None,
+        config: AgentConfig | None = None,
     ) -> AgentNode:
         """Add a node; it bids from the next call on.
 
         Args:
-            agent: An agent, or a Python function that does the work; absent: one is made of the Runtime's
-                provider and config.
-            capabilities: What it claims: domain -> 0 to 1.
+            agent: A Python function that does the work, an object with `stream(job)`, or one with `run(text)`;
+                absent: an agent is made of the Runtime's provider and config.
+            capabilities: What it claims: domain -> 0 to 1, as a dict or in a profile. At 0 it does not take the domain.
             name: Its node id, under which evidence about it is kept; absent: derived from what it is made of.
+            domains: Domains it takes at all, in any wording; absent: every one. A pinned task needs none of them.
+            replace: Whether it takes the place of a node of that name; runs in hand end with the agent they have.
             system_prompt: For a made agent, instead of the config's.
-            tools: For a made agent.
+            tools: For a made agent: tools, functions to make tools of, or a ToolRegistry.
+            provider: The model of a made agent, instead of the Runtime's; so nodes of one Runtime use several models:
+                `add_agent(provider=OpenAIProvider(config), config=config)`.
+            config: For a made agent, instead of the Runtime's. Its model and server are those of the provider.
 
         Raises:
-            LoomError: There is neither an agent nor a provider, what is given is no agent, or the name is taken or
-                not a token.
+            LoomError: There is neither an agent nor a provider, what is given is not an agent, a rating is not a
+                number from 0 to 1, or the name is taken or not a token.
         """
         if agent is None:
-            if self.provider is None:
-                raise LoomError("no provider: pass one to Runtime, or an agent or function to add_agent")
-            agent = Agent(self.provider, self.config, system_prompt=system_prompt, tools=tools)
+            provider, config = provider or self.provider, config or self.config
+            if provider is None:
+                raise LoomError("no provider: pass one to Runtime or add_agent, or an agent or function to add_agent")
+            unused = settings_without_effect(config, provider)
+            if unused:
+                log.warning("settings_without_effect", settings=unused, advice="pass provider=OpenAIProvider(config)")
+            agent = Agent(provider, config, system_prompt=system_prompt, tools=tools)
+        elif provider is not None or config is not None:
+            raise LoomError("provider and config are for an agent that add_agent makes: leave out the agent or these")
+        if isinstance(agent, AgentNode):
+            raise LoomError("an AgentNode is a node already: add it by rt.cluster.add_node(node)")
         as_agent(agent)  # what is none is refused here, and not by every run
-        capabilities = deepcopy(capabilities) if capabilities else CapabilityProfile()  # two nodes may claim alike
-        capabilities.tools = list(dict.fromkeys([*capabilities.tools, *getattr(agent, "tools", ())]))
-        if name is not None and self.cluster.get_node(name) is not None:
-            raise InvalidNode(f"there is another node {name}: remove it first or choose a name", node_id=name)
-        node = AgentNode(id=name or self._name(agent, capabilities), capabilities=capabilities, agent=agent)
+        profile = profile_of(capabilities, getattr(agent, "tools", ()))
+        takes = domains_of(domains)
+        node_id = name or self._name(agent, profile)
+        if replace:
+            self.cluster.remove_node(node_id)
+        elif self.cluster.get_node(node_id) is not None:
+            hint = f"choose another name, pass replace=True, or call remove_agent({node_id!r}) first"
+            raise InvalidNode(f"there is another node {node_id}: {hint}", node_id=node_id)
+        node = AgentNode(id=node_id, capabilities=profile, agent=agent, domains=takes)
         self.cluster.add_node(node)
+        return node
+
+    def remove_agent(self, name: str) -> AgentNode:
+        """Remove and return a node; it bids no more, and its runs in hand go on to their end.
+
+        Raises:
+            InvalidNode: There is not a node of that name.
+        """
+        node = self.cluster.remove_node(name)
+        if node is None:
+            known = ", ".join(each.id for each in self.cluster.nodes) or "none"
+            raise InvalidNode(f"there is not a node {name}; there are: {known}", node_id=name)
         return node
 
     def _name(self, agent: Any, capabilities: CapabilityProfile) -> str:
@@ -146,16 +179,8 @@ class Runtime:
         """
         if self.provider is None:
             raise LoomError("no provider: pass one to Runtime before it loads a skill")
-        tools = tools_of(self.skill_registry)
-        missing = sorted(set(skill.tools) - tools.keys())
-        if missing:
-            names = ", ".join(missing)
-            raise LoomError(f"skill {skill.name} names tools that the skill_registry was not given: {names}")
-        node = node_of(skill, tools, self.provider, self.config)
-        node.capabilities = CapabilityProfile(scores={skill.name: SKILL_CLAIM}, tools=list(skill.tools))
+        node = load(skill, self.skill_registry, self.provider, self.config)
         self.cluster.add_node(node)
-        self.skill_registry.register(skill)
-        self.skill_registry.mark_loaded(skill.name)
         return node
 
     def amoeba_loop(self) -> AmoebaLoop:
@@ -185,65 +210,98 @@ class Runtime:
 
     # -- tasks
 
-    async def submit(self, task: TaskAd, *, cancel_with_caller: bool = False) -> str:
+    @overload
+    async def submit(self, task: AnyAd, *, cancel_with_caller: bool = False) -> str: ...
+
+    @overload
+    async def submit(self, task: AnyAd, *, returns: type[T], cancel_with_caller: bool = False) -> T: ...
+
+    @overload
+    async def submit(self, task: AnyAd, *, returns: Any, cancel_with_caller: bool = False) -> Any: ...
+
+    async def submit(self, task: AnyAd, *, returns: Any = str, cancel_with_caller: bool = False) -> Any:
         """Return the answer to a task.
 
         Args:
-            task: The work.
+            task: The work: an ad, a dict of an ad's fields, or a text.
+            returns: The type of the answer: a dataclass, a pydantic model, a TypedDict, `list[int]`, …. Its JSON Schema
+                becomes the ad's `accept.json_schema`, unless the ad has one, and the answer is read as JSON of it.
             cancel_with_caller: Whether the task is cancelled when this call is, as by `asyncio.timeout`; otherwise
                 the task goes on, and only its answer is dropped.
 
         Raises:
             LoomError: The task failed; the class and its code say how.
+            RejectedResult: The answer is not of the type.
             WrongEventLoop: The Runtime is open in another event loop.
-        """
-        session = await self._open()
-        async with tasks.published(session.bus, task, deltas=False, cancel_with_caller=cancel_with_caller) as handle:
-            return await handle.content()
 
-    def submit_sync(self, task: TaskAd, timeout_s: float | None = None) -> str:
+        Example:
+            >>> await rt.submit("Which year was NATS first released?", returns=int)
+            2010
+        """
+        ad = with_schema(ad_of(task), returns)
+        session = await self._open()
+        async with tasks.published(session.bus, ad, deltas=False, cancel_with_caller=cancel_with_caller) as handle:
+            return as_type(await handle.content(), returns, ad.task_id)
+
+    @overload
+    def submit_sync(self, task: AnyAd, timeout_s: float | None = None) -> str: ...
+
+    @overload
+    def submit_sync(self, task: AnyAd, timeout_s: float | None = None, *, returns: type[T]) -> T: ...
+
+    @overload
+    def submit_sync(self, task: AnyAd, timeout_s: float | None = None, *, returns: Any) -> Any: ...
+
+    def submit_sync(self, task: AnyAd, timeout_s: float | None = None, *, returns: Any = str) -> Any:
         """Return the answer to a task, from code without an event loop: a script, a web view, a sync agent.
 
         While the Runtime is open in an event loop of another thread, the task goes through that loop; otherwise
         through a background thread that `dispose` ends.
 
         Args:
-            task: The work.
+            task: The work, as for `submit`.
             timeout_s: Seconds to wait for the answer; the task itself goes on. None: until the task ends.
+            returns: The type of the answer, as for `submit`.
 
         Raises:
             LoomError: The task failed, or this thread runs an event loop: use `await submit(…)` there.
+            RejectedResult: The answer is not of the type.
             TimeoutError: There is no answer in `timeout_s`.
             WrongEventLoop: The Runtime is open in an event loop that does not run now.
             BusUnavailable: The Runtime was closed meanwhile.
         """
+        ad = ad_of(task)
         loop = self._loop_for_sync()
-        answer = asyncio.run_coroutine_threadsafe(self.submit(task), loop)
+        answer = asyncio.run_coroutine_threadsafe(self.submit(ad, returns=returns), loop)
         try:
             return answer.result(timeout_s)
         except concurrent.futures.CancelledError:
-            raise BusUnavailable("the Runtime was closed before the task ended", task_id=task.task_id) from None
+            raise BusUnavailable("the Runtime was closed before the task ended", task_id=ad.task_id) from None
         finally:
             answer.cancel()  # after a timeout or an interrupt; without effect on an answer that is here
 
-    async def publish(self, task: TaskAd) -> TaskHandle:
-        """Hand a task to the loop and return at once: the handle gives `result`, `events`, `status`, `cancel`.
+    async def publish(self, task: AnyAd) -> TaskHandle:
+        """Publish a task and return at once: the handle gives `result`, `events`, `status`, `cancel`.
+
+        Args:
+            task: The work, as for `submit`.
 
         Raises:
             InvalidTask: The ad breaks a rule.
             Overloaded: The intake is full.
             BusUnavailable: No server or no phases answer.
         """
+        ad = ad_of(task)
         session = await self._open()
-        return await tasks.publish(session.bus, task)
+        return await tasks.publish(session.bus, ad)
 
     async def submit_many(
-        self, ads: Sequence[TaskAd], *, at_once: int = 64, cancel_with_caller: bool = False
+        self, ads: Sequence[AnyAd], *, at_once: int = 64, cancel_with_caller: bool = False
     ) -> list[TaskResult]:
         """Return the results of all tasks in their order; one that failed says so in its `error`.
 
         Args:
-            ads: Any number.
+            ads: Any number, each as for `submit`.
             at_once: Most tasks in the loop at a time.
             cancel_with_caller: Whether tasks in the loop are cancelled when this call is.
         """
@@ -257,7 +315,7 @@ class Runtime:
                 ) as handle:
                     return await handle.result()
 
-        waiting = [asyncio.ensure_future(one(ad)) for ad in ads]
+        waiting = [asyncio.ensure_future(one(ad_of(ad))) for ad in ads]
         try:
             return list(await asyncio.gather(*waiting))
         finally:  # after an error, too, none of them goes on

@@ -1,14 +1,16 @@
 """The shapes Python users hold: nodes that change while they work, and the messages re-exported under one name."""
 
-import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
+from loom.agents.job import Answer, Job
 from loom.schemas import auction
 from loom.schemas.config import ClusterConfig
+from loom.schemas.errors import InvalidTask
 from loom.schemas.events import (
     AgentEvent,
     Done,
@@ -41,11 +43,16 @@ from loom.schemas.llm import (
 )
 from loom.schemas.task import Accept, Limits, Priority, TaskAd, TaskError, TaskResult, slug
 
+if TYPE_CHECKING:
+    from loom.agents.tools import Tool, ToolContext, ToolRegistry, ToolResult, define_tool
+from loom.skills import Skill, SkillTrigger
+
 __all__ = [
     "Accept",
     "AgentBlueprint",
     "AgentEvent",
     "AgentNode",
+    "Answer",
     "AssistantMessage",
     "Bid",
     "CapabilityProfile",
@@ -57,6 +64,8 @@ __all__ = [
     "DoneEvent",
     "ErrorEvent",
     "HealthReport",
+    "InvalidTask",
+    "Job",
     "LLMProvider",
     "Limits",
     "LoopEvent",
@@ -85,15 +94,30 @@ __all__ = [
     "TextDelta",
     "TextDeltaEvent",
     "TokenUsage",
+    "Tool",
     "ToolCall",
     "ToolCallEnd",
     "ToolCallEndEvent",
     "ToolCallStart",
     "ToolCallStartEvent",
+    "ToolContext",
     "ToolDefinition",
+    "ToolRegistry",
+    "ToolResult",
     "Usage",
     "UserMessage",
+    "define_tool",
 ]
+
+_OF_TOOLS = frozenset({"Tool", "ToolContext", "ToolRegistry", "ToolResult", "define_tool"})
+
+
+def __getattr__(name: str) -> Any:
+    """Import what tools are made of when it is asked for: the shapes alone stay cheap."""
+    if name not in _OF_TOOLS:
+        raise AttributeError(f"module 'loom.types' has no attribute {name!r}")
+    return getattr(import_module("loom.agents.tools"), name)
+
 
 NodeStatus = Literal["idle", "busy", "splitting", "dying"]
 
@@ -184,6 +208,15 @@ class AgentNode:
     blueprint_id: str | None = None
     decayed_at: float = 0.0
     """Seconds since the epoch of the last decay of its scores; 0: never."""
+    domains: Collection[str] | None = None
+    """Domains it takes at all, in any wording; None: every one. A task pinned to the node needs no domain of it.
+
+    Two wordings are one domain when they share a slug, as in `capabilities`.
+    """
+
+    def takes(self, domain: str) -> bool:
+        """Return whether it takes tasks of a domain (its wording or its slug): one it names, with a score above 0."""
+        return self.claim(domain) > 0
 
     def remember(self, *, task_id: str, domain: str, reward: float, token_cost: int, at: float) -> None:
         """Append a record to the history, dropping the domain's oldest past 120."""
@@ -210,7 +243,12 @@ class AgentNode:
         return not required or self._tools().issuperset(required)
 
     def claim(self, domain: str) -> float:
-        """Return how well it says it does a domain (its wording or its slug), in [0, 1]."""
+        """Return how well it says it does a domain (its wording or its slug), in [0, 1]; 0: it does not take it."""
+        if self.domains is not None:
+            wanted = slug(domain)
+            names = (self.domains,) if isinstance(self.domains, str) else self.domains
+            if not any(slug(name) == wanted for name in names):
+                return 0.0
         return self.capabilities.score(domain)
 
     def mirror(self, profile: NodeProfile) -> None:
@@ -297,59 +335,6 @@ class HealthReport:
     """merge: its knowledge is worth passing on; recycle: it is not."""
     standing: Standing = "new"
     """new: no task of it has been judged; unproven: fewer than ten have; failing: most of three or more went wrong."""
-
-
-@dataclass
-class SkillTrigger:
-    """When a skill is called for. One that could never match is refused with ValueError."""
-
-    type: Literal["keyword", "pattern", "semantic", "custom"] = "keyword"
-    keywords: list[str] = field(default_factory=list)
-    pattern: str = ""
-    """A regular expression (Python's `re`), matched anywhere, upper and lower case alike."""
-    match_all: bool = False
-    """Whether every keyword must occur."""
-    threshold: float = 0.7
-    """Least answer of `evaluator` that counts."""
-    evaluator: Callable[[str], float] | None = None
-    """semantic and custom: text -> how well it fits, 0 to 1."""
-
-    def __post_init__(self) -> None:
-        needed = {"keyword": self.keywords, "pattern": self.pattern}.get(self.type, self.evaluator)
-        if not needed:
-            part = {"keyword": "keywords", "pattern": "a pattern"}.get(self.type, "an evaluator")
-            raise ValueError(f"a {self.type} trigger needs {part}")
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(f"the trigger's pattern does not compile: {error}") from None
-
-
-@dataclass
-class Skill:
-    """Instructions an agent can be given when a task calls for them.
-
-    Raises:
-        ValueError: `trigger` is a dict that does not make a SkillTrigger.
-    """
-
-    name: str
-    description: str = ""
-    instructions: str = ""
-    activation_level: Literal["always", "conditional", "manual"] = "conditional"
-    """manual: never chosen by its trigger."""
-    priority: float = 0.5
-    """0 to 1; weighs the trigger's match."""
-    trigger: SkillTrigger | None = None
-    """Absent: a task calls for the skill by its name and description. A dict of its fields does, too."""
-    tools: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.trigger, dict):
-            try:
-                self.trigger = SkillTrigger(**self.trigger)
-            except TypeError as error:
-                raise ValueError(f"the trigger of skill {self.name} is not a SkillTrigger: {error}") from None
 
 
 @dataclass

@@ -84,7 +84,7 @@ class TokenUsage(Wire, frozen=True, kw_only=True):
     completion_tokens: Count = 0
     total_tokens: Count = 0
     estimated_cost: Number = 0.0
-    """Always 0: prices are not known here."""
+    """US dollars, as far as the agent reports them."""
     estimated: bool = False
     """Whether tokens were guessed from text lengths because the model did not say."""
 

@@ -3,6 +3,9 @@
 from collections.abc import AsyncIterator
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from msgspec import Struct
+from msgspec.structs import force_setattr
+
 from loom.schemas.wire import Count, FreeJson, Wire
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -79,17 +82,42 @@ class CompletionResult(Wire, frozen=True, kw_only=True):
     usage: Usage | None = None
     finish_reason: str | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _fill_absent(self, content="", reasoning="", refusal="", tool_calls=())
+
 
 class StreamChunk(Wire, frozen=True, kw_only=True):
-    """A piece of a model's answer; the last one carries `finish_reason` and, where known, `usage`."""
+    """A piece of a model's answer; the last one carries `finish_reason` and `usage`, where they are known.
+
+    None in place of a text or of the calls means that there is none.
+    """
 
     text: str = ""
     reasoning: str = ""
     refusal: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
-    """Complete calls, only in the last chunk."""
+    """Complete calls."""
     usage: Usage | None = None
     finish_reason: str | None = None
+    tool_call: ToolCall | None = None
+    """Another way to give one complete call; it becomes the last of `tool_calls`."""
+    tool_call_delta: Any = None
+    """Ignored: fragments of a call mean nothing to an agent."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _fill_absent(self, text="", reasoning="", refusal="", tool_calls=())
+        if self.tool_call is not None and self.tool_call not in self.tool_calls:
+            force_setattr(self, "tool_calls", (*self.tool_calls, self.tool_call))
+        force_setattr(self, "tool_call_delta", None)
+
+
+def _fill_absent(message: Struct, **defaults: Any) -> None:
+    """Put a field's default where its value is None, as other libraries give what is absent."""
+    for name, default in defaults.items():
+        if getattr(message, name) is None:
+            force_setattr(message, name, default)
 
 
 @runtime_checkable

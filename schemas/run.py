@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Raw
 
+from loom.schemas.conversation import earlier_turns
 from loom.schemas.events import Progress
+from loom.schemas.llm import Message
 from loom.schemas.task import Accept, Priority, RunResult, TaskAd, TaskError, TaskResult
 from loom.schemas.wire import (
     Count,
@@ -70,6 +72,11 @@ class RunRequest(Relayed, frozen=True, kw_only=True):
     def key(self) -> str:
         """What tools may use to recognise a repeated effect."""
         return f"{self.task_id}:{self.attempt}"
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation as turns, oldest first: those of `context["conversation"]`, then the description."""
+        return (*earlier_turns(self.context), Message(role="user", content=self.description))
 
 
 RunKind = Literal[

@@ -1,36 +1,171 @@
-"""How an agent and its model are set up: the seed's names and defaults."""
+"""The settings of an agent and of the model it uses."""
 
+import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from loom.agents.llm.checks import header_fault, key_fault, url_fault
+from loom.schemas.wire import free_json_fault
+
+PROVIDERS = ("openai",)
+GREATEST_TEMPERATURE = 2.0
+RESERVED = frozenset({"messages", "tools", "stream"})
+"""Fields of a request that `extra` cannot set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig:
-    """Settings of an agent and of the model it asks; its repr shows no secret.
+    """Settings of an agent and of the model it uses; its repr shows no key and no header.
+
+    A setting of None is left out of the request, so that the server's own default holds.
+
+        AgentConfig(model="gpt-5-mini", temperature=None, reasoning_effort="low", extra={"seed": 7})
+        AgentConfig(model="my-deployment", base_url="https://me.openai.azure.com", api_version="2024-10-21")
 
     Raises:
-        ValueError: A limit is below 1.
+        ValueError: A setting is out of range, or cannot be sent as it is; the message names it.
     """
 
     provider: str = "openai"
+    """The protocol: `openai`, at any server that has it. For another one, pass an object with `complete` and `stream`
+    in the place of `OpenAIProvider`."""
     model: str = "gpt-4o-mini"
+    """With Azure: the deployment."""
     system_prompt: str = ""
     max_steps: int = 10
     """Most rounds with the model for one job."""
-    temperature: float = 0.7
-    max_tokens: int = 4096
-    """Most tokens of one answer."""
+    temperature: float | None = 0.7
+    """0 to 2."""
+    max_tokens: int | None = 4096
+    """Most tokens of one answer, reasoning included. Sent as `max_completion_tokens` to models that require it."""
     token_budget: int = 128_000
     """Most tokens one conversation may grow to."""
     stream: bool = True
+    reasoning_effort: str | None = None
+    """`low`, `medium`, `high` or what else the model knows."""
+    tool_choice: str | dict[str, Any] | None = None
+    """Sent with each request that has tools."""
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Fields merged into the body of each request, over those of the other settings: `{"top_p": 0.9, "seed": 7}`. A
+    value of None takes a field out. As `extra_body` of the openai library."""
+    headers: dict[str, str] = field(default_factory=dict, repr=False)
+    """Sent with each request."""
     api_key: str | None = field(default=None, repr=False)
-    """Absent: `OPENAI_API_KEY`."""
+    """Absent: `OPENAI_API_KEY`, with `api_version` also `AZURE_OPENAI_API_KEY`. White space around it is removed."""
     base_url: str | None = None
-    """Absent: `OPENAI_BASE_URL`, else OpenAI's own."""
+    """Absent: `OPENAI_BASE_URL`, else OpenAI's own, with `api_version` `AZURE_OPENAI_ENDPOINT`. A query in it is
+    sent with each request."""
+    api_version: str | None = None
+    """Makes the server an Azure one: sent as `api-version`, with the key in the header `api-key`."""
+    timeout_s: float = 60.0
+    """How many seconds a server may send nothing before a try is given up."""
+    connect_timeout_s: float = 10.0
     tool_context: dict[str, Any] = field(default_factory=dict, repr=False)
     """Handed to tools that ask for a ToolContext."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "max_tokens", "token_budget"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if isinstance(self.api_key, str):
+            object.__setattr__(self, "api_key", self.api_key.strip() or None)
+        for name, (holds, rule) in _RULES.items():
+            value = getattr(self, name)
+            if not holds(value):
+                raise ValueError(f"{name} {rule}" + ("" if name in _UNSHOWN else f", not {value!r}"))
+        faults = {
+            "provider": None if self.provider in PROVIDERS else _OTHER_PROVIDER,
+            "api_key": None if self.api_key is None else key_fault(self.api_key),
+            "base_url": None if self.base_url is None else url_fault(self.base_url),
+            **{f"headers[{name!r}]": header_fault(name, value) for name, value in self.headers.items()},
+        }
+        for name, fault in faults.items():
+            if fault:
+                raise ValueError(f"{name} {fault}")
+
+
+OF_PROVIDERS = (
+    "provider",
+    "model",
+    "reasoning_effort",
+    "tool_choice",
+    "extra",
+    "headers",
+    "api_key",
+    "base_url",
+    "api_version",
+    "timeout_s",
+    "connect_timeout_s",
+)
+"""Settings that a provider reads, and an agent does not."""
+
+
+def settings_without_effect(config: AgentConfig, provider: Any) -> list[str]:
+    """Return the settings of an agent's config that are set, and that its provider does not have.
+
+    Empty where the provider has no AgentConfig as its `config`: it may take them from anywhere.
+    """
+    own, default = getattr(provider, "config", None), AgentConfig()
+    if not isinstance(own, AgentConfig):
+        return []
+    return [
+        name
+        for name in OF_PROVIDERS
+        if getattr(config, name) != getattr(default, name) and getattr(config, name) != getattr(own, name)
+    ]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_temperature(value: Any) -> bool:
+    return value is None or (_is_number(value) and 0 <= value <= GREATEST_TEMPERATURE)
+
+
+def _is_optional_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_json(value: Any) -> bool:
+    return free_json_fault(value, max_bytes=sys.maxsize) is None
+
+
+def _has_text_keys(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+_COUNT = (_is_count, "must be a whole number and at least 1")
+_SECONDS = (lambda value: _is_number(value) and value > 0, "must be a number of seconds above 0")
+_OPTIONAL_TEXT = (_is_optional_text, "must be a text or None")
+_OTHER_PROVIDER = (
+    f"is unknown; known: {', '.join(PROVIDERS)}, for any server with OpenAI's chat completions API (see base_url). "
+    "For another API pass an object with `complete` and `stream` in the place of OpenAIProvider"
+)
+_UNSHOWN = frozenset({"system_prompt", "extra", "headers"})
+"""Settings whose values no message holds."""
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "provider": (lambda value: isinstance(value, str), "must be a text"),
+    "model": (lambda value: isinstance(value, str) and value.strip() != "", "must be the name of a model"),
+    "system_prompt": (lambda value: isinstance(value, str), "must be a text"),
+    "max_steps": _COUNT,
+    "temperature": (_is_temperature, f"must be None or a number from 0 to {GREATEST_TEMPERATURE:g}"),
+    "max_tokens": (lambda value: value is None or _is_count(value), f"{_COUNT[1]}, or None"),
+    "token_budget": _COUNT,
+    "reasoning_effort": _OPTIONAL_TEXT,
+    "tool_choice": (
+        lambda value: isinstance(value, str | dict | None) and _is_json(value),
+        "must be a text, a JSON object or None",
+    ),
+    "extra": (
+        lambda value: _has_text_keys(value) and not RESERVED & value.keys() and _is_json(value),
+        f"must be JSON: a dict of a request's fields, without {', '.join(sorted(RESERVED))}: the agent sets those",
+    ),
+    "headers": (_has_text_keys, "must be a dict of texts"),
+    "api_version": _OPTIONAL_TEXT,
+    "timeout_s": _SECONDS,
+    "connect_timeout_s": _SECONDS,
+}

@@ -1,33 +1,46 @@
 """A user's model provider, for a process that does other work too."""
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
-from loom.agents.user_code import BaseExceptionRaised, Opened, guarded, type_name
+from loom.agents.deadline import Deadline
+from loom.agents.llm.completion import chunks
+from loom.agents.llm.model_answer import ModelAnswer
+from loom.agents.user_code import BaseExceptionRaised, type_name
 from loom.schemas.errors import AgentFailed
 from loom.schemas.llm import CompletionParams, CompletionResult, LLMProvider, StreamChunk
 
+LIMIT_S = 180.0
+"""How long an answer may take where the question sets no limit."""
+
 
 class GuardedProvider:
-    """A provider that cannot end the process or task that asks it: such an exception comes out as AgentFailed."""
+    """A provider that cannot end the process or task that asks it: such an exception comes out as AgentFailed.
+
+    It reads what `Agent` reads: answers of other forms, and of providers with `complete` or `stream` alone.
+    """
 
     def __init__(self, provider: LLMProvider) -> None:
         self._provider = provider
 
     async def complete(self, params: CompletionParams) -> CompletionResult:
-        """Return the provider's answer."""
-        try:
-            with guarded():
-                return await self._provider.complete(params)
-        except BaseExceptionRaised as error:
-            raise AgentFailed(f"the model's provider raised {type_name(error)}") from error
+        """Return the provider's answer, without a block of thoughts at its start."""
+        answer = ModelAnswer()
+        async with aclosing(self._chunks(params, streaming=False)) as pieces:
+            async for piece in pieces:
+                answer.add(piece)
+        answer.end()
+        return answer.result()
 
-    async def stream(self, params: CompletionParams) -> AsyncGenerator[StreamChunk, None]:
+    def stream(self, params: CompletionParams) -> AsyncGenerator[StreamChunk, None]:
         """Yield the provider's pieces."""
+        return self._chunks(params, streaming=True)
+
+    async def _chunks(self, params: CompletionParams, *, streaming: bool) -> AsyncGenerator[StreamChunk, None]:
+        deadline = Deadline(LIMIT_S if params.timeout_s is None else params.timeout_s)
         try:
-            with guarded():
-                source = self._provider.stream(params)
-            async with Opened(source) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+            async with aclosing(chunks(self._provider, params, deadline, streaming=streaming)) as pieces:
+                async for piece in pieces:
+                    yield piece
         except BaseExceptionRaised as error:
             raise AgentFailed(f"the model's provider raised {type_name(error)}") from error

@@ -1,257 +1,257 @@
-"""Models behind OpenAI's chat completions API, at OpenAI or anywhere that speaks it.
+"""Models behind OpenAI's chat completions API, at OpenAI or any server that has it.
 
 A fault ends as AgentFailed or DeadlineExceeded, and nothing else:
 
+set-up       a missing key, a proxy that cannot be used: fails at once, `field` names the setting
+parameters   a refusal that names an unsupported parameter: asked again at once without it, and remembered
 passing      429, 408, 500 and up, no connection, silence, an error in the place of an answer: asked again, three
              times in all, after 1 and 2 s, or after the wait the server asks for, up to `PATIENCE_S`
-a long wait  fails at once with `retry_after_s`: whoever called can wait without holding a place
-final        any other refusal, an answer of another form, one that breaks off after its first piece
+a long wait  fails at once with `retry_after_s`: the caller can wait without holding a place
+final        any other refusal, a quota that is used up, an answer of another form, one that breaks off after its
+             first piece
 """
 
 import asyncio
-import importlib
 import os
 import random
-import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
-from contextlib import aclosing
-from email.utils import parsedate_to_datetime
-from itertools import count
-from math import isfinite
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from loom.agents.deadline import Deadline
+from loom.agents.llm.answers import AnswerReader, BrokeOff, Unreadable
+from loom.agents.llm.bodies import BodyReader
+from loom.agents.llm.clients import Clients
+from loom.agents.llm.compatibility import MAX_MENDS, Compatibility, mended
 from loom.agents.llm.config import AgentConfig
-from loom.agents.llm.usage import usage_of
-from loom.agents.user_code import text_of
+from loom.agents.llm.endpoints import Endpoint, endpoint_of
+from loom.agents.llm.refusals import ErrorReply, Refusal, body_of, refusal_of, sentence
+from loom.agents.llm.requests import request_of
+from loom.agents.user_code import type_name
 from loom.bus.log import get_logger
-from loom.bus.redaction import redact
 from loom.schemas.errors import AgentFailed, LoomError
-from loom.schemas.llm import CompletionParams, CompletionResult, Message, StreamChunk, ToolCall, ToolDefinition
+from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
 
 if TYPE_CHECKING:
-    from openai import APIError, APIStatusError, AsyncOpenAI
+    from openai import AsyncOpenAI
 
 T = TypeVar("T")
+Request = dict[str, Any]
 
 TRIES = 3
 BACKOFF_S = 1.0
 """Wait before the second try; twice that before the third."""
 PATIENCE_S = 5.0
 """Longest wait a server may ask for that is spent here."""
-SILENCE_S = 60.0
-"""How long a server may say nothing before a try is given up."""
-CONNECT_S = 10.0
-LIMIT_S = TRIES * SILENCE_S
-"""How long all tries may take together when the question sets no limit."""
-MAX_REASON_CHARS = 300
-HTTP_LIBRARIES = frozenset({"httpx", "httpx2"})
-"""What openai's library builds on: versions of it let those errors through while a stream is read."""
-OPENAI_URL = "https://api.openai.com/v1"
-REFUSES_ACCESS = frozenset({401, 403})
-SERVER_ERROR = 500
-TRY_AGAIN = frozenset({408, 429})
-"""With all from 500 up: what another try may cure."""
+DRAIN_S = 0.5
+"""How long the rest of a body is read after the end mark, so that the connection can be used again."""
+HTTP_LIBRARIES = frozenset({"httpx", "httpx2", "httpcore", "httpcore2"})
+"""What openai's library builds on: those errors come through while a body is read."""
 
 log = get_logger()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fault:
+    """Why a try failed."""
+
+    error: AgentFailed
+    curable: bool
+    """Whether another try may help."""
+    refusal: Refusal | None = None
 
 
 class OpenAIProvider:
     """A model reached through the openai library, which is imported and connected on first use.
 
+    What the model does not accept is remembered for as long as the provider lives.
+
     Args:
-        config: `model`, `api_key` and `base_url` count; absent, the last two are the openai library's own
-            `OPENAI_API_KEY` and `OPENAI_BASE_URL`.
+        config: The model, its server, and the options of each request; absent: the defaults, with the openai
+            library's own `OPENAI_API_KEY` and `OPENAI_BASE_URL`.
+
+    Raises:
+        AgentFailed: One of these variables holds what cannot be used; `field` names it.
     """
 
     def __init__(self, config: AgentConfig | None = None) -> None:
-        self._config = config or AgentConfig()
-        self._clients: dict[asyncio.AbstractEventLoop, tuple[AsyncGenerator[AsyncOpenAI, None], AsyncOpenAI]] = {}
+        self.config = config or AgentConfig()
+        self._clients = Clients(self.config.timeout_s, self.config.connect_timeout_s)
+        self._compatibility = Compatibility()
+        # A missing key is found on first use: the environment may be completed until then.
+        self._endpoint = endpoint_of(self.config, os.environ, key_required=False)
+        self._complete = False
 
     async def complete(self, params: CompletionParams) -> CompletionResult:
         """Return the whole answer, trying up to three times while `params.timeout_s` lasts.
 
         Raises:
-            AgentFailed: The model could not be asked; `retry_after_s` where another try may help and its server said
-                how long to wait.
+            AgentFailed: The model could not be asked; `retry_after_s` where another try may help and its server
+                gave a time to wait, `field` where a setting is the cause.
             DeadlineExceeded: `params.timeout_s` ran out.
         """
 
-        async def ask(client: "AsyncOpenAI") -> CompletionResult:
-            reply = await client.chat.completions.create(**self._request(params), stream=False)
-            choice = reply.choices[0]
-            calls = _Calls()
-            calls.add(choice.message.tool_calls or ())
-            return CompletionResult(
-                content=choice.message.content or "",
-                tool_calls=calls.whole(),
-                usage=usage_of(reply.usage),
-                finish_reason=choice.finish_reason,
-            )
+        async def ask(client: "AsyncOpenAI", request: Request) -> CompletionResult:
+            async with aclosing(self._chunks(client, request)) as chunks:
+                return _joined([chunk async for chunk in chunks])
 
-        return await self._persist(ask, _deadline(params))
+        return await self._persist(ask, params, self._deadline(params), stream=False)
 
     async def stream(self, params: CompletionParams) -> AsyncGenerator[StreamChunk, None]:
         """Yield the answer in pieces; tool calls, usage and finish reason come with the last.
 
-        Tried again only while nothing has been yielded. A last `finish_reason` of None: the answer broke off.
+        Tried again only while nothing has been yielded.
 
         Raises:
-            AgentFailed: The model could not be asked (see `complete`), or broke off with an error.
+            AgentFailed: The model could not be asked (see `complete`), or its answer broke off; then `partial` holds
+                the text there is.
             DeadlineExceeded: `params.timeout_s` ran out.
         """
-        deadline = _deadline(params)
+        deadline = self._deadline(params)
 
-        async def begin(client: "AsyncOpenAI") -> tuple[StreamChunk, AsyncGenerator[StreamChunk, None]]:
-            chunks = self._chunks(client, params)
+        async def begin(client: "AsyncOpenAI", request: Request) -> tuple[StreamChunk, AsyncGenerator[StreamChunk]]:
+            chunks = self._chunks(client, request)
             return await anext(chunks), chunks
 
-        first, rest = await self._persist(begin, deadline)
+        first, rest = await self._persist(begin, params, deadline, stream=True)
         async with aclosing(rest), aclosing(deadline.each(rest)) as chunks:
             yield first
+            written = [first.text]
             try:
                 async for chunk in chunks:
+                    written.append(chunk.text)
                     yield chunk
             except LoomError:
                 raise
-            except Exception as error:  # see _failure: the library lets more than its own errors through
-                failure, _ = self._failure(error)
-                raise AgentFailed(f"the model's answer broke off: {failure.message}", **failure.facts) from error
+            except Exception as error:  # see _fault: the library lets more than its own errors through
+                failure = self._fault(error).error
+                broke_off = failure.message if isinstance(error, BrokeOff) else f"{_BROKE_OFF}: {failure.message}"
+                raise AgentFailed(broke_off, partial="".join(written), **failure.facts) from error
 
     async def aclose(self) -> None:
         """Close the connections of the running event loop; the provider may be used again."""
-        lifetime, _ = self._clients.pop(asyncio.get_running_loop(), (None, None))
-        if lifetime is not None:
-            await lifetime.aclose()
+        await self._clients.aclose()
 
-    async def _chunks(self, client: "AsyncOpenAI", params: CompletionParams) -> AsyncGenerator[StreamChunk, None]:
-        source = await client.chat.completions.create(
-            **self._request(params), stream=True, stream_options={"include_usage": True}
-        )
-        calls, usage, reason = _Calls(), None, None
-        try:
-            async for event in source:
-                usage = usage_of(event.usage) or usage
-                for choice in event.choices:  # none in the event that tells the usage
-                    reason = choice.finish_reason or reason
-                    calls.add(choice.delta.tool_calls or ())
-                    if choice.delta.content:
-                        yield StreamChunk(text=choice.delta.content)
-        finally:
-            await source.close()
-        yield StreamChunk(tool_calls=calls.whole(), usage=usage, finish_reason=reason)
+    async def _chunks(self, client: "AsyncOpenAI", request: Request) -> AsyncGenerator[StreamChunk, None]:
+        """Send a request and yield what the body of its answer holds, whether it streams or not."""
+        body, answer = BodyReader(), AnswerReader()
+        create = client.chat.completions.with_streaming_response.create
+        async with (
+            create(model=request["model"], messages=[], extra_body=request) as response,
+            aclosing(_values(response.iter_bytes(), body, answer)) as values,
+        ):
+            async for value in values:
+                chunk = answer.read(value)
+                if chunk is not None:
+                    yield chunk
+        if answer.reasoning_field == "reasoning_content" and self._compatibility.reasoning_content is None:
+            self._compatibility = replace(self._compatibility, reasoning_content=True)
+        yield answer.last(ended=body.ended, whole=body.whole)
 
-    async def _persist(self, ask: "Callable[[AsyncOpenAI], Awaitable[T]]", deadline: Deadline) -> T:
+    async def _persist(
+        self,
+        ask: "Callable[[AsyncOpenAI, Request], Awaitable[T]]",
+        params: CompletionParams,
+        deadline: Deadline,
+        *,
+        stream: bool,
+    ) -> T:
         """Ask up to three times, as long as another try may help and there is time to wait for it."""
-        for tries in count(1):
+        tries, mends = 1, 0
+        while True:
+            request = request_of(self.config, params, self._compatibility, stream=stream)
             try:
                 async with deadline.enforced():
-                    return await ask(await self._client())
+                    return await ask(await self._client(), request)
             except LoomError:
                 raise
-            except Exception as error:  # see _failure: the library lets more than its own errors through
-                failure, curable = self._failure(error)
-                asked = failure.retry_after_s
+            except Exception as error:  # see _fault: the library lets more than its own errors through
+                fault = self._fault(error)
+                if mends < MAX_MENDS and self._mend(request, params, fault.refusal, stream=stream):
+                    mends += 1
+                    continue
+                asked = fault.error.retry_after_s
                 wait = backoff_s(tries, random.random()) if asked is None else asked  # noqa: S311 - spreads load
                 too_long = wait >= deadline.left or (asked is not None and asked > PATIENCE_S)
-                if not curable or tries == TRIES or too_long:
-                    raise failure from error
-            log.info("model_asked_again", model=self._config.model, tries=tries, wait_s=wait, reason=failure.message)
+                if not fault.curable or tries == TRIES or too_long:
+                    raise fault.error from error
+            log.info("model_asked_again", model=self.config.model, tries=tries, wait_s=wait, reason=fault.error.message)
             await asyncio.sleep(wait)
-        raise AssertionError("unreachable: the last try returns or raises")
+            tries += 1
+
+    def _mend(self, request: Request, params: CompletionParams, refusal: Refusal | None, *, stream: bool) -> bool:
+        """Learn from a refusal; whether the next request differs from the refused one."""
+        if refusal is None:
+            return False
+        if request_of(self.config, params, self._compatibility, stream=stream) != request:
+            return True  # another request has met the same refusal meanwhile
+        step = mended(self._compatibility, request, refusal)
+        if step is None:
+            return False
+        self._compatibility, name = step
+        log.warning("model_refuses_parameter", model=self.config.model, server=self._endpoint.host, parameter=name)
+        return request_of(self.config, params, self._compatibility, stream=stream) != request
 
     async def _client(self) -> "AsyncOpenAI":
-        """The running loop's client: connections do not outlive their loop."""
-        loop = asyncio.get_running_loop()
-        if loop not in self._clients:
-            if "openai" not in sys.modules:
-                await asyncio.to_thread(importlib.import_module, "openai")  # takes about a second
-            for other in list(self._clients):
-                if other.is_closed():
-                    del self._clients[other]
-            if loop not in self._clients:
-                lifetime = self._lifetime()
-                self._clients[loop] = lifetime, await anext(lifetime)
-        return self._clients[loop][1]
+        """Return the running loop's client."""
+        if not self._complete:
+            self._endpoint = endpoint_of(self.config, os.environ)
+            self._complete = True
+        return await self._clients.get(self._endpoint)
 
-    async def _lifetime(self) -> "AsyncGenerator[AsyncOpenAI, None]":
-        # A generator, because asyncio.run closes those its loop leaves open: so nobody need call aclose.
+    def _deadline(self, params: CompletionParams) -> Deadline:
+        return Deadline(TRIES * self.config.timeout_s if params.timeout_s is None else params.timeout_s)
+
+    def _fault(self, error: Exception) -> _Fault:
+        """Return the typed error for an exception that came out of the library or a reader."""
         import openai  # noqa: PLC0415 - slow to import
 
-        base_url = self._config.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-        key = self._config.api_key or os.environ.get("OPENAI_API_KEY")
-        if not key and base_url != OPENAI_URL:
-            key = "none"  # the library insists on one, local servers do not
-        async with openai.AsyncOpenAI(
-            api_key=key or None,
-            base_url=base_url,
-            max_retries=0,
-            timeout=openai.Timeout(SILENCE_S, connect=CONNECT_S),
-        ) as client:
-            yield client
-
-    def _request(self, params: CompletionParams) -> dict[str, Any]:
-        request: dict[str, Any] = {
-            "model": self._config.model,
-            "messages": [_message(each) for each in params.messages],
-            "temperature": params.temperature,
-            "max_tokens": params.max_tokens,
-        }
-        if params.tools:
-            request["tools"] = [_tool(each) for each in params.tools]
-        if params.json_schema is not None:
-            schema = {"name": "answer", "schema": params.json_schema}
-            request["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return request
-
-    def _failure(self, error: Exception) -> tuple[AgentFailed, bool]:
-        """The typed error for whatever came out of the library, and whether another try may help.
-
-        That is more than its own errors: it builds its objects unchecked, so that a server which answers
-        something else shows as any kind of error where the answer is read.
-        """
-        import openai  # noqa: PLC0415 - slow to import
-
-        server = f"the model's server at {self._host()}"
         match error:
-            case openai.APIConnectionError():
-                return AgentFailed(_silence(error, server)), True
+            case ErrorReply():
+                return self._refused(refusal_of(error.body, status=None, headers={}, now=time.time()))
             case openai.APIStatusError():
-                return self._refusal(error, server)
-            case openai.APIError():
-                return AgentFailed(f"{server} failed{self._reason(error)}"), True
-            case openai.OpenAIError():
-                return AgentFailed("the model needs an API key: set OPENAI_API_KEY or AgentConfig(api_key=…)"), False
-            case _ if type(error).__module__.partition(".")[0] in HTTP_LIBRARIES:
-                return AgentFailed(_silence(error, server)), True
+                body, headers = body_of(error.response.text), error.response.headers
+                return self._refused(refusal_of(body, status=error.status_code, headers=headers, now=time.time()))
+            case BrokeOff():
+                message, curable = f"{_BROKE_OFF}: {self._server} ended the stream before the answer", True
+            case _ if isinstance(error, openai.APIConnectionError) or _library(error) in HTTP_LIBRARIES:
+                message, curable = self._silence(error), True
+            case Unreadable():
+                message, curable = f"the answer of {self._server} {error}", False
             case _:
-                return AgentFailed(f"the answer of {server} could not be read ({type(error).__name__})"), False
+                message, curable = f"the answer of {self._server} could not be read ({type_name(error)})", False
+        return _Fault(error=AgentFailed(message), curable=curable)
 
-    def _refusal(self, error: "APIStatusError", server: str) -> tuple[AgentFailed, bool]:
-        status = error.status_code
-        wait = retry_after_s(error.response.headers, time.time())
-        facts = {} if wait is None else {"retry_after_s": wait}
-        if status in REFUSES_ACCESS:  # its message may repeat a part of the key
-            return AgentFailed(f"{server} refuses access ({status}): check the API key"), False
-        if status in TRY_AGAIN:
-            return AgentFailed(f"{server} is too busy ({status}){self._reason(error)}", **facts), True
-        if status >= SERVER_ERROR:
-            return AgentFailed(f"{server} failed ({status}){self._reason(error)}", **facts), True
-        return AgentFailed(f"{server} refused the request ({status}){self._reason(error)}"), False
+    def _refused(self, refusal: Refusal) -> _Fault:
+        endpoint: Endpoint = self._endpoint
+        versioned = endpoint.azure or urlsplit(endpoint.url).path.endswith("/v1")
+        message = sentence(refusal, self._server, versioned=versioned, secrets=endpoint.secrets)
+        facts = {} if refusal.wait_s is None else {"retry_after_s": refusal.wait_s}
+        return _Fault(error=AgentFailed(message, **facts), curable=refusal.curable, refusal=refusal)
 
-    def _reason(self, error: "APIError") -> str:
-        """Return the server's own message, without secrets; empty where it is a page of HTML."""
-        text = error.body.get("message") if isinstance(error.body, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            return ""
-        text = redact(text_of(text[: 4 * MAX_REASON_CHARS]), [self._config.api_key or ""])
-        return ": " + " ".join(text.split())[:MAX_REASON_CHARS]
+    @property
+    def _server(self) -> str:
+        return f"the model's server at {self._endpoint.host}"
 
-    def _host(self) -> str:
-        url = self._config.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-        return urlsplit(url).netloc.rpartition("@")[2]
+    def _silence(self, error: Exception) -> str:
+        """Return how the connection was lost, or not made."""
+        kinds = {type(each).__name__ for each in (error, error.__cause__)}
+        if "ConnectTimeout" in kinds:
+            return f"{self._server} could not be reached within {self.config.connect_timeout_s:g} s"
+        if kinds & {"APITimeoutError", "ReadTimeout"}:
+            return f"{self._server} sent nothing for {self.config.timeout_s:g} s"
+        return f"the connection to {self._server} failed"
+
+
+_BROKE_OFF = "the model's answer broke off"
+
+
+def _library(error: Exception) -> str:
+    """Return the top-level package that an exception's class is of."""
+    return type(error).__module__.partition(".")[0]
 
 
 def backoff_s(tries: int, jitter: float) -> float:
@@ -259,85 +259,37 @@ def backoff_s(tries: int, jitter: float) -> float:
     return BACKOFF_S * 2.0 ** (tries - 1) * (0.75 + jitter / 2)
 
 
-def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Return how many seconds a server asks to wait, by `retry-after-ms` or `Retry-After` (seconds or a date).
-
-    Args:
-        headers: Looked up in lower case. A date counts from the server's own `Date`.
-        now: Seconds since the epoch, for an answer without a `Date`.
-    """
-    for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) * unit_s
-        except ValueError:
-            continue
-        if isfinite(seconds) and seconds >= 0:
-            return seconds
-    until = _date(headers.get("retry-after", ""))
-    if until is None:
-        return None
-    sent = _date(headers.get("date", ""))
-    return max(0.0, until - (now if sent is None else sent))
-
-
-def _date(text: str) -> float | None:
+async def _values(pieces: AsyncIterable[bytes], body: BodyReader, answer: AnswerReader) -> AsyncGenerator[Any, None]:
+    """Yield the JSON values of a body."""
+    source = aiter(pieces)
     try:
-        return parsedate_to_datetime(text).timestamp()
-    except (ValueError, OverflowError):
-        return None
+        async for data in source:
+            for value in body.feed(data):
+                yield value
+            if body.ended:
+                break
+    except LoomError:
+        raise
+    except Exception:
+        if answer.finish_reason is None:
+            raise
+        # The answer is complete: how its connection ends does not matter.
+    if body.ended:
+        with suppress(Exception):  # the answer is here
+            async with asyncio.timeout(DRAIN_S):
+                async for _ in source:
+                    pass
+    for value in body.rest():
+        yield value
 
 
-def _silence(error: Exception, server: str) -> str:
-    """How the connection to `server` was lost, or not made."""
-    kinds = {type(each).__name__ for each in (error, error.__cause__)}
-    if "ConnectTimeout" in kinds:
-        return f"{server} could not be reached within {CONNECT_S:g} s"
-    if kinds & {"APITimeoutError", "ReadTimeout"}:
-        return f"{server} said nothing for {SILENCE_S:g} s"
-    return f"the connection to {server} failed"
-
-
-def _deadline(params: CompletionParams) -> Deadline:
-    return Deadline(LIMIT_S if params.timeout_s is None else params.timeout_s)
-
-
-def _message(message: Message) -> dict[str, Any]:
-    shape: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        shape["content"] = message.content or None
-        shape["tool_calls"] = [
-            {"id": each.id, "type": "function", "function": {"name": each.name, "arguments": each.arguments}}
-            for each in message.tool_calls
-        ]
-    if message.role == "tool":
-        shape["tool_call_id"] = message.tool_call_id
-    return shape
-
-
-def _tool(definition: ToolDefinition) -> dict[str, Any]:
-    parameters = definition.parameters or {"type": "object", "properties": {}}
-    function = {"name": definition.name, "description": definition.description, "parameters": parameters}
-    return {"type": "function", "function": function}
-
-
-class _Calls:
-    """Tool calls, put together from fragments: id and name come first, arguments in any number of pieces."""
-
-    def __init__(self) -> None:
-        self._parts: list[dict[str, Any]] = []
-        self._open: dict[int | None, dict[str, Any]] = {}
-
-    def add(self, fragments: Iterable[Any]) -> None:
-        for fragment in fragments:
-            index = getattr(fragment, "index", None)
-            part = self._open.get(index)
-            # Some servers give every call index 0, or none: a new id is a new call all the same.
-            if part is None or (fragment.id and fragment.id != part["id"]):
-                part = {"id": fragment.id or f"call_{len(self._parts)}", "name": "", "arguments": ""}
-                self._open[index] = part
-                self._parts.append(part)
-            part["name"] = part["name"] or fragment.function.name or ""
-            part["arguments"] += fragment.function.arguments or ""
-
-    def whole(self) -> tuple[ToolCall, ...]:
-        return tuple(ToolCall(**part) for part in self._parts)
+def _joined(chunks: list[StreamChunk]) -> CompletionResult:
+    last = chunks[-1]
+    return CompletionResult(
+        content="".join(chunk.text for chunk in chunks),
+        reasoning="".join(chunk.reasoning for chunk in chunks),
+        refusal="".join(chunk.refusal for chunk in chunks),
+        tool_calls=last.tool_calls,
+        usage=last.usage,
+        finish_reason=last.finish_reason,
+    )

@@ -76,12 +76,14 @@ class ClusterManager:
     def collect_bids(self, task: TaskAd) -> list[Bid]:
         """Return the bids of all nodes that may take `task`, best first, ties in the order nodes were added.
 
-        Nodes that split or die do not bid; an ad pinned to a node hears that one only.
+        Nodes that split or die do not bid, nor do nodes with `domains` that lack the ad's; an ad pinned to a node
+        hears that one only.
         """
         bids = [
             self.compute_bid(node, task)
             for node in self._nodes.values()
-            if node.status in ("idle", "busy") and task.node_id in (None, node.id)
+            if node.status in ("idle", "busy")
+            and (task.node_id == node.id or (task.node_id is None and _allows(node, task)))
         ]
         return sorted(bids, key=lambda bid: bid.score, reverse=True)
 
@@ -95,3 +97,8 @@ class ClusterManager:
         present = [bid for bid in bids if bid.agent_id in self._nodes]
         best = max(present, key=lambda bid: bid.score, default=None)
         return self._nodes[best.agent_id] if best else None
+
+
+def _allows(node: AgentNode, ad: TaskAd) -> bool:
+    """Whether the node's `domains` hold that of an ad; an ad without one fits every node."""
+    return node.domains is None or not ad.domain or node.takes(ad.domain)

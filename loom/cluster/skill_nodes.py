@@ -12,11 +12,15 @@ from loom.bus.log import get_logger
 from loom.cluster.skill_choice import SkillChooser
 from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.schemas.auction import SpawnRequest
+from loom.schemas.errors import LoomError
 from loom.schemas.llm import LLMProvider
 from loom.schemas.task import slug
-from loom.types import AgentNode, Skill
+from loom.types import AgentNode, CapabilityProfile, Skill
 
 log = get_logger()
+
+LOADED_CLAIM = 0.7
+"""What the node of a skill that was loaded by hand claims in the domain of the skill's name."""
 
 
 def skill_nodes(
@@ -78,6 +82,25 @@ def node_of(
         name=skill.name,
     )
     return AgentNode(id=node_id(skill), agent=agent)
+
+
+def load(
+    skill: Skill, registry: SkillNodeRegistry, provider: LLMProvider, config: AgentConfig | None = None
+) -> AgentNode:
+    """Register the skill as loaded, and return a node for it that claims the domain of the skill's name.
+
+    Raises:
+        LoomError: The skill names a tool that the registry was not given.
+    """
+    tools = tools_of(registry)
+    missing = ", ".join(sorted(set(skill.tools) - tools.keys()))
+    if missing:
+        raise LoomError(f"skill {skill.name} names tools that the skill_registry was not given: {missing}")
+    node = node_of(skill, tools, provider, config)
+    node.capabilities = CapabilityProfile(scores={skill.name: LOADED_CLAIM}, tools=list(skill.tools))
+    registry.register(skill)
+    registry.mark_loaded(skill.name)
+    return node
 
 
 def node_id(skill: Skill) -> str:

@@ -6,8 +6,8 @@ Patterns and JSON Schemas are compiled and run by check_pool.py.
 import re
 from typing import Any, Final
 
-from loom.phases.shared.pattern_bounds import OutOfBounds, pattern_steps
-from loom.phases.shared.schema_bounds import check_schema
+from loom.schemas.pattern_bounds import OutOfBounds, pattern_steps
+from loom.schemas.schema_bounds import check_schema
 from loom.schemas.task import Accept
 from loom.schemas.wire import MAX_JSON_DEPTH, MAX_SCHEMA_BYTES, encode
 

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
+from loom.agents.claims import domains_fault, scores_fault
 from loom.agents.function_agent import as_agent
+from loom.agents.lifetime import CLOSE_S, has_lifetime
 from loom.agents.node import Node
 from loom.agents.user_code import describe
+from loom.runner.cli.lifespan import LEAVE_S, InvalidLifespan, Lifespan, lifespan_of
 from loom.schemas.errors import InvalidTask, LoomError
 from loom.schemas.task import TaskAd, is_token, parse_ad
 
@@ -26,6 +29,21 @@ class InvalidFile(LoomError):
     """A file cannot be read, written or used; the message names it and, where there is one, the line."""
 
     code = "invalid_file"
+
+
+class NodeFile(NamedTuple):
+    """What a Python file of nodes defines."""
+
+    path: Path
+    nodes: list[Node]
+    lifespan: Lifespan | None = None
+    """Opened before the nodes announce themselves, closed after they have drained."""
+
+    @property
+    def close_s(self) -> float:
+        """Most seconds its agents and its lifespan take to close."""
+        agents_s = CLOSE_S if any(has_lifetime(node.agent) for node in self.nodes) else 0.0
+        return agents_s + (LEAVE_S if self.lifespan else 0.0)
 
 
 def load_tasks(path: Path) -> list[TaskAd]:
@@ -60,16 +78,25 @@ def load_tasks(path: Path) -> list[TaskAd]:
     return list(ads.values())
 
 
-def load_nodes(path: Path) -> list[Node]:
-    """Return the list `nodes` a Python file defines.
+def load_node_file(path: Path) -> NodeFile:
+    """Return the list `nodes` a Python file defines, and its `lifespan`, if it has one.
 
     The file runs as a script would: it may import its neighbours, and whatever it raises is reported with its line.
 
     Raises:
-        InvalidFile: It cannot be run, defines no `nodes`, or one of them cannot be hosted.
+        InvalidFile: It cannot be run, defines no `nodes`, one of them cannot be hosted, or its `lifespan` cannot be
+            used.
     """
     module = _run(path)
-    nodes = vars(module).get("nodes")
+    given = vars(module).get("lifespan")
+    try:
+        lifespan = None if given is None else lifespan_of(given)
+    except InvalidLifespan as error:
+        raise InvalidFile(f"{path}: {error.message}") from None
+    return NodeFile(path, _nodes(path, vars(module).get("nodes")), lifespan)
+
+
+def _nodes(path: Path, nodes: Any) -> list[Node]:
     if not isinstance(nodes, list) or not nodes:
         raise InvalidFile(f"{path}: defines no `nodes`; give it a list of AgentNode")
     seen: set[str] = set()
@@ -152,4 +179,5 @@ def _fault(node: Any, seen: set[str]) -> str | None:
         as_agent(node.agent)
     except LoomError as error:
         return f"({node.id}): {error.message}"
-    return None
+    fault = domains_fault(getattr(node, "domains", None)) or scores_fault(getattr(node.capabilities, "scores", {}))
+    return f"({node.id}) {fault}" if fault else None

@@ -18,6 +18,7 @@ from loom.bus.log import get_logger
 from loom.runner import logs
 from loom.runner.cli.ending import StopSignals, tear_down
 from loom.runner.settings import InvalidSetting, Settings, from_environment, warn_of_misspelt_settings
+from loom.schemas.errors import LoomError
 from loom.schemas.llm import LLMProvider
 
 log = get_logger()
@@ -186,7 +187,10 @@ async def until_lost(bus: Bus) -> None:
 
 
 def sense_model(settings: Settings) -> LLMProvider | None:
-    """Return the model SENSE may ask; None where the environment gives no access to one."""
+    """Return the model SENSE may ask; None where the environment gives no access to one, or a wrong one."""
     if os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"):
-        return OpenAIProvider(AgentConfig(model=settings.loom_model))
+        try:
+            return OpenAIProvider(AgentConfig(model=settings.loom_model))
+        except LoomError as error:
+            log.warning("model_unusable", reason=error.message)
     return None

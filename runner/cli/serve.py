@@ -15,14 +15,14 @@ from typing import Annotated, Any
 import typer
 
 from loom.agents.host import BACKLOG, SLOTS, NodeHost
-from loom.agents.node import Node
 from loom.bus import topology
 from loom.bus.client import Bus
 from loom.bus.log import get_logger
 from loom.bus.presence import Present, who_is_there
 from loom.runner import logs
 from loom.runner.cli.ending import EXTRA_S
-from loom.runner.cli.loading import load_nodes
+from loom.runner.cli.lifespan import entered
+from loom.runner.cli.loading import NodeFile, load_node_file
 from loom.runner.cli.running import DEFAULT_URL, FOREVER_S, prepare, run_service, sense_model, until_lost
 from loom.runner.cluster import running_nodes, running_phases
 from loom.runner.embedded import embedded_server
@@ -73,7 +73,9 @@ def phase(
 
 
 def node(
-    file: Annotated[Path, typer.Argument(metavar="FILE.py", help="Python file that defines `nodes`, a list.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.py", help="Python file that defines `nodes`, a list, and maybe `lifespan`.")
+    ],
     slots: Annotated[int, typer.Option(min=1, help="Runs each node works on at once.")] = SLOTS,
     backlog: Annotated[int, typer.Option(min=0, help="Runs each node queues besides.")] = BACKLOG,
     max_nodes: Annotated[
@@ -83,17 +85,17 @@ def node(
 ) -> None:
     """Host the nodes a file defines on the server of NATS_URL, waiting for it if need be."""
     settings = prepare("info")
-    nodes = load_nodes(file)
-    if max_nodes is not None and max_nodes < len(nodes):
-        raise typer.BadParameter(f"{file} has {len(nodes)} nodes already", param_hint="--max-nodes")
+    loaded = load_node_file(file)
+    if max_nodes is not None and max_nodes < len(loaded.nodes):
+        raise typer.BadParameter(f"{file} has {len(loaded.nodes)} nodes already", param_hint="--max-nodes")
     hosts: list[NodeHost] = []
 
     def give_back() -> None:
         for host in hosts:
             host.give_back()
 
-    limit_s = settings.cluster.drain_timeout_s + EXTRA_S
-    work = _node(settings, nodes, slots, backlog, max_nodes, hosts)
+    limit_s = settings.cluster.drain_timeout_s + loaded.close_s + EXTRA_S
+    work = _node(settings, loaded, slots, backlog, max_nodes, hosts)
     run_service(work, limit_s=limit_s, last_words=give_back)
 
 
@@ -203,13 +205,13 @@ def _phases_on(url: str, names: tuple[Phase, ...], settings: Settings) -> Abstra
 
 
 async def _node(
-    settings: Settings, nodes: list[Node], slots: int, backlog: int, max_nodes: int | None, hosts: list[NodeHost]
+    settings: Settings, loaded: NodeFile, slots: int, backlog: int, max_nodes: int | None, hosts: list[NodeHost]
 ) -> None:
     url = settings.nats_url or DEFAULT_URL
     log.info("connecting", server=Bus(url).address)
     hosted = running_nodes(
         url,
-        lambda: nodes,
+        lambda: loaded.nodes,
         namespace=settings.loom_namespace,
         slots=slots,
         backlog=backlog,
@@ -217,9 +219,9 @@ async def _node(
         drain_timeout_s=settings.cluster.drain_timeout_s,
         patience_s=FOREVER_S,
     )
-    async with hosted as host:
+    async with entered(loaded.lifespan, loaded.path), hosted as host:
         hosts.append(host)
-        _announce(f"{', '.join(node.id for node in nodes)} on {host.bus.address}")
+        _announce(f"{', '.join(node.id for node in loaded.nodes)} on {host.bus.address}")
         await until_lost(host.bus)
 
 

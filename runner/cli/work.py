@@ -11,14 +11,14 @@ from typing import Annotated, Any, TextIO
 import msgspec
 import typer
 
-from loom.agents.node import Node
 from loom.bus import tasks
 from loom.bus.client import Bus
 from loom.bus.tap import Tap
 from loom.bus.tasks import TaskHandle
 from loom.runner.cli.board import FAMILIES, Board
 from loom.runner.cli.ending import EXTRA_S
-from loom.runner.cli.loading import InvalidFile, load_nodes, load_tasks
+from loom.runner.cli.lifespan import entered
+from loom.runner.cli.loading import InvalidFile, NodeFile, load_node_file, load_tasks
 from loom.runner.cli.progress import Progress
 from loom.runner.cli.render import closing, console, show
 from loom.runner.cli.running import DEFAULT_URL, prepare, run_to_end, sense_model, unless_lost
@@ -57,23 +57,23 @@ def run(
         raise typer.BadParameter("needed, unless NATS_URL leads to a cluster with agents", param_hint="--agents")
     if out != STDOUT and Path(out).resolve() == file.resolve():
         raise typer.BadParameter("is the file of the tasks", param_hint="--out")
-    nodes = load_nodes(agents) if agents else []
+    loaded = load_node_file(agents) if agents else NodeFile(Path(), [])
     with output(out) as lines:
-        limit_s = 2 * settings.cluster.drain_timeout_s + EXTRA_S if nodes else None
-        results = run_to_end(_run(settings, ads, nodes, lines, at_once), limit_s=limit_s)
+        limit_s = 2 * settings.cluster.drain_timeout_s + loaded.close_s + EXTRA_S if loaded.nodes else None
+        results = run_to_end(_run(settings, ads, loaded, lines, at_once), limit_s=limit_s)
     if not all(result.success for result in results):
         raise typer.Exit(1)
 
 
 async def _run(
-    settings: Settings, ads: Sequence[TaskAd], nodes: list[Node], lines: TextIO, at_once: int
+    settings: Settings, ads: Sequence[TaskAd], loaded: NodeFile, lines: TextIO, at_once: int
 ) -> list[TaskResult]:
     board = Board(ads)
     screen = console(stderr=lines is sys.stdout)
     done: dict[str, TaskResult] = {}
-    session = Session(lambda: nodes, settings, llm=sense_model(settings))
+    session = Session(lambda: loaded.nodes, settings, llm=sense_model(settings))
     started = time.monotonic()
-    async with contextlib.aclosing(session):
+    async with entered(loaded.lifespan, loaded.path), contextlib.aclosing(session):
         await session.open()
         try:
             with Progress(board, screen) as progress:

@@ -17,7 +17,7 @@ from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Claim, Envelope, Split
 from loom.schemas.events import TextDelta, ToolCallStart
 from loom.schemas.run import RunRequest
-from loom.schemas.task import RunResult, TaskError
+from loom.schemas.task import Accept, RunResult, TaskError
 
 Script = Callable[[FakeRun], Awaitable[None]]
 
@@ -90,6 +90,7 @@ async def test_the_host_is_told_all_it_needs(stage: Stage) -> None:
         description="do it",
         domain="数据",
         context={"k": [1]},
+        accept=Accept(contains=("done",)),
         required_tools=("search",),
         priority="high",
         attempt=2,
@@ -111,6 +112,7 @@ async def test_the_host_is_told_all_it_needs(stage: Stage) -> None:
         complexity=0.3,
         context={"k": [1]},
         inputs={"a": "from a", "b": "from b"},
+        accept=Accept(contains=("done",)),
         tools=("search",),
         token_budget=77,
         remaining_s=1,
@@ -242,7 +244,7 @@ async def test_how_a_run_fails_is_reported_with_its_node(stage: Stage, script: S
         ("deadline_exceeded", {"left_s": 60}, 0, "agent_failed"),
         ("subtask_failed", {}, 0, "agent_failed"),
         ("cancelled", {}, 0, "agent_failed"),
-        ("invalid_task", {}, 0, "agent_failed"),
+        ("invalid_task", {}, 0, "invalid_task"),
         ("no_bids", {}, 0, "agent_failed"),
         ("node_busy", {}, 0, "node_busy"),
     ],

@@ -13,9 +13,8 @@ from support.runs import Watcher, run
 from support.stopping import stop
 from support.wait import until
 
-from loom.agents.host import PATIENCE_S
 from loom.agents.llm.agent import Agent
-from loom.agents.runs import BATCH_BYTES
+from loom.agents.runs import BATCH_BYTES, PATIENCE_S
 from loom.bus.client import Msg
 from loom.runner.embedded import NatsServer
 from loom.schemas.auction import CallForBids, Offer
@@ -89,7 +88,7 @@ async def test_bids_tell_what_runs_took_so_far(stage: Stage) -> None:
 
 
 async def test_only_so_many_bids_are_offered_the_preferred_first(stage: Stage) -> None:
-    await stage.host([node(f"n{i}", claim=i / 40) for i in range(40)])
+    await stage.host([node(f"n{i}", claim=(i + 1) / 40) for i in range(40)])
     offered = [bid.node_id for bid in (await call(stage, prefer=("n0", "n1"), limit=16)).bids]
     assert len(offered) == 16
     assert set(offered[:2]) == {"n0", "n1"}

@@ -125,18 +125,18 @@ FAULTS: dict[str, Fault] = {
     "dropped once": well(Reply(cut_after=0), FINE, says="fine", asked=2),
     "dropped for ever": ill(Reply(cut_after=0), says="connection to the model's server", asked=3),
     "silent once": well(Reply(delay_s=60), FINE, says="fine", asked=2, patience_s=2),
-    "silent for ever": ill(Reply(delay_s=60), says="said nothing", asked=3, patience_s=0.3),
+    "silent for ever": ill(Reply(delay_s=60), says="sent nothing", asked=3, patience_s=0.3),
     "late": ill(Reply(text="word " * 1000, pause_s=0.2), says="", code="deadline_exceeded", ad={"timeout_s": 2.0}),
     # -- the answer
     "cut in the middle": ill(Reply(text="a text of several pieces", cut_after=3), says="broke off"),
     "silent in the middle": ill(
-        Reply(text="a text of several pieces", silent_after=3), says="said nothing", patience_s=2
+        Reply(text="a text of several pieces", silent_after=3), says="sent nothing", patience_s=2
     ),
     "just ended": ill(Reply(text="half an ans", finish_reason=None), says="broke off"),
     "an error event first": well(Reply(events=(ERROR_EVENT,)), FINE, says="fine", asked=2),
     "an error event later": ill(Reply(events=(text_event("well"), ERROR_EVENT)), says="the engine stopped"),
-    "no choices": ill(Reply(events=('{"choices": []}',)), says="broke off"),
-    "no choices, whole": ill(Reply(no_choices=True), says="could not be read", config={"stream": False}),
+    "no choices": ill(Reply(events=('{"choices": []}',)), says="broke off", asked=3),
+    "no choices, whole": ill(Reply(no_choices=True), says="it has no choices", config={"stream": False}),
     "no text": ill(Reply(text=" "), says="without an answer"),
     "another form": ill(Reply(body="<html>Welcome!</html>"), says="", config={"stream": False}),
     "withheld": ill(Reply(text="b", finish_reason="content_filter"), says="withheld"),
@@ -200,10 +200,8 @@ def by_number(request: Request) -> str:
 
 async def provider_for(url: str, patience_s: float = 30.0) -> OpenAIProvider:
     """A provider that is connected: on first use openai's library holds up the event loop for a while."""
-    provider = OpenAIProvider(AgentConfig(api_key="k", base_url=url))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openai_provider, "SILENCE_S", patience_s)
-        await provider._client()
+    provider = OpenAIProvider(AgentConfig(api_key="k", base_url=url, timeout_s=patience_s))
+    await provider._client()
     return provider
 
 

@@ -123,15 +123,16 @@ async def test_an_agent_set_later_takes_the_next_task(phases: Bus, provider: Ope
     assert empty.capabilities.total_tasks == 2
 
 
-async def test_earlier_turns_go_along_as_context(phases: Bus, model: OpenAIServer, provider: OpenAIProvider) -> None:
+async def test_earlier_turns_reach_the_model_as_messages(
+    phases: Bus, model: OpenAIServer, provider: OpenAIProvider
+) -> None:
     coder = AgentNode(id="coder", capabilities=CapabilityProfile(scores={"code": 0.9}), agent=Agent(provider))
     turns = [UserMessage("my name is Ada"), AssistantMessage("hello Ada"), UserMessage("what is my name?")]
     async for _ in loop_over(provider, coder).execute(LoopContext(messages=turns, domain="code")):
         pass
 
-    asked = model.requests[-1].messages[-1]["content"]
-    assert "what is my name?" in asked
-    assert "hello Ada" in asked
+    asked = [(message["role"], message["content"]) for message in model.requests[-1].messages]
+    assert asked == [("user", "my name is Ada"), ("assistant", "hello Ada"), ("user", "what is my name?")]
     await provider.aclose()
 
 

@@ -48,7 +48,7 @@ def broken(description: str) -> str:
 nodes = [
     AgentNode(id="shouter", capabilities=CapabilityProfile(scores={"loud": 0.9, "quiet": 0.1}), agent=shout),
     AgentNode(id="speller", capabilities=CapabilityProfile(scores={"quiet": 0.9, "loud": 0.1}), agent=spell),
-    AgentNode(id="broken", capabilities=CapabilityProfile(scores={"loud": 0.0, "quiet": 0.0}), agent=broken),
+    AgentNode(id="broken", capabilities=CapabilityProfile(scores={"loud": 0.01, "quiet": 0.01}), agent=broken),
 ]
 """
 TASKS = """

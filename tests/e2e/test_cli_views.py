@@ -42,7 +42,7 @@ async def endless(job: RunRequest) -> str:
 @pytest.fixture(scope="module")
 def cluster(nats_url: str) -> Iterator[Cluster]:
     """One that has done a task at the second try and another with a long id, and is at an endless one."""
-    nodes = [node("good", echo, loud=0.8), node("bad", fail, loud=0.9), node("slow", endless, loud=0.0)]
+    nodes = [node("good", echo, loud=0.8), node("bad", fail, loud=0.9), node("slow", endless, loud=0.01)]
     with background_cluster(nats_url, f"t{secrets.token_hex(4)}", nodes) as cluster:
         cluster.do(_work(cluster))
         yield cluster

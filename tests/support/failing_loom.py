@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from loom.agents.host import NodeHost
+from loom.agents import host
 from loom.phases.adapt.service import Adapt
 from loom.runner.cli.app import main
 
@@ -11,12 +11,12 @@ def _take(_self: Any, _message: Any) -> None:
     raise ValueError("a value that the code does not expect")
 
 
-async def _every(_self: Any, _seconds: float, _act: Any) -> None:
+async def _every(_seconds: float, _act: Any) -> None:
     raise ValueError("a value that the code does not expect")
 
 
 Adapt._take = _take  # type: ignore[method-assign]
-NodeHost._every = _every  # type: ignore[method-assign]
+host.every = _every
 
 if __name__ == "__main__":
     main()

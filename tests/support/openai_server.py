@@ -49,7 +49,9 @@ class Reply:
     no_choices: bool = False
     """A whole answer has none; a stream begins with an event without."""
     events: tuple[str, ...] = ()
-    """JSON texts, sent raw as a stream's events when there are any; such a stream just ends."""
+    """JSON texts, sent raw as a stream's events when there are any; such a stream just ends, unless it is `done`."""
+    done: bool = False
+    """Whether `[DONE]` follows `events`."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,16 @@ def text_event(text: str) -> str:
     return json.dumps(_event([{"index": 0, "delta": {"content": text}, "finish_reason": None}]))
 
 
+def delta_event(delta: Any, finish_reason: str | None = None, **more: Any) -> str:
+    """Return an event with any delta, for `Reply.events`."""
+    return json.dumps(_event([{"index": 0, "delta": delta, "finish_reason": finish_reason, **more}]))
+
+
+def message_body(message: Any, finish_reason: str | None = "stop", **more: Any) -> str:
+    """Return a whole answer with any message, for `Reply.body`."""
+    return json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": finish_reason}], **more})
+
+
 def well_behaved(request: Request) -> Reply:
     """Repeat the last user message, or answer by a value of the schema that was asked for."""
     wanted = request.body.get("response_format")
@@ -245,7 +257,7 @@ async def _stream(request: Request, reply: Reply, reader: asyncio.StreamReader, 
         await _wait(SILENCE_S if n == reply.silent_after else reply.pause_s, reader)
         _write_event(writer, event)
         await writer.drain()
-    if reply.finish_reason is not None and not reply.events:
+    if reply.done if reply.events else reply.finish_reason is not None:
         _write_event(writer, "[DONE]")
     writer.write(b"0\r\n\r\n")
     await writer.drain()

@@ -29,8 +29,8 @@ TESTS = Path(__file__).parents[1]
 COVERED = {
     "a failure of the model counted as a success": [
         "unit/test_defects.py::test_whatever_goes_wrong_with_a_model_is_a_loss_in_the_profile",
-        "unit/test_agent.py::test_whatever_a_provider_raises_is_a_failure",
-        "unit/test_agent.py::test_an_end_without_any_text_is_a_failure",
+        "unit/test_agent_providers.py::test_whatever_a_provider_raises_is_a_failure",
+        "unit/test_agent_answers.py::test_an_end_without_any_text_is_a_failure",
         "unit/test_evaluate_policy.py::test_an_empty_result_is_refused",
         "chaos/test_llm_faults.py::test_every_fault_of_a_model_ends_the_task_as_it_should",
     ],
@@ -42,7 +42,7 @@ COVERED = {
     ],
     "streamed runs that cost nothing": [
         "unit/test_defects.py::test_a_streamed_run_costs_what_it_would_have_cost_whole",
-        "unit/test_agent.py::test_cost_is_estimated_when_the_model_does_not_tell",
+        "unit/test_agent_limits.py::test_cost_is_estimated_when_the_model_does_not_tell",
         "unit/test_openai_provider.py::test_a_streamed_answer_comes_in_pieces_and_ends_with_usage_and_reason",
     ],
     "failing fast that pays": [
@@ -111,7 +111,7 @@ async def ended(agent: StreamingAgent) -> Envelope:
     try:
         ran = replace(task, result=await collect(agent, job))
     except LoomError as error:
-        ran = replace(task, error=failure_of(error, "n1"))
+        ran = replace(task, error=failure_of(error, RunRequest(task_id="t1", node_id="n1", description="x")))
     end = decide(ran, ClusterConfig(max_attempts=1), 0)
     assert isinstance(end, End)
     return end.envelope

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loom.runner.cli.loading import InvalidFile, load_nodes, load_tasks
+from loom.runner.cli.loading import InvalidFile, load_node_file, load_tasks
 from loom.schemas.errors import InvalidTask
 
 NODES = """
@@ -84,7 +84,7 @@ def test_a_missing_file_of_tasks_is_named(file: Path) -> None:
 def test_nodes_come_as_the_file_lists_them(script: Path) -> None:
     script.write_text(NODES)
 
-    (node,) = load_nodes(script)
+    (node,) = load_node_file(script).nodes
 
     assert node.id == "shouter"
     assert node.to_bid(domain="loud").claim == 0.9
@@ -99,7 +99,7 @@ def test_a_file_of_nodes_may_import_its_neighbours_and_define_dataclasses(script
         "@dataclass\nclass Odd:\n    limit: ClassVar[int] = 1\n" + NODES + "nodes[0].id = NAME\n"
     )
 
-    assert load_nodes(script)[0].id == "next-door"
+    assert load_node_file(script).nodes[0].id == "next-door"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,11 @@ def test_a_file_of_nodes_may_import_its_neighbours_and_define_dataclasses(script
         ("nodes = {'a': 1}\n", "agents.py: defines no `nodes`"),
         ("nodes = [3]\n", "agents.py: nodes[0] is a int without `id`"),
         (NODES + "nodes[0].agent = None\n", "agents.py: nodes[0] (shouter) has no agent"),
+        (NODES + "nodes[0].domains = []\n", "agents.py: nodes[0] (shouter) has domains that name nothing"),
+        (
+            NODES + "nodes[0].capabilities.scores['loud'] = 9\n",
+            "agents.py: nodes[0] (shouter) has the rating 9 in 'loud'",
+        ),
         (NODES + "nodes[0].agent = 'shout'\n", "agents.py: nodes[0] (shouter): a str is not an agent"),
         (NODES + "nodes[0].agent = lambda a, b: a\n", "agents.py: nodes[0] (shouter): <lambda> must take one argument"),
         (NODES + "nodes[0].id = 'a b'\n", "agents.py: nodes[0] has an id that does not match"),
@@ -138,7 +143,7 @@ def test_a_file_that_gives_no_usable_nodes_is_told_why(script: Path, source: str
     script.write_text(source)
 
     with pytest.raises(InvalidFile) as caught:
-        load_nodes(script)
+        load_node_file(script)
 
     assert said in caught.value.message
     assert "\n" not in caught.value.message
@@ -149,7 +154,7 @@ def test_what_is_no_python_file_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
 
     with pytest.raises(InvalidFile, match=f"{name}: no such file"):
-        load_nodes(tmp_path / name)
+        load_node_file(tmp_path / name)
 
 
 def test_ctrl_c_while_a_file_is_loaded_is_no_fault_of_the_file(script: Path) -> None:
@@ -157,7 +162,7 @@ def test_ctrl_c_while_a_file_is_loaded_is_no_fault_of_the_file(script: Path) -> 
     before = signal.getsignal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        load_nodes(script)
+        load_node_file(script)
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -166,6 +171,6 @@ def test_a_file_that_the_system_refuses_is_named(name: str, script: Path) -> Non
     script.write_text(NODES)
 
     with pytest.raises(InvalidFile) as refused:
-        load_nodes(script.parent / name)
+        load_node_file(script.parent / name)
 
     assert refused.value.message.startswith(f"{script.parent / name}: ")

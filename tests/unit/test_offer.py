@@ -1,12 +1,14 @@
 """What a host offers, whatever its nodes are: the same as if each of them had made a bid and the best were taken."""
 
 import asyncio
+from contextvars import copy_context
 from typing import Any, cast
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loom.agents.host import NodeHost
+from loom.agents.hosted import HostedAgents
 from loom.agents.node import Node
 from loom.agents.runs import Run
 from loom.bus.client import Bus
@@ -64,6 +66,7 @@ def best(host: NodeHost, there: list[AgentNode], call: CallForBids) -> tuple[lis
         if node.agent is not None
         and node.id not in call.excluded
         and set(call.required_tools) <= set(node.capabilities.tools)
+        and node.claim(call.slug) > 0
     ]
     free = [node for node in able if node.status != "dying" and not host._room(node.id).full]
     bids = [host._room(node.id).bid(cast("Node", node), call.slug, call.required_tools) for node in free]
@@ -101,10 +104,10 @@ def test_a_node_is_found_wherever_its_list_has_moved_it(changes: list[tuple[bool
             assert cast("Any", host._node(wanted)) is next((node for node in there if node.id == wanted), None)
 
 
-async def test_an_agent_is_made_once_of_a_function_and_again_of_another() -> None:
+def test_an_agent_is_made_once_of_a_function_and_again_of_another() -> None:
     node = AgentNode(id="n1", agent=agent)
-    host = NodeHost(cast("Bus", None), lambda: [cast("Node", node)])
-    first = host._agent("n1")
-    assert host._agent("n1") is first
+    agents = HostedAgents(copy_context())
+    first = agents.of(cast("Node", node))
+    assert agents.of(cast("Node", node)) is first
     node.agent = asyncio.sleep
-    assert host._agent("n1") is not first
+    assert agents.of(cast("Node", node)) is not first

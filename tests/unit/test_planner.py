@@ -412,3 +412,40 @@ async def test_an_executor_that_takes_the_subtask_alone_is_refused_before_anythi
     with pytest.raises(TypeError, match=r"\(subtask, inputs\)"):
         await TaskPlanner(Scripted()).execute_dag([part("a")], alone)  # type: ignore[arg-type]
     assert ran == []
+
+
+# --- what models and clients write instead of `dependencies`
+
+
+@pytest.mark.parametrize("name", ["depends_on", "depends", "deps", "dependencies"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_dependencies_have_other_names(name: str, wrapped: bool) -> None:
+    parts = [{"id": "a", "description": "x"}, {"id": "b", "description": "y", name: ["a"]}]
+    read = parse_plan(json.dumps({"subtasks": parts} if wrapped else parts))
+    assert [part.dependencies for part in read] == [(), ("a",)]
+
+
+@pytest.mark.parametrize(
+    ("written", "field", "complaint"),
+    [
+        ([{"id": "a", "description": "x", "depend_on": []}], "depend_on", "subtask a has the unknown field depend_on"),
+        ({"subtasks": [{"id": "a", "description": "x"}], "goal": "y"}, "goal", "the plan has the unknown field goal"),
+        ([{"id": "a", "description": "x", "deps": [], "dependencies": []}], "deps", "both dependencies and deps"),
+        ([{"id": "a", "description": "x", "d\u00e9ps": []}], "d\\xe9ps", "unknown field"),
+    ],
+)
+def test_a_field_that_is_not_known_is_an_error_that_names_it(written: Any, field: str, complaint: str) -> None:
+    with pytest.raises(InvalidPlan, match=complaint) as caught:
+        parse_plan(json.dumps(written))
+    assert caught.value.field == field
+
+
+def test_a_null_is_as_good_as_absent_and_a_number_may_be_a_text() -> None:
+    parts = [{"id": 1, "description": "x", "domain": None, "dependencies": None, "estimated_complexity": "0.5"}]
+    (read,) = parse_plan(json.dumps(parts))
+    assert (read.id, read.domain, read.dependencies, read.estimated_complexity) == ("1", "", (), 0.5)
+
+
+def test_a_plan_within_a_models_reasoning_is_not_its_answer() -> None:
+    text = '<think>[{"id": "a", "description": "x"}]</think>[{"id": "b", "description": "y"}]'
+    assert [part.id for part in parse_plan(text)] == ["b"]

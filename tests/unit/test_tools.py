@@ -1,5 +1,4 @@
 import asyncio
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -35,7 +34,10 @@ async def test_the_schema_comes_from_the_annotations_and_the_description_from_th
     assert add.definition.description == "Add two numbers."
     assert add.definition.parameters == {
         "type": "object",
-        "properties": {"a": {"type": "integer"}, "b": {"type": "integer", "description": "the second"}},
+        "properties": {
+            "a": {"type": "integer"},
+            "b": {"type": "integer", "description": "the second", "default": 1},
+        },
         "required": ["a"],
         "additionalProperties": False,
     }
@@ -47,7 +49,7 @@ def test_nested_types_are_described_too() -> None:
     schema = Tool(draw).definition.parameters
 
     assert schema["properties"]["points"] == {"type": "array", "items": {"$ref": "#/$defs/Point"}}
-    assert schema["properties"]["style"] == {"enum": ["dots", "lines"]}
+    assert schema["properties"]["style"] == {"type": "string", "enum": ["dots", "lines"], "default": "dots"}
     assert schema["$defs"]["Point"]["required"] == ["x"]
 
 
@@ -71,7 +73,7 @@ async def test_a_valid_call_returns_what_the_function_returns(a: int, b: int) ->
         ("{", "truncated"),
         ("", "`a`"),
         ("[1]", "object"),
-        ('{"a": "1"}', "$.a"),
+        ('{"a": "x"}', "$.a"),
         ('{"a": 1, "c": 2}', "`c`"),
         ('{"a": ' + "[" * 3000, "$.a"),
         ('{"a": "\ud800"}', "surrogates"),
@@ -106,8 +108,71 @@ async def test_a_model_sees_an_exception_in_one_line_and_the_bus_only_its_type()
     assert [(line["event"], line["tool"], line["task_id"]) for line in logs] == [("tool_failed", "fail", "t1")]
 
 
-async def test_a_tool_cannot_end_the_process() -> None:
-    assert (await Tool(lambda: sys.exit(3), name="leave").run("{}", CONTEXT)).failed
+class Wordless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Odd(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Wordless(),
+        Odd("own"),
+        GeneratorExit(),
+        KeyboardInterrupt(),
+        SystemExit(3),
+        StopIteration(1),
+        StopAsyncIteration(),
+        asyncio.CancelledError(),
+        ExceptionGroup("several", [ValueError("inner")]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("kind", ["sync", "async", "lazy"])
+async def test_whatever_leaves_a_tool_is_a_text_for_the_model(error: BaseException, kind: str) -> None:
+    def fail() -> None:
+        raise error
+
+    async def fail_later() -> None:
+        raise error
+
+    def fail_while_iterated() -> Any:
+        return (each() for each in [fail])
+
+    fn = {"sync": fail, "async": fail_later, "lazy": fail_while_iterated}[kind]
+    result = await Tool(fn, name="fail").run("{}", CONTEXT)
+
+    assert result.failed
+    assert result.text.startswith(f"Error: {type(error).__name__}")
+    assert result.published == f"Error: the tool raised {type(error).__name__}"
+
+
+async def test_a_tool_may_report_a_failure_without_raising() -> None:
+    given = ToolResult("no such order", failed=True)
+
+    assert await Tool(lambda: given, name="look_up").run("{}", CONTEXT) == given
+
+
+async def test_what_a_sync_tool_returns_is_iterated_in_its_thread() -> None:
+    here = threading.get_ident()
+
+    def rows() -> Any:
+        for _ in range(2):
+            yield threading.get_ident() != here
+
+    assert await Tool(rows).run("{}", CONTEXT) == ToolResult("[true,true]")
+
+
+def test_an_async_generator_is_not_a_tool() -> None:
+    async def rows() -> Any:
+        yield 1
+
+    with pytest.raises(LoomError, match="async generator"):
+        Tool(rows)
 
 
 async def test_a_tool_that_cancels_itself_has_failed() -> None:
@@ -158,7 +223,7 @@ async def test_the_context_is_given_and_not_part_of_the_schema() -> None:
     made = Tool(where)
 
     assert list(made.definition.parameters["properties"]) == ["path"]
-    assert await made.run('{"path": "a.csv"}', CONTEXT) == ToolResult("t1:2 data/a.csv")
+    assert await made.run('{"path": "a.csv"}', CONTEXT) == ToolResult("t1:2:1 data/a.csv")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +233,7 @@ async def test_what_is_not_text_becomes_json(value: Any, text: str) -> None:
     assert await Tool(lambda: value, name="value").run("{}", CONTEXT) == ToolResult(text)
 
 
-@pytest.mark.parametrize("value", [object(), float("nan"), {"deep": float("inf")}, iter([1])])
+@pytest.mark.parametrize("value", [object(), float("nan"), {"deep": float("inf")}, b"\xff"])
 async def test_what_json_cannot_carry_is_an_error_without_repr(value: Any) -> None:
     result = await Tool(lambda: value, name="value").run("{}", CONTEXT)
 

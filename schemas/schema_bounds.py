@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 from urllib.parse import unquote, urldefrag, urljoin
 
-from loom.phases.shared.pattern_bounds import MAX_STEPS, OutOfBounds, pattern_steps
+from loom.schemas.pattern_bounds import MAX_STEPS, OutOfBounds, pattern_steps
 from loom.schemas.wire import MAX_JSON_DEPTH
 
 MAX_EXPANSION: Final = 50_000

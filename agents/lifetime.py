@@ -1,0 +1,116 @@
+"""Agents that must be started before they work and closed afterwards, such as those with connections of their own."""
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable
+from contextvars import Context
+from typing import Any
+
+from loom.agents.user_code import call, described, ends_task, type_name
+from loom.bus.log import get_logger
+from loom.schemas.errors import AgentFailed, LoomError
+
+START_S = 30.0
+"""Seconds an agent's `start` may take."""
+CLOSE_S = 5.0
+"""Seconds an agent's `close` may take."""
+
+log = get_logger()
+
+
+class Lifetime:
+    """One agent object from its `start` to its `close`, both called in one task.
+
+    Connections and task groups may be opened in the first and closed in the second.
+
+    Args:
+        agent: An object with `async def start(self)`, `async def close(self)`, or both.
+        context: Context variables that both see.
+    """
+
+    def __init__(self, agent: Any, context: Context) -> None:
+        self._agent = agent
+        self._name = type(agent).__name__
+        self._closing = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self._started: asyncio.Future[None] = loop.create_future()
+        self._work = loop.create_task(self._live(), name=f"lifetime of {self._name}", context=context.copy())
+
+    @property
+    def failed(self) -> bool:
+        """Whether `start` has failed: the next run tries again, with a Lifetime of its own."""
+        return self._started.done() and self._started.exception() is not None
+
+    async def started(self) -> None:
+        """Return once `start` has returned.
+
+        Raises:
+            AgentFailed: It raised, or took too long.
+        """
+        if not self._started.done():
+            await asyncio.wait([self._started], timeout=START_S)
+        if not self._started.done():
+            self._work.cancel()
+            self._fail(f"it was not ready within {START_S:g} s")
+        self._started.result()
+
+    def close(self) -> None:
+        """Have `close` called, from synchronous code."""
+        self._closing.set()
+
+    async def closed(self) -> None:
+        """Have `close` called and return once it has returned, or has taken too long."""
+        self.close()
+        if not self._started.done():  # no run waits for it any more
+            self._work.cancel()
+        await asyncio.wait([self._work], timeout=CLOSE_S)
+        if not self._work.done():
+            self._work.cancel()
+            log.warning("agent_not_closed", agent=self._name, reason=f"close took more than {CLOSE_S:g} s")
+
+    async def _live(self) -> None:
+        start, close = _method(self._agent, "start"), _method(self._agent, "close")
+        try:
+            if start is not None:
+                await call(start)
+        except LoomError as error:
+            self._fail(error.message)
+            return
+        except BaseException as error:
+            if ends_task(error):
+                self._fail("it was stopped")
+                raise
+            log.warning("agent_start_failed", agent=self._name, **described(error))
+            self._fail(f"its start raised {type_name(error)}")
+            return
+        if not self._started.done():
+            self._started.set_result(None)
+        await self._closing.wait()
+        try:
+            if close is not None:
+                await call(close)
+        except BaseException as error:
+            if ends_task(error):
+                raise
+            log.warning("agent_close_failed", agent=self._name, **described(error))
+
+    def _fail(self, why: str) -> None:
+        if not self._started.done():
+            self._started.set_exception(AgentFailed(f"the agent did not start: {why}"))
+            self._started.exception()  # retrieved, though no run may wait for it
+
+
+def has_lifetime(agent: Any) -> bool:
+    """Return whether an agent has an async `start` or `close` without arguments."""
+    return _method(agent, "start") is not None or _method(agent, "close") is not None
+
+
+def _method(agent: Any, name: str) -> Callable[[], Awaitable[None]] | None:
+    method = getattr(agent, name, None)
+    if isinstance(agent, type) or not inspect.iscoroutinefunction(method):
+        return None
+    try:
+        inspect.signature(method).bind()
+    except (TypeError, ValueError):
+        return None
+    return method

@@ -1,0 +1,59 @@
+"""One question to a provider, whichever of the two methods it has."""
+
+import inspect
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from loom.agents.deadline import Deadline
+from loom.agents.llm.chunk_reading import read_chunk, read_result
+from loom.agents.user_code import call, guarded
+from loom.schemas.errors import AgentFailed
+from loom.schemas.llm import CompletionParams, StreamChunk
+
+
+async def chunks(
+    provider: Any, params: CompletionParams, deadline: Deadline, *, streaming: bool
+) -> AsyncGenerator[StreamChunk, None]:
+    """Yield the answer in pieces; a whole answer is one piece.
+
+    Args:
+        provider: An object with `complete`, `stream` or both.
+        streaming: Whether `stream` is preferred.
+
+    Raises:
+        AgentFailed: The provider has neither method, or gives something that cannot be read.
+        DeadlineExceeded: There is no time left.
+        Exception: Whatever the provider raises.
+    """
+    streams, completes = (callable(getattr(provider, name, None)) for name in ("stream", "complete"))
+    if not streams and not completes:
+        kind = type(provider).__name__
+        raise AgentFailed(f"the model's provider, of type {kind}, has neither complete(params) nor stream(params)")
+    if not streams or (completes and not streaming):
+        async with deadline.enforced():
+            answer = await call(provider.complete, params)
+        with guarded():
+            whole = read_result(answer)
+        yield whole
+        return
+    async with aclosing(deadline.each(await _stream(provider, params, deadline))) as pieces:
+        async for piece in pieces:
+            with guarded():
+                chunk = read_chunk(piece)
+            yield chunk
+
+
+async def _stream(provider: Any, params: CompletionParams, deadline: Deadline) -> Any:
+    """The provider's asynchronous iterator, also where a coroutine returns it."""
+    with guarded():
+        source = provider.stream(params)
+        if inspect.isawaitable(source):
+            async with deadline.enforced():
+                source = await source
+        if not hasattr(source, "__aiter__"):
+            kind = type(source).__name__
+            raise AgentFailed(
+                f"the provider's stream(params) returned an object of type {kind}: make it an async generator"
+            )
+    return source

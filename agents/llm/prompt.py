@@ -1,0 +1,60 @@
+"""The first messages of a job: the system prompt, the turns of a conversation, and the work."""
+
+from msgspec.structs import replace
+
+from loom.agents.llm.history import alternating
+from loom.agents.user_code import text_of
+from loom.schemas.conversation import CONVERSATION, earlier_turns
+from loom.schemas.llm import Message
+from loom.schemas.run import RunRequest
+from loom.schemas.task import Accept
+from loom.schemas.wire import encode
+
+
+def opening(system_prompt: str, job: RunRequest) -> list[Message]:
+    """Return the messages a conversation about `job` begins with.
+
+    System turns of the job's own conversation follow the agent's system prompt, in one message with it.
+    """
+    *earlier, last = [replace(turn, content=text_of(turn.content)) for turn in job.messages]
+    system = [system_prompt, *(turn.content for turn in earlier if turn.role == "system")]
+    talk = [turn for turn in earlier if turn.role != "system"]
+    prompt = "\n\n".join(text for text in system if text)
+    first = [Message(role="system", content=prompt)] if prompt else []
+    return [*first, *alternating([*talk, replace(last, content=job_message(job))])]
+
+
+def job_message(job: RunRequest) -> str:
+    """Return `job` in words: description, context as JSON, outputs of earlier subtasks by name, what is accepted.
+
+    Turns of a conversation in the context are left out: they are messages of their own.
+    """
+    context = job.context
+    if earlier_turns(context):
+        context = {name: value for name, value in context.items() if name != CONVERSATION}
+    parts = [job.description]
+    if context:
+        parts.append(f"Context, as JSON:\n{encode(context).decode()}")
+    if job.inputs:
+        parts.append("Results of the subtasks this one builds on:")
+        parts.extend(f"[{name}]\n{output}" for name, output in job.inputs.items())
+    if job.accept is not None and (wanted := acceptance(job.accept)):
+        parts.append(wanted)
+    return text_of("\n\n".join(parts))
+
+
+def acceptance(accept: Accept) -> str:
+    """Return in one paragraph what an answer must be; empty where anything will do."""
+    sentences = []
+    if accept.json_schema is not None:
+        schema = encode(accept.json_schema).decode()
+        sentences.append(
+            f"The answer must be JSON alone, without a fence or other words, that fits the schema {schema}."
+        )
+    if accept.contains:
+        sentences.append(f"The answer must contain, letter for letter: {encode(accept.contains).decode()[1:-1]}.")
+    if accept.pattern is not None:
+        sentences.append(f"The answer must contain a match of the regular expression {accept.pattern}")
+    if accept.rubric is not None:
+        sentences.append(f"The answer is judged by this rubric: {accept.rubric}")
+    return "\n".join(sentences)

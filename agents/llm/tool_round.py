@@ -1,0 +1,157 @@
+"""The tool calls of one turn: run side by side, each answered by exactly one message."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from loom.agents.deadline import Deadline
+from loom.agents.llm.history import arguments_object
+from loom.agents.tools import Tool, ToolContext, ToolResult, legal_name
+from loom.schemas.events import ToolCallEnd, ToolCallStart
+from loom.schemas.llm import Message, ToolCall
+from loom.schemas.run import RunRequest
+from loom.schemas.wire import MAX_CONTENT_BYTES, free_json_fault
+
+WARNED_REPEATS = 3
+"""A call wanted in so many rounds running is not run again: its result is a warning."""
+MOST_REPEATS = 5
+"""A call wanted in so many rounds running ends the job."""
+PARALLEL_TOOLS = 8
+"""Calls of one round that run at a time."""
+MAX_CALLS = 64
+"""Calls of one round that are run; any further one is answered by an error."""
+EVENT_RESULT_CHARS = 2000
+CANCEL_GRACE_S = 0.5
+"""How long a cancelled tool may take to clean up before it is left behind."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A call a model wants."""
+
+    written: ToolCall
+    """As the model wrote it."""
+    legal: ToolCall
+    """As it goes into the conversation."""
+
+
+class ToolRounds:
+    """Runs the calls of one job.
+
+    Args:
+        tools: By name.
+        tool_context: Handed to tools that take a ToolContext.
+    """
+
+    def __init__(
+        self, tools: Mapping[str, Tool], job: RunRequest, deadline: Deadline, tool_context: Mapping[str, Any]
+    ) -> None:
+        self._tools = tools
+        self._job = job
+        self._deadline = deadline
+        self._tool_context = tool_context
+        self._room = asyncio.Semaphore(PARALLEL_TOOLS)
+        self._made = 0  # calls of all rounds
+        self._rounds: dict[tuple[str, str], int] = {}  # call of the last round -> rounds running that wanted it
+
+    def circling(self, calls: Sequence[ToolCall]) -> list[str]:
+        """Count a round that wants `calls`, and return the names of those wanted for too many rounds running."""
+        self._rounds = {call: self._rounds.get(call, 0) + 1 for call in {_identity(each) for each in calls}}
+        return sorted({name for (name, _), rounds in self._rounds.items() if rounds >= MOST_REPEATS})
+
+    async def run(
+        self, calls: Sequence[Wanted], conversation: list[Message], *, cut: bool = False
+    ) -> AsyncGenerator[ToolCallStart | ToolCallEnd, None]:
+        """Run `calls`, yield their starts and ends, and add their results to `conversation` in the order of the calls.
+
+        Args:
+            cut: Whether the turn was cut at its most tokens, which explains arguments that cannot be read.
+
+        Raises:
+            DeadlineExceeded: There is no time left.
+        """
+        running: dict[asyncio.Task[tuple[ToolResult, float]], Wanted] = {}
+        try:
+            for place, each in enumerate(calls):
+                yield _start(each.legal)
+                self._made += 1
+                running[asyncio.create_task(self._result(each, place, self._made, cut=cut))] = each
+            pending = set(running)
+            while pending:
+                ended, pending = await asyncio.wait(
+                    pending, timeout=self._deadline.left, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not ended:
+                    self._deadline.check()
+                for task in ended:
+                    yield _end(running[task].legal, *task.result())
+        finally:
+            unfinished = [task for task in running if task.cancel()]
+            if unfinished:
+                await asyncio.wait(unfinished, timeout=CANCEL_GRACE_S)
+        conversation.extend(
+            Message(role="tool", content=task.result()[0].text, tool_call_id=each.legal.id)
+            for task, each in running.items()
+        )
+
+    async def _result(self, wanted: Wanted, place: int, number: int, *, cut: bool) -> tuple[ToolResult, float]:
+        """The result and how many milliseconds it took."""
+        call = wanted.written
+        refusal = self._refusal(call, place)
+        if refusal:
+            return ToolResult(f"Error: {refusal}", failed=True), 0.0
+        async with self._room:
+            started = time.monotonic()
+            context = ToolContext(
+                task_id=self._job.task_id,
+                attempt=self._job.attempt,
+                remaining_s=self._deadline.left,
+                call=number,
+                call_id=wanted.legal.id,
+                tool_context=self._tool_context,
+            )
+            result = await self._tools[legal_name(call.name)].run(call.arguments, context)
+            took_ms = (time.monotonic() - started) * 1000
+        if cut and result.failed and arguments_object(call.arguments) is None:
+            result = ToolResult(f"{result.text}; the turn was cut at its most tokens", failed=True)
+        return result, took_ms
+
+    def _refusal(self, call: ToolCall, place: int) -> str:
+        """Why a call is not run; empty when it is."""
+        if legal_name(call.name) not in self._tools:
+            return f"there is no tool of that name; there are: {', '.join(self._tools) or 'none'}"
+        if place >= MAX_CALLS:
+            return f"not run: one turn may make at most {MAX_CALLS} calls; make the others in the next one"
+        rounds = self._rounds.get(_identity(call), 0)
+        if rounds >= WARNED_REPEATS:
+            return f"not run: the same call {rounds} times in a row; use its earlier result, or do something else"
+        return ""
+
+
+def _identity(call: ToolCall) -> tuple[str, str]:
+    """What makes two calls the same: the tool, and the arguments however they are written."""
+    try:
+        value = msgspec.json.decode(call.arguments)
+        return call.name, msgspec.json.encode(value, order="sorted").decode()
+    except (ValueError, RecursionError):
+        return call.name, call.arguments
+
+
+def _start(call: ToolCall) -> ToolCallStart:
+    arguments = arguments_object(call.arguments) or {}
+    sendable = free_json_fault(arguments, max_bytes=MAX_CONTENT_BYTES) is None
+    return ToolCallStart(tool_call_id=call.id, name=call.name, input=arguments if sendable else {})
+
+
+def _end(call: ToolCall, result: ToolResult, duration_ms: float) -> ToolCallEnd:
+    return ToolCallEnd(
+        tool_call_id=call.id,
+        name=call.name,
+        result=(result.text if result.published is None else result.published)[:EVENT_RESULT_CHARS],
+        failed=result.failed,
+        duration_ms=duration_ms,
+    )

@@ -1,0 +1,98 @@
+"""What an agent yields, read as events."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
+
+import msgspec
+from msgspec.structs import replace
+
+from loom.agents.user_code import NotText, guarded, text_of
+from loom.schemas.errors import AgentFailed
+from loom.schemas.events import AgentEvent, Done, ReasoningDelta, TextDelta
+from loom.schemas.wire import MAX_CONTENT_BYTES, Undecodable, decode, encode
+
+DELTA_CHARS = 4096
+"""Most characters of one TextDelta cut from a text that came whole."""
+EVENTS: tuple[type, ...] = get_args(AgentEvent)
+TYPES = frozenset(str(each.__struct_config__.tag) for each in EVENTS)  # type: ignore[attr-defined]
+"""The `type` of each event in JSON."""
+
+
+def deltas(text: str) -> tuple[TextDelta, ...]:
+    """Return `text` in pieces, as far as a result may carry it."""
+    if 0 < len(text) <= DELTA_CHARS:
+        return (TextDelta(text=text),)
+    starts = range(0, min(len(text), MAX_CONTENT_BYTES), DELTA_CHARS)
+    return tuple(TextDelta(text=text[start : start + DELTA_CHARS]) for start in starts)
+
+
+def events_of(item: Any) -> Iterable[AgentEvent]:
+    """Return what an agent's stream has yielded as events: an event, a mapping with an event's `type`, or text.
+
+    Text is made fit for UTF-8, and a long one cut into pieces.
+
+    Raises:
+        AgentFailed: It is something else, or an event with a field of the wrong type.
+    """
+    if type(item) is TextDelta and type(item.text) is str and item.text.isascii() and len(item.text) <= DELTA_CHARS:
+        return (item,)
+    try:
+        with guarded():
+            return _read(item)
+    except NotText as error:
+        raise AgentFailed(f"the agent's answer is not text: {error}") from error
+
+
+def _read(item: Any) -> Iterable[AgentEvent]:
+    if isinstance(item, str):
+        return deltas(text_of(item))
+    if isinstance(item, TextDelta) and isinstance(item.text, str):
+        return deltas(text_of(item.text))
+    if isinstance(item, ReasoningDelta) and isinstance(item.text, str):
+        return (replace(item, text=text_of(item.text)[:MAX_CONTENT_BYTES]),)
+    if isinstance(item, Done):
+        return (replace(item, content=_text(item.content)),)
+    if isinstance(item, EVENTS):
+        return (_checked(item, type(item).__name__),)
+    if isinstance(item, Mapping) and item.get("type") in TYPES:
+        return _read_mapping(dict(item))
+    raise AgentFailed(
+        f"the agent yielded a {type(item).__name__}: it must yield text or events such as TextDelta and Done"
+    )
+
+
+def _read_mapping(fields: dict[Any, Any]) -> Iterable[AgentEvent]:
+    kind = fields["type"]
+    if kind == "done" and "content" in fields:
+        fields["content"] = _text(fields["content"])
+    event = _checked(fields, f"mapping of type {kind}")
+    return deltas(event.text) if isinstance(event, TextDelta) else (event,)
+
+
+def _text(content: Any) -> str:
+    """An answer's content, of which a result carries no more than this."""
+    return text_of(content[: MAX_CONTENT_BYTES + 1] if isinstance(content, str) else content)
+
+
+def _checked(item: Any, what: str) -> AgentEvent:
+    """The event as a reader of its JSON gets it."""
+    try:
+        try:
+            raw = encode(item)
+        except UnicodeEncodeError:
+            raw = encode(_fit_for_utf8(msgspec.to_builtins(item, str_keys=True)))
+        return decode(raw, AgentEvent)  # type: ignore[arg-type]  # a union of types
+    except Undecodable as error:
+        raise AgentFailed(f"the agent yielded a {what} that cannot be sent: {error.message}") from error
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise AgentFailed(f"the agent yielded a {what} with a value that JSON cannot carry") from error
+
+
+def _fit_for_utf8(value: Any) -> Any:
+    if isinstance(value, str):
+        return text_of(value)
+    if isinstance(value, dict):
+        return {_fit_for_utf8(key): _fit_for_utf8(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_fit_for_utf8(each) for each in value]
+    return value
