@@ -128,3 +128,13 @@ async def test_an_agent_passes_the_events_of_a_run_to_its_event_bus() -> None:
     assert (result.content, result.tokens_used) == ("Five.", result.usage.total_tokens)
     assert isinstance(result.duration_ms, int)
     assert (agent.name, len(agent.id)) == ("adder", 32)
+
+
+async def test_an_agent_streams_a_text_and_ends_with_whole_milliseconds() -> None:
+    async with OpenAIServer() as server:
+        provider = OpenAIProvider(AgentConfig(api_key="test", base_url=server.base_url))
+        *_, done = [event async for event in Agent(provider).stream("hello")]
+        await provider.aclose()
+
+    assert isinstance(done, Done)
+    assert (done.content, type(done.duration_ms)) == ("You said: hello", int)
