@@ -97,7 +97,7 @@ def test_a_phase_that_had_the_task_twice_in_an_attempt_is_reported_once() -> Non
 
 
 class Watched:
-    """A handle whose record is what the test says, or cannot be read."""
+    """A handle whose record is given, or cannot be read."""
 
     task_id = "t"
 
