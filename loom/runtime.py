@@ -5,6 +5,7 @@ import concurrent.futures
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextvars import copy_context
 from hashlib import blake2b
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
@@ -22,9 +23,11 @@ from loom.bus.ownership import THREADSAFE, Owner, running_loop
 from loom.bus.reward_bus import RewardBus, judgement
 from loom.bus.tasks import TaskHandle
 from loom.claims import AnyCapabilities, domains_of, profile_of
+from loom.cluster.amoeba_loop import AmoebaLoop
 from loom.cluster.lifecycle import LifecycleManager
 from loom.cluster.manager import ClusterManager, InvalidNode
-from loom.cluster.skill_nodes import skill_nodes
+from loom.cluster.runtime_loop import RuntimeLoop
+from loom.cluster.skill_nodes import load, skill_nodes
 from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.runner.node_overview import NodeOverview, node_overviews
 from loom.runner.session import Inheritance, Session
@@ -35,11 +38,14 @@ from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
 from loom.schemas.llm import LLMProvider
 from loom.schemas.task import TaskAd, TaskResult
-from loom.types import AgentNode, CapabilityProfile, HealthReport
+from loom.types import AgentNode, CapabilityProfile, HealthReport, Skill
 
 T = TypeVar("T")
 
 log = get_logger()
+
+__path__ = [str(Path(__file__).parent / "compat" / "runtime")]
+"""Makes `loom.runtime.core` importable, the path of loom-agent 0.6."""
 
 
 class Runtime:
@@ -64,15 +70,14 @@ class Runtime:
         self,
         provider: LLMProvider | None = None,
         config: AgentConfig | None = None,
-        *,
         cluster_config: ClusterConfig | None = None,
     ) -> None:
         self.provider = provider
         self.config = config or AgentConfig()
-        self.cluster = ClusterManager()
         self.reward_bus = RewardBus()
         self._settings: Settings = from_environment()
         self._cluster_config = cluster_config or self._settings.cluster
+        self.cluster = ClusterManager(self._cluster_config)
         self.lifecycle = LifecycleManager(self._cluster_config)
         self.skill_registry = SkillNodeRegistry()
         """As of `AmoebaLoop`: skills to become nodes where nobody bids; they work with the provider and the config."""
@@ -162,6 +167,33 @@ class Runtime:
         digest = blake2b(msgspec.json.encode(made_of), digest_size=4).hexdigest()
         ordinal = sum(node.id.startswith(digest) for node in self.cluster.nodes)
         return f"{digest}-{ordinal + 1}"
+
+    def load_skill(self, skill: Skill) -> AgentNode:
+        """Add the skill, and a node that follows its instructions, at once; return the node.
+
+        It claims .7 in the domain of the skill's name. `skill_registry.register` alone adds a node only when a task
+        calls for the skill and no node bids.
+
+        Raises:
+            LoomError: There is no provider, or the skill names a tool that the registry was not given.
+        """
+        if self.provider is None:
+            raise LoomError("no provider: pass one to Runtime before it loads a skill")
+        node = load(skill, self.skill_registry, self.provider, self.config)
+        self.cluster.add_node(node)
+        return node
+
+    def amoeba_loop(self) -> AmoebaLoop:
+        """Return a loop over the nodes and skills added here; while the Runtime is open, on its server.
+
+        Raises:
+            LoomError: There is no provider.
+        """
+        if self.provider is None:
+            raise LoomError("no provider: pass one to Runtime before it makes a loop")
+        return RuntimeLoop(
+            self._sessions, self.cluster, self.reward_bus, self.lifecycle, self.skill_registry, self.provider
+        )
 
     def health_check(self) -> list[HealthReport]:
         """Return how the nodes added here fare, by what ADAPT last said of them."""

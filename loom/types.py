@@ -1,8 +1,7 @@
 """The shapes Python users hold: nodes that change while they work, and the messages re-exported under one name."""
 
-import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +16,7 @@ from loom.schemas.events import (
     Done,
     ErrorEvent,
     LoopEvent,
+    PhaseEvent,
     ReasoningDelta,
     StepEnd,
     StepStart,
@@ -45,6 +45,7 @@ from loom.schemas.task import Accept, Limits, Priority, TaskAd, TaskError, TaskR
 
 if TYPE_CHECKING:
     from loom.agents.tools import Tool, ToolContext, ToolRegistry, ToolResult, define_tool
+from loom.skills import Skill, SkillTrigger
 
 __all__ = [
     "Accept",
@@ -60,6 +61,7 @@ __all__ = [
     "CompletionResult",
     "ComplexityEstimate",
     "Done",
+    "DoneEvent",
     "ErrorEvent",
     "HealthReport",
     "InvalidTask",
@@ -69,14 +71,18 @@ __all__ = [
     "LoopEvent",
     "Message",
     "NodeStatus",
+    "PhaseEvent",
     "Priority",
     "ReasoningDelta",
+    "ReasoningDeltaEvent",
     "RewardRecord",
     "RewardSignal",
     "Skill",
     "SkillTrigger",
     "StepEnd",
+    "StepEndEvent",
     "StepStart",
+    "StepStartEvent",
     "StreamChunk",
     "SubTask",
     "SubtaskEvent",
@@ -86,11 +92,14 @@ __all__ = [
     "TaskResult",
     "TaskSpec",
     "TextDelta",
+    "TextDeltaEvent",
     "TokenUsage",
     "Tool",
     "ToolCall",
     "ToolCallEnd",
+    "ToolCallEndEvent",
     "ToolCallStart",
+    "ToolCallStartEvent",
     "ToolContext",
     "ToolDefinition",
     "ToolRegistry",
@@ -170,9 +179,9 @@ class RewardSignal:
 class RewardRecord:
     """What one task earned a node."""
 
-    task_id: str
-    reward: float
-    domain: str
+    task_id: str = ""
+    reward: float = 0.0
+    domain: str = ""
     token_cost: int = 0
     timestamp: float = field(default_factory=time.time)
     """Seconds since the epoch."""
@@ -268,9 +277,9 @@ class AgentNode:
 class Bid:
     """One node's offer in a cluster's own auction."""
 
-    agent_id: str
-    task_id: str
-    score: float
+    agent_id: str = ""
+    task_id: str = ""
+    score: float = 0.0
     breakdown: dict[str, float] = field(default_factory=dict)
     """capability, availability, history, tools -> 0 to 1, before weighing."""
     estimated_tokens: int = 0
@@ -329,47 +338,6 @@ class HealthReport:
 
 
 @dataclass
-class SkillTrigger:
-    """When a skill is called for. One that could never match is refused with ValueError."""
-
-    type: Literal["keyword", "pattern", "semantic", "custom"] = "keyword"
-    keywords: list[str] = field(default_factory=list)
-    pattern: str = ""
-    """A regular expression (Python's `re`), matched anywhere, upper and lower case alike."""
-    match_all: bool = False
-    """Whether every keyword must occur."""
-    threshold: float = 0.7
-    """Least answer of `evaluator` that counts."""
-    evaluator: Callable[[str], float] | None = None
-    """semantic and custom: text -> how well it fits, 0 to 1."""
-
-    def __post_init__(self) -> None:
-        needed = {"keyword": self.keywords, "pattern": self.pattern}.get(self.type, self.evaluator)
-        if not needed:
-            part = {"keyword": "keywords", "pattern": "a pattern"}.get(self.type, "an evaluator")
-            raise ValueError(f"a {self.type} trigger needs {part}")
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(f"the trigger's pattern does not compile: {error}") from None
-
-
-@dataclass
-class Skill:
-    """Instructions an agent can be given when a task calls for them."""
-
-    name: str
-    description: str = ""
-    instructions: str = ""
-    activation_level: Literal["always", "conditional", "manual"] = "conditional"
-    """manual: never chosen by its trigger."""
-    priority: float = 0.5
-    """0 to 1; weighs the trigger's match."""
-    trigger: SkillTrigger | None = None
-    tools: list[str] = field(default_factory=list)
-
-
-@dataclass
 class AgentBlueprint:
     """A recipe for new nodes, and how those made from it have done."""
 
@@ -389,3 +357,12 @@ class AgentBlueprint:
     total_tasks: int = 0
     avg_reward: float = 0.0
     reward_history: list[float] = field(default_factory=list)
+
+
+TextDeltaEvent = TextDelta
+ReasoningDeltaEvent = ReasoningDelta
+ToolCallStartEvent = ToolCallStart
+ToolCallEndEvent = ToolCallEnd
+StepStartEvent = StepStart
+StepEndEvent = StepEnd
+DoneEvent = Done

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -15,7 +14,9 @@ from loom.bus.ownership import THREADSAFE, Owner
 from loom.bus.reward_bus import RewardBus
 from loom.bus.tasks import TaskHandle
 from loom.cluster.lifecycle import LifecycleManager
+from loom.cluster.loop_context import LoopContext
 from loom.cluster.manager import ClusterManager
+from loom.cluster.phase_events import REWARDED, PhaseReports, adapted
 from loom.cluster.planner import TaskPlanner
 from loom.cluster.skill_nodes import skill_nodes
 from loom.cluster.skill_registry import SkillNodeRegistry
@@ -23,65 +24,20 @@ from loom.cluster.subtasks import Subtasks
 from loom.runner.session import Inheritance, Session
 from loom.runner.session_owner import SessionOwner
 from loom.runner.settings import from_environment
-from loom.schemas.errors import InvalidTask
-from loom.schemas.learning import Lifecycle
+from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.wire import Undecodable, decode
 from loom.types import (
     Done,
     ErrorEvent,
     LLMProvider,
     LoopEvent,
-    Message,
     SubtaskEvent,
-    TaskAd,
     TaskResult,
     TextDelta,
     TokenUsage,
 )
 
 log = get_logger()
-
-REWARDED = frozenset({"node_lost", "agent_failed", "rejected_result", "deadline_exceeded"})
-"""Failures there is something to learn from, where a node had the task."""
-
-
-@dataclass
-class LoopContext:
-    """What a conversation asks of the loop.
-
-    Args:
-        messages: The last user message is the task; earlier ones go along as its context.
-        domain: Where it belongs; empty: SENSE decides.
-        timeout_s: Seconds until the task is given up.
-        token_budget: A hard limit of tokens; None: no limit.
-    """
-
-    messages: list[Message] = field(default_factory=list)
-    domain: str = ""
-    timeout_s: float = 300.0
-    token_budget: int | None = None
-
-    def to_ad(self) -> TaskAd:
-        """Return the task.
-
-        Raises:
-            InvalidTask: No message of a user.
-        """
-        asked = [index for index, message in enumerate(self.messages) if message.role == "user"]
-        if not asked:
-            raise InvalidTask("no user message: say what is to be done", field="messages")
-        earlier = [
-            {"role": message.role, "content": message.content}
-            for message in self.messages[: asked[-1]]
-            if message.content
-        ]
-        return TaskAd(
-            domain=self.domain,
-            description=self.messages[asked[-1]].content,
-            context={"conversation": earlier} if earlier else {},
-            timeout_s=self.timeout_s,
-            token_budget=self.token_budget,
-        )
 
 
 class AmoebaLoop:
@@ -120,7 +76,8 @@ class AmoebaLoop:
         """Yield what happens until the task has ended and has been learned from; the last event is Done.
 
         A failed attempt shows as a recoverable ErrorEvent before the next one begins, a failed task as a final
-        ErrorEvent before Done. Of a divided task a SubtaskEvent tells when each part begins and ends.
+        ErrorEvent before Done. Of a divided task a SubtaskEvent reports when each part begins and ends. A PhaseEvent
+        reports what each phase decided: the first three with the attempt's first progress, all before Done.
 
         An iteration that is broken off cancels the task.
 
@@ -146,25 +103,41 @@ class AmoebaLoop:
     ) -> AsyncGenerator[LoopEvent, None]:
         started = time.monotonic()
         text, attempt = "", 1
+        phases = PhaseReports(handle)
         async with aclosing(parts.follow(handle)) as deltas:
             async for delta in deltas:
                 if isinstance(delta, SubtaskEvent):
+                    phases.subtasks.add(delta.id)
                     yield delta
                     continue
                 if delta.attempt > attempt:
                     text, attempt = "", delta.attempt
                     yield ErrorEvent(error="the attempt failed; another node takes over", recoverable=True)
+                for report in await phases.of_attempt(delta.attempt):
+                    yield report
                 if isinstance(delta.event, TextDelta):
                     text += delta.event.text
                 yield delta.event
         result = await handle.result()
+        async with aclosing(self._ending(result, text, phases, learned)) as events:
+            async for event in events:
+                yield event
+        yield _done(result, time.monotonic() - started)
+
+    async def _ending(
+        self, result: TaskResult, text: str, phases: PhaseReports, learned: "_Learned"
+    ) -> AsyncGenerator[LoopEvent, None]:
+        """Yield what is left to report of a task that has ended, `text` of its answer having been reported."""
         if result.content != text and result.content.startswith(text):
             yield TextDelta(text=result.content[len(text) :])  # deltas may get lost, the result does not
+        for report in await phases.of_ended():
+            yield report
         if result.error is not None:
             yield ErrorEvent(error=result.error.message, code=result.error.code)
         if result.node_id is not None and (result.error is None or result.error.code in REWARDED):
-            await learned.wait(self.lifecycle.config.learn_wait_s)
-        yield _done(result, time.monotonic() - started)
+            profile = await learned.wait(result.node_id, self.lifecycle.config.learn_wait_s)
+            if profile is not None:
+                yield adapted(profile, result.attempts)
 
     async def __aenter__(self) -> Self:
         self.reward_bus.bus = (await self._sessions.open()).bus
@@ -213,6 +186,7 @@ class _Learned:
         self._task_id = task_id
         self._cluster = cluster
         self._heard = asyncio.Event()
+        self._profiles: dict[str, NodeProfile] = {}
 
     async def __aenter__(self) -> Self:
         self._subscription = await self._bus.subscribe(
@@ -225,13 +199,16 @@ class _Learned:
     ) -> None:
         await self._bus.unsubscribe(self._subscription)
 
-    async def wait(self, seconds: float) -> None:
-        """Wait until it has been said, or for so long."""
+    async def wait(self, node_id: str, seconds: float) -> NodeProfile | None:
+        """Wait until ADAPT has learned about that node, or for so long; return the node's profile then."""
         try:
             async with asyncio.timeout(seconds):
-                await self._heard.wait()
+                while node_id not in self._profiles:
+                    self._heard.clear()
+                    await self._heard.wait()
         except TimeoutError:
             log.info("not_learned_yet", task_id=self._task_id, waited_s=seconds)
+        return self._profiles.get(node_id)
 
     async def _on_news(self, msg: Msg) -> None:
         try:
@@ -241,9 +218,12 @@ class _Learned:
             return
         if self._task_id not in news.task_ids:
             return
+        if news.profile is None:
+            return
         for node in self._cluster.nodes:
-            if node.id == news.node_id and news.profile is not None:
+            if node.id == news.node_id:
                 node.mirror(news.profile)
+        self._profiles[news.node_id] = news.profile
         self._heard.set()
 
 
@@ -252,7 +232,7 @@ def _done(result: TaskResult, seconds: float) -> Done:
         content=result.content,
         tokens_used=result.prompt_tokens + result.completion_tokens,
         steps=result.steps,
-        duration_ms=seconds * 1000,
+        duration_ms=round(seconds * 1000),
         usage=TokenUsage(
             prompt_tokens=result.prompt_tokens,
             completion_tokens=result.completion_tokens,
