@@ -41,15 +41,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Agent": "agents.agent",
-    "AgentConfig": "agents.config",
+    "Agent": "agents.llm.agent",
+    "AgentConfig": "agents.llm.config",
     "AmoebaLoop": "cluster.amoeba_loop",
     "ClusterConfig": "schemas.config",
     "ClusterManager": "cluster.manager",
     "LifecycleManager": "cluster.lifecycle",
     "LoomError": "schemas.errors",
     "LoopContext": "cluster.amoeba_loop",
-    "OpenAIProvider": "agents.openai_provider",
+    "OpenAIProvider": "agents.llm.openai_provider",
     "RewardBus": "bus.reward_bus",
     "Runtime": "runtime",
     "SkillNodeRegistry": "cluster.skill_registry",
