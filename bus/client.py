@@ -278,6 +278,9 @@ class Bus(Connection):
 
     async def stop_delivery(self, subscription: Subscription) -> None:
         """End a subscription after handing over all the server has sent on it."""
+        if not self._is_reading():  # no echo could come
+            self.end_subscription(subscription)
+            return
         try:
             with contextlib.suppress(nats.errors.Error, LoomError, TimeoutError):
                 await self._nc._send_unsubscribe(subscription._id)  # the public call drops what is on its way
@@ -286,6 +289,11 @@ class Bus(Connection):
                     await subscription._pending_queue.join()  # what has come but waits for its handler
         finally:
             self.end_subscription(subscription)
+
+    def _is_reading(self) -> bool:
+        """Return whether the connection is read; at the end of an event loop the reader is cancelled like all else."""
+        reading = self._nc._reading_task
+        return reading is None or not (reading.done() or reading.cancelling())
 
     # -- stored messages
 
