@@ -23,7 +23,7 @@ from loom.schemas.events import (
     ToolCallEnd,
     ToolCallStart,
 )
-from loom.schemas.learning import WINDOW, NodeProfile
+from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile
 from loom.schemas.llm import (
     AssistantMessage,
     CompletionParams,
@@ -89,6 +89,8 @@ NodeStatus = Literal["idle", "busy", "splitting", "dying"]
 
 NEUTRAL = 0.5
 """What is assumed of a node nothing is known about."""
+RATING_WEIGHT = 2
+"""Rewards that a node's own rating of itself counts as."""
 
 
 def _short_id() -> str:
@@ -174,6 +176,10 @@ class AgentNode:
     blueprint_id: str | None = None
     decayed_at: float = 0.0
     """Seconds since the epoch of the last decay of its scores; 0: never."""
+    self_ratings: dict[str, float] = field(default_factory=dict)
+    """domain -> the rating of the node's maker, where `capabilities.scores` shows what has been learned instead."""
+    _shown: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """domain -> the learned score that `mirror` has put into `capabilities.scores`."""
 
     def remember(self, *, task_id: str, domain: str, reward: float, token_cost: int, at: float) -> None:
         """Append a record to the history, dropping the domain's oldest past 120."""
@@ -200,15 +206,24 @@ class AgentNode:
         return not required or self._tools().issuperset(required)
 
     def claim(self, domain: str) -> float:
-        """Return how well it says it does a domain (its wording or its slug), in [0, 1]."""
+        """Return how well it says it does a domain (its wording or its slug), in [0, 1].
+
+        That is the rating of its maker, never what has been learned: the auction weighs the two against each other.
+        """
+        key = self.capabilities.key(domain)
+        if self._is_learned(key):
+            return unit(self.self_ratings.get(key, NEUTRAL))
         return self.capabilities.score(domain)
 
-    def mirror(self, profile: NodeProfile) -> None:
-        """Take over what has been learned about this node.
+    def _is_learned(self, key: str) -> bool:
+        """Return whether a score is as `mirror` has left it; one set since is a new rating."""
+        return key in self._shown and self._shown[key] == self.capabilities.scores.get(key)
 
-        The claims in `capabilities.scores` stay as they are: the auction weighs them against the same evidence,
-        which would count twice if a claim already held it.
-        """
+    def mirror(self, profile: NodeProfile) -> None:
+        """Take over what has been learned about this node; its maker's ratings are kept in `self_ratings`."""
+        for name, evidence in profile.domains.items():
+            if evidence.count:
+                self._show(self.capabilities.key(name), evidence)
         facts = self.capabilities
         facts.total_tasks = profile.total_tasks
         facts.success_rate = profile.success_rate if profile.total_tasks else NEUTRAL
@@ -223,6 +238,15 @@ class AgentNode:
         )
         if self.reward_history:
             self.last_active_at = max(self.last_active_at, self.reward_history[-1].timestamp)
+
+    def _show(self, key: str, evidence: DomainEvidence) -> None:
+        """Show the mean of the rewards as the score of a domain, the maker's rating counting as two of them."""
+        scores = self.capabilities.scores
+        if key in scores and not self._is_learned(key):
+            self.self_ratings[key] = scores[key]
+        rating = unit(self.self_ratings.get(key, NEUTRAL))
+        learned = (evidence.mean * evidence.count + rating * RATING_WEIGHT) / (evidence.count + RATING_WEIGHT)
+        scores[key] = self._shown[key] = learned
 
 
 @dataclass

@@ -5,20 +5,26 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from loom.bus.log import get_logger
 from loom.schemas.errors import BusUnavailable
+
+log = get_logger()
 
 LOCK: Final = "loom.lock"
 """Locked while a server has the folder; holds who that is, and the version of the server that wrote it last."""
 LOCK_POLL_S: Final = 0.02
 _DAMAGE: Final = re.compile(
-    r"\[(?:WRN|ERR)\]\s+(.*(?:metafile|recovering|unmarshal|corrupt|permission denied).*)", re.I
+    r"\[(?:WRN|ERR)\]\s+(.*(?:metafile|recovering|unmarshal|corrupt|permission denied).*)", re.IGNORECASE
 )
 """What nats-server logs about a stream or consumer that it leaves out because it cannot read it."""
 
@@ -41,6 +47,25 @@ def default_store(namespace: str, environment: Mapping[str, str] = os.environ, p
     else:
         data = home / "AppData" / "Local" if platform == "win32" else home / ".local" / "share"
     return data / "loom" / namespace
+
+
+class TemporaryStore:
+    """A folder that is removed with this object, at the latest at the end of the program that made it."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="loom-store-"))
+        self._pid = os.getpid()
+        self.remove = weakref.finalize(self, _remove, self.folder, self._pid)
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this process is a forked child: the folder is its parent's."""
+        return self._pid != os.getpid()
+
+
+def _remove(folder: Path, pid: int) -> None:
+    if pid == os.getpid():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class StoreLock:
@@ -91,8 +116,8 @@ class StoreLock:
         if isinstance(written, list) and written > list(version):
             dotted, own = (".".join(map(str, each)) for each in (written, version))
             raise BusUnavailable(
-                f"the streams in {store} were written by nats-server {dotted}, which this one, {own}, may not be able to "
-                f"read: install {dotted} or later, or choose another folder"
+                f"the streams in {store} were written by nats-server {dotted}, and nats-server {own} may not be able to "
+                f"read them: install {dotted} or later, or choose another folder"
             )
 
     def _write(self) -> None:
@@ -162,6 +187,14 @@ def _lives(pid: object) -> bool:
     except PermissionError:  # another user's
         return True
     return True
+
+
+def log_store(store: Path | None) -> None:
+    """Log where records and what is learned are kept; None: in a temporary folder."""
+    if store is None:
+        log.info("store_temporary", hint="records and what is learned end with the server; name a store to keep them")
+    else:
+        log.info("store_opened", folder=str(store.absolute()))
 
 
 def damage_in(log: str) -> str | None:

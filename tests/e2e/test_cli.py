@@ -197,7 +197,7 @@ async def test_a_reader_that_leaves_does_not_end_the_run(start: Start, tmp_path:
 @pytest.mark.slow
 async def test_a_cluster_of_processes_works_is_watched_and_stops(start: Start, tmp_path: Path) -> None:
     up = await start("up", "--port", "0", LOOM_STORE=str(tmp_path / "store"))
-    url = re.findall(r"nats://\S+:\d+", (await up.says("Ctrl-C")).out)[0]
+    url = re.findall(r"nats://\S+:\d+", (await up.says("loom is up on")).err)[0]
     where = {"NATS_URL": url}
     tap, tap_json = await start("tap", **where), await start("tap", "--json", **where)
     node = await start("node", "agents.py", "--slots", "2", **where)
