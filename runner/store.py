@@ -116,8 +116,8 @@ class StoreLock:
         if isinstance(written, list) and written > list(version):
             dotted, own = (".".join(map(str, each)) for each in (written, version))
             raise BusUnavailable(
-                f"the streams in {store} were written by nats-server {dotted}, and nats-server {own} may not be able to "
-                f"read them: install {dotted} or later, or choose another folder"
+                f"the streams in {store} were written by nats-server {dotted}, and nats-server {own} may not be able "
+                f"to read them: install {dotted} or later, or choose another folder"
             )
 
     def _write(self) -> None:
