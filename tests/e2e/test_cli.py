@@ -365,6 +365,14 @@ def quietly(environment: None) -> Iterator[None]:
         ("submit x --context [1]", 2, "invalid_task: not a valid TaskAd: Expected `object`, got `array`"),
         ("submit x --node a.b", 2, "invalid_task: "),
         ("up --port 70000", 2, "bad_usage: Invalid value for '--port'"),
+        (
+            "up --host 0.0.0.0",
+            2,
+            "bad_usage: Invalid value for --host: 0.0.0.0 can be reached from other machines: set",
+        ),
+        ("up --host myself.example", 2, "bad_usage: Invalid value for --host: myself.example can be reached"),
+        ("up --ephemeral --store x", 2, "bad_usage: Invalid value for --ephemeral: keeps nothing"),
+        ("up --host 192.0.2.1 --insecure --ephemeral", 3, "bus_unavailable: 192.0.2.1 is not an address of this"),
         ("nonsense", 2, "bad_usage: No such command 'nonsense'"),
     ],
 )

@@ -18,7 +18,9 @@ def node(**scores: float) -> AgentNode:
 def profile(**domains: list[tuple[str, float, float]]) -> NodeProfile:
     evidence = {
         name: DomainEvidence(
-            scores=tuple(Score(attempt_id=i, score=s, ended_at=t) for i, s, t in entries), count=len(entries), mean=0.5
+            scores=tuple(Score(attempt_id=i, score=s, ended_at=t) for i, s, t in entries),
+            count=len(entries),
+            mean=sum(score for _, score, _ in entries) / len(entries),
         )
         for name, entries in domains.items()
     }
