@@ -24,9 +24,11 @@ LOCK: Final = "loom.lock"
 """Locked while a server has the folder; holds who that is, and the version of the server that wrote it last."""
 LOCK_POLL_S: Final = 0.02
 _DAMAGE: Final = re.compile(
-    r"\[(?:WRN|ERR)\]\s+(.*(?:metafile|recovering|unmarshal|corrupt|permission denied).*)", re.IGNORECASE
+    r"\[(?:WRN|ERR)\]\s+("
+    r"Stream metafile .*checksums do not match.*|Error unmarshalling stream metafile.*|Error reading metafile.*"
+    r"|Error reading Stream metafile.*|Error recreating stream.*|.*unsupported - required API level.*)"
 )
-"""What nats-server logs about a stream or consumer that it leaves out because it cannot read it."""
+"""What nats-server logs about a stream that it leaves out because it cannot read it; what it repairs is not among it."""
 
 
 def default_store(namespace: str, environment: Mapping[str, str] = os.environ, platform: str = sys.platform) -> Path:

@@ -113,7 +113,9 @@ def test_a_store_that_cannot_be_a_folder_is_refused_with_the_reason(tmp_path: Pa
     ("line", "damage"),
     [
         ('[WRN]   Stream metafile "/s/meta.inf": checksums do not match', 'Stream metafile "/s/meta.inf": checksums'),
-        ("[WRN]   Error recovering consumer: no such file", "Error recovering consumer"),
+        ('[WRN]   Error unmarshalling stream metafile "/s/meta.inf": EOF', "Error unmarshalling stream metafile"),
+        ("[WRN] Filestore [S] Recovering stream state from index errored: corrupt state", None),
+        ('[WRN]   Missing stream metafile for "/s"', None),
         ("[INF] Server is ready", None),
     ],
 )
