@@ -28,7 +28,7 @@ _DAMAGE: Final = re.compile(
     r"Stream metafile .*checksums do not match.*|Error unmarshalling stream metafile.*|Error reading metafile.*"
     r"|Error reading Stream metafile.*|Error recreating stream.*|.*unsupported - required API level.*)"
 )
-"""What nats-server logs about a stream that it leaves out because it cannot read it; what it repairs is not among it."""
+"""What nats-server logs about a stream that it leaves out because it cannot read it, and does not repair."""
 
 
 def default_store(namespace: str, environment: Mapping[str, str] = os.environ, platform: str = sys.platform) -> Path:
