@@ -23,7 +23,7 @@ from loom.runner import logs
 from loom.runner.cluster import PhaseGroup
 from loom.runner.embedded import NatsServer, embedded_server
 from loom.runner.settings import Settings, warn_of_misspelt_settings
-from loom.runner.store import log_store
+from loom.runner.store import log_store, log_unused_store
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, UnknownTask
 from loom.schemas.learning import NodeProfile
@@ -83,6 +83,7 @@ class Session:
         self._buses: list[Bus] = []
         self._server: NatsServer | None = None
         self._url = ""
+        self._asked_store = store
         self._store = store or (Path(settings.loom_store) if settings.loom_store else None)
         self._parent = parent
         self._aborted = False
@@ -122,6 +123,8 @@ class Session:
             self.bus = await self._connect(self._url, "client")
             if self._server is None:
                 await check_phases(self.bus)
+                if self._asked_store is not None:
+                    log_unused_store(self._asked_store, self.bus.address)
             host_bus = await self._connect(self._url, "node")
             nursery = Nursery(host_bus, self._hosted, max_nodes=self._config.max_nodes, skills=self._skills)
             self._host = NodeHost(host_bus, nursery.nodes)

@@ -199,6 +199,11 @@ def log_store(store: Path | None) -> None:
         log.info("store_opened", folder=str(store.absolute()))
 
 
+def log_unused_store(store: Path, server: str) -> None:
+    """Log that a store which was asked for is not used, as the streams are those of another server."""
+    log.warning("store_not_used", folder=str(store.absolute()), hint=f"{server} keeps records and what is learned")
+
+
 def damage_in(log: str) -> str | None:
     """Return the first line of a server's log that reports a stream it could not read; None where there is none."""
     found = _DAMAGE.search(log)

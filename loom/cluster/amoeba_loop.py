@@ -140,7 +140,7 @@ class AmoebaLoop:
         Raises:
             InvalidTask: The context holds no task.
             BusUnavailable: No server or no phases answer.
-            WrongEventLoop: The loop is open, by `async with`, in another event loop.
+            WrongEventLoop: The loop is open in another event loop, by `async with` or by a conversation there.
         """
         ad = ctx.to_ad()
         async with self._session() as session:
@@ -211,7 +211,7 @@ class AmoebaLoop:
             yield session
         finally:
             session.users -= 1
-            if not session.users and session is not self._held:
+            if not session.users and session.is_open and session is not self._held:
                 await self._close()
 
     def _make_session(self, parent: Inheritance | None) -> Session:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from support.command import LOOM, Command, alive, below, command
 from support.command import loom as run_loom
+from support.logs import capture_logs
 from support.nodes import echo, node
 from support.wait import until
 
@@ -140,6 +141,17 @@ async def test_a_runtime_without_a_store_keeps_nothing_and_one_with_loom_store_k
     async with runtime():
         pass
     assert (tmp_path / "kept" / "jetstream").is_dir()
+
+
+async def test_a_store_beside_a_server_in_use_is_reported_as_not_used(
+    on_bus: tuple[str, str], phases: Bus, tmp_path: Path
+) -> None:
+    with capture_logs() as logs:
+        async with runtime(tmp_path / "store"):
+            pass
+    [line] = [line for line in logs if line["event"] == "store_not_used"]
+    assert (line["log_level"], line["folder"]) == ("warning", str(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_store_with_a_stream_that_cannot_be_read_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
