@@ -212,6 +212,8 @@ class Bus(Connection):
         reply = self.open_inbox(answer.give)
         try:
             await self.publish(subject, message, reply=reply)
+            if self._is_deaf():
+                raise TimeoutError(f"no answer on {subject} can be read: the event loop ends")
             while (msg := await answer.wait(min(give_up - time.monotonic(), again_s or timeout_s))) is None:
                 if time.monotonic() >= give_up:
                     raise TimeoutError(f"no answer on {subject} in {timeout_s:g} s")
@@ -278,7 +280,7 @@ class Bus(Connection):
 
     async def stop_delivery(self, subscription: Subscription) -> None:
         """End a subscription after handing over all the server has sent on it."""
-        if not self._is_reading():  # no echo could come
+        if self._is_deaf():  # no echo could come
             self.end_subscription(subscription)
             return
         try:
@@ -290,10 +292,10 @@ class Bus(Connection):
         finally:
             self.end_subscription(subscription)
 
-    def _is_reading(self) -> bool:
-        """Return whether the connection is read; at the end of an event loop the reader is cancelled like all else."""
+    def _is_deaf(self) -> bool:
+        """Return whether nobody reads the connection any more: its reader is cancelled when an event loop ends."""
         reading = self._nc._reading_task
-        return reading is None or not (reading.done() or reading.cancelling())
+        return self._nc.is_connected and reading is not None and bool(reading.done() or reading.cancelling())
 
     # -- stored messages
 

@@ -25,16 +25,13 @@ from pathlib import Path
 from typing import Final
 from weakref import WeakSet
 
+from loom.runner.listening import LOOPBACK, reachable
+from loom.runner.server_config import server_config
 from loom.runner.store import StoreLock, damage_in
 from loom.schemas.errors import BusUnavailable
 
 MIN_VERSION: Final = (2, 12)
 """First release with message schedules."""
-FEATURE_FLAGS_VERSION: Final = (2, 14)
-"""First release that knows `feature_flags`; an earlier one refuses the word."""
-LOOPBACK: Final = "127.0.0.1"
-MAX_RESERVED_BYTES: Final = 2**50
-"""No limit in practice: what the streams really take is bounded by each of them."""
 START_TIMEOUT_S: Final = 30.0
 """A large store is read before the server takes connections."""
 STOP_GRACE_S: Final = 5
@@ -131,6 +128,11 @@ class NatsServer:
                 shutil.rmtree(self._folder, ignore_errors=True)  # for a guard that somebody killed
                 self._folder = None
 
+    def stop_on(self, store_dir: Path) -> None:
+        """Stop the server if it keeps its streams in that folder."""
+        if self._store_dir == store_dir:
+            self.stop()
+
     def kill(self) -> None:
         """Kill the server alone, without warning, as a crash would; `restart` or `stop` follows."""
         os.kill(self.pid, signal.SIGKILL)
@@ -154,7 +156,7 @@ class NatsServer:
             if self._folder is None:
                 self._folder = Path(tempfile.mkdtemp(prefix="loom-nats-"))
             config = self._folder / "server.conf"
-            config.write_text(_config(version, self._sync_interval, self._token))
+            config.write_text(server_config(version, self._sync_interval, self._token))
             ports = Path(tempfile.mkdtemp(prefix="ports-", dir=self._folder))
             store = (self._store_dir or self._folder / "store").absolute()
             listen = ["-a", self._host, "-p", str(port), "--ports_file_dir", str(ports)]
@@ -163,7 +165,7 @@ class NatsServer:
             try:
                 self._guard = _Guard(self._folder, lock.fd, command)
                 actual_port, self._pid = _await_ports(ports, self._guard)
-                address = f"{_reachable(self._host)}:{actual_port}"
+                address = f"{reachable(self._host)}:{actual_port}"
                 lock.name_server(f"nats://{address}")
             finally:
                 lock.close()
@@ -192,6 +194,12 @@ class NatsServer:
 
 
 _servers: WeakSet[NatsServer] = WeakSet()
+
+
+def stop_all_on(store_dir: Path) -> None:
+    """Stop every server of this process that keeps its streams in that folder."""
+    for server in list(_servers):
+        server.stop_on(store_dir)
 
 
 def _disown_all() -> None:
@@ -287,12 +295,6 @@ class _Guard:
         self._process.returncode = 0  # not ours to wait for
 
 
-def _reachable(host: str) -> str:
-    """Return the address by which this machine's clients reach a server that listens on `host`."""
-    local = {"0.0.0.0": LOOPBACK, "::": "[::1]"}.get(host, host)  # noqa: S104 - an address to compare with
-    return f"[{local}]" if ":" in local and not local.startswith("[") else local
-
-
 def _await_ports(ports: Path, guard: _Guard) -> tuple[int, int]:
     """Return the server's port and process id once it has written down where it listens."""
     deadline = time.monotonic() + START_TIMEOUT_S
@@ -382,17 +384,3 @@ def _version(binary: str) -> tuple[int, int]:
 
 def _dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
-
-
-def _config(version: tuple[int, int], sync_interval: str | None, token: str) -> str:
-    # A bounded stream reserves its bound, used or not: by default three quarters of the free disk are there to give.
-    jetstream = [f"max_file_store: {MAX_RESERVED_BYTES}"]
-    if sync_interval is not None:
-        jetstream.append(f"sync_interval: {json.dumps(sync_interval)}")
-    lines = [f"jetstream {{ {', '.join(jetstream)} }}"]
-    if version >= FEATURE_FLAGS_VERSION:
-        # With the new flow-control subjects a KV watch of nats-py ends the connection's read loop.
-        lines.append("feature_flags { js_ack_fc_v2: false }")
-    if token:
-        lines.append(f"authorization {{ token: {json.dumps(token)} }}")
-    return "".join(f"{line}\n" for line in lines)

@@ -5,11 +5,8 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import sys
-import tempfile
 import time
-import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -49,25 +46,6 @@ def default_store(namespace: str, environment: Mapping[str, str] = os.environ, p
     else:
         data = home / "AppData" / "Local" if platform == "win32" else home / ".local" / "share"
     return data / "loom" / namespace
-
-
-class TemporaryStore:
-    """A folder that is removed with this object, at the latest at the end of the program that made it."""
-
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="loom-store-"))
-        self._pid = os.getpid()
-        self.remove = weakref.finalize(self, _remove, self.folder, self._pid)
-
-    @property
-    def is_inherited(self) -> bool:
-        """Whether this process is a forked child: the folder is its parent's."""
-        return self._pid != os.getpid()
-
-
-def _remove(folder: Path, pid: int) -> None:
-    if pid == os.getpid():
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 class StoreLock:

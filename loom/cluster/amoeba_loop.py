@@ -25,7 +25,7 @@ from loom.cluster.subtasks import Subtasks
 from loom.runner.session import Inheritance, Session
 from loom.runner.session_owner import SessionOwner
 from loom.runner.settings import Settings, from_environment
-from loom.runner.store import TemporaryStore
+from loom.runner.temporary_store import TemporaryStore
 from loom.schemas.errors import InvalidTask
 from loom.schemas.learning import Lifecycle
 from loom.schemas.wire import Undecodable, decode

@@ -1,10 +1,7 @@
 """What keeps running: `loom up`, `loom phase`, `loom node`."""
 
 import asyncio
-import errno
-import ipaddress
 import os
-import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -26,13 +23,13 @@ from loom.runner.cli.ending import EXTRA_S
 from loom.runner.cli.loading import load_nodes
 from loom.runner.cli.running import DEFAULT_URL, FOREVER_S, prepare, run_service, sense_model, until_lost
 from loom.runner.cluster import running_nodes, running_phases
-from loom.runner.embedded import LOOPBACK, embedded_server
+from loom.runner.embedded import embedded_server
+from loom.runner.listening import LOOPBACK, check_free, is_loopback
 from loom.runner.settings import Settings
 from loom.runner.starting import until_started
 from loom.runner.store import check_unused, default_store, log_store
 from loom.runner.supervisor import STOP_GRACE_S, Program, Supervisor, end_with_parent, keep_alive, labelled
 from loom.schemas.envelope import PHASES, Phase
-from loom.schemas.errors import BusUnavailable
 
 log = get_logger()
 
@@ -90,14 +87,6 @@ class Server(NamedTuple):
     port: int
     store: Path | None
     """None: a temporary one."""
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether an address to listen on can be reached from this machine alone; a name but localhost cannot."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _store_of(settings: Settings) -> Path:
@@ -278,24 +267,6 @@ async def _node(
         await until_lost(host.bus)
 
 
-def check_free(host: str, port: int) -> None:
-    """Return if `port` of an address of this machine can be listened on; 0 always can.
-
-    Raises:
-        BusUnavailable: The port is taken, or not ours to take, or the address is not one of this machine.
-    """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: a closed one is free
-            probe.bind(address)
-    except OSError as error:
-        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            raise BusUnavailable(f"{host} is not an address of this machine; choose another with --host") from error
-        why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
-        raise BusUnavailable(f"port {port} {why}; choose another with --port, or set NATS_URL") from error
-
-
 def _phases(names: list[str]) -> tuple[Phase, ...]:
     unknown = [name for name in names if name not in PHASES]
     if unknown:
@@ -310,7 +281,7 @@ def _welcome(settings: Settings, server: Server, address: str) -> str:
         kept = server.store.absolute() if server.store is not None else None
         lines.append(f"  records and what is learned are kept in {kept}" if kept else "  nothing is kept (--ephemeral)")
         if not is_loopback(server.host):
-            lines.append(f"  other machines reach it at {server.host}, port {address.rpartition(':')[2]}")
+            lines.append(f"  it listens on {server.host} for other machines")
     own = "" if settings.nats_url or address == DEFAULT_URL else f"NATS_URL={address} "
     if settings.loom_token and not settings.nats_url:
         own = f"NATS_URL=nats://$LOOM_TOKEN@{address.removeprefix('nats://')} "

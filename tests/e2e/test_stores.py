@@ -104,6 +104,24 @@ async def everything_is_there(bus: Bus) -> None:
     assert await learned(bus) == TASKS
 
 
+ABANDONED = """
+import asyncio
+from loom import AmoebaLoop, ClusterManager, LifecycleManager, LoopContext, RewardBus, SkillNodeRegistry, UserMessage
+from loom.cluster.planner import TaskPlanner
+from loom.types import AgentNode, CapabilityProfile
+
+cluster = ClusterManager()
+cluster.add_node(AgentNode(id="coder", agent=lambda text: "done", capabilities=CapabilityProfile(scores={"code": 0.6})))
+loop = AmoebaLoop(cluster, RewardBus(), LifecycleManager(), TaskPlanner(None), SkillNodeRegistry())
+
+async def begin():
+    async for _ in loop.execute(LoopContext(messages=[UserMessage("sort")], domain="code")):
+        break
+
+asyncio.run(begin())
+"""
+
+
 # -- Runtime
 
 
@@ -317,6 +335,29 @@ async def test_a_loop_that_is_dropped_removes_its_temporary_store(temporary: Pat
     del loop
     gc.collect()
     assert not entries(temporary)
+
+
+@pytest.mark.slow
+def test_an_event_loop_that_ends_within_a_conversation_does_not_wait_for_it() -> None:
+    loop = amoeba()
+
+    async def begin() -> None:
+        async for _ in loop.execute(LoopContext(messages=[UserMessage("sort")], domain="code")):
+            break
+
+    began = time.monotonic()
+    for _ in range(2):
+        asyncio.run(begin())
+    assert time.monotonic() - began < 3  # two openings included; a wait for a lost answer takes 3 s each
+    loop.dispose()
+
+
+@pytest.mark.slow
+async def test_a_program_that_ends_within_a_conversation_leaves_no_temporary_store(tmp_path: Path) -> None:
+    (tmp_path / "temporary").mkdir()
+    async with command(tmp_path, sys.executable, "-c", ABANDONED, TMPDIR=str(tmp_path / "temporary")) as running:
+        assert (await running.end()).code == 0
+    await until(lambda: not entries(tmp_path / "temporary"), what="nothing is left")
 
 
 async def test_a_loop_with_a_store_is_continued_by_the_next_one(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from support.logs import capture_logs
 
-from loom.runner.store import LOCK, StoreLock, TemporaryStore, check_unused, damage_in, default_store, log_store
+from loom.runner.listening import is_loopback, reachable
+from loom.runner.store import LOCK, StoreLock, check_unused, damage_in, default_store, log_store
+from loom.runner.temporary_store import TemporaryStore
 from loom.schemas.errors import BusUnavailable
 
 VERSION = (2, 15)
@@ -147,3 +149,21 @@ def test_each_start_logs_where_things_are_kept(tmp_path: Path) -> None:
         ("store_opened", str(tmp_path)),
         ("store_temporary", None),
     ]
+
+
+@pytest.mark.parametrize(
+    ("host", "alone", "address"),
+    [
+        ("127.0.0.1", True, "127.0.0.1"),
+        ("::1", True, "[::1]"),
+        ("localhost", True, "localhost"),
+        ("0.0.0.0", False, "127.0.0.1"),
+        ("::", False, "[::1]"),
+        ("192.0.2.1", False, "192.0.2.1"),
+        ("myself.example", False, "myself.example"),
+    ],
+)
+def test_an_address_is_known_to_be_of_this_machine_alone_and_has_one_for_its_clients(
+    host: str, alone: bool, address: str
+) -> None:
+    assert (is_loopback(host), reachable(host)) == (alone, address)
