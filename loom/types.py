@@ -27,7 +27,7 @@ from loom.schemas.events import (
     ToolCallStart,
 )
 from loom.schemas.health import Standing
-from loom.schemas.learning import WINDOW, NodeProfile
+from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile
 from loom.schemas.llm import (
     AssistantMessage,
     CompletionParams,
@@ -123,6 +123,8 @@ NodeStatus = Literal["idle", "busy", "splitting", "dying"]
 
 NEUTRAL = 0.5
 """What is assumed of a node nothing is known about."""
+RATING_WEIGHT = 2
+"""Rewards that a node's own rating of itself counts as."""
 
 
 def _short_id() -> str:
@@ -213,9 +215,13 @@ class AgentNode:
 
     Two wordings are one domain when they share a slug, as in `capabilities`.
     """
+    self_ratings: dict[str, float] = field(default_factory=dict)
+    """domain -> the rating of the node's maker, where `capabilities.scores` shows what has been learned instead."""
+    _shown: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """domain -> the learned score that `mirror` has put into `capabilities.scores`."""
 
     def takes(self, domain: str) -> bool:
-        """Return whether it takes tasks of a domain (its wording or its slug): one it names, with a score above 0."""
+        """Return whether it takes tasks of a domain (its wording or its slug): one it names, with a rating above 0."""
         return self.claim(domain) > 0
 
     def remember(self, *, task_id: str, domain: str, reward: float, token_cost: int, at: float) -> None:
@@ -243,20 +249,29 @@ class AgentNode:
         return not required or self._tools().issuperset(required)
 
     def claim(self, domain: str) -> float:
-        """Return how well it says it does a domain (its wording or its slug), in [0, 1]; 0: it does not take it."""
+        """Return its own rating in a domain (its wording or its slug), in [0, 1]; 0: it does not take the domain.
+
+        That is the rating of its maker, never what has been learned: the auction weighs the two against each other.
+        """
         if self.domains is not None:
             wanted = slug(domain)
             names = (self.domains,) if isinstance(self.domains, str) else self.domains
             if not any(slug(name) == wanted for name in names):
                 return 0.0
+        key = self.capabilities.key(domain)
+        if self._is_learned(key):
+            return unit(self.self_ratings.get(key, NEUTRAL))
         return self.capabilities.score(domain)
 
-    def mirror(self, profile: NodeProfile) -> None:
-        """Take over what has been learned about this node.
+    def _is_learned(self, key: str) -> bool:
+        """Return whether a score is as `mirror` has left it; one set since is a new rating."""
+        return key in self._shown and self._shown[key] == self.capabilities.scores.get(key)
 
-        The claims in `capabilities.scores` stay as they are: the auction weighs them against the same evidence,
-        which would count twice if a claim already held it.
-        """
+    def mirror(self, profile: NodeProfile) -> None:
+        """Take over what has been learned about this node; its maker's ratings are kept in `self_ratings`."""
+        for name, evidence in profile.domains.items():
+            if evidence.count:
+                self._show(self.capabilities.key(name), evidence)
         facts = self.capabilities
         facts.total_tasks = profile.total_tasks
         facts.success_rate = profile.success_rate if profile.total_tasks else NEUTRAL
@@ -271,6 +286,15 @@ class AgentNode:
         )
         if self.reward_history:
             self.last_active_at = max(self.last_active_at, self.reward_history[-1].timestamp)
+
+    def _show(self, key: str, evidence: DomainEvidence) -> None:
+        """Show the mean of the rewards as the score of a domain, the maker's rating counting as two of them."""
+        scores = self.capabilities.scores
+        if key in scores and not self._is_learned(key):
+            self.self_ratings[key] = scores[key]
+        rating = unit(self.self_ratings.get(key, NEUTRAL))
+        learned = (evidence.mean * evidence.count + rating * RATING_WEIGHT) / (evidence.count + RATING_WEIGHT)
+        scores[key] = self._shown[key] = learned
 
 
 @dataclass

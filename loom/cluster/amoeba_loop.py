@@ -1,9 +1,11 @@
 """AmoebaLoop: one conversation through the six phases, as a stream of events."""
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -23,7 +25,8 @@ from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.cluster.subtasks import Subtasks
 from loom.runner.session import Inheritance, Session
 from loom.runner.session_owner import SessionOwner
-from loom.runner.settings import from_environment
+from loom.runner.settings import Settings, from_environment
+from loom.runner.temporary_store import TemporaryStore
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.wire import Undecodable, decode
 from loom.types import (
@@ -43,7 +46,8 @@ log = get_logger()
 class AmoebaLoop:
     """Runs a conversation's task through SENSE, MATCH, SCALE, EXECUTE, EVALUATE and ADAPT.
 
-    `execute` opens what it needs and closes it again; inside `async with loop` it stays open between calls.
+    `execute` opens what it needs and closes it again; inside `async with loop` it stays open between calls. What the
+    loop has learned is kept between calls, too, and shown in the nodes of `cluster`.
 
     Args:
         cluster: Its nodes are hosted while the loop is open, read live.
@@ -53,6 +57,9 @@ class AmoebaLoop:
         skill_registry: A skill a task calls for becomes a node when nobody bids. With skills in it as the loop
             opens, it hosts up to `max_nodes` nodes: those of skills, and clones of any that are overrun.
         llm: What SENSE may ask, and SCALE for a plan, where the phases are started here; and the model of skills.
+        store: Folder in which a server started here keeps records and what has been learned; absent: that of
+            LOOM_STORE, else a temporary one that ends with the loop (`dispose`, garbage collection, or the end of the
+            program).
     """
 
     def __init__(
@@ -63,6 +70,8 @@ class AmoebaLoop:
         planner: TaskPlanner,
         skill_registry: SkillNodeRegistry,
         llm: LLMProvider | None = None,
+        *,
+        store: str | os.PathLike[str] | None = None,
     ) -> None:
         self.cluster = cluster
         self.reward_bus = reward_bus
@@ -70,7 +79,11 @@ class AmoebaLoop:
         self.planner = planner
         self.skill_registry = skill_registry
         self.llm = llm
+        self._store = Path(store) if store is not None else None
+        self._temporary: TemporaryStore | None = None
         self._sessions = SessionOwner(self._make_session)
+        self._held: Session | None = None
+        """The session that `async with` keeps open."""
 
     async def execute(self, ctx: LoopContext) -> AsyncIterator[LoopEvent]:
         """Yield what happens until the task has ended and has been learned from; the last event is Done.
@@ -84,7 +97,7 @@ class AmoebaLoop:
         Raises:
             InvalidTask: The context holds no task.
             BusUnavailable: No server or no phases answer.
-            WrongEventLoop: The loop is open, by `async with`, in another event loop.
+            WrongEventLoop: The loop is open in another event loop, by `async with` or by a conversation there.
         """
         ad = ctx.to_ad()
         async with self._session() as session:
@@ -140,39 +153,60 @@ class AmoebaLoop:
                 yield adapted(profile, result.attempts)
 
     async def __aenter__(self) -> Self:
-        self.reward_bus.bus = (await self._sessions.open()).bus
+        self._held = await self._sessions.open()
+        self.reward_bus.bus = self._held.bus
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._close()
+
+    def dispose(self) -> None:
+        """Drop everything at once, and remove the temporary store; from any thread, and safe to call twice."""
+        self._held = None
+        self._sessions.abort()
+        temporary, self._temporary = self._temporary, None
+        if temporary is not None:
+            temporary.remove()
+
+    async def _close(self) -> None:
         await self._sessions.aclose()
+        self._held = None
         self.reward_bus.bus = None
 
     @asynccontextmanager
     async def _session(self) -> AsyncIterator[Session]:
-        """Yield the session that `async with` opened, else one for this block alone."""
-        if self._sessions.owner is not None:
-            yield await self._sessions.open()
-            return
-        async with aclosing(self._make_session(self._sessions.inheritance)) as session:
-            await session.open()
-            try:
-                yield session
-            finally:
-                if self.reward_bus.bus is session.bus:
-                    self.reward_bus.bus = None
+        """Yield the session that `async with` opened, else one that its last user closes: they share a store."""
+        session = await self._sessions.open()
+        session.users += 1
+        try:
+            yield session
+        finally:
+            session.users -= 1
+            if not session.users and session.is_open and session is not self._held:
+                await self._close()
 
     def _make_session(self, parent: Inheritance | None) -> Session:
+        settings = from_environment()
         return Session(
             lambda: self.cluster.nodes,
-            from_environment(),
+            settings,
             self.lifecycle.config,
             self.llm,
             skills=skill_nodes(self.skill_registry, self.llm),
             parent=parent,
+            store=self._store_for(settings),
             owner=Owner("AmoebaLoop", f"{THREADSAFE}, or an AmoebaLoop of its own"),
         )
+
+    def _store_for(self, settings: Settings) -> Path | None:
+        """Return where the loop keeps what it learns; None where the settings say it."""
+        if self._store is not None or settings.nats_url or settings.loom_store:
+            return self._store
+        if self._temporary is None or self._temporary.is_inherited:
+            self._temporary = TemporaryStore()
+        return self._temporary.folder
 
 
 class _Learned:

@@ -189,7 +189,10 @@ def test_a_store_in_use_is_refused_until_its_server_has_gone(private: Path, tmp_
     first, second = NatsServer(store), NatsServer(store)
     first.start()
     try:
-        with pytest.raises(BusUnavailable, match="in use by another server"):
+        with pytest.raises(
+            BusUnavailable,
+            match=rf"in use by the server of process {os.getpid()} at {first.url}: set NATS_URL={first.url}",
+        ):
             second.start()
         assert talks(first.url)
         first.restart()
