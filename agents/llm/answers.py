@@ -5,17 +5,21 @@ in parts, reasoning under any of its names, a refusal, calls, usage.
 """
 
 import json
-from collections.abc import Collection
 from typing import Any, NoReturn
 
+from msgspec import structs
+
 from loom.agents.llm.refusals import ErrorReply, reason_of
-from loom.agents.llm.thinking import ThinkBlock
-from loom.agents.llm.tool_calls import ToolCalls
+from loom.agents.llm.tool_calls import MAX_CALL_BYTES, ToolCalls
 from loom.agents.llm.usage import usage_of
 from loom.agents.user_code import text_of
 from loom.schemas.llm import StreamChunk, Usage
+from loom.schemas.wire import free_json_fault
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+REASONING_DETAILS = "reasoning_details"
+"""A field of a message that OpenRouter wants back with its calls; kept beside the first of them."""
+MAX_DETAILS = 10_000
 MAX_FINISH_REASON_CHARS = 64
 MAX_NESTING = 8
 
@@ -29,20 +33,15 @@ class BrokeOff(Exception):
 
 
 class AnswerReader:
-    """Reads one answer, from events or from a whole value.
+    """Reads one answer, from events or from a whole value."""
 
-    Args:
-        taken: Ids of the calls earlier in the conversation.
-    """
-
-    def __init__(self, taken: Collection[str] = ()) -> None:
+    def __init__(self) -> None:
         self.finish_reason: str | None = None
         self.reasoning_field: str | None = None
         """The field that reasoning came in."""
-        self._taken = taken
         self._calls = ToolCalls()
+        self._details: list[Any] = []
         self._usage: Usage | None = None
-        self._think = ThinkBlock()
         self._index: Any = None
         self._read_choice = self._read_delta = False
         self._unknown: Any = None
@@ -70,7 +69,7 @@ class AnswerReader:
         reason = choice.get("finish_reason")
         if isinstance(reason, str) and reason:
             self.finish_reason = text_of(reason[:MAX_FINISH_REASON_CHARS])
-        return self._said(choice)
+        return self._chunk_of(choice)
 
     def last(self, *, ended: bool, whole: bool) -> StreamChunk:
         """Return the last chunk: calls, usage and finish reason.
@@ -85,15 +84,15 @@ class AnswerReader:
         """
         if whole and not self._read_choice:
             self._refuse_unknown()
-        calls = self._calls.finished(self._taken)
+        calls = self._calls.finished()
+        if calls and self._details and free_json_fault(self._details, max_bytes=MAX_CALL_BYTES) is None:
+            extra = {**calls[0].extra, REASONING_DETAILS: self._details}
+            calls = (structs.replace(calls[0], extra=extra), *calls[1:])
         if self.finish_reason is None:
             if not ended:
                 raise BrokeOff
             self.finish_reason = "tool_calls" if calls else "stop"
-        reasoning, text = self._think.rest()
-        return StreamChunk(
-            text=text, reasoning=reasoning, tool_calls=calls, usage=self._usage, finish_reason=self.finish_reason
-        )
+        return StreamChunk(tool_calls=calls, usage=self._usage, finish_reason=self.finish_reason)
 
     def _refuse_unknown(self) -> NoReturn:
         """Raise the error of an answer that held no choice."""
@@ -115,7 +114,7 @@ class AnswerReader:
                     return choice
         return None
 
-    def _said(self, choice: dict[str, Any]) -> StreamChunk | None:
+    def _chunk_of(self, choice: dict[str, Any]) -> StreamChunk | None:
         """Read a choice's delta, or its message."""
         delta, message = choice.get("delta"), choice.get("message")
         if isinstance(delta, dict):
@@ -127,9 +126,11 @@ class AnswerReader:
             self._calls.add_whole(message.get("tool_calls"))
         else:
             turn = {"content": choice.get("text")}
-        written, thought = content_of(turn.get("content"))
-        inside, text = self._think.split(written) if written else ("", "")
-        reasoning = self._reasoning(turn) + thought + inside
+        details = turn.get(REASONING_DETAILS)
+        if isinstance(details, list):
+            self._details.extend(details[: MAX_DETAILS - len(self._details)])
+        text, thought = content_of(turn.get("content"))
+        reasoning = self._reasoning(turn) + thought
         refusal = _plain(turn.get("refusal"))
         return StreamChunk(text=text, reasoning=reasoning, refusal=refusal) if text or reasoning or refusal else None
 

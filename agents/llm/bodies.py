@@ -11,6 +11,7 @@ MAX_LINE_BYTES = 16 << 20
 MAX_STREAM_BYTES = 256 << 20
 """Most bytes of a stream."""
 END = "[DONE]"
+TOO_LONG = "the answer of the model's server is too long to be read"
 
 _BROKEN = object()
 
@@ -32,7 +33,9 @@ class BodyReader:
         self._total = 0
         self._streams: bool | None = None
         """Whether the body is a stream of events; None: nothing has been read."""
-        self._event, self._data = "", ""
+        self._event = ""
+        self._data: list[str] = []
+        self._data_size = 0
 
     def feed(self, data: bytes) -> list[Any]:
         """Return the values that `data` completes.
@@ -73,27 +76,31 @@ class BodyReader:
         self._pending.append(text)
         self._size += len(text)
         if self._size > MAX_LINE_BYTES or self._total > MAX_STREAM_BYTES:
-            raise AgentFailed("the answer of the model's server is too long to be read")
+            raise AgentFailed(TOO_LONG)
 
     def _line(self, line: str) -> list[Any]:
         """Take one line; an empty one completes an event."""
         if not line:
-            event, data, self._event, self._data = self._event, self._data, "", ""
-            return self._completed(event, data) if data else []
+            return self._completed()
         name, _, value = line.partition(":")
         value = value.removeprefix(" ")
         if name == "event":
             self._event = value
-        elif name == "data":
-            # Events without an empty line between them are common; a JSON value may also take several lines.
-            done = self._completed(self._event, self._data) if self._data and _is_json(self._data) else []
-            self._data = value if done or not self._data else f"{self._data}\n{value}"
-            if len(self._data) > MAX_LINE_BYTES:
-                raise AgentFailed("the answer of the model's server is too long to be read")
-            return done
-        return []
+        if name != "data":
+            return []
+        # Some servers leave out the empty line between events; a JSON value may also take several lines.
+        done = self._completed() if len(self._data) == 1 and _is_json(self._data[0]) else []
+        self._data.append(value)
+        self._data_size += len(value)
+        if self._data_size > MAX_LINE_BYTES:
+            raise AgentFailed(TOO_LONG)
+        return done
 
-    def _completed(self, event: str, data: str) -> list[Any]:
+    def _completed(self) -> list[Any]:
+        event, data = self._event, "\n".join(self._data)
+        self._event, self._data, self._data_size = "", [], 0
+        if not data:
+            return []
         if data.strip().startswith(END):
             self.ended = True
             return []

@@ -1,11 +1,13 @@
 """The settings of an agent and of the model it uses."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from loom.agents.llm.checks import header_fault, key_fault, url_fault
+from loom.schemas.wire import free_json_fault
 
 PROVIDERS = ("openai",)
 GREATEST_TEMPERATURE = 2.0
@@ -128,6 +130,10 @@ def _is_optional_text(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
+def _is_json(value: Any) -> bool:
+    return free_json_fault(value, max_bytes=sys.maxsize) is None
+
+
 def _has_text_keys(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
@@ -150,10 +156,13 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_tokens": (lambda value: value is None or _is_count(value), f"{_COUNT[1]}, or None"),
     "token_budget": _COUNT,
     "reasoning_effort": _OPTIONAL_TEXT,
-    "tool_choice": (lambda value: isinstance(value, str | dict | None), "must be a text, an object or None"),
+    "tool_choice": (
+        lambda value: isinstance(value, str | dict | None) and _is_json(value),
+        "must be a text, a JSON object or None",
+    ),
     "extra": (
-        lambda value: _has_text_keys(value) and not RESERVED & value.keys(),
-        f"must be a dict of a request's fields, without {', '.join(sorted(RESERVED))}: the agent sets those",
+        lambda value: _has_text_keys(value) and not RESERVED & value.keys() and _is_json(value),
+        f"must be JSON: a dict of a request's fields, without {', '.join(sorted(RESERVED))}: the agent sets those",
     ),
     "headers": (_has_text_keys, "must be a dict of texts"),
     "api_version": _OPTIONAL_TEXT,

@@ -95,7 +95,7 @@ class OpenAIProvider:
         """
 
         async def ask(client: "AsyncOpenAI", request: Request) -> CompletionResult:
-            async with aclosing(self._chunks(client, request, params)) as chunks:
+            async with aclosing(self._chunks(client, request)) as chunks:
                 return _joined([chunk async for chunk in chunks])
 
         return await self._persist(ask, params, self._deadline(params), stream=False)
@@ -113,7 +113,7 @@ class OpenAIProvider:
         deadline = self._deadline(params)
 
         async def begin(client: "AsyncOpenAI", request: Request) -> tuple[StreamChunk, AsyncGenerator[StreamChunk]]:
-            chunks = self._chunks(client, request, params)
+            chunks = self._chunks(client, request)
             return await anext(chunks), chunks
 
         first, rest = await self._persist(begin, params, deadline, stream=True)
@@ -135,11 +135,9 @@ class OpenAIProvider:
         """Close the connections of the running event loop; the provider may be used again."""
         await self._clients.aclose()
 
-    async def _chunks(
-        self, client: "AsyncOpenAI", request: Request, params: CompletionParams
-    ) -> AsyncGenerator[StreamChunk, None]:
+    async def _chunks(self, client: "AsyncOpenAI", request: Request) -> AsyncGenerator[StreamChunk, None]:
         """Send a request and yield what the body of its answer holds, whether it streams or not."""
-        body, answer = BodyReader(), AnswerReader({call.id for each in params.messages for call in each.tool_calls})
+        body, answer = BodyReader(), AnswerReader()
         create = client.chat.completions.with_streaming_response.create
         async with (
             create(model=request["model"], messages=[], extra_body=request) as response,

@@ -2,10 +2,14 @@
 
 from typing import Any
 
+from loom.agents.llm.answers import REASONING_DETAILS
 from loom.agents.llm.compatibility import Compatibility
 from loom.agents.llm.config import AgentConfig
 from loom.schemas.llm import CompletionParams, Message, ToolDefinition
 from loom.schemas.wire import encode
+
+ONLY_WITH_TOOLS = frozenset({"tool_choice", "parallel_tool_calls"})
+"""Fields of a request that servers refuse where there are no tools."""
 
 
 def request_of(
@@ -24,7 +28,9 @@ def request_of(
     if params.tools:
         wanted |= {"tools": [_tool(each) for each in params.tools], "tool_choice": config.tool_choice}
     wanted |= config.extra
-    request = _compatible({name: value for name, value in wanted.items() if value is not None}, compatibility)
+    unused = frozenset() if params.tools else ONLY_WITH_TOOLS
+    sent = {name: value for name, value in wanted.items() if value is not None and name not in unused}
+    request = _compatible(sent, compatibility)
     request["messages"] = _messages(params, compatibility, request.get("response_format"))
     return request
 
@@ -48,7 +54,8 @@ def _response_format(params: CompletionParams) -> dict[str, Any] | None:
 def _messages(params: CompletionParams, compatibility: Compatibility, response_format: Any) -> list[dict[str, Any]]:
     """Return the conversation; a schema that the request cannot carry otherwise is described in it."""
     messages = [_message(each, compatibility) for each in params.messages]
-    if params.json_schema is not None and (response_format is None or response_format.get("type") == "json_object"):
+    kind = response_format.get("type") if isinstance(response_format, dict) else None
+    if params.json_schema is not None and kind != "json_schema":
         schema = encode(params.json_schema).decode()
         _add_system(messages, f"Answer only with JSON that is valid under this JSON Schema:\n{schema}")
     return _without_system(messages) if compatibility.system_as_user else messages
@@ -83,13 +90,16 @@ def _message(message: Message, compatibility: Compatibility) -> dict[str, Any]:
         shape["content"] = message.content or None
         shape["tool_calls"] = [
             {
-                **each.extra,
+                **{name: value for name, value in each.extra.items() if name != REASONING_DETAILS},
                 "id": each.id,
                 "type": "function",
                 "function": {"name": each.name, "arguments": each.arguments},
             }
             for each in message.tool_calls
         ]
+        details = [each.extra[REASONING_DETAILS] for each in message.tool_calls if REASONING_DETAILS in each.extra]
+        if details:
+            shape[REASONING_DETAILS] = details[0]
     if message.role == "tool":
         shape["tool_call_id"] = message.tool_call_id
     if message.role == "assistant" and compatibility.reasoning_content and (message.reasoning or message.tool_calls):

@@ -96,13 +96,9 @@ class ToolCalls:
         for each in _fragments(value):
             self._extend(self._begin(each.index), each)
 
-    def finished(self, taken: Collection[str] = ()) -> tuple[ToolCall, ...]:
-        """Return the calls, each with an id of its own.
-
-        Args:
-            taken: Ids of earlier calls in the conversation.
-        """
-        used = set(taken)
+    def finished(self) -> tuple[ToolCall, ...]:
+        """Return the calls, each with an id of its own."""
+        used: set[str] = set()
         calls = []
         for each in self._calls:
             if not each.name and not each.arguments:

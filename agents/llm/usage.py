@@ -11,13 +11,13 @@ MOST = 2**53
 """Tokens no answer takes; the greatest number every reader of JSON agrees on."""
 
 
-def usage_of(told: Any) -> Usage | None:
+def usage_of(value: Any) -> Usage | None:
     """Return the usage in a mapping or object with `prompt_tokens` and `completion_tokens`.
 
     None when these are no counts, or all zeros, as some servers send that do not count: the caller estimates.
     """
     names = ("prompt_tokens", "completion_tokens")
-    found = told if isinstance(told, Mapping) else {name: getattr(told, name, None) for name in names}
+    found = value if isinstance(value, Mapping) else {name: getattr(value, name, None) for name in names}
     counts = {name: found.get(name) or 0 for name in names}
     try:
         usage = msgspec.convert(counts, Usage)

@@ -10,7 +10,7 @@ from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk, Us
 from support.openai_server import Answerer, OpenAIServer, Reply
 
 KEY = "sk-very-secret"
-ASK = CompletionParams(messages=(UserMessage("How do you do?"),), timeout_s=10)
+ASK = CompletionParams(messages=(UserMessage("How do you do?"),), timeout_s=30)
 
 
 def provider_for(base_url: str, **config: Any) -> OpenAIProvider:

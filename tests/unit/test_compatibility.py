@@ -210,6 +210,23 @@ async def test_every_option_of_a_config_reaches_the_request() -> None:
     assert "tool_choice" not in second.body
 
 
+@pytest.mark.parametrize("tools", [(), (TOOL,)])
+async def test_options_of_tools_are_sent_only_with_tools(tools: tuple[ToolDefinition, ...]) -> None:
+    params = CompletionParams(messages=ASK.messages, tools=tools, timeout_s=10)
+    async with serving(extra={"parallel_tool_calls": False}, tool_choice="auto") as (model, provider):
+        await provider.complete(params)
+
+    assert ({"parallel_tool_calls", "tool_choice"} <= model.requests[0].body.keys()) is bool(tools)
+
+
+async def test_an_odd_response_format_of_ones_own_is_sent_as_it_is() -> None:
+    async with serving(Reply(text="{}"), extra={"response_format": "json"}) as (model, provider):
+        await provider.complete(STRUCTURED)
+
+    assert model.requests[0].body["response_format"] == "json"
+    assert "JSON Schema" in model.requests[0].messages[0]["content"]
+
+
 async def test_azure_gets_its_version_key_and_path() -> None:
     async with serving(Reply(body=message_body({"content": "hi"}))) as (model, _):
         root = model.base_url.removesuffix("/v1")

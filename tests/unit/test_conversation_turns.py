@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 from support.agents import Scripted, events_of
 
+from loom.agents.function_agent import as_agent
 from loom.agents.llm.agent import Agent
 from loom.agents.llm.prompt import job_message
+from loom.agents.port import collect
 from loom.schemas.conversation import MAX_TURNS
 from loom.schemas.llm import AssistantMessage, Message, SystemMessage, UserMessage
 from loom.schemas.run import RunRequest
@@ -96,3 +98,12 @@ async def test_turns_hold_no_half_surrogate_pairs() -> None:
     messages = await asked(job([{"role": "assistant", "content": "a\ud83d"}]))
 
     assert messages[0].content == "a?"
+
+
+async def test_a_function_reads_the_turns_of_its_job() -> None:
+    def count(job: RunRequest) -> str:
+        return " / ".join(f"{turn.role}: {turn.content}" for turn in job.messages)
+
+    result = await collect(as_agent(count), job(NAME))
+
+    assert result.content == "user: I am Ada. / assistant: Hello Ada. / user: Who am I?"

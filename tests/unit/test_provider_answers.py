@@ -11,9 +11,7 @@ from support.providers import ASK, answered, serving, streamed
 
 from loom.agents.llm import openai_provider
 from loom.agents.llm.answers import AnswerReader, BrokeOff, Unreadable
-from loom.agents.llm.bodies import BodyReader
 from loom.agents.llm.refusals import ErrorReply
-from loom.agents.llm.thinking import ThinkBlock
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.llm import CompletionParams, Message, ToolCall, Usage, UserMessage
 
@@ -57,46 +55,6 @@ async def test_an_event_that_carries_nothing_is_skipped(odd: str) -> None:
         answer = await answered(provider, stream=True)
 
     assert (answer.content, answer.finish_reason, answer.tool_calls) == ("hello world", "stop", ())
-
-
-def read(raw: bytes, size: int) -> list[Any]:
-    """The values of a body that arrives in pieces of `size` bytes."""
-    body = BodyReader()
-    values = [value for at in range(0, len(raw), size) for value in body.feed(raw[at : at + size])]
-    return [*values, *body.rest()]
-
-
-@pytest.mark.parametrize(
-    ("raw", "values"),
-    [
-        ('data: {"a": "ü"}\n\ndata: [DONE]\n\n', [{"a": "ü"}]),
-        ('\ufeff: a comment\r\n\r\nevent: x\r\nid: 1\r\ndata:{"a": 1}\r\n\r\n', [{"a": 1}]),
-        ('data: {"a": 1}\ndata: {"b": 2}\n', [{"a": 1}, {"b": 2}]),
-        ('data: {"a":\ndata: 1}\n\n', [{"a": 1}]),
-        ('event: ping\ndata: {"type": "ping"}\n\n', [{"type": "ping"}]),
-        ('event: error\ndata: {"message": "oh"}\n\n', [{"error": {"message": "oh"}}]),
-        ("event: error\ndata: overloaded\n\n", [{"error": "overloaded"}]),
-        ('data: {"a": 1}\n\ndata: {"b": ', [{"a": 1}]),
-        ('\n {"a": 1}\n', [{"a": 1}]),
-        ('{"a": 1}\n{"b": 2}\n', [{"a": 1}, {"b": 2}]),
-        ("<html>\n</html>", ["<html>\n</html>"]),
-        ("", []),
-        ("data: \n\n", []),
-    ],
-)
-@pytest.mark.parametrize("size", [1, 3, 1000])
-def test_a_body_is_read_however_it_is_cut(raw: str, values: list[Any], size: int) -> None:
-    assert read(raw.encode(), size) == values
-
-
-def test_a_body_without_end_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.agents.llm.bodies.MAX_LINE_BYTES", 1000)
-    for raw in (b'{"' + b"a" * 2000, b"data: " + b"a" * 2000, b"data: a\n" * 1000):
-        with pytest.raises(AgentFailed, match="too long"):
-            read(raw, 100)
-    monkeypatch.setattr("loom.agents.llm.bodies.MAX_STREAM_BYTES", 5000)
-    with pytest.raises(AgentFailed, match="too long"):
-        read(b'data: {"a": 1}\n\n' * 1000, 100)
 
 
 @BOTH
@@ -224,8 +182,8 @@ async def test_arguments_are_taken_in_any_form(arguments: Any, taken: str, strea
 @BOTH
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
 async def test_reasoning_is_kept_apart_from_the_text(field: str, stream: bool) -> None:
-    said = {field: "I should add.", "content": None}
-    events = (delta_event(said), text_event("3"), END)
+    written = {field: "I should add.", "content": None}
+    events = (delta_event(written), text_event("3"), END)
     whole = Reply(body=message_body({field: "I should add.", "content": "3"}))
     async with serving(Reply(events=events) if stream else whole) as (_, provider):
         answer = await answered(provider, stream=stream)
@@ -235,9 +193,9 @@ async def test_reasoning_is_kept_apart_from_the_text(field: str, stream: bool) -
 
 @BOTH
 async def test_a_length_that_went_into_reasoning_can_be_recognised(stream: bool) -> None:
-    said = {"reasoning_content": "hmm", "content": None}
-    whole = Reply(body=message_body(said, "length"))
-    async with serving(Reply(events=(delta_event(said, "length"),)) if stream else whole) as (_, provider):
+    written = {"reasoning_content": "hmm", "content": None}
+    whole = Reply(body=message_body(written, "length"))
+    async with serving(Reply(events=(delta_event(written, "length"),)) if stream else whole) as (_, provider):
         answer = await answered(provider, stream=stream)
 
     assert (answer.content, answer.reasoning, answer.finish_reason) == ("", "hmm", "length")
@@ -245,39 +203,10 @@ async def test_a_length_that_went_into_reasoning_can_be_recognised(stream: bool)
 
 @BOTH
 async def test_a_refusal_is_kept(stream: bool) -> None:
-    said = {"refusal": "I can't help with that.", "content": None}
-    reply = Reply(events=(delta_event(said), END)) if stream else Reply(body=message_body(said))
+    written = {"refusal": "I can't help with that.", "content": None}
+    reply = Reply(events=(delta_event(written), END)) if stream else Reply(body=message_body(written))
     async with serving(reply) as (_, provider):
         assert (await answered(provider, stream=stream)).refusal == "I can't help with that."
-
-
-@pytest.mark.parametrize(
-    ("pieces", "text", "reasoning"),
-    [
-        (["<think>a {x}</think>\n42"], "42", "a {x}"),
-        (["\n<thi", "nk>", "a<", "b</th", "ink>", "\n\n", " 4", "2 "], "42 ", "a<b"),
-        (["<think>never closed</thi"], "", "never closed</thi"),
-        (["<thin ice>"], "<thin ice>", ""),
-        (["<", "b>bold</b>"], "<b>bold</b>", ""),
-        (["in <think>the</think> middle"], "in <think>the</think> middle", ""),
-        (["<think></think>"], "", ""),
-        (["  two"], "  two", ""),
-        (["<thi"], "<thi", ""),
-    ],
-)
-def test_a_leading_block_of_thought_is_reasoning(pieces: list[str], text: str, reasoning: str) -> None:
-    block = ThinkBlock()
-    found = [*(block.split(piece) for piece in pieces), block.rest()]
-
-    assert ("".join(part for _, part in found), "".join(part for part, _ in found)) == (text, reasoning)
-
-
-@pytest.mark.parametrize("cuts", range(1, 9))
-def test_a_block_of_thought_is_found_however_it_is_cut(cuts: int) -> None:
-    block, whole = ThinkBlock(), "<think>one < two</think>\n three"
-    found = [*(block.split(whole[at : at + cuts]) for at in range(0, len(whole), cuts)), block.rest()]
-
-    assert ("".join(part for _, part in found), "".join(part for part, _ in found)) == ("three", "one < two")
 
 
 async def test_a_server_that_streams_unasked_or_does_not_stream_is_understood() -> None:
@@ -314,6 +243,20 @@ async def test_what_came_beside_a_call_goes_back_with_it() -> None:
     assert back == {"id": "x", "type": "function", "function": {"name": "add", "arguments": "{}"}, **signature}
 
 
+async def test_details_of_reasoning_go_back_with_the_message() -> None:
+    details = [{"type": "reasoning.encrypted", "data": "abc"}, {"type": "reasoning.text", "text": "hmm"}]
+    fragment = {"index": 0, "id": "x", "function": {"name": "add", "arguments": "{}"}}
+    pieces = (delta_event({"reasoning_details": [each]}) for each in details)
+    events = (*pieces, delta_event({"tool_calls": [fragment], "reasoning_details": None}, "tool_calls"))
+    async with serving(Reply(events=events)) as (server, provider):
+        [call] = (await answered(provider, stream=True)).tool_calls
+        await provider.complete(history(call))
+
+    turn = server.requests[1].messages[1]
+    assert turn["reasoning_details"] == details
+    assert turn["tool_calls"] == [{"id": "x", "type": "function", "function": {"name": "add", "arguments": "{}"}}]
+
+
 @BOTH
 @pytest.mark.parametrize(
     ("field", "back"), [("reasoning_content", {"reasoning_content": "hmm"}), ("reasoning", {}), ("thinking", {})]
@@ -322,8 +265,8 @@ async def test_reasoning_goes_back_only_where_it_came_as_reasoning_content(
     field: str, back: dict[str, str], stream: bool
 ) -> None:
     call = ToolCall(id="x", name="add", arguments="{}")
-    said = {field: "hmm", "content": "1"}
-    reply = Reply(events=(delta_event(said), END)) if stream else Reply(body=message_body(said))
+    written = {field: "hmm", "content": "1"}
+    reply = Reply(events=(delta_event(written), END)) if stream else Reply(body=message_body(written))
     async with serving(reply) as (server, provider):
         await answered(provider, stream=stream)
         await provider.complete(history(call, "hmm"))
@@ -384,14 +327,6 @@ def test_whatever_json_a_server_sends_is_read_or_refused(events: list[Any], ende
     for chunk in chunks:
         assert (chunk.text + chunk.reasoning + chunk.refusal + (chunk.finish_reason or "")).encode() is not None
         assert chunk.usage is None or chunk.usage.total_tokens > 0
-
-
-@given(pieces=st.lists(st.binary(max_size=30) | st.sampled_from([b"data: ", b"{", b"\n", b"\n\n", b"event: error\n"])))
-def test_whatever_bytes_a_server_sends_are_read(pieces: list[bytes]) -> None:
-    body = BodyReader()
-    values = [value for piece in pieces for value in body.feed(piece)]
-
-    assert isinstance([*values, *body.rest()], list)
 
 
 @settings(max_examples=30)

@@ -14,7 +14,7 @@ SERVER = "the server"
 OPENROUTER = {"message": "Provider returned error", "code": 400, "metadata": {"raw": '{"x": 1}', "provider_name": "P"}}
 
 
-def told(body: Any, status: int | None, **more: Any) -> str:
+def described(body: Any, status: int | None, **more: Any) -> str:
     refusal = refusal_of(body, status=status, headers={}, now=0)
     return sentence(refusal, SERVER, **{"versioned": True, **more})
 
@@ -71,11 +71,11 @@ def test_the_reason_is_found_in_each_form(body: Any, reason: str) -> None:
     ],
 )
 def test_a_refusal_is_described_for_people(body: Any, status: int, message: str) -> None:
-    assert told(body, status) == message
+    assert described(body, status) == message
 
 
 def test_a_missing_version_is_named() -> None:
-    assert told("404 page not found", 404, versioned=False).endswith("is /v1 missing in base_url?")
+    assert described("404 page not found", 404, versioned=False).endswith("is /v1 missing in base_url?")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ JSON = st.recursive(
 @given(
     body=JSON, status=st.none() | st.integers(400, 599), value=st.text() | st.sampled_from(["1e999", "-1", "9" * 40])
 )
-def test_whatever_a_server_says_is_a_short_sentence_and_a_wait(body: Any, status: int | None, value: str) -> None:
+def test_whatever_a_server_sends_is_a_short_sentence_and_a_wait(body: Any, status: int | None, value: str) -> None:
     headers = dict.fromkeys(("retry-after", "x-ratelimit-reset", "x-ratelimit-reset-tokens"), value)
     refusal = refusal_of(body, status=status, headers=headers, now=1e9)
     message = sentence(refusal, SERVER, versioned=False)
@@ -178,5 +178,5 @@ def test_a_reason_of_any_size_is_bounded() -> None:
     wide = {"detail": [{"msg": "x" * 10_000}] * 10_000}
 
     assert reason_of(deep) == ""
-    assert len(told(wide, 422)) < MAX_REASON_CHARS + 120
+    assert len(described(wide, 422)) < MAX_REASON_CHARS + 120
     assert body_of("[" * 100_000) == "[" * 100_000

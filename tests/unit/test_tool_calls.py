@@ -107,15 +107,6 @@ def test_calls_of_a_whole_answer_are_never_merged() -> None:
     assert calls.finished()[0].id == "c"
 
 
-def test_an_id_of_an_earlier_round_is_replaced() -> None:
-    calls = ToolCalls()
-    calls.add_whole([call(0, "call_0", "add", "{}"), call(1, "call_1", "add", "{}")])
-    first, second = calls.finished(taken={"call_0"})
-
-    assert first.id not in ("", "call_0", "call_1")
-    assert second.id == "call_1"
-
-
 def test_what_comes_beside_a_call_is_kept() -> None:
     calls = ToolCalls()
     signature = {"google": {"thought_signature": "SIG"}}
