@@ -2,8 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+RUNS := .venv/.runs
+NEW_VENV := test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: help setup demo check lint test slow bench fmt
+.PHONY: help python setup demo check lint test slow bench fmt
 
 help:
 	@echo 'make demo    run examples/tasks.jsonl with the agents of examples/agents.py'
@@ -16,13 +19,21 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml
+python:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed: make PYTHON=…")'
-	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+
+$(READY): pyproject.toml | python
+	$(NEW_VENV)
+	$(INSTALL) '.[dev]'
+	@touch $@ $(RUNS)
+
+# What loom itself needs, and a server: no linters, no test tools.
+$(RUNS): pyproject.toml | python
+	$(NEW_VENV)
+	$(INSTALL) '.[embedded,fast]'
 	@touch $@
 
-demo: $(READY)
+demo: $(RUNS)
 	$(BIN)/loom run examples/tasks.jsonl --agents examples/agents.py
 
 check: lint test
@@ -45,7 +56,7 @@ bench: .venv/.bench
 	$(BIN)/python tests/bench/scales.py
 
 .venv/.bench: $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(INSTALL) '.[bench]'
 	@touch $@
 
 fmt: $(READY)

@@ -1,4 +1,4 @@
-"""Rules for what nodes say of themselves."""
+"""Rules for the claims of nodes."""
 
 from collections.abc import Collection, Mapping
 from numbers import Real

@@ -90,7 +90,7 @@ def _iteration(result: Any) -> AsyncIterable[Any] | None:
 
 
 class _Written:
-    """What a function has written, kept as far as a result may carry it, and what it says that took."""
+    """What a function has written, kept as far as a result may carry it, and the costs it reports."""
 
     def __init__(self) -> None:
         self.usage = TokenUsage()

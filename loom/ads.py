@@ -13,7 +13,7 @@ from loom.schemas.wire import encode
 T = TypeVar("T")
 
 AnyAd = TaskAd | str | Mapping[str, Any]
-"""A task: an ad, a mapping of an ad's fields, or a text that says what is to be done."""
+"""A task: an ad, a mapping of an ad's fields, or a text that describes the work."""
 
 
 def ad_of(task: AnyAd) -> TaskAd:

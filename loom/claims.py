@@ -1,4 +1,4 @@
-"""What a node says of itself, as people give it."""
+"""A node's claims, as people give them."""
 
 from collections.abc import Collection, Mapping
 from copy import deepcopy

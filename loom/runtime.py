@@ -26,6 +26,7 @@ from loom.cluster.lifecycle import LifecycleManager
 from loom.cluster.manager import ClusterManager, InvalidNode
 from loom.cluster.skill_nodes import skill_nodes
 from loom.cluster.skill_registry import SkillNodeRegistry
+from loom.runner.node_overview import NodeOverview, node_overviews
 from loom.runner.session import Inheritance, Session
 from loom.runner.session_owner import SessionOwner
 from loom.runner.settings import Settings, from_environment
@@ -165,6 +166,15 @@ class Runtime:
     def health_check(self) -> list[HealthReport]:
         """Return how the nodes added here fare, by what ADAPT last said of them."""
         return self.lifecycle.check_all(self.cluster.nodes)
+
+    async def nodes(self) -> list[NodeOverview]:
+        """Return every node of the cluster and what is known of it in each domain; takes about half a second.
+
+        Raises:
+            BusUnavailable: No server or no phases answer.
+        """
+        session = await self._open()
+        return await node_overviews(session.bus, self._cluster_config)
 
     # -- tasks
 

@@ -26,6 +26,7 @@ from loom.schemas.events import (
     ToolCallEnd,
     ToolCallStart,
 )
+from loom.schemas.health import Standing
 from loom.schemas.learning import WINDOW, NodeProfile
 from loom.schemas.llm import (
     AssistantMessage,
@@ -323,6 +324,8 @@ class HealthReport:
     """Since the node last did something; 0 while it is busy."""
     recommendation: Literal["keep", "merge", "recycle"]
     """merge: its knowledge is worth passing on; recycle: it is not."""
+    standing: Standing = "new"
+    """new: no task of it has been judged; unproven: fewer than ten have; failing: most of three or more went wrong."""
 
 
 @dataclass

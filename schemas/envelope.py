@@ -14,6 +14,7 @@ from loom.schemas.task import (
     TaskError,
     TaskResult,
     TaskState,
+    TaskUsage,
     slug,
 )
 from loom.schemas.wire import (
@@ -31,6 +32,7 @@ from loom.schemas.wire import (
     Token,
     Unit,
     Wire,
+    cut_note,
 )
 
 Phase = Literal["sense", "match", "scale", "execute", "evaluate", "adapt"]
@@ -207,6 +209,8 @@ class Envelope(Relayed, frozen=True, kw_only=True):
     result: RunResult | None = None
     opinion: Opinion | None = None
     """Of the result, where a model was asked."""
+    unjudged: Note = ""
+    """Why the result has no opinion although one was wanted; empty: it has one, or none was wanted."""
     best: Best | None = None
     """The best refused result so far."""
     error: TaskError | None = None
@@ -230,7 +234,8 @@ class Envelope(Relayed, frozen=True, kw_only=True):
     tried: Annotated[tuple[Tried, ...], Meta(max_length=MAX_TRIED)] = ()
     """Attempts that failed, oldest first; the newest ones where there were more."""
     spent: RunResult = RunResult()
-    """Tokens and money of all attempts before this one; content is empty."""
+    """Tokens and money of all attempts whose result is not in `result`, and of a divided task's subtasks; content is
+    empty."""
     phase_usage: Annotated[dict[Name, PhaseUsage], Meta(max_length=16)] = {}
     """phase -> what its questions to a model took."""
     warnings: Annotated[tuple[Note, ...], Meta(max_length=MAX_WARNINGS)] = ()
@@ -287,7 +292,19 @@ class Envelope(Relayed, frozen=True, kw_only=True):
 
     def failed(self, error: TaskError) -> "Envelope":
         """Return the envelope with `error` instead of a result."""
-        return replace(self, error=error, result=None)
+        return replace(self.without_result(), error=error)
+
+    def without_result(self) -> "Envelope":
+        """Return the envelope with its result's tokens and money among what is spent, and the result gone."""
+        if self.result is None:
+            return self
+        return replace(self, spent=self.spent.usage_with(self.result), result=None)
+
+    def warned(self, warning: str) -> "Envelope":
+        """Return the envelope with one more warning for the submitter, unless it has it, or as many as fit."""
+        if warning in self.warnings or len(self.warnings) >= MAX_WARNINGS:
+            return self
+        return replace(self, warnings=(*self.warnings, cut_note(warning)))
 
 
 class TaskRecord(Relayed, frozen=True, kw_only=True):
@@ -318,10 +335,18 @@ class TaskRecord(Relayed, frozen=True, kw_only=True):
         """Seconds from admission to the end, at most what a message carries; 0 while the task goes on."""
         return min(MAX_SECONDS, max(0.0, (self.ended_at or self.admitted_at) - self.admitted_at))
 
+    @property
+    def used(self) -> RunResult:
+        """Tokens and money of all attempts; content is empty."""
+        env = self.envelope
+        if env.result is None or self.below_threshold:  # a kept result is of an attempt that counts as spent
+            return env.spent
+        return env.spent.usage_with(env.result)
+
     def to_result(self) -> TaskResult:
         """Return the answer this record holds; for a running task, how far it is."""
         env = self.envelope
-        run = env.result or RunResult()
+        run, used = env.result or RunResult(), self.used
         by = env.best if self.below_threshold else env.award
         return TaskResult(
             task_id=self.task_id,
@@ -335,10 +360,14 @@ class TaskRecord(Relayed, frozen=True, kw_only=True):
             score=self.score,
             below_threshold=self.below_threshold,
             truncated=run.truncated,
-            prompt_tokens=run.prompt_tokens,
-            completion_tokens=run.completion_tokens,
+            prompt_tokens=used.prompt_tokens,
+            completion_tokens=used.completion_tokens,
+            estimated_usage=used.estimated_usage,
+            usd=used.usd,
+            usage=TaskUsage(phases=env.phase_usage),
             steps=run.steps,
             duration_s=run.duration_s,
+            warnings=env.warnings,
         )
 
 
@@ -382,6 +411,8 @@ class Subtask(Wire, frozen=True, kw_only=True):
     error: TaskError | None = None
     tokens: Count = 0
     """Used, failed attempts included."""
+    spent: RunResult = RunResult()
+    """The same, as prompt and completion tokens, and the money; content is empty."""
     duration_s: Seconds = 0.0
     """From its admission to its end."""
 

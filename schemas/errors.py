@@ -46,7 +46,7 @@ class LoomError(Exception):
 _FACTS = frozenset({"task_id", "field", "node_id", "url", "retry_after_s", "partial", "spent"})
 
 
-class InvalidTask(LoomError):
+class InvalidTask(LoomError, ValueError):
     """The ad breaks a rule; `field` names the part."""
 
     code = "invalid_task"

@@ -8,8 +8,13 @@ from loom.schemas.config import ClusterConfig
 
 Health = Literal["healthy", "warning", "dying"]
 
+Standing = Literal["new", "unproven", "healthy", "warning", "failing"]
+"""What is known of a node: nothing, too little, that it does well, that it has begun to fail, that it fails."""
+
 HEALTH_WINDOW = 10
 """Rewards a node's recent mean is made of; with fewer, the mean says too little to condemn anybody."""
+FEW = 3
+"""Rewards from which a poor mean is worth a word."""
 NEUTRAL = 0.5
 """The score of a domain nothing is known about."""
 
@@ -38,6 +43,28 @@ def health(rewards: Sequence[float], losses: int, config: ClusterConfig) -> Heal
     if is_failing(rewards, losses, config):
         return "dying"
     return "warning" if losses and losses >= config.consecutive_loss_limit / 2 else "healthy"
+
+
+def standing(rewards: Sequence[float], losses: int, config: ClusterConfig) -> Standing:
+    """Return what is known of a node, where `health` keeps silent about a short history.
+
+    Three rewards that are poor on average are failing already, as far as people are concerned; only `health` and
+    `is_failing` decide what happens to the node.
+
+    Args:
+        rewards: Oldest first, each 0 to 1.
+        losses: Failures in a row.
+        config: As for `is_failing`.
+    """
+    if not rewards:
+        return "new"
+    recent = rewards[-HEALTH_WINDOW:]
+    poor = len(recent) >= FEW and fsum(recent) / len(recent) < config.apoptosis_threshold
+    if poor or is_failing(rewards, losses, config):
+        return "failing"
+    if len(recent) < HEALTH_WINDOW:
+        return "unproven"
+    return "warning" if health(rewards, losses, config) == "warning" else "healthy"
 
 
 def complement(mine: Mapping[str, float], its: Mapping[str, float], load: float) -> float:

@@ -1,18 +1,16 @@
 """Plans of subtasks: what a model is asked for, how its answer is read, and the rules every graph obeys."""
 
-import json
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Annotated, Any, Protocol
 
-import msgspec
 from msgspec import Meta
 
 from loom.schemas.envelope import Subtask
 from loom.schemas.errors import InvalidPlan
-from loom.schemas.wire import Token, Unit, Wire
+from loom.schemas.model_json import as_shape, json_values
+from loom.schemas.wire import Token, Undecodable, Unit, Wire, cut_name
 
 PLAN_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -79,20 +77,21 @@ def check_graph(subtasks: Sequence[Part]) -> None:
 def parse_plan(text: str) -> tuple[Subtask, ...]:
     """Return the plan in a model's answer, whole or not at all.
 
-    The JSON may stand bare, in a code fence or amid prose, as an array of subtasks or as an object with
-    `subtasks`. Ids may be whole numbers.
+    The JSON may stand bare, in a code fence, amid prose or after a reasoning block, as an array of subtasks or as an
+    object with `subtasks`. Ids may be whole numbers, and `depends_on`, `depends` or `deps` may stand for
+    `dependencies`.
 
     Raises:
-        InvalidPlan: No plan in it, a subtask is malformed, or the graph breaks a rule of `check_graph`.
+        InvalidPlan: No plan in it, a field is unknown, a subtask is malformed, or the graph breaks a rule of
+            `check_graph`; `field` names the part.
     """
-    found = next((parts for value in _json_values(text) if (parts := _parts_in(value))), None)
-    if found is None:
+    found = next((value for value in json_values(text) if _parts_in(value)), None)
+    parts = _parts_in(found)
+    if parts is None:
         raise InvalidPlan("the answer holds no JSON list of subtasks", field="subtasks")
-    try:
-        drafts = msgspec.convert(found, tuple[_Draft, ...])
-    except msgspec.ValidationError as error:
-        raise InvalidPlan(f"malformed subtask: {error}", field="subtasks") from None
-    plan = tuple(draft.to_subtask() for draft in drafts)
+    if isinstance(found, dict):
+        _check_known(found, {"subtasks"}, "the plan")
+    plan = tuple(_draft(part).to_subtask() for part in parts)
     check_graph(plan)
     return plan
 
@@ -120,25 +119,29 @@ class _Draft(Wire, frozen=True, kw_only=True):
         )
 
 
-_decoder = json.JSONDecoder()
-_OPENING = re.compile(r"[\[{]")
-MAX_IN_VAIN = 256 * 1024
-"""Characters read from brackets that turn out to open no JSON, 256 more for each: about 10 ms."""
+DEPENDENCIES = "dependencies"
+ALIASES = ("depends_on", "depends", "deps")
+"""Other names of `dependencies` in plans that were written for other systems."""
 
 
-def _json_values(text: str) -> Iterator[Any]:
-    """Yield every JSON array and object in `text`, outermost only, in order, until too many brackets open none."""
-    at, in_vain = 0, 0
-    while in_vain < MAX_IN_VAIN and (opening := _OPENING.search(text, at)):
-        try:
-            value, at = _decoder.raw_decode(text, opening.start())
-        except RecursionError:  # too deep to be a plan; trying each bracket inside would take the square of its depth
-            return
-        except ValueError as error:  # a bracket in prose, or a number of thousands of digits
-            at = opening.end()
-            in_vain += getattr(error, "pos", len(text)) - at + 256
-        else:
-            yield value
+def _draft(part: dict[str, Any]) -> _Draft:
+    named = f"subtask {str(part.get('id', '?'))[:64]}"
+    for alias in [name for name in ALIASES if name in part]:
+        if DEPENDENCIES in part:
+            raise InvalidPlan(f"{named} has both {DEPENDENCIES} and {alias}; give one of them", field=alias)
+        part = {name: value for name, value in part.items() if name != alias} | {DEPENDENCIES: part[alias]}
+    _check_known(part, _Draft.__struct_fields__, named)
+    try:
+        return as_shape(part, _Draft)
+    except Undecodable as error:
+        raise InvalidPlan(f"{named} is malformed: {error.message}", field="subtasks") from None
+
+
+def _check_known(found: dict[str, Any], known: Collection[str], what: str) -> None:
+    unknown = next((name for name in found if name not in known), None)
+    if unknown is not None:
+        name = cut_name(ascii(unknown)[1:-1])
+        raise InvalidPlan(f"{what} has the unknown field {name}; known are {', '.join(sorted(known))}", field=name)
 
 
 def _parts_in(value: Any) -> list[Any] | None:

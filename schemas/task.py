@@ -45,7 +45,8 @@ DEFAULT_TOKEN_YARDSTICK = 4096
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_TOKEN = 64
 MAX_WARNINGS = 8
-Dollars = Annotated[float, Meta(ge=0, le=1e9)]
+MAX_DOLLARS = 1e9
+Dollars = Annotated[float, Meta(ge=0, le=MAX_DOLLARS)]
 
 
 class Accept(Wire, frozen=True, kw_only=True):
@@ -94,6 +95,11 @@ class TaskAd(Wire, frozen=True, kw_only=True):
     """Small free JSON handed to the agent."""
     wait: bool = True
     """False: `loom.submit` answers at once with `accepted`."""
+
+    def _out_of_range(self, name: str, ge: float, le: float) -> ValueError:
+        """Return the error that a client in another language would get."""
+        error = super()._out_of_range(name, ge, le)
+        return InvalidTask(f"{name} must be {_RULES[name]}", field=name) if name in _RULES else error
 
 
 class _StrictAccept(Accept, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -285,6 +291,15 @@ class RunResult(Wire, frozen=True, kw_only=True):
         """Prompt and completion tokens together."""
         return total(self.prompt_tokens, self.completion_tokens)
 
+    def usage_with(self, other: "RunResult") -> "RunResult":
+        """Return the tokens and the money of both, and nothing else of either."""
+        return RunResult(
+            prompt_tokens=total(self.prompt_tokens, other.prompt_tokens),
+            completion_tokens=total(self.completion_tokens, other.completion_tokens),
+            estimated_usage=self.estimated_usage or other.estimated_usage,
+            usd=min(MAX_DOLLARS, self.usd + other.usd),
+        )
+
 
 class PhaseUsage(Wire, frozen=True, kw_only=True):
     """What one phase has asked a model on behalf of a task."""
@@ -300,12 +315,25 @@ class PhaseUsage(Wire, frozen=True, kw_only=True):
         """Prompt and completion tokens together."""
         return total(self.prompt_tokens, self.completion_tokens)
 
+    def plus(self, other: "PhaseUsage") -> "PhaseUsage":
+        """Return the sum of both."""
+        return PhaseUsage(
+            requests=total(self.requests, other.requests),
+            prompt_tokens=total(self.prompt_tokens, other.prompt_tokens),
+            completion_tokens=total(self.completion_tokens, other.completion_tokens),
+            estimated=self.estimated or other.estimated,
+        )
+
 
 class TaskUsage(Wire, frozen=True, kw_only=True):
     """What a task has taken besides its runs."""
 
     phases: Annotated[dict[Name, PhaseUsage], Meta(max_length=16)] = {}
     """phase -> what its questions to a model took; absent: the phase asked none."""
+
+    def __hash__(self) -> int:
+        """Return a hash, so that results with a dictionary in them may be members of a set."""
+        return hash(frozenset(self.phases.items()))
 
 
 TaskState = Literal["accepted", "running", "succeeded", "failed", "cancelled"]
@@ -328,8 +356,11 @@ class TaskResult(Relayed, frozen=True, kw_only=True):
     """Whether this is only the best there was, short of what `accept` asks."""
     truncated: bool = False
     prompt_tokens: Count = 0
-    """Of all attempts, delegated work included; those of the phases are in `usage`."""
+    """Of all attempts, failed ones included, with all that subtasks and delegated tasks took; what the phases asked
+    a model on behalf of the task itself is in `usage`."""
     completion_tokens: Count = 0
+    estimated_usage: bool = False
+    """Whether tokens were guessed from text lengths because a model did not report them."""
     usd: Dollars = 0.0
     """What all attempts have cost, as far as their agents report it."""
     usage: TaskUsage = TaskUsage()

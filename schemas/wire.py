@@ -99,8 +99,20 @@ class Wire(Relayed, frozen=True, kw_only=True):
             fields = _bounds[cls] = _float_fields(cls)
         for name, ge, le in fields:
             value = getattr(self, name)
-            if value is not None and not ge <= value <= le:
-                raise ValueError(f"{type(self).__name__}.{name} must be a number from {ge} to {le}, not {value}")
+            if value is None:
+                continue
+            try:
+                fits = ge <= value <= le
+            except TypeError:  # a text, say
+                fits = False
+            if not fits:
+                raise self._out_of_range(name, ge, le)
+
+    def _out_of_range(self, name: str, ge: float, le: float) -> ValueError:
+        """Return the error for a field that is not a number from `ge` to `le`."""
+        value = getattr(self, name)
+        given = value if isinstance(value, int | float) else f"a {type(value).__name__}"
+        return ValueError(f"{type(self).__name__}.{name} must be a number from {ge} to {le}, not {given}")
 
 
 _bounds: dict[type, tuple[tuple[str, float, float], ...]] = {}

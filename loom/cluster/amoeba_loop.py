@@ -257,5 +257,6 @@ def _done(result: TaskResult, seconds: float) -> Done:
             prompt_tokens=result.prompt_tokens,
             completion_tokens=result.completion_tokens,
             total_tokens=result.prompt_tokens + result.completion_tokens,
+            estimated=result.estimated_usage,
         ),
     )

@@ -6,7 +6,7 @@ from typing import Literal
 
 from loom.cluster.manager import ClusterManager
 from loom.schemas.errors import LoomError
-from loom.schemas.health import HEALTH_WINDOW, Health, complement, health
+from loom.schemas.health import HEALTH_WINDOW, Health, complement, health, standing
 from loom.schemas.task import slug
 from loom.types import NEUTRAL, AgentNode, CapabilityProfile, ClusterConfig, HealthReport, Limits, TaskAd, unit
 
@@ -59,6 +59,7 @@ class LifecycleManager:
         idle_s = 0.0 if node.status == "busy" else max(0.0, (time.time() if now is None else now) - node.last_active_at)
         status = health(rewards, node.consecutive_losses, self.config)
         report = HealthReport(node.id, status, mean, round(idle_s * 1000), ADVICE[status])
+        report.standing = standing(rewards, node.consecutive_losses, self.config)
         if status != "dying" and rewards and idle_s > self.config.idle_timeout_s:
             report.status, report.recommendation = "dying", "merge"
         return report

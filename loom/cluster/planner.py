@@ -39,7 +39,9 @@ class TaskPlanner:
         """
         ad = _as_ad(task)
         try:
-            plan = await planner.asked(self._provider, ad, ClusterConfig(), ad.timeout_s)
+            answer = await planner.asked(self._provider, ad, ClusterConfig(), ad.timeout_s)
+            if answer.value is None:
+                raise answer.error or AgentFailed(answer.why)
         except (AgentFailed, DeadlineExceeded, InvalidPlan, TimeoutError) as error:
             reason = error.message if isinstance(error, LoomError) else "the model took too long"
             log.warning("plan_unusable", task_id=ad.task_id, reason=reason)
@@ -51,7 +53,7 @@ class TaskPlanner:
             SubTask(
                 part.id, part.description, part.domain or ad.domain, [*part.dependencies], part.estimated_complexity
             )
-            for part in plan
+            for part in answer.value
         ]
 
     async def execute_dag(self, subtasks: Sequence[SubTask], execute: Execute) -> dict[str, TaskResult]:

@@ -14,6 +14,8 @@ from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, Accept, RunResult, TaskAd
 
 COUNTED = frozenset({"node_lost", "agent_failed", "rejected_result"})
 """Errors that are the node's fault: counted, excluding it, rewarded with 0."""
+INVALID = "invalid_task"
+"""Of a node: its opinion of the ad, which another node has to confirm. Without a node: a rule the ad breaks."""
 RETRIED = COUNTED | {"node_busy"}
 RETRY_S = 0.1
 """Pause after the first failure of a node; twice that after each further one."""
@@ -82,34 +84,76 @@ def decide(envelope: Envelope, config: ClusterConfig, now: float, violation: Vio
     """
     error = envelope.error or judge(envelope, violation)
     if error is None:
-        return End("succeeded", envelope, score=envelope.opinion.score if envelope.opinion else 1.0)
+        return End("succeeded", envelope, score=score_of(envelope))
     refused = replace(envelope, error=error)
     if error.code == "rejected_result" and (violation is None or violation.decided):
         refused = keep_best(refused)
     if error.code == "no_bids" and envelope.failures:
         return wait_for_rested(envelope, now) or give_up(refused, last_failure(envelope) or error)
-    if error.code not in RETRIED:
-        return End("cancelled" if error.code == "cancelled" else "failed", replace(refused, result=partial(refused)))
-    if error.code in COUNTED:
-        refused = count(refused, error, now)
+    by_node = error.code in COUNTED or is_opinion(envelope, error)
+    refused = count(refused, error, now) if by_node else refused
+    if is_final(envelope, error):
+        return fail(refused, error)
     final = last_word(refused, error, config, now)
     if final is not None:
         return final
-    again = replace(refused, result=None, opinion=None, error=None, last_error=error, attempt=envelope.attempt + 1)
+    again = replace(
+        refused.without_result(),
+        opinion=None,
+        unjudged="",
+        error=None,
+        last_error=error,
+        attempt=envelope.attempt + 1,
+    )
     if error.code == "node_busy":
         again = replace(again, busy_retries=again.busy_retries + 1)
         return Back(again, again.busy_pause_s if again.busy_pause_s > IN_HAND_S else 0.0)
     return Back(again, retry_s(error, refused.failures))
 
 
+def score_of(envelope: Envelope) -> float | None:
+    """Return the score of a success: the judge's, else that of the rules; None where a judge was to be asked."""
+    if envelope.opinion is not None:
+        return envelope.opinion.score
+    return None if envelope.unjudged else 1.0
+
+
+def is_opinion(envelope: Envelope, error: TaskError) -> bool:
+    """Return whether the error is a node's word that the ad cannot be worked on."""
+    return error.code == INVALID and error.node_id is not None and envelope.award is not None
+
+
+def is_final(envelope: Envelope, error: TaskError) -> bool:
+    """Return whether an error ends the task whatever attempts are left.
+
+    A node's word that the ad is invalid does when another node has given the same, or there is no other to ask.
+    """
+    if error.code in RETRIED:
+        return False
+    if not is_opinion(envelope, error) or envelope.ad.node_id is not None:
+        return True
+    return any(tried.code == INVALID and tried.node_id != error.node_id for tried in envelope.tried)
+
+
+def fail(envelope: Envelope, error: TaskError) -> End:
+    """Return the end of a task with that error, and with what there is for a budget that is spent."""
+    ended = replace(envelope, error=error)
+    ended = ended if keeps_result(error) else ended.without_result()
+    return End("cancelled" if error.code == "cancelled" else "failed", ended)
+
+
+def keeps_result(error: TaskError) -> bool:
+    """Return whether a failed task answers its result besides the error: what there is for a budget that is spent."""
+    return error.code == "budget_exceeded"
+
+
 def last_word(envelope: Envelope, error: TaskError, config: ClusterConfig, now: float) -> End | None:
     """Return the end of a task that may not be tried again: too often, too late, or nothing left to spend."""
     late = now >= envelope.deadline
-    if envelope.failures >= config.max_attempts or (late and error.code in COUNTED):
+    if envelope.failures >= config.max_attempts or (late and error.code != "node_busy"):
         return give_up(envelope, error)
     if late:
-        late_error = TaskError(code="deadline_exceeded", message="the deadline passed before another attempt")
-        return End("failed", replace(envelope, result=None, error=late_error))
+        return fail(envelope, TaskError(code="deadline_exceeded", message="the deadline passed before another attempt"))
     if envelope.budget is not None and envelope.budget <= 0:
         why = f"no tokens are left for another attempt, after {error.code}: {error.message}"
         return give_up(envelope, TaskError(code="budget_exceeded", message=why[:2000]))
@@ -154,9 +198,8 @@ def wait_for_rested(envelope: Envelope, now: float) -> Back | None:
     if node_id is None or envelope.resting[node_id] >= envelope.deadline:
         return None
     rested = replace(
-        envelope,
+        envelope.without_result(),
         error=None,
-        result=None,
         last_error=last_failure(envelope),
         excluded=tuple(node for node in envelope.excluded if node != node_id),
         resting={node: at for node, at in envelope.resting.items() if node != node_id},
@@ -167,8 +210,9 @@ def wait_for_rested(envelope: Envelope, now: float) -> Back | None:
 
 def last_failure(envelope: Envelope) -> TaskError | None:
     """Return the error of the last attempt that was its node's fault."""
-    if envelope.last_error is not None and envelope.last_error.code in COUNTED:
-        return envelope.last_error
+    last = envelope.last_error
+    if last is not None and (last.code in COUNTED or (last.code == INVALID and last.node_id is not None)):
+        return last
     if not envelope.tried:
         return None
     failed = envelope.tried[-1]
@@ -186,28 +230,26 @@ def keep_best(envelope: Envelope) -> Envelope:
     return replace(envelope, best=Best(result=result, score=score, node_id=award.node_id, host_id=award.host_id))
 
 
-def partial(envelope: Envelope) -> RunResult | None:
-    """Return what a failed task answers besides its error: what there is for the tokens that are spent."""
-    return envelope.result if envelope.error is not None and envelope.error.code == "budget_exceeded" else None
-
-
 def give_up(envelope: Envelope, error: TaskError) -> End:
     """Return the end of a task that nobody is left to try: with the best there was, else with the last error."""
-    ended = replace(envelope, error=error)
-    ended = replace(ended, result=envelope.best.result if envelope.best else partial(ended))
-    if envelope.best is not None:
-        return End("succeeded", ended, score=envelope.best.score, below_threshold=True)
-    return End("failed", ended)
+    if envelope.best is None:
+        return fail(envelope, error)
+    ended = replace(envelope.without_result(), error=error)
+    return End(
+        "succeeded", replace(ended, result=envelope.best.result), score=envelope.best.score, below_threshold=True
+    )
 
 
 def reward_for(envelope: Envelope, error: TaskError | None, ended_at: float) -> Reward | None:
     """Return the reward of the envelope's attempt; None when nobody earned one.
 
     A reward exists for a success, for the three failures that are the node's fault, and for a run that the deadline
-    has ended: else an agent that hangs would never lose its share.
+    has ended: else an agent that hangs would never lose its share. A success whose rubric was not checked earns none.
     """
     award = envelope.award
     if award is None or (error is not None and error.code not in COUNTED and not ran_too_long(error)):
+        return None
+    if error is None and is_unchecked(envelope):
         return None
     result = (envelope.result if error is None else None) or RunResult()
     return Reward(
@@ -224,6 +266,12 @@ def reward_for(envelope: Envelope, error: TaskError | None, ended_at: float) -> 
         estimated=None if error else _guess(envelope),
         reason=error.code if error else "",
     )
+
+
+def is_unchecked(envelope: Envelope) -> bool:
+    """Return whether the ad's rubric was to be checked, and no judge could be asked."""
+    accept = envelope.ad.accept
+    return bool(envelope.unjudged) and envelope.opinion is None and accept is not None and accept.rubric is not None
 
 
 def ran_too_long(error: TaskError) -> bool:
@@ -251,11 +299,36 @@ def _signal(envelope: Envelope, result: RunResult) -> Signal:
     )
 
 
-def implied_reward(record: TaskRecord) -> Reward | None:
-    """Return the reward that an ended record implies; the same one whoever asks."""
+def implied_rewards(record: TaskRecord) -> tuple[Reward, ...]:
+    """Return the rewards that an ended record implies, the last attempt's first; the same ones in every replica."""
     if record.ended_at is None:
-        return None
-    return reward_for(record.envelope, record.envelope.error, record.ended_at)
+        return ()
+    last = reward_for(record.envelope, record.envelope.error, record.ended_at)
+    return ((last,) if last is not None else ()) + refuted(record, record.ended_at)
+
+
+def refuted(record: TaskRecord, ended_at: float) -> tuple[Reward, ...]:
+    """Return a reward of 0 for each node that called the ad invalid, where another one has succeeded with it."""
+    envelope = record.envelope
+    if record.state != "succeeded" or record.below_threshold or is_unchecked(envelope):
+        return ()
+    return tuple(
+        Reward(
+            reward_id=f"{envelope.task_id}:{tried.attempt}:rules",
+            task_id=envelope.task_id,
+            attempt=tried.attempt,
+            node_id=tried.node_id,
+            slug=envelope.slug,
+            score=0.0,
+            signal=Signal(),
+            tokens=tried.tokens,
+            seconds=tried.duration_s,
+            ended_at=ended_at,
+            reason=INVALID,
+        )
+        for tried in envelope.tried
+        if tried.code == INVALID
+    )
 
 
 def notice_of(record: TaskRecord) -> Envelope | None:

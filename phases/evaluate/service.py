@@ -9,6 +9,7 @@ Gives up   never: every message ends a task, sends it back, or belongs to a task
            be checked now waits, at most until its deadline
 """
 
+import asyncio
 import random
 
 from msgspec.structs import replace
@@ -30,7 +31,7 @@ from loom.phases.evaluate.policy import (
     Back,
     End,
     decide,
-    implied_reward,
+    implied_rewards,
     is_late,
     judge,
     may_be_divided,
@@ -88,8 +89,8 @@ class Evaluate:
             if isinstance(checked, Later):
                 return checked
             violation = checked
-        llm = self._judging_model(envelope, violation)
-        decision = decide(envelope, self._config, self._bus.now(), violation) if llm is None else None
+        wanted = self._wants_opinion(envelope, violation)
+        decision = None if wanted else decide(envelope, self._config, self._bus.now(), violation)
         if not isinstance(decision, End):
             entry = None  # what is remembered is good for a write alone, which fails if it is wrong
         entry = entry or await self._records.get(envelope.task_id) or await self._create_missing(envelope)
@@ -99,8 +100,8 @@ class Evaluate:
         if not entry.value.ended and is_late(envelope, entry.value):
             log.info("late_twin_dropped", attempt=envelope.attempt, claimed=entry.value.claim.attempt)
             return Done()
-        if llm is not None and not entry.value.ended:
-            envelope = await self._with_opinion(llm, envelope)
+        if wanted and not entry.value.ended:
+            envelope = await self._with_opinion(envelope)
         decision = decision or decide(envelope, self._config, self._bus.now())
         if isinstance(decision, Back) and not entry.value.ended:
             return await self._send_back(decision, envelope)
@@ -124,23 +125,21 @@ class Evaluate:
                 return unchecked(error.message)
             return Later(CHECK_AGAIN_S * random.uniform(1, SPREAD), envelope)  # noqa: S311 - jitter
 
-    def _judging_model(self, envelope: Envelope, violation: Violation | None) -> LLMProvider | None:
-        """Return the model to ask what it thinks of a result that keeps the rules, where that is wanted."""
-        if self._llm is None or envelope.error is not None or judge(envelope, violation) is not None:
-            return None
-        return self._llm if opinion.wanted(envelope, self._config.judge_share) else None
+    def _wants_opinion(self, envelope: Envelope, violation: Violation | None) -> bool:
+        """Return whether a model is to be asked what it thinks of a result that keeps the rules."""
+        if envelope.error is not None or not opinion.wanted(envelope, self._config.judge_share, self._llm is not None):
+            return False
+        return judge(envelope, violation) is None
 
-    async def _with_opinion(self, llm: LLMProvider, envelope: Envelope) -> Envelope:
-        try:
-            found = await opinion.ask(llm, envelope, envelope.deadline - self._bus.now())
-        except Exception as error:  # noqa: BLE001 - a user's provider may raise anything; the rules' word stands
-            log.warning("model_not_asked", reason=type(error).__name__)
-            return envelope
-        return replace(envelope, opinion=found)
+    async def _with_opinion(self, envelope: Envelope) -> Envelope:
+        if self._llm is None:
+            return opinion.unjudged(envelope, opinion.NO_MODEL)
+        answer = await opinion.ask(self._llm, envelope, envelope.deadline - self._bus.now())
+        return opinion.with_opinion(envelope, answer)
 
     async def end_dead(self, envelope: Envelope) -> None:
         """End a task of which even this phase could not handle the message."""
-        end = End("failed", replace(envelope, result=None, known=None))
+        end = End("failed", replace(envelope.without_result(), known=None))
         try:
             entry = await self._write_end(end, envelope)
         except Undecodable as error:
@@ -203,19 +202,17 @@ class Evaluate:
 
     async def _announce(self, record: TaskRecord) -> None:
         """Publish everything an ended record implies; every reader bears hearing it twice."""
-        reward = implied_reward(record)
-        rewarded = self._rewards.publish(reward) if reward is not None else None  # sent; nobody waits till it is stored
+        stored = [self._rewards.publish(reward) for reward in implied_rewards(record)]  # sent, and not waited for yet
         try:
             await self._tell_scale(record)
             await self._bus.publish(self._bus.subjects.of("result", record.task_id), record.to_result())
             for reply in record.reply_to:
                 await answer_task(self._bus, reply, record)
         except BaseException:
-            if rewarded is not None:  # not waited for: the message comes again, and says the reward again
-                self._bus.spawn(rewarded, name=f"reward {record.task_id}")
+            for one in stored:  # not waited for: the message comes again, and so do its rewards
+                self._bus.spawn(one, name=f"reward {record.task_id}")
             raise
-        if rewarded is not None:
-            await rewarded
+        await asyncio.gather(*stored)
 
     async def _tell_scale(self, record: TaskRecord) -> None:
         """Tell SCALE that a subtask has ended, or that a task has which may have been divided."""

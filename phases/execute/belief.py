@@ -32,10 +32,12 @@ class Facts:
 def believed(error: TaskError, facts: Facts) -> TaskError:
     """Return the error with its code, if the facts confirm it, else as `agent_failed`; the message is kept.
 
-    `node_busy` needs no fact: a host that stops gives a run back, and a rejection has the same effect.
+    `node_busy` needs no fact: a host that stops gives a run back, and a rejection has the same effect. `invalid_task`
+    is the opinion of one node, which EVALUATE has another one confirm.
     """
     confirmed = {
         "node_busy": True,
+        "invalid_task": True,
         "budget_exceeded": facts.budget is not None and facts.tokens >= SPENT * facts.budget,
         "deadline_exceeded": facts.left_s <= LATE_S,
         "subtask_failed": facts.delegation_failed,

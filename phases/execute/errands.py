@@ -11,17 +11,17 @@ from loom.bus.client import Bus, Msg
 from loom.bus.delivery import Delivery
 from loom.bus.duplicates import store_once
 from loom.bus.faults import describe
-from loom.bus.kv import Bucket
 from loom.bus.log import get_logger
 from loom.bus.records import change, records
 from loom.phases.execute.claim import may_report
 from loom.phases.execute.watch import Watch
+from loom.phases.shared.token_usage import used_in_all
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import MAX_DELEGATED, Envelope, Split, SplitPlan, TaskRecord
+from loom.schemas.envelope import MAX_DELEGATED, Envelope, Split, TaskRecord
 from loom.schemas.errors import InvalidTask, LoomError
 from loom.schemas.run import MAX_OPEN_DELEGATIONS, RunEvent, delegated_id
 from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult, check_ad
-from loom.schemas.wire import MAX_INPUTS_BYTES, cut_utf8, total
+from loom.schemas.wire import MAX_INPUTS_BYTES, cut_utf8
 
 log = get_logger()
 
@@ -52,7 +52,6 @@ class Errands:
         self._bus, self._config, self._envelope, self._delivery = bus, config, envelope, delivery
         self._top_up = top_up
         self._records = records(bus)
-        self._plans = Bucket(bus, "plans", SplitPlan)
         self._open: dict[str, asyncio.Task[None]] = {}
         self._answers: dict[str, TaskResult] = {}
         """Answers the run has not said to have."""
@@ -64,12 +63,12 @@ class Errands:
         self._repeated_at = 0.0
         self._watch: Watch | None = None
         self._noting = asyncio.Lock()
-        self._spent = 0
+        self._spent = RunResult()
 
     @property
     def result(self) -> RunResult | None:
         """What delegated work has spent, for a run that can no longer say so itself."""
-        return RunResult(prompt_tokens=total(self._spent)) if self._spent else None
+        return self._spent if self._spent.tokens or self._spent.usd else None
 
     async def hear(self, event: RunEvent, watch: Watch) -> None:
         """Act on an event about delegated work; a heartbeat is an occasion to repeat answers that may be lost."""
@@ -165,11 +164,9 @@ class Errands:
         if not child_of(record, self._envelope.task_id):
             other = TaskError(code="invalid_task", message="the id names another task", field="task_id")
             return TaskResult(task_id=ad.task_id, state="failed", error=other)
-        plan = await self._plans.get(ad.task_id)  # it may have been divided itself
-        taken = tokens_of(record, plan.value if plan else None)
         if ad.task_id not in self._answers:
-            self._spent += taken
-        return answer_in(record, taken)
+            self._spent = self._spent.usage_with(used_in_all(record))
+        return answer_in(record)
 
     async def _note(self, task_id: str) -> bool:
         """Write the errand onto the delegating task's record, before there is one: who ends the task must see it."""
@@ -234,25 +231,17 @@ def errand_for(envelope: Envelope, ad: TaskAd, config: ClusterConfig) -> Envelop
     return Envelope(ad=ad, split=split, deadline=envelope.deadline, budget=grant, trace=envelope.trace)
 
 
-def tokens_of(record: TaskRecord, plan: SplitPlan | None = None) -> int:
-    """Return the tokens an ended task has taken in all, failed attempts and the parts of its plan included."""
-    env = record.envelope
-    spent = sum(failed.tokens for failed in env.tried) + (sum(part.tokens for part in plan.subtasks) if plan else 0)
-    if env.result is not None and not record.below_threshold and all(one.attempt != env.attempt for one in env.tried):
-        spent += env.result.tokens
-    granted = env.split.grant if env.split else None
-    return spent if granted is None or env.budget is None else max(spent, granted - env.budget)
-
-
-def answer_in(record: TaskRecord, taken: int) -> TaskResult:
+def answer_in(record: TaskRecord) -> TaskResult:
     """Return what the run is told of ended work: with all tokens it has taken, and no longer than a message may be."""
-    result = record.to_result()
+    result, used = record.to_result(), used_in_all(record)
     content, cut = cut_utf8(result.content, MAX_INPUTS_BYTES)
     return replace(
         result,
         content=content,
         truncated=result.truncated or cut,
-        prompt_tokens=total(max(0, taken - result.completion_tokens)),
+        prompt_tokens=used.prompt_tokens,
+        completion_tokens=used.completion_tokens,
+        estimated_usage=used.estimated_usage,
     )
 
 

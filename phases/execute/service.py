@@ -148,12 +148,12 @@ class Execute:
             return await self._settle(last, errands, envelope, award, delivery, stop)
         if stop.cancelled():
             await asyncio.sleep(CANCEL_S)
-            return await self._report(CANCELLED, envelope, delivery)
+            return await self._report(CANCELLED, spent(envelope, errands.result), delivery)
         if stop.reason == "late":
             late = TaskError(
                 code="deadline_exceeded", message="the deadline passed during the run", node_id=award.node_id
             )
-            return await self._report(late, envelope, delivery)
+            return await self._report(late, spent(envelope, errands.result), delivery)
         return Next("execute", envelope)  # recalled, another replica re-attaches; harmless, a suspect starts afresh
 
     async def _settle(

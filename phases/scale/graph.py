@@ -6,10 +6,11 @@ from hashlib import blake2b
 
 from msgspec.structs import replace
 
+from loom.phases.shared.token_usage import tokens_of, used_in_all, with_parts
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Split, SplitPlan, Subtask, TaskRecord
 from loom.schemas.task import TaskAd, TaskError
-from loom.schemas.wire import MAX_INPUTS_BYTES, cut_note, cut_utf8, encode, total
+from loom.schemas.wire import MAX_INPUTS_BYTES, cut_note, cut_utf8, encode
 
 SYNTHESIS_SHARE = 0.2
 """Part of a budget kept for putting the outputs together."""
@@ -48,7 +49,14 @@ def deepest(envelope: Envelope, config: ClusterConfig) -> int:
 def begin(envelope: Envelope, subtasks: Sequence[Subtask]) -> SplitPlan:
     """Return the plan of a task about to be parked, with the first subtasks running."""
     named = tuple(
-        replace(part, state="waiting", child_id=child_id(envelope.task_id, part.id), error=None, tokens=0)
+        Subtask(
+            id=part.id,
+            description=part.description,
+            domain=part.domain,
+            dependencies=part.dependencies,
+            estimated_complexity=part.estimated_complexity,
+            child_id=child_id(envelope.task_id, part.id),
+        )
         for part in subtasks
     )
     return advance(SplitPlan(parent_id=envelope.task_id, subtasks=named, envelope=envelope))
@@ -103,23 +111,20 @@ def tokens_left(plan: SplitPlan) -> int | None:
     return None if budget is None else budget - sum(part.tokens for part in plan.subtasks)
 
 
-def note(plan: SplitPlan, record: TaskRecord, below: SplitPlan | None = None) -> SplitPlan:
+def note(plan: SplitPlan, record: TaskRecord) -> SplitPlan:
     """Return the plan after the child of that (ended) record; a second time, nothing changes.
 
     A subtask that failed fails the plan, and so does a budget that is spent. In a plan that is done only the state of
     the subtask is written.
-
-    Args:
-        below: The plan of the child, where it was divided itself.
     """
-    subtasks = tuple(_ended(part, record, below) if part.child_id == record.task_id else part for part in plan.subtasks)
+    subtasks = tuple(_ended(part, record) if part.child_id == record.task_id else part for part in plan.subtasks)
     if subtasks == plan.subtasks:
         return plan
     noted = replace(plan, subtasks=subtasks)
     return advance(noted) if plan.state == "running" else noted
 
 
-def _ended(part: Subtask, record: TaskRecord, below: SplitPlan | None) -> Subtask:
+def _ended(part: Subtask, record: TaskRecord) -> Subtask:
     if part.state != "running" or not record.ended or record.state in {"accepted", "running"}:
         return part
     return replace(
@@ -127,20 +132,10 @@ def _ended(part: Subtask, record: TaskRecord, below: SplitPlan | None) -> Subtas
         state=record.state,
         error=None if record.state == "succeeded" else record.envelope.error,
         node_id=record.to_result().node_id,
-        tokens=_used(part, record, below),
+        tokens=tokens_of(record),
+        spent=used_in_all(record),
         duration_s=record.lasted_s,
     )
-
-
-def _used(part: Subtask, record: TaskRecord, below: SplitPlan | None) -> int:
-    """Tokens a child has used: in each attempt, in its own subtasks, and in whatever else took from its grant."""
-    envelope = record.envelope
-    last = 0 if record.below_threshold or envelope.result is None else envelope.result.tokens  # the best one was tried
-    tokens = last + sum(tried.tokens for tried in envelope.tried)
-    tokens += sum(inner.tokens for inner in below.subtasks) if below else 0
-    if part.grant is not None and envelope.budget is not None:
-        tokens = max(tokens, part.grant - envelope.budget)
-    return total(tokens)
 
 
 def failure(plan: SplitPlan) -> TaskError | None:
@@ -207,9 +202,8 @@ def child_of(plan: SplitPlan, part: Subtask, outputs: Mapping[str, str], now: fl
 
 def joined(plan: SplitPlan, outputs: Mapping[str, str]) -> Envelope:
     """Return the parent's envelope with all outputs, in the order of the plan, for the awarded node to synthesise."""
-    left = tokens_left(plan)
     inputs = fitting({part.id: outputs.get(part.id, "") for part in plan.subtasks})
-    return replace(plan.envelope, inputs=inputs, budget=None if left is None else max(0, left))
+    return replace(with_parts(plan.envelope, plan.subtasks), inputs=inputs)
 
 
 def fitting(inputs: Mapping[str, str]) -> dict[str, str]:

@@ -1,14 +1,12 @@
 """Where a plan comes from: the ad itself, or a model, asked a second time with its mistakes."""
 
-import asyncio
-from typing import Any
-
 from loom.bus.log import get_logger
 from loom.phases.scale.graph import PLAN
+from loom.phases.shared.llm_call import Answer, ask
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Subtask
-from loom.schemas.errors import InvalidPlan
-from loom.schemas.llm import AssistantMessage, CompletionParams, LLMProvider, SystemMessage, UserMessage
+from loom.schemas.errors import InvalidPlan, LoomError
+from loom.schemas.llm import AssistantMessage, CompletionParams, LLMProvider, Message, SystemMessage, UserMessage
 from loom.schemas.plan import PLAN_SCHEMA, parse_plan
 from loom.schemas.task import TaskAd
 from loom.schemas.wire import MAX_CONTEXT_BYTES, encode
@@ -18,7 +16,6 @@ log = get_logger()
 PLAN_WITHIN_S = 60.0
 """A plan that takes a model longer is not worth waiting for."""
 PLAN_TOKENS = 2048
-TRIES = 2
 
 PROMPT = """\
 Split the user's task into at most {most} subtasks that different specialists can do on their own, in parallel where \
@@ -58,34 +55,28 @@ def bounded(plan: tuple[Subtask, ...], config: ClusterConfig) -> tuple[Subtask, 
     return plan
 
 
-async def asked(llm: LLMProvider, ad: TaskAd, config: ClusterConfig, within_s: float) -> tuple[Subtask, ...]:
-    """Return a model's plan; a bad one is sent back once, with what is wrong with it.
+async def asked(
+    llm: LLMProvider, ad: TaskAd, config: ClusterConfig, within_s: float, budget: int | None = None
+) -> Answer[tuple[Subtask, ...]]:
+    """Ask a model for a plan; a bad one is sent back once, with what is wrong with it.
 
-    Raises:
-        InvalidPlan: The second one is bad too.
-        TimeoutError: It took longer than `within_s`.
-        Whatever the provider raises.
+    Args:
+        budget: Tokens the plan may take; None: no limit.
     """
-    messages: list[Any] = [SystemMessage(PROMPT.format(most=config.max_subtasks)), UserMessage(ad.description)]
-    async with asyncio.timeout(min(within_s, PLAN_WITHIN_S)) as limit:
-        for left in reversed(range(TRIES)):
-            due = limit.when() or 0.0
-            params = CompletionParams(
-                messages=tuple(messages),
-                temperature=0.3,
-                max_tokens=PLAN_TOKENS,
-                json_schema=PLAN_SCHEMA,
-                timeout_s=max(0.001, due - asyncio.get_running_loop().time()),
-            )
-            answer = (await llm.complete(params)).content
-            try:
-                return bounded(parse_plan(answer), config)
-            except InvalidPlan as error:
-                if not left:
-                    raise
-                log.info("plan_sent_back", reason=error.message)
-                messages += [
-                    AssistantMessage(answer),
-                    UserMessage(f"This plan cannot be used: {error.message}. Answer with the corrected JSON only."),
-                ]
-    raise AssertionError("unreachable: the last try returns or raises")
+    params = CompletionParams(
+        messages=(SystemMessage(PROMPT.format(most=config.max_subtasks)), UserMessage(ad.description)),
+        temperature=0.3,
+        max_tokens=PLAN_TOKENS,
+        json_schema=PLAN_SCHEMA,
+    )
+
+    def read(answer: str) -> tuple[Subtask, ...]:
+        return bounded(parse_plan(answer), config)
+
+    return await ask(llm, params, read, within_s=min(within_s, PLAN_WITHIN_S), budget=budget, mend=_mended)
+
+
+def _mended(answer: str, error: LoomError) -> tuple[Message, ...]:
+    log.info("plan_sent_back", reason=error.message)
+    why = f"This plan cannot be used: {error.message}. Answer with the corrected JSON only."
+    return AssistantMessage(answer[:MAX_CONTEXT_BYTES]), UserMessage(why)

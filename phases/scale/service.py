@@ -28,6 +28,7 @@ from loom.bus.records import records
 from loom.bus.topology import SCALE_LANE
 from loom.phases.scale import graph, planner
 from loom.phases.scale.spawn import NodeRequests, is_saturated
+from loom.phases.shared.token_usage import before_the_run, charged, with_parts
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, SplitPlan, Subtask
 from loom.schemas.errors import BusUnavailable, InvalidPlan
@@ -79,7 +80,7 @@ class Scale:
         if envelope.spec is None:
             return Dead("the envelope came without a spec")
         if self._is_timer(delivery):
-            return Fail(PARKED, envelope)
+            return Fail(PARKED, await self._with_parts(envelope))
         if self._bus.now() >= envelope.deadline:
             return Fail(LATE, envelope)
         return await self._on_task(envelope)
@@ -98,6 +99,15 @@ class Scale:
         subject = self._bus.subjects.task("evaluate", envelope.priority, envelope.task_id)
         msg_id = f"{envelope.task_id}:dead:scale-{envelope.attempt}"
         await store_once(self._bus, subject, envelope, msg_id=msg_id)
+
+    async def _with_parts(self, envelope: Envelope) -> Envelope:
+        """Return a parked task's envelope with what its subtasks have used, as far as the plan can be read."""
+        try:
+            plan = await self._plans.get(envelope.task_id)
+        except Undecodable as error:
+            log.warning("plan_undecodable", reason=error.message)
+            return envelope
+        return with_parts(envelope, plan.value.subtasks) if plan is not None else envelope
 
     def _is_timer(self, delivery: Delivery) -> bool:
         """Whether a parked parent's time has come, by the server's clock."""
@@ -145,19 +155,18 @@ class Scale:
     async def _go_on(self, envelope: Envelope, plan: SplitPlan) -> Outcome:
         """Carry out the plan there is, were it that the task stays whole."""
         if not plan.subtasks:
-            return Next("execute", _noted(envelope, plan.note))
+            return Next("execute", _noted(_charged_as(plan, envelope), plan.note))
         return await self._carry_out(plan, graph.running(plan))
 
     async def _ask_for_plan(self, envelope: Envelope, llm: LLMProvider) -> SplitPlan:
         """A model's plan; where it has none of use, the task stays whole, and the plan says why."""
-        left_s = envelope.deadline - self._bus.now()
-        try:
-            subtasks = await planner.asked(llm, envelope.ad, self._config, left_s)
-        except InvalidPlan as error:
-            return graph.whole(envelope, f"the model's plan cannot be used: {error.message}")
-        except Exception as error:  # noqa: BLE001 - a user's provider may raise anything; the task runs whole
-            log.warning("model_not_asked", reason=type(error).__name__)
-            return graph.whole(envelope, f"the model could not be asked: {type(error).__name__}")
+        left_s, budget = envelope.deadline - self._bus.now(), before_the_run(envelope)
+        answer = await planner.asked(llm, envelope.ad, self._config, left_s, budget)
+        envelope, subtasks = charged(envelope, "scale", answer.usage), answer.value
+        if isinstance(answer.error, InvalidPlan):
+            return graph.whole(envelope, f"the model's plan cannot be used: {answer.error.message}")
+        if subtasks is None:
+            return graph.whole(envelope, f"the model could not be asked: {answer.why}")
         if len(subtasks) == 1:
             return graph.whole(envelope, "the model sees one task in it")
         return graph.begin(envelope, subtasks)
@@ -170,9 +179,7 @@ class Scale:
         if child is None or not child.value.ended:
             log.warning("notice_too_early", child_id=child_id)
             return Done()
-        inner = await self._plans.get(child_id) if child.value.envelope.inputs else None
-        below = inner.value if inner else None
-        change = await self._change(parent_id, lambda plan: graph.note(plan, child.value, below))
+        change = await self._change(parent_id, lambda plan: graph.note(plan, child.value))
         if change is None:
             log.info("notice_without_plan", child_id=child_id)
             return Done()
@@ -287,7 +294,8 @@ class Scale:
         if error is None:
             return Done()
         await self._drop_timer(plan.parent_id)
-        failed = replace(plan.envelope, error=error, result=await self._partial(plan, error))
+        failed = with_parts(plan.envelope, plan.subtasks)
+        failed = replace(failed, error=error, result=await self._partial(plan, error))
         return Next("evaluate", failed, f"{plan.parent_id}:planfail")
 
     async def _partial(self, plan: SplitPlan, error: TaskError) -> RunResult | None:
@@ -304,6 +312,12 @@ class Scale:
         """Take the parked parent out of the stream, where it would count as work."""
         stream = self._bus.subjects.stream("TASKS")
         await self._bus.api(f"STREAM.PURGE.{stream}", {"filter": self._bus.subjects.later(parent_id, "timer")})
+
+
+def _charged_as(plan: SplitPlan, envelope: Envelope) -> Envelope:
+    """Return the envelope with the question for its plan counted, unless it is: a twin of it may have put it."""
+    asked = plan.envelope.phase_usage.get("scale")
+    return envelope if asked is None or "scale" in envelope.phase_usage else charged(envelope, "scale", asked)
 
 
 def _noted(envelope: Envelope, why: str) -> Envelope:

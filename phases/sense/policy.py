@@ -6,8 +6,9 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from loom.schemas.envelope import Spec
+from loom.schemas.model_json import read_model_json
 from loom.schemas.task import TaskAd
-from loom.schemas.wire import Undecodable, Unit, Wire, decode
+from loom.schemas.wire import Unit, Wire
 
 GENERAL = "general"
 
@@ -94,15 +95,12 @@ def look(ad: TaskAd) -> tuple[Spec, bool]:
 
 
 def read_estimate(answer: str) -> Estimate:
-    """Return the estimate in a model's answer, which may stand in prose or a code fence.
+    """Return the estimate in a model's answer, which may stand in prose, in a code fence or after its reasoning.
 
     Raises:
         Undecodable: There is none.
     """
-    start, end = answer.find("{"), answer.rfind("}")
-    if start < 0 or end < start:
-        raise Undecodable("no JSON object in the answer")
-    return decode(answer[start : end + 1].encode(), Estimate)
+    return read_model_json(answer, Estimate)
 
 
 def prompt(ad: TaskAd) -> str:

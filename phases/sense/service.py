@@ -26,6 +26,8 @@ from loom.phases.sense.calibration import Calibrations
 from loom.phases.sense.desk import CANCELLED, Desk, check_accept
 from loom.phases.sense.policy import estimate_schema, look, prompt, read_estimate
 from loom.phases.shared.check_pool import CheckPool, NotChecked
+from loom.phases.shared.llm_call import ask
+from loom.phases.shared.token_usage import before_the_run, charged
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Spec
 from loom.schemas.errors import InvalidTask, LoomError
@@ -36,6 +38,7 @@ from loom.schemas.wire import MAX_AD_BYTES
 log = get_logger()
 
 ASK_WITHIN_S = 10.0  # a model that takes longer is not worth waiting for: the heuristic stands in
+ESTIMATE_TOKENS = 128
 MAX_SUBMISSION_BYTES = MAX_AD_BYTES + 1024
 """An ad at its limit, with id and reply subject: a longer message is refused before its parts are looked at."""
 TOO_LARGE = TaskError(code="invalid_task", message=f"the ad is more than {MAX_AD_BYTES} bytes", field="description")
@@ -145,32 +148,30 @@ class Sense:
             return Fail(
                 TaskError(code="deadline_exceeded", message="the deadline passed before the task began"), envelope
             )
-        spec = await self._spec(envelope, left_s)
+        envelope, spec = await self._with_spec(envelope, left_s)
         if envelope.ad.estimated_complexity is None:
             spec = self._calibrations.apply(spec)
         return Next("match", replace(envelope, spec=spec))
 
-    async def _spec(self, envelope: Envelope, left_s: float) -> Spec:
+    async def _with_spec(self, envelope: Envelope, left_s: float) -> tuple[Envelope, Spec]:
+        """Return how hard the task is, and the envelope with what finding out took."""
         spec, unsure = look(envelope.ad)
         if not unsure or self._llm is None:
-            return spec
+            return envelope, spec
         params = CompletionParams(
             messages=(UserMessage(prompt(envelope.ad)),),
             temperature=0.0,
-            max_tokens=128,
+            max_tokens=ESTIMATE_TOKENS,
             json_schema=estimate_schema(),
-            timeout_s=min(left_s, ASK_WITHIN_S),
         )
-        try:
-            async with asyncio.timeout(min(left_s, ASK_WITHIN_S)):
-                estimate = read_estimate((await self._llm.complete(params)).content)
-        except Exception as error:  # noqa: BLE001 - a user's provider may raise anything; the heuristic stands in
-            log.warning("model_not_asked", reason=type(error).__name__)
-            return replace(spec, note=f"the model could not be asked: {type(error).__name__}")
-        complexity = envelope.ad.estimated_complexity
-        return Spec(
-            complexity=estimate.complexity if complexity is None else complexity, domains=estimate.domains, method="llm"
-        )
+        within_s, budget = min(left_s, ASK_WITHIN_S), before_the_run(envelope)
+        answer = await ask(self._llm, params, read_estimate, within_s=within_s, budget=budget)
+        envelope, estimate = charged(envelope, "sense", answer.usage), answer.value
+        if estimate is None:
+            return envelope, replace(spec, note=f"the model could not be asked: {answer.why}")
+        given = envelope.ad.estimated_complexity
+        complexity = estimate.complexity if given is None else given
+        return envelope, Spec(complexity=complexity, domains=estimate.domains, method="llm")
 
     def _window(self, lane: Lane, slots: Slots) -> int:
         """How many submissions may still enter: no more than there is room for in flight."""

@@ -60,7 +60,7 @@ def loop_factory(wanted: str) -> LoopFactory:
         return factory
     if wanted == "uvloop":
         raise InvalidSetting(
-            "LOOM_EVENT_LOOP: uvloop is not installed; install loom-nats[fast], or choose auto", field="LOOM_EVENT_LOOP"
+            "LOOM_EVENT_LOOP: uvloop is not installed: pip install uvloop, or choose auto", field="LOOM_EVENT_LOOP"
         )
     return asyncio.new_event_loop
 

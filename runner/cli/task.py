@@ -213,6 +213,12 @@ def _show_answer(screen: Console, record: TaskRecord) -> None:
             screen.print(Text.assemble((f"{label}: ", "red"), _complaint(error)))
     if envelope.excluded:
         screen.print(Text(f"Excluded: {', '.join(envelope.excluded)}"))
+    for warning in envelope.warnings:
+        screen.print(Text(f"Warning: {printable(warning)}", "yellow"))
+    for phase, usage in envelope.phase_usage.items():
+        guessed = "about " if usage.estimated else ""
+        asked = f"{usage.requests} questions to a model, {guessed}{usage.tokens} tokens"
+        screen.print(Text(f"{phase.upper()}: {asked}", "dim"))
     if result is None:
         return
     guessed = "about " if result.estimated_usage else ""

@@ -11,12 +11,12 @@ from rich.text import Text
 from loom.bus.client import Bus
 from loom.bus.history import Found, find
 from loom.bus.kv import Bucket
+from loom.phases.shared.token_usage import tokens_of
 from loom.runner.cli.looking import add_row, span
 from loom.runner.cli.progress import STYLES
 from loom.runner.cli.render import ROWS, one_line, short, table_of
 from loom.schemas.envelope import SplitPlan, Subtask, TaskRecord
 from loom.schemas.errors import UnknownTask
-from loom.schemas.task import RunResult
 
 MOST_READ = 64
 """Tasks read for one tree."""
@@ -100,7 +100,7 @@ def _as_part(record: TaskRecord) -> Subtask:
         grant=envelope.split.grant if envelope.split else None,
         node_id=result.node_id,
         error=result.error,
-        tokens=(envelope.result or RunResult()).tokens + sum(tried.tokens for tried in envelope.tried),
+        tokens=tokens_of(record),
         duration_s=record.lasted_s,
     )
 

@@ -13,7 +13,7 @@ from loom.runner.embedded import NatsServer
 
 BATCH = 256
 """Messages fetched at a time."""
-MISSING = "not installed: pip install loom-nats[bench]"
+MISSING = "not installed: pip install '.[bench]'"
 
 
 def installed() -> bool:

@@ -27,7 +27,7 @@ from loom.schemas.envelope import Claim, Phase, Split
 from loom.schemas.task import Accept, ErrorReply, RunResult, TaskResult
 from loom.schemas.wire import encode
 
-MOST_S = 0.05
+MOST_S = 0.2
 """CPU time of the loop's thread that one callback may use."""
 ONE_ATTEMPT = ClusterConfig(max_attempts=1)
 OVERSIZED = [

@@ -13,7 +13,7 @@ from loom.bus.topology import EVALUATE_LANE
 from loom.phases.evaluate.service import Evaluate
 from loom.runner.embedded import NatsServer
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Best, Claim, Envelope, Hop, Known, Split, SplitPlan, Subtask, TaskRecord
+from loom.schemas.envelope import Best, Claim, Envelope, Hop, Known, Split, SplitPlan, Subtask, TaskRecord, Tried
 from loom.schemas.llm import CompletionParams, CompletionResult
 from loom.schemas.task import Accept, RunResult, TaskError, TaskResult
 
@@ -87,7 +87,6 @@ async def test_a_failure_is_answered_as_an_error_everywhere(stage: Stage) -> Non
 @pytest.mark.parametrize(
     "code",
     [
-        "invalid_task",
         "no_bids",
         "cancelled",
         "budget_exceeded",
@@ -140,11 +139,139 @@ async def test_a_poor_opinion_sends_the_task_to_another_node(stage: Stage) -> No
     assert (await stage.seen("reward", node_id="n1")).score == 0.2
 
 
-@pytest.mark.parametrize("says", ["no idea", RuntimeError("down")])
-async def test_without_an_opinion_the_rules_word_stands(stage: Stage, says: str | Exception) -> None:
+@pytest.mark.parametrize("says", ["no idea", RuntimeError("down, key sk-1")])
+async def test_without_an_opinion_the_rules_decide_and_the_result_has_a_warning(
+    stage: Stage, says: str | Exception
+) -> None:
     await stage.phase("evaluate", ClusterConfig(judge_share=1.0), Judge(says))
     await given(stage, "an answer")
-    assert (await stage.seen("result")).score == 1.0
+    result = await stage.seen("result")
+    assert (result.state, result.score) == ("succeeded", None)
+    (warning,) = result.warnings
+    assert warning.startswith("the judge could not be asked: ")
+    assert "sk-1" not in warning
+    assert (await stage.seen("reward", node_id="n1")).score == 1.0
+
+
+@pytest.mark.parametrize("judge", [Judge("no idea"), Judge(RuntimeError("down")), None])
+async def test_a_rubric_that_was_not_checked_earns_nothing(stage: Stage, judge: Judge | None) -> None:
+    await stage.phase("evaluate", llm=judge)
+    env = await given(stage, "an answer", ad=ad(task_id="t1", accept=Accept(rubric="must be complete")))
+    result = await stage.seen("result")
+    assert (result.state, result.score, result.content) == ("succeeded", None, "an answer")
+    assert "its rubric was not checked" in result.warnings[0]
+    await stage.put("evaluate", env)  # published again, from the record
+    await stage.seen("result", count=2)
+    await stage.settled()
+    assert not stage.all("reward")
+
+
+async def test_a_judge_is_asked_again_without_a_response_format_and_its_tokens_are_in_the_result(stage: Stage) -> None:
+    class Late(Judge):
+        async def complete(self, params: CompletionParams) -> CompletionResult:
+            self._says = "no idea" if not self.asked else '{"score": "8/10"}'
+            return await super().complete(params)
+
+    judge = Late("")
+    await stage.phase("evaluate", llm=judge)
+    await given(stage, "an answer", budget=5000, ad=ad(task_id="t1", accept=Accept(rubric="must be complete")))
+    result = await stage.seen("result")
+    assert (result.score, result.warnings) == (0.8, ())
+    assert [asked.json_schema is None for asked in judge.asked] == [False, True]
+    assert result.usage.phases["evaluate"].requests == 2
+    record = await stage.read("t1")
+    assert record.envelope.budget == 5000 - result.usage.phases["evaluate"].tokens
+
+
+# -- a node that calls the ad invalid
+
+
+async def called_invalid(stage: Stage, **facts: Any) -> Envelope:
+    return await given(stage, code="invalid_task", **facts)
+
+
+async def test_a_nodes_word_that_the_ad_is_invalid_is_tried_elsewhere_and_costs_it_nothing(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    await called_invalid(stage)
+    back = await stage.seen("task", phase="match")
+    assert (back.attempt, back.failures, back.excluded) == (2, 1, ("n1",))
+    assert [(tried.node_id, tried.code) for tried in back.tried] == [("n1", "invalid_task")]
+    await stage.settled(left=1)
+    assert not stage.all("reward")
+
+
+async def test_the_second_nodes_word_ends_the_task_without_any_reward(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    tried = (Tried(attempt=1, node_id="n0", host_id="h0", code="invalid_task", message="no such file"),)
+    await called_invalid(stage, attempt=2, failures=1, excluded=("n0",), tried=tried)
+    result = await stage.seen("result")
+    assert (result.state, result.error.code, result.error.message) == ("failed", "invalid_task", "it said invalid_task")
+    await stage.settled()
+    assert not stage.all("reward")
+
+
+async def test_a_pinned_task_ends_with_its_nodes_word_at_once(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    await called_invalid(stage, ad=ad(task_id="t1", node_id="n1"))
+    assert (await stage.seen("result")).error.code == "invalid_task"
+    await stage.settled()
+    assert not stage.all("reward")
+
+
+async def test_without_another_bidder_the_nodes_word_is_the_end(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    word = TaskError(code="invalid_task", message="no such file", field="context", node_id="n0")
+    await given(stage, code="no_bids", failures=1, attempt=2, claim=1, award=None, last_error=word)
+    assert (await stage.seen("result")).error == word
+    await stage.settled()
+    assert not stage.all("reward")
+
+
+async def test_an_ad_that_breaks_a_rule_ends_at_once(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    env = await given(stage, "42")
+    await stage.seen("result")
+    fault = TaskError(code="invalid_task", message="description is empty", field="description")
+    other = replace(env, ad=ad(task_id="t2"), result=None, error=fault, award=None)
+    await stage.record(replace(other, error=None))
+    await stage.put("evaluate", other)
+    assert (await stage.seen("result", task_id="t2")).error == fault
+
+
+async def test_another_nodes_success_refutes_it_and_whatever_comes_twice_is_one_reward(stage: Stage) -> None:
+    await stage.phase("evaluate")
+    tried = (
+        Tried(attempt=1, node_id="n0", host_id="h0", code="invalid_task", tokens=3),
+        Tried(attempt=2, node_id="n5", host_id="h5", code="agent_failed"),
+    )
+    env = await given(stage, "42", attempt=3, failures=2, tried=tried)
+    reward = await stage.seen("reward", node_id="n0")
+    assert (reward.reward_id, reward.score, reward.reason, reward.tokens) == ("t1:1:rules", 0.0, "invalid_task", 3)
+    assert (await stage.seen("reward", node_id="n1")).score == 1.0
+    await stage.put("evaluate", env)
+    await stage.seen("result", count=2)
+    await stage.settled()
+    assert len(set(stage.all("reward"))) == 2
+    assert await stage.pending("REWARDS") == 2
+
+
+# -- what it took
+
+
+async def test_what_failed_attempts_took_is_in_the_result_however_the_task_ends(stage: Stage) -> None:
+    await stage.phase("evaluate", ClusterConfig(max_attempts=2))
+    took = RunResult(prompt_tokens=10, completion_tokens=5, usd=0.25)
+    env = await given(stage, code="agent_failed")
+    failed = replace(env, ad=ad(task_id="t2"), result=took)
+    await stage.record(replace(failed, result=None, error=None), claim=Claim(attempt=1))
+    await stage.put("evaluate", failed)
+    later = await stage.seen("later", task_id="t2")
+    assert (later.spent, later.result) == (took, None)
+    last = replace(awarded(later, "n2", "h2"), result=replace(took, estimated_usage=True), error=env.error)
+    await stage.put("evaluate", last)
+    result = await stage.seen("result", task_id="t2")
+    assert (result.state, result.prompt_tokens, result.completion_tokens, result.usd) == ("failed", 20, 10, 0.5)
+    assert result.estimated_usage
 
 
 # -- back to MATCH

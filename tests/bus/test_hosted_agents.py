@@ -81,7 +81,7 @@ async def ended(stage: Stage, agent: Any, **facts: Any) -> Any:
     return await (await run(stage, host, **facts)).heard("error")
 
 
-async def test_an_agent_that_cannot_use_the_ad_says_so_with_the_field(stage: Stage) -> None:
+async def test_an_agent_that_cannot_use_the_ad_fails_its_run_with_the_field(stage: Stage) -> None:
     def refuses(text: str) -> str:
         raise InvalidTask(f"there is not a file {text}", field="context.file")
 
@@ -91,7 +91,7 @@ async def test_an_agent_that_cannot_use_the_ad_says_so_with_the_field(stage: Sta
     assert error.node_id == "n1"
 
 
-async def test_an_object_with_stream_says_so_too_and_odd_fields_are_left_out(stage: Stage) -> None:
+async def test_an_object_with_stream_does_so_too_and_odd_fields_are_left_out(stage: Stage) -> None:
     class Refuses:
         async def stream(self, job: Job) -> AsyncIterator[Any]:
             yield "x"

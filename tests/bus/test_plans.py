@@ -452,8 +452,10 @@ async def test_a_part_is_divided_itself_until_it_is_too_deep(
         ([{"id": n, "description": "x"} for n in range(1000)], "1000 subtasks, at most 16"),
         ([], "no JSON list of subtasks"),
         ("do this, then that", "no JSON list of subtasks"),
-        ([{"id": "a"}], "malformed subtask: .*description"),
-        ([{"id": "a b", "description": "x"}], "malformed subtask"),
+        ([{"id": "a"}], "subtask a is malformed: .*description"),
+        ([{"id": "a b", "description": "x"}], "subtask a b is malformed"),
+        ([{"id": "a", "description": "x", "depend_on": ["b"]}], "subtask a has the unknown field depend_on"),
+        ({"subtasks": [{"id": "a", "description": "x"}], "order": 1}, "the plan has the unknown field order"),
     ],
 )
 async def test_a_given_plan_that_breaks_a_rule_ends_the_task_and_says_which(
@@ -522,7 +524,10 @@ async def test_a_bad_plan_is_sent_back_once_with_what_is_wrong_with_it(stage: St
         ((CYCLE, "sorry"), "the model's plan cannot be used: the answer holds no JSON list"),
         ((RuntimeError("key sk-1"),), "the model could not be asked: RuntimeError"),
         ((ALONE,), "the model sees one task in it"),
-        ((json.dumps([{"id": "a", "description": "\ud83d"}]),) * 2, "cannot be used: the plan holds text that is not"),
+        (
+            (json.dumps([{"id": "a", "description": "\ud83d"}]),) * 2,
+            "subtask a is malformed: it holds text that is not Unicode",
+        ),
     ],
 )
 async def test_without_a_plan_of_use_the_task_runs_whole_and_says_so_and_nobody_is_asked_again(
@@ -544,6 +549,56 @@ async def test_without_a_plan_of_use_the_task_runs_whole_and_says_so_and_nobody_
     assert {one.award.node_id for one in stage.all("task", phase="execute")} == {"n1", "n2"}
     assert len(model.asked) == len(answers)
     assert await timers(stage) == 0
+
+
+async def test_what_a_plan_took_is_counted_once_and_comes_back_with_the_join(stage: Stage) -> None:
+    model = Scripted(CYCLE, GOOD)
+    await stage.phase("scale", llm=model)
+    env = _hard(await awarded_task(stage, token_budget=100_000))
+    await stage.put("scale", env)
+    first = await begun(stage, "a")
+    await stage.put("scale", env)  # a twin
+    await end(stage, first, tokens=40)
+    await end(stage, await begun(stage, "b"), tokens=2)
+    joined = await stage.seen("task", phase="execute")
+    usage = joined.phase_usage["scale"]
+    assert (usage.requests, usage.estimated, len(model.asked)) == (2, True, 2)
+    assert joined.spent.tokens == 42
+    assert joined.budget == 100_000 - usage.tokens - 42
+
+
+async def test_a_task_that_stays_whole_bears_what_the_plan_took_in_each_attempt_once(stage: Stage) -> None:
+    await stage.phase("scale", llm=Scripted(ALONE))
+    env = _hard(await awarded_task(stage, token_budget=100_000))
+    await stage.put("scale", env)
+    passed = await stage.seen("task", phase="execute")
+    for twin in (env, replace(passed, attempt=2)):
+        await stage.put("scale", twin)
+    third = await stage.seen("task", phase="execute", count=3)
+    assert third.phase_usage == passed.phase_usage
+    assert third.budget == passed.budget == 100_000 - passed.phase_usage["scale"].tokens
+
+
+async def test_a_budget_too_small_for_a_plan_leaves_the_task_whole(stage: Stage) -> None:
+    model = Scripted(GOOD)
+    await stage.phase("scale", llm=model)
+    await stage.put("scale", _hard(await awarded_task(stage, token_budget=1000)))
+    passed = await stage.seen("task", phase="execute")
+    assert "could not be asked: the token budget does not allow it" in passed.spec.note
+    assert (passed.budget, passed.phase_usage, model.asked) == (1000, {}, [])
+
+
+async def test_a_failed_plan_and_a_late_one_have_the_tokens_of_their_parts(stage: Stage) -> None:
+    await stage.phase("scale")
+    await divided(stage, (("a",), ("b",)))
+    await end(stage, await begun(stage, "a"), tokens=7)
+    await end(stage, await begun(stage, "b"), "failed", spent=RunResult(prompt_tokens=5))
+    failed = await stage.seen("task", phase="evaluate")
+    assert (failed.error.code, failed.spent.tokens) == ("subtask_failed", 12)
+    await divided(stage, (("a",), ("b", "a"), ("c",)), task_id="late", left_s=1)
+    await end(stage, await begun(stage, "a", "late"), tokens=9)
+    late = await stage.seen("task", phase="evaluate", task_id="late")
+    assert (late.error.code, late.spent.tokens) == ("deadline_exceeded", 9)
 
 
 async def test_a_model_that_takes_longer_than_the_task_has_is_not_waited_for(stage: Stage) -> None:

@@ -253,6 +253,35 @@ async def test_a_model_that_fails_is_replaced_by_the_heuristic_and_a_note(
     assert "no key" not in spec.note
 
 
+async def test_what_a_question_took_is_counted_and_taken_off_the_budget(stage: Stage) -> None:
+    await stage.phase("sense", llm=Model('{"complexity": "0.8", "domains": ["law"]}'))
+    await submit(stage, ad("Have a look", domain="", estimated_complexity=None, token_budget=5000))
+    envelope = await stage.seen("task", phase="match")
+    usage = envelope.phase_usage["sense"]
+    assert (usage.requests, usage.estimated, envelope.spec.complexity) == (1, True, 0.8)
+    assert envelope.budget == 5000 - usage.tokens
+
+
+async def test_a_budget_too_small_for_a_question_leaves_it_to_the_heuristic(stage: Stage) -> None:
+    model = Model('{"complexity": 0.8, "domains": ["law"]}')
+    await stage.phase("sense", llm=model)
+    await submit(stage, ad("Have a look", domain="", estimated_complexity=None, token_budget=200))
+    envelope = await stage.seen("task", phase="match")
+    assert (envelope.spec.method, envelope.budget, model.asked) == ("heuristic", 200, [])
+    assert "the token budget does not allow it" in envelope.spec.note
+
+
+async def test_a_model_that_is_down_does_not_keep_every_vague_task_waiting(stage: Stage) -> None:
+    model = Model(ConnectionRefusedError())
+    await stage.phase("sense", llm=model)
+    for count in range(1, 6):
+        await submit(stage, ad("Have a look", domain="", estimated_complexity=None))
+        spec = (await stage.seen("task", phase="match", count=count)).spec
+        assert spec.method == "heuristic"
+    assert len(model.asked) == 3
+    assert "not asked for a while" in spec.note
+
+
 async def test_a_model_that_hangs_is_not_waited_for(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     class Hanging(Model):
         async def complete(self, params: CompletionParams) -> CompletionResult:
@@ -341,6 +370,20 @@ async def test_a_running_task_is_cancelled_by_telling_evaluate_first(stage: Stag
     told = await stage.seen("task", phase="evaluate", task_id="t1")
     assert (told.error.code, told.attempt) == ("cancelled", 2)
     assert (await stage.read("t1")) == record
+
+
+async def test_a_cancelled_task_has_the_tokens_of_its_failed_attempts(stage: Stage) -> None:
+    await stage.phase("sense")
+    took = RunResult(prompt_tokens=10, completion_tokens=5, usd=0.5)
+    env = envelope(ad(task_id="t1"), now=stage.bus.now(), attempt=2, spent=took, result=took)
+    await stage.record(replace(env, spent=RunResult(), result=None, attempt=1))
+    await stage.put("execute", env)
+    asker = Asker(stage.bus)
+    await asker.ask(stage.bus.subjects.of("cancel", "t1"))
+    record = await asker.answer(TaskRecord)
+    assert (record.state, record.to_result().prompt_tokens, record.to_result().usd) == ("cancelled", 20, 1.0)
+    told = await stage.seen("task", phase="evaluate")
+    assert (told.error.code, told.spent) == ("cancelled", took.usage_with(took))
 
 
 async def test_who_is_to_be_answered_is_not_shown_to_who_cancels_a_task_on_its_way(stage: Stage) -> None:

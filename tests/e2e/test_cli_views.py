@@ -201,15 +201,20 @@ def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
 
 
 def test_nodes_show_what_is_known_of_them(here: Cluster, loom: Loom) -> None:
-    out = loom("nodes").out
+    out, loud = loom("nodes").out, loom("nodes --domain loud").out
     alive = {one["node_id"]: one for one in map(json.loads, loom("nodes --json").out.splitlines())}
     host = decode(loom("hosts --json").out.encode(), HostAnnouncement)
 
-    assert re.search(r"bad +loud +- +0\.00 ±0\.43 +1 +\+0\.00 +▁", out)  # excluded from the auction that is known
-    assert re.search(r"good +loud +0\.80 +\d\.\d\d ±\d\.\d\d +\d +[+-]\d\.\d\d +[▁-█]+", out)
+    assert len(re.findall(r"^ *(bad|good|slow) ", out, flags=re.MULTILINE)) == 3
+    assert re.search(r"bad .* unproven .* loud 0\.00", out)
+    assert re.search(
+        r"bad +unproven +\N{EN DASH} +0\.00 ±0\.43 +1 +\+0\.00 +▁", loud
+    )  # excluded from the auction that is known
+    assert re.search(r"good +\w+ +0\.80 +\d\.\d\d ±\d\.\d\d +\d +[+-]\d\.\d\d +[▁-█]+", loud)
+    assert "nothing is known" in loom("nodes --domain nowhere").out
     assert alive["slow"]["hosts"] == [host.host_id]
     assert alive["good"]["profile"]["domains"]["loud"]["count"] >= 2
-    assert (alive["bad"]["health"], alive["slow"]["health"]) == ("healthy", "healthy")  # one failure says too little
+    assert (alive["bad"]["standing"], alive["slow"]["standing"]) == ("unproven", "new")
     assert 0 < alive["good"]["uncertainty"]["loud"] < alive["bad"]["uncertainty"]["loud"]
     assert host.nodes == ("bad", "good", "slow")
 

@@ -86,6 +86,24 @@ def test_an_installed_distribution_imports_from_anywhere(built: Path, tmp_path: 
     assert "submit" in run(env / "bin" / "loom", "--help", cwd=elsewhere, PYTHONPATH=DEPENDENCIES)
 
 
+def test_a_checkout_runs_its_examples_and_installs_without_test_tools(built: Path, tmp_path: Path) -> None:
+    """`make demo`, then the README's line that installs, in a tree without anything set up."""
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (checkout,) = tmp_path.iterdir()
+    binaries = checkout / ".venv" / "bin"
+    path = f"{binaries}:{os.environ['PATH']}"
+    [install] = re.findall(r"^pip install .*", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+    run("make", "demo", f"PYTHON={sys.executable}", cwd=checkout, NATS_URL="")
+    run("sh", "-c", install, cwd=checkout, PATH=path)
+
+    assert len((checkout / "results.jsonl").read_text(encoding="utf-8").splitlines()) == 14
+    assert not any((binaries / tool).exists() for tool in ("pytest", "ruff", "mypy"))
+    assert "loom" in run("loom", "--version", cwd=tmp_path, PATH=path)
+
+
 def test_the_wheel_holds_only_sources(wheel: zipfile.ZipFile) -> None:
     stray = [
         name

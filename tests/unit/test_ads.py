@@ -47,7 +47,7 @@ def test_a_mapping_has_the_fields_of_an_ad(kind: Callable[..., Any]) -> None:
         (None, "a NoneType is not a task", None),
     ],
 )
-def test_what_is_wrong_with_a_task_is_said_as_on_the_wire(task: Any, sentence: str, field: str | None) -> None:
+def test_a_wrong_task_is_refused_in_the_words_of_the_wire(task: Any, sentence: str, field: str | None) -> None:
     with pytest.raises(InvalidTask) as caught:
         ad_of(task)
     assert sentence in caught.value.message

@@ -39,10 +39,10 @@ def test_a_code_is_believed_only_with_the_fact_that_confirms_it(claimed: str, kn
     elif found == "cancelled":
         assert known.cancelled
     else:
-        assert found in ("agent_failed", "node_busy")
+        assert found in ("agent_failed", "node_busy", "invalid_task")
 
 
-@pytest.mark.parametrize("claimed", sorted({*BY_CODE, "unheard_of"} - {"node_busy"}))
+@pytest.mark.parametrize("claimed", sorted({*BY_CODE, "unheard_of"} - {"node_busy", "invalid_task"}))
 def test_without_facts_every_code_is_the_agents_failure(claimed: str) -> None:
     assert code(claimed, NOTHING) == "agent_failed"
 
@@ -63,3 +63,8 @@ def test_a_confirmed_code_is_kept(claimed: str, known: Facts) -> None:
 def test_the_message_and_the_wait_are_kept_and_bounded() -> None:
     error = believed(TaskError(code="no_bids", message="x" * 5000, retry_after_s=3), NOTHING)
     assert (error.message, error.retry_after_s) == ("x" * 2000, 3)
+
+
+def test_a_nodes_opinion_of_the_ad_keeps_its_code_and_its_field() -> None:
+    error = TaskError(code="invalid_task", message="the file is not there", field="context", node_id="n1")
+    assert believed(error, NOTHING) == error

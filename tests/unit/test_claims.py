@@ -1,4 +1,4 @@
-"""What a node says of itself, and adding and removing agents."""
+"""Claims and domains of nodes, and adding and removing agents."""
 
 from collections.abc import Callable
 from fractions import Fraction

@@ -14,12 +14,13 @@ from loom.agents.delegate import Delegator, failure
 from loom.agents.node import Room
 from loom.agents.runs import Run
 from loom.bus.client import Bus
-from loom.phases.execute.errands import answer_in, errand_for, tokens_of
+from loom.phases.execute.errands import answer_in, errand_for
+from loom.phases.shared.token_usage import tokens_of
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Envelope, Split, SplitPlan, Subtask, TaskRecord, Tried
+from loom.schemas.envelope import Envelope, Split, TaskRecord
 from loom.schemas.errors import BudgetExceeded, InvalidTask, LoomError
 from loom.schemas.run import RunRequest, delegated_id
-from loom.schemas.task import Limits, RunResult, TaskError, TaskResult, is_token
+from loom.schemas.task import Limits, PhaseUsage, RunResult, TaskError, TaskResult, is_token
 
 CONFIG = ClusterConfig(max_depth=2)
 
@@ -204,26 +205,25 @@ def ended(*, below: bool = False, **facts: Any) -> TaskRecord:
     )
 
 
-def tried(attempt: int, spent: int) -> Tried:
-    return Tried(attempt=attempt, node_id="n", host_id="h", code="agent_failed", tokens=spent)
+def spent(tokens: int) -> RunResult:
+    return RunResult(prompt_tokens=tokens)
 
 
 def test_what_work_took_includes_failed_attempts_and_counts_none_twice() -> None:
     result = RunResult(content="x", prompt_tokens=4, completion_tokens=3)
     split = Split(parent="p", depth=1, grant=100, deadline=0)
+    asked = {"sense": PhaseUsage(requests=1, prompt_tokens=20, completion_tokens=2)}
     assert tokens_of(ended()) == 0
     assert tokens_of(ended(result=result)) == 7
-    assert tokens_of(ended(result=result, attempt=2, tried=(tried(1, 10),))) == 17
-    assert tokens_of(ended(result=result, attempt=1, tried=(tried(1, 7),))) == 7
-    assert tokens_of(ended(result=result, attempt=3, tried=(tried(1, 7), tried(2, 5)), below=True)) == 12
-    parts = tuple(Subtask(id=name, description="x", tokens=8) for name in "ab")
-    assert tokens_of(ended(result=result), SplitPlan(parent_id="t", subtasks=parts, envelope=ended().envelope)) == 23
+    assert tokens_of(ended(result=result, attempt=2, spent=spent(10))) == 17
+    assert tokens_of(ended(result=result, attempt=3, spent=spent(12), below=True)) == 12
+    assert tokens_of(ended(result=result, phase_usage=asked)) == 29
     assert tokens_of(ended(result=result, split=split, budget=80)) == 20
     assert tokens_of(ended(result=result, split=split, budget=100)) == 7
 
 
 def test_the_answer_a_run_gets_tells_all_that_was_taken_and_fits_a_message() -> None:
     result = RunResult(content="数" * 100_000, prompt_tokens=4, completion_tokens=3)
-    answer = answer_in(ended(result=result), 17)
+    answer = answer_in(ended(result=result, spent=spent(10)))
     assert (answer.prompt_tokens, answer.completion_tokens, answer.truncated) == (14, 3, True)
     assert len(answer.content.encode()) <= 64 * 1024

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loom.schemas.envelope import MAX_HOPS, Award, Best, Claim, Envelope, Hop, Phase, Spec, Split, TaskRecord
-from loom.schemas.task import RunResult, TaskAd, TaskError
-from loom.schemas.wire import MAX_MESSAGE_BYTES, encode
+from loom.schemas.task import PhaseUsage, RunResult, TaskAd, TaskError, TaskResult, TaskUsage
+from loom.schemas.wire import MAX_MESSAGE_BYTES, decode, encode
 
 PIPELINE: tuple[Phase, ...] = ("sense", "match", "scale", "execute", "evaluate")
 
@@ -142,3 +142,9 @@ def test_a_task_counts_the_attempts_that_were_claimed() -> None:
     assert _record(claim=Claim(attempt=0)).to_result().attempts == 0
     assert _record(claim=Claim(attempt=3)).to_result().attempts == 3
     assert _record(state="failed", envelope=_envelope(attempt=4), claim=Claim(attempt=3)).to_result().attempts == 3
+
+
+def test_equal_results_have_equal_hashes_whatever_the_phases_asked() -> None:
+    usage = TaskUsage(phases={"sense": PhaseUsage(requests=1), "scale": PhaseUsage(requests=2)})
+    result = TaskResult(task_id="t1", state="succeeded", usage=usage)
+    assert {result, decode(encode(result), TaskResult)} == {result}

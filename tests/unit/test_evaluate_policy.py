@@ -13,18 +13,18 @@ from loom.phases.evaluate.policy import (
     Back,
     End,
     decide,
-    implied_reward,
+    implied_rewards,
     is_late,
     judge,
     reward_for,
 )
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import IN_HAND_S, MAX_TRIED_CHARS, Best, Claim, Envelope, Opinion, TaskRecord
+from loom.schemas.envelope import IN_HAND_S, MAX_TRIED_CHARS, Best, Claim, Envelope, Opinion, TaskRecord, Tried
 from loom.schemas.errors import BY_CODE
 from loom.schemas.task import Accept, RunResult, TaskError
 
 CONFIG = ClusterConfig(max_attempts=3)
-FINAL = sorted(set(BY_CODE) - RETRIED - {"unknown"})
+FINAL = sorted(set(BY_CODE) - RETRIED - {"unknown", "invalid_task"})
 
 
 def env(content: str | None = None, code: str | None = None, **facts: Any) -> Envelope:
@@ -284,17 +284,16 @@ def record(message: Envelope, **facts: Any) -> TaskRecord:
 
 def test_an_ended_record_implies_one_and_the_same_reward_and_a_running_one_none() -> None:
     ended = record(env("42"), ended_at=9.0)
-    assert implied_reward(ended) == implied_reward(ended)
-    assert implied_reward(ended) is not None
-    assert implied_reward(record(env("42"))) is None
+    assert implied_rewards(ended) == implied_rewards(ended)
+    assert len(implied_rewards(ended)) == 1
+    assert implied_rewards(record(env("42"))) == ()
 
 
 def test_an_end_with_a_kept_result_still_rewards_the_last_attempt_with_nought() -> None:
     best = Best(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
     ending = decided(env(code="agent_failed", failures=2, best=best, attempt=3))
     assert isinstance(ending, End)
-    reward = implied_reward(record(ending.envelope, ended_at=9.0))
-    assert reward is not None
+    (reward,) = implied_rewards(record(ending.envelope, ended_at=9.0))
     assert (reward.node_id, reward.score, reward.reward_id) == ("n1", 0.0, "t1:3:rules")
 
 
@@ -396,3 +395,161 @@ def test_a_full_node_is_asked_again_after_a_pause_that_grows_to_five_seconds() -
     assert pauses[:4] == [0.02, 0.04, 0.08, 0.16]
     assert pauses[-1] == 5.0
     assert delays == [0.0 if pause <= IN_HAND_S else pause for pause in pauses]
+
+
+# -- an opinion that is missing
+
+
+def unjudged(rubric: str | None = None) -> Envelope:
+    accept = Accept(rubric=rubric)
+    return replace(env("an answer"), unjudged="TimeoutError", ad=ad(task_id="t1", accept=accept))
+
+
+def test_without_an_opinion_there_is_no_score_and_the_reward_is_that_of_the_rules() -> None:
+    decision = decided(unjudged())
+    assert isinstance(decision, End)
+    assert (decision.state, decision.score) == ("succeeded", None)
+    (reward,) = implied_rewards(record(decision.envelope, ended_at=9.0))
+    assert reward.score == 1.0
+
+
+def test_a_rubric_that_was_not_checked_earns_nothing() -> None:
+    decision = decided(unjudged("be complete"))
+    assert isinstance(decision, End)
+    assert (decision.state, decision.score) == ("succeeded", None)
+    assert implied_rewards(record(decision.envelope, ended_at=9.0)) == ()
+
+
+def test_a_failure_earns_nought_whether_or_not_its_rubric_could_be_checked() -> None:
+    failed = TaskError(code="agent_failed")
+    reward = reward_for(replace(unjudged("be complete"), error=failed), failed, 5.0)
+    assert reward is not None
+    assert reward.score == 0.0
+
+
+def test_the_next_attempt_is_judged_afresh_and_keeps_the_warnings() -> None:
+    message = replace(unjudged(), error=TaskError(code="agent_failed"), warnings=("the judge was away",))
+    decision = decided(message)
+    assert isinstance(decision, Back)
+    assert (decision.envelope.unjudged, decision.envelope.warnings) == ("", ("the judge was away",))
+
+
+# -- a node's word that the ad is invalid
+
+
+def invalid(node_id: str = "n1", *said_before: str, **facts: Any) -> Envelope:
+    tried = tuple(
+        Tried(attempt=n, node_id=name, host_id="h", code="invalid_task") for n, name in enumerate(said_before, 1)
+    )
+    word = TaskError(code="invalid_task", message="no such file", field="context", node_id=node_id)
+    message = env(attempt=len(tried) + 1, failures=len(tried), tried=tried, **facts)
+    return replace(awarded(message, node_id), error=word)
+
+
+def test_one_nodes_word_sends_the_task_elsewhere_counted_and_without_a_reward() -> None:
+    decision = decided(invalid())
+    assert isinstance(decision, Back)
+    back = decision.envelope
+    assert (back.attempt, back.failures, back.excluded, decision.delay_s) == (2, 1, ("n1",), 0.0)
+    assert [tried.code for tried in back.tried] == ["invalid_task"]
+    assert reward_for(invalid(), back.last_error, 5.0) is None
+
+
+def test_a_second_nodes_word_ends_it() -> None:
+    decision = decided(invalid("n2", "n1"))
+    assert isinstance(decision, End)
+    assert decision.state == "failed"
+    assert decision.envelope.error == invalid("n2").error
+    assert implied_rewards(succeeded(decision.envelope, state="failed")) == ()
+
+
+def test_the_same_node_is_no_second_one() -> None:
+    assert isinstance(decided(invalid("n1", "n1")), Back)
+
+
+def test_a_pinned_task_ends_at_once() -> None:
+    decision = decided(replace(invalid(), ad=ad(task_id="t1", node_id="n1")))
+    assert isinstance(decision, End)
+    assert decision.envelope.error is not None
+    assert decision.envelope.error.code == "invalid_task"
+
+
+@pytest.mark.parametrize("award", [None, "n1"])
+def test_a_rule_that_the_ad_breaks_ends_it_whoever_was_awarded(award: str | None) -> None:
+    fault = TaskError(code="invalid_task", message="description is empty", field="description")
+    message = env() if award else replace(env(), award=None)
+    decision = decided(replace(message, error=fault))
+    assert isinstance(decision, End)
+    assert decision.envelope.failures == 0
+
+
+def test_without_another_bidder_the_nodes_word_is_the_answer() -> None:
+    back = decided(invalid())
+    assert isinstance(back, Back)
+    decision = decided(replace(back.envelope, award=None).failed(TaskError(code="no_bids")))
+    assert isinstance(decision, End)
+    assert decision.envelope.error == invalid().error
+
+
+def test_attempts_that_run_out_end_it_with_the_nodes_word() -> None:
+    decision = decided(replace(invalid(), failures=2))
+    assert isinstance(decision, End)
+    assert decision.envelope.error == invalid().error
+
+
+def succeeded(message: Envelope, **facts: Any) -> TaskRecord:
+    return TaskRecord(task_id="t1", envelope=message, admitted_at=0, ended_at=9.0, **{"state": "succeeded", **facts})
+
+
+def test_a_success_elsewhere_refutes_the_word_once_and_for_all() -> None:
+    tried = (
+        Tried(attempt=1, node_id="n1", host_id="h", code="invalid_task", tokens=7, duration_s=2.0),
+        Tried(attempt=2, node_id="n2", host_id="h", code="agent_failed"),
+    )
+    ended = succeeded(awarded(env("42", attempt=3, tried=tried), "n3"))
+    own, refuted = implied_rewards(ended)
+    assert (own.reward_id, own.node_id, own.score) == ("t1:3:rules", "n3", 1.0)
+    assert (refuted.reward_id, refuted.node_id, refuted.score, refuted.slug) == ("t1:1:rules", "n1", 0.0, "code")
+    assert (refuted.attempt, refuted.tokens, refuted.seconds, refuted.ended_at) == (1, 7, 2.0, 9.0)
+    assert implied_rewards(ended) == (own, refuted)
+
+
+@pytest.mark.parametrize("facts", [{"state": "failed"}, {"state": "cancelled"}, {"below_threshold": True}])
+def test_anything_less_than_a_success_refutes_nothing(facts: dict[str, Any]) -> None:
+    tried = (Tried(attempt=1, node_id="n1", host_id="h", code="invalid_task"),)
+    error = None if "below_threshold" in facts else TaskError(code="cancelled")
+    message = replace(awarded(env("42", attempt=2, tried=tried), "n2"), error=error)
+    assert "n1" not in {reward.node_id for reward in implied_rewards(succeeded(message, **facts))}
+
+
+def test_a_success_whose_rubric_was_not_checked_refutes_nothing() -> None:
+    tried = (Tried(attempt=1, node_id="n0", host_id="h", code="invalid_task"),)
+    assert implied_rewards(succeeded(replace(unjudged("be complete"), tried=tried))) == ()
+
+
+# -- what it took
+
+attempts = st.lists(
+    st.tuples(st.sampled_from([*sorted(BY_CODE), ""]), st.none() | st.integers(0, 1000), st.booleans()), min_size=1
+)
+
+
+@given(attempts, st.integers(1, 20))
+def test_however_a_task_ends_its_result_has_the_tokens_of_all_attempts_and_its_budget_agrees(
+    tries: list[tuple[str, int | None, bool]], max_attempts: int
+) -> None:
+    message = replace(env(), budget=10**6)
+    took = 0
+    for code, tokens, refused in tries:
+        result = None if tokens is None else RunResult(content="" if refused else "x", prompt_tokens=tokens)
+        took += tokens or 0
+        error = TaskError(code=code, node_id="n1") if code else None
+        message = replace(awarded(message), result=result, error=error, budget=10**6 - took)
+        decision = decide(message, ClusterConfig(max_attempts=max_attempts), 0)
+        message = decision.envelope
+        if isinstance(decision, End):
+            ended = succeeded(message, state=decision.state, below_threshold=decision.below_threshold)
+            assert ended.used.tokens == ended.to_result().prompt_tokens == took
+            return
+        assert (message.spent.tokens, message.result) == (took, None)
+        assert message.budget == 10**6 - message.spent.tokens

@@ -11,9 +11,9 @@ from loom.phases.scale import graph
 from loom.phases.scale.planner import bounded
 from loom.phases.scale.planner import given as given_plan
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Best, Envelope, Spec, Split, SplitPlan, Subtask, TaskRecord, Tried
+from loom.schemas.envelope import Award, Best, Envelope, Spec, Split, SplitPlan, Subtask, TaskRecord
 from loom.schemas.errors import InvalidPlan
-from loom.schemas.task import Limits, RunResult, TaskAd, TaskError
+from loom.schemas.task import Limits, PhaseUsage, RunResult, TaskAd, TaskError
 from loom.schemas.wire import MAX_INPUTS_BYTES, MAX_MESSAGE_BYTES, decode, encode
 
 CONFIG = ClusterConfig()
@@ -185,7 +185,8 @@ def test_a_budget_too_small_to_share_is_spent_from_the_beginning() -> None:
     ("facts", "used"),
     [
         ({}, 40),
-        ({"tried": (Tried(attempt=1, node_id="n", host_id="h", code="agent_failed", tokens=25),)}, 65),
+        ({"spent": RunResult(prompt_tokens=25)}, 65),
+        ({"phase_usage": {"sense": PhaseUsage(requests=1, completion_tokens=3)}}, 43),
         ({"budget": 100}, 300),  # something else has taken from its grant
         ({"budget": None}, 40),
     ],
@@ -200,11 +201,10 @@ def test_every_token_a_child_has_used_counts(facts: dict[str, Any], used: int) -
 def test_the_best_of_refused_results_is_counted_as_the_attempt_it_was() -> None:
     plan = graph.begin(parent(), [part("a"), part("b")])
     best = RunResult(content="nearly", completion_tokens=30)
-    tried = (Tried(attempt=1, node_id="n7", host_id="h", code="rejected_result", tokens=30),)
     record = ended(
         plan,
         "a",
-        tried=tried,
+        spent=RunResult(completion_tokens=30),
         result=best,
         best=Best(result=best, node_id="n7", host_id="h"),
         below_threshold=True,
@@ -217,8 +217,17 @@ def test_the_tokens_of_a_childs_own_subtasks_count() -> None:
     plan = graph.begin(parent(), [part("a"), part("b")])
     below = graph.begin(parent(), [part("x"), part("y")])
     below = graph.note(below, ended(below, "x", tokens=7))
-    plan = graph.note(plan, ended(plan, "a", tokens=5), below)
+    plan = graph.note(plan, ended(plan, "a", tokens=5, spent=graph.joined(below, {}).spent))
     assert by_name(plan)["a"].tokens == 12
+
+
+def test_a_joined_task_has_spent_what_its_parts_have_and_its_budget_agrees() -> None:
+    plan = graph.begin(parent(1000), [part("a"), part("b")])
+    for name in ("a", "b"):
+        plan = graph.note(plan, ended(plan, name, tokens=40))
+    task = graph.joined(plan, {})
+    assert (task.spent.completion_tokens, task.budget) == (80, 920)
+    assert graph.joined(plan, {}) == task, "the same for a twin"
 
 
 # -- failures

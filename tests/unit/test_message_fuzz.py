@@ -22,7 +22,7 @@ from loom.phases.adapt.apoptosis import bequest, heir, who_retires
 from loom.phases.adapt.calibrating import recalibrated
 from loom.phases.adapt.fold import fold, is_dated_ahead, reward_in, summary
 from loom.phases.evaluate import policy as evaluate
-from loom.phases.execute.errands import answer_in, errand_for, tokens_of
+from loom.phases.execute.errands import answer_in, errand_for
 from loom.phases.execute.service import error_in, request_for, spent
 from loom.phases.match.policy import Awarded, Book, judge
 from loom.phases.match.reading import OfferReader, ReadOffer, ReadProfile, known, window
@@ -228,8 +228,9 @@ def judging(forger: Forger) -> None:
             decode(encode(reward), Reward)
     if record is not None:
         decode(encode(record.to_result()), TaskResult)
-        decode(encode(answer_in(record, tokens_of(record))), TaskResult)
-        evaluate.implied_reward(record)
+        decode(encode(answer_in(record)), TaskResult)
+        for implied in evaluate.implied_rewards(record):
+            decode(encode(implied), Reward)
         evaluate.notice_of(record)
 
 

@@ -1,14 +1,18 @@
 import asyncio
+import time
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.phases import ad, awarded, envelope
 
 from loom.phases.evaluate import opinion
+from loom.phases.shared.llm_call import Answer
 from loom.schemas.envelope import Envelope, Opinion
 from loom.schemas.llm import CompletionParams, CompletionResult
-from loom.schemas.task import Accept, RunResult
+from loom.schemas.task import Accept, PhaseUsage, RunResult
 
 
 class Model:
@@ -29,7 +33,7 @@ def answered(task_id: str = "t1", rubric: str | None = None, content: str = "an 
     return awarded(task)
 
 
-async def asked(says: str, **facts: Any) -> tuple[Opinion | None, Model]:
+async def asked(says: str, **facts: Any) -> tuple[Answer[Opinion], Model]:
     model = Model(says)
     return await opinion.ask(model, answered(**facts), 10), model  # type: ignore[arg-type]  # it never streams
 
@@ -39,14 +43,56 @@ async def asked(says: str, **facts: Any) -> tuple[Opinion | None, Model]:
     [
         ('{"score": 0.8, "reason": "good\\n enough"}', Opinion(score=0.8, reason="good enough")),
         ('Here you are:\n```json\n{"score": 1, "reason": ""}\n```', Opinion(score=1.0)),
+        ('<think>the rubric {a}</think>{"score": 0.1, "reason": "wrong"}', Opinion(score=0.1, reason="wrong")),
+        ('{"score": 0.1, "reason": null} as of {today}', Opinion(score=0.1)),
+        ('{"score": "0.8", "reason": ["a", "b"]}', Opinion(score=0.8)),
+        ('{"score": "8/10", "reason": "good"}', Opinion(score=0.8, reason="good")),
         ('{"score": 1.5, "reason": "great"}', None),
+        ('{"score": 2, "reason": "2 of 10"}', None),
         ("eight out of ten", None),
         ("", None),
         ('{"score": "high"}', None),
     ],
 )
 async def test_an_opinion_is_read_from_json_or_not_at_all(says: str, found: Opinion | None) -> None:
-    assert (await asked(says))[0] == found
+    answer, model = await asked(says)
+    assert answer.value == found
+    assert len(model.asked) == (1 if found else 2)
+
+
+@pytest.mark.parametrize(
+    ("said", "out_of", "score"),
+    [
+        (0, None, 0.0),
+        (1, None, 1.0),
+        ("0.8", None, 0.8),
+        ("4 out of 5", None, 0.8),
+        (" 80 % ", None, 0.8),
+        (8, 10, 0.8),
+        ("8", "10", 0.8),
+        (8, None, None),
+        ("80", None, None),
+        (80, 0, None),
+        ("11/10", None, None),
+        ("1/0", None, None),
+        (-0.1, None, None),
+        (True, None, None),
+        (None, None, None),
+        ("nan", None, None),
+        (float("inf"), None, None),
+        (10**400, None, None),
+        ("9" * 5000, None, None),
+        ([0.8], None, None),
+    ],
+)
+def test_another_scale_is_read_only_where_the_judge_names_it(said: Any, out_of: Any, score: float | None) -> None:
+    assert opinion.score_of(said, out_of) == score
+
+
+@given(st.text())
+def test_a_score_is_from_nought_to_one_or_not_read(text: str) -> None:
+    score = opinion.score_of(text)
+    assert score is None or 0 <= score <= 1
 
 
 async def test_what_is_judged_comes_as_material_and_apart_from_the_instruction() -> None:
@@ -65,8 +111,35 @@ async def test_a_silent_judge_is_not_waited_for_past_the_deadline() -> None:
             await asyncio.sleep(60)
             return await super().complete(params)
 
-    with pytest.raises(TimeoutError):
-        await opinion.ask(Silent(""), answered(), 0.05)  # type: ignore[arg-type]  # as above
+    began = time.monotonic()
+    answer = await opinion.ask(Silent(""), answered(), 0.05)  # type: ignore[arg-type]  # as above
+    assert (answer.value, answer.why) == (None, "TimeoutError")
+    assert time.monotonic() - began < 1
+
+
+def test_a_result_that_could_not_be_judged_has_a_warning() -> None:
+    why = Answer[Opinion](None, why="RuntimeError")
+    plain = opinion.with_opinion(answered(), why)
+    assert (plain.opinion, plain.unjudged) == (None, "RuntimeError")
+    assert plain.warnings == ("the judge could not be asked: RuntimeError",)
+    strict = opinion.with_opinion(answered(rubric="short"), why)
+    assert strict.warnings == ("the judge could not be asked: RuntimeError; its rubric was not checked",)
+
+
+def test_what_a_judge_took_is_counted_and_taken_off_the_budget() -> None:
+    usage = PhaseUsage(requests=1, prompt_tokens=30, completion_tokens=5)
+    task = replace(answered(), budget=100)
+    once = opinion.with_opinion(task, Answer(Opinion(score=0.5), usage))
+    twice = opinion.with_opinion(once, Answer(Opinion(score=0.5), usage))
+    assert (once.budget, twice.budget) == (65, 30)
+    assert twice.phase_usage == {"evaluate": PhaseUsage(requests=2, prompt_tokens=60, completion_tokens=10)}
+
+
+async def test_a_judge_is_not_asked_beyond_the_budget() -> None:
+    model = Model('{"score": 1}')
+    answer = await opinion.ask(model, replace(answered(), budget=100), 10)  # type: ignore[arg-type]  # as above
+    assert (answer.value, answer.usage.requests, model.asked) == (None, 0, [])
+    assert "budget" in answer.why
 
 
 def test_a_rubric_asks_for_an_opinion_and_a_share_of_the_rest_is_sampled() -> None:

@@ -159,4 +159,4 @@ def test_a_long_description_takes_a_moment(text: str) -> None:
     description = text * (60_000 // len(text.encode())) + "x"
     began = time.thread_time()
     look(TaskAd(description=description))
-    assert time.thread_time() - began < 0.05
+    assert time.thread_time() - began < 0.5  # quadratic work takes seconds

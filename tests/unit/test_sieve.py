@@ -16,13 +16,12 @@ from loom.bus.subjects import FAMILIES, Subjects
 from loom.bus.tap import SHAPES, Seen
 from loom.runner.cli import sieve as sieve_module
 from loom.runner.cli.looking import domain_slug, seconds, span, sparkline
-from loom.runner.cli.nodes import claims_in, known_nodes, load_of
 from loom.runner.cli.sieve import Sieve, phase_of
 from loom.runner.cli.words import Lines
 from loom.schemas.auction import HostAnnouncement
-from loom.schemas.envelope import PHASES, Award, Envelope, ScoredBid, Spec, Split, TaskRecord
+from loom.schemas.envelope import PHASES, Award, Envelope, Spec, Split
 from loom.schemas.events import TextDelta
-from loom.schemas.learning import Lifecycle, NodeProfile, Reward
+from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.run import Delta, RunRequest
 from loom.schemas.task import TaskAd, TaskResult
 
@@ -239,34 +238,3 @@ def test_a_sparkline_has_a_bar_per_score_and_higher_ones_for_better(scores: list
     assert len(line) == len(scores)
     assert list(sparkline(sorted(scores))) == sorted(line)
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
-
-
-# -- nodes
-
-
-def test_nodes_that_are_alive_come_first_with_what_is_known_of_them() -> None:
-    host = HostAnnouncement(host_id="h", nodes=("b", "c"), slots=4, running=2, queued=3)
-    profiles = [NodeProfile(node_id="a", total_tasks=3), NodeProfile(node_id="c")]
-
-    known = known_nodes([host], profiles, {("b", "code"): 0.9, ("gone", "code"): 0.1})
-
-    assert [(one.node_id, bool(one.hosts), one.profile is not None) for one in known] == [
-        ("b", True, False),
-        ("c", True, True),
-        ("a", False, True),
-    ]
-    assert known[0].domains == ["code"]
-    assert load_of(host) == "2/4+3"
-
-
-def test_the_newest_claim_counts() -> None:
-    def auctioned(task_id: str, claim: float) -> TaskRecord:
-        bid = ScoredBid(node_id="a", host_id="h", score=1.0, claim=claim, trust=1.0, load=0.0, tools=1.0)
-        told = Envelope(
-            ad=TaskAd(task_id=task_id, domain="code", description="x"),
-            deadline=1.0,
-            award=Award(node_id="a", host_id="h", bids=(bid,)),
-        )
-        return TaskRecord(task_id=task_id, state="running", envelope=told, admitted_at=1.0)
-
-    assert claims_in([auctioned("new", 0.7), auctioned("old", 0.2)]) == {("a", "code"): 0.7}

@@ -245,7 +245,7 @@ def test_what_cannot_work_is_refused_with_what_to_write(thing: Any, sentence: st
         as_agent(thing)
 
 
-async def test_an_exception_of_an_object_with_stream_is_told_as_that_of_a_function() -> None:
+async def test_an_exception_of_an_object_with_stream_is_published_as_that_of_a_function() -> None:
     class Raises:
         async def stream(self, job: RunRequest) -> AsyncIterator[Any]:  # noqa: ARG002
             yield TextDelta(text="x")

@@ -1,0 +1,168 @@
+"""What is known of each node and of its domains: announcements, profiles and recent auctions in one picture."""
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+from loom.bus.announcements import announced_hosts
+from loom.bus.client import Bus
+from loom.bus.history import recent_records
+from loom.phases.adapt.apoptosis import newest_own
+from loom.phases.adapt.rebuild import stored_profiles
+from loom.schemas.auction import HostAnnouncement
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import TaskRecord
+from loom.schemas.health import Standing, standing
+from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile
+from loom.schemas.task import slug
+
+CALL_S = 0.4
+"""How long hosts have to announce themselves."""
+RECENT_TASKS = 200
+"""Newest tasks in whose auctions self-ratings and the wording of domains are looked for."""
+NEWEST = 10
+"""Scores the trend is made of."""
+Z, PRIOR = 1.96, 4
+"""Of 95 %, and the trials, half of them won, by which an interval of few trials is widened."""
+
+
+@dataclass(frozen=True)
+class Auctioned:
+    """What recent auctions show beside their winners."""
+
+    self_ratings: Mapping[tuple[str, str], float]
+    """(node id, token of a domain) -> the rating the node last gave itself."""
+    domains: Mapping[str, str]
+    """Token of a domain -> the domain as worded."""
+
+
+@dataclass(frozen=True)
+class DomainOverview:
+    """What is known of a node in one domain."""
+
+    domain: str
+    """As worded, where a recent task has it."""
+    self_rating: float | None
+    """0 to 1, as last given in an auction; None: in no recent one."""
+    evidence: DomainEvidence
+
+    @property
+    def mean(self) -> float | None:
+        """Mean reward, 0 to 1; None without any."""
+        return self.evidence.mean if self.evidence.count else None
+
+    @property
+    def count(self) -> int:
+        """Rewards behind the mean, at most a window's."""
+        return self.evidence.count
+
+    @property
+    def uncertainty(self) -> float | None:
+        """Half the width of the 95 % interval of the mean, as of outcomes won or lost; None without any.
+
+        Two wins and two losses are added (Agresti and Coull 1998), so that few equal outcomes do not look certain.
+        """
+        if not self.evidence.count:
+            return None
+        trials = self.evidence.count + PRIOR
+        mean = (self.evidence.mean * self.evidence.count + PRIOR / 2) / trials
+        return Z * sqrt(mean * (1 - mean) / trials)
+
+    @property
+    def trend(self) -> float | None:
+        """How much the mean of the newest ten scores is above that of the window; None without any."""
+        newest = [score.score for score in self.evidence.scores[-NEWEST:]]
+        return sum(newest) / len(newest) - self.evidence.mean if newest else None
+
+    @property
+    def changed_at(self) -> float | None:
+        """When the node was found to have changed, server time: what it did before is forgotten.
+
+        None once a window has filled up since.
+        """
+        return self.evidence.since if self.evidence.since and self.evidence.count < WINDOW else None
+
+
+@dataclass(frozen=True)
+class NodeOverview:
+    """A node, alive or remembered, and what is known of it."""
+
+    node_id: str
+    hosts: tuple[HostAnnouncement, ...]
+    """Those it is on now; none: it is not alive."""
+    profile: NodeProfile | None
+    """None: it has earned no reward yet."""
+    standing: Standing
+    domains: Mapping[str, DomainOverview]
+    """Token of a domain -> what is known of the node there."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether a host has announced it just now."""
+        return bool(self.hosts)
+
+
+async def node_overviews(bus: Bus, config: ClusterConfig) -> list[NodeOverview]:
+    """Return every node that is alive or has a profile, those alive first; takes about half a second.
+
+    Args:
+        config: Its limits decide which node is failing.
+
+    Raises:
+        BusUnavailable: The server does not answer.
+        Refused: No phase has ever run here.
+    """
+    here, stored, recent = await asyncio.gather(
+        announced_hosts(bus, CALL_S), stored_profiles(bus), recent_records(bus, RECENT_TASKS)
+    )
+    return overviews(here, [entry.value for entry in stored.values()], auctioned(recent), config)
+
+
+def auctioned(records: Iterable[TaskRecord]) -> Auctioned:
+    """Return what the auctions of these tasks show, of which the newest come first."""
+    ratings: dict[tuple[str, str], float] = {}
+    domains: dict[str, str] = {}
+    for record in records:
+        award = record.envelope.award
+        domains.setdefault(record.envelope.slug, record.envelope.domain)
+        for bid in award.bids if award else ():
+            ratings.setdefault((bid.node_id, record.envelope.slug), bid.claim)
+    return Auctioned(ratings, domains)
+
+
+def overviews(
+    here: Sequence[HostAnnouncement], profiles: Iterable[NodeProfile], seen: Auctioned, config: ClusterConfig
+) -> list[NodeOverview]:
+    """Return every node that is alive or has a profile, those alive first."""
+    by_id = {profile.node_id: profile for profile in profiles}
+    alive = {node_id for host in here for node_id in host.nodes}
+    found = [
+        NodeOverview(
+            node_id=node_id,
+            hosts=tuple(host for host in here if node_id in host.nodes),
+            profile=by_id.get(node_id),
+            standing=standing_of(by_id.get(node_id), config),
+            domains=_domains(node_id, by_id.get(node_id), seen),
+        )
+        for node_id in alive | by_id.keys()
+    ]
+    return sorted(found, key=lambda node: (not node.hosts, node.node_id))
+
+
+def standing_of(profile: NodeProfile | None, config: ClusterConfig) -> Standing:
+    """Return what is known of a node by its profile."""
+    return "new" if profile is None else standing(newest_own(profile), profile.consecutive_losses, config)
+
+
+def _domains(node_id: str, profile: NodeProfile | None, seen: Auctioned) -> dict[str, DomainOverview]:
+    evidence = profile.domains if profile else {}
+    rated = {token: rating for (node, token), rating in seen.self_ratings.items() if node == node_id}
+    return {
+        token: DomainOverview(
+            domain=worded if slug(worded := seen.domains.get(token, token)) == token else token,
+            self_rating=rated.get(token),
+            evidence=evidence.get(token, DomainEvidence()),
+        )
+        for token in sorted({*rated, *evidence})
+    }

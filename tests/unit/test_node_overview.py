@@ -1,0 +1,117 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loom.phases.adapt.fold import fold
+from loom.runner.cli.nodes import load_of
+from loom.runner.node_overview import Auctioned, DomainOverview, auctioned, overviews, standing_of
+from loom.schemas.auction import HostAnnouncement
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Award, Envelope, ScoredBid, TaskRecord
+from loom.schemas.learning import DomainEvidence, NodeProfile, Reward
+from loom.schemas.task import TaskAd, slug
+
+
+def folded(*scores: float) -> NodeProfile:
+    profile = NodeProfile(node_id="n")
+    for seq, score in enumerate(scores, start=1):
+        one = Reward(
+            reward_id=f"t{seq}:1:rules",
+            task_id=f"t{seq}",
+            attempt=1,
+            node_id="n",
+            slug="code",
+            score=score,
+            ended_at=1000.0 + seq,
+        )
+        profile = fold(profile, one, seq, forget=True)
+    return profile
+
+
+def in_domain(evidence: DomainEvidence) -> DomainOverview:
+    return DomainOverview(domain="code", self_rating=None, evidence=evidence)
+
+
+@given(st.floats(0, 1), st.integers(1, 119))
+def test_more_of_the_same_is_less_uncertain_and_never_certain(mean: float, count: int) -> None:
+    less, more = (in_domain(DomainEvidence(count=n, mean=mean)).uncertainty for n in (count, count + 1))
+    assert less is not None
+    assert more is not None
+    assert more > 0
+    assert more < less or mean not in {0.0, 1.0}
+
+
+def test_an_interval_is_as_wide_as_trials_are_few() -> None:
+    assert in_domain(DomainEvidence(count=96, mean=0.5)).uncertainty == pytest.approx(0.098)
+
+
+def test_the_trend_is_that_of_the_newest_ten() -> None:
+    assert in_domain(folded(*[0.5] * 10, *[0.6] * 10).domains["code"]).trend == pytest.approx(0.05)
+    assert in_domain(folded(1.0).domains["code"]).trend == 0
+
+
+def test_without_evidence_there_is_neither_mean_nor_interval_nor_trend() -> None:
+    known = in_domain(DomainEvidence())
+    assert (known.mean, known.uncertainty, known.trend) == (None, None, None)
+
+
+def test_a_change_is_shown_until_the_window_has_filled_up_again() -> None:
+    good = [1.0] * 60
+    steady, fallen = folded(*good).domains["code"], folded(*good, *[0.0] * 12).domains["code"]
+    assert in_domain(steady).changed_at is None
+    assert in_domain(fallen).changed_at == pytest.approx(1060, abs=4)
+    assert in_domain(folded(*good * 3).domains["code"]).changed_at is None
+
+
+@pytest.mark.parametrize(
+    ("rewards", "standing"),
+    [
+        ((), "new"),
+        ((1.0,), "unproven"),
+        ((0.0, 0.0), "unproven"),
+        ((0.0, 0.0, 0.0), "failing"),
+        ((1.0, 1.0, 0.0), "unproven"),
+        ((1.0,) * 10, "healthy"),
+        ((0.0,) * 10, "failing"),
+        ((1.0,) * 100 + (0.0,) * 7, "failing"),
+    ],
+)
+def test_a_node_that_never_worked_one_of_which_little_is_known_and_one_that_fails_are_told_apart(
+    rewards: tuple[float, ...], standing: str
+) -> None:
+    assert standing_of(folded(*rewards) if rewards else None, ClusterConfig(apoptosis_threshold=0.35)) == standing
+
+
+def test_nodes_that_are_alive_come_first_with_what_is_known_of_them() -> None:
+    host = HostAnnouncement(host_id="h", nodes=("b", "c"), slots=4, running=2, queued=3)
+    profiles = [NodeProfile(node_id="a", total_tasks=3), NodeProfile(node_id="c")]
+    seen = Auctioned({("b", "code"): 0.9, ("gone", "code"): 0.1}, {})
+
+    known = overviews([host], profiles, seen, ClusterConfig())
+
+    assert [(node.node_id, node.alive, node.profile is not None) for node in known] == [
+        ("b", True, False),
+        ("c", True, True),
+        ("a", False, True),
+    ]
+    assert [(each.domain, each.self_rating, each.mean) for each in known[0].domains.values()] == [("code", 0.9, None)]
+    assert load_of(host) == "2/4+3"
+
+
+def recorded(task_id: str, domain: str, claim: float) -> TaskRecord:
+    bid = ScoredBid(node_id="a", host_id="h", score=1.0, claim=claim, trust=1.0, load=0.0, tools=1.0)
+    envelope = Envelope(
+        ad=TaskAd(task_id=task_id, domain=domain, description="x"),
+        deadline=1.0,
+        award=Award(node_id="a", host_id="h", bids=(bid,)),
+    )
+    return TaskRecord(task_id=task_id, state="running", envelope=envelope, admitted_at=1.0)
+
+
+def test_the_newest_self_rating_counts_and_domains_are_shown_as_worded() -> None:
+    seen = auctioned([recorded("new", "Data Science", 0.7), recorded("old", "data science", 0.2)])
+    [node] = overviews([HostAnnouncement(host_id="h", nodes=("a",))], [], seen, ClusterConfig())
+
+    token = slug("data science")
+    assert seen.self_ratings == {("a", token): 0.7}
+    assert node.domains[token].domain == "Data Science"
