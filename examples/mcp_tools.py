@@ -67,7 +67,7 @@ class McpServer:
 
 
 def server_of(text: str) -> StdioServerParameters | str:
-    """Return a URL as it is, and anything else as a command; the server gets no environment of this process."""
+    """Return a URL as it is, and anything else as a command; of the environment its process gets PATH and HOME alone."""
     if text.startswith(("http://", "https://")):
         return text
     command, *arguments = shlex.split(text)
