@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from support.agents import Scripted, saying, wanting
+from support.agents import Scripted, answering, wanting
 from support.logs import capture_logs
 from support.phases import Stage
 from support.runs import run
@@ -37,7 +37,7 @@ class Server:
     def node(self, node_id: str, life: Lifespan[int]) -> AgentNode:
         made = Tool(name="files.read", schema={}, call=lambda _arguments, _context: life.value, lifespan=life)
         call = wanting(ToolCall(id="c1", name="files_read", arguments="{}"))
-        agent = Scripted(*[call, saying("read")] * 2).agent(made)
+        agent = Scripted(*[call, answering("read")] * 2).agent(made)
         return AgentNode(id=node_id, agent=agent, capabilities=CapabilityProfile(scores={"code": 0.5}))
 
 

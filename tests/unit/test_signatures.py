@@ -77,7 +77,6 @@ def subclass(text: Words) -> str:
         lambda *args: args[0],
         lambda task: task,
     ],
-    ids=repr,
 )
 def test_the_text_is_given_where_text_is_meant(fn: Callable[..., Any]) -> None:
     assert takes_text(fn)
