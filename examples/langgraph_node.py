@@ -3,70 +3,55 @@
     pip install loom-nats langgraph langchain-openai
     loom node langgraph_node.py        with OPENAI_API_KEY, or OPENAI_BASE_URL for another server
 
-`GraphAgent` works with each graph whose state has the key `messages`. The graph below lets other nodes collect facts
+`graph_agent` works with each graph whose state has the key `messages`. The graph below lets other nodes collect facts
 and writes a text of them.
 """
 
 import os
-import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
 
-from langchain_core.messages import AIMessage, BaseMessage, SystemMessage
+from langchain_core.messages import AIMessage, SystemMessage
+from langchain_core.runnables import RunnableConfig
 from langchain_openai import ChatOpenAI
 from langgraph.errors import GraphRecursionError
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 
-from loom import delegate
+from loom import Job, delegate
 from loom.schemas.errors import AgentFailed
-from loom.schemas.run import RunRequest
-from loom.types import AgentEvent, AgentNode, CapabilityProfile, Done, TextDelta, TokenUsage
+from loom.types import AgentNode, CapabilityProfile
+
+Graph = CompiledStateGraph[Any, Any, Any, Any]
 
 
-class GraphAgent:
-    """An agent that runs a graph; the last message of the graph is its answer.
+def graph_agent(graph: Graph, *, answering: str, steps: int = 25) -> Callable[[Job], AsyncIterator[str]]:
+    """Return an agent that runs a graph.
 
     Args:
-        graph: A compiled graph; its state has `messages`.
-        answering: Names of the graph's nodes whose text is streamed; empty: all.
+        graph: A compiled graph.
+        answering: The name of the graph's node whose text is the answer.
         steps: Most steps of the graph for one job.
     """
 
-    def __init__(self, graph: CompiledStateGraph, *, answering: Sequence[str] = (), steps: int = 25) -> None:
-        self._graph = graph
-        self._answering = frozenset(answering)
-        self._steps = steps
-
-    async def stream(self, job: RunRequest) -> AsyncIterator[AgentEvent]:
-        """Run the graph and yield the text of its models as it comes; last, the answer and the tokens.
-
-        Raises:
-            AgentFailed: The graph did not end within its steps; `spent` holds the tokens.
-        """
-        begun, seen = time.monotonic(), []
-        config = {"configurable": {"thread_id": job.key}, "recursion_limit": self._steps}
-        events = self._graph.astream({"messages": list(turns(job))}, config, stream_mode=["messages", "updates"])
+    async def run(job: Job) -> AsyncIterator[str]:
+        config: RunnableConfig = {"configurable": {"thread_id": job.key}, "recursion_limit": steps}
+        events: Any = graph.astream({"messages": list(turns(job))}, config, stream_mode=["messages", "updates"])
         try:
-            async with aclosing(events):  # a cancelled job ends the graph, and its request to the model
+            async with aclosing(events):  # a cancelled job ends the request to the model
                 async for kind, event in events:
-                    if kind == "messages":
-                        message, origin = event
-                        if self._streams(message, origin["langgraph_node"]):
-                            yield TextDelta(text=str(message.text))
-                    else:
-                        seen.extend(new_messages(event))
+                    if kind == "updates":
+                        report(job, event)
+                    elif event[1]["langgraph_node"] == answering and isinstance(event[0], AIMessage):
+                        yield str(event[0].text)
         except GraphRecursionError as error:
-            raise AgentFailed(f"the graph took more than {self._steps} steps", spent=done(seen, begun)) from error
-        yield done(seen, begun)
+            raise AgentFailed(f"the graph took more than {steps} steps") from error
 
-    def _streams(self, message: BaseMessage, node: str) -> bool:
-        chosen = not self._answering or node in self._answering
-        return chosen and isinstance(message, AIMessage) and bool(message.text)
+    return run
 
 
-def turns(job: RunRequest) -> Iterator[tuple[str, str]]:
+def turns(job: Job) -> Iterator[tuple[str, str]]:
     """Yield a job's conversation, and the results of the subtasks it builds on."""
     for message in job.messages:
         yield message.role, message.content
@@ -74,24 +59,13 @@ def turns(job: RunRequest) -> Iterator[tuple[str, str]]:
         yield "user", f"Result of {name}:\n{output}"
 
 
-def new_messages(update: dict[str, Any]) -> Iterator[BaseMessage]:
-    """Yield the messages that nodes of the graph have added."""
+def report(job: Job, update: dict[str, Any]) -> None:
+    """Report the tokens of the messages that nodes of the graph have added; once the budget is spent, this raises."""
     for change in update.values():
-        added = (change or {}).get("messages", ())
-        yield from added if isinstance(added, list | tuple) else [added]
-
-
-def done(messages: Sequence[BaseMessage], begun: float) -> Done:
-    """Return the end of a run: the text of its last message, and the tokens of all."""
-    used = [message.usage_metadata for message in messages if isinstance(message, AIMessage) and message.usage_metadata]
-    asked, written = sum(each["input_tokens"] for each in used), sum(each["output_tokens"] for each in used)
-    return Done(
-        content=str(messages[-1].text) if messages else "",
-        steps=len(messages),
-        duration_ms=(time.monotonic() - begun) * 1000,
-        tokens_used=asked + written,
-        usage=TokenUsage(prompt_tokens=asked, completion_tokens=written, total_tokens=asked + written),
-    )
+        for message in (change or {}).get("messages", ()):
+            used = message.usage_metadata if isinstance(message, AIMessage) else None
+            if used:
+                job.report(prompt_tokens=used["input_tokens"], completion_tokens=used["output_tokens"])
 
 
 async def research(state: MessagesState) -> MessagesState:
@@ -117,6 +91,6 @@ nodes = [
     AgentNode(
         id="writer",
         capabilities=CapabilityProfile(scores={"writing": 0.9}),
-        agent=GraphAgent(builder.compile(), answering=["write"]),
+        agent=graph_agent(builder.compile(), answering="write"),
     )
 ]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mcp import Client, MCPError, StdioServerParameters
-from mcp.types import CONNECTION_CLOSED, CallToolResult, ListToolsResult
+from mcp.types import CONNECTION_CLOSED, CallToolResult
 from mcp.types import Tool as RemoteTool
 
 from loom import Agent, AgentConfig, OpenAIProvider, ToolContext
@@ -41,7 +41,7 @@ class McpServer:
             page = await client.list_tools()
             found += page.tools
             while page.next_cursor:
-                page: ListToolsResult = await client.list_tools(cursor=page.next_cursor)
+                page = await client.list_tools(cursor=page.next_cursor)
                 found += page.tools
         return [self._tool(each) for each in found]
 
@@ -67,7 +67,7 @@ class McpServer:
 
 
 def server_of(text: str) -> StdioServerParameters | str:
-    """Return a URL as it is, and anything else as a command; the server gets no environment of this process."""
+    """Return a URL as it is, and anything else as a command, whose process gets no key of this environment."""
     if text.startswith(("http://", "https://")):
         return text
     command, *arguments = shlex.split(text)

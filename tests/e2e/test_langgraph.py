@@ -83,6 +83,18 @@ async def test_a_graph_streams_its_answer_and_reports_its_tokens(
     ]
 
 
+async def test_a_graph_ends_with_the_token_budget_of_its_task(
+    on_bus: tuple[str, str], client: Bus, hosting: Command, model: OpenAIServer
+) -> None:
+    model.script(Reply(text=STORY, usage=(21, 13)))
+    async with fact_finder(on_bus):
+        result = await (await tasks.publish(client, story(token_budget=30))).result(30)
+
+    assert result.error is not None
+    assert result.error.code == "budget_exceeded"
+    assert (result.prompt_tokens, result.completion_tokens) == (21, 13)
+
+
 async def test_a_graph_that_fails_fails_its_task_and_the_text_of_an_exception_stays_in_the_log(
     on_bus: tuple[str, str], client: Bus, hosting: Command, model: OpenAIServer
 ) -> None:

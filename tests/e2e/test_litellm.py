@@ -1,18 +1,18 @@
 """Agents and the provider with a real litellm proxy, in front of a server that plays a reasoning model."""
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 from support.environments import python_of
 from support.litellm_proxy import UPSTREAM_KEY, LitellmProxy, litellm_proxy
-from support.openai_server import OpenAIServer, Reply, Request
+from support.openai_server import Answerer, OpenAIServer, Reply, Request
 
 from loom import Agent, AgentConfig, OpenAIProvider, Runtime, TaskAd
 from loom.bus.client import Bus
 from loom.schemas.errors import AgentFailed
-from loom.schemas.events import Done, ReasoningDelta, TextDelta
+from loom.schemas.events import Done, ReasoningDelta, TextDelta, ToolCallEnd
 from loom.schemas.llm import CompletionParams, UserMessage
 from loom.schemas.run import RunRequest
 from loom.types import CapabilityProfile
@@ -45,7 +45,7 @@ def proxy(model_server: OpenAIServer, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def upstream(model_server: OpenAIServer) -> OpenAIServer:
     """The server behind the proxy, as new."""
-    model_server.answer = reasoning_model
+    model_server.answer = refuses_parameters(lambda request: turn(request, content=ANSWER))
     model_server.requests.clear()
     return model_server
 
@@ -63,20 +63,33 @@ async def provider_of(proxy: LitellmProxy) -> AsyncIterator[Callable[..., OpenAI
         await each.aclose()
 
 
-def reasoning_model(request: Request) -> Reply:
-    """Refuse what OpenAI's reasoning models refuse, reason, and answer."""
-    if "max_tokens" in request.body:
-        return refusal(400, "Unsupported parameter: 'max_tokens' is not supported with this model.", "max_tokens")
-    if request.body.get("temperature", 1) != 1:
-        return refusal(400, "Unsupported value: 'temperature' does not support 0.7 with this model.", "temperature")
+def refuses_parameters(answer: Answerer) -> Answerer:
+    """Refuse what OpenAI's reasoning models refuse, and else answer."""
+
+    def refuse_or_answer(request: Request) -> Reply:
+        if "max_tokens" in request.body:
+            return refusal(400, "Unsupported parameter: 'max_tokens' is not supported with this model.", "max_tokens")
+        if request.body.get("temperature", 1) != 1:
+            words = "Unsupported value: 'temperature' does not support 0.7 with this model."
+            return refusal(400, words, "temperature")
+        return answer(request)
+
+    return refuse_or_answer
+
+
+def turn(request: Request, *, content: str = "", tool_calls: Sequence[dict[str, Any]] = ()) -> Reply:
+    """One turn of a model that reasons first: an answer, or calls of tools."""
+    reason = "tool_calls" if tool_calls else "stop"
     if not request.body.get("stream"):
-        message = {"role": "assistant", "content": ANSWER, "reasoning_content": REASONING}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        message = {"role": "assistant", "content": content or None, "reasoning_content": REASONING}
+        message |= {"tool_calls": list(tool_calls)} if tool_calls else {}
+        choice = {"index": 0, "message": message, "finish_reason": reason}
         return Reply(body=json.dumps({**HEAD, "object": "chat.completion", "choices": [choice], "usage": USAGE}))
-    pieces = [{"role": "assistant", "content": ""}]
+    pieces: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
     pieces += [{"reasoning_content": piece} for piece in REASONING.partition(" ")]
-    pieces += [{"content": piece} for piece in ANSWER.partition("-")]
-    return Reply(events=(*map(chunk, pieces), chunk({}, finish_reason="stop"), chunk(None, usage=USAGE), "[DONE]"))
+    pieces += [{"content": piece} for piece in content.partition("-") if piece]
+    pieces += [{"tool_calls": [call]} for call in tool_calls]
+    return Reply(events=(*map(chunk, pieces), chunk({}, finish_reason=reason), chunk(None, usage=USAGE), "[DONE]"))
 
 
 HEAD = {"id": "c1", "created": 1, "model": "reasoner"}
@@ -125,6 +138,38 @@ async def test_a_whole_answer_has_the_reasoning_beside_it(
     assert "".join(each.text for each in events if isinstance(each, ReasoningDelta)) == REASONING
     assert isinstance(events[-1], Done)
     assert (events[-1].content, events[-1].usage.completion_tokens) == (ANSWER, 9)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_reasoning_goes_back_with_the_calls_it_led_to(
+    upstream: OpenAIServer, provider_of: Callable[..., OpenAIProvider], stream: bool
+) -> None:
+    calls = [
+        {"index": n, "id": f"c{n}", "type": "function", "function": {"name": "add", "arguments": call}}
+        for n, call in enumerate(('{"a": 1, "b": 2}', '{"a": 3, "b": 4}'))
+    ]
+
+    def wants_its_reasoning_back(request: Request) -> Reply:
+        """Call a tool twice; then, as some reasoning models do, refuse a conversation that lacks the reasoning."""
+        *_, asked = [None, *(each for each in request.messages if each["role"] == "assistant")]
+        if asked is None:
+            return turn(request, tool_calls=calls)
+        if asked.get("reasoning_content") != REASONING:
+            return refusal(400, "Missing `reasoning_content` in the assistant message.", "messages")
+        return turn(request, content=ANSWER)
+
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    upstream.answer = refuses_parameters(wants_its_reasoning_back)
+    agent = Agent(provider_of(UNKNOWN), AgentConfig(stream=stream), tools=[add])
+    events = [event async for event in agent.stream(RunRequest(task_id="t", description="What is it?"))]
+
+    assert sorted(each.result for each in events if isinstance(each, ToolCallEnd)) == ["3", "7"]
+    assert isinstance(events[-1], Done)
+    assert events[-1].content == ANSWER
+    told = [each["content"] for each in upstream.requests[-1].messages if each["role"] == "tool"]
+    assert told == ["3", "7"]
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from support.environments import python_of
 from support.llamacpp_server import KEY, LlamaServer, llamacpp_server, scripted_model, tool_call
 from support.wait import until
@@ -19,6 +20,7 @@ from loom.schemas.errors import AgentFailed
 from loom.schemas.events import AgentEvent, Done, ReasoningDelta, TextDelta, ToolCallEnd, ToolCallStart
 from loom.schemas.llm import CompletionParams, StreamChunk, ToolDefinition, UserMessage
 from loom.schemas.run import RunRequest
+from loom.schemas.task import Accept
 from loom.types import CapabilityProfile
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # the environment is made on first use
@@ -41,6 +43,14 @@ CHAINS = {
         " three",
         " four",
         '"}}</tool_call>',
+    ),
+    "plan": (
+        "<think>\nFirst,",
+        " a plan.",
+        " </think>\n\n",
+        '<tool_call>\n{"name": "choose", ',
+        '"arguments": {"size": "small"}',
+        "\n}</tool_call>",
     ),
     "after_tools": ("The", " tools", " have", " answered."),
 }
@@ -194,6 +204,34 @@ async def test_reasoning_is_kept_apart_from_the_answer(provider: OpenAIProvider,
     assert "".join(each.text for each in events if isinstance(each, TextDelta)) == "Thought through."
     assert isinstance(events[-1], Done)
     assert events[-1].content == "Thought through."
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        None,
+        pytest.param(
+            Accept(json_schema={"type": "object", "required": ["size"]}),
+            marks=pytest.mark.xfail(reason="the schema is sent beside the tools, and leaves no room for a call"),
+        ),
+    ],
+)
+async def test_a_model_that_reasons_calls_a_tool_and_goes_on(provider: OpenAIProvider, accept: Accept | None) -> None:
+    chosen = []
+
+    @tool
+    def choose(size: str) -> str:
+        """Choose a size."""
+        chosen.append(size)
+        return "chosen"
+
+    agent = Agent(provider, AgentConfig(max_tokens=500), tools=[choose])
+    events = [event async for event in agent.stream(replace(job("[plan]"), accept=accept))]
+
+    assert "".join(each.text for each in events if isinstance(each, ReasoningDelta)).strip() == "First, a plan."
+    assert chosen == ["small"]
+    assert isinstance(events[-1], Done)
+    assert events[-1].steps == 2
 
 
 async def test_a_wrong_key_is_named_as_the_cause(server: LlamaServer) -> None:
