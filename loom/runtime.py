@@ -209,7 +209,13 @@ class Runtime:
         if self.provider is None:
             raise LoomError("no provider: pass one to Runtime before it makes a loop")
         return RuntimeLoop(
-            self._sessions, self.cluster, self.reward_bus, self.lifecycle, self.skill_registry, self.provider
+            self._sessions,
+            self.cluster,
+            self.reward_bus,
+            self.lifecycle,
+            self.skill_registry,
+            self.provider,
+            store=self._store,
         )
 
     def health_check(self) -> list[HealthReport]:

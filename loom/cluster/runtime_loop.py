@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from loom.bus.reward_bus import RewardBus
 from loom.cluster.amoeba_loop import AmoebaLoop
@@ -19,6 +20,7 @@ class RuntimeLoop(AmoebaLoop):
 
     Args:
         sessions: The Runtime's.
+        store: The Runtime's, for a session of its own.
     """
 
     def __init__(
@@ -29,8 +31,10 @@ class RuntimeLoop(AmoebaLoop):
         lifecycle: LifecycleManager,
         skill_registry: SkillNodeRegistry,
         llm: LLMProvider,
+        *,
+        store: Path | None = None,
     ) -> None:
-        super().__init__(cluster, reward_bus, lifecycle, TaskPlanner(llm), skill_registry, llm)
+        super().__init__(cluster, reward_bus, lifecycle, TaskPlanner(llm), skill_registry, llm, store=store)
         self._runtime = sessions
 
     @asynccontextmanager
