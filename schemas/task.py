@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from functools import lru_cache
-from hashlib import blake2b
+from hashlib import sha256
 from typing import Annotated, Literal
 
 import msgspec
@@ -220,11 +220,15 @@ def _is_token(text: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def slug(domain: str) -> str:
-    """Return the token a domain is addressed and indexed by: itself when it is one, else a hash of it."""
-    folded = unicodedata.normalize("NFC", domain.strip()).casefold()
-    if _TOKEN.fullmatch(folded):
-        return folded
-    return "x-" + blake2b(folded.encode(errors="replace"), digest_size=6).hexdigest()
+    """Return the token a domain is addressed and indexed by, such as `code` for `Code` and `x-e6f04ffbaa42` for 代码.
+
+    The text in Unicode's form NFC, trimmed and in lower case; where that cannot stand in a subject, `x-` and the first
+    12 hex digits of the SHA-256 of its UTF-8 bytes. docs/subjects.md has examples for other implementations.
+    """
+    text = unicodedata.normalize("NFC", domain).strip().lower()
+    if _TOKEN.fullmatch(text):
+        return text
+    return "x-" + sha256(text.encode(errors="replace")).hexdigest()[:12]
 
 
 class Submission(Relayed, frozen=True, kw_only=True):

@@ -5,6 +5,7 @@ Run as a script, this file writes the tables of docs/subjects.md.
 
 import ast
 import inspect
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from loom.bus.subjects import FAMILIES
 from loom.bus.topology import LANES, streams
 from loom.runner import doctor, working
 from loom.schemas.config import ClusterConfig
+from loom.schemas.task import slug
 
 DOCS = Path(__file__).parents[2] / "docs"
 SUBJECTS = DOCS / "subjects.md"
@@ -28,6 +30,14 @@ DAY_NS = 86_400 * 10**9
 def test_the_page_of_subjects_holds_the_tables_as_the_code_has_them() -> None:
     """After a change of subjects or streams: `python tests/unit/test_docs.py`, with tests/ on PYTHONPATH."""
     assert tables() in SUBJECTS.read_text(encoding="utf-8")
+
+
+def test_the_page_of_subjects_has_the_tokens_of_its_domains() -> None:
+    rows = re.findall(r'(?m)^\| `(".*")` \| `([^`]+)` \|$', SUBJECTS.read_text(encoding="utf-8"))
+    tokens = {json.loads(domain): token for domain, token in rows}
+
+    assert {"代码", "数据"} <= set(tokens)
+    assert tokens == {domain: slug(domain) for domain in tokens}
 
 
 def test_every_finding_of_the_doctor_is_explained() -> None:
