@@ -51,6 +51,8 @@ class RunRequest(Relayed, frozen=True, kw_only=True):
     """What the answer must be to count as a success."""
     tools: Names = ()
     """Tools the run may use; empty: all the node has. A host narrows it further."""
+    tools_allowed: Names | None = None
+    """The ad's list: no other tool may be used, whatever `tools` holds; absent: no restriction; empty: no tools."""
     token_budget: Count | None = None
     """Tokens left; a hard limit. Absent: none."""
     remaining_s: Seconds = 300.0
@@ -72,6 +74,15 @@ class RunRequest(Relayed, frozen=True, kw_only=True):
     def key(self) -> str:
         """What tools may use to recognise a repeated effect."""
         return f"{self.task_id}:{self.attempt}"
+
+    def allows(self, tool: str) -> bool:
+        """Return whether the run may use the tool of that name, if its node has it.
+
+        Example:
+            >>> def answer(job: RunRequest) -> str:
+            ...     return search(job.description) if job.allows("search") else guess(job.description)
+        """
+        return (not self.tools or tool in self.tools) and (self.tools_allowed is None or tool in self.tools_allowed)
 
     @property
     def messages(self) -> tuple[Message, ...]:

@@ -48,6 +48,7 @@ MAX_TOKEN = 64
 MAX_WARNINGS = 8
 MAX_DOLLARS = 1e9
 Dollars = Annotated[float, Meta(ge=0, le=MAX_DOLLARS)]
+ToolName = Annotated[str, Meta(min_length=1, max_length=64)]
 
 
 class Accept(Wire, frozen=True, kw_only=True):
@@ -83,7 +84,10 @@ class TaskAd(Wire, frozen=True, kw_only=True):
     estimated_complexity: Unit | None = None
     """0 trivial to 1 very hard; absent: SENSE decides."""
     priority: Priority = "normal"
-    required_tools: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=64)], ...], Meta(max_length=32)] = ()
+    required_tools: Annotated[tuple[ToolName, ...], Meta(max_length=32)] = ()
+    tools_allowed: Annotated[tuple[ToolName, ...], Meta(max_length=256)] | None = None
+    """The only tools a run may use, of those its node has; absent: all of them; empty: none. Subtasks and delegated
+    tasks inherit the list and can only narrow it."""
     token_budget: Annotated[int, Meta(ge=1, le=100_000_000)] | None = None
     """A hard limit of tokens; absent: no limit, and 4096 as yardstick of efficiency."""
     timeout_s: Annotated[float, Meta(gt=0, le=86_400)] = 300.0
@@ -154,6 +158,11 @@ def check_ad(ad: TaskAd) -> TaskAd:
         raise InvalidTask(f"not a valid TaskAd: {error}", field=field, task_id=ad.task_id) from None
     if not checked.description.strip():
         raise InvalidTask("description is empty: say what is to be done", field="description", task_id=ad.task_id)
+    forbidden = set(checked.required_tools).difference(checked.tools_allowed or ())
+    if checked.tools_allowed is not None and forbidden:
+        names = ", ".join(sorted(forbidden))
+        message = f"required_tools has what tools_allowed lacks: {names}; add it there, or do not require it"
+        raise InvalidTask(cut_note(message), field="required_tools", task_id=ad.task_id)
     return checked
 
 

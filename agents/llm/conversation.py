@@ -46,7 +46,7 @@ class Conversation:
         job: RunRequest,
     ) -> None:
         self._provider, self._config, self._job = provider, config, job
-        allowed = {name: each for name, each in tools.items() if not job.tools or name in job.tools}
+        allowed = {name: each for name, each in tools.items() if job.allows(name)}
         self._definitions = tuple(each.definition for each in allowed.values())
         self._messages = opening(system_prompt, job)
         self._schema = job.accept.json_schema if job.accept else None

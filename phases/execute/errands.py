@@ -15,6 +15,7 @@ from loom.bus.log import get_logger
 from loom.bus.records import change, records
 from loom.phases.execute.claim import may_report
 from loom.phases.execute.watch import Watch
+from loom.phases.shared.parts import as_part
 from loom.phases.shared.token_usage import used_in_all
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import MAX_DELEGATED, Envelope, Split, TaskRecord
@@ -211,7 +212,8 @@ class Errands:
 def errand_for(envelope: Envelope, ad: TaskAd, config: ClusterConfig) -> Envelope:
     """Return the first envelope of what a run of `envelope` delegates by `ad`.
 
-    It is as urgent as the task it is for, ends no later, may spend no more, and may be divided no further.
+    It is as urgent as the task it is for, ends no later, may spend no more, be divided no further and use no other
+    tools.
 
     Raises:
         InvalidTask: It would be too deep, or breaks a rule of ads.
@@ -226,7 +228,7 @@ def errand_for(envelope: Envelope, ad: TaskAd, config: ClusterConfig) -> Envelop
     grant = min(budgets, default=None)
     if grant is not None and grant < 1:
         raise InvalidTask("no tokens are left to delegate with", field="token_budget")
-    ad = check_ad(replace(ad, priority=envelope.priority, limits=limits, token_budget=grant))
+    ad = check_ad(as_part(replace(ad, priority=envelope.priority, token_budget=grant), envelope.ad))
     split = Split(parent=envelope.task_id, depth=depth, grant=grant, deadline=envelope.deadline)
     return Envelope(ad=ad, split=split, deadline=envelope.deadline, budget=grant, trace=envelope.trace)
 

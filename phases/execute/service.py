@@ -261,6 +261,7 @@ def request_for(envelope: Envelope, award: Award, now: float) -> RunRequest:
         inputs={**(envelope.split.inputs if envelope.split else {}), **envelope.inputs},
         accept=ad.accept,
         tools=ad.required_tools,
+        tools_allowed=ad.tools_allowed,
         token_budget=envelope.budget,
         remaining_s=max(0.0, envelope.deadline - now),
         deadline=envelope.deadline,

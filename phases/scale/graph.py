@@ -6,6 +6,7 @@ from hashlib import blake2b
 
 from msgspec.structs import replace
 
+from loom.phases.shared.parts import as_part
 from loom.phases.shared.token_usage import tokens_of, used_in_all, with_parts
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Split, SplitPlan, Subtask, TaskRecord
@@ -186,9 +187,9 @@ def child_of(plan: SplitPlan, part: Subtask, outputs: Mapping[str, str], now: fl
         priority=parent.priority,
         token_budget=part.grant,
         timeout_s=max(0.001, min(86_400.0, parent.deadline - now)),
-        limits=parent.ad.limits,
         context={key: value for key, value in parent.ad.context.items() if key != PLAN},
     )
+    ad = as_part(ad, parent.ad)
     split = Split(
         parent=parent.task_id,
         depth=parent.depth + 1,

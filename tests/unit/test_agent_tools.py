@@ -115,6 +115,21 @@ async def test_a_job_narrows_the_tools(server: OpenAIServer, make: MakeAgent) ->
     assert "there is no tool of that name" in server.requests[1].messages[-1]["content"]
 
 
+@pytest.mark.parametrize(
+    ("allowed", "offered"), [(None, ["add", "multiply"]), (("multiply", "shell"), ["multiply"]), ((), [])]
+)
+async def test_a_model_gets_no_tool_that_the_task_does_not_allow(
+    server: OpenAIServer, make: MakeAgent, allowed: tuple[str, ...] | None, offered: list[str]
+) -> None:
+    def multiply(a: int, b: int) -> int:
+        return a * b
+
+    server.script(Reply(text="6"))
+    await make(add, multiply).run(RunRequest(task_id="t1", description="x", tools_allowed=allowed))
+
+    assert [each["function"]["name"] for each in server.requests[0].body.get("tools", ())] == offered
+
+
 def test_two_tools_of_one_name_are_refused() -> None:
     with pytest.raises(LoomError, match="one name"):
         Agent(OpenAIProvider(), tools=(add, add))

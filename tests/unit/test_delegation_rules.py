@@ -164,6 +164,29 @@ def test_delegated_work_inherits_urgency_deadline_limits_and_trace() -> None:
 
 
 @pytest.mark.parametrize(
+    ("own", "outer", "left"),
+    [
+        (None, None, None),
+        (None, ("a", "b"), ("a", "b")),
+        (("b",), None, ("b",)),
+        (("c", "b"), ("a", "b"), ("b",)),
+        (("c",), ("a",), ()),
+        (None, (), ()),
+    ],
+)
+def test_delegated_work_may_use_no_tool_that_the_task_may_not(
+    own: tuple[str, ...] | None, outer: tuple[str, ...] | None, left: tuple[str, ...] | None
+) -> None:
+    child = errand_for(parent(ad={"tools_allowed": outer}), ad(task_id="c", tools_allowed=own), CONFIG)
+    assert child.ad.tools_allowed == left
+
+
+def test_delegated_work_that_needs_a_tool_the_task_may_not_use_is_invalid() -> None:
+    with pytest.raises(InvalidTask, match="tools_allowed lacks: shell"):
+        errand_for(parent(ad={"tools_allowed": ("add",)}), ad(task_id="c", required_tools=("shell",)), CONFIG)
+
+
+@pytest.mark.parametrize(
     ("asked", "left", "granted"), [(None, None, None), (5, None, 5), (None, 7, 7), (5, 7, 5), (9, 7, 7)]
 )
 def test_delegated_work_gets_what_is_asked_and_no_more_than_is_left(

@@ -20,8 +20,8 @@ CONFIG = ClusterConfig()
 
 
 def parent(budget: int | None = None, complexity: float = 0.3, **facts: Any) -> Envelope:
-    context, limits, node_id = facts.pop("context", {}), facts.pop("limits", None), facts.pop("node_id", None)
-    ad = TaskAd(task_id="p", description="all of it", context=context, limits=limits, node_id=node_id)
+    given = {name: facts.pop(name) for name in ("context", "limits", "node_id", "tools_allowed") if name in facts}
+    ad = TaskAd(task_id="p", description="all of it", **given)
     spec = Spec(complexity=complexity, domains=("code",), method="given")
     award = Award(node_id="n1", host_id="h1")
     return Envelope(ad=ad, spec=spec, award=award, deadline=1000.0, budget=budget, **facts)
@@ -299,13 +299,15 @@ def test_an_ad_may_only_narrow_the_depth(limit: int | None, depth: int) -> None:
 
 
 def test_a_child_has_its_own_id_and_its_parents_deadline_priority_and_context() -> None:
-    env = parent(1000, context={"plan": [1], "repo": "x"}, limits=Limits(max_depth=1), trace="00-ab-cd-01")
+    given: dict[str, Any] = {"limits": Limits(max_depth=1), "tools_allowed": ("add",)}
+    env = parent(1000, context={"plan": [1], "repo": "x"}, trace="00-ab-cd-01", **given)
     plan = graph.begin(env, [part("a"), part("b", "a", domain="data", estimated_complexity=0.4)])
     plan = graph.note(plan, ended(plan, "a"))
     child = graph.child_of(plan, by_name(plan)["b"], {"a": "out a", "z": "no"}, now=900.0)
     assert child.task_id == graph.child_id("p", "b") != graph.child_id("p", "a")
     assert (child.ad.domain, child.ad.description, child.ad.estimated_complexity) == ("data", "do b", 0.4)
     assert (child.ad.context, child.ad.limits, child.ad.timeout_s) == ({"repo": "x"}, Limits(max_depth=1), 100.0)
+    assert child.ad.tools_allowed == ("add",)
     assert (child.deadline, child.trace, child.budget) == (1000.0, "00-ab-cd-01", child.ad.token_budget)
     assert child.split == Split(
         parent="p", depth=1, subtask="b", grant=child.budget, deadline=1000.0, inputs={"a": "out a"}

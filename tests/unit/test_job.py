@@ -27,6 +27,24 @@ async def cost(fn: Callable[..., Any], job: RunRequest = JOB) -> tuple[int, int,
     return result.prompt_tokens, result.completion_tokens, result.usd
 
 
+@pytest.mark.parametrize(
+    ("tools", "allowed", "usable"),
+    [
+        ((), None, {"a", "b", "c"}),
+        (("a", "b"), None, {"a", "b"}),
+        ((), ("b", "c"), {"b", "c"}),
+        (("a", "b"), ("b", "c"), {"b"}),
+        ((), (), set()),
+        (("a",), (), set()),
+    ],
+)
+def test_a_job_allows_the_tools_that_both_of_its_lists_have(
+    tools: tuple[str, ...], allowed: tuple[str, ...] | None, usable: set[str]
+) -> None:
+    job = Job.of(decode(encode(replace(JOB, tools=tools, tools_allowed=allowed)), RunRequest))
+    assert {name for name in "abc" if job.allows(name)} == usable
+
+
 async def test_a_function_reports_tokens_and_dollars() -> None:
     async def reports(job: Job) -> str:
         job.report(prompt_tokens=5, completion_tokens=2, cost_usd=0.5)

@@ -33,6 +33,9 @@ BAD: dict[str, tuple[bytes, str | None]] = {
     "unknown field in limits": (_ad(limits={"depth": 1}), "depth"),
     "wrong type": (_ad(domain=7), "domain"),
     "wrong type inside": (_ad(required_tools=["ok", 7]), "required_tools"),
+    "a tool without a name": (_ad(tools_allowed=[""]), "tools_allowed"),
+    "a required tool that is not allowed": (_ad(required_tools=["a", "b"], tools_allowed=["a"]), "required_tools"),
+    "a required tool where none is allowed": (_ad(required_tools=["a"], tools_allowed=[]), "required_tools"),
     "description absent": (b"{}", "description"),
     "description empty": (_ad(description=""), "description"),
     "description blank": (_ad(description=" \n\t"), "description"),
@@ -78,7 +81,8 @@ def test_defaults_are_as_documented() -> None:
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(ad=messages(TaskAd))
 def test_what_python_may_submit_json_may_too(ad: TaskAd) -> None:
-    if not ad.description.strip() or free_json_fault(ad.context, max_bytes=MAX_CONTEXT_BYTES):
+    forbidden = ad.tools_allowed is not None and not set(ad.required_tools) <= set(ad.tools_allowed)
+    if not ad.description.strip() or free_json_fault(ad.context, max_bytes=MAX_CONTEXT_BYTES) or forbidden:
         for refuse in (lambda: check_ad(ad), lambda: parse_ad(encode(ad))):
             with pytest.raises(InvalidTask):
                 refuse()
