@@ -264,4 +264,5 @@ def judgement(record: TaskRecord, score: float, reason: str) -> Reward:
         score=score,
         ended_at=record.ended_at or record.admitted_at,
         reason=reason[:500],
+        labels=record.envelope.ad.labels,
     )

@@ -371,6 +371,7 @@ class TaskRecord(Relayed, frozen=True, kw_only=True):
             steps=run.steps,
             duration_s=run.duration_s,
             warnings=env.warnings,
+            labels=env.ad.labels,
         )
 
 

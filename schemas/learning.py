@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from loom.schemas.labels import Labels
 from loom.schemas.wire import Count, Name, Names, Note, Seconds, Timestamp, Token, Unit, Wire
 
 WINDOW = 120
@@ -110,7 +111,13 @@ class Reward(Wire, frozen=True, kw_only=True):
     estimated: Unit | None = None
     """How hard SENSE itself took the task to be, before calibration; absent: the ad said it, or the run cannot tell."""
     reason: Annotated[str, Meta(max_length=500)] = ""
+    labels: Labels = {}
+    """The ad's."""
     snapshot: Snapshot | None = None
+
+    def __hash__(self) -> int:
+        """Return a hash, so that rewards may be members of a set with the dictionary of labels in them."""
+        return hash((self.reward_id, self.score))
 
 
 class Calibration(Wire, frozen=True, kw_only=True):

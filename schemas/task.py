@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from loom.schemas.errors import InvalidTask, LoomError, error_for
+from loom.schemas.labels import LABELS_RULE, Labels, are_labels
 from loom.schemas.llm import Usage
 from loom.schemas.wire import (
     MAX_AD_BYTES,
@@ -98,6 +99,9 @@ class TaskAd(Wire, frozen=True, kw_only=True):
     limits: Limits | None = None
     context: FreeJson = {}
     """Small free JSON handed to the agent."""
+    labels: Labels = {}
+    """Pairs of strings for gateways, tenants and people, at most 16 and 2 KiB of JSON in all. The record, the result
+    and rewards have them, subtasks and delegated tasks inherit them, and no agent gets to see them."""
     wait: bool = True
     """False: `loom.submit` answers at once with `accepted`."""
 
@@ -148,6 +152,8 @@ def check_ad(ad: TaskAd) -> TaskAd:
         fault = free_json_fault(free, max_bytes=most)
         if fault:
             raise InvalidTask(f"{name} {fault}", field=name, task_id=ad.task_id)
+    if not are_labels(ad.labels):
+        raise InvalidTask(f"labels must be {LABELS_RULE}", field="labels", task_id=ad.task_id)
     try:
         raw = encode(ad)
         if len(raw) > MAX_AD_BYTES:
@@ -173,6 +179,7 @@ _RULES = {
     "timeout_s": "a number of seconds, more than 0 and at most 86400",
     "token_budget": "a whole number of tokens, at least 1",
     "estimated_complexity": "a number from 0 to 1",
+    "labels": LABELS_RULE,
 }
 """field -> its rule in words, where msgspec's own are hard to read."""
 
@@ -398,6 +405,12 @@ class TaskResult(Relayed, frozen=True, kw_only=True):
     """Seconds the winning run took."""
     warnings: Annotated[tuple[Note, ...], Meta(max_length=MAX_WARNINGS)] = ()
     """What a person should know of the result, such as a judge that could not be asked."""
+    labels: Labels = {}
+    """The ad's."""
+
+    def __hash__(self) -> int:
+        """Return a hash, so that results may be members of a set with the dictionary of labels in them."""
+        return hash((self.task_id, self.state, self.content, self.attempts))
 
     @property
     def success(self) -> bool:

@@ -265,6 +265,7 @@ def reward_for(envelope: Envelope, error: TaskError | None, ended_at: float) -> 
         ended_at=ended_at,
         estimated=None if error else _guess(envelope),
         reason=error.code if error else "",
+        labels=envelope.ad.labels,
     )
 
 
@@ -322,6 +323,7 @@ def refuted(record: TaskRecord, ended_at: float) -> tuple[Reward, ...]:
             seconds=tried.duration_s,
             ended_at=ended_at,
             reason=INVALID,
+            labels=envelope.ad.labels,
         )
         for tried in envelope.tried
         if tried.code == INVALID

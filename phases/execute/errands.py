@@ -234,7 +234,10 @@ def errand_for(envelope: Envelope, ad: TaskAd, config: ClusterConfig) -> Envelop
 
 
 def answer_in(record: TaskRecord) -> TaskResult:
-    """Return what the run is told of ended work: with all tokens it has taken, and no longer than a message may be."""
+    """Return what the run gets of ended work: with all tokens it has taken, no longer than a message may be.
+
+    Labels are not for agents, and are left out.
+    """
     result, used = record.to_result(), used_in_all(record)
     content, cut = cut_utf8(result.content, MAX_INPUTS_BYTES)
     return replace(
@@ -244,6 +247,7 @@ def answer_in(record: TaskRecord) -> TaskResult:
         prompt_tokens=used.prompt_tokens,
         completion_tokens=used.completion_tokens,
         estimated_usage=used.estimated_usage,
+        labels={},
     )
 
 

@@ -6,13 +6,14 @@ from loom.schemas.task import TaskAd
 
 
 def as_part(ad: TaskAd, whole: TaskAd) -> TaskAd:
-    """Return `ad` with the limits of the task it is part of, and with no tool that task does not allow.
+    """Return `ad` with limits and labels of the task it is part of, and with no tool that task does not allow.
 
     Args:
         ad: Of the part. Its own `tools_allowed` can only narrow the whole task's.
         whole: The ad of the divided or delegating task.
     """
-    return replace(ad, limits=whole.limits, tools_allowed=narrowed(ad.tools_allowed, whole.tools_allowed))
+    tools = narrowed(ad.tools_allowed, whole.tools_allowed)
+    return replace(ad, limits=whole.limits, labels=whole.labels, tools_allowed=tools)
 
 
 def narrowed(own: tuple[str, ...] | None, outer: tuple[str, ...] | None) -> tuple[str, ...] | None:

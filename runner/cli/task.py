@@ -128,6 +128,7 @@ def _head(record: TaskRecord, where: str, now: float) -> Iterator[Text]:
         facts.append(f"nobody has bid for {span(max(0.0, now - envelope.spec.alone_since))}")
     if ad.required_tools:
         facts.append(f"needs {', '.join(ad.required_tools)}")
+    facts += [f"{name}={value}" for name, value in ad.labels.items()]
     if ad.token_budget is not None:
         facts.append(f"at most {ad.token_budget} tokens, {envelope.budget} left")
     yield Text(one_line(", ".join(facts)), "dim")

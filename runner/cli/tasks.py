@@ -10,6 +10,7 @@ from rich.text import Text
 from loom.bus import tasks as client
 from loom.bus.history import Found, find, recent_records
 from loom.bus.topology import stream_state
+from loom.runner.cli.labels import LabelPairs, labels_of
 from loom.runner.cli.looking import (
     MANY,
     AsLines,
@@ -35,6 +36,7 @@ def tasks(
     state: Annotated[str | None, typer.Option(metavar="|".join(STATES), help="Only tasks in this state.")] = None,
     domain: Annotated[str | None, typer.Option(help="Only tasks of this domain.")] = None,
     node: Annotated[str | None, typer.Option(metavar="ID", help="Only tasks this node has last worked on.")] = None,
+    label: LabelPairs = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many.")] = MANY,
     as_json: AsLines = False,
 ) -> None:
@@ -42,17 +44,25 @@ def tasks(
     if state is not None and state not in STATES:
         raise typer.BadParameter(f"{state!r} is not one of {', '.join(STATES)}", param_hint="--state")
     settings = prepare("warning")
-    run_to_end(_tasks(settings, state, domain_slug(domain), node, limit, as_json=as_json))
+    run_to_end(_tasks(settings, state, domain_slug(domain), node, labels_of(label), limit, as_json=as_json))
 
 
 async def _tasks(
-    settings: Settings, state: str | None, slug: str | None, node: str | None, limit: int, *, as_json: bool
+    settings: Settings,
+    state: str | None,
+    slug: str | None,
+    node: str | None,
+    labels: dict[str, str],
+    limit: int,
+    *,
+    as_json: bool,
 ) -> None:
     def wanted(record: TaskRecord) -> bool:
         return (
             (state is None or record.state == state)
             and (slug is None or record.envelope.slug == slug)
             and (node is None or node in {record.claim.node_id, record.to_result().node_id})
+            and labels.items() <= record.envelope.ad.labels.items()
         )
 
     async with looking(settings) as bus:
@@ -65,7 +75,7 @@ async def _tasks(
     screen = console()
     if records:
         screen.print(_list(records))
-    elif any((state, slug, node)):
+    elif any((state, slug, node, labels)):
         screen.print("no such task among those of the last 72 hours")
     else:
         screen.print('no tasks yet: hand one in with `loom submit "what is to do"`')

@@ -17,6 +17,7 @@ from loom.bus.tap import Tap
 from loom.bus.tasks import TaskHandle
 from loom.runner.cli.board import FAMILIES, Board
 from loom.runner.cli.ending import EXTRA_S
+from loom.runner.cli.labels import LabelPairs, labels_of
 from loom.runner.cli.lifespan import entered
 from loom.runner.cli.loading import InvalidFile, NodeFile, load_node_file, load_tasks
 from loom.runner.cli.progress import Progress
@@ -136,7 +137,9 @@ async def _answer(bus: Bus, ad: TaskAd) -> TaskResult:
     except BusUnavailable:
         raise  # no word about the task: the run cannot go on
     except LoomError as error:
-        return TaskResult(task_id=ad.task_id, state="failed", error=TaskError.of(error), domain=ad.domain)
+        return TaskResult(
+            task_id=ad.task_id, state="failed", error=TaskError.of(error), domain=ad.domain, labels=ad.labels
+        )
 
 
 def _handed_in(bus: Bus, ad: TaskAd, *, deltas: bool) -> contextlib.AbstractAsyncContextManager[TaskHandle]:
@@ -180,6 +183,7 @@ def submit(
     tool: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A tool the node must have; repeatable.")
     ] = None,
+    label: LabelPairs = None,
     context: Annotated[str, typer.Option(metavar="JSON", help="An object handed to the agent.")] = "{}",
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the task's id and do not wait.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
@@ -193,6 +197,7 @@ def submit(
         "timeout_s": timeout,
         "node_id": node,
         "required_tools": tool,
+        "labels": labels_of(label),
         "context": _context(context),
         "wait": not no_wait,
     }

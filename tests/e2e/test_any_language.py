@@ -112,6 +112,31 @@ async def test_everything_a_task_does_can_be_heard(raw: Client, namespace: str, 
     assert (reward["score"], reward["node_id"], reward["task_id"]) == (1.0, "coder", "t-2")
 
 
+async def test_labels_are_on_record_result_and_reward_and_no_agent_sees_them(
+    raw: Client, namespace: str, nodes: list[AgentNode]
+) -> None:
+    heard: list[Msg] = []
+
+    async def hear(msg: Msg) -> None:
+        heard.append(msg)
+
+    await raw.subscribe(f"{namespace}.>", cb=hear)
+    await raw.flush()
+    ad = {"task_id": "t-3", "domain": "code", "description": "sort", "labels": {"tenant": "acme"}, "tools_allowed": []}
+    answer, _ = await ask(raw, f"{namespace}.submit", ad)
+
+    def bodies(family: str) -> list[Any]:
+        return [json.loads(msg.data) for msg in heard if msg.subject.startswith(f"{namespace}.{family}")]
+
+    await until(lambda: bodies("result") and bodies("reward"), what="the end of the task")
+    [result], [reward], [request] = bodies("result"), bodies("reward"), bodies("run")
+    assert answer["labels"] == result["labels"] == reward["labels"] == {"tenant": "acme"}
+    assert request["tools_allowed"] == []
+    for family in ("auction", "run", "delta"):
+        assert bodies(family)
+        assert "acme" not in json.dumps(bodies(family))
+
+
 async def test_a_failed_task_is_answered_as_an_error(
     raw: Client, namespace: str, nodes: list[AgentNode], tapped: list[Msg]
 ) -> None:

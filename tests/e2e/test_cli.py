@@ -18,6 +18,7 @@ from support.command import LOOM, Command, Ended
 from support.wait import until
 
 from loom.bus.client import Bus
+from loom.bus.records import records
 from loom.bus.tasks import status
 from loom.runner import logs
 from loom.runner.cli.app import main
@@ -330,10 +331,11 @@ async def test_an_interrupted_submit_cancels_its_task(
 
 
 async def test_without_waiting_the_id_is_all_there_is(start: Start, phases: Bus, client: Bus) -> None:
-    ended = await loom(start, "submit", "x", "--no-wait")
+    ended = await loom(start, "submit", "x", "--no-wait", "--label", "tenant=a=b", "--label", "user=")
 
     assert ended.code == 0
-    assert (await status(client, ended.out.strip())).state in {"accepted", "running"}
+    known = await until(lambda: records(client).get(ended.out.strip()), what="the task is admitted")
+    assert known.value.envelope.ad.labels == {"tenant": "a=b", "user": ""}
     with pytest.raises(UnknownTask):
         await status(client, "another")
 

@@ -51,7 +51,8 @@ def cluster(nats_url: str) -> Iterator[Cluster]:
 
 async def _work(cluster: Cluster) -> None:
     for task_id, node_id in (("t1", None), (HEX, "good")):
-        ad = TaskAd(task_id=task_id, domain="loud", description=EVIL, node_id=node_id)
+        labels = {"tenant": "acme", "at": task_id[:2]}
+        ad = TaskAd(task_id=task_id, domain="loud", description=EVIL, node_id=node_id, labels=labels)
         handle = await tasks.publish(cluster.bus, ad)
         assert (await handle.result(10)).success
     rewards = [reward async for reward in RewardBus(bus=cluster.bus).replay()]
@@ -138,7 +139,9 @@ def test_tasks_come_newest_first_and_by_what_they_are(here: Cluster, loom: Loom)
     assert listed("--state succeeded --domain loud") == [HEX, "t1"]
     assert listed("--state succeeded --domain loud --limit 1") == [HEX]
     assert listed("--node slow --state running") == ["going"]
-    assert listed("--domain loud") == [HEX, "t1"]
+    assert listed("--domain loud") == listed("--label tenant=acme") == [HEX, "t1"]
+    assert listed("--label tenant=acme --label at=t1") == ["t1"]
+    assert listed("--label tenant=") == []
     assert listed("--node nobody") == []
     assert re.search(r"01234567 +succeeded +loud +good ", loom("tasks").out)
     assert loom("tasks --node nobody").out == "no such task among those of the last 72 hours\n"

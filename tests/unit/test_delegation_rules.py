@@ -181,6 +181,12 @@ def test_delegated_work_may_use_no_tool_that_the_task_may_not(
     assert child.ad.tools_allowed == left
 
 
+def test_delegated_work_has_the_labels_of_its_task_and_the_run_gets_none_of_them() -> None:
+    child = errand_for(parent(ad={"labels": {"tenant": "a"}}), ad(task_id="c", labels={"tenant": "b"}), CONFIG)
+    record = TaskRecord(task_id="c", state="succeeded", envelope=child, admitted_at=0, ended_at=1)
+    assert (child.ad.labels, record.to_result().labels, answer_in(record).labels) == ({"tenant": "a"},) * 2 + ({},)
+
+
 def test_delegated_work_that_needs_a_tool_the_task_may_not_use_is_invalid() -> None:
     with pytest.raises(InvalidTask, match="tools_allowed lacks: shell"):
         errand_for(parent(ad={"tools_allowed": ("add",)}), ad(task_id="c", required_tools=("shell",)), CONFIG)

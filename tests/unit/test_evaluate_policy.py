@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.phases import ad, awarded, envelope
 
+from loom.bus.reward_bus import judgement
 from loom.phases.evaluate.policy import (
     COUNTED,
     RETRIED,
@@ -287,6 +288,15 @@ def test_an_ended_record_implies_one_and_the_same_reward_and_a_running_one_none(
     assert implied_rewards(ended) == implied_rewards(ended)
     assert len(implied_rewards(ended)) == 1
     assert implied_rewards(record(env("42"))) == ()
+
+
+def test_a_reward_has_the_labels_of_its_task() -> None:
+    message = env("42")
+    message = replace(message, ad=replace(message.ad, labels={"tenant": "acme"}))
+    ended = replace(record(message, ended_at=9.0), state="succeeded")
+    (reward,) = implied_rewards(ended)
+    assert reward.labels == judgement(ended, 0.5, "").labels == ended.to_result().labels == {"tenant": "acme"}
+    assert len({ended.to_result(), reward}) == 2
 
 
 def test_an_end_with_a_kept_result_still_rewards_the_last_attempt_with_nought() -> None:

@@ -20,7 +20,9 @@ CONFIG = ClusterConfig()
 
 
 def parent(budget: int | None = None, complexity: float = 0.3, **facts: Any) -> Envelope:
-    given = {name: facts.pop(name) for name in ("context", "limits", "node_id", "tools_allowed") if name in facts}
+    given = {
+        name: facts.pop(name) for name in ("context", "limits", "node_id", "tools_allowed", "labels") if name in facts
+    }
     ad = TaskAd(task_id="p", description="all of it", **given)
     spec = Spec(complexity=complexity, domains=("code",), method="given")
     award = Award(node_id="n1", host_id="h1")
@@ -299,7 +301,7 @@ def test_an_ad_may_only_narrow_the_depth(limit: int | None, depth: int) -> None:
 
 
 def test_a_child_has_its_own_id_and_its_parents_deadline_priority_and_context() -> None:
-    given: dict[str, Any] = {"limits": Limits(max_depth=1), "tools_allowed": ("add",)}
+    given: dict[str, Any] = {"limits": Limits(max_depth=1), "tools_allowed": ("add",), "labels": {"tenant": "a"}}
     env = parent(1000, context={"plan": [1], "repo": "x"}, trace="00-ab-cd-01", **given)
     plan = graph.begin(env, [part("a"), part("b", "a", domain="data", estimated_complexity=0.4)])
     plan = graph.note(plan, ended(plan, "a"))
@@ -307,7 +309,7 @@ def test_a_child_has_its_own_id_and_its_parents_deadline_priority_and_context() 
     assert child.task_id == graph.child_id("p", "b") != graph.child_id("p", "a")
     assert (child.ad.domain, child.ad.description, child.ad.estimated_complexity) == ("data", "do b", 0.4)
     assert (child.ad.context, child.ad.limits, child.ad.timeout_s) == ({"repo": "x"}, Limits(max_depth=1), 100.0)
-    assert child.ad.tools_allowed == ("add",)
+    assert (child.ad.tools_allowed, child.ad.labels) == (("add",), {"tenant": "a"})
     assert (child.deadline, child.trace, child.budget) == (1000.0, "00-ab-cd-01", child.ad.token_budget)
     assert child.split == Split(
         parent="p", depth=1, subtask="b", grant=child.budget, deadline=1000.0, inputs={"a": "out a"}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from support.values import messages, tokens
 
 from loom.schemas.errors import InvalidTask
+from loom.schemas.labels import are_labels
 from loom.schemas.task import Accept, Limits, TaskAd, check_ad, is_token, parse_ad, slug
 from loom.schemas.wire import MAX_AD_BYTES, MAX_CONTEXT_BYTES, encode, free_json_fault
 
@@ -33,6 +34,9 @@ BAD: dict[str, tuple[bytes, str | None]] = {
     "unknown field in limits": (_ad(limits={"depth": 1}), "depth"),
     "wrong type": (_ad(domain=7), "domain"),
     "wrong type inside": (_ad(required_tools=["ok", 7]), "required_tools"),
+    "too many labels": (_ad(labels={str(n): "" for n in range(17)}), "labels"),
+    "a label that is no text": (_ad(labels={"n": 1}), "labels"),
+    "labels that are too long": (_ad(labels={"tenant": "x" * 2048}), "labels"),
     "a tool without a name": (_ad(tools_allowed=[""]), "tools_allowed"),
     "a required tool that is not allowed": (_ad(required_tools=["a", "b"], tools_allowed=["a"]), "required_tools"),
     "a required tool where none is allowed": (_ad(required_tools=["a"], tools_allowed=[]), "required_tools"),
@@ -82,6 +86,7 @@ def test_defaults_are_as_documented() -> None:
 @given(ad=messages(TaskAd))
 def test_what_python_may_submit_json_may_too(ad: TaskAd) -> None:
     forbidden = ad.tools_allowed is not None and not set(ad.required_tools) <= set(ad.tools_allowed)
+    forbidden = forbidden or not are_labels(ad.labels)
     if not ad.description.strip() or free_json_fault(ad.context, max_bytes=MAX_CONTEXT_BYTES) or forbidden:
         for refuse in (lambda: check_ad(ad), lambda: parse_ad(encode(ad))):
             with pytest.raises(InvalidTask):
@@ -103,6 +108,8 @@ PYTHON_ONLY: dict[str, tuple[dict[str, Any], str | None]] = {
     "a bad limit": ({"limits": Limits(max_depth=99)}, "limits"),
     "too much": ({"description": "x" * MAX_AD_BYTES}, "description"),
     "far too much": ({"description": "x" * 10**6}, "description"),
+    "labels of another form": ({"labels": ["a"]}, "labels"),
+    "half a character in a label": ({"labels": {"a": "\ud800"}}, "labels"),
     "half a character": ({"description": "\ud800"}, None),
     "an object for a text": ({"domain": object()}, None),
 }
