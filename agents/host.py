@@ -236,17 +236,17 @@ class NodeHost:
             request = decode(msg.data, RunRequest)
         except Undecodable as error:
             log.warning("run_request_undecodable", reason=error.message)
-            send(self.bus, msg.reply, encode(RunEvent(n=0, kind="rejected", code="cannot")))
+            send(self.bus, msg.reply, encode(RunEvent(seq=0, kind="rejected", code="cannot")))
             return
         attempts = self._runs.get(request.task_id, {})
         known = attempts.get(request.attempt)
         if known is not None:
             known.answer(request.answers)
-            known.move(msg.reply, request.from_n)
+            known.move(msg.reply, request.from_seq)
             return
         last = self._finished.get((request.task_id, request.attempt))
         if last is None and request.task_id in self._cancelled:
-            last = encode(RunEvent(n=0, kind="error", error=endings.CANCELLED))
+            last = encode(RunEvent(seq=0, kind="error", error=endings.CANCELLED))
         if last is not None:
             send(self.bus, msg.reply, last)
             return

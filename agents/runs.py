@@ -52,7 +52,7 @@ class Run:
         """What others have spent on its behalf."""
         self._bus = bus
         self._inbox = inbox
-        self._n = 0
+        self._seq = 0
         self._batch: list[bytes] = []
         """Events said and not sent."""
         self._batch_bytes = 0
@@ -91,16 +91,16 @@ class Run:
         """
         if self.last is not None:
             return
-        n, event = self._n, encode(RunEvent(n=self._n, kind=kind, **facts))
-        self._n += 1
-        if n == 0:
-            self._first = (n, event)
+        seq, event = self._seq, encode(RunEvent(seq=self._seq, kind=kind, **facts))
+        self._seq += 1
+        if seq == 0:
+            self._first = (seq, event)
         elif kind == "waiting":
-            self._waits[facts["ad"].task_id] = (n, event)
+            self._waits[facts["ad"].task_id] = (seq, event)
         elif kind == "resumed":
-            self._resumed.append((n, event))
+            self._resumed.append((seq, event))
         elif kind != "heartbeat":
-            self._kept.append((n, event))
+            self._kept.append((seq, event))
         self._ahead_bytes += len(event)
         self._add(event)
         if kind in FINAL_KINDS:
@@ -175,16 +175,16 @@ class Run:
             usd=min(MAX_USD, own.usd + self.others.usd),
         )
 
-    def move(self, inbox: str, from_n: int) -> None:
-        """Send all events from number `from_n` on to `inbox`, and every later one; the old inbox is told."""
+    def move(self, inbox: str, from_seq: int) -> None:
+        """Send all events from number `from_seq` on to `inbox`, and every later one; the old inbox is told."""
         self.flush()
         if inbox != self._inbox:
-            send(self._bus, self._inbox, encode(RunEvent(n=self._n, kind="moved")))
+            send(self._bus, self._inbox, encode(RunEvent(seq=self._seq, kind="moved")))
             self._inbox = inbox
         if self._first is not None:
             self._add(self._first[1])  # always: it marks the answer to a request
-        for n, event in sorted([*self._kept, *self._resumed, *self._waits.values()]):
-            if n >= from_n:
+        for seq, event in sorted([*self._kept, *self._resumed, *self._waits.values()]):
+            if seq >= from_seq:
                 self._add(event)
         self.flush()
 

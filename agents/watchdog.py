@@ -31,7 +31,7 @@ CONNECT_S = 2.0
 GIVE_BACK_S = 1.0
 MOST_FRAMES = 12
 MOST_NAMED = 8
-HEARTBEAT = encode(RunEvent(n=0, kind="heartbeat"))
+HEARTBEAT = encode(RunEvent(seq=0, kind="heartbeat"))
 """It repeats a number that is past already: events not sent yet keep their own."""
 
 
@@ -177,6 +177,6 @@ class Watchdog:
             self._announce(bus, draining=True)
             for run in runs:
                 with suppress(LoomError):  # its watcher finds out by its silence
-                    bus.send(run.inbox, encode(RunEvent(n=0, kind="error", error=why)))
+                    bus.send(run.inbox, encode(RunEvent(seq=0, kind="error", error=why)))
             await bus.echo(timeout_s=GIVE_BACK_S)
         log.info("runs_given_back", tasks=[run.request.task_id for run in runs][:MOST_NAMED], count=len(runs))

@@ -35,7 +35,7 @@ class TaskHandle:
         self._owner = Owner("task handle")
         self._updates = TaskUpdates(bus, ad.task_id)
         self._attempt = 0
-        self._next_n = 0
+        self._next_seq = 0
         weakref.finalize(self, self._updates.drop).atexit = False
 
     def __repr__(self) -> str:
@@ -141,8 +141,8 @@ class TaskHandle:
             await updates.subscribe_to_deltas()
             while True:
                 while (delta := updates.next_delta()) is not None:
-                    if (delta.attempt, delta.n) >= (self._attempt, self._next_n):
-                        self._attempt, self._next_n = delta.attempt, delta.n + 1
+                    if (delta.attempt, delta.seq) >= (self._attempt, self._next_seq):
+                        self._attempt, self._next_seq = delta.attempt, delta.seq + 1
                         yield delta
                 if watching.done():
                     return

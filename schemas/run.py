@@ -59,7 +59,7 @@ class RunRequest(Relayed, frozen=True, kw_only=True):
     priority: Priority = "normal"
     depth: Count = 0
     """0 for what a client submitted, one more for each division or delegation."""
-    from_n: Count = 0
+    from_seq: Count = 0
     """Number of the first event wanted: more than 0 when re-attaching to a run."""
     answers: Annotated[tuple[TaskResult, ...], Meta(max_length=1000)] = ()
     """How delegated work ended, for a run that waits for it; at most 64 KiB of content in all. Prompt tokens include
@@ -110,7 +110,7 @@ FINAL_KINDS: frozenset[str] = frozenset({"rejected", "moved", "result", "error"}
 class RunEvent(Relayed, frozen=True, kw_only=True):
     """One event of a run, numbered from 0."""
 
-    n: Count
+    seq: Count
     kind: RunKind
     queued: Count = 0
     """accepted: runs before this one."""
@@ -185,13 +185,17 @@ def _event(raw: bytes) -> RunEvent:
         if decode(raw, _Kind).kind not in ("result", "error"):
             raise
         why = cut_note(f"the last event of the run cannot be read: {error.message}")
-        return RunEvent(n=0, kind="error", error=TaskError(code="agent_failed", message=why))
+        return RunEvent(seq=0, kind="error", error=TaskError(code="agent_failed", message=why))
 
 
-class Delta(Relayed, frozen=True, kw_only=True):
+class Delta(Relayed, frozen=True, kw_only=True, omit_defaults=False):
     """One step of progress as clients see it."""
 
     task_id: Token
     attempt: Count
-    n: Count
+    seq: Count
+    """The number of the run's event: each is greater than the one before, and heartbeats leave gaps."""
+    at: Count = 0
+    """Characters (Unicode code points) of text before it in this attempt: more than a reader has received means that
+    the reader has missed some."""
     event: Progress

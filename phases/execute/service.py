@@ -30,7 +30,7 @@ from loom.phases.execute.watch import Silent, Stop, Watch
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope
 from loom.schemas.errors import BusUnavailable
-from loom.schemas.run import Delta, RunEvent, RunRequest
+from loom.schemas.run import RunEvent, RunRequest
 from loom.schemas.task import RunResult, TaskError
 from loom.schemas.wire import MAX_CONTENT_BYTES, cut_utf8
 
@@ -206,7 +206,7 @@ class Execute:
 
         None when the watching is stopped, or a suspect message has proved harmless.
         """
-        delta = self._bus.subjects.of("delta", envelope.task_id)
+        deltas = self._bus.subjects.of("delta", envelope.task_id)
         async with watch:
             while (event := await watch.next()) is not None and not event.final:
                 if delivery.alone:
@@ -215,8 +215,7 @@ class Execute:
                 if event.event is None:
                     await errands.hear(event, watch)
                 else:
-                    said = Delta(task_id=envelope.task_id, attempt=envelope.attempt, n=event.n, event=event.event)
-                    await self._bus.publish(delta, said)
+                    await self._bus.publish(deltas, watch.delta(event.seq, event.event))
             return event
 
     async def _report(

@@ -13,9 +13,10 @@ from msgspec.structs import replace
 from loom.bus.client import Bus, Msg
 from loom.bus.log import get_logger
 from loom.schemas.errors import LoomError
-from loom.schemas.run import RunEvent, RunRequest, read_events
+from loom.schemas.events import Progress, TextDelta
+from loom.schemas.run import Delta, RunEvent, RunRequest, read_events
 from loom.schemas.task import TaskError, TaskResult
-from loom.schemas.wire import Undecodable
+from loom.schemas.wire import Undecodable, total
 
 log = get_logger()
 
@@ -92,13 +93,15 @@ class Watch:
         self._events: deque[RunEvent] = deque()
         self._waiting: asyncio.Future[None] | None = None
         self._inbox = ""
-        self._next_n = request.from_n
+        self._next_seq = request.from_seq
         self._bytes = self._count = 0
         """Of all events received."""
+        self._chars = 0
+        """Of text in deltas."""
         self._held: dict[int, RunEvent] = {}
         """Number -> event that came while others before it were missing."""
         self._gap_asks = 0
-        """How often the events from `_next_n` on were asked for."""
+        """How often the events from `_next_seq` on were asked for."""
         self._gap_asked_at = 0.0
         self._attached = attached
         self._in_a_row = 0
@@ -132,7 +135,7 @@ class Watch:
 
     async def hand(self, answer: TaskResult) -> None:
         """Tell the run what came of work it has delegated: the same request again, from the next event on."""
-        await self._ask(from_n=self._next_n, answers=(answer,))
+        await self._ask(from_seq=self._next_seq, answers=(answer,))
 
     async def next(self) -> RunEvent | None:
         """Return the next event, each once and in order; None when the watching is stopped.
@@ -151,18 +154,25 @@ class Watch:
             if self._in_a_row == BREATH:
                 self._in_a_row = 0
                 await asyncio.sleep(0)
-            if event.final or event.n == self._next_n:
-                self._advance(event.n + 1)
+            if event.final or event.seq == self._next_seq:
+                self._advance(event.seq + 1)
                 return event
-            if event.n > self._next_n:
+            if event.seq > self._next_seq:
                 await self._miss(event)
                 if event.kind == "heartbeat":
                     return event
 
-    def _advance(self, next_n: int) -> None:
-        self._next_n, self._gap_asks = next_n, 0
-        if next_n in self._held:
-            self._events.appendleft(self._held.pop(next_n))
+    def delta(self, seq: int, event: Progress) -> Delta:
+        """Return the delta of the next piece of progress, and count its text."""
+        at = self._chars
+        if isinstance(event, TextDelta):
+            self._chars = total(at, len(event.text))
+        return Delta(task_id=self._request.task_id, attempt=self._request.attempt, seq=seq, at=at, event=event)
+
+    def _advance(self, next_seq: int) -> None:
+        self._next_seq, self._gap_asks = next_seq, 0
+        if next_seq in self._held:
+            self._events.appendleft(self._held.pop(next_seq))
 
     async def _miss(self, event: RunEvent) -> None:
         """Ask for the events that are missing before this one; without them the run goes on in the end.
@@ -170,15 +180,15 @@ class Watch:
         A host publishes what it has kept in order, so a second copy of a held event means that no more will come.
         """
         heartbeat = event.kind == "heartbeat"  # these are not kept by a host: a lost one leaves a gap for good
-        complete = event.n in self._held or len(self._held) >= HELD
+        complete = event.seq in self._held or len(self._held) >= HELD
         if not heartbeat:
-            self._held[event.n] = event
+            self._held[event.seq] = event
         late = heartbeat and time.monotonic() - self._gap_asked_at >= ASK_AGAIN_S
         if not self._gap_asks or (late and self._gap_asks < GAP_ASKS):
             self._gap_asks, self._gap_asked_at = self._gap_asks + 1, time.monotonic()
-            await self._ask(from_n=self._next_n)
+            await self._ask(from_seq=self._next_seq)
         elif complete or late:
-            self._advance(min(self._held, default=event.n + 1))
+            self._advance(min(self._held, default=event.seq + 1))
 
     async def _hear(self, wait_s: float, limit_s: float) -> None:
         """Wait until there is an event, for what is left of the time a host has."""
@@ -236,9 +246,9 @@ class Watch:
         """Return a watch for what this one has missed: the host keeps events, and starts no run twice."""
         self._bus.close_inbox(self._inbox)
         left_s = max(0.0, self._until - time.monotonic())
-        request = replace(self._request, from_n=self._next_n, remaining_s=left_s)
+        request = replace(self._request, from_seq=self._next_seq, remaining_s=left_s)
         watch = Watch(self._bus, self._host_id, request, self._stop)
-        watch._bytes, watch._count = self._bytes, self._count
+        watch._bytes, watch._count, watch._chars = self._bytes, self._count, self._chars
         return watch
 
     def _discard(self, reason: str) -> None:
@@ -263,7 +273,7 @@ class Watch:
             if self._bytes > MAX_RUN_BYTES or self._count > MAX_RUN_EVENTS:
                 self._bus.close_inbox(self._inbox)
                 self._events.clear()
-                events = (RunEvent(n=self._next_n, kind="error", error=TOO_MANY),)
+                events = (RunEvent(seq=self._next_seq, kind="error", error=TOO_MANY),)
         if not events:
             return  # an empty array is a sign of life without an event
         if not self._given_up:

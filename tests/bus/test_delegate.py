@@ -59,7 +59,7 @@ class Watcher:
     async def answer(self, task_id: str = CHILD, content: str = "four", **facts: Any) -> None:
         """Hand over how delegated work ended, from the next event on."""
         result = TaskResult(**{"task_id": task_id, "state": "succeeded", "content": content, **facts})
-        await self.ask(answers=(result,), from_n=self.events[-1].n + 1)
+        await self.ask(answers=(result,), from_seq=self.events[-1].seq + 1)
 
     def kinds(self) -> list[str]:
         return [event.kind for event in self.events if event.kind not in ("heartbeat", "delta")]
@@ -98,7 +98,7 @@ async def test_a_delegating_run_waits_without_a_slot_and_goes_on_with_the_answer
     assert result.content == "they say four"
     assert one.kinds() == ["accepted", "started", "waiting", "accepted", "resumed", "result"]
     assert (await one.heard("resumed")).task_id == CHILD
-    numbers = [event.n for event in one.events if event.kind != "accepted"]
+    numbers = [event.seq for event in one.events if event.kind != "accepted"]
     assert numbers == sorted(set(numbers))
 
 
@@ -150,7 +150,7 @@ async def test_whoever_watches_next_is_told_of_what_is_still_waited_for(stage: S
     waiting = await two.heard("waiting")
     assert waiting.ad is not None
     assert (waiting.ad.task_id, waiting.ad.description) == (CHILD, "slow")
-    assert [event.n for event in two.events][:2] == sorted(event.n for event in two.events)[:2]
+    assert [event.seq for event in two.events][:2] == sorted(event.seq for event in two.events)[:2]
     await one.heard("moved")
     for _ in range(2):  # a repeated answer harms nobody
         await two.answer(content="at last")
@@ -180,11 +180,11 @@ async def test_events_about_delegation_are_sent_again_however_much_was_said_sinc
     await one.heard("delta", count=1100)
     waiting, resumed = await one.heard("waiting"), await one.heard("resumed")
     seen = len(one.events)
-    await one.ask(from_n=waiting.n)
+    await one.ask(from_seq=waiting.seq)
     await one.heard("resumed", count=2)
     again = one.events[seen:]
     kept = [event for event in again if event.kind in ("accepted", "waiting", "resumed")]
-    assert kept == [replace(again[0], n=0), waiting, resumed]
+    assert kept == [replace(again[0], seq=0), waiting, resumed]
     assert (waiting.call, waiting.ad and waiting.ad.task_id) == (1, CHILD)
     assert not [event for event in again if event.kind == "moved"]
 

@@ -39,12 +39,12 @@ class Delegating(FakeHost):
         if self.mouth is not None and self.mouth.inbox == run.inbox:
             return
         if self.mouth is not None:
-            run.n = self.mouth.n
+            run.seq = self.mouth.seq
             await self.mouth.say("moved")
         self.mouth = run
-        run.n = max(run.n, 1)
-        await run.bus.publish(run.inbox, [{"n": 0, "kind": "accepted"}, {"n": run.n, "kind": "heartbeat"}])
-        run.n += 1
+        run.seq = max(run.seq, 1)
+        await run.bus.publish(run.inbox, [{"seq": 0, "kind": "accepted"}, {"seq": run.seq, "kind": "heartbeat"}])
+        run.seq += 1
         while self.mouth is run and self.beating:
             await run.say("heartbeat")
             await asyncio.sleep(0.1)
@@ -106,9 +106,9 @@ async def test_delegated_work_becomes_a_task_and_its_end_is_told_to_the_run(stag
     answer = await one.answer()
     assert (answer.task_id, answer.content, answer.prompt_tokens, answer.completion_tokens) == (CHILD, "four", 5, 6)
     asked = next(run.request for run in one.runs if run.request.answers)
-    assert asked.from_n > 1
+    assert asked.from_seq > 1
     first = one.runs[0].request
-    assert replace(asked, answers=(), from_n=0, remaining_s=first.remaining_s, sent_at=first.sent_at) == first
+    assert replace(asked, answers=(), from_seq=0, remaining_s=first.remaining_s, sent_at=first.sent_at) == first
     done = await finish(stage, one)
     assert (done.error, done.budget) == (None, 50)
     assert (await stage.read(env.task_id)).delegated == (CHILD,)
@@ -132,8 +132,8 @@ async def test_an_end_that_nobody_told_is_found_and_a_lost_answer_repeated(
     await one.say("resumed", task_id=CHILD)
     await quiet(stage.bus, one.bus)
     said = len(one.answers())
-    beats = one.mouth.n if one.mouth else 0
-    await until(lambda: one.mouth and one.mouth.n > beats + 3, what="more heartbeats")
+    beats = one.mouth.seq if one.mouth else 0
+    await until(lambda: one.mouth and one.mouth.seq > beats + 3, what="more heartbeats")
     assert len(one.answers()) <= said + 1
     assert (await finish(stage, one)).error is None
 
@@ -284,8 +284,8 @@ async def test_a_replica_that_was_overtaken_hands_nothing_over(stage: Stage) -> 
 
     await change(records(stage.bus), env.task_id, overtake)
     await end(stage, child, result=RunResult(content="four"))
-    beats = one.mouth.n if one.mouth else 0
-    await until(lambda: one.mouth and one.mouth.n > beats + 5, what="half a second")
+    beats = one.mouth.seq if one.mouth else 0
+    await until(lambda: one.mouth and one.mouth.seq > beats + 5, what="half a second")
     assert not one.answers()
 
 

@@ -139,15 +139,35 @@ async def test_progress_is_relayed_numbered_and_in_order(stage: Stage) -> None:
     deltas = stage.all("delta")
     assert [delta.event.text for delta in deltas[:-1]] == [str(n) for n in range(20)]
     assert isinstance(deltas[-1].event, ToolCallStart)
-    assert [delta.n for delta in deltas] == [*range(2, 22), 23]
+    assert [delta.seq for delta in deltas] == [*range(2, 22), 23]
     assert {delta.attempt for delta in deltas} == {3}
+    assert [delta.at for delta in deltas] == [*range(11), *range(12, 31, 2)]
+
+
+async def test_the_text_of_progress_is_counted_over_a_silence_of_the_host(stage: Stage) -> None:
+    async def pause(run: FakeRun) -> None:
+        """Say a half, and the other half when asked again."""
+        run.seq = run.request.from_seq
+        if not run.request.from_seq:
+            await accepted(run)
+            await run.say("delta", event=TextDelta(text="né𝄞"))
+        else:
+            await run.say("delta", event=TextDelta(text="end"))
+            await run.say("result", result=RunResult(content="né𝄞end"))
+
+    await host(stage, pause)
+    await stage.phase("execute")
+    await given(stage)
+    await outcome(stage)
+
+    assert [(delta.at, delta.event.text) for delta in stage.all("delta")] == [(0, "né𝄞"), (3, "end")]
 
 
 async def test_an_event_that_comes_twice_is_relayed_once(stage: Stage) -> None:
     async def stutter(run: FakeRun) -> None:
         await accepted(run)
         for _ in range(3):
-            run.n = 2
+            run.seq = 2
             await run.say("delta", event=TextDelta(text="once"))
         await run.say("result", result=RunResult(content="x"))
 
@@ -171,7 +191,7 @@ async def test_what_a_host_sends_beyond_the_limit_is_cut(stage: Stage) -> None:
 async def test_bytes_that_are_no_event_are_left_out(stage: Stage) -> None:
     async def mumble(run: FakeRun) -> None:
         await run.bus.publish(run.inbox, b"\xff{")
-        await run.bus.publish(run.inbox, b'{"n": -1, "kind": "sings"}')
+        await run.bus.publish(run.inbox, b'{"seq": -1, "kind": "sings"}')
         await run.succeed()
 
     await host(stage, mumble)
@@ -292,9 +312,9 @@ async def test_a_run_is_lost_only_when_its_heartbeats_stop(stage: Stage) -> None
 async def test_a_result_lost_on_its_way_is_asked_for_again(stage: Stage) -> None:
     async def mumble(run: FakeRun) -> None:
         """Lose the last event; say it when asked once more."""
-        run.n = run.request.from_n
+        run.seq = run.request.from_seq
         await run.say("accepted")
-        if run.request.from_n:
+        if run.request.from_seq:
             await run.say("result", result=RunResult(content="as I said"))
 
     one = await host(stage, mumble)
@@ -304,7 +324,7 @@ async def test_a_result_lost_on_its_way_is_asked_for_again(stage: Stage) -> None
 
     assert done.error is None
     assert done.result == RunResult(content="as I said")
-    assert [run.request.from_n for run in one.runs] == [0, 1]
+    assert [run.request.from_seq for run in one.runs] == [0, 1]
 
 
 async def test_a_run_past_its_deadline_fails(stage: Stage) -> None:

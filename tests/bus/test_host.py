@@ -154,7 +154,7 @@ async def test_a_run_tells_its_story_in_numbered_events(stage: Stage) -> None:
     assert result is not None
     assert result.content == "did it"
     assert watcher.kinds()[:2] == ["accepted", "started"]
-    assert [event.n for event in watcher.events] == list(range(len(watcher.events)))
+    assert [event.seq for event in watcher.events] == list(range(len(watcher.events)))
     assert "".join(e.event.text for e in watcher.events if isinstance(e.event, TextDelta)) == "did it"
 
 
@@ -163,7 +163,7 @@ async def test_what_becomes_of_a_short_run_is_told_in_one_message(stage: Stage) 
     watcher = await run(stage, host)
     await watcher.heard("result")
     assert len(watcher.bodies) == 2
-    assert [event.n for event in watcher.events] == list(range(len(watcher.events)))
+    assert [event.seq for event in watcher.events] == list(range(len(watcher.events)))
 
 
 async def test_a_run_is_accepted_before_an_agent_gets_the_loop_that_may_keep_it(stage: Stage) -> None:
@@ -220,7 +220,7 @@ async def test_what_an_agent_says_comes_in_messages_of_bounded_size(stage: Stage
     many, large = await run(stage, host), await run(stage, host, task_id="t2", node_id="n2")
     for watcher in (many, large):
         await watcher.heard("result")
-        assert [event.n for event in watcher.events] == list(range(len(watcher.events)))
+        assert [event.seq for event in watcher.events] == list(range(len(watcher.events)))
         for body in watcher.bodies:
             events = read_events(body)
             assert len(body) <= BATCH_BYTES + len(events) + 1 or len(events) == 1
@@ -393,7 +393,7 @@ async def test_a_second_request_for_a_running_attempt_moves_its_events(stage: St
     second = await run(stage, host)
     await second.heard("delta", count=2)
     await first.heard("moved")
-    third = await run(stage, host, from_n=3)
+    third = await run(stage, host, from_seq=3)
     await second.heard("moved")
     go.set()
     await third.heard("result")
@@ -401,8 +401,8 @@ async def test_a_second_request_for_a_running_attempt_moves_its_events(stage: St
     assert first.kinds() == ["accepted", "started", "delta", "delta", "moved"]
     assert second.kinds() == ["accepted", "started", "delta", "delta", "moved"]
     assert third.kinds()[:2] == ["accepted", "delta"]
-    assert next(event.n for event in third.events if event.kind == "delta") == 3
-    assert [event.n for event in third.events] == sorted(event.n for event in third.events)
+    assert next(event.seq for event in third.events if event.kind == "delta") == 3
+    assert [event.seq for event in third.events] == sorted(event.seq for event in third.events)
 
 
 async def test_a_request_for_a_finished_attempt_repeats_its_end(stage: Stage) -> None:
@@ -450,7 +450,7 @@ async def test_a_long_history_moves_in_order_while_the_run_goes_on(stage: Stage)
     await stage.bus.publish(stage.bus.subjects.of("cancel", "t1"))
     await second.heard("error", within_s=15)
     await first.heard("moved", within_s=15)
-    numbers = [event.n for event in second.events]
+    numbers = [event.seq for event in second.events]
     assert numbers == sorted(numbers)
 
 

@@ -68,7 +68,7 @@ async def nothing_more(bus: Bus, before: Held) -> None:
 
 
 async def delta(bus: Bus, n: int) -> None:
-    await bus.publish(bus.subjects.of("delta", "t1"), Delta(task_id="t1", attempt=1, n=n, event=TextDelta(text="x")))
+    await bus.publish(bus.subjects.of("delta", "t1"), Delta(task_id="t1", attempt=1, seq=n, event=TextDelta(text="x")))
 
 
 # -- handles
@@ -113,7 +113,7 @@ async def test_a_dropped_handle_takes_the_progress_it_kept_with_it(plain: Bus) -
 
 
 async def test_progress_that_is_not_read_is_kept_within_bounds(plain: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = len(encode(Delta(task_id="t1", attempt=1, n=0, event=TextDelta(text="x"))))
+    size = len(encode(Delta(task_id="t1", attempt=1, seq=0, event=TextDelta(text="x"))))
     monkeypatch.setattr("loom.bus.task_updates.BUFFER_BYTES", 5 * size)
     handle = TaskHandle(plain, AD)
     await handle.open(deltas=True)
@@ -121,7 +121,7 @@ async def test_progress_that_is_not_read_is_kept_within_bounds(plain: Bus, monke
         await delta(plain, n)
     await plain.echo()
     await plain.publish(plain.subjects.of("result", "t1"), TaskResult(task_id="t1", state="succeeded", content="x"))
-    assert [each.n async for each in handle.events()] == [0, 1, 2, 3, 4]
+    assert [each.seq async for each in handle.events()] == [0, 1, 2, 3, 4]
 
 
 async def test_a_kept_handle_ends_its_subscriptions_with_the_task(plain: Bus) -> None:
@@ -173,7 +173,7 @@ async def test_an_iteration_that_is_left_ends_the_subscription_to_progress_and_a
     again = asyncio.ensure_future(anext(stream))
     await until(lambda: len(plain._nc._subs) > before.subscriptions, what="it is subscribed again")
     await delta(plain, 1)
-    assert (await again).n == 1
+    assert (await again).seq == 1
     await stream.aclose()
 
 

@@ -35,7 +35,7 @@ def test_every_family_with_a_message_has_the_shape_the_table_names() -> None:
 
 async def test_messages_of_the_namespace_come_decoded_and_in_order(plain: Bus) -> None:
     hop = envelope("t1")
-    delta = Delta(task_id="t1", attempt=1, n=0, event=TextDelta(text="hello"))
+    delta = Delta(task_id="t1", attempt=1, seq=0, event=TextDelta(text="hello"))
     async with Tap(plain) as tap:
         before = plain.now()
         await plain.publish(plain.subjects.task("match", "high", "t1"), hop, headers={"Nats-Msg-Id": "t1:1"})

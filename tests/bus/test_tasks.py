@@ -88,7 +88,7 @@ async def say(bus: Bus, family: str, message: Any) -> None:
 
 
 def _delta(n: int, attempt: int = 1) -> Delta:
-    return Delta(task_id="t1", attempt=attempt, n=n, event=TextDelta(text=f"{attempt}.{n}"))
+    return Delta(task_id="t1", attempt=attempt, seq=n, event=TextDelta(text=f"{attempt}.{n}"))
 
 
 # -- publishing
@@ -256,8 +256,8 @@ async def test_progress_ends_for_a_slow_reader_whose_buffer_is_full(
     await say(plain, "result", _result())
     await handle.result(5)
     async with asyncio.timeout(5):
-        rest = [delta.n async for delta in stream]
-    assert first.n == 0
+        rest = [delta.seq async for delta in stream]
+    assert first.seq == 0
     assert rest == sorted(rest)
     assert len(rest) <= 4
 
@@ -291,7 +291,7 @@ def test_a_reader_gets_all_that_was_said_while_its_process_was_busy(nats_url: st
 async def test_looking_away_early_leaves_the_task_alone(plain: Bus, handle: TaskHandle) -> None:
     await say(plain, "delta", _delta(0))
     async for delta in (stream := handle.events()):
-        assert delta.n == 0
+        assert delta.seq == 0
         break
     await stream.aclose()  # type: ignore[attr-defined]
     waiting = asyncio.ensure_future(handle.result(5))

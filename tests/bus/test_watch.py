@@ -68,12 +68,12 @@ async def test_a_host_that_is_back_only_after_the_first_request_is_found(plain: 
 
 async def test_several_events_in_one_message_are_several_events(plain: Bus) -> None:
     async def at_once(run: FakeRun) -> None:
-        events = [RunEvent(n=0, kind="accepted"), RunEvent(n=1, kind="started")]
+        events = [RunEvent(seq=0, kind="accepted"), RunEvent(seq=1, kind="started")]
         await plain.publish(run.inbox, events)
-        await plain.publish(run.inbox, [*events, RunEvent(n=2, kind="result", result=RunResult(content="done"))])
+        await plain.publish(run.inbox, [*events, RunEvent(seq=2, kind="result", result=RunResult(content="done"))])
 
     await host(plain, at_once)
-    assert [event.n for event in await heard(Watch(plain, "h1", REQUEST, Stop()))] == [0, 1, 2]
+    assert [event.seq for event in await heard(Watch(plain, "h1", REQUEST, Stop()))] == [0, 1, 2]
 
 
 async def test_a_stop_ends_the_wait_for_the_next_event_and_what_has_come_still_counts(plain: Bus) -> None:
@@ -145,7 +145,7 @@ async def test_the_result_of_a_host_given_up_is_refused_and_logged(plain: Bus, m
 
 
 AD = TaskAd(task_id="child", description="part of it")
-WAITING = RunEvent(n=2, kind="waiting", ad=AD)
+WAITING = RunEvent(seq=2, kind="waiting", ad=AD)
 RESULT = RunResult(content="done")
 
 
@@ -154,15 +154,15 @@ def run_of(*events: RunEvent, first: Sequence[RunEvent]) -> Callable[[FakeRun], 
     requests = count()
 
     async def answer(run: FakeRun) -> None:
-        kept = [one for one in events if one.kind != "heartbeat" and (one.n >= run.request.from_n or one.n == 0)]
+        kept = [one for one in events if one.kind != "heartbeat" and (one.seq >= run.request.from_seq or one.seq == 0)]
         await run.bus.publish(run.inbox, kept if next(requests) else list(first))
 
     return answer
 
 
-ACCEPTED, STARTED = RunEvent(n=0, kind="accepted"), RunEvent(n=1, kind="started")
-RESUMED, END = RunEvent(n=4, kind="resumed", task_id="child"), RunEvent(n=6, kind="result", result=RESULT)
-BEAT, LATER_BEAT = RunEvent(n=3, kind="heartbeat"), RunEvent(n=5, kind="heartbeat")
+ACCEPTED, STARTED = RunEvent(seq=0, kind="accepted"), RunEvent(seq=1, kind="started")
+RESUMED, END = RunEvent(seq=4, kind="resumed", task_id="child"), RunEvent(seq=6, kind="result", result=RESULT)
+BEAT, LATER_BEAT = RunEvent(seq=3, kind="heartbeat"), RunEvent(seq=5, kind="heartbeat")
 WHOLE = (ACCEPTED, STARTED, WAITING, BEAT, RESUMED, LATER_BEAT, END)
 
 
@@ -173,20 +173,20 @@ WHOLE = (ACCEPTED, STARTED, WAITING, BEAT, RESUMED, LATER_BEAT, END)
 )
 async def test_lost_events_are_asked_for_at_once_and_come_once_and_in_order(plain: Bus, lost: set[int]) -> None:
     events = WHOLE[:-1]  # the run goes on
-    first = [event for event in events if event.n not in lost]
+    first = [event for event in events if event.seq not in lost]
     await host(plain, run_of(*events, first=first))
     seen: list[RunEvent] = []
     async with Watch(plain, "h1", REQUEST, Stop()) as watch:
         async with asyncio.timeout(5):
-            while {event.n for event in seen if event.kind != "heartbeat"} != {0, 1, 2, 4}:
+            while {event.seq for event in seen if event.kind != "heartbeat"} != {0, 1, 2, 4}:
                 event = await watch.next()
                 assert event is not None
                 seen.append(event)
-    assert [event.n for event in seen if event.kind != "heartbeat"] == [0, 1, 2, 4]
+    assert [event.seq for event in seen if event.kind != "heartbeat"] == [0, 1, 2, 4]
 
 
 async def test_events_that_a_host_has_not_kept_do_not_stall_the_run(plain: Bus) -> None:
-    events = [event for event in WHOLE if event.n != 2]
+    events = [event for event in WHOLE if event.seq != 2]
     await host(plain, run_of(*events, first=events))
     async with asyncio.timeout(5):
         seen = await heard(Watch(plain, "h1", REQUEST, Stop()))
@@ -205,7 +205,7 @@ async def test_a_run_that_sends_too_much_is_given_up(
     monkeypatch.setattr(f"loom.phases.execute.watch.{limit}", 30 if limit == "MAX_RUN_EVENTS" else 1000)
 
     async def flood(run: FakeRun) -> None:
-        events = [RunEvent(n=n, kind="heartbeat") for n in range(1, 100)]
+        events = [RunEvent(seq=n, kind="heartbeat") for n in range(1, 100)]
         await run.say("accepted")
         for body in [events] if together else events:
             await plain.publish(run.inbox, body)
@@ -223,7 +223,7 @@ async def test_repeating_one_number_is_counted_too(plain: Bus, monkeypatch: pyte
 
     async def flood(run: FakeRun) -> None:
         for _ in range(40):
-            await plain.publish(run.inbox, RunEvent(n=0, kind="accepted"))
+            await plain.publish(run.inbox, RunEvent(seq=0, kind="accepted"))
 
     await host(plain, flood)
     assert (await heard(Watch(plain, "h1", REQUEST, Stop())))[-1].kind == "error"
@@ -239,7 +239,7 @@ async def test_a_lost_wait_is_asked_for_again_when_its_repetition_is_lost_too(pl
         if number == 0:
             await plain.publish(run.inbox, [ACCEPTED, STARTED])
             for n in range(3, 100):
-                await plain.publish(run.inbox, RunEvent(n=n, kind="heartbeat"))
+                await plain.publish(run.inbox, RunEvent(seq=n, kind="heartbeat"))
                 await asyncio.sleep(0.05)
         elif number > unanswered:
             await plain.publish(run.inbox, [ACCEPTED, WAITING])

@@ -120,7 +120,7 @@ async def test_a_blocked_host_stays_alive_for_those_who_watch_it(bus: Bus, nats_
     assert any("test_watchdog.py" in frame and frame.endswith("__call__") for frame in line["frames"])
     assert "canary" not in repr(line)
     assert "asyncio.to_thread" in line["hint"]
-    numbers = [event.n for event in events if event.kind != "heartbeat"]
+    numbers = [event.seq for event in events if event.kind != "heartbeat"]
     assert numbers == sorted(numbers)  # no heartbeat took the number of an event that was not sent yet
 
 

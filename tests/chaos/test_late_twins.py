@@ -49,7 +49,7 @@ class Client:
         """Wait for the task's end; its deltas have come in order by then."""
         await self.handle.result(WITHIN_S)
         await self._listening
-        numbers = [(delta.attempt, delta.n) for delta in self.deltas]
+        numbers = [(delta.attempt, delta.seq) for delta in self.deltas]
         assert numbers == sorted(set(numbers))
         return await self.record()
 

@@ -108,6 +108,11 @@ async def test_everything_a_task_does_can_be_heard(raw: Client, namespace: str, 
     await until(lambda: set(wanted) <= set(subjects()), what="the whole story of the task")
     stored = [subject for subject in subjects() if subject in wanted and subject.startswith(("intake", "task"))]
     assert stored == [subject for subject in wanted if subject.startswith(("intake", "task"))]
+    deltas = [json.loads(msg.data) for msg in heard if ".delta." in msg.subject]
+    assert all({"task_id", "attempt", "seq", "at", "event"} == set(delta) for delta in deltas)
+    assert [delta["seq"] for delta in deltas] == sorted({delta["seq"] for delta in deltas})
+    assert [delta["at"] for delta in deltas if delta["event"]["type"] == "text_delta"] == [0]
+    assert deltas[-1]["at"] == len("done: sort")
     [reward] = [json.loads(msg.data) for msg in heard if ".reward." in msg.subject]
     assert (reward["score"], reward["node_id"], reward["task_id"]) == (1.0, "coder", "t-2")
 

@@ -134,8 +134,8 @@ class ForgedHost:
     async def _on_run(self, msg: Msg) -> None:
         self.runs += 1
         for n, kind in enumerate(("accepted", "started")):
-            await self._bus.publish(msg.reply, msgspec.json.encode({"n": n, "kind": kind}))
-        last = b'{"n": 2, "kind": "result", "result": {"content": "forged", %s}}' % self._result
+            await self._bus.publish(msg.reply, msgspec.json.encode({"seq": n, "kind": kind}))
+        last = b'{"seq": 2, "kind": "result", "result": {"content": "forged", %s}}' % self._result
         await self._bus.publish(msg.reply, last)
 
 

@@ -300,12 +300,12 @@ class FakeRun:
 
     def __init__(self, bus: Bus, request: RunRequest, inbox: str) -> None:
         self.bus, self.request, self.inbox = bus, request, inbox
-        self.n = 0
+        self.seq = 0
 
     async def say(self, kind: RunKind, **facts: Any) -> None:
         """Send the next event."""
-        await self.bus.publish(self.inbox, RunEvent(n=self.n, kind=kind, **facts))
-        self.n += 1
+        await self.bus.publish(self.inbox, RunEvent(seq=self.seq, kind=kind, **facts))
+        self.seq += 1
 
     async def succeed(self, content: str = "done", **facts: Any) -> None:
         """Accept, start and end well."""

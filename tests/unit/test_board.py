@@ -107,7 +107,7 @@ def test_what_a_node_writes_is_shown_until_another_attempt_begins() -> None:
     told = board("one")
     told.see(hop("execute", node="coder"))
     for n, text in enumerate(("good ", "night")):
-        delta = Delta(task_id="one", attempt=1, n=n, event=TextDelta(text=text))
+        delta = Delta(task_id="one", attempt=1, seq=n, event=TextDelta(text=text))
         assert told.see(seen(delta, "delta", "one")) is None
     assert told.rows["one"].tail == "good night"
 

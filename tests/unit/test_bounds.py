@@ -160,19 +160,19 @@ def test_trust_is_bounded_where_it_is_written() -> None:
 
 @pytest.mark.parametrize("kind", ["result", "error"])
 def test_a_last_event_that_cannot_be_read_ends_the_run_with_the_reason(kind: str) -> None:
-    raw = b'{"n":3,"kind":"%s","result":{"prompt_tokens":%s}}' % (kind.encode(), b"9" * 400)
+    raw = b'{"seq":3,"kind":"%s","result":{"prompt_tokens":%s}}' % (kind.encode(), b"9" * 400)
     (alone,) = read_events(raw)
     assert (alone.kind, alone.final) == ("error", True)
     assert alone.error is not None
     assert (alone.error.code, "prompt_tokens" in alone.error.message) == ("agent_failed", True)
-    delta = RunEvent(n=2, kind="delta", event=TextDelta(text="x"))
+    delta = RunEvent(seq=2, kind="delta", event=TextDelta(text="x"))
     assert read_events(b"[" + encode(delta) + b"," + raw + b"]") == (delta, alone)
 
 
 def test_other_events_that_cannot_be_read_are_left_out_and_reported() -> None:
     reasons: list[str] = []
-    good = RunEvent(n=1, kind="started")
-    bad = b'{"n":%s,"kind":"delta"}' % (b"9" * 400)
+    good = RunEvent(seq=1, kind="started")
+    bad = b'{"seq":%s,"kind":"delta"}' % (b"9" * 400)
     assert read_events(b"[" + bad + b"," + encode(good) + b"]", reasons.append) == (good,)
     assert len(reasons) == 1
 

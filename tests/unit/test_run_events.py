@@ -9,12 +9,12 @@ from loom.schemas.run import RunEvent, read_events
 from loom.schemas.task import RunResult
 from loom.schemas.wire import Undecodable, encode
 
-END = RunEvent(n=9, kind="result", result=RunResult(content="x"))
-BAD = b'{"n":1,"kind":"delta","event":{"type":"text_delta","text":5}}'
+END = RunEvent(seq=9, kind="result", result=RunResult(content="x"))
+BAD = b'{"seq":1,"kind":"delta","event":{"type":"text_delta","text":5}}'
 
 
 def test_an_event_may_come_alone_and_several_in_their_order() -> None:
-    delta = RunEvent(n=8, kind="delta", event=TextDelta(text="x"))
+    delta = RunEvent(seq=8, kind="delta", event=TextDelta(text="x"))
     assert read_events(encode(END)) == (END,)
     assert read_events(encode([delta, END])) == (delta, END)
 

@@ -51,7 +51,7 @@ def hop(task_id: str, phase: str = "execute", *, node: str = "", domain: str = "
 
 
 def delta(task_id: str) -> Seen:
-    return seen(Delta(task_id=task_id, attempt=1, n=0, event=TextDelta(text="x")), "delta", task_id)
+    return seen(Delta(task_id=task_id, attempt=1, seq=0, event=TextDelta(text="x")), "delta", task_id)
 
 
 def result(task_id: str, node_id: str | None = None) -> Seen:
