@@ -29,14 +29,13 @@ async def answer(bus: Bus, reply: str, message: Any) -> None:
 
 
 async def answer_error(bus: Bus, reply: str, error: LoomError) -> None:
-    """Publish an error reply: code and sentence in the headers and in the body."""
+    """Refuse a request: code and sentence are in the headers and in the body."""
     if not (reply and may_answer(reply)):
         return
     body = ErrorReply(
         code=cut_name(error.code),
         message=cut_note(error.message),
         field=None if error.field is None else cut_name(error.field),
-        task_id=None if error.task_id is None else cut_name(error.task_id),
     )
     await bus.publish(reply, body, headers=error_headers(error.code, error.message))
 
@@ -48,9 +47,8 @@ def error_headers(code: str, message: str) -> dict[str, str]:
 
 
 async def answer_task(bus: Bus, reply: str, record: TaskRecord) -> None:
-    """Answer with the result of an ended task; a failed one also says so as an error."""
-    result = record.to_result()
-    if result.error is None:
-        await answer(bus, reply, result)
-    else:
-        await answer_error(bus, reply, result.error.to_exception(record.task_id))
+    """Answer a submit with the result of its task, which has ended; one with an error has it in the headers, too."""
+    if reply and may_answer(reply):
+        result = record.to_result()
+        headers = error_headers(result.error.code, result.error.message) if result.error else None
+        await bus.publish(reply, result, headers=headers)

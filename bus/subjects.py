@@ -23,9 +23,11 @@ class Family(NamedTuple):
 
 
 FAMILIES: tuple[Family, ...] = (
-    Family("submit", (), "request", "TaskAd", "anyone → SENSE"),
-    Family("status", ("task_id",), "request", "-", "anyone → SENSE"),
-    Family("cancel", ("task_id",), "request", "-", "anyone → SENSE, node hosts, EXECUTE"),
+    Family("submit", (), "request", "TaskAd → TaskResult", "anyone → SENSE"),
+    Family("status", ("task_id",), "request", "StatusQuery or none → TaskResult", "anyone → SENSE"),
+    Family(
+        "cancel", ("task_id",), "request", "StatusQuery or none → TaskResult", "anyone → SENSE, node hosts, EXECUTE"
+    ),
     Family("intake", ("priority", "task_id"), "stream INTAKE", "Submission", "submit, Runtime → SENSE"),
     Family("task", ("phase", "priority", "task_id"), "stream TASKS", "Envelope", "each phase → the next"),
     Family("later", ("task_id", "origin"), "stream TASKS", "Envelope, scheduled", "a phase → itself; EVALUATE → MATCH"),

@@ -9,10 +9,10 @@ from typing import Any
 from loom.bus.client import Bus, NoResponders
 from loom.bus.ownership import Owner, running_loop
 from loom.bus.task_updates import TaskUpdates
-from loom.schemas.envelope import TaskRecord
+from loom.schemas.envelope import ENDED, TaskRecord, TaskStatus
 from loom.schemas.errors import BusUnavailable, LoomError, error_for
 from loom.schemas.run import Delta
-from loom.schemas.task import ErrorReply, Submission, TaskAd, TaskResult, check_ad
+from loom.schemas.task import ErrorReply, StatusQuery, Submission, TaskAd, TaskResult, check_ad
 from loom.schemas.wire import Undecodable, decode, new_id
 
 ASK_AGAIN_S = 5.0  # a lost result message is found out this late
@@ -153,18 +153,22 @@ class TaskHandle:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)  # `result` raises it again for its own caller
 
-    async def status(self) -> TaskRecord | TaskResult:
-        """Return the task's record; a TaskResult in state `accepted` while it waits for admission."""
+    async def status(self) -> TaskResult:
+        """Return how far the task is: its state, and its result once it has ended."""
         return await status(self._bus, self.task_id)
 
-    async def cancel(self) -> TaskRecord:
-        """Cancel the task and return its record; one that has ended stays as it ended."""
+    async def record(self) -> TaskRecord | None:
+        """Return all that is known of the task; None while it waits for admission."""
+        return await record(self._bus, self.task_id)
+
+    async def cancel(self) -> TaskResult:
+        """Cancel the task and return how it has ended; one that had ended before stays as it ended."""
         return await cancel(self._bus, self.task_id)
 
     async def _look(self) -> None:
         found = await status(self._bus, self.task_id)
-        if isinstance(found, TaskRecord) and found.ended:
-            self._updates.finish(found.to_result())
+        if found.state in ENDED:
+            self._updates.finish(found)
 
 
 async def publish(bus: Bus, ad: TaskAd, *, deltas: bool = True) -> TaskHandle:
@@ -187,14 +191,14 @@ async def published(
     *,
     deltas: bool,
     cancel_with_caller: bool,
-    cancelled: Callable[[TaskRecord], None] | None = None,
+    cancelled: Callable[[TaskResult], None] | None = None,
 ) -> AsyncIterator[TaskHandle]:
     """Publish a task and yield its handle, which is closed with the block.
 
     Args:
         deltas: Whether progress is kept from the start.
         cancel_with_caller: Whether the task is cancelled when the caller is cancelled, or breaks off an iteration.
-        cancelled: Called with the record of a task that was cancelled with its caller.
+        cancelled: Called with the result of a task that was cancelled with its caller.
 
     Raises:
         InvalidTask: The ad breaks a rule; `field` names it.
@@ -208,53 +212,70 @@ async def published(
     except (asyncio.CancelledError, GeneratorExit):
         if cancel_with_caller:
             with contextlib.suppress(LoomError):  # the task was never stored, or the cluster is gone
-                record = await handle.cancel()
+                result = await handle.cancel()
                 if cancelled is not None:
-                    cancelled(record)
+                    cancelled(result)
         raise
     finally:
         await handle.close()
 
 
-async def ask(bus: Bus, subject: str, message: Any = b"", *, timeout_s: float = ANSWER_S) -> bytes:
-    """Return the body of an answer.
+async def ask(
+    bus: Bus, subject: str, message: Any = b"", *, timeout_s: float = ANSWER_S, task_id: str | None = None
+) -> bytes:
+    """Return the body of an answer: that a task has failed is one, too.
+
+    Args:
+        task_id: The task that the request is about, for the error of a refused one.
 
     Raises:
-        LoomError: The answer is an error, as the class of its code.
+        LoomError: The request is refused; the class is that of the code.
         BusUnavailable: No phases answer.
     """
     try:
         msg = await bus.request(subject, message, timeout_s=timeout_s)
     except (TimeoutError, NoResponders) as error:
         raise BusUnavailable('no phases answer; run "loom up"', url=bus.address) from error
-    if "Nats-Service-Error-Code" in msg.headers:
-        reply = decode(msg.data, ErrorReply)
-        raise error_for(reply.code, reply.message, field=reply.field, task_id=reply.task_id)
+    refusal = _refusal(msg.data) if "Nats-Service-Error-Code" in msg.headers else None
+    if refusal is not None:
+        raise error_for(refusal.code, refusal.message, field=refusal.field, task_id=task_id)
     return msg.data
 
 
-async def status(bus: Bus, task_id: str) -> TaskRecord | TaskResult:
-    """Return what is known of a task: its record, or a TaskResult `accepted` while it waits for admission.
-
-    Raises:
-        UnknownTask: No task of that id is known.
-        BusUnavailable: No phases answer.
-    """
-    return _read_status(await ask(bus, bus.subjects.of("status", task_id)))
-
-
-async def cancel(bus: Bus, task_id: str) -> TaskRecord:
-    """Cancel a task and return its record.
-
-    Raises:
-        UnknownTask: No task of that id is known.
-        BusUnavailable: No phases answer.
-    """
-    return decode(await ask(bus, bus.subjects.of("cancel", task_id)), TaskRecord)
-
-
-def _read_status(raw: bytes) -> TaskRecord | TaskResult:
+def _refusal(raw: bytes) -> ErrorReply | None:
+    """The refusal of a request; None where the body is the result of a failed task."""
     try:
-        return decode(raw, TaskRecord)
+        return decode(raw, ErrorReply)
     except Undecodable:
-        return decode(raw, TaskResult)
+        return None
+
+
+async def status(bus: Bus, task_id: str) -> TaskResult:
+    """Return how far a task is: its state, and its result once it has ended.
+
+    Raises:
+        UnknownTask: No task of that id is known.
+        BusUnavailable: No phases answer.
+    """
+    return decode(await ask(bus, bus.subjects.of("status", task_id), task_id=task_id), TaskResult)
+
+
+async def record(bus: Bus, task_id: str) -> TaskRecord | None:
+    """Return all that is known of a task; None while it waits for admission.
+
+    Raises:
+        UnknownTask: No task of that id is known.
+        BusUnavailable: No phases answer.
+    """
+    answer = await ask(bus, bus.subjects.of("status", task_id), StatusQuery(full=True), task_id=task_id)
+    return decode(answer, TaskStatus).record
+
+
+async def cancel(bus: Bus, task_id: str) -> TaskResult:
+    """Cancel a task and return how it has ended; one that had ended before stays as it ended.
+
+    Raises:
+        UnknownTask: No task of that id is known.
+        BusUnavailable: No phases answer.
+    """
+    return decode(await ask(bus, bus.subjects.of("cancel", task_id), task_id=task_id), TaskResult)

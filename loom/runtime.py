@@ -36,7 +36,6 @@ from loom.runner.session import Inheritance, Session
 from loom.runner.session_owner import SessionOwner
 from loom.runner.settings import Settings, from_environment
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
 from loom.schemas.llm import LLMProvider
 from loom.schemas.task import TaskAd, TaskResult
@@ -361,8 +360,8 @@ class Runtime:
             InvalidTask: No node has worked on it, or the score is out of range.
         """
         session = await self._open()
-        record = await tasks.status(session.bus, task_id)
-        if not isinstance(record, TaskRecord):
+        record = await tasks.record(session.bus, task_id)
+        if record is None:
             raise InvalidTask("only a task that a node has finished can be judged", task_id=task_id)
         await self.reward_bus.publish(judgement(record, score, reason))
 

@@ -375,6 +375,13 @@ class TaskRecord(Relayed, frozen=True, kw_only=True):
         )
 
 
+class TaskStatus(TaskResult, frozen=True, kw_only=True):
+    """The answer to a `StatusQuery` with `full`: the result together with the record."""
+
+    record: TaskRecord | None = None
+    """Without reply subjects; absent while the task waits for admission."""
+
+
 ENDED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 """Terminal states."""
 

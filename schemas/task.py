@@ -426,9 +426,15 @@ class Accepted(Wire, frozen=True, kw_only=True, omit_defaults=False):
 
 
 class ErrorReply(Wire, frozen=True, kw_only=True):
-    """The body of an error reply, the same for every request."""
+    """The body of the reply to a request that is refused; whatever concerns a task that exists is a TaskResult."""
 
     code: Name
     message: Note
     field: Name | None = None
-    task_id: Name | None = None
+
+
+class StatusQuery(Relayed, frozen=True, kw_only=True):
+    """What a request for the status of a task, or for its cancel, may have as its body."""
+
+    full: bool | None = None
+    """Whether the record is wanted, too."""

@@ -58,12 +58,11 @@ class PhaseReports:
     async def _read(self) -> TaskRecord | None:
         try:
             async with asyncio.timeout(READ_S):
-                found = await self._handle.status()
+                return await self._handle.record()
         except (LoomError, TimeoutError) as error:  # the task itself goes on, and its progress must not wait for long
             log.info("phases_not_reported", task_id=self._handle.task_id, reason=type(error).__name__)
             self._reads = MOST_READS
             return None
-        return found if isinstance(found, TaskRecord) else None
 
     def _new(self, record: TaskRecord, *, running: int | None = None) -> list[PhaseEvent]:
         """The events that have not been reported; of the attempt that runs only those before its run."""

@@ -3,7 +3,7 @@
 import base64
 from uuid import uuid4
 
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from loom.bus.answers import answer, answer_error, may_answer
 from loom.bus.client import Bus, Conflict, Msg, Refused, Subscription
@@ -13,9 +13,9 @@ from loom.bus.records import change
 from loom.bus.stored import read_message
 from loom.phases.sense.admission import Admission, envelope_for
 from loom.phases.shared.check_pool import CheckPool
-from loom.schemas.envelope import Envelope, TaskRecord
+from loom.schemas.envelope import Envelope, TaskRecord, TaskStatus
 from loom.schemas.errors import InvalidTask, LoomError, UnknownTask
-from loom.schemas.task import Accepted, Submission, TaskAd, TaskError, is_token, parse_ad
+from loom.schemas.task import Accepted, StatusQuery, Submission, TaskAd, TaskError, TaskResult, is_token, parse_ad
 from loom.schemas.wire import Undecodable, decode
 
 log = get_logger()
@@ -82,7 +82,7 @@ class Desk:
             entry = await self._admission.records.get(task_id)
             if entry is not None:
                 await self._end_if_stranded(entry.value)
-                await answer(self._bus, msg.reply, shown(entry.value))
+                await answer(self._bus, msg.reply, status_of(entry.value, msg.data))
             elif await self._queued(task_id) is not None:
                 await answer(self._bus, msg.reply, Accepted(task_id=task_id))
             else:
@@ -104,7 +104,8 @@ class Desk:
 
     async def _cancel(self, msg: Msg) -> None:
         try:
-            await answer(self._bus, msg.reply, shown(await self._cancelled(_task_of(msg))))
+            record = await self._cancelled(_task_of(msg))
+            await answer(self._bus, msg.reply, status_of(record, msg.data))
         except LoomError as error:
             await answer_error(self._bus, msg.reply, error)
 
@@ -197,9 +198,22 @@ def as_cancelled(record: TaskRecord, now: float) -> TaskRecord | None:
     return replace(record, state="cancelled", ended_at=now, envelope=record.envelope.failed(CANCELLED))
 
 
-def shown(record: TaskRecord) -> TaskRecord:
-    """Return the record without what only concerns those who wait: an inbox is a place to send answers to."""
-    return replace(record, reply_to=())
+def status_of(record: TaskRecord, query: bytes) -> TaskResult:
+    """Return what a request for the status of a task is answered.
+
+    Args:
+        query: The request's body. One that cannot be read asks for nothing: a cancel counts all the same.
+    """
+    try:
+        full = bool(query) and decode(query, StatusQuery).full
+    except Undecodable as error:
+        log.info("status_query_undecodable", task_id=record.task_id, reason=error.message)
+        full = False
+    result = record.to_result()
+    if not full:
+        return result
+    # An inbox is a place to send answers to, and of no concern to others.
+    return TaskStatus(**asdict(result), record=replace(record, reply_to=()))
 
 
 def _task_of(msg: Msg) -> str:

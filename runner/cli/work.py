@@ -26,7 +26,6 @@ from loom.runner.cli.running import DEFAULT_URL, prepare, run_to_end, sense_mode
 from loom.runner.cli.transcript import Transcript
 from loom.runner.session import Session, check_phases
 from loom.runner.settings import Settings
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
 from loom.schemas.events import StepStart, TextDelta
 from loom.schemas.task import Accepted, TaskAd, TaskError, TaskResult, parse_ad
@@ -145,8 +144,8 @@ async def _answer(bus: Bus, ad: TaskAd) -> TaskResult:
 def _handed_in(bus: Bus, ad: TaskAd, *, deltas: bool) -> contextlib.AbstractAsyncContextManager[TaskHandle]:
     """Publish a task that is cancelled when the command is interrupted."""
 
-    def report(record: TaskRecord) -> None:
-        typer.echo(f"interrupted: {ad.task_id} {record.state}", err=True)
+    def report(result: TaskResult) -> None:
+        typer.echo(f"interrupted: {ad.task_id} {result.state}", err=True)
 
     return tasks.published(bus, ad, deltas=deltas, cancel_with_caller=True, cancelled=report)
 

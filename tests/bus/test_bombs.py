@@ -241,7 +241,7 @@ async def test_all_phases_stand_a_submitters_bombs(stage: Stage, longest: Longes
         assert (await asker.answer(TaskResult)).state == "succeeded"
     for asker in askers[: len(bombs)]:
         assert (await asker.answer(ErrorReply)).code == "invalid_task"
-    refused = await askers[-1].error()
+    refused = await askers[-1].failure()
     assert refused.code == "rejected_result"
     assert "could not be checked within 1 s" in refused.message
     assert longest.seconds < MOST_S, longest

@@ -67,19 +67,21 @@ async def test_the_record_and_the_reward_come_before_the_result_and_the_replies(
     await stage.phase("evaluate")
     await given(stage, "42", reply_to=(asker.inbox,))
     await asker.answer(TaskResult)
+    await stage.seen("result")
     said = [one.parsed.family for one in stage.heard if one.parsed.family in ("reward", "result")]
     assert said == ["reward", "result"]
     assert (await stage.read("t1")).ended
 
 
-async def test_a_failure_is_answered_as_an_error_everywhere(stage: Stage) -> None:
+async def test_a_failure_is_answered_with_its_result_and_as_an_error_everywhere(stage: Stage) -> None:
     one, two = Asker(stage.bus), Asker(stage.bus)
     await stage.phase("evaluate")
     await given(stage, code="budget_exceeded", reply_to=(one.inbox, two.inbox))
-    error = await one.error()
-    assert (error.code, error.message, error.task_id) == ("budget_exceeded", "it said budget_exceeded", "t1")
-    assert await two.error() == error
+    error = await one.failure()
+    assert (error.code, error.message) == ("budget_exceeded", "it said budget_exceeded")
+    assert await two.failure() == error
     result = await stage.seen("result")
+    assert await one.answer(TaskResult) == result
     assert (result.state, result.error.code) == ("failed", "budget_exceeded")
     assert (await stage.read("t1")).state == "failed"
 
@@ -427,7 +429,7 @@ async def test_its_own_bad_input_ends_the_task(stage: Stage) -> None:
     await stage.phase("evaluate")
     await stage.record(envelope(ad(task_id="t1"), now=stage.bus.now()), reply_to=(asker.inbox,), claim=Claim(attempt=2))
     await stage.bus.store(stage.bus.subjects.task("evaluate", "normal", "t1"), b'{"ad": 7}')
-    assert (await asker.error()).code == "dead_letter"
+    assert (await asker.failure()).code == "dead_letter"
     assert (await stage.read("t1")).state == "failed"
     assert await stage.pending("DEAD") == 1
 

@@ -243,7 +243,7 @@ async def test_a_task_whose_result_is_out_of_bounds_ends_and_is_answered(stage: 
     await stage.record(env, reply_to=(asker.inbox,), claim=Claim(attempt=1))
     raw = encode(replace(env, result=RunResult(content="x"))).replace(b'"content":"x"', b'"content":"x",' + field)
     await stage.bus.store(stage.bus.subjects.task("evaluate", "normal", "t1"), raw)
-    assert (await asker.error()).code == "dead_letter"
+    assert (await asker.failure()).code == "dead_letter"
     await stage.settled()
     assert (await stage.read("t1")).state == "failed"
 
@@ -270,7 +270,7 @@ async def test_what_can_be_read_of_a_record_answers_its_submitter(stage: Stage) 
     garbage = {"task_id": "t1", "state": "odd", "submission": "s", "reply_to": [asker.inbox], "envelope": 7}
     await stage.bus.store(f"$KV.{stage.bus.subjects.bucket('records')}.t1", garbage)
     await stage.put("evaluate", env)
-    assert (await asker.error()).code == "dead_letter"
+    assert (await asker.failure()).code == "dead_letter"
     entry = await records(stage.bus).get("t1")
     assert entry is not None
     assert (entry.value.state, entry.value.submission) == ("failed", "s")

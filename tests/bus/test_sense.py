@@ -9,7 +9,7 @@ from support.wait import until
 
 from loom.bus.loop import schedule
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Claim, Split, TaskRecord
+from loom.schemas.envelope import Claim, Split, TaskRecord, TaskStatus
 from loom.schemas.llm import CompletionParams, CompletionResult
 from loom.schemas.task import Accept, Accepted, RunResult, Submission, TaskAd, TaskResult
 from loom.schemas.wire import encode, new_id
@@ -185,7 +185,7 @@ async def test_an_ad_that_accepts_nothing_at_all_is_refused(stage: Stage) -> Non
     asker, straight = Asker(stage.bus), Asker(stage.bus)
     await asker.ask(stage.bus.subjects.submit, ad(accept=Accept(pattern="(")))
     await submit(stage, ad(accept=Accept(json_schema={"type": "nonsense"})), reply_to=straight.inbox)
-    for error in (await asker.error(), await straight.error()):
+    for error in (await asker.error(), await straight.failure()):
         assert (error.code, error.field) == ("invalid_task", "accept")
 
 
@@ -194,8 +194,8 @@ async def test_a_bad_ad_put_straight_into_the_intake_ends_with_a_reply_and_a_rec
     await stage.phase("evaluate")
     task, asker = ad(description="  "), Asker(stage.bus)
     await submit(stage, task, reply_to=asker.inbox)
-    error = await asker.error()
-    assert (error.code, error.field, error.task_id) == ("invalid_task", "description", task.task_id)
+    error = await asker.failure()
+    assert (error.code, error.field) == ("invalid_task", "description")
     assert (await stage.read(task.task_id)).state == "failed"
 
 
@@ -353,10 +353,38 @@ async def test_status_tells_how_far_a_task_is(stage: Stage) -> None:
     assert (await asker.error(count=2)).code == "unknown_task"
     running = await stage.record(envelope(ad(task_id="runs"), now=stage.bus.now()))
     await asker.ask(status.of("status", "runs"))
-    assert await asker.answer(TaskRecord, count=3) == running
+    assert await asker.answer(TaskResult, count=3) == running.to_result()
     ended = await end(stage, ad(task_id="ended"))
     await asker.ask(status.of("status", "ended"))
-    assert await asker.answer(TaskRecord, count=4) == ended
+    assert await asker.answer(TaskResult, count=4) == ended.to_result()
+    assert all(b'"record"' not in msg.data for msg in asker.answers)
+
+
+async def test_a_full_status_has_the_record_without_the_subjects_of_replies(stage: Stage) -> None:
+    await stage.phase("sense")
+    submitter, asker = Asker(stage.bus), Asker(stage.bus)
+    env = envelope(ad(task_id="t1"), now=stage.bus.now())
+    running = await stage.record(env, reply_to=(submitter.inbox,))
+    await asker.ask(stage.bus.subjects.of("status", "t1"), {"full": True})
+    told = await asker.answer(TaskStatus)
+    assert told.record == replace(running, reply_to=())
+    assert TaskResult(**{name: getattr(told, name) for name in TaskResult.__struct_fields__}) == running.to_result()
+    assert submitter.inbox.encode() not in asker.answers[0].data
+    await asker.ask(stage.bus.subjects.of("cancel", "t1"), {"full": True})
+    ended = await asker.answer(TaskStatus, count=2)
+    assert (ended.state, ended.record) == ("cancelled", replace(await stage.read("t1"), reply_to=()))
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{}", b'{"full": false}', b'{"full": null}', b"please", b'{"full": 7}', b"\xff"]
+)
+async def test_any_other_body_of_a_request_for_the_status_asks_for_the_result_alone(stage: Stage, body: bytes) -> None:
+    await stage.phase("sense")
+    asker = Asker(stage.bus)
+    running = await stage.record(envelope(ad(task_id="t1"), now=stage.bus.now()))
+    await asker.ask(stage.bus.subjects.of("status", "t1"), body)
+    assert await asker.answer(TaskResult) == running.to_result()
+    assert b'"record"' not in asker.answers[0].data
 
 
 async def test_a_running_task_is_cancelled_by_telling_evaluate_first(stage: Stage) -> None:
@@ -364,12 +392,12 @@ async def test_a_running_task_is_cancelled_by_telling_evaluate_first(stage: Stag
     asker = Asker(stage.bus)
     await stage.claimed(envelope(ad(task_id="t1"), now=stage.bus.now()), attempt=2)
     await asker.ask(stage.bus.subjects.of("cancel", "t1"))
-    record = await asker.answer(TaskRecord)
+    result, record = await asker.answer(TaskResult), await stage.read("t1")
     assert (record.state, record.envelope.error and record.envelope.error.code) == ("cancelled", "cancelled")
     assert record.ended_at is not None
     told = await stage.seen("task", phase="evaluate", task_id="t1")
     assert (told.error.code, told.attempt) == ("cancelled", 2)
-    assert (await stage.read("t1")) == record
+    assert record.to_result() == result
 
 
 async def test_a_cancelled_task_has_the_tokens_of_its_failed_attempts(stage: Stage) -> None:
@@ -380,8 +408,8 @@ async def test_a_cancelled_task_has_the_tokens_of_its_failed_attempts(stage: Sta
     await stage.put("execute", env)
     asker = Asker(stage.bus)
     await asker.ask(stage.bus.subjects.of("cancel", "t1"))
-    record = await asker.answer(TaskRecord)
-    assert (record.state, record.to_result().prompt_tokens, record.to_result().usd) == ("cancelled", 20, 1.0)
+    result = await asker.answer(TaskResult)
+    assert (result.state, result.prompt_tokens, result.usd) == ("cancelled", 20, 1.0)
     told = await stage.seen("task", phase="evaluate")
     assert (told.error.code, told.spent) == ("cancelled", took.usage_with(took))
 
@@ -393,8 +421,9 @@ async def test_who_is_to_be_answered_is_not_shown_to_who_cancels_a_task_on_its_w
     sent = submission(task, reply_to=submitter.inbox)
     await stage.bus.store(stage.bus.subjects.intake("normal", "t1"), sent, msg_id=new_id())
     assert (await stage.seen("task", phase="match")).known.reply_to == (submitter.inbox,)
-    await asker.ask(stage.bus.subjects.of("cancel", "t1"))
-    record = await asker.answer(TaskRecord)
+    await asker.ask(stage.bus.subjects.of("cancel", "t1"), {"full": True})
+    record = (await asker.answer(TaskStatus)).record
+    assert record is not None
     assert (record.state, record.envelope.known) == ("cancelled", None)
     assert submitter.inbox not in asker.answers[0].data.decode()
     assert (await stage.read("t1")).envelope.known is None
@@ -405,7 +434,7 @@ async def test_cancelling_what_has_ended_changes_nothing(stage: Stage) -> None:
     asker = Asker(stage.bus)
     ended = await end(stage, ad(task_id="t1"))
     await asker.ask(stage.bus.subjects.of("cancel", "t1"))
-    assert await asker.answer(TaskRecord) == ended
+    assert await asker.answer(TaskResult) == ended.to_result()
     assert not stage.all("task")
 
 
@@ -418,8 +447,8 @@ async def test_a_queued_task_is_cancelled_before_it_is_admitted(stage: Stage) ->
     await submitter.ask(stage.bus.subjects.submit, task)
     await stage.seen("intake", task_id=task.task_id)
     await asker.ask(stage.bus.subjects.of("cancel", task.task_id))
-    assert (await asker.answer(TaskRecord)).state == "cancelled"
-    assert (await submitter.error()).code == "cancelled"
+    assert (await asker.answer(TaskResult)).state == "cancelled"
+    assert (await submitter.failure()).code == "cancelled"
     await stage.bus.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}")
     await stage.settled("INTAKE")  # admission finds it ended
     assert not stage.all("task", phase="match", task_id=task.task_id)

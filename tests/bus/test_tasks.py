@@ -6,6 +6,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from msgspec.structs import asdict
 from support.buses import Connect, Heard, envelope
 from support.hops import arrived, messages
 from support.logs import capture_logs
@@ -16,11 +17,11 @@ from loom.bus.answers import answer, answer_error, answer_task, error_headers, m
 from loom.bus.client import Bus, Msg
 from loom.bus.tasks import TaskHandle
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import TaskRecord
+from loom.schemas.envelope import TaskRecord, TaskStatus
 from loom.schemas.errors import BusUnavailable, Cancelled, InvalidTask, LoomError, NoBids, Overloaded, UnknownTask
 from loom.schemas.events import TextDelta
 from loom.schemas.run import Delta
-from loom.schemas.task import Accepted, ErrorReply, RunResult, Submission, TaskAd, TaskError, TaskResult
+from loom.schemas.task import Accepted, RunResult, Submission, TaskAd, TaskError, TaskResult
 from loom.schemas.wire import decode
 
 AD = TaskAd(task_id="t1", description="count the words")
@@ -160,14 +161,14 @@ async def test_a_lost_result_message_is_found_out_by_asking(
     desk: Desk, handle: TaskHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks, "ASK_AGAIN_S", 0.05)
-    desk.says["status"] = _ended(state="running", ended_at=None)
+    desk.says["status"] = _ended(state="running", ended_at=None).to_result()
     waiting = asyncio.ensure_future(handle.result(10))
     await until(lambda: len(desk.asked) >= 2, what="asked twice")
     assert not waiting.done()
     desk.says["status"] = Accepted(task_id="t1")
     await until(lambda: len(desk.asked) >= 4, what="asked again")
     assert not waiting.done()
-    desk.says["status"] = _ended()
+    desk.says["status"] = _ended().to_result()
     assert (await waiting).content == "42"
 
 
@@ -314,11 +315,19 @@ async def test_progress_ends_quietly_when_no_phase_answers_and_the_result_says_w
 # -- asking and cancelling
 
 
-async def test_the_status_is_the_record_or_that_the_task_waits(desk: Desk, handle: TaskHandle) -> None:
-    desk.says["status"] = _ended()
-    assert await handle.status() == _ended()
+async def test_the_status_is_a_result_and_the_record_is_absent_while_the_task_waits(
+    desk: Desk, handle: TaskHandle
+) -> None:
+    desk.says["status"] = TaskStatus(**asdict(_ended().to_result()), record=_ended())
+    assert (await handle.status(), await handle.record()) == (_ended().to_result(), _ended())
     desk.says["status"] = Accepted(task_id="t1")
-    assert await handle.status() == TaskResult(task_id="t1", state="accepted")
+    assert (await handle.status(), await handle.record()) == (TaskResult(task_id="t1", state="accepted"), None)
+
+
+async def test_the_status_of_a_failed_task_is_a_result_too(desk: Desk, handle: TaskHandle) -> None:
+    failed = _result(state="failed", error=TaskError(code="no_bids", message="no node has bid"))
+    desk.says["status"] = failed
+    assert await handle.status() == failed
 
 
 async def test_an_unknown_task_is_said(desk: Desk, handle: TaskHandle) -> None:
@@ -330,9 +339,9 @@ async def test_an_unknown_task_is_said(desk: Desk, handle: TaskHandle) -> None:
         await handle.cancel()
 
 
-async def test_cancelling_returns_the_record(desk: Desk, handle: TaskHandle) -> None:
-    desk.says["cancel"] = _ended(state="cancelled")
-    assert await handle.cancel() == _ended(state="cancelled")
+async def test_cancelling_returns_the_result(desk: Desk, handle: TaskHandle) -> None:
+    desk.says["cancel"] = _ended(state="cancelled").to_result()
+    assert await handle.cancel() == _ended(state="cancelled").to_result()
     assert desk.asked == ["cancel"]
 
 
@@ -344,7 +353,7 @@ async def test_an_id_that_is_no_token_cannot_be_asked_for(plain: Bus) -> None:
 # -- answers
 
 
-async def test_a_failed_task_is_answered_as_an_error_in_headers_and_body(plain: Bus) -> None:
+async def test_a_failed_task_is_answered_with_its_result_and_as_an_error_in_the_headers(plain: Bus) -> None:
     error = TaskError(code="cancelled", message="someone\ncancelled\r\nthe task: 代码")
     record = _ended(state="cancelled", envelope=envelope(error=error))
     heard: list[Msg] = []
@@ -355,7 +364,7 @@ async def test_a_failed_task_is_answered_as_an_error_in_headers_and_body(plain: 
     assert msg.headers is not None
     assert msg.headers["Nats-Service-Error-Code"] == "cancelled"
     assert msg.headers["Nats-Service-Error"] == "someone cancelled the task: ??"
-    assert decode(msg.data, ErrorReply) == ErrorReply(code="cancelled", message=error.message, task_id="t1")
+    assert decode(msg.data, TaskResult) == record.to_result()
 
     await answer_task(plain, reply, _ended())
     await plain.echo()

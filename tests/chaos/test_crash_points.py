@@ -164,9 +164,7 @@ class Town(Stage):
             await until(lambda: self.client.answers, within_s=WITHIN_S, what=f"{self.crash}: an answer")
         if record.state == "succeeded":
             assert {decode(msg.data, TaskResult) for msg in self.client.answers} <= {record.to_result()}, self.crash
-        found = await tasks.status(self.bus, self.task.task_id)
-        assert isinstance(found, TaskRecord)
-        assert found.to_result() == record.to_result(), self.crash
+        assert await tasks.status(self.bus, self.task.task_id) == record.to_result(), self.crash
 
 
 @pytest.mark.slow

@@ -179,8 +179,8 @@ async def test_a_task_whose_messages_were_lost_ends_after_its_deadline_when_it_i
     await lose(stage)
 
     async def ended() -> TaskRecord | None:
-        found = await tasks.status(stage.bus, handle.task_id)
-        return found if isinstance(found, TaskRecord) and found.ended else None
+        found = await tasks.record(stage.bus, handle.task_id)
+        return found if found is not None and found.ended else None
 
     record = await until(ended, what="the task has ended")
     assert record.envelope.error is not None

@@ -34,7 +34,7 @@ async def test_a_host_that_is_slow_to_come_back_after_an_outage_is_not_taken_for
         pinned = TaskAd(domain="code", description="after", node_id="slow")
         handle = await tasks.publish(client, pinned)
         after = await handle.result(30)
-        record = await handle.status()
+        record = await handle.record()
 
     assert first.success
     assert after.success

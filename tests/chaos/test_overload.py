@@ -13,7 +13,6 @@ from loom.bus import tasks, topology
 from loom.bus.client import Bus
 from loom.runner.cluster import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import Overloaded, UnknownTask
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
@@ -82,9 +81,9 @@ async def succeeded(bus: Bus, ids: list[str]) -> None:
     for task_id in ids:
 
         async def ended(task_id: str = task_id) -> bool:
-            record = await tasks.status(bus, task_id)
-            assert record.state not in ("failed", "cancelled"), record
-            return isinstance(record, TaskRecord) and record.ended
+            found = await tasks.status(bus, task_id)
+            assert found.state not in ("failed", "cancelled"), found
+            return found.success
 
         await until(ended, within_s=WITHIN_S, what=f"{task_id} has ended")
 

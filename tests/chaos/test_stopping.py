@@ -18,7 +18,7 @@ from loom.bus.client import Bus
 from loom.bus.tasks import TaskHandle
 from loom.runner.cluster import running_nodes, running_phases
 from loom.runner.embedded import NatsServer, find_server
-from loom.schemas.envelope import PHASES, TaskRecord
+from loom.schemas.envelope import PHASES
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
 
@@ -83,8 +83,8 @@ async def test_what_a_stopped_process_had_in_hand_is_finished_by_another(
         moved, kept = await publish(bus), await publish(bus, node_id="other")  # the sleeper claims more
 
         async def runs() -> bool:
-            record = await moved.status()
-            return isinstance(record, TaskRecord) and record.claim.node_id == "sleeper" and bool(agent.begun)
+            record = await moved.record()
+            return record is not None and record.claim.node_id == "sleeper" and bool(agent.begun)
 
         await until(runs, within_s=WITHIN_S, what="one runs on each host")
         async with start("phase", "execute") as second:

@@ -61,7 +61,7 @@ async def test_submit_answers_with_the_result(
     assert "Nats-Service-Error-Code" not in headers
 
 
-async def test_without_waiting_submit_answers_accepted_and_status_has_the_record(
+async def test_without_waiting_submit_answers_accepted_and_status_has_the_result_and_the_record(
     raw: Client, namespace: str, nodes: list[AgentNode], tapped: list[Msg]
 ) -> None:
     ad = {"task_id": "t-1", "domain": "code", "description": "sort", "wait": False}
@@ -69,10 +69,15 @@ async def test_without_waiting_submit_answers_accepted_and_status_has_the_record
     assert answer == {"task_id": "t-1", "state": "accepted"}
 
     async def ended() -> Any:
-        record, _ = await ask(raw, f"{namespace}.status.t-1")
-        return record if record.get("state") == "succeeded" else None
+        status, _ = await ask(raw, f"{namespace}.status.t-1")
+        return status if status["state"] == "succeeded" else None
 
-    record = await until(ended, what="the task succeeded")
+    result = await until(ended, what="the task succeeded")
+    assert (result["task_id"], result["content"], result["node_id"]) == ("t-1", "done: sort", "coder")
+    full, _ = await ask(raw, f"{namespace}.status.t-1", {"full": True})
+    record = full.pop("record")
+    assert full == result
+    assert "reply_to" not in record
     assert record["envelope"]["result"]["content"] == "done: sort"
     assert [hop["phase"] for hop in record["envelope"]["hops"]] == ["sense", "match", "scale", "execute"]
     assert record["envelope"]["award"]["bids"][0]["node_id"] == "coder"
@@ -142,15 +147,29 @@ async def test_labels_are_on_record_result_and_reward_and_no_agent_sees_them(
         assert "acme" not in json.dumps(bodies(family))
 
 
-async def test_a_failed_task_is_answered_as_an_error(
+async def test_a_failed_task_is_answered_with_its_result_and_as_an_error(
     raw: Client, namespace: str, nodes: list[AgentNode], tapped: list[Msg]
 ) -> None:
     nodes[:] = [node("clumsy", fail, code=0.9)]
     answer, headers = await ask(raw, f"{namespace}.submit", {"domain": "code", "description": "sort"})
 
-    assert answer["code"] == "agent_failed"
     assert headers["Nats-Service-Error-Code"] == "agent_failed"
-    assert "RuntimeError" in answer["message"]
+    assert answer["state"] == "failed"
+    assert answer["error"]["code"] == "agent_failed"
+    assert "RuntimeError" in answer["error"]["message"]
+    status, headers = await ask(raw, f"{namespace}.status.{answer['task_id']}")
+    assert status == answer
+    assert not headers
+
+
+@pytest.mark.parametrize("family", ["status", "cancel"])
+async def test_a_request_about_an_unknown_task_is_refused(
+    raw: Client, namespace: str, phases: Bus, family: str
+) -> None:
+    answer, headers = await ask(raw, f"{namespace}.{family}.nobodys")
+
+    assert headers["Nats-Service-Error-Code"] == answer["code"] == "unknown_task"
+    assert set(answer) == {"code", "message"}
 
 
 DEEP = b'{"description": "x", "context": ' + b'{"a":' * 2000 + b"1" + b"}" * 2000 + b"}"
@@ -186,6 +205,7 @@ async def test_bad_input_is_refused_with_its_field_and_queues_nothing(
     assert answer["code"] == headers["Nats-Service-Error-Code"] == "invalid_task"
     assert answer.get("field") == field
     assert field is None or field in answer["message"]
+    assert set(answer) <= {"code", "message", "field"}
     stream = await raw.jetstream().stream_info(f"{namespace.upper()}_INTAKE")
     assert stream.state.last_seq == 0
     good, _ = await ask(raw, f"{namespace}.submit", {"domain": "code", "description": "still there?"})

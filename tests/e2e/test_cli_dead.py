@@ -142,10 +142,10 @@ async def _one_more(cluster: Cluster) -> Letter:
 
 async def _ended(cluster: Cluster, task_id: str) -> TaskRecord | None:
     try:
-        found = await tasks.status(cluster.bus, task_id)
+        found = await tasks.record(cluster.bus, task_id)
     except UnknownTask:  # on its way into the intake
         return None
-    return found if isinstance(found, TaskRecord) and found.ended else None
+    return found if found is not None and found.ended else None
 
 
 @pytest.mark.parametrize(

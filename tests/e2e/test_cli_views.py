@@ -64,8 +64,8 @@ async def _begin(cluster: Cluster, task_id: str) -> None:
     """Hand in a task that does not end, and wait until it runs."""
 
     async def runs() -> bool:
-        record = await handle.status()
-        return isinstance(record, TaskRecord) and record.claim.attempt > 0
+        record = await handle.record()
+        return record is not None and record.claim.attempt > 0
 
     handle = await tasks.publish(cluster.bus, TaskAd(task_id=task_id, node_id="slow", description="go on"))
     await until(lambda: _known(runs), what=f"{task_id} runs")

@@ -21,7 +21,6 @@ from loom.bus.client import Bus, Msg
 from loom.bus.tasks import TaskHandle
 from loom.runner.cluster import running_nodes, running_phases
 from loom.runner.embedded import NatsServer
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.task import TaskAd
 
 WITHIN_S = 30
@@ -115,8 +114,8 @@ async def begun_on(bus: Bus, node_id: str, domain: str = "") -> TaskHandle:
     handle = await tasks.publish(bus, ad, deltas=False)
 
     async def runs() -> bool:
-        record = await handle.status()
-        return isinstance(record, TaskRecord) and record.claim.node_id == node_id
+        record = await handle.record()
+        return record is not None and record.claim.node_id == node_id
 
     await until(runs, within_s=WITHIN_S, what=f"a task runs on {node_id}")
     return handle

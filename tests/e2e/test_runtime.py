@@ -87,11 +87,11 @@ async def test_a_handle_streams_events_and_gives_status_and_result(on_bus: tuple
         handle = await rt.publish(TaskAd(domain="code", description="sort"))
         texts = [delta.event.text async for delta in handle.events() if isinstance(delta.event, TextDelta)]
         result = await handle.result()
-        record = await handle.status()
+        status, record = await handle.status(), await handle.record()
 
     assert "".join(texts) == result.content == "done: sort"
     assert isinstance(record, TaskRecord)
-    assert record.state == "succeeded"
+    assert status == result == record.to_result()
 
 
 async def test_cancelling_stops_the_agent_within_a_second(on_bus: tuple[str, str], phases: Bus) -> None:
@@ -111,13 +111,16 @@ async def test_cancelling_stops_the_agent_within_a_second(on_bus: tuple[str, str
         handle = await rt.publish(TaskAd(domain="code", description="wait"))
         async with asyncio.timeout(5):
             await started.wait()
-        record = await handle.cancel()
+        cancelled = await handle.cancel()
         async with asyncio.timeout(1):
             await stopped.wait()
+        record = await handle.record()
         with pytest.raises(Cancelled):
             await handle.content(5)
 
-    assert record.state == "cancelled"
+    assert cancelled.state == "cancelled"
+    assert record is not None
+    assert record.to_result() == cancelled
     assert record.envelope.award is not None  # its story so far is kept
     assert [hop.phase for hop in record.envelope.hops][:3] == ["sense", "match", "scale"]  # EXECUTE may say it first
 

@@ -26,7 +26,7 @@ from loom.runner.cli import serve
 from loom.runner.cluster import running_nodes
 from loom.runner.embedded import NatsServer
 from loom.runner.supervisor import LONGEST_S, STEADY_S, Backoff, Program, Supervisor, keep_alive
-from loom.schemas.envelope import PHASES, TaskRecord
+from loom.schemas.envelope import PHASES
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
@@ -192,11 +192,10 @@ class Cluster:
     async def reaches(self, task_id: str, state: str, within_s: float = 20) -> None:
         async def reached() -> bool:
             try:
-                record = await tasks.status(self.bus, task_id)
+                record = await tasks.record(self.bus, task_id)
             except BusUnavailable:
                 return False
-            claimed = isinstance(record, TaskRecord) and bool(record.claim.host_id)
-            return record.state == state and claimed
+            return record is not None and record.state == state and bool(record.claim.host_id)
 
         await until(reached, within_s=within_s, what=f"{task_id} is {state}")
 

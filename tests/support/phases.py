@@ -24,7 +24,7 @@ from loom.schemas.envelope import Award, Claim, Envelope, Phase, Spec, TaskRecor
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.llm import LLMProvider
 from loom.schemas.run import Delta, RunEvent, RunKind, RunRequest
-from loom.schemas.task import ErrorReply, RunResult, Submission, TaskAd, TaskResult
+from loom.schemas.task import ErrorReply, RunResult, Submission, TaskAd, TaskError, TaskResult
 from loom.schemas.wire import decode, encode, new_id
 from support.wait import until
 
@@ -354,11 +354,20 @@ class Asker:
         return decode(self.answers[count - 1].data, shape)
 
     async def error(self, *, count: int = 1) -> ErrorReply:
-        """Wait for an error reply, whose headers and body must agree."""
+        """Wait for the refusal of a request, whose headers and body must agree."""
         reply = await self.answer(ErrorReply, count=count)
-        headers = self.answers[count - 1].headers or {}
-        assert headers.get("Nats-Service-Error-Code") == reply.code
+        assert self._code(count) == reply.code
         return reply
+
+    async def failure(self) -> TaskError:
+        """Wait for the result of a task that has failed, whose headers must agree with its error, and return that."""
+        result = await self.answer(TaskResult)
+        assert result.error is not None
+        assert (result.success, self._code(1)) == (False, result.error.code)
+        return result.error
+
+    def _code(self, count: int) -> str | None:
+        return (self.answers[count - 1].headers or {}).get("Nats-Service-Error-Code")
 
 
 async def quiet(bus: Bus, *others: Bus) -> None:

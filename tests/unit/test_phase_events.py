@@ -105,7 +105,7 @@ class Watched:
         self.records = list(records)
         self.reads = 0
 
-    async def status(self) -> TaskRecord:
+    async def record(self) -> TaskRecord:
         self.reads += 1
         found = self.records.pop(0) if len(self.records) > 1 else self.records[0]
         if isinstance(found, Exception):
