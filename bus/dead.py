@@ -14,13 +14,15 @@ from loom.bus.duplicates import store_once
 from loom.bus.log import get_logger
 from loom.bus.records import records
 from loom.schemas.envelope import DeadLetter, Envelope, Phase, TaskRecord
+from loom.schemas.notices import envelope_in
 from loom.schemas.task import Submission, TaskAd, TaskError, is_token
 from loom.schemas.wire import MAX_MESSAGE_BYTES, Undecodable, decode
 
 log = get_logger()
 
 T = TypeVar("T")
-End = Callable[[Envelope], Awaitable[None]]
+End = Callable[[Envelope, bytes], Awaitable[None]]
+"""Ends a task here, by an envelope with the error; the bytes are those of the dead message."""
 _PREFIX = "Loom-Dead-"
 
 
@@ -66,7 +68,7 @@ async def bury(bus: Bus, phase: Phase, task_id: str, delivery: Delivery, reason:
         TaskError(code="dead_letter", message=f"{phase} could not handle the task: {reason}"[:2000])
     )
     if end is not None:
-        await end(envelope)
+        await end(envelope, raw)
     else:
         await store_once(bus, bus.subjects.task("evaluate", envelope.priority, task_id), envelope, msg_id=msg_id)
 
@@ -90,8 +92,8 @@ async def _record(bus: Bus, task_id: str) -> tuple[TaskRecord | None, bool]:
 
 
 def _own_envelope(raw: bytes, task_id: str) -> Envelope | None:
-    """The message as the envelope of the task its subject names."""
-    envelope = _read(raw, Envelope)
+    """The envelope in the message, if it is of the task its subject names."""
+    envelope = envelope_in(raw)
     return envelope if envelope is not None and is_token(task_id) and envelope.task_id == task_id else None
 
 

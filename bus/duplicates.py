@@ -14,6 +14,7 @@ from loom.bus.records import records
 from loom.bus.stored import StoredMessage, read_message
 from loom.schemas.envelope import Envelope
 from loom.schemas.learning import Reward
+from loom.schemas.notices import PlanTimeout, envelope_in, read_scale_message
 from loom.schemas.wire import Undecodable, decode, encode, new_id
 
 log = get_logger()
@@ -59,7 +60,8 @@ async def resolve(
     stored = await read_message(bus, ack.stream, {"seq": ack.seq})
     if stored is None:
         # Settled by its reader, or removed by the client that took the id: the task itself shows which.
-        ours = isinstance(message, Envelope) and await _goes_on(bus, message, subject, max(ack.seq, after))
+        envelope = _carried(message)  # a notice does not carry the task, and may come twice
+        ours = envelope is not None and await _goes_on(bus, envelope, subject, max(ack.seq, after))
     else:
         ours = is_ours(stored, subject, message, headers or {}, bus.now())
     if ours:
@@ -71,20 +73,24 @@ async def resolve(
 def is_ours(stored: StoredMessage, subject: str, message: Any, headers: Mapping[str, str], now: float) -> bool:
     """Return whether a stored message does what `message` is to do.
 
-    An envelope must be of the same task and attempt and, on its way back by a schedule, not much later. Differences
-    between twins (hops, times, instance, result) do not count. A reward must have the same id and score. Anything
-    else must be the same bytes.
+    An envelope, also one in a PlanTimeout, must be of the same task and attempt and, on its way back by a schedule,
+    not much later. Differences between twins (hops, times, instance, result) do not count. A reward must have the
+    same id and score. Anything else must be the same bytes.
     """
     if isinstance(message, Reward):
         return _is_same_reward(stored, subject, message)
-    if not isinstance(message, Envelope):
+    wanted = _carried(message)
+    if wanted is None:
         return stored.subject == subject and stored.data == (message if isinstance(message, bytes) else encode(message))
     try:
-        twin = decode(stored.data, Envelope)
+        twin = read_scale_message(stored.data)
     except Undecodable:
         return False
-    same = (twin.task_id, twin.attempt, _child(twin)) == (message.task_id, message.attempt, _child(message))
-    return same and _comes_out_alike(stored, subject, message.task_id, headers, now)
+    carried = _carried(twin)
+    if carried is None or type(twin) is not type(message):
+        return False
+    same = (carried.task_id, carried.attempt) == (wanted.task_id, wanted.attempt)
+    return same and _comes_out_alike(stored, subject, wanted.task_id, headers, now)
 
 
 def _is_same_reward(stored: StoredMessage, subject: str, reward: Reward) -> bool:
@@ -100,8 +106,11 @@ def _is_same_reward(stored: StoredMessage, subject: str, reward: Reward) -> bool
     return stored.subject == subject and twin.score == reward.score
 
 
-def _child(envelope: Envelope) -> str | None:
-    return envelope.split.child if envelope.split else None
+def _carried(message: Any) -> Envelope | None:
+    """The envelope that a message is or holds."""
+    if isinstance(message, PlanTimeout):
+        return message.envelope
+    return message if isinstance(message, Envelope) else None
 
 
 def _comes_out_alike(stored: StoredMessage, subject: str, task_id: str, headers: Mapping[str, str], now: float) -> bool:
@@ -136,8 +145,6 @@ async def _goes_on(bus: Bus, envelope: Envelope, subject: str, after: int) -> bo
     """Whether the task has got beyond the hop on `subject`, of which nothing is stored any more."""
     parsed = bus.subjects.parse(subject)
     phase = parsed.tokens.get("phase", "") if parsed else ""
-    if _child(envelope) is not None or (phase == "scale" and (envelope.error or envelope.result)):
-        return False  # news for SCALE does not carry the task, and may come twice
     try:
         entry = await records(bus).get(envelope.task_id)
     except Undecodable:
@@ -155,8 +162,5 @@ async def _goes_on(bus: Bus, envelope: Envelope, subject: str, after: int) -> bo
 
 
 def _carries(found: StoredMessage, envelope: Envelope) -> bool:
-    try:
-        carried = decode(found.data, Envelope)
-    except Undecodable:
-        return False
-    return carried.task_id == envelope.task_id and carried.attempt >= envelope.attempt and _child(carried) is None
+    carried = envelope_in(found.data)
+    return carried is not None and carried.task_id == envelope.task_id and carried.attempt >= envelope.attempt

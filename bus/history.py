@@ -12,9 +12,10 @@ from msgspec.structs import replace
 from loom.bus.client import Bus, Refused
 from loom.bus.ordered import OrderedReader, Stored
 from loom.bus.records import records
-from loom.schemas.envelope import Envelope, TaskRecord
+from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import InvalidTask, UnknownTask
 from loom.schemas.learning import Reward
+from loom.schemas.notices import envelope_in
 from loom.schemas.task import Submission, is_token
 from loom.schemas.wire import Undecodable, decode
 
@@ -169,7 +170,7 @@ async def find(bus: Bus, task_id: str) -> Found:
     entry = await records(bus).get(task_id)
     record = entry.value if entry is not None else None
     if record is None:
-        submission = await _last(bus, "INTAKE", bus.subjects.of("intake", "*", task_id), Submission)
+        submission = await _last(bus, "INTAKE", bus.subjects.of("intake", "*", task_id), _submission_in)
         if submission is not None:
             return Found(None, "", submission[1])
         record = await _recent(bus, task_id)
@@ -193,29 +194,32 @@ async def _recent(bus: Bus, beginning: str) -> TaskRecord:
 
 async def _under_way(bus: Bus, record: TaskRecord) -> Found:
     """The record of a running task with the envelope of the hop it is at."""
-    hop = await _last(bus, "TASKS", bus.subjects.of("task", "*", "*", record.task_id), Envelope)
-    if hop is not None and not _is_notice(hop[1]):
+    hop = await _last(bus, "TASKS", bus.subjects.of("task", "*", "*", record.task_id), envelope_in)
+    if hop is not None:  # after a notice: the parked task itself waits elsewhere
         subject, envelope = hop
         parsed = bus.subjects.parse(subject)
         return Found(replace(record, envelope=envelope), parsed.tokens["phase"] if parsed else "")
-    waiting = await _last(bus, "TASKS", bus.subjects.of("later", record.task_id, "*"), Envelope)
+    waiting = await _last(bus, "TASKS", bus.subjects.of("later", record.task_id, "*"), envelope_in)
     if waiting is not None:
         return Found(replace(record, envelope=waiting[1]), "later")
     return Found(record, "")
 
 
-def _is_notice(envelope: Envelope) -> bool:
-    """Whether it only tells SCALE that a subtask has ended; the parked task itself waits elsewhere."""
-    return envelope.split is not None and envelope.split.child is not None
-
-
-async def _last(bus: Bus, stream: str, subject: str, shape: type[T]) -> tuple[str, T] | None:
-    """The last message that matches `subject`; None when there is none, or it cannot be read."""
+async def _last(bus: Bus, stream: str, subject: str, read: Callable[[bytes], T | None]) -> tuple[str, T] | None:
+    """Subject and content of the last message that matches `subject`; None if there is none, or it is unreadable."""
     try:
         answer = await bus.api(f"STREAM.MSG.GET.{bus.subjects.stream(stream)}", {"last_by_subj": subject})
-        message = answer["message"]
-        return message["subject"], decode(base64.b64decode(message.get("data", "")), shape)
-    except (Refused, Undecodable):
+    except Refused:
+        return None
+    message = answer["message"]
+    content = read(base64.b64decode(message.get("data", "")))
+    return None if content is None else (message["subject"], content)
+
+
+def _submission_in(raw: bytes) -> Submission | None:
+    try:
+        return decode(raw, Submission)
+    except Undecodable:
         return None
 
 

@@ -15,6 +15,7 @@ from loom.bus.dead import is_submission, letter_facts
 from loom.bus.history import newest
 from loom.schemas.envelope import DeadLetter, Envelope
 from loom.schemas.errors import DeadLettered, LoomError
+from loom.schemas.notices import PlanTimeout, read_scale_message
 from loom.schemas.task import Submission, TaskAd
 from loom.schemas.wire import Undecodable, decode
 
@@ -115,13 +116,20 @@ def _ad_in(bus: Bus, dead: Letter) -> TaskAd:
     try:
         if is_submission(bus, dead.facts.subject):
             return decode(dead.body, Submission).ad
-        envelope = decode(dead.body, Envelope)
+        message = read_scale_message(dead.body)
     except Undecodable as error:
         why = "its bytes were cut" if dead.facts.cut else error.message
         raise DeadLettered(
             f"letter {dead.seq} holds no task that can be read ({why}): see `loom dead show {dead.seq}`, "
             f"then `loom dead drop {dead.seq}`"
         ) from None
+    envelope = message.envelope if isinstance(message, PlanTimeout) else message
+    if not isinstance(envelope, Envelope):
+        raise DeadLettered(
+            f"letter {dead.seq} is a notice about task {envelope.task_id} and means nothing without it: "
+            "hand that one in again",
+            task_id=envelope.task_id,
+        )
     if envelope.split is not None:
         raise DeadLettered(
             f"letter {dead.seq} is a part of task {envelope.split.parent} and means nothing without it: "

@@ -21,6 +21,7 @@ from loom.bus.pull import Pull
 from loom.bus.topology import Lane, ensure_consumer
 from loom.schemas.envelope import Envelope, Hop, Phase
 from loom.schemas.errors import LoomError, Overloaded
+from loom.schemas.notices import PlanTimeout
 from loom.schemas.wire import Undecodable, decode, total_s
 
 log = get_logger()
@@ -53,6 +54,7 @@ class Service(Generic[T]):
         lanes: Consumer and slots of each lane.
         shape: What the messages are.
         handle: Decides; may publish what stored state implies before it returns.
+        read: Reads a message where it is not always of one shape.
         window: How many more messages a lane may take, where its slots alone don't say.
         end: Ends a task whose message is dead, where that is this phase's own business.
     """
@@ -61,6 +63,7 @@ class Service(Generic[T]):
     lanes: Sequence[tuple[Lane, int]]
     shape: type[T]
     handle: Callable[[T, Delivery], Awaitable[Outcome]]
+    read: Callable[[bytes], T] | None = None
     window: Callable[[Lane, Slots], int] = field(default=lambda _lane, slots: slots.free)
     end: End | None = None
 
@@ -172,13 +175,17 @@ class HopLoop(Generic[T]):
         if delivery.dead:
             return Dead(f"delivered {delivery.facts.delivered - 1} times without being settled")
         try:
-            message = decode(delivery.msg.data, self._service.shape)
+            message = self._read(delivery.msg.data)
         except Undecodable as error:
             return Dead(f"undecodable: {error.message}")
         try:
             return await self._service.handle(message, delivery)
         except Undecodable as error:  # a stored value: the next delivery would find the same
             return Dead(f"a stored value is undecodable: {error.message}")
+
+    def _read(self, raw: bytes) -> T:
+        service = self._service
+        return decode(raw, service.shape) if service.read is None else service.read(raw)
 
     async def _settle(self, delivery: Delivery, task_id: str, outcome: Outcome) -> None:
         match outcome:
@@ -221,7 +228,7 @@ class HopLoop(Generic[T]):
             self._bus.subjects.later(hopped.task_id, delivery.origin),
             target=self._bus.subjects.task(later.phase or self._service.phase, hopped.priority, hopped.task_id),
             at=self._bus.now() + later.delay_s,
-            envelope=hopped,
+            message=hopped,
             msg_id=later.msg_id or f"{hopped.task_id}:{delivery.origin}",
         )
 
@@ -239,10 +246,12 @@ class HopLoop(Generic[T]):
                 await self._answer(delivery, b"+WPI")
 
 
-async def schedule(bus: Bus, subject: str, *, target: str, at: float, envelope: Envelope, msg_id: str) -> None:
-    """Store `envelope` under `subject`, to be moved to `target` at server time `at`.
+async def schedule(
+    bus: Bus, subject: str, *, target: str, at: float, message: Envelope | PlanTimeout, msg_id: str
+) -> None:
+    """Store `message` under `subject`, to be moved to `target` at server time `at`.
 
     A second schedule on the same subject replaces the first.
     """
     headers = {SCHEDULE: f"@at {stamp(at)}", TARGET: target}
-    await store_once(bus, subject, envelope, msg_id=msg_id, headers=headers)
+    await store_once(bus, subject, message, msg_id=msg_id, headers=headers)

@@ -29,8 +29,20 @@ FAMILIES: tuple[Family, ...] = (
         "cancel", ("task_id",), "request", "StatusQuery or none → TaskResult", "anyone → SENSE, node hosts, EXECUTE"
     ),
     Family("intake", ("priority", "task_id"), "stream INTAKE", "Submission", "submit, Runtime → SENSE"),
-    Family("task", ("phase", "priority", "task_id"), "stream TASKS", "Envelope", "each phase → the next"),
-    Family("later", ("task_id", "origin"), "stream TASKS", "Envelope, scheduled", "a phase → itself; EVALUATE → MATCH"),
+    Family(
+        "task",
+        ("phase", "priority", "task_id"),
+        "stream TASKS",
+        "Envelope; to SCALE also SubtaskEnded, PlanTimeout, ParentEnded",
+        "each phase → the next",
+    ),
+    Family(
+        "later",
+        ("task_id", "origin"),
+        "stream TASKS",
+        "Envelope or PlanTimeout, scheduled",
+        "a phase → itself; EVALUATE → MATCH",
+    ),
     Family("auction", ("slug",), "scatter-gather", "CallForBids → Offer", "MATCH → every node host"),
     Family(
         "run", ("host_id",), "request, streamed replies", "RunRequest → RunEvents, one or several", "EXECUTE → a host"

@@ -17,6 +17,7 @@ from loom.bus.subjects import FAMILIES
 from loom.schemas.auction import CallForBids, HostAnnouncement, RetireRequest, SpawnRequest
 from loom.schemas.envelope import Envelope
 from loom.schemas.learning import Lifecycle, Reward
+from loom.schemas.notices import read_scale_message
 from loom.schemas.run import Delta, RunRequest
 from loom.schemas.task import Submission, TaskAd, TaskResult
 from loom.schemas.wire import Undecodable, decode
@@ -26,6 +27,8 @@ ROOM = 10_000
 ROOM_BYTES = 64 * 1024 * 1024
 """Their bodies together."""
 
+_READ_BY_TYPE = frozenset({"task", "later"})
+"""Families whose messages may be notices for SCALE, too."""
 SHAPES: dict[str, type[Any]] = {
     "submit": TaskAd,
     "intake": Submission,
@@ -148,7 +151,8 @@ class Tap:
         message: Any = msg.data
         if family in SHAPES:
             try:
-                message = decode(msg.data, SHAPES[family])
+                by_type = family in _READ_BY_TYPE
+                message = read_scale_message(msg.data) if by_type else decode(msg.data, SHAPES[family])
             except Undecodable:
                 message = msg.data  # shown as it came: judging it is the receiver's part
         return Seen(

@@ -126,8 +126,6 @@ class Split(Wire, frozen=True, kw_only=True):
     deadline: Timestamp
     """The parent's, in server time."""
     inputs: Outputs = {}
-    child: Token | None = None
-    """On a notice to the parent: the child that ended."""
 
 
 class Hop(Relayed, frozen=True, kw_only=True):

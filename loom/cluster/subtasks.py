@@ -13,11 +13,12 @@ from loom.bus.kv import Bucket
 from loom.bus.log import get_logger
 from loom.bus.records import records
 from loom.bus.tasks import TaskHandle
-from loom.schemas.envelope import Envelope, SplitPlan, Subtask, TaskRecord
+from loom.schemas.envelope import SplitPlan, Subtask, TaskRecord
 from loom.schemas.errors import LoomError
 from loom.schemas.events import SubtaskEvent
+from loom.schemas.notices import PlanTimeout, SubtaskEnded, read_scale_message
 from loom.schemas.run import Delta
-from loom.schemas.wire import Undecodable, decode
+from loom.schemas.wire import Undecodable
 
 log = get_logger()
 
@@ -73,14 +74,14 @@ class Subtasks:
 
     async def _on_hop(self, msg: Msg) -> None:
         try:
-            envelope = decode(msg.data, Envelope)
+            message = read_scale_message(msg.data)
         except Undecodable as error:
             self._bus.discards.add("envelope_undecodable", reason=error.message, subject=msg.subject)
             return
-        if self._bus.subjects.later(self._task_id, "timer") == msg.subject:
+        if isinstance(message, PlanTimeout):
             self._heard.put_nowait(None)
-        elif envelope.split is not None and envelope.split.child is not None:
-            self._heard.put_nowait(envelope.split.child)
+        elif isinstance(message, SubtaskEnded):
+            self._heard.put_nowait(message.child_id)
 
     async def _deltas(self, handle: TaskHandle) -> None:
         try:

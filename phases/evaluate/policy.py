@@ -10,7 +10,8 @@ from loom.phases.shared.check_pool import Violation
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import IN_HAND_S, MAX_TRIED, MAX_TRIED_CHARS, Best, Envelope, TaskRecord, Tried
 from loom.schemas.learning import Reward, Signal
-from loom.schemas.task import Accept, RunResult, TaskAd, TaskError, TaskState
+from loom.schemas.notices import SubtaskEnded
+from loom.schemas.task import Accept, RunResult, TaskError, TaskState
 
 COUNTED = frozenset({"node_lost", "agent_failed", "rejected_result"})
 """Errors that are the node's fault: counted, excluding it, rewarded with 0."""
@@ -330,21 +331,12 @@ def refuted(record: TaskRecord, ended_at: float) -> tuple[Reward, ...]:
     )
 
 
-def notice_of(record: TaskRecord) -> Envelope | None:
-    """Return what SCALE is told when a subtask of a plan has ended; None for any other task."""
+def notice_of(record: TaskRecord) -> SubtaskEnded | None:
+    """Return the notice for SCALE that a subtask of a plan has ended; None for any other task."""
     split = record.envelope.split
     if split is None or split.subtask is None:
         return None
-    return Envelope(
-        ad=TaskAd(
-            task_id=split.parent,
-            description=f"subtask {split.subtask} has ended",
-            priority=record.envelope.priority,
-        ),
-        split=replace(split, child=record.task_id, inputs={}),
-        deadline=split.deadline,
-        trace=record.envelope.trace,
-    )
+    return SubtaskEnded(task_id=split.parent, child_id=record.task_id, subtask=split.subtask)
 
 
 def may_be_divided(record: TaskRecord) -> bool:

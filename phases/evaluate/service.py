@@ -44,6 +44,7 @@ from loom.phases.shared.check_pool import CheckPool, NotChecked, Violation
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, SplitPlan, TaskRecord
 from loom.schemas.llm import LLMProvider
+from loom.schemas.notices import ParentEnded, SubtaskEnded
 from loom.schemas.wire import Undecodable
 
 log = get_logger()
@@ -137,7 +138,7 @@ class Evaluate:
         answer = await opinion.ask(self._llm, envelope, envelope.deadline - self._bus.now())
         return opinion.with_opinion(envelope, answer)
 
-    async def end_dead(self, envelope: Envelope) -> None:
+    async def end_dead(self, envelope: Envelope, _raw: bytes) -> None:
         """End a task of which even this phase could not handle the message."""
         end = End("failed", replace(envelope.without_result(), known=None))
         try:
@@ -218,7 +219,7 @@ class Evaluate:
         """Tell SCALE that a subtask has ended, or that a task has which may have been divided."""
         notice = notice_of(record)
         if notice is not None:
-            await self._store_for_scale(notice, f"{record.task_id}:done")
+            await self._store_for_scale(notice, record.envelope, f"{record.task_id}:done")
         # The plan is looked for after the record is written: whoever stores one reads the record after that.
         try:
             plan = await self._plans.get(record.task_id) if may_be_divided(record) else None
@@ -226,11 +227,12 @@ class Evaluate:
             log.warning("plan_undecodable", reason=error.message)
             plan = None
         if plan is not None and plan.value.subtasks:
-            await self._store_for_scale(record.envelope, f"{record.task_id}:unpark")
+            ended = ParentEnded(task_id=record.task_id)
+            await self._store_for_scale(ended, record.envelope, f"{record.task_id}:unpark")
 
-    async def _store_for_scale(self, envelope: Envelope, msg_id: str) -> None:
-        subject = self._bus.subjects.task("scale", envelope.priority, envelope.task_id)
-        await store_once(self._bus, subject, envelope, msg_id=msg_id)
+    async def _store_for_scale(self, notice: SubtaskEnded | ParentEnded, envelope: Envelope, msg_id: str) -> None:
+        subject = self._bus.subjects.task("scale", envelope.priority, notice.task_id)
+        await store_once(self._bus, subject, notice, msg_id=msg_id)
 
 
 def _finished(envelope: Envelope, now: float) -> float:

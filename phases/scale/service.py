@@ -1,8 +1,8 @@
 """Scale: divide a hard task into a graph of subtasks, ask for a node where one is missing, and pass the rest on.
 
-Consumes   task.scale.*.*    awarded tasks; notices that a subtask has ended; the end of a divided task
+Consumes   task.scale.*.*    awarded tasks; the notices SubtaskEnded, PlanTimeout and ParentEnded
 Publishes  task.sense        the first envelope of each subtask, once all it depends on has succeeded
-           later.<parent>    the parked parent, due at its deadline
+           later.<parent>    a PlanTimeout with the parked parent, due at its deadline
            task.execute      a task as it came, or a parent with its subtasks' outputs, to be put together
            cancel.<child>    that a subtask is to stop, once its parent has ended
            spawn             a request for one more node, to hosts that can start some
@@ -33,6 +33,7 @@ from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, SplitPlan, Subtask
 from loom.schemas.errors import BusUnavailable, InvalidPlan
 from loom.schemas.llm import LLMProvider
+from loom.schemas.notices import ParentEnded, PlanTimeout, ScaleMessage, SubtaskEnded, read_scale_message
 from loom.schemas.task import RunResult, TaskError
 from loom.schemas.wire import MAX_CONTENT_BYTES, Undecodable, cut_note, cut_utf8
 
@@ -56,8 +57,10 @@ class Scale:
         self._nodes = NodeRequests(bus)
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """Parent -> held by who changes its plan: only other replicas are met at the compare-and-set."""
-        service = Service("scale", [(SCALE_LANE, SLOTS)], Envelope, self.handle, end=self.end_dead)
-        self._loop = HopLoop(bus, service)
+        self._loop: HopLoop[ScaleMessage] = HopLoop(
+            bus,
+            Service("scale", [(SCALE_LANE, SLOTS)], Envelope, self.handle, read=read_scale_message, end=self.end_dead),
+        )
 
     def health(self) -> Health:
         """Return how far the work has got."""
@@ -71,23 +74,24 @@ class Scale:
         """Take nothing new, finish for at most `timeout_s`."""
         await self._loop.drain(timeout_s)
 
-    async def handle(self, envelope: Envelope, delivery: Delivery) -> Outcome:
-        """Divide the task, or pass it on; or go on with a plan after news of it."""
-        if envelope.split is not None and envelope.split.child is not None:
-            return await self._on_notice(envelope.split.parent, envelope.split.child)
-        if envelope.error is not None or envelope.result is not None:
-            return await self._on_end(envelope.task_id)
-        if envelope.spec is None:
-            return Dead("the envelope came without a spec")
-        if self._is_timer(delivery):
-            return Fail(PARKED, await self._with_parts(envelope))
-        if self._bus.now() >= envelope.deadline:
-            return Fail(LATE, envelope)
-        return await self._on_task(envelope)
+    async def handle(self, message: ScaleMessage, _delivery: Delivery) -> Outcome:
+        """Divide the task, or pass it on; or go on with a plan after a notice about it."""
+        match message:
+            case SubtaskEnded(task_id=parent_id, child_id=child_id):
+                return await self._on_subtask_ended(parent_id, child_id)
+            case ParentEnded(task_id=parent_id):
+                return await self._on_end(parent_id)
+            case PlanTimeout(envelope=envelope):
+                return Fail(PARKED, await self._with_parts(envelope))
+            case Envelope() as envelope:
+                return await self._on_task(envelope)
 
-    async def end_dead(self, envelope: Envelope) -> None:
-        """Hand a task whose message is dead to EVALUATE; a dead notice is not the envelope of the task it is about."""
-        if envelope.split is not None and envelope.split.child is not None:
+    async def end_dead(self, envelope: Envelope, raw: bytes) -> None:
+        """Hand a task whose message is dead to EVALUATE; one about which a notice is dead, unless that has ended."""
+        notice = _notice_in(raw)
+        if isinstance(notice, ParentEnded):
+            return
+        if isinstance(notice, SubtaskEnded):
             try:
                 plan = await self._plans.get(envelope.task_id)
             except Undecodable as error:  # the timer of the parked task ends it
@@ -109,13 +113,11 @@ class Scale:
             return envelope
         return with_parts(envelope, plan.value.subtasks) if plan is not None else envelope
 
-    def _is_timer(self, delivery: Delivery) -> bool:
-        """Whether a parked parent's time has come, by the server's clock."""
-        parsed = self._bus.subjects.parse(delivery.subject)
-        timer = self._bus.subjects.later(parsed.task_id, "timer") if parsed else ""
-        return delivery.msg.headers.get("Nats-Scheduler") == timer
-
     async def _on_task(self, envelope: Envelope) -> Outcome:
+        if envelope.spec is None:
+            return Dead("the envelope came without a spec")
+        if self._bus.now() >= envelope.deadline:
+            return Fail(LATE, envelope)
         if envelope.award is None:
             self._nodes.ask(envelope, saturated=False)
             return Next("match", envelope)
@@ -171,9 +173,9 @@ class Scale:
             return graph.whole(envelope, "the model sees one task in it")
         return graph.begin(envelope, subtasks)
 
-    # -- news of a plan
+    # -- notices
 
-    async def _on_notice(self, parent_id: str, child_id: str) -> Outcome:
+    async def _on_subtask_ended(self, parent_id: str, child_id: str) -> Outcome:
         """A subtask has ended: note it, and publish what follows."""
         child = await self._records.get(child_id)
         if child is None or not child.value.ended:
@@ -260,7 +262,7 @@ class Scale:
             self._bus.subjects.later(plan.parent_id, "timer"),
             target=self._bus.subjects.task("scale", parent.priority, plan.parent_id),
             at=parent.deadline,
-            envelope=parent,
+            message=PlanTimeout(envelope=parent),
             msg_id=f"{plan.parent_id}:timer",
         )
         # Read after the plan is stored and the timer set: whoever ends or joins the parent sees one of them.
@@ -312,6 +314,13 @@ class Scale:
         """Take the parked parent out of the stream, where it would count as work."""
         stream = self._bus.subjects.stream("TASKS")
         await self._bus.api(f"STREAM.PURGE.{stream}", {"filter": self._bus.subjects.later(parent_id, "timer")})
+
+
+def _notice_in(raw: bytes) -> ScaleMessage | None:
+    try:
+        return read_scale_message(raw)
+    except Undecodable:
+        return None
 
 
 def _charged_as(plan: SplitPlan, envelope: Envelope) -> Envelope:

@@ -15,6 +15,7 @@ from loom.phases.sense.admission import Admission, envelope_for
 from loom.phases.shared.check_pool import CheckPool
 from loom.schemas.envelope import Envelope, TaskRecord, TaskStatus
 from loom.schemas.errors import InvalidTask, LoomError, UnknownTask
+from loom.schemas.notices import envelope_in
 from loom.schemas.task import Accepted, StatusQuery, Submission, TaskAd, TaskError, TaskResult, is_token, parse_ad
 from loom.schemas.wire import Undecodable, decode
 
@@ -137,11 +138,9 @@ class Desk:
                 f"STREAM.MSG.GET.{self._bus.subjects.stream('TASKS')}",
                 {"last_by_subj": self._bus.subjects.task("*", "*", task_id)},
             )
-            envelope = decode(base64.b64decode(found["message"].get("data", "")), Envelope)
-        except (Refused, Undecodable):
+        except Refused:
             return None
-        is_notice = envelope.split is not None and envelope.split.child is not None  # it bears the task's id, no more
-        return None if is_notice else envelope
+        return envelope_in(base64.b64decode(found["message"].get("data", "")))
 
     async def _cancel_queued(self, task_id: str) -> TaskRecord:
         queued = await self._queued(task_id)

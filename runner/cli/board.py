@@ -9,6 +9,7 @@ from loom.schemas.auction import CallForBids
 from loom.schemas.envelope import Award, Envelope, Split
 from loom.schemas.events import TextDelta
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward
+from loom.schemas.notices import SubtaskEnded
 from loom.schemas.run import Delta
 from loom.schemas.task import Submission, TaskAd, TaskResult
 
@@ -68,8 +69,8 @@ class Board:
         if isinstance(message, Reward):
             self._reward(message)
             return None
-        if isinstance(message, Envelope) and message.split is not None and seen.family == "task":
-            return self._part(message.split, message.task_id)
+        if (part := _part_in(seen)) is not None:
+            return self._part(*part)
         row = self.rows.get(seen.tokens.get("task_id", "") or str(getattr(message, "task_id", "")))
         if row is None or row.ended:
             return None
@@ -100,20 +101,20 @@ class Board:
             self._to_learn.add((result.task_id, result.node_id))
         return row
 
-    def _part(self, split: Split, task_id: str) -> Row | None:
-        """Take in a hop of a subtask, or the notice that it has ended."""
-        row = self.rows.get(split.parent)
-        if row is None or row.ended or split.subtask is None:
+    def _part(self, parent_id: str, task_id: str, ended: bool) -> Row | None:
+        """Take in that a subtask is on its way, or has ended."""
+        row = self.rows.get(parent_id)
+        if row is None or row.ended:
             return None
         before = len(row.parts), len(row.parts_ended)
-        row.parts.add(split.child or task_id)
-        if split.child is not None:
-            row.parts_ended.add(split.child)
+        row.parts.add(task_id)
+        if ended:
+            row.parts_ended.add(task_id)
         return row if before != (len(row.parts), len(row.parts_ended)) else None
 
     def _move(self, row: Row, phase: str, envelope: Envelope) -> None:
-        if envelope.attempt < row.attempt or (phase == "scale" and (envelope.result or envelope.error) is not None):
-            return  # an older attempt; or what tells SCALE that the task has ended
+        if envelope.attempt < row.attempt:
+            return
         if envelope.attempt > row.attempt:
             row.tail = ""
         row.phase, row.attempt = phase, envelope.attempt
@@ -132,3 +133,14 @@ class Board:
         if news.profile is not None and (ours or news.node_id in self.profiles):
             self.profiles[news.node_id] = news.profile
         self._learned.update((task_id, news.node_id) for task_id in ours)
+
+
+def _part_in(seen: Seen) -> tuple[str, str, bool] | None:
+    """Parent and id of the subtask that a hop is about, and whether it has ended; None for any other message."""
+    match seen.message:
+        case SubtaskEnded() as notice:
+            return notice.task_id, notice.child_id, True
+        case Envelope(split=Split(parent=parent, subtask=str())) as envelope if seen.family == "task":
+            return parent, envelope.task_id, False
+        case _:
+            return None

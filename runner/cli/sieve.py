@@ -9,6 +9,7 @@ from loom.runner.cli.render import short
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.envelope import Envelope
 from loom.schemas.learning import Lifecycle, NodeProfile
+from loom.schemas.notices import PlanTimeout
 from loom.schemas.task import Submission, TaskAd, slug
 
 REMEMBERED = 100_000
@@ -100,7 +101,7 @@ def tasks_of(seen: Seen) -> tuple[str, ...]:
 def nodes_of(seen: Seen) -> set[str]:
     """Return the nodes a message names as those it is about; losers of an auction are not."""
     match seen.message:
-        case Envelope(award=award):
+        case Envelope(award=award) | PlanTimeout(envelope=Envelope(award=award)):
             return {award.node_id} if award else set()
         case HostAnnouncement(nodes=nodes):
             return set(nodes)

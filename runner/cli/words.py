@@ -13,6 +13,7 @@ from loom.schemas.auction import CallForBids, HostAnnouncement, RetireRequest, S
 from loom.schemas.envelope import Envelope, Split
 from loom.schemas.events import ToolCallEnd, ToolCallStart
 from loom.schemas.learning import Lifecycle, Reward
+from loom.schemas.notices import ParentEnded, PlanTimeout, SubtaskEnded
 from loom.schemas.run import Delta, RunRequest
 from loom.schemas.task import Submission, TaskAd, TaskResult
 from loom.schemas.wire import encode
@@ -80,18 +81,13 @@ def describe(seen: Seen) -> tuple[str, str, str]:
     if isinstance(message, (TaskAd, CallForBids, RunRequest, SpawnRequest)):
         about = short(message.task_id or "")
     told = _news_of_division(seen, message) if isinstance(message, Envelope) else ""
+    if isinstance(message, PlanTimeout) and seen.family == "later":
+        told = f"divided: parked for its subtasks, at most {max(0.0, message.envelope.deadline - seen.at):.0f} s"
     return kind, about, one_line(told or _FACTS[type(message)](message), 2 * WORDS)
 
 
 def _news_of_division(seen: Seen, envelope: Envelope) -> str:
-    """What SCALE is told, or tells itself, of a task that was divided; empty for any other hop."""
-    split = envelope.split
-    if seen.tokens.get("origin") == "timer":
-        return f"divided: parked for its subtasks, at most {max(0.0, envelope.deadline - seen.at):.0f} s"
-    if split is not None and split.child is not None:
-        return f"subtask {split.subtask} has ended: {short(split.child)}"
-    if seen.tokens.get("phase") == "scale" and (envelope.result or envelope.error) is not None:
-        return "has ended, and so have its subtasks"
+    """That the subtasks of a divided task are done; empty for any other hop."""
     if seen.tokens.get("phase") == "execute" and envelope.inputs and envelope.award is not None:
         return f"its subtasks are done: {envelope.award.node_id} puts {len(envelope.inputs)} outputs together"
     return ""
@@ -174,6 +170,9 @@ _FACTS: dict[type, Callable[[Any], str]] = {
     TaskAd: _ad,
     Submission: lambda submission: _ad(submission.ad),
     Envelope: _where,
+    SubtaskEnded: lambda notice: f"subtask {notice.subtask} has ended: {short(notice.child_id)}",
+    PlanTimeout: lambda _: "the deadline has passed before all of its subtasks had ended",
+    ParentEnded: lambda _: "has ended, and so have its subtasks",
     CallForBids: _call,
     RunRequest: _run,
     HostAnnouncement: _host,

@@ -331,7 +331,8 @@ async def test_a_submission_that_dies_before_its_admission_leaves_who_waits_for_
 async def test_a_phase_that_ends_tasks_itself_does_so(bus: Bus, phases: Phases) -> None:
     ended: list[Envelope] = []
 
-    async def end(env: Envelope) -> None:
+    async def end(env: Envelope, raw: bytes) -> None:
+        assert raw == GARBAGE
         ended.append(env)
 
     await records(bus).create("t1", _record(envelope()))

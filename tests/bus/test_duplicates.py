@@ -26,9 +26,10 @@ from loom.bus.reward_bus import RewardBus
 from loom.bus.stored import StoredMessage
 from loom.runner.cluster import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Envelope, Split
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import AgentFailed
 from loom.schemas.learning import NodeProfile
+from loom.schemas.notices import ParentEnded, PlanTimeout, SubtaskEnded
 from loom.schemas.run import RunRequest
 from loom.schemas.task import RunResult, TaskAd, TaskError
 from loom.schemas.wire import encode
@@ -62,7 +63,9 @@ def taken(logs: list[Any]) -> list[Any]:
         (kept("elsewhere", HOP), False),
         (kept("s", replace(HOP, attempt=2)), False),
         (kept("s", replace(HOP, ad=replace(HOP.ad, task_id="other"))), False),
-        (kept("s", replace(HOP, split=Split(parent="d", depth=1, deadline=NOW, child="c"))), False),
+        (kept("s", SubtaskEnded(task_id="d", child_id="c", subtask="a")), False),
+        (kept("s", PlanTimeout(envelope=HOP)), False),
+        (kept("s", ParentEnded(task_id="d")), False),
         (kept("s", b"{}"), False),
         (kept("s", b"\xff"), False),
         (kept("s", HOP, **{SCHEDULE: "@at 2099-01-01T00:00:00Z", TARGET: "s"}), False),
@@ -134,7 +137,7 @@ async def test_a_settled_twin_whose_task_is_further_on_is_not_sent_again(stage: 
     if waits:
         target = stage.bus.subjects.task("match", "normal", "d")
         later = stage.bus.subjects.later("d", "task-1")
-        await schedule(stage.bus, later, target=target, at=stage.bus.now() + 99, envelope=HOP, msg_id="d:y")
+        await schedule(stage.bus, later, target=target, at=stage.bus.now() + 99, message=HOP, msg_id="d:y")
     else:
         await put(stage.bus, HOP, "execute")
     await store_once(stage.bus, stage.bus.subjects.task("match", "normal", "d"), HOP, msg_id="d:x")
@@ -312,6 +315,27 @@ async def test_a_divided_task_whose_ids_were_taken_ends_with_its_parts(nats_url:
 
     assert result.success, result.error
     assert agent.runs == {"p": 1, **dict.fromkeys(children, 1)}
+
+
+@pytest.mark.parametrize(
+    ("stored", "ours"),
+    [
+        (PlanTimeout(envelope=HOP), True),
+        (PlanTimeout(envelope=replace(HOP, step=9)), True),
+        (PlanTimeout(envelope=replace(HOP, attempt=2)), False),
+        (HOP, False),
+        (SubtaskEnded(task_id="d", child_id="c", subtask="a"), False),
+    ],
+)
+def test_the_timeout_of_a_plan_is_ours_when_it_holds_the_same_attempt(stored: Any, *, ours: bool) -> None:
+    assert is_ours(kept("s", stored), "s", PlanTimeout(envelope=HOP), {}, NOW) is ours
+
+
+@pytest.mark.parametrize("other", [SubtaskEnded(task_id="d", child_id="x", subtask="a"), ParentEnded(task_id="d"), HOP])
+def test_a_notice_is_ours_when_it_is_the_same(other: Any) -> None:
+    notice = SubtaskEnded(task_id="d", child_id="c", subtask="a")
+    assert is_ours(kept("s", notice), "s", notice, {}, NOW)
+    assert not is_ours(kept("s", other), "s", notice, {}, NOW)
 
 
 def test_an_error_to_evaluate_is_ours_too() -> None:

@@ -9,9 +9,10 @@ from loom.bus.history import ended_since, find, newest, recent_records, rewards_
 from loom.bus.loop import schedule
 from loom.bus.records import records
 from loom.bus.reward_bus import RewardBus, judgement
-from loom.schemas.envelope import Award, Split, TaskRecord
+from loom.schemas.envelope import Award, TaskRecord
 from loom.schemas.errors import InvalidTask, UnknownTask
 from loom.schemas.learning import Reward
+from loom.schemas.notices import PlanTimeout, SubtaskEnded
 from loom.schemas.task import Submission, TaskAd, TaskState
 
 
@@ -84,28 +85,39 @@ async def test_a_task_is_found_wherever_it_is(bus: Bus) -> None:
     bucket = records(bus)
     queued = Submission(ad=TaskAd(task_id="queued", description="x"), submission="s")
     await bus.store(bus.subjects.intake("normal", "queued"), queued)
-    for task_id in ("hopping", "waiting", "between", "divided"):
+    for task_id in ("hopping", "waiting", "between", "divided", "parked"):
         await bucket.create(task_id, record(task_id))
     await bus.store(bus.subjects.task("match", "normal", "hopping"), envelope("hopping", attempt=3))
-    notice = Split(parent="divided", depth=1, subtask="a", child="c", deadline=4e9)
-    await bus.store(bus.subjects.task("scale", "normal", "divided"), envelope("divided", split=notice, attempt=9))
+    notice = SubtaskEnded(task_id="divided", child_id="c", subtask="a")
+    await bus.store(bus.subjects.task("scale", "normal", "divided"), notice)
+    await schedule(
+        bus,
+        bus.subjects.later("parked", "timer"),
+        target=bus.subjects.task("scale", "normal", "parked"),
+        at=bus.now() + 600,
+        message=PlanTimeout(envelope=envelope("parked", attempt=4)),
+        msg_id="parked:timer",
+    )
     await schedule(
         bus,
         bus.subjects.later("waiting", "task-1"),
         target=bus.subjects.task("match", "normal", "waiting"),
         at=bus.now() + 600,
-        envelope=envelope("waiting", attempt=2),
+        message=envelope("waiting", attempt=2),
         msg_id="w",
     )
     await bucket.create("ended", record("ended", "failed", ended_at=1.0))
 
     assert (await find(bus, "queued")).submission == queued
-    found = {task_id: await find(bus, task_id) for task_id in ("hopping", "waiting", "between", "divided", "ended")}
+    found = {
+        task_id: await find(bus, task_id) for task_id in ("hopping", "waiting", "between", "divided", "parked", "ended")
+    }
     assert {task_id: (one.phase, one.record and one.record.envelope.attempt) for task_id, one in found.items()} == {
         "hopping": ("match", 3),
         "waiting": ("later", 2),
         "between": ("", 1),
         "divided": ("", 1),
+        "parked": ("later", 4),
         "ended": ("", 1),
     }
 

@@ -16,6 +16,7 @@ from loom.bus.dead import letter_facts, letter_headers
 from loom.bus.letters import Letter, UnknownLetter
 from loom.schemas.envelope import DeadLetter, Envelope, Split
 from loom.schemas.errors import BusUnavailable, DeadLettered, InvalidTask, LoomError, Overloaded
+from loom.schemas.notices import SubtaskEnded
 from loom.schemas.task import Accept, Limits, Submission, TaskAd
 from loom.schemas.wire import MAX_MESSAGE_BYTES, Wire, decode, encode
 
@@ -177,6 +178,12 @@ CANNOT: dict[str, tuple[bytes, dict[str, Any], type[LoomError], str]] = {
     "cut": (encode(envelope())[:-9], {"cut": True}, DeadLettered, "its bytes were cut"),
     "a submission among hops": (encode(Submission(ad=AD, submission="s")), {}, DeadLettered, "no task"),
     "a subtask": (CHILD, {}, DeadLettered, "is a part of task p1"),
+    "a notice": (
+        encode(SubtaskEnded(task_id="p1", child_id="c", subtask="a")),
+        {},
+        DeadLettered,
+        "is a notice about task p1",
+    ),
     "without facts": (b"{}", {"subject": ""}, DeadLettered, "no task"),
     "an ad that breaks a rule": (encode(Envelope(ad=TaskAd(), deadline=1)), {}, InvalidTask, "description is empty"),
 }

@@ -82,7 +82,7 @@ async def test_work_and_timers_are_no_orphans(stage: Stage) -> None:
         s.later("p", "timer"),
         target=s.task("scale", "low", "p"),
         at=at,
-        envelope=hop(stage, "p"),
+        message=hop(stage, "p"),
         msg_id="x",
     )
     await stage.record(hop(stage, "execute1"))
@@ -143,7 +143,7 @@ async def test_orphans_and_timers_take_no_room_from_submissions(stage: Stage) ->
             s.later(f"p{n}", "timer"),
             target=s.task("scale", "low", f"p{n}"),
             at=stage.bus.now() + 99,
-            envelope=hop(stage, f"p{n}"),
+            message=hop(stage, f"p{n}"),
             msg_id=f"x{n}",
         )
     await stage.phase("sense", ClusterConfig(max_in_flight=5))

@@ -21,6 +21,7 @@ from loom.phases.scale.graph import child_id
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope, Split, SplitPlan, TaskRecord
 from loom.schemas.llm import CompletionParams, CompletionResult
+from loom.schemas.notices import ParentEnded
 from loom.schemas.task import Limits, RunResult, TaskError
 
 Part = tuple[str, ...]
@@ -73,7 +74,7 @@ async def end(stage: Stage, child: Envelope, state: Any = "succeeded", tokens: i
 async def tell(stage: Stage, record: TaskRecord) -> None:
     notice = notice_of(record)
     assert notice is not None
-    await stage.put("scale", notice)
+    await stage.notify(notice)
 
 
 async def ended(stage: Stage, name: str, **facts: Any) -> TaskRecord:
@@ -175,7 +176,7 @@ async def test_a_parent_that_has_ended_is_over_for_its_plan_too(stage: Stage) ->
     env = await divided(stage, (("a",),))
     await ended(stage, "a")
     await stage.seen("task", phase="execute")
-    await stage.put("scale", replace(env, result=RunResult(content="all")))
+    await stage.notify(ParentEnded(task_id=env.task_id))
     await dealt_with(stage)
     assert (await stored(stage)).state == "done"  # type: ignore[union-attr]
     assert not stage.all("task", phase="evaluate")
@@ -345,6 +346,16 @@ async def test_a_dead_notice_ends_the_parent_it_is_about(stage: Stage) -> None:
     assert (over.task_id, over.error.code, over.ad, over.split) == ("p", "dead_letter", parent.ad, parent.split)
 
 
+async def test_a_dead_notice_about_the_end_of_a_task_leaves_it_as_it_ended(stage: Stage) -> None:
+    await stage.record(envelope(ad(task_id="p"), now=stage.bus.now()), state="succeeded", ended_at=1.0)
+    await stage.notify(ParentEnded(task_id="p"))
+    await stage.reject(SCALE_LANE, 10)
+    await stage.phase("scale")
+    await stage.seen("dead", phase="scale", task_id="p", within_s=10)
+    await stage.settled(phase="scale")
+    assert not stage.all("task", phase="evaluate")
+
+
 # -- ends
 
 
@@ -413,11 +424,13 @@ async def test_a_cancel_while_a_notice_waits_ends_the_task_as_itself(stage: Stag
     scale.die()
     await end(stage, child)  # nobody takes the notice
     await asyncio.gather(stage.phase("sense"), stage.phase("evaluate"))
-    assert (await tasks.cancel(stage.bus, "p")).envelope.ad == env.ad
+    assert (await tasks.cancel(stage.bus, "p")).state == "cancelled"
+    ended = await stage.read("p")
+    assert (ended.state, ended.envelope.ad) == ("cancelled", env.ad)
     await stage.seen("result", task_id="p")
-    told = await until(lambda: [one for one in stage.all("task", phase="scale") if one.error], what="SCALE is told")
-    assert isinstance(told, list)
-    assert (told[0].ad, told[0].split) == (env.ad, None)
+    await until(
+        lambda: ParentEnded(task_id="p") in stage.all("task", phase="scale"), what="SCALE knows of the parent's end"
+    )
 
 
 # -- depth and plans of no use

@@ -21,9 +21,10 @@ from loom.bus.topology import stream_state
 from loom.phases.adapt.lease import LEASE_S, take_lease
 from loom.runner.cli.running import until_lost
 from loom.schemas.auction import Bid
-from loom.schemas.envelope import Claim, Split
+from loom.schemas.envelope import Claim
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.learning import BIAS, Calibration, DomainEvidence, Lease, NodeProfile, Score
+from loom.schemas.notices import SubtaskEnded
 from loom.schemas.task import RunResult, TaskError, TaskResult
 from loom.schemas.wire import encode
 
@@ -288,11 +289,10 @@ async def test_a_plan_that_is_garbage_keeps_no_task_from_its_end(stage: Stage) -
 
 async def test_a_notice_about_a_plan_that_is_garbage_is_settled(stage: Stage) -> None:
     await stage.phase("scale")
-    parent, child = envelope(ad(task_id="t1"), now=stage.bus.now()), envelope(ad(task_id="c1"), now=stage.bus.now())
+    child = envelope(ad(task_id="c1"), now=stage.bus.now())
     await stage.record(child, state="succeeded", ended_at=1.0)
     await stage.bus.store(f"$KV.{stage.bus.subjects.bucket('plans')}.t1", b"\xff")
-    split = Split(parent="t1", depth=1, subtask="a", deadline=1e10, child="c1")
-    await stage.put("scale", replace(parent, split=split))
+    await stage.notify(SubtaskEnded(task_id="t1", child_id="c1", subtask="a"))
     await until(lambda: stage.all("dead", phase="scale"), within_s=5, what="the notice is a dead letter")
     await stage.settled()
 

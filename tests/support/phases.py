@@ -23,6 +23,7 @@ from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Claim, Envelope, Phase, Spec, TaskRecord
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.llm import LLMProvider
+from loom.schemas.notices import ParentEnded, SubtaskEnded, read_scale_message
 from loom.schemas.run import Delta, RunEvent, RunKind, RunRequest
 from loom.schemas.task import ErrorReply, RunResult, Submission, TaskAd, TaskError, TaskResult
 from loom.schemas.wire import decode, encode, new_id
@@ -96,7 +97,11 @@ class Stage:
         parsed = self.bus.subjects.parse(msg.subject)
         if parsed is not None:
             shape = BODIES.get(parsed.family)
-            body = decode(msg.data, shape) if shape and msg.data[:1] == b"{" else msg.data
+            body: Any = msg.data
+            if shape is Envelope and body[:1] == b"{":
+                body = read_scale_message(body)
+            elif shape and body[:1] == b"{":
+                body = decode(body, shape)
             self.heard.append(Heard(parsed, body, dict(msg.headers or {})))
 
     # -- who is there
@@ -130,6 +135,10 @@ class Stage:
         """Store an envelope on a phase's subject."""
         subject = self.bus.subjects.task(phase, envelope.priority, envelope.task_id)
         await self.bus.store(subject, envelope, msg_id=new_id())
+
+    async def notify(self, notice: SubtaskEnded | ParentEnded) -> None:
+        """Store a notice for SCALE."""
+        await self.bus.store(self.bus.subjects.task("scale", "normal", notice.task_id), notice, msg_id=new_id())
 
     async def record(self, envelope: Envelope, **facts: Any) -> TaskRecord:
         """Store the record of an admitted task."""

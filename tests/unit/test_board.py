@@ -13,8 +13,9 @@ from loom.schemas.auction import CallForBids
 from loom.schemas.envelope import Award, Envelope, Spec, Split
 from loom.schemas.events import TextDelta
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward
+from loom.schemas.notices import ParentEnded, SubtaskEnded
 from loom.schemas.run import Delta
-from loom.schemas.task import RunResult, Submission, TaskAd, TaskResult
+from loom.schemas.task import Submission, TaskAd, TaskResult
 
 SUBJECTS = Subjects()
 
@@ -161,10 +162,11 @@ def test_a_terminal_gets_a_table_and_a_pipe_gets_lines() -> None:
 
 
 def part(name: str, *, of: str, ended: bool = False) -> Seen:
-    split = Split(parent=of, depth=1, subtask="a", deadline=9.0, child=name if ended else None)
-    about = of if ended else name
-    message = Envelope(ad=TaskAd(task_id=about, description="x"), deadline=9.0, split=split)
-    return seen(message, "task", "scale" if ended else "sense", "normal", about)
+    if ended:
+        return seen(SubtaskEnded(task_id=of, child_id=name, subtask="a"), "task", "scale", "normal", of)
+    split = Split(parent=of, depth=1, subtask="a", deadline=9.0)
+    message = Envelope(ad=TaskAd(task_id=name, description="x"), deadline=9.0, split=split)
+    return seen(message, "task", "sense", "normal", name)
 
 
 def test_a_divided_task_shows_how_far_its_parts_are() -> None:
@@ -185,5 +187,5 @@ def test_a_divided_task_shows_how_far_its_parts_are() -> None:
     assert list(told.domains.values()) == ["代码"]
     told.see(hop("execute", node="coder"))
     assert line(row) == "one  execute  on coder"
-    told.see(seen(Envelope(ad=row.ad, deadline=9.0, result=RunResult()), "task", "scale", "normal", "one"))
-    assert line(row) == "one  execute  on coder"  # SCALE is told that it has ended
+    told.see(seen(ParentEnded(task_id="one"), "task", "scale", "normal", "one"))
+    assert line(row) == "one  execute  on coder"

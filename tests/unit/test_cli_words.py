@@ -4,7 +4,7 @@ import asyncio
 import json
 import sys
 import unicodedata
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -21,7 +21,8 @@ from loom.runner.cli.transcript import Transcript
 from loom.runner.cli.words import _FACTS, as_object, describe
 from loom.schemas.envelope import Award, Envelope, Split
 from loom.schemas.errors import BusUnavailable
-from loom.schemas.task import TaskAd, TaskError
+from loom.schemas.notices import Notice, ParentEnded, PlanTimeout, SubtaskEnded
+from loom.schemas.task import TaskAd
 
 
 @given(st.text(), st.integers(min_value=1, max_value=50))
@@ -61,7 +62,7 @@ def test_an_answer_is_printed_once(
 
 
 def test_every_kind_of_message_has_words() -> None:
-    assert set(_FACTS) == set(SHAPES.values())
+    assert set(_FACTS) == {*SHAPES.values(), *get_args(Notice)}
 
 
 @pytest.mark.parametrize(
@@ -96,24 +97,39 @@ PART = Split(parent="report", depth=1, subtask="end", deadline=60.0, inputs={"le
 @pytest.mark.parametrize(
     ("phase", "facts", "said"),
     [
-        ("", {"award": AWARD}, "divided: parked for its subtasks, at most 50 s"),
         ("sense", {"split": PART}, 'subtask end of report with left, right: "do it"'),
         ("sense", {"split": replace(PART, subtask=None, inputs={})}, 'delegated by report: "do it"'),
-        ("scale", {"split": replace(PART, child=CHILD)}, "subtask end has ended: vhbjcwll"),
         (
             "execute",
             {"award": AWARD, "inputs": {"a": "1", "b": "2"}},
             "its subtasks are done: bob puts 2 outputs together",
         ),
-        ("scale", {"award": AWARD, "error": TaskError(code="cancelled")}, "has ended, and so have its subtasks"),
         ("scale", {"award": AWARD}, "awarded to bob (0.00, 0 bids)"),
     ],
 )
 def test_each_step_of_a_division_is_told(phase: str, facts: dict[str, Any], said: str) -> None:
     envelope = Envelope(ad=TaskAd(task_id="t1", description="do it"), deadline=60.0, **facts)
-    family = "task" if phase else "later"
-    tokens = {"task_id": "t1", **({"phase": phase} if phase else {"origin": "timer"})}
-    seen = Seen(subject="", family=family, tokens=tokens, message=envelope, headers={}, at=10.0, size=1)
+    tokens = {"task_id": "t1", "phase": phase}
+    seen = Seen(subject="", family="task", tokens=tokens, message=envelope, headers={}, at=10.0, size=1)
+
+    assert describe(seen)[2] == said
+
+
+PARKED = PlanTimeout(envelope=Envelope(ad=TaskAd(task_id="t1", description="do it"), deadline=60.0))
+
+
+@pytest.mark.parametrize(
+    ("family", "notice", "said"),
+    [
+        ("later", PARKED, "divided: parked for its subtasks, at most 50 s"),
+        ("task", PARKED, "the deadline has passed before all of its subtasks had ended"),
+        ("task", SubtaskEnded(task_id="t1", child_id=CHILD, subtask="end"), "subtask end has ended: vhbjcwll"),
+        ("task", ParentEnded(task_id="t1"), "has ended, and so have its subtasks"),
+    ],
+)
+def test_each_notice_about_a_division_is_described(family: str, notice: Notice, said: str) -> None:
+    tokens = {"task_id": "t1", "phase": "scale"} if family == "task" else {"task_id": "t1", "origin": "timer"}
+    seen = Seen(subject="", family=family, tokens=tokens, message=notice, headers={}, at=10.0, size=1)
 
     assert describe(seen)[2] == said
 
