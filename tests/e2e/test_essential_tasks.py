@@ -69,7 +69,7 @@ async def test_an_embedded_runtime_raises_the_reason_and_works_again_once_reopen
             await phases.lost.wait()
         with pytest.raises(ServiceFailed, match="fold rewards"):
             await rt.submit(TaskAd(description="two", **task))
-        await rt.aclose()
+    async with rt:
         assert await rt.submit(TaskAd(description="three", **task)) == "THREE"
 
 
