@@ -173,6 +173,11 @@ class NodeHost:
         if self._watchdog is not None:
             self._watchdog.give_back(endings.STOPPING)
 
+    def is_new(self, node_id: str) -> bool:
+        """Return whether a node can work here and has not been announced yet."""
+        node = None if node_id in self._known else self._node(node_id)
+        return node is not None and node.agent is not None
+
     async def announce(self) -> None:
         """Say who is here, and tell of nodes that have come or gone."""
         here = [node for node in self._nodes() if node.agent is not None]

@@ -212,6 +212,8 @@ class Bus(Connection):
         reply = self.open_inbox(answer.give)
         try:
             await self.publish(subject, message, reply=reply)
+            if self._is_deaf():
+                raise TimeoutError(f"no answer on {subject} can be read: the event loop ends")
             while (msg := await answer.wait(min(give_up - time.monotonic(), again_s or timeout_s))) is None:
                 if time.monotonic() >= give_up:
                     raise TimeoutError(f"no answer on {subject} in {timeout_s:g} s")
@@ -278,6 +280,9 @@ class Bus(Connection):
 
     async def stop_delivery(self, subscription: Subscription) -> None:
         """End a subscription after handing over all the server has sent on it."""
+        if self._is_deaf():  # no echo could come
+            self.end_subscription(subscription)
+            return
         try:
             with contextlib.suppress(nats.errors.Error, LoomError, TimeoutError):
                 await self._nc._send_unsubscribe(subscription._id)  # the public call drops what is on its way
@@ -286,6 +291,11 @@ class Bus(Connection):
                     await subscription._pending_queue.join()  # what has come but waits for its handler
         finally:
             self.end_subscription(subscription)
+
+    def _is_deaf(self) -> bool:
+        """Return whether nobody reads the connection any more: its reader is cancelled when an event loop ends."""
+        reading = self._nc._reading_task
+        return self._nc.is_connected and reading is not None and bool(reading.done() or reading.cancelling())
 
     # -- stored messages
 

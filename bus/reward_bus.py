@@ -83,10 +83,23 @@ class RewardBus:
     Args:
         bus: Needed by `publish`, `subscribe` and `replay` only.
         alpha: Weight of the newest reward in a moving average, 0 to 1.
+        decay_rate: Not supported; any value raises TypeError.
         half_life_days: Days without work after which a score is half as far from .5 as it was.
     """
 
-    def __init__(self, alpha: float = 0.3, *, half_life_days: float = 30.0, bus: "Bus | None" = None) -> None:
+    def __init__(
+        self,
+        alpha: float = 0.3,
+        decay_rate: None = None,
+        *,
+        half_life_days: float = 30.0,
+        bus: "Bus | None" = None,
+    ) -> None:
+        if decay_rate is not None:
+            raise TypeError(
+                "RewardBus has no decay_rate: a score times decay_rate per day is next to 0 after one day; "
+                "scores fade towards .5 instead, by half per half_life_days"
+            )
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, not {alpha}")
         if not half_life_days > 0:
@@ -95,20 +108,18 @@ class RewardBus:
         self.half_life_days = half_life_days
         self.bus = bus
 
-    def compute_signal(
-        self, success: bool, token_cost: int, token_budget: int | None = None, error_count: int = 0
-    ) -> Signal:
+    def compute_signal(self, task: TaskAd, success: bool, token_cost: int = 0, error_count: int = 0) -> Signal:
         """Return what a run was worth, in parts. A failure is worth nothing: failing fast must not pay.
 
         Args:
+            task: Efficiency is measured by its `token_budget`; without one by 4096 tokens.
             success: Whether the task succeeded.
             token_cost: Tokens the run took.
-            token_budget: Tokens it might have taken; None: the yardstick of 4096.
             error_count: Errors on the way, such as failed tool calls.
         """
         if not success:
             return Signal()
-        budget = DEFAULT_TOKEN_YARDSTICK if token_budget is None else max(token_budget, 1)
+        budget = DEFAULT_TOKEN_YARDSTICK if task.token_budget is None else max(task.token_budget, 1)
         efficiency = 1 - min(max(token_cost, 0), budget) / budget
         reliability = 0.0 if error_count else 1.0
         parts = Signal(quality=SUCCESS_QUALITY, efficiency=efficiency, reliability=reliability)
@@ -121,35 +132,35 @@ class RewardBus:
     def evaluate(
         self,
         node: Learner,
-        ad: TaskAd,
-        *,
+        task: TaskAd,
         success: bool,
         token_cost: int = 0,
         error_count: int = 0,
+        *,
         now: float | None = None,
     ) -> float:
-        """Fold one run of `ad` into `node` and return its reward.
+        """Fold one run of `task` into `node` and return its reward.
 
         The domain's score and the success rate (share of rewards above .5) are moving averages of weight alpha.
 
         Args:
             node: Its counters, scores and history change.
-            ad: Its domain is `general` when it names none.
+            task: Its domain is `general` when it names none.
             success: Whether the task succeeded.
             token_cost: Tokens the run took.
             error_count: Errors on the way.
             now: When it ended, seconds since the epoch; default: the present.
         """
-        reward = self.compute_signal(success, token_cost, ad.token_budget, error_count).total
+        reward = self.compute_signal(task, success, token_cost, error_count).total
         at = time.time() if now is None else now
         known = node.capabilities
-        domain = known.key(ad.domain or "general")
+        domain = known.key(task.domain or "general")
         known.scores[domain] = self._moved(known.scores.get(domain, PRIOR), reward)
         known.success_rate = self._moved(known.success_rate, float(reward > WIN))
         known.total_tasks += 1
         node.consecutive_losses = 0 if success else node.consecutive_losses + 1
         node.last_active_at = at
-        node.remember(task_id=ad.task_id, domain=domain, reward=reward, token_cost=token_cost, at=at)
+        node.remember(task_id=task.task_id, domain=domain, reward=reward, token_cost=token_cost, at=at)
         return reward
 
     def decay(self, node: Learner, *, now: float | None = None) -> None:

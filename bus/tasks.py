@@ -38,6 +38,11 @@ class TaskHandle:
         self._next_n = 0
         weakref.finalize(self, self._updates.drop).atexit = False
 
+    def __repr__(self) -> str:
+        result = self._updates.result
+        ended = result.done() and not result.cancelled() and result.exception() is None
+        return f"<TaskHandle {self.task_id}, {result.result().state if ended else 'not known to have ended'}>"
+
     async def publish(self, *, deltas: bool = True) -> None:
         """Publish the ad; once this returns, the task will end.
 

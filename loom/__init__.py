@@ -5,14 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loom.agents.delegate import delegate
+    from loom.agents.event_bus import EventBus
     from loom.agents.job import Answer, Job
     from loom.agents.llm.agent import Agent
     from loom.agents.llm.config import AgentConfig
     from loom.agents.llm.openai_provider import OpenAIProvider
     from loom.agents.tools import Lifespan, Tool, ToolContext, ToolRegistry, ToolResult, define_tool, tool
     from loom.bus.reward_bus import RewardBus
-    from loom.cluster.amoeba_loop import AmoebaLoop, LoopContext
+    from loom.cluster.amoeba_loop import AmoebaLoop
     from loom.cluster.lifecycle import LifecycleManager
+    from loom.cluster.loop_context import LoopContext
     from loom.cluster.manager import ClusterManager
     from loom.cluster.skill_registry import SkillNodeRegistry
     from loom.runtime import Runtime
@@ -20,6 +22,23 @@ if TYPE_CHECKING:
     from loom.schemas.errors import InvalidTask, LoomError
     from loom.schemas.llm import UserMessage
     from loom.schemas.task import TaskAd
+    from loom.types import (
+        Done,
+        DoneEvent,
+        ErrorEvent,
+        ReasoningDelta,
+        ReasoningDeltaEvent,
+        StepEnd,
+        StepEndEvent,
+        StepStart,
+        StepStartEvent,
+        TextDelta,
+        TextDeltaEvent,
+        ToolCallEnd,
+        ToolCallEndEvent,
+        ToolCallStart,
+        ToolCallStartEvent,
+    )
 
 __all__ = [
     "Agent",
@@ -28,6 +47,10 @@ __all__ = [
     "Answer",
     "ClusterConfig",
     "ClusterManager",
+    "Done",
+    "DoneEvent",
+    "ErrorEvent",
+    "EventBus",
     "InvalidTask",
     "Job",
     "LifecycleManager",
@@ -35,11 +58,23 @@ __all__ = [
     "LoomError",
     "LoopContext",
     "OpenAIProvider",
+    "ReasoningDelta",
+    "ReasoningDeltaEvent",
     "RewardBus",
     "Runtime",
     "SkillNodeRegistry",
+    "StepEnd",
+    "StepEndEvent",
+    "StepStart",
+    "StepStartEvent",
     "TaskAd",
+    "TextDelta",
+    "TextDeltaEvent",
     "Tool",
+    "ToolCallEnd",
+    "ToolCallEndEvent",
+    "ToolCallStart",
+    "ToolCallStartEvent",
     "ToolContext",
     "ToolRegistry",
     "ToolResult",
@@ -56,6 +91,7 @@ _HOMES = {
     "Answer": "agents.job",
     "ClusterConfig": "schemas.config",
     "ClusterManager": "cluster.manager",
+    "EventBus": "agents.event_bus",
     "InvalidTask": "schemas.errors",
     "Job": "agents.job",
     "LifecycleManager": "cluster.lifecycle",
@@ -76,6 +112,27 @@ _HOMES = {
     "delegate": "agents.delegate",
     "tool": "agents.tools",
 }
+
+_HOMES |= dict.fromkeys(
+    (
+        "Done",
+        "DoneEvent",
+        "ErrorEvent",
+        "ReasoningDelta",
+        "ReasoningDeltaEvent",
+        "StepEnd",
+        "StepEndEvent",
+        "StepStart",
+        "StepStartEvent",
+        "TextDelta",
+        "TextDeltaEvent",
+        "ToolCallEnd",
+        "ToolCallEndEvent",
+        "ToolCallStart",
+        "ToolCallStartEvent",
+    ),
+    "types",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,9 +2,11 @@
 
 import asyncio
 import concurrent.futures
-from collections.abc import Callable, Collection, Iterable, Sequence
+import os
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from contextvars import copy_context
 from hashlib import blake2b
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
@@ -17,14 +19,17 @@ from loom.agents.llm.config import AgentConfig, settings_without_effect
 from loom.agents.tools import Tool
 from loom.background_loop import BackgroundLoop
 from loom.bus import tasks
+from loom.bus.client import Bus
 from loom.bus.log import get_logger
 from loom.bus.ownership import THREADSAFE, Owner, running_loop
 from loom.bus.reward_bus import RewardBus, judgement
 from loom.bus.tasks import TaskHandle
 from loom.claims import AnyCapabilities, domains_of, profile_of
+from loom.cluster.amoeba_loop import AmoebaLoop
 from loom.cluster.lifecycle import LifecycleManager
 from loom.cluster.manager import ClusterManager, InvalidNode
-from loom.cluster.skill_nodes import skill_nodes
+from loom.cluster.runtime_loop import RuntimeLoop
+from loom.cluster.skill_nodes import load, skill_nodes
 from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.runner.node_overview import NodeOverview, node_overviews
 from loom.runner.session import Inheritance, Session
@@ -35,11 +40,14 @@ from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
 from loom.schemas.llm import LLMProvider
 from loom.schemas.task import TaskAd, TaskResult
-from loom.types import AgentNode, CapabilityProfile, HealthReport
+from loom.types import AgentNode, CapabilityProfile, HealthReport, Skill
 
 T = TypeVar("T")
 
 log = get_logger()
+
+__path__ = [str(Path(__file__).parent / "compat" / "runtime")]
+"""Makes `loom.runtime.core` importable, the path of loom-agent 0.6."""
 
 
 class Runtime:
@@ -47,8 +55,9 @@ class Runtime:
 
     Building one does nothing; the first `await` connects: to the server of NATS_URL when that is set, else to an
     embedded one with the six phases in this process. End it with `dispose`, or better `async with`: that finishes what
-    is in hand, unless an exception leaves it and no other client is on the server. Each run starts from the context
-    variables there are where the Runtime is made.
+    is in hand, unless an exception leaves it and no other client is on the server. In synchronous code `with` does the
+    same, beside `submit_sync`. A closed Runtime refuses every further call with a LoomError until `async with` or
+    `with` opens it again. Each run starts from the context variables there are where the Runtime is made.
 
     One event loop at a time uses it: the one that opens it. Calls from another living loop raise `WrongEventLoop` and
     change nothing; synchronous code and other threads use `submit_sync`. A forked child opens a session of its own:
@@ -58,21 +67,27 @@ class Runtime:
         provider: The model that agents made by `add_agent` use, and SENSE where it runs here.
         config: Settings of those agents.
         cluster_config: Rules the phases started here; absent: the seed's numbers and the environment's.
+        store: Folder in which an embedded server keeps records and what has been learned, from one run of the program
+            to the next; absent: that of LOOM_STORE, else a temporary one that ends with the Runtime. One server at a
+            time may have it: a second one is refused with `BusUnavailable`, which names the address of the first.
     """
 
     def __init__(
         self,
         provider: LLMProvider | None = None,
         config: AgentConfig | None = None,
-        *,
         cluster_config: ClusterConfig | None = None,
+        store: str | os.PathLike[str] | None = None,
     ) -> None:
         self.provider = provider
         self.config = config or AgentConfig()
-        self.cluster = ClusterManager()
         self.reward_bus = RewardBus()
         self._settings: Settings = from_environment()
+        self._store = Path(store) if store is not None else None
+        self._closed = False
+        """Whether it was closed on purpose, so that only a `with` opens it again."""
         self._cluster_config = cluster_config or self._settings.cluster
+        self.cluster = ClusterManager(self._cluster_config)
         self.lifecycle = LifecycleManager(self._cluster_config)
         self.skill_registry = SkillNodeRegistry()
         """As of `AmoebaLoop`: skills to become nodes where nobody bids; they work with the provider and the config."""
@@ -80,6 +95,13 @@ class Runtime:
         """Of context variables runs see what the maker of the Runtime saw, not what its first user does."""
         self._sessions = SessionOwner(self._make_session)
         self._background = BackgroundLoop(at_exit=self.dispose)
+
+    def __repr__(self) -> str:
+        owner = self._sessions.owner
+        state = "closed" if self._closed else "open" if owner is not None else "not open"
+        server = self._settings.nats_url and Bus(self._settings.nats_url).address
+        where = server or (f"store {str(self._store)!r}" if self._store else "embedded")
+        return f"<Runtime {state}, {where}, {len(self.cluster.nodes)} nodes>"
 
     # -- agents
 
@@ -163,6 +185,39 @@ class Runtime:
         ordinal = sum(node.id.startswith(digest) for node in self.cluster.nodes)
         return f"{digest}-{ordinal + 1}"
 
+    def load_skill(self, skill: Skill) -> AgentNode:
+        """Add the skill, and a node that follows its instructions, at once; return the node.
+
+        It claims .7 in the domain of the skill's name. `skill_registry.register` alone adds a node only when a task
+        calls for the skill and no node bids.
+
+        Raises:
+            LoomError: There is no provider, or the skill names a tool that the registry was not given.
+        """
+        if self.provider is None:
+            raise LoomError("no provider: pass one to Runtime before it loads a skill")
+        node = load(skill, self.skill_registry, self.provider, self.config)
+        self.cluster.add_node(node)
+        return node
+
+    def amoeba_loop(self) -> AmoebaLoop:
+        """Return a loop over the nodes and skills added here; while the Runtime is open, on its server.
+
+        Raises:
+            LoomError: There is no provider.
+        """
+        if self.provider is None:
+            raise LoomError("no provider: pass one to Runtime before it makes a loop")
+        return RuntimeLoop(
+            self._sessions,
+            self.cluster,
+            self.reward_bus,
+            self.lifecycle,
+            self.skill_registry,
+            self.provider,
+            store=self._store,
+        )
+
     def health_check(self) -> list[HealthReport]:
         """Return how the nodes added here fare, by what ADAPT last said of them."""
         return self.lifecycle.check_all(self.cluster.nodes)
@@ -207,7 +262,7 @@ class Runtime:
             2010
         """
         ad = with_schema(ad_of(task), returns)
-        session = await self._open()
+        session = await self._open(ad)
         async with tasks.published(session.bus, ad, deltas=False, cancel_with_caller=cancel_with_caller) as handle:
             return as_type(await handle.content(), returns, ad.task_id)
 
@@ -232,13 +287,15 @@ class Runtime:
             returns: The type of the answer, as for `submit`.
 
         Raises:
-            LoomError: The task failed, or this thread runs an event loop: use `await submit(…)` there.
+            LoomError: The task failed, the Runtime is closed, or this thread runs an event loop: use `await submit(…)`
+                there.
             RejectedResult: The answer is not of the type.
             TimeoutError: There is no answer in `timeout_s`.
             WrongEventLoop: The Runtime is open in an event loop that does not run now.
             BusUnavailable: The Runtime was closed meanwhile.
         """
         ad = ad_of(task)
+        self._check_closed()
         loop = self._loop_for_sync()
         answer = asyncio.run_coroutine_threadsafe(self.submit(ad, returns=returns), loop)
         try:
@@ -260,7 +317,7 @@ class Runtime:
             BusUnavailable: No server or no phases answer.
         """
         ad = ad_of(task)
-        session = await self._open()
+        session = await self._open(ad)
         return await tasks.publish(session.bus, ad)
 
     async def submit_many(
@@ -277,7 +334,7 @@ class Runtime:
 
         async def one(ad: TaskAd) -> TaskResult:
             async with room:
-                session = await self._open()
+                session = await self._open(ad)
                 async with tasks.published(
                     session.bus, ad, deltas=False, cancel_with_caller=cancel_with_caller
                 ) as handle:
@@ -312,6 +369,7 @@ class Runtime:
     # -- lifecycle
 
     async def __aenter__(self) -> Self:
+        self._closed = False
         await self._open()
         return self
 
@@ -322,6 +380,33 @@ class Runtime:
             self.dispose()  # the server goes, too: nobody is left to hear of what is in hand
         await self.aclose()
 
+    def __enter__(self) -> Self:
+        if running_loop() is not None:
+            raise LoomError("`with` would block the event loop of this thread; use `async with`")
+        try:
+            self._in_background(self.__aenter__())
+        except BaseException:
+            self.dispose()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._in_background(self.__aexit__(kind, error, trace))
+        finally:
+            self.dispose()
+
+    def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Run `work` in the loop that the Runtime is open in, or in a background thread's."""
+        try:
+            loop = self._loop_for_sync()
+        except BaseException:
+            work.close()
+            raise
+        asyncio.run_coroutine_threadsafe(work, loop).result()
+
     async def aclose(self) -> None:
         """Drain what is in hand and close everything; safe to call twice.
 
@@ -329,16 +414,26 @@ class Runtime:
             WrongEventLoop: The Runtime is open in another event loop.
         """
         await self._sessions.aclose()
+        self._closed = True
 
     def dispose(self) -> None:
         """Drop everything at once, without waiting for work in hand; from any thread, and safe to call twice."""
+        self._closed = True
         self._sessions.abort()
         self._background.close()
 
-    async def _open(self) -> Session:
+    async def _open(self, task: TaskAd | None = None) -> Session:
+        """Return the open session; a node that `task` is pinned to is announced."""
+        self._check_closed()
         session = await self._sessions.open()
         self.reward_bus.bus = session.bus
+        if task is not None:
+            await session.announce(task.node_id)
         return session
+
+    def _check_closed(self) -> None:
+        if self._closed:
+            raise LoomError("the Runtime is closed; open it again with `async with` or `with`, or make another one")
 
     def _make_session(self, parent: Inheritance | None) -> Session:
         return Session(
@@ -349,6 +444,7 @@ class Runtime:
             skills=skill_nodes(self.skill_registry, self.provider, self.config),
             context=self._context,
             parent=parent,
+            store=self._store,
             owner=Owner("Runtime", f"submit_sync, or {THREADSAFE}, or a Runtime of its own"),
         )
 

@@ -1,8 +1,7 @@
 """The shapes Python users hold: nodes that change while they work, and the messages re-exported under one name."""
 
-import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +16,7 @@ from loom.schemas.events import (
     Done,
     ErrorEvent,
     LoopEvent,
+    PhaseEvent,
     ReasoningDelta,
     StepEnd,
     StepStart,
@@ -27,7 +27,7 @@ from loom.schemas.events import (
     ToolCallStart,
 )
 from loom.schemas.health import Standing
-from loom.schemas.learning import WINDOW, NodeProfile
+from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile
 from loom.schemas.llm import (
     AssistantMessage,
     CompletionParams,
@@ -45,6 +45,7 @@ from loom.schemas.task import Accept, Limits, Priority, TaskAd, TaskError, TaskR
 
 if TYPE_CHECKING:
     from loom.agents.tools import Tool, ToolContext, ToolRegistry, ToolResult, define_tool
+from loom.skills import Skill, SkillTrigger
 
 __all__ = [
     "Accept",
@@ -60,6 +61,7 @@ __all__ = [
     "CompletionResult",
     "ComplexityEstimate",
     "Done",
+    "DoneEvent",
     "ErrorEvent",
     "HealthReport",
     "InvalidTask",
@@ -69,14 +71,18 @@ __all__ = [
     "LoopEvent",
     "Message",
     "NodeStatus",
+    "PhaseEvent",
     "Priority",
     "ReasoningDelta",
+    "ReasoningDeltaEvent",
     "RewardRecord",
     "RewardSignal",
     "Skill",
     "SkillTrigger",
     "StepEnd",
+    "StepEndEvent",
     "StepStart",
+    "StepStartEvent",
     "StreamChunk",
     "SubTask",
     "SubtaskEvent",
@@ -86,11 +92,14 @@ __all__ = [
     "TaskResult",
     "TaskSpec",
     "TextDelta",
+    "TextDeltaEvent",
     "TokenUsage",
     "Tool",
     "ToolCall",
     "ToolCallEnd",
+    "ToolCallEndEvent",
     "ToolCallStart",
+    "ToolCallStartEvent",
     "ToolContext",
     "ToolDefinition",
     "ToolRegistry",
@@ -114,6 +123,8 @@ NodeStatus = Literal["idle", "busy", "splitting", "dying"]
 
 NEUTRAL = 0.5
 """What is assumed of a node nothing is known about."""
+RATING_WEIGHT = 2
+"""Rewards that a node's own rating of itself counts as."""
 
 
 def _short_id() -> str:
@@ -170,9 +181,9 @@ class RewardSignal:
 class RewardRecord:
     """What one task earned a node."""
 
-    task_id: str
-    reward: float
-    domain: str
+    task_id: str = ""
+    reward: float = 0.0
+    domain: str = ""
     token_cost: int = 0
     timestamp: float = field(default_factory=time.time)
     """Seconds since the epoch."""
@@ -204,9 +215,13 @@ class AgentNode:
 
     Two wordings are one domain when they share a slug, as in `capabilities`.
     """
+    self_ratings: dict[str, float] = field(default_factory=dict)
+    """domain -> the rating of the node's maker, where `capabilities.scores` shows what has been learned instead."""
+    _shown: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """domain -> the learned score that `mirror` has put into `capabilities.scores`."""
 
     def takes(self, domain: str) -> bool:
-        """Return whether it takes tasks of a domain (its wording or its slug): one it names, with a score above 0."""
+        """Return whether it takes tasks of a domain (its wording or its slug): one it names, with a rating above 0."""
         return self.claim(domain) > 0
 
     def remember(self, *, task_id: str, domain: str, reward: float, token_cost: int, at: float) -> None:
@@ -234,20 +249,29 @@ class AgentNode:
         return not required or self._tools().issuperset(required)
 
     def claim(self, domain: str) -> float:
-        """Return how well it says it does a domain (its wording or its slug), in [0, 1]; 0: it does not take it."""
+        """Return its own rating in a domain (its wording or its slug), in [0, 1]; 0: it does not take the domain.
+
+        That is the rating of its maker, never what has been learned: the auction weighs the two against each other.
+        """
         if self.domains is not None:
             wanted = slug(domain)
             names = (self.domains,) if isinstance(self.domains, str) else self.domains
             if not any(slug(name) == wanted for name in names):
                 return 0.0
+        key = self.capabilities.key(domain)
+        if self._is_learned(key):
+            return unit(self.self_ratings.get(key, NEUTRAL))
         return self.capabilities.score(domain)
 
-    def mirror(self, profile: NodeProfile) -> None:
-        """Take over what has been learned about this node.
+    def _is_learned(self, key: str) -> bool:
+        """Return whether a score is as `mirror` has left it; one set since is a new rating."""
+        return key in self._shown and self._shown[key] == self.capabilities.scores.get(key)
 
-        The claims in `capabilities.scores` stay as they are: the auction weighs them against the same evidence,
-        which would count twice if a claim already held it.
-        """
+    def mirror(self, profile: NodeProfile) -> None:
+        """Take over what has been learned about this node; its maker's ratings are kept in `self_ratings`."""
+        for name, evidence in profile.domains.items():
+            if evidence.count:
+                self._show(self.capabilities.key(name), evidence)
         facts = self.capabilities
         facts.total_tasks = profile.total_tasks
         facts.success_rate = profile.success_rate if profile.total_tasks else NEUTRAL
@@ -263,14 +287,23 @@ class AgentNode:
         if self.reward_history:
             self.last_active_at = max(self.last_active_at, self.reward_history[-1].timestamp)
 
+    def _show(self, key: str, evidence: DomainEvidence) -> None:
+        """Show the mean of the rewards as the score of a domain, the maker's rating counting as two of them."""
+        scores = self.capabilities.scores
+        if key in scores and not self._is_learned(key):
+            self.self_ratings[key] = scores[key]
+        rating = unit(self.self_ratings.get(key, NEUTRAL))
+        learned = (evidence.mean * evidence.count + rating * RATING_WEIGHT) / (evidence.count + RATING_WEIGHT)
+        scores[key] = self._shown[key] = learned
+
 
 @dataclass
 class Bid:
     """One node's offer in a cluster's own auction."""
 
-    agent_id: str
-    task_id: str
-    score: float
+    agent_id: str = ""
+    task_id: str = ""
+    score: float = 0.0
     breakdown: dict[str, float] = field(default_factory=dict)
     """capability, availability, history, tools -> 0 to 1, before weighing."""
     estimated_tokens: int = 0
@@ -329,47 +362,6 @@ class HealthReport:
 
 
 @dataclass
-class SkillTrigger:
-    """When a skill is called for. One that could never match is refused with ValueError."""
-
-    type: Literal["keyword", "pattern", "semantic", "custom"] = "keyword"
-    keywords: list[str] = field(default_factory=list)
-    pattern: str = ""
-    """A regular expression (Python's `re`), matched anywhere, upper and lower case alike."""
-    match_all: bool = False
-    """Whether every keyword must occur."""
-    threshold: float = 0.7
-    """Least answer of `evaluator` that counts."""
-    evaluator: Callable[[str], float] | None = None
-    """semantic and custom: text -> how well it fits, 0 to 1."""
-
-    def __post_init__(self) -> None:
-        needed = {"keyword": self.keywords, "pattern": self.pattern}.get(self.type, self.evaluator)
-        if not needed:
-            part = {"keyword": "keywords", "pattern": "a pattern"}.get(self.type, "an evaluator")
-            raise ValueError(f"a {self.type} trigger needs {part}")
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(f"the trigger's pattern does not compile: {error}") from None
-
-
-@dataclass
-class Skill:
-    """Instructions an agent can be given when a task calls for them."""
-
-    name: str
-    description: str = ""
-    instructions: str = ""
-    activation_level: Literal["always", "conditional", "manual"] = "conditional"
-    """manual: never chosen by its trigger."""
-    priority: float = 0.5
-    """0 to 1; weighs the trigger's match."""
-    trigger: SkillTrigger | None = None
-    tools: list[str] = field(default_factory=list)
-
-
-@dataclass
 class AgentBlueprint:
     """A recipe for new nodes, and how those made from it have done."""
 
@@ -389,3 +381,12 @@ class AgentBlueprint:
     total_tasks: int = 0
     avg_reward: float = 0.0
     reward_history: list[float] = field(default_factory=list)
+
+
+TextDeltaEvent = TextDelta
+ReasoningDeltaEvent = ReasoningDelta
+ToolCallStartEvent = ToolCallStart
+ToolCallEndEvent = ToolCallEnd
+StepStartEvent = StepStart
+StepEndEvent = StepEnd
+DoneEvent = Done

@@ -6,7 +6,6 @@ went, the guard ends the server and removes the private folder. Ctrl-C reaches n
 """
 
 import asyncio
-import fcntl
 import json
 import os
 import re
@@ -26,14 +25,13 @@ from pathlib import Path
 from typing import Final
 from weakref import WeakSet
 
+from loom.runner.listening import LOOPBACK, reachable
+from loom.runner.server_config import server_config
+from loom.runner.store import StoreLock, damage_in
 from loom.schemas.errors import BusUnavailable
 
 MIN_VERSION: Final = (2, 12)
 """First release with message schedules."""
-FEATURE_FLAGS_VERSION: Final = (2, 14)
-"""First release that knows `feature_flags`; an earlier one refuses the word."""
-MAX_RESERVED_BYTES: Final = 2**50
-"""No limit in practice: what the streams really take is bounded by each of them."""
 START_TIMEOUT_S: Final = 30.0
 """A large store is read before the server takes connections."""
 STOP_GRACE_S: Final = 5
@@ -61,18 +59,30 @@ wait "$timer"
 
 
 class NatsServer:
-    """One nats-server with JetStream on 127.0.0.1; `start` and `stop` may be called again, and from any thread.
+    """One nats-server with JetStream; `start` and `stop` may be called again, and from any thread.
 
     Args:
         store_dir: Where streams are kept. Given, it outlives the server; absent, it is private and goes with it.
+        host: Address to listen on, of this machine.
         port: Port to listen on; -1 takes any free one.
+        token: What clients have to present, of characters that need no quoting in a URL; empty: nothing.
         sync_interval: How often streams are flushed to the disk: "always", or a duration such as "10s". Absent: the
             server's own, 2 minutes. Whatever it is, a killed server loses nothing; a lost machine does.
     """
 
-    def __init__(self, store_dir: Path | None = None, *, port: int = -1, sync_interval: str | None = None) -> None:
+    def __init__(
+        self,
+        store_dir: Path | None = None,
+        *,
+        host: str = LOOPBACK,
+        port: int = -1,
+        token: str = "",
+        sync_interval: str | None = None,
+    ) -> None:
         self._store_dir = store_dir
+        self._host = host
         self._port = port
+        self._token = token
         self._sync_interval = sync_interval
         self._folder: Path | None = None
         self._guard: _Guard | None = None
@@ -83,7 +93,7 @@ class NatsServer:
 
     @property
     def url(self) -> str:
-        """Address for clients; raises BusUnavailable unless started."""
+        """Address for clients of this machine, with the token; raises BusUnavailable unless started."""
         self._check_started()
         return self._url
 
@@ -103,7 +113,8 @@ class NatsServer:
         """Start the server and return once it takes connections; started already, do nothing.
 
         Raises:
-            BusUnavailable: There is no nats-server, it is too old, or it did not come up.
+            BusUnavailable: There is no nats-server, it is too old, it did not come up, or the store is in use or
+                cannot be read.
         """
         with self._lock:
             if self._guard is None:
@@ -116,6 +127,11 @@ class NatsServer:
             if self._folder is not None:
                 shutil.rmtree(self._folder, ignore_errors=True)  # for a guard that somebody killed
                 self._folder = None
+
+    def stop_on(self, store_dir: Path) -> None:
+        """Stop the server if it keeps its streams in that folder."""
+        if self._store_dir == store_dir:
+            self.stop()
 
     def kill(self) -> None:
         """Kill the server alone, without warning, as a crash would; `restart` or `stop` follows."""
@@ -140,12 +156,21 @@ class NatsServer:
             if self._folder is None:
                 self._folder = Path(tempfile.mkdtemp(prefix="loom-nats-"))
             config = self._folder / "server.conf"
-            config.write_text(_config(version, self._sync_interval))
+            config.write_text(server_config(version, self._sync_interval, self._token))
             ports = Path(tempfile.mkdtemp(prefix="ports-", dir=self._folder))
             store = (self._store_dir or self._folder / "store").absolute()
-            listen = ["-a", "127.0.0.1", "-p", str(port), "--ports_file_dir", str(ports)]
-            self._guard = _Guard(self._folder, store, [binary, "-c", str(config), *listen, "-js", "-sd", str(store)])
-            self._url, self._pid = _await_ports(ports, self._guard)
+            listen = ["-a", self._host, "-p", str(port), "--ports_file_dir", str(ports)]
+            command = [binary, "-c", str(config), *listen, "-js", "-sd", str(store)]
+            lock = StoreLock(store, version, patience_s=STOP_GRACE_S + 2)
+            try:
+                self._guard = _Guard(self._folder, lock.fd, command)
+                actual_port, self._pid = _await_ports(ports, self._guard)
+                address = f"{reachable(self._host)}:{actual_port}"
+                lock.name_server(f"nats://{address}")
+            finally:
+                lock.close()
+            self._url = f"nats://{self._token}@{address}" if self._token else f"nats://{address}"
+            self._guard.check_store(store)
         except BaseException:
             self.stop()
             raise
@@ -171,6 +196,12 @@ class NatsServer:
 _servers: WeakSet[NatsServer] = WeakSet()
 
 
+def stop_all_on(store_dir: Path) -> None:
+    """Stop every server of this process that keeps its streams in that folder."""
+    for server in list(_servers):
+        server.stop_on(store_dir)
+
+
 def _disown_all() -> None:
     for server in list(_servers):
         server.disown()
@@ -180,31 +211,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_disown_all)
 
 
-def _lock(store: Path) -> int:
-    """Take a folder of streams for one server; two on one folder destroy each other's.
-
-    Raises:
-        BusUnavailable: Another server has it, or it cannot be written.
-    """
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-        lock = os.open(store / "loom.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise BusUnavailable(f"cannot keep streams in {store}: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise BusUnavailable(f"{store} is in use by another server; stop that one, or choose another folder") from error
-    return lock
-
-
 class _Guard:
     """The shell process that outlives us if need be, and the pipes between it, the server and us."""
 
-    def __init__(self, folder: Path, store: Path, command: list[str]) -> None:
+    def __init__(self, folder: Path, lock: int, command: list[str]) -> None:
         self._folder = folder
-        lock = _lock(store)
         orders, self._orders = os.pipe()  # closed on exec: no other child can hold an end open
         self._server_gone, held_by_server = os.pipe()
         try:
@@ -216,6 +227,7 @@ class _Guard:
                 env={"PATH": f"{os.environ.get('PATH', '')}:{os.defpath}"},  # no secrets of ours
                 cwd="/",
                 start_new_session=True,
+                umask=0o077,
                 pass_fds=(lock,),  # the store is theirs until both have gone
             )
         except BaseException:
@@ -223,7 +235,6 @@ class _Guard:
             os.close(self._server_gone)
             raise
         finally:
-            os.close(lock)
             os.close(orders)
             os.close(held_by_server)
 
@@ -237,6 +248,19 @@ class _Guard:
         with selectors.DefaultSelector() as selector:
             selector.register(self._server_gone, selectors.EVENT_READ)
             return bool(selector.select(wait_s))
+
+    def check_store(self, store: Path) -> None:
+        """Return if the server has read all of its store.
+
+        Raises:
+            BusUnavailable: It has left something out, which would be created again, empty.
+        """
+        damage = damage_in((self._folder / "server.log").read_text(errors="replace"))
+        if damage:
+            raise BusUnavailable(
+                f"nats-server cannot read all of {store} ({damage}): restore the folder from a backup, or move it away "
+                "to begin with an empty one"
+            )
 
     def last_words(self) -> str:
         """Return what the server said last, preferring why it gave up."""
@@ -271,14 +295,14 @@ class _Guard:
         self._process.returncode = 0  # not ours to wait for
 
 
-def _await_ports(ports: Path, guard: _Guard) -> tuple[str, int]:
-    """Return the server's address and process id once it has written down where it listens."""
+def _await_ports(ports: Path, guard: _Guard) -> tuple[int, int]:
+    """Return the server's port and process id once it has written down where it listens."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         for file in ports.glob("*.ports"):
             with suppress(ValueError):  # half written
                 url = json.loads(file.read_text())["nats"][0]
-                return url, int(file.stem.rpartition("_")[2])
+                return int(url.rpartition(":")[2]), int(file.stem.rpartition("_")[2])
         if guard.server_gone(0.001):
             raise BusUnavailable(f"nats-server did not start: {guard.last_words()}")
     raise BusUnavailable(f"nats-server was not ready after {START_TIMEOUT_S:.0f} s: {guard.last_words()}")
@@ -286,14 +310,19 @@ def _await_ports(ports: Path, guard: _Guard) -> tuple[str, int]:
 
 @asynccontextmanager
 async def embedded_server(
-    store_dir: Path | None = None, *, port: int = -1, sync_interval: str | None = None
+    store_dir: Path | None = None,
+    *,
+    host: str = LOOPBACK,
+    port: int = -1,
+    token: str = "",
+    sync_interval: str | None = None,
 ) -> AsyncIterator[NatsServer]:
     """Run a nats-server for the length of the block; the arguments are those of NatsServer.
 
     Raises:
-        BusUnavailable: There is no nats-server, it is too old, or it did not come up.
+        BusUnavailable: As `NatsServer.start` does.
     """
-    server = NatsServer(store_dir, port=port, sync_interval=sync_interval)
+    server = NatsServer(store_dir, host=host, port=port, token=token, sync_interval=sync_interval)
     loop, parent = asyncio.get_running_loop(), os.getpid()
     with ThreadPoolExecutor(max_workers=1) as thread:  # one: when cancelled while starting, stop comes after start
         try:
@@ -355,15 +384,3 @@ def _version(binary: str) -> tuple[int, int]:
 
 def _dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
-
-
-def _config(version: tuple[int, int], sync_interval: str | None) -> str:
-    # A bounded stream reserves its bound, used or not: by default three quarters of the free disk are there to give.
-    jetstream = [f"max_file_store: {MAX_RESERVED_BYTES}"]
-    if sync_interval is not None:
-        jetstream.append(f"sync_interval: {json.dumps(sync_interval)}")
-    lines = [f"jetstream {{ {', '.join(jetstream)} }}"]
-    if version >= FEATURE_FLAGS_VERSION:
-        # With the new flow-control subjects a KV watch of nats-py ends the connection's read loop.
-        lines.append("feature_flags { js_ack_fc_v2: false }")
-    return "".join(f"{line}\n" for line in lines)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from contextvars import Context, copy_context
+from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakSet
 
@@ -15,16 +16,19 @@ from loom.agents.node import Node
 from loom.agents.nursery import Nursery, Skills
 from loom.bus import log, tasks
 from loom.bus.client import Bus, NoResponders
+from loom.bus.kv import Bucket
 from loom.bus.ownership import Owner, keep_forever, running_loop
 from loom.bus.topology import check_version
 from loom.runner import logs
 from loom.runner.cluster import PhaseGroup
 from loom.runner.embedded import NatsServer, embedded_server
 from loom.runner.settings import Settings, warn_of_misspelt_settings
+from loom.runner.store import log_store, log_unused_store
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, UnknownTask
+from loom.schemas.learning import NodeProfile
 from loom.schemas.llm import LLMProvider
-from loom.schemas.wire import new_id
+from loom.schemas.wire import Undecodable, new_id
 
 STREAMS_S = 10.0
 """How long phases that answer may be without their streams: they create them again within seconds."""
@@ -55,6 +59,7 @@ class Session:
         parent: The session of the parent process, after a fork: its embedded server is used while its phases answer,
             and its nodes stay there.
         owner: The event loop it works in; absent: the running one.
+        store: Where an embedded server keeps its streams; absent: the folder of LOOM_STORE, else a temporary one.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Session:
         context: Context | None = None,
         parent: Inheritance | None = None,
         owner: Owner | None = None,
+        store: Path | None = None,
     ) -> None:
         self._nodes = nodes
         self._settings = settings
@@ -77,11 +83,15 @@ class Session:
         self._buses: list[Bus] = []
         self._server: NatsServer | None = None
         self._url = ""
+        self._asked_store = store
+        self._store = store or (Path(settings.loom_store) if settings.loom_store else None)
         self._parent = parent
         self._aborted = False
         self.owner = owner or Owner("session")
         self.opening = asyncio.Lock()
         """For those who share the session: held while it is opened or closed."""
+        self.users = 0
+        """For those who share the session: how many of them use it."""
         self.is_open = False
         self.inheritance: Inheritance | None = None
         """Set in a forked child, if the session was at work in the parent."""
@@ -113,6 +123,8 @@ class Session:
             self.bus = await self._connect(self._url, "client")
             if self._server is None:
                 await check_phases(self.bus)
+                if self._asked_store is not None:
+                    log_unused_store(self._asked_store, self.bus.address)
             host_bus = await self._connect(self._url, "node")
             nursery = Nursery(host_bus, self._hosted, max_nodes=self._config.max_nodes, skills=self._skills)
             self._host = NodeHost(host_bus, nursery.nodes)
@@ -121,9 +133,29 @@ class Session:
             if self._skills is not None:
                 self._stack.push_async_callback(nursery.stop)
                 await nursery.start(self._host)
+            if self._server is not None and self._store is not None:
+                await self._recall(nursery.nodes())
         except BaseException:
             await self.aclose()
             raise
+
+    async def _recall(self, nodes: Sequence[Node]) -> None:
+        """Show each node what the store holds about it."""
+        profiles = Bucket(self.bus, "nodes", NodeProfile)
+
+        async def recall(node: Node) -> None:
+            with suppress(Undecodable):  # ADAPT reports it and writes it again
+                if entry := await profiles.get(node.id):
+                    node.mirror(entry.value)
+
+        await asyncio.gather(*map(recall, nodes))
+
+    async def announce(self, node_id: str | None) -> None:
+        """Announce the nodes hosted here, if `node_id` is one of them and not announced yet."""
+        host = self._host
+        if host is not None and node_id is not None and host.is_new(node_id):
+            await host.announce()
+            await host.bus.echo()  # the server has it before the task
 
     async def aclose(self) -> None:
         """Drain and close, in the reverse order of opening; safe to call twice. In a forked child, do nothing."""
@@ -202,8 +234,12 @@ class Session:
         return self._parent.url
 
     async def _embedded(self) -> str:
-        sync = self._settings.loom_sync_interval or None
-        self._server = await self._stack.enter_async_context(embedded_server(sync_interval=sync))
+        settings = self._settings
+        server = embedded_server(
+            self._store, token=settings.loom_token, sync_interval=settings.loom_sync_interval or None
+        )
+        self._server = await self._stack.enter_async_context(server)
+        log_store(self._store)
         phases = PhaseGroup(await self._connect(self._server.url, "phases"), config=self._config, llm=self._llm)
         self._stack.push_async_callback(phases.drain)
         await phases.start()

@@ -69,9 +69,11 @@ class SessionOwner:
             self.abort()
             return
         session.owner.check()
-        async with session.opening:
-            self._release(session)
-            await session.aclose()
+        async with session.opening:  # released last: the next session may need the same store
+            try:
+                await session.aclose()
+            finally:
+                self._release(session)
 
     def abort(self) -> None:
         """Drop the session at once, from any thread; safe to call twice."""

@@ -38,7 +38,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     loom_event_loop: Annotated[str, Meta(pattern=r"^(auto|uvloop|asyncio)\Z")] = "auto"
     """LOOM_EVENT_LOOP. Event loop of the commands: auto, uvloop or asyncio; auto: uvloop where it is installed."""
     loom_store: str = ""
-    """LOOM_STORE. Folder in which `loom up` keeps its streams; empty: private, gone at the end."""
+    """LOOM_STORE. Folder in which a server started here keeps its streams; empty: for `loom up` a folder of the
+    namespace in the user's data folder, for all others a temporary one."""
+    loom_token: Annotated[str, Meta(pattern=r"^([A-Za-z0-9._~-]{16,256})?\Z")] = ""
+    """LOOM_TOKEN. What a server started here asks of its clients: they connect to nats://TOKEN@host:port; empty:
+    nothing."""
     loom_sync_interval: Annotated[str, Meta(pattern=r"^(always|[1-9][0-9]{0,5}(ms|s|m|h))?\Z")] = ""
     """LOOM_SYNC_INTERVAL. How often a server started here flushes streams to the disk: always, or every 10s, 2m, …;
     empty: every 2 minutes. A killed process loses nothing either way, a lost machine what was not flushed."""
@@ -50,6 +54,7 @@ _FORMS = {
     "loom_namespace": "must be 1 to 32 small letters, digits, - or _, and begin with a letter or a digit",
     "loom_log_level": "must be debug, info, warning or error",
     "loom_sync_interval": "must be always, or a time such as 500ms, 10s, 2m or 1h",
+    "loom_token": "must be 16 to 256 letters, digits, - . _ or ~",
     "loom_event_loop": "must be auto, uvloop or asyncio",
     "judge_weights": "must be name=weight, or several with commas between; each weight a number from 0 to 1000",
 }

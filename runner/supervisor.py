@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, NamedTuple, NoReturn, Self
 
+import msgspec
+
 from loom.bus.log import get_logger
 from loom.runner.embedded import NatsServer
 
@@ -157,18 +159,39 @@ class Supervisor:
 
 
 def labelled(names: Sequence[str]) -> Callable[[str, str], None]:
-    """Return what prints a line on standard error behind its program's name, coloured on a terminal only."""
+    """Return a function that writes a line of a program to standard error, with the program's name.
+
+    On a terminal the name stands in front of the line, in colour; elsewhere each line is one JSON object that holds the
+    name under `process`.
+    """
+    if not sys.stderr.isatty():
+        return lambda name, line: _write(with_process(name, line))
     width = max(map(len, names))
-    colourful = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    colourful = not os.environ.get("NO_COLOR")
 
     def say(name: str, line: str) -> None:
         label = f"{name:<{width}} │"
         if colourful:
             label = f"\x1b[{_COLOURS[names.index(name) % len(_COLOURS)]}m{label}\x1b[0m"
-        sys.stderr.write(f"{label} {line}\n")
-        sys.stderr.flush()
+        _write(f"{label} {line}")
 
     return say
+
+
+def with_process(name: str, line: str) -> str:
+    """Return a line of a program as a JSON object with the program's name; other text becomes an event `output`."""
+    try:
+        event = msgspec.json.decode(line)
+    except ValueError:  # msgspec's are such
+        event = None
+    if not isinstance(event, dict):
+        event = {"event": "output", "level": "warning", "text": line}
+    return msgspec.json.encode({"process": name, **event}).decode()
+
+
+def _write(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 async def keep_alive(server: NatsServer) -> NoReturn:

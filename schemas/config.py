@@ -1,15 +1,39 @@
 """The numbers that rule a cluster: pure values, the seed's names and defaults where the seed has one."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta
 
 from loom.schemas.wire import Count, Ordinal, Seconds, Token, Unit, Wire
 
+NOT_SETTINGS = {
+    "bid_weights": "the weights are fixed, and `policy` rules how bidders are trusted",
+    "min_bids": "one bid is enough, and no_bids_after_s limits the wait for it",
+    "fallback_strategy": "a task without any bid ends with NoBids after no_bids_after_s",
+}
+"""Settings of loom-agent 0.6 that have no counterpart, and why."""
+BLUEPRINTS = "blueprint_"
+"""How the names of more of them begin."""
+
 Weight = Annotated[float, Meta(ge=0, le=1000)]
 
 
-class ClusterConfig(Wire, frozen=True, kw_only=True):
+class _OldNames(msgspec.StructMeta):
+    """Accepts `idle_timeout` for `idle_timeout_s`, and explains which settings of loom-agent 0.6 there are not."""
+
+    def __call__(self, **given: Any) -> Any:
+        if "idle_timeout" in given:
+            given.setdefault("idle_timeout_s", given.pop("idle_timeout"))
+        for name in given:
+            if name.startswith(BLUEPRINTS):
+                raise TypeError(f"ClusterConfig has no {name}: nodes are made of skills, see SkillNodeRegistry")
+            if name in NOT_SETTINGS:
+                raise TypeError(f"ClusterConfig has no {name}: {NOT_SETTINGS[name]}")
+        return super().__call__(**given)
+
+
+class ClusterConfig(Wire, frozen=True, kw_only=True, metaclass=_OldNames):
     """How the phases decide. Every field has a default; give only what differs."""
 
     min_nodes: Count = 1
@@ -57,6 +81,11 @@ class ClusterConfig(Wire, frozen=True, kw_only=True):
     """Longest wait of `AmoebaLoop.execute` for ADAPT."""
     replicas: Annotated[int, Meta(ge=1, le=5)] = 1
     """Copies of every stream and bucket, each on a server of its own."""
+
+    @property
+    def idle_timeout(self) -> float:
+        """The same as `idle_timeout_s`."""
+        return self.idle_timeout_s
 
     def __post_init__(self) -> None:
         super().__post_init__()

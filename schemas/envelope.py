@@ -325,6 +325,9 @@ class TaskRecord(Relayed, frozen=True, kw_only=True):
     delegated: Annotated[tuple[Token, ...], Meta(max_length=MAX_DELEGATED)] = ()
     """Tasks its runs have delegated, oldest first; the newest ones where there were more."""
 
+    def __repr__(self) -> str:
+        return f"<TaskRecord {self.task_id}, {self.state}>"
+
     @property
     def ended(self) -> bool:
         """Whether the state is terminal."""

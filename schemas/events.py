@@ -1,8 +1,15 @@
 """What happens while an agent works, as one tagged union: the same from the agent to the client."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from loom.schemas.wire import Count, FreeJson, Name, Number, Text, Token, Wire
+from msgspec import Meta
+from msgspec.structs import force_setattr
+
+from loom.schemas.envelope import AWARD_BIDS, Merit, Phase, ScoredBid
+from loom.schemas.wire import Count, FreeJson, Name, Names, Number, Ordinal, Text, Token, Unit, Wire
+
+Milliseconds = Annotated[int, Meta(ge=-(10**12), le=10**12)] | Number
+"""A duration, whole or not."""
 
 
 class TextDelta(Wire, frozen=True, kw_only=True, tag="text_delta"):
@@ -36,7 +43,12 @@ class ToolCallEnd(Wire, frozen=True, kw_only=True, tag="tool_call_end"):
     name: Text = ""
     result: Text = ""
     failed: bool = False
-    duration_ms: Number = 0.0
+    duration_ms: Milliseconds = 0
+    """Rounded to whole milliseconds."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        force_setattr(self, "duration_ms", round(self.duration_ms))
 
 
 class StepStart(Wire, frozen=True, kw_only=True, tag="step_start"):
@@ -84,7 +96,7 @@ class Done(Wire, frozen=True, kw_only=True, tag="done"):
     content: Text = ""
     tokens_used: Count = 0
     steps: Count = 0
-    duration_ms: Number = 0.0
+    duration_ms: Milliseconds = 0
     usage: TokenUsage = TokenUsage()
 
 
@@ -104,9 +116,49 @@ class SubtaskEvent(Wire, frozen=True, kw_only=True, tag="subtask"):
     """Code of why it did not succeed."""
 
 
+class PhaseEvent(Wire, frozen=True, kw_only=True, tag="phase"):
+    """A phase has passed a task on, and what it decided; a loop reports it, from the task's record.
+
+    Which of the fields are set depends on `name`. After a failed attempt the phases of the next one are reported again.
+    """
+
+    type: ClassVar[str] = "phase"
+    name: Phase
+    attempt: Ordinal = 1
+    """The attempt the phase worked for."""
+    duration_ms: Milliseconds = 0
+    """Time the phase had the task in hand; 0 for `adapt`."""
+    complexity: Unit | None = None
+    """sense: 0 trivial to 1 very hard."""
+    domain: Name = ""
+    """sense: the domain of the auction, as worded."""
+    domains: Names = ()
+    """sense: all domains found, best first."""
+    method: Name = ""
+    """sense: `given`, `heuristic` or `llm`."""
+    node_id: Name | None = None
+    """match: the winner; execute, evaluate, adapt: the node that had the task."""
+    score: Merit | None = None
+    """match: the winning bid's score; evaluate: the judge's score of the result, 0 to 1."""
+    bids: Annotated[tuple[ScoredBid, ...], Meta(max_length=AWARD_BIDS)] = ()
+    """match: the best bids with their parts, best first; empty for a pinned task."""
+    subtasks: Count = 0
+    """scale: parts the task was divided into so far."""
+    tokens: Count = 0
+    """execute: prompt and completion tokens of the attempt."""
+    reward: Unit | None = None
+    """evaluate: .5 quality + .3 efficiency + .2 reliability of the attempt, 0 for a failed one."""
+    success_rate: Unit | None = None
+    """adapt: the node's share of successes, this task included."""
+    total_tasks: Count = 0
+    """adapt: tasks the node has been rewarded for, this one included."""
+    error: Name = ""
+    """execute, evaluate: the code of the attempt's failure; empty for a success."""
+
+
 Progress = TextDelta | ReasoningDelta | ToolCallStart | ToolCallEnd | StepStart | StepEnd
 """What an agent may say on its way."""
 AgentEvent = Progress | ErrorEvent | Done
 """What an agent says."""
-LoopEvent = AgentEvent | SubtaskEvent
+LoopEvent = AgentEvent | SubtaskEvent | PhaseEvent
 """What a loop says of a task."""

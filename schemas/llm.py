@@ -8,6 +8,8 @@ from msgspec.structs import force_setattr
 
 from loom.schemas.wire import Count, FreeJson, Wire
 
+Role = Literal["system", "user", "assistant", "tool"]
+
 
 class ToolCall(Wire, frozen=True, kw_only=True):
     """A model's wish to call a tool."""
@@ -23,7 +25,7 @@ class ToolCall(Wire, frozen=True, kw_only=True):
 class Message(Wire, frozen=True, kw_only=True):
     """One turn of a conversation."""
 
-    role: Literal["system", "user", "assistant", "tool"]
+    role: Role
     content: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     """Assistant only."""
@@ -131,16 +133,23 @@ class LLMProvider(Protocol):
         ...
 
 
-def UserMessage(content: str) -> Message:  # noqa: N802 - the seed's public name
-    """Return a user's turn."""
-    return Message(role="user", content=content)
+class _Turn:
+    """Makes messages of one role, and knows them: `isinstance(message, UserMessage)`."""
+
+    def __init__(self, role: Role) -> None:
+        self._role = role
+
+    def __call__(self, content: str) -> Message:
+        """Return a message of the role."""
+        return Message(role=self._role, content=content)
+
+    def __instancecheck__(self, value: object) -> bool:
+        return isinstance(value, Message) and value.role == self._role
 
 
-def SystemMessage(content: str) -> Message:  # noqa: N802 - the seed's public name
-    """Return a system prompt."""
-    return Message(role="system", content=content)
-
-
-def AssistantMessage(content: str) -> Message:  # noqa: N802 - the seed's public name
-    """Return a model's turn."""
-    return Message(role="assistant", content=content)
+UserMessage = _Turn("user")
+"""Returns a user's turn."""
+SystemMessage = _Turn("system")
+"""Returns a system prompt."""
+AssistantMessage = _Turn("assistant")
+"""Returns a model's turn."""

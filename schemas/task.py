@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from loom.schemas.errors import InvalidTask, LoomError, error_for
+from loom.schemas.llm import Usage
 from loom.schemas.wire import (
     MAX_AD_BYTES,
     MAX_CONTEXT_BYTES,
@@ -285,6 +286,21 @@ class RunResult(Wire, frozen=True, kw_only=True):
     duration_s: Seconds = 0.0
     usd: Dollars = 0.0
     """What the run has cost, as far as its agent reports it."""
+
+    @property
+    def tokens_used(self) -> int:
+        """The same as `tokens`."""
+        return self.tokens
+
+    @property
+    def usage(self) -> Usage:
+        """Prompt and completion tokens."""
+        return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.completion_tokens)
+
+    @property
+    def duration_ms(self) -> int:
+        """`duration_s` in whole milliseconds."""
+        return round(self.duration_s * 1000)
 
     @property
     def tokens(self) -> int:

@@ -36,6 +36,7 @@ def outside_ignored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith(FOREIGN)]:
             environment.delenv(name)
         environment.delenv("SSL_CERT_FILE", raising=False)
+        environment.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
         # Reading the system's certificates takes 50 ms of CPU for every model client.
         environment.setenv("SSL_CERT_DIR", str(tmp_path_factory.mktemp("certificates")))
         yield

@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from typing import Any, Self
 
+from loom.agents.event_bus import EventBus
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.conversation import Conversation
 from loom.agents.port import collect
@@ -26,6 +27,7 @@ class Agent:
         system_prompt: Instead of the config's.
         tools: Tools, or functions to make tools of, or a ToolRegistry; names must differ.
         name: What people call it.
+        event_bus: Gets the events of every job, beside the iterator; absent: one of its own, for `on`.
 
     Raises:
         LoomError: A function cannot be a tool, or two have one name.
@@ -35,11 +37,15 @@ class Agent:
         self,
         provider: LLMProvider,
         config: AgentConfig | None = None,
+        name: str | None = None,
         *,
         system_prompt: str | None = None,
         tools: Iterable[Tool | Callable[..., Any]] = (),
-        name: str | None = None,
+        event_bus: EventBus | None = None,
     ) -> None:
+        self.id = new_id()
+        self.event_bus = event_bus or EventBus()
+        self.on = self.event_bus.on
         self.provider = provider
         self.config = config or AgentConfig()
         self.system_prompt = self.config.system_prompt if system_prompt is None else system_prompt
@@ -92,7 +98,7 @@ class Agent:
         """
         conversation = Conversation(self.provider, self.config, self.system_prompt, self._tools, _as_request(job))
         try:
-            async with aclosing(conversation.events()) as events:
+            async with aclosing(self.event_bus.relay(conversation.events())) as events:
                 async for event in events:
                     yield event
         except LoomError as error:

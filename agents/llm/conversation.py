@@ -215,7 +215,7 @@ class Conversation:
             content=self._text,
             tokens_used=self._tokens.total,
             steps=self._step,
-            duration_ms=(time.monotonic() - self._started) * 1000,
+            duration_ms=round((time.monotonic() - self._started) * 1000),
             usage=self._tokens.as_usage(),
         )
 

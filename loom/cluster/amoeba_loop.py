@@ -1,10 +1,11 @@
 """AmoebaLoop: one conversation through the six phases, as a stream of events."""
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -15,25 +16,25 @@ from loom.bus.ownership import THREADSAFE, Owner
 from loom.bus.reward_bus import RewardBus
 from loom.bus.tasks import TaskHandle
 from loom.cluster.lifecycle import LifecycleManager
+from loom.cluster.loop_context import LoopContext
 from loom.cluster.manager import ClusterManager
+from loom.cluster.phase_events import REWARDED, PhaseReports, adapted
 from loom.cluster.planner import TaskPlanner
 from loom.cluster.skill_nodes import skill_nodes
 from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.cluster.subtasks import Subtasks
 from loom.runner.session import Inheritance, Session
 from loom.runner.session_owner import SessionOwner
-from loom.runner.settings import from_environment
-from loom.schemas.errors import InvalidTask
-from loom.schemas.learning import Lifecycle
+from loom.runner.settings import Settings, from_environment
+from loom.runner.temporary_store import TemporaryStore
+from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.wire import Undecodable, decode
 from loom.types import (
     Done,
     ErrorEvent,
     LLMProvider,
     LoopEvent,
-    Message,
     SubtaskEvent,
-    TaskAd,
     TaskResult,
     TextDelta,
     TokenUsage,
@@ -41,53 +42,12 @@ from loom.types import (
 
 log = get_logger()
 
-REWARDED = frozenset({"node_lost", "agent_failed", "rejected_result", "deadline_exceeded"})
-"""Failures there is something to learn from, where a node had the task."""
-
-
-@dataclass
-class LoopContext:
-    """What a conversation asks of the loop.
-
-    Args:
-        messages: The last user message is the task; earlier ones go along as its context.
-        domain: Where it belongs; empty: SENSE decides.
-        timeout_s: Seconds until the task is given up.
-        token_budget: A hard limit of tokens; None: no limit.
-    """
-
-    messages: list[Message] = field(default_factory=list)
-    domain: str = ""
-    timeout_s: float = 300.0
-    token_budget: int | None = None
-
-    def to_ad(self) -> TaskAd:
-        """Return the task.
-
-        Raises:
-            InvalidTask: No message of a user.
-        """
-        asked = [index for index, message in enumerate(self.messages) if message.role == "user"]
-        if not asked:
-            raise InvalidTask("no user message: say what is to be done", field="messages")
-        earlier = [
-            {"role": message.role, "content": message.content}
-            for message in self.messages[: asked[-1]]
-            if message.content
-        ]
-        return TaskAd(
-            domain=self.domain,
-            description=self.messages[asked[-1]].content,
-            context={"conversation": earlier} if earlier else {},
-            timeout_s=self.timeout_s,
-            token_budget=self.token_budget,
-        )
-
 
 class AmoebaLoop:
     """Runs a conversation's task through SENSE, MATCH, SCALE, EXECUTE, EVALUATE and ADAPT.
 
-    `execute` opens what it needs and closes it again; inside `async with loop` it stays open between calls.
+    `execute` opens what it needs and closes it again; inside `async with loop` it stays open between calls. What the
+    loop has learned is kept between calls, too, and shown in the nodes of `cluster`.
 
     Args:
         cluster: Its nodes are hosted while the loop is open, read live.
@@ -97,6 +57,9 @@ class AmoebaLoop:
         skill_registry: A skill a task calls for becomes a node when nobody bids. With skills in it as the loop
             opens, it hosts up to `max_nodes` nodes: those of skills, and clones of any that are overrun.
         llm: What SENSE may ask, and SCALE for a plan, where the phases are started here; and the model of skills.
+        store: Folder in which a server started here keeps records and what has been learned; absent: that of
+            LOOM_STORE, else a temporary one that ends with the loop (`dispose`, garbage collection, or the end of the
+            program).
     """
 
     def __init__(
@@ -107,6 +70,8 @@ class AmoebaLoop:
         planner: TaskPlanner,
         skill_registry: SkillNodeRegistry,
         llm: LLMProvider | None = None,
+        *,
+        store: str | os.PathLike[str] | None = None,
     ) -> None:
         self.cluster = cluster
         self.reward_bus = reward_bus
@@ -114,20 +79,25 @@ class AmoebaLoop:
         self.planner = planner
         self.skill_registry = skill_registry
         self.llm = llm
+        self._store = Path(store) if store is not None else None
+        self._temporary: TemporaryStore | None = None
         self._sessions = SessionOwner(self._make_session)
+        self._held: Session | None = None
+        """The session that `async with` keeps open."""
 
     async def execute(self, ctx: LoopContext) -> AsyncIterator[LoopEvent]:
         """Yield what happens until the task has ended and has been learned from; the last event is Done.
 
         A failed attempt shows as a recoverable ErrorEvent before the next one begins, a failed task as a final
-        ErrorEvent before Done. Of a divided task a SubtaskEvent tells when each part begins and ends.
+        ErrorEvent before Done. Of a divided task a SubtaskEvent reports when each part begins and ends. A PhaseEvent
+        reports what each phase decided: the first three with the attempt's first progress, all before Done.
 
         An iteration that is broken off cancels the task.
 
         Raises:
             InvalidTask: The context holds no task.
             BusUnavailable: No server or no phases answer.
-            WrongEventLoop: The loop is open, by `async with`, in another event loop.
+            WrongEventLoop: The loop is open in another event loop, by `async with` or by a conversation there.
         """
         ad = ctx.to_ad()
         async with self._session() as session:
@@ -146,60 +116,97 @@ class AmoebaLoop:
     ) -> AsyncGenerator[LoopEvent, None]:
         started = time.monotonic()
         text, attempt = "", 1
+        phases = PhaseReports(handle)
         async with aclosing(parts.follow(handle)) as deltas:
             async for delta in deltas:
                 if isinstance(delta, SubtaskEvent):
+                    phases.subtasks.add(delta.id)
                     yield delta
                     continue
                 if delta.attempt > attempt:
                     text, attempt = "", delta.attempt
                     yield ErrorEvent(error="the attempt failed; another node takes over", recoverable=True)
+                for report in await phases.of_attempt(delta.attempt):
+                    yield report
                 if isinstance(delta.event, TextDelta):
                     text += delta.event.text
                 yield delta.event
         result = await handle.result()
+        async with aclosing(self._ending(result, text, phases, learned)) as events:
+            async for event in events:
+                yield event
+        yield _done(result, time.monotonic() - started)
+
+    async def _ending(
+        self, result: TaskResult, text: str, phases: PhaseReports, learned: "_Learned"
+    ) -> AsyncGenerator[LoopEvent, None]:
+        """Yield what is left to report of a task that has ended, `text` of its answer having been reported."""
         if result.content != text and result.content.startswith(text):
             yield TextDelta(text=result.content[len(text) :])  # deltas may get lost, the result does not
+        for report in await phases.of_ended():
+            yield report
         if result.error is not None:
             yield ErrorEvent(error=result.error.message, code=result.error.code)
         if result.node_id is not None and (result.error is None or result.error.code in REWARDED):
-            await learned.wait(self.lifecycle.config.learn_wait_s)
-        yield _done(result, time.monotonic() - started)
+            profile = await learned.wait(result.node_id, self.lifecycle.config.learn_wait_s)
+            if profile is not None:
+                yield adapted(profile, result.attempts)
 
     async def __aenter__(self) -> Self:
-        self.reward_bus.bus = (await self._sessions.open()).bus
+        self._held = await self._sessions.open()
+        self.reward_bus.bus = self._held.bus
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._close()
+
+    def dispose(self) -> None:
+        """Drop everything at once, and remove the temporary store; from any thread, and safe to call twice."""
+        self._held = None
+        self._sessions.abort()
+        temporary, self._temporary = self._temporary, None
+        if temporary is not None:
+            temporary.remove()
+
+    async def _close(self) -> None:
         await self._sessions.aclose()
+        self._held = None
         self.reward_bus.bus = None
 
     @asynccontextmanager
     async def _session(self) -> AsyncIterator[Session]:
-        """Yield the session that `async with` opened, else one for this block alone."""
-        if self._sessions.owner is not None:
-            yield await self._sessions.open()
-            return
-        async with aclosing(self._make_session(self._sessions.inheritance)) as session:
-            await session.open()
-            try:
-                yield session
-            finally:
-                if self.reward_bus.bus is session.bus:
-                    self.reward_bus.bus = None
+        """Yield the session that `async with` opened, else one that its last user closes: they share a store."""
+        session = await self._sessions.open()
+        session.users += 1
+        try:
+            yield session
+        finally:
+            session.users -= 1
+            if not session.users and session.is_open and session is not self._held:
+                await self._close()
 
     def _make_session(self, parent: Inheritance | None) -> Session:
+        settings = from_environment()
         return Session(
             lambda: self.cluster.nodes,
-            from_environment(),
+            settings,
             self.lifecycle.config,
             self.llm,
             skills=skill_nodes(self.skill_registry, self.llm),
             parent=parent,
+            store=self._store_for(settings),
             owner=Owner("AmoebaLoop", f"{THREADSAFE}, or an AmoebaLoop of its own"),
         )
+
+    def _store_for(self, settings: Settings) -> Path | None:
+        """Return where the loop keeps what it learns; None where the settings say it."""
+        if self._store is not None or settings.nats_url or settings.loom_store:
+            return self._store
+        if self._temporary is None or self._temporary.is_inherited:
+            self._temporary = TemporaryStore()
+        return self._temporary.folder
 
 
 class _Learned:
@@ -213,6 +220,7 @@ class _Learned:
         self._task_id = task_id
         self._cluster = cluster
         self._heard = asyncio.Event()
+        self._profiles: dict[str, NodeProfile] = {}
 
     async def __aenter__(self) -> Self:
         self._subscription = await self._bus.subscribe(
@@ -225,13 +233,16 @@ class _Learned:
     ) -> None:
         await self._bus.unsubscribe(self._subscription)
 
-    async def wait(self, seconds: float) -> None:
-        """Wait until it has been said, or for so long."""
+    async def wait(self, node_id: str, seconds: float) -> NodeProfile | None:
+        """Wait until ADAPT has learned about that node, or for so long; return the node's profile then."""
         try:
             async with asyncio.timeout(seconds):
-                await self._heard.wait()
+                while node_id not in self._profiles:
+                    self._heard.clear()
+                    await self._heard.wait()
         except TimeoutError:
             log.info("not_learned_yet", task_id=self._task_id, waited_s=seconds)
+        return self._profiles.get(node_id)
 
     async def _on_news(self, msg: Msg) -> None:
         try:
@@ -241,9 +252,12 @@ class _Learned:
             return
         if self._task_id not in news.task_ids:
             return
+        if news.profile is None:
+            return
         for node in self._cluster.nodes:
-            if node.id == news.node_id and news.profile is not None:
+            if node.id == news.node_id:
                 node.mirror(news.profile)
+        self._profiles[news.node_id] = news.profile
         self._heard.set()
 
 
@@ -252,7 +266,7 @@ def _done(result: TaskResult, seconds: float) -> Done:
         content=result.content,
         tokens_used=result.prompt_tokens + result.completion_tokens,
         steps=result.steps,
-        duration_ms=seconds * 1000,
+        duration_ms=round(seconds * 1000),
         usage=TokenUsage(
             prompt_tokens=result.prompt_tokens,
             completion_tokens=result.completion_tokens,

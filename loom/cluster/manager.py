@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
 from loom.schemas.task import is_token
 from loom.types import AgentNode, Bid, TaskAd, unit
@@ -11,15 +12,20 @@ WEIGHTS = {"capability": 0.4, "availability": 0.25, "history": 0.2, "tools": 0.1
 
 
 class InvalidNode(LoomError):
-    """A node that cannot be added, or an id no node has; `node_id` names it."""
+    """A node that cannot be added; `node_id` names it."""
 
     code = "invalid_node"
 
 
 class ClusterManager:
-    """Holds nodes by id, in the order they were added, and finds the best one for a task."""
+    """Holds nodes by id, in the order they were added, and finds the best one for a task.
 
-    def __init__(self) -> None:
+    Args:
+        config: Kept for its owner to read; phases take their rules from a Runtime or a LifecycleManager.
+    """
+
+    def __init__(self, config: ClusterConfig | None = None) -> None:
+        self.config = config or ClusterConfig()
         self._nodes: dict[str, AgentNode] = {}
 
     @property
@@ -28,15 +34,14 @@ class ClusterManager:
         return list(self._nodes.values())
 
     def add_node(self, node: AgentNode) -> None:
-        """Add `node`; adding the very same one again changes nothing.
+        """Add `node`, in the place of another one with its id.
 
         Raises:
-            InvalidNode: Another node has its id, or the id cannot be part of a subject.
+            InvalidNode: The id cannot be part of a subject.
         """
         if not is_token(node.id):
             raise InvalidNode("a node id is 1 to 64 of A-Z, a-z, 0-9, _ and -", node_id=node.id)
-        if self._nodes.setdefault(node.id, node) is not node:
-            raise InvalidNode(f"there is another node {node.id}: remove it first or choose an id", node_id=node.id)
+        self._nodes[node.id] = node
 
     def get_node(self, node_id: str) -> AgentNode | None:
         """Return the node of that id, if there is one."""
@@ -51,38 +56,34 @@ class ClusterManager:
         return next((node for node in self._nodes.values() if node.status == "idle"), None)
 
     def update_load(self, node_id: str, load: float) -> None:
-        """Set a node's load, clamped to [0, 1].
-
-        Raises:
-            InvalidNode: No node has that id.
-        """
+        """Set a node's load, clamped to [0, 1]; without effect where no node has that id, as after its retirement."""
         node = self._nodes.get(node_id)
-        if node is None:
-            raise InvalidNode(f"there is no node {node_id}", node_id=node_id)
-        node.load = unit(load)
+        if node is not None:
+            node.load = unit(load)
 
-    def compute_bid(self, node: AgentNode, ad: TaskAd) -> Bid:
-        """Return what `node` bids on `ad`: the weighed sum of four parts, each in [0, 1]."""
+    def compute_bid(self, node: AgentNode, task: TaskAd) -> Bid:
+        """Return what `node` bids on `task`: the weighed sum of four parts, each in [0, 1]."""
         facts = node.capabilities
         parts = {
-            "capability": facts.score(ad.domain),
+            "capability": facts.score(task.domain),
             "availability": 1.0 - unit(node.load),
             "history": unit(facts.success_rate),
-            "tools": facts.tool_share(ad.required_tools),
+            "tools": facts.tool_share(task.required_tools),
         }
         score = sum(WEIGHTS[name] * value for name, value in parts.items())
-        return Bid(agent_id=node.id, task_id=ad.task_id, score=score, breakdown=parts)
+        return Bid(agent_id=node.id, task_id=task.task_id, score=score, breakdown=parts)
 
-    def collect_bids(self, ad: TaskAd) -> list[Bid]:
-        """Return the bids of all nodes that may take `ad`, best first, ties in the order nodes were added.
+    def collect_bids(self, task: TaskAd) -> list[Bid]:
+        """Return the bids of all nodes that may take `task`, best first, ties in the order nodes were added.
 
         Nodes that split or die do not bid, nor do nodes with `domains` that lack the ad's; an ad pinned to a node
         hears that one only.
         """
         bids = [
-            self.compute_bid(node, ad)
+            self.compute_bid(node, task)
             for node in self._nodes.values()
-            if node.status in ("idle", "busy") and (ad.node_id == node.id or (ad.node_id is None and _allows(node, ad)))
+            if node.status in ("idle", "busy")
+            and (task.node_id == node.id or (task.node_id is None and _allows(node, task)))
         ]
         return sorted(bids, key=lambda bid: bid.score, reverse=True)
 

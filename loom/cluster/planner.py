@@ -1,6 +1,7 @@
 """Splits a task with a model's help, runs the parts, and puts their outputs together."""
 
 import asyncio
+import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from msgspec.structs import replace
@@ -69,7 +70,9 @@ class TaskPlanner:
 
         Raises:
             InvalidPlan: The graph breaks a rule; nothing has been run.
+            TypeError: `execute` does not take two arguments; nothing has been run.
         """
+        _check_executor(execute)
         check_graph(subtasks)
         running: dict[str, asyncio.Task[TaskResult]] = {}
 
@@ -113,6 +116,17 @@ class TaskPlanner:
         messages = (SystemMessage(SYNTHESIS_PROMPT), UserMessage(question))
         params = CompletionParams(messages=messages, temperature=0.3, max_tokens=2048, timeout_s=timeout_s)
         return await self._provider.complete(params)
+
+
+def _check_executor(execute: Execute) -> None:
+    try:
+        inspect.signature(execute).bind(SubTask(), {})
+    except TypeError as error:
+        raise TypeError(
+            f"execute must take the subtask and the outputs it builds on, (subtask, inputs): {error}"
+        ) from None
+    except ValueError:  # a callable that hides its parameters
+        return
 
 
 async def _attempt(execute: Execute, subtask: SubTask, inputs: dict[str, str]) -> TaskResult:

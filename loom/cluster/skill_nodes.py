@@ -9,13 +9,18 @@ from loom.agents.nursery import Skills
 from loom.agents.tools import Tool
 from loom.bus.faults import describe
 from loom.bus.log import get_logger
+from loom.cluster.skill_choice import SkillChooser
 from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.schemas.auction import SpawnRequest
+from loom.schemas.errors import LoomError
 from loom.schemas.llm import LLMProvider
 from loom.schemas.task import slug
-from loom.types import AgentNode, Skill
+from loom.types import AgentNode, CapabilityProfile, Skill
 
 log = get_logger()
+
+LOADED_CLAIM = 0.7
+"""What the node of a skill that was loaded by hand claims in the domain of the skill's name."""
 
 
 def skill_nodes(
@@ -28,12 +33,22 @@ def skill_nodes(
     """
     if provider is None or not registry.size:
         return None
+    return partial(_node_for, registry, SkillChooser(registry, provider), tools_of(registry), provider, config)
+
+
+def tools_of(registry: SkillNodeRegistry) -> dict[str, Tool]:
+    """Return the tools that the registry's skills may name, by name.
+
+    Raises:
+        LoomError: One of them cannot be described to a model.
+    """
     made = (each if isinstance(each, Tool) else Tool(each) for each in registry.tools)
-    return partial(_node_for, registry, {tool.name: tool for tool in made}, provider, config)
+    return {tool.name: tool for tool in made}
 
 
 def _node_for(
     registry: SkillNodeRegistry,
+    chooser: SkillChooser,
     tools: Mapping[str, Tool],
     provider: LLMProvider,
     config: AgentConfig | None,
@@ -41,7 +56,7 @@ def _node_for(
 ) -> AgentNode | None:
     """Return a node with the skill the task calls for most, marked as loaded; None where none will do."""
     try:
-        skill = registry.find_match(wanted.description, required_tools=wanted.required_tools)
+        skill = chooser.choose(wanted)
     except BaseException as error:  # noqa: BLE001 - a trigger's evaluator is user code: whatever it raises is no match
         log.warning("skill_trigger_raised", **describe(error))
         return None
@@ -51,6 +66,14 @@ def _node_for(
     if missing:
         log.warning("skill_lacks_tools", skill=skill.name, tools=missing)
         return None
+    registry.mark_loaded(skill.name)
+    return node_of(skill, tools, provider, config)
+
+
+def node_of(
+    skill: Skill, tools: Mapping[str, Tool], provider: LLMProvider, config: AgentConfig | None = None
+) -> AgentNode:
+    """Return a node whose agent follows the skill's instructions, with those of `tools` that the skill names."""
     agent = Agent(
         provider,
         config,
@@ -58,8 +81,26 @@ def _node_for(
         tools=[tools[name] for name in dict.fromkeys(skill.tools)],
         name=skill.name,
     )
-    registry.mark_loaded(skill.name)
     return AgentNode(id=node_id(skill), agent=agent)
+
+
+def load(
+    skill: Skill, registry: SkillNodeRegistry, provider: LLMProvider, config: AgentConfig | None = None
+) -> AgentNode:
+    """Register the skill as loaded, and return a node for it that claims the domain of the skill's name.
+
+    Raises:
+        LoomError: The skill names a tool that the registry was not given.
+    """
+    tools = tools_of(registry)
+    missing = ", ".join(sorted(set(skill.tools) - tools.keys()))
+    if missing:
+        raise LoomError(f"skill {skill.name} names tools that the skill_registry was not given: {missing}")
+    node = node_of(skill, tools, provider, config)
+    node.capabilities = CapabilityProfile(scores={skill.name: LOADED_CLAIM}, tools=list(skill.tools))
+    registry.register(skill)
+    registry.mark_loaded(skill.name)
+    return node
 
 
 def node_id(skill: Skill) -> str:

@@ -12,6 +12,13 @@ if TYPE_CHECKING:
 
 LEAST_MATCH = 0.3
 """Priority times fit below which a skill is not chosen."""
+LEAST_WORDS = 2
+_COMMON = """
+a an and any are at be by can do for from how i in into is it make me my of on or please some that the thi to use what
+which will with write you your skill agent task
+"""
+COMMON = frozenset(_COMMON.split())
+"""Words that any task may have; without the `s` at their end."""
 
 
 class SkillNodeRegistry:
@@ -66,18 +73,34 @@ class SkillNodeRegistry:
         return "\n".join(f"{skill.name}: {skill.description}" for skill in self._skills.values())
 
     def find_match(self, text: str, *, required_tools: Collection[str] = ()) -> Skill | None:
-        """Return the skill `text` calls for most: greatest priority times fit, at least .3; ties to the earlier.
+        """Return the skill `text` calls for most, by a trigger or else by the words of a skill without one.
 
-        Only skills that name all `required_tools` are looked at.
+        Only skills that name all `required_tools` are candidates.
         """
-        required = set(required_tools)
+        found = self.find_triggered(text, required_tools=required_tools)
+        return found or best_by_words(text, self.described(required_tools=required_tools))
+
+    def find_triggered(self, text: str, *, required_tools: Collection[str] = ()) -> Skill | None:
+        """Return the skill with the greatest priority times fit of its trigger, at least .3; ties to the earlier."""
         rated = [
             (skill.priority * fit(skill.trigger, text), skill)
-            for skill in self._skills.values()
-            if skill.trigger and skill.activation_level != "manual" and required <= set(skill.tools)
+            for skill in self._candidates(required_tools)
+            if skill.trigger
         ]
         best, skill = max(rated, key=lambda pair: pair[0], default=(0.0, None))
         return skill if best >= LEAST_MATCH else None
+
+    def described(self, *, required_tools: Collection[str] = ()) -> list[Skill]:
+        """Return the skills that a name and a description call for: those without a trigger."""
+        return [skill for skill in self._candidates(required_tools) if skill.trigger is None]
+
+    def _candidates(self, required_tools: Collection[str]) -> list[Skill]:
+        required = set(required_tools)
+        return [
+            skill
+            for skill in self._skills.values()
+            if skill.activation_level != "manual" and required <= set(skill.tools)
+        ]
 
 
 def fit(trigger: SkillTrigger, text: str) -> float:
@@ -94,6 +117,28 @@ def fit(trigger: SkillTrigger, text: str) -> float:
         return float(re.search(trigger.pattern, text, re.IGNORECASE) is not None)
     answer = float(trigger.evaluator(text)) if trigger.evaluator else 0.0
     return answer if answer >= trigger.threshold else 0.0
+
+
+def best_by_words(text: str, skills: Iterable[Skill]) -> Skill | None:
+    """Return the skill whose name and description share most words with `text`; None where too few are shared.
+
+    A word of the name counts two, one of the description one, and two are needed; ties to the earlier.
+    """
+    words = _words(text)
+    rated = [(2 * len(words & _words(each.name)) + len(words & _words(each.description)), each) for each in skills]
+    best, skill = max(rated, key=lambda pair: pair[0], default=(0, None))
+    return skill if best >= LEAST_WORDS else None
+
+
+def _words(text: str) -> set[str]:
+    """The words of a text that mean something alone, without a last `s`; of Chinese each pair of characters."""
+    found = set[str]()
+    for word in re.findall(r"[^\W_]+", _fold(text)):
+        if word.isascii():
+            found |= {word.removesuffix("s")} - COMMON
+        else:
+            found |= {word[at : at + 2] for at in range(max(1, len(word) - 1))}
+    return found
 
 
 def _fold(text: str) -> str:

@@ -10,7 +10,7 @@ from loom.phases.shared.check_pool import Violation
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import IN_HAND_S, MAX_TRIED, MAX_TRIED_CHARS, Best, Envelope, TaskRecord, Tried
 from loom.schemas.learning import Reward, Signal
-from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, Accept, RunResult, TaskAd, TaskError, TaskState
+from loom.schemas.task import Accept, RunResult, TaskAd, TaskError, TaskState
 
 COUNTED = frozenset({"node_lost", "agent_failed", "rejected_result"})
 """Errors that are the node's fault: counted, excluding it, rewarded with 0."""
@@ -293,10 +293,7 @@ def _guess(envelope: Envelope) -> float | None:
 
 
 def _signal(envelope: Envelope, result: RunResult) -> Signal:
-    yardstick = envelope.ad.token_budget or DEFAULT_TOKEN_YARDSTICK
-    return RewardBus().compute_signal(
-        success=True, token_cost=result.tokens, token_budget=yardstick, error_count=result.tool_errors
-    )
+    return RewardBus().compute_signal(envelope.ad, True, result.tokens, result.tool_errors)
 
 
 def implied_rewards(record: TaskRecord) -> tuple[Reward, ...]:

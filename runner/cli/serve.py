@@ -1,16 +1,14 @@
 """What keeps running: `loom up`, `loom phase`, `loom node`."""
 
 import asyncio
-import errno
 import os
-import socket
 import sys
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -26,11 +24,12 @@ from loom.runner.cli.loading import NodeFile, load_node_file
 from loom.runner.cli.running import DEFAULT_URL, FOREVER_S, prepare, run_service, sense_model, until_lost
 from loom.runner.cluster import running_nodes, running_phases
 from loom.runner.embedded import embedded_server
+from loom.runner.listening import LOOPBACK, check_free, is_loopback
 from loom.runner.settings import Settings
 from loom.runner.starting import until_started
+from loom.runner.store import check_unused, default_store, log_store
 from loom.runner.supervisor import STOP_GRACE_S, Program, Supervisor, end_with_parent, keep_alive, labelled
 from loom.schemas.envelope import PHASES, Phase
-from loom.schemas.errors import BusUnavailable
 
 log = get_logger()
 
@@ -41,9 +40,20 @@ ASK_AGAIN_S = 0.1
 
 
 def up(
-    port: Annotated[
-        int, typer.Option(min=0, max=65_535, help="Port of the server on 127.0.0.1; 0 takes any free one.")
-    ] = PORT,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port of the server; 0 takes any free one.")] = PORT,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address of this machine to listen on; beyond it with LOOM_TOKEN.")
+    ] = LOOPBACK,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond this machine without a token: anybody may use it.")
+    ] = False,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder that keeps records and what is learned; else LOOM_STORE, or the user's data."
+        ),
+    ] = None,
+    ephemeral: Annotated[bool, typer.Option("--ephemeral", help="Keep nothing beyond the end of the command.")] = False,
     processes: Annotated[
         bool, typer.Option("--processes", help="Give each phase a process of its own, started again when it dies.")
     ] = False,
@@ -57,7 +67,30 @@ def up(
     counts = _counts(replicas or [])
     if replicas and not processes:
         raise typer.BadParameter("needs --processes", param_hint="--replicas")
-    run_service(_up(settings, port, _programs(counts) if processes else None))
+    if ephemeral and store is not None:
+        raise typer.BadParameter("keeps nothing, so there is no use for --store", param_hint="--ephemeral")
+    if settings.nats_url and (ephemeral or store is not None or host != LOOPBACK):
+        raise typer.BadParameter("NATS_URL names a server, and no other is started", param_hint="--store, --host")
+    if not insecure and not settings.loom_token and not is_loopback(host):
+        hint = (
+            "set LOOM_TOKEN, which clients then need, or add --insecure on a network where anybody may use the server"
+        )
+        raise typer.BadParameter(f"{host} can be reached from other machines: {hint}", param_hint="--host")
+    kept = None if ephemeral or settings.nats_url else store or _store_of(settings)
+    run_service(_up(settings, Server(host, port, kept), _programs(counts) if processes else None))
+
+
+class Server(NamedTuple):
+    """The server that `loom up` starts."""
+
+    host: str
+    port: int
+    store: Path | None
+    """None: a temporary one."""
+
+
+def _store_of(settings: Settings) -> Path:
+    return Path(settings.loom_store) if settings.loom_store else default_store(settings.loom_namespace)
 
 
 def phase(
@@ -99,27 +132,38 @@ def node(
     run_service(work, limit_s=limit_s, last_words=give_back)
 
 
-async def _up(settings: Settings, port: int, programs: list[Program] | None) -> None:
-    def cluster(url: str) -> Coroutine[Any, Any, None]:
-        return _in_here(url, settings) if programs is None else _in_processes(url, settings, programs)
+async def _up(settings: Settings, server: Server, programs: list[Program] | None) -> None:
+    async def cluster(url: str) -> None:
+        welcome = partial(_welcome, settings, server)
+        await (
+            _in_here(url, settings, welcome) if programs is None else _in_processes(url, settings, programs, welcome)
+        )
 
     if settings.nats_url:
         await cluster(settings.nats_url)
         return
-    check_free(port)
-    store = Path(settings.loom_store) if settings.loom_store else None
-    sync = settings.loom_sync_interval or None
-    async with embedded_server(store, port=port or -1, sync_interval=sync) as server:
-        await _first_to_end(cluster(server.url), keep_alive(server))
+    if server.store is not None:
+        check_unused(server.store)  # its owner has most likely the port as well, and is the better news
+    check_free(server.host, server.port)
+    started = embedded_server(
+        server.store,
+        host=server.host,
+        port=server.port or -1,
+        token=settings.loom_token,
+        sync_interval=settings.loom_sync_interval or None,
+    )
+    async with started as running:
+        log_store(server.store)
+        await _first_to_end(cluster(running.url), keep_alive(running))
 
 
-async def _in_here(url: str, settings: Settings) -> None:
+async def _in_here(url: str, settings: Settings, welcome: Callable[[str], str]) -> None:
     async with _phases_on(url, PHASES, settings) as bus:
-        _say(_welcome(settings, bus.address))
+        _announce(welcome(bus.address))
         await until_lost(bus)
 
 
-async def _in_processes(url: str, settings: Settings, programs: list[Program]) -> None:
+async def _in_processes(url: str, settings: Settings, programs: list[Program], welcome: Callable[[str], str]) -> None:
     log.info("connecting", server=Bus(url).address)
     names = [program.name for program in programs]
     async with Bus(url, namespace=settings.loom_namespace, patience_s=FOREVER_S) as bus:
@@ -134,7 +178,7 @@ async def _in_processes(url: str, settings: Settings, programs: list[Program]) -
         )
         async with supervisor:
             await _all_present(bus, Counter(name.partition("-")[0] for name in names))
-            _say(_welcome(settings, bus.address))
+            _announce(welcome(bus.address))
             await until_lost(bus)
 
 
@@ -225,21 +269,6 @@ async def _node(
         await until_lost(host.bus)
 
 
-def check_free(port: int) -> None:
-    """Return if `port` of 127.0.0.1 can be listened on; 0 always can.
-
-    Raises:
-        BusUnavailable: It is taken, or not ours to take.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: a closed one is free
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
-            raise BusUnavailable(f"port {port} {why}; choose another with --port, or set NATS_URL") from error
-
-
 def _phases(names: list[str]) -> tuple[Phase, ...]:
     unknown = [name for name in names if name not in PHASES]
     if unknown:
@@ -247,26 +276,34 @@ def _phases(names: list[str]) -> tuple[Phase, ...]:
     return tuple(name for name in PHASES if name in names)
 
 
-def _welcome(settings: Settings, address: str) -> str:
-    """Where the cluster is, and the next three commands as they must be typed here."""
-    prefix = "" if settings.nats_url or address == DEFAULT_URL else f"NATS_URL={address} "
+def _welcome(settings: Settings, server: Server, address: str) -> str:
+    """Where the cluster is and what it keeps, and the next three commands as they must be typed here."""
+    lines = [f"loom is up on {address}, namespace {settings.loom_namespace}"]
+    if not settings.nats_url:
+        kept = server.store.absolute() if server.store is not None else None
+        lines.append(f"  records and what is learned are kept in {kept}" if kept else "  nothing is kept (--ephemeral)")
+        if not is_loopback(server.host):
+            lines.append(f"  it listens on {server.host} for other machines")
+    own = "" if settings.nats_url or address == DEFAULT_URL else f"NATS_URL={address} "
+    if settings.loom_token and not settings.nats_url:
+        own = f"NATS_URL=nats://$LOOM_TOKEN@{address.removeprefix('nats://')} "
     return "\n".join(
         (
-            f"loom is up on {address}, namespace {settings.loom_namespace}",
-            f"  {prefix}loom node FILE.py              adds agents",
-            f'  {prefix}loom submit "what is to do"    hands in work',
-            f"  {prefix}loom tap                       shows all traffic",
+            *lines,
+            f"  {own}loom node FILE.py              adds agents",
+            f'  {own}loom submit "what is to do"    hands in work',
+            f"  {own}loom tap                       shows all traffic",
             "Ctrl-C stops it",
         )
     )
 
 
 def _announce(text: str) -> None:
-    """Print on a terminal; elsewhere log, so that all output of a service is of one form."""
+    """Print on a terminal; elsewhere log the first line, so that all output of a service is of one form."""
     if sys.stdout.isatty():
         _say(text)
     else:
-        log.info("ready", message=text)
+        log.info("ready", message=text.partition("\n")[0])
 
 
 def _say(text: str) -> None:

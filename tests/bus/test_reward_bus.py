@@ -14,7 +14,7 @@ from loom.bus.client import Bus
 from loom.bus.reward_bus import RewardBus
 from loom.schemas.errors import BusUnavailable, InvalidTask
 from loom.schemas.learning import Reward
-from loom.schemas.task import slug
+from loom.schemas.task import TaskAd, slug
 
 
 def reward(
@@ -155,7 +155,7 @@ async def test_a_listener_that_leaves_early_leaves_nothing_behind(bus: Bus, rewa
 
 async def test_without_a_bus_only_the_formulas_work() -> None:
     rewards = RewardBus()
-    assert rewards.compute_signal(True, 0).total > 0
+    assert rewards.compute_signal(TaskAd(description="x"), True, 0).total > 0
     with pytest.raises(BusUnavailable, match="no bus"):
         await rewards.publish(reward(1))
     with pytest.raises(BusUnavailable, match="no bus"):

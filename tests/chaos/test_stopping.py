@@ -170,7 +170,7 @@ async def test_every_service_that_is_shut_out_ends_so_that_it_is_started_again(
             await start("node", str(tmp_path / "sleepers.py")),
             await start("tap"),
         ]
-        said = ("match on nats", "Ctrl-C stops it", "sleeper on nats", "listening on nats")
+        said = ("match on nats", "loom is up on", "sleeper on nats", "listening on nats")
         await asyncio.gather(*(each.says(text) for each, text in zip(services, said, strict=True)))
 
         conf.write_text(conf.read_text().replace("secret", "changed"))

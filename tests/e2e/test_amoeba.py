@@ -18,7 +18,9 @@ from loom import (
     LoopContext,
     OpenAIProvider,
     RewardBus,
+    Runtime,
     SkillNodeRegistry,
+    TaskAd,
     UserMessage,
     tool,
 )
@@ -29,7 +31,7 @@ from loom.runner.cluster import running_phases
 from loom.schemas.errors import InvalidTask
 from loom.schemas.llm import AssistantMessage
 from loom.schemas.run import RunRequest
-from loom.types import AgentNode, CapabilityProfile, Done, ErrorEvent, LoopEvent, SubtaskEvent, TextDelta
+from loom.types import AgentNode, CapabilityProfile, Done, ErrorEvent, LoopEvent, PhaseEvent, SubtaskEvent, TextDelta
 
 
 def loop_over(provider: OpenAIProvider, *nodes: AgentNode, **rules: object) -> AmoebaLoop:
@@ -64,7 +66,7 @@ async def test_text_steps_and_tools_come_in_order_and_done_comes_last(
     )
     events = await events_of(loop_over(provider, coder), "what is 2 + 3?")
 
-    kinds = [event.type for event in events if event.type != "text_delta"]
+    kinds = [event.type for event in events if event.type not in {"text_delta", "phase"}]
     assert kinds == [
         "step_start",
         "tool_call_start",
@@ -242,3 +244,74 @@ async def test_a_conversation_that_is_broken_off_within_an_open_loop_leaves_it_u
                 break
         await until(lambda: len(bus._nc._subs) == before, what="its subscriptions end")
         assert (await events_of(loop, "sum"))[-1].content == "done: sum"  # type: ignore[union-attr]
+
+
+async def test_each_phase_is_reported_with_what_it_decided(
+    on_bus: tuple[str, str], phases: Bus, provider: OpenAIProvider
+) -> None:
+    expert, novice = node("expert", echo, code=0.9), node("novice", echo, code=0.2)
+    events = await events_of(loop_over(provider, expert, novice), "sort")
+
+    reports = {event.name: event for event in events if isinstance(event, PhaseEvent)}
+    assert list(reports) == ["sense", "match", "scale", "execute", "evaluate", "adapt"]
+    assert (reports["sense"].domain, reports["sense"].method) == ("code", "heuristic")
+    assert reports["sense"].complexity is not None
+    match = reports["match"]
+    assert (match.node_id, [bid.node_id for bid in match.bids]) == ("expert", ["expert", "novice"])
+    assert match.score == match.bids[0].score > match.bids[1].score
+    assert reports["execute"].node_id == reports["evaluate"].node_id == reports["adapt"].node_id == "expert"
+    assert (reports["evaluate"].score, reports["evaluate"].reward) == (1.0, pytest.approx(0.85))
+    assert (reports["adapt"].total_tasks, reports["adapt"].success_rate) == (1, 1.0)
+    kinds = [getattr(event, "name", event.type) for event in events]
+    assert kinds.index("match") < kinds.index("text_delta") < kinds.index("execute") < kinds.index("done")
+
+
+async def test_an_attempt_that_failed_is_reported_with_its_node_and_its_error(
+    phases: Bus, provider: OpenAIProvider
+) -> None:
+    events = await events_of(loop_over(provider, node("sure", fail, code=1.0), node("spare", echo, code=0.1)), "sort")
+
+    reports = [(each.attempt, each.name, each.node_id, each.error) for each in events if isinstance(each, PhaseEvent)]
+    assert reports == [
+        (1, "sense", None, ""),
+        (1, "match", "sure", ""),
+        (1, "scale", None, ""),
+        (1, "execute", "sure", "agent_failed"),
+        (1, "evaluate", "sure", "agent_failed"),
+        (2, "match", "spare", ""),
+        (2, "scale", None, ""),
+        (2, "execute", "spare", ""),
+        (2, "evaluate", "spare", ""),
+        (2, "adapt", "spare", ""),
+    ]
+
+
+async def test_a_task_that_nobody_takes_reports_the_phases_it_passed(phases: Bus, provider: OpenAIProvider) -> None:
+    loop = loop_over(provider)
+    context = LoopContext(messages=[UserMessage("sort")], domain="code", timeout_s=1)
+    events = [event async for event in loop.execute(context)]
+
+    reports = [(each.name, each.node_id, each.error) for each in events if isinstance(each, PhaseEvent)]
+    assert reports[0] == ("sense", None, "")
+    assert reports[-1] == ("evaluate", None, "deadline_exceeded")
+    assert [event.type for event in events[-2:]] == ["error", "done"]
+
+
+async def test_the_loop_of_a_runtime_uses_its_server_while_it_is_open(
+    provider: OpenAIProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NATS_URL", raising=False)
+    rt = Runtime(provider)
+    coder = rt.add_agent(echo, name="coder", capabilities=CapabilityProfile(scores={"code": 0.9}))
+    loop = rt.amoeba_loop()
+    async with rt:
+        session = rt._sessions._session
+        assert (await events_of(loop, "one"))[-1].content == "done: one"  # type: ignore[union-attr]
+        assert await rt.submit(TaskAd(domain="code", description="two")) == "done: two"
+        assert rt._sessions._session is session
+        await until(lambda: coder.capabilities.total_tasks == 2, what="both tasks are learned from, by one ADAPT")
+
+    alone = await events_of(loop, "three")
+    assert alone[-1].content == "done: three"  # type: ignore[union-attr]
+    assert rt._sessions.owner is None
+    await provider.aclose()

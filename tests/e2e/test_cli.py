@@ -197,7 +197,7 @@ async def test_a_reader_that_leaves_does_not_end_the_run(start: Start, tmp_path:
 @pytest.mark.slow
 async def test_a_cluster_of_processes_works_is_watched_and_stops(start: Start, tmp_path: Path) -> None:
     up = await start("up", "--port", "0", LOOM_STORE=str(tmp_path / "store"))
-    url = re.findall(r"nats://\S+:\d+", (await up.says("Ctrl-C")).out)[0]
+    url = re.findall(r"nats://\S+:\d+", (await up.says("loom is up on")).err)[0]
     where = {"NATS_URL": url}
     tap, tap_json = await start("tap", **where), await start("tap", "--json", **where)
     node = await start("node", "agents.py", "--slots", "2", **where)
@@ -365,6 +365,14 @@ def quietly(environment: None) -> Iterator[None]:
         ("submit x --context [1]", 2, "invalid_task: not a valid TaskAd: Expected `object`, got `array`"),
         ("submit x --node a.b", 2, "invalid_task: "),
         ("up --port 70000", 2, "bad_usage: Invalid value for '--port'"),
+        (
+            "up --host 0.0.0.0",
+            2,
+            "bad_usage: Invalid value for --host: 0.0.0.0 can be reached from other machines: set",
+        ),
+        ("up --host myself.example", 2, "bad_usage: Invalid value for --host: myself.example can be reached"),
+        ("up --ephemeral --store x", 2, "bad_usage: Invalid value for --ephemeral: keeps nothing"),
+        ("up --host 192.0.2.1 --insecure --ephemeral", 3, "bus_unavailable: 192.0.2.1 is not an address of this"),
         ("nonsense", 2, "bad_usage: No such command 'nonsense'"),
     ],
 )

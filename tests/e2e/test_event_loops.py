@@ -247,5 +247,5 @@ async def test_a_runtime_is_disposed_of_from_another_thread(monkeypatch: pytest.
     rt = runtime()
     assert await rt.submit(SUM) == "done: sum"
     await asyncio.to_thread(rt.dispose)
-    assert await rt.submit(SUM) == "done: sum"
-    rt.dispose()
+    async with rt:
+        assert await rt.submit(SUM) == "done: sum"

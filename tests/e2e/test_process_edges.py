@@ -135,7 +135,7 @@ async def test_orphans_of_agents_do_not_stay_zombies_under_process_1(
         command(tmp_path, *CONTAINER, *LOOM, "node", str(tmp_path / "orphans.py"), **where) as container,
         Bus(nats_url, namespace=namespace) as bus,
     ):
-        await up.says("Ctrl-C stops it")
+        await up.says("loom is up on")
         await container.says("o on nats")
         handle = await publish(bus, TaskAd(description="x", domain="t"), deltas=False)
         assert await handle.content(20) == "5"  # a child of the agent's own is its own to wait for

@@ -2,7 +2,7 @@
 
 import pytest
 from support.nodes import echo, node
-from support.openai_server import OpenAIServer
+from support.openai_server import OpenAIServer, Reply
 from support.wait import until
 
 from loom import (
@@ -22,7 +22,7 @@ from loom.cluster.planner import TaskPlanner
 from loom.schemas.auction import RetireRequest
 from loom.schemas.learning import Lifecycle
 from loom.schemas.wire import decode
-from loom.types import Done, Skill, SkillTrigger
+from loom.types import Done, PhaseEvent, Skill, SkillTrigger
 
 WITHIN_S = 30
 SQL = Skill(
@@ -99,3 +99,24 @@ async def test_a_node_that_can_bid_keeps_the_skill_at_rest_and_a_required_tool_c
     await provider.aclose()
     assert (result.node_id, result.success) == ("skill-sql", True)
     assert runtime.skill_registry.is_loaded("SQL")
+
+
+async def test_the_model_chooses_a_skill_without_a_trigger_by_its_name_and_description(
+    phases: Bus, model: OpenAIServer, provider: OpenAIProvider
+) -> None:
+    model.script(Reply(text='{"skill": "coder"}'))
+    skills = SkillNodeRegistry()
+    skills.register_all(
+        [
+            Skill(name="poet", description="Writes poems.", instructions="Rhyme."),
+            Skill(name="coder", description="Writes programs.", instructions="You write Python."),
+        ]
+    )
+    loop = AmoebaLoop(ClusterManager(), RewardBus(), LifecycleManager(), TaskPlanner(provider), skills, provider)
+    context = LoopContext([UserMessage("sort a list")], domain="code", timeout_s=WITHIN_S)
+    events = [event async for event in loop.execute(context)]
+    await provider.aclose()
+
+    [match] = [event for event in events if isinstance(event, PhaseEvent) and event.name == "match"]
+    assert match.node_id == "skill-coder"
+    assert model.requests[-1].messages[0]["content"] == "You write Python."

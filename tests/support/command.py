@@ -66,6 +66,7 @@ async def command(folder: Path, *words: str, **env: str) -> AsyncIterator[Comman
     number = next(_numbers)
     out, err = folder / f"{number}.out", folder / f"{number}.err"
     own = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    own["XDG_DATA_HOME"] = str(folder / "data")
     with out.open("wb") as stdout, err.open("wb") as stderr:
         process = await asyncio.create_subprocess_exec(
             *words, stdin=asyncio.subprocess.PIPE, stdout=stdout, stderr=stderr, env={**own, **env}

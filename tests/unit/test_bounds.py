@@ -23,7 +23,7 @@ from loom.schemas.errors import InvalidTask
 from loom.schemas.events import TextDelta
 from loom.schemas.learning import Calibration, NodeProfile, Reward
 from loom.schemas.run import RunEvent, read_events
-from loom.schemas.task import RunResult, TaskError
+from loom.schemas.task import RunResult, TaskAd, TaskError
 from loom.schemas.wire import MAX_INT, MAX_SECONDS, Relayed, Undecodable, decode, encode
 
 HUGE = 10**400
@@ -130,9 +130,9 @@ def test_a_huge_number_built_in_python_overflows_no_formula() -> None:
     huge = msgspec.structs.replace(REWARD, tokens=HUGE, seconds=MAX_SECONDS)
     assert actual(huge) == 1.0
     assert recalibrated(Calibration(slug="code"), huge, 1).count == 1
-    assert RewardBus().compute_signal(success=True, token_cost=HUGE).efficiency == 0.0
-    assert RewardBus().compute_signal(success=True, token_cost=HUGE, token_budget=HUGE).efficiency == 0.0
-    assert RewardBus().compute_signal(success=True, token_cost=-HUGE).efficiency == 1.0
+    assert RewardBus().compute_signal(TaskAd(), True, HUGE).efficiency == 0.0
+    assert RewardBus().compute_signal(TaskAd(token_budget=HUGE), True, HUGE).efficiency == 0.0
+    assert RewardBus().compute_signal(TaskAd(), True, -HUGE).efficiency == 1.0
     hosts = [HostAnnouncement(host_id="h", nodes=("a",), running=HUGE, slots=3)]
     assert heir("b", hosts, {}) == "a"
 

@@ -402,6 +402,18 @@ def test_a_plan_is_found_behind_brackets_of_prose() -> None:
     assert [part.id for part in parse_plan(prose + '{"subtasks": [{"id": "a", "description": "do it"}]}')] == ["a"]
 
 
+async def test_an_executor_that_takes_the_subtask_alone_is_refused_before_anything_runs() -> None:
+    ran: list[str] = []
+
+    async def alone(subtask: SubTask) -> TaskResult:
+        ran.append(subtask.id)
+        return TaskResult(task_id=subtask.id, state="succeeded")
+
+    with pytest.raises(TypeError, match=r"\(subtask, inputs\)"):
+        await TaskPlanner(Scripted()).execute_dag([part("a")], alone)  # type: ignore[arg-type]
+    assert ran == []
+
+
 # --- what models and clients write instead of `dependencies`
 
 

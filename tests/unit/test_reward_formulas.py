@@ -15,6 +15,10 @@ def node(**scores: float) -> AgentNode:
     return AgentNode(id="n", capabilities=CapabilityProfile(scores=dict(scores)))
 
 
+def budgeted(token_budget: int | None) -> TaskAd:
+    return TaskAd(description="x", token_budget=token_budget)
+
+
 def aged(score: float, days: float, *, half_life_days: float = 30) -> float:
     old = node(code=score)
     old.remember(task_id="t", domain="code", reward=1, token_cost=0, at=DAY)
@@ -23,33 +27,33 @@ def aged(score: float, days: float, *, half_life_days: float = 30) -> float:
 
 
 def test_a_success_earns_by_quality_efficiency_and_reliability() -> None:
-    signal = bus.compute_signal(success=True, token_cost=250, token_budget=1000, error_count=0)
+    signal = bus.compute_signal(budgeted(1000), success=True, token_cost=250, error_count=0)
 
     assert (signal.quality, signal.efficiency, signal.reliability) == (0.7, 0.75, 1.0)
     assert signal.total == pytest.approx(0.5 * 0.7 + 0.3 * 0.75 + 0.2)
-    assert bus.compute_signal(success=True, token_cost=0, token_budget=1000, error_count=0).total == pytest.approx(0.85)
-    assert bus.compute_signal(success=True, token_cost=0, token_budget=1000, error_count=1).reliability == 0
+    assert bus.compute_signal(budgeted(1000), success=True, token_cost=0, error_count=0).total == pytest.approx(0.85)
+    assert bus.compute_signal(budgeted(1000), success=True, token_cost=0, error_count=1).reliability == 0
 
 
 def test_without_a_budget_efficiency_is_measured_by_the_yardstick() -> None:
-    assert bus.compute_signal(success=True, token_cost=1024, token_budget=None, error_count=0).efficiency == 0.75
+    assert bus.compute_signal(budgeted(None), success=True, token_cost=1024, error_count=0).efficiency == 0.75
 
 
 def test_overspending_earns_no_efficiency_and_a_budget_of_zero_divides_nothing() -> None:
-    assert bus.compute_signal(success=True, token_cost=5000, token_budget=1000, error_count=0).efficiency == 0
-    assert bus.compute_signal(success=True, token_cost=5, token_budget=0, error_count=0).efficiency == 0
+    assert bus.compute_signal(budgeted(1000), success=True, token_cost=5000, error_count=0).efficiency == 0
+    assert bus.compute_signal(budgeted(0), success=True, token_cost=5, error_count=0).efficiency == 0
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 3))
 def test_a_failure_earns_nothing_however_fast(cost: int, budget: int, errors: int) -> None:
-    signal = bus.compute_signal(success=False, token_cost=cost, token_budget=budget, error_count=errors)
+    signal = bus.compute_signal(budgeted(budget), success=False, token_cost=cost, error_count=errors)
 
     assert bus.compute_reward(signal) == signal.total == 0
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 3))
 def test_a_success_earns_more_than_any_failure_and_at_most_85(cost: int, budget: int, errors: int) -> None:
-    signal = bus.compute_signal(success=True, token_cost=cost, token_budget=budget, error_count=errors)
+    signal = bus.compute_signal(budgeted(budget), success=True, token_cost=cost, error_count=errors)
 
     assert 0.35 <= signal.total <= 0.85 + 1e-9
     assert bus.compute_reward(signal) == signal.total

@@ -18,7 +18,9 @@ def node(**scores: float) -> AgentNode:
 def profile(**domains: list[tuple[str, float, float]]) -> NodeProfile:
     evidence = {
         name: DomainEvidence(
-            scores=tuple(Score(attempt_id=i, score=s, ended_at=t) for i, s, t in entries), count=len(entries), mean=0.5
+            scores=tuple(Score(attempt_id=i, score=s, ended_at=t) for i, s, t in entries),
+            count=len(entries),
+            mean=sum(score for _, score, _ in entries) / len(entries),
         )
         for name, entries in domains.items()
     }
@@ -112,7 +114,7 @@ def test_a_domain_and_its_slug_bid_alike(domain: str) -> None:
     assert skilled.to_bid(domain=domain).claim == 0.8
 
 
-def test_mirroring_writes_learned_facts_and_leaves_claims() -> None:
+def test_mirroring_shows_what_has_been_learned_and_keeps_the_makers_ratings_for_bids() -> None:
     learner = node(Code=0.9)
     learner.last_active_at = 5.0
 
@@ -122,7 +124,9 @@ def test_mirroring_writes_learned_facts_and_leaves_claims() -> None:
 
     facts = learner.capabilities
     assert (facts.total_tasks, facts.success_rate, learner.consecutive_losses) == (3, 0.75, 2)
-    assert facts.scores == {"Code": 0.9}
+    assert facts.scores == pytest.approx({"Code": (1.0 + 0.0 + 2 * 0.9) / 4, "data": 0.5})
+    assert learner.self_ratings == {"Code": 0.9}
+    assert (learner.claim("code"), learner.claim("data"), learner.to_bid(domain="Code").claim) == (0.9, 0.5, 0.9)
     assert [(r.task_id, r.reward, r.domain, r.timestamp) for r in learner.reward_history] == [
         ("t1", 1.0, "Code", 10.0),
         ("t2", 0.5, "data", 20.0),
@@ -131,13 +135,24 @@ def test_mirroring_writes_learned_facts_and_leaves_claims() -> None:
     assert learner.last_active_at == 30.0
 
 
+def test_a_rating_that_is_set_after_something_was_learned_is_the_makers_own() -> None:
+    learner = node(code=0.9)
+    learner.mirror(profile(code=[("t1:1:rules", 0.0, 10.0)]))
+    learner.capabilities.scores["code"] = 0.3
+    assert learner.claim("code") == 0.3
+
+    learner.mirror(profile(code=[("t1:1:rules", 0.0, 10.0)]))
+    assert (learner.self_ratings, learner.claim("code")) == ({"code": 0.3}, 0.3)
+    assert learner.capabilities.scores["code"] == pytest.approx(0.2)
+
+
 def test_mirroring_twice_changes_nothing_more() -> None:
     learner, facts = node(), profile(code=[("t1:1:rules", 1.0, 10.0)])
     learner.mirror(facts)
-    once = list(learner.reward_history)
+    once = list(learner.reward_history), dict(learner.capabilities.scores)
     learner.mirror(facts)
 
-    assert learner.reward_history == once
+    assert (learner.reward_history, learner.capabilities.scores) == once
 
 
 def test_a_profile_without_tasks_leaves_the_success_rate_neutral() -> None:

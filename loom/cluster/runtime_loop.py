@@ -1,0 +1,46 @@
+"""The AmoebaLoop of a Runtime."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from loom.bus.reward_bus import RewardBus
+from loom.cluster.amoeba_loop import AmoebaLoop
+from loom.cluster.lifecycle import LifecycleManager
+from loom.cluster.manager import ClusterManager
+from loom.cluster.planner import TaskPlanner
+from loom.cluster.skill_registry import SkillNodeRegistry
+from loom.runner.session import Session
+from loom.runner.session_owner import SessionOwner
+from loom.schemas.llm import LLMProvider
+
+
+class RuntimeLoop(AmoebaLoop):
+    """Uses the session of its Runtime while that is open, and one of its own otherwise.
+
+    Args:
+        sessions: The Runtime's.
+        store: The Runtime's, for a session of its own.
+    """
+
+    def __init__(
+        self,
+        sessions: SessionOwner,
+        cluster: ClusterManager,
+        reward_bus: RewardBus,
+        lifecycle: LifecycleManager,
+        skill_registry: SkillNodeRegistry,
+        llm: LLMProvider,
+        *,
+        store: Path | None = None,
+    ) -> None:
+        super().__init__(cluster, reward_bus, lifecycle, TaskPlanner(llm), skill_registry, llm, store=store)
+        self._runtime = sessions
+
+    @asynccontextmanager
+    async def _session(self) -> AsyncIterator[Session]:
+        if self._runtime.owner is not None:
+            yield await self._runtime.open()
+        else:
+            async with super()._session() as session:
+                yield session
