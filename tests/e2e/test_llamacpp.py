@@ -54,7 +54,7 @@ CHAINS = {
     ),
     "after_tools": ("The", " tools", " have", " answered."),
 }
-OPENINGS = {"choose": ('<tool_call>\n{"name": "choose", "arguments": ',)}
+OPENINGS = {"choose": ('<tool_call>\n{"name": "choose", "arguments": ',), "size": ('{"size": ',)}
 SCHEMA = {
     "type": "object",
     "properties": {"size": {"enum": ["small", "large"]}},
@@ -129,7 +129,7 @@ async def test_a_cut_answer_is_known_by_its_reason(provider: OpenAIProvider) -> 
 
 
 async def test_an_answer_is_held_to_a_schema(provider: OpenAIProvider) -> None:
-    answer = await provider.complete(asking("[hello]", json_schema=SCHEMA))
+    answer = await provider.complete(asking("[size]", json_schema=SCHEMA))
 
     assert answer.content.translate(str.maketrans("", "", " \n\t")) in ('{"size":"small"}', '{"size":"large"}')
 
