@@ -27,6 +27,7 @@ def shout(text: str) -> str:
 REASON = "ValueError: a value that the code does not expect"
 
 
+@pytest.mark.slow
 async def test_a_phase_whose_reader_fails_ends_with_the_reason(
     on_bus: tuple[str, str], client: Bus, tmp_path: Path
 ) -> None:
