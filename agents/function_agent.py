@@ -11,7 +11,8 @@ from loom.agents.job import Answer, Job
 from loom.agents.port import Output, StreamingAgent, raised
 from loom.agents.signatures import check_stream, name_of, takes_text
 from loom.agents.threaded import ThreadedIteration
-from loom.agents.user_code import NotText, Opened, call, guarded, text_of
+from loom.agents.user_code import Opened, call, guarded
+from loom.agents.values import NotText, to_text
 from loom.agents.yielded import EVENTS, deltas, events_of
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.events import AgentEvent, Done, StepEnd, StepStart, TextDelta, TokenUsage
@@ -128,18 +129,18 @@ class _Written:
     def _text(self, value: Any) -> str:
         """The text of a value, whose costs are added up if it carries any."""
         if isinstance(value, TextDelta):
-            return text_of(value.text)
+            return to_text(value.text)
         if isinstance(value, Answer):
             self._charge(value.token_usage())
-            return text_of(value.content)
+            return to_text(value.content)
         if isinstance(value, RunResult):  # of an agent that the function has run
             used = {"prompt_tokens": value.prompt_tokens, "completion_tokens": value.completion_tokens}
             self._charge(Answer("", used, value.usd).token_usage())
-            return text_of(value.content)
+            return to_text(value.content)
         if isinstance(value, Done):
             self._charge(value.usage)
-            return "" if self._pieces else text_of(value.content)  # the pieces before it are the same text
-        return text_of(value)
+            return "" if self._pieces else to_text(value.content)  # the pieces before it are the same text
+        return to_text(value)
 
     def _charge(self, usage: TokenUsage) -> None:
         sums = {

@@ -7,7 +7,8 @@ from msgspec.structs import replace
 
 from loom.agents.deadline import Deadline
 from loom.agents.job import MAX_USD, Job, Spent, check_budget
-from loom.agents.user_code import Opened, described, ends_task, guarded, text_of, type_name
+from loom.agents.user_code import Opened, described, ends_task, guarded, type_name
+from loom.agents.values import to_text
 from loom.agents.yielded import deltas, events_of
 from loom.bus.log import get_logger
 from loom.bus.redaction import redact
@@ -144,7 +145,7 @@ class _Seen:
         """
         done = self._done
         if done is None and self._texts:
-            done = Done(content=text_of("".join(self._texts)), steps=1)
+            done = Done(content=to_text("".join(self._texts)), steps=1)
         if done is None or not done.content or done.content.isspace():
             message = "the agent ended without an answer: its last event must be a Done with content"
             raise AgentFailed(message, task_id=self._job.task_id)
@@ -247,7 +248,7 @@ def failure_of(error: LoomError, request: RunRequest) -> TaskError:
     field = None
     if code == InvalidTask.code:
         if error.task_id in (None, request.task_id):
-            field = cut_name(redact(text_of(error.field))) if isinstance(error.field, str) else None
+            field = cut_name(redact(to_text(error.field))) if isinstance(error.field, str) else None
         else:
             code = AgentFailed.code
     return TaskError(
@@ -262,4 +263,4 @@ def failure_of(error: LoomError, request: RunRequest) -> TaskError:
 def _publishable(message: Any, error: LoomError) -> str:
     if not isinstance(message, str):
         return f"the agent raised {type_name(error)}"
-    return redact(text_of(message[: 4 * MAX_MESSAGE_CHARS]))[:MAX_MESSAGE_CHARS]
+    return redact(to_text(message[: 4 * MAX_MESSAGE_CHARS]))[:MAX_MESSAGE_CHARS]

@@ -144,7 +144,9 @@ class Conversation:
             tools=self._definitions,
             temperature=self._config.temperature,
             max_tokens=self._limit,
-            json_schema=self._schema,
+            # Servers that hold an answer to a schema from its first token leave a model that has tools no way to call
+            # one: the prompt alone describes the answer then.
+            json_schema=None if self._definitions else self._schema,
             timeout_s=self._deadline.left,
         )
 

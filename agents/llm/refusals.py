@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loom.agents.llm.waits import wait_s
-from loom.agents.user_code import text_of
+from loom.agents.values import to_text
 from loom.bus.redaction import MASK, redact
 
 MAX_REASON_CHARS = 300
@@ -176,7 +176,7 @@ def reason_of(body: Any, depth: int = 0) -> str:
 
 def clean(reason: str, secrets: Iterable[str] = ()) -> str:
     """Return a reason on one line, cut, without secrets."""
-    text = redact(text_of(reason[: 4 * MAX_REASON_CHARS]), secrets)
+    text = redact(to_text(reason[: 4 * MAX_REASON_CHARS]), secrets)
     return " ".join(_MASKED.sub(MASK, text).split())[:MAX_REASON_CHARS]
 
 

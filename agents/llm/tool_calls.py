@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import msgspec
 
-from loom.agents.user_code import text_of
+from loom.agents.values import to_text
 from loom.schemas.errors import AgentFailed
 from loom.schemas.llm import ToolCall
 from loom.schemas.wire import encode, free_json_fault
@@ -208,7 +208,7 @@ def _fragment(element: Mapping[str, Any]) -> _Fragment:
         index=index if isinstance(index, int) and not isinstance(index, bool) else None,
         id=_text(element.get("id")),
         name=_text(source.get("name")),
-        arguments=text_of(json.dumps(arguments, ensure_ascii=False)) if whole else _text(arguments),
+        arguments=to_text(json.dumps(arguments, ensure_ascii=False)) if whole else _text(arguments),
         whole=whole,
         extra={key: each for key, each in element.items() if key not in _KNOWN and _can_go_back(each)},
     )
@@ -219,4 +219,4 @@ def _can_go_back(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    return text_of(value) if isinstance(value, str) else ""
+    return to_text(value) if isinstance(value, str) else ""

@@ -210,10 +210,7 @@ async def test_reasoning_is_kept_apart_from_the_answer(provider: OpenAIProvider,
     "accept",
     [
         None,
-        pytest.param(
-            Accept(json_schema={"type": "object", "required": ["size"]}),
-            marks=pytest.mark.xfail(reason="the schema is sent beside the tools, and leaves no room for a call"),
-        ),
+        Accept(json_schema={"type": "object", "required": ["size"]}),
     ],
 )
 async def test_a_model_that_reasons_calls_a_tool_and_goes_on(provider: OpenAIProvider, accept: Accept | None) -> None:

@@ -8,9 +8,9 @@ import pytest
 from loom.agents.port import collect
 from loom.agents.yielded import DELTA_CHARS, TYPES, events_of
 from loom.schemas.errors import AgentFailed
-from loom.schemas.events import Done, ReasoningDelta, TextDelta, TokenUsage, ToolCallEnd, ToolCallStart
+from loom.schemas.events import AgentEvent, Done, ReasoningDelta, TextDelta, TokenUsage, ToolCallEnd, ToolCallStart
 from loom.schemas.run import RunRequest
-from loom.schemas.wire import encode
+from loom.schemas.wire import decode, encode
 
 JOB = RunRequest(task_id="t1", description="count to 3", remaining_s=10)
 
@@ -115,3 +115,24 @@ async def test_a_stream_that_is_not_iterable_fails_the_run_with_a_sentence() -> 
 
     with pytest.raises(AgentFailed, match="stream returned a list: make it an async generator"):
         await collect(Lists(), JOB)  # type: ignore[arg-type]
+
+
+class Words(str):
+    """A text of a library's own class."""
+
+    __slots__ = ()
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        Words("a"),
+        TextDelta(text=Words("a")),
+        ReasoningDelta(text=Words("a")),
+        ToolCallStart(tool_call_id=Words("c"), name=Words("a"), input={Words("k"): [Words("v")]}),
+        {"type": Words("text_delta"), "text": Words("a")},
+    ],
+)
+def test_subclasses_of_str_are_sent_as_text(item: Any) -> None:
+    for event in events_of(item):
+        assert decode(encode(event), AgentEvent) == event  # type: ignore[arg-type]  # a union of types
