@@ -11,6 +11,7 @@ from loom.bus.ownership import Owner, running_loop
 from loom.bus.task_updates import TaskUpdates
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import BusUnavailable, LoomError, error_for
+from loom.schemas.rejected import facts_of
 from loom.schemas.run import Delta
 from loom.schemas.task import ErrorReply, Submission, TaskAd, TaskResult, check_ad
 from loom.schemas.wire import Undecodable, decode, new_id
@@ -224,7 +225,8 @@ async def ask(bus: Bus, subject: str, message: Any = b"", *, timeout_s: float = 
         raise BusUnavailable('no phases answer; run "loom up"', url=bus.address) from error
     if "Nats-Service-Error-Code" in msg.headers:
         reply = decode(msg.data, ErrorReply)
-        raise error_for(reply.code, reply.message, field=reply.field, task_id=reply.task_id)
+        facts = facts_of(reply.best_rejected)
+        raise error_for(reply.code, reply.message, field=reply.field, task_id=reply.task_id, **facts)
     return msg.data
 
 

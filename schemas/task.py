@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from loom.schemas.errors import InvalidTask, LoomError, error_for
+from loom.schemas.rejected import BestRejected, facts_of
 from loom.schemas.wire import (
     MAX_AD_BYTES,
     MAX_CONTEXT_BYTES,
@@ -62,6 +63,8 @@ class Accept(Wire, frozen=True, kw_only=True):
     """What a model judges the content by, where the phases may ask one."""
     threshold: Unit = 0.5
     """Least score of that model; below it the task goes to another node."""
+    best_effort: bool = False
+    """Whether the best refused answer is taken when attempts, bidders or time run out; otherwise the task fails."""
 
 
 class Limits(Wire, frozen=True, kw_only=True):
@@ -244,6 +247,8 @@ class TaskError(Wire, frozen=True, kw_only=True):
     field: Name | None = None
     node_id: Name | None = None
     retry_after_s: Seconds | None = None
+    best_rejected: BestRejected | None = None
+    """On a TaskResult's error: the best answer that was refused on the way, if there was one."""
 
     @classmethod
     def of(cls, error: LoomError, *, node_id: str | None = None) -> "TaskError":
@@ -257,7 +262,7 @@ class TaskError(Wire, frozen=True, kw_only=True):
         )
 
     def to_exception(self, task_id: str) -> LoomError:
-        """Return the exception a Python caller gets."""
+        """Return the exception a Python caller gets; `partial` is the text of the best refused answer."""
         return error_for(
             self.code,
             self.message,
@@ -265,6 +270,7 @@ class TaskError(Wire, frozen=True, kw_only=True):
             field=self.field,
             node_id=self.node_id,
             retry_after_s=self.retry_after_s,
+            **facts_of(self.best_rejected),
         )
 
 
@@ -353,7 +359,7 @@ class TaskResult(Relayed, frozen=True, kw_only=True):
     score: Unit | None = None
     """What the judge gave the result."""
     below_threshold: bool = False
-    """Whether this is only the best there was, short of what `accept` asks."""
+    """Whether a success is only the best answer there was, short of what `accept` asks, as `best_effort` allows."""
     truncated: bool = False
     prompt_tokens: Count = 0
     """Of all attempts, failed ones included, with all that subtasks and delegated tasks took; what the phases asked
@@ -390,3 +396,5 @@ class ErrorReply(Wire, frozen=True, kw_only=True):
     message: Note
     field: Name | None = None
     task_id: Name | None = None
+    best_rejected: BestRejected | None = None
+    """Of a failed task: the best answer that was refused on the way, if there was one."""
