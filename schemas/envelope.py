@@ -363,7 +363,7 @@ class TaskRecord(Relayed, frozen=True, kw_only=True):
         if not self.rejected:
             return replace(own, best_rejected=best.to_rejected())
         last = "" if own.code == REJECTED else f"; the last attempt ended with {own.code}: {own.message}"
-        message = cut_note(f"the best answer, of {best.node_id}, was refused: {best.reason}{last}")
+        message = cut_note(f"{best.reason or 'refused'} (the best refused answer, of {best.node_id}){last}")
         return TaskError(code=REJECTED, message=message, node_id=best.node_id, best_rejected=best.to_rejected())
 
     @property

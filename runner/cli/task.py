@@ -236,7 +236,8 @@ def _show_refused(screen: Console, error: TaskError | None) -> None:
     best = error.best_rejected if error is not None else None
     if best is not None:
         screen.print()
-        screen.print(Text(f"Best refused answer ({best.node_id}, judged {best.score:.2f})", "bold"))
+        judged = f", judged {best.score:.2f}" if best.score else ""
+        screen.print(Text(f"Best refused answer ({best.node_id}{judged})", "bold"))
         _show_text(screen, best.content, truncated=best.truncated)
 
 

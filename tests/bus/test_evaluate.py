@@ -339,7 +339,7 @@ async def test_a_task_fails_when_attempts_run_out_and_shows_the_best_refused_ans
     await given(stage, code="agent_failed", failures=1, attempt=2, best=NEARLY, reply_to=(asker.inbox,))
     refusal = await asker.error()
     assert (refusal.code, refusal.best_rejected) == ("rejected_result", NEARLY.to_rejected())
-    assert "of n0, was refused: too short; the last attempt ended with agent_failed" in refusal.message
+    assert "too short (the best refused answer, of n0); the last attempt ended with agent_failed" in refusal.message
     result = await stage.seen("result")
     assert (result.state, result.content, result.below_threshold) == ("failed", "", False)
     assert (result.error.code, result.error.best_rejected) == ("rejected_result", NEARLY.to_rejected())

@@ -189,7 +189,10 @@ def test_a_refused_result_is_kept_until_attempts_run_out(best_effort: bool) -> N
         assert (result.state, result.below_threshold, result.content) == ("failed", False, "")
         assert result.error is not None
         assert result.error.code == "rejected_result"
-        assert "does not contain 'nowhere'; the last attempt ended with agent_failed: it raised" in result.error.message
+        assert result.error.message == (
+            "the result does not contain 'nowhere' (the best refused answer, of n1); "
+            "the last attempt ended with agent_failed: it raised"
+        )
         best = result.error.best_rejected
         assert best is not None
         assert (best.content, best.node_id, best.score) == ("forty-two is 42", "n1", 0.0)
