@@ -242,6 +242,12 @@ class AgentNode:
                 return 0.0
         return self.capabilities.score(domain)
 
+    def named_domains(self) -> Collection[str]:
+        """Return the domains, as worded, that it rates itself above 0 in or is limited to."""
+        if self.domains is None:
+            return [domain for domain, score in self.capabilities.scores.items() if score > 0]
+        return (self.domains,) if isinstance(self.domains, str) else self.domains
+
     def mirror(self, profile: NodeProfile) -> None:
         """Take over what has been learned about this node.
 
