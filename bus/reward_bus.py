@@ -241,8 +241,9 @@ def judgement(record: TaskRecord, score: float, reason: str) -> Reward:
     result = record.to_result()
     if not record.ended or result.node_id is None:
         raise InvalidTask("only a task that a node has finished can be judged", task_id=record.task_id)
-    if not 0 <= score <= 1:
-        raise InvalidTask(f"score must be from 0 to 1, not {score}", field="score", task_id=record.task_id)
+    if not _is_share(score):
+        why = f"score must be from 0 to 1, not {_shown(score)}: 0 is useless, 1 perfect"
+        raise InvalidTask(why, field="score", task_id=record.task_id)
     return Reward(
         reward_id=f"{record.task_id}:{record.envelope.attempt}:person",
         task_id=record.task_id,
@@ -254,3 +255,11 @@ def judgement(record: TaskRecord, score: float, reason: str) -> Reward:
         ended_at=record.ended_at or record.admitted_at,
         reason=reason[:500],
     )
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else f"a {type(value).__name__}"

@@ -15,6 +15,7 @@ from loom.agents.function_agent import as_agent
 from loom.agents.llm.agent import Agent
 from loom.agents.llm.config import AgentConfig, settings_without_effect
 from loom.agents.tools import Tool
+from loom.arguments import check_cluster_config, check_config, check_provider, check_several
 from loom.background_loop import BackgroundLoop
 from loom.bus import tasks
 from loom.bus.log import get_logger
@@ -58,6 +59,9 @@ class Runtime:
         provider: The model that agents made by `add_agent` use, and SENSE where it runs here.
         config: Settings of those agents.
         cluster_config: Rules the phases started here; absent: the seed's numbers and the environment's.
+
+    Raises:
+        LoomError: One of these is something else.
     """
 
     def __init__(
@@ -67,6 +71,9 @@ class Runtime:
         *,
         cluster_config: ClusterConfig | None = None,
     ) -> None:
+        check_provider(provider)
+        check_config(config)
+        check_cluster_config(cluster_config)
         self.provider = provider
         self.config = config or AgentConfig()
         self.cluster = ClusterManager()
@@ -115,6 +122,8 @@ class Runtime:
             LoomError: There is neither an agent nor a provider, what is given is not an agent, a rating is not a
                 number from 0 to 1, or the name is taken or not a token.
         """
+        check_provider(provider)
+        check_config(config)
         if agent is None:
             provider, config = provider or self.provider, config or self.config
             if provider is None:
@@ -188,7 +197,9 @@ class Runtime:
     async def submit(self, task: AnyAd, *, returns: Any, cancel_with_caller: bool = False) -> Any: ...
 
     async def submit(self, task: AnyAd, *, returns: Any = str, cancel_with_caller: bool = False) -> Any:
-        """Return the answer to a task.
+        """Return the answer to a task: `await rt.submit(…)`; code without an event loop calls `submit_sync`.
+
+        Warnings in the result, such as one about a misspelt domain, are logged.
 
         Args:
             task: The work: an ad, a dict of an ad's fields, or a text.
@@ -199,7 +210,8 @@ class Runtime:
 
         Raises:
             LoomError: The task failed; the class and its code say how.
-            RejectedResult: The answer is not of the type.
+            RejectedResult: No answer met what the task accepts, `best_rejected` being the best there was; or the
+                answer is not of the type.
             WrongEventLoop: The Runtime is open in another event loop.
 
         Example:
@@ -274,7 +286,11 @@ class Runtime:
             ads: Any number, each as for `submit`.
             at_once: Most tasks in the loop at a time.
             cancel_with_caller: Whether tasks in the loop are cancelled when this call is.
+
+        Raises:
+            InvalidTask: It is a single task, or one of them breaks a rule.
         """
+        check_several(ads)
         room = asyncio.Semaphore(at_once)
 
         async def one(ad: TaskAd) -> TaskResult:
@@ -305,6 +321,8 @@ class Runtime:
             UnknownTask: No such task.
             InvalidTask: No node has worked on it, or the score is out of range.
         """
+        if not isinstance(task_id, str):
+            raise InvalidTask(f"task_id must be a text, not a {type(task_id).__name__}", field="task_id")
         session = await self._open()
         record = await tasks.status(session.bus, task_id)
         if not isinstance(record, TaskRecord):

@@ -4,12 +4,13 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from loom.schemas.calls import FieldsByName
 from loom.schemas.wire import Count, Ordinal, Seconds, Token, Unit, Wire
 
 Weight = Annotated[float, Meta(ge=0, le=1000)]
 
 
-class ClusterConfig(Wire, frozen=True, kw_only=True):
+class ClusterConfig(Wire, metaclass=FieldsByName, frozen=True, kw_only=True):
     """How the phases decide. Every field has a default; give only what differs."""
 
     min_nodes: Count = 1
