@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -12,8 +13,18 @@ from loom.schemas.task import slug
 from loom.schemas.wire import cut_name
 
 FRESH_S = 3.0
-"""How long a nearest domain is kept: nodes come and go."""
+"""How long what was found for a domain is kept, while the host has as many nodes: an auction costs no search."""
 MOST_KEPT = 256
+
+
+class Hint(NamedTuple):
+    """What was found for a domain."""
+
+    at: float
+    nodes: int
+    """Nodes of the host at that time."""
+    unrated: bool
+    near: str
 
 
 class DomainHints:
@@ -25,23 +36,24 @@ class DomainHints:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._kept: dict[str, tuple[float, str]] = {}
-        """Slug -> when its nearest domain was found, and that domain; empty: there is none."""
+        self._kept: dict[str, Hint] = {}
+        """Slug -> what was found for it."""
 
     def completed(self, offer: Offer, call: CallForBids, nodes: Sequence[Node]) -> Offer:
         """Return the offer, with a hint where no node names the domain of the call."""
-        if any(slug(name) == call.slug for node in nodes for name in node.named_domains()):
-            return offer
-        return replace(offer, unrated=True, near=self._near(call, nodes))
-
-    def _near(self, call: CallForBids, nodes: Sequence[Node]) -> str:
         now = self._clock()
-        at, near = self._kept.get(call.slug, (-FRESH_S, ""))
-        if now - at < FRESH_S:
-            return near
-        if len(self._kept) >= MOST_KEPT:
-            self._kept.clear()
-        names = (name for node in nodes if node.agent is not None for name in node.named_domains())
-        near = cut_name(nearest_domain(call.domain or call.slug, names) or "")
-        self._kept[call.slug] = now, near
-        return near
+        hint = self._kept.get(call.slug)
+        if hint is None or now - hint.at >= FRESH_S or hint.nodes != len(nodes):
+            hint = Hint(now, len(nodes), *_search(call, nodes))
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.clear()
+            self._kept[call.slug] = hint
+        return replace(offer, unrated=True, near=hint.near) if hint.unrated else offer
+
+
+def _search(call: CallForBids, nodes: Sequence[Node]) -> tuple[bool, str]:
+    """Return whether no node names the domain of a call, and the nearest one that a node names."""
+    if any(slug(name) == call.slug for node in nodes for name in node.named_domains()):
+        return False, ""
+    names = (name for node in nodes if node.agent is not None for name in node.named_domains())
+    return True, cut_name(nearest_domain(call.domain or call.slug, names) or "")

@@ -221,8 +221,7 @@ class Runtime:
         ad = with_schema(ad_of(task), returns)
         session = await self._open()
         async with tasks.published(session.bus, ad, deltas=False, cancel_with_caller=cancel_with_caller) as handle:
-            for warning in (await handle.result()).warnings:
-                log.warning("task_warning", task_id=ad.task_id, warning=warning)
+            tasks.log_warnings(await handle.result())
             return as_type(await handle.content(), returns, ad.task_id)
 
     @overload

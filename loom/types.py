@@ -41,6 +41,7 @@ from loom.schemas.llm import (
     Usage,
     UserMessage,
 )
+from loom.schemas.rejected import BestRejected
 from loom.schemas.task import Accept, Limits, Priority, TaskAd, TaskError, TaskResult, slug
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ __all__ = [
     "AgentNode",
     "Answer",
     "AssistantMessage",
+    "BestRejected",
     "Bid",
     "CapabilityProfile",
     "ClusterConfig",

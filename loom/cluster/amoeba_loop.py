@@ -158,6 +158,7 @@ class AmoebaLoop:
                     text += delta.event.text
                 yield delta.event
         result = await handle.result()
+        tasks.log_warnings(result)
         if result.content != text and result.content.startswith(text):
             yield TextDelta(text=result.content[len(text) :])  # deltas may get lost, the result does not
         if result.error is not None:

@@ -8,7 +8,7 @@ from loom.bus.reward_bus import RewardBus
 from loom.phases.shared.acceptance import plain_violation
 from loom.phases.shared.check_pool import Violation
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import IN_HAND_S, MAX_TRIED, MAX_TRIED_CHARS, Best, Envelope, TaskRecord, Tried
+from loom.schemas.envelope import IN_HAND_S, MAX_TRIED, MAX_TRIED_CHARS, REJECTED, Best, Envelope, TaskRecord, Tried
 from loom.schemas.learning import Reward, Signal
 from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, Accept, RunResult, TaskAd, TaskError, TaskState
 
@@ -69,7 +69,7 @@ def judge(envelope: Envelope, violation: Violation | None = None) -> TaskError |
     if why is None:
         return None
     node_id = envelope.award.node_id if envelope.award else None
-    return TaskError(code="rejected_result", message=why[:2000], node_id=node_id)
+    return TaskError(code=REJECTED, message=why[:2000], node_id=node_id)
 
 
 def unchecked(why: str) -> Violation:
@@ -88,7 +88,7 @@ def decide(envelope: Envelope, config: ClusterConfig, now: float, violation: Vio
     if error is None:
         return End("succeeded", envelope, score=score_of(envelope))
     refused = replace(envelope, error=error)
-    if error.code == "rejected_result" and (violation is None or violation.decided):
+    if error.code == REJECTED and (violation is None or violation.decided):
         refused = keep_best(refused, error.message)
     if error.code == "no_bids" and envelope.failures:
         return wait_for_rested(envelope, now) or give_up(refused, last_failure(envelope) or error)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.phases import ad, awarded, envelope
 
+from loom.bus.reward_bus import judgement
 from loom.phases.evaluate.policy import (
     COUNTED,
     RETRIED,
@@ -625,3 +626,12 @@ def test_however_a_task_ends_its_result_has_the_tokens_of_all_attempts_and_its_b
             return
         assert (message.spent.tokens, message.result) == (took, None)
         assert message.budget == 10**6 - message.spent.tokens
+
+
+@pytest.mark.parametrize("facts", [{"state": "failed", "rejected": True}, {"below_threshold": True}])
+def test_a_person_who_judges_a_refused_answer_judges_the_attempt_it_came_from(facts: dict[str, Any]) -> None:
+    best = Best(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
+    tried = (Tried(attempt=1, node_id="n0", host_id="h0", code="rejected_result"),)
+    message = env(code="agent_failed", attempt=2, best=best, tried=tried)
+    reward = judgement(succeeded(message, **facts), 0.4, "close")
+    assert (reward.reward_id, reward.node_id, reward.attempt, reward.score) == ("t1:1:person", "n0", 1, 0.4)

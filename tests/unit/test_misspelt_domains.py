@@ -78,12 +78,12 @@ def test_a_node_started_for_a_domain_names_it_beside_its_templates() -> None:
     assert hint("sael", child) == (True, "sales")
 
 
-def test_a_nearest_domain_is_kept_for_a_moment_and_never_too_many() -> None:
+def test_what_is_found_is_kept_for_a_moment_and_never_too_much() -> None:
     now = 100.0
     hints = DomainHints(lambda: now)
     assert hint("sael", node("n1", echo, sales=0.9), hints=hints) == (True, "sales")
     assert hint("sael", node("n1", echo), hints=hints) == (True, "sales")
-    assert hint("sael", node("n1", echo, sael=0.9), hints=hints) == (False, "")
+    assert hint("sael", node("n1", echo), node("n2", echo, sael=0.9), hints=hints) == (False, ""), "a node has come"
     now += FRESH_S
     assert hint("sael", node("n1", echo), hints=hints) == (True, "")
     for number in range(3 * MOST_KEPT):
