@@ -37,6 +37,7 @@ async def answer_error(bus: Bus, reply: str, error: LoomError) -> None:
         message=cut_note(error.message),
         field=None if error.field is None else cut_name(error.field),
         task_id=None if error.task_id is None else cut_name(error.task_id),
+        best_rejected=error.best_rejected,
     )
     await bus.publish(reply, body, headers=error_headers(error.code, error.message))
 

@@ -7,13 +7,17 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from loom.bus.client import Bus, NoResponders
+from loom.bus.log import get_logger
 from loom.bus.ownership import Owner, running_loop
 from loom.bus.task_updates import TaskUpdates
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import BusUnavailable, LoomError, error_for
+from loom.schemas.rejected import facts_of
 from loom.schemas.run import Delta
 from loom.schemas.task import ErrorReply, Submission, TaskAd, TaskResult, check_ad
 from loom.schemas.wire import Undecodable, decode, new_id
+
+log = get_logger()
 
 ASK_AGAIN_S = 5.0  # a lost result message is found out this late
 UNANSWERED = 3  # questions in a row; phases may be on their way up again
@@ -216,6 +220,12 @@ async def published(
         await handle.close()
 
 
+def log_warnings(result: TaskResult) -> None:
+    """Log what a person should know of a result."""
+    for warning in result.warnings:
+        log.warning("task_warning", task_id=result.task_id, warning=warning)
+
+
 async def ask(bus: Bus, subject: str, message: Any = b"", *, timeout_s: float = ANSWER_S) -> bytes:
     """Return the body of an answer.
 
@@ -229,7 +239,8 @@ async def ask(bus: Bus, subject: str, message: Any = b"", *, timeout_s: float = 
         raise BusUnavailable('no phases answer; run "loom up"', url=bus.address) from error
     if "Nats-Service-Error-Code" in msg.headers:
         reply = decode(msg.data, ErrorReply)
-        raise error_for(reply.code, reply.message, field=reply.field, task_id=reply.task_id)
+        facts = facts_of(reply.best_rejected)
+        raise error_for(reply.code, reply.message, field=reply.field, task_id=reply.task_id, **facts)
     return msg.data
 
 

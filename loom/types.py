@@ -41,6 +41,7 @@ from loom.schemas.llm import (
     Usage,
     UserMessage,
 )
+from loom.schemas.rejected import BestRejected
 from loom.schemas.task import Accept, Limits, Priority, TaskAd, TaskError, TaskResult, slug
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ __all__ = [
     "AgentNode",
     "Answer",
     "AssistantMessage",
+    "BestRejected",
     "Bid",
     "CapabilityProfile",
     "ClusterConfig",
@@ -262,6 +264,12 @@ class AgentNode:
         if self._is_learned(key):
             return unit(self.self_ratings.get(key, NEUTRAL))
         return self.capabilities.score(domain)
+
+    def named_domains(self) -> Collection[str]:
+        """Return the domains, as worded, that it rates itself above 0 in or is limited to."""
+        if self.domains is None:
+            return [domain for domain in self.capabilities.scores if self.claim(domain) > 0]
+        return (self.domains,) if isinstance(self.domains, str) else self.domains
 
     def _is_learned(self, key: str) -> bool:
         """Return whether a score is as `mirror` has left it; one set since is a new rating."""

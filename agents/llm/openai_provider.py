@@ -74,10 +74,13 @@ class OpenAIProvider:
             library's own `OPENAI_API_KEY` and `OPENAI_BASE_URL`.
 
     Raises:
+        LoomError: What is given is not an AgentConfig.
         AgentFailed: One of these variables holds what cannot be used; `field` names it.
     """
 
     def __init__(self, config: AgentConfig | None = None) -> None:
+        if not isinstance(config, AgentConfig | None):
+            raise LoomError(f"a {type(config).__name__} is not a config: write OpenAIProvider(AgentConfig(model=…))")
         self.config = config or AgentConfig()
         self._clients = Clients(self.config.timeout_s, self.config.connect_timeout_s)
         self._compatibility = Compatibility()

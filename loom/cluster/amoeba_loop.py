@@ -141,6 +141,7 @@ class AmoebaLoop:
         self, result: TaskResult, text: str, phases: PhaseReports, learned: "_Learned"
     ) -> AsyncGenerator[LoopEvent, None]:
         """Yield what is left to report of a task that has ended, `text` of its answer having been reported."""
+        tasks.log_warnings(result)
         if result.content != text and result.content.startswith(text):
             yield TextDelta(text=result.content[len(text) :])  # deltas may get lost, the result does not
         for report in await phases.of_ended():

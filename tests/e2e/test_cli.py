@@ -366,7 +366,7 @@ def quietly(environment: None) -> Iterator[None]:
         ("submit x --priority urgent", 2, "invalid_task: priority must be one of low, normal, high, critical"),
         ("submit x --timeout -1", 2, "invalid_task: "),
         ("submit x --context {", 2, "invalid_task: context is not JSON"),
-        ("submit x --context [1]", 2, "invalid_task: not a valid TaskAd: Expected `object`, got `array`"),
+        ("submit x --context [1]", 2, "invalid_task: context must be a JSON object, such as"),
         ("submit x --node a.b", 2, "invalid_task: "),
         ("up --port 70000", 2, "bad_usage: Invalid value for '--port'"),
         (
