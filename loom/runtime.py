@@ -112,8 +112,8 @@ class Runtime:
             config: For a made agent, instead of the Runtime's. Its model and server are those of the provider.
 
         Raises:
-            LoomError: There is neither an agent nor a provider, what is given is not an agent, a rating is not a
-                number from 0 to 1, or the name is taken or not a token.
+            LoomError: There is neither an agent nor a provider, what is given is not an agent, an argument has no
+                effect on it, a rating is not a number from 0 to 1, or the name is taken or not a token.
         """
         if agent is None:
             provider, config = provider or self.provider, config or self.config
@@ -123,8 +123,13 @@ class Runtime:
             if unused:
                 log.warning("settings_without_effect", settings=unused, advice="pass provider=OpenAIProvider(config)")
             agent = Agent(provider, config, system_prompt=system_prompt, tools=tools)
-        elif provider is not None or config is not None:
-            raise LoomError("provider and config are for an agent that add_agent makes: leave out the agent or these")
+        else:
+            made_of = {"system_prompt": system_prompt, "tools": tools or None, "provider": provider, "config": config}
+            given = [name for name, value in made_of.items() if value is not None]
+            if given:
+                raise LoomError(
+                    f"leave out the agent or {', '.join(given)}: only an agent that add_agent makes has that"
+                )
         if isinstance(agent, AgentNode):
             raise LoomError("an AgentNode is a node already: add it by rt.cluster.add_node(node)")
         as_agent(agent)  # what is none is refused here, and not by every run
