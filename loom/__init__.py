@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from loom.cluster.skill_registry import SkillNodeRegistry
     from loom.runtime import Runtime
     from loom.schemas.config import ClusterConfig
-    from loom.schemas.errors import InvalidTask, LoomError
+    from loom.schemas.errors import AgentFailed, InvalidTask, LoomError
     from loom.schemas.llm import UserMessage
     from loom.schemas.task import TaskAd
 
 __all__ = [
     "Agent",
     "AgentConfig",
+    "AgentFailed",
     "AmoebaLoop",
     "Answer",
     "ClusterConfig",
@@ -52,6 +53,7 @@ __all__ = [
 _HOMES = {
     "Agent": "agents.llm.agent",
     "AgentConfig": "agents.llm.config",
+    "AgentFailed": "schemas.errors",
     "AmoebaLoop": "cluster.amoeba_loop",
     "Answer": "agents.job",
     "ClusterConfig": "schemas.config",

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +11,7 @@ from uuid import uuid4
 from loom.agents.job import Answer, Job
 from loom.schemas import auction
 from loom.schemas.config import ClusterConfig
-from loom.schemas.errors import InvalidTask
+from loom.schemas.errors import AgentFailed, InvalidTask
 from loom.schemas.events import (
     AgentEvent,
     Done,
@@ -50,6 +50,7 @@ __all__ = [
     "Accept",
     "AgentBlueprint",
     "AgentEvent",
+    "AgentFailed",
     "AgentNode",
     "Answer",
     "AssistantMessage",
@@ -180,7 +181,10 @@ class RewardRecord:
 
 @dataclass
 class AgentNode:
-    """An agent's place in a cluster. It can bid before its `agent` is set, but run nothing."""
+    """An agent's place in a cluster. It can bid before its `agent` is set, but run nothing.
+
+    A dict of ratings as `capabilities` becomes a profile.
+    """
 
     id: str = field(default_factory=_short_id)
     parent_id: str | None = None
@@ -204,6 +208,10 @@ class AgentNode:
 
     Two wordings are one domain when they share a slug, as in `capabilities`.
     """
+
+    def __post_init__(self) -> None:
+        if isinstance(self.capabilities, Mapping):
+            self.capabilities = CapabilityProfile(scores=dict(self.capabilities))
 
     def takes(self, domain: str) -> bool:
         """Return whether it takes tasks of a domain (its wording or its slug): one it names, with a score above 0."""
