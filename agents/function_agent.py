@@ -140,8 +140,17 @@ class _Written:
             return text_of(value.content)
         if isinstance(value, Done):
             self._charge(value.usage)
-            return "" if self._pieces else text_of(value.content)  # the pieces before it are the same text
+            return self._last_word(text_of(value.content))
         return text_of(value)
+
+    def _last_word(self, content: str) -> str:
+        """Take the content of a Done in the place of the pieces before it; return what of it is still to be added."""
+        if not self._pieces:
+            return content
+        if content.strip():
+            self._pieces = [content[: MAX_CONTENT_BYTES + 1]]
+            self._room = MAX_CONTENT_BYTES + 1 - len(content)
+        return ""
 
     def _charge(self, usage: TokenUsage) -> None:
         sums = {

@@ -14,7 +14,7 @@ from loom.agents.function_agent import as_agent
 from loom.agents.port import collect
 from loom.agents.signatures import takes_text
 from loom.schemas.errors import AgentFailed, LoomError
-from loom.schemas.events import Done, ReasoningDelta, TextDelta
+from loom.schemas.events import Done, ReasoningDelta, TextDelta, TokenUsage
 from loom.schemas.run import RunRequest
 
 JOB = RunRequest(task_id="t1", description="count to 3", remaining_s=10)
@@ -224,6 +224,32 @@ async def test_a_function_may_yield_events_among_its_text() -> None:
     assert (await collect(as_agent(steps), JOB)).content == "count to 3"
 
 
+@pytest.mark.parametrize(
+    ("items", "content"),
+    [
+        (("draft", Done(content="final")), "final"),
+        (("draft", {"type": "done", "content": {"a": 1}}), '{"a":1}'),
+        (("draft", Done(usage=TokenUsage(prompt_tokens=1))), "draft"),
+        ((Done(content="all of it"),), "all of it"),
+    ],
+)
+async def test_a_done_has_the_last_word_over_the_text_of_a_function(items: tuple[Any, ...], content: str) -> None:
+    def pieces(text: str) -> Iterator[Any]:
+        yield from items
+
+    assert (await collect(as_agent(pieces), JOB)).content == content
+
+
+async def test_a_done_longer_than_a_result_is_cut() -> None:
+    def pieces(text: str) -> Iterator[Any]:
+        yield text
+        yield Done(content="x" * 100_000)
+
+    result = await collect(as_agent(pieces), JOB)
+    assert result.truncated
+    assert set(result.content) == {"x"}
+
+
 async def test_a_function_may_yield_mappings_with_the_type_of_an_event_among_its_text() -> None:
     told: list[Any] = []
 
@@ -235,7 +261,7 @@ async def test_a_function_may_yield_mappings_with_the_type_of_an_event_among_its
         yield {"type": "text_delta", "text": text}
         yield {"type": "greeting"}
         yield {"type": ["unhashable"]}
-        yield {"type": "done", "content": "not repeated", "usage": {"prompt_tokens": 3}}
+        yield {"type": "done", "usage": {"prompt_tokens": 3}}
 
     result = await collect(as_agent(steps), JOB, tell)
 
