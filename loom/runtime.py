@@ -33,7 +33,7 @@ from loom.runner.settings import Settings, from_environment
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
-from loom.schemas.llm import LLMProvider
+from loom.schemas.llm import AnyProvider
 from loom.schemas.task import TaskAd, TaskResult
 from loom.types import AgentNode, CapabilityProfile, HealthReport
 
@@ -62,7 +62,7 @@ class Runtime:
 
     def __init__(
         self,
-        provider: LLMProvider | None = None,
+        provider: AnyProvider | None = None,
         config: AgentConfig | None = None,
         *,
         cluster_config: ClusterConfig | None = None,
@@ -93,7 +93,7 @@ class Runtime:
         replace: bool = False,
         system_prompt: str | None = None,
         tools: Iterable[Tool | Callable[..., Any]] = (),
-        provider: LLMProvider | None = None,
+        provider: AnyProvider | None = None,
         config: AgentConfig | None = None,
     ) -> AgentNode:
         """Add a node; it bids from the next call on.

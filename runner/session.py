@@ -23,7 +23,7 @@ from loom.runner.embedded import NatsServer, embedded_server
 from loom.runner.settings import Settings, warn_of_misspelt_settings
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, UnknownTask
-from loom.schemas.llm import LLMProvider
+from loom.schemas.llm import AnyProvider
 from loom.schemas.wire import new_id
 
 STREAMS_S = 10.0
@@ -62,7 +62,7 @@ class Session:
         nodes: Callable[[], Sequence[Node]],
         settings: Settings,
         config: ClusterConfig | None = None,
-        llm: LLMProvider | None = None,
+        llm: AnyProvider | None = None,
         skills: Skills | None = None,
         context: Context | None = None,
         parent: Inheritance | None = None,

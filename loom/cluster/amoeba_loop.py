@@ -27,9 +27,9 @@ from loom.schemas.errors import InvalidTask
 from loom.schemas.learning import Lifecycle
 from loom.schemas.wire import Undecodable, decode
 from loom.types import (
+    AnyProvider,
     Done,
     ErrorEvent,
-    LLMProvider,
     LoopEvent,
     Message,
     SubtaskEvent,
@@ -106,7 +106,7 @@ class AmoebaLoop:
         lifecycle: LifecycleManager,
         planner: TaskPlanner,
         skill_registry: SkillNodeRegistry,
-        llm: LLMProvider | None = None,
+        llm: AnyProvider | None = None,
     ) -> None:
         self.cluster = cluster
         self.reward_bus = reward_bus

@@ -11,7 +11,7 @@ from loom.bus.faults import describe
 from loom.bus.log import get_logger
 from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.schemas.auction import SpawnRequest
-from loom.schemas.llm import LLMProvider
+from loom.schemas.llm import AnyProvider
 from loom.schemas.task import slug
 from loom.types import AgentNode, Skill
 
@@ -19,7 +19,7 @@ log = get_logger()
 
 
 def skill_nodes(
-    registry: SkillNodeRegistry, provider: LLMProvider | None, config: AgentConfig | None = None
+    registry: SkillNodeRegistry, provider: AnyProvider | None, config: AgentConfig | None = None
 ) -> Skills | None:
     """Return what makes nodes of the registry's skills on request; None without a skill, or a model to work with.
 
@@ -35,7 +35,7 @@ def skill_nodes(
 def _node_for(
     registry: SkillNodeRegistry,
     tools: Mapping[str, Tool],
-    provider: LLMProvider,
+    provider: AnyProvider,
     config: AgentConfig | None,
     wanted: SpawnRequest,
 ) -> AgentNode | None:
