@@ -29,6 +29,7 @@ from loom.schemas.events import (
 from loom.schemas.health import Standing
 from loom.schemas.learning import WINDOW, NodeProfile
 from loom.schemas.llm import (
+    AnyProvider,
     AssistantMessage,
     CompletionParams,
     CompletionResult,
@@ -53,6 +54,7 @@ __all__ = [
     "AgentFailed",
     "AgentNode",
     "Answer",
+    "AnyProvider",
     "AssistantMessage",
     "Bid",
     "CapabilityProfile",
@@ -181,16 +183,14 @@ class RewardRecord:
 
 @dataclass
 class AgentNode:
-    """An agent's place in a cluster. It can bid before its `agent` is set, but run nothing.
-
-    A dict of ratings as `capabilities` becomes a profile.
-    """
+    """An agent's place in a cluster. It can bid before its `agent` is set, but run nothing."""
 
     id: str = field(default_factory=_short_id)
     parent_id: str | None = None
     depth: int = 0
     """Divisions between this node and one that was added by hand."""
     capabilities: CapabilityProfile = field(default_factory=CapabilityProfile)
+    """A dict of ratings becomes a profile."""
     reward_history: list[RewardRecord] = field(default_factory=list)
     """Oldest first, at most 120 per domain."""
     status: NodeStatus = "idle"
