@@ -13,7 +13,7 @@ from loom.agents.signatures import check_stream, name_of, takes_text
 from loom.agents.threaded import ThreadedIteration
 from loom.agents.user_code import Opened, call, guarded
 from loom.agents.values import NotText, to_text
-from loom.agents.yielded import EVENTS, deltas, events_of
+from loom.agents.yielded import EVENTS, deltas, event_in, events_of
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.events import AgentEvent, Done, StepEnd, StepStart, TextDelta, TokenUsage
 from loom.schemas.run import RunRequest
@@ -27,12 +27,12 @@ class FunctionAgent:
     Args:
         fn: Takes the text of the task, or the job where its parameter is annotated RunRequest or Job, or has no
             annotation and is named job, request, req or run. Returns text, anything JSON can carry, or an `Answer`;
-            a generator may also yield events.
+            a generator may also yield events, or mappings with the `type` of an event.
         tools: Names of the tools it claims to have, for bids.
         name: What logs and errors call it; absent: the function's name.
 
     Raises:
-        LoomError: `fn` does not take exactly one argument.
+        LoomError: `fn` does not take exactly one argument, or one that is neither text nor a job.
     """
 
     def __init__(self, fn: Callable[..., Any], *, tools: Sequence[str] = (), name: str | None = None) -> None:
@@ -113,6 +113,8 @@ class _Written:
         """
         if type(piece) is str and piece.isascii():
             return self._counted(piece)
+        with guarded():
+            piece = event_in(piece)
         if isinstance(piece, EVENTS) and not isinstance(piece, Done | TextDelta):
             self._output.add(0)
             return events_of(piece)
@@ -139,8 +141,17 @@ class _Written:
             return to_text(value.content)
         if isinstance(value, Done):
             self._charge(value.usage)
-            return "" if self._pieces else to_text(value.content)  # the pieces before it are the same text
+            return self._last_word(to_text(value.content))
         return to_text(value)
+
+    def _last_word(self, content: str) -> str:
+        """Take the content of a Done in the place of the pieces before it; return what of it is still to be added."""
+        if not self._pieces:
+            return content
+        if content.strip():
+            self._pieces = [content[: MAX_CONTENT_BYTES + 1]]
+            self._room = MAX_CONTENT_BYTES + 1 - len(content)
+        return ""
 
     def _charge(self, usage: TokenUsage) -> None:
         sums = {

@@ -15,7 +15,7 @@ from loom.bus.redaction import redact
 from loom.schemas.errors import AgentFailed, InvalidTask, LoomError, error_for
 from loom.schemas.events import AgentEvent, Done, ErrorEvent, Progress, ToolCallEnd
 from loom.schemas.run import RunRequest
-from loom.schemas.task import RunResult, TaskError
+from loom.schemas.task import Accept, RunResult, TaskError
 from loom.schemas.wire import MAX_CONTENT_BYTES, Undecodable, cut_name, cut_utf8, decode, encode, total
 
 __all__ = ["StreamingAgent", "collect", "deltas", "failed", "failure_of", "raised", "result_of"]
@@ -149,6 +149,7 @@ class _Seen:
         if done is None or not done.content or done.content.isspace():
             message = "the agent ended without an answer: its last event must be a Done with content"
             raise AgentFailed(message, task_id=self._job.task_id)
+        done = replace(done, content=quoted(done.content, self._job.accept))
         result = _with(result_of(done, tool_errors=self._tool_errors), self._job.spent)
         try:
             check_budget(self._job, result.tokens)
@@ -156,6 +157,23 @@ class _Seen:
             error.facts["spent"] = done
             raise
         return result
+
+
+def quoted(text: str, accept: Accept | None) -> str:
+    """Return a bare text as a JSON string where the ad's schema wants a string, and any other as it is.
+
+    Example:
+        >>> quoted("yes", Accept(json_schema={"type": "string", "enum": ["yes", "no"]}))
+        '"yes"'
+    """
+    schema = accept.json_schema if accept else None
+    if schema is None or schema.get("type") != "string":
+        return text
+    try:
+        decode(text.encode(), str)
+    except Undecodable:
+        return encode(text).decode()
+    return text
 
 
 def _size(item: Any) -> int:

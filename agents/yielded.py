@@ -55,19 +55,29 @@ def _read(item: Any) -> Iterable[AgentEvent]:
         return (replace(item, content=_text(item.content)),)
     if isinstance(item, EVENTS):
         return (_checked(item, type(item).__name__),)
-    if isinstance(item, Mapping) and item.get("type") in TYPES:
-        return _read_mapping(dict(item))
+    event = event_in(item)
+    if event is not item:
+        return deltas(event.text) if isinstance(event, TextDelta) else (event,)
     raise AgentFailed(
         f"the agent yielded a {type(item).__name__}: it must yield text or events such as TextDelta and Done"
     )
 
 
-def _read_mapping(fields: dict[Any, Any]) -> Iterable[AgentEvent]:
-    kind = fields["type"]
+def event_in(item: Any) -> Any:
+    """Return the event that a mapping with an event's `type` stands for, and anything else as it is.
+
+    Raises:
+        AgentFailed: It has a field of the wrong type.
+    """
+    if not isinstance(item, Mapping):
+        return item
+    kind = item.get("type")
+    if not isinstance(kind, str) or kind not in TYPES:
+        return item
+    fields = dict(item)
     if kind == "done" and "content" in fields:
         fields["content"] = _text(fields["content"])
-    event = _checked(fields, f"mapping of type {kind}")
-    return deltas(event.text) if isinstance(event, TextDelta) else (event,)
+    return _checked(fields, f"mapping of type {kind}")
 
 
 def _text(content: Any) -> str:

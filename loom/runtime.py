@@ -39,7 +39,7 @@ from loom.runner.settings import Settings, from_environment
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
-from loom.schemas.llm import LLMProvider
+from loom.schemas.llm import AnyProvider
 from loom.schemas.task import TaskAd, TaskResult
 from loom.types import AgentNode, CapabilityProfile, HealthReport, Skill
 
@@ -78,7 +78,7 @@ class Runtime:
 
     def __init__(
         self,
-        provider: LLMProvider | None = None,
+        provider: AnyProvider | None = None,
         config: AgentConfig | None = None,
         cluster_config: ClusterConfig | None = None,
         store: str | os.PathLike[str] | None = None,
@@ -122,7 +122,7 @@ class Runtime:
         replace: bool = False,
         system_prompt: str | None = None,
         tools: Iterable[Tool | Callable[..., Any]] = (),
-        provider: LLMProvider | None = None,
+        provider: AnyProvider | None = None,
         config: AgentConfig | None = None,
     ) -> AgentNode:
         """Add a node; it bids from the next call on.
@@ -141,8 +141,8 @@ class Runtime:
             config: For a made agent, instead of the Runtime's. Its model and server are those of the provider.
 
         Raises:
-            LoomError: There is neither an agent nor a provider, what is given is not an agent, a rating is not a
-                number from 0 to 1, or the name is taken or not a token.
+            LoomError: There is neither an agent nor a provider, what is given is not an agent, an argument has no
+                effect on it, a rating is not a number from 0 to 1, or the name is taken or not a token.
         """
         check_provider(provider)
         check_config(config)
@@ -154,8 +154,13 @@ class Runtime:
             if unused:
                 log.warning("settings_without_effect", settings=unused, advice="pass provider=OpenAIProvider(config)")
             agent = Agent(provider, config, system_prompt=system_prompt, tools=tools)
-        elif provider is not None or config is not None:
-            raise LoomError("provider and config are for an agent that add_agent makes: leave out the agent or these")
+        else:
+            made_of = {"system_prompt": system_prompt, "tools": tools or None, "provider": provider, "config": config}
+            given = [name for name, value in made_of.items() if value is not None]
+            if given:
+                raise LoomError(
+                    f"leave out the agent or {', '.join(given)}: only an agent that add_agent makes has that"
+                )
         if isinstance(agent, AgentNode):
             raise LoomError("an AgentNode is a node already: add it by rt.cluster.add_node(node)")
         as_agent(agent)  # what is none is refused here, and not by every run

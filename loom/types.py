@@ -1,7 +1,7 @@
 """The shapes Python users hold: nodes that change while they work, and the messages re-exported under one name."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,7 +10,7 @@ from uuid import uuid4
 from loom.agents.job import Answer, Job
 from loom.schemas import auction
 from loom.schemas.config import ClusterConfig
-from loom.schemas.errors import InvalidTask
+from loom.schemas.errors import AgentFailed, InvalidTask
 from loom.schemas.events import (
     AgentEvent,
     Done,
@@ -29,6 +29,7 @@ from loom.schemas.events import (
 from loom.schemas.health import Standing
 from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile
 from loom.schemas.llm import (
+    AnyProvider,
     AssistantMessage,
     CompletionParams,
     CompletionResult,
@@ -52,8 +53,10 @@ __all__ = [
     "Accept",
     "AgentBlueprint",
     "AgentEvent",
+    "AgentFailed",
     "AgentNode",
     "Answer",
+    "AnyProvider",
     "AssistantMessage",
     "BestRejected",
     "Bid",
@@ -200,6 +203,7 @@ class AgentNode:
     depth: int = 0
     """Divisions between this node and one that was added by hand."""
     capabilities: CapabilityProfile = field(default_factory=CapabilityProfile)
+    """A dict of ratings becomes a profile."""
     reward_history: list[RewardRecord] = field(default_factory=list)
     """Oldest first, at most 120 per domain."""
     status: NodeStatus = "idle"
@@ -221,6 +225,10 @@ class AgentNode:
     """domain -> the rating of the node's maker, where `capabilities.scores` shows what has been learned instead."""
     _shown: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
     """domain -> the learned score that `mirror` has put into `capabilities.scores`."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.capabilities, Mapping):
+            self.capabilities = CapabilityProfile(scores=dict(self.capabilities))
 
     def takes(self, domain: str) -> bool:
         """Return whether it takes tasks of a domain (its wording or its slug): one it names, with a rating above 0."""

@@ -30,9 +30,9 @@ from loom.runner.temporary_store import TemporaryStore
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.wire import Undecodable, decode
 from loom.types import (
+    AnyProvider,
     Done,
     ErrorEvent,
-    LLMProvider,
     LoopEvent,
     SubtaskEvent,
     TaskResult,
@@ -69,7 +69,7 @@ class AmoebaLoop:
         lifecycle: LifecycleManager,
         planner: TaskPlanner,
         skill_registry: SkillNodeRegistry,
-        llm: LLMProvider | None = None,
+        llm: AnyProvider | None = None,
         *,
         store: str | os.PathLike[str] | None = None,
     ) -> None:
