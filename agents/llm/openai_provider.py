@@ -28,7 +28,7 @@ from loom.agents.llm.clients import Clients
 from loom.agents.llm.compatibility import MAX_MENDS, Compatibility, mended
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.endpoints import Endpoint, endpoint_of
-from loom.agents.llm.refusals import ErrorReply, Refusal, body_of, refusal_of, sentence
+from loom.agents.llm.refusals import ErrorReply, Refusal, refusal_of, sentence
 from loom.agents.llm.requests import request_of
 from loom.agents.user_code import type_name
 from loom.bus.log import get_logger
@@ -212,12 +212,11 @@ class OpenAIProvider:
         """Return the typed error for an exception that came out of the library or a reader."""
         import openai  # noqa: PLC0415 - slow to import
 
+        reply = error.__cause__ if isinstance(error, openai.APIConnectionError) else error
+        if isinstance(reply, ErrorReply):
+            status, headers = reply.status_code, reply.headers
+            return self._refused(refusal_of(reply.body, status=status, headers=headers, now=time.time()))
         match error:
-            case ErrorReply():
-                return self._refused(refusal_of(error.body, status=None, headers={}, now=time.time()))
-            case openai.APIStatusError():
-                body, headers = body_of(error.response.text), error.response.headers
-                return self._refused(refusal_of(body, status=error.status_code, headers=headers, now=time.time()))
             case BrokeOff():
                 message, curable = f"{_BROKE_OFF}: {self._server} ended the stream before the answer", True
             case _ if isinstance(error, openai.APIConnectionError) or _library(error) in HTTP_LIBRARIES:

@@ -54,15 +54,19 @@ _MASKED = re.compile(r"\S*\*{3,}[^\s.,;:]*")
 
 
 class ErrorReply(Exception):
-    """A server answered with an error though its status was that of a success.
+    """A server answered with an error.
 
     Args:
-        body: The decoded JSON.
+        body: Decoded JSON, or the text.
+        status_code: Of HTTP; None: that of a success.
+        headers: Looked up in lower case.
     """
 
-    def __init__(self, body: Any) -> None:
+    def __init__(self, body: Any, status_code: int | None = None, headers: Mapping[str, str] | None = None) -> None:
         super().__init__("an error in the place of an answer")
         self.body = body
+        self.status_code = status_code
+        self.headers: Mapping[str, str] = {} if headers is None else headers
 
 
 @dataclass(frozen=True, kw_only=True)
