@@ -137,16 +137,16 @@ class _Written:
             self._charge(Answer("", used, value.usd).token_usage())
             return text_of(value.content)
         if isinstance(value, Done):
-            self._charge(value.usage)
+            self._charge(TokenUsage() if value.usage is None else value.usage)
             return "" if self._pieces else text_of(value.content)  # the pieces before it are the same text
         return text_of(value)
 
     def _charge(self, usage: TokenUsage) -> None:
         sums = {
-            name: total(getattr(self.usage, name), getattr(usage, name))
+            name: total(getattr(self.usage, name), getattr(usage, name) or 0)
             for name in ("prompt_tokens", "completion_tokens", "total_tokens")
         }
-        cost = self.usage.estimated_cost + usage.estimated_cost
+        cost = self.usage.estimated_cost + (usage.estimated_cost or 0.0)
         self.usage = replace(usage, **sums, estimated_cost=cost, estimated=self.usage.estimated or usage.estimated)
 
     def _counted(self, text: str) -> Iterable[TextDelta]:

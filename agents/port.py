@@ -12,7 +12,7 @@ from loom.agents.yielded import deltas, events_of
 from loom.bus.log import get_logger
 from loom.bus.redaction import redact
 from loom.schemas.errors import AgentFailed, InvalidTask, LoomError, error_for
-from loom.schemas.events import AgentEvent, Done, ErrorEvent, Progress, ToolCallEnd
+from loom.schemas.events import AgentEvent, Done, ErrorEvent, Progress, TokenUsage, ToolCallEnd
 from loom.schemas.run import RunRequest
 from loom.schemas.task import RunResult, TaskError
 from loom.schemas.wire import MAX_CONTENT_BYTES, Undecodable, cut_name, cut_utf8, decode, encode, total
@@ -176,13 +176,13 @@ def _charge(error: LoomError, spent: Spent) -> None:
     """Add what the agent has reported to the costs that its error carries."""
     if not spent.tokens and not spent.usd:
         return
-    before = error.spent if isinstance(error.spent, Done) else Done()
-    usage = before.usage
-    after = replace(
-        usage,
-        prompt_tokens=total(usage.prompt_tokens, spent.prompt_tokens),
-        completion_tokens=total(usage.completion_tokens, spent.completion_tokens),
-        estimated_cost=usage.estimated_cost + spent.usd,
+    known = spent_by(error)
+    before, result = (Done(), RunResult()) if known is None else (error.spent, known)
+    after = TokenUsage(
+        prompt_tokens=total(result.prompt_tokens, spent.prompt_tokens),
+        completion_tokens=total(result.completion_tokens, spent.completion_tokens),
+        estimated_cost=result.usd + spent.usd,
+        estimated=result.estimated_usage,
     )
     error.__dict__.setdefault("facts", {})["spent"] = replace(before, usage=after)
 
@@ -196,21 +196,24 @@ def raised(error: BaseException, job: RunRequest) -> AgentFailed:
 def result_of(done: Done, *, tool_errors: int = 0) -> RunResult:
     """Return the result an agent's last event stands for, its content cut to what a message may carry.
 
+    A usage or a count that is None is absent.
+
     Raises:
         AgentFailed: A field is of another type than it should be, or out of its range.
     """
     content, truncated = cut_utf8(done.content, MAX_CONTENT_BYTES)
+    usage = TokenUsage() if done.usage is None else done.usage
     try:
         result = RunResult(
             content=content,
             truncated=truncated,
-            prompt_tokens=max(0, done.usage.prompt_tokens),
-            completion_tokens=max(0, done.usage.completion_tokens),
-            estimated_usage=done.usage.estimated,
-            steps=done.steps,
+            prompt_tokens=max(0, usage.prompt_tokens or 0),
+            completion_tokens=max(0, usage.completion_tokens or 0),
+            estimated_usage=bool(usage.estimated),
+            steps=done.steps or 0,
             tool_errors=tool_errors,
-            duration_s=done.duration_ms / 1000,
-            usd=min(MAX_USD, max(0.0, done.usage.estimated_cost)),
+            duration_s=(done.duration_ms or 0.0) / 1000,
+            usd=min(MAX_USD, max(0.0, usage.estimated_cost or 0.0)),
         )
         return decode(encode(result), RunResult)  # integers are checked by decoding alone
     except (Undecodable, ValueError, TypeError, AttributeError) as error:  # user code builds events unchecked
@@ -247,7 +250,7 @@ def failure_of(error: LoomError, request: RunRequest) -> TaskError:
     field = None
     if code == InvalidTask.code:
         if error.task_id in (None, request.task_id):
-            field = cut_name(redact(text_of(error.field))) if isinstance(error.field, str) else None
+            field = _field(error.field)
         else:
             code = AgentFailed.code
     return TaskError(
@@ -257,6 +260,10 @@ def failure_of(error: LoomError, request: RunRequest) -> TaskError:
         node_id=request.node_id,
         retry_after_s=float(wait) if usable else None,
     )
+
+
+def _field(name: Any) -> str | None:
+    return cut_name(redact(text_of(name[:MAX_MESSAGE_CHARS]))) if isinstance(name, str) else None
 
 
 def _publishable(message: Any, error: LoomError) -> str:
