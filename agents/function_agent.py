@@ -8,7 +8,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from loom.agents.job import Answer, Job
-from loom.agents.port import Output, StreamingAgent, raised
+from loom.agents.port import Output, StreamingAgent, raised, usage_in
 from loom.agents.signatures import check_stream, name_of, takes_text
 from loom.agents.threaded import ThreadedIteration
 from loom.agents.user_code import NotText, Opened, call, guarded, text_of
@@ -84,6 +84,8 @@ class FunctionAgent:
 
 def _iteration(result: Any) -> AsyncIterable[Any] | None:
     """What a function yields; None where it has returned its answer."""
+    if type(result) is str:
+        return None
     if isinstance(result, Generator):
         return ThreadedIteration(result)
     return result if hasattr(result, "__aiter__") else None
@@ -127,6 +129,8 @@ class _Written:
 
     def _text(self, value: Any) -> str:
         """The text of a value, whose costs are added up if it carries any."""
+        if type(value) is str:
+            return text_of(value)
         if isinstance(value, TextDelta):
             return text_of(value.text)
         if isinstance(value, Answer):
@@ -137,7 +141,7 @@ class _Written:
             self._charge(Answer("", used, value.usd).token_usage())
             return text_of(value.content)
         if isinstance(value, Done):
-            self._charge(TokenUsage() if value.usage is None else value.usage)
+            self._charge(usage_in(value))
             return "" if self._pieces else text_of(value.content)  # the pieces before it are the same text
         return text_of(value)
 

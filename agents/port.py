@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from loom.agents.deadline import Deadline
 from loom.agents.job import MAX_USD, Job, Spent, check_budget
 from loom.agents.user_code import Opened, described, ends_task, guarded, text_of, type_name
-from loom.agents.yielded import deltas, events_of
+from loom.agents.yielded import EVENTS, deltas, events_of
 from loom.bus.log import get_logger
 from loom.bus.redaction import redact
 from loom.schemas.errors import AgentFailed, InvalidTask, LoomError, error_for
@@ -105,6 +105,10 @@ async def _collected(agent: StreamingAgent, job: Job, tell: Tell | None) -> RunR
     return seen.result()
 
 
+_SHOWN = frozenset(EVENTS) - {ErrorEvent, ToolCallEnd, Done}
+"""Events that are shown and change nothing."""
+
+
 class _Seen:
     """What an agent has yielded so far."""
 
@@ -126,6 +130,9 @@ class _Seen:
         if isinstance(item, str):
             self._texts.append(item)
         for event in events_of(item):
+            if type(event) in _SHOWN:
+                yield event  # type: ignore[misc]  # none of them is a Done
+                continue
             if isinstance(event, ErrorEvent):
                 raise error_for(event.code or AgentFailed.code, event.error, task_id=self._job.task_id)
             if isinstance(event, ToolCallEnd):
@@ -164,6 +171,8 @@ def _size(item: Any) -> int:
 
 def _with(result: RunResult, spent: Spent) -> RunResult:
     """The result together with what the agent has reported on its way."""
+    if not spent.tokens and not spent.usd:
+        return result
     return replace(
         result,
         prompt_tokens=total(result.prompt_tokens, spent.prompt_tokens),
@@ -193,6 +202,12 @@ def raised(error: BaseException, job: RunRequest) -> AgentFailed:
     return AgentFailed(f"the agent raised {type_name(error)}", task_id=job.task_id)
 
 
+def usage_in(done: Done) -> TokenUsage:
+    """Return the usage of an agent's last event, which user code builds unchecked; None is no usage."""
+    given: TokenUsage | None = getattr(done, "usage", None)
+    return TokenUsage() if given is None else given
+
+
 def result_of(done: Done, *, tool_errors: int = 0) -> RunResult:
     """Return the result an agent's last event stands for, its content cut to what a message may carry.
 
@@ -202,7 +217,7 @@ def result_of(done: Done, *, tool_errors: int = 0) -> RunResult:
         AgentFailed: A field is of another type than it should be, or out of its range.
     """
     content, truncated = cut_utf8(done.content, MAX_CONTENT_BYTES)
-    usage = TokenUsage() if done.usage is None else done.usage
+    usage = usage_in(done)
     try:
         result = RunResult(
             content=content,
