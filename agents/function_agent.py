@@ -8,7 +8,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from loom.agents.job import Answer, Job
-from loom.agents.port import Output, StreamingAgent, raised
+from loom.agents.port import Output, StreamingAgent, raised, usage_in
 from loom.agents.signatures import check_stream, name_of, takes_text
 from loom.agents.threaded import ThreadedIteration
 from loom.agents.user_code import Opened, call, guarded
@@ -85,6 +85,8 @@ class FunctionAgent:
 
 def _iteration(result: Any) -> AsyncIterable[Any] | None:
     """What a function yields; None where it has returned its answer."""
+    if type(result) is str:
+        return None
     if isinstance(result, Generator):
         return ThreadedIteration(result)
     return result if hasattr(result, "__aiter__") else None
@@ -130,6 +132,8 @@ class _Written:
 
     def _text(self, value: Any) -> str:
         """The text of a value, whose costs are added up if it carries any."""
+        if type(value) is str:
+            return to_text(value)
         if isinstance(value, TextDelta):
             return to_text(value.text)
         if isinstance(value, Answer):
@@ -140,7 +144,7 @@ class _Written:
             self._charge(Answer("", used, value.usd).token_usage())
             return to_text(value.content)
         if isinstance(value, Done):
-            self._charge(value.usage)
+            self._charge(usage_in(value))
             return self._last_word(to_text(value.content))
         return to_text(value)
 
@@ -155,10 +159,10 @@ class _Written:
 
     def _charge(self, usage: TokenUsage) -> None:
         sums = {
-            name: total(getattr(self.usage, name), getattr(usage, name))
+            name: total(getattr(self.usage, name), getattr(usage, name) or 0)
             for name in ("prompt_tokens", "completion_tokens", "total_tokens")
         }
-        cost = self.usage.estimated_cost + usage.estimated_cost
+        cost = self.usage.estimated_cost + (usage.estimated_cost or 0.0)
         self.usage = replace(usage, **sums, estimated_cost=cost, estimated=self.usage.estimated or usage.estimated)
 
     def _counted(self, text: str) -> Iterable[TextDelta]:

@@ -9,11 +9,11 @@ from loom.agents.deadline import Deadline
 from loom.agents.job import MAX_USD, Job, Spent, check_budget
 from loom.agents.user_code import Opened, described, ends_task, guarded, type_name
 from loom.agents.values import to_text
-from loom.agents.yielded import deltas, events_of
+from loom.agents.yielded import EVENTS, deltas, events_of
 from loom.bus.log import get_logger
 from loom.bus.redaction import redact
 from loom.schemas.errors import AgentFailed, InvalidTask, LoomError, error_for
-from loom.schemas.events import AgentEvent, Done, ErrorEvent, Progress, ToolCallEnd
+from loom.schemas.events import AgentEvent, Done, ErrorEvent, Progress, TokenUsage, ToolCallEnd
 from loom.schemas.run import RunRequest
 from loom.schemas.task import Accept, RunResult, TaskError
 from loom.schemas.wire import MAX_CONTENT_BYTES, Undecodable, cut_name, cut_utf8, decode, encode, total
@@ -106,6 +106,10 @@ async def _collected(agent: StreamingAgent, job: Job, tell: Tell | None) -> RunR
     return seen.result()
 
 
+_SHOWN = frozenset(EVENTS) - {ErrorEvent, ToolCallEnd, Done}
+"""Events that are shown and change nothing."""
+
+
 class _Seen:
     """What an agent has yielded so far."""
 
@@ -127,6 +131,9 @@ class _Seen:
         if isinstance(item, str):
             self._texts.append(item)
         for event in events_of(item):
+            if type(event) in _SHOWN:
+                yield event  # type: ignore[misc]  # none of them is a Done
+                continue
             if isinstance(event, ErrorEvent):
                 raise error_for(event.code or AgentFailed.code, event.error, task_id=self._job.task_id)
             if isinstance(event, ToolCallEnd):
@@ -183,6 +190,8 @@ def _size(item: Any) -> int:
 
 def _with(result: RunResult, spent: Spent) -> RunResult:
     """The result together with what the agent has reported on its way."""
+    if not spent.tokens and not spent.usd:
+        return result
     return replace(
         result,
         prompt_tokens=total(result.prompt_tokens, spent.prompt_tokens),
@@ -195,13 +204,13 @@ def _charge(error: LoomError, spent: Spent) -> None:
     """Add what the agent has reported to the costs that its error carries."""
     if not spent.tokens and not spent.usd:
         return
-    before = error.spent if isinstance(error.spent, Done) else Done()
-    usage = before.usage
-    after = replace(
-        usage,
-        prompt_tokens=total(usage.prompt_tokens, spent.prompt_tokens),
-        completion_tokens=total(usage.completion_tokens, spent.completion_tokens),
-        estimated_cost=usage.estimated_cost + spent.usd,
+    known = spent_by(error)
+    before, result = (Done(), RunResult()) if known is None else (error.spent, known)
+    after = TokenUsage(
+        prompt_tokens=total(result.prompt_tokens, spent.prompt_tokens),
+        completion_tokens=total(result.completion_tokens, spent.completion_tokens),
+        estimated_cost=result.usd + spent.usd,
+        estimated=result.estimated_usage,
     )
     error.__dict__.setdefault("facts", {})["spent"] = replace(before, usage=after)
 
@@ -212,24 +221,33 @@ def raised(error: BaseException, job: RunRequest) -> AgentFailed:
     return AgentFailed(f"the agent raised {type_name(error)}", task_id=job.task_id)
 
 
+def usage_in(done: Done) -> TokenUsage:
+    """Return the usage of an agent's last event, which user code builds unchecked; None is no usage."""
+    given: TokenUsage | None = getattr(done, "usage", None)
+    return TokenUsage() if given is None else given
+
+
 def result_of(done: Done, *, tool_errors: int = 0) -> RunResult:
     """Return the result an agent's last event stands for, its content cut to what a message may carry.
+
+    A usage or a count that is None is absent.
 
     Raises:
         AgentFailed: A field is of another type than it should be, or out of its range.
     """
     content, truncated = cut_utf8(done.content, MAX_CONTENT_BYTES)
+    usage = usage_in(done)
     try:
         result = RunResult(
             content=content,
             truncated=truncated,
-            prompt_tokens=max(0, done.usage.prompt_tokens),
-            completion_tokens=max(0, done.usage.completion_tokens),
-            estimated_usage=done.usage.estimated,
-            steps=done.steps,
+            prompt_tokens=max(0, usage.prompt_tokens or 0),
+            completion_tokens=max(0, usage.completion_tokens or 0),
+            estimated_usage=bool(usage.estimated),
+            steps=done.steps or 0,
             tool_errors=tool_errors,
-            duration_s=done.duration_ms / 1000,
-            usd=min(MAX_USD, max(0.0, done.usage.estimated_cost)),
+            duration_s=(done.duration_ms or 0.0) / 1000,
+            usd=min(MAX_USD, max(0.0, usage.estimated_cost or 0.0)),
         )
         return decode(encode(result), RunResult)  # integers are checked by decoding alone
     except (Undecodable, ValueError, TypeError, AttributeError) as error:  # user code builds events unchecked
@@ -266,7 +284,7 @@ def failure_of(error: LoomError, request: RunRequest) -> TaskError:
     field = None
     if code == InvalidTask.code:
         if error.task_id in (None, request.task_id):
-            field = cut_name(redact(to_text(error.field))) if isinstance(error.field, str) else None
+            field = _field(error.field)
         else:
             code = AgentFailed.code
     return TaskError(
@@ -276,6 +294,10 @@ def failure_of(error: LoomError, request: RunRequest) -> TaskError:
         node_id=request.node_id,
         retry_after_s=float(wait) if usable else None,
     )
+
+
+def _field(name: Any) -> str | None:
+    return cut_name(redact(to_text(name[:MAX_MESSAGE_CHARS]))) if isinstance(name, str) else None
 
 
 def _publishable(message: Any, error: LoomError) -> str:
