@@ -76,6 +76,10 @@ class Child:
         """Return what it claims: 0.5 in the domain it was wanted for, else no more than that, nor than its template."""
         return CLAIM if slug(domain) == self._wanted else min(CLAIM, self._template.claim(domain))
 
+    def named_domains(self) -> Collection[str]:
+        """Return its template's domains and the one it was wanted for."""
+        return (*self._template.named_domains(), self._wanted)
+
     def has_tools(self, required: Collection[str]) -> bool:
         """Return whether it has all of these tools: its template's."""
         return self._template.has_tools(required)

@@ -147,4 +147,8 @@ def failure(result: TaskResult) -> SubtaskFailed:
         return SubtaskFailed(f"the delegated task ended as {result.state}", task_id=result.task_id)
     if error.code == SubtaskFailed.code:
         return SubtaskFailed(error.message, task_id=result.task_id)
-    return SubtaskFailed(f"delegated work failed: {error.code}: {error.message}", task_id=result.task_id)
+    return SubtaskFailed(
+        f"delegated work failed: {error.code}: {error.message}",
+        task_id=result.task_id,
+        best_rejected=error.best_rejected,
+    )

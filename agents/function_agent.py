@@ -8,11 +8,12 @@ from typing import Any
 from msgspec.structs import replace
 
 from loom.agents.job import Answer, Job
-from loom.agents.port import Output, StreamingAgent, raised
+from loom.agents.port import Output, StreamingAgent, raised, usage_in
 from loom.agents.signatures import check_stream, name_of, takes_text
 from loom.agents.threaded import ThreadedIteration
-from loom.agents.user_code import NotText, Opened, call, guarded, text_of
-from loom.agents.yielded import EVENTS, deltas, events_of
+from loom.agents.user_code import Opened, call, guarded
+from loom.agents.values import NotText, to_text
+from loom.agents.yielded import EVENTS, deltas, event_in, events_of
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.events import AgentEvent, Done, StepEnd, StepStart, TextDelta, TokenUsage
 from loom.schemas.run import RunRequest
@@ -26,12 +27,12 @@ class FunctionAgent:
     Args:
         fn: Takes the text of the task, or the job where its parameter is annotated RunRequest or Job, or has no
             annotation and is named job, request, req or run. Returns text, anything JSON can carry, or an `Answer`;
-            a generator may also yield events.
+            a generator may also yield events, or mappings with the `type` of an event.
         tools: Names of the tools it claims to have, for bids.
         name: What logs and errors call it; absent: the function's name.
 
     Raises:
-        LoomError: `fn` does not take exactly one argument.
+        LoomError: `fn` does not take exactly one argument, or one that is neither text nor a job.
     """
 
     def __init__(self, fn: Callable[..., Any], *, tools: Sequence[str] = (), name: str | None = None) -> None:
@@ -84,6 +85,8 @@ class FunctionAgent:
 
 def _iteration(result: Any) -> AsyncIterable[Any] | None:
     """What a function yields; None where it has returned its answer."""
+    if type(result) is str:
+        return None
     if isinstance(result, Generator):
         return ThreadedIteration(result)
     return result if hasattr(result, "__aiter__") else None
@@ -112,6 +115,8 @@ class _Written:
         """
         if type(piece) is str and piece.isascii():
             return self._counted(piece)
+        with guarded():
+            piece = event_in(piece)
         if isinstance(piece, EVENTS) and not isinstance(piece, Done | TextDelta):
             self._output.add(0)
             return events_of(piece)
@@ -127,26 +132,37 @@ class _Written:
 
     def _text(self, value: Any) -> str:
         """The text of a value, whose costs are added up if it carries any."""
+        if type(value) is str:
+            return to_text(value)
         if isinstance(value, TextDelta):
-            return text_of(value.text)
+            return to_text(value.text)
         if isinstance(value, Answer):
             self._charge(value.token_usage())
-            return text_of(value.content)
+            return to_text(value.content)
         if isinstance(value, RunResult):  # of an agent that the function has run
             used = {"prompt_tokens": value.prompt_tokens, "completion_tokens": value.completion_tokens}
             self._charge(Answer("", used, value.usd).token_usage())
-            return text_of(value.content)
+            return to_text(value.content)
         if isinstance(value, Done):
-            self._charge(value.usage)
-            return "" if self._pieces else text_of(value.content)  # the pieces before it are the same text
-        return text_of(value)
+            self._charge(usage_in(value))
+            return self._last_word(to_text(value.content))
+        return to_text(value)
+
+    def _last_word(self, content: str) -> str:
+        """Take the content of a Done in the place of the pieces before it; return what of it is still to be added."""
+        if not self._pieces:
+            return content
+        if content.strip():
+            self._pieces = [content[: MAX_CONTENT_BYTES + 1]]
+            self._room = MAX_CONTENT_BYTES + 1 - len(content)
+        return ""
 
     def _charge(self, usage: TokenUsage) -> None:
         sums = {
-            name: total(getattr(self.usage, name), getattr(usage, name))
+            name: total(getattr(self.usage, name), getattr(usage, name) or 0)
             for name in ("prompt_tokens", "completion_tokens", "total_tokens")
         }
-        cost = self.usage.estimated_cost + usage.estimated_cost
+        cost = self.usage.estimated_cost + (usage.estimated_cost or 0.0)
         self.usage = replace(usage, **sums, estimated_cost=cost, estimated=self.usage.estimated or usage.estimated)
 
     def _counted(self, text: str) -> Iterable[TextDelta]:

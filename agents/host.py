@@ -20,6 +20,7 @@ from loom.agents.announcement import facts_of
 from loom.agents.bidding import make_offer
 from loom.agents.child import Child
 from loom.agents.delegate import Delegator
+from loom.agents.domain_hints import DomainHints
 from loom.agents.hosted import HostedAgents
 from loom.agents.node import Node, NodeIndex, Room
 from loom.agents.port import collect, failed, raised
@@ -78,6 +79,7 @@ class NodeHost:
         """Runs that were cancelled and still work -> when, on the monotonic clock."""
         self._stuck: set[Run] = set()
         """Runs that still work although they were given up."""
+        self._hints = DomainHints()
         self._finished = Finished()
         self._cancelled = Cancelled()
         self._known: frozenset[str] = frozenset()
@@ -227,7 +229,9 @@ class NodeHost:
         """Return this host's answer to a call: bids, or why there are none."""
         if self._draining:
             return Offer(host_id=self.host_id, decline="draining")
-        return make_offer(self.host_id, call, self._nodes(), lambda node_id: self._rooms.get(node_id, self._vacant))
+        nodes = self._nodes()
+        offer = make_offer(self.host_id, call, nodes, lambda node_id: self._rooms.get(node_id, self._vacant))
+        return self._hints.completed(offer, call, nodes)
 
     # -- running
 

@@ -66,7 +66,8 @@ class Job(RunRequest, frozen=True, kw_only=True):
     @classmethod
     def of(cls, request: RunRequest) -> Self:
         """Return the job of a request; nothing is spent yet."""
-        facts = {name: getattr(request, name) for name in RunRequest.__struct_fields__}
+        facts = msgspec.structs.asdict(request)
+        facts.pop("spent", None)
         return cls(**facts)
 
     def report(

@@ -37,6 +37,10 @@ class Node(Protocol):
         """
         ...
 
+    def named_domains(self) -> Collection[str]:
+        """Return the domains, in any wording, that it rates itself above 0 in or is limited to."""
+        ...
+
     def has_tools(self, required: Collection[str]) -> bool:
         """Return whether it has all of these tools: without them it does not bid."""
         ...

@@ -7,14 +7,15 @@ from msgspec.structs import replace
 
 from loom.agents.deadline import Deadline
 from loom.agents.job import MAX_USD, Job, Spent, check_budget
-from loom.agents.user_code import Opened, described, ends_task, guarded, text_of, type_name
-from loom.agents.yielded import deltas, events_of
+from loom.agents.user_code import Opened, described, ends_task, guarded, type_name
+from loom.agents.values import to_text
+from loom.agents.yielded import EVENTS, deltas, events_of
 from loom.bus.log import get_logger
 from loom.bus.redaction import redact
 from loom.schemas.errors import AgentFailed, InvalidTask, LoomError, error_for
-from loom.schemas.events import AgentEvent, Done, ErrorEvent, Progress, ToolCallEnd
+from loom.schemas.events import AgentEvent, Done, ErrorEvent, Progress, TokenUsage, ToolCallEnd
 from loom.schemas.run import RunRequest
-from loom.schemas.task import RunResult, TaskError
+from loom.schemas.task import Accept, RunResult, TaskError
 from loom.schemas.wire import MAX_CONTENT_BYTES, Undecodable, cut_name, cut_utf8, decode, encode, total
 
 __all__ = ["StreamingAgent", "collect", "deltas", "failed", "failure_of", "raised", "result_of"]
@@ -105,6 +106,10 @@ async def _collected(agent: StreamingAgent, job: Job, tell: Tell | None) -> RunR
     return seen.result()
 
 
+_SHOWN = frozenset(EVENTS) - {ErrorEvent, ToolCallEnd, Done}
+"""Events that are shown and change nothing."""
+
+
 class _Seen:
     """What an agent has yielded so far."""
 
@@ -126,6 +131,9 @@ class _Seen:
         if isinstance(item, str):
             self._texts.append(item)
         for event in events_of(item):
+            if type(event) in _SHOWN:
+                yield event  # type: ignore[misc]  # none of them is a Done
+                continue
             if isinstance(event, ErrorEvent):
                 raise error_for(event.code or AgentFailed.code, event.error, task_id=self._job.task_id)
             if isinstance(event, ToolCallEnd):
@@ -144,10 +152,11 @@ class _Seen:
         """
         done = self._done
         if done is None and self._texts:
-            done = Done(content=text_of("".join(self._texts)), steps=1)
+            done = Done(content=to_text("".join(self._texts)), steps=1)
         if done is None or not done.content or done.content.isspace():
             message = "the agent ended without an answer: its last event must be a Done with content"
             raise AgentFailed(message, task_id=self._job.task_id)
+        done = replace(done, content=quoted(done.content, self._job.accept))
         result = _with(result_of(done, tool_errors=self._tool_errors), self._job.spent)
         try:
             check_budget(self._job, result.tokens)
@@ -157,6 +166,23 @@ class _Seen:
         return result
 
 
+def quoted(text: str, accept: Accept | None) -> str:
+    """Return a bare text as a JSON string where the ad's schema wants a string, and any other as it is.
+
+    Example:
+        >>> quoted("yes", Accept(json_schema={"type": "string", "enum": ["yes", "no"]}))
+        '"yes"'
+    """
+    schema = accept.json_schema if accept else None
+    if schema is None or schema.get("type") != "string":
+        return text
+    try:
+        decode(text.encode(), str)
+    except Undecodable:
+        return encode(text).decode()
+    return text
+
+
 def _size(item: Any) -> int:
     text = item if isinstance(item, str) else getattr(item, "text", "")
     return len(text) if isinstance(text, str) else 0
@@ -164,6 +190,8 @@ def _size(item: Any) -> int:
 
 def _with(result: RunResult, spent: Spent) -> RunResult:
     """The result together with what the agent has reported on its way."""
+    if not spent.tokens and not spent.usd:
+        return result
     return replace(
         result,
         prompt_tokens=total(result.prompt_tokens, spent.prompt_tokens),
@@ -176,13 +204,13 @@ def _charge(error: LoomError, spent: Spent) -> None:
     """Add what the agent has reported to the costs that its error carries."""
     if not spent.tokens and not spent.usd:
         return
-    before = error.spent if isinstance(error.spent, Done) else Done()
-    usage = before.usage
-    after = replace(
-        usage,
-        prompt_tokens=total(usage.prompt_tokens, spent.prompt_tokens),
-        completion_tokens=total(usage.completion_tokens, spent.completion_tokens),
-        estimated_cost=usage.estimated_cost + spent.usd,
+    known = spent_by(error)
+    before, result = (Done(), RunResult()) if known is None else (error.spent, known)
+    after = TokenUsage(
+        prompt_tokens=total(result.prompt_tokens, spent.prompt_tokens),
+        completion_tokens=total(result.completion_tokens, spent.completion_tokens),
+        estimated_cost=result.usd + spent.usd,
+        estimated=result.estimated_usage,
     )
     error.__dict__.setdefault("facts", {})["spent"] = replace(before, usage=after)
 
@@ -193,24 +221,33 @@ def raised(error: BaseException, job: RunRequest) -> AgentFailed:
     return AgentFailed(f"the agent raised {type_name(error)}", task_id=job.task_id)
 
 
+def usage_in(done: Done) -> TokenUsage:
+    """Return the usage of an agent's last event, which user code builds unchecked; None is no usage."""
+    given: TokenUsage | None = getattr(done, "usage", None)
+    return TokenUsage() if given is None else given
+
+
 def result_of(done: Done, *, tool_errors: int = 0) -> RunResult:
     """Return the result an agent's last event stands for, its content cut to what a message may carry.
+
+    A usage or a count that is None is absent.
 
     Raises:
         AgentFailed: A field is of another type than it should be, or out of its range.
     """
     content, truncated = cut_utf8(done.content, MAX_CONTENT_BYTES)
+    usage = usage_in(done)
     try:
         result = RunResult(
             content=content,
             truncated=truncated,
-            prompt_tokens=max(0, done.usage.prompt_tokens),
-            completion_tokens=max(0, done.usage.completion_tokens),
-            estimated_usage=done.usage.estimated,
-            steps=done.steps,
+            prompt_tokens=max(0, usage.prompt_tokens or 0),
+            completion_tokens=max(0, usage.completion_tokens or 0),
+            estimated_usage=bool(usage.estimated),
+            steps=done.steps or 0,
             tool_errors=tool_errors,
-            duration_s=done.duration_ms / 1000,
-            usd=min(MAX_USD, max(0.0, done.usage.estimated_cost)),
+            duration_s=(done.duration_ms or 0.0) / 1000,
+            usd=min(MAX_USD, max(0.0, usage.estimated_cost or 0.0)),
         )
         return decode(encode(result), RunResult)  # integers are checked by decoding alone
     except (Undecodable, ValueError, TypeError, AttributeError) as error:  # user code builds events unchecked
@@ -247,7 +284,7 @@ def failure_of(error: LoomError, request: RunRequest) -> TaskError:
     field = None
     if code == InvalidTask.code:
         if error.task_id in (None, request.task_id):
-            field = cut_name(redact(text_of(error.field))) if isinstance(error.field, str) else None
+            field = _field(error.field)
         else:
             code = AgentFailed.code
     return TaskError(
@@ -259,7 +296,11 @@ def failure_of(error: LoomError, request: RunRequest) -> TaskError:
     )
 
 
+def _field(name: Any) -> str | None:
+    return cut_name(redact(to_text(name[:MAX_MESSAGE_CHARS]))) if isinstance(name, str) else None
+
+
 def _publishable(message: Any, error: LoomError) -> str:
     if not isinstance(message, str):
         return f"the agent raised {type_name(error)}"
-    return redact(text_of(message[: 4 * MAX_MESSAGE_CHARS]))[:MAX_MESSAGE_CHARS]
+    return redact(to_text(message[: 4 * MAX_MESSAGE_CHARS]))[:MAX_MESSAGE_CHARS]

@@ -4,8 +4,9 @@ import inspect
 import types
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_typeddict
 
+from loom.agents.job import Job
 from loom.schemas.errors import LoomError
 from loom.schemas.run import RunRequest
 
@@ -26,11 +27,11 @@ def name_of(fn: Callable[..., Any]) -> str:
 def takes_text(fn: Callable[..., Any]) -> bool:
     """Return whether the one argument of `fn` is the task's text, and not the job.
 
-    Its annotation decides: text for `str` in any form (`str | None`, `Annotated[str, …]`), the job for anything else.
-    Without an annotation its name does.
+    Its annotation decides: text for `str` in any form (`str | None`, `Annotated[str, …]`), the job for what a Job may
+    be. Without an annotation its name does.
 
     Raises:
-        LoomError: `fn` does not take exactly one argument, or hides its parameters.
+        LoomError: `fn` does not take exactly one argument, hides its parameters, or wants another type.
     """
     name = name_of(fn)
     parameters = list(_signature(fn, name).parameters.values())
@@ -41,7 +42,14 @@ def takes_text(fn: Callable[..., Any]) -> bool:
     first = required[0] if required else positional[0]
     if first.annotation in (first.empty, Any):
         return first.name not in JOB_NAMES
-    return is_text(first.annotation)
+    if is_text(first.annotation):
+        return True
+    if not may_be_job(first.annotation):
+        raise LoomError(
+            f"{name} takes a {_shown(first.annotation)}: annotate its argument with str for the text of the task, or "
+            "with Job, whose context has the values of the ad"
+        )
+    return False
 
 
 def is_text(annotation: Any) -> bool:
@@ -59,6 +67,25 @@ def is_text(annotation: Any) -> bool:
         takes_job = any(isinstance(kind, type) and issubclass(kind, RunRequest) for kind in kinds)
         return not takes_job and any(is_text(kind) for kind in kinds)
     return isinstance(annotation, type) and issubclass(annotation, str)
+
+
+def may_be_job(annotation: Any) -> bool:
+    """Return whether a Job may be meant by an annotation; True where that cannot be known."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return may_be_job(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return any(may_be_job(kind) for kind in get_args(annotation))
+    kind = origin or annotation
+    if kind in (None, types.NoneType, Literal) or is_typeddict(kind):
+        return False
+    if not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
+        return True
+    return issubclass(Job, kind) or issubclass(kind, RunRequest)
+
+
+def _shown(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 
 def check_stream(agent: Any) -> None:

@@ -11,7 +11,6 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar
 
-from loom.agents import values
 from loom.bus import faults
 from loom.bus.log import get_logger
 
@@ -23,9 +22,6 @@ AWAITABLES = 2
 T = TypeVar("T")
 
 log = get_logger()
-
-NotText = values.NotText
-text_of = values.to_text
 
 
 class BaseExceptionRaised(Exception):

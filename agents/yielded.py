@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
-import msgspec
+from msgspec import Struct, structs
 from msgspec.structs import replace
 
-from loom.agents.user_code import NotText, guarded, text_of
+from loom.agents.user_code import guarded
+from loom.agents.values import NotText, to_json, to_text
 from loom.schemas.errors import AgentFailed
 from loom.schemas.events import AgentEvent, Done, ReasoningDelta, TextDelta
 from loom.schemas.wire import MAX_CONTENT_BYTES, Undecodable, decode, encode
@@ -14,6 +15,9 @@ from loom.schemas.wire import MAX_CONTENT_BYTES, Undecodable, decode, encode
 DELTA_CHARS = 4096
 """Most characters of one TextDelta cut from a text that came whole."""
 EVENTS: tuple[type, ...] = get_args(AgentEvent)
+# By their exact class: isinstance of a Struct that is another one takes a microsecond.
+AS_THEY_ARE = frozenset(EVENTS) - {TextDelta, ReasoningDelta, Done}
+"""Events whose fields are checked and not changed."""
 TYPES = frozenset(str(each.__struct_config__.tag) for each in EVENTS)  # type: ignore[attr-defined]
 """The `type` of each event in JSON."""
 
@@ -38,40 +42,50 @@ def events_of(item: Any) -> Iterable[AgentEvent]:
         return (item,)
     try:
         with guarded():
-            return _read(item)
+            return (_checked(item, type(item).__name__),) if type(item) in AS_THEY_ARE else _read(item)
     except NotText as error:
         raise AgentFailed(f"the agent's answer is not text: {error}") from error
 
 
 def _read(item: Any) -> Iterable[AgentEvent]:
     if isinstance(item, str):
-        return deltas(text_of(item))
+        return deltas(to_text(item))
     if isinstance(item, TextDelta) and isinstance(item.text, str):
-        return deltas(text_of(item.text))
+        return deltas(to_text(item.text))
     if isinstance(item, ReasoningDelta) and isinstance(item.text, str):
-        return (replace(item, text=text_of(item.text)[:MAX_CONTENT_BYTES]),)
+        return (replace(item, text=to_text(item.text)[:MAX_CONTENT_BYTES]),)
     if isinstance(item, Done):
         return (replace(item, content=_text(item.content)),)
     if isinstance(item, EVENTS):
         return (_checked(item, type(item).__name__),)
-    if isinstance(item, Mapping) and item.get("type") in TYPES:
-        return _read_mapping(dict(item))
+    event = event_in(item)
+    if event is not item:
+        return deltas(event.text) if isinstance(event, TextDelta) else (event,)
     raise AgentFailed(
         f"the agent yielded a {type(item).__name__}: it must yield text or events such as TextDelta and Done"
     )
 
 
-def _read_mapping(fields: dict[Any, Any]) -> Iterable[AgentEvent]:
-    kind = fields["type"]
+def event_in(item: Any) -> Any:
+    """Return the event that a mapping with an event's `type` stands for, and anything else as it is.
+
+    Raises:
+        AgentFailed: It has a field of the wrong type.
+    """
+    if not isinstance(item, Mapping):
+        return item
+    kind = item.get("type")
+    if not isinstance(kind, str) or kind not in TYPES:
+        return item
+    fields = dict(item)
     if kind == "done" and "content" in fields:
         fields["content"] = _text(fields["content"])
-    event = _checked(fields, f"mapping of type {kind}")
-    return deltas(event.text) if isinstance(event, TextDelta) else (event,)
+    return _checked(fields, f"mapping of type {kind}")
 
 
 def _text(content: Any) -> str:
     """An answer's content, of which a result carries no more than this."""
-    return text_of(content[: MAX_CONTENT_BYTES + 1] if isinstance(content, str) else content)
+    return to_text(content[: MAX_CONTENT_BYTES + 1] if isinstance(content, str) else content)
 
 
 def _checked(item: Any, what: str) -> AgentEvent:
@@ -79,8 +93,8 @@ def _checked(item: Any, what: str) -> AgentEvent:
     try:
         try:
             raw = encode(item)
-        except UnicodeEncodeError:
-            raw = encode(_fit_for_utf8(msgspec.to_builtins(item, str_keys=True)))
+        except (UnicodeEncodeError, TypeError):  # half a surrogate pair, or a subclass of str
+            raw = encode(to_json(_fields(item)))
         return decode(raw, AgentEvent)  # type: ignore[arg-type]  # a union of types
     except Undecodable as error:
         raise AgentFailed(f"the agent yielded a {what} that cannot be sent: {error.message}") from error
@@ -88,11 +102,7 @@ def _checked(item: Any, what: str) -> AgentEvent:
         raise AgentFailed(f"the agent yielded a {what} with a value that JSON cannot carry") from error
 
 
-def _fit_for_utf8(value: Any) -> Any:
-    if isinstance(value, str):
-        return text_of(value)
-    if isinstance(value, dict):
-        return {_fit_for_utf8(key): _fit_for_utf8(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_fit_for_utf8(each) for each in value]
-    return value
+def _fields(item: Any) -> Any:
+    if isinstance(item, Struct):
+        return {**structs.asdict(item), "type": item.__struct_config__.tag}
+    return item

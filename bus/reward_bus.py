@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from msgspec.structs import replace
 
 from loom.bus.log import get_logger
-from loom.schemas.envelope import TaskRecord
+from loom.schemas.envelope import REJECTED, TaskRecord
 from loom.schemas.errors import BusUnavailable, InvalidTask
 from loom.schemas.learning import Reward, Signal
 from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, TaskAd, slug
@@ -249,20 +249,38 @@ def judgement(record: TaskRecord, score: float, reason: str) -> Reward:
     Raises:
         InvalidTask: No node has finished the task, or the score is out of range.
     """
-    result = record.to_result()
-    if not record.ended or result.node_id is None:
+    node_id, attempt = _judged(record)
+    if not record.ended or node_id is None:
         raise InvalidTask("only a task that a node has finished can be judged", task_id=record.task_id)
-    if not 0 <= score <= 1:
-        raise InvalidTask(f"score must be from 0 to 1, not {score}", field="score", task_id=record.task_id)
+    if not _is_share(score):
+        why = f"score must be from 0 to 1, not {_shown(score)}: 0 is useless, 1 perfect"
+        raise InvalidTask(why, field="score", task_id=record.task_id)
     return Reward(
-        reward_id=f"{record.task_id}:{record.envelope.attempt}:person",
+        reward_id=f"{record.task_id}:{attempt}:person",
         task_id=record.task_id,
-        attempt=record.envelope.attempt,
+        attempt=attempt,
         source="person",
-        node_id=result.node_id,
+        node_id=node_id,
         slug=record.envelope.slug,
         score=score,
         ended_at=record.ended_at or record.admitted_at,
         reason=reason[:500],
         labels=record.envelope.ad.labels,
     )
+
+
+def _judged(record: TaskRecord) -> tuple[str | None, int]:
+    """Return the node and the attempt whose answer a person sees: the best refused one, where none was accepted."""
+    envelope, best = record.envelope, record.envelope.best
+    if best is None or not (record.rejected or record.below_threshold):
+        return record.to_result().node_id, envelope.attempt
+    refused = [each.attempt for each in envelope.tried if each.node_id == best.node_id and each.code == REJECTED]
+    return best.node_id, refused[-1] if refused else envelope.attempt
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else f"a {type(value).__name__}"

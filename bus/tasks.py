@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from loom.bus.client import Bus, NoResponders
+from loom.bus.log import get_logger
 from loom.bus.ownership import Owner, running_loop
 from loom.bus.task_updates import TaskUpdates
 from loom.schemas.envelope import ENDED, TaskRecord, TaskStatus
@@ -14,6 +15,8 @@ from loom.schemas.errors import BusUnavailable, LoomError, error_for
 from loom.schemas.run import Delta
 from loom.schemas.task import ErrorReply, StatusQuery, Submission, TaskAd, TaskResult, check_ad
 from loom.schemas.wire import Undecodable, decode, new_id
+
+log = get_logger()
 
 ASK_AGAIN_S = 5.0  # a lost result message is found out this late
 UNANSWERED = 3  # questions in a row; phases may be on their way up again
@@ -218,6 +221,12 @@ async def published(
         raise
     finally:
         await handle.close()
+
+
+def log_warnings(result: TaskResult) -> None:
+    """Log what a person should know of a result."""
+    for warning in result.warnings:
+        log.warning("task_warning", task_id=result.task_id, warning=warning)
 
 
 async def ask(

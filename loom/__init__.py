@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loom.cluster.skill_registry import SkillNodeRegistry
     from loom.runtime import Runtime
     from loom.schemas.config import ClusterConfig
-    from loom.schemas.errors import InvalidTask, LoomError
+    from loom.schemas.errors import AgentFailed, InvalidTask, LoomError
     from loom.schemas.llm import UserMessage
     from loom.schemas.task import TaskAd
     from loom.types import (
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Agent",
     "AgentConfig",
+    "AgentFailed",
     "AmoebaLoop",
     "Answer",
     "ClusterConfig",
@@ -87,6 +88,7 @@ __all__ = [
 _HOMES = {
     "Agent": "agents.llm.agent",
     "AgentConfig": "agents.llm.config",
+    "AgentFailed": "schemas.errors",
     "AmoebaLoop": "cluster.amoeba_loop",
     "Answer": "agents.job",
     "ClusterConfig": "schemas.config",

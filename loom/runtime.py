@@ -17,6 +17,7 @@ from loom.agents.function_agent import as_agent
 from loom.agents.llm.agent import Agent
 from loom.agents.llm.config import AgentConfig, settings_without_effect
 from loom.agents.tools import Tool
+from loom.arguments import check_cluster_config, check_config, check_provider, check_several
 from loom.background_loop import BackgroundLoop
 from loom.bus import tasks
 from loom.bus.client import Bus
@@ -37,7 +38,7 @@ from loom.runner.session_owner import SessionOwner
 from loom.runner.settings import Settings, from_environment
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
-from loom.schemas.llm import LLMProvider
+from loom.schemas.llm import AnyProvider
 from loom.schemas.task import TaskAd, TaskResult
 from loom.types import AgentNode, CapabilityProfile, HealthReport, Skill
 
@@ -69,15 +70,21 @@ class Runtime:
         store: Folder in which an embedded server keeps records and what has been learned, from one run of the program
             to the next; absent: that of LOOM_STORE, else a temporary one that ends with the Runtime. One server at a
             time may have it: a second one is refused with `BusUnavailable`, which names the address of the first.
+
+    Raises:
+        LoomError: One of these is something else.
     """
 
     def __init__(
         self,
-        provider: LLMProvider | None = None,
+        provider: AnyProvider | None = None,
         config: AgentConfig | None = None,
         cluster_config: ClusterConfig | None = None,
         store: str | os.PathLike[str] | None = None,
     ) -> None:
+        check_provider(provider)
+        check_config(config)
+        check_cluster_config(cluster_config)
         self.provider = provider
         self.config = config or AgentConfig()
         self.reward_bus = RewardBus()
@@ -114,7 +121,7 @@ class Runtime:
         replace: bool = False,
         system_prompt: str | None = None,
         tools: Iterable[Tool | Callable[..., Any]] = (),
-        provider: LLMProvider | None = None,
+        provider: AnyProvider | None = None,
         config: AgentConfig | None = None,
     ) -> AgentNode:
         """Add a node; it bids from the next call on.
@@ -133,9 +140,11 @@ class Runtime:
             config: For a made agent, instead of the Runtime's. Its model and server are those of the provider.
 
         Raises:
-            LoomError: There is neither an agent nor a provider, what is given is not an agent, a rating is not a
-                number from 0 to 1, or the name is taken or not a token.
+            LoomError: There is neither an agent nor a provider, what is given is not an agent, an argument has no
+                effect on it, a rating is not a number from 0 to 1, or the name is taken or not a token.
         """
+        check_provider(provider)
+        check_config(config)
         if agent is None:
             provider, config = provider or self.provider, config or self.config
             if provider is None:
@@ -144,8 +153,13 @@ class Runtime:
             if unused:
                 log.warning("settings_without_effect", settings=unused, advice="pass provider=OpenAIProvider(config)")
             agent = Agent(provider, config, system_prompt=system_prompt, tools=tools)
-        elif provider is not None or config is not None:
-            raise LoomError("provider and config are for an agent that add_agent makes: leave out the agent or these")
+        else:
+            made_of = {"system_prompt": system_prompt, "tools": tools or None, "provider": provider, "config": config}
+            given = [name for name, value in made_of.items() if value is not None]
+            if given:
+                raise LoomError(
+                    f"leave out the agent or {', '.join(given)}: only an agent that add_agent makes has that"
+                )
         if isinstance(agent, AgentNode):
             raise LoomError("an AgentNode is a node already: add it by rt.cluster.add_node(node)")
         as_agent(agent)  # what is none is refused here, and not by every run
@@ -242,7 +256,9 @@ class Runtime:
     async def submit(self, task: AnyAd, *, returns: Any, cancel_with_caller: bool = False) -> Any: ...
 
     async def submit(self, task: AnyAd, *, returns: Any = str, cancel_with_caller: bool = False) -> Any:
-        """Return the answer to a task.
+        """Return the answer to a task: `await rt.submit(…)`; code without an event loop calls `submit_sync`.
+
+        Warnings in the result, such as one about a misspelt domain, are logged.
 
         Args:
             task: The work: an ad, a dict of an ad's fields, or a text.
@@ -253,7 +269,8 @@ class Runtime:
 
         Raises:
             LoomError: The task failed; the class and its code say how.
-            RejectedResult: The answer is not of the type.
+            RejectedResult: No answer met what the task accepts, `best_rejected` being the best there was; or the
+                answer is not of the type.
             WrongEventLoop: The Runtime is open in another event loop.
 
         Example:
@@ -263,6 +280,7 @@ class Runtime:
         ad = with_schema(ad_of(task), returns)
         session = await self._open(ad)
         async with tasks.published(session.bus, ad, deltas=False, cancel_with_caller=cancel_with_caller) as handle:
+            tasks.log_warnings(await handle.result())
             return as_type(await handle.content(), returns, ad.task_id)
 
     @overload
@@ -328,7 +346,11 @@ class Runtime:
             ads: Any number, each as for `submit`.
             at_once: Most tasks in the loop at a time.
             cancel_with_caller: Whether tasks in the loop are cancelled when this call is.
+
+        Raises:
+            InvalidTask: It is a single task, or one of them breaks a rule.
         """
+        check_several(ads)
         room = asyncio.Semaphore(at_once)
 
         async def one(ad: TaskAd) -> TaskResult:
@@ -359,6 +381,8 @@ class Runtime:
             UnknownTask: No such task.
             InvalidTask: No node has worked on it, or the score is out of range.
         """
+        if not isinstance(task_id, str):
+            raise InvalidTask(f"task_id must be a text, not a {type(task_id).__name__}", field="task_id")
         session = await self._open()
         record = await tasks.record(session.bus, task_id)
         if record is None:

@@ -1,7 +1,7 @@
 """The shapes Python users hold: nodes that change while they work, and the messages re-exported under one name."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,7 +10,7 @@ from uuid import uuid4
 from loom.agents.job import Answer, Job
 from loom.schemas import auction
 from loom.schemas.config import ClusterConfig
-from loom.schemas.errors import InvalidTask
+from loom.schemas.errors import AgentFailed, InvalidTask
 from loom.schemas.events import (
     AgentEvent,
     Done,
@@ -29,6 +29,7 @@ from loom.schemas.events import (
 from loom.schemas.health import Standing
 from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile
 from loom.schemas.llm import (
+    AnyProvider,
     AssistantMessage,
     CompletionParams,
     CompletionResult,
@@ -41,6 +42,7 @@ from loom.schemas.llm import (
     Usage,
     UserMessage,
 )
+from loom.schemas.rejected import BestRejected
 from loom.schemas.task import Accept, Limits, Priority, TaskAd, TaskError, TaskResult, slug
 
 if TYPE_CHECKING:
@@ -51,9 +53,12 @@ __all__ = [
     "Accept",
     "AgentBlueprint",
     "AgentEvent",
+    "AgentFailed",
     "AgentNode",
     "Answer",
+    "AnyProvider",
     "AssistantMessage",
+    "BestRejected",
     "Bid",
     "CapabilityProfile",
     "ClusterConfig",
@@ -198,6 +203,7 @@ class AgentNode:
     depth: int = 0
     """Divisions between this node and one that was added by hand."""
     capabilities: CapabilityProfile = field(default_factory=CapabilityProfile)
+    """A dict of ratings becomes a profile."""
     reward_history: list[RewardRecord] = field(default_factory=list)
     """Oldest first, at most 120 per domain."""
     status: NodeStatus = "idle"
@@ -219,6 +225,10 @@ class AgentNode:
     """domain -> the rating of the node's maker, where `capabilities.scores` shows what has been learned instead."""
     _shown: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
     """domain -> the learned score that `mirror` has put into `capabilities.scores`."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.capabilities, Mapping):
+            self.capabilities = CapabilityProfile(scores=dict(self.capabilities))
 
     def takes(self, domain: str) -> bool:
         """Return whether it takes tasks of a domain (its wording or its slug): one it names, with a rating above 0."""
@@ -262,6 +272,12 @@ class AgentNode:
         if self._is_learned(key):
             return unit(self.self_ratings.get(key, NEUTRAL))
         return self.capabilities.score(domain)
+
+    def named_domains(self) -> Collection[str]:
+        """Return the domains, as worded, that it rates itself above 0 in or is limited to."""
+        if self.domains is None:
+            return [domain for domain in self.capabilities.scores if self.claim(domain) > 0]
+        return (self.domains,) if isinstance(self.domains, str) else self.domains
 
     def _is_learned(self, key: str) -> bool:
         """Return whether a score is as `mirror` has left it; one set since is a new rating."""

@@ -25,7 +25,7 @@ from loom.runner.starting import until_started
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES, Phase
 from loom.schemas.errors import LoomError
-from loom.schemas.llm import LLMProvider
+from loom.schemas.llm import AnyProvider, LLMProvider
 
 log = get_logger()
 
@@ -67,7 +67,7 @@ class PhaseGroup:
         bus: Bus,
         names: Sequence[Phase] = PHASES,
         config: ClusterConfig | None = None,
-        llm: LLMProvider | None = None,
+        llm: AnyProvider | None = None,
     ) -> None:
         self._bus = bus
         self._config = config or ClusterConfig()
@@ -149,7 +149,7 @@ async def running_phases(
     names: Sequence[Phase] = PHASES,
     namespace: str = "loom",
     config: ClusterConfig | None = None,
-    llm: LLMProvider | None = None,
+    llm: AnyProvider | None = None,
     patience_s: float = 2.0,
 ) -> AsyncIterator[Bus]:
     """Run phases on a connection of their own while the body runs."""

@@ -27,7 +27,7 @@ from loom.runner.store import log_store, log_unused_store
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, UnknownTask
 from loom.schemas.learning import NodeProfile
-from loom.schemas.llm import LLMProvider
+from loom.schemas.llm import AnyProvider
 from loom.schemas.wire import Undecodable, new_id
 
 STREAMS_S = 10.0
@@ -67,7 +67,7 @@ class Session:
         nodes: Callable[[], Sequence[Node]],
         settings: Settings,
         config: ClusterConfig | None = None,
-        llm: LLMProvider | None = None,
+        llm: AnyProvider | None = None,
         skills: Skills | None = None,
         context: Context | None = None,
         parent: Inheritance | None = None,

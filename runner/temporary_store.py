@@ -1,6 +1,7 @@
 """A store that ends with its owner."""
 
 import os
+import secrets
 import shutil
 import tempfile
 import weakref
@@ -10,10 +11,10 @@ from loom.runner.embedded import stop_all_on
 
 
 class TemporaryStore:
-    """A folder that is removed with this object, at the latest at the end of the program that made it."""
+    """A folder that is removed with this object, at the latest at the end of its program; the first server makes it."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="loom-store-"))
+        self.folder = Path(tempfile.gettempdir()) / f"loom-store-{secrets.token_hex(8)}"
         self._pid = os.getpid()
         self.remove = weakref.finalize(self, _remove, self.folder, self._pid)
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from loom.schemas.wire import MAX_NODES, Count, Names, Note, Ordinal, Relayed, Seconds, Token, Unit, Wire
+from loom.schemas.wire import MAX_NODES, Count, Name, Names, Note, Ordinal, Relayed, Seconds, Token, Unit, Wire
 
 BID_LIMIT = 16
 """Most bids one offer carries."""
@@ -26,6 +26,8 @@ class CallForBids(Relayed, frozen=True, kw_only=True):
     attempt: Ordinal
     slug: Token
     """The domain's token."""
+    domain: Name = ""
+    """The domain as worded; empty: of a version that does not send it."""
     complexity: Unit
     required_tools: Names = ()
     description: Note = ""
@@ -62,6 +64,10 @@ class Offer(Relayed, frozen=True, kw_only=True):
     host_id: Token
     bids: Annotated[tuple[Bid, ...], Meta(max_length=MAX_BIDS)] = ()
     decline: DeclineCode | None = None
+    unrated: bool = False
+    """Whether none of the host's nodes names the domain of the call, by a rating above 0 or among its own domains."""
+    near: Name = ""
+    """The domain, as worded, that its nodes name and that resembles it most; empty: there is none, or not `unrated`."""
 
 
 class ChildState(Wire, frozen=True, kw_only=True):

@@ -1,10 +1,10 @@
 """The numbers that rule a cluster: pure values, the seed's names and defaults where the seed has one."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
 from msgspec import Meta
 
+from loom.schemas.calls import FieldsByName
 from loom.schemas.wire import Count, Ordinal, Seconds, Token, Unit, Wire
 
 NOT_SETTINGS = {
@@ -19,18 +19,25 @@ BLUEPRINTS = "blueprint_"
 Weight = Annotated[float, Meta(ge=0, le=1000)]
 
 
-class _OldNames(msgspec.StructMeta):
+class _OldNames(FieldsByName):
     """Accepts `idle_timeout` for `idle_timeout_s`, and explains which settings of loom-agent 0.6 there are not."""
 
-    def __call__(self, **given: Any) -> Any:
-        if "idle_timeout" in given:
-            given.setdefault("idle_timeout_s", given.pop("idle_timeout"))
-        for name in given:
-            if name.startswith(BLUEPRINTS):
-                raise TypeError(f"ClusterConfig has no {name}: nodes are made of skills, see SkillNodeRegistry")
-            if name in NOT_SETTINGS:
-                raise TypeError(f"ClusterConfig has no {name}: {NOT_SETTINGS[name]}")
-        return super().__call__(**given)
+    if not TYPE_CHECKING:  # type checkers read the fields' own signature
+
+        def __call__(self, *args: Any, **given: Any) -> Any:
+            """Build the config.
+
+            Raises:
+                TypeError: An argument is positional, or there is not such a setting.
+            """
+            if "idle_timeout" in given:
+                given.setdefault("idle_timeout_s", given.pop("idle_timeout"))
+            for name in given:
+                if name.startswith(BLUEPRINTS):
+                    raise TypeError(f"ClusterConfig has no {name}: nodes are made of skills, see SkillNodeRegistry")
+                if name in NOT_SETTINGS:
+                    raise TypeError(f"ClusterConfig has no {name}: {NOT_SETTINGS[name]}")
+            return super().__call__(*args, **given)
 
 
 class ClusterConfig(Wire, frozen=True, kw_only=True, metaclass=_OldNames):

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 from msgspec.structs import replace
 
+from loom.schemas.rejected import BestRejected
 from loom.schemas.task import (
     MAX_WARNINGS,
     PhaseUsage,
@@ -51,6 +52,7 @@ IN_HAND_S = 0.25
 """A longer pause is a schedule: it holds no slot of MATCH."""
 AWARD_BIDS = 16
 """Bids an award remembers, best first."""
+REJECTED = "rejected_result"
 MAX_TRUST = 1e9
 """Most a bidder is trusted, and most its score."""
 Merit = Annotated[float, Meta(ge=0, le=MAX_TRUST)]
@@ -145,8 +147,17 @@ class Best(Wire, frozen=True, kw_only=True):
 
     result: RunResult
     score: Unit = 0.0
+    reason: Note = ""
+    """Why it was refused."""
     node_id: Token
     host_id: Token
+
+    def to_rejected(self) -> BestRejected:
+        """Return what a submitter is shown of it."""
+        run = self.result
+        return BestRejected(
+            content=run.content, truncated=run.truncated, score=self.score, reason=self.reason, node_id=self.node_id
+        )
 
 
 class Opinion(Wire, frozen=True, kw_only=True):
@@ -320,6 +331,9 @@ class TaskRecord(Relayed, frozen=True, kw_only=True):
     score: Unit | None = None
     """What the judge gave the result."""
     below_threshold: bool = False
+    """Whether it succeeded with the best refused answer, as the ad's `best_effort` allows."""
+    rejected: bool = False
+    """Whether it failed because attempts or bidders ran out after an answer had been refused."""
     delegated: Annotated[tuple[Token, ...], Meta(max_length=MAX_DELEGATED)] = ()
     """Tasks its runs have delegated, oldest first; the newest ones where there were more."""
 
@@ -335,6 +349,23 @@ class TaskRecord(Relayed, frozen=True, kw_only=True):
     def lasted_s(self) -> float:
         """Seconds from admission to the end, at most what a message carries; 0 while the task goes on."""
         return min(MAX_SECONDS, max(0.0, (self.ended_at or self.admitted_at) - self.admitted_at))
+
+    @property
+    def error(self) -> TaskError | None:
+        """Why the task did not succeed, as submitters see it: with the best answer that was refused on the way.
+
+        `envelope.error` is the last attempt's own error, by which its node is rewarded.
+        """
+        own, best = self.envelope.error, self.envelope.best
+        if own is None or self.state == "succeeded":
+            return None
+        if best is None or self.state != "failed":
+            return own
+        if not self.rejected:
+            return replace(own, best_rejected=best.to_rejected())
+        last = "" if own.code == REJECTED else f"; the last attempt ended with {own.code}: {own.message}"
+        message = cut_note(f"{best.reason or 'refused'} (the best refused answer, of {best.node_id}){last}")
+        return TaskError(code=REJECTED, message=message, node_id=best.node_id, best_rejected=best.to_rejected())
 
     @property
     def used(self) -> RunResult:
@@ -353,7 +384,7 @@ class TaskRecord(Relayed, frozen=True, kw_only=True):
             task_id=self.task_id,
             state=self.state,
             content=run.content,
-            error=None if self.state == "succeeded" else env.error,
+            error=self.error,
             domain=env.domain,
             node_id=by.node_id if by else None,
             host_id=by.host_id if by else None,

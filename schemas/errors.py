@@ -7,7 +7,7 @@ LoomError
   Cancelled           cancelled           someone cancelled the task
   NodeLost            node_lost           the node fell silent                      node_id
   AgentFailed         agent_failed        the agent raised or gave up               node_id
-  RejectedResult      rejected_result     the judge refused the result              node_id
+  RejectedResult      rejected_result     no answer met what the task accepts       best_rejected
   BudgetExceeded      budget_exceeded     the task's hard token limit is spent
   InvalidPlan         invalid_plan        the subtask graph breaks a rule
   Overloaded          overloaded          the intake is full
@@ -43,7 +43,7 @@ class LoomError(Exception):
         raise AttributeError(name)
 
 
-_FACTS = frozenset({"task_id", "field", "node_id", "url", "retry_after_s", "partial", "spent"})
+_FACTS = frozenset({"task_id", "field", "node_id", "url", "retry_after_s", "partial", "spent", "best_rejected"})
 
 
 class InvalidTask(LoomError, ValueError):
@@ -83,7 +83,11 @@ class AgentFailed(LoomError):
 
 
 class RejectedResult(LoomError):
-    """The judge refused the result."""
+    """No answer met what the task accepts.
+
+    `best_rejected` has the best answer there was (`content`, `score`, `reason`, `node_id`), `partial` its text alone;
+    both are None where no attempt had an answer.
+    """
 
     code = "rejected_result"
 

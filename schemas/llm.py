@@ -122,7 +122,7 @@ def _fill_absent(message: Struct, **defaults: Any) -> None:
 
 @runtime_checkable
 class LLMProvider(Protocol):
-    """Any object with these two methods is a provider."""
+    """A provider with both methods; agents take one with either, an `AnyProvider`."""
 
     async def complete(self, params: CompletionParams) -> CompletionResult:
         """Return the whole answer."""
@@ -131,6 +131,26 @@ class LLMProvider(Protocol):
     def stream(self, params: CompletionParams) -> AsyncIterator[StreamChunk]:
         """Yield the answer in pieces."""
         ...
+
+
+class CompletionProvider(Protocol):
+    """A provider of whole answers: a CompletionResult, a dict of its fields, or a text, from a sync or async method."""
+
+    def complete(self, params: CompletionParams, /) -> Any:
+        """Return the whole answer."""
+        ...
+
+
+class StreamProvider(Protocol):
+    """A provider of answers in pieces: StreamChunks, dicts of their fields, or texts."""
+
+    def stream(self, params: CompletionParams, /) -> Any:
+        """Return an asynchronous iterator over the answer's pieces."""
+        ...
+
+
+AnyProvider = LLMProvider | CompletionProvider | StreamProvider
+"""What agents take as a provider."""
 
 
 class _Turn:

@@ -9,9 +9,12 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from loom.schemas.calls import FieldsByName
 from loom.schemas.errors import InvalidTask, LoomError, error_for
 from loom.schemas.labels import LABELS_RULE, Labels, are_labels
 from loom.schemas.llm import Usage
+from loom.schemas.near import unknown_field
+from loom.schemas.rejected import BestRejected, facts_of
 from loom.schemas.wire import (
     MAX_AD_BYTES,
     MAX_CONTEXT_BYTES,
@@ -52,7 +55,7 @@ Dollars = Annotated[float, Meta(ge=0, le=MAX_DOLLARS)]
 ToolName = Annotated[str, Meta(min_length=1, max_length=64)]
 
 
-class Accept(Wire, frozen=True, kw_only=True):
+class Accept(Wire, metaclass=FieldsByName, frozen=True, kw_only=True):
     """What a result must be to count as a success."""
 
     contains: Annotated[tuple[Annotated[str, Meta(max_length=1000)], ...], Meta(max_length=16)] = ()
@@ -65,16 +68,18 @@ class Accept(Wire, frozen=True, kw_only=True):
     """What a model judges the content by, where the phases may ask one."""
     threshold: Unit = 0.5
     """Least score of that model; below it the task goes to another node."""
+    best_effort: bool = False
+    """Whether the best refused answer is taken when attempts, bidders or time run out; otherwise the task fails."""
 
 
-class Limits(Wire, frozen=True, kw_only=True):
+class Limits(Wire, metaclass=FieldsByName, frozen=True, kw_only=True):
     """Narrower bounds than the cluster's; a wider one is ignored."""
 
     max_depth: Annotated[int, Meta(ge=0, le=16)] | None = None
     mitosis_threshold: Unit | None = None
 
 
-class TaskAd(Wire, frozen=True, kw_only=True):
+class TaskAd(Wire, metaclass=FieldsByName, frozen=True, kw_only=True):
     """An advertisement for work: what is to be done, and under which limits."""
 
     task_id: Token = msgspec.field(default_factory=new_id)
@@ -147,6 +152,8 @@ def check_ad(ad: TaskAd) -> TaskAd:
     Raises:
         InvalidTask: With `field` naming the part.
     """
+    if not isinstance(ad.accept, Accept | None):
+        raise InvalidTask(f"accept must be {_RULES['accept']}", field="accept", task_id=ad.task_id)
     schema = ad.accept.json_schema if ad.accept else None
     for name, free, most in (("context", ad.context, MAX_CONTEXT_BYTES), ("accept", schema, MAX_SCHEMA_BYTES)):
         fault = free_json_fault(free, max_bytes=most)
@@ -159,7 +166,10 @@ def check_ad(ad: TaskAd) -> TaskAd:
         if len(raw) > MAX_AD_BYTES:
             raise _too_large(len(raw))
         checked = decode(raw, TaskAd)
-    except (Undecodable, UnicodeEncodeError, TypeError) as error:
+    except Undecodable as error:
+        refusal = _refusal(raw, error)
+        raise InvalidTask(refusal.message, field=refusal.field, task_id=ad.task_id) from None
+    except (UnicodeEncodeError, TypeError) as error:
         field = _field_in(str(error))
         raise InvalidTask(f"not a valid TaskAd: {error}", field=field, task_id=ad.task_id) from None
     if not checked.description.strip():
@@ -180,6 +190,11 @@ _RULES = {
     "token_budget": "a whole number of tokens, at least 1",
     "estimated_complexity": "a number from 0 to 1",
     "labels": LABELS_RULE,
+    "required_tools": "a list of names, at most 32 of 1 to 64 characters",
+    "context": 'a JSON object, such as {"file": "sales.csv"}',
+    "accept": 'an object such as {"contains": ["total"]}',
+    "limits": 'an object such as {"max_depth": 1}',
+    "wait": "true or false",
 }
 """field -> its rule in words, where msgspec's own are hard to read."""
 
@@ -193,9 +208,21 @@ def _refusal(raw: bytes, error: Undecodable) -> InvalidTask:
         field = _field_not_utf8(raw)
         return InvalidTask(f"{field or 'the ad'} is not UTF-8", field=field)
     field = _field_in(error.message)
-    if "unknown field" not in error.message and field in _RULES:
+    unknown = _UNKNOWN.search(error.message)
+    if unknown:
+        return InvalidTask(f"unknown field `{unknown[1]}`; {unknown_field(*_place(unknown))}", field=unknown[1])
+    if field in _RULES and error.message.endswith(f"`$.{field}`"):
         return InvalidTask(f"{field} must be {_RULES[field]}", field=field)
     return InvalidTask(f"not a valid TaskAd: {error.message}", field=field)
+
+
+_UNKNOWN = re.compile(r"unknown field `([^`]*)`(?: - at `\$\.(\w+)`)?")
+
+
+def _place(unknown: re.Match[str]) -> tuple[str, tuple[str, ...]]:
+    """Return an unknown field, and the fields there are in its place."""
+    shapes: dict[str | None, type[Wire]] = {"accept": Accept, "limits": Limits}
+    return unknown[1], shapes.get(unknown[2], TaskAd).__struct_fields__
 
 
 def _too_large(size: int) -> InvalidTask:
@@ -217,7 +244,7 @@ def _field_not_utf8(raw: bytes) -> str | None:
 
 def _field_in(message: str) -> str | None:
     """The field a msgspec message blames: `$.field` in a path, or the unknown one in backticks."""
-    unknown = re.search(r"unknown field `([^`]*)`", message)
+    unknown = _UNKNOWN.search(message)
     if unknown:
         return unknown.group(1)
     path = re.search(r"`\$\.([A-Za-z_]\w*)", message)
@@ -265,6 +292,8 @@ class TaskError(Wire, frozen=True, kw_only=True):
     field: Name | None = None
     node_id: Name | None = None
     retry_after_s: Seconds | None = None
+    best_rejected: BestRejected | None = None
+    """On a TaskResult's error: the best answer that was refused on the way, if there was one."""
 
     @classmethod
     def of(cls, error: LoomError, *, node_id: str | None = None) -> "TaskError":
@@ -278,7 +307,7 @@ class TaskError(Wire, frozen=True, kw_only=True):
         )
 
     def to_exception(self, task_id: str) -> LoomError:
-        """Return the exception a Python caller gets."""
+        """Return the exception a Python caller gets; `partial` is the text of the best refused answer."""
         return error_for(
             self.code,
             self.message,
@@ -286,6 +315,7 @@ class TaskError(Wire, frozen=True, kw_only=True):
             field=self.field,
             node_id=self.node_id,
             retry_after_s=self.retry_after_s,
+            **facts_of(self.best_rejected),
         )
 
 
@@ -389,7 +419,7 @@ class TaskResult(Relayed, frozen=True, kw_only=True):
     score: Unit | None = None
     """What the judge gave the result."""
     below_threshold: bool = False
-    """Whether this is only the best there was, short of what `accept` asks."""
+    """Whether a success is only the best answer there was, short of what `accept` asks, as `best_effort` allows."""
     truncated: bool = False
     prompt_tokens: Count = 0
     """Of all attempts, failed ones included, with all that subtasks and delegated tasks took; what the phases asked

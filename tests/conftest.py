@@ -17,7 +17,9 @@ from loom.schemas.errors import BusUnavailable
 RAM_DISK = Path("/dev/shm")  # making hundreds of streams is three times as fast there
 
 # A slow moment of the machine is no failure. Under CI the examples are the same each time: hypothesis's own choice.
-settings.register_profile("loom", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile(
+    "loom", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
 settings.load_profile("loom")
 
 

@@ -11,7 +11,7 @@ from loom.agents.port import collect
 from loom.agents.tools import Tool, close_all, start_all
 from loom.schemas.errors import LoomError
 from loom.schemas.events import AgentEvent
-from loom.schemas.llm import LLMProvider
+from loom.schemas.llm import AnyProvider
 from loom.schemas.run import RunRequest
 from loom.schemas.task import RunResult
 from loom.schemas.wire import new_id
@@ -35,7 +35,7 @@ class Agent:
 
     def __init__(
         self,
-        provider: LLMProvider,
+        provider: AnyProvider,
         config: AgentConfig | None = None,
         name: str | None = None,
         *,

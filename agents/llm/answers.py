@@ -12,7 +12,7 @@ from msgspec import structs
 from loom.agents.llm.refusals import ErrorReply, reason_of
 from loom.agents.llm.tool_calls import MAX_CALL_BYTES, ToolCalls
 from loom.agents.llm.usage import usage_of
-from loom.agents.user_code import text_of
+from loom.agents.values import to_text
 from loom.schemas.llm import StreamChunk, Usage
 from loom.schemas.wire import free_json_fault
 
@@ -68,7 +68,7 @@ class AnswerReader:
         self._usage = usage_of(choice.get("usage")) or self._usage
         reason = choice.get("finish_reason")
         if isinstance(reason, str) and reason:
-            self.finish_reason = text_of(reason[:MAX_FINISH_REASON_CHARS])
+            self.finish_reason = to_text(reason[:MAX_FINISH_REASON_CHARS])
         return self._chunk_of(choice)
 
     def last(self, *, ended: bool, whole: bool) -> StreamChunk:
@@ -148,7 +148,7 @@ def content_of(value: Any, depth: int = 0) -> tuple[str, str]:
     if value is None or depth == MAX_NESTING:
         return "", ""
     if isinstance(value, str):
-        return text_of(value), ""
+        return to_text(value), ""
     if isinstance(value, list):
         parts = [content_of(each, depth + 1) for each in value]
         return "".join(text for text, _ in parts), "".join(reasoning for _, reasoning in parts)
@@ -166,7 +166,7 @@ def _part(part: dict[str, Any], depth: int) -> tuple[str, str]:
     inner = part.get("text")
     if isinstance(inner, dict):
         inner = inner.get("value")
-    return (text_of(inner) if isinstance(inner, str) else ""), ""
+    return (to_text(inner) if isinstance(inner, str) else ""), ""
 
 
 def _plain(value: Any) -> str:
@@ -174,6 +174,6 @@ def _plain(value: Any) -> str:
     if value is None:
         return ""
     try:
-        return text_of(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        return to_text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     except (ValueError, RecursionError):
         return ""

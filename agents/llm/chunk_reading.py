@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from loom.agents.llm.usage import usage_of
-from loom.agents.user_code import text_of
+from loom.agents.values import to_text
 from loom.schemas.errors import AgentFailed
 from loom.schemas.llm import StreamChunk, ToolCall
 from loom.schemas.wire import MAX_MESSAGE_BYTES, encode, free_json_fault
@@ -34,7 +34,7 @@ def read_result(given: Any) -> StreamChunk:
 
 def _read(given: Any, text_field: str, what: str, wanted: str) -> StreamChunk:
     if isinstance(given, str):
-        return StreamChunk(text=text_of(given))
+        return StreamChunk(text=to_text(given))
     fields = _fields(given)
     if not any(hasattr(fields, name) for name in (text_field, *TEXTS, *OTHERS)):
         raise AgentFailed(f"{what} is of type {type(given).__name__}: a provider gives {wanted}, or text")
@@ -61,7 +61,7 @@ def _text(fields: Any, name: str, what: str) -> str:
         return ""
     if not isinstance(value, str):
         raise AgentFailed(f"{what} has {name} of type {type(value).__name__}: a provider gives text, or None")
-    return text_of(value)
+    return to_text(value)
 
 
 def _calls(fields: Any, what: str) -> Iterable[ToolCall]:

@@ -4,15 +4,23 @@ import asyncio
 import importlib
 import sys
 from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
 from loom.agents.llm.endpoints import Endpoint
+from loom.agents.llm.refusals import ErrorReply, body_of
 from loom.agents.user_code import type_name
 from loom.bus.redaction import redact
 from loom.schemas.errors import AgentFailed
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
+
+
+FIRST_ERROR = 400
+"""The lowest status of HTTP that is an error's."""
+MAX_ERROR_BYTES = 64 * 1024
+"""As much of the body of an error is read."""
 
 
 class Clients:
@@ -68,7 +76,9 @@ class Clients:
             "timeout": timeout,
         }
         try:
-            options["http_client"] = openai.DefaultAsyncHttpxClient(timeout=timeout)
+            options["http_client"] = openai.DefaultAsyncHttpxClient(
+                timeout=timeout, event_hooks={"response": [_raise_error]}
+            )
         except (ImportError, OSError, ValueError) as error:
             raise AgentFailed(_unusable(error), field="environment") from error
         if not endpoint.azure:
@@ -77,6 +87,24 @@ class Clients:
         if endpoint.url.count("/") == len("//"):  # without a path: the address of the resource
             return openai.AsyncAzureOpenAI(azure_endpoint=endpoint.url, api_version=version, **options)
         return openai.AsyncAzureOpenAI(base_url=endpoint.url, api_version=version, **options)
+
+
+async def _raise_error(response: Any) -> None:
+    """Raise the error that a response is; of its body, which has no bound of its own, the beginning is read.
+
+    Raises:
+        ErrorReply: Its status is an error's.
+    """
+    if response.status_code < FIRST_ERROR:
+        return
+    body = bytearray()
+    with suppress(Exception):  # without its words an error is one all the same
+        async with aclosing(response.aiter_bytes()) as pieces:
+            async for piece in pieces:
+                body += piece[: MAX_ERROR_BYTES - len(body)]
+                if len(body) == MAX_ERROR_BYTES:
+                    break
+    raise ErrorReply(body_of(body.decode(errors="replace")), response.status_code, response.headers)
 
 
 def _unusable(error: Exception) -> str:

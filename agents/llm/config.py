@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loom.agents.llm.checks import header_fault, key_fault, url_fault
+from loom.schemas.calls import fields_by_name
 from loom.schemas.wire import free_json_fault
 
 PROVIDERS = ("openai",)
@@ -15,6 +16,7 @@ RESERVED = frozenset({"messages", "tools", "stream"})
 """Fields of a request that `extra` cannot set."""
 
 
+@fields_by_name
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig:
     """Settings of an agent and of the model it uses; its repr shows no key and no header.

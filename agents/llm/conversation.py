@@ -21,7 +21,7 @@ from loom.agents.user_code import described, type_name
 from loom.bus.log import get_logger
 from loom.schemas.errors import AgentFailed, BudgetExceeded, LoomError
 from loom.schemas.events import AgentEvent, Done, ReasoningDelta, StepEnd, StepStart, TextDelta
-from loom.schemas.llm import CompletionParams, LLMProvider, Message
+from loom.schemas.llm import AnyProvider, CompletionParams, Message
 from loom.schemas.run import RunRequest
 
 REPORT_S = 0.05
@@ -39,7 +39,7 @@ class Conversation:
 
     def __init__(
         self,
-        provider: LLMProvider,
+        provider: AnyProvider,
         config: AgentConfig,
         system_prompt: str,
         tools: Mapping[str, Tool],
@@ -144,7 +144,9 @@ class Conversation:
             tools=self._definitions,
             temperature=self._config.temperature,
             max_tokens=self._limit,
-            json_schema=self._schema,
+            # Servers that hold an answer to a schema from its first token leave a model that has tools no way to call
+            # one: the prompt alone describes the answer then.
+            json_schema=None if self._definitions else self._schema,
             timeout_s=self._deadline.left,
         )
 

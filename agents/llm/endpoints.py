@@ -58,7 +58,7 @@ def endpoint_of(config: AgentConfig, environment: Mapping[str, str], *, key_requ
     bare = urlunsplit(parts._replace(query="", fragment="", path=parts.path.rstrip("/")))
     given = {name.lower() for name in config.headers} & {"authorization", "api-key"}
     if key_required and not key and not given and (config.api_version or bare == OPENAI_URL):
-        raise AgentFailed("the model needs an API key: set OPENAI_API_KEY or AgentConfig(api_key=…)", field="api_key")
+        raise AgentFailed("the model needs an API key: set OPENAI_API_KEY, or api_key in AgentConfig", field="api_key")
     query, headers = dict(parse_qsl(parts.query, keep_blank_values=True)), dict(config.headers)
     versioned = parts.path.rstrip("/").endswith("/v1")  # Azure's newer API has the paths of OpenAI's
     if config.api_version:

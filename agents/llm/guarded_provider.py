@@ -8,7 +8,7 @@ from loom.agents.llm.completion import chunks
 from loom.agents.llm.model_answer import ModelAnswer
 from loom.agents.user_code import BaseExceptionRaised, type_name
 from loom.schemas.errors import AgentFailed
-from loom.schemas.llm import CompletionParams, CompletionResult, LLMProvider, StreamChunk
+from loom.schemas.llm import AnyProvider, CompletionParams, CompletionResult, StreamChunk
 
 LIMIT_S = 180.0
 """How long an answer may take where the question sets no limit."""
@@ -20,7 +20,7 @@ class GuardedProvider:
     It reads what `Agent` reads: answers of other forms, and of providers with `complete` or `stream` alone.
     """
 
-    def __init__(self, provider: LLMProvider) -> None:
+    def __init__(self, provider: AnyProvider) -> None:
         self._provider = provider
 
     async def complete(self, params: CompletionParams) -> CompletionResult:

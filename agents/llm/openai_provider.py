@@ -28,7 +28,7 @@ from loom.agents.llm.clients import Clients
 from loom.agents.llm.compatibility import MAX_MENDS, Compatibility, mended
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.endpoints import Endpoint, endpoint_of
-from loom.agents.llm.refusals import ErrorReply, Refusal, body_of, refusal_of, sentence
+from loom.agents.llm.refusals import ErrorReply, Refusal, refusal_of, sentence
 from loom.agents.llm.requests import request_of
 from loom.agents.user_code import type_name
 from loom.bus.log import get_logger
@@ -74,10 +74,13 @@ class OpenAIProvider:
             library's own `OPENAI_API_KEY` and `OPENAI_BASE_URL`.
 
     Raises:
+        LoomError: What is given is not an AgentConfig.
         AgentFailed: One of these variables holds what cannot be used; `field` names it.
     """
 
     def __init__(self, config: AgentConfig | None = None) -> None:
+        if not isinstance(config, AgentConfig | None):
+            raise LoomError(f"a {type(config).__name__} is not a config: write OpenAIProvider(AgentConfig(model=…))")
         self.config = config or AgentConfig()
         self._clients = Clients(self.config.timeout_s, self.config.connect_timeout_s)
         self._compatibility = Compatibility()
@@ -209,12 +212,11 @@ class OpenAIProvider:
         """Return the typed error for an exception that came out of the library or a reader."""
         import openai  # noqa: PLC0415 - slow to import
 
+        reply = error.__cause__ if isinstance(error, openai.APIConnectionError) else error
+        if isinstance(reply, ErrorReply):
+            status, headers = reply.status_code, reply.headers
+            return self._refused(refusal_of(reply.body, status=status, headers=headers, now=time.time()))
         match error:
-            case ErrorReply():
-                return self._refused(refusal_of(error.body, status=None, headers={}, now=time.time()))
-            case openai.APIStatusError():
-                body, headers = body_of(error.response.text), error.response.headers
-                return self._refused(refusal_of(body, status=error.status_code, headers=headers, now=time.time()))
             case BrokeOff():
                 message, curable = f"{_BROKE_OFF}: {self._server} ended the stream before the answer", True
             case _ if isinstance(error, openai.APIConnectionError) or _library(error) in HTTP_LIBRARIES:

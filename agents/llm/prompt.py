@@ -3,7 +3,7 @@
 from msgspec.structs import replace
 
 from loom.agents.llm.history import alternating
-from loom.agents.user_code import text_of
+from loom.agents.values import to_text
 from loom.schemas.conversation import CONVERSATION, earlier_turns
 from loom.schemas.llm import Message
 from loom.schemas.run import RunRequest
@@ -16,7 +16,7 @@ def opening(system_prompt: str, job: RunRequest) -> list[Message]:
 
     System turns of the job's own conversation follow the agent's system prompt, in one message with it.
     """
-    *earlier, last = [replace(turn, content=text_of(turn.content)) for turn in job.messages]
+    *earlier, last = [replace(turn, content=to_text(turn.content)) for turn in job.messages]
     system = [system_prompt, *(turn.content for turn in earlier if turn.role == "system")]
     talk = [turn for turn in earlier if turn.role != "system"]
     prompt = "\n\n".join(text for text in system if text)
@@ -40,7 +40,7 @@ def job_message(job: RunRequest) -> str:
         parts.extend(f"[{name}]\n{output}" for name, output in job.inputs.items())
     if job.accept is not None and (wanted := acceptance(job.accept)):
         parts.append(wanted)
-    return text_of("\n\n".join(parts))
+    return to_text("\n\n".join(parts))
 
 
 def acceptance(accept: Accept) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loom.agents.llm.waits import wait_s
-from loom.agents.user_code import text_of
+from loom.agents.values import to_text
 from loom.bus.redaction import MASK, redact
 
 MAX_REASON_CHARS = 300
@@ -54,15 +54,19 @@ _MASKED = re.compile(r"\S*\*{3,}[^\s.,;:]*")
 
 
 class ErrorReply(Exception):
-    """A server answered with an error though its status was that of a success.
+    """A server answered with an error.
 
     Args:
-        body: The decoded JSON.
+        body: Decoded JSON, or the text.
+        status_code: Of HTTP; None: that of a success.
+        headers: Looked up in lower case.
     """
 
-    def __init__(self, body: Any) -> None:
+    def __init__(self, body: Any, status_code: int | None = None, headers: Mapping[str, str] | None = None) -> None:
         super().__init__("an error in the place of an answer")
         self.body = body
+        self.status_code = status_code
+        self.headers: Mapping[str, str] = {} if headers is None else headers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +180,7 @@ def reason_of(body: Any, depth: int = 0) -> str:
 
 def clean(reason: str, secrets: Iterable[str] = ()) -> str:
     """Return a reason on one line, cut, without secrets."""
-    text = redact(text_of(reason[: 4 * MAX_REASON_CHARS]), secrets)
+    text = redact(to_text(reason[: 4 * MAX_REASON_CHARS]), secrets)
     return " ".join(_MASKED.sub(MASK, text).split())[:MAX_REASON_CHARS]
 
 

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import msgspec
 
-from loom.agents.user_code import text_of
+from loom.agents.values import to_text
 from loom.schemas.errors import AgentFailed
 from loom.schemas.llm import ToolCall
 from loom.schemas.wire import encode, free_json_fault
@@ -25,6 +25,9 @@ MAX_CALL_BYTES = 1 << 20
 """Most bytes of all calls of one answer."""
 ID_CHARS = 9
 """Length of an id made here: some servers take no other."""
+
+MAX_LOOKED_AT = 32 << 20
+"""Bytes of one call's arguments that are parsed, over and over, to find whether they are whole."""
 
 _KNOWN = frozenset({"index", "id", "type", "function", "name", "arguments"})
 
@@ -39,18 +42,33 @@ class _Call:
     pieces: list[str] = field(default_factory=list)
     length: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
+    looked_at: int = 0
+    whole: bool | None = None
+    """Whether the arguments are complete; None: not known."""
 
     @property
     def arguments(self) -> str:
         self.pieces = ["".join(self.pieces)]
         return self.pieces[0]
 
+    def is_whole(self) -> bool:
+        """Whether the arguments are complete, as far as it takes no more time than an answer is worth."""
+        if self.whole is None:
+            last = next((piece for piece in reversed(self.pieces) if piece and not piece.isspace()), "")
+            if not last.rstrip().endswith("}"):
+                return False
+            self.looked_at += self.length
+            self.whole = self.looked_at <= MAX_LOOKED_AT and _is_whole(self.arguments)
+        return self.whole
+
     def add_arguments(self, text: str, *, whole: bool) -> None:
         # An empty object in front of others is the placeholder of some servers.
         if whole or (self.length == len("{}") and text and self.arguments == "{}"):
             self.pieces, self.length = [], 0
-        self.pieces.append(text)
-        self.length += len(text)
+        if text:
+            self.pieces.append(text)
+            self.length += len(text)
+            self.whole = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +174,7 @@ def _begins(fragment: _Fragment, call: _Call, named: bool) -> bool:
     other_id = bool(fragment.id and call.id and fragment.id != call.id)
     if not call.length:
         return other_id and fragment.name != call.name
-    if not _is_whole(call.arguments):
+    if not call.is_whole():
         return False
     return other_id or (bool(fragment.arguments) and not _repeats(fragment, call)) or fragment.name != call.name
 
@@ -164,7 +182,7 @@ def _begins(fragment: _Fragment, call: _Call, named: bool) -> bool:
 def _repeats(fragment: _Fragment, call: _Call) -> bool:
     """Whether a fragment holds a whole call that is already there."""
     same = fragment.id == call.id != "" and fragment.name == call.name != ""
-    return same and fragment.arguments == call.arguments and _is_whole(call.arguments)
+    return same and len(fragment.arguments) == call.length and call.is_whole() and fragment.arguments == call.arguments
 
 
 def plain_arguments(text: str) -> str:
@@ -208,7 +226,7 @@ def _fragment(element: Mapping[str, Any]) -> _Fragment:
         index=index if isinstance(index, int) and not isinstance(index, bool) else None,
         id=_text(element.get("id")),
         name=_text(source.get("name")),
-        arguments=text_of(json.dumps(arguments, ensure_ascii=False)) if whole else _text(arguments),
+        arguments=to_text(json.dumps(arguments, ensure_ascii=False)) if whole else _text(arguments),
         whole=whole,
         extra={key: each for key, each in element.items() if key not in _KNOWN and _can_go_back(each)},
     )
@@ -219,4 +237,4 @@ def _can_go_back(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    return text_of(value) if isinstance(value, str) else ""
+    return to_text(value) if isinstance(value, str) else ""

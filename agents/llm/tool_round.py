@@ -11,10 +11,15 @@ import msgspec
 from loom.agents.deadline import Deadline
 from loom.agents.llm.history import arguments_object
 from loom.agents.tools import Tool, ToolContext, ToolResult, legal_name
+from loom.agents.tools.result import as_result
+from loom.agents.user_code import describe, described, guarded, type_name
+from loom.bus.log import get_logger
 from loom.schemas.events import ToolCallEnd, ToolCallStart
 from loom.schemas.llm import Message, ToolCall
 from loom.schemas.run import RunRequest
 from loom.schemas.wire import MAX_CONTENT_BYTES, free_json_fault
+
+log = get_logger()
 
 WARNED_REPEATS = 3
 """A call wanted in so many rounds running is not run again: its result is a warning."""
@@ -88,13 +93,13 @@ class ToolRounds:
                 if not ended:
                     self._deadline.check()
                 for task in ended:
-                    yield _end(running[task].legal, *task.result())
+                    yield _end(running[task].legal, *_outcome(task))
         finally:
             unfinished = [task for task in running if task.cancel()]
             if unfinished:
                 await asyncio.wait(unfinished, timeout=CANCEL_GRACE_S)
         conversation.extend(
-            Message(role="tool", content=task.result()[0].text, tool_call_id=each.legal.id)
+            Message(role="tool", content=_outcome(task)[0].text, tool_call_id=each.legal.id)
             for task, each in running.items()
         )
 
@@ -114,7 +119,7 @@ class ToolRounds:
                 call_id=wanted.legal.id,
                 tool_context=self._tool_context,
             )
-            result = await self._tools[legal_name(call.name)].run(call.arguments, context)
+            result = await _run(self._tools[legal_name(call.name)], call.arguments, context)
             took_ms = (time.monotonic() - started) * 1000
         if cut and result.failed and arguments_object(call.arguments) is None:
             result = ToolResult(f"{result.text}; the turn was cut at its most tokens", failed=True)
@@ -130,6 +135,25 @@ class ToolRounds:
         if rounds >= WARNED_REPEATS:
             return f"not run: the same call {rounds} times in a row; use its earlier result, or do something else"
         return ""
+
+
+async def _run(tool: Tool, arguments: str, context: ToolContext) -> ToolResult:
+    """Run a tool whose class may be a user's; whatever goes wrong becomes a text for the model."""
+    try:
+        with guarded():
+            value: Any = await tool.run(arguments, context)
+            return value if isinstance(value, ToolResult) else as_result(value)
+    except Exception as error:  # noqa: BLE001 - a user's class may raise anything; the model gets to see it
+        log.warning("tool_failed", tool=tool.name, task_id=context.task_id, **described(error))
+        published = f"Error: the tool raised {type_name(error)}"
+        return ToolResult(f"Error: {describe(error)}", failed=True, published=published)
+
+
+def _outcome(task: "asyncio.Task[tuple[ToolResult, float]]") -> tuple[ToolResult, float]:
+    """What came of a call that has ended; a tool may have cancelled the task that ran it."""
+    if task.cancelled():
+        return ToolResult("Error: the tool cancelled itself", failed=True), 0.0
+    return task.result()
 
 
 def _identity(call: ToolCall) -> tuple[str, str]:

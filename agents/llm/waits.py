@@ -10,6 +10,8 @@ MAX_DEPTH = 8
 EPOCH_FROM = 1e9
 """Numbers from here on are moments: seconds since the epoch, or milliseconds from a thousand times as much on."""
 MOST_PARTS = 200
+PASSED_ON = "llm_provider-"
+"""How the name of a header begins that litellm's proxy passes on."""
 WAIT_FIELDS = frozenset({"retrydelay", "retry_after", "retry_after_s", "retry_after_seconds", "x-ratelimit-reset"})
 """Fields of a body, in lower case, that hold a wait; the last is of a server behind a gateway."""
 
@@ -26,17 +28,20 @@ _WORDS_SPAN = re.compile(r"(?:try again|retry) in ((?:\d{1,9}(?:\.\d{1,9})?(?:ms
 def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
     """Return how many seconds a server asks to wait, by `retry-after-ms` or `Retry-After` (seconds, span or date).
 
+    A gateway may pass the model server's header on under a name of its own.
+
     Args:
         headers: Looked up in lower case. A date counts from the server's own `Date`.
         now: Seconds since the epoch, for an answer without a `Date`.
     """
     for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        seconds = _number(headers.get(name, ""))
+        seconds = _number(headers.get(name, headers.get(PASSED_ON + name, "")))
         if seconds is not None:
             return seconds * unit_s
-    until = _date(headers.get("retry-after", ""))
+    text = headers.get("retry-after", headers.get(f"{PASSED_ON}retry-after", ""))
+    until = _date(text)
     if until is None:
-        return span_s(headers.get("retry-after", ""))
+        return span_s(text)
     sent = _date(headers.get("date", ""))
     return max(0.0, until - (now if sent is None else sent))
 

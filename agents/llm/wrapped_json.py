@@ -13,7 +13,8 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_FENCED = re.compile(r"```[ \t]*[A-Za-z0-9_-]*[ \t]*\r?\n(.*?)```", re.DOTALL)
+_FENCED = re.compile(r"```[ \t]*+[A-Za-z0-9_-]*+[ \t]*+\r?\n(.*?)```", re.DOTALL)
+# Possessive: a fence before ten thousand spaces would take seconds otherwise.
 _OPENINGS = {"object": "{", "array": "["}
 _decoder = json.JSONDecoder(parse_constant=_refuse_constant)
 

@@ -1,7 +1,6 @@
 """Values of tools as results for a model."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from loom.agents.tools.context import ToolResult
@@ -20,7 +19,8 @@ def as_result(value: Any) -> ToolResult:
         NotText: It is neither text nor JSON.
     """
     if isinstance(value, ToolResult):
-        return replace(value, text=cut(value.text))
+        published = None if value.published is None else to_text(value.published)
+        return ToolResult(cut(value.text), failed=bool(value.failed), published=published)
     return ToolResult(cut(value))
 
 

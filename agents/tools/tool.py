@@ -11,7 +11,7 @@ from loom.agents.tools.names import name_of
 from loom.agents.tools.parameters import InvalidArguments
 from loom.agents.tools.result import cut
 from loom.agents.user_code import describe, type_name
-from loom.agents.values import NotText
+from loom.agents.values import NotText, to_text
 from loom.bus.log import get_logger
 from loom.schemas.errors import LoomError
 from loom.schemas.llm import ToolDefinition
@@ -67,7 +67,7 @@ class Tool:
         """The name models call it by."""
         if not is_token(self.name):
             raise LoomError(f"{self.name!r} cannot name a tool: give a name of letters, digits, _ and -")
-        if timeout_s <= 0:
+        if not timeout_s > 0:  # nor is NaN, which would upset the event loop's timers
             raise LoomError(f"tool {self.name}: timeout_s must be more than 0, not {timeout_s:g}")
         self.timeout_s = timeout_s
         self._fn = fn or call
@@ -75,7 +75,7 @@ class Tool:
         self._lifespan = lifespan
         text = self._body.description if description is None else description
         self.definition = ToolDefinition(
-            name=self.name, description=text[:MAX_DESCRIPTION_CHARS], parameters=self._body.parameters
+            name=self.name, description=to_text(text)[:MAX_DESCRIPTION_CHARS], parameters=self._body.parameters
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -30,9 +30,9 @@ from loom.runner.temporary_store import TemporaryStore
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.wire import Undecodable, decode
 from loom.types import (
+    AnyProvider,
     Done,
     ErrorEvent,
-    LLMProvider,
     LoopEvent,
     SubtaskEvent,
     TaskResult,
@@ -69,7 +69,7 @@ class AmoebaLoop:
         lifecycle: LifecycleManager,
         planner: TaskPlanner,
         skill_registry: SkillNodeRegistry,
-        llm: LLMProvider | None = None,
+        llm: AnyProvider | None = None,
         *,
         store: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -141,6 +141,7 @@ class AmoebaLoop:
         self, result: TaskResult, text: str, phases: PhaseReports, learned: "_Learned"
     ) -> AsyncGenerator[LoopEvent, None]:
         """Yield what is left to report of a task that has ended, `text` of its answer having been reported."""
+        tasks.log_warnings(result)
         if result.content != text and result.content.startswith(text):
             yield TextDelta(text=result.content[len(text) :])  # deltas may get lost, the result does not
         for report in await phases.of_ended():

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from loom.agents.llm.guarded_provider import GuardedProvider
 from loom.bus.reward_bus import RewardBus
 from loom.cluster.amoeba_loop import AmoebaLoop
 from loom.cluster.lifecycle import LifecycleManager
@@ -12,7 +13,7 @@ from loom.cluster.planner import TaskPlanner
 from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.runner.session import Session
 from loom.runner.session_owner import SessionOwner
-from loom.schemas.llm import LLMProvider
+from loom.schemas.llm import AnyProvider
 
 
 class RuntimeLoop(AmoebaLoop):
@@ -30,11 +31,13 @@ class RuntimeLoop(AmoebaLoop):
         reward_bus: RewardBus,
         lifecycle: LifecycleManager,
         skill_registry: SkillNodeRegistry,
-        llm: LLMProvider,
+        llm: AnyProvider,
         *,
         store: Path | None = None,
     ) -> None:
-        super().__init__(cluster, reward_bus, lifecycle, TaskPlanner(llm), skill_registry, llm, store=store)
+        super().__init__(
+            cluster, reward_bus, lifecycle, TaskPlanner(GuardedProvider(llm)), skill_registry, llm, store=store
+        )
         self._runtime = sessions
 
     @asynccontextmanager

@@ -5,6 +5,7 @@ from functools import partial
 
 from loom.agents.llm.agent import Agent
 from loom.agents.llm.config import AgentConfig
+from loom.agents.llm.guarded_provider import GuardedProvider
 from loom.agents.nursery import Skills
 from loom.agents.tools import Tool
 from loom.bus.faults import describe
@@ -13,7 +14,7 @@ from loom.cluster.skill_choice import SkillChooser
 from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.schemas.auction import SpawnRequest
 from loom.schemas.errors import LoomError
-from loom.schemas.llm import LLMProvider
+from loom.schemas.llm import AnyProvider
 from loom.schemas.task import slug
 from loom.types import AgentNode, CapabilityProfile, Skill
 
@@ -24,7 +25,7 @@ LOADED_CLAIM = 0.7
 
 
 def skill_nodes(
-    registry: SkillNodeRegistry, provider: LLMProvider | None, config: AgentConfig | None = None
+    registry: SkillNodeRegistry, provider: AnyProvider | None, config: AgentConfig | None = None
 ) -> Skills | None:
     """Return what makes nodes of the registry's skills on request; None without a skill, or a model to work with.
 
@@ -33,7 +34,9 @@ def skill_nodes(
     """
     if provider is None or not registry.size:
         return None
-    return partial(_node_for, registry, SkillChooser(registry, provider), tools_of(registry), provider, config)
+    return partial(
+        _node_for, registry, SkillChooser(registry, GuardedProvider(provider)), tools_of(registry), provider, config
+    )
 
 
 def tools_of(registry: SkillNodeRegistry) -> dict[str, Tool]:
@@ -50,7 +53,7 @@ def _node_for(
     registry: SkillNodeRegistry,
     chooser: SkillChooser,
     tools: Mapping[str, Tool],
-    provider: LLMProvider,
+    provider: AnyProvider,
     config: AgentConfig | None,
     wanted: SpawnRequest,
 ) -> AgentNode | None:
@@ -71,7 +74,7 @@ def _node_for(
 
 
 def node_of(
-    skill: Skill, tools: Mapping[str, Tool], provider: LLMProvider, config: AgentConfig | None = None
+    skill: Skill, tools: Mapping[str, Tool], provider: AnyProvider, config: AgentConfig | None = None
 ) -> AgentNode:
     """Return a node whose agent follows the skill's instructions, with those of `tools` that the skill names."""
     agent = Agent(
@@ -85,7 +88,7 @@ def node_of(
 
 
 def load(
-    skill: Skill, registry: SkillNodeRegistry, provider: LLMProvider, config: AgentConfig | None = None
+    skill: Skill, registry: SkillNodeRegistry, provider: AnyProvider, config: AgentConfig | None = None
 ) -> AgentNode:
     """Register the skill as loaded, and return a node for it that claims the domain of the skill's name.
 

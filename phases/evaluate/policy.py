@@ -8,7 +8,7 @@ from loom.bus.reward_bus import RewardBus
 from loom.phases.shared.acceptance import plain_violation
 from loom.phases.shared.check_pool import Violation
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import IN_HAND_S, MAX_TRIED, MAX_TRIED_CHARS, Best, Envelope, TaskRecord, Tried
+from loom.schemas.envelope import IN_HAND_S, MAX_TRIED, MAX_TRIED_CHARS, REJECTED, Best, Envelope, TaskRecord, Tried
 from loom.schemas.learning import Reward, Signal
 from loom.schemas.notices import SubtaskEnded
 from loom.schemas.task import Accept, RunResult, TaskError, TaskState
@@ -31,6 +31,8 @@ class End:
     envelope: Envelope
     score: float | None = None
     below_threshold: bool = False
+    rejected: bool = False
+    """Whether attempts or bidders ran out after an answer had been refused."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def judge(envelope: Envelope, violation: Violation | None = None) -> TaskError |
     if why is None:
         return None
     node_id = envelope.award.node_id if envelope.award else None
-    return TaskError(code="rejected_result", message=why[:2000], node_id=node_id)
+    return TaskError(code=REJECTED, message=why[:2000], node_id=node_id)
 
 
 def unchecked(why: str) -> Violation:
@@ -87,14 +89,15 @@ def decide(envelope: Envelope, config: ClusterConfig, now: float, violation: Vio
     if error is None:
         return End("succeeded", envelope, score=score_of(envelope))
     refused = replace(envelope, error=error)
-    if error.code == "rejected_result" and (violation is None or violation.decided):
-        refused = keep_best(refused)
+    if error.code == REJECTED and (violation is None or violation.decided):
+        refused = keep_best(refused, error.message)
     if error.code == "no_bids" and envelope.failures:
         return wait_for_rested(envelope, now) or give_up(refused, last_failure(envelope) or error)
     by_node = error.code in COUNTED or is_opinion(envelope, error)
     refused = count(refused, error, now) if by_node else refused
     if is_final(envelope, error):
-        return fail(refused, error)
+        out_of_time = envelope.error is not None and error.code == "deadline_exceeded"
+        return (best_effort(refused, error) if out_of_time else None) or fail(refused, error)
     final = last_word(refused, error, config, now)
     if final is not None:
         return final
@@ -154,10 +157,13 @@ def last_word(envelope: Envelope, error: TaskError, config: ClusterConfig, now: 
     if envelope.failures >= config.max_attempts or (late and error.code != "node_busy"):
         return give_up(envelope, error)
     if late:
-        return fail(envelope, TaskError(code="deadline_exceeded", message="the deadline passed before another attempt"))
+        too_late = TaskError(code="deadline_exceeded", message="the deadline passed before another attempt")
+        return best_effort(envelope, too_late) or fail(envelope, too_late)
     if envelope.budget is not None and envelope.budget <= 0:
+        if envelope.best is not None:
+            return give_up(envelope, error)
         why = f"no tokens are left for another attempt, after {error.code}: {error.message}"
-        return give_up(envelope, TaskError(code="budget_exceeded", message=why[:2000]))
+        return fail(envelope, TaskError(code="budget_exceeded", message=why[:2000]))
     return None
 
 
@@ -220,25 +226,41 @@ def last_failure(envelope: Envelope) -> TaskError | None:
     return TaskError(code=failed.code, message=failed.message, node_id=failed.node_id)
 
 
-def keep_best(envelope: Envelope) -> Envelope:
-    """Return the envelope with its refused result kept, if there is one and none as good."""
+def keep_best(envelope: Envelope, reason: str) -> Envelope:
+    """Return the envelope with its refused result kept, if there is one and none as good.
+
+    Args:
+        reason: Why it is refused.
+    """
     result, award = envelope.result, envelope.award
     if result is None or award is None or not result.content.strip():
         return envelope
     score = envelope.opinion.score if envelope.opinion else 0.0
     if envelope.best is not None and envelope.best.score >= score:
         return envelope
-    return replace(envelope, best=Best(result=result, score=score, node_id=award.node_id, host_id=award.host_id))
+    best = Best(result=result, score=score, reason=reason, node_id=award.node_id, host_id=award.host_id)
+    return replace(envelope, best=best)
 
 
 def give_up(envelope: Envelope, error: TaskError) -> End:
-    """Return the end of a task that nobody is left to try: with the best there was, else with the last error."""
+    """Return the end of a task that has no attempts or bidders left: with its last attempt's own error.
+
+    The record's `rejected` and the envelope's `best` make a `rejected_result` of it for its submitter. An ad that asks
+    for the best there was succeeds with that.
+    """
     if envelope.best is None:
         return fail(envelope, error)
     ended = replace(envelope.without_result(), error=error)
-    return End(
-        "succeeded", replace(ended, result=envelope.best.result), score=envelope.best.score, below_threshold=True
-    )
+    return best_effort(envelope, error) or End("failed", ended, rejected=True)
+
+
+def best_effort(envelope: Envelope, error: TaskError) -> End | None:
+    """Return the success with the best refused answer; None where the ad does not ask for it, or there is none."""
+    accept, best = envelope.ad.accept, envelope.best
+    if best is None or accept is None or not accept.best_effort:
+        return None
+    ended = replace(envelope.without_result(), error=error, result=best.result)
+    return End("succeeded", ended, score=best.score, below_threshold=True)
 
 
 def reward_for(envelope: Envelope, error: TaskError | None, ended_at: float) -> Reward | None:

@@ -193,6 +193,7 @@ class Evaluate:
                 ended_at=now,
                 score=decision.score,
                 below_threshold=decision.below_threshold,
+                rejected=decision.rejected,
             )
 
         entry = await change(self._records, envelope.task_id, end, entry)

@@ -278,7 +278,7 @@ def is_over(outcome: Outcome | None) -> bool:
 def error_in(last: RunEvent, award: Award) -> TaskError:
     """Return the error a run ended with."""
     if last.error is not None:
-        return replace(last.error, node_id=award.node_id)
+        return replace(last.error, node_id=award.node_id, best_rejected=None)  # of its own answers, EVALUATE decides
     if last.kind == "rejected" and last.code == "busy":
         return TaskError(code="node_busy", message="the node's slots and backlog are full", node_id=award.node_id)
     if last.kind == "rejected":

@@ -53,6 +53,8 @@ class Awarded:
     award: Award
     bid: Bid
     """The winner's."""
+    warning: str = ""
+    """For the submitter; empty: there is none."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ class Exhausted:
 @dataclass(frozen=True)
 class Nobody:
     """No one who could do it is there."""
+
+    warning: str = ""
+    """For the submitter; empty: there is none."""
 
 
 Verdict = Awarded | AllBusy | Exhausted | Nobody

@@ -41,6 +41,8 @@ class _RawOffer(Relayed, frozen=True, kw_only=True):
     host_id: Token
     bids: tuple[msgspec.Raw, ...] = ()
     decline: DeclineCode | None = None
+    unrated: bool = False
+    near: Name = ""
 
 
 class OfferReader:
@@ -76,7 +78,9 @@ class OfferReader:
         except Undecodable:
             parts = decode(raw, _RawOffer, limit=MAX_OFFER_BYTES)
             bids = tuple(bid for part in parts.bids if (bid := self._bid(parts.host_id, part)) is not None)
-            offer = ReadOffer(host_id=parts.host_id, bids=bids, decline=parts.decline)
+            offer = ReadOffer(
+                host_id=parts.host_id, bids=bids, decline=parts.decline, unrated=parts.unrated, near=parts.near
+            )
         if len(offer.bids) > self._limit:
             reason = f"{len(offer.bids)} bids, at most {self._limit} are asked for"
             self._discards.add("bids_discarded", reason=reason, host_id=offer.host_id)

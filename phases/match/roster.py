@@ -71,6 +71,11 @@ class Roster:
         """Whether any host is present."""
         return len(self._presence) > 0
 
+    @property
+    def has_nodes(self) -> bool:
+        """Whether any host that is present announces a node."""
+        return self._claims.size > 0
+
     def host_of(self, node_id: str) -> str | None:
         """Return the host a node belongs to; None when no host that announces it is alive."""
         return self._claims.host_of(node_id)

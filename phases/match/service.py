@@ -11,6 +11,7 @@ import asyncio
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace as replace_fields
 from secrets import token_hex
 
 from msgspec.structs import replace
@@ -26,6 +27,7 @@ from loom.bus.scatter import scatter
 from loom.bus.topology import MATCH_LANES, Lane
 from loom.phases.match.awards import Awards
 from loom.phases.match.claims import SETTLE_S
+from loom.phases.match.misspelt import warning_for, warning_in
 from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, Verdict, judge
 from loom.phases.match.reading import OfferReader, ReadOffer, ReadRecord
 from loom.phases.match.roster import Roster
@@ -126,8 +128,9 @@ class Match:
 
     def _follow(self, verdict: Verdict, envelope: Envelope, spec: Spec) -> Outcome:
         match verdict:
-            case Awarded(award=award):
+            case Awarded(award=award, warning=warning):
                 log.info("awarded", node_id=award.node_id, host_id=award.host_id, score=round(award.score, 3))
+                envelope = envelope.warned(warning) if warning else envelope
                 return Next("scale", replace(_met_someone(envelope, spec), award=award))
             case Exhausted():
                 return Fail(TaskError(code="no_bids", message="every node that could has failed this task"), envelope)
@@ -135,7 +138,8 @@ class Match:
                 if self._bus.now() >= envelope.deadline:
                     return self._too_late(envelope, spec)
                 return Later(random.uniform(*PAUSE_S), _met_someone(envelope, spec))  # noqa: S311 - jitter
-            case Nobody():
+            case Nobody(warning=warning):
+                envelope = envelope.warned(warning) if warning else envelope
                 return self._alone(envelope, spec, self._why_nobody(envelope))
 
     def _alone(self, envelope: Envelope, spec: Spec, why: str) -> Outcome:
@@ -158,6 +162,11 @@ class Match:
             return f"the task is pinned to {envelope.ad.node_id}, which is not there"
         if envelope.ad.required_tools and self._roster.has_hosts:
             return f"no node has all of the required tools: {', '.join(envelope.ad.required_tools)}"[:MAX_REASON]
+        if (warning := warning_in(envelope)) is not None:
+            return warning
+        if self._roster.has_nodes:
+            why = f"no node takes tasks of the domain {envelope.domain!r}"
+            return f"{why}; start one that does with `loom node FILE.py`, or name another domain"
         return "no node is there to take the task; start one with `loom node FILE.py`"
 
     def _pinned(self, envelope: Envelope, spec: Spec, node_id: str) -> Outcome:
@@ -196,6 +205,9 @@ class Match:
             self._awards.note(envelope, slug, verdict)
         if isinstance(verdict, Exhausted) and missing:
             return AllBusy()  # a host that should have answered may have a node yet: slow is not gone
+        if isinstance(verdict, Awarded | Nobody) and not missing and not self._roster.ranking.best(slug, 1):
+            warning = warning_for(envelope, offers)
+            return replace_fields(verdict, warning=warning) if warning else verdict
         return verdict
 
     def _book(self) -> Book:
@@ -216,6 +228,7 @@ class Match:
             task_id=envelope.task_id,
             attempt=envelope.attempt,
             slug=slug,
+            domain=spec.domains[0],
             complexity=spec.complexity,
             required_tools=envelope.ad.required_tools,
             description=cut_utf8(envelope.ad.description, DESCRIPTION_BYTES)[0],

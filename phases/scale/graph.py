@@ -131,12 +131,17 @@ def _ended(part: Subtask, record: TaskRecord) -> Subtask:
     return replace(
         part,
         state=record.state,
-        error=None if record.state == "succeeded" else record.envelope.error,
+        error=_short(record.error),
         node_id=record.to_result().node_id,
         tokens=tokens_of(record),
         spent=used_in_all(record),
         duration_s=record.lasted_s,
     )
+
+
+def _short(error: TaskError | None) -> TaskError | None:
+    """Return an error without the answer that was refused: a plan holds no outputs."""
+    return replace(error, best_rejected=None) if error is not None else None
 
 
 def failure(plan: SplitPlan) -> TaskError | None:

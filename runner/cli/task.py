@@ -208,7 +208,7 @@ def _earned(rewards: Sequence[Reward]) -> Table:
 
 def _show_answer(screen: Console, record: TaskRecord) -> None:
     envelope, result = record.envelope, record.envelope.result
-    for label, error in (("Error", envelope.error), ("Error of the attempt before", envelope.last_error)):
+    for label, error in (("Error", record.error), ("Error of the attempt before", envelope.last_error)):
         if error is not None:
             screen.print()
             screen.print(Text.assemble((f"{label}: ", "red"), _complaint(error)))
@@ -221,17 +221,33 @@ def _show_answer(screen: Console, record: TaskRecord) -> None:
         asked = f"{usage.requests} questions to a model, {guessed}{usage.tokens} tokens"
         screen.print(Text(f"{phase.upper()}: {asked}", "dim"))
     if result is None:
+        _show_refused(screen, record.error)
         return
     guessed = "about " if result.estimated_usage else ""
     tokens = f"{guessed}{result.prompt_tokens} + {result.completion_tokens} tokens" if result.tokens else "no tokens"
     judged = f", judged {record.score:.2f}" if record.score is not None else ""
     screen.print()
-    screen.print(Text(f"Answer ({tokens}, {result.steps} steps, {span(result.duration_s)}{judged})", "bold"))
-    lines = printable(result.content[:ANSWER_CHARS]).strip().splitlines()
+    title = "Answer, the best of those refused" if record.below_threshold else "Answer"
+    screen.print(Text(f"{title} ({tokens}, {result.steps} steps, {span(result.duration_s)}{judged})", "bold"))
+    _show_text(screen, result.content, truncated=result.truncated)
+
+
+def _show_refused(screen: Console, error: TaskError | None) -> None:
+    """Print the best refused answer of a task that failed, if there is one."""
+    best = error.best_rejected if error is not None else None
+    if best is not None:
+        screen.print()
+        judged = f", judged {best.score:.2f}" if best.score else ""
+        screen.print(Text(f"Best refused answer ({best.node_id}{judged})", "bold"))
+        _show_text(screen, best.content, truncated=best.truncated)
+
+
+def _show_text(screen: Console, content: str, *, truncated: bool) -> None:
+    lines = printable(content[:ANSWER_CHARS]).strip().splitlines()
     screen.print(Text("\n".join(lines[:ANSWER_LINES])))
-    if len(lines) > ANSWER_LINES or len(result.content) > ANSWER_CHARS or result.truncated:
-        cut = " and was longer still" if result.truncated else ""
-        screen.print(Text(f"… {len(result.content)} characters in all{cut}; --json has them", "dim"))
+    if len(lines) > ANSWER_LINES or len(content) > ANSWER_CHARS or truncated:
+        cut = " and was longer still" if truncated else ""
+        screen.print(Text(f"… {len(content)} characters in all{cut}; --json has them", "dim"))
 
 
 def _complaint(error: TaskError) -> str:

@@ -105,7 +105,7 @@ def _list(records: Sequence[TaskRecord]) -> Table:
 def _what(record: TaskRecord) -> str:
     """The work, or why it failed; before it where a part comes from, and of a divided task how many it had."""
     envelope = record.envelope
-    split, error = envelope.split, envelope.error
+    split, error = envelope.split, record.error
     what = one_line(envelope.ad.description, 200)
     if error is not None and record.state == "failed":
         what = f"{error.code}: {one_line(error.message, 200)}"

@@ -21,7 +21,7 @@ from loom.runner.cli.labels import LabelPairs, labels_of
 from loom.runner.cli.lifespan import entered
 from loom.runner.cli.loading import InvalidFile, NodeFile, load_node_file, load_tasks
 from loom.runner.cli.progress import Progress
-from loom.runner.cli.render import closing, console, show
+from loom.runner.cli.render import closing, console, one_line, show
 from loom.runner.cli.running import DEFAULT_URL, prepare, run_to_end, sense_model, unless_lost
 from loom.runner.cli.transcript import Transcript
 from loom.runner.session import Session, check_phases
@@ -33,6 +33,8 @@ from loom.schemas.wire import decode, encode
 
 STDOUT = "-"
 AT_ONCE = 16
+MOST_WARNINGS = 20
+"""Different warnings a run prints; the file of results has all of them."""
 PATIENCE_S = 2.0
 ACCEPT_S = 6.0
 """A little longer than SENSE tries to have a submission stored."""
@@ -83,10 +85,19 @@ async def _run(
             lines.writelines(encode(result).decode() + "\n" for result in results)
             lines.flush()
     show(screen, closing(board, results))
-    successes = sum(result.success for result in results)
     where = "" if lines is sys.stdout else f"; results in {lines.name}"
-    screen.print(f"\n{successes} of {len(ads)} succeeded in {time.monotonic() - started:.1f} s{where}", soft_wrap=True)
+    counts = counted(results, len(ads))
+    screen.print(f"\n{counts} in {time.monotonic() - started:.1f} s{where}", soft_wrap=True)
+    for warning in list(dict.fromkeys(warning for result in results for warning in result.warnings))[:MOST_WARNINGS]:
+        typer.echo(f"warning: {one_line(warning)}", err=True)
     return results
+
+
+def counted(results: Sequence[TaskResult], tasks: int) -> str:
+    """Return how many of a run's tasks succeeded, and how many of these with less than was asked, in words."""
+    best_effort = sum(result.success and result.below_threshold for result in results)
+    less = f" ({best_effort} with the best of refused answers)" if best_effort else ""
+    return f"{sum(result.success for result in results)} of {tasks} succeeded{less}"
 
 
 async def _work_through(
@@ -221,9 +232,22 @@ async def _submit(settings: Settings, ad: TaskAd, *, as_json: bool) -> TaskResul
         typer.echo(encode(result))
     elif not live and result.success:
         typer.echo(result.content)
-    if result.truncated and not as_json:
-        typer.echo("truncated: the answer was longer than a message may carry, and has been cut", err=True)
+    for note in () if as_json else notes_on(result):
+        typer.echo(note, err=True)
     return result
+
+
+def notes_on(result: TaskResult) -> Iterator[str]:
+    """Yield what a person should know of a result besides its answer or error, a line each."""
+    for warning in result.warnings:
+        yield f"warning: {one_line(warning)}"
+    if result.truncated:
+        yield "truncated: the answer was longer than a message may carry, and has been cut"
+    if result.below_threshold:
+        yield "below threshold: no answer met what the task accepts; this is the best of those refused"
+    best = result.error.best_rejected if result.error is not None else None
+    if best is not None:
+        yield f"a refused answer of {best.node_id} is kept: `loom task {result.task_id}` shows it, --json has all of it"
 
 
 async def _written(bus: Bus, ad: TaskAd) -> TaskResult:

@@ -85,6 +85,7 @@ async def test_a_check_beyond_its_time_fails_and_those_after_it_are_made(pool: C
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 async def test_costly_checks_wait_for_each_other_and_not_the_others_for_them(pool: CheckPool) -> None:
     bombs = [
         asyncio.ensure_future(pool.violation(COSTLY_CONTENT, Accept(pattern=rf"(a|a|aa)+{n}"))) for n in range(1, 6)
@@ -98,6 +99,7 @@ async def test_costly_checks_wait_for_each_other_and_not_the_others_for_them(poo
     assert await pool.violation("1", DIGITS) is None
 
 
+@pytest.mark.slow
 async def test_a_known_costly_check_goes_to_the_slow_lane_at_once(pool: CheckPool) -> None:
     await pool.violation(COSTLY_CONTENT, SLOW)
     quick, turns = pid_of(pool._quick), pool._quick._turn
@@ -195,6 +197,7 @@ async def test_a_program_that_is_no_helper_is_named(pool: CheckPool, monkeypatch
 # -- limits of the process itself, with patterns that the bounds would refuse
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["a{3000000}", "(?:ab?){9000000}"])
 async def test_memory_is_limited_and_a_helper_that_has_grown_ends(pattern: str) -> None:
     helper = await HelperProcess.start()
@@ -256,6 +259,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["idle", "busy"])
 async def test_a_helper_ends_when_its_parent_is_killed(state: str) -> None:
     parent = await asyncio.create_subprocess_exec(sys.executable, "-c", PARENT, state, stdout=subprocess.PIPE)

@@ -690,6 +690,7 @@ ABORTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ABORTS)
 def test_dropping_the_connection_from_synchronous_code_leaves_nothing_behind(
     nats_url: str, namespace: str, when: str

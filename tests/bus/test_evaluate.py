@@ -333,11 +333,53 @@ async def test_failures_are_bounded_and_the_last_error_is_the_answer(stage: Stag
     assert not stage.all("task", phase="match")
 
 
-async def test_the_best_refused_result_is_given_when_attempts_run_out(stage: Stage) -> None:
+NEARLY = Best(result=RunResult(content="nearly"), score=0.3, reason="too short", node_id="n0", host_id="h0")
+
+
+async def test_a_task_fails_when_attempts_run_out_and_shows_the_best_refused_answer(stage: Stage) -> None:
     asker = Asker(stage.bus)
-    best = Best(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
     await stage.phase("evaluate", ClusterConfig(max_attempts=2))
-    await given(stage, code="agent_failed", failures=1, attempt=2, best=best, reply_to=(asker.inbox,))
+    await given(stage, code="agent_failed", failures=1, attempt=2, best=NEARLY, reply_to=(asker.inbox,))
+    refusal = await asker.error()
+    assert (refusal.code, refusal.best_rejected) == ("rejected_result", NEARLY.to_rejected())
+    assert "too short (the best refused answer, of n0); the last attempt ended with agent_failed" in refusal.message
+    result = await stage.seen("result")
+    assert (result.state, result.content, result.below_threshold) == ("failed", "", False)
+    assert (result.error.code, result.error.best_rejected) == ("rejected_result", NEARLY.to_rejected())
+    assert (await stage.read("t1")).envelope.error.code == "agent_failed"
+    reward = await stage.seen("reward")
+    assert (reward.node_id, reward.score, reward.reason) == ("n1", 0.0, "agent_failed")
+
+
+@pytest.mark.parametrize("last", ["no_bids", "node_busy"])
+async def test_an_end_without_an_attempt_after_a_refused_answer_rewards_no_node(stage: Stage, last: str) -> None:
+    await stage.phase("evaluate")
+    own = TaskError(code="rejected_result", message="too short", node_id="n0")
+    facts: dict[str, Any] = {"failures": 1, "attempt": 2, "claim": 1, "best": NEARLY, "last_error": own}
+    award = {"award": None} if last == "no_bids" else {"left_s": -1}
+    await given(stage, code=last, **facts, **award)
+    error = (await stage.seen("result")).error
+    assert error.code == ("rejected_result" if last == "no_bids" else "deadline_exceeded")
+    assert error.best_rejected.content == "nearly"
+    await stage.settled()
+    assert not stage.all("reward")
+
+
+async def test_the_largest_refused_answer_fits_a_message(stage: Stage) -> None:
+    asker = Asker(stage.bus)
+    largest = replace(NEARLY, result=RunResult(content="\x01" * 10_000), reason="x" * 2000)
+    await stage.phase("evaluate", ClusterConfig(max_attempts=2))
+    await given(stage, code="agent_failed", failures=1, attempt=2, best=largest, reply_to=(asker.inbox,))
+    assert (await asker.error()).best_rejected == largest.to_rejected()
+    assert (await stage.seen("result")).error.best_rejected == largest.to_rejected()
+
+
+async def test_an_ad_may_ask_for_the_best_there_was(stage: Stage) -> None:
+    asker = Asker(stage.bus)
+    await stage.phase("evaluate", ClusterConfig(max_attempts=2))
+    task = ad(task_id="t1", accept=Accept(best_effort=True))
+    facts: dict[str, Any] = {"best": replace(NEARLY, score=0.0), "reply_to": (asker.inbox,), "ad": task}
+    await given(stage, code="agent_failed", failures=1, attempt=2, **facts)
     result = await asker.answer(TaskResult)
     assert (result.state, result.content, result.below_threshold) == ("succeeded", "nearly", True)
     assert (result.node_id, result.host_id, result.score, result.error) == ("n0", "h0", 0.0, None)

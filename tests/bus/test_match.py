@@ -510,3 +510,63 @@ async def test_two_replicas_share_the_tasks(stage: Stage) -> None:
     assert {env.task_id for env in won} == {f"t{n}" for n in range(30)}
     assert {env.hops[-1].instance for env in won} <= {one.bus.instance, two.bus.instance}
     assert time.monotonic() - started < 5
+
+
+# -- misspelt domains
+
+
+def unrated(one: FakeHost, near: str, *bids: Bid, **facts: Any) -> Offer:
+    return replace(one.declines("cannot") if facts else one.bids(*bids), unrated=True, near=near)
+
+
+async def test_an_award_in_a_domain_that_no_node_names_has_a_warning_with_the_nearest_one(stage: Stage) -> None:
+    one = await host(stage)
+    one.offer = lambda _call: unrated(one, "sales")
+    await match(stage)
+    await stage.put("match", task(stage, task_id="t1", domain="Sael"))
+    awarded = await stage.seen("task", phase="scale", task_id="t1")
+    assert awarded.warnings == ("no node rates itself in 'Sael'; did you mean 'sales'?",)
+    assert one.calls[0].domain == "Sael"
+    found = task(stage, task_id="t2", domain="", spec=Spec(complexity=0.3, domains=("sael",), method="heuristic"))
+    await stage.put("match", found)
+    assert (await stage.seen("task", phase="scale", task_id="t2")).warnings == ()
+
+
+async def test_one_host_that_names_the_domain_leaves_no_warning(stage: Stage) -> None:
+    one, _two = await host(stage, "h1"), await host(stage, "h2", "n2")
+    one.offer = lambda _call: unrated(one, "sales")
+    await match(stage)
+    await stage.put("match", task(stage, task_id="t1", domain="sael"))
+    assert (await stage.seen("task", phase="scale", task_id="t1")).warnings == ()
+
+
+async def test_evidence_in_the_domain_leaves_no_warning(stage: Stage) -> None:
+    one = await host(stage)
+    one.offer = lambda _call: unrated(one, "sales")
+    scores = (Score(attempt_id="a", score=1, ended_at=1),)
+    profile = NodeProfile(node_id="n9", domains={"sael": DomainEvidence(scores=scores, count=1)})
+    await Bucket(stage.bus, "nodes", NodeProfile).create("n9", profile)
+    await match(stage)
+    await stage.put("match", task(stage, domain="sael"))
+    assert (await stage.seen("task", phase="scale")).warnings == ()
+
+
+async def test_a_task_that_no_node_takes_ends_with_the_nearest_domain_as_its_reason(stage: Stage) -> None:
+    one = await host(stage)
+    one.offer = lambda _call: unrated(one, "sales", declined=True)
+    await match(stage, ClusterConfig(no_bids_after_s=0.2))
+    await stage.put("match", task(stage, domain="sael"))
+    await stage.put("match", await stage.seen("task", phase="scale"))
+    ended = await stage.seen("task", phase="evaluate")
+    sentence = "no node rates itself in 'sael'; did you mean 'sales'?"
+    assert (ended.error.code, ended.error.message, ended.warnings) == ("no_bids", sentence, (sentence,))
+
+
+async def test_a_task_whose_domain_no_node_takes_names_the_domain(stage: Stage) -> None:
+    one = await host(stage)
+    one.offer = lambda _call: unrated(one, "", declined=True)
+    await match(stage, ClusterConfig(no_bids_after_s=0.2))
+    await stage.put("match", task(stage, domain="poetry"))
+    await stage.put("match", await stage.seen("task", phase="scale"))
+    error = (await stage.seen("task", phase="evaluate")).error
+    assert error.message.startswith("no node takes tasks of the domain 'poetry'; start one that does")

@@ -263,6 +263,7 @@ async def test_progress_ends_for_a_slow_reader_whose_buffer_is_full(
     assert len(rest) <= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_a_reader_gets_all_that_was_said_while_its_process_was_busy(nats_url: str, namespace: str, loop: str) -> None:
     count = 4 * task_updates.BUFFER

@@ -62,6 +62,7 @@ async def test_tls_asked_for_on_one_server_holds_for_all_of_them() -> None:
     assert fake.received == b""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("doctor",), ("phase", "sense")])
 async def test_every_command_ends_at_once_and_names_the_cause(words: tuple[str, ...], tmp_path: Path) -> None:
     async with fake_server(info()) as fake:
@@ -176,6 +177,7 @@ async def test_a_certificate_of_an_unknown_authority_or_for_another_host_is_the_
             assert "secret" not in str(caught.value)
 
 
+@pytest.mark.slow
 async def test_a_service_ends_with_an_untrusted_certificate(tmp_path: Path) -> None:
     files = certificate(tmp_path)
     async with tls_server(tmp_path, files) as address:

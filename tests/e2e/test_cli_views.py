@@ -333,6 +333,7 @@ def test_without_a_server_every_command_says_so(loom: Loom, monkeypatch: pytest.
         assert re.fullmatch(r"bus_unavailable: no nats-server at [^\n]*\n", ended.err), line
 
 
+@pytest.mark.slow
 def test_an_empty_cluster_is_told_in_a_sentence(
     nats_url: str, namespace: str, loom: Loom, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ def troubles(findings: list[Finding]) -> dict[str, str]:
     return {finding.about: f"{finding.mark}: {finding.says}" for finding in wrong}
 
 
+@pytest.mark.slow
 async def test_a_healthy_cluster_has_nothing_but_good_findings(on_bus: Where, client: Bus, tmp_path: Path) -> None:
     url, namespace = on_bus
     where = {"NATS_URL": url, "LOOM_NAMESPACE": namespace}

@@ -27,6 +27,7 @@ def shout(text: str) -> str:
 REASON = "ValueError: a value that the code does not expect"
 
 
+@pytest.mark.slow
 async def test_a_phase_whose_reader_fails_ends_with_the_reason(
     on_bus: tuple[str, str], client: Bus, tmp_path: Path
 ) -> None:
@@ -69,7 +70,7 @@ async def test_an_embedded_runtime_raises_the_reason_and_works_again_once_reopen
             await phases.lost.wait()
         with pytest.raises(ServiceFailed, match="fold rewards"):
             await rt.submit(TaskAd(description="two", **task))
-        await rt.aclose()
+    async with rt:
         assert await rt.submit(TaskAd(description="three", **task)) == "THREE"
 
 

@@ -19,6 +19,7 @@ from loom.runner.cluster import running_nodes, running_phases
 from loom.schemas.auction import Bid
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Spec
+from loom.schemas.errors import InvalidTask
 from loom.schemas.learning import Reward
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd, TaskResult
@@ -91,6 +92,10 @@ async def empty(_job: RunRequest) -> str:
     return "  "
 
 
+async def call_invalid(_job: RunRequest) -> str:
+    raise InvalidTask("the file sales.csv does not exist", field="context.file")
+
+
 async def hang(_job: RunRequest) -> str:
     await asyncio.Event().wait()
     return "never"
@@ -112,6 +117,29 @@ async def test_who_fails_says_nothing_or_never_answers_loses_its_share_and_never
     assert set(town.rewards.scores("good")) == {1.0}
     firsts = [reward.node_id for reward in town.rewards.all if reward.attempt == 1]
     assert firsts[-40:].count("good") >= 30, firsts
+
+
+async def test_a_mistake_of_the_client_fails_after_two_nodes_and_costs_none_of_them_anything(town: Town) -> None:
+    await town.host(*(node(name, call_invalid, code=0.9) for name in ("ann", "bob", "eve")))
+    results = await town.work(5)
+
+    for result in results:
+        assert result.error is not None
+        assert (result.error.code, result.error.field) == ("invalid_task", "context.file")
+        assert result.error.message == "the file sales.csv does not exist"
+        assert result.attempts == 2
+    assert town.rewards.all == []
+
+
+async def test_a_node_that_calls_every_ad_invalid_loses_its_share_as_one_that_fails(town: Town) -> None:
+    await town.host(node("refusing", call_invalid, code=0.9), node("good", echo, code=0.5))
+    results = await town.work(40)
+
+    assert {result.node_id for result in results} == {"good"}
+    assert all(result.success for result in results)
+    assert set(town.rewards.scores("refusing")) == {0.0}
+    assert len(town.rewards.scores("refusing")) <= 15
+    assert set(town.rewards.scores("good")) == {1.0}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from support.openai_server import OpenAIServer
 from support.programs import output_of
 
@@ -43,6 +44,7 @@ async def test_the_reward_bus_learns_from_runs() -> None:
     ]
 
 
+@pytest.mark.slow
 async def test_the_runtime_answers_by_its_nodes_and_skills(model: OpenAIServer) -> None:
     assert await lines_of("runtime.py", model) == [
         "nodes: 3 - idle: True",
@@ -54,6 +56,7 @@ async def test_the_runtime_answers_by_its_nodes_and_skills(model: OpenAIServer) 
     assert systems == ["You are brief.", "You translate."]
 
 
+@pytest.mark.slow
 async def test_the_amoeba_loop_reports_text_phases_and_its_end(model: OpenAIServer) -> None:
     lines = await lines_of("amoeba_loop.py", model)
 

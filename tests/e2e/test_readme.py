@@ -1,18 +1,16 @@
-"""What the README shows is what happens."""
+"""The cluster and the commands of the README do what it shows; tests/e2e/test_pages.py runs its programs."""
 
 import asyncio
 import json
 import os
 import re
-import shlex
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
-from support.openai_server import OpenAIServer
-from support.words import accepted
+from support.pages import ROOT, commands, output_of
 
 from loom.bus import tasks
 from loom.bus.client import Bus
@@ -20,31 +18,8 @@ from loom.schemas.auction import HostAnnouncement
 from loom.schemas.task import TaskResult
 from loom.schemas.wire import decode
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 LOOM = [sys.executable, "-m", "loom.runner.cli"]
-
-PROGRAMS = re.findall(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?", README, flags=re.MULTILINE | re.DOTALL)
-SHELL = [
-    line
-    for block in re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    for line in block.splitlines()
-]
-COMMANDS = [shlex.split(line, comments=True) for line in SHELL]
-
-
-async def output_of(command: list[str], **environment: str) -> str:
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        cwd=ROOT,
-        env={**{key: value for key, value in os.environ.items() if key != "NATS_URL"}, **environment},
-    )
-    async with asyncio.timeout(40):
-        out, errors = await process.communicate()
-    assert process.returncode == 0, errors.decode()
-    return out.decode()
+COMMANDS = commands("README.md")
 
 
 @asynccontextmanager
@@ -58,14 +33,6 @@ async def service(command: list[str], **environment: str) -> AsyncIterator[None]
         process.terminate()
         async with asyncio.timeout(15):
             assert await process.wait() == 0
-
-
-@pytest.mark.parametrize(("program", "printed"), PROGRAMS, ids=[f"program {n + 1}" for n in range(len(PROGRAMS))])
-async def test_each_program_prints_what_the_readme_says(program: str, printed: str) -> None:
-    with OpenAIServer() as model:
-        out = await output_of([sys.executable, "-c", program], OPENAI_BASE_URL=model.base_url, OPENAI_API_KEY="test")
-
-    assert out == printed if printed else "to be or not to be" in out
 
 
 async def test_the_cluster_of_the_readme_does_the_task_of_the_readme(on_bus: tuple[str, str], client: Bus) -> None:
@@ -110,19 +77,6 @@ async def test_the_report_of_the_readme_is_written(tmp_path: Path) -> None:
     assert "begun subtasks done" in told
 
 
-@pytest.mark.parametrize(
-    "words", [command for command in COMMANDS if command[0] == "loom"], ids=lambda words: " ".join(words[:2])
-)
-def test_every_command_is_one_the_command_line_knows(words: list[str]) -> None:
-    assert accepted(words[1:]) == words[1]
-
-
 @pytest.mark.parametrize("target", [command[1] for command in COMMANDS if command[0] == "make"])
 def test_every_make_target_exists(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-
-
-def test_every_link_leads_somewhere() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
-
-    assert [link for link in links if not (ROOT / link).exists()] == []

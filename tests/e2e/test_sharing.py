@@ -44,6 +44,7 @@ async def runtime_process(name: str) -> AsyncIterator[asyncio.subprocess.Process
             await process.wait()
 
 
+@pytest.mark.slow
 async def test_runtimes_in_two_processes_win_each_others_tasks(phases: Bus) -> None:
     async with runtime_process("theirs") as process:
         rt = Runtime()

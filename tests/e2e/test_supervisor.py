@@ -157,6 +157,7 @@ def test_a_server_whose_guard_was_killed_is_stopped_all_the_same() -> None:
 # -- the whole
 
 
+@pytest.mark.slow
 async def test_replicas_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     ended = await loom(tmp_path, "up", "--processes", "--replicas", "pilot=2")
 

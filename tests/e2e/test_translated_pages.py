@@ -26,6 +26,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "printed"), PROGRAMS)
 async def test_each_program_prints_what_its_page_shows(program: str, printed: str) -> None:
     assert await output_of("-c", program) == printed

@@ -3,7 +3,9 @@
 import asyncio
 import json
 from dataclasses import dataclass
-from typing import Any
+from datetime import date
+from enum import Enum
+from typing import Any, Literal
 
 import pydantic
 import pytest
@@ -40,6 +42,21 @@ async def test_the_answer_comes_as_an_object_of_the_type() -> None:
         assert await rt.submit({"description": "report"}, returns=Report) == Report(title="a", points=[1])
     async with answering([1, 2]) as rt:
         assert await rt.submit(TaskAd(description="count"), returns=list[int]) == [1, 2]
+
+
+async def test_a_bare_text_is_an_answer_where_a_string_is_wanted() -> None:
+    class Colour(Enum):
+        RED = "red"
+
+    async with answering("red") as rt:
+        assert await rt.submit("which", returns=Literal["red", "blue"]) == "red"
+        assert await rt.submit("which", returns=Colour) is Colour.RED
+        with pytest.raises(RejectedResult):
+            await rt.submit("which", returns=Literal["green"])
+    async with answering("2024-05-01") as rt:
+        assert await rt.submit("when", returns=date) == date(2024, 5, 1)
+    async with answering(Colour.RED) as rt:
+        assert await rt.submit("which", returns=Colour) is Colour.RED
 
 
 async def test_the_agent_sees_the_schema_of_the_type() -> None:

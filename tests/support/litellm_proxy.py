@@ -15,7 +15,7 @@ from support.command import FOREIGN
 
 KEY = "sk-proxy-0123456789abcdef"
 UPSTREAM_KEY = "sk-upstream-0123456789abcdef"
-START_S = 120.0  # importing litellm takes 10 s on an idle machine
+START_S = 240.0  # importing litellm takes 10 s on an idle machine
 OFFLINE = {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS": "True",

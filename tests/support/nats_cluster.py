@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from loom.bus.client import Bus
-from loom.runner.embedded import _await_ports, _config, _Guard, find_server
+from loom.runner.embedded import _await_ports, _Guard, find_server
+from loom.runner.server_config import server_config
 from loom.schemas.errors import BusUnavailable, LoomError
 from support.wait import until
 
@@ -37,7 +38,7 @@ class Member:
         listed = ", ".join(f'"nats://127.0.0.1:{port}"' for port in routes)
         config.parent.mkdir(parents=True)
         config.write_text(
-            _config(version, None)
+            server_config(version, None, "")
             + f'server_name: {name}\nhttp: "127.0.0.1:{self._http}"\n'
             + f'cluster {{ name: tests, listen: "127.0.0.1:{ports["route"]}", routes: [{listed}] }}\n'
         )
@@ -47,7 +48,8 @@ class Member:
         ports = Path(tempfile.mkdtemp(prefix="ports-", dir=self._folder))
         store = self._folder / "store"
         words = [*self._command, "-sd", str(store), "--ports_file_dir", str(ports)]
-        self._guard = _Guard(self._folder, store, words)
+        with (self._folder / "lock").open("w") as lock:
+            self._guard = _Guard(self._folder, lock.fileno(), words)
         _, self._pid = _await_ports(ports, self._guard)
 
     def kill(self) -> None:

@@ -10,6 +10,7 @@ from support.providers import ASK, provider_for, serving
 
 from loom import AgentConfig, OpenAIProvider, Runtime
 from loom.agents.llm.endpoints import Endpoint, endpoint_of
+from loom.bus.redaction import redact
 from loom.runner.cli.running import sense_model
 from loom.runner.settings import Settings
 from loom.schemas.errors import AgentFailed, LoomError
@@ -255,7 +256,19 @@ def test_a_provider_of_ones_own_may_take_its_model_from_anywhere() -> None:
     assert logs == []
 
 
-@pytest.mark.parametrize("given", [{"provider": Foreign()}, {"config": AgentConfig()}])
-def test_a_provider_beside_a_finished_agent_is_refused(given: dict[str, Any]) -> None:
-    with pytest.raises(LoomError, match="leave out the agent or these"):
+@pytest.mark.parametrize(
+    "given", [{"provider": Foreign()}, {"config": AgentConfig()}, {"tools": [len]}, {"system_prompt": ""}]
+)
+def test_what_has_no_effect_beside_a_finished_agent_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(
+        LoomError, match=f"leave out the agent or {next(iter(given))}: only an agent that add_agent makes"
+    ):
         Runtime().add_agent(lambda _: "x", name="a", **given)
+
+
+def test_the_advice_of_a_missing_key_survives_the_redaction_of_messages() -> None:
+    with pytest.raises(AgentFailed) as caught:
+        endpoint_of(AgentConfig(), {})
+
+    assert redact(caught.value.message) == caught.value.message
+    assert "OPENAI_API_KEY" in caught.value.message

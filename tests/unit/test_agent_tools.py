@@ -10,7 +10,7 @@ from support.openai_server import OpenAIServer, Reply
 from loom.agents.llm.agent import Agent
 from loom.agents.llm.openai_provider import OpenAIProvider
 from loom.agents.llm.tool_round import EVENT_RESULT_CHARS, PARALLEL_TOOLS
-from loom.agents.tools import ToolContext, tool
+from loom.agents.tools import Tool, ToolContext, ToolResult, tool
 from loom.schemas.errors import AgentFailed, DeadlineExceeded, LoomError
 from loom.schemas.events import StepEnd, ToolCallEnd, ToolCallStart
 from loom.schemas.llm import ToolCall
@@ -355,3 +355,46 @@ async def test_a_call_that_is_refused_counts_for_the_keys_of_those_after_it(
     await make(key).run(JOB)
 
     assert server.requests[1].messages[-1]["content"] == "t1:2:2"
+
+
+class Raising(Tool):
+    async def run(self, _arguments: str, _context: ToolContext) -> ToolResult:
+        raise ValueError("out of paper")
+
+
+class Returning(Tool):
+    async def run(self, _arguments: str, _context: ToolContext) -> Any:
+        return {"pages": 3}
+
+
+class Leaving(Tool):
+    async def run(self, _arguments: str, _context: ToolContext) -> ToolResult:
+        raise SystemExit(3)
+
+
+async def cancels_itself() -> str:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    await asyncio.sleep(60)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("made", "shown"),
+    [
+        (Raising(lambda: "", name="work"), "Error: ValueError: out of paper"),
+        (Returning(lambda: "", name="work"), '{"pages":3}'),
+        (Leaving(lambda: "", name="work"), "Error: SystemExit: 3"),
+        (Tool(cancels_itself, name="work"), "Error: the tool cancelled itself"),
+        (Tool(lambda: ToolResult("done", failed=None), name="work"), "done"),  # type: ignore[arg-type]
+        (Tool(lambda: ToolResult("done", published=5), name="work"), "done"),  # type: ignore[arg-type]
+        (Tool(lambda: ToolResult(5), name="work"), "5"),  # type: ignore[arg-type]
+    ],
+)
+async def test_whatever_a_tool_does_the_model_goes_on(made: Tool, shown: str) -> None:
+    provider = Scripted(wanting(ToolCall(id="a", name="work", arguments="{}")), answering("on"))
+    result = await provider.agent(made).run(JOB)
+
+    assert result.content == "on"
+    assert provider.asked[1].messages[-1].content == shown

@@ -7,11 +7,10 @@ import ast
 import inspect
 import json
 import re
-import shlex
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from support.pages import PAGES, ROOT, anchors, commands, text_of
 from support.words import accepted
 
 from loom.bus.client import Bus
@@ -19,9 +18,9 @@ from loom.bus.subjects import FAMILIES
 from loom.bus.topology import LANES, streams
 from loom.runner import doctor, working
 from loom.schemas.config import ClusterConfig
-from loom.schemas.task import slug
+from loom.schemas.task import parse_ad, slug
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = ROOT / "docs"
 SUBJECTS = DOCS / "subjects.md"
 BEGIN, END = "<!-- tables: written by tests/unit/test_docs.py -->\n", "<!-- end of tables -->\n"
 DAY_NS = 86_400 * 10**9
@@ -53,23 +52,29 @@ def test_every_finding_of_the_doctor_is_explained() -> None:
     assert about == set(explained)
 
 
-def commands() -> Iterator[str]:
-    for page in sorted(DOCS.glob("*.md")):
-        for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            yield from (line for line in block.splitlines() if line.startswith("loom "))
+@pytest.mark.parametrize(
+    "words",
+    [words for page in PAGES for words in commands(page) if words[:1] == ["loom"]],
+    ids=" ".join,
+)
+def test_the_commands_of_the_pages_are_looms(words: list[str]) -> None:
+    assert accepted(words[1:]) == words[1]
 
 
-@pytest.mark.parametrize("line", list(commands()))
-def test_the_commands_of_the_pages_are_looms(line: str) -> None:
-    words = shlex.split(line, comments=True)[1:]
+@pytest.mark.parametrize(
+    "ad", [words[-1] for page in PAGES for words in commands(page) if words[:2] == ["nats", "req"] and "{" in words[-1]]
+)
+def test_the_ads_of_the_pages_may_be_submitted(ad: str) -> None:
+    assert parse_ad(ad.encode()).description
 
-    assert accepted(words) == words[0]
 
-
-def test_links_between_pages_lead_somewhere() -> None:
-    for page in DOCS.glob("*.md"):
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text_of(page)):
+        path, _, anchor = target.partition("#")
+        there = (ROOT / page).parent / path if path else ROOT / page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(str(there.resolve().relative_to(ROOT))), target
 
 
 def test_every_test_that_shows_a_promise_is_there() -> None:

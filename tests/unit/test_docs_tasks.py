@@ -1,26 +1,22 @@
 """docs/tasks.md names every field and code there is."""
 
-import re
-from pathlib import Path
+from support.pages import table
 
 from loom.schemas.errors import BY_CODE
 from loom.schemas.task import TaskAd, TaskResult
 
-TEXT = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
 
-
-def rows(heading: str) -> list[str]:
-    section = TEXT.split(f"## {heading}")[1].split("\n## ")[0]
-    return re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)
+def names(heading: str) -> list[str]:
+    return [row[0].strip("`") for row in table("docs/tasks.md", heading)]
 
 
 def test_every_field_of_an_ad_is_described() -> None:
-    assert rows("What you send") == list(TaskAd.__struct_fields__)
+    assert names("What you send") == list(TaskAd.__struct_fields__)
 
 
 def test_every_field_of_a_result_is_described() -> None:
-    assert rows("What you get") == list(TaskResult.__struct_fields__)
+    assert names("What you get") == list(TaskResult.__struct_fields__)
 
 
 def test_every_code_is_described() -> None:
-    assert rows("Error codes") == list(BY_CODE)
+    assert names("Error codes") == list(BY_CODE)

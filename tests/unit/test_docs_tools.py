@@ -1,18 +1,17 @@
 """The page on tools: its code runs, and does what the page has on it."""
 
-import re
-from pathlib import Path
 from typing import Any
+
+from support.pages import programs
 
 from loom.agents.tools import Tool, ToolContext
 
-PAGE = (Path(__file__).parents[2] / "docs" / "tools.md").read_text(encoding="utf-8")
 CONTEXT = ToolContext(task_id="t1", attempt=1, call=2, remaining_s=5)
 
 
 def names_of(block: int) -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": "page"}
-    exec(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[block], names)
+    exec(programs("docs/tools.md")[block].code, names)
     return names
 
 

@@ -18,11 +18,12 @@ from loom.phases.evaluate.policy import (
     is_late,
     judge,
     reward_for,
+    unchecked,
 )
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import IN_HAND_S, MAX_TRIED_CHARS, Best, Claim, Envelope, Opinion, TaskRecord, Tried
 from loom.schemas.errors import BY_CODE
-from loom.schemas.task import Accept, RunResult, TaskError
+from loom.schemas.task import Accept, RunResult, TaskError, TaskResult
 
 CONFIG = ClusterConfig(max_attempts=3)
 FINAL = sorted(set(BY_CODE) - RETRIED - {"unknown", "invalid_task"})
@@ -38,8 +39,16 @@ def decided(message: Envelope, now: float = 0) -> Any:
     return decide(message, CONFIG, now)
 
 
-def accepting(*texts: str) -> Envelope:
-    return replace(env("forty-two is 42"), ad=ad(accept=Accept(contains=texts)))
+def accepting(*texts: str, best_effort: bool = False) -> Envelope:
+    return replace(env("forty-two is 42"), ad=ad(accept=Accept(contains=texts, best_effort=best_effort)))
+
+
+def shown(end: Any) -> TaskResult:
+    """What a submitter gets of that end."""
+    record = succeeded(
+        end.envelope, state=end.state, score=end.score, below_threshold=end.below_threshold, rejected=end.rejected
+    )
+    return record.to_result()
 
 
 def test_a_result_is_a_success_of_score_one() -> None:
@@ -163,15 +172,77 @@ def test_failures_are_bounded_by_max_attempts() -> None:
     assert decision.envelope.error.code == "agent_failed"
 
 
-def test_a_refused_result_is_kept_and_given_when_attempts_run_out() -> None:
-    first = decide(replace(accepting("nowhere"), attempt=1), CONFIG, 0)
+@pytest.mark.parametrize("best_effort", [False, True])
+def test_a_refused_result_is_kept_until_attempts_run_out(best_effort: bool) -> None:
+    first = decide(replace(accepting("nowhere", best_effort=best_effort), attempt=1), CONFIG, 0)
     assert isinstance(first, Back)
     assert first.envelope.best is not None
     assert first.envelope.best.node_id == "n1"
-    last = decided(replace(awarded(first.envelope, "n2", "h2"), error=TaskError(code="agent_failed"), failures=2))
+    own = TaskError(code="agent_failed", message="it raised", node_id="n2")
+    last = decided(replace(awarded(first.envelope, "n2", "h2"), error=own, failures=2))
     assert isinstance(last, End)
-    assert (last.state, last.below_threshold, last.score) == ("succeeded", True, 0.0)
-    assert last.envelope.result == accepting("nowhere").result
+    assert last.envelope.error == own, "by which its node is rewarded"
+    result = shown(last)
+    if best_effort:
+        assert (result.state, result.below_threshold, result.score, result.error) == ("succeeded", True, 0.0, None)
+        assert (result.content, result.node_id) == ("forty-two is 42", "n1")
+    else:
+        assert (result.state, result.below_threshold, result.content) == ("failed", False, "")
+        assert result.error is not None
+        assert result.error.code == "rejected_result"
+        assert result.error.message == (
+            "the result does not contain 'nowhere' (the best refused answer, of n1); "
+            "the last attempt ended with agent_failed: it raised"
+        )
+        best = result.error.best_rejected
+        assert best is not None
+        assert (best.content, best.node_id, best.score) == ("forty-two is 42", "n1", 0.0)
+        assert best.reason == "the result does not contain 'nowhere'"
+
+
+def test_a_task_whose_tokens_ran_out_after_a_refused_answer_ends_as_rejected() -> None:
+    ended = decided(replace(accepting("nowhere"), budget=0))
+    assert isinstance(ended, End)
+    assert ended.envelope.error is not None
+    assert ended.envelope.error.code == "rejected_result", "so that its node is rewarded"
+    assert shown(ended).error == replace(shown(ended).error, code="rejected_result")
+
+
+@pytest.mark.parametrize("best_effort", [False, True])
+@pytest.mark.parametrize("code", ["deadline_exceeded", "node_busy"])
+def test_a_deadline_that_comes_after_a_refused_answer_keeps_its_code_and_shows_the_answer(
+    code: str, best_effort: bool
+) -> None:
+    best = Best(result=RunResult(content="nearly"), score=0.4, reason="too short", node_id="n0", host_id="h0")
+    task = ad(accept=Accept(best_effort=best_effort))
+    ended = decided(replace(env(code=code, failures=1, best=best), ad=task), now=1000)
+    result = shown(ended)
+    if best_effort:
+        assert (result.state, result.content, result.below_threshold) == ("succeeded", "nearly", True)
+    else:
+        assert result.error is not None
+        assert result.error.best_rejected == best.to_rejected()
+        assert (result.state, result.error.code) == ("failed", "deadline_exceeded")
+
+
+def test_a_result_that_could_not_be_checked_is_not_replaced_by_an_earlier_one() -> None:
+    best = Best(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
+    message = replace(env("42", best=best), ad=ad(accept=Accept(pattern="x", best_effort=True)))
+    ended = decide(message, CONFIG, 1000, unchecked("no process can be started"))
+    assert isinstance(ended, End)
+    assert (ended.state, ended.rejected) == ("failed", False)
+
+
+def test_no_end_without_an_attempt_of_its_own_costs_a_node_anything() -> None:
+    best = Best(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
+    tried = (Tried(attempt=1, node_id="n0", host_id="h0", code="rejected_result", message="too short"),)
+    left = env(code="no_bids", failures=1, best=best, tried=tried, last_error=TaskError(code="node_busy"))
+    ended = decided(replace(left, award=None, error=TaskError(code="no_bids")))
+    assert isinstance(ended, End)
+    assert implied_rewards(succeeded(ended.envelope, state=ended.state, rejected=ended.rejected)) == ()
+    error = shown(ended).error
+    assert error is not None
+    assert error.code == "rejected_result"
 
 
 def test_the_first_refused_result_is_not_replaced_by_an_equal_one() -> None:
@@ -194,11 +265,14 @@ def test_when_bidders_run_out_the_last_attempts_own_error_is_the_end() -> None:
     assert decision.envelope.error == own
 
 
-def test_when_bidders_run_out_the_best_refused_result_is_given() -> None:
+@pytest.mark.parametrize("best_effort", [False, True])
+def test_when_bidders_run_out_only_best_effort_takes_the_best_refused_result(best_effort: bool) -> None:
     best = Best(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
-    decision = decided(env(code="no_bids", failures=1, best=best, last_error=TaskError(code="rejected_result")))
+    left = env(code="no_bids", failures=1, best=best, last_error=TaskError(code="rejected_result"))
+    decision = decided(replace(left, ad=ad(accept=Accept(best_effort=best_effort))))
     assert isinstance(decision, End)
-    assert (decision.state, decision.below_threshold) == ("succeeded", True)
+    ends = {True: ("succeeded", True, False), False: ("failed", False, True)}
+    assert (decision.state, decision.below_threshold, decision.rejected) == ends[best_effort]
 
 
 @pytest.mark.parametrize("last", [None, "node_busy"])
@@ -369,14 +443,12 @@ def test_below_the_ads_threshold_the_task_goes_to_another_node_and_the_answer_is
 
 
 @pytest.mark.parametrize(("score", "kept"), [(0.3, "first"), (0.4, "first"), (0.45, "an answer")])
-def test_of_refused_answers_the_best_is_given_in_the_end(score: float, kept: str) -> None:
+def test_of_refused_answers_the_best_is_shown_in_the_end(score: float, kept: str) -> None:
     best = Best(result=RunResult(content="first"), score=0.4, node_id="n0", host_id="h0")
-    decision = decided(judged_as(score, failures=2, best=best))
-    assert isinstance(decision, End)
-    assert (decision.state, decision.below_threshold) == ("succeeded", True)
-    assert decision.envelope.result is not None
-    assert decision.envelope.result.content == kept
-    assert decision.score == max(score, 0.4)
+    error = shown(decided(judged_as(score, failures=2, best=best))).error
+    assert error is not None
+    assert error.best_rejected is not None
+    assert (error.best_rejected.content, error.best_rejected.score) == (kept, max(score, 0.4))
 
 
 def test_a_node_that_failed_earns_nothing_whatever_was_thought_of_it() -> None:
@@ -563,3 +635,12 @@ def test_however_a_task_ends_its_result_has_the_tokens_of_all_attempts_and_its_b
             return
         assert (message.spent.tokens, message.result) == (took, None)
         assert message.budget == 10**6 - message.spent.tokens
+
+
+@pytest.mark.parametrize("facts", [{"state": "failed", "rejected": True}, {"below_threshold": True}])
+def test_a_person_who_judges_a_refused_answer_judges_the_attempt_it_came_from(facts: dict[str, Any]) -> None:
+    best = Best(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
+    tried = (Tried(attempt=1, node_id="n0", host_id="h0", code="rejected_result"),)
+    message = env(code="agent_failed", attempt=2, best=best, tried=tried)
+    reward = judgement(succeeded(message, **facts), 0.4, "close")
+    assert (reward.reward_id, reward.node_id, reward.attempt, reward.score) == ("t1:1:person", "n0", 1, 0.4)

@@ -14,6 +14,7 @@ from loom.agents.port import StreamingAgent, collect
 from loom.schemas.errors import AgentFailed, BudgetExceeded, DeadlineExceeded, LoomError
 from loom.schemas.events import AgentEvent, Done, ErrorEvent, TextDelta, ToolCallEnd
 from loom.schemas.run import RunRequest
+from loom.schemas.task import Accept
 from loom.schemas.wire import MAX_CONTENT_BYTES, encode
 
 JOB = RunRequest(task_id="t1", description="count to 3", inputs={"a": "one"}, remaining_s=10)
@@ -255,3 +256,28 @@ async def test_a_result_counts_the_tools_that_failed() -> None:
     ends = (ToolCallEnd(tool_call_id="1", failed=True), ToolCallEnd(tool_call_id="2"))
 
     assert (await collect(Scripted(*ends, Done(content="x", steps=2)), JOB)).tool_errors == 1
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "content"),
+    [
+        ({"type": "string"}, "yes", '"yes"'),
+        ({"type": "string"}, '"yes"', '"yes"'),
+        ({"type": "string"}, "5", '"5"'),
+        ({"type": "string"}, 'a "word"\n', '"a \\"word\\"\\n"'),
+        ({"type": "integer"}, "yes", "yes"),
+        ({"type": ["string", "null"]}, "yes", "yes"),
+        ({}, "yes", "yes"),
+        (None, "yes", "yes"),
+    ],
+)
+async def test_a_bare_text_becomes_a_json_string_where_a_string_is_wanted(
+    schema: dict[str, Any] | None, text: str, content: str
+) -> None:
+    async def pieces(_: str) -> AsyncIterator[str]:
+        yield text
+
+    job = RunRequest(task_id="t1", description="x", accept=Accept(json_schema=schema))
+
+    assert (await collect(FunctionAgent(lambda _: text), job)).content == content
+    assert (await collect(FunctionAgent(pieces), job)).content == content

@@ -215,6 +215,20 @@ def test_the_best_of_refused_results_is_counted_as_the_attempt_it_was() -> None:
     assert (one.state, one.tokens, one.node_id) == ("succeeded", 30, "n7")
 
 
+def test_a_part_whose_answers_were_all_refused_says_so_and_the_plan_holds_no_answer() -> None:
+    plan = graph.begin(parent(), [part("a"), part("b")])
+    best = Best(result=RunResult(content="nearly"), reason="too short", node_id="n7", host_id="h")
+    record = replace(ended(plan, "a", "failed", best=best), rejected=True)
+    assert record.error is not None
+    assert record.error.best_rejected == best.to_rejected()
+    plan = graph.note(plan, record)
+    error = by_name(plan)["a"].error
+    assert error == replace(record.error, best_rejected=None)
+    why = graph.failure(plan)
+    assert why is not None
+    assert why.message.startswith("subtask a ended with rejected_result: too short (the best refused answer")
+
+
 def test_the_tokens_of_a_childs_own_subtasks_count() -> None:
     plan = graph.begin(parent(), [part("a"), part("b")])
     below = graph.begin(parent(), [part("x"), part("y")])

@@ -8,9 +8,9 @@ import pytest
 
 PROBE = """
 import json, sys, time
-began = time.perf_counter()
+began = time.process_time()
 {statement}
-took = time.perf_counter() - began
+took = time.process_time() - began
 print(json.dumps([took, sorted({{name.partition(".")[0] for name in sys.modules}})]))
 """
 
@@ -24,7 +24,7 @@ def imported(statement: str) -> tuple[float, set[str]]:
 
 
 @pytest.mark.parametrize("statement", ["import loom", "import loom.types"])
-def test_importing_takes_less_than_150_ms(statement: str) -> None:
+def test_importing_takes_less_than_150_ms_of_cpu_time(statement: str) -> None:
     # The best of several: the machine may be busy with something else.
     assert min(imported(statement)[0] for _ in range(5)) < 0.150
 

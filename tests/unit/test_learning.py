@@ -58,6 +58,7 @@ def share_of_the_boaster(seed: int, tasks: int) -> float:
     return last.count(world.boaster or 0) / len(last)
 
 
+@pytest.mark.slow
 def test_a_dishonest_bidder_hardly_wins_once_it_is_known() -> None:
     shares = [share_of_the_boaster(seed, 1500) for seed in OTHER_SEEDS[:3]]
 

@@ -149,3 +149,22 @@ async def test_what_a_server_says_of_its_failure_can_be_sent_on(server: OpenAISe
         await provider.complete(ASK)
 
     assert caught.value.message.encode()
+
+
+async def test_of_a_refusal_without_end_the_beginning_is_read(server: OpenAIServer, provider: OpenAIProvider) -> None:
+    server.script(Reply(status=400, body="no such model " + "x" * 100_000, headers={"Content-Length": str(10**9)}))
+
+    with pytest.raises(AgentFailed, match=r"refused the request \(400\): no such model"):
+        await asyncio.wait_for(provider.complete(ASK), 5)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("headers", [{"Content-Encoding": "gzip"}, {"Content-Type": "application/json; charset=rot13"}])
+async def test_a_refusal_whose_body_cannot_be_decoded_keeps_its_status(
+    server: OpenAIServer, provider: OpenAIProvider, headers: dict[str, str]
+) -> None:
+    server.script(Reply(status=400, body='{"error": "no"}', headers=headers))
+
+    with pytest.raises(AgentFailed, match=r"refused the request \(400\)"):
+        await provider.complete(ASK)
+    assert len(server.requests) == 1

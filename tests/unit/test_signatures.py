@@ -3,8 +3,9 @@
 import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Literal, Optional, Protocol, TypedDict, TypeVar
 
 import pytest
 
@@ -13,7 +14,7 @@ from loom.agents.function_agent import as_agent
 from loom.agents.port import collect
 from loom.agents.signatures import takes_text
 from loom.schemas.errors import AgentFailed, LoomError
-from loom.schemas.events import Done, TextDelta
+from loom.schemas.events import Done, ReasoningDelta, TextDelta, TokenUsage
 from loom.schemas.run import RunRequest
 
 JOB = RunRequest(task_id="t1", description="count to 3", remaining_s=10)
@@ -121,6 +122,54 @@ def test_a_function_that_cannot_take_one_argument_is_refused(fn: Callable[..., A
         as_agent(fn)
 
 
+@dataclass
+class Question:
+    text: str
+
+
+class Fields(TypedDict):
+    text: str
+
+
+class Named(Protocol):
+    description: str
+
+
+class OwnJob(Job, frozen=True, kw_only=True):
+    """A user's own class of jobs."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [
+        (int, "int"),
+        (dict[str, Any], r"dict\[str, Any\]"),
+        (bytes, "bytes"),
+        (int | None, r"int \| None"),
+        (Question, "Question"),
+        (Fields, "Fields"),
+        (Literal["a"], "Literal"),
+        (None, "None"),
+    ],
+)
+def test_a_function_that_wants_neither_text_nor_a_job_is_refused(kind: Any, shown: str) -> None:
+    def wants(x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        return x
+
+    wants.__annotations__["x"] = kind
+    with pytest.raises(LoomError, match=f"wants takes a {shown}.*str for the text of the task, or with Job"):
+        as_agent(wants)
+
+
+@pytest.mark.parametrize("kind", [object, Named, OwnJob, RunRequest | int, "Unfound", TypeVar("T")])
+def test_the_job_is_given_where_it_may_be_meant(kind: Any) -> None:
+    def wants(x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        return x
+
+    wants.__annotations__["x"] = kind
+    assert not takes_text(wants)
+
+
 class Speaker:
     async def __call__(self, text: str) -> str:
         return text + self.where()
@@ -172,6 +221,60 @@ async def test_a_function_may_yield_events_among_its_text() -> None:
         yield Done(content=text, steps=1)
 
     assert (await collect(as_agent(steps), JOB)).content == "count to 3"
+
+
+@pytest.mark.parametrize(
+    ("items", "content"),
+    [
+        (("draft", Done(content="final")), "final"),
+        (("draft", {"type": "done", "content": {"a": 1}}), '{"a":1}'),
+        (("draft", Done(usage=TokenUsage(prompt_tokens=1))), "draft"),
+        ((Done(content="all of it"),), "all of it"),
+    ],
+)
+async def test_a_done_has_the_last_word_over_the_text_of_a_function(items: tuple[Any, ...], content: str) -> None:
+    def pieces(text: str) -> Iterator[Any]:
+        yield from items
+
+    assert (await collect(as_agent(pieces), JOB)).content == content
+
+
+async def test_a_done_longer_than_a_result_is_cut() -> None:
+    def pieces(text: str) -> Iterator[Any]:
+        yield text
+        yield Done(content="x" * 100_000)
+
+    result = await collect(as_agent(pieces), JOB)
+    assert result.truncated
+    assert set(result.content) == {"x"}
+
+
+async def test_a_function_may_yield_mappings_with_the_type_of_an_event_among_its_text() -> None:
+    told: list[Any] = []
+
+    async def tell(event: Any) -> None:
+        told.append(event)
+
+    def steps(text: str) -> Iterator[Any]:
+        yield {"type": "reasoning_delta", "text": "hm"}
+        yield {"type": "text_delta", "text": text}
+        yield {"type": "greeting"}
+        yield {"type": ["unhashable"]}
+        yield {"type": "done", "usage": {"prompt_tokens": 3}}
+
+    result = await collect(as_agent(steps), JOB, tell)
+
+    assert result.content == 'count to 3{"type":"greeting"}{"type":["unhashable"]}'
+    assert result.prompt_tokens == 3
+    assert ReasoningDelta(text="hm") in told
+
+
+async def test_a_mapping_with_a_field_of_the_wrong_type_fails_the_run_of_a_function() -> None:
+    def steps(text: str) -> Iterator[Any]:
+        yield {"type": "step_start", "step": "one"}
+
+    with pytest.raises(AgentFailed, match="yielded a mapping of type step_start that cannot be sent"):
+        await collect(as_agent(steps), JOB)
 
 
 async def test_an_object_with_run_alone_is_an_agent() -> None:

@@ -130,6 +130,7 @@ def test_what_a_server_could_not_read_is_found_in_its_log(line: str, damage: str
 def test_a_temporary_store_goes_with_its_owner_and_not_with_a_forked_child() -> None:
     store = TemporaryStore()
     folder = store.folder
+    StoreLock(folder, VERSION, patience_s=0).close()
     if (child := os.fork()) == 0:
         store.remove()
         os._exit(0)

@@ -1,4 +1,5 @@
 import json
+import time
 from typing import Any
 
 import pytest
@@ -145,6 +146,16 @@ def test_arguments_in_another_form_become_an_object(written: str, plain: str) ->
 def test_calls_without_end_are_a_failure(fragments: list[dict[str, Any]]) -> None:
     with pytest.raises(AgentFailed, match=r"more than 128 tools|longer than \d+ bytes"):
         streamed(*fragments)
+
+
+@pytest.mark.parametrize("identity", [None, "x"])
+@pytest.mark.parametrize("piece", ["xxxxxxxxx}", "xxxxxxxxxx", ""])
+def test_a_name_in_each_of_many_fragments_takes_little_time(identity: str | None, piece: str) -> None:
+    began = time.thread_time()
+    fragments = [call(0, identity, "add", '{"a":"')] + [call(0, identity, "add", piece)] * 15_000
+
+    assert streamed(*fragments) == [("add", '{"a":"' + piece * 15_000)]
+    assert time.thread_time() - began < 1.0
 
 
 JSON = st.recursive(

@@ -272,3 +272,15 @@ def _opaque(thing: _Opaque) -> None: ...
 def test_a_function_no_model_could_call_is_refused_when_made(fn: Any) -> None:
     with pytest.raises(LoomError):
         Tool(fn)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+def test_a_tool_without_time_is_refused(seconds: float) -> None:
+    with pytest.raises(LoomError, match="timeout_s must be more than 0"):
+        Tool(str, name="work", timeout_s=seconds)
+
+
+def test_a_description_is_made_fit_to_be_sent() -> None:
+    made = Tool(name="work", description="half a pair \ud83d", schema={"type": "object"}, call=lambda _, __: "")
+
+    assert made.definition.description == "half a pair ?"

@@ -38,6 +38,13 @@ def test_a_new_node_is_idle_free_unproven_and_neutral() -> None:
     assert fresh.capabilities.scores is not other.capabilities.scores
 
 
+def test_a_dict_of_ratings_is_a_profile() -> None:
+    node = AgentNode(id="a", capabilities={"code": 0.9})  # type: ignore[arg-type]  # as users without types write
+
+    assert node.capabilities == CapabilityProfile(scores={"code": 0.9})
+    assert node.to_bid(domain="code").claim == 0.9
+
+
 def test_the_agent_may_be_set_later() -> None:
     late = AgentNode(id="late")
     late.agent = object()

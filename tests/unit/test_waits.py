@@ -11,6 +11,8 @@ from loom.agents.llm.waits import retry_after_s, wait_s
         ({}, None),
         ({"retry-after": "7"}, 7.0),
         ({"retry-after": "7", "retry-after-ms": "250"}, 0.25),
+        ({"llm_provider-retry-after": "40"}, 40.0),
+        ({"llm_provider-retry-after": "40", "retry-after": "7"}, 7.0),
         ({"retry-after": "Thu, 01 Jan 1970 00:01:40 GMT"}, 40.0),
         ({"retry-after": "Thu, 01 Jan 1970 00:00:10 GMT"}, 0.0),
         ({"retry-after": "Thu, 01 Jan 1970 02:00:07 GMT", "date": "Thu, 01 Jan 1970 02:00:00 GMT"}, 7.0),

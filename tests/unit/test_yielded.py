@@ -1,16 +1,19 @@
 """What an agent's stream may yield."""
 
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from loom.agents.port import collect
+from loom.agents.function_agent import FunctionAgent
+from loom.agents.job import Job
+from loom.agents.port import collect, failure_of, spent_by
 from loom.agents.yielded import DELTA_CHARS, TYPES, events_of
-from loom.schemas.errors import AgentFailed
-from loom.schemas.events import Done, ReasoningDelta, TextDelta, TokenUsage, ToolCallEnd, ToolCallStart
+from loom.schemas.errors import AgentFailed, InvalidTask
+from loom.schemas.events import AgentEvent, Done, ReasoningDelta, TextDelta, TokenUsage, ToolCallEnd, ToolCallStart
 from loom.schemas.run import RunRequest
-from loom.schemas.wire import encode
+from loom.schemas.wire import decode, encode
 
 JOB = RunRequest(task_id="t1", description="count to 3", remaining_s=10)
 
@@ -67,7 +70,7 @@ async def test_content_that_is_not_text_becomes_json() -> None:
         (ToolCallEnd(tool_call_id="1", result={"a": 1}), "yielded a ToolCallEnd that cannot be sent"),  # type: ignore[arg-type]
         ({"type": "step_start", "step": "one"}, "yielded a mapping of type step_start that cannot be sent"),
         (Done(content=object()), "not text"),  # type: ignore[arg-type]
-        (Done(content="x", usage=TokenUsage(prompt_tokens=None)), "a count is not a number"),  # type: ignore[arg-type]
+        (Done(content="x", usage=TokenUsage(prompt_tokens="5")), "a count is not a number"),  # type: ignore[arg-type]
     ],
 )
 async def test_anything_else_fails_the_run_with_a_sentence(item: Any, blamed: str) -> None:
@@ -75,6 +78,47 @@ async def test_anything_else_fails_the_run_with_a_sentence(item: Any, blamed: st
         await collect(Scripted(item, Done(content="x")) if not isinstance(item, Done) else Scripted(item), JOB)
 
     assert blamed in caught.value.message
+
+
+NOT_COUNTED: Any = TokenUsage(prompt_tokens=7, completion_tokens=None, estimated_cost=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("done", "tokens"),
+    [
+        (Done(content="x", usage=None), 0),  # type: ignore[arg-type]
+        (Done(content="x", usage=NOT_COUNTED), 7),
+        (Done(content="x", steps=None, duration_ms=None), 0),  # type: ignore[arg-type]
+    ],
+)
+async def test_a_count_that_is_none_is_absent(done: Done, tokens: int) -> None:
+    async def answer(_text: str) -> AsyncIterator[Done]:
+        yield done
+
+    for agent in (Scripted(done), FunctionAgent(answer)):
+        result = await collect(agent, JOB)
+        assert (result.content, result.tokens, result.usd) == ("x", tokens, 0.0)
+
+
+@pytest.mark.parametrize("usage", [None, NOT_COUNTED, TokenUsage(prompt_tokens=2**70)])
+async def test_a_failure_keeps_its_words_whatever_usage_it_carries(usage: Any) -> None:
+    async def answer(job: Job) -> str:
+        job.report(tokens=3)
+        raise AgentFailed("no paper", spent=Done(content="half", usage=usage))
+
+    with pytest.raises(AgentFailed, match="no paper") as caught:
+        await collect(FunctionAgent(answer), JOB)
+    spent = spent_by(caught.value)
+    assert spent is not None
+    assert spent.tokens == (10 if usage is NOT_COUNTED else 3)
+
+
+def test_a_field_of_ten_million_characters_takes_little_time() -> None:
+    error = InvalidTask("no such file", field="key=" * 2_500_000)
+    began = time.thread_time()
+
+    assert failure_of(error, JOB).field == "key=***"
+    assert time.thread_time() - began < 0.2
 
 
 HALF = "a\ud83d"
@@ -115,3 +159,24 @@ async def test_a_stream_that_is_not_iterable_fails_the_run_with_a_sentence() -> 
 
     with pytest.raises(AgentFailed, match="stream returned a list: make it an async generator"):
         await collect(Lists(), JOB)  # type: ignore[arg-type]
+
+
+class Words(str):
+    """A text of a library's own class."""
+
+    __slots__ = ()
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        Words("a"),
+        TextDelta(text=Words("a")),
+        ReasoningDelta(text=Words("a")),
+        ToolCallStart(tool_call_id=Words("c"), name=Words("a"), input={Words("k"): [Words("v")]}),
+        {"type": Words("text_delta"), "text": Words("a")},
+    ],
+)
+def test_subclasses_of_str_are_sent_as_text(item: Any) -> None:
+    for event in events_of(item):
+        assert decode(encode(event), AgentEvent) == event  # type: ignore[arg-type]  # a union of types

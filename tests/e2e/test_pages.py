@@ -1,0 +1,20 @@
+"""The programs on all pages run, and print what is shown after them."""
+
+import sys
+
+import pytest
+from support.openai_server import OpenAIServer
+from support.pages import PAGES, Program, output_of, programs
+
+
+@pytest.mark.parametrize("program", [each for page in PAGES for each in programs(page)], ids=str)
+async def test_each_program_prints_what_its_page_shows(program: Program) -> None:
+    """A program without shown output, such as one with a model's words, prints something if it prints at all."""
+    with OpenAIServer() as model:
+        command = [sys.executable, "-c", program.code]
+        printed = await output_of(command, OPENAI_BASE_URL=model.base_url, OPENAI_API_KEY="test")
+
+    if program.printed or "print(" not in program.code:
+        assert printed == program.printed
+    else:
+        assert printed.strip()
