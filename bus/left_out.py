@@ -7,7 +7,7 @@ from msgspec import Meta
 
 from loom.schemas.wire import Count, Name, Relayed, Timestamp, total
 
-Part = Literal["announcements", "offers", "bids", "events", "replies"]
+Part = Literal["announcements", "offers", "bids", "events", "answers"]
 EVERYBODYS: Part = "announcements"
 """What each reader of a cluster gets: one that is left out is counted by all of them."""
 MAX_HOSTS = 100

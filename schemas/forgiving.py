@@ -12,8 +12,8 @@ _DIGITS = re.compile(r"0|[1-9][0-9]{0,15}")
 def forgiven(value: Any, shape: Any) -> Any:
     """Return a plain JSON value as a reader of `shape` may take it.
 
-    Fields of messages that are null are left out, and a count that is written as a text of digits, or as a float
-    without a fraction, becomes an integer. Free JSON and fields that are not declared stay as they are.
+    Fields of messages that are null and may not be are left out. A count that is written as a text of digits, or as a
+    float without a fraction, becomes an integer. Free JSON and fields that are not declared stay as they are.
 
     Example:
         >>> forgiven({"content": None, "steps": "3"}, RunResult)
@@ -45,7 +45,7 @@ def _walked(value: Any, kind: inspect.Type) -> Any:
         return {
             name: _walked(one, fields[name]) if name in fields else one
             for name, one in value.items()
-            if one is not None or name not in fields
+            if one is not None or name not in fields or _may_be_null(fields[name])
         }
     if isinstance(value, dict) and isinstance(kind, inspect.DictType):
         return {name: _walked(one, kind.value_type) for name, one in value.items()}
@@ -54,6 +54,11 @@ def _walked(value: Any, kind: inspect.Type) -> Any:
     if isinstance(kind, inspect.IntType) and kind.ge == 0:
         return _count(value)
     return value
+
+
+def _may_be_null(kind: inspect.Type) -> bool:
+    """Whether null is a value of the field, and no stand-in for its absence."""
+    return isinstance(kind, inspect.AnyType) or (isinstance(kind, inspect.UnionType) and kind.includes_none)
 
 
 def _count(value: Any) -> Any:
