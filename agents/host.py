@@ -216,7 +216,7 @@ class NodeHost:
         try:
             call = decode(msg.data, CallForBids)
         except Undecodable as error:
-            log.warning("call_undecodable", reason=error.message)
+            self.bus.discards.add("call_undecodable", reason=error.message)
             return
         try:
             offer = self.offer(call)
@@ -239,7 +239,7 @@ class NodeHost:
         try:
             request = decode(msg.data, RunRequest)
         except Undecodable as error:
-            log.warning("run_request_undecodable", reason=error.message)
+            self.bus.discards.add("run_request_undecodable", reason=error.message)
             send(self.bus, msg.reply, encode(RunEvent(seq=0, kind="rejected", code="cannot")))
             return
         attempts = self._runs.get(request.task_id, {})

@@ -74,7 +74,7 @@ class Nursery:
         try:
             wanted = decode(msg.data, SpawnRequest)
         except Undecodable as error:
-            log.warning("spawn_request_undecodable", reason=error.message)
+            self._bus.discards.add("spawn_request_undecodable", reason=error.message)
             return
         made = self.spawn(wanted)
         if isinstance(made, Child):
@@ -118,7 +118,7 @@ class Nursery:
         try:
             order = decode(msg.data, RetireRequest)
         except Undecodable as error:
-            log.warning("retire_request_undecodable", reason=error.message)
+            self._bus.discards.add("retire_request_undecodable", reason=error.message)
             return
         decline = self._refusal(order)
         child = self._children.get(order.node_id)

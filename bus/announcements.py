@@ -27,11 +27,11 @@ class AnnouncementReader:
         try:
             announcement = decode(msg.data, HostAnnouncement)
         except Undecodable as error:
-            self._discards.add("announcement_undecodable", reason=error.message, host_id=host_id)
+            self._discards.of_host(host_id, "announcements", "announcement_undecodable", reason=error.message)
             return None
         if announcement.host_id != host_id:
             reason = f"the body names the host {announcement.host_id}"
-            self._discards.add("announcement_of_another_host", reason=reason, host_id=host_id)
+            self._discards.of_host(host_id, "announcements", "announcement_of_another_host", reason=reason)
             return None
         return announcement
 

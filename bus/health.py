@@ -4,6 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from loom.bus.left_out import MAX_HOSTS, LeftOut
 from loom.schemas.wire import Count, Name, Note, Relayed, Seconds, total
 
 
@@ -21,6 +22,8 @@ class Health(Relayed, frozen=True, kw_only=True):
     """The essential task that failed, and its error."""
     discards: Annotated[dict[Name, Count], Meta(max_length=100)] = {}
     """Log event -> messages of the whole process that were left out."""
+    left_out: Annotated[dict[Name, LeftOut], Meta(max_length=MAX_HOSTS)] = {}
+    """Host -> what the whole process left out of its messages."""
 
 
 def together(parts: list[Health]) -> Health:

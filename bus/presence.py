@@ -102,8 +102,11 @@ class Presence:
         if report is None:
             return None
         first = next(iter(self.health)) == service.metadata["service"]  # the counts are those of the whole process
-        discards = dict(self._bus.discards.counts.most_common(20)) if first else {}
-        return replace(report(), failure=cut_note(self._bus.failure), discards=discards)
+        report_here = replace(report(), failure=cut_note(self._bus.failure))
+        if not first:
+            return report_here
+        discards = self._bus.discards
+        return replace(report_here, discards=dict(discards.counts.most_common(20)), left_out=dict(discards.hosts))
 
 
 def _info(service: Present, server_time: float, health: Health | None) -> _Info:

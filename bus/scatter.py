@@ -14,7 +14,7 @@ async def scatter(
     bus: Bus,
     subject: str,
     question: Any,
-    read: Callable[[bytes], T],
+    read: Callable[[bytes], T | None],
     *,
     window_s: float,
     enough: Callable[[list[T]], bool],
@@ -22,7 +22,8 @@ async def scatter(
     """Publish `question` and return the answers, in order of arrival.
 
     Args:
-        read: Decodes an answer; raises Undecodable for one that is to be left out.
+        read: Decodes an answer; raises Undecodable for one that is to be left out, or returns None when it has counted
+            that itself.
         window_s: Longest wait.
         enough: Whether to stop waiting; asked once after every answer, which is the last of those it is given.
 
@@ -42,10 +43,13 @@ async def scatter(
             end()
             return
         try:
-            answers.append(read(msg.data))
+            found = read(msg.data)
         except Undecodable as error:
             bus.discards.add("answer_undecodable", reason=error.message, subject=subject)
             return
+        if found is None:
+            return
+        answers.append(found)
         if enough(answers):
             end()
 

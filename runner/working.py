@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from loom.bus import topology
+from loom.bus import left_out, topology
 from loom.bus.client import Bus
 from loom.bus.health import Health
 from loom.bus.presence import health_reports
@@ -20,6 +20,8 @@ OLD_S: Final = 120.0
 FULL: Final = 0.8
 """Share of `max_in_flight` from which SENSE admits nothing but what is urgent."""
 RESTART: Final = "see its log, then start it again"
+HOSTS: Final = 10
+"""Hosts of which what was left out is listed."""
 
 
 class Look(NamedTuple):
@@ -98,6 +100,7 @@ def judged(before: Look, after: Look) -> Iterator[Finding]:
             yield fail(about, f"waiting messages: {after.waiting[phase]}; none is taken", RESTART)
     yield from _rewards(before, after)
     yield from _discards(after)
+    yield from _left_out(after)
 
 
 def _rewards(before: Look, after: Look) -> Iterator[Finding]:
@@ -118,3 +121,14 @@ def _discards(after: Look) -> Iterator[Finding]:
     if counts:
         listed = ", ".join(f"{count} {event}" for event, count in sorted(counts.items()))
         yield warn("discards", f"messages were left out: {listed}", "see the phases' logs for senders and reasons")
+
+
+def _left_out(after: Look) -> Iterator[Finding]:
+    """Report what hosts sent in vain, those of which it was lately first."""
+    hosts = left_out.together(report.left_out for reports in after.reports.values() for report in reports)
+    newest = sorted(hosts, key=lambda host_id: -hosts[host_id].at)
+    for host_id in newest[:HOSTS]:
+        says = f"of host {host_id}: {hosts[host_id].words}"
+        yield warn("left out", says, 'for its author: "What is forgiven" in docs/subjects.md')
+    if len(newest) > HOSTS:
+        yield warn("left out", f"something of {len(newest) - HOSTS} more hosts", "`loom hosts` lists them")

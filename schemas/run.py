@@ -3,7 +3,7 @@
 from base64 import b32encode
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Raw
 
@@ -28,6 +28,7 @@ from loom.schemas.wire import (
     Unit,
     cut_note,
     decode,
+    encode,
 )
 
 MAX_OPEN_DELEGATIONS = 64
@@ -141,51 +142,95 @@ def delegated_id(task_id: str, attempt: int, call: int) -> str:
 
 
 def read_events(raw: bytes, discard: Callable[[str], None] = lambda _: None) -> tuple[RunEvent, ...]:
-    """Return what one message on a run's inbox tells: an event, or several in a JSON array, oldest first.
+    """Return what one message on a run's inbox holds: an event, or several in a JSON array, oldest first.
 
-    What is no event in an array is left out: an agent's slip must not take the run's result with it.
+    Content that is no string is taken as its JSON text. What still cannot be read takes no other event with it: a
+    `result`, an `error`, a `rejected`, or content without a kind is the end of the run all the same, as `agent_failed`
+    with the reason; anything else that is JSON is a sign of life and no more, a heartbeat.
 
     Args:
-        discard: Called with the reason for each event of an array that is left out.
-
-    A last event that cannot be read ends the run all the same, as `agent_failed` with the reason.
+        raw: At most 512 KiB for each event.
+        discard: Called with the reason for each event that cannot be read.
 
     Raises:
-        Undecodable: No event can be read.
+        Undecodable: It is not JSON, or too long to be looked at.
     """
-    if not raw.startswith(b"["):
-        return (_event(raw),)
     try:
-        return decode(raw, tuple[RunEvent, ...])
-    except Undecodable:
-        events = tuple(_readable(decode(raw, tuple[Raw, ...]), discard))
-        if not events:
-            raise
-        return events
-
-
-def _readable(parts: Iterable[Raw], discard: Callable[[str], None]) -> Iterator[RunEvent]:
-    for part in parts:
-        try:
-            yield _event(bytes(part))
-        except Undecodable as error:
-            discard(error.message)
-
-
-class _Kind(Relayed, frozen=True, kw_only=True):
-    """What every event must have, for one whose other fields cannot be read."""
-
-    kind: RunKind
-
-
-def _event(raw: bytes) -> RunEvent:
-    try:
-        return decode(raw, RunEvent)
+        read: RunEvent | tuple[RunEvent, ...] = decode(raw, _Events, mend=_with_texts)
     except Undecodable as error:
-        if decode(raw, _Kind).kind not in ("result", "error"):
-            raise
-        why = cut_note(f"the last event of the run cannot be read: {error.message}")
-        return RunEvent(seq=0, kind="error", error=TaskError(code="agent_failed", message=why))
+        outline = decode(raw, _Outlines, limit=MAX_OUTLINE_BYTES)
+        if isinstance(outline, tuple):
+            return tuple(_each(outline, discard))
+        return (_in_place(outline, error.message, discard),)
+    return read if isinstance(read, tuple) else (read,)
+
+
+MAX_OUTLINE_BYTES = 16 * 2**20
+"""Longest message that is looked at to find out what it was to be; as much as a whole run may send."""
+MAX_EVENTS = 10_000
+"""Most parts of a message that are read one by one."""
+MAX_UNREADABLE = 100
+"""Parts of a message that cannot be read, after which the rest is not looked at."""
+
+
+class _Outline(Relayed, frozen=True, kw_only=True):
+    """What is read of an event that cannot be read: each field by itself."""
+
+    seq: Raw = Raw(b"0")
+    kind: Raw = Raw(b"null")
+    content: Raw = Raw(b"null")
+
+
+_Events: Any = RunEvent | tuple[RunEvent, ...]
+_Outlines: Any = _Outline | Annotated[tuple[Raw, ...], Meta(max_length=MAX_EVENTS)] | str | int | float | bool | None
+
+
+def _with_texts(value: Any) -> Any:
+    """The events with the content of their results as text."""
+    for event in value if isinstance(value, list) else [value]:
+        result = event.get("result") if isinstance(event, dict) else None
+        if isinstance(result, dict) and not isinstance(result.get("content"), str | None):
+            result["content"] = encode(result["content"]).decode()
+    return value
+
+
+def _each(parts: Iterable[Raw], discard: Callable[[str], None]) -> Iterator[RunEvent]:
+    """The events of an array that cannot be read as a whole."""
+    reasons: list[str] = []
+    for part in parts:
+        yield _event(bytes(part), reasons.append)
+        if len(reasons) == MAX_UNREADABLE:
+            reasons.append(f"{MAX_UNREADABLE} events of one message cannot be read; the rest is not looked at")
+            break
+    for reason in reasons:
+        discard(reason)
+
+
+def _event(raw: bytes, discard: Callable[[str], None]) -> RunEvent:
+    """One event of several."""
+    try:
+        return decode(raw, RunEvent, mend=_with_texts)
+    except Undecodable as error:
+        return _in_place(decode(raw, _Outlines, limit=MAX_OUTLINE_BYTES), error.message, discard)
+
+
+def _in_place(outline: Any, reason: str, discard: Callable[[str], None]) -> RunEvent:
+    """Return what stands for an event that cannot be read, and why."""
+    discard(reason)
+    if not isinstance(outline, _Outline):
+        return RunEvent(seq=0, kind="heartbeat")
+    seq, kind = _lenient(outline.seq, Count, 0), _lenient(outline.kind, Name, "")
+    if kind in ("result", "error", "rejected") or (not kind and bytes(outline.content) != b"null"):
+        why = cut_note(f"the last event of the run cannot be read: {reason}")
+        return RunEvent(seq=seq, kind="error", error=TaskError(code="agent_failed", message=why))
+    return RunEvent(seq=seq, kind="heartbeat")
+
+
+def _lenient(raw: Raw, shape: Any, otherwise: Any) -> Any:
+    try:
+        return decode(bytes(raw), shape)
+    except Undecodable:
+        return otherwise
 
 
 class Delta(Relayed, frozen=True, kw_only=True, omit_defaults=False):

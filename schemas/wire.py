@@ -1,8 +1,10 @@
 """What every message has in common: how it is declared, encoded, decoded and bounded."""
 
+import codecs
 import math
 import sys
 import types
+from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from uuid import uuid4
@@ -10,6 +12,7 @@ from uuid import uuid4
 import msgspec
 
 from loom.schemas.errors import LoomError
+from loom.schemas.forgiving import forgiven
 
 MAX_AD_BYTES = 64 * 1024
 MAX_CONTEXT_BYTES = 32 * 1024
@@ -156,21 +159,48 @@ class Undecodable(LoomError):
     code = "dead_letter"
 
 
-def decode(raw: bytes, shape: type[T], *, limit: int = MAX_MESSAGE_BYTES) -> T:
+def decode(
+    raw: bytes, shape: type[T], *, limit: int = MAX_MESSAGE_BYTES, mend: Callable[[Any], Any] | None = None
+) -> T:
     """Return `raw` as a `shape`.
 
+    A byte order mark before it is skipped. Where it does not fit as it is, fields that are null count as absent, and
+    texts of digits as counts.
+
+    Args:
+        limit: Most bytes that are read.
+        mend: What else is forgiven: given the plain JSON value of what does not fit, it returns the one to read.
+
     Raises:
-        Undecodable: Longer than `limit` bytes, not JSON, not UTF-8, nested too deeply, or not that shape.
+        Undecodable: Longer than `limit` bytes, not JSON, not UTF-8, nested too deeply, or not that shape. The message
+            names the path of the field.
     """
     if len(raw) > limit:
         raise Undecodable(f"{len(raw)} bytes; at most {limit} are read")
+    decoder: msgspec.json.Decoder[T] = _decoder(shape)  # type: ignore[arg-type]  # classes are hashable
     try:
-        decoder: msgspec.json.Decoder[T] = _decoder(shape)  # type: ignore[arg-type]  # classes are hashable
         return decoder.decode(raw)
+    except (ValueError, RecursionError):
+        pass  # what is forgiven costs nothing where there is nothing to forgive
+    try:
+        return _forgiving(raw.removeprefix(codecs.BOM_UTF8), decoder, shape, mend)
     except RecursionError as error:
         raise Undecodable("nested too deeply") from error
     except ValueError as error:  # covers msgspec's errors and bad UTF-8
         raise Undecodable(str(error)) from error
+
+
+def _forgiving(raw: bytes, decoder: msgspec.json.Decoder[T], shape: type[T], mend: Callable[[Any], Any] | None) -> T:
+    """Decode with everything forgiven; the errors are the decoder's."""
+    try:
+        return decoder.decode(raw)
+    except msgspec.ValidationError as error:
+        try:
+            plain = msgspec.json.decode(raw)
+        except (ValueError, RecursionError):
+            raise error from None
+    # By way of JSON again: what is kept raw is made of bytes.
+    return decoder.decode(encode(forgiven(plain if mend is None else mend(plain), shape)))
 
 
 def free_json_fault(value: Any, *, max_bytes: int) -> str | None:

@@ -80,7 +80,7 @@ class Retiring:
         try:
             reply = decode(answer.data, RetireReply)
         except Undecodable as error:  # another host's child may be due as well
-            self._bus.discards.add("retire_reply_undecodable", reason=error.message, host_id=one.host_id)
+            self._bus.discards.of_host(one.host_id, "answers", "retire_reply_undecodable", reason=error.message)
             return False
         if reply.decline is not None:
             log.debug("retirement_declined", node_id=one.node_id, decline=reply.decline)

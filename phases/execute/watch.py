@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from msgspec.structs import replace
 
 from loom.bus.client import Bus, Msg
+from loom.bus.left_out import as_reason
 from loom.bus.log import get_logger
 from loom.schemas.errors import LoomError
 from loom.schemas.events import Progress, TextDelta
@@ -107,6 +108,12 @@ class Watch:
         self._in_a_row = 0
         """Events handed on without a wait between them."""
         self._given_up = False
+        self._asked = 0
+        """Requests sent. Only what was asked for again may come again."""
+        self._ended = False
+        """Whether the last event has come."""
+        self._unread = ""
+        """Why the newest event that was left out was."""
         self._absent_since: float | None = None
         self.heard = False
         """Whether the host has said anything."""
@@ -129,6 +136,7 @@ class Watch:
             self._bus.close_inbox(self._inbox)
 
     async def _ask(self, **facts: Any) -> None:
+        self._asked += 1
         left_s = max(0.0, self._until - time.monotonic())
         request = replace(self._request, remaining_s=left_s, sent_at=self._bus.now(), **facts)
         await self._bus.publish(self._bus.subjects.of("run", self._host_id), request, reply=self._inbox)
@@ -161,6 +169,8 @@ class Watch:
                 await self._miss(event)
                 if event.kind == "heartbeat":
                     return event
+            elif event.kind != "heartbeat" and self._asked == 1 and not self._request.from_seq:
+                self._discard(f"its number {event.seq} came again: each event of a run takes the next one")
 
     def delta(self, seq: int, event: Progress) -> Delta:
         """Return the delta of the next piece of progress, and count its text."""
@@ -188,7 +198,15 @@ class Watch:
             self._gap_asks, self._gap_asked_at = self._gap_asks + 1, time.monotonic()
             await self._ask(from_seq=self._next_seq)
         elif complete or late:
-            self._advance(min(self._held, default=event.seq + 1))
+            found = min(self._held, default=event.seq + 1)
+            log.info(
+                "run_events_missing",
+                host_id=self._host_id,
+                task_id=self._request.task_id,
+                seq=self._next_seq,
+                until=found,
+            )
+            self._advance(found)
 
     async def _hear(self, wait_s: float, limit_s: float) -> None:
         """Wait until there is an event, for what is left of the time a host has."""
@@ -197,7 +215,8 @@ class Watch:
             with suppress(TimeoutError, LoomError):  # it may be us who are late: what has come by now counts
                 await self._bus.echo(timeout_s=CATCH_UP_S)
         if not self._here:
-            raise Silent(f"host {self._host_id} was silent for {limit_s:g} s")
+            left_out = f"; an event of it was left out: {self._unread}" if self._unread else ""
+            raise Silent(f"host {self._host_id} was silent for {limit_s:g} s{left_out}")
 
     async def _hear_first(self) -> None:
         """Ask until something is heard: after an outage a host may be back later than we are, and miss the request."""
@@ -249,10 +268,27 @@ class Watch:
         request = replace(self._request, from_seq=self._next_seq, remaining_s=left_s)
         watch = Watch(self._bus, self._host_id, request, self._stop)
         watch._bytes, watch._count, watch._chars = self._bytes, self._count, self._chars
+        watch._unread = self._unread
         return watch
 
     def _discard(self, reason: str) -> None:
-        self._bus.discards.add("run_event_undecodable", reason=reason, host_id=self._host_id)
+        self._unread = as_reason(reason)
+        self._count_discarded("run_event_left_out", reason)
+
+    def _count_discarded(self, event: str, reason: str, **facts: Any) -> None:
+        facts = {"task_id": self._request.task_id, "attempt": self._request.attempt, **facts}
+        self._bus.discards.of_host(self._host_id, "events", event, reason=reason, **facts)
+
+    def _until_the_end(self, events: tuple[RunEvent, ...]) -> tuple[RunEvent, ...]:
+        """The events up to the first final one of the run; what comes after it is left out."""
+        end = 0 if self._ended else next((at for at, event in enumerate(events, 1) if event.final), None)
+        if end is None:
+            return events
+        self._ended = True
+        late = [event.kind for event in events[end:] if event.kind != "heartbeat"]
+        if late and self._asked == 1:
+            self._discard(f"{late[0]} after the last event: the first result, error or rejection ends the run")
+        return events[:end]
 
     def _take(self, msg: Msg) -> None:
         if msg.status == "503":
@@ -264,7 +300,7 @@ class Watch:
         self._absent_since = None
         events: tuple[RunEvent, ...] = ()
         try:
-            events = read_events(msg.data, self._discard)
+            events = self._until_the_end(read_events(msg.data, self._discard))
         except Undecodable as error:
             self._discard(error.message)
         if not self._given_up:
@@ -281,10 +317,5 @@ class Watch:
             self._wake()
         elif events[-1].final:
             self._bus.close_inbox(self._inbox)
-            log.info(
-                "late_run_refused",
-                task_id=self._request.task_id,
-                attempt=self._request.attempt,
-                host_id=self._host_id,
-                kind=events[-1].kind,
-            )
+            why = "the run was given up before its last event came"
+            self._count_discarded("late_run_refused", why, kind=events[-1].kind)

@@ -1,15 +1,20 @@
 """Who works here: `loom nodes`, `loom hosts`."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
+from msgspec import to_builtins
 from rich.table import Table
 from rich.text import Text
 
+from loom.bus import left_out
 from loom.bus.announcements import announced_hosts
+from loom.bus.left_out import LeftOut
+from loom.bus.presence import health_reports
 from loom.runner.cli.looking import AsLines, add_row, clock, domain_slug, looking, print_json, sparkline
-from loom.runner.cli.render import console, table_of
+from loom.runner.cli.render import console, one_line, table_of
 from loom.runner.cli.running import prepare, run_to_end
 from loom.runner.node_overview import CALL_S, NEWEST, RECENT_TASKS, DomainOverview, NodeOverview, node_overviews
 from loom.runner.settings import Settings
@@ -38,7 +43,7 @@ def nodes(
 
 
 def hosts(as_json: AsLines = False) -> None:
-    """Show the node hosts that are alive."""
+    """Show the node hosts that are alive, and what phases left out of what hosts sent."""
     run_to_end(_hosts(prepare("warning"), as_json=as_json))
 
 
@@ -62,15 +67,26 @@ async def _nodes(settings: Settings, token: str | None, *, as_json: bool) -> Non
 
 async def _hosts(settings: Settings, *, as_json: bool) -> None:
     async with looking(settings) as bus:
-        here = await announced_hosts(bus, CALL_S)
+        here, reports = await asyncio.gather(announced_hosts(bus, CALL_S), health_reports(bus))
+        omitted = left_out.together(
+            [*(report.left_out for each in reports.values() for report in each), bus.discards.hosts]
+        )
     if as_json:
         for host in here:
-            print_json(host)
+            print_json({**to_builtins(host), "alive": True, "left_out": omitted.pop(host.host_id, LeftOut())})
+        for host_id, one in omitted.items():
+            print_json({"host_id": host_id, "alive": False, "left_out": one})
         return
     screen = console()
-    if not here:
+    if here:
+        screen.print(_hosts_table(here))
+    else:
         screen.print("no hosts answer: start one with `loom node FILE.py`")
-        return
+    for host_id, one in omitted.items():
+        screen.print(Text(one_line(f"{host_id}: left out: {one.words}")), soft_wrap=True)
+
+
+def _hosts_table(here: Sequence[HostAnnouncement]) -> Table:
     numbers = ("slots", "running", "queued")
     table = table_of(("host", *numbers, "state", "nodes"), right=numbers, ratios={"nodes": 1})
     table.columns[-1].no_wrap = False
@@ -80,7 +96,7 @@ async def _hosts(settings: Settings, *, as_json: bool) -> None:
         state += f", {host.stuck} stuck" if host.stuck else ""
         counts = (str(host.slots), str(host.running), str(host.queued))
         add_row(table, host.host_id, *counts, state, ", ".join(host.nodes))
-    screen.print(table)
+    return table
 
 
 def as_object(node: NodeOverview) -> dict[str, Any]:

@@ -215,7 +215,7 @@ async def test_a_poisoned_bid_takes_neither_its_hosts_other_bids_nor_the_auction
 
 
 @pytest.mark.parametrize(
-    "field", [b'"prompt_tokens":' + b"9" * 400, b'"duration_s":1e308', b'"steps":-1', b'"content":7']
+    "field", [b'"prompt_tokens":' + b"9" * 400, b'"duration_s":1e308', b'"steps":-1', b'"usd":"much"']
 )
 async def test_a_result_that_cannot_be_read_ends_the_attempt_at_once(stage: Stage, field: bytes) -> None:
     async def run(run: FakeRun) -> None:

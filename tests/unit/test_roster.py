@@ -182,7 +182,7 @@ def test_an_offer_is_read_as_it_was_written(offer: Offer) -> None:
     assert encode(decode(encode(offer), ReadOffer)) == encode(offer)
 
 
-@pytest.mark.parametrize("odd", [{"load": 2}, {"claim": -1}, {"expected_s": -1}, {"load": None}, {"node_id": "a b"}])
+@pytest.mark.parametrize("odd", [{"load": 2}, {"claim": -1}, {"expected_s": -1}, {"load": "0"}, {"node_id": "a b"}])
 def test_an_offer_beyond_its_ranges_is_refused(odd: dict[str, Any]) -> None:
     with pytest.raises(Undecodable):
         decode(json.dumps({"host_id": "h", "bids": [{"node_id": "n", **odd}]}).encode(), ReadOffer)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from loom.bus.health import Health
+from loom.bus.left_out import LeftOut
 from loom.bus.topology import Inspection, Part
 from loom.runner.working import OLD_S, Look, judged, waiting_in
 from loom.schemas.config import ClusterConfig
@@ -75,3 +76,18 @@ def test_lanes_of_a_phase_count_together_and_a_full_cluster_lets_the_intake_wait
     seen = consumers(intake_low=3, sense=1, match_low=2, match_critical=2)
     assert waiting_in(seen, ClusterConfig()) == {"sense": 4, "match": 4}
     assert waiting_in(seen, ClusterConfig(max_in_flight=5)) == {"sense": 1, "match": 4}
+
+
+def left_out(at: float, **counts: int) -> LeftOut:
+    return LeftOut(counts=counts, last="Expected `int`", at=at)
+
+
+def test_what_hosts_sent_in_vain_is_a_line_for_each_of_the_last_ten() -> None:
+    hosts = {f"h{number}": left_out(number, offers=number) for number in range(1, 13)}
+    seen = Look(
+        {}, 0, {"match": [Health(left_out=hosts)], "execute": [Health(left_out={"h12": left_out(99, events=1)})]}
+    )
+    lines = [finding.says for finding in judged(seen, seen)]
+    assert lines[0] == "of host h12: 1 event, 12 offers (last: Expected `int`)"
+    assert [line.split(":")[0] for line in lines[1:-1]] == [f"of host h{number}" for number in range(11, 2, -1)]
+    assert lines[-1] == "something of 2 more hosts"
