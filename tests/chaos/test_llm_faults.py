@@ -308,9 +308,9 @@ NO_ESTIMATE: dict[str, Fault] = {
     "silent": ill(Reply(delay_s=60), says=""),
     "no choices": ill(Reply(no_choices=True), says="AgentFailed"),
     "another form": ill(Reply(body="<html>Welcome!</html>"), says="AgentFailed"),
-    "prose": ill(Reply(text="I cannot tell."), says="Undecodable"),
-    "half": ill(Reply(text='{"complexity": 0.5, "dom', finish_reason="length"), says="Undecodable"),
-    "tools": ill(wanting("add"), says="Undecodable"),
+    "prose": ill(Reply(text="I cannot tell."), says="could not be read"),
+    "half": ill(Reply(text='{"complexity": 0.5, "dom', finish_reason="length"), says="could not be read"),
+    "tools": ill(wanting("add"), says="could not be read"),
 }
 
 
@@ -319,6 +319,7 @@ async def test_a_heuristic_stands_in_for_a_model_that_fails_sense(
     nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.phases.sense.service.ASK_WITHIN_S", 2.0)
+    monkeypatch.setattr("loom.phases.shared.breaker.FAILURES", 100)  # each fault is asked about
     models = Models(NO_ESTIMATE, by_number)
     async with OpenAIServer(models.answer) as server, Stage(nats_url, namespace) as stage:
         provider = await provider_for(server.base_url)
