@@ -340,7 +340,7 @@ async def test_a_task_fails_when_attempts_run_out_and_shows_the_best_refused_ans
     asker = Asker(stage.bus)
     await stage.phase("evaluate", ClusterConfig(max_attempts=2))
     await given(stage, code="agent_failed", failures=1, attempt=2, best=NEARLY, reply_to=(asker.inbox,))
-    refusal = await asker.error()
+    refusal = await asker.failure()
     assert (refusal.code, refusal.best_rejected) == ("rejected_result", NEARLY.to_rejected())
     assert "too short (the best refused answer, of n0); the last attempt ended with agent_failed" in refusal.message
     result = await stage.seen("result")
@@ -370,7 +370,7 @@ async def test_the_largest_refused_answer_fits_a_message(stage: Stage) -> None:
     largest = replace(NEARLY, result=RunResult(content="\x01" * 10_000), reason="x" * 2000)
     await stage.phase("evaluate", ClusterConfig(max_attempts=2))
     await given(stage, code="agent_failed", failures=1, attempt=2, best=largest, reply_to=(asker.inbox,))
-    assert (await asker.error()).best_rejected == largest.to_rejected()
+    assert (await asker.failure()).best_rejected == largest.to_rejected()
     assert (await stage.seen("result")).error.best_rejected == largest.to_rejected()
 
 

@@ -83,7 +83,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a result of 600 kB": (b'{"seq":0,"kind":"result","result":{"content":"%s"}}' % (b"x" * 600_000), "600049 bytes"),
     "a result that is a text": (b'{"seq":0,"kind":"result","result":"done"}', "`$.result`"),
     "an unknown reason to reject": (b'{"seq":0,"kind":"rejected","code":"tired"}', "'tired'"),
-    "content alone": (b'{"content":"done"}', "`n`"),
+    "content alone": (b'{"content":"done"}', "`seq`"),
     "a number that is not finite": (b'{"seq":0,"kind":"result","result":{"usd":1e999}}', "`$.result.usd`"),
 }
 

@@ -44,7 +44,7 @@ BUILDING: dict[str, tuple[Callable[[], object], str]] = {
         lambda: TaskAd(prompt="x"),
         (
             "TaskAd has no field `prompt`; there are: task_id, domain, description, estimated_complexity, priority, "
-            "required_tools, token_budget, timeout_s, node_id, accept, limits, context, wait"
+            "required_tools, tools_allowed, token_budget, timeout_s, node_id, accept, limits, context, labels, wait"
         ),
     ),
     "a misspelt criterion": (

@@ -88,9 +88,9 @@ UNREADABLE: dict[str, tuple[bytes, str, int, str]] = {
     "a result that is a text": (b'{"seq":4,"kind":"result","result":"x"}', "error", 4, "`$.result`"),
     "an error with a number for a code": (b'{"seq":4,"kind":"error","error":{"code":5}}', "error", 4, "`$.error.code`"),
     "a rejection for an unknown reason": (b'{"seq":4,"kind":"rejected","code":"tired"}', "error", 4, "'tired'"),
-    "a result without a number": (b'{"kind":"result","result":{"content":"x"}}', "error", 0, "`n`"),
+    "a result without a number": (b'{"kind":"result","result":{"content":"x"}}', "error", 0, "`seq`"),
     "a result with an odd number": (b'{"seq":"four","kind":"result"}', "error", 0, "`$.seq`"),
-    "content and no kind": (b'{"content":"x"}', "error", 0, "`n`"),
+    "content and no kind": (b'{"content":"x"}', "error", 0, "`seq`"),
     "content and no kind but null": (b'{"seq":4,"kind":null,"content":7}', "error", 4, "`kind`"),
     "no kind and no content": (b'{"seq":4,"content":null}', "heartbeat", 4, "`kind`"),
     "an unknown kind": (b'{"seq":4,"kind":"thinking"}', "heartbeat", 4, "'thinking'"),
@@ -115,7 +115,7 @@ def test_what_cannot_be_read_is_an_end_or_a_sign_of_life_and_has_a_reason(
 ) -> None:
     reasons: list[str] = []
     (event,) = read_events(wrapped % raw, reasons.append)
-    assert (event.kind, event.n) == (kind, n)
+    assert (event.kind, event.seq) == (kind, n)
     assert len(reasons) == 1
     assert reason in reasons[0]
     if kind == "error":
