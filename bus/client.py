@@ -347,6 +347,8 @@ class Bus(Connection):
             while True:
                 if self._nc.is_closed and stored.answer.value is None:
                     raise BusUnavailable("the connection was closed before the server had confirmed", url=self.address)
+                if self._is_deaf() and stored.answer.value is None:
+                    raise BusUnavailable("the event loop ends before the server has confirmed", url=self.address)
                 stored.until = min(time.monotonic() + PUBLISH_TRY_S, give_up)
                 msg = await stored.answer.woken()
                 if msg is not None:
