@@ -345,10 +345,8 @@ class Bus(Connection):
             if self._nc.clogged:
                 await self._nc.unclog()
             while True:
-                if self._nc.is_closed and stored.answer.value is None:
-                    raise BusUnavailable("the connection was closed before the server had confirmed", url=self.address)
-                if self._is_deaf() and stored.answer.value is None:
-                    raise BusUnavailable("the event loop ends before the server has confirmed", url=self.address)
+                if stored.answer.value is None:
+                    self._check_reading()
                 stored.until = min(time.monotonic() + PUBLISH_TRY_S, give_up)
                 msg = await stored.answer.woken()
                 if msg is not None:
@@ -371,6 +369,17 @@ class Bus(Connection):
         finally:
             self.close_inbox(stored.reply)
             self._unconfirmed.discard(stored)
+
+    def _check_reading(self) -> None:
+        """Return if an acknowledgement may still come.
+
+        Raises:
+            BusUnavailable: Nothing is read any more.
+        """
+        if self._nc.is_closed:
+            raise BusUnavailable("the connection was closed before the server had confirmed", url=self.address)
+        if self._is_deaf():
+            raise BusUnavailable("the event loop ends before the server has confirmed", url=self.address)
 
     def _acknowledged(self, msg: Msg) -> PubAck | None:
         """Return the acknowledgement; None where it has to be asked for again."""
