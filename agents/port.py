@@ -281,16 +281,12 @@ def failure_of(error: LoomError, request: RunRequest) -> TaskError:
     wait = error.retry_after_s
     usable = isinstance(wait, int | float) and 0 <= wait <= MOST_WAIT_S
     code = error.code if error.code in OWN_CODES else AgentFailed.code
-    field = None
-    if code == InvalidTask.code:
-        if error.task_id in (None, request.task_id):
-            field = _field(error.field)
-        else:
-            code = AgentFailed.code
+    if code == InvalidTask.code and error.task_id not in (None, request.task_id):
+        code = AgentFailed.code
     return TaskError(
         code=code,
         message=_publishable(error.message, error),
-        field=field,
+        field=_field(error.field) if code in (InvalidTask.code, error.code) else None,
         node_id=request.node_id,
         retry_after_s=float(wait) if usable else None,
     )

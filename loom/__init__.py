@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loom.cluster.lifecycle import LifecycleManager
     from loom.cluster.loop_context import LoopContext
     from loom.cluster.manager import ClusterManager
+    from loom.cluster.planner import TaskPlanner
     from loom.cluster.skill_registry import SkillNodeRegistry
     from loom.runtime import Runtime
     from loom.schemas.config import ClusterConfig
@@ -69,6 +70,7 @@ __all__ = [
     "StepStart",
     "StepStartEvent",
     "TaskAd",
+    "TaskPlanner",
     "TextDelta",
     "TextDeltaEvent",
     "Tool",
@@ -97,6 +99,7 @@ _HOMES = {
     "InvalidTask": "schemas.errors",
     "Job": "agents.job",
     "LifecycleManager": "cluster.lifecycle",
+    "TaskPlanner": "cluster.planner",
     "Lifespan": "agents.tools",
     "LoomError": "schemas.errors",
     "LoopContext": "cluster.amoeba_loop",

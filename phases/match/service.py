@@ -167,7 +167,9 @@ class Match:
         if self._roster.has_nodes:
             why = f"no node takes tasks of the domain {envelope.domain!r}"
             return f"{why}; start one that does with `loom node FILE.py`, or name another domain"
-        return "no node is there to take the task; start one with `loom node FILE.py`"
+        return (
+            "no node is there to take the task; start one with `loom node FILE.py`, or add one with `rt.add_agent(…)`"
+        )
 
     def _pinned(self, envelope: Envelope, spec: Spec, node_id: str) -> Outcome:
         if node_id in envelope.excluded:
