@@ -176,7 +176,7 @@ class Run:
         )
 
     def move(self, inbox: str, from_seq: int) -> None:
-        """Send all events from number `from_seq` on to `inbox`, and every later one; the old inbox is told."""
+        """Send all events from number `from_seq` on to `inbox`, and every later one; the old inbox gets `moved`."""
         self.flush()
         if inbox != self._inbox:
             send(self._bus, self._inbox, encode(RunEvent(seq=self._seq, kind="moved")))

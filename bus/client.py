@@ -293,7 +293,7 @@ class Bus(Connection):
             self.end_subscription(subscription)
 
     def _is_deaf(self) -> bool:
-        """Return whether nobody reads the connection any more: its reader is cancelled when an event loop ends."""
+        """Return whether the connection is not read any more: its reader is cancelled when an event loop ends."""
         reading = self._nc._reading_task
         return self._nc.is_connected and reading is not None and bool(reading.done() or reading.cancelling())
 

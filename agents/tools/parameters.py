@@ -21,7 +21,7 @@ MAX_DEFAULT_BYTES = 256
 
 
 class InvalidArguments(ValueError):
-    """A model's arguments do not fit; the message says which and why."""
+    """A model's arguments do not fit; the message names which and why."""
 
 
 class Parameters:

@@ -86,7 +86,7 @@ def _free_name(name: str, schema: dict[str, Any], parts: dict[str, Any]) -> str:
 
 
 def portable(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return a JSON Schema in the dialect of `json_schema`: what it says of tuples, formats and booleans reworded.
+    """Return a JSON Schema in the dialect of `json_schema`: tuples, formats and booleans are reworded.
 
     A reference on top is replaced by what it names.
     """
