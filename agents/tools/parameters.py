@@ -41,7 +41,7 @@ class Parameters:
     def __init__(self, fn: Callable[..., Any], name: str, texts: Mapping[str, str]) -> None:
         self.contexts: tuple[str, ...] = ()
         self._defaults: dict[str, Callable[[], Any]] = {}
-        told: dict[str, Any] = {}
+        described: dict[str, Any] = {}
         fields: list[Any] = []
         for each in _signature(fn, name):
             if each.kind not in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
@@ -65,10 +65,10 @@ class Parameters:
                 fields.append((each.name, shape))
             else:  # left out by the model, left out of the call: Python's own default holds
                 fields.append((each.name, Union[shape, UnsetType], UNSET))  # noqa: UP007 - not every shape has an |
-                told[each.name] = default
+                described[each.name] = default
         self._shape = msgspec.defstruct(name, fields, kw_only=True, forbid_unknown_fields=True)
         self.schema = _schema(self._shape, name)
-        _add_defaults(self.schema["properties"], told)
+        _add_defaults(self.schema["properties"], described)
 
     def read(self, arguments: str) -> dict[str, Any]:
         """Return a model's arguments, JSON text, as keyword arguments.
