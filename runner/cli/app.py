@@ -63,12 +63,18 @@ def _outcome() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1 if isinstance(error, BrokenPipeError) else _complain("io_error", error.strerror or str(error))
     except LoomError as error:
-        return _complain(error.code, error.message)
+        return _complain(error.code, _with_field(error))
     except _UsageError as error:
         return _complain("bad_usage", error.format_message())  # type: ignore[attr-defined]  # every one has it
     except (KeyboardInterrupt, typer.Abort):
         return 130
     return code
+
+
+def _with_field(error: LoomError) -> str:
+    """The message, with the field that is to blame where the message does not name it."""
+    field = error.field
+    return error.message if not field or field in error.message else f"{error.message} (field {field})"
 
 
 def _complain(code: str, message: str) -> int:

@@ -14,13 +14,13 @@ from msgspec.structs import replace
 from loom.bus.client import Bus
 from loom.bus.tap import SHAPES, Seen
 from loom.runner import logs
-from loom.runner.cli import serve
+from loom.runner.cli import app, serve
 from loom.runner.cli.render import one_line, printable
 from loom.runner.cli.running import run_to_end, unless_lost, until_lost
 from loom.runner.cli.transcript import Transcript
 from loom.runner.cli.words import _FACTS, as_object, describe
 from loom.schemas.envelope import Award, Envelope, Split
-from loom.schemas.errors import BusUnavailable
+from loom.schemas.errors import BusUnavailable, InvalidTask
 from loom.schemas.notices import Notice, ParentEnded, PlanTimeout, SubtaskEnded
 from loom.schemas.task import TaskAd
 
@@ -190,3 +190,15 @@ def test_a_service_is_announced_by_a_line_on_a_terminal_and_by_a_log_event_elsew
     else:
         assert out == ""
         assert json.loads(err)["message"] == "match on nats://127.0.0.1:4222"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (InvalidTask("I need a file", field="context.file"), "I need a file (field context.file)"),
+        (InvalidTask("timeout_s must be a number", field="timeout_s"), "timeout_s must be a number"),
+        (InvalidTask("no"), "no"),
+    ],
+)
+def test_a_message_that_does_not_name_its_field_gets_it_behind(error: InvalidTask, line: str) -> None:
+    assert app._with_field(error) == line
