@@ -183,5 +183,5 @@ async def test_a_burst_of_two_thousand_goes_through_a_narrow_cluster(bus: Bus) -
         await until(all_through, within_s=100, what="all are through")
         await succeeded(bus, ids)
 
-    assert most <= 150
+    assert most <= 300  # the limit is looked at with a delay that grows with load; without it nearly all are in flight
     assert len(agent.runs) == len(ids)
