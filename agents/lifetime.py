@@ -76,7 +76,7 @@ class Lifetime:
         except LoomError as error:
             self._fail(error.message)
             return
-        except BaseException as error:
+        except BaseException as error:  # user code raises anything; the run that needed it fails
             if ends_task(error):
                 self._fail("it was stopped")
                 raise
@@ -89,7 +89,7 @@ class Lifetime:
         try:
             if close is not None:
                 await call(close)
-        except BaseException as error:
+        except BaseException as error:  # user code raises anything; the host goes on closing
             if ends_task(error):
                 raise
             log.warning("agent_close_failed", agent=self._name, **described(error))

@@ -31,7 +31,7 @@ class Node(Protocol):
         ...
 
     def claim(self, domain: str) -> float:
-        """Return how well it says it does `domain`, a slug or any wording of it: 0 to 1, the claim of its offer.
+        """Return its own rating in `domain`, a slug or any wording of it: 0 to 1, the claim of its offer.
 
         At 0 it does not take the domain: it bids on no such task.
         """

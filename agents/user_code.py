@@ -17,7 +17,7 @@ from loom.bus.log import get_logger
 TURN_S = 0.01
 """Longest time an iteration that never waits keeps the event loop."""
 AWAITABLES = 2
-"""A coroutine, and what it returns, are awaited; an awaitable that gives itself is not awaited for ever."""
+"""A coroutine, and what it returns, are awaited; an awaitable that returns itself is awaited no further."""
 
 T = TypeVar("T")
 

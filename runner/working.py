@@ -128,7 +128,7 @@ def _left_out(after: Look) -> Iterator[Finding]:
     hosts = left_out.together(report.left_out for reports in after.reports.values() for report in reports)
     newest = sorted(hosts, key=lambda host_id: -hosts[host_id].at)
     for host_id in newest[:HOSTS]:
-        says = f"of host {host_id}: {hosts[host_id].words}"
-        yield warn("left out", says, 'for its author: "What is forgiven" in docs/subjects.md')
+        what = f"of host {host_id}: {hosts[host_id].words}"
+        yield warn("left out", what, 'for its author: "What is forgiven" in docs/subjects.md')
     if len(newest) > HOSTS:
         yield warn("left out", f"something of {len(newest) - HOSTS} more hosts", "`loom hosts` lists them")

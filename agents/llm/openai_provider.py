@@ -272,7 +272,7 @@ async def _values(pieces: AsyncIterable[bytes], body: BodyReader, answer: Answer
                 break
     except LoomError:
         raise
-    except Exception:
+    except Exception:  # the library lets more than its own errors through
         if answer.finish_reason is None:
             raise
         # The answer is complete: how its connection ends does not matter.

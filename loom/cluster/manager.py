@@ -77,7 +77,7 @@ class ClusterManager:
         """Return the bids of all nodes that may take `task`, best first, ties in the order nodes were added.
 
         Nodes that split or die do not bid, nor do nodes with `domains` that lack the ad's; an ad pinned to a node
-        hears that one only.
+        gets that one only.
         """
         bids = [
             self.compute_bid(node, task)

@@ -45,7 +45,7 @@ def up(
         str, typer.Option(metavar="ADDRESS", help="Address of this machine to listen on; beyond it with LOOM_TOKEN.")
     ] = LOOPBACK,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond this machine without a token: anybody may use it.")
+        bool, typer.Option("--insecure", help="Listen beyond this machine without a token: every client may use it.")
     ] = False,
     store: Annotated[
         Path | None,
@@ -73,7 +73,7 @@ def up(
         raise typer.BadParameter("NATS_URL names a server, and no other is started", param_hint="--store, --host")
     if not insecure and not settings.loom_token and not is_loopback(host):
         hint = (
-            "set LOOM_TOKEN, which clients then need, or add --insecure on a network where anybody may use the server"
+            "set LOOM_TOKEN, which clients then need, or add --insecure on a network where every client may use the server"
         )
         raise typer.BadParameter(f"{host} can be reached from other machines: {hint}", param_hint="--host")
     kept = None if ephemeral or settings.nats_url else store or _store_of(settings)
