@@ -72,7 +72,7 @@ def up(
     if settings.nats_url and (ephemeral or store is not None or host != LOOPBACK):
         raise typer.BadParameter("NATS_URL names a server, and no other is started", param_hint="--store, --host")
     if not insecure and not settings.loom_token and not is_loopback(host):
-        hint = "set LOOM_TOKEN, which clients then need, or add --insecure on a network where every client may use the server"
+        hint = "set LOOM_TOKEN, which clients then need, or add --insecure where every client may use the server"
         raise typer.BadParameter(f"{host} can be reached from other machines: {hint}", param_hint="--host")
     kept = None if ephemeral or settings.nats_url else store or _store_of(settings)
     run_service(_up(settings, Server(host, port, kept), _programs(counts) if processes else None))
