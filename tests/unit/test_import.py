@@ -24,9 +24,9 @@ def imported(statement: str) -> tuple[float, set[str]]:
 
 
 @pytest.mark.parametrize("statement", ["import loom", "import loom.types"])
-def test_importing_takes_less_than_150_ms_of_cpu_time(statement: str) -> None:
+def test_importing_takes_less_than_a_quarter_of_a_second_of_cpu_time(statement: str) -> None:
     # The best of several: the machine may be busy with something else.
-    assert min(imported(statement)[0] for _ in range(5)) < 0.150
+    assert min(imported(statement)[0] for _ in range(5)) < 0.25
 
 
 @pytest.mark.parametrize("statement", ["import loom", "import loom.types"])
