@@ -18,7 +18,7 @@ def names_of(block: int) -> dict[str, Any]:
 async def test_the_function_on_the_page_is_a_tool() -> None:
     pay: Tool = names_of(0)["pay"]
 
-    assert pay.definition.description == "Pay somebody."
+    assert pay.definition.description == "Pay an amount."
     assert pay.definition.parameters["properties"] == {
         "to": {"type": "string", "description": "Name of the account."},
         "cents": {"type": "integer", "description": "at least 1"},
