@@ -29,7 +29,7 @@ print("winner:", winner.id, "- split:", lifecycle.should_split(task, winner))
 assert cluster.compute_bid(winner, task).score > Bid().score
 
 cluster.update_load("coder", 1.0)
-cluster.update_load("somebody", 0.5)  # has retired: without effect
+cluster.update_load("gone", 0.5)  # has retired: without effect
 busy = cluster.select_winner(task)
 assert busy is not None
 print("winner while the coder is busy:", busy.id)

@@ -80,10 +80,10 @@ def describe(seen: Seen) -> tuple[str, str, str]:
         return kind or "?", about or ("" if kind else one_line(seen.subject, WORDS)), one_line(facts)
     if isinstance(message, (TaskAd, CallForBids, RunRequest, SpawnRequest)):
         about = short(message.task_id or "")
-    told = _news_of_division(seen, message) if isinstance(message, Envelope) else ""
+    text = _news_of_division(seen, message) if isinstance(message, Envelope) else ""
     if isinstance(message, PlanTimeout) and seen.family == "later":
-        told = f"divided: parked for its subtasks, at most {max(0.0, message.envelope.deadline - seen.at):.0f} s"
-    return kind, about, one_line(told or _FACTS[type(message)](message), 2 * WORDS)
+        text = f"divided: parked for its subtasks, at most {max(0.0, message.envelope.deadline - seen.at):.0f} s"
+    return kind, about, one_line(text or _FACTS[type(message)](message), 2 * WORDS)
 
 
 def _news_of_division(seen: Seen, envelope: Envelope) -> str:
