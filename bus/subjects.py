@@ -28,7 +28,13 @@ FAMILIES: tuple[Family, ...] = (
     Family("cancel", ("task_id",), "request", "-", "anyone → SENSE, node hosts, EXECUTE"),
     Family("intake", ("priority", "task_id"), "stream INTAKE", "Submission", "submit, Runtime → SENSE"),
     Family("task", ("phase", "priority", "task_id"), "stream TASKS", "Envelope", "each phase → the next"),
-    Family("later", ("task_id", "origin"), "stream TASKS", "Envelope, scheduled", "a phase → itself; EVALUATE → MATCH"),
+    Family(
+        "later",
+        ("phase", "task_id", "origin"),
+        "stream TASKS",
+        "Envelope, scheduled",
+        "a phase → itself; EVALUATE → MATCH",
+    ),
     Family("auction", ("slug",), "scatter-gather", "CallForBids → Offer", "MATCH → every node host"),
     Family(
         "run", ("host_id",), "request, streamed replies", "RunRequest → RunEvents, one or several", "EXECUTE → a host"
@@ -89,9 +95,9 @@ class Subjects:
                 raise InvalidTask(f"{name} must match [A-Za-z0-9_-]{{1,64}}", field=name)
         return ".".join((self.namespace, family, *tokens))
 
-    def later(self, task_id: str, origin: str) -> str:
-        """Return the subject under which the hop that follows from the message `origin` waits."""
-        return self.of("later", task_id, origin)
+    def later(self, phase: str, task_id: str, origin: str) -> str:
+        """Return the subject under which a hop of `phase` that follows from the message `origin` waits."""
+        return self.of("later", phase, task_id, origin)
 
     def task(self, phase: str, priority: str, task_id: str) -> str:
         """Return the subject of a hop to `phase`."""

@@ -43,7 +43,7 @@ class Subtasks:
 
     async def __aenter__(self) -> Self:
         subjects = self._bus.subjects
-        for subject in (subjects.later(self._task_id, "timer"), subjects.task("scale", "*", self._task_id)):
+        for subject in (subjects.later("scale", self._task_id, "timer"), subjects.task("scale", "*", self._task_id)):
             self._subscriptions.append(await self._bus.subscribe(subject, self._on_hop))
         return self
 
@@ -77,7 +77,7 @@ class Subtasks:
         except Undecodable as error:
             self._bus.discards.add("envelope_undecodable", reason=error.message, subject=msg.subject)
             return
-        if self._bus.subjects.later(self._task_id, "timer") == msg.subject:
+        if self._bus.subjects.later("scale", self._task_id, "timer") == msg.subject:
             self._heard.put_nowait(None)
         elif envelope.split is not None and envelope.split.child is not None:
             self._heard.put_nowait(envelope.split.child)

@@ -25,6 +25,7 @@ from loom.bus.log import get_logger
 from loom.bus.loop import SLOTS, HopLoop, Service, schedule
 from loom.bus.outcome import Dead, Done, Fail, Next, Outcome
 from loom.bus.records import records
+from loom.bus.schedules import SCHEDULER
 from loom.bus.topology import SCALE_LANE
 from loom.phases.scale import graph, planner
 from loom.phases.scale.spawn import NodeRequests, is_saturated
@@ -112,8 +113,8 @@ class Scale:
     def _is_timer(self, delivery: Delivery) -> bool:
         """Whether a parked parent's time has come, by the server's clock."""
         parsed = self._bus.subjects.parse(delivery.subject)
-        timer = self._bus.subjects.later(parsed.task_id, "timer") if parsed else ""
-        return delivery.msg.headers.get("Nats-Scheduler") == timer
+        timer = self._bus.subjects.later("scale", parsed.task_id, "timer") if parsed else ""
+        return delivery.msg.headers.get(SCHEDULER) == timer
 
     async def _on_task(self, envelope: Envelope) -> Outcome:
         if envelope.award is None:
@@ -257,7 +258,7 @@ class Scale:
         parent = plan.envelope
         await schedule(
             self._bus,
-            self._bus.subjects.later(plan.parent_id, "timer"),
+            self._bus.subjects.later("scale", plan.parent_id, "timer"),
             target=self._bus.subjects.task("scale", parent.priority, plan.parent_id),
             at=parent.deadline,
             envelope=parent,
@@ -311,7 +312,7 @@ class Scale:
     async def _drop_timer(self, parent_id: str) -> None:
         """Take the parked parent out of the stream, where it would count as work."""
         stream = self._bus.subjects.stream("TASKS")
-        await self._bus.api(f"STREAM.PURGE.{stream}", {"filter": self._bus.subjects.later(parent_id, "timer")})
+        await self._bus.api(f"STREAM.PURGE.{stream}", {"filter": self._bus.subjects.later("scale", parent_id, "timer")})
 
 
 def _charged_as(plan: SplitPlan, envelope: Envelope) -> Envelope:

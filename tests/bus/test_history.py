@@ -91,7 +91,7 @@ async def test_a_task_is_found_wherever_it_is(bus: Bus) -> None:
     await bus.store(bus.subjects.task("scale", "normal", "divided"), envelope("divided", split=notice, attempt=9))
     await schedule(
         bus,
-        bus.subjects.later("waiting", "task-1"),
+        bus.subjects.later("match", "waiting", "task-1"),
         target=bus.subjects.task("match", "normal", "waiting"),
         at=bus.now() + 600,
         envelope=envelope("waiting", attempt=2),
