@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from loom.bus.answers import answer
 from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.health import Health
 from loom.bus.scatter import scatter
+from loom.bus.wire_version import WIRE, WIRE_KEY, WireMismatch
+from loom.schemas.envelope import PHASES
 from loom.schemas.wire import Undecodable, Wire, cut_note, decode, encode
 
 ANSWER_S = 0.5
@@ -24,6 +25,12 @@ ANSWER_S = 0.5
 
 SERVER_TIME, WALL_CLOCK = "server_time", "wall_clock"
 """Metadata of INFO: the process's two clocks at its answer, seconds since the epoch."""
+
+WIRE_CHECK_S = 0.1
+"""How long a start waits for processes of another wire version, unless all phases have answered."""
+
+INBOXES = ("_INBOX", "_LOOM.", "_R_.")
+"""Where discovery is answered: to clients and to processes of a cluster, which look for each other at their start."""
 
 HEALTH = "health"
 """Metadata of a phase's INFO: its Health as JSON."""
@@ -58,7 +65,7 @@ class Presence:
 
     def __init__(self, bus: Bus, names: Sequence[str], instance: str, facts: Mapping[str, str] | None = None) -> None:
         self._bus = bus
-        common = {"namespace": bus.subjects.namespace, "host": socket.gethostname(), **(facts or {})}
+        common = {"namespace": bus.subjects.namespace, "host": socket.gethostname(), WIRE_KEY: WIRE, **(facts or {})}
         self._services = {
             service_name(bus, name): Present(
                 type=_PING,
@@ -93,9 +100,13 @@ class Presence:
         asked = [self._services[rest[0]]] if rest else self._services.values()
         for service in asked:
             if verb == "PING":
-                await answer(self._bus, msg.reply, service)
+                await self._answer(msg.reply, service)
             elif verb == "INFO":
-                await answer(self._bus, msg.reply, _info(service, self._bus.now(), self._health(service)))
+                await self._answer(msg.reply, _info(service, self._bus.now(), self._health(service)))
+
+    async def _answer(self, reply: str, message: Present) -> None:
+        if reply.startswith(INBOXES):  # any other subject could be a command
+            await self._bus.publish(reply, message)
 
     def _health(self, service: Present) -> Health | None:
         report = self.health.get(service.metadata["service"])
@@ -126,7 +137,7 @@ async def who_is_there(
     """Return the services of this namespace that answer in `within_s`, sorted by name and id.
 
     Args:
-        bus: A client's: services answer to client inboxes only.
+        bus: A connection of any role.
         enough: Whether to stop listening; asked after every answer.
     """
 
@@ -146,6 +157,28 @@ async def who_is_there(
 
 def _read(raw: bytes) -> Present:
     return decode(raw, Present)
+
+
+async def check_processes(bus: Bus) -> None:
+    """Return unless a process of another wire version runs in this namespace; takes 0.1 s where phases are missing.
+
+    Raises:
+        WireMismatch: Such a process has answered.
+    """
+    ours: list[Present] = []
+
+    def enough(answers: list[Present]) -> bool:
+        if answers[-1].metadata.get("namespace") == bus.subjects.namespace:
+            ours.append(answers[-1])
+        answered = {each.metadata.get("service") for each in ours}
+        return answered.issuperset(PHASES) or any(each.metadata.get(WIRE_KEY) != WIRE for each in ours)
+
+    await scatter(bus, "$SRV.INFO", b"", _read, window_s=WIRE_CHECK_S, enough=enough)
+    for each in ours:
+        if each.metadata.get(WIRE_KEY) != WIRE:
+            process = f"{each.name} ({each.id}) on {each.metadata.get('host', 'an unknown host')}"
+            todo = "stop it and the others of its version, or choose another LOOM_NAMESPACE"
+            raise WireMismatch(f"process {process}", each.metadata.get(WIRE_KEY, ""), todo)
 
 
 class Clocks(NamedTuple):

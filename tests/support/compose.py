@@ -57,9 +57,10 @@ class Project:
         return self.compose("ps", "--quiet", service).split()
 
     def all_healthy(self) -> bool:
-        """Return whether every container runs and its health check, where it has one, succeeds."""
-        lines = self.compose("ps", "--all", "--format", "{{.State}} {{.Health}}").splitlines()
-        return {line.strip() for line in lines} == {"running healthy"}
+        """Return whether every container runs and its health check succeeds, but for `init`, which has ended well."""
+        lines = self.compose("ps", "--all", "--format", "{{.Service}} {{.State}} {{.Health}} {{.ExitCode}}").splitlines()
+        states = dict(line.split(maxsplit=1) for line in lines)
+        return states.pop("init").split() == ["exited", "0"] and set(states.values()) == {"running healthy 0"}
 
     def health(self, service: str) -> str:
         """Return `starting`, `healthy` or `unhealthy` of the first container of a service."""
