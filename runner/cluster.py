@@ -82,7 +82,7 @@ class PhaseGroup:
         self._llm = GuardedProvider(llm) if llm is not None else None
         self._names = tuple(names)
         self._started: list[PhaseService] = []
-        self._presence = Presence(bus, self._names, bus.instance)
+        self._presence = Presence(bus, self._names, bus.instance, config=self._config)
         self._upkeep: asyncio.Task[None] | None = None
 
     async def start(self, *, patience_s: float = 0.0) -> None:

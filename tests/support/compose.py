@@ -58,9 +58,10 @@ class Project:
 
     def all_healthy(self) -> bool:
         """Return whether every container runs and its health check succeeds, but for `init`, which has ended well."""
-        lines = self.compose("ps", "--all", "--format", "{{.Service}} {{.State}} {{.Health}} {{.ExitCode}}").splitlines()
-        states = dict(line.split(maxsplit=1) for line in lines)
-        return states.pop("init").split() == ["exited", "0"] and set(states.values()) == {"running healthy 0"}
+        columns = "{{.Service}} {{.State}} {{.Health}} {{.ExitCode}}"
+        states = {" ".join(line.split()) for line in self.compose("ps", "--all", "--format", columns).splitlines()}
+        others = {state.partition(" ")[2] for state in states - {"init exited 0"}}
+        return "init exited 0" in states and others == {"running healthy 0"}
 
     def health(self, service: str) -> str:
         """Return `starting`, `healthy` or `unhealthy` of the first container of a service."""
