@@ -10,6 +10,7 @@ from uuid import uuid4
 import msgspec
 
 from loom.schemas.errors import LoomError
+from loom.schemas.unknown_fields import REFUSAL, decode_keeping, encode_keeping
 
 MAX_AD_BYTES = 64 * 1024
 MAX_CONTEXT_BYTES = 32 * 1024
@@ -141,8 +142,8 @@ _encoder = msgspec.json.Encoder()
 
 
 def encode(message: Any) -> bytes:
-    """Return `message` as JSON bytes."""
-    return _encoder.encode(message)
+    """Return `message` as JSON bytes, with the unknown fields it was read with."""
+    return encode_keeping(message, _encoder.encode(message))
 
 
 @cache
@@ -156,8 +157,11 @@ class Undecodable(LoomError):
     code = "dead_letter"
 
 
-def decode(raw: bytes, shape: type[T], *, limit: int = MAX_MESSAGE_BYTES) -> T:
-    """Return `raw` as a `shape`.
+def decode(raw: bytes, shape: type[T], *, limit: int = MAX_MESSAGE_BYTES, keep_unknown: bool = True) -> T:
+    """Return `raw` as a `shape`; a part that phases pass on keeps the fields it does not know.
+
+    Args:
+        keep_unknown: False: an unknown field in such a part is an error.
 
     Raises:
         Undecodable: Longer than `limit` bytes, not JSON, not UTF-8, nested too deeply, or not that shape.
@@ -166,7 +170,12 @@ def decode(raw: bytes, shape: type[T], *, limit: int = MAX_MESSAGE_BYTES) -> T:
         raise Undecodable(f"{len(raw)} bytes; at most {limit} are read")
     try:
         decoder: msgspec.json.Decoder[T] = _decoder(shape)  # type: ignore[arg-type]  # classes are hashable
-        return decoder.decode(raw)
+        try:
+            return decoder.decode(raw)
+        except msgspec.ValidationError as error:
+            if not keep_unknown or REFUSAL not in str(error):
+                raise
+            return decode_keeping(raw, shape)
     except RecursionError as error:
         raise Undecodable("nested too deeply") from error
     except ValueError as error:  # covers msgspec's errors and bad UTF-8
