@@ -11,6 +11,7 @@ from typing import Any
 from loom.bus.client import Bus, PubAck
 from loom.bus.log import get_logger
 from loom.bus.records import records
+from loom.bus.schedules import SCHEDULE, TARGET, may_schedule
 from loom.bus.stored import StoredMessage, read_message
 from loom.schemas.envelope import Envelope
 from loom.schemas.learning import Reward
@@ -19,8 +20,6 @@ from loom.schemas.wire import Undecodable, decode, encode, new_id
 
 log = get_logger()
 
-SCHEDULE = "Nats-Schedule"
-TARGET = "Nats-Schedule-Target"
 _AT = "@at "
 _TOLERANCE_S = 1.0
 
@@ -90,7 +89,7 @@ def is_ours(stored: StoredMessage, subject: str, message: Any, headers: Mapping[
     if carried is None or type(twin) is not type(message):
         return False
     same = (carried.task_id, carried.attempt) == (wanted.task_id, wanted.attempt)
-    return same and _comes_out_alike(stored, subject, wanted.task_id, headers, now)
+    return same and _comes_out_alike(stored, subject, headers, now)
 
 
 def _is_same_reward(stored: StoredMessage, subject: str, reward: Reward) -> bool:
@@ -113,12 +112,12 @@ def _carried(message: Any) -> Envelope | None:
     return message if isinstance(message, Envelope) else None
 
 
-def _comes_out_alike(stored: StoredMessage, subject: str, task_id: str, headers: Mapping[str, str], now: float) -> bool:
+def _comes_out_alike(stored: StoredMessage, subject: str, headers: Mapping[str, str], now: float) -> bool:
     """Whether a stored message reaches the same phase as the wanted one would, and not much later.
 
     Twins schedule under subjects of their own, and one may wait where the other does not.
     """
-    if SCHEDULE in stored.headers and not stored.subject.startswith(f"{subject.partition('.')[0]}.later.{task_id}."):
+    if SCHEDULE in stored.headers and not may_schedule(stored.subject, stored.headers.get(TARGET, "")):
         return False
     if _phase_subject(stored.subject, stored.headers) != _phase_subject(subject, headers):
         return False
@@ -153,7 +152,7 @@ async def _goes_on(bus: Bus, envelope: Envelope, subject: str, after: int) -> bo
         return False
     if entry.value.ended or entry.value.claim.attempt > envelope.attempt or phase == "sense":
         return True
-    carriers = (bus.subjects.of("later", envelope.task_id, "*"), bus.subjects.task("*", "*", envelope.task_id))
+    carriers = (bus.subjects.later("*", envelope.task_id, "*"), bus.subjects.task("*", "*", envelope.task_id))
     for carrier in carriers:
         found = await read_message(bus, bus.subjects.stream("TASKS"), {"last_by_subj": carrier})
         if found is not None and found.seq > after and _carries(found, envelope):

@@ -199,7 +199,7 @@ async def _under_way(bus: Bus, record: TaskRecord) -> Found:
         subject, envelope = hop
         parsed = bus.subjects.parse(subject)
         return Found(replace(record, envelope=envelope), parsed.tokens["phase"] if parsed else "")
-    waiting = await _last(bus, "TASKS", bus.subjects.of("later", record.task_id, "*"), envelope_in)
+    waiting = await _last(bus, "TASKS", bus.subjects.later("*", record.task_id, "*"), envelope_in)
     if waiting is not None:
         return Found(replace(record, envelope=waiting[1]), "later")
     return Found(record, "")

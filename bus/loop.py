@@ -12,12 +12,13 @@ import structlog
 from loom.bus.client import Bus, Msg
 from loom.bus.dead import End, bury
 from loom.bus.delivery import DEAD_AFTER, Delivery, Slots, stamp
-from loom.bus.duplicates import SCHEDULE, TARGET, resolve, store_once
+from loom.bus.duplicates import resolve, store_once
 from loom.bus.faults import describe
 from loom.bus.health import Health
 from loom.bus.log import get_logger
 from loom.bus.outcome import Dead, Done, Fail, Later, Leave, Next, Outcome
 from loom.bus.pull import Pull
+from loom.bus.schedules import SCHEDULE, TARGET, forbidden_scheduler
 from loom.bus.topology import Lane, ensure_consumer
 from loom.schemas.envelope import Envelope, Hop, Phase
 from loom.schemas.errors import LoomError, Overloaded
@@ -174,6 +175,8 @@ class HopLoop(Generic[T]):
     async def _decide(self, delivery: Delivery) -> Outcome:
         if delivery.dead:
             return Dead(f"delivered {delivery.facts.delivered - 1} times without being settled")
+        if (scheduler := forbidden_scheduler(delivery.msg)) is not None:
+            return Dead(f"scheduled by {scheduler}")
         try:
             message = self._read(delivery.msg.data)
         except Undecodable as error:
@@ -225,7 +228,7 @@ class HopLoop(Generic[T]):
         hopped = self._hopped(delivery, later.envelope)
         await schedule(
             self._bus,
-            self._bus.subjects.later(hopped.task_id, delivery.origin),
+            self._bus.subjects.later(self._service.phase, hopped.task_id, delivery.origin),
             target=self._bus.subjects.task(later.phase or self._service.phase, hopped.priority, hopped.task_id),
             at=self._bus.now() + later.delay_s,
             message=hopped,

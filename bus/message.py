@@ -15,26 +15,26 @@ class Msg:
         raw_headers: The header block as it came; empty when there is none.
     """
 
-    __slots__ = ("_headers", "_raw_headers", "data", "reply", "subject")
+    __slots__ = ("_headers", "data", "raw_headers", "reply", "subject")
 
     def __init__(self, subject: str, reply: str = "", data: bytes = b"", raw_headers: bytes = b"") -> None:
         self.subject = subject
         self.reply = reply
         self.data = data
-        self._raw_headers = raw_headers
+        self.raw_headers = raw_headers
         self._headers: Mapping[str, str] | None = None
 
     @property
     def headers(self) -> Mapping[str, str]:
         """By name; the server's own word, if it is one, as `Status` and `Description`. Of a repeated one the first."""
         if self._headers is None:
-            self._headers = parse_headers(self._raw_headers) if self._raw_headers else NO_HEADERS
+            self._headers = parse_headers(self.raw_headers) if self.raw_headers else NO_HEADERS
         return self._headers
 
     @property
     def status(self) -> str | None:
         """The server's word instead of a message: 503 nobody listens, 100 still here, 404, 408, 409; else None."""
-        return self.headers.get("Status") if self._raw_headers.startswith(b"NATS/1.0 ") else None
+        return self.headers.get("Status") if self.raw_headers.startswith(b"NATS/1.0 ") else None
 
 
 def parse_headers(raw: bytes) -> dict[str, str]:

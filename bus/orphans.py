@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from loom.bus.client import Bus, Refused
-from loom.bus.duplicates import SCHEDULE
 from loom.bus.faults import describe
 from loom.bus.log import get_logger
 from loom.bus.records import records
+from loom.bus.schedules import SCHEDULE
 from loom.bus.stored import read_message
 from loom.bus.topology import TASK_LANES, Lane, lane_infos, stream_state
 from loom.schemas.errors import LoomError

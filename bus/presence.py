@@ -3,20 +3,24 @@
 A service is named `<namespace>-<what>`, and whoever asks `$SRV.PING` gets one answer from each instance.
 """
 
+import hashlib
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 from msgspec.structs import replace
 
-from loom.bus.answers import answer
 from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.health import Health
 from loom.bus.scatter import scatter
+from loom.bus.wire_version import WIRE, WIRE_KEY, WireMismatch
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import PHASES
 from loom.schemas.wire import Undecodable, Wire, cut_note, decode, encode
 
 ANSWER_S = 0.5
@@ -24,6 +28,15 @@ ANSWER_S = 0.5
 
 SERVER_TIME, WALL_CLOCK = "server_time", "wall_clock"
 """Metadata of INFO: the process's two clocks at its answer, seconds since the epoch."""
+
+WIRE_CHECK_S = 0.1
+"""How long a start waits for processes of another wire version, unless all phases have answered."""
+
+INBOXES = ("_INBOX", "_LOOM.", "_R_.")
+"""Where discovery is answered: to clients and to processes of a cluster, which look for each other at their start."""
+
+SETTINGS, SETTINGS_DIGEST = "settings", "settings_digest"
+"""Metadata of a phase's INFO: the settings that all processes must have in common, as JSON, and a digest of them."""
 
 HEALTH = "health"
 """Metadata of a phase's INFO: its Health as JSON."""
@@ -53,12 +66,20 @@ class Presence:
     Args:
         names: What they are: the phases, or `node`.
         instance: Tells replicas apart.
-        facts: More to say about each.
+        facts: Further metadata of each.
+        config: Whose settings INFO states; absent: none.
     """
 
-    def __init__(self, bus: Bus, names: Sequence[str], instance: str, facts: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        names: Sequence[str],
+        instance: str,
+        facts: Mapping[str, str] | None = None,
+        config: ClusterConfig | None = None,
+    ) -> None:
         self._bus = bus
-        common = {"namespace": bus.subjects.namespace, "host": socket.gethostname(), **(facts or {})}
+        common = {"namespace": bus.subjects.namespace, "host": socket.gethostname(), WIRE_KEY: WIRE, **(facts or {})}
         self._services = {
             service_name(bus, name): Present(
                 type=_PING,
@@ -69,6 +90,7 @@ class Presence:
             )
             for name in names
         }
+        self._settings = settings_facts(config) if config is not None else {}
         self._subscriptions: list[Subscription] = []
         self.health: dict[str, Callable[[], Health]] = {}
         """Name -> returns how far its work has got."""
@@ -93,9 +115,27 @@ class Presence:
         asked = [self._services[rest[0]]] if rest else self._services.values()
         for service in asked:
             if verb == "PING":
-                await answer(self._bus, msg.reply, service)
+                await self._answer(msg.reply, service)
             elif verb == "INFO":
-                await answer(self._bus, msg.reply, _info(service, self._bus.now(), self._health(service)))
+                await self._answer(msg.reply, self._info(service))
+
+    async def _answer(self, reply: str, message: Present) -> None:
+        if reply.startswith(INBOXES):  # any other subject could be a command
+            await self._bus.publish(reply, message)
+
+    def _info(self, service: Present) -> "_Info":
+        health = self._health(service)
+        clocks = {SERVER_TIME: f"{self._bus.now():.3f}", WALL_CLOCK: f"{time.time():.3f}"}
+        report = {} if health is None else {HEALTH: encode(health).decode()}
+        return _Info(
+            type=_INFO,
+            name=service.name,
+            id=service.id,
+            version=service.version,
+            metadata={**service.metadata, **clocks, **self._settings, **report},
+            description=f"{service.metadata['service']} of a loom cluster",
+            endpoints=[],
+        )
 
     def _health(self, service: Present) -> Health | None:
         report = self.health.get(service.metadata["service"])
@@ -109,18 +149,11 @@ class Presence:
         return replace(report_here, discards=dict(discards.counts.most_common(20)), left_out=dict(discards.hosts))
 
 
-def _info(service: Present, server_time: float, health: Health | None) -> _Info:
-    clocks = {SERVER_TIME: f"{server_time:.3f}", WALL_CLOCK: f"{time.time():.3f}"}
-    report = {} if health is None else {HEALTH: encode(health).decode()}
-    return _Info(
-        type=_INFO,
-        name=service.name,
-        id=service.id,
-        version=service.version,
-        metadata={**service.metadata, **clocks, **report},
-        description=f"{service.metadata['service']} of a loom cluster",
-        endpoints=[],
-    )
+def settings_facts(config: ClusterConfig) -> dict[str, str]:
+    """Return the metadata that states the settings which all processes must have in common."""
+    as_read = decode(encode(config), ClusterConfig)  # one form of each number: 300 and 300.0 are the same
+    stated = msgspec.json.encode(as_read.shared, order="sorted")
+    return {SETTINGS: stated.decode(), SETTINGS_DIGEST: hashlib.sha256(stated).hexdigest()[:12]}
 
 
 async def who_is_there(
@@ -129,7 +162,7 @@ async def who_is_there(
     """Return the services of this namespace that answer in `within_s`, sorted by name and id.
 
     Args:
-        bus: A client's: services answer to client inboxes only.
+        bus: A connection of any role.
         enough: Whether to stop listening; asked after every answer.
     """
 
@@ -149,6 +182,28 @@ async def who_is_there(
 
 def _read(raw: bytes) -> Present:
     return decode(raw, Present)
+
+
+async def check_processes(bus: Bus) -> None:
+    """Return unless a process of another wire version runs in this namespace; takes 0.1 s where phases are missing.
+
+    Raises:
+        WireMismatch: Such a process has answered.
+    """
+    ours: list[Present] = []
+
+    def enough(answers: list[Present]) -> bool:
+        if answers[-1].metadata.get("namespace") == bus.subjects.namespace:
+            ours.append(answers[-1])
+        answered = {each.metadata.get("service") for each in ours}
+        return answered.issuperset(PHASES) or any(each.metadata.get(WIRE_KEY) != WIRE for each in ours)
+
+    await scatter(bus, "$SRV.INFO", b"", _read, window_s=WIRE_CHECK_S, enough=enough)
+    for each in ours:
+        if each.metadata.get(WIRE_KEY) != WIRE:
+            process = f"{each.name} ({each.id}) on {each.metadata.get('host', 'an unknown host')}"
+            todo = "stop it and the others of its version, or choose another LOOM_NAMESPACE"
+            raise WireMismatch(f"process {process}", each.metadata.get(WIRE_KEY, ""), todo)
 
 
 class Clocks(NamedTuple):
@@ -184,6 +239,28 @@ async def clocks(bus: Bus, *, within_s: float = ANSWER_S) -> list[Clocks]:
 
     await scatter(bus, "$SRV.INFO", b"", _read, window_s=within_s, enough=compare)
     return sorted(processes.values())
+
+
+class SharedSettings(NamedTuple):
+    """The settings of one phase that all processes must have in common."""
+
+    process: str
+    """Its service and instance, as `loom-match (3f2a)`."""
+    digest: str
+    values: dict[str, Any]
+
+
+async def shared_settings(bus: Bus, *, within_s: float = ANSWER_S) -> list[SharedSettings]:
+    """Return the settings of the phases of this namespace that answer in `within_s`, sorted by process."""
+    answers = await scatter(bus, "$SRV.INFO", b"", _read, window_s=within_s, enough=lambda _: False)
+    found = []
+    for each in answers:
+        if each.metadata.get("namespace") == bus.subjects.namespace and SETTINGS in each.metadata:
+            with suppress(Undecodable):  # of another program
+                values = decode(each.metadata[SETTINGS].encode(errors="replace"), dict[str, Any])
+                digest = each.metadata.get(SETTINGS_DIGEST, "")
+                found.append(SharedSettings(f"{each.name} ({each.id})", digest, values))
+    return sorted(found, key=lambda each: each.process)
 
 
 async def health_reports(bus: Bus, *, within_s: float = ANSWER_S) -> dict[str, list[Health]]:

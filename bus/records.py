@@ -10,6 +10,7 @@ from loom.bus.client import Bus, Conflict
 from loom.bus.kv import Bucket, Entry
 from loom.schemas.envelope import Envelope, Known, ReplySubjects, TaskRecord
 from loom.schemas.errors import BusUnavailable
+from loom.schemas.unknown_fields import unknown_fields, with_unknown_fields
 from loom.schemas.wire import Name, Relayed, Timestamp, Undecodable
 
 TRIES = 16  # writers of one record are few; more than this is not contention
@@ -37,20 +38,21 @@ def remembered(envelope: Envelope) -> Entry[TaskRecord] | None:
         claim=known.claim,
         admitted_at=known.admitted_at,
     )
-    return Entry(envelope.task_id, record, known.revision)
+    return Entry(envelope.task_id, with_unknown_fields(record, unknown_fields(known)), known.revision)
 
 
 def known_of(record: TaskRecord, revision: int) -> Known | None:
     """Return what an envelope is to tell of the record it leaves behind; None for what it cannot tell in full."""
     if record.ended or record.delegated:
         return None
-    return Known(
+    known = Known(
         revision=revision,
         submission=record.submission,
         reply_to=record.reply_to,
         claim=record.claim,
         admitted_at=record.admitted_at,
     )
+    return with_unknown_fields(known, unknown_fields(record))
 
 
 async def change(

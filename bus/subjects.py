@@ -38,7 +38,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "later",
-        ("task_id", "origin"),
+        ("phase", "task_id", "origin"),
         "stream TASKS",
         "Envelope or PlanTimeout, scheduled",
         "a phase → itself; EVALUATE → MATCH",
@@ -103,9 +103,9 @@ class Subjects:
                 raise InvalidTask(f"{name} must match [A-Za-z0-9_-]{{1,64}}", field=name)
         return ".".join((self.namespace, family, *tokens))
 
-    def later(self, task_id: str, origin: str) -> str:
-        """Return the subject under which the hop that follows from the message `origin` waits."""
-        return self.of("later", task_id, origin)
+    def later(self, phase: str, task_id: str, origin: str) -> str:
+        """Return the subject under which a hop of `phase` that follows from the message `origin` waits."""
+        return self.of("later", phase, task_id, origin)
 
     def task(self, phase: str, priority: str, task_id: str) -> str:
         """Return the subject of a hop to `phase`."""

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from loom.bus.client import CONSUMER_NOT_FOUND, STREAM_NOT_FOUND, Bus, Refused
 from loom.bus.log import get_logger
+from loom.bus.wire_version import WIRE, WIRE_KEY, check_stream
 from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Phase
 from loom.schemas.errors import BusUnavailable, LoomError
 from loom.schemas.task import PRIORITIES
 
@@ -19,6 +21,7 @@ MIB = 1 << 20  # the server sets the bytes of a bounded stream aside on its disk
 CREATE_TRIES = 5
 _NS = 1_000_000_000
 _ROLLUP = "allow_rollup_hdrs"
+_METADATA = "metadata"
 _NAME_IN_USE = 10058
 _STORE_NOT_READY = 10049
 _TOO_FEW_SERVERS = {10074, 10005}  # no cluster at all, or one without enough servers for the replicas
@@ -41,6 +44,15 @@ EXECUTE_LANE = Lane("TASKS", "execute", ("task", "execute", "*", "*"))
 EVALUATE_LANE = Lane("TASKS", "evaluate", ("task", "evaluate", "*", "*"))
 TASK_LANES = (SENSE_LANE, *MATCH_LANES, SCALE_LANE, EXECUTE_LANE, EVALUATE_LANE)
 LANES = (*INTAKE_LANES, *TASK_LANES)
+PHASE_LANES: dict[Phase, tuple[Lane, ...]] = {
+    "sense": (*INTAKE_LANES, SENSE_LANE),
+    "match": MATCH_LANES,
+    "scale": (SCALE_LANE,),
+    "execute": (EXECUTE_LANE,),
+    "evaluate": (EVALUATE_LANE,),
+    "adapt": (),
+}
+"""Phase -> its own consumers; ADAPT reads the stream of rewards without one."""
 
 BUCKETS: dict[str, timedelta] = {
     "records": timedelta(hours=72),
@@ -59,6 +71,7 @@ def streams(bus: Bus, config: ClusterConfig) -> Iterator[dict[str, Any]]:
         "num_replicas": config.replicas,
         "duplicate_window": 120 * _NS,
         _ROLLUP: False,  # one message with a rollup header would erase all others
+        _METADATA: {WIRE_KEY: WIRE},
     }
     work = {**common, "retention": "workqueue"}
     limits = {**common, "retention": "limits", "discard": "old"}
@@ -129,16 +142,64 @@ def check_version(bus: Bus) -> None:
         )
 
 
+async def init(bus: Bus, config: ClusterConfig) -> list[str]:
+    """Create the streams, buckets and consumers that are missing, change nothing else, and return their names.
+
+    Raises:
+        BusUnavailable: No answer, or the server refuses a stream.
+        WireMismatch: A stream or bucket is of another wire version; nothing has been created then.
+    """
+    missing = await missing_streams(bus, config)
+    created = [str(wanted["name"]) for wanted in missing if await _create_stream(bus, wanted)]
+    for name in dict.fromkeys(lane.stream for lane in LANES):
+        stored = (await bus.api(f"CONSUMER.NAMES.{bus.subjects.stream(name)}"))["consumers"] or []
+        for lane in LANES:
+            if lane.stream == name and lane.name not in stored:
+                await ensure_consumer(bus, lane)
+                created.append(lane.name)
+    return created
+
+
+async def missing_streams(bus: Bus, config: ClusterConfig) -> list[dict[str, Any]]:
+    """Return the configuration of every stream and bucket that the server does not have.
+
+    Raises:
+        BusUnavailable: No answer.
+        WireMismatch: One that it has is of another wire version.
+    """
+    wanted = list(streams(bus, config))
+    infos = await asyncio.gather(*(_stream_info(bus, one["name"]) for one in wanted))
+    for info in infos:
+        if info is not None:
+            check_stream(info["config"]["name"], info["config"])
+    return [one for one, info in zip(wanted, infos, strict=True) if info is None]
+
+
+async def check_streams(bus: Bus, config: ClusterConfig) -> None:
+    """Return if every stream and bucket is there.
+
+    Raises:
+        BusUnavailable: No answer, or one is missing; the message names it and `loom init`.
+        WireMismatch: One is of another wire version.
+    """
+    missing = [str(one["name"]) for one in await missing_streams(bus, config)]
+    if missing:
+        more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        raise BusUnavailable(f"{missing[0]}{more} missing on {bus.address}: run `loom init`, or `loom up`")
+
+
 async def apply(bus: Bus, config: ClusterConfig) -> list[str]:
     """Create what is missing and return how the rest differs from the design, one sentence each.
 
     Raises:
         BusUnavailable: The server is too old, has no JetStream, or refuses a stream.
+        WireMismatch: As `init`.
     """
     check_version(bus)
+    await init(bus, config)
     differences: list[str] = []
     for wanted in streams(bus, config):
-        differences += await _apply_stream(bus, wanted)
+        differences += await _compare(bus, wanted)
     for lane in LANES:
         await ensure_consumer(bus, lane)
     await bus.sync_clock()  # the first moment at which a stream is there to ask about
@@ -147,28 +208,31 @@ async def apply(bus: Bus, config: ClusterConfig) -> list[str]:
     return differences
 
 
-async def restore(bus: Bus, config: ClusterConfig) -> list[str]:
-    """Create the streams, buckets and consumers that are missing, change nothing else, and return their names.
+async def delete(bus: Bus, config: ClusterConfig) -> list[str]:
+    """Delete every stream and bucket of the namespace, of any wire version, and return the names of those there were.
 
     Raises:
-        BusUnavailable: No answer, or the server refuses a stream.
+        BusUnavailable: No answer.
     """
-    created = []
-    for wanted in streams(bus, config):
+    deleted = []
+    for one in streams(bus, config):
         try:
-            await bus.api(f"STREAM.INFO.{wanted['name']}")
+            await bus.api(f"STREAM.DELETE.{one['name']}")
         except Refused as error:
             if error.err_code != STREAM_NOT_FOUND:
                 raise
-            await _create_stream(bus, wanted)
-            created.append(str(wanted["name"]))
-    for name in dict.fromkeys(lane.stream for lane in LANES):
-        stored = (await bus.api(f"CONSUMER.NAMES.{bus.subjects.stream(name)}"))["consumers"] or []
-        for lane in LANES:
-            if lane.stream == name and lane.name not in stored:
-                await ensure_consumer(bus, lane)
-                created.append(lane.name)
-    return created
+        else:
+            deleted.append(str(one["name"]))
+    return deleted
+
+
+async def _stream_info(bus: Bus, name: str) -> dict[str, Any] | None:
+    try:
+        return await bus.api(f"STREAM.INFO.{name}")
+    except Refused as error:
+        if error.err_code != STREAM_NOT_FOUND:
+            raise
+        return None
 
 
 class Part(NamedTuple):
@@ -224,19 +288,13 @@ async def _part(bus: Bus, name: str, call: str, wanted: dict[str, Any]) -> Part:
 
 def _differences(config: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
     for key, value in wanted.items():
-        if (config.get(key) or 0) != (value or 0):
+        if key != _METADATA and (config.get(key) or 0) != (value or 0):
             yield f"{key} is {config.get(key)!r}, designed {value!r}"
 
 
-async def _apply_stream(bus: Bus, wanted: dict[str, Any]) -> list[str]:
-    try:
-        info = await bus.api(f"STREAM.INFO.{wanted['name']}")
-    except Refused as error:
-        if error.err_code != STREAM_NOT_FOUND:
-            raise
-        await _create_stream(bus, wanted)
-        info = await bus.api(f"STREAM.INFO.{wanted['name']}")
-    stored: dict[str, Any] = info["config"]
+async def _compare(bus: Bus, wanted: dict[str, Any]) -> list[str]:
+    """Return how a stream differs from the design, after its rollup headers have been turned off."""
+    stored: dict[str, Any] = (await bus.api(f"STREAM.INFO.{wanted['name']}"))["config"]
     if stored.get(_ROLLUP) and not wanted[_ROLLUP]:
         stored = await _forbid_rollup(bus, stored)
     return [f"{wanted['name']}: {difference}" for difference in _differences(stored, wanted)]
@@ -254,14 +312,15 @@ async def _forbid_rollup(bus: Bus, stored: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-async def _create_stream(bus: Bus, wanted: dict[str, Any]) -> None:
-    """Create a stream that is missing, unless another process is faster."""
+async def _create_stream(bus: Bus, wanted: dict[str, Any]) -> bool:
+    """Create a stream that is missing, unless another process is faster; return whether this process has."""
     for left in reversed(range(CREATE_TRIES)):
         try:
             await bus.api(f"STREAM.CREATE.{wanted['name']}", wanted)
         except Refused as refusal:
             if refusal.err_code == _NAME_IN_USE:
-                return
+                check_stream(wanted["name"], (await bus.api(f"STREAM.INFO.{wanted['name']}"))["config"])
+                return False
             if refusal.err_code != _STORE_NOT_READY or not left:
                 todo = ""
                 if refusal.err_code in _TOO_FEW_SERVERS:
@@ -271,7 +330,8 @@ async def _create_stream(bus: Bus, wanted: dict[str, Any]) -> None:
                 raise BusUnavailable(f"cannot create stream {wanted['name']}: {refusal.message}{todo}") from refusal
             await asyncio.sleep(0.05)  # seen under load; the next try succeeds
         else:
-            return
+            return True
+    return False
 
 
 async def ensure_consumer(bus: Bus, lane: Lane) -> None:

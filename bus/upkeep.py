@@ -31,7 +31,7 @@ async def keep(bus: Bus, config: ClusterConfig) -> None:
             pass  # nothing has asked for it: a regular look
         bus.missing.clear()
         try:
-            created = await topology.restore(bus, config)
+            created = await topology.init(bus, config)
         except (LoomError, LookupError, TypeError) as error:  # the latter: an answer of another shape
             bus.missing.set()
             if now() >= reported + REPORT_S:

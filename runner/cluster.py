@@ -13,7 +13,7 @@ from loom.bus import topology
 from loom.bus.client import Bus
 from loom.bus.health import Health
 from loom.bus.log import get_logger
-from loom.bus.presence import Presence
+from loom.bus.presence import Presence, check_processes
 from loom.bus.upkeep import keep
 from loom.phases.adapt import Adapt
 from loom.phases.evaluate import Evaluate
@@ -60,7 +60,12 @@ def build(phase: Phase, bus: Bus, config: ClusterConfig, llm: LLMProvider | None
 
 
 class PhaseGroup:
-    """Phases on one connection, started and stopped together."""
+    """Phases on one connection, started and stopped together.
+
+    Args:
+        init: Also create the streams, buckets and consumers, as `loom init` does; else a start needs the streams, and
+            creates only the consumers of its own phases. What gets lost later is created again either way.
+    """
 
     def __init__(
         self,
@@ -68,24 +73,28 @@ class PhaseGroup:
         names: Sequence[Phase] = PHASES,
         config: ClusterConfig | None = None,
         llm: AnyProvider | None = None,
+        *,
+        init: bool = True,
     ) -> None:
         self._bus = bus
+        self._init = init
         self._config = config or ClusterConfig()
         self._llm = GuardedProvider(llm) if llm is not None else None
         self._names = tuple(names)
         self._started: list[PhaseService] = []
-        self._presence = Presence(bus, self._names, bus.instance)
+        self._presence = Presence(bus, self._names, bus.instance, config=self._config)
         self._upkeep: asyncio.Task[None] | None = None
 
     async def start(self, *, patience_s: float = 0.0) -> None:
-        """Make the server's streams match, then start each phase; returns once all take messages.
+        """Make sure of the server's streams, then start each phase; returns once all take messages.
 
         Args:
             patience_s: How long a start that fails is tried again.
 
         Raises:
-            BusUnavailable: The server is too old; or after that time it has no JetStream, does not answer, or refuses
-                a stream.
+            BusUnavailable: The server is too old; or after that time it has no JetStream, does not answer, lacks or
+                refuses a stream.
+            WireMismatch: Streams or running processes of the namespace have another wire version.
         """
         topology.check_version(self._bus)
         await until_started(self._start, patience_s=patience_s)
@@ -94,7 +103,7 @@ class PhaseGroup:
 
     async def _start(self) -> None:
         try:
-            await topology.apply(self._bus, self._config)
+            await self._lay_out()
             self._bus.missing.clear()  # just created
             for name in self._names:
                 service = build(name, self._bus, self._config, self._llm)
@@ -105,6 +114,16 @@ class PhaseGroup:
         except (LoomError, TimeoutError):
             await self._stop(0)
             raise
+
+    async def _lay_out(self) -> None:
+        await check_processes(self._bus)
+        if self._init:
+            await topology.apply(self._bus, self._config)
+            return
+        await topology.check_streams(self._bus, self._config)
+        for name in self._names:
+            await asyncio.gather(*(topology.ensure_consumer(self._bus, lane) for lane in topology.PHASE_LANES[name]))
+        await self._bus.sync_clock()
 
     async def drain(self) -> None:
         """Drain all of them side by side; safe to call twice or unstarted."""
@@ -151,11 +170,12 @@ async def running_phases(
     config: ClusterConfig | None = None,
     llm: AnyProvider | None = None,
     patience_s: float = 2.0,
+    init: bool = True,
 ) -> AsyncIterator[Bus]:
-    """Run phases on a connection of their own while the body runs."""
+    """Run phases on a connection of their own while the body runs; `init` is that of PhaseGroup."""
     role = names[0] if len(names) == 1 else "phases"
     async with Bus(url, namespace=namespace, role=role, patience_s=patience_s) as bus:
-        group = PhaseGroup(bus, names, config, llm)
+        group = PhaseGroup(bus, names, config, llm, init=init)
         try:
             await group.start(patience_s=patience_s)
             yield bus
@@ -182,6 +202,7 @@ async def running_nodes(
     """
     async with Bus(url, namespace=namespace, role="node", patience_s=patience_s) as bus:
         topology.check_version(bus)
+        await check_processes(bus)
 
         async def start() -> HostGroup:
             nursery = Nursery(bus, nodes, max_nodes=max_nodes or 0)

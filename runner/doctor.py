@@ -9,8 +9,9 @@ from loom.bus import topology
 from loom.bus.announcements import announced_hosts
 from loom.bus.client import Bus, Refused
 from loom.bus.orphans import find as find_orphans
-from loom.bus.presence import ANSWER_S, Clocks, Present, clocks, own_version, who_is_there
+from loom.bus.presence import ANSWER_S, Clocks, Present, clocks, own_version, shared_settings, who_is_there
 from loom.bus.topology import MIN_SERVER, Inspection, Part
+from loom.runner import agreement
 from loom.runner.findings import Finding
 from loom.runner.findings import fail as _fail
 from loom.runner.findings import ok as _ok
@@ -42,15 +43,19 @@ async def examine(bus: Bus, config: ClusterConfig) -> list[Finding]:
     if findings[-1].mark != "ok":
         return findings
     seen = await topology.inspect(bus, config)
-    there, hosts, others = await asyncio.gather(who_is_there(bus), announced_hosts(bus, ANSWER_S), clocks(bus))
+    there, hosts, others, shared = await asyncio.gather(
+        who_is_there(bus), announced_hosts(bus, ANSWER_S), clocks(bus), shared_settings(bus)
+    )
     return [
         *findings,
         clock(-bus.clock.wall_ahead_s),
         *(process_clocks(others) if bus.clock.measured else ()),
         *design(seen, bus.subjects.namespace),
+        *agreement.wire(seen, there),
         *replicas(seen),
         *await storage(bus, seen, config),
         *phases(there),
+        *agreement.settings(shared),
         *await working(bus, seen, config),
         node_hosts(hosts),
         *backlog(seen, config),

@@ -18,7 +18,9 @@ from loom.bus import log, tasks
 from loom.bus.client import Bus, NoResponders
 from loom.bus.kv import Bucket
 from loom.bus.ownership import Owner, keep_forever, running_loop
+from loom.bus.presence import check_processes
 from loom.bus.topology import check_version
+from loom.bus.wire_version import WireMismatch
 from loom.runner import logs
 from loom.runner.cluster import PhaseGroup
 from loom.runner.embedded import NatsServer, embedded_server
@@ -106,6 +108,7 @@ class Session:
 
         Raises:
             BusUnavailable: No server, or a server without phases.
+            WireMismatch: The store or the running phases are of another wire version.
         """
         # In a task with a context of its own: the first caller's variables must not reach what is started here.
         await self.owner.loop.create_task(self._open(), context=self._context.copy())
@@ -123,6 +126,7 @@ class Session:
             self.bus = await self._connect(self._url, "client")
             if self._server is None:
                 await check_phases(self.bus)
+                await check_processes(self.bus)
                 if self._asked_store is not None:
                     log_unused_store(self._asked_store, self.bus.address)
             host_bus = await self._connect(self._url, "node")
@@ -242,7 +246,10 @@ class Session:
         log_store(self._store)
         phases = PhaseGroup(await self._connect(self._server.url, "phases"), config=self._config, llm=self._llm)
         self._stack.push_async_callback(phases.drain)
-        await phases.start()
+        try:
+            await phases.start()
+        except WireMismatch as error:
+            raise error.in_store(self._store) from None
         return self._server.url
 
     async def _connect(self, url: str, role: str) -> Bus:

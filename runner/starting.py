@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from loom.bus.log import get_logger
+from loom.bus.wire_version import WireMismatch
 from loom.schemas.errors import LoomError
 
 log = get_logger()
@@ -26,11 +27,14 @@ async def until_started(start: Callable[[], Awaitable[T]], *, patience_s: float)
 
     Raises:
         LoomError, TimeoutError: `start` still fails after that time.
+        WireMismatch: `start` has found another wire version; it is called once then.
     """
     began, reported = time.monotonic(), 0.0
     while True:
         try:
             return await start()
+        except WireMismatch:
+            raise
         except (LoomError, TimeoutError) as error:
             now = time.monotonic()
             if now >= began + patience_s:

@@ -16,6 +16,9 @@ NOT_SETTINGS = {
 BLUEPRINTS = "blueprint_"
 """How the names of more of them begin."""
 
+PROCESS_SETTINGS = frozenset({"drain_timeout_s", "learn_wait_s"})
+"""Settings that may differ between the processes of a namespace."""
+
 Weight = Annotated[float, Meta(ge=0, le=1000)]
 
 
@@ -93,6 +96,11 @@ class ClusterConfig(Wire, frozen=True, kw_only=True, metaclass=_OldNames):
     def idle_timeout(self) -> float:
         """The same as `idle_timeout_s`."""
         return self.idle_timeout_s
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Name -> value of the settings that all processes of a namespace must have in common."""
+        return {name: getattr(self, name) for name in self.__struct_fields__ if name not in PROCESS_SETTINGS}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -59,7 +59,7 @@ Merit = Annotated[float, Meta(ge=0, le=MAX_TRUST)]
 ReplySubjects = Annotated[tuple[Annotated[str, Meta(max_length=256)], ...], Meta(max_length=8)]
 
 
-class Spec(Wire, frozen=True, kw_only=True):
+class Spec(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What SENSE made of the ad."""
 
     complexity: Unit
@@ -80,7 +80,7 @@ class Spec(Wire, frozen=True, kw_only=True):
         return slug(self.domains[0])
 
 
-class ScoredBid(Wire, frozen=True, kw_only=True):
+class ScoredBid(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A bid as the auction weighed it."""
 
     node_id: Token
@@ -99,7 +99,7 @@ class ScoredBid(Wire, frozen=True, kw_only=True):
     """Share of the required tools the node has."""
 
 
-class Award(Relayed, frozen=True, kw_only=True):
+class Award(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who won, and against whom."""
 
     node_id: Token
@@ -116,7 +116,7 @@ class Award(Relayed, frozen=True, kw_only=True):
     pinned: bool = False
 
 
-class Split(Wire, frozen=True, kw_only=True):
+class Split(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where a subtask comes from."""
 
     parent: Token
@@ -130,7 +130,7 @@ class Split(Wire, frozen=True, kw_only=True):
     inputs: Outputs = {}
 
 
-class Hop(Relayed, frozen=True, kw_only=True):
+class Hop(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One phase's turn."""
 
     phase: Phase
@@ -142,7 +142,7 @@ class Hop(Relayed, frozen=True, kw_only=True):
     step: Count = 0
 
 
-class Best(Wire, frozen=True, kw_only=True):
+class Best(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A refused result worth keeping in case nothing better comes."""
 
     result: RunResult
@@ -160,14 +160,14 @@ class Best(Wire, frozen=True, kw_only=True):
         )
 
 
-class Opinion(Wire, frozen=True, kw_only=True):
+class Opinion(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a judging model thinks of a result."""
 
     score: Unit
     reason: Annotated[str, Meta(max_length=MAX_TRIED_CHARS)] = ""
 
 
-class Tried(Wire, frozen=True, kw_only=True):
+class Tried(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An attempt that came to nothing by its node's fault."""
 
     attempt: Ordinal
@@ -179,7 +179,7 @@ class Tried(Wire, frozen=True, kw_only=True):
     duration_s: Seconds = 0.0
 
 
-class Claim(Relayed, frozen=True, kw_only=True):
+class Claim(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """EXECUTE's hold on an attempt: the fence."""
 
     attempt: Count = 0
@@ -192,7 +192,7 @@ class Claim(Relayed, frozen=True, kw_only=True):
     """Sequence in TASKS of the message that carries the claim."""
 
 
-class Known(Relayed, frozen=True, kw_only=True):
+class Known(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The record besides its envelope, as whoever wrote it last has left it: the next write needs no reading.
 
     The write names `revision`, so it fails where somebody else has written since, and then the record is read.
@@ -205,7 +205,7 @@ class Known(Relayed, frozen=True, kw_only=True):
     admitted_at: Timestamp
 
 
-class Envelope(Relayed, frozen=True, kw_only=True):
+class Envelope(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A task on its way through the phases."""
 
     v: Count = 1
@@ -316,7 +316,7 @@ class Envelope(Relayed, frozen=True, kw_only=True):
         return replace(self, warnings=(*self.warnings, cut_note(warning)))
 
 
-class TaskRecord(Relayed, frozen=True, kw_only=True):
+class TaskRecord(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is known of a task, from admission to 72 hours after."""
 
     task_id: Token
@@ -434,7 +434,7 @@ class DeadLetter(Wire, frozen=True, kw_only=True):
     """The phases it had passed, oldest first, with a space between: `sense match scale`."""
 
 
-class Subtask(Wire, frozen=True, kw_only=True):
+class Subtask(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A node of a split plan."""
 
     id: Token
@@ -457,7 +457,7 @@ class Subtask(Wire, frozen=True, kw_only=True):
     """From its admission to its end."""
 
 
-class SplitPlan(Wire, frozen=True, kw_only=True):
+class SplitPlan(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A parked parent and the graph of its subtasks; outputs are read from the children's records."""
 
     parent_id: Token

@@ -55,7 +55,7 @@ Dollars = Annotated[float, Meta(ge=0, le=MAX_DOLLARS)]
 ToolName = Annotated[str, Meta(min_length=1, max_length=64)]
 
 
-class Accept(Wire, metaclass=FieldsByName, frozen=True, kw_only=True):
+class Accept(Wire, metaclass=FieldsByName, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a result must be to count as a success."""
 
     contains: Annotated[tuple[Annotated[str, Meta(max_length=1000)], ...], Meta(max_length=16)] = ()
@@ -72,14 +72,14 @@ class Accept(Wire, metaclass=FieldsByName, frozen=True, kw_only=True):
     """Whether the best refused answer is taken when attempts, bidders or time run out; otherwise the task fails."""
 
 
-class Limits(Wire, metaclass=FieldsByName, frozen=True, kw_only=True):
+class Limits(Wire, metaclass=FieldsByName, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Narrower bounds than the cluster's; a wider one is ignored."""
 
     max_depth: Annotated[int, Meta(ge=0, le=16)] | None = None
     mitosis_threshold: Unit | None = None
 
 
-class TaskAd(Wire, metaclass=FieldsByName, frozen=True, kw_only=True):
+class TaskAd(Wire, metaclass=FieldsByName, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An advertisement for work: what is to be done, and under which limits."""
 
     task_id: Token = msgspec.field(default_factory=new_id)
@@ -140,7 +140,7 @@ def parse_ad(raw: bytes) -> TaskAd:
     if len(raw) > MAX_AD_BYTES:
         raise _too_large(len(raw))
     try:
-        ad = decode(raw, _StrictAd)
+        ad = decode(raw, _StrictAd, keep_unknown=False)
     except Undecodable as error:
         raise _refusal(raw, error) from None
     return check_ad(ad)
@@ -284,7 +284,7 @@ class Submission(Relayed, frozen=True, kw_only=True):
     """Where the TaskResult is wanted; empty: nowhere."""
 
 
-class TaskError(Wire, frozen=True, kw_only=True):
+class TaskError(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Why a task, or one attempt at it, failed."""
 
     code: Annotated[str, Meta(max_length=64)]
@@ -319,7 +319,7 @@ class TaskError(Wire, frozen=True, kw_only=True):
         )
 
 
-class RunResult(Wire, frozen=True, kw_only=True):
+class RunResult(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a node's agent produced in one attempt."""
 
     content: Text = ""
@@ -367,7 +367,7 @@ class RunResult(Wire, frozen=True, kw_only=True):
         )
 
 
-class PhaseUsage(Wire, frozen=True, kw_only=True):
+class PhaseUsage(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one phase has asked a model on behalf of a task."""
 
     requests: Count = 0

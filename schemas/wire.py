@@ -5,7 +5,7 @@ import math
 import sys
 import types
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from uuid import uuid4
 
@@ -13,6 +13,7 @@ import msgspec
 
 from loom.schemas.errors import LoomError
 from loom.schemas.forgiving import forgiven
+from loom.schemas.unknown_fields import decode_keeping, encode_keeping
 
 MAX_AD_BYTES = 64 * 1024
 MAX_CONTEXT_BYTES = 32 * 1024
@@ -144,8 +145,8 @@ _encoder = msgspec.json.Encoder()
 
 
 def encode(message: Any) -> bytes:
-    """Return `message` as JSON bytes."""
-    return _encoder.encode(message)
+    """Return `message` as JSON bytes, with the unknown fields it was read with."""
+    return encode_keeping(message, _encoder.encode(message))
 
 
 @cache
@@ -160,9 +161,14 @@ class Undecodable(LoomError):
 
 
 def decode(
-    raw: bytes, shape: type[T], *, limit: int = MAX_MESSAGE_BYTES, mend: Callable[[Any], Any] | None = None
+    raw: bytes,
+    shape: type[T],
+    *,
+    limit: int = MAX_MESSAGE_BYTES,
+    mend: Callable[[Any], Any] | None = None,
+    keep_unknown: bool = True,
 ) -> T:
-    """Return `raw` as a `shape`.
+    """Return `raw` as a `shape`; a part that phases pass on keeps the fields it does not know.
 
     A byte order mark before it is skipped. Where it does not fit as it is, fields that are null count as absent, and
     texts of digits as counts.
@@ -170,6 +176,7 @@ def decode(
     Args:
         limit: Most bytes that are read.
         mend: What else is forgiven: given the plain JSON value of what does not fit, it returns the one to read.
+        keep_unknown: False: an unknown field in a part that phases pass on is an error.
 
     Raises:
         Undecodable: Longer than `limit` bytes, not JSON, not UTF-8, nested too deeply, or not that shape. The message
@@ -182,25 +189,26 @@ def decode(
         return decoder.decode(raw)
     except (ValueError, RecursionError):
         pass  # what is forgiven costs nothing where there is nothing to forgive
+    read: Callable[[bytes], T] = partial(decode_keeping, shape=shape) if keep_unknown else decoder.decode
     try:
-        return _forgiving(raw.removeprefix(codecs.BOM_UTF8), decoder, shape, mend)
+        return _forgiving(raw.removeprefix(codecs.BOM_UTF8), shape, mend, read)
     except RecursionError as error:
         raise Undecodable("nested too deeply") from error
     except ValueError as error:  # covers msgspec's errors and bad UTF-8
         raise Undecodable(str(error)) from error
 
 
-def _forgiving(raw: bytes, decoder: msgspec.json.Decoder[T], shape: type[T], mend: Callable[[Any], Any] | None) -> T:
-    """Decode with everything forgiven; the errors are the decoder's."""
+def _forgiving(raw: bytes, shape: type[T], mend: Callable[[Any], Any] | None, read: Callable[[bytes], T]) -> T:
+    """Decode with everything forgiven; the errors are those of `read`."""
     try:
-        return decoder.decode(raw)
+        return read(raw)
     except msgspec.ValidationError as error:
         try:
             plain = msgspec.json.decode(raw)
         except (ValueError, RecursionError):
             raise error from None
     # By way of JSON again: what is kept raw is made of bytes.
-    return decoder.decode(encode(forgiven(plain if mend is None else mend(plain), shape)))
+    return read(encode(forgiven(plain if mend is None else mend(plain), shape)))
 
 
 def free_json_fault(value: Any, *, max_bytes: int) -> str | None:

@@ -44,7 +44,7 @@ class Subtasks:
 
     async def __aenter__(self) -> Self:
         subjects = self._bus.subjects
-        for subject in (subjects.later(self._task_id, "timer"), subjects.task("scale", "*", self._task_id)):
+        for subject in (subjects.later("scale", self._task_id, "timer"), subjects.task("scale", "*", self._task_id)):
             self._subscriptions.append(await self._bus.subscribe(subject, self._on_hop))
         return self
 

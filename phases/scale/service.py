@@ -259,7 +259,7 @@ class Scale:
         parent = plan.envelope
         await schedule(
             self._bus,
-            self._bus.subjects.later(plan.parent_id, "timer"),
+            self._bus.subjects.later("scale", plan.parent_id, "timer"),
             target=self._bus.subjects.task("scale", parent.priority, plan.parent_id),
             at=parent.deadline,
             message=PlanTimeout(envelope=parent),
@@ -313,7 +313,7 @@ class Scale:
     async def _drop_timer(self, parent_id: str) -> None:
         """Take the parked parent out of the stream, where it would count as work."""
         stream = self._bus.subjects.stream("TASKS")
-        await self._bus.api(f"STREAM.PURGE.{stream}", {"filter": self._bus.subjects.later(parent_id, "timer")})
+        await self._bus.api(f"STREAM.PURGE.{stream}", {"filter": self._bus.subjects.later("scale", parent_id, "timer")})
 
 
 def _notice_in(raw: bytes) -> ScaleMessage | None:

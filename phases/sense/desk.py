@@ -96,7 +96,7 @@ class Desk:
         if record.ended or self._bus.now() < record.envelope.deadline + STRANDED_S:
             return
         task_id, subjects = record.task_id, self._bus.subjects
-        for hops in (subjects.later(task_id, "*"), subjects.task("*", "*", task_id)):
+        for hops in (subjects.later("*", task_id, "*"), subjects.task("*", "*", task_id)):
             if await read_message(self._bus, subjects.stream("TASKS"), {"last_by_subj": hops}) is not None:
                 return
         log.warning("task_stranded", task_id=task_id)

@@ -1,6 +1,6 @@
 """The `loom` command: its table of contents, and how errors end it.
 
-Exit codes: 0 done; 1 the work failed; 2 bad input; 3 no server or no phases; 130 interrupted.
+Exit codes: 0 done; 1 the work failed; 2 bad input; 3 no server, no phases, or another wire version; 130 interrupted.
 """
 
 import os
@@ -10,12 +10,19 @@ from typing import Annotated
 
 import typer
 
-from loom.runner.cli import checkup, dead, nodes, rewards, serve, task, tasks, watch, work
+from loom.runner.cli import checkup, dead, lay_out, nodes, rewards, serve, task, tasks, watch, work
 from loom.runner.cli.ending import end
 from loom.runner.cli.render import one_line
 from loom.schemas.errors import LoomError
 
-_EXITS = {"bad_usage": 2, "invalid_file": 2, "invalid_setting": 2, "invalid_task": 2, "bus_unavailable": 3}
+_EXITS = {
+    "bad_usage": 2,
+    "invalid_file": 2,
+    "invalid_setting": 2,
+    "invalid_task": 2,
+    "bus_unavailable": 3,
+    "wire_mismatch": 3,
+}
 # The one class of everything wrong with the words on a command line.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -24,6 +31,7 @@ for command in (work.run, serve.up, serve.phase, serve.node, work.submit, watch.
     app.command()(command)
 for view in (task.task, tasks.tasks, tasks.cancel, nodes.nodes, nodes.hosts, rewards.reward):
     app.command()(view)
+app.command()(lay_out.init)
 app.command()(checkup.doctor)
 app.add_typer(rewards.app, name="rewards")
 app.add_typer(dead.app, name="dead")

@@ -16,7 +16,8 @@ from loom.agents.host import BACKLOG, SLOTS, NodeHost
 from loom.bus import topology
 from loom.bus.client import Bus
 from loom.bus.log import get_logger
-from loom.bus.presence import Present, who_is_there
+from loom.bus.presence import Present, check_processes, who_is_there
+from loom.bus.wire_version import WireMismatch
 from loom.runner import logs
 from loom.runner.cli.ending import EXTRA_S
 from loom.runner.cli.lifespan import entered
@@ -95,7 +96,7 @@ def phase(
     names: Annotated[list[str], typer.Argument(metavar="NAME…", help=f"Any of {', '.join(PHASES)}.")],
     supervised: Annotated[str, typer.Option(hidden=True, help="Ends with standard input; logs as for this.")] = "",
 ) -> None:
-    """Run these phases on the server of NATS_URL, waiting for it if need be."""
+    """Run these phases on the server of NATS_URL, waiting for it, and for `loom init`, if need be."""
     settings = prepare("info")
     if supervised:
         logs.configure(settings.loom_log_level, readable=supervised == TERMINAL)
@@ -152,11 +153,14 @@ async def _up(settings: Settings, server: Server, programs: list[Program] | None
     )
     async with started as running:
         log_store(server.store)
-        await _first_to_end(cluster(running.url), keep_alive(running))
+        try:
+            await _first_to_end(cluster(running.url), keep_alive(running))
+        except WireMismatch as error:
+            raise error.in_store(server.store) from None
 
 
 async def _in_here(url: str, settings: Settings, welcome: Callable[[str], str]) -> None:
-    async with _phases_on(url, PHASES, settings) as bus:
+    async with _phases_on(url, PHASES, settings, init=True) as bus:
         _announce(welcome(bus.address))
         await until_lost(bus)
 
@@ -166,6 +170,7 @@ async def _in_processes(url: str, settings: Settings, programs: list[Program], w
     names = [program.name for program in programs]
     async with Bus(url, namespace=settings.loom_namespace, patience_s=FOREVER_S) as bus:
         topology.check_version(bus)
+        await check_processes(bus)
         # Here once, so that what a start waits for is logged by one process.
         await until_started(partial(topology.apply, bus, settings.cluster), patience_s=FOREVER_S)
         supervisor = Supervisor(
@@ -229,12 +234,14 @@ def _counts(replicas: list[str]) -> dict[Phase, int]:
 
 
 async def _phase(settings: Settings, names: tuple[Phase, ...]) -> None:
-    async with _phases_on(settings.nats_url or DEFAULT_URL, names, settings) as bus:
+    async with _phases_on(settings.nats_url or DEFAULT_URL, names, settings, init=False) as bus:
         _announce(f"{', '.join(names)} on {bus.address}")
         await until_lost(bus)
 
 
-def _phases_on(url: str, names: tuple[Phase, ...], settings: Settings) -> AbstractAsyncContextManager[Bus]:
+def _phases_on(
+    url: str, names: tuple[Phase, ...], settings: Settings, *, init: bool
+) -> AbstractAsyncContextManager[Bus]:
     log.info("connecting", server=Bus(url).address)
     return running_phases(
         url,
@@ -243,6 +250,7 @@ def _phases_on(url: str, names: tuple[Phase, ...], settings: Settings) -> Abstra
         config=settings.cluster,
         llm=sense_model(settings),
         patience_s=FOREVER_S,
+        init=init,
     )
 
 

@@ -18,11 +18,12 @@ from support.wait import until
 from loom.bus import tasks
 from loom.bus.client import Bus
 from loom.bus.delivery import Delivery, stamp
-from loom.bus.duplicates import SCHEDULE, TARGET, is_ours, store_once
+from loom.bus.duplicates import is_ours, store_once
 from loom.bus.kv import Bucket
 from loom.bus.loop import schedule
 from loom.bus.outcome import Later, Next, Outcome
 from loom.bus.reward_bus import RewardBus
+from loom.bus.schedules import SCHEDULE, TARGET
 from loom.bus.stored import StoredMessage
 from loom.runner.cluster import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
@@ -76,18 +77,18 @@ def test_a_twins_message_has_the_same_subject_task_and_attempt(stored: StoredMes
 
 
 PHASE = "ns.task.match.normal.d"
-LATER = "ns.later.d.task-2"
+LATER = "ns.later.match.d.task-2"
 
 
 @pytest.mark.parametrize(
     ("under", "at", "target", "ours"),
     [
         (LATER, stamp(NOW + 10), PHASE, True),
-        ("ns.later.d.task-1", stamp(NOW + 12), PHASE, True),
+        ("ns.later.match.d.task-1", stamp(NOW + 12), PHASE, True),
         (LATER, stamp(NOW - 10), PHASE, True),
         (LATER, stamp(NOW + 60), PHASE, False),
         (LATER, stamp(NOW + 10), "elsewhere", False),
-        ("ns.later.other.task-2", stamp(NOW + 10), PHASE, False),
+        ("ns.later.match.other.task-2", stamp(NOW + 10), PHASE, False),
         (LATER, "never", PHASE, False),
         (PHASE, None, None, True),  # a twin that does not wait
         (LATER, None, None, False),  # nothing ever moves it
@@ -136,7 +137,7 @@ async def test_a_settled_twin_whose_task_is_further_on_is_not_sent_again(stage: 
     await settled_twin(stage.bus)
     if waits:
         target = stage.bus.subjects.task("match", "normal", "d")
-        later = stage.bus.subjects.later("d", "task-1")
+        later = stage.bus.subjects.later("match", "d", "task-1")
         await schedule(stage.bus, later, target=target, at=stage.bus.now() + 99, message=HOP, msg_id="d:y")
     else:
         await put(stage.bus, HOP, "execute")
@@ -190,7 +191,7 @@ async def test_a_redelivered_message_makes_its_hop_once(bus: Bus, phases: Phases
 # -- ids that were taken by others
 
 
-@pytest.mark.parametrize("where", ["later.x.y", "task.evaluate.low.zzz", "task.match.normal.d"])
+@pytest.mark.parametrize("where", ["later.match.x.y", "task.evaluate.low.zzz", "task.match.normal.d"])
 @pytest.mark.parametrize("outcome", ["next", "later"])
 async def test_a_hop_whose_id_was_taken_is_stored_all_the_same(
     bus: Bus, phases: Phases, where: str, outcome: str
@@ -214,7 +215,7 @@ async def test_a_taken_id_whose_message_is_gone_loses_no_hop(bus: Bus, phases: P
     async def decide(message: Envelope, _delivery: Delivery) -> Outcome:
         return Next("match", message)
 
-    ack = await bus.store(bus.subjects.later("x", "y"), b"{}", msg_id="d:task-2")
+    ack = await bus.store(bus.subjects.later("match", "x", "y"), b"{}", msg_id="d:task-2")
     await bus.api(f"STREAM.MSG.DELETE.{ack.stream}", {"seq": ack.seq})
     await phases.start(bus, decide)
     assert await put(bus, HOP) == 2
@@ -242,7 +243,7 @@ async def test_a_result_whose_id_was_taken_ends_its_task(stage: Stage) -> None:
     hop = awarded(envelope(TaskAd(task_id="d", description="x"), now=stage.bus.now()))
     await stage.claimed(hop, attempt=1)
     subject = stage.bus.subjects.task("evaluate", "normal", "d")
-    await stage.bus.store(stage.bus.subjects.later("x", "y"), b"{}", msg_id="d:task-9")
+    await stage.bus.store(stage.bus.subjects.later("match", "x", "y"), b"{}", msg_id="d:task-9")
     await store_once(stage.bus, subject, replace(hop, result=RunResult(content="42")), msg_id="d:task-9")
     await until(lambda: ended(stage), what="the task has ended")
     assert (await stage.read("d")).state == "succeeded"
@@ -253,7 +254,7 @@ async def test_a_cancel_whose_id_was_taken_is_announced(stage: Stage) -> None:
     await stage.phase("evaluate")
     hop = envelope(TaskAd(task_id="d", description="x"), now=stage.bus.now())
     await stage.record(hop)
-    await stage.bus.store(stage.bus.subjects.later("x", "y"), b"{}", msg_id="d:cancel")
+    await stage.bus.store(stage.bus.subjects.later("match", "x", "y"), b"{}", msg_id="d:cancel")
     await tasks.cancel(stage.bus, "d")
     assert (await stage.seen("result", task_id="d")).state == "cancelled"
 
@@ -262,7 +263,7 @@ async def ended(stage: Stage) -> bool:
     return (await stage.read("d")).ended
 
 
-@pytest.mark.parametrize("where", ["later.x.y", "task.evaluate.low.zzz"])
+@pytest.mark.parametrize("where", ["later.match.x.y", "task.evaluate.low.zzz"])
 async def test_a_task_whose_every_id_was_taken_ends_in_time(nats_url: str, namespace: str, where: str) -> None:
     agent = FailsOnce()
     async with AsyncExitStack() as stack:
@@ -309,7 +310,7 @@ async def test_a_divided_task_whose_ids_were_taken_ends_with_its_parts(nats_url:
         await stack.enter_async_context(
             running_nodes(nats_url, lambda: [node("n1", agent, code=0.9)], namespace=namespace)
         )
-        await asyncio.gather(*(bus.store(bus.subjects.later("x", "y"), b"{}", msg_id=one) for one in ids))
+        await asyncio.gather(*(bus.store(bus.subjects.later("match", "x", "y"), b"{}", msg_id=one) for one in ids))
         ad = TaskAd(task_id="p", domain="code", description="all", context={"plan": plan}, timeout_s=15)
         result = await (await tasks.publish(bus, ad, deltas=False)).result(20)
 

@@ -92,7 +92,7 @@ async def test_a_task_is_found_wherever_it_is(bus: Bus) -> None:
     await bus.store(bus.subjects.task("scale", "normal", "divided"), notice)
     await schedule(
         bus,
-        bus.subjects.later("parked", "timer"),
+        bus.subjects.later("scale", "parked", "timer"),
         target=bus.subjects.task("scale", "normal", "parked"),
         at=bus.now() + 600,
         message=PlanTimeout(envelope=envelope("parked", attempt=4)),
@@ -100,7 +100,7 @@ async def test_a_task_is_found_wherever_it_is(bus: Bus) -> None:
     )
     await schedule(
         bus,
-        bus.subjects.later("waiting", "task-1"),
+        bus.subjects.later("match", "waiting", "task-1"),
         target=bus.subjects.task("match", "normal", "waiting"),
         at=bus.now() + 600,
         message=envelope("waiting", attempt=2),

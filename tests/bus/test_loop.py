@@ -95,7 +95,7 @@ async def test_twins_on_paths_of_different_length_do_not_swallow_each_others_hop
     async def all_kept() -> bool:
         state = await topology.stream_state(bus, "TASKS", subjects=bus.subjects.everything)
         found = [subject.split(".")[1:3] for subject, count in state["subjects"].items() for _ in range(count)]
-        return sorted(found) == [["later", "t1"], ["later", "t1"], ["task", "execute"], ["task", "execute"]]
+        return sorted(found) == [["later", "scale"], ["later", "scale"], ["task", "execute"], ["task", "execute"]]
 
     await until(all_kept, what="two hops to execute and two timers")
 
@@ -146,7 +146,7 @@ async def test_later_comes_back_after_its_delay_and_holds_no_slot_meanwhile(bus:
     phase = await phases.start(bus, wait_once, lanes=[(SCALE_LANE, 1)])
     started = time.monotonic()
     await put(bus, envelope("t1"))
-    kept = await arrived(bus, "TASKS", bus.subjects.later("t1", "task-1"))
+    kept = await arrived(bus, "TASKS", bus.subjects.later("scale", "t1", "task-1"))
     assert kept.headers["Nats-Schedule-Target"] == bus.subjects.task("scale", "normal", "t1")
     assert kept.headers["Nats-Msg-Id"] == "t1:task-1"
     await put(bus, envelope("t2"))

@@ -65,7 +65,7 @@ async def test_a_settled_message_of_an_ended_task_is_an_orphan(stage: Stage, pha
 
 
 @pytest.mark.parametrize(
-    "where", ["later.x.y", "task.unknown.low.t1", "task.execute.low.t1.more", "task.match.urgent.t1"]
+    "where", ["later.match.x.y", "task.unknown.low.t1", "task.execute.low.t1.more", "task.match.urgent.t1"]
 )
 async def test_a_message_no_consumer_looks_for_is_an_orphan(stage: Stage, where: str) -> None:
     ack = await stage.bus.store(f"{stage.namespace}.{where}", b"{}")
@@ -79,7 +79,7 @@ async def test_work_and_timers_are_no_orphans(stage: Stage) -> None:
         await put(stage.bus, hop(stage, f"{phase}1"), phase)
     await schedule(
         stage.bus,
-        s.later("p", "timer"),
+        s.later("scale", "p", "timer"),
         target=s.task("scale", "low", "p"),
         at=at,
         message=hop(stage, "p"),
@@ -111,7 +111,7 @@ async def test_a_look_is_bounded_and_the_next_one_goes_on_behind_it(
 ) -> None:
     monkeypatch.setattr(orphans, "MOST", 3)
     for n in range(4):
-        await stage.bus.store(stage.bus.subjects.later("x", f"y{n}"), b"{}")
+        await stage.bus.store(stage.bus.subjects.later("scale", "x", f"y{n}"), b"{}")
     first = await find(stage.bus)
     second = await find(stage.bus, start_seq=first.next_seq)
     assert [one.seq for one in first.orphans] == [1, 2, 3]
@@ -140,7 +140,7 @@ async def test_orphans_and_timers_take_no_room_from_submissions(stage: Stage) ->
         await orphan(stage, f"o{n}")
         await schedule(
             stage.bus,
-            s.later(f"p{n}", "timer"),
+            s.later("scale", f"p{n}", "timer"),
             target=s.task("scale", "low", f"p{n}"),
             at=stage.bus.now() + 99,
             message=hop(stage, f"p{n}"),

@@ -102,7 +102,7 @@ def ids(stage: Stage, family: str, **tokens: str) -> list[str]:
 
 
 def timers(stage: Stage) -> Any:
-    return stage.pending("TASKS", stage.bus.subjects.later("p", "timer"))
+    return stage.pending("TASKS", stage.bus.subjects.later("scale", "p", "timer"))
 
 
 async def reads_of(stage: Stage, bucket: str) -> list[Msg]:
@@ -295,11 +295,11 @@ async def test_a_task_joined_late_leaves_its_own_next_attempt_alone(stage: Stage
     await divided(stage, (("a",),))
     record = await ended(stage, "a")
     await stage.seen("task", phase="execute")
-    await stage.bus.store(stage.bus.subjects.later("p", "task-77"), b"{}", headers={})
+    await stage.bus.store(stage.bus.subjects.later("scale", "p", "task-77"), b"{}", headers={})
     await tell(stage, record)
     await stage.seen("task", phase="execute", count=2)
     await dealt_with(stage)
-    assert await stage.pending("TASKS", stage.bus.subjects.later("p", "task-77")) == 1
+    assert await stage.pending("TASKS", stage.bus.subjects.later("scale", "p", "task-77")) == 1
 
 
 async def test_a_timer_set_for_a_plan_that_another_replica_has_joined_meanwhile_is_taken_back(
@@ -414,7 +414,7 @@ async def test_a_cancel_reaches_children_and_their_children_and_those_not_admitt
     assert (await stage.seen("result", task_id="late")).state == "cancelled"
     await asyncio.gather(*(stage.settled(phase=name) for name in ("scale", "sense", "evaluate")))
     assert [(await stored(stage, name)).state for name in ("p", first.task_id)] == ["done", "done"]  # type: ignore[union-attr]
-    assert await stage.pending("TASKS", stage.bus.subjects.of("later", "*", "*")) == 0
+    assert await stage.pending("TASKS", stage.bus.subjects.of("later", "*", "*", "*")) == 0
 
 
 async def test_a_cancel_while_a_notice_waits_ends_the_task_as_itself(stage: Stage) -> None:

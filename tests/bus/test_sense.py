@@ -505,7 +505,12 @@ async def test_parked_timers_take_no_room(stage: Stage) -> None:
         target = subjects.task("match", "normal", parked.task_id)
         at = stage.bus.now() + 60
         await schedule(
-            stage.bus, subjects.later(parked.task_id, "task-1"), target=target, at=at, message=parked, msg_id=f"p{n}"
+            stage.bus,
+            subjects.later("match", parked.task_id, "task-1"),
+            target=target,
+            at=at,
+            message=parked,
+            msg_id=f"p{n}",
         )
     await stage.phase("sense", ClusterConfig(max_in_flight=4))
     await submit(stage, ad(task_id="t1"))

@@ -58,7 +58,7 @@ async def test_phases_wait_until_their_streams_can_be_created(plain: Bus, names:
                 assert "TASKS" in waits(logs)[0]["reason"]
                 assert not start.done()
             await asyncio.wait_for(start, 20)
-    assert (await topology.restore(plain, ClusterConfig())) == []
+    assert (await topology.init(plain, ClusterConfig())) == []
 
 
 async def test_what_a_start_waits_for_is_logged_at_once_and_then_now_and_then(

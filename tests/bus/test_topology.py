@@ -200,11 +200,11 @@ async def test_what_is_missing_is_restored_and_the_rest_is_left_as_it_is(bus: Bu
     edited = {**topology.consumer(bus, topology.SCALE_LANE), "ack_wait": 5 * 10**9}
     call = f"CONSUMER.CREATE.{stream}.scale.{edited['filter_subject']}"
     await bus.api(call, {"stream_name": stream, "config": edited})
-    assert await topology.restore(bus, ClusterConfig(intake_limit=7)) == []
+    assert await topology.init(bus, ClusterConfig(intake_limit=7)) == []
 
     await bus.api(f"STREAM.DELETE.{full_name(bus, 'plans')}")
     await bus.api(f"CONSUMER.DELETE.{stream}.match_low")
-    assert await topology.restore(bus, ClusterConfig(intake_limit=7)) == [full_name(bus, "plans"), "match_low"]
+    assert await topology.init(bus, ClusterConfig(intake_limit=7)) == [full_name(bus, "plans"), "match_low"]
     assert (await bus.api(f"CONSUMER.INFO.{stream}.scale"))["config"]["ack_wait"] == 5 * 10**9
     assert (await config_of(bus, bus.subjects.stream("INTAKE")))["max_msgs"] == 100_000
 

@@ -197,7 +197,7 @@ async def test_a_task_that_is_cancelled_while_it_waits_for_a_node_is_never_award
         alone = [await publish(bus, domain="quick"), await publish(bus, "quick1"), await tasks.publish(bus, divided)]
 
         async def all_wait() -> bool:
-            return await stored(bus, bus.subjects.of("later", "*", "*")) >= len(alone)
+            return await stored(bus, bus.subjects.of("later", "*", "*", "*")) >= len(alone)
 
         await until(all_wait, within_s=WITHIN_S, what="they wait")
         await asyncio.gather(*(handle.cancel() for handle in alone))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from support.command import Command, command, loom
 from support.nodes import node
+from support.streams import create_streams
 
 from loom.bus import tasks
 from loom.bus.client import Bus
@@ -130,6 +131,7 @@ async def machines(folder: Path, url: str) -> AsyncIterator[Machines]:
     agents = folder / "agents.py"
     agents.write_text(AGENTS)
     all_of_them = Machines(folder, url)
+    await create_streams(url)
     try:
         running = [await all_of_them.start(name, "phase", name) for name in PHASES]
         running.append(await all_of_them.start("node", "node", str(agents), "--slots", "8"))
@@ -172,6 +174,7 @@ async def test_a_machine_that_starts_with_a_wrong_clock_works_before_and_after_i
     agents = tmp_path / "agents.py"
     agents.write_text(AGENTS)
     all_of_them = Machines(tmp_path, server.url)
+    await create_streams(server.url)
     try:
         rest = await all_of_them.start("rest", "phase", *(name for name in PHASES if name != "execute"))
         wrong = await all_of_them.start("wrong", "phase", "execute")

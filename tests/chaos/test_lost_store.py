@@ -158,7 +158,7 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 async def roll_up(stage: Stage) -> None:
     """Erase all hops by one message, as the server lets anyone do who may publish a hop."""
-    await stage.bus.store(stage.bus.subjects.later("x", "y"), b"{}", headers={"Nats-Rollup": "all"})
+    await stage.bus.store(stage.bus.subjects.later("match", "x", "y"), b"{}", headers={"Nats-Rollup": "all"})
 
 
 async def purge(stage: Stage) -> None:

@@ -11,6 +11,7 @@ import pytest
 from support.buses import alive
 from support.command import LOOM, Command, command
 from support.nodes import node
+from support.streams import create_streams
 from support.wait import until
 
 from loom.bus import tasks
@@ -164,6 +165,7 @@ async def test_every_service_that_is_shut_out_ends_so_that_it_is_started_again(
         async def start(*words: str) -> Command:
             return await stack.enter_async_context(command(tmp_path, *LOOM, *words, NATS_URL=url))
 
+        await create_streams(url)
         services = [
             await start("phase", "match", "sense"),
             await start("up"),

@@ -245,7 +245,7 @@ async def test_up_says_so_when_its_port_is_taken(start: Start) -> None:
 
 
 @pytest.mark.slow
-async def test_a_phase_waits_for_its_server(start: Start, namespace: str) -> None:
+async def test_a_phase_waits_for_its_server_and_for_its_streams(start: Start, namespace: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     url = f"nats://127.0.0.1:{port}"
@@ -254,6 +254,8 @@ async def test_a_phase_waits_for_its_server(start: Start, namespace: str) -> Non
     server = NatsServer(port=port)
     server.start()
     try:
+        await phase.says("run `loom init`")
+        assert (await loom(start, "init", NATS_URL=url, LOOM_NAMESPACE=namespace)).code == 0
         await phase.says("on nats")
         assert phase.out == ""  # where logs are collected, every line is of one form
         lines = [json.loads(line) for line in phase.err.splitlines()]

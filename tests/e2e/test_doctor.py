@@ -15,8 +15,17 @@ from support.phases import ad, envelope
 from support.rewards import reward
 from support.wait import until
 
+from loom.bus import topology
 from loom.bus.client import Bus
-from loom.bus.presence import Clocks, Present, clocks, who_is_there
+from loom.bus.presence import (
+    Clocks,
+    Presence,
+    Present,
+    clocks,
+    settings_facts,
+    shared_settings,
+    who_is_there,
+)
 from loom.bus.reward_bus import RewardBus
 from loom.bus.topology import Inspection, Part
 from loom.phases.adapt import Adapt
@@ -61,7 +70,7 @@ async def test_a_healthy_cluster_has_nothing_but_good_findings(on_bus: Where, cl
     assert [finding.about for finding in seen] == [
         *("server", "jetstream", "clock", "streams", "storage"),
         *(f"phase {phase}" for phase in PHASES),
-        "work",
+        *("settings", "work"),
         *("hosts", "backlog", "dead letters"),
     ]
     assert f"{namespace}-match" in here.out
@@ -91,6 +100,54 @@ async def test_each_thing_that_is_wrong_is_a_line_with_what_to_do(on_bus: Where,
     assert all(re.match(r"(ok  |warn|fail) \S", line) for line in lines)
     assert any(line.startswith("fail streams        execute is missing → any running phase creates") for line in lines)
     assert 'fail phase scale    does not answer → run "loom phase scale", or see its log' in lines
+
+
+async def test_a_setting_that_differs_between_phases_is_named_with_its_values(on_bus: Where, client: Bus) -> None:
+    url, namespace = on_bus
+    other = ClusterConfig(max_attempts=5, judge_weights={"judge": 2}, drain_timeout_s=1)
+    async with (
+        running_phases(url, names=("sense", "match"), namespace=namespace),
+        running_phases(url, names=("execute",), namespace=namespace, config=other),
+    ):
+        shared = await shared_settings(client)
+        found = [finding for finding in await examine(client, ClusterConfig()) if finding.about == "settings"]
+
+    ids = {each.process.split(" ")[0].removeprefix(f"{namespace}-"): each.process for each in shared}
+    both = f"{ids['match']} {ids['sense']}"
+    assert [(finding.mark, finding.says, finding.todo) for finding in found] == [
+        (
+            "warn",
+            f'judge_weights is {{"judge":2.0}} in {ids["execute"]}, {{}} in {both}',
+            "give all processes the same LOOM_JUDGE_WEIGHTS and start them again",
+        ),
+        (
+            "warn",
+            f"max_attempts is 3 in {both}, 5 in {ids['execute']}",
+            "give all processes the same LOOM_MAX_ATTEMPTS and start them again",
+        ),
+    ]
+
+
+def test_numbers_of_another_form_are_the_same_setting() -> None:
+    assert settings_facts(ClusterConfig(idle_timeout_s=300)) == settings_facts(ClusterConfig(idle_timeout_s=300.0))
+    assert settings_facts(ClusterConfig(learn_wait_s=1)) == settings_facts(ClusterConfig(drain_timeout_s=1))
+
+
+async def test_another_wire_version_is_found_in_streams_and_processes(on_bus: Where, client: Bus) -> None:
+    await topology.apply(client, ClusterConfig())
+    stream = client.subjects.stream("DEAD")
+    config = (await client.api(f"STREAM.INFO.{stream}"))["config"]
+    await client.api(f"STREAM.UPDATE.{stream}", {**config, "metadata": {}})
+    async with Bus(on_bus[0], namespace=on_bus[1], role="match") as other:
+        presence = Presence(other, ["match"], "i1", {"loom.wire": "2"})
+        await presence.start()
+        found = [finding for finding in await examine(client, ClusterConfig()) if finding.about == "wire"]
+        await presence.stop()
+
+    assert [(finding.mark, finding.says) for finding in found] == [
+        ("fail", f"{stream} has no wire version, this is 1"),
+        ("fail", f"{on_bus[1]}-match (i1) has wire version 2, this is 1"),
+    ]
 
 
 async def test_an_empty_server_says_that_nothing_has_run(client: Bus) -> None:
@@ -245,6 +302,9 @@ async def test_phases_are_found_as_nats_services_are(on_bus: Where, phases: Bus,
     clocks = {name: float(info["metadata"].pop(name)) for name in ("server_time", "wall_clock")}
     assert clocks == {name: pytest.approx(client.now(), abs=2) for name in clocks}  # the server runs on this machine
     health = json.loads(info["metadata"].pop("health"))
+    assert {name: info["metadata"].pop(name) for name in ("settings", "settings_digest")} == settings_facts(
+        ClusterConfig()
+    )
     assert health.get("handled", 0) == health.get("in_hand", 0) == 0
     assert info == {**ping, "type": "io.nats.micro.v1.info_response", "description": "match of a loom cluster"} | {
         "endpoints": []

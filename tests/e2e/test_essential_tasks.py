@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from support.command import command
 from support.rewards import reward
+from support.streams import create_streams
 
 from loom import Runtime, TaskAd
 from loom.bus.client import Bus
@@ -33,6 +34,7 @@ async def test_a_phase_whose_reader_fails_ends_with_the_reason(
 ) -> None:
     url, namespace = on_bus
     env = {"NATS_URL": url, "LOOM_NAMESPACE": namespace, "PYTHONPATH": TESTS}
+    await create_streams(url, namespace)
     async with command(tmp_path, *LOOM, "phase", "adapt", **env) as running:
         await running.says("phases_started")
         await RewardBus(bus=client).publish(reward(1))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support.command import LOOM, Command, below, command
 from support.logs import capture_logs
+from support.streams import create_streams
 from support.wait import until
 
 from loom.bus.client import Bus
@@ -38,6 +39,7 @@ async def test_closed_standard_streams_are_as_good_as_dev_null(
     streams: str, tmp_path: Path, nats_url: str, namespace: str
 ) -> None:
     where = {"NATS_URL": nats_url, "LOOM_NAMESPACE": namespace}
+    await create_streams(nats_url, namespace)
     async with (
         Bus(nats_url, namespace=namespace) as bus,
         command(tmp_path, *without(streams, *LOOM, "phase", "match"), **where) as phase,
@@ -101,6 +103,7 @@ async def test_process_1_drains_and_ends_with_the_code_of_the_command(
     tmp_path: Path, nats_url: str, namespace: str
 ) -> None:
     where = {"NATS_URL": nats_url, "LOOM_NAMESPACE": namespace}
+    await create_streams(nats_url, namespace)
     async with command(tmp_path, *CONTAINER, *LOOM, "phase", "match", **where) as container:
         await container.says("match on nats")
         os.kill(first_process(container), signal.SIGTERM)

@@ -17,6 +17,7 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from support.command import LOOM, WITHIN_S, Command, alive, below, command, loom
+from support.streams import create_streams
 from support.wait import until
 
 from loom.bus import tasks
@@ -103,6 +104,7 @@ async def main():
 
 asyncio.run(main())
 """
+    await create_streams(nats_url, namespace)
     async with command(tmp_path, sys.executable, "-c", script, NATS_URL=nats_url, LOOM_NAMESPACE=namespace) as parent:
         await until(lambda: parent.out.count('"ready"') == 2, within_s=WITHIN_S, what="both are ready")
         children = below(parent.process.pid)

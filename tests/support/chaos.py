@@ -14,6 +14,7 @@ from typing import Self
 
 from loom.runner.embedded import NatsServer
 from support.command import FOREIGN
+from support.streams import create_streams
 
 SERVER = "server"
 LONGEST_DOWN_S = 1.5
@@ -116,6 +117,7 @@ class Cast:
         }
 
     async def __aenter__(self) -> Self:
+        await create_streams(self.server.url, self.env.get("LOOM_NAMESPACE", "loom"))
         await asyncio.gather(*(member.start() for member in self.members.values()))
         return self
 

@@ -57,9 +57,11 @@ class Project:
         return self.compose("ps", "--quiet", service).split()
 
     def all_healthy(self) -> bool:
-        """Return whether every container runs and its health check, where it has one, succeeds."""
-        lines = self.compose("ps", "--all", "--format", "{{.State}} {{.Health}}").splitlines()
-        return {line.strip() for line in lines} == {"running healthy"}
+        """Return whether every container runs and its health check succeeds, but for `init`, which has ended well."""
+        columns = "{{.Service}} {{.State}} {{.Health}} {{.ExitCode}}"
+        states = {" ".join(line.split()) for line in self.compose("ps", "--all", "--format", columns).splitlines()}
+        others = {state.partition(" ")[2] for state in states - {"init exited 0"}}
+        return "init exited 0" in states and others == {"running healthy 0"}
 
     def health(self, service: str) -> str:
         """Return `starting`, `healthy` or `unhealthy` of the first container of a service."""

@@ -54,10 +54,10 @@ def test_the_files_are_projects_of_their_own_that_may_run_side_by_side() -> None
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_there_is_a_service_for_each_phase_a_node_a_tap_and_a_doctor(file: str) -> None:
+def test_there_is_a_service_for_the_streams_each_phase_a_node_a_tap_and_a_doctor(file: str) -> None:
     services = PROJECTS[file]["services"]
 
-    assert {name for name in services if not name.startswith("nats")} == {*PHASES, "node", "tap", "doctor"}
+    assert {name for name in services if not name.startswith("nats")} == {*PHASES, "init", "node", "tap", "doctor"}
     assert all(services[phase]["command"] == ["phase", phase] for phase in PHASES)
     assert {name for name, service in services.items() if service.get("profiles")} == {"tap", "doctor"}
 

@@ -71,7 +71,7 @@ def test_an_unknown_family_is_a_mistake() -> None:
 def test_the_named_builders_agree_with_the_table(phase: str, priority: str, task_id: str, origin: str) -> None:
     assert subjects.task(phase, priority, task_id) == subjects.of("task", phase, priority, task_id)
     assert subjects.intake(priority, task_id) == subjects.of("intake", priority, task_id)
-    assert subjects.later(task_id, origin) == subjects.of("later", task_id, origin)
+    assert subjects.later(phase, task_id, origin) == subjects.of("later", phase, task_id, origin)
     assert (subjects.submit, subjects.hosts, subjects.spawn) == tuple(map(subjects.of, ("submit", "hosts", "spawn")))
 
 

@@ -46,9 +46,16 @@ objects = [shape for shape in message_types() if not shape.__struct_config__.arr
 @pytest.mark.parametrize("shape", objects, ids=lambda shape: shape.__name__)
 @settings(a_few, max_examples=2)
 @given(data=st.data())
-def test_a_field_of_a_newer_peer_is_ignored(shape: type[Relayed], data: st.DataObject) -> None:
+def test_a_field_of_a_newer_peer_is_ignored_or_kept(shape: type[Relayed], data: st.DataObject) -> None:
     message = data.draw(messages(shape))
-    assert decode(with_unknown_field(message), shape) == message
+    raw = with_unknown_field(message)
+    read = decode(raw, shape)
+    assert isinstance(read, shape)
+    assert fields_of(read) | fields_of(message) == fields_of(read)
+    if shape.__struct_config__.forbid_unknown_fields:
+        assert json.loads(encode(read)) == json.loads(raw)
+    else:
+        assert read == message
 
 
 @pytest.mark.parametrize(

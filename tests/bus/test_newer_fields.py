@@ -1,0 +1,77 @@
+"""Fields of a newer version pass through all phases, none of which knows them, into the record."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+from support.nodes import echo, node
+from support.phases import Stage
+from support.wait import until
+
+from loom.bus.kv import Bucket
+from loom.bus.records import records
+from loom.schemas.envelope import Envelope, TaskRecord
+from loom.schemas.task import Submission, TaskAd
+from loom.schemas.unknown_fields import with_unknown_fields
+from loom.schemas.wire import new_id
+
+NEW: dict[str, Any] = {"new": {"a": [1, "x"]}}
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+async def record_of(stage: Stage, task_id: str) -> dict[str, Any]:
+    """Wait for the end of a task and return its record as the bucket holds it."""
+
+    async def ended() -> dict[str, Any] | None:
+        entry = await Bucket(stage.bus, "records", dict[str, Any]).get(task_id)
+        return entry.value if entry is not None and entry.value["state"] == "succeeded" else None
+
+    return await until(ended, what="the record of the ended task")  # type: ignore[return-value]
+
+
+async def test_a_newer_ad_keeps_its_fields_through_all_six_phases(stage: Stage) -> None:
+    for phase in ("sense", "match", "scale", "execute", "evaluate", "adapt"):
+        await stage.phase(phase)  # type: ignore[arg-type]
+    await stage.host([node("n1", echo, code=0.9)])
+    ad = with_unknown_fields(TaskAd(task_id="t1", domain="code", description="x", estimated_complexity=0.1), NEW)
+    subject = stage.bus.subjects.intake("normal", "t1")
+    await stage.bus.store(subject, Submission(ad=ad, submission=new_id()), msg_id=new_id())
+
+    record = await record_of(stage, "t1")
+    assert record["envelope"]["ad"]["new"] == NEW["new"]
+    assert record["envelope"]["result"]["content"] == "done: x"
+    hops = [hop.body for hop in stage.heard if hop.parsed.family == "task"]
+    assert [json.loads(json.dumps(dict(hop.ad.unknown_fields))) for hop in hops] == [NEW] * len(hops)
+
+
+async def test_what_a_newer_sense_writes_on_envelope_spec_and_record_stays(stage: Stage) -> None:
+    await stage.phase("sense")
+    ad = TaskAd(task_id="t1", domain="code", description="x", estimated_complexity=0.1)
+    subject = stage.bus.subjects.intake("normal", "t1")
+    await stage.bus.store(subject, Submission(ad=ad, submission=new_id()), msg_id=new_id())
+    hop: Envelope = await stage.seen("task", phase="match")
+    await stage.bus.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}")
+
+    entry = await records(stage.bus).get("t1")
+    assert entry is not None
+    assert hop.known is not None
+    assert hop.spec is not None
+    stored = with_unknown_fields(entry.value, NEW)
+    revision = await Bucket(stage.bus, "records", TaskRecord).update("t1", stored, entry.revision)
+    known = with_unknown_fields(replace(hop.known, revision=revision), NEW)
+    newer = with_unknown_fields(replace(hop, spec=with_unknown_fields(hop.spec, NEW), known=known), NEW)
+    await stage.put("match", newer)
+    for phase in ("match", "scale", "execute", "evaluate"):
+        await stage.phase(phase)  # type: ignore[arg-type]
+    await stage.host([node("n1", echo, code=0.9)])
+
+    record = await record_of(stage, "t1")
+    assert record["new"] == record["envelope"]["new"] == record["envelope"]["spec"]["new"] == NEW["new"]
+    assert "new" not in record["envelope"]["award"]

@@ -1,0 +1,80 @@
+"""A message that a schedule has moved is taken only from the phases that may schedule it, for its own task."""
+
+import pytest
+from support.buses import envelope
+from support.hops import Phases, arrived, hop, put, settled
+
+from loom.bus.client import Bus, Refused
+from loom.bus.loop import schedule
+from loom.bus.schedules import SCHEDULERS, may_schedule
+from loom.schemas.envelope import PHASES, Phase
+
+
+async def soon(bus: Bus, by: str, target_task: str = "t1", task: str = "t1") -> None:
+    """Schedule a hop to SCALE under a subject of the phase `by`."""
+    await schedule(
+        bus,
+        bus.subjects.later(by, task, "task-1"),
+        target=bus.subjects.task("scale", "normal", target_task),
+        at=bus.now() + 0.05,
+        message=envelope(target_task),
+        msg_id=f"{by}:{task}",
+    )
+
+
+async def test_a_phase_takes_what_it_has_scheduled_itself(bus: Bus, phases: Phases) -> None:
+    phase = await phases.start(bus)
+    await soon(bus, "scale")
+    await phase.count(1)
+    await settled(bus, 0)
+
+
+@pytest.mark.parametrize(("by", "task"), [("match", "t1"), ("evaluate", "t1"), ("scale", "t2")])
+async def test_what_another_phase_or_task_has_scheduled_is_a_dead_letter(
+    bus: Bus, phases: Phases, by: str, task: str
+) -> None:
+    phase = await phases.start(bus)
+    await soon(bus, by, task=task)
+    letter = await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t1"))
+    assert letter.headers["Loom-Dead-reason"] == f"scheduled by {bus.subjects.later(by, task, 'task-1')}"
+    assert phase.handled == []
+    ended = (await hop(bus, "evaluate")).envelope
+    assert ended.error is not None
+    assert ended.error.code == "dead_letter"
+
+
+async def test_the_header_is_compared_exactly(bus: Bus, phases: Phases) -> None:
+    phase = await phases.start(bus)
+    subject, forged = bus.subjects.task("scale", "normal", "t1"), bus.subjects.later("match", "t1", "x")
+    with pytest.raises(Refused, match="invalid scheduler"):
+        await bus.store(subject, envelope(), headers={"Nats-Scheduler": forged})
+    await bus.store(subject, envelope(), headers={"nats-scheduler": forged})  # any client's header without a meaning
+    await phase.count(1)
+
+
+async def test_a_message_without_a_schedule_is_not_looked_at(bus: Bus, phases: Phases) -> None:
+    phase = await phases.start(bus)
+    await put(bus, envelope())
+    await phase.count(1)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_each_phase_takes_its_own_schedules_and_match_those_of_evaluate_too(phase: Phase) -> None:
+    taken = {by for by in PHASES if may_schedule(f"ns.later.{by}.t.o", f"ns.task.{phase}.low.t")}
+    assert taken == SCHEDULERS[phase]
+    assert taken == {"match": {"match", "evaluate"}, "adapt": set()}.get(phase, {phase})
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        "",
+        "ns.later.match.t",
+        "ns.later.match.u.o",
+        "other.later.match.t.o",
+        "ns.task.match.low.t",
+        "ns.later.match.t.o.o",
+    ],
+)
+def test_any_other_subject_schedules_nothing(scheduler: str) -> None:
+    assert not may_schedule(scheduler, "ns.task.match.low.t")
