@@ -4,9 +4,11 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from support.nodes import echo, node
 from support.wait import until
 
@@ -27,6 +29,7 @@ from loom.bus.ownership import WrongEventLoop
 from loom.cluster.planner import TaskPlanner
 from loom.schemas.errors import AgentFailed, BusUnavailable, LoomError
 from loom.schemas.learning import Reward
+from loom.schemas.wire import new_id
 from loom.types import CapabilityProfile
 
 SUM = TaskAd(domain="code", description="sum", timeout_s=20)
@@ -150,8 +153,9 @@ async def test_of_threads_that_open_a_runtime_at_once_one_has_it_and_the_others_
 
 async def test_a_runtime_whose_loop_has_ended_is_opened_by_the_next_loop(on_bus: tuple[str, str], phases: Bus) -> None:
     rt = runtime()
-    handles = [await asyncio.to_thread(in_other_loop, lambda: rt.publish(SUM)) for _ in range(2)]
-    assert await rt.submit(SUM) == "done: sum"
+    ads = [replace(SUM, task_id=new_id()) for _ in range(3)]  # the host of an ended loop may take its own along
+    handles = [await asyncio.to_thread(in_other_loop, partial(rt.publish, ad)) for ad in ads[:2]]
+    assert await rt.submit(ads[2]) == "done: sum"
     with pytest.raises(WrongEventLoop, match="has ended"):
         await handles[0].result()
     await rt.aclose()
