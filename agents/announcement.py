@@ -23,5 +23,5 @@ def facts_of(nodes: Sequence[Node], rooms: Mapping[str, Room], slots: int) -> di
         "running": sum(len(room.running) for room in used.values()),
         "queued": sum(room.queued for room in used.values()),
         "busy": tuple(node_id for node_id, room in used.items() if room.has_work),
-        "children": tuple(node.state() for node in nodes if isinstance(node, Child)),
+        "spawned": tuple(node.state() for node in nodes if isinstance(node, Child)),
     }

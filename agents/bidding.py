@@ -21,13 +21,13 @@ def make_offer(host_id: str, call: CallForBids, nodes: Sequence[Node], rooms: Ro
     for node in nodes:
         if node.agent is None or node.id in excluded or not node.has_tools(call.required_tools):
             continue
-        claim = node.claim(call.slug)
+        claim = node.claim(call.domain_token)
         if claim > 0:
             able.append((node, claim))
     best = [able[place][0] for *_, place in nsmallest(call.limit, _ranks(able, call, rooms))]
     if not best:
-        return Offer(host_id=host_id, decline="busy" if able else "cannot")
-    bids = tuple(rooms(node.id).bid(node, call.slug, call.required_tools) for node in best)
+        return Offer(host_id=host_id, decline="busy" if able else "unqualified")
+    bids = tuple(rooms(node.id).bid(node, call.domain_token, call.required_tools) for node in best)
     return Offer(host_id=host_id, bids=bids)
 
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from loom.agents.node import Node
 from loom.schemas.auction import Bid, ChildState
 from loom.schemas.learning import NodeProfile
-from loom.schemas.task import slug
+from loom.schemas.task import domain_token
 
 CLAIM = 0.5
 STEM = 56
@@ -74,7 +74,7 @@ class Child:
 
     def claim(self, domain: str) -> float:
         """Return what it claims: 0.5 in the domain it was wanted for, else no more than that, nor than its template."""
-        return CLAIM if slug(domain) == self._wanted else min(CLAIM, self._template.claim(domain))
+        return CLAIM if domain_token(domain) == self._wanted else min(CLAIM, self._template.claim(domain))
 
     def named_domains(self) -> Collection[str]:
         """Return its template's domains and the one it was wanted for."""

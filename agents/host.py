@@ -63,7 +63,7 @@ class NodeHost:
         self, bus: Bus, nodes: Callable[[], Sequence[Node]], *, slots: int = SLOTS, backlog: int = BACKLOG
     ) -> None:
         self.host_id = new_id()[:12]
-        self.templates = False  # whether nodes can be started here on request
+        self.can_spawn = False  # whether nodes can be started here on request
         self.bus = bus
         self._nodes = nodes
         self._slots = slots
@@ -188,7 +188,7 @@ class NodeHost:
         announcement = HostAnnouncement(
             host_id=self.host_id,
             draining=self._draining,
-            templates=self.templates,
+            can_spawn=self.can_spawn,
             stuck=len(self._stuck),
             **facts_of(here, self._rooms, self._slots),
         )
@@ -221,8 +221,8 @@ class NodeHost:
         try:
             offer = self.offer(call)
         except BaseException as error:  # noqa: BLE001 - a node may be a user's class: its fault is not the host's end
-            log.error("node_raised", slug=call.slug, **described(error))
-            offer = Offer(host_id=self.host_id, decline="cannot")
+            log.error("node_raised", domain_token=call.domain_token, **described(error))
+            offer = Offer(host_id=self.host_id, decline="unqualified")
         self.bus.send(msg.reply, offer)
 
     def offer(self, call: CallForBids) -> Offer:
@@ -240,7 +240,7 @@ class NodeHost:
             request = decode(msg.data, RunRequest)
         except Undecodable as error:
             self.bus.discards.add("run_request_undecodable", reason=error.message)
-            send(self.bus, msg.reply, encode(RunEvent(seq=0, kind="rejected", code="cannot")))
+            send(self.bus, msg.reply, encode(RunEvent(seq=0, kind="rejected", code="unqualified")))
             return
         attempts = self._runs.get(request.task_id, {})
         known = attempts.get(request.attempt)
@@ -265,7 +265,7 @@ class NodeHost:
         node = self._node(run.request.node_id)
         if node is None or node.agent is None:
             left = run.request.node_id in self._left  # nobody's fault: it was there when it won
-            run.say("rejected", code="busy" if left else "cannot")
+            run.say("rejected", code="busy" if left else "unqualified")
             return
         room = self._room(node.id)
         if self._draining or node.status == "dying" or not room.takes(run.request.priority):

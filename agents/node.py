@@ -31,7 +31,7 @@ class Node(Protocol):
         ...
 
     def claim(self, domain: str) -> float:
-        """Return its own rating in `domain`, a slug or any wording of it: 0 to 1, the claim of its offer.
+        """Return its own rating in `domain`, a domain_token or any wording of it: 0 to 1, the claim of its offer.
 
         At 0 it does not take the domain: it bids on no such task.
         """
@@ -174,7 +174,7 @@ class Room:
         offer = node.to_bid(domain=domain, required_tools=required_tools)
         return Bid(
             node_id=offer.node_id,
-            claim=offer.claim,
+            self_rating=offer.self_rating,
             load=self.load,
             tools=offer.tools,
             expected_tokens=int(self.expected_tokens),

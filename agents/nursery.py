@@ -57,7 +57,7 @@ class Nursery:
             await self._bus.subscribe(subjects.spawn, self._on_spawn, queue=QUEUE),
             await self._bus.subscribe(subjects.of("retire", host.host_id), self._on_retire),
         ]
-        host.templates = True
+        host.can_spawn = True
         await host.announce()
         await self._bus.echo()
 
@@ -78,12 +78,12 @@ class Nursery:
             return
         made = self.spawn(wanted)
         if isinstance(made, Child):
-            log.info("node_spawned", node_id=made.id, slug=wanted.slug, reason=wanted.reason)
+            log.info("node_spawned", node_id=made.id, domain_token=wanted.domain_token, reason=wanted.reason)
             await host.announce()
-            await self._tell("spawned", made, f"{made.origin}: {wanted.reason} in {wanted.slug}")
+            await self._tell("spawned", made, f"{made.origin}: {wanted.reason} in {wanted.domain_token}")
             reply = SpawnReply(host_id=host.host_id, node_id=made.id)
         else:
-            log.debug("spawn_declined", slug=wanted.slug, decline=made)
+            log.debug("spawn_declined", domain_token=wanted.domain_token, decline=made)
             reply = SpawnReply(host_id=host.host_id, decline=made)
         if msg.reply:
             await self._bus.publish(msg.reply, reply)
@@ -93,23 +93,23 @@ class Nursery:
         nodes = self.nodes()
         template = choose_template(wanted, nodes, self._max_nodes)
         if isinstance(template, str):
-            template = self._skilled(wanted, len(nodes)) if template == "cannot" else template
+            template = self._skilled(wanted, len(nodes)) if template == "unqualified" else template
             if isinstance(template, str):
                 return template
         taken = {node.id for node in nodes}
         name = child_id(template.id, taken) if template.id in taken else template.id
-        child = Child(name, template, wanted.slug)
+        child = Child(name, template, wanted.domain_token)
         self._children[child.id] = child
         return child
 
     def _skilled(self, wanted: SpawnRequest, size: int) -> Node | SpawnDecline:
         """Return the node of a skill the task calls for; asked only with room for it, since it counts as started."""
         if self._skills is None:
-            return "cannot"
+            return "unqualified"
         if size >= self._max_nodes:
             return "full"
         node = self._skills(wanted)
-        return node if node is not None and node.has_tools(wanted.required_tools) else "cannot"
+        return node if node is not None and node.has_tools(wanted.required_tools) else "unqualified"
 
     # -- shrinking
 
@@ -136,7 +136,7 @@ class Nursery:
     def _refusal(self, order: RetireRequest) -> RetireDecline | None:
         child = self._children.get(order.node_id)
         if child is None:
-            return "original" if any(node.id == order.node_id for node in self._originals()) else "unknown"
+            return "permanent" if any(node.id == order.node_id for node in self._originals()) else "unknown"
         return "busy" if order.when_idle and child.has_work and child.status != "dying" else None
 
     async def _let_go(self, child: Child, reason: str) -> None:
@@ -173,13 +173,13 @@ def choose_template(wanted: SpawnRequest, nodes: Sequence[Node], max_nodes: int)
         if node.agent is not None
         and node.status != "dying"
         and node.has_tools(wanted.required_tools)
-        and node.claim(wanted.slug) > 0
+        and node.claim(wanted.domain_token) > 0
     ]
     if any(not node.load for node in able):
         return "idle"
     templates = [node for node in able if not (isinstance(node, Child) and node.is_clone)]
     if not templates:
-        return "cannot"
+        return "unqualified"
     if len(nodes) >= max_nodes:
         return "full"
-    return max(templates, key=lambda node: node.claim(wanted.slug))
+    return max(templates, key=lambda node: node.claim(wanted.domain_token))

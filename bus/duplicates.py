@@ -101,7 +101,7 @@ def _is_same_reward(stored: StoredMessage, subject: str, reward: Reward) -> bool
     if (twin.reward_id, twin.kind) != (reward.reward_id, reward.kind):
         return False
     if reward.kind == "inherit":
-        return stored.subject.endswith(f".reward.{twin.node_id}.{twin.slug}")
+        return stored.subject.endswith(f".reward.{twin.node_id}.{twin.domain_token}")
     return stored.subject == subject and twin.score == reward.score
 
 

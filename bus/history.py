@@ -146,9 +146,9 @@ async def ended_since(bus: Bus, at: float) -> AsyncIterator[TaskRecord]:
             yield record
 
 
-async def rewards_since(bus: Bus, at: float, *, slug: str = "*") -> AsyncIterator[tuple[float, Reward]]:
+async def rewards_since(bus: Bus, at: float, *, domain_token: str | None = None) -> AsyncIterator[tuple[float, Reward]]:
     """Yield the rewards stored at server time `at` or later, each with that time, in stream order."""
-    subject = bus.subjects.of("reward", "*", slug)
+    subject = bus.subjects.of("reward", "*", domain_token or "*")
     async for message in since(bus, bus.subjects.stream("REWARDS"), subject, at):
         reward = _read(bus, message, Reward)
         if reward is not None:

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from loom.bus.client import Bus, Conflict
 from loom.bus.kv import Bucket, Entry
-from loom.schemas.envelope import Envelope, Known, ReplySubjects, TaskRecord
+from loom.schemas.envelope import Envelope, RecordVersion, ReplySubjects, TaskRecord
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.unknown_fields import unknown_fields, with_unknown_fields
 from loom.schemas.wire import Name, Relayed, Timestamp, Undecodable
@@ -26,7 +26,7 @@ def remembered(envelope: Envelope) -> Entry[TaskRecord] | None:
 
     None when the envelope does not tell.
     """
-    known = envelope.known
+    known = envelope.record_version
     if known is None:
         return None
     record = TaskRecord(
@@ -34,18 +34,18 @@ def remembered(envelope: Envelope) -> Entry[TaskRecord] | None:
         state="running",
         submission=known.submission,
         reply_to=known.reply_to,
-        envelope=replace(envelope, known=None),
+        envelope=replace(envelope, record_version=None),
         claim=known.claim,
         admitted_at=known.admitted_at,
     )
     return Entry(envelope.task_id, with_unknown_fields(record, unknown_fields(known)), known.revision)
 
 
-def known_of(record: TaskRecord, revision: int) -> Known | None:
+def record_version(record: TaskRecord, revision: int) -> RecordVersion | None:
     """Return what an envelope is to tell of the record it leaves behind; None for what it cannot tell in full."""
     if record.ended or record.delegated:
         return None
-    known = Known(
+    known = RecordVersion(
         revision=revision,
         submission=record.submission,
         reply_to=record.reply_to,
@@ -103,7 +103,7 @@ async def salvaged(bus: Bus, envelope: Envelope) -> Entry[TaskRecord]:
         envelope: The task's, for what is known of the record besides.
     """
     task_id = envelope.task_id
-    known = envelope.known
+    known = envelope.record_version
     remains = _Remains(submission=known.submission, reply_to=known.reply_to) if known else _Remains()
     try:
         entry = await Bucket(bus, "records", _Remains).get(task_id)

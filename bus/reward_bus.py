@@ -11,7 +11,7 @@ from loom.bus.log import get_logger
 from loom.schemas.envelope import REJECTED, TaskRecord
 from loom.schemas.errors import BusUnavailable, InvalidTask
 from loom.schemas.learning import Reward, Signal
-from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, TaskAd, slug
+from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, TaskAd, domain_token
 from loom.schemas.wire import Undecodable, decode
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class RewardBus:
         bus = self._connected()
         # A revised score is a new message; the same one again is dropped within the server's window.
         digest = blake2b(repr(float(reward.score)).encode(), digest_size=4).hexdigest()
-        subject = bus.subjects.of("reward", reward.node_id, reward.slug)
+        subject = bus.subjects.of("reward", reward.node_id, reward.domain_token)
         return store_once(bus, subject, reward, msg_id=f"{reward.reward_id}:{digest}")
 
     def subscribe(self, *, node_id: str | None = None, domain: str | None = None) -> AsyncIterator[Reward]:
@@ -215,7 +215,7 @@ class RewardBus:
         from loom.bus.ordered import OrderedReader  # noqa: PLC0415 - brings nats-py, which the formulas do without
 
         bus = self._connected()
-        filter_subject = bus.subjects.of("reward", node_id or "*", slug(domain) if domain else "*")
+        filter_subject = bus.subjects.of("reward", node_id or "*", domain_token(domain) if domain else "*")
         reader = OrderedReader(bus, bus.subjects.stream("REWARDS"), filter=filter_subject, deliver=deliver)
         try:
             while True:
@@ -261,7 +261,7 @@ def judgement(record: TaskRecord, score: float, reason: str) -> Reward:
         attempt=attempt,
         source="person",
         node_id=node_id,
-        slug=record.envelope.slug,
+        domain_token=record.envelope.domain_token,
         score=score,
         ended_at=record.ended_at or record.admitted_at,
         reason=reason[:500],
@@ -271,10 +271,12 @@ def judgement(record: TaskRecord, score: float, reason: str) -> Reward:
 
 def _judged(record: TaskRecord) -> tuple[str | None, int]:
     """Return the node and the attempt whose answer a person sees: the best refused one, where none was accepted."""
-    envelope, best = record.envelope, record.envelope.best
+    envelope, best = record.envelope, record.envelope.best_rejected
     if best is None or not (record.rejected or record.below_threshold):
         return record.to_result().node_id, envelope.attempt
-    refused = [each.attempt for each in envelope.tried if each.node_id == best.node_id and each.code == REJECTED]
+    refused = [
+        each.attempt for each in envelope.failed_attempts if each.node_id == best.node_id and each.code == REJECTED
+    ]
     return best.node_id, refused[-1] if refused else envelope.attempt
 
 

@@ -43,7 +43,7 @@ FAMILIES: tuple[Family, ...] = (
         "Envelope or PlanTimeout, scheduled",
         "a phase → itself; EVALUATE → MATCH",
     ),
-    Family("auction", ("slug",), "scatter-gather", "CallForBids → Offer", "MATCH → every node host"),
+    Family("auction", ("domain_token",), "scatter-gather", "CallForBids → Offer", "MATCH → every node host"),
     Family(
         "run", ("host_id",), "request, streamed replies", "RunRequest → RunEvents, one or several", "EXECUTE → a host"
     ),
@@ -53,7 +53,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("retire", ("host_id",), "request", "RetireRequest → RetireReply", "ADAPT → one node host"),
     Family("delta", ("task_id",), "publish", "Delta", "EXECUTE → clients, tap"),
     Family("result", ("task_id",), "publish", "TaskResult", "EVALUATE → clients, tap"),
-    Family("reward", ("node_id", "slug"), "stream REWARDS", "Reward", "EVALUATE, judges, people → ADAPT, anyone"),
+    Family(
+        "reward", ("node_id", "domain_token"), "stream REWARDS", "Reward", "EVALUATE, judges, people → ADAPT, anyone"
+    ),
     Family("lifecycle", ("kind", "node_id"), "publish", "Lifecycle", "node hosts, ADAPT → anyone"),
     Family("dead", ("phase", "task_id"), "stream DEAD", "raw bytes, facts as headers", "any phase → operator"),
 )

@@ -43,7 +43,7 @@ from loom.schemas.llm import (
     UserMessage,
 )
 from loom.schemas.rejected import BestRejected
-from loom.schemas.task import Accept, Limits, Priority, TaskAd, TaskError, TaskResult, slug
+from loom.schemas.task import Accept, Limits, Priority, TaskAd, TaskError, TaskResult, domain_token
 
 if TYPE_CHECKING:
     from loom.agents.tools import Tool, ToolContext, ToolRegistry, ToolResult, define_tool
@@ -155,12 +155,12 @@ class CapabilityProfile:
     def key(self, domain: str) -> str:
         """Return the wording under which `scores` holds `domain`; `domain` itself when it holds none.
 
-        Two wordings are one domain when they share a slug: `Code` and `code`, but not 代码 and 数据.
+        Two wordings are one domain when they share a domain_token: `Code` and `code`, but not 代码 and 数据.
         """
         if domain in self.scores:
             return domain
-        wanted = slug(domain)
-        return next((name for name in self.scores if slug(name) == wanted), domain)
+        wanted = domain_token(domain)
+        return next((name for name in self.scores if domain_token(name) == wanted), domain)
 
     def score(self, domain: str) -> float:
         """Return the score in `domain`, in [0, 1]; neutral for a domain not named."""
@@ -219,7 +219,7 @@ class AgentNode:
     domains: Collection[str] | None = None
     """Domains it takes at all, in any wording; None: every one. A task pinned to the node needs no domain of it.
 
-    Two wordings are one domain when they share a slug, as in `capabilities`.
+    Two wordings are one domain when they share a domain_token, as in `capabilities`.
     """
     self_ratings: dict[str, float] = field(default_factory=dict)
     """domain -> the rating of the node's maker, where `capabilities.scores` shows what has been learned instead."""
@@ -231,22 +231,26 @@ class AgentNode:
             self.capabilities = CapabilityProfile(scores=dict(self.capabilities))
 
     def takes(self, domain: str) -> bool:
-        """Return whether it takes tasks of a domain (its wording or its slug): one it names, with a rating above 0."""
+        """Return whether it takes tasks of a domain (as worded, or its token): one it names, with a rating above 0."""
         return self.claim(domain) > 0
 
     def remember(self, *, task_id: str, domain: str, reward: float, token_cost: int, at: float) -> None:
         """Append a record to the history, dropping the domain's oldest past 120."""
         self.reward_history.append(RewardRecord(task_id, reward, domain, token_cost, at))
-        same = [index for index, record in enumerate(self.reward_history) if slug(record.domain) == slug(domain)]
+        same = [
+            index
+            for index, record in enumerate(self.reward_history)
+            if domain_token(record.domain) == domain_token(domain)
+        ]
         if len(same) > WINDOW:
             del self.reward_history[same[0]]
 
     def to_bid(self, *, domain: str, required_tools: Collection[str] = ()) -> auction.Bid:
-        """Return what this node offers on the wire for a task of `domain` (its wording or its slug)."""
+        """Return what this node offers on the wire for a task of `domain` (its wording or its domain_token)."""
         own = self._tools()
         return auction.Bid(
             node_id=self.id,
-            claim=self.claim(domain),
+            self_rating=self.claim(domain),
             load=unit(self.load),
             tools=tuple(tool for tool in dict.fromkeys(required_tools) if tool in own),
         )
@@ -259,14 +263,14 @@ class AgentNode:
         return not required or self._tools().issuperset(required)
 
     def claim(self, domain: str) -> float:
-        """Return its own rating in a domain (its wording or its slug), in [0, 1]; 0: it does not take the domain.
+        """Return its own rating in a domain (as worded, or its token), in [0, 1]; 0: it does not take the domain.
 
         That is the rating of its maker, never what has been learned: the auction weighs the two against each other.
         """
         if self.domains is not None:
-            wanted = slug(domain)
+            wanted = domain_token(domain)
             names = (self.domains,) if isinstance(self.domains, str) else self.domains
-            if not any(slug(name) == wanted for name in names):
+            if not any(domain_token(name) == wanted for name in names):
                 return 0.0
         key = self.capabilities.key(domain)
         if self._is_learned(key):

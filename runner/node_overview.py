@@ -15,7 +15,7 @@ from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.health import Standing, standing
 from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile
-from loom.schemas.task import slug
+from loom.schemas.task import domain_token
 
 CALL_S = 0.4
 """How long hosts have to announce themselves."""
@@ -125,9 +125,9 @@ def auctioned(records: Iterable[TaskRecord]) -> Auctioned:
     domains: dict[str, str] = {}
     for record in records:
         award = record.envelope.award
-        domains.setdefault(record.envelope.slug, record.envelope.domain)
+        domains.setdefault(record.envelope.domain_token, record.envelope.domain)
         for bid in award.bids if award else ():
-            ratings.setdefault((bid.node_id, record.envelope.slug), bid.claim)
+            ratings.setdefault((bid.node_id, record.envelope.domain_token), bid.self_rating)
     return Auctioned(ratings, domains)
 
 
@@ -160,7 +160,7 @@ def _domains(node_id: str, profile: NodeProfile | None, seen: Auctioned) -> dict
     rated = {token: rating for (node, token), rating in seen.self_ratings.items() if node == node_id}
     return {
         token: DomainOverview(
-            domain=worded if slug(worded := seen.domains.get(token, token)) == token else token,
+            domain=worded if domain_token(worded := seen.domains.get(token, token)) == token else token,
             self_rating=rated.get(token),
             evidence=evidence.get(token, DomainEvidence()),
         )

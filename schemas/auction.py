@@ -13,9 +13,9 @@ MAX_BIDS = 64
 DESCRIPTION_BYTES = 1024
 """How much of a task's description those who could take it are told."""
 
-DeclineCode = Literal["busy", "cannot", "draining"]
-SpawnDecline = Literal["cannot", "idle", "full"]
-RetireDecline = Literal["original", "unknown", "busy"]
+DeclineCode = Literal["busy", "unqualified", "draining"]
+SpawnDecline = Literal["unqualified", "idle", "full"]
+RetireDecline = Literal["permanent", "unknown", "busy"]
 
 
 class CallForBids(Relayed, frozen=True, kw_only=True):
@@ -24,7 +24,7 @@ class CallForBids(Relayed, frozen=True, kw_only=True):
     auction_id: Token
     task_id: Token
     attempt: Ordinal
-    slug: Token
+    domain_token: Token
     """The domain's token."""
     domain: Name = ""
     """The domain as worded; empty: of a version that does not send it."""
@@ -44,7 +44,7 @@ class Bid(Wire, frozen=True, kw_only=True):
     """One node's offer."""
 
     node_id: Token
-    claim: Unit = 0.5
+    self_rating: Unit = 0.5
     """How well the node says it does this domain."""
     load: Unit = 0.0
     """Taken slots and backlog as a share of all there is room for."""
@@ -93,11 +93,11 @@ class HostAnnouncement(Wire, frozen=True, kw_only=True):
     running: Count = 0
     queued: Count = 0
     draining: bool = False
-    templates: bool = False
+    can_spawn: bool = False
     """Whether it can start nodes on request."""
     busy: Annotated[tuple[Token, ...], Meta(max_length=MAX_NODES)] = ()
     """Those of the nodes that have work in hand."""
-    children: Annotated[tuple[ChildState, ...], Meta(max_length=MAX_NODES)] = ()
+    spawned: Annotated[tuple[ChildState, ...], Meta(max_length=MAX_NODES)] = ()
     """Those of the nodes that were started on request."""
     stuck: Count = 0
     """Runs that still work although they were given up: they ignored their cancel. They hold no slot."""
@@ -106,7 +106,7 @@ class HostAnnouncement(Wire, frozen=True, kw_only=True):
 class SpawnRequest(Wire, frozen=True, kw_only=True):
     """SCALE asks for one more node."""
 
-    slug: Token
+    domain_token: Token
     required_tools: Names = ()
     description: Note = ""
     """The task's first 1 KiB, cut on a character boundary."""

@@ -16,7 +16,7 @@ from loom.schemas.task import (
     TaskResult,
     TaskState,
     TaskUsage,
-    slug,
+    domain_token,
 )
 from loom.schemas.wire import (
     MAX_SECONDS,
@@ -41,9 +41,9 @@ PHASES: tuple[Phase, ...] = ("sense", "match", "scale", "execute", "evaluate", "
 
 MAX_HOPS = 64
 """Hops an envelope remembers; past that the middle is dropped."""
-MAX_TRIED = 16
+MAX_FAILED_ATTEMPTS = 16
 """Failed attempts an envelope remembers, the newest ones."""
-MAX_TRIED_CHARS = 300
+MAX_CAUSE_CHARS = 300
 MAX_DELEGATED = 256
 """Delegated tasks a record remembers."""
 BUSY_S, BUSY_MAX_S = 0.02, 5.0
@@ -71,13 +71,13 @@ class Spec(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Why the method is not the one expected, for example that the model could not be asked."""
     estimated: Unit | None = None
     """SENSE's own guess, before calibration; absent: the ad gave the complexity."""
-    alone_since: Timestamp | None = None
+    no_offers_since: Timestamp | None = None
     """Server time since which nobody at all has answered a call."""
 
     @property
-    def slug(self) -> str:
+    def domain_token(self) -> str:
         """The token of the auctioned domain."""
-        return slug(self.domains[0])
+        return domain_token(self.domains[0])
 
 
 class ScoredBid(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,7 +86,7 @@ class ScoredBid(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     node_id: Token
     host_id: Token
     score: Merit
-    claim: Unit
+    self_rating: Unit
     evidence: Unit | None = None
     """Mean reward of the node in this domain; absent: none yet."""
     count: Count = 0
@@ -142,7 +142,7 @@ class Hop(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     step: Count = 0
 
 
-class Best(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RejectedResult(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A refused result worth keeping in case nothing better comes."""
 
     result: RunResult
@@ -164,17 +164,17 @@ class Opinion(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a judging model thinks of a result."""
 
     score: Unit
-    reason: Annotated[str, Meta(max_length=MAX_TRIED_CHARS)] = ""
+    reason: Annotated[str, Meta(max_length=MAX_CAUSE_CHARS)] = ""
 
 
-class Tried(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class FailedAttempt(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An attempt that came to nothing by its node's fault."""
 
     attempt: Ordinal
     node_id: Token
     host_id: Token
     code: Annotated[str, Meta(max_length=64)]
-    message: Annotated[str, Meta(max_length=MAX_TRIED_CHARS)] = ""
+    message: Annotated[str, Meta(max_length=MAX_CAUSE_CHARS)] = ""
     tokens: Count = 0
     duration_s: Seconds = 0.0
 
@@ -192,7 +192,7 @@ class Claim(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sequence in TASKS of the message that carries the claim."""
 
 
-class Known(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RecordVersion(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The record besides its envelope, as whoever wrote it last has left it: the next write needs no reading.
 
     The write names `revision`, so it fails where somebody else has written since, and then the record is read.
@@ -220,7 +220,7 @@ class Envelope(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Of the result, where a model was asked."""
     unjudged: Note = ""
     """Why the result has no opinion although one was wanted; empty: it has one, or none was wanted."""
-    best: Best | None = None
+    best_rejected: RejectedResult | None = None
     """The best refused result so far."""
     error: TaskError | None = None
     last_error: TaskError | None = None
@@ -238,9 +238,9 @@ class Envelope(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Tokens left; absent: no limit."""
     excluded: Names = ()
     """Nodes that have failed the task."""
-    resting: Annotated[dict[Name, Timestamp], Meta(max_length=1000)] = {}
+    retry_at: Annotated[dict[Name, Timestamp], Meta(max_length=1000)] = {}
     """Excluded node -> server time from which it asked to be tried again, as a model's server told it."""
-    tried: Annotated[tuple[Tried, ...], Meta(max_length=MAX_TRIED)] = ()
+    failed_attempts: Annotated[tuple[FailedAttempt, ...], Meta(max_length=MAX_FAILED_ATTEMPTS)] = ()
     """Attempts that failed, oldest first; the newest ones where there were more."""
     spent: RunResult = RunResult()
     """Tokens and money of all attempts whose result is not in `result`, and of a divided task's subtasks; content is
@@ -251,7 +251,7 @@ class Envelope(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a person should know of the result."""
     trace: Note = ""
     """W3C traceparent, passed on as it came."""
-    known: Known | None = None
+    record_version: RecordVersion | None = None
     """Of the task's record; absent on the record's own copy."""
     hops: Annotated[tuple[Hop, ...], Meta(max_length=2 * MAX_HOPS)] = ()
 
@@ -266,9 +266,9 @@ class Envelope(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.ad.priority
 
     @property
-    def slug(self) -> str:
+    def domain_token(self) -> str:
         """The token of the auctioned domain."""
-        return self.spec.slug if self.spec else slug(self.ad.domain or "general")
+        return self.spec.domain_token if self.spec else domain_token(self.ad.domain or "general")
 
     @property
     def domain(self) -> str:
@@ -356,7 +356,7 @@ class TaskRecord(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
         `envelope.error` is the last attempt's own error, by which its node is rewarded.
         """
-        own, best = self.envelope.error, self.envelope.best
+        own, best = self.envelope.error, self.envelope.best_rejected
         if own is None or self.state == "succeeded":
             return None
         if best is None or self.state != "failed":
@@ -379,7 +379,7 @@ class TaskRecord(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True)
         """Return the answer this record holds; for a running task, how far it is."""
         env = self.envelope
         run, used = env.result or RunResult(), self.used
-        by = env.best if self.below_threshold else env.award
+        by = env.best_rejected if self.below_threshold else env.award
         return TaskResult(
             task_id=self.task_id,
             state=self.state,

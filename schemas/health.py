@@ -71,9 +71,9 @@ def complement(mine: Mapping[str, float], its: Mapping[str, float], load: float)
     """Return how differently skilled a node is that might inherit: sum |Δscore| · (1 - load / 2).
 
     Args:
-        mine: Domain's slug -> score, of who leaves.
+        mine: Domain's domain_token -> score, of who leaves.
         its: The same, of who stays.
         load: Of who stays, 0 to 1.
     """
-    apart = sum(abs(mine.get(slug, NEUTRAL) - its.get(slug, NEUTRAL)) for slug in {*mine, *its})
+    apart = sum(abs(mine.get(domain_token, NEUTRAL) - its.get(domain_token, NEUTRAL)) for domain_token in {*mine, *its})
     return apart * (1 - 0.5 * load)

@@ -12,7 +12,7 @@ WINDOW = 120
 SNAPSHOTS = "_snapshot"
 """Slug under which snapshots travel."""
 BIAS = "bias."
-"""How the keys of calibrations begin in the bucket `tuning`; the slug follows."""
+"""How the keys of calibrations begin in the bucket `tuning`; the domain_token follows."""
 
 
 class Signal(Wire, frozen=True, kw_only=True):
@@ -37,7 +37,7 @@ class Score(Struct, frozen=True, kw_only=True, array_like=True, omit_defaults=Tr
     score: Unit
     """The weighted mean of what its judges said last."""
     ended_at: Timestamp
-    words: Annotated[dict[Name, Unit], Meta(max_length=64)] = {}
+    by_source: Annotated[dict[Name, Unit], Meta(max_length=64)] = {}
     """source -> what it said last, in four decimals; none: the rules alone have judged. The digest stands for a
     source with a name of more than eight characters."""
 
@@ -64,7 +64,7 @@ class NodeProfile(Wire, frozen=True, kw_only=True):
     last_seq: Count = 0
     """Sequence in REWARDS of the last reward folded."""
     domains: Annotated[dict[Name, DomainEvidence], Meta(max_length=MAX_DOMAINS)] = {}
-    """slug -> evidence."""
+    """domain_token -> evidence."""
     total_tasks: Count = 0
     success_rate: Unit = 0.0
     """Share of the windows' scores of at least .5."""
@@ -100,7 +100,7 @@ class Reward(Wire, frozen=True, kw_only=True):
     source: Token = "rules"
     """Who judges."""
     node_id: Token
-    slug: Token
+    domain_token: Token
     score: Unit
     """0 useless to 1 perfect: what ADAPT folds."""
     signal: Signal = Signal()
@@ -123,7 +123,7 @@ class Reward(Wire, frozen=True, kw_only=True):
 class Calibration(Wire, frozen=True, kw_only=True):
     """How far SENSE is off in one domain."""
 
-    slug: Token
+    domain_token: Token
     bias: Annotated[float, Meta(ge=-1, le=1)] = 0.0
     """Moving average of actual less estimated complexity."""
     count: Count = 0

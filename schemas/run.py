@@ -115,7 +115,7 @@ class RunEvent(Relayed, frozen=True, kw_only=True):
     kind: RunKind
     queued: Count = 0
     """accepted: runs before this one."""
-    code: Literal["busy", "cannot", ""] = ""
+    code: Literal["busy", "unqualified", ""] = ""
     """rejected: why."""
     event: Progress | None = None
     """delta (text, steps) and tool_call: what happened."""

@@ -262,7 +262,7 @@ def _is_token(text: str) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def slug(domain: str) -> str:
+def domain_token(domain: str) -> str:
     """Return the token a domain is addressed and indexed by, such as `code` for `Code` and `x-e6f04ffbaa42` for 代码.
 
     The text in Unicode's form NFC, trimmed and in lower case; where that cannot stand in a subject, `x-` and the first

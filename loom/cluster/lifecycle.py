@@ -7,7 +7,7 @@ from typing import Literal
 from loom.cluster.manager import ClusterManager
 from loom.schemas.errors import LoomError
 from loom.schemas.health import HEALTH_WINDOW, Health, complement, health, standing
-from loom.schemas.task import slug
+from loom.schemas.task import domain_token
 from loom.types import NEUTRAL, AgentNode, CapabilityProfile, ClusterConfig, HealthReport, Limits, TaskAd, unit
 
 ADVICE: dict[Health, Literal["keep", "merge", "recycle"]] = {
@@ -135,4 +135,4 @@ def _complement(node: AgentNode, other: AgentNode) -> float:
 
 
 def _by_slug(node: AgentNode) -> dict[str, float]:
-    return {slug(domain): node.capabilities.score(domain) for domain in node.capabilities.scores}
+    return {domain_token(domain): node.capabilities.score(domain) for domain in node.capabilities.scores}

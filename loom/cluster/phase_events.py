@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from loom.bus.log import get_logger
 from loom.bus.reward_bus import RewardBus
 from loom.bus.tasks import TaskHandle
-from loom.schemas.envelope import Hop, Phase, TaskRecord, Tried
+from loom.schemas.envelope import FailedAttempt, Hop, Phase, TaskRecord
 from loom.schemas.errors import LoomError
 from loom.schemas.events import PhaseEvent
 from loom.schemas.learning import NodeProfile
@@ -135,12 +135,12 @@ def _event(phase: Phase, attempt: int, seconds: float, record: TaskRecord, subta
     if phase == "scale":
         return replace(event, subtasks=subtasks)
     if attempt < envelope.attempt:
-        tried = next((each for each in envelope.tried if each.attempt == attempt), None)
+        tried = next((each for each in envelope.failed_attempts if each.attempt == attempt), None)
         return event if tried is None else _of_tried(event, tried)
     return _of_last(event, record)
 
 
-def _of_tried(event: PhaseEvent, tried: Tried) -> PhaseEvent:
+def _of_tried(event: PhaseEvent, tried: FailedAttempt) -> PhaseEvent:
     """Complete an event of an attempt that failed and was followed by another one."""
     if event.name == "match":
         return replace(event, node_id=tried.node_id)

@@ -15,7 +15,7 @@ from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.schemas.auction import SpawnRequest
 from loom.schemas.errors import LoomError
 from loom.schemas.llm import AnyProvider
-from loom.schemas.task import slug
+from loom.schemas.task import domain_token
 from loom.types import AgentNode, CapabilityProfile, Skill
 
 log = get_logger()
@@ -108,5 +108,5 @@ def load(
 
 def node_id(skill: Skill) -> str:
     """Return the id of a skill's node, always the same: evidence about it outlives it."""
-    name = slug(f"skill-{skill.name}")
+    name = domain_token(f"skill-{skill.name}")
     return name if name.startswith("skill-") else f"skill-{name}"

@@ -33,7 +33,7 @@ def who_retires(
     grown = [
         (host.host_id, child)
         for host in hosts
-        for child in host.children
+        for child in host.spawned
         if not child.retiring and child.age_s >= config.idle_timeout_s
     ]
     failing, idle = [], []
@@ -63,7 +63,7 @@ def heir(node_id: str, hosts: Sequence[HostAnnouncement], profiles: Mapping[str,
 
 def bequest(profile: NodeProfile, to: str) -> Iterator[Reward]:
     """Yield what `to` inherits: for each domain the mean of what the node has earned itself, as one observation."""
-    for slug, evidence in profile.domains.items():
+    for domain_token, evidence in profile.domains.items():
         earned = own(evidence.scores)
         if earned:
             yield Reward(
@@ -73,7 +73,7 @@ def bequest(profile: NodeProfile, to: str) -> Iterator[Reward]:
                 attempt=0,
                 source="adapt",
                 node_id=to,
-                slug=slug,
+                domain_token=domain_token,
                 score=sum(score.score for score in earned) / len(earned),
                 ended_at=max(score.ended_at for score in earned),
                 reason=f"{len(earned)} tasks of {profile.node_id}, which has retired",
@@ -82,7 +82,7 @@ def bequest(profile: NodeProfile, to: str) -> Iterator[Reward]:
 
 def staying(host: HostAnnouncement) -> set[str]:
     """Return the nodes of a host that are not on their way out."""
-    return set(host.nodes) - {child.node_id for child in host.children if child.retiring}
+    return set(host.nodes) - {child.node_id for child in host.spawned if child.retiring}
 
 
 def newest_own(profile: NodeProfile) -> list[float]:
@@ -103,4 +103,4 @@ def _failure(profile: NodeProfile | None, config: ClusterConfig) -> str:
 
 
 def _means(profile: NodeProfile | None) -> dict[str, float]:
-    return {slug: evidence.mean for slug, evidence in profile.domains.items()} if profile else {}
+    return {domain_token: evidence.mean for domain_token, evidence in profile.domains.items()} if profile else {}

@@ -63,29 +63,29 @@ class Calibrating:
             while not reader.caught_up:
                 for entry in await reader.batch():
                     known = entry.value
-                    if entry.key != BIAS + known.slug:
+                    if entry.key != BIAS + known.domain_token:
                         continue
                     if known.last_seq > last_seq:
-                        known = Calibration(slug=known.slug)
-                        self._unwritten.add(known.slug)
-                    self._known[known.slug], self._revisions[known.slug] = known, entry.revision
+                        known = Calibration(domain_token=known.domain_token)
+                        self._unwritten.add(known.domain_token)
+                    self._known[known.domain_token], self._revisions[known.domain_token] = known, entry.revision
         finally:
             await reader.stop()
 
     def start_over(self) -> None:
         """Keep what is known: the stream it rests on was lost, and another has begun."""
-        self._known = {slug: replace(known, last_seq=0) for slug, known in self._known.items()}
+        self._known = {domain_token: replace(known, last_seq=0) for domain_token, known in self._known.items()}
         self._unwritten = set(self._known)
 
     def fold(self, seq: int, reward: Reward) -> bool:
         """Take in a reward; return whether there is anything to write."""
-        new = reward.slug not in self._known
-        known = Calibration(slug=reward.slug) if new else self._known[reward.slug]
+        new = reward.domain_token not in self._known
+        known = Calibration(domain_token=reward.domain_token) if new else self._known[reward.domain_token]
         after = recalibrated(known, reward, seq)
         if after is known or (new and len(self._known) >= MOST):
             return False
-        self._known[reward.slug] = after
-        self._unwritten.add(reward.slug)
+        self._known[reward.domain_token] = after
+        self._unwritten.add(reward.domain_token)
         if new and len(self._known) == MOST:
             log.warning("no_further_domain_is_calibrated", domains=MOST)
         return True
@@ -96,36 +96,38 @@ class Calibrating:
         Raises:
             BusUnavailable: No answer.
         """
-        for slug in sorted(self._unwritten):
-            await self._put(slug)
+        for domain_token in sorted(self._unwritten):
+            await self._put(domain_token)
 
-    async def _put(self, slug: str) -> None:
+    async def _put(self, domain_token: str) -> None:
         while True:
-            mine = self._known[slug]
+            mine = self._known[domain_token]
             try:
-                self._revisions[slug] = await self._bucket.update(BIAS + slug, mine, self._revisions.get(slug, 0))
+                self._revisions[domain_token] = await self._bucket.update(
+                    BIAS + domain_token, mine, self._revisions.get(domain_token, 0)
+                )
                 written = mine
             except Conflict:
-                stored = await self._stored(slug)
+                stored = await self._stored(domain_token)
                 if stored is None or stored.last_seq < mine.last_seq:
                     continue  # ours holds more of the same stream
                 written = stored
-                if written.last_seq > self._known[slug].last_seq:
-                    self._known[slug] = written
-            if self._known[slug].last_seq <= written.last_seq:
-                self._unwritten.discard(slug)
-                log.debug("calibrated", slug=slug, bias=round(written.bias, 3), tasks=written.count)
+                if written.last_seq > self._known[domain_token].last_seq:
+                    self._known[domain_token] = written
+            if self._known[domain_token].last_seq <= written.last_seq:
+                self._unwritten.discard(domain_token)
+                log.debug("calibrated", domain_token=domain_token, bias=round(written.bias, 3), tasks=written.count)
             return
 
-    async def _stored(self, slug: str) -> Calibration | None:
+    async def _stored(self, domain_token: str) -> Calibration | None:
         """Return the stored calibration and note its revision; None where there is none that can be believed."""
         try:
-            entry = await self._bucket.get(BIAS + slug)
+            entry = await self._bucket.get(BIAS + domain_token)
         except Undecodable:
-            self._revisions[slug] = await self._bucket.revision(BIAS + slug)
+            self._revisions[domain_token] = await self._bucket.revision(BIAS + domain_token)
             return None
-        self._revisions[slug] = entry.revision if entry else 0
-        if entry is None or entry.value.slug != slug:
+        self._revisions[domain_token] = entry.revision if entry else 0
+        if entry is None or entry.value.domain_token != domain_token:
             return None
         beyond = entry.value.last_seq > int((await stream_state(self._bus, "REWARDS"))["last_seq"])
         return None if beyond else entry.value

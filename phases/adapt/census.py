@@ -41,10 +41,8 @@ class Census:
         if host_id not in self._said:
             return
         at, said = self._said[host_id]
-        children = tuple(
-            replace(child, retiring=True) if child.node_id == node_id else child for child in said.children
-        )
-        self._said[host_id] = at, replace(said, children=children)
+        children = tuple(replace(child, retiring=True) if child.node_id == node_id else child for child in said.spawned)
+        self._said[host_id] = at, replace(said, spawned=children)
 
     async def _on_announcement(self, msg: Msg) -> None:
         announcement = self._announcements.read(msg)

@@ -35,8 +35,8 @@ def reward_in(message: Stored, subjects: Subjects, discards: Discards) -> Reward
     except Undecodable as error:
         discards.add("reward_undecodable", reason=error.message, subject=message.subject)
         return None
-    if message.subject != subjects.of("reward", reward.node_id, reward.slug):
-        reason = f"it is about node {reward.node_id} and domain {reward.slug}"
+    if message.subject != subjects.of("reward", reward.node_id, reward.domain_token):
+        reason = f"it is about node {reward.node_id} and domain {reward.domain_token}"
         discards.add("reward_misaddressed", reason=reason, subject=message.subject)
         return None
     if reward.kind != "snapshot" and reward.ended_at > message.stored_at + SKEW_S:
@@ -81,14 +81,14 @@ def fold(
     profile = replace(profile, last_seq=seq)
     if reward.kind == "reward" and weight(reward.source, weights) == 0:
         return profile
-    before = profile.domains.get(reward.slug, DomainEvidence())
+    before = profile.domains.get(reward.domain_token, DomainEvidence())
     known = _known(before, reward)
     new = judged(known, reward, weights)
     after = _with(before, known, new, forget=forget)
     if after is before:
         return profile
     counted = reward.kind == "inherit" or known is not None
-    domains = _newest({**profile.domains, reward.slug: after})
+    domains = _newest({**profile.domains, reward.domain_token: after})
     wins = sum(sum(map(SUCCESS.__le__, map(_score, evidence.scores))) for evidence in domains.values())
     losses = profile.consecutive_losses
     if not counted:
@@ -147,10 +147,12 @@ def _losses_in_a_row(domains: Mapping[str, DomainEvidence]) -> int:
 
 def change_in(before: NodeProfile, after: NodeProfile) -> str | None:
     """Return in words what a fold has found changed about the node; None when it has forgotten nothing."""
-    for slug, evidence in after.domains.items():
-        known = before.domains.get(slug)
+    for domain_token, evidence in after.domains.items():
+        known = before.domains.get(domain_token)
         if known is not None and evidence.count < known.count:
-            return f"{slug}: from {known.mean:.2f} over {known.count} to {evidence.mean:.2f} over {evidence.count}"
+            return (
+                f"{domain_token}: from {known.mean:.2f} over {known.count} to {evidence.mean:.2f} over {evidence.count}"
+            )
     return None
 
 
@@ -158,15 +160,20 @@ def _newest(domains: dict[str, DomainEvidence]) -> dict[str, DomainEvidence]:
     """The domains a profile has room for, the longest unused ones left out."""
     if len(domains) <= MAX_DOMAINS:
         return domains
-    kept = sorted(domains, key=lambda slug: domains[slug].scores[-1].ended_at)[-MAX_DOMAINS:]
-    return {slug: domains[slug] for slug in domains if slug in kept}
+    kept = sorted(domains, key=lambda domain_token: domains[domain_token].scores[-1].ended_at)[-MAX_DOMAINS:]
+    return {domain_token: domains[domain_token] for domain_token in domains if domain_token in kept}
 
 
 def summary(profile: NodeProfile, newest: int = 10) -> NodeProfile:
     """Return the profile small enough to be told to everybody: counts, means, and the newest scores."""
     by_age = sorted(
-        ((score.ended_at, slug, score) for slug, ev in profile.domains.items() for score in ev.scores),
+        ((score.ended_at, domain_token, score) for domain_token, ev in profile.domains.items() for score in ev.scores),
         key=lambda item: item[0],
     )[-newest:]
-    kept = {slug: tuple(score for _, s, score in by_age if s == slug) for slug in profile.domains}
-    return replace(profile, domains={slug: replace(ev, scores=kept[slug]) for slug, ev in profile.domains.items()})
+    kept = {
+        domain_token: tuple(score for _, s, score in by_age if s == domain_token) for domain_token in profile.domains
+    }
+    return replace(
+        profile,
+        domains={domain_token: replace(ev, scores=kept[domain_token]) for domain_token, ev in profile.domains.items()},
+    )

@@ -60,7 +60,7 @@ def judged(known: Score | None, reward: Reward, weights: Mapping[str, float] = W
     """
     ended_at = known.ended_at if known else reward.ended_at
     alone = Score(attempt_id=attempt_id(reward), score=reward.score, ended_at=ended_at)
-    words = known.words if known else {}
+    words = known.by_source if known else {}
     if reward.kind == "inherit" or (reward.source == RULES and not words):
         return alone
     if known and not words:
@@ -73,7 +73,7 @@ def judged(known: Score | None, reward: Reward, weights: Mapping[str, float] = W
         source: weights.get(source, USUAL) / most for source in words
     }  # of the heaviest: none is lost in rounding
     mean = fsum(shares[source] * word for source, word in words.items()) / fsum(shares.values())
-    return Score(attempt_id=alone.attempt_id, score=round(mean, DIGITS), ended_at=ended_at, words=words)
+    return Score(attempt_id=alone.attempt_id, score=round(mean, DIGITS), ended_at=ended_at, by_source=words)
 
 
 def own(scores: Iterable[Score]) -> list[Score]:

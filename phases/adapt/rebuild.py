@@ -181,8 +181,8 @@ async def _snapshots(bus: Bus, last: int) -> AsyncIterator[Snapshot]:
             yield reward.snapshot
 
 
-async def _rewards(bus: Bus, slug: str, first: int, last: int) -> AsyncIterator[tuple[int, Reward]]:
-    subject = bus.subjects.of("reward", "*", slug)
+async def _rewards(bus: Bus, domain_token: str, first: int, last: int) -> AsyncIterator[tuple[int, Reward]]:
+    subject = bus.subjects.of("reward", "*", domain_token)
     async for message in between(bus, bus.subjects.stream("REWARDS"), subject, first, last):
         reward = reward_in(message, bus.subjects, bus.discards)
         if reward is not None:

@@ -96,6 +96,6 @@ class Retiring:
         if profile is None or to is None:
             return
         for reward in bequest(profile, to):
-            subject = self._bus.subjects.of("reward", to, reward.slug)
-            await store_once(self._bus, subject, reward, msg_id=f"{reward.reward_id}:{reward.slug}")
+            subject = self._bus.subjects.of("reward", to, reward.domain_token)
+            await store_once(self._bus, subject, reward, msg_id=f"{reward.reward_id}:{reward.domain_token}")
         log.info("inherited", node_id=node_id, heir=to)

@@ -119,7 +119,7 @@ def snapshot_of(profile: NodeProfile, through: int, nodes: int) -> Reward:
         attempt=0,
         source="adapt",
         node_id=profile.node_id,
-        slug=SNAPSHOTS,
+        domain_token=SNAPSHOTS,
         score=profile.success_rate,
         ended_at=profile.updated_at,
         snapshot=Snapshot(through=through, nodes=nodes, profile=profile),

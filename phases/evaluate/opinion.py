@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from loom.phases.shared import llm_call
 from loom.phases.shared.llm_call import Answer
 from loom.phases.shared.token_usage import charged
-from loom.schemas.envelope import MAX_TRIED_CHARS, Envelope, Opinion
+from loom.schemas.envelope import MAX_CAUSE_CHARS, Envelope, Opinion
 from loom.schemas.llm import CompletionParams, LLMProvider, SystemMessage, UserMessage
 from loom.schemas.model_json import read_model_json
 from loom.schemas.wire import Undecodable, Wire, cut_utf8, encode
@@ -108,7 +108,7 @@ def read_opinion(text: str) -> Opinion:
     if score is None:
         raise Undecodable("the score is not a number from 0 to 1")
     reason = answer.reason if isinstance(answer.reason, str) else ""
-    return Opinion(score=score, reason=" ".join(reason[:MAX_REASON_CHARS].split())[:MAX_TRIED_CHARS])
+    return Opinion(score=score, reason=" ".join(reason[:MAX_REASON_CHARS].split())[:MAX_CAUSE_CHARS])
 
 
 def score_of(given: Any, out_of: Any = None) -> float | None:

@@ -8,7 +8,16 @@ from loom.bus.reward_bus import RewardBus
 from loom.phases.shared.acceptance import plain_violation
 from loom.phases.shared.check_pool import Violation
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import IN_HAND_S, MAX_TRIED, MAX_TRIED_CHARS, REJECTED, Best, Envelope, TaskRecord, Tried
+from loom.schemas.envelope import (
+    IN_HAND_S,
+    MAX_CAUSE_CHARS,
+    MAX_FAILED_ATTEMPTS,
+    REJECTED,
+    Envelope,
+    FailedAttempt,
+    RejectedResult,
+    TaskRecord,
+)
 from loom.schemas.learning import Reward, Signal
 from loom.schemas.notices import SubtaskEnded
 from loom.schemas.task import Accept, RunResult, TaskError, TaskState
@@ -136,7 +145,7 @@ def is_final(envelope: Envelope, error: TaskError) -> bool:
         return False
     if not is_opinion(envelope, error) or envelope.ad.node_id is not None:
         return True
-    return any(tried.code == INVALID and tried.node_id != error.node_id for tried in envelope.tried)
+    return any(tried.code == INVALID and tried.node_id != error.node_id for tried in envelope.failed_attempts)
 
 
 def fail(envelope: Envelope, error: TaskError) -> End:
@@ -160,7 +169,7 @@ def last_word(envelope: Envelope, error: TaskError, config: ClusterConfig, now: 
         too_late = TaskError(code="deadline_exceeded", message="the deadline passed before another attempt")
         return best_effort(envelope, too_late) or fail(envelope, too_late)
     if envelope.budget is not None and envelope.budget <= 0:
-        if envelope.best is not None:
+        if envelope.best_rejected is not None:
             return give_up(envelope, error)
         why = f"no tokens are left for another attempt, after {error.code}: {error.message}"
         return fail(envelope, TaskError(code="budget_exceeded", message=why[:2000]))
@@ -173,18 +182,18 @@ def count(envelope: Envelope, error: TaskError, now: float) -> Envelope:
     award, result = envelope.award, envelope.result or RunResult()
     if award is None:
         return envelope
-    failed = Tried(
+    failed = FailedAttempt(
         attempt=envelope.attempt,
         node_id=award.node_id,
         host_id=award.host_id,
         code=error.code,
-        message=error.message[:MAX_TRIED_CHARS],
+        message=error.message[:MAX_CAUSE_CHARS],
         tokens=result.tokens,
         duration_s=result.duration_s,
     )
-    envelope = replace(envelope, tried=(*envelope.tried, failed)[-MAX_TRIED:])
+    envelope = replace(envelope, failed_attempts=(*envelope.failed_attempts, failed)[-MAX_FAILED_ATTEMPTS:])
     if error.retry_after_s is not None:
-        envelope = replace(envelope, resting={**envelope.resting, award.node_id: now + error.retry_after_s})
+        envelope = replace(envelope, retry_at={**envelope.retry_at, award.node_id: now + error.retry_after_s})
     elsewhere = error.code == "node_lost" and envelope.ad.node_id is not None  # its node may be on another host
     if elsewhere or award.node_id in envelope.excluded:
         return envelope
@@ -201,18 +210,18 @@ def wait_for_rested(envelope: Envelope, now: float) -> Back | None:
 
     None when there is none, or the deadline comes before it.
     """
-    node_id = min(envelope.resting, key=lambda node: envelope.resting[node], default=None)
-    if node_id is None or envelope.resting[node_id] >= envelope.deadline:
+    node_id = min(envelope.retry_at, key=lambda node: envelope.retry_at[node], default=None)
+    if node_id is None or envelope.retry_at[node_id] >= envelope.deadline:
         return None
     rested = replace(
         envelope.without_result(),
         error=None,
         last_error=last_failure(envelope),
         excluded=tuple(node for node in envelope.excluded if node != node_id),
-        resting={node: at for node, at in envelope.resting.items() if node != node_id},
+        retry_at={node: at for node, at in envelope.retry_at.items() if node != node_id},
         attempt=envelope.attempt + 1,
     )
-    return Back(rested, max(0.0, envelope.resting[node_id] - now))
+    return Back(rested, max(0.0, envelope.retry_at[node_id] - now))
 
 
 def last_failure(envelope: Envelope) -> TaskError | None:
@@ -220,9 +229,9 @@ def last_failure(envelope: Envelope) -> TaskError | None:
     last = envelope.last_error
     if last is not None and (last.code in COUNTED or (last.code == INVALID and last.node_id is not None)):
         return last
-    if not envelope.tried:
+    if not envelope.failed_attempts:
         return None
-    failed = envelope.tried[-1]
+    failed = envelope.failed_attempts[-1]
     return TaskError(code=failed.code, message=failed.message, node_id=failed.node_id)
 
 
@@ -236,10 +245,10 @@ def keep_best(envelope: Envelope, reason: str) -> Envelope:
     if result is None or award is None or not result.content.strip():
         return envelope
     score = envelope.opinion.score if envelope.opinion else 0.0
-    if envelope.best is not None and envelope.best.score >= score:
+    if envelope.best_rejected is not None and envelope.best_rejected.score >= score:
         return envelope
-    best = Best(result=result, score=score, reason=reason, node_id=award.node_id, host_id=award.host_id)
-    return replace(envelope, best=best)
+    best = RejectedResult(result=result, score=score, reason=reason, node_id=award.node_id, host_id=award.host_id)
+    return replace(envelope, best_rejected=best)
 
 
 def give_up(envelope: Envelope, error: TaskError) -> End:
@@ -248,7 +257,7 @@ def give_up(envelope: Envelope, error: TaskError) -> End:
     The record's `rejected` and the envelope's `best` make a `rejected_result` of it for its submitter. An ad that asks
     for the best there was succeeds with that.
     """
-    if envelope.best is None:
+    if envelope.best_rejected is None:
         return fail(envelope, error)
     ended = replace(envelope.without_result(), error=error)
     return best_effort(envelope, error) or End("failed", ended, rejected=True)
@@ -256,7 +265,7 @@ def give_up(envelope: Envelope, error: TaskError) -> End:
 
 def best_effort(envelope: Envelope, error: TaskError) -> End | None:
     """Return the success with the best refused answer; None where the ad does not ask for it, or there is none."""
-    accept, best = envelope.ad.accept, envelope.best
+    accept, best = envelope.ad.accept, envelope.best_rejected
     if best is None or accept is None or not accept.best_effort:
         return None
     ended = replace(envelope.without_result(), error=error, result=best.result)
@@ -280,7 +289,7 @@ def reward_for(envelope: Envelope, error: TaskError | None, ended_at: float) -> 
         task_id=envelope.task_id,
         attempt=envelope.attempt,
         node_id=award.node_id,
-        slug=envelope.slug,
+        domain_token=envelope.domain_token,
         score=_score(envelope, error),
         signal=Signal() if error else _signal(envelope, result),
         tokens=result.tokens,
@@ -339,7 +348,7 @@ def refuted(record: TaskRecord, ended_at: float) -> tuple[Reward, ...]:
             task_id=envelope.task_id,
             attempt=tried.attempt,
             node_id=tried.node_id,
-            slug=envelope.slug,
+            domain_token=envelope.domain_token,
             score=0.0,
             signal=Signal(),
             tokens=tried.tokens,
@@ -348,7 +357,7 @@ def refuted(record: TaskRecord, ended_at: float) -> tuple[Reward, ...]:
             reason=INVALID,
             labels=envelope.ad.labels,
         )
-        for tried in envelope.tried
+        for tried in envelope.failed_attempts
         if tried.code == INVALID
     )
 

@@ -1,7 +1,7 @@
 """Evaluate: judge what came back, and end the task or send it to another node.
 
 Consumes   task.evaluate.*.*   results, and errors of every phase
-Publishes  reward.<node>.<slug>, result.<task>, replies to submitters
+Publishes  reward.<node>.<domain_token>, result.<task>, replies to submitters
            task.scale          that a subtask has ended, or a task that had been divided
            task.match          the envelope with its attempt raised, when another node is to try
 State      the terminal record; this is the only phase that ends a task
@@ -83,7 +83,7 @@ class Evaluate:
 
     async def handle(self, envelope: Envelope, _delivery: Delivery) -> Outcome:
         """End the task or send it back; what has ended is announced again."""
-        entry, envelope = remembered(envelope), replace(envelope, known=None)
+        entry, envelope = remembered(envelope), replace(envelope, record_version=None)
         violation = None
         if envelope.error is None and has_check(envelope.ad.accept):
             checked = await self._check(envelope)
@@ -140,7 +140,7 @@ class Evaluate:
 
     async def end_dead(self, envelope: Envelope, _raw: bytes) -> None:
         """End a task of which even this phase could not handle the message."""
-        end = End("failed", replace(envelope.without_result(), known=None))
+        end = End("failed", replace(envelope.without_result(), record_version=None))
         try:
             entry = await self._write_end(end, envelope)
         except Undecodable as error:

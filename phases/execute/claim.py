@@ -5,7 +5,7 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from loom.schemas.envelope import Award, Claim, Envelope, Known, TaskRecord
+from loom.schemas.envelope import Award, Claim, Envelope, RecordVersion, TaskRecord
 
 Standing = Literal["report", "settle", "leave"]
 
@@ -17,7 +17,7 @@ class Take:
     record: TaskRecord
     attached: bool
     """Whether the run may be going on already."""
-    known: Known | None = None
+    record_version: RecordVersion | None = None
     """Of the record, once it is written."""
 
 

@@ -21,7 +21,7 @@ from loom.bus.health import Health
 from loom.bus.log import get_logger
 from loom.bus.loop import HopLoop, Service
 from loom.bus.outcome import Dead, Done, Leave, Next, Outcome
-from loom.bus.records import known_of, records, remembered
+from loom.bus.records import record_version, records, remembered
 from loom.bus.topology import EXECUTE_LANE
 from loom.phases.execute.belief import Facts, believed
 from loom.phases.execute.claim import Drop, Standing, Take, claim, may_report
@@ -102,7 +102,7 @@ class Execute:
             log.info("run_dropped", reason=claimed.reason, attempt=envelope.attempt)
             await call_off(self._bus, envelope.task_id, claimed.delegated)
             return Done()
-        envelope = replace(envelope, known=claimed.known)
+        envelope = replace(envelope, known=claimed.record_version)
         if stop.cancelled():
             return await self._report(CANCELLED, envelope, delivery)
         request = request_for(envelope, award, self._bus.now())
@@ -127,7 +127,7 @@ class Execute:
             try:
                 if isinstance(verdict, Take):
                     revision = await self._records.update(envelope.task_id, verdict.record, entry.revision)
-                    return dataclasses.replace(verdict, known=known_of(verdict.record, revision))
+                    return dataclasses.replace(verdict, record_version=record_version(verdict.record, revision))
                 if read:
                     return verdict
             except Conflict:

@@ -25,30 +25,30 @@ class Awards:
         """A heap: until when an award is held against its (host id, node id)."""
         self._taken: Counter[Place] = Counter()
         self._unjudged: dict[Place, dict[str, float]] = {}
-        """(node id, slug) -> attempt to be judged -> when it was awarded."""
+        """(node id, domain_token) -> attempt to be judged -> when it was awarded."""
         self._pending: dict[Place, int] = {}
         self._swept = -math.inf
 
-    def note(self, envelope: Envelope, slug: str, awarded: Awarded) -> None:
+    def note(self, envelope: Envelope, domain_token: str, awarded: Awarded) -> None:
         """Remember an award in a domain."""
         now = time.monotonic()
         award = awarded.award
         taken = (award.host_id, award.node_id)
         heappush(self._ends, (now + taken_s(awarded.bid), taken))
         self._taken[taken] += 1
-        judged = (award.node_id, slug)
+        judged = (award.node_id, domain_token)
         unjudged = self._unjudged.setdefault(judged, {})
         unjudged[f"{envelope.task_id}:{envelope.attempt}"] = now
         self._pending[judged] = len(unjudged)
 
-    def judged(self, node_id: str, slug: str, attempt_ids: Iterable[str]) -> None:
+    def judged(self, node_id: str, domain_token: str, attempt_ids: Iterable[str]) -> None:
         """Forget the awards that have been rewarded."""
-        unjudged = self._unjudged.get((node_id, slug))
+        unjudged = self._unjudged.get((node_id, domain_token))
         if unjudged is None:
             return
         for attempt_id in attempt_ids:
             unjudged.pop(attempt_id, None)
-        self._count((node_id, slug), unjudged)
+        self._count((node_id, domain_token), unjudged)
 
     def taken(self) -> Mapping[Place, int]:
         """Return (host id, node id) -> awards of a moment ago."""
@@ -61,7 +61,7 @@ class Awards:
         return self._taken
 
     def pending(self) -> Mapping[Place, int]:
-        """Return (node id, slug) -> awards not judged yet."""
+        """Return (node id, domain_token) -> awards not judged yet."""
         now = time.monotonic()
         if now >= self._swept + SWEEP_S:
             self._swept = now

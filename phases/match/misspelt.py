@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from loom.schemas.auction import Offer
 from loom.schemas.envelope import Envelope
 from loom.schemas.near import nearest_domain
-from loom.schemas.task import slug
+from loom.schemas.task import domain_token
 
 BEGINNING = "no node rates itself in "
 
@@ -25,7 +25,9 @@ def warning_for(envelope: Envelope, offers: Sequence[Offer]) -> str:
         return ""
     if warning_in(envelope) is not None:
         return ""
-    near = nearest_domain(domain, (offer.near for offer in hosts if offer.near and slug(offer.near) != envelope.slug))
+    near = nearest_domain(
+        domain, (offer.near for offer in hosts if offer.near and domain_token(offer.near) != envelope.domain_token)
+    )
     return f"{BEGINNING}{domain!r}; did you mean {near!r}?" if near else ""
 
 

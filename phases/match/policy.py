@@ -43,7 +43,7 @@ class Book(msgspec.Struct, frozen=True):
     taken: Mapping[tuple[str, str], int] = {}
     """(host id, node id) -> awards of a moment ago, of which its bid cannot tell yet."""
     pending: Mapping[tuple[str, str], int] = {}
-    """(node id, slug) -> awards that have not been judged yet."""
+    """(node id, domain_token) -> awards that have not been judged yet."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,11 @@ def taken_s(bid: Bid) -> float:
 
 def award(envelope: Envelope, bids: Sequence[tuple[str, Bid]], book: Book) -> Award:
     """Return the award to the best of `bids`, (host id, bid) each; there must be one."""
-    slug = envelope.slug
+    domain_token = envelope.domain_token
     nodes = {bid.node_id for _, bid in bids}  # one may be on two hosts
     known = [profile for node_id in nodes if (profile := book.profiles.get(node_id))]
-    total = sum(profile.domains[slug].count for profile in known if slug in profile.domains)
-    ranked = _best_first(envelope, (_weigh(envelope, slug, host_id, bid, book, total) for host_id, bid in bids))
+    total = sum(profile.domains[domain_token].count for profile in known if domain_token in profile.domains)
+    ranked = _best_first(envelope, (_weigh(envelope, domain_token, host_id, bid, book, total) for host_id, bid in bids))
     best = ranked[0]
     return Award(
         node_id=best.bid.node_id,
@@ -143,7 +143,7 @@ def score(envelope: Envelope, host_id: str, bid: Bid, book: Book, total: int) ->
     Args:
         total: Rewards of all bidders in this domain.
     """
-    return _told(_weigh(envelope, envelope.slug, host_id, bid, book, total))
+    return _told(_weigh(envelope, envelope.domain_token, host_id, bid, book, total))
 
 
 class _Weighed(NamedTuple):
@@ -157,19 +157,19 @@ class _Weighed(NamedTuple):
     tools: float
 
 
-def _weigh(envelope: Envelope, slug: str, host_id: str, bid: Bid, book: Book, total: int) -> _Weighed:
+def _weigh(envelope: Envelope, domain_token: str, host_id: str, bid: Bid, book: Book, total: int) -> _Weighed:
     profile = book.profiles.get(bid.node_id)
-    evidence = (profile.domains.get(slug) if profile else None) or _NONE
+    evidence = (profile.domains.get(domain_token) if profile else None) or _NONE
     trust = book.policy(
         Known(
             task_id=envelope.ad.task_id,
             attempt=envelope.attempt,
             node_id=bid.node_id,
-            claim=bid.claim,
+            claim=bid.self_rating,
             mean=evidence.mean if evidence.count else 0.0,
             count=evidence.count * remembered(evidence, book),
             total=total,
-            pending=book.pending.get((bid.node_id, slug), 0),
+            pending=book.pending.get((bid.node_id, domain_token), 0),
             exploration=book.exploration,
         )
     )
@@ -203,7 +203,7 @@ def _told(weighed: _Weighed) -> ScoredBid:
         node_id=bid.node_id,
         host_id=host_id,
         score=value,
-        claim=bid.claim,
+        self_rating=bid.self_rating,
         evidence=evidence.mean if evidence.count else None,
         count=evidence.count,
         trust=min(trust.value, MAX_TRUST),

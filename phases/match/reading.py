@@ -183,7 +183,7 @@ def known(read: ReadProfile, windows: Mapping[str, tuple[Judged, ...]], before: 
     """Return the profile with the newest score of each domain alone: awards ask for no other.
 
     Args:
-        windows: slug -> scores, of the domains that have changed.
+        windows: domain_token -> scores, of the domains that have changed.
         before: Where the others are.
     """
     domains = before.domains if before else {}
@@ -191,8 +191,8 @@ def known(read: ReadProfile, windows: Mapping[str, tuple[Judged, ...]], before: 
         node_id=read.node_id,
         last_seq=read.last_seq,
         domains={
-            slug: _newest(evidence, windows[slug]) if slug in windows else domains[slug]
-            for slug, evidence in read.domains.items()
+            domain_token: _newest(evidence, windows[domain_token]) if domain_token in windows else domains[domain_token]
+            for domain_token, evidence in read.domains.items()
         },
     )
 

@@ -30,7 +30,7 @@ class Roster:
     """Listens to announcements and to what ADAPT learns. It decides how long to wait, never who may bid.
 
     Args:
-        judged: Told of every domain of a node that has changed: node id, slug, attempts in its window.
+        judged: Told of every domain of a node that has changed: node id, domain_token, attempts in its window.
     """
 
     def __init__(self, bus: Bus, *, judged: Callable[[str, str, Iterable[str]], None] = lambda *_: None) -> None:
@@ -126,10 +126,14 @@ class Roster:
         before = self._read.get(read.node_id)
         domains = before.domains if before else {}
         windows: dict[str, tuple[Judged, ...]] = {
-            slug: window(evidence) for slug, evidence in read.domains.items() if evidence != domains.get(slug)
+            domain_token: window(evidence)
+            for domain_token, evidence in read.domains.items()
+            if evidence != domains.get(domain_token)
         }
         self.profiles[read.node_id] = known(read, windows, self.profiles.get(read.node_id))
         self._read[read.node_id] = read
-        self.ranking.learn(read.node_id, {slug: evidence.mean for slug, evidence in read.domains.items()})
-        for slug, scores in windows.items():
-            self._judged(read.node_id, slug, [score.attempt_id for score in scores])
+        self.ranking.learn(
+            read.node_id, {domain_token: evidence.mean for domain_token, evidence in read.domains.items()}
+        )
+        for domain_token, scores in windows.items():
+            self._judged(read.node_id, domain_token, [score.attempt_id for score in scores])

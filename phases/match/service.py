@@ -1,7 +1,7 @@
 """Match: award each task to the best of those who bid.
 
 Consumes   task.match.<priority>.*   one lane per priority
-Publishes  auction.<slug>            a call for bids, answered by every node host
+Publishes  auction.<domain_token>            a call for bids, answered by every node host
            task.scale                the envelope with its award, or without one when nobody at all bids
 State      none of its own; profiles are read, never written; so are the records of tasks that wait
 Gives up   no_bids when all who could have failed, or nobody bids for no_bids_after_s; deadline_exceeded
@@ -145,14 +145,14 @@ class Match:
     def _alone(self, envelope: Envelope, spec: Spec, why: str) -> Outcome:
         """Nobody bids: ask SCALE for a node once, then call again until it has taken too long."""
         now = self._bus.now()
-        if spec.alone_since is None:
-            return Next("scale", replace(envelope, spec=replace(spec, alone_since=now)))
-        if now - spec.alone_since >= self._config.no_bids_after_s:
+        if spec.no_offers_since is None:
+            return Next("scale", replace(envelope, spec=replace(spec, no_offers_since=now)))
+        if now - spec.no_offers_since >= self._config.no_bids_after_s:
             return Fail(TaskError(code="no_bids", message=why), envelope)
         return Later(min(ALONE_PAUSE_S, max(0.0, envelope.deadline - now)), envelope)
 
     def _too_late(self, envelope: Envelope, spec: Spec) -> Outcome:
-        why = "all nodes were busy" if spec.alone_since is None else self._why_nobody(envelope)
+        why = "all nodes were busy" if spec.no_offers_since is None else self._why_nobody(envelope)
         return Fail(
             TaskError(code="deadline_exceeded", message=f"the deadline passed before the award: {why}"), envelope
         )
@@ -185,7 +185,7 @@ class Match:
         return Next("scale", replace(_met_someone(envelope, spec), award=award))
 
     async def _auction(self, envelope: Envelope, spec: Spec) -> Verdict:
-        slug = spec.slug
+        domain_token = spec.domain_token
         missing = self._roster.awaited()
         anybody = bool(missing)
 
@@ -195,8 +195,8 @@ class Match:
 
         offers = await scatter(
             self._bus,
-            self._bus.subjects.of("auction", slug),
-            self._call(envelope, spec, slug),
+            self._bus.subjects.of("auction", domain_token),
+            self._call(envelope, spec, domain_token),
             OfferReader(self._bus.discards, BID_LIMIT),
             window_s=self._config.bid_window_ms / 1000,
             enough=enough,
@@ -204,10 +204,10 @@ class Match:
         self._roster.answered(offers, missing)
         verdict = judge(envelope, offers, self._book())
         if isinstance(verdict, Awarded):
-            self._awards.note(envelope, slug, verdict)
+            self._awards.note(envelope, domain_token, verdict)
         if isinstance(verdict, Exhausted) and missing:
             return AllBusy()  # a host that should have answered may have a node yet: slow is not gone
-        if isinstance(verdict, Awarded | Nobody) and not missing and not self._roster.ranking.best(slug, 1):
+        if isinstance(verdict, Awarded | Nobody) and not missing and not self._roster.ranking.best(domain_token, 1):
             warning = warning_for(envelope, offers)
             return replace_fields(verdict, warning=warning) if warning else verdict
         return verdict
@@ -224,19 +224,19 @@ class Match:
             pending=self._awards.pending(),
         )
 
-    def _call(self, envelope: Envelope, spec: Spec, slug: str) -> CallForBids:
+    def _call(self, envelope: Envelope, spec: Spec, domain_token: str) -> CallForBids:
         return CallForBids(
             auction_id=token_hex(16),
             task_id=envelope.task_id,
             attempt=envelope.attempt,
-            slug=slug,
+            domain_token=domain_token,
             domain=spec.domains[0],
             complexity=spec.complexity,
             required_tools=envelope.ad.required_tools,
             description=cut_utf8(envelope.ad.description, DESCRIPTION_BYTES)[0],
             remaining_s=max(0.0, envelope.deadline - self._bus.now()),
             excluded=envelope.excluded,
-            prefer=self._roster.ranking.best(slug, BID_LIMIT),
+            prefer=self._roster.ranking.best(domain_token, BID_LIMIT),
         )
 
     def _window(self, _lane: Lane, slots: Slots) -> int:
@@ -270,4 +270,4 @@ def _comes_back(envelope: Envelope) -> bool:
 
 
 def _met_someone(envelope: Envelope, spec: Spec) -> Envelope:
-    return envelope if spec.alone_since is None else replace(envelope, spec=replace(spec, alone_since=None))
+    return envelope if spec.no_offers_since is None else replace(envelope, spec=replace(spec, no_offers_since=None))

@@ -30,14 +30,18 @@ class NodeRequests:
     def ask(self, envelope: Envelope, *, saturated: bool) -> None:
         """Ask for a node for the task's domain; the task does not wait for the answer."""
         request = SpawnRequest(
-            slug=envelope.slug,
+            domain_token=envelope.domain_token,
             required_tools=envelope.ad.required_tools,
             description=cut_utf8(envelope.ad.description, DESCRIPTION_BYTES)[0],
             reason="saturated" if saturated else "no_bids",
             task_id=envelope.task_id,
         )
         now = time.monotonic()
-        what = (request.slug,) if saturated else (request.slug, request.required_tools, request.description)
+        what = (
+            (request.domain_token,)
+            if saturated
+            else (request.domain_token, request.required_tools, request.description)
+        )
         while self._asked and now - next(iter(self._asked.values())) >= ASK_EVERY_S:
             del self._asked[next(iter(self._asked))]
         if what in self._asked:
@@ -49,17 +53,17 @@ class NodeRequests:
         try:
             reply = await self._answer(request)
         except (TimeoutError, NoResponders):
-            log.info("no_host_can_spawn", slug=request.slug, reason=request.reason)
+            log.info("no_host_can_spawn", domain_token=request.domain_token, reason=request.reason)
         except LoomError as error:
-            log.warning("spawn_request_failed", slug=request.slug, reason=error.message)
+            log.warning("spawn_request_failed", domain_token=request.domain_token, reason=error.message)
         else:
-            log.info("node_requested", slug=request.slug, node_id=reply.node_id, declined=reply.decline)
+            log.info("node_requested", domain_token=request.domain_token, node_id=reply.node_id, declined=reply.decline)
 
     async def _answer(self, request: SpawnRequest) -> SpawnReply:
         """Return what a host says; where nobody bids, one that cannot is taken for an answer the last time only."""
         for _ in range(1, TRIES):
             reply = await self._ask_one(request)
-            if reply.decline != "cannot" or request.reason == "saturated":
+            if reply.decline != "unqualified" or request.reason == "saturated":
                 return reply
         return await self._ask_one(request)
 

@@ -6,7 +6,7 @@ from loom.bus.answers import answer, answer_task, may_answer
 from loom.bus.client import Bus, Conflict
 from loom.bus.kv import Entry
 from loom.bus.log import get_logger
-from loom.bus.records import change, known_of, records
+from loom.bus.records import change, record_version, records
 from loom.schemas.envelope import Envelope, TaskRecord
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.task import Accepted, Submission
@@ -42,7 +42,7 @@ class Admission:
             revision = await self.records.create(envelope.task_id, record)
         except Conflict:
             return await self._meet(envelope, submission, reply)
-        return replace(envelope, known=known_of(record, revision))
+        return replace(envelope, record_version=record_version(record, revision))
 
     async def _meet(self, envelope: Envelope, submission: str, reply: str) -> Envelope | None:
         task_id = envelope.task_id

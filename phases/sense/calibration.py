@@ -48,7 +48,9 @@ class Calibrations:
 
     async def _learn(self, reader: BucketReader[Calibration]) -> None:
         self._known |= {
-            entry.value.slug: entry.value for entry in await reader.batch() if entry.key == BIAS + entry.value.slug
+            entry.value.domain_token: entry.value
+            for entry in await reader.batch()
+            if entry.key == BIAS + entry.value.domain_token
         }
 
 
@@ -59,10 +61,10 @@ def calibrated(guess: Spec, known: Mapping[str, Calibration]) -> Spec:
 
     Args:
         guess: With a complexity that the ad did not give.
-        known: slug -> calibration.
+        known: domain_token -> calibration.
     """
     guess = replace(guess, estimated=guess.complexity)
-    learned = known.get(guess.slug)
+    learned = known.get(guess.domain_token)
     if learned is None or learned.count < LEAST:
         return guess
     complexity = round(min(1.0, max(0.0, guess.complexity + learned.bias)), 4)

@@ -121,7 +121,7 @@ class Desk:
         if entry.value.ended:
             return entry.value
         current = await self._last_hop(task_id) or entry.value.envelope
-        current = replace(current, known=None)
+        current = replace(current, record_version=None)
         attempt = max(current.attempt, entry.value.claim.attempt)
         await self._tell_evaluate(replace(current, attempt=attempt), CANCELLED, f"{task_id}:cancel")
 

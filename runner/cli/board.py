@@ -51,7 +51,7 @@ class Board:
         self.profiles: dict[str, NodeProfile] = {}
         """node id -> what is known of it, for nodes that learned from these tasks."""
         self.domains: dict[str, str] = {}
-        """slug -> the domain as worded."""
+        """domain_token -> the domain as worded."""
         self._to_learn: set[tuple[str, str]] = set()
         self._learned: set[tuple[str, str]] = set()
 
@@ -119,7 +119,7 @@ class Board:
             row.tail = ""
         row.phase, row.attempt = phase, envelope.attempt
         row.node_id = envelope.award.node_id if envelope.award else ""
-        self.domains[envelope.slug] = envelope.domain
+        self.domains[envelope.domain_token] = envelope.domain
         if envelope.award is not None:
             self.awards[row.ad.task_id, envelope.attempt] = envelope.award
 

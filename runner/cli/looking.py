@@ -17,7 +17,7 @@ from loom.runner.cli.render import printable
 from loom.runner.cli.running import DEFAULT_URL
 from loom.runner.settings import Settings
 from loom.schemas.errors import BusUnavailable
-from loom.schemas.task import slug
+from loom.schemas.task import domain_token
 from loom.schemas.wire import encode
 
 PATIENCE_S = 2.0
@@ -73,7 +73,7 @@ def seconds(text: str) -> float:
 
 def domain_slug(domain: str | None) -> str | None:
     """Return the token of a domain as worded, or as a table shows it."""
-    return slug(domain) if domain else None
+    return domain_token(domain) if domain else None
 
 
 def clock(at: float) -> str:

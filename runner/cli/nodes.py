@@ -92,7 +92,7 @@ def _hosts_table(here: Sequence[HostAnnouncement]) -> Table:
     table.columns[-1].no_wrap = False
     for host in here:
         state = "draining" if host.draining else "takes work"
-        state += ", can start nodes" if host.templates else ""
+        state += ", can start nodes" if host.can_spawn else ""
         state += f", {host.stuck} stuck" if host.stuck else ""
         counts = (str(host.slots), str(host.running), str(host.queued))
         add_row(table, host.host_id, *counts, state, ", ".join(host.nodes))

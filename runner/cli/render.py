@@ -108,9 +108,9 @@ def _reward_cells(reward: Reward | None) -> tuple[str, str]:
 def _learned(board: Board) -> Table:
     table = table_of(("node", "domain", "mean reward", "rewards"), title="Learned", right=("mean reward", "rewards"))
     known = [
-        (node_id, board.domains.get(slug, slug), evidence)
+        (node_id, board.domains.get(domain_token, domain_token), evidence)
         for node_id, profile in sorted(board.profiles.items())
-        for slug, evidence in sorted(profile.domains.items())
+        for domain_token, evidence in sorted(profile.domains.items())
     ]
     for node_id, domain, evidence in known[:ROWS]:
         table.add_row(node_id, _word(domain), f"{evidence.mean:.2f}", str(evidence.count))

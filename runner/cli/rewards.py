@@ -50,7 +50,7 @@ async def _reward(settings: Settings, task_id: str, score: float, reason: str) -
             raise InvalidTask("only a task that a node has finished can be judged", task_id=task_id)
         given = judgement(found.record, score, reason)
         await RewardBus(bus=bus).publish(given)
-    typer.echo(f"{given.score:.2f} for {given.node_id} in {given.slug}")
+    typer.echo(f"{given.score:.2f} for {given.node_id} in {given.domain_token}")
 
 
 app = typer.Typer()
@@ -73,18 +73,20 @@ def rewards(
 
 
 async def _rewards(
-    settings: Settings, node: str | None, slug: str | None, limit: int, *, follow: bool, as_json: bool
+    settings: Settings, node: str | None, domain_token: str | None, limit: int, *, follow: bool, as_json: bool
 ) -> None:
     screen = console()
     async with looking(settings) as bus:
-        stream, subject = bus.subjects.stream("REWARDS"), bus.subjects.of("reward", node or "*", slug or "*")
+        stream, subject = bus.subjects.stream("REWARDS"), bus.subjects.of("reward", node or "*", domain_token or "*")
         there = await newest(bus, stream, subject, limit, _is_reward)
         for message in there.messages:
             _print(screen, message, as_json=as_json)
         if follow:
             await unless_lost(bus, _follow(bus, screen, stream, subject, there.last_seq + 1, as_json=as_json))
         elif not there.messages and not as_json:
-            screen.print("no such rewards" if node or slug else "no rewards yet: they come with the first ended task")
+            screen.print(
+                "no such rewards" if node or domain_token else "no rewards yet: they come with the first ended task"
+            )
 
 
 async def _follow(bus: Bus, screen: Console, stream: str, subject: str, start_seq: int, *, as_json: bool) -> None:
@@ -129,7 +131,7 @@ def line_of(given: Reward, at: float) -> Text:
         (f"{clock(at)}  ", "dim"),
         (f"{given.score:.2f}", style),
         (f"  {given.node_id:<16}", "bold"),
-        f" {given.slug:<14} {short(given.task_id)}{attempt}  by {given.source}{reason}",
+        f" {given.domain_token:<14} {short(given.task_id)}{attempt}  by {given.source}{reason}",
     )
 
 

@@ -10,7 +10,7 @@ from loom.schemas.auction import HostAnnouncement
 from loom.schemas.envelope import Envelope
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.notices import PlanTimeout
-from loom.schemas.task import Submission, TaskAd, slug
+from loom.schemas.task import Submission, TaskAd, domain_token
 
 REMEMBERED = 100_000
 """Tasks remembered to be a node's or a domain's; the oldest are forgotten first."""
@@ -46,7 +46,7 @@ class Sieve:
     task: str = ""
     phase: str = ""
     node: str = ""
-    slug: str = ""
+    domain_token: str = ""
     _of_node: Ours = field(default_factory=Ours)
     _of_slug: Ours = field(default_factory=Ours)
     _kin: Ours = field(default_factory=Ours)
@@ -55,7 +55,7 @@ class Sieve:
         """Return whether the message is wanted."""
         tasks = tasks_of(seen)
         node = _fits(self.node, nodes_of(seen), tasks, self._of_node)
-        domain = _fits(self.slug, slugs_of(seen), tasks, self._of_slug)
+        domain = _fits(self.domain_token, slugs_of(seen), tasks, self._of_slug)
         if isinstance(seen.message, Envelope):
             self.hear_of(seen.message)
         task = not self.task or any(self._is_ours(each) for each in tasks)
@@ -114,17 +114,17 @@ def slugs_of(seen: Seen) -> set[str]:
     """Return the domains a message names, as tokens; one that SENSE has not judged yet may name none."""
     match seen.message:
         case Envelope() as envelope:
-            return {envelope.slug} if envelope.spec or envelope.ad.domain else set()
+            return {envelope.domain_token} if envelope.spec or envelope.ad.domain else set()
         case Lifecycle(profile=NodeProfile(domains=domains)):
             return set(domains)
         case Submission(ad=TaskAd(domain=domain)):
             pass
         case message:
             domain = getattr(message, "domain", "")
-            token = seen.tokens.get("slug") or getattr(message, "slug", "")
+            token = seen.tokens.get("domain_token") or getattr(message, "domain_token", "")
             if token:
                 return {token}
-    return {slug(domain)} if domain else set()
+    return {domain_token(domain)} if domain else set()
 
 
 def phase_of(seen: Seen) -> str:

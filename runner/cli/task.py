@@ -61,7 +61,7 @@ async def _rewards(bus: Bus, record: TaskRecord) -> tuple[list[Reward], bool]:
     found: dict[str, Reward] = {}
     try:
         async with asyncio.timeout(REWARDS_S):
-            async for _, reward in rewards_since(bus, record.admitted_at, slug=record.envelope.slug):
+            async for _, reward in rewards_since(bus, record.admitted_at, domain_token=record.envelope.domain_token):
                 if reward.task_id == record.task_id:
                     found[reward.reward_id] = reward  # a later one replaces its twin
     except TimeoutError:
@@ -124,8 +124,8 @@ def _head(record: TaskRecord, where: str, now: float) -> Iterator[Text]:
         facts += [f"domain {', '.join(spec.domains)}", f"complexity {spec.complexity:.2f} ({spec.method})"]
     elif envelope.domain:
         facts.append(f"domain {envelope.domain}")
-    if envelope.spec is not None and envelope.spec.alone_since is not None and not record.ended:
-        facts.append(f"nobody has bid for {span(max(0.0, now - envelope.spec.alone_since))}")
+    if envelope.spec is not None and envelope.spec.no_offers_since is not None and not record.ended:
+        facts.append(f"nobody has bid for {span(max(0.0, now - envelope.spec.no_offers_since))}")
     if ad.required_tools:
         facts.append(f"needs {', '.join(ad.required_tools)}")
     facts += [f"{name}={value}" for name, value in ad.labels.items()]
@@ -174,7 +174,7 @@ def _bids(award: Award | None, domain: str) -> Table:
 
 
 def _weighed(bid: ScoredBid) -> Iterator[str]:
-    yield f"{bid.claim:.2f}"
+    yield f"{bid.self_rating:.2f}"
     yield "-" if bid.evidence is None else f"{bid.evidence:.2f}"
     yield str(bid.count)
     for part in (bid.trust, bid.bonus, bid.load, bid.tools, bid.score):

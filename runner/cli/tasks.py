@@ -50,7 +50,7 @@ def tasks(
 async def _tasks(
     settings: Settings,
     state: str | None,
-    slug: str | None,
+    domain_token: str | None,
     node: str | None,
     labels: dict[str, str],
     limit: int,
@@ -60,7 +60,7 @@ async def _tasks(
     def wanted(record: TaskRecord) -> bool:
         return (
             (state is None or record.state == state)
-            and (slug is None or record.envelope.slug == slug)
+            and (domain_token is None or record.envelope.domain_token == domain_token)
             and (node is None or node in {record.claim.node_id, record.to_result().node_id})
             and labels.items() <= record.envelope.ad.labels.items()
         )
@@ -75,7 +75,7 @@ async def _tasks(
     screen = console()
     if records:
         screen.print(_list(records))
-    elif any((state, slug, node, labels)):
+    elif any((state, domain_token, node, labels)):
         screen.print("no such task among those of the last 72 hours")
     else:
         screen.print('no tasks yet: hand one in with `loom submit "what is to do"`')

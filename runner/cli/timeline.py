@@ -126,7 +126,7 @@ def _gap(hops: Sequence[Hop]) -> int | None:
 def tries(record: TaskRecord, rewards: Sequence[Reward]) -> list[Try]:
     """Return the attempts that are known of, in order."""
     known: dict[int, Try] = {}
-    for failed in record.envelope.tried:
+    for failed in record.envelope.failed_attempts:
         known[failed.attempt] = Try(
             attempt=failed.attempt,
             node_id=failed.node_id,

@@ -38,7 +38,7 @@ def tap(
     """Show the traffic of the namespace, one line per message, until Ctrl-C."""
     if phase and phase not in PHASES:
         raise typer.BadParameter(f"{phase!r} is not one of {', '.join(PHASES)}", param_hint="--phase")
-    sieve = Sieve(task=task, phase=phase, node=node, slug=domain_slug(domain) or "")
+    sieve = Sieve(task=task, phase=phase, node=node, domain_token=domain_slug(domain) or "")
     ago_s = seconds(since) if since else 0.0
     run_to_end(_tap(prepare("warning"), sieve, ago_s, as_json=as_json))
 
@@ -97,7 +97,7 @@ async def past(bus: Bus, sieve: Sieve, ago_s: float) -> list[Seen]:
             wanted += 1
             results.append(seen)
     async for stored_at, reward in rewards_since(bus, at):
-        seen = _as_heard(bus, ("reward", reward.node_id, reward.slug), reward, stored_at)
+        seen = _as_heard(bus, ("reward", reward.node_id, reward.domain_token), reward, stored_at)
         if sieve.passes(seen):
             wanted += 1
             rewards.append(seen)

@@ -102,5 +102,5 @@ def _told(policy: str, best: ScoredBid, second: ScoredBid, *, more: bool) -> str
 
 def _trusted(bid: ScoredBid) -> str:
     if bid.evidence is None:
-        return f"a claim of {bid.claim:.2f} and no evidence"
-    return f"a claim of {bid.claim:.2f} and a mean reward of {bid.evidence:.2f} over {bid.count}"
+        return f"a claim of {bid.self_rating:.2f} and no evidence"
+    return f"a claim of {bid.self_rating:.2f} and a mean reward of {bid.evidence:.2f} over {bid.count}"

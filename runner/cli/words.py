@@ -98,7 +98,7 @@ def _ad(ad: TaskAd) -> str:
 
 
 def _call(call: CallForBids) -> str:
-    return f"who bids in {call.slug}? complexity {call.complexity:.2f}, attempt {call.attempt}"
+    return f"who bids in {call.domain_token}? complexity {call.complexity:.2f}, attempt {call.attempt}"
 
 
 def _run(request: RunRequest) -> str:
@@ -112,14 +112,14 @@ def _host(host: HostAnnouncement) -> str:
 
 def _news(news: Lifecycle) -> str:
     domains = sorted(news.profile.domains.items()) if news.profile else []
-    learned = ", ".join(f"{slug} {known.mean:.2f} of {known.count}" for slug, known in domains)
+    learned = ", ".join(f"{domain_token} {known.mean:.2f} of {known.count}" for domain_token, known in domains)
     return news.reason or learned or (f"host {news.host_id}" if news.host_id else "")
 
 
 def _reward(reward: Reward) -> str:
     if reward.snapshot is not None:
         return f"what is known of {reward.node_id}, for a rebuild to start at {reward.snapshot.through}"
-    return f"{reward.score:.2f} in {reward.slug} for {short(reward.task_id)}, by {reward.source}"
+    return f"{reward.score:.2f} in {reward.domain_token} for {short(reward.task_id)}, by {reward.source}"
 
 
 def _where(envelope: Envelope) -> str:
@@ -135,8 +135,8 @@ def _where(envelope: Envelope) -> str:
         return f"awarded to {award.node_id} ({won}){attempt}"
     if envelope.spec is not None:
         spec = envelope.spec
-        if spec.alone_since is not None:
-            return f"nobody has bid in {spec.slug} so far{attempt}"
+        if spec.no_offers_since is not None:
+            return f"nobody has bid in {spec.domain_token} so far{attempt}"
         return f"{', '.join(spec.domains)}, complexity {spec.complexity:.2f} ({spec.method}){attempt}"
     said = f'"{one_line(envelope.ad.description, WORDS)}"'
     return f"{_origin(envelope.split)}{said}"
@@ -176,7 +176,7 @@ _FACTS: dict[type, Callable[[Any], str]] = {
     CallForBids: _call,
     RunRequest: _run,
     HostAnnouncement: _host,
-    SpawnRequest: lambda wanted: f"a node for {wanted.slug} is wanted: {wanted.reason}",
+    SpawnRequest: lambda wanted: f"a node for {wanted.domain_token} is wanted: {wanted.reason}",
     RetireRequest: lambda order: f"{order.node_id} is to retire: {order.reason}",
     Delta: _progress,
     TaskResult: _result,

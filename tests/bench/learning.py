@@ -167,16 +167,16 @@ class Learner:
         self._pending: Counter[tuple[str, str]] = Counter()
 
     def choose(self, number: int) -> int:
-        slug = f"d{self._world.domain(number)}"
+        domain_token = f"d{self._world.domain(number)}"
         task = Envelope(
-            ad=TaskAd(task_id=f"t{number}", domain=slug, description="x"),
-            spec=Spec(complexity=0.3, domains=(slug,), method="given"),
+            ad=TaskAd(task_id=f"t{number}", domain=domain_token, description="x"),
+            spec=Spec(complexity=0.3, domains=(domain_token,), method="given"),
             deadline=0,
         )
         agents = range(self._world.agents(number))
         bids = [("h", Bid(node_id=str(agent), claim=self._world.claim(agent))) for agent in agents]
         winner = award(task, bids, Book(self._profiles, self._policy, pending=self._pending)).node_id
-        self._pending[winner, slug] += 1
+        self._pending[winner, domain_token] += 1
         return int(winner)
 
     def learn(self, number: int, agent: int, score: float) -> None:
@@ -185,13 +185,13 @@ class Learner:
             task_id=f"t{number}",
             attempt=1,
             node_id=str(agent),
-            slug=f"d{self._world.domain(number)}",
+            domain_token=f"d{self._world.domain(number)}",
             score=score,
             ended_at=number,
         )
         known = self._profiles.get(reward.node_id, NodeProfile(node_id=reward.node_id))
         self._profiles[reward.node_id] = fold(known, reward, number + 1, forget=self._forget)
-        self._pending[reward.node_id, reward.slug] -= 1
+        self._pending[reward.node_id, reward.domain_token] -= 1
 
 
 class StaticClaims:

@@ -88,7 +88,7 @@ async def test_a_reward_becomes_a_profile_and_is_told(stage: Stage) -> None:
 
 async def test_a_storm_is_folded_whole_and_written_in_few_batches(stage: Stage) -> None:
     await stage.phase("adapt")
-    storm = [reward(n, score=(n % 5) / 4, slug="code" if n % 3 else "data") for n in range(600)]
+    storm = [reward(n, score=(n % 5) / 4, domain_token="code" if n % 3 else "data") for n in range(600)]
     for start in range(0, 600, 50):
         await publish(stage, *storm[start : start + 50])
     stored = await learned(stage, 600)
@@ -188,7 +188,7 @@ async def test_a_drain_writes_what_is_folded(stage: Stage, monkeypatch: pytest.M
 
 async def test_a_rebuild_from_the_stream_equals_the_stored_profile(stage: Stage) -> None:
     first = await stage.phase("adapt")
-    await publish(stage, *(reward(n % 30, score=(n * 7 % 11) / 10, slug=f"d{n % 4}") for n in range(150)))
+    await publish(stage, *(reward(n % 30, score=(n * 7 % 11) / 10, domain_token=f"d{n % 4}") for n in range(150)))
     await learned(stage, 30)
     await until(lambda: at_the_end(stage), what="all is folded")
     stored = await profile(stage)
@@ -312,7 +312,7 @@ async def test_a_profile_beyond_the_stream_is_not_believed_later_either(stage: S
 
 async def test_what_sense_is_off_by_starts_at_nothing_where_it_claims_more_than_the_stream_holds(stage: Stage) -> None:
     bucket = Bucket(stage.bus, "tuning", Calibration)
-    await bucket.update(f"{BIAS}code", Calibration(slug="code", bias=0.9, count=99, last_seq=2**50), 0)
+    await bucket.update(f"{BIAS}code", Calibration(domain_token="code", bias=0.9, count=99, last_seq=2**50), 0)
     await stage.phase("adapt")
     await publish(stage, reward(1, estimated=0.5))
 

@@ -141,7 +141,7 @@ async def test_a_result_that_cannot_be_checked_in_time_is_refused_and_tried_else
     await stage.phase("evaluate")
     await back_from_execute(stage, Accept(pattern=COSTLY_PATTERNS[0]), COSTLY_CONTENT, "t1")
     again = await stage.seen("task", phase="match", task_id="t1")
-    assert (again.last_error.code, again.excluded, again.best) == ("rejected_result", ("n1",), None)
+    assert (again.last_error.code, again.excluded, again.best_rejected) == ("rejected_result", ("n1",), None)
     assert again.last_error.message == "accept.pattern could not be checked within 1 s of CPU time"
     assert (await stage.seen("reward")).score == 0.0
 

@@ -17,14 +17,20 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
         yield stage
 
 
-async def done(stage: Stage, *estimates: float, slug: str = "code") -> None:
+async def done(stage: Stage, *estimates: float, domain_token: str = "code") -> None:
     """Tasks SENSE took for this hard, all of which took no effort at all."""
     for estimated in estimates:
         task = new_id()
         await RewardBus(bus=stage.bus).publish(
             Reward(
-                reward_id=f"{task}:1:rules", task_id=task, attempt=1, node_id="n1", slug=slug, score=1.0,
-                ended_at=1.0, estimated=estimated,
+                reward_id=f"{task}:1:rules",
+                task_id=task,
+                attempt=1,
+                node_id="n1",
+                domain_token=domain_token,
+                score=1.0,
+                ended_at=1.0,
+                estimated=estimated,
             )
         )  # fmt: skip
 
@@ -85,13 +91,13 @@ async def test_domains_past_the_limit_leave_no_key_not_even_after_a_restart(
 ) -> None:
     monkeypatch.setattr("loom.phases.adapt.calibrating.MOST", 2)
     first = await stage.phase("adapt")
-    for slug in ("made-up-1", "code", "made-up-2"):
-        await done(stage, 0.5, slug=slug)
+    for domain_token in ("made-up-1", "code", "made-up-2"):
+        await done(stage, 0.5, domain_token=domain_token)
     await done(stage, 0.5)
     await known(stage, 2)
     await first.close()
     await stage.phase("adapt")  # it reads the whole stream again
-    await done(stage, 0.5, slug="made-up-3")
+    await done(stage, 0.5, domain_token="made-up-3")
     await done(stage, 0.5)
     await known(stage, 3)
 

@@ -13,7 +13,18 @@ from loom.bus.topology import EVALUATE_LANE
 from loom.phases.evaluate.service import Evaluate
 from loom.runner.embedded import NatsServer
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Best, Claim, Envelope, Hop, Known, Split, SplitPlan, Subtask, TaskRecord, Tried
+from loom.schemas.envelope import (
+    Claim,
+    Envelope,
+    FailedAttempt,
+    Hop,
+    RecordVersion,
+    RejectedResult,
+    Split,
+    SplitPlan,
+    Subtask,
+    TaskRecord,
+)
 from loom.schemas.llm import CompletionParams, CompletionResult
 from loom.schemas.notices import ParentEnded, SubtaskEnded
 from loom.schemas.task import Accept, RunResult, TaskError, TaskResult
@@ -58,7 +69,7 @@ async def test_a_success_is_recorded_rewarded_told_and_answered(stage: Stage) ->
     assert (record.state, record.score, record.below_threshold) == ("succeeded", 1.0, False)
     assert record.envelope == env
     assert record.ended_at is not None
-    reward = await stage.seen("reward", node_id="n1", slug="code")
+    reward = await stage.seen("reward", node_id="n1", domain_token="code")
     assert (reward.reward_id, reward.score, reward.tokens, reward.seconds) == ("t1:1:rules", 1.0, 6, 1.5)
     assert reward.ended_at == record.ended_at
 
@@ -137,7 +148,7 @@ async def test_a_poor_opinion_sends_the_task_to_another_node(stage: Stage) -> No
     await stage.phase("evaluate", llm=Judge('{"score": 0.2, "reason": "off the point"}'))
     await given(stage, "an answer", ad=ad(task_id="t1", accept=Accept(rubric="must be complete")))
     back = await stage.seen("task", phase="match")
-    assert (back.last_error.code, back.best.score, back.excluded) == ("rejected_result", 0.2, ("n1",))
+    assert (back.last_error.code, back.best_rejected.score, back.excluded) == ("rejected_result", 0.2, ("n1",))
     assert "off the point" in back.last_error.message
     assert (await stage.seen("reward", node_id="n1")).score == 0.2
 
@@ -198,15 +209,15 @@ async def test_a_nodes_word_that_the_ad_is_invalid_is_tried_elsewhere_and_costs_
     await called_invalid(stage)
     back = await stage.seen("task", phase="match")
     assert (back.attempt, back.failures, back.excluded) == (2, 1, ("n1",))
-    assert [(tried.node_id, tried.code) for tried in back.tried] == [("n1", "invalid_task")]
+    assert [(tried.node_id, tried.code) for tried in back.failed_attempts] == [("n1", "invalid_task")]
     await stage.settled(left=1)
     assert not stage.all("reward")
 
 
 async def test_the_second_nodes_word_ends_the_task_without_any_reward(stage: Stage) -> None:
     await stage.phase("evaluate")
-    tried = (Tried(attempt=1, node_id="n0", host_id="h0", code="invalid_task", message="no such file"),)
-    await called_invalid(stage, attempt=2, failures=1, excluded=("n0",), tried=tried)
+    tried = (FailedAttempt(attempt=1, node_id="n0", host_id="h0", code="invalid_task", message="no such file"),)
+    await called_invalid(stage, attempt=2, failures=1, excluded=("n0",), failed_attempts=tried)
     result = await stage.seen("result")
     assert (result.state, result.error.code, result.error.message) == ("failed", "invalid_task", "it said invalid_task")
     await stage.settled()
@@ -244,10 +255,10 @@ async def test_an_ad_that_breaks_a_rule_ends_at_once(stage: Stage) -> None:
 async def test_another_nodes_success_refutes_it_and_whatever_comes_twice_is_one_reward(stage: Stage) -> None:
     await stage.phase("evaluate")
     tried = (
-        Tried(attempt=1, node_id="n0", host_id="h0", code="invalid_task", tokens=3),
-        Tried(attempt=2, node_id="n5", host_id="h5", code="agent_failed"),
+        FailedAttempt(attempt=1, node_id="n0", host_id="h0", code="invalid_task", tokens=3),
+        FailedAttempt(attempt=2, node_id="n5", host_id="h5", code="agent_failed"),
     )
-    env = await given(stage, "42", attempt=3, failures=2, tried=tried)
+    env = await given(stage, "42", attempt=3, failures=2, failed_attempts=tried)
     reward = await stage.seen("reward", node_id="n0")
     assert (reward.reward_id, reward.score, reward.reason, reward.tokens) == ("t1:1:rules", 0.0, "invalid_task", 3)
     assert (await stage.seen("reward", node_id="n1")).score == 1.0
@@ -299,9 +310,9 @@ async def test_a_nodes_fault_sends_the_task_back_with_a_reward_of_nought(stage: 
 async def test_a_node_that_asked_for_a_rest_is_tried_again_when_nobody_else_is_left(stage: Stage) -> None:
     await stage.phase("evaluate")
     rested_at = stage.bus.now() + 0.3
-    await given(stage, code="no_bids", attempt=2, failures=1, excluded=("n1",), resting={"n1": rested_at})
+    await given(stage, code="no_bids", attempt=2, failures=1, excluded=("n1",), retry_at={"n1": rested_at})
     parked = await stage.seen("later")
-    assert (parked.attempt, parked.excluded, parked.resting) == (3, (), {})
+    assert (parked.attempt, parked.excluded, parked.retry_at) == (3, (), {})
     await until(lambda: stage.pending("TASKS", stage.bus.subjects.task("match", "*", "t1")), what="the call")
     assert stage.bus.now() >= rested_at
 
@@ -333,13 +344,13 @@ async def test_failures_are_bounded_and_the_last_error_is_the_answer(stage: Stag
     assert not stage.all("task", phase="match")
 
 
-NEARLY = Best(result=RunResult(content="nearly"), score=0.3, reason="too short", node_id="n0", host_id="h0")
+NEARLY = RejectedResult(result=RunResult(content="nearly"), score=0.3, reason="too short", node_id="n0", host_id="h0")
 
 
 async def test_a_task_fails_when_attempts_run_out_and_shows_the_best_refused_answer(stage: Stage) -> None:
     asker = Asker(stage.bus)
     await stage.phase("evaluate", ClusterConfig(max_attempts=2))
-    await given(stage, code="agent_failed", failures=1, attempt=2, best=NEARLY, reply_to=(asker.inbox,))
+    await given(stage, code="agent_failed", failures=1, attempt=2, best_rejected=NEARLY, reply_to=(asker.inbox,))
     refusal = await asker.failure()
     assert (refusal.code, refusal.best_rejected) == ("rejected_result", NEARLY.to_rejected())
     assert "too short (the best refused answer, of n0); the last attempt ended with agent_failed" in refusal.message
@@ -355,7 +366,7 @@ async def test_a_task_fails_when_attempts_run_out_and_shows_the_best_refused_ans
 async def test_an_end_without_an_attempt_after_a_refused_answer_rewards_no_node(stage: Stage, last: str) -> None:
     await stage.phase("evaluate")
     own = TaskError(code="rejected_result", message="too short", node_id="n0")
-    facts: dict[str, Any] = {"failures": 1, "attempt": 2, "claim": 1, "best": NEARLY, "last_error": own}
+    facts: dict[str, Any] = {"failures": 1, "attempt": 2, "claim": 1, "best_rejected": NEARLY, "last_error": own}
     award = {"award": None} if last == "no_bids" else {"left_s": -1}
     await given(stage, code=last, **facts, **award)
     error = (await stage.seen("result")).error
@@ -369,7 +380,7 @@ async def test_the_largest_refused_answer_fits_a_message(stage: Stage) -> None:
     asker = Asker(stage.bus)
     largest = replace(NEARLY, result=RunResult(content="\x01" * 10_000), reason="x" * 2000)
     await stage.phase("evaluate", ClusterConfig(max_attempts=2))
-    await given(stage, code="agent_failed", failures=1, attempt=2, best=largest, reply_to=(asker.inbox,))
+    await given(stage, code="agent_failed", failures=1, attempt=2, best_rejected=largest, reply_to=(asker.inbox,))
     assert (await asker.failure()).best_rejected == largest.to_rejected()
     assert (await stage.seen("result")).error.best_rejected == largest.to_rejected()
 
@@ -378,7 +389,7 @@ async def test_an_ad_may_ask_for_the_best_there_was(stage: Stage) -> None:
     asker = Asker(stage.bus)
     await stage.phase("evaluate", ClusterConfig(max_attempts=2))
     task = ad(task_id="t1", accept=Accept(best_effort=True))
-    facts: dict[str, Any] = {"best": replace(NEARLY, score=0.0), "reply_to": (asker.inbox,), "ad": task}
+    facts: dict[str, Any] = {"best_rejected": replace(NEARLY, score=0.0), "reply_to": (asker.inbox,), "ad": task}
     await given(stage, code="agent_failed", failures=1, attempt=2, **facts)
     result = await asker.answer(TaskResult)
     assert (result.state, result.content, result.below_threshold) == ("succeeded", "nearly", True)
@@ -478,12 +489,12 @@ async def test_its_own_bad_input_ends_the_task(stage: Stage) -> None:
 
 
 async def test_a_message_delivered_too_often_ends_the_task(stage: Stage) -> None:
-    await given(stage, "42", known=Known(revision=1, reply_to=("_INBOX.a.1",), admitted_at=1.0))
+    await given(stage, "42", record_version=RecordVersion(revision=1, reply_to=("_INBOX.a.1",), admitted_at=1.0))
     await stage.reject(EVALUATE_LANE, 10)
     await stage.phase("evaluate")
     assert (await stage.seen("result")).error.code == "dead_letter"
     await stage.settled()
-    assert (await stage.read("t1")).envelope.known is None
+    assert (await stage.read("t1")).envelope.record_version is None
 
 
 async def test_a_stop_does_not_wait_for_a_reward_that_cannot_be_stored(server: NatsServer, connect: Connect) -> None:

@@ -220,7 +220,7 @@ async def busy(run: FakeRun) -> None:
 
 
 async def cannot(run: FakeRun) -> None:
-    await run.say("rejected", code="cannot")
+    await run.say("rejected", code="unqualified")
 
 
 async def fail(run: FakeRun) -> None:

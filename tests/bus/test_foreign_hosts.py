@@ -194,10 +194,10 @@ async def auction(stage: Stage, offers: tuple[bytes, ...]) -> tuple[Award | None
 @pytest.mark.parametrize(
     ("raw", "claim", "load"),
     [
-        (b'{"host_id":"h1","bids":[{"node_id":"n1","claim":5}]}', 1.0, 0.0),
-        (b'{"host_id":"h1","bids":[{"node_id":"n1","claim":-3,"load":-0.5}]}', 0.0, 0.0),
-        (b'{"host_id":"h1","bids":[{"node_id":"n1","claim":1e300,"free":"3"}]}', 1.0, 0.0),
-        (b'{"host_id":"h1","bids":[{"node_id":"n1","claim":%s}]}' % (b"9" * 400), 1.0, 0.0),
+        (b'{"host_id":"h1","bids":[{"node_id":"n1","self_rating":5}]}', 1.0, 0.0),
+        (b'{"host_id":"h1","bids":[{"node_id":"n1","self_rating":-3,"load":-0.5}]}', 0.0, 0.0),
+        (b'{"host_id":"h1","bids":[{"node_id":"n1","self_rating":1e300,"free":"3"}]}', 1.0, 0.0),
+        (b'{"host_id":"h1","bids":[{"node_id":"n1","self_rating":%s}]}' % (b"9" * 400), 1.0, 0.0),
         (b'\xef\xbb\xbf{"host_id":"h1","decline":null,"bids":[{"node_id":"n1","free":null,"tools":null}]}', 0.5, 0.0),
     ],
     ids=["a rating of 5", "negative ones", "a great one", "an integer of 400 digits", "nulls and a byte order mark"],
@@ -207,7 +207,7 @@ async def test_an_offer_out_of_range_or_with_nulls_wins(stage: Stage, raw: bytes
     assert award is not None
     assert left_out is None
     (bid,) = award.bids
-    assert (bid.node_id, bid.claim, bid.load) == ("n1", claim, load)
+    assert (bid.node_id, bid.self_rating, bid.load) == ("n1", claim, load)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ async def test_an_offer_out_of_range_or_with_nulls_wins(stage: Stage, raw: bytes
     [
         (b'{"host_id":"h1","decline":"tired"}', {"offers": 1}, "'tired'"),
         (b'{"host_id":"h1","bids":[{"node_id":"n1","expected_s":NaN}]}', {}, ""),
-        (b'{"host_id":"h1","bids":[{"node_id":"n1","claim":"high"}]}', {"bids": 1}, "`$.claim`"),
+        (b'{"host_id":"h1","bids":[{"node_id":"n1","self_rating":"high"}]}', {"bids": 1}, "`$.self_rating`"),
     ],
     ids=["an unknown reason to decline", "no JSON", "a rating in words"],
 )
@@ -231,10 +231,10 @@ async def test_an_offer_that_cannot_be_read_is_counted_for_its_host(
 
 async def test_a_second_offer_to_a_call_is_left_out_and_counted(stage: Stage) -> None:
     host = await FakeHost(await stage.connect("node"), "h2", ("n2",), offer=lambda _: None).start()
-    first, second = (b'{"host_id":"h1","bids":[{"node_id":"n1","claim":%s}]}' % claim for claim in (b"0.4", b"1"))
+    first, second = (b'{"host_id":"h1","bids":[{"node_id":"n1","self_rating":%s}]}' % claim for claim in (b"0.4", b"1"))
     award, left_out = await auction(stage, (first, second))
     assert award is not None
-    assert [bid.claim for bid in award.bids] == [0.4]
+    assert [bid.self_rating for bid in award.bids] == [0.4]
     assert left_out is not None
     assert (left_out.counts, "already" in left_out.last) == ({"offers": 1}, True)
     assert host.calls

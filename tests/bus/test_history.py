@@ -18,7 +18,13 @@ from loom.schemas.task import Submission, TaskAd, TaskState
 
 def reward(n: int, node_id: str = "n1") -> Reward:
     return Reward(
-        reward_id=f"t{n}:1:rules", task_id=f"t{n}", attempt=1, node_id=node_id, slug="code", score=1.0, ended_at=1.0 * n
+        reward_id=f"t{n}:1:rules",
+        task_id=f"t{n}",
+        attempt=1,
+        node_id=node_id,
+        domain_token="code",
+        score=1.0,
+        ended_at=1.0 * n,
     )
 
 
@@ -76,7 +82,7 @@ async def test_since_a_moment_is_what_ended_and_was_earned_from_it_on(bus: Bus) 
     await bucket.create("running", record("running"))
 
     assert [one.task_id async for _, one in rewards_since(bus, moment)] == ["t2"]
-    assert [one.task_id async for _, one in rewards_since(bus, 0.0, slug="data")] == []
+    assert [one.task_id async for _, one in rewards_since(bus, 0.0, domain_token="data")] == []
     assert [one.task_id async for one in ended_since(bus, 1.0)] == ["early", "late"]
     assert [one.task_id async for one in ended_since(bus, middle)] == ["late"]
 

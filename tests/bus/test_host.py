@@ -54,7 +54,13 @@ def node(node_id: str = "n1", agent: Any = quick, claim: float = 0.5, tools: tup
 
 async def call(stage: Stage, **facts: Any) -> Offer:
     """Call for bids and return the one host's answer."""
-    wanted: dict[str, Any] = {"task_id": "t1", "attempt": 1, "slug": "code", "complexity": 0.5, "remaining_s": 60.0}
+    wanted: dict[str, Any] = {
+        "task_id": "t1",
+        "attempt": 1,
+        "domain_token": "code",
+        "complexity": 0.5,
+        "remaining_s": 60.0,
+    }
     asker = Asker(stage.bus)
     await asker.ask(stage.bus.subjects.of("auction", "code"), CallForBids(auction_id="a", **{**wanted, **facts}))
     return await asker.answer(Offer)
@@ -73,8 +79,8 @@ async def test_every_free_node_bids_with_its_claim_and_true_load(stage: Stage) -
     offer = await call(stage)
     one, two = offer.bids
     assert offer.host_id == host.host_id
-    assert (one.node_id, one.claim, one.load, one.backlog) == ("n1", 0.9, 0.5, 1)
-    assert (two.node_id, two.claim, two.load, two.backlog) == ("n2", 0.2, 0.0, 0)
+    assert (one.node_id, one.self_rating, one.load, one.backlog) == ("n1", 0.9, 0.5, 1)
+    assert (two.node_id, two.self_rating, two.load, two.backlog) == ("n2", 0.2, 0.0, 0)
 
 
 async def test_bids_tell_what_runs_took_so_far(stage: Stage) -> None:
@@ -109,14 +115,14 @@ async def test_a_node_that_may_not_or_cannot_does_not_bid(stage: Stage, facts: d
     await stage.host([node("n1", tools=("search",)), node("n2", claim=0.9)])
     offer = await call(stage, **facts)
     assert [bid.node_id for bid in offer.bids] == bids
-    assert offer.decline == (None if bids else "cannot")
+    assert offer.decline == (None if bids else "unqualified")
 
 
 async def test_a_node_without_an_agent_bids_once_it_gets_one(stage: Stage) -> None:
     late = node(agent=None)
     host = await stage.host([late])
-    assert (await call(stage)).decline == "cannot"
-    assert (await (await run(stage, host)).heard("rejected")).code == "cannot"
+    assert (await call(stage)).decline == "unqualified"
+    assert (await (await run(stage, host)).heard("rejected")).code == "unqualified"
     late.agent = quick
     assert (await call(stage)).bids
 
@@ -126,13 +132,13 @@ async def test_a_full_node_is_busy_and_refuses_a_run(stage: Stage) -> None:
     for n in range(2):
         await (await run(stage, host, task_id=f"t{n}")).heard("accepted")
     assert (await call(stage)).decline == "busy"
-    assert (await call(stage, excluded=("n1",))).decline == "cannot"
+    assert (await call(stage, excluded=("n1",))).decline == "unqualified"
     assert (await (await run(stage, host, task_id="t9")).heard("rejected")).code == "busy"
 
 
 async def test_a_run_for_a_node_that_is_not_here_is_rejected(stage: Stage) -> None:
     host = await stage.host([node()])
-    assert (await (await run(stage, host, node_id="gone")).heard("rejected")).code == "cannot"
+    assert (await (await run(stage, host, node_id="gone")).heard("rejected")).code == "unqualified"
 
 
 async def test_bytes_that_are_no_call_or_request_harm_nobody(stage: Stage) -> None:
@@ -140,7 +146,7 @@ async def test_bytes_that_are_no_call_or_request_harm_nobody(stage: Stage) -> No
     watcher = Watcher(stage.bus)
     await stage.bus.publish(stage.bus.subjects.of("auction", "code"), b"\xff", reply=watcher.inbox)
     await stage.bus.publish(stage.bus.subjects.of("run", host.host_id), b"{", reply=watcher.inbox)
-    assert (await watcher.heard("rejected")).code == "cannot"
+    assert (await watcher.heard("rejected")).code == "unqualified"
     assert (await call(stage)).bids
 
 

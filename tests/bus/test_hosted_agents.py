@@ -30,7 +30,7 @@ async def call(stage: Stage, domain: str = "code") -> Offer:
     """Call for bids and return the one host's answer."""
     asker = Asker(stage.bus)
     facts: dict[str, Any] = {"auction_id": "a", "task_id": "t1", "attempt": 1, "complexity": 0.5, "remaining_s": 60.0}
-    await asker.ask(stage.bus.subjects.of("auction", domain), CallForBids(slug=domain, **facts))
+    await asker.ask(stage.bus.subjects.of("auction", domain), CallForBids(domain_token=domain, **facts))
     return await asker.answer(Offer)
 
 
@@ -46,7 +46,7 @@ async def test_a_node_bids_in_its_domains_alone_in_any_wording_of_them(stage: St
 
     assert bidders(await call(stage)) == ["n1"]
     outside = await call(stage, "sales")
-    assert (bidders(outside), outside.decline) == ([], "cannot")
+    assert (bidders(outside), outside.decline) == ([], "unqualified")
     assert bidders(await call(stage, "general")) == []
 
 
@@ -69,8 +69,8 @@ async def test_a_pinned_run_needs_no_domain(stage: Stage) -> None:
 
 async def test_a_node_is_not_cloned_for_a_domain_it_does_not_take() -> None:
     busy = AgentNode(id="n1", agent=echo, domains=["code"], load=1.0)
-    assert choose_template(SpawnRequest(slug="sales"), [busy], 4) == "cannot"
-    assert choose_template(SpawnRequest(slug="code"), [busy], 4) is busy
+    assert choose_template(SpawnRequest(domain_token="sales"), [busy], 4) == "unqualified"
+    assert choose_template(SpawnRequest(domain_token="code"), [busy], 4) is busy
 
 
 # -- ads that cannot be used

@@ -65,7 +65,7 @@ async def test_a_mistake_only_one_node_can_see_fails_with_its_sentence(stage: St
 
 async def test_a_node_that_calls_every_ad_invalid_loses_its_share(stage: Stage) -> None:
     sour = await host(stage, "sour", refuse)
-    sour.offer = lambda _call: sour.bids(Bid(node_id="sour", claim=0.9))  # it claims most, and so is asked first
+    sour.offer = lambda _call: sour.bids(Bid(node_id="sour", self_rating=0.9))  # it claims most, and so is asked first
     good = [await host(stage, name, work) for name in ("n1", "n2")]
     runs: list[int] = []
     for n in range(1, 13):

@@ -274,7 +274,7 @@ async def test_a_reader_of_rewards_that_breaks_off_leaves_nothing(bus: Bus) -> N
                 attempt=1,
                 source="person",
                 node_id="n",
-                slug="code",
+                domain_token="code",
                 score=1,
                 ended_at=1,
             )

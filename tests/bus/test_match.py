@@ -67,9 +67,9 @@ def declining(why: str) -> Callable[[CallForBids], Offer]:
 
 async def test_the_best_bid_wins_and_the_award_tells_against_whom(stage: Stage) -> None:
     one = await host(
-        stage, "h1", offer=lambda _: one.bids(Bid(node_id="good", claim=0.9), Bid(node_id="bad", claim=0.1))
+        stage, "h1", offer=lambda _: one.bids(Bid(node_id="good", self_rating=0.9), Bid(node_id="bad", self_rating=0.1))
     )
-    two = await host(stage, "h2", offer=lambda _: two.bids(Bid(node_id="busy", claim=0.9, load=0.8, backlog=2)))
+    two = await host(stage, "h2", offer=lambda _: two.bids(Bid(node_id="busy", self_rating=0.9, load=0.8, backlog=2)))
     await match(stage)
     env = task(stage)
     await stage.put("match", env)
@@ -87,7 +87,7 @@ async def test_the_call_tells_what_is_needed_to_bid(stage: Stage) -> None:
     await stage.put("match", env)
     await stage.seen("task", phase="scale")
     call = one.calls[0]
-    assert (call.task_id, call.attempt, call.slug) == (env.task_id, 3, env.slug)
+    assert (call.task_id, call.attempt, call.domain_token) == (env.task_id, 3, env.domain_token)
     assert (call.required_tools, call.excluded, call.limit) == (("search",), ("n9",), 16)
     assert (call.complexity, 50 < call.remaining_s < 60.1) == (0.3, True)
     assert 900 < len(call.description.encode()) <= 1024
@@ -95,7 +95,7 @@ async def test_the_call_tells_what_is_needed_to_bid(stage: Stage) -> None:
 
 
 async def test_what_has_been_learned_is_followed_live_and_decides(stage: Stage) -> None:
-    bids = (Bid(node_id="proven", claim=0.3), Bid(node_id="boaster", claim=1.0))
+    bids = (Bid(node_id="proven", self_rating=0.3), Bid(node_id="boaster", self_rating=1.0))
     one = await host(stage, "h1", offer=lambda _: one.bids(*bids))
     await match(stage)
     await stage.put("match", task(stage))
@@ -240,11 +240,11 @@ async def test_when_nobody_is_there_scale_is_told_once_and_then_it_is_given_up(s
     await stage.put("match", env)
     told = await stage.seen("task", phase="scale")
     assert told.award is None
-    assert told.spec.alone_since == pytest.approx(stage.bus.now(), abs=2)
+    assert told.spec.no_offers_since == pytest.approx(stage.bus.now(), abs=2)
     await stage.put("match", told)  # SCALE sends it back
     ended = await stage.seen("task", phase="evaluate")
     assert ended.error.code == "no_bids"
-    assert stage.bus.now() - told.spec.alone_since >= 0.5
+    assert stage.bus.now() - told.spec.no_offers_since >= 0.5
     assert len(stage.all("task", phase="scale")) == 1
     assert len([hop for hop in ended.hops if hop.phase == "match"]) == 1
     assert len(stage.all("later")) >= 2
@@ -253,27 +253,29 @@ async def test_when_nobody_is_there_scale_is_told_once_and_then_it_is_given_up(s
 async def test_a_node_that_comes_meanwhile_gets_the_task_and_the_clock_is_cleared(stage: Stage) -> None:
     await match(stage, SHORT)
     since = stage.bus.now() - 5
-    env = task(stage, spec=Spec(complexity=0.1, domains=("code",), method="given", alone_since=since))
+    env = task(stage, spec=Spec(complexity=0.1, domains=("code",), method="given", no_offers_since=since))
     await stage.put("match", env)
     await stage.seen("later")
     await host(stage)
     won = await stage.seen("task", phase="scale")
     assert won.award.node_id == "n1"
-    assert won.spec.alone_since is None
+    assert won.spec.no_offers_since is None
 
 
 async def test_nodes_without_a_required_tool_are_nobody(stage: Stage) -> None:
-    await host(stage, offer=declining("cannot"))
+    await host(stage, offer=declining("unqualified"))
     await match(stage, replace(SHORT, no_bids_after_s=0.0))
     env = task(stage, required_tools=("search",))
-    await stage.put("match", replace(env, spec=Spec(complexity=0, domains=("code",), method="given", alone_since=1)))
+    await stage.put(
+        "match", replace(env, spec=Spec(complexity=0, domains=("code",), method="given", no_offers_since=1))
+    )
     ended = await stage.seen("task", phase="evaluate")
     assert ended.error.code == "no_bids"
     assert "search" in ended.error.message
 
 
 async def test_when_only_excluded_nodes_are_left_it_is_given_up_at_once(stage: Stage) -> None:
-    await host(stage, offer=declining("cannot"))
+    await host(stage, offer=declining("unqualified"))
     await match(stage, SHORT)
     await stage.put("match", task(stage, excluded=("n1",), failures=1))
     assert (await stage.seen("task", phase="evaluate")).error.code == "no_bids"
@@ -282,7 +284,7 @@ async def test_when_only_excluded_nodes_are_left_it_is_given_up_at_once(stage: S
 
 
 async def test_a_known_host_that_is_slow_keeps_hope_alive(stage: Stage) -> None:
-    await host(stage, "h1", offer=declining("cannot"))
+    await host(stage, "h1", offer=declining("unqualified"))
     slow = await host(stage, "h2", "n2", offer=lambda _: slow.bids() if len(slow.calls) > 1 else None)
     await match(stage, ClusterConfig(bid_window_ms=100))
     await stage.put("match", task(stage, excluded=("n1",), failures=1))
@@ -376,7 +378,7 @@ async def settled(stage: Stage) -> None:
 
 async def test_a_task_that_is_cancelled_while_there_are_no_nodes_is_dropped(stage: Stage) -> None:
     await match(stage, SHORT)
-    env = task(stage, spec=Spec(complexity=0.1, domains=("code",), method="given", alone_since=stage.bus.now()))
+    env = task(stage, spec=Spec(complexity=0.1, domains=("code",), method="given", no_offers_since=stage.bus.now()))
     await put_record(stage, env, "running")
     await stage.put("match", env)
     await stage.seen("later", count=2)
@@ -394,7 +396,7 @@ async def test_a_pinned_task_that_is_cancelled_is_not_awarded_when_its_node_come
     env = task(
         stage,
         node_id="late",
-        spec=Spec(complexity=0.1, domains=("code",), method="given", alone_since=stage.bus.now()),
+        spec=Spec(complexity=0.1, domains=("code",), method="given", no_offers_since=stage.bus.now()),
     )
     await put_record(stage, env, "running")
     await stage.put("match", env)
@@ -516,7 +518,7 @@ async def test_two_replicas_share_the_tasks(stage: Stage) -> None:
 
 
 def unrated(one: FakeHost, near: str, *bids: Bid, **facts: Any) -> Offer:
-    return replace(one.declines("cannot") if facts else one.bids(*bids), unrated=True, near=near)
+    return replace(one.declines("unqualified") if facts else one.bids(*bids), unrated=True, near=near)
 
 
 async def test_an_award_in_a_domain_that_no_node_names_has_a_warning_with_the_nearest_one(stage: Stage) -> None:

@@ -61,12 +61,12 @@ async def test_what_a_newer_sense_writes_on_envelope_spec_and_record_stays(stage
 
     entry = await records(stage.bus).get("t1")
     assert entry is not None
-    assert hop.known is not None
+    assert hop.record_version is not None
     assert hop.spec is not None
     stored = with_unknown_fields(entry.value, NEW)
     revision = await Bucket(stage.bus, "records", TaskRecord).update("t1", stored, entry.revision)
-    known = with_unknown_fields(replace(hop.known, revision=revision), NEW)
-    newer = with_unknown_fields(replace(hop, spec=with_unknown_fields(hop.spec, NEW), known=known), NEW)
+    known = with_unknown_fields(replace(hop.record_version, revision=revision), NEW)
+    newer = with_unknown_fields(replace(hop, spec=with_unknown_fields(hop.spec, NEW), record_version=known), NEW)
     await stage.put("match", newer)
     for phase in ("match", "scale", "execute", "evaluate"):
         await stage.phase(phase)  # type: ignore[arg-type]

@@ -26,16 +26,16 @@ async def test_a_saturated_host_starts_a_clone_that_bids_and_works(stage: Stage)
     reply = await here.spawn(tools=("pdf",))
     assert (reply.node_id, reply.decline) == ("a-c1", None)
     said = await here.says("a", "a-c1")
-    assert (said.templates, said.busy, said.slots) == (True, ("a",), 2)
-    [state] = said.children
+    assert (said.can_spawn, said.busy, said.slots) == (True, ("a",), 2)
+    [state] = said.spawned
     assert (state.node_id, state.parent_id, state.retiring) == ("a-c1", "a", False)
     news = await stage.seen("lifecycle", kind="spawned", node_id="a-c1", within_s=WITHIN_S)
     assert (news.host_id, news.reason) == (here.host.host_id, "clone of a: saturated in code")
     assert await stage.seen("lifecycle", kind="joined", node_id="a-c1")
     [child] = [one for one in here.bids(required_tools=("pdf",)).bids if one.node_id == "a-c1"]
-    assert (child.claim, child.load, child.tools) == (0.5, 0, ("pdf",))
-    [elsewhere] = [one for one in here.bids(slug="cooking").bids if one.node_id == "a-c1"]
-    assert elsewhere.claim == 0.1
+    assert (child.self_rating, child.load, child.tools) == (0.5, 0, ("pdf",))
+    [elsewhere] = [one for one in here.bids(domain_token="cooking").bids if one.node_id == "a-c1"]
+    assert elsewhere.self_rating == 0.1
     clone: Any = here.nursery.nodes()[1]
     assert (clone.parent_id, clone.depth) == ("a", 2)
     events = await here.fill("a-c1", agent)
@@ -54,7 +54,7 @@ async def test_it_declines_what_it_cannot_or_need_not_or_may_not_start(stage: St
     here = await place(stage, [node("a", agent, code=0.9)], 2, slots=1)
     assert (await here.spawn()).decline == "idle"
     await here.fill("a", agent)
-    assert (await here.spawn(tools=("pdf",))).decline == "cannot"
+    assert (await here.spawn(tools=("pdf",))).decline == "unqualified"
     assert (await here.spawn()).node_id == "a-c1"
     assert (await here.spawn()).decline == "idle"
     await here.fill("a-c1", agent)
@@ -110,7 +110,7 @@ async def test_a_retiring_child_takes_nothing_new_and_ends_what_it_has(stage: St
     assert [one.node_id for one in here.bids().bids] == ["a"]
     late = await here.run("a-c1")
     assert (late[0].kind, late[0].code) == ("rejected", "busy")
-    assert (await here.says("a", "a-c1")).children[0].retiring
+    assert (await here.says("a", "a-c1")).spawned[0].retiring
     agent.go.set()
     await here.says("a")
     assert (running[-1].kind, queued[-1].kind) == ("result", "result")
@@ -120,13 +120,13 @@ async def test_a_retiring_child_takes_nothing_new_and_ends_what_it_has(stage: St
     gone = await here.run("a-c1")
     assert (gone[0].kind, gone[0].code) == ("rejected", "busy")  # an award on its way is nobody's fault
     never = await here.run("a-c9")
-    assert (never[0].kind, never[0].code) == ("rejected", "cannot")
+    assert (never[0].kind, never[0].code) == ("rejected", "unqualified")
     assert (await here.retire("a-c1")).decline == "unknown"
 
 
 async def test_an_original_is_never_let_go(stage: Stage) -> None:
     here = await place(stage, [node("a", echo)], 2)
-    assert (await here.retire("a")).decline == "original"
+    assert (await here.retire("a")).decline == "permanent"
     assert here.names() == ["a"]
 
 
@@ -145,16 +145,16 @@ class Skills:
 async def test_a_skill_becomes_a_node_where_nobody_can_and_is_a_child_like_any_other(stage: Stage) -> None:
     agent = Held()
     here = await place(stage, [], 9, Skills(agent, "db"), slots=1)
-    assert here.bids().decline == "cannot"
-    assert (await here.spawn(text="a poem")).decline == "cannot"
-    assert (await here.spawn(text="sql", tools=("db", "shell"))).decline == "cannot"
+    assert here.bids().decline == "unqualified"
+    assert (await here.spawn(text="a poem")).decline == "unqualified"
+    assert (await here.spawn(text="sql", tools=("db", "shell"))).decline == "unqualified"
     assert (await here.spawn("data", text="sql", tools=("db",))).node_id == "skill-sql"
     news = await stage.seen("lifecycle", kind="spawned", node_id="skill-sql", within_s=WITHIN_S)
     assert news.reason == "skill skill-sql: saturated in data"
-    [state] = (await here.says("skill-sql")).children
+    [state] = (await here.says("skill-sql")).spawned
     assert (state.node_id, state.parent_id) == ("skill-sql", "skill-sql")
-    [bid] = here.bids(slug="data", required_tools=("db",)).bids
-    assert (bid.node_id, bid.claim, bid.tools) == ("skill-sql", 0.5, ("db",))
+    [bid] = here.bids(domain_token="data", required_tools=("db",)).bids
+    assert (bid.node_id, bid.self_rating, bid.tools) == ("skill-sql", 0.5, ("db",))
     events = await here.fill("skill-sql", agent)
     assert (await here.retire("skill-sql", when_idle=True)).decline == "busy"
     agent.go.set()
@@ -199,7 +199,7 @@ async def test_rubbish_and_a_stopped_nursery_start_nobody(stage: Stage) -> None:
     await here.nursery.stop()
     await here.nursery.stop()
     await here.host.bus.echo()
-    await stage.bus.publish(stage.bus.subjects.spawn, SpawnRequest(slug="code"))
+    await stage.bus.publish(stage.bus.subjects.spawn, SpawnRequest(domain_token="code"))
     await stage.bus.echo()
     await here.host.bus.echo()
     assert here.names() == ["a", "a-c1"]

@@ -65,7 +65,7 @@ async def put_profile(stage: Stage, key: str, value: Any) -> None:
 def poisoned(n: int, field: bytes) -> bytes:
     """A reward with other JSON in place of its tokens, seconds and time."""
     return (
-        b'{"reward_id":"p%d:1:rules","task_id":"p%d","attempt":1,"node_id":"n1","slug":"code","score":0.5,'
+        b'{"reward_id":"p%d:1:rules","task_id":"p%d","attempt":1,"node_id":"n1","domain_token":"code","score":0.5,'
         b'"estimated":0.5,%s}' % (n, n, field if b"ended_at" in field else b'"ended_at":1,' + field)
     )
 
@@ -166,7 +166,9 @@ async def test_a_stored_profile_that_cannot_be_believed_is_written_over_while_ad
         assert (await learned(stage, 3)).last_seq == 3
 
 
-@pytest.mark.parametrize("value", [b'{"slug":"code","last_seq":%d}' % 2**50, b"\xff", b'{"slug":"data","bias":1}'])
+@pytest.mark.parametrize(
+    "value", [b'{"domain_token":"code","last_seq":%d}' % 2**50, b"\xff", b'{"domain_token":"data","bias":1}']
+)
 async def test_a_calibration_that_cannot_be_believed_is_learned_from_the_stream(stage: Stage, value: bytes) -> None:
     await stage.bus.store(f"$KV.{stage.bus.subjects.bucket('tuning')}.{BIAS}code", value)
     await stage.phase("adapt")
@@ -178,7 +180,11 @@ async def test_a_calibration_that_cannot_be_believed_is_learned_from_the_stream(
             entry = await bucket.get(f"{BIAS}code")
         except Exception:  # noqa: BLE001 - the garbage is still there
             return False
-        return entry is not None and (entry.value.slug, entry.value.count, entry.value.last_seq) == ("code", 1, 1)
+        return entry is not None and (entry.value.domain_token, entry.value.count, entry.value.last_seq) == (
+            "code",
+            1,
+            1,
+        )
 
     await until(calibrated, what="the calibration is written over")
 
@@ -203,8 +209,8 @@ async def test_a_lease_that_cannot_be_read_is_taken(stage: Stage) -> None:
 async def test_a_poisoned_bid_takes_neither_its_hosts_other_bids_nor_the_auction_with_it(stage: Stage) -> None:
     one = await FakeHost(await stage.connect("node"), "h1").start()
     two = await FakeHost(await stage.connect("node"), "h2", ("n2",)).start()
-    good = encode(one.bids(Bid(node_id="n1", claim=0.9)))
-    raw = good.replace(b'"bids":[', b'"bids":[{"node_id":"evil","claim":1.0,"free":%s},' % (b"9" * 400))
+    good = encode(one.bids(Bid(node_id="n1", self_rating=0.9)))
+    raw = good.replace(b'"bids":[', b'"bids":[{"node_id":"evil","self_rating":1.0,"free":%s},' % (b"9" * 400))
     one.offer = lambda _: raw  # type: ignore[assignment,return-value]
     await stage.phase("match")
     env = envelope(ad(), now=stage.bus.now())

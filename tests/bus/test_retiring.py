@@ -41,16 +41,16 @@ def orders(stage: Stage) -> list[RetireRequest]:
     return [decode(raw, RetireRequest) for raw in stage.all("retire")]
 
 
-async def earned(stage: Stage, node_id: str, *scores: float, slug: str = "code") -> None:
+async def earned(stage: Stage, node_id: str, *scores: float, domain_token: str = "code") -> None:
     bus = RewardBus(bus=stage.bus)
     for n, score in enumerate(scores):
-        task = f"{node_id}-{slug}-{n}"
+        task = f"{node_id}-{domain_token}-{n}"
         one = Reward(
             reward_id=f"{task}:1:rules",
             task_id=task,
             attempt=1,
             node_id=node_id,
-            slug=slug,
+            domain_token=domain_token,
             score=score,
             ended_at=stage.bus.now() + n,
         )
@@ -145,5 +145,5 @@ async def test_a_replica_waits_while_another_holds_the_lease(stage: Stage, grown
 
 
 def idle_for(stage: Stage, seconds: float) -> bool:
-    children = stage.all("host")[-1].children
+    children = stage.all("host")[-1].spawned
     return len(children) == 2 and all(child.idle_s > seconds for child in children)

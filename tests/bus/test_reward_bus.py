@@ -14,7 +14,7 @@ from loom.bus.client import Bus
 from loom.bus.reward_bus import RewardBus
 from loom.schemas.errors import BusUnavailable, InvalidTask
 from loom.schemas.learning import Reward
-from loom.schemas.task import TaskAd, slug
+from loom.schemas.task import TaskAd, domain_token
 
 
 def reward(
@@ -26,7 +26,7 @@ def reward(
         attempt=1,
         source=source,
         node_id=node_id,
-        slug=slug(domain),
+        domain_token=domain_token(domain),
         score=score,
         ended_at=float(n),
     )

@@ -36,7 +36,7 @@ def task(stage: Stage, **facts: Any) -> Envelope:
 
 
 def bid(load: float, node_id: str = "n1") -> ScoredBid:
-    return ScoredBid(node_id=node_id, host_id="h1", score=1, claim=1, trust=1, load=load, tools=1)
+    return ScoredBid(node_id=node_id, host_id="h1", score=1, self_rating=1, trust=1, load=load, tools=1)
 
 
 async def test_an_awarded_task_passes_on_as_it_came(stage: Stage, asked: list[SpawnRequest]) -> None:
@@ -58,7 +58,7 @@ async def test_a_task_nobody_bid_for_asks_for_a_node_and_goes_back(stage: Stage,
     await until(lambda: asked, what="a node is asked for")
     assert asked == [
         SpawnRequest(
-            slug="code",
+            domain_token="code",
             required_tools=("search",),
             description=env.ad.description,
             reason="no_bids",
@@ -100,7 +100,7 @@ async def test_a_node_is_asked_for_once_a_second_and_domain(
     monkeypatch.setattr("loom.phases.scale.spawn.ASK_EVERY_S", 0.0)
     await stage.put("scale", task(stage))
     await until(lambda: len(asked) >= 3, what="one more is asked for")
-    assert sorted(request.slug for request in asked) == ["code", "code", "data"]
+    assert sorted(request.domain_token for request in asked) == ["code", "code", "data"]
 
 
 async def test_tasks_nobody_bids_for_are_asked_about_each_by_what_they_say(
@@ -127,7 +127,7 @@ async def test_where_nobody_bids_a_host_that_cannot_is_not_the_last_to_be_asked(
     async def answer(msg: Any) -> None:
         asked.append(decode(msg.data, SpawnRequest))
         mine = [one for one in asked if one.reason == asked[-1].reason]
-        facts: dict[str, Any] = {"node_id": "n"} if len(mine) == 3 else {"decline": "cannot"}
+        facts: dict[str, Any] = {"node_id": "n"} if len(mine) == 3 else {"decline": "unqualified"}
         await stage.bus.publish(msg.reply, SpawnReply(host_id="h", **facts))
 
     await stage.bus.subscribe(stage.bus.subjects.spawn, answer)

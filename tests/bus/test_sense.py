@@ -301,7 +301,7 @@ async def test_chinese_ads_are_understood(stage: Stage) -> None:
     await submit(stage, ad("分析", domain="数据"))
     hop = await stage.seen("task", phase="match", count=2)
     assert hop.domain == "数据"
-    assert hop.slug.startswith("x-")
+    assert hop.domain_token.startswith("x-")
 
 
 # -- subtasks
@@ -420,13 +420,13 @@ async def test_who_is_to_be_answered_is_not_shown_to_who_cancels_a_task_on_its_w
     task = ad(task_id="t1")
     sent = submission(task, reply_to=submitter.inbox)
     await stage.bus.store(stage.bus.subjects.intake("normal", "t1"), sent, msg_id=new_id())
-    assert (await stage.seen("task", phase="match")).known.reply_to == (submitter.inbox,)
+    assert (await stage.seen("task", phase="match")).record_version.reply_to == (submitter.inbox,)
     await asker.ask(stage.bus.subjects.of("cancel", "t1"), {"full": True})
     record = (await asker.answer(TaskStatus)).record
     assert record is not None
-    assert (record.state, record.envelope.known) == ("cancelled", None)
+    assert (record.state, record.envelope.record_version) == ("cancelled", None)
     assert submitter.inbox not in asker.answers[0].data.decode()
-    assert (await stage.read("t1")).envelope.known is None
+    assert (await stage.read("t1")).envelope.record_version is None
 
 
 async def test_cancelling_what_has_ended_changes_nothing(stage: Stage) -> None:
@@ -550,5 +550,5 @@ async def test_the_wire_form_of_a_submission_is_plain_json_others_can_write(stag
     assert (await stage.seen("task", phase="match")).ad == TaskAd(task_id="t1", description="x", domain="code")
     await quiet(stage.bus)
     assert encode(replace((await stage.read("t1")).envelope, deadline=0.0)) == encode(
-        replace(stage.all("task", phase="match")[0], deadline=0.0, spec=None, known=None, step=0, hops=())
+        replace(stage.all("task", phase="match")[0], deadline=0.0, spec=None, record_version=None, step=0, hops=())
     )

@@ -202,10 +202,10 @@ class Node(AgentNode):
 
 async def test_a_node_that_raises_when_it_is_asked_for_a_bid_does_not_end_its_host(stage: Stage) -> None:
     host = await stage.host([Node(id="n1", agent=patient)])
-    call = CallForBids(auction_id="a", task_id="t1", attempt=1, slug="code", complexity=0.5, remaining_s=60.0)
+    call = CallForBids(auction_id="a", task_id="t1", attempt=1, domain_token="code", complexity=0.5, remaining_s=60.0)
     asker = Asker(stage.bus)
     await asker.ask(stage.bus.subjects.of("auction", "code"), call)
-    assert (await asker.answer(Offer)).decline == "cannot"
+    assert (await asker.answer(Offer)).decline == "unqualified"
     await (await run(stage, host)).heard("result")
 
 

@@ -86,11 +86,11 @@ def check(books: Books) -> None:
     earned = {reward.reward_id: reward for _, reward in books.rewards}
     assert len(earned) == WORLD.setting.tasks, "each task has one attempt, and that one reward"
     assert all(earned[reward.reward_id].score == reward.score for _, reward in books.rewards), "judged in two ways"
-    had = Counter((reward.node_id, reward.slug) for reward in earned.values())
+    had = Counter((reward.node_id, reward.domain_token) for reward in earned.values())
     forgotten = []
     for node_id, profile in books.profiles.items():
         assert profile.total_tasks <= sum(count for (name, _), count in had.items() if name == node_id)
-        for slug, evidence in profile.domains.items():
-            assert len({score.attempt_id for score in evidence.scores}) == evidence.count <= had[node_id, slug]
-            forgotten += [(node_id, slug)] if evidence.count < had[node_id, slug] else []
+        for domain_token, evidence in profile.domains.items():
+            assert len({score.attempt_id for score in evidence.scores}) == evidence.count <= had[node_id, domain_token]
+            forgotten += [(node_id, domain_token)] if evidence.count < had[node_id, domain_token] else []
     assert forgotten, "no node was found changed, though specialists have dropped"

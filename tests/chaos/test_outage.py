@@ -40,4 +40,4 @@ async def test_a_host_that_is_slow_to_come_back_after_an_outage_is_not_taken_for
     assert after.success
     assert agent.runs[pinned.task_id] == 1
     assert isinstance(record, TaskRecord)
-    assert (record.envelope.attempt, record.envelope.failures, record.envelope.tried) == (1, 0, ())
+    assert (record.envelope.attempt, record.envelope.failures, record.envelope.failed_attempts) == (1, 0, ())

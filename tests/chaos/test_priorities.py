@@ -89,8 +89,8 @@ async def test_a_critical_task_overtakes_five_thousand_low_ones(server: NatsServ
 @RAISED
 def test_only_the_urgent_are_awarded_to_a_node_at_full_load(priority: Priority, raised: bool) -> None:
     task = envelope(ad(priority=priority), now=0)
-    full = Offer(host_id="h1", bids=(Bid(node_id="n1", claim=0.9, load=1.0, backlog=13),))
-    free = Offer(host_id="h2", bids=(Bid(node_id="n2", claim=0.1, load=0.2),))
+    full = Offer(host_id="h1", bids=(Bid(node_id="n1", self_rating=0.9, load=1.0, backlog=13),))
+    free = Offer(host_id="h2", bids=(Bid(node_id="n2", self_rating=0.1, load=0.2),))
 
     assert isinstance(judge(task, [full], Book()), Awarded if raised else AllBusy)
     assert isinstance(judge(task, [full, free], Book()), Awarded)
@@ -110,7 +110,7 @@ def test_a_place_that_was_awarded_a_moment_ago_is_the_next_ones_only_if_urgent(
 
 
 def test_awards_of_a_moment_ago_spread_a_burst_over_equals() -> None:
-    offers = [Offer(host_id=f"h{n}", bids=(Bid(node_id=f"n{n}", claim=0.9, free=16),)) for n in (1, 2)]
+    offers = [Offer(host_id=f"h{n}", bids=(Bid(node_id=f"n{n}", self_rating=0.9, free=16),)) for n in (1, 2)]
     taken: Counter[tuple[str, str]] = Counter()
     for number in range(20):
         verdict = judge(envelope(ad(task_id=f"t{number}"), now=0), offers, Book(taken=taken))

@@ -133,7 +133,7 @@ async def test_the_command_line_says_how_far_a_host_may_grow(nats_url: str, name
 
         async def asked() -> SpawnReply | None:
             try:
-                answer = await bus.request(bus.subjects.spawn, SpawnRequest(slug="code"), timeout_s=5)
+                answer = await bus.request(bus.subjects.spawn, SpawnRequest(domain_token="code"), timeout_s=5)
             except (TimeoutError, NoResponders):
                 return None
             return decode(answer.data, SpawnReply)

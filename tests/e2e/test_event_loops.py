@@ -80,7 +80,14 @@ async def test_calls_from_another_loop_are_refused_and_the_open_session_goes_on(
         handle = await rt.publish(TaskAd(description="x", node_id="slow", timeout_s=30))
         await begun.wait()
         reward = Reward(
-            reward_id="r", task_id="t", attempt=1, source="person", node_id="n", slug="code", score=1, ended_at=1
+            reward_id="r",
+            task_id="t",
+            attempt=1,
+            source="person",
+            node_id="n",
+            domain_token="code",
+            score=1,
+            ended_at=1,
         )
         for call in (
             lambda: rt.submit(SUM),

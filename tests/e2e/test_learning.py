@@ -60,7 +60,7 @@ class Town:
         """A host that bids and never answers what it is asked to run."""
         bus = await self._stack.enter_async_context(Bus(self.url, namespace=self.namespace, role="node"))
         host = FakeHost(bus, f"{node_id}-host", (node_id,))
-        host.offer = lambda _call: host.bids(Bid(node_id=node_id, claim=claim))
+        host.offer = lambda _call: host.bids(Bid(node_id=node_id, self_rating=claim))
         await host.start()
 
     async def work(self, count: int, *, timeout_s: float = 30.0) -> list[TaskResult]:

@@ -128,7 +128,7 @@ class ForgedHost:
     async def _on_call(self, msg: Msg) -> None:
         call = msgspec.json.decode(msg.data)
         if self._tool in call.get("required_tools", ()):
-            bid = {"node_id": self._host_id, "claim": 1.0, "tools": [self._tool]}
+            bid = {"node_id": self._host_id, "self_rating": 1.0, "tools": [self._tool]}
             await self._bus.publish(msg.reply, msgspec.json.encode({"host_id": self._host_id, "bids": [bid]}))
 
     async def _on_run(self, msg: Msg) -> None:

@@ -372,7 +372,7 @@ def figures(ledger: Ledger, books: Books, cast: Cast, took_s: float, calm_s: flo
         for record in books.records.values()
     )
     attempts = Counter(record.envelope.attempt for record in books.records.values())
-    failed = Counter(tried.code for record in books.records.values() for tried in record.envelope.tried)
+    failed = Counter(tried.code for record in books.records.values() for tried in record.envelope.failed_attempts)
     repeated = len(books.rewards) - len({reward.reward_id for _, reward in books.rewards})
     began = Counter(part.state for plan in books.plans.values() for part in plan.subtasks)
     waits = sorted(

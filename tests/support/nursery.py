@@ -43,8 +43,8 @@ class Place:
     def __init__(self, stage: Stage, host: NodeHost, nursery: Nursery) -> None:
         self.stage, self.host, self.nursery = stage, host, nursery
 
-    async def spawn(self, slug: str = "code", tools: tuple[str, ...] = (), text: str = "") -> SpawnReply:
-        wanted = SpawnRequest(slug=slug, required_tools=tools, description=text, reason="saturated")
+    async def spawn(self, domain_token: str = "code", tools: tuple[str, ...] = (), text: str = "") -> SpawnReply:
+        wanted = SpawnRequest(domain_token=domain_token, required_tools=tools, description=text, reason="saturated")
         answer = await self.stage.bus.request(self.stage.bus.subjects.spawn, wanted, timeout_s=WITHIN_S)
         return decode(answer.data, SpawnReply)
 
@@ -69,7 +69,14 @@ class Place:
         return events
 
     def bids(self, **facts: Any) -> Offer:
-        call = {"auction_id": "a", "task_id": "t", "attempt": 1, "slug": "code", "complexity": 0.3, "remaining_s": 9}
+        call = {
+            "auction_id": "a",
+            "task_id": "t",
+            "attempt": 1,
+            "domain_token": "code",
+            "complexity": 0.3,
+            "remaining_s": 9,
+        }
         return self.host.offer(CallForBids(**{**call, **facts}))
 
     def names(self) -> list[str]:

@@ -22,18 +22,20 @@ def child(node_id: str = "a-c1", **facts: Any) -> ChildState:
 
 def host(*children: ChildState, nodes: tuple[str, ...] = ("a",), **facts: Any) -> HostAnnouncement:
     names = (*nodes, *(one.node_id for one in children))
-    return HostAnnouncement(**{"host_id": "h1", "nodes": names, "slots": 8, "children": children, **facts})
+    return HostAnnouncement(**{"host_id": "h1", "nodes": names, "slots": 8, "spawned": children, **facts})
 
 
 def profile(node_id: str, losses: int = 0, **domains: list[float]) -> NodeProfile:
     """A profile with these scores, oldest first, by domain."""
     known = {
-        slug: DomainEvidence(
-            scores=tuple(Score(attempt_id=f"{slug}{n}:1", score=x, ended_at=float(n)) for n, x in enumerate(each)),
+        domain_token: DomainEvidence(
+            scores=tuple(
+                Score(attempt_id=f"{domain_token}{n}:1", score=x, ended_at=float(n)) for n, x in enumerate(each)
+            ),
             count=len(each),
             mean=sum(each) / len(each),
         )
-        for slug, each in domains.items()
+        for domain_token, each in domains.items()
     }
     return NodeProfile(node_id=node_id, domains=known, consecutive_losses=losses)
 
@@ -95,7 +97,7 @@ def test_what_was_inherited_condemns_nobody() -> None:
             task_id=f"x-c{seq}",
             attempt=0,
             node_id="a-c1",
-            slug="code",
+            domain_token="code",
             score=0.0,
             ended_at=float(seq),
         )
@@ -142,7 +144,7 @@ def test_however_they_fare_enough_stay_and_only_children_go(
     before = sum(len(staying(one)) for one in hosts)
     assert len(due) <= max(0, before - min_nodes)
     assert len({(one.host_id, one.node_id) for one in due}) == len(due)
-    fit = {(one.host_id, c.node_id) for one in hosts for c in one.children if not c.retiring and c.age_s >= 60}
+    fit = {(one.host_id, c.node_id) for one in hosts for c in one.spawned if not c.retiring and c.age_s >= 60}
     assert {(one.host_id, one.node_id) for one in due} <= fit
 
 
@@ -180,7 +182,10 @@ def test_a_bequest_is_one_observation_a_domain_and_no_task_of_the_heir() -> None
     folded = start
     for seq, reward in enumerate(bequest(source, "b"), start=1):
         folded = fold(folded, reward, seq)
-    assert {slug: (e.count, e.mean) for slug, e in folded.domains.items()} == {"code": (2, 0.375), "data": (1, 0.0)}
+    assert {domain_token: (e.count, e.mean) for domain_token, e in folded.domains.items()} == {
+        "code": (2, 0.375),
+        "data": (1, 0.0),
+    }
     assert (folded.total_tasks, folded.consecutive_losses, folded.tokens) == (0, 3, 0)
 
 

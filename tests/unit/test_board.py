@@ -42,7 +42,7 @@ def hop(phase: str, name: str = "one", *, attempt: int = 1, node: str = "") -> S
 
 def reward(name: str, node: str) -> Seen:
     message = Reward(
-        reward_id=f"{name}:1:rules", task_id=name, attempt=1, node_id=node, slug="code", score=1.0, ended_at=1.0
+        reward_id=f"{name}:1:rules", task_id=name, attempt=1, node_id=node, domain_token="code", score=1.0, ended_at=1.0
     )
     return seen(message, "reward", node, "code")
 
@@ -60,7 +60,7 @@ def result(name: str, node: str = "coder") -> TaskResult:
 def test_a_task_is_followed_through_its_phases() -> None:
     told = board("one")
     ad = told.rows["one"].ad
-    call = CallForBids(auction_id="a", task_id="one", attempt=1, slug="code", complexity=0.1, remaining_s=1.0)
+    call = CallForBids(auction_id="a", task_id="one", attempt=1, domain_token="code", complexity=0.1, remaining_s=1.0)
 
     lines = [line(told.rows["one"])]
     for message in (

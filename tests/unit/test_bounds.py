@@ -66,7 +66,14 @@ def with_number(message: Any, field: str, number: str) -> bytes:
 
 RESULT = RunResult(content="x")
 REWARD = Reward(
-    reward_id="t:1:rules", task_id="t", attempt=1, node_id="n", slug="code", score=1.0, ended_at=1.0, estimated=0.5
+    reward_id="t:1:rules",
+    task_id="t",
+    attempt=1,
+    node_id="n",
+    domain_token="code",
+    score=1.0,
+    ended_at=1.0,
+    estimated=0.5,
 )
 NUMBERS = [
     (RESULT, "prompt_tokens", "9" * 400),
@@ -89,7 +96,7 @@ NUMBERS = [
     (NodeProfile(node_id="n"), "seconds", "1.7e308"),
     (NodeProfile(node_id="n"), "last_seq", str(2**60)),
     (NodeProfile(node_id="n"), "updated_at", "1e300"),
-    (Calibration(slug="code"), "last_seq", str(2**60)),
+    (Calibration(domain_token="code"), "last_seq", str(2**60)),
     (TaskError(code="x"), "retry_after_s", "1e300"),
 ]
 
@@ -129,7 +136,7 @@ def test_tokens_of_a_result_stop_at_the_greatest_integer() -> None:
 def test_a_huge_number_built_in_python_overflows_no_formula() -> None:
     huge = msgspec.structs.replace(REWARD, tokens=HUGE, seconds=MAX_SECONDS)
     assert actual(huge) == 1.0
-    assert recalibrated(Calibration(slug="code"), huge, 1).count == 1
+    assert recalibrated(Calibration(domain_token="code"), huge, 1).count == 1
     assert RewardBus().compute_signal(TaskAd(), True, HUGE).efficiency == 0.0
     assert RewardBus().compute_signal(TaskAd(token_budget=HUGE), True, HUGE).efficiency == 0.0
     assert RewardBus().compute_signal(TaskAd(), True, -HUGE).efficiency == 1.0
@@ -185,7 +192,7 @@ def reader(limit: int = 16) -> tuple[OfferReader, Discards]:
 
 BAD_BIDS = {
     "free": b'{"node_id":"bad","free":%s}' % (b"9" * 400),
-    "claim": b'{"node_id":"bad","claim":"high"}',
+    "self_rating": b'{"node_id":"bad","self_rating":"high"}',
     "load": b'{"node_id":"bad","load":1e999}',
     "expected_s": b'{"node_id":"bad","expected_s":1e308}',
     "tools": b'{"node_id":"bad","tools":[1]}',

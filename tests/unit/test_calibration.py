@@ -13,11 +13,11 @@ from loom.schemas.envelope import Award, Envelope, Spec
 from loom.schemas.learning import Calibration, Reward
 from loom.schemas.task import RunResult, TaskAd, TaskError
 
-NEW = Calibration(slug="code")
+NEW = Calibration(domain_token="code")
 
 
 def reward(estimated: float | None = 0.9, tokens: int = 4096, seconds: float = 15.0, **facts: Any) -> Reward:
-    wanted: dict[str, Any] = {"score": 1.0, "reward_id": "t:1:rules", "slug": "code", **facts}
+    wanted: dict[str, Any] = {"score": 1.0, "reward_id": "t:1:rules", "domain_token": "code", **facts}
     return Reward(
         task_id="t", attempt=1, node_id="n", tokens=tokens, seconds=seconds, estimated=estimated,
         ended_at=1.0, **wanted,
@@ -38,7 +38,7 @@ def test_how_hard_a_task_was_is_told_by_what_it_took(tokens: int, seconds: float
 def test_the_bias_moves_three_tenths_of_the_way_with_each_task() -> None:
     once = recalibrated(NEW, reward(), 1)
     assert once.bias == pytest.approx(-0.12)
-    assert replace(once, bias=0) == Calibration(slug="code", count=1, last_seq=1)
+    assert replace(once, bias=0) == Calibration(domain_token="code", count=1, last_seq=1)
     assert recalibrated(once, reward(), 2).bias == pytest.approx(-0.12 * 0.7 - 0.12)
 
 
@@ -67,7 +67,7 @@ def test_folding_again_from_any_point_gives_the_same(tasks: list[tuple[float, in
 
 @given(st.floats(0, 1), st.floats(-1, 1), st.integers(0, 10))
 def test_a_guess_is_corrected_within_bounds_from_three_tasks_on(complexity: float, bias: float, count: int) -> None:
-    spec = calibrated(guess(complexity), {"code": Calibration(slug="code", bias=bias, count=count)})
+    spec = calibrated(guess(complexity), {"code": Calibration(domain_token="code", bias=bias, count=count)})
     assert spec.estimated == complexity
     if count < 3:
         assert (spec.complexity, spec.note) == (complexity, "")
@@ -81,9 +81,11 @@ def test_a_correction_says_so_beside_what_was_noted() -> None:
 
 
 def test_a_bias_is_read_under_the_key_it_is_written_under() -> None:
-    known = Calibration(slug=Spec(complexity=0, domains=("代码",), method="given").slug, bias=-0.2, count=3)
-    assert calibrated(guess(0.5, "代码"), {known.slug: known}).complexity == 0.3
-    assert calibrated(guess(0.5, "数据"), {known.slug: known}).complexity == 0.5
+    known = Calibration(
+        domain_token=Spec(complexity=0, domains=("代码",), method="given").domain_token, bias=-0.2, count=3
+    )
+    assert calibrated(guess(0.5, "代码"), {known.domain_token: known}).complexity == 0.3
+    assert calibrated(guess(0.5, "数据"), {known.domain_token: known}).complexity == 0.5
 
 
 def ended(**facts: Any) -> Envelope:
@@ -105,8 +107,10 @@ def test_a_reward_tells_the_guess_itself_of_a_task_done_whole_by_its_node() -> N
 
 def test_so_many_domains_are_calibrated_and_no_more_but_those_go_on() -> None:
     calibrating = Calibrating(Bus("nats://nowhere"))
-    slugs = [f"d{number}" for number in range(MOST + 1)]
+    domain_tokens = [f"d{number}" for number in range(MOST + 1)]
 
-    assert [calibrating.fold(seq, reward(slug=slug)) for seq, slug in enumerate(slugs, 1)] == [True] * MOST + [False]
-    assert calibrating.fold(MOST + 2, reward(slug=slugs[0]))
-    assert not calibrating.fold(MOST + 3, reward(slug=slugs[-1]))
+    assert [
+        calibrating.fold(seq, reward(domain_token=domain_token)) for seq, domain_token in enumerate(domain_tokens, 1)
+    ] == [True] * MOST + [False]
+    assert calibrating.fold(MOST + 2, reward(domain_token=domain_tokens[0]))
+    assert not calibrating.fold(MOST + 3, reward(domain_token=domain_tokens[-1]))

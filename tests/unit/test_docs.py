@@ -18,7 +18,7 @@ from loom.bus.subjects import FAMILIES
 from loom.bus.topology import LANES, streams
 from loom.runner import agreement, doctor, working
 from loom.schemas.config import ClusterConfig
-from loom.schemas.task import parse_ad, slug
+from loom.schemas.task import domain_token, parse_ad
 
 DOCS = ROOT / "docs"
 SUBJECTS = DOCS / "subjects.md"
@@ -36,7 +36,7 @@ def test_the_page_of_subjects_has_the_tokens_of_its_domains() -> None:
     tokens = {json.loads(domain): token for domain, token in rows}
 
     assert {"代码", "数据"} <= set(tokens)
-    assert tokens == {domain: slug(domain) for domain in tokens}
+    assert tokens == {domain: domain_token(domain) for domain in tokens}
 
 
 def test_every_finding_of_the_doctor_is_explained() -> None:

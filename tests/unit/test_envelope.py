@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loom.schemas.envelope import MAX_HOPS, Award, Best, Claim, Envelope, Hop, Phase, Spec, Split, TaskRecord
+from loom.schemas.envelope import MAX_HOPS, Award, Claim, Envelope, Hop, Phase, RejectedResult, Spec, Split, TaskRecord
 from loom.schemas.task import PhaseUsage, RunResult, TaskAd, TaskError, TaskResult, TaskUsage
 from loom.schemas.wire import MAX_MESSAGE_BYTES, decode, encode
 
@@ -84,9 +84,9 @@ def test_a_failed_envelope_has_an_error_and_no_result() -> None:
 def test_the_auctioned_domain_is_the_specs_first_then_the_ads_then_general() -> None:
     spec = Spec(complexity=0.5, domains=("数据", "code"), method="given")
     assert _envelope(spec=spec, ad={"domain": "text"}).domain == "数据"
-    assert _envelope(spec=spec).slug == spec.slug
-    assert _envelope(ad={"domain": "Text"}).slug == "text"
-    assert _envelope().slug == "general"
+    assert _envelope(spec=spec).domain_token == spec.domain_token
+    assert _envelope(ad={"domain": "Text"}).domain_token == "text"
+    assert _envelope().domain_token == "general"
 
 
 def test_depth_is_none_for_what_a_client_submitted() -> None:
@@ -121,7 +121,7 @@ def test_the_best_of_refused_results_names_the_node_that_made_it() -> None:
     run = RunResult(content="so so")
     env = _envelope(
         result=run,
-        best=Best(result=run, score=0.4, node_id="n1", host_id="h1"),
+        best_rejected=RejectedResult(result=run, score=0.4, node_id="n1", host_id="h1"),
         award=Award(node_id="n2", host_id="h2"),
         error=TaskError(code="rejected_result"),
     )

@@ -21,7 +21,16 @@ from loom.phases.evaluate.policy import (
     unchecked,
 )
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import IN_HAND_S, MAX_TRIED_CHARS, Best, Claim, Envelope, Opinion, TaskRecord, Tried
+from loom.schemas.envelope import (
+    IN_HAND_S,
+    MAX_CAUSE_CHARS,
+    Claim,
+    Envelope,
+    FailedAttempt,
+    Opinion,
+    RejectedResult,
+    TaskRecord,
+)
 from loom.schemas.errors import BY_CODE
 from loom.schemas.task import Accept, RunResult, TaskError, TaskResult
 
@@ -126,9 +135,9 @@ def test_a_failed_attempt_is_remembered_with_its_reason() -> None:
     raised = TaskError(code="agent_failed", message="x" * 2000)
     decision = decided(replace(env("half an answer", attempt=4), error=raised))
     assert isinstance(decision, Back)
-    [failed] = decision.envelope.tried
+    [failed] = decision.envelope.failed_attempts
     assert (failed.attempt, failed.node_id, failed.code, failed.tokens) == (4, "n1", "agent_failed", 15)
-    assert len(failed.message) == MAX_TRIED_CHARS
+    assert len(failed.message) == MAX_CAUSE_CHARS
 
 
 def rate_limited(retry_after_s: float) -> Envelope:
@@ -145,7 +154,7 @@ def test_a_node_that_asked_for_a_rest_is_excluded_until_only_such_nodes_are_left
     assert isinstance(decision, Back)
     assert decision.delay_s == pytest.approx(25)
     again = decision.envelope
-    assert (again.attempt, again.failures, again.excluded, again.resting) == (3, 1, (), {})
+    assert (again.attempt, again.failures, again.excluded, again.retry_at) == (3, 1, (), {})
     assert again.last_error is not None
     assert again.last_error.code == "agent_failed"
 
@@ -158,10 +167,10 @@ def test_a_rest_past_the_deadline_is_not_waited_for() -> None:
 
 
 def test_the_node_that_is_rested_first_is_tried_first() -> None:
-    left = env(code="no_bids", failures=2, excluded=("n1", "n2", "n3"), resting={"n1": 40.0, "n2": 20.0})
+    left = env(code="no_bids", failures=2, excluded=("n1", "n2", "n3"), retry_at={"n1": 40.0, "n2": 20.0})
     decision = decided(left, now=15)
     assert isinstance(decision, Back)
-    assert (decision.envelope.excluded, decision.envelope.resting) == (("n1", "n3"), {"n1": 40.0})
+    assert (decision.envelope.excluded, decision.envelope.retry_at) == (("n1", "n3"), {"n1": 40.0})
 
 
 def test_failures_are_bounded_by_max_attempts() -> None:
@@ -176,8 +185,8 @@ def test_failures_are_bounded_by_max_attempts() -> None:
 def test_a_refused_result_is_kept_until_attempts_run_out(best_effort: bool) -> None:
     first = decide(replace(accepting("nowhere", best_effort=best_effort), attempt=1), CONFIG, 0)
     assert isinstance(first, Back)
-    assert first.envelope.best is not None
-    assert first.envelope.best.node_id == "n1"
+    assert first.envelope.best_rejected is not None
+    assert first.envelope.best_rejected.node_id == "n1"
     own = TaskError(code="agent_failed", message="it raised", node_id="n2")
     last = decided(replace(awarded(first.envelope, "n2", "h2"), error=own, failures=2))
     assert isinstance(last, End)
@@ -213,9 +222,9 @@ def test_a_task_whose_tokens_ran_out_after_a_refused_answer_ends_as_rejected() -
 def test_a_deadline_that_comes_after_a_refused_answer_keeps_its_code_and_shows_the_answer(
     code: str, best_effort: bool
 ) -> None:
-    best = Best(result=RunResult(content="nearly"), score=0.4, reason="too short", node_id="n0", host_id="h0")
+    best = RejectedResult(result=RunResult(content="nearly"), score=0.4, reason="too short", node_id="n0", host_id="h0")
     task = ad(accept=Accept(best_effort=best_effort))
-    ended = decided(replace(env(code=code, failures=1, best=best), ad=task), now=1000)
+    ended = decided(replace(env(code=code, failures=1, best_rejected=best), ad=task), now=1000)
     result = shown(ended)
     if best_effort:
         assert (result.state, result.content, result.below_threshold) == ("succeeded", "nearly", True)
@@ -226,17 +235,19 @@ def test_a_deadline_that_comes_after_a_refused_answer_keeps_its_code_and_shows_t
 
 
 def test_a_result_that_could_not_be_checked_is_not_replaced_by_an_earlier_one() -> None:
-    best = Best(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
-    message = replace(env("42", best=best), ad=ad(accept=Accept(pattern="x", best_effort=True)))
+    best = RejectedResult(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
+    message = replace(env("42", best_rejected=best), ad=ad(accept=Accept(pattern="x", best_effort=True)))
     ended = decide(message, CONFIG, 1000, unchecked("no process can be started"))
     assert isinstance(ended, End)
     assert (ended.state, ended.rejected) == ("failed", False)
 
 
 def test_no_end_without_an_attempt_of_its_own_costs_a_node_anything() -> None:
-    best = Best(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
-    tried = (Tried(attempt=1, node_id="n0", host_id="h0", code="rejected_result", message="too short"),)
-    left = env(code="no_bids", failures=1, best=best, tried=tried, last_error=TaskError(code="node_busy"))
+    best = RejectedResult(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
+    tried = (FailedAttempt(attempt=1, node_id="n0", host_id="h0", code="rejected_result", message="too short"),)
+    left = env(
+        code="no_bids", failures=1, best_rejected=best, failed_attempts=tried, last_error=TaskError(code="node_busy")
+    )
     ended = decided(replace(left, award=None, error=TaskError(code="no_bids")))
     assert isinstance(ended, End)
     assert implied_rewards(succeeded(ended.envelope, state=ended.state, rejected=ended.rejected)) == ()
@@ -246,16 +257,16 @@ def test_no_end_without_an_attempt_of_its_own_costs_a_node_anything() -> None:
 
 
 def test_the_first_refused_result_is_not_replaced_by_an_equal_one() -> None:
-    best = Best(result=RunResult(content="first"), node_id="n0", host_id="h0")
-    decision = decide(replace(accepting("nowhere"), best=best), CONFIG, 0)
+    best = RejectedResult(result=RunResult(content="first"), node_id="n0", host_id="h0")
+    decision = decide(replace(accepting("nowhere"), best_rejected=best), CONFIG, 0)
     assert isinstance(decision, Back)
-    assert decision.envelope.best == best
+    assert decision.envelope.best_rejected == best
 
 
 def test_an_empty_result_is_nothing_to_keep() -> None:
     decision = decided(env(""))
     assert isinstance(decision, Back)
-    assert decision.envelope.best is None
+    assert decision.envelope.best_rejected is None
 
 
 def test_when_bidders_run_out_the_last_attempts_own_error_is_the_end() -> None:
@@ -267,8 +278,8 @@ def test_when_bidders_run_out_the_last_attempts_own_error_is_the_end() -> None:
 
 @pytest.mark.parametrize("best_effort", [False, True])
 def test_when_bidders_run_out_only_best_effort_takes_the_best_refused_result(best_effort: bool) -> None:
-    best = Best(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
-    left = env(code="no_bids", failures=1, best=best, last_error=TaskError(code="rejected_result"))
+    best = RejectedResult(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
+    left = env(code="no_bids", failures=1, best_rejected=best, last_error=TaskError(code="rejected_result"))
     decision = decided(replace(left, ad=ad(accept=Accept(best_effort=best_effort))))
     assert isinstance(decision, End)
     ends = {True: ("succeeded", True, False), False: ("failed", False, True)}
@@ -323,7 +334,7 @@ def test_every_envelope_ends_or_goes_back_with_a_higher_attempt_and_bounded_fail
 def test_a_success_earns_one_with_its_parts_for_people() -> None:
     reward = reward_for(env("42"), None, 50.0)
     assert reward is not None
-    assert (reward.reward_id, reward.score, reward.node_id, reward.slug) == ("t1:1:rules", 1.0, "n1", "code")
+    assert (reward.reward_id, reward.score, reward.node_id, reward.domain_token) == ("t1:1:rules", 1.0, "n1", "code")
     assert (reward.tokens, reward.ended_at, reward.signal.quality) == (15, 50.0, 0.7)
     assert reward.signal.total == pytest.approx(0.5 * 0.7 + 0.3 * (1 - 15 / 4096) + 0.2)
 
@@ -374,8 +385,8 @@ def test_a_reward_has_the_labels_of_its_task() -> None:
 
 
 def test_an_end_with_a_kept_result_still_rewards_the_last_attempt_with_nought() -> None:
-    best = Best(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
-    ending = decided(env(code="agent_failed", failures=2, best=best, attempt=3))
+    best = RejectedResult(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
+    ending = decided(env(code="agent_failed", failures=2, best_rejected=best, attempt=3))
     assert isinstance(ending, End)
     (reward,) = implied_rewards(record(ending.envelope, ended_at=9.0))
     assert (reward.node_id, reward.score, reward.reward_id) == ("n1", 0.0, "t1:3:rules")
@@ -400,8 +411,8 @@ def test_a_spent_budget_leaves_what_there_is_for_it() -> None:
 def test_what_a_failing_agent_wrote_is_no_answer() -> None:
     decision = decided(env("half an ans", "agent_failed"))
     assert isinstance(decision, Back)
-    assert decision.envelope.best is None
-    assert decision.envelope.tried[-1].tokens == 15
+    assert decision.envelope.best_rejected is None
+    assert decision.envelope.failed_attempts[-1].tokens == 15
 
 
 def test_without_tokens_left_there_is_no_other_attempt() -> None:
@@ -435,8 +446,8 @@ def test_below_the_ads_threshold_the_task_goes_to_another_node_and_the_answer_is
     assert (back.excluded, back.opinion) == (("n1",), None)
     assert back.last_error is not None
     assert "judged 0.60, at least 0.70" in back.last_error.message
-    assert back.best is not None
-    assert back.best.score == 0.6
+    assert back.best_rejected is not None
+    assert back.best_rejected.score == 0.6
     earned = reward_for(judged_as(0.6, threshold=0.7), back.last_error, 5.0)
     assert earned is not None
     assert earned.score == 0.6
@@ -444,8 +455,8 @@ def test_below_the_ads_threshold_the_task_goes_to_another_node_and_the_answer_is
 
 @pytest.mark.parametrize(("score", "kept"), [(0.3, "first"), (0.4, "first"), (0.45, "an answer")])
 def test_of_refused_answers_the_best_is_shown_in_the_end(score: float, kept: str) -> None:
-    best = Best(result=RunResult(content="first"), score=0.4, node_id="n0", host_id="h0")
-    error = shown(decided(judged_as(score, failures=2, best=best))).error
+    best = RejectedResult(result=RunResult(content="first"), score=0.4, node_id="n0", host_id="h0")
+    error = shown(decided(judged_as(score, failures=2, best_rejected=best))).error
     assert error is not None
     assert error.best_rejected is not None
     assert (error.best_rejected.content, error.best_rejected.score) == (kept, max(score, 0.4))
@@ -521,10 +532,11 @@ def test_the_next_attempt_is_judged_afresh_and_keeps_the_warnings() -> None:
 
 def invalid(node_id: str = "n1", *said_before: str, **facts: Any) -> Envelope:
     tried = tuple(
-        Tried(attempt=n, node_id=name, host_id="h", code="invalid_task") for n, name in enumerate(said_before, 1)
+        FailedAttempt(attempt=n, node_id=name, host_id="h", code="invalid_task")
+        for n, name in enumerate(said_before, 1)
     )
     word = TaskError(code="invalid_task", message="no such file", field="context", node_id=node_id)
-    message = env(attempt=len(tried) + 1, failures=len(tried), tried=tried, **facts)
+    message = env(attempt=len(tried) + 1, failures=len(tried), failed_attempts=tried, **facts)
     return replace(awarded(message, node_id), error=word)
 
 
@@ -533,7 +545,7 @@ def test_one_nodes_word_sends_the_task_elsewhere_counted_and_without_a_reward() 
     assert isinstance(decision, Back)
     back = decision.envelope
     assert (back.attempt, back.failures, back.excluded, decision.delay_s) == (2, 1, ("n1",), 0.0)
-    assert [tried.code for tried in back.tried] == ["invalid_task"]
+    assert [tried.code for tried in back.failed_attempts] == ["invalid_task"]
     assert reward_for(invalid(), back.last_error, 5.0) is None
 
 
@@ -585,28 +597,33 @@ def succeeded(message: Envelope, **facts: Any) -> TaskRecord:
 
 def test_a_success_elsewhere_refutes_the_word_once_and_for_all() -> None:
     tried = (
-        Tried(attempt=1, node_id="n1", host_id="h", code="invalid_task", tokens=7, duration_s=2.0),
-        Tried(attempt=2, node_id="n2", host_id="h", code="agent_failed"),
+        FailedAttempt(attempt=1, node_id="n1", host_id="h", code="invalid_task", tokens=7, duration_s=2.0),
+        FailedAttempt(attempt=2, node_id="n2", host_id="h", code="agent_failed"),
     )
-    ended = succeeded(awarded(env("42", attempt=3, tried=tried), "n3"))
+    ended = succeeded(awarded(env("42", attempt=3, failed_attempts=tried), "n3"))
     own, refuted = implied_rewards(ended)
     assert (own.reward_id, own.node_id, own.score) == ("t1:3:rules", "n3", 1.0)
-    assert (refuted.reward_id, refuted.node_id, refuted.score, refuted.slug) == ("t1:1:rules", "n1", 0.0, "code")
+    assert (refuted.reward_id, refuted.node_id, refuted.score, refuted.domain_token) == (
+        "t1:1:rules",
+        "n1",
+        0.0,
+        "code",
+    )
     assert (refuted.attempt, refuted.tokens, refuted.seconds, refuted.ended_at) == (1, 7, 2.0, 9.0)
     assert implied_rewards(ended) == (own, refuted)
 
 
 @pytest.mark.parametrize("facts", [{"state": "failed"}, {"state": "cancelled"}, {"below_threshold": True}])
 def test_anything_less_than_a_success_refutes_nothing(facts: dict[str, Any]) -> None:
-    tried = (Tried(attempt=1, node_id="n1", host_id="h", code="invalid_task"),)
+    tried = (FailedAttempt(attempt=1, node_id="n1", host_id="h", code="invalid_task"),)
     error = None if "below_threshold" in facts else TaskError(code="cancelled")
-    message = replace(awarded(env("42", attempt=2, tried=tried), "n2"), error=error)
+    message = replace(awarded(env("42", attempt=2, failed_attempts=tried), "n2"), error=error)
     assert "n1" not in {reward.node_id for reward in implied_rewards(succeeded(message, **facts))}
 
 
 def test_a_success_whose_rubric_was_not_checked_refutes_nothing() -> None:
-    tried = (Tried(attempt=1, node_id="n0", host_id="h", code="invalid_task"),)
-    assert implied_rewards(succeeded(replace(unjudged("be complete"), tried=tried))) == ()
+    tried = (FailedAttempt(attempt=1, node_id="n0", host_id="h", code="invalid_task"),)
+    assert implied_rewards(succeeded(replace(unjudged("be complete"), failed_attempts=tried))) == ()
 
 
 # -- what it took
@@ -639,8 +656,8 @@ def test_however_a_task_ends_its_result_has_the_tokens_of_all_attempts_and_its_b
 
 @pytest.mark.parametrize("facts", [{"state": "failed", "rejected": True}, {"below_threshold": True}])
 def test_a_person_who_judges_a_refused_answer_judges_the_attempt_it_came_from(facts: dict[str, Any]) -> None:
-    best = Best(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
-    tried = (Tried(attempt=1, node_id="n0", host_id="h0", code="rejected_result"),)
-    message = env(code="agent_failed", attempt=2, best=best, tried=tried)
+    best = RejectedResult(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
+    tried = (FailedAttempt(attempt=1, node_id="n0", host_id="h0", code="rejected_result"),)
+    message = env(code="agent_failed", attempt=2, best_rejected=best, failed_attempts=tried)
     reward = judgement(succeeded(message, **facts), 0.4, "close")
     assert (reward.reward_id, reward.node_id, reward.attempt, reward.score) == ("t1:1:person", "n0", 1, 0.4)

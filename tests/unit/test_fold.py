@@ -13,7 +13,7 @@ EMPTY = NodeProfile(node_id="n1")
 
 
 def reward(task: str = "t", score: float = 1.0, ended_at: float = 0.0, **facts: Any) -> Reward:
-    wanted: dict[str, Any] = {"reward_id": f"{task}:1:rules", "slug": "code", **facts}
+    wanted: dict[str, Any] = {"reward_id": f"{task}:1:rules", "domain_token": "code", **facts}
     return Reward(task_id=task, attempt=1, node_id="n1", score=score, ended_at=ended_at, **wanted)
 
 
@@ -29,7 +29,7 @@ rewards = st.lists(
         task=st.sampled_from([f"t{i}" for i in range(12)]),
         score=st.floats(0, 1),
         ended_at=st.floats(0, 100),
-        slug=st.sampled_from(["code", "data"]),
+        domain_token=st.sampled_from(["code", "data"]),
         kind=st.sampled_from(["reward", "inherit"]),
         tokens=st.integers(0, 1000),
         seconds=st.floats(0, 10),
@@ -104,7 +104,7 @@ def test_a_twin_replaces_the_score_and_counts_once() -> None:
 
 
 def test_success_rate_is_the_share_of_scores_of_at_least_a_half_over_all_domains() -> None:
-    profile = folded([reward("a", 0.5), reward("b", 0.49), reward("c", 1.0, slug="data"), reward("d", 0.0)])
+    profile = folded([reward("a", 0.5), reward("b", 0.49), reward("c", 1.0, domain_token="data"), reward("d", 0.0)])
     assert profile.success_rate == 0.5
 
 
@@ -119,14 +119,14 @@ def test_tokens_and_seconds_are_summed() -> None:
 
 
 def test_only_so_many_domains_are_kept_the_longest_unused_go() -> None:
-    profile = folded([reward(f"t{i}", ended_at=float(i), slug=f"d{i}") for i in range(MAX_DOMAINS + 2)])
+    profile = folded([reward(f"t{i}", ended_at=float(i), domain_token=f"d{i}") for i in range(MAX_DOMAINS + 2)])
     assert len(profile.domains) == MAX_DOMAINS
     assert "d0" not in profile.domains
     assert f"d{MAX_DOMAINS + 1}" in profile.domains
 
 
 def test_a_summary_tells_counts_and_means_and_only_the_newest_scores() -> None:
-    profile = folded([reward(f"t{i}", ended_at=float(i), slug="code" if i % 2 else "data") for i in range(60)])
+    profile = folded([reward(f"t{i}", ended_at=float(i), domain_token="code" if i % 2 else "data") for i in range(60)])
     told = summary(profile)
     assert sum(len(evidence.scores) for evidence in told.domains.values()) == 10
     assert [(e.count, e.mean) for e in told.domains.values()] == [(e.count, e.mean) for e in profile.domains.values()]

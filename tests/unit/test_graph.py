@@ -11,7 +11,7 @@ from loom.phases.scale import graph
 from loom.phases.scale.planner import bounded
 from loom.phases.scale.planner import given as given_plan
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Best, Envelope, Spec, Split, SplitPlan, Subtask, TaskRecord
+from loom.schemas.envelope import Award, Envelope, RejectedResult, Spec, Split, SplitPlan, Subtask, TaskRecord
 from loom.schemas.errors import InvalidPlan
 from loom.schemas.task import Limits, PhaseUsage, RunResult, TaskAd, TaskError
 from loom.schemas.wire import MAX_INPUTS_BYTES, MAX_MESSAGE_BYTES, decode, encode
@@ -208,7 +208,7 @@ def test_the_best_of_refused_results_is_counted_as_the_attempt_it_was() -> None:
         "a",
         spent=RunResult(completion_tokens=30),
         result=best,
-        best=Best(result=best, node_id="n7", host_id="h"),
+        best_rejected=RejectedResult(result=best, node_id="n7", host_id="h"),
         below_threshold=True,
     )
     one = by_name(graph.note(plan, record))["a"]
@@ -217,8 +217,8 @@ def test_the_best_of_refused_results_is_counted_as_the_attempt_it_was() -> None:
 
 def test_a_part_whose_answers_were_all_refused_says_so_and_the_plan_holds_no_answer() -> None:
     plan = graph.begin(parent(), [part("a"), part("b")])
-    best = Best(result=RunResult(content="nearly"), reason="too short", node_id="n7", host_id="h")
-    record = replace(ended(plan, "a", "failed", best=best), rejected=True)
+    best = RejectedResult(result=RunResult(content="nearly"), reason="too short", node_id="n7", host_id="h")
+    record = replace(ended(plan, "a", "failed", best_rejected=best), rejected=True)
     assert record.error is not None
     assert record.error.best_rejected == best.to_rejected()
     plan = graph.note(plan, record)
@@ -355,7 +355,7 @@ def test_the_largest_plan_a_client_may_give_can_be_read_again_when_all_has_been_
     room = (32 * 1024 - len(encode(parts))) // 64 // 6
     parts = tuple(replace(each, description=each.description + "\x01" * room) for each in parts)
     config = ClusterConfig(max_subtasks=64)
-    env = parent(10**8, context={"k": "v" * 32_000}, inputs={"a": "\x01" * 10_000}, best=None)
+    env = parent(10**8, context={"k": "v" * 32_000}, inputs={"a": "\x01" * 10_000}, best_rejected=None)
     env = replace(env, ad=replace(env.ad, description="\x01" * 5000), trace="t" * 256)
     plan = graph.begin(env, bounded(parts, config))
     for each in parts[:-1]:

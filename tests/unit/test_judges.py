@@ -16,7 +16,7 @@ LONG = "the-security-review-of-the-platform-team"
 
 
 def said(source: str, score: float, task: str = "t", **facts: Any) -> Reward:
-    wanted: dict[str, Any] = {"reward_id": f"{task}:1:{source}", "ended_at": 1.0, "slug": "code", **facts}
+    wanted: dict[str, Any] = {"reward_id": f"{task}:1:{source}", "ended_at": 1.0, "domain_token": "code", **facts}
     return Reward(task_id=task, attempt=1, source=source, node_id="n1", score=score, **wanted)
 
 
@@ -50,7 +50,7 @@ def test_weights_are_those_that_are_set_and_a_person_keeps_its_own_unless_it_is_
 
 def test_a_source_replaces_its_own_word_and_no_other() -> None:
     profile = folded(said("rules", 1.0), said("person", 0.0), said("person", 1.0), said("rules", 0.2))
-    assert profile.domains["code"].scores[0].words == {"rules": 0.2, "person": 1.0}
+    assert profile.domains["code"].scores[0].by_source == {"rules": 0.2, "person": 1.0}
     assert profile.domains["code"].mean == pytest.approx((0.2 + 3) / 4)
     assert (profile.total_tasks, profile.domains["code"].count) == (1, 1)
 
@@ -61,7 +61,7 @@ def test_a_word_is_known_by_task_attempt_and_source_whatever_its_id() -> None:
 
 
 def test_the_rules_alone_take_no_room_for_their_name() -> None:
-    assert folded(said("rules", 1 / 3)).domains["code"].scores[0].words == {}
+    assert folded(said("rules", 1 / 3)).domains["code"].scores[0].by_source == {}
     assert folded(said("rules", 1 / 3)).domains["code"].mean == 1 / 3
 
 
@@ -90,7 +90,7 @@ def test_an_inheritance_is_no_judgement() -> None:
 def inherited(node: str, score: float) -> Reward:
     return Reward(
         reward_id=f"inherit:{node}", kind="inherit", task_id=node, attempt=0, source="adapt", node_id="n1",
-        slug="code", score=score, ended_at=1.0,
+        domain_token="code", score=score, ended_at=1.0,
     )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def test_a_loss_that_turns_into_a_win_ends_the_row_where_it_stands() -> None:
 def test_of_more_sources_than_there_is_room_for_the_heaviest_count() -> None:
     crowd = [said(f"j{n}", 1.0) for n in range(MOST + 3)]
     [entry] = folded(*crowd, said("person", 0.0)).domains["code"].scores
-    assert list(entry.words) == ["person", "j0", "j1", "j2"]
+    assert list(entry.by_source) == ["person", "j0", "j1", "j2"]
     assert entry.score == pytest.approx(3 / 6)
     unheard = folded(*crowd[:MOST])
     assert more(unheard, said("late", 0.0)).domains == unheard.domains

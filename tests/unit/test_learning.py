@@ -40,7 +40,7 @@ def awarded(tasks: int, bids: Mapping[str, Bid], works: Callable[[int, str], flo
             task_id=f"t{number}",
             attempt=1,
             node_id=winner,
-            slug="code",
+            domain_token="code",
             score=works(number, winner),
             ended_at=number,
         )
@@ -74,7 +74,7 @@ def test_a_dishonest_bidder_hardly_wins_in_any_world() -> None:
 
 
 def test_sixty_failures_in_a_row_do_not_all_go_to_one_node() -> None:
-    bids = {"boaster": Bid(node_id="boaster", claim=1.0)} | {name: Bid(node_id=name) for name in "abcd"}
+    bids = {"boaster": Bid(node_id="boaster", self_rating=1.0)} | {name: Bid(node_id=name) for name in "abcd"}
     had = Counter(awarded(60, bids, lambda _number, _winner: 0.0))
 
     assert set(had) == set(bids)
@@ -82,7 +82,7 @@ def test_sixty_failures_in_a_row_do_not_all_go_to_one_node() -> None:
 
 
 def test_a_node_that_fails_loses_its_share_within_tens_of_tasks_whatever_it_claims() -> None:
-    bids = {"failing": Bid(node_id="failing", claim=1.0), "good": Bid(node_id="good", claim=0.5)}
+    bids = {"failing": Bid(node_id="failing", self_rating=1.0), "good": Bid(node_id="good", self_rating=0.5)}
     winners = awarded(100, bids, lambda _number, winner: float(winner == "good"))
 
     assert winners[:30].count("failing") <= 8
@@ -121,14 +121,20 @@ def test_of_two_alike_the_idle_one_wins() -> None:
 
 
 def test_an_idle_novice_does_not_beat_a_better_busy_expert_on_claims_alone() -> None:
-    bids = [("h", Bid(node_id="novice", claim=0.25)), ("h", Bid(node_id="expert", claim=0.825, load=0.8, free=4))]
+    bids = [
+        ("h", Bid(node_id="novice", self_rating=0.25)),
+        ("h", Bid(node_id="expert", self_rating=0.825, load=0.8, free=4)),
+    ]
 
     assert award(envelope(ad(), now=0), bids, Book()).node_id == "expert"
 
 
 def test_an_idle_novice_is_tried_a_few_times_and_then_leaves_the_work_to_a_better_busy_expert() -> None:
     skills = {"novice": 0.25, "expert": 0.825}
-    bids = {"novice": Bid(node_id="novice", claim=0.25), "expert": Bid(node_id="expert", claim=0.825, load=0.6, free=8)}
+    bids = {
+        "novice": Bid(node_id="novice", self_rating=0.25),
+        "expert": Bid(node_id="expert", self_rating=0.825, load=0.6, free=8),
+    }
     winners = awarded(300, bids, lambda number, winner: float((number * 0.618) % 1 < skills[winner]))
 
     assert 1 <= winners[:100].count("novice") <= 20

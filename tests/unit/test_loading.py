@@ -87,7 +87,7 @@ def test_nodes_come_as_the_file_lists_them(script: Path) -> None:
     (node,) = load_node_file(script).nodes
 
     assert node.id == "shouter"
-    assert node.to_bid(domain="loud").claim == 0.9
+    assert node.to_bid(domain="loud").self_rating == 0.9
     assert node.agent("hi") == "HI"
 
 

@@ -22,10 +22,10 @@ def offer(host: str, *bids: Bid, decline: Any = None) -> Offer:
     return Offer(host_id=host, bids=bids, decline=decline)
 
 
-def profile(node: str, count: int, mean: float, *, slug: str = "code", last_seq: int = 1) -> NodeProfile:
+def profile(node: str, count: int, mean: float, *, domain_token: str = "code", last_seq: int = 1) -> NodeProfile:
     scores = (Score(attempt_id="r", score=mean, ended_at=0),)
     return NodeProfile(
-        node_id=node, last_seq=last_seq, domains={slug: DomainEvidence(scores=scores, count=count, mean=mean)}
+        node_id=node, last_seq=last_seq, domains={domain_token: DomainEvidence(scores=scores, count=count, mean=mean)}
     )
 
 
@@ -38,13 +38,13 @@ def judged(envelope: Envelope, *offers: Offer) -> Any:
 
 
 def test_a_score_without_evidence_rests_on_the_claim() -> None:
-    scored = score(env(), "h1", Bid(node_id="n1", claim=0.9, load=0.5), Book(), 0)
+    scored = score(env(), "h1", Bid(node_id="n1", self_rating=0.9, load=0.5), Book(), 0)
     assert scored.score == pytest.approx(0.6 * 0.9 + 0.25 * 0.5 + 0.15)
     assert (scored.evidence, scored.count, scored.bonus, scored.trust) == (None, 0, 0, pytest.approx(0.9))
 
 
 def test_evidence_outweighs_the_claim_which_counts_as_two_observations() -> None:
-    scored = score(env(), "h1", Bid(node_id="n1", claim=1.0), knowing(profile("n1", 8, 0.25)), 20)
+    scored = score(env(), "h1", Bid(node_id="n1", self_rating=1.0), knowing(profile("n1", 8, 0.25)), 20)
     bonus = 0.3 * math.sqrt(math.log(21) / 10)
     assert scored.bonus == pytest.approx(bonus)
     assert scored.trust == pytest.approx((8 * 0.25 + 2) / 10 + bonus)
@@ -53,20 +53,20 @@ def test_evidence_outweighs_the_claim_which_counts_as_two_observations() -> None
 
 
 def test_evidence_of_another_domain_counts_for_nothing() -> None:
-    bid = Bid(node_id="n1", claim=0.5)
-    assert score(env(), "h1", bid, knowing(profile("n1", 50, 1.0, slug="data")), 0) == score(
+    bid = Bid(node_id="n1", self_rating=0.5)
+    assert score(env(), "h1", bid, knowing(profile("n1", 50, 1.0, domain_token="data")), 0) == score(
         env(), "h1", bid, Book(), 0
     )
 
 
 def test_evidence_is_looked_up_by_slug_whatever_the_wording() -> None:
     chinese = envelope(ad(domain="代码"), now=0)
-    known = profile("n1", 8, 1.0, slug=chinese.slug)
+    known = profile("n1", 8, 1.0, domain_token=chinese.domain_token)
     assert score(chinese, "h1", Bid(node_id="n1"), knowing(known), 8).count == 8
 
 
 def test_a_claim_that_failed_often_loses_to_a_modest_one() -> None:
-    boaster, modest = Bid(node_id="boaster", claim=1.0), Bid(node_id="modest", claim=0.5)
+    boaster, modest = Bid(node_id="boaster", self_rating=1.0), Bid(node_id="modest", self_rating=0.5)
     profiles = {"boaster": profile("boaster", 30, 0.0), "modest": profile("modest", 30, 0.9)}
     assert award(env(), [("h1", boaster), ("h2", modest)], Book(profiles)).node_id == "modest"
 
@@ -78,7 +78,7 @@ def test_the_busier_of_equals_loses() -> None:
 
 
 def test_the_award_remembers_the_best_sixteen_bids_and_what_they_rest_on() -> None:
-    bids = [("h1", Bid(node_id=f"n{i}", claim=i / 30)) for i in range(30)]
+    bids = [("h1", Bid(node_id=f"n{i}", self_rating=i / 30)) for i in range(30)]
     profiles = {"n29": profile("n29", 3, 1.0, last_seq=77), "n1": profile("n1", 3, 0.0, last_seq=12)}
     won = award(env(), bids, Book(profiles, exploration=0.0))
     assert won.node_id == won.bids[0].node_id == "n29"
@@ -109,13 +109,16 @@ def test_ties_are_stable_for_a_task_and_spread_over_tasks() -> None:
 
 @given(st.permutations(range(6)))
 def test_the_order_of_arrival_never_decides(order: list[int]) -> None:
-    bids = [(f"h{i % 2}", Bid(node_id=f"n{i // 2}", claim=0.5)) for i in range(6)]
+    bids = [(f"h{i % 2}", Bid(node_id=f"n{i // 2}", self_rating=0.5)) for i in range(6)]
     assert award(env(), [bids[i] for i in order], Book()) == award(env(), bids, Book())
 
 
 def test_a_bid_without_all_required_tools_is_no_bid() -> None:
     needs = env(tools=("search", "shell"))
-    half, whole = Bid(node_id="half", claim=1.0, tools=("search",)), Bid(node_id="whole", tools=("shell", "search"))
+    half, whole = (
+        Bid(node_id="half", self_rating=1.0, tools=("search",)),
+        Bid(node_id="whole", tools=("shell", "search")),
+    )
     verdict = judged(needs, offer("h1", half, whole))
     assert isinstance(verdict, Awarded)
     assert [bid.node_id for bid in verdict.award.bids] == ["whole"]
@@ -123,7 +126,9 @@ def test_a_bid_without_all_required_tools_is_no_bid() -> None:
 
 
 def test_an_excluded_node_is_not_awarded_even_if_its_host_offers_it() -> None:
-    verdict = judged(env(excluded=("n1",)), offer("h1", Bid(node_id="n1", claim=1.0)), offer("h2", Bid(node_id="n2")))
+    verdict = judged(
+        env(excluded=("n1",)), offer("h1", Bid(node_id="n1", self_rating=1.0)), offer("h2", Bid(node_id="n2"))
+    )
     assert isinstance(verdict, Awarded)
     assert verdict.award.node_id == "n2"
     assert isinstance(judged(env(excluded=("n1",)), offer("h1", Bid(node_id="n1"))), Exhausted)
@@ -133,13 +138,13 @@ def test_an_excluded_node_is_not_awarded_even_if_its_host_offers_it() -> None:
     ("excluded", "declines", "verdict"),
     [
         ((), [], Nobody),
-        ((), ["cannot"], Nobody),
-        ((), ["busy", "cannot"], AllBusy),
+        ((), ["unqualified"], Nobody),
+        ((), ["busy", "unqualified"], AllBusy),
         ((), ["draining"], Nobody),
         (("n1",), [], Nobody),
-        (("n1",), ["cannot"], Exhausted),
-        (("n1",), ["busy", "cannot"], AllBusy),
-        (("n1",), ["cannot", "draining"], Nobody),
+        (("n1",), ["unqualified"], Exhausted),
+        (("n1",), ["busy", "unqualified"], AllBusy),
+        (("n1",), ["unqualified", "draining"], Nobody),
     ],
 )
 def test_what_follows_when_nobody_bids(excluded: tuple[str, ...], declines: list[str], verdict: type) -> None:
@@ -154,7 +159,7 @@ unit = st.floats(0, 1)
 def test_scores_are_finite_whatever_is_known(
     claim: float, load: float, count: int, mean: float, total: int, exploration: float
 ) -> None:
-    bid = Bid(node_id="n1", claim=claim, load=load)
+    bid = Bid(node_id="n1", self_rating=claim, load=load)
     scored = score(env(), "h1", bid, knowing(profile("n1", count, mean), exploration), total)
     assert 0 <= scored.score < 20
 
@@ -163,7 +168,9 @@ def test_scores_are_finite_whatever_is_known(
 def test_a_better_claim_never_scores_lower(low: float, high: float, count: int, mean: float) -> None:
     low, high = sorted((low, high))
     known = profile("n1", count, mean)
-    scores = [score(env(), "h1", Bid(node_id="n1", claim=claim), knowing(known), count).score for claim in (low, high)]
+    scores = [
+        score(env(), "h1", Bid(node_id="n1", self_rating=claim), knowing(known), count).score for claim in (low, high)
+    ]
     assert scores[0] <= scores[1] + 1e-12
 
 
@@ -171,8 +178,8 @@ def test_a_better_claim_never_scores_lower(low: float, high: float, count: int, 
 def test_an_award_remembers_its_bids_by_score_then_by_the_tie_break_of_the_task_then_by_host(
     made: list[tuple[str, float]],
 ) -> None:
-    bids = [("h1", Bid(node_id="n1", claim=0.1))] + [
-        (f"h{number}", Bid(node_id=node, claim=claim)) for number, (node, claim) in enumerate(made, 2)
+    bids = [("h1", Bid(node_id="n1", self_rating=0.1))] + [
+        (f"h{number}", Bid(node_id=node, self_rating=claim)) for number, (node, claim) in enumerate(made, 2)
     ]
     scored = [score(env(), host, bid, Book(), 0) for host, bid in bids]
     ordered = sorted(scored, key=lambda bid: (-bid.score, tie_break("t1", bid.node_id), bid.host_id))
@@ -180,7 +187,7 @@ def test_an_award_remembers_its_bids_by_score_then_by_the_tie_break_of_the_task_
 
 
 def test_an_award_says_which_bid_has_won() -> None:
-    bids = (Bid(node_id="n1", claim=0.9, backlog=2, expected_s=0.1), Bid(node_id="n2", claim=0.1))
+    bids = (Bid(node_id="n1", self_rating=0.9, backlog=2, expected_s=0.1), Bid(node_id="n2", self_rating=0.1))
     verdict = judged(env(), offer("h1", *bids), offer("h2", bids[1]))
     assert isinstance(verdict, Awarded)
     assert verdict.bid == bids[0]
@@ -196,7 +203,7 @@ def test_a_policy_that_trusts_beyond_measure_is_refused_even_for_one_bid_of_many
 def test_idle_knowledge_fades_towards_the_claim() -> None:
     known = profile("n1", 8, 1.0)
     fresh, halved, old = (
-        score(env(), "h1", Bid(node_id="n1", claim=0.0), Book({"n1": known}, now=now, half_life_s=100), 8).trust
+        score(env(), "h1", Bid(node_id="n1", self_rating=0.0), Book({"n1": known}, now=now, half_life_s=100), 8).trust
         for now in (0, 100, 10_000)
     )
     bonus = 0.3 * math.sqrt(math.log(9) / 2)

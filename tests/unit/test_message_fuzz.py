@@ -170,7 +170,7 @@ def any_message(forger: Forger) -> None:
 def ads(forger: Forger) -> None:
     ad = parse_ad(forger.body(TaskAd))
     spec, _ = look(ad)
-    calibrated(spec, {"code": Calibration(slug="code", bias=1.0, count=9)})
+    calibrated(spec, {"code": Calibration(domain_token="code", bias=1.0, count=9)})
     check_ad(ad)
     planner.given(ad, CONFIG)
 
@@ -187,7 +187,7 @@ def auctions(forger: Forger) -> None:
     profile = forger.made(ReadProfile)
     profiles = {}
     if profile is not None:
-        windows = {slug: window(evidence) for slug, evidence in profile.domains.items()}
+        windows = {domain_token: window(evidence) for domain_token, evidence in profile.domains.items()}
         profiles = {profile.node_id: known(profile, windows, None)}
     if envelope is None or envelope.spec is None:
         return
@@ -202,7 +202,7 @@ def auctions(forger: Forger) -> None:
 
 def learning(forger: Forger) -> None:
     profile = forger.made(NodeProfile) or NodeProfile(node_id="good-1")
-    calibration = forger.made(Calibration) or Calibration(slug="code")
+    calibration = forger.made(Calibration) or Calibration(domain_token="code")
     subjects, discards = Subjects("loom"), Discards()
     for seq in range(profile.last_seq + 1, profile.last_seq + 9):
         body = forger.body(Reward)
@@ -304,7 +304,9 @@ def test_whatever_a_message_holds_only_loom_errors_come_of_it(
 def test_a_stored_profile_whose_counts_do_not_fit_its_scores_goes_on_learning(count: int) -> None:
     scores = [[f"t{n}:1", 1.0, float(n)] for n in range(4)]
     stored = {"node_id": "n", "domains": {"code": {"scores": scores, "count": count, "mean": 1.0}}}
-    reward = Reward(reward_id="t9:1:rules", task_id="t9", attempt=1, node_id="n", slug="data", score=1.0, ended_at=9.0)
+    reward = Reward(
+        reward_id="t9:1:rules", task_id="t9", attempt=1, node_id="n", domain_token="data", score=1.0, ended_at=9.0
+    )
 
     folded = fold(decode(encode(stored), NodeProfile), reward, 1)
 

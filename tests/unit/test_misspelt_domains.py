@@ -10,15 +10,17 @@ from loom.agents.domain_hints import FRESH_S, MOST_KEPT, DomainHints
 from loom.phases.match.misspelt import warning_for
 from loom.schemas.auction import Bid, CallForBids, Offer
 from loom.schemas.near import MOST_NAMES, nearest_domain
-from loom.schemas.task import slug
+from loom.schemas.task import domain_token
 from loom.types import AgentNode
 
 BID = (Bid(node_id="n1"),)
 
 
 def calling(domain: str) -> CallForBids:
-    token = slug(domain)
-    return CallForBids(auction_id="a", task_id="t", attempt=1, slug=token, domain=domain, complexity=0.5, remaining_s=9)
+    token = domain_token(domain)
+    return CallForBids(
+        auction_id="a", task_id="t", attempt=1, domain_token=token, domain=domain, complexity=0.5, remaining_s=9
+    )
 
 
 def hint(domain: str, *nodes: AgentNode | Child, hints: DomainHints | None = None) -> tuple[bool, str]:
@@ -104,7 +106,7 @@ def test_a_domain_that_no_node_names_is_warned_of_with_the_nearest_one() -> None
     sentence = "no node rates itself in 'sael'; did you mean 'sales'?"
     assert warned(UNRATED) == sentence
     assert warned(UNRATED, Offer(host_id="h2", bids=BID, unrated=True, near="saddle")) == sentence
-    assert warned(Offer(host_id="h1", decline="cannot", unrated=True, near="sales")) == sentence
+    assert warned(Offer(host_id="h1", decline="unqualified", unrated=True, near="sales")) == sentence
     assert warned(UNRATED, Offer(host_id="h2", decline="draining")) == sentence
 
 

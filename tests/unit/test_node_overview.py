@@ -9,7 +9,7 @@ from loom.schemas.auction import HostAnnouncement
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope, ScoredBid, TaskRecord
 from loom.schemas.learning import DomainEvidence, NodeProfile, Reward
-from loom.schemas.task import TaskAd, slug
+from loom.schemas.task import TaskAd, domain_token
 
 
 def folded(*scores: float) -> NodeProfile:
@@ -20,7 +20,7 @@ def folded(*scores: float) -> NodeProfile:
             task_id=f"t{seq}",
             attempt=1,
             node_id="n",
-            slug="code",
+            domain_token="code",
             score=score,
             ended_at=1000.0 + seq,
         )
@@ -99,7 +99,7 @@ def test_nodes_that_are_alive_come_first_with_what_is_known_of_them() -> None:
 
 
 def recorded(task_id: str, domain: str, claim: float) -> TaskRecord:
-    bid = ScoredBid(node_id="a", host_id="h", score=1.0, claim=claim, trust=1.0, load=0.0, tools=1.0)
+    bid = ScoredBid(node_id="a", host_id="h", score=1.0, self_rating=claim, trust=1.0, load=0.0, tools=1.0)
     envelope = Envelope(
         ad=TaskAd(task_id=task_id, domain=domain, description="x"),
         deadline=1.0,
@@ -112,6 +112,6 @@ def test_the_newest_self_rating_counts_and_domains_are_shown_as_worded() -> None
     seen = auctioned([recorded("new", "Data Science", 0.7), recorded("old", "data science", 0.2)])
     [node] = overviews([HostAnnouncement(host_id="h", nodes=("a",))], [], seen, ClusterConfig())
 
-    token = slug("data science")
+    token = domain_token("data science")
     assert seen.self_ratings == {("a", token): 0.7}
     assert node.domains[token].domain == "Data Science"

@@ -40,7 +40,7 @@ nodes = st.builds(
 )
 calls = st.builds(
     lambda **facts: CallForBids(
-        auction_id="a", task_id="t", attempt=1, slug="code", complexity=0.5, remaining_s=9, **facts
+        auction_id="a", task_id="t", attempt=1, domain_token="code", complexity=0.5, remaining_s=9, **facts
     ),
     excluded=st.lists(st.sampled_from(NAMES), max_size=3).map(tuple),
     prefer=st.lists(st.sampled_from((*NAMES, "elsewhere")), max_size=3).map(tuple),
@@ -66,11 +66,11 @@ def best(host: NodeHost, there: list[AgentNode], call: CallForBids) -> tuple[lis
         if node.agent is not None
         and node.id not in call.excluded
         and set(call.required_tools) <= set(node.capabilities.tools)
-        and node.claim(call.slug) > 0
+        and node.claim(call.domain_token) > 0
     ]
     free = [node for node in able if node.status != "dying" and not host._room(node.id).full]
-    bids = [host._room(node.id).bid(cast("Node", node), call.slug, call.required_tools) for node in free]
-    return sorted(bids, key=lambda bid: (bid.node_id not in call.prefer, -bid.claim, bid.load)), bool(able)
+    bids = [host._room(node.id).bid(cast("Node", node), call.domain_token, call.required_tools) for node in free]
+    return sorted(bids, key=lambda bid: (bid.node_id not in call.prefer, -bid.self_rating, bid.load)), bool(able)
 
 
 @given(
@@ -87,7 +87,7 @@ def test_the_best_bids_are_offered_as_if_every_node_had_made_one(
     offer = host.offer(call)
     bids, able = best(host, there, call)
     assert list(offer.bids) == bids[: call.limit]
-    assert offer.decline == (None if bids else "busy" if able else "cannot")
+    assert offer.decline == (None if bids else "busy" if able else "unqualified")
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from(NAMES), st.integers(0, 11)), max_size=30))

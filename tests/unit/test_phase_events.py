@@ -5,7 +5,7 @@ from msgspec.structs import replace
 from support.phases import awarded, envelope
 
 from loom.cluster.phase_events import MOST_READS, PhaseReports, phase_events
-from loom.schemas.envelope import Envelope, Hop, TaskRecord, Tried
+from loom.schemas.envelope import Envelope, FailedAttempt, Hop, TaskRecord
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.events import PhaseEvent
 from loom.schemas.task import RunResult, TaskError
@@ -65,7 +65,7 @@ def test_hops_belong_to_the_attempts_that_evaluate_began() -> None:
         with_hops(awarded(envelope(now=0)), *phases),
         attempt=3,
         result=RunResult(content="x"),
-        tried=(Tried(attempt=2, node_id="b", host_id="h", code="node_lost", tokens=5),),
+        failed_attempts=(FailedAttempt(attempt=2, node_id="b", host_id="h", code="node_lost", tokens=5),),
     )
 
     assert [(event.name, event.attempt) for event in reports(env)] == [

@@ -14,10 +14,10 @@ def test_after_any_changes_the_best_of_each_domain_come_best_first(
     for node, told in changes:
         ranking.learn(node, told)
     known = dict(changes)
-    for slug in ("code", "data", "math"):
-        there = {node: told[slug] for node, told in known.items() if slug in told}
-        assert ranking.best(slug, limit) == tuple(sorted(there, key=lambda node: (-there[node], node))[:limit])
-        assert (slug in ranking._order) == bool(there)
+    for domain_token in ("code", "data", "math"):
+        there = {node: told[domain_token] for node, told in known.items() if domain_token in told}
+        assert ranking.best(domain_token, limit) == tuple(sorted(there, key=lambda node: (-there[node], node))[:limit])
+        assert (domain_token in ranking._order) == bool(there)
 
 
 def test_what_is_told_is_copied() -> None:

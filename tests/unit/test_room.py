@@ -101,7 +101,14 @@ def test_a_bid_has_the_nodes_claim_and_tools_and_the_rooms_numbers(run: Callable
     room.learn(RunResult(content="x", prompt_tokens=100, duration_s=2.0))
     room.learn(RunResult(content="x", prompt_tokens=200, duration_s=4.0))
     assert room.bid(node, "code", ("search", "shell")) == Bid(
-        node_id="n1", claim=0.9, load=0.5, tools=("search",), expected_tokens=130, expected_s=2.6, backlog=1, free=2
+        node_id="n1",
+        self_rating=0.9,
+        load=0.5,
+        tools=("search",),
+        expected_tokens=130,
+        expected_s=2.6,
+        backlog=1,
+        free=2,
     )
 
 

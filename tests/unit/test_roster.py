@@ -135,8 +135,8 @@ async def test_whatever_adapt_writes_is_known_with_counts_means_and_the_newest_s
         whole = next(profile for profile in reversed(profiles) if profile.node_id == node)
         assert known.last_seq == whole.last_seq
         assert known.domains == {
-            slug: replace(one, scores=tuple(replace(score, words={}) for score in one.scores[-1:]), since=0.0)
-            for slug, one in whole.domains.items()
+            token: replace(one, scores=tuple(replace(score, by_source={}) for score in one.scores[-1:]), since=0.0)
+            for token, one in whole.domains.items()
         }
 
 
@@ -150,7 +150,9 @@ async def test_the_best_known_follow_the_profiles(roster: Roster) -> None:
 
 async def test_only_the_domains_that_have_changed_are_told_and_of_many_changes_the_last() -> None:
     told: list[tuple[str, str, list[str]]] = []
-    roster = Roster(Bus("nats://127.0.0.1:1"), judged=lambda node, slug, ids: told.append((node, slug, list(ids))))
+    roster = Roster(
+        Bus("nats://127.0.0.1:1"), judged=lambda node, domain_token, ids: told.append((node, domain_token, list(ids)))
+    )
     code, data = evidence(1, 0), evidence(1, task="d")
     await learn(roster, NodeProfile(node_id="n1", domains={"code": code, "data": data}))
     assert told == [("n1", "code", ["t0:1", "t1:1"]), ("n1", "data", ["d0:1"])]
@@ -182,7 +184,9 @@ def test_an_offer_is_read_as_it_was_written(offer: Offer) -> None:
     assert encode(decode(encode(offer), ReadOffer)) == encode(offer)
 
 
-@pytest.mark.parametrize("odd", [{"load": 2}, {"claim": -1}, {"expected_s": -1}, {"load": "0"}, {"node_id": "a b"}])
+@pytest.mark.parametrize(
+    "odd", [{"load": 2}, {"self_rating": -1}, {"expected_s": -1}, {"load": "0"}, {"node_id": "a b"}]
+)
 def test_an_offer_beyond_its_ranges_is_refused(odd: dict[str, Any]) -> None:
     with pytest.raises(Undecodable):
         decode(json.dumps({"host_id": "h", "bids": [{"node_id": "n", **odd}]}).encode(), ReadOffer)

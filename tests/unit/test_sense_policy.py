@@ -98,7 +98,7 @@ def test_an_ad_that_says_nothing_is_general_and_unsure(domain: str) -> None:
 @given(st.text(min_size=1), st.text(max_size=128))
 def test_every_ad_gets_a_spec_that_can_be_auctioned(description: str, domain: str) -> None:
     spec, _ = look(TaskAd(domain=domain, description=description))
-    assert spec.slug
+    assert spec.domain_token
     assert 1 <= len(spec.domains) <= 8
 
 

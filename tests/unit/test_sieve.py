@@ -69,7 +69,7 @@ def learned(node_id: str, *task_ids: str) -> Seen:
 
 
 REWARD = seen(
-    Reward(reward_id="r", task_id="t1", attempt=1, node_id="n1", slug="code", score=1.0, ended_at=0.0),
+    Reward(reward_id="r", task_id="t1", attempt=1, node_id="n1", domain_token="code", score=1.0, ended_at=0.0),
     "reward",
     "n1",
     "code",
@@ -159,16 +159,16 @@ def test_a_domain_is_known_by_its_words_and_by_its_token() -> None:
     traffic = (hop("t1", domain="代码"), delta("t1"), hop("t2"), delta("t2"), REWARD)
 
     assert chinese is not None
-    assert through(Sieve(slug=chinese), *traffic) == [0, 1]
+    assert through(Sieve(domain_token=chinese), *traffic) == [0, 1]
     assert domain_slug(chinese) == chinese
-    assert through(Sieve(slug="code"), *traffic) == [2, 3, 4]
+    assert through(Sieve(domain_token="code"), *traffic) == [2, 3, 4]
     assert domain_slug("") is None
 
 
 def test_wishes_combine() -> None:
     traffic = (hop("t1", "execute", node="n1"), hop("t1", "evaluate", node="n1"), hop("t2", "execute", node="n1"))
 
-    assert through(Sieve(task="t1", phase="execute", node="n1", slug="code"), *traffic) == [0]
+    assert through(Sieve(task="t1", phase="execute", node="n1", domain_token="code"), *traffic) == [0]
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_any_message_can_be_sifted(told: tuple[str, Any]) -> None:
     family, message = told
     names = next(each.tokens for each in FAMILIES if each.name == family)
 
-    Sieve(task="t", phase="match", node="n", slug="s").passes(seen(message, family, *("x" for _ in names)))
+    Sieve(task="t", phase="match", node="n", domain_token="s").passes(seen(message, family, *("x" for _ in names)))
 
 
 # -- lines

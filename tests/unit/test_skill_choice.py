@@ -31,7 +31,7 @@ class Choosing:
 
 
 def wanted(text: str) -> SpawnRequest:
-    return SpawnRequest(slug="general", description=text)
+    return SpawnRequest(domain_token="general", description=text)
 
 
 def registry(*skills: Skill) -> SkillNodeRegistry:

@@ -39,7 +39,7 @@ def skill(name: str, *words: str, **facts: Any) -> Skill:
 def found(registry: SkillNodeRegistry, text: str, *tools: str) -> AgentNode | None:
     source = skill_nodes(registry, Model(), AgentConfig(system_prompt="You are one of many."))
     assert source is not None
-    node = source(SpawnRequest(slug="data", description=text, required_tools=tools))
+    node = source(SpawnRequest(domain_token="data", description=text, required_tools=tools))
     assert node is None or isinstance(node, AgentNode)
     return node
 

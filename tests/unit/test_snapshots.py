@@ -12,14 +12,14 @@ LONGEST = 178
 """Bytes an entry takes at most."""
 
 
-def reward(source: str, score: float, *, slug: str, ended_at: float, attempt: int) -> Reward:
+def reward(source: str, score: float, *, domain_token: str, ended_at: float, attempt: int) -> Reward:
     return Reward(
         reward_id="r",
         task_id="t" * 64,
         attempt=attempt,
         source=source,
         node_id="n" * 64,
-        slug=slug,
+        domain_token=domain_token,
         score=score,
         ended_at=ended_at,
     )
@@ -57,12 +57,16 @@ def test_the_snapshot_of_a_node_that_knows_all_it_may_is_a_message(
     """However many judge, and whatever they are called."""
     profile, seq = NodeProfile(node_id="n" * 64), 0
     for domain in range(MAX_DOMAINS):
-        slug = f"{domain:064}"
+        domain_token = f"{domain:064}"
         for judge, score in enumerate(scores):
             seq += 1
-            profile = fold(profile, reward(f"{judge:064}", score, slug=slug, ended_at=ended_at, attempt=attempt), seq)
+            profile = fold(
+                profile,
+                reward(f"{judge:064}", score, domain_token=domain_token, ended_at=ended_at, attempt=attempt),
+                seq,
+            )
     one_each = len(encode(profile))
-    [entry] = profile.domains[slug].scores
+    [entry] = profile.domains[domain_token].scores
     assert len(encode(entry)) <= LONGEST
     most = one_each + MAX_DOMAINS * (WINDOW - 1) * (LONGEST + 1)
     assert most < MAX_MESSAGE_BYTES - 1000
@@ -75,13 +79,13 @@ def test_a_profile_from_before_entries_held_words_is_read() -> None:
     old = b'{"node_id":"a","last_seq":3,"domains":{"code":{"scores":[["t:1:rules",1.0,2.5]],"count":1,"mean":1.0}}}'
     profile = decode(old, NodeProfile)
     assert profile.domains["code"].scores == (Score(attempt_id="t:1:rules", score=1.0, ended_at=2.5),)
-    after = fold(profile, reward("rules", 0.0, slug="code", ended_at=3.0, attempt=2), 4)
+    after = fold(profile, reward("rules", 0.0, domain_token="code", ended_at=3.0, attempt=2), 4)
     assert (after.domains["code"].count, after.domains["code"].mean) == (2, 0.5)
 
 
 def test_attempts_of_endless_numbers_are_kept_apart() -> None:
     profile = NodeProfile(node_id="a")
     for seq, attempt in enumerate((10**100, 10**100 + 1, 10**100), start=1):
-        profile = fold(profile, reward("rules", seq / 3, slug="code", ended_at=1.0, attempt=attempt), seq)
+        profile = fold(profile, reward("rules", seq / 3, domain_token="code", ended_at=1.0, attempt=attempt), seq)
     assert [round(entry.score, 2) for entry in profile.domains["code"].scores] == [1.0, 0.67]
     assert all(len(entry.attempt_id) <= ID_LENGTH for entry in profile.domains["code"].scores)

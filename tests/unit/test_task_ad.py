@@ -12,7 +12,7 @@ from support.values import messages, tokens
 
 from loom.schemas.errors import InvalidTask
 from loom.schemas.labels import are_labels
-from loom.schemas.task import Accept, Limits, TaskAd, check_ad, is_token, parse_ad, slug
+from loom.schemas.task import Accept, Limits, TaskAd, check_ad, domain_token, is_token, parse_ad
 from loom.schemas.wire import MAX_AD_BYTES, MAX_CONTEXT_BYTES, encode, free_json_fault
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
@@ -141,34 +141,38 @@ def test_nested_parts_come_through() -> None:
 @settings(deadline=None)
 @given(token=tokens)
 def test_a_token_is_its_own_slug_in_lower_case(token: str) -> None:
-    assert slug(token) == token.lower()
+    assert domain_token(token) == token.lower()
 
 
 @settings(deadline=None)
 @given(domain=texts)
 def test_a_slug_is_always_a_token_and_its_own_slug(domain: str) -> None:
-    assert is_token(slug(domain))
-    assert slug(slug(domain)) == slug(domain)
+    assert is_token(domain_token(domain))
+    assert domain_token(domain_token(domain)) == domain_token(domain)
 
 
 @settings(deadline=None)
 @given(domain=texts)
 def test_how_a_text_is_composed_makes_no_difference(domain: str) -> None:
-    assert slug(unicodedata.normalize("NFC", domain)) == slug(unicodedata.normalize("NFD", domain))
+    assert domain_token(unicodedata.normalize("NFC", domain)) == domain_token(unicodedata.normalize("NFD", domain))
 
 
 def test_case_and_spaces_around_do_not_count() -> None:
-    assert slug("Code") == slug("  CODE\n") == "code"
-    assert slug("Straßenbau & Brücken") == slug("STRAßENBAU & BRÜCKEN") != slug("STRASSENBAU & BRÜCKEN")
+    assert domain_token("Code") == domain_token("  CODE\n") == "code"
+    assert (
+        domain_token("Straßenbau & Brücken")
+        == domain_token("STRAßENBAU & BRÜCKEN")
+        != domain_token("STRASSENBAU & BRÜCKEN")
+    )
 
 
 def test_texts_of_any_script_are_told_apart() -> None:
-    slugs = {
-        slug(domain)
+    domain_tokens = {
+        domain_token(domain)
         for domain in ("代码", "数据", "数 据", "données", "donnees", "c++", "c#", "a.b", "a b", "*", ">", "")
     }
-    assert len(slugs) == 12
-    assert slug("代码").startswith("x-")
+    assert len(domain_tokens) == 12
+    assert domain_token("代码").startswith("x-")
 
 
 @pytest.mark.parametrize("text", ["", "a.b", "a b", "*", ">", "a\n", "ü", "x" * 65, "a\x00", " a"])

@@ -5,7 +5,7 @@ from hypothesis import given
 from support.values import messages
 
 from loom.runner.cli.timeline import attempts, handed_in_at, tries, turns
-from loom.schemas.envelope import MAX_HOPS, Claim, Envelope, Hop, Split, TaskRecord, Tried
+from loom.schemas.envelope import MAX_HOPS, Claim, Envelope, FailedAttempt, Hop, Split, TaskRecord
 from loom.schemas.learning import Reward
 from loom.schemas.task import RunResult, TaskAd, TaskError
 
@@ -35,7 +35,7 @@ def reward(attempt: int, node_id: str, reason: str = "", **fields: object) -> Re
         task_id="t1",
         attempt=attempt,
         node_id=node_id,
-        slug="code",
+        domain_token="code",
         ended_at=1010.0,
         reason=reason,
         **given,  # type: ignore[arg-type]
@@ -128,8 +128,10 @@ def test_attempts_are_known_from_rewards_and_from_the_record() -> None:
 
 
 def test_failed_attempts_on_the_envelope_tell_their_reasons() -> None:
-    failed = Tried(attempt=1, node_id="bad", host_id="h", code="agent_failed", message="it raised", tokens=9)
-    ended = record(envelope(attempt=2, tried=(failed,)), ended_at=1020.0, claim=Claim(attempt=2, node_id="good"))
+    failed = FailedAttempt(attempt=1, node_id="bad", host_id="h", code="agent_failed", message="it raised", tokens=9)
+    ended = record(
+        envelope(attempt=2, failed_attempts=(failed,)), ended_at=1020.0, claim=Claim(attempt=2, node_id="good")
+    )
 
     first, second = tries(ended, [reward(1, "bad", "agent_failed")])
 

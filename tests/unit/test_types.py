@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile, Score
-from loom.schemas.task import slug
+from loom.schemas.task import domain_token
 from loom.schemas.wire import decode, encode
 from loom.types import AgentNode, CapabilityProfile, SkillTrigger, TaskAd, unit
 
@@ -42,7 +42,7 @@ def test_a_dict_of_ratings_is_a_profile() -> None:
     node = AgentNode(id="a", capabilities={"code": 0.9})  # type: ignore[arg-type]  # as users without types write
 
     assert node.capabilities == CapabilityProfile(scores={"code": 0.9})
-    assert node.to_bid(domain="code").claim == 0.9
+    assert node.to_bid(domain="code").self_rating == 0.9
 
 
 def test_the_agent_may_be_set_later() -> None:
@@ -65,7 +65,7 @@ def test_the_seeds_task_ad_needs_only_domain_and_description() -> None:
         ({"code": 0.9}, "code", 0.9),
         ({"Code": 0.9}, "code", 0.9),
         ({"code": 0.9}, " CODE ", 0.9),
-        ({"代码": 0.9}, slug("代码"), 0.9),
+        ({"代码": 0.9}, domain_token("代码"), 0.9),
         ({"代码": 0.9}, "数据", 0.5),
         ({}, "code", 0.5),
         ({"code": 7.0}, "code", 1.0),
@@ -97,9 +97,9 @@ def test_a_bid_carries_claim_load_and_the_required_tools_the_node_has() -> None:
     coder.capabilities.tools = ["sql", "shell"]
     coder.load = 0.25
 
-    bid = coder.to_bid(domain=slug("代码"), required_tools=("shell", "shell", "browser"))
+    bid = coder.to_bid(domain=domain_token("代码"), required_tools=("shell", "shell", "browser"))
 
-    assert (bid.node_id, bid.claim, bid.load, bid.tools) == ("n", 0.9, 0.25, ("shell",))
+    assert (bid.node_id, bid.self_rating, bid.load, bid.tools) == ("n", 0.9, 0.25, ("shell",))
 
 
 @given(st.dictionaries(st.text(max_size=8), st.floats()), st.text(max_size=8), st.floats())
@@ -117,8 +117,8 @@ def test_whatever_a_user_writes_into_a_node_its_bid_crosses_the_wire(
 def test_a_domain_and_its_slug_bid_alike(domain: str) -> None:
     skilled = AgentNode(id="n", capabilities=CapabilityProfile(scores={domain: 0.8}))
 
-    assert skilled.to_bid(domain=domain) == skilled.to_bid(domain=slug(domain))
-    assert skilled.to_bid(domain=domain).claim == 0.8
+    assert skilled.to_bid(domain=domain) == skilled.to_bid(domain=domain_token(domain))
+    assert skilled.to_bid(domain=domain).self_rating == 0.8
 
 
 def test_mirroring_shows_what_has_been_learned_and_keeps_the_makers_ratings_for_bids() -> None:
@@ -133,7 +133,7 @@ def test_mirroring_shows_what_has_been_learned_and_keeps_the_makers_ratings_for_
     assert (facts.total_tasks, facts.success_rate, learner.consecutive_losses) == (3, 0.75, 2)
     assert facts.scores == pytest.approx({"Code": (1.0 + 0.0 + 2 * 0.9) / 4, "data": 0.5})
     assert learner.self_ratings == {"Code": 0.9}
-    assert (learner.claim("code"), learner.claim("data"), learner.to_bid(domain="Code").claim) == (0.9, 0.5, 0.9)
+    assert (learner.claim("code"), learner.claim("data"), learner.to_bid(domain="Code").self_rating) == (0.9, 0.5, 0.9)
     assert [(r.task_id, r.reward, r.domain, r.timestamp) for r in learner.reward_history] == [
         ("t1", 1.0, "Code", 10.0),
         ("t2", 0.5, "data", 20.0),

@@ -7,19 +7,19 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from loom.bus.records import known_of, remembered
+from loom.bus.records import record_version, remembered
 from loom.schemas.envelope import (
     Award,
-    Best,
     Claim,
     Envelope,
+    FailedAttempt,
     Hop,
+    RejectedResult,
     ScoredBid,
     Spec,
     SplitPlan,
     Subtask,
     TaskRecord,
-    Tried,
 )
 from loom.schemas.run import RunEvent
 from loom.schemas.task import PhaseUsage, RunResult, Submission, TaskAd, TaskError, parse_ad
@@ -27,15 +27,15 @@ from loom.schemas.unknown_fields import MAX_DEPTH, unknown_fields, with_unknown_
 from loom.schemas.wire import Undecodable, decode, encode
 
 NEW: dict[str, Any] = {"new": {"a": [1, None, "x"]}}
-BID = ScoredBid(node_id="n1", host_id="h1", score=0.5, claim=0.5, trust=0.5, load=0.25, tools=0.75)
+BID = ScoredBid(node_id="n1", host_id="h1", score=0.5, self_rating=0.5, trust=0.5, load=0.25, tools=0.75)
 ENVELOPE = Envelope(
     ad=TaskAd(task_id="t1", description="x", context={"free": {"any": 1}}),
     spec=Spec(complexity=0.5, domains=("code",), method="given"),
     award=Award(node_id="n1", host_id="h1", score=0.5, bids=(BID, BID)),
     result=RunResult(content="c", usd=0.5),
-    best=Best(result=RunResult(content="b"), score=0.5, node_id="n2", host_id="h2"),
+    best_rejected=RejectedResult(result=RunResult(content="b"), score=0.5, node_id="n2", host_id="h2"),
     error=TaskError(code="no_bids"),
-    tried=(Tried(attempt=1, node_id="n2", host_id="h2", code="node_lost"),),
+    failed_attempts=(FailedAttempt(attempt=1, node_id="n2", host_id="h2", code="node_lost"),),
     phase_usage={"sense": PhaseUsage(requests=1)},
     deadline=5.5,
     hops=(Hop(phase="sense", instance="i", started=1.5, finished=2.5),),
@@ -80,9 +80,9 @@ def test_a_part_that_is_replaced_by_another_takes_its_fields_along() -> None:
 
 def test_an_envelope_hands_a_records_own_fields_to_the_next_phase() -> None:
     record = with_unknown_fields(RECORD, NEW)
-    known = known_of(record, 7)
+    known = record_version(record, 7)
     assert known is not None
-    entry = remembered(decode(encode(replace(ENVELOPE, known=known)), Envelope))
+    entry = remembered(decode(encode(replace(ENVELOPE, record_version=known)), Envelope))
     assert entry is not None
     assert unknown_fields(entry.value) == NEW
     assert json.loads(encode(entry.value))["new"] == NEW["new"]

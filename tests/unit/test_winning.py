@@ -20,8 +20,8 @@ from loom.schemas.wire import decode, encode
 
 
 def bid(node_id: str, **facts: float) -> ScoredBid:
-    given = {"claim": 0.5, "load": 0.0, "tools": 1.0, "bonus": 0.0, **facts}
-    given.setdefault("trust", given["claim"] + given["bonus"])
+    given = {"self_rating": 0.5, "load": 0.0, "tools": 1.0, "bonus": 0.0, **facts}
+    given.setdefault("trust", given["self_rating"] + given["bonus"])
     score = TRUST_WEIGHT * given["trust"] + AVAILABILITY_WEIGHT * (1 - given["load"]) + TOOLS_WEIGHT * given["tools"]
     return ScoredBid(node_id=node_id, host_id="h", score=score, **given)  # type: ignore[arg-type]
 
@@ -34,16 +34,19 @@ def award(*bids: ScoredBid, **facts: Any) -> Award:
 @pytest.mark.parametrize(
     ("bids", "said"),
     [
-        ([bid("a", claim=0.9)], "a won with 0.94: nobody else bid (a claim of 0.90 and no evidence)."),
-        ([bid("a", claim=0.9), bid("b", claim=0.5)], "trusted more, for a claim of 0.90 and no evidence against"),
+        ([bid("a", self_rating=0.9)], "a won with 0.94: nobody else bid (a claim of 0.90 and no evidence)."),
         (
-            [bid("a", trust=0.8, evidence=0.9, count=4), bid("b", claim=0.7)],
+            [bid("a", self_rating=0.9), bid("b", self_rating=0.5)],
+            "trusted more, for a claim of 0.90 and no evidence against",
+        ),
+        (
+            [bid("a", trust=0.8, evidence=0.9, count=4), bid("b", self_rating=0.7)],
             "for a claim of 0.50 and a mean reward of 0.90 over 4 against a claim of 0.70 and no evidence",
         ),
         ([bid("a", bonus=0.4), bid("b", bonus=0.1)], "less is known about it, which earns a bonus of 0.40 against"),
         ([bid("a"), bid("b", load=0.5)], "it is less busy, 0% against 50%."),
         ([bid("a"), bid("b", tools=0.5)], "it has more of the tools, 100% against 50%."),
-        ([bid("a", claim=0.9, load=0.5), bid("b")], "trusted more, .*, although it is busier, 50% against 0%"),
+        ([bid("a", self_rating=0.9, load=0.5), bid("b")], "trusted more, .*, although it is busier, 50% against 0%"),
         ([bid("a"), bid("b")], "they are equal, and the task's id decided."),
     ],
 )
@@ -66,7 +69,7 @@ def test_one_sentence_says_why_the_winner_won(policy: str, bids: list[ScoredBid]
 )
 def test_what_is_not_trusted_by_evidence_is_not_explained_by_it(policy: str, more: str, less: str) -> None:
     """The winner of all these has the worse evidence."""
-    poor = {"evidence": 0.1, "count": 50, "claim": 0.1}
+    poor = {"evidence": 0.1, "count": 50, "self_rating": 0.1}
     good = {"evidence": 0.9, "count": 50, "bonus": 0.1}
 
     won = award(bid("a", trust=0.8, **poor), bid("b", trust=0.4, **good), policy=policy)
@@ -120,7 +123,7 @@ def test_every_policy_of_ours_has_words_of_its_own(name: str) -> None:
 
 
 def test_an_award_that_does_not_tell_its_policy_is_explained_by_evidence() -> None:
-    old = decode(encode(award(bid("a", claim=0.9), bid("b"))), Award)
+    old = decode(encode(award(bid("a", self_rating=0.9), bid("b"))), Award)
 
     assert b"policy" not in encode(old)
     assert "it is trusted more, for a claim of 0.90" in why(old)
