@@ -174,7 +174,7 @@ class Learner:
             deadline=0,
         )
         agents = range(self._world.agents(number))
-        bids = [("h", Bid(node_id=str(agent), claim=self._world.claim(agent))) for agent in agents]
+        bids = [("h", Bid(node_id=str(agent), self_rating=self._world.claim(agent))) for agent in agents]
         winner = award(task, bids, Book(self._profiles, self._policy, pending=self._pending)).node_id
         self._pending[winner, domain_token] += 1
         return int(winner)
