@@ -32,6 +32,7 @@ from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.log import get_logger
 from loom.schemas.auction import CallForBids, HostAnnouncement, Offer
 from loom.schemas.errors import LoomError
+from loom.schemas.identity import ADAPT
 from loom.schemas.learning import Lifecycle, LifecycleKind
 from loom.schemas.run import RunEvent, RunKind, RunRequest
 from loom.schemas.task import RunResult, TaskError
@@ -96,11 +97,11 @@ class NodeHost:
 
     async def start(self) -> None:
         """Begin to bid; returns once the server knows of it and everybody has been told."""
-        subjects = self.bus.subjects
+        subjects, owner = self.bus.subjects, self.bus.identity.owner
         for subject, take in (
-            (subjects.of("run", self.host_id), self._on_run),
+            (subjects.of("run", owner, self.host_id), self._on_run),
             (subjects.of("cancel", "*"), self._on_cancel),
-            (subjects.of("lifecycle", "learned", "*"), self._on_learned),
+            (subjects.of("lifecycle", ADAPT, "learned", owner, "*"), self._on_learned),
             (subjects.of("auction", "*"), self._on_call),
         ):
             self._subscriptions.append(await self.bus.listen(subject, take))
@@ -193,7 +194,7 @@ class NodeHost:
             **facts_of(here, self._rooms, self._slots),
         )
         self._announced = announcement
-        await self.bus.publish(self.bus.subjects.of("host", self.host_id), announcement)
+        await self.bus.publish(self.bus.subjects.of("host", self.bus.identity.owner, self.host_id), announcement)
         for node_id in nodes - self._known:
             await self._tell("joined", node_id)
         for node_id in self._known - nodes:
@@ -202,8 +203,9 @@ class NodeHost:
         self._known = nodes
 
     async def _tell(self, kind: LifecycleKind, node_id: str) -> None:
-        news = Lifecycle(kind=kind, node_id=node_id, host_id=self.host_id, at=self.bus.now())
-        await self.bus.publish(self.bus.subjects.of("lifecycle", kind, node_id), news)
+        owner = self.bus.identity.owner
+        news = Lifecycle(kind=kind, node_id=node_id, owner=owner, host_id=self.host_id, at=self.bus.now())
+        await self.bus.publish(self.bus.subjects.of("lifecycle", owner, kind, owner, node_id), news)
 
     def _room(self, node_id: str) -> Room:
         if node_id not in self._rooms:

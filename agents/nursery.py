@@ -55,7 +55,7 @@ class Nursery:
         subjects = self._bus.subjects
         self._subscriptions = [
             await self._bus.subscribe(subjects.spawn, self._on_spawn, queue=QUEUE),
-            await self._bus.subscribe(subjects.of("retire", host.host_id), self._on_retire),
+            await self._bus.subscribe(subjects.of("retire", host.bus.identity.owner, host.host_id), self._on_retire),
         ]
         host.can_spawn = True
         await host.announce()
@@ -151,9 +151,9 @@ class Nursery:
         log.info("node_retired", node_id=child.id)
 
     async def _tell(self, kind: LifecycleKind, child: Child, reason: str) -> None:
-        host_id = self._running().host_id
-        news = Lifecycle(kind=kind, node_id=child.id, host_id=host_id, at=self._bus.now(), reason=reason)
-        await self._bus.publish(self._bus.subjects.of("lifecycle", kind, child.id), news)
+        host_id, owner = self._running().host_id, self._bus.identity.owner
+        news = Lifecycle(kind=kind, node_id=child.id, owner=owner, host_id=host_id, at=self._bus.now(), reason=reason)
+        await self._bus.publish(self._bus.subjects.of("lifecycle", owner, kind, owner, child.id), news)
 
     def _running(self) -> NodeHost:
         if self._host is None:

@@ -120,7 +120,13 @@ class Watchdog:
                 await asyncio.sleep(min(CHECK_S, self._beat_s))
 
     async def _connected(self, stack: AsyncExitStack) -> Bus | None:
-        twin = Bus(self._bus.url, namespace=self._bus.subjects.namespace, role=self._bus.role, patience_s=CONNECT_S)
+        twin = Bus(
+            self._bus.url,
+            namespace=self._bus.subjects.namespace,
+            role=self._bus.role,
+            identity=self._bus.identity,
+            patience_s=CONNECT_S,
+        )
         try:
             return await stack.enter_async_context(twin)
         except BusUnavailable as error:
@@ -138,7 +144,7 @@ class Watchdog:
         if announcement is not None:
             with suppress(LoomError):  # at most once, as every announcement
                 message = replace(announcement, draining=announcement.draining or draining)
-                bus.send(bus.subjects.of("host", announcement.host_id), message)
+                bus.send(bus.subjects.of("host", bus.identity.owner, announcement.host_id), message)
 
     def _warn(self, blocked_s: float) -> None:
         frame = sys._current_frames().get(self._loop_thread)  # noqa: SLF001 - Python's only way to it

@@ -46,7 +46,7 @@ async def announced_hosts(bus: Bus, within_s: float) -> list[HostAnnouncement]:
         if announcement is not None and (announcement.host_id in found or len(found) < MAX_HOSTS):
             found[announcement.host_id] = announcement
 
-    subscription = await bus.subscribe(bus.subjects.of("host", "*"), take)
+    subscription = await bus.subscribe(bus.subjects.of("host", "*", "*"), take)
     await bus.publish(bus.subjects.hosts)
     await asyncio.sleep(within_s)
     await bus.unsubscribe(subscription)

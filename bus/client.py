@@ -23,6 +23,7 @@ from loom.bus.log import get_logger
 from loom.bus.message import Msg
 from loom.bus.ownership import running_loop
 from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
+from loom.schemas.identity import LOCAL, Identity
 from loom.schemas.wire import Count, Name, Relayed, Text, Undecodable, decode, encode
 
 __all__ = ["Bus", "Conflict", "Msg", "NoResponders", "PayloadTooLarge", "PubAck", "Refused", "Subscription"]
@@ -114,8 +115,16 @@ class _PubReply(PubAck, frozen=True, kw_only=True):
 class Bus(Connection):
     """A connection that asks, and that stores: see Connection for its arguments."""
 
-    def __init__(self, url: str, *, namespace: str = "loom", role: str = "client", patience_s: float = 2.0) -> None:
-        super().__init__(url, namespace=namespace, role=role, patience_s=patience_s)
+    def __init__(
+        self,
+        url: str,
+        *,
+        namespace: str = "loom",
+        role: str = "client",
+        identity: Identity = LOCAL,
+        patience_s: float = 2.0,
+    ) -> None:
+        super().__init__(url, namespace=namespace, role=role, identity=identity, patience_s=patience_s)
         self._sinks: dict[str, Callable[[Msg], None]] = {}
         self._next_token = 0
         self._failed_publishes = 0

@@ -32,6 +32,7 @@ from loom.bus.ownership import Owner, keep_forever, running_loop
 from loom.bus.resolver import Resolver
 from loom.bus.subjects import Subjects
 from loom.schemas.errors import BusUnavailable, LoomError
+from loom.schemas.identity import LOCAL, Identity
 from loom.schemas.wire import encode
 
 log = get_logger()
@@ -68,10 +69,19 @@ class Connection:
         namespace: First token of every subject.
         role: Who this is: names the connection and its inbox prefix. `client` gets the plain `_INBOX`, the
             only prefix task answers are sent to.
+        identity: The submitter, owner and source it speaks as.
         patience_s: How long `connect` tries.
     """
 
-    def __init__(self, url: str, *, namespace: str = "loom", role: str = "client", patience_s: float = 2.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        namespace: str = "loom",
+        role: str = "client",
+        identity: Identity = LOCAL,
+        patience_s: float = 2.0,
+    ) -> None:
         self.url = url
         self._addresses: tuple[Address, ...] = ()
         self.address = "the servers of NATS_URL"
@@ -85,6 +95,7 @@ class Connection:
         self._patience_s = patience_s
         self.subjects = Subjects(namespace)
         self.role = role
+        self.identity = identity
         self.instance = f"{role}-{uuid4().hex[:8]}"
         self.lost = asyncio.Event()
         """Set when the connection is closed for good or an essential task has failed: the process should end."""

@@ -148,7 +148,7 @@ async def ended_since(bus: Bus, at: float) -> AsyncIterator[TaskRecord]:
 
 async def rewards_since(bus: Bus, at: float, *, domain_token: str | None = None) -> AsyncIterator[tuple[float, Reward]]:
     """Yield the rewards stored at server time `at` or later, each with that time, in stream order."""
-    subject = bus.subjects.of("reward", "*", domain_token or "*")
+    subject = bus.subjects.of("reward", "*", "*", "*", domain_token or "*")
     async for message in since(bus, bus.subjects.stream("REWARDS"), subject, at):
         reward = _read(bus, message, Reward)
         if reward is not None:
@@ -170,7 +170,7 @@ async def find(bus: Bus, task_id: str) -> Found:
     entry = await records(bus).get(task_id)
     record = entry.value if entry is not None else None
     if record is None:
-        submission = await _last(bus, "INTAKE", bus.subjects.of("intake", "*", task_id), _submission_in)
+        submission = await _last(bus, "INTAKE", bus.subjects.intake("*", "*", task_id), _submission_in)
         if submission is not None:
             return Found(None, "", submission[1])
         record = await _recent(bus, task_id)

@@ -198,7 +198,7 @@ class RewardBus:
         bus = self._connected()
         # A revised score is a new message; the same one again is dropped within the server's window.
         digest = blake2b(repr(float(reward.score)).encode(), digest_size=4).hexdigest()
-        subject = bus.subjects.of("reward", reward.node_id, reward.domain_token)
+        subject = bus.subjects.of("reward", reward.source, reward.owner, reward.node_id, reward.domain_token)
         return store_once(bus, subject, reward, msg_id=f"{reward.reward_id}:{digest}")
 
     def subscribe(self, *, node_id: str | None = None, domain: str | None = None) -> AsyncIterator[Reward]:
@@ -215,7 +215,7 @@ class RewardBus:
         from loom.bus.ordered import OrderedReader  # noqa: PLC0415 - brings nats-py, which the formulas do without
 
         bus = self._connected()
-        filter_subject = bus.subjects.of("reward", node_id or "*", domain_token(domain) if domain else "*")
+        filter_subject = bus.subjects.of("reward", "*", "*", node_id or "*", domain_token(domain) if domain else "*")
         reader = OrderedReader(bus, bus.subjects.stream("REWARDS"), filter=filter_subject, deliver=deliver)
         try:
             while True:

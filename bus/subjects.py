@@ -10,56 +10,120 @@ from loom.schemas.errors import InvalidTask
 from loom.schemas.task import is_token
 
 _NAMESPACE = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+_VARIABLE = re.compile(r"<(\w+)>")
 
 
 class Family(NamedTuple):
     """One row of the subject table."""
 
     name: str
-    tokens: tuple[str, ...]
+    pattern: str
+    """What follows the namespace; a variable token is its name in angle brackets."""
     kind: str
     body: str
     route: str
 
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The names of the variable tokens, in order."""
+        return tuple(_VARIABLE.findall(self.pattern))
+
 
 FAMILIES: tuple[Family, ...] = (
-    Family("submit", (), "request", "TaskAd → TaskResult", "anyone → SENSE"),
-    Family("status", ("task_id",), "request", "StatusQuery or none → TaskResult", "anyone → SENSE"),
+    Family("submit", "submit", "request", "TaskAd → TaskResult", "anyone → SENSE, as submitter `public`"),
+    Family("status", "status.<task_id>", "request", "StatusQuery or none → TaskResult", "anyone → SENSE: any task"),
+    Family("cancel", "cancel.<task_id>", "request", "StatusQuery or none → TaskResult", "anyone → SENSE: any task"),
+    Family("submit", "from.<submitter>.submit", "request", "TaskAd → TaskResult", "a submitter → SENSE"),
     Family(
-        "cancel", ("task_id",), "request", "StatusQuery or none → TaskResult", "anyone → SENSE, node hosts, EXECUTE"
+        "status",
+        "from.<submitter>.status.<task_id>",
+        "request",
+        "StatusQuery or none → TaskResult",
+        "a submitter → SENSE: its own tasks",
     ),
-    Family("intake", ("priority", "task_id"), "stream INTAKE", "Submission", "submit, Runtime → SENSE"),
+    Family(
+        "cancel",
+        "from.<submitter>.cancel.<task_id>",
+        "request",
+        "StatusQuery or none → TaskResult",
+        "a submitter → SENSE: its own tasks",
+    ),
+    Family(
+        "intake",
+        "intake.<submitter>.<priority>.<task_id>",
+        "stream INTAKE",
+        "Submission",
+        "SENSE's submit handler, Runtime → SENSE",
+    ),
     Family(
         "task",
-        ("phase", "priority", "task_id"),
+        "task.<phase>.<priority>.<task_id>",
         "stream TASKS",
         "Envelope; to SCALE also SubtaskEnded, PlanTimeout, ParentEnded",
         "each phase → the next",
     ),
     Family(
         "later",
-        ("phase", "task_id", "origin"),
+        "later.<phase>.<task_id>.<key>",
         "stream TASKS",
         "Envelope or PlanTimeout, scheduled",
         "a phase → itself; EVALUATE → MATCH",
     ),
-    Family("auction", ("domain_token",), "scatter-gather", "CallForBids → Offer", "MATCH → every node host"),
+    Family("auction", "auction.<domain_token>", "publish", "CallForBids", "MATCH → every node host"),
+    Family("call", "call.<owner>.<host_id>", "publish", "CallForBids", "MATCH → one node host"),
     Family(
-        "run", ("host_id",), "request, streamed replies", "RunRequest → RunEvents, one or several", "EXECUTE → a host"
+        "offer",
+        "offer.<owner>.<host_id>.<instance>.<call_id>",
+        "publish",
+        "Offer",
+        "a node host → the MATCH replica that called",
     ),
-    Family("host", ("host_id",), "publish", "HostAnnouncement", "node hosts → MATCH, anyone"),
-    Family("hosts", (), "publish", "-", "anyone → node hosts, which announce themselves"),
-    Family("spawn", (), "request", "SpawnRequest → SpawnReply", "SCALE → hosts with templates"),
-    Family("retire", ("host_id",), "request", "RetireRequest → RetireReply", "ADAPT → one node host"),
-    Family("delta", ("task_id",), "publish", "Delta", "EXECUTE → clients, tap"),
-    Family("result", ("task_id",), "publish", "TaskResult", "EVALUATE → clients, tap"),
     Family(
-        "reward", ("node_id", "domain_token"), "stream REWARDS", "Reward", "EVALUATE, judges, people → ADAPT, anyone"
+        "run",
+        "run.<owner>.<host_id>",
+        "request, replies on `loom.event.…`",
+        "RunRequest → RunEvents, one or several",
+        "EXECUTE → one node host",
     ),
-    Family("lifecycle", ("kind", "node_id"), "publish", "Lifecycle", "node hosts, ADAPT → anyone"),
-    Family("dead", ("phase", "task_id"), "stream DEAD", "raw bytes, facts as headers", "any phase → operator"),
+    Family(
+        "event",
+        "event.<owner>.<host_id>.<instance>.<run_key>",
+        "publish",
+        "RunEvent, or several; from a plain node any body, once",
+        "a node host → the EXECUTE replica that asked",
+    ),
+    Family("stop", "stop.<owner>.<host_id>", "publish", "Stop", "EXECUTE → one node host"),
+    Family("cancelled", "cancelled.<task_id>", "publish", "-", "SENSE, EVALUATE → EXECUTE"),
+    Family("host", "host.<owner>.<host_id>", "publish", "HostAnnouncement", "node hosts → MATCH, ADAPT, anyone"),
+    Family("hosts", "hosts", "publish", "-", "anyone → node hosts, which announce themselves"),
+    Family("spawn", "spawn", "request", "SpawnRequest → SpawnReply", "SCALE → node hosts that can start nodes"),
+    Family("retire", "retire.<owner>.<host_id>", "request", "RetireRequest → RetireReply", "ADAPT → one node host"),
+    Family("delta", "delta.<submitter>.<task_id>", "publish", "Delta", "EXECUTE → clients, tap"),
+    Family("result", "result.<submitter>.<task_id>", "publish", "TaskResult", "EVALUATE → clients, tap"),
+    Family(
+        "reward",
+        "reward.<source>.<owner>.<node_id>.<domain_token>",
+        "stream REWARDS",
+        "Reward",
+        "EVALUATE, judges, people → ADAPT, anyone",
+    ),
+    Family(
+        "lifecycle",
+        "lifecycle.<source>.<kind>.<owner>.<node_id>",
+        "publish",
+        "Lifecycle",
+        "node hosts (the source is their owner), ADAPT → anyone",
+    ),
+    Family("subtask", "subtask.<submitter>.<parent_id>", "publish", "SubtaskEvent", "SCALE → clients, page"),
+    Family("dead", "dead.<phase>.<task_id>", "stream DEAD", "raw bytes, facts as headers", "any phase → operator"),
 )
-_BY_NAME = {family.name: family for family in FAMILIES}
+_TOKENS = {(row.name, len(row.tokens)): row.tokens for row in FAMILIES}
+_TEMPLATES = {(row.name, len(row.tokens)): "{}." + _VARIABLE.sub("{}", row.pattern) for row in FAMILIES}
+_BY_LENGTH: dict[tuple[str, int], list[tuple[str, list[str]]]] = {}
+"""(first token, number of tokens) -> the rows that such a subject may belong to: name, tokens."""
+for _row in FAMILIES:
+    _parts = _row.pattern.split(".")
+    _BY_LENGTH.setdefault((_parts[0], len(_parts)), []).append((_row.name, _parts))
 
 
 class Parsed(NamedTuple):
@@ -71,7 +135,7 @@ class Parsed(NamedTuple):
     @property
     def task_id(self) -> str:
         """The task the subject is about; empty where it names none."""
-        return self.tokens.get("task_id", "")
+        return self.tokens.get("task_id") or self.tokens.get("parent_id", "")
 
 
 class Subjects:
@@ -96,26 +160,29 @@ class Subjects:
     def of(self, family: str, *tokens: str) -> str:
         """Return the subject of `family` with `tokens` in the table's order; `*` stands for any.
 
+        The number of tokens selects the row where a family has two: `of("status", task_id)` is the plain subject,
+        `of("status", submitter, task_id)` the one of a submitter.
+
         Raises:
             InvalidTask: A token has characters a subject must not have; `field` names it.
         """
-        names = _BY_NAME[family].tokens
-        for name, text in zip(names, tokens, strict=True):
+        row = family, len(tokens)
+        for name, text in zip(_TOKENS[row], tokens, strict=True):
             if text != "*" and not is_token(text):
                 raise InvalidTask(f"{name} must match [A-Za-z0-9_-]{{1,64}}", field=name)
-        return ".".join((self.namespace, family, *tokens))
+        return _TEMPLATES[row].format(self.namespace, *tokens)
 
-    def later(self, phase: str, task_id: str, origin: str) -> str:
-        """Return the subject under which a hop of `phase` that follows from the message `origin` waits."""
-        return self.of("later", phase, task_id, origin)
+    def later(self, phase: str, task_id: str, key: str) -> str:
+        """Return the subject under which a message waits that `phase` has scheduled."""
+        return self.of("later", phase, task_id, key)
 
     def task(self, phase: str, priority: str, task_id: str) -> str:
         """Return the subject of a hop to `phase`."""
         return self.of("task", phase, priority, task_id)
 
-    def intake(self, priority: str, task_id: str) -> str:
+    def intake(self, submitter: str, priority: str, task_id: str) -> str:
         """Return the subject of a submission."""
-        return self.of("intake", priority, task_id)
+        return self.of("intake", submitter, priority, task_id)
 
     def stream(self, name: str) -> str:
         """Return the name of a stream: `LOOM_TASKS` for `TASKS`."""
@@ -127,9 +194,11 @@ class Subjects:
 
     def parse(self, subject: str) -> Parsed | None:
         """Return what `subject` says, or None when it is not one of this namespace's."""
-        namespace, _, rest = subject.partition(".")
-        family, *tokens = rest.split(".")
-        known = _BY_NAME.get(family)
-        if namespace != self.namespace or known is None or len(tokens) != len(known.tokens):
+        namespace, *tokens = subject.split(".")
+        if namespace != self.namespace or not tokens:
             return None
-        return Parsed(family, dict(zip(known.tokens, tokens, strict=True)))
+        for family, pattern in _BY_LENGTH.get((tokens[0], len(tokens)), ()):
+            pairs = list(zip(pattern, tokens, strict=True))
+            if all(name == token for name, token in pairs if name[0] != "<"):
+                return Parsed(family, {name[1:-1]: token for name, token in pairs if name[0] == "<"})
+        return None

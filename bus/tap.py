@@ -29,6 +29,8 @@ ROOM_BYTES = 64 * 1024 * 1024
 
 _READ_BY_TYPE = frozenset({"task", "later"})
 """Families whose messages may be notices for SCALE, too."""
+REPEATED = frozenset({"offer", "event"})
+"""Families heard only where they are asked for by name: what they say comes again in awards, deltas and results."""
 SHAPES: dict[str, type[Any]] = {
     "submit": TaskAd,
     "intake": Submission,
@@ -73,15 +75,18 @@ class Tap:
     One family comes in the order it was sent; several families asked for by name may overtake each other.
 
     Args:
-        families: Those wanted; none: all of the namespace, one order for everything.
+        families: Those wanted; none: all but REPEATED.
         room: Messages kept for a slow reader; later ones are skipped until it has caught up.
     """
 
     def __init__(self, bus: Bus, families: Iterable[str] = (), *, room: int = ROOM) -> None:
         self._bus = bus
         wanted = set(families)
-        table = {family.name: bus.subjects.of(family.name, *("*" for _ in family.tokens)) for family in FAMILIES}
-        self._subjects = [table[name] for name in sorted(wanted)] or [bus.subjects.everything]
+        self._subjects = [
+            bus.subjects.of(row.name, *("*" for _ in row.tokens))
+            for row in FAMILIES
+            if row.name in wanted or not (wanted or row.name in REPEATED)
+        ]
         self._room = room
         self._waiting: deque[tuple[Msg, float, int]] = deque()
         self._waiting_bytes = 0

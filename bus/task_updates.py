@@ -42,13 +42,13 @@ class TaskUpdates:
     async def subscribe(self) -> None:
         """Subscribe to the result, unless that is done or the result is here."""
         if self._to_result is None and not self.result.done():
-            subject = self._bus.subjects.of("result", self._task_id)
+            subject = self._bus.subjects.of("result", self._bus.identity.submitter, self._task_id)
             self._to_result = await self._bus.listen(subject, self._on_result)
 
     async def subscribe_to_deltas(self) -> None:
         """Subscribe to progress, unless that is done or the result is here."""
         if self._to_deltas is None and not self.result.done():
-            subject = self._bus.subjects.of("delta", self._task_id)
+            subject = self._bus.subjects.of("delta", self._bus.identity.submitter, self._task_id)
             self._to_deltas = await self._bus.listen(subject, self._on_delta)
 
     def begin_reading(self) -> None:

@@ -12,6 +12,7 @@ from loom.bus.ownership import Owner, running_loop
 from loom.bus.task_updates import TaskUpdates
 from loom.schemas.envelope import ENDED, TaskRecord, TaskStatus
 from loom.schemas.errors import BusUnavailable, LoomError, error_for
+from loom.schemas.identity import PUBLIC
 from loom.schemas.run import Delta
 from loom.schemas.task import ErrorReply, StatusQuery, Submission, TaskAd, TaskResult, check_ad
 from loom.schemas.wire import Undecodable, decode, new_id
@@ -62,7 +63,7 @@ class TaskHandle:
         try:
             await self.open(deltas=deltas)
             await self._bus.store(
-                self._bus.subjects.intake(self.ad.priority, self.task_id),
+                self._bus.subjects.intake(self._bus.identity.submitter, self.ad.priority, self.task_id),
                 submission,
                 msg_id=f"{self.task_id}:{submission.submission}",
             )
@@ -259,6 +260,12 @@ def _refusal(raw: bytes) -> ErrorReply | None:
         return None
 
 
+def _own(bus: Bus, family: str, task_id: str) -> str:
+    """The subject of a request about a task: of this submitter's tasks, or without a name of anyone's."""
+    submitter = bus.identity.submitter
+    return bus.subjects.of(family, task_id) if submitter == PUBLIC else bus.subjects.of(family, submitter, task_id)
+
+
 async def status(bus: Bus, task_id: str) -> TaskResult:
     """Return how far a task is: its state, and its result once it has ended.
 
@@ -266,7 +273,7 @@ async def status(bus: Bus, task_id: str) -> TaskResult:
         UnknownTask: No task of that id is known.
         BusUnavailable: No phases answer.
     """
-    return decode(await ask(bus, bus.subjects.of("status", task_id), task_id=task_id), TaskResult)
+    return decode(await ask(bus, _own(bus, "status", task_id), task_id=task_id), TaskResult)
 
 
 async def record(bus: Bus, task_id: str) -> TaskRecord | None:
@@ -276,7 +283,7 @@ async def record(bus: Bus, task_id: str) -> TaskRecord | None:
         UnknownTask: No task of that id is known.
         BusUnavailable: No phases answer.
     """
-    answer = await ask(bus, bus.subjects.of("status", task_id), StatusQuery(full=True), task_id=task_id)
+    answer = await ask(bus, _own(bus, "status", task_id), StatusQuery(full=True), task_id=task_id)
     return decode(answer, TaskStatus).record
 
 
@@ -287,4 +294,4 @@ async def cancel(bus: Bus, task_id: str) -> TaskResult:
         UnknownTask: No task of that id is known.
         BusUnavailable: No phases answer.
     """
-    return decode(await ask(bus, bus.subjects.of("cancel", task_id), task_id=task_id), TaskResult)
+    return decode(await ask(bus, _own(bus, "cancel", task_id), task_id=task_id), TaskResult)

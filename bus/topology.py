@@ -36,7 +36,7 @@ class Lane(NamedTuple):
     """Tokens after the namespace; `*` for any."""
 
 
-INTAKE_LANES = tuple(Lane("INTAKE", f"intake_{p}", ("intake", p, "*")) for p in PRIORITIES)
+INTAKE_LANES = tuple(Lane("INTAKE", f"intake_{p}", ("intake", "*", p, "*")) for p in PRIORITIES)
 MATCH_LANES = tuple(Lane("TASKS", f"match_{p}", ("task", "match", p, "*")) for p in PRIORITIES)
 SENSE_LANE = Lane("TASKS", "sense", ("task", "sense", "*", "*"))
 SCALE_LANE = Lane("TASKS", "scale", ("task", "scale", "*", "*"))

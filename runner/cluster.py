@@ -25,6 +25,7 @@ from loom.runner.starting import until_started
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES, Phase
 from loom.schemas.errors import LoomError
+from loom.schemas.identity import LOCAL, Identity
 from loom.schemas.llm import AnyProvider, LLMProvider
 
 log = get_logger()
@@ -169,12 +170,13 @@ async def running_phases(
     namespace: str = "loom",
     config: ClusterConfig | None = None,
     llm: AnyProvider | None = None,
+    identity: Identity = LOCAL,
     patience_s: float = 2.0,
     init: bool = True,
 ) -> AsyncIterator[Bus]:
     """Run phases on a connection of their own while the body runs; `init` is that of PhaseGroup."""
     role = names[0] if len(names) == 1 else "phases"
-    async with Bus(url, namespace=namespace, role=role, patience_s=patience_s) as bus:
+    async with Bus(url, namespace=namespace, role=role, identity=identity, patience_s=patience_s) as bus:
         group = PhaseGroup(bus, names, config, llm, init=init)
         try:
             await group.start(patience_s=patience_s)
@@ -193,6 +195,7 @@ async def running_nodes(
     backlog: int = BACKLOG,
     max_nodes: int | None = None,
     drain_timeout_s: float = 10.0,
+    identity: Identity = LOCAL,
     patience_s: float = 2.0,
 ) -> AsyncIterator[NodeHost]:
     """Host nodes on a connection of their own while the body runs.
@@ -200,7 +203,7 @@ async def running_nodes(
     Args:
         max_nodes: Most nodes the host may grow to by clones of these; absent: it starts none.
     """
-    async with Bus(url, namespace=namespace, role="node", patience_s=patience_s) as bus:
+    async with Bus(url, namespace=namespace, role="node", identity=identity, patience_s=patience_s) as bus:
         topology.check_version(bus)
         await check_processes(bus)
 

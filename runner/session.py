@@ -230,7 +230,9 @@ class Session:
         if self._parent is None or not self._parent.url:
             return ""
         try:
-            async with Bus(self._parent.url, namespace=self._settings.loom_namespace) as bus:
+            async with Bus(
+                self._parent.url, namespace=self._settings.loom_namespace, identity=self._settings.identity
+            ) as bus:
                 await check_phases(bus)
         except BusUnavailable:
             self._parent = None  # the parent has ended: its nodes are hosted here, too
@@ -253,7 +255,7 @@ class Session:
         return self._server.url
 
     async def _connect(self, url: str, role: str) -> Bus:
-        bus = Bus(url, namespace=self._settings.loom_namespace, role=role)
+        bus = Bus(url, namespace=self._settings.loom_namespace, identity=self._settings.identity, role=role)
         self._buses.append(bus)
         return await self._stack.enter_async_context(bus)
 

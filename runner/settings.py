@@ -13,6 +13,7 @@ from msgspec import Meta
 from loom.bus.log import get_logger
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
+from loom.schemas.identity import LOCAL_OWNER, PERSON, PUBLIC, RESERVED, Identity
 
 log = get_logger()
 
@@ -23,6 +24,10 @@ class InvalidSetting(LoomError):
     code = "invalid_setting"
 
 
+Name = Annotated[str, Meta(pattern=rf"^(?!({'|'.join(sorted(RESERVED))})\Z)[A-Za-z0-9_-]{{1,64}}\Z")]
+"""A name under which a process speaks on the bus."""
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Where the bus is and how this process behaves. Every field is an environment variable."""
 
@@ -30,6 +35,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """NATS_URL. Servers, comma separated; empty: an embedded server."""
     loom_namespace: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}\Z")] = "loom"
     """LOOM_NAMESPACE. First token of every subject."""
+    loom_submitter: Name = PUBLIC
+    """LOOM_SUBMITTER. Whose tasks this process submits: 1 to 64 letters, digits, - or _."""
+    loom_owner: Name = LOCAL_OWNER
+    """LOOM_OWNER. Whose nodes this process hosts; nodes of other owners are named OWNER.NODE."""
+    loom_source: Name = PERSON
+    """LOOM_SOURCE. As whom this process judges results."""
     loom_model: str = "gpt-4o-mini"
     """LOOM_MODEL. Model the phases ask, for judging and planning, when OPENAI_API_KEY or OPENAI_BASE_URL is set."""
     loom_log_level: Annotated[str, Meta(pattern=r"^(debug|info|warning|error)?\Z")] = ""
@@ -49,6 +60,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cluster: ClusterConfig = ClusterConfig()
     """LOOM_<FIELD> for each field of ClusterConfig, for example LOOM_MAX_ATTEMPTS."""
 
+    @property
+    def identity(self) -> Identity:
+        """The names under which this process speaks on the bus."""
+        return Identity(submitter=self.loom_submitter, owner=self.loom_owner, source=self.loom_source)
+
 
 _FORMS = {
     "loom_namespace": "must be 1 to 32 small letters, digits, - or _, and begin with a letter or a digit",
@@ -58,6 +74,10 @@ _FORMS = {
     "loom_event_loop": "must be auto, uvloop or asyncio",
     "judge_weights": "must be name=weight, or several with commas between; each weight a number from 0 to 1000",
 }
+_FORMS |= dict.fromkeys(
+    ("loom_submitter", "loom_owner", "loom_source"),
+    f"must be 1 to 64 letters, digits, - or _, and none of the reserved names {', '.join(sorted(RESERVED))}",
+)
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 _BOUNDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
 _NEAR = 0.7

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 from msgspec.structs import replace
 
+from loom.schemas.identity import LOCAL_OWNER, PUBLIC
 from loom.schemas.rejected import BestRejected
 from loom.schemas.task import (
     MAX_WARNINGS,
@@ -84,6 +85,7 @@ class ScoredBid(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A bid as the auction weighed it."""
 
     node_id: Token
+    owner: Token = LOCAL_OWNER
     host_id: Token
     score: Merit
     self_rating: Unit
@@ -103,6 +105,8 @@ class Award(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who won, and against whom."""
 
     node_id: Token
+    owner: Token = LOCAL_OWNER
+    """Whose node it is."""
     host_id: Token
     score: Merit = 0.0
     bids: Annotated[tuple[ScoredBid, ...], Meta(max_length=AWARD_BIDS)] = ()
@@ -150,6 +154,7 @@ class RejectedResult(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True
     reason: Note = ""
     """Why it was refused."""
     node_id: Token
+    owner: Token = LOCAL_OWNER
     host_id: Token
 
     def to_rejected(self) -> BestRejected:
@@ -172,6 +177,7 @@ class FailedAttempt(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     attempt: Ordinal
     node_id: Token
+    owner: Token = LOCAL_OWNER
     host_id: Token
     code: Annotated[str, Meta(max_length=64)]
     message: Annotated[str, Meta(max_length=MAX_CAUSE_CHARS)] = ""
@@ -183,8 +189,9 @@ class Claim(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """EXECUTE's hold on an attempt: the fence."""
 
     attempt: Count = 0
-    """0: nobody has claimed yet."""
+    """0: no attempt is claimed yet."""
     node_id: Name = ""
+    owner: Name = LOCAL_OWNER
     host_id: Name = ""
     instance: Name = ""
     """Which EXECUTE replica."""
@@ -210,6 +217,8 @@ class Envelope(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     v: Count = 1
     ad: TaskAd
+    submitter: Token = PUBLIC
+    """Whose task it is; subtasks and delegated tasks have their parent's."""
     spec: Spec | None = None
     award: Award | None = None
     split: Split | None = None
@@ -387,6 +396,7 @@ class TaskRecord(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True)
             error=self.error,
             domain=env.domain,
             node_id=by.node_id if by else None,
+            owner=by.owner if by else None,
             host_id=by.host_id if by else None,
             attempts=self.claim.attempt,
             score=self.score,

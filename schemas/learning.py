@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from loom.schemas.identity import LOCAL_OWNER
 from loom.schemas.labels import Labels
 from loom.schemas.wire import Count, Name, Names, Note, Seconds, Timestamp, Token, Unit, Wire
 
@@ -61,6 +62,8 @@ class NodeProfile(Wire, frozen=True, kw_only=True):
     """What has been learned about one node."""
 
     node_id: Token
+    owner: Token = LOCAL_OWNER
+    """Whose node it is."""
     last_seq: Count = 0
     """Sequence in REWARDS of the last reward folded."""
     domains: Annotated[dict[Name, DomainEvidence], Meta(max_length=MAX_DOMAINS)] = {}
@@ -100,6 +103,8 @@ class Reward(Wire, frozen=True, kw_only=True):
     source: Token = "rules"
     """Who judges."""
     node_id: Token
+    owner: Token = LOCAL_OWNER
+    """Whose node it is."""
     domain_token: Token
     score: Unit
     """0 useless to 1 perfect: what ADAPT folds."""
@@ -148,6 +153,7 @@ class Lifecycle(Wire, frozen=True, kw_only=True):
 
     kind: LifecycleKind
     node_id: Token
+    owner: Token = LOCAL_OWNER
     host_id: Name = ""
     at: Timestamp
     task_ids: Names = ()

@@ -414,6 +414,8 @@ class TaskResult(Relayed, frozen=True, kw_only=True):
     error: TaskError | None = None
     domain: Name = ""
     node_id: Name | None = None
+    owner: Name | None = None
+    """Whose node it is."""
     host_id: Name | None = None
     attempts: Count = 0
     score: Unit | None = None

@@ -27,6 +27,7 @@ from loom.runner.session import Inheritance, Session
 from loom.runner.session_owner import SessionOwner
 from loom.runner.settings import Settings, from_environment
 from loom.runner.temporary_store import TemporaryStore
+from loom.schemas.identity import ADAPT
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.wire import Undecodable, decode
 from loom.types import (
@@ -225,7 +226,7 @@ class _Learned:
 
     async def __aenter__(self) -> Self:
         self._subscription = await self._bus.subscribe(
-            self._bus.subjects.of("lifecycle", "learned", "*"), self._on_news
+            self._bus.subjects.of("lifecycle", ADAPT, "learned", self._bus.identity.owner, "*"), self._on_news
         )
         return self
 

@@ -22,7 +22,7 @@ class Census:
 
     async def start(self) -> None:
         """Listen, and ask who is there."""
-        self._subscription = await self._bus.subscribe(self._bus.subjects.of("host", "*"), self._on_announcement)
+        self._subscription = await self._bus.subscribe(self._bus.subjects.of("host", "*", "*"), self._on_announcement)
         await self._bus.publish(self._bus.subjects.hosts)
 
     async def stop(self) -> None:

@@ -35,7 +35,7 @@ def reward_in(message: Stored, subjects: Subjects, discards: Discards) -> Reward
     except Undecodable as error:
         discards.add("reward_undecodable", reason=error.message, subject=message.subject)
         return None
-    if message.subject != subjects.of("reward", reward.node_id, reward.domain_token):
+    if message.subject != subjects.of("reward", reward.source, reward.owner, reward.node_id, reward.domain_token):
         reason = f"it is about node {reward.node_id} and domain {reward.domain_token}"
         discards.add("reward_misaddressed", reason=reason, subject=message.subject)
         return None

@@ -182,7 +182,7 @@ async def _snapshots(bus: Bus, last: int) -> AsyncIterator[Snapshot]:
 
 
 async def _rewards(bus: Bus, domain_token: str, first: int, last: int) -> AsyncIterator[tuple[int, Reward]]:
-    subject = bus.subjects.of("reward", "*", domain_token)
+    subject = bus.subjects.of("reward", "*", "*", "*", domain_token)
     async for message in between(bus, bus.subjects.stream("REWARDS"), subject, first, last):
         reward = reward_in(message, bus.subjects, bus.discards)
         if reward is not None:

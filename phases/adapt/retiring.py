@@ -13,6 +13,7 @@ from loom.phases.adapt.lease import take_lease
 from loom.schemas.auction import RetireReply, RetireRequest
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
+from loom.schemas.identity import ADAPT, LOCAL_OWNER
 from loom.schemas.learning import NodeProfile
 from loom.schemas.wire import Undecodable, decode
 
@@ -71,7 +72,7 @@ class Retiring:
     async def _retire(self, one: Retirement) -> bool:
         """Ask its host; return whether the child is on its way out."""
         order = RetireRequest(node_id=one.node_id, reason=one.reason, when_idle=one.when_idle)
-        subject = self._bus.subjects.of("retire", one.host_id)
+        subject = self._bus.subjects.of("retire", LOCAL_OWNER, one.host_id)
         try:
             answer = await self._bus.request(subject, order, timeout_s=ANSWER_S)
         except (TimeoutError, NoResponders):
@@ -96,6 +97,6 @@ class Retiring:
         if profile is None or to is None:
             return
         for reward in bequest(profile, to):
-            subject = self._bus.subjects.of("reward", to, reward.domain_token)
+            subject = self._bus.subjects.of("reward", ADAPT, reward.owner, to, reward.domain_token)
             await store_once(self._bus, subject, reward, msg_id=f"{reward.reward_id}:{reward.domain_token}")
         log.info("inherited", node_id=node_id, heir=to)

@@ -34,6 +34,7 @@ from loom.phases.adapt.retiring import Retiring
 from loom.phases.adapt.snapshots import Snapshots
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
+from loom.schemas.identity import ADAPT
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward
 from loom.schemas.wire import Undecodable, total_s
 
@@ -65,7 +66,9 @@ class Adapt:
         self._snapshots = Snapshots(bus, self._profiles)
         self._calibrating = Calibrating(bus)
         self._bucket = Bucket(bus, "nodes", NodeProfile)
-        self._reader = OrderedReader(bus, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*"))
+        self._reader = OrderedReader(
+            bus, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*", "*", "*")
+        )
         self._dirty = asyncio.Event()
         self._writing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
@@ -323,7 +326,7 @@ class Adapt:
     async def _say_changed(self, node_id: str, change: str) -> None:
         log.info("node_changed", node_id=node_id, change=change)
         news = Lifecycle(kind="changed", node_id=node_id, at=self._bus.now(), reason=change)
-        await self._bus.publish(self._bus.subjects.of("lifecycle", "changed", node_id), news)
+        await self._bus.publish(self._bus.subjects.of("lifecycle", ADAPT, "changed", news.owner, node_id), news)
 
     async def _tell(self, profile: NodeProfile, task_ids: list[str]) -> None:
         log.debug("learned", node_id=profile.node_id, tasks=len(task_ids), last_seq=profile.last_seq)
@@ -335,4 +338,6 @@ class Adapt:
                 task_ids=tuple(task_ids[start : start + TOLD_TASKS]),
                 profile=summary(profile),
             )
-            await self._bus.publish(self._bus.subjects.of("lifecycle", "learned", profile.node_id), news)
+            await self._bus.publish(
+                self._bus.subjects.of("lifecycle", ADAPT, "learned", profile.owner, profile.node_id), news
+            )

@@ -10,6 +10,7 @@ from loom.bus.log import get_logger
 from loom.bus.ordered import Stored
 from loom.phases.adapt.lease import take_lease
 from loom.schemas.errors import LoomError
+from loom.schemas.identity import ADAPT
 from loom.schemas.learning import SNAPSHOTS, NodeProfile, Reward, Snapshot
 from loom.schemas.wire import encode
 
@@ -105,7 +106,7 @@ class Snapshots:
             log.warning("too_much_for_snapshots", bytes=taken, limit=self._limit)
             return
         for one in round_:
-            subject = self._bus.subjects.of("reward", one.node_id, SNAPSHOTS)
+            subject = self._bus.subjects.of("reward", ADAPT, one.owner, one.node_id, SNAPSHOTS)
             await store_once(self._bus, subject, one, msg_id=one.reward_id)
         log.info("snapshots_taken", nodes=len(round_), bytes=taken, through=through)
 

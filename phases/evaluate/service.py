@@ -207,7 +207,9 @@ class Evaluate:
         stored = [self._rewards.publish(reward) for reward in implied_rewards(record)]  # sent, and not waited for yet
         try:
             await self._tell_scale(record)
-            await self._bus.publish(self._bus.subjects.of("result", record.task_id), record.to_result())
+            await self._bus.publish(
+                self._bus.subjects.of("result", record.envelope.submitter, record.task_id), record.to_result()
+            )
             for reply in record.reply_to:
                 await answer_task(self._bus, reply, record)
         except BaseException:

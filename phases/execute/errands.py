@@ -193,7 +193,7 @@ class Errands:
             told.set()
 
         subjects = self._bus.subjects
-        listening = await self._bus.subscribe(subjects.of("result", child.task_id), tell)
+        listening = await self._bus.subscribe(subjects.of("result", child.submitter, child.task_id), tell)
         try:
             subject = subjects.task("sense", child.priority, child.task_id)
             await store_once(self._bus, subject, child, msg_id=f"{child.task_id}:delegate")

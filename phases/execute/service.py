@@ -206,7 +206,7 @@ class Execute:
 
         None when the watching is stopped, or a suspect message has proved harmless.
         """
-        deltas = self._bus.subjects.of("delta", envelope.task_id)
+        deltas = self._bus.subjects.of("delta", envelope.submitter, envelope.task_id)
         async with watch:
             while (event := await watch.next()) is not None and not event.final:
                 if delivery.alone:

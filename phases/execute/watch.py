@@ -15,6 +15,7 @@ from loom.bus.left_out import as_reason
 from loom.bus.log import get_logger
 from loom.schemas.errors import LoomError
 from loom.schemas.events import Progress, TextDelta
+from loom.schemas.identity import LOCAL_OWNER
 from loom.schemas.run import Delta, RunEvent, RunRequest, read_events
 from loom.schemas.task import TaskError, TaskResult
 from loom.schemas.wire import Undecodable, total
@@ -139,7 +140,7 @@ class Watch:
         self._asked += 1
         left_s = max(0.0, self._until - time.monotonic())
         request = replace(self._request, remaining_s=left_s, sent_at=self._bus.now(), **facts)
-        await self._bus.publish(self._bus.subjects.of("run", self._host_id), request, reply=self._inbox)
+        await self._bus.publish(self._bus.subjects.of("run", LOCAL_OWNER, self._host_id), request, reply=self._inbox)
 
     async def hand(self, answer: TaskResult) -> None:
         """Tell the run what came of work it has delegated: the same request again, from the next event on."""

@@ -48,7 +48,7 @@ class Roster:
 
     async def start(self) -> None:
         """Listen, and ask who is there."""
-        self._subscription = await self._bus.listen(self._bus.subjects.of("host", "*"), self._on_announcement)
+        self._subscription = await self._bus.listen(self._bus.subjects.of("host", "*", "*"), self._on_announcement)
         self._reader = Bucket(self._bus, "nodes", ReadProfile).reader()
         while not self._reader.caught_up:
             await self._learn(self._reader)

@@ -52,7 +52,9 @@ class Admission:
         if entry.value.ended:
             await answer_task(self._bus, reply, entry.value)
             # Who listens instead of asking hears it too.
-            await self._bus.publish(self._bus.subjects.of("result", task_id), entry.value.to_result())
+            await self._bus.publish(
+                self._bus.subjects.of("result", entry.value.envelope.submitter, task_id), entry.value.to_result()
+            )
             return None
         if entry.value.submission == submission:
             return envelope
@@ -74,7 +76,9 @@ class Admission:
             await answer(self._bus, reply, Accepted(task_id=record.task_id))
 
 
-def envelope_for(submission: Submission, stored_at: float, trace: str) -> Envelope:
+def envelope_for(submission: Submission, submitter: str, stored_at: float, trace: str) -> Envelope:
     """Return the first envelope of a submission; its deadline counts from when the server stored it."""
     ad = submission.ad
-    return Envelope(ad=ad, deadline=stored_at + ad.timeout_s, budget=ad.token_budget, trace=trace[:256])
+    return Envelope(
+        ad=ad, submitter=submitter, deadline=stored_at + ad.timeout_s, budget=ad.token_budget, trace=trace[:256]
+    )

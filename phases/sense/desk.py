@@ -15,6 +15,7 @@ from loom.phases.sense.admission import Admission, envelope_for
 from loom.phases.shared.check_pool import CheckPool
 from loom.schemas.envelope import Envelope, TaskRecord, TaskStatus
 from loom.schemas.errors import InvalidTask, LoomError, UnknownTask
+from loom.schemas.identity import PUBLIC
 from loom.schemas.notices import envelope_in
 from loom.schemas.task import Accepted, StatusQuery, Submission, TaskAd, TaskError, TaskResult, is_token, parse_ad
 from loom.schemas.wire import Undecodable, decode
@@ -46,6 +47,9 @@ class Desk:
             (subjects.submit, self._submit),
             (subjects.of("status", "*"), self._status),
             (subjects.of("cancel", "*"), self._cancel),
+            (subjects.of("submit", "*"), self._submit),
+            (subjects.of("status", "*", "*"), self._status),
+            (subjects.of("cancel", "*", "*"), self._cancel),
         ):
             self._subscriptions.append(await self._bus.serve(subject, handler, queue=QUEUE))
         await self._bus.echo()
@@ -61,10 +65,11 @@ class Desk:
             ad = parse_ad(msg.data)
             await check_accept(ad, self._checks)
             reply_to = msg.reply if ad.wait and may_answer(msg.reply) else ""
+            submitter = _submitter_of(self._bus, msg)
             submission = Submission(ad=ad, submission=uuid4().hex, reply_to=reply_to)
             headers = {"traceparent": msg.headers["traceparent"]} if "traceparent" in msg.headers else {}
             await self._bus.store(
-                self._bus.subjects.intake(ad.priority, ad.task_id),
+                self._bus.subjects.intake(submitter, ad.priority, ad.task_id),
                 submission,
                 msg_id=f"{ad.task_id}:{submission.submission}",
                 headers=headers,
@@ -143,15 +148,16 @@ class Desk:
         return envelope_in(base64.b64decode(found["message"].get("data", "")))
 
     async def _cancel_queued(self, task_id: str) -> TaskRecord:
-        queued = await self._queued(task_id)
-        if queued is None:
+        found = await self._queued(task_id)
+        if found is None:
             raise UnknownTask(f"no task {task_id} is known; records are kept for 72 hours", task_id=task_id)
+        submitter, queued = found
         record = TaskRecord(
             task_id=task_id,
             state="running",
             submission=queued.submission,
             reply_to=(queued.reply_to,) if queued.reply_to else (),
-            envelope=envelope_for(queued, self._bus.now(), ""),
+            envelope=envelope_for(queued, submitter, self._bus.now(), ""),
             admitted_at=self._bus.now(),
         )
         ended = as_cancelled(record, self._bus.now()) or record
@@ -166,16 +172,19 @@ class Desk:
         subject = self._bus.subjects.task("evaluate", envelope.priority, envelope.task_id)
         await store_once(self._bus, subject, envelope.failed(error), msg_id=msg_id)
 
-    async def _queued(self, task_id: str) -> Submission | None:
-        """The submission that waits in the intake, if one does."""
+    async def _queued(self, task_id: str) -> tuple[str, Submission] | None:
+        """The submission that waits in the intake, if one does, and its submitter."""
         stream = self._bus.subjects.stream("INTAKE")
         try:
             found = await self._bus.api(
-                f"STREAM.MSG.GET.{stream}", {"last_by_subj": self._bus.subjects.of("intake", "*", task_id)}
+                f"STREAM.MSG.GET.{stream}", {"last_by_subj": self._bus.subjects.intake("*", "*", task_id)}
             )
         except Refused:
             return None
-        return decode(base64.b64decode(found["message"].get("data", "")), Submission)
+        message = found["message"]
+        parsed = self._bus.subjects.parse(message["subject"])
+        submitter = parsed.tokens["submitter"] if parsed else PUBLIC
+        return submitter, decode(base64.b64decode(message.get("data", "")), Submission)
 
 
 async def check_accept(ad: TaskAd, checks: CheckPool) -> None:
@@ -213,6 +222,12 @@ def status_of(record: TaskRecord, query: bytes) -> TaskResult:
         return result
     # An inbox is a place to send answers to, and of no concern to others.
     return TaskStatus(**asdict(result), record=replace(record, reply_to=()))
+
+
+def _submitter_of(bus: Bus, msg: Msg) -> str:
+    """Whose request it is: the submitter that its subject names."""
+    parsed = bus.subjects.parse(msg.subject)
+    return parsed.tokens.get("submitter", PUBLIC) if parsed else PUBLIC
 
 
 def _task_of(msg: Msg) -> str:

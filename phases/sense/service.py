@@ -1,6 +1,6 @@
 """Sense: find out how hard a task is and which domain it belongs to.
 
-Consumes   intake.<priority>.*   submissions, one lane per priority; task.sense.*.* for subtasks
+Consumes   intake.<submitter>.<priority>.*   submissions, one lane per priority; task.sense.*.* for subtasks
 Answers    submit, status.*, cancel.*
 Publishes  task.match            the admitted envelope with its spec
 State      task records: created here, and only here for tasks that are well; calibrations are read, never written
@@ -31,6 +31,7 @@ from loom.phases.shared.token_usage import before_the_run, charged
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Spec
 from loom.schemas.errors import InvalidTask, LoomError
+from loom.schemas.identity import PUBLIC
 from loom.schemas.llm import CompletionParams, LLMProvider, UserMessage
 from loom.schemas.task import Submission, TaskAd, TaskError, check_ad
 from loom.schemas.wire import MAX_AD_BYTES
@@ -105,7 +106,10 @@ class Sense:
             return Dead("the subject names another task than the ad")
         self._room -= 1
         self._begun += 1
-        envelope = envelope_for(submission, delivery.facts.stored_at, delivery.msg.headers.get("traceparent", ""))
+        parsed = self._bus.subjects.parse(delivery.subject)
+        submitter = parsed.tokens["submitter"] if parsed else PUBLIC
+        trace = delivery.msg.headers.get("traceparent", "")
+        envelope = envelope_for(submission, submitter, delivery.facts.stored_at, trace)
         admitted = await self._admission.admit(envelope, submission.submission, submission.reply_to)
         if admitted is None:
             return Done()

@@ -72,7 +72,10 @@ def _confirm(namespace: str, where: str) -> None:
 
 
 async def _init(settings: Settings, store: Path | None, *, reset: bool) -> Made:
-    async with _server(settings, store) as url, Bus(url, namespace=settings.loom_namespace) as bus:
+    async with (
+        _server(settings, store) as url,
+        Bus(url, namespace=settings.loom_namespace, identity=settings.identity) as bus,
+    ):
         topology.check_version(bus)
         await check_processes(bus)
         deleted = await topology.delete(bus, settings.cluster) if reset else []

@@ -38,7 +38,7 @@ async def looking(settings: Settings) -> AsyncIterator[Bus]:
         BusUnavailable: No server, or one that no phase has ever run on.
     """
     url = settings.nats_url or DEFAULT_URL
-    async with Bus(url, namespace=settings.loom_namespace, patience_s=PATIENCE_S) as bus:
+    async with Bus(url, namespace=settings.loom_namespace, identity=settings.identity, patience_s=PATIENCE_S) as bus:
         check_version(bus)
         await check_has_run(bus)
         yield bus

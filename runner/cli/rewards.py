@@ -77,7 +77,10 @@ async def _rewards(
 ) -> None:
     screen = console()
     async with looking(settings) as bus:
-        stream, subject = bus.subjects.stream("REWARDS"), bus.subjects.of("reward", node or "*", domain_token or "*")
+        stream, subject = (
+            bus.subjects.stream("REWARDS"),
+            bus.subjects.of("reward", "*", "*", node or "*", domain_token or "*"),
+        )
         there = await newest(bus, stream, subject, limit, _is_reward)
         for message in there.messages:
             _print(screen, message, as_json=as_json)

@@ -168,7 +168,7 @@ async def _in_here(url: str, settings: Settings, welcome: Callable[[str], str]) 
 async def _in_processes(url: str, settings: Settings, programs: list[Program], welcome: Callable[[str], str]) -> None:
     log.info("connecting", server=Bus(url).address)
     names = [program.name for program in programs]
-    async with Bus(url, namespace=settings.loom_namespace, patience_s=FOREVER_S) as bus:
+    async with Bus(url, namespace=settings.loom_namespace, identity=settings.identity, patience_s=FOREVER_S) as bus:
         topology.check_version(bus)
         await check_processes(bus)
         # Here once, so that what a start waits for is logged by one process.
@@ -247,6 +247,7 @@ def _phases_on(
         url,
         names=names,
         namespace=settings.loom_namespace,
+        identity=settings.identity,
         config=settings.cluster,
         llm=sense_model(settings),
         patience_s=FOREVER_S,
@@ -263,6 +264,7 @@ async def _node(
         url,
         lambda: loaded.nodes,
         namespace=settings.loom_namespace,
+        identity=settings.identity,
         slots=slots,
         backlog=backlog,
         max_nodes=max_nodes,

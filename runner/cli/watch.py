@@ -47,7 +47,7 @@ async def _tap(settings: Settings, sieve: Sieve, ago_s: float, *, as_json: bool)
     url = settings.nats_url or DEFAULT_URL
     line = json_line if as_json else Lines(console())
     async with (
-        Bus(url, namespace=settings.loom_namespace, patience_s=PATIENCE_S) as bus,
+        Bus(url, namespace=settings.loom_namespace, identity=settings.identity, patience_s=PATIENCE_S) as bus,
         Tap(bus, room=ROOM) as messages,
     ):
         typer.echo(f"listening on {bus.address}, namespace {settings.loom_namespace}", err=True)
@@ -92,12 +92,16 @@ async def past(bus: Bus, sieve: Sieve, ago_s: float) -> list[Seen]:
     results, rewards = deque[Seen](maxlen=ROOM), deque[Seen](maxlen=ROOM)
     async for record in ended_since(bus, at):
         sieve.hear_of(record.envelope)
-        seen = _as_heard(bus, ("result", record.task_id), record.to_result(), record.ended_at or at)
+        seen = _as_heard(
+            bus, ("result", record.envelope.submitter, record.task_id), record.to_result(), record.ended_at or at
+        )
         if sieve.passes(seen):
             wanted += 1
             results.append(seen)
     async for stored_at, reward in rewards_since(bus, at):
-        seen = _as_heard(bus, ("reward", reward.node_id, reward.domain_token), reward, stored_at)
+        seen = _as_heard(
+            bus, ("reward", reward.source, reward.owner, reward.node_id, reward.domain_token), reward, stored_at
+        )
         if sieve.passes(seen):
             wanted += 1
             rewards.append(seen)

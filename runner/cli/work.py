@@ -220,7 +220,7 @@ def submit(
 async def _submit(settings: Settings, ad: TaskAd, *, as_json: bool) -> TaskResult | None:
     """Print what came of `ad` and return it; None when nobody waits for it."""
     url = settings.nats_url or DEFAULT_URL
-    async with Bus(url, namespace=settings.loom_namespace, patience_s=PATIENCE_S) as bus:
+    async with Bus(url, namespace=settings.loom_namespace, identity=settings.identity, patience_s=PATIENCE_S) as bus:
         await check_phases(bus)
         if not ad.wait:
             accepted = decode(await tasks.ask(bus, bus.subjects.submit, ad, timeout_s=ACCEPT_S), Accepted)

@@ -80,7 +80,7 @@ class Cluster:
             self.winners[number], self.scores[number] = int(reward.node_id), reward.score
             room.release()
 
-        await self.bus.subscribe(self.bus.subjects.of("reward", "*", "*"), on_reward)
+        await self.bus.subscribe(self.bus.subjects.of("reward", "*", "*", "*", "*"), on_reward)
         setting = self.world.setting
         for number in range(setting.tasks):
             if number == setting.join_at:

@@ -74,7 +74,7 @@ class Feed:
         self._on_result: Callable[[], None] = lambda: None
 
     async def listen(self) -> None:
-        await self._bus.subscribe(self._bus.subjects.of("result", "*"), self._count)
+        await self._bus.subscribe(self._bus.subjects.of("result", "*", "*"), self._count)
 
     async def queue(self, tasks: int) -> None:
         """Store so many, some side by side."""
@@ -107,7 +107,7 @@ class Feed:
         task = ad(timeout_s=HOURS)
         submission = Submission(ad=task, submission=new_id())
         await self._bus.store(
-            self._bus.subjects.intake(task.priority, task.task_id),
+            self._bus.subjects.intake("public", task.priority, task.task_id),
             submission,
             msg_id=f"{task.task_id}:{submission.submission}",
         )

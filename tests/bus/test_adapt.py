@@ -151,10 +151,12 @@ async def test_a_revised_score_replaces_its_twin_and_is_told_again(stage: Stage)
 async def test_rubbish_on_the_reward_bus_teaches_nothing_and_stops_nobody(stage: Stage) -> None:
     await stage.phase("adapt")
     subjects = stage.bus.subjects
-    await stage.bus.store(subjects.of("reward", "n1", "code"), b"\xff not a reward")
-    await stage.bus.store(subjects.of("reward", "n1", "code"), b'{"score": 7}')
-    await stage.bus.store(subjects.of("reward", "n1", "code"), reward(1, node="n2"))  # another's, to be credited here
-    await stage.bus.store(subjects.of("reward", "n1", "data"), reward(2))
+    await stage.bus.store(subjects.of("reward", "rules", "local", "n1", "code"), b"\xff not a reward")
+    await stage.bus.store(subjects.of("reward", "rules", "local", "n1", "code"), b'{"score": 7}')
+    await stage.bus.store(
+        subjects.of("reward", "rules", "local", "n1", "code"), reward(1, node="n2")
+    )  # another's, to be credited here
+    await stage.bus.store(subjects.of("reward", "rules", "local", "n1", "data"), reward(2))
     await publish(stage, reward(3))
     stored = await learned(stage, 1)
     assert (stored.total_tasks, stored.last_seq, set(stored.domains)) == (1, 5, {"code"})

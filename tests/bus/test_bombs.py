@@ -79,7 +79,7 @@ async def test_an_oversized_accept_that_has_passed_no_desk_is_refused_at_admissi
     usable = [accept for accept in [*OVERSIZED, *UNUSABLE] if len(encode(accept)) < 200_000]
     for number, accept in enumerate(usable):
         task = ad(task_id=f"t{number}", accept=accept)
-        await stage.bus.store(stage.bus.subjects.intake("normal", task.task_id), submission(task))
+        await stage.bus.store(stage.bus.subjects.intake("public", "normal", task.task_id), submission(task))
         hop = await stage.seen("task", phase="evaluate", task_id=task.task_id)
         assert hop.error is not None, accept
         assert hop.error.code == "invalid_task"
@@ -174,7 +174,7 @@ async def test_without_helpers_sense_admits_what_evaluate_will_check(
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     await stage.phase("sense")
     task = ad(task_id="t1", accept=Accept(pattern="a"))
-    await stage.bus.store(stage.bus.subjects.intake("normal", "t1"), submission(task))
+    await stage.bus.store(stage.bus.subjects.intake("public", "normal", "t1"), submission(task))
     assert (await stage.seen("task", phase="match", task_id="t1")).error is None
 
 
@@ -200,7 +200,7 @@ async def test_a_message_larger_than_any_ad_is_refused_before_it_is_walked(stage
     await stage.phase("sense")
     raw = encode(submission(ad(task_id="t1")))
     huge = raw.replace(b'"description"', b'"context":{"a":[' + b"0," * 240_000 + b'0]},"description"')
-    await stage.bus.store(stage.bus.subjects.intake("normal", "t1"), huge)
+    await stage.bus.store(stage.bus.subjects.intake("public", "normal", "t1"), huge)
     hop = await stage.seen("task", phase="evaluate", task_id="t1")
     assert (hop.error.code, hop.error.field) == ("invalid_task", "description")
     assert longest.seconds < 3 * MOST_S, longest  # half a megabyte is decoded and encoded

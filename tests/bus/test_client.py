@@ -154,9 +154,9 @@ async def test_a_message_arrives_with_headers_and_json_or_bytes(plain: Bus) -> N
     async def take(msg: Msg) -> None:
         got.append(msg)
 
-    await plain.subscribe(plain.subjects.of("delta", "*"), take)
-    await plain.publish(plain.subjects.of("delta", "t1"), {"a": 1}, headers={"k": "v"}, reply="somewhere")
-    await plain.publish(plain.subjects.of("delta", "t2"), b"\xff")
+    await plain.subscribe(plain.subjects.of("delta", "*", "*"), take)
+    await plain.publish(plain.subjects.of("delta", "public", "t1"), {"a": 1}, headers={"k": "v"}, reply="somewhere")
+    await plain.publish(plain.subjects.of("delta", "public", "t2"), b"\xff")
     await until(lambda: len(got) == 2, what="both arrive")
     assert (got[0].data, got[0].headers, got[0].reply) == (b'{"a":1}', {"k": "v"}, "somewhere")
     assert (got[1].data, got[1].headers, got[1].reply) == (b"\xff", {}, "")
@@ -168,13 +168,13 @@ async def test_headers_count_against_the_size_limit(plain: Bus, value: str) -> N
     headers = {"Key": value}
     room = limit - len(f"NATS/1.0\r\nKey: {value}\r\n\r\n".encode())
     heard = Heard()
-    await plain.subscribe(plain.subjects.of("delta", "t1"), heard)
+    await plain.subscribe(plain.subjects.of("delta", "public", "t1"), heard)
 
     with pytest.raises(PayloadTooLarge, match=str(limit)):
-        await plain.publish(plain.subjects.of("delta", "t1"), b"x" * (room + 1), headers=headers)
+        await plain.publish(plain.subjects.of("delta", "public", "t1"), b"x" * (room + 1), headers=headers)
     with pytest.raises(PayloadTooLarge):
-        await plain.publish(plain.subjects.of("delta", "t1"), b"x" * (limit + 1))
-    await plain.publish(plain.subjects.of("delta", "t1"), b"x" * room, headers=headers)
+        await plain.publish(plain.subjects.of("delta", "public", "t1"), b"x" * (limit + 1))
+    await plain.publish(plain.subjects.of("delta", "public", "t1"), b"x" * room, headers=headers)
 
     await heard.count(1)
     assert len(heard.bodies[0]) == room
@@ -200,10 +200,10 @@ async def test_a_handler_that_raises_does_not_end_its_subscription(plain: Bus) -
             raise RuntimeError("a bug")
         await heard(msg)
 
-    await plain.subscribe(plain.subjects.of("delta", "t1"), handle)
+    await plain.subscribe(plain.subjects.of("delta", "public", "t1"), handle)
     with capture_logs() as logs:
         for body in (b"bad", b"good", b"bad", b"good"):
-            await plain.publish(plain.subjects.of("delta", "t1"), body)
+            await plain.publish(plain.subjects.of("delta", "public", "t1"), body)
         await heard.count(2)
     assert [entry["event"] for entry in logs] == ["handler_failed"] * 2
     assert "RuntimeError: a bug" in logs[0]["error"]
@@ -211,10 +211,10 @@ async def test_a_handler_that_raises_does_not_end_its_subscription(plain: Bus) -
 
 async def test_an_ended_subscription_hears_nothing_more_and_may_be_ended_again(plain: Bus) -> None:
     heard = Heard()
-    subscription = await plain.subscribe(plain.subjects.of("delta", "t1"), heard)
+    subscription = await plain.subscribe(plain.subjects.of("delta", "public", "t1"), heard)
     await plain.unsubscribe(subscription)
     await plain.unsubscribe(subscription)
-    await plain.publish(plain.subjects.of("delta", "t1"), b"x")
+    await plain.publish(plain.subjects.of("delta", "public", "t1"), b"x")
     await plain.echo()
     assert heard.bodies == []
 
@@ -226,12 +226,12 @@ async def test_a_stopped_subscription_still_hands_over_what_has_come(plain: Bus)
         await go_on.wait()
         await heard(msg)
 
-    subscription = await plain.subscribe(plain.subjects.of("delta", "t1"), slow)
+    subscription = await plain.subscribe(plain.subjects.of("delta", "public", "t1"), slow)
     for n in range(5):
-        await plain.publish(plain.subjects.of("delta", "t1"), b"%d" % n)
+        await plain.publish(plain.subjects.of("delta", "public", "t1"), b"%d" % n)
     stopping = asyncio.ensure_future(plain.stop_delivery(subscription))
     await plain.echo()
-    await plain.publish(plain.subjects.of("delta", "t1"), b"too late")
+    await plain.publish(plain.subjects.of("delta", "public", "t1"), b"too late")
     await plain.echo()
     go_on.set()
     await stopping
@@ -339,9 +339,9 @@ def lose_acks(bus: Bus, monkeypatch: pytest.MonkeyPatch, count: int) -> list[str
 
 
 async def test_a_stored_message_is_acknowledged_with_its_place(bus: Bus) -> None:
-    first = await bus.store(bus.subjects.intake("low", "t1"), {"a": 1}, msg_id="m1")
-    second = await bus.store(bus.subjects.intake("low", "t1"), {"a": 2}, msg_id="m2")
-    again = await bus.store(bus.subjects.intake("low", "t1"), {"a": 1}, msg_id="m1")
+    first = await bus.store(bus.subjects.intake("public", "low", "t1"), {"a": 1}, msg_id="m1")
+    second = await bus.store(bus.subjects.intake("public", "low", "t1"), {"a": 2}, msg_id="m2")
+    again = await bus.store(bus.subjects.intake("public", "low", "t1"), {"a": 1}, msg_id="m1")
     assert first.stream == bus.subjects.stream("INTAKE")
     assert (first.seq, second.seq) == (1, 2)
     assert (again.seq, again.duplicate, first.duplicate) == (1, True, False)
@@ -351,7 +351,7 @@ async def test_a_lost_acknowledgement_is_answered_by_sending_again_under_the_sam
     bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = lose_acks(bus, monkeypatch, 1)
-    ack = await bus.store(bus.subjects.intake("low", "t1"), b"x", msg_id="m1")
+    ack = await bus.store(bus.subjects.intake("public", "low", "t1"), b"x", msg_id="m1")
     assert len(opened) == 2
     assert (ack.seq, ack.duplicate) == (1, False)  # no other message has taken the id
     assert (await topology.stream_state(bus, "INTAKE"))["messages"] == 1
@@ -359,12 +359,12 @@ async def test_a_lost_acknowledgement_is_answered_by_sending_again_under_the_sam
 
 async def test_the_callers_headers_are_left_as_they_are(bus: Bus) -> None:
     headers = {"k": "v"}
-    await bus.store(bus.subjects.intake("low", "t1"), b"x", msg_id="m1", headers=headers)
+    await bus.store(bus.subjects.intake("public", "low", "t1"), b"x", msg_id="m1", headers=headers)
     assert headers == {"k": "v"}
 
 
 async def test_a_write_that_expects_another_last_sequence_conflicts(bus: Bus) -> None:
-    subject = bus.subjects.intake("low", "t1")
+    subject = bus.subjects.intake("public", "low", "t1")
     with pytest.raises(Conflict):
         await bus.store(subject, b"x", headers={"Nats-Expected-Last-Subject-Sequence": "7"})
     with pytest.raises(Refused) as caught:
@@ -377,22 +377,22 @@ async def test_a_full_stream_is_overloaded_at_once(connect: Connect) -> None:
     bus = await connect()
     await topology.apply(bus, ClusterConfig(intake_limit=2))
     for n in range(2):
-        await bus.store(bus.subjects.intake("low", f"t{n}"), b"x")
+        await bus.store(bus.subjects.intake("public", "low", f"t{n}"), b"x")
     with pytest.raises(Overloaded):
-        await bus.store(bus.subjects.intake("low", "t3"), b"x", within_s=30)
+        await bus.store(bus.subjects.intake("public", "low", "t3"), b"x", within_s=30)
 
 
 async def test_without_a_stream_the_outcome_is_unknown_after_the_given_time(plain: Bus) -> None:
     started = time.monotonic()
     with pytest.raises(BusUnavailable, match=r"0\.3 s"):
-        await plain.store(plain.subjects.intake("low", "t1"), b"x", within_s=0.3)
+        await plain.store(plain.subjects.intake("public", "low", "t1"), b"x", within_s=0.3)
     assert 0.3 <= time.monotonic() - started < 2
     assert plain._sinks == {}
 
 
 async def test_a_message_too_large_for_the_server_is_refused_before_it_is_sent(bus: Bus) -> None:
     with pytest.raises(PayloadTooLarge):
-        await bus.store(bus.subjects.intake("low", "t1"), b"x" * bus._nc.max_payload, msg_id="m1")
+        await bus.store(bus.subjects.intake("public", "low", "t1"), b"x" * bus._nc.max_payload, msg_id="m1")
     assert await alive(bus)
 
 
@@ -407,11 +407,11 @@ async def test_the_api_says_what_the_server_refused(bus: Bus) -> None:
 
 async def test_what_is_published_while_the_server_is_down_arrives_afterwards(mortal: Bus, server: NatsServer) -> None:
     heard = Heard()
-    await mortal.subscribe(mortal.subjects.of("delta", "t1"), heard)
+    await mortal.subscribe(mortal.subjects.of("delta", "public", "t1"), heard)
     await asyncio.to_thread(server.kill)
     await until(lambda: not mortal._nc.is_connected, what="the loss is noticed")
-    await mortal.publish(mortal.subjects.of("delta", "t1"), b"buffered")
-    storing = asyncio.ensure_future(mortal.store(mortal.subjects.intake("low", "t1"), b"x", msg_id="m1"))
+    await mortal.publish(mortal.subjects.of("delta", "public", "t1"), b"buffered")
+    storing = asyncio.ensure_future(mortal.store(mortal.subjects.intake("public", "low", "t1"), b"x", msg_id="m1"))
     await asyncio.to_thread(server.restart)
 
     assert (await storing).seq == 1
@@ -426,7 +426,7 @@ async def test_no_confirmed_message_is_lost_and_none_doubled_over_a_kill(mortal:
 
     async def keep_storing(worker: int) -> None:
         for n in range(worker, total, 10):
-            await mortal.store(mortal.subjects.intake("low", f"t{n}"), b"x", msg_id=f"m{n}", within_s=20)
+            await mortal.store(mortal.subjects.intake("public", "low", f"t{n}"), b"x", msg_id=f"m{n}", within_s=20)
 
     work = asyncio.gather(*(keep_storing(worker) for worker in range(10)))
     await until(lambda: stored(mortal, 50), what="a part is stored")
@@ -443,7 +443,7 @@ async def stored(bus: Bus, least: int) -> bool:
 async def test_a_buffer_that_is_full_while_disconnected_is_said(mortal: Bus, server: NatsServer) -> None:
     await asyncio.to_thread(server.kill)
     await until(lambda: not mortal._nc.is_connected, what="the loss is noticed")
-    megabytes = [mortal.publish(mortal.subjects.of("delta", "t1"), b"x" * 1_000_000) for _ in range(5)]
+    megabytes = [mortal.publish(mortal.subjects.of("delta", "public", "t1"), b"x" * 1_000_000) for _ in range(5)]
     refused = await asyncio.gather(*megabytes, return_exceptions=True)
     assert [type(one) for one in refused] == [type(None)] * 2 + [BusUnavailable] * 3
     await asyncio.to_thread(server.restart)
@@ -505,14 +505,14 @@ async def test_a_dead_read_loop_is_noticed_and_the_connection_made_anew(
     monkeypatch.setattr(connection, "WATCH_S", 0.05)
     plain = await connect()
     heard = Heard()
-    await plain.subscribe(plain.subjects.of("delta", "t1"), heard)
+    await plain.subscribe(plain.subjects.of("delta", "public", "t1"), heard)
     dead = plain._nc._reading_task
     assert dead is not None
     dead.cancel()
     await until(dead.done, what="the read loop ends")
     assert plain._nc.is_connected
     await back(plain)
-    await plain.publish(plain.subjects.of("delta", "t1"), b"x")
+    await plain.publish(plain.subjects.of("delta", "public", "t1"), b"x")
     await heard.count(1)
 
 
@@ -527,11 +527,11 @@ async def test_what_is_sent_on_a_lost_connection_before_that_is_noticed_arrives_
     connect: Connect, plain: Bus
 ) -> None:
     other, heard = await connect(), Heard()
-    await other.subscribe(other.subjects.of("delta", "t1"), heard)
+    await other.subscribe(other.subjects.of("delta", "public", "t1"), heard)
     await other.echo()
     transport: Any = plain._nc._transport
     transport._io_writer.transport.abort()
-    await plain.publish(plain.subjects.of("delta", "t1"), b"x")
+    await plain.publish(plain.subjects.of("delta", "public", "t1"), b"x")
     assert (await heard.count(1))[0].data == b"x"
 
 
@@ -540,7 +540,7 @@ async def test_two_lost_acknowledgements_make_the_connection_anew(bus: Bus, monk
     reconnected = asyncio.Event()
     bus.on_reconnect(reconnected.set)
     lose_acks(bus, monkeypatch, 3)  # nor does the server answer anything else
-    ack = await bus.store(bus.subjects.intake("low", "t1"), b"x", msg_id="m1")
+    ack = await bus.store(bus.subjects.intake("public", "low", "t1"), b"x", msg_id="m1")
     assert ack.seq == 1
     await until(reconnected.is_set, what="the connection is made anew")
 
@@ -551,7 +551,7 @@ async def test_a_connection_that_answers_is_left_alone_when_only_the_store_is_si
     reconnected = asyncio.Event()
     bus.on_reconnect(reconnected.set)
     lose_acks(bus, monkeypatch, 2)
-    ack = await bus.store(bus.subjects.intake("low", "t1"), b"x", msg_id="m1")
+    ack = await bus.store(bus.subjects.intake("public", "low", "t1"), b"x", msg_id="m1")
     assert ack.seq == 1
     assert not reconnected.is_set()
 
@@ -561,7 +561,7 @@ async def test_a_stream_that_answers_but_stores_nothing_is_overloaded(
 ) -> None:
     monkeypatch.setattr(client, "_Unconfirmed", Unanswered)
     with pytest.raises(Overloaded, match="disk may be full"):
-        await bus.store(bus.subjects.intake("low", "t1"), b"x", within_s=0.1)
+        await bus.store(bus.subjects.intake("public", "low", "t1"), b"x", within_s=0.1)
     with pytest.raises(BusUnavailable):
         await bus.store("in.no.stream", b"x", within_s=0.1)
 
@@ -614,9 +614,9 @@ async def test_a_connection_closed_for_good_is_lost(plain: Bus) -> None:
     transport.write(b"NONSENSE\r\n")  # the server closes on this, and nats-py never comes back
     await asyncio.wait_for(plain.lost.wait(), 5)
     with pytest.raises(BusUnavailable):
-        await plain.publish(plain.subjects.of("delta", "t1"))
+        await plain.publish(plain.subjects.of("delta", "public", "t1"))
     with pytest.raises(BusUnavailable):
-        await plain.subscribe(plain.subjects.of("delta", "t1"), Heard())
+        await plain.subscribe(plain.subjects.of("delta", "public", "t1"), Heard())
 
 
 async def test_closing_on_purpose_is_no_loss_and_may_be_repeated(connect: Connect) -> None:

@@ -246,7 +246,7 @@ def _intake(**service: Any) -> dict[str, Any]:
 
 async def test_an_unreadable_submission_ends_its_task_though_nobody_knows_it(bus: Bus, phases: Phases) -> None:
     await phases.start(bus, never, **_intake())
-    await put_raw(bus, GARBAGE, bus.subjects.intake("normal", "t1"))
+    await put_raw(bus, GARBAGE, bus.subjects.intake("public", "normal", "t1"))
     ended = (await hop(bus, "evaluate")).envelope
     assert (ended.task_id, ended.attempt) == ("t1", 1)
     assert ended.deadline == pytest.approx(bus.now(), abs=30)
@@ -258,7 +258,7 @@ async def test_an_unreadable_submission_ends_its_task_though_nobody_knows_it(bus
 async def test_rubbish_under_the_id_of_a_running_task_does_not_end_it(bus: Bus, phases: Phases) -> None:
     await records(bus).create("t1", _record(envelope(), submission="s1"))
     await phases.start(bus, never, **_intake())
-    await put_raw(bus, GARBAGE, bus.subjects.intake("normal", "t1"))
+    await put_raw(bus, GARBAGE, bus.subjects.intake("public", "normal", "t1"))
     await arrived(bus, "DEAD", bus.subjects.of("dead", "sense", "t1"))
     await settled(bus, 0, "INTAKE")
     assert await messages(bus) == 0
@@ -272,16 +272,16 @@ async def test_the_submission_that_was_admitted_ends_its_own_task(bus: Bus, phas
         return Dead("no")
 
     await phases.start(bus, give_up, **_intake())
-    await put_raw(bus, encode(Submission(ad=ad, submission="s2")), bus.subjects.intake("normal", "t1"))
+    await put_raw(bus, encode(Submission(ad=ad, submission="s2")), bus.subjects.intake("public", "normal", "t1"))
     await settled(bus, 0, "INTAKE")
     assert await messages(bus) == 0
-    await put_raw(bus, encode(Submission(ad=ad, submission="s1")), bus.subjects.intake("normal", "t1"))
+    await put_raw(bus, encode(Submission(ad=ad, submission="s1")), bus.subjects.intake("public", "normal", "t1"))
     await hop(bus, "evaluate")
 
 
 async def test_a_submission_and_a_hop_of_one_sequence_and_task_are_two_letters(bus: Bus, phases: Phases) -> None:
     await phases.start(bus, never, **_intake())
-    seqs = {await put_raw(bus, GARBAGE, bus.subjects.intake("normal", "t1")), await put_raw(bus, GARBAGE)}
+    seqs = {await put_raw(bus, GARBAGE, bus.subjects.intake("public", "normal", "t1")), await put_raw(bus, GARBAGE)}
     await settled(bus, 0, "INTAKE")
     await phases.start(bus, never)
     await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t1"))
@@ -319,7 +319,7 @@ async def test_a_submission_that_dies_before_its_admission_leaves_who_waits_for_
 
     await phases.start(bus, give_up, **_intake())
     waiting = Submission(ad=ad, submission="s1", reply_to="_INBOX.somebody")
-    await put_raw(bus, encode(waiting), bus.subjects.intake("normal", "t1"))
+    await put_raw(bus, encode(waiting), bus.subjects.intake("public", "normal", "t1"))
     ended = (await hop(bus, "evaluate")).envelope
     record = await records(bus).get("t1")
 

@@ -53,7 +53,7 @@ class Watcher:
         request = RunRequest(
             **{**{name: getattr(self.request, name) for name in RunRequest.__struct_fields__}, **facts}
         )
-        await self.bus.publish(self.bus.subjects.of("run", self.host.host_id), request, reply=self.inbox)
+        await self.bus.publish(self.bus.subjects.of("run", "local", self.host.host_id), request, reply=self.inbox)
         return self
 
     async def answer(self, task_id: str = CHILD, content: str = "four", **facts: Any) -> None:

@@ -226,7 +226,9 @@ async def test_a_reward_whose_id_was_taken_is_learned_all_the_same(stage: Stage)
     await stage.phase("adapt")
     earned = reward(1)
     digest = blake2b(repr(float(earned.score)).encode(), digest_size=4).hexdigest()
-    await stage.bus.store(stage.bus.subjects.of("reward", "x", "y"), b"{}", msg_id=f"{earned.reward_id}:{digest}")
+    await stage.bus.store(
+        stage.bus.subjects.of("reward", "rules", "local", "x", "y"), b"{}", msg_id=f"{earned.reward_id}:{digest}"
+    )
 
     for _ in range(2):  # the same twice counts once
         await RewardBus(bus=stage.bus).publish(earned)

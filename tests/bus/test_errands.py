@@ -82,7 +82,7 @@ async def end(stage: Stage, child: Envelope, state: Any = "succeeded", *, tell: 
     await stage.record(replace(child, **facts), state=state, ended_at=stage.bus.now())
     if tell:
         done = (await stage.read(child.task_id)).to_result()
-        await stage.bus.publish(stage.bus.subjects.of("result", child.task_id), done)
+        await stage.bus.publish(stage.bus.subjects.of("result", "public", child.task_id), done)
 
 
 async def finish(stage: Stage, one: Delegating) -> Envelope:

@@ -250,7 +250,7 @@ async def test_phases_report_what_they_left_out_of_announcements(stage: Stage) -
         presence = Presence(bus, (name,), bus.instance)
         presence.health[name] = service.health
         await presence.start()
-    subject = stage.bus.subjects.of("host", "h1")
+    subject = stage.bus.subjects.of("host", "local", "h1")
     await stage.bus.publish(subject, b'{"host_id":"h1","slots":"many"}')
     await stage.bus.publish(subject, b'["h1"]')
     await stage.bus.publish(subject, b'\xef\xbb\xbf{"host_id":"h1","nodes":["n1"],"slots":"4","busy":null}')

@@ -42,7 +42,7 @@ async def test_the_newest_are_found_however_far_back_they_are(bus: Bus, monkeypa
     stream = bus.subjects.stream("REWARDS")
 
     async def seqs(node_id: str, limit: int) -> list[int]:
-        found = await newest(bus, stream, bus.subjects.of("reward", node_id, "*"), limit)
+        found = await newest(bus, stream, bus.subjects.of("reward", "rules", "local", node_id, "*"), limit)
         assert found.last_seq == 30
         return [message.seq for message in found.messages]
 
@@ -54,7 +54,9 @@ async def test_the_newest_are_found_however_far_back_they_are(bus: Bus, monkeypa
 
 
 async def test_an_empty_stream_has_no_past(bus: Bus) -> None:
-    assert (await newest(bus, bus.subjects.stream("REWARDS"), bus.subjects.of("reward", "*", "*"), 5)).messages == []
+    assert (
+        await newest(bus, bus.subjects.stream("REWARDS"), bus.subjects.of("reward", "*", "*", "*", "*"), 5)
+    ).messages == []
     assert await recent_records(bus, 5) == []
     assert [one async for one in ended_since(bus, 0.0)] == []
 
@@ -74,7 +76,7 @@ async def test_since_a_moment_is_what_ended_and_was_earned_from_it_on(bus: Bus) 
     bucket, rewards = records(bus), RewardBus(bus=bus)
     await rewards.publish(reward(1))
     await bucket.create("early", record("early", "succeeded", ended_at=bus.now()))
-    stored = await newest(bus, bus.subjects.stream("REWARDS"), bus.subjects.of("reward", "*", "*"), 1)
+    stored = await newest(bus, bus.subjects.stream("REWARDS"), bus.subjects.of("reward", "*", "*", "*", "*"), 1)
     moment = stored.messages[0].stored_at + 0.000_001
     middle = bus.now()
     await rewards.publish(reward(2))
@@ -90,7 +92,7 @@ async def test_since_a_moment_is_what_ended_and_was_earned_from_it_on(bus: Bus) 
 async def test_a_task_is_found_wherever_it_is(bus: Bus) -> None:
     bucket = records(bus)
     queued = Submission(ad=TaskAd(task_id="queued", description="x"), submission="s")
-    await bus.store(bus.subjects.intake("normal", "queued"), queued)
+    await bus.store(bus.subjects.intake("public", "normal", "queued"), queued)
     for task_id in ("hopping", "waiting", "between", "divided", "parked"):
         await bucket.create(task_id, record(task_id))
     await bus.store(bus.subjects.task("match", "normal", "hopping"), envelope("hopping", attempt=3))

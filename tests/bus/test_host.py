@@ -145,7 +145,7 @@ async def test_bytes_that_are_no_call_or_request_harm_nobody(stage: Stage) -> No
     host = await stage.host([node()])
     watcher = Watcher(stage.bus)
     await stage.bus.publish(stage.bus.subjects.of("auction", "code"), b"\xff", reply=watcher.inbox)
-    await stage.bus.publish(stage.bus.subjects.of("run", host.host_id), b"{", reply=watcher.inbox)
+    await stage.bus.publish(stage.bus.subjects.of("run", "local", host.host_id), b"{", reply=watcher.inbox)
     assert (await watcher.heard("rejected")).code == "unqualified"
     assert (await call(stage)).bids
 

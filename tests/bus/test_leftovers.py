@@ -68,7 +68,9 @@ async def nothing_more(bus: Bus, before: Held) -> None:
 
 
 async def delta(bus: Bus, n: int) -> None:
-    await bus.publish(bus.subjects.of("delta", "t1"), Delta(task_id="t1", attempt=1, seq=n, event=TextDelta(text="x")))
+    await bus.publish(
+        bus.subjects.of("delta", "public", "t1"), Delta(task_id="t1", attempt=1, seq=n, event=TextDelta(text="x"))
+    )
 
 
 # -- handles
@@ -120,7 +122,9 @@ async def test_progress_that_is_not_read_is_kept_within_bounds(plain: Bus, monke
     for n in range(9):
         await delta(plain, n)
     await plain.echo()
-    await plain.publish(plain.subjects.of("result", "t1"), TaskResult(task_id="t1", state="succeeded", content="x"))
+    await plain.publish(
+        plain.subjects.of("result", "public", "t1"), TaskResult(task_id="t1", state="succeeded", content="x")
+    )
     assert [each.seq async for each in handle.events()] == [0, 1, 2, 3, 4]
 
 
@@ -129,7 +133,7 @@ async def test_a_kept_handle_ends_its_subscriptions_with_the_task(plain: Bus) ->
     handle = TaskHandle(plain, AD)
     await handle.open(deltas=True)
     result = TaskResult(task_id="t1", state="succeeded", content="42")
-    await plain.publish(plain.subjects.of("result", "t1"), result)
+    await plain.publish(plain.subjects.of("result", "public", "t1"), result)
     await nothing_more(plain, before)
     assert await asyncio.to_thread(asyncio.run, handle.result()) == result  # an ended task can be read anywhere
 
@@ -196,7 +200,9 @@ async def requested(bus: Bus) -> None:
 
 
 async def stored(bus: Bus) -> None:
-    await asyncio.gather(*(bus.store(bus.subjects.intake("low", f"t{n}"), b"{}", within_s=0.2) for n in range(3)))
+    await asyncio.gather(
+        *(bus.store(bus.subjects.intake("public", "low", f"t{n}"), b"{}", within_s=0.2) for n in range(3))
+    )
 
 
 async def scattered(bus: Bus) -> None:
@@ -223,7 +229,9 @@ async def bucket(bus: Bus) -> None:
 
 
 async def past(bus: Bus) -> None:
-    async for _ in history.since(bus, bus.subjects.stream("REWARDS"), bus.subjects.of("reward", "*", "*"), 0.0):
+    async for _ in history.since(
+        bus, bus.subjects.stream("REWARDS"), bus.subjects.of("reward", "*", "*", "*", "*"), 0.0
+    ):
         pass
 
 
@@ -256,7 +264,7 @@ async def test_a_call_that_is_cancelled_anywhere_leaves_nothing(
 async def test_a_reader_of_a_stream_that_is_stopped_deletes_its_consumer(bus: Bus) -> None:
     before = await held(bus)
     reader = await OrderedReader(
-        bus, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*")
+        bus, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*", "*", "*")
     ).start()
     assert (await held(bus)).consumers == before.consumers + 1
     await reader.stop()
@@ -285,7 +293,7 @@ async def test_a_reader_of_rewards_that_breaks_off_leaves_nothing(bus: Bus) -> N
 
 
 async def test_a_stored_message_that_is_awaited_late_is_confirmed(bus: Bus) -> None:
-    storing = bus.store(bus.subjects.intake("low", "late"), b"{}", msg_id="late", within_s=0.2)
+    storing = bus.store(bus.subjects.intake("public", "low", "late"), b"{}", msg_id="late", within_s=0.2)
     assert bus._unconfirmed
     await until(lambda: not bus._unconfirmed and not bus._sinks, what="it is given up")
     assert (await storing).seq > 0

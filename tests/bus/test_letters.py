@@ -37,7 +37,11 @@ GARBAGE = b"\xff\x00{"
 
 async def keep(bus: Bus, body: Wire | bytes, phase: str = "scale", task_id: str = "t1", **facts: Any) -> int:
     """Store a dead letter as a phase does, and return its sequence."""
-    hop = bus.subjects.intake("normal", task_id) if phase == "sense" else bus.subjects.task(phase, "normal", task_id)
+    hop = (
+        bus.subjects.intake("public", "normal", task_id)
+        if phase == "sense"
+        else bus.subjects.task(phase, "normal", task_id)
+    )
     given: dict[str, Any] = {"subject": hop, "deliveries": 1, "reason": "?", **facts}
     headers = letter_headers(DeadLetter(phase=phase, task_id=task_id, **given))
     return (await bus.store(bus.subjects.of("dead", phase, task_id), body, headers=headers)).seq
@@ -49,7 +53,7 @@ async def submitted(bus: Bus) -> list[Submission]:
     for seq in range(1, await messages(bus, "INTAKE") + 1):
         message = (await bus.api(f"STREAM.MSG.GET.{stream}", {"seq": seq}))["message"]
         found.append(decode(base64.b64decode(message["data"]), Submission))
-        assert message["subject"] == bus.subjects.intake(found[-1].ad.priority, found[-1].ad.task_id)
+        assert message["subject"] == bus.subjects.intake("public", found[-1].ad.priority, found[-1].ad.task_id)
     return found
 
 
@@ -128,7 +132,7 @@ async def test_a_letter_outlives_a_refusal_to_take_its_task(bus: Bus) -> None:
     seq = await keep(bus, envelope())
     info = await bus.api(f"STREAM.INFO.{bus.subjects.stream('INTAKE')}")
     await bus.api(f"STREAM.UPDATE.{bus.subjects.stream('INTAKE')}", {**info["config"], "max_msgs": 1})
-    await bus.store(bus.subjects.intake("normal", "t0"), b"t0")
+    await bus.store(bus.subjects.intake("public", "normal", "t0"), b"t0")
 
     with pytest.raises(Overloaded):
         await letters.retry(bus, seq)

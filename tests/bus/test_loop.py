@@ -203,7 +203,7 @@ async def test_the_handlers_logs_name_the_task_and_the_phase(bus: Bus, phases: P
 
 async def test_a_service_may_take_another_shape(bus: Bus, phases: Phases) -> None:
     phase = await phases.start(bus, phase="sense", lanes=[(INTAKE_LANES[0], 2)], shape=TaskAd)
-    await bus.store(bus.subjects.intake("low", "t1"), TaskAd(task_id="t1", description="x"))
+    await bus.store(bus.subjects.intake("public", "low", "t1"), TaskAd(task_id="t1", description="x"))
     await phase.count(1)
     assert phase.handled[0][0] == TaskAd(task_id="t1", description="x")
 

@@ -194,7 +194,7 @@ async def test_twenty_thousand_made_up_hosts_do_not_hold_up_a_task(stage: Stage)
     alone_s = max([await timed(stage, task(stage)) for _ in range(10)])
     for number in range(20_000):
         body = b'{"host_id": "m%d", "nodes": ["m%d"], "slots": 4}' % (number, number)
-        await stage.bus.publish(stage.bus.subjects.of("host", f"m{number}"), body)
+        await stage.bus.publish(stage.bus.subjects.of("host", "local", f"m{number}"), body)
     took_s = sorted([await timed(stage, task(stage)) for _ in range(20)])
     assert took_s[-2] < alone_s + 1  # one of them may have waited for the newcomers
     assert stage.all("task", phase="scale")[-1].award.host_id == "h1"
@@ -213,7 +213,7 @@ async def test_a_host_that_announces_the_drain_of_another_has_no_effect(stage: S
     await host(stage, "h1", "good-1")
     await match(stage)
     body = HostAnnouncement(host_id="h1", draining=True)
-    await stage.bus.publish(stage.bus.subjects.of("host", "evil"), body)
+    await stage.bus.publish(stage.bus.subjects.of("host", "local", "evil"), body)
     await stage.bus.echo()
     await timed(stage, task(stage, node_id="good-1"))
     assert stage.all("task", phase="scale")[-1].award.host_id == "h1"

@@ -41,7 +41,7 @@ async def test_a_newer_ad_keeps_its_fields_through_all_six_phases(stage: Stage) 
         await stage.phase(phase)  # type: ignore[arg-type]
     await stage.host([node("n1", echo, code=0.9)])
     ad = with_unknown_fields(TaskAd(task_id="t1", domain="code", description="x", estimated_complexity=0.1), NEW)
-    subject = stage.bus.subjects.intake("normal", "t1")
+    subject = stage.bus.subjects.intake("public", "normal", "t1")
     await stage.bus.store(subject, Submission(ad=ad, submission=new_id()), msg_id=new_id())
 
     record = await record_of(stage, "t1")
@@ -54,7 +54,7 @@ async def test_a_newer_ad_keeps_its_fields_through_all_six_phases(stage: Stage) 
 async def test_what_a_newer_sense_writes_on_envelope_spec_and_record_stays(stage: Stage) -> None:
     await stage.phase("sense")
     ad = TaskAd(task_id="t1", domain="code", description="x", estimated_complexity=0.1)
-    subject = stage.bus.subjects.intake("normal", "t1")
+    subject = stage.bus.subjects.intake("public", "normal", "t1")
     await stage.bus.store(subject, Submission(ad=ad, submission=new_id()), msg_id=new_id())
     hop: Envelope = await stage.seen("task", phase="match")
     await stage.bus.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}")

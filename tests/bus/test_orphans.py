@@ -148,7 +148,7 @@ async def test_orphans_and_timers_take_no_room_from_submissions(stage: Stage) ->
         )
     await stage.phase("sense", ClusterConfig(max_in_flight=5))
     task = ad(timeout_s=20)
-    await stage.bus.store(s.intake(task.priority, task.task_id), submission(task))
+    await stage.bus.store(s.intake("public", task.priority, task.task_id), submission(task))
     await stage.seen("task", phase="match", task_id=task.task_id)
 
 
@@ -157,7 +157,7 @@ async def test_hops_that_wait_for_a_phase_take_room_from_submissions(stage: Stag
         await put(stage.bus, hop(stage, f"t{n}"), "match")
     await stage.phase("sense", ClusterConfig(max_in_flight=5))
     task = ad(timeout_s=20, priority="critical")
-    await stage.bus.store(stage.bus.subjects.intake(task.priority, task.task_id), submission(task))
+    await stage.bus.store(stage.bus.subjects.intake("public", task.priority, task.task_id), submission(task))
     await stage.gate_measured()
     assert stage.all("task", phase="match", task_id=task.task_id) == []
     await stage.bus.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}", {})

@@ -89,7 +89,7 @@ POISON = [
 
 async def test_rewards_that_cannot_be_used_are_left_out_before_and_after_a_restart(stage: Stage) -> None:
     adapt = await stage.phase("adapt")
-    subject = stage.bus.subjects.of("reward", "n1", "code")
+    subject = stage.bus.subjects.of("reward", "rules", "local", "n1", "code")
     for n, field in enumerate(POISON):
         for twice in range(2):
             await stage.bus.store(subject, poisoned(2 * n + twice, field))

@@ -103,7 +103,7 @@ async def test_a_judge_of_its_own_moves_a_profile_by_its_weight_and_a_rebuild_do
     for source, score in (("linter", 0.25), ("person", 0.5), ("gossip", 0.0)):  # plain JSON, as another language has it
         word = {"reward_id": f"{source}/1", "task_id": "t1", "attempt": 1, "source": source, "node_id": "n1"}
         words = encode({**word, "domain_token": "code", "score": score, "ended_at": 1.0})
-        await stage.bus.store(stage.bus.subjects.of("reward", "n1", "code"), words)
+        await stage.bus.store(stage.bus.subjects.of("reward", "rules", "local", "n1", "code"), words)
 
     async def read() -> NodeProfile | None:
         known = (await stored(stage)).get("n1")

@@ -135,7 +135,7 @@ async def test_subscribers_hear_what_is_new_of_a_node_or_a_domain_or_all(
 
 
 async def test_what_is_no_reward_is_left_out_and_said(bus: Bus, rewards: RewardBus) -> None:
-    await bus.store(bus.subjects.of("reward", "n1", "code"), b"nonsense")
+    await bus.store(bus.subjects.of("reward", "rules", "local", "n1", "code"), b"nonsense")
     await rewards.publish(reward(1))
     with capture_logs() as logs:
         assert [one.task_id for one in await replayed(rewards)] == ["t1"]

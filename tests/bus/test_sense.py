@@ -40,7 +40,9 @@ class Model:
 
 async def submit(stage: Stage, task: TaskAd, **facts: Any) -> Submission:
     sent = submission(task, **facts)
-    await stage.bus.store(stage.bus.subjects.intake(task.priority, task.task_id), sent, msg_id=sent.submission)
+    await stage.bus.store(
+        stage.bus.subjects.intake("public", task.priority, task.task_id), sent, msg_id=sent.submission
+    )
     return sent
 
 
@@ -141,7 +143,7 @@ async def test_an_own_submission_delivered_again_carries_on(stage: Stage) -> Non
     sent = submission(task)
     admitted = envelope(task, now=stage.bus.now(), spec=None)
     await stage.record(admitted, submission=sent.submission)
-    await stage.bus.store(stage.bus.subjects.intake(task.priority, task.task_id), sent)
+    await stage.bus.store(stage.bus.subjects.intake("public", task.priority, task.task_id), sent)
     await stage.phase("sense")
     assert (await stage.seen("task", phase="match")).step == 1
 
@@ -203,7 +205,9 @@ async def test_a_subject_that_names_another_task_is_a_dead_letter_and_harms_nobo
     await stage.phase("sense")
     victim = ad()
     await stage.record(envelope(victim, now=stage.bus.now()))
-    await stage.bus.store(stage.bus.subjects.intake("normal", victim.task_id), submission(ad(task_id="other")))
+    await stage.bus.store(
+        stage.bus.subjects.intake("public", "normal", victim.task_id), submission(ad(task_id="other"))
+    )
     await stage.seen("dead", phase="sense", task_id=victim.task_id)
     await stage.settled("INTAKE")
     assert not stage.all("task")
@@ -213,7 +217,7 @@ async def test_a_subject_that_names_another_task_is_a_dead_letter_and_harms_nobo
 async def test_bytes_that_are_no_submission_end_as_dead_letter(stage: Stage) -> None:
     await stage.phase("sense")
     await stage.phase("evaluate")
-    await stage.bus.store(stage.bus.subjects.intake("normal", "t1"), b'{"ad": 7}')
+    await stage.bus.store(stage.bus.subjects.intake("public", "normal", "t1"), b'{"ad": 7}')
     assert (await stage.seen("result", task_id="t1")).error.code == "dead_letter"
     assert await stage.pending("DEAD") == 1
 
@@ -419,7 +423,7 @@ async def test_who_is_to_be_answered_is_not_shown_to_who_cancels_a_task_on_its_w
     submitter, asker = Asker(stage.bus), Asker(stage.bus)
     task = ad(task_id="t1")
     sent = submission(task, reply_to=submitter.inbox)
-    await stage.bus.store(stage.bus.subjects.intake("normal", "t1"), sent, msg_id=new_id())
+    await stage.bus.store(stage.bus.subjects.intake("public", "normal", "t1"), sent, msg_id=new_id())
     assert (await stage.seen("task", phase="match")).record_version.reply_to == (submitter.inbox,)
     await asker.ask(stage.bus.subjects.of("cancel", "t1"), {"full": True})
     record = (await asker.answer(TaskStatus)).record
@@ -546,7 +550,7 @@ async def test_two_replicas_share_the_work_and_a_drained_one_takes_none(stage: S
 async def test_the_wire_form_of_a_submission_is_plain_json_others_can_write(stage: Stage) -> None:
     await stage.phase("sense")
     body = b'{"ad": {"task_id": "t1", "description": "x", "domain": "code"}, "submission": "s", "new": 1}'
-    await stage.bus.store(stage.bus.subjects.intake("normal", "t1"), body)
+    await stage.bus.store(stage.bus.subjects.intake("public", "normal", "t1"), body)
     assert (await stage.seen("task", phase="match")).ad == TaskAd(task_id="t1", description="x", domain="code")
     await quiet(stage.bus)
     assert encode(replace((await stage.read("t1")).envelope, deadline=0.0)) == encode(

@@ -122,7 +122,7 @@ async def test_400_runs_cancelled_at_any_moment_leave_every_slot_free(stage: Sta
     dice = random.Random(7)
     for n in range(400):
         await stage.bus.publish(
-            stage.bus.subjects.of("run", host.host_id),
+            stage.bus.subjects.of("run", "local", host.host_id),
             RunRequest(task_id=f"t{n}", node_id="n1", description="x"),
             reply="_INBOX.nobody",
         )

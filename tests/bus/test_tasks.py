@@ -98,7 +98,7 @@ def _delta(n: int, attempt: int = 1) -> Delta:
 async def test_a_published_task_is_in_the_intake_under_its_priority(bus: Bus) -> None:
     ad = TaskAd(task_id="t1", description="count", priority="high")
     handle = await tasks.publish(bus, ad)
-    kept = await arrived(bus, "INTAKE", bus.subjects.intake("high", "t1"))
+    kept = await arrived(bus, "INTAKE", bus.subjects.intake("public", "high", "t1"))
     submission = decode(kept.data, Submission)
     assert (submission.ad, submission.reply_to) == (ad, "")
     assert kept.headers["Nats-Msg-Id"] == f"t1:{submission.submission}"
@@ -381,7 +381,7 @@ async def test_no_answer_goes_anywhere_but_to_a_clients_inbox(plain: Bus, connec
     await listener.echo()
     await answer(plain, reply, _result())
     await answer_error(plain, reply, Cancelled("no"))
-    await plain.publish(plain.subjects.of("delta", "end"))
+    await plain.publish(plain.subjects.of("delta", "public", "end"))
     await until(lambda: any(msg.subject.endswith("delta.end") for msg in heard.messages), what="the end")
     assert not [msg for msg in heard.messages if msg.subject == reply]
 

@@ -134,8 +134,8 @@ def full_name(bus: Bus, name: str) -> str:
 def subject_in(bus: Bus, name: str, key: str) -> str:
     """A subject of that stream or bucket."""
     subjects = {
-        "INTAKE": bus.subjects.intake("low", key),
-        "REWARDS": bus.subjects.of("reward", key, "code"),
+        "INTAKE": bus.subjects.intake("public", "low", key),
+        "REWARDS": bus.subjects.of("reward", "rules", "local", key, "code"),
         "DEAD": bus.subjects.of("dead", "match", key),
     }
     return subjects.get(name, f"$KV.{bus.subjects.bucket(name)}.{key}")

@@ -73,7 +73,7 @@ async def events_of(bus: Bus, host: NodeHost, **facts: Any) -> list[RunEvent]:
         events.extend(read_events(msg.data))
 
     request = RunRequest(**{"task_id": "t1", "node_id": "n1", "description": "it", **facts})
-    await bus.publish(bus.subjects.of("run", host.host_id), request, reply=bus.open_inbox(take))
+    await bus.publish(bus.subjects.of("run", "local", host.host_id), request, reply=bus.open_inbox(take))
     return events
 
 
@@ -94,7 +94,7 @@ class Blocks:
 async def test_a_blocked_host_stays_alive_for_those_who_watch_it(bus: Bus, nats_url: str, namespace: str) -> None:
     agent = Blocks()
     said: list[HostAnnouncement] = []
-    await bus.listen(bus.subjects.of("host", "*"), lambda msg: said.append(decode(msg.data, HostAnnouncement)))
+    await bus.listen(bus.subjects.of("host", "*", "*"), lambda msg: said.append(decode(msg.data, HostAnnouncement)))
     async with HostInAThread(nats_url, namespace, agent) as there:
         with capture_logs() as logs:
             events = await events_of(bus, there.host)
@@ -130,7 +130,7 @@ async def test_a_run_past_its_deadline_gets_no_more_heartbeats_from_the_watchdog
 ) -> None:
     agent = Blocks()
     said: list[Msg] = []
-    await bus.listen(bus.subjects.of("host", "*"), said.append)
+    await bus.listen(bus.subjects.of("host", "*", "*"), said.append)
     async with HostInAThread(nats_url, namespace, agent) as there:
         events = await events_of(bus, there.host, remaining_s=1.0)
         await until(lambda: agent.begun, what="the agent blocks the loop")
@@ -151,7 +151,7 @@ async def test_the_runs_of_a_blocked_host_can_be_given_back_from_another_thread(
 ) -> None:
     agent = Blocks()
     said: list[HostAnnouncement] = []
-    await bus.listen(bus.subjects.of("host", "*"), lambda msg: said.append(decode(msg.data, HostAnnouncement)))
+    await bus.listen(bus.subjects.of("host", "*", "*"), lambda msg: said.append(decode(msg.data, HostAnnouncement)))
     async with HostInAThread(nats_url, namespace, agent) as there:
         events = await events_of(bus, there.host)
         await until(lambda: agent.begun, what="the agent blocks the loop")

@@ -164,7 +164,7 @@ async def test_a_cancel_that_races_the_result_or_another_cancel_gives_one_end(bu
         async def hear(msg: Msg) -> None:
             told.setdefault(msg.subject.rsplit(".", 1)[1], []).append(msg.data)
 
-        await bus.subscribe(bus.subjects.of("result", "*"), hear)
+        await bus.subscribe(bus.subjects.of("result", "*", "*"), hear)
 
         async def race(number: int) -> None:
             handle = await publish(bus, domain="quick")

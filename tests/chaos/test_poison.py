@@ -87,7 +87,11 @@ def well(lane: str, task_id: str, now: float) -> bytes:
 
 
 def subject_of(bus: Bus, lane: str, task_id: str) -> str:
-    return bus.subjects.intake("normal", task_id) if lane == "intake" else bus.subjects.task(lane, "normal", task_id)
+    return (
+        bus.subjects.intake("public", "normal", task_id)
+        if lane == "intake"
+        else bus.subjects.task(lane, "normal", task_id)
+    )
 
 
 def phase_of(lane: str) -> str:

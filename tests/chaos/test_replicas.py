@@ -67,7 +67,7 @@ async def test_more_copies_of_what_is_there_are_the_operators_to_make(cluster: N
 async def test_a_message_sent_again_while_its_first_sending_is_being_copied_is_stored_once(client: Bus) -> None:
     """Replicas refuse a second sending of an id that is not yet stored; that is no answer for who sent it."""
     await topology.apply(client, THREE)
-    subject = client.subjects.intake("low", "t1")
+    subject = client.subjects.intake("public", "low", "t1")
 
     acks = await asyncio.gather(*(client.store(subject, b"x", msg_id="m1", within_s=30) for _ in range(20)))
 

@@ -221,7 +221,7 @@ async def test_a_cluster_of_processes_works_is_watched_and_stops(start: Start, t
         traffic = (await tap.says(last)).out
     for kind in ("intake", "task match", "auction", "task execute", "run", "delta", "task evaluate", "reward"):
         assert f" {kind} " in traffic
-    await tap_json.says(f"loom.result.{json.loads(told.out)['task_id']}")
+    await tap_json.says(f"loom.result.public.{json.loads(told.out)['task_id']}")
     watched = [json.loads(line) for line in tap_json.out.splitlines()]
     assert {"shouter", "speller"} <= {each["tokens"]["node_id"] for each in watched if each["family"] == "reward"}
     assert (await tap.end(signal.SIGINT)).code == 130

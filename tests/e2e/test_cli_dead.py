@@ -40,7 +40,7 @@ async def _poison(cluster: Cluster) -> None:
     bus = cluster.bus
     part = Envelope(ad=TaskAd(task_id="t4", description="x"), deadline=1, split=Split(parent="p1", depth=1, deadline=1))
     poison = {
-        bus.subjects.intake("normal", "t1"): NO_JSON,
+        bus.subjects.intake("public", "normal", "t1"): NO_JSON,
         bus.subjects.task("match", "normal", "t2"): b"[" + b"0," * (MAX_MESSAGE_BYTES // 2) + b"0]",
         bus.subjects.task("scale", "normal", "t3"): _skipped(cluster, AD),
         bus.subjects.task("execute", "normal", "t4"): encode(part),

@@ -338,7 +338,7 @@ async def test_a_phase_that_answers_and_does_not_work_is_found(
 async def test_messages_that_phases_left_out_are_a_warning(on_bus: Where, client: Bus) -> None:
     url, namespace = on_bus
     async with running_phases(url, names=("adapt",), namespace=namespace) as bus:
-        await client.store(client.subjects.of("reward", "n1", "code"), b'{"seconds":1e308}')
+        await client.store(client.subjects.of("reward", "rules", "local", "n1", "code"), b'{"seconds":1e308}')
         await until(lambda: bus.discards.counts, what="the reward is left out")
         found = troubles(await examine(client, ClusterConfig()))
     assert found["discards"] == "warn: messages were left out: 1 reward_undecodable"

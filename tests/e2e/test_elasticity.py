@@ -37,8 +37,8 @@ class Census:
         """Lifecycle events by kind."""
 
     async def start(self, bus: Bus) -> None:
-        await bus.subscribe(bus.subjects.of("host", "*"), self._note)
-        await bus.subscribe(bus.subjects.of("lifecycle", "*", "*"), self._tell)
+        await bus.subscribe(bus.subjects.of("host", "*", "*"), self._note)
+        await bus.subscribe(bus.subjects.of("lifecycle", "*", "*", "*", "*"), self._tell)
 
     async def _note(self, msg: Msg) -> None:
         said = decode(msg.data, HostAnnouncement)

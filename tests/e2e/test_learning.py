@@ -36,7 +36,7 @@ class Rewards:
         self.all: list[Reward] = []
 
     async def start(self, bus: Bus) -> None:
-        await bus.subscribe(bus.subjects.of("reward", "*", "*"), self._note)
+        await bus.subscribe(bus.subjects.of("reward", "*", "*", "*", "*"), self._note)
 
     async def _note(self, msg: Msg) -> None:
         self.all.append(decode(msg.data, Reward))

@@ -41,7 +41,7 @@ async def lifecycle_of(bus: Bus) -> list[Lifecycle]:
     async def note(msg: Msg) -> None:
         news.append(decode(msg.data, Lifecycle))
 
-    await bus.subscribe(bus.subjects.of("lifecycle", "*", "*"), note)
+    await bus.subscribe(bus.subjects.of("lifecycle", "*", "*", "*", "*"), note)
     await bus.echo()
     return news
 
@@ -65,7 +65,7 @@ async def test_a_task_that_nobody_bids_for_is_answered_by_the_skill_it_calls_for
         )
         assert spawned is not None
         order = RetireRequest(node_id=spawned.node_id, reason="its work is done")
-        await bus.request(bus.subjects.of("retire", spawned.host_id), order, timeout_s=WITHIN_S)
+        await bus.request(bus.subjects.of("retire", "local", spawned.host_id), order, timeout_s=WITHIN_S)
         kinds = {"spawned", "joined", "learned", "retired"}
         await until(lambda: kinds <= {one.kind for one in news}, within_s=WITHIN_S, what=f"it goes again: {news}")
     await provider.aclose()

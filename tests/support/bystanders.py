@@ -112,7 +112,7 @@ class ForgedHost:
     async def __aenter__(self) -> Self:
         subjects = self._bus.subjects
         await self._bus.subscribe(subjects.of("auction", "*"), self._on_call)
-        await self._bus.subscribe(subjects.of("run", self._host_id), self._on_run)
+        await self._bus.subscribe(subjects.of("run", "local", self._host_id), self._on_run)
         self._beat = self._bus.spawn(self._announce(), name="announce")
         return self
 
@@ -122,7 +122,7 @@ class ForgedHost:
     async def _announce(self) -> None:
         while True:
             body = {"host_id": self._host_id, "nodes": [self._host_id], "slots": 4}
-            await self._bus.publish(self._bus.subjects.of("host", self._host_id), msgspec.json.encode(body))
+            await self._bus.publish(self._bus.subjects.of("host", "local", self._host_id), msgspec.json.encode(body))
             await asyncio.sleep(1)
 
     async def _on_call(self, msg: Msg) -> None:

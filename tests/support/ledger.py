@@ -202,7 +202,9 @@ async def read_books(bus: Bus) -> Books:
     for message in await _all(OrderedReader(bus, stream, filter=subject, deliver="last_per_subject")):
         record = decode(message.data, TaskRecord)
         found[record.task_id] = record
-    stored = await _all(OrderedReader(bus, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*")))
+    stored = await _all(
+        OrderedReader(bus, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*", "*", "*"))
+    )
     usable = [(message.seq, reward_in(message, bus.subjects, bus.discards)) for message in stored]
     rewards = [(seq, reward) for seq, reward in usable if reward is not None]
     profiles = {}

@@ -50,7 +50,7 @@ class Place:
 
     async def retire(self, node_id: str, **facts: Any) -> RetireReply:
         order = RetireRequest(node_id=node_id, reason="a test", **facts)
-        subject = self.stage.bus.subjects.of("retire", self.host.host_id)
+        subject = self.stage.bus.subjects.of("retire", "local", self.host.host_id)
         return decode((await self.stage.bus.request(subject, order, timeout_s=WITHIN_S)).data, RetireReply)
 
     async def run(self, node_id: str) -> list[RunEvent]:
@@ -58,7 +58,9 @@ class Place:
         events: list[RunEvent] = []
         inbox = self.stage.bus.open_inbox(lambda msg: events.extend(read_events(msg.data)))
         request = RunRequest(task_id=new_id(), attempt=1, node_id=node_id, description="do it", remaining_s=60)
-        await self.stage.bus.publish(self.stage.bus.subjects.of("run", self.host.host_id), request, reply=inbox)
+        await self.stage.bus.publish(
+            self.stage.bus.subjects.of("run", "local", self.host.host_id), request, reply=inbox
+        )
         await until(lambda: events, within_s=WITHIN_S, what="the host answers")
         return events
 

@@ -268,7 +268,7 @@ class FakeHost:
         """Listen, then say that it is there."""
         subjects = self.bus.subjects
         await self.bus.subscribe(subjects.of("auction", "*"), self._on_call)
-        await self.bus.subscribe(subjects.of("run", self.host_id), self._on_run)
+        await self.bus.subscribe(subjects.of("run", "local", self.host_id), self._on_run)
         await self.bus.subscribe(subjects.hosts, self._on_hosts)
         await self.announce()
         await self.bus.echo()
@@ -277,7 +277,7 @@ class FakeHost:
     async def announce(self, **facts: Any) -> None:
         """Say that it is there."""
         said = HostAnnouncement(host_id=self.host_id, nodes=self.node_ids, **facts)
-        await self.bus.publish(self.bus.subjects.of("host", self.host_id), said)
+        await self.bus.publish(self.bus.subjects.of("host", "local", self.host_id), said)
 
     def bids(self, *bids: Bid) -> Offer:
         """Return an offer of these bids, or of one plain bid per node."""

@@ -24,7 +24,7 @@ class Watcher:
 
     async def run(self, host: NodeHost, **facts: Any) -> "Watcher":
         request = RunRequest(**{"task_id": "t1", "node_id": "n1", "description": "it", **facts})
-        await self.bus.publish(self.bus.subjects.of("run", host.host_id), request, reply=self.inbox)
+        await self.bus.publish(self.bus.subjects.of("run", "local", host.host_id), request, reply=self.inbox)
         return self
 
     def kinds(self) -> list[str]:

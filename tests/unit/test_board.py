@@ -44,13 +44,13 @@ def reward(name: str, node: str) -> Seen:
     message = Reward(
         reward_id=f"{name}:1:rules", task_id=name, attempt=1, node_id=node, domain_token="code", score=1.0, ended_at=1.0
     )
-    return seen(message, "reward", node, "code")
+    return seen(message, "reward", "rules", "local", node, "code")
 
 
 def learned(node: str, *names: str) -> Seen:
     profile = NodeProfile(node_id=node, total_tasks=len(names))
     news = Lifecycle(kind="learned", node_id=node, at=1.0, task_ids=names, profile=profile)
-    return seen(news, "lifecycle", "learned", node)
+    return seen(news, "lifecycle", "adapt", "learned", "local", node)
 
 
 def result(name: str, node: str = "coder") -> TaskResult:
@@ -64,13 +64,13 @@ def test_a_task_is_followed_through_its_phases() -> None:
 
     lines = [line(told.rows["one"])]
     for message in (
-        seen(Submission(ad=ad, submission="s"), "intake", "normal", "one"),
+        seen(Submission(ad=ad, submission="s"), "intake", "public", "normal", "one"),
         seen(call, "auction", "code"),
         hop("match"),
         hop("execute", node="coder"),
         hop("match", attempt=2),
         hop("execute", node="other", attempt=2),
-        seen(result("one", "other"), "result", "one"),
+        seen(result("one", "other"), "result", "public", "one"),
     ):
         row = told.see(message)
         if row is not None:
@@ -109,7 +109,7 @@ def test_what_a_node_writes_is_shown_until_another_attempt_begins() -> None:
     told.see(hop("execute", node="coder"))
     for n, text in enumerate(("good ", "night")):
         delta = Delta(task_id="one", attempt=1, seq=n, event=TextDelta(text=text))
-        assert told.see(seen(delta, "delta", "one")) is None
+        assert told.see(seen(delta, "delta", "public", "one")) is None
     assert told.rows["one"].tail == "good night"
 
     told.see(hop("match", attempt=2))

@@ -94,8 +94,7 @@ def tables() -> str:
 def subject_table() -> Iterator[str]:
     yield from ("| Subject | Kind | Body | From → to |", "|---|---|---|---|")
     for family in FAMILIES:
-        subject = ".".join(("loom", family.name, *(f"<{token}>" for token in family.tokens)))
-        yield f"| `{subject}` | {family.kind} | {family.body} | {family.route} |"
+        yield f"| `loom.{family.pattern}` | {family.kind} | {family.body} | {family.route} |"
 
 
 def stream_table() -> Iterator[str]:

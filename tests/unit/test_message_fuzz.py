@@ -206,7 +206,7 @@ def learning(forger: Forger) -> None:
     subjects, discards = Subjects("loom"), Discards()
     for seq in range(profile.last_seq + 1, profile.last_seq + 9):
         body = forger.body(Reward)
-        reward = reward_in(Stored("loom.reward.good-1.code", body, seq, 1.0, 0, {}), subjects, discards)
+        reward = reward_in(Stored("loom.reward.rules.local.good-1.code", body, seq, 1.0, 0, {}), subjects, discards)
         reward = reward or forger.made(Reward)
         if reward is not None:
             profile = fold(profile, reward, seq, forget=True)

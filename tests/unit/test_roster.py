@@ -60,7 +60,7 @@ async def roster(clock: Clock) -> Roster:
 
 def announce(roster: Roster, host: str, *nodes: str, draining: bool = False, subject: str = "") -> None:
     body = encode(HostAnnouncement(host_id=host, nodes=nodes, draining=draining))
-    roster._on_announcement(Msg(subject or f"loom.host.{host}", data=body))
+    roster._on_announcement(Msg(subject or f"loom.host.local.{host}", data=body))
 
 
 # -- the hosts to wait for
@@ -99,8 +99,8 @@ async def test_a_host_that_announces_its_drain_is_not_awaited_any_more(roster: R
 async def test_an_announcement_in_the_name_of_another_host_has_no_effect(roster: Roster) -> None:
     announce(roster, "h1", "n1")
     with capture_logs() as logs:
-        announce(roster, "h1", draining=True, subject="loom.host.evil")
-        announce(roster, "h3", "n3", subject="loom.host.evil")
+        announce(roster, "h1", draining=True, subject="loom.host.local.evil")
+        announce(roster, "h3", "n3", subject="loom.host.local.evil")
     assert roster.awaited() == {"h1"}
     assert (roster.host_of("n1"), roster.host_of("n3")) == ("h1", None)
     assert [entry["event"] for entry in logs] == ["announcement_of_another_host"] * 2

@@ -51,11 +51,11 @@ def hop(task_id: str, phase: str = "execute", *, node: str = "", domain: str = "
 
 
 def delta(task_id: str) -> Seen:
-    return seen(Delta(task_id=task_id, attempt=1, seq=0, event=TextDelta(text="x")), "delta", task_id)
+    return seen(Delta(task_id=task_id, attempt=1, seq=0, event=TextDelta(text="x")), "delta", "public", task_id)
 
 
 def result(task_id: str, node_id: str | None = None) -> Seen:
-    return seen(TaskResult(task_id=task_id, state="failed", node_id=node_id), "result", task_id)
+    return seen(TaskResult(task_id=task_id, state="failed", node_id=node_id), "result", "public", task_id)
 
 
 def part(task_id: str, *, of: str) -> Seen:
@@ -65,7 +65,14 @@ def part(task_id: str, *, of: str) -> Seen:
 
 
 def learned(node_id: str, *task_ids: str) -> Seen:
-    return seen(Lifecycle(kind="learned", node_id=node_id, at=0.0, task_ids=task_ids), "lifecycle", "learned", node_id)
+    return seen(
+        Lifecycle(kind="learned", node_id=node_id, at=0.0, task_ids=task_ids),
+        "lifecycle",
+        "adapt",
+        "learned",
+        "local",
+        node_id,
+    )
 
 
 REWARD = seen(
@@ -74,7 +81,7 @@ REWARD = seen(
     "n1",
     "code",
 )
-RUN = seen(RunRequest(task_id="t1", node_id="n1", description="x", domain="code"), "run", "h")
+RUN = seen(RunRequest(task_id="t1", node_id="n1", description="x", domain="code"), "run", "local", "h")
 
 
 def through(sieve: Sieve, *traffic: Seen) -> list[int]:
@@ -136,7 +143,7 @@ def test_every_family_that_concerns_one_phase_has_it() -> None:
 
 
 def test_deltas_follow_the_node_that_has_the_task() -> None:
-    here = seen(HostAnnouncement(host_id="h", nodes=("n1", "n2")), "host", "h")
+    here = seen(HostAnnouncement(host_id="h", nodes=("n1", "n2")), "host", "local", "h")
     traffic = (
         delta("t1"),  # nobody has said yet whose it is
         hop("t1", node="n1"),
@@ -195,7 +202,7 @@ def screen(*, terminal: bool, width: int = 40, no_color: bool = False) -> Consol
 
 
 def test_a_line_on_a_terminal_fits_and_is_coloured_unless_that_is_not_wanted() -> None:
-    long = seen(TaskResult(task_id="t1", state="succeeded", content="代码 " * 40), "result", "t1", skipped=3)
+    long = seen(TaskResult(task_id="t1", state="succeeded", content="代码 " * 40), "result", "public", "t1", skipped=3)
 
     coloured = Lines(screen(terminal=True))(long)
     plain = Lines(screen(terminal=True, no_color=True))(long)

@@ -1,0 +1,32 @@
+"""Who a process speaks as: tokens that its subjects carry, so that the permissions of a server can pin them."""
+
+from loom.schemas.wire import Relayed, Token
+
+PUBLIC = "public"
+LOCAL_OWNER = "local"
+PERSON = "person"
+ADAPT = "adapt"
+RESERVED = frozenset(
+    {"sense", "match", "scale", "execute", "evaluate", "adapt", "rules", "judge", "import", "eval"},
+)
+"""Names of phases and of sources of rewards: no submitter, owner or person may have one of them."""
+
+
+class Identity(Relayed, frozen=True, kw_only=True):
+    """The names that come with the credentials of a process; a single user needs none of them.
+
+    Example:
+        >>> Identity(owner="acme").owner
+        'acme'
+    """
+
+    submitter: Token = PUBLIC
+    """Whose tasks it submits."""
+    owner: Token = LOCAL_OWNER
+    """Whose nodes it hosts."""
+    source: Token = PERSON
+    """As whom it judges results."""
+
+
+LOCAL = Identity()
+"""A single user on one machine."""
