@@ -72,6 +72,12 @@ class Spec(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Why the method is not the one expected, for example that the model could not be asked."""
     estimated: Unit | None = None
     """SENSE's own guess, before calibration; absent: the ad gave the complexity."""
+    divide: bool = False
+    """Whether the task is to be divided: its ad gives or wants a plan, or it is harder than the threshold."""
+    deepest: Annotated[int, Meta(ge=0, le=16)] = 0
+    """Divisions there may be between a client's task and its smallest part."""
+    whole: bool = False
+    """Whether SCALE has decided against dividing the task."""
     no_offers_since: Timestamp | None = None
     """Server time since which nobody at all has answered a call."""
 
@@ -458,6 +464,8 @@ class Subtask(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Tokens it may use; absent: no limit."""
     node_id: Token | None = None
     """Who did it."""
+    owner: Token | None = None
+    """Whose node that is."""
     error: TaskError | None = None
     tokens: Count = 0
     """Used, failed attempts included."""

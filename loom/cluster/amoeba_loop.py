@@ -121,7 +121,7 @@ class AmoebaLoop:
         async with aclosing(parts.follow(handle)) as deltas:
             async for delta in deltas:
                 if isinstance(delta, SubtaskEvent):
-                    phases.subtasks.add(delta.id)
+                    phases.subtasks.add(delta.subtask)
                     yield delta
                     continue
                 if delta.attempt > attempt:

@@ -8,6 +8,7 @@ from loom.bus.tap import Seen
 from loom.runner.cli.render import short
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.envelope import Envelope
+from loom.schemas.events import SubtaskEvent
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.notices import PlanTimeout
 from loom.schemas.task import Submission, TaskAd, domain_token
@@ -22,6 +23,7 @@ SPEAKER = {
     "intake": "sense",
     "auction": "match",
     "spawn": "scale",
+    "subtask": "scale",
     "run": "execute",
     "delta": "execute",
     "result": "evaluate",
@@ -94,6 +96,8 @@ def tasks_of(seen: Seen) -> tuple[str, ...]:
     message: Any = seen.message
     if isinstance(message, Lifecycle):
         return message.task_ids
+    if isinstance(message, SubtaskEvent):
+        return message.parent_id, message.child_id
     task_id = seen.tokens.get("task_id") or getattr(message, "task_id", None)
     return (task_id,) if task_id else ()
 

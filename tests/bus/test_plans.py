@@ -133,7 +133,7 @@ async def test_a_divided_task_is_parked_and_what_is_ready_begins(stage: Stage) -
     assert plan is not None
     assert (plan.state, plan.envelope) == ("running", env)
     assert [part.state for part in plan.subtasks] == ["running", "running", "waiting"]
-    assert ids(stage, "later") == ["p:timer"]
+    assert ids(stage, "later") == ["p:timer-1"]
     assert await timers(stage) == 1
     assert not stage.all("task", phase="execute")
 
@@ -371,7 +371,7 @@ async def test_a_failed_subtask_fails_the_parent_with_its_reason(stage: Stage) -
     await stage.seen("task", phase="evaluate", count=2)
     await end(stage, second)
     await dealt_with(stage)
-    assert ids(stage, "task", phase="evaluate") == ["p:planfail"] * 2
+    assert ids(stage, "task", phase="evaluate") == ["p:planfail-1"] * 2
     assert not ids(stage, "task", phase="sense", task_id=child_id("p", "c"))
     assert await timers(stage) == 0
 
