@@ -18,6 +18,7 @@ from loom.bus.records import change, records
 from loom.bus.topology import SCALE_LANE
 from loom.phases.evaluate.policy import notice_of
 from loom.phases.scale.graph import child_id
+from loom.phases.sense.policy import with_division
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope, Split, SplitPlan, TaskRecord
 from loom.schemas.llm import CompletionParams, CompletionResult
@@ -41,9 +42,15 @@ def written(parts: Sequence[Part]) -> list[dict[str, Any]]:
 async def awarded_task(stage: Stage, **facts: Any) -> Envelope:
     """A task that runs, as MATCH hands it to SCALE."""
     ours = {name: facts.pop(name) for name in ("left_s", "split") if name in facts}
-    env = awarded(envelope(ad(**{"task_id": "p", **facts}), now=stage.bus.now(), **ours))
+    env = sensed(awarded(envelope(ad(**{"task_id": "p", **facts}), now=stage.bus.now(), **ours)))
     await stage.record(replace(env, award=None))
     return env
+
+
+def sensed(env: Envelope, **facts: Any) -> Envelope:
+    """The envelope with what SENSE decides about dividing its task."""
+    assert env.spec is not None
+    return replace(env, spec=with_division(replace(env.spec, **facts), env.ad, env.depth, ClusterConfig()))
 
 
 async def divided(stage: Stage, parts: Sequence[Part], **facts: Any) -> Envelope:
@@ -163,7 +170,7 @@ async def test_the_join_hands_on_all_outputs_in_the_plans_order_and_drops_the_ti
     joined = await stage.seen("task", phase="execute")
     assert list(joined.inputs.items()) == [(name, f"out {name}") for name in ("top", "left", "right", "end")]
     assert (joined.award, joined.attempt, joined.budget, joined.split) == (env.award, 1, 600, None)
-    assert ids(stage, "task", phase="execute") == ["p:join"]
+    assert ids(stage, "task", phase="execute") == ["p:join-1"]
     await dealt_with(stage)
     assert await timers(stage) == 0
     plan = await stored(stage)
@@ -235,10 +242,8 @@ async def test_all_that_follows_is_published_again_under_the_same_ids(stage: Sta
     await stage.seen("task", phase="execute")
     await tell(stage, last)
     await stage.seen("task", phase="execute", count=2)
-    await stage.put("scale", env)
-    await stage.seen("task", phase="execute", count=3)
     await dealt_with(stage)
-    assert set(ids(stage, "task", phase="execute")) == {"p:join"}
+    assert ids(stage, "task", phase="execute") == ["p:join-1"] * 2
     assert await stage.pending("TASKS", stage.bus.subjects.of("task", "execute", "*", "*")) == 1
     assert await timers(stage) == 0
 
@@ -403,7 +408,7 @@ async def test_a_cancel_reaches_children_and_their_children_and_those_not_admitt
     plan = {"plan": written((("x",), ("y", "x")))}
     await divided(stage, (("a",), ("b",), ("c", "a")))
     first = await stage.seen("task", phase="match", task_id=child_id("p", "a"))
-    await stage.put("scale", awarded(replace(first, ad=replace(first.ad, context=plan))))
+    await stage.put("scale", sensed(awarded(replace(first, ad=replace(first.ad, context=plan)))))
     inner = child_id(first.task_id, "x")
     await stage.seen("task", phase="match", task_id=inner)
     assert (await tasks.cancel(stage.bus, "p")).state == "cancelled"
@@ -642,5 +647,4 @@ async def test_a_task_may_ask_to_be_divided_however_easy_it_is(stage: Stage) -> 
 
 
 def _hard(env: Envelope) -> Envelope:
-    assert env.spec is not None
-    return replace(env, spec=replace(env.spec, complexity=0.9))
+    return sensed(env, complexity=0.9)
