@@ -116,7 +116,7 @@ class SubtaskEvent(Wire, frozen=True, kw_only=True, tag="subtask"):
     description: Text = ""
     """At most 1 KiB of it."""
     node_id: Name | None = None
-    """The node that had it last; absent while it runs."""
+    """That of its result; absent while it runs."""
     owner: Name | None = None
     """Whose node that is."""
     error: Name = ""

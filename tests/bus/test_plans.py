@@ -220,6 +220,44 @@ async def test_a_task_that_cannot_have_a_plan_costs_no_look_for_one(stage: Stage
     assert not reads
 
 
+async def test_clients_get_an_event_when_a_subtask_begins_and_when_it_ends(stage: Stage) -> None:
+    await stage.phase("scale")
+    env = await awarded_task(stage, context={"plan": written((("a",), ("b", "a")))})
+    await stage.put("scale", replace(env, submitter="acme"))
+    await ended(stage, "a", tokens=3)
+    await ended(stage, "b", state="failed")
+    await stage.seen("task", phase="evaluate")
+    events = stage.all("subtask", submitter="acme", parent_id="p")
+    assert [(one.subtask, one.state, one.child_state, one.node_id, one.owner, one.error) for one in events] == [
+        ("a", "begun", None, None, None, ""),
+        ("a", "ended", "succeeded", "n1", "local", ""),
+        ("b", "begun", None, None, None, ""),
+        ("b", "ended", "failed", "n1", "local", "agent_failed"),
+    ]
+    assert {one.parent_id for one in events} == {"p"}
+    assert {one.child_id for one in events} == {child_id("p", "a"), child_id("p", "b")}
+    assert [one.description for one in events] == ["do a", "do a", "do b", "do b"]
+    assert [one.at for one in events] == sorted(one.at for one in events)
+    assert len(stage.all("subtask")) == len(events)
+    assert (await begun(stage, "a")).submitter == "acme"
+
+
+async def test_events_are_repeated_with_what_they_are_about_and_not_for_strangers(stage: Stage) -> None:
+    await stage.phase("scale")
+    await divided(stage, (("a",), ("b",)))
+    record = await ended(stage, "a")
+    await tell(stage, record)
+    stranger = replace(record.envelope, ad=replace(record.envelope.ad, task_id="x"))
+    await end(stage, replace(stranger, result=None))
+    await dealt_with(stage)
+    assert sorted((one.subtask, one.state) for one in stage.all("subtask")) == [
+        ("a", "begun"),
+        ("a", "ended"),
+        ("a", "ended"),
+        ("b", "begun"),
+    ]
+
+
 # -- twice, late, never
 
 

@@ -21,6 +21,7 @@ from loom.runner.cluster import PhaseService, build
 from loom.schemas.auction import Bid, CallForBids, HostAnnouncement, Offer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Claim, Envelope, Phase, Spec, TaskRecord
+from loom.schemas.events import SubtaskEvent
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.llm import LLMProvider
 from loom.schemas.notices import ParentEnded, SubtaskEnded, read_scale_message
@@ -42,6 +43,7 @@ BODIES: dict[str, Any] = {
     "result": TaskResult,
     "reward": Reward,
     "lifecycle": Lifecycle,
+    "subtask": SubtaskEvent,
 }
 
 
