@@ -63,9 +63,7 @@ async def test_events_that_were_lost_are_made_up_for_when_the_task_has_ended(cli
     ended = told(await heard(client, task("one", "two"), deaf_after=1))
 
     assert ended == [
-        (name, *of)
-        for name in ("one", "two")
-        for of in (("begun", None, None, ""), ("ended", "succeeded", "ann", ""))
+        (name, *of) for name in ("one", "two") for of in (("begun", None, None, ""), ("ended", "succeeded", "ann", ""))
     ]
 
 
