@@ -6,7 +6,7 @@ from typing import Any
 
 from loom.bus.tap import Seen
 from loom.runner.cli.render import short
-from loom.schemas.auction import HostAnnouncement
+from loom.schemas.auction import CallForBids, HostAnnouncement
 from loom.schemas.envelope import Envelope
 from loom.schemas.events import SubtaskEvent
 from loom.schemas.learning import Lifecycle, NodeProfile
@@ -103,6 +103,8 @@ def tasks_of(seen: Seen) -> tuple[str, ...]:
         return message.task_ids
     if isinstance(message, SubtaskEvent):
         return message.parent_id, message.child_id
+    if isinstance(message, CallForBids):
+        return tuple(lot.task_id for lot in message.lots)
     task_id = seen.tokens.get("task_id") or getattr(message, "task_id", None)
     return (task_id,) if task_id else ()
 
@@ -112,8 +114,8 @@ def nodes_of(seen: Seen) -> set[str]:
     match seen.message:
         case Envelope(award=award) | PlanTimeout(envelope=Envelope(award=award)):
             return {award.node_id} if award else set()
-        case HostAnnouncement(nodes=nodes):
-            return set(nodes)
+        case HostAnnouncement() as host:
+            return set(host.node_ids)
         case message:
             node_id = seen.tokens.get("node_id") or getattr(message, "node_id", None)
             return {node_id} if node_id else set()
