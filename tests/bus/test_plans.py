@@ -675,7 +675,32 @@ async def test_a_model_that_takes_longer_than_the_task_has_is_not_waited_for(sta
 async def test_where_there_is_no_model_a_hard_task_runs_whole_and_says_so(stage: Stage) -> None:
     await stage.phase("scale")
     await stage.put("scale", _hard(await awarded_task(stage)))
-    assert (await stage.seen("task", phase="execute")).spec.note == "not divided: no model is there to plan"
+    spec = (await stage.seen("task", phase="execute")).spec
+    assert (spec.note, spec.whole) == ("not divided: no model is there to plan", True)
+
+
+async def test_a_decision_not_to_divide_is_stored_and_holds_for_every_copy(stage: Stage) -> None:
+    """A replica that has a model decides for a copy as the one did that had none; a later attempt costs no look."""
+    scale = await stage.phase("scale")
+    env = _hard(await awarded_task(stage))
+    await stage.put("scale", env)
+    passed = await stage.seen("task", phase="execute")
+    assert (await stored(stage)).subtasks == ()  # type: ignore[union-attr]
+    await scale.close()
+    model = Scripted(GOOD)
+    await stage.phase("scale", llm=model)
+    await stage.put("scale", env)
+    assert (await stage.seen("task", phase="execute", count=2)).spec == passed.spec
+    reads = await reads_of(stage, "plans")
+    await stage.put("scale", replace(passed, attempt=2))
+    assert (await stage.seen("task", phase="execute", count=3)).spec == passed.spec
+    assert (model.asked, reads) == ([], [])
+
+
+async def test_the_settings_of_scale_do_not_decide_whether_a_task_is_divided(stage: Stage) -> None:
+    await stage.phase("scale", ClusterConfig(mitosis_threshold=1.0, max_depth=0), llm=Scripted(GOOD))
+    await stage.put("scale", _hard(await awarded_task(stage)))
+    assert (await begun(stage, "a")).ad.description == "do a"
 
 
 async def test_a_task_may_ask_to_be_divided_however_easy_it_is(stage: Stage) -> None:

@@ -329,6 +329,25 @@ async def test_a_subtask_is_admitted_like_a_task(stage: Stage) -> None:
     assert (await stage.read("child")).state == "running"
 
 
+async def test_whether_a_task_is_to_be_divided_is_decided_by_sense_and_its_settings(stage: Stage) -> None:
+    await stage.phase("sense", ClusterConfig(mitosis_threshold=0.4, max_depth=3))
+    for count, (complexity, divide) in enumerate([(0.4, False), (0.5, True)], 1):
+        await submit(stage, ad(estimated_complexity=complexity))
+        spec = (await stage.seen("task", phase="match", count=count)).spec
+        assert (spec.divide, spec.deepest, spec.whole) == (divide, 3, False)
+
+
+async def test_a_subtask_too_deep_to_be_divided_says_so(stage: Stage) -> None:
+    await stage.phase("sense", ClusterConfig(max_depth=1))
+    parent = await stage.record(envelope(ad(task_id="parent"), now=stage.bus.now()))
+    split = Split(parent="parent", depth=1, deadline=parent.envelope.deadline)
+    task = ad(task_id="child", context={"plan": True})
+    await stage.put("sense", envelope(task, now=stage.bus.now(), spec=None, split=split))
+    spec = (await stage.seen("task", phase="match")).spec
+    assert (spec.divide, spec.deepest) == (True, 1)
+    assert spec.note == "not divided: at most 1 divisions deep are allowed"
+
+
 async def test_a_subtask_of_an_ended_parent_ends_at_once(stage: Stage) -> None:
     await stage.phase("sense")
     await subtask(stage, parent_ended=True)
