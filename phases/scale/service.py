@@ -7,7 +7,7 @@ Publishes  task.sense        the first envelope of each subtask, once all it dep
            cancel.<child>    that a subtask is to stop, once its parent has ended
            subtask.<submitter>.<parent>   that a subtask has begun or ended
            spawn             a request for one more node, to hosts that can start some
-State      plans: one per divided task, changed by compare-and-set; whoever changes one publishes what follows. A plan
+State      plans: one per divided task, changed by compare-and-set, then what follows is published. A plan
            answers for the newest attempt that has asked for it
 Gives up   deadline_exceeded, invalid_plan, subtask_failed, budget_exceeded
 """

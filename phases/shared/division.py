@@ -15,7 +15,7 @@ PLAN = "plan"
 """Key of the ad's context under which a client may give the plan itself, or `true` to have one made."""
 
 Reason: TypeAlias = Literal["no_bids", "divide", "saturated"]
-"""What SCALE is to do: ask for a node where nobody bids, divide the task, ask for a node beside one that is full."""
+"""What SCALE is to do: ask for a node where no node bids, divide the task, ask for a node beside one that is full."""
 
 
 def wants_scale(envelope: Envelope) -> Reason | None:

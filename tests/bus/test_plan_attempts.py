@@ -251,7 +251,7 @@ async def test_a_timer_set_for_an_older_attempt_ends_the_newest(stage: Stage) ->
     assert (late.attempt, late.error.code) == (5, "deadline_exceeded")
 
 
-async def test_a_notice_told_again_after_the_join_comes_with_the_newest_attempt(stage: Stage) -> None:
+async def test_a_notice_repeated_after_the_join_comes_with_the_newest_attempt(stage: Stage) -> None:
     plan = await divided(stage, "joining")
     await stage.phase("scale")
     await stage.put("scale", copy_of(plan, PARKED + 1))

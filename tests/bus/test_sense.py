@@ -337,7 +337,7 @@ async def test_whether_a_task_is_to_be_divided_is_decided_by_sense_and_its_setti
         assert (spec.divide, spec.deepest, spec.whole) == (divide, 3, False)
 
 
-async def test_a_subtask_too_deep_to_be_divided_says_so(stage: Stage) -> None:
+async def test_a_subtask_too_deep_to_be_divided_has_a_note_of_it(stage: Stage) -> None:
     await stage.phase("sense", ClusterConfig(max_depth=1))
     parent = await stage.record(envelope(ad(task_id="parent"), now=stage.bus.now()))
     split = Split(parent="parent", depth=1, deadline=parent.envelope.deadline)

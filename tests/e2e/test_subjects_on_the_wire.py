@@ -136,8 +136,8 @@ async def _submit_and_look(wire: Wire) -> None:
     results = {msg.subject for msg in wire.seen["result.<submitter>.<task_id>"]}
     assert {f"{wire.namespace}.result.{task}" for task in ("public.whole", "acme.named", "public.divided")} <= results
     events = [json.loads(msg.data) for msg in wire.seen["subtask.<submitter>.<parent_id>"]]
-    told = [(event["subtask"], event["state"], event.get("child_state")) for event in events]
-    assert told == [(name, *of) for name in "ab" for of in (("begun", None), ("ended", "succeeded"))]
+    reported = [(event["subtask"], event["state"], event.get("child_state")) for event in events]
+    assert reported == [(name, *of) for name in "ab" for of in (("begun", None), ("ended", "succeeded"))]
 
 
 async def _grow_and_cancel(wire: Wire, work: Work) -> None:

@@ -45,13 +45,13 @@ async def heard(bus: Bus, ad: TaskAd, *, deaf_after: int = 1000) -> list[Delta |
     return news
 
 
-def told(news: list[Delta | SubtaskEvent]) -> list[tuple[str, str, str | None, str | None, str]]:
+def reported(news: list[Delta | SubtaskEvent]) -> list[tuple[str, str, str | None, str | None, str]]:
     events = [one for one in news if isinstance(one, SubtaskEvent)]
     return [(one.subtask, one.state, one.child_state, one.node_id, one.error) for one in events]
 
 
 async def test_a_subtask_that_fails_has_the_code_of_its_error(client: Bus, hosted: None) -> None:
-    assert told(await heard(client, task("look", "break", "rest"))) == [
+    assert reported(await heard(client, task("look", "break", "rest"))) == [
         ("look", "begun", None, None, ""),
         ("look", "ended", "succeeded", "ann", ""),
         ("break", "begun", None, None, ""),
@@ -60,7 +60,7 @@ async def test_a_subtask_that_fails_has_the_code_of_its_error(client: Bus, hoste
 
 
 async def test_events_that_were_lost_are_made_up_for_when_the_task_has_ended(client: Bus, hosted: None) -> None:
-    ended = told(await heard(client, task("one", "two"), deaf_after=1))
+    ended = reported(await heard(client, task("one", "two"), deaf_after=1))
 
     assert ended == [
         (name, *of) for name in ("one", "two") for of in (("begun", None, None, ""), ("ended", "succeeded", "ann", ""))
@@ -84,4 +84,4 @@ async def test_a_whole_task_has_only_its_own_progress(client: Bus, hosted: None)
     news = await heard(client, TaskAd(domain="code", description="x"))
 
     assert news
-    assert told(news) == []
+    assert reported(news) == []
