@@ -145,8 +145,9 @@ class Bus(Connection):
         await super().connect()
         await self._nc.listen(f"{self._inbox}.*", self._on_reply)
         self.spawn(self._watch_unconfirmed(), name="watch unconfirmed", essential=True)
-        await self.sync_clock()
-        self.spawn(self._clock_sync.keep(), name="clock", essential=True)
+        if not self.by_name:  # a submitter's permissions are for its own tasks alone
+            await self.sync_clock()
+            self.spawn(self._clock_sync.keep(), name="clock", essential=True)
         return self
 
     async def sync_clock(self) -> bool:

@@ -203,7 +203,14 @@ def child_of(plan: SplitPlan, part: Subtask, outputs: Mapping[str, str], now: fl
         deadline=parent.deadline,
         inputs=fitting({**given, **{name: outputs.get(name, "") for name in part.dependencies}}),
     )
-    return Envelope(ad=ad, split=split, deadline=parent.deadline, budget=part.grant, trace=parent.trace)
+    return Envelope(
+        ad=ad,
+        submitter=parent.submitter,
+        split=split,
+        deadline=parent.deadline,
+        budget=part.grant,
+        trace=parent.trace,
+    )
 
 
 def joined(plan: SplitPlan, outputs: Mapping[str, str]) -> Envelope:
