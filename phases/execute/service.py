@@ -102,7 +102,7 @@ class Execute:
             log.info("run_dropped", reason=claimed.reason, attempt=envelope.attempt)
             await call_off(self._bus, envelope.task_id, claimed.delegated)
             return Done()
-        envelope = replace(envelope, known=claimed.record_version)
+        envelope = replace(envelope, record_version=claimed.record_version)
         if stop.cancelled():
             return await self._report(CANCELLED, envelope, delivery)
         request = request_for(envelope, award, self._bus.now())

@@ -14,6 +14,7 @@ import pytest
 
 from loom.runner.settings import InvalidSetting, Settings, from_environment, misspelt
 from loom.schemas.config import ClusterConfig
+from loom.schemas.identity import RESERVED, Identity
 from loom.schemas.wire import MAX_SECONDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
