@@ -238,6 +238,7 @@ async def test_one_replica_writes_and_the_other_stands_by(stage: Stage, replicas
         await publish(stage, reward(n))
         await learned(stage, n + 1)
     assert await writes(stage) - before == 15
+    await stage.seen("lifecycle", kind="learned", count=16)  # a profile is stored before its message is published
     assert len(stage.all("lifecycle", kind="learned")) == 16
     assert len(replicas) == 2
 
