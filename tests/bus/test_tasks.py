@@ -85,7 +85,7 @@ def _ended(**fields: Any) -> TaskRecord:
 
 
 async def say(bus: Bus, family: str, message: Any) -> None:
-    await bus.publish(bus.subjects.of(family, "t1"), message)
+    await bus.publish(bus.subjects.of(family, "public", "t1"), message)
 
 
 def _delta(n: int, attempt: int = 1) -> Delta:
