@@ -235,36 +235,6 @@ async def test_a_runtime_in_an_account_needs_no_name_and_no_more_permissions_tha
     assert not refused
 
 
-async def test_a_named_runtime_in_the_clusters_own_account_needs_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    names = ("submit", "status.*", "cancel.*")
-    publish = json.dumps([*(f"loom.from.ann.{name}" for name in names), "loom.intake.ann.*.*"])
-    subscribe = json.dumps(["_INBOX.>", "loom.result.ann.*", "loom.delta.ann.*", "loom.subtask.ann.*"])
-    permissions = f"{{ publish: {{ allow: {publish} }}, subscribe: {{ allow: {subscribe} }} }}"
-    conf = f"""
-jetstream {{ store_dir: "{tmp_path}/js" }}
-authorization {{ users: [
-  {{ user: loom, password: {PASSWORD} }}
-  {{ user: ann, password: {PASSWORD}, permissions: {permissions} }}
-] }}
-"""
-    async with configured_server(tmp_path, conf) as address:
-        url = url_of("loom", address)
-        async with cluster(url):
-            monkeypatch.setenv("NATS_URL", url_of("ann", address))
-            monkeypatch.setenv("LOOM_SUBMITTER", "ann")
-            async with Runtime() as rt:
-                assert await rt.submit({"domain": "code", "description": "sort"}) == "done: sort"
-                handle = await rt.publish({"domain": "code", "description": "count"})
-                texts = [delta.event.text async for delta in handle.events() if isinstance(delta.event, TextDelta)]
-                assert "".join(texts) == "done: count"
-                record = await handle.record()
-                assert record is not None
-                assert record.envelope.submitter == "ann"
-    assert not [record for record in caplog.records if "ermissions" in record.getMessage()]
-
-
 # -- the example clients
 
 

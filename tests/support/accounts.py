@@ -66,3 +66,18 @@ accounts {{
 def check_command(conf: str) -> tuple[str, ...]:
     """Return the command by which a server only tests a configuration file."""
     return (find_server()[0], "-t", "-c", conf)
+
+
+def permitted(store: str, submitter: str) -> str:
+    """Return a configuration without accounts: user `loom` may do all, a user of the submitter's name its own alone."""
+    names = ("submit", "status.*", "cancel.*")
+    publish = ", ".join(f'"loom.from.{submitter}.{name}"' for name in names) + f', "loom.intake.{submitter}.*.*"'
+    families = ", ".join(f'"loom.{family}.{submitter}.*"' for family in ("result", "delta", "subtask"))
+    permissions = f'{{ publish: {{ allow: [{publish}] }}, subscribe: {{ allow: ["_INBOX.>", {families}] }} }}'
+    return f"""
+jetstream {{ store_dir: "{store}" }}
+authorization {{ users: [
+  {{ user: loom, password: {PASSWORD} }}
+  {{ user: "{submitter}", password: {PASSWORD}, permissions: {permissions} }}
+] }}
+"""
