@@ -7,7 +7,7 @@ from typing import TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from loom.bus.answers import may_answer
+from loom.bus.answers import allowed_reply
 from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
 from loom.bus.duplicates import store_once
@@ -134,11 +134,13 @@ async def _admit_dead(bus: Bus, task_id: str, submission: Submission | None, sub
     if submission is None or submission.ad.task_id != task_id:
         return _unknown(bus, task_id, "(unreadable submission)", submitter)
     envelope = Envelope(ad=submission.ad, submitter=submitter, deadline=bus.now())
+    subject = bus.subjects.intake(submitter, envelope.priority, task_id)
+    reply = allowed_reply(bus, submission.reply_to, plain=submitter == PUBLIC, subject=subject)
     record = TaskRecord(
         task_id=task_id,
         state="running",
         submission=submission.submission,
-        reply_to=(submission.reply_to,) if may_answer(submission.reply_to, plain=submitter == PUBLIC) else (),
+        reply_to=(reply,) if reply else (),
         envelope=envelope,
         admitted_at=bus.now(),
     )
