@@ -22,8 +22,9 @@ from loom import (
     RewardBus,
     Runtime,
     SkillNodeRegistry,
+    delegate,
 )
-from loom.bus.client import Bus
+from loom.bus.client import Bus, Msg
 from loom.bus.records import records
 from loom.cluster.planner import TaskPlanner
 from loom.runner.cluster import running_nodes, running_phases
@@ -34,6 +35,8 @@ from loom.schemas.envelope import PHASES, TaskRecord
 from loom.schemas.events import TextDelta
 from loom.schemas.llm import UserMessage
 from loom.schemas.run import RunRequest
+from loom.schemas.task import TaskResult
+from loom.schemas.wire import decode
 from loom.types import Done
 
 
@@ -121,6 +124,50 @@ async def record_exists(operator: Bus, task_id: str) -> bool:
 async def command_output(folder: Path, operator: Bus, *words: str) -> str:
     async with command(folder, *LOOM, *words, NATS_URL=operator.url, COLUMNS="200") as running:
         return (await running.end()).out
+
+
+async def part_or_whole(job: RunRequest) -> str:
+    """An agent that delegates where the description asks for it."""
+    if "delegate" in job.description:
+        return f"with a {await delegate('sort', domain='code')}"
+    return f"done: {job.description}"
+
+
+async def test_all_parts_of_a_task_are_of_its_submitter_and_have_its_labels(
+    on_bus: tuple[str, str], phases: Bus, client: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results: dict[str, TaskResult] = {}
+    submitters: set[str] = set()
+
+    def hear(msg: Msg) -> None:
+        parsed = client.subjects.parse(msg.subject)
+        submitters.add(parsed.tokens["submitter"] if parsed else msg.subject)
+        if parsed is not None and parsed.family == "result":
+            results[parsed.tokens["task_id"]] = decode(msg.data, TaskResult)
+
+    for family in ("result", "delta"):
+        await client.listen(client.subjects.of(family, "*", "*"), hear)
+    await client.listen(client.subjects.intake("*", "*", "*"), hear)
+    await client.echo()
+    monkeypatch.setenv("LOOM_SUBMITTER", "ann")
+    plan = [{"id": "a", "description": "delegate"}, {"id": "b", "description": "count", "dependencies": ["a"]}]
+    async with Runtime() as rt:
+        rt.add_agent(part_or_whole, name="coder", capabilities={"code": 0.9})
+        task = {"domain": "code", "description": "all", "context": {"plan": plan}, "labels": {"tenant": "acme"}}
+        await rt.submit(task)
+    await until(lambda: len(results) == 4, what="the task, two subtasks and a delegated one")
+    assert submitters == {"ann"}
+    for task_id, result in results.items():
+        assert (result.state, result.labels) == ("succeeded", {"tenant": "acme"})
+        assert (await record_of(client, task_id)).envelope.submitter == "ann"
+        assert (await client_status(client, "ann", task_id))["state"] == "succeeded"
+        assert (await client_status(client, "bob", task_id))["code"] == "unknown_task"
+
+
+async def client_status(bus: Bus, submitter: str, task_id: str) -> dict[str, str]:
+    """Return the answer to a request for the status by name."""
+    answer: dict[str, str] = json.loads((await bus.request(bus.subjects.of("status", submitter, task_id))).data)
+    return answer
 
 
 # -- clients without nodes
