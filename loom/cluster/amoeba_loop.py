@@ -216,7 +216,7 @@ class _Learned:
     """Listens for ADAPT to say that a task has been learned from, and shows it in the cluster's own node.
 
     The node's host gets the same message over another connection, perhaps later. A session without nodes of its own
-    does not listen: the right to does not come with that to submit.
+    does not listen, as the permissions of a submitter need not allow it.
     """
 
     def __init__(self, session: Session, task_id: str, cluster: ClusterManager) -> None:

@@ -82,7 +82,7 @@ class Admission:
         return None
 
     async def _refuse(self, envelope: Envelope, reply: str, error: InvalidTask, record: TaskRecord) -> None:
-        """Report a taken id to the submitter of `envelope`, and to nobody else.
+        """Report a taken id to the submitter of `envelope` alone.
 
         A Runtime waits for `loom.result` and has no reply subject. Another submitter's is its own, and gets a failed
         result. The same submitter's is that of the known task too, and gets nothing but that task's own result, whose

@@ -1,4 +1,4 @@
-"""The front desk: submit, status and cancel, for whoever speaks NATS and JSON."""
+"""The request handlers for clients: submit, status and cancel, by the plain subjects and by a submitter's own."""
 
 import base64
 from typing import NamedTuple

@@ -127,7 +127,7 @@ async def test_a_bare_client_in_an_account_gets_late_answers_deltas_and_results(
     await operator.listen("loom.result.*.*", "loom.delta.*.*", "loom.intake.>")
     result = await ann.ask("loom.submit", {"task_id": "t1", "domain": "code", "description": "late"})
     assert (result["state"], result["content"]) == ("succeeded", "done: late")
-    await until(lambda: len([1 for subject, _ in ann.heard if ".result." in subject]) == 1, what="the result is heard")
+    await until(lambda: len([1 for subject, _ in ann.heard if ".result." in subject]) == 1, what="the result has come")
     texts = [body["event"].get("text", "") for subject, body in ann.heard if subject == "loom.delta.public.t1"]
     assert "".join(texts) == "done: late"
     assert ("loom.result.public.t1", result) in ann.heard
@@ -156,7 +156,7 @@ async def test_another_account_reaches_neither_a_task_nor_its_id(clients: Client
     body = {"ad": ad, "submission": "s1"}
     ack = await other.ask("loom.intake.public.normal.t1", body)  # straight into the intake, as a Runtime does
     assert ack["stream"] == "LOOM_INTAKE"
-    await until(lambda: bool(other.heard), what="the refusal is heard")
+    await until(lambda: bool(other.heard), what="the refusal has come")
     [(subject, result)] = other.heard
     assert (subject, result["state"], result["error"]["code"]) == ("loom.result.public.t1", "failed", "invalid_task")
     assert await running()
