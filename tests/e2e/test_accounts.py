@@ -18,7 +18,7 @@ from nats.aio.client import Client
 from support.accounts import PASSWORD, account, accounts, check_command
 from support.command import command
 from support.configured import configured_server
-from support.environments import OUTSIDE, own_folder
+from support.environments import OUTSIDE, locked, own_folder
 from support.nodes import node
 from support.wait import until
 
@@ -245,13 +245,14 @@ def javascript_client() -> Path:
     if npm is None or node_js is None:
         pytest.skip("node and npm are not on this machine")
     folder = own_folder() / "javascript"
-    folder.mkdir(exist_ok=True)
-    if not (folder / "node_modules" / "@nats-io" / "transport-node").exists():
-        words = (npm, "install", "--no-audit", "--no-fund", "--prefix", str(folder), "@nats-io/transport-node@3")
-        installed = subprocess.run(words, capture_output=True, check=False, text=True, env=OUTSIDE, timeout=300)
-        if installed.returncode != 0 and not os.environ.get("CI"):
-            pytest.skip(f"npm cannot install @nats-io/transport-node: {installed.stderr[-300:]}")
-        assert installed.returncode == 0, installed.stderr
+    with locked(folder.with_suffix(".lock")):
+        folder.mkdir(exist_ok=True)
+        if not (folder / "node_modules" / "@nats-io" / "transport-node").exists():
+            words = (npm, "install", "--no-audit", "--no-fund", "--prefix", str(folder), "@nats-io/transport-node@3")
+            installed = subprocess.run(words, capture_output=True, check=False, text=True, env=OUTSIDE, timeout=300)
+            if installed.returncode != 0 and not os.environ.get("CI"):
+                pytest.skip(f"npm cannot install @nats-io/transport-node: {installed.stderr[-300:]}")
+            assert installed.returncode == 0, installed.stderr
     shutil.copy(EXAMPLES / "client.mjs", folder / "client.mjs")
     return folder / "client.mjs"
 
