@@ -17,6 +17,7 @@ from loom.schemas.task import (
     TaskResult,
     TaskState,
     TaskUsage,
+    ad_digest,
     domain_token,
 )
 from loom.schemas.wire import (
@@ -365,6 +366,13 @@ class TaskRecord(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return self.state in ENDED
 
     @property
+    def ad_digest(self) -> str:
+        """Tells the ad from others under the same id; empty where the submission could not be read."""
+        error = self.envelope.error
+        unread = not self.submission or (error is not None and error.code == "dead_letter")
+        return "" if unread else ad_digest(self.envelope.ad)
+
+    @property
     def lasted_s(self) -> float:
         """Seconds from admission to the end, at most what a message carries; 0 while the task goes on."""
         return min(MAX_SECONDS, max(0.0, (self.ended_at or self.admitted_at) - self.admitted_at))
@@ -421,6 +429,7 @@ class TaskRecord(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True)
             duration_s=run.duration_s,
             warnings=env.warnings,
             labels=env.ad.labels,
+            ad_digest=self.ad_digest,
         )
 
 

@@ -1,7 +1,7 @@
 """Sense: find out how hard a task is, which domain it belongs to, and whether it is to be divided.
 
 Consumes   intake.<submitter>.<priority>.*   submissions, one lane per priority; task.sense.*.* for subtasks
-Answers    submit, status.*, cancel.*
+Answers    submit, status.*, cancel.*, and the same of one submitter below from.<submitter>
 Publishes  task.match            the admitted envelope with its spec
 State      task records: created here, and only here for tasks that are well; calibrations are read, never written
 Gives up   an ad that breaks a rule fails with invalid_task; a late one with deadline_exceeded

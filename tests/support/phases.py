@@ -225,7 +225,7 @@ class Stage:
         asked: list[Msg] = []
 
         async def count(msg: Msg) -> None:
-            if msg.reply.startswith("_INBOX_sense"):
+            if msg.reply.startswith("_LOOM.sense."):
                 asked.append(msg)
 
         info = await self.bus.subscribe(f"$JS.API.STREAM.INFO.{self.bus.subjects.stream('TASKS')}", count)
