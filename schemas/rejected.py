@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from loom.schemas.identity import LOCAL_OWNER
 from loom.schemas.wire import Name, Note, Text, Unit, Wire
 
 
@@ -18,6 +19,8 @@ class BestRejected(Wire, frozen=True, kw_only=True):
     """Why it was refused."""
     node_id: Name = ""
     """The node that gave it."""
+    owner: Name = LOCAL_OWNER
+    """Whose node it is."""
 
 
 def facts_of(best: BestRejected | None) -> dict[str, Any]:
