@@ -283,9 +283,7 @@ def _judged(record: TaskRecord) -> tuple[str, str | None, int]:
         return result.owner or LOCAL_OWNER, result.node_id, envelope.attempt
     by = (best.owner, best.node_id)
     refused = [
-        each.attempt
-        for each in envelope.failed_attempts
-        if (each.owner, each.node_id) == by and each.code == REJECTED
+        each.attempt for each in envelope.failed_attempts if (each.owner, each.node_id) == by and each.code == REJECTED
     ]
     return *by, refused[-1] if refused else envelope.attempt
 

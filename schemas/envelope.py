@@ -401,7 +401,8 @@ class TaskRecord(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True)
         if not self.rejected:
             return replace(own, best_rejected=best.to_rejected())
         last = "" if own.code == REJECTED else f"; the last attempt ended with {own.code}: {own.message}"
-        message = cut_note(f"{best.reason or 'refused'} (the best refused answer, of {qualified(best.owner, best.node_id)}){last}")
+        node = qualified(best.owner, best.node_id)
+        message = cut_note(f"{best.reason or 'refused'} (the best refused answer, of {node}){last}")
         return TaskError(code=REJECTED, message=message, node_id=best.node_id, best_rejected=best.to_rejected())
 
     @property

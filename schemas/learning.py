@@ -34,7 +34,7 @@ class Score(Struct, frozen=True, kw_only=True, array_like=True, omit_defaults=Tr
     """
 
     attempt_id: Name
-    """`task:attempt`; `inherit:` and the name of another node: what that node has handed on, and no task of this one."""
+    """`task:attempt`; `inherit:` and the name of another node: what that node has handed on."""
     score: Unit
     """The weighted mean of what its judges said last."""
     ended_at: Timestamp

@@ -26,9 +26,9 @@ from loom.bus.health import Health
 from loom.bus.kv import Bucket
 from loom.bus.log import get_logger
 from loom.bus.ordered import OrderedReader, Stored
+from loom.bus.stored_rewards import reward_in
 from loom.bus.topology import stream_state
 from loom.phases.adapt.calibrating import Calibrating
-from loom.bus.stored_rewards import reward_in
 from loom.phases.adapt.fold import change_in, fold, forgets, is_dated_ahead, summary
 from loom.phases.adapt.judges import weights_of
 from loom.phases.adapt.rebuild import read_profiles, rebuild
