@@ -70,7 +70,7 @@ class Child:
     def to_bid(self, *, domain: str, required_tools: Collection[str] = ()) -> Bid:
         """Return its offer: its template's, with a claim of its own."""
         offer = self._template.to_bid(domain=domain, required_tools=required_tools)
-        return replace(offer, node_id=self.id, claim=self.claim(domain), load=self.load)
+        return replace(offer, node_id=self.id, self_rating=self.claim(domain), load=self.load)
 
     def claim(self, domain: str) -> float:
         """Return what it claims: 0.5 in the domain it was wanted for, else no more than that, nor than its template."""
@@ -79,6 +79,10 @@ class Child:
     def named_domains(self) -> Collection[str]:
         """Return its template's domains and the one it was wanted for."""
         return (*self._template.named_domains(), self._wanted)
+
+    def tool_names(self) -> Collection[str]:
+        """Return the tools it has: its template's."""
+        return self._template.tool_names()
 
     def has_tools(self, required: Collection[str]) -> bool:
         """Return whether it has all of these tools: its template's."""

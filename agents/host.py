@@ -1,7 +1,7 @@
 """The node host: answers calls for bids, runs what its nodes win, and says that it is alive.
 
-Hears      auction.*, run.<host>, cancel.*, hosts, lifecycle.learned.*
-Says       offers, run events, host.<host> every 3 s, lifecycle.joined and lifecycle.left
+Hears      auction.*, call.<host>, run.<host>, cancel.*, hosts, lifecycle.learned.*
+Says       offer.<host>.…, run events, host.<host> every 3 s, lifecycle.joined and lifecycle.left
 """
 
 import asyncio
@@ -10,17 +10,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import copy_context
 from functools import partial
+from itertools import count
 from typing import Any
 
 from msgspec.structs import replace
 
 from loom.agents import endings
 from loom.agents.abandonable import Abandonable
-from loom.agents.announcement import facts_of
+from loom.agents.announce_pace import AnnouncePace
+from loom.agents.announcement import facts_of, fitted
 from loom.agents.bidding import make_offer
 from loom.agents.child import Child
 from loom.agents.delegate import Delegator
-from loom.agents.domain_hints import DomainHints
 from loom.agents.hosted import HostedAgents
 from loom.agents.node import Node, NodeIndex, Room
 from loom.agents.port import collect, failed, raised
@@ -46,6 +47,8 @@ SLOTS = 4
 BACKLOG = 16
 CLEAN_UP_S = 1.0
 """For runs a drain has cancelled, before they are abandoned."""
+DRAINS = 3
+"""How often a host announces that it drains: such a message may be lost, and runs would go on coming."""
 GIVE_UP_S = 30.0
 """After so long a run that ignores its cancel loses its slot."""
 LEFT = 256
@@ -80,7 +83,6 @@ class NodeHost:
         """Runs that were cancelled and still work -> when, on the monotonic clock."""
         self._stuck: set[Run] = set()
         """Runs that still work although they were given up."""
-        self._hints = DomainHints()
         self._finished = Finished()
         self._cancelled = Cancelled()
         self._known: frozenset[str] = frozenset()
@@ -90,6 +92,8 @@ class NodeHost:
         self._agents = HostedAgents(self._context)
         self._announced: HostAnnouncement | None = None
         """What was published last."""
+        self._seq = count(1)
+        self._pace = AnnouncePace(self._announce_now)
         self._watchdog: Watchdog | None = None
         self._draining = False
         self._subscriptions: list[Subscription] = []
@@ -103,13 +107,14 @@ class NodeHost:
             (subjects.of("cancel", "*"), self._on_cancel),
             (subjects.of("lifecycle", ADAPT, "learned", owner, "*"), self._on_learned),
             (subjects.of("auction", "*"), self._on_call),
+            (subjects.of("call", owner, self.host_id), self._on_call),
+            (subjects.hosts, lambda _msg: self._pace.request()),
         ):
             self._subscriptions.append(await self.bus.listen(subject, take))
-        self._subscriptions.append(await self.bus.subscribe(subjects.hosts, self._on_hosts))
         await self.announce()
         await self.bus.echo()
         self._watchdog = Watchdog(
-            self.bus, self._in_hand, lambda: self._announced, beat_s=HEARTBEAT_S, announce_s=ANNOUNCE_S
+            self.bus, self._in_hand, self._subject, self._repeated, beat_s=HEARTBEAT_S, announce_s=ANNOUNCE_S
         )
         self._watchdog.start()
         self._tickers = [
@@ -125,12 +130,14 @@ class NodeHost:
         if self._draining or not self._subscriptions:
             return
         self._draining = True
-        await attempt(self.announce)
+        for _ in range(DRAINS):
+            await attempt(self.announce)
         self._stop([run for run in self._in_hand() if run.work is None], endings.STOPPING)
         try:
             await self._ended(timeout_s)
         finally:
             self._stop(self._in_hand(), endings.STOPPING)
+        self._pace.stop()
         for ticker in self._tickers:
             ticker.cancel()
         for subscription in self._subscriptions:
@@ -182,25 +189,37 @@ class NodeHost:
         return node is not None and node.agent is not None
 
     async def announce(self) -> None:
-        """Say who is here, and tell of nodes that have come or gone."""
+        """Publish which nodes there are, and a lifecycle message for each that has come or gone."""
         here = [node for node in self._nodes() if node.agent is not None]
         nodes = frozenset(node.id for node in here)
         self._left.extend(self._known - nodes)
         announcement = HostAnnouncement(
-            host_id=self.host_id,
+            seq=next(self._seq),
             draining=self._draining,
             can_spawn=self.can_spawn,
             stuck=len(self._stuck),
             **facts_of(here, self._rooms, self._slots),
         )
-        self._announced = announcement
-        await self.bus.publish(self.bus.subjects.of("host", self.bus.identity.owner, self.host_id), announcement)
+        self._announced = fitted(announcement)
+        await self.bus.publish(self._subject, self._announced)
         for node_id in nodes - self._known:
             await self._tell("joined", node_id)
         for node_id in self._known - nodes:
             await self._tell("left", node_id)
             self._fill(node_id)
         self._known = nodes
+
+    @property
+    def _subject(self) -> str:
+        """The subject of the host's announcements."""
+        return self.bus.subjects.of("host", self.bus.identity.owner, self.host_id)
+
+    def _repeated(self) -> HostAnnouncement | None:
+        """Return the last announcement under a number of its own; from the watchdog's thread."""
+        return None if self._announced is None else replace(self._announced, seq=next(self._seq))
+
+    def _announce_now(self) -> None:
+        self.bus.spawn(attempt(self.announce), name="announce on request")
 
     async def _tell(self, kind: LifecycleKind, node_id: str) -> None:
         owner = self.bus.identity.owner
@@ -224,16 +243,16 @@ class NodeHost:
             offer = self.offer(call)
         except BaseException as error:  # noqa: BLE001 - a node may be a user's class: its fault is not the host's end
             log.error("node_raised", domain_token=call.domain_token, **described(error))
-            offer = Offer(host_id=self.host_id, decline="unqualified")
-        self.bus.send(msg.reply, offer)
+            offer = Offer(decline="unqualified")
+        answer_to = call.answer_to.split(".")
+        self.bus.send(self.bus.subjects.of("offer", self.bus.identity.owner, self.host_id, *answer_to), offer)
 
     def offer(self, call: CallForBids) -> Offer:
         """Return this host's answer to a call: bids, or why there are none."""
         if self._draining:
-            return Offer(host_id=self.host_id, decline="draining")
-        nodes = self._nodes()
-        offer = make_offer(self.host_id, call, nodes, lambda node_id: self._rooms.get(node_id, self._vacant))
-        return self._hints.completed(offer, call, nodes)
+            return Offer(decline="draining")
+        owner = self.bus.identity.owner
+        return make_offer(call, self._nodes(), lambda node_id: self._rooms.get(node_id, self._vacant), owner)
 
     # -- running
 
@@ -370,9 +389,6 @@ class NodeHost:
         task_id = msg.subject.rsplit(".", 1)[1]
         self._cancelled.add(task_id, time.monotonic())
         self._stop(list(self._runs.get(task_id, {}).values()), endings.CANCELLED)
-
-    async def _on_hosts(self, _msg: Msg) -> None:
-        await self.announce()
 
     def _on_learned(self, msg: Msg) -> None:
         node = self._node(msg.subject.rsplit(".", 1)[1])

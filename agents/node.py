@@ -41,6 +41,10 @@ class Node(Protocol):
         """Return the domains, in any wording, that it rates itself above 0 in or is limited to."""
         ...
 
+    def tool_names(self) -> Collection[str]:
+        """Return the names of the tools it has."""
+        ...
+
     def has_tools(self, required: Collection[str]) -> bool:
         """Return whether it has all of these tools: without them it does not bid."""
         ...

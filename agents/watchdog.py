@@ -41,7 +41,8 @@ class Watchdog:
     Args:
         bus: The host's connection; another one to the same server is opened when it is needed.
         runs: Returns the runs in hand; called from the thread.
-        announcement: Returns what the host published last of itself; called from the thread.
+        subject: That of the host's announcements.
+        announcement: Returns the host's last announcement, to be published again; called from the thread.
         beat_s: Seconds between heartbeats.
         announce_s: Seconds between announcements.
     """
@@ -50,6 +51,7 @@ class Watchdog:
         self,
         bus: Bus,
         runs: Callable[[], list[Run]],
+        subject: str,
         announcement: Callable[[], HostAnnouncement | None],
         *,
         beat_s: float,
@@ -57,7 +59,7 @@ class Watchdog:
     ) -> None:
         self._bus = bus
         self._runs = runs
-        self._announcement = announcement
+        self._subject, self._announcement = subject, announcement
         self._beat_s, self._announce_s = beat_s, announce_s
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
@@ -144,7 +146,7 @@ class Watchdog:
         if announcement is not None:
             with suppress(LoomError):  # at most once, as every announcement
                 message = replace(announcement, draining=announcement.draining or draining)
-                bus.send(bus.subjects.of("host", bus.identity.owner, announcement.host_id), message)
+                bus.send(self._subject, message)
 
     def _warn(self, blocked_s: float) -> None:
         frame = sys._current_frames().get(self._loop_thread)  # noqa: SLF001 - Python's only way to it

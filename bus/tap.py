@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.subjects import FAMILIES
-from loom.schemas.auction import CallForBids, HostAnnouncement, RetireRequest, SpawnRequest
+from loom.schemas.auction import CallForBids, HostAnnouncement, Offer, RetireRequest, SpawnRequest
 from loom.schemas.envelope import Envelope
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.notices import read_scale_message
@@ -37,6 +37,8 @@ SHAPES: dict[str, type[Any]] = {
     "task": Envelope,
     "later": Envelope,
     "auction": CallForBids,
+    "call": CallForBids,
+    "offer": Offer,
     "run": RunRequest,
     "host": HostAnnouncement,
     "spawn": SpawnRequest,

@@ -247,7 +247,7 @@ class AgentNode:
 
     def to_bid(self, *, domain: str, required_tools: Collection[str] = ()) -> auction.Bid:
         """Return what this node offers on the wire for a task of `domain` (its wording or its domain_token)."""
-        own = self._tools()
+        own = self.tool_names()
         return auction.Bid(
             node_id=self.id,
             self_rating=self.claim(domain),
@@ -255,12 +255,13 @@ class AgentNode:
             tools=tuple(tool for tool in dict.fromkeys(required_tools) if tool in own),
         )
 
-    def _tools(self) -> set[str]:
+    def tool_names(self) -> set[str]:
+        """Return the names of the tools it has, itself or by its agent."""
         return {*self.capabilities.tools, *getattr(self.agent, "tools", ())}
 
     def has_tools(self, required: Collection[str]) -> bool:
         """Return whether it has all of these tools, itself or by its agent."""
-        return not required or self._tools().issuperset(required)
+        return not required or self.tool_names().issuperset(required)
 
     def claim(self, domain: str) -> float:
         """Return its own rating in a domain (as worded, or its token), in [0, 1]; 0: it does not take the domain.

@@ -47,11 +47,17 @@ class PhaseService(Protocol):
         ...
 
 
-def build(phase: Phase, bus: Bus, config: ClusterConfig, llm: LLMProvider | None = None) -> PhaseService:
-    """Return one phase's service, not yet started."""
+def build(
+    phase: Phase, bus: Bus, config: ClusterConfig, llm: LLMProvider | None = None, *, hosts_here: bool = False
+) -> PhaseService:
+    """Return one phase's service, not yet started.
+
+    Args:
+        hosts_here: Whether all node hosts are in this process and start later: MATCH does not wait for others.
+    """
     builders: dict[Phase, Callable[[], PhaseService]] = {
         "sense": lambda: Sense(bus, config, llm),
-        "match": lambda: Match(bus, config),
+        "match": lambda: Match(bus, config, hosts_here=hosts_here),
         "scale": lambda: Scale(bus, config, llm),
         "execute": lambda: Execute(bus, config),
         "evaluate": lambda: Evaluate(bus, config, llm),
@@ -66,6 +72,8 @@ class PhaseGroup:
     Args:
         init: Also create the streams, buckets and consumers, as `loom init` does; else a start needs the streams, and
             creates only the consumers of its own phases. What gets lost later is created again either way.
+        hosts_here: Whether all node hosts are in this process and start after the phases: else MATCH takes its first
+            task half a second after it has asked the hosts to announce themselves.
     """
 
     def __init__(
@@ -76,9 +84,11 @@ class PhaseGroup:
         llm: AnyProvider | None = None,
         *,
         init: bool = True,
+        hosts_here: bool = False,
     ) -> None:
         self._bus = bus
         self._init = init
+        self._hosts_here = hosts_here
         self._config = config or ClusterConfig()
         self._llm = GuardedProvider(llm) if llm is not None else None
         self._names = tuple(names)
@@ -107,7 +117,7 @@ class PhaseGroup:
             await self._lay_out()
             self._bus.missing.clear()  # just created
             for name in self._names:
-                service = build(name, self._bus, self._config, self._llm)
+                service = build(name, self._bus, self._config, self._llm, hosts_here=self._hosts_here)
                 self._started.append(service)
                 self._presence.health[name] = service.health
                 await service.start()

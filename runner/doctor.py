@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from loom.bus import topology
-from loom.bus.announcements import announced_hosts
+from loom.bus.announcements import AnnouncedHost, announced_hosts
 from loom.bus.client import Bus, Refused
 from loom.bus.orphans import find as find_orphans
 from loom.bus.presence import ANSWER_S, Clocks, Present, clocks, own_version, shared_settings, who_is_there
@@ -17,7 +17,6 @@ from loom.runner.findings import fail as _fail
 from loom.runner.findings import ok as _ok
 from loom.runner.findings import warn as _warn
 from loom.runner.working import working
-from loom.schemas.auction import HostAnnouncement
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
 from loom.schemas.errors import BusUnavailable, Overloaded
@@ -205,9 +204,9 @@ def phases(there: list[Present]) -> Iterator[Finding]:
             yield _warn(f"phase {name}", f"versions {said} answer, this is {own_version()}", "upgrade all alike")
 
 
-def node_hosts(hosts: list[HostAnnouncement]) -> Finding:
+def node_hosts(hosts: list[AnnouncedHost]) -> Finding:
     """Judge whether anybody is there to bid."""
-    nodes = {node for host in hosts for node in host.nodes}
+    nodes = {(host.owner, node) for host in hosts for node in host.node_ids}
     if not nodes:
         return _warn("hosts", "no node is there to bid", 'add some: "loom node FILE.py"')
     taken, slots = sum(host.running for host in hosts), sum(host.slots for host in hosts)

@@ -5,12 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from loom.bus.announcements import announced_hosts
+from loom.bus.announcements import AnnouncedHost, announced_hosts
 from loom.bus.client import Bus
 from loom.bus.history import recent_records
 from loom.phases.adapt.apoptosis import newest_own
 from loom.phases.adapt.rebuild import stored_profiles
-from loom.schemas.auction import HostAnnouncement
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.health import Standing, standing
@@ -89,7 +88,7 @@ class NodeOverview:
     """A node, alive or remembered, and what is known of it."""
 
     node_id: str
-    hosts: tuple[HostAnnouncement, ...]
+    hosts: tuple[AnnouncedHost, ...]
     """Those it is on now; none: it is not alive."""
     profile: NodeProfile | None
     """None: it has earned no reward yet."""
@@ -132,15 +131,15 @@ def auctioned(records: Iterable[TaskRecord]) -> Auctioned:
 
 
 def overviews(
-    here: Sequence[HostAnnouncement], profiles: Iterable[NodeProfile], seen: Auctioned, config: ClusterConfig
+    here: Sequence[AnnouncedHost], profiles: Iterable[NodeProfile], seen: Auctioned, config: ClusterConfig
 ) -> list[NodeOverview]:
     """Return every node that is alive or has a profile, those alive first."""
     by_id = {profile.node_id: profile for profile in profiles}
-    alive = {node_id for host in here for node_id in host.nodes}
+    alive = {node_id for host in here for node_id in host.node_ids}
     found = [
         NodeOverview(
             node_id=node_id,
-            hosts=tuple(host for host in here if node_id in host.nodes),
+            hosts=tuple(host for host in here if node_id in host.node_ids),
             profile=by_id.get(node_id),
             standing=standing_of(by_id.get(node_id), config),
             domains=_domains(node_id, by_id.get(node_id), seen),

@@ -246,7 +246,8 @@ class Session:
         )
         self._server = await self._stack.enter_async_context(server)
         log_store(self._store)
-        phases = PhaseGroup(await self._connect(self._server.url, "phases"), config=self._config, llm=self._llm)
+        bus = await self._connect(self._server.url, "phases")
+        phases = PhaseGroup(bus, config=self._config, llm=self._llm, hosts_here=True)
         self._stack.push_async_callback(phases.drain)
         try:
             await phases.start()

@@ -1,51 +1,83 @@
-"""What is said around an auction: the call, the offers, and who hosts whom."""
+"""The messages of an auction, and what node hosts announce of themselves."""
 
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from loom.schemas.wire import MAX_NODES, Count, Name, Names, Note, Ordinal, Relayed, Seconds, Token, Unit, Wire
+from loom.schemas.task import Priority, domain_token
+from loom.schemas.wire import Count, Name, Names, Note, Ordinal, Relayed, Seconds, Token, Unit, Wire, total
 
 BID_LIMIT = 16
 """Most bids one offer carries."""
 MAX_BIDS = 64
 """Most bids a call may ask of one host."""
+MAX_LOTS = 16
+"""Most tasks one call is for."""
 DESCRIPTION_BYTES = 1024
-"""How much of a task's description those who could take it are told."""
+"""Bytes of a task's description in a call for bids."""
+ANNOUNCED_NODES = 128
+"""Most nodes of one announcement; a process with more announces itself as several hosts."""
+MAX_ANNOUNCEMENT_BYTES = 64 * 1024
+ANNOUNCED_NAMES = 64
+"""Most domains and most tools that a node announces."""
+ANY_DOMAIN = "*"
+"""In place of an announced domain: every domain that the node does not name."""
+NEUTRAL = 0.5
+"""The self-rating of a node that gives none."""
 
 DeclineCode = Literal["busy", "unqualified", "draining"]
 SpawnDecline = Literal["unqualified", "idle", "full"]
 RetireDecline = Literal["permanent", "unknown", "busy"]
+AnswerTo = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\.[A-Za-z0-9_-]{1,64}\Z")]
+"""The last two tokens of the subject an offer is published to: the MATCH instance and the call."""
+UsdPrice = Annotated[float, Meta(ge=0, le=1e6)]
+
+
+class Lot(Wire, frozen=True, kw_only=True):
+    """One task of a call for bids."""
+
+    task_id: Token
+    attempt: Ordinal
+    complexity: Unit
+    description: Note = ""
+    """The first 1 KiB."""
+    priority: Priority = "normal"
+    remaining_s: Seconds
+    """Until the task's deadline."""
 
 
 class CallForBids(Relayed, frozen=True, kw_only=True):
-    """MATCH asks who would take a task."""
+    """A request of MATCH for bids on tasks of one domain; each host answers with one Offer.
 
-    auction_id: Token
-    task_id: Token
-    attempt: Ordinal
-    domain_token: Token
-    """The domain's token."""
-    domain: Name = ""
-    """The domain as worded; empty: of a version that does not send it."""
-    complexity: Unit
+    The tasks of a call have the same domain, required tools and excluded nodes.
+    """
+
+    call_id: Token
+    domain: Name
+    """As worded; its token is that of the subject `loom.auction.<domain_token>`."""
     required_tools: Names = ()
-    description: Note = ""
-    """The first 1 KiB."""
-    remaining_s: Seconds
     excluded: Names = ()
-    """Nodes that have failed this task."""
+    """Nodes that have failed a task of the call: `node_id`, or `owner.node_id` where the owner is not `local`."""
+    lots: Annotated[tuple[Lot, ...], Meta(min_length=1, max_length=MAX_LOTS)]
+    answer_to: AnswerTo
+    """The offer goes to `loom.offer.<owner>.<host_id>.<answer_to>`."""
     limit: Annotated[int, Meta(ge=1, le=MAX_BIDS)] = BID_LIMIT
+    """Most bids of one offer that are read."""
     prefer: Names = ()
-    """Nodes MATCH knows to be good: their hosts must offer them if they are free."""
+    """Nodes with the best evidence in the domain, named as in `excluded`: a host should offer those that are free."""
+
+    @property
+    def domain_token(self) -> str:
+        """The token of the domain."""
+        return domain_token(self.domain)
 
 
 class Bid(Wire, frozen=True, kw_only=True):
-    """One node's offer."""
+    """One node's bid."""
 
     node_id: Token
-    self_rating: Unit = 0.5
-    """How well the node says it does this domain."""
+    self_rating: Unit = NEUTRAL
+    """How well the node rates itself in the domain."""
     load: Unit = 0.0
     """Taken slots and backlog as a share of all there is room for."""
     tools: Names = ()
@@ -55,19 +87,21 @@ class Bid(Wire, frozen=True, kw_only=True):
     backlog: Count = 0
     """Runs queued before this one."""
     free: Count | None = None
-    """Places for tasks that are not urgent; absent: not told."""
+    """Places for tasks that are not urgent; absent: unknown."""
+    tasks: Annotated[tuple[Token, ...], Meta(max_length=MAX_LOTS)] | None = None
+    """Tasks of the call's lots that the bid is for; absent: all of them."""
+
+    def is_for(self, task_id: str) -> bool:
+        """Return whether the bid is for a task of its call."""
+        return self.tasks is None or task_id in self.tasks
 
 
 class Offer(Relayed, frozen=True, kw_only=True):
-    """One host's answer to a call: bids, or why there are none."""
+    """One host's answer to a call: bids, or why there are none. The subject names the host and its owner."""
 
-    host_id: Token
     bids: Annotated[tuple[Bid, ...], Meta(max_length=MAX_BIDS)] = ()
     decline: DeclineCode | None = None
-    unrated: bool = False
-    """Whether none of the host's nodes names the domain of the call, by a rating above 0 or among its own domains."""
-    near: Name = ""
-    """The domain, as worded, that its nodes name and that resembles it most; empty: there is none, or not `unrated`."""
+    """busy: a node could do it and has no room; unqualified: no node could; draining: the host stops."""
 
 
 class ChildState(Wire, frozen=True, kw_only=True):
@@ -84,23 +118,80 @@ class ChildState(Wire, frozen=True, kw_only=True):
     """Whether it only finishes what it has in hand."""
 
 
-class HostAnnouncement(Wire, frozen=True, kw_only=True):
-    """A host says that it is alive."""
+class AnnouncedDomain(Wire, frozen=True, kw_only=True):
+    """A domain that a node takes."""
 
-    host_id: Token
-    nodes: Annotated[tuple[Token, ...], Meta(max_length=MAX_NODES)] = ()
-    slots: Count = 0
+    domain: Name
+    """As worded; `*`: every domain that the node does not name."""
+    self_rating: Unit | None = None
+    """How well the node rates itself there; 0: it does not take the domain; absent: 0.5."""
+
+
+class Price(Wire, frozen=True, kw_only=True):
+    """What a node's tokens cost, in USD per million. Reserved: not used yet."""
+
+    input: UsdPrice = 0.0
+    output: UsdPrice = 0.0
+
+
+class AnnouncedNode(Wire, frozen=True, kw_only=True):
+    """What a host announces of one of its nodes."""
+
+    node_id: Token
+    domains: Annotated[tuple[AnnouncedDomain, ...], Meta(max_length=ANNOUNCED_NAMES)] | None = None
+    """Absent: it takes tasks of every domain."""
+    tools: Annotated[tuple[Name, ...], Meta(max_length=ANNOUNCED_NAMES)] = ()
+    slots: Count = 1
+    """Runs it works on at once."""
+    plain: bool = False
+    """Whether MATCH bids for it, from this announcement, and its first reply to a run request is the end of the run."""
+    max_run_s: Seconds | None = None
+    """Seconds after which a run of a plain node without a reply is lost; absent: 60."""
+    price: Price | None = None
+
+    def self_rating(self, domain: str) -> float:
+        """Return how the node rates itself in a domain, given as worded or by its token; 0: it does not take it."""
+        if self.domains is None:
+            return NEUTRAL
+        wanted = domain_token(domain)
+        others = 0.0
+        for named in self.domains:
+            rating = NEUTRAL if named.self_rating is None else named.self_rating
+            if named.domain == ANY_DOMAIN:
+                others = rating
+            elif domain_token(named.domain) == wanted:
+                return rating
+        return others
+
+
+class HostAnnouncement(Wire, frozen=True, kw_only=True):
+    """A sign of life of a node host, with its nodes. The subject names the host and its owner."""
+
+    seq: Count = 0
+    """Rises with each announcement of the host: a lower one than the last is ignored."""
+    nodes: Annotated[tuple[AnnouncedNode, ...], Meta(max_length=ANNOUNCED_NODES)] = ()
     running: Count = 0
     queued: Count = 0
     draining: bool = False
+    """Whether the host stops: it takes no more runs."""
     can_spawn: bool = False
     """Whether it can start nodes on request."""
-    busy: Annotated[tuple[Token, ...], Meta(max_length=MAX_NODES)] = ()
+    busy: Annotated[tuple[Token, ...], Meta(max_length=ANNOUNCED_NODES)] = ()
     """Those of the nodes that have work in hand."""
-    spawned: Annotated[tuple[ChildState, ...], Meta(max_length=MAX_NODES)] = ()
+    spawned: Annotated[tuple[ChildState, ...], Meta(max_length=ANNOUNCED_NODES)] = ()
     """Those of the nodes that were started on request."""
     stuck: Count = 0
     """Runs that still work although they were given up: they ignored their cancel. They hold no slot."""
+
+    @property
+    def node_ids(self) -> tuple[str, ...]:
+        """The ids of the nodes, in the order of the announcement."""
+        return tuple(node.node_id for node in self.nodes)
+
+    @property
+    def slots(self) -> int:
+        """Runs that the nodes work on at once."""
+        return total(*(node.slots for node in self.nodes))
 
 
 class SpawnRequest(Wire, frozen=True, kw_only=True):
@@ -120,7 +211,7 @@ class SpawnReply(Wire, frozen=True, kw_only=True):
     host_id: Token
     node_id: Token | None = None
     decline: SpawnDecline | None = None
-    """cannot: none of its nodes has the tools; idle: one that could take the work has none; full: at its limit."""
+    """unqualified: none of its nodes has the tools; idle: one that could take the work has none; full: at its limit."""
 
 
 class RetireRequest(Wire, frozen=True, kw_only=True):
@@ -138,4 +229,4 @@ class RetireReply(Wire, frozen=True, kw_only=True):
     host_id: Token
     node_id: Token
     decline: RetireDecline | None = None
-    """original: it was not started on request; unknown: it is not here (any more); busy: as `when_idle` asked."""
+    """permanent: it was not started on request; unknown: it is not here (any more); busy: as `when_idle` asked."""

@@ -118,6 +118,10 @@ class Award(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     policy: Annotated[str, Meta(max_length=200)] = ""
     """How the bidders were trusted, by the name the setting has; empty: pinned, or of a version that did not tell."""
     pinned: bool = False
+    plain: bool = False
+    """Whether the node is a plain one: it is asked once, and its first reply is the end of the run."""
+    max_run_s: Seconds | None = None
+    """Of a plain node: seconds after which a run without a reply is lost; absent: the default."""
 
 
 class Split(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):

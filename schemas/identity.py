@@ -30,3 +30,24 @@ class Identity(Relayed, frozen=True, kw_only=True):
 
 LOCAL = Identity()
 """A single user on one machine."""
+
+
+def qualified(owner: str, name: str) -> str:
+    """Return the name of an owner's node or host as people and messages write it: `local` is never shown.
+
+    Example:
+        >>> qualified("acme", "coder"), qualified("local", "coder")
+        ('acme.coder', 'coder')
+    """
+    return name if owner == LOCAL_OWNER else f"{owner}.{name}"
+
+
+def split_qualified(text: str) -> tuple[str, str]:
+    """Return the owner and the name that `qualified` has put together.
+
+    Example:
+        >>> split_qualified("acme.coder"), split_qualified("coder")
+        (('acme', 'coder'), ('local', 'coder'))
+    """
+    owner, dot, name = text.rpartition(".")
+    return (owner, name) if dot else (LOCAL_OWNER, name)

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from loom.bus.announcements import AnnouncedHost, HostKey
 from loom.phases.adapt.fold import own_by_age
 from loom.phases.adapt.judges import INHERITED, own
-from loom.schemas.auction import HostAnnouncement
 from loom.schemas.config import ClusterConfig
 from loom.schemas.health import HEALTH_WINDOW, complement, is_failing
 from loom.schemas.learning import NodeProfile, Reward
@@ -14,7 +14,7 @@ from loom.schemas.learning import NodeProfile, Reward
 class Retirement(NamedTuple):
     """A child that is to go."""
 
-    host_id: str
+    host: HostKey
     node_id: str
     reason: str
     when_idle: bool
@@ -22,7 +22,7 @@ class Retirement(NamedTuple):
 
 
 def who_retires(
-    hosts: Sequence[HostAnnouncement], profiles: Mapping[str, NodeProfile], config: ClusterConfig
+    hosts: Sequence[AnnouncedHost], profiles: Mapping[str, NodeProfile], config: ClusterConfig
 ) -> list[Retirement]:
     """Return the children that are failing, then those idle for `idle_timeout_s`, the longest first.
 
@@ -31,21 +31,21 @@ def who_retires(
     """
     spare = max(0, sum(len(staying(host)) for host in hosts) - config.min_nodes)
     grown = [
-        (host.host_id, child)
+        (host.key, child)
         for host in hosts
         for child in host.spawned
         if not child.retiring and child.age_s >= config.idle_timeout_s
     ]
     failing, idle = [], []
-    for host_id, child in sorted(grown, key=lambda one: (-one[1].idle_s, one[0], one[1].node_id)):
+    for key, child in sorted(grown, key=lambda one: (-one[1].idle_s, one[0], one[1].node_id)):
         if why := _failure(profiles.get(child.node_id), config):
-            failing.append(Retirement(host_id, child.node_id, why, when_idle=False))
+            failing.append(Retirement(key, child.node_id, why, when_idle=False))
         elif child.idle_s > 0 and child.idle_s >= config.idle_timeout_s:
-            idle.append(Retirement(host_id, child.node_id, f"idle for {child.idle_s:.0f} s", when_idle=True))
+            idle.append(Retirement(key, child.node_id, f"idle for {child.idle_s:.0f} s", when_idle=True))
     return [*failing, *idle][:spare]
 
 
-def heir(node_id: str, hosts: Sequence[HostAnnouncement], profiles: Mapping[str, NodeProfile]) -> str | None:
+def heir(node_id: str, hosts: Sequence[AnnouncedHost], profiles: Mapping[str, NodeProfile]) -> str | None:
     """Return the idle node that a retired one complements most, or None where there is none to inherit.
 
     Nobody inherits while another host still has a node of that id: its evidence is in use.
@@ -80,9 +80,9 @@ def bequest(profile: NodeProfile, to: str) -> Iterator[Reward]:
             )
 
 
-def staying(host: HostAnnouncement) -> set[str]:
+def staying(host: AnnouncedHost) -> set[str]:
     """Return the nodes of a host that are not on their way out."""
-    return set(host.nodes) - {child.node_id for child in host.spawned if child.retiring}
+    return set(host.node_ids) - {child.node_id for child in host.spawned if child.retiring}
 
 
 def newest_own(profile: NodeProfile) -> list[float]:

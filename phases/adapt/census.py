@@ -4,11 +4,8 @@ import time
 
 from msgspec.structs import replace
 
-from loom.bus.announcements import MAX_HOSTS, AnnouncementReader
+from loom.bus.announcements import HEARD_S, MAX_HOSTS, AnnouncedHost, AnnouncementReader, HostKey
 from loom.bus.client import Bus, Msg, Subscription
-from loom.schemas.auction import HostAnnouncement
-
-HEARD_S = 10.0  # hosts announce themselves every 3 s
 
 
 class Census:
@@ -17,7 +14,7 @@ class Census:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._announcements = AnnouncementReader(bus.discards)
-        self._said: dict[str, tuple[float, HostAnnouncement]] = {}
+        self._said: dict[HostKey, tuple[float, AnnouncedHost]] = {}
         self._subscription: Subscription | None = None
 
     async def start(self) -> None:
@@ -30,26 +27,26 @@ class Census:
         if self._subscription is not None:
             await self._bus.unsubscribe(self._subscription)
 
-    def hosts(self) -> list[HostAnnouncement]:
+    def hosts(self) -> list[AnnouncedHost]:
         """Return what the present hosts said last."""
         since = time.monotonic() - HEARD_S
-        self._said = {host_id: one for host_id, one in self._said.items() if one[0] >= since}
+        self._said = {key: one for key, one in self._said.items() if one[0] >= since}
         return [said for _, said in self._said.values()]
 
-    def note_retiring(self, host_id: str, node_id: str) -> None:
+    def note_retiring(self, host: HostKey, node_id: str) -> None:
         """Take a child for one on its way out, before its host has said so."""
-        if host_id not in self._said:
+        if host not in self._said:
             return
-        at, said = self._said[host_id]
+        at, said = self._said[host]
         children = tuple(replace(child, retiring=True) if child.node_id == node_id else child for child in said.spawned)
-        self._said[host_id] = at, replace(said, spawned=children)
+        self._said[host] = at, replace(said, spawned=children)
 
     async def _on_announcement(self, msg: Msg) -> None:
         announcement = self._announcements.read(msg)
         if announcement is None:
             return
-        self._said.pop(announcement.host_id, None)
+        self._said.pop(announcement.key, None)
         if not announcement.draining:
-            self._said[announcement.host_id] = time.monotonic(), announcement
+            self._said[announcement.key] = time.monotonic(), announcement
         if len(self._said) > MAX_HOSTS:
             del self._said[next(iter(self._said))]

@@ -13,7 +13,7 @@ from loom.phases.adapt.lease import take_lease
 from loom.schemas.auction import RetireReply, RetireRequest
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
-from loom.schemas.identity import ADAPT, LOCAL_OWNER
+from loom.schemas.identity import ADAPT
 from loom.schemas.learning import NodeProfile
 from loom.schemas.wire import Undecodable, decode
 
@@ -72,22 +72,22 @@ class Retiring:
     async def _retire(self, one: Retirement) -> bool:
         """Ask its host; return whether the child is on its way out."""
         order = RetireRequest(node_id=one.node_id, reason=one.reason, when_idle=one.when_idle)
-        subject = self._bus.subjects.of("retire", LOCAL_OWNER, one.host_id)
+        subject = self._bus.subjects.of("retire", *one.host)
         try:
             answer = await self._bus.request(subject, order, timeout_s=ANSWER_S)
         except (TimeoutError, NoResponders):
-            log.info("host_does_not_answer", host_id=one.host_id, node_id=one.node_id)
+            log.info("host_does_not_answer", host=str(one.host), node_id=one.node_id)
             return False
         try:
             reply = decode(answer.data, RetireReply)
         except Undecodable as error:  # another host's child may be due as well
-            self._bus.discards.of_host(one.host_id, "answers", "retire_reply_undecodable", reason=error.message)
+            self._bus.discards.of_host(str(one.host), "answers", "retire_reply_undecodable", reason=error.message)
             return False
         if reply.decline is not None:
             log.debug("retirement_declined", node_id=one.node_id, decline=reply.decline)
             return False
-        log.info("node_retires", node_id=one.node_id, host_id=one.host_id, reason=one.reason)
-        self._census.note_retiring(one.host_id, one.node_id)
+        log.info("node_retires", node_id=one.node_id, host=str(one.host), reason=one.reason)
+        self._census.note_retiring(one.host, one.node_id)
         return True
 
     async def _pass_on(self, node_id: str) -> None:

@@ -14,7 +14,10 @@ UNJUDGED_S = 60.0
 SWEEP_S = 1.0
 """How often those are looked for."""
 
-Place = tuple[str, str]
+Place = tuple[str, str, str]
+"""Owner, host id and node id."""
+Domain = tuple[str, str]
+"""Node id and domain_token."""
 
 
 class Awards:
@@ -22,20 +25,21 @@ class Awards:
 
     def __init__(self) -> None:
         self._ends: list[tuple[float, Place]] = []
-        """A heap: until when an award is held against its (host id, node id)."""
+        """A heap: until when an award is held against its place."""
         self._taken: Counter[Place] = Counter()
-        self._unjudged: dict[Place, dict[str, float]] = {}
+        self._unjudged: dict[Domain, dict[str, float]] = {}
         """(node id, domain_token) -> attempt to be judged -> when it was awarded."""
-        self._pending: dict[Place, int] = {}
+        self._pending: dict[Domain, int] = {}
         self._swept = -math.inf
 
     def note(self, envelope: Envelope, domain_token: str, awarded: Awarded) -> None:
         """Remember an award in a domain."""
         now = time.monotonic()
         award = awarded.award
-        taken = (award.host_id, award.node_id)
-        heappush(self._ends, (now + taken_s(awarded.bid), taken))
-        self._taken[taken] += 1
+        if not award.plain:  # its load is counted until it is judged
+            taken = (award.owner, award.host_id, award.node_id)
+            heappush(self._ends, (now + taken_s(awarded.bid), taken))
+            self._taken[taken] += 1
         judged = (award.node_id, domain_token)
         unjudged = self._unjudged.setdefault(judged, {})
         unjudged[f"{envelope.task_id}:{envelope.attempt}"] = now
@@ -51,7 +55,7 @@ class Awards:
         self._count((node_id, domain_token), unjudged)
 
     def taken(self) -> Mapping[Place, int]:
-        """Return (host id, node id) -> awards of a moment ago."""
+        """Return (owner, host id, node id) -> awards of a moment ago."""
         now = time.monotonic()
         while self._ends and self._ends[0][0] <= now:
             _, place = heappop(self._ends)
@@ -60,7 +64,7 @@ class Awards:
                 del self._taken[place]
         return self._taken
 
-    def pending(self) -> Mapping[Place, int]:
+    def pending(self) -> Mapping[Domain, int]:
         """Return (node id, domain_token) -> awards not judged yet."""
         now = time.monotonic()
         if now >= self._swept + SWEEP_S:
@@ -71,7 +75,7 @@ class Awards:
                 self._count(place, unjudged)
         return self._pending
 
-    def _count(self, place: Place, unjudged: Mapping[str, float]) -> None:
+    def _count(self, place: Domain, unjudged: Mapping[str, float]) -> None:
         if unjudged:
             self._pending[place] = len(unjudged)
         else:

@@ -11,9 +11,12 @@ from typing import NamedTuple
 import msgspec
 from msgspec.structs import replace
 
+from loom.bus.announcements import HostKey
+from loom.phases.match.offers import HostOffer
 from loom.phases.match.trust import Known, Policy, Trust, ucb
-from loom.schemas.auction import Bid, Offer
+from loom.schemas.auction import Bid
 from loom.schemas.envelope import AWARD_BIDS, MAX_TRUST, Award, Envelope, ScoredBid
+from loom.schemas.identity import qualified
 from loom.schemas.learning import DomainEvidence, NodeProfile
 
 TRUST_WEIGHT = 0.6
@@ -40,8 +43,8 @@ class Book(msgspec.Struct, frozen=True):
     """Server time, seconds since the epoch."""
     half_life_s: float = math.inf
     """Idle time after which what is known of a node counts half."""
-    taken: Mapping[tuple[str, str], int] = {}
-    """(host id, node id) -> awards of a moment ago, of which its bid cannot tell yet."""
+    taken: Mapping[tuple[str, str, str], int] = {}
+    """(owner, host id, node id) -> awards of a moment ago, of which its bid cannot tell yet."""
     pending: Mapping[tuple[str, str], int] = {}
     """(node id, domain_token) -> awards that have not been judged yet."""
 
@@ -78,19 +81,21 @@ class Nobody:
 Verdict = Awarded | AllBusy | Exhausted | Nobody
 
 
-def judge(envelope: Envelope, offers: Sequence[Offer], book: Book) -> Verdict:
+def judge(envelope: Envelope, offers: Sequence[HostOffer], book: Book) -> Verdict:
     """Return what follows from the offers to one call."""
     required = frozenset(envelope.ad.required_tools)
     able = [
-        (offer.host_id, bid)
+        (offer.host, bid)
         for offer in offers
         for bid in offer.bids
-        if bid.node_id not in envelope.excluded and (not required or required.issubset(bid.tools))
+        if qualified(offer.owner, bid.node_id) not in envelope.excluded
+        and (not required or required.issubset(bid.tools))
     ]
     bids = [(host, seen) for host, bid in able if (seen := as_taken(host, bid, envelope, book)) is not None]
     if bids:
         won = award(envelope, bids, book)
-        return Awarded(won, next(bid for host, bid in bids if (host, bid.node_id) == (won.host_id, won.node_id)))
+        winner = (HostKey(won.owner, won.host_id), won.node_id)
+        return Awarded(won, next(bid for host, bid in bids if (host, bid.node_id) == winner))
     declines = {offer.decline for offer in offers}
     if able or "busy" in declines:
         return AllBusy()
@@ -99,13 +104,13 @@ def judge(envelope: Envelope, offers: Sequence[Offer], book: Book) -> Verdict:
     return Nobody()
 
 
-def as_taken(host_id: str, bid: Bid, envelope: Envelope, book: Book) -> Bid | None:
+def as_taken(host: HostKey, bid: Bid, envelope: Envelope, book: Book) -> Bid | None:
     """Return the bid with the awards of a moment ago as load; None when they leave no place for this task.
 
     Without that one free place is awarded to all who call at once, and all but one come back. What is kept for
     urgent tasks is theirs alone.
     """
-    taken = book.taken.get((host_id, bid.node_id), 0)
+    taken = book.taken.get((*host, bid.node_id), 0)
     if bid.free is None or not taken:
         return bid if bid.load < 1 or envelope.priority in URGENT else None
     if taken < bid.free:
@@ -118,17 +123,18 @@ def taken_s(bid: Bid) -> float:
     return min(TAKEN_S, bid.expected_s or TAKEN_S)
 
 
-def award(envelope: Envelope, bids: Sequence[tuple[str, Bid]], book: Book) -> Award:
-    """Return the award to the best of `bids`, (host id, bid) each; there must be one."""
+def award(envelope: Envelope, bids: Sequence[tuple[HostKey, Bid]], book: Book) -> Award:
+    """Return the award to the best of `bids`, (host, bid) each; there must be one."""
     domain_token = envelope.domain_token
     nodes = {bid.node_id for _, bid in bids}  # one may be on two hosts
     known = [profile for node_id in nodes if (profile := book.profiles.get(node_id))]
     total = sum(profile.domains[domain_token].count for profile in known if domain_token in profile.domains)
-    ranked = _best_first(envelope, (_weigh(envelope, domain_token, host_id, bid, book, total) for host_id, bid in bids))
+    ranked = _best_first(envelope, (_weigh(envelope, domain_token, host, bid, book, total) for host, bid in bids))
     best = ranked[0]
     return Award(
         node_id=best.bid.node_id,
-        host_id=best.host_id,
+        owner=best.host.owner,
+        host_id=best.host.host_id,
         score=best.score,
         bids=tuple(map(_told, ranked)),
         evidence_seq=max((profile.last_seq for profile in known), default=0),
@@ -137,27 +143,27 @@ def award(envelope: Envelope, bids: Sequence[tuple[str, Bid]], book: Book) -> Aw
     )
 
 
-def score(envelope: Envelope, host_id: str, bid: Bid, book: Book, total: int) -> ScoredBid:
+def score(envelope: Envelope, host: HostKey, bid: Bid, book: Book, total: int) -> ScoredBid:
     """Return `bid` with its score: .6 trust + .25 (1 - load) + .15 tools.
 
     Args:
         total: Rewards of all bidders in this domain.
     """
-    return _told(_weigh(envelope, envelope.domain_token, host_id, bid, book, total))
+    return _told(_weigh(envelope, envelope.domain_token, host, bid, book, total))
 
 
 class _Weighed(NamedTuple):
     """A bid and what its score is made of."""
 
     score: float
-    host_id: str
+    host: HostKey
     bid: Bid
     evidence: DomainEvidence
     trust: Trust
     tools: float
 
 
-def _weigh(envelope: Envelope, domain_token: str, host_id: str, bid: Bid, book: Book, total: int) -> _Weighed:
+def _weigh(envelope: Envelope, domain_token: str, host: HostKey, bid: Bid, book: Book, total: int) -> _Weighed:
     profile = book.profiles.get(bid.node_id)
     evidence = (profile.domains.get(domain_token) if profile else None) or _NONE
     trust = book.policy(
@@ -178,7 +184,7 @@ def _weigh(envelope: Envelope, domain_token: str, host_id: str, bid: Bid, book: 
     required = envelope.ad.required_tools
     tools = len(set(required).intersection(bid.tools)) / len(set(required)) if required else 1.0
     value = TRUST_WEIGHT * min(trust.value, MAX_TRUST) + AVAILABILITY_WEIGHT * (1 - bid.load) + TOOLS_WEIGHT * tools
-    return _Weighed(value, host_id, bid, evidence, trust, tools)
+    return _Weighed(value, host, bid, evidence, trust, tools)
 
 
 def _best_first(envelope: Envelope, weighed: Iterable[_Weighed]) -> list[_Weighed]:
@@ -187,7 +193,7 @@ def _best_first(envelope: Envelope, weighed: Iterable[_Weighed]) -> list[_Weighe
     for _, group in groupby(sorted(weighed, key=_score, reverse=True), key=_score):
         equals = list(group)
         if len(equals) > 1:
-            equals.sort(key=lambda one: (tie_break(envelope.task_id, one.bid.node_id), one.host_id))
+            equals.sort(key=lambda one: (tie_break(envelope.task_id, one.bid.node_id), one.host))
         ranked += equals
         if len(ranked) >= AWARD_BIDS:
             break
@@ -198,10 +204,11 @@ _score = itemgetter(0)
 
 
 def _told(weighed: _Weighed) -> ScoredBid:
-    value, host_id, bid, evidence, trust, tools = weighed
+    value, host, bid, evidence, trust, tools = weighed
     return ScoredBid(
         node_id=bid.node_id,
-        host_id=host_id,
+        owner=host.owner,
+        host_id=host.host_id,
         score=value,
         self_rating=bid.self_rating,
         evidence=evidence.mean if evidence.count else None,

@@ -4,8 +4,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 
-HEARD_S = 10.0
-"""Hosts announce themselves every 3 s; one that is silent for this long has gone."""
+from loom.bus.announcements import HEARD_S, HostKey
+
 MISSED_WINDOWS = 3
 """Windows after which a host that does not answer is not waited for."""
 ANSWERS = 4
@@ -33,108 +33,134 @@ class Presence:
         forgotten: Called with each host that is forgotten.
     """
 
-    def __init__(self, clock: Callable[[], float], most: int, forgotten: Callable[[str], None]) -> None:
+    def __init__(self, clock: Callable[[], float], most: int, forgotten: Callable[[HostKey], None]) -> None:
         self._clock = clock
         self._most = most
         self._forgotten = forgotten
-        self._proven: OrderedDict[str, float] = OrderedDict()
+        self._proven: OrderedDict[HostKey, float] = OrderedDict()
         """Host -> last sign of life; the longest silent first. A plain dict finds its first key in linear time."""
-        self._newcomers: OrderedDict[str, float] = OrderedDict()
-        self._awaited: set[str] = set()
+        self._newcomers: OrderedDict[HostKey, float] = OrderedDict()
+        self._awaited: set[HostKey] = set()
         """Proven hosts that answer."""
-        self._missed: dict[str, int] = {}
+        self._missed: dict[HostKey, int] = {}
         """Host -> answers that would make up for the windows it has missed."""
-        self._drops: dict[str, int] = {}
+        self._drops: dict[HostKey, int] = {}
         """Host -> how often it has missed too many."""
-        self._dropped: set[str] = set()
+        self._dropped: set[HostKey] = set()
         """Hosts that have missed too many, and have not made up for all of them yet."""
-        self._returning: set[str] = set()
+        self._returning: set[HostKey] = set()
         """Dropped hosts that have announced themselves since they were last waited for."""
+        self._plain: set[HostKey] = set()
+        """Hosts of plain nodes alone: they answer no calls."""
         self._newcomers_at = 0.0
         """When newcomers and returning hosts will have been waited for seldom enough again."""
 
     def __len__(self) -> int:
         return len(self._proven) + len(self._newcomers)
 
-    def seen_at(self, host_id: str) -> float | None:
+    def seen_at(self, host: HostKey) -> float | None:
         """Return when a present host last gave a sign of life; None for any other."""
         self._expire()
-        return self._proven.get(host_id, self._newcomers.get(host_id))
+        return self._proven.get(host, self._newcomers.get(host))
 
-    def awaited(self) -> set[str]:
+    def awaited(self) -> set[HostKey]:
         """Return the hosts whose offers the next auction waits for; one auction of a time includes newcomers."""
         self._expire()
         now = self._clock()
         if self._awaited and self._newcomers_at - now > (BURST - 1) * NEWCOMERS_EVERY_S:
             return set(self._awaited)
-        others = self._returning | (self._newcomers.keys() - self._dropped)
+        others = (self._returning | (self._newcomers.keys() - self._dropped)) - self._plain
         if others:
             self._newcomers_at = (
                 max(self._newcomers_at, now) + NEWCOMERS_EVERY_S
             )  # auctions that begin meanwhile do not wait as well
         return self._awaited | others
 
-    def announced(self, host_id: str) -> None:
-        """Record an announcement."""
-        now = self._clock()
-        if host_id in self._proven:
-            _move(self._proven, host_id, now)
-            if host_id in self._dropped:
-                self._returning.add(host_id)
-            return
-        _move(self._newcomers, host_id, now)
-        self._expire()
-        self._trim(host_id)
+    @property
+    def has_bidders(self) -> bool:
+        """Whether a host is present that answers calls."""
+        return len(self) > len(self._plain)
 
-    def answered(self, host_ids: Iterable[str], missing: AbstractSet[str]) -> None:
+    def is_dropped(self, host: HostKey) -> bool:
+        """Return whether a host has missed too many windows."""
+        return host in self._dropped
+
+    def announced(self, host: HostKey, *, plain: bool = False) -> None:
+        """Record an announcement.
+
+        Args:
+            plain: Whether all of the host's nodes are plain: it answers no calls and is never waited for.
+        """
+        now = self._clock()
+        if plain:
+            self._plain.add(host)
+            self._awaited.discard(host)
+        elif host in self._plain:
+            self._plain.discard(host)
+            self._await_again(host)
+        if host in self._proven:
+            _move(self._proven, host, now)
+            if host in self._dropped:
+                self._returning.add(host)
+            return
+        _move(self._newcomers, host, now)
+        self._expire()
+        self._trim(host)
+
+    def answered(self, hosts: Iterable[HostKey], missing: AbstractSet[HostKey]) -> None:
         """Record the hosts that answered a call, and those that were waited for in vain."""
         now = self._clock()
-        for host_id in host_ids:
-            self._newcomers.pop(host_id, None)
-            _move(self._proven, host_id, now)
-            self._make_up(host_id)
-            self._trim(host_id)
-        for host_id in missing:
-            if host_id in self._proven or host_id in self._newcomers:  # else it has left meanwhile
-                self._miss(host_id)
+        for host in hosts:
+            self._newcomers.pop(host, None)
+            _move(self._proven, host, now)
+            self._make_up(host)
+            self._trim(host)
+        for host in missing:
+            if host in self._proven or host in self._newcomers:  # else it has left meanwhile
+                self._miss(host)
 
-    def _trim(self, newest: str) -> None:
+    def _trim(self, newest: HostKey) -> None:
         """Forget the hosts that were silent for longest while there are too many: newcomers, and then proven ones."""
         while len(self) > self._most:
-            newcomer = next((host_id for host_id in self._newcomers if host_id != newest), None)
+            newcomer = next((host for host in self._newcomers if host != newest), None)
             self.forget(newcomer or next(iter(self._proven)))
 
-    def _make_up(self, host_id: str) -> None:
-        missed = self._missed.pop(host_id, 0)
+    def _make_up(self, host: HostKey) -> None:
+        missed = self._missed.pop(host, 0)
         if missed > 1:
-            self._missed[host_id] = missed - 1
+            self._missed[host] = missed - 1
         else:
-            self._dropped.discard(host_id)
-        self._returning.discard(host_id)
-        if host_id not in self._dropped:
-            self._awaited.add(host_id)
+            self._dropped.discard(host)
+        self._returning.discard(host)
+        if host not in self._dropped and host not in self._plain:
+            self._awaited.add(host)
 
-    def _miss(self, host_id: str) -> None:
-        self._returning.discard(host_id)
-        if host_id in self._dropped:
+    def _await_again(self, host: HostKey) -> None:
+        """Wait again for a proven host that has got nodes which bid."""
+        if host in self._proven and host not in self._dropped:
+            self._awaited.add(host)
+
+    def _miss(self, host: HostKey) -> None:
+        self._returning.discard(host)
+        if host in self._dropped:
             return
-        missed = self._missed.get(host_id, 0) + ANSWERS
+        missed = self._missed.get(host, 0) + ANSWERS
         if missed >= _LIMIT:
-            self._dropped.add(host_id)
-            self._awaited.discard(host_id)
-            drops = self._drops[host_id] = self._drops.get(host_id, 0) + 1
+            self._dropped.add(host)
+            self._awaited.discard(host)
+            drops = self._drops[host] = self._drops.get(host, 0) + 1
             missed = _LIMIT * 2 ** min(drops - 1, MAX_DOUBLINGS)
-        self._missed[host_id] = missed
+        self._missed[host] = missed
 
-    def forget(self, host_id: str) -> None:
+    def forget(self, host: HostKey) -> None:
         """Forget a host."""
-        self._proven.pop(host_id, None)
-        self._newcomers.pop(host_id, None)
-        self._missed.pop(host_id, None)
-        self._drops.pop(host_id, None)
-        for hosts in (self._awaited, self._dropped, self._returning):
-            hosts.discard(host_id)
-        self._forgotten(host_id)
+        self._proven.pop(host, None)
+        self._newcomers.pop(host, None)
+        self._missed.pop(host, None)
+        self._drops.pop(host, None)
+        for hosts in (self._awaited, self._dropped, self._returning, self._plain):
+            hosts.discard(host)
+        self._forgotten(host)
 
     def forget_newcomer(self) -> bool:
         """Forget the newcomer that was silent for longest; return whether there was one."""
@@ -150,7 +176,7 @@ class Presence:
                 self.forget(oldest)
 
 
-def _move(known: OrderedDict[str, float], host_id: str, now: float) -> None:
+def _move(known: OrderedDict[HostKey, float], host: HostKey, now: float) -> None:
     """Set a host's time and put it behind all others."""
-    known[host_id] = now
-    known.move_to_end(host_id)
+    known[host] = now
+    known.move_to_end(host)

@@ -1,25 +1,30 @@
-"""Which hosts are there to be waited for, and what is known of their nodes."""
+"""Which hosts and nodes there are, and what is known of the nodes."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 
-from loom.bus.announcements import MAX_HOSTS, AnnouncementReader
+from loom.bus.announcements import MAX_HOSTS, AnnouncedHost, AnnouncementReader, HostKey
 from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.kv import Bucket, BucketReader
 from loom.bus.log import get_logger
+from loom.phases.match.announced_nodes import AnnouncedNodes, Wanted
 from loom.phases.match.claims import Claims
+from loom.phases.match.offers import HostOffer
 from loom.phases.match.presence import Presence
 from loom.phases.match.ranking import Ranking
 from loom.phases.match.reading import Judged, ReadProfile, known, window
-from loom.schemas.auction import Offer
+from loom.schemas.identity import qualified
 from loom.schemas.learning import NodeProfile
 from loom.schemas.wire import Undecodable
 
 log = get_logger()
 
 MAX_NODES = 100_000
-"""Names of nodes that are kept for pinned tasks, those of each host counted."""
+"""Ids of nodes that are kept for pinned tasks, those of each host counted."""
+MAX_NAMES = 300_000
+"""Nodes, domains and tools that are kept."""
 
 
 def _now() -> float:
@@ -39,21 +44,26 @@ class Roster:
         self.profiles: dict[str, NodeProfile] = {}
         """node id -> what has been learned; of each window the newest score alone."""
         self.ranking = Ranking()
+        self.nodes = AnnouncedNodes()
+        self.asked_at = 0.0
+        """Monotonic time at which the hosts were asked to announce themselves."""
+        self._new_nodes = asyncio.Event()
         self._read: dict[str, ReadProfile] = {}
-        self._announcements = AnnouncementReader(bus.discards)
+        self._announcements = AnnouncementReader(bus.discards, _now)
         self._presence = Presence(_now, MAX_HOSTS, self._forget_nodes)
         self._claims = Claims(_now, self._presence.seen_at)
         self._reader: BucketReader[ReadProfile] | None = None
         self._subscription: Subscription | None = None
 
     async def start(self) -> None:
-        """Listen, and ask who is there."""
+        """Listen, ask the hosts to announce themselves, and read what has been learned."""
         self._subscription = await self._bus.listen(self._bus.subjects.of("host", "*", "*"), self._on_announcement)
+        await self._bus.publish(self._bus.subjects.hosts)
+        self.asked_at = _now()
         self._reader = Bucket(self._bus, "nodes", ReadProfile).reader()
         while not self._reader.caught_up:
             await self._learn(self._reader)
         self._bus.spawn(self._follow(self._reader), name="follow profiles", essential=True)
-        await self._bus.publish(self._bus.subjects.hosts)
 
     async def stop(self) -> None:
         """Listen no more."""
@@ -62,9 +72,14 @@ class Roster:
         if self._reader is not None:
             await self._reader.stop()
 
-    def awaited(self) -> set[str]:
+    def awaited(self) -> set[HostKey]:
         """Return the hosts whose offers the next auction waits for."""
         return self._presence.awaited()
+
+    @property
+    def only_plain(self) -> bool:
+        """Whether hosts are present, and none of them answers calls."""
+        return self.has_hosts and not self._presence.has_bidders
 
     @property
     def has_hosts(self) -> bool:
@@ -76,36 +91,68 @@ class Roster:
         """Whether any host that is present announces a node."""
         return self._claims.size > 0
 
-    def host_of(self, node_id: str) -> str | None:
-        """Return the host a node belongs to; None when no host that announces it is alive."""
-        return self._claims.host_of(node_id)
+    @property
+    def new_nodes(self) -> asyncio.Event:
+        """Set when the next node is announced that was not known."""
+        return self._new_nodes
 
-    def is_contested(self, node_id: str) -> bool:
+    def host_of(self, node: str) -> HostKey | None:
+        """Return the host of a node, qualified by its owner; None when no host that announces it is alive."""
+        return self._claims.host_of(node)
+
+    def is_contested(self, node: str) -> bool:
         """Return whether a second host has just announced a node, and the first may be alive."""
-        return self._claims.is_open(node_id)
+        return self._claims.is_open(node)
 
-    def answered(self, offers: Sequence[Offer], missing: AbstractSet[str]) -> None:
+    def answered(self, offers: Sequence[HostOffer], missing: AbstractSet[HostKey]) -> None:
         """Record who answered a call and who let its window pass; a host that is leaving is not waited for again."""
-        self._presence.answered([offer.host_id for offer in offers if offer.decline != "draining"], missing)
+        self._presence.answered([offer.host for offer in offers if offer.decline != "draining"], missing)
 
-    def _forget_nodes(self, host_id: str) -> None:
-        self._claims.forget(host_id)
+    def may_yet_bid(self, wanted: Wanted, answered: AbstractSet[HostKey]) -> bool:
+        """Return whether a node is announced that could do a task, on a host that may answer the next call.
+
+        Args:
+            answered: Hosts that have answered this call.
+        """
+        return any(
+            place[0] not in answered and not node.plain and not self._presence.is_dropped(place[0])
+            for place, node in self.nodes.able(wanted)
+        )
+
+    def have_failed(self, wanted: Wanted) -> bool:
+        """Return whether nodes are announced that could do a task and have failed it."""
+        return bool(wanted.excluded) and any(self.nodes.able(wanted._replace(excluded=())))
+
+    def _forget_nodes(self, host: HostKey) -> None:
+        self._claims.forget(host)
+        self.nodes.forget(host)
 
     def _on_announcement(self, msg: Msg) -> None:
-        announcement = self._announcements.read(msg)
-        if announcement is None:
+        announced = self._announcements.read(msg)
+        if announced is None:
             return
-        host_id = announcement.host_id
-        if announcement.draining:
-            self._presence.forget(host_id)
+        if announced.draining:
+            self._presence.forget(announced.key)
             return
-        self._presence.announced(host_id)
-        if self._presence.seen_at(host_id) is None:
-            return  # there are too many hosts
-        if self._claims.announce(host_id, announcement.nodes):
+        nodes = announced.nodes
+        self._presence.announced(announced.key, plain=bool(nodes) and all(node.plain for node in nodes))
+        if self._presence.seen_at(announced.key) is not None:  # else there are too many hosts
+            self._take_nodes(announced)
+
+    def _take_nodes(self, host: AnnouncedHost) -> None:
+        self.nodes.announce(host)
+        nodes = tuple(qualified(host.owner, node_id) for node_id in host.node_ids)
+        unknown = any(self._claims.host_of(node) is None for node in nodes)
+        if self._claims.announce(host.key, nodes):
             self._bus.send(self._bus.subjects.hosts)  # those that are alive announce themselves at once
-        while self._claims.size > MAX_NODES and self._presence.forget_newcomer():
+        if unknown:
+            self._new_nodes.set()
+            self._new_nodes = asyncio.Event()
+        while self._is_full() and self._presence.forget_newcomer():
             pass
+
+    def _is_full(self) -> bool:
+        return self._claims.size > MAX_NODES or self.nodes.size > MAX_NAMES
 
     # -- what has been learned
 

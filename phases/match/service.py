@@ -1,7 +1,9 @@
 """Match: award each task to the best of those who bid.
 
 Consumes   task.match.<priority>.*   one lane per priority
-Publishes  auction.<domain_token>            a call for bids, answered by every node host
+           offer.*.*.<instance>.*    the offers to this replica's calls
+           host.*.*                  announcements of node hosts
+Publishes  auction.<domain_token>    a call for bids, answered by every node host
            task.scale                the envelope with its award, or without one when nobody at all bids
 State      none of its own; profiles are read, never written; so are the records of tasks that wait
 Gives up   no_bids when all who could have failed, or nobody bids for no_bids_after_s; deadline_exceeded
@@ -9,13 +11,14 @@ Gives up   no_bids when all who could have failed, or nobody bids for no_bids_af
 
 import asyncio
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace as replace_fields
-from secrets import token_hex
 
 from msgspec.structs import replace
 
+from loom.bus.announcements import HostKey
 from loom.bus.client import Bus
 from loom.bus.delivery import Delivery, Slots
 from loom.bus.health import Health
@@ -23,40 +26,64 @@ from loom.bus.kv import Bucket
 from loom.bus.log import get_logger
 from loom.bus.loop import HopLoop, Service, lane_slots
 from loom.bus.outcome import Dead, Done, Fail, Later, Next, Outcome
-from loom.bus.scatter import scatter
 from loom.bus.topology import MATCH_LANES, Lane
+from loom.phases.match.announced_nodes import Wanted
 from loom.phases.match.awards import Awards
+from loom.phases.match.busy import BusyNodes
 from loom.phases.match.claims import SETTLE_S
-from loom.phases.match.misspelt import warning_for, warning_in
+from loom.phases.match.misspelt import Misspelt, warning_in
+from loom.phases.match.offers import HostOffer
+from loom.phases.match.open_calls import OpenCalls
+from loom.phases.match.plain import PlainNodes
 from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, Verdict, judge
-from loom.phases.match.reading import OfferReader, ReadOffer, ReadRecord
+from loom.phases.match.reading import ReadRecord
 from loom.phases.match.roster import Roster
 from loom.phases.match.trust import policy
-from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, CallForBids
+from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, Bid, CallForBids, Lot
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import IN_HAND_S, Award, Envelope, Spec
+from loom.schemas.identity import qualified, split_qualified
 from loom.schemas.task import TaskError
 from loom.schemas.wire import Undecodable, cut_utf8
 
 log = get_logger()
 
-HOLD_S = 5.0  # a busy cluster is asked again for so long before the task goes to the tail
-PAUSE_S = (0.1, 2.0)  # shortest and longest pause between two calls
+GATHER_S = 0.5
+"""Time from asking the hosts to announce themselves to the first task: else the first host to do so would get it."""
+HOLD_S = 5.0
+"""How long a task that waits for bids is kept in hand before it goes to the tail of its lane."""
+PAUSE_S = (0.1, 2.0)
+"""Shortest and longest pause between two calls for a task that waits."""
 ALONE_PAUSE_S = 1.0
+"""Pause between two calls for a task that no node could do."""
 MAX_REASON = 1000
 """Characters of a reason that names the tools a client asked for."""
 DAY_S = 86_400.0
 
 
-class Match:
-    """The second phase."""
+Found = Verdict | Fail | Later
+"""What a look for a node came to."""
 
-    def __init__(self, bus: Bus, config: ClusterConfig) -> None:
+
+class Match:
+    """The second phase.
+
+    Args:
+        hosts_here: Whether all node hosts are in this process, and start after this phase: it takes tasks at once.
+            Else the first one is taken half a second after the hosts were asked to announce themselves.
+    """
+
+    def __init__(self, bus: Bus, config: ClusterConfig, *, hosts_here: bool = False) -> None:
         self._bus = bus
         self._config = config
+        self._hosts_here = hosts_here
         self._awards = Awards()
         self._records = Bucket(bus, "records", ReadRecord)
-        self._roster = Roster(bus, judged=self._awards.judged)
+        self._roster = Roster(bus, judged=self._on_judged)
+        self._plain = PlainNodes(self._roster.nodes)
+        self._busy = BusyNodes(self._roster.nodes)
+        self._misspelt = Misspelt(self._roster.nodes)
+        self._calls = OpenCalls(bus)
         self._policy = policy(config.policy)
         lanes = [(lane, lane_slots(lane)) for lane in MATCH_LANES]
         self._loop = HopLoop(bus, Service("match", lanes, Envelope, self.handle, window=self._window))
@@ -67,12 +94,16 @@ class Match:
 
     async def start(self) -> None:
         """Begin to hold auctions."""
+        await self._calls.start()
         await self._roster.start()
+        if not self._hosts_here:
+            await asyncio.sleep(self._roster.asked_at + GATHER_S - time.monotonic())
         await self._loop.start()
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, finish for at most `timeout_s`."""
         await self._loop.drain(timeout_s)
+        await self._calls.stop()
         await self._roster.stop()
 
     async def handle(self, envelope: Envelope, delivery: Delivery) -> Outcome:
@@ -82,6 +113,7 @@ class Match:
             return Dead("the envelope came without a spec")
         if _comes_back(envelope) and await self._has_ended(envelope):
             return Done()
+        self._free_last_node(envelope)
         envelope = replace(envelope, award=None, error=None, result=None)
         if self._bus.now() >= envelope.deadline:
             return self._too_late(envelope, spec)
@@ -90,32 +122,71 @@ class Match:
             if pause_s <= IN_HAND_S:
                 with _counted(delivery):
                     await _pause(delivery, random.uniform(pause_s / 2, pause_s))  # noqa: S311 - jitter
-        if envelope.ad.node_id is not None:
-            return self._pinned(envelope, spec, envelope.ad.node_id)
-        verdict = await self._auction(envelope, spec)
-        if isinstance(verdict, AllBusy):
-            waited = await self._wait(envelope, spec, delivery)
+        new_nodes = self._roster.new_nodes
+        verdict = await self._look(envelope, spec)
+        if isinstance(verdict, AllBusy) or (isinstance(verdict, Nobody) and self._may_hold(spec, delivery)):
+            waited = await self._wait(envelope, spec, delivery, verdict, new_nodes)
             if waited is None:
                 return Done()
             verdict = waited
         return self._follow(verdict, envelope, spec)
 
-    async def _wait(self, envelope: Envelope, spec: Spec, delivery: Delivery) -> Verdict | None:
-        """Call again, counted among those who wait, until something has changed or it has taken long enough.
+    def _free_last_node(self, envelope: Envelope) -> None:
+        """Take note that the last attempt is over, and whether its node had no room."""
+        self._plain.came_back(envelope.task_id, envelope.attempt)
+        award, error = envelope.award, envelope.last_error
+        if award is not None and error is not None and error.code == "node_busy":
+            self._busy.rejected(envelope.task_id, (HostKey(award.owner, award.host_id), award.node_id))
+
+    async def _look(self, envelope: Envelope, spec: Spec) -> Found:
+        """Find a node once."""
+        if envelope.ad.node_id is not None:
+            return self._pinned(envelope, envelope.ad.node_id)
+        return await self._auction(envelope, spec)
+
+    def _may_hold(self, spec: Spec, delivery: Delivery) -> bool:
+        """Whether a task that no node could do waits in hand, where it notices new nodes at once.
+
+        SCALE has been asked for a node before, and half of what a lane keeps is for tasks that wait for busy nodes.
+        """
+        if spec.no_offers_since is None or 2 * delivery.slots.waiting >= self._config.waiting_limit:
+            return False
+        return self._bus.now() - spec.no_offers_since < self._config.no_bids_after_s
+
+    async def _wait(
+        self,
+        envelope: Envelope,
+        spec: Spec,
+        delivery: Delivery,
+        verdict: Found,
+        new_nodes: asyncio.Event,
+    ) -> Found | None:
+        """Look again, counted among those who wait, until something has changed or it has taken long enough.
 
         None: the task has ended meanwhile.
+
+        Args:
+            new_nodes: Set when a node was announced since the last look that was not known.
         """
         give_up = min(self._bus.now() + HOLD_S, envelope.deadline)
-        verdict: Verdict = AllBusy()
+        if isinstance(verdict, Nobody) and spec.no_offers_since is not None:
+            give_up = min(give_up, spec.no_offers_since + self._config.no_bids_after_s)
         pause_s = PAUSE_S[0]
         with _counted(delivery):
-            while isinstance(verdict, AllBusy) and self._bus.now() < give_up and not delivery.recalled.is_set():
-                jitter_s = random.uniform(pause_s / 2, pause_s)  # noqa: S311 - not a secret
-                await _pause(delivery, min(jitter_s, give_up - self._bus.now()))
-                pause_s = min(2 * pause_s, PAUSE_S[1])
+            while self._bus.now() < give_up and not delivery.recalled.is_set():
+                left_s = max(0.0, give_up - self._bus.now())
+                if isinstance(verdict, AllBusy):
+                    jitter_s = random.uniform(pause_s / 2, pause_s)  # noqa: S311 - not a secret
+                    await _pause(delivery, min(jitter_s, left_s))
+                    pause_s = min(2 * pause_s, PAUSE_S[1])
+                elif isinstance(verdict, Nobody):
+                    await _pause(delivery, min(ALONE_PAUSE_S, left_s), new_nodes)
+                else:
+                    break
                 if await self._has_ended(envelope):
                     return None
-                verdict = await self._auction(envelope, spec)
+                new_nodes = self._roster.new_nodes
+                verdict = await self._look(envelope, spec)
         return verdict
 
     async def _has_ended(self, envelope: Envelope) -> bool:
@@ -126,9 +197,12 @@ class Match:
             return False  # EXECUTE reads the whole record, and settles what cannot be read
         return entry is not None and entry.value.ended
 
-    def _follow(self, verdict: Verdict, envelope: Envelope, spec: Spec) -> Outcome:
+    def _follow(self, verdict: Found, envelope: Envelope, spec: Spec) -> Outcome:
         match verdict:
+            case Fail() | Later():
+                return verdict
             case Awarded(award=award, warning=warning):
+                award = self._counted_if_plain(award, envelope)
                 log.info("awarded", node_id=award.node_id, host_id=award.host_id, score=round(award.score, 3))
                 envelope = envelope.warned(warning) if warning else envelope
                 return Next("scale", replace(_met_someone(envelope, spec), award=award))
@@ -171,46 +245,63 @@ class Match:
             "no node is there to take the task; start one with `loom node FILE.py`, or add one with `rt.add_agent(…)`"
         )
 
-    def _pinned(self, envelope: Envelope, spec: Spec, node_id: str) -> Outcome:
-        if node_id in envelope.excluded:
+    def _pinned(self, envelope: Envelope, node: str) -> Found:
+        """Award a task to the node it is pinned to, wherever that is."""
+        owner, node_id = split_qualified(node)
+        node = qualified(owner, node_id)
+        if node in envelope.excluded:
             return Fail(
-                TaskError(code="no_bids", message=f"the task is pinned to {node_id}, which has failed it"), envelope
+                TaskError(code="no_bids", message=f"the task is pinned to {node}, which has failed it"), envelope
             )
-        if self._roster.is_contested(node_id):
+        if self._roster.is_contested(node):
             return Later(SETTLE_S, envelope)
-        host_id = self._roster.host_of(node_id)
-        if host_id is None:
-            return self._alone(envelope, spec, self._why_nobody(envelope))
-        award = Award(node_id=node_id, host_id=host_id, pinned=True)
-        return Next("scale", replace(_met_someone(envelope, spec), award=award))
+        host = self._roster.host_of(node)
+        if host is None:
+            return Nobody()
+        award = Award(node_id=node_id, owner=owner, host_id=host.host_id, pinned=True)
+        return Awarded(award, Bid(node_id=node_id))
+
+    def _counted_if_plain(self, award: Award, envelope: Envelope) -> Award:
+        """Return the award; one to a plain node counts as its load, and tells EXECUTE how to run it."""
+        place = (HostKey(award.owner, award.host_id), award.node_id)
+        node = self._plain.award(place, envelope.task_id, envelope.attempt)
+        return award if node is None else replace(award, plain=True, max_run_s=node.max_run_s)
 
     async def _auction(self, envelope: Envelope, spec: Spec) -> Verdict:
-        domain_token = spec.domain_token
-        missing = self._roster.awaited()
-        anybody = bool(missing)
-
-        def enough(offers: list[ReadOffer]) -> bool:
-            missing.discard(offers[-1].host_id)
-            return anybody and not missing
-
-        offers = await scatter(
-            self._bus,
-            self._bus.subjects.of("auction", domain_token),
-            self._call(envelope, spec, domain_token),
-            OfferReader(self._bus.discards, BID_LIMIT),
-            window_s=self._config.bid_window_ms / 1000,
-            enough=enough,
-        )
-        self._roster.answered(offers, missing)
-        verdict = judge(envelope, offers, self._book())
+        """Call for bids, and judge the offers with those of plain nodes."""
+        wanted = Wanted(spec.domain_token, frozenset(envelope.ad.required_tools), envelope.excluded)
+        offers, missing = await self._offers(envelope, spec)
+        answered = {offer.host for offer in offers}
+        offers = [*_for_task(envelope.task_id, offers), *self._plain.offers(wanted)]
+        verdict = judge(envelope, self._busy.without(envelope.task_id, offers), self._book())
         if isinstance(verdict, Awarded):
-            self._awards.note(envelope, domain_token, verdict)
+            self._awards.note(envelope, spec.domain_token, verdict)
         if isinstance(verdict, Exhausted) and missing:
             return AllBusy()  # a host that should have answered may have a node yet: slow is not gone
-        if isinstance(verdict, Awarded | Nobody) and not missing and not self._roster.ranking.best(domain_token, 1):
-            warning = warning_for(envelope, offers)
+        if isinstance(verdict, Nobody):
+            if self._roster.may_yet_bid(wanted, answered):
+                return AllBusy()
+            if self._roster.only_plain and self._roster.have_failed(wanted):
+                return Exhausted()
+        if isinstance(verdict, Awarded | Nobody) and not self._roster.ranking.best(spec.domain_token, 1):
+            warning = self._misspelt.warning_for(envelope)
             return replace_fields(verdict, warning=warning) if warning else verdict
         return verdict
+
+    async def _offers(self, envelope: Envelope, spec: Spec) -> tuple[list[HostOffer], set[HostKey]]:
+        """Return the offers of hosts that answer calls, and the hosts that should have answered and have not."""
+        if self._roster.only_plain:
+            return [], set()
+        window_s = self._config.bid_window_ms / 1000
+        call = await self._calls.publish(self._call(envelope, spec), self._roster.awaited(), window_s=window_s)
+        self._roster.answered(call.offers, call.missing)
+        return call.offers, call.missing
+
+    def _on_judged(self, node_id: str, domain_token: str, attempt_ids: Iterable[str]) -> None:
+        """Forget the awards of attempts that have been rewarded."""
+        attempt_ids = tuple(attempt_ids)
+        self._awards.judged(node_id, domain_token, attempt_ids)
+        self._plain.judged(attempt_ids)
 
     def _book(self) -> Book:
         return Book(
@@ -224,19 +315,24 @@ class Match:
             pending=self._awards.pending(),
         )
 
-    def _call(self, envelope: Envelope, spec: Spec, domain_token: str) -> CallForBids:
-        return CallForBids(
-            auction_id=token_hex(16),
+    def _call(self, envelope: Envelope, spec: Spec) -> CallForBids:
+        call_id, answer_to = self._calls.new_call()
+        lot = Lot(
             task_id=envelope.task_id,
             attempt=envelope.attempt,
-            domain_token=domain_token,
-            domain=spec.domains[0],
             complexity=spec.complexity,
-            required_tools=envelope.ad.required_tools,
             description=cut_utf8(envelope.ad.description, DESCRIPTION_BYTES)[0],
+            priority=envelope.priority,
             remaining_s=max(0.0, envelope.deadline - self._bus.now()),
+        )
+        return CallForBids(
+            call_id=call_id,
+            domain=spec.domains[0],
+            required_tools=envelope.ad.required_tools,
             excluded=envelope.excluded,
-            prefer=self._roster.ranking.best(domain_token, BID_LIMIT),
+            lots=(lot,),
+            answer_to=answer_to,
+            prefer=self._roster.ranking.best(spec.domain_token, BID_LIMIT),
         )
 
     def _window(self, _lane: Lane, slots: Slots) -> int:
@@ -255,18 +351,28 @@ def _counted(delivery: Delivery) -> Iterator[None]:
         delivery.slots.waiting -= 1
 
 
-async def _pause(delivery: Delivery, seconds: float) -> None:
-    """Wait until the time is over or the process stops."""
+async def _pause(delivery: Delivery, seconds: float, news: asyncio.Event | None = None) -> None:
+    """Wait until the time is over, the process stops or `news` is set."""
+    recalled = asyncio.ensure_future(delivery.recalled.wait())
+    waits = [recalled] if news is None else [recalled, asyncio.ensure_future(news.wait())]
     try:
-        async with asyncio.timeout(seconds):
-            await delivery.recalled.wait()
-    except TimeoutError:
-        pass  # the normal end of a pause
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
+def _for_task(task_id: str, offers: Iterable[HostOffer]) -> Iterator[HostOffer]:
+    """Yield the offers with the bids that are for a task alone."""
+    for offer in offers:
+        bids = tuple(bid for bid in offer.bids if bid.is_for(task_id))
+        yield offer if len(bids) == len(offer.bids) else replace(offer, bids=bids)
 
 
 def _comes_back(envelope: Envelope) -> bool:
-    """Whether MATCH itself had scheduled the task: a first auction costs no read of its record."""
-    return bool(envelope.hops) and envelope.hops[-1].phase == "match"
+    """Whether the task was scheduled, by MATCH or after a busy node: a first auction costs no read of its record."""
+    last = envelope.hops[-1].phase if envelope.hops else ""
+    return last == "match" or (last == "evaluate" and envelope.busy_pause_s > IN_HAND_S)
 
 
 def _met_someone(envelope: Envelope, spec: Spec) -> Envelope:

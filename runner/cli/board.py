@@ -63,12 +63,11 @@ class Board:
     def see(self, seen: Seen) -> Row | None:
         """Take in a message; return the row whose phase, node or attempt it changed."""
         message: Any = seen.message
-        if isinstance(message, Lifecycle):
-            self._learn(message)
+        if isinstance(message, Lifecycle | Reward):
+            self._learn(message) if isinstance(message, Lifecycle) else self._reward(message)
             return None
-        if isinstance(message, Reward):
-            self._reward(message)
-            return None
+        if isinstance(message, CallForBids):
+            return self._call(message)
         if (part := _part_in(seen)) is not None:
             return self._part(*part)
         row = self.rows.get(seen.tokens.get("task_id", "") or str(getattr(message, "task_id", "")))
@@ -80,8 +79,6 @@ class Board:
                 row.phase = "sense"
             case Envelope() if seen.family == "task":
                 self._move(row, seen.tokens["phase"], message)
-            case CallForBids() if message.attempt >= row.attempt:
-                row.phase, row.attempt = "match", message.attempt
             case Delta(event=TextDelta(text=text)) if message.attempt >= row.attempt:
                 row.tail = (row.tail + text)[-TAIL_CHARS:]
             case TaskResult():
@@ -89,6 +86,22 @@ class Board:
             case _:
                 pass  # other kinds of progress, and what could not be read
         return row if before != (row.phase, row.node_id, row.attempt) else None
+
+    def _call(self, call: CallForBids) -> Row | None:
+        """Take in a call for bids; return the row of the last of its tasks that has come to MATCH by it."""
+        changed = None
+        for lot in call.lots:
+            row = self.rows.get(lot.task_id)
+            if (
+                row is None
+                or row.ended
+                or lot.attempt < row.attempt
+                or (row.phase, row.attempt) == ("match", lot.attempt)
+            ):
+                continue
+            row.phase, row.attempt = "match", lot.attempt
+            changed = row
+        return changed
 
     def end(self, result: TaskResult) -> Row | None:
         """Take in a result, from whichever way it came first; return its row unless it had ended."""

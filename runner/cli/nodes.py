@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loom.bus import left_out
-from loom.bus.announcements import announced_hosts
+from loom.bus.announcements import AnnouncedHost, announced_hosts
 from loom.bus.left_out import LeftOut
 from loom.bus.presence import health_reports
 from loom.runner.cli.looking import AsLines, add_row, clock, domain_slug, looking, print_json, sparkline
@@ -18,7 +18,6 @@ from loom.runner.cli.render import console, one_line, table_of
 from loom.runner.cli.running import prepare, run_to_end
 from loom.runner.node_overview import CALL_S, NEWEST, RECENT_TASKS, DomainOverview, NodeOverview, node_overviews
 from loom.runner.settings import Settings
-from loom.schemas.auction import HostAnnouncement
 from loom.schemas.health import Standing
 from loom.schemas.learning import NodeProfile
 
@@ -73,20 +72,25 @@ async def _hosts(settings: Settings, *, as_json: bool) -> None:
         )
     if as_json:
         for host in here:
-            print_json({**to_builtins(host), "alive": True, "left_out": omitted.pop(host.host_id, LeftOut())})
-        for host_id, one in omitted.items():
-            print_json({"host_id": host_id, "alive": False, "left_out": one})
+            print_json({**_host_object(host), "alive": True, "left_out": omitted.pop(host.name, LeftOut())})
+        for name, one in omitted.items():
+            print_json({"host_id": name, "alive": False, "left_out": one})
         return
     screen = console()
     if here:
         screen.print(_hosts_table(here))
     else:
         screen.print("no hosts answer: start one with `loom node FILE.py`")
-    for host_id, one in omitted.items():
-        screen.print(Text(one_line(f"{host_id}: left out: {one.words}")), soft_wrap=True)
+    for name, one in omitted.items():
+        screen.print(Text(one_line(f"{name}: left out: {one.words}")), soft_wrap=True)
 
 
-def _hosts_table(here: Sequence[HostAnnouncement]) -> Table:
+def _host_object(host: AnnouncedHost) -> dict[str, Any]:
+    """Return what a host has announced as free JSON."""
+    return {"owner": host.owner, **to_builtins(host), "slots": host.slots}
+
+
+def _hosts_table(here: Sequence[AnnouncedHost]) -> Table:
     numbers = ("slots", "running", "queued")
     table = table_of(("host", *numbers, "state", "nodes"), right=numbers, ratios={"nodes": 1})
     table.columns[-1].no_wrap = False
@@ -95,7 +99,7 @@ def _hosts_table(here: Sequence[HostAnnouncement]) -> Table:
         state += ", can start nodes" if host.can_spawn else ""
         state += f", {host.stuck} stuck" if host.stuck else ""
         counts = (str(host.slots), str(host.running), str(host.queued))
-        add_row(table, host.host_id, *counts, state, ", ".join(host.nodes))
+        add_row(table, host.name, *counts, state, ", ".join(host.node_ids))
     return table
 
 
@@ -105,7 +109,7 @@ def as_object(node: NodeOverview) -> dict[str, Any]:
     return {
         "node_id": node.node_id,
         "alive": node.alive,
-        "hosts": [host.host_id for host in node.hosts],
+        "hosts": [host.name for host in node.hosts],
         "standing": node.standing,
         "domains": {token: each.domain for token, each in node.domains.items()},
         "self_ratings": {
@@ -143,7 +147,7 @@ def _best_known_first(node: NodeOverview) -> list[DomainOverview]:
     return sorted(node.domains.values(), key=lambda each: (-each.count, each.domain))
 
 
-def load_of(host: HostAnnouncement) -> str:
+def load_of(host: AnnouncedHost) -> str:
     """Return how busy a host is: runs of slots, and what is queued besides."""
     return f"{host.running}/{host.slots}" + (f"+{host.queued}" if host.queued else "")
 

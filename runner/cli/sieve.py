@@ -6,7 +6,7 @@ from typing import Any
 
 from loom.bus.tap import Seen
 from loom.runner.cli.render import short
-from loom.schemas.auction import HostAnnouncement
+from loom.schemas.auction import CallForBids, HostAnnouncement
 from loom.schemas.envelope import Envelope
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.notices import PlanTimeout
@@ -21,6 +21,8 @@ SPEAKER = {
     "cancel": "sense",
     "intake": "sense",
     "auction": "match",
+    "call": "match",
+    "offer": "match",
     "spawn": "scale",
     "run": "execute",
     "delta": "execute",
@@ -94,6 +96,8 @@ def tasks_of(seen: Seen) -> tuple[str, ...]:
     message: Any = seen.message
     if isinstance(message, Lifecycle):
         return message.task_ids
+    if isinstance(message, CallForBids):
+        return tuple(lot.task_id for lot in message.lots)
     task_id = seen.tokens.get("task_id") or getattr(message, "task_id", None)
     return (task_id,) if task_id else ()
 
@@ -103,8 +107,8 @@ def nodes_of(seen: Seen) -> set[str]:
     match seen.message:
         case Envelope(award=award) | PlanTimeout(envelope=Envelope(award=award)):
             return {award.node_id} if award else set()
-        case HostAnnouncement(nodes=nodes):
-            return set(nodes)
+        case HostAnnouncement() as host:
+            return set(host.node_ids)
         case message:
             node_id = seen.tokens.get("node_id") or getattr(message, "node_id", None)
             return {node_id} if node_id else set()

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from loom.bus.tap import Seen
 from loom.runner.cli.render import one_line, short
-from loom.schemas.auction import CallForBids, HostAnnouncement, RetireRequest, SpawnRequest
+from loom.schemas.auction import CallForBids, HostAnnouncement, Offer, RetireRequest, SpawnRequest
 from loom.schemas.envelope import Envelope, Split
 from loom.schemas.events import ToolCallEnd, ToolCallStart
 from loom.schemas.learning import Lifecycle, Reward
@@ -78,8 +78,10 @@ def describe(seen: Seen) -> tuple[str, str, str]:
     if isinstance(message, bytes):
         facts = seen.headers.get("Loom-Dead-reason") or (f"{seen.size} bytes" if seen.size else "")
         return kind or "?", about or ("" if kind else one_line(seen.subject, WORDS)), one_line(facts)
-    if isinstance(message, (TaskAd, CallForBids, RunRequest, SpawnRequest)):
+    if isinstance(message, (TaskAd, RunRequest, SpawnRequest)):
         about = short(message.task_id or "")
+    if isinstance(message, CallForBids):
+        about = short(message.lots[0].task_id)
     text = _news_of_division(seen, message) if isinstance(message, Envelope) else ""
     if isinstance(message, PlanTimeout) and seen.family == "later":
         text = f"divided: parked for its subtasks, at most {max(0.0, message.envelope.deadline - seen.at):.0f} s"
@@ -98,7 +100,15 @@ def _ad(ad: TaskAd) -> str:
 
 
 def _call(call: CallForBids) -> str:
-    return f"who bids in {call.domain_token}? complexity {call.complexity:.2f}, attempt {call.attempt}"
+    first, others = call.lots[0], len(call.lots) - 1
+    more = f", and {others} more tasks" if others else ""
+    return f"who bids in {call.domain_token}? complexity {first.complexity:.2f}, attempt {first.attempt}{more}"
+
+
+def _offer(offer: Offer) -> str:
+    if not offer.bids:
+        return f"no bid: {offer.decline or 'no reason given'}"
+    return ", ".join(f"{bid.node_id} {bid.self_rating:.2f}, load {bid.load:.2f}" for bid in offer.bids)
 
 
 def _run(request: RunRequest) -> str:
@@ -107,7 +117,7 @@ def _run(request: RunRequest) -> str:
 
 def _host(host: HostAnnouncement) -> str:
     load = f"{host.running} of {host.slots} slots taken, {host.queued} queued"
-    return f"{', '.join(host.nodes) or 'no nodes'}; {load}" + (", draining" if host.draining else "")
+    return f"{', '.join(host.node_ids) or 'no nodes'}; {load}" + (", draining" if host.draining else "")
 
 
 def _news(news: Lifecycle) -> str:
@@ -174,6 +184,7 @@ _FACTS: dict[type, Callable[[Any], str]] = {
     PlanTimeout: lambda _: "the deadline has passed before all of its subtasks had ended",
     ParentEnded: lambda _: "has ended, and so have its subtasks",
     CallForBids: _call,
+    Offer: _offer,
     RunRequest: _run,
     HostAnnouncement: _host,
     SpawnRequest: lambda wanted: f"a node for {wanted.domain_token} is wanted: {wanted.reason}",

@@ -6,16 +6,17 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from support.auctions import offer_to
 from support.logs import capture_logs
 from support.nodes import echo, node
-from support.phases import Asker, Stage
+from support.phases import Stage, call_for_bids
 from support.runs import Watcher, run
 from support.wait import until
 
 from loom import InvalidTask, Job
 from loom.agents import lifetime
 from loom.agents.nursery import choose_template
-from loom.schemas.auction import CallForBids, Offer, SpawnRequest
+from loom.schemas.auction import Offer, SpawnRequest
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.types import AgentNode, CapabilityProfile
 
@@ -28,10 +29,7 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 async def call(stage: Stage, domain: str = "code") -> Offer:
     """Call for bids and return the one host's answer."""
-    asker = Asker(stage.bus)
-    facts: dict[str, Any] = {"auction_id": "a", "task_id": "t1", "attempt": 1, "complexity": 0.5, "remaining_s": 60.0}
-    await asker.ask(stage.bus.subjects.of("auction", domain), CallForBids(domain_token=domain, **facts))
-    return await asker.answer(Offer)
+    return await offer_to(stage.bus, call_for_bids(domain))
 
 
 def bidders(offer: Offer) -> list[str]:

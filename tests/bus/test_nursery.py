@@ -34,7 +34,7 @@ async def test_a_saturated_host_starts_a_clone_that_bids_and_works(stage: Stage)
     assert await stage.seen("lifecycle", kind="joined", node_id="a-c1")
     [child] = [one for one in here.bids(required_tools=("pdf",)).bids if one.node_id == "a-c1"]
     assert (child.self_rating, child.load, child.tools) == (0.5, 0, ("pdf",))
-    [elsewhere] = [one for one in here.bids(domain_token="cooking").bids if one.node_id == "a-c1"]
+    [elsewhere] = [one for one in here.bids(domain="cooking").bids if one.node_id == "a-c1"]
     assert elsewhere.self_rating == 0.1
     clone: Any = here.nursery.nodes()[1]
     assert (clone.parent_id, clone.depth) == ("a", 2)
@@ -153,7 +153,7 @@ async def test_a_skill_becomes_a_node_where_nobody_can_and_is_a_child_like_any_o
     assert news.reason == "skill skill-sql: saturated in data"
     [state] = (await here.says("skill-sql")).spawned
     assert (state.node_id, state.parent_id) == ("skill-sql", "skill-sql")
-    [bid] = here.bids(domain_token="data", required_tools=("db",)).bids
+    [bid] = here.bids(domain="data", required_tools=("db",)).bids
     assert (bid.node_id, bid.self_rating, bid.tools) == ("skill-sql", 0.5, ("db",))
     events = await here.fill("skill-sql", agent)
     assert (await here.retire("skill-sql", when_idle=True)).decline == "busy"

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import structlog
+from support.auctions import offer_to
 from support.logs import capture_logs
-from support.phases import Asker, Stage
+from support.phases import Stage, call_for_bids
 from support.runs import run
 from support.wait import until
 
@@ -17,7 +18,6 @@ from loom.agents.host import NodeHost
 from loom.agents.llm.agent import Agent
 from loom.agents.llm.config import AgentConfig
 from loom.agents.tools import Tool, tool
-from loom.schemas.auction import CallForBids, Offer
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.events import Done, ErrorEvent, TextDelta, ToolCallEnd
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk, ToolCall
@@ -202,10 +202,7 @@ class Node(AgentNode):
 
 async def test_a_node_that_raises_when_it_is_asked_for_a_bid_does_not_end_its_host(stage: Stage) -> None:
     host = await stage.host([Node(id="n1", agent=patient)])
-    call = CallForBids(auction_id="a", task_id="t1", attempt=1, domain_token="code", complexity=0.5, remaining_s=60.0)
-    asker = Asker(stage.bus)
-    await asker.ask(stage.bus.subjects.of("auction", "code"), call)
-    assert (await asker.answer(Offer)).decline == "unqualified"
+    assert (await offer_to(stage.bus, call_for_bids())).decline == "unqualified"
     await (await run(stage, host)).heard("result")
 
 

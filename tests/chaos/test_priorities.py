@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from statistics import median
 
 import pytest
+from support.auctions import offer
 from support.nodes import node
 from support.phases import ad, envelope
 
@@ -19,7 +20,7 @@ from loom.bus.client import Bus
 from loom.phases.match.policy import AllBusy, Awarded, Book, Verdict, judge, taken_s
 from loom.runner.cluster import running_nodes, running_phases
 from loom.runner.embedded import NatsServer
-from loom.schemas.auction import Bid, Offer
+from loom.schemas.auction import Bid
 from loom.schemas.run import RunRequest
 from loom.schemas.task import PRIORITIES, Priority, TaskAd
 
@@ -89,8 +90,8 @@ async def test_a_critical_task_overtakes_five_thousand_low_ones(server: NatsServ
 @RAISED
 def test_only_the_urgent_are_awarded_to_a_node_at_full_load(priority: Priority, raised: bool) -> None:
     task = envelope(ad(priority=priority), now=0)
-    full = Offer(host_id="h1", bids=(Bid(node_id="n1", self_rating=0.9, load=1.0, backlog=13),))
-    free = Offer(host_id="h2", bids=(Bid(node_id="n2", self_rating=0.1, load=0.2),))
+    full = offer("h1", [Bid(node_id="n1", self_rating=0.9, load=1.0, backlog=13)])
+    free = offer("h2", [Bid(node_id="n2", self_rating=0.1, load=0.2)])
 
     assert isinstance(judge(task, [full], Book()), Awarded if raised else AllBusy)
     assert isinstance(judge(task, [full, free], Book()), Awarded)
@@ -100,22 +101,22 @@ def test_only_the_urgent_are_awarded_to_a_node_at_full_load(priority: Priority, 
 def test_a_place_that_was_awarded_a_moment_ago_is_the_next_ones_only_if_urgent(
     priority: Priority, raised: bool
 ) -> None:
-    offer = Offer(host_id="h1", bids=(Bid(node_id="n1", load=0.9, backlog=7, free=2),))
+    only = offer("h1", [Bid(node_id="n1", load=0.9, backlog=7, free=2)])
 
     def verdict(taken: int) -> Verdict:
-        return judge(envelope(ad(priority=priority), now=0), [offer], Book(taken={("h1", "n1"): taken}))
+        return judge(envelope(ad(priority=priority), now=0), [only], Book(taken={("local", "h1", "n1"): taken}))
 
     assert isinstance(verdict(1), Awarded)
     assert isinstance(verdict(2), Awarded if raised else AllBusy)
 
 
 def test_awards_of_a_moment_ago_spread_a_burst_over_equals() -> None:
-    offers = [Offer(host_id=f"h{n}", bids=(Bid(node_id=f"n{n}", self_rating=0.9, free=16),)) for n in (1, 2)]
-    taken: Counter[tuple[str, str]] = Counter()
+    offers = [offer(f"h{n}", [Bid(node_id=f"n{n}", self_rating=0.9, free=16)]) for n in (1, 2)]
+    taken: Counter[tuple[str, str, str]] = Counter()
     for number in range(20):
         verdict = judge(envelope(ad(task_id=f"t{number}"), now=0), offers, Book(taken=taken))
         assert isinstance(verdict, Awarded)
-        taken[verdict.award.host_id, verdict.award.node_id] += 1
+        taken["local", verdict.award.host_id, verdict.award.node_id] += 1
 
     assert sorted(taken.values()) == [10, 10]
 

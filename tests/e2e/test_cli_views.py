@@ -19,9 +19,9 @@ from support.nodes import echo, fail, node
 from support.wait import until
 
 from loom.bus import tasks
+from loom.bus.announcements import AnnouncedHost
 from loom.bus.kv import Bucket
 from loom.bus.reward_bus import RewardBus
-from loom.schemas.auction import HostAnnouncement
 from loom.schemas.envelope import SplitPlan, TaskRecord
 from loom.schemas.errors import UnknownTask
 from loom.schemas.learning import NodeProfile, Reward
@@ -206,7 +206,7 @@ def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
 def test_nodes_show_what_is_known_of_them(here: Cluster, loom: Loom) -> None:
     out, loud = loom("nodes").out, loom("nodes --domain loud").out
     alive = {one["node_id"]: one for one in map(json.loads, loom("nodes --json").out.splitlines())}
-    host = decode(loom("hosts --json").out.encode(), HostAnnouncement)
+    host = decode(loom("hosts --json").out.encode(), AnnouncedHost)
 
     assert len(re.findall(r"^ *(bad|good|slow) ", out, flags=re.MULTILINE)) == 3
     assert re.search(r"bad .* unproven .* loud 0\.00", out)
@@ -219,7 +219,7 @@ def test_nodes_show_what_is_known_of_them(here: Cluster, loom: Loom) -> None:
     assert alive["good"]["profile"]["domains"]["loud"]["count"] >= 2
     assert (alive["bad"]["standing"], alive["slow"]["standing"]) == ("unproven", "new")
     assert 0 < alive["good"]["uncertainty"]["loud"] < alive["bad"]["uncertainty"]["loud"]
-    assert host.nodes == ("bad", "good", "slow")
+    assert host.node_ids == ("bad", "good", "slow")
 
 
 def test_a_person_judges_and_the_reward_is_seen(here: Cluster, loom: Loom) -> None:

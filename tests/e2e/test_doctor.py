@@ -16,6 +16,7 @@ from support.rewards import reward
 from support.wait import until
 
 from loom.bus import topology
+from loom.bus.announcements import AnnouncedHost
 from loom.bus.client import Bus
 from loom.bus.presence import (
     Clocks,
@@ -34,7 +35,7 @@ from loom.runner.cluster import PhaseGroup, running_nodes, running_phases
 from loom.runner.doctor import backlog, clock, examine, examine_here, node_hosts, phases, process_clocks
 from loom.runner.embedded import find_server
 from loom.runner.findings import Finding
-from loom.schemas.auction import HostAnnouncement
+from loom.schemas.auction import AnnouncedNode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
 from loom.types import AgentNode, CapabilityProfile
@@ -208,7 +209,7 @@ def _present(service: str, version: str) -> Present:
 
 
 def test_busy_hosts_and_backlogs_are_noticed() -> None:
-    host = HostAnnouncement(host_id="h", nodes=("n",), slots=4, running=4)
+    host = AnnouncedHost(host_id="h", nodes=(AnnouncedNode(node_id="n", slots=4),), running=4)
     assert node_hosts([host]).mark == "ok"
     assert node_hosts([msgspec.structs.replace(host, queued=1)]).mark == "warn"
 

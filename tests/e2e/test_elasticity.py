@@ -13,6 +13,7 @@ from support.wait import until
 
 from loom.agents.node import Node
 from loom.bus import tasks
+from loom.bus.announcements import host_in
 from loom.bus.client import Bus, Msg, NoResponders
 from loom.runner.cluster import running_nodes, running_phases
 from loom.schemas.auction import HostAnnouncement, SpawnReply, SpawnRequest
@@ -41,9 +42,9 @@ class Census:
         await bus.subscribe(bus.subjects.of("lifecycle", "*", "*", "*", "*"), self._tell)
 
     async def _note(self, msg: Msg) -> None:
-        said = decode(msg.data, HostAnnouncement)
-        self.now[said.host_id] = len(said.nodes)
-        self.most[said.host_id] = max(self.most[said.host_id], len(said.nodes))
+        host_id, nodes = host_in(msg.subject).host_id, decode(msg.data, HostAnnouncement).nodes
+        self.now[host_id] = len(nodes)
+        self.most[host_id] = max(self.most[host_id], len(nodes))
 
     async def _tell(self, msg: Msg) -> None:
         self.told[decode(msg.data, Lifecycle).kind] += 1

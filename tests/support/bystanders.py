@@ -121,7 +121,7 @@ class ForgedHost:
 
     async def _announce(self) -> None:
         while True:
-            body = {"host_id": self._host_id, "nodes": [self._host_id], "slots": 4}
+            body = {"nodes": [{"node_id": self._host_id, "slots": 4}]}
             await self._bus.publish(self._bus.subjects.of("host", "local", self._host_id), msgspec.json.encode(body))
             await asyncio.sleep(1)
 
@@ -129,7 +129,8 @@ class ForgedHost:
         call = msgspec.json.decode(msg.data)
         if self._tool in call.get("required_tools", ()):
             bid = {"node_id": self._host_id, "self_rating": 1.0, "tools": [self._tool]}
-            await self._bus.publish(msg.reply, msgspec.json.encode({"host_id": self._host_id, "bids": [bid]}))
+            subject = self._bus.subjects.of("offer", "local", self._host_id, *call["answer_to"].split("."))
+            await self._bus.publish(subject, msgspec.json.encode({"bids": [bid]}))
 
     async def _on_run(self, msg: Msg) -> None:
         self.runs += 1

@@ -7,7 +7,6 @@ from typing import Any
 from loom.agents.host import NodeHost
 from loom.agents.nursery import Nursery, Skills
 from loom.schemas.auction import (
-    CallForBids,
     HostAnnouncement,
     Offer,
     RetireReply,
@@ -18,7 +17,7 @@ from loom.schemas.auction import (
 from loom.schemas.run import RunEvent, RunRequest, read_events
 from loom.schemas.wire import decode, new_id
 from loom.types import AgentNode
-from support.phases import Stage
+from support.phases import Stage, call_for_bids
 from support.wait import until
 
 WITHIN_S = 20
@@ -71,15 +70,7 @@ class Place:
         return events
 
     def bids(self, **facts: Any) -> Offer:
-        call = {
-            "auction_id": "a",
-            "task_id": "t",
-            "attempt": 1,
-            "domain_token": "code",
-            "complexity": 0.3,
-            "remaining_s": 9,
-        }
-        return self.host.offer(CallForBids(**{**call, **facts}))
+        return self.host.offer(call_for_bids(**facts))
 
     def names(self) -> list[str]:
         return [one.id for one in self.nursery.nodes()]
@@ -89,7 +80,7 @@ class Place:
 
         def said() -> HostAnnouncement | None:
             news = self.stage.all("host", host_id=self.host.host_id)
-            return news[-1] if news and news[-1].nodes == tuple(sorted(names)) else None
+            return news[-1] if news and news[-1].node_ids == tuple(sorted(names)) else None
 
         last = await until(said, within_s=WITHIN_S, what=f"{names} are announced; heard: {self.stage.tape()}")
         assert last is not None

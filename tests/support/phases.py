@@ -18,7 +18,7 @@ from loom.bus.records import records
 from loom.bus.subjects import Parsed
 from loom.bus.topology import Lane
 from loom.runner.cluster import PhaseService, build
-from loom.schemas.auction import Bid, CallForBids, HostAnnouncement, Offer
+from loom.schemas.auction import AnnouncedNode, Bid, CallForBids, HostAnnouncement, Lot, Offer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Claim, Envelope, Phase, Spec, TaskRecord
 from loom.schemas.learning import Lifecycle, Reward
@@ -115,7 +115,7 @@ class Stage:
     ) -> "Replica":
         """Start a replica of one phase on a connection of its own."""
         bus = await self.connect(name)
-        service = build(name, bus, config or ClusterConfig(), llm)
+        service = build(name, bus, config or ClusterConfig(), llm, hosts_here=True)
         await service.start()
         replica = Replica(bus, service)
         self._stack.push_async_callback(replica.close)
@@ -259,16 +259,20 @@ class FakeHost:
     bus: Bus
     host_id: str = "h1"
     node_ids: tuple[str, ...] = ("n1",)
+    owner: str = "local"
+    nodes: tuple[AnnouncedNode, ...] = ()
+    """As announced; none: the ids alone."""
     offer: Callable[[CallForBids], Offer | None] | None = None
     run: Callable[["FakeRun"], Awaitable[None]] | None = None
     calls: list[CallForBids] = field(default_factory=list)
     runs: list["FakeRun"] = field(default_factory=list)
+    seq: int = 0
 
     async def start(self) -> Self:
         """Listen, then say that it is there."""
         subjects = self.bus.subjects
         await self.bus.subscribe(subjects.of("auction", "*"), self._on_call)
-        await self.bus.subscribe(subjects.of("run", "local", self.host_id), self._on_run)
+        await self.bus.subscribe(subjects.of("run", self.owner, self.host_id), self._on_run)
         await self.bus.subscribe(subjects.hosts, self._on_hosts)
         await self.announce()
         await self.bus.echo()
@@ -276,16 +280,18 @@ class FakeHost:
 
     async def announce(self, **facts: Any) -> None:
         """Say that it is there."""
-        said = HostAnnouncement(host_id=self.host_id, nodes=self.node_ids, **facts)
-        await self.bus.publish(self.bus.subjects.of("host", "local", self.host_id), said)
+        self.seq += 1
+        nodes = self.nodes or tuple(AnnouncedNode(node_id=node) for node in self.node_ids)
+        said = HostAnnouncement(**{"seq": self.seq, "nodes": nodes, **facts})
+        await self.bus.publish(self.bus.subjects.of("host", self.owner, self.host_id), said)
 
     def bids(self, *bids: Bid) -> Offer:
         """Return an offer of these bids, or of one plain bid per node."""
-        return Offer(host_id=self.host_id, bids=bids or tuple(Bid(node_id=node) for node in self.node_ids))
+        return Offer(bids=bids or tuple(Bid(node_id=node) for node in self.node_ids))
 
     def declines(self, why: Any) -> Offer:
         """Return an offer without bids."""
-        return Offer(host_id=self.host_id, decline=why)
+        return Offer(decline=why)
 
     async def _on_hosts(self, _msg: Msg) -> None:
         await self.announce()
@@ -295,7 +301,12 @@ class FakeHost:
         self.calls.append(call)
         offer = self.offer(call) if self.offer else self.bids()
         if offer is not None:
-            await self.bus.publish(msg.reply, offer)
+            await self.answer(call, offer)
+
+    async def answer(self, call: CallForBids, offer: Offer | bytes) -> None:
+        """Publish an offer to a call."""
+        subject = self.bus.subjects.of("offer", self.owner, self.host_id, *call.answer_to.split("."))
+        await self.bus.publish(subject, offer)
 
     async def _on_run(self, msg: Msg) -> None:
         run = FakeRun(self.bus, decode(msg.data, RunRequest), msg.reply)
@@ -321,6 +332,13 @@ class FakeRun:
         await self.say("accepted")
         await self.say("started")
         await self.say("result", result=RunResult(content=content, **facts))
+
+
+def call_for_bids(domain: str = "code", *, answer_to: str = "match-1.c1", **facts: Any) -> CallForBids:
+    """Return a call of one lot, the task `t1`; `facts` of a lot or of the call replace those of this one."""
+    about = {name: facts.pop(name) for name in list(facts) if name in Lot.__struct_fields__}
+    lot = Lot(**{"task_id": "t1", "attempt": 1, "complexity": 0.5, "remaining_s": 60.0, **about})
+    return CallForBids(**{"call_id": "c1", "domain": domain, "lots": (lot,), "answer_to": answer_to, **facts})
 
 
 def ad(description: str = "add two numbers", **facts: Any) -> TaskAd:

@@ -54,8 +54,8 @@ def _values(kind: mi.Type) -> st.SearchStrategy[Any]:  # noqa: C901, PLR0911, PL
     match kind:
         case mi.StructType(cls=cls):
             return _structs(cls)
-        case mi.StrType(pattern=str()):
-            return tokens
+        case mi.StrType(pattern=str() as pattern):
+            return st.tuples(tokens, tokens).map(".".join) if "\\." in pattern else tokens
         case mi.StrType(min_length=least, max_length=most):
             return st.text(min_size=least or 0, max_size=min(most or 20, 20))
         case mi.IntType(ge=least, le=most):

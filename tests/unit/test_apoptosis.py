@@ -4,10 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from support.auctions import nodes as announced_nodes
 
+from loom.bus.announcements import AnnouncedHost
 from loom.phases.adapt.apoptosis import bequest, heir, staying, who_retires
 from loom.phases.adapt.fold import fold
-from loom.schemas.auction import ChildState, HostAnnouncement
+from loom.schemas.auction import ChildState
 from loom.schemas.config import ClusterConfig
 from loom.schemas.health import health
 from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile, Reward, Score
@@ -20,9 +22,10 @@ def child(node_id: str = "a-c1", **facts: Any) -> ChildState:
     return ChildState(node_id=node_id, parent_id="a", **{**OLD, **facts})
 
 
-def host(*children: ChildState, nodes: tuple[str, ...] = ("a",), **facts: Any) -> HostAnnouncement:
+def host(*children: ChildState, nodes: tuple[str, ...] = ("a",), **facts: Any) -> AnnouncedHost:
     names = (*nodes, *(one.node_id for one in children))
-    return HostAnnouncement(**{"host_id": "h1", "nodes": names, "slots": 8, "spawned": children, **facts})
+    about = {"host_id": "h1", "nodes": announced_nodes(*names, slots=8), "spawned": children, **facts}
+    return AnnouncedHost(**about)
 
 
 def profile(node_id: str, losses: int = 0, **domains: list[float]) -> NodeProfile:
@@ -44,7 +47,7 @@ def profiles(*known: NodeProfile) -> dict[str, NodeProfile]:
     return {one.node_id: one for one in known}
 
 
-def goes(*hosts: HostAnnouncement, config: ClusterConfig = CONFIG, known: tuple[NodeProfile, ...] = ()) -> list[str]:
+def goes(*hosts: AnnouncedHost, config: ClusterConfig = CONFIG, known: tuple[NodeProfile, ...] = ()) -> list[str]:
     return [one.node_id for one in who_retires(hosts, profiles(*known), config)]
 
 
@@ -53,7 +56,7 @@ def goes(*hosts: HostAnnouncement, config: ClusterConfig = CONFIG, known: tuple[
 
 def test_a_child_idle_for_long_enough_retires_if_it_is_idle_still() -> None:
     [one] = who_retires([host(child(idle_s=61))], {}, CONFIG)
-    assert (one.host_id, one.node_id, one.when_idle) == ("h1", "a-c1", True)
+    assert (one.host, one.node_id, one.when_idle) == (("local", "h1"), "a-c1", True)
     assert one.reason == "idle for 61 s"
     assert goes(host(child(idle_s=59))) == []
 
@@ -135,7 +138,7 @@ crowds = st.lists(states, max_size=9, unique_by=lambda one: one.node_id).map(lam
 
 @given(st.lists(crowds, max_size=3), st.integers(0, 12), st.integers(0, 2))
 def test_however_they_fare_enough_stay_and_only_children_go(
-    hosts: list[HostAnnouncement], min_nodes: int, losers: int
+    hosts: list[AnnouncedHost], min_nodes: int, losers: int
 ) -> None:
     hosts = [replace(one, host_id=f"h{n}") for n, one in enumerate(hosts)]
     config = ClusterConfig(idle_timeout_s=60, min_nodes=min_nodes)
@@ -143,9 +146,9 @@ def test_however_they_fare_enough_stay_and_only_children_go(
     due = who_retires(hosts, known, config)
     before = sum(len(staying(one)) for one in hosts)
     assert len(due) <= max(0, before - min_nodes)
-    assert len({(one.host_id, one.node_id) for one in due}) == len(due)
-    fit = {(one.host_id, c.node_id) for one in hosts for c in one.spawned if not c.retiring and c.age_s >= 60}
-    assert {(one.host_id, one.node_id) for one in due} <= fit
+    assert len({(one.host, one.node_id) for one in due}) == len(due)
+    fit = {(one.key, c.node_id) for one in hosts for c in one.spawned if not c.retiring and c.age_s >= 60}
+    assert {(one.host, one.node_id) for one in due} <= fit
 
 
 # -- who inherits

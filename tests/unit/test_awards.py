@@ -38,9 +38,9 @@ def test_an_award_is_held_for_as_long_as_a_run_takes_whatever_was_awarded_before
     note(awards, "t1")
     note(awards, "t2", expected_s=TAKEN_S / 10)
     note(awards, "t3", "n2")
-    assert dict(awards.taken()) == {("h1", "n1"): 2, ("h1", "n2"): 1}
+    assert dict(awards.taken()) == {("local", "h1", "n1"): 2, ("local", "h1", "n2"): 1}
     clock.now += TAKEN_S / 10
-    assert dict(awards.taken()) == {("h1", "n1"): 1, ("h1", "n2"): 1}
+    assert dict(awards.taken()) == {("local", "h1", "n1"): 1, ("local", "h1", "n2"): 1}
     clock.now += TAKEN_S
     assert dict(awards.taken()) == {}
 

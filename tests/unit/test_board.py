@@ -4,12 +4,12 @@ from io import StringIO
 from typing import Any
 
 from rich.console import Console
+from support.phases import call_for_bids
 
 from loom.bus.subjects import Subjects
 from loom.bus.tap import Seen
 from loom.runner.cli.board import Board
 from loom.runner.cli.progress import Progress, line, live_table
-from loom.schemas.auction import CallForBids
 from loom.schemas.envelope import Award, Envelope, Spec, Split
 from loom.schemas.events import TextDelta
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward
@@ -60,7 +60,7 @@ def result(name: str, node: str = "coder") -> TaskResult:
 def test_a_task_is_followed_through_its_phases() -> None:
     told = board("one")
     ad = told.rows["one"].ad
-    call = CallForBids(auction_id="a", task_id="one", attempt=1, domain_token="code", complexity=0.1, remaining_s=1.0)
+    call = call_for_bids(task_id="one")
 
     lines = [line(told.rows["one"])]
     for message in (

@@ -1,11 +1,13 @@
 """Every number, text and collection of a message is bounded, and what is out of bounds is left out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
 import pytest
 from msgspec import inspect as mi
+from support.auctions import announced, key, offer
 from support.logs import capture_logs
 from support.phases import ad, awarded, envelope
 from support.values import message_types
@@ -15,9 +17,9 @@ from loom.bus.reward_bus import RewardBus
 from loom.phases.adapt.apoptosis import heir
 from loom.phases.adapt.calibrating import actual, recalibrated
 from loom.phases.adapt.fold import fold
+from loom.phases.match.offers import MAX_OFFER_BYTES, HostOffer, OfferReader
 from loom.phases.match.policy import Awarded, Book, judge
-from loom.phases.match.reading import MAX_OFFER_BYTES, OfferReader
-from loom.schemas.auction import Bid, HostAnnouncement, Offer
+from loom.schemas.auction import AnnouncedNode, Bid, HostAnnouncement, Offer
 from loom.schemas.envelope import MAX_TRUST, Envelope, TaskRecord
 from loom.schemas.errors import InvalidTask
 from loom.schemas.events import TextDelta
@@ -91,8 +93,8 @@ NUMBERS = [
     (Bid(node_id="n"), "backlog", str(2**53)),
     (Bid(node_id="n"), "expected_s", "1e10"),
     (Bid(node_id="n"), "expected_tokens", "9" * 20),
-    (HostAnnouncement(host_id="h"), "running", "9" * 400),
-    (HostAnnouncement(host_id="h"), "slots", "9" * 400),
+    (HostAnnouncement(), "running", "9" * 400),
+    (AnnouncedNode(node_id="n"), "slots", "9" * 400),
     (NodeProfile(node_id="n"), "seconds", "1.7e308"),
     (NodeProfile(node_id="n"), "last_seq", str(2**60)),
     (NodeProfile(node_id="n"), "updated_at", "1e300"),
@@ -140,13 +142,13 @@ def test_a_huge_number_built_in_python_overflows_no_formula() -> None:
     assert RewardBus().compute_signal(TaskAd(), True, HUGE).efficiency == 0.0
     assert RewardBus().compute_signal(TaskAd(token_budget=HUGE), True, HUGE).efficiency == 0.0
     assert RewardBus().compute_signal(TaskAd(), True, -HUGE).efficiency == 1.0
-    hosts = [HostAnnouncement(host_id="h", nodes=("a",), running=HUGE, slots=3)]
+    hosts = [announced("h", "a", running=HUGE)]
     assert heir("b", hosts, {}) == "a"
 
 
 def test_a_huge_number_of_free_places_can_be_weighed() -> None:
     bid = Bid(node_id="n", free=HUGE, load=0.5)
-    won = judge(envelope(ad(), now=0), [Offer(host_id="h", bids=(bid,))], Book(taken={("h", "n"): 3}))
+    won = judge(envelope(ad(), now=0), [offer("h", [bid])], Book(taken={("local", "h", "n"): 3}))
     assert isinstance(won, Awarded)
     assert 0.5 <= won.bid.load <= 1
 
@@ -155,7 +157,7 @@ def test_trust_is_bounded_where_it_is_written() -> None:
     from loom.phases.match.trust import Trust  # noqa: PLC0415 - of this test alone
 
     book = Book(policy=lambda _: Trust(1e300))
-    won = judge(envelope(ad(), now=0), [Offer(host_id="h", bids=(Bid(node_id="n"),))], book)
+    won = judge(envelope(ad(), now=0), [offer("h", [Bid(node_id="n")])], book)
     assert isinstance(won, Awarded)
     assert won.award.bids[0].trust == MAX_TRUST
     env = awarded(envelope(ad(), now=0), bids=won.award.bids)
@@ -185,9 +187,9 @@ def test_other_events_that_cannot_be_read_are_left_out_and_reported() -> None:
     assert len(reasons) == 1
 
 
-def reader(limit: int = 16) -> tuple[OfferReader, Discards]:
+def reader(limit: int = 16) -> tuple[Callable[[bytes], HostOffer | None], Discards]:
     discards = Discards()
-    return OfferReader(discards, limit), discards
+    return partial(OfferReader(discards, limit).read, key("h")), discards
 
 
 BAD_BIDS = {
@@ -204,7 +206,7 @@ BAD_BIDS = {
 @pytest.mark.parametrize("bad", BAD_BIDS.values(), ids=BAD_BIDS)
 def test_a_bid_that_cannot_be_read_leaves_the_other_bids_of_its_host(bad: bytes) -> None:
     read, discards = reader()
-    offer = read(b'{"host_id":"h","bids":[{"node_id":"a"},%s,{"node_id":"b"}]}' % bad)
+    offer = read(b'{"bids":[{"node_id":"a"},%s,{"node_id":"b"}]}' % bad)
     assert offer is not None
     assert [bid.node_id for bid in offer.bids] == ["a", "b"]
     assert discards.counts["bid_undecodable"] == 1
@@ -212,7 +214,7 @@ def test_a_bid_that_cannot_be_read_leaves_the_other_bids_of_its_host(bad: bytes)
 
 def test_as_many_bids_as_were_asked_for_are_read_and_one_offer_of_each_host() -> None:
     read, discards = reader(limit=2)
-    many = Offer(host_id="h", bids=tuple(Bid(node_id=f"n{n}") for n in range(5)))
+    many = Offer(bids=tuple(Bid(node_id=f"n{n}") for n in range(5)))
     first = read(encode(many))
     assert first is not None
     assert [bid.node_id for bid in first.bids] == ["n0", "n1"]

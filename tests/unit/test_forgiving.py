@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.values import message_types, messages
 
-from loom.schemas.auction import HostAnnouncement
+from loom.schemas.auction import AnnouncedNode
 from loom.schemas.errors import InvalidTask
 from loom.schemas.events import ToolCallStart
 from loom.schemas.llm import CompletionParams
@@ -117,8 +117,8 @@ def test_an_error_names_the_path_where_something_else_was_forgiven(raw: bytes, n
 
 
 def test_a_required_field_that_is_null_is_missing() -> None:
-    with pytest.raises(Undecodable, match="missing required field `host_id`"):
-        decode(b'{"host_id": null}', HostAnnouncement)
+    with pytest.raises(Undecodable, match="missing required field `node_id`"):
+        decode(b'{"node_id": null}', AnnouncedNode)
 
 
 def test_a_client_may_submit_nulls_but_no_misspelt_field() -> None:

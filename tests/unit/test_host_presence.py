@@ -3,9 +3,11 @@
 import time
 
 import pytest
+from support.auctions import key
 
+from loom.bus.announcements import HEARD_S, HostKey
 from loom.phases.match.claims import CONTEST_EVERY_S, SETTLE_S, Claims
-from loom.phases.match.presence import ANSWERS, HEARD_S, MISSED_WINDOWS, NEWCOMERS_EVERY_S, Presence
+from loom.phases.match.presence import ANSWERS, MISSED_WINDOWS, NEWCOMERS_EVERY_S, Presence
 
 
 class Clock:
@@ -27,149 +29,152 @@ def presence(clock: Clock, most: int = 100) -> Presence:
 
 def test_a_proven_host_is_awaited_until_it_misses_three_windows() -> None:
     hosts = presence(Clock())
-    hosts.answered(["h1"], set())
+    hosts.answered([key("h1")], set())
     for _ in range(MISSED_WINDOWS - 1):
-        hosts.answered([], {"h1"})
-    assert hosts.awaited() == {"h1"}
-    hosts.answered([], {"h1"})
-    hosts.answered(["good"], set())
-    assert hosts.awaited() == {"good"}
+        hosts.answered([], {key("h1")})
+    assert hosts.awaited() == {key("h1")}
+    hosts.answered([], {key("h1")})
+    hosts.answered([key("good")], set())
+    assert hosts.awaited() == {key("good")}
     for _ in range(MISSED_WINDOWS * ANSWERS):
-        assert "h1" not in hosts.awaited()
-        hosts.answered(["good", "h1"], set())
-    assert hosts.awaited() == {"good", "h1"}
+        assert key("h1") not in hosts.awaited()
+        hosts.answered([key("good"), key("h1")], set())
+    assert hosts.awaited() == {key("good"), key("h1")}
 
 
 def test_a_host_that_answers_one_call_in_ten_is_not_awaited() -> None:
     clock = Clock()
     hosts = presence(clock)
-    hosts.answered(["good"], set())
+    hosts.answered([key("good")], set())
     awaited = 0
     for number in range(1000):
         clock.now += 0.05
-        hosts.announced("picky")
-        waiting = "picky" in hosts.awaited()
+        hosts.announced(key("picky"))
+        waiting = key("picky") in hosts.awaited()
         awaited += waiting
         answers = number % 10 == 0
-        hosts.answered(["good", "picky"] if answers else ["good"], {"picky"} if waiting and not answers else set())
+        hosts.answered(
+            [key("good"), key("picky")] if answers else [key("good")],
+            {key("picky")} if waiting and not answers else set(),
+        )
     assert awaited < 50  # of a thousand auctions in 50 s
 
 
 def test_newcomers_are_awaited_in_one_auction_a_second_and_at_most_three_times() -> None:
     clock = Clock()
     hosts = presence(clock)
-    hosts.answered(["good"], set())
+    hosts.answered([key("good")], set())
     clock.now += NEWCOMERS_EVERY_S
-    hosts.announced("new")
+    hosts.announced(key("new"))
     for _ in range(MISSED_WINDOWS):
-        assert hosts.awaited() == {"good", "new"}
-        hosts.answered(["good"], {"new"})
-        assert hosts.awaited() == {"good"}
+        assert hosts.awaited() == {key("good"), key("new")}
+        hosts.answered([key("good")], {key("new")})
+        assert hosts.awaited() == {key("good")}
         clock.now += NEWCOMERS_EVERY_S
-        hosts.announced("new")
-    assert hosts.awaited() == {"good"}
+        hosts.announced(key("new"))
+    assert hosts.awaited() == {key("good")}
     for _ in range(MISSED_WINDOWS * ANSWERS):
-        hosts.answered(["new"], set())
-    assert hosts.awaited() == {"good", "new"}
+        hosts.answered([key("new")], set())
+    assert hosts.awaited() == {key("good"), key("new")}
 
 
 def test_the_first_auction_after_a_start_waits_for_every_announced_host() -> None:
     hosts = presence(Clock())
-    hosts.announced("h1")
-    hosts.announced("h2")
-    assert hosts.awaited() == {"h1", "h2"}
-    hosts.answered(["h1"], {"h2"})
-    assert hosts.awaited() == {"h1"}
+    hosts.announced(key("h1"))
+    hosts.announced(key("h2"))
+    assert hosts.awaited() == {key("h1"), key("h2")}
+    hosts.answered([key("h1")], {key("h2")})
+    assert hosts.awaited() == {key("h1")}
 
 
 def test_a_silent_proven_host_gets_another_chance_when_it_announces_itself() -> None:
     clock = Clock()
     hosts = presence(clock)
-    hosts.answered(["good", "slow"], set())
+    hosts.answered([key("good"), key("slow")], set())
     for _ in range(MISSED_WINDOWS):
-        hosts.answered(["good"], {"slow"})
-    assert hosts.awaited() == {"good"}
+        hosts.answered([key("good")], {key("slow")})
+    assert hosts.awaited() == {key("good")}
     clock.now += NEWCOMERS_EVERY_S
-    hosts.announced("slow")
-    assert hosts.awaited() == {"good", "slow"}
+    hosts.announced(key("slow"))
+    assert hosts.awaited() == {key("good"), key("slow")}
 
 
 def test_two_hosts_that_join_one_after_the_other_are_both_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loom.phases.match.presence.BURST", 2)
     hosts = presence(Clock())
-    hosts.announced("first")
-    assert hosts.awaited() == {"first"}
-    hosts.answered(["first"], set())
-    hosts.announced("second")
-    assert hosts.awaited() == {"first", "second"}
-    hosts.announced("third")
-    assert hosts.awaited() == {"first"}
+    hosts.announced(key("first"))
+    assert hosts.awaited() == {key("first")}
+    hosts.answered([key("first")], set())
+    hosts.announced(key("second"))
+    assert hosts.awaited() == {key("first"), key("second")}
+    hosts.announced(key("third"))
+    assert hosts.awaited() == {key("first")}
 
 
 def test_a_host_that_only_answers_its_own_calls_is_awaited_in_few_auctions() -> None:
     """Twenty auctions a second; the windows of five of them overlap."""
     clock = Clock()
     hosts = presence(clock)
-    hosts.answered(["good"], set())
-    awaited, open_windows = 0, list[set[str]]()
+    hosts.answered([key("good")], set())
+    awaited, open_windows = 0, list[set[HostKey]]()
     for number in range(1200):
         clock.now += 0.05
         if number % 20 == 0:
-            hosts.announced("picky")
-        waiting = "picky" in hosts.awaited()
+            hosts.announced(key("picky"))
+        waiting = key("picky") in hosts.awaited()
         awaited += waiting
         answers = number % 20 == 10
-        open_windows.append({"picky"} if waiting and not answers else set())
+        open_windows.append({key("picky")} if waiting and not answers else set())
         if answers:
-            hosts.answered(["picky"], set())
+            hosts.answered([key("picky")], set())
         if len(open_windows) > 5:
-            hosts.answered(["good"], open_windows.pop(0))
+            hosts.answered([key("good")], open_windows.pop(0))
     assert awaited < 1200 * 0.05
 
 
 def test_made_up_hosts_push_out_no_proven_host() -> None:
     clock = Clock()
     hosts = presence(clock, most=10)
-    hosts.answered(["good"], set())
+    hosts.answered([key("good")], set())
     for number in range(1000):
-        hosts.announced(f"h{number}")
+        hosts.announced(key(f"h{number}"))
     assert len(hosts) == 10
-    assert hosts.seen_at("good") is not None
-    assert hosts.seen_at("h0") is None
+    assert hosts.seen_at(key("good")) is not None
+    assert hosts.seen_at(key("h0")) is None
 
 
 def test_made_up_hosts_that_offer_are_bounded_and_a_new_host_finds_a_place() -> None:
     hosts = presence(Clock(), most=10)
-    hosts.answered([f"h{number}" for number in range(50)], set())
+    hosts.answered([key(f"h{number}") for number in range(50)], set())
     assert len(hosts) == 10
-    hosts.announced("new")
+    hosts.announced(key("new"))
     assert len(hosts) == 10
-    assert hosts.seen_at("new") is not None
+    assert hosts.seen_at(key("new")) is not None
 
 
 def test_hosts_that_come_and_go_are_forgotten() -> None:
     clock = Clock()
-    gone: list[str] = []
+    gone: list[HostKey] = []
     hosts = Presence(clock, 100, gone.append)
     for number in range(100):
-        hosts.announced(f"h{number}")
+        hosts.announced(key(f"h{number}"))
         clock.now += HEARD_S / 2
     hosts.awaited()
     assert len(hosts) <= 3
     assert len(gone) >= 97
-    hosts.answered([], {"h0"})
+    hosts.answered([], {key("h0")})
     assert not hosts._missed
 
 
 def test_twenty_thousand_hosts_cost_linear_time() -> None:
     def cost_s(count: int) -> float:
         hosts = presence(Clock(), most=10_000)
-        hosts.answered(["good"], set())
+        hosts.answered([key("good")], set())
         started = time.process_time()
         for number in range(count):
-            hosts.announced(f"h{number}")
+            hosts.announced(key(f"h{number}"))
             if number % 10 == 0:
-                hosts.answered(["good"], hosts.awaited() - {"good"})
+                hosts.answered([key("good")], hosts.awaited() - {key("good")})
         return time.process_time() - started
 
     few = min(cost_s(2_000) for _ in range(3))
@@ -183,17 +188,17 @@ def test_a_node_belongs_to_the_first_host_that_is_alive() -> None:
     clock = Clock()
     hosts = presence(clock)
     claims = Claims(clock, hosts.seen_at)
-    for host_id in ("first", "second"):
+    for host_id in (key("first"), key("second")):
         hosts.announced(host_id)
         clock.now += 0.1
-    assert not claims.announce("first", ("good-1",))
-    assert claims.announce("second", ("good-1", "own"))
+    assert not claims.announce(key("first"), ("good-1",))
+    assert claims.announce(key("second"), ("good-1", "own"))
     assert claims.is_open("good-1")
-    hosts.announced("first")  # the host was asked to announce itself
+    hosts.announced(key("first"))  # the host was asked to announce itself
     clock.now += SETTLE_S
     assert not claims.is_open("good-1")
-    assert claims.host_of("good-1") == "first"
-    assert claims.host_of("own") == "second"
+    assert claims.host_of("good-1") == key("first")
+    assert claims.host_of("own") == key("second")
     assert claims.host_of("unknown") is None
 
 
@@ -201,13 +206,13 @@ def test_a_node_that_came_back_on_another_host_is_there_at_once_when_the_first_i
     clock = Clock()
     hosts = presence(clock)
     claims = Claims(clock, hosts.seen_at)
-    hosts.announced("dead")
-    claims.announce("dead", ("n1",))
+    hosts.announced(key("dead"))
+    claims.announce(key("dead"), ("n1",))
     clock.now += 1
-    hosts.announced("reborn")
-    assert claims.announce("reborn", ("n1",))
+    hosts.announced(key("reborn"))
+    assert claims.announce(key("reborn"), ("n1",))
     clock.now += SETTLE_S
-    assert claims.host_of("n1") == "reborn"
+    assert claims.host_of("n1") == key("reborn")
 
 
 def test_many_made_up_claims_do_not_keep_a_node_contested() -> None:
@@ -215,22 +220,22 @@ def test_many_made_up_claims_do_not_keep_a_node_contested() -> None:
     hosts = presence(clock)
     claims = Claims(clock, hosts.seen_at)
     for number in range(int(CONTEST_EVERY_S / 0.1)):
-        hosts.announced(f"h{number}")
-        hosts.announced("h0")
-        contested = claims.announce(f"h{number}", ("n1",))
+        hosts.announced(key(f"h{number}"))
+        hosts.announced(key("h0"))
+        contested = claims.announce(key(f"h{number}"), ("n1",))
         assert contested == (number == 1)
         clock.now += 0.1
     assert not claims.is_open("n1")
-    assert claims.host_of("n1") == "h0"
+    assert claims.host_of("n1") == key("h0")
 
 
 def test_a_host_that_no_longer_has_a_node_loses_it() -> None:
     clock = Clock()
     hosts = presence(clock)
     claims = Claims(clock, hosts.seen_at)
-    hosts.announced("h1")
-    claims.announce("h1", ("n1", "n2"))
-    claims.announce("h1", ("n2",))
-    assert (claims.host_of("n1"), claims.host_of("n2"), claims.size) == (None, "h1", 1)
-    claims.forget("h1")
+    hosts.announced(key("h1"))
+    claims.announce(key("h1"), ("n1", "n2"))
+    claims.announce(key("h1"), ("n2",))
+    assert (claims.host_of("n1"), claims.host_of("n2"), claims.size) == (None, key("h1"), 1)
+    claims.forget(key("h1"))
     assert (claims.host_of("n2"), claims.size) == (None, 0)

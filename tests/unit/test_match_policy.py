@@ -5,21 +5,25 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.auctions import key
 from support.phases import ad, envelope
 
+from loom.phases.match.offers import HostOffer
 from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, award, judge, score, tie_break
 from loom.phases.match.trust import POLICIES, Trust
-from loom.schemas.auction import Bid, Offer
+from loom.schemas.auction import Bid
 from loom.schemas.envelope import Envelope
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
+
+H1, H2 = key("h1"), key("h2")
 
 
 def env(task_id: str = "t1", tools: tuple[str, ...] = (), excluded: tuple[str, ...] = ()) -> Envelope:
     return envelope(ad(task_id=task_id, required_tools=tools), now=0, excluded=excluded)
 
 
-def offer(host: str, *bids: Bid, decline: Any = None) -> Offer:
-    return Offer(host_id=host, bids=bids, decline=decline)
+def offer(host: str, *bids: Bid, decline: Any = None) -> HostOffer:
+    return HostOffer(host_id=host, bids=bids, decline=decline)
 
 
 def profile(node: str, count: int, mean: float, *, domain_token: str = "code", last_seq: int = 1) -> NodeProfile:
@@ -33,18 +37,18 @@ def knowing(known: NodeProfile, exploration: float = 0.3) -> Book:
     return Book({known.node_id: known}, exploration=exploration)
 
 
-def judged(envelope: Envelope, *offers: Offer) -> Any:
+def judged(envelope: Envelope, *offers: HostOffer) -> Any:
     return judge(envelope, offers, Book())
 
 
 def test_a_score_without_evidence_rests_on_the_claim() -> None:
-    scored = score(env(), "h1", Bid(node_id="n1", self_rating=0.9, load=0.5), Book(), 0)
+    scored = score(env(), H1, Bid(node_id="n1", self_rating=0.9, load=0.5), Book(), 0)
     assert scored.score == pytest.approx(0.6 * 0.9 + 0.25 * 0.5 + 0.15)
     assert (scored.evidence, scored.count, scored.bonus, scored.trust) == (None, 0, 0, pytest.approx(0.9))
 
 
 def test_evidence_outweighs_the_claim_which_counts_as_two_observations() -> None:
-    scored = score(env(), "h1", Bid(node_id="n1", self_rating=1.0), knowing(profile("n1", 8, 0.25)), 20)
+    scored = score(env(), H1, Bid(node_id="n1", self_rating=1.0), knowing(profile("n1", 8, 0.25)), 20)
     bonus = 0.3 * math.sqrt(math.log(21) / 10)
     assert scored.bonus == pytest.approx(bonus)
     assert scored.trust == pytest.approx((8 * 0.25 + 2) / 10 + bonus)
@@ -54,31 +58,31 @@ def test_evidence_outweighs_the_claim_which_counts_as_two_observations() -> None
 
 def test_evidence_of_another_domain_counts_for_nothing() -> None:
     bid = Bid(node_id="n1", self_rating=0.5)
-    assert score(env(), "h1", bid, knowing(profile("n1", 50, 1.0, domain_token="data")), 0) == score(
-        env(), "h1", bid, Book(), 0
+    assert score(env(), H1, bid, knowing(profile("n1", 50, 1.0, domain_token="data")), 0) == score(
+        env(), H1, bid, Book(), 0
     )
 
 
 def test_evidence_is_looked_up_by_slug_whatever_the_wording() -> None:
     chinese = envelope(ad(domain="代码"), now=0)
     known = profile("n1", 8, 1.0, domain_token=chinese.domain_token)
-    assert score(chinese, "h1", Bid(node_id="n1"), knowing(known), 8).count == 8
+    assert score(chinese, H1, Bid(node_id="n1"), knowing(known), 8).count == 8
 
 
 def test_a_claim_that_failed_often_loses_to_a_modest_one() -> None:
     boaster, modest = Bid(node_id="boaster", self_rating=1.0), Bid(node_id="modest", self_rating=0.5)
     profiles = {"boaster": profile("boaster", 30, 0.0), "modest": profile("modest", 30, 0.9)}
-    assert award(env(), [("h1", boaster), ("h2", modest)], Book(profiles)).node_id == "modest"
+    assert award(env(), [(H1, boaster), (H2, modest)], Book(profiles)).node_id == "modest"
 
 
 def test_the_busier_of_equals_loses() -> None:
-    bids = [("h1", Bid(node_id="busy", load=0.9, backlog=3)), ("h2", Bid(node_id="idle", load=0.1))]
+    bids = [(H1, Bid(node_id="busy", load=0.9, backlog=3)), (H2, Bid(node_id="idle", load=0.1))]
     won = award(env(), bids, Book())
     assert (won.node_id, won.host_id, won.backlog) == ("idle", "h2", 0)
 
 
 def test_the_award_remembers_the_best_sixteen_bids_and_what_they_rest_on() -> None:
-    bids = [("h1", Bid(node_id=f"n{i}", self_rating=i / 30)) for i in range(30)]
+    bids = [(H1, Bid(node_id=f"n{i}", self_rating=i / 30)) for i in range(30)]
     profiles = {"n29": profile("n29", 3, 1.0, last_seq=77), "n1": profile("n1", 3, 0.0, last_seq=12)}
     won = award(env(), bids, Book(profiles, exploration=0.0))
     assert won.node_id == won.bids[0].node_id == "n29"
@@ -90,17 +94,17 @@ def test_the_award_remembers_the_best_sixteen_bids_and_what_they_rest_on() -> No
 
 def test_the_award_names_the_policy_it_was_made_by() -> None:
     book = Book(policy=POLICIES["random"], policy_name="random")
-    assert award(env(), [("h1", Bid(node_id="n1"))], book).policy == "random"
+    assert award(env(), [(H1, Bid(node_id="n1"))], book).policy == "random"
 
 
 def test_exploration_counts_a_node_once_even_if_it_is_on_two_hosts() -> None:
-    twice = [("h1", Bid(node_id="n1")), ("h2", Bid(node_id="n1"))]
+    twice = [(H1, Bid(node_id="n1")), (H2, Bid(node_id="n1"))]
     won = award(env(), twice, knowing(profile("n1", 6, 0.5)))
     assert won.bids[0].bonus == pytest.approx(0.3 * math.sqrt(math.log(7) / 8))
 
 
 def test_ties_are_stable_for_a_task_and_spread_over_tasks() -> None:
-    bids = [("h1", Bid(node_id=f"n{i}")) for i in range(4)]
+    bids = [(H1, Bid(node_id=f"n{i}")) for i in range(4)]
     winners = {task: award(env(task), bids, Book()).node_id for task in map(str, range(200))}
     again = {task: award(env(task), bids[::-1], Book()).node_id for task in winners}
     assert winners == again
@@ -109,7 +113,7 @@ def test_ties_are_stable_for_a_task_and_spread_over_tasks() -> None:
 
 @given(st.permutations(range(6)))
 def test_the_order_of_arrival_never_decides(order: list[int]) -> None:
-    bids = [(f"h{i % 2}", Bid(node_id=f"n{i // 2}", self_rating=0.5)) for i in range(6)]
+    bids = [(key(f"h{i % 2}"), Bid(node_id=f"n{i // 2}", self_rating=0.5)) for i in range(6)]
     assert award(env(), [bids[i] for i in order], Book()) == award(env(), bids, Book())
 
 
@@ -160,7 +164,7 @@ def test_scores_are_finite_whatever_is_known(
     claim: float, load: float, count: int, mean: float, total: int, exploration: float
 ) -> None:
     bid = Bid(node_id="n1", self_rating=claim, load=load)
-    scored = score(env(), "h1", bid, knowing(profile("n1", count, mean), exploration), total)
+    scored = score(env(), H1, bid, knowing(profile("n1", count, mean), exploration), total)
     assert 0 <= scored.score < 20
 
 
@@ -169,7 +173,7 @@ def test_a_better_claim_never_scores_lower(low: float, high: float, count: int, 
     low, high = sorted((low, high))
     known = profile("n1", count, mean)
     scores = [
-        score(env(), "h1", Bid(node_id="n1", self_rating=claim), knowing(known), count).score for claim in (low, high)
+        score(env(), H1, Bid(node_id="n1", self_rating=claim), knowing(known), count).score for claim in (low, high)
     ]
     assert scores[0] <= scores[1] + 1e-12
 
@@ -178,8 +182,8 @@ def test_a_better_claim_never_scores_lower(low: float, high: float, count: int, 
 def test_an_award_remembers_its_bids_by_score_then_by_the_tie_break_of_the_task_then_by_host(
     made: list[tuple[str, float]],
 ) -> None:
-    bids = [("h1", Bid(node_id="n1", self_rating=0.1))] + [
-        (f"h{number}", Bid(node_id=node, self_rating=claim)) for number, (node, claim) in enumerate(made, 2)
+    bids = [(H1, Bid(node_id="n1", self_rating=0.1))] + [
+        (key(f"h{number}"), Bid(node_id=node, self_rating=claim)) for number, (node, claim) in enumerate(made, 2)
     ]
     scored = [score(env(), host, bid, Book(), 0) for host, bid in bids]
     ordered = sorted(scored, key=lambda bid: (-bid.score, tie_break("t1", bid.node_id), bid.host_id))
@@ -203,7 +207,7 @@ def test_a_policy_that_trusts_beyond_measure_is_refused_even_for_one_bid_of_many
 def test_idle_knowledge_fades_towards_the_claim() -> None:
     known = profile("n1", 8, 1.0)
     fresh, halved, old = (
-        score(env(), "h1", Bid(node_id="n1", self_rating=0.0), Book({"n1": known}, now=now, half_life_s=100), 8).trust
+        score(env(), H1, Bid(node_id="n1", self_rating=0.0), Book({"n1": known}, now=now, half_life_s=100), 8).trust
         for now in (0, 100, 10_000)
     )
     bonus = 0.3 * math.sqrt(math.log(9) / 2)

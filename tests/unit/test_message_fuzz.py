@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loom.bus.announcements import AnnouncedHost, HostKey
 from loom.bus.client import _read_ack
 from loom.bus.dead import letter_facts
 from loom.bus.discards import Discards
@@ -24,8 +26,9 @@ from loom.phases.adapt.fold import fold, is_dated_ahead, reward_in, summary
 from loom.phases.evaluate import policy as evaluate
 from loom.phases.execute.errands import answer_in, errand_for
 from loom.phases.execute.service import error_in, request_for, spent
+from loom.phases.match.offers import OfferReader
 from loom.phases.match.policy import Awarded, Book, judge
-from loom.phases.match.reading import OfferReader, ReadOffer, ReadProfile, known, window
+from loom.phases.match.reading import ReadProfile, known, window
 from loom.phases.match.trust import POLICIES
 from loom.phases.scale import graph, planner
 from loom.phases.sense.calibration import calibrated
@@ -182,8 +185,9 @@ def events(forger: Forger) -> None:
 
 
 def auctions(forger: Forger) -> None:
-    envelope, read = forger.made(Envelope), OfferReader(Discards(), BID_LIMIT)
-    offers = [offer for offer in (forger.made(ReadOffer, read) for _ in range(3)) if offer is not None]
+    envelope, reader = forger.made(Envelope), OfferReader(Discards(), BID_LIMIT)
+    reads = [partial(reader.read, HostKey("local", f"h{number}")) for number in range(3)]
+    offers = [offer for read in reads if (offer := forger.made(Offer, read)) is not None]
     profile = forger.made(ReadProfile)
     profiles = {}
     if profile is not None:
@@ -191,7 +195,7 @@ def auctions(forger: Forger) -> None:
         profiles = {profile.node_id: known(profile, windows, None)}
     if envelope is None or envelope.spec is None:
         return
-    taken = {(offer.host_id, bid.node_id): forger.dice.choice([1, 5]) for offer in offers for bid in offer.bids}
+    taken = {(*offer.host, bid.node_id): forger.dice.choice([1, 5]) for offer in offers for bid in offer.bids}
     for policy in POLICIES.values():
         verdict = judge(envelope, offers, Book(policy=policy, profiles=profiles, now=1e9, half_life_s=1e6, taken=taken))
         if isinstance(verdict, Awarded):
@@ -259,7 +263,7 @@ def plans(forger: Forger) -> None:
 
 
 def hosts(forger: Forger) -> None:
-    there = [host for host in (forger.made(HostAnnouncement) for _ in range(3)) if host is not None]
+    there = [host for host in (forger.made(AnnouncedHost) for _ in range(3)) if host is not None]
     profile = forger.made(NodeProfile)
     profiles = {profile.node_id: profile} if profile is not None else {}
     who_retires(there, profiles, CONFIG)

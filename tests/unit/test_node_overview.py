@@ -1,11 +1,11 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.auctions import announced
 
 from loom.phases.adapt.fold import fold
 from loom.runner.cli.nodes import load_of
 from loom.runner.node_overview import Auctioned, DomainOverview, auctioned, overviews, standing_of
-from loom.schemas.auction import HostAnnouncement
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope, ScoredBid, TaskRecord
 from loom.schemas.learning import DomainEvidence, NodeProfile, Reward
@@ -83,7 +83,7 @@ def test_a_node_that_never_worked_one_of_which_little_is_known_and_one_that_fail
 
 
 def test_nodes_that_are_alive_come_first_with_what_is_known_of_them() -> None:
-    host = HostAnnouncement(host_id="h", nodes=("b", "c"), slots=4, running=2, queued=3)
+    host = announced("h", "b", "c", running=2, queued=3)
     profiles = [NodeProfile(node_id="a", total_tasks=3), NodeProfile(node_id="c")]
     seen = Auctioned({("b", "code"): 0.9, ("gone", "code"): 0.1}, {})
 
@@ -95,7 +95,7 @@ def test_nodes_that_are_alive_come_first_with_what_is_known_of_them() -> None:
         ("a", False, True),
     ]
     assert [(each.domain, each.self_rating, each.mean) for each in known[0].domains.values()] == [("code", 0.9, None)]
-    assert load_of(host) == "2/4+3"
+    assert load_of(host) == "2/2+3"
 
 
 def recorded(task_id: str, domain: str, claim: float) -> TaskRecord:
@@ -110,7 +110,7 @@ def recorded(task_id: str, domain: str, claim: float) -> TaskRecord:
 
 def test_the_newest_self_rating_counts_and_domains_are_shown_as_worded() -> None:
     seen = auctioned([recorded("new", "Data Science", 0.7), recorded("old", "data science", 0.2)])
-    [node] = overviews([HostAnnouncement(host_id="h", nodes=("a",))], [], seen, ClusterConfig())
+    [node] = overviews([announced("h", "a")], [], seen, ClusterConfig())
 
     token = domain_token("data science")
     assert seen.self_ratings == {("a", token): 0.7}

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from hypothesis import given
 from hypothesis import strategies as st
+from support.phases import call_for_bids
 
 from loom.agents.host import NodeHost
 from loom.agents.hosted import HostedAgents
@@ -18,6 +19,7 @@ from loom.types import AgentNode, CapabilityProfile
 
 SLOTS, BACKLOG = 2, 3
 TOOLS = ("search", "shell")
+UNCONNECTED = Bus("nats://127.0.0.1:1")
 NAMES = tuple(f"n{number}" for number in range(12))
 
 
@@ -39,9 +41,7 @@ nodes = st.builds(
     st.sampled_from((agent, agent, None)),
 )
 calls = st.builds(
-    lambda **facts: CallForBids(
-        auction_id="a", task_id="t", attempt=1, domain_token="code", complexity=0.5, remaining_s=9, **facts
-    ),
+    call_for_bids,
     excluded=st.lists(st.sampled_from(NAMES), max_size=3).map(tuple),
     prefer=st.lists(st.sampled_from((*NAMES, "elsewhere")), max_size=3).map(tuple),
     required_tools=st.sets(st.sampled_from(TOOLS)).map(tuple),
@@ -81,7 +81,7 @@ def best(host: NodeHost, there: list[AgentNode], call: CallForBids) -> tuple[lis
 def test_the_best_bids_are_offered_as_if_every_node_had_made_one(
     there: list[AgentNode], work: dict[str, int], call: CallForBids
 ) -> None:
-    host = NodeHost(cast("Bus", None), lambda: cast("list[Node]", there), slots=SLOTS, backlog=BACKLOG)
+    host = NodeHost(UNCONNECTED, lambda: cast("list[Node]", there), slots=SLOTS, backlog=BACKLOG)
     for node_id, count in work.items():
         in_hand(host, node_id, count)
     offer = host.offer(call)
@@ -93,7 +93,7 @@ def test_the_best_bids_are_offered_as_if_every_node_had_made_one(
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from(NAMES), st.integers(0, 11)), max_size=30))
 def test_a_node_is_found_wherever_its_list_has_moved_it(changes: list[tuple[bool, str, int]]) -> None:
     there: list[AgentNode] = []
-    host = NodeHost(cast("Bus", None), lambda: cast("list[Node]", there))
+    host = NodeHost(UNCONNECTED, lambda: cast("list[Node]", there))
     for adds, name, place in changes:
         known = [node.id for node in there]
         if adds and name not in known:

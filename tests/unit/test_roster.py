@@ -8,15 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from support.auctions import key, nodes, offer
 from support.logs import capture_logs
 from support.values import messages
 
+from loom.bus.announcements import HEARD_S
 from loom.bus.client import Bus, Msg
 from loom.bus.kv import Entry
-from loom.phases.match.presence import HEARD_S
-from loom.phases.match.reading import ReadOffer, ReadProfile
+from loom.phases.match.offers import ReadOffer
+from loom.phases.match.reading import ReadProfile
 from loom.phases.match.roster import Roster
-from loom.schemas.auction import HostAnnouncement, Offer
+from loom.schemas.auction import AnnouncedNode, HostAnnouncement, Offer
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
 from loom.schemas.wire import Undecodable, decode, encode
 
@@ -58,9 +60,9 @@ async def roster(clock: Clock) -> Roster:
     return Roster(Bus("nats://127.0.0.1:1"))
 
 
-def announce(roster: Roster, host: str, *nodes: str, draining: bool = False, subject: str = "") -> None:
-    body = encode(HostAnnouncement(host_id=host, nodes=nodes, draining=draining))
-    roster._on_announcement(Msg(subject or f"loom.host.local.{host}", data=body))
+def announce(roster: Roster, host: str, *node_ids: str, owner: str = "local", **facts: Any) -> None:
+    body = encode(HostAnnouncement(nodes=nodes(*node_ids), **facts))
+    roster._on_announcement(Msg(f"loom.host.{owner}.{host}", data=body))
 
 
 # -- the hosts to wait for
@@ -70,11 +72,11 @@ async def test_a_host_is_awaited_until_it_has_been_silent_for_too_long(roster: R
     announce(roster, "h1", "n1")
     clock.now += HEARD_S / 2
     announce(roster, "h2", "n2")
-    assert roster.awaited() == {"h1", "h2"}
+    assert roster.awaited() == {key("h1"), key("h2")}
     clock.now += HEARD_S / 2 + 1
-    assert roster.awaited() == {"h2"}
+    assert roster.awaited() == {key("h2")}
     announce(roster, "h1", "n1")
-    assert roster.awaited() == {"h1", "h2"}
+    assert roster.awaited() == {key("h1"), key("h2")}
     clock.now += HEARD_S + 1
     assert roster.awaited() == set()
 
@@ -83,37 +85,71 @@ async def test_an_answer_is_a_sign_of_life_unless_its_host_is_leaving(roster: Ro
     announce(roster, "h1")
     announce(roster, "h2")
     clock.now += HEARD_S - 1
-    roster.answered([Offer(host_id="h1"), Offer(host_id="h2", decline="draining"), Offer(host_id="new")], set())
+    roster.answered([offer("h1"), offer("h2", decline="draining"), offer("new")], set())
     clock.now += 2
-    assert roster.awaited() == {"h1", "new"}
+    assert roster.awaited() == {key("h1"), key("new")}
 
 
 async def test_a_host_that_announces_its_drain_is_not_awaited_any_more(roster: Roster) -> None:
     announce(roster, "h1", "n1")
-    assert roster.host_of("n1") == "h1"
+    assert roster.host_of("n1") == key("h1")
     announce(roster, "h1", draining=True)
     assert roster.awaited() == set()
     assert roster.host_of("n1") is None
 
 
-async def test_an_announcement_in_the_name_of_another_host_has_no_effect(roster: Roster) -> None:
+async def test_hosts_of_two_owners_may_have_one_id_and_neither_speaks_for_the_other(roster: Roster) -> None:
     announce(roster, "h1", "n1")
-    with capture_logs() as logs:
-        announce(roster, "h1", draining=True, subject="loom.host.local.evil")
-        announce(roster, "h3", "n3", subject="loom.host.local.evil")
-    assert roster.awaited() == {"h1"}
-    assert (roster.host_of("n1"), roster.host_of("n3")) == ("h1", None)
-    assert [entry["event"] for entry in logs] == ["announcement_of_another_host"] * 2
+    announce(roster, "h1", "n1", owner="acme")
+    assert roster.awaited() == {key("h1"), key("h1", "acme")}
+    assert (roster.host_of("n1"), roster.host_of("acme.n1")) == (key("h1"), key("h1", "acme"))
+    announce(roster, "h1", owner="acme", draining=True)
+    assert (roster.awaited(), roster.host_of("n1"), roster.host_of("acme.n1")) == ({key("h1")}, key("h1"), None)
+
+
+async def test_an_announcement_that_was_overtaken_is_ignored_until_its_host_begins_again(
+    roster: Roster, clock: Clock
+) -> None:
+    announce(roster, "h1", "n1", seq=7)
+    announce(roster, "h1", "n1", seq=9, draining=True)
+    announce(roster, "h1", "n1", seq=8)
+    assert roster.host_of("n1") is None
+    clock.now += HEARD_S
+    announce(roster, "h1", "n1", seq=1)
+    assert roster.host_of("n1") == key("h1")
+
+
+async def test_a_host_of_plain_nodes_alone_is_there_and_not_waited_for(roster: Roster) -> None:
+    plain = HostAnnouncement(nodes=(AnnouncedNode(node_id="sh", plain=True),))
+    roster._on_announcement(Msg("loom.host.local.p1", data=encode(plain)))
+    assert (roster.awaited(), roster.only_plain, roster.host_of("sh")) == (set(), True, key("p1"))
+    announce(roster, "h1", "n1")
+    assert (roster.awaited(), roster.only_plain) == ({key("h1")}, False)
+    both = HostAnnouncement(nodes=(*plain.nodes, AnnouncedNode(node_id="n2")))
+    roster._on_announcement(Msg("loom.host.local.p1", data=encode(both)))
+    roster.answered([offer("h1")], set())
+    assert roster.awaited() >= {key("h1")}
+    assert not roster.only_plain
+
+
+async def test_nodes_that_were_not_known_are_noticed_once(roster: Roster) -> None:
+    for announcement in ("n1", "n2"):
+        before = roster.new_nodes
+        announce(roster, "h1", announcement)
+        assert before.is_set()
+        before = roster.new_nodes
+        announce(roster, "h1", announcement)
+        assert not before.is_set()
 
 
 async def test_the_names_of_made_up_nodes_are_bounded(roster: Roster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loom.phases.match.roster.MAX_NODES", 10)
     announce(roster, "good", "n1")
-    roster.answered([Offer(host_id="good")], set())
+    roster.answered([offer("good")], set())
     for number in range(20):
         announce(roster, f"h{number}", *(f"n{number}-{n}" for n in range(4)))
     assert roster._claims.size <= 10
-    assert roster.host_of("n1") == "good"
+    assert roster.host_of("n1") == key("good")
 
 
 # -- what is known
@@ -189,9 +225,9 @@ def test_an_offer_is_read_as_it_was_written(offer: Offer) -> None:
 )
 def test_an_offer_beyond_its_ranges_is_refused(odd: dict[str, Any]) -> None:
     with pytest.raises(Undecodable):
-        decode(json.dumps({"host_id": "h", "bids": [{"node_id": "n", **odd}]}).encode(), ReadOffer)
+        decode(json.dumps({"bids": [{"node_id": "n", **odd}]}).encode(), ReadOffer)
 
 
 def test_a_number_that_no_float_can_hold_is_refused() -> None:
     with pytest.raises(Undecodable):
-        decode(b'{"host_id": "h", "bids": [{"node_id": "n", "expected_s": 1e999}]}', ReadOffer)
+        decode(b'{"bids": [{"node_id": "n", "expected_s": 1e999}]}', ReadOffer)

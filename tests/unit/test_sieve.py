@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
+from support.auctions import nodes
 from support.values import messages
 
 from loom.bus.subjects import FAMILIES, Subjects
@@ -143,7 +144,7 @@ def test_every_family_that_concerns_one_phase_has_it() -> None:
 
 
 def test_deltas_follow_the_node_that_has_the_task() -> None:
-    here = seen(HostAnnouncement(host_id="h", nodes=("n1", "n2")), "host", "local", "h")
+    here = seen(HostAnnouncement(nodes=nodes("n1", "n2")), "host", "local", "h")
     traffic = (
         delta("t1"),  # nobody has said yet whose it is
         hop("t1", node="n1"),

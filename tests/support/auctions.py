@@ -1,0 +1,41 @@
+"""Announcements and offers of made-up hosts, and calls for bids without MATCH."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from loom.bus.announcements import AnnouncedHost, HostKey
+from loom.bus.client import Bus, Msg
+from loom.phases.match.offers import HostOffer
+from loom.schemas.auction import AnnouncedNode, Bid, CallForBids, Offer
+from loom.schemas.wire import decode
+from support.wait import until
+
+
+def key(host_id: str, owner: str = "local") -> HostKey:
+    """Return the key of a host."""
+    return HostKey(owner, host_id)
+
+
+def nodes(*node_ids: str, **facts: Any) -> tuple[AnnouncedNode, ...]:
+    """Return announced nodes of these ids, alike in all else."""
+    return tuple(AnnouncedNode(node_id=node_id, **facts) for node_id in node_ids)
+
+
+def announced(host_id: str, *node_ids: str, **facts: Any) -> AnnouncedHost:
+    """Return the announcement of a host with these nodes."""
+    return AnnouncedHost(**{"host_id": host_id, "nodes": nodes(*node_ids), **facts})
+
+
+def offer(host_id: str, bids: Iterable[Bid] = (), **facts: Any) -> HostOffer:
+    """Return an offer of a host."""
+    return HostOffer(host_id=host_id, bids=tuple(bids), **facts)
+
+
+async def offer_to(bus: Bus, call: CallForBids, subject: str = "") -> Offer:
+    """Publish a call for bids, on `subject` or to all hosts, and return the first offer that comes."""
+    offers: list[Msg] = []
+    subscription = await bus.listen(bus.subjects.of("offer", "*", "*", *call.answer_to.split(".")), offers.append)
+    await bus.publish(subject or bus.subjects.of("auction", call.domain_token), call)
+    await until(lambda: offers, what="an offer")
+    await bus.unsubscribe(subscription)
+    return decode(offers[0].data, Offer)
