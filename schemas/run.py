@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Raw, to_builtins
+from msgspec import Meta, Raw, field
 
 from loom.schemas.conversation import earlier_turns
 from loom.schemas.events import Progress
@@ -47,7 +47,7 @@ class RunRequest(Relayed, frozen=True, kw_only=True):
     """Run this task on that node. Idempotent by (task_id, attempt)."""
 
     task_id: Token
-    attempt: Ordinal = 1
+    attempt: Ordinal = field(default_factory=lambda: 1)  # a plain default would not be written
     node_id: Name = ""
     domain: Name = ""
     """As the ad or SENSE worded it."""
@@ -158,7 +158,7 @@ def encode_event(event: RunEvent) -> bytes:
     """Return an event as JSON; the ad of a `waiting` has no id, because EXECUTE derives it."""
     if event.ad is None:
         return encode(event)
-    tree = to_builtins(event)
+    tree = decode(encode(event), dict[str, Any])
     del tree["ad"]["task_id"]
     return encode(tree)
 

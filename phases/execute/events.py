@@ -5,8 +5,8 @@ from collections.abc import Callable
 from secrets import token_hex
 from typing import Any
 
+from loom.bus.announcements import HostKey
 from loom.bus.client import Bus, Msg, Subscription
-from loom.schemas.identity import LOCAL_OWNER
 
 KEY_BYTES = 8
 """Random bytes of a key: a host cannot guess the key of another's run."""
@@ -42,9 +42,9 @@ class EventSubjects:
         if subscription is not None:
             await self._bus.unsubscribe(subscription)
 
-    def open(self, owner: str, host_id: str, take: Take) -> str:
+    def open(self, host: HostKey, take: Take) -> str:
         """Return a new subject for the events of a run on that host; they are handed to `take` until `close`."""
-        subject = self._bus.subjects.of("event", owner, host_id, self._bus.instance, token_hex(KEY_BYTES))
+        subject = self._bus.subjects.of("event", host.owner, host.host_id, self._bus.instance, token_hex(KEY_BYTES))
         self._open[subject] = take
         return subject
 
@@ -66,14 +66,10 @@ class EventSubjects:
         if take is not None:
             take(msg)
         elif msg.subject not in self._closed:
-            parsed = self._bus.subjects.parse(msg.subject)
-            if parsed is not None:
-                count_discarded(
-                    self._bus, parsed.tokens["owner"], parsed.tokens["host_id"], "event_unexpected", UNEXPECTED
-                )
+            _, owner, host_id, _, _ = msg.subject.rsplit(".", 4)
+            count_discarded(self._bus, HostKey(owner, host_id), "event_unexpected", UNEXPECTED)
 
 
-def count_discarded(bus: Bus, owner: str, host_id: str, event: str, reason: str, **facts: Any) -> None:
-    """Count an event that is left out, for its host; the owner `local` is not shown."""
-    host = host_id if owner == LOCAL_OWNER else f"{owner}.{host_id}"
-    bus.discards.of_host(host, "events", event, reason=reason, **facts)
+def count_discarded(bus: Bus, host: HostKey, event: str, reason: str, **facts: Any) -> None:
+    """Count an event that is left out, for its host."""
+    bus.discards.of_host(str(host), "events", event, reason=reason, **facts)

@@ -3,6 +3,7 @@
 import asyncio
 from typing import Literal, NamedTuple
 
+from loom.bus.announcements import HostKey
 from loom.bus.client import Bus
 from loom.bus.log import get_logger
 from loom.schemas.errors import LoomError
@@ -20,8 +21,7 @@ Why = Literal["cancelled", "silent", "late", "flooded", "superseded", "ended"]
 class HostRun(NamedTuple):
     """An attempt, and the host that runs it."""
 
-    owner: str
-    host_id: str
+    host: HostKey
     task_id: str
     attempt: int
 
@@ -35,9 +35,9 @@ class Stops:
 
     def begin(self, run: HostRun, why: Why) -> None:
         """Stop a run; a run that is being stopped already goes on being stopped."""
-        if run in self._repeating or not run.host_id:
+        if run in self._repeating or not run.host.host_id:
             return
-        log.info("run_stopped", task_id=run.task_id, attempt=run.attempt, host_id=run.host_id, why=why)
+        log.info("run_stopped", task_id=run.task_id, attempt=run.attempt, host_id=str(run.host), why=why)
         self._send(run, why)
         repeating = self._bus.spawn(self._repeat(run, why), name=f"stop {run.task_id}")
         self._repeating[run] = repeating
@@ -56,7 +56,7 @@ class Stops:
 
     def _send(self, run: HostRun, why: Why) -> None:
         try:
-            subject = self._bus.subjects.of("stop", run.owner, run.host_id)
+            subject = self._bus.subjects.of("stop", run.host.owner, run.host.host_id)
             self._bus.send(subject, Stop(task_id=run.task_id, attempt=run.attempt, why=why))
         except LoomError as error:
             log.warning("stop_not_sent", task_id=run.task_id, attempt=run.attempt, reason=error.message)
