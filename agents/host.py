@@ -1,7 +1,7 @@
 """The node host: answers calls for bids, runs what its nodes win, and says that it is alive.
 
-Hears      auction.*, call.<host>, run.<host>, cancel.*, hosts, lifecycle.learned.*
-Says       offer.<host>.…, run events, host.<host> every 3 s, lifecycle.joined and lifecycle.left
+Hears      auction.*, hosts, lifecycle.adapt.learned.<owner>.*, and {call,run,stop}.<owner>.<host>
+Says       {offer,event}.<owner>.<host>.…, host.<owner>.<host> every 3 s, lifecycle.<owner>.{joined,left}.<owner>.<node>
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from loom.agents.hosted import HostedAgents
 from loom.agents.node import Node, NodeIndex, Room
 from loom.agents.port import collect, failed, raised
 from loom.agents.repeating import attempt, every
-from loom.agents.runs import Cancelled, Finished, Run, send, stale
+from loom.agents.runs import Finished, Run, Stopped, send, stale
 from loom.agents.share import Share
 from loom.agents.user_code import described, ends_task
 from loom.agents.watchdog import Watchdog
@@ -35,7 +35,7 @@ from loom.schemas.auction import CallForBids, HostAnnouncement, Offer
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import ADAPT
 from loom.schemas.learning import Lifecycle
-from loom.schemas.run import RunEvent, RunKind, RunRequest
+from loom.schemas.run import RunEvent, RunKind, RunRequest, Stop
 from loom.schemas.task import RunResult, TaskError
 from loom.schemas.wire import Undecodable, decode, encode, new_id
 
@@ -49,6 +49,7 @@ CLEAN_UP_S = 1.0
 """For runs a drain has cancelled, before they are abandoned."""
 DRAINS = 3
 """How often a host announces that it drains: such a message may be lost, and runs would go on coming."""
+FOREIGN_REPLY = "its reply subject is not an event subject of this host"
 GIVE_UP_S = 30.0
 """After so long a run that ignores its cancel loses its slot."""
 
@@ -88,7 +89,7 @@ class NodeHost:
         self._stuck: set[Run] = set()
         """Runs that still work although they were given up."""
         self._finished = Finished()
-        self._cancelled = Cancelled()
+        self._stopped = Stopped()
         self._context = copy_context()
         self._agents = HostedAgents(self._context)
         self._pace = AnnouncePace(lambda: bus.spawn(attempt(self._announce), name="announce on request"))
@@ -103,7 +104,7 @@ class NodeHost:
         subjects, owner = self.bus.subjects, self.bus.identity.owner
         for subject, take in (
             (subjects.of("run", owner, self.host_id), self._on_run),
-            (subjects.of("cancel", "*"), self._on_cancel),
+            (subjects.of("stop", owner, self.host_id), self._on_stop),
             (subjects.of("lifecycle", ADAPT, "learned", owner, "*"), self._on_learned),
             (subjects.of("auction", "*"), self._on_call),
             (subjects.of("call", owner, self.host_id), self._on_call),
@@ -264,6 +265,9 @@ class NodeHost:
     # -- running
 
     def _on_run(self, msg: Msg) -> None:
+        if not self._is_own(msg.reply):
+            self.bus.discards.add("run_request_refused", reason=FOREIGN_REPLY, reply=msg.reply[:200])
+            return
         try:
             request = decode(msg.data, RunRequest)
         except Undecodable as error:
@@ -277,7 +281,7 @@ class NodeHost:
             known.move(msg.reply, request.from_seq)
             return
         last = self._finished.get((request.task_id, request.attempt))
-        if last is None and request.task_id in self._cancelled:
+        if last is None and (request.task_id, request.attempt) in self._stopped:
             last = encode(RunEvent(seq=0, kind="error", error=endings.CANCELLED))
         if last is not None:
             send(self.bus, msg.reply, last)
@@ -288,6 +292,12 @@ class NodeHost:
         # An attempt given up elsewhere costs nothing more here.
         self._stop([run for attempt, run in attempts.items() if attempt < request.attempt], endings.CANCELLED)
         self._take(Run(self.bus, request, msg.reply))
+
+    def _is_own(self, reply: str) -> bool:
+        """Return whether a reply subject is for this host's events; another one could be a command to somebody."""
+        parsed = self.bus.subjects.parse(reply)
+        own = {"owner": self.bus.identity.owner, "host_id": self.host_id}
+        return parsed is not None and parsed.family == "event" and own.items() <= parsed.tokens.items()
 
     def _take(self, run: Run) -> None:
         node = self._node(run.request.node_id)
@@ -396,10 +406,17 @@ class NodeHost:
 
     # -- what else is heard
 
-    def _on_cancel(self, msg: Msg) -> None:
-        task_id = msg.subject.rsplit(".", 1)[1]
-        self._cancelled.add(task_id, time.monotonic())
-        self._stop(list(self._runs.get(task_id, {}).values()), endings.CANCELLED)
+    def _on_stop(self, msg: Msg) -> None:
+        """End the run of an attempt that EXECUTE has given up; its request may still be on the way."""
+        try:
+            stop = decode(msg.data, Stop)
+        except Undecodable as error:
+            self.bus.discards.add("stop_undecodable", reason=error.message)
+            return
+        self._stopped.add((stop.task_id, stop.attempt), time.monotonic())
+        run = self._runs.get(stop.task_id, {}).get(stop.attempt)
+        if run is not None:
+            self._stop([run], endings.CANCELLED)
 
     def _on_learned(self, msg: Msg) -> None:
         node = self._node(msg.subject.rsplit(".", 1)[1])
