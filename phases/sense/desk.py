@@ -111,6 +111,8 @@ class Desk:
     async def _cancel(self, msg: Msg) -> None:
         try:
             record = await self._cancelled(_task_of(msg))
+            if record.state == "cancelled":  # also when it was cancelled before: the first message may be lost
+                await self._bus.publish(self._bus.subjects.of("cancelled", record.task_id))
             await answer(self._bus, msg.reply, status_of(record, msg.data))
         except LoomError as error:
             await answer_error(self._bus, msg.reply, error)
