@@ -226,6 +226,11 @@ class Claim(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stream_seq: Count = 0
     """Sequence in TASKS of the message that carries the claim."""
 
+    @property
+    def node(self) -> str:
+        """The node as people write it; empty where there is none."""
+        return qualified(self.owner, self.node_id) if self.node_id else ""
+
 
 class RecordVersion(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The record besides its envelope, as whoever wrote it last has left it: the next write needs no reading.
@@ -401,9 +406,9 @@ class TaskRecord(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True)
         if not self.rejected:
             return replace(own, best_rejected=best.to_rejected())
         last = "" if own.code == REJECTED else f"; the last attempt ended with {own.code}: {own.message}"
-        node = qualified(best.owner, best.node_id)
-        message = cut_note(f"{best.reason or 'refused'} (the best refused answer, of {node}){last}")
-        return TaskError(code=REJECTED, message=message, node_id=best.node_id, best_rejected=best.to_rejected())
+        refused = best.to_rejected()
+        message = cut_note(f"{best.reason or 'refused'} (the best refused answer, of {refused.node}){last}")
+        return TaskError(code=REJECTED, message=message, node_id=best.node_id, best_rejected=refused)
 
     @property
     def used(self) -> RunResult:

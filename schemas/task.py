@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from loom.schemas.calls import FieldsByName
 from loom.schemas.errors import InvalidTask, LoomError, error_for
+from loom.schemas.identity import LOCAL_OWNER, qualified
 from loom.schemas.labels import LABELS_RULE, Labels, are_labels
 from loom.schemas.llm import Usage
 from loom.schemas.near import unknown_field
@@ -449,6 +450,11 @@ class TaskResult(Relayed, frozen=True, kw_only=True):
     def success(self) -> bool:
         """Whether the task succeeded."""
         return self.state == "succeeded"
+
+    @property
+    def node(self) -> str:
+        """The node as people write it: `owner.node_id` where the owner is not `local`; empty where there is none."""
+        return qualified(self.owner or LOCAL_OWNER, self.node_id) if self.node_id else ""
 
 
 class Accepted(Wire, frozen=True, kw_only=True, omit_defaults=False):
