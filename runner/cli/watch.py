@@ -9,7 +9,7 @@ import typer
 from loom.bus.client import Bus
 from loom.bus.history import ended_since, rewards_since
 from loom.bus.tap import Seen, Tap
-from loom.runner.cli.looking import PATIENCE_S, check_has_run, domain_slug, seconds
+from loom.runner.cli.looking import PATIENCE_S, check_has_run, domain_slug, node_name, seconds
 from loom.runner.cli.render import console
 from loom.runner.cli.running import DEFAULT_URL, prepare, run_to_end
 from loom.runner.cli.sieve import Sieve
