@@ -1,4 +1,4 @@
-"""One run on a host: its events, numbered and kept, and where they are sent."""
+"""One run on a host: its events, numbered and kept, and the subject they are published on."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ from loom.bus.client import Bus
 from loom.bus.log import get_logger
 from loom.schemas.errors import LoomError
 from loom.schemas.events import Progress, ToolCallEnd, ToolCallStart
-from loom.schemas.run import FINAL_KINDS, RunEvent, RunKind, RunRequest
+from loom.schemas.run import FINAL_KINDS, RunEvent, RunKind, RunRequest, encode_event
 from loom.schemas.task import RunResult, TaskAd, TaskResult
 from loom.schemas.wire import encode, total
 
@@ -27,8 +27,8 @@ BATCH_BYTES = 64 * 1024
 """Most of several events in one message, and how far an agent may be ahead of its connection; larger ones go alone."""
 PATIENCE_S = 3.0
 """Age of a request from which no run is begun for it: EXECUTE repeats it each second for as long as it waits."""
-REMEMBER_CANCEL_S = 60.0
-CANCELS = 10_000
+REMEMBER_STOP_S = 60.0
+STOPS = 10_000
 KEEP_S = 600.0
 KEEP_BYTES = 32 * 1024 * 1024
 
@@ -38,7 +38,7 @@ Key = tuple[str, int]
 class Run:
     """A run in hand, queued or working."""
 
-    def __init__(self, bus: Bus, request: RunRequest, inbox: str) -> None:
+    def __init__(self, bus: Bus, request: RunRequest, subject: str) -> None:
         self.request = request
         self.work: asyncio.Task[None] | None = None
         """None while it is queued."""
@@ -51,7 +51,7 @@ class Run:
         self.others = RunResult()
         """What others have spent on its behalf."""
         self._bus = bus
-        self._inbox = inbox
+        self._subject = subject
         self._seq = 0
         self._batch: list[bytes] = []
         """Events said and not sent."""
@@ -75,9 +75,9 @@ class Run:
         return (self.request.task_id, self.request.attempt)
 
     @property
-    def inbox(self) -> str:
-        """Where its events go."""
-        return self._inbox
+    def subject(self) -> str:
+        """The event subject of the EXECUTE that watches it."""
+        return self._subject
 
     @property
     def left_s(self) -> float:
@@ -91,7 +91,7 @@ class Run:
         """
         if self.last is not None:
             return
-        seq, event = self._seq, encode(RunEvent(seq=self._seq, kind=kind, **facts))
+        seq, event = self._seq, encode_event(RunEvent(seq=self._seq, kind=kind, **facts))
         self._seq += 1
         if seq == 0:
             self._first = (seq, event)
@@ -119,7 +119,7 @@ class Run:
     def flush(self) -> None:
         """Send what has been said and is not sent yet."""
         if self._batch:
-            send(self._bus, self._inbox, self._packed())
+            send(self._bus, self._subject, self._packed())
 
     def _packed(self) -> bytes:
         """Take what has been said as the body of one message."""
@@ -132,7 +132,7 @@ class Run:
         if self._ahead_bytes >= BATCH_BYTES and self._batch:
             self._ahead_bytes = 0
             with lost_aloud(self._bus):
-                await self._bus.publish(self._inbox, self._packed())
+                await self._bus.publish(self._subject, self._packed())
             await asyncio.sleep(0)  # the connection writes between turns, and an agent may never wait by itself
 
     async def ask(self, ad: TaskAd, call: int) -> TaskResult:
@@ -175,12 +175,12 @@ class Run:
             usd=min(MAX_USD, own.usd + self.others.usd),
         )
 
-    def move(self, inbox: str, from_seq: int) -> None:
-        """Send all events from number `from_seq` on to `inbox`, and every later one; the old inbox gets `moved`."""
+    def move(self, subject: str, from_seq: int) -> None:
+        """Send all events from number `from_seq` on to `subject`, and every later one; the old one gets `moved`."""
         self.flush()
-        if inbox != self._inbox:
-            send(self._bus, self._inbox, encode(RunEvent(seq=self._seq, kind="moved")))
-            self._inbox = inbox
+        if subject != self._subject:
+            send(self._bus, self._subject, encode(RunEvent(seq=self._seq, kind="moved")))
+            self._subject = subject
         if self._first is not None:
             self._add(self._first[1])  # always: it marks the answer to a request
         for seq, event in sorted([*self._kept, *self._resumed, *self._waits.values()]):
@@ -189,10 +189,10 @@ class Run:
         self.flush()
 
 
-def send(bus: Bus, inbox: str, body: bytes) -> None:
+def send(bus: Bus, subject: str, body: bytes) -> None:
     """Send an event, or several as an array."""
     with lost_aloud(bus):
-        bus.send(inbox, body)
+        bus.send(subject, body)
 
 
 @contextmanager
@@ -234,20 +234,21 @@ class Finished:
             self._bytes -= len(entry[1])
 
 
-class Cancelled:
-    """Tasks cancelled in the last minute, at most 10,000: their run requests may still be on the way."""
+class Stopped:
+    """Attempts stopped in the last minute, at most 10,000: their run requests may still be on the way."""
 
     def __init__(self) -> None:
-        self._at: OrderedDict[str, float] = OrderedDict()
+        self._at: OrderedDict[Key, float] = OrderedDict()
 
-    def add(self, task_id: str, now: float) -> None:
-        """Remember a task cancelled at monotonic time `now`."""
-        self._at[task_id] = now
-        while now - next(iter(self._at.values())) > REMEMBER_CANCEL_S or len(self._at) > CANCELS:
+    def add(self, key: Key, now: float) -> None:
+        """Remember an attempt stopped at monotonic time `now`."""
+        self._at.pop(key, None)
+        self._at[key] = now
+        while now - next(iter(self._at.values())) > REMEMBER_STOP_S or len(self._at) > STOPS:
             self._at.popitem(last=False)
 
-    def __contains__(self, task_id: str) -> bool:
-        return task_id in self._at
+    def __contains__(self, key: Key) -> bool:
+        return key in self._at
 
 
 def stale(request: RunRequest, bus: Bus) -> str | None:

@@ -139,7 +139,7 @@ class Watchdog:
         for run in self._runs():
             if run.left_s > 0:
                 with suppress(LoomError):  # at most once, as every heartbeat
-                    bus.send(run.inbox, HEARTBEAT)
+                    bus.send(run.subject, HEARTBEAT)
 
     def _announce(self, bus: Bus, *, draining: bool = False) -> None:
         announcement = self._announcement()
@@ -185,6 +185,6 @@ class Watchdog:
             self._announce(bus, draining=True)
             for run in runs:
                 with suppress(LoomError):  # its watcher finds out by its silence
-                    bus.send(run.inbox, encode(RunEvent(seq=0, kind="error", error=why)))
+                    bus.send(run.subject, encode(RunEvent(seq=0, kind="error", error=why)))
             await bus.echo(timeout_s=GIVE_BACK_S)
         log.info("runs_given_back", tasks=[run.request.task_id for run in runs][:MOST_NAMED], count=len(runs))

@@ -29,6 +29,7 @@ from loom.runner.settings import Settings, warn_of_misspelt_settings
 from loom.runner.store import log_store, log_unused_store
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, LoomError, UnknownTask
+from loom.schemas.identity import node_key, split_qualified
 from loom.schemas.learning import NodeProfile
 from loom.schemas.llm import AnyProvider
 from loom.schemas.wire import Undecodable, new_id
@@ -186,21 +187,22 @@ class Session:
 
     async def _recall(self, nodes: Sequence[Node]) -> None:
         """Show each node what the store holds about it."""
-        profiles = Bucket(self.bus, "nodes", NodeProfile)
+        profiles, owner = Bucket(self.bus, "nodes", NodeProfile), self.bus.identity.owner
 
         async def recall(node: Node) -> None:
             with suppress(Undecodable):  # ADAPT reports it and writes it again
-                if entry := await profiles.get(node.id):
+                if entry := await profiles.get(node_key(owner, node.id)):
                     node.mirror(entry.value)
 
         await asyncio.gather(*map(recall, nodes))
 
-    async def announce(self, node_id: str | None) -> None:
-        """Host nodes that are new here, and announce them if `node_id` is one of them and not announced yet."""
+    async def announce(self, node: str | None) -> None:
+        """Host nodes that are new here, and announce `node`, qualified by its owner, if it is one of them."""
         if self._host is None:
             await self._host_nodes()
         host = self._host
-        if host is not None and node_id is not None and host.is_new(node_id):
+        owner, node_id = split_qualified(node or "")
+        if host is not None and node_id and owner == self.bus.identity.owner and host.is_new(node_id):
             await host.announce()
             await host.bus.echo()  # the server has it before the task
 

@@ -147,6 +147,8 @@ class PhaseEvent(Wire, frozen=True, kw_only=True, tag="phase"):
     """sense: `given`, `heuristic` or `llm`."""
     node_id: Name | None = None
     """match: the winner; execute, evaluate, adapt: the node that had the task."""
+    owner: Name | None = None
+    """Whose node that is."""
     score: Merit | None = None
     """match: the winning bid's score; evaluate: the judge's score of the result, 0 to 1."""
     bids: Annotated[tuple[ScoredBid, ...], Meta(max_length=AWARD_BIDS)] = ()

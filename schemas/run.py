@@ -1,11 +1,11 @@
-"""What EXECUTE and a node host say to each other about one run."""
+"""The messages between EXECUTE and a node host about one run."""
 
 from base64 import b32encode
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Raw
+from msgspec import Meta, Raw, field
 
 from loom.schemas.conversation import earlier_turns
 from loom.schemas.events import Progress
@@ -35,11 +35,19 @@ MAX_OPEN_DELEGATIONS = 64
 """Delegated tasks a run may have open at a time."""
 
 
+class Delegated(Relayed, frozen=True, kw_only=True):
+    """The id under which EXECUTE has published delegated work."""
+
+    call: Count
+    """Which delegation of the attempt it is, as its `waiting` had it."""
+    task_id: Token
+
+
 class RunRequest(Relayed, frozen=True, kw_only=True):
     """Run this task on that node. Idempotent by (task_id, attempt)."""
 
     task_id: Token
-    attempt: Ordinal = 1
+    attempt: Ordinal = field(default_factory=lambda: 1)  # a plain default would not be written
     node_id: Name = ""
     domain: Name = ""
     """As the ad or SENSE worded it."""
@@ -62,6 +70,8 @@ class RunRequest(Relayed, frozen=True, kw_only=True):
     """0 for what a client submitted, one more for each division or delegation."""
     from_seq: Count = 0
     """Number of the first event wanted: more than 0 when re-attaching to a run."""
+    delegated: Annotated[tuple[Delegated, ...], Meta(max_length=1000)] = ()
+    """Ids of delegated work: those of `answers`, and those of what has just been published."""
     answers: Annotated[tuple[TaskResult, ...], Meta(max_length=1000)] = ()
     """How delegated work ended, for a run that waits for it; at most 64 KiB of content in all. Prompt tokens include
     all that failed attempts took."""
@@ -120,9 +130,9 @@ class RunEvent(Relayed, frozen=True, kw_only=True):
     event: Progress | None = None
     """delta (text, steps) and tool_call: what happened."""
     ad: TaskAd | None = None
-    """waiting: the work delegated; its `token_budget` is the most it may take."""
+    """waiting: the work delegated, without an id; its `token_budget` is the most it may take."""
     call: Count = 0
-    """waiting: which delegation of this attempt it is, from 1; the ad's id is `delegated_id` of it."""
+    """waiting: which delegation of this attempt it is, from 1; the id is `delegated_id` of it."""
     task_id: Token | None = None
     """resumed: the delegated task nobody waits for any more, answered or not."""
     result: RunResult | None = None
@@ -135,6 +145,24 @@ class RunEvent(Relayed, frozen=True, kw_only=True):
         return self.kind in FINAL_KINDS
 
 
+class Stop(Relayed, frozen=True, kw_only=True):
+    """End this attempt's run: its result is not wanted any more. Repeated until the run's last event."""
+
+    task_id: Token
+    attempt: Ordinal
+    why: Name = ""
+    """cancelled, silent, late, flooded, superseded or ended."""
+
+
+def encode_event(event: RunEvent) -> bytes:
+    """Return an event as JSON; the ad of a `waiting` has no id, because EXECUTE derives it."""
+    if event.ad is None:
+        return encode(event)
+    tree = decode(encode(event), dict[str, Any])
+    del tree["ad"]["task_id"]
+    return encode(tree)
+
+
 def delegated_id(task_id: str, attempt: int, call: int) -> str:
     """Return the id of the `call`-th task an attempt delegates: 26 letters and digits, the same wherever computed."""
     digest = blake2b(f"{task_id}:{attempt}:{call}".encode(), digest_size=16).digest()
@@ -142,7 +170,7 @@ def delegated_id(task_id: str, attempt: int, call: int) -> str:
 
 
 def read_events(raw: bytes, discard: Callable[[str], None] = lambda _: None) -> tuple[RunEvent, ...]:
-    """Return what one message on a run's inbox holds: an event, or several in a JSON array, oldest first.
+    """Return what one message on a run's event subject holds: an event, or several in a JSON array, oldest first.
 
     Content that is no string is taken as its JSON text. What still cannot be read takes no other event with it: a
     `result`, an `error`, a `rejected`, or content without a kind is the end of the run all the same, as `agent_failed`

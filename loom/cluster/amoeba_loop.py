@@ -27,7 +27,7 @@ from loom.runner.session import Inheritance, Session
 from loom.runner.session_owner import SessionOwner
 from loom.runner.settings import Settings, from_environment
 from loom.runner.temporary_store import TemporaryStore
-from loom.schemas.identity import ADAPT
+from loom.schemas.identity import ADAPT, LOCAL_OWNER
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.wire import Undecodable, decode
 from loom.types import (
@@ -150,8 +150,8 @@ class AmoebaLoop:
             yield report
         if result.error is not None:
             yield ErrorEvent(error=result.error.message, code=result.error.code)
-        if result.node_id is not None and (result.error is None or result.error.code in REWARDED):
-            profile = await learned.wait(result.node_id, result.owner, self.lifecycle.config.learn_wait_s)
+        if learned.concerns(result) and (result.error is None or result.error.code in REWARDED):
+            profile = await learned.wait(result.node_id or "", self.lifecycle.config.learn_wait_s)
             if profile is not None:
                 yield adapted(profile, result.attempts)
 
@@ -239,13 +239,13 @@ class _Learned:
         if self._listens:
             await self._bus.unsubscribe(self._subscription)
 
-    async def wait(self, node_id: str, owner: str | None, seconds: float) -> NodeProfile | None:
-        """Wait until ADAPT has learned about that node, or for so long; return the node's profile then.
+    def concerns(self, result: TaskResult) -> bool:
+        """Return whether a node of this process's owner has had the task, and this process hosts nodes."""
+        owned = (result.owner or LOCAL_OWNER) == self._bus.identity.owner
+        return self._listens and result.node_id is not None and owned
 
-        None at once for a node of another owner, and where nothing is hosted.
-        """
-        if not self._listens or owner not in (None, self._bus.identity.owner):
-            return None
+    async def wait(self, node_id: str, seconds: float) -> NodeProfile | None:
+        """Wait until ADAPT has learned about that node, or for so long; return the node's profile then."""
         try:
             async with asyncio.timeout(seconds):
                 while node_id not in self._profiles:

@@ -1,7 +1,9 @@
 """Evaluate: judge what came back, and end the task or send it to another node.
 
 Consumes   task.evaluate.*.*   results, and errors of every phase
-Publishes  reward.<node>.<domain_token>, result.<task>, replies to submitters
+Publishes  reward.{rules,judge}.<owner>.<node>.<domain_token>
+           result.<submitter>.<task>, replies to submitters
+           cancelled.<task>   that a task is cancelled, for EXECUTE to stop its run
            task.scale          that a subtask has ended, or a task that had been divided
            task.match          the envelope with its attempt raised, when another node is to try
 State      the terminal record; this is the only phase that ends a task
@@ -206,6 +208,8 @@ class Evaluate:
         """Publish everything an ended record implies; every reader bears hearing it twice."""
         stored = [self._rewards.publish(reward) for reward in implied_rewards(record)]  # sent, and not waited for yet
         try:
+            if record.state == "cancelled":  # SENSE may have ended before it could publish this
+                await self._bus.publish(self._bus.subjects.of("cancelled", record.task_id))
             await self._tell_scale(record)
             await self._bus.publish(
                 self._bus.subjects.of("result", record.envelope.submitter, record.task_id), record.to_result()

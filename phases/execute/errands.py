@@ -20,7 +20,7 @@ from loom.phases.shared.token_usage import used_in_all
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import MAX_DELEGATED, Envelope, Split, TaskRecord
 from loom.schemas.errors import InvalidTask, LoomError
-from loom.schemas.run import MAX_OPEN_DELEGATIONS, RunEvent, delegated_id
+from loom.schemas.run import MAX_OPEN_DELEGATIONS, Delegated, RunEvent, delegated_id
 from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult, check_ad
 from loom.schemas.wire import MAX_INPUTS_BYTES, cut_utf8
 
@@ -54,6 +54,8 @@ class Errands:
         self._top_up = top_up
         self._records = records(bus)
         self._open: dict[str, asyncio.Task[None]] = {}
+        self._calls: dict[str, int] = {}
+        """Open errand -> which delegation of the attempt it is."""
         self._answers: dict[str, TaskResult] = {}
         """Answers the run has not said to have."""
         self._wanted = set(earlier)
@@ -74,27 +76,36 @@ class Errands:
     async def hear(self, event: RunEvent, watch: Watch) -> None:
         """Act on an event about delegated work; a heartbeat is an occasion to repeat answers that may be lost."""
         self._watch = watch
-        if event.kind == "waiting" and event.ad is not None and event.ad.task_id not in self._open:
-            refused = refusal(event.ad, event.call, self._envelope, len(self._open))
-            if refused is None:
-                self._begin(event.ad)
-            elif self._refusals < MAX_OPEN_DELEGATIONS:  # a flood is not answered one by one
-                self._refusals += 1
-                log.warning("delegation_refused", task_id=self._envelope.task_id, reason=refused.message)
-                self._failed = self._failed or refused.code != "invalid_task"  # a wrong id is the host's own doing
-                # Once: it is not kept, so that a flood of refused ones takes no memory.
-                await watch.hand(TaskResult(task_id=event.ad.task_id, state="failed", error=refused))
+        if event.kind == "waiting" and event.ad is not None:
+            task_id = delegated_id(self._envelope.task_id, self._envelope.attempt, event.call)
+            await self._delegate(replace(event.ad, task_id=task_id), event.call, watch)
         elif event.kind == "resumed" and event.task_id in self._open:
             self._forget(event.task_id)
         elif event.kind == "heartbeat" and time.monotonic() - self._repeated_at >= REPEAT_S:
             self._repeated_at = time.monotonic()
-            for answer in list(self._answers.values()):
-                await watch.hand(answer)
+            for task_id, answer in list(self._answers.items()):
+                await watch.hand(Delegated(call=self._calls[task_id], task_id=task_id), answer)
 
-    def _begin(self, ad: TaskAd) -> None:
+    async def _delegate(self, ad: TaskAd, call: int, watch: Watch) -> None:
+        """Begin an errand and send the run its id; one that is open already only has its id sent again."""
+        delegated = Delegated(call=call, task_id=ad.task_id)
+        refused = None if ad.task_id in self._open else refusal(call, len(self._open))
+        if refused is None:
+            if ad.task_id not in self._open:
+                self._begin(ad, call)
+            await watch.hand(delegated)
+        elif self._refusals < MAX_OPEN_DELEGATIONS:  # a flood is not answered one by one
+            self._refusals += 1
+            log.warning("delegation_refused", task_id=self._envelope.task_id, reason=refused.message)
+            self._failed = self._failed or refused.code != "invalid_task"  # a wrong number is the host's own doing
+            # Once: it is not kept, so that a flood of refused ones takes no memory.
+            await watch.hand(delegated, TaskResult(task_id=ad.task_id, state="failed", error=refused))
+
+    def _begin(self, ad: TaskAd, call: int) -> None:
         if not self._open:
             self._delivery.slots.taken -= 1
             self._top_up()
+        self._calls[ad.task_id] = call
         self._open[ad.task_id] = self._bus.spawn(self._run(ad), name=f"errand {ad.task_id}")
         self._wanted.add(ad.task_id)
 
@@ -116,6 +127,7 @@ class Errands:
     def _forget(self, task_id: str) -> None:
         """Close an errand the run does not wait for any more; without an answer it is cancelled."""
         self._open.pop(task_id).cancel()
+        self._calls.pop(task_id)
         self._wanted.discard(task_id)
         if not self._open:
             self._delivery.slots.taken += 1
@@ -141,7 +153,7 @@ class Errands:
                 if answer is not None and self._watch is not None:
                     self._failed = self._failed or not answer.success
                     self._answers[ad.task_id] = answer
-                    await self._watch.hand(answer)
+                    await self._watch.hand(Delegated(call=self._calls[ad.task_id], task_id=ad.task_id), answer)
             except LoomError as error:
                 log.warning("errand_waits", errand=ad.task_id, **describe(error))
                 await asyncio.sleep(RETRY_S)
@@ -263,17 +275,15 @@ def child_of(record: TaskRecord, parent: str) -> bool:
     return record.envelope.split is not None and record.envelope.split.parent == parent
 
 
-def refusal(ad: TaskAd, call: int, envelope: Envelope, opened: int) -> TaskError | None:
-    """Return why a run may not delegate `ad`, or None.
+def refusal(call: int, opened: int) -> TaskError | None:
+    """Return why a run may not delegate, or None.
 
     Args:
         call: Number of the delegation within the attempt, from 1, as the event has it.
-        envelope: The delegating task's.
         opened: Delegated tasks the run has open.
     """
-    if call < 1 or ad.task_id != delegated_id(envelope.task_id, envelope.attempt, call):
-        why = "the id of delegated work must follow from task, attempt and call"
-        return TaskError(code="invalid_task", message=why, field="task_id")
+    if call < 1:
+        return TaskError(code="invalid_task", message="the delegations of an attempt are numbered from 1", field="call")
     if opened >= MAX_OPEN_DELEGATIONS:
         why = f"{opened} delegated tasks are open, and no more are allowed; wait until one of them has ended"
         return TaskError(code="overloaded", message=why)

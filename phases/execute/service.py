@@ -1,10 +1,12 @@
-"""Execute: run the task on the node that won it, and tell everybody how it goes.
+"""Execute: run the task on the node that won it, and publish how it goes.
 
 Consumes   task.execute.*.*
-Publishes  run.<host>        a run request, answered by a stream of events
-           delta.<task>      text, steps and tool calls as they come
-           task.sense        what the run delegates, as a task of its own; its end is told to the run
-           task.evaluate     the envelope with its result, or with an error
+Publishes  run.<owner>.<host>            a run request, whose reply subject is event.<owner>.<host>.<instance>.<key>
+           stop.<owner>.<host>           that the run of an attempt is to end
+           delta.<submitter>.<task>      text, steps and tool calls as they come
+           task.sense                    what the run delegates, as a task of its own; the run is sent its end
+           task.evaluate                 the envelope with its result, or with an error
+Hears      event.*.*.<instance>.*, cancelled.*
 State      the claim in the task's record: the fence of every attempt; and the ids of what has been delegated
 Gives up   node_lost, agent_failed, node_busy, deadline_exceeded, cancelled: as errors, for EVALUATE to decide
 """
@@ -15,6 +17,7 @@ from functools import partial
 
 from msgspec.structs import replace
 
+from loom.bus.announcements import HostKey
 from loom.bus.client import Bus, Conflict, Msg, Subscription
 from loom.bus.delivery import Delivery
 from loom.bus.health import Health
@@ -26,9 +29,12 @@ from loom.bus.topology import EXECUTE_LANE
 from loom.phases.execute.belief import Facts, believed
 from loom.phases.execute.claim import Drop, Standing, Take, claim, may_report
 from loom.phases.execute.errands import Errands, call_off
-from loom.phases.execute.watch import Silent, Stop, Watch
+from loom.phases.execute.events import EventSubjects
+from loom.phases.execute.plain import RUN_S, PlainRun
+from loom.phases.execute.stops import HostRun, Stops, Why
+from loom.phases.execute.watch import TOO_MANY, Hosts, Interrupt, Silent, Watch
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope
+from loom.schemas.envelope import Award, Claim, Envelope
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.run import RunEvent, RunRequest
 from loom.schemas.task import RunResult, TaskError
@@ -38,7 +44,6 @@ log = get_logger()
 
 SLOTS = 1024
 CLAIM_TRIES = 8
-CANCEL_S = 0.25  # SENSE ends a cancelled task itself; only a cancel it has not heard is reported from here
 SETTLE_S = 5.0
 """After a reconnect: long enough for every host to be back."""
 ASK_AGAIN_S = 0.25
@@ -53,7 +58,8 @@ class Execute:
         self._bus = bus
         self._config = config
         self._records = records(bus)
-        self._stops: dict[str, list[Stop]] = {}
+        self._hosts = Hosts(bus, EventSubjects(bus), Stops(bus))
+        self._interrupts: dict[str, list[Interrupt]] = {}
         """Task -> what ends the watching of its runs; a task may be here twice while a run moves."""
         self._cancels: Subscription | None = None
         self._loop = HopLoop(bus, Service("execute", [(EXECUTE_LANE, SLOTS)], Envelope, self.handle))
@@ -64,7 +70,8 @@ class Execute:
 
     async def start(self) -> None:
         """Begin to run tasks."""
-        self._cancels = await self._bus.listen(self._bus.subjects.of("cancel", "*"), self._on_cancel)
+        await self._hosts.events.start()
+        self._cancels = await self._bus.listen(self._bus.subjects.of("cancelled", "*"), self._on_cancelled)
         await self._bus.echo()
         await self._loop.start()
 
@@ -73,6 +80,7 @@ class Execute:
         await self._loop.drain(timeout_s)
         if self._cancels is not None:
             await self._bus.unsubscribe(self._cancels)
+        await self._hosts.events.stop()
 
     async def handle(self, envelope: Envelope, delivery: Delivery) -> Outcome:
         """Claim the attempt, run it, and hand on what came of it."""
@@ -81,32 +89,36 @@ class Execute:
             return Dead("the envelope came without an award")
         if self._bus.now() >= envelope.deadline:
             late = TaskError(code="deadline_exceeded", message="the deadline passed before the run began")
-            return await self._report(late, envelope, delivery, claimed=False)
-        stop = Stop()
+            return await self._report_unclaimed(late, envelope)
+        stop = Interrupt()
         timer = asyncio.get_running_loop().call_later(envelope.deadline - self._bus.now(), stop.set, "late")
         delivery.on_recall = partial(stop.set, "recalled")
         if delivery.recalled.is_set():
             stop.set("recalled")
-        self._stops.setdefault(envelope.task_id, []).append(stop)
+        self._interrupts.setdefault(envelope.task_id, []).append(stop)
         try:
             return await self._claimed(envelope, award, delivery, stop)
         finally:
             timer.cancel()
-            self._stops[envelope.task_id].remove(stop)
-            if not self._stops[envelope.task_id]:
-                del self._stops[envelope.task_id]
+            self._interrupts[envelope.task_id].remove(stop)
+            if not self._interrupts[envelope.task_id]:
+                del self._interrupts[envelope.task_id]
 
-    async def _claimed(self, envelope: Envelope, award: Award, delivery: Delivery, stop: Stop) -> Outcome:
+    async def _claimed(self, envelope: Envelope, award: Award, delivery: Delivery, stop: Interrupt) -> Outcome:
         claimed = await self._claim(envelope, award, delivery)
         if isinstance(claimed, Drop):
             log.info("run_dropped", reason=claimed.reason, attempt=envelope.attempt)
+            self._stop(envelope.task_id, claimed.ended, "ended")
             await call_off(self._bus, envelope.task_id, claimed.delegated)
             return Done()
+        self._stop(envelope.task_id, claimed.superseded, "superseded")
         envelope = replace(envelope, record_version=claimed.record_version)
         if stop.cancelled():
-            return await self._report(CANCELLED, envelope, delivery)
+            return await self._give_up(CANCELLED, "cancelled", envelope, award, delivery)
         request = request_for(envelope, award, self._bus.now())
-        watch = Watch(self._bus, award.host_id, request, stop, attached=claimed.attached)
+        if award.plain:
+            return await self._run_plain(request, envelope, award, delivery, stop)
+        watch = Watch(self._hosts, host_of(award), request, stop, attached=claimed.attached)
         earlier = claimed.record.delegated if claimed.attached else ()
         errands = Errands(self._bus, self._config, envelope, delivery, self._loop.top_up, earlier)
         outcome: Outcome | None = None
@@ -136,50 +148,78 @@ class Execute:
         raise BusUnavailable(f"the record of {envelope.task_id} would not hold still")
 
     async def _run(
-        self, watch: Watch, errands: Errands, envelope: Envelope, award: Award, delivery: Delivery, stop: Stop
+        self, watch: Watch, errands: Errands, envelope: Envelope, award: Award, delivery: Delivery, stop: Interrupt
     ) -> Outcome:
         """Watch the run until it ends, the task is cancelled or too late, or this process stops."""
         try:
             last = await self._follow(watch, errands, envelope, delivery)
         except Silent as error:
             lost = TaskError(code="node_lost", message=str(error), node_id=award.node_id)
-            return await self._report(lost, spent(envelope, errands.result), delivery)
+            return await self._give_up(lost, "silent", spent(envelope, errands.result), award, delivery)
         if last is not None:
             return await self._settle(last, errands, envelope, award, delivery, stop)
+        return await self._interrupted(spent(envelope, errands.result), award, delivery, stop)
+
+    async def _run_plain(
+        self, request: RunRequest, envelope: Envelope, award: Award, delivery: Delivery, stop: Interrupt
+    ) -> Outcome:
+        """Ask a plain node once, and take its first reply for the end of the run."""
+        max_run_s = RUN_S if award.max_run_s is None else award.max_run_s
+        delivery.release()  # the wait is for the node: it does not keep others of this process waiting
+        try:
+            last = await PlainRun(self._hosts, host_of(award), request, stop, max_run_s=max_run_s).last_event()
+        except Silent as error:
+            lost = TaskError(code="node_lost", message=str(error), node_id=award.node_id)
+            return await self._give_up(lost, "silent", envelope, award, delivery)
+        if last is None:
+            return await self._interrupted(envelope, award, delivery, stop)
+        return await self._end(last, envelope, award, delivery, stop)
+
+    async def _interrupted(self, envelope: Envelope, award: Award, delivery: Delivery, stop: Interrupt) -> Outcome:
+        """Give a cancelled or late run up; hand any other one on."""
         if stop.cancelled():
-            await asyncio.sleep(CANCEL_S)
-            return await self._report(CANCELLED, spent(envelope, errands.result), delivery)
+            return await self._give_up(CANCELLED, "cancelled", envelope, award, delivery)
         if stop.reason == "late":
             late = TaskError(
                 code="deadline_exceeded", message="the deadline passed during the run", node_id=award.node_id
             )
-            return await self._report(late, spent(envelope, errands.result), delivery)
+            return await self._give_up(late, "late", envelope, award, delivery)
         return Next("execute", envelope)  # recalled, another replica re-attaches; harmless, a suspect starts afresh
 
     async def _settle(
-        self, last: RunEvent, errands: Errands, envelope: Envelope, award: Award, delivery: Delivery, stop: Stop
+        self, last: RunEvent, errands: Errands, envelope: Envelope, award: Award, delivery: Delivery, stop: Interrupt
     ) -> Outcome:
-        if last.kind == "result" and last.result is not None:
-            return Next("evaluate", replace(spent(envelope, last.result), error=None))
         if last.kind == "moved":
             return await self._give_way(envelope, delivery)
+        if last.error is TOO_MANY:
+            return await self._give_up(error_in(last, award), "flooded", spent(envelope, None), award, delivery)
+        failed = last.error is not None and last.error.code == SUBTASK_FAILED and await errands.failed()
+        return await self._end(last, envelope, award, delivery, stop, delegation_failed=failed)
+
+    async def _end(
+        self,
+        last: RunEvent,
+        envelope: Envelope,
+        award: Award,
+        delivery: Delivery,
+        stop: Interrupt,
+        *,
+        delegation_failed: bool = False,
+    ) -> Outcome:
+        """Hand on what a run has ended with; its error code counts as far as the facts here confirm it."""
+        if last.kind == "result" and last.result is not None:
+            return Next("evaluate", replace(spent(envelope, last.result), error=None))
         error = error_in(last, award)
         if last.error is not None:
-            error = believed(error, await self._facts(last, errands, envelope, stop))
+            facts = Facts(
+                budget=envelope.budget,
+                tokens=last.result.tokens if last.result else 0,
+                left_s=envelope.deadline - self._bus.now(),
+                delegation_failed=delegation_failed,
+                cancelled=stop.cancelled(),
+            )
+            error = believed(error, facts)
         return await self._report(error, spent(envelope, last.result), delivery)
-
-    async def _facts(self, last: RunEvent, errands: Errands, envelope: Envelope, stop: Stop) -> Facts:
-        """Collect what the code of a run's error is checked against."""
-        code = last.error.code if last.error else ""
-        if code == CANCELLED.code and not stop.cancelled():
-            await asyncio.sleep(CANCEL_S)  # the host's word may be here before the cancel itself
-        return Facts(
-            budget=envelope.budget,
-            tokens=last.result.tokens if last.result else 0,
-            left_s=envelope.deadline - self._bus.now(),
-            delegation_failed=code == SUBTASK_FAILED and await errands.failed(),
-            cancelled=stop.cancelled(),
-        )
 
     async def _follow(self, watch: Watch, errands: Errands, envelope: Envelope, delivery: Delivery) -> RunEvent | None:
         """Relay the run and return its last event; one that falls silent is asked for once more.
@@ -218,31 +258,52 @@ class Execute:
                     await self._bus.publish(deltas, watch.delta(event.seq, event.event))
             return event
 
-    async def _report(
-        self, error: TaskError, envelope: Envelope, delivery: Delivery, *, claimed: bool = True
-    ) -> Outcome:
+    async def _report(self, error: TaskError, envelope: Envelope, delivery: Delivery) -> Outcome:
         """Hand an error on, unless this message may not speak for the task any more."""
-        standing = await self._standing(envelope, delivery, claimed=claimed)
+        return self._outcome(await self._standing(envelope, delivery), error, envelope)
+
+    def _outcome(self, standing: Standing, error: TaskError, envelope: Envelope) -> Outcome:
         if standing == "report":
             log.info("run_failed", code=error.code, node_id=error.node_id, attempt=envelope.attempt)
             return Next("evaluate", replace(envelope, error=error))
-        return Done() if standing == "settle" else Leave()
+        return Leave() if standing == "leave" else Done()
+
+    async def _give_up(
+        self, error: TaskError, why: Why, envelope: Envelope, award: Award, delivery: Delivery
+    ) -> Outcome:
+        """Hand an error on, and stop the run on its host, unless another handler follows it."""
+        standing = await self._standing(envelope, delivery)
+        if standing in ("report", "over"):
+            self._hosts.stops.begin(HostRun(host_of(award), envelope.task_id, envelope.attempt), why)
+        return self._outcome(standing, error, envelope)
+
+    async def _report_unclaimed(self, error: TaskError, envelope: Envelope) -> Outcome:
+        """Hand on that the deadline has passed before the claim, and stop the attempt that the record names."""
+        entry = await self._records.get(envelope.task_id)
+        if entry is None:
+            return Done()
+        self._stop(envelope.task_id, entry.value.claim, "late")
+        over = entry.value.ended or entry.value.claim.attempt > envelope.attempt
+        return self._outcome("over" if over else "report", error, envelope)
+
+    def _stop(self, task_id: str, held: Claim | None, why: Why) -> None:
+        """Stop the run of a claim, if there is one."""
+        if held is not None and held.attempt:
+            self._hosts.stops.begin(HostRun(HostKey(held.owner, held.host_id), task_id, held.attempt), why)
 
     async def _give_way(self, envelope: Envelope, delivery: Delivery) -> Outcome:
         """Another handler follows the run now: settle a mere copy of its message, leave it the message itself."""
-        return Done() if await self._standing(envelope, delivery) == "settle" else Leave()
+        return Done() if await self._standing(envelope, delivery) in ("over", "settle") else Leave()
 
-    async def _standing(self, envelope: Envelope, delivery: Delivery, *, claimed: bool = True) -> Standing:
+    async def _standing(self, envelope: Envelope, delivery: Delivery) -> Standing:
         """What the record, read again, lets this message do."""
         entry = await self._records.get(envelope.task_id)
         if entry is None:
             return "settle"
-        if claimed:
-            return may_report(entry.value, envelope.attempt, self._bus.instance, delivery.facts.stream_seq)
-        return "settle" if entry.value.ended or entry.value.claim.attempt > envelope.attempt else "report"
+        return may_report(entry.value, envelope.attempt, self._bus.instance, delivery.facts.stream_seq)
 
-    def _on_cancel(self, msg: Msg) -> None:
-        for stop in self._stops.get(msg.subject.rsplit(".", 1)[1], ()):
+    def _on_cancelled(self, msg: Msg) -> None:
+        for stop in self._interrupts.get(msg.subject.rsplit(".", 1)[1], ()):
             stop.set("cancelled")
 
 
@@ -268,6 +329,11 @@ def request_for(envelope: Envelope, award: Award, now: float) -> RunRequest:
         depth=envelope.depth,
         trace=envelope.trace,
     )
+
+
+def host_of(award: Award) -> HostKey:
+    """Return the host that won."""
+    return HostKey(award.owner, award.host_id)
 
 
 def is_over(outcome: Outcome | None) -> bool:

@@ -1,22 +1,25 @@
-"""One run as EXECUTE sees it: the request, its events in order, and the silence between them."""
+"""One run as EXECUTE follows it: the request, its events in order, and the silence between them."""
 
 import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from msgspec.structs import replace
 
+from loom.bus.announcements import HostKey
 from loom.bus.client import Bus, Msg
 from loom.bus.left_out import as_reason
 from loom.bus.log import get_logger
+from loom.phases.execute.events import EventSubjects, count_discarded
+from loom.phases.execute.stops import STOP_AGAIN_S, STOPS, HostRun, Stops
 from loom.schemas.errors import LoomError
 from loom.schemas.events import Progress, TextDelta
-from loom.schemas.identity import LOCAL_OWNER
-from loom.schemas.run import Delta, RunEvent, RunRequest, read_events
+from loom.schemas.run import Delegated, Delta, RunEvent, RunRequest, read_events
 from loom.schemas.task import TaskError, TaskResult
 from loom.schemas.wire import Undecodable, total
 
@@ -35,7 +38,10 @@ HELD = 1024
 CATCH_UP_S = 5.0
 HEARTBEAT_S = 2.0
 SILENCE_S = 3 * HEARTBEAT_S + 0.5  # three heartbeats missed
-LATE_S = 600.0  # a host repeats a result for as long
+LATE_S = 600.0
+"""For so long the last event of a silent run is waited for, to be refused and counted; a host keeps it for as long."""
+STOPPED_S = STOPS * STOP_AGAIN_S + 1
+"""For so long the last event of a stopped run is waited for."""
 MAX_RUN_BYTES = 16 * 2**20
 MAX_RUN_EVENTS = 100_000
 """What a run may send; more ends it."""
@@ -57,7 +63,16 @@ def nobody_waits() -> None:
     """Wake nobody."""
 
 
-class Stop:
+@dataclass(frozen=True)
+class Hosts:
+    """The means by which EXECUTE reaches node hosts."""
+
+    bus: Bus
+    events: EventSubjects
+    stops: Stops
+
+
+class Interrupt:
     """What ends the watching of a run from outside: the first of a cancel, a recall and the deadline."""
 
     def __init__(self) -> None:
@@ -66,8 +81,13 @@ class Stop:
         """Ends the wait for an event that is going on."""
 
     def cancelled(self) -> bool:
-        """Whether it was the task that was cancelled."""
+        """Whether the task was cancelled."""
         return self.reason == "cancelled"
+
+    @property
+    def ends_attempt(self) -> bool:
+        """Whether the run's result is not wanted any more, here or elsewhere."""
+        return self.reason in ("cancelled", "late")
 
     def set(self, reason: Reason) -> None:
         """Have the run watched no further."""
@@ -79,22 +99,28 @@ class Stop:
 class Watch:
     """The events of a run on a host.
 
-    Use as a context manager: the request is sent on entering; leaving forgets the run's inbox.
+    Use as a context manager: the request is sent on entering. Each watching has an event subject of its own. It is
+    closed on leaving, unless the run is given up: then it stays open for the run's last event.
 
     Args:
-        stop: Ends `next` early.
+        host: The host that the run was awarded to.
+        interrupt: Ends `next` early.
         attached: Whether the run may be going on already. Then its host has the time of three heartbeats to answer.
     """
 
-    def __init__(self, bus: Bus, host_id: str, request: RunRequest, stop: Stop, *, attached: bool = False) -> None:
-        self._bus = bus
-        self._host_id = host_id
+    def __init__(
+        self, hosts: Hosts, host: HostKey, request: RunRequest, interrupt: Interrupt, *, attached: bool = False
+    ) -> None:
+        self._hosts = hosts
+        self._bus = hosts.bus
+        self._host = host
         self._request = request
-        self._stop = stop
+        self._interrupt = interrupt
         self._until = time.monotonic() + request.remaining_s
         self._events: deque[RunEvent] = deque()
         self._waiting: asyncio.Future[None] | None = None
-        self._inbox = ""
+        self._subject = ""
+        """Where the run's events arrive."""
         self._next_seq = request.from_seq
         self._bytes = self._count = 0
         """Of all events received."""
@@ -120,31 +146,37 @@ class Watch:
         """Whether the host has said anything."""
 
     async def __aenter__(self) -> Self:
-        self._inbox = self._bus.open_inbox(self._take)
-        self._stop.wake = self._wake
+        self._subject = self._hosts.events.open(self._host, self._take)
+        self._interrupt.wake = self._wake
         await self._ask()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.wake = nobody_waits  # each would keep the other until a collection
-        if isinstance(error, Silent):
-            self._given_up = True  # should it wake, its last word is refused aloud
-            keep_s = min(LATE_S, self._request.remaining_s)
-            asyncio.get_running_loop().call_later(keep_s, self._bus.close_inbox, self._inbox)
-        else:
-            self._bus.close_inbox(self._inbox)
+        self._interrupt.wake = nobody_waits  # each would keep the other until a collection
+        if self._ended or not (isinstance(error, Silent) or self._interrupt.ends_attempt):
+            self._close()
+            return
+        self._given_up = True
+        keep_s = min(LATE_S, self._request.remaining_s) if isinstance(error, Silent) else STOPPED_S
+        asyncio.get_running_loop().call_later(keep_s, self._close)
+
+    def _close(self) -> None:
+        # A run asked for twice may repeat its end, and a run that goes on elsewhere is not to blame for its events.
+        self._hosts.events.close(self._subject, expect_more=not self._ended or self._asked > 1)
 
     async def _ask(self, **facts: Any) -> None:
         self._asked += 1
         left_s = max(0.0, self._until - time.monotonic())
         request = replace(self._request, remaining_s=left_s, sent_at=self._bus.now(), **facts)
-        await self._bus.publish(self._bus.subjects.of("run", LOCAL_OWNER, self._host_id), request, reply=self._inbox)
+        subject = self._bus.subjects.of("run", self._host.owner, self._host.host_id)
+        await self._bus.publish(subject, request, reply=self._subject)
 
-    async def hand(self, answer: TaskResult) -> None:
-        """Tell the run what came of work it has delegated: the same request again, from the next event on."""
-        await self._ask(from_seq=self._next_seq, answers=(answer,))
+    async def hand(self, delegated: Delegated, answer: TaskResult | None = None) -> None:
+        """Send the run the id of delegated work, and how it ended: the same request, from the next event on."""
+        answers = () if answer is None else (answer,)
+        await self._ask(from_seq=self._next_seq, delegated=(delegated,), answers=answers)
 
     async def next(self) -> RunEvent | None:
         """Return the next event, each once and in order; None when the watching is stopped.
@@ -155,7 +187,7 @@ class Watch:
         while True:
             if not self._events:
                 await (self._hear(SILENCE_S, SILENCE_S) if self.heard else self._hear_first())
-            if self._stop.reason is not None and not self._events:
+            if self._interrupt.reason is not None and not self._events:
                 return None
             event = self._events.popleft()
             self.heard = True
@@ -202,7 +234,7 @@ class Watch:
             found = min(self._held, default=event.seq + 1)
             log.info(
                 "run_events_missing",
-                host_id=self._host_id,
+                host_id=str(self._host),
                 task_id=self._request.task_id,
                 seq=self._next_seq,
                 until=found,
@@ -217,7 +249,7 @@ class Watch:
                 await self._bus.echo(timeout_s=CATCH_UP_S)
         if not self._here:
             left_out = f"; an event of it was left out: {self._unread}" if self._unread else ""
-            raise Silent(f"host {self._host_id} was silent for {limit_s:g} s{left_out}")
+            raise Silent(f"host {self._host} was silent for {limit_s:g} s{left_out}")
 
     async def _hear_first(self) -> None:
         """Ask until something is heard: after an outage a host may be back later than we are, and miss the request."""
@@ -225,7 +257,7 @@ class Watch:
         give_up = time.monotonic() + wait_s
         while not self._here:
             if self._absent_s >= patience_s:
-                raise Silent(f"host {self._host_id} is not there")
+                raise Silent(f"host {self._host} is not there")
             left_s = give_up - time.monotonic()
             if left_s <= ASK_AGAIN_S:
                 await self._hear(max(0.0, left_s), wait_s)
@@ -239,7 +271,7 @@ class Watch:
     @property
     def _here(self) -> bool:
         """Whether there is something to act on."""
-        return bool(self._events) or self._stop.reason is not None
+        return bool(self._events) or self._interrupt.reason is not None
 
     async def _wait(self, seconds: float) -> None:
         """Wait for an event or a stop."""
@@ -264,10 +296,10 @@ class Watch:
 
     def again(self) -> "Watch":
         """Return a watch for what this one has missed: the host keeps events, and starts no run twice."""
-        self._bus.close_inbox(self._inbox)
+        self._close()
         left_s = max(0.0, self._until - time.monotonic())
         request = replace(self._request, from_seq=self._next_seq, remaining_s=left_s)
-        watch = Watch(self._bus, self._host_id, request, self._stop)
+        watch = Watch(self._hosts, self._host, request, self._interrupt)
         watch._bytes, watch._count, watch._chars = self._bytes, self._count, self._chars
         watch._unread = self._unread
         return watch
@@ -278,7 +310,7 @@ class Watch:
 
     def _count_discarded(self, event: str, reason: str, **facts: Any) -> None:
         facts = {"task_id": self._request.task_id, "attempt": self._request.attempt, **facts}
-        self._bus.discards.of_host(self._host_id, "events", event, reason=reason, **facts)
+        count_discarded(self._bus, self._host, event, reason, **facts)
 
     def _until_the_end(self, events: tuple[RunEvent, ...]) -> tuple[RunEvent, ...]:
         """The events up to the first final one of the run; what comes after it is left out."""
@@ -308,7 +340,7 @@ class Watch:
             self._bytes += len(msg.data)
             self._count += max(1, len(events))
             if self._bytes > MAX_RUN_BYTES or self._count > MAX_RUN_EVENTS:
-                self._bus.close_inbox(self._inbox)
+                self._hosts.events.close(self._subject)
                 self._events.clear()
                 events = (RunEvent(seq=self._next_seq, kind="error", error=TOO_MANY),)
         if not events:
@@ -317,6 +349,14 @@ class Watch:
             self._events.extend(events)
             self._wake()
         elif events[-1].final:
-            self._bus.close_inbox(self._inbox)
+            self._end_late(events[-1])
+
+    def _end_late(self, last: RunEvent) -> None:
+        """Take the last event of a run that was given up: it answers the stop, or comes too late."""
+        self._close()
+        request = self._request
+        self._hosts.stops.ended(HostRun(self._host, request.task_id, request.attempt))
+        stopped = self._interrupt.ends_attempt or (last.error is not None and last.error.code == "cancelled")
+        if not stopped:
             why = "the run was given up before its last event came"
-            self._count_discarded("late_run_refused", why, kind=events[-1].kind)
+            self._count_discarded("late_run_refused", why, kind=last.kind)

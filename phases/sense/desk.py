@@ -127,6 +127,8 @@ class Desk:
         client = self._client(msg)
         try:
             record = await self._cancelled(_task_of(msg), client)
+            if record.state == "cancelled":  # also when it was cancelled before: the first message may be lost
+                await self._bus.publish(self._bus.subjects.of("cancelled", record.task_id))
             await answer(self._bus, client.reply, status_of(record, msg.data))
         except LoomError as error:
             await answer_error(self._bus, client.reply, error)

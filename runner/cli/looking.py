@@ -17,6 +17,7 @@ from loom.runner.cli.render import printable
 from loom.runner.cli.running import DEFAULT_URL
 from loom.runner.settings import Settings
 from loom.schemas.errors import BusUnavailable
+from loom.schemas.identity import qualified, split_qualified
 from loom.schemas.task import domain_token
 from loom.schemas.wire import encode
 
@@ -82,6 +83,11 @@ def seconds(text: str) -> float:
 def domain_slug(domain: str | None) -> str | None:
     """Return the token of a domain as worded, or as a table shows it."""
     return domain_token(domain) if domain else None
+
+
+def node_name(node: str | None) -> str | None:
+    """Return a node as people write it, also where it is given with the owner `local`."""
+    return qualified(*split_qualified(node)) if node else None
 
 
 def clock(at: float) -> str:

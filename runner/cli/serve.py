@@ -115,7 +115,10 @@ def node(
         typer.Option(min=1, metavar="N", help="Clone nodes under load, up to N in all; clones idle too long go."),
     ] = None,
 ) -> None:
-    """Host the nodes a file defines on the server of NATS_URL, waiting for it if need be."""
+    """Host the nodes a file defines on the server of NATS_URL, waiting for it if need be.
+
+    `loom node move` hands on what is known of a node that has a new name.
+    """
     settings = prepare("info")
     loaded = load_node_file(file)
     if max_nodes is not None and max_nodes < len(loaded.nodes):

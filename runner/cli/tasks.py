@@ -20,6 +20,7 @@ from loom.runner.cli.looking import (
     clock,
     domain_slug,
     looking,
+    node_name,
     print_json,
     span,
 )
@@ -37,7 +38,9 @@ STATES = ("running", "succeeded", "failed", "cancelled")
 def tasks(
     state: Annotated[str | None, typer.Option(metavar="|".join(STATES), help="Only tasks in this state.")] = None,
     domain: Annotated[str | None, typer.Option(help="Only tasks of this domain.")] = None,
-    node: Annotated[str | None, typer.Option(metavar="ID", help="Only tasks this node has last worked on.")] = None,
+    node: Annotated[
+        str | None, typer.Option(metavar="NODE", help="Only tasks this node, or owner.node, has last worked on.")
+    ] = None,
     label: LabelPairs = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many.")] = MANY,
     as_json: AsLines = False,
@@ -59,11 +62,13 @@ async def _tasks(
     *,
     as_json: bool,
 ) -> None:
+    node = node_name(node)
+
     def wanted(record: TaskRecord) -> bool:
         return (
             (state is None or record.state == state)
             and (domain_token is None or record.envelope.domain_token == domain_token)
-            and (node is None or node in {record.claim.node_id, record.to_result().node_id})
+            and (node is None or node in {record.claim.node, record.to_result().node})
             and labels.items() <= record.envelope.ad.labels.items()
         )
 
@@ -97,7 +102,7 @@ def _list(records: Sequence[TaskRecord]) -> Table:
             short(record.task_id),
             Text(record.state, STYLES.get(record.state, "cyan")),
             one_line(record.envelope.domain, 12),
-            result.node_id or record.claim.node_id,
+            result.node or record.claim.node,
             took,
             _what(record),
         )

@@ -1,0 +1,62 @@
+"""Stops of runs on their hosts: repeated until the run's last event has come."""
+
+import asyncio
+from typing import Literal, NamedTuple
+
+from loom.bus.announcements import HostKey
+from loom.bus.client import Bus
+from loom.bus.log import get_logger
+from loom.schemas.errors import LoomError
+from loom.schemas.run import Stop
+
+log = get_logger()
+
+STOPS = 5
+"""Most times a stop is sent."""
+STOP_AGAIN_S = 1.0
+
+Why = Literal["cancelled", "silent", "late", "flooded", "superseded", "ended"]
+
+
+class HostRun(NamedTuple):
+    """An attempt, and the host that runs it."""
+
+    host: HostKey
+    task_id: str
+    attempt: int
+
+
+class Stops:
+    """Sends `loom.stop` for runs whose result is not wanted any more: each second, at most five times."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._repeating: dict[HostRun, asyncio.Task[None]] = {}
+
+    def begin(self, run: HostRun, why: Why) -> None:
+        """Stop a run; a run that is being stopped already goes on being stopped."""
+        if run in self._repeating or not run.host.host_id:
+            return
+        log.info("run_stopped", task_id=run.task_id, attempt=run.attempt, host_id=str(run.host), why=why)
+        self._send(run, why)
+        repeating = self._bus.spawn(self._repeat(run, why), name=f"stop {run.task_id}")
+        self._repeating[run] = repeating
+        repeating.add_done_callback(lambda _: self._repeating.pop(run, None))
+
+    def ended(self, run: HostRun) -> None:
+        """Stop no further: the run's last event has come."""
+        repeating = self._repeating.get(run)
+        if repeating is not None:
+            repeating.cancel()
+
+    async def _repeat(self, run: HostRun, why: Why) -> None:
+        for _ in range(STOPS - 1):
+            await asyncio.sleep(STOP_AGAIN_S)
+            self._send(run, why)
+
+    def _send(self, run: HostRun, why: Why) -> None:
+        try:
+            subject = self._bus.subjects.of("stop", run.host.owner, run.host.host_id)
+            self._bus.send(subject, Stop(task_id=run.task_id, attempt=run.attempt, why=why))
+        except LoomError as error:
+            log.warning("stop_not_sent", task_id=run.task_id, attempt=run.attempt, reason=error.message)
