@@ -20,7 +20,7 @@ class AnnouncePace:
         clock: Returns seconds that never go back.
     """
 
-    def __init__(self, announce: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, announce: Callable[[], object], clock: Callable[[], float] = time.monotonic) -> None:
         self._announce = announce
         self._clock = clock
         self._next_at = 0.0

@@ -6,11 +6,9 @@ Says       {offer,event}.<owner>.<host>.…, host.<owner>.<host> every 3 s, life
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import copy_context
 from functools import partial
-from itertools import count
 from typing import Any
 
 from msgspec.structs import replace
@@ -18,7 +16,8 @@ from msgspec.structs import replace
 from loom.agents import endings
 from loom.agents.abandonable import Abandonable
 from loom.agents.announce_pace import AnnouncePace
-from loom.agents.announcement import facts_of, fitted
+from loom.agents.announcement import facts_of
+from loom.agents.announcer import Announcer
 from loom.agents.bidding import make_offer
 from loom.agents.child import Child
 from loom.agents.delegate import Delegator
@@ -27,6 +26,7 @@ from loom.agents.node import Node, NodeIndex, Room
 from loom.agents.port import collect, failed, raised
 from loom.agents.repeating import attempt, every
 from loom.agents.runs import Finished, Run, Stopped, send, stale
+from loom.agents.share import Share
 from loom.agents.user_code import described, ends_task
 from loom.agents.watchdog import Watchdog
 from loom.bus.client import Bus, Msg, Subscription
@@ -34,7 +34,7 @@ from loom.bus.log import get_logger
 from loom.schemas.auction import CallForBids, HostAnnouncement, Offer
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import ADAPT
-from loom.schemas.learning import Lifecycle, LifecycleKind
+from loom.schemas.learning import Lifecycle
 from loom.schemas.run import RunEvent, RunKind, RunRequest, Stop
 from loom.schemas.task import RunResult, TaskError
 from loom.schemas.wire import Undecodable, decode, encode, new_id
@@ -52,11 +52,10 @@ DRAINS = 3
 FOREIGN_REPLY = "its reply subject is not an event subject of this host"
 GIVE_UP_S = 30.0
 """After so long a run that ignores its cancel loses its slot."""
-LEFT = 256
 
 
 class NodeHost:
-    """Hosts nodes on the bus.
+    """Hosts nodes on the bus: up to 128, the others by further hosts in the same process.
 
     Args:
         nodes: Returns the nodes there are now; read at every call, so that nodes may come and go.
@@ -70,12 +69,17 @@ class NodeHost:
         self.host_id = new_id()[:12]
         self.can_spawn = False  # whether nodes can be started here on request
         self.bus = bus
-        self._nodes = nodes
+        self._share = Share(nodes)
+        self._nodes = self._share.own
+        self.further: NodeHost | None = None
+        """Hosts the nodes that are too many for one host."""
+        self._refused: set[str] = set()
+        """Nodes that had no room for a run since they last had some."""
         self._slots = slots
         self._backlog = backlog
         self._rooms: dict[str, Room] = {}
         """Of nodes that have had work."""
-        self._node = NodeIndex(nodes).get
+        self._node = NodeIndex(self._nodes).get
         self._vacant = Room(slots, backlog)
         """That of a node without work."""
         self._runs: dict[str, dict[int, Run]] = {}
@@ -86,15 +90,10 @@ class NodeHost:
         """Runs that still work although they were given up."""
         self._finished = Finished()
         self._stopped = Stopped()
-        self._known: frozenset[str] = frozenset()
-        self._left: deque[str] = deque(maxlen=LEFT)
-        """Nodes that have gone lately: awards to them may still be on the way."""
         self._context = copy_context()
         self._agents = HostedAgents(self._context)
-        self._announced: HostAnnouncement | None = None
-        """What was published last."""
-        self._seq = count(1)
-        self._pace = AnnouncePace(self._announce_now)
+        self._pace = AnnouncePace(lambda: bus.spawn(attempt(self._announce), name="announce on request"))
+        self._announcer = Announcer(bus, self.host_id, self._able, self._description)
         self._watchdog: Watchdog | None = None
         self._draining = False
         self._subscriptions: list[Subscription] = []
@@ -115,11 +114,16 @@ class NodeHost:
         await self.announce()
         await self.bus.echo()
         self._watchdog = Watchdog(
-            self.bus, self._in_hand, self._subject, self._repeated, beat_s=HEARTBEAT_S, announce_s=ANNOUNCE_S
+            self.bus,
+            self._in_hand,
+            self._announcer.subject,
+            self._announcer.repeated,
+            beat_s=HEARTBEAT_S,
+            announce_s=ANNOUNCE_S,
         )
         self._watchdog.start()
         self._tickers = [
-            self.bus.spawn(every(ANNOUNCE_S, self.announce), name="announce", essential=True),
+            self.bus.spawn(every(ANNOUNCE_S, self._announce), name="announce", essential=True),
             self.bus.spawn(every(HEARTBEAT_S, self._beat), name="heartbeats", essential=True),
         ]
 
@@ -128,23 +132,26 @@ class NodeHost:
 
         A run that does not end within a second of its cancel is abandoned.
         """
+        await asyncio.gather(*(host.drain_own(timeout_s) for host in self.hosts()))
+
+    async def drain_own(self, timeout_s: float) -> None:
+        """Drain this host alone, not the further ones."""
         if self._draining or not self._subscriptions:
             return
         self._draining = True
         for _ in range(DRAINS):
-            await attempt(self.announce)
+            await attempt(self._announce)
         self._stop([run for run in self._in_hand() if run.work is None], endings.STOPPING)
         try:
             await self._ended(timeout_s)
         finally:
             self._stop(self._in_hand(), endings.STOPPING)
-        self._pace.stop()
         for ticker in self._tickers:
             ticker.cancel()
         for subscription in self._subscriptions:
             await self.bus.unsubscribe(subscription)
-        for node_id in self._known:
-            await attempt(partial(self._tell, "left", node_id))
+        self._pace.stop()
+        await self._announcer.leave()
         stopping = [run.work for run in self._stopping if run.work is not None]
         if stopping:
             await asyncio.wait(stopping, timeout=CLEAN_UP_S)
@@ -162,6 +169,8 @@ class NodeHost:
 
     def abort(self) -> None:
         """Have runs abandoned that do not end within a second of their cancel; from synchronous code."""
+        if self.further is not None:
+            self.further.abort()
         if self._watchdog is not None:
             self._watchdog.stop()
         self._agents.release()
@@ -183,49 +192,47 @@ class NodeHost:
         """Publish that all runs in hand are given back, from another thread: the event loop may be blocked."""
         if self._watchdog is not None:
             self._watchdog.give_back(endings.STOPPING)
+        if self.further is not None:
+            self.further.give_back()
 
     def is_new(self, node_id: str) -> bool:
         """Return whether a node can work here and has not been announced yet."""
-        node = None if node_id in self._known else self._node(node_id)
-        return node is not None and node.agent is not None
+        node = self._node(node_id)
+        if node is None:
+            return self.further is not None and self.further.is_new(node_id)
+        return node_id not in self._announcer.known and node.agent is not None
+
+    def hosts(self) -> "Iterator[NodeHost]":
+        """Yield this host and the further ones of its nodes."""
+        host: NodeHost | None = self
+        while host is not None:
+            yield host
+            host = host.further
 
     async def announce(self) -> None:
         """Publish which nodes there are, and a lifecycle message for each that has come or gone."""
-        here = [node for node in self._nodes() if node.agent is not None]
-        nodes = frozenset(node.id for node in here)
-        self._left.extend(self._known - nodes)
-        announcement = HostAnnouncement(
-            seq=next(self._seq),
+        await self._announce()
+        if self.further is not None:
+            await self.further.announce()
+
+    async def _announce(self) -> None:
+        """Announce this host alone; start a further one if the nodes are too many for it."""
+        if self.further is None and self._share.rest() and not self._draining:
+            self.further = NodeHost(self.bus, self._share.rest, slots=self._slots, backlog=self._backlog)
+            await self.further.start()
+        for node_id in await self._announcer.publish():
+            self._fill(node_id)
+
+    def _able(self) -> list[Node]:
+        return [node for node in self._nodes() if node.agent is not None]
+
+    def _description(self, nodes: Sequence[Node]) -> HostAnnouncement:
+        return HostAnnouncement(
             draining=self._draining,
             can_spawn=self.can_spawn,
             stuck=len(self._stuck),
-            **facts_of(here, self._rooms, self._slots),
+            **facts_of(nodes, self._rooms, self._slots),
         )
-        self._announced = fitted(announcement)
-        await self.bus.publish(self._subject, self._announced)
-        for node_id in nodes - self._known:
-            await self._tell("joined", node_id)
-        for node_id in self._known - nodes:
-            await self._tell("left", node_id)
-            self._fill(node_id)
-        self._known = nodes
-
-    @property
-    def _subject(self) -> str:
-        """The subject of the host's announcements."""
-        return self.bus.subjects.of("host", self.bus.identity.owner, self.host_id)
-
-    def _repeated(self) -> HostAnnouncement | None:
-        """Return the last announcement under a number of its own; from the watchdog's thread."""
-        return None if self._announced is None else replace(self._announced, seq=next(self._seq))
-
-    def _announce_now(self) -> None:
-        self.bus.spawn(attempt(self.announce), name="announce on request")
-
-    async def _tell(self, kind: LifecycleKind, node_id: str) -> None:
-        owner = self.bus.identity.owner
-        news = Lifecycle(kind=kind, node_id=node_id, owner=owner, host_id=self.host_id, at=self.bus.now())
-        await self.bus.publish(self.bus.subjects.of("lifecycle", owner, kind, owner, node_id), news)
 
     def _room(self, node_id: str) -> Room:
         if node_id not in self._rooms:
@@ -295,11 +302,12 @@ class NodeHost:
     def _take(self, run: Run) -> None:
         node = self._node(run.request.node_id)
         if node is None or node.agent is None:
-            left = run.request.node_id in self._left  # nobody's fault: it was there when it won
+            left = run.request.node_id in self._announcer.left  # nobody's fault: it was there when it won
             run.say("rejected", code="busy" if left else "unqualified")
             return
         room = self._room(node.id)
         if self._draining or node.status == "dying" or not room.takes(run.request.priority):
+            self._refused.add(node.id)
             run.say("rejected", code="busy")
             return
         self._runs.setdefault(run.request.task_id, {})[run.request.attempt] = run
@@ -318,6 +326,9 @@ class NodeHost:
             # Not in the context of what freed the slot: that is another run, and its variables are its own.
             run.work = self._context.run(self.bus.spawn, self._work(run), name=f"run {run.request.key}")
             run.work.add_done_callback(partial(self._on_work_done, run, room))
+        if node_id in self._refused and room.load < 1:
+            self._refused.discard(node_id)
+            self._pace.request(at_random=False)  # tasks pass over a node that refused them until it is announced
         node = self._node(node_id)
         if node is None:
             if not room.has_work:

@@ -43,6 +43,8 @@ class Nursery:
         self._skills = skills
         self._children: dict[str, Child] = {}
         self._host: NodeHost | None = None
+        self._hosts: set[str] = set()
+        """Hosts whose nodes can be retired."""
         self._subscriptions: list[Subscription] = []
 
     def nodes(self) -> list[Node]:
@@ -52,18 +54,24 @@ class Nursery:
     async def start(self, host: NodeHost) -> None:
         """Begin to take requests, for a started host of these `nodes`."""
         self._host = host
-        subjects = self._bus.subjects
-        self._subscriptions = [
-            await self._bus.subscribe(subjects.spawn, self._on_spawn, queue=QUEUE),
-            await self._bus.subscribe(subjects.of("retire", host.bus.identity.owner, host.host_id), self._on_retire),
-        ]
+        self._subscriptions = [await self._bus.subscribe(self._bus.subjects.spawn, self._on_spawn, queue=QUEUE)]
         host.can_spawn = True
-        await host.announce()
+        await self._announce(host)
         await self._bus.echo()
+
+    async def _announce(self, host: NodeHost) -> None:
+        """Announce the nodes, and take requests to retire those of each host."""
+        await host.announce()
+        for each in host.hosts():
+            if each.host_id not in self._hosts:
+                self._hosts.add(each.host_id)
+                subject = self._bus.subjects.of("retire", self._bus.identity.owner, each.host_id)
+                self._subscriptions.append(await self._bus.subscribe(subject, self._on_retire))
 
     async def stop(self) -> None:
         """Take no more requests; the children stay until their host goes. Safe to call twice or unstarted."""
         subscriptions, self._subscriptions = self._subscriptions, []
+        self._hosts.clear()
         for subscription in subscriptions:
             await self._bus.unsubscribe(subscription)
 
@@ -79,7 +87,7 @@ class Nursery:
         made = self.spawn(wanted)
         if isinstance(made, Child):
             log.info("node_spawned", node_id=made.id, domain_token=wanted.domain_token, reason=wanted.reason)
-            await host.announce()
+            await self._announce(host)
             await self._tell("spawned", made, f"{made.origin}: {wanted.reason} in {wanted.domain_token}")
             reply = SpawnReply(host_id=host.host_id, node_id=made.id)
         else:

@@ -24,7 +24,8 @@ class InvalidSetting(LoomError):
     code = "invalid_setting"
 
 
-Name = Annotated[str, Meta(pattern=rf"^(?!({'|'.join(sorted(RESERVED))})\Z)[A-Za-z0-9_-]{{1,64}}\Z")]
+NAME_PATTERN = rf"^(?!({'|'.join(sorted(RESERVED))})\Z)[A-Za-z0-9_-]{{1,64}}\Z"
+Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 """A name under which a process speaks on the bus."""
 
 

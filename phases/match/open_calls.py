@@ -23,6 +23,8 @@ class OpenCall:
 
     def __init__(self, reader: OfferReader, awaited: Iterable[HostKey]) -> None:
         self.offers: list[HostOffer] = []
+        self.answered: set[HostKey] = set()
+        """Hosts that have sent an offer, readable or not."""
         self.missing = set(awaited)
         """Hosts whose offers have not come."""
         self.complete = asyncio.Event()
@@ -31,6 +33,7 @@ class OpenCall:
 
     def take(self, host: HostKey, raw: bytes) -> None:
         """Read an offer."""
+        self.answered.add(host)
         offer = self._reader.read(host, raw)
         if offer is None:
             return
@@ -64,6 +67,10 @@ class OpenCalls:
         """Return the id of a new call and its `answer_to`."""
         call_id = token_hex(8)
         return call_id, f"{self._bus.instance}.{call_id}"
+
+    def unanswered(self) -> OpenCall:
+        """Return a call that was not published."""
+        return OpenCall(OfferReader(self._bus.discards, BID_LIMIT), ())
 
     async def publish(self, call: CallForBids, awaited: Iterable[HostKey], *, window_s: float) -> OpenCall:
         """Publish a call to all hosts; return once those awaited have answered, at the latest after `window_s`.

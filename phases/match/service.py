@@ -33,7 +33,7 @@ from loom.phases.match.busy import BusyNodes
 from loom.phases.match.claims import SETTLE_S
 from loom.phases.match.misspelt import Misspelt, warning_in
 from loom.phases.match.offers import HostOffer
-from loom.phases.match.open_calls import OpenCalls
+from loom.phases.match.open_calls import OpenCall, OpenCalls
 from loom.phases.match.plain import PlainNodes
 from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, Verdict, judge
 from loom.phases.match.reading import ReadRecord
@@ -202,7 +202,6 @@ class Match:
             case Fail() | Later():
                 return verdict
             case Awarded(award=award, warning=warning):
-                award = self._counted_if_plain(award, envelope)
                 log.info("awarded", node_id=award.node_id, host_id=award.host_id, score=round(award.score, 3))
                 envelope = envelope.warned(warning) if warning else envelope
                 return Next("scale", replace(_met_someone(envelope, spec), award=award))
@@ -259,7 +258,7 @@ class Match:
         if host is None:
             return Nobody()
         award = Award(node_id=node_id, owner=owner, host_id=host.host_id, pinned=True)
-        return Awarded(award, Bid(node_id=node_id))
+        return Awarded(self._counted_if_plain(award, envelope), Bid(node_id=node_id))
 
     def _counted_if_plain(self, award: Award, envelope: Envelope) -> Award:
         """Return the award; one to a plain node counts as its load, and tells EXECUTE how to run it."""
@@ -270,32 +269,37 @@ class Match:
     async def _auction(self, envelope: Envelope, spec: Spec) -> Verdict:
         """Call for bids, and judge the offers with those of plain nodes."""
         wanted = Wanted(spec.domain_token, frozenset(envelope.ad.required_tools), envelope.excluded)
-        offers, missing = await self._offers(envelope, spec)
-        answered = {offer.host for offer in offers}
-        offers = [*_for_task(envelope.task_id, offers), *self._plain.offers(wanted)]
+        call = await self._call_for_bids(envelope, spec)
+        offers = [*_for_task(envelope.task_id, call.offers), *self._plain.offers(wanted)]
         verdict = judge(envelope, self._busy.without(envelope.task_id, offers), self._book())
         if isinstance(verdict, Awarded):
+            verdict = replace_fields(verdict, award=self._counted_if_plain(verdict.award, envelope))
             self._awards.note(envelope, spec.domain_token, verdict)
-        if isinstance(verdict, Exhausted) and missing:
-            return AllBusy()  # a host that should have answered may have a node yet: slow is not gone
-        if isinstance(verdict, Nobody):
-            if self._roster.may_yet_bid(wanted, answered):
-                return AllBusy()
-            if self._roster.only_plain and self._roster.have_failed(wanted):
-                return Exhausted()
+        else:
+            verdict = self._with_silent_hosts(verdict, call, wanted)
         if isinstance(verdict, Awarded | Nobody) and not self._roster.ranking.best(spec.domain_token, 1):
             warning = self._misspelt.warning_for(envelope)
             return replace_fields(verdict, warning=warning) if warning else verdict
         return verdict
 
-    async def _offers(self, envelope: Envelope, spec: Spec) -> tuple[list[HostOffer], set[HostKey]]:
-        """Return the offers of hosts that answer calls, and the hosts that should have answered and have not."""
+    def _with_silent_hosts(self, verdict: Verdict, call: OpenCall, wanted: Wanted) -> Verdict:
+        """Return what follows from offers without a winner and from the announcements of hosts that made none."""
+        if isinstance(verdict, Exhausted) and call.missing:
+            return AllBusy()  # a host that should have answered may have a node yet: slow is not gone
+        if isinstance(verdict, Nobody) and self._roster.may_yet_bid(wanted, call.answered):
+            return AllBusy()
+        if isinstance(verdict, Nobody) and self._roster.only_plain and self._roster.have_failed(wanted):
+            return Exhausted()
+        return verdict
+
+    async def _call_for_bids(self, envelope: Envelope, spec: Spec) -> OpenCall:
+        """Return a call with the offers that came: none where all hosts have plain nodes alone, which answer none."""
         if self._roster.only_plain:
-            return [], set()
+            return self._calls.unanswered()
         window_s = self._config.bid_window_ms / 1000
         call = await self._calls.publish(self._call(envelope, spec), self._roster.awaited(), window_s=window_s)
         self._roster.answered(call.offers, call.missing)
-        return call.offers, call.missing
+        return call
 
     def _on_judged(self, node_id: str, domain_token: str, attempt_ids: Iterable[str]) -> None:
         """Forget the awards of attempts that have been rewarded."""

@@ -708,7 +708,7 @@ async def test_two_tasks_at_once_never_see_each_others_text(stage: Stage) -> Non
 async def test_a_host_announces_itself_regularly_and_when_asked(stage: Stage) -> None:
     host = await stage.host([node("n1"), node("n2")], slots=3)
     said = await stage.seen("host", host_id=host.host_id, count=3)
-    assert (said.nodes, said.slots, said.running, said.queued, said.draining) == (("n1", "n2"), 6, 0, 0, False)
+    assert (said.node_ids, said.slots, said.running, said.queued, said.draining) == (("n1", "n2"), 6, 0, 0, False)
     await stage.bus.publish(stage.bus.subjects.hosts)
     await stage.seen("host", host_id=host.host_id, count=len(stage.all("host")) + 1)
 

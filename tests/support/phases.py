@@ -21,6 +21,7 @@ from loom.runner.cluster import PhaseService, build
 from loom.schemas.auction import AnnouncedNode, Bid, CallForBids, HostAnnouncement, Lot, Offer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Claim, Envelope, Phase, Spec, TaskRecord
+from loom.schemas.identity import LOCAL, Identity
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.llm import LLMProvider
 from loom.schemas.notices import ParentEnded, SubtaskEnded, read_scale_message
@@ -106,9 +107,10 @@ class Stage:
 
     # -- who is there
 
-    async def connect(self, role: str) -> Bus:
+    async def connect(self, role: str, identity: Identity = LOCAL) -> Bus:
         """Return one more connection, closed when the stage is."""
-        return await self._stack.enter_async_context(Bus(self.url, namespace=self.namespace, role=role))
+        bus = Bus(self.url, namespace=self.namespace, role=role, identity=identity)
+        return await self._stack.enter_async_context(bus)
 
     async def phase(
         self, name: Phase, config: ClusterConfig | None = None, llm: LLMProvider | None = None
@@ -121,9 +123,11 @@ class Stage:
         self._stack.push_async_callback(replica.close)
         return replica
 
-    async def host(self, nodes: Callable[[], Sequence[Node]] | Sequence[Node], **rooms: int) -> NodeHost:
-        """Start a node host on a connection of its own."""
-        bus = await self.connect("node")
+    async def host(
+        self, nodes: Callable[[], Sequence[Node]] | Sequence[Node], bus: Bus | None = None, **rooms: int
+    ) -> NodeHost:
+        """Start a node host on a connection of its own, or on `bus`."""
+        bus = bus or await self.connect("node")
         host = NodeHost(bus, nodes if callable(nodes) else lambda: nodes, **rooms)
         await host.start()
         self._stack.push_async_callback(host.drain, 0)

@@ -12,8 +12,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from loom.runner.settings import InvalidSetting, Settings, from_environment, misspelt
+from loom.runner.settings import NAME_PATTERN, InvalidSetting, Settings, from_environment, misspelt
 from loom.schemas.config import ClusterConfig
+from loom.schemas.identity import RESERVED
 from loom.schemas.wire import MAX_SECONDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
@@ -182,6 +183,8 @@ def values(hint: object) -> str:
 
 def values_of(kind: msgspec.inspect.Type) -> str:
     if isinstance(kind, msgspec.inspect.StrType):
+        if kind.pattern == NAME_PATTERN:
+            return "`[A-Za-z0-9_-]{1,64}`, none of " + ", ".join(sorted(RESERVED))
         pattern = (kind.pattern or "").removeprefix("^").removesuffix(r"\Z")
         return f"`{pattern}`".replace("|", r"\|") if pattern else "text"
     if isinstance(kind, msgspec.inspect.DictType):

@@ -79,6 +79,8 @@ def learned(node_id: str, *task_ids: str) -> Seen:
 REWARD = seen(
     Reward(reward_id="r", task_id="t1", attempt=1, node_id="n1", domain_token="code", score=1.0, ended_at=0.0),
     "reward",
+    "rules",
+    "local",
     "n1",
     "code",
 )

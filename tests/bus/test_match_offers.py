@@ -1,0 +1,189 @@
+"""Whose an offer is, which call it answers, and what becomes of those that answer none."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from support.auctions import key
+from support.phases import FakeHost, Replica, Stage, ad, envelope
+from support.wait import until
+
+from loom.bus.left_out import LeftOut
+from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Bid, CallForBids, Offer
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Award, Envelope
+
+SHORT = ClusterConfig(bid_window_ms=60)
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+async def host(stage: Stage, host_id: str = "h1", *node_ids: str, **facts: Any) -> FakeHost:
+    one = await FakeHost(await stage.connect("node"), host_id, node_ids or ("n1",), **facts).start()
+    await stage.seen("host", host_id=host_id)
+    return one
+
+
+async def match(stage: Stage, *hosts: FakeHost, config: ClusterConfig = SHORT) -> Replica:
+    """Start MATCH and wait until it knows the hosts."""
+    replica = await stage.phase("match", config)
+    for one in hosts:
+        await one.announce()
+        await one.bus.echo()
+    await replica.bus.echo()
+    return replica
+
+
+async def awarded(stage: Stage, **facts: Any) -> Award:
+    about = {name: facts.pop(name) for name in list(facts) if name in Envelope.__struct_fields__}
+    env = envelope(ad(**facts), now=stage.bus.now(), **about)
+    await stage.put("match", env)
+    award: Award | None = (await stage.seen("task", phase="scale", task_id=env.task_id)).award
+    assert award is not None
+    return award
+
+
+def left_out(replica: Replica, host: str) -> LeftOut:
+    return replica.bus.discards.hosts.get(host, LeftOut())
+
+
+# -- owners
+
+
+async def test_an_award_names_the_owner_of_the_subject_and_evidence_of_another_owner_is_not_excluded(
+    stage: Stage,
+) -> None:
+    one = await host(stage, "h1", owner="acme", offer=lambda _: one.bids(Bid(node_id="n1", self_rating=0.9)))
+    await match(stage, one)
+    award = await awarded(stage, excluded=("n1",))
+    assert (award.owner, award.host_id, award.node_id) == ("acme", "h1", "n1")
+    assert [(bid.owner, bid.host_id) for bid in award.bids] == [("acme", "h1")]
+
+
+async def test_hosts_of_two_owners_under_one_id_make_an_offer_each(stage: Stage) -> None:
+    mine = await host(stage, "h1", "n1", offer=lambda _: mine.bids(Bid(node_id="n1", self_rating=0.1)))
+    other = await host(stage, "h1", "n1", owner="acme", offer=lambda _: other.bids(Bid(node_id="n1", self_rating=1)))
+    await match(stage, mine, other, config=ClusterConfig(bid_window_ms=3000))
+    award = await awarded(stage)
+    assert [(bid.owner, bid.node_id) for bid in award.bids] == [("acme", "n1"), ("local", "n1")]
+
+
+async def test_a_pin_without_an_owner_is_to_a_local_node(stage: Stage) -> None:
+    mine, other = await host(stage, "h1", "n1"), await host(stage, "h2", "n1", owner="acme")
+    await match(stage, mine, other)
+    assert (await awarded(stage, node_id="n1")).host_id == "h1"
+
+
+# -- offers that answer no call
+
+
+async def test_an_offer_to_a_call_that_was_never_made_is_counted_for_its_host(stage: Stage) -> None:
+    one = await host(stage)
+    replica = await match(stage, one)
+    subject = stage.bus.subjects.of("offer", "acme", "h9", replica.bus.instance, "c0ffee")
+    await stage.bus.publish(subject, Offer(bids=(Bid(node_id="n9"),)))
+    await until(lambda: left_out(replica, "acme.h9").counts, what="it is counted")
+    assert left_out(replica, "acme.h9").counts == {"offers": 1}
+    assert "no such call" in left_out(replica, "acme.h9").last
+
+
+async def test_an_offer_to_another_replica_is_not_heard(stage: Stage) -> None:
+    one = await host(stage)
+    first, second = await match(stage, one), await match(stage, one)
+    subject = stage.bus.subjects.of("offer", "local", "h9", first.bus.instance, "c0ffee")
+    await stage.bus.publish(subject, Offer())
+    await until(lambda: left_out(first, "h9").counts, what="the first counts it")
+    await second.bus.echo()
+    assert not left_out(second, "h9").counts
+
+
+async def test_an_offer_that_comes_after_the_window_is_counted_and_one_that_was_not_waited_for_is_not(
+    stage: Stage,
+) -> None:
+    prompt = await host(stage, "h1")
+    late = await host(stage, "h2", "n2", offer=lambda _: None)
+    replica = await match(stage, prompt, late)
+    await awarded(stage)  # waits for h2 in vain
+    await late.answer(late.calls[0], late.bids())
+    await until(lambda: left_out(replica, "h2").counts, what="it is counted")
+    assert left_out(replica, "h2").counts == {"offers": 1}
+    assert "LOOM_BID_WINDOW_MS" in left_out(replica, "h2").last
+    replica.service._roster._presence.forget(key("h2"))
+    await awarded(stage)
+    await late.answer(late.calls[1], late.bids())
+    await late.bus.echo()
+    await replica.bus.echo()
+    assert left_out(replica, "h2").counts == {"offers": 1}
+
+
+# -- lots
+
+
+async def test_a_bid_for_other_tasks_of_its_call_does_not_count(stage: Stage) -> None:
+    def offer(call: CallForBids) -> Offer:
+        task_id = call.lots[0].task_id
+        others = (Bid(node_id="n2", self_rating=1.0, tasks=("t9",)), Bid(node_id="n3", self_rating=1.0, tasks=()))
+        return one.bids(Bid(node_id="n1", self_rating=0.1, tasks=("t9", task_id)), *others)
+
+    one = await host(stage, "h1", "n1", "n2", "n3", offer=offer)
+    await match(stage, one)
+    assert [bid.node_id for bid in (await awarded(stage)).bids] == ["n1"]
+
+
+# -- hosts that are announced and silent
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))
+    monkeypatch.setattr("loom.phases.match.service.ALONE_PAUSE_S", 30.0)
+    monkeypatch.setattr("loom.phases.match.service.HOLD_S", 30.0)
+
+
+@pytest.mark.usefixtures("hurry")
+async def test_a_task_waits_for_an_announced_node_whose_host_has_not_answered(stage: Stage) -> None:
+    slow = await host(stage, offer=lambda _: slow.bids() if len(slow.calls) > 2 else None)
+    await match(stage, slow)
+    await awarded(stage)
+    assert not [env for env in stage.all("task", phase="scale") if env.award is None]
+
+
+@pytest.mark.usefixtures("hurry")
+@pytest.mark.parametrize(
+    "node",
+    [
+        AnnouncedNode(node_id="n1", domains=(AnnouncedDomain(domain="sales"),)),
+        AnnouncedNode(node_id="n1", domains=(AnnouncedDomain(domain="code", self_rating=0.0),)),
+        AnnouncedNode(node_id="n1", domains=()),
+    ],
+    ids=["another domain", "a rating of 0", "no domain"],
+)
+async def test_announced_nodes_that_do_not_qualify_are_nobody(stage: Stage, node: AnnouncedNode) -> None:
+    silent = await host(stage, nodes=(node,), offer=lambda _: None)
+    await match(stage, silent)
+    env = envelope(ad(), now=stage.bus.now())
+    await stage.put("match", env)
+    assert (await stage.seen("task", phase="scale", task_id=env.task_id)).award is None
+
+
+@pytest.mark.usefixtures("hurry")
+@pytest.mark.parametrize("pinned", [None, "n2"])
+async def test_a_task_without_bidders_is_looked_at_again_when_unknown_nodes_are_announced(
+    stage: Stage, pinned: str | None
+) -> None:
+    unable = await host(stage, offer=lambda _: unable.declines("unqualified"))
+    replica = await match(stage, unable)
+    env = envelope(ad(node_id=pinned), now=stage.bus.now())
+    await stage.put("match", env)
+    told = await stage.seen("task", phase="scale", task_id=env.task_id)
+    assert told.award is None
+    await stage.put("match", told)
+    await until(lambda: replica.service._loop._slots["match_normal"].waiting == 1, what="it waits in hand")
+    await host(stage, "h2", "n2")
+    won = await stage.seen("task", phase="scale", count=2, task_id=env.task_id)
+    assert (won.award.node_id, won.spec.no_offers_since) == ("n2", None)
+    assert not stage.all("later")

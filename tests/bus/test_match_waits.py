@@ -1,0 +1,124 @@
+"""What MATCH waits for: hosts that may not have announced themselves yet, and nodes that had no room."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from support.auctions import announced, key, offer
+from support.phases import FakeHost, Stage, ad, awarded, envelope
+from support.wait import until
+
+from loom.phases.match.announced_nodes import AnnouncedNodes
+from loom.phases.match.busy import MAX_TASKS, BusyNodes
+from loom.phases.match.service import GATHER_S
+from loom.runner.cluster import build
+from loom.schemas.auction import Bid
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Envelope
+from loom.schemas.task import TaskError
+
+BUSY = TaskError(code="node_busy", message="full")
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+async def host(stage: Stage, host_id: str = "h1", *node_ids: str, **facts: Any) -> FakeHost:
+    return await FakeHost(await stage.connect("node"), host_id, node_ids or ("n1",), **facts).start()
+
+
+# -- the start
+
+
+async def test_the_first_task_is_taken_once_hosts_have_had_time_to_announce_themselves(stage: Stage) -> None:
+    slow = await host(stage, "h2", "good", offer=lambda _: slow.bids(Bid(node_id="good", self_rating=0.9)))
+    announce = slow.announce
+
+    async def after_a_while(**facts: Any) -> None:
+        await asyncio.sleep(0.3 * GATHER_S)
+        await announce(**facts)
+
+    slow.announce = after_a_while  # type: ignore[method-assign]
+    await host(stage, "h1", "bad", offer=lambda _: None)
+    await stage.put("match", envelope(ad(task_id="t1"), now=stage.bus.now()))
+    match = build("match", await stage.connect("match"), ClusterConfig())
+    began = time.monotonic()
+    await match.start()
+    try:
+        assert GATHER_S <= time.monotonic() - began < 4
+        assert (await stage.seen("task", phase="scale")).award.node_id == "good"
+    finally:
+        await match.drain(0)
+
+
+async def test_a_phase_whose_hosts_start_after_it_in_its_process_takes_tasks_at_once(stage: Stage) -> None:
+    match = build("match", await stage.connect("match"), ClusterConfig(), hosts_here=True)
+    began = time.monotonic()
+    await match.start()
+    assert time.monotonic() - began < GATHER_S
+    await match.drain(0)
+
+
+# -- nodes that had no room
+
+
+def rejected(stage: Stage, env: Envelope, node_id: str, host_id: str = "h1") -> Envelope:
+    """The envelope as EVALUATE sends it back from a busy node."""
+    facts = {"attempt": env.attempt + 1, "busy_retries": 1, "last_error": BUSY}
+    return awarded(envelope(env.ad, now=stage.bus.now(), **facts), node_id, host_id)
+
+
+async def test_a_node_that_was_busy_is_passed_over_by_that_task_until_its_host_announces_itself(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))
+    monkeypatch.setattr("loom.phases.match.service.HOLD_S", 30.0)
+    both = (Bid(node_id="best", self_rating=0.9), Bid(node_id="next", self_rating=0.2))
+    one = await host(stage, "h1", "best", "next", offer=lambda _: one.bids(*both))
+    match = await stage.phase("match")
+    await until(lambda: match.service._roster.has_nodes, what="the host is known")
+    env = envelope(ad(task_id="t1"), now=stage.bus.now())
+    await stage.put("match", rejected(stage, env, "best"))
+    assert (await stage.seen("task", phase="scale")).award.node_id == "next"
+    await stage.put("match", envelope(ad(task_id="t2"), now=stage.bus.now()))
+    assert (await stage.seen("task", phase="scale", task_id="t2")).award.node_id == "best", "by that task alone"
+
+    await stage.put("match", rejected(stage, rejected(stage, env, "best"), "next"))
+    await until(lambda: match.service._loop._slots["match_normal"].waiting == 1, what="it waits")
+    calls = len(one.calls)
+    await until(lambda: len(one.calls) > calls + 2, what="it calls again, in vain")
+    await one.announce()
+    assert (await stage.seen("task", phase="scale", count=2, task_id="t1")).award.node_id == "best"
+
+
+def nodes(*hosts: str) -> AnnouncedNodes:
+    known = AnnouncedNodes()
+    for name in hosts:
+        known.announce(announced(name, "n1"))
+    return known
+
+
+def test_a_node_on_two_hosts_is_passed_over_on_the_one_that_was_busy() -> None:
+    busy = BusyNodes(nodes("h1", "h2"))
+    busy.rejected("t1", (key("h1"), "n1"))
+    offers = busy.without("t1", [offer(name, [Bid(node_id="n1"), Bid(node_id="n2")]) for name in ("h1", "h2")])
+    assert [[bid.node_id for bid in one.bids] for one in offers] == [["n2"], ["n1", "n2"]]
+    assert busy.without("t2", offers) is offers
+
+
+def test_what_was_busy_is_bounded_and_forgotten_with_its_host() -> None:
+    known = nodes("h1")
+    busy = BusyNodes(known)
+    for number in range(MAX_TASKS + 10):
+        busy.rejected(f"t{number}", (key("h1"), "n1"))
+    busy.rejected("t", (key("gone"), "n1"))
+    assert len(busy._tasks) == MAX_TASKS
+    known.forget(key("h1"))
+    offers = [offer("h1", [Bid(node_id="n1")])]
+    assert busy.without(f"t{MAX_TASKS}", offers) is offers
+    assert len(busy._tasks) == MAX_TASKS - 1
