@@ -48,7 +48,14 @@ class Watcher:
         self.subject = ""
 
     def _take(self, msg: Msg) -> None:
-        self.events.extend(read_events(msg.data))
+        assert b'"ad":{"task_id"' not in msg.data, "EXECUTE derives the id"
+        self.events.extend(self._with_id(event) for event in read_events(msg.data))
+
+    def _with_id(self, event: RunEvent) -> RunEvent:
+        if event.ad is None:
+            return event
+        task_id = delegated_id(self.request.task_id, self.request.attempt, event.call)
+        return replace(event, ad=replace(event.ad, task_id=task_id))
 
     async def ask(self, **facts: Any) -> "Watcher":
         request = RunRequest(

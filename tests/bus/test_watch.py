@@ -135,11 +135,13 @@ async def test_the_result_of_a_host_given_up_is_refused_and_logged(plain: Bus, m
         await one.runs[0].say("heartbeat")
         await one.runs[0].say("result", result=RunResult(content="late"))
         await one.runs[0].say("result", result=RunResult(content="later still"))
-        await until(lambda: logs, what="it is logged")
+        await until(lambda: len(logs) == 2, what="both are logged")
         await plain.echo()
-    assert [(log["event"], log["task_id"], log["host_id"], log["kind"]) for log in logs] == [
-        ("late_run_refused", "t1", "h1", "result")
-    ]
+    assert (logs[0]["event"], logs[0]["task_id"], logs[0]["host_id"], logs[0]["kind"]) == (
+        *("late_run_refused", "t1", "h1"),
+        "result",
+    )
+    assert (logs[1]["event"], plain.discards.hosts["h1"].counts) == ("event_unexpected", {"events": 2})
 
 
 # -- events that are lost
