@@ -101,7 +101,8 @@ def _is_same_reward(stored: StoredMessage, subject: str, reward: Reward) -> bool
     if (twin.reward_id, twin.kind) != (reward.reward_id, reward.kind):
         return False
     if reward.kind == "inherit":
-        return stored.subject.endswith(f".reward.{twin.node_id}.{twin.domain_token}")
+        address = f".reward.{twin.source}.{twin.owner}.{twin.node_id}.{twin.domain_token}"
+        return stored.subject.endswith(address)
     return stored.subject == subject and twin.score == reward.score
 
 

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from loom.bus.client import Bus, Refused
 from loom.bus.ordered import OrderedReader, Stored
 from loom.bus.records import records
+from loom.bus.stored_rewards import reward_in
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import InvalidTask, UnknownTask
 from loom.schemas.learning import Reward
@@ -150,7 +151,7 @@ async def rewards_since(bus: Bus, at: float, *, domain_token: str | None = None)
     """Yield the rewards stored at server time `at` or later, each with that time, in stream order."""
     subject = bus.subjects.of("reward", "*", "*", "*", domain_token or "*")
     async for message in since(bus, bus.subjects.stream("REWARDS"), subject, at):
-        reward = _read(bus, message, Reward)
+        reward = reward_in(message, bus.subjects, bus.discards)
         if reward is not None:
             yield message.stored_at, reward
 

@@ -10,9 +10,9 @@ from msgspec.structs import replace
 from loom.bus.log import get_logger
 from loom.schemas.envelope import REJECTED, TaskRecord
 from loom.schemas.errors import BusUnavailable, InvalidTask
+from loom.schemas.identity import LOCAL_OWNER, PERSON, split_qualified
 from loom.schemas.learning import Reward, Signal
 from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, TaskAd, domain_token
-from loom.schemas.wire import Undecodable, decode
 
 if TYPE_CHECKING:
     from loom.bus.client import Bus, PubAck
@@ -202,30 +202,34 @@ class RewardBus:
         return store_once(bus, subject, reward, msg_id=f"{reward.reward_id}:{digest}")
 
     def subscribe(self, *, node_id: str | None = None, domain: str | None = None) -> AsyncIterator[Reward]:
-        """Yield every reward published from the first step of the iteration on, of one node or domain or of all."""
+        """Yield every reward published from the first step of the iteration on.
+
+        Args:
+            node_id: Of this node alone: `node_id`, or `owner.node_id` where the owner is not `local`.
+            domain: Of this domain alone.
+        """
         return self._read(node_id, domain, deliver="new", to_the_end=False)
 
     def replay(self, *, node_id: str | None = None, domain: str | None = None) -> AsyncIterator[Reward]:
-        """Yield every reward the stream still holds, in stream order, and end."""
+        """Yield every reward the stream still holds, in stream order, and end; arguments as for `subscribe`."""
         return self._read(node_id, domain, deliver="all", to_the_end=True)
 
     async def _read(
         self, node_id: str | None, domain: str | None, *, deliver: str, to_the_end: bool
     ) -> AsyncIterator[Reward]:
-        from loom.bus.ordered import OrderedReader  # noqa: PLC0415 - brings nats-py, which the formulas do without
+        # Both bring nats-py, which the formulas do without.
+        from loom.bus.ordered import OrderedReader  # noqa: PLC0415 - see above
+        from loom.bus.stored_rewards import reward_in  # noqa: PLC0415 - see above
 
         bus = self._connected()
-        filter_subject = bus.subjects.of("reward", "*", "*", node_id or "*", domain_token(domain) if domain else "*")
+        node = split_qualified(node_id) if node_id else ("*", "*")
+        filter_subject = bus.subjects.of("reward", "*", *node, domain_token(domain) if domain else "*")
         reader = OrderedReader(bus, bus.subjects.stream("REWARDS"), filter=filter_subject, deliver=deliver)
         try:
             while True:
                 for message in await reader.batch():
-                    try:
-                        reward = decode(message.data, Reward)
-                    except Undecodable as error:
-                        bus.discards.add("reward_undecodable", reason=error.message, subject=message.subject)
-                        continue
-                    if reward.kind != "snapshot":  # nobody has earned it
+                    reward = reward_in(message, bus.subjects, bus.discards)
+                    if reward is not None and reward.kind != "snapshot":  # no node has earned a snapshot
                         yield reward
                 if to_the_end and reader.caught_up:
                     return
@@ -238,29 +242,31 @@ class RewardBus:
         return self.bus
 
 
-def judgement(record: TaskRecord, score: float, reason: str) -> Reward:
+def judgement(record: TaskRecord, score: float, reason: str, source: str = PERSON) -> Reward:
     """Return a person's reward for the node that finished a task.
 
     Args:
         record: Of a task that has ended.
         score: 0 useless to 1 perfect.
         reason: For people.
+        source: The name of the person: `bus.identity.source`.
 
     Raises:
         InvalidTask: No node has finished the task, or the score is out of range.
     """
-    node_id, attempt = _judged(record)
+    owner, node_id, attempt = _judged(record)
     if not record.ended or node_id is None:
         raise InvalidTask("only a task that a node has finished can be judged", task_id=record.task_id)
     if not _is_share(score):
         why = f"score must be from 0 to 1, not {_shown(score)}: 0 is useless, 1 perfect"
         raise InvalidTask(why, field="score", task_id=record.task_id)
     return Reward(
-        reward_id=f"{record.task_id}:{attempt}:person",
+        reward_id=f"{record.task_id}:{attempt}:{source}",
         task_id=record.task_id,
         attempt=attempt,
-        source="person",
+        source=source,
         node_id=node_id,
+        owner=owner,
         domain_token=record.envelope.domain_token,
         score=score,
         ended_at=record.ended_at or record.admitted_at,
@@ -269,15 +275,17 @@ def judgement(record: TaskRecord, score: float, reason: str) -> Reward:
     )
 
 
-def _judged(record: TaskRecord) -> tuple[str | None, int]:
-    """Return the node and the attempt whose answer a person sees: the best refused one, where none was accepted."""
+def _judged(record: TaskRecord) -> tuple[str, str | None, int]:
+    """Return owner, node and attempt of the answer a person sees: the best refused one, where none was accepted."""
     envelope, best = record.envelope, record.envelope.best_rejected
     if best is None or not (record.rejected or record.below_threshold):
-        return record.to_result().node_id, envelope.attempt
+        result = record.to_result()
+        return result.owner or LOCAL_OWNER, result.node_id, envelope.attempt
+    by = (best.owner, best.node_id)
     refused = [
-        each.attempt for each in envelope.failed_attempts if each.node_id == best.node_id and each.code == REJECTED
+        each.attempt for each in envelope.failed_attempts if (each.owner, each.node_id) == by and each.code == REJECTED
     ]
-    return best.node_id, refused[-1] if refused else envelope.attempt
+    return *by, refused[-1] if refused else envelope.attempt
 
 
 def _is_share(value: object) -> bool:

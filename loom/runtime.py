@@ -370,7 +370,7 @@ class Runtime:
             await asyncio.gather(*waiting, return_exceptions=True)
 
     async def feedback(self, task_id: str, score: float, *, reason: str = "") -> None:
-        """Publish a person's judgement of an ended task to the RewardBus.
+        """Publish the judgement of a person, whom LOOM_SOURCE names, of an ended task to the RewardBus.
 
         Args:
             task_id: A task that a node has worked on.
@@ -387,7 +387,7 @@ class Runtime:
         record = await tasks.record(session.bus, task_id)
         if record is None:
             raise InvalidTask("only a task that a node has finished can be judged", task_id=task_id)
-        await self.reward_bus.publish(judgement(record, score, reason))
+        await self.reward_bus.publish(judgement(record, score, reason, session.bus.identity.source))
 
     # -- lifecycle
 

@@ -13,6 +13,7 @@ from loom.phases.adapt.rebuild import stored_profiles
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.health import Standing, standing
+from loom.schemas.identity import qualified
 from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile
 from loom.schemas.task import domain_token
 
@@ -31,7 +32,7 @@ class Auctioned:
     """What recent auctions show beside their winners."""
 
     self_ratings: Mapping[tuple[str, str], float]
-    """(node id, token of a domain) -> the rating the node last gave itself."""
+    """(node, qualified by its owner, token of a domain) -> the rating the node last gave itself."""
     domains: Mapping[str, str]
     """Token of a domain -> the domain as worded."""
 
@@ -88,6 +89,7 @@ class NodeOverview:
     """A node, alive or remembered, and what is known of it."""
 
     node_id: str
+    owner: str
     hosts: tuple[AnnouncedHost, ...]
     """Those it is on now; none: it is not alive."""
     profile: NodeProfile | None
@@ -95,6 +97,11 @@ class NodeOverview:
     standing: Standing
     domains: Mapping[str, DomainOverview]
     """Token of a domain -> what is known of the node there."""
+
+    @property
+    def name(self) -> str:
+        """The node as people write it."""
+        return qualified(self.owner, self.node_id)
 
     @property
     def alive(self) -> bool:
@@ -126,7 +133,7 @@ def auctioned(records: Iterable[TaskRecord]) -> Auctioned:
         award = record.envelope.award
         domains.setdefault(record.envelope.domain_token, record.envelope.domain)
         for bid in award.bids if award else ():
-            ratings.setdefault((bid.node_id, record.envelope.domain_token), bid.self_rating)
+            ratings.setdefault((bid.node, record.envelope.domain_token), bid.self_rating)
     return Auctioned(ratings, domains)
 
 
@@ -134,19 +141,23 @@ def overviews(
     here: Sequence[AnnouncedHost], profiles: Iterable[NodeProfile], seen: Auctioned, config: ClusterConfig
 ) -> list[NodeOverview]:
     """Return every node that is alive or has a profile, those alive first."""
-    by_id = {profile.node_id: profile for profile in profiles}
-    alive = {node_id for host in here for node_id in host.node_ids}
-    found = [
+    known = {(profile.owner, profile.node_id): profile for profile in profiles}
+    hosts: dict[tuple[str, str], list[AnnouncedHost]] = {}
+    for host in here:
+        for node_id in dict.fromkeys(host.node_ids):
+            hosts.setdefault((host.owner, node_id), []).append(host)
+    nodes = [
         NodeOverview(
             node_id=node_id,
-            hosts=tuple(host for host in here if node_id in host.node_ids),
-            profile=by_id.get(node_id),
-            standing=standing_of(by_id.get(node_id), config),
-            domains=_domains(node_id, by_id.get(node_id), seen),
+            owner=owner,
+            hosts=tuple(hosts.get((owner, node_id), ())),
+            profile=known.get((owner, node_id)),
+            standing=standing_of(known.get((owner, node_id)), config),
+            domains=_domains(qualified(owner, node_id), known.get((owner, node_id)), seen),
         )
-        for node_id in alive | by_id.keys()
+        for owner, node_id in hosts.keys() | known.keys()
     ]
-    return sorted(found, key=lambda node: (not node.hosts, node.node_id))
+    return sorted(nodes, key=lambda node: (not node.hosts, node.name))
 
 
 def standing_of(profile: NodeProfile | None, config: ClusterConfig) -> Standing:
@@ -154,9 +165,9 @@ def standing_of(profile: NodeProfile | None, config: ClusterConfig) -> Standing:
     return "new" if profile is None else standing(newest_own(profile), profile.consecutive_losses, config)
 
 
-def _domains(node_id: str, profile: NodeProfile | None, seen: Auctioned) -> dict[str, DomainOverview]:
+def _domains(node: str, profile: NodeProfile | None, seen: Auctioned) -> dict[str, DomainOverview]:
     evidence = profile.domains if profile else {}
-    rated = {token: rating for (node, token), rating in seen.self_ratings.items() if node == node_id}
+    rated = {token: rating for (rated_node, token), rating in seen.self_ratings.items() if rated_node == node}
     return {
         token: DomainOverview(
             domain=worded if domain_token(worded := seen.domains.get(token, token)) == token else token,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 from msgspec.structs import replace
 
-from loom.schemas.identity import LOCAL_OWNER, PUBLIC
+from loom.schemas.identity import LOCAL_OWNER, PUBLIC, qualified
 from loom.schemas.rejected import BestRejected
 from loom.schemas.task import (
     MAX_WARNINGS,
@@ -17,6 +17,7 @@ from loom.schemas.task import (
     TaskResult,
     TaskState,
     TaskUsage,
+    ad_digest,
     domain_token,
 )
 from loom.schemas.wire import (
@@ -72,6 +73,12 @@ class Spec(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Why the method is not the one expected, for example that the model could not be asked."""
     estimated: Unit | None = None
     """SENSE's own guess, before calibration; absent: the ad gave the complexity."""
+    divide: bool = False
+    """Whether the task is to be divided: its ad gives or wants a plan, or it is harder than the threshold."""
+    deepest: Annotated[int, Meta(ge=0, le=16)] = 0
+    """Divisions there may be between a client's task and its smallest part."""
+    whole: bool = False
+    """Whether SCALE has decided against dividing the task."""
     no_offers_since: Timestamp | None = None
     """Server time since which nobody at all has answered a call."""
 
@@ -99,6 +106,15 @@ class ScoredBid(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     load: Unit
     tools: Unit
     """Share of the required tools the node has."""
+    shared_count: Count = 0
+    """Judged attempts of its owner's newcomers, which count as its own; 0: only its own count."""
+    comes_last: bool = False
+    """Whether it comes after all other bidders: another newcomer of its owner has failed the task."""
+
+    @property
+    def node(self) -> str:
+        """The node as people write it."""
+        return qualified(self.owner, self.node_id)
 
 
 class Award(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -122,6 +138,11 @@ class Award(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Whether the node is a plain one: it is asked once, and its first reply is the end of the run."""
     max_run_s: Seconds | None = None
     """Of a plain node: seconds after which a run without a reply is lost; absent: the default."""
+
+    @property
+    def node(self) -> str:
+        """The node as people write it."""
+        return qualified(self.owner, self.node_id)
 
 
 class Split(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -165,7 +186,12 @@ class RejectedResult(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True
         """Return what a submitter is shown of it."""
         run = self.result
         return BestRejected(
-            content=run.content, truncated=run.truncated, score=self.score, reason=self.reason, node_id=self.node_id
+            content=run.content,
+            truncated=run.truncated,
+            score=self.score,
+            reason=self.reason,
+            node_id=self.node_id,
+            owner=self.owner,
         )
 
 
@@ -188,6 +214,11 @@ class FailedAttempt(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True)
     tokens: Count = 0
     duration_s: Seconds = 0.0
 
+    @property
+    def node(self) -> str:
+        """The node as people write it."""
+        return qualified(self.owner, self.node_id)
+
 
 class Claim(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """EXECUTE's hold on an attempt: the fence."""
@@ -201,6 +232,11 @@ class Claim(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which EXECUTE replica."""
     stream_seq: Count = 0
     """Sequence in TASKS of the message that carries the claim."""
+
+    @property
+    def node(self) -> str:
+        """The node as people write it; empty where there is none."""
+        return qualified(self.owner, self.node_id) if self.node_id else ""
 
 
 class RecordVersion(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -250,9 +286,9 @@ class Envelope(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     budget: Count | None = None
     """Tokens left; absent: no limit."""
     excluded: Names = ()
-    """Nodes that have failed the task."""
+    """Nodes that have failed the task: `node_id`, or `owner.node_id` where the owner is not `local`."""
     retry_at: Annotated[dict[Name, Timestamp], Meta(max_length=1000)] = {}
-    """Excluded node -> server time from which it asked to be tried again, as a model's server told it."""
+    """Node, as in `excluded` -> server time from which it asked to be tried again, as a model's server told it."""
     failed_attempts: Annotated[tuple[FailedAttempt, ...], Meta(max_length=MAX_FAILED_ATTEMPTS)] = ()
     """Attempts that failed, oldest first; the newest ones where there were more."""
     spent: RunResult = RunResult()
@@ -359,6 +395,13 @@ class TaskRecord(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return self.state in ENDED
 
     @property
+    def ad_digest(self) -> str:
+        """Tells the ad from others under the same id; empty where the submission could not be read."""
+        error = self.envelope.error
+        unread = not self.submission or (error is not None and error.code == "dead_letter")
+        return "" if unread else ad_digest(self.envelope.ad)
+
+    @property
     def lasted_s(self) -> float:
         """Seconds from admission to the end, at most what a message carries; 0 while the task goes on."""
         return min(MAX_SECONDS, max(0.0, (self.ended_at or self.admitted_at) - self.admitted_at))
@@ -377,8 +420,9 @@ class TaskRecord(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True)
         if not self.rejected:
             return replace(own, best_rejected=best.to_rejected())
         last = "" if own.code == REJECTED else f"; the last attempt ended with {own.code}: {own.message}"
-        message = cut_note(f"{best.reason or 'refused'} (the best refused answer, of {best.node_id}){last}")
-        return TaskError(code=REJECTED, message=message, node_id=best.node_id, best_rejected=best.to_rejected())
+        refused = best.to_rejected()
+        message = cut_note(f"{best.reason or 'refused'} (the best refused answer, of {refused.node}){last}")
+        return TaskError(code=REJECTED, message=message, node_id=best.node_id, best_rejected=refused)
 
     @property
     def used(self) -> RunResult:
@@ -415,6 +459,7 @@ class TaskRecord(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True)
             duration_s=run.duration_s,
             warnings=env.warnings,
             labels=env.ad.labels,
+            ad_digest=self.ad_digest,
         )
 
 
@@ -462,6 +507,8 @@ class Subtask(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Tokens it may use; absent: no limit."""
     node_id: Token | None = None
     """Who did it."""
+    owner: Token | None = None
+    """Whose node that is."""
     error: TaskError | None = None
     tokens: Count = 0
     """Used, failed attempts included."""

@@ -6,6 +6,11 @@ PUBLIC = "public"
 LOCAL_OWNER = "local"
 PERSON = "person"
 ADAPT = "adapt"
+"""Source of what ADAPT itself puts into the stream of rewards."""
+RULES = "rules"
+"""Source of EVALUATE's rewards by rule."""
+JUDGE = "judge"
+"""Source of EVALUATE's rewards by the opinion of a model."""
 RESERVED = frozenset(
     {"sense", "match", "scale", "execute", "evaluate", "adapt", "rules", "judge", "import", "eval"},
 )
@@ -42,12 +47,22 @@ def qualified(owner: str, name: str) -> str:
     return name if owner == LOCAL_OWNER else f"{owner}.{name}"
 
 
-def split_qualified(text: str) -> tuple[str, str]:
-    """Return the owner and the name that `qualified` has put together.
+def node_key(owner: str, node_id: str) -> str:
+    """Return the key under which the profile of a node is stored.
 
     Example:
-        >>> split_qualified("acme.coder"), split_qualified("coder")
-        (('acme', 'coder'), ('local', 'coder'))
+        >>> node_key("acme", "coder"), node_key("local", "coder")
+        ('acme.coder', 'local.coder')
+    """
+    return f"{owner}.{node_id}"
+
+
+def split_qualified(text: str) -> tuple[str, str]:
+    """Return the owner and the name that `qualified` or `node_key` has put together.
+
+    Example:
+        >>> split_qualified("acme.coder"), split_qualified("coder"), split_qualified("local.coder")
+        (('acme', 'coder'), ('local', 'coder'), ('local', 'coder'))
     """
     owner, dot, name = text.rpartition(".")
     return (owner, name) if dot else (LOCAL_OWNER, name)

@@ -4,14 +4,14 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from loom.schemas.identity import LOCAL_OWNER
+from loom.schemas.identity import LOCAL_OWNER, RULES, node_key, qualified
 from loom.schemas.labels import Labels
 from loom.schemas.wire import Count, Name, Names, Note, Seconds, Timestamp, Token, Unit, Wire
 
 WINDOW = 120
 """Scores remembered per node and domain."""
 SNAPSHOTS = "_snapshot"
-"""Slug under which snapshots travel."""
+"""In place of the domain's token in the subject of a snapshot."""
 BIAS = "bias."
 """How the keys of calibrations begin in the bucket `tuning`; the domain_token follows."""
 
@@ -34,7 +34,7 @@ class Score(Struct, frozen=True, kw_only=True, array_like=True, omit_defaults=Tr
     """
 
     attempt_id: Name
-    """`task:attempt`; `inherit:node` is what a retired node has left, and stands for no task of this one's."""
+    """`task:attempt`; `inherit:` and the name of another node: what that node has handed on."""
     score: Unit
     """The weighted mean of what its judges said last."""
     ended_at: Timestamp
@@ -78,6 +78,16 @@ class NodeProfile(Wire, frozen=True, kw_only=True):
     """In all; the sum stops at 1e9."""
     updated_at: Timestamp = 0.0
 
+    @property
+    def key(self) -> str:
+        """The key under which it is stored."""
+        return node_key(self.owner, self.node_id)
+
+    @property
+    def name(self) -> str:
+        """The node as people write it."""
+        return qualified(self.owner, self.node_id)
+
 
 class Snapshot(Wire, frozen=True, kw_only=True):
     """What was known of one node when all of the stream up to `through` was folded: one of a round, one per node."""
@@ -93,15 +103,16 @@ class Reward(Wire, frozen=True, kw_only=True):
     """How well a node did one attempt at a task, in somebody's judgement."""
 
     reward_id: Annotated[str, Meta(max_length=200)]
-    """`task:attempt:source`; a source's later word on the same attempt replaces its earlier one."""
+    """`task:attempt:source`; a later one of the same source on the same attempt replaces the earlier one.
+    inherit: `inherit:` and the name of the other node."""
     kind: Literal["reward", "inherit", "snapshot"] = "reward"
-    """inherit: the mean of a retired node, passed on to this one, as which it counts as one observation.
-    snapshot: no reward at all but what a rebuild starts with; whoever is not ADAPT leaves it out."""
+    """inherit: the mean of another node that has retired or changed its name; it counts as one observation.
+    snapshot: not a reward but the state from which a rebuild starts. Both are of the source `adapt` only."""
     task_id: Token
-    """inherit: the retired node's id instead; snapshot: the node's own."""
+    """inherit: the other node's id instead; snapshot: the node's own."""
     attempt: Count
-    source: Token = "rules"
-    """Who judges."""
+    source: Token = RULES
+    """Who judges: the source in the subject."""
     node_id: Token
     owner: Token = LOCAL_OWNER
     """Whose node it is."""
@@ -119,6 +130,16 @@ class Reward(Wire, frozen=True, kw_only=True):
     labels: Labels = {}
     """The ad's."""
     snapshot: Snapshot | None = None
+
+    @property
+    def node_key(self) -> str:
+        """The key under which the profile of its node is stored."""
+        return node_key(self.owner, self.node_id)
+
+    @property
+    def node(self) -> str:
+        """Its node as people write it."""
+        return qualified(self.owner, self.node_id)
 
     def __hash__(self) -> int:
         """Return a hash, so that rewards may be members of a set with the dictionary of labels in them."""

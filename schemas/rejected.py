@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from loom.schemas.identity import LOCAL_OWNER, qualified
 from loom.schemas.wire import Name, Note, Text, Unit, Wire
 
 
@@ -18,6 +19,13 @@ class BestRejected(Wire, frozen=True, kw_only=True):
     """Why it was refused."""
     node_id: Name = ""
     """The node that gave it."""
+    owner: Name = LOCAL_OWNER
+    """Whose node it is."""
+
+    @property
+    def node(self) -> str:
+        """The node as people write it."""
+        return qualified(self.owner, self.node_id)
 
 
 def facts_of(best: BestRejected | None) -> dict[str, Any]:

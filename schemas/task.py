@@ -3,14 +3,16 @@
 import re
 import unicodedata
 from functools import lru_cache
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import replace
 
 from loom.schemas.calls import FieldsByName
 from loom.schemas.errors import InvalidTask, LoomError, error_for
+from loom.schemas.identity import LOCAL_OWNER, qualified
 from loom.schemas.labels import LABELS_RULE, Labels, are_labels
 from loom.schemas.llm import Usage
 from loom.schemas.near import unknown_field
@@ -23,6 +25,7 @@ from loom.schemas.wire import (
     Count,
     FreeJson,
     Name,
+    NodeName,
     Note,
     Relayed,
     Seconds,
@@ -98,8 +101,8 @@ class TaskAd(Wire, metaclass=FieldsByName, frozen=True, kw_only=True, forbid_unk
     """A hard limit of tokens; absent: no limit, and 4096 as yardstick of efficiency."""
     timeout_s: Annotated[float, Meta(gt=0, le=86_400)] = 300.0
     """Seconds from acceptance to the deadline."""
-    node_id: Token | None = None
-    """Pin: only this node may run it; no auction."""
+    node_id: NodeName | None = None
+    """Pin: only this node may run it; no auction. `node_id`, or `owner.node_id` where the owner is not `local`."""
     accept: Accept | None = None
     limits: Limits | None = None
     context: FreeJson = {}
@@ -184,7 +187,7 @@ def check_ad(ad: TaskAd) -> TaskAd:
 
 _RULES = {
     "task_id": "1 to 64 letters, digits, _ or -",
-    "node_id": "1 to 64 letters, digits, _ or -",
+    "node_id": "a node: 1 to 64 letters, digits, _ or -, after the owner and a dot where that is not `local`",
     "priority": f"one of {', '.join(PRIORITIES)}",
     "timeout_s": "a number of seconds, more than 0 and at most 86400",
     "token_budget": "a whole number of tokens, at least 1",
@@ -249,6 +252,15 @@ def _field_in(message: str) -> str | None:
         return unknown.group(1)
     path = re.search(r"`\$\.([A-Za-z_]\w*)", message)
     return path.group(1) if path else None
+
+
+def ad_digest(ad: TaskAd) -> str:
+    """Return 16 hex digits that tell an ad from others under the same id; whether it waits makes no difference.
+
+    Args:
+        ad: As it was read from JSON, or as `check_ad` has returned it: 300 and 300.0 are different digits.
+    """
+    return blake2b(encode(replace(ad, wait=True)), digest_size=8).hexdigest()
 
 
 def is_token(text: str) -> bool:
@@ -439,6 +451,8 @@ class TaskResult(Relayed, frozen=True, kw_only=True):
     """What a person should know of the result, such as a judge that could not be asked."""
     labels: Labels = {}
     """The ad's."""
+    ad_digest: Annotated[str, Meta(max_length=64)] = ""
+    """Of the ad as it was submitted: another one under the same id has another digest. Empty: the ad is not known."""
 
     def __hash__(self) -> int:
         """Return a hash, so that results may be members of a set with the dictionary of labels in them."""
@@ -448,6 +462,11 @@ class TaskResult(Relayed, frozen=True, kw_only=True):
     def success(self) -> bool:
         """Whether the task succeeded."""
         return self.state == "succeeded"
+
+    @property
+    def node(self) -> str:
+        """The node as people write it: `owner.node_id` where the owner is not `local`; empty where there is none."""
+        return qualified(self.owner or LOCAL_OWNER, self.node_id) if self.node_id else ""
 
 
 class Accepted(Wire, frozen=True, kw_only=True, omit_defaults=False):

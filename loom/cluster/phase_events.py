@@ -106,6 +106,7 @@ def adapted(profile: NodeProfile, attempt: int) -> PhaseEvent:
         name="adapt",
         attempt=max(attempt, 1),
         node_id=profile.node_id,
+        owner=profile.owner,
         success_rate=profile.success_rate,
         total_tasks=profile.total_tasks,
     )
@@ -143,22 +144,23 @@ def _event(phase: Phase, attempt: int, seconds: float, record: TaskRecord, subta
 def _of_tried(event: PhaseEvent, tried: FailedAttempt) -> PhaseEvent:
     """Complete an event of an attempt that failed and was followed by another one."""
     if event.name == "match":
-        return replace(event, node_id=tried.node_id)
-    event = replace(event, node_id=tried.node_id, error=tried.code)
+        return replace(event, node_id=tried.node_id, owner=tried.owner)
+    event = replace(event, node_id=tried.node_id, owner=tried.owner, error=tried.code)
     return replace(event, tokens=tried.tokens) if event.name == "execute" else replace(event, reward=0.0)
 
 
 def _of_last(event: PhaseEvent, record: TaskRecord) -> PhaseEvent:
     """Complete an event of the last attempt."""
     envelope, award = record.envelope, record.envelope.award
-    node_id = award.node_id if award else None
+    if award is not None:
+        event = replace(event, node_id=award.node_id, owner=award.owner)
     if event.name == "match":
-        return event if award is None else replace(event, node_id=node_id, score=award.score, bids=award.bids)
+        return event if award is None else replace(event, score=award.score, bids=award.bids)
     error = envelope.error.code if envelope.error and record.state != "succeeded" else ""
     if event.name == "execute":
         tokens = envelope.result.tokens if envelope.result else 0
-        return replace(event, node_id=node_id, tokens=tokens, error=error)
-    return replace(event, node_id=node_id, score=record.score, reward=_reward(record, error), error=error)
+        return replace(event, tokens=tokens, error=error)
+    return replace(event, score=record.score, reward=_reward(record, error), error=error)
 
 
 def _reward(record: TaskRecord, error: str) -> float | None:

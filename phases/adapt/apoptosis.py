@@ -8,6 +8,7 @@ from loom.phases.adapt.fold import own_by_age
 from loom.phases.adapt.judges import INHERITED, own
 from loom.schemas.config import ClusterConfig
 from loom.schemas.health import HEALTH_WINDOW, complement, is_failing
+from loom.schemas.identity import ADAPT, node_key
 from loom.schemas.learning import NodeProfile, Reward
 
 
@@ -20,6 +21,11 @@ class Retirement(NamedTuple):
     when_idle: bool
     """Whether it may stay if it has got work meanwhile."""
 
+    @property
+    def key(self) -> str:
+        """The key of its profile."""
+        return node_key(self.host.owner, self.node_id)
+
 
 def who_retires(
     hosts: Sequence[AnnouncedHost], profiles: Mapping[str, NodeProfile], config: ClusterConfig
@@ -28,6 +34,9 @@ def who_retires(
 
     Only children go, never a node that somebody has put there. One younger than `idle_timeout_s` is left alone, so
     that it has had its chance, and at most so many are named that `min_nodes` of the cluster stay.
+
+    Args:
+        profiles: By key.
     """
     spare = max(0, sum(len(staying(host)) for host in hosts) - config.min_nodes)
     grown = [
@@ -38,45 +47,62 @@ def who_retires(
     ]
     failing, idle = [], []
     for key, child in sorted(grown, key=lambda one: (-one[1].idle_s, one[0], one[1].node_id)):
-        if why := _failure(profiles.get(child.node_id), config):
+        if why := _failure(profiles.get(node_key(key.owner, child.node_id)), config):
             failing.append(Retirement(key, child.node_id, why, when_idle=False))
         elif child.idle_s > 0 and child.idle_s >= config.idle_timeout_s:
             idle.append(Retirement(key, child.node_id, f"idle for {child.idle_s:.0f} s", when_idle=True))
     return [*failing, *idle][:spare]
 
 
-def heir(node_id: str, hosts: Sequence[AnnouncedHost], profiles: Mapping[str, NodeProfile]) -> str | None:
-    """Return the idle node that a retired one complements most, or None where there is none to inherit.
+def heir(retired: NodeProfile, hosts: Sequence[AnnouncedHost], profiles: Mapping[str, NodeProfile]) -> str | None:
+    """Return the id of the idle node that a retired one complements most, or None where there is none to inherit.
 
-    Nobody inherits while another host still has a node of that id: its evidence is in use.
+    Only a node of the same owner inherits: evidence is no gift to a stranger. While another host of the owner still
+    has a node of that id none does, for its evidence is in use.
+
+    Args:
+        profiles: By key.
     """
-    if any(node_id in staying(host) for host in hosts):
+    kin = [host for host in hosts if host.owner == retired.owner]
+    if any(retired.node_id in staying(host) for host in kin):
         return None
-    mine = _means(profiles.get(node_id))
+    mine = _means(retired)
     gains = {
-        other: complement(mine, _means(profiles.get(other)), min(host.running, max(host.slots, 1)) / max(host.slots, 1))
-        for host in hosts
+        other: complement(
+            mine,
+            _means(profiles.get(node_key(retired.owner, other))),
+            min(host.running, max(host.slots, 1)) / max(host.slots, 1),
+        )
+        for host in kin
         for other in staying(host) - set(host.busy)
     }
     return min(gains, key=lambda other: (-gains[other], other), default=None)
 
 
-def bequest(profile: NodeProfile, to: str) -> Iterator[Reward]:
-    """Yield what `to` inherits: for each domain the mean of what the node has earned itself, as one observation."""
+def bequest(profile: NodeProfile, owner: str, node_id: str, why: str = "has retired") -> Iterator[Reward]:
+    """Yield what a node inherits: for each domain the mean of what the other has earned itself, as one observation.
+
+    Args:
+        profile: The other's.
+        owner: The heir's.
+        node_id: The heir's.
+        why: For people, with the other as its subject.
+    """
     for domain_token, evidence in profile.domains.items():
         earned = own(evidence.scores)
         if earned:
             yield Reward(
-                reward_id=f"{INHERITED}{profile.node_id}",
+                reward_id=f"{INHERITED}{profile.name}",
                 kind="inherit",
                 task_id=profile.node_id,
                 attempt=0,
-                source="adapt",
-                node_id=to,
+                source=ADAPT,
+                node_id=node_id,
+                owner=owner,
                 domain_token=domain_token,
                 score=sum(score.score for score in earned) / len(earned),
                 ended_at=max(score.ended_at for score in earned),
-                reason=f"{len(earned)} tasks of {profile.node_id}, which has retired",
+                reason=f"{len(earned)} tasks of {profile.name}, which {why}",
             )
 
 

@@ -6,6 +6,7 @@ from loom.bus.client import Bus, Conflict
 from loom.bus.kv import Bucket
 from loom.bus.log import get_logger
 from loom.bus.topology import stream_state
+from loom.schemas.identity import JUDGE, RULES
 from loom.schemas.learning import BIAS, Calibration, Reward
 from loom.schemas.wire import Undecodable
 
@@ -30,9 +31,9 @@ def actual(reward: Reward) -> float:
 def recalibrated(known: Calibration, reward: Reward, seq: int) -> Calibration:
     """Return the calibration after the reward at stream sequence `seq`; the same where it tells nothing.
 
-    Only the rules' word on a success counts, once for each task: a failure has not shown how hard the task is.
+    Only EVALUATE's reward for a success counts, once for each task: a failure has not shown how hard the task is.
     """
-    ruled = reward.kind == "reward" and reward.source == "rules" and reward.score >= SUCCESS
+    ruled = reward.kind == "reward" and reward.source in (RULES, JUDGE) and reward.score >= SUCCESS
     if seq <= known.last_seq or reward.estimated is None or not ruled:
         return known
     bias = NEWEST * (actual(reward) - reward.estimated) + (1 - NEWEST) * known.bias

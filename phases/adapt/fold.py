@@ -5,17 +5,13 @@ from operator import attrgetter
 
 from msgspec.structs import replace
 
-from loom.bus.discards import Discards
-from loom.bus.ordered import Stored
-from loom.bus.subjects import Subjects
+from loom.bus.stored_rewards import SKEW_S
 from loom.phases.adapt.change import changed_at
 from loom.phases.adapt.judges import WEIGHTS, attempt_id, judged, own, weight
 from loom.schemas.learning import MAX_DOMAINS, WINDOW, DomainEvidence, NodeProfile, Reward, Score
-from loom.schemas.wire import Undecodable, decode, total, total_s
+from loom.schemas.wire import total, total_s
 
 FORGETTING = "glr_ucb"
-SKEW_S = 5.0
-"""How far the clock of a judge may be ahead of the server's."""
 SUCCESS = 0.5
 """Least score that counts as a success."""
 
@@ -26,24 +22,6 @@ _score, _ended_at, _attempt_id = attrgetter("score"), attrgetter("ended_at"), at
 def forgets(policy: str) -> bool:
     """Return whether under that award policy what came before a node's change is forgotten."""
     return policy == FORGETTING
-
-
-def reward_in(message: Stored, subjects: Subjects, discards: Discards) -> Reward | None:
-    """Return the reward a message of the stream is; None for one that cannot be used, which is counted."""
-    try:
-        reward = decode(message.data, Reward)
-    except Undecodable as error:
-        discards.add("reward_undecodable", reason=error.message, subject=message.subject)
-        return None
-    if message.subject != subjects.of("reward", reward.source, reward.owner, reward.node_id, reward.domain_token):
-        reason = f"it is about node {reward.node_id} and domain {reward.domain_token}"
-        discards.add("reward_misaddressed", reason=reason, subject=message.subject)
-        return None
-    if reward.kind != "snapshot" and reward.ended_at > message.stored_at + SKEW_S:
-        reason = f"its attempt ended {reward.ended_at - message.stored_at:.0f} s after the reward was stored"
-        discards.add("reward_dated_ahead", reason=reason, subject=message.subject)
-        return None
-    return reward
 
 
 def is_dated_ahead(profile: NodeProfile, at: float) -> bool:

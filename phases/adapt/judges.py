@@ -4,10 +4,9 @@ from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from math import fsum
 
+from loom.schemas.identity import RULES
 from loom.schemas.learning import Reward, Score
 
-RULES = "rules"
-"""Source of EVALUATE's own word."""
 INHERITED = "inherit:"
 """How the id of an inherited entry begins."""
 WEIGHTS: Mapping[str, float] = {"person": 3.0}
@@ -39,10 +38,11 @@ def weight(source: str, weights: Mapping[str, float]) -> float:
 def attempt_id(reward: Reward) -> str:
     """Return what a window remembers a judged attempt by: `task:attempt`, whatever form the reward's own id has.
 
-    Of one that is very long the digest is kept. What `node` has left is `inherit:node`.
+    Of one that is very long the digest is kept. What another node has handed on is `inherit:` and its name.
     """
     if reward.kind == "inherit":
-        return INHERITED + reward.task_id
+        heritage = INHERITED + reward.reward_id.removeprefix(INHERITED)
+        return heritage if len(heritage) <= ID_LENGTH else f"{INHERITED}{_digest(heritage, 16)}"
     key = f"{reward.task_id}:{reward.attempt}"
     return key if len(key) <= ID_LENGTH else f"x-{_digest(key, 16)}"
 

@@ -6,8 +6,10 @@ from typing import Literal, NamedTuple
 from loom.bus.client import Bus, Conflict
 from loom.bus.history import between
 from loom.bus.kv import Bucket, Entry
-from loom.phases.adapt.fold import fold, reward_in
+from loom.bus.stored_rewards import reward_in
+from loom.phases.adapt.fold import fold
 from loom.phases.adapt.judges import WEIGHTS
+from loom.schemas.identity import qualified, split_qualified
 from loom.schemas.learning import SNAPSHOTS, NodeProfile, Reward, Snapshot
 
 Verdict = Literal["same", "behind", "differs", "missing", "beyond"]
@@ -29,12 +31,18 @@ class Start(NamedTuple):
 class Compared(NamedTuple):
     """One node: as stored, and as the stream has it."""
 
-    node_id: str
+    key: str
+    """Under which its profile is stored."""
     verdict: Verdict
     stored: Entry[NodeProfile] | None
     rebuilt: NodeProfile | None
     revision: int = 0
     """Of a stored value that cannot be read, which a repair replaces."""
+
+    @property
+    def node(self) -> str:
+        """The node as people write it."""
+        return qualified(*split_qualified(self.key))
 
 
 class Rebuilt(NamedTuple):
@@ -55,7 +63,7 @@ async def rebuild(
     Args:
         forget: As the phases that wrote the profiles do: whether the award policy forgets what came before a change.
         weights: As theirs: what the judges weigh.
-        at: node id -> the last sequence folded of a profile to compare with.
+        at: Key of a node -> the last sequence folded of a profile to compare with.
 
     Raises:
         Refused: There is no such stream.
@@ -67,13 +75,14 @@ async def rebuild(
     profiles, wanted = dict(start.profiles), at or {}
     then = {node: known for node, known in profiles.items() if known.last_seq == wanted.get(node)}
     async for seq, reward in _rewards(bus, "*", start.seq + 1, last):
-        known = profiles.get(reward.node_id, NodeProfile(node_id=reward.node_id))
+        key = reward.node_key
+        known = profiles.get(key, NodeProfile(node_id=reward.node_id, owner=reward.owner))
         folded = fold(known, reward, seq, forget=forget, weights=weights)
         if folded is known:
             continue
-        profiles[reward.node_id] = folded
-        if seq == wanted.get(reward.node_id):
-            then[reward.node_id] = folded
+        profiles[key] = folded
+        if seq == wanted.get(key):
+            then[key] = folded
     return Rebuilt(profiles, start, last, then)
 
 
@@ -88,14 +97,14 @@ def start_of(snapshots: Sequence[Snapshot], first: int) -> Start:
     for one in snapshots:
         if one.through + 1 >= first:
             told = rounds.setdefault(one.through, {})
-            told[one.profile.node_id] = one.profile
+            told[one.profile.key] = one.profile
             if len(told) >= one.nodes:
                 return Start(one.through, told, whole=True)
     return Start(first - 1, {}, whole=False)
 
 
 async def compare(bus: Bus, *, forget: bool, weights: Mapping[str, float] = WEIGHTS) -> tuple[Rebuilt, list[Compared]]:
-    """Return what the stream says, and each node beside what is stored of it, by id.
+    """Return what the stream says, and each node beside what is stored of it, by key.
 
     Raises:
         Refused: There is no such stream.
@@ -110,9 +119,9 @@ async def compare(bus: Bus, *, forget: bool, weights: Mapping[str, float] = WEIG
     ]
 
 
-def _compared(node_id: str, stored: Entry[NodeProfile] | None, rebuilt: Rebuilt) -> Compared:
-    known = rebuilt.profiles.get(node_id)
-    return Compared(node_id, _verdict(stored, known, rebuilt.then.get(node_id), rebuilt.start), stored, known)
+def _compared(key: str, stored: Entry[NodeProfile] | None, rebuilt: Rebuilt) -> Compared:
+    known = rebuilt.profiles.get(key)
+    return Compared(key, _verdict(stored, known, rebuilt.then.get(key), rebuilt.start), stored, known)
 
 
 def _verdict(
@@ -126,7 +135,7 @@ def _verdict(
 
 
 async def repair(bus: Bus, wrong: Sequence[Compared]) -> list[str]:
-    """Store the rebuilt profiles of what differs or is missing, and return the nodes that somebody wrote meanwhile.
+    """Store the rebuilt profiles of what differs or is missing; return the keys that were written meanwhile.
 
     A node the stream knows nothing of is left as it is.
 
@@ -138,9 +147,9 @@ async def repair(bus: Bus, wrong: Sequence[Compared]) -> list[str]:
         if one.verdict not in WRONG or one.rebuilt is None:
             continue
         try:
-            await bucket.update(one.node_id, one.rebuilt, one.stored.revision if one.stored else one.revision)
+            await bucket.update(one.key, one.rebuilt, one.stored.revision if one.stored else one.revision)
         except Conflict:
-            lost.append(one.node_id)
+            lost.append(one.key)
     return lost
 
 
@@ -148,9 +157,9 @@ class StoredProfiles(NamedTuple):
     """What the bucket of profiles holds."""
 
     profiles: dict[str, Entry[NodeProfile]]
-    """By node id."""
+    """By key."""
     unreadable: dict[str, int]
-    """Key -> revision of the values that are no profile of the node their key names."""
+    """Key -> revision of the values that are not a profile of the node in their key."""
 
 
 async def read_profiles(bus: Bus) -> StoredProfiles:
@@ -160,7 +169,7 @@ async def read_profiles(bus: Bus) -> StoredProfiles:
     try:
         while not reader.caught_up:
             for entry in await reader.batch():
-                if entry.value.node_id == entry.key:
+                if entry.value.key == entry.key:
                     found.profiles[entry.key] = entry
                 else:
                     found.unreadable[entry.key] = entry.revision
@@ -171,7 +180,7 @@ async def read_profiles(bus: Bus) -> StoredProfiles:
 
 
 async def stored_profiles(bus: Bus) -> dict[str, Entry[NodeProfile]]:
-    """Return every stored profile that can be used, by node id."""
+    """Return every stored profile that can be used, by key."""
     return (await read_profiles(bus)).profiles
 
 

@@ -29,7 +29,7 @@ class Retiring:
     """ADAPT's other half. Of several replicas only the one that holds the lease acts.
 
     Args:
-        profiles: What has been learned, as it is now.
+        profiles: What has been learned, as it is now, by key.
     """
 
     def __init__(self, bus: Bus, config: ClusterConfig, profiles: Mapping[str, NodeProfile]) -> None:
@@ -66,7 +66,7 @@ class Retiring:
             return
         for one in due:
             if await self._retire(one):
-                await self._pass_on(one.node_id)
+                await self._pass_on(one.key)
                 return
 
     async def _retire(self, one: Retirement) -> bool:
@@ -90,13 +90,13 @@ class Retiring:
         self._census.note_retiring(one.host, one.node_id)
         return True
 
-    async def _pass_on(self, node_id: str) -> None:
+    async def _pass_on(self, key: str) -> None:
         """Publish what the node has learned for its heir to fold."""
-        profile = self._profiles.get(node_id)
-        to = heir(node_id, self._census.hosts(), self._profiles)
+        profile = self._profiles.get(key)
+        to = None if profile is None else heir(profile, self._census.hosts(), self._profiles)
         if profile is None or to is None:
             return
-        for reward in bequest(profile, to):
+        for reward in bequest(profile, profile.owner, to):
             subject = self._bus.subjects.of("reward", ADAPT, reward.owner, to, reward.domain_token)
             await store_once(self._bus, subject, reward, msg_id=f"{reward.reward_id}:{reward.domain_token}")
-        log.info("inherited", node_id=node_id, heir=to)
+        log.info("inherited", node=profile.name, heir=to)

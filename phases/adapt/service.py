@@ -1,10 +1,11 @@
 """Adapt: turn rewards into what is known of each node, and retire those the cluster is better without.
 
 Consumes   the RewardBus (stream REWARDS), whole, in stream order; host announcements
-Publishes  lifecycle.learned.<node>   a profile has changed
-           lifecycle.changed.<node>   the node itself has: what came before is forgotten
-           retire.<host>              a request to let an idle or failing child go; what it has learned is inherited
-           reward.<node>._snapshot    what is known of each node, before the stream drops the rewards it rests on
+Publishes  lifecycle.adapt.learned.<owner>.<node>   a profile has changed
+           lifecycle.adapt.changed.<owner>.<node>   the node itself has changed: what came before is forgotten
+           retire.<owner>.<host>                    an idle or failing child is to go; what it has learned is inherited
+           reward.adapt.<owner>.<node>._snapshot    what is known of each node, before the stream drops the rewards it
+                                                    rests on
 State      NodeProfiles, one compare-and-set per node and batch; replicas that are overtaken stand by.
            How far SENSE is off in each domain, the same way
 Gives up   an undecodable reward is logged and left out: nobody waits for it
@@ -25,16 +26,17 @@ from loom.bus.health import Health
 from loom.bus.kv import Bucket
 from loom.bus.log import get_logger
 from loom.bus.ordered import OrderedReader, Stored
+from loom.bus.stored_rewards import reward_in
 from loom.bus.topology import stream_state
 from loom.phases.adapt.calibrating import Calibrating
-from loom.phases.adapt.fold import change_in, fold, forgets, is_dated_ahead, reward_in, summary
+from loom.phases.adapt.fold import change_in, fold, forgets, is_dated_ahead, summary
 from loom.phases.adapt.judges import weights_of
 from loom.phases.adapt.rebuild import read_profiles, rebuild
 from loom.phases.adapt.retiring import Retiring
 from loom.phases.adapt.snapshots import Snapshots
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
-from loom.schemas.identity import ADAPT
+from loom.schemas.identity import ADAPT, split_qualified
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward
 from loom.schemas.wire import Undecodable, total_s
 
@@ -53,11 +55,12 @@ class Adapt:
         self._forget = forgets(config.policy)
         self._weights = weights_of(config.judge_weights)
         self._profiles: dict[str, NodeProfile] = {}
+        """By key, as in the bucket: `owner.node_id`."""
         self._revisions: dict[str, int] = {}
         self._unwritten: dict[str, list[tuple[int, Reward]]] = {}
-        """node id -> rewards folded and not yet written, with their sequences; none: written whole, by a rebuild."""
+        """Key -> rewards folded and not yet written, with their sequences; none: written whole, by a rebuild."""
         self._changed: dict[str, list[str]] = {}
-        """node id -> changes found and not yet told."""
+        """Key -> changes found and not published yet."""
         self._standby_until = 0.0
         self._read_seq = 0
         self._unwritten_since = time.monotonic()
@@ -94,44 +97,44 @@ class Adapt:
         """Read what is stored; what the stream cannot have given is taken from the stream instead."""
         stored, unreadable = await read_profiles(self._bus)
         state = await stream_state(self._bus, "REWARDS")  # after the profiles: none can rest on more
-        for node_id, entry in stored.items():
-            self._profiles[node_id], self._revisions[node_id] = entry.value, entry.revision
+        for key, entry in stored.items():
+            self._profiles[key], self._revisions[key] = entry.value, entry.revision
         self._revisions |= unreadable
-        beyond = [node_id for node_id, profile in self._profiles.items() if profile.last_seq > state["last_seq"]]
+        beyond = [key for key, profile in self._profiles.items() if profile.last_seq > state["last_seq"]]
         if beyond:
             log.warning("profiles_beyond_stream", nodes=sorted(beyond), last_seq=state["last_seq"])
         ahead = self._dated_ahead(state)
         if ahead:
             log.warning("profiles_dated_ahead", nodes=ahead)
-            for node_id in ahead:
-                self._profiles[node_id] = NodeProfile(node_id=node_id)
+            for key in ahead:
+                self._profiles[key] = _unknown(key)
         if beyond or ahead or unreadable or not self._profiles:
             await self._rebuild([*beyond, *ahead])
         await self._calibrating.start(state["last_seq"])
 
     def _dated_ahead(self, state: dict[str, Any]) -> list[str]:
-        """Return the nodes whose profiles hold attempts that ended after the stream's last reward was stored."""
+        """Return the keys of the profiles that hold attempts that ended after the stream's last reward was stored."""
         if not state["messages"]:
             return []
         stored_at = datetime.fromisoformat(state["last_ts"]).timestamp()
-        return sorted(node_id for node_id, profile in self._profiles.items() if is_dated_ahead(profile, stored_at))
+        return sorted(key for key, profile in self._profiles.items() if is_dated_ahead(profile, stored_at))
 
-    async def _rebuild(self, nodes: Sequence[str]) -> None:
+    async def _rebuild(self, keys: Sequence[str]) -> None:
         """Fold the stream for these nodes and unknown ones; snapshots may stand in for its lost head."""
         rebuilt = (await rebuild(self._bus, forget=self._forget, weights=self._weights)).profiles
-        for node_id in {*nodes, *(rebuilt.keys() - self._profiles.keys())}:
+        for key in {*keys, *(rebuilt.keys() - self._profiles.keys())}:
             # A stream that knows nothing of the node was lost, and what is stored is all there is.
-            known = rebuilt.get(node_id) or replace(self._profiles[node_id], last_seq=0)
-            self._profiles[node_id] = known
-            self._unwritten[node_id] = []
+            known = rebuilt.get(key) or replace(self._profiles[key], last_seq=0)
+            self._profiles[key] = known
+            self._unwritten[key] = []
             self._dirty.set()
 
     async def _start_over(self) -> None:
         """Keep what is known: the stream it rests on was lost, and another has begun at its first sequence."""
         async with self._writing:
-            for node_id, profile in self._profiles.items():
-                self._profiles[node_id] = replace(profile, last_seq=0)
-                self._unwritten[node_id] = []
+            for key, profile in self._profiles.items():
+                self._profiles[key] = replace(profile, last_seq=0)
+                self._unwritten[key] = []
             self._calibrating.start_over()
             self._snapshots.start_over()
         self._dirty.set()
@@ -174,16 +177,17 @@ class Adapt:
     def _fold(self, seq: int, reward: Reward) -> None:
         if self._calibrating.fold(seq, reward):
             self._dirty.set()
-        known = self._profiles.get(reward.node_id, NodeProfile(node_id=reward.node_id))
+        key = reward.node_key
+        known = self._profiles.get(key, NodeProfile(node_id=reward.node_id, owner=reward.owner))
         folded = fold(known, reward, seq, forget=self._forget, weights=self._weights)
         if folded is known:
             return
         if (change := change_in(known, folded)) is not None:
-            self._changed.setdefault(reward.node_id, []).append(change)
-        self._profiles[reward.node_id] = folded
+            self._changed.setdefault(key, []).append(change)
+        self._profiles[key] = folded
         if not self._unwritten:
             self._unwritten_since = time.monotonic()
-        self._unwritten.setdefault(reward.node_id, []).append((seq, reward))
+        self._unwritten.setdefault(key, []).append((seq, reward))
         self._dirty.set()
 
     async def _follow(self) -> None:
@@ -201,7 +205,7 @@ class Adapt:
                     mine = self._profiles.get(entry.key)
                     if mine is None or entry.key in self._unwritten:
                         continue
-                    if entry.value.node_id != entry.key:
+                    if entry.value.key != entry.key:
                         self._replace(entry.key)
                     elif mine.last_seq == entry.value.last_seq:
                         self._profiles[entry.key], self._revisions[entry.key] = entry.value, entry.revision
@@ -212,18 +216,18 @@ class Adapt:
         finally:
             await reader.stop()
 
-    async def _replace_if_beyond(self, node_id: str, stored: NodeProfile) -> None:
+    async def _replace_if_beyond(self, key: str, stored: NodeProfile) -> None:
         try:
-            if await self._is_beyond_stream(node_id, stored):
-                self._replace(node_id)
+            if await self._is_beyond_stream(key, stored):
+                self._replace(key)
         except LoomError as error:  # the next reward of the node brings it up again
-            log.warning("profile_not_checked", node_id=node_id, reason=error.message)
+            log.warning("profile_not_checked", node=key, reason=error.message)
 
-    def _replace(self, node_id: str) -> None:
+    def _replace(self, key: str) -> None:
         """Have a stored profile that cannot be believed written over, if there is something to write."""
-        if node_id in self._profiles:
-            log.warning("profile_replaced", node_id=node_id)
-            self._unwritten.setdefault(node_id, [])
+        if key in self._profiles:
+            log.warning("profile_replaced", node=key)
+            self._unwritten.setdefault(key, [])
             self._dirty.set()
 
     async def _write_all(self) -> None:
@@ -233,9 +237,9 @@ class Adapt:
         except LoomError as error:  # a profile is written again with its next reward
             log.warning("profiles_not_written", reason=error.message)
             return
-        for node_id, profile in self._profiles.items():
+        for key, profile in self._profiles.items():
             if profile.last_seq <= last_seq:
-                self._unwritten.setdefault(node_id, [])
+                self._unwritten.setdefault(key, [])
         self._dirty.set()
 
     async def _write(self) -> None:
@@ -253,49 +257,49 @@ class Adapt:
 
     async def _flush(self) -> None:
         async with self._writing:
-            for node_id in list(self._unwritten):
-                await self._put(node_id)
+            for key in list(self._unwritten):
+                await self._put(key)
             await self._calibrating.flush()
         self._unwritten_since = time.monotonic()
 
-    async def _put(self, node_id: str) -> None:
+    async def _put(self, key: str) -> None:
         """Write one profile, unless another replica has written at least as much.
 
         Rewards are folded on while the server answers; what the write does not hold stays to be written.
         """
         while True:
-            profile = self._profiles[node_id]
-            tasks = [reward.task_id for _, reward in self._unwritten[node_id] if reward.kind != "inherit"]
+            profile = self._profiles[key]
+            tasks = [reward.task_id for _, reward in self._unwritten[key] if reward.kind != "inherit"]
             try:
-                revision = await self._bucket.update(node_id, profile, self._revisions.get(node_id, 0))
+                revision = await self._bucket.update(key, profile, self._revisions.get(key, 0))
             except Conflict:
-                stored = await self._stored(node_id)
-                if stored is None or await self._is_beyond_stream(node_id, stored) or self._adopt(stored):
+                stored = await self._stored(key)
+                if stored is None or await self._is_beyond_stream(key, stored) or self._adopt(stored):
                     continue
-                self._changed.pop(node_id, None)
+                self._changed.pop(key, None)
                 self._standby_until = time.monotonic() + STANDBY_S
                 return
-            self._revisions[node_id] = revision
+            self._revisions[key] = revision
             self._settle(profile)
             await self._tell(profile, tasks)
-            for change in self._changed.pop(node_id, ()):
-                await self._say_changed(node_id, change)
+            for change in self._changed.pop(key, ()):
+                await self._say_changed(profile, change)
             return
 
-    async def _stored(self, node_id: str) -> NodeProfile | None:
+    async def _stored(self, key: str) -> NodeProfile | None:
         """Return the stored profile of a node and note its revision; None where there is none that can be used."""
         try:
-            entry = await self._bucket.get(node_id)
+            entry = await self._bucket.get(key)
         except Undecodable as error:
-            self._revisions[node_id] = await self._bucket.revision(node_id)
-            log.warning("profile_replaced", node_id=node_id, reason=error.message)
+            self._revisions[key] = await self._bucket.revision(key)
+            log.warning("profile_replaced", node=key, reason=error.message)
             return None
-        self._revisions[node_id] = entry.revision if entry else 0
-        return entry.value if entry is not None and entry.value.node_id == node_id else None
+        self._revisions[key] = entry.revision if entry else 0
+        return entry.value if entry is not None and entry.value.key == key else None
 
-    async def _is_beyond_stream(self, node_id: str, stored: NodeProfile) -> bool:
+    async def _is_beyond_stream(self, key: str, stored: NodeProfile) -> bool:
         """Whether a stored profile claims rewards that the stream does not hold: nothing of it can be believed."""
-        if stored.last_seq <= self._profiles[node_id].last_seq:
+        if stored.last_seq <= self._profiles[key].last_seq:
             return False
         return stored.last_seq > int((await stream_state(self._bus, "REWARDS"))["last_seq"])
 
@@ -304,40 +308,49 @@ class Adapt:
 
         Another replica has folded the same stream, so nothing changes by it; an operator may have repaired it.
         """
-        node_id = stored.node_id
-        lacking = [one for one in self._unwritten[node_id] if one[0] > stored.last_seq]
-        if not lacking and stored.last_seq < self._profiles[node_id].last_seq:
+        key = stored.key
+        lacking = [one for one in self._unwritten[key] if one[0] > stored.last_seq]
+        if not lacking and stored.last_seq < self._profiles[key].last_seq:
             return True  # ours comes from a rebuild: it is whole, and not in pieces to fold
         self._settle(stored)
         for seq, reward in lacking:
             stored = fold(stored, reward, seq, forget=self._forget, weights=self._weights)
-        self._profiles[node_id] = stored
+        self._profiles[key] = stored
         return bool(lacking)
 
     def _settle(self, written: NodeProfile) -> None:
         """Forget the rewards that are in a written profile."""
-        node_id = written.node_id
-        left = [one for one in self._unwritten[node_id] if one[0] > written.last_seq]
+        key = written.key
+        left = [one for one in self._unwritten[key] if one[0] > written.last_seq]
         if left:
-            self._unwritten[node_id] = left
+            self._unwritten[key] = left
         else:
-            del self._unwritten[node_id]
+            del self._unwritten[key]
 
-    async def _say_changed(self, node_id: str, change: str) -> None:
-        log.info("node_changed", node_id=node_id, change=change)
-        news = Lifecycle(kind="changed", node_id=node_id, at=self._bus.now(), reason=change)
-        await self._bus.publish(self._bus.subjects.of("lifecycle", ADAPT, "changed", news.owner, node_id), news)
+    async def _say_changed(self, profile: NodeProfile, change: str) -> None:
+        log.info("node_changed", node=profile.name, change=change)
+        news = Lifecycle(
+            kind="changed", node_id=profile.node_id, owner=profile.owner, at=self._bus.now(), reason=change
+        )
+        await self._publish(news)
+
+    async def _publish(self, news: Lifecycle) -> None:
+        await self._bus.publish(self._bus.subjects.of("lifecycle", ADAPT, news.kind, news.owner, news.node_id), news)
 
     async def _tell(self, profile: NodeProfile, task_ids: list[str]) -> None:
-        log.debug("learned", node_id=profile.node_id, tasks=len(task_ids), last_seq=profile.last_seq)
+        log.debug("learned", node=profile.name, tasks=len(task_ids), last_seq=profile.last_seq)
         for start in range(0, max(1, len(task_ids)), TOLD_TASKS):
             news = Lifecycle(
                 kind="learned",
                 node_id=profile.node_id,
+                owner=profile.owner,
                 at=self._bus.now(),
                 task_ids=tuple(task_ids[start : start + TOLD_TASKS]),
                 profile=summary(profile),
             )
-            await self._bus.publish(
-                self._bus.subjects.of("lifecycle", ADAPT, "learned", profile.owner, profile.node_id), news
-            )
+            await self._publish(news)
+
+
+def _unknown(key: str) -> NodeProfile:
+    owner, node_id = split_qualified(key)
+    return NodeProfile(node_id=node_id, owner=owner)

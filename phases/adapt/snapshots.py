@@ -78,7 +78,7 @@ class Snapshots:
         through, nodes = self._round
         if part.through != through:
             nodes = set()
-        nodes.add(part.profile.node_id)
+        nodes.add(part.profile.key)
         self._round = part.through, nodes
         if len(nodes) >= part.nodes:
             self._since = 0
@@ -114,12 +114,13 @@ class Snapshots:
 def snapshot_of(profile: NodeProfile, through: int, nodes: int) -> Reward:
     """Return the snapshot of a profile that holds all of its node's rewards up to sequence `through`."""
     return Reward(
-        reward_id=f"snapshot:{profile.node_id}:{through}",
+        reward_id=f"snapshot:{profile.name}:{through}",
         kind="snapshot",
         task_id=profile.node_id,
         attempt=0,
-        source="adapt",
+        source=ADAPT,
         node_id=profile.node_id,
+        owner=profile.owner,
         domain_token=SNAPSHOTS,
         score=profile.success_rate,
         ended_at=profile.updated_at,

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from loom.bus.reward_bus import RewardBus
 from loom.phases.shared.acceptance import plain_violation
 from loom.phases.shared.check_pool import Violation
+from loom.phases.shared.division import may_divide
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import (
     IN_HAND_S,
@@ -18,6 +19,7 @@ from loom.schemas.envelope import (
     RejectedResult,
     TaskRecord,
 )
+from loom.schemas.identity import JUDGE, RULES
 from loom.schemas.learning import Reward, Signal
 from loom.schemas.notices import SubtaskEnded
 from loom.schemas.task import Accept, RunResult, TaskError, TaskState
@@ -145,7 +147,8 @@ def is_final(envelope: Envelope, error: TaskError) -> bool:
         return False
     if not is_opinion(envelope, error) or envelope.ad.node_id is not None:
         return True
-    return any(tried.code == INVALID and tried.node_id != error.node_id for tried in envelope.failed_attempts)
+    accused = envelope.award.node if envelope.award else ""
+    return any(tried.code == INVALID and tried.node != accused for tried in envelope.failed_attempts)
 
 
 def fail(envelope: Envelope, error: TaskError) -> End:
@@ -185,6 +188,7 @@ def count(envelope: Envelope, error: TaskError, now: float) -> Envelope:
     failed = FailedAttempt(
         attempt=envelope.attempt,
         node_id=award.node_id,
+        owner=award.owner,
         host_id=award.host_id,
         code=error.code,
         message=error.message[:MAX_CAUSE_CHARS],
@@ -193,11 +197,11 @@ def count(envelope: Envelope, error: TaskError, now: float) -> Envelope:
     )
     envelope = replace(envelope, failed_attempts=(*envelope.failed_attempts, failed)[-MAX_FAILED_ATTEMPTS:])
     if error.retry_after_s is not None:
-        envelope = replace(envelope, retry_at={**envelope.retry_at, award.node_id: now + error.retry_after_s})
+        envelope = replace(envelope, retry_at={**envelope.retry_at, award.node: now + error.retry_after_s})
     elsewhere = error.code == "node_lost" and envelope.ad.node_id is not None  # its node may be on another host
-    if elsewhere or award.node_id in envelope.excluded:
+    if elsewhere or award.node in envelope.excluded:
         return envelope
-    return replace(envelope, excluded=(*envelope.excluded, award.node_id))
+    return replace(envelope, excluded=(*envelope.excluded, award.node))
 
 
 def retry_s(error: TaskError, failures: int) -> float:
@@ -210,18 +214,18 @@ def wait_for_rested(envelope: Envelope, now: float) -> Back | None:
 
     None when there is none, or the deadline comes before it.
     """
-    node_id = min(envelope.retry_at, key=lambda node: envelope.retry_at[node], default=None)
-    if node_id is None or envelope.retry_at[node_id] >= envelope.deadline:
+    rested = min(envelope.retry_at, key=lambda node: envelope.retry_at[node], default=None)
+    if rested is None or envelope.retry_at[rested] >= envelope.deadline:
         return None
-    rested = replace(
+    again = replace(
         envelope.without_result(),
         error=None,
         last_error=last_failure(envelope),
-        excluded=tuple(node for node in envelope.excluded if node != node_id),
-        retry_at={node: at for node, at in envelope.retry_at.items() if node != node_id},
+        excluded=tuple(node for node in envelope.excluded if node != rested),
+        retry_at={node: at for node, at in envelope.retry_at.items() if node != rested},
         attempt=envelope.attempt + 1,
     )
-    return Back(rested, max(0.0, envelope.retry_at[node_id] - now))
+    return Back(again, max(0.0, envelope.retry_at[rested] - now))
 
 
 def last_failure(envelope: Envelope) -> TaskError | None:
@@ -247,7 +251,14 @@ def keep_best(envelope: Envelope, reason: str) -> Envelope:
     score = envelope.opinion.score if envelope.opinion else 0.0
     if envelope.best_rejected is not None and envelope.best_rejected.score >= score:
         return envelope
-    best = RejectedResult(result=result, score=score, reason=reason, node_id=award.node_id, host_id=award.host_id)
+    best = RejectedResult(
+        result=result,
+        score=score,
+        reason=reason,
+        node_id=award.node_id,
+        owner=award.owner,
+        host_id=award.host_id,
+    )
     return replace(envelope, best_rejected=best)
 
 
@@ -284,11 +295,14 @@ def reward_for(envelope: Envelope, error: TaskError | None, ended_at: float) -> 
     if error is None and is_unchecked(envelope):
         return None
     result = (envelope.result if error is None else None) or RunResult()
+    source = JUDGE if _has_opinion(envelope, error) else RULES
     return Reward(
-        reward_id=f"{envelope.task_id}:{envelope.attempt}:rules",
+        reward_id=f"{envelope.task_id}:{envelope.attempt}:{source}",
         task_id=envelope.task_id,
         attempt=envelope.attempt,
+        source=source,
         node_id=award.node_id,
+        owner=award.owner,
         domain_token=envelope.domain_token,
         score=_score(envelope, error),
         signal=Signal() if error else _signal(envelope, result),
@@ -314,10 +328,14 @@ def ran_too_long(error: TaskError) -> bool:
 
 def _score(envelope: Envelope, error: TaskError | None) -> float:
     """1 or 0 by the rules; anything between where a model was asked."""
-    judged = error is None or error.code == "rejected_result"
-    if envelope.opinion is not None and judged:
+    if envelope.opinion is not None and _has_opinion(envelope, error):
         return envelope.opinion.score
     return 0.0 if error else 1.0
+
+
+def _has_opinion(envelope: Envelope, error: TaskError | None) -> bool:
+    """Return whether a model has judged the result that is rewarded."""
+    return envelope.opinion is not None and (error is None or error.code == REJECTED)
 
 
 def _guess(envelope: Envelope) -> float | None:
@@ -344,10 +362,12 @@ def refuted(record: TaskRecord, ended_at: float) -> tuple[Reward, ...]:
         return ()
     return tuple(
         Reward(
-            reward_id=f"{envelope.task_id}:{tried.attempt}:rules",
+            reward_id=f"{envelope.task_id}:{tried.attempt}:{RULES}",
             task_id=envelope.task_id,
             attempt=tried.attempt,
+            source=RULES,
             node_id=tried.node_id,
+            owner=tried.owner,
             domain_token=envelope.domain_token,
             score=0.0,
             signal=Signal(),
@@ -371,5 +391,5 @@ def notice_of(record: TaskRecord) -> SubtaskEnded | None:
 
 
 def may_be_divided(record: TaskRecord) -> bool:
-    """Return whether a plan may be left over: one was put together, or the task ended before it could be."""
-    return bool(record.envelope.inputs) or record.state != "succeeded"
+    """Return whether a plan may be left over: one was put together, or the task ended before or beside that."""
+    return bool(record.envelope.inputs) or record.state != "succeeded" or may_divide(record.envelope)

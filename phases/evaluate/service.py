@@ -1,7 +1,8 @@
 """Evaluate: judge what came back, and end the task or send it to another node.
 
 Consumes   task.evaluate.*.*   results, and errors of every phase
-Publishes  reward.<node>.<domain_token>, result.<task>, replies to submitters
+Publishes  reward.{rules,judge}.<owner>.<node>.<domain_token>
+           result.<submitter>.<task>, replies to submitters
            cancelled.<task>   that a task is cancelled, for EXECUTE to stop its run
            task.scale          that a subtask has ended, or a task that had been divided
            task.match          the envelope with its attempt raised, when another node is to try

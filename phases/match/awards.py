@@ -17,7 +17,7 @@ SWEEP_S = 1.0
 Place = tuple[str, str, str]
 """Owner, host id and node id."""
 Domain = tuple[str, str]
-"""Node id and domain_token."""
+"""Node, qualified by its owner, and domain_token."""
 
 
 class Awards:
@@ -28,7 +28,7 @@ class Awards:
         """A heap: until when an award is held against its place."""
         self._taken: Counter[Place] = Counter()
         self._unjudged: dict[Domain, dict[str, float]] = {}
-        """(node id, domain_token) -> attempt to be judged -> when it was awarded."""
+        """Node and domain -> attempt to be judged -> when it was awarded."""
         self._pending: dict[Domain, int] = {}
         self._swept = -math.inf
 
@@ -40,19 +40,19 @@ class Awards:
             taken = (award.owner, award.host_id, award.node_id)
             heappush(self._ends, (now + taken_s(awarded.bid), taken))
             self._taken[taken] += 1
-        judged = (award.node_id, domain_token)
+        judged = (award.node, domain_token)
         unjudged = self._unjudged.setdefault(judged, {})
         unjudged[f"{envelope.task_id}:{envelope.attempt}"] = now
         self._pending[judged] = len(unjudged)
 
-    def judged(self, node_id: str, domain_token: str, attempt_ids: Iterable[str]) -> None:
+    def judged(self, node: str, domain_token: str, attempt_ids: Iterable[str]) -> None:
         """Forget the awards that have been rewarded."""
-        unjudged = self._unjudged.get((node_id, domain_token))
+        unjudged = self._unjudged.get((node, domain_token))
         if unjudged is None:
             return
         for attempt_id in attempt_ids:
             unjudged.pop(attempt_id, None)
-        self._count((node_id, domain_token), unjudged)
+        self._count((node, domain_token), unjudged)
 
     def taken(self) -> Mapping[Place, int]:
         """Return (owner, host id, node id) -> awards of a moment ago."""
@@ -65,7 +65,7 @@ class Awards:
         return self._taken
 
     def pending(self) -> Mapping[Domain, int]:
-        """Return (node id, domain_token) -> awards not judged yet."""
+        """Return (node, domain_token) -> awards not judged yet, the nodes qualified by their owners."""
         now = time.monotonic()
         if now >= self._swept + SWEEP_S:
             self._swept = now

@@ -1,22 +1,24 @@
 """Who wins: claims weighed by evidence. Pure: offers and profiles in, a verdict out."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from itertools import groupby
-from operator import itemgetter
 from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import replace
 
 from loom.bus.announcements import HostKey
+from loom.phases.match.newcomers import Newcomers, Shared, failing_owners, is_newcomer, shared_by
 from loom.phases.match.offers import HostOffer
 from loom.phases.match.trust import Known, Policy, Trust, ucb
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import AWARD_BIDS, MAX_TRUST, Award, Envelope, ScoredBid
-from loom.schemas.identity import qualified
+from loom.schemas.identity import LOCAL_OWNER, qualified, split_qualified
 from loom.schemas.learning import DomainEvidence, NodeProfile
 
 TRUST_WEIGHT = 0.6
@@ -33,7 +35,7 @@ class Book(msgspec.Struct, frozen=True):
     """What MATCH knows besides the offers."""
 
     profiles: Mapping[str, NodeProfile] = {}
-    """node id -> what has been learned."""
+    """Node, qualified by its owner -> what has been learned."""
     policy: Policy = ucb
     policy_name: str = ""
     """As the setting has it."""
@@ -46,7 +48,9 @@ class Book(msgspec.Struct, frozen=True):
     taken: Mapping[tuple[str, str, str], int] = {}
     """(owner, host id, node id) -> awards of a moment ago, of which its bid cannot tell yet."""
     pending: Mapping[tuple[str, str], int] = {}
-    """(node id, domain_token) -> awards that have not been judged yet."""
+    """(node, qualified by its owner, domain_token) -> awards that have not been judged yet."""
+    newcomers: Newcomers = Newcomers()
+    """Those of the profiles that share, by their owners."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +129,15 @@ def taken_s(bid: Bid) -> float:
 
 def award(envelope: Envelope, bids: Sequence[tuple[HostKey, Bid]], book: Book) -> Award:
     """Return the award to the best of `bids`, (host, bid) each; there must be one."""
-    domain_token = envelope.domain_token
-    nodes = {bid.node_id for _, bid in bids}  # one may be on two hosts
-    known = [profile for node_id in nodes if (profile := book.profiles.get(node_id))]
-    total = sum(profile.domains[domain_token].count for profile in known if domain_token in profile.domains)
-    ranked = _best_first(envelope, (_weigh(envelope, domain_token, host, bid, book, total) for host, bid in bids))
+    nodes = {qualified(host.owner, bid.node_id) for host, bid in bids}  # one may be on two hosts
+    known = [profile for node in nodes if (profile := book.profiles.get(node))]
+    token = envelope.domain_token
+    total = sum(profile.domains[token].count for profile in known if token in profile.domains)
+    owners = {host.owner for host, _ in bids}
+    # Names are an advantage over other owners only: among the nodes of a single one each has its own chance.
+    shared = _shared(owners, token, book) if len(owners) > 1 else {}
+    auction = _Auction(envelope, token, book, total, shared, failing_owners(envelope, partial(_evidence, book, token)))
+    ranked = _best_first(envelope, (_weigh(auction, host, bid) for host, bid in bids))
     best = ranked[0]
     return Award(
         node_id=best.bid.node_id,
@@ -144,79 +152,149 @@ def award(envelope: Envelope, bids: Sequence[tuple[HostKey, Bid]], book: Book) -
 
 
 def score(envelope: Envelope, host: HostKey, bid: Bid, book: Book, total: int) -> ScoredBid:
-    """Return `bid` with its score: .6 trust + .25 (1 - load) + .15 tools.
+    """Return `bid` with its score against those of other owners: .6 trust + .25 (1 - load) + .15 tools.
 
     Args:
         total: Rewards of all bidders in this domain.
     """
-    return _told(_weigh(envelope, envelope.domain_token, host, bid, book, total))
+    token = envelope.domain_token
+    shared = _shared({host.owner}, token, book)
+    auction = _Auction(envelope, token, book, total, shared, failing_owners(envelope, partial(_evidence, book, token)))
+    return _told(_weigh(auction, host, bid))
+
+
+class _Auction(NamedTuple):
+    """What all bids of an auction are weighed by."""
+
+    envelope: Envelope
+    domain_token: str
+    book: Book
+    total: int
+    shared: Mapping[str, Shared]
+    """Owner -> what its newcomers share."""
+    failed: frozenset[str]
+    """Owners of newcomers that have failed the task."""
 
 
 class _Weighed(NamedTuple):
     """A bid and what its score is made of."""
 
     score: float
+    comes_last: bool
+    name: str
+    """What equals are told apart by: the node, or the owner whose newcomer it is."""
     host: HostKey
     bid: Bid
     evidence: DomainEvidence
     trust: Trust
     tools: float
+    shared: Shared | None
 
 
-def _weigh(envelope: Envelope, domain_token: str, host: HostKey, bid: Bid, book: Book, total: int) -> _Weighed:
-    profile = book.profiles.get(bid.node_id)
-    evidence = (profile.domains.get(domain_token) if profile else None) or _NONE
-    trust = book.policy(
-        Known(
-            task_id=envelope.ad.task_id,
-            attempt=envelope.attempt,
-            node_id=bid.node_id,
-            claim=bid.self_rating,
-            mean=evidence.mean if evidence.count else 0.0,
-            count=evidence.count * remembered(evidence, book),
-            total=total,
-            pending=book.pending.get((bid.node_id, domain_token), 0),
-            exploration=book.exploration,
-        )
-    )
-    if not 0 <= trust.value < math.inf:
-        raise ValueError(f"policy {book.policy_name} trusts {bid.node_id} with {trust.value}: no finite number from 0")
+def _evidence(book: Book, domain_token: str, node: str) -> DomainEvidence:
+    profile = book.profiles.get(node)
+    return (profile.domains.get(domain_token) if profile else None) or _NONE
+
+
+def _shared(owners: Iterable[str], domain_token: str, book: Book) -> dict[str, Shared]:
+    """Return owner -> what its newcomers share, of the owners other than `local`."""
+    groups = {owner: book.newcomers.of(owner, domain_token) for owner in owners if owner != LOCAL_OWNER}
+    if not groups:
+        return {}
+    pending: Counter[str] = Counter()
+    for (node, token), count in book.pending.items():
+        if token == domain_token:
+            owner, _ = split_qualified(node)
+            if owner in groups and is_newcomer(owner, _evidence(book, token, node)):
+                pending[owner] += count
+    weight = partial(remembered, book=book)
+    return {owner: shared_by(known, pending[owner], weight) for owner, known in groups.items()}
+
+
+def _weigh(auction: _Auction, host: HostKey, bid: Bid) -> _Weighed:
+    envelope, token, book, _, groups, failed = auction
+    node = qualified(host.owner, bid.node_id)
+    evidence = _evidence(book, token, node)
+    newcomer = is_newcomer(host.owner, evidence)
+    shared = groups.get(host.owner) if newcomer else None
+    name = node if shared is None else f"{host.owner}."
+    trust = _trust(auction, name, bid, shared or _alone(auction, node, evidence))
     required = envelope.ad.required_tools
     tools = len(set(required).intersection(bid.tools)) / len(set(required)) if required else 1.0
     value = TRUST_WEIGHT * min(trust.value, MAX_TRUST) + AVAILABILITY_WEIGHT * (1 - bid.load) + TOOLS_WEIGHT * tools
-    return _Weighed(value, host, bid, evidence, trust, tools)
+    return _Weighed(value, newcomer and host.owner in failed, name, host, bid, evidence, trust, tools, shared)
+
+
+def _alone(auction: _Auction, node: str, evidence: DomainEvidence) -> Shared:
+    """What a node that shares nothing has done."""
+    return Shared(
+        attempts=evidence.count * remembered(evidence, auction.book),
+        mean=evidence.mean if evidence.count else 0.0,
+        pending=auction.book.pending.get((node, auction.domain_token), 0),
+    )
+
+
+def _trust(auction: _Auction, name: str, bid: Bid, known: Shared) -> Trust:
+    """Return how far a bidder is trusted who has done that much; `name` decides about what is random."""
+    book = auction.book
+    trust = book.policy(
+        Known(
+            task_id=auction.envelope.ad.task_id,
+            attempt=auction.envelope.attempt,
+            node_id=bid.node_id,
+            claim=bid.self_rating,
+            mean=known.mean,
+            count=known.attempts,
+            total=auction.total,
+            pending=known.pending,
+            exploration=book.exploration,
+            name=name,
+        )
+    )
+    if not 0 <= trust.value < math.inf:
+        raise ValueError(f"policy {book.policy_name} trusts {name} with {trust.value}: no finite number from 0")
+    return trust
 
 
 def _best_first(envelope: Envelope, weighed: Iterable[_Weighed]) -> list[_Weighed]:
     """The bids an award remembers, in order; of equals the tie-break decides, which only they need."""
     ranked: list[_Weighed] = []
-    for _, group in groupby(sorted(weighed, key=_score, reverse=True), key=_score):
+    for _, group in groupby(sorted(weighed, key=_order), key=_order):
         equals = list(group)
         if len(equals) > 1:
-            equals.sort(key=lambda one: (tie_break(envelope.task_id, one.bid.node_id), one.host))
+            equals.sort(key=partial(_among_equals, envelope.task_id))
         ranked += equals
         if len(ranked) >= AWARD_BIDS:
             break
     return ranked[:AWARD_BIDS]
 
 
-_score = itemgetter(0)
+def _order(weighed: _Weighed) -> tuple[bool, float]:
+    return weighed.comes_last, -weighed.score
+
+
+def _among_equals(task_id: str, weighed: _Weighed) -> tuple[bytes, bytes, HostKey]:
+    """What orders equals: newcomers who share have one place among the others, and each its own in that."""
+    node = qualified(weighed.host.owner, weighed.bid.node_id)
+    return tie_break(task_id, weighed.name), tie_break(task_id, node), weighed.host
 
 
 def _told(weighed: _Weighed) -> ScoredBid:
-    value, host, bid, evidence, trust, tools = weighed
+    host, bid, evidence, trust = weighed.host, weighed.bid, weighed.evidence, weighed.trust
     return ScoredBid(
         node_id=bid.node_id,
         owner=host.owner,
         host_id=host.host_id,
-        score=value,
+        score=weighed.score,
         self_rating=bid.self_rating,
         evidence=evidence.mean if evidence.count else None,
         count=evidence.count,
         trust=min(trust.value, MAX_TRUST),
         bonus=min(trust.bonus, MAX_TRUST),
         load=bid.load,
-        tools=tools,
+        tools=weighed.tools,
+        shared_count=weighed.shared.judged if weighed.shared else 0,
+        comes_last=weighed.comes_last,
     )
 
 
@@ -227,6 +305,6 @@ def remembered(evidence: DomainEvidence, book: Book) -> float:
     return float(0.5 ** (max(0.0, book.now - evidence.scores[-1].ended_at) / book.half_life_s))
 
 
-def tie_break(task_id: str, node_id: str) -> bytes:
+def tie_break(task_id: str, node: str) -> bytes:
     """Return what orders equals: stable for one task, spread over many."""
-    return blake2b(f"{task_id}:{node_id}".encode(), digest_size=8).digest()
+    return blake2b(f"{task_id}:{node}".encode(), digest_size=8).digest()

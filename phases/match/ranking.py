@@ -5,31 +5,31 @@ from collections.abc import Mapping
 
 
 class Ranking:
-    """Nodes by mean reward, per domain."""
+    """Nodes, qualified by their owners, by mean reward, per domain."""
 
     def __init__(self) -> None:
         self._means: dict[str, dict[str, float]] = {}
-        """node id -> domain_token -> mean, as in the order."""
+        """Node -> domain_token -> mean, as in the order."""
         self._order: dict[str, list[tuple[float, str]]] = {}
-        """domain_token -> (-mean, node id), best first."""
+        """domain_token -> (-mean, node), best first."""
 
-    def learn(self, node_id: str, means: Mapping[str, float]) -> None:
+    def learn(self, node: str, means: Mapping[str, float]) -> None:
         """Replace all that is known of a node; `means` by domain_token."""
-        before = self._means.get(node_id, {})
+        before = self._means.get(node, {})
         for domain_token in before.keys() | means.keys():
             if before.get(domain_token) != means.get(domain_token):
-                self._move(node_id, domain_token, before.get(domain_token), means.get(domain_token))
-        self._means[node_id] = dict(means)
+                self._move(node, domain_token, before.get(domain_token), means.get(domain_token))
+        self._means[node] = dict(means)
 
     def best(self, domain_token: str, limit: int) -> tuple[str, ...]:
         """Return the nodes with the best evidence in a domain, best first, equals by name."""
         return tuple(node for _, node in self._order.get(domain_token, [])[:limit])
 
-    def _move(self, node_id: str, domain_token: str, before: float | None, after: float | None) -> None:
+    def _move(self, node: str, domain_token: str, before: float | None, after: float | None) -> None:
         order = self._order.setdefault(domain_token, [])
         if before is not None:
-            del order[bisect_left(order, (-before, node_id))]
+            del order[bisect_left(order, (-before, node))]
         if after is not None:
-            insort(order, (-after, node_id))
+            insort(order, (-after, node))
         if not order:
             del self._order[domain_token]

@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from loom.schemas.envelope import ENDED
+from loom.schemas.identity import LOCAL_OWNER, node_key, qualified
 from loom.schemas.learning import MAX_DOMAINS, WINDOW, DomainEvidence, NodeProfile, Score
 from loom.schemas.wire import Count, Name, Timestamp, Token, Unit, decode
 
@@ -34,8 +35,19 @@ class ReadProfile(msgspec.Struct, frozen=True):
     """The part of a NodeProfile awards rest on."""
 
     node_id: Token
+    owner: Token = LOCAL_OWNER
     last_seq: Count = 0
     domains: Annotated[dict[Name, ReadEvidence], Meta(max_length=MAX_DOMAINS)] = {}
+
+    @property
+    def key(self) -> str:
+        """The key under which it is stored."""
+        return node_key(self.owner, self.node_id)
+
+    @property
+    def name(self) -> str:
+        """The node, qualified by its owner."""
+        return qualified(self.owner, self.node_id)
 
 
 class Judged(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -69,6 +81,7 @@ def known(read: ReadProfile, windows: Mapping[str, tuple[Judged, ...]], before: 
     domains = before.domains if before else {}
     return NodeProfile(
         node_id=read.node_id,
+        owner=read.owner,
         last_seq=read.last_seq,
         domains={
             domain_token: _newest(evidence, windows[domain_token]) if domain_token in windows else domains[domain_token]

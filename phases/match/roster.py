@@ -11,6 +11,7 @@ from loom.bus.kv import Bucket, BucketReader
 from loom.bus.log import get_logger
 from loom.phases.match.announced_nodes import AnnouncedNodes, Wanted
 from loom.phases.match.claims import Claims
+from loom.phases.match.newcomers import Newcomers
 from loom.phases.match.offers import HostOffer
 from loom.phases.match.presence import Presence
 from loom.phases.match.ranking import Ranking
@@ -35,14 +36,16 @@ class Roster:
     """Listens to announcements and to what ADAPT learns. It decides how long to wait, never who may bid.
 
     Args:
-        judged: Told of every domain of a node that has changed: node id, domain_token, attempts in its window.
+        judged: Called for every domain of a node that has changed, with the node, qualified by its owner, the
+            domain_token and the attempts in its window.
     """
 
     def __init__(self, bus: Bus, *, judged: Callable[[str, str, Iterable[str]], None] = lambda *_: None) -> None:
         self._bus = bus
         self._judged = judged
         self.profiles: dict[str, NodeProfile] = {}
-        """node id -> what has been learned; of each window the newest score alone."""
+        """Node, qualified by its owner -> what has been learned; of each window the newest score alone."""
+        self.newcomers = Newcomers()
         self.ranking = Ranking()
         self.nodes = AnnouncedNodes()
         self.asked_at = 0.0
@@ -161,26 +164,26 @@ class Roster:
             await self._learn(reader)
 
     async def _learn(self, reader: BucketReader[ReadProfile]) -> None:
-        batch = [entry.value for entry in await reader.batch() if entry.key == entry.value.node_id]
-        for node in {read.node_id: read for read in batch}.values():
+        batch = [entry.value for entry in await reader.batch() if entry.key == entry.value.key]
+        for node in {read.name: read for read in batch}.values():
             try:
                 self._take(node)
             except Undecodable as error:
-                self._bus.discards.add("profile_undecodable", reason=error.message, node_id=node.node_id)
+                self._bus.discards.add("profile_undecodable", reason=error.message, node=node.name)
 
     def _take(self, read: ReadProfile) -> None:
         """Learn what has changed of a node."""
-        before = self._read.get(read.node_id)
+        node = read.name
+        before = self._read.get(node)
         domains = before.domains if before else {}
         windows: dict[str, tuple[Judged, ...]] = {
             domain_token: window(evidence)
             for domain_token, evidence in read.domains.items()
             if evidence != domains.get(domain_token)
         }
-        self.profiles[read.node_id] = known(read, windows, self.profiles.get(read.node_id))
-        self._read[read.node_id] = read
-        self.ranking.learn(
-            read.node_id, {domain_token: evidence.mean for domain_token, evidence in read.domains.items()}
-        )
+        self.profiles[node] = profile = known(read, windows, self.profiles.get(node))
+        self._read[node] = read
+        self.newcomers.learn(node, profile.domains)
+        self.ranking.learn(node, {domain_token: evidence.mean for domain_token, evidence in read.domains.items()})
         for domain_token, scores in windows.items():
-            self._judged(read.node_id, domain_token, [score.attempt_id for score in scores])
+            self._judged(node, domain_token, [score.attempt_id for score in scores])

@@ -202,7 +202,7 @@ class Match:
             case Fail() | Later():
                 return verdict
             case Awarded(award=award, warning=warning):
-                log.info("awarded", node_id=award.node_id, host_id=award.host_id, score=round(award.score, 3))
+                log.info("awarded", node=award.node, host_id=award.host_id, score=round(award.score, 3))
                 envelope = envelope.warned(warning) if warning else envelope
                 return Next("scale", replace(_met_someone(envelope, spec), award=award))
             case Exhausted():
@@ -301,15 +301,16 @@ class Match:
         self._roster.answered(call.offers, call.missing)
         return call
 
-    def _on_judged(self, node_id: str, domain_token: str, attempt_ids: Iterable[str]) -> None:
+    def _on_judged(self, node: str, domain_token: str, attempt_ids: Iterable[str]) -> None:
         """Forget the awards of attempts that have been rewarded."""
         attempt_ids = tuple(attempt_ids)
-        self._awards.judged(node_id, domain_token, attempt_ids)
+        self._awards.judged(node, domain_token, attempt_ids)
         self._plain.judged(attempt_ids)
 
     def _book(self) -> Book:
         return Book(
             profiles=self._roster.profiles,
+            newcomers=self._roster.newcomers,
             policy=self._policy,
             policy_name=self._config.policy,
             exploration=self._config.exploration,

@@ -22,7 +22,8 @@ class Known(msgspec.Struct, frozen=True, gc=False):
     node_id: str
     claim: float
     mean: float
-    """Of its rewards in the domain; 0 when there are none."""
+    """Of its rewards in the domain; 0 when there are none. Newcomers of an owner other than `local` have the mean,
+    count and pending tasks of all of them."""
     count: float
     """Rewards behind the mean; old ones count less."""
     total: int
@@ -31,6 +32,8 @@ class Known(msgspec.Struct, frozen=True, gc=False):
     """Tasks of the domain it was awarded lately and has not been judged for."""
     exploration: float = 0.3
     """c of the bonus."""
+    name: str = ""
+    """What the randomness of its trust depends on: the node as people write it, or the owner whose newcomer it is."""
 
     @property
     def blended(self) -> float:
@@ -40,7 +43,7 @@ class Known(msgspec.Struct, frozen=True, gc=False):
     @property
     def dice(self) -> Random:
         """Randomness that is the same whenever the same task is awarded again."""
-        digest = blake2b(f"{self.task_id}:{self.attempt}:{self.node_id}".encode(), digest_size=8).digest()
+        digest = blake2b(f"{self.task_id}:{self.attempt}:{self.name or self.node_id}".encode(), digest_size=8).digest()
         return Random(int.from_bytes(digest))  # noqa: S311 - repeatable on purpose
 
 

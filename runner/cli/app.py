@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from loom.runner.cli import checkup, dead, lay_out, nodes, rewards, serve, task, tasks, watch, work
+from loom.runner.cli import checkup, dead, lay_out, node_group, nodes, rewards, serve, task, tasks, watch, work
 from loom.runner.cli.ending import end
 from loom.runner.cli.render import one_line
 from loom.schemas.errors import LoomError
@@ -20,6 +20,7 @@ _EXITS = {
     "invalid_file": 2,
     "invalid_setting": 2,
     "invalid_task": 2,
+    "no_evidence": 2,
     "bus_unavailable": 3,
     "wire_mismatch": 3,
 }
@@ -27,12 +28,13 @@ _EXITS = {
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(name="loom", add_completion=False, pretty_exceptions_enable=False)
-for command in (work.run, serve.up, serve.phase, serve.node, work.submit, watch.tap):
+for command in (work.run, serve.up, serve.phase, work.submit, watch.tap):
     app.command()(command)
 for view in (task.task, tasks.tasks, tasks.cancel, nodes.nodes, nodes.hosts, rewards.reward):
     app.command()(view)
 app.command()(lay_out.init)
 app.command()(checkup.doctor)
+app.add_typer(node_group.app, name="node")
 app.add_typer(rewards.app, name="rewards")
 app.add_typer(dead.app, name="dead")
 

@@ -8,6 +8,7 @@ from loom.bus.tap import Seen
 from loom.schemas.auction import CallForBids
 from loom.schemas.envelope import Award, Envelope, Split
 from loom.schemas.events import TextDelta
+from loom.schemas.identity import qualified
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward
 from loom.schemas.notices import SubtaskEnded
 from loom.schemas.run import Delta
@@ -30,7 +31,8 @@ class Row:
     ad: TaskAd
     phase: str = "waiting"
     """waiting (not handed in yet), a phase, or the state it ended in."""
-    node_id: str = ""
+    node: str = ""
+    """As people write it."""
     attempt: int = 1
     tail: str = ""
     """End of what the node has written so far."""
@@ -49,7 +51,7 @@ class Board:
         self.awards: dict[Attempt, Award] = {}
         self.rewards: dict[Attempt, Reward] = {}
         self.profiles: dict[str, NodeProfile] = {}
-        """node id -> what is known of it, for nodes that learned from these tasks."""
+        """Node -> what is known of it, for nodes that learned from these tasks."""
         self.domains: dict[str, str] = {}
         """domain_token -> the domain as worded."""
         self._to_learn: set[tuple[str, str]] = set()
@@ -73,7 +75,7 @@ class Board:
         row = self.rows.get(seen.tokens.get("task_id", "") or str(getattr(message, "task_id", "")))
         if row is None or row.ended:
             return None
-        before = (row.phase, row.node_id, row.attempt)
+        before = (row.phase, row.node, row.attempt)
         match message:
             case Submission():
                 row.phase = "sense"
@@ -85,7 +87,7 @@ class Board:
                 return self.end(message)
             case _:
                 pass  # other kinds of progress, and what could not be read
-        return row if before != (row.phase, row.node_id, row.attempt) else None
+        return row if before != (row.phase, row.node, row.attempt) else None
 
     def _call(self, call: CallForBids) -> Row | None:
         """Take in a call for bids; return the row of the last of its tasks that has come to MATCH by it."""
@@ -109,9 +111,9 @@ class Board:
         if row.ended:
             return None
         row.phase, row.ended = result.state, True
-        row.node_id, row.attempt = result.node_id or "", max(result.attempts, 1)
-        if result.success and result.node_id:
-            self._to_learn.add((result.task_id, result.node_id))
+        row.node, row.attempt = result.node, max(result.attempts, 1)
+        if result.success and result.node:
+            self._to_learn.add((result.task_id, result.node))
         return row
 
     def _part(self, parent_id: str, task_id: str, ended: bool) -> Row | None:
@@ -131,7 +133,7 @@ class Board:
         if envelope.attempt > row.attempt:
             row.tail = ""
         row.phase, row.attempt = phase, envelope.attempt
-        row.node_id = envelope.award.node_id if envelope.award else ""
+        row.node = envelope.award.node if envelope.award else ""
         self.domains[envelope.domain_token] = envelope.domain
         if envelope.award is not None:
             self.awards[row.ad.task_id, envelope.attempt] = envelope.award
@@ -139,13 +141,14 @@ class Board:
     def _reward(self, reward: Reward) -> None:
         if reward.task_id in self.rows:
             self.rewards[reward.task_id, reward.attempt] = reward
-            self._to_learn.add((reward.task_id, reward.node_id))
+            self._to_learn.add((reward.task_id, reward.node))
 
     def _learn(self, news: Lifecycle) -> None:
         ours = [task_id for task_id in news.task_ids if task_id in self.rows]
-        if news.profile is not None and (ours or news.node_id in self.profiles):
-            self.profiles[news.node_id] = news.profile
-        self._learned.update((task_id, news.node_id) for task_id in ours)
+        node = qualified(news.owner, news.node_id)
+        if news.profile is not None and (ours or node in self.profiles):
+            self.profiles[node] = news.profile
+        self._learned.update((task_id, node) for task_id in ours)
 
 
 def _part_in(seen: Seen) -> tuple[str, str, bool] | None:

@@ -17,6 +17,7 @@ from loom.runner.cli.render import printable
 from loom.runner.cli.running import DEFAULT_URL
 from loom.runner.settings import Settings
 from loom.schemas.errors import BusUnavailable
+from loom.schemas.identity import qualified, split_qualified
 from loom.schemas.task import domain_token
 from loom.schemas.wire import encode
 
@@ -30,15 +31,23 @@ TaskId = Annotated[str, typer.Argument(metavar="ID", help="Id of the task; of a 
 AsLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
 
 
+def client_bus(settings: Settings) -> Bus:
+    """Return a client's connection to the server of NATS_URL, to be opened."""
+    url = settings.nats_url or DEFAULT_URL
+    return Bus(url, namespace=settings.loom_namespace, identity=settings.identity, patience_s=PATIENCE_S)
+
+
 @asynccontextmanager
 async def looking(settings: Settings) -> AsyncIterator[Bus]:
-    """Connect to the server of NATS_URL.
+    """Connect to the server of NATS_URL as an operator.
 
     Raises:
         BusUnavailable: No server, or one that no phase has ever run on.
     """
     url = settings.nats_url or DEFAULT_URL
-    async with Bus(url, namespace=settings.loom_namespace, identity=settings.identity, patience_s=PATIENCE_S) as bus:
+    async with Bus(
+        url, namespace=settings.loom_namespace, role="operator", identity=settings.identity, patience_s=PATIENCE_S
+    ) as bus:
         check_version(bus)
         await check_has_run(bus)
         yield bus
@@ -74,6 +83,11 @@ def seconds(text: str) -> float:
 def domain_slug(domain: str | None) -> str | None:
     """Return the token of a domain as worded, or as a table shows it."""
     return domain_token(domain) if domain else None
+
+
+def node_name(node: str | None) -> str | None:
+    """Return a node as people write it, also where it is given with the owner `local`."""
+    return qualified(*split_qualified(node)) if node else None
 
 
 def clock(at: float) -> str:

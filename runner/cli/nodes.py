@@ -108,6 +108,7 @@ def as_object(node: NodeOverview) -> dict[str, Any]:
     known = {token: each for token, each in node.domains.items() if each.count}
     return {
         "node_id": node.node_id,
+        "owner": node.owner,
         "alive": node.alive,
         "hosts": [host.name for host in node.hosts],
         "standing": node.standing,
@@ -135,7 +136,7 @@ def _all(found: Sequence[NodeOverview]) -> Table:
         last = clock(profile.updated_at) if profile.updated_at else NOTHING
         how = Text(node.standing, STYLES[node.standing])
         by_domain = ", ".join(f"{each.domain} {_number(each.mean)}" for each in _best_known_first(node))
-        add_row(table, node.node_id, how, load, *counts, last, by_domain or NOTHING)
+        add_row(table, node.name, how, load, *counts, last, by_domain or NOTHING)
     table.caption = (
         "new: no task judged yet. unproven: fewer than ten. load: runs of the host's slots, + queued. "
         "losses: failures in a row. `--domain` shows one domain in full."
@@ -154,15 +155,15 @@ def load_of(host: AnnouncedHost) -> str:
 
 def _in_domain(found: Sequence[NodeOverview], token: str) -> Table:
     """A row for each node of which something is known in one domain."""
-    here = {node.node_id: node.domains[token] for node in found}
+    here = {node.name: node.domains[token] for node in found}
     numbers = ("self-rating", "mean reward", "count", "trend")
     changes = any(each.changed_at is not None for each in here.values())
     columns = ("node", "standing", *numbers, "newest", *(("changed",) if changes else ()))
     title = next(iter(here.values())).domain
     table = table_of(columns, title=title, right=numbers, ratios={"node": 1})
-    for node in sorted(found, key=lambda node: -(here[node.node_id].mean or 0.0)):
-        shown = _evidence(here[node.node_id])[: len(columns) - 2]
-        add_row(table, node.node_id, Text(node.standing, STYLES[node.standing]), *shown)
+    for node in sorted(found, key=lambda node: -(here[node.name].mean or 0.0)):
+        shown = _evidence(here[node.name])[: len(columns) - 2]
+        add_row(table, node.name, Text(node.standing, STYLES[node.standing]), *shown)
     table.caption = (
         f"self-rating: as last given in the {RECENT_TASKS} newest tasks. mean reward: over count, in 19 of 20 cases "
         f"within ±. trend: the newest {NEWEST} against the mean."

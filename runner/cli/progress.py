@@ -51,8 +51,8 @@ class Progress:
 def line(row: Row) -> str:
     """Return where a task is, as one line."""
     parts = [short(row.ad.task_id), row.phase]
-    if row.node_id:
-        parts.append(f"on {row.node_id}")
+    if row.node:
+        parts.append(f"on {row.node}")
     if row.attempt > 1:
         parts.append(f"attempt {row.attempt}")
     if _divided(row):
@@ -78,6 +78,6 @@ def live_table(board: Board, height: int) -> Table:
     table.caption = f"{ended} of {len(board.rows)} done" + (f", {failed} failed" if failed else "")
     for row in rows:
         tail = (_divided(row) or one_line(row.tail[-60:])) if not row.ended else ""
-        cells = (short(row.ad.task_id), Text(row.phase, STYLES.get(row.phase, "cyan")), row.node_id, Text(tail, "dim"))
+        cells = (short(row.ad.task_id), Text(row.phase, STYLES.get(row.phase, "cyan")), row.node, Text(tail, "dim"))
         table.add_row(*cells)
     return table

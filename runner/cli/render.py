@@ -70,7 +70,7 @@ def _results(results: Sequence[TaskResult]) -> Table:
             answer = Text(one_line(f"{result.error.code}: {result.error.message}", 200), "red")
         elif result.below_threshold:
             answer = Text("(best there was) ", "yellow") + answer
-        cells = (short(result.task_id), _word(result.domain), result.node_id or "", str(result.attempts))
+        cells = (short(result.task_id), _word(result.domain), result.node, str(result.attempts))
         table.add_row(*cells, f"{result.duration_s:.1f}", answer)
     return _and_more(table, len(results))
 
@@ -94,11 +94,11 @@ def _award_cells(award: Award | None) -> tuple[str, str, str]:
     if award is None:
         return "", "", ""
     if award.pinned:
-        return award.node_id, "", "(pinned)"
+        return award.node, "", "(pinned)"
     losers = award.bids[1:]
-    next_best = f"{losers[0].node_id} {losers[0].score:.2f}" if losers else ""
+    next_best = f"{losers[0].node} {losers[0].score:.2f}" if losers else ""
     more = f" +{len(losers) - 1}" if len(losers) > 1 else ""
-    return award.node_id, f"{award.score:.2f}", next_best + more
+    return award.node, f"{award.score:.2f}", next_best + more
 
 
 def _reward_cells(reward: Reward | None) -> tuple[str, str]:
@@ -108,12 +108,12 @@ def _reward_cells(reward: Reward | None) -> tuple[str, str]:
 def _learned(board: Board) -> Table:
     table = table_of(("node", "domain", "mean reward", "rewards"), title="Learned", right=("mean reward", "rewards"))
     known = [
-        (node_id, board.domains.get(domain_token, domain_token), evidence)
-        for node_id, profile in sorted(board.profiles.items())
+        (node, board.domains.get(domain_token, domain_token), evidence)
+        for node, profile in sorted(board.profiles.items())
         for domain_token, evidence in sorted(profile.domains.items())
     ]
-    for node_id, domain, evidence in known[:ROWS]:
-        table.add_row(node_id, _word(domain), f"{evidence.mean:.2f}", str(evidence.count))
+    for node, domain, evidence in known[:ROWS]:
+        table.add_row(node, _word(domain), f"{evidence.mean:.2f}", str(evidence.count))
     return _and_more(table, len(known))
 
 

@@ -12,6 +12,7 @@ from loom.bus.client import Bus
 from loom.bus.history import find, newest
 from loom.bus.ordered import OrderedReader, Stored
 from loom.bus.reward_bus import RewardBus, judgement
+from loom.bus.stored_rewards import fault_of
 from loom.phases.adapt.fold import forgets
 from loom.phases.adapt.judges import weights_of
 from loom.phases.adapt.rebuild import WRONG, Compared, Rebuilt, compare, repair
@@ -20,6 +21,7 @@ from loom.runner.cli.render import console, one_line, short, table_of
 from loom.runner.cli.running import prepare, run_to_end, unless_lost
 from loom.runner.settings import Settings
 from loom.schemas.errors import InvalidTask
+from loom.schemas.identity import split_qualified
 from loom.schemas.learning import NodeProfile, Reward
 from loom.schemas.wire import Undecodable, decode
 
@@ -39,7 +41,7 @@ def reward(
     score: Annotated[float, typer.Argument(metavar="SCORE", help="0 useless to 1 perfect.")],
     reason: Annotated[str, typer.Option(help="Why, for people.")] = "",
 ) -> None:
-    """Judge an ended task: publish a person's reward for the node that did it."""
+    """Judge an ended task: publish a reward for the node that did it, by the person LOOM_SOURCE names."""
     run_to_end(_reward(prepare("warning"), task_id, score, reason))
 
 
@@ -48,9 +50,9 @@ async def _reward(settings: Settings, task_id: str, score: float, reason: str) -
         found = await find(bus, task_id)
         if found.record is None:
             raise InvalidTask("only a task that a node has finished can be judged", task_id=task_id)
-        given = judgement(found.record, score, reason)
+        given = judgement(found.record, score, reason, bus.identity.source)
         await RewardBus(bus=bus).publish(given)
-    typer.echo(f"{given.score:.2f} for {given.node_id} in {given.domain_token}")
+    typer.echo(f"{given.score:.2f} for {given.node} in {given.domain_token}")
 
 
 app = typer.Typer()
@@ -60,7 +62,7 @@ app = typer.Typer()
 def rewards(
     context: typer.Context,
     follow: Annotated[bool, typer.Option("--follow", help="Go on with new ones until Ctrl-C.")] = False,
-    node: Annotated[str | None, typer.Option(metavar="ID", help="Only this node's.")] = None,
+    node: Annotated[str | None, typer.Option(metavar="NODE", help="Only this node's, or owner.node's.")] = None,
     domain: Annotated[str | None, typer.Option(help="Only those in this domain.")] = None,
     limit: Annotated[int, typer.Option(min=0, max=100_000, help="How many of those there are.")] = MANY,
     as_json: AsLines = False,
@@ -79,11 +81,11 @@ async def _rewards(
     async with looking(settings) as bus:
         stream, subject = (
             bus.subjects.stream("REWARDS"),
-            bus.subjects.of("reward", "*", "*", node or "*", domain_token or "*"),
+            bus.subjects.of("reward", "*", *(split_qualified(node) if node else ("*", "*")), domain_token or "*"),
         )
         there = await newest(bus, stream, subject, limit, _is_reward)
         for message in there.messages:
-            _print(screen, message, as_json=as_json)
+            _print(bus, screen, message, as_json=as_json)
         if follow:
             await unless_lost(bus, _follow(bus, screen, stream, subject, there.last_seq + 1, as_json=as_json))
         elif not there.messages and not as_json:
@@ -97,24 +99,27 @@ async def _follow(bus: Bus, screen: Console, stream: str, subject: str, start_se
     try:
         while True:
             for message in filter(_is_reward, await reader.batch()):
-                _print(screen, message, as_json=as_json)
+                _print(bus, screen, message, as_json=as_json)
     finally:
         await reader.stop()
 
 
 def _is_reward(message: Stored) -> bool:
-    """Whether it is more than a snapshot, which nobody has earned."""
+    """Whether it is more than a snapshot, which no node has earned."""
     try:
         return decode(message.data, Reward).kind != "snapshot"
     except Undecodable:
         return True  # it is shown as what it is
 
 
-def _print(screen: Console, message: Stored, *, as_json: bool) -> None:
+def _print(bus: Bus, screen: Console, message: Stored, *, as_json: bool) -> None:
     try:
         given = decode(message.data, Reward)
     except Undecodable as error:
         typer.echo(f"{message.subject}: cannot be read: {one_line(error.message)}", err=True)
+        return
+    if (fault := fault_of(given, message, bus.subjects)) is not None:
+        typer.echo(f"{message.subject}: is left out: {fault[1]}", err=True)
         return
     if as_json:
         print_json(given)
@@ -133,7 +138,7 @@ def line_of(given: Reward, at: float) -> Text:
     return Text.assemble(
         (f"{clock(at)}  ", "dim"),
         (f"{given.score:.2f}", style),
-        (f"  {given.node_id:<16}", "bold"),
+        (f"  {given.node:<16}", "bold"),
         f" {given.domain_token:<14} {short(given.task_id)}{attempt}  by {given.source}{reason}",
     )
 
@@ -154,10 +159,10 @@ async def _rebuild(settings: Settings, *, write: bool, as_json: bool) -> int:
         weights = weights_of(config.judge_weights)
         rebuilt, compared = await compare(bus, forget=forgets(config.policy), weights=weights)
         lost = await repair(bus, compared) if write else []
-    wrong = [one.node_id for one in compared if one.verdict in WRONG and (not write or one.node_id in lost)]
+    wrong = [one.node for one in compared if one.verdict in WRONG and (not write or one.key in lost)]
     if as_json:
         for one in compared:
-            print_json(_as_object(one, written=write and one.verdict in WRONG and one.node_id not in lost))
+            print_json(_as_object(one, written=write and one.verdict in WRONG and one.key not in lost))
     else:
         _show(rebuilt, compared, wrong, written=write)
     return 1 if wrong else 0
@@ -165,8 +170,10 @@ async def _rebuild(settings: Settings, *, write: bool, as_json: bool) -> int:
 
 def _as_object(one: Compared, *, written: bool) -> dict[str, Any]:
     stored = one.stored.value if one.stored else None
+    owner, node_id = split_qualified(one.key)
     return {
-        "node_id": one.node_id,
+        "node_id": node_id,
+        "owner": owner,
         "verdict": one.verdict,
         "stored": stored,
         "rebuilt": one.rebuilt,
@@ -202,7 +209,7 @@ def _comparison(compared: Sequence[Compared]) -> Table:
         style = "red" if one.verdict in WRONG else "yellow" if one.verdict == "beyond" else "green"
         at = str(one.rebuilt.last_seq) if one.rebuilt else "-"
         stored = one.stored.value if one.stored else None
-        add_row(table, one.node_id, _told(stored), _told(one.rebuilt), at, Text(VERDICTS[one.verdict], style))
+        add_row(table, one.node, _told(stored), _told(one.rebuilt), at, Text(VERDICTS[one.verdict], style))
     table.caption = "stored, rebuilt: tasks and mean success. at: the last reward folded."
     return table
 

@@ -115,7 +115,10 @@ def node(
         typer.Option(min=1, metavar="N", help="Clone nodes under load, up to N in all; clones idle too long go."),
     ] = None,
 ) -> None:
-    """Host the nodes a file defines on the server of NATS_URL, waiting for it if need be."""
+    """Host the nodes a file defines on the server of NATS_URL, waiting for it if need be.
+
+    `loom node move` hands on what is known of a node that has a new name.
+    """
     settings = prepare("info")
     loaded = load_node_file(file)
     if max_nodes is not None and max_nodes < len(loaded.nodes):
@@ -168,7 +171,9 @@ async def _in_here(url: str, settings: Settings, welcome: Callable[[str], str]) 
 async def _in_processes(url: str, settings: Settings, programs: list[Program], welcome: Callable[[str], str]) -> None:
     log.info("connecting", server=Bus(url).address)
     names = [program.name for program in programs]
-    async with Bus(url, namespace=settings.loom_namespace, identity=settings.identity, patience_s=FOREVER_S) as bus:
+    async with Bus(
+        url, namespace=settings.loom_namespace, role="operator", identity=settings.identity, patience_s=FOREVER_S
+    ) as bus:
         topology.check_version(bus)
         await check_processes(bus)
         # Here once, so that what a start waits for is logged by one process.

@@ -8,6 +8,8 @@ from loom.bus.tap import Seen
 from loom.runner.cli.render import short
 from loom.schemas.auction import CallForBids, HostAnnouncement
 from loom.schemas.envelope import Envelope
+from loom.schemas.events import SubtaskEvent
+from loom.schemas.identity import LOCAL_OWNER, qualified
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.notices import PlanTimeout
 from loom.schemas.task import Submission, TaskAd, domain_token
@@ -100,6 +102,8 @@ def tasks_of(seen: Seen) -> tuple[str, ...]:
     message: Any = seen.message
     if isinstance(message, Lifecycle):
         return message.task_ids
+    if isinstance(message, SubtaskEvent):
+        return message.parent_id, message.child_id
     if isinstance(message, CallForBids):
         return tuple(lot.task_id for lot in message.lots)
     task_id = seen.tokens.get("task_id") or getattr(message, "task_id", None)
@@ -107,15 +111,16 @@ def tasks_of(seen: Seen) -> tuple[str, ...]:
 
 
 def nodes_of(seen: Seen) -> set[str]:
-    """Return the nodes a message names as those it is about; losers of an auction are not."""
+    """Return the nodes a message names as those it is about, as people write them; losers of an auction are not."""
     match seen.message:
         case Envelope(award=award) | PlanTimeout(envelope=Envelope(award=award)):
-            return {award.node_id} if award else set()
+            return {award.node} if award else set()
         case HostAnnouncement() as host:
-            return set(host.node_ids)
+            return {qualified(seen.tokens.get("owner", LOCAL_OWNER), node_id) for node_id in host.node_ids}
         case message:
             node_id = seen.tokens.get("node_id") or getattr(message, "node_id", None)
-            return {node_id} if node_id else set()
+            owner = seen.tokens.get("owner") or getattr(message, "owner", None)
+            return {qualified(owner or LOCAL_OWNER, node_id)} if node_id else set()
 
 
 def slugs_of(seen: Seen) -> set[str]:

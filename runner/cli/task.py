@@ -21,6 +21,7 @@ from loom.runner.cli.tree import Division, progress_of, read_division, tree
 from loom.runner.cli.winning import rests_on, why
 from loom.runner.settings import Settings
 from loom.schemas.envelope import Award, ScoredBid, SplitPlan, TaskRecord
+from loom.schemas.identity import JUDGE, PUBLIC, RULES
 from loom.schemas.learning import Reward
 from loom.schemas.task import Submission, TaskError
 
@@ -126,6 +127,8 @@ def _head(record: TaskRecord, where: str, now: float) -> Iterator[Text]:
         facts.append(f"domain {envelope.domain}")
     if envelope.spec is not None and envelope.spec.no_offers_since is not None and not record.ended:
         facts.append(f"nobody has bid for {span(max(0.0, now - envelope.spec.no_offers_since))}")
+    if envelope.submitter != PUBLIC:
+        facts.append(f"submitter {envelope.submitter}")
     if ad.required_tools:
         facts.append(f"needs {', '.join(ad.required_tools)}")
     facts += [f"{name}={value}" for name, value in ad.labels.items()]
@@ -145,7 +148,7 @@ def _where(record: TaskRecord, phase: str, plan: SplitPlan | None) -> str:
         return f", divided, {progress_of(plan)}"
     if phase == "later":
         return ", waiting for its next call"
-    on = f" on {record.claim.node_id}" if phase == "execute" and record.claim.attempt == record.envelope.attempt else ""
+    on = f" on {record.claim.node}" if phase == "execute" and record.claim.attempt == record.envelope.attempt else ""
     return f", in {phase}{on}" if phase else ""
 
 
@@ -169,7 +172,7 @@ def _bids(award: Award | None, domain: str) -> Table:
     title = f"Bids in {one_line(domain, 40)}, best first"
     table = table_of(("node", *numbers), title=title, right=numbers, ratios={"node": 1})
     for bid in award.bids if award else ():
-        add_row(table, bid.node_id, *_weighed(bid))
+        add_row(table, bid.node, *_weighed(bid))
     return table
 
 
@@ -190,9 +193,7 @@ def _attempts(known: Sequence[Try]) -> Table:
         style = STYLES.get(one.outcome, "cyan" if one.outcome == "running" else "red")
         time = span(one.duration_s) if one.duration_s else ""
         tokens = str(one.tokens) if one.tokens else ""
-        add_row(
-            table, str(one.attempt), one.node_id, Text(one.outcome, style), one_line(one.reason, WORDS), tokens, time
-        )
+        add_row(table, str(one.attempt), one.node, Text(one.outcome, style), one_line(one.reason, WORDS), tokens, time)
     return table
 
 
@@ -200,9 +201,9 @@ def _earned(rewards: Sequence[Reward]) -> Table:
     columns = ("attempt", "node", "by", "score", "signal", "reason")
     table = table_of(columns, title="Rewards", right=("attempt", "score", "signal"), ratios={"reason": 1})
     for reward in rewards:
-        signal = f"{reward.signal.total:.2f}" if reward.source == "rules" else ""
+        signal = f"{reward.signal.total:.2f}" if reward.source in (RULES, JUDGE) else ""
         reason = one_line(reward.reason, WORDS)
-        add_row(table, str(reward.attempt), reward.node_id, reward.source, f"{reward.score:.2f}", signal, reason)
+        add_row(table, str(reward.attempt), reward.node, reward.source, f"{reward.score:.2f}", signal, reason)
     return table
 
 
@@ -238,7 +239,7 @@ def _show_refused(screen: Console, error: TaskError | None) -> None:
     if best is not None:
         screen.print()
         judged = f", judged {best.score:.2f}" if best.score else ""
-        screen.print(Text(f"Best refused answer ({best.node_id}{judged})", "bold"))
+        screen.print(Text(f"Best refused answer ({best.node}{judged})", "bold"))
         _show_text(screen, best.content, truncated=best.truncated)
 
 

@@ -16,9 +16,11 @@ from loom.runner.cli.looking import (
     AsLines,
     TaskId,
     add_row,
+    client_bus,
     clock,
     domain_slug,
     looking,
+    node_name,
     print_json,
     span,
 )
@@ -28,6 +30,7 @@ from loom.runner.cli.running import prepare, run_to_end
 from loom.runner.cli.timeline import handed_in_at
 from loom.runner.settings import Settings
 from loom.schemas.envelope import TaskRecord
+from loom.schemas.identity import PUBLIC
 
 STATES = ("running", "succeeded", "failed", "cancelled")
 
@@ -35,7 +38,9 @@ STATES = ("running", "succeeded", "failed", "cancelled")
 def tasks(
     state: Annotated[str | None, typer.Option(metavar="|".join(STATES), help="Only tasks in this state.")] = None,
     domain: Annotated[str | None, typer.Option(help="Only tasks of this domain.")] = None,
-    node: Annotated[str | None, typer.Option(metavar="ID", help="Only tasks this node has last worked on.")] = None,
+    node: Annotated[
+        str | None, typer.Option(metavar="NODE", help="Only tasks this node, or owner.node, has last worked on.")
+    ] = None,
     label: LabelPairs = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many.")] = MANY,
     as_json: AsLines = False,
@@ -57,11 +62,13 @@ async def _tasks(
     *,
     as_json: bool,
 ) -> None:
+    node = node_name(node)
+
     def wanted(record: TaskRecord) -> bool:
         return (
             (state is None or record.state == state)
             and (domain_token is None or record.envelope.domain_token == domain_token)
-            and (node is None or node in {record.claim.node_id, record.to_result().node_id})
+            and (node is None or node in {record.claim.node, record.to_result().node})
             and labels.items() <= record.envelope.ad.labels.items()
         )
 
@@ -95,7 +102,7 @@ def _list(records: Sequence[TaskRecord]) -> Table:
             short(record.task_id),
             Text(record.state, STYLES.get(record.state, "cyan")),
             one_line(record.envelope.domain, 12),
-            result.node_id or record.claim.node_id,
+            result.node or record.claim.node,
             took,
             _what(record),
         )
@@ -122,8 +129,12 @@ def cancel(task_id: TaskId) -> None:
 
 
 async def _cancel(settings: Settings, task_id: str) -> None:
-    async with looking(settings) as bus:
-        ended = await client.cancel(bus, _whole_id(await find(bus, task_id)))
+    if settings.loom_submitter != PUBLIC:  # its permissions are for requests about its own tasks, by their whole ids
+        async with client_bus(settings) as bus:
+            ended = await client.cancel(bus, task_id)
+    else:
+        async with looking(settings) as bus:
+            ended = await client.cancel(bus, _whole_id(await find(bus, task_id)))
     if ended.state != "cancelled":
         typer.echo(f"{ended.task_id} had ended before: {ended.state}")
         raise typer.Exit(1)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from loom.schemas.envelope import MAX_HOPS, Envelope, Hop, Phase, TaskRecord
+from loom.schemas.identity import JUDGE, RULES
 from loom.schemas.learning import Reward
 
 AFTER: dict[Phase, Phase] = {
@@ -43,7 +44,8 @@ class Try:
     """One attempt: the node, and what came of it."""
 
     attempt: int
-    node_id: str
+    node: str
+    """As people write it."""
     outcome: str
     """`succeeded`, `running`, or the code of an error."""
     reason: str = ""
@@ -129,18 +131,18 @@ def tries(record: TaskRecord, rewards: Sequence[Reward]) -> list[Try]:
     for failed in record.envelope.failed_attempts:
         known[failed.attempt] = Try(
             attempt=failed.attempt,
-            node_id=failed.node_id,
+            node=failed.node,
             outcome=failed.code,
             reason=failed.message,
             tokens=failed.tokens,
             duration_s=failed.duration_s,
         )
     for reward in rewards:
-        if reward.source == "rules" and reward.attempt not in known:
+        if reward.source in (RULES, JUDGE) and reward.attempt not in known:
             outcome = reward.reason or "succeeded"
             known[reward.attempt] = Try(
                 attempt=reward.attempt,
-                node_id=reward.node_id,
+                node=reward.node,
                 outcome=outcome,
                 tokens=reward.tokens,
                 duration_s=reward.seconds,
@@ -163,7 +165,7 @@ def _last_try(record: TaskRecord) -> Try | None:
         error = envelope.last_error
     return Try(
         attempt=claim.attempt,
-        node_id=claim.node_id,
+        node=claim.node,
         outcome=error.code if error else outcome,
         reason=error.message if error else "",
         tokens=result.tokens if result else 0,

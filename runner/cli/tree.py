@@ -157,7 +157,7 @@ def _facts(part: Subtask, division: Division, now: float) -> Iterator[str | Text
     found = division.found.get(part.child_id or "")
     record = found.record if found is not None and part.state == "running" else None
     took = part.duration_s if record is None else max(0.0, (record.ended_at or now) - record.admitted_at)
-    yield part.node_id or (record.claim.node_id if record else "")
+    yield part.node_id or (record.claim.node if record else "")
     yield span(took) if took else ""
     yield (f"{part.tokens} of {part.grant}" if part.grant else str(part.tokens)) if part.tokens else ""
     yield ", ".join(part.dependencies)

@@ -9,7 +9,7 @@ import typer
 from loom.bus.client import Bus
 from loom.bus.history import ended_since, rewards_since
 from loom.bus.tap import Seen, Tap
-from loom.runner.cli.looking import PATIENCE_S, check_has_run, domain_slug, seconds
+from loom.runner.cli.looking import PATIENCE_S, check_has_run, domain_slug, node_name, seconds
 from loom.runner.cli.render import console
 from loom.runner.cli.running import DEFAULT_URL, prepare, run_to_end
 from loom.runner.cli.sieve import Sieve
@@ -30,7 +30,9 @@ def tap(
         str, typer.Option(metavar="ID", help="Only this task and its subtasks; its first 8 digits do.")
     ] = "",
     phase: Annotated[str, typer.Option(metavar="|".join(PHASES), help="Only what this phase gets and says.")] = "",
-    node: Annotated[str, typer.Option(metavar="ID", help="Only this node, and the tasks it works on.")] = "",
+    node: Annotated[
+        str, typer.Option(metavar="NODE", help="Only this node, or owner.node, and the tasks it works on.")
+    ] = "",
     domain: Annotated[str, typer.Option(help="Only this domain.")] = "",
     since: Annotated[str, typer.Option(metavar="10m", help="First tell what ended and was earned so long ago.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print every message whole, one JSON object a line.")] = False,
@@ -38,7 +40,7 @@ def tap(
     """Show the traffic of the namespace, one line per message, until Ctrl-C."""
     if phase and phase not in PHASES:
         raise typer.BadParameter(f"{phase!r} is not one of {', '.join(PHASES)}", param_hint="--phase")
-    sieve = Sieve(task=task, phase=phase, node=node, domain_token=domain_slug(domain) or "")
+    sieve = Sieve(task=task, phase=phase, node=node_name(node) or "", domain_token=domain_slug(domain) or "")
     ago_s = seconds(since) if since else 0.0
     run_to_end(_tap(prepare("warning"), sieve, ago_s, as_json=as_json))
 
@@ -47,7 +49,9 @@ async def _tap(settings: Settings, sieve: Sieve, ago_s: float, *, as_json: bool)
     url = settings.nats_url or DEFAULT_URL
     line = json_line if as_json else Lines(console())
     async with (
-        Bus(url, namespace=settings.loom_namespace, identity=settings.identity, patience_s=PATIENCE_S) as bus,
+        Bus(
+            url, namespace=settings.loom_namespace, role="operator", identity=settings.identity, patience_s=PATIENCE_S
+        ) as bus,
         Tap(bus, room=ROOM) as messages,
     ):
         typer.echo(f"listening on {bus.address}, namespace {settings.loom_namespace}", err=True)

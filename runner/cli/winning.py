@@ -22,15 +22,17 @@ TRUST = {
 def why(award: Award) -> str:
     """Return in one sentence why the winner won."""
     if award.pinned:
-        return f"{award.node_id} was given the task without an auction: the task is pinned to it."
+        return f"{award.node} was given the task without an auction: the task is pinned to it."
     if not award.bids:
-        return f"{award.node_id} won; the bids are not known."
+        return f"{award.node} won; the bids are not known."
     best = award.bids[0]
     if len(award.bids) == 1:
         trusted = f" ({_trusted(best)})" if award.policy in BY_EVIDENCE else ""
-        return f"{best.node_id} won with {best.score:.2f}: nobody else bid{trusted}."
+        return f"{best.node} won with {best.score:.2f}: no other node bid{trusted}."
     second = award.bids[1]
-    result = f"{best.node_id} won with {best.score:.2f} to {second.score:.2f} of {second.node_id}"
+    result = f"{best.node} won with {best.score:.2f} to {second.score:.2f} of {second.node}"
+    if second.comes_last and not best.comes_last:
+        return f"{result}, which comes last: another newcomer of the owner {second.owner} has failed the task."
     parts = sorted(_advantages(award.policy, best, second), reverse=True)
     if best.score - second.score < CLOSE and parts[0][0] < CLOSE:
         return f"{result}: they are equal, and the task's id decided."
@@ -101,6 +103,8 @@ def _told(policy: str, best: ScoredBid, second: ScoredBid, *, more: bool) -> str
 
 
 def _trusted(bid: ScoredBid) -> str:
+    if bid.shared_count:
+        return f"a claim of {bid.self_rating:.2f} and the {bid.shared_count} attempts of {bid.owner}'s newcomers"
     if bid.evidence is None:
         return f"a claim of {bid.self_rating:.2f} and no evidence"
     return f"a claim of {bid.self_rating:.2f} and a mean reward of {bid.evidence:.2f} over {bid.count}"

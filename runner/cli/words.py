@@ -11,7 +11,8 @@ from loom.bus.tap import Seen
 from loom.runner.cli.render import one_line, short
 from loom.schemas.auction import CallForBids, HostAnnouncement, Offer, RetireRequest, SpawnRequest
 from loom.schemas.envelope import Envelope, Split
-from loom.schemas.events import ToolCallEnd, ToolCallStart
+from loom.schemas.events import SubtaskEvent, ToolCallEnd, ToolCallStart
+from loom.schemas.identity import LOCAL_OWNER, qualified
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.notices import ParentEnded, PlanTimeout, SubtaskEnded
 from loom.schemas.run import Delta, RunRequest
@@ -21,6 +22,9 @@ from loom.schemas.wire import encode
 WORDS = 60
 """Most characters of a description or an answer in a line."""
 RESET, BOLD, DIM, YELLOW, CYAN = (f"\x1b[{code}m" for code in (0, 1, 2, 33, 36))
+
+
+"""Tokens of a subject that say what its message is about, the first one it has."""
 
 
 def json_line(seen: Seen) -> str:
@@ -73,7 +77,8 @@ def describe(seen: Seen) -> tuple[str, str, str]:
     """Return kind, what it is about (a task, node or host) and the facts of a message, each on one line."""
     tokens = seen.tokens
     kind = {"task": f"task {tokens.get('phase')}", "lifecycle": tokens.get("kind", "")}.get(seen.family, seen.family)
-    about = short(tokens.get("task_id") or tokens.get("node_id") or tokens.get("host_id") or "")
+    task_id = tokens.get("task_id") or tokens.get("parent_id")
+    about = short(task_id or _named(tokens, "node_id") or _named(tokens, "host_id"))
     message = seen.message
     if isinstance(message, bytes):
         facts = seen.headers.get("Loom-Dead-reason") or (f"{seen.size} bytes" if seen.size else "")
@@ -88,10 +93,15 @@ def describe(seen: Seen) -> tuple[str, str, str]:
     return kind, about, one_line(text or _FACTS[type(message)](message), 2 * WORDS)
 
 
+def _named(tokens: dict[str, str], token: str) -> str:
+    """The node or host of a subject as people write it; empty where the subject names none."""
+    return qualified(tokens.get("owner", LOCAL_OWNER), tokens[token]) if token in tokens else ""
+
+
 def _news_of_division(seen: Seen, envelope: Envelope) -> str:
     """That the subtasks of a divided task are done; empty for any other hop."""
     if seen.tokens.get("phase") == "execute" and envelope.inputs and envelope.award is not None:
-        return f"its subtasks are done: {envelope.award.node_id} puts {len(envelope.inputs)} outputs together"
+        return f"its subtasks are done: {envelope.award.node} puts {len(envelope.inputs)} outputs together"
     return ""
 
 
@@ -120,6 +130,14 @@ def _host(host: HostAnnouncement) -> str:
     return f"{', '.join(host.node_ids) or 'no nodes'}; {load}" + (", draining" if host.draining else "")
 
 
+def _subtask(event: SubtaskEvent) -> str:
+    named = f"subtask {event.subtask} ({short(event.child_id)})"
+    if event.state == "begun":
+        return f'{named} has begun: "{one_line(event.description, WORDS)}"'
+    by = f" on {event.node_id}" if event.node_id else ""
+    return f"{named} has {event.child_state}{by}" + (f": {event.error}" if event.error else "")
+
+
 def _news(news: Lifecycle) -> str:
     domains = sorted(news.profile.domains.items()) if news.profile else []
     learned = ", ".join(f"{domain_token} {known.mean:.2f} of {known.count}" for domain_token, known in domains)
@@ -128,7 +146,7 @@ def _news(news: Lifecycle) -> str:
 
 def _reward(reward: Reward) -> str:
     if reward.snapshot is not None:
-        return f"what is known of {reward.node_id}, for a rebuild to start at {reward.snapshot.through}"
+        return f"what is known of {reward.node}, for a rebuild to start at {reward.snapshot.through}"
     return f"{reward.score:.2f} in {reward.domain_token} for {short(reward.task_id)}, by {reward.source}"
 
 
@@ -142,7 +160,7 @@ def _where(envelope: Envelope) -> str:
     if envelope.award is not None:
         award = envelope.award
         won = "pinned" if award.pinned else f"{award.score:.2f}, {len(award.bids)} bids"
-        return f"awarded to {award.node_id} ({won}){attempt}"
+        return f"awarded to {award.node} ({won}){attempt}"
     if envelope.spec is not None:
         spec = envelope.spec
         if spec.no_offers_since is not None:
@@ -173,7 +191,7 @@ def _progress(delta: Delta) -> str:
 def _result(result: TaskResult) -> str:
     if result.error is not None:
         return f"{result.state}, {result.error.code}: {one_line(result.error.message, WORDS)}"
-    return f"{result.state} on {result.node_id}, attempt {result.attempts}: {one_line(result.content, WORDS)}"
+    return f"{result.state} on {result.node}, attempt {result.attempts}: {one_line(result.content, WORDS)}"
 
 
 _FACTS: dict[type, Callable[[Any], str]] = {
@@ -193,4 +211,5 @@ _FACTS: dict[type, Callable[[Any], str]] = {
     TaskResult: _result,
     Reward: _reward,
     Lifecycle: _news,
+    SubtaskEvent: _subtask,
 }

@@ -23,6 +23,7 @@ from random import Random
 from statistics import mean, median
 from typing import Protocol
 
+from loom.bus.announcements import HostKey
 from loom.phases.adapt.fold import fold
 from loom.phases.match.policy import Book, award
 from loom.phases.match.trust import POLICIES, policy
@@ -34,6 +35,7 @@ from loom.schemas.task import TaskAd
 AGENTS, DOMAINS, TASKS = 8, 6, 3000
 DROPS = (0.15, 0.45, 0.70)
 NEWCOMER, ELSEWHERE = 0.97, 0.3
+HOST = HostKey("local", "h")
 CLAIM = 0.5
 """What every honest agent claims: nothing."""
 DISHONEST = 0.2
@@ -174,7 +176,7 @@ class Learner:
             deadline=0,
         )
         agents = range(self._world.agents(number))
-        bids = [("h", Bid(node_id=str(agent), self_rating=self._world.claim(agent))) for agent in agents]
+        bids = [(HOST, Bid(node_id=str(agent), self_rating=self._world.claim(agent))) for agent in agents]
         winner = award(task, bids, Book(self._profiles, self._policy, pending=self._pending)).node_id
         self._pending[winner, domain_token] += 1
         return int(winner)

@@ -21,6 +21,7 @@ from loom.runner.cluster import PhaseService, build
 from loom.schemas.auction import AnnouncedNode, Bid, CallForBids, HostAnnouncement, Lot, Offer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Claim, Envelope, Phase, Spec, TaskRecord
+from loom.schemas.events import SubtaskEvent
 from loom.schemas.identity import LOCAL, Identity
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.llm import LLMProvider
@@ -43,6 +44,7 @@ BODIES: dict[str, Any] = {
     "result": TaskResult,
     "reward": Reward,
     "lifecycle": Lifecycle,
+    "subtask": SubtaskEvent,
 }
 
 
@@ -227,7 +229,7 @@ class Stage:
         asked: list[Msg] = []
 
         async def count(msg: Msg) -> None:
-            if msg.reply.startswith("_INBOX_sense"):
+            if msg.reply.startswith("_LOOM.sense."):
                 asked.append(msg)
 
         info = await self.bus.subscribe(f"$JS.API.STREAM.INFO.{self.bus.subjects.stream('TASKS')}", count)

@@ -44,7 +44,7 @@ def profile(node_id: str, losses: int = 0, **domains: list[float]) -> NodeProfil
 
 
 def profiles(*known: NodeProfile) -> dict[str, NodeProfile]:
-    return {one.node_id: one for one in known}
+    return {one.key: one for one in known}
 
 
 def goes(*hosts: AnnouncedHost, config: ClusterConfig = CONFIG, known: tuple[NodeProfile, ...] = ()) -> list[str]:
@@ -157,33 +157,48 @@ def test_however_they_fare_enough_stay_and_only_children_go(
 def test_the_idle_node_it_complements_most_inherits() -> None:
     known = profiles(profile("a-c1", code=[0.9]), profile("b", code=[0.2]), profile("c", code=[0.8]))
     crowd = host(child(retiring=True), nodes=("b", "c"))
-    assert heir("a-c1", [crowd], known) == "b"
-    assert heir("a-c1", [replace(crowd, busy=("b",))], known) == "c"
+    assert heir(known["local.a-c1"], [crowd], known) == "b"
+    assert heir(known["local.a-c1"], [replace(crowd, busy=("b",))], known) == "c"
 
 
 def test_a_loaded_host_lowers_what_its_nodes_gain() -> None:
     known = profiles(profile("a-c1", code=[0.9]), profile("b", code=[0.2]), profile("c", code=[0.3]))
     calm, loaded = host(nodes=("c",)), host(nodes=("b",), host_id="h2", running=8)
-    assert heir("a-c1", [calm, loaded], known) == "c"
+    assert heir(known["local.a-c1"], [calm, loaded], known) == "c"
 
 
 def test_nobody_inherits_without_an_idle_survivor_or_while_the_node_lives_elsewhere() -> None:
     leaving = host(child(retiring=True), busy=("a",))
-    assert heir("a-c1", [leaving], {}) is None
+    assert heir(profile("a-c1"), [leaving], {}) is None
     twin = host(child("a-c1"), host_id="h2")
-    assert heir("a-c1", [replace(leaving, busy=()), twin], {}) is None
+    assert heir(profile("a-c1"), [replace(leaving, busy=()), twin], {}) is None
+
+
+def test_evidence_and_heirs_are_of_one_owner() -> None:
+    known = profiles(
+        replace(profile("a-c1", losses=20), owner="acme"),
+        replace(profile("b", code=[0.2]), owner="acme"),
+        profile("c", code=[0.0]),
+    )
+    mine, theirs = host(child(), nodes=("c",)), host(child(), nodes=("b",), host_id="h2", owner="acme")
+    [one] = who_retires([mine, theirs], known, CONFIG)
+    assert (one.host, one.key) == (("acme", "h2"), "acme.a-c1")
+    retired = replace(profile("a-c1", code=[0.9]), owner="acme")
+    leaving = replace(theirs, spawned=(child(retiring=True),))
+    assert heir(retired, [mine, leaving], known) == "b", "a twin of another owner is another node"
+    assert heir(retired, [mine], known) is None, "a node of another owner inherits nothing"
 
 
 def test_equal_gains_fall_to_the_first_by_name_however_the_hosts_are_ordered() -> None:
     hosts = [host(nodes=("c", "b")), host(nodes=("d",), host_id="h2")]
-    assert heir("a-c1", hosts, {}) == heir("a-c1", hosts[::-1], {}) == "b"
+    assert heir(profile("a-c1"), hosts, {}) == heir(profile("a-c1"), hosts[::-1], {}) == "b"
 
 
 def test_a_bequest_is_one_observation_a_domain_and_no_task_of_the_heir() -> None:
     source = profile("a-c1", code=[1.0, 0.5], data=[0.0] * 30)
     start = profile("b", losses=3, code=[0.0])
     folded = start
-    for seq, reward in enumerate(bequest(source, "b"), start=1):
+    for seq, reward in enumerate(bequest(source, "local", "b"), start=1):
         folded = fold(folded, reward, seq)
     assert {domain_token: (e.count, e.mean) for domain_token, e in folded.domains.items()} == {
         "code": (2, 0.375),
@@ -195,20 +210,31 @@ def test_a_bequest_is_one_observation_a_domain_and_no_task_of_the_heir() -> None
 def test_a_second_bequest_of_the_same_node_replaces_the_first() -> None:
     folded = NodeProfile(node_id="b")
     for seq, scores in enumerate(([0.0], [1.0]), start=1):
-        [reward] = bequest(profile("a-c1", code=scores), "b")
+        [reward] = bequest(profile("a-c1", code=scores), "local", "b")
         folded = fold(folded, reward, seq)
     assert (folded.domains["code"].count, folded.domains["code"].mean) == (1, 1.0)
 
 
+def test_what_nodes_of_one_name_and_two_owners_hand_on_is_kept_apart() -> None:
+    folded = NodeProfile(node_id="b", owner="acme")
+    for seq, owner in enumerate(("local", "acme", "x" * 64), start=1):
+        [reward] = bequest(replace(profile("a-c1", code=[1.0]), owner=owner), "acme", "b")
+        folded = fold(folded, reward, seq)
+    ids = [score.attempt_id for score in folded.domains["code"].scores]
+    assert ids[:2] == ["inherit:a-c1", "inherit:acme.a-c1"]
+    assert len(ids) == 3
+    assert list(bequest(folded, "acme", "c")) == [], "however long the name, it is known as an inheritance"
+
+
 def test_what_was_inherited_is_not_passed_on() -> None:
-    [first] = bequest(profile("a-c1", code=[1.0]), "b")
+    [first] = bequest(profile("a-c1", code=[1.0]), "local", "b")
     between = fold(NodeProfile(node_id="b"), first, 1)
-    assert list(bequest(between, "c")) == []
+    assert list(bequest(between, "local", "c")) == []
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=WINDOW))
 def test_a_bequest_lies_within_what_was_earned(scores: list[float]) -> None:
-    [reward] = bequest(profile("a-c1", code=scores), "b")
+    [reward] = bequest(profile("a-c1", code=scores), "local", "b")
     assert min(scores) - 1e-9 <= reward.score <= max(scores) + 1e-9
     assert reward.ended_at == len(scores) - 1
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.phases import ad, envelope
 
+from loom.bus.announcements import HostKey
 from loom.phases.adapt.fold import fold
 from loom.phases.match.policy import Book, award
 from loom.schemas.auction import Bid
@@ -19,6 +20,7 @@ from loom.schemas.learning import DomainEvidence, NodeProfile, Reward, Score
 
 OTHER_SEEDS = range(3000, 3020)
 NEVER = 10**6
+HOST = HostKey("local", "h")
 
 
 def known(node_id: str, mean: float, count: int) -> NodeProfile:
@@ -34,7 +36,7 @@ def awarded(tasks: int, bids: Mapping[str, Bid], works: Callable[[int, str], flo
     winners = []
     for number in range(tasks):
         task = envelope(ad(task_id=f"t{number}"), now=0)
-        winner = award(task, [("h", bid) for bid in bids.values()], Book(profiles)).node_id
+        winner = award(task, [(HOST, bid) for bid in bids.values()], Book(profiles)).node_id
         reward = Reward(
             reward_id=f"t{number}:1:rules",
             task_id=f"t{number}",
@@ -106,8 +108,8 @@ def test_a_much_better_busy_node_with_room_beats_a_bad_idle_one(
 ) -> None:
     profiles = {"bad": known("bad", bad, count), "good": known("good", bad + better_by, count)}
     bids = [
-        ("h", Bid(node_id="bad", load=0.0)),
-        ("h", Bid(node_id="good", load=load, backlog=3, free=1)),
+        (HOST, Bid(node_id="bad", load=0.0)),
+        (HOST, Bid(node_id="good", load=load, backlog=3, free=1)),
     ]
 
     assert award(envelope(ad(), now=0), bids, Book(profiles)).node_id == "good"
@@ -115,15 +117,15 @@ def test_a_much_better_busy_node_with_room_beats_a_bad_idle_one(
 
 def test_of_two_alike_the_idle_one_wins() -> None:
     profiles = {name: known(name, 0.8, 40) for name in ("busy", "idle")}
-    bids = [("h", Bid(node_id="busy", load=0.3)), ("h", Bid(node_id="idle"))]
+    bids = [(HOST, Bid(node_id="busy", load=0.3)), (HOST, Bid(node_id="idle"))]
 
     assert award(envelope(ad(), now=0), bids, Book(profiles)).node_id == "idle"
 
 
 def test_an_idle_novice_does_not_beat_a_better_busy_expert_on_claims_alone() -> None:
     bids = [
-        ("h", Bid(node_id="novice", self_rating=0.25)),
-        ("h", Bid(node_id="expert", self_rating=0.825, load=0.8, free=4)),
+        (HOST, Bid(node_id="novice", self_rating=0.25)),
+        (HOST, Bid(node_id="expert", self_rating=0.825, load=0.8, free=4)),
     ]
 
     assert award(envelope(ad(), now=0), bids, Book()).node_id == "expert"

@@ -201,7 +201,7 @@ def test_an_award_says_which_bid_has_won() -> None:
 def test_a_policy_that_trusts_beyond_measure_is_refused_even_for_one_bid_of_many(value: float) -> None:
     book = Book(policy=lambda known: Trust(value if known.node_id == "n30" else 0.5), policy_name="mine:odd")
     with pytest.raises(ValueError, match="mine:odd"):
-        award(env(), [("h", Bid(node_id=f"n{number}")) for number in range(40)], book)
+        award(env(), [(key("h"), Bid(node_id=f"n{number}")) for number in range(40)], book)
 
 
 def test_idle_knowledge_fades_towards_the_claim() -> None:

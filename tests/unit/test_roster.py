@@ -38,7 +38,7 @@ class Changes:
 
     def __init__(self, profiles: Iterable[Any]) -> None:
         read = [decode(encode(profile), ReadProfile) for profile in profiles]
-        self._entries = [Entry(profile.node_id, profile, 1) for profile in read]
+        self._entries = [Entry(profile.key, profile, 1) for profile in read]
 
     async def batch(self) -> list[Entry[ReadProfile]]:
         return self._entries
@@ -168,7 +168,7 @@ async def test_whatever_adapt_writes_is_known_with_counts_means_and_the_newest_s
     for profile in profiles:
         await learn(roster, profile)
     for node, known in roster.profiles.items():
-        whole = next(profile for profile in reversed(profiles) if profile.node_id == node)
+        whole = next(profile for profile in reversed(profiles) if profile.name == node)
         assert known.last_seq == whole.last_seq
         assert known.domains == {
             token: replace(one, scores=tuple(replace(score, by_source={}) for score in one.scores[-1:]), since=0.0)

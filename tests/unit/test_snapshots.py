@@ -35,7 +35,7 @@ def test_a_rebuild_begins_at_the_oldest_finished_round_that_is_still_followed_by
     rounds = [part("a", 10), part("b", 10), part("a", 20), part("b", 20), part("a", 30), part("b", 30)]
     assert start_of(rounds, 11).seq == 10
     assert start_of(rounds, 12).seq == 20
-    assert {node: one.last_seq for node, one in start_of(rounds, 12).profiles.items()} == {"a": 20, "b": 20}
+    assert {node: one.last_seq for node, one in start_of(rounds, 12).profiles.items()} == {"local.a": 20, "local.b": 20}
 
 
 def test_a_round_somebody_died_in_is_no_beginning() -> None:

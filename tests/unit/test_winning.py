@@ -34,7 +34,7 @@ def award(*bids: ScoredBid, **facts: Any) -> Award:
 @pytest.mark.parametrize(
     ("bids", "said"),
     [
-        ([bid("a", self_rating=0.9)], "a won with 0.94: nobody else bid (a claim of 0.90 and no evidence)."),
+        ([bid("a", self_rating=0.9)], "a won with 0.94: no other node bid (a claim of 0.90 and no evidence)."),
         (
             [bid("a", self_rating=0.9), bid("b", self_rating=0.5)],
             "trusted more, for a claim of 0.90 and no evidence against",
@@ -76,7 +76,7 @@ def test_what_is_not_trusted_by_evidence_is_not_explained_by_it(policy: str, mor
     assert why(won) == f"a won with 0.88 to 0.64 of b: {more}"
     busier = award(bid("a", trust=0.5, **poor), bid("b", trust=0.6, load=0.9, **good), policy=policy)
     assert why(busier) == f"a won with 0.70 to 0.54 of b: it is less busy, 0% against 90%, although {less}"
-    assert why(award(bid("a", **poor), policy=policy)) == "a won with 0.46: nobody else bid."
+    assert why(award(bid("a", **poor), policy=policy)) == "a won with 0.46: no other node bid."
 
 
 TOTAL = "total = 0.6 trust + 0.25 (1 - load) + 0.15 tools"
