@@ -10,6 +10,7 @@ from support.wait import until
 from loom.bus.kv import Bucket
 from loom.bus.reward_bus import RewardBus
 from loom.phases.adapt.fold import fold
+from loom.schemas.identity import node_key
 from loom.schemas.learning import BIAS, WINDOW, Calibration, NodeProfile
 
 
@@ -20,7 +21,7 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 
 async def profile(stage: Stage, node: str = "n1") -> NodeProfile | None:
-    entry = await Bucket(stage.bus, "nodes", NodeProfile).get(node)
+    entry = await Bucket(stage.bus, "nodes", NodeProfile).get(node_key("local", node))
     return entry.value if entry else None
 
 
@@ -104,7 +105,7 @@ async def test_what_comes_during_a_write_is_written_next(stage: Stage, monkeypat
     await publish(stage, reward(1))
     await entered.wait()
     await publish(stage, reward(2))
-    await until(lambda: adapt.service._profiles["n1"].total_tasks == 2, what="the second is folded")
+    await until(lambda: adapt.service._profiles["local.n1"].total_tasks == 2, what="the second is folded")
     go.set()
     assert await learned(stage, 2) == await refolded(stage)
     news = await stage.seen("lifecycle", kind="learned", count=2)
@@ -120,7 +121,7 @@ async def test_an_inheritance_that_comes_during_a_write_is_written_next(
     await publish(stage, reward(1))
     await entered.wait()
     await publish(stage, reward(2, kind="inherit"))
-    await until(lambda: adapt.service._profiles["n1"].last_seq == 2, what="it is folded")
+    await until(lambda: adapt.service._profiles["local.n1"].last_seq == 2, what="it is folded")
     go.set()
     await until(lambda: at_the_end(stage), what="it is written")
     stored = await profile(stage)
@@ -224,7 +225,7 @@ async def test_two_replicas_agree_and_no_task_counts_twice(stage: Stage, replica
         assert await learned(stage, 150, node) == await refolded(stage, node)
     known: list[Any] = [replica.service for replica in replicas]
     await until(
-        lambda: all(service._profiles["n1"].total_tasks == 150 for service in known), what="both have read it all"
+        lambda: all(service._profiles["local.n1"].total_tasks == 150 for service in known), what="both have read it all"
     )
     assert known[0]._profiles == known[1]._profiles
     await until(lambda: len(tasks_named(stage, "n1")) == 150, what="every task is named")
@@ -248,7 +249,7 @@ async def test_a_standby_takes_over_from_a_dead_replica(stage: Stage, replicas: 
         await publish(stage, reward(n))
         await learned(stage, n + 1)
     services: list[Any] = [replica.service for replica in replicas]
-    active = max(range(2), key=lambda i: services[i]._revisions.get("n1", 0))
+    active = max(range(2), key=lambda i: services[i]._revisions.get("local.n1", 0))
     replicas[active].die()
     await publish(stage, reward(3), reward(4))
     assert await learned(stage, 5) == await refolded(stage)
@@ -268,7 +269,7 @@ async def test_a_replica_that_lags_behind_adopts_what_is_stored(stage: Stage, mo
     await learned(stage, 1)
     fast.die()
     await publish(stage, reward(2))
-    await until(lambda: slow.service._profiles["n1"].total_tasks == 2, what="the second is folded")
+    await until(lambda: slow.service._profiles["local.n1"].total_tasks == 2, what="the second is folded")
     go.set()
     assert await learned(stage, 2) == await refolded(stage)
 
@@ -283,8 +284,8 @@ def forged(last_seq: int) -> NodeProfile:
 
 async def put_profile(stage: Stage, wanted: NodeProfile) -> None:
     bucket = Bucket(stage.bus, "nodes", NodeProfile)
-    entry = await bucket.get("n1")
-    await bucket.update("n1", wanted, entry.revision if entry else 0)
+    entry = await bucket.get("local.n1")
+    await bucket.update("local.n1", wanted, entry.revision if entry else 0)
 
 
 @pytest.mark.parametrize("last_seq", [4, 2**50])

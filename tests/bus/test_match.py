@@ -105,7 +105,7 @@ async def test_what_has_been_learned_is_followed_live_and_decides(stage: Stage) 
     for node, mean in (("proven", 1.0), ("boaster", 0.0)):
         evidence = DomainEvidence(scores=scores, count=60, mean=mean)
         await Bucket(stage.bus, "nodes", NodeProfile).create(
-            node, NodeProfile(node_id=node, last_seq=9, domains={"code": evidence})
+            f"local.{node}", NodeProfile(node_id=node, last_seq=9, domains={"code": evidence})
         )
 
     async def auctioned_again() -> bool:
@@ -122,7 +122,7 @@ async def test_what_has_been_learned_is_followed_live_and_decides(stage: Stage) 
 async def test_what_was_learned_before_the_start_is_known_to_the_first_auction(stage: Stage) -> None:
     evidence = DomainEvidence(scores=(Score(attempt_id="r", score=1.0, ended_at=stage.bus.now()),), count=60, mean=1.0)
     profile = NodeProfile(node_id="n1", last_seq=9, domains={"code": evidence})
-    await Bucket(stage.bus, "nodes", NodeProfile).create("n1", profile)
+    await Bucket(stage.bus, "nodes", NodeProfile).create("local.n1", profile)
     await host(stage)
     await match(stage)
     await stage.put("match", task(stage))
@@ -546,7 +546,7 @@ async def test_evidence_in_the_domain_leaves_no_warning(stage: Stage) -> None:
     await host(stage, nodes=naming("sales"))
     scores = (Score(attempt_id="a", score=1, ended_at=1),)
     profile = NodeProfile(node_id="n9", domains={"sael": DomainEvidence(scores=scores, count=1)})
-    await Bucket(stage.bus, "nodes", NodeProfile).create("n9", profile)
+    await Bucket(stage.bus, "nodes", NodeProfile).create("local.n9", profile)
     await match(stage)
     await stage.put("match", task(stage, domain="sael"))
     assert (await stage.seen("task", phase="scale")).warnings == ()
