@@ -1,36 +1,65 @@
 """Replies to clients: the one answer of a task, and errors, the same in every language."""
 
+import re
 from typing import Any
 
 from loom.bus.client import Bus
 from loom.bus.log import get_logger
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import LoomError
+from loom.schemas.identity import PUBLIC
 from loom.schemas.task import ErrorReply
 from loom.schemas.wire import cut_name, cut_note
 
 log = get_logger()
 
-REPLY_PREFIXES = ("_INBOX.", "_R_.")
-"""Where answers may go: client inboxes, and what the server makes of them between accounts."""
 MAX_REPLY = 256
 """Longest reply subject a record keeps."""
+_CHARACTER = r"(?![.*>])[!-~]"
+"""Of a token: printable ASCII, no wildcard."""
+_REST = rf"(\.({_CHARACTER})+)+"
+"""The tokens after the first one."""
+_of_client = re.compile(rf"(_R_|_INBOX({_CHARACTER})*){_REST}").fullmatch
+"""Inboxes of clients, with a prefix of their own or not, and what the server makes of them between accounts."""
+_of_cluster = re.compile(rf"_LOOM{_REST}").fullmatch
+"""Inboxes of phases, hosts and operators."""
 
 
-def may_answer(reply: str) -> bool:
-    """Return whether `reply` is a client's inbox; any other subject could be somebody's command."""
-    return reply.startswith(REPLY_PREFIXES) and len(reply) <= MAX_REPLY
+def may_answer(reply: str, *, plain: bool = False) -> bool:
+    """Return whether an answer may go to `reply`; any other subject could be a command.
+
+    Args:
+        plain: Whether the request came by a plain subject, which phases and operators use as well.
+    """
+    return len(reply) <= MAX_REPLY and bool(_of_client(reply) or (plain and _of_cluster(reply)))
+
+
+def allowed_reply(bus: Bus, reply: str, *, plain: bool, subject: str) -> str:
+    """Return `reply` where an answer may go to it; else count and log it, and return an empty subject.
+
+    Args:
+        plain: As for `may_answer`.
+        subject: Of the request, for the log.
+    """
+    if not reply or may_answer(reply, plain=plain):
+        return reply
+    bus.discards.add("reply_refused", reason=f"no answers go to {reply[:MAX_REPLY]!r}", subject=subject)
+    return ""
 
 
 async def answer(bus: Bus, reply: str, message: Any) -> None:
-    """Publish `message` to a client's inbox, at most once."""
-    if reply and may_answer(reply):
+    """Publish `message` to `reply`, at most once; an empty subject gets no answer.
+
+    Args:
+        reply: As `allowed_reply` has returned it.
+    """
+    if reply:
         await bus.publish(reply, message)
 
 
 async def answer_error(bus: Bus, reply: str, error: LoomError) -> None:
-    """Refuse a request: code and sentence are in the headers and in the body."""
-    if not (reply and may_answer(reply)):
+    """Refuse a request: code and sentence are in the headers and in the body; `reply` is as for `answer`."""
+    if not reply:
         return
     body = ErrorReply(
         code=cut_name(error.code),
@@ -47,8 +76,14 @@ def error_headers(code: str, message: str) -> dict[str, str]:
 
 
 async def answer_task(bus: Bus, reply: str, record: TaskRecord) -> None:
-    """Answer a submit with the result of its task, which has ended; one with an error has it in the headers, too."""
-    if reply and may_answer(reply):
+    """Answer a submit with the result of its task, which has ended; one with an error has it in the headers, too.
+
+    Args:
+        reply: Where the result is wanted, as a submission or a record has it.
+    """
+    subject = bus.subjects.of("result", record.envelope.submitter, record.task_id)
+    reply = allowed_reply(bus, reply, plain=record.envelope.submitter == PUBLIC, subject=subject)
+    if reply:
         result = record.to_result()
         headers = error_headers(result.error.code, result.error.message) if result.error else None
         await bus.publish(reply, result, headers=headers)

@@ -52,6 +52,7 @@ _WRONG_LAST = {10071, 10164}
 _IN_PROCESS = 10158  # this id is being stored: an earlier sending of it, not yet on enough replicas
 _NO_LEADER = {10008, 10009, 10118}  # replicas are choosing one; it takes seconds
 _REPEATABLE = ("INFO", "STREAM.INFO.", "STREAM.MSG.GET.", "STREAM.CREATE.", "CONSUMER.INFO.", "CONSUMER.CREATE.")
+_DISCOVERY_DENIED = 'permissions violation for publish to "$srv.'
 
 
 class NoResponders(LoomError):
@@ -145,8 +146,9 @@ class Bus(Connection):
         await super().connect()
         await self._nc.listen(f"{self._inbox}.*", self._on_reply)
         self.spawn(self._watch_unconfirmed(), name="watch unconfirmed", essential=True)
-        await self.sync_clock()
-        self.spawn(self._clock_sync.keep(), name="clock", essential=True)
+        if not self.by_name:  # a submitter's permissions are for its own tasks alone
+            await self.sync_clock()
+            self.spawn(self._clock_sync.keep(), name="clock", essential=True)
         return self
 
     async def sync_clock(self) -> bool:
@@ -158,7 +160,9 @@ class Bus(Connection):
         return await self._clock_sync.sync(timeout_s=CLOCK_S)
 
     async def _on_error(self, error: Exception) -> None:
-        if not self._clock_sync.is_denial(error):
+        if self.role == "client" and _DISCOVERY_DENIED in str(error).lower():
+            log.info("discovery_denied", hint="processes of another wire version go unnoticed here")
+        elif not self._clock_sync.is_denial(error):
             await super()._on_error(error)
 
     async def close(self) -> None:

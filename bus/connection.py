@@ -32,7 +32,7 @@ from loom.bus.ownership import Owner, keep_forever, running_loop
 from loom.bus.resolver import Resolver
 from loom.bus.subjects import Subjects
 from loom.schemas.errors import BusUnavailable, LoomError
-from loom.schemas.identity import LOCAL, Identity
+from loom.schemas.identity import LOCAL, PUBLIC, Identity
 from loom.schemas.wire import encode
 
 log = get_logger()
@@ -67,8 +67,8 @@ class Connection:
     Args:
         url: Servers, comma separated.
         namespace: First token of every subject.
-        role: Who this is: names the connection and its inbox prefix. `client` gets the plain `_INBOX`, the
-            only prefix task answers are sent to.
+        role: Names the connection and its inboxes: `_INBOX.<random>` for `client`, `_LOOM.<role>.<instance>.<random>`
+            for phases, hosts (`node`) and commands of operators (`operator`), so that permissions can keep them apart.
         identity: The submitter, owner and source it speaks as.
         patience_s: How long `connect` tries.
     """
@@ -106,7 +106,8 @@ class Connection:
         self.clock = ServerClock()
         self._reconnected_at = -math.inf
         self._nc = LeanClient()
-        self._inbox = f"_INBOX{'' if role == 'client' else '_' + role}.{uuid4().hex[:22]}"
+        own = "_INBOX" if role == "client" else f"_LOOM.{role}.{self.instance}"
+        self._inbox = f"{own}.{uuid4().hex[:22]}"
         self._closing = False
         self._established = False
         """Whether there has been a connection."""
@@ -318,6 +319,11 @@ class Connection:
                 log.warning("task_left_behind", task=task.get_name())
 
     @property
+    def by_name(self) -> bool:
+        """Whether this is a client whose requests name their submitter; others use the plain subjects."""
+        return self.role == "client" and self.identity.submitter != PUBLIC
+
+    @property
     def closing(self) -> bool:
         """Whether the connection is being closed, or has been, on purpose."""
         return self._closing
@@ -358,7 +364,11 @@ class Connection:
         """Become a connection that was never opened, in a forked child: sockets and selector are the parent's."""
         keep_forever(self.__dict__.copy())
         self.__init__(  # type: ignore[misc]  # subclasses take the same arguments
-            self.url, namespace=self.subjects.namespace, role=self.role, patience_s=self._patience_s
+            self.url,
+            namespace=self.subjects.namespace,
+            role=self.role,
+            identity=self.identity,
+            patience_s=self._patience_s,
         )
 
     # -- time

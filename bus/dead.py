@@ -7,13 +7,14 @@ from typing import TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from loom.bus.answers import may_answer
+from loom.bus.answers import allowed_reply
 from loom.bus.client import Bus, Conflict
 from loom.bus.delivery import Delivery
 from loom.bus.duplicates import store_once
 from loom.bus.log import get_logger
 from loom.bus.records import records
 from loom.schemas.envelope import DeadLetter, Envelope, Phase, TaskRecord
+from loom.schemas.identity import PUBLIC
 from loom.schemas.notices import envelope_in
 from loom.schemas.task import Submission, TaskAd, TaskError, is_token
 from loom.schemas.wire import MAX_MESSAGE_BYTES, Undecodable, decode
@@ -35,6 +36,7 @@ async def bury(bus: Bus, phase: Phase, task_id: str, delivery: Delivery, reason:
     raw = delivery.msg.data
     log.error("dead_letter", reason=reason, subject=delivery.subject, deliveries=delivery.facts.delivered)
     submitted = is_submission(bus, delivery.subject)
+    submitter = submitter_in(bus, delivery.subject)
     record, is_unreadable = await _record(bus, task_id)
     own = None if submitted else _own_envelope(raw, task_id)
     told = own or (record.envelope if record is not None else None)
@@ -58,10 +60,12 @@ async def bury(bus: Bus, phase: Phase, task_id: str, delivery: Delivery, reason:
         headers=letter_headers(letter),
     )
     envelope = (
-        await _submitted(bus, task_id, raw, record) if submitted else own or _rebuilt(bus, phase, task_id, record)
+        await _submitted(bus, task_id, raw, record, submitter)
+        if submitted
+        else own or _rebuilt(bus, phase, task_id, record)
     )
     if envelope is None and is_unreadable:
-        envelope = _unknown(bus, task_id, "(unreadable task)")
+        envelope = _unknown(bus, task_id, "(unreadable task)", submitter)
     if envelope is None:
         return
     envelope = envelope.failed(
@@ -77,6 +81,12 @@ def is_submission(bus: Bus, subject: str) -> bool:
     """Return whether what was on `subject` came from a client: a Submission, where all others are envelopes."""
     parsed = bus.subjects.parse(subject)
     return parsed is not None and parsed.family == "intake"
+
+
+def submitter_in(bus: Bus, subject: str) -> str:
+    """Return whose task a message is about, as far as its subject names the submitter."""
+    parsed = bus.subjects.parse(subject)
+    return parsed.tokens.get("submitter", PUBLIC) if parsed is not None else PUBLIC
 
 
 async def _record(bus: Bus, task_id: str) -> tuple[TaskRecord | None, bool]:
@@ -106,28 +116,31 @@ def _rebuilt(bus: Bus, phase: Phase, task_id: str, record: TaskRecord | None) ->
     return None
 
 
-async def _submitted(bus: Bus, task_id: str, raw: bytes, record: TaskRecord | None) -> Envelope | None:
+async def _submitted(bus: Bus, task_id: str, raw: bytes, record: TaskRecord | None, submitter: str) -> Envelope | None:
     """The envelope to end for a message of a client, which may be about a task of somebody else."""
     if not is_token(task_id):
         return None
     submission = _read(raw, Submission)
     if record is None:
-        return await _admit_dead(bus, task_id, submission)
-    if submission is None or submission.submission != record.submission:
+        return await _admit_dead(bus, task_id, submission, submitter)
+    own = record.envelope.submitter == submitter
+    if submission is None or not own or submission.submission != record.submission:
         return None  # rubbish sent under the id of somebody's running task must not end it
     return _rebuilt(bus, "sense", task_id, record)
 
 
-async def _admit_dead(bus: Bus, task_id: str, submission: Submission | None) -> Envelope:
+async def _admit_dead(bus: Bus, task_id: str, submission: Submission | None, submitter: str) -> Envelope:
     """Return an envelope for a task that died before its admission, recorded so that its submitter is answered."""
     if submission is None or submission.ad.task_id != task_id:
-        return _unknown(bus, task_id, "(unreadable submission)")
-    envelope = Envelope(ad=submission.ad, deadline=bus.now())
+        return _unknown(bus, task_id, "(unreadable submission)", submitter)
+    envelope = Envelope(ad=submission.ad, submitter=submitter, deadline=bus.now())
+    subject = bus.subjects.intake(submitter, envelope.priority, task_id)
+    reply = allowed_reply(bus, submission.reply_to, plain=submitter == PUBLIC, subject=subject)
     record = TaskRecord(
         task_id=task_id,
         state="running",
         submission=submission.submission,
-        reply_to=(submission.reply_to,) if may_answer(submission.reply_to) else (),
+        reply_to=(reply,) if reply else (),
         envelope=envelope,
         admitted_at=bus.now(),
     )
@@ -136,8 +149,8 @@ async def _admit_dead(bus: Bus, task_id: str, submission: Submission | None) -> 
     return envelope
 
 
-def _unknown(bus: Bus, task_id: str, description: str) -> Envelope:
-    return Envelope(ad=TaskAd(task_id=task_id, description=description), deadline=bus.now())
+def _unknown(bus: Bus, task_id: str, description: str, submitter: str = PUBLIC) -> Envelope:
+    return Envelope(ad=TaskAd(task_id=task_id, description=description), submitter=submitter, deadline=bus.now())
 
 
 def _read(raw: bytes, shape: type[T]) -> T | None:

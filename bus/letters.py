@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from loom.bus import tasks
 from loom.bus.client import Bus, Refused
-from loom.bus.dead import is_submission, letter_facts
+from loom.bus.dead import is_submission, letter_facts, submitter_in
 from loom.bus.history import newest
 from loom.schemas.envelope import DeadLetter, Envelope
 from loom.schemas.errors import DeadLettered, LoomError
@@ -104,18 +104,20 @@ async def retry(bus: Bus, seq: int) -> str:
         BusUnavailable: No answer.
     """
     dead = await letter(bus, seq)
-    ad = replace(_ad_in(bus, dead), task_id=_next_id(bus, dead))
-    handle = await tasks.publish(bus, ad, deltas=False)
+    ad, submitter = _task_in(bus, dead)
+    ad = replace(ad, task_id=_next_id(bus, dead))
+    handle = await tasks.publish(bus, ad, deltas=False, submitter=submitter)
     await handle.close()
     with contextlib.suppress(UnknownLetter):  # somebody else who retried it was faster, and it is the same task
         await drop(bus, seq)
     return ad.task_id
 
 
-def _ad_in(bus: Bus, dead: Letter) -> TaskAd:
+def _task_in(bus: Bus, dead: Letter) -> tuple[TaskAd, str]:
+    """Return the ad in a dead letter, and its submitter."""
     try:
         if is_submission(bus, dead.facts.subject):
-            return decode(dead.body, Submission).ad
+            return decode(dead.body, Submission).ad, submitter_in(bus, dead.facts.subject)
         message = read_scale_message(dead.body)
     except Undecodable as error:
         why = "its bytes were cut" if dead.facts.cut else error.message
@@ -136,7 +138,7 @@ def _ad_in(bus: Bus, dead: Letter) -> TaskAd:
             "hand that one in again",
             task_id=envelope.task_id,
         )
-    return envelope.ad
+    return envelope.ad, envelope.submitter
 
 
 def _next_id(bus: Bus, dead: Letter) -> str:

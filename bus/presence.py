@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
+from loom.bus.answers import may_answer
 from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.health import Health
 from loom.bus.scatter import scatter
@@ -31,9 +32,6 @@ SERVER_TIME, WALL_CLOCK = "server_time", "wall_clock"
 
 WIRE_CHECK_S = 0.1
 """How long a start waits for processes of another wire version, unless all phases have answered."""
-
-INBOXES = ("_INBOX", "_LOOM.", "_R_.")
-"""Where discovery is answered: to clients and to processes of a cluster, which look for each other at their start."""
 
 SETTINGS, SETTINGS_DIGEST = "settings", "settings_digest"
 """Metadata of a phase's INFO: the settings that all processes must have in common, as JSON, and a digest of them."""
@@ -120,7 +118,7 @@ class Presence:
                 await self._answer(msg.reply, self._info(service))
 
     async def _answer(self, reply: str, message: Present) -> None:
-        if reply.startswith(INBOXES):  # any other subject could be a command
+        if may_answer(reply, plain=True):  # processes of a cluster look for each other at their start
             await self._bus.publish(reply, message)
 
     def _info(self, service: Present) -> "_Info":

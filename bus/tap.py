@@ -16,6 +16,7 @@ from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.subjects import FAMILIES
 from loom.schemas.auction import CallForBids, HostAnnouncement, Offer, RetireRequest, SpawnRequest
 from loom.schemas.envelope import Envelope
+from loom.schemas.events import SubtaskEvent
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.notices import read_scale_message
 from loom.schemas.run import Delta, RunRequest
@@ -47,6 +48,7 @@ SHAPES: dict[str, type[Any]] = {
     "result": TaskResult,
     "reward": Reward,
     "lifecycle": Lifecycle,
+    "subtask": SubtaskEvent,
 }
 """family -> what its messages are; the others have no body, or one that could not be read before."""
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from loom.bus.client import Bus, Msg, Subscription
 from loom.schemas.run import Delta
-from loom.schemas.task import TaskResult
+from loom.schemas.task import TaskError, TaskResult
 from loom.schemas.wire import Undecodable, decode
 
 BUFFER: Final = 10_000
@@ -22,9 +22,12 @@ class TaskUpdates:
     dropped can be collected while its subscriptions still exist.
     """
 
-    def __init__(self, bus: Bus, task_id: str) -> None:
+    def __init__(self, bus: Bus, task_id: str, submitter: str) -> None:
         self._bus = bus
         self._task_id = task_id
+        self._submitter = submitter
+        self.ad_digest = ""
+        """Of the ad that was published; empty: any task of the id will do."""
         self.result: asyncio.Future[TaskResult] = asyncio.get_running_loop().create_future()
         self.changed = asyncio.Event()
         """Set when a delta comes; a reader clears it before it waits."""
@@ -42,13 +45,13 @@ class TaskUpdates:
     async def subscribe(self) -> None:
         """Subscribe to the result, unless that is done or the result is here."""
         if self._to_result is None and not self.result.done():
-            subject = self._bus.subjects.of("result", self._bus.identity.submitter, self._task_id)
+            subject = self._bus.subjects.of("result", self._submitter, self._task_id)
             self._to_result = await self._bus.listen(subject, self._on_result)
 
     async def subscribe_to_deltas(self) -> None:
         """Subscribe to progress, unless that is done or the result is here."""
         if self._to_deltas is None and not self.result.done():
-            subject = self._bus.subjects.of("delta", self._bus.identity.submitter, self._task_id)
+            subject = self._bus.subjects.of("delta", self._submitter, self._task_id)
             self._to_deltas = await self._bus.listen(subject, self._on_delta)
 
     def begin_reading(self) -> None:
@@ -74,9 +77,15 @@ class TaskUpdates:
                 self._bus.discards.add("delta_undecodable", reason=error.message, task_id=self._task_id)
         return None
 
+    def is_of_another_ad(self, result: TaskResult) -> bool:
+        """Return whether a result, or a state, is that of another task under the same id."""
+        return bool(self.ad_digest and result.ad_digest) and result.ad_digest != self.ad_digest
+
     def finish(self, result: TaskResult) -> None:
-        """Set the result and end the subscriptions; a second result is ignored."""
+        """Set the result and end the subscriptions; a second result is ignored, and that of another ad is an error."""
         if not self.result.done():
+            if self.is_of_another_ad(result):
+                result = TaskResult(task_id=self._task_id, state="failed", error=id_taken(self._task_id))
             self.result.set_result(result)
         self.close()
 
@@ -111,3 +120,9 @@ class TaskUpdates:
             self._deltas.append(msg.data)
             self._bytes += len(msg.data)
             self.changed.set()
+
+
+def id_taken(task_id: str) -> TaskError:
+    """Return the error of an ad whose id is that of a task of another ad."""
+    why = f"the id {task_id} is taken by another ad; choose another one"
+    return TaskError(code="invalid_task", message=why, field="task_id")

@@ -9,12 +9,11 @@ from typing import Any
 from loom.bus.client import Bus, NoResponders
 from loom.bus.log import get_logger
 from loom.bus.ownership import Owner, running_loop
-from loom.bus.task_updates import TaskUpdates
+from loom.bus.task_updates import TaskUpdates, id_taken
 from loom.schemas.envelope import ENDED, TaskRecord, TaskStatus
 from loom.schemas.errors import BusUnavailable, LoomError, error_for
-from loom.schemas.identity import PUBLIC
 from loom.schemas.run import Delta
-from loom.schemas.task import ErrorReply, StatusQuery, Submission, TaskAd, TaskResult, check_ad
+from loom.schemas.task import ErrorReply, StatusQuery, Submission, TaskAd, TaskResult, ad_digest, check_ad
 from loom.schemas.wire import Undecodable, decode, new_id
 
 log = get_logger()
@@ -30,14 +29,21 @@ class TaskHandle:
     Deltas are at-most-once and kept, within bounds, from `publish` on until they are read; the result is requested
     again when its message was lost. The subscriptions end with the task, or when the handle is dropped. A handle
     works in the event loop that made it.
+
+    Where the id of the ad is that of another task, the result is a failed one with `invalid_task`: at once if the id
+    is of another submitter or of a task that has ended, else within seconds. That task goes on.
+
+    Args:
+        submitter: Whose task it is, where an operator submits it again; absent: the connection's own.
     """
 
-    def __init__(self, bus: Bus, ad: TaskAd) -> None:
+    def __init__(self, bus: Bus, ad: TaskAd, *, submitter: str = "") -> None:
         self.ad = ad
         self.task_id = ad.task_id
         self._bus = bus
+        self._submitter = submitter or bus.identity.submitter
         self._owner = Owner("task handle")
-        self._updates = TaskUpdates(bus, ad.task_id)
+        self._updates = TaskUpdates(bus, ad.task_id, self._submitter)
         self._attempt = 0
         self._next_seq = 0
         weakref.finalize(self, self._updates.drop).atexit = False
@@ -58,12 +64,12 @@ class TaskHandle:
             Overloaded: The intake is full.
             BusUnavailable: The server does not confirm.
         """
-        check_ad(self.ad)
+        self._updates.ad_digest = ad_digest(check_ad(self.ad))
         submission = Submission(ad=self.ad, submission=new_id())
         try:
             await self.open(deltas=deltas)
             await self._bus.store(
-                self._bus.subjects.intake(self._bus.identity.submitter, self.ad.priority, self.task_id),
+                self._bus.subjects.intake(self._submitter, self.ad.priority, self.task_id),
                 submission,
                 msg_id=f"{self.task_id}:{submission.submission}",
             )
@@ -166,24 +172,34 @@ class TaskHandle:
         return await record(self._bus, self.task_id)
 
     async def cancel(self) -> TaskResult:
-        """Cancel the task and return how it has ended; one that had ended before stays as it ended."""
+        """Cancel the task and return how it has ended; one that had ended before stays as it ended.
+
+        Raises:
+            InvalidTask: The id is that of a task of another ad, which goes on.
+        """
+        if self._updates.ad_digest and self._updates.is_of_another_ad(await status(self._bus, self.task_id)):
+            raise id_taken(self.task_id).to_exception(self.task_id)
         return await cancel(self._bus, self.task_id)
 
     async def _look(self) -> None:
         found = await status(self._bus, self.task_id)
-        if found.state in ENDED:
+        if found.state in ENDED or self._updates.is_of_another_ad(found):
             self._updates.finish(found)
 
 
-async def publish(bus: Bus, ad: TaskAd, *, deltas: bool = True) -> TaskHandle:
-    """Hand a task to the loop and return its handle; once this returns, the task will end.
+async def publish(bus: Bus, ad: TaskAd, *, deltas: bool = True, submitter: str = "") -> TaskHandle:
+    """Publish a task and return its handle; once this returns, the task will end.
+
+    Args:
+        deltas: Whether progress is kept from now on.
+        submitter: As for TaskHandle.
 
     Raises:
         InvalidTask: The ad breaks a rule; `field` names it.
         Overloaded: The intake is full.
         BusUnavailable: The server does not confirm.
     """
-    handle = TaskHandle(bus, ad)
+    handle = TaskHandle(bus, ad, submitter=submitter)
     await handle.publish(deltas=deltas)
     return handle
 
@@ -260,10 +276,15 @@ def _refusal(raw: bytes) -> ErrorReply | None:
         return None
 
 
-def _own(bus: Bus, family: str, task_id: str) -> str:
-    """The subject of a request about a task: of this submitter's tasks, or without a name of anyone's."""
-    submitter = bus.identity.submitter
-    return bus.subjects.of(family, task_id) if submitter == PUBLIC else bus.subjects.of(family, submitter, task_id)
+def request_subject(bus: Bus, family: str, *task_id: str) -> str:
+    """Return the subject of a request to SENSE: the submitter's own for a client that has a name, else the plain one.
+
+    Args:
+        family: submit, status or cancel.
+        task_id: None for submit.
+    """
+    name = (bus.identity.submitter,) if bus.by_name else ()
+    return bus.subjects.of(family, *name, *task_id)
 
 
 async def status(bus: Bus, task_id: str) -> TaskResult:
@@ -273,7 +294,7 @@ async def status(bus: Bus, task_id: str) -> TaskResult:
         UnknownTask: No task of that id is known.
         BusUnavailable: No phases answer.
     """
-    return decode(await ask(bus, _own(bus, "status", task_id), task_id=task_id), TaskResult)
+    return decode(await ask(bus, request_subject(bus, "status", task_id), task_id=task_id), TaskResult)
 
 
 async def record(bus: Bus, task_id: str) -> TaskRecord | None:
@@ -283,7 +304,7 @@ async def record(bus: Bus, task_id: str) -> TaskRecord | None:
         UnknownTask: No task of that id is known.
         BusUnavailable: No phases answer.
     """
-    answer = await ask(bus, _own(bus, "status", task_id), StatusQuery(full=True), task_id=task_id)
+    answer = await ask(bus, request_subject(bus, "status", task_id), StatusQuery(full=True), task_id=task_id)
     return decode(answer, TaskStatus).record
 
 
@@ -294,4 +315,4 @@ async def cancel(bus: Bus, task_id: str) -> TaskResult:
         UnknownTask: No task of that id is known.
         BusUnavailable: No phases answer.
     """
-    return decode(await ask(bus, _own(bus, "cancel", task_id), task_id=task_id), TaskResult)
+    return decode(await ask(bus, request_subject(bus, "cancel", task_id), task_id=task_id), TaskResult)

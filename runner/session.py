@@ -16,6 +16,7 @@ from loom.agents.node import Node
 from loom.agents.nursery import Nursery, Skills
 from loom.bus import log, tasks
 from loom.bus.client import Bus, NoResponders
+from loom.bus.faults import describe
 from loom.bus.kv import Bucket
 from loom.bus.ownership import Owner, keep_forever, running_loop
 from loom.bus.presence import check_processes
@@ -27,7 +28,7 @@ from loom.runner.embedded import NatsServer, embedded_server
 from loom.runner.settings import Settings, warn_of_misspelt_settings
 from loom.runner.store import log_store, log_unused_store
 from loom.schemas.config import ClusterConfig
-from loom.schemas.errors import BusUnavailable, UnknownTask
+from loom.schemas.errors import BusUnavailable, LoomError, UnknownTask
 from loom.schemas.identity import node_key, split_qualified
 from loom.schemas.learning import NodeProfile
 from loom.schemas.llm import AnyProvider
@@ -36,6 +37,10 @@ from loom.schemas.wire import Undecodable, new_id
 STREAMS_S = 10.0
 """How long phases that answer may be without their streams: they create them again within seconds."""
 ASK_AGAIN_S = 0.25
+NODES_S = 0.1
+"""How often a session without nodes looks for some."""
+HOST_AGAIN_S = 1.0
+"""Pause after nodes could not be hosted."""
 ABORT_S = 5.0
 """How long another thread waits for a session's loop to drop its connections."""
 
@@ -50,7 +55,7 @@ class Inheritance(NamedTuple):
 
 
 class Session:
-    """A client's bus and a host for its nodes; without a server to use, also a server and the six phases.
+    """A client's bus and a host for its nodes, if any; without a server to use, also a server and the six phases.
 
     Args:
         nodes: Returns the nodes to host, read live.
@@ -102,6 +107,10 @@ class Session:
         self.bus: Bus
         """The client's connection."""
         self._host: NodeHost | None = None
+        """Absent while there are no nodes."""
+        self._hosting = asyncio.Lock()
+        """Held while the host is opened."""
+        self._waiting_for_nodes: asyncio.Task[None] | None = None
         _sessions.add(self)
 
     async def open(self) -> None:
@@ -127,22 +136,54 @@ class Session:
             self.bus = await self._connect(self._url, "client")
             if self._server is None:
                 await check_phases(self.bus)
-                await check_processes(self.bus)
+                if not self.bus.by_name:
+                    await check_processes(self.bus)
                 if self._asked_store is not None:
                     log_unused_store(self._asked_store, self.bus.address)
-            host_bus = await self._connect(self._url, "node")
-            nursery = Nursery(host_bus, self._hosted, max_nodes=self._config.max_nodes, skills=self._skills)
-            self._host = NodeHost(host_bus, nursery.nodes)
-            self._stack.push_async_callback(self._host.drain, self._config.drain_timeout_s)
-            await self._host.start()
-            if self._skills is not None:
-                self._stack.push_async_callback(nursery.stop)
-                await nursery.start(self._host)
-            if self._server is not None and self._store is not None:
-                await self._recall(nursery.nodes())
+            await self._host_nodes()
+            if self._host is None:
+                self._waiting_for_nodes = self.bus.spawn(self._host_later(), name="wait for nodes")
         except BaseException:
             await self.aclose()
             raise
+
+    async def _host_nodes(self) -> None:
+        """Host the nodes, unless that is done or there are none: a client without nodes needs no rights of a host."""
+        async with self._hosting:
+            if self._host is None and (self._server or self._skills or self._hosted()):
+                host = self._open_host()
+                # In a context of its own, as `open`: the caller's variables must not reach the runs.
+                await self.owner.loop.create_task(host, context=self._context.copy())
+
+    async def _host_later(self) -> None:
+        """Host nodes once there are some; a failure is logged, and the next try follows a pause."""
+        while self._host is None:
+            await asyncio.sleep(NODES_S)
+            try:
+                await self._host_nodes()
+            except (LoomError, TimeoutError) as error:
+                log.get_logger().warning("nodes_not_hosted", **describe(error))
+                await asyncio.sleep(HOST_AGAIN_S)
+
+    async def _open_host(self) -> None:
+        host_bus = await self._connect(self._url, "node")
+        if self.bus.by_name:
+            await check_processes(host_bus)
+        nursery = Nursery(host_bus, self._hosted, max_nodes=self._config.max_nodes, skills=self._skills)
+        host = NodeHost(host_bus, nursery.nodes)
+        self._stack.push_async_callback(host.drain, self._config.drain_timeout_s)
+        await host.start()
+        if self._skills is not None:
+            self._stack.push_async_callback(nursery.stop)
+            await nursery.start(host)
+        self._host = host
+        if self._server is not None and self._store is not None:
+            await self._recall(nursery.nodes())
+
+    @property
+    def hosts_nodes(self) -> bool:
+        """Whether nodes are hosted here, or may be."""
+        return self._host is not None
 
     async def _recall(self, nodes: Sequence[Node]) -> None:
         """Show each node what the store holds about it."""
@@ -156,7 +197,9 @@ class Session:
         await asyncio.gather(*map(recall, nodes))
 
     async def announce(self, node: str | None) -> None:
-        """Announce the nodes hosted here, if `node`, qualified by its owner, is one of them and not announced yet."""
+        """Host nodes that are new here, and announce `node`, qualified by its owner, if it is one of them."""
+        if self._host is None:
+            await self._host_nodes()
         host = self._host
         owner, node_id = split_qualified(node or "")
         if host is not None and node_id and owner == self.bus.identity.owner and host.is_new(node_id):
@@ -168,6 +211,9 @@ class Session:
         if self.owner.inherited:
             return
         self.is_open = False
+        if self._waiting_for_nodes is not None:
+            self._waiting_for_nodes.cancel()
+            await asyncio.wait([self._waiting_for_nodes])
         await self._stack.aclose()
         self._buses.clear()
 

@@ -77,7 +77,7 @@ _FORMS = {
 }
 _FORMS |= dict.fromkeys(
     ("loom_submitter", "loom_owner", "loom_source"),
-    f"must be 1 to 64 letters, digits, - or _, and none of the reserved names {', '.join(sorted(RESERVED))}",
+    f"must be 1 to 64 letters, digits, - or _, and not one of the reserved names {', '.join(sorted(RESERVED))}",
 )
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 _BOUNDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}

@@ -17,6 +17,7 @@ from loom.schemas.task import (
     TaskResult,
     TaskState,
     TaskUsage,
+    ad_digest,
     domain_token,
 )
 from loom.schemas.wire import (
@@ -72,6 +73,12 @@ class Spec(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Why the method is not the one expected, for example that the model could not be asked."""
     estimated: Unit | None = None
     """SENSE's own guess, before calibration; absent: the ad gave the complexity."""
+    divide: bool = False
+    """Whether the task is to be divided: its ad gives or wants a plan, or it is harder than the threshold."""
+    deepest: Annotated[int, Meta(ge=0, le=16)] = 0
+    """Divisions there may be between a client's task and its smallest part."""
+    whole: bool = False
+    """Whether SCALE has decided against dividing the task."""
     no_offers_since: Timestamp | None = None
     """Server time since which nobody at all has answered a call."""
 
@@ -388,6 +395,13 @@ class TaskRecord(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return self.state in ENDED
 
     @property
+    def ad_digest(self) -> str:
+        """Tells the ad from others under the same id; empty where the submission could not be read."""
+        error = self.envelope.error
+        unread = not self.submission or (error is not None and error.code == "dead_letter")
+        return "" if unread else ad_digest(self.envelope.ad)
+
+    @property
     def lasted_s(self) -> float:
         """Seconds from admission to the end, at most what a message carries; 0 while the task goes on."""
         return min(MAX_SECONDS, max(0.0, (self.ended_at or self.admitted_at) - self.admitted_at))
@@ -445,6 +459,7 @@ class TaskRecord(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True)
             duration_s=run.duration_s,
             warnings=env.warnings,
             labels=env.ad.labels,
+            ad_digest=self.ad_digest,
         )
 
 
@@ -492,6 +507,8 @@ class Subtask(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Tokens it may use; absent: no limit."""
     node_id: Token | None = None
     """Who did it."""
+    owner: Token | None = None
+    """Whose node that is."""
     error: TaskError | None = None
     tokens: Count = 0
     """Used, failed attempts included."""

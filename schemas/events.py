@@ -6,7 +6,7 @@ from msgspec import Meta
 from msgspec.structs import force_setattr
 
 from loom.schemas.envelope import AWARD_BIDS, Merit, Phase, ScoredBid
-from loom.schemas.wire import Count, FreeJson, Name, Names, Number, Ordinal, Text, Token, Unit, Wire
+from loom.schemas.wire import Count, FreeJson, Name, Names, Number, Ordinal, Text, Timestamp, Token, Unit, Wire
 
 Milliseconds = Annotated[int, Meta(ge=-(10**12), le=10**12)] | Number
 """A duration, whole or not."""
@@ -101,19 +101,28 @@ class Done(Wire, frozen=True, kw_only=True, tag="done"):
 
 
 class SubtaskEvent(Wire, frozen=True, kw_only=True, tag="subtask"):
-    """A part of a divided task has begun or ended; no agent says this, a loop does."""
+    """A subtask of a divided task has begun or ended. SCALE publishes it; it may be lost, or come twice."""
 
     type: ClassVar[str] = "subtask"
-    id: Token
-    """Within the plan."""
-    task_id: Token
-    """Its own task."""
-    state: Literal["running", "succeeded", "failed", "cancelled"]
+    parent_id: Token
+    """The divided task."""
+    child_id: Token
+    """The task that the subtask is."""
+    subtask: Token
+    """Its id within the plan."""
+    state: Literal["begun", "ended"]
+    child_state: Literal["succeeded", "failed", "cancelled"] | None = None
+    """How it has ended; absent while it runs."""
     description: Text = ""
+    """At most 1 KiB of it."""
     node_id: Name | None = None
-    """Who has done it; absent while it runs."""
+    """That of its result; absent while it runs."""
+    owner: Name | None = None
+    """Whose node that is."""
     error: Name = ""
-    """Code of why it did not succeed."""
+    """Code of the error for which it did not succeed."""
+    at: Timestamp
+    """When it began or ended, in server time."""
 
 
 class PhaseEvent(Wire, frozen=True, kw_only=True, tag="phase"):

@@ -3,11 +3,12 @@
 import re
 import unicodedata
 from functools import lru_cache
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import replace
 
 from loom.schemas.calls import FieldsByName
 from loom.schemas.errors import InvalidTask, LoomError, error_for
@@ -253,6 +254,15 @@ def _field_in(message: str) -> str | None:
     return path.group(1) if path else None
 
 
+def ad_digest(ad: TaskAd) -> str:
+    """Return 16 hex digits that tell an ad from others under the same id; whether it waits makes no difference.
+
+    Args:
+        ad: As it was read from JSON, or as `check_ad` has returned it: 300 and 300.0 are different digits.
+    """
+    return blake2b(encode(replace(ad, wait=True)), digest_size=8).hexdigest()
+
+
 def is_token(text: str) -> bool:
     """Return whether `text` may stand as one token of a subject."""
     return len(text) <= MAX_TOKEN and _is_token(text)
@@ -441,6 +451,8 @@ class TaskResult(Relayed, frozen=True, kw_only=True):
     """What a person should know of the result, such as a judge that could not be asked."""
     labels: Labels = {}
     """The ad's."""
+    ad_digest: Annotated[str, Meta(max_length=64)] = ""
+    """Of the ad as it was submitted: another one under the same id has another digest. Empty: the ad is not known."""
 
     def __hash__(self) -> int:
         """Return a hash, so that results may be members of a set with the dictionary of labels in them."""

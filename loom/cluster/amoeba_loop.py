@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from loom.bus import tasks
-from loom.bus.client import Bus, Msg
+from loom.bus.client import Msg
 from loom.bus.log import get_logger
 from loom.bus.ownership import THREADSAFE, Owner
 from loom.bus.reward_bus import RewardBus
@@ -103,8 +103,9 @@ class AmoebaLoop:
         ad = ctx.to_ad()
         async with self._session() as session:
             self.reward_bus.bus = session.bus
+            await session.announce(ad.node_id)
             async with (
-                _Learned(session.bus, ad.task_id, self.cluster) as learned,
+                _Learned(session, ad.task_id, self.cluster) as learned,
                 Subtasks(session.bus, ad.task_id) as parts,
                 tasks.published(session.bus, ad, deltas=True, cancel_with_caller=True) as handle,
                 aclosing(self._follow(handle, parts, learned)) as events,
@@ -121,7 +122,7 @@ class AmoebaLoop:
         async with aclosing(parts.follow(handle)) as deltas:
             async for delta in deltas:
                 if isinstance(delta, SubtaskEvent):
-                    phases.subtasks.add(delta.id)
+                    phases.subtasks.add(delta.subtask)
                     yield delta
                     continue
                 if delta.attempt > attempt:
@@ -214,30 +215,34 @@ class AmoebaLoop:
 class _Learned:
     """Listens for ADAPT to say that a task has been learned from, and shows it in the cluster's own node.
 
-    The node's host hears the same news, but over another connection: perhaps later.
+    The node's host gets the same message over another connection, perhaps later. A session without nodes of its own
+    does not listen, as the permissions of a submitter need not allow it.
     """
 
-    def __init__(self, bus: Bus, task_id: str, cluster: ClusterManager) -> None:
-        self._bus = bus
+    def __init__(self, session: Session, task_id: str, cluster: ClusterManager) -> None:
+        self._bus = session.bus
+        self._listens = session.hosts_nodes
         self._task_id = task_id
         self._cluster = cluster
         self._heard = asyncio.Event()
         self._profiles: dict[str, NodeProfile] = {}
 
     async def __aenter__(self) -> Self:
-        self._subscription = await self._bus.subscribe(
-            self._bus.subjects.of("lifecycle", ADAPT, "learned", self._bus.identity.owner, "*"), self._on_news
-        )
+        if self._listens:
+            subject = self._bus.subjects.of("lifecycle", ADAPT, "learned", self._bus.identity.owner, "*")
+            self._subscription = await self._bus.subscribe(subject, self._on_news)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._bus.unsubscribe(self._subscription)
+        if self._listens:
+            await self._bus.unsubscribe(self._subscription)
 
     def concerns(self, result: TaskResult) -> bool:
-        """Return whether a node of this process's owner has had the task: it listens for those alone."""
-        return result.node_id is not None and (result.owner or LOCAL_OWNER) == self._bus.identity.owner
+        """Return whether a node of this process's owner has had the task, and this process hosts nodes."""
+        owned = (result.owner or LOCAL_OWNER) == self._bus.identity.owner
+        return self._listens and result.node_id is not None and owned
 
     async def wait(self, node_id: str, seconds: float) -> NodeProfile | None:
         """Wait until ADAPT has learned about that node, or for so long; return the node's profile then."""

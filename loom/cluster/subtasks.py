@@ -1,4 +1,4 @@
-"""News of the parts of one task, should SCALE divide it."""
+"""Events of the subtasks of one task, should SCALE divide it."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -10,78 +10,64 @@ from msgspec.structs import replace
 
 from loom.bus.client import Bus, Msg, Subscription
 from loom.bus.kv import Bucket
-from loom.bus.log import get_logger
-from loom.bus.records import records
 from loom.bus.tasks import TaskHandle
-from loom.schemas.envelope import SplitPlan, Subtask, TaskRecord
+from loom.schemas.auction import DESCRIPTION_BYTES
+from loom.schemas.envelope import SplitPlan, Subtask
 from loom.schemas.errors import LoomError
 from loom.schemas.events import SubtaskEvent
-from loom.schemas.notices import PlanTimeout, SubtaskEnded, read_scale_message
 from loom.schemas.run import Delta
-from loom.schemas.wire import Undecodable
-
-log = get_logger()
+from loom.schemas.wire import Undecodable, cut_utf8, decode
 
 
 class Subtasks:
-    """Listens, from before a task is published, for what SCALE stores of it; a context manager.
+    """Subscribes to what SCALE publishes of a task's subtasks, from before the task is submitted; a context manager.
 
-    A divided task is parked under a subject of its own whenever parts of it begin, and SCALE is told of each that
-    ends. Both are heard at most once; what was missed is made up for when the task has ended.
+    An event may be lost, or come twice. It is yielded once; what was lost is read from the plan when the task has
+    ended, where this client may read plans.
     """
 
     def __init__(self, bus: Bus, task_id: str) -> None:
         self._bus = bus
         self._task_id = task_id
         self._plans = Bucket(bus, "plans", SplitPlan)
-        self._records = records(bus)
-        self._told: dict[str, bool] = {}
-        """Id of a part -> whether its end has been told, not only its begin."""
-        self._heard: asyncio.Queue[str | None] = asyncio.Queue()
-        """A part's task id: it has ended; None: parts have begun."""
+        self._ended: dict[str, bool] = {}
+        """Id of a subtask -> whether its end has been reported, and not only its beginning."""
         self._news: asyncio.Queue[Delta | SubtaskEvent | None] = asyncio.Queue()
-        self._subscriptions: list[Subscription] = []
+        self._subscription: Subscription | None = None
 
     async def __aenter__(self) -> Self:
-        subjects = self._bus.subjects
-        for subject in (subjects.later("scale", self._task_id, "timer"), subjects.task("scale", "*", self._task_id)):
-            self._subscriptions.append(await self._bus.subscribe(subject, self._on_hop))
+        subject = self._bus.subjects.of("subtask", self._bus.identity.submitter, self._task_id)
+        self._subscription = await self._bus.subscribe(subject, self._on_event)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        subscriptions, self._subscriptions = self._subscriptions, []
-        for subscription in subscriptions:
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
             await self._bus.unsubscribe(subscription)
 
     async def follow(self, handle: TaskHandle) -> AsyncGenerator[Delta | SubtaskEvent, None]:
-        """Yield the task's own progress and that of its parts, until it has ended."""
-        working = [asyncio.create_task(self._deltas(handle)), asyncio.create_task(self._look())]
+        """Yield the task's own progress and the events of its subtasks, until it has ended."""
+        deltas = asyncio.create_task(self._deltas(handle))
         try:
             while (news := await self._news.get()) is not None:
                 yield news
         finally:
-            for each in working:
-                each.cancel()
-            await asyncio.gather(*working, return_exceptions=True)
-        if self._told:
-            with suppress(LoomError):  # the task has its result; of its parts there is no more to say then
-                await self._tell_plan()
+            deltas.cancel()
+            await asyncio.gather(deltas, return_exceptions=True)
+        if self._ended:
+            with suppress(LoomError):  # the task has its result: this is all that is missing
+                await self._report_plan()
         while not self._news.empty():
             if (news := self._news.get_nowait()) is not None:
                 yield news
 
-    async def _on_hop(self, msg: Msg) -> None:
+    async def _on_event(self, msg: Msg) -> None:
         try:
-            message = read_scale_message(msg.data)
+            self._report(decode(msg.data, SubtaskEvent))
         except Undecodable as error:
-            self._bus.discards.add("envelope_undecodable", reason=error.message, subject=msg.subject)
-            return
-        if isinstance(message, PlanTimeout):
-            self._heard.put_nowait(None)
-        elif isinstance(message, SubtaskEnded):
-            self._heard.put_nowait(message.child_id)
+            self._bus.discards.add("subtask_undecodable", reason=error.message, subject=msg.subject)
 
     async def _deltas(self, handle: TaskHandle) -> None:
         try:
@@ -91,46 +77,36 @@ class Subtasks:
         finally:
             self._news.put_nowait(None)
 
-    async def _look(self) -> None:
-        while True:
-            child_id = await self._heard.get()
-            try:
-                await (self._tell_plan() if child_id is None else self._tell_end(child_id))
-            except LoomError as error:  # the task itself goes on
-                log.info("subtasks_not_seen", task_id=self._task_id, reason=error.message)
-
-    async def _tell_plan(self) -> None:
+    async def _report_plan(self) -> None:
         entry = await self._plans.get(self._task_id)
         for part in entry.value.subtasks if entry is not None else ():
-            self._tell(part)
+            event = _latest(self._task_id, part, self._bus.now())
+            if event is not None:
+                self._report(event)
 
-    async def _tell_end(self, child_id: str) -> None:
-        entry = await self._records.get(child_id)
-        if entry is not None and entry.value.ended:
-            self._tell(_ended(entry.value))
-
-    def _tell(self, part: Subtask) -> None:
-        """Say what is new of a part; nobody hears of its end before its begin."""
-        if part.state == "waiting" or part.child_id is None:
-            return
-        begun = SubtaskEvent(id=part.id, task_id=part.child_id, state="running", description=part.description)
-        if part.id not in self._told:
-            self._told[part.id] = False
-            self._news.put_nowait(begun)
-        if part.state != "running" and not self._told[part.id]:
-            self._told[part.id] = True
-            error = part.error.code if part.error else ""
-            self._news.put_nowait(replace(begun, state=part.state, node_id=part.node_id, error=error))
+    def _report(self, event: SubtaskEvent) -> None:
+        """Put an event in line unless it has been there; a beginning before its end, were it lost."""
+        if event.subtask not in self._ended:
+            self._ended[event.subtask] = False
+            self._news.put_nowait(replace(event, state="begun", child_state=None, node_id=None, owner=None, error=""))
+        if event.state == "ended" and not self._ended[event.subtask]:
+            self._ended[event.subtask] = True
+            self._news.put_nowait(event)
 
 
-def _ended(record: TaskRecord) -> Subtask:
-    """An ended part, as its own record tells."""
-    envelope, result = record.envelope, record.to_result()
-    return Subtask(
-        id=envelope.split.subtask if envelope.split and envelope.split.subtask else record.task_id,
-        description=envelope.ad.description,
-        state=record.state if record.state in {"succeeded", "failed", "cancelled"} else "running",
-        child_id=record.task_id,
-        node_id=result.node_id,
-        error=result.error,
+def _latest(parent_id: str, part: Subtask, now: float) -> SubtaskEvent | None:
+    """The last event of a subtask by its plan; None where it has not begun."""
+    if part.state == "waiting" or part.child_id is None:
+        return None
+    begun = SubtaskEvent(
+        parent_id=parent_id,
+        child_id=part.child_id,
+        subtask=part.id,
+        state="begun",
+        description=cut_utf8(part.description, DESCRIPTION_BYTES)[0],
+        at=now,
     )
+    if part.state == "running":
+        return begun
+    code = part.error.code if part.error else ""
+    return replace(begun, state="ended", child_state=part.state, node_id=part.node_id, owner=part.owner, error=code)

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from loom.bus.reward_bus import RewardBus
 from loom.phases.shared.acceptance import plain_violation
 from loom.phases.shared.check_pool import Violation
+from loom.phases.shared.division import may_divide
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import (
     IN_HAND_S,
@@ -390,5 +391,5 @@ def notice_of(record: TaskRecord) -> SubtaskEnded | None:
 
 
 def may_be_divided(record: TaskRecord) -> bool:
-    """Return whether a plan may be left over: one was put together, or the task ended before it could be."""
-    return bool(record.envelope.inputs) or record.state != "succeeded"
+    """Return whether a plan may be left over: one was put together, or the task ended before or beside that."""
+    return bool(record.envelope.inputs) or record.state != "succeeded" or may_divide(record.envelope)

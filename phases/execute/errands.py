@@ -242,7 +242,14 @@ def errand_for(envelope: Envelope, ad: TaskAd, config: ClusterConfig) -> Envelop
         raise InvalidTask("no tokens are left to delegate with", field="token_budget")
     ad = check_ad(as_part(replace(ad, priority=envelope.priority, token_budget=grant), envelope.ad))
     split = Split(parent=envelope.task_id, depth=depth, grant=grant, deadline=envelope.deadline)
-    return Envelope(ad=ad, split=split, deadline=envelope.deadline, budget=grant, trace=envelope.trace)
+    return Envelope(
+        ad=ad,
+        submitter=envelope.submitter,
+        split=split,
+        deadline=envelope.deadline,
+        budget=grant,
+        trace=envelope.trace,
+    )
 
 
 def answer_in(record: TaskRecord) -> TaskResult:

@@ -24,7 +24,7 @@ ABSENT_S = 3.0
 ASK_AGAIN_S = 1.0
 KEY_HEADER = "Loom-Key"
 ERROR_HEADERS = ("Nats-Service-Error", "Nats-Service-Error-Code")
-LAST_KINDS = frozenset({"result", "error", "rejected"})
+LAST_KINDS = ("result", "error", "rejected")
 """Kinds of a reply that is an event."""
 _ANY: Any = Any
 SECOND_REPLY = "a second reply: the first one is the end of the run"

@@ -6,10 +6,12 @@ from hashlib import blake2b
 
 from msgspec.structs import replace
 
+from loom.phases.shared.division import PLAN
 from loom.phases.shared.parts import as_part
-from loom.phases.shared.token_usage import tokens_of, used_in_all, with_parts
-from loom.schemas.config import ClusterConfig
+from loom.phases.shared.token_usage import charged, tokens_of, used_in_all, with_parts
+from loom.schemas.auction import DESCRIPTION_BYTES
 from loom.schemas.envelope import Envelope, Split, SplitPlan, Subtask, TaskRecord
+from loom.schemas.events import SubtaskEvent
 from loom.schemas.task import TaskAd, TaskError
 from loom.schemas.wire import MAX_INPUTS_BYTES, cut_note, cut_utf8, encode
 
@@ -17,9 +19,6 @@ SYNTHESIS_SHARE = 0.2
 """Part of a budget kept for putting the outputs together."""
 LEAST_WEIGHT = 0.1
 """Even a trivial subtask gets a part of the budget."""
-PLAN = "plan"
-"""Key of the ad's context under which a client may give the plan itself, or `true` to have one made."""
-
 
 _OWN = frozenset({"budget_exceeded", "deadline_exceeded"})
 """Errors of a subtask that are the parent's own: its budget and its deadline are what they share."""
@@ -29,22 +28,6 @@ def child_id(parent_id: str, subtask_id: str) -> str:
     """Return the task id of a subtask: the same whoever computes it."""
     digest = blake2b(f"{parent_id}:{subtask_id}".encode(), digest_size=16).digest()
     return base64.b32encode(digest).decode().rstrip("=").lower()
-
-
-def asks_to_split(envelope: Envelope, config: ClusterConfig) -> bool:
-    """Return whether the task is to be divided: its ad asks for it, or it is hard and may go to any node."""
-    ad, limits, hard = envelope.ad, envelope.ad.limits, config.mitosis_threshold
-    if limits is not None and limits.mitosis_threshold is not None:
-        hard = max(hard, limits.mitosis_threshold)
-    if ad.context.get(PLAN) not in (None, False):
-        return True
-    return ad.node_id is None and envelope.spec is not None and envelope.spec.complexity > hard
-
-
-def deepest(envelope: Envelope, config: ClusterConfig) -> int:
-    """Return how many divisions there may be between a client's task and its smallest part."""
-    limits = envelope.ad.limits
-    return config.max_depth if limits is None or limits.max_depth is None else min(config.max_depth, limits.max_depth)
 
 
 def begin(envelope: Envelope, subtasks: Sequence[Subtask]) -> SplitPlan:
@@ -66,6 +49,20 @@ def begin(envelope: Envelope, subtasks: Sequence[Subtask]) -> SplitPlan:
 def whole(envelope: Envelope, why: str) -> SplitPlan:
     """Return the plan of a task that stays whole: the decision is made once, however often the task comes."""
     return SplitPlan(parent_id=envelope.task_id, state="done", subtasks=(), envelope=envelope, note=cut_note(why))
+
+
+def for_attempt(plan: SplitPlan, envelope: Envelope) -> SplitPlan:
+    """Return the plan with `envelope` as its parked task where that is of a newer attempt; else the plan as it is.
+
+    The subtasks stay as they are: they go on, and their outputs are for the attempt that asked last.
+    """
+    return plan if envelope.attempt <= plan.envelope.attempt else replace(plan, envelope=charged_as(plan, envelope))
+
+
+def charged_as(plan: SplitPlan, envelope: Envelope) -> Envelope:
+    """Return the envelope with the question for its plan counted, unless it is: its twin may have asked it."""
+    asked = plan.envelope.phase_usage.get("scale")
+    return envelope if asked is None or "scale" in envelope.phase_usage else charged(envelope, "scale", asked)
 
 
 def advance(plan: SplitPlan) -> SplitPlan:
@@ -128,11 +125,13 @@ def note(plan: SplitPlan, record: TaskRecord) -> SplitPlan:
 def _ended(part: Subtask, record: TaskRecord) -> Subtask:
     if part.state != "running" or not record.ended or record.state in {"accepted", "running"}:
         return part
+    result = record.to_result()
     return replace(
         part,
         state=record.state,
         error=_short(record.error),
-        node_id=record.to_result().node_id,
+        node_id=result.node_id,
+        owner=result.owner,
         tokens=tokens_of(record),
         spent=used_in_all(record),
         duration_s=record.lasted_s,
@@ -203,7 +202,42 @@ def child_of(plan: SplitPlan, part: Subtask, outputs: Mapping[str, str], now: fl
         deadline=parent.deadline,
         inputs=fitting({**given, **{name: outputs.get(name, "") for name in part.dependencies}}),
     )
-    return Envelope(ad=ad, split=split, deadline=parent.deadline, budget=part.grant, trace=parent.trace)
+    return Envelope(
+        ad=ad,
+        submitter=parent.submitter,
+        split=split,
+        deadline=parent.deadline,
+        budget=part.grant,
+        trace=parent.trace,
+    )
+
+
+def begun_event(plan: SplitPlan, part: Subtask, now: float) -> SubtaskEvent:
+    """Return what clients get when a subtask begins."""
+    return SubtaskEvent(
+        parent_id=plan.parent_id,
+        child_id=part.child_id or child_id(plan.parent_id, part.id),
+        subtask=part.id,
+        state="begun",
+        description=cut_utf8(part.description, DESCRIPTION_BYTES)[0],
+        at=now,
+    )
+
+
+def ended_event(plan: SplitPlan, record: TaskRecord, now: float) -> SubtaskEvent | None:
+    """Return what clients get when the subtask of that (ended) record ends; None where the plan does not know it."""
+    part = next((part for part in plan.subtasks if part.child_id == record.task_id), None)
+    if part is None or record.state in {"accepted", "running"}:
+        return None
+    result = record.to_result()
+    return replace(
+        begun_event(plan, part, record.ended_at or now),
+        state="ended",
+        child_state=record.state,
+        node_id=result.node_id,
+        owner=result.owner,
+        error=result.error.code if result.error else "",
+    )
 
 
 def joined(plan: SplitPlan, outputs: Mapping[str, str]) -> Envelope:

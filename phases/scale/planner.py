@@ -1,7 +1,7 @@
 """Where a plan comes from: the ad itself, or a model, asked a second time with its mistakes."""
 
 from loom.bus.log import get_logger
-from loom.phases.scale.graph import PLAN
+from loom.phases.shared.division import PLAN
 from loom.phases.shared.llm_call import Answer, ask
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Subtask

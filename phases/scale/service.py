@@ -5,13 +5,15 @@ Publishes  task.sense        the first envelope of each subtask, once all it dep
            later.<parent>    a PlanTimeout with the parked parent, due at its deadline
            task.execute      a task as it came, or a parent with its subtasks' outputs, to be put together
            cancel.<child>    that a subtask is to stop, once its parent has ended
+           subtask.<submitter>.<parent>   that a subtask has begun or ended
            spawn             a request for one more node, to hosts that can start some
-State      plans: one per divided task, changed by compare-and-set; whoever changes one publishes what follows
+State      plans: one per divided task, changed by compare-and-set, then what follows is published. A plan
+           answers for the newest attempt that has asked for it
 Gives up   deadline_exceeded, invalid_plan, subtask_failed, budget_exceeded
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from weakref import WeakValueDictionary
 
 from msgspec.structs import replace
@@ -27,15 +29,17 @@ from loom.bus.outcome import Dead, Done, Fail, Next, Outcome
 from loom.bus.records import records
 from loom.bus.topology import SCALE_LANE
 from loom.phases.scale import graph, planner
-from loom.phases.scale.spawn import NodeRequests, is_saturated
+from loom.phases.scale.spawn import NodeRequests
+from loom.phases.shared.division import is_saturated, undivided, wants_scale
 from loom.phases.shared.token_usage import before_the_run, charged, with_parts
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, SplitPlan, Subtask
 from loom.schemas.errors import BusUnavailable, InvalidPlan
+from loom.schemas.events import SubtaskEvent
 from loom.schemas.llm import LLMProvider
 from loom.schemas.notices import ParentEnded, PlanTimeout, ScaleMessage, SubtaskEnded, read_scale_message
 from loom.schemas.task import RunResult, TaskError
-from loom.schemas.wire import MAX_CONTENT_BYTES, Undecodable, cut_note, cut_utf8
+from loom.schemas.wire import MAX_CONTENT_BYTES, Undecodable, cut_utf8
 
 log = get_logger()
 
@@ -43,6 +47,7 @@ CANCEL_S = (0.02, 0.1, 0.4, 1.0, 1.0)  # waits for SENSE to record a cancel
 TRIES = 64  # notices of one plan come together; each of them is one change
 LATE = TaskError(code="deadline_exceeded", message="the deadline passed before the run began")
 PARKED = TaskError(code="deadline_exceeded", message="the deadline passed before all subtasks had ended")
+OVER = TaskError(code="subtask_failed", message="the plan of the task is over")
 
 
 class Scale:
@@ -82,7 +87,7 @@ class Scale:
             case ParentEnded(task_id=parent_id):
                 return await self._on_end(parent_id)
             case PlanTimeout(envelope=envelope):
-                return Fail(PARKED, await self._with_parts(envelope))
+                return Fail(PARKED, await self._as_parked(envelope))
             case Envelope() as envelope:
                 return await self._on_task(envelope)
 
@@ -104,31 +109,33 @@ class Scale:
         msg_id = f"{envelope.task_id}:dead:scale-{envelope.attempt}"
         await store_once(self._bus, subject, envelope, msg_id=msg_id)
 
-    async def _with_parts(self, envelope: Envelope) -> Envelope:
-        """Return a parked task's envelope with what its subtasks have used, as far as the plan can be read."""
+    async def _as_parked(self, envelope: Envelope) -> Envelope:
+        """Return a parked task's envelope with what its subtasks have used; `envelope` where its plan is unreadable."""
         try:
-            plan = await self._plans.get(envelope.task_id)
+            entry = await self._plans.get(envelope.task_id)
         except Undecodable as error:
             log.warning("plan_undecodable", reason=error.message)
             return envelope
-        return with_parts(envelope, plan.value.subtasks) if plan is not None else envelope
+        if entry is None:
+            return envelope
+        plan = graph.for_attempt(entry.value, envelope)
+        return with_parts(plan.envelope, plan.subtasks)
 
     async def _on_task(self, envelope: Envelope) -> Outcome:
         if envelope.spec is None:
             return Dead("the envelope came without a spec")
         if self._bus.now() >= envelope.deadline:
             return Fail(LATE, envelope)
-        if envelope.award is None:
-            self._nodes.ask(envelope, saturated=False)
-            return Next("match", envelope)
-        if is_saturated(envelope.award):
+        if envelope.award is not None and is_saturated(envelope.award):
             self._nodes.ask(envelope, saturated=True)
-        if envelope.inputs or not graph.asks_to_split(envelope, self._config):
-            return Next("execute", envelope)
-        deepest = graph.deepest(envelope, self._config)
-        if envelope.depth >= deepest:
-            return Next("execute", _noted(envelope, f"at most {deepest} divisions deep are allowed"))
-        return await self._divide(envelope)
+        match wants_scale(envelope):
+            case "no_bids":
+                self._nodes.ask(envelope, saturated=False)
+                return Next("match", envelope)
+            case "divide":
+                return await self._divide(envelope)
+            case _:
+                return Next("execute", envelope)
 
     # -- dividing
 
@@ -136,7 +143,7 @@ class Scale:
         """Park the task and begin its subtasks; a task that has a plan already goes on with that."""
         entry = await self._plans.get(envelope.task_id)
         if entry is not None:
-            return await self._go_on(envelope, entry.value)
+            return await self._answer(envelope, entry.value)
         try:
             subtasks = planner.given(envelope.ad, self._config)
         except InvalidPlan as error:
@@ -146,19 +153,39 @@ class Scale:
         elif self._llm is not None:
             plan = await self._ask_for_plan(envelope, self._llm)
         else:
-            return Next("execute", _noted(envelope, "no model is there to plan"))
+            plan = graph.whole(envelope, "no model is there to plan")
         try:
             await self._plans.create(envelope.task_id, plan)
         except Conflict:  # a twin of the message was faster
             return await self._divide(envelope)
         log.info("divided", subtasks=len(plan.subtasks), begun=len(graph.running(plan)), note=plan.note)
-        return await self._go_on(envelope, plan)
+        return await self._answer(envelope, plan)
 
-    async def _go_on(self, envelope: Envelope, plan: SplitPlan) -> Outcome:
-        """Carry out the plan there is, were it that the task stays whole."""
+    async def _answer(self, envelope: Envelope, plan: SplitPlan) -> Outcome:
+        """Carry out a stored plan for the attempt that asks; the hops follow from its own message.
+
+        A newer attempt takes the place of the parked one before anything is published: whatever the plan comes to
+        later, comes with it. An older one has nothing to wait for, because the message of the newer one goes on.
+        """
         if not plan.subtasks:
-            return Next("execute", _noted(_charged_as(plan, envelope), plan.note))
-        return await self._carry_out(plan, graph.running(plan))
+            return Next("execute", _whole(graph.charged_as(plan, envelope), plan.note))
+        change = await self._change(envelope.task_id, lambda plan: graph.for_attempt(plan, envelope))
+        if change is None:
+            raise BusUnavailable(f"the plan of {envelope.task_id} is gone")
+        plan = change[1]
+        if envelope.attempt < plan.envelope.attempt:
+            return Done()
+        if plan.state == "done" and plan.error is None:
+            return await self._over(plan)
+        outcome = await self._carry_out(plan, graph.running(plan))
+        return Next(outcome.phase, outcome.envelope) if isinstance(outcome, Next) else outcome
+
+    async def _over(self, plan: SplitPlan) -> Outcome:
+        """Nothing for a task that has ended; one that runs on with such a plan would wait for ever, and fails."""
+        record = await self._records.get(plan.parent_id)
+        if record is None or record.value.ended:
+            return Done()
+        return Fail(OVER, with_parts(plan.envelope, plan.subtasks))
 
     async def _ask_for_plan(self, envelope: Envelope, llm: LLMProvider) -> SplitPlan:
         """A model's plan; where it has none of use, the task stays whole, and the plan says why."""
@@ -186,6 +213,7 @@ class Scale:
             log.info("notice_without_plan", child_id=child_id)
             return Done()
         before, plan = change
+        await self._report(plan, graph.ended_event(plan, child.value, self._bus.now()))
         if plan != before and before.state == "done":
             return Done()  # the parent's end is published already, or will be by a message of its own
         if plan != before:
@@ -251,7 +279,7 @@ class Scale:
             case "joining":
                 await self._drop_timer(plan.parent_id)
                 outputs = await self._outputs(plan, [part.id for part in plan.subtasks])
-                return Next("execute", graph.joined(plan, outputs), f"{plan.parent_id}:join")
+                return Next("execute", graph.joined(plan, outputs), _id(plan, "join"))
             case "done":
                 return await self._fail(plan)
 
@@ -263,22 +291,30 @@ class Scale:
             target=self._bus.subjects.task("scale", parent.priority, plan.parent_id),
             at=parent.deadline,
             message=PlanTimeout(envelope=parent),
-            msg_id=f"{plan.parent_id}:timer",
+            msg_id=_id(plan, "timer"),
         )
         # Read after the plan is stored and the timer set: whoever ends or joins the parent sees one of them.
         record, entry = await asyncio.gather(self._records.get(plan.parent_id), self._plans.get(plan.parent_id))
         if record is None or record.value.ended:
             await self._on_end(plan.parent_id)
             return
-        if entry is None or entry.value.state != "running":
+        if entry is not None and entry.value.state != "running":
             await self._drop_timer(plan.parent_id)
             return
         outputs = await self._outputs(plan, [name for part in begun for name in part.dependencies])
-        await asyncio.gather(*(self._publish(graph.child_of(plan, part, outputs, self._bus.now())) for part in begun))
+        await asyncio.gather(*(self._publish(plan, part, outputs) for part in begun))
 
-    async def _publish(self, child: Envelope) -> None:
+    async def _publish(self, plan: SplitPlan, part: Subtask, outputs: Mapping[str, str]) -> None:
+        now = self._bus.now()
+        child = graph.child_of(plan, part, outputs, now)
+        await self._report(plan, graph.begun_event(plan, part, now))  # first, so that it precedes the subtask's end
         subject = self._bus.subjects.task("sense", child.priority, child.task_id)
         await store_once(self._bus, subject, child, msg_id=f"{child.task_id}:begin")
+
+    async def _report(self, plan: SplitPlan, event: SubtaskEvent | None) -> None:
+        """Publish for clients that a subtask has begun or ended, each time it is handled."""
+        if event is not None:
+            await self._bus.publish(self._bus.subjects.of("subtask", plan.envelope.submitter, plan.parent_id), event)
 
     async def _outputs(self, plan: SplitPlan, names: Sequence[str]) -> dict[str, str]:
         """What came out of the named subtasks, read from their records."""
@@ -298,7 +334,7 @@ class Scale:
         await self._drop_timer(plan.parent_id)
         failed = with_parts(plan.envelope, plan.subtasks)
         failed = replace(failed, error=error, result=await self._partial(plan, error))
-        return Next("evaluate", failed, f"{plan.parent_id}:planfail")
+        return Next("evaluate", failed, _id(plan, "planfail"))
 
     async def _partial(self, plan: SplitPlan, error: TaskError) -> RunResult | None:
         """What there is for a budget that is spent: the outputs so far."""
@@ -323,16 +359,12 @@ def _notice_in(raw: bytes) -> ScaleMessage | None:
         return None
 
 
-def _charged_as(plan: SplitPlan, envelope: Envelope) -> Envelope:
-    """Return the envelope with the question for its plan counted, unless it is: a twin of it may have put it."""
-    asked = plan.envelope.phase_usage.get("scale")
-    return envelope if asked is None or "scale" in envelope.phase_usage else charged(envelope, "scale", asked)
+def _id(plan: SplitPlan, what: str) -> str:
+    """The id of a message that follows from a plan, for the attempt it answers for."""
+    return f"{plan.parent_id}:{what}-{plan.envelope.attempt}"
 
 
-def _noted(envelope: Envelope, why: str) -> Envelope:
-    """Return the envelope saying why its task has not been divided, beside what SENSE had to say."""
+def _whole(envelope: Envelope, why: str) -> Envelope:
+    """Return the envelope saying that its task is not to be divided, and why not."""
     spec = envelope.spec
-    note = f"not divided: {why}"
-    if spec is None or note in spec.note:
-        return envelope
-    return replace(envelope, spec=replace(spec, note=cut_note("; ".join(filter(None, (spec.note, note))))))
+    return envelope if spec is None else replace(envelope, spec=replace(undivided(spec, why), whole=True))

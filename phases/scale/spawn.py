@@ -5,7 +5,7 @@ import time
 from loom.bus.client import Bus, NoResponders
 from loom.bus.log import get_logger
 from loom.schemas.auction import DESCRIPTION_BYTES, SpawnReply, SpawnRequest
-from loom.schemas.envelope import Award, Envelope
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import LoomError
 from loom.schemas.wire import cut_utf8, decode
 
@@ -70,10 +70,3 @@ class NodeRequests:
     async def _ask_one(self, request: SpawnRequest) -> SpawnReply:
         msg = await self._bus.request(self._bus.subjects.spawn, request, timeout_s=ANSWER_S)
         return decode(msg.data, SpawnReply)
-
-
-def is_saturated(award: Award) -> bool:
-    """Return whether the winner has no slot free: the task will queue."""
-    return award.backlog > 0 or any(
-        bid.load >= 1 for bid in award.bids if (bid.node_id, bid.host_id) == (award.node_id, award.host_id)
-    )

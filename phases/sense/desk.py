@@ -1,13 +1,15 @@
-"""The front desk: submit, status and cancel, for whoever speaks NATS and JSON."""
+"""The request handlers for clients: submit, status and cancel, by the plain subjects and by a submitter's own."""
 
 import base64
+from typing import NamedTuple
 from uuid import uuid4
 
 from msgspec.structs import asdict, replace
 
-from loom.bus.answers import answer, answer_error, may_answer
+from loom.bus.answers import allowed_reply, answer, answer_error, may_answer
 from loom.bus.client import Bus, Conflict, Msg, Refused, Subscription
 from loom.bus.duplicates import store_once
+from loom.bus.kv import Entry
 from loom.bus.log import get_logger
 from loom.bus.records import change
 from loom.bus.stored import read_message
@@ -61,15 +63,16 @@ class Desk:
             await self._bus.stop_delivery(subscription)
 
     async def _submit(self, msg: Msg) -> None:
+        client = self._client(msg)
         try:
             ad = parse_ad(msg.data)
+            if ad.task_id.encode() in msg.data:  # else the id was made here, and is new
+                await self._admission.check_id(ad, client.submitter)
             await check_accept(ad, self._checks)
-            reply_to = msg.reply if ad.wait and may_answer(msg.reply) else ""
-            submitter = _submitter_of(self._bus, msg)
-            submission = Submission(ad=ad, submission=uuid4().hex, reply_to=reply_to)
+            submission = Submission(ad=ad, submission=uuid4().hex, reply_to=client.reply if ad.wait else "")
             headers = {"traceparent": msg.headers["traceparent"]} if "traceparent" in msg.headers else {}
             await self._bus.store(
-                self._bus.subjects.intake(submitter, ad.priority, ad.task_id),
+                self._bus.subjects.intake(client.submitter, ad.priority, ad.task_id),
                 submission,
                 msg_id=f"{ad.task_id}:{submission.submission}",
                 headers=headers,
@@ -77,24 +80,36 @@ class Desk:
             )
         except LoomError as error:
             log.info("submission_refused", code=error.code, field=error.field, reason=error.message[:200])
-            await answer_error(self._bus, msg.reply, error)
+            await answer_error(self._bus, client.reply, error)
             return
         if not ad.wait:
-            await answer(self._bus, msg.reply, Accepted(task_id=ad.task_id))
+            await answer(self._bus, client.reply, Accepted(task_id=ad.task_id))
 
     async def _status(self, msg: Msg) -> None:
+        client = self._client(msg)
         try:
             task_id = _task_of(msg)
-            entry = await self._admission.records.get(task_id)
+            entry = await self._entry(task_id, client)
             if entry is not None:
                 await self._end_if_stranded(entry.value)
-                await answer(self._bus, msg.reply, status_of(entry.value, msg.data))
-            elif await self._queued(task_id) is not None:
-                await answer(self._bus, msg.reply, Accepted(task_id=task_id))
+                await answer(self._bus, client.reply, status_of(entry.value, msg.data))
+            elif await self._queued(task_id, client) is not None:
+                await answer(self._bus, client.reply, Accepted(task_id=task_id))
             else:
-                raise UnknownTask(f"no task {task_id} is known; records are kept for 72 hours", task_id=task_id)
+                raise _unknown(task_id)
         except LoomError as error:
-            await answer_error(self._bus, msg.reply, error)
+            await answer_error(self._bus, client.reply, error)
+
+    async def _entry(self, task_id: str, client: "Client") -> Entry[TaskRecord] | None:
+        """Return the record of a task, if there is one.
+
+        Raises:
+            UnknownTask: It is not one of the client's.
+        """
+        entry = await self._admission.records.get(task_id)
+        if entry is not None and not client.reaches(entry.value):
+            raise _unknown(task_id)
+        return entry
 
     async def _end_if_stranded(self, record: TaskRecord) -> None:
         """Have a task ended that is past its deadline and of which no hop is stored any more: the server lost them."""
@@ -109,22 +124,23 @@ class Desk:
         await self._tell_evaluate(replace(record.envelope, attempt=attempt), STRANDED, f"{task_id}:stranded")
 
     async def _cancel(self, msg: Msg) -> None:
+        client = self._client(msg)
         try:
-            record = await self._cancelled(_task_of(msg))
+            record = await self._cancelled(_task_of(msg), client)
             if record.state == "cancelled":  # also when it was cancelled before: the first message may be lost
                 await self._bus.publish(self._bus.subjects.of("cancelled", record.task_id))
-            await answer(self._bus, msg.reply, status_of(record, msg.data))
+            await answer(self._bus, client.reply, status_of(record, msg.data))
         except LoomError as error:
-            await answer_error(self._bus, msg.reply, error)
+            await answer_error(self._bus, client.reply, error)
 
-    async def _cancelled(self, task_id: str) -> TaskRecord:
+    async def _cancelled(self, task_id: str, client: "Client") -> TaskRecord:
         """Cancel the task unless it has ended, and return its record.
 
-        EVALUATE is told before the record changes: if this process dies in between, the task still ends.
+        EVALUATE gets its message before the record changes: if this process dies in between, the task still ends.
         """
-        entry = await self._admission.records.get(task_id)
+        entry = await self._entry(task_id, client)
         if entry is None:
-            return await self._cancel_queued(task_id)
+            return await self._cancel_queued(task_id, client)
         if entry.value.ended:
             return entry.value
         current = await self._last_hop(task_id) or entry.value.envelope
@@ -149,16 +165,16 @@ class Desk:
             return None
         return envelope_in(base64.b64decode(found["message"].get("data", "")))
 
-    async def _cancel_queued(self, task_id: str) -> TaskRecord:
-        found = await self._queued(task_id)
+    async def _cancel_queued(self, task_id: str, client: "Client") -> TaskRecord:
+        found = await self._queued(task_id, client)
         if found is None:
-            raise UnknownTask(f"no task {task_id} is known; records are kept for 72 hours", task_id=task_id)
+            raise _unknown(task_id)
         submitter, queued = found
         record = TaskRecord(
             task_id=task_id,
             state="running",
             submission=queued.submission,
-            reply_to=(queued.reply_to,) if queued.reply_to else (),
+            reply_to=(queued.reply_to,) if may_answer(queued.reply_to, plain=submitter == PUBLIC) else (),
             envelope=envelope_for(queued, submitter, self._bus.now(), ""),
             admitted_at=self._bus.now(),
         )
@@ -166,7 +182,7 @@ class Desk:
         try:
             await self._admission.records.create(task_id, ended)
         except Conflict:  # admitted meanwhile
-            return await self._cancelled(task_id)
+            return await self._cancelled(task_id, client)
         await self._tell_evaluate(ended.envelope, CANCELLED, f"{task_id}:cancel")
         return ended
 
@@ -174,12 +190,13 @@ class Desk:
         subject = self._bus.subjects.task("evaluate", envelope.priority, envelope.task_id)
         await store_once(self._bus, subject, envelope.failed(error), msg_id=msg_id)
 
-    async def _queued(self, task_id: str) -> tuple[str, Submission] | None:
-        """The submission that waits in the intake, if one does, and its submitter."""
+    async def _queued(self, task_id: str, client: "Client") -> tuple[str, Submission] | None:
+        """The submission that waits in the intake and that the client reaches, if there is one, and its submitter."""
         stream = self._bus.subjects.stream("INTAKE")
+        whose = client.submitter if client.by_name else "*"
         try:
             found = await self._bus.api(
-                f"STREAM.MSG.GET.{stream}", {"last_by_subj": self._bus.subjects.intake("*", "*", task_id)}
+                f"STREAM.MSG.GET.{stream}", {"last_by_subj": self._bus.subjects.intake(whose, "*", task_id)}
             )
         except Refused:
             return None
@@ -187,6 +204,27 @@ class Desk:
         parsed = self._bus.subjects.parse(message["subject"])
         submitter = parsed.tokens["submitter"] if parsed else PUBLIC
         return submitter, decode(base64.b64decode(message.get("data", "")), Submission)
+
+    def _client(self, msg: Msg) -> "Client":
+        """Return what the subject and the reply subject of a request say about its sender."""
+        parsed = self._bus.subjects.parse(msg.subject)
+        name = parsed.tokens.get("submitter") if parsed else None
+        reply = allowed_reply(self._bus, msg.reply, plain=name is None, subject=msg.subject)
+        return Client(name or PUBLIC, by_name=name is not None, reply=reply)
+
+
+class Client(NamedTuple):
+    """The sender of a request."""
+
+    submitter: str
+    by_name: bool
+    """Whether the subject names the submitter; the plain subjects reach the tasks of all submitters."""
+    reply: str
+    """Where its answer goes; empty: nowhere."""
+
+    def reaches(self, record: TaskRecord) -> bool:
+        """Return whether the client may see and cancel the task of a record."""
+        return not self.by_name or record.envelope.submitter == self.submitter
 
 
 async def check_accept(ad: TaskAd, checks: CheckPool) -> None:
@@ -226,10 +264,8 @@ def status_of(record: TaskRecord, query: bytes) -> TaskResult:
     return TaskStatus(**asdict(result), record=replace(record, reply_to=()))
 
 
-def _submitter_of(bus: Bus, msg: Msg) -> str:
-    """Whose request it is: the submitter that its subject names."""
-    parsed = bus.subjects.parse(msg.subject)
-    return parsed.tokens.get("submitter", PUBLIC) if parsed else PUBLIC
+def _unknown(task_id: str) -> UnknownTask:
+    return UnknownTask(f"no task {task_id} is known; records are kept for 72 hours", task_id=task_id)
 
 
 def _task_of(msg: Msg) -> str:

@@ -1,10 +1,13 @@
-"""How hard a task is and which domains it belongs to, by a look at its words."""
+"""How hard a task is and which domains it belongs to, by a look at its words; and whether it is to be divided."""
 
 import re
 from typing import Annotated, Any
 
 from msgspec import Meta
+from msgspec.structs import replace
 
+from loom.phases.shared.division import PLAN, undivided
+from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Spec
 from loom.schemas.model_json import read_model_json
 from loom.schemas.task import TaskAd
@@ -92,6 +95,31 @@ def look(ad: TaskAd) -> tuple[Spec, bool]:
         complexity = complexity_of(ad.description, len(found))
     spec = Spec(complexity=complexity, domains=domains, method="given" if given else "heuristic")
     return spec, not ad.domain.strip() and not found
+
+
+def with_division(spec: Spec, ad: TaskAd, depth: int, config: ClusterConfig) -> Spec:
+    """Return the spec with whether the task is to be divided, and how deep divisions may go.
+
+    The ad's limits only narrow the settings. No phase after this one asks its own settings about it.
+
+    Args:
+        depth: Divisions above the task.
+    """
+    divide, deepest = _is_to_be_divided(spec, ad, config), config.max_depth
+    if ad.limits is not None and ad.limits.max_depth is not None:
+        deepest = min(deepest, ad.limits.max_depth)
+    spec = replace(spec, divide=divide, deepest=deepest)
+    return undivided(spec, f"at most {deepest} divisions deep are allowed") if divide and depth >= deepest else spec
+
+
+def _is_to_be_divided(spec: Spec, ad: TaskAd, config: ClusterConfig) -> bool:
+    """Whether the ad gives or wants a plan, or the task is hard and may go to any node."""
+    if ad.context.get(PLAN) not in (None, False):
+        return True
+    threshold = config.mitosis_threshold
+    if ad.limits is not None and ad.limits.mitosis_threshold is not None:
+        threshold = max(threshold, ad.limits.mitosis_threshold)
+    return ad.node_id is None and spec.complexity > threshold
 
 
 def read_estimate(answer: str) -> Estimate:

@@ -1,7 +1,7 @@
-"""Sense: find out how hard a task is and which domain it belongs to.
+"""Sense: find out how hard a task is, which domain it belongs to, and whether it is to be divided.
 
 Consumes   intake.<submitter>.<priority>.*   submissions, one lane per priority; task.sense.*.* for subtasks
-Answers    submit, status.*, cancel.*
+Answers    submit, status.*, cancel.*, and the same of one submitter below from.<submitter>
 Publishes  task.match            the admitted envelope with its spec
 State      task records: created here, and only here for tasks that are well; calibrations are read, never written
 Gives up   an ad that breaks a rule fails with invalid_task; a late one with deadline_exceeded
@@ -24,7 +24,7 @@ from loom.bus.topology import INTAKE_LANES, SENSE_LANE, Lane, in_flight, stream_
 from loom.phases.sense.admission import Admission, envelope_for
 from loom.phases.sense.calibration import Calibrations
 from loom.phases.sense.desk import CANCELLED, Desk, check_accept
-from loom.phases.sense.policy import estimate_schema, look, prompt, read_estimate
+from loom.phases.sense.policy import estimate_schema, look, prompt, read_estimate, with_division
 from loom.phases.shared.check_pool import CheckPool, NotChecked
 from loom.phases.shared.llm_call import ask
 from loom.phases.shared.token_usage import before_the_run, charged
@@ -155,6 +155,7 @@ class Sense:
         envelope, spec = await self._with_spec(envelope, left_s)
         if envelope.ad.estimated_complexity is None:
             spec = self._calibrations.apply(spec)
+        spec = with_division(spec, envelope.ad, envelope.depth, self._config)
         return Next("match", replace(envelope, spec=spec))
 
     async def _with_spec(self, envelope: Envelope, left_s: float) -> tuple[Envelope, Spec]:

@@ -36,7 +36,10 @@ def doctor(
 
 async def _examined(settings: Settings, *, here: bool) -> list[Finding]:
     async with Bus(
-        settings.nats_url or DEFAULT_URL, namespace=settings.loom_namespace, identity=settings.identity
+        settings.nats_url or DEFAULT_URL,
+        namespace=settings.loom_namespace,
+        role="operator",
+        identity=settings.identity,
     ) as bus:
         return await (examine_here(bus) if here else examine(bus, settings.cluster))
 

@@ -74,7 +74,7 @@ def _confirm(namespace: str, where: str) -> None:
 async def _init(settings: Settings, store: Path | None, *, reset: bool) -> Made:
     async with (
         _server(settings, store) as url,
-        Bus(url, namespace=settings.loom_namespace, identity=settings.identity) as bus,
+        Bus(url, namespace=settings.loom_namespace, role="operator", identity=settings.identity) as bus,
     ):
         topology.check_version(bus)
         await check_processes(bus)

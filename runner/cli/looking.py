@@ -31,15 +31,23 @@ TaskId = Annotated[str, typer.Argument(metavar="ID", help="Id of the task; of a 
 AsLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
 
 
+def client_bus(settings: Settings) -> Bus:
+    """Return a client's connection to the server of NATS_URL, to be opened."""
+    url = settings.nats_url or DEFAULT_URL
+    return Bus(url, namespace=settings.loom_namespace, identity=settings.identity, patience_s=PATIENCE_S)
+
+
 @asynccontextmanager
 async def looking(settings: Settings) -> AsyncIterator[Bus]:
-    """Connect to the server of NATS_URL.
+    """Connect to the server of NATS_URL as an operator.
 
     Raises:
         BusUnavailable: No server, or one that no phase has ever run on.
     """
     url = settings.nats_url or DEFAULT_URL
-    async with Bus(url, namespace=settings.loom_namespace, identity=settings.identity, patience_s=PATIENCE_S) as bus:
+    async with Bus(
+        url, namespace=settings.loom_namespace, role="operator", identity=settings.identity, patience_s=PATIENCE_S
+    ) as bus:
         check_version(bus)
         await check_has_run(bus)
         yield bus

@@ -171,7 +171,9 @@ async def _in_here(url: str, settings: Settings, welcome: Callable[[str], str]) 
 async def _in_processes(url: str, settings: Settings, programs: list[Program], welcome: Callable[[str], str]) -> None:
     log.info("connecting", server=Bus(url).address)
     names = [program.name for program in programs]
-    async with Bus(url, namespace=settings.loom_namespace, identity=settings.identity, patience_s=FOREVER_S) as bus:
+    async with Bus(
+        url, namespace=settings.loom_namespace, role="operator", identity=settings.identity, patience_s=FOREVER_S
+    ) as bus:
         topology.check_version(bus)
         await check_processes(bus)
         # Here once, so that what a start waits for is logged by one process.

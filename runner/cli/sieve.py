@@ -8,6 +8,7 @@ from loom.bus.tap import Seen
 from loom.runner.cli.render import short
 from loom.schemas.auction import CallForBids, HostAnnouncement
 from loom.schemas.envelope import Envelope
+from loom.schemas.events import SubtaskEvent
 from loom.schemas.identity import LOCAL_OWNER, qualified
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.notices import PlanTimeout
@@ -101,6 +102,8 @@ def tasks_of(seen: Seen) -> tuple[str, ...]:
     message: Any = seen.message
     if isinstance(message, Lifecycle):
         return message.task_ids
+    if isinstance(message, SubtaskEvent):
+        return message.parent_id, message.child_id
     if isinstance(message, CallForBids):
         return tuple(lot.task_id for lot in message.lots)
     task_id = seen.tokens.get("task_id") or getattr(message, "task_id", None)

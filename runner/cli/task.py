@@ -21,7 +21,7 @@ from loom.runner.cli.tree import Division, progress_of, read_division, tree
 from loom.runner.cli.winning import rests_on, why
 from loom.runner.settings import Settings
 from loom.schemas.envelope import Award, ScoredBid, SplitPlan, TaskRecord
-from loom.schemas.identity import JUDGE, RULES
+from loom.schemas.identity import JUDGE, PUBLIC, RULES
 from loom.schemas.learning import Reward
 from loom.schemas.task import Submission, TaskError
 
@@ -127,6 +127,8 @@ def _head(record: TaskRecord, where: str, now: float) -> Iterator[Text]:
         facts.append(f"domain {envelope.domain}")
     if envelope.spec is not None and envelope.spec.no_offers_since is not None and not record.ended:
         facts.append(f"nobody has bid for {span(max(0.0, now - envelope.spec.no_offers_since))}")
+    if envelope.submitter != PUBLIC:
+        facts.append(f"submitter {envelope.submitter}")
     if ad.required_tools:
         facts.append(f"needs {', '.join(ad.required_tools)}")
     facts += [f"{name}={value}" for name, value in ad.labels.items()]

@@ -16,6 +16,7 @@ from loom.runner.cli.looking import (
     AsLines,
     TaskId,
     add_row,
+    client_bus,
     clock,
     domain_slug,
     looking,
@@ -29,6 +30,7 @@ from loom.runner.cli.running import prepare, run_to_end
 from loom.runner.cli.timeline import handed_in_at
 from loom.runner.settings import Settings
 from loom.schemas.envelope import TaskRecord
+from loom.schemas.identity import PUBLIC
 
 STATES = ("running", "succeeded", "failed", "cancelled")
 
@@ -127,8 +129,12 @@ def cancel(task_id: TaskId) -> None:
 
 
 async def _cancel(settings: Settings, task_id: str) -> None:
-    async with looking(settings) as bus:
-        ended = await client.cancel(bus, _whole_id(await find(bus, task_id)))
+    if settings.loom_submitter != PUBLIC:  # its permissions are for requests about its own tasks, by their whole ids
+        async with client_bus(settings) as bus:
+            ended = await client.cancel(bus, task_id)
+    else:
+        async with looking(settings) as bus:
+            ended = await client.cancel(bus, _whole_id(await find(bus, task_id)))
     if ended.state != "cancelled":
         typer.echo(f"{ended.task_id} had ended before: {ended.state}")
         raise typer.Exit(1)

@@ -49,7 +49,9 @@ async def _tap(settings: Settings, sieve: Sieve, ago_s: float, *, as_json: bool)
     url = settings.nats_url or DEFAULT_URL
     line = json_line if as_json else Lines(console())
     async with (
-        Bus(url, namespace=settings.loom_namespace, identity=settings.identity, patience_s=PATIENCE_S) as bus,
+        Bus(
+            url, namespace=settings.loom_namespace, role="operator", identity=settings.identity, patience_s=PATIENCE_S
+        ) as bus,
         Tap(bus, room=ROOM) as messages,
     ):
         typer.echo(f"listening on {bus.address}, namespace {settings.loom_namespace}", err=True)

@@ -11,7 +11,7 @@ from loom.bus.tap import Seen
 from loom.runner.cli.render import one_line, short
 from loom.schemas.auction import CallForBids, HostAnnouncement, Offer, RetireRequest, SpawnRequest
 from loom.schemas.envelope import Envelope, Split
-from loom.schemas.events import ToolCallEnd, ToolCallStart
+from loom.schemas.events import SubtaskEvent, ToolCallEnd, ToolCallStart
 from loom.schemas.identity import LOCAL_OWNER, qualified
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.notices import ParentEnded, PlanTimeout, SubtaskEnded
@@ -22,6 +22,9 @@ from loom.schemas.wire import encode
 WORDS = 60
 """Most characters of a description or an answer in a line."""
 RESET, BOLD, DIM, YELLOW, CYAN = (f"\x1b[{code}m" for code in (0, 1, 2, 33, 36))
+
+
+"""Tokens of a subject that say what its message is about, the first one it has."""
 
 
 def json_line(seen: Seen) -> str:
@@ -74,7 +77,8 @@ def describe(seen: Seen) -> tuple[str, str, str]:
     """Return kind, what it is about (a task, node or host) and the facts of a message, each on one line."""
     tokens = seen.tokens
     kind = {"task": f"task {tokens.get('phase')}", "lifecycle": tokens.get("kind", "")}.get(seen.family, seen.family)
-    about = short(tokens.get("task_id") or _named(tokens, "node_id") or _named(tokens, "host_id"))
+    task_id = tokens.get("task_id") or tokens.get("parent_id")
+    about = short(task_id or _named(tokens, "node_id") or _named(tokens, "host_id"))
     message = seen.message
     if isinstance(message, bytes):
         facts = seen.headers.get("Loom-Dead-reason") or (f"{seen.size} bytes" if seen.size else "")
@@ -124,6 +128,14 @@ def _run(request: RunRequest) -> str:
 def _host(host: HostAnnouncement) -> str:
     load = f"{host.running} of {host.slots} slots taken, {host.queued} queued"
     return f"{', '.join(host.node_ids) or 'no nodes'}; {load}" + (", draining" if host.draining else "")
+
+
+def _subtask(event: SubtaskEvent) -> str:
+    named = f"subtask {event.subtask} ({short(event.child_id)})"
+    if event.state == "begun":
+        return f'{named} has begun: "{one_line(event.description, WORDS)}"'
+    by = f" on {event.node_id}" if event.node_id else ""
+    return f"{named} has {event.child_state}{by}" + (f": {event.error}" if event.error else "")
 
 
 def _news(news: Lifecycle) -> str:
@@ -199,4 +211,5 @@ _FACTS: dict[type, Callable[[Any], str]] = {
     TaskResult: _result,
     Reward: _reward,
     Lifecycle: _news,
+    SubtaskEvent: _subtask,
 }

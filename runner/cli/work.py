@@ -20,9 +20,10 @@ from loom.runner.cli.ending import EXTRA_S
 from loom.runner.cli.labels import LabelPairs, labels_of
 from loom.runner.cli.lifespan import entered
 from loom.runner.cli.loading import InvalidFile, NodeFile, load_node_file, load_tasks
+from loom.runner.cli.looking import client_bus
 from loom.runner.cli.progress import Progress
 from loom.runner.cli.render import closing, console, one_line, show
-from loom.runner.cli.running import DEFAULT_URL, prepare, run_to_end, sense_model, unless_lost
+from loom.runner.cli.running import prepare, run_to_end, sense_model, unless_lost
 from loom.runner.cli.transcript import Transcript
 from loom.runner.session import Session, check_phases
 from loom.runner.settings import Settings
@@ -35,7 +36,6 @@ STDOUT = "-"
 AT_ONCE = 16
 MOST_WARNINGS = 20
 """Different warnings a run prints; the file of results has all of them."""
-PATIENCE_S = 2.0
 ACCEPT_S = 6.0
 """A little longer than SENSE tries to have a submission stored."""
 
@@ -103,7 +103,13 @@ def counted(results: Sequence[TaskResult], tasks: int) -> str:
 async def _work_through(
     bus: Bus, board: Board, progress: Progress, done: dict[str, TaskResult], at_once: int, learn_wait_s: float
 ) -> None:
-    """Do all tasks, then wait a little for what is learned from them, while the tap shows how far they are."""
+    """Do all tasks, then wait a little for what is learned from them, while the tap shows how far they are.
+
+    A named submitter has no right to the traffic, and sees only what came of its tasks.
+    """
+    if bus.by_name:
+        await unless_lost(bus, _do_all(bus, board, progress, done, at_once))
+        return
     async with Tap(bus, FAMILIES) as tap:
         following = bus.spawn(_follow(tap, board, progress), name="progress")
         try:
@@ -219,11 +225,11 @@ def submit(
 
 async def _submit(settings: Settings, ad: TaskAd, *, as_json: bool) -> TaskResult | None:
     """Print what came of `ad` and return it; None when nobody waits for it."""
-    url = settings.nats_url or DEFAULT_URL
-    async with Bus(url, namespace=settings.loom_namespace, identity=settings.identity, patience_s=PATIENCE_S) as bus:
+    async with client_bus(settings) as bus:
         await check_phases(bus)
         if not ad.wait:
-            accepted = decode(await tasks.ask(bus, bus.subjects.submit, ad, timeout_s=ACCEPT_S), Accepted)
+            answer = await tasks.ask(bus, tasks.request_subject(bus, "submit"), ad, timeout_s=ACCEPT_S)
+            accepted = decode(answer, Accepted)
             typer.echo(encode(accepted) if as_json else accepted.task_id)
             return None
         live = sys.stdout.isatty() and not as_json

@@ -314,10 +314,10 @@ async def test_a_sink_that_raises_does_not_end_the_others(plain: Bus) -> None:
     assert await alive(plain)
 
 
-async def test_only_a_client_answers_to_the_plain_inbox(connect: Connect) -> None:
+async def test_inboxes_of_phases_are_kept_apart_from_those_of_clients_by_role_and_instance(connect: Connect) -> None:
     client, phase = await connect(), await connect(role="sense")
     assert client.open_inbox(lambda _: None).startswith("_INBOX.")
-    assert phase.open_inbox(lambda _: None).startswith("_INBOX_sense.")
+    assert phase.open_inbox(lambda _: None).startswith(f"_LOOM.sense.{phase.instance}.")
     assert await alive(phase)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from support.phases import Stage
+from support.runs import event_subject, stop_run
 from support.wait import until
 
 from loom import delegate
@@ -44,16 +45,24 @@ class Watcher:
         self.bus, self.host = bus, host
         self.request = RunRequest(**{"task_id": "t1", "node_id": "n1", "description": "it", **facts})
         self.events: list[RunEvent] = []
-        self.inbox = bus.open_inbox(self._take)
+        self.subject = ""
 
     def _take(self, msg: Msg) -> None:
-        self.events.extend(read_events(msg.data))
+        assert b'"ad":{"task_id"' not in msg.data, "EXECUTE derives the id"
+        self.events.extend(self._with_id(event) for event in read_events(msg.data))
+
+    def _with_id(self, event: RunEvent) -> RunEvent:
+        if event.ad is None:
+            return event
+        task_id = delegated_id(self.request.task_id, self.request.attempt, event.call)
+        return replace(event, ad=replace(event.ad, task_id=task_id))
 
     async def ask(self, **facts: Any) -> "Watcher":
         request = RunRequest(
             **{**{name: getattr(self.request, name) for name in RunRequest.__struct_fields__}, **facts}
         )
-        await self.bus.publish(self.bus.subjects.of("run", "local", self.host.host_id), request, reply=self.inbox)
+        self.subject = self.subject or await event_subject(self.bus, self.host.host_id, self._take)
+        await self.bus.publish(self.bus.subjects.of("run", "local", self.host.host_id), request, reply=self.subject)
         return self
 
     async def answer(self, task_id: str = CHILD, content: str = "four", **facts: Any) -> None:
@@ -258,7 +267,7 @@ async def test_a_waiting_run_can_be_stopped(stage: Stage, how: str) -> None:
     one = await watch(stage, host, remaining_s=0.5 if how == "deadline_exceeded" else 60)
     await one.heard("waiting")
     if how == "cancelled":
-        await stage.bus.publish(stage.bus.subjects.of("cancel", "t1"))
+        await stop_run(stage.bus, host)
     elif how == "node_busy":
         await host.drain(0)
     error = (await one.heard("error")).error

@@ -304,7 +304,7 @@ async def test_a_divided_task_whose_ids_were_taken_ends_with_its_parts(nats_url:
     plan = [{"id": name, "description": name, "domain": "code"} for name in ("a", "b")]
     plan[1]["dependencies"] = ["a"]  # type: ignore[assignment]
     children = [child_id("p", name) for name in ("a", "b")]
-    ids = ["p:timer", "p:join", "p:unpark", "p:planfail"]
+    ids = ["p:timer-1", "p:join-1", "p:unpark", "p:planfail-1"]
     ids += [f"{child}:{what}" for child in children for what in ("begin", "done")]
     async with AsyncExitStack() as stack:
         bus = await stack.enter_async_context(Bus(nats_url, namespace=namespace))

@@ -36,14 +36,14 @@ class Delegating(FakeHost):
     beating = True
 
     async def work(self, run: FakeRun) -> None:
-        if self.mouth is not None and self.mouth.inbox == run.inbox:
+        if self.mouth is not None and self.mouth.subject == run.subject:
             return
         if self.mouth is not None:
             run.seq = self.mouth.seq
             await self.mouth.say("moved")
         self.mouth = run
         run.seq = max(run.seq, 1)
-        await run.bus.publish(run.inbox, [{"seq": 0, "kind": "accepted"}, {"seq": run.seq, "kind": "heartbeat"}])
+        await run.bus.publish(run.subject, [{"seq": 0, "kind": "accepted"}, {"seq": run.seq, "kind": "heartbeat"}])
         run.seq += 1
         while self.mouth is run and self.beating:
             await run.say("heartbeat")
@@ -108,7 +108,11 @@ async def test_delegated_work_becomes_a_task_and_its_end_is_told_to_the_run(stag
     asked = next(run.request for run in one.runs if run.request.answers)
     assert asked.from_seq > 1
     first = one.runs[0].request
-    assert replace(asked, answers=(), from_seq=0, remaining_s=first.remaining_s, sent_at=first.sent_at) == first
+    assert [(each.call, each.task_id) for each in asked.delegated] == [(1, CHILD)]
+    assert (
+        replace(asked, answers=(), delegated=(), from_seq=0, remaining_s=first.remaining_s, sent_at=first.sent_at)
+        == first
+    )
     done = await finish(stage, one)
     assert (done.error, done.budget) == (None, 50)
     assert (await stage.read(env.task_id)).delegated == (CHILD,)
@@ -300,34 +304,47 @@ async def victim(stage: Stage, task_id: str, **facts: Any) -> None:
     await stage.record(envelope(ad(task_id=task_id), now=stage.bus.now(), **facts))
 
 
-@pytest.mark.parametrize(
-    ("task_id", "call"),
-    [
-        ("victim", 1),
-        ("victim", 0),
-        (CHILD, 2),
-        (delegated_id("t1", 2, 1), 1),
-        (delegated_id("other", 1, 1), 1),
-        (delegated_id("t1", 1, 0), 0),
-    ],
-)
-async def test_an_id_that_does_not_follow_from_the_run_is_refused_and_its_task_left_alone(
-    stage: Stage, task_id: str, call: int
-) -> None:
+async def test_an_id_that_a_host_sends_is_ignored_and_its_task_left_alone(stage: Stage) -> None:
     one = await host(stage)
-    await victim(stage, task_id)
+    await victim(stage, "victim")
     await stage.phase("execute")
     env = await given(stage)
-    await one.say("waiting", ad=ad("a part", task_id=task_id), call=call)
-    answer = await one.answer()
-    assert (answer.task_id, answer.error and answer.error.code) == (task_id, "invalid_task")
-    await one.say("resumed", task_id=task_id)
+    await one.say("waiting", ad=ad("a part", task_id="victim"), call=3)
+    own = delegated_id("t1", 1, 3)
+    child = await stage.seen("task", phase="sense", task_id=own)
+    await one.say("resumed", task_id="victim")
+    await end(stage, child, result=RunResult(content="four"))
+    assert (await one.answer()).task_id == own
+    await one.say("resumed", task_id=own)
     await one.say("result", result=RunResult(content="done"))
     await stage.seen("task", phase="evaluate", within_s=20)
     await quiet(stage.bus, one.bus)
     assert not stage.all("cancel")
+    assert not stage.all("task", phase="sense", task_id="victim")
+    assert (await stage.read(env.task_id)).delegated == (own,)
+
+
+async def test_delegations_are_numbered_from_1(stage: Stage) -> None:
+    one = await host(stage)
+    await stage.phase("execute")
+    await given(stage)
+    await one.say("waiting", ad=ad("a part"), call=0)
+    answer = await one.answer()
+    assert (answer.task_id, answer.error and answer.error.code) == (delegated_id("t1", 1, 0), "invalid_task")
     assert not stage.all("task", phase="sense")
-    assert (await stage.read(env.task_id)).delegated == ()
+
+
+async def test_a_run_gets_the_id_of_its_delegation_at_once_and_nothing_moves(stage: Stage) -> None:
+    one = await host(stage)
+    await stage.phase("execute")
+    env = await given(stage, labels={"team": "x"})
+    await one.say("waiting", ad=ad("a part"), call=2)
+    await until(lambda: len(one.runs) == 2, what="it is sent the id")
+    sent = one.runs[1].request
+    assert [(each.call, each.task_id) for each in sent.delegated] == [(2, delegated_id("t1", 1, 2))]
+    assert (sent.answers, one.runs[0].subject) == ((), one.runs[1].subject)
+    child = await stage.seen("task", phase="sense", task_id=delegated_id("t1", 1, 2))
+    assert (child.submitter, child.ad.labels) == (env.submitter, {"team": "x"})
 
 
 @pytest.mark.parametrize("parent", [None, "another"])
@@ -400,10 +417,8 @@ async def test_work_that_is_given_up_before_its_admission_is_cancelled_once_it_i
 
 
 async def test_a_run_delegates_as_many_tasks_as_its_record_remembers() -> None:
-    env = awarded(envelope(ad(task_id="t1"), now=0))
-
     def refused(call: int) -> str:
-        error = refusal(ad("a part", task_id=delegated_id("t1", 1, call)), call, env, 0)
+        error = refusal(call, 0)
         return error.code if error else ""
 
     assert [refused(call) for call in (0, 1, MAX_DELEGATED, MAX_DELEGATED + 1)] == [
@@ -414,11 +429,11 @@ async def test_a_run_delegates_as_many_tasks_as_its_record_remembers() -> None:
     ]
 
 
-async def test_a_wrong_id_is_no_failed_delegation(stage: Stage) -> None:
+async def test_a_wrong_number_is_not_a_failed_delegation(stage: Stage) -> None:
     one = await host(stage)
     await stage.phase("execute")
     await given(stage)
-    await one.say("waiting", ad=ad("a part", task_id="wrong"), call=1)
+    await one.say("waiting", ad=ad("a part"), call=0)
     await one.answer()
     await one.say("error", error=TaskError(code="subtask_failed", message="says the host"))
     failed: Envelope = await stage.seen("task", phase="evaluate", within_s=20)

@@ -190,8 +190,8 @@ async def test_what_a_host_sends_beyond_the_limit_is_cut(stage: Stage) -> None:
 
 async def test_bytes_that_are_no_event_are_left_out(stage: Stage) -> None:
     async def mumble(run: FakeRun) -> None:
-        await run.bus.publish(run.inbox, b"\xff{")
-        await run.bus.publish(run.inbox, b'{"seq": -1, "kind": "sings"}')
+        await run.bus.publish(run.subject, b"\xff{")
+        await run.bus.publish(run.subject, b'{"seq": -1, "kind": "sings"}')
         await run.succeed()
 
     await host(stage, mumble)
@@ -352,8 +352,8 @@ async def test_a_cancelled_run_is_given_up_at_once(stage: Stage) -> None:
     await stage.phase("execute")
     env = await given(stage)
     await until(lambda: one.runs, what="it runs")
-    await stage.bus.publish(stage.bus.subjects.of("cancel", "somebody-elses"))
-    await stage.bus.publish(stage.bus.subjects.of("cancel", env.task_id))
+    await stage.bus.publish(stage.bus.subjects.of("cancelled", "somebody-elses"))
+    await stage.bus.publish(stage.bus.subjects.of("cancelled", env.task_id))
     assert await code_of(stage) == "cancelled"
     assert stage.bus.now() - env.deadline < -58
 
@@ -366,7 +366,7 @@ async def test_a_cancel_is_heard_while_the_attempt_is_being_claimed(
     claim, env = execute.service._claim, envelope(ad(), now=stage.bus.now())
 
     async def cancelled_meanwhile(*args: Any) -> Any:
-        await stage.bus.publish(stage.bus.subjects.of("cancel", env.task_id))
+        await stage.bus.publish(stage.bus.subjects.of("cancelled", env.task_id))
         await quiet(stage.bus, execute.bus)
         return await claim(*args)
 

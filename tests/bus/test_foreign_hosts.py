@@ -40,7 +40,7 @@ def raws(*bodies: bytes) -> Script:
     async def answer(run: FakeRun) -> None:
         if run.request.from_seq == 0:
             for body in bodies:
-                await run.bus.publish(run.inbox, body)
+                await run.bus.publish(run.subject, body)
 
     return answer
 
@@ -144,7 +144,7 @@ async def test_a_gap_in_the_numbers_is_asked_for_and_the_run_goes_on_without_wha
     async def skipping(run: FakeRun) -> None:
         asked.append(run.request.from_seq)
         events = kept if len(asked) == 1 else [*kept, RunEvent(seq=4, kind="result", result=RunResult(content="done"))]
-        await run.bus.publish(run.inbox, events)
+        await run.bus.publish(run.subject, events)
 
     ended, left_out = await run_on(stage, skipping)
     assert (ended.error, asked) == (None, [0, 1])
@@ -167,7 +167,7 @@ async def test_a_reply_after_the_host_was_given_up_is_counted(stage: Stage) -> N
     await stage.record(env)
     await stage.put("execute", env)
     assert (await stage.seen("task", phase="evaluate", within_s=10)).error.code == "node_lost"
-    await host.bus.publish(host.runs[-1].inbox, END)
+    await host.bus.publish(host.runs[-1].subject, END)
     await until(lambda: "h1" in execute.bus.discards.hosts, what="it is counted")
     assert "given up" in execute.bus.discards.hosts["h1"].last
 

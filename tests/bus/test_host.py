@@ -10,7 +10,7 @@ import pytest
 from support.auctions import offer_to
 from support.logs import capture_logs
 from support.phases import Stage, call_for_bids, quiet
-from support.runs import Watcher, run
+from support.runs import Watcher, run, stop_run
 from support.stopping import stop
 from support.wait import until
 
@@ -135,8 +135,9 @@ async def test_a_run_for_a_node_that_is_not_here_is_rejected(stage: Stage) -> No
 async def test_bytes_that_are_no_call_or_request_harm_nobody(stage: Stage) -> None:
     host = await stage.host([node()])
     watcher = Watcher(stage.bus)
-    await stage.bus.publish(stage.bus.subjects.of("auction", "code"), b"\xff", reply=watcher.inbox)
-    await stage.bus.publish(stage.bus.subjects.of("run", "local", host.host_id), b"{", reply=watcher.inbox)
+    await stage.bus.publish(stage.bus.subjects.of("auction", "code"), b"\xff")
+    await stage.bus.publish(stage.bus.subjects.of("stop", "local", host.host_id), b"{")
+    await watcher.send(host, b"{")
     assert (await watcher.heard("rejected")).code == "unqualified"
     assert (await call(stage)).bids
 
@@ -278,7 +279,7 @@ async def test_a_node_shows_whether_it_works(stage: Stage) -> None:
     host = await stage.host([busy])
     await (await run(stage, host)).heard("started")
     assert (busy.status, busy.load > 0) == ("busy", True)
-    await stage.bus.publish(stage.bus.subjects.of("cancel", "t1"))
+    await stop_run(stage.bus, host)
     await until(lambda: (busy.status, busy.load) == ("idle", 0), what="it is idle again")
 
 
@@ -444,7 +445,7 @@ async def test_a_long_history_moves_in_order_while_the_run_goes_on(stage: Stage)
     second = await run(stage, host)
     await second.heard("heartbeat", count=2, within_s=15)
     assert all(len(body) <= BATCH_BYTES + 1024 for body in second.bodies)
-    await stage.bus.publish(stage.bus.subjects.of("cancel", "t1"))
+    await stop_run(stage.bus, host)
     await second.heard("error", within_s=15)
     await first.heard("moved", within_s=15)
     numbers = [event.seq for event in second.events]
@@ -472,7 +473,7 @@ async def test_a_run_is_cancelled_within_a_second_even_in_a_thread(stage: Stage)
     await queued.heard("accepted")
     started = time.monotonic()
     for task_id in ("t1", "t2", "t3"):
-        await stage.bus.publish(stage.bus.subjects.of("cancel", task_id))
+        await stop_run(stage.bus, host, task_id)
     for watcher in (threaded, awaiting, queued):
         assert await watcher.code() == "cancelled"
     assert time.monotonic() - started < 1
@@ -483,9 +484,57 @@ async def test_a_run_is_cancelled_within_a_second_even_in_a_thread(stage: Stage)
     await next_one.heard("result")
 
 
-async def test_a_cancel_that_overtakes_its_run_request_holds(stage: Stage) -> None:
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "{ns}.reward.rules.local.n1.code",
+        "{ns}.event.local.another-host.execute-1.key",
+        "{ns}.event.acme.{host}.execute-1.key",
+        "{ns}.event.local.{host}.execute-1",
+        "another.event.local.{host}.execute-1.key",
+        "_INBOX.x",
+    ],
+)
+async def test_a_run_request_whose_events_would_go_elsewhere_is_refused_and_counted(stage: Stage, reply: str) -> None:
+    host = await stage.host([node()])
+    heard: list[Msg] = []
+    subject = reply.format(ns=stage.namespace, host=host.host_id)
+    if subject:
+        await stage.bus.listen(subject, heard.append)
+    request = RunRequest(task_id="t1", node_id="n1", description="it")
+    await stage.bus.publish(stage.bus.subjects.of("run", "local", host.host_id), request, reply=subject)
+    await stage.bus.publish(stage.bus.subjects.of("run", "local", host.host_id), b"{", reply=subject)
+    await until(lambda: host.bus.discards.counts["run_request_refused"] == 2, what="both are counted")
+    await quiet(stage.bus, host.bus)
+    assert (heard, host._runs) == ([], {})
+
+
+async def test_a_stop_ends_the_attempt_it_names_and_no_other(stage: Stage) -> None:
     host = await stage.host([node(agent=forever)])
+    watcher = await run(stage, host, attempt=2)
+    await watcher.heard("started")
+    await stop_run(stage.bus, host, attempt=1)
+    await stop_run(stage.bus, host, "t2", attempt=2)
+    await watcher.heard("heartbeat", count=2)
+    assert not watcher.has("error")
+    await stop_run(stage.bus, host, attempt=2)
+    assert await watcher.code() == "cancelled"
+
+
+async def test_a_host_does_not_listen_to_cancels(stage: Stage) -> None:
+    host = await stage.host([node(agent=forever)])
+    watcher = await run(stage, host)
+    await watcher.heard("started")
     await stage.bus.publish(stage.bus.subjects.of("cancel", "t1"))
+    await stage.bus.publish(stage.bus.subjects.of("cancelled", "t1"))
+    await watcher.heard("heartbeat", count=2)
+    assert not watcher.has("error")
+
+
+async def test_a_stop_that_overtakes_its_run_request_holds(stage: Stage) -> None:
+    host = await stage.host([node(agent=forever)])
+    await stop_run(stage.bus, host)
     watcher = await run(stage, host)
 
     assert await watcher.code() == "cancelled"
@@ -515,7 +564,7 @@ async def test_nothing_is_said_after_the_last_event(stage: Stage) -> None:
     host = await stage.host([node(agent=Deaf())])
     watcher = await run(stage, host)
     await watcher.heard("started")
-    await stage.bus.publish(stage.bus.subjects.of("cancel", "t1"))
+    await stop_run(stage.bus, host)
     assert await watcher.code() == "cancelled"
     await until(lambda: not host._room("n1").running, what="it has come to its end")
     await quiet(stage.bus, host.bus)
@@ -693,7 +742,7 @@ async def test_what_is_learned_of_a_node_is_mirrored_into_it(stage: Stage) -> No
     for node_id, tasks in (("somebody-else", 9), ("n1", 7)):
         profile = NodeProfile(node_id=node_id, total_tasks=tasks, success_rate=0.25, consecutive_losses=2)
         news = Lifecycle(kind="learned", node_id=node_id, at=0, profile=profile)
-        await stage.bus.publish(subject("lifecycle", "learned", node_id), news)
+        await stage.bus.publish(subject("lifecycle", "adapt", "learned", "local", node_id), news)
     await until(lambda: mine.capabilities.total_tasks == 7, what="it is mirrored")
     assert (mine.capabilities.success_rate, mine.consecutive_losses) == (0.25, 2)
 

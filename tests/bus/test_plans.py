@@ -18,6 +18,7 @@ from loom.bus.records import change, records
 from loom.bus.topology import SCALE_LANE
 from loom.phases.evaluate.policy import notice_of
 from loom.phases.scale.graph import child_id
+from loom.phases.sense.policy import with_division
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope, Split, SplitPlan, TaskRecord
 from loom.schemas.llm import CompletionParams, CompletionResult
@@ -41,9 +42,15 @@ def written(parts: Sequence[Part]) -> list[dict[str, Any]]:
 async def awarded_task(stage: Stage, **facts: Any) -> Envelope:
     """A task that runs, as MATCH hands it to SCALE."""
     ours = {name: facts.pop(name) for name in ("left_s", "split") if name in facts}
-    env = awarded(envelope(ad(**{"task_id": "p", **facts}), now=stage.bus.now(), **ours))
+    env = sensed(awarded(envelope(ad(**{"task_id": "p", **facts}), now=stage.bus.now(), **ours)))
     await stage.record(replace(env, award=None))
     return env
+
+
+def sensed(env: Envelope, **facts: Any) -> Envelope:
+    """The envelope with what SENSE decides about dividing its task."""
+    assert env.spec is not None
+    return replace(env, spec=with_division(replace(env.spec, **facts), env.ad, env.depth, ClusterConfig()))
 
 
 async def divided(stage: Stage, parts: Sequence[Part], **facts: Any) -> Envelope:
@@ -133,7 +140,7 @@ async def test_a_divided_task_is_parked_and_what_is_ready_begins(stage: Stage) -
     assert plan is not None
     assert (plan.state, plan.envelope) == ("running", env)
     assert [part.state for part in plan.subtasks] == ["running", "running", "waiting"]
-    assert ids(stage, "later") == ["p:timer"]
+    assert ids(stage, "later") == ["p:timer-1"]
     assert await timers(stage) == 1
     assert not stage.all("task", phase="execute")
 
@@ -163,7 +170,7 @@ async def test_the_join_hands_on_all_outputs_in_the_plans_order_and_drops_the_ti
     joined = await stage.seen("task", phase="execute")
     assert list(joined.inputs.items()) == [(name, f"out {name}") for name in ("top", "left", "right", "end")]
     assert (joined.award, joined.attempt, joined.budget, joined.split) == (env.award, 1, 600, None)
-    assert ids(stage, "task", phase="execute") == ["p:join"]
+    assert ids(stage, "task", phase="execute") == ["p:join-1"]
     await dealt_with(stage)
     assert await timers(stage) == 0
     plan = await stored(stage)
@@ -213,6 +220,44 @@ async def test_a_task_that_cannot_have_a_plan_costs_no_look_for_one(stage: Stage
     assert not reads
 
 
+async def test_clients_get_an_event_when_a_subtask_begins_and_when_it_ends(stage: Stage) -> None:
+    await stage.phase("scale")
+    env = await awarded_task(stage, context={"plan": written((("a",), ("b", "a")))})
+    await stage.put("scale", replace(env, submitter="acme"))
+    await ended(stage, "a", tokens=3)
+    await ended(stage, "b", state="failed")
+    await stage.seen("task", phase="evaluate")
+    events = stage.all("subtask", submitter="acme", parent_id="p")
+    assert [(one.subtask, one.state, one.child_state, one.node_id, one.owner, one.error) for one in events] == [
+        ("a", "begun", None, None, None, ""),
+        ("a", "ended", "succeeded", "n1", "local", ""),
+        ("b", "begun", None, None, None, ""),
+        ("b", "ended", "failed", "n1", "local", "agent_failed"),
+    ]
+    assert {one.parent_id for one in events} == {"p"}
+    assert {one.child_id for one in events} == {child_id("p", "a"), child_id("p", "b")}
+    assert [one.description for one in events] == ["do a", "do a", "do b", "do b"]
+    assert [one.at for one in events] == sorted(one.at for one in events)
+    assert len(stage.all("subtask")) == len(events)
+    assert (await begun(stage, "a")).submitter == "acme"
+
+
+async def test_events_are_repeated_with_what_they_are_about_and_not_for_strangers(stage: Stage) -> None:
+    await stage.phase("scale")
+    await divided(stage, (("a",), ("b",)))
+    record = await ended(stage, "a")
+    await tell(stage, record)
+    stranger = replace(record.envelope, ad=replace(record.envelope.ad, task_id="x"))
+    await end(stage, replace(stranger, result=None))
+    await dealt_with(stage)
+    assert sorted((one.subtask, one.state) for one in stage.all("subtask")) == [
+        ("a", "begun"),
+        ("a", "ended"),
+        ("a", "ended"),
+        ("b", "begun"),
+    ]
+
+
 # -- twice, late, never
 
 
@@ -235,10 +280,8 @@ async def test_all_that_follows_is_published_again_under_the_same_ids(stage: Sta
     await stage.seen("task", phase="execute")
     await tell(stage, last)
     await stage.seen("task", phase="execute", count=2)
-    await stage.put("scale", env)
-    await stage.seen("task", phase="execute", count=3)
     await dealt_with(stage)
-    assert set(ids(stage, "task", phase="execute")) == {"p:join"}
+    assert ids(stage, "task", phase="execute") == ["p:join-1"] * 2
     assert await stage.pending("TASKS", stage.bus.subjects.of("task", "execute", "*", "*")) == 1
     assert await timers(stage) == 0
 
@@ -371,7 +414,7 @@ async def test_a_failed_subtask_fails_the_parent_with_its_reason(stage: Stage) -
     await stage.seen("task", phase="evaluate", count=2)
     await end(stage, second)
     await dealt_with(stage)
-    assert ids(stage, "task", phase="evaluate") == ["p:planfail"] * 2
+    assert ids(stage, "task", phase="evaluate") == ["p:planfail-1"] * 2
     assert not ids(stage, "task", phase="sense", task_id=child_id("p", "c"))
     assert await timers(stage) == 0
 
@@ -403,7 +446,7 @@ async def test_a_cancel_reaches_children_and_their_children_and_those_not_admitt
     plan = {"plan": written((("x",), ("y", "x")))}
     await divided(stage, (("a",), ("b",), ("c", "a")))
     first = await stage.seen("task", phase="match", task_id=child_id("p", "a"))
-    await stage.put("scale", awarded(replace(first, ad=replace(first.ad, context=plan))))
+    await stage.put("scale", sensed(awarded(replace(first, ad=replace(first.ad, context=plan)))))
     inner = child_id(first.task_id, "x")
     await stage.seen("task", phase="match", task_id=inner)
     assert (await tasks.cancel(stage.bus, "p")).state == "cancelled"
@@ -632,7 +675,32 @@ async def test_a_model_that_takes_longer_than_the_task_has_is_not_waited_for(sta
 async def test_where_there_is_no_model_a_hard_task_runs_whole_and_says_so(stage: Stage) -> None:
     await stage.phase("scale")
     await stage.put("scale", _hard(await awarded_task(stage)))
-    assert (await stage.seen("task", phase="execute")).spec.note == "not divided: no model is there to plan"
+    spec = (await stage.seen("task", phase="execute")).spec
+    assert (spec.note, spec.whole) == ("not divided: no model is there to plan", True)
+
+
+async def test_a_decision_not_to_divide_is_stored_and_holds_for_every_copy(stage: Stage) -> None:
+    """A replica that has a model decides for a copy as the one did that had none; a later attempt costs no look."""
+    scale = await stage.phase("scale")
+    env = _hard(await awarded_task(stage))
+    await stage.put("scale", env)
+    passed = await stage.seen("task", phase="execute")
+    assert (await stored(stage)).subtasks == ()  # type: ignore[union-attr]
+    await scale.close()
+    model = Scripted(GOOD)
+    await stage.phase("scale", llm=model)
+    await stage.put("scale", env)
+    assert (await stage.seen("task", phase="execute", count=2)).spec == passed.spec
+    reads = await reads_of(stage, "plans")
+    await stage.put("scale", replace(passed, attempt=2))
+    assert (await stage.seen("task", phase="execute", count=3)).spec == passed.spec
+    assert (model.asked, reads) == ([], [])
+
+
+async def test_the_settings_of_scale_do_not_decide_whether_a_task_is_divided(stage: Stage) -> None:
+    await stage.phase("scale", ClusterConfig(mitosis_threshold=1.0, max_depth=0), llm=Scripted(GOOD))
+    await stage.put("scale", _hard(await awarded_task(stage)))
+    assert (await begun(stage, "a")).ad.description == "do a"
 
 
 async def test_a_task_may_ask_to_be_divided_however_easy_it_is(stage: Stage) -> None:
@@ -642,5 +710,4 @@ async def test_a_task_may_ask_to_be_divided_however_easy_it_is(stage: Stage) -> 
 
 
 def _hard(env: Envelope) -> Envelope:
-    assert env.spec is not None
-    return replace(env, spec=replace(env.spec, complexity=0.9))
+    return sensed(env, complexity=0.9)

@@ -226,7 +226,7 @@ async def test_a_poisoned_bid_takes_neither_its_hosts_other_bids_nor_the_auction
 async def test_a_result_that_cannot_be_read_ends_the_attempt_at_once(stage: Stage, field: bytes) -> None:
     async def run(run: FakeRun) -> None:
         await run.say("accepted")
-        await run.bus.publish(run.inbox, b'{"seq":1,"kind":"result","result":{%s}}' % field)
+        await run.bus.publish(run.subject, b'{"seq":1,"kind":"result","result":{%s}}' % field)
 
     await FakeHost(await stage.connect("node"), run=run).start()
     await stage.phase("execute")

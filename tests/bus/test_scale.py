@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from support.phases import Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
-from loom.phases.scale.spawn import is_saturated
+from loom.phases.shared.division import is_saturated
 from loom.schemas.auction import SpawnReply, SpawnRequest
 from loom.schemas.envelope import Award, Envelope, ScoredBid
 from loom.schemas.wire import decode

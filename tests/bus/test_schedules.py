@@ -6,16 +6,18 @@ from support.hops import Phases, arrived, hop, put, settled
 
 from loom.bus.client import Bus, Refused
 from loom.bus.loop import schedule
-from loom.bus.schedules import SCHEDULERS, may_schedule
+from loom.bus.message import Msg
+from loom.bus.schedules import SCHEDULERS, forbidden_scheduler, may_schedule
+from loom.bus.topology import MATCH_LANES
 from loom.schemas.envelope import PHASES, Phase
 
 
-async def soon(bus: Bus, by: str, target_task: str = "t1", task: str = "t1") -> None:
-    """Schedule a hop to SCALE under a subject of the phase `by`."""
+async def soon(bus: Bus, by: str, target_task: str = "t1", task: str = "t1", to: str = "scale") -> None:
+    """Schedule a hop to a phase under a subject of the phase `by`."""
     await schedule(
         bus,
         bus.subjects.later(by, task, "task-1"),
-        target=bus.subjects.task("scale", "normal", target_task),
+        target=bus.subjects.task(to, "normal", target_task),
         at=bus.now() + 0.05,
         message=envelope(target_task),
         msg_id=f"{by}:{task}",
@@ -56,6 +58,53 @@ async def test_a_message_without_a_schedule_is_not_looked_at(bus: Bus, phases: P
     phase = await phases.start(bus)
     await put(bus, envelope())
     await phase.count(1)
+
+
+@pytest.mark.parametrize("by", ["match", "evaluate"])
+async def test_match_takes_its_own_schedules_and_those_of_evaluate(bus: Bus, phases: Phases, by: str) -> None:
+    phase = await phases.start(bus, phase="match", lanes=[(MATCH_LANES[1], 4)])
+    await soon(bus, by, to="match")
+    await phase.count(1)
+    await settled(bus, 0)
+
+
+@pytest.mark.parametrize("by", ["sense", "scale", "execute", "adapt"])
+async def test_match_takes_no_schedule_of_another_phase(bus: Bus, phases: Phases, by: str) -> None:
+    phase = await phases.start(bus, phase="match", lanes=[(MATCH_LANES[1], 4)])
+    await soon(bus, by, to="match")
+    letter = await arrived(bus, "DEAD", bus.subjects.of("dead", "match", "t1"))
+    assert letter.headers["Loom-Dead-reason"] == f"scheduled by {bus.subjects.later(by, 't1', 'task-1')}"
+    assert phase.handled == []
+
+
+TARGET = "ns.task.match.normal.t1"
+TRUE = b"Nats-Scheduler: ns.later.execute.t1.x\r\nNats-Schedule-Next: purge\r\n\r\n"
+"""What the server writes behind the headers of a message that a schedule of EXECUTE has moved."""
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        b" Nats-Scheduler: ns.later.match.t1.x\r\n",
+        b"\tNats-Scheduler:ns.later.match.t1.x\r\n",
+        b"X: 1\rNats-Scheduler: ns.later.match.t1.x\r\n",
+        b"nats-scheduler: ns.later.match.t1.x\r\n",
+        b"X: Nats-Scheduler: ns.later.match.t1.x\r\n",
+    ],
+)
+def test_a_name_that_the_server_lets_pass_does_not_hide_who_scheduled(forged: bytes) -> None:
+    """All of these were stored by nats-server 2.15, and stood before its own header in the message it moved."""
+    moved = Msg(TARGET, raw_headers=b"NATS/1.0\r\n" + forged + TRUE)
+    assert forbidden_scheduler(moved) == "ns.later.execute.t1.x"
+    direct = Msg(TARGET, raw_headers=b"NATS/1.0\r\n" + forged + b"\r\n")
+    assert forbidden_scheduler(direct) is None
+
+
+@pytest.mark.parametrize(
+    "target", ["ns.later.match.t1.x", "ns.intake.public.normal.t1", "ns.dead.match.t1", "ns.submit"]
+)
+def test_a_schedule_reaches_hops_alone(target: str) -> None:
+    assert not may_schedule("ns.later.match.t1.x", target)
 
 
 @pytest.mark.parametrize("phase", PHASES)

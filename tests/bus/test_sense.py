@@ -148,7 +148,7 @@ async def test_an_own_submission_delivered_again_carries_on(stage: Stage) -> Non
     assert (await stage.seen("task", phase="match")).step == 1
 
 
-@pytest.mark.parametrize("reply_to", ["t.cancel.abc", "$JS.API.STREAM.DELETE.LOOM_TASKS", "_INBOX_sense.x", "_INBOX"])
+@pytest.mark.parametrize("reply_to", ["t.cancel.abc", "$JS.API.STREAM.DELETE.LOOM_TASKS", "_INBOX"])
 async def test_an_answer_is_never_sent_outside_client_inboxes(stage: Stage, reply_to: str) -> None:
     await stage.phase("sense")
     hijacked: list[Any] = []
@@ -327,6 +327,25 @@ async def test_a_subtask_is_admitted_like_a_task(stage: Stage) -> None:
     hop = await stage.seen("task", phase="match")
     assert (hop.split, hop.depth, hop.deadline) == (child.split, 1, child.deadline)
     assert (await stage.read("child")).state == "running"
+
+
+async def test_whether_a_task_is_to_be_divided_is_decided_by_sense_and_its_settings(stage: Stage) -> None:
+    await stage.phase("sense", ClusterConfig(mitosis_threshold=0.4, max_depth=3))
+    for count, (complexity, divide) in enumerate([(0.4, False), (0.5, True)], 1):
+        await submit(stage, ad(estimated_complexity=complexity))
+        spec = (await stage.seen("task", phase="match", count=count)).spec
+        assert (spec.divide, spec.deepest, spec.whole) == (divide, 3, False)
+
+
+async def test_a_subtask_too_deep_to_be_divided_has_a_note_of_it(stage: Stage) -> None:
+    await stage.phase("sense", ClusterConfig(max_depth=1))
+    parent = await stage.record(envelope(ad(task_id="parent"), now=stage.bus.now()))
+    split = Split(parent="parent", depth=1, deadline=parent.envelope.deadline)
+    task = ad(task_id="child", context={"plan": True})
+    await stage.put("sense", envelope(task, now=stage.bus.now(), spec=None, split=split))
+    spec = (await stage.seen("task", phase="match")).spec
+    assert (spec.divide, spec.deepest) == (True, 1)
+    assert spec.note == "not divided: at most 1 divisions deep are allowed"
 
 
 async def test_a_subtask_of_an_ended_parent_ends_at_once(stage: Stage) -> None:

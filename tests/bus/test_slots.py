@@ -10,7 +10,7 @@ import pytest
 from support.logs import capture_logs
 from support.nodes import node
 from support.phases import Stage
-from support.runs import Watcher, run
+from support.runs import Watcher, run, stop_run
 from support.stubborn import Stubborn
 from support.wait import until
 
@@ -19,7 +19,7 @@ from loom.agents.host import NodeHost
 from loom.bus import tasks
 from loom.bus.client import Bus, Msg
 from loom.runner.cluster import running_nodes, running_phases
-from loom.schemas.run import RunRequest
+from loom.schemas.run import RunRequest, Stop
 from loom.schemas.task import TaskAd
 from loom.schemas.wire import encode
 
@@ -44,11 +44,13 @@ async def quick(job: RunRequest) -> str:
 def requested(host: NodeHost, **facts: Any) -> None:
     """Hand the host a run request, with whatever else is handed over in this turn of the loop."""
     request = RunRequest(**{"task_id": "t1", "node_id": "n1", "description": "x", **facts})
-    host._on_run(Msg("", "_INBOX.nobody", encode(request)))
+    host._on_run(Msg("", host.bus.subjects.of("event", "local", host.host_id, "none", "none"), encode(request)))
 
 
 def cancelled(host: NodeHost, task_id: str) -> None:
-    host._on_cancel(Msg(host.bus.subjects.of("cancel", task_id), "", b""))
+    host._on_stop(
+        Msg(host.bus.subjects.of("stop", "local", host.host_id), "", encode(Stop(task_id=task_id, attempt=1)))
+    )
 
 
 async def is_free(host: NodeHost) -> None:
@@ -124,11 +126,11 @@ async def test_400_runs_cancelled_at_any_moment_leave_every_slot_free(stage: Sta
         await stage.bus.publish(
             stage.bus.subjects.of("run", "local", host.host_id),
             RunRequest(task_id=f"t{n}", node_id="n1", description="x"),
-            reply="_INBOX.nobody",
+            reply=stage.bus.subjects.of("event", "local", host.host_id, "none", "none"),
         )
         for _ in range(dice.randrange(4)):
             await asyncio.sleep(0)
-        await stage.bus.publish(stage.bus.subjects.of("cancel", f"t{n}"))
+        await stop_run(stage.bus, host, f"t{n}")
     await stage.bus.echo()
     await is_free(host)
 
@@ -181,7 +183,7 @@ async def test_a_run_that_ignores_its_cancel_is_given_up_and_shown(
             for name in ("n1", "n2"):
                 watcher = await run(stage, host, task_id=f"deaf-{name}", node_id=name)
                 await watcher.heard("started")
-                await stage.bus.publish(stage.bus.subjects.of("cancel", f"deaf-{name}"))
+                await stop_run(stage.bus, host, f"deaf-{name}")
                 assert await watcher.code() == "cancelled"
             for each in nodes:
                 each.agent = quick

@@ -13,12 +13,12 @@ from support.logs import capture_logs
 from support.wait import until
 
 from loom.bus import task_updates, tasks, topology
-from loom.bus.answers import answer, answer_error, answer_task, error_headers, may_answer
+from loom.bus.answers import answer, answer_error, answer_task, error_headers
 from loom.bus.client import Bus, Msg
 from loom.bus.tasks import TaskHandle
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord, TaskStatus
-from loom.schemas.errors import BusUnavailable, Cancelled, InvalidTask, LoomError, NoBids, Overloaded, UnknownTask
+from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError, NoBids, Overloaded, UnknownTask
 from loom.schemas.events import TextDelta
 from loom.schemas.run import Delta
 from loom.schemas.task import Accepted, RunResult, Submission, TaskAd, TaskError, TaskResult
@@ -85,7 +85,7 @@ def _ended(**fields: Any) -> TaskRecord:
 
 
 async def say(bus: Bus, family: str, message: Any) -> None:
-    await bus.publish(bus.subjects.of(family, "t1"), message)
+    await bus.publish(bus.subjects.of(family, "public", "t1"), message)
 
 
 def _delta(n: int, attempt: int = 1) -> Delta:
@@ -371,24 +371,6 @@ async def test_a_failed_task_is_answered_with_its_result_and_as_an_error_in_the_
     await plain.echo()
     assert decode(heard[1].data, TaskResult).content == "42"
     assert not heard[1].headers
-
-
-@pytest.mark.parametrize("reply", ["", "loom.submit", "$JS.API.STREAM.DELETE.X", "_INBOX", "_INBOX_sense.x", "INBOX.x"])
-async def test_no_answer_goes_anywhere_but_to_a_clients_inbox(plain: Bus, connect: Connect, reply: str) -> None:
-    assert not may_answer(reply)
-    listener, heard = await connect(), Heard()
-    await listener.subscribe(">", heard)
-    await listener.echo()
-    await answer(plain, reply, _result())
-    await answer_error(plain, reply, Cancelled("no"))
-    await plain.publish(plain.subjects.of("delta", "public", "end"))
-    await until(lambda: any(msg.subject.endswith("delta.end") for msg in heard.messages), what="the end")
-    assert not [msg for msg in heard.messages if msg.subject == reply]
-
-
-@pytest.mark.parametrize("reply", ["_INBOX.x.1", "_R_.abc.1"])
-def test_an_inbox_may_be_answered(reply: str) -> None:
-    assert may_answer(reply)
 
 
 def test_an_error_header_is_short_plain_text_on_one_line() -> None:

@@ -9,10 +9,11 @@ from itertools import count
 import pytest
 from support.logs import capture_logs
 from support.phases import FakeHost, FakeRun
+from support.runs import watch_of
 from support.wait import until
 
 from loom.bus.client import Bus
-from loom.phases.execute.watch import ASK_AGAIN_S, Silent, Stop, Watch
+from loom.phases.execute.watch import ASK_AGAIN_S, Interrupt, Silent, Watch
 from loom.schemas.run import RunEvent, RunRequest
 from loom.schemas.task import RunResult, TaskAd
 
@@ -48,7 +49,7 @@ async def heard(watch: Watch) -> list[RunEvent]:
 
 async def test_a_host_that_missed_the_request_is_asked_again_for_what_is_left_of_the_time(plain: Bus) -> None:
     one = await host(plain, deaf=2)
-    kinds = [event.kind for event in await heard(Watch(plain, "h1", REQUEST, Stop()))]
+    kinds = [event.kind for event in await heard(await watch_of(plain, REQUEST))]
     assert kinds == ["accepted", "started", "result"]
     left = [run.request.remaining_s for run in one.runs]
     assert len(left) == 3
@@ -57,7 +58,7 @@ async def test_a_host_that_missed_the_request_is_asked_again_for_what_is_left_of
 
 async def test_a_host_that_is_back_only_after_the_first_request_is_found(plain: Bus) -> None:
     """Nobody listens at first, and the server says so at once."""
-    watch = Watch(plain, "h1", REQUEST, Stop())
+    watch = await watch_of(plain, REQUEST)
     async with watch:
         await plain.echo()
         await host(plain)
@@ -69,17 +70,17 @@ async def test_a_host_that_is_back_only_after_the_first_request_is_found(plain: 
 async def test_several_events_in_one_message_are_several_events(plain: Bus) -> None:
     async def at_once(run: FakeRun) -> None:
         events = [RunEvent(seq=0, kind="accepted"), RunEvent(seq=1, kind="started")]
-        await plain.publish(run.inbox, events)
-        await plain.publish(run.inbox, [*events, RunEvent(seq=2, kind="result", result=RunResult(content="done"))])
+        await plain.publish(run.subject, events)
+        await plain.publish(run.subject, [*events, RunEvent(seq=2, kind="result", result=RunResult(content="done"))])
 
     await host(plain, at_once)
-    assert [event.seq for event in await heard(Watch(plain, "h1", REQUEST, Stop()))] == [0, 1, 2]
+    assert [event.seq for event in await heard(await watch_of(plain, REQUEST))] == [0, 1, 2]
 
 
 async def test_a_stop_ends_the_wait_for_the_next_event_and_what_has_come_still_counts(plain: Bus) -> None:
     one = await host(plain, FakeRun.succeed)
-    stop = Stop()
-    async with Watch(plain, "h1", REQUEST, stop) as watch:
+    stop = Interrupt()
+    async with await watch_of(plain, REQUEST, stop) as watch:
         await until(lambda: one.runs, what="it runs")
         await plain.echo()
         stop.set("recalled")
@@ -93,8 +94,8 @@ async def test_a_stop_ends_the_wait_for_the_next_event_and_what_has_come_still_c
 async def test_a_watch_that_is_over_leaves_nothing_for_the_garbage_collector(plain: Bus) -> None:
     """Phases collect rarely, and what a task says would stay until then."""
     await host(plain)
-    stop = Stop()
-    watch = Watch(plain, "h1", REQUEST, stop)
+    stop = Interrupt()
+    watch = await watch_of(plain, REQUEST, stop)
     left = weakref.ref(watch)
     gc.disable()
     try:
@@ -113,7 +114,7 @@ async def test_only_a_run_that_may_be_going_on_is_waited_for_as_long_as_three_he
     monkeypatch.setattr("loom.phases.execute.watch.ACCEPT_S", 0.25)
     monkeypatch.setattr("loom.phases.execute.watch.SILENCE_S", 30)
     await host(plain, deaf=6)
-    watch = Watch(plain, "h1", REQUEST, Stop(), attached=attached)
+    watch = await watch_of(plain, REQUEST, attached=attached)
     if attached:
         assert (await heard(watch))[-1].kind == "result"
     else:
@@ -129,16 +130,18 @@ async def test_the_result_of_a_host_given_up_is_refused_and_logged(plain: Bus, m
 
     one = await host(plain, stall)
     with pytest.raises(Silent):
-        await heard(Watch(plain, "h1", REQUEST, Stop()))
+        await heard(await watch_of(plain, REQUEST))
     with capture_logs() as logs:
         await one.runs[0].say("heartbeat")
         await one.runs[0].say("result", result=RunResult(content="late"))
         await one.runs[0].say("result", result=RunResult(content="later still"))
-        await until(lambda: logs, what="it is logged")
+        await until(lambda: len(logs) == 2, what="both are logged")
         await plain.echo()
-    assert [(log["event"], log["task_id"], log["host_id"], log["kind"]) for log in logs] == [
-        ("late_run_refused", "t1", "h1", "result")
-    ]
+    assert (logs[0]["event"], logs[0]["task_id"], logs[0]["host_id"], logs[0]["kind"]) == (
+        *("late_run_refused", "t1", "h1"),
+        "result",
+    )
+    assert (logs[1]["event"], plain.discards.hosts["h1"].counts) == ("event_unexpected", {"events": 2})
 
 
 # -- events that are lost
@@ -155,7 +158,7 @@ def run_of(*events: RunEvent, first: Sequence[RunEvent]) -> Callable[[FakeRun], 
 
     async def answer(run: FakeRun) -> None:
         kept = [one for one in events if one.kind != "heartbeat" and (one.seq >= run.request.from_seq or one.seq == 0)]
-        await run.bus.publish(run.inbox, kept if next(requests) else list(first))
+        await run.bus.publish(run.subject, kept if next(requests) else list(first))
 
     return answer
 
@@ -176,7 +179,7 @@ async def test_lost_events_are_asked_for_at_once_and_come_once_and_in_order(plai
     first = [event for event in events if event.seq not in lost]
     await host(plain, run_of(*events, first=first))
     seen: list[RunEvent] = []
-    async with Watch(plain, "h1", REQUEST, Stop()) as watch:
+    async with await watch_of(plain, REQUEST) as watch:
         async with asyncio.timeout(5):
             while {event.seq for event in seen if event.kind != "heartbeat"} != {0, 1, 2, 4}:
                 event = await watch.next()
@@ -189,7 +192,7 @@ async def test_events_that_a_host_has_not_kept_do_not_stall_the_run(plain: Bus) 
     events = [event for event in WHOLE if event.seq != 2]
     await host(plain, run_of(*events, first=events))
     async with asyncio.timeout(5):
-        seen = await heard(Watch(plain, "h1", REQUEST, Stop()))
+        seen = await heard(await watch_of(plain, REQUEST))
     assert [event.kind for event in seen][-1] == "result"
 
 
@@ -208,10 +211,10 @@ async def test_a_run_that_sends_too_much_is_given_up(
         events = [RunEvent(seq=n, kind="heartbeat") for n in range(1, 100)]
         await run.say("accepted")
         for body in [events] if together else events:
-            await plain.publish(run.inbox, body)
+            await plain.publish(run.subject, body)
 
     await host(plain, flood)
-    watch = Watch(plain, "h1", REQUEST, Stop())
+    watch = await watch_of(plain, REQUEST)
     last = (await heard(watch))[-1]
     assert last.error is not None
     assert last.error.code == "agent_failed"
@@ -223,10 +226,10 @@ async def test_repeating_one_number_is_counted_too(plain: Bus, monkeypatch: pyte
 
     async def flood(run: FakeRun) -> None:
         for _ in range(40):
-            await plain.publish(run.inbox, RunEvent(seq=0, kind="accepted"))
+            await plain.publish(run.subject, RunEvent(seq=0, kind="accepted"))
 
     await host(plain, flood)
-    assert (await heard(Watch(plain, "h1", REQUEST, Stop())))[-1].kind == "error"
+    assert (await heard(await watch_of(plain, REQUEST)))[-1].kind == "error"
 
 
 @pytest.mark.parametrize("unanswered", [1, 2])
@@ -237,15 +240,15 @@ async def test_a_lost_wait_is_asked_for_again_when_its_repetition_is_lost_too(pl
     async def answer(run: FakeRun) -> None:
         number = next(requests)
         if number == 0:
-            await plain.publish(run.inbox, [ACCEPTED, STARTED])
+            await plain.publish(run.subject, [ACCEPTED, STARTED])
             for n in range(3, 100):
-                await plain.publish(run.inbox, RunEvent(seq=n, kind="heartbeat"))
+                await plain.publish(run.subject, RunEvent(seq=n, kind="heartbeat"))
                 await asyncio.sleep(0.05)
         elif number > unanswered:
-            await plain.publish(run.inbox, [ACCEPTED, WAITING])
+            await plain.publish(run.subject, [ACCEPTED, WAITING])
 
     await host(plain, answer)
-    async with Watch(plain, "h1", REQUEST, Stop()) as watch, asyncio.timeout(10):
+    async with await watch_of(plain, REQUEST) as watch, asyncio.timeout(10):
         while (event := await watch.next()) is not None and event.kind != "waiting":
             pass
     assert event is not None
@@ -260,10 +263,10 @@ async def test_messages_that_hold_no_event_are_counted_too(
     async def flood(run: FakeRun) -> None:
         await run.say("accepted")
         for _ in range(40):
-            await plain.publish(run.inbox, garbage)
+            await plain.publish(run.subject, garbage)
 
     await host(plain, flood)
     async with asyncio.timeout(10):
-        last = (await heard(Watch(plain, "h1", REQUEST, Stop())))[-1]
+        last = (await heard(await watch_of(plain, REQUEST)))[-1]
     assert last.error is not None
     assert last.error.message.startswith("too many events")

@@ -9,6 +9,7 @@ from typing import Any, Self
 import pytest
 from support.logs import capture_logs
 from support.nodes import node
+from support.runs import event_subject
 from support.wait import until
 
 from loom.agents.host import NodeHost
@@ -73,7 +74,8 @@ async def events_of(bus: Bus, host: NodeHost, **facts: Any) -> list[RunEvent]:
         events.extend(read_events(msg.data))
 
     request = RunRequest(**{"task_id": "t1", "node_id": "n1", "description": "it", **facts})
-    await bus.publish(bus.subjects.of("run", "local", host.host_id), request, reply=bus.open_inbox(take))
+    reply = await event_subject(bus, host.host_id, take)
+    await bus.publish(bus.subjects.of("run", "local", host.host_id), request, reply=reply)
     return events
 
 

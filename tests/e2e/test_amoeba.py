@@ -145,7 +145,7 @@ PLAN = {
 }
 
 
-RUN = (("running", None), ("succeeded", "coder"))
+RUN = (("begun", None), ("ended", "coder"))
 
 
 async def test_the_parts_of_a_divided_task_are_told_as_they_begin_and_end(
@@ -168,11 +168,11 @@ async def test_the_parts_of_a_divided_task_are_told_as_they_begin_and_end(
     await provider.aclose()
 
     parts = [event for event in events if isinstance(event, SubtaskEvent)]
-    told = [(part.id, part.state, part.node_id) for part in parts]
+    told = [(part.subtask, part.state, part.node_id) for part in parts]
     assert sorted(told[:4]) == [(id_, *of) for id_ in ("left", "right") for of in RUN]
     assert told[4:] == [("both", *of) for of in RUN]
     assert [event.type for event in events[:2]] == ["subtask", "subtask"]
-    assert len({part.task_id for part in parts}) == 3
+    assert len({part.child_id for part in parts}) == 3
     *_, done = events
     assert isinstance(done, Done)
     assert done.content == "cross the road: left, right, both"

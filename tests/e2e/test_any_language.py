@@ -95,16 +95,16 @@ async def test_everything_a_task_does_can_be_heard(raw: Client, namespace: str, 
 
     wanted = [
         "submit",
-        "intake.normal.t-2",
+        "intake.public.normal.t-2",
         "task.match.normal.t-2",
         "auction.code",
         "task.scale.normal.t-2",
         "task.execute.normal.t-2",
-        "delta.t-2",
+        "delta.public.t-2",
         "task.evaluate.normal.t-2",
-        "reward.coder.code",
-        "result.t-2",
-        "lifecycle.learned.coder",
+        "reward.rules.local.coder.code",
+        "result.public.t-2",
+        "lifecycle.adapt.learned.local.coder",
     ]
 
     def subjects() -> list[str]:

@@ -45,27 +45,43 @@ async def heard(bus: Bus, ad: TaskAd, *, deaf_after: int = 1000) -> list[Delta |
     return news
 
 
-def told(news: list[Delta | SubtaskEvent]) -> list[tuple[str, str, str | None, str]]:
-    return [(one.id, one.state, one.node_id, one.error) for one in news if isinstance(one, SubtaskEvent)]
+def reported(news: list[Delta | SubtaskEvent]) -> list[tuple[str, str, str | None, str | None, str]]:
+    events = [one for one in news if isinstance(one, SubtaskEvent)]
+    return [(one.subtask, one.state, one.child_state, one.node_id, one.error) for one in events]
 
 
-async def test_a_part_that_fails_says_why(client: Bus, hosted: None) -> None:
-    assert told(await heard(client, task("look", "break", "rest"))) == [
-        ("look", "running", None, ""),
-        ("look", "succeeded", "ann", ""),
-        ("break", "running", None, ""),
-        ("break", "failed", None, "agent_failed"),
+async def test_a_subtask_that_fails_has_the_code_of_its_error(client: Bus, hosted: None) -> None:
+    assert reported(await heard(client, task("look", "break", "rest"))) == [
+        ("look", "begun", None, None, ""),
+        ("look", "ended", "succeeded", "ann", ""),
+        ("break", "begun", None, None, ""),
+        ("break", "ended", "failed", None, "agent_failed"),
     ]
 
 
-async def test_what_was_missed_is_told_when_the_task_has_ended(client: Bus, hosted: None) -> None:
-    ended = told(await heard(client, task("one", "two"), deaf_after=1))
+async def test_events_that_were_lost_are_made_up_for_when_the_task_has_ended(client: Bus, hosted: None) -> None:
+    ended = reported(await heard(client, task("one", "two"), deaf_after=1))
 
-    assert ended == [(name, *of) for name in ("one", "two") for of in (("running", None, ""), ("succeeded", "ann", ""))]
+    assert ended == [
+        (name, *of) for name in ("one", "two") for of in (("begun", None, None, ""), ("ended", "succeeded", "ann", ""))
+    ]
 
 
-async def test_of_a_whole_task_there_is_only_its_own_progress(client: Bus, hosted: None) -> None:
+async def test_a_client_subscribes_to_no_subject_of_a_phase(client: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    subscribed: list[str] = []
+    original = client.subscribe
+
+    async def subscribe(subject: str, *args: Any, **options: Any) -> Any:
+        subscribed.append(subject)
+        return await original(subject, *args, **options)
+
+    monkeypatch.setattr(client, "subscribe", subscribe)
+    async with Subtasks(client, "t1"):
+        assert subscribed == [client.subjects.of("subtask", "public", "t1")]
+
+
+async def test_a_whole_task_has_only_its_own_progress(client: Bus, hosted: None) -> None:
     news = await heard(client, TaskAd(domain="code", description="x"))
 
     assert news
-    assert told(news) == []
+    assert reported(news) == []

@@ -21,11 +21,12 @@ from loom.runner.cluster import PhaseService, build
 from loom.schemas.auction import AnnouncedNode, Bid, CallForBids, HostAnnouncement, Lot, Offer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Claim, Envelope, Phase, Spec, TaskRecord
+from loom.schemas.events import SubtaskEvent
 from loom.schemas.identity import LOCAL, Identity
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.llm import LLMProvider
 from loom.schemas.notices import ParentEnded, SubtaskEnded, read_scale_message
-from loom.schemas.run import Delta, RunEvent, RunKind, RunRequest
+from loom.schemas.run import Delta, RunEvent, RunKind, RunRequest, Stop
 from loom.schemas.task import ErrorReply, RunResult, Submission, TaskAd, TaskError, TaskResult
 from loom.schemas.wire import decode, encode, new_id
 from support.wait import until
@@ -43,6 +44,7 @@ BODIES: dict[str, Any] = {
     "result": TaskResult,
     "reward": Reward,
     "lifecycle": Lifecycle,
+    "subtask": SubtaskEvent,
 }
 
 
@@ -227,7 +229,7 @@ class Stage:
         asked: list[Msg] = []
 
         async def count(msg: Msg) -> None:
-            if msg.reply.startswith("_INBOX_sense"):
+            if msg.reply.startswith("_LOOM.sense."):
                 asked.append(msg)
 
         info = await self.bus.subscribe(f"$JS.API.STREAM.INFO.{self.bus.subjects.stream('TASKS')}", count)
@@ -270,6 +272,7 @@ class FakeHost:
     run: Callable[["FakeRun"], Awaitable[None]] | None = None
     calls: list[CallForBids] = field(default_factory=list)
     runs: list["FakeRun"] = field(default_factory=list)
+    stops: list[Stop] = field(default_factory=list)
     seq: int = 0
 
     async def start(self) -> Self:
@@ -277,6 +280,7 @@ class FakeHost:
         subjects = self.bus.subjects
         await self.bus.subscribe(subjects.of("auction", "*"), self._on_call)
         await self.bus.subscribe(subjects.of("run", self.owner, self.host_id), self._on_run)
+        await self.bus.subscribe(subjects.of("stop", self.owner, self.host_id), self._on_stop)
         await self.bus.subscribe(subjects.hosts, self._on_hosts)
         await self.announce()
         await self.bus.echo()
@@ -312,6 +316,9 @@ class FakeHost:
         subject = self.bus.subjects.of("offer", self.owner, self.host_id, *call.answer_to.split("."))
         await self.bus.publish(subject, offer)
 
+    async def _on_stop(self, msg: Msg) -> None:
+        self.stops.append(decode(msg.data, Stop))
+
     async def _on_run(self, msg: Msg) -> None:
         run = FakeRun(self.bus, decode(msg.data, RunRequest), msg.reply)
         self.runs.append(run)
@@ -322,13 +329,13 @@ class FakeHost:
 class FakeRun:
     """One run request, and a mouth to answer it."""
 
-    def __init__(self, bus: Bus, request: RunRequest, inbox: str) -> None:
-        self.bus, self.request, self.inbox = bus, request, inbox
+    def __init__(self, bus: Bus, request: RunRequest, subject: str) -> None:
+        self.bus, self.request, self.subject = bus, request, subject
         self.seq = 0
 
     async def say(self, kind: RunKind, **facts: Any) -> None:
         """Send the next event."""
-        await self.bus.publish(self.inbox, RunEvent(seq=self.seq, kind=kind, **facts))
+        await self.bus.publish(self.subject, RunEvent(seq=self.seq, kind=kind, **facts))
         self.seq += 1
 
     async def succeed(self, content: str = "done", **facts: Any) -> None:

@@ -1,12 +1,42 @@
 """Run requests to a node host, and the events that come back."""
 
+from collections.abc import Callable
 from typing import Any
 
 from loom.agents.host import NodeHost
+from loom.bus.announcements import HostKey
 from loom.bus.client import Bus, Msg
-from loom.schemas.run import RunEvent, RunRequest, read_events
+from loom.phases.execute.events import EventSubjects
+from loom.phases.execute.stops import Stops
+from loom.phases.execute.watch import Hosts, Interrupt, Watch
+from loom.schemas.run import RunEvent, RunRequest, Stop, read_events
+from loom.schemas.wire import new_id
 from support.phases import Stage
 from support.wait import until
+
+
+async def event_subject(bus: Bus, host_id: str, take: Callable[[Msg], None] = lambda _: None) -> str:
+    """Return a new subject for the events of a run; they are handed to `take`."""
+    subject = bus.subjects.of("event", "local", host_id, bus.instance, new_id())
+    await bus.listen(subject, take)
+    return subject
+
+
+async def stop_run(bus: Bus, host: NodeHost, task_id: str = "t1", attempt: int = 1) -> None:
+    """Stop a run, as EXECUTE does."""
+    await bus.publish(bus.subjects.of("stop", "local", host.host_id), Stop(task_id=task_id, attempt=attempt))
+
+
+async def hosts_of(bus: Bus) -> Hosts:
+    """Return what EXECUTE reaches hosts by, on this connection."""
+    events = EventSubjects(bus)
+    await events.start()
+    return Hosts(bus, events, Stops(bus))
+
+
+async def watch_of(bus: Bus, request: RunRequest, interrupt: Interrupt | None = None, **facts: Any) -> Watch:
+    """Return a watch of a run on the host h1."""
+    return Watch(await hosts_of(bus), HostKey("local", "h1"), request, interrupt or Interrupt(), **facts)
 
 
 class Watcher:
@@ -16,7 +46,7 @@ class Watcher:
         self.bus = bus
         self.events: list[RunEvent] = []
         self.bodies: list[bytes] = []
-        self.inbox = bus.open_inbox(self._take)
+        self.subject = ""
 
     def _take(self, msg: Msg) -> None:
         self.bodies.append(msg.data)
@@ -24,8 +54,13 @@ class Watcher:
 
     async def run(self, host: NodeHost, **facts: Any) -> "Watcher":
         request = RunRequest(**{"task_id": "t1", "node_id": "n1", "description": "it", **facts})
-        await self.bus.publish(self.bus.subjects.of("run", "local", host.host_id), request, reply=self.inbox)
+        await self.send(host, request)
         return self
+
+    async def send(self, host: NodeHost, request: RunRequest | bytes) -> None:
+        """Publish a request whose reply subject is one of this watcher's own."""
+        self.subject = self.subject or await event_subject(self.bus, host.host_id, self._take)
+        await self.bus.publish(self.bus.subjects.of("run", "local", host.host_id), request, reply=self.subject)
 
     def kinds(self) -> list[str]:
         """The kinds heard, heartbeats left out."""

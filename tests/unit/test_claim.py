@@ -76,8 +76,8 @@ def test_a_lower_attempt_a_twin_elsewhere_and_an_ended_task_are_dropped(rec: Tas
         (record(1), "other", 7, "leave"),
         (record(1), "first", 8, "settle"),
         (record(1), "other", 8, "settle"),
-        (record(2), "first", 7, "settle"),
-        (record(1, state="succeeded", ended_at=1.0), "first", 7, "settle"),
+        (record(2), "first", 7, "over"),
+        (record(1, state="succeeded", ended_at=1.0), "first", 7, "over"),
     ],
 )
 def test_only_the_holder_of_the_claim_may_report_an_error(rec: TaskRecord, instance: str, seq: int, say: str) -> None:

@@ -283,34 +283,6 @@ def test_a_record_that_has_not_ended_and_one_of_somebody_else_change_nothing() -
     assert graph.note(plan, replace(record, task_id="other")) == plan
 
 
-# -- when
-
-
-@pytest.mark.parametrize(
-    ("env", "asks"),
-    [
-        (parent(complexity=0.6), False),
-        (parent(complexity=0.61), True),
-        (parent(complexity=0.61, limits=Limits(mitosis_threshold=0.9)), False),
-        (parent(complexity=0.5, limits=Limits(mitosis_threshold=0.1)), False),  # only narrower
-        (parent(context={"plan": True}), True),
-        (parent(context={"plan": [{"id": "a"}]}), True),
-        (parent(context={"plan": False}), False),
-        (parent(context={"plan": None}, complexity=0.9), True),
-        (parent(complexity=0.9, node_id="n1"), False),  # pinned: this node and no other
-        (parent(node_id="n1", context={"plan": True}), True),
-    ],
-)
-def test_what_is_hard_or_asks_for_it_is_divided(env: Envelope, *, asks: bool) -> None:
-    assert graph.asks_to_split(env, CONFIG) is asks
-
-
-@pytest.mark.parametrize(("limit", "depth"), [(None, 2), (1, 1), (0, 0), (9, 2)])
-def test_an_ad_may_only_narrow_the_depth(limit: int | None, depth: int) -> None:
-    limits = None if limit is None else Limits(max_depth=limit)
-    assert graph.deepest(parent(limits=limits), CONFIG) == depth
-
-
 # -- children
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from loom.runner.settings import NAME_PATTERN, InvalidSetting, Settings, from_environment, misspelt
 from loom.schemas.config import ClusterConfig
-from loom.schemas.identity import RESERVED
+from loom.schemas.identity import RESERVED, Identity
 from loom.schemas.wire import MAX_SECONDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
@@ -116,6 +116,30 @@ def test_a_refusal_is_a_sentence_that_a_person_can_follow(variable: str, value: 
 
     assert caught.value.message.startswith(f"{variable}: {words}")
     assert not any(sign in caught.value.message for sign in "`^$\\")
+
+
+@pytest.mark.parametrize("variable", ["LOOM_SUBMITTER", "LOOM_OWNER", "LOOM_SOURCE"])
+@pytest.mark.parametrize("value", [*sorted(RESERVED), "two words", "a.b", "*", "x" * 65, "ann\n"])
+def test_a_name_that_is_reserved_or_not_a_token_is_refused_in_one_sentence(variable: str, value: str) -> None:
+    with pytest.raises(InvalidSetting) as caught:
+        from_environment({variable: value})
+
+    assert caught.value.field == variable
+    assert caught.value.message == (
+        f"{variable}: must be 1 to 64 letters, digits, - or _, and not one of the reserved names "
+        "adapt, eval, evaluate, execute, import, judge, match, rules, scale, sense"
+    )
+
+
+@pytest.mark.parametrize("value", ["ann", "TEAM_A", "senses", "my-judge", "x" * 64, "0"])
+def test_a_name_that_only_resembles_a_reserved_one_is_accepted(value: str) -> None:
+    named = from_environment({"LOOM_SUBMITTER": value, "LOOM_OWNER": value, "LOOM_SOURCE": value}).identity
+
+    assert named == Identity(submitter=value, owner=value, source=value)
+
+
+def test_without_names_a_process_is_that_of_a_single_user() -> None:
+    assert from_environment({}).identity == Identity(submitter="public", owner="local", source="person")
 
 
 @pytest.mark.parametrize("level", ["INFO", "Info", " info "])

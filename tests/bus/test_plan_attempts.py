@@ -1,0 +1,275 @@
+"""A plan answers for the newest attempt that asks SCALE, wherever SCALE dies: a copy by another way loses no task."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Literal, NamedTuple
+
+import pytest
+from msgspec.structs import replace
+from support.phases import Replica, Stage, ad, awarded, envelope
+from support.wait import until
+
+from loom.bus.client import Bus
+from loom.bus.kv import Bucket
+from loom.bus.loop import HopLoop
+from loom.bus.stored import read_message
+from loom.bus.topology import SCALE_LANE
+from loom.phases.evaluate.policy import notice_of
+from loom.phases.scale import graph
+from loom.phases.sense.policy import with_division
+from loom.schemas.config import ClusterConfig
+from loom.schemas.envelope import Award, Envelope, SplitPlan, TaskRecord
+from loom.schemas.errors import BusUnavailable
+from loom.schemas.notices import ParentEnded, PlanTimeout, read_scale_message
+from loom.schemas.plan import parse_plan
+from loom.schemas.task import PhaseUsage, RunResult, TaskError
+
+PLAN = [{"id": "a", "description": "do a"}, {"id": "b", "description": "do b", "dependencies": ["a"]}]
+PARKED = 2
+"""The attempt that was parked first."""
+State = Literal["running", "joining", "done"]
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+# -- a divided task
+
+
+async def divided(stage: Stage, state: State) -> SplitPlan:
+    """A task whose plan is stored and in that state; its own message is gone."""
+    env = awarded(envelope(ad(task_id="p", context={"plan": PLAN}, token_budget=1000), now=stage.bus.now()))
+    assert env.spec is not None
+    env = replace(env, attempt=PARKED, spec=with_division(env.spec, env.ad, 0, ClusterConfig()))
+    await stage.record(replace(env, award=None))
+    plan = graph.begin(env, parse_plan(str(PLAN).replace("'", '"')))
+    for name in () if state == "running" else ("a", "b"):
+        failed = state == "done" and name == "b"
+        plan = graph.note(plan, await ended(stage, plan, name, "failed" if failed else "succeeded"))
+    assert plan.state == state
+    await Bucket(stage.bus, "plans", SplitPlan).create("p", plan)
+    return plan
+
+
+async def ended(stage: Stage, plan: SplitPlan, name: str, state: Any = "succeeded") -> TaskRecord:
+    """The stored record of a subtask that has ended."""
+    (part,) = [part for part in plan.subtasks if part.id == name]
+    child = awarded(graph.child_of(plan, part, {}, stage.bus.now()))
+    if state == "failed":
+        child = replace(child, error=TaskError(code="agent_failed", message="it broke"))
+    else:
+        child = replace(child, result=RunResult(content=f"out {name}", completion_tokens=10))
+    return await stage.record(child, state=state, ended_at=stage.bus.now())
+
+
+async def stored(stage: Stage) -> SplitPlan:
+    entry = await Bucket(stage.bus, "plans", SplitPlan).get("p")
+    assert entry is not None
+    return entry.value
+
+
+def copy_of(plan: SplitPlan, attempt: int) -> Envelope:
+    """The task as it comes to SCALE by another way, for an attempt of its own."""
+    award = Award(node_id="n9", host_id="h9", score=0.4)
+    facts: dict[str, Any] = {"failures": 1, "excluded": ("n1",), "budget": 900}
+    return replace(plan.envelope, attempt=attempt, award=award, **facts)
+
+
+async def carried(stage: Stage) -> set[int]:
+    """The attempts of which a hop to a later phase, or the timer, is stored."""
+    found = set()
+    subjects = stage.bus.subjects
+    for subject in (
+        subjects.task("execute", "*", "p"),
+        subjects.task("evaluate", "*", "p"),
+        subjects.later("*", "p", "*"),
+    ):
+        message = await read_message(stage.bus, subjects.stream("TASKS"), {"last_by_subj": subject})
+        if message is not None:
+            read = read_scale_message(message.data)
+            found.add(read.envelope.attempt if isinstance(read, PlanTimeout) else read.attempt)  # type: ignore[union-attr]
+    return found
+
+
+# -- a SCALE that dies
+
+
+class Point(NamedTuple):
+    """Where a replica dies the first time: at a call of `method`, made before that or not."""
+
+    owner: type
+    method: str
+    when: Callable[..., bool]
+    calls: bool = False
+
+
+POINTS = {
+    "nowhere": Point(HopLoop, "_answer", lambda *_: False),
+    "the plan is written": Point(Bucket, "update", lambda *_: True, calls=True),
+    "the hop is published": Point(Bus, "_confirm", lambda *_: True),
+    "only the ack is missing": Point(HopLoop, "_answer", lambda _delivery, verb: verb == b"+ACK"),
+}
+
+
+def mortal(replica: Replica, point: Point, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a replica die at a point, with all that it has sent before at the server."""
+    original: Callable[..., Awaitable[Any]] = getattr(point.owner, point.method)
+
+    async def fatal(self: Any, *args: Any, **options: Any) -> Any:
+        bus = self if isinstance(self, Bus) else self._bus
+        if bus is not replica.bus or bus.lost.is_set() or not point.when(*args):
+            return await original(self, *args, **options)
+        if point.calls:
+            await original(self, *args, **options)
+        await bus.echo()
+        replica.die()
+        raise BusUnavailable("killed")
+
+    monkeypatch.setattr(point.owner, point.method, fatal)
+
+
+async def ask(stage: Stage, copy: Envelope, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hand a copy to a SCALE that dies at that point, and to another one after it, until nothing is left to do."""
+    await stage.hurry(SCALE_LANE, 0.5)
+    replica = await stage.phase("scale")
+    mortal(replica, POINTS[where], monkeypatch)
+    await stage.put("scale", copy)
+
+    async def settled() -> bool:
+        return replica.bus.lost.is_set() or await left(stage) == 0
+
+    await until(settled, what="SCALE has died or is done")
+    monkeypatch.undo()
+    if replica.bus.lost.is_set():
+        await stage.phase("scale")
+        await stage.settled(phase="scale")
+
+
+async def left(stage: Stage) -> int:
+    return await stage.pending("TASKS", stage.bus.subjects.of("task", "scale", "*", "*"))
+
+
+everywhere = pytest.mark.parametrize("where", POINTS)
+
+
+@everywhere
+@pytest.mark.parametrize("attempt", [PARKED, PARKED + 1])
+async def test_a_running_plan_joins_for_the_newest_attempt(
+    stage: Stage, attempt: int, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = await divided(stage, "running")
+    copy = copy_of(plan, attempt)
+    await ask(stage, copy, where, monkeypatch)
+    parked = (await stored(stage)).envelope
+    expected = copy if attempt > PARKED else plan.envelope
+    assert (parked.attempt, parked.award, parked.excluded) == (attempt, expected.award, expected.excluded)
+    assert (parked.failures, parked.budget) == (expected.failures, expected.budget)
+    assert await carried(stage) == {attempt}, "the timer"
+    assert await stage.pending("TASKS", stage.bus.subjects.later("scale", "p", "timer")) == 1
+    assert not stage.all("task", phase="execute")
+    for name in ("a", "b"):
+        await stage.seen("task", phase="sense", task_id=graph.child_id("p", name))
+        await end(stage, name)
+    joined = await stage.seen("task", phase="execute")
+    assert (joined.attempt, joined.award) == (attempt, expected.award)
+    assert joined.inputs == {"a": "out a", "b": "out b"}
+    assert joined.budget == (expected.budget or 0) - 20
+
+
+async def end(stage: Stage, name: str) -> None:
+    notice = notice_of(await ended(stage, await stored(stage), name))
+    assert notice is not None
+    await stage.notify(notice)
+
+
+@everywhere
+@pytest.mark.parametrize("attempt", [PARKED, PARKED + 1])
+async def test_a_joining_plan_gives_its_outputs_to_the_attempt_that_asks(
+    stage: Stage, attempt: int, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = await divided(stage, "joining")
+    copy = copy_of(plan, attempt)
+    await ask(stage, copy, where, monkeypatch)
+    joined = await stage.seen("task", phase="execute")
+    expected = copy if attempt > PARKED else plan.envelope
+    assert (joined.attempt, joined.award, joined.excluded) == (attempt, expected.award, expected.excluded)
+    assert joined.inputs == {"a": "out a", "b": "out b"}
+    assert joined.budget == (expected.budget or 0) - 20
+    assert await carried(stage) == {attempt}
+    said = [one.headers["Nats-Msg-Id"] for one in stage.heard if one.parsed.tokens.get("phase") == "execute"]
+    assert {one.partition("-")[0] for one in said} == {"p:task"}, "named after the message that asked"
+
+
+@everywhere
+@pytest.mark.parametrize("attempt", [PARKED, PARKED + 1])
+async def test_a_failed_plan_fails_the_attempt_that_asks(
+    stage: Stage, attempt: int, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = await divided(stage, "done")
+    await ask(stage, copy_of(plan, attempt), where, monkeypatch)
+    failed = await stage.seen("task", phase="evaluate")
+    assert (failed.attempt, failed.error.code, failed.spent.tokens) == (attempt, "subtask_failed", 10)
+    assert await carried(stage) == {attempt}
+
+
+@everywhere
+@pytest.mark.parametrize("state", ["running", "joining", "done"])
+async def test_an_older_attempt_changes_nothing_and_the_newer_one_goes_on(
+    stage: Stage, state: State, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = await divided(stage, state)
+    await ask(stage, copy_of(plan, PARKED - 1), where, monkeypatch)
+    assert await stored(stage) == plan
+    assert await carried(stage) == set()
+    assert await left(stage) == 0
+    await stage.phase("scale")
+    await stage.put("scale", plan.envelope)
+    await stage.settled(phase="scale")
+    assert await carried(stage) == {PARKED}
+
+
+async def test_a_plan_that_is_over_fails_a_task_that_is_not(stage: Stage) -> None:
+    """A notice ended the plan, and the task's record says that it runs: nothing else would carry it on."""
+    plan = await divided(stage, "running")
+    await stage.phase("scale")
+    await stage.notify(ParentEnded(task_id="p"))
+    await stage.settled(phase="scale")
+    await stage.put("scale", copy_of(plan, PARKED + 1))
+    failed = await stage.seen("task", phase="evaluate")
+    assert (failed.attempt, failed.error.code) == (PARKED + 1, "subtask_failed")
+
+
+async def test_a_timer_set_for_an_older_attempt_ends_the_newest(stage: Stage) -> None:
+    plan = await divided(stage, "running")
+    await Bucket(stage.bus, "plans", SplitPlan).update("p", graph.for_attempt(plan, copy_of(plan, 5)), 1)
+    await stage.phase("scale")
+    timeout = PlanTimeout(envelope=plan.envelope)
+    await stage.bus.store(stage.bus.subjects.task("scale", "normal", "p"), timeout, msg_id="due")
+    late = await stage.seen("task", phase="evaluate")
+    assert (late.attempt, late.error.code) == (5, "deadline_exceeded")
+
+
+async def test_a_notice_repeated_after_the_join_comes_with_the_newest_attempt(stage: Stage) -> None:
+    plan = await divided(stage, "joining")
+    await stage.phase("scale")
+    await stage.put("scale", copy_of(plan, PARKED + 1))
+    await stage.seen("task", phase="execute")
+    notice = notice_of(await stage.read(graph.child_id("p", "b")))
+    assert notice is not None
+    await stage.notify(notice)
+    assert (await stage.seen("task", phase="execute", count=2)).attempt == PARKED + 1
+
+
+def test_what_the_plan_took_is_charged_to_a_newer_attempt_once() -> None:
+    usage = PhaseUsage(requests=1, prompt_tokens=40)
+    env = envelope(ad(task_id="p"), now=0.0, budget=1000)
+    plan = graph.begin(
+        replace(env, phase_usage={"scale": usage}, budget=960), parse_plan('[{"id":"a","description":"x"}]')
+    )
+    newer = graph.for_attempt(plan, replace(env, attempt=2, budget=1000))
+    assert (newer.envelope.budget, newer.envelope.phase_usage["scale"]) == (960, usage)
+    again = graph.for_attempt(newer, replace(newer.envelope, attempt=3))
+    assert (again.envelope.budget, again.envelope.attempt, again.subtasks) == (960, 3, plan.subtasks)
+    assert graph.for_attempt(again, env) == again

@@ -1,0 +1,136 @@
+"""The subjects on which a run's events arrive: whose they are, and what comes on any other."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+from support.phases import FakeHost, FakeRun, Stage, ad, awarded, envelope, quiet
+from support.runs import hosts_of, watch_of
+from support.wait import until
+
+from loom.bus.announcements import HostKey
+from loom.bus.client import Bus, Msg
+from loom.phases.execute.events import EventSubjects
+from loom.phases.execute.watch import Interrupt, Silent, Watch
+from loom.schemas.envelope import Envelope
+from loom.schemas.run import RunEvent, RunRequest
+from loom.schemas.task import RunResult, TaskError
+
+REQUEST = RunRequest(task_id="t1", description="count the words", remaining_s=60)
+FORGED = RunEvent(seq=0, kind="result", result=RunResult(content="forged"))
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    async with Stage(nats_url, namespace) as stage:
+        yield stage
+
+
+async def given(stage: Stage, owner: str = "local") -> Envelope:
+    env = awarded(envelope(ad(), now=stage.bus.now()), owner=owner)
+    await stage.record(env)
+    await stage.put("execute", env)
+    return env
+
+
+async def test_a_run_request_names_the_host_its_owner_and_the_replica_in_its_reply_subject(stage: Stage) -> None:
+    one = await FakeHost(await stage.connect("node"), owner="acme", run=FakeRun.succeed).start()
+    execute = await stage.phase("execute")
+    env = await given(stage, owner="acme")
+    assert (await stage.seen("task", phase="evaluate")).error is None
+    parsed = stage.bus.subjects.parse(one.runs[0].subject)
+    assert parsed is not None
+    key = parsed.tokens.pop("run_key")
+    assert (parsed.family, parsed.tokens) == (
+        "event",
+        {"owner": "acme", "host_id": "h1", "instance": execute.bus.instance},
+    )
+    assert len(key) == 16
+    assert (await stage.read(env.task_id)).claim.owner == "acme"
+
+
+@pytest.mark.parametrize(
+    ("owner", "host_id", "key", "counted"),
+    [("local", "h1", "guessed", "h1"), ("local", "h2", "", "h2"), ("acme", "h1", "", "acme.h1")],
+    ids=["another key", "another host", "another owner"],
+)
+async def test_events_for_a_run_that_was_not_given_to_the_host_have_no_effect_and_are_counted(
+    stage: Stage, owner: str, host_id: str, key: str, counted: str
+) -> None:
+    async def start(run: FakeRun) -> None:
+        await run.say("accepted")
+
+    one = await FakeHost(await stage.connect("node"), run=start).start()
+    execute = await stage.phase("execute")
+    await given(stage)
+    await until(lambda: one.runs, what="it runs")
+    own_key = one.runs[0].subject.rpartition(".")[2]
+    subject = stage.bus.subjects.of("event", owner, host_id, execute.bus.instance, key or own_key)
+    await stage.bus.publish(subject, FORGED)
+    await until(lambda: counted in execute.bus.discards.hosts, what="it is counted")
+    assert not stage.all("task", phase="evaluate")
+    await one.runs[0].say("result", result=RunResult(content="done"))
+    assert (await stage.seen("task", phase="evaluate")).result == RunResult(content="done")
+    assert {host: left.counts for host, left in execute.bus.discards.hosts.items()} == {counted: {"events": 1}}
+
+
+async def test_events_of_another_replica_are_not_heard(stage: Stage) -> None:
+    execute = await stage.phase("execute")
+    await stage.bus.publish(stage.bus.subjects.of("event", "local", "h1", "execute-other", "key"), FORGED)
+    await quiet(stage.bus, execute.bus)
+    assert not execute.bus.discards.hosts
+
+
+async def test_the_answer_of_the_server_that_a_host_is_absent_arrives(
+    plain: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loom.phases.execute.watch.ABSENT_S", 0.3)
+    monkeypatch.setattr("loom.phases.execute.watch.ABSENT_AGAIN_S", 0.1)
+    async with await watch_of(plain, REQUEST) as watch:
+        with pytest.raises(Silent, match="host h1 is not there"):
+            await watch.next()
+
+
+async def test_each_watching_has_a_key_of_its_own_and_a_run_that_moves_is_not_blamed_for_its_last_events(
+    plain: Bus,
+) -> None:
+    one = await FakeHost(plain).start()
+    hosts = await hosts_of(plain)
+    first = Watch(hosts, HostKey("local", "h1"), REQUEST, Interrupt())
+    async with first:
+        await until(lambda: one.runs, what="it is asked")
+    async with first.again() as second:
+        await until(lambda: len(one.runs) == 2, what="it is asked again")
+        assert one.runs[0].subject != one.runs[1].subject
+        await one.runs[0].say("moved")
+        await one.runs[1].say("accepted")
+        event = await second.next()
+    assert event is not None
+    assert event.kind == "accepted"
+    assert not plain.discards.hosts
+
+
+async def test_a_reply_after_the_last_event_is_counted_if_the_run_was_asked_for_once(plain: Bus) -> None:
+    one = await FakeHost(plain, run=FakeRun.succeed).start()
+    async with await watch_of(plain, REQUEST) as watch:
+        while (event := await watch.next()) is not None and not event.final:
+            pass
+    await one.runs[0].say("error", error=TaskError(code="agent_failed", message="or not"))
+    await until(lambda: plain.discards.hosts, what="it is counted")
+    assert plain.discards.hosts["h1"].counts == {"events": 1}
+
+
+async def test_closed_subjects_are_remembered_up_to_a_limit(plain: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loom.phases.execute.events.CLOSED_KEYS", 2)
+    events = EventSubjects(plain)
+    await events.start()
+    heard: list[Msg] = []
+    subjects = [events.open(HostKey("local", "h1"), heard.append) for _ in range(3)]
+    for subject in subjects:
+        events.close(subject)
+        events.close(subject)
+    for subject in subjects:
+        await plain.publish(subject, FORGED)
+    await plain.echo()
+    assert (heard, plain.discards.hosts["h1"].counts) == ([], {"events": 1})
+    await events.stop()
+    await events.stop()

@@ -1,0 +1,107 @@
+"""A divided task of which a copy went to EXECUTE undivided: it ends once, with the outputs of its subtasks."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import pytest
+from msgspec.structs import replace
+from support.nodes import node
+from support.wait import until
+
+from loom.bus import tasks
+from loom.bus.client import Bus
+from loom.bus.kv import Bucket
+from loom.bus.records import records
+from loom.bus.topology import stream_state
+from loom.runner.cluster import running_nodes, running_phases
+from loom.schemas.envelope import Envelope, SplitPlan, Subtask
+from loom.schemas.errors import AgentFailed
+from loom.schemas.run import RunRequest
+from loom.schemas.task import TaskAd
+
+PLAN = [{"id": "a", "description": "part"}, {"id": "b", "description": "part", "dependencies": ["a"]}]
+
+
+class Town:
+    """All phases, two nodes, and a divided task whose subtasks wait until they are let go."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self.go = asyncio.Event()
+        self.answers_alone = False
+        self.ad = TaskAd(domain="code", description="all", context={"plan": PLAN}, timeout_s=30)
+
+    async def agent(self, job: RunRequest) -> str:
+        if job.description == "part":
+            await self.go.wait()
+            return "out"
+        if self.answers_alone:
+            return "alone"
+        if not job.inputs:
+            raise AgentFailed("nothing to put together")
+        return ", ".join(job.inputs)
+
+    async def plan(self) -> SplitPlan | None:
+        entry = await Bucket(self.bus, "plans", SplitPlan).get(self.ad.task_id)
+        return entry.value if entry is not None else None
+
+    async def put(self, envelope: Envelope) -> None:
+        """Store a copy of the task for EXECUTE."""
+        subject = self.bus.subjects.task("execute", envelope.priority, envelope.task_id)
+        await self.bus.store(subject, envelope, msg_id=f"{envelope.task_id}:copy")
+
+
+@pytest.fixture
+async def town(nats_url: str, namespace: str) -> AsyncIterator[Town]:
+    async with AsyncExitStack() as stack:
+        town = Town(await stack.enter_async_context(Bus(nats_url, namespace=namespace)))
+        await stack.enter_async_context(running_phases(nats_url, namespace=namespace))
+        nodes = [node(name, town.agent, code=0.9) for name in ("ann", "bob")]
+        await stack.enter_async_context(running_nodes(nats_url, lambda: nodes, namespace=namespace))
+        yield town
+
+
+@pytest.mark.parametrize("until_running", [True, False], ids=["while subtasks run", "while they join"])
+async def test_a_copy_that_fails_undivided_leads_to_one_end_with_all_outputs(
+    town: Town, *, until_running: bool
+) -> None:
+    handle = await tasks.publish(town.bus, town.ad, deltas=False)
+    plan = await until(town.plan, what="the task is divided")
+    await town.put(replace(plan.envelope, inputs={}))
+
+    async def asked_again() -> bool:
+        plan = await town.plan()
+        return plan is not None and plan.envelope.attempt == 2
+
+    if until_running:
+        await until(asked_again, what="the second attempt has taken the place of the parked one")
+    town.go.set()
+    result = await handle.result(20)
+    assert (result.error, result.content, result.state) == (None, "a, b", "succeeded")
+
+    async def over() -> bool:
+        plan = await town.plan()
+        return plan is not None and plan.state == "done" and not (await stream_state(town.bus, "TASKS"))["messages"]
+
+    await until(over, what="nothing is left of it")
+    parts: list[Subtask] = list((await until(town.plan, what="the plan")).subtasks)
+    assert {part.state for part in parts} == {"succeeded"}
+    record = await records(town.bus).get(town.ad.task_id)
+    assert record is not None
+    assert record.value.envelope.attempt == result.attempts
+    assert (await stream_state(town.bus, "DEAD"))["messages"] == 0
+
+
+async def test_a_copy_that_succeeds_undivided_ends_the_task_and_cancels_its_subtasks(town: Town) -> None:
+    town.answers_alone = True
+    handle = await tasks.publish(town.bus, town.ad, deltas=False)
+    plan = await until(town.plan, what="the task is divided")
+    await town.put(plan.envelope)
+    assert (await handle.result(20)).content == "alone"
+
+    async def cancelled() -> bool:
+        plan = await town.plan()
+        return plan is not None and plan.state == "done" and plan.subtasks[0].state == "cancelled"
+
+    await until(cancelled, what="the subtask that ran is cancelled")

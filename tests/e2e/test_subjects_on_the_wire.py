@@ -1,0 +1,160 @@
+"""What a whole cluster publishes, seen by a plain NATS client: every row of the table of subjects, and nothing else."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any, Self
+
+import nats
+import pytest
+from nats.aio.client import Client
+from nats.aio.msg import Msg as Message
+from support.nodes import node
+from support.subject_table import PATTERNS, pattern_of
+from support.wait import until
+
+from loom import delegate
+from loom.bus.client import Bus
+from loom.bus.reward_bus import RewardBus
+from loom.bus.subjects import Subjects
+from loom.bus.tap import SHAPES
+from loom.runner.cluster import running_nodes, running_phases
+from loom.schemas.config import ClusterConfig
+from loom.schemas.learning import Reward
+from loom.schemas.notices import read_scale_message
+from loom.schemas.run import RunRequest
+from loom.schemas.wire import decode
+
+NOT_YET = {
+    "call.<owner>.<host_id>",
+    "event.<owner>.<host_id>.<instance>.<run_key>",
+    "stop.<owner>.<host_id>",
+    "cancelled.<task_id>",
+}
+"""Rows that nothing publishes yet."""
+CONFIG = ClusterConfig(idle_timeout_s=0.3)
+PLAN = [{"id": "a", "description": "quick"}, {"id": "b", "description": "quick", "dependencies": ["a"]}]
+
+
+class Wire:
+    """A raw subscription on everything in a namespace."""
+
+    def __init__(self, url: str, namespace: str) -> None:
+        self.url, self.namespace = url, namespace
+        self.subjects = Subjects(namespace)
+        self.seen: dict[str, list[Message]] = {}
+        """Row of the table -> its messages; under "" what is outside the table."""
+
+    async def __aenter__(self) -> Self:
+        self.client: Client = await nats.connect(self.url)
+        await self.client.subscribe(f"{self.namespace}.>", cb=self._keep, pending_msgs_limit=0)
+        await self.client.flush()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.client.close()
+
+    async def _keep(self, msg: Message) -> None:
+        self.seen.setdefault(pattern_of(msg.subject, self.namespace) or "", []).append(msg)
+
+    async def ask(self, subject: str, **body: Any) -> dict[str, Any]:
+        """Send a request as any NATS client would, and return the answer."""
+        answer = await self.client.request(f"{self.namespace}.{subject}", json.dumps(body).encode(), timeout=30)
+        return dict(json.loads(answer.data))
+
+    def unreadable(self) -> list[str]:
+        """Subjects of messages whose bodies are not of the type that the tap has for them."""
+        return [msg.subject for found in self.seen.values() for msg in found if not self._is_readable(msg)]
+
+    def _is_readable(self, msg: Message) -> bool:
+        parsed = self.subjects.parse(msg.subject)
+        if parsed is None or parsed.family not in SHAPES or parsed.task_id == "junk":
+            return True
+        try:
+            read = parsed.family in {"task", "later"}
+            _ = read_scale_message(msg.data) if read else decode(msg.data, SHAPES[parsed.family])
+        except ValueError:
+            return False
+        return True
+
+
+class Work:
+    """The agent of the cluster's node: `quick` work, work that is `held`, and work that is delegated."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.held: list[str] = []
+
+    async def __call__(self, job: RunRequest) -> AsyncIterator[str]:
+        if job.description == "held":
+            self.held.append(job.task_id)
+            await self.go.wait()
+        if job.description == "delegate":
+            yield await delegate("quick", domain="code")
+        yield f"done: {job.description}"
+
+
+@pytest.fixture
+async def wire(on_bus: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Wire]:
+    monkeypatch.setattr("loom.agents.host.ANNOUNCE_S", 0.2)
+    monkeypatch.setattr("loom.phases.adapt.retiring.SWEEP_S", 0.1)
+    async with Wire(*on_bus) as wire:
+        yield wire
+
+
+async def test_a_cluster_at_work_publishes_every_row_of_the_table_and_nothing_else(wire: Wire) -> None:
+    work = Work()
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        await enter(running_phases(wire.url, namespace=wire.namespace, config=CONFIG))
+        hosted = [node("ann", work, code=0.9)]
+        await enter(running_nodes(wire.url, lambda: hosted, namespace=wire.namespace, slots=2, max_nodes=2))
+        client = await enter(Bus(wire.url, namespace=wire.namespace))
+
+        await _submit_and_look(wire)
+        await _grow_and_cancel(wire, work)
+        await _reward(client)
+        await wire.client.publish(f"{wire.namespace}.task.match.normal.junk", b"junk")
+        expected = PATTERNS - NOT_YET
+        await until(lambda: expected <= set(wire.seen), within_s=30, what=f"{expected - set(wire.seen)}")
+
+    assert [msg.subject for msg in wire.seen.get("", [])] == [], "outside the table"
+    assert sorted(NOT_YET & set(wire.seen)) == [], "published by now: take it out of NOT_YET"
+    assert wire.unreadable() == []
+
+
+async def _submit_and_look(wire: Wire) -> None:
+    """By the plain subjects and by name; whole, divided and with a part that is delegated."""
+    plain = await wire.ask("submit", domain="code", description="quick", task_id="whole")
+    named = await wire.ask("from.acme.submit", domain="code", description="quick", task_id="named")
+    divided = await wire.ask("submit", domain="code", description="all", task_id="divided", context={"plan": PLAN})
+    delegated = await wire.ask("submit", domain="code", description="delegate", task_id="delegated")
+    assert [one["state"] for one in (plain, named, divided, delegated)] == ["succeeded"] * 4
+    assert (await wire.ask("status.whole"))["state"] == "succeeded"
+    assert (await wire.ask("from.acme.status.named"))["state"] == "succeeded"
+    results = {msg.subject for msg in wire.seen["result.<submitter>.<task_id>"]}
+    assert {f"{wire.namespace}.result.{task}" for task in ("public.whole", "acme.named", "public.divided")} <= results
+    events = [json.loads(msg.data) for msg in wire.seen["subtask.<submitter>.<parent_id>"]]
+    reported = [(event["subtask"], event["state"], event.get("child_state")) for event in events]
+    assert reported == [(name, *of) for name in "ab" for of in (("begun", None), ("ended", "succeeded"))]
+
+
+async def _grow_and_cancel(wire: Wire, work: Work) -> None:
+    """More work than the node has slots makes the host start another node, which retires when all is over."""
+    names = [f"held{n}" for n in range(5)]
+    for name in names:
+        ad = {"domain": "code", "description": "held", "task_id": name, "wait": False}
+        await wire.ask("submit" if name != "held0" else "from.acme.submit", **ad)
+    await until(lambda: "spawn" in wire.seen, what="SCALE asks for a node")
+    assert (await wire.ask("from.acme.cancel.held0"))["state"] == "cancelled"
+    assert (await wire.ask("cancel.held1"))["state"] == "cancelled"
+    await until(lambda: work.held, what="some of them run")
+    work.go.set()
+
+
+async def _reward(client: Bus) -> None:
+    """A person's opinion of a task, as `loom reward` publishes it."""
+    facts: dict[str, Any] = {"task_id": "whole", "attempt": 1, "node_id": "ann", "domain_token": "code"}
+    reward = Reward(reward_id="whole:1:person", source="person", score=1.0, ended_at=client.now(), **facts)
+    await RewardBus(bus=client).publish(reward)
