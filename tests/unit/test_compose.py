@@ -20,7 +20,15 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 SETTINGS = set(re.findall(r"(?m)^\| `(LOOM_\w+)`", (ROOT / "docs" / "settings.md").read_text()))
 FIXED = {"LOOM_REPLICAS"}
 """As many as the file has servers."""
-READ_ELSEWHERE = {"LOOM_STORE", "LOOM_SYNC_INTERVAL", "LOOM_TOKEN", "LOOM_MAX_NODES", "LOOM_LEARN_WAIT_S"}
+READ_ELSEWHERE = {
+    "LOOM_STORE",
+    "LOOM_SYNC_INTERVAL",
+    "LOOM_TOKEN",
+    "LOOM_MAX_NODES",
+    "LOOM_LEARN_WAIT_S",
+    "LOOM_SUBMITTER",
+    "LOOM_SOURCE",
+}
 """By `loom up` and by Python programs, never by a phase or a node host."""
 
 Service = dict[str, Any]
