@@ -120,7 +120,7 @@ async def test_an_inheritance_that_comes_during_a_write_is_written_next(
     entered, go = hold(adapt, monkeypatch)
     await publish(stage, reward(1))
     await entered.wait()
-    await publish(stage, reward(2, kind="inherit"))
+    await publish(stage, reward(2, kind="inherit", source="adapt"))
     await until(lambda: adapt.service._profiles["local.n1"].last_seq == 2, what="it is folded")
     go.set()
     await until(lambda: at_the_end(stage), what="it is written")

@@ -36,7 +36,9 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 
 async def profile(stage: Stage, node: str = "n1") -> NodeProfile | None:
-    entry = (await Bucket(stage.bus, "nodes", NodeProfile).get(f"local.{node}")) if await readable(stage, node) else None
+    entry = (
+        (await Bucket(stage.bus, "nodes", NodeProfile).get(f"local.{node}")) if await readable(stage, node) else None
+    )
     return entry.value if entry else None
 
 
