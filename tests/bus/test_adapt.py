@@ -164,6 +164,36 @@ async def test_rubbish_on_the_reward_bus_teaches_nothing_and_stops_nobody(stage:
     assert await profile(stage, "n2") is None
 
 
+async def test_only_adapt_publishes_inheritances_and_only_what_its_subject_says_counts(stage: Stage) -> None:
+    adapt = await stage.phase("adapt")
+    subjects = stage.bus.subjects
+    await publish(stage, reward(1, kind="inherit", source="person"), reward(2, kind="snapshot", source="rules"))
+    await stage.bus.store(subjects.of("reward", "alice", "local", "n1", "code"), reward(3))
+    await stage.bus.store(subjects.of("reward", "rules", "acme", "n1", "code"), reward(4))
+    await publish(stage, reward(5))
+    stored = await learned(stage, 1)
+    assert (stored.total_tasks, stored.last_seq) == (1, 5)
+    counts = adapt.bus.discards.counts
+    assert (counts["reward_kind_forbidden"], counts["reward_misaddressed"]) == (2, 2)
+    assert [one.task_id async for one in RewardBus(bus=stage.bus).replay()] == ["t5"]
+
+
+async def test_one_name_of_two_owners_is_two_nodes(stage: Stage) -> None:
+    await stage.phase("adapt")
+    await publish(stage, reward(1), reward(2, score=0.0, owner="acme"), reward(3, owner="acme"))
+    await learned(stage, 1)
+
+    async def theirs() -> NodeProfile | None:
+        entry = await Bucket(stage.bus, "nodes", NodeProfile).get("acme.n1")
+        return entry.value if entry is not None and entry.value.total_tasks == 2 else None
+
+    found = await until(theirs, what="the other owner's node has a profile of its own")
+    assert found is not None
+    assert (found.owner, found.node_id, found.domains["code"].mean) == ("acme", "n1", 0.5)
+    news = await stage.seen("lifecycle", kind="learned", owner="acme", node_id="n1")
+    assert (news.owner, news.profile.owner) == ("acme", "acme")
+
+
 async def test_a_restarted_replica_goes_on_without_counting_twice(stage: Stage) -> None:
     first = await stage.phase("adapt")
     await publish(stage, *(reward(n) for n in range(10)))

@@ -119,7 +119,9 @@ async def test_rewards_dated_ahead_do_not_keep_later_ones_out(stage: Stage) -> N
 @pytest.mark.parametrize("ahead_s", [600, 3600, 1e9])
 async def test_an_inheritance_dated_ahead_is_left_out_too(stage: Stage, ahead_s: float) -> None:
     adapt = await stage.phase("adapt")
-    await publish(stage, replace(reward(1, kind="inherit"), ended_at=stage.bus.now() + ahead_s), reward(2))
+    await publish(
+        stage, replace(reward(1, kind="inherit", source="adapt"), ended_at=stage.bus.now() + ahead_s), reward(2)
+    )
     assert (await learned(stage, 1)).domains["code"].count == 1
     assert adapt.bus.discards.counts["reward_dated_ahead"] == 1
 

@@ -63,7 +63,7 @@ class Client:
         bucket = Bucket(self.bus, "nodes", NodeProfile)
 
         async def scores(name: str) -> list[float]:
-            entry = await bucket.get(name)
+            entry = await bucket.get(f"local.{name}")
             return [score.score for score in entry.value.domains["code"].scores] if entry else []
 
         async def so() -> bool:
