@@ -125,7 +125,7 @@ async def test_a_plain_node_has_as_many_tasks_as_slots_until_they_are_judged_or_
     await until(lambda: replica.service._loop._slots["match_normal"].waiting == 2, what="two wait")
     scores = (Score(attempt_id=f"{first.task_id}:1", score=1.0, ended_at=1.0),)
     profile = NodeProfile(node_id="sh", domains={"code": DomainEvidence(scores=scores, count=1, mean=1.0)})
-    await Bucket(stage.bus, "nodes", NodeProfile).create("sh", profile)
+    await Bucket(stage.bus, "nodes", NodeProfile).create(profile.key, profile)
     await stage.seen("task", phase="scale", count=3)
     lost = TaskError(code="node_lost", message="silent")
     again = envelope(second.ad, now=stage.bus.now(), attempt=2, excluded=("sh",), failures=1, last_error=lost)

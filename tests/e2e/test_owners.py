@@ -65,7 +65,7 @@ def test_evidence_of_a_name_is_kept_by_owner(here: Cluster, loom: Loom) -> None:
     shown = lines(loom("nodes --json").out)
     assert {(one["owner"], one["node_id"]) for one in shown} >= {("local", "coder"), ("acme", "coder")}
     means = {one["owner"]: one["profile"]["domains"]["code"]["mean"] for one in shown if one["profile"]}  # type: ignore[index]
-    assert means["acme"] == 1.0
+    assert means["acme"] > 0.5
     assert means.get("local", 0.0) == 0.0
 
 
