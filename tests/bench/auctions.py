@@ -71,7 +71,7 @@ async def _make_known(bus: Bus, names: list[str]) -> None:
     bucket = Bucket(bus, "nodes", NodeProfile)
     for name in names:
         evidence = DomainEvidence(count=EVIDENCE, mean=0.5)
-        await bucket.create(name, NodeProfile(node_id=name, last_seq=1, domains={"code": evidence}))
+        await bucket.create(f"local.{name}", NodeProfile(node_id=name, last_seq=1, domains={"code": evidence}))
 
 
 async def many_hosts(*, quick: bool) -> None:
