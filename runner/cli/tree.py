@@ -17,6 +17,7 @@ from loom.runner.cli.progress import STYLES
 from loom.runner.cli.render import ROWS, one_line, short, table_of
 from loom.schemas.envelope import SplitPlan, Subtask, TaskRecord
 from loom.schemas.errors import UnknownTask
+from loom.schemas.identity import LOCAL_OWNER, qualified
 
 MOST_READ = 64
 """Tasks read for one tree."""
@@ -49,7 +50,14 @@ class Division:
         if part.state != "running" or record is None or record.state in ("accepted", "running"):
             return part
         result = record.to_result()
-        return replace(part, state=record.state, error=result.error, node_id=result.node_id, duration_s=record.lasted_s)
+        return replace(
+            part,
+            state=record.state,
+            error=result.error,
+            node_id=result.node_id,
+            owner=result.owner,
+            duration_s=record.lasted_s,
+        )
 
     def parts(self, task_id: str) -> list[Subtask]:
         """Return the subtasks of a task in the order of its plan, then what it delegated."""
@@ -99,6 +107,7 @@ def _as_part(record: TaskRecord) -> Subtask:
         child_id=record.task_id,
         grant=envelope.split.grant if envelope.split else None,
         node_id=result.node_id,
+        owner=result.owner,
         error=result.error,
         tokens=tokens_of(record),
         duration_s=record.lasted_s,
@@ -157,11 +166,15 @@ def _facts(part: Subtask, division: Division, now: float) -> Iterator[str | Text
     found = division.found.get(part.child_id or "")
     record = found.record if found is not None and part.state == "running" else None
     took = part.duration_s if record is None else max(0.0, (record.ended_at or now) - record.admitted_at)
-    yield part.node_id or (record.claim.node if record else "")
+    yield _node(part) or (record.claim.node if record else "")
     yield span(took) if took else ""
     yield (f"{part.tokens} of {part.grant}" if part.grant else str(part.tokens)) if part.tokens else ""
     yield ", ".join(part.dependencies)
     yield _says(part, found, division.plans.get(part.child_id or ""))
+
+
+def _node(part: Subtask) -> str:
+    return qualified(part.owner or LOCAL_OWNER, part.node_id) if part.node_id else ""
 
 
 def _says(part: Subtask, found: Found | None, inner: SplitPlan | None) -> Text:

@@ -134,7 +134,7 @@ def _subtask(event: SubtaskEvent) -> str:
     named = f"subtask {event.subtask} ({short(event.child_id)})"
     if event.state == "begun":
         return f'{named} has begun: "{one_line(event.description, WORDS)}"'
-    by = f" on {event.node_id}" if event.node_id else ""
+    by = f" on {qualified(event.owner or LOCAL_OWNER, event.node_id)}" if event.node_id else ""
     return f"{named} has {event.child_state}{by}" + (f": {event.error}" if event.error else "")
 
 

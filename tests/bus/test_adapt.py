@@ -10,6 +10,7 @@ from support.wait import until
 from loom.bus.kv import Bucket
 from loom.bus.reward_bus import RewardBus
 from loom.phases.adapt.fold import fold
+from loom.schemas.identity import node_key
 from loom.schemas.learning import BIAS, WINDOW, Calibration, NodeProfile
 
 
@@ -20,7 +21,7 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 
 async def profile(stage: Stage, node: str = "n1") -> NodeProfile | None:
-    entry = await Bucket(stage.bus, "nodes", NodeProfile).get(node)
+    entry = await Bucket(stage.bus, "nodes", NodeProfile).get(node_key("local", node))
     return entry.value if entry else None
 
 
@@ -104,7 +105,7 @@ async def test_what_comes_during_a_write_is_written_next(stage: Stage, monkeypat
     await publish(stage, reward(1))
     await entered.wait()
     await publish(stage, reward(2))
-    await until(lambda: adapt.service._profiles["n1"].total_tasks == 2, what="the second is folded")
+    await until(lambda: adapt.service._profiles["local.n1"].total_tasks == 2, what="the second is folded")
     go.set()
     assert await learned(stage, 2) == await refolded(stage)
     news = await stage.seen("lifecycle", kind="learned", count=2)
@@ -119,8 +120,8 @@ async def test_an_inheritance_that_comes_during_a_write_is_written_next(
     entered, go = hold(adapt, monkeypatch)
     await publish(stage, reward(1))
     await entered.wait()
-    await publish(stage, reward(2, kind="inherit"))
-    await until(lambda: adapt.service._profiles["n1"].last_seq == 2, what="it is folded")
+    await publish(stage, reward(2, kind="inherit", source="adapt"))
+    await until(lambda: adapt.service._profiles["local.n1"].last_seq == 2, what="it is folded")
     go.set()
     await until(lambda: at_the_end(stage), what="it is written")
     stored = await profile(stage)
@@ -161,6 +162,36 @@ async def test_rubbish_on_the_reward_bus_teaches_nothing_and_stops_nobody(stage:
     stored = await learned(stage, 1)
     assert (stored.total_tasks, stored.last_seq, set(stored.domains)) == (1, 5, {"code"})
     assert await profile(stage, "n2") is None
+
+
+async def test_only_adapt_publishes_inheritances_and_only_what_its_subject_says_counts(stage: Stage) -> None:
+    adapt = await stage.phase("adapt")
+    subjects = stage.bus.subjects
+    await publish(stage, reward(1, kind="inherit", source="person"), reward(2, kind="snapshot", source="rules"))
+    await stage.bus.store(subjects.of("reward", "alice", "local", "n1", "code"), reward(3))
+    await stage.bus.store(subjects.of("reward", "rules", "acme", "n1", "code"), reward(4))
+    await publish(stage, reward(5))
+    stored = await learned(stage, 1)
+    assert (stored.total_tasks, stored.last_seq) == (1, 5)
+    counts = adapt.bus.discards.counts
+    assert (counts["reward_kind_forbidden"], counts["reward_misaddressed"]) == (2, 2)
+    assert [one.task_id async for one in RewardBus(bus=stage.bus).replay()] == ["t5"]
+
+
+async def test_one_name_of_two_owners_is_two_nodes(stage: Stage) -> None:
+    await stage.phase("adapt")
+    await publish(stage, reward(1), reward(2, score=0.0, owner="acme"), reward(3, owner="acme"))
+    await learned(stage, 1)
+
+    async def theirs() -> NodeProfile | None:
+        entry = await Bucket(stage.bus, "nodes", NodeProfile).get("acme.n1")
+        return entry.value if entry is not None and entry.value.total_tasks == 2 else None
+
+    found = await until(theirs, what="the other owner's node has a profile of its own")
+    assert found is not None
+    assert (found.owner, found.node_id, found.domains["code"].mean) == ("acme", "n1", 0.5)
+    news = await stage.seen("lifecycle", kind="learned", owner="acme", node_id="n1")
+    assert (news.owner, news.profile.owner) == ("acme", "acme")
 
 
 async def test_a_restarted_replica_goes_on_without_counting_twice(stage: Stage) -> None:
@@ -224,7 +255,7 @@ async def test_two_replicas_agree_and_no_task_counts_twice(stage: Stage, replica
         assert await learned(stage, 150, node) == await refolded(stage, node)
     known: list[Any] = [replica.service for replica in replicas]
     await until(
-        lambda: all(service._profiles["n1"].total_tasks == 150 for service in known), what="both have read it all"
+        lambda: all(service._profiles["local.n1"].total_tasks == 150 for service in known), what="both have read it all"
     )
     assert known[0]._profiles == known[1]._profiles
     await until(lambda: len(tasks_named(stage, "n1")) == 150, what="every task is named")
@@ -248,7 +279,7 @@ async def test_a_standby_takes_over_from_a_dead_replica(stage: Stage, replicas: 
         await publish(stage, reward(n))
         await learned(stage, n + 1)
     services: list[Any] = [replica.service for replica in replicas]
-    active = max(range(2), key=lambda i: services[i]._revisions.get("n1", 0))
+    active = max(range(2), key=lambda i: services[i]._revisions.get("local.n1", 0))
     replicas[active].die()
     await publish(stage, reward(3), reward(4))
     assert await learned(stage, 5) == await refolded(stage)
@@ -268,7 +299,7 @@ async def test_a_replica_that_lags_behind_adopts_what_is_stored(stage: Stage, mo
     await learned(stage, 1)
     fast.die()
     await publish(stage, reward(2))
-    await until(lambda: slow.service._profiles["n1"].total_tasks == 2, what="the second is folded")
+    await until(lambda: slow.service._profiles["local.n1"].total_tasks == 2, what="the second is folded")
     go.set()
     assert await learned(stage, 2) == await refolded(stage)
 
@@ -283,8 +314,8 @@ def forged(last_seq: int) -> NodeProfile:
 
 async def put_profile(stage: Stage, wanted: NodeProfile) -> None:
     bucket = Bucket(stage.bus, "nodes", NodeProfile)
-    entry = await bucket.get("n1")
-    await bucket.update("n1", wanted, entry.revision if entry else 0)
+    entry = await bucket.get("local.n1")
+    await bucket.update("local.n1", wanted, entry.revision if entry else 0)
 
 
 @pytest.mark.parametrize("last_seq", [4, 2**50])

@@ -234,7 +234,7 @@ async def test_a_reward_whose_id_was_taken_is_learned_all_the_same(stage: Stage)
         await RewardBus(bus=stage.bus).publish(earned)
 
     async def known() -> NodeProfile | None:
-        entry = await Bucket(stage.bus, "nodes", NodeProfile).get(earned.node_id)
+        entry = await Bucket(stage.bus, "nodes", NodeProfile).get(earned.node_key)
         return entry.value if entry else None
 
     assert (await until(known, what="the reward is learned")).total_tasks == 1

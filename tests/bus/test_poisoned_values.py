@@ -36,13 +36,15 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 
 async def profile(stage: Stage, node: str = "n1") -> NodeProfile | None:
-    entry = (await Bucket(stage.bus, "nodes", NodeProfile).get(node)) if await readable(stage, node) else None
+    entry = (
+        (await Bucket(stage.bus, "nodes", NodeProfile).get(f"local.{node}")) if await readable(stage, node) else None
+    )
     return entry.value if entry else None
 
 
 async def readable(stage: Stage, node: str) -> bool:
     try:
-        await Bucket(stage.bus, "nodes", NodeProfile).get(node)
+        await Bucket(stage.bus, "nodes", NodeProfile).get(f"local.{node}")
     except Exception:  # noqa: BLE001 - garbage that was put there
         return False
     return True
@@ -117,7 +119,9 @@ async def test_rewards_dated_ahead_do_not_keep_later_ones_out(stage: Stage) -> N
 @pytest.mark.parametrize("ahead_s", [600, 3600, 1e9])
 async def test_an_inheritance_dated_ahead_is_left_out_too(stage: Stage, ahead_s: float) -> None:
     adapt = await stage.phase("adapt")
-    await publish(stage, replace(reward(1, kind="inherit"), ended_at=stage.bus.now() + ahead_s), reward(2))
+    await publish(
+        stage, replace(reward(1, kind="inherit", source="adapt"), ended_at=stage.bus.now() + ahead_s), reward(2)
+    )
     assert (await learned(stage, 1)).domains["code"].count == 1
     assert adapt.bus.discards.counts["reward_dated_ahead"] == 1
 
@@ -144,7 +148,7 @@ def forged(now: float) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", forged(0.0))
 async def test_a_stored_profile_that_cannot_be_believed_is_rebuilt_at_a_start(stage: Stage, kind: str) -> None:
     await publish(stage, *(reward(n) for n in range(1, 4)))
-    await put_profile(stage, "n1", forged(stage.bus.now())[kind])
+    await put_profile(stage, "local.n1", forged(stage.bus.now())[kind])
     await stage.phase("adapt")
     assert (await learned(stage, 3)).domains["code"].mean == 1.0
     await publish(stage, reward(4))
@@ -158,7 +162,7 @@ async def test_a_stored_profile_that_cannot_be_believed_is_written_over_while_ad
     await stage.phase("adapt")
     await publish(stage, *(reward(n) for n in range(1, 4)))
     await learned(stage, 3)
-    await put_profile(stage, "n1", forged(stage.bus.now())[kind])
+    await put_profile(stage, "local.n1", forged(stage.bus.now())[kind])
     if kind == "seconds of an old version":
         await publish(stage, reward(4))
         assert (await learned(stage, 4)).last_seq == 4

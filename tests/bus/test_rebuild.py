@@ -29,7 +29,7 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 
 async def stored(stage: Stage) -> dict[str, NodeProfile]:
-    return {node: entry.value for node, entry in (await stored_profiles(stage.bus)).items()}
+    return {entry.value.name: entry.value for entry in (await stored_profiles(stage.bus)).values()}
 
 
 async def learned(stage: Stage, tasks: int) -> dict[str, NodeProfile]:
@@ -46,7 +46,7 @@ async def learned(stage: Stage, tasks: int) -> dict[str, NodeProfile]:
 
 async def verdicts(stage: Stage) -> dict[str, str]:
     _, compared = await compare(stage.bus, forget=False)
-    return {one.node_id: one.verdict for one in compared}
+    return {one.node: one.verdict for one in compared}
 
 
 async def test_each_node_is_compared_as_of_the_last_reward_it_holds(stage: Stage) -> None:
@@ -59,15 +59,18 @@ async def test_each_node_is_compared_as_of_the_last_reward_it_holds(stage: Stage
     await publish(stage, reward(21, "n1"), reward(22, "n4"))
     bucket = Bucket(stage.bus, "nodes", NodeProfile)
     entries = await stored_profiles(stage.bus)
-    await bucket.update("n2", replace(whole["n2"], total_tasks=99), entries["n2"].revision)
-    await bucket.create("stranger", NodeProfile(node_id="stranger"))
+    await bucket.update("local.n2", replace(whole["n2"], total_tasks=99), entries["local.n2"].revision)
+    await bucket.create("local.stranger", NodeProfile(node_id="stranger"))
     assert await verdicts(stage) == {
         "n0": "same", "n1": "behind", "n2": "differs", "n3": "same", "n4": "missing", "stranger": "beyond",
     }  # fmt: skip
 
     _, compared = await compare(stage.bus, forget=False)
     assert await repair(stage.bus, compared) == []
-    assert await repair(stage.bus, compared) == ["n2", "n4"]  # what was read before the repair is of no use after it
+    assert await repair(stage.bus, compared) == [
+        "local.n2",
+        "local.n4",
+    ]  # what was read before the repair is of no use after it
     repaired = await stored(stage)
     assert repaired["n2"] == whole["n2"]
     assert repaired["n4"].total_tasks == 1
@@ -77,7 +80,7 @@ async def test_each_node_is_compared_as_of_the_last_reward_it_holds(stage: Stage
 async def test_a_repair_holds_though_the_phase_that_runs_has_folded_on_what_was_wrong(stage: Stage) -> None:
     bucket = Bucket(stage.bus, "nodes", NodeProfile)
     await publish(stage, *(reward(n) for n in range(4)))
-    await bucket.create("n1", NodeProfile(node_id="n1", total_tasks=70, last_seq=4))
+    await bucket.create("local.n1", NodeProfile(node_id="n1", total_tasks=70, last_seq=4))
     adapt: Any = await stage.phase("adapt", KEEPS_ALL)
     await publish(stage, reward(5))
     await learned(stage, 71)
@@ -103,7 +106,7 @@ async def test_a_judge_of_its_own_moves_a_profile_by_its_weight_and_a_rebuild_do
     for source, score in (("linter", 0.25), ("person", 0.5), ("gossip", 0.0)):  # plain JSON, as another language has it
         word = {"reward_id": f"{source}/1", "task_id": "t1", "attempt": 1, "source": source, "node_id": "n1"}
         words = encode({**word, "domain_token": "code", "score": score, "ended_at": 1.0})
-        await stage.bus.store(stage.bus.subjects.of("reward", "rules", "local", "n1", "code"), words)
+        await stage.bus.store(stage.bus.subjects.of("reward", source, "local", "n1", "code"), words)
 
     async def read() -> NodeProfile | None:
         known = (await stored(stage)).get("n1")
@@ -155,7 +158,9 @@ async def test_a_rebuild_begins_at_the_snapshots_when_the_head_is_gone(short: St
     state = (await short.bus.api(f"STREAM.INFO.{short.bus.subjects.stream('REWARDS')}"))["state"]
     assert state["first_seq"] > 100
     rebuilt = await rebuild(short.bus, forget=False)
-    assert rebuilt.profiles == whole  # the idle node too, whose rewards are all gone
+    assert {
+        one.name: one for one in rebuilt.profiles.values()
+    } == whole  # the idle node too, whose rewards are all gone
     assert rebuilt.start.whole
     assert rebuilt.start.seq >= state["first_seq"] - 1
     assert set((await verdicts(short)).values()) == {"same"}

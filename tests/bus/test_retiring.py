@@ -11,6 +11,7 @@ from loom.bus.reward_bus import RewardBus
 from loom.phases.adapt.fold import fold
 from loom.schemas.auction import RetireRequest
 from loom.schemas.config import ClusterConfig
+from loom.schemas.identity import node_key
 from loom.schemas.learning import Lease, NodeProfile, Reward
 from loom.schemas.wire import decode
 
@@ -59,8 +60,8 @@ async def earned(stage: Stage, node_id: str, *scores: float, domain_token: str =
 
 async def profiles(stage: Stage) -> dict[str, NodeProfile]:
     bucket = Bucket(stage.bus, "nodes", NodeProfile)
-    entries = [await bucket.get(name) for name in ("a", "a-c1", "a-c2")]
-    return {entry.key: entry.value for entry in entries if entry}
+    entries = [await bucket.get(node_key("local", name)) for name in ("a", "a-c1", "a-c2")]
+    return {entry.value.node_id: entry.value for entry in entries if entry}
 
 
 async def refolded(stage: Stage) -> dict[str, NodeProfile]:

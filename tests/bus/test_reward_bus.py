@@ -166,4 +166,4 @@ async def test_without_a_bus_only_the_formulas_work() -> None:
 
 async def test_a_node_id_that_is_no_token_is_refused(rewards: RewardBus) -> None:
     with pytest.raises(InvalidTask):
-        await anext(rewards.replay(node_id="a.b"))
+        await anext(rewards.replay(node_id="a.b.c"))

@@ -152,7 +152,7 @@ class Town(Stage):
     async def _learned(self, rewards: int) -> bool:
         """Whether the nodes have learned from exactly so many."""
         bucket = Bucket(self.bus, "nodes", NodeProfile)
-        profiles = [entry.value for name in ("a", "b") if (entry := await bucket.get(name))]
+        profiles = [entry.value for name in ("a", "b") if (entry := await bucket.get(f"local.{name}"))]
         return sum(profile.total_tasks for profile in profiles) == rewards
 
     async def _quiet(self) -> bool:

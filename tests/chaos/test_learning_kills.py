@@ -88,7 +88,8 @@ def check(books: Books) -> None:
     assert all(earned[reward.reward_id].score == reward.score for _, reward in books.rewards), "judged in two ways"
     had = Counter((reward.node_id, reward.domain_token) for reward in earned.values())
     forgotten = []
-    for node_id, profile in books.profiles.items():
+    for profile in books.profiles.values():
+        node_id = profile.node_id
         assert profile.total_tasks <= sum(count for (name, _), count in had.items() if name == node_id)
         for domain_token, evidence in profile.domains.items():
             assert len({score.attempt_id for score in evidence.scores}) == evidence.count <= had[node_id, domain_token]

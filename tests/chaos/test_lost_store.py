@@ -52,7 +52,7 @@ async def learned(bus: Bus, total: int, within_s: float = 20) -> NodeProfile:
 
     async def known() -> NodeProfile | None:
         try:
-            entry = await Bucket(bus, "nodes", NodeProfile).get("n1")
+            entry = await Bucket(bus, "nodes", NodeProfile).get("local.n1")
         except Refused:
             return None
         return entry.value if entry is not None and entry.value.total_tasks == total else None

@@ -24,6 +24,7 @@ from loom.bus.kv import Bucket
 from loom.bus.reward_bus import RewardBus
 from loom.schemas.envelope import SplitPlan, TaskRecord
 from loom.schemas.errors import UnknownTask
+from loom.schemas.identity import node_key
 from loom.schemas.learning import NodeProfile, Reward
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
@@ -250,9 +251,9 @@ def test_a_rebuild_finds_what_is_stored_and_repairs_what_is_not(here: Cluster, l
 
 async def _spoil(cluster: Cluster, node_id: str) -> None:
     bucket = Bucket(cluster.bus, "nodes", NodeProfile)
-    entry = await bucket.get(node_id)
+    entry = await bucket.get(node_key("local", node_id))
     assert entry is not None
-    await bucket.update(node_id, replace(entry.value, total_tasks=7, success_rate=1.0), entry.revision)
+    await bucket.update(entry.key, replace(entry.value, total_tasks=7, success_rate=1.0), entry.revision)
 
 
 def test_a_task_is_cancelled_once(here: Cluster, loom: Loom) -> None:

@@ -22,8 +22,9 @@ from loom.bus.history import records_stream
 from loom.bus.kv import Bucket
 from loom.bus.ordered import OrderedReader
 from loom.bus.records import records
+from loom.bus.stored_rewards import reward_in
 from loom.bus.topology import stream_state
-from loom.phases.adapt.fold import fold, reward_in
+from loom.phases.adapt.fold import fold
 from loom.runner.embedded import NatsServer
 from loom.schemas.envelope import PHASES, SplitPlan, TaskRecord
 from loom.schemas.errors import LoomError
@@ -182,8 +183,8 @@ class Books:
         """The profiles as a rebuild from the stream alone makes them."""
         rebuilt: dict[str, NodeProfile] = {}
         for seq, reward in self.rewards:
-            known = rebuilt.get(reward.node_id, NodeProfile(node_id=reward.node_id))
-            rebuilt[reward.node_id] = fold(known, reward, seq, forget=True)
+            known = rebuilt.get(reward.node_key, NodeProfile(node_id=reward.node_id, owner=reward.owner))
+            rebuilt[reward.node_key] = fold(known, reward, seq, forget=True)
         return rebuilt
 
     def unrewarded(self) -> list[str]:
@@ -208,7 +209,7 @@ async def read_books(bus: Bus) -> Books:
     usable = [(message.seq, reward_in(message, bus.subjects, bus.discards)) for message in stored]
     rewards = [(seq, reward) for seq, reward in usable if reward is not None]
     profiles = {}
-    for name in {reward.node_id for _, reward in rewards}:
+    for name in {reward.node_key for _, reward in rewards}:
         entry = await Bucket(bus, "nodes", NodeProfile).get(name)
         if entry is not None:
             profiles[name] = entry.value

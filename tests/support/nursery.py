@@ -56,10 +56,10 @@ class Place:
     async def run(self, node_id: str) -> list[RunEvent]:
         """Have the node work; return its events, which go on coming."""
         events: list[RunEvent] = []
-        inbox = await event_subject(self.stage.bus, self.host.host_id, lambda msg: events.extend(read_events(msg.data)))
+        reply = await event_subject(self.stage.bus, self.host.host_id, lambda msg: events.extend(read_events(msg.data)))
         request = RunRequest(task_id=new_id(), attempt=1, node_id=node_id, description="do it", remaining_s=60)
         await self.stage.bus.publish(
-            self.stage.bus.subjects.of("run", "local", self.host.host_id), request, reply=inbox
+            self.stage.bus.subjects.of("run", "local", self.host.host_id), request, reply=reply
         )
         await until(lambda: events, within_s=WITHIN_S, what="the host answers")
         return events

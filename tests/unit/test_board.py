@@ -99,7 +99,7 @@ def test_late_messages_and_other_peoples_tasks_change_nothing() -> None:
     assert told.see(hop("match", name="three")) is None
     assert told.see(reward("three", "coder")) is None
     assert told.end(result("two")) is None
-    assert (told.rows["one"].phase, told.rows["one"].node_id) == ("execute", "coder")
+    assert (told.rows["one"].phase, told.rows["one"].node) == ("execute", "coder")
     assert told.rows["two"].phase == "succeeded"
     assert told.rewards == {}
 

@@ -143,7 +143,7 @@ def test_a_huge_number_built_in_python_overflows_no_formula() -> None:
     assert RewardBus().compute_signal(TaskAd(token_budget=HUGE), True, HUGE).efficiency == 0.0
     assert RewardBus().compute_signal(TaskAd(), True, -HUGE).efficiency == 1.0
     hosts = [announced("h", "a", running=HUGE)]
-    assert heir("b", hosts, {}) == "a"
+    assert heir(NodeProfile(node_id="b"), hosts, {}) == "a"
 
 
 def test_a_huge_number_of_free_places_can_be_weighed() -> None:

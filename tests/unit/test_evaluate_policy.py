@@ -613,6 +613,54 @@ def test_a_success_elsewhere_refutes_the_word_once_and_for_all() -> None:
     assert implied_rewards(ended) == (own, refuted)
 
 
+# -- nodes are of their owners
+
+
+def test_a_failed_node_is_excluded_counted_and_rewarded_with_its_owner() -> None:
+    message = replace(awarded(env(), owner="acme"), error=TaskError(code="agent_failed", retry_after_s=5.0))
+    back = decided(message).envelope
+    assert (back.excluded, list(back.retry_at)) == (("acme.n1",), ["acme.n1"])
+    assert [tried.node for tried in back.failed_attempts] == ["acme.n1"]
+    reward = reward_for(message, message.error, 5.0)
+    assert reward is not None
+    assert (reward.node, reward.node_key) == ("acme.n1", "acme.n1")
+    again = decided(replace(awarded(back), error=TaskError(code="agent_failed"))).envelope
+    assert again.excluded == ("acme.n1", "n1"), "a node of that name and another owner is another node"
+
+
+def test_the_second_word_that_an_ad_is_invalid_may_be_of_a_node_of_the_same_name() -> None:
+    said_before = invalid("n1", "n1")
+    assert isinstance(decided(said_before), Back)
+    other = replace(awarded(said_before, owner="acme"), error=said_before.error)
+    assert isinstance(decided(other), End)
+
+
+def test_a_refuted_word_costs_the_node_of_that_owner() -> None:
+    tried = FailedAttempt(attempt=1, node_id="n1", owner="acme", host_id="h", code="invalid_task")
+    _, refuted = implied_rewards(succeeded(awarded(env("42", attempt=2, failed_attempts=(tried,)), "n1")))
+    assert (refuted.node, refuted.source, refuted.score) == ("acme.n1", "rules", 0.0)
+
+
+def test_an_answer_that_a_model_has_judged_is_rewarded_by_the_judge() -> None:
+    judged = reward_for(replace(env("42"), opinion=Opinion(score=0.8)), None, 5.0)
+    assert judged is not None
+    assert (judged.source, judged.reward_id, judged.score) == ("judge", "t1:1:judge", 0.8)
+    failed = replace(env(code="agent_failed"), opinion=Opinion(score=0.8))
+    ruled = reward_for(failed, failed.error, 5.0)
+    assert ruled is not None
+    assert (ruled.source, ruled.score) == ("rules", 0.0)
+
+
+@pytest.mark.parametrize("source", ["person", "alice"])
+def test_a_person_judges_the_node_that_gave_the_answer_they_see(source: str) -> None:
+    refused = RejectedResult(result=RunResult(content="41"), node_id="n1", owner="acme", host_id="h")
+    tried = FailedAttempt(attempt=1, node_id="n1", owner="acme", host_id="h", code="rejected_result")
+    same_name = replace(tried, attempt=2, owner="local")
+    message = awarded(env("x", attempt=2, failed_attempts=(tried, same_name), best_rejected=refused), "n1")
+    given = judgement(succeeded(message, state="failed", rejected=True), 0.5, "", source)
+    assert (given.node, given.reward_id, given.source) == ("acme.n1", f"t1:1:{source}", source)
+
+
 @pytest.mark.parametrize("facts", [{"state": "failed"}, {"state": "cancelled"}, {"below_threshold": True}])
 def test_anything_less_than_a_success_refutes_nothing(facts: dict[str, Any]) -> None:
     tried = (FailedAttempt(attempt=1, node_id="n1", host_id="h", code="invalid_task"),)

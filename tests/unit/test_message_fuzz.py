@@ -19,10 +19,11 @@ from loom.bus.dead import letter_facts
 from loom.bus.discards import Discards
 from loom.bus.message import Msg
 from loom.bus.ordered import Stored
+from loom.bus.stored_rewards import reward_in
 from loom.bus.subjects import Subjects
 from loom.phases.adapt.apoptosis import bequest, heir, who_retires
 from loom.phases.adapt.calibrating import recalibrated
-from loom.phases.adapt.fold import fold, is_dated_ahead, reward_in, summary
+from loom.phases.adapt.fold import fold, is_dated_ahead, summary
 from loom.phases.evaluate import policy as evaluate
 from loom.phases.execute.errands import answer_in, errand_for
 from loom.phases.execute.service import error_in, request_for, spent
@@ -192,7 +193,7 @@ def auctions(forger: Forger) -> None:
     profiles = {}
     if profile is not None:
         windows = {domain_token: window(evidence) for domain_token, evidence in profile.domains.items()}
-        profiles = {profile.node_id: known(profile, windows, None)}
+        profiles = {profile.name: known(profile, windows, None)}
     if envelope is None or envelope.spec is None:
         return
     taken = {(*offer.host, bid.node_id): forger.dice.choice([1, 5]) for offer in offers for bid in offer.bids}
@@ -219,7 +220,7 @@ def learning(forger: Forger) -> None:
     decode(encode(calibration), Calibration)
     for one in (profile, summary(profile)):
         decode(encode(one), NodeProfile)
-    for inherited in bequest(profile, "heir"):
+    for inherited in bequest(profile, "acme", "heir"):
         decode(encode(inherited), Reward)
 
 
@@ -265,9 +266,9 @@ def plans(forger: Forger) -> None:
 def hosts(forger: Forger) -> None:
     there = [host for host in (forger.made(AnnouncedHost) for _ in range(3)) if host is not None]
     profile = forger.made(NodeProfile)
-    profiles = {profile.node_id: profile} if profile is not None else {}
+    profiles = {profile.key: profile} if profile is not None else {}
     who_retires(there, profiles, CONFIG)
-    heir("a", there, profiles)
+    heir(profile or NodeProfile(node_id="a"), there, profiles)
 
 
 class Ack(msgspec.Struct):

@@ -121,7 +121,7 @@ def test_attempts_are_known_from_rewards_and_from_the_record() -> None:
 
     known = tries(ended, [failed, person])
 
-    assert [(each.attempt, each.node_id, each.outcome, each.tokens) for each in known] == [
+    assert [(each.attempt, each.node, each.outcome, each.tokens) for each in known] == [
         (1, "bad", "agent_failed", 0),
         (2, "good", "succeeded", 7),
     ]
@@ -135,8 +135,8 @@ def test_failed_attempts_on_the_envelope_tell_their_reasons() -> None:
 
     first, second = tries(ended, [reward(1, "bad", "agent_failed")])
 
-    assert (first.node_id, first.outcome, first.reason, first.tokens) == ("bad", "agent_failed", "it raised", 9)
-    assert (second.node_id, second.outcome) == ("good", "succeeded")
+    assert (first.node, first.outcome, first.reason, first.tokens) == ("bad", "agent_failed", "it raised", 9)
+    assert (second.node, second.outcome) == ("good", "succeeded")
 
 
 def test_the_attempt_in_hand_is_told_and_so_is_one_just_lost() -> None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from support.auctions import key
 from support.phases import ad, envelope
 from support.values import messages
 
@@ -114,7 +115,7 @@ def test_the_breakdown_says_what_trust_was_made_of(policy: str, known: str, unkn
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_of_ours_has_words_of_its_own(name: str) -> None:
-    bids = [("h1", Bid(node_id="a")), ("h2", Bid(node_id="b"))]
+    bids = [(key("h1"), Bid(node_id="a")), (key("h2"), Bid(node_id="b"))]
     won = awarded(envelope(ad(), now=0), bids, Book(policy=POLICIES[name], policy_name=name))
 
     assert name in TRUST
@@ -129,6 +130,15 @@ def test_an_award_that_does_not_tell_its_policy_is_explained_by_evidence() -> No
     assert "it is trusted more, for a claim of 0.90" in why(old)
 
 
+def test_newcomers_of_one_owner_are_explained_by_what_they_have_done_together() -> None:
+    first, second = bid("a", trust=0.6), replace(bid("b", trust=0.3), owner="acme", shared_count=7)
+    assert "against a claim of 0.50 and the 7 attempts of acme's newcomers" in why(award(first, second))
+    last = replace(bid("b", self_rating=0.9), owner="acme", comes_last=True)
+    assert why(award(bid("a"), last)) == (
+        "a won with 0.70 to 0.94 of acme.b, which comes last: another newcomer of the owner acme has failed the task."
+    )
+
+
 def test_without_an_auction_nobody_was_better() -> None:
     assert "pinned" in why(Award(node_id="a", host_id="h", pinned=True))
     assert why(Award(node_id="a", host_id="h")) == "a won; the bids are not known."
@@ -140,5 +150,5 @@ def test_any_award_can_be_explained(bids: list[ScoredBid], policy: str) -> None:
 
     said = why(replace(award(*ranked), bids=tuple(ranked), policy=policy))
 
-    assert said.startswith(f"{ranked[0].node_id} won with ")
+    assert said.startswith(f"{ranked[0].node} won with ")
     assert said.endswith(".")

@@ -1,0 +1,129 @@
+"""Nodes of several owners in one cluster: what operators see of them, and how evidence follows a new name."""
+
+import json
+import re
+import secrets
+from collections.abc import Iterator
+
+import pytest
+from support.background import Cluster, background_cluster
+from support.in_process import Loom, is_refused
+from support.nodes import echo, fail, node
+from support.wait import until
+
+from loom.bus import tasks
+from loom.bus.kv import Bucket
+from loom.bus.reward_bus import RewardBus
+from loom.runner.cluster import running_nodes
+from loom.schemas.identity import Identity
+from loom.schemas.learning import NodeProfile
+from loom.schemas.task import TaskAd
+
+
+@pytest.fixture(scope="module")
+def cluster(nats_url: str) -> Iterator[Cluster]:
+    """A node `coder` of the owner acme, which succeeds, beside one of the owner `local`, which fails."""
+    namespace = f"t{secrets.token_hex(4)}"
+    with background_cluster(nats_url, namespace, [node("coder", fail, code=0.9)]) as cluster:
+        guests = running_nodes(
+            nats_url, lambda: [node("coder", echo, code=0.8)], namespace=namespace, identity=Identity(owner="acme")
+        )
+        host = cluster.do(_entered(guests))
+        try:
+            cluster.do(_work(cluster))
+            yield cluster
+        finally:
+            cluster.do(host.__aexit__(None, None, None))
+
+
+async def _entered(context):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202 - any context manager
+    await context.__aenter__()
+    return context
+
+
+async def _work(cluster: Cluster) -> None:
+    """Do a task that is pinned, and one that the node of `local` fails and the one of acme does."""
+    pinned = await tasks.publish(
+        cluster.bus, TaskAd(task_id="t1", domain="code", description="x", node_id="acme.coder")
+    )
+    assert (await pinned.result(10)).owner == "acme"
+    second = await tasks.publish(cluster.bus, TaskAd(task_id="t2", domain="code", description="x"))
+    assert (await second.result(10)).success
+    await until(lambda: _total(cluster, "acme.coder", 2), what="two tasks are learned")
+
+
+async def _total(cluster: Cluster, key: str, total: int) -> bool:
+    entry = await Bucket(cluster.bus, "nodes", NodeProfile).get(key)
+    return entry is not None and entry.value.total_tasks == total
+
+
+def lines(text: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_evidence_of_a_name_is_kept_by_owner(here: Cluster, loom: Loom) -> None:
+    shown = lines(loom("nodes --json").out)
+    assert {(one["owner"], one["node_id"]) for one in shown} >= {("local", "coder"), ("acme", "coder")}
+    means = {one["owner"]: one["profile"]["domains"]["code"]["mean"] for one in shown if one["profile"]}  # type: ignore[index]
+    assert means["acme"] > 0.5
+    assert means.get("local", 0.0) == 0.0
+
+
+def test_views_name_the_owner_unless_it_is_local(here: Cluster, loom: Loom) -> None:
+    assert re.search(r"^ *acme\.coder +unproven ", loom("nodes").out, re.MULTILINE)
+    assert "local." not in loom("nodes").out + loom("tasks").out + loom("rewards").out
+    assert re.search(r"1\.00  acme\.coder +code +t1  by rules", loom("rewards").out)
+    assert "acme.coder" in loom("task t1").out
+    assert "pinned" in loom("task t1").out
+
+
+def test_filters_take_a_node_with_its_owner_and_one_of_local_in_both_forms(here: Cluster, loom: Loom) -> None:
+    assert "by rules" in loom("rewards --node acme.coder").out
+    assert loom("rewards --node coder").out == loom("rewards --node local.coder").out
+    assert [one["task_id"] for one in lines(loom("tasks --node acme.coder --json").out)] == ["t2", "t1"]
+    assert loom("tasks --node coder").out == "no such task among those of the last 72 hours\n"
+
+
+def test_a_person_judges_under_the_name_of_its_own(here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOOM_SOURCE", "alice")
+    assert loom("reward t1 0.5").out == "0.50 for acme.coder in code\n"
+    assert "by alice" in loom("rewards --node acme.coder").out
+    here.do(_judged(here))
+
+
+async def _judged(cluster: Cluster) -> None:
+    given = [one async for one in RewardBus(bus=cluster.bus).replay(node_id="acme.coder") if one.source == "alice"]
+    assert [(one.reward_id, one.owner) for one in given] == [("t1:1:alice", "acme")]
+
+
+def test_a_node_with_a_new_name_takes_its_evidence_along_once(here: Cluster, loom: Loom) -> None:
+    moved = loom("node move acme.coder beta.writer")
+    assert moved.code == 0, moved
+    assert re.fullmatch(r"acme\.coder → beta\.writer: code [01]\.\d\d of 2 rewards, as one observation\n", moved.out)
+    here.do(until(lambda: _inherited(here), what="the evidence has moved"))  # type: ignore[arg-type]
+    assert loom("node move acme.coder beta.writer").out.endswith("handed on before\n")
+    here.do(_one_inheritance(here))
+
+
+async def _inherited(cluster: Cluster) -> bool:
+    entry = await Bucket(cluster.bus, "nodes", NodeProfile).get("beta.writer")
+    return entry is not None and [score.attempt_id for score in entry.value.domains["code"].scores] == [
+        "inherit:acme.coder"
+    ]
+
+
+async def _one_inheritance(cluster: Cluster) -> None:
+    given = [one async for one in RewardBus(bus=cluster.bus).replay(node_id="beta.writer")]
+    assert [(one.kind, one.source) for one in given] == [("inherit", "adapt")]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("node move ghost coder", "no_evidence: nothing is known of ghost"),
+        ("node move coder local.coder", "bad_usage: Invalid value for TO: FROM and TO are both coder"),
+        ("node move a.b.c coder", "bad_usage: Invalid value for FROM"),
+    ],
+)
+def test_what_cannot_be_moved_is_refused(line: str, said: str, here: Cluster, loom: Loom) -> None:
+    is_refused(loom, line, 2, said)
