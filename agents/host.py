@@ -217,7 +217,8 @@ class NodeHost:
             self._fill(node_id)
 
     def _able(self) -> list[Node]:
-        return [node for node in self._nodes() if node.agent is not None]
+        """The nodes that take work: one that retires is not announced any more."""
+        return [node for node in self._nodes() if node.agent is not None and node.status != "dying"]
 
     def _description(self, nodes: Sequence[Node]) -> HostAnnouncement:
         return HostAnnouncement(
