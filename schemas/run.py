@@ -151,7 +151,7 @@ class Stop(Relayed, frozen=True, kw_only=True):
     task_id: Token
     attempt: Ordinal
     why: Name = ""
-    """cancelled, silent, late, flooded, superseded or ended."""
+    """cancelled, silent, late, flooded, forged, superseded or ended."""
 
 
 def encode_event(event: RunEvent) -> bytes:

@@ -23,7 +23,7 @@ async def main(url: str, description: str) -> int:
         print(delta["event"].get("text", ""), end="", flush=True)
 
     await nc.subscribe(f"loom.delta.public.{task}", cb=show)
-    cancel = lambda: asyncio.ensure_future(nc.request(f"loom.cancel.{task}", timeout=5))  # noqa: E731 - one line
+    cancel = lambda: asyncio.ensure_future(nc.request(f"loom.cancel.{task}", timeout=5))
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, cancel)
     ad = {"task_id": task, "description": description, "timeout_s": 300}
     answer = await nc.request("loom.submit", json.dumps(ad).encode(), timeout=310)

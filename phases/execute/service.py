@@ -29,7 +29,7 @@ from loom.bus.topology import EXECUTE_LANE
 from loom.phases.execute.belief import Facts, believed
 from loom.phases.execute.claim import Drop, Standing, Take, claim, may_report
 from loom.phases.execute.errands import Errands, call_off
-from loom.phases.execute.events import EventSubjects
+from loom.phases.execute.events import EventSubjects, count_discarded
 from loom.phases.execute.plain import RUN_S, PlainRun
 from loom.phases.execute.stops import HostRun, Stops, Why
 from loom.phases.execute.watch import TOO_MANY, Hosts, Interrupt, Silent, Watch
@@ -48,6 +48,7 @@ SETTLE_S = 5.0
 """After a reconnect: long enough for every host to be back."""
 ASK_AGAIN_S = 0.25
 SUBTASK_FAILED = "subtask_failed"
+NOT_MOVED = "the host states that the run has moved, and no other EXECUTE has asked for it"
 CANCELLED = TaskError(code="cancelled", message="the task was cancelled")
 
 
@@ -90,21 +91,21 @@ class Execute:
         if self._bus.now() >= envelope.deadline:
             late = TaskError(code="deadline_exceeded", message="the deadline passed before the run began")
             return await self._report_unclaimed(late, envelope)
-        stop = Interrupt()
-        timer = asyncio.get_running_loop().call_later(envelope.deadline - self._bus.now(), stop.set, "late")
-        delivery.on_recall = partial(stop.set, "recalled")
+        interrupt = Interrupt()
+        timer = asyncio.get_running_loop().call_later(envelope.deadline - self._bus.now(), interrupt.set, "late")
+        delivery.on_recall = partial(interrupt.set, "recalled")
         if delivery.recalled.is_set():
-            stop.set("recalled")
-        self._interrupts.setdefault(envelope.task_id, []).append(stop)
+            interrupt.set("recalled")
+        self._interrupts.setdefault(envelope.task_id, []).append(interrupt)
         try:
-            return await self._claimed(envelope, award, delivery, stop)
+            return await self._claimed(envelope, award, delivery, interrupt)
         finally:
             timer.cancel()
-            self._interrupts[envelope.task_id].remove(stop)
+            self._interrupts[envelope.task_id].remove(interrupt)
             if not self._interrupts[envelope.task_id]:
                 del self._interrupts[envelope.task_id]
 
-    async def _claimed(self, envelope: Envelope, award: Award, delivery: Delivery, stop: Interrupt) -> Outcome:
+    async def _claimed(self, envelope: Envelope, award: Award, delivery: Delivery, interrupt: Interrupt) -> Outcome:
         claimed = await self._claim(envelope, award, delivery)
         if isinstance(claimed, Drop):
             log.info("run_dropped", reason=claimed.reason, attempt=envelope.attempt)
@@ -113,19 +114,19 @@ class Execute:
             return Done()
         self._stop(envelope.task_id, claimed.superseded, "superseded")
         envelope = replace(envelope, record_version=claimed.record_version)
-        if stop.cancelled():
+        if interrupt.cancelled():
             return await self._give_up(CANCELLED, "cancelled", envelope, award, delivery)
         request = request_for(envelope, award, self._bus.now())
         if award.plain:
-            return await self._run_plain(request, envelope, award, delivery, stop)
-        watch = Watch(self._hosts, host_of(award), request, stop, attached=claimed.attached)
+            return await self._run_plain(request, envelope, award, delivery, interrupt)
+        watch = Watch(self._hosts, host_of(award), request, interrupt, attached=claimed.attached)
         earlier = claimed.record.delegated if claimed.attached else ()
         errands = Errands(self._bus, self._config, envelope, delivery, self._loop.top_up, earlier)
         outcome: Outcome | None = None
         try:
-            outcome = await self._run(watch, errands, envelope, award, delivery, stop)
+            outcome = await self._run(watch, errands, envelope, award, delivery, interrupt)
         finally:
-            await errands.close(cancelling=stop.cancelled() or is_over(outcome))
+            await errands.close(cancelling=interrupt.cancelled() or is_over(outcome))
         return outcome
 
     async def _claim(self, envelope: Envelope, award: Award, delivery: Delivery) -> Take | Drop:
@@ -148,7 +149,7 @@ class Execute:
         raise BusUnavailable(f"the record of {envelope.task_id} would not hold still")
 
     async def _run(
-        self, watch: Watch, errands: Errands, envelope: Envelope, award: Award, delivery: Delivery, stop: Interrupt
+        self, watch: Watch, errands: Errands, envelope: Envelope, award: Award, delivery: Delivery, interrupt: Interrupt
     ) -> Outcome:
         """Watch the run until it ends, the task is cancelled or too late, or this process stops."""
         try:
@@ -157,29 +158,29 @@ class Execute:
             lost = TaskError(code="node_lost", message=str(error), node_id=award.node_id)
             return await self._give_up(lost, "silent", spent(envelope, errands.result), award, delivery)
         if last is not None:
-            return await self._settle(last, errands, envelope, award, delivery, stop)
-        return await self._interrupted(spent(envelope, errands.result), award, delivery, stop)
+            return await self._settle(last, errands, envelope, award, delivery, interrupt)
+        return await self._interrupted(spent(envelope, errands.result), award, delivery, interrupt)
 
     async def _run_plain(
-        self, request: RunRequest, envelope: Envelope, award: Award, delivery: Delivery, stop: Interrupt
+        self, request: RunRequest, envelope: Envelope, award: Award, delivery: Delivery, interrupt: Interrupt
     ) -> Outcome:
         """Ask a plain node once, and take its first reply for the end of the run."""
         max_run_s = RUN_S if award.max_run_s is None else award.max_run_s
         delivery.release()  # the wait is for the node: it does not keep others of this process waiting
         try:
-            last = await PlainRun(self._hosts, host_of(award), request, stop, max_run_s=max_run_s).last_event()
+            last = await PlainRun(self._hosts, host_of(award), request, interrupt, max_run_s=max_run_s).last_event()
         except Silent as error:
             lost = TaskError(code="node_lost", message=str(error), node_id=award.node_id)
             return await self._give_up(lost, "silent", envelope, award, delivery)
         if last is None:
-            return await self._interrupted(envelope, award, delivery, stop)
-        return await self._end(last, envelope, award, delivery, stop)
+            return await self._interrupted(envelope, award, delivery, interrupt)
+        return await self._end(last, envelope, award, delivery, interrupt)
 
-    async def _interrupted(self, envelope: Envelope, award: Award, delivery: Delivery, stop: Interrupt) -> Outcome:
+    async def _interrupted(self, envelope: Envelope, award: Award, delivery: Delivery, interrupt: Interrupt) -> Outcome:
         """Give a cancelled or late run up; hand any other one on."""
-        if stop.cancelled():
+        if interrupt.cancelled():
             return await self._give_up(CANCELLED, "cancelled", envelope, award, delivery)
-        if stop.reason == "late":
+        if interrupt.reason == "late":
             late = TaskError(
                 code="deadline_exceeded", message="the deadline passed during the run", node_id=award.node_id
             )
@@ -187,14 +188,20 @@ class Execute:
         return Next("execute", envelope)  # recalled, another replica re-attaches; harmless, a suspect starts afresh
 
     async def _settle(
-        self, last: RunEvent, errands: Errands, envelope: Envelope, award: Award, delivery: Delivery, stop: Interrupt
+        self,
+        last: RunEvent,
+        errands: Errands,
+        envelope: Envelope,
+        award: Award,
+        delivery: Delivery,
+        interrupt: Interrupt,
     ) -> Outcome:
         if last.kind == "moved":
-            return await self._give_way(envelope, delivery)
+            return await self._give_way(envelope, award, delivery)
         if last.error is TOO_MANY:
             return await self._give_up(error_in(last, award), "flooded", spent(envelope, None), award, delivery)
         failed = last.error is not None and last.error.code == SUBTASK_FAILED and await errands.failed()
-        return await self._end(last, envelope, award, delivery, stop, delegation_failed=failed)
+        return await self._end(last, envelope, award, delivery, interrupt, delegation_failed=failed)
 
     async def _end(
         self,
@@ -202,7 +209,7 @@ class Execute:
         envelope: Envelope,
         award: Award,
         delivery: Delivery,
-        stop: Interrupt,
+        interrupt: Interrupt,
         *,
         delegation_failed: bool = False,
     ) -> Outcome:
@@ -216,7 +223,7 @@ class Execute:
                 tokens=last.result.tokens if last.result else 0,
                 left_s=envelope.deadline - self._bus.now(),
                 delegation_failed=delegation_failed,
-                cancelled=stop.cancelled(),
+                cancelled=interrupt.cancelled(),
             )
             error = believed(error, facts)
         return await self._report(error, spent(envelope, last.result), delivery)
@@ -291,9 +298,17 @@ class Execute:
         if held is not None and held.attempt:
             self._hosts.stops.begin(HostRun(HostKey(held.owner, held.host_id), task_id, held.attempt), why)
 
-    async def _give_way(self, envelope: Envelope, delivery: Delivery) -> Outcome:
-        """Another handler follows the run now: settle a mere copy of its message, leave it the message itself."""
-        return Done() if await self._standing(envelope, delivery) in ("over", "settle") else Leave()
+    async def _give_way(self, envelope: Envelope, award: Award, delivery: Delivery) -> Outcome:
+        """Another handler follows the run now: settle a mere copy of its message, leave it the message itself.
+
+        A host that claims so while no other handler does has failed the attempt.
+        """
+        standing = await self._standing(envelope, delivery)
+        if standing == "report" and len(self._interrupts[envelope.task_id]) == 1:
+            count_discarded(self._bus, host_of(award), "run_not_moved", NOT_MOVED, task_id=envelope.task_id)
+            forged = TaskError(code="agent_failed", message=NOT_MOVED, node_id=award.node_id)
+            return await self._give_up(forged, "forged", spent(envelope, None), award, delivery)
+        return Done() if standing in ("over", "settle") else Leave()
 
     async def _standing(self, envelope: Envelope, delivery: Delivery) -> Standing:
         """What the record, read again, lets this message do."""
@@ -303,8 +318,8 @@ class Execute:
         return may_report(entry.value, envelope.attempt, self._bus.instance, delivery.facts.stream_seq)
 
     def _on_cancelled(self, msg: Msg) -> None:
-        for stop in self._interrupts.get(msg.subject.rsplit(".", 1)[1], ()):
-            stop.set("cancelled")
+        for interrupt in self._interrupts.get(msg.subject.rsplit(".", 1)[1], ()):
+            interrupt.set("cancelled")
 
 
 def request_for(envelope: Envelope, award: Award, now: float) -> RunRequest:

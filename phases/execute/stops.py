@@ -15,7 +15,7 @@ STOPS = 5
 """Most times a stop is sent."""
 STOP_AGAIN_S = 1.0
 
-Why = Literal["cancelled", "silent", "late", "flooded", "superseded", "ended"]
+Why = Literal["cancelled", "silent", "late", "flooded", "forged", "superseded", "ended"]
 
 
 class HostRun(NamedTuple):

@@ -468,6 +468,19 @@ async def test_the_copy_of_a_message_reattaches_and_the_first_gives_way(stage: S
     assert len(one.runs) == 2
 
 
+async def test_a_host_that_states_a_move_that_did_not_happen_has_failed(stage: Stage) -> None:
+    async def lie(run: FakeRun) -> None:
+        await accepted(run)
+        await run.say("moved")
+
+    one = await host(stage, lie)
+    execute = await stage.phase("execute")
+    await given(stage)
+    assert await code_of(stage) == "agent_failed"
+    await until(lambda: one.stops, what="it is stopped")
+    assert execute.bus.discards.hosts["h1"].counts == {"events": 1}
+
+
 async def test_a_stale_copys_error_is_settled_silently(stage: Stage) -> None:
     """Its host falls silent to the first watcher without saying that the run has moved."""
     moving = MovingHost(says_moved=False)

@@ -17,6 +17,7 @@ from support.wait import until
 from loom.agents.llm.agent import Agent
 from loom.agents.runs import BATCH_BYTES, PATIENCE_S
 from loom.bus.client import Msg
+from loom.bus.clock import ServerClock
 from loom.runner.embedded import NatsServer
 from loom.schemas.auction import Offer
 from loom.schemas.errors import AgentFailed, BudgetExceeded, Cancelled, LoomError, NodeBusy
@@ -626,6 +627,13 @@ async def test_an_old_request_begins_nothing(stage: Stage, old: dict[str, Any]) 
     assert begun == ["t2"]
     assert watcher.events == []
     assert [log["task_id"] for log in logs if log["event"] == "run_request_ignored"] == ["t1"]
+
+
+async def test_a_host_that_does_not_know_the_servers_time_goes_by_what_is_left(stage: Stage) -> None:
+    host = await stage.host([node()])
+    host.bus.clock = ServerClock()
+    now = stage.bus.now()
+    await (await run(stage, host, sent_at=now - 30, deadline=now - 10, remaining_s=20)).heard("result")
 
 
 async def test_an_old_request_still_moves_a_run_in_hand_and_repeats_its_result(stage: Stage) -> None:

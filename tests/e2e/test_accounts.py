@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from nats.aio.client import Client
 from support.accounts import PASSWORD, account, accounts, check_command
 from support.command import command
 from support.configured import configured_server
-from support.environments import OUTSIDE, locked, own_folder
+from support.javascript import javascript_folder
 from support.nodes import node
 from support.wait import until
 
@@ -240,19 +239,8 @@ async def test_a_runtime_in_an_account_needs_no_name_and_no_more_permissions_tha
 
 @pytest.fixture(scope="session")
 def javascript_client() -> Path:
-    """`client.mjs` beside the one package it needs, which npm installs once."""
-    npm, node_js = shutil.which("npm"), shutil.which("node")
-    if npm is None or node_js is None:
-        pytest.skip("node and npm are not on this machine")
-    folder = own_folder() / "javascript"
-    with locked(folder.with_suffix(".lock")):
-        folder.mkdir(exist_ok=True)
-        if not (folder / "node_modules" / "@nats-io" / "transport-node").exists():
-            words = (npm, "install", "--no-audit", "--no-fund", "--prefix", str(folder), "@nats-io/transport-node@3")
-            installed = subprocess.run(words, capture_output=True, check=False, text=True, env=OUTSIDE, timeout=300)
-            if installed.returncode != 0 and not os.environ.get("CI"):
-                pytest.skip(f"npm cannot install @nats-io/transport-node: {installed.stderr[-300:]}")
-            assert installed.returncode == 0, installed.stderr
+    """`client.mjs` beside the one package it needs."""
+    folder = javascript_folder()
     shutil.copy(EXAMPLES / "client.mjs", folder / "client.mjs")
     return folder / "client.mjs"
 

@@ -284,14 +284,18 @@ async def host(
     namespace: str,
     name: str,
 ) -> None:
-    """Host one node whose runs say `run <attempt>`, and end when told to `go`, saying `over <attempt>`."""
+    """Host one node whose runs say `run <attempt>`, and `over <attempt>` on `go` or `stopped <attempt>` on a stop."""
     for module, setting, value in each_setting(QUICK):
         setattr(module, setting, value)
 
     async def agent(job: RunRequest) -> Any:
         say(f"run {job.attempt}")
         yield f"begun by {name}, "
-        await orders.go.wait()
+        try:
+            await orders.go.wait()
+        except asyncio.CancelledError:
+            say(f"stopped {job.attempt}")
+            raise
         say(f"over {job.attempt}")
         yield f"ended by {name}"
 

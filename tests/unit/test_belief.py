@@ -60,6 +60,21 @@ def test_a_confirmed_code_is_kept(claimed: str, known: Facts) -> None:
     assert code(claimed, known) == claimed
 
 
+@pytest.mark.parametrize(
+    ("claimed", "known"),
+    [
+        ("budget_exceeded", Facts(None, 10**6, 60, False, False)),
+        ("budget_exceeded", Facts(10, 4, 60, False, False)),
+        ("deadline_exceeded", Facts(None, 0, LATE_S + 0.01, False, False)),
+        ("subtask_failed", Facts(None, 0, 60, False, True)),
+        ("cancelled", Facts(None, 0, 60, True, False)),
+        ("no_bids", Facts(0, 10, -1, True, True)),
+    ],
+)
+def test_another_fact_confirms_nothing(claimed: str, known: Facts) -> None:
+    assert code(claimed, known) == "agent_failed"
+
+
 def test_the_message_and_the_wait_are_kept_and_bounded() -> None:
     error = believed(TaskError(code="no_bids", message="x" * 5000, retry_after_s=3), NOTHING)
     assert (error.message, error.retry_after_s) == ("x" * 2000, 3)

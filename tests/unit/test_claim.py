@@ -6,6 +6,7 @@ from support.phases import ad, awarded, envelope
 
 from loom.phases.execute.claim import Drop, Take, claim, may_report
 from loom.schemas.envelope import Claim, Envelope, TaskRecord
+from loom.schemas.task import TaskError
 
 
 def env(attempt: int = 1, node: str = "n1", host: str = "h1") -> Envelope:
@@ -67,6 +68,42 @@ def test_a_claim_changes_nothing_else_in_the_record() -> None:
 )
 def test_a_lower_attempt_a_twin_elsewhere_and_an_ended_task_are_dropped(rec: TaskRecord, message: Envelope) -> None:
     assert isinstance(decided(rec, message), Drop)
+
+
+def test_the_same_host_id_of_another_owner_is_another_host() -> None:
+    message = awarded(envelope(ad(task_id="t1"), now=0, attempt=2), owner="acme")
+    assert isinstance(decided(record(2), message), Drop)
+    verdict = decided(record(1), message)
+    assert isinstance(verdict, Take)
+    assert (verdict.record.claim.owner, verdict.superseded) == ("acme", record(1).claim)
+
+
+@pytest.mark.parametrize(
+    ("held", "message", "superseded"),
+    [
+        (0, env(2, "n2", "h2"), False),
+        (1, env(2), False),
+        (1, env(1), False),
+        (1, env(2, "n2", "h2"), True),
+        (1, replace(env(2, "n2", "h2"), last_error=TaskError(code="node_lost")), True),
+        (1, replace(env(2, "n2", "h2"), last_error=TaskError(code="agent_failed")), False),
+        (1, replace(env(3, "n2", "h2"), last_error=TaskError(code="agent_failed")), True),
+    ],
+)
+def test_a_claim_supersedes_the_attempt_whose_last_event_may_not_have_come(
+    held: int, message: Envelope, superseded: bool
+) -> None:
+    verdict = decided(record(held), message)
+    assert isinstance(verdict, Take)
+    assert verdict.superseded == (record(held).claim if superseded else None)
+
+
+def test_a_message_of_an_ended_task_names_the_attempt_that_its_record_names() -> None:
+    ended = decided(record(2, state="cancelled", ended_at=1.0), env(5))
+    unclaimed = decided(record(0, state="cancelled", ended_at=1.0), env(1))
+    assert isinstance(ended, Drop)
+    assert isinstance(unclaimed, Drop)
+    assert (ended.ended, unclaimed.ended) == (record(2).claim, None)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from support.values import json_values
 
 from loom.schemas.events import TextDelta
-from loom.schemas.run import MAX_EVENTS, MAX_UNREADABLE, RunEvent, read_events
-from loom.schemas.task import RunResult
+from loom.schemas.run import MAX_EVENTS, MAX_UNREADABLE, RunEvent, RunRequest, encode_event, read_events
+from loom.schemas.task import RunResult, TaskAd
 from loom.schemas.wire import MAX_MESSAGE_BYTES, Undecodable, encode
 
 END = RunEvent(seq=9, kind="result", result=RunResult(content="x"))
@@ -21,6 +22,26 @@ def test_an_event_may_come_alone_and_several_in_their_order() -> None:
     delta = RunEvent(seq=8, kind="delta", event=TextDelta(text="x"))
     assert read_events(encode(END)) == (END,)
     assert read_events(encode([delta, END])) == (delta, END)
+
+
+def test_a_delegated_ad_travels_without_an_id_and_an_id_that_comes_is_no_fault() -> None:
+    waiting = RunEvent(seq=2, kind="waiting", ad=TaskAd(description="a part", context={"task_id": "kept"}), call=1)
+    written = json.loads(encode_event(waiting))
+    assert "task_id" not in written["ad"]
+    assert written["ad"]["context"] == {"task_id": "kept"}
+    (event,) = read_events(encode_event(waiting))
+    assert event.ad is not None
+    assert waiting.ad is not None
+    assert replace(event.ad, task_id=waiting.ad.task_id) == waiting.ad
+    assert encode_event(END) == encode(END)
+
+
+def test_a_run_request_always_names_its_attempt() -> None:
+    assert json.loads(encode(RunRequest(task_id="t1", description="x"))) == {
+        "task_id": "t1",
+        "attempt": 1,
+        "description": "x",
+    }
 
 
 @given(st.lists(st.sampled_from([encode(END), BAD, b"7", b"null", b"[]"]), min_size=1, max_size=6))
