@@ -113,14 +113,7 @@ class NodeHost:
             self._subscriptions.append(await self.bus.listen(subject, take))
         await self.announce()
         await self.bus.echo()
-        self._watchdog = Watchdog(
-            self.bus,
-            self._in_hand,
-            self._announcer.subject,
-            self._announcer.repeated,
-            beat_s=HEARTBEAT_S,
-            announce_s=ANNOUNCE_S,
-        )
+        self._watchdog = Watchdog(self.bus, self._in_hand, self._announcer, beat_s=HEARTBEAT_S, announce_s=ANNOUNCE_S)
         self._watchdog.start()
         self._tickers = [
             self.bus.spawn(every(ANNOUNCE_S, self._announce), name="announce", essential=True),

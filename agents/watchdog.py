@@ -10,11 +10,11 @@ from contextlib import AsyncExitStack, suppress
 
 from msgspec.structs import replace
 
+from loom.agents.announcer import Announcer
 from loom.agents.runs import Run
 from loom.bus.client import Bus
 from loom.bus.faults import describe
 from loom.bus.log import get_logger
-from loom.schemas.auction import HostAnnouncement
 from loom.schemas.errors import BusUnavailable, LoomError
 from loom.schemas.run import RunEvent
 from loom.schemas.task import TaskError
@@ -41,8 +41,7 @@ class Watchdog:
     Args:
         bus: The host's connection; another one to the same server is opened when it is needed.
         runs: Returns the runs in hand; called from the thread.
-        subject: That of the host's announcements.
-        announcement: Returns the host's last announcement, to be published again; called from the thread.
+        announcer: Has the host's last announcement, to be published again; asked from the thread.
         beat_s: Seconds between heartbeats.
         announce_s: Seconds between announcements.
     """
@@ -51,15 +50,14 @@ class Watchdog:
         self,
         bus: Bus,
         runs: Callable[[], list[Run]],
-        subject: str,
-        announcement: Callable[[], HostAnnouncement | None],
+        announcer: Announcer,
         *,
         beat_s: float,
         announce_s: float,
     ) -> None:
         self._bus = bus
         self._runs = runs
-        self._subject, self._announcement = subject, announcement
+        self._announcer = announcer
         self._beat_s, self._announce_s = beat_s, announce_s
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
@@ -142,11 +140,11 @@ class Watchdog:
                     bus.send(run.subject, HEARTBEAT)
 
     def _announce(self, bus: Bus, *, draining: bool = False) -> None:
-        announcement = self._announcement()
+        announcement = self._announcer.repeated()
         if announcement is not None:
             with suppress(LoomError):  # at most once, as every announcement
                 message = replace(announcement, draining=announcement.draining or draining)
-                bus.send(self._subject, message)
+                bus.send(self._announcer.subject, message)
 
     def _warn(self, blocked_s: float) -> None:
         frame = sys._current_frames().get(self._loop_thread)  # noqa: SLF001 - Python's only way to it

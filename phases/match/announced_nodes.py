@@ -28,8 +28,8 @@ class AnnouncedNodes:
     def __init__(self) -> None:
         self._hosts: dict[HostKey, tuple[AnnouncedNode, ...]] = {}
         self._nodes: dict[Place, AnnouncedNode] = {}
-        self._by_domain: dict[str, dict[Place, AnnouncedNode]] = {}
-        """domain_token, or `*` -> the nodes that name it."""
+        self._by_domain: dict[tuple[str, bool], dict[Place, AnnouncedNode]] = {}
+        """domain_token, or `*`, and whether they are plain -> the nodes that name it."""
         self._worded: dict[str, Counter[str]] = {}
         """domain_token -> the domain as worded -> nodes that word it so and take it."""
         self._announcements: dict[HostKey, int] = {}
@@ -59,13 +59,17 @@ class AnnouncedNodes:
         """Return the node of a host, if it has announced it."""
         return self._nodes.get(place)
 
-    def able(self, wanted: Wanted) -> Iterator[tuple[Place, AnnouncedNode]]:
-        """Yield the nodes that take the domain, have the tools and have not failed the task."""
-        named = self._by_domain.get(wanted.domain_token, {})
+    def able(self, wanted: Wanted, *, plain: bool) -> Iterator[tuple[Place, AnnouncedNode]]:
+        """Yield the nodes that take the domain, have the tools and have not failed the task.
+
+        Args:
+            plain: Which nodes: the plain ones, or those whose hosts bid for them.
+        """
+        named = self._by_domain.get((wanted.domain_token, plain), {})
         for place, node in named.items():
             if self._is_able(place, node, wanted):
                 yield place, node
-        for place, node in self._by_domain.get(ANY_DOMAIN, {}).items():
+        for place, node in self._by_domain.get((ANY_DOMAIN, plain), {}).items():
             if place not in named and self._is_able(place, node, wanted):
                 yield place, node
 
@@ -94,7 +98,7 @@ class AnnouncedNodes:
         self._nodes[place] = node
         self.size += _size(node)
         for token, worded in _tokens(node):
-            self._by_domain.setdefault(token, {})[place] = node
+            self._by_domain.setdefault((token, node.plain), {})[place] = node
             if worded:
                 self._worded.setdefault(token, Counter())[worded] += 1
 
@@ -104,13 +108,14 @@ class AnnouncedNodes:
             del self._nodes[place]
             self.size -= _size(node)
             for token, worded in _tokens(node):
-                self._drop(token, place, worded)
+                self._drop((token, node.plain), place, worded)
 
-    def _drop(self, token: str, place: Place, worded: str) -> None:
-        nodes = self._by_domain[token]
+    def _drop(self, domain: tuple[str, bool], place: Place, worded: str) -> None:
+        token, _ = domain
+        nodes = self._by_domain[domain]
         nodes.pop(place, None)
         if not nodes:
-            del self._by_domain[token]
+            del self._by_domain[domain]
         if worded:
             wordings = self._worded[token]
             wordings[worded] -= 1

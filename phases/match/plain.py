@@ -61,11 +61,10 @@ class PlainNodes:
         """Return an offer for each host that has announced plain nodes which could do the task."""
         self._expire()
         bids: dict[HostKey, list[Bid]] = {}
-        for place, node in self._nodes.able(wanted):
-            if node.plain:
-                host_bids = bids.setdefault(place[0], [])
-                if (free := node.slots - self._taken[place]) > 0:
-                    host_bids.append(_bid(node, free, wanted))
+        for place, node in self._nodes.able(wanted, plain=True):
+            host_bids = bids.setdefault(place[0], [])
+            if (free := node.slots - self._taken[place]) > 0:
+                host_bids.append(_bid(node, free, wanted))
         return [
             HostOffer(owner=host.owner, host_id=host.host_id, bids=tuple(each), decline=None if each else "busy")
             for host, each in bids.items()

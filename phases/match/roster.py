@@ -118,13 +118,13 @@ class Roster:
             answered: Hosts that have answered this call.
         """
         return any(
-            place[0] not in answered and not node.plain and not self._presence.is_dropped(place[0])
-            for place, node in self.nodes.able(wanted)
+            place[0] not in answered and not self._presence.is_dropped(place[0])
+            for place, _ in self.nodes.able(wanted, plain=False)
         )
 
     def have_failed(self, wanted: Wanted) -> bool:
-        """Return whether nodes are announced that could do a task and have failed it."""
-        return bool(wanted.excluded) and any(self.nodes.able(wanted._replace(excluded=())))
+        """Return whether plain nodes are announced that could do a task and have failed it."""
+        return bool(wanted.excluded) and any(self.nodes.able(wanted._replace(excluded=()), plain=True))
 
     def _forget_nodes(self, host: HostKey) -> None:
         self._claims.forget(host)

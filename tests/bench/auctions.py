@@ -12,6 +12,7 @@ from loom.bus.client import Bus
 from loom.bus.kv import Bucket
 from loom.phases.match import Match
 from loom.phases.match.policy import Awarded
+from loom.schemas.auction import ANNOUNCED_NODES
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Spec
 from loom.schemas.learning import DomainEvidence, NodeProfile
@@ -39,7 +40,8 @@ async def auction(hosts: int, nodes_each: int, auctions: int) -> tuple[float, fl
         await match.start()
         try:
             heard = match._roster
-            await until(lambda: len(heard.awaited()) == hosts, within_s=WITHIN_S, what="all hosts are heard of")
+            announced = hosts * -(-nodes_each // ANNOUNCED_NODES)
+            await until(lambda: len(heard.awaited()) == announced, within_s=WITHIN_S, what="all hosts are heard of")
             await until(lambda: len(heard.profiles) == len(names), within_s=WITHIN_S, what="all profiles are read")
 
             async def once() -> None:
@@ -71,7 +73,8 @@ async def _make_known(bus: Bus, names: list[str]) -> None:
     bucket = Bucket(bus, "nodes", NodeProfile)
     for name in names:
         evidence = DomainEvidence(count=EVIDENCE, mean=0.5)
-        await bucket.create(f"local.{name}", NodeProfile(node_id=name, last_seq=1, domains={"code": evidence}))
+        profile = NodeProfile(node_id=name, last_seq=1, domains={"code": evidence})
+        await bucket.create(profile.key, profile)
 
 
 async def many_hosts(*, quick: bool) -> None:

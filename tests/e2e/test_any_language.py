@@ -210,3 +210,20 @@ async def test_bad_input_is_refused_with_its_field_and_queues_nothing(
     assert stream.state.last_seq == 0
     good, _ = await ask(raw, f"{namespace}.submit", {"domain": "code", "description": "still there?"})
     assert good["state"] == "succeeded"
+
+
+async def test_a_plain_responder_that_announces_itself_is_an_agent(raw: Client, namespace: str, phases: Bus) -> None:
+    done: list[str] = []
+
+    async def shout(msg: Msg) -> None:
+        done.append(msg.subject)
+        await msg.respond(json.loads(msg.data)["description"].upper().encode())
+
+    await raw.subscribe(f"{namespace}.run.acme.shouter", cb=shout)
+    node = {"node_id": "loud", "plain": True, "domains": [{"domain": "Shout"}]}
+    await raw.publish(f"{namespace}.host.acme.shouter", json.dumps({"nodes": [node]}).encode())
+    answer, _ = await ask(raw, f"{namespace}.submit", {"domain": "shout", "description": "good morning"})
+
+    assert (answer["state"], answer["content"]) == ("succeeded", "GOOD MORNING")
+    assert (answer["owner"], answer["node_id"], answer["host_id"]) == ("acme", "loud", "shouter")
+    assert len(done) == 1
