@@ -19,7 +19,7 @@ from loom.schemas.envelope import Envelope
 from loom.schemas.events import SubtaskEvent
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.notices import read_scale_message
-from loom.schemas.run import Delta, RunRequest
+from loom.schemas.run import Delta, RunEvent, RunRequest, Stop
 from loom.schemas.task import Submission, TaskAd, TaskResult
 from loom.schemas.wire import Undecodable, decode
 
@@ -49,6 +49,8 @@ SHAPES: dict[str, type[Any]] = {
     "reward": Reward,
     "lifecycle": Lifecycle,
     "subtask": SubtaskEvent,
+    "event": RunEvent,
+    "stop": Stop,
 }
 """family -> what its messages are; the others have no body, or one that could not be read before."""
 
@@ -79,7 +81,7 @@ class Tap:
     One family comes in the order it was sent; several families asked for by name may overtake each other.
 
     Args:
-        families: Those wanted; none: all but REPEATED.
+        families: Those wanted; none: all of the namespace but REPEATED, one order for everything.
         room: Messages kept for a slow reader; later ones are skipped until it has caught up.
     """
 
@@ -87,10 +89,9 @@ class Tap:
         self._bus = bus
         wanted = set(families)
         self._subjects = [
-            bus.subjects.of(row.name, *("*" for _ in row.tokens))
-            for row in FAMILIES
-            if row.name in wanted or not (wanted or row.name in REPEATED)
-        ]
+            bus.subjects.of(row.name, *("*" for _ in row.tokens)) for row in FAMILIES if row.name in wanted
+        ] or [bus.subjects.everything]
+        self._left_out = frozenset() if wanted else REPEATED
         self._room = room
         self._waiting: deque[tuple[Msg, float, int]] = deque()
         self._waiting_bytes = 0
@@ -146,6 +147,8 @@ class Tap:
         return self._seen(msg, at, skipped)
 
     async def _take(self, msg: Msg) -> None:
+        if self._left_out and _family(msg.subject) in self._left_out:
+            return
         if len(self._waiting) >= self._room or self._waiting_bytes + len(msg.data) > ROOM_BYTES:
             self._skipped += 1
             return
@@ -178,3 +181,8 @@ class Tap:
     async def _notice_loss(self) -> None:
         await self._bus.lost.wait()
         self._stirred.set()
+
+
+def _family(subject: str) -> str:
+    """The second token of a subject, read before anything else of a message is."""
+    return subject.split(".", 2)[1]

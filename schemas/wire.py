@@ -5,6 +5,7 @@ import math
 import sys
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from uuid import uuid4
@@ -13,7 +14,7 @@ import msgspec
 
 from loom.schemas.errors import LoomError
 from loom.schemas.forgiving import forgiven
-from loom.schemas.unknown_fields import decode_keeping, encode_keeping
+from loom.schemas.unknown_fields import REFUSAL, decode_keeping, encode_keeping
 
 MAX_AD_BYTES = 64 * 1024
 MAX_CONTEXT_BYTES = 32 * 1024
@@ -193,22 +194,32 @@ def decode(
         pass  # what is forgiven costs nothing where there is nothing to forgive
     read: Callable[[bytes], T] = partial(decode_keeping, shape=shape) if keep_unknown else decoder.decode
     try:
-        return _forgiving(raw.removeprefix(codecs.BOM_UTF8), shape, mend, read)
+        return _forgiving(raw.removeprefix(codecs.BOM_UTF8), decoder, shape, mend, read)
     except RecursionError as error:
         raise Undecodable("nested too deeply") from error
     except ValueError as error:  # covers msgspec's errors and bad UTF-8
         raise Undecodable(str(error)) from error
 
 
-def _forgiving(raw: bytes, shape: type[T], mend: Callable[[Any], Any] | None, read: Callable[[bytes], T]) -> T:
-    """Decode with everything forgiven; the errors are those of `read`."""
+def _forgiving(
+    raw: bytes,
+    decoder: msgspec.json.Decoder[T],
+    shape: type[T],
+    mend: Callable[[Any], Any] | None,
+    read: Callable[[bytes], T],
+) -> T:
+    """Decode with everything forgiven; the errors are the decoder's, or those of `read`."""
     try:
-        return read(raw)
+        return decoder.decode(raw)
     except msgspec.ValidationError as error:
-        try:
-            plain = msgspec.json.decode(raw)
-        except (ValueError, RecursionError):
-            raise error from None
+        fault = error
+    if REFUSAL in str(fault):
+        with suppress(msgspec.ValidationError):  # a field may have to be forgiven as well
+            return read(raw)
+    try:
+        plain = msgspec.json.decode(raw)
+    except (ValueError, RecursionError):
+        raise fault from None
     # By way of JSON again: what is kept raw is made of bytes.
     return read(encode(forgiven(plain if mend is None else mend(plain), shape)))
 

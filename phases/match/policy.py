@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import msgspec
@@ -129,15 +130,16 @@ def taken_s(bid: Bid) -> float:
 
 def award(envelope: Envelope, bids: Sequence[tuple[HostKey, Bid]], book: Book) -> Award:
     """Return the award to the best of `bids`, (host, bid) each; there must be one."""
-    nodes = {qualified(host.owner, bid.node_id) for host, bid in bids}  # one may be on two hosts
-    known = [profile for node in nodes if (profile := book.profiles.get(node))]
+    nodes = [qualified(host.owner, bid.node_id) for host, bid in bids]
+    known = [profile for node in set(nodes) if (profile := book.profiles.get(node))]  # one may be on two hosts
     token = envelope.domain_token
     total = sum(profile.domains[token].count for profile in known if token in profile.domains)
     owners = {host.owner for host, _ in bids}
     # Names are an advantage over other owners only: among the nodes of a single one each has its own chance.
     shared = _shared(owners, token, book) if len(owners) > 1 else {}
     auction = _Auction(envelope, token, book, total, shared, failing_owners(envelope, partial(_evidence, book, token)))
-    ranked = _best_first(envelope, (_weigh(auction, host, bid) for host, bid in bids))
+    weighed = [_weigh(auction, node, host, bid) for node, (host, bid) in zip(nodes, bids, strict=True)]
+    ranked = _best_first(envelope, weighed)
     best = ranked[0]
     return Award(
         node_id=best.bid.node_id,
@@ -160,7 +162,7 @@ def score(envelope: Envelope, host: HostKey, bid: Bid, book: Book, total: int) -
     token = envelope.domain_token
     shared = _shared({host.owner}, token, book)
     auction = _Auction(envelope, token, book, total, shared, failing_owners(envelope, partial(_evidence, book, token)))
-    return _told(_weigh(auction, host, bid))
+    return _told(_weigh(auction, qualified(host.owner, bid.node_id), host, bid))
 
 
 class _Auction(NamedTuple):
@@ -183,6 +185,8 @@ class _Weighed(NamedTuple):
     comes_last: bool
     name: str
     """What equals are told apart by: the node, or the owner whose newcomer it is."""
+    node: str
+    """Qualified by its owner."""
     host: HostKey
     bid: Bid
     evidence: DomainEvidence
@@ -211,55 +215,53 @@ def _shared(owners: Iterable[str], domain_token: str, book: Book) -> dict[str, S
     return {owner: shared_by(known, pending[owner], weight) for owner, known in groups.items()}
 
 
-def _weigh(auction: _Auction, host: HostKey, bid: Bid) -> _Weighed:
-    envelope, token, book, _, groups, failed = auction
-    node = qualified(host.owner, bid.node_id)
-    evidence = _evidence(book, token, node)
-    newcomer = is_newcomer(host.owner, evidence)
-    shared = groups.get(host.owner) if newcomer else None
-    name = node if shared is None else f"{host.owner}."
-    trust = _trust(auction, name, bid, shared or _alone(auction, node, evidence))
-    required = envelope.ad.required_tools
-    tools = len(set(required).intersection(bid.tools)) / len(set(required)) if required else 1.0
-    value = TRUST_WEIGHT * min(trust.value, MAX_TRUST) + AVAILABILITY_WEIGHT * (1 - bid.load) + TOOLS_WEIGHT * tools
-    return _Weighed(value, newcomer and host.owner in failed, name, host, bid, evidence, trust, tools, shared)
-
-
-def _alone(auction: _Auction, node: str, evidence: DomainEvidence) -> Shared:
-    """What a node that shares nothing has done."""
-    return Shared(
-        attempts=evidence.count * remembered(evidence, auction.book),
-        mean=evidence.mean if evidence.count else 0.0,
-        pending=auction.book.pending.get((node, auction.domain_token), 0),
-    )
-
-
-def _trust(auction: _Auction, name: str, bid: Bid, known: Shared) -> Trust:
-    """Return how far a bidder is trusted who has done that much; `name` decides about what is random."""
-    book = auction.book
+def _weigh(auction: _Auction, node: str, host: HostKey, bid: Bid) -> _Weighed:
+    envelope, token, book, total, groups, failed = auction
+    profile, owner, name, shared = book.profiles.get(node), host.owner, node, None
+    evidence = (profile.domains.get(token) if profile else None) or _NONE
+    newcomer = owner != LOCAL_OWNER and is_newcomer(owner, evidence)
+    if newcomer and (shared := groups.get(owner)) is not None:
+        name = f"{owner}."
+        count, mean, pending = shared.attempts, shared.mean, shared.pending
+    else:
+        count, mean = evidence.count * remembered(evidence, book), evidence.mean if evidence.count else 0.0
+        pending = book.pending.get((node, token), 0)
     trust = book.policy(
         Known(
-            task_id=auction.envelope.ad.task_id,
-            attempt=auction.envelope.attempt,
+            task_id=envelope.ad.task_id,
+            attempt=envelope.attempt,
             node_id=bid.node_id,
             claim=bid.self_rating,
-            mean=known.mean,
-            count=known.attempts,
-            total=auction.total,
-            pending=known.pending,
+            mean=mean,
+            count=count,
+            total=total,
+            pending=pending,
             exploration=book.exploration,
             name=name,
         )
     )
     if not 0 <= trust.value < math.inf:
-        raise ValueError(f"policy {book.policy_name} trusts {name} with {trust.value}: no finite number from 0")
-    return trust
+        raise ValueError(f"policy {book.policy_name} trusts {node} with {trust.value}: no finite number from 0")
+    required = envelope.ad.required_tools
+    tools = len(set(required).intersection(bid.tools)) / len(set(required)) if required else 1.0
+    value = TRUST_WEIGHT * min(trust.value, MAX_TRUST) + AVAILABILITY_WEIGHT * (1 - bid.load) + TOOLS_WEIGHT * tools
+    comes_last = newcomer and owner in failed
+    return _Weighed(value, comes_last, name, node, host, bid, evidence, trust, tools, shared)
 
 
-def _best_first(envelope: Envelope, weighed: Iterable[_Weighed]) -> list[_Weighed]:
-    """The bids an award remembers, in order; of equals the tie-break decides, which only they need."""
+def _best_first(envelope: Envelope, weighed: Sequence[_Weighed]) -> list[_Weighed]:
+    """The bids an award remembers, in order; those that come last are behind all others."""
+    last = [one for one in weighed if one.comes_last]
+    if not last:
+        return _by_score(envelope, weighed)
+    others = _by_score(envelope, [one for one in weighed if not one.comes_last])
+    return [*others, *_by_score(envelope, last)][:AWARD_BIDS]
+
+
+def _by_score(envelope: Envelope, weighed: Sequence[_Weighed]) -> list[_Weighed]:
+    """The best bids; of equals the tie-break decides, which only they need."""
     ranked: list[_Weighed] = []
-    for _, group in groupby(sorted(weighed, key=_order), key=_order):
+    for _, group in groupby(sorted(weighed, key=_score, reverse=True), key=_score):
         equals = list(group)
         if len(equals) > 1:
             equals.sort(key=partial(_among_equals, envelope.task_id))
@@ -269,14 +271,13 @@ def _best_first(envelope: Envelope, weighed: Iterable[_Weighed]) -> list[_Weighe
     return ranked[:AWARD_BIDS]
 
 
-def _order(weighed: _Weighed) -> tuple[bool, float]:
-    return weighed.comes_last, -weighed.score
+_score = itemgetter(0)
 
 
 def _among_equals(task_id: str, weighed: _Weighed) -> tuple[bytes, bytes, HostKey]:
     """What orders equals: newcomers who share have one place among the others, and each its own in that."""
-    node = qualified(weighed.host.owner, weighed.bid.node_id)
-    return tie_break(task_id, weighed.name), tie_break(task_id, node), weighed.host
+    own = tie_break(task_id, weighed.node)
+    return own if weighed.shared is None else tie_break(task_id, weighed.name), own, weighed.host
 
 
 def _told(weighed: _Weighed) -> ScoredBid:

@@ -15,7 +15,7 @@ from loom.schemas.events import SubtaskEvent, ToolCallEnd, ToolCallStart
 from loom.schemas.identity import LOCAL_OWNER, qualified
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.notices import ParentEnded, PlanTimeout, SubtaskEnded
-from loom.schemas.run import Delta, RunRequest
+from loom.schemas.run import Delta, RunEvent, RunRequest, Stop
 from loom.schemas.task import Submission, TaskAd, TaskResult
 from loom.schemas.wire import encode
 
@@ -212,4 +212,6 @@ _FACTS: dict[type, Callable[[Any], str]] = {
     Reward: _reward,
     Lifecycle: _news,
     SubtaskEvent: _subtask,
+    RunEvent: lambda event: f"event {event.seq}: {event.kind}",
+    Stop: lambda stop: f"attempt {stop.attempt} is to stop: {stop.why}",
 }

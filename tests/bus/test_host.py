@@ -243,7 +243,9 @@ async def test_an_agent_that_never_waits_is_slowed_to_what_the_server_takes(
         host = await stage.host([node(agent=talk)])
         stop(server.pid)
         try:
-            host._on_run(Msg("", "_INBOX.x", encode(RunRequest(task_id="t1", node_id="n1", description="it"))))
+            request = RunRequest(task_id="t1", node_id="n1", description="it")
+            reply = host.bus.subjects.of("event", "local", host.host_id, "none", "none")
+            host._on_run(Msg("", reply, encode(request)))
             await until(lambda: said and time.monotonic() - moved_at > 0.5, within_s=8, what="it waits")
             assert said < most / 2
         finally:

@@ -12,7 +12,7 @@ from loom.bus.kv import Bucket
 from loom.bus.records import records
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Bid, CallForBids, HostAnnouncement, Offer
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Envelope, Spec, TaskRecord, TaskState
+from loom.schemas.envelope import Envelope, FailedAttempt, Spec, TaskRecord, TaskState
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
 from loom.schemas.task import TaskError
 
@@ -117,6 +117,27 @@ async def test_what_has_been_learned_is_followed_live_and_decides(stage: Stage) 
     assert (award.evidence_seq, award.bids[0].evidence, award.bids[0].count) == (9, 1.0, 60)
     assert award.policy == ClusterConfig().policy
     assert set(one.calls[-1].prefer) == {"proven", "boaster"}
+
+
+async def test_newcomers_of_one_owner_share_what_they_have_done(stage: Stage) -> None:
+    """Judged ones by the stored profiles, pending ones by the awards of a moment ago."""
+    failed = NodeProfile(node_id="n0", owner="acme", domains={"code": DomainEvidence(count=5, mean=0.0)})
+    await Bucket(stage.bus, "nodes", NodeProfile).create(failed.key, failed)
+    mine = await host(stage, "h1", offer=lambda _: mine.bids(Bid(node_id="weak", self_rating=0.2)))
+    names = [Bid(node_id=f"n{n}", self_rating=1.0, free=9) for n in range(1, 9)]
+    theirs = await host(stage, "h2", owner="acme", offer=lambda _: theirs.bids(*names))
+    await match(stage)
+    await stage.put("match", task(stage))
+    first = (await stage.seen("task", phase="scale")).award
+    assert {bid.shared_count for bid in first.bids if bid.owner == "acme"} == {5}
+    assert (first.owner, first.bids[0].trust) == ("acme", pytest.approx(2 / 7))
+    tried = FailedAttempt(attempt=1, node_id=first.node_id, owner="acme", host_id="h2", code="agent_failed")
+    again = replace(task(stage), attempt=2, failures=1, failed_attempts=(tried,), excluded=(first.node,))
+    await stage.put("match", again)
+    second = (await stage.seen("task", phase="scale", count=2)).award
+    assert second.node == "weak"
+    assert first.node not in {bid.node for bid in second.bids}
+    assert [bid.comes_last for bid in second.bids] == [False] + [True] * 7
 
 
 async def test_what_was_learned_before_the_start_is_known_to_the_first_auction(stage: Stage) -> None:

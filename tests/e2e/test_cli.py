@@ -370,7 +370,7 @@ def quietly(environment: None) -> Iterator[None]:
         ("submit x --timeout -1", 2, "invalid_task: "),
         ("submit x --context {", 2, "invalid_task: context is not JSON"),
         ("submit x --context [1]", 2, "invalid_task: context must be a JSON object, such as"),
-        ("submit x --node a.b", 2, "invalid_task: "),
+        ("submit x --node a.b.c", 2, "invalid_task: "),
         ("up --port 70000", 2, "bad_usage: Invalid value for '--port'"),
         (
             "up --host 0.0.0.0",

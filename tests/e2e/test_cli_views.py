@@ -304,7 +304,7 @@ async def test_a_tap_tells_the_past_and_goes_on_with_what_it_was_asked_for(here:
         ("tasks --state lost", 2, "bad_usage: Invalid value for --state: 'lost' is not one of running"),
         ("tap --since soon", 2, "bad_usage: Invalid value: 'soon' is not a time; write it like 90s"),
         ("tap --phase brew", 2, "bad_usage: Invalid value for --phase: 'brew' is not one of sense"),
-        ("rewards --node a.b", 2, "invalid_task: node_id must match"),
+        ("rewards --node a.b.c", 2, "invalid_task: owner must match"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(line: str, code: int, said: str, here: Cluster, loom: Loom) -> None:

@@ -11,6 +11,7 @@ from support.in_process import Loom, is_refused
 from support.nodes import echo, fail, node
 from support.wait import until
 
+from loom import Runtime
 from loom.bus import tasks
 from loom.bus.kv import Bucket
 from loom.bus.reward_bus import RewardBus
@@ -127,3 +128,24 @@ async def _one_inheritance(cluster: Cluster) -> None:
 )
 def test_what_cannot_be_moved_is_refused(line: str, said: str, here: Cluster, loom: Loom) -> None:
     is_refused(loom, line, 2, said)
+
+
+async def test_a_runtime_of_a_named_owner_learns_of_its_own_nodes(
+    here: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOM_OWNER", "gamma")
+    monkeypatch.setenv("LOOM_SOURCE", "bob")
+    async with Runtime() as rt:
+        coder = rt.add_agent(echo, name="coder", capabilities={"sums": 0.9})
+        task = TaskAd(task_id="sum", domain="sums", description="x", node_id="gamma.coder")
+        assert await rt.submit(task)
+        await until(lambda: coder.capabilities.total_tasks == 1, what="the node is shown what was learned")
+        assert coder.capabilities.scores["sums"] > 0.9
+        await rt.feedback("sum", 0.0)
+        await until(lambda: coder.capabilities.scores["sums"] < 0.9, what="the feedback is learned")
+        [mine] = [each for each in await rt.nodes() if each.owner == "gamma"]
+        assert (mine.name, mine.alive, mine.hosts[0].owner) == ("gamma.coder", True, "gamma")
+        given = [one async for one in rt.reward_bus.replay(node_id="gamma.coder")]
+        assert [one.source for one in given] == ["rules", "bob"]
+        [report] = rt.health_check()
+        assert report.node_id == "coder"

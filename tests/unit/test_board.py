@@ -57,6 +57,22 @@ def result(name: str, node: str = "coder") -> TaskResult:
     return TaskResult(task_id=name, state="succeeded", content="x", node_id=node, attempts=1)
 
 
+def test_nodes_of_one_name_are_told_apart_by_their_owners() -> None:
+    told = board("one")
+    award = Award(node_id="coder", owner="acme", host_id="h")
+    moved = Envelope(ad=told.rows["one"].ad, award=award, deadline=9.0)
+    told.see(seen(moved, "task", "execute", "normal", "one"))
+    assert told.rows["one"].node == "acme.coder"
+    told.end(TaskResult(task_id="one", state="succeeded", node_id="coder", owner="acme", attempts=1))
+    told.see(learned("coder", "one"))
+    assert not told.learned, "that was the node of another owner"
+    profile = NodeProfile(node_id="coder", owner="acme")
+    news = Lifecycle(kind="learned", node_id="coder", owner="acme", at=1.0, task_ids=("one",), profile=profile)
+    told.see(seen(news, "lifecycle", "adapt", "learned", "acme", "coder"))
+    assert told.learned
+    assert set(told.profiles) == {"coder", "acme.coder"}
+
+
 def test_a_task_is_followed_through_its_phases() -> None:
     told = board("one")
     ad = told.rows["one"].ad

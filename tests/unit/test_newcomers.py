@@ -161,7 +161,7 @@ def test_after_a_newcomer_has_failed_the_owners_others_come_after_all_other_bidd
     assert ranked(failed("n1", "acme"), named[:2], book) != [], "they are not excluded"
 
 
-def test_the_failure_of_a_proven_node_says_nothing_of_its_owners_newcomers() -> None:
+def test_the_failure_of_a_proven_node_does_not_concern_its_owners_newcomers() -> None:
     named = [*bids("acme", "n2", rating=1.0), *bids("local", "weak", rating=0.1)]
     book = book_of(known("good", "acme", 0.9))
     assert ranked(failed("good", "acme"), named, book) == ["acme.n2", "weak"]

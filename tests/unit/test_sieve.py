@@ -248,3 +248,20 @@ def test_a_sparkline_has_a_bar_per_score_and_higher_ones_for_better(scores: list
     assert len(line) == len(scores)
     assert list(sparkline(sorted(scores))) == sorted(line)
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+
+
+def test_a_node_is_asked_for_with_its_owner() -> None:
+    announced = seen(HostAnnouncement(nodes=nodes("coder")), "host", "acme", "h1")
+    award = Award(node_id="coder", owner="acme", host_id="h1")
+    ad = TaskAd(task_id="t1", description="x")
+    awarded = seen(Envelope(ad=ad, award=award, deadline=1.0), "task", "execute", "normal", "t1")
+    reward = Reward(
+        reward_id="t1:1:rules", task_id="t1", attempt=1, node_id="coder", owner="acme", domain_token="code",
+        score=1.0, ended_at=1.0,
+    )  # fmt: skip
+    rewarded = seen(reward, "reward", "rules", "acme", "coder", "code")
+    ended = seen(TaskResult(task_id="t1", state="succeeded", node_id="coder", owner="acme"), "result", "public", "t1")
+    every = [announced, awarded, rewarded, ended]
+    assert all(Sieve(node="acme.coder").passes(one) for one in every)
+    assert not any(Sieve(node="coder").passes(one) for one in every)
+    assert "acme.coder" in Lines(Console(file=io.StringIO()))(rewarded)
