@@ -1,4 +1,4 @@
-"""When a host announces itself because somebody has asked for it."""
+"""When a host announces itself on request."""
 
 import asyncio
 import random

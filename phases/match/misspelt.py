@@ -31,7 +31,7 @@ class Misspelt:
     def warning_for(self, envelope: Envelope) -> str:
         """Return a sentence on the domain that the ad names, where a known one was probably meant; else an empty text.
 
-        Nodes that name no domain at all are no reason for a warning. A task is warned of once.
+        Nodes without named domains do not cause a warning. A task gets one warning.
         """
         domain = envelope.ad.domain.strip()
         if not domain or self._nodes.takes(envelope.domain_token) or warning_in(envelope) is not None:

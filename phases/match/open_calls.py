@@ -11,7 +11,7 @@ from loom.phases.match.offers import HostOffer, OfferReader
 from loom.schemas.auction import BID_LIMIT, CallForBids
 
 REMEMBERED = 1024
-"""Closed calls that are remembered: offers to them are told from those to calls that were never made."""
+"""Closed calls that are remembered, so that late offers differ from offers to calls that were never made."""
 
 
 class OpenCall:

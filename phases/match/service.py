@@ -132,7 +132,7 @@ class Match:
         return self._follow(verdict, envelope, spec)
 
     def _free_last_node(self, envelope: Envelope) -> None:
-        """Take note that the last attempt is over, and whether its node had no room."""
+        """Record that the last attempt is over, and its node if that had no room."""
         self._plain.came_back(envelope.task_id, envelope.attempt)
         award, error = envelope.award, envelope.last_error
         if award is not None and error is not None and error.code == "node_busy":
@@ -261,7 +261,7 @@ class Match:
         return Awarded(self._counted_if_plain(award, envelope), Bid(node_id=node_id))
 
     def _counted_if_plain(self, award: Award, envelope: Envelope) -> Award:
-        """Return the award; one to a plain node counts as its load, and tells EXECUTE how to run it."""
+        """Return the award; one to a plain node counts as its load, and states for EXECUTE how to run it."""
         place = (HostKey(award.owner, award.host_id), award.node_id)
         node = self._plain.award(place, envelope.task_id, envelope.attempt)
         return award if node is None else replace(award, plain=True, max_run_s=node.max_run_s)

@@ -91,7 +91,7 @@ async def test_an_offer_to_a_call_that_was_never_made_is_counted_for_its_host(st
     assert "no such call" in left_out(replica, "acme.h9").last
 
 
-async def test_an_offer_to_another_replica_is_not_heard(stage: Stage) -> None:
+async def test_an_offer_to_another_replica_does_not_arrive(stage: Stage) -> None:
     one = await host(stage)
     first, second = await match(stage, one), await match(stage, one)
     subject = stage.bus.subjects.of("offer", "local", "h9", first.bus.instance, "c0ffee")
@@ -162,7 +162,9 @@ async def test_a_task_waits_for_an_announced_node_whose_host_has_not_answered(st
     ],
     ids=["another domain", "a rating of 0", "no domain"],
 )
-async def test_announced_nodes_that_do_not_qualify_are_nobody(stage: Stage, node: AnnouncedNode) -> None:
+async def test_announced_nodes_that_do_not_qualify_do_not_keep_a_task_waiting(
+    stage: Stage, node: AnnouncedNode
+) -> None:
     silent = await host(stage, nodes=(node,), offer=lambda _: None)
     await match(stage, silent)
     env = envelope(ad(), now=stage.bus.now())
@@ -179,9 +181,9 @@ async def test_a_task_without_bidders_is_looked_at_again_when_unknown_nodes_are_
     replica = await match(stage, unable)
     env = envelope(ad(node_id=pinned), now=stage.bus.now())
     await stage.put("match", env)
-    told = await stage.seen("task", phase="scale", task_id=env.task_id)
-    assert told.award is None
-    await stage.put("match", told)
+    asks = await stage.seen("task", phase="scale", task_id=env.task_id)
+    assert asks.award is None
+    await stage.put("match", asks)
     await until(lambda: replica.service._loop._slots["match_normal"].waiting == 1, what="it waits in hand")
     await host(stage, "h2", "n2")
     won = await stage.seen("task", phase="scale", count=2, task_id=env.task_id)
