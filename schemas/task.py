@@ -187,7 +187,7 @@ def check_ad(ad: TaskAd) -> TaskAd:
 
 _RULES = {
     "task_id": "1 to 64 letters, digits, _ or -",
-    "node_id": "a node: 1 to 64 letters, digits, _ or -, after the owner and a dot where that is not `local`",
+    "node_id": "NODE or OWNER.NODE, each 1 to 64 letters, digits, _ or -",
     "priority": f"one of {', '.join(PRIORITIES)}",
     "timeout_s": "a number of seconds, more than 0 and at most 86400",
     "token_budget": "a whole number of tokens, at least 1",

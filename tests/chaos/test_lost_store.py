@@ -174,7 +174,8 @@ async def test_a_task_whose_messages_were_lost_ends_after_its_deadline_when_it_i
     handle = await tasks.publish(stage.bus, TaskAd(domain="code", description="x", timeout_s=0.5), deltas=False)
     hop = await stage.seen("task", phase="match", task_id=handle.task_id)
     if plan:
-        await stage.put("scale", awarded(replace(hop, ad=replace(hop.ad, context={"plan": plan}))))
+        spec = replace(hop.spec, divide=True, deepest=3)
+        await stage.put("scale", awarded(replace(hop, ad=replace(hop.ad, context={"plan": plan}), spec=spec)))
         await stage.seen("task", phase="match", count=2)
     await lose(stage)
 

@@ -174,7 +174,10 @@ HANDING_IN: dict[str, tuple[Any, str]] = {
         TaskAd(description="x", required_tools="search"),
         "required_tools must be a list of names, at most 32 of 1 to 64 characters",
     ),
-    "a pin with a space": (TaskAd(description="x", node_id="a b"), "node_id must be 1 to 64 letters, digits, _ or -"),
+    "a pin with a space": (
+        TaskAd(description="x", node_id="a b"),
+        "node_id must be NODE or OWNER.NODE, each 1 to 64 letters, digits, _ or -",
+    ),
 }
 
 
