@@ -31,7 +31,7 @@ class SkillChooser:
     """Chooses a skill: by triggers, else by the model, else by the words of names and descriptions.
 
     `choose` returns at once; while the model is asked it returns None. The request for a node of a task without bids
-    is repeated each second, so a later one finds the answer.
+    is repeated for some seconds, so a later one finds the answer.
     """
 
     def __init__(self, registry: SkillNodeRegistry, provider: LLMProvider) -> None:

@@ -1,5 +1,6 @@
 """Asking for one more node, where none or only a full one is there."""
 
+import asyncio
 import time
 
 from loom.bus.client import Bus, NoResponders
@@ -13,7 +14,9 @@ log = get_logger()
 
 ASK_EVERY_S = 1.0  # a node takes about this long to start and to be seen bidding
 ANSWER_S = 0.5
-TRIES = 4  # the server picks one of the hosts, and it may be one that cannot
+PAUSES_S = (0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 4.0)
+"""Seconds before each request for a task without bids, while hosts decline as unqualified. The server picks one of the
+hosts, and another may be qualified; a host that has a model choose a skill is qualified when the model has answered."""
 
 
 class NodeRequests:
@@ -60,12 +63,14 @@ class NodeRequests:
             log.info("node_requested", domain_token=request.domain_token, node_id=reply.node_id, declined=reply.decline)
 
     async def _answer(self, request: SpawnRequest) -> SpawnReply:
-        """Return what a host says; where nobody bids, one that cannot is taken for an answer the last time only."""
-        for _ in range(1, TRIES):
-            reply = await self._ask_one(request)
+        """Return the reply of a host; while it is `unqualified` and the task has no bids, the last of several."""
+        reply = await self._ask_one(request)
+        for pause_s in PAUSES_S[1:]:
             if reply.decline != "unqualified" or request.reason == "saturated":
-                return reply
-        return await self._ask_one(request)
+                break
+            await asyncio.sleep(pause_s)
+            reply = await self._ask_one(request)
+        return reply
 
     async def _ask_one(self, request: SpawnRequest) -> SpawnReply:
         msg = await self._bus.request(self._bus.subjects.spawn, request, timeout_s=ANSWER_S)

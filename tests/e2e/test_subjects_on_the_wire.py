@@ -2,8 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, Self
 
 import nats
@@ -23,7 +24,7 @@ from loom.runner.cluster import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
 from loom.schemas.learning import Reward
 from loom.schemas.notices import read_scale_message
-from loom.schemas.run import RunRequest
+from loom.schemas.run import RunRequest, read_events
 from loom.schemas.wire import decode
 
 READERS: dict[str, Callable[[bytes], Any]] = {
