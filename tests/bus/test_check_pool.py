@@ -221,6 +221,7 @@ async def test_cpu_time_is_limited_by_the_kernel() -> None:
 # -- the end
 
 
+@pytest.mark.slow
 async def test_helpers_end_with_the_bus(connect: Connect) -> None:
     for end in ("close", "abort"):
         bus = await connect()

@@ -398,6 +398,7 @@ async def settled(stage: Stage) -> None:
     await until(empty, what="nothing waits")
 
 
+@pytest.mark.slow
 async def test_a_task_that_is_cancelled_while_there_are_no_nodes_is_dropped(stage: Stage) -> None:
     await match(stage, SHORT)
     env = task(stage, spec=Spec(complexity=0.1, domains=("code",), method="given", no_offers_since=stage.bus.now()))
@@ -413,6 +414,7 @@ async def test_a_task_that_is_cancelled_while_there_are_no_nodes_is_dropped(stag
     assert not stage.all("task", phase="evaluate")
 
 
+@pytest.mark.slow
 async def test_a_pinned_task_that_is_cancelled_is_not_awarded_when_its_node_comes(stage: Stage) -> None:
     await match(stage, SHORT)
     env = task(

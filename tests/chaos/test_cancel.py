@@ -127,6 +127,7 @@ async def test_a_waiting_task_is_cancelled_whether_in_an_auction_or_in_a_backlog
     assert len(agents.begun) == 3
 
 
+@pytest.mark.slow
 async def test_a_task_handed_in_before_any_phase_is_cancelled_once_one_is_there(bus: Bus, agents: Stubborn) -> None:
     async with running_phases(bus.url, namespace=bus.subjects.namespace):
         pass  # leaves the streams
@@ -157,6 +158,7 @@ async def test_what_has_ended_stays_as_it_ended_and_an_unknown_task_is_said_to_b
             await tasks.cancel(bus, "nobodys")
 
 
+@pytest.mark.slow
 async def test_a_cancel_that_races_the_result_or_another_cancel_gives_one_end(bus: Bus, agents: Stubborn) -> None:
     async with cluster(bus, agents):
         told: dict[str, list[bytes]] = {}

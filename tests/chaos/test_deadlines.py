@@ -114,6 +114,7 @@ async def test_a_deadline_is_kept_while_all_are_busy_and_while_nobody_is_there(b
     assert work.begun == [holding.task_id]
 
 
+@pytest.mark.slow
 async def test_a_task_whose_deadline_passed_before_any_phase_was_there_is_not_begun(bus: Bus) -> None:
     work = Stubborn()
     namespace = bus.subjects.namespace

@@ -140,6 +140,7 @@ async def test_a_full_intake_refuses_at_once_and_all_that_was_accepted_ends(bus:
             await until(empty, within_s=WITHIN_S, what=f"{stream} is empty")
 
 
+@pytest.mark.slow
 async def test_without_any_phase_the_intake_takes_so_many_and_keeps_them(bus: Bus) -> None:
     config = ClusterConfig(intake_limit=LIMIT)
     where = {"namespace": bus.subjects.namespace}

@@ -10,6 +10,12 @@ from loom.bus.client import Bus
 from loom.runner.cluster import running_phases
 
 
+@pytest.fixture(autouse=True)
+def hosts_gathered_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MATCH takes its first task sooner: the hosts of a test are few, and answer within a tenth of a second."""
+    monkeypatch.setattr("loom.phases.match.service.GATHER_S", 0.1)
+
+
 @pytest.fixture
 def on_bus(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     """The environment of a process that uses the shared server: address and namespace."""

@@ -286,6 +286,7 @@ async def test_an_attempt_that_failed_is_reported_with_its_node_and_its_error(
     ]
 
 
+@pytest.mark.slow
 async def test_a_task_that_nobody_takes_reports_the_phases_it_passed(phases: Bus, provider: OpenAIProvider) -> None:
     loop = loop_over(provider)
     context = LoopContext(messages=[UserMessage("sort")], domain="code", timeout_s=1)

@@ -273,6 +273,7 @@ async def test_a_phase_waits_for_its_server_and_for_its_streams(start: Start, na
 # -- loom submit
 
 
+@pytest.mark.slow
 async def test_an_answer_is_shown_while_it_is_written_and_only_once(
     start: Start, on_bus: tuple[str, str], phases: Bus
 ) -> None:

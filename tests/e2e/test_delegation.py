@@ -135,6 +135,7 @@ async def expert(job: RunRequest) -> str:
     return "an expert's four"
 
 
+@pytest.mark.slow
 async def test_a_model_delegates_by_a_tool_and_a_failure_is_a_tool_error(
     town: Town, model: OpenAIServer, provider: OpenAIProvider
 ) -> None:

@@ -103,6 +103,7 @@ async def test_each_thing_that_is_wrong_is_a_line_with_what_to_do(on_bus: Where,
     assert 'fail phase scale    does not answer → run "loom phase scale", or see its log' in lines
 
 
+@pytest.mark.slow
 async def test_a_setting_that_differs_between_phases_is_named_with_its_values(on_bus: Where, client: Bus) -> None:
     url, namespace = on_bus
     other = ClusterConfig(max_attempts=5, judge_weights={"judge": 2}, drain_timeout_s=1)

@@ -43,6 +43,7 @@ async def test_a_phase_whose_reader_fails_ends_with_the_reason(
     assert f"service_failed: an essential task has failed (fold rewards: {REASON})" in ended.err
 
 
+@pytest.mark.slow
 async def test_a_host_whose_heartbeats_fail_ends_with_the_reason(on_bus: tuple[str, str], tmp_path: Path) -> None:
     url, namespace = on_bus
     file = tmp_path / "nodes.py"

@@ -158,6 +158,7 @@ async def test_of_threads_that_open_a_runtime_at_once_one_has_it_and_the_others_
     await asyncio.to_thread(rt.dispose)
 
 
+@pytest.mark.slow
 async def test_a_runtime_whose_loop_has_ended_is_opened_by_the_next_loop(on_bus: tuple[str, str], phases: Bus) -> None:
     rt = runtime()
     ads = [replace(SUM, task_id=new_id()) for _ in range(3)]  # the host of an ended loop may take its own along

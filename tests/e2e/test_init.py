@@ -126,6 +126,7 @@ async def test_the_store_of_a_program_is_reset_by_its_folder(
         pass
 
 
+@pytest.mark.slow
 async def test_a_phase_begins_once_the_streams_are_created(on_bus: Where, client: Bus, tmp_path: Path) -> None:
     where = {"NATS_URL": on_bus[0], "LOOM_NAMESPACE": on_bus[1]}
     async with command(tmp_path, *LOOM, "phase", "scale", **where) as phase:

@@ -88,6 +88,7 @@ async def test_a_judge_that_is_never_clear_is_no_perfect_score(runtime: Runtime,
     )
 
 
+@pytest.mark.slow
 async def test_what_failed_attempts_took_is_told_of_a_success_and_of_a_failure(
     on_bus: tuple[str, str], model: OpenAIServer, provider: OpenAIProvider
 ) -> None:

@@ -26,6 +26,7 @@ def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_provider, "BACKOFF_S", 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "odd",
     [

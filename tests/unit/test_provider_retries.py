@@ -31,6 +31,7 @@ async def provider(server: OpenAIServer) -> AsyncIterator[OpenAIProvider]:
     await made.aclose()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
 async def test_a_passing_fault_of_the_server_is_tried_again(
