@@ -65,9 +65,9 @@ def lines(text: str) -> list[dict[str, object]]:
 def test_evidence_of_a_name_is_kept_by_owner(here: Cluster, loom: Loom) -> None:
     shown = lines(loom("nodes --json").out)
     assert {(one["owner"], one["node_id"]) for one in shown} >= {("local", "coder"), ("acme", "coder")}
-    means = {one["owner"]: one["profile"]["domains"]["code"]["mean"] for one in shown if one["profile"]}  # type: ignore[index]
-    assert means["acme"] > 0.5
-    assert means.get("local", 0.0) == 0.0
+    profiles = {(one["owner"], one["node_id"]): one["profile"] or {"domains": {}} for one in shown}  # type: ignore[index]
+    assert profiles["acme", "coder"]["domains"]["code"]["mean"] > 0.5  # type: ignore[index]
+    assert profiles["local", "coder"]["domains"].get("code", {"mean": 0.0})["mean"] == 0.0  # type: ignore[index]
 
 
 def test_views_name_the_owner_unless_it_is_local(here: Cluster, loom: Loom) -> None:
