@@ -178,6 +178,7 @@ async def test_without_helpers_sense_admits_what_evaluate_will_check(
     assert (await stage.seen("task", phase="match", task_id="t1")).error is None
 
 
+@pytest.mark.slow
 async def test_a_result_waits_for_a_helper_and_is_never_taken_unchecked(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

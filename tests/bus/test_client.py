@@ -36,6 +36,7 @@ async def test_without_a_server_connecting_fails_within_its_patience() -> None:
     await bus.close()
 
 
+@pytest.mark.slow
 async def test_a_service_that_waits_for_its_server_says_so_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "TELL_S", 0.3)
     bus = Bus("nats://me:secret@127.0.0.1:1", patience_s=0.8)
@@ -577,6 +578,7 @@ class Unanswered(client._Unconfirmed):
         self.answer = Deaf()
 
 
+@pytest.mark.slow
 async def test_a_question_whose_server_dies_is_asked_again(mortal: Bus, server: NatsServer) -> None:
     stop(server.pid)
     asked = asyncio.ensure_future(mortal.api(f"STREAM.INFO.{mortal.subjects.stream('TASKS')}", timeout_s=30))

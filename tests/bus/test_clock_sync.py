@@ -59,18 +59,21 @@ async def test_the_time_is_measured_again_after_a_reconnect(mortal: Bus, server:
     await until(lambda: right(mortal), within_s=5, what="the time is right again")
 
 
+@pytest.mark.slow
 async def test_the_time_is_measured_again_every_few_minutes(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock_sync, "EVERY_S", 0.1)
     set_off(bus, 3600)
     await until(lambda: right(bus), within_s=5, what="the time is right again")
 
 
+@pytest.mark.slow
 async def test_the_time_is_measured_again_once_the_two_clocks_of_the_machine_move_apart(bus: Bus) -> None:
     set_off(bus, 60)
     bus.clock._gap_s -= 60  # as the monotonic clock stands still while the machine sleeps
     await until(lambda: right(bus), within_s=5, what="the time is right again")
 
 
+@pytest.mark.slow
 async def test_the_time_is_found_once_there_is_a_stream(
     connect: Connect, plain: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -236,6 +236,7 @@ async def test_a_host_with_several_addresses_is_tried_at_each(nats_url: str, mon
         assert await alive(bus)
 
 
+@pytest.mark.slow
 async def test_a_name_server_that_does_not_answer_is_named_and_asked_once_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -265,6 +265,7 @@ async def ended(stage: Stage) -> bool:
     return (await stage.read("d")).ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["later.match.x.y", "task.evaluate.low.zzz"])
 async def test_a_task_whose_every_id_was_taken_ends_in_time(nats_url: str, namespace: str, where: str) -> None:
     agent = FailsOnce()

@@ -160,6 +160,7 @@ async def test_of_two_last_events_the_first_counts_and_the_second_is_counted(sta
     assert (left_out.counts, "after the last event" in left_out.last) == ({"events": 1}, True)
 
 
+@pytest.mark.slow
 async def test_a_reply_after_the_host_was_given_up_is_counted(stage: Stage) -> None:
     host = await FakeHost(await stage.connect("node"), run=raws(b'{"seq":0,"kind":"accepted"}')).start()
     execute = await stage.phase("execute")

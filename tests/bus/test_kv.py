@@ -96,6 +96,7 @@ async def test_a_repeated_write_whose_acknowledgement_was_lost_does_not_conflict
     assert await bucket.get("n1") == Entry("n1", profile(tasks=1), revision)
 
 
+@pytest.mark.slow
 async def test_a_repeated_write_another_has_overtaken_is_a_conflict(
     bus: Bus, connect: Connect, bucket: Bucket[NodeProfile], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,7 @@ async def test_later_comes_back_after_its_delay_and_holds_no_slot_meanwhile(bus:
     await settled(bus, 0)
 
 
+@pytest.mark.slow
 async def test_a_repeated_later_extends_its_hop(bus: Bus, phases: Phases) -> None:
     async def wait_thrice(env: Envelope, _: Delivery) -> Outcome:
         return Later(0.05, env) if env.step < 3 else Next("execute", env)
@@ -455,6 +456,7 @@ async def test_without_a_sign_of_progress_it_would_be(hasty: Bus, phases: Phases
     held.go_on.set()
 
 
+@pytest.mark.slow
 async def test_progress_is_said_of_what_waits_for_its_turn_too(
     hasty: Bus, phases: Phases, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -256,6 +256,7 @@ async def test_a_host_that_leaves_is_not_waited_for(stage: Stage) -> None:
 # -- nobody, or nobody left
 
 
+@pytest.mark.slow
 async def test_when_nobody_is_there_scale_is_told_once_and_then_it_is_given_up(stage: Stage) -> None:
     await match(stage, replace(SHORT, no_bids_after_s=0.5))
     env = task(stage)

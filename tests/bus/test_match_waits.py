@@ -35,6 +35,7 @@ async def host(stage: Stage, host_id: str = "h1", *node_ids: str, **facts: Any) 
 # -- the start
 
 
+@pytest.mark.slow
 async def test_the_first_task_is_taken_once_hosts_have_had_time_to_announce_themselves(stage: Stage) -> None:
     slow = await host(stage, "h2", "good", offer=lambda _: slow.bids(Bid(node_id="good", self_rating=0.9)))
     announce = slow.announce

@@ -240,6 +240,7 @@ async def test_what_is_written_during_restarts_is_read_once_and_in_order(
     assert [message.seq for message in one.read] == list(range(1, 31))
 
 
+@pytest.mark.slow
 async def test_a_reader_started_while_the_server_restarts_begins_after_it(
     mortal: Bus, server: NatsServer, reading: Start
 ) -> None:

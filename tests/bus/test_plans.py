@@ -644,6 +644,7 @@ async def test_a_budget_too_small_for_a_plan_leaves_the_task_whole(stage: Stage)
     assert (passed.budget, passed.phase_usage, model.asked) == (1000, {}, [])
 
 
+@pytest.mark.slow
 async def test_a_failed_plan_and_a_late_one_have_the_tokens_of_their_parts(stage: Stage) -> None:
     await stage.phase("scale")
     await divided(stage, (("a",), ("b",)))

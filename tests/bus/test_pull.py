@@ -181,6 +181,7 @@ async def test_it_is_made_again_even_where_a_tap_hides_that_nobody_answers(
         await hand.empty_all(3)
 
 
+@pytest.mark.slow
 async def test_a_consumer_that_cannot_be_restored_yet_is_tried_again(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pull_module, "QUIET_S", 0.3)  # the server does not always say that a stream has gone
     stream = bus.subjects.stream("TASKS")

@@ -339,6 +339,7 @@ async def test_a_heuristic_stands_in_for_a_model_that_fails_sense(
         assert NO_ESTIMATE[name].says in spec.note, name
 
 
+@pytest.mark.slow
 async def test_a_task_stays_whole_when_the_model_fails_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loom.phases.scale.planner.PLAN_WITHIN_S", 1.0)
     models = Models(NO_ESTIMATE, by_number)

@@ -87,6 +87,7 @@ async def pass_on(job: RunRequest) -> str:
     return f"({' '.join(parts)})"
 
 
+@pytest.mark.slow
 async def test_all_delegate_to_each_other_at_full_concurrency_and_all_end(town: Town) -> None:
     await town.open({"a": pass_on, "b": pass_on})
     results = await asyncio.gather(*(town.result(f"parent {n} level 2") for n in range(8)))

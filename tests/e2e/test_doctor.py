@@ -135,6 +135,7 @@ def test_numbers_of_another_form_are_the_same_setting() -> None:
     assert settings_facts(ClusterConfig(learn_wait_s=1)) == settings_facts(ClusterConfig(drain_timeout_s=1))
 
 
+@pytest.mark.slow
 async def test_another_wire_version_is_found_in_streams_and_processes(on_bus: Where, client: Bus) -> None:
     await topology.apply(client, ClusterConfig())
     stream = client.subjects.stream("DEAD")
@@ -337,6 +338,7 @@ async def test_a_phase_that_answers_and_does_not_work_is_found(
     assert found["work adapt"] == "fail: rewards not read: 1; none is being read"
 
 
+@pytest.mark.slow
 async def test_messages_that_phases_left_out_are_a_warning(on_bus: Where, client: Bus) -> None:
     url, namespace = on_bus
     async with running_phases(url, names=("adapt",), namespace=namespace) as bus:

@@ -32,6 +32,7 @@ async def ended(rt: Runtime, task: TaskAd) -> TaskResult:
     return await (await rt.publish(task)).result()
 
 
+@pytest.mark.slow
 async def test_an_ad_that_names_domain_and_complexity_makes_one_request(runtime: Runtime, model: OpenAIServer) -> None:
     result = await ended(runtime, ad())
     assert (result.success, result.usage.phases, result.warnings) == (True, {}, ())

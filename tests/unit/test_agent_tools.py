@@ -63,6 +63,7 @@ async def test_no_more_than_eight_calls_run_at_a_time(server: OpenAIServer, make
     assert most == PARALLEL_TOOLS == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "told"),
     [

@@ -104,6 +104,7 @@ async def test_a_long_wait_is_left_to_whoever_called(
     assert len(server.requests) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("headers", [{"Retry-After": "1"}, {"retry-after-ms": "300", "Retry-After": "60"}])
 async def test_a_short_wait_the_server_asks_for_is_kept(
     server: OpenAIServer, provider: OpenAIProvider, headers: dict[str, str]
