@@ -1,7 +1,7 @@
 """The node host: answers calls for bids, runs what its nodes win, and says that it is alive.
 
-Hears      auction.*, hosts, lifecycle.adapt.learned.<owner>.*, and {call,run,stop}.<owner>.<host>
-Says       {offer,event}.<owner>.<host>.…, host.<owner>.<host> every 3 s, lifecycle.<owner>.{joined,left}.<owner>.<node>
+Receives   auction.*, hosts, lifecycle.adapt.learned.<owner>.*, and {call,run,stop}.<owner>.<host>
+Publishes  {offer,event}.<owner>.<host>.…, host.<owner>.<host> every 3 s, lifecycle.<owner>.{joined,left}.<owner>.<node>
 """
 
 import asyncio
@@ -288,7 +288,7 @@ class NodeHost:
         self._take(Run(self.bus, request, msg.reply))
 
     def _is_own(self, reply: str) -> bool:
-        """Return whether a reply subject is for this host's events; another one could be a command to somebody."""
+        """Return whether a reply subject is for this host's events; any other subject could be a command."""
         parsed = self.bus.subjects.parse(reply)
         own = {"owner": self.bus.identity.owner, "host_id": self.host_id}
         return parsed is not None and parsed.family == "event" and own.items() <= parsed.tokens.items()
@@ -296,7 +296,7 @@ class NodeHost:
     def _take(self, run: Run) -> None:
         node = self._node(run.request.node_id)
         if node is None or node.agent is None:
-            left = run.request.node_id in self._announcer.left  # nobody's fault: it was there when it won
+            left = run.request.node_id in self._announcer.left  # the award was right when it was made
             run.say("rejected", code="busy" if left else "unqualified")
             return
         room = self._room(node.id)

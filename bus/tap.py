@@ -31,7 +31,7 @@ ROOM_BYTES = 64 * 1024 * 1024
 _READ_BY_TYPE = frozenset({"task", "later"})
 """Families whose messages may be notices for SCALE, too."""
 REPEATED = frozenset({"offer", "event"})
-"""Families heard only where they are asked for by name: what they say comes again in awards, deltas and results."""
+"""Families that a tap leaves out unless they are named: awards, deltas and results repeat their content."""
 SHAPES: dict[str, type[Any]] = {
     "submit": TaskAd,
     "intake": Submission,

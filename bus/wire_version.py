@@ -1,7 +1,7 @@
 """The version of the wire: subjects, streams and messages that processes must share to work together.
 
 It is metadata of every stream and bucket, and of every process that answers `$SRV.INFO`. A store or a process of
-another version is refused: a consumer created on an older stream would leave that stream's messages unseen for ever.
+another version is refused: a consumer created on an older stream would never deliver that stream's messages.
 """
 
 import shlex

@@ -181,7 +181,7 @@ class Scale:
         return Next(outcome.phase, outcome.envelope) if isinstance(outcome, Next) else outcome
 
     async def _over(self, plan: SplitPlan) -> Outcome:
-        """Nothing for a task that has ended; one that runs on with such a plan would wait for ever, and fails."""
+        """Nothing for a task that has ended; one that still runs with such a plan has no way to end, and fails."""
         record = await self._records.get(plan.parent_id)
         if record is None or record.value.ended:
             return Done()
