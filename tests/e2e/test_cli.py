@@ -256,7 +256,7 @@ async def test_a_phase_waits_for_its_server_and_for_its_streams(start: Start, na
     try:
         await phase.says("run `loom init`")
         assert (await loom(start, "init", NATS_URL=url, LOOM_NAMESPACE=namespace)).code == 0
-        await phase.says("on nats")
+        await phase.says("sense, match on nats")
         assert phase.out == ""  # where logs are collected, every line is of one form
         lines = [json.loads(line) for line in phase.err.splitlines()]
         assert [line["message"] for line in lines if line["event"] == "ready"] == [f"sense, match on {url}"]

@@ -14,7 +14,7 @@ def ads(count: int = TASKS) -> list[TaskAd]:
 
 
 async def learned(bus: Bus) -> int:
-    entry = await Bucket(bus, "nodes", NodeProfile).get("coder")
+    entry = await Bucket(bus, "nodes", NodeProfile).get("local.coder")
     return entry.value.total_tasks if entry is not None else 0
 
 
