@@ -1,4 +1,4 @@
-"""Nodes that had no room for a task they had won: the task passes over them until their host announces itself again."""
+"""Nodes that had no room for a task they had won: others come first until their host announces itself again."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -39,9 +39,14 @@ class BusyNodes:
             self._tasks.popitem(last=False)
 
     def without(self, task_id: str, offers: Sequence[HostOffer]) -> Sequence[HostOffer]:
-        """Return the offers without the bids of nodes the task passes over; a host left without bids is busy."""
+        """Return the offers without the bids of nodes the task passes over, unless no other node bids.
+
+        Such a node offers again, so it may have room by now. To wait for its announcement takes up to three seconds;
+        the pauses of the task, which grow with each rejection, bound how often a full node is tried.
+        """
         places = self._passed_over(task_id)
-        return [_without(offer, places) for offer in offers] if places else offers
+        others = [_without(offer, places) for offer in offers] if places else []
+        return others if any(offer.bids for offer in others) else offers
 
     def _passed_over(self, task_id: str) -> set[Place]:
         places = self._tasks.get(task_id)
@@ -57,6 +62,4 @@ class BusyNodes:
 
 def _without(offer: HostOffer, places: set[Place]) -> HostOffer:
     bids = tuple(bid for bid in offer.bids if (offer.host, bid.node_id) not in places)
-    if len(bids) == len(offer.bids):
-        return offer
-    return replace(offer, bids=bids, decline=None if bids else "busy")
+    return offer if len(bids) == len(offer.bids) else replace(offer, bids=bids)
