@@ -17,6 +17,7 @@ from loom.bus import tasks
 from loom.bus.client import Bus
 from loom.bus.topology import stream_state
 from loom.runner.embedded import NatsServer
+from loom.runner.session import check_phases
 from loom.schemas.errors import LoomError
 from loom.schemas.task import TaskAd
 
@@ -41,6 +42,7 @@ async def submit_all(bus: Bus) -> None:
 async def laid_out(bus: Bus) -> bool:
     try:
         await stream_state(bus, "DEAD")
+        await check_phases(bus)  # tasks that wait for the phases would be awarded all at once, without evidence
     except LoomError:
         return False
     return True
