@@ -48,6 +48,8 @@ SETTLE_S = 5.0
 """After a reconnect: long enough for every host to be back."""
 ASK_AGAIN_S = 0.25
 SUBTASK_FAILED = "subtask_failed"
+MOVES = 3
+"""How often a run is asked for again that has moved although no other handler has asked for it."""
 NOT_MOVED = "the host states that the run has moved, and no other EXECUTE has asked for it"
 CANCELLED = TaskError(code="cancelled", message="the task was cancelled")
 
@@ -234,19 +236,28 @@ class Execute:
         After an outage of the bus hosts come back one by one, and none of them is to blame for that: until
         they have had time to, a silent one is asked again and again.
         """
-        asked_again = False
+        asked_again, moves = False, 0
         while True:
             try:
-                return await self._relay(watch, errands, envelope, delivery)
+                last = await self._relay(watch, errands, envelope, delivery)
+                if (
+                    last is None
+                    or last.kind != "moved"
+                    or moves == MOVES
+                    or not await self._is_alone(envelope, delivery)
+                ):
+                    return last
+                moves += 1  # an earlier request of this handler may reach the host late, as after an outage
+                watch = watch.again()
             except Silent:
                 settling = self._bus.settled_s < SETTLE_S
                 if not settling and (asked_again or not watch.heard):
                     raise
                 if await self._standing(envelope, delivery) != "report":
                     raise
-            if settling:
-                await asyncio.sleep(ASK_AGAIN_S)
-            watch, asked_again = watch.again(), not settling
+                if settling:
+                    await asyncio.sleep(ASK_AGAIN_S)
+                watch, asked_again = watch.again(), not settling
 
     async def _relay(self, watch: Watch, errands: Errands, envelope: Envelope, delivery: Delivery) -> RunEvent | None:
         """Relay the run's events and return the last one.
@@ -303,12 +314,17 @@ class Execute:
 
         A host that claims so while no other handler does has failed the attempt.
         """
-        standing = await self._standing(envelope, delivery)
-        if standing == "report" and len(self._interrupts[envelope.task_id]) == 1:
+        if await self._is_alone(envelope, delivery):
             count_discarded(self._bus, host_of(award), "run_not_moved", NOT_MOVED, task_id=envelope.task_id)
             forged = TaskError(code="agent_failed", message=NOT_MOVED, node_id=award.node_id)
             return await self._give_up(forged, "forged", spent(envelope, None), award, delivery)
+        standing = await self._standing(envelope, delivery)
         return Done() if standing in ("over", "settle") else Leave()
+
+    async def _is_alone(self, envelope: Envelope, delivery: Delivery) -> bool:
+        """Whether no other handler follows the run, by the record and in this process."""
+        alone = len(self._interrupts[envelope.task_id]) == 1
+        return alone and await self._standing(envelope, delivery) == "report"
 
     async def _standing(self, envelope: Envelope, delivery: Delivery) -> Standing:
         """What the record, read again, lets this message do."""
