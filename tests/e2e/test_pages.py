@@ -1,14 +1,14 @@
 """The programs on all pages run, and print what is shown after them."""
 
 import sys
+from typing import Any
 
 import pytest
-from _pytest.mark import ParameterSet
 from support.openai_server import OpenAIServer
 from support.pages import PAGES, Program, output_of, programs
 
 
-def in_turn(page: str) -> list[ParameterSet]:
+def in_turn(page: str) -> list[Any]:
     """Each program of a page; those of the README with the quick tests, the others with the slow ones."""
     marks = () if page == "README.md" else (pytest.mark.slow,)
     return [pytest.param(each, marks=marks, id=str(each)) for each in programs(page)]
