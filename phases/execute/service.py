@@ -6,7 +6,7 @@ Publishes  run.<owner>.<host>            a run request, whose reply subject is e
            delta.<submitter>.<task>      text, steps and tool calls as they come
            task.sense                    what the run delegates, as a task of its own; the run is sent its end
            task.evaluate                 the envelope with its result, or with an error
-Hears      event.*.*.<instance>.*, cancelled.*
+Receives   event.*.*.<instance>.*, cancelled.*
 State      the claim in the task's record: the fence of every attempt; and the ids of what has been delegated
 Gives up   node_lost, agent_failed, node_busy, deadline_exceeded, cancelled: as errors, for EVALUATE to decide
 """

@@ -184,7 +184,7 @@ class _Weighed(NamedTuple):
     score: float
     comes_last: bool
     name: str
-    """What equals are told apart by: the node, or the owner whose newcomer it is."""
+    """What distinguishes equal bids: the node, or the owner whose newcomer it is."""
     node: str
     """Qualified by its owner."""
     host: HostKey
