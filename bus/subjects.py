@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 from loom.schemas.errors import InvalidTask
-from loom.schemas.task import is_token
+from loom.schemas.task import TOKEN_PATTERN, is_token
 
 _NAMESPACE = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _VARIABLE = re.compile(r"<(\w+)>")
@@ -118,7 +118,10 @@ FAMILIES: tuple[Family, ...] = (
     Family("dead", "dead.<phase>.<task_id>", "stream DEAD", "raw bytes, facts as headers", "any phase → operator"),
 )
 _TOKENS = {(row.name, len(row.tokens)): row.tokens for row in FAMILIES}
-_TEMPLATES = {(row.name, len(row.tokens)): "{}." + _VARIABLE.sub("{}", row.pattern) for row in FAMILIES}
+_TEMPLATES = {(row.name, len(row.tokens)): "%s." + _VARIABLE.sub("%s", row.pattern) for row in FAMILIES}
+_ANY_TOKEN = rf"(?:{TOKEN_PATTERN}|\*)"
+_JOINED = [re.compile(r"\.".join([_ANY_TOKEN] * count) + r"\Z") for count in range(7)]
+"""Number of tokens -> what those tokens match when dots join them: one match costs less than one for each token."""
 _BY_LENGTH: dict[tuple[str, int], list[tuple[str, list[str]]]] = {}
 """(first token, number of tokens) -> the rows that such a subject may belong to: name, tokens."""
 for _row in FAMILIES:
@@ -167,10 +170,12 @@ class Subjects:
             InvalidTask: A token has characters a subject must not have; `field` names it.
         """
         row = family, len(tokens)
-        for name, text in zip(_TOKENS[row], tokens, strict=True):
-            if text != "*" and not is_token(text):
-                raise InvalidTask(f"{name} must match [A-Za-z0-9_-]{{1,64}}", field=name)
-        return _TEMPLATES[row].format(self.namespace, *tokens)
+        if not _JOINED[len(tokens)].match(".".join(tokens)):
+            name = next(
+                name for name, text in zip(_TOKENS[row], tokens, strict=True) if text != "*" and not is_token(text)
+            )
+            raise InvalidTask(f"{name} must match {TOKEN_PATTERN}", field=name)
+        return _TEMPLATES[row] % (self.namespace, *tokens)
 
     def later(self, phase: str, task_id: str, key: str) -> str:
         """Return the subject under which a message waits that `phase` has scheduled."""

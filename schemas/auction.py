@@ -33,7 +33,7 @@ AnswerTo = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\.[A-Za-z0-9_-]{1,6
 UsdPrice = Annotated[float, Meta(ge=0, le=1e6)]
 
 
-class Lot(Wire, frozen=True, kw_only=True):
+class Lot(Relayed, frozen=True, kw_only=True):
     """One task of a call for bids."""
 
     task_id: Token

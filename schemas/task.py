@@ -50,7 +50,8 @@ PRIORITIES: tuple[Priority, ...] = ("low", "normal", "high", "critical")
 DEFAULT_TOKEN_YARDSTICK = 4096
 """Tokens against which efficiency is measured when an ad sets no budget (the seed's default)."""
 
-_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+TOKEN_PATTERN = "[A-Za-z0-9_-]{1,64}"
+_TOKEN = re.compile(TOKEN_PATTERN)
 MAX_TOKEN = 64
 MAX_WARNINGS = 8
 MAX_DOLLARS = 1e9
@@ -260,7 +261,7 @@ def ad_digest(ad: TaskAd) -> str:
     Args:
         ad: As it was read from JSON, or as `check_ad` has returned it: 300 and 300.0 are different digits.
     """
-    return blake2b(encode(replace(ad, wait=True)), digest_size=8).hexdigest()
+    return blake2b(encode(ad if ad.wait else replace(ad, wait=True)), digest_size=8).hexdigest()
 
 
 def is_token(text: str) -> bool:

@@ -24,7 +24,7 @@ _FIELD, _KEY = "unknown_fields", "~unknown_fields"
 _MARK = b'"~unknown_fields":'
 
 
-class _Keeping:
+class Keeping:
     """Whether this process has ever read an unknown field: if not, nothing is looked for when messages are written."""
 
     begun = False
@@ -56,7 +56,7 @@ def encode_keeping(message: Any, encoded: bytes) -> bytes:
     Args:
         encoded: The message as msgspec encodes it, returned as it is where no field was unknown.
     """
-    if not _Keeping.begun or _MARK not in encoded:
+    if _MARK not in encoded:
         return encoded
     return msgspec.json.encode(_as_written(message))
 
@@ -69,10 +69,12 @@ def unknown_fields(value: msgspec.Struct) -> Mapping[str, Any]:
 
 def with_unknown_fields(value: S, fields: Mapping[str, Any]) -> S:
     """Return a message, or a part of one, with further unknown fields; those of a name it knows are left out."""
+    if not fields:
+        return value
     kept = {key: field for key, field in fields.items() if key not in value.__struct_encode_fields__}
     if not kept:
         return value
-    _Keeping.begun = True
+    Keeping.begun = True
     own = {name: getattr(value, name) for name in value.__struct_fields__ if name != _FIELD}
     keeper: type[S] = _keeper(type(value))
     return keeper(**own, **{_FIELD: {**unknown_fields(value), **kept}})

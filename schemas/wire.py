@@ -14,7 +14,7 @@ import msgspec
 
 from loom.schemas.errors import LoomError
 from loom.schemas.forgiving import forgiven
-from loom.schemas.unknown_fields import REFUSAL, decode_keeping, encode_keeping
+from loom.schemas.unknown_fields import REFUSAL, Keeping, decode_keeping, encode_keeping
 
 MAX_AD_BYTES = 64 * 1024
 MAX_CONTEXT_BYTES = 32 * 1024
@@ -149,7 +149,8 @@ _encoder = msgspec.json.Encoder()
 
 def encode(message: Any) -> bytes:
     """Return `message` as JSON bytes, with the unknown fields it was read with."""
-    return encode_keeping(message, _encoder.encode(message))
+    encoded = _encoder.encode(message)
+    return encode_keeping(message, encoded) if Keeping.begun else encoded
 
 
 @cache

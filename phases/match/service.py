@@ -268,16 +268,17 @@ class Match:
 
     async def _auction(self, envelope: Envelope, spec: Spec) -> Verdict:
         """Call for bids, and judge the offers with those of plain nodes."""
-        wanted = Wanted(spec.domain_token, frozenset(envelope.ad.required_tools), envelope.excluded)
+        token = spec.domain_token
+        wanted = Wanted(token, frozenset(envelope.ad.required_tools), envelope.excluded)
         call = await self._call_for_bids(envelope, spec)
         offers = [*_for_task(envelope.task_id, call.offers), *self._plain.offers(wanted)]
         verdict = judge(envelope, self._busy.without(envelope.task_id, offers), self._book())
         if isinstance(verdict, Awarded):
             verdict = replace_fields(verdict, award=self._counted_if_plain(verdict.award, envelope))
-            self._awards.note(envelope, spec.domain_token, verdict)
+            self._awards.note(envelope, token, verdict)
         else:
             verdict = self._with_silent_hosts(verdict, call, wanted)
-        if isinstance(verdict, Awarded | Nobody) and not self._roster.ranking.best(spec.domain_token, 1):
+        if isinstance(verdict, Awarded | Nobody) and not self._roster.ranking.best(token, 1):
             warning = self._misspelt.warning_for(envelope)
             return replace_fields(verdict, warning=warning) if warning else verdict
         return verdict
