@@ -82,6 +82,7 @@ async def test_a_host_that_drains_says_so_three_times_under_rising_numbers(stage
     assert numbers == sorted(set(numbers))
 
 
+@pytest.mark.slow
 async def test_requests_for_announcements_are_answered_together_and_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(announce_pace, "PAUSE_S", 0.01)
     monkeypatch.setattr(announce_pace, "EVERY_S", 0.2)
@@ -115,6 +116,7 @@ async def test_a_node_that_refused_a_run_is_announced_once_it_has_room(stage: St
 # -- more nodes than one announcement holds
 
 
+@pytest.mark.slow
 async def test_a_process_with_many_nodes_announces_itself_as_several_hosts(stage: Stage) -> None:
     nodes = [node(f"n{number:03}", echo, code=0.5) for number in range(2 * ANNOUNCED_NODES + 3)]
     host = await stage.host(lambda: nodes)

@@ -22,6 +22,7 @@ async def test_the_raw_pipe_stores_every_hop_and_leaves_nothing_behind() -> None
         assert (await pipe.state())["last_seq"] == HOPS * 53
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nats_url")
 async def test_what_is_measured_of_the_raw_pipe_adds_up() -> None:
     async with asyncio.timeout(30):

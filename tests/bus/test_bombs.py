@@ -62,6 +62,7 @@ async def back_from_execute(stage: Stage, accept: Accept | None, content: str, t
     await stage.put("evaluate", env)
 
 
+@pytest.mark.slow
 async def test_an_oversized_or_unusable_accept_is_refused_at_submit(stage: Stage, longest: Longest) -> None:
     await stage.phase("sense")
     for number, accept in enumerate([*OVERSIZED, *UNUSABLE]):
@@ -72,6 +73,7 @@ async def test_an_oversized_or_unusable_accept_is_refused_at_submit(stage: Stage
     assert longest.seconds < MOST_S, longest
 
 
+@pytest.mark.slow
 async def test_an_oversized_accept_that_has_passed_no_desk_is_refused_at_admission(
     stage: Stage, longest: Longest
 ) -> None:
@@ -99,6 +101,7 @@ async def test_an_oversized_accept_of_a_delegated_task_is_refused_at_admission(s
     assert longest.seconds < MOST_S, longest
 
 
+@pytest.mark.slow
 async def test_an_oversized_accept_that_reaches_evaluate_ends_its_task_without_blame(
     stage: Stage, longest: Longest
 ) -> None:
@@ -146,6 +149,7 @@ async def test_a_result_that_cannot_be_checked_in_time_is_refused_and_tried_else
     assert (await stage.seen("reward")).score == 0.0
 
 
+@pytest.mark.slow
 async def test_a_redelivered_bomb_ends_as_the_first_delivery_would_have(stage: Stage) -> None:
     bomb = Accept(json_schema=OVERSIZED_SCHEMAS["doubling references"])
     await back_from_execute(stage, bomb, "{}", "t1")

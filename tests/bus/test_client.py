@@ -500,6 +500,7 @@ async def test_closing_just_as_a_reconnect_is_refused_leaves_no_task(connect: Co
     await until(lambda: asyncio.all_tasks() == before, within_s=0.5, what="no task left")
 
 
+@pytest.mark.slow
 async def test_a_dead_read_loop_is_noticed_and_the_connection_made_anew(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:

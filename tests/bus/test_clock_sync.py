@@ -84,6 +84,7 @@ async def test_the_time_is_found_once_there_is_a_stream(
     await until(lambda: early.clock.measured, within_s=5, what="the time is measured")
 
 
+@pytest.mark.slow
 async def test_the_best_of_three_tries_counts_when_the_way_is_long(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = 0
 

@@ -34,6 +34,7 @@ async def refused(url: str, patience_s: float = 0.5) -> str:
     return f"{caught.value.message} {caught.value.facts} {logs}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("greeting", "cause"),
     [
@@ -57,6 +58,7 @@ async def test_a_port_where_something_else_answers_is_named(greeting: bytes, cau
     assert "secret" not in text
 
 
+@pytest.mark.slow
 async def test_a_port_that_accepts_and_stays_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "CONNECT_S", 0.2)
     async with fake_server() as fake:
@@ -65,6 +67,7 @@ async def test_a_port_that_accepts_and_stays_silent_is_named(monkeypatch: pytest
     assert fake.received == b""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "cause"),
     [
@@ -212,6 +215,7 @@ async def test_every_cause_of_an_outage_is_logged_once(server: NatsServer) -> No
 # -- host names
 
 
+@pytest.mark.slow
 async def test_an_unknown_host_name_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: object, **__: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -222,6 +226,7 @@ async def test_an_unknown_host_name_is_named(monkeypatch: pytest.MonkeyPatch) ->
     assert "secret" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["a..b", "x" * 70, "."])
 async def test_what_no_name_server_would_know_is_an_unknown_host_name(host: str) -> None:
     assert "host name" in await refused(f"nats://{host}:1")

@@ -261,6 +261,7 @@ async def test_an_agent_may_stop_waiting(stage: Stage) -> None:
     assert not host._room("n1").busy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cancelled", "deadline_exceeded", "node_busy"])
 async def test_a_waiting_run_can_be_stopped(stage: Stage, how: str) -> None:
     host = await stage.host([node(ask_one)], slots=1)

@@ -298,6 +298,7 @@ class FailsOnce(Counting):
         return done
 
 
+@pytest.mark.slow
 async def test_a_divided_task_whose_ids_were_taken_ends_with_its_parts(nats_url: str, namespace: str) -> None:
     from loom.phases.scale.graph import child_id  # noqa: PLC0415 - the ids an attacker computes
 

@@ -293,6 +293,7 @@ async def test_a_killed_parent_leaves_neither_server_nor_folder_even_with_other_
     assert all(alive(other) for other in told["others"])
 
 
+@pytest.mark.slow
 async def test_ctrl_c_reaches_the_parent_and_not_the_server(parent: subprocess.Popen[str], private: Path) -> None:
     assert parent.stdout is not None
     assert parent.stdin is not None

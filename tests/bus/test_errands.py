@@ -274,6 +274,7 @@ async def test_what_was_spent_for_a_lost_run_is_not_forgotten(stage: Stage) -> N
     assert (lost.error.code, lost.budget) == ("node_lost", 80)
 
 
+@pytest.mark.slow
 async def test_a_replica_that_was_overtaken_hands_nothing_over(stage: Stage) -> None:
     one = await host(stage)
     await stage.phase("execute")

@@ -144,6 +144,7 @@ async def test_progress_is_relayed_numbered_and_in_order(stage: Stage) -> None:
     assert [delta.at for delta in deltas] == [*range(11), *range(12, 31, 2)]
 
 
+@pytest.mark.slow
 async def test_the_text_of_progress_is_counted_over_a_silence_of_the_host(stage: Stage) -> None:
     async def pause(run: FakeRun) -> None:
         """Say a half, and the other half when asked again."""
@@ -309,6 +310,7 @@ async def test_a_run_is_lost_only_when_its_heartbeats_stop(stage: Stage) -> None
     assert failed.hops[-1].finished - failed.hops[-1].started > 1.2
 
 
+@pytest.mark.slow
 async def test_a_result_lost_on_its_way_is_asked_for_again(stage: Stage) -> None:
     async def mumble(run: FakeRun) -> None:
         """Lose the last event; say it when asked once more."""
@@ -481,6 +483,7 @@ async def test_a_host_that_states_a_move_that_did_not_happen_has_failed(stage: S
     assert execute.bus.discards.hosts["h1"].counts == {"events": 1}
 
 
+@pytest.mark.slow
 async def test_a_stale_copys_error_is_settled_silently(stage: Stage) -> None:
     """Its host falls silent to the first watcher without saying that the run has moved."""
     moving = MovingHost(says_moved=False)

@@ -63,6 +63,7 @@ async def test_a_mistake_only_one_node_can_see_fails_with_its_sentence(stage: St
     assert await stage.pending("REWARDS") == 0
 
 
+@pytest.mark.slow
 async def test_a_node_that_calls_every_ad_invalid_loses_its_share(stage: Stage) -> None:
     sour = await host(stage, "sour", refuse)
     sour.offer = lambda _call: sour.bids(Bid(node_id="sour", self_rating=0.9))  # it claims most, and so is asked first

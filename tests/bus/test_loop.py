@@ -174,6 +174,7 @@ async def test_a_repeated_later_extends_its_hop(bus: Bus, phases: Phases) -> Non
     assert made.finished - made.started >= 0.1
 
 
+@pytest.mark.slow
 async def test_leave_settles_nothing_but_frees_the_slot(hasty: Bus, phases: Phases) -> None:
     async def leave_first(env: Envelope, delivery: Delivery) -> Outcome:
         return Leave() if env.task_id == "t1" and delivery.facts.delivered == 1 else Done()
@@ -243,6 +244,7 @@ def test_the_wait_doubles_up_to_half_a_minute_and_never_overflows() -> None:
     assert retry_s(10**6) == 30
 
 
+@pytest.mark.slow
 async def test_a_next_hop_that_cannot_be_stored_brings_the_message_back(
     bus: Bus, phases: Phases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +284,7 @@ async def test_while_the_server_is_full_a_message_stays_in_hand_and_does_not_age
     await settled(bus, 1)
 
 
+@pytest.mark.slow
 async def test_a_redelivered_input_makes_the_same_hop_once(hasty: Bus, phases: Phases) -> None:
     lost = record_answers(hasty, lose=lambda answer: answer == b"+ACK" and lost.count(b"+ACK") == 1)
     phase = await phases.start(hasty, to_execute)
@@ -293,6 +296,7 @@ async def test_a_redelivered_input_makes_the_same_hop_once(hasty: Bus, phases: P
     assert (kept.headers["Nats-Msg-Id"], kept.seq) == ("t1:task-1", 2)  # right behind the input: nothing came between
 
 
+@pytest.mark.slow
 async def test_a_message_of_a_lost_loop_is_handled_by_another(hasty: Bus, connect: Connect, phases: Phases) -> None:
     mine = await phases.start(await connect(), Held())
     await put(hasty, envelope())
@@ -448,6 +452,7 @@ async def test_long_work_is_not_given_to_another(hasty: Bus, phases: Phases, mon
     await settled(hasty, 0)
 
 
+@pytest.mark.slow
 async def test_without_a_sign_of_progress_it_would_be(hasty: Bus, phases: Phases) -> None:
     held = Held()
     phase = await phases.start(hasty, held)

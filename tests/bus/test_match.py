@@ -222,6 +222,7 @@ async def test_twenty_thousand_made_up_hosts_do_not_hold_up_a_task(stage: Stage)
     assert stage.all("task", phase="scale")[-1].award.host_id == "h1"
 
 
+@pytest.mark.slow
 async def test_a_pinned_task_goes_to_the_first_of_two_hosts_that_announce_its_node(stage: Stage) -> None:
     await host(stage, "h1", "good-1")
     await match(stage)
@@ -273,6 +274,7 @@ async def test_when_nobody_is_there_scale_is_told_once_and_then_it_is_given_up(s
     assert stage.all("later")
 
 
+@pytest.mark.slow
 async def test_a_node_that_comes_meanwhile_gets_the_task_and_the_clock_is_cleared(stage: Stage) -> None:
     await match(stage, SHORT)
     since = stage.bus.now() - 5
@@ -326,6 +328,7 @@ async def test_while_all_are_busy_a_task_waits_and_calls_again(stage: Stage) -> 
     assert not stage.all("later")
 
 
+@pytest.mark.slow
 async def test_who_has_waited_long_goes_to_the_tail(stage: Stage) -> None:
     free = asyncio.Event()
     one = await host(stage, offer=lambda _: one.bids() if free.is_set() else one.declines("busy"))
@@ -492,6 +495,7 @@ async def test_a_pinned_task_waits_for_its_node_and_fails_without_it(stage: Stag
     assert "absent" in ended.error.message
 
 
+@pytest.mark.slow
 async def test_a_pinned_task_waits_for_its_node_and_gets_it(stage: Stage) -> None:
     await match(stage, SHORT)
     await stage.put("match", task(stage, node_id="late"))

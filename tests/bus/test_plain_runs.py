@@ -232,6 +232,7 @@ async def test_a_node_that_comes_back_in_time_is_asked_again(plain: Bus, foreign
     assert not plain.discards.hosts
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hurry")
 async def test_a_slow_node_is_asked_once_and_a_reply_after_it_was_lost_is_counted(plain: Bus, foreign: Client) -> None:
     async def nothing(_msg: NatsMsg) -> None:

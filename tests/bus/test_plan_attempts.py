@@ -154,6 +154,7 @@ async def left(stage: Stage) -> int:
 everywhere = pytest.mark.parametrize("where", POINTS)
 
 
+@pytest.mark.slow
 @everywhere
 @pytest.mark.parametrize("attempt", [PARKED, PARKED + 1])
 async def test_a_running_plan_joins_for_the_newest_attempt(
@@ -184,6 +185,7 @@ async def end(stage: Stage, name: str) -> None:
     await stage.notify(notice)
 
 
+@pytest.mark.slow
 @everywhere
 @pytest.mark.parametrize("attempt", [PARKED, PARKED + 1])
 async def test_a_joining_plan_gives_its_outputs_to_the_attempt_that_asks(
@@ -202,6 +204,7 @@ async def test_a_joining_plan_gives_its_outputs_to_the_attempt_that_asks(
     assert {one.partition("-")[0] for one in said} == {"p:task"}, "named after the message that asked"
 
 
+@pytest.mark.slow
 @everywhere
 @pytest.mark.parametrize("attempt", [PARKED, PARKED + 1])
 async def test_a_failed_plan_fails_the_attempt_that_asks(
@@ -214,6 +217,7 @@ async def test_a_failed_plan_fails_the_attempt_that_asks(
     assert await carried(stage) == {attempt}
 
 
+@pytest.mark.slow
 @everywhere
 @pytest.mark.parametrize("state", ["running", "joining", "done"])
 async def test_an_older_attempt_changes_nothing_and_the_newer_one_goes_on(

@@ -312,6 +312,7 @@ async def test_a_notice_before_its_time_or_of_nobodys_plan_changes_nothing(stage
     assert not stage.all("task", phase="execute") + stage.all("task", phase="evaluate")
 
 
+@pytest.mark.slow
 async def test_at_its_deadline_a_parked_task_fails(stage: Stage) -> None:
     await stage.phase("scale")
     await divided(stage, (("a",),), left_s=0.6)
@@ -324,6 +325,7 @@ async def test_at_its_deadline_a_parked_task_fails(stage: Stage) -> None:
     assert await timers(stage) == 0
 
 
+@pytest.mark.slow
 async def test_the_servers_clock_decides_when_a_parked_task_is_late(stage: Stage) -> None:
     """A replica whose clock is behind takes the timer for what it is."""
     scale = await stage.phase("scale")
@@ -658,6 +660,7 @@ async def test_a_failed_plan_and_a_late_one_have_the_tokens_of_their_parts(stage
     assert (late.error.code, late.spent.tokens) == ("deadline_exceeded", 9)
 
 
+@pytest.mark.slow
 async def test_a_model_that_takes_longer_than_the_task_has_is_not_waited_for(stage: Stage) -> None:
     class Slow(Scripted):
         async def complete(self, params: CompletionParams) -> CompletionResult:

@@ -149,6 +149,7 @@ def _total(service: Any) -> int:
     return sum(profile.total_tasks for profile in service._profiles.values())
 
 
+@pytest.mark.slow
 async def test_a_rebuild_begins_at_the_snapshots_when_the_head_is_gone(short: Stage) -> None:
     replicas = [await short.phase("adapt", KEEPS_ALL) for _ in range(2)]
     whole = await head_dropped(short, replicas)
@@ -171,6 +172,7 @@ async def test_a_rebuild_begins_at_the_snapshots_when_the_head_is_gone(short: St
     assert [one async for one in RewardBus(bus=short.bus).replay(domain=SNAPSHOTS)] == []
 
 
+@pytest.mark.slow
 async def test_only_one_replica_takes_each_round(short: Stage) -> None:
     replicas = [await short.phase("adapt", KEEPS_ALL) for _ in range(2)]
     await head_dropped(short, replicas)

@@ -74,6 +74,7 @@ async def refolded(stage: Stage) -> dict[str, NodeProfile]:
     return known
 
 
+@pytest.mark.slow
 async def test_idle_children_retire_and_the_survivor_inherits_what_a_rebuild_finds_too(
     stage: Stage, grown: Place
 ) -> None:
@@ -134,6 +135,7 @@ async def test_of_two_replicas_one_acts_and_min_nodes_stay(
     assert len(orders(stage)) == 2
 
 
+@pytest.mark.slow
 async def test_a_replica_waits_while_another_holds_the_lease(stage: Stage, grown: Place) -> None:
     bucket = Bucket(stage.bus, "tuning", Lease)
     held = await bucket.create("apoptosis", Lease(holder="another", until=stage.bus.now() + 25))

@@ -540,6 +540,7 @@ async def test_parked_timers_take_no_room(stage: Stage) -> None:
     await stage.seen("task", phase="match", task_id="t1")
 
 
+@pytest.mark.slow
 async def test_a_flood_goes_through_a_narrow_house(stage: Stage) -> None:
     await stage.phase("sense", ClusterConfig(max_in_flight=5))
     await stage.phase("match")

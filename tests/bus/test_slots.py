@@ -167,6 +167,7 @@ async def test_400_tasks_cancelled_right_after_their_submission_leave_every_slot
 # -- runs that ignore their cancel
 
 
+@pytest.mark.slow
 async def test_a_run_that_ignores_its_cancel_is_given_up_and_shown(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,7 @@ async def entered(stack: AsyncExitStack, service: Any) -> None:
     await stack.enter_async_context(service)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [PHASES, ("execute",), ("sense",), ("adapt",)])
 async def test_phases_wait_until_their_streams_can_be_created(plain: Bus, names: Any) -> None:
     async with AsyncExitStack() as stack:
@@ -61,6 +62,7 @@ async def test_phases_wait_until_their_streams_can_be_created(plain: Bus, names:
     assert (await topology.init(plain, ClusterConfig())) == []
 
 
+@pytest.mark.slow
 async def test_what_a_start_waits_for_is_logged_at_once_and_then_now_and_then(
     plain: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,7 @@ async def test_a_cancelled_run_is_stopped_until_its_last_event_and_not_counted(s
     assert not execute.bus.discards.hosts
 
 
+@pytest.mark.slow
 async def test_a_host_that_does_not_obey_is_sent_five_stops(stage: Stage) -> None:
     one = await host(stage, hang)
     await stage.phase("execute")
@@ -100,6 +101,7 @@ def test_stops_are_a_second_apart() -> None:
     assert STOP_AGAIN_S == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "facts", "code", "why"),
     [

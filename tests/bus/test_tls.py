@@ -55,6 +55,7 @@ async def test_nothing_is_sent_to_a_server_without_tls(facts: dict[str, bool], o
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.slow
 async def test_tls_asked_for_on_one_server_holds_for_all_of_them() -> None:
     async with fake_server(info()) as fake:
         with pytest.raises(BusUnavailable, match="offers no TLS"):
@@ -148,6 +149,7 @@ async def test_nothing_is_sent_without_tls_to_a_server_that_another_one_has_name
         await bus.close()
 
 
+@pytest.mark.slow
 async def test_a_server_that_another_one_has_named_gets_the_credentials_by_tls(
     trusted: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -107,6 +107,7 @@ async def test_a_watch_that_is_over_leaves_nothing_for_the_garbage_collector(pla
     stop.set("late")  # wakes nobody
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attached", [True, False])
 async def test_only_a_run_that_may_be_going_on_is_waited_for_as_long_as_three_heartbeats(
     plain: Bus, monkeypatch: pytest.MonkeyPatch, attached: bool

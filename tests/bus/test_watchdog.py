@@ -93,6 +93,7 @@ class Blocks:
         return f"did {job.description} with {len(secret_value)} characters"
 
 
+@pytest.mark.slow
 async def test_a_blocked_host_stays_alive_for_those_who_watch_it(bus: Bus, nats_url: str, namespace: str) -> None:
     agent = Blocks()
     said: list[HostAnnouncement] = []
@@ -165,6 +166,7 @@ async def test_the_runs_of_a_blocked_host_can_be_given_back_from_another_thread(
         agent.go_on.set()
 
 
+@pytest.mark.slow
 async def test_a_host_that_is_not_blocked_opens_no_second_connection(bus: Bus, nats_url: str, namespace: str) -> None:
     async def waits(job: RunRequest) -> str:
         await asyncio.sleep(0.6)

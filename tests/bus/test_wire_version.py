@@ -113,6 +113,7 @@ async def test_processes_of_the_same_version_and_of_other_namespaces_are_no_hind
 # -- who creates what
 
 
+@pytest.mark.slow
 async def test_phases_that_may_not_create_streams_name_the_command_that_does(plain: Bus) -> None:
     group = PhaseGroup(plain, ["match"], init=False)
     first = plain.subjects.stream("INTAKE")

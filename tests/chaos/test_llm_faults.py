@@ -267,6 +267,7 @@ async def test_every_fault_of_a_model_ends_the_task_as_it_should(nats_url: str, 
             assert end.error.retry_after_s == FAULTS[name].retry_after_s, name
 
 
+@pytest.mark.slow
 async def test_a_task_leaves_a_model_that_fails_for_one_that_does_not(nats_url: str, namespace: str) -> None:
     faults = {"broken": ill(Reply(status=401), says=""), "whole": well(FINE, says="", asked=1)}
     async with cluster(nats_url, namespace, faults, claims=(0.9, 0.2)) as running:

@@ -165,6 +165,7 @@ async def purge(stage: Stage) -> None:
     await stage.bus.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lose", "plan"), [(purge, []), (roll_up, [{"id": "a", "description": "a"}])])
 async def test_a_task_whose_messages_were_lost_ends_after_its_deadline_when_it_is_asked_for(
     stage: Stage, lose: Callable[[Stage], Awaitable[None]], plan: list[Any]

@@ -51,6 +51,7 @@ async def test_every_stream_is_on_three_servers_and_tasks_end_on_them(cluster: N
     assert [result.content for result in results] == [f"done: job {n}" for n in range(5)]
 
 
+@pytest.mark.slow
 async def test_more_copies_of_what_is_there_are_the_operators_to_make(cluster: NatsCluster, client: Bus) -> None:
     assert await topology.apply(client, ClusterConfig()) == []
 

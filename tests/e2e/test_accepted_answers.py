@@ -22,6 +22,7 @@ async def result_of(agent: Any, accept: Accept) -> TaskResult:
         return await (await rt.publish(ad)).result()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ['```json\n{"port": 80}\n```', '<think>ok</think>{"port": 80}', 'It is {"port": 80}, I think.']
 )

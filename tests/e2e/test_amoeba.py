@@ -298,6 +298,7 @@ async def test_a_task_that_nobody_takes_reports_the_phases_it_passed(phases: Bus
     assert [event.type for event in events[-2:]] == ["error", "done"]
 
 
+@pytest.mark.slow
 async def test_the_loop_of_a_runtime_uses_its_server_while_it_is_open(
     provider: OpenAIProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,6 +148,7 @@ async def _ended(cluster: Cluster, task_id: str) -> TaskRecord | None:
     return found if found is not None and found.ended else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [

@@ -156,6 +156,7 @@ PLAN = [
 ]
 
 
+@pytest.mark.slow
 def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
     nats_url: str, namespace: str, loom: Loom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +292,7 @@ async def test_a_tap_tells_the_past_and_goes_on_with_what_it_was_asked_for(here:
     assert ended.err == f"listening on {here.url}, namespace {here.namespace}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [

@@ -153,6 +153,7 @@ async def test_another_wire_version_is_found_in_streams_and_processes(on_bus: Wh
     ]
 
 
+@pytest.mark.slow
 async def test_an_empty_server_says_that_nothing_has_run(client: Bus) -> None:
     found = troubles(await examine(client, ClusterConfig()))
 

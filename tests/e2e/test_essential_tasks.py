@@ -55,6 +55,7 @@ async def test_a_host_whose_heartbeats_fail_ends_with_the_reason(on_bus: tuple[s
     assert f"service_failed: an essential task has failed (announce: {REASON})" in ended.err
 
 
+@pytest.mark.slow
 async def test_an_embedded_runtime_raises_the_reason_and_works_again_once_reopened(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

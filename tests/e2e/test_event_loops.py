@@ -254,6 +254,7 @@ async def test_waiting_in_synchronous_code_is_bounded_and_ends_when_the_runtime_
     await asyncio.gather(*(tasks.cancel(client, ad.task_id) for ad in (first, second)))
 
 
+@pytest.mark.slow
 async def test_a_runtime_is_disposed_of_from_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NATS_URL", raising=False)
     rt = runtime()

@@ -129,6 +129,7 @@ async def test_a_child_hosts_the_nodes_that_are_added_in_it(on_bus: tuple[str, s
         await works_on(rt)
 
 
+@pytest.mark.slow
 async def test_handles_connections_and_rewards_of_the_parent_are_refused_in_a_child(
     on_bus: tuple[str, str], phases: Bus
 ) -> None:
@@ -164,6 +165,7 @@ async def test_handles_connections_and_rewards_of_the_parent_are_refused_in_a_ch
         await works_on(rt)
 
 
+@pytest.mark.slow
 async def test_an_open_amoeba_loop_works_in_parent_and_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NATS_URL", raising=False)
     cluster = ClusterManager()

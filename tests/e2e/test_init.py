@@ -108,6 +108,7 @@ async def test_services_end_with_one_line_on_a_store_of_another_version(
         assert lines == [f"wire_mismatch: stream {stream} {NO_VERSION}`, or choose another LOOM_NAMESPACE"]
 
 
+@pytest.mark.slow
 async def test_the_store_of_a_program_is_reset_by_its_folder(
     loom: Loom, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,7 @@ def lines(text: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_evidence_of_a_name_is_kept_by_owner(here: Cluster, loom: Loom) -> None:
     shown = lines(loom("nodes --json").out)
     assert {(one["owner"], one["node_id"]) for one in shown} >= {("local", "coder"), ("acme", "coder")}
@@ -70,6 +71,7 @@ def test_evidence_of_a_name_is_kept_by_owner(here: Cluster, loom: Loom) -> None:
     assert profiles["local", "coder"]["domains"].get("code", {"mean": 0.0})["mean"] == 0.0  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_views_name_the_owner_unless_it_is_local(here: Cluster, loom: Loom) -> None:
     assert re.search(r"^ *acme\.coder +unproven ", loom("nodes").out, re.MULTILINE)
     assert "local." not in loom("nodes").out + loom("tasks").out + loom("rewards").out
@@ -130,6 +132,7 @@ def test_what_cannot_be_moved_is_refused(line: str, said: str, here: Cluster, lo
     is_refused(loom, line, 2, said)
 
 
+@pytest.mark.slow
 async def test_a_runtime_of_a_named_owner_learns_of_its_own_nodes(
     here: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ async def test_python_gets_the_reason_and_the_best_refused_answer(here: Cluster)
         assert (await rt.submit({"description": "x", "accept": {**ASKED, "best_effort": True}})) == "It is Lyon."
 
 
+@pytest.mark.slow
 async def test_a_schema_that_no_answer_meets_is_a_rejected_result_with_the_validators_sentence(here: Cluster) -> None:
     async with Runtime() as rt:
         with pytest.raises(RejectedResult, match=r"JSON") as caught:

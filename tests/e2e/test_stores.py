@@ -102,6 +102,7 @@ asyncio.run(begin())
 # -- Runtime
 
 
+@pytest.mark.slow
 async def test_a_runtime_on_a_store_finds_its_records_and_what_its_nodes_have_learned(tmp_path: Path) -> None:
     async with runtime(tmp_path / "store") as rt:
         assert all(result.state == "succeeded" for result in await rt.submit_many(ads(5)))
@@ -125,6 +126,7 @@ async def test_a_second_runtime_on_a_store_is_refused_with_the_address_of_the_fi
             await runtime(tmp_path).submit(ads(1)[0])
 
 
+@pytest.mark.slow
 async def test_a_runtime_without_a_store_keeps_nothing_and_one_with_loom_store_keeps_it_there(
     temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +151,7 @@ async def test_a_store_beside_a_server_in_use_is_reported_as_not_used(
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_a_store_with_a_stream_that_cannot_be_read_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     with runtime(tmp_path):
         pass
@@ -208,6 +211,7 @@ def test_synchronous_code_opens_a_runtime_with_a_block_and_closes_it_quickly() -
         assert rt.submit_sync(ads(1)[0]) == "done: sort"
 
 
+@pytest.mark.slow
 def test_leaving_a_block_finishes_what_is_in_hand() -> None:
     ended: list[str] = []
 
@@ -339,6 +343,7 @@ async def test_a_program_that_ends_within_a_conversation_leaves_no_temporary_sto
     await until(lambda: not entries(tmp_path / "temporary"), what="nothing is left")
 
 
+@pytest.mark.slow
 async def test_a_loop_with_a_store_is_continued_by_the_next_one(tmp_path: Path) -> None:
     await converse(amoeba(tmp_path))
     second = amoeba(tmp_path)

@@ -244,6 +244,7 @@ async def test_stopping_stops_a_running_tool_at_once(server: OpenAIServer, make:
     assert stopped.is_set()
 
 
+@pytest.mark.slow
 async def test_a_tool_that_resists_cancelling_is_left_behind(server: OpenAIServer, make: MakeAgent) -> None:
     began, release = asyncio.Event(), asyncio.Event()
 

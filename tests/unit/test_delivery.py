@@ -38,6 +38,7 @@ def test_a_message_is_suspect_after_three_deliveries_and_dead_after_ten() -> Non
     assert [_delivery(n).dead for n in (1, 4, 10, 11)] == [False, False, False, True]
 
 
+@pytest.mark.slow
 async def test_a_delivery_lets_others_in_once() -> None:
     delivery = _delivery(5)
     delivery.release()  # it had not entered: nothing to give back

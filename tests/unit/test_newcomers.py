@@ -71,6 +71,7 @@ def bids(owner: str, *names: str, rating: float = 0.5) -> list[Named]:
 NAMES = [f"n{number}" for number in range(500)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["glr_ucb", "ucb", "greedy", "thompson", "round_robin", "random"])
 @pytest.mark.parametrize("rating", [0.5, 1.0])
 def test_five_hundred_names_win_no_larger_share_than_one_newcomer(policy: str, rating: float) -> None:

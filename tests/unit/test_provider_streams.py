@@ -65,6 +65,7 @@ async def test_silence_in_the_middle_is_a_failure(server: OpenAIServer) -> None:
     await provider.aclose()
 
 
+@pytest.mark.slow
 async def test_a_server_out_of_reach_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_provider, "BACKOFF_S", 0.01)
     with ExitStack() as stack:
