@@ -50,7 +50,7 @@ PRIORITIES: tuple[Priority, ...] = ("low", "normal", "high", "critical")
 DEFAULT_TOKEN_YARDSTICK = 4096
 """Tokens against which efficiency is measured when an ad sets no budget (the seed's default)."""
 
-TOKEN_PATTERN = "[A-Za-z0-9_-]{1,64}"
+TOKEN_PATTERN = r"[A-Za-z0-9_-]{1,64}"  # noqa: S105 - not a secret
 _TOKEN = re.compile(TOKEN_PATTERN)
 MAX_TOKEN = 64
 MAX_WARNINGS = 8
