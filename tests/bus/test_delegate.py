@@ -193,7 +193,8 @@ async def test_events_about_delegation_are_sent_again_however_much_was_said_sinc
     await one.heard("resumed", count=2)
     again = one.events[seen:]
     kept = [event for event in again if event.kind in ("accepted", "waiting", "resumed")]
-    assert kept == [replace(again[0], seq=0), waiting, resumed]
+    assert (kept[0].kind, kept[0].seq) == ("accepted", 0)
+    assert kept[1:] == [waiting, resumed]
     assert (waiting.call, waiting.ad and waiting.ad.task_id) == (1, CHILD)
     assert not [event for event in again if event.kind == "moved"]
 
