@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from loom.agents.user_code import described
-from loom.bus.log import get_logger
+from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import LoomError
 from loom.schemas.events import AgentEvent, ErrorEvent
 

@@ -8,17 +8,17 @@ from typing import Any
 from msgspec.structs import replace
 
 from loom.agents.job import Answer, Job
-from loom.agents.port import Output, StreamingAgent, raised, usage_in
+from loom.agents.protocol import Output, StreamingAgent, raised, usage_in
 from loom.agents.signatures import check_stream, name_of, takes_text
 from loom.agents.threaded import ThreadedIteration
 from loom.agents.user_code import Opened, call, guarded
 from loom.agents.values import NotText, to_text
-from loom.agents.yielded import EVENTS, deltas, event_in, events_of
+from loom.agents.yielded_values import EVENTS, deltas, event_in, events_of
+from loom.schemas.base import MAX_CONTENT_BYTES, total
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.events import AgentEvent, Done, StepEnd, StepStart, TextDelta, TokenUsage
 from loom.schemas.run import RunRequest
 from loom.schemas.task import RunResult
-from loom.schemas.wire import MAX_CONTENT_BYTES, total
 
 
 class FunctionAgent:

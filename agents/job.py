@@ -10,10 +10,10 @@ from typing import Any, Protocol, Self
 
 import msgspec
 
+from loom.schemas.base import MAX_INT, total
 from loom.schemas.errors import AgentFailed, BudgetExceeded
 from loom.schemas.events import TokenUsage
 from loom.schemas.run import RunRequest
-from loom.schemas.wire import MAX_INT, total
 
 MAX_USD = 1e9
 

@@ -7,7 +7,7 @@ from contextvars import Context
 from typing import Any
 
 from loom.agents.user_code import call, described, ends_task, type_name
-from loom.bus.log import get_logger
+from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import AgentFailed, LoomError
 
 START_S = 30.0

@@ -11,8 +11,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar
 
-from loom.bus import faults
-from loom.bus.log import get_logger
+from loom.bus.logs import log_fields
+from loom.bus.logs.logger import get_logger
 
 TURN_S = 0.01
 """Longest time an iteration that never waits keeps the event loop."""
@@ -125,17 +125,17 @@ def origin(error: BaseException) -> BaseException:
 
 def describe(error: BaseException) -> str:
     """Return `TypeName: message` on one line without secrets, at most 500 characters."""
-    return faults.summary(origin(error))
+    return log_fields.summary(origin(error))
 
 
 def described(error: BaseException) -> dict[str, str]:
     """Return type, message without secrets, and place of what user code raised, for a log line."""
-    return faults.describe(origin(error))
+    return log_fields.describe(origin(error))
 
 
 def type_name(error: BaseException) -> str:
     """Return the class name of what user code raised: what may be published of it."""
-    return faults.type_name(origin(error))
+    return log_fields.type_name(origin(error))
 
 
 def is_async(fn: Callable[..., Any]) -> bool:

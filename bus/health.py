@@ -4,8 +4,8 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from loom.bus.left_out import MAX_HOSTS, LeftOut
-from loom.schemas.wire import Count, Name, Note, Relayed, Seconds, total
+from loom.bus.logs.left_out import MAX_HOSTS, LeftOut
+from loom.schemas.base import Count, Name, Note, Relayed, Seconds, total
 
 
 class Health(Relayed, frozen=True, kw_only=True):

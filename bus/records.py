@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from loom.bus.client import Bus, Conflict
-from loom.bus.kv import Bucket, Entry
+from loom.bus.bus import Bus, Conflict
+from loom.bus.natsio.kv import Bucket, Entry
+from loom.schemas.base import Name, Relayed, Timestamp, Undecodable
+from loom.schemas.decoding.unknown_fields import unknown_fields, with_unknown_fields
 from loom.schemas.envelope import Envelope, RecordVersion, ReplySubjects, TaskRecord
 from loom.schemas.errors import BusUnavailable
-from loom.schemas.unknown_fields import unknown_fields, with_unknown_fields
-from loom.schemas.wire import Name, Relayed, Timestamp, Undecodable
 
 TRIES = 16  # writers of one record are few; more than this is not contention
 

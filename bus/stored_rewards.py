@@ -1,11 +1,11 @@
 """Reads the messages of the stream REWARDS: what a reward claims to be must agree with its subject."""
 
-from loom.bus.discards import Discards
-from loom.bus.ordered import Stored
+from loom.bus.logs.discards import Discards
+from loom.bus.natsio.ordered_consumer import Stored
 from loom.bus.subjects import Subjects
+from loom.schemas.base import Undecodable, decode
 from loom.schemas.identity import ADAPT
 from loom.schemas.learning import Reward
-from loom.schemas.wire import Undecodable, decode
 
 SKEW_S = 5.0
 """How far the clock of a judge may be ahead of the server's."""

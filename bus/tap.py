@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from loom.bus.client import Bus, Msg, Subscription
+from loom.bus.bus import Bus, Msg, Subscription
 from loom.bus.subjects import FAMILIES
 from loom.schemas.auction import CallForBids, HostAnnouncement, Offer, RetireRequest, SpawnRequest
+from loom.schemas.base import Undecodable, decode
 from loom.schemas.envelope import Envelope
 from loom.schemas.events import SubtaskEvent
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.notices import read_scale_message
 from loom.schemas.run import Delta, RunEvent, RunRequest, Stop
 from loom.schemas.task import Submission, TaskAd, TaskResult
-from loom.schemas.wire import Undecodable, decode
 
 ROOM = 10_000
 """Messages that wait for a reader."""

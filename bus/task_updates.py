@@ -4,10 +4,10 @@ import asyncio
 from collections import deque
 from typing import Final
 
-from loom.bus.client import Bus, Msg, Subscription
+from loom.bus.bus import Bus, Msg, Subscription
+from loom.schemas.base import Undecodable, decode
 from loom.schemas.run import Delta
 from loom.schemas.task import TaskError, TaskResult
-from loom.schemas.wire import Undecodable, decode
 
 BUFFER: Final = 10_000
 """Most deltas kept for a reader; later ones are dropped until the reader has caught up."""

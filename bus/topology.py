@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from loom.bus.client import CONSUMER_NOT_FOUND, STREAM_NOT_FOUND, Bus, Refused
-from loom.bus.log import get_logger
+from loom.bus.bus import CONSUMER_NOT_FOUND, STREAM_NOT_FOUND, Bus, Refused
+from loom.bus.logs.logger import get_logger
 from loom.bus.wire_version import WIRE, WIRE_KEY, check_stream
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Phase

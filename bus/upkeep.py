@@ -3,9 +3,9 @@
 import asyncio
 
 from loom.bus import topology
-from loom.bus.client import Bus
-from loom.bus.faults import describe
-from loom.bus.log import get_logger
+from loom.bus.bus import Bus
+from loom.bus.logs.log_fields import describe
+from loom.bus.logs.logger import get_logger
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
 

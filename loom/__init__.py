@@ -4,20 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loom.agents.delegate import delegate
     from loom.agents.event_bus import EventBus
+    from loom.agents.host.delegation import delegate
     from loom.agents.job import Answer, Job
     from loom.agents.llm.agent import Agent
     from loom.agents.llm.config import AgentConfig
-    from loom.agents.llm.openai_provider import OpenAIProvider
+    from loom.agents.llm.openai.openai_provider import OpenAIProvider
     from loom.agents.tools import Lifespan, Tool, ToolContext, ToolRegistry, ToolResult, define_tool, tool
-    from loom.bus.reward_bus import RewardBus
-    from loom.cluster.amoeba_loop import AmoebaLoop
-    from loom.cluster.lifecycle import LifecycleManager
-    from loom.cluster.loop_context import LoopContext
-    from loom.cluster.manager import ClusterManager
-    from loom.cluster.planner import TaskPlanner
-    from loom.cluster.skill_registry import SkillNodeRegistry
+    from loom.bus.rewards import RewardBus
+    from loom.compat.amoeba_loop import AmoebaLoop
+    from loom.compat.cluster_manager import ClusterManager
+    from loom.compat.lifecycle import LifecycleManager
+    from loom.compat.loop_context import LoopContext
+    from loom.compat.planner import TaskPlanner
+    from loom.compat.skill_registry import SkillNodeRegistry
     from loom.runtime import Runtime
     from loom.schemas.config import ClusterConfig
     from loom.schemas.errors import AgentFailed, InvalidTask, LoomError

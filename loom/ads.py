@@ -6,9 +6,9 @@ from typing import Any, TypeVar, cast
 from msgspec.structs import replace
 
 from loom.agents.values import from_json, json_schema
+from loom.schemas.base import encode
 from loom.schemas.errors import InvalidTask, LoomError, RejectedResult
 from loom.schemas.task import Accept, TaskAd, parse_ad
-from loom.schemas.wire import encode
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from loom.bus.ownership import keep_forever
+from loom.bus.natsio.ownership import keep_forever
 
 CLOSE_S: Final = 5.0
 """How long `close` waits for the thread; a task that ignores its cancellation does not hold it up longer."""

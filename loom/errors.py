@@ -1,6 +1,6 @@
 """The errors, by the import path and, where they have others, the names of loom-agent 0.6."""
 
-from loom.cluster.lifecycle import ApoptosisRejected, MitosisError
+from loom.compat.lifecycle import ApoptosisRejected, MitosisError
 from loom.schemas.errors import (
     AgentFailed,
     BudgetExceeded,

@@ -19,19 +19,18 @@ from loom.agents.llm.config import AgentConfig, settings_without_effect
 from loom.agents.tools import Tool
 from loom.arguments import check_cluster_config, check_config, check_provider, check_several
 from loom.background_loop import BackgroundLoop
-from loom.bus import tasks
-from loom.bus.client import Bus
-from loom.bus.log import get_logger
-from loom.bus.ownership import THREADSAFE, Owner, running_loop
-from loom.bus.reward_bus import RewardBus, judgement
-from loom.bus.tasks import TaskHandle
-from loom.claims import AnyCapabilities, domains_of, profile_of
-from loom.cluster.amoeba_loop import AmoebaLoop
-from loom.cluster.lifecycle import LifecycleManager
-from loom.cluster.manager import ClusterManager, InvalidNode
-from loom.cluster.runtime_loop import RuntimeLoop
-from loom.cluster.skill_nodes import load, skill_nodes
-from loom.cluster.skill_registry import SkillNodeRegistry
+from loom.bus import task_client
+from loom.bus.bus import Bus
+from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.ownership import THREADSAFE, Owner, running_loop
+from loom.bus.rewards import RewardBus, judgement
+from loom.bus.task_client import TaskHandle
+from loom.compat.amoeba_loop import AmoebaLoop
+from loom.compat.cluster_manager import ClusterManager, InvalidNode
+from loom.compat.lifecycle import LifecycleManager
+from loom.compat.runtime_loop import RuntimeLoop
+from loom.compat.skill_nodes import load, skill_nodes
+from loom.compat.skill_registry import SkillNodeRegistry
 from loom.runner.node_overview import NodeOverview, node_overviews
 from loom.runner.session import Inheritance, Session
 from loom.runner.session_owner import SessionOwner
@@ -40,6 +39,7 @@ from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
 from loom.schemas.llm import AnyProvider
 from loom.schemas.task import TaskAd, TaskResult
+from loom.self_ratings import AnyCapabilities, domains_of, profile_of
 from loom.types import AgentNode, CapabilityProfile, HealthReport, Skill
 
 T = TypeVar("T")
@@ -279,8 +279,10 @@ class Runtime:
         """
         ad = with_schema(ad_of(task), returns)
         session = await self._open(ad)
-        async with tasks.published(session.bus, ad, deltas=False, cancel_with_caller=cancel_with_caller) as handle:
-            tasks.log_warnings(await handle.result())
+        async with task_client.published(
+            session.bus, ad, deltas=False, cancel_with_caller=cancel_with_caller
+        ) as handle:
+            task_client.log_warnings(await handle.result())
             return as_type(await handle.content(), returns, ad.task_id)
 
     @overload
@@ -335,7 +337,7 @@ class Runtime:
         """
         ad = ad_of(task)
         session = await self._open(ad)
-        return await tasks.publish(session.bus, ad)
+        return await task_client.publish(session.bus, ad)
 
     async def submit_many(
         self, ads: Sequence[AnyAd], *, at_once: int = 64, cancel_with_caller: bool = False
@@ -356,7 +358,7 @@ class Runtime:
         async def one(ad: TaskAd) -> TaskResult:
             async with room:
                 session = await self._open(ad)
-                async with tasks.published(
+                async with task_client.published(
                     session.bus, ad, deltas=False, cancel_with_caller=cancel_with_caller
                 ) as handle:
                     return await handle.result()
@@ -384,7 +386,7 @@ class Runtime:
         if not isinstance(task_id, str):
             raise InvalidTask(f"task_id must be a text, not a {type(task_id).__name__}", field="task_id")
         session = await self._open()
-        record = await tasks.record(session.bus, task_id)
+        record = await task_client.record(session.bus, task_id)
         if record is None:
             raise InvalidTask("only a task that a node has finished can be judged", task_id=task_id)
         await self.reward_bus.publish(judgement(record, score, reason, session.bus.identity.source))

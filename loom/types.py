@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 from loom.agents.job import Answer, Job
+from loom.phases.shared.node_health import Standing
 from loom.schemas import auction
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import AgentFailed, InvalidTask
@@ -26,7 +27,6 @@ from loom.schemas.events import (
     ToolCallEnd,
     ToolCallStart,
 )
-from loom.schemas.health import Standing
 from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile
 from loom.schemas.llm import (
     AnyProvider,

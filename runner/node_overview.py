@@ -5,14 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from loom.bus.announcements import AnnouncedHost, announced_hosts
-from loom.bus.client import Bus
-from loom.bus.history import recent_records
-from loom.phases.adapt.apoptosis import newest_own
+from loom.bus.bus import Bus
+from loom.bus.host_directory import AnnouncedHost, announced_hosts
+from loom.bus.queries import recent_records
 from loom.phases.adapt.rebuild import stored_profiles
+from loom.phases.adapt.retirement_policy import newest_own
+from loom.phases.shared.node_health import Standing, standing
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord
-from loom.schemas.health import Standing, standing
 from loom.schemas.identity import qualified
 from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile
 from loom.schemas.task import domain_token

@@ -11,28 +11,29 @@ from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakSet
 
-from loom.agents.host import NodeHost
-from loom.agents.node import Node
-from loom.agents.nursery import Nursery, Skills
-from loom.bus import log, tasks
-from loom.bus.client import Bus, NoResponders
-from loom.bus.faults import describe
-from loom.bus.kv import Bucket
-from loom.bus.ownership import Owner, keep_forever, running_loop
-from loom.bus.presence import check_processes
+from loom.agents.host.autoscaler import Nursery, Skills
+from loom.agents.host.node_host import NodeHost
+from loom.agents.host.slots import Node
+from loom.bus import task_client
+from loom.bus.bus import Bus, NoResponders
+from loom.bus.logs import logger
+from loom.bus.logs.log_fields import describe
+from loom.bus.natsio.kv import Bucket
+from loom.bus.natsio.ownership import Owner, keep_forever, running_loop
+from loom.bus.service_discovery import check_processes
 from loom.bus.topology import check_version
 from loom.bus.wire_version import WireMismatch
-from loom.runner import logs
-from loom.runner.cluster import PhaseGroup
-from loom.runner.embedded import NatsServer, embedded_server
+from loom.runner import log_output
+from loom.runner.server.nats_server import NatsServer, embedded_server
+from loom.runner.server.store import log_store, log_unused_store
+from loom.runner.services import PhaseGroup
 from loom.runner.settings import Settings, warn_of_misspelt_settings
-from loom.runner.store import log_store, log_unused_store
+from loom.schemas.base import Undecodable, new_id
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, LoomError, UnknownTask
 from loom.schemas.identity import node_key, split_qualified
 from loom.schemas.learning import NodeProfile
 from loom.schemas.llm import AnyProvider
-from loom.schemas.wire import Undecodable, new_id
 
 STREAMS_S = 10.0
 """How long phases that answer may be without their streams: they create them again within seconds."""
@@ -128,8 +129,8 @@ class Session:
         self.is_open = True
 
     async def _open(self) -> None:
-        if self._settings.loom_log_level and log.is_default():
-            logs.configure(self._settings.loom_log_level)
+        if self._settings.loom_log_level and logger.is_default():
+            log_output.configure(self._settings.loom_log_level)
         warn_of_misspelt_settings()
         try:
             self._url = self._settings.nats_url or await self._parents_server() or await self._embedded()
@@ -162,7 +163,7 @@ class Session:
             try:
                 await self._host_nodes()
             except (LoomError, TimeoutError) as error:
-                log.get_logger().warning("nodes_not_hosted", **describe(error))
+                logger.get_logger().warning("nodes_not_hosted", **describe(error))
                 await asyncio.sleep(HOST_AGAIN_S)
 
     async def _open_host(self) -> None:
@@ -331,7 +332,7 @@ async def check_phases(bus: Bus) -> None:
     give_up = time.monotonic() + STREAMS_S
     while True:
         try:
-            await tasks.status(bus, f"probe-{new_id()[:8]}")
+            await task_client.status(bus, f"probe-{new_id()[:8]}")
         except UnknownTask:
             return
         except BusUnavailable as error:

@@ -10,7 +10,7 @@ from typing import Annotated, get_origin
 import msgspec
 from msgspec import Meta
 
-from loom.bus.log import get_logger
+from loom.bus.logs.logger import get_logger
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import LOCAL_OWNER, PERSON, PUBLIC, RESERVED, Identity

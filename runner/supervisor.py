@@ -16,8 +16,8 @@ from typing import Final, NamedTuple, NoReturn, Self
 
 import msgspec
 
-from loom.bus.log import get_logger
-from loom.runner.embedded import NatsServer
+from loom.bus.logs.logger import get_logger
+from loom.runner.server.nats_server import NatsServer
 
 log = get_logger()
 

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from loom.schemas.base import Count, Name, Names, Note, Ordinal, Relayed, Seconds, Token, Unit, Wire, total
 from loom.schemas.task import Priority, domain_token
-from loom.schemas.wire import Count, Name, Names, Note, Ordinal, Relayed, Seconds, Token, Unit, Wire, total
 
 BID_LIMIT = 16
 """Most bids one offer carries."""

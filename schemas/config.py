@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta
 
-from loom.schemas.calls import FieldsByName
-from loom.schemas.wire import Count, Ordinal, Seconds, Token, Unit, Wire
+from loom.schemas.base import Count, Ordinal, Seconds, Token, Unit, Wire
+from loom.schemas.checks.constructor_errors import FieldsByName
 
 NOT_SETTINGS = {
     "bid_weights": "the weights are fixed, and `policy` rules how bidders are trusted",

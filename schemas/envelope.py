@@ -5,22 +5,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 from msgspec.structs import replace
 
-from loom.schemas.identity import LOCAL_OWNER, PUBLIC, qualified
-from loom.schemas.rejected import BestRejected
-from loom.schemas.task import (
-    MAX_WARNINGS,
-    PhaseUsage,
-    Priority,
-    RunResult,
-    TaskAd,
-    TaskError,
-    TaskResult,
-    TaskState,
-    TaskUsage,
-    ad_digest,
-    domain_token,
-)
-from loom.schemas.wire import (
+from loom.schemas.base import (
     MAX_SECONDS,
     Count,
     Name,
@@ -36,6 +21,21 @@ from loom.schemas.wire import (
     Unit,
     Wire,
     cut_note,
+)
+from loom.schemas.identity import LOCAL_OWNER, PUBLIC, qualified
+from loom.schemas.rejected import BestRejected
+from loom.schemas.task import (
+    MAX_WARNINGS,
+    PhaseUsage,
+    Priority,
+    RunResult,
+    TaskAd,
+    TaskError,
+    TaskResult,
+    TaskState,
+    TaskUsage,
+    ad_digest,
+    domain_token,
 )
 
 Phase = Literal["sense", "match", "scale", "execute", "evaluate", "adapt"]

@@ -5,8 +5,8 @@ from typing import Annotated, ClassVar, Literal
 from msgspec import Meta
 from msgspec.structs import force_setattr
 
+from loom.schemas.base import Count, FreeJson, Name, Names, Number, Ordinal, Text, Timestamp, Token, Unit, Wire
 from loom.schemas.envelope import AWARD_BIDS, Merit, Phase, ScoredBid
-from loom.schemas.wire import Count, FreeJson, Name, Names, Number, Ordinal, Text, Timestamp, Token, Unit, Wire
 
 Milliseconds = Annotated[int, Meta(ge=-(10**12), le=10**12)] | Number
 """A duration, whole or not."""

@@ -1,6 +1,6 @@
 """Who a process speaks as: tokens that its subjects carry, so that the permissions of a server can pin them."""
 
-from loom.schemas.wire import Relayed, Token
+from loom.schemas.base import Relayed, Token
 
 PUBLIC = "public"
 LOCAL_OWNER = "local"

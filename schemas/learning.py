@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from loom.schemas.base import Count, Name, Names, Note, Seconds, Timestamp, Token, Unit, Wire
+from loom.schemas.checks.labels import Labels
 from loom.schemas.identity import LOCAL_OWNER, RULES, node_key, qualified
-from loom.schemas.labels import Labels
-from loom.schemas.wire import Count, Name, Names, Note, Seconds, Timestamp, Token, Unit, Wire
 
 WINDOW = 120
 """Scores remembered per node and domain."""

@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from msgspec import Struct
 from msgspec.structs import force_setattr
 
-from loom.schemas.wire import Count, FreeJson, Wire
+from loom.schemas.base import Count, FreeJson, Wire
 
 Role = Literal["system", "user", "assistant", "tool"]
 

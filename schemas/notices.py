@@ -2,8 +2,8 @@
 
 from typing import TypeAlias
 
+from loom.schemas.base import Relayed, Token, Undecodable, decode
 from loom.schemas.envelope import Envelope
-from loom.schemas.wire import Relayed, Token, Undecodable, decode
 
 
 class SubtaskEnded(Relayed, frozen=True, kw_only=True, tag_field="type", tag="subtask_ended"):

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Protocol
 
 from msgspec import Meta
 
+from loom.schemas.base import Token, Undecodable, Unit, Wire, cut_name
 from loom.schemas.envelope import Subtask
 from loom.schemas.errors import InvalidPlan
-from loom.schemas.model_json import as_shape, json_values
-from loom.schemas.wire import Token, Undecodable, Unit, Wire, cut_name
+from loom.schemas.text.model_json import as_shape, json_values
 
 PLAN_SCHEMA: dict[str, Any] = {
     "type": "object",

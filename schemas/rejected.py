@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from loom.schemas.base import Name, Note, Text, Unit, Wire
 from loom.schemas.identity import LOCAL_OWNER, qualified
-from loom.schemas.wire import Name, Note, Text, Unit, Wire
 
 
 class BestRejected(Wire, frozen=True, kw_only=True):

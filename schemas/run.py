@@ -7,11 +7,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Raw, field
 
-from loom.schemas.conversation import earlier_turns
-from loom.schemas.events import Progress
-from loom.schemas.llm import Message
-from loom.schemas.task import Accept, Priority, RunResult, TaskAd, TaskError, TaskResult
-from loom.schemas.wire import (
+from loom.schemas.base import (
     Count,
     FreeJson,
     Name,
@@ -30,6 +26,10 @@ from loom.schemas.wire import (
     decode,
     encode,
 )
+from loom.schemas.conversation import earlier_turns
+from loom.schemas.events import Progress
+from loom.schemas.llm import Message
+from loom.schemas.task import Accept, Priority, RunResult, TaskAd, TaskError, TaskResult
 
 MAX_OPEN_DELEGATIONS = 64
 """Delegated tasks a run may have open at a time."""

@@ -10,14 +10,7 @@ import msgspec
 from msgspec import Meta
 from msgspec.structs import replace
 
-from loom.schemas.calls import FieldsByName
-from loom.schemas.errors import InvalidTask, LoomError, error_for
-from loom.schemas.identity import LOCAL_OWNER, qualified
-from loom.schemas.labels import LABELS_RULE, Labels, are_labels
-from loom.schemas.llm import Usage
-from loom.schemas.near import unknown_field
-from loom.schemas.rejected import BestRejected, facts_of
-from loom.schemas.wire import (
+from loom.schemas.base import (
     MAX_AD_BYTES,
     MAX_CONTEXT_BYTES,
     MAX_JSON_DEPTH,
@@ -42,6 +35,13 @@ from loom.schemas.wire import (
     new_id,
     total,
 )
+from loom.schemas.checks.constructor_errors import FieldsByName
+from loom.schemas.checks.labels import LABELS_RULE, Labels, are_labels
+from loom.schemas.errors import InvalidTask, LoomError, error_for
+from loom.schemas.identity import LOCAL_OWNER, qualified
+from loom.schemas.llm import Usage
+from loom.schemas.rejected import BestRejected, facts_of
+from loom.schemas.text.nearest_name import unknown_field
 
 Priority = Literal["low", "normal", "high", "critical"]
 PRIORITIES: tuple[Priority, ...] = ("low", "normal", "high", "critical")

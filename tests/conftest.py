@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from support.command import FOREIGN
 from support.process_state import process_state_restored
 
-from loom.runner.embedded import NatsServer, find_server
+from loom.runner.server.nats_server import NatsServer, find_server
 from loom.schemas.errors import BusUnavailable
 
 RAM_DISK = Path("/dev/shm")  # making hundreds of streams is three times as fast there

@@ -7,14 +7,14 @@ from typing import Any, Self
 from loom.agents.event_bus import EventBus
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.conversation import Conversation
-from loom.agents.port import collect
+from loom.agents.protocol import collect
 from loom.agents.tools import Tool, close_all, start_all
+from loom.schemas.base import new_id
 from loom.schemas.errors import LoomError
 from loom.schemas.events import AgentEvent
 from loom.schemas.llm import AnyProvider
 from loom.schemas.run import RunRequest
 from loom.schemas.task import RunResult
-from loom.schemas.wire import new_id
 
 
 class Agent:

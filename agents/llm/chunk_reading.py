@@ -6,9 +6,9 @@ from typing import Any
 
 from loom.agents.llm.usage import usage_of
 from loom.agents.values import to_text
+from loom.schemas.base import MAX_MESSAGE_BYTES, encode, free_json_fault
 from loom.schemas.errors import AgentFailed
 from loom.schemas.llm import StreamChunk, ToolCall
-from loom.schemas.wire import MAX_MESSAGE_BYTES, encode, free_json_fault
 
 TEXTS = ("reasoning", "refusal")
 OTHERS = ("tool_calls", "tool_call", "usage", "finish_reason")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loom.agents.llm.checks import header_fault, key_fault, url_fault
-from loom.schemas.calls import fields_by_name
-from loom.schemas.wire import free_json_fault
+from loom.schemas.base import free_json_fault
+from loom.schemas.checks.constructor_errors import fields_by_name
 
 PROVIDERS = ("openai",)
 GREATEST_TEMPERATURE = 2.0

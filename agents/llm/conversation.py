@@ -7,18 +7,18 @@ from contextlib import aclosing
 from msgspec.structs import replace
 
 from loom.agents.deadline import Deadline
-from loom.agents.delegate import Delegator
+from loom.agents.host.delegation import Delegator
 from loom.agents.llm.completion import chunks
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.history import CallIds, legal_call
 from loom.agents.llm.model_answer import ModelAnswer, most_chars, why_empty
+from loom.agents.llm.openai.wrapped_json import json_text
 from loom.agents.llm.prompt import opening
 from loom.agents.llm.token_use import TokenUse, answer_limit, estimate_tokens
 from loom.agents.llm.tool_round import MOST_REPEATS, ToolRounds, Wanted
-from loom.agents.llm.wrapped_json import json_text
 from loom.agents.tools import Tool
 from loom.agents.user_code import described, type_name
-from loom.bus.log import get_logger
+from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import AgentFailed, BudgetExceeded, LoomError
 from loom.schemas.events import AgentEvent, Done, ReasoningDelta, StepEnd, StepStart, TextDelta
 from loom.schemas.llm import AnyProvider, CompletionParams, Message

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from loom.agents.llm.thinking import ThinkBlock
-from loom.agents.port import MAX_TEXT_CHARS, deltas
+from loom.agents.llm.openai.thinking import ThinkBlock
+from loom.agents.protocol import MAX_TEXT_CHARS, deltas
 from loom.schemas.events import ReasoningDelta, TextDelta
 from loom.schemas.llm import CompletionResult, StreamChunk, ToolCall, Usage
 

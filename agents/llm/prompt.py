@@ -4,11 +4,11 @@ from msgspec.structs import replace
 
 from loom.agents.llm.history import alternating
 from loom.agents.values import to_text
+from loom.schemas.base import encode
 from loom.schemas.conversation import CONVERSATION, earlier_turns
 from loom.schemas.llm import Message
 from loom.schemas.run import RunRequest
 from loom.schemas.task import Accept
-from loom.schemas.wire import encode
 
 
 def opening(system_prompt: str, job: RunRequest) -> list[Message]:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from loom.schemas.base import encode
 from loom.schemas.events import TokenUsage
 from loom.schemas.llm import Usage
-from loom.schemas.wire import encode
 
 BYTES_PER_TOKEN = 4
 """Where a model does not count its tokens; about right for prose in UTF-8."""

@@ -13,11 +13,11 @@ from loom.agents.llm.history import arguments_object
 from loom.agents.tools import Tool, ToolContext, ToolResult, legal_name
 from loom.agents.tools.result import as_result
 from loom.agents.user_code import describe, described, guarded, type_name
-from loom.bus.log import get_logger
+from loom.bus.logs.logger import get_logger
+from loom.schemas.base import MAX_CONTENT_BYTES, free_json_fault
 from loom.schemas.events import ToolCallEnd, ToolCallStart
 from loom.schemas.llm import Message, ToolCall
 from loom.schemas.run import RunRequest
-from loom.schemas.wire import MAX_CONTENT_BYTES, free_json_fault
 
 log = get_logger()
 

@@ -11,10 +11,10 @@ from loom.agents.tools.parameters import InvalidArguments, Parameters
 from loom.agents.tools.result import as_result, as_result_with_parts
 from loom.agents.user_code import call, describe, guarded, is_async
 from loom.agents.values import from_json, json_schema, portable
+from loom.schemas.base import encode
+from loom.schemas.checks.pattern_bounds import OutOfBounds
+from loom.schemas.checks.schema_bounds import check_schema
 from loom.schemas.errors import LoomError
-from loom.schemas.pattern_bounds import OutOfBounds
-from loom.schemas.schema_bounds import check_schema
-from loom.schemas.wire import encode
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_FAULTS = 3

@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Generic, TypeVar
 
 from loom.agents.user_code import described, guarded, type_name
-from loom.bus.log import get_logger
+from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import LoomError
 
 CLOSE_S = 5.0

@@ -13,8 +13,8 @@ from loom.agents.tools.context import ToolContext
 from loom.agents.user_code import describe, guarded
 from loom.agents.values import NotText, from_json, json_schema, to_json
 from loom.agents.values.annotations import for_msgspec
+from loom.schemas.base import encode
 from loom.schemas.errors import LoomError
-from loom.schemas.wire import encode
 
 MAX_DEFAULT_BYTES = 256
 """A longer default value is no part of the schema."""

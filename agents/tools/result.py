@@ -5,7 +5,7 @@ from typing import Any
 
 from loom.agents.tools.context import ToolResult
 from loom.agents.values import to_text
-from loom.schemas.wire import cut_utf8
+from loom.schemas.base import cut_utf8
 
 MAX_RESULT_BYTES = 16 * 1024
 """Most a model gets to see of one result."""

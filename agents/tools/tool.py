@@ -12,7 +12,7 @@ from loom.agents.tools.parameters import InvalidArguments
 from loom.agents.tools.result import cut
 from loom.agents.user_code import describe, type_name
 from loom.agents.values import NotText, to_text
-from loom.bus.log import get_logger
+from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import LoomError
 from loom.schemas.llm import ToolDefinition
 from loom.schemas.task import is_token

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from loom.agents.values.annotations import ForPydantic, is_pydantic
-from loom.schemas.wire import encode
+from loom.schemas.base import encode
 
 MAX_FAULTS = 3
 """Most faults of one value a message lists."""

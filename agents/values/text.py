@@ -15,7 +15,7 @@ from uuid import UUID
 
 import msgspec
 
-from loom.schemas.wire import MAX_JSON_DEPTH, encode
+from loom.schemas.base import MAX_JSON_DEPTH, encode
 
 MAX_VALUES = 250_000
 """Most numbers, texts and collections one value may hold; an iterator without end must not take the process."""

@@ -1,5 +1,5 @@
 """The context of a loop, by the import path of loom-agent 0.6."""
 
-from loom.cluster.loop_context import LoopContext
+from loom.compat.loop_context import LoopContext
 
 __all__ = ["LoopContext"]

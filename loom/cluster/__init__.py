@@ -1,8 +1,11 @@
-"""The seed's classes that work without a bus. TaskPlanner comes from its own module: asyncio and logs load slowly."""
+"""The classes that work without a bus, by the import path of loom-agent 0.6.
 
-from loom.cluster.lifecycle import ApoptosisRejected, LifecycleManager, MitosisError
-from loom.cluster.manager import ClusterManager, InvalidNode
-from loom.cluster.skill_registry import SkillNodeRegistry
+TaskPlanner comes from its own module: asyncio and logs load slowly.
+"""
+
+from loom.compat.cluster_manager import ClusterManager, InvalidNode
+from loom.compat.lifecycle import ApoptosisRejected, LifecycleManager, MitosisError
+from loom.compat.skill_registry import SkillNodeRegistry
 
 __all__ = [
     "ApoptosisRejected",

@@ -1,5 +1,5 @@
 """The reward bus, by the import path of loom-agent 0.6."""
 
-from loom.bus.reward_bus import RewardBus
+from loom.bus.rewards import RewardBus
 
 __all__ = ["RewardBus"]

@@ -4,8 +4,8 @@ import time
 
 from msgspec.structs import replace
 
-from loom.bus.announcements import HEARD_S, MAX_HOSTS, AnnouncedHost, AnnouncementReader, HostKey
-from loom.bus.client import Bus, Msg, Subscription
+from loom.bus.bus import Bus, Msg, Subscription
+from loom.bus.host_directory import HEARD_S, MAX_HOSTS, AnnouncedHost, AnnouncementReader, HostKey
 
 
 class Census:

@@ -1,9 +1,9 @@
 """One of several replicas acts."""
 
-from loom.bus.client import Bus, Conflict
-from loom.bus.kv import Bucket
+from loom.bus.bus import Bus, Conflict
+from loom.bus.natsio.kv import Bucket
+from loom.schemas.base import Undecodable
 from loom.schemas.learning import Lease
-from loom.schemas.wire import Undecodable
 
 LEASE_S = 15.0  # longer than a host takes to announce what has changed
 

@@ -3,12 +3,12 @@
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from loom.bus.client import Bus, Conflict
-from loom.bus.history import between
-from loom.bus.kv import Bucket, Entry
+from loom.bus.bus import Bus, Conflict
+from loom.bus.natsio.kv import Bucket, Entry
+from loom.bus.queries import between
 from loom.bus.stored_rewards import reward_in
-from loom.phases.adapt.fold import fold
-from loom.phases.adapt.judges import WEIGHTS
+from loom.phases.adapt.evidence import fold
+from loom.phases.adapt.reward_weights import WEIGHTS
 from loom.schemas.identity import qualified, split_qualified
 from loom.schemas.learning import SNAPSHOTS, NodeProfile, Reward, Snapshot
 

@@ -19,26 +19,26 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from loom.bus.client import Bus, Conflict
-from loom.bus.faults import describe
-from loom.bus.faults import summary as summary_of
+from loom.bus.bus import Bus, Conflict
 from loom.bus.health import Health
-from loom.bus.kv import Bucket
-from loom.bus.log import get_logger
-from loom.bus.ordered import OrderedReader, Stored
+from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import summary as summary_of
+from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.kv import Bucket
+from loom.bus.natsio.ordered_consumer import OrderedReader, Stored
 from loom.bus.stored_rewards import reward_in
 from loom.bus.topology import stream_state
-from loom.phases.adapt.calibrating import Calibrating
-from loom.phases.adapt.fold import change_in, fold, forgets, is_dated_ahead, summary
-from loom.phases.adapt.judges import weights_of
+from loom.phases.adapt.calibration_writer import Calibrating
+from loom.phases.adapt.evidence import change_in, fold, forgets, is_dated_ahead, summary
 from loom.phases.adapt.rebuild import read_profiles, rebuild
-from loom.phases.adapt.retiring import Retiring
+from loom.phases.adapt.retirement import Retiring
+from loom.phases.adapt.reward_weights import weights_of
 from loom.phases.adapt.snapshots import Snapshots
+from loom.schemas.base import Undecodable, total_s
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import ADAPT, split_qualified
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward
-from loom.schemas.wire import Undecodable, total_s
 
 log = get_logger()
 

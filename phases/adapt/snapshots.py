@@ -3,16 +3,16 @@
 import asyncio
 from collections.abc import Mapping
 
-from loom.bus.client import Bus
-from loom.bus.duplicates import store_once
-from loom.bus.faults import describe
-from loom.bus.log import get_logger
-from loom.bus.ordered import Stored
+from loom.bus.bus import Bus
+from loom.bus.hops.duplicates import store_once
+from loom.bus.logs.log_fields import describe
+from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.ordered_consumer import Stored
 from loom.phases.adapt.lease import take_lease
+from loom.schemas.base import encode
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import ADAPT
 from loom.schemas.learning import SNAPSHOTS, NodeProfile, Reward, Snapshot
-from loom.schemas.wire import encode
 
 log = get_logger()
 

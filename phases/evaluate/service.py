@@ -16,20 +16,20 @@ import random
 
 from msgspec.structs import replace
 
-from loom.bus.answers import answer_task
-from loom.bus.client import Bus, Conflict
-from loom.bus.delivery import Delivery
-from loom.bus.duplicates import store_once
+from loom.bus.bus import Bus, Conflict
 from loom.bus.health import Health
-from loom.bus.kv import Bucket, Entry
-from loom.bus.log import get_logger
-from loom.bus.loop import SLOTS, HopLoop, Service
-from loom.bus.outcome import Done, Later, Next, Outcome
+from loom.bus.hops.delivery import Delivery
+from loom.bus.hops.duplicates import store_once
+from loom.bus.hops.hop_loop import SLOTS, HopLoop, Service
+from loom.bus.hops.outcomes import Done, Later, Next, Outcome
+from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.kv import Bucket, Entry
 from loom.bus.records import change, records, remembered, salvaged
-from loom.bus.reward_bus import RewardBus
+from loom.bus.replies import answer_task
+from loom.bus.rewards import RewardBus
 from loom.bus.topology import EVALUATE_LANE
-from loom.phases.evaluate import opinion
-from loom.phases.evaluate.policy import (
+from loom.phases.evaluate import llm_judge
+from loom.phases.evaluate.decisions import (
     Back,
     End,
     decide,
@@ -43,11 +43,11 @@ from loom.phases.evaluate.policy import (
 )
 from loom.phases.shared.acceptance import has_check
 from loom.phases.shared.check_pool import CheckPool, NotChecked, Violation
+from loom.schemas.base import Undecodable
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, SplitPlan, TaskRecord
 from loom.schemas.llm import LLMProvider
 from loom.schemas.notices import ParentEnded, SubtaskEnded
-from loom.schemas.wire import Undecodable
 
 log = get_logger()
 
@@ -130,15 +130,17 @@ class Evaluate:
 
     def _wants_opinion(self, envelope: Envelope, violation: Violation | None) -> bool:
         """Return whether a model is to be asked what it thinks of a result that keeps the rules."""
-        if envelope.error is not None or not opinion.wanted(envelope, self._config.judge_share, self._llm is not None):
+        if envelope.error is not None or not llm_judge.wanted(
+            envelope, self._config.judge_share, self._llm is not None
+        ):
             return False
         return judge(envelope, violation) is None
 
     async def _with_opinion(self, envelope: Envelope) -> Envelope:
         if self._llm is None:
-            return opinion.unjudged(envelope, opinion.NO_MODEL)
-        answer = await opinion.ask(self._llm, envelope, envelope.deadline - self._bus.now())
-        return opinion.with_opinion(envelope, answer)
+            return llm_judge.unjudged(envelope, llm_judge.NO_MODEL)
+        answer = await llm_judge.ask(self._llm, envelope, envelope.deadline - self._bus.now())
+        return llm_judge.with_opinion(envelope, answer)
 
     async def end_dead(self, envelope: Envelope, _raw: bytes) -> None:
         """End a task of which even this phase could not handle the message."""

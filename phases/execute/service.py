@@ -17,28 +17,28 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from loom.bus.announcements import HostKey
-from loom.bus.client import Bus, Conflict, Msg, Subscription
-from loom.bus.delivery import Delivery
+from loom.bus.bus import Bus, Conflict, Msg, Subscription
 from loom.bus.health import Health
-from loom.bus.log import get_logger
-from loom.bus.loop import HopLoop, Service
-from loom.bus.outcome import Dead, Done, Leave, Next, Outcome
+from loom.bus.hops.delivery import Delivery
+from loom.bus.hops.hop_loop import HopLoop, Service
+from loom.bus.hops.outcomes import Dead, Done, Leave, Next, Outcome
+from loom.bus.host_directory import HostKey
+from loom.bus.logs.logger import get_logger
 from loom.bus.records import record_version, records, remembered
 from loom.bus.topology import EXECUTE_LANE
-from loom.phases.execute.belief import Facts, believed
-from loom.phases.execute.claim import Drop, Standing, Take, claim, may_report
-from loom.phases.execute.errands import Errands, call_off
-from loom.phases.execute.events import EventSubjects, count_discarded
-from loom.phases.execute.plain import RUN_S, PlainRun
+from loom.phases.execute.delegation import Errands, call_off
+from loom.phases.execute.fencing import Drop, Standing, Take, claim, may_report
+from loom.phases.execute.host_errors import Facts, believed
+from loom.phases.execute.plain_runs import RUN_S, PlainRun
+from loom.phases.execute.run_inbox import EventSubjects, count_discarded
+from loom.phases.execute.run_stream import TOO_MANY, Hosts, Interrupt, Silent, Watch
 from loom.phases.execute.stops import HostRun, Stops, Why
-from loom.phases.execute.watch import TOO_MANY, Hosts, Interrupt, Silent, Watch
+from loom.schemas.base import MAX_CONTENT_BYTES, cut_utf8
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Claim, Envelope
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.run import RunEvent, RunRequest
 from loom.schemas.task import RunResult, TaskError
-from loom.schemas.wire import MAX_CONTENT_BYTES, cut_utf8
 
 log = get_logger()
 

@@ -3,9 +3,9 @@
 import asyncio
 from typing import Literal, NamedTuple
 
-from loom.bus.announcements import HostKey
-from loom.bus.client import Bus
-from loom.bus.log import get_logger
+from loom.bus.bus import Bus
+from loom.bus.host_directory import HostKey
+from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import LoomError
 from loom.schemas.run import Stop
 

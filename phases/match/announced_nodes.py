@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
-from loom.bus.announcements import AnnouncedHost, HostKey
+from loom.bus.host_directory import AnnouncedHost, HostKey
 from loom.schemas.auction import ANY_DOMAIN, AnnouncedNode
 from loom.schemas.identity import qualified
 from loom.schemas.task import domain_token

@@ -5,11 +5,11 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from loom.bus.announcements import HostKey
-from loom.bus.discards import Discards
+from loom.bus.host_directory import HostKey
+from loom.bus.logs.discards import Discards
 from loom.schemas.auction import Bid, DeclineCode, Offer
+from loom.schemas.base import Relayed, Token, Undecodable, decode
 from loom.schemas.identity import LOCAL_OWNER
-from loom.schemas.wire import Relayed, Token, Undecodable, decode
 
 MAX_OFFER_BYTES = 128 * 1024
 """Sixteen bids with all the tools a task may require take less."""

@@ -5,8 +5,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from secrets import token_hex
 
-from loom.bus.announcements import HostKey
-from loom.bus.client import Bus, Msg, Subscription
+from loom.bus.bus import Bus, Msg, Subscription
+from loom.bus.host_directory import HostKey
 from loom.phases.match.offers import HostOffer, OfferReader
 from loom.schemas.auction import BID_LIMIT, CallForBids
 

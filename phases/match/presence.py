@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 
-from loom.bus.announcements import HEARD_S, HostKey
+from loom.bus.host_directory import HEARD_S, HostKey
 
 MISSED_WINDOWS = 3
 """Windows after which a host that does not answer is not waited for."""

@@ -18,33 +18,33 @@ from dataclasses import replace as replace_fields
 
 from msgspec.structs import replace
 
-from loom.bus.announcements import HostKey
-from loom.bus.client import Bus
-from loom.bus.delivery import Delivery, Slots
+from loom.bus.bus import Bus
 from loom.bus.health import Health
-from loom.bus.kv import Bucket
-from loom.bus.log import get_logger
-from loom.bus.loop import HopLoop, Service, lane_slots
-from loom.bus.outcome import Dead, Done, Fail, Later, Next, Outcome
+from loom.bus.hops.delivery import Delivery, Slots
+from loom.bus.hops.hop_loop import HopLoop, Service, lane_slots
+from loom.bus.hops.outcomes import Dead, Done, Fail, Later, Next, Outcome
+from loom.bus.host_directory import HostKey
+from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.kv import Bucket
 from loom.bus.topology import MATCH_LANES, Lane
 from loom.phases.match.announced_nodes import Wanted
-from loom.phases.match.awards import Awards
-from loom.phases.match.busy import BusyNodes
-from loom.phases.match.claims import SETTLE_S
-from loom.phases.match.misspelt import Misspelt, warning_in
+from loom.phases.match.award_policies import policy
+from loom.phases.match.busy_nodes import BusyNodes
+from loom.phases.match.directory import Roster
+from loom.phases.match.misspelt_domains import Misspelt, warning_in
+from loom.phases.match.node_ownership import SETTLE_S
 from loom.phases.match.offers import HostOffer
 from loom.phases.match.open_calls import OpenCall, OpenCalls
-from loom.phases.match.plain import PlainNodes
-from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, Verdict, judge
-from loom.phases.match.reading import ReadRecord
-from loom.phases.match.roster import Roster
-from loom.phases.match.trust import policy
+from loom.phases.match.partial_decoding import ReadRecord
+from loom.phases.match.plain_bids import PlainNodes
+from loom.phases.match.recent_awards import Awards
+from loom.phases.match.scoring import AllBusy, Awarded, Book, Exhausted, Nobody, Verdict, judge
 from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, Bid, CallForBids, Lot
+from loom.schemas.base import Undecodable, cut_utf8
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import IN_HAND_S, Award, Envelope, Spec
 from loom.schemas.identity import qualified, split_qualified
 from loom.schemas.task import TaskError
-from loom.schemas.wire import Undecodable, cut_utf8
 
 log = get_logger()
 

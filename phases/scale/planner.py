@@ -1,15 +1,15 @@
 """Where a plan comes from: the ad itself, or a model, asked a second time with its mistakes."""
 
-from loom.bus.log import get_logger
+from loom.bus.logs.logger import get_logger
 from loom.phases.shared.division import PLAN
 from loom.phases.shared.llm_call import Answer, ask
+from loom.schemas.base import MAX_CONTEXT_BYTES, encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Subtask
 from loom.schemas.errors import InvalidPlan, LoomError
 from loom.schemas.llm import AssistantMessage, CompletionParams, LLMProvider, Message, SystemMessage, UserMessage
 from loom.schemas.plan import PLAN_SCHEMA, parse_plan
 from loom.schemas.task import TaskAd
-from loom.schemas.wire import MAX_CONTEXT_BYTES, encode
 
 log = get_logger()
 

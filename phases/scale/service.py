@@ -18,20 +18,21 @@ from weakref import WeakValueDictionary
 
 from msgspec.structs import replace
 
-from loom.bus.client import Bus, Conflict
-from loom.bus.delivery import Delivery
-from loom.bus.duplicates import store_once
+from loom.bus.bus import Bus, Conflict
 from loom.bus.health import Health
-from loom.bus.kv import Bucket
-from loom.bus.log import get_logger
-from loom.bus.loop import SLOTS, HopLoop, Service, schedule
-from loom.bus.outcome import Dead, Done, Fail, Next, Outcome
+from loom.bus.hops.delivery import Delivery
+from loom.bus.hops.duplicates import store_once
+from loom.bus.hops.hop_loop import SLOTS, HopLoop, Service, schedule
+from loom.bus.hops.outcomes import Dead, Done, Fail, Next, Outcome
+from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.kv import Bucket
 from loom.bus.records import records
 from loom.bus.topology import SCALE_LANE
-from loom.phases.scale import graph, planner
-from loom.phases.scale.spawn import NodeRequests
+from loom.phases.scale import planner, subtask_graph
+from loom.phases.scale.spawn_requests import NodeRequests
 from loom.phases.shared.division import is_saturated, undivided, wants_scale
 from loom.phases.shared.token_usage import before_the_run, charged, with_parts
+from loom.schemas.base import MAX_CONTENT_BYTES, Undecodable, cut_utf8
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, SplitPlan, Subtask
 from loom.schemas.errors import BusUnavailable, InvalidPlan
@@ -39,7 +40,6 @@ from loom.schemas.events import SubtaskEvent
 from loom.schemas.llm import LLMProvider
 from loom.schemas.notices import ParentEnded, PlanTimeout, ScaleMessage, SubtaskEnded, read_scale_message
 from loom.schemas.task import RunResult, TaskError
-from loom.schemas.wire import MAX_CONTENT_BYTES, Undecodable, cut_utf8
 
 log = get_logger()
 
@@ -118,7 +118,7 @@ class Scale:
             return envelope
         if entry is None:
             return envelope
-        plan = graph.for_attempt(entry.value, envelope)
+        plan = subtask_graph.for_attempt(entry.value, envelope)
         return with_parts(plan.envelope, plan.subtasks)
 
     async def _on_task(self, envelope: Envelope) -> Outcome:
@@ -149,16 +149,16 @@ class Scale:
         except InvalidPlan as error:
             return Fail(TaskError.of(error), envelope)
         if subtasks is not None:
-            plan = graph.begin(envelope, subtasks)
+            plan = subtask_graph.begin(envelope, subtasks)
         elif self._llm is not None:
             plan = await self._ask_for_plan(envelope, self._llm)
         else:
-            plan = graph.whole(envelope, "no model is there to plan")
+            plan = subtask_graph.whole(envelope, "no model is there to plan")
         try:
             await self._plans.create(envelope.task_id, plan)
         except Conflict:  # a twin of the message was faster
             return await self._divide(envelope)
-        log.info("divided", subtasks=len(plan.subtasks), begun=len(graph.running(plan)), note=plan.note)
+        log.info("divided", subtasks=len(plan.subtasks), begun=len(subtask_graph.running(plan)), note=plan.note)
         return await self._answer(envelope, plan)
 
     async def _answer(self, envelope: Envelope, plan: SplitPlan) -> Outcome:
@@ -168,8 +168,8 @@ class Scale:
         later, comes with it. An older one has nothing to wait for, because the message of the newer one goes on.
         """
         if not plan.subtasks:
-            return Next("execute", _whole(graph.charged_as(plan, envelope), plan.note))
-        change = await self._change(envelope.task_id, lambda plan: graph.for_attempt(plan, envelope))
+            return Next("execute", _whole(subtask_graph.charged_as(plan, envelope), plan.note))
+        change = await self._change(envelope.task_id, lambda plan: subtask_graph.for_attempt(plan, envelope))
         if change is None:
             raise BusUnavailable(f"the plan of {envelope.task_id} is gone")
         plan = change[1]
@@ -177,7 +177,7 @@ class Scale:
             return Done()
         if plan.state == "done" and plan.error is None:
             return await self._over(plan)
-        outcome = await self._carry_out(plan, graph.running(plan))
+        outcome = await self._carry_out(plan, subtask_graph.running(plan))
         return Next(outcome.phase, outcome.envelope) if isinstance(outcome, Next) else outcome
 
     async def _over(self, plan: SplitPlan) -> Outcome:
@@ -193,12 +193,12 @@ class Scale:
         answer = await planner.asked(llm, envelope.ad, self._config, left_s, budget)
         envelope, subtasks = charged(envelope, "scale", answer.usage), answer.value
         if isinstance(answer.error, InvalidPlan):
-            return graph.whole(envelope, f"the model's plan cannot be used: {answer.error.message}")
+            return subtask_graph.whole(envelope, f"the model's plan cannot be used: {answer.error.message}")
         if subtasks is None:
-            return graph.whole(envelope, f"the model could not be asked: {answer.why}")
+            return subtask_graph.whole(envelope, f"the model could not be asked: {answer.why}")
         if len(subtasks) == 1:
-            return graph.whole(envelope, "the model sees one task in it")
-        return graph.begin(envelope, subtasks)
+            return subtask_graph.whole(envelope, "the model sees one task in it")
+        return subtask_graph.begin(envelope, subtasks)
 
     # -- notices
 
@@ -208,26 +208,26 @@ class Scale:
         if child is None or not child.value.ended:
             log.warning("notice_too_early", child_id=child_id)
             return Done()
-        change = await self._change(parent_id, lambda plan: graph.note(plan, child.value))
+        change = await self._change(parent_id, lambda plan: subtask_graph.note(plan, child.value))
         if change is None:
             log.info("notice_without_plan", child_id=child_id)
             return Done()
         before, plan = change
-        await self._report(plan, graph.ended_event(plan, child.value, self._bus.now()))
+        await self._report(plan, subtask_graph.ended_event(plan, child.value, self._bus.now()))
         if plan != before and before.state == "done":
             return Done()  # the parent's end is published already, or will be by a message of its own
         if plan != before:
-            known = {part.id for part in graph.running(before)}
-            return await self._carry_out(plan, [part for part in graph.running(plan) if part.id not in known])
+            known = {part.id for part in subtask_graph.running(before)}
+            return await self._carry_out(plan, [part for part in subtask_graph.running(plan) if part.id not in known])
         # Told before, perhaps by a process that died right then: what followed is published again.
-        return await self._carry_out(plan, graph.begun_by(plan, child_id))
+        return await self._carry_out(plan, subtask_graph.begun_by(plan, child_id))
 
     async def _on_end(self, parent_id: str) -> Outcome:
         """The divided task has ended: its plan is over, and so are the subtasks that still run."""
-        change = await self._change(parent_id, graph.finish)
+        change = await self._change(parent_id, subtask_graph.finish)
         if change is not None:
             await self._drop_timer(parent_id)
-            await asyncio.gather(*(self._cancel(part) for part in graph.running(change[1])))
+            await asyncio.gather(*(self._cancel(part) for part in subtask_graph.running(change[1])))
         return Done()
 
     async def _change(
@@ -279,7 +279,7 @@ class Scale:
             case "joining":
                 await self._drop_timer(plan.parent_id)
                 outputs = await self._outputs(plan, [part.id for part in plan.subtasks])
-                return Next("execute", graph.joined(plan, outputs), _id(plan, "join"))
+                return Next("execute", subtask_graph.joined(plan, outputs), _id(plan, "join"))
             case "done":
                 return await self._fail(plan)
 
@@ -306,8 +306,10 @@ class Scale:
 
     async def _publish(self, plan: SplitPlan, part: Subtask, outputs: Mapping[str, str]) -> None:
         now = self._bus.now()
-        child = graph.child_of(plan, part, outputs, now)
-        await self._report(plan, graph.begun_event(plan, part, now))  # first, so that it precedes the subtask's end
+        child = subtask_graph.child_of(plan, part, outputs, now)
+        await self._report(
+            plan, subtask_graph.begun_event(plan, part, now)
+        )  # first, so that it precedes the subtask's end
         subject = self._bus.subjects.task("sense", child.priority, child.task_id)
         await store_once(self._bus, subject, child, msg_id=f"{child.task_id}:begin")
 

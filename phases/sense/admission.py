@@ -2,16 +2,16 @@
 
 from msgspec.structs import replace
 
-from loom.bus.answers import allowed_reply, answer, answer_error, answer_task
-from loom.bus.client import Bus, Conflict
-from loom.bus.kv import Entry
-from loom.bus.log import get_logger
+from loom.bus.bus import Bus, Conflict
+from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.kv import Entry
 from loom.bus.records import change, record_version, records
+from loom.bus.replies import allowed_reply, answer, answer_error, answer_task
+from loom.schemas.base import Undecodable
 from loom.schemas.envelope import Envelope, TaskRecord
 from loom.schemas.errors import BusUnavailable, InvalidTask
 from loom.schemas.identity import PUBLIC
 from loom.schemas.task import Accepted, Submission, TaskAd, TaskError, TaskResult, ad_digest
-from loom.schemas.wire import Undecodable
 
 log = get_logger()
 

@@ -12,29 +12,29 @@ import time
 
 from msgspec.structs import replace
 
-from loom.bus.client import Bus
-from loom.bus.delivery import Delivery, Slots
-from loom.bus.faults import describe
+from loom.bus.bus import Bus
 from loom.bus.health import Health, together
-from loom.bus.log import get_logger
-from loom.bus.loop import HopLoop, Service, lane_slots
-from loom.bus.orphans import sweep
-from loom.bus.outcome import Dead, Done, Fail, Next, Outcome
+from loom.bus.hops.delivery import Delivery, Slots
+from loom.bus.hops.hop_loop import HopLoop, Service, lane_slots
+from loom.bus.hops.orphans import sweep
+from loom.bus.hops.outcomes import Dead, Done, Fail, Next, Outcome
+from loom.bus.logs.log_fields import describe
+from loom.bus.logs.logger import get_logger
 from loom.bus.topology import INTAKE_LANES, SENSE_LANE, Lane, in_flight, stream_state
 from loom.phases.sense.admission import Admission, envelope_for
-from loom.phases.sense.calibration import Calibrations
-from loom.phases.sense.desk import CANCELLED, Desk, check_accept
-from loom.phases.sense.policy import estimate_schema, look, prompt, read_estimate, with_division
+from loom.phases.sense.calibration_reader import Calibrations
+from loom.phases.sense.client_api import CANCELLED, Desk, check_accept
+from loom.phases.sense.estimate import estimate_schema, look, prompt, read_estimate, with_division
 from loom.phases.shared.check_pool import CheckPool, NotChecked
 from loom.phases.shared.llm_call import ask
 from loom.phases.shared.token_usage import before_the_run, charged
+from loom.schemas.base import MAX_AD_BYTES
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Spec
 from loom.schemas.errors import InvalidTask, LoomError
 from loom.schemas.identity import PUBLIC
 from loom.schemas.llm import CompletionParams, LLMProvider, UserMessage
 from loom.schemas.task import Submission, TaskAd, TaskError, check_ad
-from loom.schemas.wire import MAX_AD_BYTES
 
 log = get_logger()
 

@@ -6,10 +6,10 @@ Patterns and JSON Schemas are compiled and run by check_pool.py.
 import re
 from typing import Any, Final
 
-from loom.schemas.pattern_bounds import OutOfBounds, pattern_steps
-from loom.schemas.schema_bounds import check_schema
+from loom.schemas.base import MAX_JSON_DEPTH, MAX_SCHEMA_BYTES, encode
+from loom.schemas.checks.pattern_bounds import OutOfBounds, pattern_steps
+from loom.schemas.checks.schema_bounds import check_schema
 from loom.schemas.task import Accept
-from loom.schemas.wire import MAX_JSON_DEPTH, MAX_SCHEMA_BYTES, encode
 
 REFUSALS = re.compile(
     r"\A\W*(?:i(?:'|\u2019)?m (?:very )?sorry|i am (?:very )?sorry|sorry|i apologi[sz]e|unfortunately)?\W*"

@@ -11,13 +11,13 @@ from typing import Final, Generic, Literal, TypeVar
 
 import msgspec
 
-from loom.bus.client import Bus
-from loom.bus.log import get_logger
+from loom.bus.bus import Bus
+from loom.bus.logs.logger import get_logger
 from loom.phases.shared.acceptance import encoded_schema, has_check, out_of_bounds, plain_violation
 from loom.phases.shared.check_process import HelperDied, HelperProcess
+from loom.schemas.base import Relayed, encode
 from loom.schemas.errors import Overloaded
 from loom.schemas.task import Accept, TaskError
-from loom.schemas.wire import Relayed, encode
 
 log = get_logger()
 T = TypeVar("T")

@@ -7,9 +7,9 @@ from typing import Any, Generic, TypeVar
 
 from msgspec.structs import replace
 
-from loom.bus.faults import type_name
-from loom.bus.log import get_logger
-from loom.phases.shared.breaker import breaker_of
+from loom.bus.logs.log_fields import type_name
+from loom.bus.logs.logger import get_logger
+from loom.phases.shared.circuit_breaker import breaker_of
 from loom.schemas.errors import AgentFailed, BudgetExceeded, DeadlineExceeded, LoomError
 from loom.schemas.llm import CompletionParams, LLMProvider, Message, Usage
 from loom.schemas.task import PhaseUsage

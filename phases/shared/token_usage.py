@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 from msgspec.structs import replace
 
+from loom.schemas.base import total
 from loom.schemas.envelope import Envelope, Phase, Subtask, TaskRecord
 from loom.schemas.task import PhaseUsage, RunResult
-from loom.schemas.wire import total
 
 BEFORE_THE_RUN = 0.25
 """Share of a budget that the questions of the phases before the run may take at a time."""

@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from loom.runner.cli import checkup, dead, lay_out, node_group, nodes, rewards, serve, task, tasks, watch, work
-from loom.runner.cli.ending import end
-from loom.runner.cli.render import one_line
+from loom.runner.cli.commands import dead, doctor, init, node, node_group, reward, run, tap, task, tasks, up
+from loom.runner.cli.process_exit import end
+from loom.runner.cli.views.tables import one_line
 from loom.schemas.errors import LoomError
 
 _EXITS = {
@@ -28,14 +28,14 @@ _EXITS = {
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(name="loom", add_completion=False, pretty_exceptions_enable=False)
-for command in (work.run, serve.up, serve.phase, work.submit, watch.tap):
+for command in (run.run, up.up, up.phase, run.submit, tap.tap):
     app.command()(command)
-for view in (task.task, tasks.tasks, tasks.cancel, nodes.nodes, nodes.hosts, rewards.reward):
+for view in (task.task, tasks.tasks, tasks.cancel, node.nodes, node.hosts, reward.reward):
     app.command()(view)
-app.command()(lay_out.init)
-app.command()(checkup.doctor)
+app.command()(init.init)
+app.command()(doctor.doctor)
 app.add_typer(node_group.app, name="node")
-app.add_typer(rewards.app, name="rewards")
+app.add_typer(reward.app, name="rewards")
 app.add_typer(dead.app, name="dead")
 
 

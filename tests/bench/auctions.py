@@ -8,10 +8,10 @@ from support.wait import until
 from bench.measure import closed_loop, quantile, said
 from bench.town import Town, ad, town
 from loom.bus import topology
-from loom.bus.client import Bus
-from loom.bus.kv import Bucket
+from loom.bus.bus import Bus
+from loom.bus.natsio.kv import Bucket
 from loom.phases.match import Match
-from loom.phases.match.policy import Awarded
+from loom.phases.match.scoring import Awarded
 from loom.schemas.auction import ANNOUNCED_NODES
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Spec

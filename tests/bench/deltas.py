@@ -13,8 +13,8 @@ from support.command import LOOM
 
 from bench.measure import cpu_s, said
 from bench.town import SLOTS, WITHIN_S, Town, town
-from loom.bus import tasks
-from loom.bus.client import Bus
+from loom.bus import task_client
+from loom.bus.bus import Bus
 from loom.schemas.events import TextDelta
 from loom.schemas.task import TaskAd
 
@@ -46,7 +46,7 @@ async def listen(bus: Bus, pieces: int) -> Heard:
     """Have one task say so many pieces, and return what has come of them."""
     began = time.perf_counter()  # the handing in is part of it: what waits to be read counts for nothing
     ad = TaskAd(domain="talk", description="talk", estimated_complexity=0.3, context={"pieces": pieces})
-    handle = await tasks.publish(bus, ad)
+    handle = await task_client.publish(bus, ad)
     texts: list[str] = []
     ended = began
     async for delta in handle.events():

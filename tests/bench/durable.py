@@ -9,7 +9,7 @@ from support.nats_cluster import NatsCluster
 
 from bench.measure import load
 from bench.town import Town
-from loom.runner.embedded import NatsServer
+from loom.runner.server.nats_server import NatsServer
 
 WARM_UP, TASKS, QUICK_TASKS, AT_ONCE, ALONE = 64, 1000, 200, 256, 50
 

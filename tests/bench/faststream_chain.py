@@ -9,7 +9,7 @@ from itertools import count
 
 from bench.measure import closed_loop
 from bench.raw_pipe import FILLER_BYTES, HOPS
-from loom.runner.embedded import NatsServer
+from loom.runner.server.nats_server import NatsServer
 
 BATCH = 256
 """Messages fetched at a time."""

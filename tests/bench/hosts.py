@@ -5,9 +5,9 @@ import os
 import sys
 from contextlib import AsyncExitStack
 
-from loom.agents.host import NodeHost
-from loom.bus.client import Bus
-from loom.runner import logs
+from loom.agents.host.node_host import NodeHost
+from loom.bus.bus import Bus
+from loom.runner import log_output
 from loom.types import AgentNode, CapabilityProfile
 
 SLOTS = 100_000
@@ -33,5 +33,5 @@ async def run(hosts: int, nodes_each: int, name: str) -> None:
 
 
 if __name__ == "__main__":
-    logs.configure("error")
+    log_output.configure("error")
     asyncio.run(run(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))

@@ -23,10 +23,10 @@ from random import Random
 from statistics import mean, median
 from typing import Protocol
 
-from loom.bus.announcements import HostKey
-from loom.phases.adapt.fold import fold
-from loom.phases.match.policy import Book, award
-from loom.phases.match.trust import POLICIES, policy
+from loom.bus.host_directory import HostKey
+from loom.phases.adapt.evidence import fold
+from loom.phases.match.award_policies import POLICIES, policy
+from loom.phases.match.scoring import Book, award
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import Envelope, Spec
 from loom.schemas.learning import NodeProfile, Reward

@@ -5,9 +5,9 @@ reward, what is learned of it) beside a message through six no-op hops: written 
 (`raw pipe`), and by FastStream. Each is started afresh on a server of its own, one after the other, in rounds; what is
 printed are medians over the rounds, and each figure's ratio to the raw pipe of the same round.
 
-Tasks are handed in by this process, with a constant number under way, by `loom.bus.tasks.publish` without deltas: what
-`Runtime.submit` does, less a layer. `--by-request` sends requests to `loom.submit` instead, which take less of a client
-and more of SENSE.
+This process publishes the tasks with `loom.bus.task_client.publish`, without deltas and with a constant number under
+way: what `Runtime.submit` does, less a layer. `--by-request` sends requests to `loom.submit` instead, which take less
+of a client and more of SENSE.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from bench import faststream_chain, profiling
 from bench.measure import Contender, Load, load, middle, said
 from bench.raw_pipe import raw_pipe
 from bench.town import of_phases, whole_loop
-from loom.runner import logs
-from loom.runner.cli.running import run_to_end
+from loom.runner import log_output
+from loom.runner.cli.entry import run_to_end
 
 ROUNDS = 3
 TASKS, QUICK_TASKS = 3000, 500
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--by-request", action="store_true", help="Hand tasks in by requests to loom.submit.")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="Only profile the phases, into FILE.")
     given = parser.parse_args()
-    logs.configure("error")
+    log_output.configure("error")
     tasks = given.tasks or (QUICK_TASKS if given.quick else TASKS)
     work: Any
     if given.profile:

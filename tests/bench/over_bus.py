@@ -15,16 +15,16 @@ from support.command import LOOM, command
 from support.wait import until
 
 from bench.learning import AGENTS, HEAD, Figures, Setting, World, play, row
-from loom.bus import tasks
-from loom.bus.client import Bus, Msg
+from loom.bus import task_client
+from loom.bus.bus import Bus, Msg
 from loom.phases.match import Match
-from loom.runner import logs
-from loom.runner.cluster import PhaseGroup
-from loom.runner.embedded import NatsServer
+from loom.runner import log_output
+from loom.runner.server.nats_server import NatsServer
+from loom.runner.services import PhaseGroup
+from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.learning import Reward
 from loom.schemas.task import TaskAd
-from loom.schemas.wire import decode
 
 FILE = Path(__file__).with_name("agents.py")
 WITHIN_S = 60
@@ -101,7 +101,7 @@ class Cluster:
     async def _submit(self, number: int) -> None:
         domain = f"d{self.world.domain(number)}"
         ad = TaskAd(task_id=f"t{number}", domain=domain, description="x", estimated_complexity=0.3)
-        await (await tasks.publish(self.bus, ad, deltas=False)).close()
+        await (await task_client.publish(self.bus, ad, deltas=False)).close()
 
 
 @asynccontextmanager
@@ -124,7 +124,7 @@ async def cluster(url: str, world: World, config: ClusterConfig = CONFIG) -> Asy
 
 async def one_at_a_time(url: str, world: World, policy: str = "glr_ucb") -> list[int]:
     """Return whom a policy awards each task of a world to, when nothing is under way meanwhile and all are free."""
-    with patch("loom.phases.match.policy.TAKEN_S", 0.0):  # an award of a moment ago is over, and is no load
+    with patch("loom.phases.match.scoring.TAKEN_S", 0.0):  # an award of a moment ago is over, and is no load
         async with cluster(url, world, replace(CONFIG, policy=policy)) as running:
             return await running.play()
 
@@ -137,7 +137,7 @@ async def side_by_side(url: str, world: World, policy: str = "glr_ucb") -> list[
 
 async def compare(policies: Sequence[str], settings: Sequence[Setting], seeds: Sequence[int]) -> None:
     """Print what the policies do over a bus, beside what they do without one."""
-    logs.configure("error")
+    log_output.configure("error")
     print(HEAD)
     server = NatsServer()
     server.start()

@@ -18,7 +18,7 @@ import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from loom.runner.embedded import NatsServer
+from loom.runner.server.nats_server import NatsServer
 
 HOPS = 6
 STREAM = "RAW"

@@ -14,9 +14,9 @@ from support.wait import until
 
 from bench.measure import cpu_s, rss_mb, said
 from bench.town import Town, ad, whole_loop
-from loom.bus.client import Bus, Msg
+from loom.bus.bus import Bus, Msg
+from loom.schemas.base import new_id
 from loom.schemas.task import Submission
-from loom.schemas.wire import new_id
 
 FIRST = Path(__file__).with_name("first_result.py")
 STARTS = 5

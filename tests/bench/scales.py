@@ -13,8 +13,8 @@ from bench.auctions import many_hosts, many_nodes
 from bench.deltas import many_deltas
 from bench.durable import durability
 from bench.resting import backlog, idle, start_up
-from loom.runner import logs
-from loom.runner.cli.running import run_to_end
+from loom.runner import log_output
+from loom.runner.cli.entry import run_to_end
 
 Measure = Callable[..., Coroutine[Any, Any, None]]
 MEASURES: dict[str, Measure] = {
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="Fewer of everything.")
     parser.add_argument("--queued", type=int, default=QUEUED, help=f"Tasks of the backlog; {QUEUED:,} by default.")
     given = parser.parse_args()
-    logs.configure("error")
+    log_output.configure("error")
     measures: dict[str, Measure] = {**MEASURES, "backlog": partial(backlog, queued=given.queued)}
     for name in given.only or measures:
         print(f"-- {name}: {MEASURES[name].__doc__}", flush=True)

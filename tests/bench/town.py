@@ -11,12 +11,12 @@ from support.command import LOOM, Command, command
 
 from bench.measure import closed_loop
 from bench.raw_pipe import FILLER_BYTES
-from loom.bus import tasks
-from loom.bus.client import Bus
-from loom.runner.embedded import NatsServer
+from loom.bus import task_client
+from loom.bus.bus import Bus
+from loom.runner.server.nats_server import NatsServer
+from loom.schemas.base import decode
 from loom.schemas.envelope import PHASES
 from loom.schemas.task import TaskAd, TaskResult
-from loom.schemas.wire import decode
 
 HERE = Path(__file__).parent
 PROFILED = (sys.executable, str(HERE / "profiled.py"))
@@ -83,7 +83,7 @@ class Town:
         return await closed_loop(self._ask if self.by_request else self._publish, count, at_once)
 
     async def _publish(self) -> None:
-        handle = await tasks.publish(self.bus, ad(), deltas=False)
+        handle = await task_client.publish(self.bus, ad(), deltas=False)
         result = await handle.result(WITHIN_S)
         if not result.success:
             raise RuntimeError(f"a task failed: {result.error}")

@@ -7,8 +7,8 @@ from support.buses import Connect
 from support.hops import Phases
 
 from loom.bus import topology
-from loom.bus.client import Bus
-from loom.runner.embedded import NatsServer
+from loom.bus.bus import Bus
+from loom.runner.server.nats_server import NatsServer
 from loom.schemas.config import ClusterConfig
 
 

@@ -7,9 +7,9 @@ from support.phases import Replica, Stage
 from support.rewards import publish, reward
 from support.wait import until
 
-from loom.bus.kv import Bucket
-from loom.bus.reward_bus import RewardBus
-from loom.phases.adapt.fold import fold
+from loom.bus.natsio.kv import Bucket
+from loom.bus.rewards import RewardBus
+from loom.phases.adapt.evidence import fold
 from loom.schemas.identity import node_key
 from loom.schemas.learning import BIAS, WINDOW, Calibration, NodeProfile
 

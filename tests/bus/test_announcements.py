@@ -13,12 +13,11 @@ from support.phases import Stage, call_for_bids
 from support.runs import run
 from support.wait import until
 
-from loom.agents import announce_pace
-from loom.agents.announce_pace import AnnouncePace
-from loom.agents.announcement import announced, fitted
-from loom.agents.host import ANNOUNCE_S
-from loom.agents.share import Share
-from loom.bus.announcements import announced_hosts
+from loom.agents.host.announce_pace import AnnouncePace
+from loom.agents.host.announcement import announced, fitted
+from loom.agents.host.node_host import ANNOUNCE_S, announce_pace
+from loom.agents.host.node_share import Share
+from loom.bus.host_directory import announced_hosts
 from loom.schemas.auction import (
     ANNOUNCED_NAMES,
     ANNOUNCED_NODES,
@@ -26,8 +25,8 @@ from loom.schemas.auction import (
     AnnouncedNode,
     HostAnnouncement,
 )
+from loom.schemas.base import encode
 from loom.schemas.identity import Identity
-from loom.schemas.wire import encode
 from loom.types import AgentNode, CapabilityProfile
 
 

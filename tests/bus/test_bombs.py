@@ -22,10 +22,10 @@ from support.wait import until
 from loom.bus.topology import EVALUATE_LANE
 from loom.phases.evaluate import Evaluate
 from loom.phases.shared import check_pool
+from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Claim, Phase, Split
 from loom.schemas.task import Accept, ErrorReply, RunResult, TaskResult
-from loom.schemas.wire import encode
 
 MOST_S = 0.2
 """CPU time of the loop's thread that one callback may use."""

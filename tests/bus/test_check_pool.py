@@ -15,12 +15,12 @@ from support.buses import Connect
 from support.logs import capture_logs
 from support.wait import until
 
-from loom.bus.client import Bus
+from loom.bus.bus import Bus
 from loom.phases.shared import check_pool
 from loom.phases.shared.check_pool import CheckPool, NotChecked
 from loom.phases.shared.check_process import HelperDied, HelperProcess
+from loom.schemas.base import encode
 from loom.schemas.task import Accept
-from loom.schemas.wire import encode
 
 DIGITS = Accept(pattern=r"^\d+$", json_schema={"type": "integer"})
 SLOW = Accept(pattern=COSTLY_PATTERNS[0])
@@ -243,7 +243,7 @@ async def test_helpers_end_with_the_bus(connect: Connect) -> None:
 PARENT = """
 import asyncio, os, sys, time
 from loom.phases.shared.check_process import HelperProcess
-from loom.schemas.wire import encode
+from loom.schemas.base import encode
 async def main():
     helper = await HelperProcess.start()
     print(helper._process.pid, flush=True)

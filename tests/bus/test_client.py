@@ -16,10 +16,12 @@ from support.logs import capture_logs
 from support.stopping import stop
 from support.wait import until
 
-from loom.bus import client, connection, topology
-from loom.bus.awaited import Awaited
-from loom.bus.client import Bus, Conflict, Msg, NoResponders, PayloadTooLarge, Refused
-from loom.runner.embedded import NatsServer
+from loom.bus import bus as bus_module
+from loom.bus import topology
+from loom.bus.bus import Bus, Conflict, Msg, NoResponders, PayloadTooLarge, Refused
+from loom.bus.natsio import connection
+from loom.bus.natsio.one_shot import Awaited
+from loom.runner.server.nats_server import NatsServer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
 
@@ -335,7 +337,7 @@ def lose_acks(bus: Bus, monkeypatch: pytest.MonkeyPatch, count: int) -> list[str
         return opened[-1]
 
     monkeypatch.setattr(bus, "open_inbox", open_inbox)
-    monkeypatch.setattr(client, "PUBLISH_TRY_S", 0.1)
+    monkeypatch.setattr(bus_module, "PUBLISH_TRY_S", 0.1)
     return opened
 
 
@@ -561,7 +563,7 @@ async def test_a_connection_that_answers_is_left_alone_when_only_the_store_is_si
 async def test_a_stream_that_answers_but_stores_nothing_is_overloaded(
     bus: Bus, plain: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "_Unconfirmed", Unanswered)
+    monkeypatch.setattr(bus_module, "_Unconfirmed", Unanswered)
     with pytest.raises(Overloaded, match="disk may be full"):
         await bus.store(bus.subjects.intake("public", "low", "t1"), b"x", within_s=0.1)
     with pytest.raises(BusUnavailable):
@@ -573,7 +575,7 @@ class Deaf(Awaited[Msg]):
         """Hear nothing."""
 
 
-class Unanswered(client._Unconfirmed):
+class Unanswered(bus_module._Unconfirmed):
     def __init__(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
         super().__init__(subject, payload, headers)
         self.answer = Deaf()
@@ -675,7 +677,7 @@ async def test_what_fails_beside_the_connection_is_logged(plain: Bus) -> None:
 
 
 ABORTS = {
-    "inside": "import asyncio; from loom.bus.client import Bus\n"
+    "inside": "import asyncio; from loom.bus.bus import Bus\n"
     "async def main():\n"
     "    bus = await Bus(URL, namespace=NS).connect()\n"
     "    async def never(): await asyncio.Event().wait()\n"
@@ -683,7 +685,7 @@ ABORTS = {
     "    await bus.subscribe('a', heard); bus.spawn(never(), name='n'); await bus.echo()\n"
     "    bus.abort(); bus.abort(); await bus.close(); assert not bus.lost.is_set()\n"
     "asyncio.run(main(), debug=True)\n",
-    "after": "import asyncio, gc; from loom.bus.client import Bus\n"
+    "after": "import asyncio, gc; from loom.bus.bus import Bus\n"
     "async def main():\n"
     "    bus = await Bus(URL, namespace=NS).connect()\n"
     "    await bus.echo()\n"

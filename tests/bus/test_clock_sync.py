@@ -11,9 +11,10 @@ from support.configured import configured_server
 from support.logs import capture_logs
 from support.wait import until
 
-from loom.bus import clock_sync, topology
-from loom.bus.client import Bus
-from loom.runner.embedded import NatsServer
+from loom.bus import topology
+from loom.bus.bus import Bus
+from loom.bus.natsio import clock_sync
+from loom.runner.server.nats_server import NatsServer
 from loom.schemas.config import ClusterConfig
 
 

@@ -15,10 +15,11 @@ from support.fake_server import fake_server, info
 from support.logs import capture_logs
 from support.wait import until
 
-from loom.bus import connection, resolver
-from loom.bus.client import Bus
-from loom.bus.resolver import Resolver
-from loom.runner.embedded import NatsServer
+from loom.bus.bus import Bus
+from loom.bus.natsio import connection
+from loom.bus.natsio.transport import resolver
+from loom.bus.natsio.transport.resolver import Resolver
+from loom.runner.server.nats_server import NatsServer
 from loom.schemas.errors import BusUnavailable
 
 PASSWORDS = ["s3cr,et@x", "a:b/c?d#e", "100%", "%41", "pä ss", "'\"\\", ""]

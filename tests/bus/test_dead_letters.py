@@ -9,15 +9,15 @@ from support.foreign import publish_raw
 from support.hops import Phases, arrived, deliver_in_vain, hop, last, messages, put, settled
 from support.logs import capture_logs
 
-from loom.bus import loop as loop_module
-from loom.bus.client import Bus
-from loom.bus.delivery import DEAD_AFTER, Delivery
-from loom.bus.outcome import Dead, Outcome
+from loom.bus.bus import Bus
+from loom.bus.hops import hop_loop as loop_module
+from loom.bus.hops.delivery import DEAD_AFTER, Delivery
+from loom.bus.hops.outcomes import Dead, Outcome
 from loom.bus.records import records
 from loom.bus.topology import INTAKE_LANES, SENSE_LANE
+from loom.schemas.base import MAX_MESSAGE_BYTES, encode
 from loom.schemas.envelope import Claim, Envelope, Hop, Phase, Split, TaskRecord
 from loom.schemas.task import RunResult, Submission, TaskAd
-from loom.schemas.wire import MAX_MESSAGE_BYTES, encode
 
 GARBAGE = b'\xff\x00{"not": json'
 

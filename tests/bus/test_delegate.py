@@ -12,8 +12,8 @@ from support.runs import event_subject, stop_run
 from support.wait import until
 
 from loom import delegate
-from loom.agents.host import NodeHost
-from loom.bus.client import Bus, Msg
+from loom.agents.host.node_host import NodeHost
+from loom.bus.bus import Bus, Msg
 from loom.schemas.errors import SubtaskFailed
 from loom.schemas.events import AgentEvent, Done, TokenUsage
 from loom.schemas.run import RunEvent, RunRequest, delegated_id, read_events
@@ -31,7 +31,7 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.agents.host.HEARTBEAT_S", 0.1)
+    monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 0.1)
 
 
 def node(agent: Any) -> AgentNode:

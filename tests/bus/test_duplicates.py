@@ -15,17 +15,18 @@ from support.phases import Stage, awarded, envelope
 from support.rewards import reward
 from support.wait import until
 
-from loom.bus import tasks
-from loom.bus.client import Bus
-from loom.bus.delivery import Delivery, stamp
-from loom.bus.duplicates import is_ours, store_once
-from loom.bus.kv import Bucket
-from loom.bus.loop import schedule
-from loom.bus.outcome import Later, Next, Outcome
-from loom.bus.reward_bus import RewardBus
-from loom.bus.schedules import SCHEDULE, TARGET
-from loom.bus.stored import StoredMessage
-from loom.runner.cluster import running_nodes, running_phases
+from loom.bus import task_client
+from loom.bus.bus import Bus
+from loom.bus.hops.delivery import Delivery, stamp
+from loom.bus.hops.duplicates import is_ours, store_once
+from loom.bus.hops.hop_loop import schedule
+from loom.bus.hops.outcomes import Later, Next, Outcome
+from loom.bus.hops.schedules import SCHEDULE, TARGET
+from loom.bus.natsio.kv import Bucket
+from loom.bus.natsio.stored_message import StoredMessage
+from loom.bus.rewards import RewardBus
+from loom.runner.services import running_nodes, running_phases
+from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import AgentFailed
@@ -33,7 +34,6 @@ from loom.schemas.learning import NodeProfile
 from loom.schemas.notices import ParentEnded, PlanTimeout, SubtaskEnded
 from loom.schemas.run import RunRequest
 from loom.schemas.task import RunResult, TaskAd, TaskError
-from loom.schemas.wire import encode
 
 NOW = 1_800_000_000.0
 HOP = envelope(TaskAd(task_id="d", description="x"), now=NOW)
@@ -257,7 +257,7 @@ async def test_a_cancel_whose_id_was_taken_is_announced(stage: Stage) -> None:
     hop = envelope(TaskAd(task_id="d", description="x"), now=stage.bus.now())
     await stage.record(hop)
     await stage.bus.store(stage.bus.subjects.later("match", "x", "y"), b"{}", msg_id="d:cancel")
-    await tasks.cancel(stage.bus, "d")
+    await task_client.cancel(stage.bus, "d")
     assert (await stage.seen("result", task_id="d")).state == "cancelled"
 
 
@@ -279,8 +279,8 @@ async def test_a_task_whose_every_id_was_taken_ends_in_time(nats_url: str, names
         ids = [f"d:intake-{n}" for n in range(1, 4)] + [f"d:task-{n}" for n in range(1, 160)] + ["d:attempt-2"]
         await asyncio.gather(*(bus.store(f"{namespace}.{where}", b"{}", msg_id=one) for one in ids))
         ad = TaskAd(task_id="d", domain="code", description="add two numbers", timeout_s=15)
-        result = await (await tasks.publish(bus, ad, deltas=False)).result(20)
-        record = await tasks.status(bus, "d")
+        result = await (await task_client.publish(bus, ad, deltas=False)).result(20)
+        record = await task_client.status(bus, "d")
 
     assert result.success, result.error
     assert result.attempts == 2
@@ -300,7 +300,7 @@ class FailsOnce(Counting):
 
 @pytest.mark.slow
 async def test_a_divided_task_whose_ids_were_taken_ends_with_its_parts(nats_url: str, namespace: str) -> None:
-    from loom.phases.scale.graph import child_id  # noqa: PLC0415 - the ids an attacker computes
+    from loom.phases.scale.subtask_graph import child_id  # noqa: PLC0415 - the ids an attacker computes
 
     agent = Counting()
     plan = [{"id": name, "description": name, "domain": "code"} for name in ("a", "b")]
@@ -316,7 +316,7 @@ async def test_a_divided_task_whose_ids_were_taken_ends_with_its_parts(nats_url:
         )
         await asyncio.gather(*(bus.store(bus.subjects.later("match", "x", "y"), b"{}", msg_id=one) for one in ids))
         ad = TaskAd(task_id="p", domain="code", description="all", context={"plan": plan}, timeout_s=15)
-        result = await (await tasks.publish(bus, ad, deltas=False)).result(20)
+        result = await (await task_client.publish(bus, ad, deltas=False)).result(20)
 
     assert result.success, result.error
     assert agent.runs == {"p": 1, **dict.fromkeys(children, 1)}

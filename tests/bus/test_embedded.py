@@ -19,8 +19,8 @@ import pytest
 from support.stopping import stop
 from support.wait import until
 
-from loom.runner import embedded
-from loom.runner.embedded import NatsServer, embedded_server, find_server
+from loom.runner.server import nats_server
+from loom.runner.server.nats_server import NatsServer, embedded_server, find_server
 from loom.schemas.errors import BusUnavailable
 
 pytestmark = pytest.mark.usefixtures("nats_url")  # skipped or failed where there is no server binary
@@ -216,7 +216,7 @@ def test_a_taken_port_is_told_at_once_and_leaves_nothing(server: NatsServer, pri
     with pytest.raises(BusUnavailable, match="address already in use"):
         second.start()
 
-    assert time.monotonic() - began < embedded.START_TIMEOUT_S / 2
+    assert time.monotonic() - began < nats_server.START_TIMEOUT_S / 2
     second.stop()
     assert len(entries(private)) == 1
 
@@ -227,7 +227,7 @@ def test_a_setting_the_server_refuses_is_told_in_its_words() -> None:
 
 
 def test_a_server_that_hangs_is_killed_on_stop(server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "STOP_GRACE_S", 0.2)
+    monkeypatch.setattr(nats_server, "STOP_GRACE_S", 0.2)
     stubborn = NatsServer()
     stubborn.start()
     pid = stubborn.pid
@@ -242,7 +242,7 @@ def test_a_server_that_hangs_is_killed_on_stop(server: NatsServer, monkeypatch: 
 
 PARENT = """
 import json, os, signal, subprocess, sys
-from loom.runner.embedded import NatsServer
+from loom.runner.server.nats_server import NatsServer
 
 server = NatsServer()
 server.start()
@@ -361,7 +361,7 @@ def test_the_wheels_server_stands_in_for_an_old_one_on_the_path(path: Path) -> N
     binary, version = find_server()
 
     assert binary != old
-    assert version >= embedded.MIN_VERSION
+    assert version >= nats_server.MIN_VERSION
 
 
 def test_a_program_that_is_no_server_is_refused(path: Path) -> None:

@@ -10,7 +10,7 @@ from support.phases import FakeHost, FakeRun, Stage, ad, awarded, envelope, quie
 from support.wait import until
 
 from loom.bus.records import change, records
-from loom.phases.execute.errands import refusal
+from loom.phases.execute.delegation import refusal
 from loom.schemas.envelope import MAX_DELEGATED, Claim, Envelope, Split, TaskRecord
 from loom.schemas.run import delegated_id
 from loom.schemas.task import Limits, RunResult, TaskError, TaskResult
@@ -26,7 +26,7 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.watch.SILENCE_S", 1.5)
+    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 1.5)
 
 
 class Delegating(FakeHost):
@@ -121,7 +121,7 @@ async def test_delegated_work_becomes_a_task_and_its_end_is_told_to_the_run(stag
 async def test_an_end_that_nobody_told_is_found_and_a_lost_answer_repeated(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.phases.execute.errands.LOOK_AGAIN_S", 0.2)
+    monkeypatch.setattr("loom.phases.execute.delegation.LOOK_AGAIN_S", 0.2)
     one = await host(stage)
     await stage.phase("execute")
     await given(stage)
@@ -369,7 +369,7 @@ async def test_a_task_under_a_derived_id_is_cancelled_only_if_this_task_is_its_p
 async def test_delegations_beyond_those_a_run_may_have_open_are_refused(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.phases.execute.errands.MAX_OPEN_DELEGATIONS", 3)
+    monkeypatch.setattr("loom.phases.execute.delegation.MAX_OPEN_DELEGATIONS", 3)
     one = await host(stage)
     await stage.phase("execute")
     env = await given(stage)

@@ -8,10 +8,10 @@ from support.buses import Connect
 from support.phases import Asker, Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
-from loom.bus.kv import Bucket
+from loom.bus.natsio.kv import Bucket
 from loom.bus.topology import EVALUATE_LANE
 from loom.phases.evaluate.service import Evaluate
-from loom.runner.embedded import NatsServer
+from loom.runner.server.nats_server import NatsServer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import (
     Claim,

@@ -7,10 +7,10 @@ from msgspec.structs import replace
 from support.phases import FakeHost, FakeRun, Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
-from loom.bus.delivery import Delivery, Slots
-from loom.bus.gate import Gate
-from loom.bus.message import Msg
-from loom.bus.outcome import Next
+from loom.bus.hops.delivery import Delivery, Slots
+from loom.bus.hops.isolation import Gate
+from loom.bus.hops.outcomes import Next
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.topology import EXECUTE_LANE
 from loom.phases.execute.service import Execute
 from loom.schemas.config import ClusterConfig
@@ -30,8 +30,8 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.watch.ACCEPT_S", 0.4)
-    monkeypatch.setattr("loom.phases.execute.watch.SILENCE_S", 0.6)
+    monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 0.4)
+    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 0.6)
 
 
 async def host(stage: Stage, run: Script | None = FakeRun.succeed, host_id: str = "h1") -> FakeHost:
@@ -512,7 +512,7 @@ async def test_a_replica_that_was_overtaken_leaves_the_message_to_the_other(
     env = await given(stage)
     await until(lambda: len(one.runs) == 1, what="it runs")
     first = (await stage.read(env.task_id)).claim
-    monkeypatch.setattr("loom.bus.loop.IN_PROGRESS_S", 0.05)
+    monkeypatch.setattr("loom.bus.hops.hop_loop.IN_PROGRESS_S", 0.05)
     second = await stage.phase("execute")
     await until(lambda: len(one.runs) == 2, what="the other replica re-attached")
     claim = (await stage.read(env.task_id)).claim
@@ -528,7 +528,7 @@ async def test_a_replica_that_was_overtaken_leaves_the_message_to_the_other(
 
 
 async def test_a_dead_replicas_run_goes_on_under_another(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.bus.loop.IN_PROGRESS_S", 0.05)
+    monkeypatch.setattr("loom.bus.hops.hop_loop.IN_PROGRESS_S", 0.05)
     await stage.hurry(EXECUTE_LANE, 0.3)
     moving = MovingHost()
     one = await host(stage, moving)

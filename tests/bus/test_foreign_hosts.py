@@ -6,16 +6,16 @@ import pytest
 from support.phases import FakeHost, FakeRun, Stage, ad, awarded, envelope
 from support.wait import until
 
-from loom.bus.client import Msg
-from loom.bus.left_out import LeftOut, together
-from loom.bus.presence import Presence, health_reports
+from loom.bus.bus import Msg
+from loom.bus.logs.left_out import LeftOut, together
+from loom.bus.service_discovery import Presence, health_reports
 from loom.schemas.auction import CallForBids
+from loom.schemas.base import decode, encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope
 from loom.schemas.events import TextDelta
 from loom.schemas.run import RunEvent
 from loom.schemas.task import RunResult
-from loom.schemas.wire import decode, encode
 
 SHORT = ClusterConfig(bid_window_ms=40)
 Script = Callable[[FakeRun], Awaitable[None]]
@@ -29,8 +29,8 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.watch.ACCEPT_S", 0.4)
-    monkeypatch.setattr("loom.phases.execute.watch.SILENCE_S", 0.6)
+    monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 0.4)
+    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 0.6)
     monkeypatch.setattr("loom.phases.match.service.ALONE_PAUSE_S", 0.05)
 
 

@@ -3,12 +3,12 @@
 import pytest
 from support.buses import envelope
 
-from loom.bus import history
-from loom.bus.client import Bus
-from loom.bus.history import ended_since, find, newest, recent_records, rewards_since
-from loom.bus.loop import schedule
+from loom.bus import queries
+from loom.bus.bus import Bus
+from loom.bus.hops.hop_loop import schedule
+from loom.bus.queries import ended_since, find, newest, recent_records, rewards_since
 from loom.bus.records import records
-from loom.bus.reward_bus import RewardBus, judgement
+from loom.bus.rewards import RewardBus, judgement
 from loom.schemas.envelope import Award, TaskRecord
 from loom.schemas.errors import InvalidTask, UnknownTask
 from loom.schemas.learning import Reward
@@ -35,7 +35,7 @@ def record(task_id: str, state: TaskState = "running", *, at: float = 1.0, ended
 
 
 async def test_the_newest_are_found_however_far_back_they_are(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history, "FIRST_LOOK", 4)
+    monkeypatch.setattr(queries, "FIRST_LOOK", 4)
     rewards = RewardBus(bus=bus)
     for n in range(30):
         await rewards.publish(reward(n, "rare" if n in {1, 25} else "n1"))

@@ -14,18 +14,18 @@ from support.runs import Watcher, run, stop_run
 from support.stopping import stop
 from support.wait import until
 
+from loom.agents.host.runs import BATCH_BYTES, PATIENCE_S
 from loom.agents.llm.agent import Agent
-from loom.agents.runs import BATCH_BYTES, PATIENCE_S
-from loom.bus.client import Msg
-from loom.bus.clock import ServerClock
-from loom.runner.embedded import NatsServer
+from loom.bus.bus import Msg
+from loom.bus.natsio.clock import ServerClock
+from loom.runner.server.nats_server import NatsServer
 from loom.schemas.auction import Offer
+from loom.schemas.base import encode
 from loom.schemas.errors import AgentFailed, BudgetExceeded, Cancelled, LoomError, NodeBusy
 from loom.schemas.events import Done, ReasoningDelta, TextDelta, TokenUsage
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
 from loom.schemas.run import RunRequest, read_events
-from loom.schemas.wire import encode
 from loom.types import AgentNode, CapabilityProfile
 
 
@@ -37,8 +37,8 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.agents.host.ANNOUNCE_S", 0.1)
-    monkeypatch.setattr("loom.agents.host.HEARTBEAT_S", 0.1)
+    monkeypatch.setattr("loom.agents.host.node_host.ANNOUNCE_S", 0.1)
+    monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 0.1)
 
 
 async def quick(description: str) -> str:
@@ -230,7 +230,7 @@ async def test_what_an_agent_says_comes_in_messages_of_bounded_size(stage: Stage
 async def test_an_agent_that_never_waits_is_slowed_to_what_the_server_takes(
     server: NatsServer, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.agents.port.MAX_TEXT_CHARS", 10**9)
+    monkeypatch.setattr("loom.agents.protocol.MAX_TEXT_CHARS", 10**9)
     said, most, moved_at = 0, 25_000, time.monotonic()
 
     async def talk(description: str) -> AsyncIterator[str]:
@@ -663,7 +663,7 @@ async def test_a_run_ends_at_the_deadline_of_its_request_however_late_that_is_re
 
 async def test_a_queued_run_does_not_begin_past_its_deadline(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its slot becomes free before the next heartbeat looks at it."""
-    monkeypatch.setattr("loom.agents.host.HEARTBEAT_S", 30)
+    monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 30)
     begun: list[str] = []
     go = asyncio.Event()
 

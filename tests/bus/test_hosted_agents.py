@@ -15,7 +15,7 @@ from support.wait import until
 
 from loom import InvalidTask, Job
 from loom.agents import lifetime
-from loom.agents.nursery import choose_template
+from loom.agents.host.autoscaler import choose_template
 from loom.schemas.auction import Offer, SpawnRequest
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.types import AgentNode, CapabilityProfile

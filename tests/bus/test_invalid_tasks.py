@@ -6,7 +6,7 @@ import pytest
 from support.phases import FakeHost, FakeRun, Stage, ad
 from support.wait import until
 
-from loom.bus import tasks
+from loom.bus import task_client
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import PHASES
 from loom.schemas.errors import InvalidTask
@@ -37,7 +37,7 @@ async def host(stage: Stage, name: str, run: Callable[[FakeRun], Awaitable[None]
 
 
 async def ended(stage: Stage, task: TaskAd) -> TaskResult:
-    handle = await tasks.publish(stage.bus, task)
+    handle = await task_client.publish(stage.bus, task)
     return await handle.result()
 
 

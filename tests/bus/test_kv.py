@@ -10,15 +10,15 @@ from support.buses import Connect, back, envelope
 from support.logs import capture_logs
 from support.wait import until
 
-from loom.bus import client
-from loom.bus.client import Bus, Conflict, Refused
-from loom.bus.kv import Bucket, BucketReader, Entry
+from loom.bus import bus as bus_module
+from loom.bus.bus import Bus, Conflict, Refused
+from loom.bus.natsio.kv import Bucket, BucketReader, Entry
 from loom.bus.records import change, records
-from loom.runner.embedded import NatsServer
+from loom.runner.server.nats_server import NatsServer
+from loom.schemas.base import Undecodable, encode
 from loom.schemas.envelope import Claim, TaskRecord
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.learning import NodeProfile
-from loom.schemas.wire import Undecodable, encode
 
 
 def profile(node_id: str = "n1", tasks: int = 0) -> NodeProfile:
@@ -85,11 +85,11 @@ async def test_a_repeated_write_whose_acknowledgement_was_lost_does_not_conflict
 ) -> None:
     real, opened = bus.open_inbox, list[str]()
 
-    def deaf_once(sink: Callable[[client.Msg], None]) -> str:
+    def deaf_once(sink: Callable[[bus_module.Msg], None]) -> str:
         opened.append(real(sink if opened else lambda _: None))
         return opened[-1]
 
-    monkeypatch.setattr(client, "PUBLISH_TRY_S", 0.1)
+    monkeypatch.setattr(bus_module, "PUBLISH_TRY_S", 0.1)
     monkeypatch.setattr(bus, "open_inbox", deaf_once)
     revision = await bucket.create("n1", profile(tasks=1))
     assert len(opened) >= 2
@@ -105,12 +105,12 @@ async def test_a_repeated_write_another_has_overtaken_is_a_conflict(
     other = Bucket(await connect(), "nodes", NodeProfile)
     real, lost = bus.open_inbox, asyncio.Event()
 
-    def deaf_once(sink: Callable[[client.Msg], None]) -> str:
+    def deaf_once(sink: Callable[[bus_module.Msg], None]) -> str:
         if lost.is_set():
             return real(sink)
         return real(lambda _: lost.set())
 
-    monkeypatch.setattr(client, "PUBLISH_TRY_S", 1)
+    monkeypatch.setattr(bus_module, "PUBLISH_TRY_S", 1)
     monkeypatch.setattr(bus, "open_inbox", deaf_once)
     writing = asyncio.ensure_future(bucket.update("n1", profile(tasks=1), first))
     await asyncio.wait_for(lost.wait(), 5)

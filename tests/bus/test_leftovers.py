@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 import pytest
 from support.wait import until
 
-from loom.bus import history, tasks
-from loom.bus.client import Bus, Refused
-from loom.bus.kv import Bucket
-from loom.bus.ordered import OrderedReader
-from loom.bus.reward_bus import RewardBus
-from loom.bus.scatter import scatter
+from loom.bus import queries, task_client
+from loom.bus.bus import Bus, Refused
+from loom.bus.natsio.kv import Bucket
+from loom.bus.natsio.ordered_consumer import OrderedReader
+from loom.bus.natsio.request_many import scatter
+from loom.bus.rewards import RewardBus
 from loom.bus.tap import Tap
-from loom.bus.tasks import TaskHandle
+from loom.bus.task_client import TaskHandle
+from loom.schemas.base import encode
 from loom.schemas.events import TextDelta
 from loom.schemas.learning import NodeProfile, Reward
 from loom.schemas.run import Delta
 from loom.schemas.task import TaskAd, TaskResult
-from loom.schemas.wire import encode
 
 AD = TaskAd(task_id="t1", description="count the words")
 
@@ -78,12 +78,12 @@ async def delta(bus: Bus, n: int) -> None:
 
 async def publish_and_drop(bus: Bus, count: int) -> None:
     before = await held(bus)
-    await tasks.publish(bus, TaskAd(description="warm"))
+    await task_client.publish(bus, TaskAd(description="warm"))
     gc.collect()
     tracemalloc.start()
     kept = tracemalloc.get_traced_memory()[0]
     for _ in range(count // 100):
-        await asyncio.gather(*(tasks.publish(bus, TaskAd(description="x")) for _ in range(100)))
+        await asyncio.gather(*(task_client.publish(bus, TaskAd(description="x")) for _ in range(100)))
     gc.collect()
     await nothing_more(bus, before)
     kept = tracemalloc.get_traced_memory()[0] - kept
@@ -185,12 +185,12 @@ async def test_an_iteration_that_is_left_ends_the_subscription_to_progress_and_a
 
 
 async def published(bus: Bus) -> None:
-    async with tasks.published(bus, TaskAd(description="x"), deltas=True, cancel_with_caller=False) as handle:
+    async with task_client.published(bus, TaskAd(description="x"), deltas=True, cancel_with_caller=False) as handle:
         await handle.content()
 
 
 async def followed(bus: Bus) -> None:
-    handle = await tasks.publish(bus, TaskAd(description="x"))
+    handle = await task_client.publish(bus, TaskAd(description="x"))
     async for _ in handle.events():
         pass
 
@@ -229,7 +229,7 @@ async def bucket(bus: Bus) -> None:
 
 
 async def past(bus: Bus) -> None:
-    async for _ in history.since(
+    async for _ in queries.since(
         bus, bus.subjects.stream("REWARDS"), bus.subjects.of("reward", "*", "*", "*", "*"), 0.0
     ):
         pass
@@ -248,7 +248,7 @@ async def test_a_call_that_is_cancelled_anywhere_leaves_nothing(
     bus: Bus, call: Callable[[Bus], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The server may handle the deletion of a consumer before its creation; then it deletes it for being idle.
-    monkeypatch.setattr("loom.bus.ordered.IDLE_S", 1)
+    monkeypatch.setattr("loom.bus.natsio.ordered_consumer.IDLE_S", 1)
     before = await held(bus)
     for turns in [*range(12), 20, 50]:
         calling = asyncio.ensure_future(call(bus))

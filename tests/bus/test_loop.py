@@ -24,19 +24,19 @@ from support.hops import (
 from support.logs import capture_logs
 from support.wait import until
 
-from loom.bus import loop as loop_module
 from loom.bus import topology
-from loom.bus.client import Bus
-from loom.bus.delivery import DEAD_AFTER, Delivery
-from loom.bus.loop import HopLoop, Service, lane_slots, retry_s
-from loom.bus.outcome import Done, Fail, Later, Leave, Next, Outcome
+from loom.bus.bus import Bus
+from loom.bus.hops import hop_loop as loop_module
+from loom.bus.hops.delivery import DEAD_AFTER, Delivery
+from loom.bus.hops.hop_loop import HopLoop, Service, lane_slots, retry_s
+from loom.bus.hops.outcomes import Done, Fail, Later, Leave, Next, Outcome
 from loom.bus.topology import INTAKE_LANES, MATCH_LANES, SCALE_LANE
-from loom.runner.embedded import NatsServer
+from loom.runner.server.nats_server import NatsServer
+from loom.schemas.base import new_id
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import BusUnavailable, Overloaded
 from loom.schemas.task import RunResult, TaskAd, TaskError
-from loom.schemas.wire import new_id
 
 
 async def to_execute(env: Envelope, _: Delivery) -> Outcome:

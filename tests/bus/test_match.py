@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from support.phases import FakeHost, Replica, Stage, ad, envelope
 from support.wait import until
 
-from loom.bus.kv import Bucket
+from loom.bus.natsio.kv import Bucket
 from loom.bus.records import records
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Bid, CallForBids, HostAnnouncement, Offer
 from loom.schemas.config import ClusterConfig

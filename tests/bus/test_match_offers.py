@@ -8,7 +8,7 @@ from support.auctions import key
 from support.phases import FakeHost, Replica, Stage, ad, envelope
 from support.wait import until
 
-from loom.bus.left_out import LeftOut
+from loom.bus.logs.left_out import LeftOut
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Bid, CallForBids, Offer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope

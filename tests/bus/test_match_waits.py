@@ -12,9 +12,9 @@ from support.phases import FakeHost, Stage, ad, awarded, envelope
 from support.wait import until
 
 from loom.phases.match.announced_nodes import AnnouncedNodes
-from loom.phases.match.busy import MAX_TASKS, BusyNodes
+from loom.phases.match.busy_nodes import MAX_TASKS, BusyNodes
 from loom.phases.match.service import GATHER_S
-from loom.runner.cluster import build
+from loom.runner.services import build
 from loom.schemas.auction import Bid
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope

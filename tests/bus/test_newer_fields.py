@@ -10,12 +10,12 @@ from support.nodes import echo, node
 from support.phases import Stage
 from support.wait import until
 
-from loom.bus.kv import Bucket
+from loom.bus.natsio.kv import Bucket
 from loom.bus.records import records
+from loom.schemas.base import new_id
+from loom.schemas.decoding.unknown_fields import with_unknown_fields
 from loom.schemas.envelope import Envelope, TaskRecord
 from loom.schemas.task import Submission, TaskAd
-from loom.schemas.unknown_fields import with_unknown_fields
-from loom.schemas.wire import new_id
 
 NEW: dict[str, Any] = {"new": {"a": [1, "x"]}}
 

@@ -8,7 +8,7 @@ from support.nursery import WITHIN_S, Held, Place, place
 from support.phases import Stage
 from support.wait import until
 
-from loom.agents.child import STEM, child_id
+from loom.agents.host.clone import STEM, child_id
 from loom.schemas.auction import SpawnRequest
 from loom.types import AgentNode, CapabilityProfile
 

@@ -9,11 +9,11 @@ from support.buses import Connect, back
 from support.stopping import stop
 from support.wait import until
 
-from loom.bus import ordered
-from loom.bus.client import Bus
-from loom.bus.delivery import read_facts, stamp
-from loom.bus.ordered import OrderedReader, Stored
-from loom.runner.embedded import NatsServer
+from loom.bus.bus import Bus
+from loom.bus.hops.delivery import read_facts, stamp
+from loom.bus.natsio import ordered_consumer
+from loom.bus.natsio.ordered_consumer import OrderedReader, Stored
+from loom.runner.server.nats_server import NatsServer
 from loom.schemas.errors import LoomError
 
 
@@ -95,7 +95,7 @@ async def test_everything_is_read_in_order_from_the_beginning(bus: Bus, reading:
 
 
 async def test_more_than_a_window_is_read_whole_by_a_slow_reader(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ordered, "WINDOW", 16)
+    monkeypatch.setattr(ordered_consumer, "WINDOW", 16)
     await put(bus, *range(100))
     reader, bodies = OrderedReader(bus, bus.subjects.stream("DEAD"), filter=bus.subjects.of("dead", "*", "*")), []
     while not reader.caught_up:

@@ -9,12 +9,13 @@ from support.hops import put
 from support.phases import Stage, ad, envelope, submission
 from support.wait import until
 
-from loom.bus import orphans, topology
-from loom.bus.client import Bus
-from loom.bus.loop import schedule
-from loom.bus.orphans import find, sweep
+from loom.bus import topology
+from loom.bus.bus import Bus
+from loom.bus.hops import orphans
+from loom.bus.hops.hop_loop import schedule
+from loom.bus.hops.orphans import find, sweep
 from loom.bus.topology import EXECUTE_LANE, MATCH_LANES, SENSE_LANE, Lane
-from loom.runner.doctor import stuck
+from loom.runner.doctor.diagnosis import stuck
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
 from loom.schemas.task import TaskAd

@@ -9,9 +9,9 @@ from support.auctions import announced, key
 from support.phases import FakeHost, Replica, Stage, ad, envelope
 from support.wait import until
 
-from loom.bus.kv import Bucket
+from loom.bus.natsio.kv import Bucket
 from loom.phases.match.announced_nodes import AnnouncedNodes
-from loom.phases.match.plain import UNJUDGED_S, PlainNodes
+from loom.phases.match.plain_bids import UNJUDGED_S, PlainNodes
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope

@@ -15,14 +15,14 @@ from support.phases import FakeHost, Stage, ad, awarded, envelope, quiet
 from support.runs import hosts_of
 from support.wait import until
 
-from loom.bus.announcements import HostKey
-from loom.bus.client import Bus
-from loom.phases.execute.plain import PlainRun, read_reply
-from loom.phases.execute.watch import Hosts, Interrupt, Silent
+from loom.bus.bus import Bus
+from loom.bus.host_directory import HostKey
+from loom.phases.execute.plain_runs import PlainRun, read_reply
+from loom.phases.execute.run_stream import Hosts, Interrupt, Silent
+from loom.schemas.base import encode
 from loom.schemas.envelope import Envelope
 from loom.schemas.run import RunEvent, RunRequest, Stop
 from loom.schemas.task import Accept, RunResult, TaskError
-from loom.schemas.wire import encode
 
 REQUEST = RunRequest(task_id="t1", attempt=2, description="count the words", remaining_s=60)
 HOST = HostKey("local", "h1")
@@ -211,8 +211,8 @@ async def plain_run(hosts: Hosts, interrupt: Interrupt | None = None, max_run_s:
 
 @pytest.fixture
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.plain.ABSENT_S", 0.4)
-    monkeypatch.setattr("loom.phases.execute.plain.ASK_AGAIN_S", 0.1)
+    monkeypatch.setattr("loom.phases.execute.plain_runs.ABSENT_S", 0.4)
+    monkeypatch.setattr("loom.phases.execute.plain_runs.ASK_AGAIN_S", 0.1)
 
 
 @pytest.mark.usefixtures("hurry")

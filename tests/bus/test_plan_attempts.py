@@ -8,14 +8,14 @@ from msgspec.structs import replace
 from support.phases import Replica, Stage, ad, awarded, envelope
 from support.wait import until
 
-from loom.bus.client import Bus
-from loom.bus.kv import Bucket
-from loom.bus.loop import HopLoop
-from loom.bus.stored import read_message
+from loom.bus.bus import Bus
+from loom.bus.hops.hop_loop import HopLoop
+from loom.bus.natsio.kv import Bucket
+from loom.bus.natsio.stored_message import read_message
 from loom.bus.topology import SCALE_LANE
-from loom.phases.evaluate.policy import notice_of
-from loom.phases.scale import graph
-from loom.phases.sense.policy import with_division
+from loom.phases.evaluate.decisions import notice_of
+from loom.phases.scale import subtask_graph
+from loom.phases.sense.estimate import with_division
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope, SplitPlan, TaskRecord
 from loom.schemas.errors import BusUnavailable
@@ -44,10 +44,10 @@ async def divided(stage: Stage, state: State) -> SplitPlan:
     assert env.spec is not None
     env = replace(env, attempt=PARKED, spec=with_division(env.spec, env.ad, 0, ClusterConfig()))
     await stage.record(replace(env, award=None))
-    plan = graph.begin(env, parse_plan(str(PLAN).replace("'", '"')))
+    plan = subtask_graph.begin(env, parse_plan(str(PLAN).replace("'", '"')))
     for name in () if state == "running" else ("a", "b"):
         failed = state == "done" and name == "b"
-        plan = graph.note(plan, await ended(stage, plan, name, "failed" if failed else "succeeded"))
+        plan = subtask_graph.note(plan, await ended(stage, plan, name, "failed" if failed else "succeeded"))
     assert plan.state == state
     await Bucket(stage.bus, "plans", SplitPlan).create("p", plan)
     return plan
@@ -56,7 +56,7 @@ async def divided(stage: Stage, state: State) -> SplitPlan:
 async def ended(stage: Stage, plan: SplitPlan, name: str, state: Any = "succeeded") -> TaskRecord:
     """The stored record of a subtask that has ended."""
     (part,) = [part for part in plan.subtasks if part.id == name]
-    child = awarded(graph.child_of(plan, part, {}, stage.bus.now()))
+    child = awarded(subtask_graph.child_of(plan, part, {}, stage.bus.now()))
     if state == "failed":
         child = replace(child, error=TaskError(code="agent_failed", message="it broke"))
     else:
@@ -171,7 +171,7 @@ async def test_a_running_plan_joins_for_the_newest_attempt(
     assert await stage.pending("TASKS", stage.bus.subjects.later("scale", "p", "timer")) == 1
     assert not stage.all("task", phase="execute")
     for name in ("a", "b"):
-        await stage.seen("task", phase="sense", task_id=graph.child_id("p", name))
+        await stage.seen("task", phase="sense", task_id=subtask_graph.child_id("p", name))
         await end(stage, name)
     joined = await stage.seen("task", phase="execute")
     assert (joined.attempt, joined.award) == (attempt, expected.award)
@@ -247,7 +247,7 @@ async def test_a_plan_that_is_over_fails_a_task_that_is_not(stage: Stage) -> Non
 
 async def test_a_timer_set_for_an_older_attempt_ends_the_newest(stage: Stage) -> None:
     plan = await divided(stage, "running")
-    await Bucket(stage.bus, "plans", SplitPlan).update("p", graph.for_attempt(plan, copy_of(plan, 5)), 1)
+    await Bucket(stage.bus, "plans", SplitPlan).update("p", subtask_graph.for_attempt(plan, copy_of(plan, 5)), 1)
     await stage.phase("scale")
     timeout = PlanTimeout(envelope=plan.envelope)
     await stage.bus.store(stage.bus.subjects.task("scale", "normal", "p"), timeout, msg_id="due")
@@ -260,7 +260,7 @@ async def test_a_notice_repeated_after_the_join_comes_with_the_newest_attempt(st
     await stage.phase("scale")
     await stage.put("scale", copy_of(plan, PARKED + 1))
     await stage.seen("task", phase="execute")
-    notice = notice_of(await stage.read(graph.child_id("p", "b")))
+    notice = notice_of(await stage.read(subtask_graph.child_id("p", "b")))
     assert notice is not None
     await stage.notify(notice)
     assert (await stage.seen("task", phase="execute", count=2)).attempt == PARKED + 1
@@ -269,11 +269,11 @@ async def test_a_notice_repeated_after_the_join_comes_with_the_newest_attempt(st
 def test_what_the_plan_took_is_charged_to_a_newer_attempt_once() -> None:
     usage = PhaseUsage(requests=1, prompt_tokens=40)
     env = envelope(ad(task_id="p"), now=0.0, budget=1000)
-    plan = graph.begin(
+    plan = subtask_graph.begin(
         replace(env, phase_usage={"scale": usage}, budget=960), parse_plan('[{"id":"a","description":"x"}]')
     )
-    newer = graph.for_attempt(plan, replace(env, attempt=2, budget=1000))
+    newer = subtask_graph.for_attempt(plan, replace(env, attempt=2, budget=1000))
     assert (newer.envelope.budget, newer.envelope.phase_usage["scale"]) == (960, usage)
-    again = graph.for_attempt(newer, replace(newer.envelope, attempt=3))
+    again = subtask_graph.for_attempt(newer, replace(newer.envelope, attempt=3))
     assert (again.envelope.budget, again.envelope.attempt, again.subtasks) == (960, 3, plan.subtasks)
-    assert graph.for_attempt(again, env) == again
+    assert subtask_graph.for_attempt(again, env) == again

@@ -10,15 +10,15 @@ from msgspec.structs import replace
 from support.phases import Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
-from loom.bus import tasks
-from loom.bus.client import Msg
-from loom.bus.kv import Bucket
-from loom.bus.loop import schedule
+from loom.bus import task_client
+from loom.bus.bus import Msg
+from loom.bus.hops.hop_loop import schedule
+from loom.bus.natsio.kv import Bucket
 from loom.bus.records import change, records
 from loom.bus.topology import SCALE_LANE
-from loom.phases.evaluate.policy import notice_of
-from loom.phases.scale.graph import child_id
-from loom.phases.sense.policy import with_division
+from loom.phases.evaluate.decisions import notice_of
+from loom.phases.scale.subtask_graph import child_id
+from loom.phases.sense.estimate import with_division
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope, Split, SplitPlan, TaskRecord
 from loom.schemas.llm import CompletionParams, CompletionResult
@@ -451,7 +451,7 @@ async def test_a_cancel_reaches_children_and_their_children_and_those_not_admitt
     await stage.put("scale", sensed(awarded(replace(first, ad=replace(first.ad, context=plan)))))
     inner = child_id(first.task_id, "x")
     await stage.seen("task", phase="match", task_id=inner)
-    assert (await tasks.cancel(stage.bus, "p")).state == "cancelled"
+    assert (await task_client.cancel(stage.bus, "p")).state == "cancelled"
     for name in (first.task_id, child_id("p", "b"), inner):
         assert (await stage.seen("result", task_id=name)).state == "cancelled"
     late = replace(first, ad=replace(first.ad, task_id="late"), spec=None)
@@ -469,7 +469,7 @@ async def test_a_cancel_while_a_notice_waits_ends_the_task_as_itself(stage: Stag
     scale.die()
     await end(stage, child)  # nobody takes the notice
     await asyncio.gather(stage.phase("sense"), stage.phase("evaluate"))
-    assert (await tasks.cancel(stage.bus, "p")).state == "cancelled"
+    assert (await task_client.cancel(stage.bus, "p")).state == "cancelled"
     ended = await stage.read("p")
     assert (ended.state, ended.envelope.ad) == ("cancelled", env.ad)
     await stage.seen("result", task_id="p")

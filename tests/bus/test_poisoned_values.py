@@ -12,21 +12,21 @@ from support.phases import Asker, FakeHost, FakeRun, Stage, ad, awarded, envelop
 from support.rewards import publish, reward
 from support.wait import until
 
-from loom.bus.client import Bus
-from loom.bus.connection import ServiceFailed
-from loom.bus.kv import Bucket
-from loom.bus.message import Msg
+from loom.bus.bus import Bus
+from loom.bus.natsio.connection import ServiceFailed
+from loom.bus.natsio.kv import Bucket
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import records
 from loom.bus.topology import stream_state
 from loom.phases.adapt.lease import LEASE_S, take_lease
-from loom.runner.cli.running import until_lost
+from loom.runner.cli.entry import until_lost
 from loom.schemas.auction import Bid
+from loom.schemas.base import encode
 from loom.schemas.envelope import Claim
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.learning import BIAS, Calibration, DomainEvidence, Lease, NodeProfile, Score
 from loom.schemas.notices import SubtaskEnded
 from loom.schemas.task import RunResult, TaskError, TaskResult
-from loom.schemas.wire import encode
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from support.buses import Connect, back, envelope
 from support.logs import capture_logs
 from support.wait import until
 
-from loom.bus import pull as pull_module
 from loom.bus import topology
-from loom.bus.client import STREAM_NOT_FOUND, Bus, Msg, Refused
-from loom.bus.lean_client import LeanClient
-from loom.bus.pull import Pull
+from loom.bus.bus import STREAM_NOT_FOUND, Bus, Msg, Refused
+from loom.bus.natsio import pull_consumer as pull_module
+from loom.bus.natsio.pull_consumer import Pull
+from loom.bus.natsio.transport.fast_client import LeanClient
 from loom.bus.topology import SCALE_LANE
-from loom.runner.embedded import NatsServer
+from loom.runner.server.nats_server import NatsServer
 from loom.schemas.errors import BusUnavailable, LoomError
 
 STALLS = [

@@ -9,13 +9,13 @@ from support.phases import Replica, Stage
 from support.rewards import publish, reward
 from support.wait import until
 
-from loom.bus.kv import Bucket
-from loom.bus.reward_bus import RewardBus
-from loom.phases.adapt.judges import weights_of
+from loom.bus.natsio.kv import Bucket
+from loom.bus.rewards import RewardBus
 from loom.phases.adapt.rebuild import compare, rebuild, repair, stored_profiles
+from loom.phases.adapt.reward_weights import weights_of
+from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.learning import SNAPSHOTS, NodeProfile
-from loom.schemas.wire import encode
 
 KEEPS_ALL = ClusterConfig(policy="ucb")
 LIMIT = 256 * 1024

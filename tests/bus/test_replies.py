@@ -8,13 +8,13 @@ from support.buses import Connect, Heard
 from support.phases import Asker, Stage, ad, envelope, submission
 from support.wait import until
 
-from loom.bus.answers import MAX_REPLY, answer_task, may_answer
-from loom.bus.client import Bus, Msg
-from loom.bus.presence import Presence, who_is_there
+from loom.bus.bus import Bus, Msg
+from loom.bus.replies import MAX_REPLY, answer_task, may_answer
+from loom.bus.service_discovery import Presence, who_is_there
+from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.task import Accepted, RunResult, TaskResult
-from loom.schemas.wire import encode
 
 CLIENTS = ["_INBOX.x", "_INBOX.x.1", "_INBOX_ann.x.1", "_INBOXann.x", "_R_.abc.1", "_R_.abc"]
 FORGED = [

@@ -6,20 +6,20 @@ from support.nursery import WITHIN_S, Held, Place, place
 from support.phases import Stage
 from support.wait import until
 
-from loom.bus.kv import Bucket
-from loom.bus.reward_bus import RewardBus
-from loom.phases.adapt.fold import fold
+from loom.bus.natsio.kv import Bucket
+from loom.bus.rewards import RewardBus
+from loom.phases.adapt.evidence import fold
 from loom.schemas.auction import RetireRequest
+from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.identity import node_key
 from loom.schemas.learning import Lease, NodeProfile, Reward
-from loom.schemas.wire import decode
 
 
 @pytest.fixture
 async def stage(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
-    monkeypatch.setattr("loom.agents.host.ANNOUNCE_S", 0.1)
-    monkeypatch.setattr("loom.phases.adapt.retiring.SWEEP_S", 0.05)
+    monkeypatch.setattr("loom.agents.host.node_host.ANNOUNCE_S", 0.1)
+    monkeypatch.setattr("loom.phases.adapt.retirement.SWEEP_S", 0.05)
     async with Stage(nats_url, namespace) as stage:
         yield stage
 

@@ -10,8 +10,8 @@ from support.logs import capture_logs
 from support.wait import until
 
 from loom.bus import topology
-from loom.bus.client import Bus
-from loom.bus.reward_bus import RewardBus
+from loom.bus.bus import Bus
+from loom.bus.rewards import RewardBus
 from loom.schemas.errors import BusUnavailable, InvalidTask
 from loom.schemas.learning import Reward
 from loom.schemas.task import TaskAd, domain_token

@@ -7,10 +7,10 @@ from support.phases import FakeHost, FakeRun, Stage, ad, awarded, envelope, quie
 from support.runs import hosts_of, watch_of
 from support.wait import until
 
-from loom.bus.announcements import HostKey
-from loom.bus.client import Bus, Msg
-from loom.phases.execute.events import EventSubjects
-from loom.phases.execute.watch import Interrupt, Silent, Watch
+from loom.bus.bus import Bus, Msg
+from loom.bus.host_directory import HostKey
+from loom.phases.execute.run_inbox import EventSubjects
+from loom.phases.execute.run_stream import Interrupt, Silent, Watch
 from loom.schemas.envelope import Envelope
 from loom.schemas.run import RunEvent, RunRequest
 from loom.schemas.task import RunResult, TaskError
@@ -83,8 +83,8 @@ async def test_events_of_another_replica_are_not_heard(stage: Stage) -> None:
 async def test_the_answer_of_the_server_that_a_host_is_absent_arrives(
     plain: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.phases.execute.watch.ABSENT_S", 0.3)
-    monkeypatch.setattr("loom.phases.execute.watch.ABSENT_AGAIN_S", 0.1)
+    monkeypatch.setattr("loom.phases.execute.run_stream.ABSENT_S", 0.3)
+    monkeypatch.setattr("loom.phases.execute.run_stream.ABSENT_AGAIN_S", 0.1)
     async with await watch_of(plain, REQUEST) as watch:
         with pytest.raises(Silent, match="host h1 is not there"):
             await watch.next()
@@ -120,7 +120,7 @@ async def test_a_reply_after_the_last_event_is_counted_if_the_run_was_asked_for_
 
 
 async def test_closed_subjects_are_remembered_up_to_a_limit(plain: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.events.CLOSED_KEYS", 2)
+    monkeypatch.setattr("loom.phases.execute.run_inbox.CLOSED_KEYS", 2)
     events = EventSubjects(plain)
     await events.start()
     heard: list[Msg] = []

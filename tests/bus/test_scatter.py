@@ -8,9 +8,9 @@ import pytest
 from support.buses import Connect, Heard
 from support.logs import capture_logs
 
-from loom.bus.client import Bus, Msg, PayloadTooLarge
-from loom.bus.scatter import scatter
-from loom.schemas.wire import Relayed, Token, decode
+from loom.bus.bus import Bus, Msg, PayloadTooLarge
+from loom.bus.natsio.request_many import scatter
+from loom.schemas.base import Relayed, Token, decode
 
 
 class Reply(Relayed, frozen=True, kw_only=True):

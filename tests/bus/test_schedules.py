@@ -4,10 +4,10 @@ import pytest
 from support.buses import envelope
 from support.hops import Phases, arrived, hop, put, settled
 
-from loom.bus.client import Bus, Refused
-from loom.bus.loop import schedule
-from loom.bus.message import Msg
-from loom.bus.schedules import SCHEDULERS, forbidden_scheduler, may_schedule
+from loom.bus.bus import Bus, Refused
+from loom.bus.hops.hop_loop import schedule
+from loom.bus.hops.schedules import SCHEDULERS, forbidden_scheduler, may_schedule
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.topology import MATCH_LANES
 from loom.schemas.envelope import PHASES, Phase
 

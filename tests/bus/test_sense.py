@@ -7,12 +7,12 @@ from msgspec.structs import replace
 from support.phases import Asker, Stage, ad, envelope, quiet, submission
 from support.wait import until
 
-from loom.bus.loop import schedule
+from loom.bus.hops.hop_loop import schedule
+from loom.schemas.base import encode, new_id
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Claim, Split, TaskRecord, TaskStatus
 from loom.schemas.llm import CompletionParams, CompletionResult
 from loom.schemas.task import Accept, Accepted, RunResult, Submission, TaskAd, TaskResult
-from loom.schemas.wire import encode, new_id
 
 
 @pytest.fixture

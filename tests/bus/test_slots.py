@@ -14,14 +14,14 @@ from support.runs import Watcher, run, stop_run
 from support.stubborn import Stubborn
 from support.wait import until
 
-from loom.agents.delegate import Delegator
-from loom.agents.host import NodeHost
-from loom.bus import tasks
-from loom.bus.client import Bus, Msg
-from loom.runner.cluster import running_nodes, running_phases
+from loom.agents.host.delegation import Delegator
+from loom.agents.host.node_host import NodeHost
+from loom.bus import task_client
+from loom.bus.bus import Bus, Msg
+from loom.runner.services import running_nodes, running_phases
+from loom.schemas.base import encode
 from loom.schemas.run import RunRequest, Stop
 from loom.schemas.task import TaskAd
-from loom.schemas.wire import encode
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.agents.host.ANNOUNCE_S", 0.1)
-    monkeypatch.setattr("loom.agents.host.HEARTBEAT_S", 0.1)
+    monkeypatch.setattr("loom.agents.host.node_host.ANNOUNCE_S", 0.1)
+    monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 0.1)
 
 
 async def quick(job: RunRequest) -> str:
@@ -152,7 +152,7 @@ async def test_400_tasks_cancelled_right_after_their_submission_leave_every_slot
     ):
 
         async def submitted_and_cancelled() -> None:
-            handle = await tasks.publish(bus, TaskAd(domain="any", description="x", timeout_s=30), deltas=False)
+            handle = await task_client.publish(bus, TaskAd(domain="any", description="x", timeout_s=30), deltas=False)
             await asyncio.sleep(dice.uniform(0, 0.02))
             await handle.cancel()
             await handle.close()
@@ -161,7 +161,7 @@ async def test_400_tasks_cancelled_right_after_their_submission_leave_every_slot
             await asyncio.gather(*(submitted_and_cancelled() for _ in range(8)))
         room = host._room("n1")
         await until(lambda: not room.has_work, what="every slot is free")
-        assert await (await tasks.publish(bus, TaskAd(domain="any", description="x"), deltas=False)).content(20)
+        assert await (await task_client.publish(bus, TaskAd(domain="any", description="x"), deltas=False)).content(20)
 
 
 # -- runs that ignore their cancel
@@ -171,7 +171,7 @@ async def test_400_tasks_cancelled_right_after_their_submission_leave_every_slot
 async def test_a_run_that_ignores_its_cancel_is_given_up_and_shown(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.agents.host.GIVE_UP_S", 0.3)
+    monkeypatch.setattr("loom.agents.host.node_host.GIVE_UP_S", 0.3)
     stubborn = Stubborn()
 
     async def deaf_child(job: RunRequest) -> str:

@@ -14,11 +14,11 @@ from support.nodes import echo, node
 from support.stopping import stop
 from support.wait import until
 
-from loom.bus import tasks, topology
-from loom.bus.client import Bus
-from loom.runner import starting
-from loom.runner.cluster import running_nodes, running_phases
-from loom.runner.embedded import NatsServer
+from loom.bus import task_client, topology
+from loom.bus.bus import Bus
+from loom.runner import retried_start
+from loom.runner.server.nats_server import NatsServer
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
 from loom.schemas.errors import BusUnavailable
@@ -27,7 +27,7 @@ from loom.schemas.task import TaskAd
 
 @pytest.fixture(autouse=True)
 def tried_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(starting, "RETRY_S", 0.02)
+    monkeypatch.setattr(retried_start, "RETRY_S", 0.02)
 
 
 @asynccontextmanager
@@ -66,8 +66,8 @@ async def test_phases_wait_until_their_streams_can_be_created(plain: Bus, names:
 async def test_what_a_start_waits_for_is_logged_at_once_and_then_now_and_then(
     plain: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(starting, "RETRY_S", 0.01)
-    monkeypatch.setattr(starting, "REPORT_S", 0.2)
+    monkeypatch.setattr(retried_start, "RETRY_S", 0.01)
+    monkeypatch.setattr(retried_start, "REPORT_S", 0.2)
     tries = 0
 
     async def fail() -> None:
@@ -76,7 +76,7 @@ async def test_what_a_start_waits_for_is_logged_at_once_and_then_now_and_then(
         raise BusUnavailable("not yet")
 
     with capture_logs() as logs, pytest.raises(BusUnavailable, match="not yet"):
-        await starting.until_started(fail, patience_s=0.5)
+        await retried_start.until_started(fail, patience_s=0.5)
     assert 2 <= len(waits(logs)) <= 4
     assert tries > len(waits(logs))
 
@@ -105,7 +105,7 @@ async def test_phases_and_hosts_started_at_a_frozen_server_begin_when_it_answers
             await asyncio.wait_for(asyncio.gather(*starts), 30)
         client = await stack.enter_async_context(Bus(server.url))
         ad = TaskAd(domain="code", description="after", timeout_s=20)
-        assert (await (await tasks.publish(client, ad, deltas=False)).result(25)).success
+        assert (await (await task_client.publish(client, ad, deltas=False)).result(25)).success
 
 
 @pytest.mark.slow

@@ -28,8 +28,8 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loom.phases.execute.stops.STOP_AGAIN_S", 0.05)
-    monkeypatch.setattr("loom.phases.execute.watch.ACCEPT_S", 0.4)
-    monkeypatch.setattr("loom.phases.execute.watch.SILENCE_S", 0.3)
+    monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 0.4)
+    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 0.3)
 
 
 async def host(stage: Stage, run: Script | None, host_id: str = "h1", owner: str = "local") -> FakeHost:
@@ -113,7 +113,7 @@ def test_stops_are_a_second_apart() -> None:
 async def test_a_run_that_is_given_up_is_stopped(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, script: Script, facts: dict[str, Any], code: str, why: str
 ) -> None:
-    monkeypatch.setattr("loom.phases.execute.watch.MAX_RUN_EVENTS", 10 if why == "flooded" else 1000)
+    monkeypatch.setattr("loom.phases.execute.run_stream.MAX_RUN_EVENTS", 10 if why == "flooded" else 1000)
     one = await host(stage, script)
     await stage.phase("execute")
     env = await given(stage, **facts)

@@ -9,14 +9,14 @@ from support.buses import Heard
 from support.phases import Asker, Stage, ad, envelope, submission
 from support.wait import until
 
-from loom.bus import task_updates, tasks
-from loom.bus.client import Bus
+from loom.bus import task_client, task_updates
+from loom.bus.bus import Bus
+from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import InvalidTask, UnknownTask
 from loom.schemas.identity import Identity
 from loom.schemas.task import Accepted, RunResult, Submission, TaskAd, TaskResult
-from loom.schemas.wire import encode
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ async def ann(stage: Stage) -> AsyncIterator[Bus]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Handles ask for the status at short intervals."""
-    monkeypatch.setattr(tasks, "ASK_AGAIN_S", 0.05)
+    monkeypatch.setattr(task_client, "ASK_AGAIN_S", 0.05)
 
 
 async def stored(stage: Stage, submitter: str, task: TaskAd, **facts: Any) -> Submission:
@@ -231,7 +231,7 @@ async def test_a_handle_of_a_name_uses_the_subjects_of_that_name(stage: Stage, a
     await stage.bus.echo()
     await stage.phase("sense")
     task = ad()
-    handle = await tasks.publish(ann, task)
+    handle = await task_client.publish(ann, task)
     await stage.seen("task", phase="match")
     await handle.status()
     await handle.record()
@@ -240,8 +240,8 @@ async def test_a_handle_of_a_name_uses_the_subjects_of_that_name(stage: Stage, a
     assert {f"from.ann.{family}.{task.task_id}" for family in ("status", "cancel")} <= said
     assert f"intake.ann.normal.{task.task_id}" in said
     assert not [subject for subject in said if subject.startswith(("status.", "cancel.", "submit"))]
-    assert tasks.request_subject(ann, "submit") == f"{stage.namespace}.from.ann.submit"
-    assert tasks.request_subject(stage.bus, "submit") == stage.bus.subjects.submit
+    assert task_client.request_subject(ann, "submit") == f"{stage.namespace}.from.ann.submit"
+    assert task_client.request_subject(stage.bus, "submit") == stage.bus.subjects.submit
 
 
 async def test_a_client_of_a_name_does_not_ask_for_the_time_of_the_server(stage: Stage, ann: Bus) -> None:
@@ -255,7 +255,7 @@ async def test_a_handle_whose_id_is_of_another_submitter_fails_at_once_and_that_
     await stage.phase("sense")
     task = ad()
     before = await admitted(stage, "bob", task)
-    async with tasks.published(ann, task, deltas=False, cancel_with_caller=True) as handle:
+    async with task_client.published(ann, task, deltas=False, cancel_with_caller=True) as handle:
         with pytest.raises(InvalidTask, match="taken by a task of another submitter"):
             await handle.content(timeout_s=20)
         with pytest.raises(UnknownTask):
@@ -270,7 +270,9 @@ async def test_a_handle_whose_id_is_of_another_ad_fails_and_that_task_goes_on(
     await stage.phase("sense")
     task = ad()
     before = await (ended if has_ended else admitted)(stage, "ann", task)
-    async with tasks.published(ann, replace(task, description="another"), deltas=True, cancel_with_caller=True) as one:
+    async with task_client.published(
+        ann, replace(task, description="another"), deltas=True, cancel_with_caller=True
+    ) as one:
         with pytest.raises(InvalidTask, match="is taken by another ad") as caught:
             await one.content(timeout_s=20)
         assert (caught.value.field, caught.value.task_id) == ("task_id", task.task_id)
@@ -284,9 +286,9 @@ async def test_a_result_of_the_first_ad_is_the_first_handles_alone(
 ) -> None:
     await stage.phase("sense")
     task = ad(timeout_s=300, context={"deep": [1, 2.0, {"x": None}]})
-    first = await tasks.publish(ann, task)
+    first = await task_client.publish(ann, task)
     await stage.settled("INTAKE")
-    again, other = await tasks.publish(ann, task), await tasks.publish(ann, replace(task, priority="high"))
+    again, other = await task_client.publish(ann, task), await task_client.publish(ann, replace(task, priority="high"))
     await stage.settled("INTAKE")
     record = await stage.read(task.task_id)
     done = replace(record, state="succeeded", envelope=replace(record.envelope, result=RunResult(content="42")))
@@ -300,7 +302,7 @@ async def test_a_result_of_the_first_ad_is_the_first_handles_alone(
 async def test_a_task_handed_in_again_by_an_operator_keeps_its_submitter(stage: Stage) -> None:
     await stage.phase("sense")
     operator = await stage.connect("operator")
-    handle = await tasks.publish(operator, ad(task_id="t1"), deltas=False, submitter="ann")
+    handle = await task_client.publish(operator, ad(task_id="t1"), deltas=False, submitter="ann")
     await stage.settled("INTAKE")
     assert (await stage.read("t1")).envelope.submitter == "ann"
     await handle.close()

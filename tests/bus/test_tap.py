@@ -7,14 +7,14 @@ from support.buses import Connect, envelope
 from support.wait import until
 
 from loom.bus import tap as tap_module
-from loom.bus.client import Bus
+from loom.bus.bus import Bus
 from loom.bus.subjects import FAMILIES
 from loom.bus.tap import SHAPES, Seen, Tap
+from loom.schemas.base import encode
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.events import TextDelta
 from loom.schemas.run import Delta
-from loom.schemas.wire import encode
 
 WITHIN_S = 5
 

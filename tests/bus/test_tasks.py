@@ -12,17 +12,17 @@ from support.hops import arrived, messages
 from support.logs import capture_logs
 from support.wait import until
 
-from loom.bus import task_updates, tasks, topology
-from loom.bus.answers import answer, answer_error, answer_task, error_headers
-from loom.bus.client import Bus, Msg
-from loom.bus.tasks import TaskHandle
+from loom.bus import task_client, task_updates, topology
+from loom.bus.bus import Bus, Msg
+from loom.bus.replies import answer, answer_error, answer_task, error_headers
+from loom.bus.task_client import TaskHandle
+from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord, TaskStatus
 from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError, NoBids, Overloaded, UnknownTask
 from loom.schemas.events import TextDelta
 from loom.schemas.run import Delta
 from loom.schemas.task import Accepted, RunResult, Submission, TaskAd, TaskError, TaskResult
-from loom.schemas.wire import decode
 
 AD = TaskAd(task_id="t1", description="count the words")
 
@@ -97,7 +97,7 @@ def _delta(n: int, attempt: int = 1) -> Delta:
 
 async def test_a_published_task_is_in_the_intake_under_its_priority(bus: Bus) -> None:
     ad = TaskAd(task_id="t1", description="count", priority="high")
-    handle = await tasks.publish(bus, ad)
+    handle = await task_client.publish(bus, ad)
     kept = await arrived(bus, "INTAKE", bus.subjects.intake("public", "high", "t1"))
     submission = decode(kept.data, Submission)
     assert (submission.ad, submission.reply_to) == (ad, "")
@@ -108,14 +108,14 @@ async def test_a_published_task_is_in_the_intake_under_its_priority(bus: Bus) ->
 
 async def test_publishing_one_task_twice_makes_two_submissions_for_sense_to_tell_apart(bus: Bus) -> None:
     for _ in range(2):
-        await (await tasks.publish(bus, AD)).close()
+        await (await task_client.publish(bus, AD)).close()
     assert await messages(bus, "INTAKE") == 2
 
 
 async def test_a_bad_ad_is_refused_before_anything_is_sent(bus: Bus) -> None:
     before = len(bus._nc._subs)
     with pytest.raises(InvalidTask) as caught:
-        await tasks.publish(bus, TaskAd(task_id="a.b", description="x"))
+        await task_client.publish(bus, TaskAd(task_id="a.b", description="x"))
     assert caught.value.field == "task_id"
     assert await messages(bus, "INTAKE") == 0
     assert len(bus._nc._subs) == before
@@ -123,10 +123,10 @@ async def test_a_bad_ad_is_refused_before_anything_is_sent(bus: Bus) -> None:
 
 async def test_a_full_intake_is_overloaded_and_nothing_is_left_listening(plain: Bus) -> None:
     await topology.apply(plain, ClusterConfig(intake_limit=1))
-    await (await tasks.publish(plain, TaskAd(description="x"))).close()
+    await (await task_client.publish(plain, TaskAd(description="x"))).close()
     before = len(plain._nc._subs)
     with pytest.raises(Overloaded):
-        await tasks.publish(plain, TaskAd(description="x"))
+        await task_client.publish(plain, TaskAd(description="x"))
     assert len(plain._nc._subs) == before
 
 
@@ -160,7 +160,7 @@ async def test_waiting_may_be_limited_and_begun_again(plain: Bus, handle: TaskHa
 async def test_a_lost_result_message_is_found_out_by_asking(
     desk: Desk, handle: TaskHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "ASK_AGAIN_S", 0.05)
+    monkeypatch.setattr(task_client, "ASK_AGAIN_S", 0.05)
     desk.says["status"] = _ended(state="running", ended_at=None).to_result()
     waiting = asyncio.ensure_future(handle.result(10))
     await until(lambda: len(desk.asked) >= 2, what="asked twice")
@@ -175,14 +175,14 @@ async def test_a_lost_result_message_is_found_out_by_asking(
 async def test_when_no_phase_answers_that_is_said_even_with_a_tap_listening(
     plain: Bus, connect: Connect, handle: TaskHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "ASK_AGAIN_S", 0.05)
+    monkeypatch.setattr(task_client, "ASK_AGAIN_S", 0.05)
     with pytest.raises(BusUnavailable, match="loom up"):
         await handle.result(10)
     tap = await connect()
     await tap.subscribe(tap.subjects.everything, Heard())
     await tap.echo()
     with pytest.raises(BusUnavailable, match="loom up") as caught:
-        await tasks.ask(plain, plain.subjects.of("status", "t1"), timeout_s=0.1)
+        await task_client.ask(plain, plain.subjects.of("status", "t1"), timeout_s=0.1)
     assert caught.value.url == plain.address
 
 
@@ -304,7 +304,7 @@ async def test_looking_away_early_leaves_the_task_alone(plain: Bus, handle: Task
 async def test_progress_ends_quietly_when_no_phase_answers_and_the_result_says_why(
     handle: TaskHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "ASK_AGAIN_S", 0.05)
+    monkeypatch.setattr(task_client, "ASK_AGAIN_S", 0.05)
     complaints: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: complaints.append(context))
     assert await seen(handle) == []
@@ -348,7 +348,7 @@ async def test_cancelling_returns_the_result(desk: Desk, handle: TaskHandle) -> 
 
 async def test_an_id_that_is_no_token_cannot_be_asked_for(plain: Bus) -> None:
     with pytest.raises(InvalidTask):
-        await tasks.status(plain, "a.b")
+        await task_client.status(plain, "a.b")
 
 
 # -- answers

@@ -18,7 +18,7 @@ from support.fake_server import fake_server, info
 from support.logs import capture_logs
 from support.wait import until
 
-from loom.bus.client import Bus
+from loom.bus.bus import Bus
 from loom.schemas.errors import BusUnavailable
 
 LOGIN = "bob:top%2Csecret"

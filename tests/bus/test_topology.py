@@ -9,8 +9,8 @@ from support.buses import Connect, envelope
 from support.logs import capture_logs
 
 from loom.bus import topology
-from loom.bus.client import Bus, Refused
-from loom.runner.doctor import design
+from loom.bus.bus import Bus, Refused
+from loom.runner.doctor.diagnosis import design
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
 from loom.schemas.errors import BusUnavailable
@@ -226,7 +226,7 @@ async def test_many_may_apply_at_once(connect: Connect) -> None:
 @pytest.mark.slow
 async def test_many_processes_may_apply_at_once(nats_url: str, namespace: str, plain: Bus) -> None:
     script = (
-        "import asyncio; from loom.bus import topology; from loom.bus.client import Bus\n"
+        "import asyncio; from loom.bus import topology; from loom.bus.bus import Bus\n"
         "from loom.schemas.config import ClusterConfig\n"
         "async def main():\n"
         f"    async with Bus({nats_url!r}, namespace={namespace!r}) as bus:\n"

@@ -14,7 +14,7 @@ from support.phases import Stage, call_for_bids
 from support.runs import run
 from support.wait import until
 
-from loom.agents.host import NodeHost
+from loom.agents.host.node_host import NodeHost
 from loom.agents.llm.agent import Agent
 from loom.agents.llm.config import AgentConfig
 from loom.agents.tools import Tool, tool
@@ -352,8 +352,8 @@ class EndlessEvents:
 async def test_an_agent_whose_output_does_not_end_is_stopped_and_holds_up_nobody(
     stage: Stage, agent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.agents.port.MAX_TEXT_CHARS", 400_000)
-    monkeypatch.setattr("loom.agents.port.MAX_EVENTS", 10_000)
+    monkeypatch.setattr("loom.agents.protocol.MAX_TEXT_CHARS", 400_000)
+    monkeypatch.setattr("loom.agents.protocol.MAX_EVENTS", 10_000)
     host = await stage.host([node(agent), node(patient, "n2")])
     watcher = await run(stage, host)
     await watcher.heard("started")

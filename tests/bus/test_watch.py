@@ -12,8 +12,8 @@ from support.phases import FakeHost, FakeRun
 from support.runs import watch_of
 from support.wait import until
 
-from loom.bus.client import Bus
-from loom.phases.execute.watch import ASK_AGAIN_S, Interrupt, Silent, Watch
+from loom.bus.bus import Bus
+from loom.phases.execute.run_stream import ASK_AGAIN_S, Interrupt, Silent, Watch
 from loom.schemas.run import RunEvent, RunRequest
 from loom.schemas.task import RunResult, TaskAd
 
@@ -22,8 +22,8 @@ REQUEST = RunRequest(task_id="t1", description="count the words", remaining_s=60
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.watch.ASK_AGAIN_S", 0.1)
-    monkeypatch.setattr("loom.phases.execute.watch.ACCEPT_S", 1)
+    monkeypatch.setattr("loom.phases.execute.run_stream.ASK_AGAIN_S", 0.1)
+    monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 1)
 
 
 async def host(bus: Bus, answer: Callable[[FakeRun], Awaitable[None]] = FakeRun.succeed, *, deaf: int = 0) -> FakeHost:
@@ -112,8 +112,8 @@ async def test_a_watch_that_is_over_leaves_nothing_for_the_garbage_collector(pla
 async def test_only_a_run_that_may_be_going_on_is_waited_for_as_long_as_three_heartbeats(
     plain: Bus, monkeypatch: pytest.MonkeyPatch, attached: bool
 ) -> None:
-    monkeypatch.setattr("loom.phases.execute.watch.ACCEPT_S", 0.25)
-    monkeypatch.setattr("loom.phases.execute.watch.SILENCE_S", 30)
+    monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 0.25)
+    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 30)
     await host(plain, deaf=6)
     watch = await watch_of(plain, REQUEST, attached=attached)
     if attached:
@@ -124,7 +124,7 @@ async def test_only_a_run_that_may_be_going_on_is_waited_for_as_long_as_three_he
 
 
 async def test_the_result_of_a_host_given_up_is_refused_and_logged(plain: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.watch.SILENCE_S", 0.1)
+    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 0.1)
 
     async def stall(run: FakeRun) -> None:
         await run.say("accepted")
@@ -206,7 +206,7 @@ async def test_an_unanswered_request_is_repeated_each_second() -> None:
 async def test_a_run_that_sends_too_much_is_given_up(
     plain: Bus, monkeypatch: pytest.MonkeyPatch, limit: str, together: bool
 ) -> None:
-    monkeypatch.setattr(f"loom.phases.execute.watch.{limit}", 30 if limit == "MAX_RUN_EVENTS" else 1000)
+    monkeypatch.setattr(f"loom.phases.execute.run_stream.{limit}", 30 if limit == "MAX_RUN_EVENTS" else 1000)
 
     async def flood(run: FakeRun) -> None:
         events = [RunEvent(seq=n, kind="heartbeat") for n in range(1, 100)]
@@ -223,7 +223,7 @@ async def test_a_run_that_sends_too_much_is_given_up(
 
 
 async def test_repeating_one_number_is_counted_too(plain: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.watch.MAX_RUN_EVENTS", 30)
+    monkeypatch.setattr("loom.phases.execute.run_stream.MAX_RUN_EVENTS", 30)
 
     async def flood(run: FakeRun) -> None:
         for _ in range(40):
@@ -259,7 +259,7 @@ async def test_a_lost_wait_is_asked_for_again_when_its_repetition_is_lost_too(pl
 async def test_messages_that_hold_no_event_are_counted_too(
     plain: Bus, monkeypatch: pytest.MonkeyPatch, garbage: bytes
 ) -> None:
-    monkeypatch.setattr("loom.phases.execute.watch.MAX_RUN_EVENTS", 30)
+    monkeypatch.setattr("loom.phases.execute.run_stream.MAX_RUN_EVENTS", 30)
 
     async def flood(run: FakeRun) -> None:
         await run.say("accepted")

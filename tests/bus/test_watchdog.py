@@ -12,11 +12,11 @@ from support.nodes import node
 from support.runs import event_subject
 from support.wait import until
 
-from loom.agents.host import NodeHost
-from loom.bus.client import Bus, Msg
+from loom.agents.host.node_host import NodeHost
+from loom.bus.bus import Bus, Msg
 from loom.schemas.auction import HostAnnouncement
+from loom.schemas.base import decode
 from loom.schemas.run import RunEvent, RunRequest, read_events
-from loom.schemas.wire import decode
 
 WITHIN_S = 20
 
@@ -60,11 +60,11 @@ async def bus(nats_url: str, namespace: str) -> AsyncIterator[Bus]:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.agents.host.ANNOUNCE_S", 0.1)
-    monkeypatch.setattr("loom.agents.host.HEARTBEAT_S", 0.1)
-    monkeypatch.setattr("loom.agents.watchdog.CHECK_S", 0.05)
-    monkeypatch.setattr("loom.agents.watchdog.BLOCKED_S", 0.2)
-    monkeypatch.setattr("loom.agents.watchdog.WARN_S", 0.4)
+    monkeypatch.setattr("loom.agents.host.node_host.ANNOUNCE_S", 0.1)
+    monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 0.1)
+    monkeypatch.setattr("loom.agents.host.watchdog.CHECK_S", 0.05)
+    monkeypatch.setattr("loom.agents.host.watchdog.BLOCKED_S", 0.2)
+    monkeypatch.setattr("loom.agents.host.watchdog.WARN_S", 0.4)
 
 
 async def events_of(bus: Bus, host: NodeHost, **facts: Any) -> list[RunEvent]:

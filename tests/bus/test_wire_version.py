@@ -7,10 +7,10 @@ from support.buses import Connect
 from support.logs import capture_logs
 
 from loom.bus import topology
-from loom.bus.client import Bus
-from loom.bus.presence import Presence, check_processes
+from loom.bus.bus import Bus
+from loom.bus.service_discovery import Presence, check_processes
 from loom.bus.wire_version import WIRE, WireMismatch
-from loom.runner.cluster import PhaseGroup
+from loom.runner.services import PhaseGroup
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
 from loom.schemas.errors import BusUnavailable

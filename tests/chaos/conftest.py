@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 from support.crashing import QUICK, each_setting
 
-from loom.runner.embedded import NatsServer
+from loom.runner.server.nats_server import NatsServer
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,11 @@ from support.nodes import node
 from support.stubborn import Stubborn
 from support.wait import until
 
-from loom.agents.host import NodeHost
-from loom.bus import tasks, topology
-from loom.bus.client import Bus, Msg
-from loom.bus.tasks import TaskHandle
-from loom.runner.cluster import running_nodes, running_phases
+from loom.agents.host.node_host import NodeHost
+from loom.bus import task_client, topology
+from loom.bus.bus import Bus, Msg
+from loom.bus.task_client import TaskHandle
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import BusUnavailable, Cancelled, UnknownTask
@@ -59,7 +59,7 @@ async def cluster(
 
 
 async def publish(bus: Bus, node_id: str = "", domain: str = "any") -> TaskHandle:
-    return await tasks.publish(bus, TaskAd(domain=domain, description="x", node_id=node_id or None), deltas=False)
+    return await task_client.publish(bus, TaskAd(domain=domain, description="x", node_id=node_id or None), deltas=False)
 
 
 async def is_cancelled(handle: TaskHandle) -> None:
@@ -150,12 +150,12 @@ async def test_what_has_ended_stays_as_it_ended_and_an_unknown_task_is_said_to_b
         assert await handle.content(WITHIN_S) == "done"
         ended = await handle.status()
 
-        answers = await asyncio.gather(handle.cancel(), handle.cancel(), tasks.cancel(bus, handle.task_id))
+        answers = await asyncio.gather(handle.cancel(), handle.cancel(), task_client.cancel(bus, handle.task_id))
 
         assert answers == [ended] * 3
         assert await handle.status() == ended
         with pytest.raises(UnknownTask):
-            await tasks.cancel(bus, "nobodys")
+            await task_client.cancel(bus, "nobodys")
 
 
 @pytest.mark.slow
@@ -196,7 +196,11 @@ async def test_a_task_that_is_cancelled_while_it_waits_for_a_node_is_never_award
 
     config = ClusterConfig(drain_timeout_s=0.5, no_bids_after_s=30)
     async with running_phases(bus.url, namespace=bus.subjects.namespace, config=config):
-        alone = [await publish(bus, domain="quick"), await publish(bus, "quick1"), await tasks.publish(bus, divided)]
+        alone = [
+            await publish(bus, domain="quick"),
+            await publish(bus, "quick1"),
+            await task_client.publish(bus, divided),
+        ]
 
         async def all_wait() -> bool:
             return await stored(bus, bus.subjects.of("later", "*", "*", "*")) >= len(alone)

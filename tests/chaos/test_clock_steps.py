@@ -14,10 +14,10 @@ from support.command import Command, command, loom
 from support.nodes import node
 from support.streams import create_streams
 
-from loom.bus import tasks
-from loom.bus.client import Bus
-from loom.runner.cluster import running_nodes, running_phases
-from loom.runner.embedded import NatsServer
+from loom.bus import task_client
+from loom.bus.bus import Bus
+from loom.runner.server.nats_server import NatsServer
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.envelope import PHASES
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd, TaskResult
@@ -43,7 +43,7 @@ PLAN = {"plan": [{"id": "a", "description": "part a"}, {"id": "b", "description"
 
 
 async def done(bus: Bus, description: str, **facts: Any) -> TaskResult:
-    handle = await tasks.publish(bus, TaskAd(domain="code", description=description, **facts), deltas=False)
+    handle = await task_client.publish(bus, TaskAd(domain="code", description=description, **facts), deltas=False)
     return await handle.result(30)
 
 

@@ -15,18 +15,18 @@ from support.phases import Asker, Stage, ad
 from support.towns import survive, towns
 from support.wait import until
 
-from loom.agents.host import NodeHost
-from loom.bus import tasks, topology
-from loom.bus.kv import Bucket
+from loom.agents.host.node_host import NodeHost
+from loom.bus import task_client, topology
+from loom.bus.natsio.kv import Bucket
 from loom.bus.records import records
-from loom.runner.cluster import running_nodes, running_phases
-from loom.runner.embedded import NatsServer
+from loom.runner.server.nats_server import NatsServer
+from loom.runner.services import running_nodes, running_phases
+from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES, Phase, TaskRecord
 from loom.schemas.learning import NodeProfile
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskResult
-from loom.schemas.wire import decode
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -164,7 +164,7 @@ class Town(Stage):
             await until(lambda: self.client.answers, within_s=WITHIN_S, what=f"{self.crash}: an answer")
         if record.state == "succeeded":
             assert {decode(msg.data, TaskResult) for msg in self.client.answers} <= {record.to_result()}, self.crash
-        assert await tasks.status(self.bus, self.task.task_id) == record.to_result(), self.crash
+        assert await task_client.status(self.bus, self.task.task_id) == record.to_result(), self.crash
 
 
 @pytest.mark.slow

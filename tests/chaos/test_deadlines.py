@@ -12,10 +12,10 @@ from support.wait import until
 
 from loom.agents.llm.agent import Agent
 from loom.agents.llm.config import AgentConfig
-from loom.bus import tasks
-from loom.bus.client import Bus
-from loom.bus.tasks import TaskHandle
-from loom.runner.cluster import running_nodes, running_phases
+from loom.bus import task_client
+from loom.bus.bus import Bus
+from loom.bus.task_client import TaskHandle
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.errors import DeadlineExceeded
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
 from loom.schemas.task import TaskAd
@@ -49,7 +49,7 @@ class Silent:
 
 async def publish(bus: Bus, node_id: str = "", timeout_s: float = TIMEOUT_S, **facts: Any) -> TaskHandle:
     ad = TaskAd(domain="any", description="x", node_id=node_id or None, timeout_s=timeout_s, **facts)
-    return await tasks.publish(bus, ad, deltas=False)
+    return await task_client.publish(bus, ad, deltas=False)
 
 
 async def ends_in_time(bus: Bus, node_id: str = "", **facts: Any) -> str:

@@ -14,8 +14,8 @@ from support.phases import Stage, ad
 from support.wait import until
 
 from loom import delegate
-from loom.bus import tasks
-from loom.runner.cluster import running_nodes, running_phases
+from loom.bus import task_client
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.envelope import PHASES
 from loom.schemas.run import RunRequest
 
@@ -44,7 +44,7 @@ class Town(Stage):
         await enter(running_phases(self.url, names=others, namespace=self.namespace))
         hosted = [node("a", self.agent, code=0.9)]
         await enter(running_nodes(self.url, partial(list, hosted), namespace=self.namespace, slots=1))
-        handle = await tasks.publish(self.bus, ad("whole", timeout_s=120))
+        handle = await task_client.publish(self.bus, ad("whole", timeout_s=120))
         await child.says("fallen")
         await enter(running_phases(self.url, names=["execute"], namespace=self.namespace))
         result = await handle.result(2 * WITHIN_S)

@@ -12,12 +12,13 @@ import pytest
 from support.nodes import echo, node
 from support.wait import until
 
-from loom.bus import loop, tasks, topology
-from loom.bus.client import Bus
-from loom.bus.tasks import TaskHandle
-from loom.runner.cluster import running_nodes, running_phases
-from loom.runner.doctor import Finding, examine
-from loom.runner.embedded import NatsServer
+from loom.bus import task_client, topology
+from loom.bus.bus import Bus
+from loom.bus.hops import hop_loop
+from loom.bus.task_client import TaskHandle
+from loom.runner.doctor.diagnosis import Finding, examine
+from loom.runner.server.nats_server import NatsServer
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import Overloaded
 from loom.schemas.task import TaskAd
@@ -60,7 +61,7 @@ async def _submit_until_refused(bus: Bus, accepted: list[TaskHandle]) -> tuple[O
     while True:
         asked = time.monotonic()
         try:
-            accepted.append(await tasks.publish(bus, TaskAd(description="y" * 8000, domain="code")))
+            accepted.append(await task_client.publish(bus, TaskAd(description="y" * 8000, domain="code")))
         except Overloaded as error:
             return error, time.monotonic() - asked
 
@@ -71,7 +72,7 @@ async def test_a_full_disk_stops_acceptance_and_loses_nothing(
     disk: Path, server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(topology, "ACK_WAIT_S", 3)
-    monkeypatch.setattr(loop, "IN_PROGRESS_S", 1.0)
+    monkeypatch.setattr(hop_loop, "IN_PROGRESS_S", 1.0)
     accepted: list[TaskHandle] = []
     async with (
         running_phases(server.url),
@@ -91,7 +92,7 @@ async def test_a_full_disk_stops_acceptance_and_loses_nothing(
         assert "fail" in {each.mark for each in await _storage(client)}  # it does not write again by itself
         await asyncio.to_thread(server.restart)
         await until(lambda: client._nc.is_connected, within_s=20, what="the client is back")
-        accepted.append(await tasks.publish(client, TaskAd(description="after", domain="code")))
+        accepted.append(await task_client.publish(client, TaskAd(description="after", domain="code")))
         results = await asyncio.gather(*(handle.result(60) for handle in accepted))
         assert [each.mark for each in await _storage(client)] == ["ok"]
 

@@ -11,11 +11,11 @@ from support.nodes import node
 from support.phases import Stage, ad
 from support.wait import until
 
-from loom.bus import tasks
-from loom.bus.kv import Bucket
+from loom.bus import task_client
+from loom.bus.natsio.kv import Bucket
 from loom.bus.records import records
-from loom.bus.tasks import TaskHandle
-from loom.runner.cluster import running_phases
+from loom.bus.task_client import TaskHandle
+from loom.runner.services import running_phases
 from loom.schemas.envelope import PHASES, TaskRecord
 from loom.schemas.identity import LOCAL_OWNER, node_key
 from loom.schemas.learning import NodeProfile
@@ -37,7 +37,7 @@ class Client:
         self.deltas: list[Delta] = []
 
     async def submit(self) -> None:
-        self.handle: TaskHandle = await tasks.publish(self.bus, self.task)
+        self.handle: TaskHandle = await task_client.publish(self.bus, self.task)
         self._listening = asyncio.create_task(self._listen())
 
     async def _listen(self) -> None:

@@ -13,10 +13,10 @@ from support.chaos import Cast, schedule
 from support.ledger import Books, read_books
 from support.wait import until
 
-from loom.bus import tasks
-from loom.bus.client import Bus
+from loom.bus import task_client
+from loom.bus.bus import Bus
 from loom.bus.topology import stream_state
-from loom.runner.embedded import NatsServer
+from loom.runner.server.nats_server import NatsServer
 from loom.runner.session import check_phases
 from loom.schemas.errors import LoomError
 from loom.schemas.task import TaskAd
@@ -30,7 +30,7 @@ WITHIN_S = 120
 async def submit(bus: Bus, number: int) -> None:
     domain = f"d{WORLD.domain(number)}"
     ad = TaskAd(task_id=f"t{number}", domain=domain, description="x", estimated_complexity=0.3, timeout_s=600)
-    await (await tasks.publish(bus, ad, deltas=False)).close()
+    await (await task_client.publish(bus, ad, deltas=False)).close()
 
 
 async def submit_all(bus: Bus) -> None:

@@ -12,15 +12,15 @@ from support.openai_server import ERROR_EVENT, OpenAIServer, Reply, Request, tex
 from support.phases import Stage, ad
 from support.wait import until
 
-from loom.agents.llm import openai_provider
 from loom.agents.llm.agent import Agent
 from loom.agents.llm.config import AgentConfig
-from loom.agents.llm.openai_provider import OpenAIProvider
+from loom.agents.llm.openai import openai_provider
+from loom.agents.llm.openai.openai_provider import OpenAIProvider
 from loom.agents.tools import tool
-from loom.bus import tasks
-from loom.bus.client import Bus
-from loom.cluster.planner import TaskPlanner
-from loom.runner.cluster import running_nodes, running_phases
+from loom.bus import task_client
+from loom.bus.bus import Bus
+from loom.compat.planner import TaskPlanner
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.task import TaskAd, TaskResult
 from loom.types import AgentNode, CapabilityProfile
 
@@ -214,7 +214,7 @@ class Cluster:
 
     async def run(self, **facts: Any) -> TaskResult:
         ad = {"domain": "code", "description": "add 2 and 3", "estimated_complexity": 0.1, "timeout_s": 60.0, **facts}
-        handle = await tasks.publish(self.bus, TaskAd(**ad), deltas=False)
+        handle = await task_client.publish(self.bus, TaskAd(**ad), deltas=False)
         try:
             return await handle.result(WITHIN_S)
         finally:
@@ -320,13 +320,15 @@ async def test_a_heuristic_stands_in_for_a_model_that_fails_sense(
     nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.phases.sense.service.ASK_WITHIN_S", 2.0)
-    monkeypatch.setattr("loom.phases.shared.breaker.FAILURES", 100)  # each fault is asked about
+    monkeypatch.setattr("loom.phases.shared.circuit_breaker.FAILURES", 100)  # each fault is asked about
     models = Models(NO_ESTIMATE, by_number)
     async with OpenAIServer(models.answer) as server, Stage(nats_url, namespace) as stage:
         provider = await provider_for(server.base_url)
         await stage.phase("sense", llm=provider)
         for n in range(len(NO_ESTIMATE)):
-            handle = await tasks.publish(stage.bus, ad(f"Have a look at {n}", task_id=f"t{n}", **UNSURE), deltas=False)
+            handle = await task_client.publish(
+                stage.bus, ad(f"Have a look at {n}", task_id=f"t{n}", **UNSURE), deltas=False
+            )
             await handle.close()
         specs = {
             name: (await stage.seen("task", phase="match", task_id=f"t{n}", within_s=WITHIN_S)).spec

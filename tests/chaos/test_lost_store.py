@@ -13,13 +13,13 @@ from support.nodes import echo, node
 from support.phases import Stage, awarded
 from support.wait import until
 
-from loom.bus import tasks, topology, upkeep
-from loom.bus.client import Bus, Refused
-from loom.bus.kv import Bucket
-from loom.phases.scale import graph
-from loom.phases.sense import desk
-from loom.runner.cluster import running_nodes, running_phases
-from loom.runner.embedded import NatsServer
+from loom.bus import task_client, topology, upkeep
+from loom.bus.bus import Bus, Refused
+from loom.bus.natsio.kv import Bucket
+from loom.phases.scale import subtask_graph
+from loom.phases.sense import client_api
+from loom.runner.server.nats_server import NatsServer
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.learning import NodeProfile
@@ -44,7 +44,7 @@ async def client(nats_url: str, namespace: str) -> AsyncIterator[Bus]:
 async def do(bus: Bus, description: str = "add two numbers") -> TaskResult:
     """Submit a task and return its result."""
     ad = TaskAd(domain="code", description=description, timeout_s=20)
-    return await (await tasks.publish(bus, ad, deltas=False)).result(25)
+    return await (await task_client.publish(bus, ad, deltas=False)).result(25)
 
 
 async def learned(bus: Bus, total: int, within_s: float = 20) -> NodeProfile:
@@ -114,7 +114,7 @@ async def test_deleted_consumers_are_created_again_and_tasks_of_every_priority_e
         await client.api(f"CONSUMER.DELETE.{client.subjects.stream(lane.stream)}.{lane.name}")
     for priority in PRIORITIES:
         ad = TaskAd(domain="code", description="after", priority=priority, timeout_s=20)
-        assert (await (await tasks.publish(client, ad, deltas=False)).result(25)).success
+        assert (await (await task_client.publish(client, ad, deltas=False)).result(25)).success
     await complete(client)
 
 
@@ -147,7 +147,7 @@ async def test_a_dead_letter_is_kept_although_its_stream_was_deleted(client: Bus
 
 @pytest.fixture(autouse=True)
 def soon_stranded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(desk, "STRANDED_S", 0.1)
+    monkeypatch.setattr(client_api, "STRANDED_S", 0.1)
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ async def test_a_task_whose_messages_were_lost_ends_after_its_deadline_when_it_i
 ) -> None:
     for phase in ("sense", "scale", "evaluate"):
         await stage.phase(phase)  # type: ignore[arg-type]
-    handle = await tasks.publish(stage.bus, TaskAd(domain="code", description="x", timeout_s=0.5), deltas=False)
+    handle = await task_client.publish(stage.bus, TaskAd(domain="code", description="x", timeout_s=0.5), deltas=False)
     hop = await stage.seen("task", phase="match", task_id=handle.task_id)
     if plan:
         spec = replace(hop.spec, divide=True, deepest=3)
@@ -181,7 +181,7 @@ async def test_a_task_whose_messages_were_lost_ends_after_its_deadline_when_it_i
     await lose(stage)
 
     async def ended() -> TaskRecord | None:
-        found = await tasks.record(stage.bus, handle.task_id)
+        found = await task_client.record(stage.bus, handle.task_id)
         return found if found is not None and found.ended else None
 
     record = await until(ended, what="the task has ended")
@@ -189,7 +189,7 @@ async def test_a_task_whose_messages_were_lost_ends_after_its_deadline_when_it_i
     assert record.envelope.error.code == "deadline_exceeded"
     assert (await handle.result(5)).state == "failed"
     if plan:
-        child = graph.child_id(handle.task_id, "a")
+        child = subtask_graph.child_id(handle.task_id, "a")
         await until(lambda: has_ended(stage, child), what="its subtask has ended")
 
 
@@ -200,9 +200,9 @@ async def has_ended(stage: Stage, task_id: str) -> bool:
 async def test_a_late_task_that_still_waits_for_a_phase_is_left_alone(stage: Stage) -> None:
     await stage.phase("sense")
     await stage.phase("evaluate")
-    handle = await tasks.publish(stage.bus, TaskAd(domain="code", description="x", timeout_s=0.1), deltas=False)
+    handle = await task_client.publish(stage.bus, TaskAd(domain="code", description="x", timeout_s=0.1), deltas=False)
     hop = await stage.seen("task", phase="match", task_id=handle.task_id)
-    await until(lambda: stage.bus.now() > hop.deadline + desk.STRANDED_S, what="the task is late")
+    await until(lambda: stage.bus.now() > hop.deadline + client_api.STRANDED_S, what="the task is late")
     for _ in range(2):
-        await tasks.status(stage.bus, handle.task_id)
+        await task_client.status(stage.bus, handle.task_id)
     assert stage.all("task", phase="evaluate") == []

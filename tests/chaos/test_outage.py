@@ -7,10 +7,10 @@ import pytest
 from support.nodes import Counting, node
 from support.wait import until
 
-from loom.bus import tasks
-from loom.bus.client import Bus
-from loom.runner.cluster import running_nodes, running_phases
-from loom.runner.embedded import NatsServer
+from loom.bus import task_client
+from loom.bus.bus import Bus
+from loom.runner.server.nats_server import NatsServer
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.task import TaskAd
 
@@ -26,13 +26,13 @@ async def test_a_host_that_is_slow_to_come_back_after_an_outage_is_not_taken_for
         client = await stack.enter_async_context(Bus(server.url))
         host.bus._nc.options["reconnect_time_wait"] = SLOW_RETURN_S
 
-        first = await (await tasks.publish(client, TaskAd(domain="code", description="before"))).result(10)
+        first = await (await task_client.publish(client, TaskAd(domain="code", description="before"))).result(10)
         server.kill()
         await until(lambda: not host.bus._nc.is_connected, what="the host notices")
         await asyncio.to_thread(server.restart)
         await until(lambda: client._nc.is_connected, what="the client is back")
         pinned = TaskAd(domain="code", description="after", node_id="slow")
-        handle = await tasks.publish(client, pinned)
+        handle = await task_client.publish(client, pinned)
         after = await handle.result(30)
         record = await handle.record()
 

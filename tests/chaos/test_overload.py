@@ -9,14 +9,14 @@ import pytest
 from support.nodes import node
 from support.wait import until
 
-from loom.bus import tasks, topology
-from loom.bus.client import Bus
-from loom.runner.cluster import running_nodes, running_phases
+from loom.bus import task_client, topology
+from loom.bus.bus import Bus
+from loom.runner.services import running_nodes, running_phases
+from loom.schemas.base import new_id
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import Overloaded, UnknownTask
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
-from loom.schemas.wire import new_id
 
 WITHIN_S = 30
 LIMIT = 50
@@ -60,7 +60,7 @@ async def submit(bus: Bus, task_id: str) -> bool:
     """Hand a task to the desk; whether it was accepted."""
     ad = TaskAd(task_id=task_id, domain="any", description="x", wait=False)
     try:
-        await tasks.ask(bus, bus.subjects.submit, ad, timeout_s=WITHIN_S)
+        await task_client.ask(bus, bus.subjects.submit, ad, timeout_s=WITHIN_S)
     except Overloaded:
         return False
     return True
@@ -69,7 +69,7 @@ async def submit(bus: Bus, task_id: str) -> bool:
 async def publish(bus: Bus, task_id: str) -> bool:
     """Hand a task straight to the intake, as Python clients do; whether it was accepted."""
     try:
-        handle = await tasks.publish(bus, TaskAd(task_id=task_id, domain="any", description="x"), deltas=False)
+        handle = await task_client.publish(bus, TaskAd(task_id=task_id, domain="any", description="x"), deltas=False)
     except Overloaded:
         return False
     await handle.close()
@@ -81,7 +81,7 @@ async def succeeded(bus: Bus, ids: list[str]) -> None:
     for task_id in ids:
 
         async def ended(task_id: str = task_id) -> bool:
-            found = await tasks.status(bus, task_id)
+            found = await task_client.status(bus, task_id)
             assert found.state not in ("failed", "cancelled"), found
             return found.success
 
@@ -131,7 +131,7 @@ async def test_a_full_intake_refuses_at_once_and_all_that_was_accepted_ends(bus:
         assert set(agent.runs.values()) == {1}
         assert len(agent.runs) == len(taken) + 1
         with pytest.raises(UnknownTask):
-            await tasks.status(bus, next(task_id for task_id, took in accepted.items() if not took))
+            await task_client.status(bus, next(task_id for task_id, took in accepted.items() if not took))
         for stream in ("INTAKE", "TASKS"):
 
             async def empty(stream: str = stream) -> bool:

@@ -8,12 +8,12 @@ import pytest
 from support.nodes import node
 from support.wait import until
 
-from loom.bus import tasks
-from loom.bus.client import Bus
-from loom.bus.kv import Bucket
+from loom.bus import task_client
+from loom.bus.bus import Bus
+from loom.bus.natsio.kv import Bucket
 from loom.bus.records import records
-from loom.phases.scale import graph
-from loom.runner.cluster import running_nodes, running_phases
+from loom.phases.scale import subtask_graph
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import SplitPlan
 from loom.schemas.errors import AgentFailed
@@ -52,7 +52,7 @@ async def settled_plan(bus: Bus, task_id: str) -> SplitPlan:
 
     async def settled() -> SplitPlan | None:
         entry = await Bucket(bus, "plans", SplitPlan).get(task_id)
-        if entry is None or entry.value.state != "done" or graph.running(entry.value):
+        if entry is None or entry.value.state != "done" or subtask_graph.running(entry.value):
             return None
         for part in entry.value.subtasks:
             record = await records(bus).get(part.child_id or "")
@@ -68,10 +68,10 @@ async def settled_plan(bus: Bus, task_id: str) -> SplitPlan:
 async def test_the_plan_of_an_ended_task_shows_how_its_subtasks_ended(bus: Bus, how: str) -> None:
     plan = [{**part, "description": "fails"} if how == "failed" and part["id"] == "first" else part for part in PLAN]
     ad = TaskAd(domain="code", description="all", context={"plan": plan}, timeout_s=1.5 if how == "deadline" else 30)
-    handle = await tasks.publish(bus, ad, deltas=False)
+    handle = await task_client.publish(bus, ad, deltas=False)
 
     async def slow_runs() -> bool:
-        record = await records(bus).get(graph.child_id(ad.task_id, "slow"))
+        record = await records(bus).get(subtask_graph.child_id(ad.task_id, "slow"))
         return record is not None and record.value.claim.attempt > 0
 
     await until(slow_runs, what="the slow subtask runs")

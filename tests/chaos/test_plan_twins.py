@@ -9,12 +9,12 @@ from msgspec.structs import replace
 from support.nodes import node
 from support.wait import until
 
-from loom.bus import tasks
-from loom.bus.client import Bus
-from loom.bus.kv import Bucket
+from loom.bus import task_client
+from loom.bus.bus import Bus
+from loom.bus.natsio.kv import Bucket
 from loom.bus.records import records
 from loom.bus.topology import stream_state
-from loom.runner.cluster import running_nodes, running_phases
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.envelope import Envelope, SplitPlan, Subtask
 from loom.schemas.errors import AgentFailed
 from loom.schemas.run import RunRequest
@@ -66,7 +66,7 @@ async def town(nats_url: str, namespace: str) -> AsyncIterator[Town]:
 async def test_a_copy_that_fails_undivided_leads_to_one_end_with_all_outputs(
     town: Town, *, until_running: bool
 ) -> None:
-    handle = await tasks.publish(town.bus, town.ad, deltas=False)
+    handle = await task_client.publish(town.bus, town.ad, deltas=False)
     plan = await until(town.plan, what="the task is divided")
     await town.put(replace(plan.envelope, inputs={}))
 
@@ -95,7 +95,7 @@ async def test_a_copy_that_fails_undivided_leads_to_one_end_with_all_outputs(
 
 async def test_a_copy_that_succeeds_undivided_ends_the_task_and_cancels_its_subtasks(town: Town) -> None:
     town.answers_alone = True
-    handle = await tasks.publish(town.bus, town.ad, deltas=False)
+    handle = await task_client.publish(town.bus, town.ad, deltas=False)
     plan = await until(town.plan, what="the task is divided")
     await town.put(plan.envelope)
     assert (await handle.result(20)).content == "alone"

@@ -14,12 +14,12 @@ from support.phases import Stage, ad
 from support.towns import survive, towns
 from support.wait import until
 
-from loom.bus import tasks, topology
-from loom.bus.kv import Bucket
+from loom.bus import task_client, topology
+from loom.bus.natsio.kv import Bucket
 from loom.bus.records import records
-from loom.phases.scale.graph import child_id
-from loom.runner.cluster import running_nodes, running_phases
-from loom.runner.embedded import NatsServer
+from loom.phases.scale.subtask_graph import child_id
+from loom.runner.server.nats_server import NatsServer
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES, SplitPlan, TaskRecord
 from loom.schemas.run import RunRequest
@@ -87,7 +87,7 @@ class Town(Stage):
 
     async def strike(self) -> None:
         """Submit the task and wait until SCALE has fallen over it."""
-        await tasks.publish(self.bus, self.task, deltas=False)
+        await task_client.publish(self.bus, self.task, deltas=False)
         if self.crash.ends == "cancelled":
             await until(lambda: self.runs, within_s=WITHIN_S, what="a subtask runs")
             await self.bus.publish(self.bus.subjects.of("cancel", self.task.task_id))

@@ -18,19 +18,20 @@ from support.hops import messages, settled
 from support.nodes import echo, node
 from support.wait import until
 
-from loom.bus import letters, tasks
-from loom.bus.client import Bus
-from loom.bus.delivery import DEAD_AFTER
-from loom.bus.letters import Letter
+from loom.bus import task_client
+from loom.bus.bus import Bus
+from loom.bus.dead_letters import admin
+from loom.bus.dead_letters.admin import Letter
+from loom.bus.hops.delivery import DEAD_AFTER
 from loom.bus.records import records
-from loom.bus.tasks import TaskHandle
-from loom.runner.cluster import running_nodes, running_phases
-from loom.schemas import wire
+from loom.bus.task_client import TaskHandle
+from loom.runner.services import running_nodes, running_phases
+from loom.schemas import base
+from loom.schemas.base import MAX_MESSAGE_BYTES, decode, encode
 from loom.schemas.envelope import PHASES, Envelope, Hop, Phase, TaskRecord
 from loom.schemas.errors import DeadLettered
 from loom.schemas.run import RunRequest
 from loom.schemas.task import Submission, TaskAd
-from loom.schemas.wire import MAX_MESSAGE_BYTES, decode, encode
 
 WITHIN_S = 30
 LANES = ("intake", "sense", "match", "scale", "execute", "evaluate")
@@ -105,14 +106,14 @@ async def wait_for_letters(bus: Bus, count: int) -> dict[str, Letter]:
         return await messages(bus, "DEAD") >= count
 
     await until(there, within_s=WITHIN_S, what=f"{count} dead letters")
-    found = await letters.letters(bus, 10 * count)
+    found = await admin.letters(bus, 10 * count)
     assert len(found) == count
     return {one.facts.subject: one for one in found}
 
 
 async def serves(bus: Bus) -> None:
     """A normal task goes through every phase."""
-    handle = await tasks.publish(bus, TaskAd(description="count the words", domain="code"))
+    handle = await task_client.publish(bus, TaskAd(description="count the words", domain="code"))
     assert await handle.content(WITHIN_S) == "done: count the words"
 
 
@@ -131,8 +132,8 @@ async def cluster(nats_url: str, namespace: str) -> AsyncIterator[Bus]:
 async def test_a_poison_message_of_every_kind_is_kept_in_every_phase_and_all_go_on_serving(
     cluster: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes, real = list[int](), wire._decoder
-    monkeypatch.setattr(wire, "_decoder", lambda shape: _Measured(real(shape), sizes))
+    sizes, real = list[int](), base._decoder
+    monkeypatch.setattr(base, "_decoder", lambda shape: _Measured(real(shape), sizes))
     sent: dict[str, tuple[str, Kind, bytes]] = {}
     for number, kind in enumerate(KINDS.values()):
         for lane in kind.lanes:
@@ -238,7 +239,7 @@ async def wait_for_letters_by_phase(bus: Bus, count: int) -> Counter[str]:
         return await messages(bus, "DEAD") == count
 
     await until(there, within_s=WITHIN_S, what=f"{count} dead letters")
-    return Counter(one.facts.phase for one in await letters.letters(bus, 10 * count))
+    return Counter(one.facts.phase for one in await admin.letters(bus, 10 * count))
 
 
 async def test_rubbish_in_the_place_of_a_hop_ends_the_task_and_whoever_waits_hears_it(
@@ -256,7 +257,7 @@ async def test_rubbish_in_the_place_of_a_hop_ends_the_task_and_whoever_waits_hea
         Bus(nats_url, namespace=namespace) as bus,
     ):
         ads = {phase: TaskAd(task_id=phase, description="x", node_id="n") for phase in LANES[1:]}
-        handles = {phase: await tasks.publish(bus, ad) for phase, ad in ads.items()}
+        handles = {phase: await task_client.publish(bus, ad) for phase, ad in ads.items()}
         for phase in ads:
             await until(lambda phase=phase: _runs(bus, phase), within_s=WITHIN_S, what=f"{phase} runs")  # type: ignore[misc]
             await bus.store(subject_of(bus, phase, phase), b"{]")
@@ -286,21 +287,21 @@ async def test_a_task_that_kills_its_process_every_time_ends_and_its_neighbours_
         nodes = [node("n", echo, code=0.9)]
         await stack.enter_async_context(running_nodes(nats_url, lambda: nodes, namespace=namespace))
         bus = await stack.enter_async_context(Bus(nats_url, namespace=namespace))
-        before = [await tasks.publish(bus, _neighbour(n)) for n in range(3)]
-        handle = await tasks.publish(bus, TaskAd(task_id="killer", description="x", context={MARK: True}))
-        behind = [await tasks.publish(bus, _neighbour(n)) for n in range(3, 6)]
+        before = [await task_client.publish(bus, _neighbour(n)) for n in range(3)]
+        handle = await task_client.publish(bus, TaskAd(task_id="killer", description="x", context={MARK: True}))
+        behind = [await task_client.publish(bus, _neighbour(n)) for n in range(3, 6)]
         process = await stack.enter_async_context(command(tmp_path, *words, **env))
         meanwhile = list[TaskHandle]()
         while len(meanwhile) < 6:
             await until(lambda: process.out.count("died") > len(meanwhile), within_s=WITHIN_S, what="another death")
-            meanwhile.append(await tasks.publish(bus, _neighbour(6 + len(meanwhile))))
+            meanwhile.append(await task_client.publish(bus, _neighbour(6 + len(meanwhile))))
 
         with pytest.raises(DeadLettered, match=f"{deadly} could not handle the task: delivered 10 times"):
             await handle.content(2 * WITHIN_S)
 
         for neighbour in (*before, *behind, *meanwhile):
             assert await neighbour.content(WITHIN_S) == "done: count the words"
-        (letter,) = await letters.letters(bus, 9)
+        (letter,) = await admin.letters(bus, 9)
         assert (letter.facts.phase, letter.facts.task_id, letter.facts.deliveries) == (deadly, "killer", DEAD_AFTER + 1)
         assert letter.facts.trail == ("" if deadly == "sense" else "sense match")
         assert process.out.count("died") == DEAD_AFTER

@@ -12,14 +12,14 @@ from support.auctions import offer
 from support.nodes import node
 from support.phases import ad, envelope
 
-from loom.agents.host import NodeHost
-from loom.agents.node import Room
-from loom.agents.runs import Run
-from loom.bus import tasks, topology
-from loom.bus.client import Bus
-from loom.phases.match.policy import AllBusy, Awarded, Book, Verdict, judge, taken_s
-from loom.runner.cluster import running_nodes, running_phases
-from loom.runner.embedded import NatsServer
+from loom.agents.host.node_host import NodeHost
+from loom.agents.host.runs import Run
+from loom.agents.host.slots import Room
+from loom.bus import task_client, topology
+from loom.bus.bus import Bus
+from loom.phases.match.scoring import AllBusy, Awarded, Book, Verdict, judge, taken_s
+from loom.runner.server.nats_server import NatsServer
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.auction import Bid
 from loom.schemas.run import RunRequest
 from loom.schemas.task import PRIORITIES, Priority, TaskAd
@@ -58,13 +58,13 @@ async def flood(bus: Bus, count: int) -> None:
     """Hand in so many low tasks, each of them accepted."""
     for _ in range(count // AT_ONCE):
         ads = [TaskAd(domain="any", description="can wait", priority="low", wait=False) for _ in range(AT_ONCE)]
-        await asyncio.gather(*(tasks.ask(bus, bus.subjects.submit, ad, timeout_s=WITHIN_S) for ad in ads))
+        await asyncio.gather(*(task_client.ask(bus, bus.subjects.submit, ad, timeout_s=WITHIN_S) for ad in ads))
 
 
 async def latency(bus: Bus) -> float:
     """Seconds from handing in a critical task to its answer."""
     begun = time.monotonic()
-    handle = await tasks.publish(bus, TaskAd(domain="any", description="now", priority="critical"), deltas=False)
+    handle = await task_client.publish(bus, TaskAd(domain="any", description="now", priority="critical"), deltas=False)
     assert await handle.content(WITHIN_S) == "critical"
     return time.monotonic() - begun
 

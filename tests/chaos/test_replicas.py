@@ -10,10 +10,11 @@ from support.nats_cluster import NatsCluster, leader, nats_cluster
 from support.nodes import echo, node
 from support.wait import until
 
-from loom.bus import loop, tasks, topology
-from loom.bus.client import Bus
-from loom.runner.cluster import running_nodes, running_phases
-from loom.runner.doctor import Finding, examine
+from loom.bus import task_client, topology
+from loom.bus.bus import Bus
+from loom.bus.hops import hop_loop
+from loom.runner.doctor.diagnosis import Finding, examine
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
@@ -45,7 +46,7 @@ async def test_every_stream_is_on_three_servers_and_tasks_end_on_them(cluster: N
     assert await topology.apply(client, THREE) == []
     assert set((await _copies(client)).values()) == {3}
     async with running_phases(cluster.url, config=THREE), running_nodes(cluster.url, lambda: [node("n", echo)]):
-        handles = [await tasks.publish(client, TaskAd(description=f"job {n}", domain="code")) for n in range(5)]
+        handles = [await task_client.publish(client, TaskAd(description=f"job {n}", domain="code")) for n in range(5)]
         results = await asyncio.gather(*(handle.result(30) for handle in handles))
 
     assert [result.content for result in results] == [f"done: job {n}" for n in range(5)]
@@ -83,7 +84,7 @@ async def test_the_leader_dies_while_tasks_are_submitted_and_none_is_lost(
     cluster: NatsCluster, client: Bus, stream: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(topology, "ACK_WAIT_S", 3)  # what was in hand need not come back after 30 s
-    monkeypatch.setattr(loop, "IN_PROGRESS_S", 1.0)
+    monkeypatch.setattr(hop_loop, "IN_PROGRESS_S", 1.0)
     runs: list[str] = []
 
     async def agent(job: RunRequest) -> str:

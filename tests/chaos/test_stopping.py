@@ -14,11 +14,11 @@ from support.nodes import node
 from support.streams import create_streams
 from support.wait import until
 
-from loom.bus import tasks
-from loom.bus.client import Bus
-from loom.bus.tasks import TaskHandle
-from loom.runner.cluster import running_nodes, running_phases
-from loom.runner.embedded import NatsServer, find_server
+from loom.bus import task_client
+from loom.bus.bus import Bus
+from loom.bus.task_client import TaskHandle
+from loom.runner.server.nats_server import NatsServer, find_server
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.envelope import PHASES
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
@@ -59,7 +59,7 @@ class Agent:
 
 
 async def publish(bus: Bus, node_id: str | None = None) -> TaskHandle:
-    return await tasks.publish(bus, TaskAd(domain="any", description="x", node_id=node_id), deltas=False)
+    return await task_client.publish(bus, TaskAd(domain="any", description="x", node_id=node_id), deltas=False)
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ from support.in_process import Loom, commands
 from support.openai_server import OpenAIServer
 
 from loom import AgentConfig, OpenAIProvider
-from loom.bus.client import Bus
-from loom.runner.cluster import running_phases
+from loom.bus.bus import Bus
+from loom.runner.services import running_phases
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 from support.openai_server import OpenAIServer, Reply
 
 from loom import Agent, OpenAIProvider, Runtime, TaskAd
-from loom.bus.client import Bus
+from loom.bus.bus import Bus
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskResult
 from loom.types import Accept, CapabilityProfile

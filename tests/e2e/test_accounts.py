@@ -22,8 +22,8 @@ from support.nodes import node
 from support.wait import until
 
 from loom import Runtime
-from loom.bus.client import Bus
-from loom.runner.cluster import running_nodes, running_phases
+from loom.bus.bus import Bus
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
 from loom.schemas.events import TextDelta
 from loom.schemas.run import RunRequest

@@ -24,10 +24,10 @@ from loom import (
     UserMessage,
     tool,
 )
-from loom.bus.client import Bus
-from loom.bus.history import recent_records
-from loom.cluster.planner import TaskPlanner
-from loom.runner.cluster import running_phases
+from loom.bus.bus import Bus
+from loom.bus.queries import recent_records
+from loom.compat.planner import TaskPlanner
+from loom.runner.services import running_phases
 from loom.schemas.errors import InvalidTask
 from loom.schemas.llm import AssistantMessage
 from loom.schemas.run import RunRequest

@@ -11,8 +11,8 @@ from nats.aio.msg import Msg
 from support.nodes import echo, fail, node
 from support.wait import until
 
-from loom.bus.client import Bus
-from loom.runner.cluster import running_nodes
+from loom.bus.bus import Bus
+from loom.runner.services import running_nodes
 from loom.types import AgentNode
 
 

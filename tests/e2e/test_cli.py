@@ -17,18 +17,18 @@ import pytest
 from support.command import LOOM, Command, Ended
 from support.wait import until
 
-from loom.bus.client import Bus
+from loom.bus.bus import Bus
 from loom.bus.records import records
-from loom.bus.tasks import status
-from loom.runner import logs
+from loom.bus.task_client import status
+from loom.runner import log_output
 from loom.runner.cli.app import main
-from loom.runner.cluster import running_nodes
-from loom.runner.embedded import NatsServer
+from loom.runner.server.nats_server import NatsServer
+from loom.runner.services import running_nodes
 from loom.runner.session import check_phases
+from loom.schemas.base import decode
 from loom.schemas.envelope import PHASES
 from loom.schemas.errors import UnknownTask
 from loom.schemas.task import TaskResult
-from loom.schemas.wire import decode
 from loom.types import AgentNode, CapabilityProfile
 
 WITHIN_S = 20
@@ -353,7 +353,7 @@ async def test_without_waiting_the_id_is_all_there_is(start: Start, phases: Bus,
 def quietly(environment: None) -> Iterator[None]:
     """For commands run in this process: what they do to the logs is undone."""
     yield
-    logs.reset()
+    log_output.reset()
 
 
 @pytest.mark.usefixtures("quietly")

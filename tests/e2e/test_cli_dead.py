@@ -14,14 +14,15 @@ from support.in_process import Loom, is_refused
 from support.nodes import echo, node
 from support.wait import until
 
-from loom.bus import letters, tasks
-from loom.bus.letters import Letter
-from loom.runner.doctor import examine
+from loom.bus import task_client
+from loom.bus.dead_letters import admin
+from loom.bus.dead_letters.admin import Letter
+from loom.runner.doctor.diagnosis import examine
+from loom.schemas.base import MAX_MESSAGE_BYTES, encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Hop, Split, TaskRecord
 from loom.schemas.errors import UnknownTask
 from loom.schemas.task import TaskAd
-from loom.schemas.wire import MAX_MESSAGE_BYTES, encode
 
 EVIL = "hello [red]\x1b[31m\x9b"
 NO_JSON = b"\xff\x00\x1b[31m" + "数据\u202e".encode() + b"\n{"
@@ -58,7 +59,7 @@ def _skipped(cluster: Cluster, ad: TaskAd) -> bytes:
 
 async def _kept(cluster: Cluster, count: int) -> list[Letter]:
     async def there() -> list[Letter]:
-        found = await letters.letters(cluster.bus, 100)
+        found = await admin.letters(cluster.bus, 100)
         return found if len(found) >= count else []
 
     return await until(there, within_s=20, what=f"{count} dead letters")
@@ -142,7 +143,7 @@ async def _one_more(cluster: Cluster) -> Letter:
 
 async def _ended(cluster: Cluster, task_id: str) -> TaskRecord | None:
     try:
-        found = await tasks.record(cluster.bus, task_id)
+        found = await task_client.record(cluster.bus, task_id)
     except UnknownTask:  # on its way into the intake
         return None
     return found if found is not None and found.ended else None

@@ -18,17 +18,17 @@ from support.in_process import Loom, is_refused
 from support.nodes import echo, fail, node
 from support.wait import until
 
-from loom.bus import tasks
-from loom.bus.announcements import AnnouncedHost
-from loom.bus.kv import Bucket
-from loom.bus.reward_bus import RewardBus
+from loom.bus import task_client
+from loom.bus.host_directory import AnnouncedHost
+from loom.bus.natsio.kv import Bucket
+from loom.bus.rewards import RewardBus
+from loom.schemas.base import decode
 from loom.schemas.envelope import SplitPlan, TaskRecord
 from loom.schemas.errors import UnknownTask
 from loom.schemas.identity import node_key
 from loom.schemas.learning import NodeProfile, Reward
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
-from loom.schemas.wire import decode
 
 HEX = "0123456789abcdef" * 2
 EVIL = "hello [red]\x1b[31m"
@@ -47,14 +47,14 @@ def cluster(nats_url: str) -> Iterator[Cluster]:
     with background_cluster(nats_url, f"t{secrets.token_hex(4)}", nodes) as cluster:
         cluster.do(_work(cluster))
         yield cluster
-        cluster.do(tasks.cancel(cluster.bus, "going"))
+        cluster.do(task_client.cancel(cluster.bus, "going"))
 
 
 async def _work(cluster: Cluster) -> None:
     for task_id, node_id in (("t1", None), (HEX, "good")):
         labels = {"tenant": "acme", "at": task_id[:2]}
         ad = TaskAd(task_id=task_id, domain="loud", description=EVIL, node_id=node_id, labels=labels)
-        handle = await tasks.publish(cluster.bus, ad)
+        handle = await task_client.publish(cluster.bus, ad)
         assert (await handle.result(10)).success
     rewards = [reward async for reward in RewardBus(bus=cluster.bus).replay()]
     assert [reward.node_id for reward in rewards] == ["bad", "good", "good"]
@@ -68,7 +68,7 @@ async def _begin(cluster: Cluster, task_id: str) -> None:
         record = await handle.record()
         return record is not None and record.claim.attempt > 0
 
-    handle = await tasks.publish(cluster.bus, TaskAd(task_id=task_id, node_id="slow", description="go on"))
+    handle = await task_client.publish(cluster.bus, TaskAd(task_id=task_id, node_id="slow", description="go on"))
     await until(lambda: _known(runs), what=f"{task_id} runs")
     await handle.close()
 
@@ -177,7 +177,7 @@ def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
             return entry is not None and [part.state for part in entry.value.subtasks][1:3] == ["succeeded", "running"]
 
         ad = TaskAd(task_id="report", domain="code", description="tell it all", context={"plan": PLAN})
-        handle = cluster.do(tasks.publish(cluster.bus, ad))
+        handle = cluster.do(task_client.publish(cluster.bus, ad))
         cluster.do(until(divided, within_s=15, what="one part runs"))
         running = re.sub(" +\n", "\n", loom("task report").out)
         listed = loom("tasks").out
@@ -186,7 +186,9 @@ def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
         ended, told = loom("task report").out, json.loads(loom("task report --json").out)
         child = loom(f"task {told['plan']['subtasks'][3]['child_id']}").out
         closed = loom("tasks").out
-        whole = cluster.do(tasks.publish(cluster.bus, TaskAd(task_id="one", description="x", context={"plan": True})))
+        whole = cluster.do(
+            task_client.publish(cluster.bus, TaskAd(task_id="one", description="x", context={"plan": True}))
+        )
         cluster.do(whole.result(15))
         undivided = loom("task one").out
 
@@ -276,7 +278,7 @@ async def test_a_tap_tells_the_past_and_goes_on_with_what_it_was_asked_for(here:
         await tap.says("for t1, by rules")
         await rewards.says("reward_id")
         ad = TaskAd(task_id="t9", description="x", domain="quiet", node_id="good")
-        handle = await asyncio.to_thread(here.do, tasks.publish(here.bus, ad))
+        handle = await asyncio.to_thread(here.do, task_client.publish(here.bus, ad))
         await tap.says("for t9, by rules")
         await tap.says(f"{'result':<16} t9 ")
         await rewards.says('"task_id":"t9"')
@@ -326,8 +328,8 @@ def test_without_phases_ever_every_command_says_so(here: Cluster, loom: Loom, mo
 
 @pytest.mark.slow
 def test_without_a_server_every_command_says_so(loom: Loom, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.runner.cli.looking.PATIENCE_S", 0.1)
-    monkeypatch.setattr("loom.runner.cli.watch.PATIENCE_S", 0.1)
+    monkeypatch.setattr("loom.runner.cli.common.PATIENCE_S", 0.1)
+    monkeypatch.setattr("loom.runner.cli.commands.tap.PATIENCE_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         monkeypatch.setenv("NATS_URL", f"nats://127.0.0.1:{probe.getsockname()[1]}")
     for line in COMMANDS:

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from support.compose import ROOT, WITHIN_S, docker, started, within
 
-from loom.bus import tasks
-from loom.bus.client import Bus
-from loom.runner.cluster import running_nodes, running_phases
-from loom.runner.embedded import find_server
+from loom.bus import task_client
+from loom.bus.bus import Bus
+from loom.runner.server.nats_server import find_server
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd, TaskResult
@@ -71,10 +71,10 @@ async def test_the_loop_runs_on_a_server_in_a_container_and_survives_its_death(c
         running_nodes(url, lambda: [node], patience_s=PATIENCE_S),
         Bus(url) as bus,
     ):
-        first = await tasks.publish(bus, TaskAd(description="hello"))
+        first = await task_client.publish(bus, TaskAd(description="hello"))
         assert await first.content(timeout_s=30) == "HELLO"
 
-        second = await tasks.publish(bus, TaskAd(description="wait"))
+        second = await task_client.publish(bus, TaskAd(description="wait"))
         await asyncio.to_thread(server.kill)  # type: ignore[attr-defined]
         await asyncio.to_thread(server.start)  # type: ignore[attr-defined]
         go_on.set()
@@ -106,7 +106,7 @@ def run_a_task(url: str) -> TaskResult:
     async def run() -> TaskResult:
         async with Bus(url, patience_s=PATIENCE_S) as bus:
             ad = TaskAd(domain="data", description="statistics", context={"file": "sales.csv"})
-            return await (await tasks.publish(bus, ad)).result(90)
+            return await (await task_client.publish(bus, ad)).result(90)
 
     return asyncio.run(run())
 

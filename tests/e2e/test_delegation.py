@@ -13,12 +13,12 @@ from support.openai_server import OpenAIServer, Reply
 from support.wait import until
 
 from loom import Agent, OpenAIProvider, delegate, tool
-from loom.agents.host import NodeHost
-from loom.bus import tasks
-from loom.bus.client import Bus
+from loom.agents.host.node_host import NodeHost
+from loom.bus import task_client
+from loom.bus.bus import Bus
 from loom.bus.records import records
 from loom.bus.topology import stream_state
-from loom.runner.cluster import running_nodes, running_phases
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import AgentFailed, SubtaskFailed
@@ -53,9 +53,9 @@ class Town:
         self.hosts.append(host)
         return host
 
-    async def submit(self, description: str, **facts: Any) -> tasks.TaskHandle:
+    async def submit(self, description: str, **facts: Any) -> task_client.TaskHandle:
         ad = TaskAd(description=description, domain="code", estimated_complexity=0.1, timeout_s=60, **facts)
-        return await tasks.publish(self.bus, ad, deltas=False)
+        return await task_client.publish(self.bus, ad, deltas=False)
 
     async def result(self, description: str, **facts: Any) -> TaskResult:
         return await (await self.submit(description, **facts)).result(WITHIN_S)
@@ -219,8 +219,8 @@ async def test_cancelling_a_parent_that_waits_cancels_what_it_has_delegated(town
 async def test_a_host_lost_while_its_run_waits_is_replaced_and_its_part_cancelled(
     town: Town, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.agents.host.HEARTBEAT_S", 0.25)
-    monkeypatch.setattr("loom.phases.execute.watch.SILENCE_S", 2.0)
+    monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 0.25)
+    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 2.0)
     agent = Sleepers()
     await town.open({"a": agent})
     handle = await town.submit("all")

@@ -6,11 +6,11 @@ import pytest
 from support.chaos import Cast
 from support.wait import until
 
-from loom.bus import tasks, topology
-from loom.bus.client import Bus
-from loom.bus.kv import Bucket
+from loom.bus import task_client, topology
+from loom.bus.bus import Bus
+from loom.bus.natsio.kv import Bucket
 from loom.bus.topology import stream_state
-from loom.runner.embedded import NatsServer
+from loom.runner.server.nats_server import NatsServer
 from loom.schemas.envelope import PHASES, SplitPlan
 from loom.schemas.errors import LoomError
 from loom.schemas.task import TaskAd
@@ -49,7 +49,7 @@ async def test_a_diamond_runs_on_two_node_processes_and_is_put_together(tmp_path
         async with Bus(server.url) as bus, Cast(server, tmp_path, {"all": PHASES}, ("ada", "ben"), agents):
             await until(lambda: _both_are_there(bus), within_s=30, what="both nodes")
             ad = TaskAd(domain="code", description="all", context={"plan": DIAMOND})
-            handle = await tasks.publish(bus, ad)
+            handle = await task_client.publish(bus, ad)
             answer = await handle.content(30)
             plan = await until(lambda: _done(bus, ad.task_id), within_s=30, what="the plan is over")
             assert isinstance(plan, SplitPlan)
@@ -69,7 +69,7 @@ async def _both_are_there(bus: Bus) -> bool:
     try:
         await topology.stream_state(bus, "DEAD")
         for domain, name in (("code", "ada"), ("data", "ben")):
-            result = await (await tasks.publish(bus, TaskAd(description="hello", domain=domain))).result(20)
+            result = await (await task_client.publish(bus, TaskAd(description="hello", domain=domain))).result(20)
             if result.node_id != name:
                 return False
     except (LoomError, TimeoutError):

@@ -16,9 +16,10 @@ from support.rewards import reward
 from support.wait import until
 
 from loom.bus import topology
-from loom.bus.announcements import AnnouncedHost
-from loom.bus.client import Bus
-from loom.bus.presence import (
+from loom.bus.bus import Bus
+from loom.bus.host_directory import AnnouncedHost
+from loom.bus.rewards import RewardBus
+from loom.bus.service_discovery import (
     Clocks,
     Presence,
     Present,
@@ -27,14 +28,13 @@ from loom.bus.presence import (
     shared_settings,
     who_is_there,
 )
-from loom.bus.reward_bus import RewardBus
 from loom.bus.topology import Inspection, Part
 from loom.phases.adapt import Adapt
 from loom.phases.scale import Scale
-from loom.runner.cluster import PhaseGroup, running_nodes, running_phases
-from loom.runner.doctor import backlog, clock, examine, examine_here, node_hosts, phases, process_clocks
-from loom.runner.embedded import find_server
-from loom.runner.findings import Finding
+from loom.runner.doctor.diagnosis import backlog, clock, examine, examine_here, node_hosts, phases, process_clocks
+from loom.runner.doctor.findings import Finding
+from loom.runner.server.nats_server import find_server
+from loom.runner.services import PhaseGroup, running_nodes, running_phases
 from loom.schemas.auction import AnnouncedNode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
@@ -320,7 +320,7 @@ async def test_a_phase_that_answers_and_does_not_work_is_found(
     on_bus: Where, client: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, namespace = on_bus
-    monkeypatch.setattr("loom.runner.working.LOOK_AGAIN_S", 0.1)
+    monkeypatch.setattr("loom.runner.doctor.working.LOOK_AGAIN_S", 0.1)
     async with Bus(url, namespace=namespace, role="phases") as bus:
         group = PhaseGroup(bus, ("scale", "adapt"))
         await group.start()

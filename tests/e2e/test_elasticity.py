@@ -11,16 +11,16 @@ from support.command import LOOM, command, loom
 from support.nodes import Counting, node
 from support.wait import until
 
-from loom.agents.node import Node
-from loom.bus import tasks
-from loom.bus.announcements import host_in
-from loom.bus.client import Bus, Msg, NoResponders
-from loom.runner.cluster import running_nodes, running_phases
+from loom.agents.host.slots import Node
+from loom.bus import task_client
+from loom.bus.bus import Bus, Msg, NoResponders
+from loom.bus.host_directory import host_in
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.auction import HostAnnouncement, SpawnReply, SpawnRequest
+from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.learning import Lifecycle
 from loom.schemas.task import TaskAd, TaskResult
-from loom.schemas.wire import decode
 
 WITHIN_S = 60
 AT_ONCE = 24
@@ -65,7 +65,9 @@ class Burst:
 
     async def _go_on(self) -> None:
         while not self.over.is_set():
-            handle = await tasks.publish(self._bus, TaskAd(description="add two numbers", domain="code"), deltas=False)
+            handle = await task_client.publish(
+                self._bus, TaskAd(description="add two numbers", domain="code"), deltas=False
+            )
             self.results.append(await handle.result(WITHIN_S))
 
 
@@ -79,8 +81,8 @@ async def test_a_burst_grows_two_hosts_to_their_limits_and_quiet_shrinks_them_ag
     nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two SCALE and two ADAPT replicas: nothing in flight is lost, no run happens twice."""
-    monkeypatch.setattr("loom.agents.host.ANNOUNCE_S", 0.2)
-    monkeypatch.setattr("loom.phases.adapt.retiring.SWEEP_S", 0.2)
+    monkeypatch.setattr("loom.agents.host.node_host.ANNOUNCE_S", 0.2)
+    monkeypatch.setattr("loom.phases.adapt.retirement.SWEEP_S", 0.2)
     agent, census = Counting(RUN_S), Census()
     here, there = nodes(agent), nodes(agent)
     async with (
@@ -101,7 +103,7 @@ async def test_a_burst_grows_two_hosts_to_their_limits_and_quiet_shrinks_them_ag
         await lasting
         alone = {one.host_id: 1, two.host_id: 1}
         await until(lambda: census.now == alone, within_s=WITHIN_S, what=f"both have shrunk: {census.now}")
-        after = await (await tasks.publish(bus, TaskAd(description="one more", domain="code"))).result(WITHIN_S)
+        after = await (await task_client.publish(bus, TaskAd(description="one more", domain="code"))).result(WITHIN_S)
     assert after.success
     assert census.most == limits
     assert (census.told["spawned"], census.told["retired"]) == (3, 3)

@@ -10,9 +10,9 @@ from support.rewards import reward
 from support.streams import create_streams
 
 from loom import Runtime, TaskAd
-from loom.bus.client import Bus
-from loom.bus.connection import ServiceFailed
-from loom.bus.reward_bus import RewardBus
+from loom.bus.bus import Bus
+from loom.bus.natsio.connection import ServiceFailed
+from loom.bus.rewards import RewardBus
 from loom.phases.adapt.service import Adapt
 from loom.schemas.errors import BusUnavailable
 from loom.types import CapabilityProfile

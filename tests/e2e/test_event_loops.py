@@ -23,13 +23,13 @@ from loom import (
     TaskAd,
     UserMessage,
 )
-from loom.bus import tasks
-from loom.bus.client import Bus
-from loom.bus.ownership import WrongEventLoop
-from loom.cluster.planner import TaskPlanner
+from loom.bus import task_client
+from loom.bus.bus import Bus
+from loom.bus.natsio.ownership import WrongEventLoop
+from loom.compat.planner import TaskPlanner
+from loom.schemas.base import new_id
 from loom.schemas.errors import AgentFailed, BusUnavailable, LoomError
 from loom.schemas.learning import Reward
-from loom.schemas.wire import new_id
 from loom.types import CapabilityProfile
 
 SUM = TaskAd(domain="code", description="sum", timeout_s=20)
@@ -251,7 +251,7 @@ async def test_waiting_in_synchronous_code_is_bounded_and_ends_when_the_runtime_
     await asyncio.to_thread(rt.dispose)
     with pytest.raises(BusUnavailable, match="closed before the task ended"):
         await waiting
-    await asyncio.gather(*(tasks.cancel(client, ad.task_id) for ad in (first, second)))
+    await asyncio.gather(*(task_client.cancel(client, ad.task_id) for ad in (first, second)))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loom import AgentConfig, OpenAIProvider, Runtime, TaskAd
-from loom.runner.cli.loading import InvalidFile, load_node_file
+from loom.runner.cli.input_files import InvalidFile, load_node_file
 from loom.schemas.errors import InvalidTask, LoomError, RejectedResult
 from loom.types import Accept, AgentNode, CapabilityProfile, ClusterConfig, Limits
 

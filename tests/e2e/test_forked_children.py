@@ -25,8 +25,8 @@ from loom import (
     TaskAd,
     UserMessage,
 )
-from loom.bus.client import Bus
-from loom.cluster.planner import TaskPlanner
+from loom.bus.bus import Bus
+from loom.compat.planner import TaskPlanner
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork"),

@@ -12,14 +12,14 @@ import pytest
 import structlog
 
 from loom import Runtime, TaskAd
-from loom.runner import logs
+from loom.runner import log_output
 
 
 @pytest.fixture(autouse=True)
 def _logs() -> Iterator[None]:
-    logs.reset()
+    log_output.reset()
     yield
-    logs.reset()
+    log_output.reset()
 
 
 def globals_of_the_process() -> dict[str, Any]:

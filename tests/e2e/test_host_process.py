@@ -16,11 +16,11 @@ from support.nodes import Counting, node
 from support.openai_server import OpenAIServer, Reply
 from support.wait import until
 
-from loom.bus import tasks
-from loom.bus.client import Bus, Msg
-from loom.bus.tasks import TaskHandle
-from loom.runner.cluster import running_nodes, running_phases
-from loom.runner.embedded import NatsServer
+from loom.bus import task_client
+from loom.bus.bus import Bus, Msg
+from loom.bus.task_client import TaskHandle
+from loom.runner.server.nats_server import NatsServer
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.task import TaskAd
 
 WITHIN_S = 30
@@ -111,7 +111,7 @@ async def hosting(folder: Path, url: str, namespace: str, **env: str) -> AsyncIt
 async def begun_on(bus: Bus, node_id: str, domain: str = "") -> TaskHandle:
     """Hand in a task and return once it runs on that node."""
     ad = TaskAd(domain=domain or node_id, description="x", timeout_s=60)
-    handle = await tasks.publish(bus, ad, deltas=False)
+    handle = await task_client.publish(bus, ad, deltas=False)
 
     async def runs() -> bool:
         record = await handle.record()
@@ -197,7 +197,7 @@ async def test_what_user_code_raises_in_tasks_and_callbacks_of_its_own_does_not_
 
         async def done_by(node_id: str) -> str:
             ad = TaskAd(node_id=node_id, domain="x", description="x", timeout_s=20)
-            result = await (await tasks.publish(bus, ad, deltas=False)).result(WITHIN_S)
+            result = await (await task_client.publish(bus, ad, deltas=False)).result(WITHIN_S)
             return result.content or (result.error.message if result.error else "")
 
         assert await done_by("raises_beside") == "done all the same"
@@ -227,7 +227,7 @@ async def test_a_secret_in_an_exception_is_found_nowhere(namespace: str, tmp_pat
             ):
                 await bus.listen(">", heard.append)
                 ad = TaskAd(node_id="tells_a_secret", domain="x", description="x", timeout_s=20)
-                result = await (await tasks.publish(bus, ad, deltas=True)).result(WITHIN_S)
+                result = await (await task_client.publish(bus, ad, deltas=True)).result(WITHIN_S)
                 said = await loom(tmp_path, "tasks", "--json", NATS_URL=server.url, LOOM_NAMESPACE=namespace)
                 one = await loom(
                     tmp_path, "task", result.task_id, "--json", NATS_URL=server.url, LOOM_NAMESPACE=namespace

@@ -12,10 +12,10 @@ from support.wait import until
 
 from loom import Runtime
 from loom.bus import topology
-from loom.bus.client import Bus
-from loom.bus.presence import Presence
+from loom.bus.bus import Bus
+from loom.bus.service_discovery import Presence
 from loom.bus.wire_version import WireMismatch
-from loom.runner.embedded import embedded_server
+from loom.runner.server.nats_server import embedded_server
 from loom.schemas.config import ClusterConfig
 
 Where = tuple[str, str]

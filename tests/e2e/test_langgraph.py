@@ -13,9 +13,9 @@ from support.nodes import node
 from support.openai_server import OpenAIServer, Reply
 from support.wait import until
 
-from loom.bus import tasks
-from loom.bus.client import Bus
-from loom.runner.cluster import running_nodes
+from loom.bus import task_client
+from loom.bus.bus import Bus
+from loom.runner.services import running_nodes
 from loom.schemas.events import TextDelta
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
@@ -67,7 +67,7 @@ async def test_a_graph_streams_its_answer_and_reports_its_tokens(
     model.script(Reply(text=STORY, usage=(21, 13)))
     context = {"conversation": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
     async with fact_finder(on_bus):
-        handle = await tasks.publish(client, story(context=context))
+        handle = await task_client.publish(client, story(context=context))
         texts = [delta.event.text async for delta in handle.events() if isinstance(delta.event, TextDelta)]
         result = await handle.result(30)
 
@@ -88,7 +88,7 @@ async def test_a_graph_ends_with_the_token_budget_of_its_task(
 ) -> None:
     model.script(Reply(text=STORY, usage=(21, 13)))
     async with fact_finder(on_bus):
-        result = await (await tasks.publish(client, story(token_budget=30))).result(30)
+        result = await (await task_client.publish(client, story(token_budget=30))).result(30)
 
     assert result.error is not None
     assert result.error.code == "budget_exceeded"
@@ -100,9 +100,9 @@ async def test_a_graph_that_fails_fails_its_task_and_the_text_of_an_exception_st
 ) -> None:
     model.answer = lambda _: Reply(status=400, body='{"error": {"message": "the model is out of order"}}')
     async with fact_finder(on_bus):
-        raised = await (await tasks.publish(client, story())).result(30)
+        raised = await (await task_client.publish(client, story())).result(30)
     async with fact_finder(on_bus, no_facts):
-        undelegated = await (await tasks.publish(client, story())).result(30)
+        undelegated = await (await task_client.publish(client, story())).result(30)
 
     assert raised.error is not None
     assert raised.error.code == "agent_failed"
@@ -117,13 +117,13 @@ async def test_cancelling_ends_the_graph_s_request_to_its_model_and_its_host_goe
 ) -> None:
     model.script(Reply(text=STORY, silent_after=3))
     async with fact_finder(on_bus):
-        handle = await tasks.publish(client, story())
+        handle = await task_client.publish(client, story())
         async for delta in handle.events():
             if isinstance(delta.event, TextDelta):
                 await handle.cancel()
                 break
         await until(lambda: model.disconnects, what="the graph's client hangs up")
-        again = await (await tasks.publish(client, story())).result(30)
+        again = await (await task_client.publish(client, story())).result(30)
     ended = await hosting.end(signal.SIGTERM)
 
     assert ((await handle.result(5)).state, again.state) == ("cancelled", "succeeded"), again.error

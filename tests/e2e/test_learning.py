@@ -12,18 +12,18 @@ from support.nodes import echo, fail, node
 from support.phases import FakeHost
 from support.wait import until
 
-from loom.bus import tasks
-from loom.bus.client import Bus, Msg
+from loom.bus import task_client
+from loom.bus.bus import Bus, Msg
 from loom.bus.records import records
-from loom.runner.cluster import running_nodes, running_phases
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.auction import Bid
+from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Spec
 from loom.schemas.errors import InvalidTask
 from loom.schemas.learning import Reward
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd, TaskResult
-from loom.schemas.wire import decode
 
 WITHIN_S = 30
 AT_ONCE = 4
@@ -70,15 +70,15 @@ class Town:
         async def one(number: int) -> TaskResult:
             async with room:
                 ad = TaskAd(domain="code", description=f"task {number}", estimated_complexity=0.2, timeout_s=timeout_s)
-                return await (await tasks.publish(self.bus, ad, deltas=False)).result(WITHIN_S)
+                return await (await task_client.publish(self.bus, ad, deltas=False)).result(WITHIN_S)
 
         return list(await asyncio.gather(*map(one, range(count))))
 
 
 @pytest.fixture
 async def town(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Town]:
-    monkeypatch.setattr("loom.phases.evaluate.policy.RETRY_S", 0.01)
-    monkeypatch.setattr("loom.phases.execute.watch.ACCEPT_S", 0.3)
+    monkeypatch.setattr("loom.phases.evaluate.decisions.RETRY_S", 0.01)
+    monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 0.3)
     async with AsyncExitStack() as stack:
         config = ClusterConfig(max_attempts=4)
         await stack.enter_async_context(running_phases(nats_url, namespace=namespace, config=config))
@@ -188,7 +188,7 @@ async def test_a_domains_bias_is_read_under_the_key_it_is_written_under(town: To
     async def guess(domain: str) -> Spec:
         text = "Read the contract, list every clause that names a date, and say which of them is the next to come."
         ad = TaskAd(domain=domain, description=text)
-        assert (await (await tasks.publish(town.bus, ad, deltas=False)).result(WITHIN_S)).success
+        assert (await (await task_client.publish(town.bus, ad, deltas=False)).result(WITHIN_S)).success
         entry = await records(town.bus).get(ad.task_id)
         assert entry is not None
         assert entry.value.envelope.spec is not None

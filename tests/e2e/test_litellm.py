@@ -10,7 +10,7 @@ from support.litellm_proxy import UPSTREAM_KEY, LitellmProxy, litellm_proxy
 from support.openai_server import Answerer, OpenAIServer, Reply, Request
 
 from loom import Agent, AgentConfig, OpenAIProvider, Runtime, TaskAd
-from loom.bus.client import Bus
+from loom.bus.bus import Bus
 from loom.schemas.errors import AgentFailed
 from loom.schemas.events import Done, ReasoningDelta, TextDelta, ToolCallEnd
 from loom.schemas.llm import CompletionParams, UserMessage

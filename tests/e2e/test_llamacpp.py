@@ -14,8 +14,8 @@ from support.llamacpp_server import KEY, LlamaServer, llamacpp_server, scripted_
 from support.wait import until
 
 from loom import Agent, AgentConfig, OpenAIProvider, Runtime, TaskAd, tool
-from loom.agents.port import collect
-from loom.bus.client import Bus
+from loom.agents.protocol import collect
+from loom.bus.bus import Bus
 from loom.schemas.errors import AgentFailed
 from loom.schemas.events import AgentEvent, Done, ReasoningDelta, TextDelta, ToolCallEnd, ToolCallStart
 from loom.schemas.llm import CompletionParams, StreamChunk, ToolDefinition, UserMessage

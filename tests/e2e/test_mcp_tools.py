@@ -13,8 +13,8 @@ from support.llamacpp_server import KEY, llamacpp_server, scripted_model, tool_c
 from support.openai_server import OpenAIServer, Reply
 from support.wait import until
 
-from loom.bus import tasks
-from loom.bus.client import Bus
+from loom.bus import task_client
+from loom.bus.bus import Bus
 from loom.schemas.events import ToolCallEnd
 from loom.schemas.task import TaskAd, TaskResult
 
@@ -47,7 +47,7 @@ async def hosting(on_bus: tuple[str, str], python: Path, base_url: str, folder: 
 async def done(client: Bus) -> tuple[TaskResult, dict[str, ToolCallEnd]]:
     """The result of a task for the example's node, and how its calls ended, by tool."""
     ad = TaskAd(node_id="clerk", domain="files", description="[sum] What is 1 + 2?", timeout_s=30)
-    handle = await tasks.publish(client, ad)
+    handle = await task_client.publish(client, ad)
     events = [delta.event async for delta in handle.events()]
     return await handle.result(30), {each.name: each for each in events if isinstance(each, ToolCallEnd)}
 

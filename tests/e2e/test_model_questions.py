@@ -8,7 +8,7 @@ from support.openai_server import OpenAIServer, Reply, Request
 
 from loom import OpenAIProvider, Runtime, TaskAd
 from loom.agents.llm.agent import Agent
-from loom.runner.cluster import running_phases
+from loom.runner.services import running_phases
 from loom.schemas.config import ClusterConfig
 from loom.types import Accept, CapabilityProfile, TaskResult
 

@@ -24,19 +24,19 @@ from loom import (
     SkillNodeRegistry,
     delegate,
 )
-from loom.bus.client import Bus, Msg
+from loom.bus.bus import Bus, Msg
 from loom.bus.records import records
-from loom.cluster.planner import TaskPlanner
-from loom.runner.cluster import running_nodes, running_phases
+from loom.compat.planner import TaskPlanner
+from loom.runner.services import running_nodes, running_phases
 from loom.runner.session import Session
 from loom.runner.settings import from_environment
+from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES, TaskRecord
 from loom.schemas.events import TextDelta
 from loom.schemas.llm import UserMessage
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskResult
-from loom.schemas.wire import decode
 from loom.types import Done
 
 

@@ -12,10 +12,10 @@ from support.nodes import echo, fail, node
 from support.wait import until
 
 from loom import Runtime
-from loom.bus import tasks
-from loom.bus.kv import Bucket
-from loom.bus.reward_bus import RewardBus
-from loom.runner.cluster import running_nodes
+from loom.bus import task_client
+from loom.bus.natsio.kv import Bucket
+from loom.bus.rewards import RewardBus
+from loom.runner.services import running_nodes
 from loom.schemas.identity import Identity
 from loom.schemas.learning import NodeProfile
 from loom.schemas.task import TaskAd
@@ -44,11 +44,11 @@ async def _entered(context):  # type: ignore[no-untyped-def]  # noqa: ANN001, AN
 
 async def _work(cluster: Cluster) -> None:
     """Do a task that is pinned, and one that the node of `local` fails and the one of acme does."""
-    pinned = await tasks.publish(
+    pinned = await task_client.publish(
         cluster.bus, TaskAd(task_id="t1", domain="code", description="x", node_id="acme.coder")
     )
     assert (await pinned.result(10)).owner == "acme"
-    second = await tasks.publish(cluster.bus, TaskAd(task_id="t2", domain="code", description="x"))
+    second = await task_client.publish(cluster.bus, TaskAd(task_id="t2", domain="code", description="x"))
     assert (await second.result(10)).success
     await until(lambda: _total(cluster, "acme.coder", 2), what="two tasks are learned")
 

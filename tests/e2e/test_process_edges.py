@@ -14,10 +14,10 @@ from support.logs import capture_logs
 from support.streams import create_streams
 from support.wait import until
 
-from loom.bus.client import Bus
-from loom.bus.presence import who_is_there
-from loom.bus.tasks import publish
-from loom.runner.cli.running import loop_factory, run_to_end
+from loom.bus.bus import Bus
+from loom.bus.service_discovery import who_is_there
+from loom.bus.task_client import publish
+from loom.runner.cli.entry import loop_factory, run_to_end
 from loom.runner.settings import InvalidSetting, misspelt, warn_of_misspelt_settings
 from loom.schemas.task import TaskAd
 

@@ -12,9 +12,9 @@ from support.in_process import Loom
 from support.nodes import node
 
 from loom import AmoebaLoop, ClusterManager, LifecycleManager, LoopContext, RewardBus, Runtime, TaskAd
-from loom.agents.delegate import delegate
-from loom.cluster.planner import TaskPlanner
-from loom.cluster.skill_registry import SkillNodeRegistry
+from loom.agents.host.delegation import delegate
+from loom.compat.planner import TaskPlanner
+from loom.compat.skill_registry import SkillNodeRegistry
 from loom.schemas.errors import RejectedResult
 from loom.schemas.run import RunRequest
 from loom.types import AgentNode, UserMessage

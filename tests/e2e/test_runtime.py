@@ -11,8 +11,8 @@ from support.nodes import Counting, echo, fail
 from support.wait import until
 
 from loom import Runtime, TaskAd
-from loom.bus import tasks
-from loom.bus.client import Bus
+from loom.bus import task_client
+from loom.bus.bus import Bus
 from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import AgentFailed, BusUnavailable, Cancelled, InvalidTask, LoomError, NoBids, UnknownTask
 from loom.schemas.events import TextDelta
@@ -339,7 +339,7 @@ async def test_a_task_is_cancelled_with_its_caller_when_that_is_asked_for(
         return ""
 
     async def state(ad: TaskAd) -> str:
-        return (await tasks.status(client, ad.task_id)).state
+        return (await task_client.status(client, ad.task_id)).state
 
     one, two, three, kept = (TaskAd(description="x", node_id="endless") for _ in range(4))
     rt = Runtime()
@@ -356,7 +356,7 @@ async def test_a_task_is_cancelled_with_its_caller_when_that_is_asked_for(
         await asyncio.wait(calls)
         await until(lambda: len(stopped) == 3, what="three are stopped")
         assert [await state(ad) for ad in (one, two, three, kept)] == [*["cancelled"] * 3, "running"]
-        await tasks.cancel(client, kept.task_id)
+        await task_client.cancel(client, kept.task_id)
 
 
 async def test_submit_many_that_fails_submits_nothing_more(on_bus: tuple[str, str], phases: Bus) -> None:

@@ -13,9 +13,9 @@ import pytest
 from support.nodes import Counting, node
 
 from loom import Runtime
-from loom.bus import tasks
-from loom.bus.client import Bus
-from loom.runner.cluster import running_nodes, running_phases
+from loom.bus import task_client
+from loom.bus.bus import Bus
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.envelope import PHASES
 from loom.schemas.task import TaskAd
 from loom.types import CapabilityProfile
@@ -75,9 +75,9 @@ async def test_two_replicas_of_every_phase_share_the_work_and_run_no_task_twice(
                 await stack.enter_async_context(running_phases(url, names=[phase], namespace=namespace))
         await stack.enter_async_context(running_nodes(url, lambda: hosted, namespace=namespace, slots=64))
         ads = [TaskAd(domain="code", description=f"task {i}") for i in range(300)]
-        handles = [await tasks.publish(client, ad, deltas=False) for ad in ads]
+        handles = [await task_client.publish(client, ad, deltas=False) for ad in ads]
         results = [await handle.result(30) for handle in handles]
-        records = [await tasks.record(client, ad.task_id) for ad in ads]
+        records = [await task_client.record(client, ad.task_id) for ad in ads]
 
     assert all(result.success for result in results)
     assert Counter(agent.runs.values()) == {1: 300}
@@ -93,7 +93,7 @@ async def test_one_node_id_on_two_hosts_runs_each_task_once(on_bus: tuple[str, s
         running_nodes(url, lambda: [node("twin", here, code=0.9)], namespace=namespace, slots=64),
         running_nodes(url, lambda: [node("twin", there, code=0.9)], namespace=namespace, slots=64),
     ):
-        handles = [await tasks.publish(client, TaskAd(domain="code", description="x")) for _ in range(50)]
+        handles = [await task_client.publish(client, TaskAd(domain="code", description="x")) for _ in range(50)]
         results = [await handle.result(30) for handle in handles]
 
     assert {result.node_id for result in results} == {"twin"}
@@ -112,11 +112,11 @@ async def test_duplicate_submits_all_get_the_one_answer(on_bus: tuple[str, str],
         body = TaskAd(task_id="same", domain="code", description="x", timeout_s=20)
 
         async def submit(bus: Bus) -> bytes:
-            return await tasks.ask(bus, bus.subjects.submit, body, timeout_s=20)
+            return await task_client.ask(bus, bus.subjects.submit, body, timeout_s=20)
 
         at_once = await asyncio.gather(*(submit(bus) for bus in (first, second, first)))
         after_the_end = await submit(second)
-        handle = await tasks.publish(first, body)
+        handle = await task_client.publish(first, body)
         by_handle = await handle.result(3)  # well before a lost result would be asked for again
 
     assert len({*at_once, after_the_end}) == 1
@@ -129,6 +129,8 @@ async def test_a_ninth_waiting_submitter_is_told_accepted(on_bus: tuple[str, str
     nodes = [node("coder", Counting(0.3), code=0.9)]
     async with running_nodes(url, lambda: nodes, namespace=namespace), Bus(url, namespace=namespace) as bus:
         body = TaskAd(task_id="same", domain="code", description="x")
-        answers = await asyncio.gather(*(tasks.ask(bus, bus.subjects.submit, body, timeout_s=20) for _ in range(9)))
+        answers = await asyncio.gather(
+            *(task_client.ask(bus, bus.subjects.submit, body, timeout_s=20) for _ in range(9))
+        )
 
     assert Counter(json.loads(answer)["state"] for answer in answers) == {"succeeded": 8, "accepted": 1}

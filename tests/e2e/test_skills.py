@@ -17,11 +17,11 @@ from loom import (
     TaskAd,
     UserMessage,
 )
-from loom.bus.client import Bus, Msg
-from loom.cluster.planner import TaskPlanner
+from loom.bus.bus import Bus, Msg
+from loom.compat.planner import TaskPlanner
 from loom.schemas.auction import RetireRequest
+from loom.schemas.base import decode
 from loom.schemas.learning import Lifecycle
-from loom.schemas.wire import decode
 from loom.types import Done, PhaseEvent, Skill, SkillTrigger
 
 WITHIN_S = 30

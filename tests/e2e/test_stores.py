@@ -30,10 +30,10 @@ from loom import (
     TaskAd,
     UserMessage,
 )
-from loom.bus.client import Bus
-from loom.bus.history import recent_records
-from loom.cluster.planner import TaskPlanner
-from loom.runner.embedded import NatsServer
+from loom.bus.bus import Bus
+from loom.bus.queries import recent_records
+from loom.compat.planner import TaskPlanner
+from loom.runner.server.nats_server import NatsServer
 from loom.schemas.errors import BusUnavailable
 from loom.types import CapabilityProfile
 
@@ -84,7 +84,7 @@ async def converse(loop: AmoebaLoop) -> str:
 ABANDONED = """
 import asyncio
 from loom import AmoebaLoop, ClusterManager, LifecycleManager, LoopContext, RewardBus, SkillNodeRegistry, UserMessage
-from loom.cluster.planner import TaskPlanner
+from loom.compat.planner import TaskPlanner
 from loom.types import AgentNode, CapabilityProfile
 
 cluster = ClusterManager()

@@ -16,16 +16,16 @@ from support.subject_table import PATTERNS, pattern_of
 from support.wait import until
 
 from loom import delegate
-from loom.bus.client import Bus
-from loom.bus.reward_bus import RewardBus
+from loom.bus.bus import Bus
+from loom.bus.rewards import RewardBus
 from loom.bus.subjects import Subjects
 from loom.bus.tap import SHAPES
-from loom.runner.cluster import running_nodes, running_phases
+from loom.runner.services import running_nodes, running_phases
+from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.learning import Reward
 from loom.schemas.notices import read_scale_message
 from loom.schemas.run import RunRequest, read_events
-from loom.schemas.wire import decode
 
 READERS: dict[str, Callable[[bytes], Any]] = {
     "task": read_scale_message,
@@ -99,8 +99,8 @@ class Work:
 
 @pytest.fixture
 async def wire(on_bus: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Wire]:
-    monkeypatch.setattr("loom.agents.host.ANNOUNCE_S", 0.2)
-    monkeypatch.setattr("loom.phases.adapt.retiring.SWEEP_S", 0.1)
+    monkeypatch.setattr("loom.agents.host.node_host.ANNOUNCE_S", 0.2)
+    monkeypatch.setattr("loom.phases.adapt.retirement.SWEEP_S", 0.1)
     async with Wire(*on_bus) as wire:
         yield wire
 

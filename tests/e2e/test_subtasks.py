@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from support.nodes import node
 
-from loom.bus import tasks
-from loom.bus.client import Bus
-from loom.cluster.subtasks import Subtasks
-from loom.runner.cluster import running_nodes
+from loom.bus import task_client
+from loom.bus.bus import Bus
+from loom.compat.subtask_events import Subtasks
+from loom.runner.services import running_nodes
 from loom.schemas.events import SubtaskEvent
 from loom.schemas.run import Delta, RunRequest
 from loom.schemas.task import TaskAd
@@ -38,7 +38,7 @@ def task(*descriptions: str, **facts: Any) -> TaskAd:
 async def heard(bus: Bus, ad: TaskAd, *, deaf_after: int = 1000) -> list[Delta | SubtaskEvent]:
     news: list[Delta | SubtaskEvent] = []
     async with Subtasks(bus, ad.task_id) as parts:
-        async for one in parts.follow(await tasks.publish(bus, ad)):
+        async for one in parts.follow(await task_client.publish(bus, ad)):
             news.append(one)
             if len(news) == deaf_after:
                 await parts.__aexit__(None, None, None)

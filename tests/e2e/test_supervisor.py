@@ -20,12 +20,12 @@ from support.command import LOOM, WITHIN_S, Command, alive, below, command, loom
 from support.streams import create_streams
 from support.wait import until
 
-from loom.bus import tasks
-from loom.bus.client import Bus
-from loom.bus.presence import who_is_there
-from loom.runner.cli import serve
-from loom.runner.cluster import running_nodes
-from loom.runner.embedded import NatsServer
+from loom.bus import task_client
+from loom.bus.bus import Bus
+from loom.bus.service_discovery import who_is_there
+from loom.runner.cli.commands import up as up_module
+from loom.runner.server.nats_server import NatsServer
+from loom.runner.services import running_nodes
 from loom.runner.supervisor import LONGEST_S, STEADY_S, Backoff, Program, Supervisor, keep_alive
 from loom.schemas.envelope import PHASES
 from loom.schemas.errors import BusUnavailable
@@ -167,8 +167,8 @@ async def test_replicas_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     assert ended.err.startswith("bad_usage: Invalid value for --replicas: 'pilot=2' is not a phase and 1 to ")
     for text in ("execute", "execute=", "execute=0", "execute=65", "execute=two", "=2", ""):
         with pytest.raises(typer.BadParameter):
-            serve._counts([text])
-    assert serve._counts(["execute=3"]) == {**dict.fromkeys(PHASES, 1), "execute": 3}
+            up_module._counts([text])
+    assert up_module._counts(["execute=3"]) == {**dict.fromkeys(PHASES, 1), "execute": 3}
 
 
 class Cluster:
@@ -189,13 +189,13 @@ class Cluster:
     async def task(self, task_id: str) -> None:
         """Hand in a task that runs until `go_on`, and return when it runs."""
         ad = TaskAd(task_id=task_id, domain="any", description="wait", wait=False)
-        await tasks.ask(self.bus, self.bus.subjects.submit, ad)
+        await task_client.ask(self.bus, self.bus.subjects.submit, ad)
         await self.reaches(task_id, "running")
 
     async def reaches(self, task_id: str, state: str, within_s: float = 20) -> None:
         async def reached() -> bool:
             try:
-                record = await tasks.record(self.bus, task_id)
+                record = await task_client.record(self.bus, task_id)
             except BusUnavailable:
                 return False
             return record is not None and record.state == state and bool(record.claim.host_id)

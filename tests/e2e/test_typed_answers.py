@@ -11,7 +11,7 @@ import pydantic
 import pytest
 
 from loom import InvalidTask, Job, Runtime, TaskAd
-from loom.bus.client import Bus
+from loom.bus.bus import Bus
 from loom.schemas.errors import AgentFailed, BudgetExceeded, RejectedResult
 from loom.types import Accept
 

@@ -14,9 +14,9 @@ from support.nodes import echo, node
 from support.stored import TASKS, ads, everything_is_there
 from support.wait import until
 
-from loom.bus.client import Bus
-from loom.bus.tasks import publish
-from loom.runner.cluster import running_nodes
+from loom.bus.bus import Bus
+from loom.bus.task_client import publish
+from loom.runner.services import running_nodes
 from loom.schemas.errors import BusUnavailable
 
 

@@ -12,8 +12,8 @@ from support.javascript import javascript_folder
 from support.runs import event_subject
 from support.wait import until
 
-from loom.bus import tasks
-from loom.bus.client import Bus, Msg
+from loom.bus import task_client
+from loom.bus.bus import Bus, Msg
 from loom.schemas.events import TextDelta
 from loom.schemas.run import RunEvent, RunRequest, Stop, read_events
 from loom.schemas.task import TaskAd
@@ -62,7 +62,7 @@ def test_an_example_node_has_fewer_than_40_lines(name: str, suffix: str) -> None
 @pytest.mark.usefixtures("phases")
 async def test_a_full_node_wins_a_task_and_shows_its_progress(client: Bus, start: Start) -> None:
     async with start("node"):
-        handle = await tasks.publish(client, TaskAd(domain="shout", description="hello wire", timeout_s=30))
+        handle = await task_client.publish(client, TaskAd(domain="shout", description="hello wire", timeout_s=30))
         deltas = [delta async for delta in handle.events()]
         result = await handle.result(20)
     assert (result.state, result.content, result.node_id, result.attempts) == ("succeeded", "HELLO WIRE", "shouter", 1)
@@ -76,7 +76,7 @@ async def test_a_full_node_stops_the_run_of_a_cancelled_task(client: Bus, start:
         subject = client.subjects.of("event", "local", host_id, "*", "*")
         await client.listen(subject, lambda msg: events.extend(read_events(msg.data)))
         ad = TaskAd(domain="shout", description="again and " * 2000, timeout_s=60)
-        handle = await tasks.publish(client, ad, deltas=False)
+        handle = await task_client.publish(client, ad, deltas=False)
         await until(lambda: any(event.kind == "delta" for event in events), what="it works")
         assert (await handle.cancel()).state == "cancelled"
         await until(lambda: events[-1].kind == "error", what="it has stopped")
@@ -121,6 +121,6 @@ async def test_a_full_node_shows_that_it_lives_while_it_works(client: Bus, start
 @pytest.mark.usefixtures("phases")
 async def test_a_plain_node_wins_a_task_and_its_reply_is_the_answer(client: Bus, start: Start) -> None:
     async with start("plain_node"):
-        handle = await tasks.publish(client, TaskAd(domain="whisper", description="HELLO WIRE", timeout_s=30))
+        handle = await task_client.publish(client, TaskAd(domain="whisper", description="HELLO WIRE", timeout_s=30))
         result = await handle.result(20)
     assert (result.state, result.content, result.node_id) == ("succeeded", "hello wire", "whisperer")

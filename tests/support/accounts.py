@@ -1,6 +1,6 @@
 """A server with accounts: LOOM for phases, hosts and operators, and one for each submitter, named as its token."""
 
-from loom.runner.embedded import find_server
+from loom.runner.server.nats_server import find_server
 
 PASSWORD = "pw"
 EXPORTS = """

@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from typing import Any
 
-from loom.bus.announcements import AnnouncedHost, HostKey
-from loom.bus.client import Bus, Msg
+from loom.bus.bus import Bus, Msg
+from loom.bus.host_directory import AnnouncedHost, HostKey
 from loom.phases.match.offers import HostOffer
 from loom.schemas.auction import AnnouncedNode, Bid, CallForBids, Offer
-from loom.schemas.wire import decode
+from loom.schemas.base import decode
 from support.wait import until
 
 

@@ -6,9 +6,9 @@ from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from loom.agents.node import Node
-from loom.bus.client import Bus
-from loom.runner.cluster import running_nodes, running_phases
+from loom.agents.host.slots import Node
+from loom.bus.bus import Bus
+from loom.runner.services import running_nodes, running_phases
 
 WITHIN_S = 20
 T = TypeVar("T")

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from loom.bus.client import Bus, Msg
+from loom.bus.bus import Bus, Msg
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.task import TaskAd

@@ -17,8 +17,8 @@ from typing import Any, Self
 import msgspec
 
 from loom.bus import topology
-from loom.bus.client import Bus, Msg
-from loom.runner.embedded import NatsServer
+from loom.bus.bus import Bus, Msg
+from loom.runner.server.nats_server import NatsServer
 from loom.schemas.envelope import PHASES
 from loom.schemas.errors import LoomError
 from support.chaos import Cast

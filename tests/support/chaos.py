@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
-from loom.runner.embedded import NatsServer
+from loom.runner.server.nats_server import NatsServer
 from support.command import FOREIGN
 from support.streams import create_streams
 

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 
-from loom.runner.embedded import find_server
+from loom.runner.server.nats_server import find_server
 from support.command import command
 from support.wait import until
 

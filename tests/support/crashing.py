@@ -16,13 +16,13 @@ from typing import Any, Self
 
 import structlog
 
-from loom.bus import log
-from loom.bus.client import Bus
-from loom.bus.kv import Bucket
-from loom.bus.loop import HopLoop
+from loom.bus.bus import Bus
+from loom.bus.hops.hop_loop import HopLoop
+from loom.bus.logs import logger
+from loom.bus.natsio.kv import Bucket
 from loom.phases.scale import Scale
-from loom.phases.sense.desk import Desk
-from loom.runner.cluster import running_nodes, running_phases
+from loom.phases.sense.client_api import Desk
+from loom.runner.services import running_nodes, running_phases
 from loom.schemas.envelope import Phase
 from loom.schemas.run import RunRequest
 from support.logs import output
@@ -31,15 +31,15 @@ from support.wait import until
 
 WITHIN_S = 30
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["loom.runner.cluster", "loom.types", "pytest"])
+FORKS.set_forkserver_preload(["loom.runner.services", "loom.types", "pytest"])
 
 QUICK: dict[str, float] = {
     "loom.bus.topology.ACK_WAIT_S": 1,
-    "loom.bus.loop.IN_PROGRESS_S": 0.25,
-    "loom.agents.host.HEARTBEAT_S": 0.25,
+    "loom.bus.hops.hop_loop.IN_PROGRESS_S": 0.25,
+    "loom.agents.host.node_host.HEARTBEAT_S": 0.25,
 }
 """What a replica that is gone is replaced after, in tests."""
-IMPATIENT = {"loom.phases.execute.watch.SILENCE_S": 2.0}
+IMPATIENT = {"loom.phases.execute.run_stream.SILENCE_S": 2.0}
 """What a host that is silent is given up after."""
 
 
@@ -245,7 +245,7 @@ def _main(pipe: Connection, work: Callable[..., Awaitable[None]], args: tuple[An
         pipe.send({name: str(value) for name, value in event.items()})
         raise structlog.DropEvent
 
-    log.use(output([structlog.contextvars.merge_contextvars, tell]))
+    logger.use(output([structlog.contextvars.merge_contextvars, tell]))
 
     async def run() -> None:
         await work(pipe.send, Orders(pipe), *args)

@@ -10,13 +10,14 @@ import signal
 import sys
 from typing import Any
 
-from loom.bus import loop, topology
-from loom.bus.client import Bus
-from loom.bus.delivery import Delivery
-from loom.bus.outcome import Outcome
+from loom.bus import topology
+from loom.bus.bus import Bus
+from loom.bus.hops import hop_loop
+from loom.bus.hops.delivery import Delivery
+from loom.bus.hops.outcomes import Outcome
 from loom.phases.scale import Scale
 from loom.phases.sense import Sense
-from loom.runner.cluster import running_phases
+from loom.runner.services import running_phases
 from loom.schemas.envelope import Envelope, Phase
 from loom.schemas.task import Submission
 
@@ -48,7 +49,7 @@ def hurry() -> None:
         return {**real(bus, lane), "ack_wait": int(ACK_WAIT_S * 1e9)}
 
     topology.consumer = quick
-    loop.IN_PROGRESS_S = ACK_WAIT_S / 5
+    hop_loop.IN_PROGRESS_S = ACK_WAIT_S / 5
 
 
 async def serve(url: str, namespace: str, phase: Phase) -> None:

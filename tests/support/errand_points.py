@@ -4,9 +4,9 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from loom.bus.client import Bus
-from loom.phases.execute.errands import Errands
-from loom.phases.execute.watch import Watch
+from loom.bus.bus import Bus
+from loom.phases.execute.delegation import Errands
+from loom.phases.execute.run_stream import Watch
 from support.crashing import Orders, Patch, after, before, phase, sent
 
 

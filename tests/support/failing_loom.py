@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from loom.agents import host
+from loom.agents.host.node_host import node_host
 from loom.phases.adapt.service import Adapt
 from loom.runner.cli.app import main
 
@@ -16,7 +16,7 @@ async def _every(_seconds: float, _act: Any) -> None:
 
 
 Adapt._take = _take  # type: ignore[method-assign]
-host.every = _every
+node_host.every = _every
 
 if __name__ == "__main__":
     main()

@@ -7,13 +7,13 @@ from contextlib import AsyncExitStack
 from typing import Any, NamedTuple
 
 from loom.bus import topology
-from loom.bus.client import Bus, Refused
-from loom.bus.delivery import Delivery, read_facts
-from loom.bus.loop import HopLoop, Service
-from loom.bus.outcome import Done, Outcome
+from loom.bus.bus import Bus, Refused
+from loom.bus.hops.delivery import Delivery, read_facts
+from loom.bus.hops.hop_loop import HopLoop, Service
+from loom.bus.hops.outcomes import Done, Outcome
 from loom.bus.topology import SCALE_LANE, Lane
+from loom.schemas.base import decode
 from loom.schemas.envelope import Envelope
-from loom.schemas.wire import decode
 from support.buses import Heard
 from support.wait import until
 

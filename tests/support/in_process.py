@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from loom.runner import logs
+from loom.runner import log_output
 from loom.runner.cli.app import main
 
 
@@ -26,7 +26,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
     def run(line: str) -> Ended:
         monkeypatch.setattr(sys, "argv", ["loom", *line.split()])
-        logs.configure("error")  # the cluster is in this process too
+        log_output.configure("error")  # the cluster is in this process too
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
@@ -35,7 +35,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return Ended(code, *capsys.readouterr())
 
     yield run
-    logs.reset()
+    log_output.reset()
 
 
 def is_refused(loom: Loom, line: str, code: int, said: str) -> None:

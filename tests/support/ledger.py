@@ -16,21 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loom.bus import tasks, topology
-from loom.bus.client import Bus
-from loom.bus.history import records_stream
-from loom.bus.kv import Bucket
-from loom.bus.ordered import OrderedReader
+from loom.bus import task_client, topology
+from loom.bus.bus import Bus
+from loom.bus.natsio.kv import Bucket
+from loom.bus.natsio.ordered_consumer import OrderedReader
+from loom.bus.queries import records_stream
 from loom.bus.records import records
 from loom.bus.stored_rewards import reward_in
 from loom.bus.topology import stream_state
-from loom.phases.adapt.fold import fold
-from loom.runner.embedded import NatsServer
+from loom.phases.adapt.evidence import fold
+from loom.runner.server.nats_server import NatsServer
+from loom.schemas.base import decode, new_id
 from loom.schemas.envelope import PHASES, SplitPlan, TaskRecord
 from loom.schemas.errors import LoomError
 from loom.schemas.learning import NodeProfile, Reward
 from loom.schemas.task import TaskAd, TaskState
-from loom.schemas.wire import decode, new_id
 from support.chaos import Cast, schedule
 from support.wait import until
 
@@ -96,9 +96,9 @@ class Ledger:
         ad = self.ad(number)
         try:
             if number % 2:
-                await tasks.ask(self.bus, self.bus.subjects.submit, ad, timeout_s=8)
+                await task_client.ask(self.bus, self.bus.subjects.submit, ad, timeout_s=8)
             else:
-                await (await tasks.publish(self.bus, ad, deltas=False)).close()
+                await (await task_client.publish(self.bus, ad, deltas=False)).close()
         except (LoomError, TimeoutError):
             self.refused += 1  # perhaps stored, but nothing was promised
         else:
@@ -110,7 +110,7 @@ class Ledger:
         """Cancel a task a moment after its submission; without an answer nothing is promised."""
         await asyncio.sleep(self.dice.uniform(0, LONGEST_BEFORE_CANCEL_S))
         try:
-            await tasks.cancel(self.bus, task_id)
+            await task_client.cancel(self.bus, task_id)
         except (LoomError, TimeoutError):
             return
         self.cancelled.add(task_id)
@@ -292,7 +292,7 @@ async def account(
 async def _is_up(bus: Bus) -> bool:
     try:
         await topology.stream_state(bus, "DEAD")
-        probe = await tasks.publish(bus, TaskAd(task_id=new_id(), description="is anybody there?", domain="code"))
+        probe = await task_client.publish(bus, TaskAd(task_id=new_id(), description="is anybody there?", domain="code"))
         return (await probe.result(20)).success
     except (LoomError, TimeoutError):
         return False
@@ -351,7 +351,7 @@ async def overhead(bus: Bus, parts: int) -> str:
     async def took_s(context: dict[str, Any]) -> float:
         begun = time.monotonic()
         ad = TaskAd(task_id=new_id(), description="nothing", domain="code", context=context)
-        handle = await tasks.publish(bus, ad, deltas=False)
+        handle = await task_client.publish(bus, ad, deltas=False)
         assert (await handle.result(60)).success
         return time.monotonic() - begun
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import structlog
 
-from loom.bus import log
+from loom.bus.logs import logger
 
 
 def output(processors: Sequence[structlog.typing.Processor]) -> Any:
@@ -20,5 +20,5 @@ def output(processors: Sequence[structlog.typing.Processor]) -> Any:
 def capture_logs() -> Iterator[list[MutableMapping[str, Any]]]:
     """Yield a list that gets the facts of every line, while the body runs; nothing is printed."""
     capture = structlog.testing.LogCapture()
-    with log.replaced(output([capture])):
+    with logger.replaced(output([capture])):
         yield capture.entries

@@ -13,9 +13,9 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from loom.bus.client import Bus
-from loom.runner.embedded import _await_ports, _Guard, find_server
-from loom.runner.server_config import server_config
+from loom.bus.bus import Bus
+from loom.runner.server.nats_server import _await_ports, _Guard, find_server
+from loom.runner.server.server_config import server_config
 from loom.schemas.errors import BusUnavailable, LoomError
 from support.wait import until
 

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from loom.agents.host import NodeHost
-from loom.agents.nursery import Nursery, Skills
+from loom.agents.host.autoscaler import Nursery, Skills
+from loom.agents.host.node_host import NodeHost
 from loom.schemas.auction import (
     HostAnnouncement,
     Offer,
@@ -14,8 +14,8 @@ from loom.schemas.auction import (
     SpawnReply,
     SpawnRequest,
 )
+from loom.schemas.base import decode, new_id
 from loom.schemas.run import RunEvent, RunRequest, read_events
-from loom.schemas.wire import decode, new_id
 from loom.types import AgentNode
 from support.phases import Stage, call_for_bids
 from support.runs import event_subject

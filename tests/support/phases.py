@@ -9,16 +9,17 @@ from typing import Any, Self, TypeVar
 
 from msgspec.structs import replace
 
-from loom.agents.host import NodeHost
-from loom.agents.node import Node
+from loom.agents.host.node_host import NodeHost
+from loom.agents.host.slots import Node
 from loom.bus import topology
-from loom.bus.client import Bus, Msg
-from loom.bus.pull import Pull
+from loom.bus.bus import Bus, Msg
+from loom.bus.natsio.pull_consumer import Pull
 from loom.bus.records import records
 from loom.bus.subjects import Parsed
 from loom.bus.topology import Lane
-from loom.runner.cluster import PhaseService, build
+from loom.runner.services import PhaseService, build
 from loom.schemas.auction import AnnouncedNode, Bid, CallForBids, HostAnnouncement, Lot, Offer
+from loom.schemas.base import decode, encode, new_id
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Claim, Envelope, Phase, Spec, TaskRecord
 from loom.schemas.events import SubtaskEvent
@@ -28,7 +29,6 @@ from loom.schemas.llm import LLMProvider
 from loom.schemas.notices import ParentEnded, SubtaskEnded, read_scale_message
 from loom.schemas.run import Delta, RunEvent, RunKind, RunRequest, Stop
 from loom.schemas.task import ErrorReply, RunResult, Submission, TaskAd, TaskError, TaskResult
-from loom.schemas.wire import decode, encode, new_id
 from support.wait import until
 
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import structlog
 
-from loom.runner import logs
-from loom.runner.cli import ending
+from loom.runner import log_output
+from loom.runner.cli import process_exit
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE, signal.SIGCHLD)
 POLICY_DEPRECATED = (3, 14)
@@ -46,8 +46,8 @@ def process_state_restored() -> Iterator[None]:
 def _reset_structlog() -> None:
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()
-    logs.reset()
-    ending._left.clear()  # a command that runs in the test process would end that process
+    log_output.reset()
+    process_exit._left.clear()  # a command that runs in the test process would end that process
 
 
 @contextmanager

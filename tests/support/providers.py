@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from loom.agents.llm.config import AgentConfig
-from loom.agents.llm.openai_provider import OpenAIProvider
+from loom.agents.llm.openai.openai_provider import OpenAIProvider
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk, UserMessage
 from support.openai_server import Answerer, OpenAIServer, Reply
 

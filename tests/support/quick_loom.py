@@ -2,12 +2,13 @@
 
 import os
 
-from loom.bus import loop, topology
+from loom.bus import topology
+from loom.bus.hops import hop_loop
 from loom.runner.cli.app import main
 
 if "TEST_ACK_WAIT_S" in os.environ:
     topology.ACK_WAIT_S = int(os.environ["TEST_ACK_WAIT_S"])
-    loop.IN_PROGRESS_S = topology.ACK_WAIT_S / 3
+    hop_loop.IN_PROGRESS_S = topology.ACK_WAIT_S / 3
 
 if __name__ == "__main__":
     main()

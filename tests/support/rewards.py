@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from loom.bus.reward_bus import RewardBus
+from loom.bus.rewards import RewardBus
 from loom.schemas.learning import Reward
 from support.phases import Stage
 

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from loom.agents.host import NodeHost
-from loom.bus.announcements import HostKey
-from loom.bus.client import Bus, Msg
-from loom.phases.execute.events import EventSubjects
+from loom.agents.host.node_host import NodeHost
+from loom.bus.bus import Bus, Msg
+from loom.bus.host_directory import HostKey
+from loom.phases.execute.run_inbox import EventSubjects
+from loom.phases.execute.run_stream import Hosts, Interrupt, Watch
 from loom.phases.execute.stops import Stops
-from loom.phases.execute.watch import Hosts, Interrupt, Watch
+from loom.schemas.base import new_id
 from loom.schemas.run import RunEvent, RunRequest, Stop, read_events
-from loom.schemas.wire import new_id
 from support.phases import Stage
 from support.wait import until
 

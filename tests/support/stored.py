@@ -1,9 +1,9 @@
 """Tasks whose records and rewards a store is to keep."""
 
 from loom import TaskAd
-from loom.bus.client import Bus
-from loom.bus.history import recent_records
-from loom.bus.kv import Bucket
+from loom.bus.bus import Bus
+from loom.bus.natsio.kv import Bucket
+from loom.bus.queries import recent_records
 from loom.schemas.learning import NodeProfile
 
 TASKS = 30

@@ -1,7 +1,7 @@
 """The streams of a namespace, for processes that do not create them."""
 
 from loom.bus import topology
-from loom.bus.client import Bus
+from loom.bus.bus import Bus
 from loom.schemas.config import ClusterConfig
 
 

@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from itertools import product
 from typing import Any, Protocol
 
-from loom.runner.embedded import NatsServer
+from loom.runner.server.nats_server import NatsServer
 
 
 class Town(AbstractAsyncContextManager[Any], Protocol):

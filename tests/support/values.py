@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec import inspect as mi
 
 import loom.schemas
-from loom.schemas.wire import Relayed, Wire
+from loom.schemas.base import Relayed, Wire
 
 SMALL = 2
 """Most items of a collection: messages nest deep enough as they are."""

@@ -7,7 +7,7 @@ from support.openai_server import OpenAIServer
 
 from loom.agents.llm.agent import Agent
 from loom.agents.llm.config import AgentConfig
-from loom.agents.llm.openai_provider import OpenAIProvider
+from loom.agents.llm.openai.openai_provider import OpenAIProvider
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from support.bombs import COSTLY_PATTERNS, OVERSIZED_PATTERNS, OVERSIZED_SCHEMAS
 
 from loom.phases.shared.acceptance import encoded_schema, has_check, out_of_bounds, plain_violation
 from loom.phases.shared.check_helper import Request, check
+from loom.schemas.base import encode
 from loom.schemas.task import Accept
-from loom.schemas.wire import encode
 
 NUMBERED = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 TREE = {

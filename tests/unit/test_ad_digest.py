@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as some
 from msgspec.structs import replace
 
+from loom.schemas.base import decode, encode
 from loom.schemas.envelope import Envelope, TaskRecord
 from loom.schemas.errors import InvalidTask
 from loom.schemas.task import Accept, Limits, Submission, TaskAd, TaskError, ad_digest, check_ad
-from loom.schemas.wire import decode, encode
 
 AD = TaskAd(task_id="t1", description="count", domain="code")
 NUMBERS = some.integers() | some.floats(allow_nan=False, allow_infinity=False)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.bus.addresses import Login, parse_addresses, shown
-from loom.bus.client import Bus
+from loom.bus.bus import Bus
+from loom.bus.natsio.transport.addresses import Login, parse_addresses, shown
 from loom.schemas.errors import BusUnavailable
 
 LETTERS = st.characters(codec="utf-8", exclude_categories=["Cs"])

@@ -8,8 +8,8 @@ from support.agents import JOB, MakeAgent, Scripted, add, answering, events_of, 
 from support.logs import capture_logs
 from support.openai_server import OpenAIServer, Reply, Request
 
+from loom.agents.llm.openai.wrapped_json import MAX_CANDIDATES, json_text
 from loom.agents.llm.prompt import acceptance, job_message
-from loom.agents.llm.wrapped_json import MAX_CANDIDATES, json_text
 from loom.schemas.errors import AgentFailed, DeadlineExceeded, LoomError
 from loom.schemas.llm import StreamChunk, ToolCall, Usage
 from loom.schemas.run import RunRequest

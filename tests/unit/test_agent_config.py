@@ -9,9 +9,9 @@ from support.openai_server import OpenAIServer
 from support.providers import ASK, provider_for, serving
 
 from loom import AgentConfig, OpenAIProvider, Runtime
-from loom.agents.llm.endpoints import Endpoint, endpoint_of
-from loom.bus.redaction import redact
-from loom.runner.cli.running import sense_model
+from loom.agents.llm.openai.endpoints import Endpoint, endpoint_of
+from loom.bus.logs.redaction import redact
+from loom.runner.cli.entry import sense_model
 from loom.runner.settings import Settings
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk

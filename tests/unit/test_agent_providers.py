@@ -13,11 +13,11 @@ from support.openai_server import OpenAIServer, Reply
 
 from loom.agents.llm.agent import Agent
 from loom.agents.llm.config import AgentConfig
+from loom.schemas.base import encode
 from loom.schemas.errors import AgentFailed
 from loom.schemas.events import TextDelta
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk, ToolCall, Usage
 from loom.schemas.run import RunRequest
-from loom.schemas.wire import encode
 
 
 async def test_a_wait_the_models_server_asks_for_reaches_the_caller(server: OpenAIServer, make: MakeAgent) -> None:

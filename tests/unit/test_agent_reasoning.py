@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.agents import JOB, MakeAgent, Scripted, add, answering, done_of, events_of, only, wanting
 from support.openai_server import OpenAIServer, Reply, Request
 
-from loom.agents.llm.thinking import ThinkBlock, without_thoughts
+from loom.agents.llm.openai.thinking import ThinkBlock, without_thoughts
 from loom.schemas.errors import AgentFailed
 from loom.schemas.events import AgentEvent, ReasoningDelta, TextDelta
 from loom.schemas.llm import StreamChunk, ToolCall

@@ -8,7 +8,7 @@ from support.logs import capture_logs
 from support.openai_server import OpenAIServer, Reply
 
 from loom.agents.llm.agent import Agent
-from loom.agents.llm.openai_provider import OpenAIProvider
+from loom.agents.llm.openai.openai_provider import OpenAIProvider
 from loom.agents.llm.tool_round import EVENT_RESULT_CHARS, PARALLEL_TOOLS
 from loom.agents.tools import Tool, ToolContext, ToolResult, tool
 from loom.schemas.errors import AgentFailed, DeadlineExceeded, LoomError

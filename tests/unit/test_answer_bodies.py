@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.agents.llm.bodies import BodyReader
+from loom.agents.llm.openai.bodies import BodyReader
 from loom.schemas.errors import AgentFailed
 
 
@@ -39,11 +39,11 @@ def test_a_body_is_read_however_it_is_cut(raw: str, values: list[Any], size: int
 
 
 def test_a_body_without_end_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.agents.llm.bodies.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("loom.agents.llm.openai.bodies.MAX_LINE_BYTES", 1000)
     for raw in (b'{"' + b"a" * 2000, b"data: " + b"a" * 2000, b"data: a\n" * 2000):
         with pytest.raises(AgentFailed, match="too long"):
             read(raw, 100)
-    monkeypatch.setattr("loom.agents.llm.bodies.MAX_STREAM_BYTES", 5000)
+    monkeypatch.setattr("loom.agents.llm.openai.bodies.MAX_STREAM_BYTES", 5000)
     with pytest.raises(AgentFailed, match="too long"):
         read(b'data: {"a": 1}\n\n' * 1000, 100)
 

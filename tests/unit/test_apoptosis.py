@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.auctions import nodes as announced_nodes
 
-from loom.bus.announcements import AnnouncedHost
-from loom.phases.adapt.apoptosis import bequest, heir, staying, who_retires
-from loom.phases.adapt.fold import fold
+from loom.bus.host_directory import AnnouncedHost
+from loom.phases.adapt.evidence import fold
+from loom.phases.adapt.retirement_policy import bequest, heir, staying, who_retires
+from loom.phases.shared.node_health import health
 from loom.schemas.auction import ChildState
 from loom.schemas.config import ClusterConfig
-from loom.schemas.health import health
 from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile, Reward, Score
 
 CONFIG = ClusterConfig(idle_timeout_s=60, min_nodes=1)

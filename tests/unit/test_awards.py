@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.phases import ad, envelope
 
-from loom.phases.match.awards import SWEEP_S, UNJUDGED_S, Awards
-from loom.phases.match.policy import TAKEN_S, Awarded
+from loom.phases.match.recent_awards import SWEEP_S, UNJUDGED_S, Awards
+from loom.phases.match.scoring import TAKEN_S, Awarded
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import Award
 
@@ -24,7 +24,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("loom.phases.match.awards.time", clock)
+    monkeypatch.setattr("loom.phases.match.recent_awards.time", clock)
     return clock
 
 

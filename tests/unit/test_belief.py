@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.execute.belief import LATE_S, SPENT, Facts, believed
+from loom.phases.execute.host_errors import LATE_S, SPENT, Facts, believed
 from loom.schemas.errors import BY_CODE
 from loom.schemas.task import TaskError
 

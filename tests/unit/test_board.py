@@ -8,8 +8,8 @@ from support.phases import call_for_bids
 
 from loom.bus.subjects import Subjects
 from loom.bus.tap import Seen
-from loom.runner.cli.board import Board
-from loom.runner.cli.progress import Progress, line, live_table
+from loom.runner.cli.views.run_progress import Progress, line, live_table
+from loom.runner.cli.views.run_state import Board
 from loom.schemas.envelope import Award, Envelope, Spec, Split
 from loom.schemas.events import TextDelta
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward

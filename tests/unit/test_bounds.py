@@ -12,21 +12,21 @@ from support.logs import capture_logs
 from support.phases import ad, awarded, envelope
 from support.values import message_types
 
-from loom.bus.discards import LINES, PERIOD_S, Discards
-from loom.bus.reward_bus import RewardBus
-from loom.phases.adapt.apoptosis import heir
-from loom.phases.adapt.calibrating import actual, recalibrated
-from loom.phases.adapt.fold import fold
+from loom.bus.logs.discards import LINES, PERIOD_S, Discards
+from loom.bus.rewards import RewardBus
+from loom.phases.adapt.calibration_writer import actual, recalibrated
+from loom.phases.adapt.evidence import fold
+from loom.phases.adapt.retirement_policy import heir
 from loom.phases.match.offers import MAX_OFFER_BYTES, HostOffer, OfferReader
-from loom.phases.match.policy import Awarded, Book, judge
+from loom.phases.match.scoring import Awarded, Book, judge
 from loom.schemas.auction import AnnouncedNode, Bid, HostAnnouncement, Offer
+from loom.schemas.base import MAX_INT, MAX_SECONDS, Relayed, Undecodable, decode, encode
 from loom.schemas.envelope import MAX_TRUST, Envelope, TaskRecord
 from loom.schemas.errors import InvalidTask
 from loom.schemas.events import TextDelta
 from loom.schemas.learning import Calibration, NodeProfile, Reward
 from loom.schemas.run import RunEvent, read_events
 from loom.schemas.task import RunResult, TaskAd, TaskError
-from loom.schemas.wire import MAX_INT, MAX_SECONDS, Relayed, Undecodable, decode, encode
 
 HUGE = 10**400
 INSIDE_A_PROCESS = ("loom.schemas.llm", "loom.schemas.config")
@@ -154,7 +154,7 @@ def test_a_huge_number_of_free_places_can_be_weighed() -> None:
 
 
 def test_trust_is_bounded_where_it_is_written() -> None:
-    from loom.phases.match.trust import Trust  # noqa: PLC0415 - of this test alone
+    from loom.phases.match.award_policies import Trust  # noqa: PLC0415 - of this test alone
 
     book = Book(policy=lambda _: Trust(1e300))
     won = judge(envelope(ad(), now=0), [offer("h", [Bid(node_id="n")])], book)

@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from loom.bus.client import Bus
-from loom.phases.adapt.calibrating import MOST, Calibrating, actual, recalibrated
-from loom.phases.evaluate.policy import reward_for
-from loom.phases.sense.calibration import calibrated
+from loom.bus.bus import Bus
+from loom.phases.adapt.calibration_writer import MOST, Calibrating, actual, recalibrated
+from loom.phases.evaluate.decisions import reward_for
+from loom.phases.sense.calibration_reader import calibrated
 from loom.schemas.envelope import Award, Envelope, Spec
 from loom.schemas.learning import Calibration, Reward
 from loom.schemas.task import RunResult, TaskAd, TaskError

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.adapt.change import LEAST_AFTER, LEAST_BEFORE, changed_at, likelihood
+from loom.phases.adapt.change_detection import LEAST_AFTER, LEAST_BEFORE, changed_at, likelihood
 
 scores = st.lists(st.floats(0, 1), max_size=120)
 

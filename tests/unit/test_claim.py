@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 from support.phases import ad, awarded, envelope
 
-from loom.phases.execute.claim import Drop, Take, claim, may_report
+from loom.phases.execute.fencing import Drop, Take, claim, may_report
 from loom.schemas.envelope import Claim, Envelope, TaskRecord
 from loom.schemas.task import TaskError
 

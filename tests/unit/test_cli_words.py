@@ -11,14 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from loom.bus.client import Bus
+from loom.bus.bus import Bus
 from loom.bus.tap import SHAPES, Seen
-from loom.runner import logs
-from loom.runner.cli import app, serve
-from loom.runner.cli.render import one_line, printable
-from loom.runner.cli.running import run_to_end, unless_lost, until_lost
-from loom.runner.cli.transcript import Transcript
-from loom.runner.cli.words import _FACTS, as_object, describe
+from loom.runner import log_output
+from loom.runner.cli import app
+from loom.runner.cli.commands import up
+from loom.runner.cli.entry import run_to_end, unless_lost, until_lost
+from loom.runner.cli.views.answer_stream import Transcript
+from loom.runner.cli.views.message_lines import _FACTS, as_object, describe
+from loom.runner.cli.views.tables import one_line, printable
 from loom.schemas.envelope import Award, Envelope, Split
 from loom.schemas.errors import BusUnavailable, InvalidTask
 from loom.schemas.notices import Notice, ParentEnded, PlanTimeout, SubtaskEnded
@@ -179,10 +180,10 @@ def test_uvloop_is_used_where_it_is_installed() -> None:
 def test_a_service_is_announced_by_a_line_on_a_terminal_and_by_a_log_event_elsewhere(
     terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logs.configure("info", readable=False)
+    log_output.configure("info", readable=False)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
 
-    serve._announce("match on nats://127.0.0.1:4222")
+    up._announce("match on nats://127.0.0.1:4222")
 
     out, err = capsys.readouterr()
     if terminal:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.bus.clock import ServerClock
+from loom.bus.natsio.clock import ServerClock
 
 
 class Clocks:

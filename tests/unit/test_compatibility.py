@@ -8,10 +8,10 @@ from support.logs import capture_logs
 from support.openai_server import Reply, Request, message_body
 from support.providers import ASK, answered, serving
 
-from loom.agents.llm.compatibility import Compatibility, mended
 from loom.agents.llm.config import AgentConfig
-from loom.agents.llm.refusals import refusal_of
-from loom.agents.llm.requests import request_of
+from loom.agents.llm.openai.compatibility import Compatibility, mended
+from loom.agents.llm.openai.refusals import refusal_of
+from loom.agents.llm.openai.requests import request_of
 from loom.schemas.errors import AgentFailed
 from loom.schemas.llm import CompletionParams, SystemMessage, ToolDefinition, UserMessage
 

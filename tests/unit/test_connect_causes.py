@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.bus.connect_causes import HungUp, NotNats, Silent, cause_of
+from loom.bus.natsio.transport.connect_causes import HungUp, NotNats, Silent, cause_of
 
 
 def certificate_error(code: int, message: str) -> ssl.SSLCertVerificationError:

@@ -8,11 +8,11 @@ from support.agents import Scripted, events_of
 from loom.agents.function_agent import as_agent
 from loom.agents.llm.agent import Agent
 from loom.agents.llm.prompt import job_message
-from loom.agents.port import collect
+from loom.agents.protocol import collect
+from loom.schemas.base import decode, encode
 from loom.schemas.conversation import MAX_TURNS
 from loom.schemas.llm import AssistantMessage, Message, SystemMessage, UserMessage
 from loom.schemas.run import RunRequest
-from loom.schemas.wire import decode, encode
 
 NAME = [{"role": "user", "content": "I am Ada."}, {"role": "assistant", "content": "Hello Ada."}]
 

@@ -15,10 +15,10 @@ from support.phases import ad, awarded, envelope
 from loom.agents.function_agent import FunctionAgent
 from loom.agents.llm.agent import Agent
 from loom.agents.llm.config import AgentConfig
-from loom.agents.llm.openai_provider import OpenAIProvider
-from loom.agents.port import StreamingAgent, collect, failure_of
-from loom.phases.adapt.fold import fold
-from loom.phases.evaluate.policy import End, decide, reward_for
+from loom.agents.llm.openai.openai_provider import OpenAIProvider
+from loom.agents.protocol import StreamingAgent, collect, failure_of
+from loom.phases.adapt.evidence import fold
+from loom.phases.evaluate.decisions import End, decide, reward_for
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import LoomError

@@ -10,11 +10,11 @@ from support.phases import ad, awarded, envelope
 from support.values import tokens
 
 from loom import delegate
-from loom.agents.delegate import Delegator, failure
-from loom.agents.node import Room
-from loom.agents.runs import Run
-from loom.bus.client import Bus
-from loom.phases.execute.errands import answer_in, errand_for
+from loom.agents.host.delegation import Delegator, failure
+from loom.agents.host.runs import Run
+from loom.agents.host.slots import Room
+from loom.bus.bus import Bus
+from loom.phases.execute.delegation import answer_in, errand_for
 from loom.phases.shared.token_usage import tokens_of
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Split, TaskRecord

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nats.aio.msg import Msg
 
-from loom.bus.delivery import DEAD_AFTER, SUSPECT_AFTER, Delivery, Facts, Slots, place, read_facts, stamp
-from loom.bus.gate import Gate
+from loom.bus.hops.delivery import DEAD_AFTER, SUSPECT_AFTER, Delivery, Facts, Slots, place, read_facts, stamp
+from loom.bus.hops.isolation import Gate
 
 OLD = "$JS.ACK.LOOM_TASKS.match_low.{delivered}.{stream}.{consumer}.{at}.{pending}"
 NEW = "$JS.ACK.hub.acchash.LOOM_TASKS.match_low.{delivered}.{stream}.{consumer}.{at}.{pending}"

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from loom.phases.sense.policy import with_division
+from loom.phases.sense.estimate import with_division
 from loom.phases.shared import division
 from loom.phases.shared.division import Reason, undivided, wants_scale
+from loom.schemas.base import decode, encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope, ScoredBid, Spec, Split
 from loom.schemas.task import Limits, TaskAd
-from loom.schemas.wire import decode, encode
 
 AWARD = Award(node_id="n1", host_id="h1")
 FULL = replace(AWARD, backlog=2)

@@ -13,10 +13,10 @@ import pytest
 from support.pages import PAGES, ROOT, anchors, commands, text_of
 from support.words import accepted
 
-from loom.bus.client import Bus
+from loom.bus.bus import Bus
 from loom.bus.subjects import FAMILIES
 from loom.bus.topology import LANES, streams
-from loom.runner import agreement, doctor, working
+from loom.runner.doctor.diagnosis import agreement, diagnosis, working
 from loom.schemas.config import ClusterConfig
 from loom.schemas.task import domain_token, parse_ad
 
@@ -40,7 +40,7 @@ def test_the_page_of_subjects_has_the_tokens_of_its_domains() -> None:
 
 
 def test_every_finding_of_the_doctor_is_explained() -> None:
-    sources = [ast.parse(inspect.getsource(module)) for module in (doctor, working, agreement)]
+    sources = [ast.parse(inspect.getsource(module)) for module in (diagnosis, working, agreement)]
     calls = [node for source in sources for node in ast.walk(source) if isinstance(node, ast.Call)]
     about = {
         str(call.args[0].value).removesuffix(" adapt") if isinstance(call.args[0], ast.Constant) else "phase …"

@@ -14,14 +14,14 @@ import loom.types
 from loom import AgentConfig, Job, LoomError
 from loom.agents.function_agent import as_agent
 from loom.agents.llm.config import OF_PROVIDERS
-from loom.agents.port import OWN_CODES
+from loom.agents.protocol import OWN_CODES
 from loom.agents.signatures import takes_text
 from loom.agents.values import to_text
-from loom.runner.cli.loading import load_node_file
+from loom.runner.cli.input_files import load_node_file
 from loom.schemas import errors
+from loom.schemas.base import decode, encode
 from loom.schemas.events import AgentEvent
 from loom.schemas.run import Delta, RunRequest
-from loom.schemas.wire import decode, encode
 
 PAGE = "docs/agents.md"
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from loom.schemas.base import decode, encode
 from loom.schemas.errors import BY_CODE, BusUnavailable, InvalidTask, LoomError, NodeLost, error_for
 from loom.schemas.task import TaskError
-from loom.schemas.wire import decode, encode
 
 CODES = [
     *("invalid_task", "no_bids", "deadline_exceeded", "cancelled", "node_lost", "agent_failed", "rejected_result"),

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.phases import ad, awarded, envelope
 
-from loom.bus.reward_bus import judgement
-from loom.phases.evaluate.policy import (
+from loom.bus.rewards import judgement
+from loom.phases.evaluate.decisions import (
     COUNTED,
     RETRIED,
     RETRY_MAX_S,

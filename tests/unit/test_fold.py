@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.adapt.fold import change_in, fold, summary
+from loom.phases.adapt.evidence import change_in, fold, summary
+from loom.schemas.base import decode, encode
 from loom.schemas.learning import MAX_DOMAINS, WINDOW, NodeProfile, Reward
-from loom.schemas.wire import decode, encode
 
 EMPTY = NodeProfile(node_id="n1")
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from support.values import message_types, messages
 
 from loom.schemas.auction import AnnouncedNode
+from loom.schemas.base import MAX_INT, Relayed, Undecodable, decode, encode, new_id
 from loom.schemas.errors import InvalidTask
 from loom.schemas.events import ToolCallStart
 from loom.schemas.llm import CompletionParams
 from loom.schemas.run import RunEvent, RunRequest
 from loom.schemas.task import RunResult, TaskAd, parse_ad
-from loom.schemas.wire import MAX_INT, Relayed, Undecodable, decode, encode, new_id
 
 a_few = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 OBJECTS = [
@@ -183,7 +183,7 @@ def test_a_text_stays_a_text_and_a_budget_is_a_number() -> None:
 
 
 def test_what_fits_as_it_is_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.schemas.wire._forgiving", None)
+    monkeypatch.setattr("loom.schemas.base._forgiving", None)
     assert decode(b'{"description": "x", "node_id": null, "context": {"a": null}}', TaskAd).context == {"a": None}
 
 

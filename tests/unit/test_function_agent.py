@@ -10,12 +10,12 @@ import pytest
 from support.wait import until
 
 from loom.agents.function_agent import FunctionAgent, as_agent
-from loom.agents.port import StreamingAgent, collect
+from loom.agents.protocol import StreamingAgent, collect
+from loom.schemas.base import MAX_CONTENT_BYTES, encode
 from loom.schemas.errors import AgentFailed, BudgetExceeded, DeadlineExceeded, LoomError
 from loom.schemas.events import AgentEvent, Done, ErrorEvent, TextDelta, ToolCallEnd
 from loom.schemas.run import RunRequest
 from loom.schemas.task import Accept
-from loom.schemas.wire import MAX_CONTENT_BYTES, encode
 
 JOB = RunRequest(task_id="t1", description="count to 3", inputs={"a": "one"}, remaining_s=10)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.wait import until
 
-from loom.bus.gate import Gate
+from loom.bus.hops.isolation import Gate
 
 
 class Visitors:

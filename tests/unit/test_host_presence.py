@@ -5,8 +5,8 @@ import time
 import pytest
 from support.auctions import key
 
-from loom.bus.announcements import HEARD_S, HostKey
-from loom.phases.match.claims import CONTEST_EVERY_S, SETTLE_S, Claims
+from loom.bus.host_directory import HEARD_S, HostKey
+from loom.phases.match.node_ownership import CONTEST_EVERY_S, SETTLE_S, Claims
 from loom.phases.match.presence import ANSWERS, MISSED_WINDOWS, NEWCOMERS_EVERY_S, Presence
 
 

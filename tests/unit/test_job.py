@@ -11,12 +11,12 @@ from msgspec.structs import replace
 
 from loom import Answer, Job
 from loom.agents.function_agent import FunctionAgent
-from loom.agents.port import collect, spent_by
+from loom.agents.protocol import collect, spent_by
+from loom.schemas.base import decode, encode
 from loom.schemas.errors import AgentFailed, BudgetExceeded, LoomError
 from loom.schemas.events import Done, TextDelta, TokenUsage
 from loom.schemas.run import RunRequest
 from loom.schemas.task import RunResult
-from loom.schemas.wire import decode, encode
 
 JOB = RunRequest(task_id="t1", description="count to 3", remaining_s=10)
 LIMITED = replace(JOB, token_budget=10)

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from loom.phases.adapt.fold import fold
-from loom.phases.adapt.judges import MOST, weights_of
+from loom.phases.adapt.evidence import fold
+from loom.phases.adapt.reward_weights import MOST, weights_of
+from loom.schemas.base import decode, encode
 from loom.schemas.learning import NodeProfile, Reward
-from loom.schemas.wire import decode, encode
 
 EMPTY = NodeProfile(node_id="n1")
 LONG = "the-security-review-of-the-platform-team"

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nats.errors import BadSubjectError, ProtocolError
 
-from loom.bus.lean_client import LeanClient, LeanParser
-from loom.bus.message import Msg, format_headers, parse_headers
+from loom.bus.natsio.transport.fast_client import LeanClient, LeanParser
+from loom.bus.natsio.transport.message import Msg, format_headers, parse_headers
 
 TOKEN = st.text("abcXYZ09_-", min_size=1, max_size=12)
 HEADERS = st.dictionaries(TOKEN, st.text(st.characters(blacklist_categories=["C", "Z"]), max_size=12), max_size=3)

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.phases import ad, envelope
 
-from loom.bus.announcements import HostKey
-from loom.phases.adapt.fold import fold
-from loom.phases.match.policy import Book, award
+from loom.bus.host_directory import HostKey
+from loom.phases.adapt.evidence import fold
+from loom.phases.match.scoring import Book, award
 from loom.schemas.auction import Bid
 from loom.schemas.learning import DomainEvidence, NodeProfile, Reward, Score
 

@@ -3,10 +3,10 @@
 import pytest
 from support.logs import capture_logs
 
-from loom.bus.discards import LINES, Discards
 from loom.bus.health import Health
-from loom.bus.left_out import MAX_HOSTS, MAX_REASON, LeftOut, together
-from loom.schemas.wire import MAX_MESSAGE_BYTES, decode, encode
+from loom.bus.logs.discards import LINES, Discards
+from loom.bus.logs.left_out import MAX_HOSTS, MAX_REASON, LeftOut, together
+from loom.schemas.base import MAX_MESSAGE_BYTES, decode, encode
 
 
 def test_counts_of_a_host_have_the_last_reason() -> None:

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.bus.reward_bus import RewardBus
+from loom.bus.rewards import RewardBus
 from loom.cluster import ApoptosisRejected, ClusterManager, LifecycleManager, MitosisError
 from loom.types import AgentNode, CapabilityProfile, ClusterConfig, Limits, TaskAd
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from support.logs import capture_logs
 
-from loom.runner.cli import lifespan as module
-from loom.runner.cli.lifespan import InvalidLifespan, entered, lifespan_of
-from loom.runner.cli.loading import InvalidFile, load_node_file
+from loom.runner.cli import file_lifespan as module
+from loom.runner.cli.file_lifespan import InvalidLifespan, entered, lifespan_of
+from loom.runner.cli.input_files import InvalidFile, load_node_file
 
 FILE = Path("agents.py")
 

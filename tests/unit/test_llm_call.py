@@ -9,7 +9,7 @@ import pytest
 from support.logs import capture_logs
 from support.wait import until
 
-from loom.phases.shared.breaker import FAILURES, REST_S, Breaker, breaker_of
+from loom.phases.shared.circuit_breaker import FAILURES, REST_S, Breaker, breaker_of
 from loom.phases.shared.llm_call import MORE_TOKENS, Answer, ask, is_affordable
 from loom.schemas.errors import AgentFailed, BudgetExceeded, DeadlineExceeded, InvalidPlan
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk, Usage, UserMessage

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loom.runner.cli.loading import InvalidFile, load_node_file, load_tasks
+from loom.runner.cli.input_files import InvalidFile, load_node_file, load_tasks
 from loom.schemas.errors import InvalidTask
 
 NODES = """

@@ -10,15 +10,15 @@ import pytest
 import structlog
 from support.logs import capture_logs
 
-from loom.bus.log import get_logger, is_default
-from loom.runner import logs
+from loom.bus.logs.logger import get_logger, is_default
+from loom.runner import log_output
 
 
 @pytest.fixture(autouse=True)
 def _default() -> Iterator[None]:
-    logs.reset()
+    log_output.reset()
     yield
-    logs.reset()
+    log_output.reset()
 
 
 def test_lines_go_to_the_logger_of_the_standard_library(caplog: pytest.LogCaptureFixture) -> None:
@@ -41,7 +41,7 @@ def test_a_program_without_logging_sees_warnings_alone(capsys: pytest.CaptureFix
 
 
 def test_a_configured_level_rules_and_each_line_is_json_on_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    logs.configure("warning", readable=False)
+    log_output.configure("warning", readable=False)
     monkeypatch.setattr(sys, "stderr", stderr := io.StringIO())  # the stream of the moment, not of the configuration
     get_logger().info("not_wanted")
     get_logger().warning("bus_disconnected", server="a")
@@ -54,8 +54,8 @@ def test_a_configured_level_rules_and_each_line_is_json_on_standard_error(monkey
 def test_configuring_and_resetting_leave_structlog_and_logging_as_they_are() -> None:
     before = structlog.get_config(), list(logging.root.handlers), logging.root.level, logging.getLogger("loom").level
     for readable in (True, False):
-        logs.configure("debug", readable=readable)
-        logs.reset()
+        log_output.configure("debug", readable=readable)
+        log_output.reset()
 
     assert not structlog.is_configured()
     assert before == (
@@ -77,5 +77,5 @@ def test_captured_lines_are_facts_and_the_output_before_is_back_afterwards() -> 
 
 def test_a_process_without_standard_error_logs_nothing_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
-    logs.configure("info")
+    log_output.configure("info")
     get_logger().error("bus_closed")

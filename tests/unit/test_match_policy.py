@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from support.auctions import key
 from support.phases import ad, envelope
 
+from loom.phases.match.award_policies import POLICIES, Trust
 from loom.phases.match.offers import HostOffer
-from loom.phases.match.policy import AllBusy, Awarded, Book, Exhausted, Nobody, award, judge, score, tie_break
-from loom.phases.match.trust import POLICIES, Trust
+from loom.phases.match.scoring import AllBusy, Awarded, Book, Exhausted, Nobody, award, judge, score, tie_break
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import Envelope
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score

@@ -13,27 +13,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loom.bus.announcements import AnnouncedHost, HostKey
-from loom.bus.client import _read_ack
-from loom.bus.dead import letter_facts
-from loom.bus.discards import Discards
-from loom.bus.message import Msg
-from loom.bus.ordered import Stored
+from loom.bus.bus import _read_ack
+from loom.bus.dead_letters.write import letter_facts
+from loom.bus.host_directory import AnnouncedHost, HostKey
+from loom.bus.logs.discards import Discards
+from loom.bus.natsio.ordered_consumer import Stored
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.stored_rewards import reward_in
 from loom.bus.subjects import Subjects
-from loom.phases.adapt.apoptosis import bequest, heir, who_retires
-from loom.phases.adapt.calibrating import recalibrated
-from loom.phases.adapt.fold import fold, is_dated_ahead, summary
-from loom.phases.evaluate import policy as evaluate
-from loom.phases.execute.errands import answer_in, errand_for
+from loom.phases.adapt.calibration_writer import recalibrated
+from loom.phases.adapt.evidence import fold, is_dated_ahead, summary
+from loom.phases.adapt.retirement_policy import bequest, heir, who_retires
+from loom.phases.evaluate import decisions as evaluate
+from loom.phases.execute.delegation import answer_in, errand_for
 from loom.phases.execute.service import error_in, request_for, spent
+from loom.phases.match.award_policies import POLICIES
 from loom.phases.match.offers import OfferReader
-from loom.phases.match.policy import Awarded, Book, judge
-from loom.phases.match.reading import ReadProfile, known, window
-from loom.phases.match.trust import POLICIES
-from loom.phases.scale import graph, planner
-from loom.phases.sense.calibration import calibrated
-from loom.phases.sense.policy import look
+from loom.phases.match.partial_decoding import ReadProfile, known, window
+from loom.phases.match.scoring import Awarded, Book, judge
+from loom.phases.scale import planner, subtask_graph
+from loom.phases.sense.calibration_reader import calibrated
+from loom.phases.sense.estimate import look
 from loom.schemas.auction import (
     BID_LIMIT,
     CallForBids,
@@ -44,6 +44,7 @@ from loom.schemas.auction import (
     SpawnReply,
     SpawnRequest,
 )
+from loom.schemas.base import MAX_INT, MAX_MESSAGE_BYTES, Undecodable, decode, encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import DeadLetter, Envelope, SplitPlan, Subtask, TaskRecord
 from loom.schemas.errors import LoomError
@@ -52,7 +53,6 @@ from loom.schemas.learning import Calibration, Lease, Lifecycle, NodeProfile, Re
 from loom.schemas.plan import parse_plan
 from loom.schemas.run import Delta, RunEvent, RunRequest, read_events
 from loom.schemas.task import Accepted, ErrorReply, Submission, TaskAd, TaskResult, check_ad, parse_ad
-from loom.schemas.wire import MAX_INT, MAX_MESSAGE_BYTES, Undecodable, decode, encode
 
 SHAPES: tuple[Any, ...] = (
     *(
@@ -254,12 +254,12 @@ def running(forger: Forger) -> None:
 def plans(forger: Forger) -> None:
     plan, record = forger.made(SplitPlan), forger.made(TaskRecord)
     if plan is not None and record is not None:
-        noted = graph.note(plan, record)
+        noted = subtask_graph.note(plan, record)
         decode(encode(noted), SplitPlan, limit=2 * MAX_MESSAGE_BYTES)
-        graph.failure(noted)
-        for part in graph.running(noted)[:2]:
-            encode(graph.child_of(noted, part, {}, 1.0))
-        encode(graph.joined(noted, {}))
+        subtask_graph.failure(noted)
+        for part in subtask_graph.running(noted)[:2]:
+            encode(subtask_graph.child_of(noted, part, {}, 1.0))
+        encode(subtask_graph.joined(noted, {}))
     parse_plan(forger.body(list[Subtask]).decode())
 
 

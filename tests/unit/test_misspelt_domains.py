@@ -5,12 +5,12 @@ from support.auctions import announced, key
 from support.nodes import echo, node
 from support.phases import ad, envelope
 
-from loom.agents.announcement import announced as announced_node
-from loom.agents.child import Child
+from loom.agents.host.announcement import announced as announced_node
+from loom.agents.host.clone import Child
 from loom.phases.match.announced_nodes import AnnouncedNodes
-from loom.phases.match.misspelt import FRESH_S, MOST_KEPT, Misspelt
+from loom.phases.match.misspelt_domains import FRESH_S, MOST_KEPT, Misspelt
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode
-from loom.schemas.near import MOST_NAMES, nearest_domain
+from loom.schemas.text.nearest_name import MOST_NAMES, nearest_domain
 from loom.types import AgentNode
 
 SENTENCE = "no node rates itself in 'sael'; did you mean 'sales'?"

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Meta
 
-from loom.schemas.model_json import read_model_json
-from loom.schemas.wire import Undecodable, Unit, Wire
+from loom.schemas.base import Undecodable, Unit, Wire
+from loom.schemas.text.model_json import read_model_json
 
 
 class Verdict(Wire, frozen=True, kw_only=True):

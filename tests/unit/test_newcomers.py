@@ -10,11 +10,11 @@ from msgspec.structs import replace
 from support.auctions import key
 from support.phases import ad, envelope
 
-from loom.bus.announcements import HostKey
-from loom.phases.adapt.fold import fold
+from loom.bus.host_directory import HostKey
+from loom.phases.adapt.evidence import fold
+from loom.phases.match.award_policies import POLICIES
 from loom.phases.match.newcomers import Newcomers
-from loom.phases.match.policy import Book, award, score
-from loom.phases.match.trust import POLICIES
+from loom.phases.match.scoring import Book, award, score
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import Award, Envelope, FailedAttempt
 from loom.schemas.learning import DomainEvidence, NodeProfile, Reward, Score

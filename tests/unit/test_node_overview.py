@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.auctions import announced
 
-from loom.phases.adapt.fold import fold
-from loom.runner.cli.nodes import load_of
+from loom.phases.adapt.evidence import fold
+from loom.runner.cli.commands.node import load_of
 from loom.runner.node_overview import Auctioned, DomainOverview, auctioned, overviews, standing_of
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope, ScoredBid, TaskRecord

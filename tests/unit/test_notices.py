@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from support.phases import ad, envelope
 
+from loom.schemas.base import Undecodable, encode
 from loom.schemas.envelope import Envelope
 from loom.schemas.notices import Notice, ParentEnded, PlanTimeout, SubtaskEnded, envelope_in, read_scale_message
-from loom.schemas.wire import Undecodable, encode
 
 HOP = envelope(ad(task_id="p", context={"type": "subtask_ended", "task_id": "x"}), now=0.0)
 NOTICES: list[Notice] = [

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.phases import call_for_bids
 
-from loom.agents.host import NodeHost
-from loom.agents.hosted import HostedAgents
-from loom.agents.node import Node
-from loom.agents.runs import Run
-from loom.bus.client import Bus
+from loom.agents.host.hosted_agents import HostedAgents
+from loom.agents.host.node_host import NodeHost
+from loom.agents.host.runs import Run
+from loom.agents.host.slots import Node
+from loom.bus.bus import Bus
 from loom.schemas.auction import Bid, CallForBids
 from loom.schemas.run import RunRequest
 from loom.types import AgentNode, CapabilityProfile

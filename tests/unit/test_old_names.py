@@ -27,7 +27,12 @@ PATHS = {
     "loom.providers": ["OpenAIProvider"],
     "loom.agent": ["Agent"],
     "loom.agent.strategy": ["LoopContext"],
+    "loom.cluster.amoeba_loop": ["AmoebaLoop"],
+    "loom.cluster.lifecycle": ["LifecycleManager"],
+    "loom.cluster.manager": ["ClusterManager"],
+    "loom.cluster.planner": ["TaskPlanner"],
     "loom.cluster.reward": ["RewardBus"],
+    "loom.cluster.skill_registry": ["SkillNodeRegistry"],
     "loom.runtime.core": ["Runtime"],
     "loom.events": ["EventBus", "DoneEvent", "TextDeltaEvent"],
 }

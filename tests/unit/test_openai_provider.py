@@ -9,7 +9,7 @@ import pytest
 from support.openai_server import OpenAIServer, Reply, sample
 from support.providers import ASK, KEY, provider_for, streamed
 
-from loom.agents.llm.openai_provider import OpenAIProvider
+from loom.agents.llm.openai.openai_provider import OpenAIProvider
 from loom.schemas.errors import AgentFailed
 from loom.schemas.llm import (
     CompletionParams,
@@ -144,6 +144,6 @@ async def test_an_answer_of_another_form_is_a_failure(
 
 
 def test_importing_it_does_not_import_openai() -> None:
-    code = "import sys, loom.agents.llm.openai_provider; sys.exit('openai' in sys.modules)"
+    code = "import sys, loom.agents.llm.openai.openai_provider; sys.exit('openai' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

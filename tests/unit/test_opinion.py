@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.phases import ad, awarded, envelope
 
-from loom.phases.evaluate import opinion
+from loom.phases.evaluate import llm_judge
 from loom.phases.shared.llm_call import Answer
 from loom.schemas.envelope import Envelope, Opinion
 from loom.schemas.llm import CompletionParams, CompletionResult
@@ -35,7 +35,7 @@ def answered(task_id: str = "t1", rubric: str | None = None, content: str = "an 
 
 async def asked(says: str, **facts: Any) -> tuple[Answer[Opinion], Model]:
     model = Model(says)
-    return await opinion.ask(model, answered(**facts), 10), model  # type: ignore[arg-type]  # it never streams
+    return await llm_judge.ask(model, answered(**facts), 10), model  # type: ignore[arg-type]  # it never streams
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,12 @@ async def test_an_opinion_is_read_from_json_or_not_at_all(says: str, found: Opin
     ],
 )
 def test_another_scale_is_read_only_where_the_judge_names_it(said: Any, out_of: Any, score: float | None) -> None:
-    assert opinion.score_of(said, out_of) == score
+    assert llm_judge.score_of(said, out_of) == score
 
 
 @given(st.text())
 def test_a_score_is_from_nought_to_one_or_not_read(text: str) -> None:
-    score = opinion.score_of(text)
+    score = llm_judge.score_of(text)
     assert score is None or 0 <= score <= 1
 
 
@@ -112,41 +112,41 @@ async def test_a_silent_judge_is_not_waited_for_past_the_deadline() -> None:
             return await super().complete(params)
 
     began = time.monotonic()
-    answer = await opinion.ask(Silent(""), answered(), 0.05)  # type: ignore[arg-type]  # as above
+    answer = await llm_judge.ask(Silent(""), answered(), 0.05)  # type: ignore[arg-type]  # as above
     assert (answer.value, answer.why) == (None, "TimeoutError")
     assert time.monotonic() - began < 1
 
 
 def test_a_result_that_could_not_be_judged_has_a_warning() -> None:
     why = Answer[Opinion](None, why="RuntimeError")
-    plain = opinion.with_opinion(answered(), why)
+    plain = llm_judge.with_opinion(answered(), why)
     assert (plain.opinion, plain.unjudged) == (None, "RuntimeError")
     assert plain.warnings == ("the judge could not be asked: RuntimeError",)
-    strict = opinion.with_opinion(answered(rubric="short"), why)
+    strict = llm_judge.with_opinion(answered(rubric="short"), why)
     assert strict.warnings == ("the judge could not be asked: RuntimeError; its rubric was not checked",)
 
 
 def test_what_a_judge_took_is_counted_and_taken_off_the_budget() -> None:
     usage = PhaseUsage(requests=1, prompt_tokens=30, completion_tokens=5)
     task = replace(answered(), budget=100)
-    once = opinion.with_opinion(task, Answer(Opinion(score=0.5), usage))
-    twice = opinion.with_opinion(once, Answer(Opinion(score=0.5), usage))
+    once = llm_judge.with_opinion(task, Answer(Opinion(score=0.5), usage))
+    twice = llm_judge.with_opinion(once, Answer(Opinion(score=0.5), usage))
     assert (once.budget, twice.budget) == (65, 30)
     assert twice.phase_usage == {"evaluate": PhaseUsage(requests=2, prompt_tokens=60, completion_tokens=10)}
 
 
 async def test_a_judge_is_not_asked_beyond_the_budget() -> None:
     model = Model('{"score": 1}')
-    answer = await opinion.ask(model, replace(answered(), budget=100), 10)  # type: ignore[arg-type]  # as above
+    answer = await llm_judge.ask(model, replace(answered(), budget=100), 10)  # type: ignore[arg-type]  # as above
     assert (answer.value, answer.usage.requests, model.asked) == (None, 0, [])
     assert "budget" in answer.why
 
 
 def test_a_rubric_asks_for_an_opinion_and_a_share_of_the_rest_is_sampled() -> None:
     tasks = [answered(task_id=f"t{n}") for n in range(2000)]
-    assert opinion.wanted(answered(rubric="short"), 0.0)
-    assert not any(opinion.wanted(task, 0.0) for task in tasks)
-    assert all(opinion.wanted(task, 1.0) for task in tasks)
-    sampled = [task.task_id for task in tasks if opinion.wanted(task, 0.1)]
+    assert llm_judge.wanted(answered(rubric="short"), 0.0)
+    assert not any(llm_judge.wanted(task, 0.0) for task in tasks)
+    assert all(llm_judge.wanted(task, 1.0) for task in tasks)
+    sampled = [task.task_id for task in tasks if llm_judge.wanted(task, 0.1)]
     assert 120 < len(sampled) < 280
-    assert sampled == [task.task_id for task in tasks if opinion.wanted(replace(task, attempt=2), 0.1)]
+    assert sampled == [task.task_id for task in tasks if llm_judge.wanted(replace(task, attempt=2), 0.1)]

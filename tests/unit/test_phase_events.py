@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 from support.phases import awarded, envelope
 
-from loom.cluster.phase_events import MOST_READS, PhaseReports, phase_events
+from loom.compat.phase_events import MOST_READS, PhaseReports, phase_events
 from loom.schemas.envelope import Envelope, FailedAttempt, Hop, TaskRecord
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.events import PhaseEvent

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.cluster.planner import TaskPlanner
+from loom.compat.planner import TaskPlanner
 from loom.schemas.errors import BudgetExceeded, InvalidPlan
 from loom.schemas.plan import PLAN_SCHEMA, check_graph, parse_plan
 from loom.types import (

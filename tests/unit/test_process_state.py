@@ -12,8 +12,8 @@ import structlog
 from support.logs import capture_logs
 from support.process_state import process_state_restored
 
-from loom.bus import log
-from loom.runner import logs
+from loom.bus.logs import logger as logger_module
+from loom.runner import log_output
 
 
 class Policy(asyncio.DefaultEventLoopPolicy):
@@ -25,7 +25,7 @@ def state() -> dict[str, object]:
     root, ours = logging.getLogger(), logging.getLogger("loom")
     return {
         "structlog is configured": structlog.is_configured(),
-        "loom's output is the library's": log.is_default(),
+        "loom's output is the library's": logger_module.is_default(),
         "structlog's facts": structlog.contextvars.get_contextvars(),
         "levels": (root.level, ours.level, logging.root.manager.disable),
         "switches": (ours.propagate, ours.disabled),
@@ -42,7 +42,7 @@ def state() -> dict[str, object]:
 def change_everything(folder: Path) -> None:
     wrapper = structlog.make_filtering_bound_logger(logging.CRITICAL)
     structlog.configure(wrapper_class=wrapper)  # noqa: TID251 - as a program does
-    logs.configure("error")
+    log_output.configure("error")
     structlog.contextvars.bind_contextvars(task_id="left over")
     for logger in (logging.getLogger(), logging.getLogger("loom")):
         logger.setLevel(logging.CRITICAL)
@@ -84,10 +84,10 @@ def test_a_test_that_changes_everything_changes_nothing_for_the_next(
 
 def test_an_info_line_is_seen_after_logs_were_limited_to_warnings() -> None:
     with process_state_restored():
-        logs.configure("warning")
+        log_output.configure("warning")
 
     with capture_logs() as lines:
-        log.get_logger().info("late_run_refused")
+        logger_module.get_logger().info("late_run_refused")
 
     assert [line["event"] for line in lines] == ["late_run_refused"]
 

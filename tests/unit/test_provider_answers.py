@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from support.openai_server import Reply, Request, delta_event, message_body, text_event
 from support.providers import ASK, answered, serving, streamed
 
-from loom.agents.llm import openai_provider
-from loom.agents.llm.answers import AnswerReader, BrokeOff, Unreadable
-from loom.agents.llm.refusals import ErrorReply
+from loom.agents.llm.openai import openai_provider
+from loom.agents.llm.openai.answers import AnswerReader, BrokeOff, Unreadable
+from loom.agents.llm.openai.refusals import ErrorReply
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.llm import CompletionParams, Message, ToolCall, Usage, UserMessage
 

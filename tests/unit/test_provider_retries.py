@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from support.openai_server import OpenAIServer, Reply
 from support.providers import ASK, KEY, provider_for, streamed
 
-from loom.agents.llm import openai_provider
 from loom.agents.llm.config import AgentConfig
-from loom.agents.llm.openai_provider import OpenAIProvider, backoff_s
-from loom.agents.llm.waits import retry_after_s
+from loom.agents.llm.openai import openai_provider
+from loom.agents.llm.openai.openai_provider import OpenAIProvider, backoff_s
+from loom.agents.llm.openai.waits import retry_after_s
 from loom.schemas.errors import AgentFailed
 
 NOW = {"Retry-After": "0"}

@@ -8,8 +8,8 @@ from support.openai_server import ERROR_EVENT, OpenAIServer, Reply, text_event
 from support.providers import ASK, provider_for, streamed
 from support.wait import until
 
-from loom.agents.llm import openai_provider
-from loom.agents.llm.openai_provider import OpenAIProvider
+from loom.agents.llm.openai import openai_provider
+from loom.agents.llm.openai.openai_provider import OpenAIProvider
 from loom.schemas.errors import AgentFailed, DeadlineExceeded
 
 

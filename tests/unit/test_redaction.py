@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.bus import faults
-from loom.bus.redaction import MASK, redact, secrets_of
+from loom.bus.logs import log_fields
+from loom.bus.logs.redaction import MASK, redact, secrets_of
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_secret_is_taken_out(text: str) -> None:
     assert "canary" not in redact(text)
     assert MASK in redact(text)
-    assert "canary" not in faults.summary(ValueError(text))
+    assert "canary" not in log_fields.summary(ValueError(text))
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ class Odd(Exception):
 
 @pytest.mark.parametrize("said", [ValueError("x"), KeyboardInterrupt(), SystemExit(), GeneratorExit(), 42, None])
 def test_an_exception_whose_text_cannot_be_made_is_described_by_its_type(said: object) -> None:
-    assert faults.summary(Odd(said)).startswith("Odd: (its __str__ raised ")
+    assert log_fields.summary(Odd(said)).startswith("Odd: (its __str__ raised ")
 
 
 def test_a_long_text_of_an_exception_is_neither_read_nor_shown_whole() -> None:
-    assert len(faults.summary(ValueError("x" * 50_000_000))) == faults.MAX_MESSAGE_CHARS
+    assert len(log_fields.summary(ValueError("x" * 50_000_000))) == log_fields.MAX_MESSAGE_CHARS
 
 
 def test_a_class_name_is_printable_and_bounded() -> None:
@@ -99,9 +99,9 @@ def test_a_class_name_is_printable_and_bounded() -> None:
         pass
 
     Named.__name__ = "x\n\x1b[31m" + "y" * 1000
-    assert faults.type_name(Named()) == "x[31m" + "y" * (faults.MAX_NAME_CHARS - 5)
+    assert log_fields.type_name(Named()) == "x[31m" + "y" * (log_fields.MAX_NAME_CHARS - 5)
     Named.__name__ = "\n"
-    assert faults.type_name(Named()) == "an unnamed exception"
+    assert log_fields.type_name(Named()) == "an unnamed exception"
 
 
 class Meta(type):
@@ -115,4 +115,4 @@ class Hidden(Exception, metaclass=Meta):
 
 
 def test_a_metaclass_cannot_hide_the_name() -> None:
-    assert faults.type_name(Hidden()) == "Hidden"
+    assert log_fields.type_name(Hidden()) == "Hidden"

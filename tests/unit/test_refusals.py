@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from support.openai_server import Reply
 from support.providers import ASK, answered, serving
 
-from loom.agents.llm.refusals import MAX_REASON_CHARS, body_of, reason_of, refusal_of, sentence
+from loom.agents.llm.openai.refusals import MAX_REASON_CHARS, body_of, reason_of, refusal_of, sentence
 from loom.schemas.errors import AgentFailed
 
 SERVER = "the server"

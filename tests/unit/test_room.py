@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.agents import host
-from loom.agents.node import Room
-from loom.agents.runs import KEEP_S, Finished, Run
-from loom.bus.client import Bus
-from loom.phases.execute import watch
+from loom.agents.host.node_host import node_host
+from loom.agents.host.runs import KEEP_S, Finished, Run
+from loom.agents.host.slots import Room
+from loom.bus.bus import Bus
+from loom.phases.execute import run_stream
 from loom.phases.match import presence
 from loom.schemas.auction import Bid
 from loom.schemas.run import RunRequest
@@ -123,7 +123,7 @@ def test_the_end_of_a_run_is_kept_ten_minutes() -> None:
 
 
 def test_what_is_kept_is_bounded_in_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.agents.runs.KEEP_BYTES", 5_000)
+    monkeypatch.setattr("loom.agents.host.runs.KEEP_BYTES", 5_000)
     finished = Finished()
     for i in range(10):
         finished.keep((f"t{i}", 1), b"x" * 1100, float(i))
@@ -141,7 +141,7 @@ def test_a_run_ended_twice_is_kept_once() -> None:
 
 def test_hosts_speak_as_often_as_the_phases_listen() -> None:
     """Neither side imports the other; both follow the design."""
-    assert host.HEARTBEAT_S == watch.HEARTBEAT_S == 2
-    assert 3 * watch.HEARTBEAT_S <= watch.SILENCE_S < 4 * watch.HEARTBEAT_S
-    assert watch.ABSENT_S < host.HEARTBEAT_S < watch.ACCEPT_S
-    assert 3 * host.ANNOUNCE_S <= presence.HEARD_S == 10
+    assert node_host.HEARTBEAT_S == run_stream.HEARTBEAT_S == 2
+    assert 3 * run_stream.HEARTBEAT_S <= run_stream.SILENCE_S < 4 * run_stream.HEARTBEAT_S
+    assert run_stream.ABSENT_S < node_host.HEARTBEAT_S < run_stream.ACCEPT_S
+    assert 3 * node_host.ANNOUNCE_S <= presence.HEARD_S == 10

@@ -12,15 +12,15 @@ from support.auctions import key, nodes, offer
 from support.logs import capture_logs
 from support.values import messages
 
-from loom.bus.announcements import HEARD_S
-from loom.bus.client import Bus, Msg
-from loom.bus.kv import Entry
+from loom.bus.bus import Bus, Msg
+from loom.bus.host_directory import HEARD_S
+from loom.bus.natsio.kv import Entry
+from loom.phases.match.directory import Roster
 from loom.phases.match.offers import ReadOffer
-from loom.phases.match.reading import ReadProfile
-from loom.phases.match.roster import Roster
+from loom.phases.match.partial_decoding import ReadProfile
 from loom.schemas.auction import AnnouncedNode, HostAnnouncement, Offer
+from loom.schemas.base import Undecodable, decode, encode
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
-from loom.schemas.wire import Undecodable, decode, encode
 
 
 class Clock:
@@ -51,7 +51,7 @@ async def learn(roster: Roster, *profiles: Any) -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("loom.phases.match.roster.time", clock)
+    monkeypatch.setattr("loom.phases.match.directory.time", clock)
     return clock
 
 
@@ -143,7 +143,7 @@ async def test_nodes_that_were_not_known_are_noticed_once(roster: Roster) -> Non
 
 
 async def test_the_names_of_made_up_nodes_are_bounded(roster: Roster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.match.roster.MAX_NODES", 10)
+    monkeypatch.setattr("loom.phases.match.directory.MAX_NODES", 10)
     announce(roster, "good", "n1")
     roster.answered([offer("good")], set())
     for number in range(20):

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.values import json_values
 
+from loom.schemas.base import MAX_MESSAGE_BYTES, Undecodable, encode
 from loom.schemas.events import TextDelta
 from loom.schemas.run import MAX_EVENTS, MAX_UNREADABLE, RunEvent, RunRequest, encode_event, read_events
 from loom.schemas.task import RunResult, TaskAd
-from loom.schemas.wire import MAX_MESSAGE_BYTES, Undecodable, encode
 
 END = RunEvent(seq=9, kind="result", result=RunResult(content="x"))
 BAD = b'{"seq":1,"kind":"delta","event":{"type":"text_delta","text":5}}'

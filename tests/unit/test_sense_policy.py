@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.sense import policy
-from loom.phases.sense.policy import (
+from loom.phases.sense import estimate
+from loom.phases.sense.estimate import (
     Estimate,
     complexity_of,
     estimate_schema,
@@ -15,8 +15,8 @@ from loom.phases.sense.policy import (
     prompt,
     read_estimate,
 )
+from loom.schemas.base import Undecodable
 from loom.schemas.task import TaskAd
-from loom.schemas.wire import Undecodable
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ _PLAIN_LIST_ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+", re.MULTILINE)
 
 @given(st.text(alphabet="a1 .!?。！？-*•)\n\t\r\u2028", max_size=40))  # noqa: RUF001 - full-width on purpose
 def test_sentences_and_lists_are_found_as_by_the_plain_rules(text: str) -> None:
-    score = min(len(policy._CJK_OR_MARK.sub(" ", text).split()) / 200, 0.5)
+    score = min(len(estimate._CJK_OR_MARK.sub(" ", text).split()) / 200, 0.5)
     score += 0.15 * (len(_PLAIN_SENTENCE_END.findall(text)) > 2) + 0.1 * (_PLAIN_LIST_ITEM.search(text) is not None)
     assert complexity_of(text, 0) == round(score, 4)
 

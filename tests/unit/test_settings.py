@@ -13,9 +13,9 @@ import msgspec
 import pytest
 
 from loom.runner.settings import NAME_PATTERN, InvalidSetting, Settings, from_environment, misspelt
+from loom.schemas.base import MAX_SECONDS
 from loom.schemas.config import ClusterConfig
 from loom.schemas.identity import RESERVED, Identity
-from loom.schemas.wire import MAX_SECONDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 BEGIN, END = "<!-- table: written by tests/unit/test_settings.py -->\n", "<!-- end of table -->\n"

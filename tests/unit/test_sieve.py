@@ -15,10 +15,10 @@ from support.values import messages
 
 from loom.bus.subjects import FAMILIES, Subjects
 from loom.bus.tap import SHAPES, Seen
-from loom.runner.cli import sieve as sieve_module
-from loom.runner.cli.looking import domain_slug, seconds, span, sparkline
-from loom.runner.cli.sieve import Sieve, phase_of
-from loom.runner.cli.words import Lines
+from loom.runner.cli.common import domain_slug, seconds, span, sparkline
+from loom.runner.cli.views import message_filter as sieve_module
+from loom.runner.cli.views.message_filter import Sieve, phase_of
+from loom.runner.cli.views.message_lines import Lines
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.envelope import PHASES, Award, Envelope, Spec, Split
 from loom.schemas.events import TextDelta

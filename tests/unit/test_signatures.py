@@ -11,7 +11,7 @@ import pytest
 
 from loom import Job
 from loom.agents.function_agent import as_agent
-from loom.agents.port import collect
+from loom.agents.protocol import collect
 from loom.agents.signatures import takes_text
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.events import Done, ReasoningDelta, TextDelta, TokenUsage

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from loom.cluster.skill_choice import SkillChooser, named_in
-from loom.cluster.skill_registry import SkillNodeRegistry, best_by_words
+from loom.compat.skill_choice import SkillChooser, named_in
+from loom.compat.skill_registry import SkillNodeRegistry, best_by_words
 from loom.schemas.auction import SpawnRequest
 from loom.schemas.llm import CompletionParams, CompletionResult
 from loom.types import Skill, SkillTrigger

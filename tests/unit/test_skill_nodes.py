@@ -8,8 +8,8 @@ import pytest
 
 from loom.agents.llm.agent import Agent
 from loom.agents.llm.config import AgentConfig
-from loom.cluster.skill_nodes import node_id, skill_nodes
-from loom.cluster.skill_registry import SkillNodeRegistry
+from loom.compat.skill_nodes import node_id, skill_nodes
+from loom.compat.skill_registry import SkillNodeRegistry
 from loom.schemas.auction import SpawnRequest
 from loom.schemas.errors import LoomError
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk

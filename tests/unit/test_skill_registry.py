@@ -1,6 +1,6 @@
 import pytest
 
-from loom.cluster.skill_registry import SkillNodeRegistry
+from loom.compat.skill_registry import SkillNodeRegistry
 from loom.types import Skill, SkillTrigger
 
 

@@ -1,12 +1,12 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.adapt.fold import fold
-from loom.phases.adapt.judges import ID_LENGTH
+from loom.phases.adapt.evidence import fold
 from loom.phases.adapt.rebuild import start_of
+from loom.phases.adapt.reward_weights import ID_LENGTH
 from loom.phases.adapt.snapshots import snapshot_of
+from loom.schemas.base import MAX_MESSAGE_BYTES, decode, encode
 from loom.schemas.learning import MAX_DOMAINS, WINDOW, NodeProfile, Reward, Score, Snapshot
-from loom.schemas.wire import MAX_MESSAGE_BYTES, decode, encode
 
 LONGEST = 178
 """Bytes an entry takes at most."""

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from support.logs import capture_logs
 
-from loom.runner.listening import is_loopback, reachable
-from loom.runner.store import LOCK, StoreLock, check_unused, damage_in, default_store, log_store
-from loom.runner.temporary_store import TemporaryStore
+from loom.runner.server.listening import is_loopback, reachable
+from loom.runner.server.store import LOCK, StoreLock, check_unused, damage_in, default_store, log_store
+from loom.runner.server.temporary_store import TemporaryStore
 from loom.schemas.errors import BusUnavailable
 
 VERSION = (2, 15)
@@ -19,7 +19,7 @@ VERSION = (2, 15)
 HOLDER = """
 import sys, time
 from pathlib import Path
-from loom.runner.store import StoreLock
+from loom.runner.server.store import StoreLock
 
 lock = StoreLock(Path(sys.argv[1]), (2, 15), patience_s=0)
 lock.name_server("nats://127.0.0.1:9")

@@ -5,7 +5,7 @@ import re
 import pytest
 from support.subject_table import PATTERNS, TABLE, Row, pattern_of
 
-from loom.bus.client import Bus
+from loom.bus.bus import Bus
 from loom.bus.subjects import FAMILIES, Family, Subjects
 from loom.bus.tap import REPEATED, SHAPES
 from loom.bus.topology import streams

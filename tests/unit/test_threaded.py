@@ -11,7 +11,7 @@ import pytest
 from support.wait import until
 
 from loom.agents.function_agent import FunctionAgent
-from loom.agents.port import collect
+from loom.agents.protocol import collect
 from loom.agents.threaded import AHEAD, ThreadedIteration
 from loom.schemas.errors import AgentFailed, DeadlineExceeded
 from loom.schemas.events import TextDelta

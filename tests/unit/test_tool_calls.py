@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loom.agents.llm.tool_calls import MAX_CALL_BYTES, MAX_CALLS, ToolCalls, plain_arguments
+from loom.agents.llm.openai.tool_calls import MAX_CALL_BYTES, MAX_CALLS, ToolCalls, plain_arguments
 from loom.schemas.errors import AgentFailed, LoomError
 
 

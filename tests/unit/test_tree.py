@@ -10,12 +10,12 @@ from rich.cells import cell_len
 from rich.console import Console
 from support.values import messages
 
-from loom.bus.history import Found
-from loom.runner.cli.render import ROWS, short
-from loom.runner.cli.tree import Division, tree
+from loom.bus.queries import Found
+from loom.runner.cli.views.subtask_tree import Division, tree
+from loom.runner.cli.views.tables import ROWS, short
+from loom.schemas.base import MAX_SECONDS
 from loom.schemas.envelope import Claim, Envelope, Split, SplitPlan, Subtask, TaskRecord
 from loom.schemas.task import RunResult, TaskAd, TaskError
-from loom.schemas.wire import MAX_SECONDS
 
 NOW = 1010.0
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.match.trust import POLICIES, Known, Trust, UnknownPolicy, policy
+from loom.phases.match.award_policies import POLICIES, Known, Trust, UnknownPolicy, policy
 
 
 def known(**facts: Any) -> Known:
@@ -76,7 +76,7 @@ def test_random_is_fair() -> None:
 
 
 def test_a_policy_of_ones_own_is_named_by_module_and_function() -> None:
-    assert policy("loom.phases.match.trust:greedy") is POLICIES["greedy"]
+    assert policy("loom.phases.match.award_policies:greedy") is POLICIES["greedy"]
 
 
 @pytest.mark.parametrize("name", ["best", "no.such:thing", "math:nothing", ":", "math"])

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loom.schemas.base import decode, encode
 from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile, Score
 from loom.schemas.task import domain_token
-from loom.schemas.wire import decode, encode
 from loom.types import AgentNode, CapabilityProfile, SkillTrigger, TaskAd, unit
 
 

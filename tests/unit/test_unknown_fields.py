@@ -8,6 +8,8 @@ import pytest
 from msgspec.structs import replace
 
 from loom.bus.records import record_version, remembered
+from loom.schemas.base import Undecodable, decode, encode
+from loom.schemas.decoding.unknown_fields import MAX_DEPTH, unknown_fields, with_unknown_fields
 from loom.schemas.envelope import (
     Award,
     Claim,
@@ -23,8 +25,6 @@ from loom.schemas.envelope import (
 )
 from loom.schemas.run import RunEvent
 from loom.schemas.task import PhaseUsage, RunResult, Submission, TaskAd, TaskError, parse_ad
-from loom.schemas.unknown_fields import MAX_DEPTH, unknown_fields, with_unknown_fields
-from loom.schemas.wire import Undecodable, decode, encode
 
 NEW: dict[str, Any] = {"new": {"a": [1, None, "x"]}}
 BID = ScoredBid(node_id="n1", host_id="h1", score=0.5, self_rating=0.5, trust=0.5, load=0.25, tools=0.75)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.agents.llm.waits import retry_after_s, wait_s
+from loom.agents.llm.openai.waits import retry_after_s, wait_s
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ from support.auctions import key
 from support.phases import ad, envelope
 from support.values import messages
 
-from loom.phases.match.policy import AVAILABILITY_WEIGHT, TOOLS_WEIGHT, TRUST_WEIGHT, Book
-from loom.phases.match.policy import award as awarded
-from loom.phases.match.trust import POLICIES
-from loom.runner.cli.winning import TRUST, rests_on, why
+from loom.phases.match.award_policies import POLICIES
+from loom.phases.match.scoring import AVAILABILITY_WEIGHT, TOOLS_WEIGHT, TRUST_WEIGHT, Book
+from loom.phases.match.scoring import award as awarded
+from loom.runner.cli.views.award_explanation import TRUST, rests_on, why
 from loom.schemas.auction import Bid
+from loom.schemas.base import decode, encode
 from loom.schemas.envelope import Award, ScoredBid
-from loom.schemas.wire import decode, encode
 
 
 def bid(node_id: str, **facts: float) -> ScoredBid:

@@ -10,9 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.values import fields_of, float_fields, json_values, message_types, messages, with_unknown_field
 
-from loom.schemas.envelope import Envelope
-from loom.schemas.task import TaskAd
-from loom.schemas.wire import (
+from loom.schemas.base import (
     MAX_JSON_DEPTH,
     MAX_MESSAGE_BYTES,
     Relayed,
@@ -23,6 +21,8 @@ from loom.schemas.wire import (
     free_json_fault,
     new_id,
 )
+from loom.schemas.envelope import Envelope
+from loom.schemas.task import TaskAd
 
 a_few = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 texts = st.text(st.characters(exclude_categories=["Cs"]))

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from loom.bus.health import Health
-from loom.bus.left_out import LeftOut
+from loom.bus.logs.left_out import LeftOut
 from loom.bus.topology import Inspection, Part
-from loom.runner.working import OLD_S, Look, judged, waiting_in
+from loom.runner.doctor.working import OLD_S, Look, judged, waiting_in
 from loom.schemas.config import ClusterConfig
 
 

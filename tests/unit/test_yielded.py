@@ -8,12 +8,12 @@ import pytest
 
 from loom.agents.function_agent import FunctionAgent
 from loom.agents.job import Job
-from loom.agents.port import collect, failure_of, spent_by
-from loom.agents.yielded import DELTA_CHARS, TYPES, events_of
+from loom.agents.protocol import collect, failure_of, spent_by
+from loom.agents.yielded_values import DELTA_CHARS, TYPES, events_of
+from loom.schemas.base import decode, encode
 from loom.schemas.errors import AgentFailed, InvalidTask
 from loom.schemas.events import AgentEvent, Done, ReasoningDelta, TextDelta, TokenUsage, ToolCallEnd, ToolCallStart
 from loom.schemas.run import RunRequest
-from loom.schemas.wire import decode, encode
 
 JOB = RunRequest(task_id="t1", description="count to 3", remaining_s=10)
 

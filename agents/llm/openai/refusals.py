@@ -1,0 +1,240 @@
+"""What a server answers in the place of an answer: its reason, and whether another try may help. Pure.
+
+Reasons are read in the forms of OpenAI, Azure, Ollama, FastAPI, Gemini, Mistral, vLLM, LM Studio and OpenRouter.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loom.agents.llm.openai.waits import wait_s
+from loom.agents.values import to_text
+from loom.bus.logs.redaction import MASK, redact
+
+MAX_REASON_CHARS = 300
+MAX_DEPTH = 8
+MOST_PARTS = 8
+"""Most faults of a list that are named."""
+TRY_AGAIN = frozenset({408, 425, 429})
+"""With all from 500 up: what another try may cure."""
+REFUSES_ACCESS = frozenset({401, 403})
+NOT_FOUND = 404
+TOO_MANY = 429
+PAYMENT = 402
+SERVER_ERROR = 500
+
+_QUOTA_CODES = frozenset(
+    {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "credits_exhausted"}
+)
+_QUOTA_WORDS = re.compile(r"exceeded your current quota|insufficient (quota|balance|credits|funds)", re.IGNORECASE)
+_STATUS_OF = {
+    "invalid_request_error": 400,
+    "badrequesterror": 400,
+    "invalid_argument": 400,
+    "context_length_exceeded": 400,
+    "authentication_error": 401,
+    "invalid_api_key": 401,
+    "permission_denied": 403,
+    "model_not_found": 404,
+    "notfounderror": 404,
+    "not_found": 404,
+    "rate_limit_exceeded": 429,
+    "rate_limit_error": 429,
+    "resource_exhausted": 429,
+    "insufficient_quota": 429,
+}
+"""Kinds of errors that come without a number."""
+_NO_SUCH_PATH = re.compile(
+    r"unexpected endpoint|no route|(page|url|path|route|endpoint) (was )?not found", re.IGNORECASE
+)
+_MASKED = re.compile(r"\S*\*{3,}[^\s.,;:]*")
+"""A key that a server has masked itself, which still shows a part of it."""
+
+
+class ErrorReply(Exception):
+    """A server answered with an error.
+
+    Args:
+        body: Decoded JSON, or the text.
+        status_code: Of HTTP; None: that of a success.
+        headers: Looked up in lower case.
+    """
+
+    def __init__(self, body: Any, status_code: int | None = None, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__("an error in the place of an answer")
+        self.body = body
+        self.status_code = status_code
+        self.headers: Mapping[str, str] = {} if headers is None else headers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """An error of a server, understood."""
+
+    status: int | None
+    """None: the server gave none."""
+    reason: str = ""
+    """The server's words, as they are."""
+    param: str = ""
+    """The parameter that the server names as the cause."""
+    code: str = ""
+    wait_s: float | None = None
+    quota_spent: bool = False
+    no_path: bool = False
+    """Whether the server does not know the path."""
+
+    @property
+    def curable(self) -> bool:
+        """Whether another try may help."""
+        passing = self.status is None or self.status in TRY_AGAIN or self.status >= SERVER_ERROR
+        return passing and not self.quota_spent and not self.no_path
+
+
+def body_of(text: str) -> Any:
+    """Return the JSON in the body of an error, or its text where it is something else."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def refusal_of(body: Any, *, status: int | None, headers: Mapping[str, str], now: float) -> Refusal:
+    """Return what a server's error means.
+
+    Args:
+        body: Decoded JSON, or the text.
+        status: Of HTTP; None: a success, so that the body's own counts.
+        headers: Looked up in lower case.
+        now: Seconds since the epoch.
+    """
+    facts = _facts(body)
+    code = _word(facts.get("code"))
+    kind = _word(facts.get("type") or facts.get("status")).lower()
+    status = status or _status(facts.get("code")) or _STATUS_OF.get(code.lower()) or _STATUS_OF.get(kind)
+    reason = reason_of(body)
+    curable = status is None or status in TRY_AGAIN or status >= SERVER_ERROR
+    wait = wait_s(headers if status == TOO_MANY else _own(headers), body, now) if curable else None
+    spent = bool({code.lower(), kind} & _QUOTA_CODES) or (wait is None and bool(_QUOTA_WORDS.search(reason)))
+    unnamed = not isinstance(body, dict | list) or reason.strip().lower() == "not found"
+    return Refusal(
+        status=status,
+        reason=reason,
+        param=_word(facts.get("param")) or _location(body),
+        code=code,
+        wait_s=wait,
+        quota_spent=spent or status == PAYMENT,
+        no_path=(status == NOT_FOUND and unnamed) or bool(_NO_SUCH_PATH.search(reason)),
+    )
+
+
+def sentence(refusal: Refusal, server: str, *, versioned: bool, secrets: Iterable[str] = ()) -> str:
+    """Return what happened, for people, without secrets.
+
+    Args:
+        refusal: The error.
+        server: Its name in the sentence.
+        versioned: Whether the path of `base_url` ends with /v1.
+        secrets: Values that must not appear.
+    """
+    status = "" if refusal.status is None else f" ({refusal.status})"
+    reason = clean(refusal.reason, secrets)
+    if refusal.no_path:
+        hint = "check base_url" if versioned else "is /v1 missing in base_url?"
+        return f"{server} does not know the path{status}{_after(reason)}; {hint}"
+    if refusal.quota_spent:
+        return f"{server} refuses: the quota or the credit is used up{status}{_after(reason)}"
+    if refusal.status in REFUSES_ACCESS:
+        return f"{server} refuses access{status}{_after(reason) or ': check the API key'}"
+    if refusal.status in TRY_AGAIN:
+        return f"{server} is too busy{status}{_after(reason)}"
+    if refusal.status is None or refusal.status >= SERVER_ERROR:
+        return f"{server} failed{status}{_after(reason)}"
+    return f"{server} refused the request{status}{_after(reason)}"
+
+
+def reason_of(body: Any, depth: int = 0) -> str:
+    """Return a server's own words in the body of an error; empty where there are none, or a page of HTML."""
+    if depth == MAX_DEPTH:
+        return ""
+    if isinstance(body, str):
+        return "" if body.lstrip().startswith("<") else body[: 4 * MAX_REASON_CHARS].strip()
+    if isinstance(body, list):
+        found = [reason_of(each, depth + 1) for each in body[:MOST_PARTS]]
+        return "; ".join(each for each in found if each)
+    if not isinstance(body, dict):
+        return ""
+    for name in ("error", "message", "detail", "msg", "errors", "error_description", "title"):
+        reason = reason_of(body.get(name), depth + 1)
+        if reason:
+            break
+    else:
+        return ""
+    metadata = body.get("metadata")  # a gateway's, with the words of the server behind it
+    raw = metadata.get("raw") if isinstance(metadata, dict) else None
+    behind = reason_of(raw, depth + 1) if isinstance(raw, str | dict) else ""
+    where = _path(body.get("loc"))
+    return f"{where}: {reason}" if where else f"{reason}: {behind}" if behind else reason
+
+
+def clean(reason: str, secrets: Iterable[str] = ()) -> str:
+    """Return a reason on one line, cut, without secrets."""
+    text = redact(to_text(reason[: 4 * MAX_REASON_CHARS]), secrets)
+    return " ".join(_MASKED.sub(MASK, text).split())[:MAX_REASON_CHARS]
+
+
+def _after(reason: str) -> str:
+    return f": {reason}" if reason else ""
+
+
+def _own(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers about waiting that do not come with every answer."""
+    return {name: headers[name] for name in ("retry-after", "retry-after-ms", "date") if name in headers}
+
+
+def _facts(body: Any, depth: int = 0) -> Mapping[str, Any]:
+    """Return the innermost object that describes the error: that with a code, a type or a parameter."""
+    if isinstance(body, list) and body:
+        body = body[0]
+    if not isinstance(body, dict):
+        return {}
+    inner = body.get("error")
+    if isinstance(inner, dict | list) and depth < MAX_DEPTH:
+        return {**body, **_facts(inner, depth + 1)}
+    return body
+
+
+def _word(value: Any) -> str:
+    """Return a text or a number as a text of a bounded length, and anything else as none."""
+    return str(value)[:200] if isinstance(value, str | int) else ""
+
+
+def _status(code: Any) -> int | None:
+    """Return a code that is a status of HTTP for an error."""
+    if isinstance(code, str) and code.isdecimal() and len(code) == len("400"):
+        code = int(code)
+    if isinstance(code, int) and not isinstance(code, bool) and 400 <= code < 600:  # noqa: PLR2004
+        return code
+    return None
+
+
+def _location(body: Any, depth: int = 0) -> str:
+    """Return the parameter that FastAPI or Mistral names: the first `loc`, without `body`."""
+    if depth == MAX_DEPTH:
+        return ""
+    if isinstance(body, dict):
+        own = _path(body.get("loc"))
+        return own or next(
+            (found for name in ("error", "detail", "message") if (found := _location(body.get(name), depth + 1))), ""
+        )
+    if isinstance(body, list):
+        return next((found for each in body[:MOST_PARTS] if (found := _location(each, depth + 1))), "")
+    return ""
+
+
+def _path(loc: Any) -> str:
+    """Return the parts of a `loc` joined by dots."""
+    if not isinstance(loc, list):
+        return ""
+    return ".".join(str(each) for each in loc[:MOST_PARTS] if isinstance(each, str | int) and each != "body")[:200]

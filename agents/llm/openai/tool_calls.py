@@ -1,0 +1,240 @@
+"""Tool calls of an answer, put together from whatever form a server gives them. Pure.
+
+A call is found by its index. Without an index a fragment belongs to the latest call. A name begins a new call where the
+call under that index already has a name and whole arguments, or a name in the same event. An id alone never begins one:
+some servers send it late, or another one with each fragment.
+"""
+
+import json
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+
+from loom.agents.values import to_text
+from loom.schemas.base import encode, free_json_fault
+from loom.schemas.errors import AgentFailed
+from loom.schemas.llm import ToolCall
+
+MAX_CALLS = 128
+"""Most calls of one answer."""
+MAX_CALL_BYTES = 1 << 20
+"""Most bytes of all calls of one answer."""
+ID_CHARS = 9
+"""Length of an id made here: some servers take no other."""
+
+MAX_LOOKED_AT = 32 << 20
+"""Bytes of one call's arguments that are parsed, over and over, to find whether they are whole."""
+
+_KNOWN = frozenset({"index", "id", "type", "function", "name", "arguments"})
+
+
+@dataclass
+class _Call:
+    """A call that is being put together."""
+
+    index: int | None
+    id: str = ""
+    name: str = ""
+    pieces: list[str] = field(default_factory=list)
+    length: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+    looked_at: int = 0
+    whole: bool | None = None
+    """Whether the arguments are complete; None: not known."""
+
+    @property
+    def arguments(self) -> str:
+        self.pieces = ["".join(self.pieces)]
+        return self.pieces[0]
+
+    def is_whole(self) -> bool:
+        """Whether the arguments are complete, as far as it takes no more time than an answer is worth."""
+        if self.whole is None:
+            last = next((piece for piece in reversed(self.pieces) if piece and not piece.isspace()), "")
+            if not last.rstrip().endswith("}"):
+                return False
+            self.looked_at += self.length
+            self.whole = self.looked_at <= MAX_LOOKED_AT and _is_whole(self.arguments)
+        return self.whole
+
+    def add_arguments(self, text: str, *, whole: bool) -> None:
+        # An empty object in front of others is the placeholder of some servers.
+        if whole or (self.length == len("{}") and text and self.arguments == "{}"):
+            self.pieces, self.length = [], 0
+        if text:
+            self.pieces.append(text)
+            self.length += len(text)
+            self.whole = None
+
+
+@dataclass(frozen=True)
+class _Fragment:
+    """What one element of `tool_calls` holds."""
+
+    index: int | None
+    id: str
+    name: str
+    arguments: str
+    whole: bool
+    """Whether the arguments came as an object, and so are not a piece."""
+    extra: dict[str, Any]
+
+
+class ToolCalls:
+    """The calls of one answer."""
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+        self._open: dict[int | None, _Call] = {}
+        self._bytes = 0
+
+    def add_fragments(self, value: Any) -> None:
+        """Add the fragments of one event.
+
+        Raises:
+            AgentFailed: The calls are too many or too long.
+        """
+        named: set[int] = set()
+        for each in _fragments(value):
+            call = self._open_call(each, named)
+            if each.name:
+                named.add(id(call))
+            self._extend(call, each)
+
+    def add_whole(self, value: Any) -> None:
+        """Add the calls of a whole answer: each element is one.
+
+        Raises:
+            AgentFailed: The calls are too many or too long.
+        """
+        for each in _fragments(value):
+            self._extend(self._begin(each.index), each)
+
+    def finished(self) -> tuple[ToolCall, ...]:
+        """Return the calls, each with an id of its own."""
+        used: set[str] = set()
+        calls = []
+        for each in self._calls:
+            if not each.name and not each.arguments:
+                continue
+            identity = each.id
+            while not identity or identity in used:
+                identity = uuid4().hex[:ID_CHARS]
+            used.add(identity)
+            calls.append(
+                ToolCall(id=identity, name=each.name, arguments=plain_arguments(each.arguments), extra=each.extra)
+            )
+        return tuple(calls)
+
+    def _open_call(self, fragment: _Fragment, named: Collection[int]) -> _Call:
+        """Return the call that a fragment belongs to."""
+        latest = self._calls[-1] if self._calls else None
+        call = self._open.get(fragment.index)
+        if fragment.index is None and fragment.id and not fragment.name:
+            call = next((each for each in self._calls if each.id == fragment.id), call)
+        if call is None and latest is not None and (fragment.index is None or latest.index is None):
+            call = latest if not fragment.name or fragment.index is None else None
+        if call is None or _begins(fragment, call, id(call) in named):
+            return self._begin(fragment.index)
+        return call
+
+    def _begin(self, index: int | None) -> _Call:
+        if len(self._calls) == MAX_CALLS:
+            raise AgentFailed(f"the model called more than {MAX_CALLS} tools in one answer")
+        call = _Call(index)
+        self._calls.append(call)
+        self._open[index] = call
+        return call
+
+    def _extend(self, call: _Call, fragment: _Fragment) -> None:
+        self._bytes += len(fragment.id) + len(fragment.name) + len(fragment.arguments)
+        self._bytes += len(encode(fragment.extra)) if fragment.extra else 0
+        if self._bytes > MAX_CALL_BYTES:
+            raise AgentFailed(f"the model's tool calls are longer than {MAX_CALL_BYTES} bytes")
+        call.id = call.id or fragment.id
+        if not fragment.name.startswith(call.name):
+            call.name += fragment.name
+        elif fragment.name:  # the first one, the same one again, or a longer one
+            call.name = fragment.name
+        if not _repeats(fragment, call):
+            call.add_arguments(fragment.arguments, whole=fragment.whole)
+        call.extra.update(fragment.extra)
+
+
+def _begins(fragment: _Fragment, call: _Call, named: bool) -> bool:
+    """Whether a fragment under the index of `call` begins another call."""
+    if not fragment.name or not call.name:
+        return False
+    if named:
+        return True
+    other_id = bool(fragment.id and call.id and fragment.id != call.id)
+    if not call.length:
+        return other_id and fragment.name != call.name
+    if not call.is_whole():
+        return False
+    return other_id or (bool(fragment.arguments) and not _repeats(fragment, call)) or fragment.name != call.name
+
+
+def _repeats(fragment: _Fragment, call: _Call) -> bool:
+    """Whether a fragment holds a whole call that is already there."""
+    same = fragment.id == call.id != "" and fragment.name == call.name != ""
+    return same and len(fragment.arguments) == call.length and call.is_whole() and fragment.arguments == call.arguments
+
+
+def plain_arguments(text: str) -> str:
+    """Return arguments as the text of an object, where they are one in another form: `null`, or a text in a text."""
+    stripped = text.strip()
+    if stripped == "null":
+        return "{}"
+    if stripped.startswith('"'):
+        try:
+            inner = msgspec.json.decode(stripped, type=str)
+        except (msgspec.DecodeError, RecursionError):
+            return text
+        if inner.strip() in ("", "null"):
+            return "{}"
+        return inner if _is_whole(inner) else text
+    return text
+
+
+def _is_whole(arguments: str) -> bool:
+    """Whether the text is a JSON object, and so complete."""
+    if not arguments.rstrip().endswith("}"):
+        return False
+    try:
+        return isinstance(msgspec.json.decode(arguments), dict)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+
+
+def _fragments(value: Any) -> list[_Fragment]:
+    """Return what is legible of the field `tool_calls`."""
+    elements = value if isinstance(value, list) else [value]
+    return [_fragment(each) for each in elements if isinstance(each, dict)]
+
+
+def _fragment(element: Mapping[str, Any]) -> _Fragment:
+    index, function = element.get("index"), element.get("function")
+    source = function if isinstance(function, dict) else element
+    arguments = source.get("arguments")
+    whole = isinstance(arguments, dict | list)
+    return _Fragment(
+        index=index if isinstance(index, int) and not isinstance(index, bool) else None,
+        id=_text(element.get("id")),
+        name=_text(source.get("name")),
+        arguments=to_text(json.dumps(arguments, ensure_ascii=False)) if whole else _text(arguments),
+        whole=whole,
+        extra={key: each for key, each in element.items() if key not in _KNOWN and _can_go_back(each)},
+    )
+
+
+def _can_go_back(value: Any) -> bool:
+    return value is not None and free_json_fault(value, max_bytes=sys.maxsize) is None
+
+
+def _text(value: Any) -> str:
+    return to_text(value) if isinstance(value, str) else ""

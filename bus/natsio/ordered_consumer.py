@@ -1,0 +1,215 @@
+"""Reads a stream in order from anywhere, and keeps on reading through restarts and gaps."""
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+from loom.bus.bus import Bus, Msg
+from loom.bus.hops.delivery import read_facts
+from loom.bus.logs.log_fields import describe
+from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.pull_consumer import Pull
+from loom.schemas.errors import LoomError
+
+log = get_logger()
+
+WINDOW = 512
+IDLE_S = 60  # the server forgets a reader that has not asked for so long
+
+
+class Stored(NamedTuple):
+    """A message as the stream holds it."""
+
+    subject: str
+    data: bytes
+    seq: int
+    stored_at: float
+    pending: int
+    """Messages behind it at the time it was sent."""
+    headers: Mapping[str, str]
+
+
+class OrderedReader:
+    """Every message of a stream once, in stream order.
+
+    It acknowledges nothing and leaves nothing behind: an ephemeral consumer, made anew from the last sequence
+    read whenever one is missed or the server forgot it. `stop` deletes it.
+
+    Args:
+        filter: Subject filter.
+        deliver: `all`, `new`, or `last_per_subject`.
+        start_seq: First sequence wanted; overrides `deliver`.
+        start_time: RFC 3339 time of the first message wanted; overrides `deliver`.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        stream: str,
+        *,
+        filter: str,  # noqa: A002 - the field's word
+        deliver: str = "all",
+        start_seq: int | None = None,
+        start_time: str | None = None,
+    ) -> None:
+        self._bus = bus
+        self._stream = stream
+        self._filter = filter
+        self._deliver = deliver
+        self._start_seq = start_seq
+        self._start_time = start_time
+        self._buffer: list[Stored] = []
+        self._filled = asyncio.Event()
+        self._pull: Pull | None = None
+        self._consumer = ""
+        """The consumer on the server; empty when there is none to delete."""
+        self._last_seq = 0
+        self._consumer_seq = 0
+        self._restarting: asyncio.Task[None] | None = None
+        self._started = False
+        self._stopped = False
+        self._at_end = False
+        self._created = ""
+        """When the stream that is read was created, as the server words it."""
+        self.generation = 0
+        """How often the stream was lost and another of its name begun; each is read from its beginning."""
+        self.caught_up = False
+        """Whether the stream held nothing beyond the last batch when that was sent."""
+
+    async def start(self) -> "OrderedReader":
+        """Make the consumer and begin to pull; called by the first `batch` otherwise."""
+        if not self._started:
+            await self._open()
+            self._started = True
+        return self
+
+    async def begin(self) -> None:
+        """Begin to read as `start` does, and try again until the server answers."""
+        while True:
+            try:
+                await self.start()
+            except LoomError as error:
+                log.warning("reader_not_started", stream=self._stream, error=error.message)
+                await asyncio.sleep(1)
+            else:
+                return
+
+    async def batch(self) -> list[Stored]:
+        """Wait for messages and return all that are there."""
+        await self.start()
+        await self._filled.wait()
+        self._filled.clear()
+        batch, self._buffer = self._buffer, []
+        self.caught_up = self._at_end
+        if self._pull is not None:
+            self._pull.top_up()
+        return batch
+
+    async def stop(self) -> None:
+        """Stop reading, and have the server delete the consumer."""
+        self._stopped = True
+        try:
+            if self._pull is not None:
+                await self._pull.stop()
+        finally:
+            self._delete_consumer()
+
+    def _delete_consumer(self) -> None:
+        """Ask for it without waiting for the answer: the server deletes a consumer that is not used after IDLE_S."""
+        name, self._consumer = self._consumer, ""
+        if name:
+            with contextlib.suppress(LoomError):
+                self._bus.send(f"$JS.API.CONSUMER.DELETE.{self._stream}.{name}", reply=self._bus.no_inbox)
+
+    async def _find_stream(self) -> None:
+        """Start over where the stream is another one than before: its sequences start at 1 again."""
+        created = str((await self._bus.api(f"STREAM.INFO.{self._stream}"))["created"])
+        if self._created not in ("", created):
+            log.warning("stream_replaced", stream=self._stream, last_seq=self._last_seq)
+            self.generation += 1
+            self._buffer.clear()
+            self._last_seq, self._start_seq, self._start_time = 0, None, None
+            self._deliver = "all" if self._deliver == "new" else self._deliver
+        self._created = created
+
+    async def _open(self) -> None:
+        await self._find_stream()
+        name = f"r_{uuid4().hex[:12]}"
+        config: dict[str, Any] = {
+            "name": name,
+            "filter_subject": self._filter,
+            "ack_policy": "none",
+            "inactive_threshold": IDLE_S * 1_000_000_000,
+            "mem_storage": True,
+            "num_replicas": 1,
+        }
+        if self._last_seq:
+            config |= {"deliver_policy": "by_start_sequence", "opt_start_seq": self._last_seq + 1}
+        elif self._start_seq is not None:
+            config |= {"deliver_policy": "by_start_sequence", "opt_start_seq": max(self._start_seq, 1)}
+        elif self._start_time is not None:
+            config |= {"deliver_policy": "by_start_time", "opt_start_time": self._start_time}
+        else:
+            config |= {"deliver_policy": self._deliver}
+        self._consumer_seq = 0
+        self._consumer = name  # before the request: one that is broken off may have been served
+        answer = await self._bus.api(
+            f"CONSUMER.CREATE.{self._stream}.{name}.{self._filter}",
+            {"stream_name": self._stream, "config": config},
+        )
+        if config["deliver_policy"] == "new":  # made anew before anything came, it must not begin later
+            self._start_seq = answer["delivered"]["stream_seq"] + 1
+        self._at_end = not answer.get("num_pending")
+        if self._at_end:
+            self._filled.set()  # tells whoever waits that there is nothing yet
+        self._pull = Pull(
+            self._bus,
+            self._stream,
+            name,
+            window=lambda: WINDOW - len(self._buffer),
+            sink=self._accept,
+            broken=self._restart,
+        )
+        await self._pull.start()
+
+    def _accept(self, msg: Msg) -> None:
+        facts = read_facts(msg.reply)
+        if facts.consumer_seq != self._consumer_seq + 1:
+            if facts.consumer_seq > self._consumer_seq:  # one was lost on the way
+                self._begin_restart()
+            return
+        self._consumer_seq = facts.consumer_seq
+        self._last_seq = facts.stream_seq
+        self._at_end = facts.pending == 0
+        self._buffer.append(
+            Stored(msg.subject, msg.data, facts.stream_seq, facts.stored_at, facts.pending, msg.headers)
+        )
+        self._filled.set()
+
+    def _begin_restart(self) -> asyncio.Task[None]:
+        if self._restarting is None or self._restarting.done():
+            self._restarting = self._bus.spawn(self._reopen(), name=f"reopen {self._stream}", essential=True)
+        return self._restarting
+
+    async def _restart(self) -> None:
+        await asyncio.wait([self._begin_restart()])
+
+    async def _reopen(self) -> None:
+        """Make the consumer anew behind the last message read; retried until it works."""
+        old, self._pull = self._pull, None
+        if old is not None:
+            await old.stop()
+        self._delete_consumer()
+        while not self._stopped:
+            try:
+                await self._open()
+            except (LoomError, LookupError, TypeError) as error:  # the latter: an answer of another shape
+                self._delete_consumer()
+                log.warning("reader_not_restored", stream=self._stream, **describe(error))
+                await asyncio.sleep(1)
+            else:
+                break
+        if self._stopped:
+            await self.stop()

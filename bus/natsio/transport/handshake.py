@@ -1,0 +1,183 @@
+"""The handshake of a connection, up to CONNECT: addresses, TLS and credentials.
+
+nats-py uses TLS only where the server demands it, whatever the address asks for, and sends no credentials to servers it
+learns of from another one.
+"""
+
+import asyncio
+import socket
+import ssl
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
+from urllib.parse import ParseResult
+
+import nats.errors
+from nats.aio.client import DEFAULT_BUFFER_SIZE, Client, Srv
+from nats.aio.transport import TcpTransport
+
+from loom.bus.natsio.transport.addresses import Address, Login, logins, tls_wanted
+from loom.bus.natsio.transport.connect_causes import HungUp, NotNats, Silent
+from loom.bus.natsio.transport.resolver import Resolver
+
+
+class Transport(TcpTransport):
+    """A TCP connection to the first address of a host that accepts one; keeps the first line that is read."""
+
+    def __init__(self, resolver: Resolver) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # nats-py's
+        self._resolver = resolver
+        self.first_line: bytes | None = None
+        self._handshake_failed = False
+
+    async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: float) -> None:
+        """Look the host up, then connect.
+
+        Args:
+            connect_timeout: Seconds for each of the two.
+
+        Raises:
+            OSError: The name is not known, or no address of it accepts a connection.
+        """
+        if self._bare_io_writer is not None:  # of the connection before: nats-py leaves it open below TLS
+            self._bare_io_writer.transport.abort()
+        self.first_line, self._handshake_failed = None, False
+        try:
+            async with asyncio.timeout(connect_timeout):
+                addresses = await self._resolver.addresses(uri.hostname or "")
+        except TimeoutError:
+            raise socket.gaierror(socket.EAI_AGAIN, "the name server does not answer") from None
+        failure: OSError = socket.gaierror(socket.EAI_NONAME, "a host without an address")
+        for address in addresses:
+            try:
+                async with asyncio.timeout(connect_timeout / len(addresses)):
+                    reader, writer = await asyncio.open_connection(address, uri.port, limit=buffer_size)
+            except OSError as error:  # TimeoutError too
+                failure = error
+            else:
+                self._bare_io_reader = self._io_reader = reader
+                self._bare_io_writer = self._io_writer = writer
+                return
+        raise failure
+
+    async def connect_tls(
+        self, uri: str | ParseResult, ssl_context: ssl.SSLContext, buffer_size: int, connect_timeout: int
+    ) -> None:
+        """Continue by TLS.
+
+        Raises:
+            OSError: The handshake failed; ssl.SSLError holds the cause.
+        """
+        assert self._io_writer is not None  # noqa: S101 - `connect` comes first
+        reader = asyncio.StreamReader(limit=buffer_size)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        protocol._over_ssl = True  # type: ignore[attr-defined]  # asyncio's own way; else it warns at the end
+        loop = asyncio.get_running_loop()
+        host = uri if isinstance(uri, str) else uri.hostname
+        try:
+            async with asyncio.timeout(connect_timeout):
+                below = self._io_writer.transport
+                transport = await loop.start_tls(below, protocol, ssl_context, server_hostname=host)
+        except BaseException:
+            self._handshake_failed = True
+            raise
+        assert transport is not None  # noqa: S101 - only for a transport without TLS support
+        self._io_reader, self._io_writer = reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+    async def wait_closed(self) -> None:
+        """Return once the connection is closed."""
+        if not self._handshake_failed:  # else it would never return: the failed upgrade has detached the stream
+            await super().wait_closed()  # type: ignore[no-untyped-call]  # nats-py's
+
+    async def readline(self) -> bytes:
+        """Return a line, which is empty at the end of the connection."""
+        line: bytes = await super().readline()  # type: ignore[no-untyped-call]  # nats-py's
+        if self.first_line is None:
+            self.first_line = line
+        return line
+
+
+class HandshakeClient(Client):
+    """A client that connects by the rules of its addresses.
+
+    Args:
+        addresses: Its servers. Where one of them asks for TLS, nothing is sent to any server without it.
+        resolver: Looks host names up.
+        failures: Gets the last error of each server that failed: host and port -> error.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[Address] = (),
+        resolver: Resolver | None = None,
+        failures: dict[str, Exception] | None = None,
+    ) -> None:
+        super().__init__()
+        self._tls_wanted = tls_wanted(addresses)
+        self._known = {address.netloc for address in addresses}
+        self._logins = logins(addresses)
+        self._resolver = resolver or Resolver()
+        self._failures = {} if failures is None else failures
+
+    async def _connect_to_server(self, s: Srv) -> None:
+        s.last_attempt = time.monotonic()
+        if not isinstance(self._transport, Transport):
+            self._transport = Transport(self._resolver)
+        try:
+            await self._transport.connect(s.uri, DEFAULT_BUFFER_SIZE, self.options["connect_timeout"])
+        except OSError as error:
+            self._failures[s.uri.netloc] = error
+            raise
+
+    async def _process_connect_init(self) -> None:
+        server = self._current_server.uri.netloc if self._current_server is not None else ""
+        try:
+            await super()._process_connect_init()
+        except Exception as error:  # noqa: BLE001 - another protocol makes nats-py fail in many ways
+            failure = self._explained(error)
+            self._failures[server] = failure
+            _raise(failure, error)
+        self._failures.pop(server, None)
+
+    def _explained(self, error: Exception) -> Exception:
+        """Return a more specific error, of a type that nats-py handles."""
+        first_line = self._transport.first_line if isinstance(self._transport, Transport) else None
+        if isinstance(error, TimeoutError) and first_line is None:
+            return Silent()
+        if isinstance(error, nats.errors.Error | OSError) and (first_line or b"").startswith(b"INFO "):
+            return error
+        if isinstance(error, OSError):
+            return error
+        return NotNats() if first_line else HungUp()
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        """Process the INFO of a server; nothing has been sent to it yet.
+
+        Raises:
+            SecureConnWantedError: TLS is asked for, and the server does not offer it.
+        """
+        if initial_connection and self._tls_wanted:
+            if not (info.get("tls_required") or info.get("tls_available")):
+                raise nats.errors.SecureConnWantedError
+            info["tls_required"] = True  # all that nats-py looks at
+        await super()._process_info(info, initial_connection)
+
+    def _connect_command(self) -> bytes:
+        login = self._login()
+        self._auth_configured = login is not None
+        if login is not None:
+            self.options.update(user=login.user, password=login.password, token=login.token)
+        return super()._connect_command()
+
+    def _login(self) -> Login | None:
+        """Return the credentials for the server at hand; one learned of from another gets those of the first."""
+        server = self._current_server.uri.netloc if self._current_server is not None else ""
+        if server in self._known:
+            return self._logins.get(server)
+        return next(iter(self._logins.values()), None)
+
+
+def _raise(failure: Exception, error: Exception) -> NoReturn:
+    if failure is error:
+        raise failure
+    raise failure from error

@@ -1,0 +1,75 @@
+"""The subjects on which the events of runs arrive: one subscription, and a random key for each watching of a run."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from secrets import token_hex
+from typing import Any
+
+from loom.bus.bus import Bus, Msg, Subscription
+from loom.bus.host_directory import HostKey
+
+KEY_BYTES = 8
+"""Random bytes of a key: a host cannot guess the key of another's run."""
+CLOSED_KEYS = 4096
+"""Closed keys that are remembered."""
+UNEXPECTED = "no run is watched under this key, or it is a run of another host"
+
+Take = Callable[[Msg], None]
+
+
+class EventSubjects:
+    """The open event subjects of one EXECUTE replica.
+
+    A message is taken only if its subject is open in all its tokens, so that owner and host are those of the award.
+    Any other message is counted for the owner and the host in its subject.
+    """
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._open: dict[str, Take] = {}
+        self._closed: OrderedDict[str, None] = OrderedDict()
+        """Subjects on which a host may still publish without being to blame."""
+        self._subscription: Subscription | None = None
+
+    async def start(self) -> None:
+        """Subscribe to the events of this replica's runs."""
+        subject = self._bus.subjects.of("event", "*", "*", self._bus.instance, "*")
+        self._subscription = await self._bus.listen(subject, self._on_event)
+
+    async def stop(self) -> None:
+        """End the subscription. Safe to call twice or unstarted."""
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            await self._bus.unsubscribe(subscription)
+
+    def open(self, host: HostKey, take: Take) -> str:
+        """Return a new subject for the events of a run on that host; they are handed to `take` until `close`."""
+        subject = self._bus.subjects.of("event", host.owner, host.host_id, self._bus.instance, token_hex(KEY_BYTES))
+        self._open[subject] = take
+        return subject
+
+    def close(self, subject: str, *, expect_more: bool = True) -> None:
+        """Close a subject. Safe to call twice.
+
+        Args:
+            expect_more: Whether the host may still publish there: the run moved, was stopped, or repeats its end.
+                Further messages are then dropped without being counted.
+        """
+        if self._open.pop(subject, None) is None or not expect_more:
+            return
+        self._closed[subject] = None
+        if len(self._closed) > CLOSED_KEYS:
+            self._closed.popitem(last=False)
+
+    def _on_event(self, msg: Msg) -> None:
+        take = self._open.get(msg.subject)
+        if take is not None:
+            take(msg)
+        elif msg.subject not in self._closed:
+            _, owner, host_id, _, _ = msg.subject.rsplit(".", 4)
+            count_discarded(self._bus, HostKey(owner, host_id), "event_unexpected", UNEXPECTED)
+
+
+def count_discarded(bus: Bus, host: HostKey, event: str, reason: str, **facts: Any) -> None:
+    """Count an event that is left out, for its host."""
+    bus.discards.of_host(str(host), "events", event, reason=reason, **facts)

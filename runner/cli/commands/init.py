@@ -1,0 +1,97 @@
+"""`loom init`: streams, buckets and consumers."""
+
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+
+from loom.bus import topology
+from loom.bus.bus import Bus
+from loom.bus.service_discovery import check_processes
+from loom.bus.wire_version import WIRE, WireMismatch
+from loom.runner.cli.entry import DEFAULT_URL, prepare, run_to_end
+from loom.runner.server.nats_server import embedded_server
+from loom.runner.server.store import check_unused
+from loom.runner.settings import Settings
+
+
+class Made(NamedTuple):
+    """What `loom init` has done, by name."""
+
+    deleted: list[str]
+    created: list[str]
+    differences: list[str]
+    """Sentences on what is there and is not as designed."""
+
+
+def init(
+    reset: Annotated[
+        bool, typer.Option("--reset", help="Delete streams and buckets first, with all tasks and all that is learned.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --reset: do not ask.")] = False,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            exists=True,
+            file_okay=False,
+            help="Folder of a `loom up` that is not running, or of a program.",
+        ),
+    ] = None,
+) -> None:
+    """Create the streams, buckets and consumers of the namespace that are missing; what is there stays as it is."""
+    settings = prepare("error")
+    if settings.nats_url and store is not None:
+        raise typer.BadParameter("NATS_URL names a server, and no other is started", param_hint="--store")
+    if reset and not yes:
+        _confirm(settings.loom_namespace, str(store or Bus(settings.nats_url or DEFAULT_URL).address))
+    made = run_to_end(_init(settings, store, reset=reset))
+    for name in made.deleted:
+        typer.echo(f"deleted  {name}")
+    for name in made.created:
+        typer.echo(f"created  {name}")
+    for difference in made.differences:
+        typer.echo(f"differs  {difference}")
+    count = f"{len(topology.BUCKETS)} buckets and {len(topology.LANES)} consumers"
+    typer.echo(f"namespace {settings.loom_namespace} has its streams, {count}, wire version {WIRE}")
+
+
+def _confirm(namespace: str, where: str) -> None:
+    """Ask on the terminal whether to delete.
+
+    Raises:
+        typer.BadParameter: There is no terminal to ask on.
+        typer.Abort: The answer is no.
+    """
+    if not sys.stdin.isatty():
+        raise typer.BadParameter("deletes all tasks and all that is learned: add --yes", param_hint="--reset")
+    typer.confirm(f"Delete all tasks, records and all that is learned in namespace {namespace} on {where}?", abort=True)
+
+
+async def _init(settings: Settings, store: Path | None, *, reset: bool) -> Made:
+    async with (
+        _server(settings, store) as url,
+        Bus(url, namespace=settings.loom_namespace, role="operator", identity=settings.identity) as bus,
+    ):
+        topology.check_version(bus)
+        await check_processes(bus)
+        deleted = await topology.delete(bus, settings.cluster) if reset else []
+        try:
+            created = await topology.init(bus, settings.cluster)
+        except WireMismatch as error:
+            raise error.in_store(store) from None
+        return Made(deleted, created, await topology.apply(bus, settings.cluster))
+
+
+@asynccontextmanager
+async def _server(settings: Settings, store: Path | None) -> AsyncIterator[str]:
+    """Yield the address of the server of NATS_URL, or of one that runs on `store` meanwhile."""
+    if store is None:
+        yield settings.nats_url or DEFAULT_URL
+        return
+    check_unused(store)
+    async with embedded_server(store, sync_interval=settings.loom_sync_interval or None) as server:
+        yield server.url

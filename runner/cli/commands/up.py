@@ -1,0 +1,323 @@
+"""What keeps running: `loom up`, `loom phase`, `loom node`."""
+
+import asyncio
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from loom.agents.host.node_host import BACKLOG, SLOTS, NodeHost
+from loom.bus import topology
+from loom.bus.bus import Bus
+from loom.bus.logs.logger import get_logger
+from loom.bus.service_discovery import Present, check_processes, who_is_there
+from loom.bus.wire_version import WireMismatch
+from loom.runner import log_output
+from loom.runner.cli.entry import DEFAULT_URL, FOREVER_S, prepare, run_service, sense_model, until_lost
+from loom.runner.cli.file_lifespan import entered
+from loom.runner.cli.input_files import NodeFile, load_node_file
+from loom.runner.cli.process_exit import EXTRA_S
+from loom.runner.retried_start import until_started
+from loom.runner.server.listening import LOOPBACK, check_free, is_loopback
+from loom.runner.server.nats_server import embedded_server
+from loom.runner.server.store import check_unused, default_store, log_store
+from loom.runner.services import running_nodes, running_phases
+from loom.runner.settings import Settings
+from loom.runner.supervisor import STOP_GRACE_S, Program, Supervisor, end_with_parent, keep_alive, labelled
+from loom.schemas.envelope import PHASES, Phase
+
+log = get_logger()
+
+PORT = 4222
+MOST_REPLICAS = 64
+TERMINAL = "terminal"
+ASK_AGAIN_S = 0.1
+
+
+def up(
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port of the server; 0 takes any free one.")] = PORT,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address of this machine to listen on; beyond it with LOOM_TOKEN.")
+    ] = LOOPBACK,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond this machine without a token: every client may use it.")
+    ] = False,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder that keeps records and what is learned; else LOOM_STORE, or the user's data."
+        ),
+    ] = None,
+    ephemeral: Annotated[bool, typer.Option("--ephemeral", help="Keep nothing beyond the end of the command.")] = False,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="Give each phase a process of its own, started again when it dies.")
+    ] = False,
+    replicas: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PHASE=N", help="With --processes: N processes for a phase. Repeatable."),
+    ] = None,
+) -> None:
+    """Start a server and the six phases, and keep them running; with NATS_URL set, the phases alone."""
+    settings = prepare("info")
+    counts = _counts(replicas or [])
+    if replicas and not processes:
+        raise typer.BadParameter("needs --processes", param_hint="--replicas")
+    if ephemeral and store is not None:
+        raise typer.BadParameter("keeps nothing, so there is no use for --store", param_hint="--ephemeral")
+    if settings.nats_url and (ephemeral or store is not None or host != LOOPBACK):
+        raise typer.BadParameter("NATS_URL names a server, and no other is started", param_hint="--store, --host")
+    if not insecure and not settings.loom_token and not is_loopback(host):
+        hint = "set LOOM_TOKEN, which clients then need, or add --insecure where every client may use the server"
+        raise typer.BadParameter(f"{host} can be reached from other machines: {hint}", param_hint="--host")
+    kept = None if ephemeral or settings.nats_url else store or _store_of(settings)
+    run_service(_up(settings, Server(host, port, kept), _programs(counts) if processes else None))
+
+
+class Server(NamedTuple):
+    """The server that `loom up` starts."""
+
+    host: str
+    port: int
+    store: Path | None
+    """None: a temporary one."""
+
+
+def _store_of(settings: Settings) -> Path:
+    return Path(settings.loom_store) if settings.loom_store else default_store(settings.loom_namespace)
+
+
+def phase(
+    names: Annotated[list[str], typer.Argument(metavar="NAME…", help=f"Any of {', '.join(PHASES)}.")],
+    supervised: Annotated[str, typer.Option(hidden=True, help="Ends with standard input; logs as for this.")] = "",
+) -> None:
+    """Run these phases on the server of NATS_URL, waiting for it, and for `loom init`, if need be."""
+    settings = prepare("info")
+    if supervised:
+        log_output.configure(settings.loom_log_level, readable=supervised == TERMINAL)
+        end_with_parent(settings.cluster.drain_timeout_s + STOP_GRACE_S)
+    run_service(_phase(settings, _phases(names)))
+
+
+def node(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.py", help="Python file that defines `nodes`, a list, and maybe `lifespan`.")
+    ],
+    slots: Annotated[int, typer.Option(min=1, help="Runs each node works on at once.")] = SLOTS,
+    backlog: Annotated[int, typer.Option(min=0, help="Runs each node queues besides.")] = BACKLOG,
+    max_nodes: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Clone nodes under load, up to N in all; clones idle too long go."),
+    ] = None,
+) -> None:
+    """Host the nodes a file defines on the server of NATS_URL, waiting for it if need be.
+
+    `loom node move` hands on what is known of a node that has a new name.
+    """
+    settings = prepare("info")
+    loaded = load_node_file(file)
+    if max_nodes is not None and max_nodes < len(loaded.nodes):
+        raise typer.BadParameter(f"{file} has {len(loaded.nodes)} nodes already", param_hint="--max-nodes")
+    hosts: list[NodeHost] = []
+
+    def give_back() -> None:
+        for host in hosts:
+            host.give_back()
+
+    limit_s = settings.cluster.drain_timeout_s + loaded.close_s + EXTRA_S
+    work = _node(settings, loaded, slots, backlog, max_nodes, hosts)
+    run_service(work, limit_s=limit_s, last_words=give_back)
+
+
+async def _up(settings: Settings, server: Server, programs: list[Program] | None) -> None:
+    async def cluster(url: str) -> None:
+        welcome = partial(_welcome, settings, server)
+        await (
+            _in_here(url, settings, welcome) if programs is None else _in_processes(url, settings, programs, welcome)
+        )
+
+    if settings.nats_url:
+        await cluster(settings.nats_url)
+        return
+    if server.store is not None:
+        check_unused(server.store)  # its owner has most likely the port as well, and is the better news
+    check_free(server.host, server.port)
+    started = embedded_server(
+        server.store,
+        host=server.host,
+        port=server.port or -1,
+        token=settings.loom_token,
+        sync_interval=settings.loom_sync_interval or None,
+    )
+    async with started as running:
+        log_store(server.store)
+        try:
+            await _first_to_end(cluster(running.url), keep_alive(running))
+        except WireMismatch as error:
+            raise error.in_store(server.store) from None
+
+
+async def _in_here(url: str, settings: Settings, welcome: Callable[[str], str]) -> None:
+    async with _phases_on(url, PHASES, settings, init=True) as bus:
+        _announce(welcome(bus.address))
+        await until_lost(bus)
+
+
+async def _in_processes(url: str, settings: Settings, programs: list[Program], welcome: Callable[[str], str]) -> None:
+    log.info("connecting", server=Bus(url).address)
+    names = [program.name for program in programs]
+    async with Bus(
+        url, namespace=settings.loom_namespace, role="operator", identity=settings.identity, patience_s=FOREVER_S
+    ) as bus:
+        topology.check_version(bus)
+        await check_processes(bus)
+        # Here once, so that what a start waits for is logged by one process.
+        await until_started(partial(topology.apply, bus, settings.cluster), patience_s=FOREVER_S)
+        supervisor = Supervisor(
+            programs,
+            environment={**os.environ, "NATS_URL": url},
+            stop_s=settings.cluster.drain_timeout_s + STOP_GRACE_S,
+            say=labelled(names),
+        )
+        async with supervisor:
+            await _all_present(bus, Counter(name.partition("-")[0] for name in names))
+            _announce(welcome(bus.address))
+            await until_lost(bus)
+
+
+async def _all_present(bus: Bus, wanted: Counter[str]) -> None:
+    """Return once as many of each phase answer."""
+
+    def all_here(there: list[Present]) -> bool:
+        return wanted <= Counter(each.metadata["service"] for each in there)
+
+    while True:
+        if all_here(await who_is_there(bus, enough=all_here)):
+            return
+        await asyncio.sleep(ASK_AGAIN_S)
+
+
+async def _first_to_end(*works: Coroutine[Any, Any, None]) -> None:
+    """Run them side by side until one ends or fails; the others are cancelled."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for ended in (task for task in tasks if task.done()):
+            ended.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _programs(counts: dict[Phase, int]) -> list[Program]:
+    """One command for each process, named `match`, or `execute-1`, `execute-2` where there are several."""
+    audience = TERMINAL if sys.stderr.isatty() else "pipe"
+    command = (sys.executable, "-m", "loom.runner.cli", "phase", "--supervised", audience)
+    return [
+        Program(name if counts[name] == 1 else f"{name}-{number}", (*command, name))
+        for name in PHASES
+        for number in range(1, counts[name] + 1)
+    ]
+
+
+def _counts(replicas: list[str]) -> dict[Phase, int]:
+    counts = dict.fromkeys(PHASES, 1)
+    for text in replicas:
+        name, _, number = text.partition("=")
+        known = [phase for phase in PHASES if phase == name]
+        if not known or not number.isdecimal() or not 1 <= int(number) <= MOST_REPLICAS:
+            most = f"a phase and 1 to {MOST_REPLICAS}, such as execute=3"
+            raise typer.BadParameter(f"{text!r} is not {most}", param_hint="--replicas")
+        counts[known[0]] = int(number)
+    return counts
+
+
+async def _phase(settings: Settings, names: tuple[Phase, ...]) -> None:
+    async with _phases_on(settings.nats_url or DEFAULT_URL, names, settings, init=False) as bus:
+        _announce(f"{', '.join(names)} on {bus.address}")
+        await until_lost(bus)
+
+
+def _phases_on(
+    url: str, names: tuple[Phase, ...], settings: Settings, *, init: bool
+) -> AbstractAsyncContextManager[Bus]:
+    log.info("connecting", server=Bus(url).address)
+    return running_phases(
+        url,
+        names=names,
+        namespace=settings.loom_namespace,
+        identity=settings.identity,
+        config=settings.cluster,
+        llm=sense_model(settings),
+        patience_s=FOREVER_S,
+        init=init,
+    )
+
+
+async def _node(
+    settings: Settings, loaded: NodeFile, slots: int, backlog: int, max_nodes: int | None, hosts: list[NodeHost]
+) -> None:
+    url = settings.nats_url or DEFAULT_URL
+    log.info("connecting", server=Bus(url).address)
+    hosted = running_nodes(
+        url,
+        lambda: loaded.nodes,
+        namespace=settings.loom_namespace,
+        identity=settings.identity,
+        slots=slots,
+        backlog=backlog,
+        max_nodes=max_nodes,
+        drain_timeout_s=settings.cluster.drain_timeout_s,
+        patience_s=FOREVER_S,
+    )
+    async with entered(loaded.lifespan, loaded.path), hosted as host:
+        hosts.append(host)
+        _announce(f"{', '.join(node.id for node in loaded.nodes)} on {host.bus.address}")
+        await until_lost(host.bus)
+
+
+def _phases(names: list[str]) -> tuple[Phase, ...]:
+    unknown = [name for name in names if name not in PHASES]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(PHASES)}", param_hint="NAME")
+    return tuple(name for name in PHASES if name in names)
+
+
+def _welcome(settings: Settings, server: Server, address: str) -> str:
+    """Where the cluster is and what it keeps, and the next three commands as they must be typed here."""
+    lines = [f"loom is up on {address}, namespace {settings.loom_namespace}"]
+    if not settings.nats_url:
+        kept = server.store.absolute() if server.store is not None else None
+        lines.append(f"  records and what is learned are kept in {kept}" if kept else "  nothing is kept (--ephemeral)")
+        if not is_loopback(server.host):
+            lines.append(f"  it listens on {server.host} for other machines")
+    own = "" if settings.nats_url or address == DEFAULT_URL else f"NATS_URL={address} "
+    if settings.loom_token and not settings.nats_url:
+        own = f"NATS_URL=nats://$LOOM_TOKEN@{address.removeprefix('nats://')} "
+    return "\n".join(
+        (
+            *lines,
+            f"  {own}loom node FILE.py              adds agents",
+            f'  {own}loom submit "what is to do"    hands in work',
+            f"  {own}loom tap                       shows all traffic",
+            "Ctrl-C stops it",
+        )
+    )
+
+
+def _announce(text: str) -> None:
+    """Print on a terminal; elsewhere log the first line, so that all output of a service is of one form."""
+    if sys.stdout.isatty():
+        _say(text)
+    else:
+        log.info("ready", message=text.partition("\n")[0])
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201 - the command's answer; who waits for it through a pipe gets it now

@@ -1,0 +1,122 @@
+"""What commands that look have in common: a connection to a cluster that is there, moments, rows, lines of JSON."""
+
+import re
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from loom.bus.bus import Bus, Refused
+from loom.bus.topology import check_version, stream_state
+from loom.runner.cli.entry import DEFAULT_URL
+from loom.runner.cli.views.tables import printable
+from loom.runner.settings import Settings
+from loom.schemas.base import encode
+from loom.schemas.errors import BusUnavailable
+from loom.schemas.identity import qualified, split_qualified
+from loom.schemas.task import domain_token
+
+PATIENCE_S = 2.0
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+MANY = 20
+"""Entries of a list, unless asked for more."""
+BARS = "▁▂▃▄▅▆▇█"
+
+TaskId = Annotated[str, typer.Argument(metavar="ID", help="Id of the task; of a recent one its first 8 digits do.")]
+AsLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
+
+
+def client_bus(settings: Settings) -> Bus:
+    """Return a client's connection to the server of NATS_URL, to be opened."""
+    url = settings.nats_url or DEFAULT_URL
+    return Bus(url, namespace=settings.loom_namespace, identity=settings.identity, patience_s=PATIENCE_S)
+
+
+@asynccontextmanager
+async def looking(settings: Settings) -> AsyncIterator[Bus]:
+    """Connect to the server of NATS_URL as an operator.
+
+    Raises:
+        BusUnavailable: No server, or one that no phase has ever run on.
+    """
+    url = settings.nats_url or DEFAULT_URL
+    async with Bus(
+        url, namespace=settings.loom_namespace, role="operator", identity=settings.identity, patience_s=PATIENCE_S
+    ) as bus:
+        check_version(bus)
+        await check_has_run(bus)
+        yield bus
+        if left_out := sum(bus.discards.counts.values()):
+            typer.echo(f"not shown, as they cannot be read: {left_out}", err=True)
+
+
+async def check_has_run(bus: Bus) -> None:
+    """Return if a phase has ever run here.
+
+    Raises:
+        BusUnavailable: No phase has ever run here.
+    """
+    try:
+        await stream_state(bus, "REWARDS")
+    except Refused as error:
+        where = f"namespace {bus.subjects.namespace} of {bus.address}"
+        raise BusUnavailable(f'no phases have run in {where}; run "loom up"') from error
+
+
+def seconds(text: str) -> float:
+    """Return the seconds that `90s`, `10m`, `2h` or `1d` stand for.
+
+    Raises:
+        typer.BadParameter: Not such a time.
+    """
+    parsed = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd])", text)
+    if parsed is None:
+        raise typer.BadParameter(f"{text!r} is not a time; write it like 90s, 10m, 2h or 1d")
+    return float(parsed[1]) * UNITS[parsed[2]]
+
+
+def domain_slug(domain: str | None) -> str | None:
+    """Return the token of a domain as worded, or as a table shows it."""
+    return domain_token(domain) if domain else None
+
+
+def node_name(node: str | None) -> str | None:
+    """Return a node as people write it, also where it is given with the owner `local`."""
+    return qualified(*split_qualified(node)) if node else None
+
+
+def clock(at: float) -> str:
+    """Return a moment in the reader's own time, with its day unless that is today."""
+    then, today = datetime.fromtimestamp(at), datetime.fromtimestamp(time.time())  # noqa: DTZ006 - the reader's own
+    return then.strftime("%H:%M:%S" if then.date() == today.date() else "%d %b %H:%M")
+
+
+def span(duration_s: float) -> str:
+    """Return a duration in three figures or so: 0.4 ms, 85 ms, 1.25 s, 63 s, 12 min."""
+    if duration_s < 0.01:  # noqa: PLR2004 - where milliseconds want a digit more
+        return f"{duration_s * 1000:.1f} ms"
+    if duration_s < 1:
+        return f"{duration_s * 1000:.0f} ms"
+    if duration_s < 10:  # noqa: PLR2004 - same
+        return f"{duration_s:.2f} s"
+    return f"{duration_s:.0f} s" if duration_s < 600 else f"{duration_s / 60:.0f} min"  # noqa: PLR2004 - ten minutes
+
+
+def sparkline(scores: Iterable[float]) -> str:
+    """Return scores from 0 to 1 as a line of bars."""
+    return "".join(BARS[min(int(score * len(BARS)), len(BARS) - 1)] for score in scores)
+
+
+def add_row(table: Table, *cells: str | Text) -> None:
+    """Add cells as text: none of it is taken for markup, or steers the terminal."""
+    table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells))
+
+
+def print_json(message: Any) -> None:
+    """Print a message as one line of JSON."""
+    typer.echo(encode(message))

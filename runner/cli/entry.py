@@ -1,0 +1,196 @@
+"""From a command to a running coroutine: settings, event loop, signals, and connections that are gone for good."""
+
+import asyncio
+import contextlib
+import gc
+import importlib
+import importlib.util
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from loom.agents.llm.config import AgentConfig
+from loom.agents.llm.openai.openai_provider import OpenAIProvider
+from loom.bus.bus import Bus
+from loom.bus.logs.log_fields import describe
+from loom.bus.logs.logger import get_logger
+from loom.runner import log_output
+from loom.runner.cli.process_exit import StopSignals, tear_down
+from loom.runner.settings import InvalidSetting, Settings, from_environment, warn_of_misspelt_settings
+from loom.schemas.errors import LoomError
+from loom.schemas.llm import LLMProvider
+
+log = get_logger()
+T = TypeVar("T")
+LoopFactory = Callable[[], asyncio.AbstractEventLoop]
+
+DEFAULT_URL = "nats://127.0.0.1:4222"
+FOREVER_S = float("inf")
+"""How patiently a service waits for its server."""
+
+
+RARELY = (50_000, 20, 50)
+"""When garbage is collected: a message leaves many small objects behind, and none that only a collection would find."""
+
+
+def prepare(log_level: str) -> Settings:
+    """Return the settings of this process, its logs set up; `log_level` rules unless LOOM_LOG_LEVEL does.
+
+    Raises:
+        InvalidSetting: An environment variable does not fit.
+    """
+    settings = from_environment()
+    log_output.configure(settings.loom_log_level or log_level)
+    warn_of_misspelt_settings()
+    return settings
+
+
+def loop_factory(wanted: str) -> LoopFactory:
+    """Return the function that makes the event loop.
+
+    Args:
+        wanted: auto, uvloop or asyncio.
+
+    Raises:
+        InvalidSetting: uvloop is wanted and not installed.
+    """
+    if wanted != "asyncio" and importlib.util.find_spec("uvloop"):
+        factory: LoopFactory = importlib.import_module("uvloop").new_event_loop
+        return factory
+    if wanted == "uvloop":
+        raise InvalidSetting(
+            "LOOM_EVENT_LOOP: uvloop is not installed: pip install uvloop, or choose auto", field="LOOM_EVENT_LOOP"
+        )
+    return asyncio.new_event_loop
+
+
+def run_to_end(work: Coroutine[Any, Any, T], *, limit_s: float | None = None) -> T:
+    """Return what `work` returns, on the loop of LOOM_EVENT_LOOP. SIGTERM cancels it, and so does Ctrl-C.
+
+    Args:
+        limit_s: As of StopSignals, for work that runs user code.
+
+    Raises:
+        SystemExit: SIGTERM came, and `work` has ended of it.
+        KeyboardInterrupt: SIGINT came, and `work` has ended of it.
+    """
+    new_loop = _chosen_loop(work)
+    received: list[int] = []
+
+    async def until_stopped() -> T:
+        loop, working = asyncio.get_running_loop(), asyncio.ensure_future(work)
+        with StopSignals(loop, working.cancel, limit_s=limit_s, last_words=_nothing) as signals:
+            try:
+                return await working
+            finally:
+                received.extend(signals.received)
+
+    try:
+        return _run(until_stopped(), new_loop)
+    except asyncio.CancelledError:
+        if received and received[0] == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + signal.SIGTERM) from None
+
+
+def run_service(
+    work: Coroutine[Any, Any, None], *, limit_s: float | None = None, last_words: Callable[[], None] | None = None
+) -> None:
+    """Run `work` until SIGINT or SIGTERM cancels it, which is its normal end; a second signal hurries its drain.
+
+    Args:
+        limit_s: As of StopSignals, for work that runs user code.
+        last_words: As of StopSignals.
+    """
+    new_loop = _chosen_loop(work)
+
+    async def until_signalled() -> None:
+        loop = asyncio.get_running_loop()
+        service = loop.create_task(work)
+        signals = StopSignals(loop, service.cancel, limit_s=limit_s, last_words=last_words or _nothing)
+        with signals, contextlib.suppress(asyncio.CancelledError):
+            await service
+
+    _run(until_signalled(), new_loop)
+
+
+def _chosen_loop(work: Coroutine[Any, Any, Any]) -> LoopFactory:
+    """Return what makes the loop of LOOM_EVENT_LOOP; where that is refused, `work` is closed."""
+    try:
+        return loop_factory(from_environment().loom_event_loop)
+    except InvalidSetting:
+        work.close()
+        raise
+
+
+def _run(main: Coroutine[Any, Any, T], new_loop: LoopFactory) -> T:
+    """Run `main` to its end. What user code raises in a task or a callback of its own ends neither loop nor process."""
+    gc.freeze()  # what has been imported stays
+    gc.set_threshold(*RARELY)
+    loop = new_loop()
+    asyncio.set_event_loop(loop)
+    loop.set_exception_handler(_log_fault)
+    try:
+        task = loop.create_task(main)
+        while True:
+            try:
+                return loop.run_until_complete(task)
+            except (KeyboardInterrupt, SystemExit) as error:
+                if task.done():
+                    raise
+                log.error("exception_escaped", hint="raised in a task or a callback of user code", **describe(error))
+    finally:
+        tear_down(loop)
+        asyncio.set_event_loop(None)
+
+
+def _log_fault(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what asyncio has to report in our own form: its own prints texts of exceptions, secrets and all."""
+    error = context.get("exception")
+    log.error("task_failed", reason=context.get("message"), **(describe(error) if error is not None else {}))
+
+
+def _nothing() -> None:
+    """Leave without last words."""
+
+
+async def unless_lost(bus: Bus, work: Coroutine[Any, Any, T]) -> T:
+    """Return what `work` returns.
+
+    Raises:
+        BusUnavailable: The connection was closed for good meanwhile: the process is to end, and be started again.
+        ServiceFailed: An essential task has failed; the same follows.
+    """
+    working = asyncio.ensure_future(work)
+    losing = asyncio.ensure_future(bus.lost.wait())
+    try:
+        await asyncio.wait([working, losing], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise bus.loss()
+    finally:
+        losing.cancel()
+        working.cancel()
+        await asyncio.gather(working, losing, return_exceptions=True)
+
+
+async def until_lost(bus: Bus) -> None:
+    """Wait; a service that may go on for ever does so here.
+
+    Raises:
+        BusUnavailable: The connection was closed for good.
+        ServiceFailed: An essential task has failed.
+    """
+    await bus.lost.wait()
+    raise bus.loss()
+
+
+def sense_model(settings: Settings) -> LLMProvider | None:
+    """Return the model SENSE may ask; None where the environment gives no access to one, or a wrong one."""
+    if os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"):
+        try:
+            return OpenAIProvider(AgentConfig(model=settings.loom_model))
+        except LoomError as error:
+            log.warning("model_unusable", reason=error.message)
+    return None
