@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from msgspec import structs
 
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
 from loom.bus.logs.discards import Discards
+from loom.bus.natsio.transport.message import Msg
 from loom.schemas.auction import MAX_ANNOUNCEMENT_BYTES, HostAnnouncement
 from loom.schemas.base import Token, Undecodable, decode
 from loom.schemas.identity import LOCAL_OWNER, qualified
@@ -102,8 +103,8 @@ async def announced_hosts(bus: Bus, within_s: float) -> list[AnnouncedHost]:
         if host is not None and (host.key in hosts or len(hosts) < MAX_HOSTS):
             hosts[host.key] = host
 
-    subscription = await bus.subscribe(bus.subjects.of("host", "*", "*"), take)
-    await bus.publish(bus.subjects.hosts)
+    subscription = await bus.connection.subscribe(bus.subjects.of("host", "*", "*"), take)
+    await bus.connection.publish(bus.subjects.hosts)
     await asyncio.sleep(within_s)
-    await bus.unsubscribe(subscription)
+    bus.connection.unsubscribe(subscription)
     return [hosts[key] for key in sorted(hosts)]

@@ -9,8 +9,9 @@ from typing import NamedTuple, TypeVar
 
 from msgspec.structs import replace
 
-from loom.bus.bus import Bus, Refused
-from loom.bus.natsio.ordered_consumer import OrderedReader, Stored
+from loom.bus.bus import Bus
+from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
+from loom.bus.natsio.server_errors import Refused
 from loom.bus.records import records
 from loom.bus.stored_rewards import reward_in
 from loom.schemas.base import Undecodable, decode
@@ -62,12 +63,12 @@ async def newest(
         Refused: No such stream.
         BusUnavailable: No answer.
     """
-    state = (await bus.api(f"STREAM.INFO.{stream}"))["state"]
+    state = (await bus.jetstream.api(f"STREAM.INFO.{stream}"))["state"]
     first, last, span = state["first_seq"], state["last_seq"], max(FIRST_LOOK, 4 * limit)
     while True:
         start = max(first, last - span + 1)
         found: deque[Stored] = deque(maxlen=limit)
-        async for message in _until(OrderedReader(bus, stream, filter=subject, start_seq=start), last):
+        async for message in _until(OrderedConsumer(bus.jetstream, stream, filter=subject, start_seq=start), last):
             if wanted(message):
                 found.append(message)
         if len(found) >= limit or start <= first:
@@ -82,9 +83,11 @@ async def since(bus: Bus, stream: str, subject: str, at: float) -> AsyncIterator
         Refused: No such stream.
         BusUnavailable: No answer.
     """
-    last = (await bus.api(f"STREAM.INFO.{stream}"))["state"]["last_seq"]
+    last = (await bus.jetstream.api(f"STREAM.INFO.{stream}"))["state"]["last_seq"]
     start_time = datetime.fromtimestamp(at, UTC).isoformat()
-    async with aclosing(_until(OrderedReader(bus, stream, filter=subject, start_time=start_time), last)) as messages:
+    async with aclosing(
+        _until(OrderedConsumer(bus.jetstream, stream, filter=subject, start_time=start_time), last)
+    ) as messages:
         async for message in messages:
             yield message
 
@@ -96,12 +99,14 @@ async def between(bus: Bus, stream: str, subject: str, first: int, last: int) ->
         Refused: No such stream.
         BusUnavailable: No answer.
     """
-    async with aclosing(_until(OrderedReader(bus, stream, filter=subject, start_seq=first), last)) as messages:
+    async with aclosing(
+        _until(OrderedConsumer(bus.jetstream, stream, filter=subject, start_seq=first), last)
+    ) as messages:
         async for message in messages:
             yield message
 
 
-async def _until(reader: OrderedReader, last: int) -> AsyncGenerator[Stored, None]:
+async def _until(reader: OrderedConsumer, last: int) -> AsyncGenerator[Stored, None]:
     """Yield what `reader` finds, to the end of the stream as it was when it was asked about."""
     try:
         while True:
@@ -184,8 +189,10 @@ async def _recent(bus: Bus, beginning: str) -> TaskRecord:
     if len(beginning) == SHORT_ID:
         stream, subject = records_stream(bus)
         prefix = subject.removesuffix(">") + beginning
-        state = (await bus.api(f"STREAM.INFO.{stream}"))["state"]
-        reader = OrderedReader(bus, stream, filter=subject, start_seq=max(1, state["last_seq"] - SHORT_AMONG))
+        state = (await bus.jetstream.api(f"STREAM.INFO.{stream}"))["state"]
+        reader = OrderedConsumer(
+            bus.jetstream, stream, filter=subject, start_seq=max(1, state["last_seq"] - SHORT_AMONG)
+        )
         found = [m async for m in _until(reader, state["last_seq"]) if m.subject.startswith(prefix)]
         matches = {message.subject: _read(bus, message, TaskRecord) for message in found}
         if len(matches) == 1 and (record := next(iter(matches.values()))) is not None:
@@ -209,7 +216,7 @@ async def _under_way(bus: Bus, record: TaskRecord) -> Found:
 async def _last(bus: Bus, stream: str, subject: str, read: Callable[[bytes], T | None]) -> tuple[str, T] | None:
     """Subject and content of the last message that matches `subject`; None if there is none, or it is unreadable."""
     try:
-        answer = await bus.api(f"STREAM.MSG.GET.{bus.subjects.stream(stream)}", {"last_by_subj": subject})
+        answer = await bus.jetstream.api(f"STREAM.MSG.GET.{bus.subjects.stream(stream)}", {"last_by_subj": subject})
     except Refused:
         return None
     message = answer["message"]

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from loom.bus.bus import Bus, Conflict
+from loom.bus.bus import Bus
 from loom.bus.natsio.kv import Bucket, Entry
+from loom.bus.natsio.server_errors import Conflict
 from loom.schemas.base import Name, Relayed, Timestamp, Undecodable
 from loom.schemas.decoding.unknown_fields import unknown_fields, with_unknown_fields
 from loom.schemas.envelope import Envelope, RecordVersion, ReplySubjects, TaskRecord
@@ -18,7 +19,7 @@ TRIES = 16  # writers of one record are few; more than this is not contention
 
 def records(bus: Bus) -> Bucket[TaskRecord]:
     """Return the bucket of task records."""
-    return Bucket(bus, "records", TaskRecord)
+    return bus.bucket("records", TaskRecord)
 
 
 def remembered(envelope: Envelope) -> Entry[TaskRecord] | None:
@@ -106,7 +107,7 @@ async def salvaged(bus: Bus, envelope: Envelope) -> Entry[TaskRecord]:
     known = envelope.record_version
     remains = _Remains(submission=known.submission, reply_to=known.reply_to) if known else _Remains()
     try:
-        entry = await Bucket(bus, "records", _Remains).get(task_id)
+        entry = await bus.bucket("records", _Remains).get(task_id)
         remains = entry.value if entry is not None else remains
     except Undecodable:
         pass  # nothing of it can be read; the envelope may know
@@ -116,6 +117,6 @@ async def salvaged(bus: Bus, envelope: Envelope) -> Entry[TaskRecord]:
         submission=remains.submission,
         reply_to=remains.reply_to,
         envelope=envelope,
-        admitted_at=remains.admitted_at or bus.now(),
+        admitted_at=remains.admitted_at or bus.clock.now(),
     )
     return Entry(task_id, record, await records(bus).revision(task_id))

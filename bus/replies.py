@@ -54,7 +54,7 @@ async def answer(bus: Bus, reply: str, message: Any) -> None:
         reply: As `allowed_reply` has returned it.
     """
     if reply:
-        await bus.publish(reply, message)
+        await bus.connection.publish(reply, message)
 
 
 async def answer_error(bus: Bus, reply: str, error: LoomError) -> None:
@@ -66,7 +66,7 @@ async def answer_error(bus: Bus, reply: str, error: LoomError) -> None:
         message=cut_note(error.message),
         field=None if error.field is None else cut_name(error.field),
     )
-    await bus.publish(reply, body, headers=error_headers(error.code, error.message))
+    await bus.connection.publish(reply, body, headers=error_headers(error.code, error.message))
 
 
 def error_headers(code: str, message: str) -> dict[str, str]:
@@ -86,4 +86,4 @@ async def answer_task(bus: Bus, reply: str, record: TaskRecord) -> None:
     if reply:
         result = record.to_result()
         headers = error_headers(result.error.code, result.error.message) if result.error else None
-        await bus.publish(reply, result, headers=headers)
+        await bus.connection.publish(reply, result, headers=headers)

@@ -15,7 +15,8 @@ from loom.schemas.learning import Reward, Signal
 from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, TaskAd, domain_token
 
 if TYPE_CHECKING:
-    from loom.bus.bus import Bus, PubAck
+    from loom.bus.bus import Bus
+    from loom.bus.natsio.publishing import PubAck
 
 log = get_logger()
 
@@ -218,13 +219,13 @@ class RewardBus:
         self, node_id: str | None, domain: str | None, *, deliver: str, to_the_end: bool
     ) -> AsyncIterator[Reward]:
         # Both bring nats-py, which the formulas do without.
-        from loom.bus.natsio.ordered_consumer import OrderedReader  # noqa: PLC0415 - see above
+        from loom.bus.natsio.ordered_consumer import OrderedConsumer  # noqa: PLC0415 - see above
         from loom.bus.stored_rewards import reward_in  # noqa: PLC0415 - see above
 
         bus = self._connected()
         node = split_qualified(node_id) if node_id else ("*", "*")
         filter_subject = bus.subjects.of("reward", "*", *node, domain_token(domain) if domain else "*")
-        reader = OrderedReader(bus, bus.subjects.stream("REWARDS"), filter=filter_subject, deliver=deliver)
+        reader = OrderedConsumer(bus.jetstream, bus.subjects.stream("REWARDS"), filter=filter_subject, deliver=deliver)
         try:
             while True:
                 for message in await reader.batch():

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from loom.bus.bus import Bus, Msg, Subscription
+from loom.bus.bus import Bus
 from loom.bus.health import Health
-from loom.bus.natsio.request_many import scatter
+from loom.bus.natsio.connection import Subscription
+from loom.bus.natsio.request_many import request_many
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.replies import may_answer
 from loom.bus.wire_version import WIRE, WIRE_KEY, WireMismatch
 from loom.schemas.base import Undecodable, Wire, cut_note, decode, encode
@@ -99,14 +101,14 @@ class Presence:
         for name, service in self._services.items():
             subjects += [f"$SRV.*.{name}", f"$SRV.*.{name}.{service.id}"]
         for subject in subjects:
-            self._subscriptions.append(await self._bus.subscribe(subject, self._on_question))
-        await self._bus.echo()
+            self._subscriptions.append(await self._bus.connection.subscribe(subject, self._on_question))
+        await self._bus.requests.flush()
 
     async def stop(self) -> None:
         """Answer no more; safe to call twice or unstarted."""
         subscriptions, self._subscriptions = self._subscriptions, []
         for subscription in subscriptions:
-            await self._bus.unsubscribe(subscription)
+            self._bus.connection.unsubscribe(subscription)
 
     async def _on_question(self, msg: Msg) -> None:
         _, verb, *rest = msg.subject.split(".")
@@ -119,11 +121,11 @@ class Presence:
 
     async def _answer(self, reply: str, message: Present) -> None:
         if may_answer(reply, plain=True):  # processes of a cluster look for each other at their start
-            await self._bus.publish(reply, message)
+            await self._bus.connection.publish(reply, message)
 
     def _info(self, service: Present) -> "_Info":
         health = self._health(service)
-        clocks = {SERVER_TIME: f"{self._bus.now():.3f}", WALL_CLOCK: f"{time.time():.3f}"}
+        clocks = {SERVER_TIME: f"{self._bus.clock.now():.3f}", WALL_CLOCK: f"{time.time():.3f}"}
         report = {} if health is None else {HEALTH: encode(health).decode()}
         return _Info(
             type=_INFO,
@@ -140,7 +142,7 @@ class Presence:
         if report is None:
             return None
         first = next(iter(self.health)) == service.metadata["service"]  # the counts are those of the whole process
-        report_here = replace(report(), failure=cut_note(self._bus.failure))
+        report_here = replace(report(), failure=cut_note(self._bus.tasks.failure))
         if not first:
             return report_here
         discards = self._bus.discards
@@ -172,8 +174,14 @@ async def who_is_there(
             and each.name == service_name(bus, each.metadata.get("service", ""))
         ]
 
-    answers = await scatter(
-        bus, "$SRV.PING", b"", _read, window_s=within_s, enough=lambda answers: enough(ours(answers))
+    answers = await request_many(
+        bus.requests,
+        "$SRV.PING",
+        b"",
+        _read,
+        discards=bus.discards,
+        window_s=within_s,
+        enough=lambda answers: enough(ours(answers)),
     )
     return sorted(ours(answers), key=lambda each: (each.name, each.id))
 
@@ -196,7 +204,9 @@ async def check_processes(bus: Bus) -> None:
         answered = {each.metadata.get("service") for each in ours}
         return answered.issuperset(PHASES) or any(each.metadata.get(WIRE_KEY) != WIRE for each in ours)
 
-    await scatter(bus, "$SRV.INFO", b"", _read, window_s=WIRE_CHECK_S, enough=enough)
+    await request_many(
+        bus.requests, "$SRV.INFO", b"", _read, discards=bus.discards, window_s=WIRE_CHECK_S, enough=enough
+    )
     for each in ours:
         if each.metadata.get(WIRE_KEY) != WIRE:
             process = f"{each.name} ({each.id}) on {each.metadata.get('host', 'an unknown host')}"
@@ -221,7 +231,7 @@ async def clocks(bus: Bus, *, within_s: float = ANSWER_S) -> list[Clocks]:
     processes: dict[str, Clocks] = {}
 
     def compare(answers: list[Present]) -> bool:
-        newest, now = answers[-1], bus.now()
+        newest, now = answers[-1], bus.clock.now()
         facts = newest.metadata
         with suppress(KeyError, ValueError):  # another program's service, or of a version without clocks
             if facts["namespace"] == bus.subjects.namespace:
@@ -235,7 +245,7 @@ async def clocks(bus: Bus, *, within_s: float = ANSWER_S) -> list[Clocks]:
                 )
         return False
 
-    await scatter(bus, "$SRV.INFO", b"", _read, window_s=within_s, enough=compare)
+    await request_many(bus.requests, "$SRV.INFO", b"", _read, discards=bus.discards, window_s=within_s, enough=compare)
     return sorted(processes.values())
 
 
@@ -250,7 +260,9 @@ class SharedSettings(NamedTuple):
 
 async def shared_settings(bus: Bus, *, within_s: float = ANSWER_S) -> list[SharedSettings]:
     """Return the settings of the phases of this namespace that answer in `within_s`, sorted by process."""
-    answers = await scatter(bus, "$SRV.INFO", b"", _read, window_s=within_s, enough=lambda _: False)
+    answers = await request_many(
+        bus.requests, "$SRV.INFO", b"", _read, discards=bus.discards, window_s=within_s, enough=lambda _: False
+    )
     found = []
     for each in answers:
         if each.metadata.get("namespace") == bus.subjects.namespace and SETTINGS in each.metadata:
@@ -263,7 +275,9 @@ async def shared_settings(bus: Bus, *, within_s: float = ANSWER_S) -> list[Share
 
 async def health_reports(bus: Bus, *, within_s: float = ANSWER_S) -> dict[str, list[Health]]:
     """Return what the phases of this namespace that answer in `within_s` report, by phase."""
-    answers = await scatter(bus, "$SRV.INFO", b"", _read, window_s=within_s, enough=lambda _: False)
+    answers = await request_many(
+        bus.requests, "$SRV.INFO", b"", _read, discards=bus.discards, window_s=within_s, enough=lambda _: False
+    )
     reports: dict[str, list[Health]] = {}
     for each in answers:
         if each.metadata.get("namespace") == bus.subjects.namespace and HEALTH in each.metadata:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from loom.bus.bus import Bus, Msg, Subscription
+from loom.bus.bus import Bus
+from loom.bus.natsio.connection import Subscription
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.subjects import FAMILIES
 from loom.schemas.auction import CallForBids, HostAnnouncement, Offer, RetireRequest, SpawnRequest
 from loom.schemas.base import Undecodable, decode
@@ -104,12 +106,12 @@ class Tap:
     async def __aenter__(self) -> Self:
         try:
             for subject in self._subjects:
-                self._subscriptions.append(await self._bus.subscribe(subject, self._take))
-            await self._bus.echo()
+                self._subscriptions.append(await self._bus.connection.subscribe(subject, self._take))
+            await self._bus.requests.flush()
         except BaseException:  # a cancelled entry is not followed by an exit
             self._close()
             raise
-        self._noticing = self._bus.spawn(self._notice_loss(), name="tap")
+        self._noticing = self._bus.tasks.spawn(self._notice_loss(), name="tap")
         return self
 
     async def __aexit__(
@@ -119,7 +121,7 @@ class Tap:
 
     def _close(self) -> None:
         for subscription in self._subscriptions:
-            self._bus.end_subscription(subscription)
+            self._bus.connection.unsubscribe(subscription)
         self._subscriptions.clear()
         if self._noticing is not None:
             self._noticing.cancel()
@@ -136,8 +138,8 @@ class Tap:
             BusUnavailable: The connection is closed for good.
         """
         while not self._waiting:
-            if self._bus.lost.is_set():
-                raise self._bus.loss()
+            if self._bus.tasks.lost.is_set():
+                raise self._bus.connection.loss()
             if self._closed:
                 raise StopAsyncIteration
             self._stirred.clear()
@@ -152,7 +154,7 @@ class Tap:
         if len(self._waiting) >= self._room or self._waiting_bytes + len(msg.data) > ROOM_BYTES:
             self._skipped += 1
             return
-        self._waiting.append((msg, self._bus.now(), self._skipped))
+        self._waiting.append((msg, self._bus.clock.now(), self._skipped))
         self._waiting_bytes += len(msg.data)
         self._skipped = 0
         self._stirred.set()
@@ -179,7 +181,7 @@ class Tap:
         )
 
     async def _notice_loss(self) -> None:
-        await self._bus.lost.wait()
+        await self._bus.tasks.lost.wait()
         self._stirred.set()
 
 

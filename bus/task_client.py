@@ -6,9 +6,10 @@ import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
-from loom.bus.bus import Bus, NoResponders
+from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.ownership import Owner, running_loop
+from loom.bus.natsio.requests import NoResponders
 from loom.bus.task_updates import TaskUpdates, id_taken
 from loom.schemas.base import Undecodable, decode, new_id
 from loom.schemas.envelope import ENDED, TaskRecord, TaskStatus
@@ -68,7 +69,7 @@ class TaskHandle:
         submission = Submission(ad=self.ad, submission=new_id())
         try:
             await self.open(deltas=deltas)
-            await self._bus.store(
+            await self._bus.jetstream.publish(
                 self._bus.subjects.intake(self._submitter, self.ad.priority, self.task_id),
                 submission,
                 msg_id=f"{self.task_id}:{submission.submission}",
@@ -259,9 +260,9 @@ async def ask(
         BusUnavailable: No phases answer.
     """
     try:
-        msg = await bus.request(subject, message, timeout_s=timeout_s)
+        msg = await bus.requests.request(subject, message, timeout_s=timeout_s)
     except (TimeoutError, NoResponders) as error:
-        raise BusUnavailable('no phases answer; run "loom up"', url=bus.address) from error
+        raise BusUnavailable('no phases answer; run "loom up"', url=bus.connection.address) from error
     refusal = _refusal(msg.data) if "Nats-Service-Error-Code" in msg.headers else None
     if refusal is not None:
         raise error_for(refusal.code, refusal.message, field=refusal.field, task_id=task_id)

@@ -4,7 +4,9 @@ import asyncio
 from collections import deque
 from typing import Final
 
-from loom.bus.bus import Bus, Msg, Subscription
+from loom.bus.bus import Bus
+from loom.bus.natsio.connection import Subscription
+from loom.bus.natsio.transport.message import Msg
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.run import Delta
 from loom.schemas.task import TaskError, TaskResult
@@ -46,13 +48,13 @@ class TaskUpdates:
         """Subscribe to the result, unless that is done or the result is here."""
         if self._to_result is None and not self.result.done():
             subject = self._bus.subjects.of("result", self._submitter, self._task_id)
-            self._to_result = await self._bus.listen(subject, self._on_result)
+            self._to_result = await self._bus.connection.subscribe_sync(subject, self._on_result)
 
     async def subscribe_to_deltas(self) -> None:
         """Subscribe to progress, unless that is done or the result is here."""
         if self._to_deltas is None and not self.result.done():
             subject = self._bus.subjects.of("delta", self._submitter, self._task_id)
-            self._to_deltas = await self._bus.listen(subject, self._on_delta)
+            self._to_deltas = await self._bus.connection.subscribe_sync(subject, self._on_delta)
 
     def begin_reading(self) -> None:
         """Count a reader of deltas."""
@@ -93,18 +95,18 @@ class TaskUpdates:
         """End the subscriptions; safe to call twice."""
         self._end_deltas()
         if self._to_result is not None:
-            self._bus.end_subscription(self._to_result)
+            self._bus.connection.unsubscribe(self._to_result)
             self._to_result = None
 
     def drop(self) -> None:
         """Close from any thread, as a finalizer must."""
         subscriptions = [each for each in (self._to_result, self._to_deltas) if each is not None]
         if subscriptions:
-            self._bus.end_soon(subscriptions)
+            self._bus.connection.unsubscribe_soon(subscriptions)
 
     def _end_deltas(self) -> None:
         if self._to_deltas is not None:
-            self._bus.end_subscription(self._to_deltas)
+            self._bus.connection.unsubscribe(self._to_deltas)
             self._to_deltas = None
 
     def _on_result(self, msg: Msg) -> None:

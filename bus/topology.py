@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from loom.bus.bus import CONSUMER_NOT_FOUND, STREAM_NOT_FOUND, Bus, Refused
+from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.server_errors import Refused, ServerErrorCode
 from loom.bus.wire_version import WIRE, WIRE_KEY, check_stream
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Phase
@@ -135,7 +136,7 @@ def check_version(bus: Bus) -> None:
     Raises:
         BusUnavailable: It is not.
     """
-    version = bus.server_version
+    version = bus.connection.server_version
     if version < MIN_SERVER:
         raise BusUnavailable(
             f"nats-server {'.'.join(map(str, version))} is too old; loom needs {MIN_SERVER[0]}.{MIN_SERVER[1]} or newer"
@@ -152,7 +153,7 @@ async def init(bus: Bus, config: ClusterConfig) -> list[str]:
     missing = await missing_streams(bus, config)
     created = [str(wanted["name"]) for wanted in missing if await _create_stream(bus, wanted)]
     for name in dict.fromkeys(lane.stream for lane in LANES):
-        stored = (await bus.api(f"CONSUMER.NAMES.{bus.subjects.stream(name)}"))["consumers"] or []
+        stored = (await bus.jetstream.api(f"CONSUMER.NAMES.{bus.subjects.stream(name)}"))["consumers"] or []
         for lane in LANES:
             if lane.stream == name and lane.name not in stored:
                 await ensure_consumer(bus, lane)
@@ -185,7 +186,7 @@ async def check_streams(bus: Bus, config: ClusterConfig) -> None:
     missing = [str(one["name"]) for one in await missing_streams(bus, config)]
     if missing:
         more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
-        raise BusUnavailable(f"{missing[0]}{more} missing on {bus.address}: run `loom init`, or `loom up`")
+        raise BusUnavailable(f"{missing[0]}{more} missing on {bus.connection.address}: run `loom init`, or `loom up`")
 
 
 async def apply(bus: Bus, config: ClusterConfig) -> list[str]:
@@ -217,9 +218,9 @@ async def delete(bus: Bus, config: ClusterConfig) -> list[str]:
     deleted = []
     for one in streams(bus, config):
         try:
-            await bus.api(f"STREAM.DELETE.{one['name']}")
+            await bus.jetstream.api(f"STREAM.DELETE.{one['name']}")
         except Refused as error:
-            if error.err_code != STREAM_NOT_FOUND:
+            if error.err_code != ServerErrorCode.STREAM_NOT_FOUND:
                 raise
         else:
             deleted.append(str(one["name"]))
@@ -228,9 +229,9 @@ async def delete(bus: Bus, config: ClusterConfig) -> list[str]:
 
 async def _stream_info(bus: Bus, name: str) -> dict[str, Any] | None:
     try:
-        return await bus.api(f"STREAM.INFO.{name}")
+        return await bus.jetstream.api(f"STREAM.INFO.{name}")
     except Refused as error:
-        if error.err_code != STREAM_NOT_FOUND:
+        if error.err_code != ServerErrorCode.STREAM_NOT_FOUND:
             raise
         return None
 
@@ -276,9 +277,9 @@ async def inspect(bus: Bus, config: ClusterConfig) -> Inspection:
 
 async def _part(bus: Bus, name: str, call: str, wanted: dict[str, Any]) -> Part:
     try:
-        info = await bus.api(call)
+        info = await bus.jetstream.api(call)
     except Refused as error:
-        if error.err_code in {STREAM_NOT_FOUND, CONSUMER_NOT_FOUND}:
+        if error.err_code in {ServerErrorCode.STREAM_NOT_FOUND, ServerErrorCode.CONSUMER_NOT_FOUND}:
             return Part(name, None, ())
         raise
     except BusUnavailable as error:  # no leader: the others may well have theirs
@@ -294,7 +295,7 @@ def _differences(config: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str
 
 async def _compare(bus: Bus, wanted: dict[str, Any]) -> list[str]:
     """Return how a stream differs from the design, after its rollup headers have been turned off."""
-    stored: dict[str, Any] = (await bus.api(f"STREAM.INFO.{wanted['name']}"))["config"]
+    stored: dict[str, Any] = (await bus.jetstream.api(f"STREAM.INFO.{wanted['name']}"))["config"]
     if stored.get(_ROLLUP) and not wanted[_ROLLUP]:
         stored = await _forbid_rollup(bus, stored)
     return [f"{wanted['name']}: {difference}" for difference in _differences(stored, wanted)]
@@ -303,7 +304,7 @@ async def _compare(bus: Bus, wanted: dict[str, Any]) -> list[str]:
 async def _forbid_rollup(bus: Bus, stored: dict[str, Any]) -> dict[str, Any]:
     """Turn rollup headers off for a stream and return its configuration, unchanged where the server refuses."""
     try:
-        answer = await bus.api(f"STREAM.UPDATE.{stored['name']}", {**stored, _ROLLUP: False})
+        answer = await bus.jetstream.api(f"STREAM.UPDATE.{stored['name']}", {**stored, _ROLLUP: False})
     except Refused as refusal:
         log.warning("rollup_still_allowed", stream=stored["name"], reason=refusal.message)
         return stored
@@ -316,10 +317,10 @@ async def _create_stream(bus: Bus, wanted: dict[str, Any]) -> bool:
     """Create a stream that is missing, unless another process is faster; return whether this process has."""
     for left in reversed(range(CREATE_TRIES)):
         try:
-            await bus.api(f"STREAM.CREATE.{wanted['name']}", wanted)
+            await bus.jetstream.api(f"STREAM.CREATE.{wanted['name']}", wanted)
         except Refused as refusal:
             if refusal.err_code == _NAME_IN_USE:
-                check_stream(wanted["name"], (await bus.api(f"STREAM.INFO.{wanted['name']}"))["config"])
+                check_stream(wanted["name"], (await bus.jetstream.api(f"STREAM.INFO.{wanted['name']}"))["config"])
                 return False
             if refusal.err_code != _STORE_NOT_READY or not left:
                 todo = ""
@@ -338,7 +339,7 @@ async def ensure_consumer(bus: Bus, lane: Lane) -> None:
     """Create a lane's consumer unless it exists."""
     stream = bus.subjects.stream(lane.stream)
     config = consumer(bus, lane)
-    await bus.api(
+    await bus.jetstream.api(
         f"CONSUMER.CREATE.{stream}.{lane.name}.{config['filter_subject']}",
         {"stream_name": stream, "config": config},
     )
@@ -352,8 +353,8 @@ async def probe(bus: Bus, name: str, subject: str, *, within_s: float) -> LoomEr
         subject: One of that stream's, outside every lane.
     """
     try:
-        await bus.store(subject, b"", within_s=within_s)
-        await bus.api(f"STREAM.PURGE.{bus.subjects.stream(name)}", {"filter": subject})
+        await bus.jetstream.publish(subject, b"", within_s=within_s)
+        await bus.jetstream.api(f"STREAM.PURGE.{bus.subjects.stream(name)}", {"filter": subject})
     except LoomError as error:
         return error
     return None
@@ -367,7 +368,7 @@ async def stream_state(bus: Bus, name: str, *, subjects: str = "") -> dict[str, 
         Refused: No such stream.
     """
     body = {"subjects_filter": subjects} if subjects else None
-    info = await bus.api(f"STREAM.INFO.{bus.subjects.stream(name)}", body)
+    info = await bus.jetstream.api(f"STREAM.INFO.{bus.subjects.stream(name)}", body)
     state = info.get("state")
     if not isinstance(state, dict) or not all(isinstance(state.get(key), int) for key in ("messages", "last_seq")):
         raise BusUnavailable(f"the answer about stream {name} cannot be read; ask again")
@@ -382,7 +383,7 @@ async def lane_infos(bus: Bus) -> dict[Lane, dict[str, Any]]:
         Refused: One of them is missing.
     """
     stream = bus.subjects.stream("TASKS")
-    infos = await asyncio.gather(*(bus.api(f"CONSUMER.INFO.{stream}.{lane.name}") for lane in TASK_LANES))
+    infos = await asyncio.gather(*(bus.jetstream.api(f"CONSUMER.INFO.{stream}.{lane.name}") for lane in TASK_LANES))
     return dict(zip(TASK_LANES, infos, strict=True))
 
 

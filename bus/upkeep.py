@@ -20,20 +20,20 @@ REPORT_S = 10.0
 
 
 async def keep(bus: Bus, config: ClusterConfig) -> None:
-    """Create what is missing whenever `bus.missing` is set, and look every 30 s besides; runs until cancelled."""
+    """Create what is missing whenever `jetstream.missing` is set, and look every 30 s besides; runs until cancelled."""
     reported = 0.0
     now = asyncio.get_running_loop().time
     while True:
         try:
             async with asyncio.timeout(LOOK_S):
-                await bus.missing.wait()
+                await bus.jetstream.missing.wait()
         except TimeoutError:
             pass  # nothing has asked for it: a regular look
-        bus.missing.clear()
+        bus.jetstream.missing.clear()
         try:
             created = await topology.init(bus, config)
         except (LoomError, LookupError, TypeError) as error:  # the latter: an answer of another shape
-            bus.missing.set()
+            bus.jetstream.missing.set()
             if now() >= reported + REPORT_S:
                 reported = now()
                 log.warning("topology_not_restored", **describe(error))

@@ -109,13 +109,13 @@ class PhaseGroup:
         """
         topology.check_version(self._bus)
         await until_started(self._start, patience_s=patience_s)
-        self._upkeep = self._bus.spawn(keep(self._bus, self._config), name="topology upkeep", essential=True)
+        self._upkeep = self._bus.tasks.spawn(keep(self._bus, self._config), name="topology upkeep", essential=True)
         log.info("phases_started", phases=list(self._names), instance=self._bus.instance)
 
     async def _start(self) -> None:
         try:
             await self._lay_out()
-            self._bus.missing.clear()  # just created
+            self._bus.jetstream.missing.clear()  # just created
             for name in self._names:
                 service = build(name, self._bus, self._config, self._llm, hosts_here=self._hosts_here)
                 self._started.append(service)

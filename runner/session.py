@@ -15,11 +15,11 @@ from loom.agents.host.autoscaler import Nursery, Skills
 from loom.agents.host.node_host import NodeHost
 from loom.agents.host.slots import Node
 from loom.bus import task_client
-from loom.bus.bus import Bus, NoResponders
+from loom.bus.bus import Bus
 from loom.bus.logs import logger
 from loom.bus.logs.log_fields import describe
-from loom.bus.natsio.kv import Bucket
 from loom.bus.natsio.ownership import Owner, keep_forever, running_loop
+from loom.bus.natsio.requests import NoResponders
 from loom.bus.service_discovery import check_processes
 from loom.bus.topology import check_version
 from loom.bus.wire_version import WireMismatch
@@ -140,10 +140,10 @@ class Session:
                 if not self.bus.by_name:
                     await check_processes(self.bus)
                 if self._asked_store is not None:
-                    log_unused_store(self._asked_store, self.bus.address)
+                    log_unused_store(self._asked_store, self.bus.connection.address)
             await self._host_nodes()
             if self._host is None:
-                self._waiting_for_nodes = self.bus.spawn(self._host_later(), name="wait for nodes")
+                self._waiting_for_nodes = self.bus.tasks.spawn(self._host_later(), name="wait for nodes")
         except BaseException:
             await self.aclose()
             raise
@@ -188,7 +188,7 @@ class Session:
 
     async def _recall(self, nodes: Sequence[Node]) -> None:
         """Show each node what the store holds about it."""
-        profiles, owner = Bucket(self.bus, "nodes", NodeProfile), self.bus.identity.owner
+        profiles, owner = self.bus.bucket("nodes", NodeProfile), self.bus.identity.owner
 
         async def recall(node: Node) -> None:
             with suppress(Undecodable):  # ADAPT reports it and writes it again
@@ -205,7 +205,7 @@ class Session:
         owner, node_id = split_qualified(node or "")
         if host is not None and node_id and owner == self.bus.identity.owner and host.is_new(node_id):
             await host.announce()
-            await host.bus.echo()  # the server has it before the task
+            await host.bus.requests.flush()  # the server has it before the task
 
     async def aclose(self) -> None:
         """Drain and close, in the reverse order of opening; safe to call twice. In a forked child, do nothing."""
@@ -225,8 +225,8 @@ class Session:
             ServiceFailed: An essential task of it has failed.
         """
         for bus in self._buses:
-            if bus.failure:
-                raise bus.loss()
+            if bus.tasks.failure:
+                raise bus.connection.loss()
 
     def abort(self) -> None:
         """Drop everything at once, from synchronous code in any thread; in a forked child, do nothing."""

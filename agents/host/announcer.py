@@ -59,7 +59,7 @@ class Announcer:
         before = self.known
         self.left.extend(before - ids)
         self._last = fitted(replace(self._describe(nodes), seq=next(self._seq)))
-        await self._bus.publish(self.subject, self._last)
+        await self._bus.connection.publish(self.subject, self._last)
         self.known = ids
         for node_id in ids - before:
             await self._tell("joined", node_id)
@@ -78,5 +78,5 @@ class Announcer:
 
     async def _tell(self, kind: LifecycleKind, node_id: str) -> None:
         owner = self._bus.identity.owner
-        news = Lifecycle(kind=kind, node_id=node_id, owner=owner, host_id=self._host_id, at=self._bus.now())
-        await self._bus.publish(self._bus.subjects.of("lifecycle", owner, kind, owner, node_id), news)
+        news = Lifecycle(kind=kind, node_id=node_id, owner=owner, host_id=self._host_id, at=self._bus.clock.now())
+        await self._bus.connection.publish(self._bus.subjects.of("lifecycle", owner, kind, owner, node_id), news)

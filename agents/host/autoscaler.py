@@ -10,8 +10,10 @@ from typing import cast
 from loom.agents.host.clone import Child, child_id
 from loom.agents.host.node_host import NodeHost
 from loom.agents.host.slots import Node
-from loom.bus.bus import Bus, Msg, Subscription
+from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.connection import Subscription
+from loom.bus.natsio.transport.message import Msg
 from loom.schemas.auction import RetireDecline, RetireReply, RetireRequest, SpawnDecline, SpawnReply, SpawnRequest
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.errors import BusUnavailable
@@ -54,10 +56,12 @@ class Nursery:
     async def start(self, host: NodeHost) -> None:
         """Begin to take requests, for a started host of these `nodes`."""
         self._host = host
-        self._subscriptions = [await self._bus.subscribe(self._bus.subjects.spawn, self._on_spawn, queue=QUEUE)]
+        self._subscriptions = [
+            await self._bus.connection.subscribe(self._bus.subjects.spawn, self._on_spawn, queue=QUEUE)
+        ]
         host.can_spawn = True
         await self._announce(host)
-        await self._bus.echo()
+        await self._bus.requests.flush()
 
     async def _announce(self, host: NodeHost) -> None:
         """Announce the nodes, and take requests to retire those of each host."""
@@ -66,14 +70,14 @@ class Nursery:
             if each.host_id not in self._hosts:
                 self._hosts.add(each.host_id)
                 subject = self._bus.subjects.of("retire", self._bus.identity.owner, each.host_id)
-                self._subscriptions.append(await self._bus.subscribe(subject, self._on_retire))
+                self._subscriptions.append(await self._bus.connection.subscribe(subject, self._on_retire))
 
     async def stop(self) -> None:
         """Take no more requests; the children stay until their host goes. Safe to call twice or unstarted."""
         subscriptions, self._subscriptions = self._subscriptions, []
         self._hosts.clear()
         for subscription in subscriptions:
-            await self._bus.unsubscribe(subscription)
+            self._bus.connection.unsubscribe(subscription)
 
     # -- growing
 
@@ -94,7 +98,7 @@ class Nursery:
             log.debug("spawn_declined", domain_token=wanted.domain_token, decline=made)
             reply = SpawnReply(host_id=host.host_id, decline=made)
         if msg.reply:
-            await self._bus.publish(msg.reply, reply)
+            await self._bus.connection.publish(msg.reply, reply)
 
     def spawn(self, wanted: SpawnRequest) -> "Child | SpawnDecline":
         """Return a new child, which is among `nodes` from now on, or why there is none."""
@@ -133,11 +137,11 @@ class Nursery:
         if decline is None and child is not None and child.status != "dying":
             child.status = "dying"
             log.info("node_retiring", node_id=child.id, reason=order.reason)
-            self._bus.spawn(self._let_go(child, order.reason), name=f"retire {child.id}")
+            self._bus.tasks.spawn(self._let_go(child, order.reason), name=f"retire {child.id}")
             await host.announce()
             await self._tell("changed", child, f"takes no more work: {order.reason}")
         if msg.reply:
-            await self._bus.publish(
+            await self._bus.connection.publish(
                 msg.reply, RetireReply(host_id=host.host_id, node_id=order.node_id, decline=decline)
             )
 
@@ -160,8 +164,10 @@ class Nursery:
 
     async def _tell(self, kind: LifecycleKind, child: Child, reason: str) -> None:
         host_id, owner = self._running().host_id, self._bus.identity.owner
-        news = Lifecycle(kind=kind, node_id=child.id, owner=owner, host_id=host_id, at=self._bus.now(), reason=reason)
-        await self._bus.publish(self._bus.subjects.of("lifecycle", owner, kind, owner, child.id), news)
+        news = Lifecycle(
+            kind=kind, node_id=child.id, owner=owner, host_id=host_id, at=self._bus.clock.now(), reason=reason
+        )
+        await self._bus.connection.publish(self._bus.subjects.of("lifecycle", owner, kind, owner, child.id), news)
 
     def _running(self) -> NodeHost:
         if self._host is None:

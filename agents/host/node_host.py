@@ -29,8 +29,10 @@ from loom.agents.host.slots import Node, NodeIndex, Room
 from loom.agents.host.watchdog import Watchdog
 from loom.agents.protocol import collect, failed, raised
 from loom.agents.user_code import described, ends_task
-from loom.bus.bus import Bus, Msg, Subscription
+from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.connection import Subscription
+from loom.bus.natsio.transport.message import Msg
 from loom.schemas.auction import CallForBids, HostAnnouncement, Offer
 from loom.schemas.base import Undecodable, decode, encode, new_id
 from loom.schemas.errors import LoomError
@@ -92,7 +94,7 @@ class NodeHost:
         self._stopped = Stopped()
         self._context = copy_context()
         self._agents = HostedAgents(self._context)
-        self._pace = AnnouncePace(lambda: bus.spawn(attempt(self._announce), name="announce on request"))
+        self._pace = AnnouncePace(lambda: bus.tasks.spawn(attempt(self._announce), name="announce on request"))
         self._announcer = Announcer(bus, self.host_id, self._able, self._description)
         self._watchdog: Watchdog | None = None
         self._draining = False
@@ -110,14 +112,14 @@ class NodeHost:
             (subjects.of("call", owner, self.host_id), self._on_call),
             (subjects.hosts, lambda _msg: self._pace.request()),
         ):
-            self._subscriptions.append(await self.bus.listen(subject, take))
+            self._subscriptions.append(await self.bus.connection.subscribe_sync(subject, take))
         await self.announce()
-        await self.bus.echo()
+        await self.bus.requests.flush()
         self._watchdog = Watchdog(self.bus, self._in_hand, self._announcer, beat_s=HEARTBEAT_S, announce_s=ANNOUNCE_S)
         self._watchdog.start()
         self._tickers = [
-            self.bus.spawn(every(ANNOUNCE_S, self._announce), name="announce", essential=True),
-            self.bus.spawn(every(HEARTBEAT_S, self._beat), name="heartbeats", essential=True),
+            self.bus.tasks.spawn(every(ANNOUNCE_S, self._announce), name="announce", essential=True),
+            self.bus.tasks.spawn(every(HEARTBEAT_S, self._beat), name="heartbeats", essential=True),
         ]
 
     async def drain(self, timeout_s: float) -> None:
@@ -142,7 +144,7 @@ class NodeHost:
         for ticker in self._tickers:
             ticker.cancel()
         for subscription in self._subscriptions:
-            await self.bus.unsubscribe(subscription)
+            self.bus.connection.unsubscribe(subscription)
         self._pace.stop()
         await self._announcer.leave()
         stopping = [run.work for run in self._stopping if run.work is not None]
@@ -247,7 +249,9 @@ class NodeHost:
             log.error("node_raised", domain_token=call.domain_token, **described(error))
             offer = Offer(decline="unqualified")
         answer_to = call.answer_to.split(".")
-        self.bus.send(self.bus.subjects.of("offer", self.bus.identity.owner, self.host_id, *answer_to), offer)
+        self.bus.connection.publish_nowait(
+            self.bus.subjects.of("offer", self.bus.identity.owner, self.host_id, *answer_to), offer
+        )
 
     def offer(self, call: CallForBids) -> Offer:
         """Return this host's answer to a call: bids, or why there are none."""
@@ -313,12 +317,12 @@ class NodeHost:
     def _fill(self, node_id: str) -> None:
         """Begin what there is a slot for, and show what a node has in hand."""
         room = self._room(node_id)
-        while not self.bus.closing and (run := room.next()) is not None:
+        while not self.bus.connection.closing and (run := room.next()) is not None:
             if run.left_s <= 0:  # it waited in the backlog past its deadline
                 self._stop([run], run_errors.LATE)  # which fills the room again
                 return
             # Not in the context of what freed the slot: that is another run, and its variables are its own.
-            run.work = self._context.run(self.bus.spawn, self._work(run), name=f"run {run.request.key}")
+            run.work = self._context.run(self.bus.tasks.spawn, self._work(run), name=f"run {run.request.key}")
             run.work.add_done_callback(partial(self._on_work_done, run, room))
         if node_id in self._refused and room.load < 1:
             self._refused.discard(node_id)

@@ -66,7 +66,7 @@ class Run:
         self._first: tuple[int, bytes] | None = None
         self._answers: dict[str, asyncio.Future[TaskResult]] = {}
         deadline = request.deadline
-        left_s = request.remaining_s if deadline is None or not bus.clock.measured else deadline - bus.now()
+        left_s = request.remaining_s if deadline is None or not bus.clock.measured else deadline - bus.clock.now()
         self._until = time.monotonic() + min(request.remaining_s, left_s)
 
     @property
@@ -132,7 +132,7 @@ class Run:
         if self._ahead_bytes >= BATCH_BYTES and self._batch:
             self._ahead_bytes = 0
             with lost_aloud(self._bus):
-                await self._bus.publish(self._subject, self._packed())
+                await self._bus.connection.publish(self._subject, self._packed())
             await asyncio.sleep(0)  # the connection writes between turns, and an agent may never wait by itself
 
     async def ask(self, ad: TaskAd, call: int) -> TaskResult:
@@ -192,7 +192,7 @@ class Run:
 def send(bus: Bus, subject: str, body: bytes) -> None:
     """Send an event, or several as an array."""
     with lost_aloud(bus):
-        bus.send(subject, body)
+        bus.connection.publish_nowait(subject, body)
 
 
 @contextmanager
@@ -201,7 +201,7 @@ def lost_aloud(bus: Bus) -> Iterator[None]:
     try:
         yield
     except LoomError as error:
-        if not bus.closing:
+        if not bus.connection.closing:
             log.warning("run_event_lost", reason=error.message)
 
 
@@ -255,7 +255,7 @@ def stale(request: RunRequest, bus: Bus) -> str | None:
     """Return why a request is not the occasion to begin a run; None where it is, or the server's time is not known."""
     if not bus.clock.measured:
         return None
-    now = bus.now()
+    now = bus.clock.now()
     if request.deadline is not None and now >= request.deadline:
         return "its deadline has passed"
     if request.sent_at is not None and now - request.sent_at > PATIENCE_S:

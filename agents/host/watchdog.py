@@ -121,7 +121,7 @@ class Watchdog:
 
     async def _connected(self, stack: AsyncExitStack) -> Bus | None:
         twin = Bus(
-            self._bus.url,
+            self._bus.connection.url,
             namespace=self._bus.subjects.namespace,
             role=self._bus.role,
             identity=self._bus.identity,
@@ -137,14 +137,14 @@ class Watchdog:
         for run in self._runs():
             if run.left_s > 0:
                 with suppress(LoomError):  # at most once, as every heartbeat
-                    bus.send(run.subject, HEARTBEAT)
+                    bus.connection.publish_nowait(run.subject, HEARTBEAT)
 
     def _announce(self, bus: Bus, *, draining: bool = False) -> None:
         announcement = self._announcer.repeated()
         if announcement is not None:
             with suppress(LoomError):  # at most once, as every announcement
                 message = replace(announcement, draining=announcement.draining or draining)
-                bus.send(self._announcer.subject, message)
+                bus.connection.publish_nowait(self._announcer.subject, message)
 
     def _warn(self, blocked_s: float) -> None:
         frame = sys._current_frames().get(self._loop_thread)  # noqa: SLF001 - Python's only way to it
@@ -183,6 +183,6 @@ class Watchdog:
             self._announce(bus, draining=True)
             for run in runs:
                 with suppress(LoomError):  # its watcher finds out by its silence
-                    bus.send(run.subject, encode(RunEvent(seq=0, kind="error", error=why)))
-            await bus.echo(timeout_s=GIVE_BACK_S)
+                    bus.connection.publish_nowait(run.subject, encode(RunEvent(seq=0, kind="error", error=why)))
+            await bus.requests.flush(timeout_s=GIVE_BACK_S)
         log.info("runs_given_back", tasks=[run.request.task_id for run in runs][:MOST_NAMED], count=len(runs))

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from msgspec.structs import replace
 
 from loom.bus import task_client
-from loom.bus.bus import Bus, Refused
+from loom.bus.bus import Bus
 from loom.bus.dead_letters.write import is_submission, letter_facts, submitter_in
+from loom.bus.natsio.server_errors import Refused
 from loom.bus.queries import newest
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.envelope import DeadLetter, Envelope
@@ -62,7 +63,7 @@ async def letter(bus: Bus, seq: int) -> Letter:
         BusUnavailable: No answer.
     """
     try:
-        answer = await bus.api(f"STREAM.MSG.GET.{bus.subjects.stream('DEAD')}", {"seq": seq})
+        answer = await bus.jetstream.api(f"STREAM.MSG.GET.{bus.subjects.stream('DEAD')}", {"seq": seq})
     except Refused as error:
         if error.err_code == _NO_MESSAGE:
             raise _unknown(seq) from None
@@ -81,7 +82,7 @@ async def drop(bus: Bus, seq: int) -> None:
         BusUnavailable: No answer.
     """
     try:
-        await bus.api(f"STREAM.MSG.DELETE.{bus.subjects.stream('DEAD')}", {"seq": seq})
+        await bus.jetstream.api(f"STREAM.MSG.DELETE.{bus.subjects.stream('DEAD')}", {"seq": seq})
     except Refused:
         await letter(bus, seq)  # the server says the same for every failure; this one tells that it is gone
         raise

@@ -7,10 +7,11 @@ from typing import TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from loom.bus.bus import Bus, Conflict
+from loom.bus.bus import Bus
 from loom.bus.hops.delivery import Delivery
 from loom.bus.hops.duplicates import store_once
 from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.server_errors import Conflict
 from loom.bus.records import records
 from loom.bus.replies import allowed_reply
 from loom.schemas.base import MAX_MESSAGE_BYTES, Undecodable, decode
@@ -133,7 +134,7 @@ async def _admit_dead(bus: Bus, task_id: str, submission: Submission | None, sub
     """Return an envelope for a task that died before its admission, recorded so that its submitter is answered."""
     if submission is None or submission.ad.task_id != task_id:
         return _unknown(bus, task_id, "(unreadable submission)", submitter)
-    envelope = Envelope(ad=submission.ad, submitter=submitter, deadline=bus.now())
+    envelope = Envelope(ad=submission.ad, submitter=submitter, deadline=bus.clock.now())
     subject = bus.subjects.intake(submitter, envelope.priority, task_id)
     reply = allowed_reply(bus, submission.reply_to, plain=submitter == PUBLIC, subject=subject)
     record = TaskRecord(
@@ -142,7 +143,7 @@ async def _admit_dead(bus: Bus, task_id: str, submission: Submission | None, sub
         submission=submission.submission,
         reply_to=(reply,) if reply else (),
         envelope=envelope,
-        admitted_at=bus.now(),
+        admitted_at=bus.clock.now(),
     )
     with contextlib.suppress(Conflict):  # a twin of this message has been here
         await records(bus).create(task_id, record)
@@ -150,7 +151,7 @@ async def _admit_dead(bus: Bus, task_id: str, submission: Submission | None, sub
 
 
 def _unknown(bus: Bus, task_id: str, description: str, submitter: str = PUBLIC) -> Envelope:
-    return Envelope(ad=TaskAd(task_id=task_id, description=description), submitter=submitter, deadline=bus.now())
+    return Envelope(ad=TaskAd(task_id=task_id, description=description), submitter=submitter, deadline=bus.clock.now())
 
 
 def _read(raw: bytes, shape: type[T]) -> T | None:

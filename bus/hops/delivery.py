@@ -2,12 +2,11 @@
 
 import asyncio
 from collections.abc import Callable
-from datetime import datetime
 from hashlib import blake2b
-from typing import NamedTuple
 
-from loom.bus.bus import Msg
-from loom.bus.hops.isolation import Gate
+from loom.bus.hops.isolation import SharedExclusiveLock
+from loom.bus.natsio.ack_metadata import AckMetadata, ack_metadata
+from loom.bus.natsio.transport.message import Msg
 
 SUSPECT_AFTER = 3
 """Deliveries after which a message is handled alone."""
@@ -15,30 +14,6 @@ DEAD_AFTER = 10
 """Deliveries after which it is not handled any more."""
 SPREAD_S = 0.5
 """Time over which the suspects of a process are spread."""
-
-
-class Facts(NamedTuple):
-    """What the server says of a delivery in its reply subject."""
-
-    delivered: int
-    stream_seq: int
-    stored_at: float
-    """Server time the message was stored, seconds since the epoch."""
-    pending: int
-    consumer_seq: int = 0
-
-
-def read_facts(reply: str) -> Facts:
-    """Return what a `$JS.ACK…` reply subject says, in its old form of 9 tokens or the newer one of 11 or 12."""
-    tokens = reply.split(".")
-    delivered, stream_seq, consumer_seq, stamp, pending = tokens[4:9] if len(tokens) == 9 else tokens[6:11]  # noqa: PLR2004
-    return Facts(
-        delivered=int(delivered),
-        stream_seq=int(stream_seq),
-        consumer_seq=int(consumer_seq),
-        stored_at=int(stamp) / 1e9,
-        pending=int(pending),
-    )
 
 
 class Slots:
@@ -61,10 +36,10 @@ class Slots:
 class Delivery:
     """A message in hand: its facts, its slot, and its place among the others of the process."""
 
-    def __init__(self, msg: Msg, slots: Slots, gate: Gate) -> None:
+    def __init__(self, msg: Msg, slots: Slots, gate: SharedExclusiveLock) -> None:
         self.msg = msg
         self.subject = msg.subject
-        self.facts = read_facts(msg.reply)
+        self.facts = ack_metadata(msg.reply)
         self.received = 0.0
         """Server time it came here."""
         self.slots = slots
@@ -85,9 +60,7 @@ class Delivery:
 
     def seq_in(self, stream: str) -> int:
         """Return the sequence of the message if `stream` is the one that holds it, else 0."""
-        tokens = self.msg.reply.split(".")
-        held_by = tokens[2] if len(tokens) == 9 else tokens[4]  # noqa: PLR2004 - as in `read_facts`
-        return self.facts.stream_seq if held_by == stream else 0
+        return self.facts.stream_seq if self.facts.stream == stream else 0
 
     @property
     def alone(self) -> bool:
@@ -119,7 +92,7 @@ class Delivery:
             self._gate.leave(alone=self.alone)
 
 
-def place(facts: Facts) -> float:
+def place(facts: AckMetadata) -> float:
     """Return where among suspects a delivery comes, from 0 first to 1 last: each time elsewhere.
 
     The suspect that kills the process takes down all who are behind it, and they come back together, their counts
@@ -130,8 +103,3 @@ def place(facts: Facts) -> float:
     digest = blake2b(b"%d %d" % (facts.stream_seq, pair), digest_size=8).digest()
     forward = int.from_bytes(digest) / 2**64
     return 1 - forward if reverse else forward
-
-
-def stamp(at: float) -> str:
-    """Return a server time as RFC 3339, the form a schedule takes."""
-    return datetime.fromtimestamp(at).astimezone().isoformat()

@@ -8,9 +8,10 @@ from collections.abc import Coroutine, Mapping
 from datetime import datetime
 from typing import Any
 
-from loom.bus.bus import Bus, PubAck
+from loom.bus.bus import Bus
 from loom.bus.hops.schedules import SCHEDULE, TARGET, may_schedule
 from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.publishing import PubAck
 from loom.bus.natsio.stored_message import StoredMessage, read_message
 from loom.bus.records import records
 from loom.schemas.base import Undecodable, decode, encode, new_id
@@ -32,7 +33,7 @@ def store_once(
     Raises:
         BusUnavailable, Overloaded, Refused: As `Bus.store`.
     """
-    sent = bus.store(subject, message, msg_id=msg_id, headers=headers)
+    sent = bus.jetstream.publish(subject, message, msg_id=msg_id, headers=headers)
 
     async def confirmed() -> PubAck:
         ack = await sent
@@ -56,17 +57,17 @@ async def resolve(
     Args:
         after: Sequence in the same stream of the message this one follows from; 0 where there is none.
     """
-    stored = await read_message(bus, ack.stream, {"seq": ack.seq})
+    stored = await read_message(bus.jetstream, ack.stream, {"seq": ack.seq})
     if stored is None:
         # Settled by its reader, or removed by the client that took the id: the task itself shows which.
         envelope = _carried(message)  # a notice does not carry the task, and may come twice
         ours = envelope is not None and await _goes_on(bus, envelope, subject, max(ack.seq, after))
     else:
-        ours = is_ours(stored, subject, message, headers or {}, bus.now())
+        ours = is_ours(stored, subject, message, headers or {}, bus.clock.now())
     if ours:
         return ack
     log.warning("message_id_taken", subject=subject, by=stored.subject if stored else "", seq=ack.seq)
-    return await bus.store(subject, message, msg_id=f"{msg_id}:{new_id()}", headers=headers)
+    return await bus.jetstream.publish(subject, message, msg_id=f"{msg_id}:{new_id()}", headers=headers)
 
 
 def is_ours(stored: StoredMessage, subject: str, message: Any, headers: Mapping[str, str], now: float) -> bool:
@@ -155,7 +156,7 @@ async def _goes_on(bus: Bus, envelope: Envelope, subject: str, after: int) -> bo
         return True
     carriers = (bus.subjects.later("*", envelope.task_id, "*"), bus.subjects.task("*", "*", envelope.task_id))
     for carrier in carriers:
-        found = await read_message(bus, bus.subjects.stream("TASKS"), {"last_by_subj": carrier})
+        found = await read_message(bus.jetstream, bus.subjects.stream("TASKS"), {"last_by_subj": carrier})
         if found is not None and found.seq > after and _carries(found, envelope):
             return True
     return False

@@ -9,16 +9,18 @@ from typing import Generic, TypeVar
 
 import structlog
 
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
 from loom.bus.dead_letters.write import End, bury
 from loom.bus.health import Health
-from loom.bus.hops.delivery import DEAD_AFTER, Delivery, Slots, stamp
+from loom.bus.hops.delivery import DEAD_AFTER, Delivery, Slots
 from loom.bus.hops.duplicates import resolve, store_once
 from loom.bus.hops.outcomes import Dead, Done, Fail, Later, Leave, Next, Outcome
 from loom.bus.hops.schedules import SCHEDULE, TARGET, forbidden_scheduler
 from loom.bus.logs.log_fields import describe
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.pull_consumer import Pull
+from loom.bus.natsio.ack_metadata import rfc3339
+from loom.bus.natsio.pull_consumer import PullConsumer
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.topology import Lane, ensure_consumer
 from loom.schemas.base import Undecodable, decode, total_s
 from loom.schemas.envelope import Envelope, Hop, Phase
@@ -75,7 +77,7 @@ class HopLoop(Generic[T]):
     def __init__(self, bus: Bus, service: Service[T]) -> None:
         self._bus = bus
         self._service = service
-        self._pulls: list[Pull] = []
+        self._pulls: list[PullConsumer] = []
         self._in_hand: dict[asyncio.Task[None], Delivery] = {}
         self._slots: dict[str, Slots] = {}
         self._handled = 0
@@ -83,16 +85,16 @@ class HopLoop(Generic[T]):
     def health(self) -> Health:
         """Return what has been handled and what is in hand."""
         since = min((delivery.received for delivery in self._in_hand.values()), default=None)
-        oldest_s = 0.0 if since is None else max(0.0, self._bus.now() - since)
+        oldest_s = 0.0 if since is None else max(0.0, self._bus.clock.now() - since)
         return Health(handled=self._handled, in_hand=len(self._in_hand), oldest_s=total_s(oldest_s))
 
     async def start(self) -> None:
         """Begin to take messages; returns once the server has been asked."""
-        self._ticking = self._bus.spawn(self._tick(), name=f"in-progress {self._service.phase}", essential=True)
+        self._ticking = self._bus.tasks.spawn(self._tick(), name=f"in-progress {self._service.phase}", essential=True)
         for lane, total in self._service.lanes:
             slots = self._slots[lane.name] = Slots(total)
-            pull = Pull(
-                self._bus,
+            pull = PullConsumer(
+                self._bus.jetstream,
                 self._bus.subjects.stream(lane.stream),
                 lane.name,
                 window=lambda lane=lane, slots=slots: self._service.window(lane, slots),  # type: ignore[misc]
@@ -127,10 +129,10 @@ class HopLoop(Generic[T]):
         self._ticking.cancel()
 
     def _accept(self, msg: Msg, slots: Slots) -> None:
-        delivery = Delivery(msg, slots, self._bus.gate)
-        delivery.received = self._bus.now()
+        delivery = Delivery(msg, slots, self._bus.isolation)
+        delivery.received = self._bus.clock.now()
         slots.taken += 1
-        task = self._bus.spawn(self._serve(delivery), name=f"hop {delivery.subject}")
+        task = self._bus.tasks.spawn(self._serve(delivery), name=f"hop {delivery.subject}")
         self._in_hand[task] = delivery
         task.add_done_callback(self._finished)
 
@@ -211,7 +213,7 @@ class HopLoop(Generic[T]):
             phase=self._service.phase,
             instance=self._bus.instance,
             started=delivery.received,
-            finished=max(self._bus.now(), delivery.received),
+            finished=max(self._bus.clock.now(), delivery.received),
             step=envelope.step,
         )
         return envelope.with_hop(hop)
@@ -220,7 +222,7 @@ class HopLoop(Generic[T]):
         hopped = self._hopped(delivery, envelope)
         subject = self._bus.subjects.task(phase, hopped.priority, hopped.task_id)
         msg_id = msg_id or f"{hopped.task_id}:{delivery.origin}"
-        ack = await self._bus.store(subject, hopped, msg_id=msg_id)
+        ack = await self._bus.jetstream.publish(subject, hopped, msg_id=msg_id)
         if ack.duplicate:
             await resolve(self._bus, ack, subject, hopped, msg_id=msg_id, after=delivery.seq_in(ack.stream))
 
@@ -230,14 +232,14 @@ class HopLoop(Generic[T]):
             self._bus,
             self._bus.subjects.later(self._service.phase, hopped.task_id, delivery.origin),
             target=self._bus.subjects.task(later.phase or self._service.phase, hopped.priority, hopped.task_id),
-            at=self._bus.now() + later.delay_s,
+            at=self._bus.clock.now() + later.delay_s,
             message=hopped,
             msg_id=later.msg_id or f"{hopped.task_id}:{delivery.origin}",
         )
 
     async def _answer(self, delivery: Delivery, verb: bytes) -> None:
         try:
-            await self._bus.publish(delivery.msg.reply, verb)
+            await self._bus.connection.publish(delivery.msg.reply, verb)
         except LoomError as error:
             log.warning("settle_failed", verb=verb.decode()[:4], error=error.message)
 
@@ -256,5 +258,5 @@ async def schedule(
 
     A second schedule on the same subject replaces the first.
     """
-    headers = {SCHEDULE: f"@at {stamp(at)}", TARGET: target}
+    headers = {SCHEDULE: f"@at {rfc3339(at)}", TARGET: target}
     await store_once(bus, subject, message, msg_id=msg_id, headers=headers)

@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 
 
-class Gate:
+class SharedExclusiveLock:
     """Many holders at once, or one alone.
 
     A message that was delivered several times may be what kills the process. It is handled alone, so that

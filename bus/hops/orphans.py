@@ -9,10 +9,11 @@ import random
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from loom.bus.bus import Bus, Refused
+from loom.bus.bus import Bus
 from loom.bus.hops.schedules import SCHEDULE
 from loom.bus.logs.log_fields import describe
 from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.server_errors import Refused
 from loom.bus.natsio.stored_message import read_message
 from loom.bus.records import records
 from loom.bus.topology import TASK_LANES, Lane, lane_infos, stream_state
@@ -56,8 +57,8 @@ async def find(bus: Bus, *, start_seq: int = 1) -> Look:
     first = int((await stream_state(bus, "TASKS"))["first_seq"])
     seq, found, stream = max(start_seq, first), list[Orphan](), bus.subjects.stream("TASKS")
     for _ in range(MOST):
-        message = await read_message(bus, stream, {"seq": seq, "next_by_subj": bus.subjects.everything})
-        if message is None or bus.now() - message.stored_at < LEAST_AGE_S:
+        message = await read_message(bus.jetstream, stream, {"seq": seq, "next_by_subj": bus.subjects.everything})
+        if message is None or bus.clock.now() - message.stored_at < LEAST_AGE_S:
             return Look(found, 1)
         if await _is_orphan(bus, message.subject, message.seq, message.headers, floors):
             found.append(Orphan(message.seq, message.subject))
@@ -106,7 +107,9 @@ async def sweep(bus: Bus) -> None:
 
 async def _remove(bus: Bus, orphan: Orphan) -> None:
     try:
-        await bus.api(f"STREAM.MSG.DELETE.{bus.subjects.stream('TASKS')}", {"seq": orphan.seq, "no_erase": True})
+        await bus.jetstream.api(
+            f"STREAM.MSG.DELETE.{bus.subjects.stream('TASKS')}", {"seq": orphan.seq, "no_erase": True}
+        )
     except Refused as refusal:  # another replica was faster
         log.debug("orphan_gone", seq=orphan.seq, reason=refusal.message)
     else:

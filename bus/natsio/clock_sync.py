@@ -3,17 +3,17 @@
 import asyncio
 import time
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import msgspec
 
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.one_shot import Awaited
+from loom.bus.natsio.clock import ServerClock
+from loom.bus.natsio.connection import Connection
+from loom.bus.natsio.one_shot import OneShot
+from loom.bus.natsio.requests import Requests
 from loom.bus.natsio.transport.message import Msg
 from loom.schemas.errors import LoomError
-
-if TYPE_CHECKING:
-    from loom.bus.bus import Bus
 
 log = get_logger()
 
@@ -32,12 +32,18 @@ class _StreamInfo(msgspec.Struct):
 
 
 class ClockSync:
-    """Keeps a connection's clock at the server's time, which is part of the information of every stream."""
+    """Keeps a clock at the server's time, which is part of the information of every stream.
 
-    def __init__(self, bus: "Bus") -> None:
-        self._bus = bus
-        self._subject = f"$JS.API.STREAM.INFO.{bus.subjects.stream('TASKS')}"
-        self._answer: Awaited[Msg] | None = None
+    Args:
+        stream: A stream that may be asked for.
+    """
+
+    def __init__(self, clock: ServerClock, requests: Requests, connection: Connection, stream: str) -> None:
+        self._clock = clock
+        self._requests = requests
+        self._connection = connection
+        self._subject = f"$JS.API.STREAM.INFO.{stream}"
+        self._answer: OneShot[Msg] | None = None
         self._due = asyncio.Event()
         self._denied = False
 
@@ -49,18 +55,18 @@ class ClockSync:
             answered = time.monotonic()
             if server_time is None:
                 return tries > 0
-            self._bus.clock.measure(server_time, asked, answered)
+            self._clock.measure(server_time, asked, answered)
             if answered - asked < GOOD_S:
                 break
         return True
 
     async def keep(self) -> NoReturn:
         """Measure again whenever the offset may no longer be right."""
-        self._bus.on_reconnect(self._on_reconnect)
+        self._connection.on_reconnect(self._on_reconnect)
         measured_at = time.monotonic()
         while True:
-            pause_s = EVERY_S if self._bus.clock.measured or self._denied else UNTIL_FIRST_S
-            if self._due.is_set() or time.monotonic() >= measured_at + pause_s or self._bus.clock.has_stepped():
+            pause_s = EVERY_S if self._clock.measured or self._denied else UNTIL_FIRST_S
+            if self._due.is_set() or time.monotonic() >= measured_at + pause_s or self._clock.has_stepped():
                 self._due.clear()
                 measured_at = time.monotonic()
                 if not self._denied:
@@ -92,14 +98,14 @@ class ClockSync:
 
     async def _ask(self, timeout_s: float) -> float | None:
         """Return the server's time, seconds since the epoch; None without an answer that carries it."""
-        self._answer = Awaited()
-        reply = self._bus.open_inbox(self._answer.give)
+        self._answer = OneShot()
+        reply = self._requests.open_inbox(self._answer.set)
         try:
-            self._bus.send(self._subject, reply=reply)
+            self._connection.publish_nowait(self._subject, reply=reply)
             msg = await self._answer.wait(timeout_s)
             stamp = msgspec.json.decode(msg.data, type=_StreamInfo).ts if msg is not None else None
         except (LoomError, ValueError, RecursionError):
             return None  # not sent, or not the information of a stream: an error of the API, or "no responders"
         finally:
-            self._bus.close_inbox(reply)
+            self._requests.close_inbox(reply)
         return stamp.timestamp() if stamp is not None else None

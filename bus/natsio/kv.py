@@ -2,14 +2,14 @@
 
 from typing import Generic, NamedTuple, TypeVar
 
-from loom.bus.bus import Bus, Conflict, Refused
 from loom.bus.logs.discards import Discards
-from loom.bus.natsio.ordered_consumer import OrderedReader
+from loom.bus.natsio.jetstream import JetStream
+from loom.bus.natsio.ordered_consumer import OrderedConsumer
+from loom.bus.natsio.server_errors import Conflict, Refused, ServerErrorCode
 from loom.schemas.base import Relayed, Undecodable, decode, new_id
 
 T = TypeVar("T")
 
-_NO_MESSAGE = 10037
 _WRITE = "Loom-Write"  # names one write, so that its writer knows it again
 _OPERATION = "KV-Operation"
 _DELETED = f"{_OPERATION}: "  # what an operator's `nats kv del` leaves behind
@@ -42,14 +42,14 @@ class Bucket(Generic[T]):
     """Values of one type under the keys of one bucket.
 
     Args:
-        name: As in the topology: `records`, `plans`, `nodes`, `tuning`.
+        name: As the server has it.
     """
 
-    def __init__(self, bus: Bus, name: str, shape: type[T]) -> None:
-        self._bus = bus
+    def __init__(self, jetstream: JetStream, name: str, shape: type[T]) -> None:
+        self._jetstream = jetstream
         self._shape = shape
-        self._stream = f"KV_{bus.subjects.bucket(name)}"
-        self._prefix = f"$KV.{bus.subjects.bucket(name)}."
+        self._stream = f"KV_{name}"
+        self._prefix = f"$KV.{name}."
 
     async def get(self, key: str) -> Entry[T] | None:
         """Return the last value of `key`, read from the leader; None when there is none.
@@ -70,11 +70,11 @@ class Bucket(Generic[T]):
 
     async def _last(self, key: str) -> _Stored | None:
         try:
-            got = await self._bus.api(
+            got = await self._jetstream.api(
                 f"STREAM.MSG.GET.{self._stream}", {"last_by_subj": self._prefix + key}, shape=_Got
             )
         except Refused as error:
-            if error.err_code == _NO_MESSAGE:
+            if error.err_code == ServerErrorCode.NO_MESSAGE:
                 return None
             raise
         return got.message
@@ -96,7 +96,7 @@ class Bucket(Generic[T]):
         write = new_id()
         headers = {"Nats-Expected-Last-Subject-Sequence": str(revision), _WRITE: write}
         try:
-            ack = await self._bus.store(self._prefix + key, value, headers=headers)
+            ack = await self._jetstream.publish(self._prefix + key, value, headers=headers)
         except Conflict:
             # A repeated write whose first acknowledgement was lost conflicts with itself. Equal values prove
             # nothing: two who count the same thing write the same number.
@@ -111,17 +111,17 @@ class Bucket(Generic[T]):
     def reader(self, keys: str = ">") -> "BucketReader[T]":
         """Return all values and then every change, in order; `keys` filters as subjects are filtered."""
         return BucketReader(
-            OrderedReader(self._bus, self._stream, filter=self._prefix + keys, deliver="last_per_subject"),
+            OrderedConsumer(self._jetstream, self._stream, filter=self._prefix + keys, deliver="last_per_subject"),
             self._prefix,
             self._shape,
-            self._bus.discards,
+            self._jetstream.discards,
         )
 
 
 class BucketReader(Generic[T]):
     """Follows a bucket."""
 
-    def __init__(self, reader: OrderedReader, prefix: str, shape: type[T], discards: Discards) -> None:
+    def __init__(self, reader: OrderedConsumer, prefix: str, shape: type[T], discards: Discards) -> None:
         self._reader = reader
         self._prefix = prefix
         self._shape = shape

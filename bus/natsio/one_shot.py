@@ -1,4 +1,4 @@
-"""Something that is to come: waited for with a limit, at a fraction of what asyncio.timeout costs."""
+"""A value that arrives once: waited for with a limit, at a fraction of the cost of asyncio.timeout."""
 
 import asyncio
 from typing import Generic, TypeVar
@@ -6,8 +6,8 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Awaited(Generic[T]):
-    """The first value that is given to it. One at a time may wait for it, as often as it likes."""
+class OneShot(Generic[T]):
+    """The first value that is set. One task at a time may wait for it, any number of times."""
 
     __slots__ = ("_waiting", "value")
 
@@ -15,8 +15,8 @@ class Awaited(Generic[T]):
         self.value: T | None = None
         self._waiting: asyncio.Future[None] | None = None
 
-    def give(self, value: T) -> None:
-        """Set the value and wake whoever waits; a second one is left out."""
+    def set(self, value: T) -> None:
+        """Set the value and wake the waiting task; a second value is ignored."""
         if self.value is None:
             self.value = value
             self.wake()
@@ -27,21 +27,13 @@ class Awaited(Generic[T]):
             self._waiting.set_result(None)
 
     async def wait(self, seconds: float) -> T | None:
-        """Return the value; None when there is none in time, or somebody calls `wake` before."""
+        """Return the value; None when there is none in time, or `wake` is called before."""
         if self.value is None and seconds > 0:
             timer = asyncio.get_running_loop().call_later(seconds, self.wake)
             try:
-                await self.woken()
-            finally:
-                timer.cancel()
-        return self.value
-
-    async def woken(self) -> T | None:
-        """Return the value; None when somebody calls `wake` before there is one, which is the only end of the wait."""
-        if self.value is None:
-            self._waiting = asyncio.get_running_loop().create_future()
-            try:
+                self._waiting = asyncio.get_running_loop().create_future()
                 await self._waiting
             finally:
+                timer.cancel()
                 self._waiting = None
         return self.value

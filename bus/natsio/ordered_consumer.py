@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from loom.bus.bus import Bus, Msg
-from loom.bus.hops.delivery import read_facts
 from loom.bus.logs.log_fields import describe
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.pull_consumer import Pull
+from loom.bus.natsio.ack_metadata import ack_metadata
+from loom.bus.natsio.jetstream import JetStream
+from loom.bus.natsio.pull_consumer import PullConsumer
+from loom.bus.natsio.transport.message import Msg
 from loom.schemas.errors import LoomError
 
 log = get_logger()
@@ -31,7 +32,7 @@ class Stored(NamedTuple):
     headers: Mapping[str, str]
 
 
-class OrderedReader:
+class OrderedConsumer:
     """Every message of a stream once, in stream order.
 
     It acknowledges nothing and leaves nothing behind: an ephemeral consumer, made anew from the last sequence
@@ -46,7 +47,7 @@ class OrderedReader:
 
     def __init__(
         self,
-        bus: Bus,
+        jetstream: JetStream,
         stream: str,
         *,
         filter: str,  # noqa: A002 - the field's word
@@ -54,7 +55,7 @@ class OrderedReader:
         start_seq: int | None = None,
         start_time: str | None = None,
     ) -> None:
-        self._bus = bus
+        self._jetstream = jetstream
         self._stream = stream
         self._filter = filter
         self._deliver = deliver
@@ -62,7 +63,7 @@ class OrderedReader:
         self._start_time = start_time
         self._buffer: list[Stored] = []
         self._filled = asyncio.Event()
-        self._pull: Pull | None = None
+        self._pull: PullConsumer | None = None
         self._consumer = ""
         """The consumer on the server; empty when there is none to delete."""
         self._last_seq = 0
@@ -78,7 +79,7 @@ class OrderedReader:
         self.caught_up = False
         """Whether the stream held nothing beyond the last batch when that was sent."""
 
-    async def start(self) -> "OrderedReader":
+    async def start(self) -> "OrderedConsumer":
         """Make the consumer and begin to pull; called by the first `batch` otherwise."""
         if not self._started:
             await self._open()
@@ -121,11 +122,13 @@ class OrderedReader:
         name, self._consumer = self._consumer, ""
         if name:
             with contextlib.suppress(LoomError):
-                self._bus.send(f"$JS.API.CONSUMER.DELETE.{self._stream}.{name}", reply=self._bus.no_inbox)
+                self._jetstream.connection.publish_nowait(
+                    f"$JS.API.CONSUMER.DELETE.{self._stream}.{name}", reply=self._jetstream.requests.no_inbox
+                )
 
     async def _find_stream(self) -> None:
         """Start over where the stream is another one than before: its sequences start at 1 again."""
-        created = str((await self._bus.api(f"STREAM.INFO.{self._stream}"))["created"])
+        created = str((await self._jetstream.api(f"STREAM.INFO.{self._stream}"))["created"])
         if self._created not in ("", created):
             log.warning("stream_replaced", stream=self._stream, last_seq=self._last_seq)
             self.generation += 1
@@ -155,7 +158,7 @@ class OrderedReader:
             config |= {"deliver_policy": self._deliver}
         self._consumer_seq = 0
         self._consumer = name  # before the request: one that is broken off may have been served
-        answer = await self._bus.api(
+        answer = await self._jetstream.api(
             f"CONSUMER.CREATE.{self._stream}.{name}.{self._filter}",
             {"stream_name": self._stream, "config": config},
         )
@@ -164,8 +167,8 @@ class OrderedReader:
         self._at_end = not answer.get("num_pending")
         if self._at_end:
             self._filled.set()  # tells whoever waits that there is nothing yet
-        self._pull = Pull(
-            self._bus,
+        self._pull = PullConsumer(
+            self._jetstream,
             self._stream,
             name,
             window=lambda: WINDOW - len(self._buffer),
@@ -175,7 +178,7 @@ class OrderedReader:
         await self._pull.start()
 
     def _accept(self, msg: Msg) -> None:
-        facts = read_facts(msg.reply)
+        facts = ack_metadata(msg.reply)
         if facts.consumer_seq != self._consumer_seq + 1:
             if facts.consumer_seq > self._consumer_seq:  # one was lost on the way
                 self._begin_restart()
@@ -190,7 +193,9 @@ class OrderedReader:
 
     def _begin_restart(self) -> asyncio.Task[None]:
         if self._restarting is None or self._restarting.done():
-            self._restarting = self._bus.spawn(self._reopen(), name=f"reopen {self._stream}", essential=True)
+            self._restarting = self._jetstream.connection.tasks.spawn(
+                self._reopen(), name=f"reopen {self._stream}", essential=True
+            )
         return self._restarting
 
     async def _restart(self) -> None:

@@ -5,8 +5,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from loom.bus.bus import Bus, Msg, Subscription
+from nats.aio.subscription import Subscription
+
 from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.jetstream import JetStream
+from loom.bus.natsio.transport.message import Msg
 from loom.schemas.errors import BusUnavailable, LoomError
 
 log = get_logger()
@@ -21,7 +24,7 @@ RETRY_MOST_S = 4.0
 """Longest wait before trying again to reach a consumer that stays away; each wait is twice the last."""
 
 
-class Pull:
+class PullConsumer:
     """Messages of one consumer, handed to `sink` as they come, never more than `window()` asked for.
 
     Args:
@@ -32,7 +35,7 @@ class Pull:
 
     def __init__(
         self,
-        bus: Bus,
+        jetstream: JetStream,
         stream: str,
         consumer: str,
         *,
@@ -40,7 +43,7 @@ class Pull:
         sink: Callable[[Msg], None],
         broken: Callable[[], Any] | None = None,
     ) -> None:
-        self._bus = bus
+        self._jetstream = jetstream
         self._api = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
         self._consumer = consumer
         self._window = window
@@ -68,16 +71,20 @@ class Pull:
     async def start(self) -> None:
         """Begin to pull."""
         await self._renew()
-        self._bus.on_reconnect(self._restart)
-        self._asking = self._bus.spawn(self._ask(), name=f"pull {self._consumer}", essential=True)
-        self._watching = self._bus.spawn(self._watch(), name=f"pull-watch {self._consumer}", essential=True)
+        self._jetstream.connection.on_reconnect(self._restart)
+        self._asking = self._jetstream.connection.tasks.spawn(
+            self._ask(), name=f"pull {self._consumer}", essential=True
+        )
+        self._watching = self._jetstream.connection.tasks.spawn(
+            self._watch(), name=f"pull-watch {self._consumer}", essential=True
+        )
         self.top_up()
 
     async def stop(self) -> None:
         """Ask for nothing more; what is on its way still reaches the sink before this returns."""
         self._stopped = True
         self._unsent.set()
-        self._bus.forget_reconnect(self._restart)
+        self._jetstream.connection.forget_reconnect(self._restart)
         if self._watching is not None:
             self._watching.cancel()
         try:
@@ -86,17 +93,17 @@ class Pull:
         finally:  # a caller that is cancelled meanwhile leaves no subscription
             subscription, self._subscription = self._subscription, None
             if subscription is not None:
-                await self._bus.stop_delivery(subscription)
+                await self._jetstream.requests.drain(subscription)
 
     async def _renew(self) -> None:
         """Listen on a fresh inbox: what the server still owes the old one must not come on top of what is asked now."""
         old, self._subscription = self._subscription, None
         if old is not None:
-            await self._bus.stop_delivery(old)
+            await self._jetstream.requests.drain(old)
         if self._stopped:
             return
-        self._inbox = self._bus.new_inbox()
-        self._subscription = await self._bus.listen(self._inbox, self._on_message)
+        self._inbox = self._jetstream.requests.new_inbox()
+        self._subscription = await self._jetstream.connection.subscribe_sync(self._inbox, self._on_message)
         self._stale, self._asked = False, 0
 
     def top_up(self) -> None:
@@ -127,7 +134,7 @@ class Pull:
         if self._asked == room:
             self._heard = time.monotonic()
         body = {"batch": room, "expires": int(EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)}
-        await self._bus.publish(self._api, body, reply=self._inbox)
+        await self._jetstream.connection.publish(self._api, body, reply=self._inbox)
 
     def _on_message(self, msg: Msg) -> None:
         self._heard = time.monotonic()
@@ -167,7 +174,9 @@ class Pull:
 
     def _heal(self) -> None:
         if self._healing is None or self._healing.done():
-            self._healing = self._bus.spawn(self._healed(), name=f"pull-heal {self._consumer}", essential=True)
+            self._healing = self._jetstream.connection.tasks.spawn(
+                self._healed(), name=f"pull-heal {self._consumer}", essential=True
+            )
 
     async def _healed(self) -> None:
         wait_s, self._retry_s = self._retry_s, min(2 * self._retry_s, RETRY_MOST_S)
@@ -190,4 +199,4 @@ class Pull:
         self._failures += 1
         if self._failures >= STALLED_AFTER:
             self._failures = 0
-            await self._bus.leave_stalled_server()
+            await self._jetstream.requests.leave_stalled_server()

@@ -4,18 +4,21 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from loom.bus.bus import Bus, Msg
+from loom.bus.logs.discards import Discards
+from loom.bus.natsio.requests import Requests
+from loom.bus.natsio.transport.message import Msg
 from loom.schemas.base import Undecodable
 
 T = TypeVar("T")
 
 
-async def scatter(
-    bus: Bus,
+async def request_many(
+    requests: Requests,
     subject: str,
     question: Any,
     read: Callable[[bytes], T | None],
     *,
+    discards: Discards,
     window_s: float,
     enough: Callable[[list[T]], bool],
 ) -> list[T]:
@@ -45,7 +48,7 @@ async def scatter(
         try:
             found = read(msg.data)
         except Undecodable as error:
-            bus.discards.add("answer_undecodable", reason=error.message, subject=subject)
+            discards.add("answer_undecodable", reason=error.message, subject=subject)
             return
         if found is None:
             return
@@ -53,14 +56,14 @@ async def scatter(
         if enough(answers):
             end()
 
-    reply = bus.open_inbox(take)
+    reply = requests.open_inbox(take)
     try:
-        await bus.publish(subject, question, reply=reply)
+        await requests.connection.publish(subject, question, reply=reply)
         window = loop.call_later(window_s, end)
         try:
             await over
         finally:
             window.cancel()
     finally:
-        bus.close_inbox(reply)
+        requests.close_inbox(reply)
     return answers

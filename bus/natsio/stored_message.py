@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from loom.bus.bus import Bus, Refused
+from loom.bus.natsio.jetstream import JetStream
+from loom.bus.natsio.server_errors import Refused, ServerErrorCode
 from loom.bus.natsio.transport.message import parse_headers
-
-_NO_MESSAGE = 10037
 
 
 class StoredMessage(NamedTuple):
@@ -22,7 +21,7 @@ class StoredMessage(NamedTuple):
     """Server time, seconds since the epoch."""
 
 
-async def read_message(bus: Bus, stream: str, which: dict[str, Any]) -> StoredMessage | None:
+async def read_message(jetstream: JetStream, stream: str, which: dict[str, Any]) -> StoredMessage | None:
     """Return a message of a stream; None when there is none.
 
     Args:
@@ -34,9 +33,9 @@ async def read_message(bus: Bus, stream: str, which: dict[str, Any]) -> StoredMe
         Refused: No such stream.
     """
     try:
-        message = (await bus.api(f"STREAM.MSG.GET.{stream}", which))["message"]
+        message = (await jetstream.api(f"STREAM.MSG.GET.{stream}", which))["message"]
     except Refused as refusal:
-        if refusal.err_code == _NO_MESSAGE:
+        if refusal.err_code == ServerErrorCode.NO_MESSAGE:
             return None
         raise
     return StoredMessage(

@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import Self
 
 from loom.bus import task_client
-from loom.bus.bus import Msg
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.ownership import THREADSAFE, Owner
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.rewards import RewardBus
 from loom.bus.task_client import TaskHandle
 from loom.compat.cluster_manager import ClusterManager
@@ -230,14 +230,14 @@ class _Learned:
     async def __aenter__(self) -> Self:
         if self._listens:
             subject = self._bus.subjects.of("lifecycle", ADAPT, "learned", self._bus.identity.owner, "*")
-            self._subscription = await self._bus.subscribe(subject, self._on_news)
+            self._subscription = await self._bus.connection.subscribe(subject, self._on_news)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._listens:
-            await self._bus.unsubscribe(self._subscription)
+            self._bus.connection.unsubscribe(self._subscription)
 
     def concerns(self, result: TaskResult) -> bool:
         """Return whether a node of this process's owner has had the task, and this process hosts nodes."""

@@ -8,8 +8,9 @@ from typing import Self
 
 from msgspec.structs import replace
 
-from loom.bus.bus import Bus, Msg, Subscription
-from loom.bus.natsio.kv import Bucket
+from loom.bus.bus import Bus
+from loom.bus.natsio.connection import Subscription
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.task_client import TaskHandle
 from loom.schemas.auction import DESCRIPTION_BYTES
 from loom.schemas.base import Undecodable, cut_utf8, decode
@@ -29,7 +30,7 @@ class Subtasks:
     def __init__(self, bus: Bus, task_id: str) -> None:
         self._bus = bus
         self._task_id = task_id
-        self._plans = Bucket(bus, "plans", SplitPlan)
+        self._plans = bus.bucket("plans", SplitPlan)
         self._ended: dict[str, bool] = {}
         """Id of a subtask -> whether its end has been reported, and not only its beginning."""
         self._news: asyncio.Queue[Delta | SubtaskEvent | None] = asyncio.Queue()
@@ -37,7 +38,7 @@ class Subtasks:
 
     async def __aenter__(self) -> Self:
         subject = self._bus.subjects.of("subtask", self._bus.identity.submitter, self._task_id)
-        self._subscription = await self._bus.subscribe(subject, self._on_event)
+        self._subscription = await self._bus.connection.subscribe(subject, self._on_event)
         return self
 
     async def __aexit__(
@@ -45,7 +46,7 @@ class Subtasks:
     ) -> None:
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
-            await self._bus.unsubscribe(subscription)
+            self._bus.connection.unsubscribe(subscription)
 
     async def follow(self, handle: TaskHandle) -> AsyncGenerator[Delta | SubtaskEvent, None]:
         """Yield the task's own progress and the events of its subtasks, until it has ended."""
@@ -80,7 +81,7 @@ class Subtasks:
     async def _report_plan(self) -> None:
         entry = await self._plans.get(self._task_id)
         for part in entry.value.subtasks if entry is not None else ():
-            event = _latest(self._task_id, part, self._bus.now())
+            event = _latest(self._task_id, part, self._bus.clock.now())
             if event is not None:
                 self._report(event)
 

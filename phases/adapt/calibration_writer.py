@@ -2,9 +2,9 @@
 
 from msgspec.structs import replace
 
-from loom.bus.bus import Bus, Conflict
+from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.kv import Bucket
+from loom.bus.natsio.server_errors import Conflict
 from loom.bus.topology import stream_state
 from loom.schemas.base import Undecodable
 from loom.schemas.identity import JUDGE, RULES
@@ -48,7 +48,7 @@ class Calibrating:
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._bucket = Bucket(bus, "tuning", Calibration)
+        self._bucket = bus.bucket("tuning", Calibration)
         self._known: dict[str, Calibration] = {}
         self._revisions: dict[str, int] = {}
         self._unwritten: set[str] = set()

@@ -4,8 +4,10 @@ import time
 
 from msgspec.structs import replace
 
-from loom.bus.bus import Bus, Msg, Subscription
+from loom.bus.bus import Bus
 from loom.bus.host_directory import HEARD_S, MAX_HOSTS, AnnouncedHost, AnnouncementReader, HostKey
+from loom.bus.natsio.connection import Subscription
+from loom.bus.natsio.transport.message import Msg
 
 
 class Census:
@@ -19,13 +21,15 @@ class Census:
 
     async def start(self) -> None:
         """Listen, and ask who is there."""
-        self._subscription = await self._bus.subscribe(self._bus.subjects.of("host", "*", "*"), self._on_announcement)
-        await self._bus.publish(self._bus.subjects.hosts)
+        self._subscription = await self._bus.connection.subscribe(
+            self._bus.subjects.of("host", "*", "*"), self._on_announcement
+        )
+        await self._bus.connection.publish(self._bus.subjects.hosts)
 
     async def stop(self) -> None:
         """Listen no more."""
         if self._subscription is not None:
-            await self._bus.unsubscribe(self._subscription)
+            self._bus.connection.unsubscribe(self._subscription)
 
     def hosts(self) -> list[AnnouncedHost]:
         """Return what the present hosts said last."""

@@ -1,7 +1,7 @@
 """One of several replicas acts."""
 
-from loom.bus.bus import Bus, Conflict
-from loom.bus.natsio.kv import Bucket
+from loom.bus.bus import Bus
+from loom.bus.natsio.server_errors import Conflict
 from loom.schemas.base import Undecodable
 from loom.schemas.learning import Lease
 
@@ -14,7 +14,7 @@ async def take_lease(bus: Bus, name: str) -> bool:
     Raises:
         BusUnavailable: No answer.
     """
-    leases, now = Bucket(bus, "tuning", Lease), bus.now()
+    leases, now = bus.bucket("tuning", Lease), bus.clock.now()
     try:
         entry = await leases.get(name)
     except Undecodable:

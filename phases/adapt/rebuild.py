@@ -3,8 +3,9 @@
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from loom.bus.bus import Bus, Conflict
-from loom.bus.natsio.kv import Bucket, Entry
+from loom.bus.bus import Bus
+from loom.bus.natsio.kv import Entry
+from loom.bus.natsio.server_errors import Conflict
 from loom.bus.queries import between
 from loom.bus.stored_rewards import reward_in
 from loom.phases.adapt.evidence import fold
@@ -69,7 +70,7 @@ async def rebuild(
         Refused: There is no such stream.
         BusUnavailable: No answer.
     """
-    state = (await bus.api(f"STREAM.INFO.{bus.subjects.stream('REWARDS')}"))["state"]
+    state = (await bus.jetstream.api(f"STREAM.INFO.{bus.subjects.stream('REWARDS')}"))["state"]
     first, last = state["first_seq"], state["last_seq"]
     start = Start(0, {}, whole=True) if first <= 1 else start_of([one async for one in _snapshots(bus, last)], first)
     profiles, wanted = dict(start.profiles), at or {}
@@ -142,7 +143,7 @@ async def repair(bus: Bus, wrong: Sequence[Compared]) -> list[str]:
     Raises:
         BusUnavailable: No answer.
     """
-    bucket, lost = Bucket(bus, "nodes", NodeProfile), []
+    bucket, lost = bus.bucket("nodes", NodeProfile), []
     for one in wrong:
         if one.verdict not in WRONG or one.rebuilt is None:
             continue
@@ -164,7 +165,7 @@ class StoredProfiles(NamedTuple):
 
 async def read_profiles(bus: Bus) -> StoredProfiles:
     """Return every stored profile, and which ones cannot be used."""
-    reader = Bucket(bus, "nodes", NodeProfile).reader()
+    reader = bus.bucket("nodes", NodeProfile).reader()
     found = StoredProfiles({}, {})
     try:
         while not reader.caught_up:

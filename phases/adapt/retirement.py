@@ -3,10 +3,11 @@
 import asyncio
 from collections.abc import Mapping
 
-from loom.bus.bus import Bus, NoResponders
+from loom.bus.bus import Bus
 from loom.bus.hops.duplicates import store_once
 from loom.bus.logs.log_fields import describe
 from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.requests import NoResponders
 from loom.phases.adapt.census import Census
 from loom.phases.adapt.lease import take_lease
 from loom.phases.adapt.retirement_policy import Retirement, bequest, heir, who_retires
@@ -42,7 +43,7 @@ class Retiring:
     async def start(self) -> None:
         """Begin to look after the nodes."""
         await self._census.start()
-        self._task = self._bus.spawn(self._watch(), name="retire nodes", essential=True)
+        self._task = self._bus.tasks.spawn(self._watch(), name="retire nodes", essential=True)
 
     async def stop(self) -> None:
         """Retire nobody any more."""
@@ -74,7 +75,7 @@ class Retiring:
         order = RetireRequest(node_id=one.node_id, reason=one.reason, when_idle=one.when_idle)
         subject = self._bus.subjects.of("retire", *one.host)
         try:
-            answer = await self._bus.request(subject, order, timeout_s=ANSWER_S)
+            answer = await self._bus.requests.request(subject, order, timeout_s=ANSWER_S)
         except (TimeoutError, NoResponders):
             log.info("host_does_not_answer", host=str(one.host), node_id=one.node_id)
             return False

@@ -19,13 +19,13 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from loom.bus.bus import Bus, Conflict
+from loom.bus.bus import Bus
 from loom.bus.health import Health
 from loom.bus.logs.log_fields import describe
 from loom.bus.logs.log_fields import summary as summary_of
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.kv import Bucket
-from loom.bus.natsio.ordered_consumer import OrderedReader, Stored
+from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
+from loom.bus.natsio.server_errors import Conflict
 from loom.bus.stored_rewards import reward_in
 from loom.bus.topology import stream_state
 from loom.phases.adapt.calibration_writer import Calibrating
@@ -68,9 +68,9 @@ class Adapt:
         self._retiring = Retiring(bus, config, self._profiles)
         self._snapshots = Snapshots(bus, self._profiles)
         self._calibrating = Calibrating(bus)
-        self._bucket = Bucket(bus, "nodes", NodeProfile)
-        self._reader = OrderedReader(
-            bus, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*", "*", "*")
+        self._bucket = bus.bucket("nodes", NodeProfile)
+        self._reader = OrderedConsumer(
+            bus.jetstream, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*", "*", "*")
         )
         self._dirty = asyncio.Event()
         self._writing = asyncio.Lock()
@@ -87,9 +87,9 @@ class Adapt:
         await self._snapshots.start()
         await self._reader.start()
         self._tasks = [
-            self._bus.spawn(self._read(), name="fold rewards", essential=True),
-            self._bus.spawn(self._write(), name="write profiles", essential=True),
-            self._bus.spawn(self._follow(), name="follow profiles", essential=True),
+            self._bus.tasks.spawn(self._read(), name="fold rewards", essential=True),
+            self._bus.tasks.spawn(self._write(), name="write profiles", essential=True),
+            self._bus.tasks.spawn(self._follow(), name="follow profiles", essential=True),
         ]
         await self._retiring.start()
 
@@ -330,12 +330,14 @@ class Adapt:
     async def _say_changed(self, profile: NodeProfile, change: str) -> None:
         log.info("node_changed", node=profile.name, change=change)
         news = Lifecycle(
-            kind="changed", node_id=profile.node_id, owner=profile.owner, at=self._bus.now(), reason=change
+            kind="changed", node_id=profile.node_id, owner=profile.owner, at=self._bus.clock.now(), reason=change
         )
         await self._publish(news)
 
     async def _publish(self, news: Lifecycle) -> None:
-        await self._bus.publish(self._bus.subjects.of("lifecycle", ADAPT, news.kind, news.owner, news.node_id), news)
+        await self._bus.connection.publish(
+            self._bus.subjects.of("lifecycle", ADAPT, news.kind, news.owner, news.node_id), news
+        )
 
     async def _tell(self, profile: NodeProfile, task_ids: list[str]) -> None:
         log.debug("learned", node=profile.name, tasks=len(task_ids), last_seq=profile.last_seq)
@@ -344,7 +346,7 @@ class Adapt:
                 kind="learned",
                 node_id=profile.node_id,
                 owner=profile.owner,
-                at=self._bus.now(),
+                at=self._bus.clock.now(),
                 task_ids=tuple(task_ids[start : start + TOLD_TASKS]),
                 profile=summary(profile),
             )

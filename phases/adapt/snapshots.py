@@ -49,10 +49,10 @@ class Snapshots:
 
     async def start(self) -> None:
         """Ask how much the stream may hold, and begin to look after it."""
-        info = await self._bus.api(f"STREAM.INFO.{self._bus.subjects.stream('REWARDS')}")
+        info = await self._bus.jetstream.api(f"STREAM.INFO.{self._bus.subjects.stream('REWARDS')}")
         self._limit = max(0, int(info["config"].get("max_bytes", 0)))
         if self._limit:
-            self._task = self._bus.spawn(self._watch(), name="take snapshots", essential=True)
+            self._task = self._bus.tasks.spawn(self._watch(), name="take snapshots", essential=True)
 
     def start_over(self) -> None:
         """Count from nothing: the stream was lost, and another has begun."""

@@ -16,14 +16,15 @@ import random
 
 from msgspec.structs import replace
 
-from loom.bus.bus import Bus, Conflict
+from loom.bus.bus import Bus
 from loom.bus.health import Health
 from loom.bus.hops.delivery import Delivery
 from loom.bus.hops.duplicates import store_once
 from loom.bus.hops.hop_loop import SLOTS, HopLoop, Service
 from loom.bus.hops.outcomes import Done, Later, Next, Outcome
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.kv import Bucket, Entry
+from loom.bus.natsio.kv import Entry
+from loom.bus.natsio.server_errors import Conflict
 from loom.bus.records import change, records, remembered, salvaged
 from loom.bus.replies import answer_task
 from loom.bus.rewards import RewardBus
@@ -65,7 +66,7 @@ class Evaluate:
         self._config = config
         self._llm = llm
         self._records = records(bus)
-        self._plans = Bucket(bus, "plans", SplitPlan)
+        self._plans = bus.bucket("plans", SplitPlan)
         self._rewards = RewardBus(bus=bus)
         self._checks = CheckPool(bus)
         service = Service("evaluate", [(EVALUATE_LANE, SLOTS)], Envelope, self.handle, end=self.end_dead)
@@ -93,7 +94,7 @@ class Evaluate:
                 return checked
             violation = checked
         wanted = self._wants_opinion(envelope, violation)
-        decision = None if wanted else decide(envelope, self._config, self._bus.now(), violation)
+        decision = None if wanted else decide(envelope, self._config, self._bus.clock.now(), violation)
         if not isinstance(decision, End):
             entry = None  # what is remembered is good for a write alone, which fails if it is wrong
         entry = entry or await self._records.get(envelope.task_id) or await self._create_missing(envelope)
@@ -105,7 +106,7 @@ class Evaluate:
             return Done()
         if wanted and not entry.value.ended:
             envelope = await self._with_opinion(envelope)
-        decision = decision or decide(envelope, self._config, self._bus.now())
+        decision = decision or decide(envelope, self._config, self._bus.clock.now())
         if isinstance(decision, Back) and not entry.value.ended:
             return await self._send_back(decision, envelope)
         if isinstance(decision, End) and not entry.value.ended:
@@ -121,7 +122,7 @@ class Evaluate:
             return await self._checks.violation(content, accept) if accept is not None else None
         except NotChecked as error:
             log.warning("result_not_checked", reason=error.message)
-            if self._bus.now() >= envelope.deadline:
+            if self._bus.clock.now() >= envelope.deadline:
                 return unchecked(error.message)
             entry = await self._records.get(envelope.task_id)
             if entry is not None and entry.value.ended:
@@ -139,7 +140,7 @@ class Evaluate:
     async def _with_opinion(self, envelope: Envelope) -> Envelope:
         if self._llm is None:
             return llm_judge.unjudged(envelope, llm_judge.NO_MODEL)
-        answer = await llm_judge.ask(self._llm, envelope, envelope.deadline - self._bus.now())
+        answer = await llm_judge.ask(self._llm, envelope, envelope.deadline - self._bus.clock.now())
         return llm_judge.with_opinion(envelope, answer)
 
     async def end_dead(self, envelope: Envelope, _raw: bytes) -> None:
@@ -157,7 +158,9 @@ class Evaluate:
         """Only a message that never reached admission may lack a record."""
         if any(hop.phase != "sense" for hop in envelope.hops):
             return None
-        record = TaskRecord(task_id=envelope.task_id, state="running", envelope=envelope, admitted_at=self._bus.now())
+        record = TaskRecord(
+            task_id=envelope.task_id, state="running", envelope=envelope, admitted_at=self._bus.clock.now()
+        )
         try:
             revision = await self._records.create(envelope.task_id, record)
         except Conflict:
@@ -173,7 +176,7 @@ class Evaluate:
             attempt=decision.envelope.attempt,
             delay_s=round(decision.delay_s, 2),
         )
-        reward = reward_for(envelope, error, _finished(envelope, self._bus.now()))
+        reward = reward_for(envelope, error, _finished(envelope, self._bus.clock.now()))
         if reward is not None:
             await self._rewards.publish(reward)
         msg_id = f"{envelope.task_id}:attempt-{decision.envelope.attempt}"  # twins of the failure make one attempt
@@ -185,7 +188,7 @@ class Evaluate:
     async def _write_end(
         self, decision: End, envelope: Envelope, entry: Entry[TaskRecord] | None = None
     ) -> Entry[TaskRecord] | None:
-        now = self._bus.now()
+        now = self._bus.clock.now()
 
         def end(record: TaskRecord) -> TaskRecord | None:
             if record.ended or is_late(envelope, record):
@@ -211,16 +214,16 @@ class Evaluate:
         stored = [self._rewards.publish(reward) for reward in implied_rewards(record)]  # sent, and not waited for yet
         try:
             if record.state == "cancelled":  # SENSE may have ended before it could publish this
-                await self._bus.publish(self._bus.subjects.of("cancelled", record.task_id))
+                await self._bus.connection.publish(self._bus.subjects.of("cancelled", record.task_id))
             await self._tell_scale(record)
-            await self._bus.publish(
+            await self._bus.connection.publish(
                 self._bus.subjects.of("result", record.envelope.submitter, record.task_id), record.to_result()
             )
             for reply in record.reply_to:
                 await answer_task(self._bus, reply, record)
         except BaseException:
             for one in stored:  # not waited for: the message comes again, and so do its rewards
-                self._bus.spawn(one, name=f"reward {record.task_id}")
+                self._bus.tasks.spawn(one, name=f"reward {record.task_id}")
             raise
         await asyncio.gather(*stored)
 

@@ -7,11 +7,12 @@ from contextlib import suppress
 
 from msgspec.structs import replace
 
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
 from loom.bus.hops.delivery import Delivery
 from loom.bus.hops.duplicates import store_once
 from loom.bus.logs.log_fields import describe
 from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import change, records
 from loom.phases.execute.fencing import may_report
 from loom.phases.execute.run_stream import Watch
@@ -106,7 +107,7 @@ class Errands:
             self._delivery.slots.taken -= 1
             self._top_up()
         self._calls[ad.task_id] = call
-        self._open[ad.task_id] = self._bus.spawn(self._run(ad), name=f"errand {ad.task_id}")
+        self._open[ad.task_id] = self._bus.tasks.spawn(self._run(ad), name=f"errand {ad.task_id}")
         self._wanted.add(ad.task_id)
 
     async def failed(self) -> bool:
@@ -133,7 +134,7 @@ class Errands:
             self._delivery.slots.taken += 1
         if self._answers.pop(task_id, None) is None:
             cancelling = call_off(self._bus, self._envelope.task_id, [task_id], admitted=False)
-            self._bus.spawn(cancelling, name=f"call off {task_id}")
+            self._bus.tasks.spawn(cancelling, name=f"call off {task_id}")
 
     async def close(self, *, cancelling: bool) -> None:
         """Wait for nothing more; the run goes on elsewhere, or has ended and what it has delegated with it."""
@@ -205,7 +206,7 @@ class Errands:
             told.set()
 
         subjects = self._bus.subjects
-        listening = await self._bus.subscribe(subjects.of("result", child.submitter, child.task_id), tell)
+        listening = await self._bus.connection.subscribe(subjects.of("result", child.submitter, child.task_id), tell)
         try:
             subject = subjects.task("sense", child.priority, child.task_id)
             await store_once(self._bus, subject, child, msg_id=f"{child.task_id}:delegate")
@@ -218,7 +219,7 @@ class Errands:
                         await told.wait()
                 told.clear()
         finally:
-            await self._bus.unsubscribe(listening)
+            self._bus.connection.unsubscribe(listening)
 
 
 def errand_for(envelope: Envelope, ad: TaskAd, config: ClusterConfig) -> Envelope:
@@ -313,7 +314,7 @@ async def call_off(bus: Bus, parent: str, task_ids: Iterable[str], *, admitted: 
                 if (entry is None and admitted) or (entry is not None and not goes_on(entry.value, parent)):
                     return
                 if entry is not None:
-                    await bus.publish(bus.subjects.of("cancel", task_id))
+                    await bus.connection.publish(bus.subjects.of("cancel", task_id))
                 await asyncio.sleep(wait_s)
         except LoomError as error:
             log.warning("errand_not_cancelled", errand=task_id, **describe(error))

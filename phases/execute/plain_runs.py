@@ -7,9 +7,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from loom.bus.bus import Msg
 from loom.bus.host_directory import HostKey
 from loom.bus.logs.left_out import as_reason
+from loom.bus.natsio.transport.message import Msg
 from loom.phases.execute.run_inbox import count_discarded
 from loom.phases.execute.run_stream import LATE_S, STOPPED_S, Hosts, Interrupt, Silent, nobody_waits
 from loom.phases.execute.stops import HostRun
@@ -78,9 +78,9 @@ class PlainRun:
     async def _ask(self) -> None:
         self._absent = False
         bus, key = self._hosts.bus, self._request.key
-        request = decode(encode(replace(self._request, sent_at=bus.now())), dict[str, Any])
+        request = decode(encode(replace(self._request, sent_at=bus.clock.now())), dict[str, Any])
         subject = bus.subjects.of("run", self._host.owner, self._host.host_id)
-        await bus.publish(subject, {**request, "key": key}, reply=self._subject, headers={KEY_HEADER: key})
+        await bus.connection.publish(subject, {**request, "key": key}, reply=self._subject, headers={KEY_HEADER: key})
 
     async def _answered(self) -> None:
         """Wait for the reply or an interrupt; a host that is absent is asked again each second, for 3 s."""

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from secrets import token_hex
 from typing import Any
 
-from loom.bus.bus import Bus, Msg, Subscription
+from loom.bus.bus import Bus
 from loom.bus.host_directory import HostKey
+from loom.bus.natsio.connection import Subscription
+from loom.bus.natsio.transport.message import Msg
 
 KEY_BYTES = 8
 """Random bytes of a key: a host cannot guess the key of another's run."""
@@ -34,13 +36,13 @@ class EventSubjects:
     async def start(self) -> None:
         """Subscribe to the events of this replica's runs."""
         subject = self._bus.subjects.of("event", "*", "*", self._bus.instance, "*")
-        self._subscription = await self._bus.listen(subject, self._on_event)
+        self._subscription = await self._bus.connection.subscribe_sync(subject, self._on_event)
 
     async def stop(self) -> None:
         """End the subscription. Safe to call twice or unstarted."""
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
-            await self._bus.unsubscribe(subscription)
+            self._bus.connection.unsubscribe(subscription)
 
     def open(self, host: HostKey, take: Take) -> str:
         """Return a new subject for the events of a run on that host; they are handed to `take` until `close`."""

@@ -11,10 +11,11 @@ from typing import Any, Literal, Self
 
 from msgspec.structs import replace
 
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
 from loom.bus.host_directory import HostKey
 from loom.bus.logs.left_out import as_reason
 from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.transport.message import Msg
 from loom.phases.execute.run_inbox import EventSubjects, count_discarded
 from loom.phases.execute.stops import STOP_AGAIN_S, STOPS, HostRun, Stops
 from loom.schemas.base import Undecodable, total
@@ -169,9 +170,9 @@ class Watch:
     async def _ask(self, **facts: Any) -> None:
         self._asked += 1
         left_s = max(0.0, self._until - time.monotonic())
-        request = replace(self._request, remaining_s=left_s, sent_at=self._bus.now(), **facts)
+        request = replace(self._request, remaining_s=left_s, sent_at=self._bus.clock.now(), **facts)
         subject = self._bus.subjects.of("run", self._host.owner, self._host.host_id)
-        await self._bus.publish(subject, request, reply=self._subject)
+        await self._bus.connection.publish(subject, request, reply=self._subject)
 
     async def hand(self, delegated: Delegated, answer: TaskResult | None = None) -> None:
         """Send the run the id of delegated work, and how it ended: the same request, from the next event on."""
@@ -246,7 +247,7 @@ class Watch:
         await self._wait(wait_s)
         if not self._here:
             with suppress(TimeoutError, LoomError):  # it may be us who are late: what has come by now counts
-                await self._bus.echo(timeout_s=CATCH_UP_S)
+                await self._bus.requests.flush(timeout_s=CATCH_UP_S)
         if not self._here:
             left_out = f"; an event of it was left out: {self._unread}" if self._unread else ""
             raise Silent(f"host {self._host} was silent for {limit_s:g} s{left_out}")

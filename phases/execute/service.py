@@ -17,13 +17,16 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from loom.bus.bus import Bus, Conflict, Msg, Subscription
+from loom.bus.bus import Bus
 from loom.bus.health import Health
 from loom.bus.hops.delivery import Delivery
 from loom.bus.hops.hop_loop import HopLoop, Service
 from loom.bus.hops.outcomes import Dead, Done, Leave, Next, Outcome
 from loom.bus.host_directory import HostKey
 from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.connection import Subscription
+from loom.bus.natsio.server_errors import Conflict
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import record_version, records, remembered
 from loom.bus.topology import EXECUTE_LANE
 from loom.phases.execute.delegation import Errands, call_off
@@ -74,15 +77,17 @@ class Execute:
     async def start(self) -> None:
         """Begin to run tasks."""
         await self._hosts.events.start()
-        self._cancels = await self._bus.listen(self._bus.subjects.of("cancelled", "*"), self._on_cancelled)
-        await self._bus.echo()
+        self._cancels = await self._bus.connection.subscribe_sync(
+            self._bus.subjects.of("cancelled", "*"), self._on_cancelled
+        )
+        await self._bus.requests.flush()
         await self._loop.start()
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, wait for runs for at most `timeout_s`, hand the rest to another replica."""
         await self._loop.drain(timeout_s)
         if self._cancels is not None:
-            await self._bus.unsubscribe(self._cancels)
+            self._bus.connection.unsubscribe(self._cancels)
         await self._hosts.events.stop()
 
     async def handle(self, envelope: Envelope, delivery: Delivery) -> Outcome:
@@ -90,11 +95,11 @@ class Execute:
         award = envelope.award
         if award is None:
             return Dead("the envelope came without an award")
-        if self._bus.now() >= envelope.deadline:
+        if self._bus.clock.now() >= envelope.deadline:
             late = TaskError(code="deadline_exceeded", message="the deadline passed before the run began")
             return await self._report_unclaimed(late, envelope)
         interrupt = Interrupt()
-        timer = asyncio.get_running_loop().call_later(envelope.deadline - self._bus.now(), interrupt.set, "late")
+        timer = asyncio.get_running_loop().call_later(envelope.deadline - self._bus.clock.now(), interrupt.set, "late")
         delivery.on_recall = partial(interrupt.set, "recalled")
         if delivery.recalled.is_set():
             interrupt.set("recalled")
@@ -118,7 +123,7 @@ class Execute:
         envelope = replace(envelope, record_version=claimed.record_version)
         if interrupt.cancelled():
             return await self._give_up(CANCELLED, "cancelled", envelope, award, delivery)
-        request = request_for(envelope, award, self._bus.now())
+        request = request_for(envelope, award, self._bus.clock.now())
         if award.plain:
             return await self._run_plain(request, envelope, award, delivery, interrupt)
         watch = Watch(self._hosts, host_of(award), request, interrupt, attached=claimed.attached)
@@ -223,7 +228,7 @@ class Execute:
             facts = Facts(
                 budget=envelope.budget,
                 tokens=last.result.tokens if last.result else 0,
-                left_s=envelope.deadline - self._bus.now(),
+                left_s=envelope.deadline - self._bus.clock.now(),
                 delegation_failed=delegation_failed,
                 cancelled=interrupt.cancelled(),
             )
@@ -250,7 +255,7 @@ class Execute:
                 moves += 1  # an earlier request of this handler may reach the host late, as after an outage
                 watch = watch.again()
             except Silent:
-                settling = self._bus.settled_s < SETTLE_S
+                settling = self._bus.connection.settled_s < SETTLE_S
                 if not settling and (asked_again or not watch.heard):
                     raise
                 if await self._standing(envelope, delivery) != "report":
@@ -273,7 +278,7 @@ class Execute:
                 if event.event is None:
                     await errands.hear(event, watch)
                 else:
-                    await self._bus.publish(deltas, watch.delta(event.seq, event.event))
+                    await self._bus.connection.publish(deltas, watch.delta(event.seq, event.event))
             return event
 
     async def _report(self, error: TaskError, envelope: Envelope, delivery: Delivery) -> Outcome:

@@ -39,7 +39,7 @@ class Stops:
             return
         log.info("run_stopped", task_id=run.task_id, attempt=run.attempt, host_id=str(run.host), why=why)
         self._send(run, why)
-        repeating = self._bus.spawn(self._repeat(run, why), name=f"stop {run.task_id}")
+        repeating = self._bus.tasks.spawn(self._repeat(run, why), name=f"stop {run.task_id}")
         self._repeating[run] = repeating
         repeating.add_done_callback(lambda _: self._repeating.pop(run, None))
 
@@ -57,6 +57,6 @@ class Stops:
     def _send(self, run: HostRun, why: Why) -> None:
         try:
             subject = self._bus.subjects.of("stop", run.host.owner, run.host.host_id)
-            self._bus.send(subject, Stop(task_id=run.task_id, attempt=run.attempt, why=why))
+            self._bus.connection.publish_nowait(subject, Stop(task_id=run.task_id, attempt=run.attempt, why=why))
         except LoomError as error:
             log.warning("stop_not_sent", task_id=run.task_id, attempt=run.attempt, reason=error.message)

@@ -5,10 +5,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 
-from loom.bus.bus import Bus, Msg, Subscription
+from loom.bus.bus import Bus
 from loom.bus.host_directory import MAX_HOSTS, AnnouncedHost, AnnouncementReader, HostKey
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.kv import Bucket, BucketReader
+from loom.bus.natsio.connection import Subscription
+from loom.bus.natsio.kv import BucketReader
+from loom.bus.natsio.transport.message import Msg
 from loom.phases.match.announced_nodes import AnnouncedNodes, Wanted
 from loom.phases.match.newcomers import Newcomers
 from loom.phases.match.node_ownership import Claims
@@ -60,18 +62,20 @@ class Roster:
 
     async def start(self) -> None:
         """Listen, ask the hosts to announce themselves, and read what has been learned."""
-        self._subscription = await self._bus.listen(self._bus.subjects.of("host", "*", "*"), self._on_announcement)
-        await self._bus.publish(self._bus.subjects.hosts)
+        self._subscription = await self._bus.connection.subscribe_sync(
+            self._bus.subjects.of("host", "*", "*"), self._on_announcement
+        )
+        await self._bus.connection.publish(self._bus.subjects.hosts)
         self.asked_at = _now()
-        self._reader = Bucket(self._bus, "nodes", ReadProfile).reader()
+        self._reader = self._bus.bucket("nodes", ReadProfile).reader()
         while not self._reader.caught_up:
             await self._learn(self._reader)
-        self._bus.spawn(self._follow(self._reader), name="follow profiles", essential=True)
+        self._bus.tasks.spawn(self._follow(self._reader), name="follow profiles", essential=True)
 
     async def stop(self) -> None:
         """Listen no more."""
         if self._subscription is not None:
-            await self._bus.unsubscribe(self._subscription)
+            self._bus.connection.unsubscribe(self._subscription)
         if self._reader is not None:
             await self._reader.stop()
 
@@ -147,7 +151,9 @@ class Roster:
         nodes = tuple(qualified(host.owner, node_id) for node_id in host.node_ids)
         unknown = any(self._claims.host_of(node) is None for node in nodes)
         if self._claims.announce(host.key, nodes):
-            self._bus.send(self._bus.subjects.hosts)  # those that are alive announce themselves at once
+            self._bus.connection.publish_nowait(
+                self._bus.subjects.hosts
+            )  # those that are alive announce themselves at once
         if unknown:
             self._new_nodes.set()
             self._new_nodes = asyncio.Event()

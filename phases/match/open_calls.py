@@ -5,8 +5,10 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from secrets import token_hex
 
-from loom.bus.bus import Bus, Msg, Subscription
+from loom.bus.bus import Bus
 from loom.bus.host_directory import HostKey
+from loom.bus.natsio.connection import Subscription
+from loom.bus.natsio.transport.message import Msg
 from loom.phases.match.offers import HostOffer, OfferReader
 from loom.schemas.auction import BID_LIMIT, CallForBids
 
@@ -56,12 +58,12 @@ class OpenCalls:
     async def start(self) -> None:
         """Subscribe to the offers for this replica."""
         subject = self._bus.subjects.of("offer", "*", "*", self._bus.instance, "*")
-        self._subscription = await self._bus.listen(subject, self._on_offer)
+        self._subscription = await self._bus.connection.subscribe_sync(subject, self._on_offer)
 
     async def stop(self) -> None:
         """Unsubscribe."""
         if self._subscription is not None:
-            await self._bus.unsubscribe(self._subscription)
+            self._bus.connection.unsubscribe(self._subscription)
 
     def new_call(self) -> tuple[str, str]:
         """Return the id of a new call and its `answer_to`."""
@@ -81,7 +83,7 @@ class OpenCalls:
         opened = self._open[call.call_id] = OpenCall(OfferReader(self._bus.discards, BID_LIMIT), awaited)
         over = True
         try:
-            await self._bus.publish(self._bus.subjects.of("auction", call.domain_token), call)
+            await self._bus.connection.publish(self._bus.subjects.of("auction", call.domain_token), call)
             async with asyncio.timeout(window_s):
                 await opened.complete.wait()
             over = False

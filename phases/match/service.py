@@ -25,7 +25,6 @@ from loom.bus.hops.hop_loop import HopLoop, Service, lane_slots
 from loom.bus.hops.outcomes import Dead, Done, Fail, Later, Next, Outcome
 from loom.bus.host_directory import HostKey
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.kv import Bucket
 from loom.bus.topology import MATCH_LANES, Lane
 from loom.phases.match.announced_nodes import Wanted
 from loom.phases.match.award_policies import policy
@@ -78,7 +77,7 @@ class Match:
         self._config = config
         self._hosts_here = hosts_here
         self._awards = Awards()
-        self._records = Bucket(bus, "records", ReadRecord)
+        self._records = bus.bucket("records", ReadRecord)
         self._roster = Roster(bus, judged=self._on_judged)
         self._plain = PlainNodes(self._roster.nodes)
         self._busy = BusyNodes(self._roster.nodes)
@@ -115,7 +114,7 @@ class Match:
             return Done()
         self._free_last_node(envelope)
         envelope = replace(envelope, award=None, error=None, result=None)
-        if self._bus.now() >= envelope.deadline:
+        if self._bus.clock.now() >= envelope.deadline:
             return self._too_late(envelope, spec)
         if envelope.last_error is not None and envelope.last_error.code == "node_busy":
             pause_s = envelope.busy_pause_s  # a longer one has passed already
@@ -151,7 +150,7 @@ class Match:
         """
         if spec.no_offers_since is None or 2 * delivery.slots.waiting >= self._config.waiting_limit:
             return False
-        return self._bus.now() - spec.no_offers_since < self._config.no_bids_after_s
+        return self._bus.clock.now() - spec.no_offers_since < self._config.no_bids_after_s
 
     async def _wait(
         self,
@@ -168,13 +167,13 @@ class Match:
         Args:
             new_nodes: Set when a node was announced since the last look that was not known.
         """
-        give_up = min(self._bus.now() + HOLD_S, envelope.deadline)
+        give_up = min(self._bus.clock.now() + HOLD_S, envelope.deadline)
         if isinstance(verdict, Nobody) and spec.no_offers_since is not None:
             give_up = min(give_up, spec.no_offers_since + self._config.no_bids_after_s)
         pause_s = PAUSE_S[0]
         with _counted(delivery):
-            while self._bus.now() < give_up and not delivery.recalled.is_set():
-                left_s = max(0.0, give_up - self._bus.now())
+            while self._bus.clock.now() < give_up and not delivery.recalled.is_set():
+                left_s = max(0.0, give_up - self._bus.clock.now())
                 if isinstance(verdict, AllBusy):
                     jitter_s = random.uniform(pause_s / 2, pause_s)  # noqa: S311 - not a secret
                     await _pause(delivery, min(jitter_s, left_s))
@@ -208,7 +207,7 @@ class Match:
             case Exhausted():
                 return Fail(TaskError(code="no_bids", message="every node that could has failed this task"), envelope)
             case AllBusy():
-                if self._bus.now() >= envelope.deadline:
+                if self._bus.clock.now() >= envelope.deadline:
                     return self._too_late(envelope, spec)
                 return Later(random.uniform(*PAUSE_S), _met_someone(envelope, spec))  # noqa: S311 - jitter
             case Nobody(warning=warning):
@@ -217,7 +216,7 @@ class Match:
 
     def _alone(self, envelope: Envelope, spec: Spec, why: str) -> Outcome:
         """Nobody bids: ask SCALE for a node once, then call again until it has taken too long."""
-        now = self._bus.now()
+        now = self._bus.clock.now()
         if spec.no_offers_since is None:
             return Next("scale", replace(envelope, spec=replace(spec, no_offers_since=now)))
         if now - spec.no_offers_since >= self._config.no_bids_after_s:
@@ -315,7 +314,7 @@ class Match:
             policy=self._policy,
             policy_name=self._config.policy,
             exploration=self._config.exploration,
-            now=self._bus.now(),
+            now=self._bus.clock.now(),
             half_life_s=self._config.half_life_days * DAY_S,
             taken=self._awards.taken(),
             pending=self._awards.pending(),
@@ -329,7 +328,7 @@ class Match:
             complexity=spec.complexity,
             description=cut_utf8(envelope.ad.description, DESCRIPTION_BYTES)[0],
             priority=envelope.priority,
-            remaining_s=max(0.0, envelope.deadline - self._bus.now()),
+            remaining_s=max(0.0, envelope.deadline - self._bus.clock.now()),
         )
         return CallForBids(
             call_id=call_id,

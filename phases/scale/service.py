@@ -18,14 +18,14 @@ from weakref import WeakValueDictionary
 
 from msgspec.structs import replace
 
-from loom.bus.bus import Bus, Conflict
+from loom.bus.bus import Bus
 from loom.bus.health import Health
 from loom.bus.hops.delivery import Delivery
 from loom.bus.hops.duplicates import store_once
 from loom.bus.hops.hop_loop import SLOTS, HopLoop, Service, schedule
 from loom.bus.hops.outcomes import Dead, Done, Fail, Next, Outcome
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.kv import Bucket
+from loom.bus.natsio.server_errors import Conflict
 from loom.bus.records import records
 from loom.bus.topology import SCALE_LANE
 from loom.phases.scale import planner, subtask_graph
@@ -58,7 +58,7 @@ class Scale:
         self._config = config
         self._llm = llm
         self._records = records(bus)
-        self._plans = Bucket(bus, "plans", SplitPlan)
+        self._plans = bus.bucket("plans", SplitPlan)
         self._nodes = NodeRequests(bus)
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """Parent -> held by who changes its plan: only other replicas are met at the compare-and-set."""
@@ -124,7 +124,7 @@ class Scale:
     async def _on_task(self, envelope: Envelope) -> Outcome:
         if envelope.spec is None:
             return Dead("the envelope came without a spec")
-        if self._bus.now() >= envelope.deadline:
+        if self._bus.clock.now() >= envelope.deadline:
             return Fail(LATE, envelope)
         if envelope.award is not None and is_saturated(envelope.award):
             self._nodes.ask(envelope, saturated=True)
@@ -189,7 +189,7 @@ class Scale:
 
     async def _ask_for_plan(self, envelope: Envelope, llm: LLMProvider) -> SplitPlan:
         """A model's plan; where it has none of use, the task stays whole, and the plan says why."""
-        left_s, budget = envelope.deadline - self._bus.now(), before_the_run(envelope)
+        left_s, budget = envelope.deadline - self._bus.clock.now(), before_the_run(envelope)
         answer = await planner.asked(llm, envelope.ad, self._config, left_s, budget)
         envelope, subtasks = charged(envelope, "scale", answer.usage), answer.value
         if isinstance(answer.error, InvalidPlan):
@@ -213,7 +213,7 @@ class Scale:
             log.info("notice_without_plan", child_id=child_id)
             return Done()
         before, plan = change
-        await self._report(plan, subtask_graph.ended_event(plan, child.value, self._bus.now()))
+        await self._report(plan, subtask_graph.ended_event(plan, child.value, self._bus.clock.now()))
         if plan != before and before.state == "done":
             return Done()  # the parent's end is published already, or will be by a message of its own
         if plan != before:
@@ -259,7 +259,7 @@ class Scale:
             entry = await self._records.get(child_id)
             if entry is None or entry.value.ended:
                 return
-            await self._bus.publish(self._bus.subjects.of("cancel", child_id))
+            await self._bus.connection.publish(self._bus.subjects.of("cancel", child_id))
             await asyncio.sleep(wait_s)
         raise BusUnavailable(f"nobody cancels {child_id}")
 
@@ -305,7 +305,7 @@ class Scale:
         await asyncio.gather(*(self._publish(plan, part, outputs) for part in begun))
 
     async def _publish(self, plan: SplitPlan, part: Subtask, outputs: Mapping[str, str]) -> None:
-        now = self._bus.now()
+        now = self._bus.clock.now()
         child = subtask_graph.child_of(plan, part, outputs, now)
         await self._report(
             plan, subtask_graph.begun_event(plan, part, now)
@@ -316,7 +316,9 @@ class Scale:
     async def _report(self, plan: SplitPlan, event: SubtaskEvent | None) -> None:
         """Publish for clients that a subtask has begun or ended, each time it is handled."""
         if event is not None:
-            await self._bus.publish(self._bus.subjects.of("subtask", plan.envelope.submitter, plan.parent_id), event)
+            await self._bus.connection.publish(
+                self._bus.subjects.of("subtask", plan.envelope.submitter, plan.parent_id), event
+            )
 
     async def _outputs(self, plan: SplitPlan, names: Sequence[str]) -> dict[str, str]:
         """What came out of the named subtasks, read from their records."""
@@ -351,7 +353,9 @@ class Scale:
     async def _drop_timer(self, parent_id: str) -> None:
         """Take the parked parent out of the stream, where it would count as work."""
         stream = self._bus.subjects.stream("TASKS")
-        await self._bus.api(f"STREAM.PURGE.{stream}", {"filter": self._bus.subjects.later("scale", parent_id, "timer")})
+        await self._bus.jetstream.api(
+            f"STREAM.PURGE.{stream}", {"filter": self._bus.subjects.later("scale", parent_id, "timer")}
+        )
 
 
 def _notice_in(raw: bytes) -> ScaleMessage | None:

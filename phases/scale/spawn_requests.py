@@ -3,8 +3,9 @@
 import asyncio
 import time
 
-from loom.bus.bus import Bus, NoResponders
+from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.requests import NoResponders
 from loom.schemas.auction import DESCRIPTION_BYTES, SpawnReply, SpawnRequest
 from loom.schemas.base import cut_utf8, decode
 from loom.schemas.envelope import Envelope
@@ -50,7 +51,7 @@ class NodeRequests:
         if what in self._asked:
             return
         self._asked[what] = now
-        self._bus.spawn(self._request(request), name="spawn request")
+        self._bus.tasks.spawn(self._request(request), name="spawn request")
 
     async def _request(self, request: SpawnRequest) -> None:
         try:
@@ -73,5 +74,5 @@ class NodeRequests:
         return reply
 
     async def _ask_one(self, request: SpawnRequest) -> SpawnReply:
-        msg = await self._bus.request(self._bus.subjects.spawn, request, timeout_s=ANSWER_S)
+        msg = await self._bus.requests.request(self._bus.subjects.spawn, request, timeout_s=ANSWER_S)
         return decode(msg.data, SpawnReply)

@@ -2,9 +2,10 @@
 
 from msgspec.structs import replace
 
-from loom.bus.bus import Bus, Conflict
+from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.kv import Entry
+from loom.bus.natsio.server_errors import Conflict
 from loom.bus.records import change, record_version, records
 from loom.bus.replies import allowed_reply, answer, answer_error, answer_task
 from loom.schemas.base import Undecodable
@@ -53,7 +54,7 @@ class Admission:
             submission=submission,
             reply_to=(reply,) if reply else (),
             envelope=envelope,
-            admitted_at=self._bus.now(),
+            admitted_at=self._bus.clock.now(),
         )
         try:
             revision = await self.records.create(envelope.task_id, record)
@@ -93,14 +94,14 @@ class Admission:
         if envelope.submitter != record.envelope.submitter:
             refused = TaskResult(task_id=envelope.task_id, state="failed", error=TaskError.of(error))
             subject = self._bus.subjects.of("result", envelope.submitter, envelope.task_id)
-            await self._bus.publish(subject, refused)
+            await self._bus.connection.publish(subject, refused)
         elif record.ended:
             await self._publish_result(record)
 
     async def _publish_result(self, record: TaskRecord) -> None:
         """Publish the result of a task that has ended once more, for a submitter that listens to it."""
         subject = self._bus.subjects.of("result", record.envelope.submitter, record.task_id)
-        await self._bus.publish(subject, record.to_result())
+        await self._bus.connection.publish(subject, record.to_result())
 
     async def _listen_too(self, entry: Entry[TaskRecord], reply: str) -> None:
         def add(record: TaskRecord) -> TaskRecord | None:

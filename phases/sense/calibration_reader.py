@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from msgspec.structs import replace
 
 from loom.bus.bus import Bus
-from loom.bus.natsio.kv import Bucket, BucketReader
+from loom.bus.natsio.kv import BucketReader
 from loom.schemas.envelope import Spec
 from loom.schemas.learning import BIAS, Calibration
 
@@ -25,10 +25,10 @@ class Calibrations:
 
     async def start(self) -> None:
         """Read what is known, and go on reading."""
-        self._reader = Bucket(self._bus, "tuning", Calibration).reader(f"{BIAS}*")
+        self._reader = self._bus.bucket("tuning", Calibration).reader(f"{BIAS}*")
         while not self._reader.caught_up:
             await self._learn(self._reader)
-        self._task = self._bus.spawn(self._follow(self._reader), name="follow calibrations", essential=True)
+        self._task = self._bus.tasks.spawn(self._follow(self._reader), name="follow calibrations", essential=True)
 
     async def stop(self) -> None:
         """Follow no more."""

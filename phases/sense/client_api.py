@@ -6,11 +6,14 @@ from uuid import uuid4
 
 from msgspec.structs import asdict, replace
 
-from loom.bus.bus import Bus, Conflict, Msg, Refused, Subscription
+from loom.bus.bus import Bus
 from loom.bus.hops.duplicates import store_once
 from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.connection import Subscription
 from loom.bus.natsio.kv import Entry
+from loom.bus.natsio.server_errors import Conflict, Refused
 from loom.bus.natsio.stored_message import read_message
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import change
 from loom.bus.replies import allowed_reply, answer, answer_error, may_answer
 from loom.phases.sense.admission import Admission, envelope_for
@@ -53,14 +56,14 @@ class Desk:
             (subjects.of("status", "*", "*"), self._status),
             (subjects.of("cancel", "*", "*"), self._cancel),
         ):
-            self._subscriptions.append(await self._bus.serve(subject, handler, queue=QUEUE))
-        await self._bus.echo()
+            self._subscriptions.append(await self._bus.connection.serve(subject, handler, queue=QUEUE))
+        await self._bus.requests.flush()
 
     async def close(self) -> None:
         """Answer what has come in and take nothing more."""
         subscriptions, self._subscriptions = self._subscriptions, []
         for subscription in subscriptions:
-            await self._bus.stop_delivery(subscription)
+            await self._bus.requests.drain(subscription)
 
     async def _submit(self, msg: Msg) -> None:
         client = self._client(msg)
@@ -71,7 +74,7 @@ class Desk:
             await check_accept(ad, self._checks)
             submission = Submission(ad=ad, submission=uuid4().hex, reply_to=client.reply if ad.wait else "")
             headers = {"traceparent": msg.headers["traceparent"]} if "traceparent" in msg.headers else {}
-            await self._bus.store(
+            await self._bus.jetstream.publish(
                 self._bus.subjects.intake(client.submitter, ad.priority, ad.task_id),
                 submission,
                 msg_id=f"{ad.task_id}:{submission.submission}",
@@ -113,11 +116,11 @@ class Desk:
 
     async def _end_if_stranded(self, record: TaskRecord) -> None:
         """Have a task ended that is past its deadline and of which no hop is stored any more: the server lost them."""
-        if record.ended or self._bus.now() < record.envelope.deadline + STRANDED_S:
+        if record.ended or self._bus.clock.now() < record.envelope.deadline + STRANDED_S:
             return
         task_id, subjects = record.task_id, self._bus.subjects
         for hops in (subjects.later("*", task_id, "*"), subjects.task("*", "*", task_id)):
-            if await read_message(self._bus, subjects.stream("TASKS"), {"last_by_subj": hops}) is not None:
+            if await read_message(self._bus.jetstream, subjects.stream("TASKS"), {"last_by_subj": hops}) is not None:
                 return
         log.warning("task_stranded", task_id=task_id)
         attempt = max(record.envelope.attempt, record.claim.attempt)
@@ -128,7 +131,7 @@ class Desk:
         try:
             record = await self._cancelled(_task_of(msg), client)
             if record.state == "cancelled":  # also when it was cancelled before: the first message may be lost
-                await self._bus.publish(self._bus.subjects.of("cancelled", record.task_id))
+                await self._bus.connection.publish(self._bus.subjects.of("cancelled", record.task_id))
             await answer(self._bus, client.reply, status_of(record, msg.data))
         except LoomError as error:
             await answer_error(self._bus, client.reply, error)
@@ -149,7 +152,7 @@ class Desk:
         await self._tell_evaluate(replace(current, attempt=attempt), CANCELLED, f"{task_id}:cancel")
 
         def cancel(record: TaskRecord) -> TaskRecord | None:
-            return as_cancelled(replace(record, envelope=current), self._bus.now())
+            return as_cancelled(replace(record, envelope=current), self._bus.clock.now())
 
         changed = await change(self._admission.records, task_id, cancel)
         return changed.value if changed else entry.value
@@ -157,7 +160,7 @@ class Desk:
     async def _last_hop(self, task_id: str) -> Envelope | None:
         """The envelope of a running task as it is on its way: with its hops and its award, so that they are kept."""
         try:
-            found = await self._bus.api(
+            found = await self._bus.jetstream.api(
                 f"STREAM.MSG.GET.{self._bus.subjects.stream('TASKS')}",
                 {"last_by_subj": self._bus.subjects.task("*", "*", task_id)},
             )
@@ -175,10 +178,10 @@ class Desk:
             state="running",
             submission=queued.submission,
             reply_to=(queued.reply_to,) if may_answer(queued.reply_to, plain=submitter == PUBLIC) else (),
-            envelope=envelope_for(queued, submitter, self._bus.now(), ""),
-            admitted_at=self._bus.now(),
+            envelope=envelope_for(queued, submitter, self._bus.clock.now(), ""),
+            admitted_at=self._bus.clock.now(),
         )
-        ended = as_cancelled(record, self._bus.now()) or record
+        ended = as_cancelled(record, self._bus.clock.now()) or record
         try:
             await self._admission.records.create(task_id, ended)
         except Conflict:  # admitted meanwhile
@@ -195,7 +198,7 @@ class Desk:
         stream = self._bus.subjects.stream("INTAKE")
         whose = client.submitter if client.by_name else "*"
         try:
-            found = await self._bus.api(
+            found = await self._bus.jetstream.api(
                 f"STREAM.MSG.GET.{stream}", {"last_by_subj": self._bus.subjects.intake(whose, "*", task_id)}
             )
         except Refused:

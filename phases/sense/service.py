@@ -87,8 +87,8 @@ class Sense:
         await self._intake.start()
         await self._subtasks.start()
         await self._desk.open()
-        self._gate = self._bus.spawn(self._watch_room(), name="intake gate", essential=True)
-        self._sweeping = self._bus.spawn(sweep(self._bus), name="sweep orphans")
+        self._gate = self._bus.tasks.spawn(self._watch_room(), name="intake gate", essential=True)
+        self._sweeping = self._bus.tasks.spawn(sweep(self._bus), name="sweep orphans")
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, finish for at most `timeout_s`."""
@@ -147,7 +147,7 @@ class Sense:
         return await self._sensed(admitted)
 
     async def _sensed(self, envelope: Envelope) -> Outcome:
-        left_s = envelope.deadline - self._bus.now()
+        left_s = envelope.deadline - self._bus.clock.now()
         if left_s <= 0:
             return Fail(
                 TaskError(code="deadline_exceeded", message="the deadline passed before the task began"), envelope

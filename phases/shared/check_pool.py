@@ -215,7 +215,7 @@ class _Lane:
             raise NotChecked(why, retry_after_s=RESTART_S) from None
         self._not_before = 0.0
         self._helper = helper
-        self._bus.spawn(_end_with_bus(helper), name="check helper")
+        self._bus.tasks.spawn(_end_with_bus(helper), name="check helper")
         return helper
 
     def _drop(self, why: str) -> None:

@@ -11,7 +11,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from loom.bus.bus import Bus, Refused
+from loom.bus.bus import Bus
+from loom.bus.natsio.server_errors import Refused
 from loom.bus.topology import check_version, stream_state
 from loom.runner.cli.entry import DEFAULT_URL
 from loom.runner.cli.views.tables import printable
@@ -64,7 +65,7 @@ async def check_has_run(bus: Bus) -> None:
     try:
         await stream_state(bus, "REWARDS")
     except Refused as error:
-        where = f"namespace {bus.subjects.namespace} of {bus.address}"
+        where = f"namespace {bus.subjects.namespace} of {bus.connection.address}"
         raise BusUnavailable(f'no phases have run in {where}; run "loom up"') from error
 
 

@@ -163,12 +163,12 @@ async def unless_lost(bus: Bus, work: Coroutine[Any, Any, T]) -> T:
         ServiceFailed: An essential task has failed; the same follows.
     """
     working = asyncio.ensure_future(work)
-    losing = asyncio.ensure_future(bus.lost.wait())
+    losing = asyncio.ensure_future(bus.tasks.lost.wait())
     try:
         await asyncio.wait([working, losing], return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise bus.loss()
+        raise bus.connection.loss()
     finally:
         losing.cancel()
         working.cancel()
@@ -182,8 +182,8 @@ async def until_lost(bus: Bus) -> None:
         BusUnavailable: The connection was closed for good.
         ServiceFailed: An essential task has failed.
     """
-    await bus.lost.wait()
-    raise bus.loss()
+    await bus.tasks.lost.wait()
+    raise bus.connection.loss()
 
 
 def sense_model(settings: Settings) -> LLMProvider | None:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from loom.bus import topology
-from loom.bus.bus import Bus, Refused
+from loom.bus.bus import Bus
 from loom.bus.hops.orphans import find as find_orphans
 from loom.bus.host_directory import AnnouncedHost, announced_hosts
+from loom.bus.natsio.server_errors import Refused
 from loom.bus.service_discovery import ANSWER_S, Clocks, Present, clocks, own_version, shared_settings, who_is_there
 from loom.bus.topology import MIN_SERVER, Inspection, Part
 from loom.runner.doctor.diagnosis import agreement
@@ -36,7 +37,7 @@ AGAIN: Final = "ask again in ten seconds, as replicas may be choosing a leader; 
 
 async def examine(bus: Bus, config: ClusterConfig) -> list[Finding]:
     """Return everything found, in the order it depends on each other; what cannot work is not asked further."""
-    findings = [server(bus.server_version, bus.address)]
+    findings = [server(bus.connection.server_version, bus.connection.address)]
     if findings[-1].mark == "ok":
         findings.append(await jetstream(bus))
     if findings[-1].mark != "ok":
@@ -83,7 +84,7 @@ def server(version: tuple[int, ...], address: str) -> Finding:
 async def jetstream(bus: Bus) -> Finding:
     """Ask for JetStream and judge what it has stored."""
     try:
-        info = await bus.api("INFO")
+        info = await bus.jetstream.api("INFO")
     except BusUnavailable as error:
         said, _, todo = error.message.partition("; ")
         return _fail("jetstream", said, todo or "see the server's log")

@@ -70,7 +70,7 @@ async def _look(bus: Bus, seen: Inspection, config: ClusterConfig) -> Look:
 
 async def _last_reward(bus: Bus) -> int:
     subject = bus.subjects.of("reward", "*", "*", "*", "*")
-    last = await read_message(bus, bus.subjects.stream("REWARDS"), {"last_by_subj": subject})
+    last = await read_message(bus.jetstream, bus.subjects.stream("REWARDS"), {"last_by_subj": subject})
     return last.seq if last is not None else 0
 
 

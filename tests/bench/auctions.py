@@ -9,7 +9,6 @@ from bench.measure import closed_loop, quantile, said
 from bench.town import Town, ad, town
 from loom.bus import topology
 from loom.bus.bus import Bus
-from loom.bus.natsio.kv import Bucket
 from loom.phases.match import Match
 from loom.phases.match.scoring import Awarded
 from loom.schemas.auction import ANNOUNCED_NODES
@@ -46,7 +45,7 @@ async def auction(hosts: int, nodes_each: int, auctions: int) -> tuple[float, fl
 
             async def once() -> None:
                 spec = Spec(complexity=0.3, domains=("code",), method="given")
-                verdict = await match._auction(Envelope(ad=ad(), spec=spec, deadline=bus.now() + WITHIN_S), spec)
+                verdict = await match._auction(Envelope(ad=ad(), spec=spec, deadline=bus.clock.now() + WITHIN_S), spec)
                 assert isinstance(verdict, Awarded), verdict
 
             await closed_loop(once, 20, 1)
@@ -70,7 +69,7 @@ async def _start_hosts(running: Town, hosts: int, nodes_each: int) -> list[str]:
 
 async def _make_known(bus: Bus, names: list[str]) -> None:
     """Write a profile of every node, as a cluster that has worked for a while has."""
-    bucket = Bucket(bus, "nodes", NodeProfile)
+    bucket = bus.bucket("nodes", NodeProfile)
     for name in names:
         evidence = DomainEvidence(count=EVIDENCE, mean=0.5)
         profile = NodeProfile(node_id=name, last_seq=1, domains={"code": evidence})

@@ -16,7 +16,8 @@ from support.wait import until
 
 from bench.learning import AGENTS, HEAD, Figures, Setting, World, play, row
 from loom.bus import task_client
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
+from loom.bus.natsio.transport.message import Msg
 from loom.phases.match import Match
 from loom.runner import log_output
 from loom.runner.server.nats_server import NatsServer
@@ -80,7 +81,7 @@ class Cluster:
             self.winners[number], self.scores[number] = int(reward.node_id), reward.score
             room.release()
 
-        await self.bus.subscribe(self.bus.subjects.of("reward", "*", "*", "*", "*"), on_reward)
+        await self.bus.connection.subscribe(self.bus.subjects.of("reward", "*", "*", "*", "*"), on_reward)
         setting = self.world.setting
         for number in range(setting.tasks):
             if number == setting.join_at:

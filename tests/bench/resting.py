@@ -14,7 +14,8 @@ from support.wait import until
 
 from bench.measure import cpu_s, rss_mb, said
 from bench.town import Town, ad, whole_loop
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
+from loom.bus.natsio.transport.message import Msg
 from loom.schemas.base import new_id
 from loom.schemas.task import Submission
 
@@ -74,7 +75,7 @@ class Feed:
         self._on_result: Callable[[], None] = lambda: None
 
     async def listen(self) -> None:
-        await self._bus.subscribe(self._bus.subjects.of("result", "*", "*"), self._count)
+        await self._bus.connection.subscribe(self._bus.subjects.of("result", "*", "*"), self._count)
 
     async def queue(self, tasks: int) -> None:
         """Store so many, some side by side."""
@@ -106,7 +107,7 @@ class Feed:
     async def _store(self) -> None:
         task = ad(timeout_s=HOURS)
         submission = Submission(ad=task, submission=new_id())
-        await self._bus.store(
+        await self._bus.jetstream.publish(
             self._bus.subjects.intake("public", task.priority, task.task_id),
             submission,
             msg_id=f"{task.task_id}:{submission.submission}",

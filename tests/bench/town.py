@@ -90,7 +90,7 @@ class Town:
 
     async def _ask(self) -> None:
         """Hand a task in as a client of any language does."""
-        answer = await self.bus.request(self.bus.subjects.submit, ad(), timeout_s=WITHIN_S)
+        answer = await self.bus.requests.request(self.bus.subjects.submit, ad(), timeout_s=WITHIN_S)
         if not decode(answer.data, TaskResult).success:
             raise RuntimeError(f"a task failed: {answer.data!r}")
 

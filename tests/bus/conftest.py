@@ -21,7 +21,7 @@ async def connect(namespace: str, nats_url: str) -> AsyncIterator[Connect]:
         bus = Bus(url, namespace=namespace, role=role)
         buses.append(bus)
         await bus.connect()
-        bus._nc.options["reconnect_time_wait"] = 0.02  # tests need not be patient
+        bus.connection._nc.options["reconnect_time_wait"] = 0.02  # tests need not be patient
         return bus
 
     yield open_one

@@ -7,7 +7,6 @@ from support.phases import Replica, Stage
 from support.rewards import publish, reward
 from support.wait import until
 
-from loom.bus.natsio.kv import Bucket
 from loom.bus.rewards import RewardBus
 from loom.phases.adapt.evidence import fold
 from loom.schemas.identity import node_key
@@ -21,7 +20,7 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 
 async def profile(stage: Stage, node: str = "n1") -> NodeProfile | None:
-    entry = await Bucket(stage.bus, "nodes", NodeProfile).get(node_key("local", node))
+    entry = await stage.bus.bucket("nodes", NodeProfile).get(node_key("local", node))
     return entry.value if entry else None
 
 
@@ -40,7 +39,7 @@ async def refolded(stage: Stage, node: str = "n1") -> NodeProfile:
     """Return what the stream itself says of a node, folded from the beginning."""
     known = NodeProfile(node_id=node)
     stream = stage.bus.subjects.stream("REWARDS")
-    last = (await stage.bus.api(f"STREAM.INFO.{stream}"))["state"]["last_seq"]
+    last = (await stage.bus.jetstream.api(f"STREAM.INFO.{stream}"))["state"]["last_seq"]
     seq = 0
     async for one in RewardBus(bus=stage.bus).replay():
         seq += 1  # nothing is ever removed here: the n-th reward has sequence n
@@ -52,7 +51,7 @@ async def refolded(stage: Stage, node: str = "n1") -> NodeProfile:
 
 async def writes(stage: Stage) -> int:
     """Return how often a profile was written."""
-    info = await stage.bus.api(f"STREAM.INFO.KV_{stage.bus.subjects.bucket('nodes')}")
+    info = await stage.bus.jetstream.api(f"STREAM.INFO.KV_{stage.bus.subjects.bucket('nodes')}")
     return int(info["state"]["last_seq"])
 
 
@@ -152,12 +151,12 @@ async def test_a_revised_score_replaces_its_twin_and_is_told_again(stage: Stage)
 async def test_rubbish_on_the_reward_bus_teaches_nothing_and_stops_nobody(stage: Stage) -> None:
     await stage.phase("adapt")
     subjects = stage.bus.subjects
-    await stage.bus.store(subjects.of("reward", "rules", "local", "n1", "code"), b"\xff not a reward")
-    await stage.bus.store(subjects.of("reward", "rules", "local", "n1", "code"), b'{"score": 7}')
-    await stage.bus.store(
+    await stage.bus.jetstream.publish(subjects.of("reward", "rules", "local", "n1", "code"), b"\xff not a reward")
+    await stage.bus.jetstream.publish(subjects.of("reward", "rules", "local", "n1", "code"), b'{"score": 7}')
+    await stage.bus.jetstream.publish(
         subjects.of("reward", "rules", "local", "n1", "code"), reward(1, node="n2")
     )  # another's, to be credited here
-    await stage.bus.store(subjects.of("reward", "rules", "local", "n1", "data"), reward(2))
+    await stage.bus.jetstream.publish(subjects.of("reward", "rules", "local", "n1", "data"), reward(2))
     await publish(stage, reward(3))
     stored = await learned(stage, 1)
     assert (stored.total_tasks, stored.last_seq, set(stored.domains)) == (1, 5, {"code"})
@@ -168,8 +167,8 @@ async def test_only_adapt_publishes_inheritances_and_only_what_its_subject_says_
     adapt = await stage.phase("adapt")
     subjects = stage.bus.subjects
     await publish(stage, reward(1, kind="inherit", source="person"), reward(2, kind="snapshot", source="rules"))
-    await stage.bus.store(subjects.of("reward", "alice", "local", "n1", "code"), reward(3))
-    await stage.bus.store(subjects.of("reward", "rules", "acme", "n1", "code"), reward(4))
+    await stage.bus.jetstream.publish(subjects.of("reward", "alice", "local", "n1", "code"), reward(3))
+    await stage.bus.jetstream.publish(subjects.of("reward", "rules", "acme", "n1", "code"), reward(4))
     await publish(stage, reward(5))
     stored = await learned(stage, 1)
     assert (stored.total_tasks, stored.last_seq) == (1, 5)
@@ -184,7 +183,7 @@ async def test_one_name_of_two_owners_is_two_nodes(stage: Stage) -> None:
     await learned(stage, 1)
 
     async def theirs() -> NodeProfile | None:
-        entry = await Bucket(stage.bus, "nodes", NodeProfile).get("acme.n1")
+        entry = await stage.bus.bucket("nodes", NodeProfile).get("acme.n1")
         return entry.value if entry is not None and entry.value.total_tasks == 2 else None
 
     found = await until(theirs, what="the other owner's node has a profile of its own")
@@ -227,7 +226,7 @@ async def test_a_rebuild_from_the_stream_equals_the_stored_profile(stage: Stage)
     stored = await profile(stage)
     await first.service.drain(1)
     nodes = f"KV_{stage.bus.subjects.bucket('nodes')}"
-    await stage.bus.api(f"STREAM.PURGE.{nodes}")
+    await stage.bus.jetstream.api(f"STREAM.PURGE.{nodes}")
     await stage.phase("adapt")
     await until(lambda: at_the_end(stage), what="all is folded again")
     assert await profile(stage) == stored == await refolded(stage)
@@ -313,7 +312,7 @@ def forged(last_seq: int) -> NodeProfile:
 
 
 async def put_profile(stage: Stage, wanted: NodeProfile) -> None:
-    bucket = Bucket(stage.bus, "nodes", NodeProfile)
+    bucket = stage.bus.bucket("nodes", NodeProfile)
     entry = await bucket.get("local.n1")
     await bucket.update("local.n1", wanted, entry.revision if entry else 0)
 
@@ -345,7 +344,7 @@ async def test_a_profile_beyond_the_stream_is_not_believed_later_either(stage: S
 
 
 async def test_what_sense_is_off_by_starts_at_nothing_where_it_claims_more_than_the_stream_holds(stage: Stage) -> None:
-    bucket = Bucket(stage.bus, "tuning", Calibration)
+    bucket = stage.bus.bucket("tuning", Calibration)
     await bucket.update(f"{BIAS}code", Calibration(domain_token="code", bias=0.9, count=99, last_seq=2**50), 0)
     await stage.phase("adapt")
     await publish(stage, reward(1, estimated=0.5))

@@ -56,7 +56,7 @@ def longest(monkeypatch: pytest.MonkeyPatch) -> Iterator[Longest]:
 async def back_from_execute(stage: Stage, accept: Accept | None, content: str, task_id: str, **facts: Any) -> None:
     """Put an envelope to EVALUATE that no SENSE has looked at."""
     left_s = facts.pop("left_s", 600)
-    env = envelope(ad(task_id=task_id, accept=accept), now=stage.bus.now(), left_s=left_s, **facts)
+    env = envelope(ad(task_id=task_id, accept=accept), now=stage.bus.clock.now(), left_s=left_s, **facts)
     env = awarded(replace(env, result=RunResult(content=content)))
     await stage.record(replace(env, result=None), claim=Claim(attempt=1))
     await stage.put("evaluate", env)
@@ -81,7 +81,7 @@ async def test_an_oversized_accept_that_has_passed_no_desk_is_refused_at_admissi
     usable = [accept for accept in [*OVERSIZED, *UNUSABLE] if len(encode(accept)) < 200_000]
     for number, accept in enumerate(usable):
         task = ad(task_id=f"t{number}", accept=accept)
-        await stage.bus.store(stage.bus.subjects.intake("public", "normal", task.task_id), submission(task))
+        await stage.bus.jetstream.publish(stage.bus.subjects.intake("public", "normal", task.task_id), submission(task))
         hop = await stage.seen("task", phase="evaluate", task_id=task.task_id)
         assert hop.error is not None, accept
         assert hop.error.code == "invalid_task"
@@ -90,10 +90,10 @@ async def test_an_oversized_accept_that_has_passed_no_desk_is_refused_at_admissi
 
 async def test_an_oversized_accept_of_a_delegated_task_is_refused_at_admission(stage: Stage, longest: Longest) -> None:
     await stage.phase("sense")
-    await stage.record(envelope(ad(task_id="parent"), now=stage.bus.now()))
-    split = Split(parent="parent", depth=1, deadline=stage.bus.now() + 60)
+    await stage.record(envelope(ad(task_id="parent"), now=stage.bus.clock.now()))
+    split = Split(parent="parent", depth=1, deadline=stage.bus.clock.now() + 60)
     for number, accept in enumerate([*OVERSIZED[::5], *UNUSABLE]):
-        child = envelope(ad(task_id=f"t{number}", accept=accept), now=stage.bus.now(), split=split)
+        child = envelope(ad(task_id=f"t{number}", accept=accept), now=stage.bus.clock.now(), split=split)
         if len(encode(child)) < 200_000:
             await stage.put("sense", child)
             hop = await stage.seen("task", phase="evaluate", task_id=f"t{number}")
@@ -178,7 +178,7 @@ async def test_without_helpers_sense_admits_what_evaluate_will_check(
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     await stage.phase("sense")
     task = ad(task_id="t1", accept=Accept(pattern="a"))
-    await stage.bus.store(stage.bus.subjects.intake("public", "normal", "t1"), submission(task))
+    await stage.bus.jetstream.publish(stage.bus.subjects.intake("public", "normal", "t1"), submission(task))
     assert (await stage.seen("task", phase="match", task_id="t1")).error is None
 
 
@@ -205,7 +205,7 @@ async def test_a_message_larger_than_any_ad_is_refused_before_it_is_walked(stage
     await stage.phase("sense")
     raw = encode(submission(ad(task_id="t1")))
     huge = raw.replace(b'"description"', b'"context":{"a":[' + b"0," * 240_000 + b'0]},"description"')
-    await stage.bus.store(stage.bus.subjects.intake("public", "normal", "t1"), huge)
+    await stage.bus.jetstream.publish(stage.bus.subjects.intake("public", "normal", "t1"), huge)
     hop = await stage.seen("task", phase="evaluate", task_id="t1")
     assert (hop.error.code, hop.error.field) == ("invalid_task", "description")
     assert longest.seconds < 3 * MOST_S, longest  # half a megabyte is decoded and encoded

@@ -4,7 +4,6 @@ import pytest
 from support.phases import Asker, Stage
 from support.wait import until
 
-from loom.bus.natsio.kv import Bucket
 from loom.bus.rewards import RewardBus
 from loom.schemas.base import new_id
 from loom.schemas.learning import BIAS, Calibration, Lease, Reward
@@ -37,7 +36,7 @@ async def done(stage: Stage, *estimates: float, domain_token: str = "code") -> N
 
 async def known(stage: Stage, count: int) -> Calibration:
     async def there() -> Calibration | None:
-        entry = await Bucket(stage.bus, "tuning", Calibration).get(f"{BIAS}code")
+        entry = await stage.bus.bucket("tuning", Calibration).get(f"{BIAS}code")
         return entry.value if entry and entry.value.count >= count else None
 
     found = await until(there, within_s=20, what=f"{count} tasks are calibrated by")
@@ -54,7 +53,7 @@ async def sensed(stage: Stage, **facts: float) -> tuple[float, str]:
 
 
 async def test_sense_is_corrected_by_what_tasks_turned_out_to_be(stage: Stage) -> None:
-    await Bucket(stage.bus, "tuning", Lease).create("apoptosis", Lease(holder="x", until=0))  # another's affair
+    await stage.bus.bucket("tuning", Lease).create("apoptosis", Lease(holder="x", until=0))  # another's affair
     await stage.phase("adapt")
     await stage.phase("sense")
     await done(stage, 0.2, 0.2)
@@ -101,5 +100,5 @@ async def test_domains_past_the_limit_leave_no_key_not_even_after_a_restart(
     await done(stage, 0.5)
     await known(stage, 3)
 
-    kept = [await Bucket(stage.bus, "tuning", Calibration).get(f"{BIAS}made-up-{n}") for n in (1, 2, 3)]
+    kept = [await stage.bus.bucket("tuning", Calibration).get(f"{BIAS}made-up-{n}") for n in (1, 2, 3)]
     assert [entry is not None for entry in kept] == [True, False, False]

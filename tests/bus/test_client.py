@@ -18,9 +18,13 @@ from support.wait import until
 
 from loom.bus import bus as bus_module
 from loom.bus import topology
-from loom.bus.bus import Bus, Conflict, Msg, NoResponders, PayloadTooLarge, Refused
+from loom.bus.bus import Bus
 from loom.bus.natsio import connection
-from loom.bus.natsio.one_shot import Awaited
+from loom.bus.natsio.connection import PayloadTooLarge
+from loom.bus.natsio.one_shot import OneShot
+from loom.bus.natsio.requests import NoResponders
+from loom.bus.natsio.server_errors import Conflict, Refused
+from loom.bus.natsio.transport.message import Msg
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
@@ -330,7 +334,7 @@ async def test_inboxes_of_phases_are_kept_apart_from_those_of_clients_by_role_an
 def lose_acks(bus: Bus, monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
     """Let the next `count` answers to this connection get lost; returns the inboxes that were opened."""
     opened: list[str] = []
-    real: Callable[[Callable[[Msg], None]], str] = bus.open_inbox
+    real: Callable[[Callable[[Msg], None]], str] = bus.requests.open_inbox
 
     def open_inbox(sink: Callable[[Msg], None]) -> str:
         opened.append(real(sink if len(opened) >= count else lambda _: None))
@@ -342,9 +346,9 @@ def lose_acks(bus: Bus, monkeypatch: pytest.MonkeyPatch, count: int) -> list[str
 
 
 async def test_a_stored_message_is_acknowledged_with_its_place(bus: Bus) -> None:
-    first = await bus.store(bus.subjects.intake("public", "low", "t1"), {"a": 1}, msg_id="m1")
-    second = await bus.store(bus.subjects.intake("public", "low", "t1"), {"a": 2}, msg_id="m2")
-    again = await bus.store(bus.subjects.intake("public", "low", "t1"), {"a": 1}, msg_id="m1")
+    first = await bus.jetstream.publish(bus.subjects.intake("public", "low", "t1"), {"a": 1}, msg_id="m1")
+    second = await bus.jetstream.publish(bus.subjects.intake("public", "low", "t1"), {"a": 2}, msg_id="m2")
+    again = await bus.jetstream.publish(bus.subjects.intake("public", "low", "t1"), {"a": 1}, msg_id="m1")
     assert first.stream == bus.subjects.stream("INTAKE")
     assert (first.seq, second.seq) == (1, 2)
     assert (again.seq, again.duplicate, first.duplicate) == (1, True, False)
@@ -354,7 +358,7 @@ async def test_a_lost_acknowledgement_is_answered_by_sending_again_under_the_sam
     bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = lose_acks(bus, monkeypatch, 1)
-    ack = await bus.store(bus.subjects.intake("public", "low", "t1"), b"x", msg_id="m1")
+    ack = await bus.jetstream.publish(bus.subjects.intake("public", "low", "t1"), b"x", msg_id="m1")
     assert len(opened) == 2
     assert (ack.seq, ack.duplicate) == (1, False)  # no other message has taken the id
     assert (await topology.stream_state(bus, "INTAKE"))["messages"] == 1
@@ -362,16 +366,16 @@ async def test_a_lost_acknowledgement_is_answered_by_sending_again_under_the_sam
 
 async def test_the_callers_headers_are_left_as_they_are(bus: Bus) -> None:
     headers = {"k": "v"}
-    await bus.store(bus.subjects.intake("public", "low", "t1"), b"x", msg_id="m1", headers=headers)
+    await bus.jetstream.publish(bus.subjects.intake("public", "low", "t1"), b"x", msg_id="m1", headers=headers)
     assert headers == {"k": "v"}
 
 
 async def test_a_write_that_expects_another_last_sequence_conflicts(bus: Bus) -> None:
     subject = bus.subjects.intake("public", "low", "t1")
     with pytest.raises(Conflict):
-        await bus.store(subject, b"x", headers={"Nats-Expected-Last-Subject-Sequence": "7"})
+        await bus.jetstream.publish(subject, b"x", headers={"Nats-Expected-Last-Subject-Sequence": "7"})
     with pytest.raises(Refused) as caught:
-        await bus.store(subject, b"x", headers={"Nats-Expected-Stream": "ANOTHER"})
+        await bus.jetstream.publish(subject, b"x", headers={"Nats-Expected-Stream": "ANOTHER"})
     assert not isinstance(caught.value, Conflict)
     assert caught.value.err_code
 
@@ -380,9 +384,9 @@ async def test_a_full_stream_is_overloaded_at_once(connect: Connect) -> None:
     bus = await connect()
     await topology.apply(bus, ClusterConfig(intake_limit=2))
     for n in range(2):
-        await bus.store(bus.subjects.intake("public", "low", f"t{n}"), b"x")
+        await bus.jetstream.publish(bus.subjects.intake("public", "low", f"t{n}"), b"x")
     with pytest.raises(Overloaded):
-        await bus.store(bus.subjects.intake("public", "low", "t3"), b"x", within_s=30)
+        await bus.jetstream.publish(bus.subjects.intake("public", "low", "t3"), b"x", within_s=30)
 
 
 async def test_without_a_stream_the_outcome_is_unknown_after_the_given_time(plain: Bus) -> None:
@@ -395,13 +399,15 @@ async def test_without_a_stream_the_outcome_is_unknown_after_the_given_time(plai
 
 async def test_a_message_too_large_for_the_server_is_refused_before_it_is_sent(bus: Bus) -> None:
     with pytest.raises(PayloadTooLarge):
-        await bus.store(bus.subjects.intake("public", "low", "t1"), b"x" * bus._nc.max_payload, msg_id="m1")
+        await bus.jetstream.publish(
+            bus.subjects.intake("public", "low", "t1"), b"x" * bus.connection._nc.max_payload, msg_id="m1"
+        )
     assert await alive(bus)
 
 
 async def test_the_api_says_what_the_server_refused(bus: Bus) -> None:
     with pytest.raises(Refused) as caught:
-        await bus.api("STREAM.INFO.NONE")
+        await bus.jetstream.api("STREAM.INFO.NONE")
     assert caught.value.err_code == 10059
 
 
@@ -456,10 +462,10 @@ async def test_a_buffer_that_is_full_while_disconnected_is_said(mortal: Bus, ser
 async def test_closing_while_the_server_is_away_does_not_hang(connect: Connect, server: NatsServer) -> None:
     bus = await connect(url=server.url)
     await asyncio.to_thread(server.kill)
-    await until(lambda: not bus._nc.is_connected, what="the loss is noticed")
+    await until(lambda: not bus.connection._nc.is_connected, what="the loss is noticed")
     async with asyncio.timeout(3):
         await bus.close()
-    assert not bus.lost.is_set()
+    assert not bus.tasks.lost.is_set()
 
 
 @pytest.mark.slow
@@ -473,7 +479,7 @@ async def test_closing_at_any_moment_of_a_loss_leaves_no_task(connect: Connect, 
             await asyncio.sleep(0)
         async with asyncio.timeout(3):
             await bus.close()
-        assert not bus.lost.is_set()
+        assert not bus.tasks.lost.is_set()
         await until(lambda: asyncio.all_tasks() == before, within_s=0.5, what=f"no task left after {turns} turns")
         server.restart()
 
@@ -482,8 +488,8 @@ async def test_closing_just_as_a_reconnect_is_refused_leaves_no_task(connect: Co
     before = asyncio.all_tasks()
     bus = await connect(url=server.url)
     server.kill()
-    await until(lambda: bus._nc._reconnection_task is not None, what="the loss is noticed")
-    reconnecting = bus._nc._reconnection_task
+    await until(lambda: bus.connection._nc._reconnection_task is not None, what="the loss is noticed")
+    reconnecting = bus.connection._nc._reconnection_task
     assert reconnecting is not None
     cancel, missed = reconnecting.cancel, list[bool]()
 
@@ -497,7 +503,7 @@ async def test_closing_just_as_a_reconnect_is_refused_leaves_no_task(connect: Co
             missed.append(True)
             return len(missed) > 1 and cancel()
 
-    bus._nc._reconnection_task = Deaf()  # type: ignore[assignment]
+    bus.connection._nc._reconnection_task = Deaf()  # type: ignore[assignment]
     await bus.close()
     await until(lambda: asyncio.all_tasks() == before, within_s=0.5, what="no task left")
 
@@ -542,9 +548,9 @@ async def test_what_is_sent_on_a_lost_connection_before_that_is_noticed_arrives_
 @pytest.mark.slow
 async def test_two_lost_acknowledgements_make_the_connection_anew(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     reconnected = asyncio.Event()
-    bus.on_reconnect(reconnected.set)
+    bus.connection.on_reconnect(reconnected.set)
     lose_acks(bus, monkeypatch, 3)  # nor does the server answer anything else
-    ack = await bus.store(bus.subjects.intake("public", "low", "t1"), b"x", msg_id="m1")
+    ack = await bus.jetstream.publish(bus.subjects.intake("public", "low", "t1"), b"x", msg_id="m1")
     assert ack.seq == 1
     await until(reconnected.is_set, what="the connection is made anew")
 
@@ -553,9 +559,9 @@ async def test_a_connection_that_answers_is_left_alone_when_only_the_store_is_si
     bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reconnected = asyncio.Event()
-    bus.on_reconnect(reconnected.set)
+    bus.connection.on_reconnect(reconnected.set)
     lose_acks(bus, monkeypatch, 2)
-    ack = await bus.store(bus.subjects.intake("public", "low", "t1"), b"x", msg_id="m1")
+    ack = await bus.jetstream.publish(bus.subjects.intake("public", "low", "t1"), b"x", msg_id="m1")
     assert ack.seq == 1
     assert not reconnected.is_set()
 
@@ -565,12 +571,12 @@ async def test_a_stream_that_answers_but_stores_nothing_is_overloaded(
 ) -> None:
     monkeypatch.setattr(bus_module, "_Unconfirmed", Unanswered)
     with pytest.raises(Overloaded, match="disk may be full"):
-        await bus.store(bus.subjects.intake("public", "low", "t1"), b"x", within_s=0.1)
+        await bus.jetstream.publish(bus.subjects.intake("public", "low", "t1"), b"x", within_s=0.1)
     with pytest.raises(BusUnavailable):
-        await bus.store("in.no.stream", b"x", within_s=0.1)
+        await bus.jetstream.publish("in.no.stream", b"x", within_s=0.1)
 
 
-class Deaf(Awaited[Msg]):
+class Deaf(OneShot[Msg]):
     def give(self, value: Msg) -> None:
         """Hear nothing."""
 
@@ -634,14 +640,14 @@ async def test_closing_on_purpose_is_no_loss_and_may_be_repeated(connect: Connec
         finally:
             ended.set()
 
-    bus.spawn(run(), name="a companion")
-    await bus.echo()
+    bus.tasks.spawn(run(), name="a companion")
+    await bus.requests.flush()
     await bus.close()
     await bus.close()
     assert ended.is_set()
-    assert not bus.lost.is_set()
+    assert not bus.tasks.lost.is_set()
     with pytest.raises(BusUnavailable):
-        await bus.publish("x")
+        await bus.connection.publish("x")
 
 
 @pytest.mark.parametrize("end", ["close", "abort"])
@@ -651,9 +657,9 @@ async def test_nobody_waits_for_a_confirmation_that_a_closed_connection_cannot_b
     bus = await connect()
     await plain.subscribe("in.no.stream", Heard())  # else the server says at once that nobody listens
     await plain.echo()
-    waiting = asyncio.ensure_future(bus.store("in.no.stream", b"x"))
-    unawaited = bus.store("in.no.stream", b"x")
-    await bus.echo()
+    waiting = asyncio.ensure_future(bus.jetstream.publish("in.no.stream", b"x"))
+    unawaited = bus.jetstream.publish("in.no.stream", b"x")
+    await bus.requests.flush()
     if end == "close":
         await bus.close()
     else:
@@ -682,13 +688,13 @@ ABORTS = {
     "    bus = await Bus(URL, namespace=NS).connect()\n"
     "    async def never(): await asyncio.Event().wait()\n"
     "    async def heard(msg): pass\n"
-    "    await bus.subscribe('a', heard); bus.spawn(never(), name='n'); await bus.echo()\n"
-    "    bus.abort(); bus.abort(); await bus.close(); assert not bus.lost.is_set()\n"
+    "    await bus.connection.subscribe('a', heard); bus.tasks.spawn(never(), name='n'); await bus.requests.flush()\n"
+    "    bus.abort(); bus.abort(); await bus.close(); assert not bus.tasks.lost.is_set()\n"
     "asyncio.run(main(), debug=True)\n",
     "after": "import asyncio, gc; from loom.bus.bus import Bus\n"
     "async def main():\n"
     "    bus = await Bus(URL, namespace=NS).connect()\n"
-    "    await bus.echo()\n"
+    "    await bus.requests.flush()\n"
     "    return bus\n"
     "bus = asyncio.run(main())\n"
     "bus.abort(); del bus; gc.collect()\n",

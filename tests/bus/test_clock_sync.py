@@ -21,11 +21,11 @@ from loom.schemas.config import ClusterConfig
 def set_off(bus: Bus, seconds: float) -> None:
     """Let a connection's time be wrong, as after a suspension."""
     bus.clock._offset_s += seconds
-    assert abs(bus.now() - time.time()) > 1
+    assert abs(bus.clock.now() - time.time()) > 1
 
 
 def right(bus: Bus) -> bool:
-    return abs(bus.now() - time.time()) < 1  # the server runs on this machine
+    return abs(bus.clock.now() - time.time()) < 1  # the server runs on this machine
 
 
 async def test_the_time_is_known_as_soon_as_a_connection_is_made_or_the_streams_are(
@@ -100,14 +100,14 @@ async def test_the_best_of_three_tries_counts_when_the_way_is_long(bus: Bus, mon
     set_off(bus, 3600)
     assert await bus.sync_clock()
     assert asked == 3
-    assert bus.now() - time.time() == pytest.approx(-0.025, abs=0.02)
+    assert bus.clock.now() - time.time() == pytest.approx(-0.025, abs=0.02)
 
 
 @pytest.mark.parametrize(
     "answer", [b"", b"{}", b"[]", b"?", b'{"ts": 5}', b'{"ts": "soon"}', b'{"ts": "2026-01-01T00:00:00"}', b"\xff"]
 )
 async def test_an_answer_without_the_time_leaves_the_clock_alone(bus: Bus, answer: bytes) -> None:
-    real: Any = bus.send
+    real: Any = bus.connection.publish_nowait
 
     def send(subject: str, message: Any = b"", **more: Any) -> None:
         if subject.startswith("$JS.API.STREAM.INFO"):
@@ -131,7 +131,7 @@ async def test_without_the_right_to_ask_this_machines_clock_counts_and_connectin
                 assert time.monotonic() - began < clock_sync.CHECK_S
                 assert not bus.clock.measured
                 assert right(bus)
-                await bus.echo()
+                await bus.requests.flush()
     assert [entry["event"] for entry in logs] == ["server_time_denied"]
 
 

@@ -201,10 +201,10 @@ async def test_a_service_that_waits_logs_the_cause_and_starts_once_there_is_a_se
 
 async def test_every_cause_of_an_outage_is_logged_once(server: NatsServer) -> None:
     async with Bus(server.url) as bus:
-        bus._nc.options["reconnect_time_wait"] = 0.02
+        bus.connection._nc.options["reconnect_time_wait"] = 0.02
         with capture_logs() as logs:
             await asyncio.to_thread(server.kill)
-            attempts = bus._nc._server_pool[0]
+            attempts = bus.connection._nc._server_pool[0]
             await until(lambda: attempts.reconnects > 5, what="several attempts fail")
             await asyncio.to_thread(server.restart)
             await back(bus)

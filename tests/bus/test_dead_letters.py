@@ -27,7 +27,7 @@ async def never(_message: Any, _delivery: Delivery) -> Outcome:
 
 
 async def put_raw(bus: Bus, raw: bytes, subject: str | None = None) -> int:
-    return (await bus.store(subject or bus.subjects.task("scale", "normal", "t1"), raw)).seq
+    return (await bus.jetstream.publish(subject or bus.subjects.task("scale", "normal", "t1"), raw)).seq
 
 
 def _record(env: Envelope, **fields: Any) -> TaskRecord:
@@ -98,7 +98,7 @@ async def test_a_letter_is_kept_and_the_task_ends_though_its_record_cannot_be_re
     async def give_up(_env: Envelope, _delivery: Delivery) -> Outcome:
         return Dead("no")
 
-    await bus.store(f"$KV.{bus.subjects.bucket('records')}.t1", b"{")
+    await bus.jetstream.publish(f"$KV.{bus.subjects.bucket('records')}.t1", b"{")
     await phases.start(bus, give_up)
     await put(bus, envelope())
     await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t1"))
@@ -199,7 +199,7 @@ async def test_a_letter_that_cannot_be_kept_yet_is_not_lost(
     bus: Bus, phases: Phases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop_module, "retry_s", lambda _: 0.05)
-    real, refused = bus.store, list[str]()
+    real, refused = bus.jetstream.publish, list[str]()
 
     async def refuse_once(subject: str, message: Any, **options: Any) -> Any:
         if not refused:
@@ -221,7 +221,7 @@ async def test_a_repeated_burial_is_one_letter_and_one_end(
     monkeypatch.setattr(loop_module, "retry_s", lambda _: 0.05)
     await put(bus, envelope())
     await deliver_in_vain(bus, DEAD_AFTER)
-    real, failed = bus.store, asyncio.Event()
+    real, failed = bus.jetstream.publish, asyncio.Event()
 
     async def fail_after_the_end(subject: str, message: Any, **options: Any) -> Any:
         ack = await real(subject, message, **options)
@@ -249,7 +249,7 @@ async def test_an_unreadable_submission_ends_its_task_though_nobody_knows_it(bus
     await put_raw(bus, GARBAGE, bus.subjects.intake("public", "normal", "t1"))
     ended = (await hop(bus, "evaluate")).envelope
     assert (ended.task_id, ended.attempt) == ("t1", 1)
-    assert ended.deadline == pytest.approx(bus.now(), abs=30)
+    assert ended.deadline == pytest.approx(bus.clock.now(), abs=30)
     assert ended.error is not None
     assert ended.error.code == "dead_letter"
     await settled(bus, 0, "INTAKE")

@@ -13,7 +13,8 @@ from support.wait import until
 
 from loom import delegate
 from loom.agents.host.node_host import NodeHost
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
+from loom.bus.natsio.transport.message import Msg
 from loom.schemas.errors import SubtaskFailed
 from loom.schemas.events import AgentEvent, Done, TokenUsage
 from loom.schemas.run import RunEvent, RunRequest, delegated_id, read_events
@@ -62,7 +63,9 @@ class Watcher:
             **{**{name: getattr(self.request, name) for name in RunRequest.__struct_fields__}, **facts}
         )
         self.subject = self.subject or await event_subject(self.bus, self.host.host_id, self._take)
-        await self.bus.publish(self.bus.subjects.of("run", "local", self.host.host_id), request, reply=self.subject)
+        await self.bus.connection.publish(
+            self.bus.subjects.of("run", "local", self.host.host_id), request, reply=self.subject
+        )
         return self
 
     async def answer(self, task_id: str = CHILD, content: str = "four", **facts: Any) -> None:

@@ -22,7 +22,6 @@ from loom.bus.hops.duplicates import is_ours, store_once
 from loom.bus.hops.hop_loop import schedule
 from loom.bus.hops.outcomes import Later, Next, Outcome
 from loom.bus.hops.schedules import SCHEDULE, TARGET
-from loom.bus.natsio.kv import Bucket
 from loom.bus.natsio.stored_message import StoredMessage
 from loom.bus.rewards import RewardBus
 from loom.runner.services import running_nodes, running_phases
@@ -138,7 +137,7 @@ async def test_a_settled_twin_whose_task_is_further_on_is_not_sent_again(stage: 
     if waits:
         target = stage.bus.subjects.task("match", "normal", "d")
         later = stage.bus.subjects.later("match", "d", "task-1")
-        await schedule(stage.bus, later, target=target, at=stage.bus.now() + 99, message=HOP, msg_id="d:y")
+        await schedule(stage.bus, later, target=target, at=stage.bus.clock.now() + 99, message=HOP, msg_id="d:y")
     else:
         await put(stage.bus, HOP, "execute")
     await store_once(stage.bus, stage.bus.subjects.task("match", "normal", "d"), HOP, msg_id="d:x")
@@ -152,8 +151,8 @@ async def test_a_settled_twin_of_a_task_nothing_carries_any_more_is_sent_again(s
 
 async def settled_twin(bus: Bus) -> None:
     """Take the id of a hop to MATCH by a message that is gone afterwards."""
-    ack = await bus.store(bus.subjects.task("match", "normal", "d"), HOP, msg_id="d:x")
-    await bus.api(f"STREAM.MSG.DELETE.{ack.stream}", {"seq": ack.seq})
+    ack = await bus.jetstream.publish(bus.subjects.task("match", "normal", "d"), HOP, msg_id="d:x")
+    await bus.jetstream.api(f"STREAM.MSG.DELETE.{ack.stream}", {"seq": ack.seq})
 
 
 async def assert_settled_twin(bus: Bus, *, again: int) -> None:
@@ -172,7 +171,7 @@ async def test_a_redelivered_message_makes_its_hop_once(bus: Bus, phases: Phases
         handled += 1
         if handled == 1:
             subject = bus.subjects.task("match", "normal", "d")
-            await bus.store(subject, message, msg_id=f"d:{delivery.origin}")
+            await bus.jetstream.publish(subject, message, msg_id=f"d:{delivery.origin}")
             raise RuntimeError("this process died before its ack")
         return Next("match", message)
 
@@ -182,7 +181,7 @@ async def test_a_redelivered_message_makes_its_hop_once(bus: Bus, phases: Phases
         await phase.count(2)
         await until(lambda: not phase.running, what="it is settled")
     assert len(taken(logs)) == 0
-    hops = await bus.api(
+    hops = await bus.jetstream.api(
         f"STREAM.INFO.{bus.subjects.stream('TASKS')}", {"subjects_filter": bus.subjects.task("match", "*", "*")}
     )
     assert hops["state"]["subjects"] == {bus.subjects.task("match", "normal", "d"): 1}
@@ -199,7 +198,7 @@ async def test_a_hop_whose_id_was_taken_is_stored_all_the_same(
     async def decide(message: Envelope, _delivery: Delivery) -> Outcome:
         return Next("match", message) if outcome == "next" else Later(0.05, message, "match")
 
-    await bus.store(f"{bus.subjects.namespace}.{where}", b"{}", msg_id="d:task-2")
+    await bus.jetstream.publish(f"{bus.subjects.namespace}.{where}", b"{}", msg_id="d:task-2")
     await phases.start(bus, decide)
     assert await put(bus, HOP) == 2
 
@@ -215,8 +214,8 @@ async def test_a_taken_id_whose_message_is_gone_loses_no_hop(bus: Bus, phases: P
     async def decide(message: Envelope, _delivery: Delivery) -> Outcome:
         return Next("match", message)
 
-    ack = await bus.store(bus.subjects.later("match", "x", "y"), b"{}", msg_id="d:task-2")
-    await bus.api(f"STREAM.MSG.DELETE.{ack.stream}", {"seq": ack.seq})
+    ack = await bus.jetstream.publish(bus.subjects.later("match", "x", "y"), b"{}", msg_id="d:task-2")
+    await bus.jetstream.api(f"STREAM.MSG.DELETE.{ack.stream}", {"seq": ack.seq})
     await phases.start(bus, decide)
     assert await put(bus, HOP) == 2
     await until(lambda: last(bus, "TASKS", bus.subjects.task("match", "normal", "d")), what="the hop")
@@ -226,7 +225,7 @@ async def test_a_reward_whose_id_was_taken_is_learned_all_the_same(stage: Stage)
     await stage.phase("adapt")
     earned = reward(1)
     digest = blake2b(repr(float(earned.score)).encode(), digest_size=4).hexdigest()
-    await stage.bus.store(
+    await stage.bus.jetstream.publish(
         stage.bus.subjects.of("reward", "rules", "local", "x", "y"), b"{}", msg_id=f"{earned.reward_id}:{digest}"
     )
 
@@ -234,7 +233,7 @@ async def test_a_reward_whose_id_was_taken_is_learned_all_the_same(stage: Stage)
         await RewardBus(bus=stage.bus).publish(earned)
 
     async def known() -> NodeProfile | None:
-        entry = await Bucket(stage.bus, "nodes", NodeProfile).get(earned.node_key)
+        entry = await stage.bus.bucket("nodes", NodeProfile).get(earned.node_key)
         return entry.value if entry else None
 
     assert (await until(known, what="the reward is learned")).total_tasks == 1
@@ -242,10 +241,10 @@ async def test_a_reward_whose_id_was_taken_is_learned_all_the_same(stage: Stage)
 
 async def test_a_result_whose_id_was_taken_ends_its_task(stage: Stage) -> None:
     await stage.phase("evaluate")
-    hop = awarded(envelope(TaskAd(task_id="d", description="x"), now=stage.bus.now()))
+    hop = awarded(envelope(TaskAd(task_id="d", description="x"), now=stage.bus.clock.now()))
     await stage.claimed(hop, attempt=1)
     subject = stage.bus.subjects.task("evaluate", "normal", "d")
-    await stage.bus.store(stage.bus.subjects.later("match", "x", "y"), b"{}", msg_id="d:task-9")
+    await stage.bus.jetstream.publish(stage.bus.subjects.later("match", "x", "y"), b"{}", msg_id="d:task-9")
     await store_once(stage.bus, subject, replace(hop, result=RunResult(content="42")), msg_id="d:task-9")
     await until(lambda: ended(stage), what="the task has ended")
     assert (await stage.read("d")).state == "succeeded"
@@ -254,9 +253,9 @@ async def test_a_result_whose_id_was_taken_ends_its_task(stage: Stage) -> None:
 async def test_a_cancel_whose_id_was_taken_is_announced(stage: Stage) -> None:
     await stage.phase("sense")
     await stage.phase("evaluate")
-    hop = envelope(TaskAd(task_id="d", description="x"), now=stage.bus.now())
+    hop = envelope(TaskAd(task_id="d", description="x"), now=stage.bus.clock.now())
     await stage.record(hop)
-    await stage.bus.store(stage.bus.subjects.later("match", "x", "y"), b"{}", msg_id="d:cancel")
+    await stage.bus.jetstream.publish(stage.bus.subjects.later("match", "x", "y"), b"{}", msg_id="d:cancel")
     await task_client.cancel(stage.bus, "d")
     assert (await stage.seen("result", task_id="d")).state == "cancelled"
 
@@ -277,7 +276,7 @@ async def test_a_task_whose_every_id_was_taken_ends_in_time(nats_url: str, names
         hosted = [node("n1", agent, code=0.9), node("n2", agent, code=0.9)]
         await stack.enter_async_context(running_nodes(nats_url, lambda: hosted, namespace=namespace))
         ids = [f"d:intake-{n}" for n in range(1, 4)] + [f"d:task-{n}" for n in range(1, 160)] + ["d:attempt-2"]
-        await asyncio.gather(*(bus.store(f"{namespace}.{where}", b"{}", msg_id=one) for one in ids))
+        await asyncio.gather(*(bus.jetstream.publish(f"{namespace}.{where}", b"{}", msg_id=one) for one in ids))
         ad = TaskAd(task_id="d", domain="code", description="add two numbers", timeout_s=15)
         result = await (await task_client.publish(bus, ad, deltas=False)).result(20)
         record = await task_client.status(bus, "d")
@@ -314,7 +313,9 @@ async def test_a_divided_task_whose_ids_were_taken_ends_with_its_parts(nats_url:
         await stack.enter_async_context(
             running_nodes(nats_url, lambda: [node("n1", agent, code=0.9)], namespace=namespace)
         )
-        await asyncio.gather(*(bus.store(bus.subjects.later("match", "x", "y"), b"{}", msg_id=one) for one in ids))
+        await asyncio.gather(
+            *(bus.jetstream.publish(bus.subjects.later("match", "x", "y"), b"{}", msg_id=one) for one in ids)
+        )
         ad = TaskAd(task_id="p", domain="code", description="all", context={"plan": plan}, timeout_s=15)
         result = await (await task_client.publish(bus, ad, deltas=False)).result(20)
 

@@ -43,7 +43,9 @@ class Delegating(FakeHost):
             await self.mouth.say("moved")
         self.mouth = run
         run.seq = max(run.seq, 1)
-        await run.bus.publish(run.subject, [{"seq": 0, "kind": "accepted"}, {"seq": run.seq, "kind": "heartbeat"}])
+        await run.bus.connection.publish(
+            run.subject, [{"seq": 0, "kind": "accepted"}, {"seq": run.seq, "kind": "heartbeat"}]
+        )
         run.seq += 1
         while self.mouth is run and self.beating:
             await run.say("heartbeat")
@@ -71,7 +73,7 @@ async def host(stage: Stage) -> Delegating:
 
 async def given(stage: Stage, **facts: Any) -> Envelope:
     about = {name: facts.pop(name) for name in list(facts) if name in Envelope.__struct_fields__}
-    env = awarded(envelope(ad(**{"task_id": "t1", **facts}), now=stage.bus.now(), **about))
+    env = awarded(envelope(ad(**{"task_id": "t1", **facts}), now=stage.bus.clock.now(), **about))
     await stage.record(env)
     await stage.put("execute", env)
     return env
@@ -79,10 +81,10 @@ async def given(stage: Stage, **facts: Any) -> Envelope:
 
 async def end(stage: Stage, child: Envelope, state: Any = "succeeded", *, tell: bool = True, **facts: Any) -> None:
     """End the delegated task as EVALUATE does."""
-    await stage.record(replace(child, **facts), state=state, ended_at=stage.bus.now())
+    await stage.record(replace(child, **facts), state=state, ended_at=stage.bus.clock.now())
     if tell:
         done = (await stage.read(child.task_id)).to_result()
-        await stage.bus.publish(stage.bus.subjects.of("result", "public", child.task_id), done)
+        await stage.bus.connection.publish(stage.bus.subjects.of("result", "public", child.task_id), done)
 
 
 async def finish(stage: Stage, one: Delegating) -> Envelope:
@@ -168,7 +170,7 @@ async def test_what_may_not_be_delegated_is_answered_at_once(
 async def test_an_id_that_names_another_task_gets_no_answer_of_it(stage: Stage) -> None:
     one = await host(stage)
     await stage.phase("execute")
-    other = envelope(ad("a secret", task_id=CHILD), now=stage.bus.now(), result=RunResult(content="secret"))
+    other = envelope(ad("a secret", task_id=CHILD), now=stage.bus.clock.now(), result=RunResult(content="secret"))
     await stage.record(other, state="succeeded", ended_at=1.0)
     await given(stage)
     await one.say("waiting", ad=ad("a part", task_id=CHILD))
@@ -184,7 +186,7 @@ async def test_a_waiting_run_holds_no_slot_of_this_phase(stage: Stage, monkeypat
     (slots,) = execute.service._loop._slots.values()
     await given(stage)
     await one.say("waiting", ad=ad("a part", task_id=CHILD))
-    second = awarded(envelope(ad(task_id="second"), now=stage.bus.now()), host_id="h2")
+    second = awarded(envelope(ad(task_id="second"), now=stage.bus.clock.now()), host_id="h2")
     await stage.record(second)
     await stage.put("execute", second)
     await stage.seen("task", phase="evaluate", task_id="second", within_s=20)
@@ -225,11 +227,11 @@ async def test_work_that_nobody_waits_for_any_more_is_cancelled(stage: Stage, wh
     one = await host(stage)
     await stage.phase("sense")
     await stage.phase("execute")
-    env = await given(stage, token_budget=100, **({"deadline": stage.bus.now() + 2} if why == "late" else {}))
+    env = await given(stage, token_budget=100, **({"deadline": stage.bus.clock.now() + 2} if why == "late" else {}))
     await one.say("waiting", ad=ad("a part", task_id=CHILD))
     await stage.seen("task", phase="match", task_id=CHILD, within_s=20)
     if why == "cancelled":
-        await stage.bus.request(stage.bus.subjects.of("cancel", env.task_id), timeout_s=20)
+        await stage.bus.requests.request(stage.bus.subjects.of("cancel", env.task_id), timeout_s=20)
     elif why == "given up":
         await one.say("resumed", task_id=CHILD)
         await one.say("result", result=RunResult(content="without it"))
@@ -248,9 +250,9 @@ async def ended(stage: Stage, task_id: str) -> bool:
 
 async def test_a_message_of_an_ended_task_cancels_what_its_run_delegated(stage: Stage) -> None:
     """EXECUTE was not there to hear the cancel."""
-    env = awarded(envelope(now=stage.bus.now()))
+    env = awarded(envelope(now=stage.bus.clock.now()))
     await stage.record(env, state="cancelled", ended_at=1.0, delegated=(CHILD, "not-admitted"))
-    child = envelope(ad(task_id=CHILD), now=stage.bus.now(), split=Split(parent=env.task_id, depth=1, deadline=0))
+    child = envelope(ad(task_id=CHILD), now=stage.bus.clock.now(), split=Split(parent=env.task_id, depth=1, deadline=0))
     await stage.record(child)
     await stage.phase("sense")
     await stage.phase("execute")
@@ -300,7 +302,7 @@ def _fields(claim: Claim) -> dict[str, Any]:
 
 
 async def victim(stage: Stage, task_id: str, **facts: Any) -> None:
-    await stage.record(envelope(ad(task_id=task_id), now=stage.bus.now(), **facts))
+    await stage.record(envelope(ad(task_id=task_id), now=stage.bus.clock.now(), **facts))
 
 
 async def test_an_id_that_a_host_sends_is_ignored_and_its_task_left_alone(stage: Stage) -> None:
@@ -409,7 +411,7 @@ async def test_work_that_is_given_up_before_its_admission_is_cancelled_once_it_i
     await one.say("waiting", ad=ad("a part", task_id=CHILD), call=1)
     child = await stage.seen("task", phase="sense", task_id=CHILD)
     await one.say("resumed", task_id=CHILD)
-    await one.bus.echo()
+    await one.bus.requests.flush()
     assert not stage.all("cancel")
     await stage.record(child)  # as SENSE does
     await stage.seen("cancel", task_id=CHILD)

@@ -8,7 +8,6 @@ from support.buses import Connect
 from support.phases import Asker, Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
-from loom.bus.natsio.kv import Bucket
 from loom.bus.topology import EVALUATE_LANE
 from loom.phases.evaluate.service import Evaluate
 from loom.runner.server.nats_server import NatsServer
@@ -46,7 +45,7 @@ async def given(stage: Stage, content: str | None = None, code: str | None = Non
     task = facts.pop("ad", None) or ad(task_id="t1")
     result = None if content is None else RunResult(content=content, completion_tokens=6, duration_s=1.5)
     error = TaskError(code=code, message=f"it said {code}", node_id="n1") if code else None
-    env = envelope(task, now=stage.bus.now(), result=result, error=error, hops=(RAN,), **facts)
+    env = envelope(task, now=stage.bus.clock.now(), result=result, error=error, hops=(RAN,), **facts)
     env = env if "award" in facts else awarded(env)
     await stage.record(replace(env, result=None, error=None), reply_to=reply_to, claim=Claim(attempt=claim))
     await stage.put("evaluate", env)
@@ -309,12 +308,12 @@ async def test_a_nodes_fault_sends_the_task_back_with_a_reward_of_nought(stage: 
 
 async def test_a_node_that_asked_for_a_rest_is_tried_again_when_nobody_else_is_left(stage: Stage) -> None:
     await stage.phase("evaluate")
-    rested_at = stage.bus.now() + 0.3
+    rested_at = stage.bus.clock.now() + 0.3
     await given(stage, code="no_bids", attempt=2, failures=1, excluded=("n1",), retry_at={"n1": rested_at})
     parked = await stage.seen("later")
     assert (parked.attempt, parked.excluded, parked.retry_at) == (3, (), {})
     await until(lambda: stage.pending("TASKS", stage.bus.subjects.task("match", "*", "t1")), what="the call")
-    assert stage.bus.now() >= rested_at
+    assert stage.bus.clock.now() >= rested_at
 
 
 async def test_a_busy_node_costs_nothing(stage: Stage) -> None:
@@ -462,14 +461,14 @@ async def test_a_cancel_ends_the_task_even_if_an_attempt_was_claimed_meanwhile(s
 async def test_a_missing_record_is_made_for_what_never_reached_admission(stage: Stage, split: Split | None) -> None:
     await stage.phase("evaluate")
     error = TaskError(code="dead_letter", message="sense could not")
-    await stage.put("evaluate", envelope(ad(task_id="t1"), now=stage.bus.now(), error=error, split=split))
+    await stage.put("evaluate", envelope(ad(task_id="t1"), now=stage.bus.clock.now(), error=error, split=split))
     assert (await stage.seen("result")).error.code == "dead_letter"
     assert (await stage.read("t1")).state == "failed"
 
 
 async def test_a_missing_record_of_a_task_on_its_way_stays_missing(stage: Stage) -> None:
     evaluate = await stage.phase("evaluate")
-    env = awarded(envelope(ad(task_id="t1"), now=stage.bus.now(), hops=(RAN,), result=RunResult(content="x")))
+    env = awarded(envelope(ad(task_id="t1"), now=stage.bus.clock.now(), hops=(RAN,), result=RunResult(content="x")))
     await stage.put("evaluate", env)
     await stage.settled()
     await quiet(stage.bus, evaluate.bus)
@@ -481,8 +480,10 @@ async def test_a_missing_record_of_a_task_on_its_way_stays_missing(stage: Stage)
 async def test_its_own_bad_input_ends_the_task(stage: Stage) -> None:
     asker = Asker(stage.bus)
     await stage.phase("evaluate")
-    await stage.record(envelope(ad(task_id="t1"), now=stage.bus.now()), reply_to=(asker.inbox,), claim=Claim(attempt=2))
-    await stage.bus.store(stage.bus.subjects.task("evaluate", "normal", "t1"), b'{"ad": 7}')
+    await stage.record(
+        envelope(ad(task_id="t1"), now=stage.bus.clock.now()), reply_to=(asker.inbox,), claim=Claim(attempt=2)
+    )
+    await stage.bus.jetstream.publish(stage.bus.subjects.task("evaluate", "normal", "t1"), b'{"ad": 7}')
     assert (await asker.failure()).code == "dead_letter"
     assert (await stage.read("t1")).state == "failed"
     assert await stage.pending("DEAD") == 1
@@ -501,10 +502,10 @@ async def test_a_stop_does_not_wait_for_a_reward_that_cannot_be_stored(server: N
     bus = await connect(url=server.url)
     evaluate = Evaluate(bus, ClusterConfig())
     late = TaskError(code="deadline_exceeded", node_id="n1")
-    ended = awarded(envelope(ad(task_id="t1"), now=bus.now(), error=late))
+    ended = awarded(envelope(ad(task_id="t1"), now=bus.clock.now(), error=late))
     record = TaskRecord(task_id="t1", state="failed", envelope=ended, admitted_at=1.0, ended_at=2.0)
     server.kill()
-    await until(lambda: not bus._nc.is_connected, what="the connection is lost")
+    await until(lambda: not bus.connection._nc.is_connected, what="the connection is lost")
     announcing = asyncio.ensure_future(evaluate._announce(record))
     await until(lambda: bus._unconfirmed, what="the reward is on its way")
     await asyncio.sleep(0)
@@ -533,7 +534,7 @@ PART = Split(parent="p", depth=1, subtask="a", grant=100, deadline=1e10, inputs=
 
 
 async def with_plan(stage: Stage, env: Envelope, *parts: Subtask) -> None:
-    await Bucket(stage.bus, "plans", SplitPlan).create(
+    await stage.bus.bucket("plans", SplitPlan).create(
         env.task_id, SplitPlan(parent_id=env.task_id, subtasks=parts, envelope=env)
     )
 
@@ -567,7 +568,7 @@ async def test_the_parent_is_told_after_the_reward_and_before_the_result(stage: 
 
 async def test_an_end_that_is_announced_again_is_told_to_scale_again_under_the_same_id(stage: Stage) -> None:
     await stage.phase("evaluate")
-    await with_plan(stage, envelope(ad(task_id="t1"), now=stage.bus.now()), Subtask(id="x", description="do x"))
+    await with_plan(stage, envelope(ad(task_id="t1"), now=stage.bus.clock.now()), Subtask(id="x", description="do x"))
     env = await given(stage, "42", split=PART, inputs={"x": "out x"})
     await stage.seen("result")
     await stage.put("evaluate", replace(env, result=None, error=TaskError(code="deadline_exceeded")))
@@ -587,7 +588,7 @@ async def test_delegated_work_is_nobodys_subtask(stage: Stage) -> None:
 @pytest.mark.parametrize("code", ["cancelled", "deadline_exceeded", "subtask_failed"])
 async def test_the_plan_of_a_task_that_has_failed_is_over(stage: Stage, code: str) -> None:
     await stage.phase("evaluate")
-    env = envelope(ad(task_id="t1"), now=stage.bus.now())
+    env = envelope(ad(task_id="t1"), now=stage.bus.clock.now())
     await with_plan(stage, env, Subtask(id="x", description="do x"))
     await given(stage, code=code)
     told = await stage.seen("task", phase="scale")
@@ -597,7 +598,7 @@ async def test_the_plan_of_a_task_that_has_failed_is_over(stage: Stage, code: st
 
 async def test_a_task_that_stayed_whole_has_no_plan_that_could_be_over(stage: Stage) -> None:
     await stage.phase("evaluate")
-    await with_plan(stage, envelope(ad(task_id="t1"), now=stage.bus.now()))
+    await with_plan(stage, envelope(ad(task_id="t1"), now=stage.bus.clock.now()))
     await given(stage, code="cancelled")
     await stage.seen("result")
     assert not scale_ids(stage)
@@ -609,7 +610,7 @@ async def test_plans_are_looked_for_only_where_there_may_be_one(stage: Stage) ->
     async def hear(_msg: Any) -> None:
         looks.append("plans")
 
-    await stage.bus.subscribe(f"$JS.API.STREAM.MSG.GET.KV_{stage.bus.subjects.bucket('plans')}", hear)
+    await stage.bus.connection.subscribe(f"$JS.API.STREAM.MSG.GET.KV_{stage.bus.subjects.bucket('plans')}", hear)
     evaluate = await stage.phase("evaluate")
     await given(stage, "42", ad=ad(task_id="plain"))
     await stage.seen("result")

@@ -8,7 +8,7 @@ from support.phases import FakeHost, FakeRun, Stage, ad, awarded, envelope, quie
 from support.wait import until
 
 from loom.bus.hops.delivery import Delivery, Slots
-from loom.bus.hops.isolation import Gate
+from loom.bus.hops.isolation import SharedExclusiveLock
 from loom.bus.hops.outcomes import Next
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.topology import EXECUTE_LANE
@@ -41,7 +41,7 @@ async def host(stage: Stage, run: Script | None = FakeRun.succeed, host_id: str 
 async def given(stage: Stage, *, recorded: bool = True, **facts: Any) -> Envelope:
     """An awarded task, admitted, on its way to EXECUTE."""
     about = {name: facts.pop(name) for name in list(facts) if name in Envelope.__struct_fields__}
-    env = awarded(envelope(ad(**facts), now=stage.bus.now(), **about))
+    env = awarded(envelope(ad(**facts), now=stage.bus.clock.now(), **about))
     if recorded:
         await stage.record(env)
     await stage.put("execute", env)
@@ -191,8 +191,8 @@ async def test_what_a_host_sends_beyond_the_limit_is_cut(stage: Stage) -> None:
 
 async def test_bytes_that_are_no_event_are_left_out(stage: Stage) -> None:
     async def mumble(run: FakeRun) -> None:
-        await run.bus.publish(run.subject, b"\xff{")
-        await run.bus.publish(run.subject, b'{"seq": -1, "kind": "sings"}')
+        await run.bus.connection.publish(run.subject, b"\xff{")
+        await run.bus.connection.publish(run.subject, b'{"seq": -1, "kind": "sings"}')
         await run.succeed()
 
     await host(stage, mumble)
@@ -281,7 +281,7 @@ async def test_the_code_of_a_host_counts_as_far_as_facts_confirm_it(
     await host(stage, end)
     await stage.phase("execute")
     about = {name: value for name, value in facts.items() if name != "left_s"}
-    await given(stage, deadline=stage.bus.now() + facts.get("left_s", 30), **about)
+    await given(stage, deadline=stage.bus.clock.now() + facts.get("left_s", 30), **about)
     error = (await outcome(stage)).error
     assert error is not None
     assert (error.code, error.message, error.node_id) == (believed, "so it is", "n1")
@@ -332,7 +332,7 @@ async def test_a_result_lost_on_its_way_is_asked_for_again(stage: Stage) -> None
 async def test_a_run_past_its_deadline_fails(stage: Stage) -> None:
     await host(stage, hang)
     await stage.phase("execute")
-    now = stage.bus.now()
+    now = stage.bus.clock.now()
     await given(stage, deadline=now + 0.4)
     failed = await outcome(stage)
     assert failed.error is not None
@@ -343,7 +343,7 @@ async def test_a_run_past_its_deadline_fails(stage: Stage) -> None:
 async def test_a_task_that_comes_too_late_is_not_run(stage: Stage) -> None:
     one = await host(stage)
     await stage.phase("execute")
-    env = await given(stage, deadline=stage.bus.now() - 1)
+    env = await given(stage, deadline=stage.bus.clock.now() - 1)
     assert await code_of(stage) == "deadline_exceeded"
     assert not one.runs
     assert (await stage.read(env.task_id)).claim == Claim()
@@ -354,10 +354,10 @@ async def test_a_cancelled_run_is_given_up_at_once(stage: Stage) -> None:
     await stage.phase("execute")
     env = await given(stage)
     await until(lambda: one.runs, what="it runs")
-    await stage.bus.publish(stage.bus.subjects.of("cancelled", "somebody-elses"))
-    await stage.bus.publish(stage.bus.subjects.of("cancelled", env.task_id))
+    await stage.bus.connection.publish(stage.bus.subjects.of("cancelled", "somebody-elses"))
+    await stage.bus.connection.publish(stage.bus.subjects.of("cancelled", env.task_id))
     assert await code_of(stage) == "cancelled"
-    assert stage.bus.now() - env.deadline < -58
+    assert stage.bus.clock.now() - env.deadline < -58
 
 
 async def test_a_cancel_is_heard_while_the_attempt_is_being_claimed(
@@ -365,10 +365,10 @@ async def test_a_cancel_is_heard_while_the_attempt_is_being_claimed(
 ) -> None:
     one = await host(stage, hang)
     execute: Any = await stage.phase("execute")
-    claim, env = execute.service._claim, envelope(ad(), now=stage.bus.now())
+    claim, env = execute.service._claim, envelope(ad(), now=stage.bus.clock.now())
 
     async def cancelled_meanwhile(*args: Any) -> Any:
-        await stage.bus.publish(stage.bus.subjects.of("cancelled", env.task_id))
+        await stage.bus.connection.publish(stage.bus.subjects.of("cancelled", env.task_id))
         await quiet(stage.bus, execute.bus)
         return await claim(*args)
 
@@ -381,7 +381,7 @@ async def test_a_cancel_is_heard_while_the_attempt_is_being_claimed(
 
 async def test_an_envelope_without_an_award_is_a_dead_letter(stage: Stage) -> None:
     await stage.phase("execute")
-    await stage.put("execute", envelope(now=stage.bus.now()))
+    await stage.put("execute", envelope(now=stage.bus.clock.now()))
     await stage.seen("dead", phase="execute")
     assert await code_of(stage) == "dead_letter"
 
@@ -400,7 +400,7 @@ async def test_an_envelope_without_an_award_is_a_dead_letter(stage: Stage) -> No
 async def test_a_twin_is_dropped_in_silence(stage: Stage, facts: dict[str, Any]) -> None:
     one = await host(stage)
     await stage.phase("execute")
-    env = awarded(envelope(now=stage.bus.now()))
+    env = awarded(envelope(now=stage.bus.clock.now()))
     record = await stage.record(env, **facts)
     await stage.put("execute", env)
     await stage.settled()
@@ -420,7 +420,7 @@ async def test_a_task_without_a_record_is_dropped(stage: Stage) -> None:
 async def test_a_later_attempt_takes_over_from_an_earlier_one(stage: Stage) -> None:
     await host(stage)
     await stage.phase("execute")
-    env = awarded(envelope(now=stage.bus.now(), attempt=2))
+    env = awarded(envelope(now=stage.bus.clock.now(), attempt=2))
     await stage.claimed(env, attempt=1)
     await stage.put("execute", env)
     await outcome(stage)
@@ -517,8 +517,10 @@ async def test_a_replica_that_was_overtaken_leaves_the_message_to_the_other(
     await until(lambda: len(one.runs) == 2, what="the other replica re-attached")
     claim = (await stage.read(env.task_id)).claim
     assert (claim.instance, claim.stream_seq, claim.attempt) == (second.bus.instance, first.stream_seq, 1)
-    overtaken = stage.bus.now()  # by 0.8 s later the first has noticed the silence, and the server would try again
-    await until(lambda: stage.bus.now() > overtaken + 0.8, what="both have had their time")
+    overtaken = (
+        stage.bus.clock.now()
+    )  # by 0.8 s later the first has noticed the silence, and the server would try again
+    await until(lambda: stage.bus.clock.now() > overtaken + 0.8, what="both have had their time")
     assert await stage.pending("TASKS") == 1
     assert not stage.all("task", phase="evaluate")
     await moving.finish()
@@ -578,9 +580,9 @@ async def test_a_message_that_is_recalled_before_its_run_begins_is_handed_on(sta
     await host(stage, accepted)
     execute = await stage.phase("execute")
     await execute.service.drain(0)
-    env = awarded(envelope(ad(), now=stage.bus.now()))
+    env = awarded(envelope(ad(), now=stage.bus.clock.now()))
     await stage.record(env)
-    delivery = Delivery(Msg("t.task.execute.normal.t1", "$JS.ACK.S.C.1.7.1.1.0"), Slots(1), Gate())
+    delivery = Delivery(Msg("t.task.execute.normal.t1", "$JS.ACK.S.C.1.7.1.1.0"), Slots(1), SharedExclusiveLock())
     delivery.recall()
     handled = await asyncio.wait_for(Execute(execute.bus, ClusterConfig()).handle(env, delivery), 10)
     assert isinstance(handled, Next)

@@ -6,8 +6,8 @@ import pytest
 from support.phases import FakeHost, FakeRun, Stage, ad, awarded, envelope
 from support.wait import until
 
-from loom.bus.bus import Msg
 from loom.bus.logs.left_out import LeftOut, together
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.service_discovery import Presence, health_reports
 from loom.schemas.auction import CallForBids
 from loom.schemas.base import decode, encode
@@ -40,7 +40,7 @@ def raws(*bodies: bytes) -> Script:
     async def answer(run: FakeRun) -> None:
         if run.request.from_seq == 0:
             for body in bodies:
-                await run.bus.publish(run.subject, body)
+                await run.bus.connection.publish(run.subject, body)
 
     return answer
 
@@ -49,7 +49,7 @@ async def run_on(stage: Stage, script: Script) -> tuple[Envelope, LeftOut | None
     """Run a task on a host of that script; return how the attempt ended, and what was left out."""
     await FakeHost(await stage.connect("node"), run=script).start()
     execute = await stage.phase("execute")
-    env = awarded(envelope(ad(), now=stage.bus.now()))
+    env = awarded(envelope(ad(), now=stage.bus.clock.now()))
     await stage.record(env)
     await stage.put("execute", env)
     ended: Envelope = await stage.seen("task", phase="evaluate", within_s=10)
@@ -144,7 +144,7 @@ async def test_a_gap_in_the_numbers_is_asked_for_and_the_run_goes_on_without_wha
     async def skipping(run: FakeRun) -> None:
         asked.append(run.request.from_seq)
         events = kept if len(asked) == 1 else [*kept, RunEvent(seq=4, kind="result", result=RunResult(content="done"))]
-        await run.bus.publish(run.subject, events)
+        await run.bus.connection.publish(run.subject, events)
 
     ended, left_out = await run_on(stage, skipping)
     assert (ended.error, asked) == (None, [0, 1])
@@ -164,11 +164,11 @@ async def test_of_two_last_events_the_first_counts_and_the_second_is_counted(sta
 async def test_a_reply_after_the_host_was_given_up_is_counted(stage: Stage) -> None:
     host = await FakeHost(await stage.connect("node"), run=raws(b'{"seq":0,"kind":"accepted"}')).start()
     execute = await stage.phase("execute")
-    env = awarded(envelope(ad(), now=stage.bus.now()))
+    env = awarded(envelope(ad(), now=stage.bus.clock.now()))
     await stage.record(env)
     await stage.put("execute", env)
     assert (await stage.seen("task", phase="evaluate", within_s=10)).error.code == "node_lost"
-    await host.bus.publish(host.runs[-1].subject, END)
+    await host.bus.connection.publish(host.runs[-1].subject, END)
     await until(lambda: "h1" in execute.bus.discards.hosts, what="it is counted")
     assert "given up" in execute.bus.discards.hosts["h1"].last
 
@@ -185,10 +185,10 @@ async def auction(stage: Stage, offers: tuple[bytes, ...]) -> tuple[Award | None
             await host.answer(decode(msg.data, CallForBids), raw)
 
     host.offer = lambda _: None
-    await host.bus.subscribe(host.bus.subjects.of("auction", "*"), answer)
-    await host.bus.echo()
+    await host.bus.connection.subscribe(host.bus.subjects.of("auction", "*"), answer)
+    await host.bus.requests.flush()
     match = await stage.phase("match", SHORT)
-    await stage.put("match", envelope(ad(), now=stage.bus.now()))
+    await stage.put("match", envelope(ad(), now=stage.bus.clock.now()))
     award = (await stage.seen("task", phase="scale")).award
     return award, match.bus.discards.hosts.get("h1")
 
@@ -252,9 +252,9 @@ async def test_phases_report_what_they_left_out_of_announcements(stage: Stage) -
         presence.health[name] = service.health
         await presence.start()
     subject = stage.bus.subjects.of("host", "local", "h1")
-    await stage.bus.publish(subject, b'{"running":"many"}')
-    await stage.bus.publish(subject, b'["h1"]')
-    await stage.bus.publish(subject, b'\xef\xbb\xbf{"nodes":[{"node_id":"n1","slots":"4"}],"busy":null}')
+    await stage.bus.connection.publish(subject, b'{"running":"many"}')
+    await stage.bus.connection.publish(subject, b'["h1"]')
+    await stage.bus.connection.publish(subject, b'\xef\xbb\xbf{"nodes":[{"node_id":"n1","slots":"4"}],"busy":null}')
 
     async def reported() -> bool:
         reports = await health_reports(stage.bus, within_s=0.1)

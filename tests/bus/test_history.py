@@ -75,12 +75,12 @@ async def test_records_come_by_admission_and_once(bus: Bus) -> None:
 async def test_since_a_moment_is_what_ended_and_was_earned_from_it_on(bus: Bus) -> None:
     bucket, rewards = records(bus), RewardBus(bus=bus)
     await rewards.publish(reward(1))
-    await bucket.create("early", record("early", "succeeded", ended_at=bus.now()))
+    await bucket.create("early", record("early", "succeeded", ended_at=bus.clock.now()))
     stored = await newest(bus, bus.subjects.stream("REWARDS"), bus.subjects.of("reward", "*", "*", "*", "*"), 1)
     moment = stored.messages[0].stored_at + 0.000_001
-    middle = bus.now()
+    middle = bus.clock.now()
     await rewards.publish(reward(2))
-    await bucket.create("late", record("late", "failed", ended_at=bus.now()))
+    await bucket.create("late", record("late", "failed", ended_at=bus.clock.now()))
     await bucket.create("running", record("running"))
 
     assert [one.task_id async for _, one in rewards_since(bus, moment)] == ["t2"]
@@ -92,17 +92,17 @@ async def test_since_a_moment_is_what_ended_and_was_earned_from_it_on(bus: Bus) 
 async def test_a_task_is_found_wherever_it_is(bus: Bus) -> None:
     bucket = records(bus)
     queued = Submission(ad=TaskAd(task_id="queued", description="x"), submission="s")
-    await bus.store(bus.subjects.intake("public", "normal", "queued"), queued)
+    await bus.jetstream.publish(bus.subjects.intake("public", "normal", "queued"), queued)
     for task_id in ("hopping", "waiting", "between", "divided", "parked"):
         await bucket.create(task_id, record(task_id))
-    await bus.store(bus.subjects.task("match", "normal", "hopping"), envelope("hopping", attempt=3))
+    await bus.jetstream.publish(bus.subjects.task("match", "normal", "hopping"), envelope("hopping", attempt=3))
     notice = SubtaskEnded(task_id="divided", child_id="c", subtask="a")
-    await bus.store(bus.subjects.task("scale", "normal", "divided"), notice)
+    await bus.jetstream.publish(bus.subjects.task("scale", "normal", "divided"), notice)
     await schedule(
         bus,
         bus.subjects.later("scale", "parked", "timer"),
         target=bus.subjects.task("scale", "normal", "parked"),
-        at=bus.now() + 600,
+        at=bus.clock.now() + 600,
         message=PlanTimeout(envelope=envelope("parked", attempt=4)),
         msg_id="parked:timer",
     )
@@ -110,7 +110,7 @@ async def test_a_task_is_found_wherever_it_is(bus: Bus) -> None:
         bus,
         bus.subjects.later("match", "waiting", "task-1"),
         target=bus.subjects.task("match", "normal", "waiting"),
-        at=bus.now() + 600,
+        at=bus.clock.now() + 600,
         message=envelope("waiting", attempt=2),
         msg_id="w",
     )

@@ -16,8 +16,8 @@ from support.wait import until
 
 from loom.agents.host.runs import BATCH_BYTES, PATIENCE_S
 from loom.agents.llm.agent import Agent
-from loom.bus.bus import Msg
 from loom.bus.natsio.clock import ServerClock
+from loom.bus.natsio.transport.message import Msg
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.auction import Offer
 from loom.schemas.base import encode
@@ -136,8 +136,8 @@ async def test_a_run_for_a_node_that_is_not_here_is_rejected(stage: Stage) -> No
 async def test_bytes_that_are_no_call_or_request_harm_nobody(stage: Stage) -> None:
     host = await stage.host([node()])
     watcher = Watcher(stage.bus)
-    await stage.bus.publish(stage.bus.subjects.of("auction", "code"), b"\xff")
-    await stage.bus.publish(stage.bus.subjects.of("stop", "local", host.host_id), b"{")
+    await stage.bus.connection.publish(stage.bus.subjects.of("auction", "code"), b"\xff")
+    await stage.bus.connection.publish(stage.bus.subjects.of("stop", "local", host.host_id), b"{")
     await watcher.send(host, b"{")
     assert (await watcher.heard("rejected")).code == "unqualified"
     assert (await call(stage)).bids
@@ -504,10 +504,10 @@ async def test_a_run_request_whose_events_would_go_elsewhere_is_refused_and_coun
     heard: list[Msg] = []
     subject = reply.format(ns=stage.namespace, host=host.host_id)
     if subject:
-        await stage.bus.listen(subject, heard.append)
+        await stage.bus.connection.subscribe_sync(subject, heard.append)
     request = RunRequest(task_id="t1", node_id="n1", description="it")
-    await stage.bus.publish(stage.bus.subjects.of("run", "local", host.host_id), request, reply=subject)
-    await stage.bus.publish(stage.bus.subjects.of("run", "local", host.host_id), b"{", reply=subject)
+    await stage.bus.connection.publish(stage.bus.subjects.of("run", "local", host.host_id), request, reply=subject)
+    await stage.bus.connection.publish(stage.bus.subjects.of("run", "local", host.host_id), b"{", reply=subject)
     await until(lambda: host.bus.discards.counts["run_request_refused"] == 2, what="both are counted")
     await quiet(stage.bus, host.bus)
     assert (heard, host._runs) == ([], {})
@@ -529,8 +529,8 @@ async def test_a_host_does_not_listen_to_cancels(stage: Stage) -> None:
     host = await stage.host([node(agent=forever)])
     watcher = await run(stage, host)
     await watcher.heard("started")
-    await stage.bus.publish(stage.bus.subjects.of("cancel", "t1"))
-    await stage.bus.publish(stage.bus.subjects.of("cancelled", "t1"))
+    await stage.bus.connection.publish(stage.bus.subjects.of("cancel", "t1"))
+    await stage.bus.connection.publish(stage.bus.subjects.of("cancelled", "t1"))
     await watcher.heard("heartbeat", count=2)
     assert not watcher.has("error")
 
@@ -621,7 +621,7 @@ async def test_an_old_request_begins_nothing(stage: Stage, old: dict[str, Any]) 
         return "x"
 
     host = await stage.host([node(agent=work)])
-    now = stage.bus.now()
+    now = stage.bus.clock.now()
     facts = {name: now + old[key] for name, key in (("sent_at", "sent"), ("deadline", "deadline")) if key in old}
     with capture_logs() as logs:
         watcher = await run(stage, host, attempt=old.get("attempt", 1), **facts)
@@ -634,7 +634,7 @@ async def test_an_old_request_begins_nothing(stage: Stage, old: dict[str, Any]) 
 async def test_a_host_that_does_not_know_the_servers_time_goes_by_what_is_left(stage: Stage) -> None:
     host = await stage.host([node()])
     host.bus.clock = ServerClock()
-    now = stage.bus.now()
+    now = stage.bus.clock.now()
     await (await run(stage, host, sent_at=now - 30, deadline=now - 10, remaining_s=20)).heard("result")
 
 
@@ -647,16 +647,16 @@ async def test_an_old_request_still_moves_a_run_in_hand_and_repeats_its_result(s
 
     host = await stage.host([node(agent=work)])
     await run(stage, host)
-    second = await run(stage, host, sent_at=stage.bus.now() - 30)
+    second = await run(stage, host, sent_at=stage.bus.clock.now() - 30)
     await second.heard("accepted")
     go.set()
     await second.heard("result")
-    await (await run(stage, host, sent_at=stage.bus.now() - 30)).heard("result")
+    await (await run(stage, host, sent_at=stage.bus.clock.now() - 30)).heard("result")
 
 
 async def test_a_run_ends_at_the_deadline_of_its_request_however_late_that_is_read(stage: Stage) -> None:
     host = await stage.host([node(agent=forever)])
-    now = stage.bus.now()
+    now = stage.bus.clock.now()
     watcher = await run(stage, host, remaining_s=60, sent_at=now - 2, deadline=now + 0.3)
     assert await watcher.code() == "deadline_exceeded"
 
@@ -674,7 +674,7 @@ async def test_a_queued_run_does_not_begin_past_its_deadline(stage: Stage, monke
 
     host = await stage.host([node(agent=work)], slots=1)
     await run(stage, host)
-    late = [await run(stage, host, task_id=f"late{n}", deadline=stage.bus.now() + 0.2) for n in range(2)]
+    late = [await run(stage, host, task_id=f"late{n}", deadline=stage.bus.clock.now() + 0.2) for n in range(2)]
     last = await run(stage, host, task_id="last")
     await last.heard("accepted")
     await until(lambda: all(each.left_s <= 0 for each in host._in_hand() if each.request.deadline), what="it is late")
@@ -719,7 +719,7 @@ async def test_a_host_announces_itself_regularly_and_when_asked(stage: Stage) ->
     host = await stage.host([node("n1"), node("n2")], slots=3)
     said = await stage.seen("host", host_id=host.host_id, count=3)
     assert (said.node_ids, said.slots, said.running, said.queued, said.draining) == (("n1", "n2"), 6, 0, 0, False)
-    await stage.bus.publish(stage.bus.subjects.hosts)
+    await stage.bus.connection.publish(stage.bus.subjects.hosts)
     await stage.seen("host", host_id=host.host_id, count=len(stage.all("host")) + 1)
 
 
@@ -752,7 +752,7 @@ async def test_what_is_learned_of_a_node_is_mirrored_into_it(stage: Stage) -> No
     for node_id, tasks in (("somebody-else", 9), ("n1", 7)):
         profile = NodeProfile(node_id=node_id, total_tasks=tasks, success_rate=0.25, consecutive_losses=2)
         news = Lifecycle(kind="learned", node_id=node_id, at=0, profile=profile)
-        await stage.bus.publish(subject("lifecycle", "adapt", "learned", "local", node_id), news)
+        await stage.bus.connection.publish(subject("lifecycle", "adapt", "learned", "local", node_id), news)
     await until(lambda: mine.capabilities.total_tasks == 7, what="it is mirrored")
     assert (mine.capabilities.success_rate, mine.consecutive_losses) == (0.25, 2)
 

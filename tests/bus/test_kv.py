@@ -11,8 +11,9 @@ from support.logs import capture_logs
 from support.wait import until
 
 from loom.bus import bus as bus_module
-from loom.bus.bus import Bus, Conflict, Refused
+from loom.bus.bus import Bus
 from loom.bus.natsio.kv import Bucket, BucketReader, Entry
+from loom.bus.natsio.server_errors import Conflict, Refused
 from loom.bus.records import change, records
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.base import Undecodable, encode
@@ -27,7 +28,7 @@ def profile(node_id: str = "n1", tasks: int = 0) -> NodeProfile:
 
 @pytest.fixture
 def bucket(bus: Bus) -> Bucket[NodeProfile]:
-    return Bucket(bus, "nodes", NodeProfile)
+    return bus.bucket("nodes", NodeProfile)
 
 
 async def test_a_value_that_was_created_is_read_with_its_revision(bucket: Bucket[NodeProfile]) -> None:
@@ -65,7 +66,7 @@ async def test_eight_writers_that_count_lose_no_step(connect: Connect, bucket: B
     await bucket.create("n1", profile())
 
     async def count(steps: int) -> None:
-        mine = Bucket(await connect(), "nodes", NodeProfile)
+        mine = (await connect()).bucket("nodes", NodeProfile)
         while steps:
             entry = await mine.get("n1")
             assert entry is not None
@@ -83,7 +84,7 @@ async def test_eight_writers_that_count_lose_no_step(connect: Connect, bucket: B
 async def test_a_repeated_write_whose_acknowledgement_was_lost_does_not_conflict_with_itself(
     bus: Bus, bucket: Bucket[NodeProfile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, opened = bus.open_inbox, list[str]()
+    real, opened = bus.requests.open_inbox, list[str]()
 
     def deaf_once(sink: Callable[[bus_module.Msg], None]) -> str:
         opened.append(real(sink if opened else lambda _: None))
@@ -102,8 +103,8 @@ async def test_a_repeated_write_another_has_overtaken_is_a_conflict(
 ) -> None:
     """The writer cannot know any more whether its own write counted: it must read again."""
     first = await bucket.create("n1", profile())
-    other = Bucket(await connect(), "nodes", NodeProfile)
-    real, lost = bus.open_inbox, asyncio.Event()
+    other = (await connect()).bucket("nodes", NodeProfile)
+    real, lost = bus.requests.open_inbox, asyncio.Event()
 
     def deaf_once(sink: Callable[[bus_module.Msg], None]) -> str:
         if lost.is_set():
@@ -123,11 +124,11 @@ async def test_a_repeated_write_another_has_overtaken_is_a_conflict(
 
 async def test_a_bucket_that_is_not_there_is_refused(plain: Bus) -> None:
     with pytest.raises(Refused):
-        await Bucket(plain, "nodes", NodeProfile).get("n1")
+        await plain.bucket("nodes", NodeProfile).get("n1")
 
 
 async def test_a_value_of_another_shape_is_undecodable(bus: Bus, bucket: Bucket[NodeProfile]) -> None:
-    await bus.store(f"$KV.{bus.subjects.bucket('nodes')}.n1", b"\xffnonsense")
+    await bus.jetstream.publish(f"$KV.{bus.subjects.bucket('nodes')}.n1", b"\xffnonsense")
     with pytest.raises(Undecodable):
         await bucket.get("n1")
 
@@ -233,7 +234,7 @@ async def test_a_reader_has_caught_up_only_with_its_last_batch(bucket: Bucket[No
 async def test_a_value_that_cannot_be_read_is_left_out(
     bus: Bus, bucket: Bucket[NodeProfile], followers: list[Follower]
 ) -> None:
-    await bus.store(f"$KV.{bus.subjects.bucket('nodes')}.bad", b"nonsense")
+    await bus.jetstream.publish(f"$KV.{bus.subjects.bucket('nodes')}.bad", b"nonsense")
     await bucket.create("n1", profile(tasks=1))
     with capture_logs() as logs:
         followers.append(follower := Follower(bucket.reader()))
@@ -244,7 +245,7 @@ async def test_a_value_that_cannot_be_read_is_left_out(
 async def test_a_reader_goes_on_after_the_server_was_killed(
     mortal: Bus, server: NatsServer, followers: list[Follower]
 ) -> None:
-    bucket = Bucket(mortal, "nodes", NodeProfile)
+    bucket = mortal.bucket("nodes", NodeProfile)
     await bucket.create("n1", profile("n1", tasks=1))
     followers.append(follower := Follower(bucket.reader()))
     await follower.got([1])

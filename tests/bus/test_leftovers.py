@@ -10,10 +10,10 @@ import pytest
 from support.wait import until
 
 from loom.bus import queries, task_client
-from loom.bus.bus import Bus, Refused
-from loom.bus.natsio.kv import Bucket
-from loom.bus.natsio.ordered_consumer import OrderedReader
-from loom.bus.natsio.request_many import scatter
+from loom.bus.bus import Bus
+from loom.bus.natsio.ordered_consumer import OrderedConsumer
+from loom.bus.natsio.request_many import request_many
+from loom.bus.natsio.server_errors import Refused
 from loom.bus.rewards import RewardBus
 from loom.bus.tap import Tap
 from loom.bus.task_client import TaskHandle
@@ -41,18 +41,18 @@ async def held(bus: Bus) -> Held:
     streams = [bus.subjects.stream(name) for name in ("INTAKE", "TASKS", "REWARDS", "DEAD")]
     streams += [f"KV_{bus.subjects.bucket(name)}" for name in ("records", "plans", "nodes", "tuning")]
     return Held(
-        len(bus._nc._subs),
-        len(bus._sinks),
+        len(bus.connection._nc._subs),
+        len(bus.requests._sinks),
         len(bus._unconfirmed),
-        len(bus._tasks),
-        len(bus._reconnected),
+        len(bus.tasks._tasks),
+        len(bus.connection._reconnected),
         sum([await consumers(bus, stream) for stream in streams]),
     )
 
 
 async def consumers(bus: Bus, stream: str) -> int:
     try:
-        return int((await bus.api(f"STREAM.INFO.{stream}"))["state"]["consumer_count"])
+        return int((await bus.jetstream.api(f"STREAM.INFO.{stream}"))["state"]["consumer_count"])
     except Refused:
         return 0  # this namespace has no streams
 
@@ -68,7 +68,7 @@ async def nothing_more(bus: Bus, before: Held) -> None:
 
 
 async def delta(bus: Bus, n: int) -> None:
-    await bus.publish(
+    await bus.connection.publish(
         bus.subjects.of("delta", "public", "t1"), Delta(task_id="t1", attempt=1, seq=n, event=TextDelta(text="x"))
     )
 
@@ -196,17 +196,19 @@ async def followed(bus: Bus) -> None:
 
 
 async def requested(bus: Bus) -> None:
-    await bus.request("unanswered", timeout_s=5)
+    await bus.requests.request("unanswered", timeout_s=5)
 
 
 async def stored(bus: Bus) -> None:
     await asyncio.gather(
-        *(bus.store(bus.subjects.intake("public", "low", f"t{n}"), b"{}", within_s=0.2) for n in range(3))
+        *(bus.jetstream.publish(bus.subjects.intake("public", "low", f"t{n}"), b"{}", within_s=0.2) for n in range(3))
     )
 
 
 async def scattered(bus: Bus) -> None:
-    await scatter(bus, "unanswered", b"", TaskResult, window_s=5, enough=lambda _: False)
+    await request_many(
+        bus.requests, "unanswered", b"", TaskResult, discards=bus.discards, window_s=5, enough=lambda _: False
+    )
 
 
 async def rewards(bus: Bus) -> None:
@@ -220,7 +222,7 @@ async def old_rewards(bus: Bus) -> None:
 
 
 async def bucket(bus: Bus) -> None:
-    reader = Bucket(bus, "nodes", NodeProfile).reader()
+    reader = bus.bucket("nodes", NodeProfile).reader()
     try:
         while True:
             await reader.batch()
@@ -263,8 +265,8 @@ async def test_a_call_that_is_cancelled_anywhere_leaves_nothing(
 
 async def test_a_reader_of_a_stream_that_is_stopped_deletes_its_consumer(bus: Bus) -> None:
     before = await held(bus)
-    reader = await OrderedReader(
-        bus, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*", "*", "*")
+    reader = await OrderedConsumer(
+        bus.jetstream, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*", "*", "*")
     ).start()
     assert (await held(bus)).consumers == before.consumers + 1
     await reader.stop()
@@ -293,8 +295,8 @@ async def test_a_reader_of_rewards_that_breaks_off_leaves_nothing(bus: Bus) -> N
 
 
 async def test_a_stored_message_that_is_awaited_late_is_confirmed(bus: Bus) -> None:
-    storing = bus.store(bus.subjects.intake("public", "low", "late"), b"{}", msg_id="late", within_s=0.2)
+    storing = bus.jetstream.publish(bus.subjects.intake("public", "low", "late"), b"{}", msg_id="late", within_s=0.2)
     assert bus._unconfirmed
-    await until(lambda: not bus._unconfirmed and not bus._sinks, what="it is given up")
+    await until(lambda: not bus._unconfirmed and not bus.requests._sinks, what="it is given up")
     assert (await storing).seq > 0
     assert not bus._unconfirmed

@@ -44,14 +44,14 @@ async def keep(bus: Bus, body: Wire | bytes, phase: str = "scale", task_id: str 
     )
     given: dict[str, Any] = {"subject": hop, "deliveries": 1, "reason": "?", **facts}
     headers = letter_headers(DeadLetter(phase=phase, task_id=task_id, **given))
-    return (await bus.store(bus.subjects.of("dead", phase, task_id), body, headers=headers)).seq
+    return (await bus.jetstream.publish(bus.subjects.of("dead", phase, task_id), body, headers=headers)).seq
 
 
 async def submitted(bus: Bus) -> list[Submission]:
     """What waits in the intake, oldest first."""
     stream, found = bus.subjects.stream("INTAKE"), []
     for seq in range(1, await messages(bus, "INTAKE") + 1):
-        message = (await bus.api(f"STREAM.MSG.GET.{stream}", {"seq": seq}))["message"]
+        message = (await bus.jetstream.api(f"STREAM.MSG.GET.{stream}", {"seq": seq}))["message"]
         found.append(decode(base64.b64decode(message["data"]), Submission))
         assert message["subject"] == bus.subjects.intake("public", found[-1].ad.priority, found[-1].ad.task_id)
     return found
@@ -79,7 +79,7 @@ async def test_a_letter_is_read_back_with_its_facts_time_and_bytes(bus: Bus) -> 
     subject = bus.subjects.task("scale", "normal", "t1")
     assert found == Letter(
         seq,
-        pytest.approx(bus.now(), abs=30),
+        pytest.approx(bus.clock.now(), abs=30),
         DeadLetter(
             phase="scale",
             task_id="t1",
@@ -98,7 +98,7 @@ async def test_a_letter_is_read_back_with_its_facts_time_and_bytes(bus: Bus) -> 
 async def test_they_are_listed_newest_last_and_no_more_than_asked_for(bus: Bus) -> None:
     assert await admin.letters(bus, 5) == []
     seqs = [await keep(bus, GARBAGE, task_id=f"t{n}") for n in range(5)]
-    await bus.store(bus.subjects.of("dead", "mine", "own"), b"put here by hand")
+    await bus.jetstream.publish(bus.subjects.of("dead", "mine", "own"), b"put here by hand")
 
     listed = await admin.letters(bus, 3)
 
@@ -130,9 +130,9 @@ async def test_a_retry_is_a_new_task_with_everything_asked_for_and_its_full_time
 
 async def test_a_letter_outlives_a_refusal_to_take_its_task(bus: Bus) -> None:
     seq = await keep(bus, envelope())
-    info = await bus.api(f"STREAM.INFO.{bus.subjects.stream('INTAKE')}")
-    await bus.api(f"STREAM.UPDATE.{bus.subjects.stream('INTAKE')}", {**info["config"], "max_msgs": 1})
-    await bus.store(bus.subjects.intake("public", "normal", "t0"), b"t0")
+    info = await bus.jetstream.api(f"STREAM.INFO.{bus.subjects.stream('INTAKE')}")
+    await bus.jetstream.api(f"STREAM.UPDATE.{bus.subjects.stream('INTAKE')}", {**info["config"], "max_msgs": 1})
+    await bus.jetstream.publish(bus.subjects.intake("public", "normal", "t0"), b"t0")
 
     with pytest.raises(Overloaded):
         await admin.retry(bus, seq)
@@ -156,7 +156,7 @@ async def test_a_retry_that_was_cut_off_before_its_end_is_repeated_as_the_same_t
     deleted: bool, bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seq = await keep(bus, envelope())
-    real = bus.api
+    real = bus.jetstream.api
 
     async def lose_the_answer(call: str, body: Any = None, **options: Any) -> dict[str, Any]:
         if "MSG.DELETE" not in call or deleted:

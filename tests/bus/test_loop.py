@@ -68,7 +68,7 @@ async def hasty(plain: Bus, monkeypatch: pytest.MonkeyPatch) -> Bus:
 
 
 async def test_next_goes_to_the_phase_with_one_more_step_and_a_hop(bus: Bus, phases: Phases) -> None:
-    before = bus.now()
+    before = bus.clock.now()
     phase = await phases.start(bus, to_execute)
     await put(bus, envelope(step=4, trace="00-ab-cd-01"))
 
@@ -78,7 +78,7 @@ async def test_next_goes_to_the_phase_with_one_more_step_and_a_hop(bus: Bus, pha
     assert kept.headers["Nats-Msg-Id"] == "t1:task-1"
     (made,) = kept.envelope.hops
     assert (made.phase, made.instance, made.step) == ("scale", bus.instance, 4)
-    assert before - 1 <= made.started <= made.finished <= bus.now() + 1
+    assert before - 1 <= made.started <= made.finished <= bus.clock.now() + 1
     assert kept.envelope == replace(phase.handled[0][0], step=5, hops=(made,))
     await settled(bus, 1)
 
@@ -90,7 +90,7 @@ async def test_twins_on_paths_of_different_length_do_not_swallow_each_others_hop
     await phases.start(bus, wait_or_go)
     for attempt, failures in ((1, 0), (1, 1), (2, 0), (2, 1)):
         twin = envelope(attempt=attempt, failures=failures)
-        await bus.store(bus.subjects.task("scale", "normal", "t1"), twin, msg_id=new_id())
+        await bus.jetstream.publish(bus.subjects.task("scale", "normal", "t1"), twin, msg_id=new_id())
 
     async def all_kept() -> bool:
         state = await topology.stream_state(bus, "TASKS", subjects=bus.subjects.everything)
@@ -205,7 +205,7 @@ async def test_the_handlers_logs_name_the_task_and_the_phase(bus: Bus, phases: P
 
 async def test_a_service_may_take_another_shape(bus: Bus, phases: Phases) -> None:
     phase = await phases.start(bus, phase="sense", lanes=[(INTAKE_LANES[0], 2)], shape=TaskAd)
-    await bus.store(bus.subjects.intake("public", "low", "t1"), TaskAd(task_id="t1", description="x"))
+    await bus.jetstream.publish(bus.subjects.intake("public", "low", "t1"), TaskAd(task_id="t1", description="x"))
     await phase.count(1)
     assert phase.handled[0][0] == TaskAd(task_id="t1", description="x")
 
@@ -248,7 +248,7 @@ def test_the_wait_doubles_up_to_half_a_minute_and_never_overflows() -> None:
 async def test_a_next_hop_that_cannot_be_stored_brings_the_message_back(
     bus: Bus, phases: Phases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, refused = bus.store, list[str]()
+    real, refused = bus.jetstream.publish, list[str]()
 
     async def refuse_once(subject: str, message: Any, **options: Any) -> Any:
         if not refused:
@@ -268,7 +268,7 @@ async def test_while_the_server_is_full_a_message_stays_in_hand_and_does_not_age
     bus: Bus, phases: Phases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop_module, "FULL_S", 0.01)
-    real, refused = bus.store, list[str]()
+    real, refused = bus.jetstream.publish, list[str]()
 
     async def full(subject: str, message: Any, **options: Any) -> Any:
         if len(refused) < 2 * DEAD_AFTER:
@@ -316,7 +316,7 @@ async def test_no_more_are_handled_at_once_than_there_are_slots(bus: Bus, phases
     held = Held()
     phase = await phases.start(bus, held, lanes=[(SCALE_LANE, 3)])
     await phase.count(3)
-    await bus.echo()
+    await bus.requests.flush()
     assert len(phase.running) == 3
     held.go_on.set()
     await phase.count(12)
@@ -330,8 +330,8 @@ async def test_not_even_after_a_reconnect(bus: Bus, phases: Phases) -> None:
     phase = await phases.start(bus, held, lanes=[(SCALE_LANE, 3)])
     await until(lambda: phase.loop._pulls[0].asked == 3, what="the request")
     reconnected = asyncio.Event()
-    bus.on_reconnect(reconnected.set)
-    await bus._nc.force_reconnect()
+    bus.connection.on_reconnect(reconnected.set)
+    await bus.connection._nc.force_reconnect()
     await asyncio.wait_for(reconnected.wait(), 5)
     for n in range(12):
         await put(bus, envelope(f"t{n}"))
@@ -364,7 +364,7 @@ async def test_a_window_of_the_services_own_holds_messages_back_until_topped_up(
     room = 0
     phase = await phases.start(bus, window=lambda _lane, _slots: room)
     await put(bus, envelope())
-    await bus.echo()
+    await bus.requests.flush()
     assert phase.handled == []
     room = 1
     phase.loop.top_up()
@@ -389,7 +389,7 @@ async def test_a_message_delivered_more_than_three_times_is_handled_alone(bus: B
     async def look(env: Envelope, _: Delivery) -> Outcome:
         await turns()
         beside[env.task_id] = [name for name in phase.running if name != env.task_id]
-        await bus.echo()
+        await bus.requests.flush()
         return Done()
 
     phase = await phases.start(bus, look, lanes=[(SCALE_LANE, 8)])
@@ -424,7 +424,7 @@ async def test_a_suspect_that_has_shown_to_be_harmless_lets_the_others_in(bus: B
     phase = await phases.start(bus, show)
     await phase.count(1)
     await put(bus, envelope("t1"))
-    await bus.echo()
+    await bus.requests.flush()
     await turns()
     assert phase.running == ["poison"]
     shown.set()
@@ -488,7 +488,7 @@ async def test_a_drain_finishes_what_is_in_hand_and_takes_nothing_new(bus: Bus, 
     draining = asyncio.ensure_future(phase.loop.drain(10))
     await until(lambda: not phase.loop._pulls, what="the drain has begun")
     await put(bus, envelope("t2"))
-    await bus.echo()
+    await bus.requests.flush()
     held.go_on.set()
     await draining
     assert phase.tasks == ["t1"]
@@ -529,7 +529,7 @@ async def test_what_waits_for_its_turn_is_given_back_too(
     bus: Bus, connect: Connect, phases: Phases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop_module, "RECALL_S", 0.05)
-    await bus.gate.enter(alone=True)
+    await bus.isolation.enter(alone=True)
     phase = await phases.start(bus)
     await put(bus, envelope())
     await until(lambda: phase.loop._in_hand, what="the message is here")
@@ -537,9 +537,9 @@ async def test_what_waits_for_its_turn_is_given_back_too(
     assert phase.handled == []
     other = await phases.start(await connect())
     await other.count(1)
-    bus.gate.leave(alone=True)
+    bus.isolation.leave(alone=True)
     async with asyncio.timeout(1):
-        await bus.gate.enter(alone=True)  # the gate is free
+        await bus.isolation.enter(alone=True)  # the gate is free
 
 
 async def test_a_drain_may_be_repeated_and_need_not_be_preceded_by_a_start(bus: Bus, phases: Phases) -> None:
@@ -549,10 +549,10 @@ async def test_a_drain_may_be_repeated_and_need_not_be_preceded_by_a_start(bus: 
     never_started = HopLoop(bus, Service("scale", [(SCALE_LANE, 1)], Envelope, handle))
     await never_started.drain(0)
     phase = await phases.start(bus)
-    before = len(bus._nc._subs)
+    before = len(bus.connection._nc._subs)
     await phase.loop.drain(0)
     await phase.loop.drain(0)
-    assert len(bus._nc._subs) == before - 1
+    assert len(bus.connection._nc._subs) == before - 1
 
 
 # -- faults
@@ -578,7 +578,7 @@ async def test_a_loop_goes_on_after_the_server_was_killed(mortal: Bus, server: N
 async def test_a_consumer_deleted_under_the_loop_is_restored_with_its_settings(bus: Bus, phases: Phases) -> None:
     phase = await phases.start(bus)
     before = (await lane(bus))["config"]
-    await bus.api(f"CONSUMER.DELETE.{bus.subjects.stream('TASKS')}.scale")
+    await bus.jetstream.api(f"CONSUMER.DELETE.{bus.subjects.stream('TASKS')}.scale")
     await put(bus, envelope())
     await phase.count(1)
     assert (await lane(bus))["config"] == before

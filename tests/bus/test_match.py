@@ -8,7 +8,6 @@ from msgspec.structs import replace
 from support.phases import FakeHost, Replica, Stage, ad, envelope
 from support.wait import until
 
-from loom.bus.natsio.kv import Bucket
 from loom.bus.records import records
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Bid, CallForBids, HostAnnouncement, Offer
 from loom.schemas.config import ClusterConfig
@@ -49,13 +48,13 @@ async def match(stage: Stage, config: ClusterConfig | None = None) -> Replica:
     replica = await stage.phase("match", config)
     for one in known:
         await stage.seen("host", host_id=one, count=before[one] + 1)
-    await replica.bus.echo()
+    await replica.bus.requests.flush()
     return replica
 
 
 def task(stage: Stage, **facts: Any) -> Envelope:
     about = {name: facts.pop(name) for name in list(facts) if name in Envelope.__struct_fields__}
-    return envelope(ad(**facts), now=stage.bus.now(), **about)
+    return envelope(ad(**facts), now=stage.bus.clock.now(), **about)
 
 
 def declining(why: str) -> Callable[[CallForBids], Offer]:
@@ -101,10 +100,10 @@ async def test_what_has_been_learned_is_followed_live_and_decides(stage: Stage) 
     await match(stage)
     await stage.put("match", task(stage))
     assert (await stage.seen("task", phase="scale")).award.node_id == "boaster"
-    scores = (Score(attempt_id="r", score=1.0, ended_at=stage.bus.now()),)
+    scores = (Score(attempt_id="r", score=1.0, ended_at=stage.bus.clock.now()),)
     for node, mean in (("proven", 1.0), ("boaster", 0.0)):
         evidence = DomainEvidence(scores=scores, count=60, mean=mean)
-        await Bucket(stage.bus, "nodes", NodeProfile).create(
+        await stage.bus.bucket("nodes", NodeProfile).create(
             f"local.{node}", NodeProfile(node_id=node, last_seq=9, domains={"code": evidence})
         )
 
@@ -122,7 +121,7 @@ async def test_what_has_been_learned_is_followed_live_and_decides(stage: Stage) 
 async def test_newcomers_of_one_owner_share_what_they_have_done(stage: Stage) -> None:
     """Judged ones by the stored profiles, pending ones by the awards of a moment ago."""
     failed = NodeProfile(node_id="n0", owner="acme", domains={"code": DomainEvidence(count=5, mean=0.0)})
-    await Bucket(stage.bus, "nodes", NodeProfile).create(failed.key, failed)
+    await stage.bus.bucket("nodes", NodeProfile).create(failed.key, failed)
     mine = await host(stage, "h1", offer=lambda _: mine.bids(Bid(node_id="weak", self_rating=0.2)))
     names = [Bid(node_id=f"n{n}", self_rating=1.0, free=9) for n in range(1, 9)]
     theirs = await host(stage, "h2", owner="acme", offer=lambda _: theirs.bids(*names))
@@ -141,9 +140,11 @@ async def test_newcomers_of_one_owner_share_what_they_have_done(stage: Stage) ->
 
 
 async def test_what_was_learned_before_the_start_is_known_to_the_first_auction(stage: Stage) -> None:
-    evidence = DomainEvidence(scores=(Score(attempt_id="r", score=1.0, ended_at=stage.bus.now()),), count=60, mean=1.0)
+    evidence = DomainEvidence(
+        scores=(Score(attempt_id="r", score=1.0, ended_at=stage.bus.clock.now()),), count=60, mean=1.0
+    )
     profile = NodeProfile(node_id="n1", last_seq=9, domains={"code": evidence})
-    await Bucket(stage.bus, "nodes", NodeProfile).create(profile.key, profile)
+    await stage.bus.bucket("nodes", NodeProfile).create(profile.key, profile)
     await host(stage)
     await match(stage)
     await stage.put("match", task(stage))
@@ -194,7 +195,7 @@ async def test_a_proven_host_that_missed_three_windows_is_not_waited_for_until_i
         assert await timed(stage, task(stage)) > 0.39
     assert await timed(stage, task(stage)) < 0.3
     await silent.announce()
-    await silent.bus.echo()
+    await silent.bus.requests.flush()
     assert await timed(stage, task(stage)) > 0.39
 
 
@@ -216,7 +217,7 @@ async def test_twenty_thousand_made_up_hosts_do_not_hold_up_a_task(stage: Stage)
     alone_s = max([await timed(stage, task(stage)) for _ in range(10)])
     for number in range(20_000):
         body = b'{"seq": 1, "nodes": [{"node_id": "m%d", "slots": 4}]}' % number
-        await stage.bus.publish(stage.bus.subjects.of("host", "local", f"m{number}"), body)
+        await stage.bus.connection.publish(stage.bus.subjects.of("host", "local", f"m{number}"), body)
     took_s = sorted([await timed(stage, task(stage)) for _ in range(20)])
     assert took_s[-2] < alone_s + 1  # one of them may have waited for the newcomers
     assert stage.all("task", phase="scale")[-1].award.host_id == "h1"
@@ -236,8 +237,8 @@ async def test_an_owner_that_announces_the_drain_of_its_own_host_of_that_name_ha
     await host(stage, "h1", "good-1")
     await match(stage)
     body = HostAnnouncement(seq=9, draining=True)
-    await stage.bus.publish(stage.bus.subjects.of("host", "evil", "h1"), body)
-    await stage.bus.echo()
+    await stage.bus.connection.publish(stage.bus.subjects.of("host", "evil", "h1"), body)
+    await stage.bus.requests.flush()
     await timed(stage, task(stage, node_id="good-1"))
     assert stage.all("task", phase="scale")[-1].award.host_id == "h1"
 
@@ -248,7 +249,7 @@ async def test_a_host_that_leaves_is_not_waited_for(stage: Stage) -> None:
     await match(stage, LONG)
     await leaving.announce(draining=True)
     await until(lambda: stage.all("host", host_id="h2")[-1].draining, what="it said so")
-    await leaving.bus.echo()
+    await leaving.bus.requests.flush()
     assert await timed(stage, task(stage)) < 1
     leaving.offer = lambda _: None
     assert await timed(stage, task(stage)) < 1
@@ -264,11 +265,11 @@ async def test_when_nobody_is_there_scale_is_told_once_and_then_it_is_given_up(s
     await stage.put("match", env)
     told = await stage.seen("task", phase="scale")
     assert told.award is None
-    assert told.spec.no_offers_since == pytest.approx(stage.bus.now(), abs=2)
+    assert told.spec.no_offers_since == pytest.approx(stage.bus.clock.now(), abs=2)
     await stage.put("match", told)  # SCALE sends it back
     ended = await stage.seen("task", phase="evaluate")
     assert ended.error.code == "no_bids"
-    assert stage.bus.now() - told.spec.no_offers_since >= 0.5
+    assert stage.bus.clock.now() - told.spec.no_offers_since >= 0.5
     assert len(stage.all("task", phase="scale")) == 1
     assert len([hop for hop in ended.hops if hop.phase == "match"]) == 1
     assert stage.all("later")
@@ -277,7 +278,7 @@ async def test_when_nobody_is_there_scale_is_told_once_and_then_it_is_given_up(s
 @pytest.mark.slow
 async def test_a_node_that_comes_meanwhile_gets_the_task_and_the_clock_is_cleared(stage: Stage) -> None:
     await match(stage, SHORT)
-    since = stage.bus.now() - 5
+    since = stage.bus.clock.now() - 5
     env = task(stage, spec=Spec(complexity=0.1, domains=("code",), method="given", no_offers_since=since))
     await stage.put("match", env)
     await stage.seen("later")
@@ -361,10 +362,10 @@ async def test_no_more_of_a_lane_is_read_while_enough_of_it_wait(stage: Stage, m
 async def test_a_task_that_waits_past_its_deadline_fails(stage: Stage) -> None:
     one = await host(stage, offer=lambda _: one.declines("busy"))
     await match(stage, LONG)
-    env = replace(task(stage), deadline=stage.bus.now() + 0.2)
+    env = replace(task(stage), deadline=stage.bus.clock.now() + 0.2)
     await stage.put("match", env)
     assert (await stage.seen("task", phase="evaluate")).error.code == "deadline_exceeded"
-    assert env.deadline <= stage.bus.now() < env.deadline + 1.5
+    assert env.deadline <= stage.bus.clock.now() < env.deadline + 1.5
     await stage.put("match", replace(env, ad=ad(task_id="late")))
     assert (await stage.seen("task", phase="evaluate", task_id="late")).error.code == "deadline_exceeded"
     assert "late" not in {call.lots[0].task_id for call in one.calls}
@@ -387,7 +388,7 @@ async def test_a_drained_replica_gives_waiting_tasks_back(stage: Stage, monkeypa
 
 
 async def put_record(stage: Stage, env: Envelope, state: TaskState) -> int:
-    record = TaskRecord(task_id=env.task_id, state=state, envelope=env, admitted_at=stage.bus.now())
+    record = TaskRecord(task_id=env.task_id, state=state, envelope=env, admitted_at=stage.bus.clock.now())
     bucket = records(stage.bus)
     before = await bucket.get(env.task_id)
     return await bucket.update(env.task_id, record, before.revision if before else 0)
@@ -405,7 +406,9 @@ async def settled(stage: Stage) -> None:
 @pytest.mark.slow
 async def test_a_task_that_is_cancelled_while_there_are_no_nodes_is_dropped(stage: Stage) -> None:
     await match(stage, SHORT)
-    env = task(stage, spec=Spec(complexity=0.1, domains=("code",), method="given", no_offers_since=stage.bus.now()))
+    env = task(
+        stage, spec=Spec(complexity=0.1, domains=("code",), method="given", no_offers_since=stage.bus.clock.now())
+    )
     await put_record(stage, env, "running")
     await stage.put("match", env)
     await stage.seen("later", count=2)
@@ -424,7 +427,7 @@ async def test_a_pinned_task_that_is_cancelled_is_not_awarded_when_its_node_come
     env = task(
         stage,
         node_id="late",
-        spec=Spec(complexity=0.1, domains=("code",), method="given", no_offers_since=stage.bus.now()),
+        spec=Spec(complexity=0.1, domains=("code",), method="given", no_offers_since=stage.bus.clock.now()),
     )
     await put_record(stage, env, "running")
     await stage.put("match", env)
@@ -574,7 +577,7 @@ async def test_evidence_in_the_domain_leaves_no_warning(stage: Stage) -> None:
     await host(stage, nodes=naming("sales"))
     scores = (Score(attempt_id="a", score=1, ended_at=1),)
     profile = NodeProfile(node_id="n9", domains={"sael": DomainEvidence(scores=scores, count=1)})
-    await Bucket(stage.bus, "nodes", NodeProfile).create(profile.key, profile)
+    await stage.bus.bucket("nodes", NodeProfile).create(profile.key, profile)
     await match(stage)
     await stage.put("match", task(stage, domain="sael"))
     assert (await stage.seen("task", phase="scale")).warnings == ()

@@ -33,14 +33,14 @@ async def match(stage: Stage, *hosts: FakeHost, config: ClusterConfig = SHORT) -
     replica = await stage.phase("match", config)
     for one in hosts:
         await one.announce()
-        await one.bus.echo()
-    await replica.bus.echo()
+        await one.bus.requests.flush()
+    await replica.bus.requests.flush()
     return replica
 
 
 async def awarded(stage: Stage, **facts: Any) -> Award:
     about = {name: facts.pop(name) for name in list(facts) if name in Envelope.__struct_fields__}
-    env = envelope(ad(**facts), now=stage.bus.now(), **about)
+    env = envelope(ad(**facts), now=stage.bus.clock.now(), **about)
     await stage.put("match", env)
     award: Award | None = (await stage.seen("task", phase="scale", task_id=env.task_id)).award
     assert award is not None
@@ -85,7 +85,7 @@ async def test_an_offer_to_a_call_that_was_never_made_is_counted_for_its_host(st
     one = await host(stage)
     replica = await match(stage, one)
     subject = stage.bus.subjects.of("offer", "acme", "h9", replica.bus.instance, "c0ffee")
-    await stage.bus.publish(subject, Offer(bids=(Bid(node_id="n9"),)))
+    await stage.bus.connection.publish(subject, Offer(bids=(Bid(node_id="n9"),)))
     await until(lambda: left_out(replica, "acme.h9").counts, what="it is counted")
     assert left_out(replica, "acme.h9").counts == {"offers": 1}
     assert "no such call" in left_out(replica, "acme.h9").last
@@ -95,9 +95,9 @@ async def test_an_offer_to_another_replica_does_not_arrive(stage: Stage) -> None
     one = await host(stage)
     first, second = await match(stage, one), await match(stage, one)
     subject = stage.bus.subjects.of("offer", "local", "h9", first.bus.instance, "c0ffee")
-    await stage.bus.publish(subject, Offer())
+    await stage.bus.connection.publish(subject, Offer())
     await until(lambda: left_out(first, "h9").counts, what="the first counts it")
-    await second.bus.echo()
+    await second.bus.requests.flush()
     assert not left_out(second, "h9").counts
 
 
@@ -115,8 +115,8 @@ async def test_an_offer_that_comes_after_the_window_is_counted_and_one_that_was_
     replica.service._roster._presence.forget(key("h2"))
     await awarded(stage)
     await late.answer(late.calls[1], late.bids())
-    await late.bus.echo()
-    await replica.bus.echo()
+    await late.bus.requests.flush()
+    await replica.bus.requests.flush()
     assert left_out(replica, "h2").counts == {"offers": 1}
 
 
@@ -167,7 +167,7 @@ async def test_announced_nodes_that_do_not_qualify_do_not_keep_a_task_waiting(
 ) -> None:
     silent = await host(stage, nodes=(node,), offer=lambda _: None)
     await match(stage, silent)
-    env = envelope(ad(), now=stage.bus.now())
+    env = envelope(ad(), now=stage.bus.clock.now())
     await stage.put("match", env)
     assert (await stage.seen("task", phase="scale", task_id=env.task_id)).award is None
 
@@ -179,7 +179,7 @@ async def test_a_task_without_bidders_is_looked_at_again_when_unknown_nodes_are_
 ) -> None:
     unable = await host(stage, offer=lambda _: unable.declines("unqualified"))
     replica = await match(stage, unable)
-    env = envelope(ad(node_id=pinned), now=stage.bus.now())
+    env = envelope(ad(node_id=pinned), now=stage.bus.clock.now())
     await stage.put("match", env)
     asks = await stage.seen("task", phase="scale", task_id=env.task_id)
     assert asks.award is None

@@ -47,7 +47,7 @@ async def test_the_first_task_is_taken_once_hosts_have_had_time_to_announce_them
 
     slow.announce = after_a_while  # type: ignore[method-assign]
     await host(stage, "h1", "bad", offer=lambda _: None)
-    await stage.put("match", envelope(ad(task_id="t1"), now=stage.bus.now()))
+    await stage.put("match", envelope(ad(task_id="t1"), now=stage.bus.clock.now()))
     match = build("match", await stage.connect("match"), ClusterConfig())
     began = time.monotonic()
     await match.start()
@@ -72,7 +72,7 @@ async def test_a_phase_whose_hosts_start_after_it_in_its_process_takes_tasks_at_
 def rejected(stage: Stage, env: Envelope, node_id: str, host_id: str = "h1") -> Envelope:
     """The envelope as EVALUATE sends it back from a busy node."""
     facts = {"attempt": env.attempt + 1, "busy_retries": 1, "last_error": BUSY}
-    return awarded(envelope(env.ad, now=stage.bus.now(), **facts), node_id, host_id)
+    return awarded(envelope(env.ad, now=stage.bus.clock.now(), **facts), node_id, host_id)
 
 
 async def test_a_node_that_was_busy_comes_after_all_others_for_that_task_until_its_host_announces_itself(
@@ -84,10 +84,10 @@ async def test_a_node_that_was_busy_comes_after_all_others_for_that_task_until_i
     one = await host(stage, "h1", "best", "next", offer=lambda _: one.bids(*both))
     match = await stage.phase("match")
     await until(lambda: match.service._roster.has_nodes, what="the host is known")
-    env = envelope(ad(task_id="t1"), now=stage.bus.now())
+    env = envelope(ad(task_id="t1"), now=stage.bus.clock.now())
     await stage.put("match", rejected(stage, env, "best"))
     assert (await stage.seen("task", phase="scale")).award.node_id == "next"
-    await stage.put("match", envelope(ad(task_id="t2"), now=stage.bus.now()))
+    await stage.put("match", envelope(ad(task_id="t2"), now=stage.bus.clock.now()))
     assert (await stage.seen("task", phase="scale", task_id="t2")).award.node_id == "best", "by that task alone"
 
     again = rejected(stage, rejected(stage, env, "best"), "next")

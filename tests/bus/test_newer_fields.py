@@ -10,7 +10,6 @@ from support.nodes import echo, node
 from support.phases import Stage
 from support.wait import until
 
-from loom.bus.natsio.kv import Bucket
 from loom.bus.records import records
 from loom.schemas.base import new_id
 from loom.schemas.decoding.unknown_fields import with_unknown_fields
@@ -30,7 +29,7 @@ async def record_of(stage: Stage, task_id: str) -> dict[str, Any]:
     """Wait for the end of a task and return its record as the bucket holds it."""
 
     async def ended() -> dict[str, Any] | None:
-        entry = await Bucket(stage.bus, "records", dict[str, Any]).get(task_id)
+        entry = await stage.bus.bucket("records", dict[str, Any]).get(task_id)
         return entry.value if entry is not None and entry.value["state"] == "succeeded" else None
 
     return await until(ended, what="the record of the ended task")  # type: ignore[return-value]
@@ -42,7 +41,7 @@ async def test_a_newer_ad_keeps_its_fields_through_all_six_phases(stage: Stage) 
     await stage.host([node("n1", echo, code=0.9)])
     ad = with_unknown_fields(TaskAd(task_id="t1", domain="code", description="x", estimated_complexity=0.1), NEW)
     subject = stage.bus.subjects.intake("public", "normal", "t1")
-    await stage.bus.store(subject, Submission(ad=ad, submission=new_id()), msg_id=new_id())
+    await stage.bus.jetstream.publish(subject, Submission(ad=ad, submission=new_id()), msg_id=new_id())
 
     record = await record_of(stage, "t1")
     assert record["envelope"]["ad"]["new"] == NEW["new"]
@@ -55,16 +54,16 @@ async def test_what_a_newer_sense_writes_on_envelope_spec_and_record_stays(stage
     await stage.phase("sense")
     ad = TaskAd(task_id="t1", domain="code", description="x", estimated_complexity=0.1)
     subject = stage.bus.subjects.intake("public", "normal", "t1")
-    await stage.bus.store(subject, Submission(ad=ad, submission=new_id()), msg_id=new_id())
+    await stage.bus.jetstream.publish(subject, Submission(ad=ad, submission=new_id()), msg_id=new_id())
     hop: Envelope = await stage.seen("task", phase="match")
-    await stage.bus.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}")
+    await stage.bus.jetstream.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}")
 
     entry = await records(stage.bus).get("t1")
     assert entry is not None
     assert hop.record_version is not None
     assert hop.spec is not None
     stored = with_unknown_fields(entry.value, NEW)
-    revision = await Bucket(stage.bus, "records", TaskRecord).update("t1", stored, entry.revision)
+    revision = await stage.bus.bucket("records", TaskRecord).update("t1", stored, entry.revision)
     known = with_unknown_fields(replace(hop.record_version, revision=revision), NEW)
     newer = with_unknown_fields(replace(hop, spec=with_unknown_fields(hop.spec, NEW), record_version=known), NEW)
     await stage.put("match", newer)

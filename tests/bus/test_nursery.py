@@ -192,15 +192,15 @@ async def test_rubbish_and_a_stopped_nursery_start_nobody(stage: Stage) -> None:
     agent = Held()
     here = await place(stage, [node("a", agent)], 9, slots=1)
     await here.fill("a", agent)
-    await stage.bus.publish(stage.bus.subjects.spawn, b"{")
-    await stage.bus.publish(stage.bus.subjects.of("retire", "local", here.host.host_id), b"[]")
+    await stage.bus.connection.publish(stage.bus.subjects.spawn, b"{")
+    await stage.bus.connection.publish(stage.bus.subjects.of("retire", "local", here.host.host_id), b"[]")
     assert (await here.spawn()).node_id == "a-c1"
     await here.nursery.stop()
     await here.nursery.stop()
-    await here.host.bus.echo()
-    await stage.bus.publish(stage.bus.subjects.spawn, SpawnRequest(domain_token="code"))
-    await stage.bus.echo()
-    await here.host.bus.echo()
+    await here.host.bus.requests.flush()
+    await stage.bus.connection.publish(stage.bus.subjects.spawn, SpawnRequest(domain_token="code"))
+    await stage.bus.requests.flush()
+    await here.host.bus.requests.flush()
     assert here.names() == ["a", "a-c1"]
 
 

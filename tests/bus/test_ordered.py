@@ -12,7 +12,7 @@ from support.wait import until
 from loom.bus.bus import Bus
 from loom.bus.hops.delivery import read_facts, stamp
 from loom.bus.natsio import ordered_consumer
-from loom.bus.natsio.ordered_consumer import OrderedReader, Stored
+from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.errors import LoomError
 
@@ -21,8 +21,11 @@ class Reading:
     """A reader and all it has read."""
 
     def __init__(self, bus: Bus, **options: Any) -> None:
-        self.reader = OrderedReader(
-            bus, bus.subjects.stream("DEAD"), filter=options.pop("filter", bus.subjects.of("dead", "*", "*")), **options
+        self.reader = OrderedConsumer(
+            bus.jetstream,
+            bus.subjects.stream("DEAD"),
+            filter=options.pop("filter", bus.subjects.of("dead", "*", "*")),
+            **options,
         )
         self.read: list[Stored] = []
         self.failed: BaseException | None = None
@@ -72,7 +75,7 @@ async def put(bus: Bus, *numbers: int, phase: str = "match") -> list[int]:
     """Store numbers, and return their sequences."""
     return [
         (
-            await bus.store(
+            await bus.jetstream.publish(
                 bus.subjects.of("dead", phase, f"t{n}"), b"%d" % n, msg_id=f"{phase}{n}", headers={"k": "v"}
             )
         ).seq
@@ -91,18 +94,21 @@ async def test_everything_is_read_in_order_from_the_beginning(bus: Bus, reading:
     await all_of_it.got(list(range(22)))
     first = all_of_it.read[0]
     assert (first.subject, first.seq, first.headers["k"]) == (bus.subjects.of("dead", "match", "t0"), 1, "v")
-    assert first.stored_at == pytest.approx(bus.now(), abs=30)
+    assert first.stored_at == pytest.approx(bus.clock.now(), abs=30)
 
 
 async def test_more_than_a_window_is_read_whole_by_a_slow_reader(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ordered_consumer, "WINDOW", 16)
     await put(bus, *range(100))
-    reader, bodies = OrderedReader(bus, bus.subjects.stream("DEAD"), filter=bus.subjects.of("dead", "*", "*")), []
+    reader, bodies = (
+        OrderedConsumer(bus.jetstream, bus.subjects.stream("DEAD"), filter=bus.subjects.of("dead", "*", "*")),
+        [],
+    )
     while not reader.caught_up:
         batch = await reader.batch()
         assert len(batch) <= 16
         bodies += [int(message.data) for message in batch]
-        await bus.echo()  # so that more may come meanwhile
+        await bus.requests.flush()  # so that more may come meanwhile
     assert bodies == list(range(100))
     await reader.stop()
 
@@ -124,8 +130,8 @@ async def test_a_reader_may_begin_at_a_time(bus: Bus, reading: Start) -> None:
 
 async def test_a_reader_of_what_is_new_gives_nothing_old(bus: Bus) -> None:
     await put(bus, 0, 1)
-    reader = await OrderedReader(
-        bus, bus.subjects.stream("DEAD"), filter=bus.subjects.of("dead", "*", "*"), deliver="new"
+    reader = await OrderedConsumer(
+        bus.jetstream, bus.subjects.stream("DEAD"), filter=bus.subjects.of("dead", "*", "*"), deliver="new"
     ).start()
     await put(bus, 2)
     bodies: list[bytes] = []
@@ -144,12 +150,12 @@ async def test_only_what_the_filter_lets_through_is_read(bus: Bus, reading: Star
 async def test_the_last_of_each_subject_may_be_enough(bus: Bus, reading: Start) -> None:
     subject = bus.subjects.of("dead", "match", "t1")
     for n in range(3):
-        await bus.store(subject, b"%d" % n)
+        await bus.jetstream.publish(subject, b"%d" % n)
     await reading(bus, deliver="last_per_subject").got([2])
 
 
 async def test_an_empty_stream_is_caught_up_with_at_once(bus: Bus) -> None:
-    reader = OrderedReader(bus, bus.subjects.stream("DEAD"), filter=bus.subjects.of("dead", "*", "*"))
+    reader = OrderedConsumer(bus.jetstream, bus.subjects.stream("DEAD"), filter=bus.subjects.of("dead", "*", "*"))
     assert not reader.caught_up
     assert await asyncio.wait_for(reader.batch(), 5) == []
     assert reader.caught_up
@@ -183,8 +189,8 @@ async def test_a_consumer_the_server_forgot_is_made_again(bus: Bus, reading: Sta
     one = reading(bus)
     await one.got([0, 1])
     stream = bus.subjects.stream("DEAD")
-    for name in (await bus.api(f"CONSUMER.NAMES.{stream}"))["consumers"]:
-        await bus.api(f"CONSUMER.DELETE.{stream}.{name}")
+    for name in (await bus.jetstream.api(f"CONSUMER.NAMES.{stream}"))["consumers"]:
+        await bus.jetstream.api(f"CONSUMER.DELETE.{stream}.{name}")
     await put(bus, 2, 3)
     await one.got([0, 1, 2, 3])
 
@@ -254,18 +260,18 @@ async def test_a_reader_started_while_the_server_restarts_begins_after_it(
 
 
 async def test_a_stopped_reader_leaves_no_subscription_and_no_request(bus: Bus, reading: Start) -> None:
-    before = len(bus._nc._subs)
+    before = len(bus.connection._nc._subs)
     one = reading(bus)
     await put(bus, 0)
     await one.got([0])
     await one.stop()
     await one.reader.stop()
-    assert len(bus._nc._subs) == before
-    assert (await bus.api(f"STREAM.INFO.{bus.subjects.stream('DEAD')}"))["state"]["messages"] == 1
+    assert len(bus.connection._nc._subs) == before
+    assert (await bus.jetstream.api(f"STREAM.INFO.{bus.subjects.stream('DEAD')}"))["state"]["messages"] == 1
 
 
 async def test_a_reader_stopped_while_it_is_being_made_anew_stays_stopped(bus: Bus, reading: Start) -> None:
-    before = len(bus._nc._subs)
+    before = len(bus.connection._nc._subs)
     one = reading(bus)
     await put(bus, 0)
     await one.got([0])
@@ -273,9 +279,9 @@ async def test_a_reader_stopped_while_it_is_being_made_anew_stays_stopped(bus: B
     assert one.reader._begin_restart() is restarting
     await one.stop()
     await restarting
-    assert len(bus._nc._subs) == before
+    assert len(bus.connection._nc._subs) == before
 
 
 async def test_a_reader_of_a_stream_that_is_not_there_says_so(plain: Bus) -> None:
     with pytest.raises(LoomError):
-        await OrderedReader(plain, "NONE", filter="none").batch()
+        await OrderedConsumer(plain.jetstream, "NONE", filter="none").batch()

@@ -34,19 +34,19 @@ def old_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hop(stage: Stage, task_id: str) -> Envelope:
-    return envelope(TaskAd(task_id=task_id, description="x"), now=stage.bus.now())
+    return envelope(TaskAd(task_id=task_id, description="x"), now=stage.bus.clock.now())
 
 
 async def settle_without_removing(bus: Bus, lane: Lane) -> None:
     """Have the server take all that is stored so far for acknowledged, and keep it: as it was seen to do."""
     stream = bus.subjects.stream(lane.stream)
     state = await topology.stream_state(bus, lane.stream)
-    await bus.api(f"CONSUMER.RESET.{stream}.{lane.name}", {"seq": state["last_seq"] + 1})
+    await bus.jetstream.api(f"CONSUMER.RESET.{stream}.{lane.name}", {"seq": state["last_seq"] + 1})
 
 
 async def orphan(stage: Stage, task_id: str, phase: str = "execute", lane: Lane = EXECUTE_LANE, **record: Any) -> int:
     """Store a settled hop of a task that has ended, and return its sequence."""
-    await stage.record(hop(stage, task_id), **{"state": "succeeded", "ended_at": stage.bus.now(), **record})
+    await stage.record(hop(stage, task_id), **{"state": "succeeded", "ended_at": stage.bus.clock.now(), **record})
     seq = await put(stage.bus, hop(stage, task_id), phase)
     await settle_without_removing(stage.bus, lane)
     return seq
@@ -69,13 +69,13 @@ async def test_a_settled_message_of_an_ended_task_is_an_orphan(stage: Stage, pha
     "where", ["later.match.x.y", "task.unknown.low.t1", "task.execute.low.t1.more", "task.match.urgent.t1"]
 )
 async def test_a_message_no_consumer_looks_for_is_an_orphan(stage: Stage, where: str) -> None:
-    ack = await stage.bus.store(f"{stage.namespace}.{where}", b"{}")
+    ack = await stage.bus.jetstream.publish(f"{stage.namespace}.{where}", b"{}")
     assert await found(stage.bus) == [ack.seq]
 
 
 async def test_work_and_timers_are_no_orphans(stage: Stage) -> None:
     s = stage.bus.subjects
-    at = stage.bus.now() + 99
+    at = stage.bus.clock.now() + 99
     for phase in ("sense", "match", "scale", "execute", "evaluate"):
         await put(stage.bus, hop(stage, f"{phase}1"), phase)
     await schedule(
@@ -94,9 +94,9 @@ async def test_work_and_timers_are_no_orphans(stage: Stage) -> None:
 
 
 async def test_a_consumer_that_is_missing_makes_no_orphans(stage: Stage) -> None:
-    await stage.record(hop(stage, "t1"), state="succeeded", ended_at=stage.bus.now())
+    await stage.record(hop(stage, "t1"), state="succeeded", ended_at=stage.bus.clock.now())
     await put(stage.bus, hop(stage, "t1"), "execute")
-    await stage.bus.api(f"CONSUMER.DELETE.{stage.bus.subjects.stream('TASKS')}.execute")
+    await stage.bus.jetstream.api(f"CONSUMER.DELETE.{stage.bus.subjects.stream('TASKS')}.execute")
     with pytest.raises(Exception, match="consumer not found"):
         await find(stage.bus)
 
@@ -112,7 +112,7 @@ async def test_a_look_is_bounded_and_the_next_one_goes_on_behind_it(
 ) -> None:
     monkeypatch.setattr(orphans, "MOST", 3)
     for n in range(4):
-        await stage.bus.store(stage.bus.subjects.later("scale", "x", f"y{n}"), b"{}")
+        await stage.bus.jetstream.publish(stage.bus.subjects.later("scale", "x", f"y{n}"), b"{}")
     first = await find(stage.bus)
     second = await find(stage.bus, start_seq=first.next_seq)
     assert [one.seq for one in first.orphans] == [1, 2, 3]
@@ -143,13 +143,13 @@ async def test_orphans_and_timers_take_no_room_from_submissions(stage: Stage) ->
             stage.bus,
             s.later("scale", f"p{n}", "timer"),
             target=s.task("scale", "low", f"p{n}"),
-            at=stage.bus.now() + 99,
+            at=stage.bus.clock.now() + 99,
             message=hop(stage, f"p{n}"),
             msg_id=f"x{n}",
         )
     await stage.phase("sense", ClusterConfig(max_in_flight=5))
     task = ad(timeout_s=20)
-    await stage.bus.store(s.intake("public", task.priority, task.task_id), submission(task))
+    await stage.bus.jetstream.publish(s.intake("public", task.priority, task.task_id), submission(task))
     await stage.seen("task", phase="match", task_id=task.task_id)
 
 
@@ -158,10 +158,12 @@ async def test_hops_that_wait_for_a_phase_take_room_from_submissions(stage: Stag
         await put(stage.bus, hop(stage, f"t{n}"), "match")
     await stage.phase("sense", ClusterConfig(max_in_flight=5))
     task = ad(timeout_s=20, priority="critical")
-    await stage.bus.store(stage.bus.subjects.intake("public", task.priority, task.task_id), submission(task))
+    await stage.bus.jetstream.publish(
+        stage.bus.subjects.intake("public", task.priority, task.task_id), submission(task)
+    )
     await stage.gate_measured()
     assert stage.all("task", phase="match", task_id=task.task_id) == []
-    await stage.bus.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}", {})
+    await stage.bus.jetstream.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}", {})
     await stage.seen("task", phase="match", task_id=task.task_id)
 
 

@@ -9,7 +9,6 @@ from support.auctions import announced, key
 from support.phases import FakeHost, Replica, Stage, ad, envelope
 from support.wait import until
 
-from loom.bus.natsio.kv import Bucket
 from loom.phases.match.announced_nodes import AnnouncedNodes
 from loom.phases.match.plain_bids import UNJUDGED_S, PlainNodes
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode
@@ -34,14 +33,14 @@ def plain(node_id: str = "sh", **facts: Any) -> AnnouncedNode:
 
 
 async def announce(stage: Stage, replica: Replica, body: bytes = BODY, host: str = "p1", owner: str = "local") -> None:
-    await stage.bus.publish(stage.bus.subjects.of("host", owner, host), body)
-    await stage.bus.echo()
-    await replica.bus.echo()
+    await stage.bus.connection.publish(stage.bus.subjects.of("host", owner, host), body)
+    await stage.bus.requests.flush()
+    await replica.bus.requests.flush()
 
 
 async def outcome(stage: Stage, *, phase: str = "scale", **facts: Any) -> Envelope:
     about = {name: facts.pop(name) for name in list(facts) if name in Envelope.__struct_fields__}
-    env = envelope(ad(**facts), now=stage.bus.now(), **about)
+    env = envelope(ad(**facts), now=stage.bus.clock.now(), **about)
     await stage.put("match", env)
     done: Envelope = await stage.seen("task", phase=phase, task_id=env.task_id)
     return done
@@ -91,7 +90,7 @@ async def test_a_plain_node_that_does_not_qualify_does_not_bid(
     replica = await stage.phase("match", LONG)
     host = FakeHost(stage.bus, "p1", nodes=(plain(**facts),))
     await host.announce()
-    await replica.bus.echo()
+    await replica.bus.requests.flush()
     assert (await outcome(stage, **task)).award is None
 
 
@@ -106,7 +105,7 @@ async def test_a_plain_node_that_has_failed_the_task_gets_it_no_more(stage: Stag
 async def test_a_pinned_task_goes_to_a_plain_node_with_its_longest_run(stage: Stage) -> None:
     replica = await stage.phase("match", LONG)
     await FakeHost(stage.bus, "p1", nodes=(plain(max_run_s=5.0),)).announce()
-    await replica.bus.echo()
+    await replica.bus.requests.flush()
     won = await award(stage, node_id="sh")
     assert (won.pinned, won.plain, won.max_run_s) == (True, True, 5.0)
 
@@ -117,18 +116,18 @@ async def test_a_plain_node_has_as_many_tasks_as_slots_until_they_are_judged_or_
     monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))
     replica = await stage.phase("match", LONG)
     await FakeHost(stage.bus, "p1", nodes=(plain(slots=2),)).announce()
-    await replica.bus.echo()
+    await replica.bus.requests.flush()
     first, second = await outcome(stage), await outcome(stage)
     assert [env.award.bids[0].load for env in (first, second) if env.award] == [0.0, 0.5]
     for number in range(2):
-        await stage.put("match", envelope(ad(task_id=f"w{number}"), now=stage.bus.now()))
+        await stage.put("match", envelope(ad(task_id=f"w{number}"), now=stage.bus.clock.now()))
     await until(lambda: replica.service._loop._slots["match_normal"].waiting == 2, what="two wait")
     scores = (Score(attempt_id=f"{first.task_id}:1", score=1.0, ended_at=1.0),)
     profile = NodeProfile(node_id="sh", domains={"code": DomainEvidence(scores=scores, count=1, mean=1.0)})
-    await Bucket(stage.bus, "nodes", NodeProfile).create(profile.key, profile)
+    await stage.bus.bucket("nodes", NodeProfile).create(profile.key, profile)
     await stage.seen("task", phase="scale", count=3)
     lost = TaskError(code="node_lost", message="silent")
-    again = envelope(second.ad, now=stage.bus.now(), attempt=2, excluded=("sh",), failures=1, last_error=lost)
+    again = envelope(second.ad, now=stage.bus.clock.now(), attempt=2, excluded=("sh",), failures=1, last_error=lost)
     await stage.put("match", again)
     await stage.seen("task", phase="scale", count=4)
     assert {env.task_id for env in stage.all("task", phase="scale")} == {first.task_id, second.task_id, "w0", "w1"}

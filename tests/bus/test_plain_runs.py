@@ -63,7 +63,7 @@ def replies(*bodies: bytes) -> Callable[[NatsMsg], Awaitable[None]]:
 
 
 async def given(stage: Stage, *, max_run_s: float | None = None, **facts: Any) -> Envelope:
-    env = awarded(envelope(ad(**facts), now=stage.bus.now()), plain=True, max_run_s=max_run_s)
+    env = awarded(envelope(ad(**facts), now=stage.bus.clock.now()), plain=True, max_run_s=max_run_s)
     await stage.record(env)
     await stage.put("execute", env)
     return env
@@ -263,10 +263,10 @@ async def test_a_cancelled_run_of_a_plain_node_is_stopped_and_its_reply_not_coun
     execute = await stage.phase("execute")
     env = await given(stage)
     await until(lambda: one.runs, what="it is asked")
-    await stage.bus.publish(stage.bus.subjects.of("cancelled", env.task_id))
+    await stage.bus.connection.publish(stage.bus.subjects.of("cancelled", env.task_id))
     assert (await ended(stage)).error == TaskError(code="cancelled", message="the task was cancelled")
     await until(lambda: one.stops, what="it is stopped")
-    await one.bus.publish(one.runs[0].subject, b"stopped")
+    await one.bus.connection.publish(one.runs[0].subject, b"stopped")
     await quiet(stage.bus, execute.bus, one.bus)
     assert not execute.bus.discards.hosts
 
@@ -279,7 +279,7 @@ async def test_each_execute_that_holds_the_claim_asks_once(stage: Stage) -> None
     await leaving.service.drain(0)
     await stage.phase("execute")
     await until(lambda: len(one.runs) == 2, what="it is asked by another")
-    await one.bus.publish(one.runs[1].subject, b"42")
+    await one.bus.connection.publish(one.runs[1].subject, b"42")
     result = (await ended(stage)).result
     assert result is not None
     assert result.content == "42"

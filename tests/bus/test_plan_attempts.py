@@ -40,7 +40,7 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 async def divided(stage: Stage, state: State) -> SplitPlan:
     """A task whose plan is stored and in that state; its own message is gone."""
-    env = awarded(envelope(ad(task_id="p", context={"plan": PLAN}, token_budget=1000), now=stage.bus.now()))
+    env = awarded(envelope(ad(task_id="p", context={"plan": PLAN}, token_budget=1000), now=stage.bus.clock.now()))
     assert env.spec is not None
     env = replace(env, attempt=PARKED, spec=with_division(env.spec, env.ad, 0, ClusterConfig()))
     await stage.record(replace(env, award=None))
@@ -49,23 +49,23 @@ async def divided(stage: Stage, state: State) -> SplitPlan:
         failed = state == "done" and name == "b"
         plan = subtask_graph.note(plan, await ended(stage, plan, name, "failed" if failed else "succeeded"))
     assert plan.state == state
-    await Bucket(stage.bus, "plans", SplitPlan).create("p", plan)
+    await stage.bus.bucket("plans", SplitPlan).create("p", plan)
     return plan
 
 
 async def ended(stage: Stage, plan: SplitPlan, name: str, state: Any = "succeeded") -> TaskRecord:
     """The stored record of a subtask that has ended."""
     (part,) = [part for part in plan.subtasks if part.id == name]
-    child = awarded(subtask_graph.child_of(plan, part, {}, stage.bus.now()))
+    child = awarded(subtask_graph.child_of(plan, part, {}, stage.bus.clock.now()))
     if state == "failed":
         child = replace(child, error=TaskError(code="agent_failed", message="it broke"))
     else:
         child = replace(child, result=RunResult(content=f"out {name}", completion_tokens=10))
-    return await stage.record(child, state=state, ended_at=stage.bus.now())
+    return await stage.record(child, state=state, ended_at=stage.bus.clock.now())
 
 
 async def stored(stage: Stage) -> SplitPlan:
-    entry = await Bucket(stage.bus, "plans", SplitPlan).get("p")
+    entry = await stage.bus.bucket("plans", SplitPlan).get("p")
     assert entry is not None
     return entry.value
 
@@ -86,7 +86,7 @@ async def carried(stage: Stage) -> set[int]:
         subjects.task("evaluate", "*", "p"),
         subjects.later("*", "p", "*"),
     ):
-        message = await read_message(stage.bus, subjects.stream("TASKS"), {"last_by_subj": subject})
+        message = await read_message(stage.bus.jetstream, subjects.stream("TASKS"), {"last_by_subj": subject})
         if message is not None:
             read = read_scale_message(message.data)
             found.add(read.envelope.attempt if isinstance(read, PlanTimeout) else read.attempt)  # type: ignore[union-attr]
@@ -119,11 +119,11 @@ def mortal(replica: Replica, point: Point, monkeypatch: pytest.MonkeyPatch) -> N
 
     async def fatal(self: Any, *args: Any, **options: Any) -> Any:
         bus = self if isinstance(self, Bus) else self._bus
-        if bus is not replica.bus or bus.lost.is_set() or not point.when(*args):
+        if bus is not replica.bus or bus.tasks.lost.is_set() or not point.when(*args):
             return await original(self, *args, **options)
         if point.calls:
             await original(self, *args, **options)
-        await bus.echo()
+        await bus.requests.flush()
         replica.die()
         raise BusUnavailable("killed")
 
@@ -138,11 +138,11 @@ async def ask(stage: Stage, copy: Envelope, where: str, monkeypatch: pytest.Monk
     await stage.put("scale", copy)
 
     async def settled() -> bool:
-        return replica.bus.lost.is_set() or await left(stage) == 0
+        return replica.bus.tasks.lost.is_set() or await left(stage) == 0
 
     await until(settled, what="SCALE has died or is done")
     monkeypatch.undo()
-    if replica.bus.lost.is_set():
+    if replica.bus.tasks.lost.is_set():
         await stage.phase("scale")
         await stage.settled(phase="scale")
 
@@ -247,10 +247,10 @@ async def test_a_plan_that_is_over_fails_a_task_that_is_not(stage: Stage) -> Non
 
 async def test_a_timer_set_for_an_older_attempt_ends_the_newest(stage: Stage) -> None:
     plan = await divided(stage, "running")
-    await Bucket(stage.bus, "plans", SplitPlan).update("p", subtask_graph.for_attempt(plan, copy_of(plan, 5)), 1)
+    await stage.bus.bucket("plans", SplitPlan).update("p", subtask_graph.for_attempt(plan, copy_of(plan, 5)), 1)
     await stage.phase("scale")
     timeout = PlanTimeout(envelope=plan.envelope)
-    await stage.bus.store(stage.bus.subjects.task("scale", "normal", "p"), timeout, msg_id="due")
+    await stage.bus.jetstream.publish(stage.bus.subjects.task("scale", "normal", "p"), timeout, msg_id="due")
     late = await stage.seen("task", phase="evaluate")
     assert (late.attempt, late.error.code) == (5, "deadline_exceeded")
 

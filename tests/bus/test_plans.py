@@ -11,9 +11,8 @@ from support.phases import Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
 from loom.bus import task_client
-from loom.bus.bus import Msg
 from loom.bus.hops.hop_loop import schedule
-from loom.bus.natsio.kv import Bucket
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import change, records
 from loom.bus.topology import SCALE_LANE
 from loom.phases.evaluate.decisions import notice_of
@@ -42,7 +41,7 @@ def written(parts: Sequence[Part]) -> list[dict[str, Any]]:
 async def awarded_task(stage: Stage, **facts: Any) -> Envelope:
     """A task that runs, as MATCH hands it to SCALE."""
     ours = {name: facts.pop(name) for name in ("left_s", "split") if name in facts}
-    env = sensed(awarded(envelope(ad(**{"task_id": "p", **facts}), now=stage.bus.now(), **ours)))
+    env = sensed(awarded(envelope(ad(**{"task_id": "p", **facts}), now=stage.bus.clock.now(), **ours)))
     await stage.record(replace(env, award=None))
     return env
 
@@ -73,7 +72,7 @@ async def end(stage: Stage, child: Envelope, state: Any = "succeeded", tokens: i
     result = RunResult(content=f"out {child.split.subtask}", completion_tokens=tokens)
     error = None if state == "succeeded" else TaskError(code="agent_failed", message="it broke")
     over = awarded(replace(child, result=result if error is None else None, error=error, **facts))
-    record = await stage.record(over, state=state, ended_at=stage.bus.now())
+    record = await stage.record(over, state=state, ended_at=stage.bus.clock.now())
     await tell(stage, record)
     return record
 
@@ -89,7 +88,7 @@ async def ended(stage: Stage, name: str, **facts: Any) -> TaskRecord:
 
 
 async def stored(stage: Stage, parent: str = "p") -> SplitPlan | None:
-    entry = await Bucket(stage.bus, "plans", SplitPlan).get(parent)
+    entry = await stage.bus.bucket("plans", SplitPlan).get(parent)
     return entry.value if entry else None
 
 
@@ -119,8 +118,8 @@ async def reads_of(stage: Stage, bucket: str) -> list[Msg]:
     async def hear(msg: Msg) -> None:
         heard.append(msg)
 
-    await stage.bus.subscribe(f"$JS.API.STREAM.MSG.GET.KV_{stage.bus.subjects.bucket(bucket)}", hear)
-    await stage.bus.echo()
+    await stage.bus.connection.subscribe(f"$JS.API.STREAM.MSG.GET.KV_{stage.bus.subjects.bucket(bucket)}", hear)
+    await stage.bus.requests.flush()
     return heard
 
 
@@ -340,7 +339,7 @@ async def test_a_task_joined_late_leaves_its_own_next_attempt_alone(stage: Stage
     await divided(stage, (("a",),))
     record = await ended(stage, "a")
     await stage.seen("task", phase="execute")
-    await stage.bus.store(stage.bus.subjects.later("scale", "p", "task-77"), b"{}", headers={})
+    await stage.bus.jetstream.publish(stage.bus.subjects.later("scale", "p", "task-77"), b"{}", headers={})
     await tell(stage, record)
     await stage.seen("task", phase="execute", count=2)
     await dealt_with(stage)
@@ -351,7 +350,7 @@ async def test_a_timer_set_for_a_plan_that_another_replica_has_joined_meanwhile_
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def late(*args: Any, **facts: Any) -> None:
-        plans = Bucket(stage.bus, "plans", SplitPlan)
+        plans = stage.bus.bucket("plans", SplitPlan)
         entry = await plans.get("p")
         assert entry is not None
         await plans.update("p", replace(entry.value, state="joining"), entry.revision)
@@ -392,7 +391,7 @@ async def test_a_dead_notice_ends_the_parent_it_is_about(stage: Stage) -> None:
 
 
 async def test_a_dead_notice_about_the_end_of_a_task_leaves_it_as_it_ended(stage: Stage) -> None:
-    await stage.record(envelope(ad(task_id="p"), now=stage.bus.now()), state="succeeded", ended_at=1.0)
+    await stage.record(envelope(ad(task_id="p"), now=stage.bus.clock.now()), state="succeeded", ended_at=1.0)
     await stage.notify(ParentEnded(task_id="p"))
     await stage.reject(SCALE_LANE, 10)
     await stage.phase("scale")

@@ -14,7 +14,6 @@ from support.wait import until
 
 from loom.bus.bus import Bus
 from loom.bus.natsio.connection import ServiceFailed
-from loom.bus.natsio.kv import Bucket
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import records
 from loom.bus.topology import stream_state
@@ -36,15 +35,13 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 
 async def profile(stage: Stage, node: str = "n1") -> NodeProfile | None:
-    entry = (
-        (await Bucket(stage.bus, "nodes", NodeProfile).get(f"local.{node}")) if await readable(stage, node) else None
-    )
+    entry = (await stage.bus.bucket("nodes", NodeProfile).get(f"local.{node}")) if await readable(stage, node) else None
     return entry.value if entry else None
 
 
 async def readable(stage: Stage, node: str) -> bool:
     try:
-        await Bucket(stage.bus, "nodes", NodeProfile).get(f"local.{node}")
+        await stage.bus.bucket("nodes", NodeProfile).get(f"local.{node}")
     except Exception:  # noqa: BLE001 - garbage that was put there
         return False
     return True
@@ -61,7 +58,7 @@ async def learned(stage: Stage, total: int, node: str = "n1") -> NodeProfile:
 
 async def put_profile(stage: Stage, key: str, value: Any) -> None:
     """Store a value in the bucket of profiles, as anyone with the right to write it can."""
-    await stage.bus.store(f"$KV.{stage.bus.subjects.bucket('nodes')}.{key}", value)
+    await stage.bus.jetstream.publish(f"$KV.{stage.bus.subjects.bucket('nodes')}.{key}", value)
 
 
 def poisoned(n: int, field: bytes) -> bytes:
@@ -94,12 +91,12 @@ async def test_rewards_that_cannot_be_used_are_left_out_before_and_after_a_resta
     subject = stage.bus.subjects.of("reward", "rules", "local", "n1", "code")
     for n, field in enumerate(POISON):
         for twice in range(2):
-            await stage.bus.store(subject, poisoned(2 * n + twice, field))
+            await stage.bus.jetstream.publish(subject, poisoned(2 * n + twice, field))
     await publish(stage, reward(1), reward(2))
     stored = await learned(stage, 2)
     assert (stored.seconds, stored.tokens) == (1.0, 20)
     assert sum(adapt.bus.discards.counts.values()) == 2 * len(POISON)
-    assert not adapt.bus.lost.is_set()
+    assert not adapt.bus.tasks.lost.is_set()
     await adapt.close()
 
     await stage.phase("adapt")
@@ -109,7 +106,7 @@ async def test_rewards_that_cannot_be_used_are_left_out_before_and_after_a_resta
 
 async def test_rewards_dated_ahead_do_not_keep_later_ones_out(stage: Stage) -> None:
     await stage.phase("adapt")
-    now = stage.bus.now()
+    now = stage.bus.clock.now()
     await publish(stage, *(replace(reward(n, score=0.9), ended_at=now + 3600 + n) for n in range(130)))
     await publish(stage, *(replace(reward(n, score=0.0), ended_at=now + 1) for n in range(200, 230)))
     stored = await learned(stage, 30)
@@ -120,7 +117,7 @@ async def test_rewards_dated_ahead_do_not_keep_later_ones_out(stage: Stage) -> N
 async def test_an_inheritance_dated_ahead_is_left_out_too(stage: Stage, ahead_s: float) -> None:
     adapt = await stage.phase("adapt")
     await publish(
-        stage, replace(reward(1, kind="inherit", source="adapt"), ended_at=stage.bus.now() + ahead_s), reward(2)
+        stage, replace(reward(1, kind="inherit", source="adapt"), ended_at=stage.bus.clock.now() + ahead_s), reward(2)
     )
     assert (await learned(stage, 1)).domains["code"].count == 1
     assert adapt.bus.discards.counts["reward_dated_ahead"] == 1
@@ -148,7 +145,7 @@ def forged(now: float) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", forged(0.0))
 async def test_a_stored_profile_that_cannot_be_believed_is_rebuilt_at_a_start(stage: Stage, kind: str) -> None:
     await publish(stage, *(reward(n) for n in range(1, 4)))
-    await put_profile(stage, "local.n1", forged(stage.bus.now())[kind])
+    await put_profile(stage, "local.n1", forged(stage.bus.clock.now())[kind])
     await stage.phase("adapt")
     assert (await learned(stage, 3)).domains["code"].mean == 1.0
     await publish(stage, reward(4))
@@ -162,7 +159,7 @@ async def test_a_stored_profile_that_cannot_be_believed_is_written_over_while_ad
     await stage.phase("adapt")
     await publish(stage, *(reward(n) for n in range(1, 4)))
     await learned(stage, 3)
-    await put_profile(stage, "local.n1", forged(stage.bus.now())[kind])
+    await put_profile(stage, "local.n1", forged(stage.bus.clock.now())[kind])
     if kind == "seconds of an old version":
         await publish(stage, reward(4))
         assert (await learned(stage, 4)).last_seq == 4
@@ -174,10 +171,10 @@ async def test_a_stored_profile_that_cannot_be_believed_is_written_over_while_ad
     "value", [b'{"domain_token":"code","last_seq":%d}' % 2**50, b"\xff", b'{"domain_token":"data","bias":1}']
 )
 async def test_a_calibration_that_cannot_be_believed_is_learned_from_the_stream(stage: Stage, value: bytes) -> None:
-    await stage.bus.store(f"$KV.{stage.bus.subjects.bucket('tuning')}.{BIAS}code", value)
+    await stage.bus.jetstream.publish(f"$KV.{stage.bus.subjects.bucket('tuning')}.{BIAS}code", value)
     await stage.phase("adapt")
     await publish(stage, reward(1, estimated=0.5))
-    bucket = Bucket(stage.bus, "tuning", Calibration)
+    bucket = stage.bus.bucket("tuning", Calibration)
 
     async def calibrated() -> bool:
         try:
@@ -195,14 +192,14 @@ async def test_a_calibration_that_cannot_be_believed_is_learned_from_the_stream(
 
 @pytest.mark.parametrize("until_s", [LEASE_S * 10, 3600, 9e10])
 async def test_a_lease_longer_than_any_replica_takes_is_not_believed(stage: Stage, until_s: float) -> None:
-    await Bucket(stage.bus, "tuning", Lease).create(
-        "x", Lease(holder="evil", until=min(9e10, stage.bus.now() + until_s))
+    await stage.bus.bucket("tuning", Lease).create(
+        "x", Lease(holder="evil", until=min(9e10, stage.bus.clock.now() + until_s))
     )
     assert await take_lease(stage.bus, "x")
 
 
 async def test_a_lease_that_cannot_be_read_is_taken(stage: Stage) -> None:
-    await stage.bus.store(f"$KV.{stage.bus.subjects.bucket('tuning')}.x", b"\xff")
+    await stage.bus.jetstream.publish(f"$KV.{stage.bus.subjects.bucket('tuning')}.x", b"\xff")
     assert await take_lease(stage.bus, "x")
     assert await take_lease(stage.bus, "x")
 
@@ -217,7 +214,7 @@ async def test_a_poisoned_bid_takes_neither_its_hosts_other_bids_nor_the_auction
     raw = good.replace(b'"bids":[', b'"bids":[{"node_id":"evil","self_rating":1.0,"free":%s},' % (b"9" * 400))
     one.offer = lambda _: raw  # type: ignore[assignment,return-value]
     await stage.phase("match")
-    env = envelope(ad(), now=stage.bus.now())
+    env = envelope(ad(), now=stage.bus.clock.now())
     await stage.put("match", env)
     award = (await stage.seen("task", phase="scale")).award
     assert (award.node_id, {bid.node_id for bid in award.bids}) == ("n1", {"n1", "n2"})
@@ -230,11 +227,11 @@ async def test_a_poisoned_bid_takes_neither_its_hosts_other_bids_nor_the_auction
 async def test_a_result_that_cannot_be_read_ends_the_attempt_at_once(stage: Stage, field: bytes) -> None:
     async def run(run: FakeRun) -> None:
         await run.say("accepted")
-        await run.bus.publish(run.subject, b'{"seq":1,"kind":"result","result":{%s}}' % field)
+        await run.bus.connection.publish(run.subject, b'{"seq":1,"kind":"result","result":{%s}}' % field)
 
     await FakeHost(await stage.connect("node"), run=run).start()
     await stage.phase("execute")
-    env = awarded(envelope(ad(task_id="t1"), now=stage.bus.now()))
+    env = awarded(envelope(ad(task_id="t1"), now=stage.bus.clock.now()))
     await stage.record(env)
     await stage.put("execute", env)
     ended = await stage.seen("task", phase="evaluate", within_s=5)
@@ -250,10 +247,10 @@ async def test_a_result_that_cannot_be_read_ends_the_attempt_at_once(stage: Stag
 async def test_a_task_whose_result_is_out_of_bounds_ends_and_is_answered(stage: Stage, field: bytes) -> None:
     asker = Asker(stage.bus)
     await stage.phase("evaluate")
-    env = awarded(envelope(ad(task_id="t1"), now=stage.bus.now()))
+    env = awarded(envelope(ad(task_id="t1"), now=stage.bus.clock.now()))
     await stage.record(env, reply_to=(asker.inbox,), claim=Claim(attempt=1))
     raw = encode(replace(env, result=RunResult(content="x"))).replace(b'"content":"x"', b'"content":"x",' + field)
-    await stage.bus.store(stage.bus.subjects.task("evaluate", "normal", "t1"), raw)
+    await stage.bus.jetstream.publish(stage.bus.subjects.task("evaluate", "normal", "t1"), raw)
     assert (await asker.failure()).code == "dead_letter"
     await stage.settled()
     assert (await stage.read("t1")).state == "failed"
@@ -265,10 +262,10 @@ async def test_a_task_whose_result_is_out_of_bounds_ends_and_is_answered(stage: 
 )
 async def test_a_task_whose_record_is_garbage_ends(stage: Stage, garbage: bytes, readable_task: bool) -> None:
     await stage.phase("evaluate")
-    env = awarded(envelope(ad(task_id="t1"), now=stage.bus.now(), result=RunResult(content="x")))
-    await stage.bus.store(f"$KV.{stage.bus.subjects.bucket('records')}.t1", garbage)
+    env = awarded(envelope(ad(task_id="t1"), now=stage.bus.clock.now(), result=RunResult(content="x")))
+    await stage.bus.jetstream.publish(f"$KV.{stage.bus.subjects.bucket('records')}.t1", garbage)
     body: Any = env if readable_task else b"\xff"
-    await stage.bus.store(stage.bus.subjects.task("evaluate", "normal", "t1"), body)
+    await stage.bus.jetstream.publish(stage.bus.subjects.task("evaluate", "normal", "t1"), body)
     result: TaskResult = await stage.seen("result", task_id="t1", within_s=10)
     assert (result.state, result.error.code if result.error else "") == ("failed", "dead_letter")
     await stage.settled()
@@ -277,9 +274,9 @@ async def test_a_task_whose_record_is_garbage_ends(stage: Stage, garbage: bytes,
 async def test_what_can_be_read_of_a_record_answers_its_submitter(stage: Stage) -> None:
     asker = Asker(stage.bus)
     await stage.phase("evaluate")
-    env = awarded(envelope(ad(task_id="t1"), now=stage.bus.now(), result=RunResult(content="x")))
+    env = awarded(envelope(ad(task_id="t1"), now=stage.bus.clock.now(), result=RunResult(content="x")))
     garbage = {"task_id": "t1", "state": "odd", "submission": "s", "reply_to": [asker.inbox], "envelope": 7}
-    await stage.bus.store(f"$KV.{stage.bus.subjects.bucket('records')}.t1", garbage)
+    await stage.bus.jetstream.publish(f"$KV.{stage.bus.subjects.bucket('records')}.t1", garbage)
     await stage.put("evaluate", env)
     assert (await asker.failure()).code == "dead_letter"
     entry = await records(stage.bus).get("t1")
@@ -289,8 +286,8 @@ async def test_what_can_be_read_of_a_record_answers_its_submitter(stage: Stage) 
 
 async def test_a_plan_that_is_garbage_keeps_no_task_from_its_end(stage: Stage) -> None:
     await stage.phase("evaluate")
-    await stage.bus.store(f"$KV.{stage.bus.subjects.bucket('plans')}.t1", b"\xff")
-    env = awarded(envelope(ad(task_id="t1"), now=stage.bus.now()))
+    await stage.bus.jetstream.publish(f"$KV.{stage.bus.subjects.bucket('plans')}.t1", b"\xff")
+    env = awarded(envelope(ad(task_id="t1"), now=stage.bus.clock.now()))
     await stage.record(env, claim=Claim(attempt=1))
     await stage.put("evaluate", env.failed(TaskError(code="invalid_task", message="x")))
     assert (await stage.seen("result", task_id="t1")).state == "failed"
@@ -299,9 +296,9 @@ async def test_a_plan_that_is_garbage_keeps_no_task_from_its_end(stage: Stage) -
 
 async def test_a_notice_about_a_plan_that_is_garbage_is_settled(stage: Stage) -> None:
     await stage.phase("scale")
-    child = envelope(ad(task_id="c1"), now=stage.bus.now())
+    child = envelope(ad(task_id="c1"), now=stage.bus.clock.now())
     await stage.record(child, state="succeeded", ended_at=1.0)
-    await stage.bus.store(f"$KV.{stage.bus.subjects.bucket('plans')}.t1", b"\xff")
+    await stage.bus.jetstream.publish(f"$KV.{stage.bus.subjects.bucket('plans')}.t1", b"\xff")
     await stage.notify(SubtaskEnded(task_id="t1", child_id="c1", subtask="a"))
     await until(lambda: stage.all("dead", phase="scale"), within_s=5, what="the notice is a dead letter")
     await stage.settled()
@@ -324,9 +321,9 @@ async def test_a_notice_about_a_plan_that_is_garbage_is_settled(stage: Stage) ->
     ids=["bytes", "empty", "a number", "cut", "deep", "a huge number", "a float"],
 )
 async def test_a_forged_acknowledgement_is_asked_for_again(bus: Bus, forged_ack: bytes) -> None:
-    storing = bus.store(bus.subjects.task("match", "normal", "t1"), b"{}", msg_id="t1")
+    storing = bus.jetstream.publish(bus.subjects.task("match", "normal", "t1"), b"{}", msg_id="t1")
     (stored,) = bus._unconfirmed
-    bus._on_reply(Msg(stored.reply, data=forged_ack))
+    bus.requests._on_reply(Msg(stored.reply, data=forged_ack))
     ack = await storing
     assert ack.seq > 0
     assert bus.discards.counts["ack_undecodable"] == 1
@@ -334,11 +331,11 @@ async def test_a_forged_acknowledgement_is_asked_for_again(bus: Bus, forged_ack:
 
 def forge_next_answer(bus: Bus, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the next request answered with `data` before the server can answer it."""
-    opened = bus.open_inbox
+    opened = bus.requests.open_inbox
 
     def open_inbox(sink: Any) -> str:
         reply = opened(sink)
-        asyncio.get_running_loop().call_soon(bus._on_reply, Msg(reply, data=data))
+        asyncio.get_running_loop().call_soon(bus.requests._on_reply, Msg(reply, data=data))
         monkeypatch.setattr(bus, "open_inbox", opened)
         return reply
 
@@ -372,7 +369,7 @@ async def _fail() -> None:
 async def test_an_essential_task_that_fails_ends_the_service_with_its_reason(connect: Connect) -> None:
     bus = await connect()
     with capture_logs() as logs:
-        bus.spawn(_fail(), name="fold rewards", essential=True)
+        bus.tasks.spawn(_fail(), name="fold rewards", essential=True)
         with pytest.raises(ServiceFailed, match="fold rewards: ValueError: poison") as raised:
             await asyncio.wait_for(until_lost(bus), 5)
     assert raised.value.code == "service_failed"
@@ -381,23 +378,23 @@ async def test_an_essential_task_that_fails_ends_the_service_with_its_reason(con
 
 async def test_any_other_task_that_fails_ends_nothing(connect: Connect) -> None:
     bus = await connect()
-    await asyncio.wait([bus.spawn(_fail(), name="one request")])
-    await bus.echo()
-    assert not bus.lost.is_set()
+    await asyncio.wait([bus.tasks.spawn(_fail(), name="one request")])
+    await bus.requests.flush()
+    assert not bus.tasks.lost.is_set()
 
 
 async def test_a_cancelled_essential_task_ends_nothing(connect: Connect) -> None:
     bus = await connect()
-    task = bus.spawn(asyncio.sleep(60), name="ticker", essential=True)
+    task = bus.tasks.spawn(asyncio.sleep(60), name="ticker", essential=True)
     task.cancel()
     await asyncio.wait([task])
-    await bus.echo()
-    assert not bus.lost.is_set()
+    await bus.requests.flush()
+    assert not bus.tasks.lost.is_set()
 
 
 @pytest.mark.parametrize("phase", ["sense", "match", "scale", "execute", "evaluate", "adapt"])
 async def test_every_phase_has_essential_tasks(stage: Stage, phase: Any) -> None:
     replica = await stage.phase(phase)
-    own = {task.get_name() for task in replica.bus._essential} - {"bus-watch", "watch unconfirmed", "clock"}
+    own = {task.get_name() for task in replica.bus.tasks._essential} - {"bus-watch", "watch unconfirmed", "clock"}
     assert len(own) >= 3
     assert not any(name.startswith(("hop", "serve")) for name in own)

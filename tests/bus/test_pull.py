@@ -13,10 +13,12 @@ from support.logs import capture_logs
 from support.wait import until
 
 from loom.bus import topology
-from loom.bus.bus import STREAM_NOT_FOUND, Bus, Msg, Refused
+from loom.bus.bus import Bus
 from loom.bus.natsio import pull_consumer as pull_module
-from loom.bus.natsio.pull_consumer import Pull
-from loom.bus.natsio.transport.fast_client import LeanClient
+from loom.bus.natsio.pull_consumer import PullConsumer
+from loom.bus.natsio.server_errors import Refused, ServerErrorCode
+from loom.bus.natsio.transport.fast_client import FastClient
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.topology import SCALE_LANE
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.errors import BusUnavailable, LoomError
@@ -24,7 +26,7 @@ from loom.schemas.errors import BusUnavailable, LoomError
 STALLS = [
     (BusUnavailable("no answer"), 3, True),
     (BusUnavailable("no answer"), 1, False),  # it answers everything else, and there is no other
-    (Refused("stream not found", STREAM_NOT_FOUND), 3, False),
+    (Refused("stream not found", ServerErrorCode.STREAM_NOT_FOUND), 3, False),
 ]
 
 
@@ -37,8 +39,8 @@ class Hand:
         self.held: list[Msg] = []
         self.most = 0
         self.seen: list[str] = []
-        self.pull = Pull(
-            bus,
+        self.pull = PullConsumer(
+            bus.jetstream,
             bus.subjects.stream("TASKS"),
             "scale",
             window=lambda: self.room - len(self.held),
@@ -53,7 +55,7 @@ class Hand:
 
     async def settle(self, count: int = 1) -> None:
         for _ in range(count):
-            await self.bus.publish(self.held.pop(0).reply, b"+ACK")
+            await self.bus.connection.publish(self.held.pop(0).reply, b"+ACK")
         self.pull.top_up()
 
     async def full(self, within_s: float = 20) -> None:
@@ -76,17 +78,17 @@ async def holding(bus: Bus, room: int) -> AsyncIterator[Hand]:
 
 async def put(bus: Bus, first: int, count: int) -> None:
     for n in range(first, first + count):
-        await bus.store(bus.subjects.task("scale", "normal", f"t{n}"), envelope(f"t{n}"), msg_id=f"t{n}")
+        await bus.jetstream.publish(bus.subjects.task("scale", "normal", f"t{n}"), envelope(f"t{n}"), msg_id=f"t{n}")
 
 
 async def consumer_info(bus: Bus) -> dict[str, Any]:
-    return await bus.api(f"CONSUMER.INFO.{bus.subjects.stream('TASKS')}.scale")
+    return await bus.jetstream.api(f"CONSUMER.INFO.{bus.subjects.stream('TASKS')}.scale")
 
 
 async def quiet(bus: Bus) -> None:
     """Return once everything the server had to deliver has been delivered."""
     for _ in range(3):
-        await bus.echo()
+        await bus.requests.flush()
 
 
 async def test_no_more_is_in_hand_than_the_window(bus: Bus) -> None:
@@ -127,8 +129,10 @@ async def test_a_reconnect_does_not_ask_for_more_than_the_window(bus: Bus) -> No
     async with holding(bus, 4) as hand:
         await until(lambda: hand.pull.asked == 4, what="the request")
         reconnected = asyncio.Event()
-        bus.on_reconnect(reconnected.set)
-        await bus._nc.force_reconnect()  # the server, still the same, holds the request of the lost connection
+        bus.connection.on_reconnect(reconnected.set)
+        await (
+            bus.connection._nc.force_reconnect()
+        )  # the server, still the same, holds the request of the lost connection
         await asyncio.wait_for(reconnected.wait(), 5)
         await put(bus, 0, 20)
         await hand.full()
@@ -158,7 +162,7 @@ async def test_pulling_goes_on_after_the_server_was_killed(mortal: Bus, server: 
 async def test_a_consumer_deleted_meanwhile_is_made_again(bus: Bus) -> None:
     async with holding(bus, 4) as hand:
         await until(lambda: hand.pull.asked == 4, what="the request")
-        await bus.api(f"CONSUMER.DELETE.{bus.subjects.stream('TASKS')}.scale")
+        await bus.jetstream.api(f"CONSUMER.DELETE.{bus.subjects.stream('TASKS')}.scale")
         await put(bus, 0, 10)
         await hand.empty_all(10)
         assert hand.most <= 4
@@ -175,7 +179,7 @@ async def test_it_is_made_again_even_where_a_tap_hides_that_nobody_answers(
 
     await tap.subscribe(">", listen)
     await tap.echo()
-    await bus.api(f"CONSUMER.DELETE.{bus.subjects.stream('TASKS')}.scale")
+    await bus.jetstream.api(f"CONSUMER.DELETE.{bus.subjects.stream('TASKS')}.scale")
     await put(bus, 0, 3)
     async with holding(bus, 4) as hand:
         await hand.empty_all(3)
@@ -185,14 +189,14 @@ async def test_it_is_made_again_even_where_a_tap_hides_that_nobody_answers(
 async def test_a_consumer_that_cannot_be_restored_yet_is_tried_again(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pull_module, "QUIET_S", 0.3)  # the server does not always say that a stream has gone
     stream = bus.subjects.stream("TASKS")
-    config = (await bus.api(f"STREAM.INFO.{stream}"))["config"]
+    config = (await bus.jetstream.api(f"STREAM.INFO.{stream}"))["config"]
     async with holding(bus, 4) as hand:
         with capture_logs() as logs:
-            await bus.api(f"STREAM.DELETE.{stream}")
+            await bus.jetstream.api(f"STREAM.DELETE.{stream}")
             await until(
                 lambda: any(entry["event"] == "consumer_not_restored" for entry in logs), what="a try that fails"
             )
-        await bus.api(f"STREAM.CREATE.{stream}", config)
+        await bus.jetstream.api(f"STREAM.CREATE.{stream}", config)
         await put(bus, 0, 3)
         await hand.empty_all(3)
 
@@ -208,7 +212,7 @@ async def test_a_consumer_that_stays_away_is_looked_for_ever_more_rarely(
         times.append(time.monotonic())
         raise BusUnavailable("no such stream")
 
-    pull = Pull(plain, "NONE", "none", window=lambda: 1, sink=lambda _: None, broken=broken)
+    pull = PullConsumer(plain.jetstream, "NONE", "none", window=lambda: 1, sink=lambda _: None, broken=broken)
     await pull.start()
     with capture_logs():
         await until(lambda: len(times) == 4, within_s=20, what="four looks")
@@ -224,7 +228,7 @@ async def test_a_server_that_does_not_restore_a_consumer_a_few_times_is_left(
 ) -> None:
     monkeypatch.setattr(pull_module, "RETRY_S", 0.01)
     monkeypatch.setattr(pull_module, "RETRY_MOST_S", 0.01)
-    monkeypatch.setattr(LeanClient, "servers", property(lambda _: [None] * servers))
+    monkeypatch.setattr(FastClient, "servers", property(lambda _: [None] * servers))
     reconnects: list[None] = []
     plain.on_reconnect(lambda: reconnects.append(None))
     tries = 0
@@ -234,7 +238,7 @@ async def test_a_server_that_does_not_restore_a_consumer_a_few_times_is_left(
         tries += 1
         raise error
 
-    pull = Pull(plain, "NONE", "none", window=lambda: 1, sink=lambda _: None, broken=broken)
+    pull = PullConsumer(plain.jetstream, "NONE", "none", window=lambda: 1, sink=lambda _: None, broken=broken)
     await pull.start()
     with capture_logs():
         await until(lambda: tries >= 3 * pull_module.STALLED_AFTER + 1, what="many tries")
@@ -258,7 +262,7 @@ async def test_a_request_that_ran_out_is_followed_by_another(bus: Bus, monkeypat
 def count_requests(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The batches asked for from now on."""
     asked: list[int] = []
-    publish = bus.publish
+    publish = bus.connection.publish
 
     async def counted(subject: str, message: Any = b"", **options: Any) -> None:
         if ".MSG.NEXT." in subject:
@@ -308,14 +312,14 @@ async def test_a_stopped_pull_hands_over_what_is_on_its_way_and_then_nothing(bus
 
 
 async def test_stopping_amid_a_reconnect_leaves_no_subscription(bus: Bus) -> None:
-    before = len(bus._nc._subs)
+    before = len(bus.connection._nc._subs)
     hand = Hand(bus, 4)
     await hand.pull.start()
     reconnected = asyncio.Event()
-    bus.on_reconnect(reconnected.set)
-    await bus._nc.force_reconnect()
+    bus.connection.on_reconnect(reconnected.set)
+    await bus.connection._nc.force_reconnect()
     await asyncio.wait_for(reconnected.wait(), 5)
     await asyncio.sleep(0)  # the pull is about to listen anew
     await hand.pull.stop()
-    assert len(bus._nc._subs) == before
+    assert len(bus.connection._nc._subs) == before
     assert hand.pull._subscription is None

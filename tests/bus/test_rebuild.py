@@ -9,7 +9,6 @@ from support.phases import Replica, Stage
 from support.rewards import publish, reward
 from support.wait import until
 
-from loom.bus.natsio.kv import Bucket
 from loom.bus.rewards import RewardBus
 from loom.phases.adapt.rebuild import compare, rebuild, repair, stored_profiles
 from loom.phases.adapt.reward_weights import weights_of
@@ -57,7 +56,7 @@ async def test_each_node_is_compared_as_of_the_last_reward_it_holds(stage: Stage
     await adapt.close()
 
     await publish(stage, reward(21, "n1"), reward(22, "n4"))
-    bucket = Bucket(stage.bus, "nodes", NodeProfile)
+    bucket = stage.bus.bucket("nodes", NodeProfile)
     entries = await stored_profiles(stage.bus)
     await bucket.update("local.n2", replace(whole["n2"], total_tasks=99), entries["local.n2"].revision)
     await bucket.create("local.stranger", NodeProfile(node_id="stranger"))
@@ -78,7 +77,7 @@ async def test_each_node_is_compared_as_of_the_last_reward_it_holds(stage: Stage
 
 
 async def test_a_repair_holds_though_the_phase_that_runs_has_folded_on_what_was_wrong(stage: Stage) -> None:
-    bucket = Bucket(stage.bus, "nodes", NodeProfile)
+    bucket = stage.bus.bucket("nodes", NodeProfile)
     await publish(stage, *(reward(n) for n in range(4)))
     await bucket.create("local.n1", NodeProfile(node_id="n1", total_tasks=70, last_seq=4))
     adapt: Any = await stage.phase("adapt", KEEPS_ALL)
@@ -106,7 +105,7 @@ async def test_a_judge_of_its_own_moves_a_profile_by_its_weight_and_a_rebuild_do
     for source, score in (("linter", 0.25), ("person", 0.5), ("gossip", 0.0)):  # plain JSON, as another language has it
         word = {"reward_id": f"{source}/1", "task_id": "t1", "attempt": 1, "source": source, "node_id": "n1"}
         words = encode({**word, "domain_token": "code", "score": score, "ended_at": 1.0})
-        await stage.bus.store(stage.bus.subjects.of("reward", source, "local", "n1", "code"), words)
+        await stage.bus.jetstream.publish(stage.bus.subjects.of("reward", source, "local", "n1", "code"), words)
 
     async def read() -> NodeProfile | None:
         known = (await stored(stage)).get("n1")
@@ -126,8 +125,8 @@ async def short(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Stage:
     """A stage whose stream of rewards soon drops its head."""
     monkeypatch.setattr("loom.phases.adapt.snapshots.RETRY_S", 0.05)
     stream = stage.bus.subjects.stream("REWARDS")
-    info = await stage.bus.api(f"STREAM.INFO.{stream}")
-    await stage.bus.api(f"STREAM.UPDATE.{stream}", {**info["config"], "max_bytes": LIMIT})
+    info = await stage.bus.jetstream.api(f"STREAM.INFO.{stream}")
+    await stage.bus.jetstream.api(f"STREAM.UPDATE.{stream}", {**info["config"], "max_bytes": LIMIT})
     return stage
 
 
@@ -156,7 +155,7 @@ async def test_a_rebuild_begins_at_the_snapshots_when_the_head_is_gone(short: St
     for replica in replicas:
         await replica.close()
 
-    state = (await short.bus.api(f"STREAM.INFO.{short.bus.subjects.stream('REWARDS')}"))["state"]
+    state = (await short.bus.jetstream.api(f"STREAM.INFO.{short.bus.subjects.stream('REWARDS')}"))["state"]
     assert state["first_seq"] > 100
     rebuilt = await rebuild(short.bus, forget=False)
     assert {
@@ -166,7 +165,7 @@ async def test_a_rebuild_begins_at_the_snapshots_when_the_head_is_gone(short: St
     assert rebuilt.start.seq >= state["first_seq"] - 1
     assert set((await verdicts(short)).values()) == {"same"}
 
-    await short.bus.api(f"STREAM.PURGE.KV_{short.bus.subjects.bucket('nodes')}")
+    await short.bus.jetstream.api(f"STREAM.PURGE.KV_{short.bus.subjects.bucket('nodes')}")
     await short.phase("adapt", KEEPS_ALL)
     assert await learned(short, 1503) == whole
     assert [one async for one in RewardBus(bus=short.bus).replay(domain=SNAPSHOTS)] == []
@@ -195,7 +194,7 @@ async def test_without_snapshots_a_lost_head_is_said_and_nothing_is_repaired(sta
     await publish(stage, *(reward(n) for n in range(10)))
     whole = await learned(stage, 10)
     await adapt.close()
-    await stage.bus.api(f"STREAM.PURGE.{stage.bus.subjects.stream('REWARDS')}", {"seq": 4})
+    await stage.bus.jetstream.api(f"STREAM.PURGE.{stage.bus.subjects.stream('REWARDS')}", {"seq": 4})
 
     rebuilt, compared = await compare(stage.bus, forget=False)
     assert not rebuilt.start.whole

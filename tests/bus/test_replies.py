@@ -8,7 +8,8 @@ from support.buses import Connect, Heard
 from support.phases import Asker, Stage, ad, envelope, submission
 from support.wait import until
 
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.replies import MAX_REPLY, answer_task, may_answer
 from loom.bus.service_discovery import Presence, who_is_there
 from loom.schemas.base import encode
@@ -72,19 +73,19 @@ async def test_a_request_with_another_reply_subject_is_carried_out_and_its_answe
 ) -> None:
     sense = await stage.phase("sense")
     answers = Heard()
-    await stage.bus.subscribe(reply, answers)
-    await stage.record(envelope(ad(task_id="t1"), now=stage.bus.now(), submitter="ann"))
+    await stage.bus.connection.subscribe(reply, answers)
+    await stage.record(envelope(ad(task_id="t1"), now=stage.bus.clock.now(), submitter="ann"))
     tokens = () if family == "submit" else ("t1",)
     body = ad(task_id="t2") if family == "submit" else b""
     payload = body if isinstance(body, bytes) else encode(body)
-    await stage.bus.publish(stage.bus.subjects.of(family, "ann", *tokens), payload, reply=reply)
+    await stage.bus.connection.publish(stage.bus.subjects.of(family, "ann", *tokens), payload, reply=reply)
     await until(lambda: sense.bus.discards.counts["reply_refused"] == 1, what="the reply subject is counted")
     if family == "submit":
         await stage.settled("INTAKE")
         assert (await stage.read("t2")).reply_to == ()
     elif family == "cancel":
         await stage.seen("task", phase="evaluate", task_id="t1")
-    await sense.bus.echo()
+    await sense.bus.requests.flush()
     assert not answers.messages
     assert sense.bus.discards.counts["reply_refused"] == 1
 
@@ -92,10 +93,10 @@ async def test_a_request_with_another_reply_subject_is_carried_out_and_its_answe
 async def test_a_refused_ad_is_not_reported_to_another_reply_subject_either(stage: Stage) -> None:
     sense = await stage.phase("sense")
     answers = Heard()
-    await stage.bus.subscribe("forged.>", answers)
-    await stage.bus.publish(stage.bus.subjects.submit, b"{", reply="forged.x")
+    await stage.bus.connection.subscribe("forged.>", answers)
+    await stage.bus.connection.publish(stage.bus.subjects.submit, b"{", reply="forged.x")
     await until(lambda: sense.bus.discards.counts["reply_refused"] == 1, what="the reply subject is counted")
-    await sense.bus.echo()
+    await sense.bus.requests.flush()
     assert not answers.messages
 
 
@@ -104,7 +105,7 @@ async def test_a_stored_reply_subject_is_treated_alike(stage: Stage, reply_to: s
     sense = await stage.phase("sense")
     task = ad()
     sent = submission(task, reply_to=reply_to[:MAX_REPLY])
-    await stage.bus.store(stage.bus.subjects.intake("public", "normal", task.task_id), sent)
+    await stage.bus.jetstream.publish(stage.bus.subjects.intake("public", "normal", task.task_id), sent)
     await stage.settled("INTAKE")
     refused = not may_answer(sent.reply_to, plain=True)
     assert (await stage.read(task.task_id)).reply_to == (() if refused else (sent.reply_to,))
@@ -117,18 +118,18 @@ async def test_an_inbox_of_the_cluster_in_a_stored_submission_is_for_those_witho
     for submitter, kept in (("public", (reply,)), ("ann", ())):
         task = ad()
         sent = submission(task, reply_to=reply)
-        await stage.bus.store(stage.bus.subjects.intake(submitter, "normal", task.task_id), sent)
+        await stage.bus.jetstream.publish(stage.bus.subjects.intake(submitter, "normal", task.task_id), sent)
         await stage.settled("INTAKE")
         assert (await stage.read(task.task_id)).reply_to == kept
 
 
 async def test_a_queued_task_that_is_cancelled_keeps_no_forged_reply_subject(stage: Stage) -> None:
-    await stage.put("match", envelope(now=stage.bus.now()))
+    await stage.put("match", envelope(now=stage.bus.clock.now()))
     await stage.phase("sense", ClusterConfig(max_in_flight=1))  # admits nothing more
     await stage.gate_measured()
     task, asker = ad(), Asker(stage.bus)
     sent = submission(task, reply_to="forged.x")
-    await stage.bus.store(stage.bus.subjects.intake("public", "normal", task.task_id), sent)
+    await stage.bus.jetstream.publish(stage.bus.subjects.intake("public", "normal", task.task_id), sent)
     await asker.ask(stage.bus.subjects.of("cancel", task.task_id))
     await asker.answer(TaskResult)
     assert (await stage.read(task.task_id)).reply_to == ()
@@ -153,7 +154,7 @@ async def test_phases_scale_and_operators_get_their_answer_to_a_cancel_by_the_pl
         bus = await stage.connect(role)
         asker = Asker(bus)
         assert asker.inbox.startswith(f"_LOOM.{role}.")
-        await stage.record(envelope(ad(task_id=f"of-{role}"), now=stage.bus.now(), submitter="ann"))
+        await stage.record(envelope(ad(task_id=f"of-{role}"), now=stage.bus.clock.now(), submitter="ann"))
         await asker.ask(bus.subjects.of("cancel", f"of-{role}"))
         assert (await asker.answer(TaskResult)).state == "cancelled"
 
@@ -166,9 +167,9 @@ async def test_discovery_is_answered_to_every_role(stage: Stage) -> None:
         other = await stage.connect(role)
         assert [each.id for each in await who_is_there(other, within_s=5, enough=bool)] == ["i-1"]
     answers: list[Msg] = []
-    await stage.bus.listen("forged.>", answers.append)
-    await stage.bus.publish("$SRV.PING", reply="forged.x")
-    await stage.bus.echo()
+    await stage.bus.connection.subscribe_sync("forged.>", answers.append)
+    await stage.bus.connection.publish("$SRV.PING", reply="forged.x")
+    await stage.bus.requests.flush()
     await sense.echo()
     assert not answers
     await presence.stop()

@@ -6,7 +6,6 @@ from support.nursery import WITHIN_S, Held, Place, place
 from support.phases import Stage
 from support.wait import until
 
-from loom.bus.natsio.kv import Bucket
 from loom.bus.rewards import RewardBus
 from loom.phases.adapt.evidence import fold
 from loom.schemas.auction import RetireRequest
@@ -53,13 +52,13 @@ async def earned(stage: Stage, node_id: str, *scores: float, domain_token: str =
             node_id=node_id,
             domain_token=domain_token,
             score=score,
-            ended_at=stage.bus.now() + n,
+            ended_at=stage.bus.clock.now() + n,
         )
-        await bus.publish(one)
+        await bus.connection.publish(one)
 
 
 async def profiles(stage: Stage) -> dict[str, NodeProfile]:
-    bucket = Bucket(stage.bus, "nodes", NodeProfile)
+    bucket = stage.bus.bucket("nodes", NodeProfile)
     entries = [await bucket.get(node_key("local", name)) for name in ("a", "a-c1", "a-c2")]
     return {entry.value.node_id: entry.value for entry in entries if entry}
 
@@ -127,7 +126,7 @@ async def test_of_two_replicas_one_acts_and_min_nodes_stay(
     await stage.seen("host", count=count + 10, within_s=WITHIN_S)  # both look on meanwhile
     assert len(orders(stage)) == 1
     assert len(grown.names()) == 2
-    holder = await Bucket(stage.bus, "tuning", Lease).get("apoptosis")
+    holder = await stage.bus.bucket("tuning", Lease).get("apoptosis")
     [active] = [replica for replica in replicas if replica.bus.instance == holder.value.holder]
     active.die()
     await stage.phase("adapt", ClusterConfig(idle_timeout_s=0.3, min_nodes=1))
@@ -137,13 +136,13 @@ async def test_of_two_replicas_one_acts_and_min_nodes_stay(
 
 @pytest.mark.slow
 async def test_a_replica_waits_while_another_holds_the_lease(stage: Stage, grown: Place) -> None:
-    bucket = Bucket(stage.bus, "tuning", Lease)
-    held = await bucket.create("apoptosis", Lease(holder="another", until=stage.bus.now() + 25))
+    bucket = stage.bus.bucket("tuning", Lease)
+    held = await bucket.create("apoptosis", Lease(holder="another", until=stage.bus.clock.now() + 25))
     await stage.phase("adapt", ClusterConfig(idle_timeout_s=0.1))
     grown.let_go()  # type: ignore[attr-defined]
     await until(lambda: idle_for(stage, 0.5), within_s=WITHIN_S, what="both are idle and known to be")
     assert not orders(stage)
-    await bucket.update("apoptosis", Lease(holder="another", until=stage.bus.now() - 1), held)
+    await bucket.update("apoptosis", Lease(holder="another", until=stage.bus.clock.now() - 1), held)
     await grown.says("a")
 
 

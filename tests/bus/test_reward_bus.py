@@ -62,7 +62,7 @@ async def listening(bus: Bus, count: int) -> None:
     """Wait until so many readers have their consumers."""
 
     async def there() -> bool:
-        names = (await bus.api(f"CONSUMER.NAMES.{bus.subjects.stream('REWARDS')}"))["consumers"] or []
+        names = (await bus.jetstream.api(f"CONSUMER.NAMES.{bus.subjects.stream('REWARDS')}"))["consumers"] or []
         return len(names) >= count
 
     await until(there, what=f"{count} readers")
@@ -135,7 +135,7 @@ async def test_subscribers_hear_what_is_new_of_a_node_or_a_domain_or_all(
 
 
 async def test_what_is_no_reward_is_left_out_and_said(bus: Bus, rewards: RewardBus) -> None:
-    await bus.store(bus.subjects.of("reward", "rules", "local", "n1", "code"), b"nonsense")
+    await bus.jetstream.publish(bus.subjects.of("reward", "rules", "local", "n1", "code"), b"nonsense")
     await rewards.publish(reward(1))
     with capture_logs() as logs:
         assert [one.task_id for one in await replayed(rewards)] == ["t1"]
@@ -143,14 +143,14 @@ async def test_what_is_no_reward_is_left_out_and_said(bus: Bus, rewards: RewardB
 
 
 async def test_a_listener_that_leaves_early_leaves_nothing_behind(bus: Bus, rewards: RewardBus) -> None:
-    before = len(bus._nc._subs)
+    before = len(bus.connection._nc._subs)
     for n in range(3):
         await rewards.publish(reward(n))
     async with aclosing(rewards.replay()) as stream:  # type: ignore[type-var]
         async for one in stream:
             assert one.task_id == "t0"
             break
-    assert len(bus._nc._subs) == before
+    assert len(bus.connection._nc._subs) == before
 
 
 async def test_without_a_bus_only_the_formulas_work() -> None:

@@ -7,8 +7,9 @@ from support.phases import FakeHost, FakeRun, Stage, ad, awarded, envelope, quie
 from support.runs import hosts_of, watch_of
 from support.wait import until
 
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
 from loom.bus.host_directory import HostKey
+from loom.bus.natsio.transport.message import Msg
 from loom.phases.execute.run_inbox import EventSubjects
 from loom.phases.execute.run_stream import Interrupt, Silent, Watch
 from loom.schemas.envelope import Envelope
@@ -26,7 +27,7 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 
 async def given(stage: Stage, owner: str = "local") -> Envelope:
-    env = awarded(envelope(ad(), now=stage.bus.now()), owner=owner)
+    env = awarded(envelope(ad(), now=stage.bus.clock.now()), owner=owner)
     await stage.record(env)
     await stage.put("execute", env)
     return env
@@ -65,7 +66,7 @@ async def test_events_for_a_run_that_was_not_given_to_the_host_have_no_effect_an
     await until(lambda: one.runs, what="it runs")
     own_key = one.runs[0].subject.rpartition(".")[2]
     subject = stage.bus.subjects.of("event", owner, host_id, execute.bus.instance, key or own_key)
-    await stage.bus.publish(subject, FORGED)
+    await stage.bus.connection.publish(subject, FORGED)
     await until(lambda: counted in execute.bus.discards.hosts, what="it is counted")
     assert not stage.all("task", phase="evaluate")
     await one.runs[0].say("result", result=RunResult(content="done"))
@@ -75,7 +76,7 @@ async def test_events_for_a_run_that_was_not_given_to_the_host_have_no_effect_an
 
 async def test_events_of_another_replica_are_not_heard(stage: Stage) -> None:
     execute = await stage.phase("execute")
-    await stage.bus.publish(stage.bus.subjects.of("event", "local", "h1", "execute-other", "key"), FORGED)
+    await stage.bus.connection.publish(stage.bus.subjects.of("event", "local", "h1", "execute-other", "key"), FORGED)
     await quiet(stage.bus, execute.bus)
     assert not execute.bus.discards.hosts
 

@@ -27,12 +27,12 @@ async def asked(stage: Stage) -> list[SpawnRequest]:
     async def hear(msg: Any) -> None:
         requests.append(decode(msg.data, SpawnRequest))
 
-    await stage.bus.subscribe(stage.bus.subjects.spawn, hear)
+    await stage.bus.connection.subscribe(stage.bus.subjects.spawn, hear)
     return requests
 
 
 def task(stage: Stage, **facts: Any) -> Envelope:
-    return envelope(ad(**facts), now=stage.bus.now())
+    return envelope(ad(**facts), now=stage.bus.clock.now())
 
 
 def bid(load: float, node_id: str = "n1") -> ScoredBid:
@@ -128,9 +128,9 @@ async def test_where_nobody_bids_a_host_that_cannot_is_not_the_last_to_be_asked(
         asked.append(decode(msg.data, SpawnRequest))
         mine = [one for one in asked if one.reason == asked[-1].reason]
         facts: dict[str, Any] = {"node_id": "n"} if len(mine) == 3 else {"decline": "unqualified"}
-        await stage.bus.publish(msg.reply, SpawnReply(host_id="h", **facts))
+        await stage.bus.connection.publish(msg.reply, SpawnReply(host_id="h", **facts))
 
-    await stage.bus.subscribe(stage.bus.subjects.spawn, answer)
+    await stage.bus.connection.subscribe(stage.bus.subjects.spawn, answer)
     await stage.put("scale", awarded(task(stage), backlog=2))
     await until(lambda: asked, what="a node is asked for")
     await stage.put("scale", task(stage))
@@ -148,7 +148,7 @@ async def test_the_task_does_not_wait_for_an_answer(stage: Stage) -> None:
 
 async def test_a_task_past_its_deadline_ends(stage: Stage) -> None:
     await stage.phase("scale")
-    await stage.put("scale", replace(awarded(task(stage)), deadline=stage.bus.now() - 1))
+    await stage.put("scale", replace(awarded(task(stage)), deadline=stage.bus.clock.now() - 1))
     ended = await stage.seen("task", phase="evaluate")
     assert ended.error.code == "deadline_exceeded"
 

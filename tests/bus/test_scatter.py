@@ -8,8 +8,10 @@ import pytest
 from support.buses import Connect, Heard
 from support.logs import capture_logs
 
-from loom.bus.bus import Bus, Msg, PayloadTooLarge
-from loom.bus.natsio.request_many import scatter
+from loom.bus.bus import Bus
+from loom.bus.natsio.connection import PayloadTooLarge
+from loom.bus.natsio.request_many import request_many
+from loom.bus.natsio.transport.message import Msg
 from loom.schemas.base import Relayed, Token, decode
 
 
@@ -24,14 +26,14 @@ def read(raw: bytes) -> Reply:
 async def replier(bus: Bus, name: str, *, times: int = 1, raw: bytes | None = None) -> None:
     async def answer(msg: Msg) -> None:
         for _ in range(times):
-            await bus.publish(msg.reply, Reply(name=name) if raw is None else raw)
+            await bus.connection.publish(msg.reply, Reply(name=name) if raw is None else raw)
 
-    await bus.subscribe(bus.subjects.of("auction", "*"), answer)
+    await bus.connection.subscribe(bus.subjects.of("auction", "*"), answer)
 
 
 async def ask(bus: Bus, *, enough: int = 99, window_s: float = 0.1) -> tuple[list[str], float]:
     started = time.monotonic()
-    replies = await scatter(
+    replies = await request_many(
         bus,
         bus.subjects.of("auction", "code"),
         {"who": "?"},
@@ -74,13 +76,23 @@ async def test_what_is_enough_is_asked_once_after_each_answer(plain: Bus) -> Non
         return len(last) == 3
 
     subject = plain.subjects.of("auction", "code")
-    replies = await scatter(plain, subject, b"?", read, window_s=5, enough=enough)
+    replies = await request_many(
+        plain.requests, subject, b"?", read, discards=plain.discards, window_s=5, enough=enough
+    )
     assert last == [reply.name for reply in replies]
 
 
 async def test_a_question_that_cannot_be_sent_leaves_nothing_behind(plain: Bus) -> None:
     with pytest.raises(PayloadTooLarge):
-        await scatter(plain, plain.subjects.of("auction", "code"), b"x" * 2**21, read, window_s=60, enough=bool)
+        await request_many(
+            plain.requests,
+            plain.subjects.of("auction", "code"),
+            b"x" * 2**21,
+            read,
+            discards=plain.discards,
+            window_s=60,
+            enough=bool,
+        )
     assert plain._sinks == {}
 
 
@@ -129,7 +141,9 @@ async def test_many_calls_side_by_side_get_their_own_answers(plain: Bus) -> None
 
     async def call(name: str) -> list[Any]:
         subject = plain.subjects.of("auction", "code")
-        replies = await scatter(plain, subject, name, read, window_s=5, enough=bool)
+        replies = await request_many(
+            plain.requests, subject, name, read, discards=plain.discards, window_s=5, enough=bool
+        )
         return [reply.name for reply in replies]
 
     assert await asyncio.gather(*(call(f"h{n}") for n in range(50))) == [[f"h{n}"] for n in range(50)]

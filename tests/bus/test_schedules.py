@@ -4,9 +4,10 @@ import pytest
 from support.buses import envelope
 from support.hops import Phases, arrived, hop, put, settled
 
-from loom.bus.bus import Bus, Refused
+from loom.bus.bus import Bus
 from loom.bus.hops.hop_loop import schedule
 from loom.bus.hops.schedules import SCHEDULERS, forbidden_scheduler, may_schedule
+from loom.bus.natsio.server_errors import Refused
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.topology import MATCH_LANES
 from loom.schemas.envelope import PHASES, Phase
@@ -18,7 +19,7 @@ async def soon(bus: Bus, by: str, target_task: str = "t1", task: str = "t1", to:
         bus,
         bus.subjects.later(by, task, "task-1"),
         target=bus.subjects.task(to, "normal", target_task),
-        at=bus.now() + 0.05,
+        at=bus.clock.now() + 0.05,
         message=envelope(target_task),
         msg_id=f"{by}:{task}",
     )
@@ -49,8 +50,10 @@ async def test_the_header_is_compared_exactly(bus: Bus, phases: Phases) -> None:
     phase = await phases.start(bus)
     subject, forged = bus.subjects.task("scale", "normal", "t1"), bus.subjects.later("match", "t1", "x")
     with pytest.raises(Refused, match="invalid scheduler"):
-        await bus.store(subject, envelope(), headers={"Nats-Scheduler": forged})
-    await bus.store(subject, envelope(), headers={"nats-scheduler": forged})  # any client's header without a meaning
+        await bus.jetstream.publish(subject, envelope(), headers={"Nats-Scheduler": forged})
+    await bus.jetstream.publish(
+        subject, envelope(), headers={"nats-scheduler": forged}
+    )  # any client's header without a meaning
     await phase.count(1)
 
 

@@ -40,7 +40,7 @@ class Model:
 
 async def submit(stage: Stage, task: TaskAd, **facts: Any) -> Submission:
     sent = submission(task, **facts)
-    await stage.bus.store(
+    await stage.bus.jetstream.publish(
         stage.bus.subjects.intake("public", task.priority, task.task_id), sent, msg_id=sent.submission
     )
     return sent
@@ -48,8 +48,8 @@ async def submit(stage: Stage, task: TaskAd, **facts: Any) -> Submission:
 
 async def end(stage: Stage, task: TaskAd) -> TaskRecord:
     """Store the record of a task that has succeeded."""
-    done = envelope(task, now=stage.bus.now(), result=RunResult(content="42"))
-    return await stage.record(done, state="succeeded", ended_at=stage.bus.now())
+    done = envelope(task, now=stage.bus.clock.now(), result=RunResult(content="42"))
+    return await stage.record(done, state="succeeded", ended_at=stage.bus.clock.now())
 
 
 # -- admission
@@ -57,7 +57,7 @@ async def end(stage: Stage, task: TaskAd) -> TaskRecord:
 
 async def test_a_submission_becomes_a_record_and_a_hop_to_match(stage: Stage) -> None:
     await stage.phase("sense")
-    before = stage.bus.now()
+    before = stage.bus.clock.now()
     task = ad(timeout_s=20, token_budget=500)
     sent = await submit(stage, task, reply_to="_INBOX.somebody")
     hop = await stage.seen("task", phase="match")
@@ -67,15 +67,15 @@ async def test_a_submission_becomes_a_record_and_a_hop_to_match(stage: Stage) ->
     record = await stage.read(task.task_id)
     assert (record.state, record.submission, record.reply_to) == ("running", sent.submission, ("_INBOX.somebody",))
     assert record.claim == Claim()
-    assert before + 19 < record.envelope.deadline == hop.deadline < stage.bus.now() + 20.5
+    assert before + 19 < record.envelope.deadline == hop.deadline < stage.bus.clock.now() + 20.5
     await stage.settled("INTAKE")
 
 
 async def test_the_deadline_counts_from_when_the_server_stored_the_submission(stage: Stage) -> None:
     task = ad(timeout_s=0.2)
     await submit(stage, task)
-    stored = stage.bus.now()
-    await until(lambda: stage.bus.now() > stored + 0.2, what="the task is too old")
+    stored = stage.bus.clock.now()
+    await until(lambda: stage.bus.clock.now() > stored + 0.2, what="the task is too old")
     await stage.phase("sense")
     late = await stage.seen("task", phase="evaluate")
     assert late.error.code == "deadline_exceeded"
@@ -88,7 +88,7 @@ async def test_the_callers_trace_travels_with_the_task(stage: Stage) -> None:
     trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
     asker = Asker(stage.bus)
     headers = {"traceparent": trace}
-    await stage.bus.publish(stage.bus.subjects.submit, ad(wait=False), reply=asker.inbox, headers=headers)
+    await stage.bus.connection.publish(stage.bus.subjects.submit, ad(wait=False), reply=asker.inbox, headers=headers)
     assert (await stage.seen("task", phase="match")).trace == trace
 
 
@@ -141,9 +141,9 @@ async def test_an_own_submission_delivered_again_carries_on(stage: Stage) -> Non
     """As after a crash between the record and the hop."""
     task = ad()
     sent = submission(task)
-    admitted = envelope(task, now=stage.bus.now(), spec=None)
+    admitted = envelope(task, now=stage.bus.clock.now(), spec=None)
     await stage.record(admitted, submission=sent.submission)
-    await stage.bus.store(stage.bus.subjects.intake("public", task.priority, task.task_id), sent)
+    await stage.bus.jetstream.publish(stage.bus.subjects.intake("public", task.priority, task.task_id), sent)
     await stage.phase("sense")
     assert (await stage.seen("task", phase="match")).step == 1
 
@@ -156,7 +156,7 @@ async def test_an_answer_is_never_sent_outside_client_inboxes(stage: Stage, repl
     async def hear(msg: Any) -> None:
         hijacked.append(msg)
 
-    await stage.bus.subscribe(reply_to, hear)
+    await stage.bus.connection.subscribe(reply_to, hear)
     task, done = ad(), ad()
     await submit(stage, task, reply_to=reply_to)
     await end(stage, done)
@@ -204,8 +204,8 @@ async def test_a_bad_ad_put_straight_into_the_intake_ends_with_a_reply_and_a_rec
 async def test_a_subject_that_names_another_task_is_a_dead_letter_and_harms_nobody(stage: Stage) -> None:
     await stage.phase("sense")
     victim = ad()
-    await stage.record(envelope(victim, now=stage.bus.now()))
-    await stage.bus.store(
+    await stage.record(envelope(victim, now=stage.bus.clock.now()))
+    await stage.bus.jetstream.publish(
         stage.bus.subjects.intake("public", "normal", victim.task_id), submission(ad(task_id="other"))
     )
     await stage.seen("dead", phase="sense", task_id=victim.task_id)
@@ -217,7 +217,7 @@ async def test_a_subject_that_names_another_task_is_a_dead_letter_and_harms_nobo
 async def test_bytes_that_are_no_submission_end_as_dead_letter(stage: Stage) -> None:
     await stage.phase("sense")
     await stage.phase("evaluate")
-    await stage.bus.store(stage.bus.subjects.intake("public", "normal", "t1"), b'{"ad": 7}')
+    await stage.bus.jetstream.publish(stage.bus.subjects.intake("public", "normal", "t1"), b'{"ad": 7}')
     assert (await stage.seen("result", task_id="t1")).error.code == "dead_letter"
     assert await stage.pending("DEAD") == 1
 
@@ -312,11 +312,11 @@ async def test_chinese_ads_are_understood(stage: Stage) -> None:
 
 
 async def subtask(stage: Stage, *, parent_ended: bool) -> Any:
-    parent = envelope(ad(task_id="parent"), now=stage.bus.now())
+    parent = envelope(ad(task_id="parent"), now=stage.bus.clock.now())
     facts: dict[str, Any] = {"state": "cancelled", "ended_at": 1.0} if parent_ended else {}
     await stage.record(parent, **facts)
     split = Split(parent="parent", depth=1, deadline=parent.deadline, grant=100)
-    child = envelope(ad(task_id="child"), now=stage.bus.now(), spec=None, split=split)
+    child = envelope(ad(task_id="child"), now=stage.bus.clock.now(), spec=None, split=split)
     await stage.put("sense", child)
     return child
 
@@ -339,10 +339,10 @@ async def test_whether_a_task_is_to_be_divided_is_decided_by_sense_and_its_setti
 
 async def test_a_subtask_too_deep_to_be_divided_has_a_note_of_it(stage: Stage) -> None:
     await stage.phase("sense", ClusterConfig(max_depth=1))
-    parent = await stage.record(envelope(ad(task_id="parent"), now=stage.bus.now()))
+    parent = await stage.record(envelope(ad(task_id="parent"), now=stage.bus.clock.now()))
     split = Split(parent="parent", depth=1, deadline=parent.envelope.deadline)
     task = ad(task_id="child", context={"plan": True})
-    await stage.put("sense", envelope(task, now=stage.bus.now(), spec=None, split=split))
+    await stage.put("sense", envelope(task, now=stage.bus.clock.now(), spec=None, split=split))
     spec = (await stage.seen("task", phase="match")).spec
     assert (spec.divide, spec.deepest) == (True, 1)
     assert spec.note == "not divided: at most 1 divisions deep are allowed"
@@ -356,7 +356,7 @@ async def test_a_subtask_of_an_ended_parent_ends_at_once(stage: Stage) -> None:
 
 async def test_an_envelope_that_is_no_subtask_is_a_dead_letter(stage: Stage) -> None:
     await stage.phase("sense")
-    await stage.put("sense", envelope(now=stage.bus.now()))
+    await stage.put("sense", envelope(now=stage.bus.clock.now()))
     await stage.seen("dead", phase="sense")
 
 
@@ -366,7 +366,7 @@ async def test_an_envelope_that_is_no_subtask_is_a_dead_letter(stage: Stage) -> 
 async def test_status_tells_how_far_a_task_is(stage: Stage) -> None:
     asker, status = Asker(stage.bus), stage.bus.subjects
     task = ad()
-    await stage.put("match", envelope(now=stage.bus.now()))
+    await stage.put("match", envelope(now=stage.bus.clock.now()))
     await stage.phase("sense", ClusterConfig(max_in_flight=1))  # admits nothing more
     await stage.gate_measured()
     await submit(stage, task)
@@ -374,7 +374,7 @@ async def test_status_tells_how_far_a_task_is(stage: Stage) -> None:
     assert await asker.answer(Accepted) == Accepted(task_id=task.task_id)
     await asker.ask(status.of("status", "nobodys"))
     assert (await asker.error(count=2)).code == "unknown_task"
-    running = await stage.record(envelope(ad(task_id="runs"), now=stage.bus.now()))
+    running = await stage.record(envelope(ad(task_id="runs"), now=stage.bus.clock.now()))
     await asker.ask(status.of("status", "runs"))
     assert await asker.answer(TaskResult, count=3) == running.to_result()
     ended = await end(stage, ad(task_id="ended"))
@@ -386,7 +386,7 @@ async def test_status_tells_how_far_a_task_is(stage: Stage) -> None:
 async def test_a_full_status_has_the_record_without_the_subjects_of_replies(stage: Stage) -> None:
     await stage.phase("sense")
     submitter, asker = Asker(stage.bus), Asker(stage.bus)
-    env = envelope(ad(task_id="t1"), now=stage.bus.now())
+    env = envelope(ad(task_id="t1"), now=stage.bus.clock.now())
     running = await stage.record(env, reply_to=(submitter.inbox,))
     await asker.ask(stage.bus.subjects.of("status", "t1"), {"full": True})
     told = await asker.answer(TaskStatus)
@@ -404,7 +404,7 @@ async def test_a_full_status_has_the_record_without_the_subjects_of_replies(stag
 async def test_any_other_body_of_a_request_for_the_status_asks_for_the_result_alone(stage: Stage, body: bytes) -> None:
     await stage.phase("sense")
     asker = Asker(stage.bus)
-    running = await stage.record(envelope(ad(task_id="t1"), now=stage.bus.now()))
+    running = await stage.record(envelope(ad(task_id="t1"), now=stage.bus.clock.now()))
     await asker.ask(stage.bus.subjects.of("status", "t1"), body)
     assert await asker.answer(TaskResult) == running.to_result()
     assert b'"record"' not in asker.answers[0].data
@@ -413,7 +413,7 @@ async def test_any_other_body_of_a_request_for_the_status_asks_for_the_result_al
 async def test_a_running_task_is_cancelled_by_telling_evaluate_first(stage: Stage) -> None:
     await stage.phase("sense")
     asker = Asker(stage.bus)
-    await stage.claimed(envelope(ad(task_id="t1"), now=stage.bus.now()), attempt=2)
+    await stage.claimed(envelope(ad(task_id="t1"), now=stage.bus.clock.now()), attempt=2)
     await asker.ask(stage.bus.subjects.of("cancel", "t1"))
     result, record = await asker.answer(TaskResult), await stage.read("t1")
     assert (record.state, record.envelope.error and record.envelope.error.code) == ("cancelled", "cancelled")
@@ -426,7 +426,7 @@ async def test_a_running_task_is_cancelled_by_telling_evaluate_first(stage: Stag
 async def test_a_cancelled_task_has_the_tokens_of_its_failed_attempts(stage: Stage) -> None:
     await stage.phase("sense")
     took = RunResult(prompt_tokens=10, completion_tokens=5, usd=0.5)
-    env = envelope(ad(task_id="t1"), now=stage.bus.now(), attempt=2, spent=took, result=took)
+    env = envelope(ad(task_id="t1"), now=stage.bus.clock.now(), attempt=2, spent=took, result=took)
     await stage.record(replace(env, spent=RunResult(), result=None, attempt=1))
     await stage.put("execute", env)
     asker = Asker(stage.bus)
@@ -442,7 +442,7 @@ async def test_who_is_to_be_answered_is_not_shown_to_who_cancels_a_task_on_its_w
     submitter, asker = Asker(stage.bus), Asker(stage.bus)
     task = ad(task_id="t1")
     sent = submission(task, reply_to=submitter.inbox)
-    await stage.bus.store(stage.bus.subjects.intake("public", "normal", "t1"), sent, msg_id=new_id())
+    await stage.bus.jetstream.publish(stage.bus.subjects.intake("public", "normal", "t1"), sent, msg_id=new_id())
     assert (await stage.seen("task", phase="match")).record_version.reply_to == (submitter.inbox,)
     await asker.ask(stage.bus.subjects.of("cancel", "t1"), {"full": True})
     record = (await asker.answer(TaskStatus)).record
@@ -462,7 +462,7 @@ async def test_cancelling_what_has_ended_changes_nothing(stage: Stage) -> None:
 
 
 async def test_a_queued_task_is_cancelled_before_it_is_admitted(stage: Stage) -> None:
-    await stage.put("match", envelope(now=stage.bus.now()))
+    await stage.put("match", envelope(now=stage.bus.clock.now()))
     await stage.phase("sense", ClusterConfig(max_in_flight=1))
     await stage.phase("evaluate")
     await stage.gate_measured()
@@ -472,7 +472,7 @@ async def test_a_queued_task_is_cancelled_before_it_is_admitted(stage: Stage) ->
     await asker.ask(stage.bus.subjects.of("cancel", task.task_id))
     assert (await asker.answer(TaskResult)).state == "cancelled"
     assert (await submitter.failure()).code == "cancelled"
-    await stage.bus.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}")
+    await stage.bus.jetstream.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}")
     await stage.settled("INTAKE")  # admission finds it ended
     assert not stage.all("task", phase="match", task_id=task.task_id)
 
@@ -488,7 +488,7 @@ async def test_cancelling_an_unknown_task_says_so(stage: Stage) -> None:
 async def test_a_wildcard_names_nobodys_task(stage: Stage, family: str) -> None:
     await stage.phase("sense")
     asker = Asker(stage.bus)
-    await stage.record(envelope(ad(task_id="somebodys"), now=stage.bus.now()))
+    await stage.record(envelope(ad(task_id="somebodys"), now=stage.bus.clock.now()))
     await asker.ask(f"{stage.namespace}.{family}.*")
     error = await asker.error()
     assert (error.code, error.field) == ("invalid_task", "task_id")
@@ -500,19 +500,19 @@ async def test_a_wildcard_names_nobodys_task(stage: Stage, family: str) -> None:
 
 async def test_nothing_is_admitted_while_the_house_is_full(stage: Stage) -> None:
     for n in range(4):
-        await stage.put("match", envelope(ad(task_id=f"f{n}"), now=stage.bus.now()))
+        await stage.put("match", envelope(ad(task_id=f"f{n}"), now=stage.bus.clock.now()))
     await stage.phase("sense", ClusterConfig(max_in_flight=4))
     for n in range(3):
         await submit(stage, ad(task_id=f"w{n}", priority="critical"))
     await stage.gate_measured()
     assert await stage.pending("INTAKE") == 3
-    await stage.bus.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}")
+    await stage.bus.jetstream.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}")
     await stage.seen("task", phase="match", task_id="w2")
 
 
 async def test_a_fifth_of_the_room_is_kept_for_what_is_urgent(stage: Stage) -> None:
     for n in range(8):
-        await stage.put("match", envelope(ad(task_id=f"f{n}"), now=stage.bus.now()))
+        await stage.put("match", envelope(ad(task_id=f"f{n}"), now=stage.bus.clock.now()))
     await stage.phase("sense", ClusterConfig(max_in_flight=10))
     await submit(stage, ad(task_id="usual"))
     await submit(stage, ad(task_id="urgent", priority="high"))
@@ -523,10 +523,10 @@ async def test_a_fifth_of_the_room_is_kept_for_what_is_urgent(stage: Stage) -> N
 
 async def test_parked_timers_take_no_room(stage: Stage) -> None:
     for n in range(8):
-        parked = envelope(ad(task_id=f"p{n}"), now=stage.bus.now())
+        parked = envelope(ad(task_id=f"p{n}"), now=stage.bus.clock.now())
         subjects = stage.bus.subjects
         target = subjects.task("match", "normal", parked.task_id)
-        at = stage.bus.now() + 60
+        at = stage.bus.clock.now() + 60
         await schedule(
             stage.bus,
             subjects.later("match", parked.task_id, "task-1"),
@@ -548,7 +548,7 @@ async def test_a_flood_goes_through_a_narrow_house(stage: Stage) -> None:
         await submit(stage, ad(task_id=f"t{n}"))
 
     async def finish_some() -> bool:
-        await stage.bus.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}")
+        await stage.bus.jetstream.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}")
         return len({hop.task_id for hop in stage.all("task", phase="match")}) == 40
 
     await until(finish_some, what="all are admitted")
@@ -570,7 +570,7 @@ async def test_two_replicas_share_the_work_and_a_drained_one_takes_none(stage: S
 async def test_the_wire_form_of_a_submission_is_plain_json_others_can_write(stage: Stage) -> None:
     await stage.phase("sense")
     body = b'{"ad": {"task_id": "t1", "description": "x", "domain": "code"}, "submission": "s", "new": 1}'
-    await stage.bus.store(stage.bus.subjects.intake("public", "normal", "t1"), body)
+    await stage.bus.jetstream.publish(stage.bus.subjects.intake("public", "normal", "t1"), body)
     assert (await stage.seen("task", phase="match")).ad == TaskAd(task_id="t1", description="x", domain="code")
     await quiet(stage.bus)
     assert encode(replace((await stage.read("t1")).envelope, deadline=0.0)) == encode(

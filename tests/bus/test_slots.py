@@ -17,7 +17,8 @@ from support.wait import until
 from loom.agents.host.delegation import Delegator
 from loom.agents.host.node_host import NodeHost
 from loom.bus import task_client
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
+from loom.bus.natsio.transport.message import Msg
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.base import encode
 from loom.schemas.run import RunRequest, Stop
@@ -123,7 +124,7 @@ async def test_400_runs_cancelled_at_any_moment_leave_every_slot_free(stage: Sta
     host = await stage.host([node("n1", quick)], slots=2, backlog=16)
     dice = random.Random(7)
     for n in range(400):
-        await stage.bus.publish(
+        await stage.bus.connection.publish(
             stage.bus.subjects.of("run", "local", host.host_id),
             RunRequest(task_id=f"t{n}", node_id="n1", description="x"),
             reply=stage.bus.subjects.of("event", "local", host.host_id, "none", "none"),
@@ -131,7 +132,7 @@ async def test_400_runs_cancelled_at_any_moment_leave_every_slot_free(stage: Sta
         for _ in range(dice.randrange(4)):
             await asyncio.sleep(0)
         await stop_run(stage.bus, host, f"t{n}")
-    await stage.bus.echo()
+    await stage.bus.requests.flush()
     await is_free(host)
 
 

@@ -34,9 +34,9 @@ def tried_often(monkeypatch: pytest.MonkeyPatch) -> None:
 async def blocked(bus: Bus) -> AsyncIterator[None]:
     """The body runs while the stream of hops cannot be created."""
     ns = bus.subjects.namespace
-    await bus.api(f"STREAM.CREATE.{ns}-foreign", {"name": f"{ns}-foreign", "subjects": [f"{ns}.task.>"]})
+    await bus.jetstream.api(f"STREAM.CREATE.{ns}-foreign", {"name": f"{ns}-foreign", "subjects": [f"{ns}.task.>"]})
     yield
-    await bus.api(f"STREAM.DELETE.{ns}-foreign")
+    await bus.jetstream.api(f"STREAM.DELETE.{ns}-foreign")
 
 
 def waits(logs: list[Any]) -> list[Any]:

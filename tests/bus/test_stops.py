@@ -37,7 +37,7 @@ async def host(stage: Stage, run: Script | None, host_id: str = "h1", owner: str
 
 
 async def given(stage: Stage, **facts: Any) -> Envelope:
-    env = awarded(envelope(ad(), now=stage.bus.now(), **facts))
+    env = awarded(envelope(ad(), now=stage.bus.clock.now(), **facts))
     await stage.record(env)
     await stage.put("execute", env)
     return env
@@ -61,7 +61,7 @@ async def accepted(run: FakeRun) -> None:
 
 
 async def flood(run: FakeRun) -> None:
-    await run.bus.publish(run.subject, [RunEvent(seq=n, kind="heartbeat") for n in range(20)])
+    await run.bus.connection.publish(run.subject, [RunEvent(seq=n, kind="heartbeat") for n in range(20)])
 
 
 # -- what is stopped
@@ -72,7 +72,7 @@ async def test_a_cancelled_run_is_stopped_until_its_last_event_and_not_counted(s
     execute = await stage.phase("execute")
     env = await given(stage)
     await until(lambda: one.runs, what="it runs")
-    await stage.bus.publish(stage.bus.subjects.of("cancelled", env.task_id))
+    await stage.bus.connection.publish(stage.bus.subjects.of("cancelled", env.task_id))
     await until(lambda: len(one.stops) == 2, what="it is stopped twice")
     await one.runs[0].say("error", error=CANCELLED)
     await quiet(stage.bus, execute.bus, one.bus)
@@ -90,7 +90,7 @@ async def test_a_host_that_does_not_obey_is_sent_five_stops(stage: Stage) -> Non
     await stage.phase("execute")
     env = await given(stage)
     await until(lambda: one.runs, what="it runs")
-    await stage.bus.publish(stage.bus.subjects.of("cancelled", env.task_id))
+    await stage.bus.connection.publish(stage.bus.subjects.of("cancelled", env.task_id))
     await until(lambda: len(one.stops) == STOPS, what="five stops")
     beats = one.runs[0].seq
     await until(lambda: one.runs[0].seq > beats + 5, what="a quarter of a second")
@@ -139,7 +139,7 @@ async def test_a_run_that_has_ended_or_goes_on_elsewhere_is_not_stopped(stage: S
 async def test_the_end_of_a_task_whose_record_has_ended_stops_the_attempt_that_the_record_names(stage: Stage) -> None:
     one = await host(stage, hang, "h7", "acme")
     await stage.phase("execute")
-    env = awarded(envelope(ad(), now=stage.bus.now()))
+    env = awarded(envelope(ad(), now=stage.bus.clock.now()))
     held = Claim(attempt=3, node_id="n1", owner="acme", host_id="h7", instance="gone")
     await stage.record(env, state="cancelled", ended_at=1.0, claim=held)
     await stage.put("execute", env)
@@ -150,7 +150,7 @@ async def test_the_end_of_a_task_whose_record_has_ended_stops_the_attempt_that_t
 async def test_a_message_that_comes_past_the_deadline_stops_the_attempt_that_the_record_names(stage: Stage) -> None:
     one = await host(stage, hang)
     await stage.phase("execute")
-    env = awarded(envelope(ad(), now=stage.bus.now(), left_s=-1))
+    env = awarded(envelope(ad(), now=stage.bus.clock.now(), left_s=-1))
     await stage.claimed(env, attempt=1)
     await stage.put("execute", env)
     assert await code_of(stage) == "deadline_exceeded"
@@ -176,7 +176,7 @@ async def test_a_claim_stops_the_lower_attempt_that_may_still_run_on_another_hos
     two = await host(stage, hang, "h2")
     await stage.phase("execute")
     error = TaskError(code=reason, message="so it was") if reason else None
-    env = awarded(envelope(ad(), now=stage.bus.now(), attempt=attempt, last_error=error))
+    env = awarded(envelope(ad(), now=stage.bus.clock.now(), attempt=attempt, last_error=error))
     await stage.record(env, claim=Claim(attempt=1, node_id="n1", host_id=claim_on, instance="x"))
     await stage.put("execute", env)
     await stage.seen("task", phase="evaluate")
@@ -197,7 +197,7 @@ async def cancelled_at(stage: Stage, count: int) -> None:
 
 async def test_sense_publishes_a_cancel_once_the_record_has_it_and_again_when_it_is_repeated(stage: Stage) -> None:
     await stage.phase("sense")
-    await stage.record(envelope(ad(task_id="t1"), now=stage.bus.now()))
+    await stage.record(envelope(ad(task_id="t1"), now=stage.bus.clock.now()))
     asker = Asker(stage.bus)
     for count in (1, 2):
         await asker.ask(stage.bus.subjects.of("cancel", "t1"))
@@ -207,15 +207,15 @@ async def test_sense_publishes_a_cancel_once_the_record_has_it_and_again_when_it
 
 async def test_a_cancel_without_a_reply_subject_counts(stage: Stage) -> None:
     await stage.phase("sense")
-    await stage.record(envelope(ad(task_id="t1"), now=stage.bus.now()))
-    await stage.bus.publish(stage.bus.subjects.of("cancel", "t1"))
+    await stage.record(envelope(ad(task_id="t1"), now=stage.bus.clock.now()))
+    await stage.bus.connection.publish(stage.bus.subjects.of("cancel", "t1"))
     await cancelled_at(stage, 1)
     assert (await stage.read("t1")).state == "cancelled"
 
 
 async def test_a_task_that_has_ended_otherwise_is_not_published_as_cancelled(stage: Stage) -> None:
     sense = await stage.phase("sense")
-    await stage.record(envelope(ad(task_id="t1"), now=stage.bus.now()), state="succeeded", ended_at=1.0)
+    await stage.record(envelope(ad(task_id="t1"), now=stage.bus.clock.now()), state="succeeded", ended_at=1.0)
     asker = Asker(stage.bus)
     await asker.ask(stage.bus.subjects.of("cancel", "t1"))
     await asker.answer(TaskResult)
@@ -226,7 +226,7 @@ async def test_a_task_that_has_ended_otherwise_is_not_published_as_cancelled(sta
 @pytest.mark.parametrize("recorded", [True, False])
 async def test_evaluate_publishes_a_cancel_that_sense_could_not(stage: Stage, recorded: bool) -> None:
     await stage.phase("evaluate")
-    env = awarded(envelope(ad(task_id="t1"), now=stage.bus.now()))
+    env = awarded(envelope(ad(task_id="t1"), now=stage.bus.clock.now()))
     await stage.record(env, **({"state": "cancelled", "ended_at": 1.0} if recorded else {}))
     await stage.put("evaluate", replace(env, error=CANCELLED))
     await cancelled_at(stage, 1)

@@ -41,7 +41,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 async def stored(stage: Stage, submitter: str, task: TaskAd, **facts: Any) -> Submission:
     """Store a submission without SENSE's submit handler, as a Runtime does."""
     sent = submission(task, **facts)
-    await stage.bus.store(stage.bus.subjects.intake(submitter, task.priority, task.task_id), sent)
+    await stage.bus.jetstream.publish(stage.bus.subjects.intake(submitter, task.priority, task.task_id), sent)
     return sent
 
 
@@ -54,8 +54,8 @@ async def admitted(stage: Stage, submitter: str, task: TaskAd, **facts: Any) -> 
 
 async def ended(stage: Stage, submitter: str, task: TaskAd) -> TaskRecord:
     """Store the record of a task that has succeeded."""
-    done = envelope(task, now=stage.bus.now(), submitter=submitter, result=RunResult(content="42"))
-    return await stage.record(done, submission="s1", state="succeeded", ended_at=stage.bus.now())
+    done = envelope(task, now=stage.bus.clock.now(), submitter=submitter, result=RunResult(content="42"))
+    return await stage.record(done, submission="s1", state="succeeded", ended_at=stage.bus.clock.now())
 
 
 # -- status and cancel
@@ -77,7 +77,7 @@ async def test_by_name_the_task_of_another_submitter_is_unknown(stage: Stage, fa
 
 @pytest.mark.parametrize("family", ["status", "cancel"])
 async def test_by_name_a_queued_task_of_another_submitter_is_unknown(stage: Stage, family: str) -> None:
-    await stage.put("match", envelope(now=stage.bus.now()))
+    await stage.put("match", envelope(now=stage.bus.clock.now()))
     await stage.phase("sense", ClusterConfig(max_in_flight=1))  # admits nothing more
     await stage.gate_measured()
     await stored(stage, "bob", ad(task_id="t1"))
@@ -142,7 +142,7 @@ async def test_an_id_that_sense_makes_is_not_looked_for(stage: Stage, monkeypatc
     async def count(msg: Any) -> None:
         asked.append(msg)
 
-    await stage.bus.subscribe(f"$JS.API.STREAM.MSG.GET.KV_{stage.bus.subjects.bucket('records')}", count)
+    await stage.bus.connection.subscribe(f"$JS.API.STREAM.MSG.GET.KV_{stage.bus.subjects.bucket('records')}", count)
     asker = Asker(stage.bus)
     await asker.ask(stage.bus.subjects.submit, b'{"description": "x", "wait": false}')
     await asker.answer(Accepted)
@@ -208,7 +208,7 @@ async def test_bytes_under_the_id_of_another_submitters_task_do_not_end_it(stage
     sent = await stored(stage, "ann", task)
     await stage.settled("INTAKE")
     forged = encode(replace(sent, ad=ad(task_id="other")))  # the submission's own id, in a message that is dead
-    await stage.bus.store(stage.bus.subjects.intake("bob", "normal", task.task_id), forged)
+    await stage.bus.jetstream.publish(stage.bus.subjects.intake("bob", "normal", task.task_id), forged)
     await stage.seen("dead", phase="sense", task_id=task.task_id)
     await stage.settled("INTAKE")
     assert not stage.all("task", phase="evaluate")
@@ -217,7 +217,7 @@ async def test_bytes_under_the_id_of_another_submitters_task_do_not_end_it(stage
 async def test_a_dead_submission_ends_as_a_task_of_its_submitter(stage: Stage) -> None:
     await stage.phase("sense")
     await stage.phase("evaluate")
-    await stage.bus.store(stage.bus.subjects.intake("ann", "normal", "t1"), b'{"ad": 7}')
+    await stage.bus.jetstream.publish(stage.bus.subjects.intake("ann", "normal", "t1"), b'{"ad": 7}')
     assert (await stage.seen("result", submitter="ann", task_id="t1")).error.code == "dead_letter"
     assert (await stage.read("t1")).envelope.submitter == "ann"
 
@@ -227,8 +227,8 @@ async def test_a_dead_submission_ends_as_a_task_of_its_submitter(stage: Stage) -
 
 async def test_a_handle_of_a_name_uses_the_subjects_of_that_name(stage: Stage, ann: Bus) -> None:
     heard = Heard()
-    await stage.bus.subscribe(">", heard)
-    await stage.bus.echo()
+    await stage.bus.connection.subscribe(">", heard)
+    await stage.bus.requests.flush()
     await stage.phase("sense")
     task = ad()
     handle = await task_client.publish(ann, task)
@@ -292,7 +292,7 @@ async def test_a_result_of_the_first_ad_is_the_first_handles_alone(
     await stage.settled("INTAKE")
     record = await stage.read(task.task_id)
     done = replace(record, state="succeeded", envelope=replace(record.envelope, result=RunResult(content="42")))
-    await stage.bus.publish(stage.bus.subjects.of("result", "ann", task.task_id), done.to_result())
+    await stage.bus.connection.publish(stage.bus.subjects.of("result", "ann", task.task_id), done.to_result())
     assert [await handle.content(20) for handle in (first, again)] == ["42", "42"]
     with pytest.raises(InvalidTask):
         await other.content(20)

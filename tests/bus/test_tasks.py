@@ -13,7 +13,8 @@ from support.logs import capture_logs
 from support.wait import until
 
 from loom.bus import task_client, task_updates, topology
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.replies import answer, answer_error, answer_task, error_headers
 from loom.bus.task_client import TaskHandle
 from loom.schemas.base import decode
@@ -38,7 +39,7 @@ class Desk:
 
     async def open(self) -> None:
         for family in ("status", "cancel"):
-            await self.bus.serve(self.bus.subjects.of(family, "*"), self._answer)
+            await self.bus.connection.serve(self.bus.subjects.of(family, "*"), self._answer)
 
     async def _answer(self, msg: Msg) -> None:
         family = msg.subject.split(".")[1]
@@ -54,7 +55,7 @@ class Desk:
 async def desk(connect: Connect) -> Desk:
     desk = Desk(await connect(role="sense"))
     await desk.open()
-    await desk.bus.echo()
+    await desk.bus.requests.flush()
     return desk
 
 
@@ -85,7 +86,7 @@ def _ended(**fields: Any) -> TaskRecord:
 
 
 async def say(bus: Bus, family: str, message: Any) -> None:
-    await bus.publish(bus.subjects.of(family, "public", "t1"), message)
+    await bus.connection.publish(bus.subjects.of(family, "public", "t1"), message)
 
 
 def _delta(n: int, attempt: int = 1) -> Delta:
@@ -113,12 +114,12 @@ async def test_publishing_one_task_twice_makes_two_submissions_for_sense_to_tell
 
 
 async def test_a_bad_ad_is_refused_before_anything_is_sent(bus: Bus) -> None:
-    before = len(bus._nc._subs)
+    before = len(bus.connection._nc._subs)
     with pytest.raises(InvalidTask) as caught:
         await task_client.publish(bus, TaskAd(task_id="a.b", description="x"))
     assert caught.value.field == "task_id"
     assert await messages(bus, "INTAKE") == 0
-    assert len(bus._nc._subs) == before
+    assert len(bus.connection._nc._subs) == before
 
 
 async def test_a_full_intake_is_overloaded_and_nothing_is_left_listening(plain: Bus) -> None:
@@ -273,13 +274,13 @@ def test_a_reader_gets_all_that_was_said_while_its_process_was_busy(nats_url: st
             for n in range(count):
                 await say(bus, "delta", _delta(n))
             await say(bus, "result", _result())
-            await bus.echo()
+            await bus.requests.flush()
 
     async def listen() -> int:
         async with Bus(nats_url, namespace=namespace) as bus:
             handle = TaskHandle(bus, AD)
             await handle.open(deltas=True)
-            await bus.echo()
+            await bus.requests.flush()
             speaker = Thread(target=asyncio.run, args=(speak(),))
             speaker.start()
             speaker.join()  # in the meantime this loop reads nothing

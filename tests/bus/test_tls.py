@@ -80,7 +80,7 @@ async def test_a_server_that_offers_tls_without_demanding_it_gets_it(
     async with tls_server(tmp_path, trusted, "allow_non_tls: true") as address:
         async with Bus(f"tls://{LOGIN}@{address}") as bus:
             assert await alive(bus)
-            assert isinstance(bus._nc._transport._io_writer.get_extra_info("ssl_object"), ssl.SSLObject)  # type: ignore[union-attr]
+            assert isinstance(bus.connection._nc._transport._io_writer.get_extra_info("ssl_object"), ssl.SSLObject)  # type: ignore[union-attr]
         async with Bus(f"nats://{LOGIN}@{address}") as bus:
             assert await alive(bus)
 
@@ -98,12 +98,12 @@ async def test_nothing_is_sent_without_tls_at_a_reconnect_and_the_cause_ends_the
     async with fake_server(info()) as fake:
         async with tls_server(tmp_path, trusted) as address:
             bus = await Bus(f"tls://{LOGIN}@{address}").connect()
-            bus._nc.options["reconnect_time_wait"] = 0.02
-            for server in bus._nc._server_pool:  # another process takes over the address
+            bus.connection._nc.options["reconnect_time_wait"] = 0.02
+            for server in bus.connection._nc._server_pool:  # another process takes over the address
                 server.uri = server.uri._replace(netloc=fake.address)
         with capture_logs() as logs:
             async with asyncio.timeout(10):
-                await bus.lost.wait()
+                await bus.tasks.lost.wait()
     assert fake.connections >= 2
     assert fake.received == b""
     assert [entry["event"] for entry in logs].count("reconnect_failed") <= 2  # once for each cause
@@ -142,8 +142,8 @@ async def test_nothing_is_sent_without_tls_to_a_server_that_another_one_has_name
     async with fake_server(info()) as fake, tls_server(tmp_path, trusted) as address:
         async with naming(address, fake.address) as known:
             bus = await Bus(f"tls://{LOGIN}@{known}").connect()
-            bus._nc.options["reconnect_time_wait"] = 0.02
-            assert fake.address in [server.netloc for server in bus._nc.discovered_servers]
+            bus.connection._nc.options["reconnect_time_wait"] = 0.02
+            assert fake.address in [server.netloc for server in bus.connection._nc.discovered_servers]
         await until(lambda: fake.connections >= 2, what="the client tries the other server")
         assert fake.received == b""
         await bus.close()
@@ -156,7 +156,7 @@ async def test_a_server_that_another_one_has_named_gets_the_credentials_by_tls(
     async with tls_server(tmp_path, trusted) as address:
         async with naming(address, address.replace("localhost", "127.0.0.1")) as known:
             bus = await Bus(f"tls://{LOGIN}@{known}").connect()
-            bus._nc.options["reconnect_time_wait"] = 0.02
+            bus.connection._nc.options["reconnect_time_wait"] = 0.02
         await back(bus)
         await bus.close()
 

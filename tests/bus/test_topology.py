@@ -9,7 +9,8 @@ from support.buses import Connect, envelope
 from support.logs import capture_logs
 
 from loom.bus import topology
-from loom.bus.bus import Bus, Refused
+from loom.bus.bus import Bus
+from loom.bus.natsio.server_errors import Refused
 from loom.runner.doctor.diagnosis import design
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
@@ -20,7 +21,7 @@ DAY_NS = 86_400 * 10**9
 
 
 async def config_of(bus: Bus, stream: str) -> dict[str, Any]:
-    config: dict[str, Any] = (await bus.api(f"STREAM.INFO.{stream}"))["config"]
+    config: dict[str, Any] = (await bus.jetstream.api(f"STREAM.INFO.{stream}"))["config"]
     return config
 
 
@@ -28,14 +29,14 @@ async def names(bus: Bus) -> set[str]:
     """The namespace's streams."""
     ns, found, total = bus.subjects.namespace, set[str](), 1
     while len(found) < total:  # the server tells so many at a time
-        page = await bus.api("STREAM.NAMES", {"offset": len(found)})
+        page = await bus.jetstream.api("STREAM.NAMES", {"offset": len(found)})
         found |= set(page["streams"] or [])
         total = page["total"] if page["streams"] else 0
     return {name for name in found if name.startswith((f"{ns.upper()}_", f"KV_{ns}_"))}
 
 
 async def consumers(bus: Bus, stream: str) -> set[str]:
-    return set((await bus.api(f"CONSUMER.NAMES.{bus.subjects.stream(stream)}"))["consumers"] or [])
+    return set((await bus.jetstream.api(f"CONSUMER.NAMES.{bus.subjects.stream(stream)}"))["consumers"] or [])
 
 
 async def test_everything_a_cluster_needs_is_there_after_the_first_apply(plain: Bus) -> None:
@@ -54,9 +55,10 @@ async def test_everything_a_cluster_needs_is_there_after_the_first_apply(plain: 
 
 async def test_applying_twice_changes_nothing_and_reports_nothing(bus: Bus) -> None:
     async def everything() -> list[Any]:
-        found = [await bus.api(f"STREAM.INFO.{name}") for name in sorted(await names(bus))]
+        found = [await bus.jetstream.api(f"STREAM.INFO.{name}") for name in sorted(await names(bus))]
         found += [
-            await bus.api(f"CONSUMER.INFO.{bus.subjects.stream(lane.stream)}.{lane.name}") for lane in topology.LANES
+            await bus.jetstream.api(f"CONSUMER.INFO.{bus.subjects.stream(lane.stream)}.{lane.name}")
+            for lane in topology.LANES
         ]
         return [(one["config"], one["created"]) for one in found]
 
@@ -84,7 +86,7 @@ async def test_the_streams_are_as_designed(bus: Bus) -> None:
 
 async def test_a_lane_waits_thirty_seconds_and_delivers_without_end(bus: Bus) -> None:
     for lane in topology.LANES:
-        config = (await bus.api(f"CONSUMER.INFO.{bus.subjects.stream(lane.stream)}.{lane.name}"))["config"]
+        config = (await bus.jetstream.api(f"CONSUMER.INFO.{bus.subjects.stream(lane.stream)}.{lane.name}"))["config"]
         assert (config["ack_policy"], config["ack_wait"], config["max_deliver"]) == ("explicit", 30 * 10**9, -1)
         assert config["max_ack_pending"] == -1
         assert "backoff" not in config  # it would override the 30 seconds
@@ -94,10 +96,10 @@ async def test_every_phase_has_a_lane_for_every_priority(bus: Bus) -> None:
     for phase in PHASES[:-1]:  # ADAPT reads rewards
         for priority in PRIORITIES:
             subject = bus.subjects.task(phase, priority, "t1")
-            await bus.store(subject, envelope())
+            await bus.jetstream.publish(subject, envelope())
     waiting = 0
     for name in await consumers(bus, "TASKS"):
-        waiting += (await bus.api(f"CONSUMER.INFO.{bus.subjects.stream('TASKS')}.{name}"))["num_pending"]
+        waiting += (await bus.jetstream.api(f"CONSUMER.INFO.{bus.subjects.stream('TASKS')}.{name}"))["num_pending"]
     assert waiting == 5 * len(PRIORITIES)
 
 
@@ -145,10 +147,10 @@ def subject_in(bus: Bus, name: str, key: str) -> str:
 @pytest.mark.parametrize("scope", ["all", "sub"])
 async def test_no_message_erases_others_by_a_rollup_header(bus: Bus, name: str, scope: str) -> None:
     for n in range(3):
-        await bus.store(subject_in(bus, name, f"k{n}"), b"{}")
+        await bus.jetstream.publish(subject_in(bus, name, f"k{n}"), b"{}")
     with pytest.raises(Refused, match="rollup not permitted"):
-        await bus.store(subject_in(bus, name, "k1"), b"{}", headers={"Nats-Rollup": scope})
-    assert (await bus.api(f"STREAM.INFO.{full_name(bus, name)}"))["state"]["messages"] == 3
+        await bus.jetstream.publish(subject_in(bus, name, "k1"), b"{}", headers={"Nats-Rollup": scope})
+    assert (await bus.jetstream.api(f"STREAM.INFO.{full_name(bus, name)}"))["state"]["messages"] == 3
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -189,7 +191,7 @@ async def test_only_the_stream_with_schedules_allows_rollup_headers_as_the_serve
     assert allowed == [bus.subjects.stream("TASKS")]
     config = {**(await config_of(bus, allowed[0])), "name": "pedantic", "subjects": ["pedantic.>"]}
     with pytest.raises(Refused, match="scheduling cannot be set if roll-ups are disabled"):
-        await bus.api("STREAM.CREATE.pedantic", {**config, "allow_rollup_hdrs": False, "pedantic": True})
+        await bus.jetstream.api("STREAM.CREATE.pedantic", {**config, "allow_rollup_hdrs": False, "pedantic": True})
 
 
 # -- what is missing
@@ -199,20 +201,20 @@ async def test_what_is_missing_is_restored_and_the_rest_is_left_as_it_is(bus: Bu
     stream = bus.subjects.stream("TASKS")
     edited = {**topology.consumer(bus, topology.SCALE_LANE), "ack_wait": 5 * 10**9}
     call = f"CONSUMER.CREATE.{stream}.scale.{edited['filter_subject']}"
-    await bus.api(call, {"stream_name": stream, "config": edited})
+    await bus.jetstream.api(call, {"stream_name": stream, "config": edited})
     assert await topology.init(bus, ClusterConfig(intake_limit=7)) == []
 
-    await bus.api(f"STREAM.DELETE.{full_name(bus, 'plans')}")
-    await bus.api(f"CONSUMER.DELETE.{stream}.match_low")
+    await bus.jetstream.api(f"STREAM.DELETE.{full_name(bus, 'plans')}")
+    await bus.jetstream.api(f"CONSUMER.DELETE.{stream}.match_low")
     assert await topology.init(bus, ClusterConfig(intake_limit=7)) == [full_name(bus, "plans"), "match_low"]
-    assert (await bus.api(f"CONSUMER.INFO.{stream}.scale"))["config"]["ack_wait"] == 5 * 10**9
+    assert (await bus.jetstream.api(f"CONSUMER.INFO.{stream}.scale"))["config"]["ack_wait"] == 5 * 10**9
     assert (await config_of(bus, bus.subjects.stream("INTAKE")))["max_msgs"] == 100_000
 
 
 async def test_two_namespaces_live_beside_each_other(bus: Bus, connect: Connect) -> None:
     other = await connect(namespace=f"{bus.subjects.namespace}-2")
     assert await topology.apply(other, ClusterConfig()) == []
-    await bus.store(bus.subjects.task("match", "low", "t1"), envelope())
+    await bus.jetstream.publish(bus.subjects.task("match", "low", "t1"), envelope())
     assert (await topology.stream_state(bus, "TASKS"))["messages"] == 1
     assert (await topology.stream_state(other, "TASKS"))["messages"] == 0
 
@@ -270,7 +272,7 @@ async def test_a_foreign_stream_in_the_way_is_said(plain: Bus) -> None:
 
 async def test_a_lane_is_restored_where_it_is_missing(bus: Bus) -> None:
     stream = bus.subjects.stream("TASKS")
-    await bus.api(f"CONSUMER.DELETE.{stream}.execute")
+    await bus.jetstream.api(f"CONSUMER.DELETE.{stream}.execute")
     await topology.ensure_consumer(bus, topology.EXECUTE_LANE)
     await topology.ensure_consumer(bus, topology.EXECUTE_LANE)
     assert "execute" in await consumers(bus, "TASKS")
@@ -278,7 +280,7 @@ async def test_a_lane_is_restored_where_it_is_missing(bus: Bus) -> None:
 
 async def test_the_state_of_a_stream_counts_by_subject_where_asked(bus: Bus) -> None:
     for n in range(3):
-        await bus.store(bus.subjects.task("match", "low", f"t{n}"), envelope())
+        await bus.jetstream.publish(bus.subjects.task("match", "low", f"t{n}"), envelope())
     state = await topology.stream_state(bus, "TASKS", subjects=bus.subjects.task("match", "*", "t1"))
     assert state["messages"] == 3
     assert state["subjects"] == {bus.subjects.task("match", "low", "t1"): 1}

@@ -159,7 +159,7 @@ def run_of(*events: RunEvent, first: Sequence[RunEvent]) -> Callable[[FakeRun], 
 
     async def answer(run: FakeRun) -> None:
         kept = [one for one in events if one.kind != "heartbeat" and (one.seq >= run.request.from_seq or one.seq == 0)]
-        await run.bus.publish(run.subject, kept if next(requests) else list(first))
+        await run.bus.connection.publish(run.subject, kept if next(requests) else list(first))
 
     return answer
 

@@ -13,7 +13,8 @@ from support.runs import event_subject
 from support.wait import until
 
 from loom.agents.host.node_host import NodeHost
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
+from loom.bus.natsio.transport.message import Msg
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.base import decode
 from loom.schemas.run import RunEvent, RunRequest, read_events
@@ -75,7 +76,7 @@ async def events_of(bus: Bus, host: NodeHost, **facts: Any) -> list[RunEvent]:
 
     request = RunRequest(**{"task_id": "t1", "node_id": "n1", "description": "it", **facts})
     reply = await event_subject(bus, host.host_id, take)
-    await bus.publish(bus.subjects.of("run", "local", host.host_id), request, reply=reply)
+    await bus.connection.publish(bus.subjects.of("run", "local", host.host_id), request, reply=reply)
     return events
 
 
@@ -97,7 +98,9 @@ class Blocks:
 async def test_a_blocked_host_stays_alive_for_those_who_watch_it(bus: Bus, nats_url: str, namespace: str) -> None:
     agent = Blocks()
     said: list[HostAnnouncement] = []
-    await bus.listen(bus.subjects.of("host", "*", "*"), lambda msg: said.append(decode(msg.data, HostAnnouncement)))
+    await bus.connection.subscribe_sync(
+        bus.subjects.of("host", "*", "*"), lambda msg: said.append(decode(msg.data, HostAnnouncement))
+    )
     async with HostInAThread(nats_url, namespace, agent) as there:
         with capture_logs() as logs:
             events = await events_of(bus, there.host)
@@ -133,7 +136,7 @@ async def test_a_run_past_its_deadline_gets_no_more_heartbeats_from_the_watchdog
 ) -> None:
     agent = Blocks()
     said: list[Msg] = []
-    await bus.listen(bus.subjects.of("host", "*", "*"), said.append)
+    await bus.connection.subscribe_sync(bus.subjects.of("host", "*", "*"), said.append)
     async with HostInAThread(nats_url, namespace, agent) as there:
         events = await events_of(bus, there.host, remaining_s=1.0)
         await until(lambda: agent.begun, what="the agent blocks the loop")
@@ -154,7 +157,9 @@ async def test_the_runs_of_a_blocked_host_can_be_given_back_from_another_thread(
 ) -> None:
     agent = Blocks()
     said: list[HostAnnouncement] = []
-    await bus.listen(bus.subjects.of("host", "*", "*"), lambda msg: said.append(decode(msg.data, HostAnnouncement)))
+    await bus.connection.subscribe_sync(
+        bus.subjects.of("host", "*", "*"), lambda msg: said.append(decode(msg.data, HostAnnouncement))
+    )
     async with HostInAThread(nats_url, namespace, agent) as there:
         events = await events_of(bus, there.host)
         await until(lambda: agent.begun, what="the agent blocks the loop")

@@ -26,13 +26,13 @@ def full_name(bus: Bus, name: str) -> str:
 async def age(bus: Bus, name: str, metadata: dict[str, str]) -> None:
     """Give a stream or bucket other metadata."""
     stream = full_name(bus, name)
-    config = (await bus.api(f"STREAM.INFO.{stream}"))["config"]
-    await bus.api(f"STREAM.UPDATE.{stream}", {**config, "metadata": metadata})
+    config = (await bus.jetstream.api(f"STREAM.INFO.{stream}"))["config"]
+    await bus.jetstream.api(f"STREAM.UPDATE.{stream}", {**config, "metadata": metadata})
 
 
 async def test_every_stream_and_bucket_has_the_wire_version(bus: Bus) -> None:
     for name in NAMES:
-        config = (await bus.api(f"STREAM.INFO.{full_name(bus, name)}"))["config"]
+        config = (await bus.jetstream.api(f"STREAM.INFO.{full_name(bus, name)}"))["config"]
         assert config["metadata"]["loom.wire"] == WIRE == "1"
 
 
@@ -40,7 +40,7 @@ async def test_every_stream_and_bucket_has_the_wire_version(bus: Bus) -> None:
 async def test_a_stream_without_a_wire_version_is_refused_and_nothing_is_created(bus: Bus, name: str) -> None:
     await age(bus, name, {})
     missing = full_name(bus, "tuning" if name != "tuning" else "plans")
-    await bus.api(f"STREAM.DELETE.{missing}")
+    await bus.jetstream.api(f"STREAM.DELETE.{missing}")
     what = f"stream {bus.subjects.stream(name)}" if name.isupper() else f"bucket {bus.subjects.bucket(name)}"
     for create in (topology.apply, topology.init, topology.check_streams):
         with pytest.raises(WireMismatch) as refused:
@@ -51,7 +51,7 @@ async def test_a_stream_without_a_wire_version_is_refused_and_nothing_is_created
         )
     assert [one["name"] for one in topology.streams(bus, CONFIG)].count(missing) == 1
     with pytest.raises(topology.Refused):
-        await bus.api(f"STREAM.INFO.{missing}")
+        await bus.jetstream.api(f"STREAM.INFO.{missing}")
 
 
 async def test_another_wire_version_is_named(bus: Bus) -> None:
@@ -68,7 +68,7 @@ async def test_phases_do_not_start_on_a_store_of_another_version_however_patient
 
 
 async def test_a_lost_bucket_is_not_created_beside_streams_of_another_version(bus: Bus) -> None:
-    await bus.api(f"STREAM.DELETE.{full_name(bus, 'plans')}")
+    await bus.jetstream.api(f"STREAM.DELETE.{full_name(bus, 'plans')}")
     await age(bus, "DEAD", {"loom.wire": "2"})
     with pytest.raises(WireMismatch):
         await topology.init(bus, CONFIG)
@@ -127,10 +127,10 @@ async def test_phases_that_may_not_create_streams_name_the_command_that_does(pla
 async def test_such_phases_create_the_consumers_of_their_own_alone(bus: Bus) -> None:
     stream = bus.subjects.stream("TASKS")
     for lane in topology.TASK_LANES:
-        await bus.api(f"CONSUMER.DELETE.{stream}.{lane.name}")
+        await bus.jetstream.api(f"CONSUMER.DELETE.{stream}.{lane.name}")
     group = PhaseGroup(bus, ["match"], init=False)
     await group._lay_out()
-    stored = (await bus.api(f"CONSUMER.NAMES.{stream}"))["consumers"]
+    stored = (await bus.jetstream.api(f"CONSUMER.NAMES.{stream}"))["consumers"]
     assert set(stored) == {lane.name for lane in topology.MATCH_LANES}
 
 

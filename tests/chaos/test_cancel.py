@@ -12,7 +12,8 @@ from support.wait import until
 
 from loom.agents.host.node_host import NodeHost
 from loom.bus import task_client, topology
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.task_client import TaskHandle
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
@@ -50,11 +51,20 @@ async def cluster(
     def hosting(number: int) -> AbstractAsyncContextManager[NodeHost]:
         nodes = [node(f"{kind}{number}", getattr(agents, kind), **{kind: 0.9}) for kind in kinds]
         return running_nodes(
-            bus.url, lambda: nodes, namespace=bus.subjects.namespace, slots=slots, backlog=backlog, drain_timeout_s=0
+            bus.connection.url,
+            lambda: nodes,
+            namespace=bus.subjects.namespace,
+            slots=slots,
+            backlog=backlog,
+            drain_timeout_s=0,
         )
 
     config = ClusterConfig(drain_timeout_s=0.5)
-    async with running_phases(bus.url, namespace=bus.subjects.namespace, config=config), hosting(1), hosting(2):
+    async with (
+        running_phases(bus.connection.url, namespace=bus.subjects.namespace, config=config),
+        hosting(1),
+        hosting(2),
+    ):
         yield
 
 
@@ -112,7 +122,7 @@ async def test_a_waiting_task_is_cancelled_whether_in_an_auction_or_in_a_backlog
             called.append(msg.data)
 
         auctioned = await publish(bus)
-        await bus.subscribe(bus.subjects.of("auction", "*"), hear)
+        await bus.connection.subscribe(bus.subjects.of("auction", "*"), hear)
         await until(lambda: len(called) > 1, within_s=WITHIN_S, what="nodes are asked again and again")
         bounced = await publish(bus, "endless1")  # no auction: pinned to a node that is full
 
@@ -129,13 +139,13 @@ async def test_a_waiting_task_is_cancelled_whether_in_an_auction_or_in_a_backlog
 
 @pytest.mark.slow
 async def test_a_task_handed_in_before_any_phase_is_cancelled_once_one_is_there(bus: Bus, agents: Stubborn) -> None:
-    async with running_phases(bus.url, namespace=bus.subjects.namespace):
+    async with running_phases(bus.connection.url, namespace=bus.subjects.namespace):
         pass  # leaves the streams
     handle = await publish(bus)
     with pytest.raises(BusUnavailable, match="no phases answer"):
         await handle.cancel()
 
-    async with running_phases(bus.url, namespace=bus.subjects.namespace, names=("sense", "evaluate")):
+    async with running_phases(bus.connection.url, namespace=bus.subjects.namespace, names=("sense", "evaluate")):
         assert (await handle.cancel()).state == "cancelled"
         await is_cancelled(handle)
     async with cluster(bus, agents):
@@ -166,7 +176,7 @@ async def test_a_cancel_that_races_the_result_or_another_cancel_gives_one_end(bu
         async def hear(msg: Msg) -> None:
             told.setdefault(msg.subject.rsplit(".", 1)[1], []).append(msg.data)
 
-        await bus.subscribe(bus.subjects.of("result", "*", "*"), hear)
+        await bus.connection.subscribe(bus.subjects.of("result", "*", "*"), hear)
 
         async def race(number: int) -> None:
             handle = await publish(bus, domain="quick")
@@ -178,7 +188,7 @@ async def test_a_cancel_that_races_the_result_or_another_cancel_gives_one_end(bu
             assert result.state in ("cancelled", "succeeded")
 
         await asyncio.gather(*(race(number) for number in range(40)))
-        await bus.echo()
+        await bus.requests.flush()
 
     assert len(told) == 40
     assert all(len(set(said)) == 1 for said in told.values())  # told again perhaps, never otherwise
@@ -195,7 +205,7 @@ async def test_a_task_that_is_cancelled_while_it_waits_for_a_node_is_never_award
         awarded.append(msg.subject.rsplit(".", 1)[1])
 
     config = ClusterConfig(drain_timeout_s=0.5, no_bids_after_s=30)
-    async with running_phases(bus.url, namespace=bus.subjects.namespace, config=config):
+    async with running_phases(bus.connection.url, namespace=bus.subjects.namespace, config=config):
         alone = [
             await publish(bus, domain="quick"),
             await publish(bus, "quick1"),
@@ -213,9 +223,11 @@ async def test_a_task_that_is_cancelled_while_it_waits_for_a_node_is_never_award
             return await stored(bus, ">") == 0
 
         await until(none_waits, within_s=WITHIN_S, what="they are dropped")
-        await bus.subscribe(bus.subjects.task("execute", "*", "*"), note)
+        await bus.connection.subscribe(bus.subjects.task("execute", "*", "*"), note)
         nodes = [node("quick1", agents.quick, quick=0.9)]
-        async with running_nodes(bus.url, lambda: nodes, namespace=bus.subjects.namespace, drain_timeout_s=0):
+        async with running_nodes(
+            bus.connection.url, lambda: nodes, namespace=bus.subjects.namespace, drain_timeout_s=0
+        ):
             last = await publish(bus, domain="quick")
             assert await last.content(WITHIN_S) == "done"
             assert awarded == [last.task_id]

@@ -17,7 +17,6 @@ from support.wait import until
 
 from loom.agents.host.node_host import NodeHost
 from loom.bus import task_client, topology
-from loom.bus.natsio.kv import Bucket
 from loom.bus.records import records
 from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import running_nodes, running_phases
@@ -112,7 +111,7 @@ class Town(Stage):
         await self.client.ask(self.bus.subjects.submit, self.task)
         if self.crash.task == "cancelled":
             await until(lambda: self.runs[1], within_s=WITHIN_S, what="the run")
-            await self.bus.publish(self.bus.subjects.of("cancel", self.task.task_id))
+            await self.bus.connection.publish(self.bus.subjects.of("cancel", self.task.task_id))
         await self.child.says("fallen")
 
     async def recover(self) -> None:
@@ -151,7 +150,7 @@ class Town(Stage):
 
     async def _learned(self, rewards: int) -> bool:
         """Whether the nodes have learned from exactly so many."""
-        bucket = Bucket(self.bus, "nodes", NodeProfile)
+        bucket = self.bus.bucket("nodes", NodeProfile)
         profiles = [entry.value for name in ("a", "b") if (entry := await bucket.get(f"local.{name}"))]
         return sum(profile.total_tasks for profile in profiles) == rewards
 

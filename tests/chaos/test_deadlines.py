@@ -72,8 +72,8 @@ async def test_a_deadline_is_kept_in_an_auction_in_a_backlog_and_in_every_kind_o
     ]
     namespace = bus.subjects.namespace
     async with (
-        running_phases(bus.url, namespace=namespace),
-        running_nodes(bus.url, lambda: nodes, namespace=namespace, slots=1, backlog=1, drain_timeout_s=0),
+        running_phases(bus.connection.url, namespace=namespace),
+        running_nodes(bus.connection.url, lambda: nodes, namespace=namespace, slots=1, backlog=1, drain_timeout_s=0),
     ):
         holding = await publish(bus, "full", timeout_s=60)
         await until(lambda: holding.task_id in work.begun, within_s=WITHIN_S, what="the slot is taken")
@@ -101,10 +101,15 @@ async def test_a_deadline_is_kept_in_an_auction_in_a_backlog_and_in_every_kind_o
 async def test_a_deadline_is_kept_while_all_are_busy_and_while_nobody_is_there(bus: Bus) -> None:
     work = Stubborn()
     namespace = bus.subjects.namespace
-    async with running_phases(bus.url, namespace=namespace):
+    async with running_phases(bus.connection.url, namespace=namespace):
         await ends_in_time(bus)
         async with running_nodes(
-            bus.url, lambda: [node("n", work.endless)], namespace=namespace, slots=1, backlog=0, drain_timeout_s=0
+            bus.connection.url,
+            lambda: [node("n", work.endless)],
+            namespace=namespace,
+            slots=1,
+            backlog=0,
+            drain_timeout_s=0,
         ):
             holding = await publish(bus, timeout_s=60)
             await until(lambda: work.begun, within_s=WITHIN_S, what="the slot is taken")
@@ -118,14 +123,14 @@ async def test_a_deadline_is_kept_while_all_are_busy_and_while_nobody_is_there(b
 async def test_a_task_whose_deadline_passed_before_any_phase_was_there_is_not_begun(bus: Bus) -> None:
     work = Stubborn()
     namespace = bus.subjects.namespace
-    async with running_phases(bus.url, namespace=namespace):
+    async with running_phases(bus.connection.url, namespace=namespace):
         pass  # leaves the streams
     late = await publish(bus, timeout_s=0.05)
     deadline = time.monotonic() + 0.1
     await until(lambda: time.monotonic() > deadline, what="it is too late")
     async with (
-        running_nodes(bus.url, lambda: [node("n", work.endless)], namespace=namespace, drain_timeout_s=0),
-        running_phases(bus.url, namespace=namespace),
+        running_nodes(bus.connection.url, lambda: [node("n", work.endless)], namespace=namespace, drain_timeout_s=0),
+        running_phases(bus.connection.url, namespace=namespace),
     ):
         with pytest.raises(DeadlineExceeded, match="before the task began"):
             await late.content(WITHIN_S)

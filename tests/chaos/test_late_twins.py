@@ -12,7 +12,6 @@ from support.phases import Stage, ad
 from support.wait import until
 
 from loom.bus import task_client
-from loom.bus.natsio.kv import Bucket
 from loom.bus.records import records
 from loom.bus.task_client import TaskHandle
 from loom.runner.services import running_phases
@@ -59,7 +58,7 @@ class Client:
 
     async def learned(self, **wanted: list[float]) -> None:
         """Wait until each node has learned from these scores, and from no others."""
-        bucket = Bucket(self.bus, "nodes", NodeProfile)
+        bucket = self.bus.bucket("nodes", NodeProfile)
 
         async def scores(name: str) -> list[float]:
             entry = await bucket.get(node_key(LOCAL_OWNER, name))

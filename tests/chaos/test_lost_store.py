@@ -14,8 +14,8 @@ from support.phases import Stage, awarded
 from support.wait import until
 
 from loom.bus import task_client, topology, upkeep
-from loom.bus.bus import Bus, Refused
-from loom.bus.natsio.kv import Bucket
+from loom.bus.bus import Bus
+from loom.bus.natsio.server_errors import Refused
 from loom.phases.scale import subtask_graph
 from loom.phases.sense import client_api
 from loom.runner.server.nats_server import NatsServer
@@ -52,7 +52,7 @@ async def learned(bus: Bus, total: int, within_s: float = 20) -> NodeProfile:
 
     async def known() -> NodeProfile | None:
         try:
-            entry = await Bucket(bus, "nodes", NodeProfile).get("local.n1")
+            entry = await bus.bucket("nodes", NodeProfile).get("local.n1")
         except Refused:
             return None
         return entry.value if entry is not None and entry.value.total_tasks == total else None
@@ -158,11 +158,13 @@ async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
 
 async def roll_up(stage: Stage) -> None:
     """Erase all hops by one message, as the server lets anyone do who may publish a hop."""
-    await stage.bus.store(stage.bus.subjects.later("match", "x", "y"), b"{}", headers={"Nats-Rollup": "all"})
+    await stage.bus.jetstream.publish(
+        stage.bus.subjects.later("match", "x", "y"), b"{}", headers={"Nats-Rollup": "all"}
+    )
 
 
 async def purge(stage: Stage) -> None:
-    await stage.bus.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}")
+    await stage.bus.jetstream.api(f"STREAM.PURGE.{stage.bus.subjects.stream('TASKS')}")
 
 
 @pytest.mark.slow
@@ -202,7 +204,7 @@ async def test_a_late_task_that_still_waits_for_a_phase_is_left_alone(stage: Sta
     await stage.phase("evaluate")
     handle = await task_client.publish(stage.bus, TaskAd(domain="code", description="x", timeout_s=0.1), deltas=False)
     hop = await stage.seen("task", phase="match", task_id=handle.task_id)
-    await until(lambda: stage.bus.now() > hop.deadline + client_api.STRANDED_S, what="the task is late")
+    await until(lambda: stage.bus.clock.now() > hop.deadline + client_api.STRANDED_S, what="the task is late")
     for _ in range(2):
         await task_client.status(stage.bus, handle.task_id)
     assert stage.all("task", phase="evaluate") == []

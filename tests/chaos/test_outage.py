@@ -24,11 +24,11 @@ async def test_a_host_that_is_slow_to_come_back_after_an_outage_is_not_taken_for
         await stack.enter_async_context(running_phases(server.url))
         host = await stack.enter_async_context(running_nodes(server.url, lambda: [node("slow", agent, code=0.9)]))
         client = await stack.enter_async_context(Bus(server.url))
-        host.bus._nc.options["reconnect_time_wait"] = SLOW_RETURN_S
+        host.bus.connection._nc.options["reconnect_time_wait"] = SLOW_RETURN_S
 
         first = await (await task_client.publish(client, TaskAd(domain="code", description="before"))).result(10)
         server.kill()
-        await until(lambda: not host.bus._nc.is_connected, what="the host notices")
+        await until(lambda: not host.bus.connection._nc.is_connected, what="the host notices")
         await asyncio.to_thread(server.restart)
         await until(lambda: client._nc.is_connected, what="the client is back")
         pinned = TaskAd(domain="code", description="after", node_id="slow")

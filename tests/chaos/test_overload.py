@@ -94,8 +94,8 @@ async def test_a_full_intake_refuses_at_once_and_all_that_was_accepted_ends(bus:
     config = ClusterConfig(intake_limit=LIMIT, max_in_flight=IN_FLIGHT)
     where = {"namespace": bus.subjects.namespace}
     async with (
-        running_phases(bus.url, config=config, **where),
-        running_nodes(bus.url, lambda: [node("n", agent)], slots=4, backlog=4, drain_timeout_s=0, **where),
+        running_phases(bus.connection.url, config=config, **where),
+        running_nodes(bus.connection.url, lambda: [node("n", agent)], slots=4, backlog=4, drain_timeout_s=0, **where),
     ):
         accepted: dict[str, bool] = {}
 
@@ -144,7 +144,7 @@ async def test_a_full_intake_refuses_at_once_and_all_that_was_accepted_ends(bus:
 async def test_without_any_phase_the_intake_takes_so_many_and_keeps_them(bus: Bus) -> None:
     config = ClusterConfig(intake_limit=LIMIT)
     where = {"namespace": bus.subjects.namespace}
-    async with running_phases(bus.url, config=config, **where):
+    async with running_phases(bus.connection.url, config=config, **where):
         pass  # leaves the streams
     ids = [f"t{number}" for number in range(2 * LIMIT)]
     took = await asyncio.gather(*(publish(bus, task_id) for task_id in ids))
@@ -153,8 +153,8 @@ async def test_without_any_phase_the_intake_takes_so_many_and_keeps_them(bus: Bu
     assert time.monotonic() - begun < 1
     agent = Gated(open_now=True)
     async with (
-        running_nodes(bus.url, lambda: [node("n", agent)], drain_timeout_s=0, **where),
-        running_phases(bus.url, config=config, **where),
+        running_nodes(bus.connection.url, lambda: [node("n", agent)], drain_timeout_s=0, **where),
+        running_phases(bus.connection.url, config=config, **where),
     ):
         await succeeded(bus, [task_id for task_id, yes in zip(ids, took, strict=True) if yes])
 
@@ -170,8 +170,8 @@ async def test_a_burst_of_two_thousand_goes_through_a_narrow_cluster(bus: Bus) -
     where = {"namespace": bus.subjects.namespace}
     most = 0
     async with (
-        running_phases(bus.url, config=config, **where),
-        running_nodes(bus.url, lambda: [node("n", agent)], slots=16, drain_timeout_s=0, **where),
+        running_phases(bus.connection.url, config=config, **where),
+        running_nodes(bus.connection.url, lambda: [node("n", agent)], slots=16, drain_timeout_s=0, **where),
     ):
         ids = [f"t{number}" for number in range(2000)]
         assert all(await asyncio.gather(*(submit(bus, task_id) for task_id in ids)))

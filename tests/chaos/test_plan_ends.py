@@ -10,7 +10,6 @@ from support.wait import until
 
 from loom.bus import task_client
 from loom.bus.bus import Bus
-from loom.bus.natsio.kv import Bucket
 from loom.bus.records import records
 from loom.phases.scale import subtask_graph
 from loom.runner.services import running_nodes, running_phases
@@ -51,7 +50,7 @@ async def settled_plan(bus: Bus, task_id: str) -> SplitPlan:
     """Wait until the plan is done and has for every subtask that was begun the state of its record."""
 
     async def settled() -> SplitPlan | None:
-        entry = await Bucket(bus, "plans", SplitPlan).get(task_id)
+        entry = await bus.bucket("plans", SplitPlan).get(task_id)
         if entry is None or entry.value.state != "done" or subtask_graph.running(entry.value):
             return None
         for part in entry.value.subtasks:

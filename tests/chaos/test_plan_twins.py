@@ -11,7 +11,6 @@ from support.wait import until
 
 from loom.bus import task_client
 from loom.bus.bus import Bus
-from loom.bus.natsio.kv import Bucket
 from loom.bus.records import records
 from loom.bus.topology import stream_state
 from loom.runner.services import running_nodes, running_phases
@@ -43,13 +42,13 @@ class Town:
         return ", ".join(job.inputs)
 
     async def plan(self) -> SplitPlan | None:
-        entry = await Bucket(self.bus, "plans", SplitPlan).get(self.ad.task_id)
+        entry = await self.bus.bucket("plans", SplitPlan).get(self.ad.task_id)
         return entry.value if entry is not None else None
 
     async def put(self, envelope: Envelope) -> None:
         """Store a copy of the task for EXECUTE."""
         subject = self.bus.subjects.task("execute", envelope.priority, envelope.task_id)
-        await self.bus.store(subject, envelope, msg_id=f"{envelope.task_id}:copy")
+        await self.bus.jetstream.publish(subject, envelope, msg_id=f"{envelope.task_id}:copy")
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from support.towns import survive, towns
 from support.wait import until
 
 from loom.bus import task_client, topology
-from loom.bus.natsio.kv import Bucket
 from loom.bus.records import records
 from loom.phases.scale.subtask_graph import child_id
 from loom.runner.server.nats_server import NatsServer
@@ -90,7 +89,7 @@ class Town(Stage):
         await task_client.publish(self.bus, self.task, deltas=False)
         if self.crash.ends == "cancelled":
             await until(lambda: self.runs, within_s=WITHIN_S, what="a subtask runs")
-            await self.bus.publish(self.bus.subjects.of("cancel", self.task.task_id))
+            await self.bus.connection.publish(self.bus.subjects.of("cancel", self.task.task_id))
         await self.child.says("fallen")
 
     async def recover(self) -> None:
@@ -111,7 +110,7 @@ class Town(Stage):
         assert record.state == self.crash.ends, (self.crash, record.to_result())
         assert set(self.runs.values()) <= {1}, (self.crash, self.runs)
         assert await self.pending("DEAD") == 0, self.crash
-        entry = await Bucket(self.bus, "plans", SplitPlan).get(self.task.task_id)
+        entry = await self.bus.bucket("plans", SplitPlan).get(self.task.task_id)
         assert entry is not None
         assert entry.value.state == "done", self.crash
         if record.state == "succeeded":

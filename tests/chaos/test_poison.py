@@ -260,7 +260,7 @@ async def test_rubbish_in_the_place_of_a_hop_ends_the_task_and_whoever_waits_hea
         handles = {phase: await task_client.publish(bus, ad) for phase, ad in ads.items()}
         for phase in ads:
             await until(lambda phase=phase: _runs(bus, phase), within_s=WITHIN_S, what=f"{phase} runs")  # type: ignore[misc]
-            await bus.store(subject_of(bus, phase, phase), b"{]")
+            await bus.jetstream.publish(subject_of(bus, phase, phase), b"{]")
         for phase, handle in handles.items():
             with pytest.raises(DeadLettered, match=f"^{phase} could not handle the task: undecodable: "):
                 await handle.content(WITHIN_S)

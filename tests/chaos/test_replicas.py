@@ -36,7 +36,7 @@ async def client(cluster: NatsCluster) -> AsyncIterator[Bus]:
 
 async def _copies(bus: Bus) -> dict[str, int]:
     """Stream or bucket -> servers that have it, the leader among them."""
-    infos = [(await bus.api(f"STREAM.INFO.{one['name']}")) for one in topology.streams(bus, THREE)]
+    infos = [(await bus.jetstream.api(f"STREAM.INFO.{one['name']}")) for one in topology.streams(bus, THREE)]
     return {info["config"]["name"]: 1 + len(info["cluster"].get("replicas") or []) for info in infos}
 
 
@@ -154,5 +154,5 @@ async def test_the_doctor_names_the_server_that_is_down_and_says_when_too_few_ar
 
 
 def _at(bus: Bus) -> str:
-    url = bus._nc.connected_url
+    url = bus.connection._nc.connected_url
     return url.netloc if url is not None else ""

@@ -279,5 +279,5 @@ async def test_an_example_client_reads_the_address_from_the_environment_and_canc
     result = json.loads(ended.out.splitlines()[-1])
     assert (result["state"], result["error"]["code"]) == ("cancelled", "cancelled")
     async with Bus(url_of("loom", address)) as bus:
-        status = json.loads((await bus.request(bus.subjects.of("status", result["task_id"]))).data)
+        status = json.loads((await bus.requests.request(bus.subjects.of("status", result["task_id"]))).data)
     assert status["state"] == "cancelled"

@@ -238,11 +238,11 @@ async def test_a_conversation_that_is_broken_off_within_an_open_loop_leaves_it_u
     async with loop:
         bus = loop.reward_bus.bus
         assert bus is not None
-        before = len(bus._nc._subs)
+        before = len(bus.connection._nc._subs)
         async for event in loop.execute(LoopContext(messages=[UserMessage("talk")], domain="slow")):
             if isinstance(event, TextDelta):
                 break
-        await until(lambda: len(bus._nc._subs) == before, what="its subscriptions end")
+        await until(lambda: len(bus.connection._nc._subs) == before, what="its subscriptions end")
         assert (await events_of(loop, "sum"))[-1].content == "done: sum"  # type: ignore[union-attr]
 
 

@@ -47,14 +47,14 @@ async def _poison(cluster: Cluster) -> None:
         bus.subjects.task("execute", "normal", "t4"): encode(part),
     }
     for count, (subject, raw) in enumerate(poison.items(), 1):
-        await bus.store(subject, raw)
+        await bus.jetstream.publish(subject, raw)
         await _kept(cluster, count)
 
 
 def _skipped(cluster: Cluster, ad: TaskAd) -> bytes:
     """An envelope that reaches SCALE without what MATCH leaves."""
     hops = tuple(Hop(phase=phase, instance="i", started=1, finished=2) for phase in ("sense", "match"))
-    return encode(Envelope(ad=ad, deadline=cluster.bus.now() + 60, hops=hops))  # type: ignore[arg-type]  # phases all of them
+    return encode(Envelope(ad=ad, deadline=cluster.bus.clock.now() + 60, hops=hops))  # type: ignore[arg-type]  # phases all of them
 
 
 async def _kept(cluster: Cluster, count: int) -> list[Letter]:
@@ -137,7 +137,7 @@ def test_a_retried_letter_is_a_new_task_that_succeeds_and_the_letter_is_gone(her
 
 async def _one_more(cluster: Cluster) -> Letter:
     subject = cluster.bus.subjects.task("scale", "normal", "t5")
-    await cluster.bus.store(subject, _skipped(cluster, replace(AD, task_id="t5")))
+    await cluster.bus.jetstream.publish(subject, _skipped(cluster, replace(AD, task_id="t5")))
     return (await _kept(cluster, 5))[-1]
 
 

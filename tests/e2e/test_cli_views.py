@@ -20,7 +20,6 @@ from support.wait import until
 
 from loom.bus import task_client
 from loom.bus.host_directory import AnnouncedHost
-from loom.bus.natsio.kv import Bucket
 from loom.bus.rewards import RewardBus
 from loom.schemas.base import decode
 from loom.schemas.envelope import SplitPlan, TaskRecord
@@ -173,7 +172,7 @@ def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
     with background_cluster(nats_url, namespace, [node("ann", work), node("bob", work)]) as cluster:
 
         async def divided() -> bool:
-            entry = await Bucket(cluster.bus, "plans", SplitPlan).get("report")
+            entry = await cluster.bus.bucket("plans", SplitPlan).get("report")
             return entry is not None and [part.state for part in entry.value.subtasks][1:3] == ["succeeded", "running"]
 
         ad = TaskAd(task_id="report", domain="code", description="tell it all", context={"plan": PLAN})
@@ -253,7 +252,7 @@ def test_a_rebuild_finds_what_is_stored_and_repairs_what_is_not(here: Cluster, l
 
 
 async def _spoil(cluster: Cluster, node_id: str) -> None:
-    bucket = Bucket(cluster.bus, "nodes", NodeProfile)
+    bucket = cluster.bus.bucket("nodes", NodeProfile)
     entry = await bucket.get(node_key("local", node_id))
     assert entry is not None
     await bucket.update(entry.key, replace(entry.value, total_tasks=7, success_rate=1.0), entry.revision)
@@ -345,7 +344,7 @@ def test_an_empty_cluster_is_told_in_a_sentence(
     monkeypatch.setenv("NATS_URL", nats_url)
     monkeypatch.setenv("LOOM_NAMESPACE", namespace)
     with background_cluster(nats_url, namespace, []) as empty:
-        empty.do(empty.bus.echo())
+        empty.do(empty.bus.requests.flush())
         tasks, rewards, nodes = loom("tasks"), loom("rewards"), loom("nodes")
         assert loom("tasks --json") == loom("rewards --json") == loom("nodes --json") == (0, "", "")
 

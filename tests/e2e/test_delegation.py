@@ -228,7 +228,7 @@ async def test_a_host_lost_while_its_run_waits_is_replaced_and_its_part_cancelle
     await until(lambda: agent.began["1 1"], within_s=WITHIN_S, what="the part, in the slot of who waits for it")
     await town.host("b", agent)
     first = town.hosts[0]
-    first.bus.lost.set()
+    first.bus.tasks.lost.set()
     first.bus.abort()
     await until(lambda: agent.began["0 2"], within_s=WITHIN_S, what="the second attempt")
     agent.wake.set()

@@ -8,7 +8,6 @@ from support.wait import until
 
 from loom.bus import task_client, topology
 from loom.bus.bus import Bus
-from loom.bus.natsio.kv import Bucket
 from loom.bus.topology import stream_state
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.envelope import PHASES, SplitPlan
@@ -82,5 +81,5 @@ async def _nothing_left(bus: Bus) -> bool:
 
 
 async def _done(bus: Bus, task_id: str) -> SplitPlan | None:
-    entry = await Bucket(bus, "plans", SplitPlan).get(task_id)
+    entry = await bus.bucket("plans", SplitPlan).get(task_id)
     return entry.value if entry is not None and entry.value.state == "done" else None

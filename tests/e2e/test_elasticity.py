@@ -13,8 +13,10 @@ from support.wait import until
 
 from loom.agents.host.slots import Node
 from loom.bus import task_client
-from loom.bus.bus import Bus, Msg, NoResponders
+from loom.bus.bus import Bus
 from loom.bus.host_directory import host_in
+from loom.bus.natsio.requests import NoResponders
+from loom.bus.natsio.transport.message import Msg
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.auction import HostAnnouncement, SpawnReply, SpawnRequest
 from loom.schemas.base import decode
@@ -38,8 +40,8 @@ class Census:
         """Lifecycle events by kind."""
 
     async def start(self, bus: Bus) -> None:
-        await bus.subscribe(bus.subjects.of("host", "*", "*"), self._note)
-        await bus.subscribe(bus.subjects.of("lifecycle", "*", "*", "*", "*"), self._tell)
+        await bus.connection.subscribe(bus.subjects.of("host", "*", "*"), self._note)
+        await bus.connection.subscribe(bus.subjects.of("lifecycle", "*", "*", "*", "*"), self._tell)
 
     async def _note(self, msg: Msg) -> None:
         host_id, nodes = host_in(msg.subject).host_id, decode(msg.data, HostAnnouncement).nodes
@@ -136,7 +138,7 @@ async def test_the_command_line_says_how_far_a_host_may_grow(nats_url: str, name
 
         async def asked() -> SpawnReply | None:
             try:
-                answer = await bus.request(bus.subjects.spawn, SpawnRequest(domain_token="code"), timeout_s=5)
+                answer = await bus.requests.request(bus.subjects.spawn, SpawnRequest(domain_token="code"), timeout_s=5)
             except (TimeoutError, NoResponders):
                 return None
             return decode(answer.data, SpawnReply)

@@ -84,7 +84,7 @@ async def test_a_runtime_whose_phases_fail_at_once_leaves_no_server_behind(monke
     monkeypatch.setattr(Adapt, "_read", _fail_at_once)
     async with Runtime() as rt:
         assert rt._sessions._session is not None
-        url = rt._sessions._session.bus.url
+        url = rt._sessions._session.bus.connection.url
         phases = next(bus for bus in rt._sessions._session._buses if bus.role == "phases")
         await phases.lost.wait()
         with pytest.raises(ServiceFailed, match="fold rewards"):

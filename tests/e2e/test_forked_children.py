@@ -137,7 +137,7 @@ async def test_handles_connections_and_rewards_of_the_parent_are_refused_in_a_ch
 
     async def reopened(bus: Bus) -> str:
         async with bus:
-            await bus.echo()
+            await bus.requests.flush()
             return "works"
 
     go_on = asyncio.Event()
@@ -154,11 +154,11 @@ async def test_handles_connections_and_rewards_of_the_parent_are_refused_in_a_ch
             assert (await in_child(call)).startswith(
                 "WrongEventLoop: this task handle was opened by the parent process"
             )
-        for call in (handle.status, handle.cancel, bus.echo, lambda: anext(rt.reward_bus.replay())):
+        for call in (handle.status, handle.cancel, bus.requests.flush, lambda: anext(rt.reward_bus.replay())):
             assert (await in_child(call)).startswith("BusUnavailable: the connection is not open in this process")
         assert await in_child(handle.close) == "None"
         assert await in_child(lambda: reopened(bus)) == "works"
-        await bus.echo()
+        await bus.requests.flush()
         go_on.set()
         assert await handle.content() == "task"
         assert await in_child(handle.content) == "task"

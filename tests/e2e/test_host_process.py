@@ -17,7 +17,8 @@ from support.openai_server import OpenAIServer, Reply
 from support.wait import until
 
 from loom.bus import task_client
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.task_client import TaskHandle
 from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import running_nodes, running_phases
@@ -225,14 +226,14 @@ async def test_a_secret_in_an_exception_is_found_nowhere(namespace: str, tmp_pat
                 Bus(server.url, namespace=namespace) as bus,
                 hosting(tmp_path, server.url, namespace, OPENAI_API_KEY=KEY, OPENAI_BASE_URL=model.base_url) as host,
             ):
-                await bus.listen(">", heard.append)
+                await bus.connection.subscribe_sync(">", heard.append)
                 ad = TaskAd(node_id="tells_a_secret", domain="x", description="x", timeout_s=20)
                 result = await (await task_client.publish(bus, ad, deltas=True)).result(WITHIN_S)
                 said = await loom(tmp_path, "tasks", "--json", NATS_URL=server.url, LOOM_NAMESPACE=namespace)
                 one = await loom(
                     tmp_path, "task", result.task_id, "--json", NATS_URL=server.url, LOOM_NAMESPACE=namespace
                 )
-                await bus.echo()
+                await bus.requests.flush()
                 ended = await host.end(signal.SIGTERM)
     finally:
         server.stop()

@@ -26,7 +26,7 @@ NO_VERSION = "has no wire version, not 1: finish its tasks with that version, th
 async def make_old(bus: Bus) -> str:
     """Create a stream as versions before wire versions did; returns its name."""
     old = next(iter(topology.streams(bus, CONFIG)))
-    await bus.api(f"STREAM.CREATE.{old['name']}", {**old, "metadata": {}})
+    await bus.jetstream.api(f"STREAM.CREATE.{old['name']}", {**old, "metadata": {}})
     return str(old["name"])
 
 

@@ -13,7 +13,8 @@ from support.phases import FakeHost
 from support.wait import until
 
 from loom.bus import task_client
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import records
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.auction import Bid
@@ -36,7 +37,7 @@ class Rewards:
         self.all: list[Reward] = []
 
     async def start(self, bus: Bus) -> None:
-        await bus.subscribe(bus.subjects.of("reward", "*", "*", "*", "*"), self._note)
+        await bus.connection.subscribe(bus.subjects.of("reward", "*", "*", "*", "*"), self._note)
 
     async def _note(self, msg: Msg) -> None:
         self.all.append(decode(msg.data, Reward))

@@ -24,7 +24,8 @@ from loom import (
     SkillNodeRegistry,
     delegate,
 )
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import records
 from loom.compat.planner import TaskPlanner
 from loom.runner.services import running_nodes, running_phases
@@ -166,7 +167,9 @@ async def test_all_parts_of_a_task_are_of_its_submitter_and_have_its_labels(
 
 async def client_status(bus: Bus, submitter: str, task_id: str) -> dict[str, str]:
     """Return the answer to a request for the status by name."""
-    answer: dict[str, str] = json.loads((await bus.request(bus.subjects.of("status", submitter, task_id))).data)
+    answer: dict[str, str] = json.loads(
+        (await bus.requests.request(bus.subjects.of("status", submitter, task_id))).data
+    )
     return answer
 
 

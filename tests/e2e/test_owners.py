@@ -13,7 +13,6 @@ from support.wait import until
 
 from loom import Runtime
 from loom.bus import task_client
-from loom.bus.natsio.kv import Bucket
 from loom.bus.rewards import RewardBus
 from loom.runner.services import running_nodes
 from loom.schemas.identity import Identity
@@ -54,7 +53,7 @@ async def _work(cluster: Cluster) -> None:
 
 
 async def _total(cluster: Cluster, key: str, total: int) -> bool:
-    entry = await Bucket(cluster.bus, "nodes", NodeProfile).get(key)
+    entry = await cluster.bus.bucket("nodes", NodeProfile).get(key)
     return entry is not None and entry.value.total_tasks == total
 
 
@@ -109,7 +108,7 @@ def test_a_node_with_a_new_name_takes_its_evidence_along_once(here: Cluster, loo
 
 
 async def _inherited(cluster: Cluster) -> bool:
-    entry = await Bucket(cluster.bus, "nodes", NodeProfile).get("beta.writer")
+    entry = await cluster.bus.bucket("nodes", NodeProfile).get("beta.writer")
     return entry is not None and [score.attempt_id for score in entry.value.domains["code"].scores] == [
         "inherit:acme.coder"
     ]

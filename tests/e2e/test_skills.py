@@ -17,7 +17,8 @@ from loom import (
     TaskAd,
     UserMessage,
 )
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
+from loom.bus.natsio.transport.message import Msg
 from loom.compat.planner import TaskPlanner
 from loom.schemas.auction import RetireRequest
 from loom.schemas.base import decode
@@ -41,8 +42,8 @@ async def lifecycle_of(bus: Bus) -> list[Lifecycle]:
     async def note(msg: Msg) -> None:
         news.append(decode(msg.data, Lifecycle))
 
-    await bus.subscribe(bus.subjects.of("lifecycle", "*", "*", "*", "*"), note)
-    await bus.echo()
+    await bus.connection.subscribe(bus.subjects.of("lifecycle", "*", "*", "*", "*"), note)
+    await bus.requests.flush()
     return news
 
 
@@ -65,7 +66,7 @@ async def test_a_task_that_nobody_bids_for_is_answered_by_the_skill_it_calls_for
         )
         assert spawned is not None
         order = RetireRequest(node_id=spawned.node_id, reason="its work is done")
-        await bus.request(bus.subjects.of("retire", "local", spawned.host_id), order, timeout_s=WITHIN_S)
+        await bus.requests.request(bus.subjects.of("retire", "local", spawned.host_id), order, timeout_s=WITHIN_S)
         kinds = {"spawned", "joined", "learned", "retired"}
         await until(lambda: kinds <= {one.kind for one in news}, within_s=WITHIN_S, what=f"it goes again: {news}")
     await provider.aclose()

@@ -131,11 +131,11 @@ async def test_a_server_that_is_killed_comes_back_with_its_port_and_store(tmp_pa
         for victim in ("server", "guard"):
             before = server.pid
             async with Bus(url) as bus:
-                await bus.api("STREAM.CREATE.S", {"name": "S", "subjects": ["s"], "storage": "file"})
+                await bus.jetstream.api("STREAM.CREATE.S", {"name": "S", "subjects": ["s"], "storage": "file"})
                 os.kill(before if victim == "server" else server._guard._process.pid, signal.SIGKILL)
                 await until(lambda: restarted(server, before), within_s=BACK_S, what="it is back")  # noqa: B023 - awaited here
                 assert server.url == url
-                assert (await bus.api("STREAM.INFO.S"))["config"]["subjects"] == ["s"]
+                assert (await bus.jetstream.api("STREAM.INFO.S"))["config"]["subjects"] == ["s"]
             await until(lambda: not alive(before), what="the old one is gone")  # noqa: B023 - awaited here
     finally:
         keeping.cancel()

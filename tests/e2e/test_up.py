@@ -31,7 +31,7 @@ async def up(folder: Path, *words: str, **env: str) -> AsyncIterator[tuple[Comma
 async def work_on(bus: Bus) -> None:
     """Have all tasks done and learned from."""
     coder = node("coder", echo, code=0.6)
-    async with running_nodes(bus.url, lambda: [coder]):
+    async with running_nodes(bus.connection.url, lambda: [coder]):
         handles = [await publish(bus, ad, deltas=False) for ad in ads()]
         assert [await handle.content() for handle in handles] == ["done: sort"] * TASKS
         await until(lambda: coder.capabilities.total_tasks == TASKS, what="all is learned")
@@ -96,7 +96,7 @@ async def test_a_server_for_other_machines_asks_for_the_token(tmp_path: Path) ->
             async with Bus(url):
                 pass
         async with Bus(url.replace("nats://", f"nats://{token}@")) as bus:
-            await bus.echo()
+            await bus.requests.flush()
         ended = await running.end(signal.SIGINT)
     assert ended.code == 0
     assert token not in ended.err + ended.out

@@ -13,7 +13,8 @@ from support.runs import event_subject
 from support.wait import until
 
 from loom.bus import task_client
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
+from loom.bus.natsio.transport.message import Msg
 from loom.schemas.events import TextDelta
 from loom.schemas.run import RunEvent, RunRequest, Stop, read_events
 from loom.schemas.task import TaskAd

@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
 from loom.bus.host_directory import AnnouncedHost, HostKey
+from loom.bus.natsio.transport.message import Msg
 from loom.phases.match.offers import HostOffer
 from loom.schemas.auction import AnnouncedNode, Bid, CallForBids, Offer
 from loom.schemas.base import decode
@@ -34,8 +35,10 @@ def offer(host_id: str, bids: Iterable[Bid] = (), **facts: Any) -> HostOffer:
 async def offer_to(bus: Bus, call: CallForBids, subject: str = "") -> Offer:
     """Publish a call for bids, on `subject` or to all hosts, and return the first offer that comes."""
     offers: list[Msg] = []
-    subscription = await bus.listen(bus.subjects.of("offer", "*", "*", *call.answer_to.split(".")), offers.append)
-    await bus.publish(subject or bus.subjects.of("auction", call.domain_token), call)
+    subscription = await bus.connection.subscribe_sync(
+        bus.subjects.of("offer", "*", "*", *call.answer_to.split(".")), offers.append
+    )
+    await bus.connection.publish(subject or bus.subjects.of("auction", call.domain_token), call)
     await until(lambda: offers, what="an offer")
-    await bus.unsubscribe(subscription)
+    bus.connection.unsubscribe(subscription)
     return decode(offers[0].data, Offer)

@@ -3,7 +3,8 @@
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
+from loom.bus.natsio.transport.message import Msg
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.task import TaskAd
@@ -34,7 +35,7 @@ class Heard:
 async def alive(bus: Bus) -> bool:
     """Whether the server answers."""
     try:
-        await bus.echo(timeout_s=0.5)
+        await bus.requests.flush(timeout_s=0.5)
     except (TimeoutError, BusUnavailable):
         return False
     return True

@@ -17,7 +17,8 @@ from typing import Any, Self
 import msgspec
 
 from loom.bus import topology
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
+from loom.bus.natsio.transport.message import Msg
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.envelope import PHASES
 from loom.schemas.errors import LoomError
@@ -75,7 +76,9 @@ class Client:
             "timeout_s": timeout_s,
             **ad,
         }
-        reply = await self._bus.request(self._bus.subjects.submit, msgspec.json.encode(body), timeout_s=ANSWER_S)
+        reply = await self._bus.requests.request(
+            self._bus.subjects.submit, msgspec.json.encode(body), timeout_s=ANSWER_S
+        )
         answer: dict[str, Any] = msgspec.json.decode(reply.data)
         return answer
 
@@ -111,9 +114,9 @@ class ForgedHost:
 
     async def __aenter__(self) -> Self:
         subjects = self._bus.subjects
-        await self._bus.subscribe(subjects.of("auction", "*"), self._on_call)
-        await self._bus.subscribe(subjects.of("run", "local", self._host_id), self._on_run)
-        self._beat = self._bus.spawn(self._announce(), name="announce")
+        await self._bus.connection.subscribe(subjects.of("auction", "*"), self._on_call)
+        await self._bus.connection.subscribe(subjects.of("run", "local", self._host_id), self._on_run)
+        self._beat = self._bus.tasks.spawn(self._announce(), name="announce")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -122,7 +125,9 @@ class ForgedHost:
     async def _announce(self) -> None:
         while True:
             body = {"nodes": [{"node_id": self._host_id, "slots": 4}]}
-            await self._bus.publish(self._bus.subjects.of("host", "local", self._host_id), msgspec.json.encode(body))
+            await self._bus.connection.publish(
+                self._bus.subjects.of("host", "local", self._host_id), msgspec.json.encode(body)
+            )
             await asyncio.sleep(1)
 
     async def _on_call(self, msg: Msg) -> None:
@@ -130,14 +135,14 @@ class ForgedHost:
         if self._tool in call.get("required_tools", ()):
             bid = {"node_id": self._host_id, "self_rating": 1.0, "tools": [self._tool]}
             subject = self._bus.subjects.of("offer", "local", self._host_id, *call["answer_to"].split("."))
-            await self._bus.publish(subject, msgspec.json.encode({"bids": [bid]}))
+            await self._bus.connection.publish(subject, msgspec.json.encode({"bids": [bid]}))
 
     async def _on_run(self, msg: Msg) -> None:
         self.runs += 1
         for n, kind in enumerate(("accepted", "started")):
-            await self._bus.publish(msg.reply, msgspec.json.encode({"seq": n, "kind": kind}))
+            await self._bus.connection.publish(msg.reply, msgspec.json.encode({"seq": n, "kind": kind}))
         last = b'{"seq": 2, "kind": "result", "result": {"content": "forged", %s}}' % self._result
-        await self._bus.publish(msg.reply, last)
+        await self._bus.connection.publish(msg.reply, last)
 
 
 def schema_bomb(doublings: int = 60) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from contextlib import AsyncExitStack
 from typing import Any, NamedTuple
 
 from loom.bus import topology
-from loom.bus.bus import Bus, Refused
+from loom.bus.bus import Bus
 from loom.bus.hops.delivery import Delivery, read_facts
 from loom.bus.hops.hop_loop import HopLoop, Service
 from loom.bus.hops.outcomes import Done, Outcome
+from loom.bus.natsio.server_errors import Refused
 from loom.bus.topology import SCALE_LANE, Lane
 from loom.schemas.base import decode
 from loom.schemas.envelope import Envelope
@@ -75,7 +76,7 @@ class Phases:
 async def put(bus: Bus, envelope: Envelope, phase: str = "scale") -> int:
     """Store a hop and return its sequence."""
     subject = bus.subjects.task(phase, envelope.priority, envelope.task_id)
-    return (await bus.store(subject, envelope, msg_id=f"{envelope.task_id}:{envelope.step}")).seq
+    return (await bus.jetstream.publish(subject, envelope, msg_id=f"{envelope.task_id}:{envelope.step}")).seq
 
 
 class Kept(NamedTuple):
@@ -94,7 +95,7 @@ class Kept(NamedTuple):
 async def last(bus: Bus, stream: str, subject: str) -> Kept | None:
     """The last message of a subject, which may hold wildcards."""
     try:
-        answer = await bus.api(f"STREAM.MSG.GET.{bus.subjects.stream(stream)}", {"last_by_subj": subject})
+        answer = await bus.jetstream.api(f"STREAM.MSG.GET.{bus.subjects.stream(stream)}", {"last_by_subj": subject})
     except Refused:
         return None
     message = answer["message"]
@@ -129,26 +130,26 @@ async def settled(bus: Bus, left: int = 0, stream: str = "TASKS") -> None:
 
 async def lane(bus: Bus, lane: Lane = SCALE_LANE) -> dict[str, Any]:
     """What the server says of a lane."""
-    return await bus.api(f"CONSUMER.INFO.{bus.subjects.stream(lane.stream)}.{lane.name}")
+    return await bus.jetstream.api(f"CONSUMER.INFO.{bus.subjects.stream(lane.stream)}.{lane.name}")
 
 
 async def deliver_in_vain(bus: Bus, times: int, lane: Lane = SCALE_LANE) -> None:
     """Have the lane's next message delivered so many times, and give it back each time."""
-    inbox, heard = bus.new_inbox(), Heard()
-    subscription = await bus.subscribe(inbox, heard)
+    inbox, heard = bus.requests.new_inbox(), Heard()
+    subscription = await bus.connection.subscribe(inbox, heard)
     subject = f"$JS.API.CONSUMER.MSG.NEXT.{bus.subjects.stream(lane.stream)}.{lane.name}"
     for n in range(times):
-        await bus.publish(subject, {"batch": 1, "expires": 5 * 10**9}, reply=inbox)
+        await bus.connection.publish(subject, {"batch": 1, "expires": 5 * 10**9}, reply=inbox)
         msg = (await heard.count(n + 1))[n]
         assert read_facts(msg.reply).delivered == n + 1
-        await bus.publish(msg.reply, b"-NAK")
-    await bus.unsubscribe(subscription)
+        await bus.connection.publish(msg.reply, b"-NAK")
+    bus.connection.unsubscribe(subscription)
 
 
 def record_answers(bus: Bus, lose: Callable[[bytes], bool] = lambda _: False) -> list[bytes]:
     """What this connection answers to deliveries from now on; what `lose` picks never gets to the server."""
     answers: list[bytes] = []
-    publish = bus.publish
+    publish = bus.connection.publish
 
     async def recorded(subject: str, message: Any = b"", **options: Any) -> None:
         if subject.startswith("$JS.ACK"):

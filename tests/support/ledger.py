@@ -18,8 +18,7 @@ from typing import Any
 
 from loom.bus import task_client, topology
 from loom.bus.bus import Bus
-from loom.bus.natsio.kv import Bucket
-from loom.bus.natsio.ordered_consumer import OrderedReader
+from loom.bus.natsio.ordered_consumer import OrderedConsumer
 from loom.bus.queries import records_stream
 from loom.bus.records import records
 from loom.bus.stored_rewards import reward_in
@@ -200,17 +199,19 @@ class Books:
 async def read_books(bus: Bus) -> Books:
     stream, subject = records_stream(bus)
     found = {}
-    for message in await _all(OrderedReader(bus, stream, filter=subject, deliver="last_per_subject")):
+    for message in await _all(OrderedConsumer(bus.jetstream, stream, filter=subject, deliver="last_per_subject")):
         record = decode(message.data, TaskRecord)
         found[record.task_id] = record
     stored = await _all(
-        OrderedReader(bus, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*", "*", "*"))
+        OrderedConsumer(
+            bus.jetstream, bus.subjects.stream("REWARDS"), filter=bus.subjects.of("reward", "*", "*", "*", "*")
+        )
     )
     usable = [(message.seq, reward_in(message, bus.subjects, bus.discards)) for message in stored]
     rewards = [(seq, reward) for seq, reward in usable if reward is not None]
     profiles = {}
     for name in {reward.node_key for _, reward in rewards}:
-        entry = await Bucket(bus, "nodes", NodeProfile).get(name)
+        entry = await bus.bucket("nodes", NodeProfile).get(name)
         if entry is not None:
             profiles[name] = entry.value
     return Books(
@@ -221,12 +222,12 @@ async def read_books(bus: Bus) -> Books:
         plans={
             task_id: plan.value
             for task_id, record in found.items()
-            if "plan" in record.envelope.ad.context and (plan := await Bucket(bus, "plans", SplitPlan).get(task_id))
+            if "plan" in record.envelope.ad.context and (plan := await bus.bucket("plans", SplitPlan).get(task_id))
         },
     )
 
 
-async def _all(reader: OrderedReader) -> list:
+async def _all(reader: OrderedConsumer) -> list:
     found: list = []
     try:
         while not reader.caught_up:

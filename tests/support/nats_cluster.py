@@ -142,7 +142,7 @@ async def leader(bus: Bus, stream: str, *, other_than: str = "", within_s: float
 
     async def asked() -> str:
         with suppress(LoomError):
-            info = await bus.api(f"STREAM.INFO.{stream}", timeout_s=2)
+            info = await bus.jetstream.api(f"STREAM.INFO.{stream}", timeout_s=2)
             name = str((info.get("cluster") or {}).get("leader", ""))
             return "" if name == other_than else name
         return ""

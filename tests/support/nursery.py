@@ -45,20 +45,20 @@ class Place:
 
     async def spawn(self, domain_token: str = "code", tools: tuple[str, ...] = (), text: str = "") -> SpawnReply:
         wanted = SpawnRequest(domain_token=domain_token, required_tools=tools, description=text, reason="saturated")
-        answer = await self.stage.bus.request(self.stage.bus.subjects.spawn, wanted, timeout_s=WITHIN_S)
+        answer = await self.stage.bus.requests.request(self.stage.bus.subjects.spawn, wanted, timeout_s=WITHIN_S)
         return decode(answer.data, SpawnReply)
 
     async def retire(self, node_id: str, **facts: Any) -> RetireReply:
         order = RetireRequest(node_id=node_id, reason="a test", **facts)
         subject = self.stage.bus.subjects.of("retire", "local", self.host.host_id)
-        return decode((await self.stage.bus.request(subject, order, timeout_s=WITHIN_S)).data, RetireReply)
+        return decode((await self.stage.bus.requests.request(subject, order, timeout_s=WITHIN_S)).data, RetireReply)
 
     async def run(self, node_id: str) -> list[RunEvent]:
         """Have the node work; return its events, which go on coming."""
         events: list[RunEvent] = []
         reply = await event_subject(self.stage.bus, self.host.host_id, lambda msg: events.extend(read_events(msg.data)))
         request = RunRequest(task_id=new_id(), attempt=1, node_id=node_id, description="do it", remaining_s=60)
-        await self.stage.bus.publish(
+        await self.stage.bus.connection.publish(
             self.stage.bus.subjects.of("run", "local", self.host.host_id), request, reply=reply
         )
         await until(lambda: events, within_s=WITHIN_S, what="the host answers")

@@ -12,8 +12,9 @@ from msgspec.structs import replace
 from loom.agents.host.node_host import NodeHost
 from loom.agents.host.slots import Node
 from loom.bus import topology
-from loom.bus.bus import Bus, Msg
-from loom.bus.natsio.pull_consumer import Pull
+from loom.bus.bus import Bus
+from loom.bus.natsio.pull_consumer import PullConsumer
+from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import records
 from loom.bus.subjects import Parsed
 from loom.bus.topology import Lane
@@ -73,8 +74,8 @@ class Stage:
         await self._stack.enter_async_context(self.bus)
         self._stack.push_async_callback(self._clear)
         await self._lay_out()
-        await self.bus.subscribe(self.bus.subjects.everything, self._hear)
-        await self.bus.echo()  # others speak on connections of their own, which the server may read first
+        await self.bus.connection.subscribe(self.bus.subjects.everything, self._hear)
+        await self.bus.requests.flush()  # others speak on connections of their own, which the server may read first
         return self
 
     async def __aexit__(
@@ -86,7 +87,7 @@ class Stage:
         """Make the topology at once and in memory: what `topology.apply` does, five times faster."""
         streams = topology.streams(self.bus, ClusterConfig())
         await asyncio.gather(
-            *(self.bus.api(f"STREAM.CREATE.{one['name']}", {**one, "storage": "memory"}) for one in streams)
+            *(self.bus.jetstream.api(f"STREAM.CREATE.{one['name']}", {**one, "storage": "memory"}) for one in streams)
         )
         await asyncio.gather(*(topology.ensure_consumer(self.bus, lane) for lane in topology.LANES))
         await self.bus.sync_clock()
@@ -94,7 +95,7 @@ class Stage:
     async def _clear(self) -> None:
         """Leave no streams behind: the server is shared by the whole session."""
         streams = topology.streams(self.bus, ClusterConfig())
-        await asyncio.gather(*(self.bus.api(f"STREAM.DELETE.{one['name']}") for one in streams))
+        await asyncio.gather(*(self.bus.jetstream.api(f"STREAM.DELETE.{one['name']}") for one in streams))
 
     async def _hear(self, msg: Msg) -> None:
         parsed = self.bus.subjects.parse(msg.subject)
@@ -140,15 +141,17 @@ class Stage:
     async def put(self, phase: Phase, envelope: Envelope) -> None:
         """Store an envelope on a phase's subject."""
         subject = self.bus.subjects.task(phase, envelope.priority, envelope.task_id)
-        await self.bus.store(subject, envelope, msg_id=new_id())
+        await self.bus.jetstream.publish(subject, envelope, msg_id=new_id())
 
     async def notify(self, notice: SubtaskEnded | ParentEnded) -> None:
         """Store a notice for SCALE."""
-        await self.bus.store(self.bus.subjects.task("scale", "normal", notice.task_id), notice, msg_id=new_id())
+        await self.bus.jetstream.publish(
+            self.bus.subjects.task("scale", "normal", notice.task_id), notice, msg_id=new_id()
+        )
 
     async def record(self, envelope: Envelope, **facts: Any) -> TaskRecord:
         """Store the record of an admitted task."""
-        now = self.bus.now()
+        now = self.bus.clock.now()
         wanted: dict[str, Any] = {"state": "running", "admitted_at": now, **facts}
         record = TaskRecord(task_id=envelope.task_id, envelope=envelope, **wanted)
         await records(self.bus).create(envelope.task_id, record)
@@ -205,13 +208,13 @@ class Stage:
         config = {**topology.consumer(self.bus, lane), "ack_wait": int(ack_wait_s * 1e9)}
         stream = self.bus.subjects.stream(lane.stream)
         call = f"CONSUMER.CREATE.{stream}.{lane.name}.{config['filter_subject']}"
-        await self.bus.api(call, {"stream_name": stream, "config": config})
+        await self.bus.jetstream.api(call, {"stream_name": stream, "config": config})
 
     async def reject(self, lane: Lane, times: int) -> None:
         """Take the lane's next message and give it back, so often."""
         taken: list[Msg] = []
-        pull = Pull(
-            self.bus,
+        pull = PullConsumer(
+            self.bus.jetstream,
             self.bus.subjects.stream(lane.stream),
             lane.name,
             window=lambda: int(len(taken) < times),
@@ -220,7 +223,7 @@ class Stage:
         await pull.start()
         for count in range(1, times + 1):
             await until(lambda count=count: len(taken) >= count, what=f"delivery {count}")  # type: ignore[misc]
-            await self.bus.publish(taken[-1].reply, b"-NAK")
+            await self.bus.connection.publish(taken[-1].reply, b"-NAK")
             pull.top_up()
         await pull.stop()
 
@@ -232,9 +235,9 @@ class Stage:
             if msg.reply.startswith("_LOOM.sense."):
                 asked.append(msg)
 
-        info = await self.bus.subscribe(f"$JS.API.STREAM.INFO.{self.bus.subjects.stream('TASKS')}", count)
+        info = await self.bus.connection.subscribe(f"$JS.API.STREAM.INFO.{self.bus.subjects.stream('TASKS')}", count)
         await until(lambda: len(asked) >= 3, what="the gate has measured")
-        await self.bus.unsubscribe(info)
+        self.bus.connection.unsubscribe(info)
 
     def tape(self) -> list[str]:
         """Return the subjects heard, oldest first, for a failure's message."""
@@ -249,12 +252,12 @@ class Replica:
 
     async def close(self) -> None:
         """Stop in order."""
-        if not self.bus.lost.is_set():
+        if not self.bus.tasks.lost.is_set():
             await self.service.drain(0)
 
     def die(self) -> None:
         """Stop as a killed process does: nothing is given back, nothing more is said."""
-        self.bus.lost.set()
+        self.bus.tasks.lost.set()
         self.bus.abort()
 
 
@@ -278,12 +281,12 @@ class FakeHost:
     async def start(self) -> Self:
         """Listen, then say that it is there."""
         subjects = self.bus.subjects
-        await self.bus.subscribe(subjects.of("auction", "*"), self._on_call)
-        await self.bus.subscribe(subjects.of("run", self.owner, self.host_id), self._on_run)
-        await self.bus.subscribe(subjects.of("stop", self.owner, self.host_id), self._on_stop)
-        await self.bus.subscribe(subjects.hosts, self._on_hosts)
+        await self.bus.connection.subscribe(subjects.of("auction", "*"), self._on_call)
+        await self.bus.connection.subscribe(subjects.of("run", self.owner, self.host_id), self._on_run)
+        await self.bus.connection.subscribe(subjects.of("stop", self.owner, self.host_id), self._on_stop)
+        await self.bus.connection.subscribe(subjects.hosts, self._on_hosts)
         await self.announce()
-        await self.bus.echo()
+        await self.bus.requests.flush()
         return self
 
     async def announce(self, **facts: Any) -> None:
@@ -291,7 +294,7 @@ class FakeHost:
         self.seq += 1
         nodes = self.nodes or tuple(AnnouncedNode(node_id=node) for node in self.node_ids)
         said = HostAnnouncement(**{"seq": self.seq, "nodes": nodes, **facts})
-        await self.bus.publish(self.bus.subjects.of("host", self.owner, self.host_id), said)
+        await self.bus.connection.publish(self.bus.subjects.of("host", self.owner, self.host_id), said)
 
     def bids(self, *bids: Bid) -> Offer:
         """Return an offer of these bids, or of one plain bid per node."""
@@ -314,7 +317,7 @@ class FakeHost:
     async def answer(self, call: CallForBids, offer: Offer | bytes) -> None:
         """Publish an offer to a call."""
         subject = self.bus.subjects.of("offer", self.owner, self.host_id, *call.answer_to.split("."))
-        await self.bus.publish(subject, offer)
+        await self.bus.connection.publish(subject, offer)
 
     async def _on_stop(self, msg: Msg) -> None:
         self.stops.append(decode(msg.data, Stop))
@@ -323,7 +326,7 @@ class FakeHost:
         run = FakeRun(self.bus, decode(msg.data, RunRequest), msg.reply)
         self.runs.append(run)
         if self.run is not None:
-            self.bus.spawn(self.run(run), name="fake run")
+            self.bus.tasks.spawn(self.run(run), name="fake run")
 
 
 class FakeRun:
@@ -335,7 +338,7 @@ class FakeRun:
 
     async def say(self, kind: RunKind, **facts: Any) -> None:
         """Send the next event."""
-        await self.bus.publish(self.subject, RunEvent(seq=self.seq, kind=kind, **facts))
+        await self.bus.connection.publish(self.subject, RunEvent(seq=self.seq, kind=kind, **facts))
         self.seq += 1
 
     async def succeed(self, content: str = "done", **facts: Any) -> None:
@@ -380,11 +383,11 @@ class Asker:
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
         self.answers: list[Msg] = []
-        self.inbox = bus.open_inbox(self.answers.append)
+        self.inbox = bus.requests.open_inbox(self.answers.append)
 
     async def ask(self, subject: str, body: Any = b"") -> None:
         """Publish a request."""
-        await self.bus.publish(subject, body if isinstance(body, bytes) else encode(body), reply=self.inbox)
+        await self.bus.connection.publish(subject, body if isinstance(body, bytes) else encode(body), reply=self.inbox)
 
     async def answer(self, shape: type[T], *, count: int = 1) -> T:
         """Wait for the `count`-th answer and decode it."""

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from loom.agents.host.node_host import NodeHost
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
 from loom.bus.host_directory import HostKey
+from loom.bus.natsio.transport.message import Msg
 from loom.phases.execute.run_inbox import EventSubjects
 from loom.phases.execute.run_stream import Hosts, Interrupt, Watch
 from loom.phases.execute.stops import Stops
@@ -18,13 +19,13 @@ from support.wait import until
 async def event_subject(bus: Bus, host_id: str, take: Callable[[Msg], None] = lambda _: None) -> str:
     """Return a new subject for the events of a run; they are handed to `take`."""
     subject = bus.subjects.of("event", "local", host_id, bus.instance, new_id())
-    await bus.listen(subject, take)
+    await bus.connection.subscribe_sync(subject, take)
     return subject
 
 
 async def stop_run(bus: Bus, host: NodeHost, task_id: str = "t1", attempt: int = 1) -> None:
     """Stop a run, as EXECUTE does."""
-    await bus.publish(bus.subjects.of("stop", "local", host.host_id), Stop(task_id=task_id, attempt=attempt))
+    await bus.connection.publish(bus.subjects.of("stop", "local", host.host_id), Stop(task_id=task_id, attempt=attempt))
 
 
 async def hosts_of(bus: Bus) -> Hosts:
@@ -60,7 +61,9 @@ class Watcher:
     async def send(self, host: NodeHost, request: RunRequest | bytes) -> None:
         """Publish a request whose reply subject is one of this watcher's own."""
         self.subject = self.subject or await event_subject(self.bus, host.host_id, self._take)
-        await self.bus.publish(self.bus.subjects.of("run", "local", host.host_id), request, reply=self.subject)
+        await self.bus.connection.publish(
+            self.bus.subjects.of("run", "local", host.host_id), request, reply=self.subject
+        )
 
     def kinds(self) -> list[str]:
         """The kinds heard, heartbeats left out."""

@@ -2,7 +2,6 @@
 
 from loom import TaskAd
 from loom.bus.bus import Bus
-from loom.bus.natsio.kv import Bucket
 from loom.bus.queries import recent_records
 from loom.schemas.learning import NodeProfile
 
@@ -14,7 +13,7 @@ def ads(count: int = TASKS) -> list[TaskAd]:
 
 
 async def learned(bus: Bus) -> int:
-    entry = await Bucket(bus, "nodes", NodeProfile).get("local.coder")
+    entry = await bus.bucket("nodes", NodeProfile).get("local.coder")
     return entry.value.total_tasks if entry is not None else 0
 
 

@@ -150,7 +150,7 @@ async def test_work_ends_with_the_connection_it_needs() -> None:
     waiting = asyncio.ensure_future(unless_lost(bus, endless()))
     serving = asyncio.ensure_future(until_lost(bus))
     await asyncio.sleep(0)
-    bus.lost.set()
+    bus.tasks.lost.set()
 
     with pytest.raises(BusUnavailable, match="closed for good"):
         await waiting

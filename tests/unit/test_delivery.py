@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from nats.aio.msg import Msg
 
 from loom.bus.hops.delivery import DEAD_AFTER, SUSPECT_AFTER, Delivery, Facts, Slots, place, read_facts, stamp
-from loom.bus.hops.isolation import Gate
+from loom.bus.hops.isolation import SharedExclusiveLock
 
 OLD = "$JS.ACK.LOOM_TASKS.match_low.{delivered}.{stream}.{consumer}.{at}.{pending}"
 NEW = "$JS.ACK.hub.acchash.LOOM_TASKS.match_low.{delivered}.{stream}.{consumer}.{at}.{pending}"
@@ -29,7 +29,7 @@ def test_facts_are_read_from_every_form_of_the_reply(
 
 def _delivery(times: int) -> Delivery:
     reply = OLD.format(delivered=times, stream=7, consumer=9, at=1, pending=0)
-    return Delivery(Msg(_client=None, subject="loom.task.match.low.t1", reply=reply), Slots(4), Gate())  # type: ignore[arg-type]
+    return Delivery(Msg(_client=None, subject="loom.task.match.low.t1", reply=reply), Slots(4), SharedExclusiveLock())  # type: ignore[arg-type]
 
 
 def test_a_message_is_suspect_after_three_deliveries_and_dead_after_ten() -> None:

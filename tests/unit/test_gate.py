@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.wait import until
 
-from loom.bus.hops.isolation import Gate
+from loom.bus.hops.isolation import SharedExclusiveLock
 
 
 class Visitors:
     """Tasks that enter a gate and stay until told."""
 
     def __init__(self) -> None:
-        self.gate = Gate()
+        self.gate = SharedExclusiveLock()
         self.inside: list[str] = []
         self.entered: list[str] = []
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -116,7 +116,7 @@ async def test_suspects_go_in_order_of_arrival() -> None:
 
 
 async def test_a_suspect_that_comes_as_the_gate_falls_free_does_not_jump_the_queue() -> None:
-    gate = Gate()
+    gate = SharedExclusiveLock()
     order: list[str] = []
 
     async def enter(name: str) -> None:
@@ -162,7 +162,7 @@ async def test_who_gives_up_waiting_leaves_the_gate_usable() -> None:
 
 
 async def test_a_turn_that_comes_together_with_the_cancellation_is_passed_on() -> None:
-    gate = Gate()
+    gate = SharedExclusiveLock()
     await gate.enter(alone=True)
     waiting = asyncio.create_task(gate.enter(alone=True))
     behind = asyncio.create_task(gate.enter(alone=False))

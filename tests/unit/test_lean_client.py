@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nats.errors import BadSubjectError, ProtocolError
 
-from loom.bus.natsio.transport.fast_client import LeanClient, LeanParser
+from loom.bus.natsio.transport.fast_client import FastClient, FastParser
 from loom.bus.natsio.transport.message import Msg, format_headers, parse_headers
 
 TOKEN = st.text("abcXYZ09_-", min_size=1, max_size=12)
@@ -16,7 +16,7 @@ MESSAGE = st.tuples(st.integers(1, 9), TOKEN, st.one_of(st.just(""), TOKEN), st.
 Seen = tuple[int, str, str, bytes, dict[str, str]]
 
 
-class Heard(LeanClient):
+class Heard(FastClient):
     """A client that keeps what is delivered, and never had a connection."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ def line(message: Seen) -> bytes:
 async def test_messages_are_read_alike_however_they_are_cut(messages: list[Seen], cuts: list[int]) -> None:
     stream = b"+OK\r\n".join(line(message) for message in messages)
     client = Heard()
-    parser = LeanParser(client)
+    parser = FastParser(client)
     edges = [0, *sorted(cut % (len(stream) + 1) for cut in cuts), len(stream)]
     for start, end in pairwise(edges):
         await parser.parse(stream[start:end])
@@ -51,7 +51,7 @@ async def test_messages_are_read_alike_however_they_are_cut(messages: list[Seen]
 
 async def test_what_was_left_of_a_lost_connection_is_forgotten() -> None:
     client = Heard()
-    parser = LeanParser(client)
+    parser = FastParser(client)
     await parser.parse(b"MSG a 1 5\r\nhal")
     parser.reset()
     await parser.parse(line((1, "b", "", b"whole", {})))
@@ -61,15 +61,15 @@ async def test_what_was_left_of_a_lost_connection_is_forgotten() -> None:
 @pytest.mark.parametrize("rubbish", [b"HELLO there\r\n", b"x" * 5000])
 async def test_what_no_server_says_ends_the_reading(rubbish: bytes) -> None:
     with pytest.raises(ProtocolError):
-        await LeanParser(Heard()).parse(rubbish)
+        await FastParser(Heard()).parse(rubbish)
 
 
 @pytest.mark.parametrize("subject", ["", "a b", "a\r\nPUB x 0\r\n", "a\tb", "a\0"])
 def test_a_subject_that_would_break_the_protocol_is_refused(subject: str) -> None:
     with pytest.raises(BadSubjectError):
-        LeanClient().send(subject, "", b"x", b"")
+        FastClient().send(subject, "", b"x", b"")
     with pytest.raises(BadSubjectError):
-        LeanClient().send("fine", subject or " ", b"x", b"")
+        FastClient().send("fine", subject or " ", b"x", b"")
 
 
 @given(HEADERS)

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loom.bus.bus import _read_ack
 from loom.bus.dead_letters.write import letter_facts
 from loom.bus.host_directory import AnnouncedHost, HostKey
 from loom.bus.logs.discards import Discards
 from loom.bus.natsio.ordered_consumer import Stored
+from loom.bus.natsio.publishing import _read_ack
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.stored_rewards import reward_in
 from loom.bus.subjects import Subjects

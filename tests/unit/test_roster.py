@@ -12,9 +12,10 @@ from support.auctions import key, nodes, offer
 from support.logs import capture_logs
 from support.values import messages
 
-from loom.bus.bus import Bus, Msg
+from loom.bus.bus import Bus
 from loom.bus.host_directory import HEARD_S
 from loom.bus.natsio.kv import Entry
+from loom.bus.natsio.transport.message import Msg
 from loom.phases.match.directory import Roster
 from loom.phases.match.offers import ReadOffer
 from loom.phases.match.partial_decoding import ReadProfile

@@ -27,13 +27,13 @@ CLOGGED_BYTES = 2 * 2**20
 """Unsent bytes beyond which whoever publishes waits for the socket."""
 MAX_LINE = 4096
 
-Take = Callable[[Msg], None]
+SyncHandler = Callable[[Msg], None]
 
 
-class LeanParser(Parser):
+class FastParser(Parser):
     """Reads messages in place; every other line of the protocol is nats-py's parser's."""
 
-    def __init__(self, nc: "LeanClient") -> None:
+    def __init__(self, nc: "FastClient") -> None:
         super().__init__(nc)
         self._deliver = nc.deliver
         self._rest = b""
@@ -83,8 +83,8 @@ _PLAIN = ord("M")
 _breaks = re.compile(r"[\s\x00]").search
 
 
-class LeanClient(HandshakeClient):
-    """A client whose messages take the short way."""
+class FastClient(HandshakeClient):
+    """A client of nats-py with a faster path for messages, received and sent."""
 
     def __init__(
         self,
@@ -93,18 +93,18 @@ class LeanClient(HandshakeClient):
         failures: dict[str, Exception] | None = None,
     ) -> None:
         super().__init__(addresses, resolver, failures)
-        self._ps = LeanParser(self)
-        self._takers: dict[int, Take] = {}
+        self._ps = FastParser(self)
+        self._handlers: dict[int, SyncHandler] = {}
         self._writing = False
         self.clogged = False
         """Whether the socket takes less than is sent: `unclog` waits."""
 
     # -- what comes in
 
-    async def listen(self, subject: str, take: Take, *, queue: str = "") -> Subscription:
-        """Subscribe; every message is handed to `take` as it is read, in order. It must be quick, and not block."""
+    async def listen(self, subject: str, handler: SyncHandler, *, queue: str = "") -> Subscription:
+        """Call `handler` with every message as it is read, in order: it must be quick, and not block."""
         subscription = await self.subscribe(subject, queue=queue)
-        self._takers[subscription._id] = take
+        self._handlers[subscription._id] = handler
         return subscription
 
     def end_subscription(self, subscription: Subscription) -> None:
@@ -127,10 +127,10 @@ class LeanClient(HandshakeClient):
         if subscription is None:
             return  # unsubscribed meanwhile
         msg = Msg(subject.decode(errors="replace"), reply.decode(errors="replace"), data, headers)
-        take = self._takers.get(sid)
-        if take is not None:
+        handler = self._handlers.get(sid)
+        if handler is not None:
             try:
-                take(msg)
+                handler(msg)
             except Exception as error:  # noqa: BLE001 - an escaping one would end the read loop
                 log.error("handler_failed", subject=msg.subject, **describe(error))
             return
@@ -147,7 +147,7 @@ class LeanClient(HandshakeClient):
 
     def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
         super()._remove_sub(sid, max_msgs)
-        self._takers.pop(sid, None)
+        self._handlers.pop(sid, None)
 
     # -- what goes out
 

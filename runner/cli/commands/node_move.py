@@ -7,7 +7,6 @@ import typer
 
 from loom.bus.bus import Bus
 from loom.bus.hops.duplicates import store_once
-from loom.bus.natsio.kv import Bucket
 from loom.phases.adapt.retirement_policy import bequest
 from loom.phases.adapt.reward_weights import attempt_id
 from loom.runner.cli.common import looking
@@ -56,7 +55,7 @@ def _node(text: str, hint: str) -> _Node:
 
 async def _move(settings: Settings, before: _Node, after: _Node) -> None:
     async with looking(settings) as bus:
-        profiles = Bucket(bus, "nodes", NodeProfile)
+        profiles = bus.bucket("nodes", NodeProfile)
         stored, heir = await profiles.get(node_key(*before)), await profiles.get(node_key(*after))
         rewards = list(bequest(stored.value, *after, why=f"is now {after}")) if stored is not None else []
         if stored is None or not rewards:

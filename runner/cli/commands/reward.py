@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loom.bus.bus import Bus
-from loom.bus.natsio.ordered_consumer import OrderedReader, Stored
+from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
 from loom.bus.queries import find, newest
 from loom.bus.rewards import RewardBus, judgement
 from loom.bus.stored_rewards import fault_of
@@ -95,7 +95,7 @@ async def _rewards(
 
 
 async def _follow(bus: Bus, screen: Console, stream: str, subject: str, start_seq: int, *, as_json: bool) -> None:
-    reader = OrderedReader(bus, stream, filter=subject, start_seq=start_seq)
+    reader = OrderedConsumer(bus.jetstream, stream, filter=subject, start_seq=start_seq)
     try:
         while True:
             for message in filter(_is_reward, await reader.batch()):

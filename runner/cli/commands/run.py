@@ -111,7 +111,7 @@ async def _work_through(
         await unless_lost(bus, _do_all(bus, board, progress, done, at_once))
         return
     async with Tap(bus, FAMILIES) as tap:
-        following = bus.spawn(_follow(tap, board, progress), name="progress")
+        following = bus.tasks.spawn(_follow(tap, board, progress), name="progress")
         try:
             await unless_lost(bus, _do_all(bus, board, progress, done, at_once))
         finally:

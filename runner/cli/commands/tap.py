@@ -54,7 +54,7 @@ async def _tap(settings: Settings, sieve: Sieve, ago_s: float, *, as_json: bool)
         ) as bus,
         Tap(bus, room=ROOM) as messages,
     ):
-        typer.echo(f"listening on {bus.address}, namespace {settings.loom_namespace}", err=True)
+        typer.echo(f"listening on {bus.connection.address}, namespace {settings.loom_namespace}", err=True)
         spout = Spout()
         told: set[str] = set()
         if ago_s:
@@ -91,7 +91,7 @@ async def past(bus: Bus, sieve: Sieve, ago_s: float) -> list[Seen]:
         BusUnavailable: No phase has ever run here.
     """
     await check_has_run(bus)
-    at = bus.now() - ago_s
+    at = bus.clock.now() - ago_s
     wanted = 0
     results, rewards = deque[Seen](maxlen=ROOM), deque[Seen](maxlen=ROOM)
     async for record in ended_since(bus, at):

@@ -52,7 +52,7 @@ async def _task(settings: Settings, task_id: str, *, as_json: bool) -> None:
             print_json(_with_plan(found.record, division))
             return
         rewards, complete = await _rewards(bus, found.record)
-        _show(screen, found, division, rewards, bus.now())
+        _show(screen, found, division, rewards, bus.clock.now())
         if not complete:
             screen.print(f"Rewards: looked for {REWARDS_S:.0f} s; later ones may be missing.")
 

@@ -164,7 +164,7 @@ async def _up(settings: Settings, server: Server, programs: list[Program] | None
 
 async def _in_here(url: str, settings: Settings, welcome: Callable[[str], str]) -> None:
     async with _phases_on(url, PHASES, settings, init=True) as bus:
-        _announce(welcome(bus.address))
+        _announce(welcome(bus.connection.address))
         await until_lost(bus)
 
 
@@ -186,7 +186,7 @@ async def _in_processes(url: str, settings: Settings, programs: list[Program], w
         )
         async with supervisor:
             await _all_present(bus, Counter(name.partition("-")[0] for name in names))
-            _announce(welcome(bus.address))
+            _announce(welcome(bus.connection.address))
             await until_lost(bus)
 
 
@@ -240,7 +240,7 @@ def _counts(replicas: list[str]) -> dict[Phase, int]:
 
 async def _phase(settings: Settings, names: tuple[Phase, ...]) -> None:
     async with _phases_on(settings.nats_url or DEFAULT_URL, names, settings, init=False) as bus:
-        _announce(f"{', '.join(names)} on {bus.address}")
+        _announce(f"{', '.join(names)} on {bus.connection.address}")
         await until_lost(bus)
 
 
@@ -278,7 +278,7 @@ async def _node(
     )
     async with entered(loaded.lifespan, loaded.path), hosted as host:
         hosts.append(host)
-        _announce(f"{', '.join(node.id for node in loaded.nodes)} on {host.bus.address}")
+        _announce(f"{', '.join(node.id for node in loaded.nodes)} on {host.bus.connection.address}")
         await until_lost(host.bus)
 
 

@@ -9,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from loom.bus.bus import Bus
-from loom.bus.natsio.kv import Bucket
 from loom.bus.queries import Found, find
 from loom.phases.shared.token_usage import tokens_of
 from loom.runner.cli.common import add_row, span
@@ -70,7 +69,7 @@ class Division:
 
 async def read_division(bus: Bus, record: TaskRecord) -> Division:
     """Return what a task was divided into; of very much, the first levels."""
-    bucket = Bucket(bus, "plans", SplitPlan)
+    bucket = bus.bucket("plans", SplitPlan)
     plans: dict[str, SplitPlan] = {}
     found: dict[str, Found] = {record.task_id: Found(record, "")}
     level = [record.task_id]

@@ -1,0 +1,72 @@
+"""The tasks that run beside a connection, and what becomes of the process when an essential one fails."""
+
+import asyncio
+from typing import Any
+
+from loom.bus.logs.log_fields import describe, summary
+from loom.bus.logs.logger import get_logger
+from loom.schemas.errors import LoomError
+
+log = get_logger()
+
+END_S = 5.0
+"""Seconds that cancelled tasks have to end."""
+
+
+class ServiceFailed(LoomError):
+    """A task without which the process is of no use has ended with an exception."""
+
+    code = "service_failed"
+
+
+class BackgroundTasks:
+    """Starts tasks, keeps references to them, and ends them together."""
+
+    def __init__(self) -> None:
+        self.lost = asyncio.Event()
+        """Set when the connection is closed for good or an essential task has failed: the process should end."""
+        self.failure = ""
+        """The essential task that failed first, and its error."""
+        self.ending = False
+        """Whether the tasks are ended on purpose: a failure then does not set `lost`."""
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._essential: set[asyncio.Task[Any]] = set()
+
+    def spawn(self, work: Any, *, name: str, essential: bool = False) -> asyncio.Task[Any]:
+        """Run a coroutine until it ends or the connection closes, which cancels it.
+
+        Args:
+            essential: Whether the process is of no use without it: an exception that ends it sets `lost`.
+        """
+        task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        if essential:
+            self._essential.add(task)
+        task.add_done_callback(self._on_done)
+        return task
+
+    def running(self) -> list[asyncio.Task[Any]]:
+        """Return the tasks that have not ended."""
+        return [task for task in self._tasks if not task.done()]
+
+    async def end(self) -> None:
+        """Cancel all tasks but the current one, and wait for at most five seconds until they have ended."""
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            _, left = await asyncio.wait(tasks, timeout=END_S)  # an agent's code may ignore its cancellation
+            for task in left:
+                log.warning("task_left_behind", task=task.get_name())
+
+    def _on_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        essential = task in self._essential
+        self._essential.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        log.error("essential_task_failed" if essential else "bus_task_failed", task=task.get_name(), **describe(error))
+        if essential and not self.ending:
+            self.failure = self.failure or f"{task.get_name()}: {summary(error)}"
+            self.lost.set()

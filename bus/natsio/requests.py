@@ -1,0 +1,165 @@
+"""Requests and their replies, over one inbox subscription for all of them.
+
+Replies of every kind arrive on one subscription and are distinguished by the last token of their subject, so that a
+request costs no subscription of its own.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+import nats.errors
+from nats.aio.subscription import Subscription
+
+from loom.bus.logs.logger import get_logger
+from loom.bus.natsio.connection import Connection
+from loom.bus.natsio.one_shot import OneShot
+from loom.bus.natsio.transport.message import Msg
+from loom.schemas.errors import LoomError
+
+log = get_logger()
+
+SETTLED_S = 4.0
+"""Age from which a connection may be given up: a new one first gets time to work."""
+DRAIN_S = 2.0
+"""Seconds that the messages of an ended subscription have to reach its handler."""
+
+
+class NoResponders(LoomError):
+    """A subject has no subscriber. A shortcut only: any tap makes it disappear."""
+
+    code = "bus_unavailable"
+
+
+class Requests:
+    """Sends requests over a connection and waits for the replies."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._prefix = connection.inbox
+        self._sinks: dict[str, Callable[[Msg], None]] = {}
+        self._next_token = 0
+        self._leaving = False
+
+    async def start(self) -> None:
+        """Subscribe to the replies; needed once for each `connect`."""
+        await self.connection.subscribe_sync(f"{self._prefix}.*", self._on_reply)
+
+    # -- inboxes
+
+    def new_inbox(self) -> str:
+        """Return a new subject for a subscription of the caller's own, outside the shared reply inbox."""
+        return f"{self._prefix}.own.{uuid4().hex[:8]}"
+
+    @property
+    def no_inbox(self) -> str:
+        """A reply subject for requests whose reply is of no use: replies to it are dropped."""
+        return f"{self._prefix}.0"
+
+    def open_inbox(self, sink: Callable[[Msg], None]) -> str:
+        """Return a reply subject whose messages go to `sink` until `close_inbox`.
+
+        Raises:
+            WrongEventLoop: The connection is open in another event loop.
+        """
+        self.connection.check_loop()
+        self._next_token += 1
+        reply = f"{self._prefix}.{self._next_token}"
+        self._sinks[reply] = sink
+        return reply
+
+    def close_inbox(self, reply: str) -> None:
+        """Drop further messages to a reply subject."""
+        self._sinks.pop(reply, None)
+
+    def _on_reply(self, msg: Msg) -> None:
+        sink = self._sinks.get(msg.subject)
+        if sink is not None:  # else too late
+            sink(msg)
+
+    # -- requests
+
+    async def request(
+        self, subject: str, message: Any = b"", *, timeout_s: float = 2.0, again_s: float | None = None
+    ) -> Msg:
+        """Return the first reply.
+
+        Args:
+            again_s: Seconds of silence after which the request is sent again: only for one that may arrive twice.
+
+        Raises:
+            TimeoutError: No reply in time.
+            NoResponders: The subject has no subscriber.
+        """
+        give_up = time.monotonic() + timeout_s
+        answer: OneShot[Msg] = OneShot()
+        reply = self.open_inbox(answer.set)
+        try:
+            await self.connection.publish(subject, message, reply=reply)
+            if self.connection.is_unread:
+                raise TimeoutError(f"no answer on {subject} can be read: the event loop ends")
+            while (msg := await answer.wait(min(give_up - time.monotonic(), again_s or timeout_s))) is None:
+                if time.monotonic() >= give_up:
+                    raise TimeoutError(f"no answer on {subject} in {timeout_s:g} s")
+                if self.connection.is_connected:  # else it waits in the buffer already
+                    await self.connection.publish(subject, message, reply=reply)
+        finally:
+            self.close_inbox(reply)
+        if msg.status == "503":
+            raise NoResponders(f"{subject} has no subscriber")
+        return msg
+
+    async def flush(self, *, timeout_s: float = 2.0) -> None:
+        """Return once the server has processed all that was sent before.
+
+        Raises:
+            TimeoutError: It has not in that time.
+        """
+        answer: OneShot[Msg] = OneShot()
+        reply = self.open_inbox(answer.set)
+        try:
+            await self.connection.publish(reply)
+            if await answer.wait(timeout_s) is None:
+                raise TimeoutError(f"the server did not echo in {timeout_s:g} s")
+        finally:
+            self.close_inbox(reply)
+
+    async def leave_stalled_server(self) -> None:
+        """Connect again, to another server where there are several; a single one is left only if it answers nothing.
+
+        One of several servers may live and yet be cut off from the others: it answers, and stores nothing. Calls that
+        come before a new connection is 4 s old change nothing.
+        """
+        if self._leaving or self.connection.settled_s < SETTLED_S:
+            return
+        self._leaving = True
+        try:
+            if self.connection.server_count > 1 or not await self._answers():
+                log.warning("connection_stalled")
+                await self.connection.reconnect()
+        finally:
+            self._leaving = False
+
+    async def _answers(self) -> bool:
+        try:
+            await self.flush(timeout_s=1)
+        except (TimeoutError, LoomError):
+            return False
+        return True
+
+    async def drain(self, subscription: Subscription) -> None:
+        """End a subscription after its handler has received all that the server has sent on it."""
+        if self.connection.is_unread:  # no echo could come
+            self.connection.unsubscribe(subscription)
+            return
+        try:
+            with contextlib.suppress(nats.errors.Error, LoomError, TimeoutError):
+                await self.connection.stop_delivery(subscription)
+                await self.flush()
+                async with asyncio.timeout(DRAIN_S):
+                    await subscription._pending_queue.join()  # received, and waiting for the handler
+        finally:
+            self.connection.unsubscribe(subscription)
