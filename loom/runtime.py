@@ -105,7 +105,7 @@ class Runtime:
     def __repr__(self) -> str:
         owner = self._sessions.owner
         state = "closed" if self._closed else "open" if owner is not None else "not open"
-        server = self._settings.nats_url and Bus(self._settings.nats_url).address
+        server = self._settings.nats_url and Bus(self._settings.nats_url).connection.address
         where = server or (f"store {str(self._store)!r}" if self._store else "embedded")
         return f"<Runtime {state}, {where}, {len(self.cluster.nodes)} nodes>"
 

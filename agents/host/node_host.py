@@ -21,7 +21,7 @@ from loom.agents.host.bidding import make_offer
 from loom.agents.host.clone import Child
 from loom.agents.host.delegation import Delegator
 from loom.agents.host.hosted_agents import HostedAgents
-from loom.agents.host.node_host import run_errors
+from loom.agents.host import run_errors
 from loom.agents.host.node_share import Share
 from loom.agents.host.repeating import attempt, every
 from loom.agents.host.runs import Finished, Run, Stopped, send, stale

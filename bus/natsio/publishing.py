@@ -52,8 +52,21 @@ class PubAckFuture:
         BusUnavailable: No acknowledgement in `within_s`, or the connection was closed before.
     """
 
-    __slots__ = ("_ack", "_connection", "_error", "_waiting", "give_up", "headers", "is_repeated", "payload", "reply")
-    __slots__ += ("retrying", "subject", "until", "within_s")
+    __slots__ = (
+        "_ack",
+        "_connection",
+        "_error",
+        "_waiting",
+        "give_up",
+        "headers",
+        "is_repeated",
+        "payload",
+        "reply",
+        "retrying",
+        "subject",
+        "until",
+        "within_s",
+    )
 
     def __init__(
         self, connection: Connection, subject: str, payload: bytes, headers: dict[str, str], within_s: float

@@ -12,7 +12,7 @@ from loom.bus.host_directory import AnnouncedHost, announced_hosts
 from loom.bus.natsio.server_errors import Refused
 from loom.bus.service_discovery import ANSWER_S, Clocks, Present, clocks, own_version, shared_settings, who_is_there
 from loom.bus.topology import MIN_SERVER, Inspection, Part
-from loom.runner.doctor.diagnosis import agreement
+from loom.runner.doctor import agreement
 from loom.runner.doctor.findings import Finding
 from loom.runner.doctor.findings import fail as _fail
 from loom.runner.doctor.findings import ok as _ok

@@ -121,7 +121,7 @@ async def test_something_else_on_the_port_is_no_server() -> None:
     ],
 )
 async def test_no_password_is_ever_told(url: str, address: str) -> None:
-    assert Bus(url).address == address
+    assert Bus(url).connection.address == address
     with capture_logs() as logs, pytest.raises(BusUnavailable) as caught:
         await Bus(url, patience_s=0.1).connect()
     told = f"{caught.value} {caught.value.facts} {logs}"
@@ -142,7 +142,7 @@ async def test_a_bus_that_never_connected_may_be_closed_and_aborted() -> None:
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this platform has no TCP_USER_TIMEOUT")
 async def test_a_half_open_connection_is_given_up_after_ten_seconds(mortal: Bus, server: NatsServer) -> None:
     def stall_ms() -> int:
-        transport: Any = mortal._nc._transport
+        transport: Any = mortal.connection._nc._transport
         sock = transport._bare_io_writer.get_extra_info("socket")
         return int(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
 
@@ -161,9 +161,9 @@ async def test_a_message_arrives_with_headers_and_json_or_bytes(plain: Bus) -> N
     async def take(msg: Msg) -> None:
         got.append(msg)
 
-    await plain.subscribe(plain.subjects.of("delta", "*", "*"), take)
-    await plain.publish(plain.subjects.of("delta", "public", "t1"), {"a": 1}, headers={"k": "v"}, reply="somewhere")
-    await plain.publish(plain.subjects.of("delta", "public", "t2"), b"\xff")
+    await plain.connection.subscribe(plain.subjects.of("delta", "*", "*"), take)
+    await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), {"a": 1}, headers={"k": "v"}, reply="somewhere")
+    await plain.connection.publish(plain.subjects.of("delta", "public", "t2"), b"\xff")
     await until(lambda: len(got) == 2, what="both arrive")
     assert (got[0].data, got[0].headers, got[0].reply) == (b'{"a":1}', {"k": "v"}, "somewhere")
     assert (got[1].data, got[1].headers, got[1].reply) == (b"\xff", {}, "")
@@ -171,21 +171,21 @@ async def test_a_message_arrives_with_headers_and_json_or_bytes(plain: Bus) -> N
 
 @pytest.mark.parametrize("value", ["v" * 100, "代" * 100])
 async def test_headers_count_against_the_size_limit(plain: Bus, value: str) -> None:
-    limit = plain._nc.max_payload
+    limit = plain.connection._nc.max_payload
     headers = {"Key": value}
     room = limit - len(f"NATS/1.0\r\nKey: {value}\r\n\r\n".encode())
     heard = Heard()
-    await plain.subscribe(plain.subjects.of("delta", "public", "t1"), heard)
+    await plain.connection.subscribe(plain.subjects.of("delta", "public", "t1"), heard)
 
     with pytest.raises(PayloadTooLarge, match=str(limit)):
-        await plain.publish(plain.subjects.of("delta", "public", "t1"), b"x" * (room + 1), headers=headers)
+        await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), b"x" * (room + 1), headers=headers)
     with pytest.raises(PayloadTooLarge):
-        await plain.publish(plain.subjects.of("delta", "public", "t1"), b"x" * (limit + 1))
-    await plain.publish(plain.subjects.of("delta", "public", "t1"), b"x" * room, headers=headers)
+        await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), b"x" * (limit + 1))
+    await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), b"x" * room, headers=headers)
 
     await heard.count(1)
     assert len(heard.bodies[0]) == room
-    assert not plain.lost.is_set()
+    assert not plain.tasks.lost.is_set()
 
 
 @pytest.mark.parametrize("subject", ["", "a b", "a\r\nPUB x 0\r\n", "a\tb"])
@@ -193,9 +193,9 @@ async def test_a_subject_that_would_break_the_protocol_is_refused_and_the_connec
     plain: Bus, subject: str
 ) -> None:
     with pytest.raises(LoomError):
-        await plain.publish(subject, b"x")
+        await plain.connection.publish(subject, b"x")
     with pytest.raises(LoomError):
-        await plain.publish("fine", b"x", reply=subject or " ")
+        await plain.connection.publish("fine", b"x", reply=subject or " ")
     assert await alive(plain)
 
 
@@ -207,10 +207,10 @@ async def test_a_handler_that_raises_does_not_end_its_subscription(plain: Bus) -
             raise RuntimeError("a bug")
         await heard(msg)
 
-    await plain.subscribe(plain.subjects.of("delta", "public", "t1"), handle)
+    await plain.connection.subscribe(plain.subjects.of("delta", "public", "t1"), handle)
     with capture_logs() as logs:
         for body in (b"bad", b"good", b"bad", b"good"):
-            await plain.publish(plain.subjects.of("delta", "public", "t1"), body)
+            await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), body)
         await heard.count(2)
     assert [entry["event"] for entry in logs] == ["handler_failed"] * 2
     assert "RuntimeError: a bug" in logs[0]["error"]
@@ -218,11 +218,11 @@ async def test_a_handler_that_raises_does_not_end_its_subscription(plain: Bus) -
 
 async def test_an_ended_subscription_hears_nothing_more_and_may_be_ended_again(plain: Bus) -> None:
     heard = Heard()
-    subscription = await plain.subscribe(plain.subjects.of("delta", "public", "t1"), heard)
-    await plain.unsubscribe(subscription)
-    await plain.unsubscribe(subscription)
-    await plain.publish(plain.subjects.of("delta", "public", "t1"), b"x")
-    await plain.echo()
+    subscription = await plain.connection.subscribe(plain.subjects.of("delta", "public", "t1"), heard)
+    plain.connection.unsubscribe(subscription)
+    plain.connection.unsubscribe(subscription)
+    await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), b"x")
+    await plain.requests.flush()
     assert heard.bodies == []
 
 
@@ -233,13 +233,13 @@ async def test_a_stopped_subscription_still_hands_over_what_has_come(plain: Bus)
         await go_on.wait()
         await heard(msg)
 
-    subscription = await plain.subscribe(plain.subjects.of("delta", "public", "t1"), slow)
+    subscription = await plain.connection.subscribe(plain.subjects.of("delta", "public", "t1"), slow)
     for n in range(5):
-        await plain.publish(plain.subjects.of("delta", "public", "t1"), b"%d" % n)
-    stopping = asyncio.ensure_future(plain.stop_delivery(subscription))
-    await plain.echo()
-    await plain.publish(plain.subjects.of("delta", "public", "t1"), b"too late")
-    await plain.echo()
+        await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), b"%d" % n)
+    stopping = asyncio.ensure_future(plain.requests.drain(subscription))
+    await plain.requests.flush()
+    await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), b"too late")
+    await plain.requests.flush()
     go_on.set()
     await stopping
     assert heard.bodies == [b"0", b"1", b"2", b"3", b"4"]
@@ -256,15 +256,15 @@ async def test_served_requests_run_side_by_side_up_to_the_limit_and_a_bad_one_ha
         running -= 1
         if msg.data == b"3":
             raise RuntimeError("a bug")
-        await plain.publish(msg.reply, msg.data)
+        await plain.connection.publish(msg.reply, msg.data)
 
-    await plain.serve(plain.subjects.submit, work, at_once=4)
+    await plain.connection.serve(plain.subjects.submit, work, at_once=4)
     asked = [
-        asyncio.ensure_future(plain.request(plain.subjects.submit, b"%d" % n, timeout_s=0.3 if n == 3 else 5))
+        asyncio.ensure_future(plain.requests.request(plain.subjects.submit, b"%d" % n, timeout_s=0.3 if n == 3 else 5))
         for n in range(10)
     ]
     await until(lambda: running == 4, what="four run")
-    await plain.echo()
+    await plain.requests.flush()
     assert running == 4
     go_on.set()
     answers = await asyncio.gather(*asked, return_exceptions=True)
@@ -279,33 +279,33 @@ async def test_served_requests_run_side_by_side_up_to_the_limit_and_a_bad_one_ha
 
 async def test_a_request_returns_the_first_answer(plain: Bus) -> None:
     async def answer_twice(msg: Msg) -> None:
-        await plain.publish(msg.reply, b"one")
-        await plain.publish(msg.reply, b"two")
+        await plain.connection.publish(msg.reply, b"one")
+        await plain.connection.publish(msg.reply, b"two")
 
-    await plain.subscribe(plain.subjects.submit, answer_twice)
-    assert (await plain.request(plain.subjects.submit)).data == b"one"
-    assert plain._sinks == {}
+    await plain.connection.subscribe(plain.subjects.submit, answer_twice)
+    assert (await plain.requests.request(plain.subjects.submit)).data == b"one"
+    assert plain.requests._sinks == {}
 
 
 async def test_a_request_nobody_answers_times_out(plain: Bus) -> None:
-    await plain.subscribe(plain.subjects.submit, Heard())
+    await plain.connection.subscribe(plain.subjects.submit, Heard())
     with pytest.raises(TimeoutError):
-        await plain.request(plain.subjects.submit, timeout_s=0.05)
-    assert plain._sinks == {}
+        await plain.requests.request(plain.subjects.submit, timeout_s=0.05)
+    assert plain.requests._sinks == {}
 
 
 async def test_without_a_listener_a_request_fails_at_once_and_with_a_tap_it_times_out(
     plain: Bus, connect: Connect
 ) -> None:
     with pytest.raises(NoResponders):
-        await plain.request(plain.subjects.submit, timeout_s=5)
+        await plain.requests.request(plain.subjects.submit, timeout_s=5)
 
     tap = await connect()
     heard = Heard()
-    await tap.subscribe(plain.subjects.everything, heard)
-    await tap.echo()
+    await tap.connection.subscribe(plain.subjects.everything, heard)
+    await tap.requests.flush()
     with pytest.raises(TimeoutError):
-        await plain.request(plain.subjects.submit, b"anybody?", timeout_s=0.1)
+        await plain.requests.request(plain.subjects.submit, b"anybody?", timeout_s=0.1)
     assert heard.bodies == [b"anybody?"]
 
 
@@ -313,18 +313,18 @@ async def test_a_sink_that_raises_does_not_end_the_others(plain: Bus) -> None:
     def broken(_: Msg) -> None:
         raise RuntimeError("a bug")
 
-    reply = plain.open_inbox(broken)
+    reply = plain.requests.open_inbox(broken)
     with capture_logs() as logs:
-        await plain.publish(reply)
-        await plain.echo()
+        await plain.connection.publish(reply)
+        await plain.requests.flush()
     assert [entry["event"] for entry in logs] == ["handler_failed"]
     assert await alive(plain)
 
 
 async def test_inboxes_of_phases_are_kept_apart_from_those_of_clients_by_role_and_instance(connect: Connect) -> None:
     client, phase = await connect(), await connect(role="sense")
-    assert client.open_inbox(lambda _: None).startswith("_INBOX.")
-    assert phase.open_inbox(lambda _: None).startswith(f"_LOOM.sense.{phase.instance}.")
+    assert client.requests.open_inbox(lambda _: None).startswith("_INBOX.")
+    assert phase.requests.open_inbox(lambda _: None).startswith(f"_LOOM.sense.{phase.instance}.")
     assert await alive(phase)
 
 
@@ -392,9 +392,9 @@ async def test_a_full_stream_is_overloaded_at_once(connect: Connect) -> None:
 async def test_without_a_stream_the_outcome_is_unknown_after_the_given_time(plain: Bus) -> None:
     started = time.monotonic()
     with pytest.raises(BusUnavailable, match=r"0\.3 s"):
-        await plain.store(plain.subjects.intake("public", "low", "t1"), b"x", within_s=0.3)
+        await plain.jetstream.publish(plain.subjects.intake("public", "low", "t1"), b"x", within_s=0.3)
     assert 0.3 <= time.monotonic() - started < 2
-    assert plain._sinks == {}
+    assert plain.requests._sinks == {}
 
 
 async def test_a_message_too_large_for_the_server_is_refused_before_it_is_sent(bus: Bus) -> None:
@@ -416,18 +416,18 @@ async def test_the_api_says_what_the_server_refused(bus: Bus) -> None:
 
 async def test_what_is_published_while_the_server_is_down_arrives_afterwards(mortal: Bus, server: NatsServer) -> None:
     heard = Heard()
-    await mortal.subscribe(mortal.subjects.of("delta", "public", "t1"), heard)
+    await mortal.connection.subscribe(mortal.subjects.of("delta", "public", "t1"), heard)
     await asyncio.to_thread(server.kill)
-    await until(lambda: not mortal._nc.is_connected, what="the loss is noticed")
-    await mortal.publish(mortal.subjects.of("delta", "public", "t1"), b"buffered")
-    storing = asyncio.ensure_future(mortal.store(mortal.subjects.intake("public", "low", "t1"), b"x", msg_id="m1"))
+    await until(lambda: not mortal.connection._nc.is_connected, what="the loss is noticed")
+    await mortal.connection.publish(mortal.subjects.of("delta", "public", "t1"), b"buffered")
+    storing = asyncio.ensure_future(mortal.jetstream.publish(mortal.subjects.intake("public", "low", "t1"), b"x", msg_id="m1"))
     await asyncio.to_thread(server.restart)
 
     assert (await storing).seq == 1
     await heard.count(1)
     assert heard.bodies == [b"buffered"]
-    assert not mortal.lost.is_set()
-    assert (await mortal.api("INFO"))["streams"] == 8
+    assert not mortal.tasks.lost.is_set()
+    assert (await mortal.jetstream.api("INFO"))["streams"] == 8
 
 
 async def test_no_confirmed_message_is_lost_and_none_doubled_over_a_kill(mortal: Bus, server: NatsServer) -> None:
@@ -435,7 +435,7 @@ async def test_no_confirmed_message_is_lost_and_none_doubled_over_a_kill(mortal:
 
     async def keep_storing(worker: int) -> None:
         for n in range(worker, total, 10):
-            await mortal.store(mortal.subjects.intake("public", "low", f"t{n}"), b"x", msg_id=f"m{n}", within_s=20)
+            await mortal.jetstream.publish(mortal.subjects.intake("public", "low", f"t{n}"), b"x", msg_id=f"m{n}", within_s=20)
 
     work = asyncio.gather(*(keep_storing(worker) for worker in range(10)))
     await until(lambda: stored(mortal, 50), what="a part is stored")
@@ -451,8 +451,8 @@ async def stored(bus: Bus, least: int) -> bool:
 
 async def test_a_buffer_that_is_full_while_disconnected_is_said(mortal: Bus, server: NatsServer) -> None:
     await asyncio.to_thread(server.kill)
-    await until(lambda: not mortal._nc.is_connected, what="the loss is noticed")
-    megabytes = [mortal.publish(mortal.subjects.of("delta", "public", "t1"), b"x" * 1_000_000) for _ in range(5)]
+    await until(lambda: not mortal.connection._nc.is_connected, what="the loss is noticed")
+    megabytes = [mortal.connection.publish(mortal.subjects.of("delta", "public", "t1"), b"x" * 1_000_000) for _ in range(5)]
     refused = await asyncio.gather(*megabytes, return_exceptions=True)
     assert [type(one) for one in refused] == [type(None)] * 2 + [BusUnavailable] * 3
     await asyncio.to_thread(server.restart)
@@ -515,21 +515,21 @@ async def test_a_dead_read_loop_is_noticed_and_the_connection_made_anew(
     monkeypatch.setattr(connection, "WATCH_S", 0.05)
     plain = await connect()
     heard = Heard()
-    await plain.subscribe(plain.subjects.of("delta", "public", "t1"), heard)
-    dead = plain._nc._reading_task
+    await plain.connection.subscribe(plain.subjects.of("delta", "public", "t1"), heard)
+    dead = plain.connection._nc._reading_task
     assert dead is not None
     dead.cancel()
     await until(dead.done, what="the read loop ends")
-    assert plain._nc.is_connected
+    assert plain.connection._nc.is_connected
     await back(plain)
-    await plain.publish(plain.subjects.of("delta", "public", "t1"), b"x")
+    await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), b"x")
     await heard.count(1)
 
 
 async def test_half_a_message_of_the_old_connection_does_not_spoil_the_new_one(plain: Bus) -> None:
-    transport: Any = plain._nc._transport
+    transport: Any = plain.connection._nc._transport
     transport._io_reader.feed_data(b"MSG old 1 9999\r\nhalf of it")  # comes just as the connection is given up
-    await plain._nc.force_reconnect()
+    await plain.connection._nc.force_reconnect()
     await back(plain)
 
 
@@ -537,11 +537,11 @@ async def test_what_is_sent_on_a_lost_connection_before_that_is_noticed_arrives_
     connect: Connect, plain: Bus
 ) -> None:
     other, heard = await connect(), Heard()
-    await other.subscribe(other.subjects.of("delta", "public", "t1"), heard)
-    await other.echo()
-    transport: Any = plain._nc._transport
+    await other.connection.subscribe(other.subjects.of("delta", "public", "t1"), heard)
+    await other.requests.flush()
+    transport: Any = plain.connection._nc._transport
     transport._io_writer.transport.abort()
-    await plain.publish(plain.subjects.of("delta", "public", "t1"), b"x")
+    await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), b"x")
     assert (await heard.count(1))[0].data == b"x"
 
 
@@ -590,8 +590,8 @@ class Unanswered(bus_module._Unconfirmed):
 @pytest.mark.slow
 async def test_a_question_whose_server_dies_is_asked_again(mortal: Bus, server: NatsServer) -> None:
     stop(server.pid)
-    asked = asyncio.ensure_future(mortal.api(f"STREAM.INFO.{mortal.subjects.stream('TASKS')}", timeout_s=30))
-    purged = asyncio.ensure_future(mortal.api(f"STREAM.PURGE.{mortal.subjects.stream('DEAD')}", timeout_s=1))
+    asked = asyncio.ensure_future(mortal.jetstream.api(f"STREAM.INFO.{mortal.subjects.stream('TASKS')}", timeout_s=30))
+    purged = asyncio.ensure_future(mortal.jetstream.api(f"STREAM.PURGE.{mortal.subjects.stream('DEAD')}", timeout_s=1))
     await asyncio.wait([asked], timeout=0.2)
     server.kill()
     await asyncio.to_thread(server.restart)
@@ -608,26 +608,26 @@ async def test_a_reconnect_callback_that_raises_does_not_stop_the_others(plain: 
         raise RuntimeError("a bug")
 
     forgotten = asyncio.Event()
-    plain.on_reconnect(broken)
-    plain.on_reconnect(forgotten.set)
-    plain.on_reconnect(told.set)
-    plain.forget_reconnect(forgotten.set)
-    plain.forget_reconnect(forgotten.set)
-    await plain._nc.force_reconnect()
+    plain.connection.on_reconnect(broken)
+    plain.connection.on_reconnect(forgotten.set)
+    plain.connection.on_reconnect(told.set)
+    plain.connection.forget_reconnect(forgotten.set)
+    plain.connection.forget_reconnect(forgotten.set)
+    await plain.connection._nc.force_reconnect()
     await asyncio.wait_for(told.wait(), 5)
     await back(plain)
     assert not forgotten.is_set()
 
 
 async def test_a_connection_closed_for_good_is_lost(plain: Bus) -> None:
-    assert not plain.lost.is_set()
-    transport: Any = plain._nc._transport
+    assert not plain.tasks.lost.is_set()
+    transport: Any = plain.connection._nc._transport
     transport.write(b"NONSENSE\r\n")  # the server closes on this, and nats-py never comes back
-    await asyncio.wait_for(plain.lost.wait(), 5)
+    await asyncio.wait_for(plain.tasks.lost.wait(), 5)
     with pytest.raises(BusUnavailable):
-        await plain.publish(plain.subjects.of("delta", "public", "t1"))
+        await plain.connection.publish(plain.subjects.of("delta", "public", "t1"))
     with pytest.raises(BusUnavailable):
-        await plain.subscribe(plain.subjects.of("delta", "public", "t1"), Heard())
+        await plain.connection.subscribe(plain.subjects.of("delta", "public", "t1"), Heard())
 
 
 async def test_closing_on_purpose_is_no_loss_and_may_be_repeated(connect: Connect) -> None:
@@ -655,8 +655,8 @@ async def test_nobody_waits_for_a_confirmation_that_a_closed_connection_cannot_b
     connect: Connect, plain: Bus, end: str
 ) -> None:
     bus = await connect()
-    await plain.subscribe("in.no.stream", Heard())  # else the server says at once that nobody listens
-    await plain.echo()
+    await plain.connection.subscribe("in.no.stream", Heard())  # else the server says at once that nobody listens
+    await plain.requests.flush()
     waiting = asyncio.ensure_future(bus.jetstream.publish("in.no.stream", b"x"))
     unawaited = bus.jetstream.publish("in.no.stream", b"x")
     await bus.requests.flush()
@@ -676,9 +676,9 @@ async def test_what_fails_beside_the_connection_is_logged(plain: Bus) -> None:
         raise RuntimeError("a bug")
 
     with capture_logs() as logs:
-        task = plain.spawn(fail(), name="the culprit")
+        task = plain.tasks.spawn(fail(), name="the culprit")
         await asyncio.wait([task])
-        await plain.echo()
+        await plain.requests.flush()
     assert [(entry["event"], entry["task"]) for entry in logs] == [("bus_task_failed", "the culprit")]
 
 
@@ -722,4 +722,4 @@ async def test_connections_of_one_process_have_names_of_their_own(connect: Conne
     one, other = await connect(role="match"), await connect(role="match")
     assert one.instance != other.instance
     assert one.instance.startswith("match-")
-    assert one.new_inbox() != one.new_inbox()
+    assert one.requests.new_inbox() != one.requests.new_inbox()

@@ -115,7 +115,7 @@ async def test_an_answer_without_the_time_leaves_the_clock_alone(bus: Bus, answe
         else:
             real(subject, message, **more)
 
-    bus.send = send  # type: ignore[method-assign]  # a server that does not answer as it should
+    bus.connection.publish_nowait = send  # type: ignore[method-assign]  # a server that does not answer as it should
     before = bus.clock._offset_s
     assert not await bus.sync_clock()
     assert bus.clock._offset_s == before

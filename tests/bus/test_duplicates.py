@@ -17,7 +17,8 @@ from support.wait import until
 
 from loom.bus import task_client
 from loom.bus.bus import Bus
-from loom.bus.hops.delivery import Delivery, stamp
+from loom.bus.hops.delivery import Delivery
+from loom.bus.natsio.ack_metadata import rfc3339
 from loom.bus.hops.duplicates import is_ours, store_once
 from loom.bus.hops.hop_loop import schedule
 from loom.bus.hops.outcomes import Later, Next, Outcome
@@ -82,12 +83,12 @@ LATER = "ns.later.match.d.task-2"
 @pytest.mark.parametrize(
     ("under", "at", "target", "ours"),
     [
-        (LATER, stamp(NOW + 10), PHASE, True),
-        ("ns.later.match.d.task-1", stamp(NOW + 12), PHASE, True),
-        (LATER, stamp(NOW - 10), PHASE, True),
-        (LATER, stamp(NOW + 60), PHASE, False),
-        (LATER, stamp(NOW + 10), "elsewhere", False),
-        ("ns.later.match.other.task-2", stamp(NOW + 10), PHASE, False),
+        (LATER, rfc3339(NOW + 10), PHASE, True),
+        ("ns.later.match.d.task-1", rfc3339(NOW + 12), PHASE, True),
+        (LATER, rfc3339(NOW - 10), PHASE, True),
+        (LATER, rfc3339(NOW + 60), PHASE, False),
+        (LATER, rfc3339(NOW + 10), "elsewhere", False),
+        ("ns.later.match.other.task-2", rfc3339(NOW + 10), PHASE, False),
         (LATER, "never", PHASE, False),
         (PHASE, None, None, True),  # a twin that does not wait
         (LATER, None, None, False),  # nothing ever moves it
@@ -97,13 +98,13 @@ def test_a_twins_schedule_comes_out_at_the_same_place_and_not_much_later(
     under: str, at: str | None, target: str | None, *, ours: bool
 ) -> None:
     headers = {} if at is None else {SCHEDULE: f"@at {at}", TARGET: str(target)}
-    wanted = {SCHEDULE: f"@at {stamp(NOW + 10)}", TARGET: PHASE}
+    wanted = {SCHEDULE: f"@at {rfc3339(NOW + 10)}", TARGET: PHASE}
     assert is_ours(kept(under, HOP, **headers), LATER, HOP, wanted, NOW) is ours
 
 
 @pytest.mark.parametrize(("delay_s", "ours"), [(0.5, True), (30.0, False)])
 def test_a_twin_that_waits_long_does_not_stand_for_one_that_does_not(delay_s: float, *, ours: bool) -> None:
-    stored = kept(LATER, HOP, **{SCHEDULE: f"@at {stamp(NOW + delay_s)}", TARGET: PHASE})
+    stored = kept(LATER, HOP, **{SCHEDULE: f"@at {rfc3339(NOW + delay_s)}", TARGET: PHASE})
     assert is_ours(stored, PHASE, HOP, {}, NOW) is ours
 
 

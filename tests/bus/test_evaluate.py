@@ -507,7 +507,7 @@ async def test_a_stop_does_not_wait_for_a_reward_that_cannot_be_stored(server: N
     server.kill()
     await until(lambda: not bus.connection._nc.is_connected, what="the connection is lost")
     announcing = asyncio.ensure_future(evaluate._announce(record))
-    await until(lambda: bus._unconfirmed, what="the reward is on its way")
+    await until(lambda: bus.jetstream._publisher._pending, what="the reward is on its way")
     await asyncio.sleep(0)
     announcing.cancel()
     done, _ = await asyncio.wait([announcing], timeout=5)

@@ -43,7 +43,7 @@ async def held(bus: Bus) -> Held:
     return Held(
         len(bus.connection._nc._subs),
         len(bus.requests._sinks),
-        len(bus._unconfirmed),
+        len(bus.jetstream._publisher._pending),
         len(bus.tasks._tasks),
         len(bus.connection._reconnected),
         sum([await consumers(bus, stream) for stream in streams]),
@@ -107,7 +107,7 @@ async def test_a_dropped_handle_takes_the_progress_it_kept_with_it(plain: Bus) -
     await handle.open(deltas=True)
     for n in range(100):
         await delta(plain, n)
-    await plain.echo()
+    await plain.requests.flush()
     del handle
     gc.collect()
     await nothing_more(plain, before)
@@ -121,8 +121,8 @@ async def test_progress_that_is_not_read_is_kept_within_bounds(plain: Bus, monke
     await handle.open(deltas=True)
     for n in range(9):
         await delta(plain, n)
-    await plain.echo()
-    await plain.publish(
+    await plain.requests.flush()
+    await plain.connection.publish(
         plain.subjects.of("result", "public", "t1"), TaskResult(task_id="t1", state="succeeded", content="x")
     )
     assert [each.seq async for each in handle.events()] == [0, 1, 2, 3, 4]
@@ -133,7 +133,7 @@ async def test_a_kept_handle_ends_its_subscriptions_with_the_task(plain: Bus) ->
     handle = TaskHandle(plain, AD)
     await handle.open(deltas=True)
     result = TaskResult(task_id="t1", state="succeeded", content="42")
-    await plain.publish(plain.subjects.of("result", "public", "t1"), result)
+    await plain.connection.publish(plain.subjects.of("result", "public", "t1"), result)
     await nothing_more(plain, before)
     assert await asyncio.to_thread(asyncio.run, handle.result()) == result  # an ended task can be read anywhere
 
@@ -175,7 +175,7 @@ async def test_an_iteration_that_is_left_ends_the_subscription_to_progress_and_a
 
     stream = handle.events()
     again = asyncio.ensure_future(anext(stream))
-    await until(lambda: len(plain._nc._subs) > before.subscriptions, what="it is subscribed again")
+    await until(lambda: len(plain.connection._nc._subs) > before.subscriptions, what="it is subscribed again")
     await delta(plain, 1)
     assert (await again).seq == 1
     await stream.aclose()
@@ -296,7 +296,7 @@ async def test_a_reader_of_rewards_that_breaks_off_leaves_nothing(bus: Bus) -> N
 
 async def test_a_stored_message_that_is_awaited_late_is_confirmed(bus: Bus) -> None:
     storing = bus.jetstream.publish(bus.subjects.intake("public", "low", "late"), b"{}", msg_id="late", within_s=0.2)
-    assert bus._unconfirmed
-    await until(lambda: not bus._unconfirmed and not bus.requests._sinks, what="it is given up")
+    assert bus.jetstream._publisher._pending
+    await until(lambda: not bus.jetstream._publisher._pending and not bus.requests._sinks, what="it is given up")
     assert (await storing).seq > 0
-    assert not bus._unconfirmed
+    assert not bus.jetstream._publisher._pending

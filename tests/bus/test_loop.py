@@ -466,13 +466,13 @@ async def test_progress_is_said_of_what_waits_for_its_turn_too(
     hasty: Bus, phases: Phases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop_module, "IN_PROGRESS_S", 0.1)
-    await hasty.gate.enter(alone=True)
+    await hasty.isolation.enter(alone=True)
     answers = record_answers(hasty)
     phase = await phases.start(hasty)
     await put(hasty, envelope())
     await until(lambda: answers.count(b"+WPI") >= 8, what="several signs of progress")
     assert phase.handled == []
-    hasty.gate.leave(alone=True)
+    hasty.isolation.leave(alone=True)
     await settled(hasty, 0)
     assert phase.tasks == ["t1"]
 

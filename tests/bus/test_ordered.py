@@ -10,7 +10,7 @@ from support.stopping import stop
 from support.wait import until
 
 from loom.bus.bus import Bus
-from loom.bus.hops.delivery import read_facts, stamp
+from loom.bus.natsio.ack_metadata import ack_metadata, rfc3339
 from loom.bus.natsio import ordered_consumer
 from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
 from loom.runner.server.nats_server import NatsServer
@@ -123,7 +123,7 @@ async def test_a_reader_may_begin_at_a_time(bus: Bus, reading: Start) -> None:
     await put(bus, 0, 1)
     whole = reading(bus)
     await whole.got([0, 1])
-    since = stamp(whole.read[-1].stored_at + 1e-6)
+    since = rfc3339(whole.read[-1].stored_at + 1e-6)
     await put(bus, 2)
     await reading(bus, start_time=since).got([2])
 
@@ -174,7 +174,7 @@ async def test_a_message_lost_on_the_way_is_read_again_in_its_place(bus: Bus, re
 
     def forgetful(msg: Any) -> None:
         if msg.data == b"3" and not lost:
-            lost.append(read_facts(msg.reply).stream_seq)
+            lost.append(ack_metadata(msg.reply).stream_seq)
         else:
             take(msg)
 

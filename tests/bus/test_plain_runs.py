@@ -224,7 +224,7 @@ async def test_an_absent_node_is_asked_again_and_lost_after_a_while(plain: Bus) 
 @pytest.mark.usefixtures("hurry")
 async def test_a_node_that_comes_back_in_time_is_asked_again(plain: Bus, foreign: Client) -> None:
     running = asyncio.ensure_future(plain_run(await hosts_of(plain)))
-    await plain.echo()
+    await plain.requests.flush()
     await respond(foreign, plain.subjects.of("run", "local", "h1"), replies(b"here again"))
     event = await running
     assert event is not None

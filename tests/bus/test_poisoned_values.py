@@ -13,7 +13,7 @@ from support.rewards import publish, reward
 from support.wait import until
 
 from loom.bus.bus import Bus
-from loom.bus.natsio.connection import ServiceFailed
+from loom.bus.natsio.background_tasks import ServiceFailed
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import records
 from loom.bus.topology import stream_state
@@ -322,7 +322,7 @@ async def test_a_notice_about_a_plan_that_is_garbage_is_settled(stage: Stage) ->
 )
 async def test_a_forged_acknowledgement_is_asked_for_again(bus: Bus, forged_ack: bytes) -> None:
     storing = bus.jetstream.publish(bus.subjects.task("match", "normal", "t1"), b"{}", msg_id="t1")
-    (stored,) = bus._unconfirmed
+    (stored,) = bus.jetstream._publisher._pending
     bus.requests._on_reply(Msg(stored.reply, data=forged_ack))
     ack = await storing
     assert ack.seq > 0

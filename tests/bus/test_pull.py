@@ -147,7 +147,7 @@ async def test_pulling_goes_on_after_the_server_was_killed(mortal: Bus, server: 
     async with holding(mortal, 4) as hand:
         await hand.full()
         await asyncio.to_thread(server.kill)
-        await until(lambda: not mortal._nc.is_connected, what="the loss is noticed")
+        await until(lambda: not mortal.connection._nc.is_connected, what="the loss is noticed")
         hand.room = 6
         hand.pull.top_up()  # asked into the void
         await asyncio.to_thread(server.restart)
@@ -177,8 +177,8 @@ async def test_it_is_made_again_even_where_a_tap_hides_that_nobody_answers(
 
     async def listen(_: Msg) -> None: ...
 
-    await tap.subscribe(">", listen)
-    await tap.echo()
+    await tap.connection.subscribe(">", listen)
+    await tap.requests.flush()
     await bus.jetstream.api(f"CONSUMER.DELETE.{bus.subjects.stream('TASKS')}.scale")
     await put(bus, 0, 3)
     async with holding(bus, 4) as hand:
@@ -230,7 +230,7 @@ async def test_a_server_that_does_not_restore_a_consumer_a_few_times_is_left(
     monkeypatch.setattr(pull_module, "RETRY_MOST_S", 0.01)
     monkeypatch.setattr(FastClient, "servers", property(lambda _: [None] * servers))
     reconnects: list[None] = []
-    plain.on_reconnect(lambda: reconnects.append(None))
+    plain.connection.on_reconnect(lambda: reconnects.append(None))
     tries = 0
 
     async def broken() -> None:

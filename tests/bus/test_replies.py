@@ -137,13 +137,13 @@ async def test_a_queued_task_that_is_cancelled_keeps_no_forged_reply_subject(sta
 
 async def test_a_forged_reply_subject_in_a_record_gets_no_result(plain: Bus, connect: Connect) -> None:
     listener, heard = await connect(), Heard()
-    await listener.subscribe("forged.>", heard)
-    await listener.echo()
-    env = envelope(now=plain.now(), result=RunResult(content="42"))
+    await listener.connection.subscribe("forged.>", heard)
+    await listener.requests.flush()
+    env = envelope(now=plain.clock.now(), result=RunResult(content="42"))
     record = TaskRecord(task_id=env.task_id, state="succeeded", envelope=env, admitted_at=1.0)
     await answer_task(plain, "forged.x", record)
-    await plain.echo()
-    await listener.echo()
+    await plain.requests.flush()
+    await listener.requests.flush()
     assert not heard.messages
     assert plain.discards.counts["reply_refused"] == 1
 
@@ -170,7 +170,7 @@ async def test_discovery_is_answered_to_every_role(stage: Stage) -> None:
     await stage.bus.connection.subscribe_sync("forged.>", answers.append)
     await stage.bus.connection.publish("$SRV.PING", reply="forged.x")
     await stage.bus.requests.flush()
-    await sense.echo()
+    await sense.requests.flush()
     assert not answers
     await presence.stop()
 

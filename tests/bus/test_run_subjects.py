@@ -130,8 +130,8 @@ async def test_closed_subjects_are_remembered_up_to_a_limit(plain: Bus, monkeypa
         events.close(subject)
         events.close(subject)
     for subject in subjects:
-        await plain.publish(subject, FORGED)
-    await plain.echo()
+        await plain.connection.publish(subject, FORGED)
+    await plain.requests.flush()
     assert (heard, plain.discards.hosts["h1"].counts) == ([], {"events": 1})
     await events.stop()
     await events.stop()

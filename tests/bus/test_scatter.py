@@ -55,7 +55,7 @@ async def test_it_ends_as_soon_as_enough_have_answered(plain: Bus) -> None:
 
 async def test_it_ends_with_the_window_and_keeps_what_came(plain: Bus) -> None:
     await replier(plain, "h1")
-    await plain.subscribe(plain.subjects.of("auction", "*"), Heard())  # never answers
+    await plain.connection.subscribe(plain.subjects.of("auction", "*"), Heard())  # never answers
     names, took = await ask(plain, enough=2, window_s=0.15)
     assert names == ["h1"]
     assert 0.15 <= took < 2
@@ -93,7 +93,7 @@ async def test_a_question_that_cannot_be_sent_leaves_nothing_behind(plain: Bus) 
             window_s=60,
             enough=bool,
         )
-    assert plain._sinks == {}
+    assert plain.requests._sinks == {}
 
 
 async def test_without_a_listener_it_ends_at_once_and_with_a_tap_by_its_window(plain: Bus, connect: Connect) -> None:
@@ -102,8 +102,8 @@ async def test_without_a_listener_it_ends_at_once_and_with_a_tap_by_its_window(p
     assert took < 2
 
     tap = await connect()
-    await tap.subscribe(tap.subjects.everything, Heard())
-    await tap.echo()
+    await tap.connection.subscribe(tap.subjects.everything, Heard())
+    await tap.requests.flush()
     names, took = await ask(plain, window_s=0.15)
     assert names == []
     assert took >= 0.15
@@ -125,19 +125,19 @@ async def test_late_answers_disturb_nobody(plain: Bus) -> None:
     async def note(msg: Msg) -> None:
         asked.append(msg)
 
-    await plain.subscribe(plain.subjects.of("auction", "*"), note)
+    await plain.connection.subscribe(plain.subjects.of("auction", "*"), note)
     names, _ = await ask(plain, window_s=0.05)
-    await plain.publish(asked[0].reply, Reply(name="late"))
-    await plain.echo()
+    await plain.connection.publish(asked[0].reply, Reply(name="late"))
+    await plain.requests.flush()
     assert names == []
-    assert plain._sinks == {}
+    assert plain.requests._sinks == {}
 
 
 async def test_many_calls_side_by_side_get_their_own_answers(plain: Bus) -> None:
     async def parrot(msg: Msg) -> None:
-        await plain.publish(msg.reply, Reply(name=msg.data.decode().strip('"')))
+        await plain.connection.publish(msg.reply, Reply(name=msg.data.decode().strip('"')))
 
-    await plain.subscribe(plain.subjects.of("auction", "*"), parrot)
+    await plain.connection.subscribe(plain.subjects.of("auction", "*"), parrot)
 
     async def call(name: str) -> list[Any]:
         subject = plain.subjects.of("auction", "code")
@@ -150,9 +150,9 @@ async def test_many_calls_side_by_side_get_their_own_answers(plain: Bus) -> None
 
 
 async def test_a_call_that_is_cancelled_leaves_nothing_behind(plain: Bus) -> None:
-    await plain.subscribe(plain.subjects.of("auction", "*"), Heard())
+    await plain.connection.subscribe(plain.subjects.of("auction", "*"), Heard())
     calling = asyncio.ensure_future(ask(plain, window_s=60))
-    await plain.echo()
+    await plain.requests.flush()
     calling.cancel()
     await asyncio.gather(calling, return_exceptions=True)
-    assert plain._sinks == {}
+    assert plain.requests._sinks == {}

@@ -51,7 +51,7 @@ async def entered(stack: AsyncExitStack, service: Any) -> None:
 @pytest.mark.parametrize("names", [PHASES, ("execute",), ("sense",), ("adapt",)])
 async def test_phases_wait_until_their_streams_can_be_created(plain: Bus, names: Any) -> None:
     async with AsyncExitStack() as stack:
-        service = running_phases(plain.url, names=names, namespace=plain.subjects.namespace, patience_s=60)
+        service = running_phases(plain.connection.url, names=names, namespace=plain.subjects.namespace, patience_s=60)
         with capture_logs() as logs:
             async with blocked(plain):
                 start = asyncio.create_task(entered(stack, service))
@@ -84,7 +84,7 @@ async def test_what_a_start_waits_for_is_logged_at_once_and_then_now_and_then(
 async def test_a_start_fails_when_its_patience_is_over(plain: Bus) -> None:
     async with blocked(plain):
         with pytest.raises(BusUnavailable, match="TASKS"):
-            async with running_phases(plain.url, namespace=plain.subjects.namespace, patience_s=0.1):
+            async with running_phases(plain.connection.url, namespace=plain.subjects.namespace, patience_s=0.1):
                 pass
 
 

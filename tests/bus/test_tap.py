@@ -37,9 +37,9 @@ async def test_messages_of_the_namespace_come_decoded_and_in_order(plain: Bus) -
     hop = envelope("t1")
     delta = Delta(task_id="t1", attempt=1, seq=0, event=TextDelta(text="hello"))
     async with Tap(plain) as tap:
-        before = plain.now()
-        await plain.publish(plain.subjects.task("match", "high", "t1"), hop, headers={"Nats-Msg-Id": "t1:1"})
-        await plain.publish(plain.subjects.of("delta", "public", "t1"), delta)
+        before = plain.clock.now()
+        await plain.connection.publish(plain.subjects.task("match", "high", "t1"), hop, headers={"Nats-Msg-Id": "t1:1"})
+        await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), delta)
         first, second = await take(tap, 2)
 
     assert isinstance(first.message, Envelope)
@@ -47,16 +47,16 @@ async def test_messages_of_the_namespace_come_decoded_and_in_order(plain: Bus) -
     assert (first.family, first.tokens) == ("task", {"phase": "match", "priority": "high", "task_id": "t1"})
     assert first.headers["Nats-Msg-Id"] == "t1:1"
     assert first.size == len(encode(hop))
-    assert before <= first.at <= second.at <= plain.now()
+    assert before <= first.at <= second.at <= plain.clock.now()
     assert second.message == delta
     assert second.skipped == 0
 
 
 async def test_what_cannot_be_read_comes_as_bytes(plain: Bus, namespace: str) -> None:
     async with Tap(plain) as tap:
-        await plain.publish(plain.subjects.of("result", "public", "t1"), b"\xff not a result")
-        await plain.publish(f"{namespace}.nothing.known", b"{}")
-        await plain.publish(plain.subjects.of("status", "t1"))
+        await plain.connection.publish(plain.subjects.of("result", "public", "t1"), b"\xff not a result")
+        await plain.connection.publish(f"{namespace}.nothing.known", b"{}")
+        await plain.connection.publish(plain.subjects.of("status", "t1"))
         result, unknown, status = await take(tap, 3)
 
     assert (result.family, result.message) == ("result", b"\xff not a result")
@@ -66,8 +66,8 @@ async def test_what_cannot_be_read_comes_as_bytes(plain: Bus, namespace: str) ->
 
 async def test_only_the_families_asked_for_are_heard(plain: Bus) -> None:
     async with Tap(plain, ["delta", "result"]) as tap:
-        await plain.publish(plain.subjects.task("match", "high", "t1"), envelope("t1"))
-        await plain.publish(plain.subjects.of("result", "public", "t1"), b"?")
+        await plain.connection.publish(plain.subjects.task("match", "high", "t1"), envelope("t1"))
+        await plain.connection.publish(plain.subjects.of("result", "public", "t1"), b"?")
         (seen,) = await take(tap, 1)
 
     assert seen.family == "result"
@@ -76,9 +76,9 @@ async def test_only_the_families_asked_for_are_heard(plain: Bus) -> None:
 async def test_another_namespace_is_not_heard(plain: Bus, connect: Connect, namespace: str) -> None:
     neighbour = await connect(namespace=f"{namespace}2")
     async with Tap(plain) as tap:
-        await neighbour.publish(neighbour.subjects.of("result", "public", "theirs"), b"?")
-        await neighbour.echo()
-        await plain.publish(plain.subjects.of("result", "public", "ours"), b"?")
+        await neighbour.connection.publish(neighbour.subjects.of("result", "public", "theirs"), b"?")
+        await neighbour.requests.flush()
+        await plain.connection.publish(plain.subjects.of("result", "public", "ours"), b"?")
         (seen,) = await take(tap, 1)
 
     assert seen.tokens["task_id"] == "ours"
@@ -87,11 +87,11 @@ async def test_another_namespace_is_not_heard(plain: Bus, connect: Connect, name
 async def test_a_slow_reader_is_told_how_many_it_missed_and_goes_on(plain: Bus) -> None:
     async with Tap(plain, room=2) as tap:
         for number in range(7):
-            await plain.publish(plain.subjects.of("result", "public", f"t{number}"), b"?")
-        await plain.echo()
+            await plain.connection.publish(plain.subjects.of("result", "public", f"t{number}"), b"?")
+        await plain.requests.flush()
         await until(lambda: tap._skipped == 5, what="five were skipped")
         kept = await take(tap, 2)
-        await plain.publish(plain.subjects.of("result", "public", "later"), b"?")
+        await plain.connection.publish(plain.subjects.of("result", "public", "later"), b"?")
         (after,) = await take(tap, 1)
 
     assert [seen.tokens["task_id"] for seen in kept] == ["t0", "t1"]
@@ -103,11 +103,11 @@ async def test_large_messages_take_room_by_their_bytes(plain: Bus, monkeypatch: 
     monkeypatch.setattr(tap_module, "ROOM_BYTES", 1500)
     async with Tap(plain) as tap:
         for name in ("fits", "does-not"):
-            await plain.publish(plain.subjects.of("result", "public", name), b"x" * 1000)
-        await plain.echo()
+            await plain.connection.publish(plain.subjects.of("result", "public", name), b"x" * 1000)
+        await plain.requests.flush()
         await until(lambda: tap._skipped == 1, what="one was skipped")
         await take(tap, 1)
-        await plain.publish(plain.subjects.of("result", "public", "fits-again"), b"x" * 1000)
+        await plain.connection.publish(plain.subjects.of("result", "public", "fits-again"), b"x" * 1000)
         (after,) = await take(tap, 1)
 
     assert (after.tokens["task_id"], after.skipped) == ("fits-again", 1)
@@ -121,10 +121,10 @@ async def test_a_tap_takes_no_message_from_a_queue_group(plain: Bus, connect: Co
         answered.append(msg)
         await server.publish(msg.reply, b"yes")  # type: ignore[attr-defined]
 
-    await server.serve(server.subjects.of("status", "*"), answer, queue="sense")
-    await server.echo()
+    await server.connection.serve(server.subjects.of("status", "*"), answer, queue="sense")
+    await server.requests.flush()
     async with Tap(plain), Tap(plain) as second:
-        answers = [await server.request(server.subjects.of("status", f"t{n}")) for n in range(10)]
+        answers = [await server.requests.request(server.subjects.of("status", f"t{n}")) for n in range(10)]
         heard = await take(second, 10)
 
     assert [msg.data for msg in answers] == [b"yes"] * 10
@@ -133,7 +133,7 @@ async def test_a_tap_takes_no_message_from_a_queue_group(plain: Bus, connect: Co
 
 async def test_a_closed_tap_ends_whoever_reads_it_after_what_it_had(plain: Bus) -> None:
     async with Tap(plain) as tap:
-        await plain.publish(plain.subjects.of("result", "public", "t1"), b"?")
+        await plain.connection.publish(plain.subjects.of("result", "public", "t1"), b"?")
         await until(lambda: len(tap._waiting) == 1, what="the message has come")
 
     async with asyncio.timeout(WITHIN_S):
@@ -143,8 +143,8 @@ async def test_a_closed_tap_ends_whoever_reads_it_after_what_it_had(plain: Bus) 
 async def test_reading_on_a_connection_closed_for_good_fails(plain: Bus) -> None:
     async with Tap(plain) as tap:
         reading = asyncio.ensure_future(take(tap, 1))
-        await plain.echo()
-        plain.lost.set()
+        await plain.requests.flush()
+        plain.tasks.lost.set()
 
         with pytest.raises(BusUnavailable, match="closed for good"):
             await reading

@@ -125,10 +125,10 @@ async def test_a_bad_ad_is_refused_before_anything_is_sent(bus: Bus) -> None:
 async def test_a_full_intake_is_overloaded_and_nothing_is_left_listening(plain: Bus) -> None:
     await topology.apply(plain, ClusterConfig(intake_limit=1))
     await (await task_client.publish(plain, TaskAd(description="x"))).close()
-    before = len(plain._nc._subs)
+    before = len(plain.connection._nc._subs)
     with pytest.raises(Overloaded):
         await task_client.publish(plain, TaskAd(description="x"))
-    assert len(plain._nc._subs) == before
+    assert len(plain.connection._nc._subs) == before
 
 
 # -- the result
@@ -180,11 +180,11 @@ async def test_when_no_phase_answers_that_is_said_even_with_a_tap_listening(
     with pytest.raises(BusUnavailable, match="loom up"):
         await handle.result(10)
     tap = await connect()
-    await tap.subscribe(tap.subjects.everything, Heard())
-    await tap.echo()
+    await tap.connection.subscribe(tap.subjects.everything, Heard())
+    await tap.requests.flush()
     with pytest.raises(BusUnavailable, match="loom up") as caught:
         await task_client.ask(plain, plain.subjects.of("status", "t1"), timeout_s=0.1)
-    assert caught.value.url == plain.address
+    assert caught.value.url == plain.connection.address
 
 
 async def test_a_result_that_cannot_be_read_is_as_good_as_lost(plain: Bus, handle: TaskHandle) -> None:
@@ -196,13 +196,13 @@ async def test_a_result_that_cannot_be_read_is_as_good_as_lost(plain: Bus, handl
 
 
 async def test_an_ended_handle_listens_no_more(plain: Bus) -> None:
-    before = len(plain._nc._subs)
+    before = len(plain.connection._nc._subs)
     handle = TaskHandle(plain, AD)
     await handle.open(deltas=True)
-    assert len(plain._nc._subs) == before + 2
+    assert len(plain.connection._nc._subs) == before + 2
     await say(plain, "result", _result())
     await handle.result(5)
-    assert len(plain._nc._subs) == before
+    assert len(plain.connection._nc._subs) == before
     await handle.close()
     await handle.close()
 
@@ -219,7 +219,7 @@ async def test_progress_is_yielded_in_order_and_once_until_the_task_ends(plain: 
     watching = asyncio.ensure_future(seen(handle))
     for n in (0, 1, 1, 0, 2, 5):  # repeated on re-attaching, and one lost
         await say(plain, "delta", _delta(n))
-    await plain.echo()
+    await plain.requests.flush()
     await say(plain, "result", _result())
     assert await watching == ["1.0", "1.1", "1.2", "1.5"]
 
@@ -228,7 +228,7 @@ async def test_a_later_attempt_begins_anew_and_an_earlier_one_is_over(plain: Bus
     watching = asyncio.ensure_future(seen(handle))
     for delta in (_delta(0), _delta(1), _delta(0, 2), _delta(2, 1), _delta(1, 2)):
         await say(plain, "delta", delta)
-    await plain.echo()
+    await plain.requests.flush()
     await say(plain, "result", _result())
     assert await watching == ["1.0", "1.1", "2.0", "2.1"]
 
@@ -236,7 +236,7 @@ async def test_a_later_attempt_begins_anew_and_an_earlier_one_is_over(plain: Bus
 async def test_progress_made_before_anyone_looked_is_not_lost(plain: Bus, handle: TaskHandle) -> None:
     for n in range(3):
         await say(plain, "delta", _delta(n))
-    await plain.echo()
+    await plain.requests.flush()
     await say(plain, "result", _result())
     await handle.result(5)
     assert await seen(handle) == ["1.0", "1.1", "1.2"]
@@ -254,7 +254,7 @@ async def test_progress_ends_for_a_slow_reader_whose_buffer_is_full(
     first = await anext(stream)
     for n in range(1, 20):
         await say(plain, "delta", _delta(n))
-    await plain.echo()
+    await plain.requests.flush()
     await say(plain, "result", _result())
     await handle.result(5)
     async with asyncio.timeout(5):
@@ -359,9 +359,9 @@ async def test_a_failed_task_is_answered_with_its_result_and_as_an_error_in_the_
     error = TaskError(code="cancelled", message="someone\ncancelled\r\nthe task: 代码")
     record = _ended(state="cancelled", envelope=envelope(error=error))
     heard: list[Msg] = []
-    reply = plain.open_inbox(heard.append)
+    reply = plain.requests.open_inbox(heard.append)
     await answer_task(plain, reply, record)
-    await plain.echo()
+    await plain.requests.flush()
     (msg,) = heard
     assert msg.headers is not None
     assert msg.headers["Nats-Service-Error-Code"] == "cancelled"
@@ -369,7 +369,7 @@ async def test_a_failed_task_is_answered_with_its_result_and_as_an_error_in_the_
     assert decode(msg.data, TaskResult) == record.to_result()
 
     await answer_task(plain, reply, _ended())
-    await plain.echo()
+    await plain.requests.flush()
     assert decode(heard[1].data, TaskResult).content == "42"
     assert not heard[1].headers
 

@@ -105,7 +105,7 @@ async def test_every_phase_has_a_lane_for_every_priority(bus: Bus) -> None:
 
 async def test_a_stream_that_differs_is_left_alone_and_reported_in_a_sentence(plain: Bus) -> None:
     wanted = next(one for one in topology.streams(plain, ClusterConfig()) if one["name"].endswith("_REWARDS"))
-    await plain.api(f"STREAM.CREATE.{wanted['name']}", {**wanted, "max_bytes": 4096, "storage": "memory"})
+    await plain.jetstream.api(f"STREAM.CREATE.{wanted['name']}", {**wanted, "max_bytes": 4096, "storage": "memory"})
 
     with capture_logs() as logs:
         differences = await topology.apply(plain, ClusterConfig())
@@ -157,8 +157,8 @@ async def test_no_message_erases_others_by_a_rollup_header(bus: Bus, name: str, 
 async def test_a_stream_of_before_that_allows_rollup_headers_is_changed_in_place(plain: Bus, name: str) -> None:
     stream = full_name(plain, name)
     wanted = next(one for one in topology.streams(plain, ClusterConfig()) if one["name"] == stream)
-    await plain.api(f"STREAM.CREATE.{stream}", {**wanted, "allow_rollup_hdrs": True})
-    await plain.store(subject_in(plain, name, "k1"), b"{}")
+    await plain.jetstream.api(f"STREAM.CREATE.{stream}", {**wanted, "allow_rollup_hdrs": True})
+    await plain.jetstream.publish(subject_in(plain, name, "k1"), b"{}")
     seen = await topology.inspect(plain, ClusterConfig())
     assert [(finding.mark, finding.says) for finding in design(seen, "x") if stream in finding.says] == [
         ("warn", f"{stream}: allow_rollup_hdrs is True, designed False")
@@ -166,7 +166,7 @@ async def test_a_stream_of_before_that_allows_rollup_headers_is_changed_in_place
 
     assert await topology.apply(plain, ClusterConfig()) == []
     assert (await config_of(plain, stream))["allow_rollup_hdrs"] is False
-    assert (await plain.api(f"STREAM.INFO.{stream}"))["state"]["messages"] == 1
+    assert (await plain.jetstream.api(f"STREAM.INFO.{stream}"))["state"]["messages"] == 1
 
 
 async def test_a_stream_whose_change_the_server_refuses_is_reported(
@@ -174,8 +174,8 @@ async def test_a_stream_whose_change_the_server_refuses_is_reported(
 ) -> None:
     stream = full_name(plain, "records")
     wanted = next(one for one in topology.streams(plain, ClusterConfig()) if one["name"] == stream)
-    await plain.api(f"STREAM.CREATE.{stream}", {**wanted, "allow_rollup_hdrs": True})
-    api = plain.api
+    await plain.jetstream.api(f"STREAM.CREATE.{stream}", {**wanted, "allow_rollup_hdrs": True})
+    api = plain.jetstream.api
 
     async def refuse(call: str, body: Any = None, **options: Any) -> Any:
         if call.startswith("STREAM.UPDATE."):
@@ -253,7 +253,7 @@ async def test_an_old_server_is_refused_by_its_version(plain: Bus, monkeypatch: 
 
 @pytest.mark.parametrize("version", [(2, 12, 0), (2, 15, 1), (3, 0, 0)])
 async def test_a_recent_server_is_taken(plain: Bus, monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...]) -> None:
-    assert plain.server_version >= (2, 12)
+    assert plain.connection.server_version >= (2, 12)
     monkeypatch.setattr(Bus, "server_version", version)
     assert await topology.apply(plain, ClusterConfig()) == []
 
@@ -265,7 +265,7 @@ async def test_a_stream_the_server_refuses_is_said(plain: Bus) -> None:
 
 async def test_a_foreign_stream_in_the_way_is_said(plain: Bus) -> None:
     ns = plain.subjects.namespace
-    await plain.api(f"STREAM.CREATE.{ns}-foreign", {"name": f"{ns}-foreign", "subjects": [f"{ns}.task.>"]})
+    await plain.jetstream.api(f"STREAM.CREATE.{ns}-foreign", {"name": f"{ns}-foreign", "subjects": [f"{ns}.task.>"]})
     with pytest.raises(BusUnavailable, match=r"TASKS.*overlap"):
         await topology.apply(plain, ClusterConfig())
 

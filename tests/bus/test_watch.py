@@ -60,7 +60,7 @@ async def test_a_host_that_is_back_only_after_the_first_request_is_found(plain: 
     """Nobody listens at first, and the server says so at once."""
     watch = await watch_of(plain, REQUEST)
     async with watch:
-        await plain.echo()
+        await plain.requests.flush()
         await host(plain)
         first = await watch.next()
     assert first is not None
@@ -70,8 +70,8 @@ async def test_a_host_that_is_back_only_after_the_first_request_is_found(plain: 
 async def test_several_events_in_one_message_are_several_events(plain: Bus) -> None:
     async def at_once(run: FakeRun) -> None:
         events = [RunEvent(seq=0, kind="accepted"), RunEvent(seq=1, kind="started")]
-        await plain.publish(run.subject, events)
-        await plain.publish(run.subject, [*events, RunEvent(seq=2, kind="result", result=RunResult(content="done"))])
+        await plain.connection.publish(run.subject, events)
+        await plain.connection.publish(run.subject, [*events, RunEvent(seq=2, kind="result", result=RunResult(content="done"))])
 
     await host(plain, at_once)
     assert [event.seq for event in await heard(await watch_of(plain, REQUEST))] == [0, 1, 2]
@@ -82,7 +82,7 @@ async def test_a_stop_ends_the_wait_for_the_next_event_and_what_has_come_still_c
     stop = Interrupt()
     async with await watch_of(plain, REQUEST, stop) as watch:
         await until(lambda: one.runs, what="it runs")
-        await plain.echo()
+        await plain.requests.flush()
         stop.set("recalled")
         stop.set("late")
         kinds = [event.kind for _ in range(3) if (event := await watch.next()) is not None]
@@ -137,7 +137,7 @@ async def test_the_result_of_a_host_given_up_is_refused_and_logged(plain: Bus, m
         await one.runs[0].say("result", result=RunResult(content="late"))
         await one.runs[0].say("result", result=RunResult(content="later still"))
         await until(lambda: len(logs) == 2, what="both are logged")
-        await plain.echo()
+        await plain.requests.flush()
     assert (logs[0]["event"], logs[0]["task_id"], logs[0]["host_id"], logs[0]["kind"]) == (
         *("late_run_refused", "t1", "h1"),
         "result",
@@ -212,7 +212,7 @@ async def test_a_run_that_sends_too_much_is_given_up(
         events = [RunEvent(seq=n, kind="heartbeat") for n in range(1, 100)]
         await run.say("accepted")
         for body in [events] if together else events:
-            await plain.publish(run.subject, body)
+            await plain.connection.publish(run.subject, body)
 
     await host(plain, flood)
     watch = await watch_of(plain, REQUEST)
@@ -227,7 +227,7 @@ async def test_repeating_one_number_is_counted_too(plain: Bus, monkeypatch: pyte
 
     async def flood(run: FakeRun) -> None:
         for _ in range(40):
-            await plain.publish(run.subject, RunEvent(seq=0, kind="accepted"))
+            await plain.connection.publish(run.subject, RunEvent(seq=0, kind="accepted"))
 
     await host(plain, flood)
     assert (await heard(await watch_of(plain, REQUEST)))[-1].kind == "error"
@@ -241,12 +241,12 @@ async def test_a_lost_wait_is_asked_for_again_when_its_repetition_is_lost_too(pl
     async def answer(run: FakeRun) -> None:
         number = next(requests)
         if number == 0:
-            await plain.publish(run.subject, [ACCEPTED, STARTED])
+            await plain.connection.publish(run.subject, [ACCEPTED, STARTED])
             for n in range(3, 100):
-                await plain.publish(run.subject, RunEvent(seq=n, kind="heartbeat"))
+                await plain.connection.publish(run.subject, RunEvent(seq=n, kind="heartbeat"))
                 await asyncio.sleep(0.05)
         elif number > unanswered:
-            await plain.publish(run.subject, [ACCEPTED, WAITING])
+            await plain.connection.publish(run.subject, [ACCEPTED, WAITING])
 
     await host(plain, answer)
     async with await watch_of(plain, REQUEST) as watch, asyncio.timeout(10):
@@ -264,7 +264,7 @@ async def test_messages_that_hold_no_event_are_counted_too(
     async def flood(run: FakeRun) -> None:
         await run.say("accepted")
         for _ in range(40):
-            await plain.publish(run.subject, garbage)
+            await plain.connection.publish(run.subject, garbage)
 
     await host(plain, flood)
     async with asyncio.timeout(10):

@@ -16,7 +16,8 @@ from loom.bus import task_client, topology
 from loom.bus.bus import Bus
 from loom.bus.hops import hop_loop
 from loom.bus.task_client import TaskHandle
-from loom.runner.doctor.diagnosis import Finding, examine
+from loom.runner.doctor.diagnosis import examine
+from loom.runner.doctor.findings import Finding
 from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
@@ -91,7 +92,7 @@ async def test_a_full_disk_stops_acceptance_and_loses_nothing(
         (disk / "ballast").unlink()
         assert "fail" in {each.mark for each in await _storage(client)}  # it does not write again by itself
         await asyncio.to_thread(server.restart)
-        await until(lambda: client._nc.is_connected, within_s=20, what="the client is back")
+        await until(lambda: client.connection._nc.is_connected, within_s=20, what="the client is back")
         accepted.append(await task_client.publish(client, TaskAd(description="after", domain="code")))
         results = await asyncio.gather(*(handle.result(60) for handle in accepted))
         assert [each.mark for each in await _storage(client)] == ["ok"]

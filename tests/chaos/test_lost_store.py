@@ -102,7 +102,7 @@ async def test_a_deleted_stream_or_bucket_is_created_again_and_new_tasks_end(cli
     assert (await do(client, "before")).success
     await learned(client, 1)
     stream = client.subjects.stream(name) if name.isupper() else f"KV_{client.subjects.bucket(name)}"
-    await client.api(f"STREAM.DELETE.{stream}")
+    await client.jetstream.api(f"STREAM.DELETE.{stream}")
 
     for n in range(2):
         assert (await do(client, f"after {n}")).success
@@ -111,7 +111,7 @@ async def test_a_deleted_stream_or_bucket_is_created_again_and_new_tasks_end(cli
 
 async def test_deleted_consumers_are_created_again_and_tasks_of_every_priority_end(client: Bus) -> None:
     for lane in topology.LANES:
-        await client.api(f"CONSUMER.DELETE.{client.subjects.stream(lane.stream)}.{lane.name}")
+        await client.jetstream.api(f"CONSUMER.DELETE.{client.subjects.stream(lane.stream)}.{lane.name}")
     for priority in PRIORITIES:
         ad = TaskAd(domain="code", description="after", priority=priority, timeout_s=20)
         assert (await (await task_client.publish(client, ad, deltas=False)).result(25)).success
@@ -125,13 +125,13 @@ async def test_what_nothing_asks_for_is_created_again_at_the_next_look(
     async with Bus(nats_url, namespace=namespace) as client, running_phases(nats_url, namespace=namespace):
         for name in ("DEAD", "plans", "tuning"):
             stream = client.subjects.stream(name) if name.isupper() else f"KV_{client.subjects.bucket(name)}"
-            await client.api(f"STREAM.DELETE.{stream}")
+            await client.jetstream.api(f"STREAM.DELETE.{stream}")
         await complete(client)
 
 
 async def test_a_dead_letter_is_kept_although_its_stream_was_deleted(client: Bus) -> None:
-    await client.api(f"STREAM.DELETE.{client.subjects.stream('DEAD')}")
-    await client.publish(client.subjects.task("match", "low", "t1"), b"?")
+    await client.jetstream.api(f"STREAM.DELETE.{client.subjects.stream('DEAD')}")
+    await client.connection.publish(client.subjects.task("match", "low", "t1"), b"?")
 
     async def kept() -> bool:
         try:

@@ -30,7 +30,7 @@ async def test_a_host_that_is_slow_to_come_back_after_an_outage_is_not_taken_for
         server.kill()
         await until(lambda: not host.bus.connection._nc.is_connected, what="the host notices")
         await asyncio.to_thread(server.restart)
-        await until(lambda: client._nc.is_connected, what="the client is back")
+        await until(lambda: client.connection._nc.is_connected, what="the client is back")
         pinned = TaskAd(domain="code", description="after", node_id="slow")
         handle = await task_client.publish(client, pinned)
         after = await handle.result(30)

@@ -138,9 +138,9 @@ async def test_a_poison_message_of_every_kind_is_kept_in_every_phase_and_all_go_
     for number, kind in enumerate(KINDS.values()):
         for lane in kind.lanes:
             task_id = f"{lane}-{number}"
-            sent[subject_of(cluster, lane, task_id)] = lane, kind, kind.spoil(well(lane, task_id, cluster.now()))
+            sent[subject_of(cluster, lane, task_id)] = lane, kind, kind.spoil(well(lane, task_id, cluster.clock.now()))
 
-    await asyncio.gather(*(cluster.store(subject, raw) for subject, (_, _, raw) in sent.items()))
+    await asyncio.gather(*(cluster.jetstream.publish(subject, raw) for subject, (_, _, raw) in sent.items()))
     found = await wait_for_letters(cluster, len(sent))
 
     assert found.keys() == sent.keys()
@@ -182,11 +182,11 @@ async def end_of(bus: Bus, task_id: str) -> str:
 
 
 async def test_an_envelope_that_evaluate_sends_back_without_a_spec_is_a_dead_letter_too(cluster: Bus) -> None:
-    raw = well("evaluate", "evaluate", cluster.now())
+    raw = well("evaluate", "evaluate", cluster.clock.now())
     envelope = decode(raw, Envelope)
-    admitted = TaskRecord(task_id="evaluate", state="running", envelope=envelope, admitted_at=cluster.now())
+    admitted = TaskRecord(task_id="evaluate", state="running", envelope=envelope, admitted_at=cluster.clock.now())
     await records(cluster).create("evaluate", admitted)
-    await cluster.store(subject_of(cluster, "evaluate", "evaluate"), raw)
+    await cluster.jetstream.publish(subject_of(cluster, "evaluate", "evaluate"), raw)
     assert await end_of(cluster, "evaluate") == "dead_letter"
     await settled(cluster, 0)
     assert await messages(cluster, "DEAD") == 1
@@ -215,12 +215,12 @@ async def test_whatever_stands_in_headers_and_subjects_goes_no_further(cluster: 
         for lane in lanes.values()
         for token in (b"\xff\xfe", "任务".encode(), b"a\x1b[31m", b"a" * 65)
     ]
-    publish_raw(cluster.url, *rubbish)
+    publish_raw(cluster.connection.url, *rubbish)
     good = [f"under-{n}" for n in range(len(HEADERS))]
     publish_raw(
-        cluster.url,
+        cluster.connection.url,
         *(
-            with_headers(lanes["intake"] + task_id.encode(), block, well("intake", task_id, cluster.now()))
+            with_headers(lanes["intake"] + task_id.encode(), block, well("intake", task_id, cluster.clock.now()))
             for task_id, block in zip(good, HEADERS, strict=True)
         ),
     )

@@ -13,7 +13,8 @@ from support.wait import until
 from loom.bus import task_client, topology
 from loom.bus.bus import Bus
 from loom.bus.hops import hop_loop
-from loom.runner.doctor.diagnosis import Finding, examine
+from loom.runner.doctor.diagnosis import examine
+from loom.runner.doctor.findings import Finding
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
 from loom.schemas.run import RunRequest
@@ -71,7 +72,7 @@ async def test_a_message_sent_again_while_its_first_sending_is_being_copied_is_s
     await topology.apply(client, THREE)
     subject = client.subjects.intake("public", "low", "t1")
 
-    acks = await asyncio.gather(*(client.store(subject, b"x", msg_id="m1", within_s=30) for _ in range(20)))
+    acks = await asyncio.gather(*(client.jetstream.publish(subject, b"x", msg_id="m1", within_s=30) for _ in range(20)))
 
     assert {ack.seq for ack in acks} == {1}
     assert (await topology.stream_state(client, "INTAKE"))["messages"] == 1

@@ -83,10 +83,10 @@ async def test_each_thing_that_is_wrong_is_a_line_with_what_to_do(on_bus: Where,
     url, namespace = on_bus
     s = client.subjects
     async with running_phases(url, names=("sense", "match"), namespace=namespace):
-        dead = (await client.api(f"STREAM.INFO.{s.stream('DEAD')}"))["config"]
-        await client.api(f"STREAM.UPDATE.{s.stream('DEAD')}", {**dead, "max_age": 10**12})
-        await client.api(f"CONSUMER.DELETE.{s.stream('TASKS')}.execute")
-        await client.store(s.of("dead", "match", "t1"), b"?")
+        dead = (await client.jetstream.api(f"STREAM.INFO.{s.stream('DEAD')}"))["config"]
+        await client.jetstream.api(f"STREAM.UPDATE.{s.stream('DEAD')}", {**dead, "max_age": 10**12})
+        await client.jetstream.api(f"CONSUMER.DELETE.{s.stream('TASKS')}.execute")
+        await client.jetstream.publish(s.of("dead", "match", "t1"), b"?")
         found = troubles(await examine(client, ClusterConfig(intake_limit=7)))
         ended = await loom(tmp_path, "doctor", NATS_URL=url, LOOM_NAMESPACE=namespace, COLUMNS="80")
 
@@ -139,8 +139,8 @@ def test_numbers_of_another_form_are_the_same_setting() -> None:
 async def test_another_wire_version_is_found_in_streams_and_processes(on_bus: Where, client: Bus) -> None:
     await topology.apply(client, ClusterConfig())
     stream = client.subjects.stream("DEAD")
-    config = (await client.api(f"STREAM.INFO.{stream}"))["config"]
-    await client.api(f"STREAM.UPDATE.{stream}", {**config, "metadata": {}})
+    config = (await client.jetstream.api(f"STREAM.INFO.{stream}"))["config"]
+    await client.jetstream.api(f"STREAM.UPDATE.{stream}", {**config, "metadata": {}})
     async with Bus(on_bus[0], namespace=on_bus[1], role="match") as other:
         presence = Presence(other, ["match"], "i1", {"loom.wire": "2"})
         await presence.start()
@@ -296,15 +296,15 @@ async def test_only_services_of_ones_own_namespace_are_seen(phases: Bus, client:
 
 async def test_phases_are_found_as_nats_services_are(on_bus: Where, phases: Bus, client: Bus) -> None:
     name = f"{client.subjects.namespace}-match"
-    ping = json.loads((await client.request(f"$SRV.PING.{name}")).data)
-    info = json.loads((await client.request(f"$SRV.INFO.{name}.{ping['id']}")).data)
+    ping = json.loads((await client.requests.request(f"$SRV.PING.{name}")).data)
+    info = json.loads((await client.requests.request(f"$SRV.INFO.{name}.{ping['id']}")).data)
 
     assert ping["type"] == "io.nats.micro.v1.ping_response"
     assert (ping["name"], ping["id"]) == (name, phases.instance)
     assert re.fullmatch(r"\d+\.\d+\.\d+", ping["version"])
     assert ping["metadata"]["service"] == "match"
     clocks = {name: float(info["metadata"].pop(name)) for name in ("server_time", "wall_clock")}
-    assert clocks == {name: pytest.approx(client.now(), abs=2) for name in clocks}  # the server runs on this machine
+    assert clocks == {name: pytest.approx(client.clock.now(), abs=2) for name in clocks}  # the server runs on this machine
     health = json.loads(info["metadata"].pop("health"))
     assert {name: info["metadata"].pop(name) for name in ("settings", "settings_digest")} == settings_facts(
         ClusterConfig()
@@ -329,8 +329,8 @@ async def test_a_phase_that_answers_and_does_not_work_is_found(
         assert isinstance(adapt, Adapt)
         await scale._loop._pulls[0].stop()
         adapt._tasks[0].cancel()
-        env = envelope(ad(task_id="t1"), now=client.now())
-        await client.store(client.subjects.task("scale", "normal", "t1"), env)
+        env = envelope(ad(task_id="t1"), now=client.clock.now())
+        await client.jetstream.publish(client.subjects.task("scale", "normal", "t1"), env)
         await RewardBus(bus=client).publish(reward(1))
         found = troubles(await examine(client, ClusterConfig()))
         await group.drain()
@@ -343,7 +343,7 @@ async def test_a_phase_that_answers_and_does_not_work_is_found(
 async def test_messages_that_phases_left_out_are_a_warning(on_bus: Where, client: Bus) -> None:
     url, namespace = on_bus
     async with running_phases(url, names=("adapt",), namespace=namespace) as bus:
-        await client.store(client.subjects.of("reward", "rules", "local", "n1", "code"), b'{"seconds":1e308}')
+        await client.jetstream.publish(client.subjects.of("reward", "rules", "local", "n1", "code"), b'{"seconds":1e308}')
         await until(lambda: bus.discards.counts, what="the reward is left out")
         found = troubles(await examine(client, ClusterConfig()))
     assert found["discards"] == "warn: messages were left out: 1 reward_undecodable"

@@ -11,7 +11,7 @@ from support.streams import create_streams
 
 from loom import Runtime, TaskAd
 from loom.bus.bus import Bus
-from loom.bus.natsio.connection import ServiceFailed
+from loom.bus.natsio.background_tasks import ServiceFailed
 from loom.bus.rewards import RewardBus
 from loom.phases.adapt.service import Adapt
 from loom.schemas.errors import BusUnavailable
@@ -71,7 +71,7 @@ async def test_an_embedded_runtime_raises_the_reason_and_works_again_once_reopen
             patch.setattr(Adapt, "_take", _fail)
             await RewardBus(bus=session.bus).publish(reward(1))
             phases = next(bus for bus in session._buses if bus.role == "phases")
-            await phases.lost.wait()
+            await phases.tasks.lost.wait()
         with pytest.raises(ServiceFailed, match="fold rewards"):
             await rt.submit(TaskAd(description="two", **task))
     async with rt:
@@ -86,7 +86,7 @@ async def test_a_runtime_whose_phases_fail_at_once_leaves_no_server_behind(monke
         assert rt._sessions._session is not None
         url = rt._sessions._session.bus.connection.url
         phases = next(bus for bus in rt._sessions._session._buses if bus.role == "phases")
-        await phases.lost.wait()
+        await phases.tasks.lost.wait()
         with pytest.raises(ServiceFailed, match="fold rewards"):
             await rt.submit(TaskAd(description="one"))
     with pytest.raises(BusUnavailable):

@@ -187,13 +187,13 @@ async def test_an_amoeba_loop_that_is_open_refuses_other_loops(on_bus: tuple[str
 
 async def test_a_connection_refuses_other_loops_and_works_on(nats_url: str, namespace: str) -> None:
     async with Bus(nats_url, namespace=namespace) as bus:
-        await refused(bus.echo)
-        await refused(lambda: bus.listen("x", print))
+        await refused(bus.requests.flush)
+        await refused(lambda: bus.connection.subscribe_sync("x", print))
         await refused(bus.connect)
         await refused(bus.close)
-        await bus.echo()
+        await bus.requests.flush()
     with pytest.raises(BusUnavailable):
-        await bus.echo()
+        await bus.requests.flush()
     await asyncio.to_thread(in_other_loop, bus.connect)  # closed here, it may be opened elsewhere
     bus.abort()
 

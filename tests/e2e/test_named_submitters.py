@@ -64,7 +64,7 @@ async def operator(tmp_path: Path) -> AsyncIterator[Bus]:
 @pytest.fixture
 def ann(operator: Bus, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The environment of ann's processes, this one among them."""
-    environment = {"NATS_URL": operator.url.replace("//loom:", "//ann:"), "LOOM_SUBMITTER": "ann"}
+    environment = {"NATS_URL": operator.connection.url.replace("//loom:", "//ann:"), "LOOM_SUBMITTER": "ann"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     return environment
@@ -123,7 +123,7 @@ async def record_exists(operator: Bus, task_id: str) -> bool:
 
 
 async def command_output(folder: Path, operator: Bus, *words: str) -> str:
-    async with command(folder, *LOOM, *words, NATS_URL=operator.url, COLUMNS="200") as running:
+    async with command(folder, *LOOM, *words, NATS_URL=operator.connection.url, COLUMNS="200") as running:
         return (await running.end()).out
 
 
@@ -147,9 +147,9 @@ async def test_all_parts_of_a_task_are_of_its_submitter_and_have_its_labels(
             results[parsed.tokens["task_id"]] = decode(msg.data, TaskResult)
 
     for family in ("result", "delta"):
-        await client.listen(client.subjects.of(family, "*", "*"), hear)
-    await client.listen(client.subjects.intake("*", "*", "*"), hear)
-    await client.echo()
+        await client.connection.subscribe_sync(client.subjects.of(family, "*", "*"), hear)
+    await client.connection.subscribe_sync(client.subjects.intake("*", "*", "*"), hear)
+    await client.requests.flush()
     monkeypatch.setenv("LOOM_SUBMITTER", "ann")
     plan = [{"id": "a", "description": "delegate"}, {"id": "b", "description": "count", "dependencies": ["a"]}]
     async with Runtime() as rt:
@@ -180,9 +180,9 @@ async def test_a_session_without_nodes_hosts_none_until_it_has_one(
     on_bus: tuple[str, str], phases: Bus, client: Bus
 ) -> None:
     announced: list[object] = []
-    await client.listen(client.subjects.of("host", "*", "*"), announced.append)
+    await client.connection.subscribe_sync(client.subjects.of("host", "*", "*"), announced.append)
     async with Runtime() as rt:
-        await client.echo()
+        await client.requests.flush()
         assert not announced
         rt.add_agent(echo, name="coder", capabilities={"code": 0.9})
         await until(lambda: bool(announced), what="the node is announced without a call")

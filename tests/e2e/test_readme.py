@@ -47,7 +47,7 @@ async def test_the_cluster_of_the_readme_does_the_task_of_the_readme(on_bus: tup
         if decode(msg.data, HostAnnouncement).nodes:  # type: ignore[attr-defined]
             announced.set()
 
-    await client.subscribe(client.subjects.of("host", "*", "*"), hear)
+    await client.connection.subscribe(client.subjects.of("host", "*", "*"), hear)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(service(up))
         await stack.enter_async_context(service(nodes))

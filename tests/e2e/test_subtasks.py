@@ -69,7 +69,7 @@ async def test_events_that_were_lost_are_made_up_for_when_the_task_has_ended(cli
 
 async def test_a_client_subscribes_to_no_subject_of_a_phase(client: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     subscribed: list[str] = []
-    original = client.subscribe
+    original = client.connection.subscribe
 
     async def subscribe(subject: str, *args: Any, **options: Any) -> Any:
         subscribed.append(subject)

@@ -42,7 +42,7 @@ def start(request: pytest.FixtureRequest, client: Bus) -> Start:
     @asynccontextmanager
     async def run(name: str) -> AsyncIterator[str]:
         hosts: list[Msg] = []
-        await client.listen(client.subjects.of("host", "local", "*"), hosts.append)
+        await client.connection.subscribe_sync(client.subjects.of("host", "local", "*"), hosts.append)
         process = await asyncio.create_subprocess_exec(interpreter, str(folder / f"{name}.{request.param}"))
         try:
             await until(lambda: hosts, what="it announces itself")
@@ -75,7 +75,7 @@ async def test_a_full_node_stops_the_run_of_a_cancelled_task(client: Bus, start:
     async with start("node") as host_id:
         events: list[RunEvent] = []
         subject = client.subjects.of("event", "local", host_id, "*", "*")
-        await client.listen(subject, lambda msg: events.extend(read_events(msg.data)))
+        await client.connection.subscribe_sync(subject, lambda msg: events.extend(read_events(msg.data)))
         ad = TaskAd(domain="shout", description="again and " * 2000, timeout_s=60)
         handle = await task_client.publish(client, ad, deltas=False)
         await until(lambda: any(event.kind == "delta" for event in events), what="it works")
@@ -97,7 +97,7 @@ async def test_the_run_of_a_full_node_moves_to_the_execute_that_asks_last(client
             words = "one two " * 500
             request = RunRequest(task_id="t1", node_id="shouter", domain="shout", description=words, **facts)  # type: ignore[arg-type]
             reply = await event_subject(client, host_id, take)
-            await client.publish(client.subjects.of("run", "local", host_id), request, reply=reply)
+            await client.connection.publish(client.subjects.of("run", "local", host_id), request, reply=reply)
 
         await ask(0)
         await until(lambda: len(heard[0]) > 5, what="it works")
@@ -105,7 +105,7 @@ async def test_the_run_of_a_full_node_moves_to_the_execute_that_asks_last(client
         await until(lambda: heard[0][-1].kind == "moved" and len(heard[1]) > 5, what="it has moved")
         assert [event.seq for event in heard[1]] == list(range(4, 4 + len(heard[1])))
         stop = Stop(task_id="t1", attempt=1, why="cancelled")
-        await client.publish(client.subjects.of("stop", "local", host_id), stop)
+        await client.connection.publish(client.subjects.of("stop", "local", host_id), stop)
         await until(lambda: heard[1][-1].kind == "error", what="it has stopped")
 
 
@@ -115,7 +115,7 @@ async def test_a_full_node_shows_that_it_lives_while_it_works(client: Bus, start
         events: list[RunEvent] = []
         reply = await event_subject(client, host_id, lambda msg: events.extend(read_events(msg.data)))
         request = RunRequest(task_id="t1", node_id="shouter", domain="shout", description="on and " * 1000)
-        await client.publish(client.subjects.of("run", "local", host_id), request, reply=reply)
+        await client.connection.publish(client.subjects.of("run", "local", host_id), request, reply=reply)
         await until(lambda: any(event.kind == "heartbeat" for event in events), what="a heartbeat")
 
 

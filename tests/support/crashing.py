@@ -85,11 +85,11 @@ def _replace(owner: type, method: str, when: Callable[..., bool], *, call: bool,
             setattr(owner, method, original)
             if not call:
                 if echo:
-                    await _bus_of(self).echo()
+                    await _bus_of(self).requests.flush()
                 fall()
             result = await original(self, *args, **options)
             if call:
-                await _bus_of(self).echo()
+                await _bus_of(self).requests.flush()
                 fall()
             return result
 

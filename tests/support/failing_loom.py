@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from loom.agents.host.node_host import node_host
+from loom.agents.host import node_host
 from loom.phases.adapt.service import Adapt
 from loom.runner.cli.app import main
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from loom.bus import topology
 from loom.bus.bus import Bus
-from loom.bus.hops.delivery import Delivery, read_facts
+from loom.bus.hops.delivery import Delivery
+from loom.bus.natsio.ack_metadata import ack_metadata
 from loom.bus.hops.hop_loop import HopLoop, Service
 from loom.bus.hops.outcomes import Done, Outcome
 from loom.bus.natsio.server_errors import Refused
@@ -141,7 +142,7 @@ async def deliver_in_vain(bus: Bus, times: int, lane: Lane = SCALE_LANE) -> None
     for n in range(times):
         await bus.connection.publish(subject, {"batch": 1, "expires": 5 * 10**9}, reply=inbox)
         msg = (await heard.count(n + 1))[n]
-        assert read_facts(msg.reply).delivered == n + 1
+        assert ack_metadata(msg.reply).delivered == n + 1
         await bus.connection.publish(msg.reply, b"-NAK")
     bus.connection.unsubscribe(subscription)
 
@@ -158,7 +159,7 @@ def record_answers(bus: Bus, lose: Callable[[bytes], bool] = lambda _: False) ->
                 return
         await publish(subject, message, **options)
 
-    bus.publish = recorded  # type: ignore[method-assign]
+    bus.connection.publish = recorded  # type: ignore[method-assign]
     return answers
 
 

@@ -414,5 +414,5 @@ class Asker:
 async def quiet(bus: Bus, *others: Bus) -> None:
     """Let everything that has been said be heard: a round trip of every connection, twice."""
     for one in (*others, bus) * 2:
-        await one.echo()
+        await one.requests.flush()
         await asyncio.sleep(0)

@@ -100,7 +100,7 @@ def test_a_comma_in_a_secret_is_refused_with_the_way_to_write_it_and_no_part_of_
     with pytest.raises(BusUnavailable, match="write a comma as %2C") as caught:
         parse_addresses(text)
 
-    said = f"{caught.value!r} {caught.value.facts} {Bus(text).address}"
+    said = f"{caught.value!r} {caught.value.facts} {Bus(text).connection.address}"
     assert not any(part in said for part in ("s3cr", "et@x", "secret", "12", "34"))
 
 
@@ -117,6 +117,6 @@ def test_any_text_is_addresses_or_one_sentence(text: str, prefix: str) -> None:
     try:
         addresses = parse_addresses(prefix + text)
     except BusUnavailable:
-        assert Bus(prefix + text).address == "the servers of NATS_URL"
+        assert Bus(prefix + text).connection.address == "the servers of NATS_URL"
     else:
         assert all(1 <= address.port <= 65_535 and address.host for address in addresses)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nats.aio.msg import Msg
 
-from loom.bus.hops.delivery import DEAD_AFTER, SUSPECT_AFTER, Delivery, Facts, Slots, place, read_facts, stamp
+from loom.bus.hops.delivery import DEAD_AFTER, SUSPECT_AFTER, Delivery, Slots, place
+from loom.bus.natsio.ack_metadata import AckMetadata, ack_metadata, rfc3339
 from loom.bus.hops.isolation import SharedExclusiveLock
 
 OLD = "$JS.ACK.LOOM_TASKS.match_low.{delivered}.{stream}.{consumer}.{at}.{pending}"
@@ -21,8 +22,8 @@ counts = st.integers(0, 2**63)
 def test_facts_are_read_from_every_form_of_the_reply(
     form: str, delivered: int, stream: int, consumer: int, at: int, pending: int
 ) -> None:
-    facts = read_facts(form.format(delivered=delivered, stream=stream, consumer=consumer, at=at, pending=pending))
-    assert facts == Facts(
+    facts = ack_metadata(form.format(delivered=delivered, stream=stream, consumer=consumer, at=at, pending=pending))
+    assert facts == AckMetadata(
         delivered=delivered, stream_seq=stream, consumer_seq=consumer, stored_at=at / 1e9, pending=pending
     )
 
@@ -59,7 +60,7 @@ def test_slots_count_what_is_free() -> None:
 @settings(deadline=None)
 @given(at=st.floats(0, 4e9))
 def test_a_stamp_is_the_same_moment_with_its_offset(at: float) -> None:
-    read = datetime.fromisoformat(stamp(at))
+    read = datetime.fromisoformat(rfc3339(at))
     assert read.tzinfo is not None
     assert read.timestamp() == pytest.approx(at, abs=1e-6)
 
@@ -67,7 +68,7 @@ def test_a_stamp_is_the_same_moment_with_its_offset(at: float) -> None:
 @given(*[st.integers(1, 2**40)] * 2, st.sampled_from(range(4, 11, 2)))
 def test_of_two_suspects_each_comes_first_once_in_two_deliveries(one: int, other: int, delivered: int) -> None:
     def places(count: int) -> list[float]:
-        return [place(Facts(delivered=count, stream_seq=seq, stored_at=0, pending=0)) for seq in (one, other)]
+        return [place(AckMetadata(delivered=count, stream_seq=seq, stored_at=0, pending=0)) for seq in (one, other)]
 
     (mine, others), (later, others_later) = places(delivered), places(delivered + 1)
     assert 0 <= min(mine, others, later, others_later) <= max(mine, others, later, others_later) <= 1

@@ -16,7 +16,7 @@ from support.words import accepted
 from loom.bus.bus import Bus
 from loom.bus.subjects import FAMILIES
 from loom.bus.topology import LANES, streams
-from loom.runner.doctor.diagnosis import agreement, diagnosis, working
+from loom.runner.doctor import agreement, diagnosis, working
 from loom.schemas.config import ClusterConfig
 from loom.schemas.task import domain_token, parse_ad
 

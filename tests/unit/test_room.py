@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.agents.host.node_host import node_host
+from loom.agents.host import node_host
 from loom.agents.host.runs import KEEP_S, Finished, Run
 from loom.agents.host.slots import Room
 from loom.bus.bus import Bus

@@ -47,7 +47,7 @@ def init(
     if settings.nats_url and store is not None:
         raise typer.BadParameter("NATS_URL names a server, and no other is started", param_hint="--store")
     if reset and not yes:
-        _confirm(settings.loom_namespace, str(store or Bus(settings.nats_url or DEFAULT_URL).address))
+        _confirm(settings.loom_namespace, str(store or Bus(settings.nats_url or DEFAULT_URL).connection.address))
     made = run_to_end(_init(settings, store, reset=reset))
     for name in made.deleted:
         typer.echo(f"deleted  {name}")

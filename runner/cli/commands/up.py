@@ -169,7 +169,7 @@ async def _in_here(url: str, settings: Settings, welcome: Callable[[str], str]) 
 
 
 async def _in_processes(url: str, settings: Settings, programs: list[Program], welcome: Callable[[str], str]) -> None:
-    log.info("connecting", server=Bus(url).address)
+    log.info("connecting", server=Bus(url).connection.address)
     names = [program.name for program in programs]
     async with Bus(
         url, namespace=settings.loom_namespace, role="operator", identity=settings.identity, patience_s=FOREVER_S
@@ -247,7 +247,7 @@ async def _phase(settings: Settings, names: tuple[Phase, ...]) -> None:
 def _phases_on(
     url: str, names: tuple[Phase, ...], settings: Settings, *, init: bool
 ) -> AbstractAsyncContextManager[Bus]:
-    log.info("connecting", server=Bus(url).address)
+    log.info("connecting", server=Bus(url).connection.address)
     return running_phases(
         url,
         names=names,
@@ -264,7 +264,7 @@ async def _node(
     settings: Settings, loaded: NodeFile, slots: int, backlog: int, max_nodes: int | None, hosts: list[NodeHost]
 ) -> None:
     url = settings.nats_url or DEFAULT_URL
-    log.info("connecting", server=Bus(url).address)
+    log.info("connecting", server=Bus(url).connection.address)
     hosted = running_nodes(
         url,
         lambda: loaded.nodes,
