@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterable
 from types import TracebackType
 from typing import TypeVar, cast
 
-from loom.agents.user_code import Opened
+from loom.agents.user_code import ClosingIterator
 from loom.schemas.errors import DeadlineExceeded
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class Deadline:
 
     async def each(self, source: AsyncIterable[T]) -> AsyncGenerator[T, None]:
         """Yield what `source` yields, in time, and close it however this ends."""
-        async with Opened(source) as items:
+        async with ClosingIterator(source) as items:
             while True:
                 async with self.enforced():
                     item = await anext(items, _END)

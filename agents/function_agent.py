@@ -11,7 +11,7 @@ from loom.agents.job import Answer, Job
 from loom.agents.protocol import Output, StreamingAgent, raised, usage_in
 from loom.agents.signatures import check_stream, name_of, takes_text
 from loom.agents.threaded import ThreadedIteration
-from loom.agents.user_code import Opened, call, guarded
+from loom.agents.user_code import ClosingIterator, call, guarded
 from loom.agents.values import NotText, to_text
 from loom.agents.yielded_values import EVENTS, deltas, event_in, events_of
 from loom.schemas.base import MAX_CONTENT_BYTES, total
@@ -74,7 +74,7 @@ class FunctionAgent:
         with guarded():
             source = _iteration(result)
         if source is not None:
-            async with Opened(source) as pieces:
+            async with ClosingIterator(source) as pieces:
                 async for piece in pieces:
                     for event in written.add(piece):
                         yield event

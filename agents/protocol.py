@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from loom.agents.deadline import Deadline
 from loom.agents.job import MAX_USD, Job, Spent, check_budget
-from loom.agents.user_code import Opened, described, ends_task, guarded, type_name
+from loom.agents.user_code import ClosingIterator, ends_task, error_text_fields, guarded, type_name
 from loom.agents.values import to_text
 from loom.agents.yielded_values import EVENTS, deltas, events_of
 from loom.bus.logs.logger import get_logger
@@ -97,7 +97,7 @@ async def _collected(agent: StreamingAgent, job: Job, tell: Tell | None) -> RunR
         source = agent.stream(job)
         if not hasattr(source, "__aiter__"):
             raise AgentFailed(f"stream returned a {type(source).__name__}: make it an async generator")
-    async with Opened(source) as items, deadline.enforced():
+    async with ClosingIterator(source) as items, deadline.enforced():
         async for item in items:
             for event in seen.events(item):
                 if tell is not None:
@@ -217,7 +217,9 @@ def _charge(error: LoomError, spent: Spent) -> None:
 
 def raised(error: BaseException, job: RunRequest) -> AgentFailed:
     """Return what is published of an exception of user code, its type; its text goes to the log."""
-    log.warning("agent_raised", task_id=job.task_id, attempt=job.attempt, node_id=job.node_id, **described(error))
+    log.warning(
+        "agent_raised", task_id=job.task_id, attempt=job.attempt, node_id=job.node_id, **error_text_fields(error)
+    )
     return AgentFailed(f"the agent raised {type_name(error)}", task_id=job.task_id)
 
 

@@ -71,7 +71,7 @@ def ends_task(error: BaseException) -> bool:
     return isinstance(error, GeneratorExit) and (trace is None or trace.tb_next is None)
 
 
-class Opened(Generic[T]):
+class ClosingIterator(Generic[T]):
     """Iterates over what a user's code yields, guarded, and closes it, if it can be, however that ends.
 
     An iteration that never waits gives the event loop a turn now and then.
@@ -113,7 +113,7 @@ class Opened(Generic[T]):
             if error is None:
                 raise
             # What ended the iteration is the failure; this one came on top.
-            log.warning("close_failed", **described(fault))
+            log.warning("close_failed", **error_text_fields(fault))
 
 
 def origin(error: BaseException) -> BaseException:
@@ -128,9 +128,9 @@ def describe(error: BaseException) -> str:
     return log_fields.summary(origin(error))
 
 
-def described(error: BaseException) -> dict[str, str]:
+def error_text_fields(error: BaseException) -> dict[str, str]:
     """Return type, message without secrets, and place of what user code raised, for a log line."""
-    return log_fields.describe(origin(error))
+    return log_fields.error_fields(origin(error))
 
 
 def type_name(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from typing import Self, TypeVar
 from uuid import uuid4
 from weakref import WeakSet
 
-from loom.bus.hops.isolation import SharedExclusiveLock
+from loom.bus.isolation import SharedExclusiveLock
 from loom.bus.logs.discards import Discards
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.clock import ServerClock

@@ -31,7 +31,7 @@ SHORT_AMONG = 5_000
 """Newest records among which a shortened id is looked for."""
 
 
-class Newest(NamedTuple):
+class Latest(NamedTuple):
     """Where the stream ended when it was read."""
 
     messages: list[Stored]
@@ -39,7 +39,7 @@ class Newest(NamedTuple):
     last_seq: int
 
 
-class Found(NamedTuple):
+class FoundTask(NamedTuple):
     """A task: its record, or the submission that waits for admission."""
 
     record: TaskRecord | None
@@ -54,9 +54,9 @@ def records_stream(bus: Bus) -> tuple[str, str]:
     return f"KV_{bucket}", f"$KV.{bucket}.>"
 
 
-async def newest(
+async def latest(
     bus: Bus, stream: str, subject: str, limit: int, wanted: Callable[[Stored], bool] = lambda _: True
-) -> Newest:
+) -> Latest:
     """Return the newest messages of a stream that are wanted, without reading all of it where that can be helped.
 
     Raises:
@@ -72,7 +72,7 @@ async def newest(
             if wanted(message):
                 found.append(message)
         if len(found) >= limit or start <= first:
-            return Newest(list(found), last)
+            return Latest(list(found), last)
         span *= 8
 
 
@@ -139,7 +139,7 @@ async def recent_records(
         return True
 
     stream, subject = records_stream(bus)
-    messages = (await newest(bus, stream, subject, limit, take)).messages
+    messages = (await latest(bus, stream, subject, limit, take)).messages
     kept = {message.subject: found[message.subject] for message in messages}
     return sorted(kept.values(), key=lambda record: -record.admitted_at)
 
@@ -161,7 +161,7 @@ async def rewards_since(bus: Bus, at: float, *, domain_token: str | None = None)
             yield message.stored_at, reward
 
 
-async def find(bus: Bus, task_id: str) -> Found:
+async def find_task(bus: Bus, task_id: str) -> FoundTask:
     """Return what is known of a task, read from the streams themselves: no phase need answer.
 
     A running task's record comes with its envelope as it is now. Eight digits stand for a recent id that
@@ -178,10 +178,10 @@ async def find(bus: Bus, task_id: str) -> Found:
     if record is None:
         submission = await _last(bus, "INTAKE", bus.subjects.intake("*", "*", task_id), _submission_in)
         if submission is not None:
-            return Found(None, "", submission[1])
+            return FoundTask(None, "", submission[1])
         record = await _recent(bus, task_id)
     if record.ended:
-        return Found(record, "")
+        return FoundTask(record, "")
     return await _under_way(bus, record)
 
 
@@ -200,17 +200,17 @@ async def _recent(bus: Bus, beginning: str) -> TaskRecord:
     raise UnknownTask(f"no task {beginning} is known; records are kept for 72 hours", task_id=beginning)
 
 
-async def _under_way(bus: Bus, record: TaskRecord) -> Found:
+async def _under_way(bus: Bus, record: TaskRecord) -> FoundTask:
     """The record of a running task with the envelope of the hop it is at."""
     hop = await _last(bus, "TASKS", bus.subjects.of("task", "*", "*", record.task_id), envelope_in)
     if hop is not None:  # after a notice: the parked task itself waits elsewhere
         subject, envelope = hop
         parsed = bus.subjects.parse(subject)
-        return Found(replace(record, envelope=envelope), parsed.tokens["phase"] if parsed else "")
+        return FoundTask(replace(record, envelope=envelope), parsed.tokens["phase"] if parsed else "")
     waiting = await _last(bus, "TASKS", bus.subjects.later("*", record.task_id, "*"), envelope_in)
     if waiting is not None:
-        return Found(replace(record, envelope=waiting[1]), "later")
-    return Found(record, "")
+        return FoundTask(replace(record, envelope=waiting[1]), "later")
+    return FoundTask(record, "")
 
 
 async def _last(bus: Bus, stream: str, subject: str, read: Callable[[bytes], T | None]) -> tuple[str, T] | None:

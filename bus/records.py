@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from loom.bus.bus import Bus
 from loom.bus.natsio.kv import Bucket, Entry
 from loom.bus.natsio.server_errors import Conflict
-from loom.schemas.base import Name, Relayed, Timestamp, Undecodable
+from loom.schemas.base import Message, Name, Timestamp, Undecodable
 from loom.schemas.decoding.unknown_fields import unknown_fields, with_unknown_fields
 from loom.schemas.envelope import Envelope, RecordVersion, ReplySubjects, TaskRecord
 from loom.schemas.errors import BusUnavailable
@@ -22,7 +22,7 @@ def records(bus: Bus) -> Bucket[TaskRecord]:
     return bus.bucket("records", TaskRecord)
 
 
-def remembered(envelope: Envelope) -> Entry[TaskRecord] | None:
+def record_from(envelope: Envelope) -> Entry[TaskRecord] | None:
     """Return the record as it was when the envelope was sent: good for a write, which fails if it has changed since.
 
     None when the envelope does not tell.
@@ -56,7 +56,7 @@ def record_version(record: TaskRecord, revision: int) -> RecordVersion | None:
     return with_unknown_fields(known, unknown_fields(record))
 
 
-async def change(
+async def update_record(
     bucket: Bucket[TaskRecord],
     task_id: str,
     decide: Callable[[TaskRecord], TaskRecord | None],
@@ -89,7 +89,7 @@ async def change(
     raise BusUnavailable(f"record {task_id} was changed by others {TRIES} times in a row")
 
 
-class _Remains(Relayed, frozen=True, kw_only=True):
+class _Remains(Message, frozen=True, kw_only=True):
     """The fields of a record that its submitters need."""
 
     submission: Name = ""

@@ -16,13 +16,13 @@ import msgspec
 from msgspec.structs import replace
 
 from loom.bus.bus import Bus
-from loom.bus.health import Health
+from loom.bus.hops.health import Health
 from loom.bus.natsio.connection import Subscription
 from loom.bus.natsio.request_many import request_many
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.replies import may_answer
 from loom.bus.wire_version import WIRE, WIRE_KEY, WireMismatch
-from loom.schemas.base import Undecodable, Wire, cut_note, decode, encode
+from loom.schemas.base import CheckedMessage, Undecodable, cut_note, decode, encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
 
@@ -45,7 +45,7 @@ _PING = "io.nats.micro.v1.ping_response"
 _INFO = "io.nats.micro.v1.info_response"
 
 
-class Present(Wire, frozen=True, kw_only=True):
+class Present(CheckedMessage, frozen=True, kw_only=True):
     """One instance of a service, as the micro protocol words it."""
 
     type: str
@@ -60,7 +60,7 @@ class _Info(Present, frozen=True, kw_only=True):
     endpoints: list[dict[str, str]]
 
 
-class Presence:
+class ServiceEndpoint:
     """Answers discovery for services of this process.
 
     Args:
@@ -156,7 +156,7 @@ def settings_facts(config: ClusterConfig) -> dict[str, str]:
     return {SETTINGS: stated.decode(), SETTINGS_DIGEST: hashlib.sha256(stated).hexdigest()[:12]}
 
 
-async def who_is_there(
+async def discover(
     bus: Bus, *, within_s: float = ANSWER_S, enough: Callable[[list[Present]], bool] = lambda _: False
 ) -> list[Present]:
     """Return the services of this namespace that answer in `within_s`, sorted by name and id.

@@ -4,7 +4,7 @@ import asyncio
 
 from loom.bus import topology
 from loom.bus.bus import Bus
-from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
@@ -36,7 +36,7 @@ async def keep(bus: Bus, config: ClusterConfig) -> None:
             bus.jetstream.missing.set()
             if now() >= reported + REPORT_S:
                 reported = now()
-                log.warning("topology_not_restored", **describe(error))
+                log.warning("topology_not_restored", **error_fields(error))
         else:
             if created:
                 log.warning("topology_restored", created=created)

@@ -5,15 +5,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple, Protocol
 
-from loom.agents.host.autoscaler import Nursery
+from loom.agents.host.autoscaler import NodeAutoscaler
 from loom.agents.host.node_host import BACKLOG, SLOTS, NodeHost
 from loom.agents.host.slots import Node
 from loom.agents.llm.guarded_provider import GuardedProvider
 from loom.bus import topology
 from loom.bus.bus import Bus
-from loom.bus.health import Health
+from loom.bus.hops.health import Health
 from loom.bus.logs.logger import get_logger
-from loom.bus.service_discovery import Presence, check_processes
+from loom.bus.service_discovery import ServiceEndpoint, check_processes
 from loom.bus.upkeep import keep
 from loom.phases.adapt import Adapt
 from loom.phases.evaluate import Evaluate
@@ -93,7 +93,7 @@ class PhaseGroup:
         self._llm = GuardedProvider(llm) if llm is not None else None
         self._names = tuple(names)
         self._started: list[PhaseService] = []
-        self._presence = Presence(bus, self._names, bus.instance, config=self._config)
+        self._presence = ServiceEndpoint(bus, self._names, bus.instance, config=self._config)
         self._upkeep: asyncio.Task[None] | None = None
 
     async def start(self, *, patience_s: float = 0.0) -> None:
@@ -155,8 +155,8 @@ class HostGroup(NamedTuple):
     """A node host with what belongs to it, started and stopped together."""
 
     host: NodeHost
-    nursery: Nursery
-    presence: Presence
+    nursery: NodeAutoscaler
+    presence: ServiceEndpoint
 
     async def start(self, *, growing: bool) -> None:
         """Begin to bid; with `growing`, also take requests for further nodes."""
@@ -218,9 +218,9 @@ async def running_nodes(
         await check_processes(bus)
 
         async def start() -> HostGroup:
-            nursery = Nursery(bus, nodes, max_nodes=max_nodes or 0)
+            nursery = NodeAutoscaler(bus, nodes, max_nodes=max_nodes or 0)
             host = NodeHost(bus, nursery.nodes, slots=slots, backlog=backlog)
-            group = HostGroup(host, nursery, Presence(bus, ["node"], host.host_id))
+            group = HostGroup(host, nursery, ServiceEndpoint(bus, ["node"], host.host_id))
             try:
                 await group.start(growing=max_nodes is not None)
             except BaseException:

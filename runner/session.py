@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakSet
 
-from loom.agents.host.autoscaler import Nursery, Skills
+from loom.agents.host.autoscaler import NodeAutoscaler, Skills
 from loom.agents.host.node_host import NodeHost
 from loom.agents.host.slots import Node
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.logs import logger
-from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.natsio.ownership import Owner, keep_forever, running_loop
 from loom.bus.natsio.requests import NoResponders
 from loom.bus.service_discovery import check_processes
@@ -163,14 +163,14 @@ class Session:
             try:
                 await self._host_nodes()
             except (LoomError, TimeoutError) as error:
-                logger.get_logger().warning("nodes_not_hosted", **describe(error))
+                logger.get_logger().warning("nodes_not_hosted", **error_fields(error))
                 await asyncio.sleep(HOST_AGAIN_S)
 
     async def _open_host(self) -> None:
         host_bus = await self._connect(self._url, "node")
         if self.bus.by_name:
             await check_processes(host_bus)
-        nursery = Nursery(host_bus, self._hosted, max_nodes=self._config.max_nodes, skills=self._skills)
+        nursery = NodeAutoscaler(host_bus, self._hosted, max_nodes=self._config.max_nodes, skills=self._skills)
         host = NodeHost(host_bus, nursery.nodes)
         self._stack.push_async_callback(host.drain, self._config.drain_timeout_s)
         await host.start()

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from loom.schemas.base import Count, Name, Names, Note, Ordinal, Relayed, Seconds, Token, Unit, Wire, total
+from loom.schemas.base import CheckedMessage, Count, Message, Name, Names, Note, Ordinal, Seconds, Token, Unit, total
 from loom.schemas.task import Priority, domain_token
 
 BID_LIMIT = 16
@@ -33,7 +33,7 @@ AnswerTo = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\.[A-Za-z0-9_-]{1,6
 UsdPrice = Annotated[float, Meta(ge=0, le=1e6)]
 
 
-class Lot(Relayed, frozen=True, kw_only=True):
+class Lot(Message, frozen=True, kw_only=True):
     """One task of a call for bids."""
 
     task_id: Token
@@ -46,7 +46,7 @@ class Lot(Relayed, frozen=True, kw_only=True):
     """Until the task's deadline."""
 
 
-class CallForBids(Relayed, frozen=True, kw_only=True):
+class CallForBids(Message, frozen=True, kw_only=True):
     """A request of MATCH for bids on tasks of one domain; each host answers with one Offer.
 
     The tasks of a call have the same domain, required tools and excluded nodes.
@@ -72,7 +72,7 @@ class CallForBids(Relayed, frozen=True, kw_only=True):
         return domain_token(self.domain)
 
 
-class Bid(Wire, frozen=True, kw_only=True):
+class Bid(CheckedMessage, frozen=True, kw_only=True):
     """One node's bid."""
 
     node_id: Token
@@ -96,7 +96,7 @@ class Bid(Wire, frozen=True, kw_only=True):
         return self.tasks is None or task_id in self.tasks
 
 
-class Offer(Relayed, frozen=True, kw_only=True):
+class Offer(Message, frozen=True, kw_only=True):
     """One host's answer to a call: bids, or why there are none. The subject names the host and its owner."""
 
     bids: Annotated[tuple[Bid, ...], Meta(max_length=MAX_BIDS)] = ()
@@ -104,7 +104,7 @@ class Offer(Relayed, frozen=True, kw_only=True):
     """busy: a node could do it and has no room; unqualified: no node could; draining: the host stops."""
 
 
-class ChildState(Wire, frozen=True, kw_only=True):
+class ChildState(CheckedMessage, frozen=True, kw_only=True):
     """How a node fares that its host started on request."""
 
     node_id: Token
@@ -118,7 +118,7 @@ class ChildState(Wire, frozen=True, kw_only=True):
     """Whether it only finishes what it has in hand."""
 
 
-class AnnouncedDomain(Wire, frozen=True, kw_only=True):
+class AnnouncedDomain(CheckedMessage, frozen=True, kw_only=True):
     """A domain that a node takes."""
 
     domain: Name
@@ -127,14 +127,14 @@ class AnnouncedDomain(Wire, frozen=True, kw_only=True):
     """How well the node rates itself there; 0: it does not take the domain; absent: 0.5."""
 
 
-class Price(Wire, frozen=True, kw_only=True):
+class Price(CheckedMessage, frozen=True, kw_only=True):
     """What a node's tokens cost, in USD per million. Reserved: not used yet."""
 
     input: UsdPrice = 0.0
     output: UsdPrice = 0.0
 
 
-class AnnouncedNode(Wire, frozen=True, kw_only=True):
+class AnnouncedNode(CheckedMessage, frozen=True, kw_only=True):
     """What a host announces of one of its nodes."""
 
     node_id: Token
@@ -164,7 +164,7 @@ class AnnouncedNode(Wire, frozen=True, kw_only=True):
         return others
 
 
-class HostAnnouncement(Wire, frozen=True, kw_only=True):
+class HostAnnouncement(CheckedMessage, frozen=True, kw_only=True):
     """A sign of life of a node host, with its nodes. The subject names the host and its owner."""
 
     seq: Count = 0
@@ -194,7 +194,7 @@ class HostAnnouncement(Wire, frozen=True, kw_only=True):
         return total(*(node.slots for node in self.nodes))
 
 
-class SpawnRequest(Wire, frozen=True, kw_only=True):
+class SpawnRequest(CheckedMessage, frozen=True, kw_only=True):
     """SCALE asks for one more node."""
 
     domain_token: Token
@@ -205,7 +205,7 @@ class SpawnRequest(Wire, frozen=True, kw_only=True):
     task_id: Token | None = None
 
 
-class SpawnReply(Wire, frozen=True, kw_only=True):
+class SpawnReply(CheckedMessage, frozen=True, kw_only=True):
     """A host's answer to a request for a node: which one it has started, or why none."""
 
     host_id: Token
@@ -214,7 +214,7 @@ class SpawnReply(Wire, frozen=True, kw_only=True):
     """unqualified: none of its nodes has the tools; idle: one that could take the work has none; full: at its limit."""
 
 
-class RetireRequest(Wire, frozen=True, kw_only=True):
+class RetireRequest(CheckedMessage, frozen=True, kw_only=True):
     """ADAPT asks a host to retire a node."""
 
     node_id: Token
@@ -223,7 +223,7 @@ class RetireRequest(Wire, frozen=True, kw_only=True):
     """Whether the node may stay if it has work in hand."""
 
 
-class RetireReply(Wire, frozen=True, kw_only=True):
+class RetireReply(CheckedMessage, frozen=True, kw_only=True):
     """A host's answer: the node takes no more work and goes once it has none in hand, or why it stays."""
 
     host_id: Token

@@ -84,7 +84,7 @@ def new_id() -> str:
     return uuid4().hex
 
 
-class Relayed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """A message made of others and of readings of a clock: immutable, built by keyword, unknown fields ignored.
 
     It is built dozens of times for each task, and so not checked: whoever reads it checks every range. Nor does the
@@ -92,7 +92,7 @@ class Relayed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     """
 
 
-class Wire(Relayed, frozen=True, kw_only=True):
+class CheckedMessage(Message, frozen=True, kw_only=True):
     """A message or a part of one that says something of its own.
 
     A float that is not finite or out of its declared range is refused at construction, because JSON would

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta
 
-from loom.schemas.base import Count, Ordinal, Seconds, Token, Unit, Wire
+from loom.schemas.base import CheckedMessage, Count, Ordinal, Seconds, Token, Unit
 from loom.schemas.checks.constructor_errors import FieldsByName
 
 NOT_SETTINGS = {
@@ -43,7 +43,7 @@ class _OldNames(FieldsByName):
             return super().__call__(*args, **given)
 
 
-class ClusterConfig(Wire, frozen=True, kw_only=True, metaclass=_OldNames):
+class ClusterConfig(CheckedMessage, frozen=True, kw_only=True, metaclass=_OldNames):
     """How the phases decide. Every field has a default; give only what differs."""
 
     min_nodes: Count = 1

@@ -7,19 +7,19 @@ from msgspec.structs import replace
 
 from loom.schemas.base import (
     MAX_SECONDS,
+    CheckedMessage,
     Count,
+    Message,
     Name,
     Names,
     Note,
     Ordinal,
     Outputs,
-    Relayed,
     Seconds,
     Text,
     Timestamp,
     Token,
     Unit,
-    Wire,
     cut_note,
 )
 from loom.schemas.identity import LOCAL_OWNER, PUBLIC, qualified
@@ -61,7 +61,7 @@ Merit = Annotated[float, Meta(ge=0, le=MAX_TRUST)]
 ReplySubjects = Annotated[tuple[Annotated[str, Meta(max_length=256)], ...], Meta(max_length=8)]
 
 
-class Spec(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Spec(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What SENSE made of the ad."""
 
     complexity: Unit
@@ -88,7 +88,7 @@ class Spec(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return domain_token(self.domains[0])
 
 
-class ScoredBid(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ScoredBid(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A bid as the auction weighed it."""
 
     node_id: Token
@@ -117,7 +117,7 @@ class ScoredBid(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return qualified(self.owner, self.node_id)
 
 
-class Award(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Award(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who won, and against whom."""
 
     node_id: Token
@@ -145,7 +145,7 @@ class Award(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return qualified(self.owner, self.node_id)
 
 
-class Split(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Split(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where a subtask comes from."""
 
     parent: Token
@@ -159,7 +159,7 @@ class Split(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     inputs: Outputs = {}
 
 
-class Hop(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Hop(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One phase's turn."""
 
     phase: Phase
@@ -171,7 +171,7 @@ class Hop(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
     step: Count = 0
 
 
-class RejectedResult(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RejectedResult(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A refused result worth keeping in case nothing better comes."""
 
     result: RunResult
@@ -195,14 +195,14 @@ class RejectedResult(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True
         )
 
 
-class Opinion(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Opinion(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a judging model thinks of a result."""
 
     score: Unit
     reason: Annotated[str, Meta(max_length=MAX_CAUSE_CHARS)] = ""
 
 
-class FailedAttempt(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class FailedAttempt(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An attempt that came to nothing by its node's fault."""
 
     attempt: Ordinal
@@ -220,7 +220,7 @@ class FailedAttempt(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return qualified(self.owner, self.node_id)
 
 
-class Claim(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Claim(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """EXECUTE's hold on an attempt: the fence."""
 
     attempt: Count = 0
@@ -239,7 +239,7 @@ class Claim(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return qualified(self.owner, self.node_id) if self.node_id else ""
 
 
-class RecordVersion(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RecordVersion(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The record besides its envelope, as whoever wrote it last has left it: the next write needs no reading.
 
     The write names `revision`, so it fails where somebody else has written since, and then the record is read.
@@ -252,7 +252,7 @@ class RecordVersion(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     admitted_at: Timestamp
 
 
-class Envelope(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Envelope(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A task on its way through the phases."""
 
     v: Count = 1
@@ -365,7 +365,7 @@ class Envelope(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return replace(self, warnings=(*self.warnings, cut_note(warning)))
 
 
-class TaskRecord(Relayed, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TaskRecord(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is known of a task, from admission to 72 hours after."""
 
     task_id: Token
@@ -478,7 +478,7 @@ Subject = Annotated[str, Meta(max_length=4096)]
 """As long as the server takes one; a token of it may be as long."""
 
 
-class DeadLetter(Wire, frozen=True, kw_only=True):
+class DeadLetter(CheckedMessage, frozen=True, kw_only=True):
     """The facts beside the raw bytes of a message that could not be handled."""
 
     phase: Subject
@@ -493,7 +493,7 @@ class DeadLetter(Wire, frozen=True, kw_only=True):
     """The phases it had passed, oldest first, with a space between: `sense match scale`."""
 
 
-class Subtask(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Subtask(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A node of a split plan."""
 
     id: Token
@@ -518,7 +518,7 @@ class Subtask(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """From its admission to its end."""
 
 
-class SplitPlan(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SplitPlan(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A parked parent and the graph of its subtasks; outputs are read from the children's records."""
 
     parent_id: Token

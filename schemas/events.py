@@ -5,28 +5,40 @@ from typing import Annotated, ClassVar, Literal
 from msgspec import Meta
 from msgspec.structs import force_setattr
 
-from loom.schemas.base import Count, FreeJson, Name, Names, Number, Ordinal, Text, Timestamp, Token, Unit, Wire
+from loom.schemas.base import (
+    CheckedMessage,
+    Count,
+    FreeJson,
+    Name,
+    Names,
+    Number,
+    Ordinal,
+    Text,
+    Timestamp,
+    Token,
+    Unit,
+)
 from loom.schemas.envelope import AWARD_BIDS, Merit, Phase, ScoredBid
 
 Milliseconds = Annotated[int, Meta(ge=-(10**12), le=10**12)] | Number
 """A duration, whole or not."""
 
 
-class TextDelta(Wire, frozen=True, kw_only=True, tag="text_delta"):
+class TextDelta(CheckedMessage, frozen=True, kw_only=True, tag="text_delta"):
     """A piece of the answer."""
 
     type: ClassVar[str] = "text_delta"
     text: Text = ""
 
 
-class ReasoningDelta(Wire, frozen=True, kw_only=True, tag="reasoning_delta"):
+class ReasoningDelta(CheckedMessage, frozen=True, kw_only=True, tag="reasoning_delta"):
     """A piece of the model's reasoning, where it shows any."""
 
     type: ClassVar[str] = "reasoning_delta"
     text: Text = ""
 
 
-class ToolCallStart(Wire, frozen=True, kw_only=True, tag="tool_call_start"):
+class ToolCallStart(CheckedMessage, frozen=True, kw_only=True, tag="tool_call_start"):
     """A tool is about to run."""
 
     type: ClassVar[str] = "tool_call_start"
@@ -35,7 +47,7 @@ class ToolCallStart(Wire, frozen=True, kw_only=True, tag="tool_call_start"):
     input: FreeJson = {}
 
 
-class ToolCallEnd(Wire, frozen=True, kw_only=True, tag="tool_call_end"):
+class ToolCallEnd(CheckedMessage, frozen=True, kw_only=True, tag="tool_call_end"):
     """A tool has run; `result` is what the model gets to see, at most 2,000 characters here."""
 
     type: ClassVar[str] = "tool_call_end"
@@ -51,7 +63,7 @@ class ToolCallEnd(Wire, frozen=True, kw_only=True, tag="tool_call_end"):
         force_setattr(self, "duration_ms", round(self.duration_ms))
 
 
-class StepStart(Wire, frozen=True, kw_only=True, tag="step_start"):
+class StepStart(CheckedMessage, frozen=True, kw_only=True, tag="step_start"):
     """A round of the agent begins; `step` counts from 1."""
 
     type: ClassVar[str] = "step_start"
@@ -60,7 +72,7 @@ class StepStart(Wire, frozen=True, kw_only=True, tag="step_start"):
     """The most rounds there may be."""
 
 
-class StepEnd(Wire, frozen=True, kw_only=True, tag="step_end"):
+class StepEnd(CheckedMessage, frozen=True, kw_only=True, tag="step_end"):
     """A round of the agent ends."""
 
     type: ClassVar[str] = "step_end"
@@ -68,7 +80,7 @@ class StepEnd(Wire, frozen=True, kw_only=True, tag="step_end"):
     reason: Literal["tool_use", "complete", "max_steps", "abort"] = "complete"
 
 
-class ErrorEvent(Wire, frozen=True, kw_only=True, tag="error"):
+class ErrorEvent(CheckedMessage, frozen=True, kw_only=True, tag="error"):
     """The work failed; `code` is an error code of `loom.schemas.errors`."""
 
     type: ClassVar[str] = "error"
@@ -77,7 +89,7 @@ class ErrorEvent(Wire, frozen=True, kw_only=True, tag="error"):
     recoverable: bool = False
 
 
-class TokenUsage(Wire, frozen=True, kw_only=True):
+class TokenUsage(CheckedMessage, frozen=True, kw_only=True):
     """Tokens the whole work took."""
 
     prompt_tokens: Count = 0
@@ -89,7 +101,7 @@ class TokenUsage(Wire, frozen=True, kw_only=True):
     """Whether tokens were guessed from text lengths because the model did not say."""
 
 
-class Done(Wire, frozen=True, kw_only=True, tag="done"):
+class Done(CheckedMessage, frozen=True, kw_only=True, tag="done"):
     """The work is over; always the last event."""
 
     type: ClassVar[str] = "done"
@@ -100,7 +112,7 @@ class Done(Wire, frozen=True, kw_only=True, tag="done"):
     usage: TokenUsage = TokenUsage()
 
 
-class SubtaskEvent(Wire, frozen=True, kw_only=True, tag="subtask"):
+class SubtaskEvent(CheckedMessage, frozen=True, kw_only=True, tag="subtask"):
     """A subtask of a divided task has begun or ended. SCALE publishes it; it may be lost, or come twice."""
 
     type: ClassVar[str] = "subtask"
@@ -125,7 +137,7 @@ class SubtaskEvent(Wire, frozen=True, kw_only=True, tag="subtask"):
     """When it began or ended, in server time."""
 
 
-class PhaseEvent(Wire, frozen=True, kw_only=True, tag="phase"):
+class PhaseEvent(CheckedMessage, frozen=True, kw_only=True, tag="phase"):
     """A phase has passed a task on, and what it decided; a loop reports it, from the task's record.
 
     Which of the fields are set depends on `name`. After a failed attempt the phases of the next one are reported again.

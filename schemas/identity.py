@@ -1,6 +1,6 @@
 """Who a process speaks as: tokens that its subjects carry, so that the permissions of a server can pin them."""
 
-from loom.schemas.base import Relayed, Token
+from loom.schemas.base import Message, Token
 
 PUBLIC = "public"
 LOCAL_OWNER = "local"
@@ -17,7 +17,7 @@ RESERVED = frozenset(
 """Names of phases and of sources of rewards: no submitter, owner or person may have one of them."""
 
 
-class Identity(Relayed, frozen=True, kw_only=True):
+class Identity(Message, frozen=True, kw_only=True):
     """The names that come with the credentials of a process; a single user needs none of them.
 
     Example:

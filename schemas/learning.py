@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from loom.schemas.base import Count, Name, Names, Note, Seconds, Timestamp, Token, Unit, Wire
+from loom.schemas.base import CheckedMessage, Count, Name, Names, Note, Seconds, Timestamp, Token, Unit
 from loom.schemas.checks.labels import Labels
 from loom.schemas.identity import LOCAL_OWNER, RULES, node_key, qualified
 
@@ -16,7 +16,7 @@ BIAS = "bias."
 """How the keys of calibrations begin in the bucket `tuning`; the domain_token follows."""
 
 
-class Signal(Wire, frozen=True, kw_only=True):
+class Signal(CheckedMessage, frozen=True, kw_only=True):
     """A reward taken apart for people; ADAPT does not fold it."""
 
     quality: Unit = 0.0
@@ -43,7 +43,7 @@ class Score(Struct, frozen=True, kw_only=True, array_like=True, omit_defaults=Tr
     source with a name of more than eight characters."""
 
 
-class DomainEvidence(Wire, frozen=True, kw_only=True):
+class DomainEvidence(CheckedMessage, frozen=True, kw_only=True):
     """What is known of one node in one domain. Count and mean are the window's."""
 
     scores: Annotated[tuple[Score, ...], Meta(max_length=WINDOW)] = ()
@@ -58,7 +58,7 @@ MAX_DOMAINS = 24
 """Domains remembered per node: all windows full, a profile still fits a message."""
 
 
-class NodeProfile(Wire, frozen=True, kw_only=True):
+class NodeProfile(CheckedMessage, frozen=True, kw_only=True):
     """What has been learned about one node."""
 
     node_id: Token
@@ -89,7 +89,7 @@ class NodeProfile(Wire, frozen=True, kw_only=True):
         return qualified(self.owner, self.node_id)
 
 
-class Snapshot(Wire, frozen=True, kw_only=True):
+class Snapshot(CheckedMessage, frozen=True, kw_only=True):
     """What was known of one node when all of the stream up to `through` was folded: one of a round, one per node."""
 
     through: Count
@@ -99,7 +99,7 @@ class Snapshot(Wire, frozen=True, kw_only=True):
     profile: NodeProfile
 
 
-class Reward(Wire, frozen=True, kw_only=True):
+class Reward(CheckedMessage, frozen=True, kw_only=True):
     """How well a node did one attempt at a task, in somebody's judgement."""
 
     reward_id: Annotated[str, Meta(max_length=200)]
@@ -146,7 +146,7 @@ class Reward(Wire, frozen=True, kw_only=True):
         return hash((self.reward_id, self.score))
 
 
-class Calibration(Wire, frozen=True, kw_only=True):
+class Calibration(CheckedMessage, frozen=True, kw_only=True):
     """How far SENSE is off in one domain."""
 
     domain_token: Token
@@ -158,7 +158,7 @@ class Calibration(Wire, frozen=True, kw_only=True):
     """Sequence in REWARDS of the last reward folded."""
 
 
-class Lease(Wire, frozen=True, kw_only=True):
+class Lease(CheckedMessage, frozen=True, kw_only=True):
     """Who of several replicas may act, and until when."""
 
     holder: Name
@@ -169,7 +169,7 @@ class Lease(Wire, frozen=True, kw_only=True):
 LifecycleKind = Literal["joined", "left", "spawned", "retired", "changed", "learned"]
 
 
-class Lifecycle(Wire, frozen=True, kw_only=True):
+class Lifecycle(CheckedMessage, frozen=True, kw_only=True):
     """Something happened to a node."""
 
     kind: LifecycleKind

@@ -6,12 +6,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from msgspec import Struct
 from msgspec.structs import force_setattr
 
-from loom.schemas.base import Count, FreeJson, Wire
+from loom.schemas.base import CheckedMessage, Count, FreeJson
 
 Role = Literal["system", "user", "assistant", "tool"]
 
 
-class ToolCall(Wire, frozen=True, kw_only=True):
+class ToolCall(CheckedMessage, frozen=True, kw_only=True):
     """A model's wish to call a tool."""
 
     id: str
@@ -22,7 +22,7 @@ class ToolCall(Wire, frozen=True, kw_only=True):
     """Fields beside the call that its server wants back unchanged, such as a signature."""
 
 
-class Message(Wire, frozen=True, kw_only=True):
+class Message(CheckedMessage, frozen=True, kw_only=True):
     """One turn of a conversation."""
 
     role: Role
@@ -35,7 +35,7 @@ class Message(Wire, frozen=True, kw_only=True):
     """Assistant only: the model's reasoning, for servers that want it back."""
 
 
-class ToolDefinition(Wire, frozen=True, kw_only=True):
+class ToolDefinition(CheckedMessage, frozen=True, kw_only=True):
     """A tool as the model sees it."""
 
     name: str
@@ -44,7 +44,7 @@ class ToolDefinition(Wire, frozen=True, kw_only=True):
     """JSON Schema of the arguments, an object."""
 
 
-class Usage(Wire, frozen=True, kw_only=True):
+class Usage(CheckedMessage, frozen=True, kw_only=True):
     """Tokens one completion took."""
 
     prompt_tokens: Count = 0
@@ -56,7 +56,7 @@ class Usage(Wire, frozen=True, kw_only=True):
         return self.prompt_tokens + self.completion_tokens
 
 
-class CompletionParams(Wire, frozen=True, kw_only=True):
+class CompletionParams(CheckedMessage, frozen=True, kw_only=True):
     """One question to a model."""
 
     messages: tuple[Message, ...]
@@ -71,7 +71,7 @@ class CompletionParams(Wire, frozen=True, kw_only=True):
     """Seconds until the answer is worthless; absent: the provider's own limit."""
 
 
-class CompletionResult(Wire, frozen=True, kw_only=True):
+class CompletionResult(CheckedMessage, frozen=True, kw_only=True):
     """A model's whole answer."""
 
     content: str = ""
@@ -87,7 +87,7 @@ class CompletionResult(Wire, frozen=True, kw_only=True):
         _fill_absent(self, content="", reasoning="", refusal="", tool_calls=())
 
 
-class StreamChunk(Wire, frozen=True, kw_only=True):
+class StreamChunk(CheckedMessage, frozen=True, kw_only=True):
     """A piece of a model's answer; the last one carries `finish_reason` and `usage`, where they are known.
 
     None in place of a text or of the calls means that there is none.

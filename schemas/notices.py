@@ -2,11 +2,11 @@
 
 from typing import TypeAlias
 
-from loom.schemas.base import Relayed, Token, Undecodable, decode
+from loom.schemas.base import Message, Token, Undecodable, decode
 from loom.schemas.envelope import Envelope
 
 
-class SubtaskEnded(Relayed, frozen=True, kw_only=True, tag_field="type", tag="subtask_ended"):
+class SubtaskEnded(Message, frozen=True, kw_only=True, tag_field="type", tag="subtask_ended"):
     """A subtask has ended; its record has the result."""
 
     task_id: Token
@@ -17,7 +17,7 @@ class SubtaskEnded(Relayed, frozen=True, kw_only=True, tag_field="type", tag="su
     """Its id within the plan."""
 
 
-class PlanTimeout(Relayed, frozen=True, kw_only=True, tag_field="type", tag="plan_timeout"):
+class PlanTimeout(Message, frozen=True, kw_only=True, tag_field="type", tag="plan_timeout"):
     """The deadline of a divided task has come. Scheduled when its subtasks begin."""
 
     envelope: Envelope
@@ -29,7 +29,7 @@ class PlanTimeout(Relayed, frozen=True, kw_only=True, tag_field="type", tag="pla
         return self.envelope.task_id
 
 
-class ParentEnded(Relayed, frozen=True, kw_only=True, tag_field="type", tag="parent_ended"):
+class ParentEnded(Message, frozen=True, kw_only=True, tag_field="type", tag="parent_ended"):
     """A divided task has ended, so its subtasks are to stop."""
 
     task_id: Token
@@ -40,7 +40,7 @@ Notice: TypeAlias = SubtaskEnded | PlanTimeout | ParentEnded
 ScaleMessage: TypeAlias = Envelope | Notice
 
 
-class _Typed(Relayed, frozen=True, kw_only=True):
+class _Typed(Message, frozen=True, kw_only=True):
     """The one field by which notices are distinguished."""
 
     type: str = ""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Protocol
 
 from msgspec import Meta
 
-from loom.schemas.base import Token, Undecodable, Unit, Wire, cut_name
+from loom.schemas.base import CheckedMessage, Token, Undecodable, Unit, cut_name
 from loom.schemas.envelope import Subtask
 from loom.schemas.errors import InvalidPlan
 from loom.schemas.text.model_json import as_shape, json_values
@@ -99,7 +99,7 @@ def parse_plan(text: str) -> tuple[Subtask, ...]:
 _Number = Annotated[int, Meta(ge=0, le=10**9)]
 
 
-class _Draft(Wire, frozen=True, kw_only=True):
+class _Draft(CheckedMessage, frozen=True, kw_only=True):
     """A subtask as models write it."""
 
     id: Token | _Number

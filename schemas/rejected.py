@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from loom.schemas.base import Name, Note, Text, Unit, Wire
+from loom.schemas.base import CheckedMessage, Name, Note, Text, Unit
 from loom.schemas.identity import LOCAL_OWNER, qualified
 
 
-class BestRejected(Wire, frozen=True, kw_only=True):
+class BestRejected(CheckedMessage, frozen=True, kw_only=True):
     """The best answer that was refused, with the reason."""
 
     content: Text

@@ -10,12 +10,12 @@ from msgspec import Meta, Raw, field
 from loom.schemas.base import (
     Count,
     FreeJson,
+    Message,
     Name,
     Names,
     Note,
     Ordinal,
     Outputs,
-    Relayed,
     Seconds,
     Text,
     Timestamp,
@@ -28,14 +28,14 @@ from loom.schemas.base import (
 )
 from loom.schemas.conversation import earlier_turns
 from loom.schemas.events import Progress
-from loom.schemas.llm import Message
+from loom.schemas.llm import Message as ChatMessage
 from loom.schemas.task import Accept, Priority, RunResult, TaskAd, TaskError, TaskResult
 
 MAX_OPEN_DELEGATIONS = 64
 """Delegated tasks a run may have open at a time."""
 
 
-class Delegated(Relayed, frozen=True, kw_only=True):
+class Delegated(Message, frozen=True, kw_only=True):
     """The id under which EXECUTE has published delegated work."""
 
     call: Count
@@ -43,7 +43,7 @@ class Delegated(Relayed, frozen=True, kw_only=True):
     task_id: Token
 
 
-class RunRequest(Relayed, frozen=True, kw_only=True):
+class RunRequest(Message, frozen=True, kw_only=True):
     """Run this task on that node. Idempotent by (task_id, attempt)."""
 
     task_id: Token
@@ -96,9 +96,9 @@ class RunRequest(Relayed, frozen=True, kw_only=True):
         return (not self.tools or tool in self.tools) and (self.tools_allowed is None or tool in self.tools_allowed)
 
     @property
-    def messages(self) -> tuple[Message, ...]:
+    def messages(self) -> tuple[ChatMessage, ...]:
         """The conversation as turns, oldest first: those of `context["conversation"]`, then the description."""
-        return (*earlier_turns(self.context), Message(role="user", content=self.description))
+        return (*earlier_turns(self.context), ChatMessage(role="user", content=self.description))
 
 
 RunKind = Literal[
@@ -118,7 +118,7 @@ FINAL_KINDS: frozenset[str] = frozenset({"rejected", "moved", "result", "error"}
 """No event follows one of these."""
 
 
-class RunEvent(Relayed, frozen=True, kw_only=True):
+class RunEvent(Message, frozen=True, kw_only=True):
     """One event of a run, numbered from 0."""
 
     seq: Count
@@ -145,7 +145,7 @@ class RunEvent(Relayed, frozen=True, kw_only=True):
         return self.kind in FINAL_KINDS
 
 
-class Stop(Relayed, frozen=True, kw_only=True):
+class Stop(Message, frozen=True, kw_only=True):
     """End this attempt's run: its result is not wanted any more. Repeated until the run's last event."""
 
     task_id: Token
@@ -201,7 +201,7 @@ MAX_UNREADABLE = 100
 """Parts of a message that cannot be read, after which the rest is not looked at."""
 
 
-class _Outline(Relayed, frozen=True, kw_only=True):
+class _Outline(Message, frozen=True, kw_only=True):
     """What is read of an event that cannot be read: each field by itself."""
 
     seq: Raw = Raw(b"0")
@@ -261,7 +261,7 @@ def _lenient(raw: Raw, shape: Any, otherwise: Any) -> Any:
         return otherwise
 
 
-class Delta(Relayed, frozen=True, kw_only=True, omit_defaults=False):
+class Delta(Message, frozen=True, kw_only=True, omit_defaults=False):
     """One step of progress as clients see it."""
 
     task_id: Token

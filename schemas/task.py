@@ -15,18 +15,18 @@ from loom.schemas.base import (
     MAX_CONTEXT_BYTES,
     MAX_JSON_DEPTH,
     MAX_SCHEMA_BYTES,
+    CheckedMessage,
     Count,
     FreeJson,
+    Message,
     Name,
     NodeName,
     Note,
-    Relayed,
     Seconds,
     Text,
     Token,
     Undecodable,
     Unit,
-    Wire,
     cut_name,
     cut_note,
     decode,
@@ -59,7 +59,7 @@ Dollars = Annotated[float, Meta(ge=0, le=MAX_DOLLARS)]
 ToolName = Annotated[str, Meta(min_length=1, max_length=64)]
 
 
-class Accept(Wire, metaclass=FieldsByName, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Accept(CheckedMessage, metaclass=FieldsByName, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a result must be to count as a success."""
 
     contains: Annotated[tuple[Annotated[str, Meta(max_length=1000)], ...], Meta(max_length=16)] = ()
@@ -76,14 +76,14 @@ class Accept(Wire, metaclass=FieldsByName, frozen=True, kw_only=True, forbid_unk
     """Whether the best refused answer is taken when attempts, bidders or time run out; otherwise the task fails."""
 
 
-class Limits(Wire, metaclass=FieldsByName, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Limits(CheckedMessage, metaclass=FieldsByName, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Narrower bounds than the cluster's; a wider one is ignored."""
 
     max_depth: Annotated[int, Meta(ge=0, le=16)] | None = None
     mitosis_threshold: Unit | None = None
 
 
-class TaskAd(Wire, metaclass=FieldsByName, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TaskAd(CheckedMessage, metaclass=FieldsByName, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An advertisement for work: what is to be done, and under which limits."""
 
     task_id: Token = msgspec.field(default_factory=new_id)
@@ -225,7 +225,7 @@ _UNKNOWN = re.compile(r"unknown field `([^`]*)`(?: - at `\$\.(\w+)`)?")
 
 def _place(unknown: re.Match[str]) -> tuple[str, tuple[str, ...]]:
     """Return an unknown field, and the fields there are in its place."""
-    shapes: dict[str | None, type[Wire]] = {"accept": Accept, "limits": Limits}
+    shapes: dict[str | None, type[CheckedMessage]] = {"accept": Accept, "limits": Limits}
     return unknown[1], shapes.get(unknown[2], TaskAd).__struct_fields__
 
 
@@ -287,7 +287,7 @@ def domain_token(domain: str) -> str:
     return "x-" + sha256(text.encode(errors="replace")).hexdigest()[:12]
 
 
-class Submission(Relayed, frozen=True, kw_only=True):
+class Submission(Message, frozen=True, kw_only=True):
     """An ad on its way into the loop."""
 
     ad: TaskAd
@@ -297,7 +297,7 @@ class Submission(Relayed, frozen=True, kw_only=True):
     """Where the TaskResult is wanted; empty: nowhere."""
 
 
-class TaskError(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TaskError(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Why a task, or one attempt at it, failed."""
 
     code: Annotated[str, Meta(max_length=64)]
@@ -332,7 +332,7 @@ class TaskError(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
         )
 
 
-class RunResult(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RunResult(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a node's agent produced in one attempt."""
 
     content: Text = ""
@@ -380,7 +380,7 @@ class RunResult(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
         )
 
 
-class PhaseUsage(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class PhaseUsage(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one phase has asked a model on behalf of a task."""
 
     requests: Count = 0
@@ -404,7 +404,7 @@ class PhaseUsage(Wire, frozen=True, kw_only=True, forbid_unknown_fields=True):
         )
 
 
-class TaskUsage(Wire, frozen=True, kw_only=True):
+class TaskUsage(CheckedMessage, frozen=True, kw_only=True):
     """What a task has taken besides its runs."""
 
     phases: Annotated[dict[Name, PhaseUsage], Meta(max_length=16)] = {}
@@ -418,7 +418,7 @@ class TaskUsage(Wire, frozen=True, kw_only=True):
 TaskState = Literal["accepted", "running", "succeeded", "failed", "cancelled"]
 
 
-class TaskResult(Relayed, frozen=True, kw_only=True):
+class TaskResult(Message, frozen=True, kw_only=True):
     """The one answer to a task."""
 
     task_id: Token
@@ -470,14 +470,14 @@ class TaskResult(Relayed, frozen=True, kw_only=True):
         return qualified(self.owner or LOCAL_OWNER, self.node_id) if self.node_id else ""
 
 
-class Accepted(Wire, frozen=True, kw_only=True, omit_defaults=False):
+class Accepted(CheckedMessage, frozen=True, kw_only=True, omit_defaults=False):
     """The answer to a submit that does not wait."""
 
     task_id: Token
     state: Literal["accepted"] = "accepted"
 
 
-class ErrorReply(Wire, frozen=True, kw_only=True):
+class ErrorReply(CheckedMessage, frozen=True, kw_only=True):
     """The body of the reply to a request that is refused; whatever concerns a task that exists is a TaskResult."""
 
     code: Name
@@ -485,7 +485,7 @@ class ErrorReply(Wire, frozen=True, kw_only=True):
     field: Name | None = None
 
 
-class StatusQuery(Relayed, frozen=True, kw_only=True):
+class StatusQuery(Message, frozen=True, kw_only=True):
     """What a request for the status of a task, or for its cancel, may have as its body."""
 
     full: bool | None = None

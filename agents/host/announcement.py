@@ -5,9 +5,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from loom.agents.host.clone import Child
-from loom.agents.host.slots import Node, Room
-from loom.agents.user_code import described, ends_task
+from loom.agents.host.clone import SpawnedNode
+from loom.agents.host.slots import Node, RunQueue
+from loom.agents.user_code import ends_task, error_text_fields
 from loom.bus.logs.logger import get_logger
 from loom.schemas.auction import (
     ANNOUNCED_NAMES,
@@ -26,7 +26,7 @@ log = get_logger()
 _ELSEWHERE = "a domain that no node names"
 
 
-def facts_of(nodes: Sequence[Node], rooms: Mapping[str, Room], slots: int) -> dict[str, Any]:
+def facts_of(nodes: Sequence[Node], rooms: Mapping[str, RunQueue], slots: int) -> dict[str, Any]:
     """Return the fields of a HostAnnouncement that follow from its nodes.
 
     Args:
@@ -41,7 +41,7 @@ def facts_of(nodes: Sequence[Node], rooms: Mapping[str, Room], slots: int) -> di
         "running": sum(len(room.running) for room in used.values()),
         "queued": sum(room.queued for room in used.values()),
         "busy": tuple(node_id for node_id, room in used.items() if room.has_work),
-        "spawned": tuple(node.state() for node in nodes if isinstance(node, Child)),
+        "spawned": tuple(node.state() for node in nodes if isinstance(node, SpawnedNode)),
     }
 
 
@@ -52,7 +52,7 @@ def _announced(node: Node, slots: int) -> AnnouncedNode:
     except BaseException as error:  # a node may be a user's class: its fault is not that of the others
         if ends_task(error):
             raise
-        log.error("node_raised", node_id=node.id, **described(error))
+        log.error("node_raised", node_id=node.id, **error_text_fields(error))
         return AnnouncedNode(node_id=node.id, slots=slots)
 
 

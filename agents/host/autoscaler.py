@@ -7,7 +7,7 @@ Says       a reply to each, lifecycle.spawned, lifecycle.changed when a child ta
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from loom.agents.host.clone import Child, child_id
+from loom.agents.host.clone import SpawnedNode, child_id
 from loom.agents.host.node_host import NodeHost
 from loom.agents.host.slots import Node
 from loom.bus.bus import Bus
@@ -27,7 +27,7 @@ Skills = Callable[[SpawnRequest], Node | None]
 """Returns a node that can take the task wanted, to be started at once, or None where no skill is called for."""
 
 
-class Nursery:
+class NodeAutoscaler:
     """The nodes of one host: those it was given, and those it has started.
 
     Args:
@@ -43,7 +43,7 @@ class Nursery:
         self._originals = originals
         self._max_nodes = max_nodes
         self._skills = skills
-        self._children: dict[str, Child] = {}
+        self._children: dict[str, SpawnedNode] = {}
         self._host: NodeHost | None = None
         self._hosts: set[str] = set()
         """Hosts whose nodes can be retired."""
@@ -89,7 +89,7 @@ class Nursery:
             self._bus.discards.add("spawn_request_undecodable", reason=error.message)
             return
         made = self.spawn(wanted)
-        if isinstance(made, Child):
+        if isinstance(made, SpawnedNode):
             log.info("node_spawned", node_id=made.id, domain_token=wanted.domain_token, reason=wanted.reason)
             await self._announce(host)
             await self._tell("spawned", made, f"{made.origin}: {wanted.reason} in {wanted.domain_token}")
@@ -100,7 +100,7 @@ class Nursery:
         if msg.reply:
             await self._bus.connection.publish(msg.reply, reply)
 
-    def spawn(self, wanted: SpawnRequest) -> "Child | SpawnDecline":
+    def spawn(self, wanted: SpawnRequest) -> "SpawnedNode | SpawnDecline":
         """Return a new child, which is among `nodes` from now on, or why there is none."""
         nodes = self.nodes()
         template = choose_template(wanted, nodes, self._max_nodes)
@@ -110,7 +110,7 @@ class Nursery:
                 return template
         taken = {node.id for node in nodes}
         name = child_id(template.id, taken) if template.id in taken else template.id
-        child = Child(name, template, wanted.domain_token)
+        child = SpawnedNode(name, template, wanted.domain_token)
         self._children[child.id] = child
         return child
 
@@ -151,7 +151,7 @@ class Nursery:
             return "permanent" if any(node.id == order.node_id for node in self._originals()) else "unknown"
         return "busy" if order.when_idle and child.has_work and child.status != "dying" else None
 
-    async def _let_go(self, child: Child, reason: str) -> None:
+    async def _let_go(self, child: SpawnedNode, reason: str) -> None:
         """Wait until it has nothing in hand; it bids no more and takes nothing new."""
         await child.free.wait()
         del self._children[child.id]
@@ -162,7 +162,7 @@ class Nursery:
             log.warning("retirement_untold", node_id=child.id, reason=error.message)
         log.info("node_retired", node_id=child.id)
 
-    async def _tell(self, kind: LifecycleKind, child: Child, reason: str) -> None:
+    async def _tell(self, kind: LifecycleKind, child: SpawnedNode, reason: str) -> None:
         host_id, owner = self._running().host_id, self._bus.identity.owner
         news = Lifecycle(
             kind=kind, node_id=child.id, owner=owner, host_id=host_id, at=self._bus.clock.now(), reason=reason
@@ -191,7 +191,7 @@ def choose_template(wanted: SpawnRequest, nodes: Sequence[Node], max_nodes: int)
     ]
     if any(not node.load for node in able):
         return "idle"
-    templates = [node for node in able if not (isinstance(node, Child) and node.is_clone)]
+    templates = [node for node in able if not (isinstance(node, SpawnedNode) and node.is_clone)]
     if not templates:
         return "unqualified"
     if len(nodes) >= max_nodes:

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from heapq import nsmallest
 
-from loom.agents.host.slots import Node, Room
+from loom.agents.host.slots import Node, RunQueue
 from loom.schemas.auction import CallForBids, Offer
 from loom.schemas.identity import LOCAL_OWNER, qualified
 
-Rooms = Callable[[str], Room]
+Rooms = Callable[[str], RunQueue]
 """Returns the room of a node."""
 
 

@@ -18,7 +18,7 @@ STEM = 56
 """Characters of a template's id its children keep, so that a number fits behind them."""
 
 
-class Child:
+class SpawnedNode:
     """A node that shares its template's agent and tools, and has an id, a claim and evidence of its own.
 
     It claims 0.5 in the domain it was wanted for; in any other no more than that, nor than its template does. It takes

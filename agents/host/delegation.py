@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Optional, Self
 
 from loom.agents.host.runs import Run
-from loom.agents.host.slots import Room
+from loom.agents.host.slots import RunQueue
 from loom.agents.job import run_costs
 from loom.agents.tools import tool
 from loom.schemas.errors import BudgetExceeded, LoomError, SubtaskFailed
@@ -42,7 +42,7 @@ class Delegator:
         fill: Called when the run's room may have a slot to give.
     """
 
-    def __init__(self, run: Run, room: Room, fill: Callable[[], None]) -> None:
+    def __init__(self, run: Run, room: RunQueue, fill: Callable[[], None]) -> None:
         self.run = run
         self.own_tokens = 0
         """What the agent itself has taken so far, where it says so."""

@@ -14,21 +14,21 @@ from typing import Any
 from msgspec.structs import replace
 
 from loom.agents.abandonable import Abandonable
+from loom.agents.host import run_errors
 from loom.agents.host.announce_pace import AnnouncePace
 from loom.agents.host.announcement import facts_of
 from loom.agents.host.announcer import Announcer
 from loom.agents.host.bidding import make_offer
-from loom.agents.host.clone import Child
+from loom.agents.host.clone import SpawnedNode
 from loom.agents.host.delegation import Delegator
 from loom.agents.host.hosted_agents import HostedAgents
-from loom.agents.host import run_errors
 from loom.agents.host.node_share import Share
 from loom.agents.host.repeating import attempt, every
-from loom.agents.host.runs import Finished, Run, Stopped, send, stale
-from loom.agents.host.slots import Node, NodeIndex, Room
+from loom.agents.host.runs import FinishedRuns, Run, Stopped, send, stale
+from loom.agents.host.slots import Node, NodeIndex, RunQueue
 from loom.agents.host.watchdog import Watchdog
 from loom.agents.protocol import collect, failed, raised
-from loom.agents.user_code import described, ends_task
+from loom.agents.user_code import ends_task, error_text_fields
 from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.connection import Subscription
@@ -79,10 +79,10 @@ class NodeHost:
         """Nodes that had no room for a run since they last had some."""
         self._slots = slots
         self._backlog = backlog
-        self._rooms: dict[str, Room] = {}
+        self._rooms: dict[str, RunQueue] = {}
         """Of nodes that have had work."""
         self._node = NodeIndex(self._nodes).get
-        self._vacant = Room(slots, backlog)
+        self._vacant = RunQueue(slots, backlog)
         """That of a node without work."""
         self._runs: dict[str, dict[int, Run]] = {}
         """Task -> attempt -> the run in hand."""
@@ -90,7 +90,7 @@ class NodeHost:
         """Runs that were cancelled and still work -> when, on the monotonic clock."""
         self._stuck: set[Run] = set()
         """Runs that still work although they were given up."""
-        self._finished = Finished()
+        self._finished = FinishedRuns()
         self._stopped = Stopped()
         self._context = copy_context()
         self._agents = HostedAgents(self._context)
@@ -230,9 +230,9 @@ class NodeHost:
             **facts_of(nodes, self._rooms, self._slots),
         )
 
-    def _room(self, node_id: str) -> Room:
+    def _room(self, node_id: str) -> RunQueue:
         if node_id not in self._rooms:
-            self._rooms[node_id] = Room(self._slots, self._backlog)
+            self._rooms[node_id] = RunQueue(self._slots, self._backlog)
         return self._rooms[node_id]
 
     # -- bidding
@@ -246,7 +246,7 @@ class NodeHost:
         try:
             offer = self.offer(call)
         except BaseException as error:  # noqa: BLE001 - a node may be a user's class: its fault is not the host's end
-            log.error("node_raised", domain_token=call.domain_token, **described(error))
+            log.error("node_raised", domain_token=call.domain_token, **error_text_fields(error))
             offer = Offer(decline="unqualified")
         answer_to = call.answer_to.split(".")
         self.bus.connection.publish_nowait(
@@ -336,10 +336,10 @@ class NodeHost:
         node.load = room.load
         if node.status != "dying":
             node.status = "busy" if room.busy else "idle"
-        if isinstance(node, Child):
+        if isinstance(node, SpawnedNode):
             node.has_work = room.has_work
 
-    def _on_work_done(self, run: Run, room: Room, work: asyncio.Task[None]) -> None:
+    def _on_work_done(self, run: Run, room: RunQueue, work: asyncio.Task[None]) -> None:
         """Free what a run holds. Its task may have been cancelled before its first step: so nothing in it does this."""
         if run.last is None:
             self._end(run, "error", error=run_errors.STOPPING if work.cancelled() else run_errors.NOT_ENDED)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from loom.agents.user_code import described, ends_task
+from loom.agents.user_code import ends_task, error_text_fields
 from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import LoomError
 
@@ -26,4 +26,4 @@ async def attempt(act: Callable[[], Awaitable[None]]) -> None:
     except BaseException as error:  # a node may be a user's class, whose faults are its own
         if ends_task(error):
             raise
-        log.error("node_raised", **described(error))
+        log.error("node_raised", **error_text_fields(error))

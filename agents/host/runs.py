@@ -205,7 +205,7 @@ def lost_aloud(bus: Bus) -> Iterator[None]:
             log.warning("run_event_lost", reason=error.message)
 
 
-class Finished:
+class FinishedRuns:
     """Last events of runs that have ended, kept for ten minutes and at most 32 MiB."""
 
     def __init__(self) -> None:

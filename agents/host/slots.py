@@ -80,7 +80,7 @@ class NodeIndex:
         return None
 
 
-class Room:
+class RunQueue:
     """The slots and the backlog of one node; the last fifth of the backlog is for urgent runs.
 
     A run that waits for work it has delegated holds no slot: it may be what the slot is needed for.

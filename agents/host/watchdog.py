@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from loom.agents.host.announcer import Announcer
 from loom.agents.host.runs import Run
 from loom.bus.bus import Bus
-from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.schemas.base import encode
 from loom.schemas.errors import BusUnavailable, LoomError
@@ -97,7 +97,7 @@ class Watchdog:
                     self._warn_at = 0.0
                 except Exception as error:  # noqa: BLE001 - an escaping one would end the thread, and the host with it
                     with suppress(OSError, ValueError):  # it may be the log itself that fails
-                        log.error("watchdog_failed", **describe(error))
+                        log.error("watchdog_failed", **error_fields(error))
                 checked_at = time.monotonic()
 
     async def _stand_in(self, since: float) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Generic, TypeVar
 
-from loom.agents.user_code import described, guarded, type_name
+from loom.agents.user_code import error_text_fields, guarded, type_name
 from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import LoomError
 
@@ -106,7 +106,7 @@ class Lifespan(Generic[T]):
                     ready.set_result(value)
                     await closing.wait()
         except Exception as error:  # noqa: BLE001 - a user's context manager may raise anything
-            log.warning("tool_resource_failed", resource=self.name, **described(error))
+            log.warning("tool_resource_failed", resource=self.name, **error_text_fields(error))
             if not ready.done():
                 ready.set_exception(LoomError(f"{self.name} cannot be opened: {type_name(error)}"))
         finally:

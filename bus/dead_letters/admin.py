@@ -13,7 +13,7 @@ from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.dead_letters.write import is_submission, letter_facts, submitter_in
 from loom.bus.natsio.server_errors import Refused
-from loom.bus.queries import newest
+from loom.bus.queries import latest
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.envelope import DeadLetter, Envelope
 from loom.schemas.errors import DeadLettered, LoomError
@@ -48,7 +48,7 @@ async def letters(bus: Bus, limit: int) -> list[Letter]:
         Refused: No such stream: no phase has ever run here.
         BusUnavailable: No answer.
     """
-    there = await newest(bus, bus.subjects.stream("DEAD"), bus.subjects.of("dead", "*", "*"), limit)
+    there = await latest(bus, bus.subjects.stream("DEAD"), bus.subjects.of("dead", "*", "*"), limit)
     return [
         Letter(message.seq, message.stored_at, letter_facts(message.headers, message.subject), message.data)
         for message in there.messages

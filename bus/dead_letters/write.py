@@ -28,7 +28,9 @@ End = Callable[[Envelope, bytes], Awaitable[None]]
 _PREFIX = "Loom-Dead-"
 
 
-async def bury(bus: Bus, phase: Phase, task_id: str, delivery: Delivery, reason: str, end: End | None = None) -> None:
+async def dead_letter(
+    bus: Bus, phase: Phase, task_id: str, delivery: Delivery, reason: str, end: End | None = None
+) -> None:
     """Keep the message as a dead letter and see that its task ends.
 
     Args:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from hashlib import blake2b
 
-from loom.bus.hops.isolation import SharedExclusiveLock
+from loom.bus.isolation import SharedExclusiveLock
 from loom.bus.natsio.ack_metadata import AckMetadata, ack_metadata
 from loom.bus.natsio.transport.message import Msg
 

@@ -10,13 +10,13 @@ from typing import Generic, TypeVar
 import structlog
 
 from loom.bus.bus import Bus
-from loom.bus.dead_letters.write import End, bury
-from loom.bus.health import Health
+from loom.bus.dead_letters.write import End, dead_letter
 from loom.bus.hops.delivery import DEAD_AFTER, Delivery, Slots
 from loom.bus.hops.duplicates import resolve, store_once
+from loom.bus.hops.health import Health
 from loom.bus.hops.outcomes import Dead, Done, Fail, Later, Leave, Next, Outcome
 from loom.bus.hops.schedules import SCHEDULE, TARGET, forbidden_scheduler
-from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.ack_metadata import rfc3339
 from loom.bus.natsio.pull_consumer import PullConsumer
@@ -142,7 +142,7 @@ class HopLoop(Generic[T]):
         delivery.slots.taken -= 1
         self.top_up()
         if not task.cancelled() and task.exception():
-            log.error("loop_failed", subject=delivery.subject, **describe(task.exception()))
+            log.error("loop_failed", subject=delivery.subject, **error_fields(task.exception()))
 
     async def _serve(self, delivery: Delivery) -> None:
         task_id = delivery.subject.rpartition(".")[2]  # the last token of every lane's subjects
@@ -153,7 +153,7 @@ class HopLoop(Generic[T]):
             self._handled += 1
         except Exception as error:  # noqa: BLE001 - whatever a handler raises, its message must come back
             wait_s = retry_s(delivery.facts.delivered) * random.uniform(0.5, 1)  # noqa: S311 - jitter
-            log.warning("hop_failed", retry_in_s=round(wait_s, 2), **describe(error))
+            log.warning("hop_failed", retry_in_s=round(wait_s, 2), **error_fields(error))
             await self._answer(delivery, b'-NAK {"delay": %d}' % int(wait_s * 1e9))
 
     async def _work(self, delivery: Delivery, task_id: str) -> None:
@@ -167,7 +167,7 @@ class HopLoop(Generic[T]):
             except Overloaded as error:
                 if delivery.recalled.is_set():
                     raise
-                log.warning("hop_waits", **describe(error))
+                log.warning("hop_waits", **error_fields(error))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(FULL_S):
                         await delivery.recalled.wait()
@@ -201,7 +201,7 @@ class HopLoop(Generic[T]):
             case Later():
                 await self._postpone(delivery, outcome)
             case Dead(reason):
-                await bury(self._bus, self._service.phase, task_id, delivery, reason, self._service.end)
+                await dead_letter(self._bus, self._service.phase, task_id, delivery, reason, self._service.end)
             case Done():
                 pass
             case Leave():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from loom.bus.bus import Bus
 from loom.bus.hops.schedules import SCHEDULE
-from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.server_errors import Refused
 from loom.bus.natsio.stored_message import read_message
@@ -102,7 +102,7 @@ async def sweep(bus: Bus) -> None:
             for orphan in orphans:
                 await _remove(bus, orphan)
         except LoomError as error:
-            log.info("orphans_not_looked_for", **describe(error))
+            log.info("orphans_not_looked_for", **error_fields(error))
 
 
 async def _remove(bus: Bus, orphan: Orphan) -> None:

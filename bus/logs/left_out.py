@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from loom.schemas.base import Count, Name, Relayed, Timestamp, total
+from loom.schemas.base import Count, Message, Name, Timestamp, total
 
 Part = Literal["announcements", "offers", "bids", "events", "answers"]
 EVERYBODYS: Part = "announcements"
@@ -15,7 +15,7 @@ MAX_REASON = 200
 """Characters of a reason."""
 
 
-class LeftOut(Relayed, frozen=True, kw_only=True):
+class LeftOut(Message, frozen=True, kw_only=True):
     """What was left out of one host's messages."""
 
     counts: Annotated[dict[Name, Count], Meta(max_length=16)] = {}

@@ -8,7 +8,7 @@ READ_CHARS = 8 * MAX_MESSAGE_CHARS
 MAX_NAME_CHARS = 100
 
 
-def describe(error: BaseException | None) -> dict[str, str]:
+def error_fields(error: BaseException | None) -> dict[str, str]:
     """Return type, message without secrets, and innermost place of `error`."""
     if error is None:
         return {"error": "none"}

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from loom.bus.logs.log_fields import describe, summary
+from loom.bus.logs.log_fields import error_fields, summary
 from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import LoomError
 
@@ -66,7 +66,9 @@ class BackgroundTasks:
         error = None if task.cancelled() else task.exception()
         if error is None:
             return
-        log.error("essential_task_failed" if essential else "bus_task_failed", task=task.get_name(), **describe(error))
+        log.error(
+            "essential_task_failed" if essential else "bus_task_failed", task=task.get_name(), **error_fields(error)
+        )
         if essential and not self.ending:
             self.failure = self.failure or f"{task.get_name()}: {summary(error)}"
             self.lost.set()

@@ -13,7 +13,7 @@ from weakref import WeakSet
 import nats.errors
 from nats.aio.subscription import Subscription
 
-from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.background_tasks import BackgroundTasks, ServiceFailed
 from loom.bus.natsio.ownership import Owner, keep_forever, running_loop
@@ -286,7 +286,7 @@ class Connection:
             try:
                 await handler(msg)
             except Exception as error:  # noqa: BLE001 - an escaping one would end the subscription silently
-                log.error("handler_failed", subject=msg.subject, **describe(error))
+                log.error("handler_failed", subject=msg.subject, **error_fields(error))
 
         try:
             return await self._nc.subscribe(subject, queue=queue, cb=guarded)  # type: ignore[arg-type]  # our Msg
@@ -301,7 +301,7 @@ class Connection:
             try:
                 await handler(msg)
             except Exception as error:  # noqa: BLE001 - one bad request must not end the service
-                log.error("handler_failed", subject=msg.subject, **describe(error))
+                log.error("handler_failed", subject=msg.subject, **error_fields(error))
             finally:
                 free.release()
 
@@ -381,7 +381,7 @@ class Connection:
             try:
                 callback()
             except Exception as error:  # noqa: BLE001 - an escaping one would end the reconnect half way
-                log.error("reconnect_callback_failed", **describe(error))
+                log.error("reconnect_callback_failed", **error_fields(error))
 
     async def _on_close(self) -> None:
         if self._established and not self._closing:

@@ -11,7 +11,7 @@ from loom.bus.natsio.connection import Connection
 from loom.bus.natsio.publishing import PubAckFuture, Publisher
 from loom.bus.natsio.requests import NoResponders, Requests
 from loom.bus.natsio.server_errors import MISSING, NO_LEADER, ApiError, Refused
-from loom.schemas.base import Relayed, Undecodable, decode, encode
+from loom.schemas.base import Message, Undecodable, decode, encode
 from loom.schemas.errors import BusUnavailable
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ MAX_ANSWER_BYTES = 64 * 2**20
 _REPEATABLE = ("INFO", "STREAM.INFO.", "STREAM.MSG.GET.", "STREAM.CREATE.", "CONSUMER.INFO.", "CONSUMER.CREATE.")
 
 
-class _Answer(Relayed, frozen=True, kw_only=True):
+class _Answer(Message, frozen=True, kw_only=True):
     error: ApiError | None = None
 
 

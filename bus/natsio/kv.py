@@ -6,7 +6,7 @@ from loom.bus.logs.discards import Discards
 from loom.bus.natsio.jetstream import JetStream
 from loom.bus.natsio.ordered_consumer import OrderedConsumer
 from loom.bus.natsio.server_errors import Conflict, Refused, ServerErrorCode
-from loom.schemas.base import Relayed, Undecodable, decode, new_id
+from loom.schemas.base import Message, Undecodable, decode, new_id
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ class Entry(NamedTuple, Generic[T]):
     revision: int
 
 
-class _Stored(Relayed, frozen=True, kw_only=True):
+class _Stored(Message, frozen=True, kw_only=True):
     """What the server holds under a key; in its JSON the bytes are base64."""
 
     seq: int
@@ -34,7 +34,7 @@ class _Stored(Relayed, frozen=True, kw_only=True):
         return header.encode() in self.hdrs
 
 
-class _Got(Relayed, frozen=True, kw_only=True):
+class _Got(Message, frozen=True, kw_only=True):
     message: _Stored
 
 

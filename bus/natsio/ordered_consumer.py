@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.ack_metadata import ack_metadata
 from loom.bus.natsio.jetstream import JetStream
@@ -212,7 +212,7 @@ class OrderedConsumer:
                 await self._open()
             except (LoomError, LookupError, TypeError) as error:  # the latter: an answer of another shape
                 self._delete_consumer()
-                log.warning("reader_not_restored", stream=self._stream, **describe(error))
+                log.warning("reader_not_restored", stream=self._stream, **error_fields(error))
                 await asyncio.sleep(1)
             else:
                 break

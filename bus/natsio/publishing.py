@@ -12,7 +12,7 @@ from loom.bus.natsio.connection import Connection
 from loom.bus.natsio.requests import Requests
 from loom.bus.natsio.server_errors import NO_LEADER, ApiError, ServerErrorCode
 from loom.bus.natsio.transport.message import Msg
-from loom.schemas.base import Count, Name, Relayed, Undecodable, decode
+from loom.schemas.base import Count, Message, Name, Undecodable, decode
 from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ STALLED_AFTER = 2
 """Publishes in a row without an acknowledgement after which the server may be stalled: one may be chance."""
 
 
-class PubAck(Relayed, frozen=True, kw_only=True):
+class PubAck(Message, frozen=True, kw_only=True):
     """The server's acknowledgement that a message is stored."""
 
     stream: Name = ""
@@ -36,7 +36,9 @@ class PubAck(Relayed, frozen=True, kw_only=True):
     does not count."""
 
 
-class _PubReply(PubAck, frozen=True, kw_only=True):
+class PubReply(PubAck, frozen=True, kw_only=True):
+    """The server's answer to a publish: an acknowledgement, or an error."""
+
     error: ApiError | None = None
 
 
@@ -106,7 +108,11 @@ class PubAckFuture:
             self._waiting.set_result(None)
 
     def __await__(self) -> Generator[Any, None, PubAck]:
-        yield from self._connection.wait_until_writable().__await__()
+        return self.ack().__await__()
+
+    async def ack(self) -> PubAck:
+        """Return the acknowledgement once it has come: what `await` does."""
+        await self._connection.wait_until_writable()
         if not self.done:
             if self._connection.is_unread:
                 raise BusUnavailable(
@@ -114,13 +120,22 @@ class PubAckFuture:
                 )
             self._waiting = asyncio.get_running_loop().create_future()
             try:
-                yield from self._waiting
+                await self._waiting
             finally:
                 self._waiting = None
         if self._error is not None:
             raise self._error
         assert self._ack is not None  # noqa: S101 - set before the waiter is woken
         return self._ack
+
+
+def read_reply(msg: Msg) -> PubReply | None:
+    """Return the server's answer to a publish; None where the stream has no leader, or does not exist.
+
+    Raises:
+        Undecodable: The message is not such an answer.
+    """
+    return None if msg.status == "503" else decode(msg.data, PubReply)
 
 
 class Publisher:
@@ -183,7 +198,7 @@ class Publisher:
 
     def _on_reply(self, future: PubAckFuture, msg: Msg) -> None:
         try:
-            reply = None if msg.status == "503" else decode(msg.data, _PubReply)
+            reply = read_reply(msg)
         except Undecodable as error:  # not of the server: anyone may publish to a reply subject
             self._discards.add("ack_undecodable", reason=error.message)
             reply = None

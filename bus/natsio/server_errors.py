@@ -2,7 +2,7 @@
 
 from enum import IntEnum
 
-from loom.schemas.base import Count, Relayed, Text
+from loom.schemas.base import Count, Message, Text
 from loom.schemas.errors import LoomError, Overloaded
 
 
@@ -46,7 +46,7 @@ class Conflict(Refused):
     """Another writer has stored a value under this key since it was read."""
 
 
-class ApiError(Relayed, frozen=True, kw_only=True):
+class ApiError(Message, frozen=True, kw_only=True):
     """The error in an answer of the server."""
 
     code: Count = 0

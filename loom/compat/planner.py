@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from msgspec.structs import replace
 
-from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.phases.scale import planner
 from loom.schemas.config import ClusterConfig
@@ -40,7 +40,7 @@ class TaskPlanner:
         """
         ad = _as_ad(task)
         try:
-            answer = await planner.asked(self._provider, ad, ClusterConfig(), ad.timeout_s)
+            answer = await planner.plan_from_model(self._provider, ad, ClusterConfig(), ad.timeout_s)
             if answer.value is None:
                 raise answer.error or AgentFailed(answer.why)
         except (AgentFailed, DeadlineExceeded, InvalidPlan, TimeoutError) as error:
@@ -142,7 +142,7 @@ async def _attempt(execute: Execute, subtask: SubTask, inputs: dict[str, str]) -
         # Nobody cancelled us: something the subtask awaited was cancelled elsewhere.
         return _failed(subtask.id, Cancelled("what the subtask waited for was cancelled"), attempts=1)
     except Exception as error:  # noqa: BLE001 - `execute` is the user's and may raise anything
-        log.warning("subtask_raised", subtask_id=subtask.id, **describe(error))
+        log.warning("subtask_raised", subtask_id=subtask.id, **error_fields(error))
         return _failed(subtask.id, AgentFailed(f"the subtask raised {type(error).__name__}"), attempts=1)
 
 

@@ -4,7 +4,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.ownership import running_loop
 from loom.compat.skill_registry import SkillNodeRegistry, best_by_words
@@ -80,7 +80,7 @@ class SkillChooser:
             async with asyncio.timeout(WITHIN_S):
                 answer = (await self._provider.complete(params)).content
         except Exception as error:  # noqa: BLE001 - a user's provider may raise anything; words stand in
-            log.warning("skill_choice_failed", **describe(error))
+            log.warning("skill_choice_failed", **error_fields(error))
             chosen = best_by_words(text, skills)
         else:
             chosen = named_in(answer, skills)

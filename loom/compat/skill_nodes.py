@@ -8,7 +8,7 @@ from loom.agents.llm.agent import Agent
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.guarded_provider import GuardedProvider
 from loom.agents.tools import Tool
-from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.compat.skill_choice import SkillChooser
 from loom.compat.skill_registry import SkillNodeRegistry
@@ -61,7 +61,7 @@ def _node_for(
     try:
         skill = chooser.choose(wanted)
     except BaseException as error:  # noqa: BLE001 - a trigger's evaluator is user code: whatever it raises is no match
-        log.warning("skill_trigger_raised", **describe(error))
+        log.warning("skill_trigger_raised", **error_fields(error))
         return None
     if skill is None:
         return None

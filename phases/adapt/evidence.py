@@ -32,7 +32,7 @@ def is_dated_ahead(profile: NodeProfile, at: float) -> bool:
     return max(times) > at + SKEW_S
 
 
-def fold(
+def apply_reward(
     profile: NodeProfile,
     reward: Reward,
     seq: int,

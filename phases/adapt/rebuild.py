@@ -8,7 +8,7 @@ from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.server_errors import Conflict
 from loom.bus.queries import between
 from loom.bus.stored_rewards import reward_in
-from loom.phases.adapt.evidence import fold
+from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.reward_weights import WEIGHTS
 from loom.schemas.identity import qualified, split_qualified
 from loom.schemas.learning import SNAPSHOTS, NodeProfile, Reward, Snapshot
@@ -78,7 +78,7 @@ async def rebuild(
     async for seq, reward in _rewards(bus, "*", start.seq + 1, last):
         key = reward.node_key
         known = profiles.get(key, NodeProfile(node_id=reward.node_id, owner=reward.owner))
-        folded = fold(known, reward, seq, forget=forget, weights=weights)
+        folded = apply_reward(known, reward, seq, forget=forget, weights=weights)
         if folded is known:
             continue
         profiles[key] = folded

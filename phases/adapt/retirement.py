@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from loom.bus.bus import Bus
 from loom.bus.hops.duplicates import store_once
-from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.requests import NoResponders
 from loom.phases.adapt.census import Census
@@ -58,7 +58,7 @@ class Retiring:
             try:
                 await self._sweep()
             except LoomError as error:
-                log.warning("nobody_retired", **describe(error))
+                log.warning("nobody_retired", **error_fields(error))
 
     async def _sweep(self) -> None:
         """Have the first due child retired that its host lets go."""

@@ -20,8 +20,8 @@ from typing import Any
 from msgspec.structs import replace
 
 from loom.bus.bus import Bus
-from loom.bus.health import Health
-from loom.bus.logs.log_fields import describe
+from loom.bus.hops.health import Health
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.log_fields import summary as summary_of
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
@@ -29,7 +29,7 @@ from loom.bus.natsio.server_errors import Conflict
 from loom.bus.stored_rewards import reward_in
 from loom.bus.topology import stream_state
 from loom.phases.adapt.calibration_writer import Calibrating
-from loom.phases.adapt.evidence import change_in, fold, forgets, is_dated_ahead, summary
+from loom.phases.adapt.evidence import apply_reward, change_in, forgets, is_dated_ahead, summary
 from loom.phases.adapt.rebuild import read_profiles, rebuild
 from loom.phases.adapt.retirement import Retiring
 from loom.phases.adapt.reward_weights import weights_of
@@ -152,7 +152,7 @@ class Adapt:
             async with asyncio.timeout(timeout_s):
                 await self._flush()
         except (LoomError, TimeoutError) as error:
-            log.info("profiles_left_to_others", **describe(error))
+            log.info("profiles_left_to_others", **error_fields(error))
 
     async def _read(self) -> None:
         generation = self._reader.generation
@@ -179,7 +179,7 @@ class Adapt:
             self._dirty.set()
         key = reward.node_key
         known = self._profiles.get(key, NodeProfile(node_id=reward.node_id, owner=reward.owner))
-        folded = fold(known, reward, seq, forget=self._forget, weights=self._weights)
+        folded = apply_reward(known, reward, seq, forget=self._forget, weights=self._weights)
         if folded is known:
             return
         if (change := change_in(known, folded)) is not None:
@@ -314,7 +314,7 @@ class Adapt:
             return True  # ours comes from a rebuild: it is whole, and not in pieces to fold
         self._settle(stored)
         for seq, reward in lacking:
-            stored = fold(stored, reward, seq, forget=self._forget, weights=self._weights)
+            stored = apply_reward(stored, reward, seq, forget=self._forget, weights=self._weights)
         self._profiles[key] = stored
         return bool(lacking)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from loom.bus.bus import Bus
 from loom.bus.hops.duplicates import store_once
-from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.ordered_consumer import Stored
 from loom.phases.adapt.lease import take_lease
@@ -91,7 +91,7 @@ class Snapshots:
                 if await take_lease(self._bus, LEASE):
                     await self._publish()
             except LoomError as error:
-                log.warning("no_snapshots", **describe(error))
+                log.warning("no_snapshots", **error_fields(error))
             await asyncio.sleep(RETRY_S)  # meanwhile the round is read, by this replica and all others
 
     async def _publish(self) -> None:

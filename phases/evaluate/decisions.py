@@ -35,7 +35,7 @@ RETRY_MAX_S = 5.0
 
 
 @dataclass(frozen=True)
-class End:
+class Finish:
     """The task ends like this."""
 
     state: TaskState
@@ -47,14 +47,14 @@ class End:
 
 
 @dataclass(frozen=True)
-class Back:
+class Retry:
     """The task goes to another node, after at least `delay_s`."""
 
     envelope: Envelope
     delay_s: float = 0.0
 
 
-Decision = End | Back
+Decision = Finish | Retry
 
 
 def is_late(envelope: Envelope, record: TaskRecord) -> bool:
@@ -98,18 +98,18 @@ def decide(envelope: Envelope, config: ClusterConfig, now: float, violation: Vio
     """
     error = envelope.error or judge(envelope, violation)
     if error is None:
-        return End("succeeded", envelope, score=score_of(envelope))
+        return Finish("succeeded", envelope, score=score_of(envelope))
     refused = replace(envelope, error=error)
     if error.code == REJECTED and (violation is None or violation.decided):
         refused = keep_best(refused, error.message)
     if error.code == "no_bids" and envelope.failures:
-        return wait_for_rested(envelope, now) or give_up(refused, last_failure(envelope) or error)
+        return wait_for_rested(envelope, now) or finish_with_best(refused, last_failure(envelope) or error)
     by_node = error.code in COUNTED or is_opinion(envelope, error)
     refused = count(refused, error, now) if by_node else refused
     if is_final(envelope, error):
         out_of_time = envelope.error is not None and error.code == "deadline_exceeded"
         return (best_effort(refused, error) if out_of_time else None) or fail(refused, error)
-    final = last_word(refused, error, config, now)
+    final = final_decision(refused, error, config, now)
     if final is not None:
         return final
     again = replace(
@@ -122,8 +122,8 @@ def decide(envelope: Envelope, config: ClusterConfig, now: float, violation: Vio
     )
     if error.code == "node_busy":
         again = replace(again, busy_retries=again.busy_retries + 1)
-        return Back(again, again.busy_pause_s if again.busy_pause_s > IN_HAND_S else 0.0)
-    return Back(again, retry_s(error, refused.failures))
+        return Retry(again, again.busy_pause_s if again.busy_pause_s > IN_HAND_S else 0.0)
+    return Retry(again, retry_s(error, refused.failures))
 
 
 def score_of(envelope: Envelope) -> float | None:
@@ -151,11 +151,11 @@ def is_final(envelope: Envelope, error: TaskError) -> bool:
     return any(tried.code == INVALID and tried.node != accused for tried in envelope.failed_attempts)
 
 
-def fail(envelope: Envelope, error: TaskError) -> End:
+def fail(envelope: Envelope, error: TaskError) -> Finish:
     """Return the end of a task with that error, and with what there is for a budget that is spent."""
     ended = replace(envelope, error=error)
     ended = ended if keeps_result(error) else ended.without_result()
-    return End("cancelled" if error.code == "cancelled" else "failed", ended)
+    return Finish("cancelled" if error.code == "cancelled" else "failed", ended)
 
 
 def keeps_result(error: TaskError) -> bool:
@@ -163,17 +163,17 @@ def keeps_result(error: TaskError) -> bool:
     return error.code == "budget_exceeded"
 
 
-def last_word(envelope: Envelope, error: TaskError, config: ClusterConfig, now: float) -> End | None:
+def final_decision(envelope: Envelope, error: TaskError, config: ClusterConfig, now: float) -> Finish | None:
     """Return the end of a task that may not be tried again: too often, too late, or nothing left to spend."""
     late = now >= envelope.deadline
     if envelope.failures >= config.max_attempts or (late and error.code != "node_busy"):
-        return give_up(envelope, error)
+        return finish_with_best(envelope, error)
     if late:
         too_late = TaskError(code="deadline_exceeded", message="the deadline passed before another attempt")
         return best_effort(envelope, too_late) or fail(envelope, too_late)
     if envelope.budget is not None and envelope.budget <= 0:
         if envelope.best_rejected is not None:
-            return give_up(envelope, error)
+            return finish_with_best(envelope, error)
         why = f"no tokens are left for another attempt, after {error.code}: {error.message}"
         return fail(envelope, TaskError(code="budget_exceeded", message=why[:2000]))
     return None
@@ -209,7 +209,7 @@ def retry_s(error: TaskError, failures: int) -> float:
     return min(RETRY_MAX_S, RETRY_S * 2.0 ** (failures - 1)) if error.code in {"node_lost", "agent_failed"} else 0.0
 
 
-def wait_for_rested(envelope: Envelope, now: float) -> Back | None:
+def wait_for_rested(envelope: Envelope, now: float) -> Retry | None:
     """Return how to go on when only failed nodes are left: with the first of those that asked for a rest.
 
     None when there is none, or the deadline comes before it.
@@ -225,7 +225,7 @@ def wait_for_rested(envelope: Envelope, now: float) -> Back | None:
         retry_at={node: at for node, at in envelope.retry_at.items() if node != rested},
         attempt=envelope.attempt + 1,
     )
-    return Back(again, max(0.0, envelope.retry_at[rested] - now))
+    return Retry(again, max(0.0, envelope.retry_at[rested] - now))
 
 
 def last_failure(envelope: Envelope) -> TaskError | None:
@@ -262,7 +262,7 @@ def keep_best(envelope: Envelope, reason: str) -> Envelope:
     return replace(envelope, best_rejected=best)
 
 
-def give_up(envelope: Envelope, error: TaskError) -> End:
+def finish_with_best(envelope: Envelope, error: TaskError) -> Finish:
     """Return the end of a task that has no attempts or bidders left: with its last attempt's own error.
 
     The record's `rejected` and the envelope's `best` make a `rejected_result` of it for its submitter. An ad that asks
@@ -271,16 +271,16 @@ def give_up(envelope: Envelope, error: TaskError) -> End:
     if envelope.best_rejected is None:
         return fail(envelope, error)
     ended = replace(envelope.without_result(), error=error)
-    return best_effort(envelope, error) or End("failed", ended, rejected=True)
+    return best_effort(envelope, error) or Finish("failed", ended, rejected=True)
 
 
-def best_effort(envelope: Envelope, error: TaskError) -> End | None:
+def best_effort(envelope: Envelope, error: TaskError) -> Finish | None:
     """Return the success with the best refused answer; None where the ad does not ask for it, or there is none."""
     accept, best = envelope.ad.accept, envelope.best_rejected
     if best is None or accept is None or not accept.best_effort:
         return None
     ended = replace(envelope.without_result(), error=error, result=best.result)
-    return End("succeeded", ended, score=best.score, below_threshold=True)
+    return Finish("succeeded", ended, score=best.score, below_threshold=True)
 
 
 def reward_for(envelope: Envelope, error: TaskError | None, ended_at: float) -> Reward | None:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from loom.phases.shared import llm_call
 from loom.phases.shared.llm_call import Answer
 from loom.phases.shared.token_usage import charged
-from loom.schemas.base import Undecodable, Wire, cut_utf8, encode
+from loom.schemas.base import CheckedMessage, Undecodable, cut_utf8, encode
 from loom.schemas.envelope import MAX_CAUSE_CHARS, Envelope, Opinion
 from loom.schemas.llm import CompletionParams, LLMProvider, SystemMessage, UserMessage
 from loom.schemas.text.model_json import read_model_json
@@ -37,7 +37,7 @@ _FRACTION = re.compile(r"\s*(\d{1,6}(?:\.\d{1,9})?)\s*(?:/|out of|of)\s*(\d{1,6}
 _PERCENT = re.compile(r"\s*(\d{1,6}(?:\.\d{1,9})?)\s*(?:%|percent)\s*", re.IGNORECASE)
 
 
-class _Answer(Wire, frozen=True, kw_only=True):
+class _Answer(CheckedMessage, frozen=True, kw_only=True):
     """A judge's answer, in the shape it is asked for and in those that models give instead."""
 
     score: Any
@@ -46,7 +46,7 @@ class _Answer(Wire, frozen=True, kw_only=True):
     """The best score there is, where the judge names one."""
 
 
-def wanted(envelope: Envelope, share: float, has_model: bool = True) -> bool:
+def needs_llm_judge(envelope: Envelope, share: float, has_model: bool = True) -> bool:
     """Return whether the answer is to be judged by a model: the ad has a rubric, or the task is of the sample.
 
     Args:

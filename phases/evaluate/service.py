@@ -17,22 +17,22 @@ import random
 from msgspec.structs import replace
 
 from loom.bus.bus import Bus
-from loom.bus.health import Health
 from loom.bus.hops.delivery import Delivery
 from loom.bus.hops.duplicates import store_once
+from loom.bus.hops.health import Health
 from loom.bus.hops.hop_loop import SLOTS, HopLoop, Service
 from loom.bus.hops.outcomes import Done, Later, Next, Outcome
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.server_errors import Conflict
-from loom.bus.records import change, records, remembered, salvaged
+from loom.bus.records import record_from, records, salvaged, update_record
 from loom.bus.replies import answer_task
 from loom.bus.rewards import RewardBus
 from loom.bus.topology import EVALUATE_LANE
 from loom.phases.evaluate import llm_judge
 from loom.phases.evaluate.decisions import (
-    Back,
-    End,
+    Finish,
+    Retry,
     decide,
     implied_rewards,
     is_late,
@@ -86,7 +86,7 @@ class Evaluate:
 
     async def handle(self, envelope: Envelope, _delivery: Delivery) -> Outcome:
         """End the task or send it back; what has ended is announced again."""
-        entry, envelope = remembered(envelope), replace(envelope, record_version=None)
+        entry, envelope = record_from(envelope), replace(envelope, record_version=None)
         violation = None
         if envelope.error is None and has_check(envelope.ad.accept):
             checked = await self._check(envelope)
@@ -95,7 +95,7 @@ class Evaluate:
             violation = checked
         wanted = self._wants_opinion(envelope, violation)
         decision = None if wanted else decide(envelope, self._config, self._bus.clock.now(), violation)
-        if not isinstance(decision, End):
+        if not isinstance(decision, Finish):
             entry = None  # what is remembered is good for a write alone, which fails if it is wrong
         entry = entry or await self._records.get(envelope.task_id) or await self._create_missing(envelope)
         if entry is None:
@@ -107,9 +107,9 @@ class Evaluate:
         if wanted and not entry.value.ended:
             envelope = await self._with_opinion(envelope)
         decision = decision or decide(envelope, self._config, self._bus.clock.now())
-        if isinstance(decision, Back) and not entry.value.ended:
+        if isinstance(decision, Retry) and not entry.value.ended:
             return await self._send_back(decision, envelope)
-        if isinstance(decision, End) and not entry.value.ended:
+        if isinstance(decision, Finish) and not entry.value.ended:
             entry = await self._write_end(decision, envelope, entry) or entry
         if entry.value.ended:
             await self._announce(entry.value)
@@ -131,7 +131,7 @@ class Evaluate:
 
     def _wants_opinion(self, envelope: Envelope, violation: Violation | None) -> bool:
         """Return whether a model is to be asked what it thinks of a result that keeps the rules."""
-        if envelope.error is not None or not llm_judge.wanted(
+        if envelope.error is not None or not llm_judge.needs_llm_judge(
             envelope, self._config.judge_share, self._llm is not None
         ):
             return False
@@ -145,7 +145,7 @@ class Evaluate:
 
     async def end_dead(self, envelope: Envelope, _raw: bytes) -> None:
         """End a task of which even this phase could not handle the message."""
-        end = End("failed", replace(envelope.without_result(), record_version=None))
+        end = Finish("failed", replace(envelope.without_result(), record_version=None))
         try:
             entry = await self._write_end(end, envelope)
         except Undecodable as error:
@@ -167,7 +167,7 @@ class Evaluate:
             return await self._records.get(envelope.task_id)
         return Entry(envelope.task_id, record, revision)
 
-    async def _send_back(self, decision: Back, envelope: Envelope) -> Outcome:
+    async def _send_back(self, decision: Retry, envelope: Envelope) -> Outcome:
         """Pass the task to MATCH again, after the failed attempt's reward; the record stays as it is."""
         error = decision.envelope.last_error
         log.info(
@@ -186,7 +186,7 @@ class Evaluate:
         return Later(delay_s, decision.envelope, "match", msg_id)
 
     async def _write_end(
-        self, decision: End, envelope: Envelope, entry: Entry[TaskRecord] | None = None
+        self, decision: Finish, envelope: Envelope, entry: Entry[TaskRecord] | None = None
     ) -> Entry[TaskRecord] | None:
         now = self._bus.clock.now()
 
@@ -203,7 +203,7 @@ class Evaluate:
                 rejected=decision.rejected,
             )
 
-        entry = await change(self._records, envelope.task_id, end, entry)
+        entry = await update_record(self._records, envelope.task_id, end, entry)
         if entry is not None and entry.value.ended:
             ended = entry.value.to_result()
             log.info("task_ended", state=ended.state, code=ended.error.code if ended.error else "")

@@ -10,12 +10,12 @@ from msgspec.structs import replace
 from loom.bus.bus import Bus
 from loom.bus.hops.delivery import Delivery
 from loom.bus.hops.duplicates import store_once
-from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.records import change, records
+from loom.bus.records import records, update_record
 from loom.phases.execute.fencing import may_report
-from loom.phases.execute.run_stream import Watch
+from loom.phases.execute.run_stream import RunStream
 from loom.phases.shared.inherited_ad import as_part
 from loom.phases.shared.token_usage import used_in_all
 from loom.schemas.base import MAX_INPUTS_BYTES, cut_utf8
@@ -33,7 +33,7 @@ REPEAT_S = 1.0  # least time between repetitions of unconfirmed answers
 CANCEL_S = (0.02, 0.1, 0.4, 1.0, 1.0)  # waits for SENSE to record a cancel
 
 
-class Errands:
+class Delegations:
     """The delegated work of one run; while some of it is open the delivery holds no slot of this phase.
 
     Args:
@@ -65,7 +65,7 @@ class Errands:
         """Whether an answer was not a success."""
         self._refusals = 0
         self._repeated_at = 0.0
-        self._watch: Watch | None = None
+        self._watch: RunStream | None = None
         self._noting = asyncio.Lock()
         self._spent = RunResult()
 
@@ -74,7 +74,7 @@ class Errands:
         """What delegated work has spent, for a run that can no longer say so itself."""
         return self._spent if self._spent.tokens or self._spent.usd else None
 
-    async def hear(self, event: RunEvent, watch: Watch) -> None:
+    async def hear(self, event: RunEvent, watch: RunStream) -> None:
         """Act on an event about delegated work; a heartbeat is an occasion to repeat answers that may be lost."""
         self._watch = watch
         if event.kind == "waiting" and event.ad is not None:
@@ -87,7 +87,7 @@ class Errands:
             for task_id, answer in list(self._answers.items()):
                 await watch.hand(Delegated(call=self._calls[task_id], task_id=task_id), answer)
 
-    async def _delegate(self, ad: TaskAd, call: int, watch: Watch) -> None:
+    async def _delegate(self, ad: TaskAd, call: int, watch: RunStream) -> None:
         """Begin an errand and send the run its id; one that is open already only has its id sent again."""
         delegated = Delegated(call=call, task_id=ad.task_id)
         refused = None if ad.task_id in self._open else refusal(call, len(self._open))
@@ -156,7 +156,7 @@ class Errands:
                     self._answers[ad.task_id] = answer
                     await self._watch.hand(Delegated(call=self._calls[ad.task_id], task_id=ad.task_id), answer)
             except LoomError as error:
-                log.warning("errand_waits", errand=ad.task_id, **describe(error))
+                log.warning("errand_waits", errand=ad.task_id, **error_fields(error))
                 await asyncio.sleep(RETRY_S)
             else:
                 return
@@ -191,7 +191,7 @@ class Errands:
             return replace(record, delegated=(*record.delegated, task_id)[-MAX_DELEGATED:])
 
         async with self._noting:  # errands of one run would only get into each other's way
-            entry = await change(self._records, self._envelope.task_id, add)
+            entry = await update_record(self._records, self._envelope.task_id, add)
         return entry is not None and self._mine(entry.value)
 
     def _mine(self, record: TaskRecord) -> bool:
@@ -317,7 +317,7 @@ async def call_off(bus: Bus, parent: str, task_ids: Iterable[str], *, admitted: 
                     await bus.connection.publish(bus.subjects.of("cancel", task_id))
                 await asyncio.sleep(wait_s)
         except LoomError as error:
-            log.warning("errand_not_cancelled", errand=task_id, **describe(error))
+            log.warning("errand_not_cancelled", errand=task_id, **error_fields(error))
         else:
             log.warning("errand_not_cancelled", errand=task_id, error="nobody has recorded it")
 

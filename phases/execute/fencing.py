@@ -12,7 +12,7 @@ NODE_LOST = "node_lost"
 
 
 @dataclass(frozen=True)
-class Take:
+class Claimed:
     """Write this record, then run."""
 
     record: TaskRecord
@@ -25,7 +25,7 @@ class Take:
 
 
 @dataclass(frozen=True)
-class Drop:
+class Superseded:
     """This message has nothing left to do."""
 
     reason: str
@@ -35,19 +35,19 @@ class Drop:
     """The attempt that the record of an ended task names: its run may still go on."""
 
 
-def claim(record: TaskRecord, envelope: Envelope, award: Award, instance: str, stream_seq: int) -> Take | Drop:
+def claim(record: TaskRecord, envelope: Envelope, award: Award, instance: str, stream_seq: int) -> Claimed | Superseded:
     """Decide whether this message may run its attempt.
 
     A higher attempt than the record's is taken. The same attempt on the same host is the same run, re-attached.
     The same attempt on another host, and any lower one, is a twin.
     """
     if record.ended:
-        return Drop("the task has ended", record.delegated, record.claim if record.claim.attempt else None)
+        return Superseded("the task has ended", record.delegated, record.claim if record.claim.attempt else None)
     held = record.claim
     if envelope.attempt < held.attempt:
-        return Drop("a later attempt is running")
+        return Superseded("a later attempt is running")
     if envelope.attempt == held.attempt and not is_same(held, award):
-        return Drop("the attempt runs on another host")
+        return Superseded("the attempt runs on another host")
     mine = Claim(
         attempt=envelope.attempt,
         owner=award.owner,
@@ -57,7 +57,7 @@ def claim(record: TaskRecord, envelope: Envelope, award: Award, instance: str, s
         stream_seq=stream_seq,
     )
     superseded = held if may_still_run(held, envelope, award) else None
-    return Take(replace(record, claim=mine), attached=envelope.attempt == held.attempt, superseded=superseded)
+    return Claimed(replace(record, claim=mine), attached=envelope.attempt == held.attempt, superseded=superseded)
 
 
 def is_same(held: Claim, award: Award) -> bool:

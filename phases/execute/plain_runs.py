@@ -11,7 +11,7 @@ from loom.bus.host_directory import HostKey
 from loom.bus.logs.left_out import as_reason
 from loom.bus.natsio.transport.message import Msg
 from loom.phases.execute.run_inbox import count_discarded
-from loom.phases.execute.run_stream import LATE_S, STOPPED_S, Hosts, Interrupt, Silent, nobody_waits
+from loom.phases.execute.run_stream import LATE_S, STOPPED_S, Hosts, HostSilent, Interrupt, nobody_waits
 from loom.phases.execute.stops import HostRun
 from loom.schemas.base import Undecodable, decode, encode
 from loom.schemas.run import MAX_OUTLINE_BYTES, RunEvent, RunRequest, read_events
@@ -64,7 +64,7 @@ class PlainRun:
         try:
             await self._ask()
             await self._answered()
-        except Silent:
+        except HostSilent:
             self._give_up(min(LATE_S, self._request.remaining_s))
             raise
         finally:
@@ -89,11 +89,11 @@ class PlainRun:
             waited_s = time.monotonic() - started
             if self._absent:
                 if waited_s >= ABSENT_S:
-                    raise Silent(f"host {self._host} is not there")
+                    raise HostSilent(f"host {self._host} is not there")
                 if not await self._woken_within(ASK_AGAIN_S):
                     await self._ask()
             elif not await self._woken_within(self._max_run_s - waited_s):
-                raise Silent(f"host {self._host} has not replied in {self._max_run_s:g} s")
+                raise HostSilent(f"host {self._host} has not replied in {self._max_run_s:g} s")
 
     async def _woken_within(self, seconds: float) -> bool:
         try:

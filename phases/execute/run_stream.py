@@ -56,7 +56,7 @@ TOO_MANY = TaskError(
 Reason = Literal["cancelled", "recalled", "late"]
 
 
-class Silent(Exception):
+class HostSilent(Exception):
     """The host has not been heard from in time."""
 
 
@@ -97,7 +97,7 @@ class Interrupt:
             self.wake()
 
 
-class Watch:
+class RunStream:
     """The events of a run on a host.
 
     Use as a context manager: the request is sent on entering. Each watching has an event subject of its own. It is
@@ -156,11 +156,11 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._interrupt.wake = nobody_waits  # each would keep the other until a collection
-        if self._ended or not (isinstance(error, Silent) or self._interrupt.ends_attempt):
+        if self._ended or not (isinstance(error, HostSilent) or self._interrupt.ends_attempt):
             self._close()
             return
         self._given_up = True
-        keep_s = min(LATE_S, self._request.remaining_s) if isinstance(error, Silent) else STOPPED_S
+        keep_s = min(LATE_S, self._request.remaining_s) if isinstance(error, HostSilent) else STOPPED_S
         asyncio.get_running_loop().call_later(keep_s, self._close)
 
     def _close(self) -> None:
@@ -250,7 +250,7 @@ class Watch:
                 await self._bus.requests.flush(timeout_s=CATCH_UP_S)
         if not self._here:
             left_out = f"; an event of it was left out: {self._unread}" if self._unread else ""
-            raise Silent(f"host {self._host} was silent for {limit_s:g} s{left_out}")
+            raise HostSilent(f"host {self._host} was silent for {limit_s:g} s{left_out}")
 
     async def _hear_first(self) -> None:
         """Ask until something is heard: after an outage a host may be back later than we are, and miss the request."""
@@ -258,7 +258,7 @@ class Watch:
         give_up = time.monotonic() + wait_s
         while not self._here:
             if self._absent_s >= patience_s:
-                raise Silent(f"host {self._host} is not there")
+                raise HostSilent(f"host {self._host} is not there")
             left_s = give_up - time.monotonic()
             if left_s <= ASK_AGAIN_S:
                 await self._hear(max(0.0, left_s), wait_s)
@@ -295,12 +295,12 @@ class Watch:
         """For how long the server has known of nobody who listens."""
         return 0.0 if self._absent_since is None else time.monotonic() - self._absent_since
 
-    def again(self) -> "Watch":
+    def again(self) -> "RunStream":
         """Return a watch for what this one has missed: the host keeps events, and starts no run twice."""
         self._close()
         left_s = max(0.0, self._until - time.monotonic())
         request = replace(self._request, from_seq=self._next_seq, remaining_s=left_s)
-        watch = Watch(self._hosts, self._host, request, self._interrupt)
+        watch = RunStream(self._hosts, self._host, request, self._interrupt)
         watch._bytes, watch._count, watch._chars = self._bytes, self._count, self._chars
         watch._unread = self._unread
         return watch

@@ -18,8 +18,8 @@ from functools import partial
 from msgspec.structs import replace
 
 from loom.bus.bus import Bus
-from loom.bus.health import Health
 from loom.bus.hops.delivery import Delivery
+from loom.bus.hops.health import Health
 from loom.bus.hops.hop_loop import HopLoop, Service
 from loom.bus.hops.outcomes import Dead, Done, Leave, Next, Outcome
 from loom.bus.host_directory import HostKey
@@ -27,14 +27,14 @@ from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.connection import Subscription
 from loom.bus.natsio.server_errors import Conflict
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.records import record_version, records, remembered
+from loom.bus.records import record_from, record_version, records
 from loom.bus.topology import EXECUTE_LANE
-from loom.phases.execute.delegation import Errands, call_off
-from loom.phases.execute.fencing import Drop, Standing, Take, claim, may_report
+from loom.phases.execute.delegation import Delegations, call_off
+from loom.phases.execute.fencing import Claimed, Standing, Superseded, claim, may_report
 from loom.phases.execute.host_errors import Facts, believed
 from loom.phases.execute.plain_runs import RUN_S, PlainRun
 from loom.phases.execute.run_inbox import EventSubjects, count_discarded
-from loom.phases.execute.run_stream import TOO_MANY, Hosts, Interrupt, Silent, Watch
+from loom.phases.execute.run_stream import TOO_MANY, Hosts, HostSilent, Interrupt, RunStream
 from loom.phases.execute.stops import HostRun, Stops, Why
 from loom.schemas.base import MAX_CONTENT_BYTES, cut_utf8
 from loom.schemas.config import ClusterConfig
@@ -114,7 +114,7 @@ class Execute:
 
     async def _claimed(self, envelope: Envelope, award: Award, delivery: Delivery, interrupt: Interrupt) -> Outcome:
         claimed = await self._claim(envelope, award, delivery)
-        if isinstance(claimed, Drop):
+        if isinstance(claimed, Superseded):
             log.info("run_dropped", reason=claimed.reason, attempt=envelope.attempt)
             self._stop(envelope.task_id, claimed.ended, "ended")
             await call_off(self._bus, envelope.task_id, claimed.delegated)
@@ -126,9 +126,9 @@ class Execute:
         request = request_for(envelope, award, self._bus.clock.now())
         if award.plain:
             return await self._run_plain(request, envelope, award, delivery, interrupt)
-        watch = Watch(self._hosts, host_of(award), request, interrupt, attached=claimed.attached)
+        watch = RunStream(self._hosts, host_of(award), request, interrupt, attached=claimed.attached)
         earlier = claimed.record.delegated if claimed.attached else ()
-        errands = Errands(self._bus, self._config, envelope, delivery, self._loop.top_up, earlier)
+        errands = Delegations(self._bus, self._config, envelope, delivery, self._loop.top_up, earlier)
         outcome: Outcome | None = None
         try:
             outcome = await self._run(watch, errands, envelope, award, delivery, interrupt)
@@ -136,16 +136,16 @@ class Execute:
             await errands.close(cancelling=interrupt.cancelled() or is_over(outcome))
         return outcome
 
-    async def _claim(self, envelope: Envelope, award: Award, delivery: Delivery) -> Take | Drop:
-        entry = remembered(envelope)
+    async def _claim(self, envelope: Envelope, award: Award, delivery: Delivery) -> Claimed | Superseded:
+        entry = record_from(envelope)
         for _ in range(CLAIM_TRIES):
             read = entry is None
             entry = entry or await self._records.get(envelope.task_id)
             if entry is None:
-                return Drop("the task has no record")
+                return Superseded("the task has no record")
             verdict = claim(entry.value, envelope, award, self._bus.instance, delivery.facts.stream_seq)
             try:
-                if isinstance(verdict, Take):
+                if isinstance(verdict, Claimed):
                     revision = await self._records.update(envelope.task_id, verdict.record, entry.revision)
                     return dataclasses.replace(verdict, record_version=record_version(verdict.record, revision))
                 if read:
@@ -156,12 +156,18 @@ class Execute:
         raise BusUnavailable(f"the record of {envelope.task_id} would not hold still")
 
     async def _run(
-        self, watch: Watch, errands: Errands, envelope: Envelope, award: Award, delivery: Delivery, interrupt: Interrupt
+        self,
+        watch: RunStream,
+        errands: Delegations,
+        envelope: Envelope,
+        award: Award,
+        delivery: Delivery,
+        interrupt: Interrupt,
     ) -> Outcome:
         """Watch the run until it ends, the task is cancelled or too late, or this process stops."""
         try:
             last = await self._follow(watch, errands, envelope, delivery)
-        except Silent as error:
+        except HostSilent as error:
             lost = TaskError(code="node_lost", message=str(error), node_id=award.node_id)
             return await self._give_up(lost, "silent", spent(envelope, errands.result), award, delivery)
         if last is not None:
@@ -176,7 +182,7 @@ class Execute:
         delivery.release()  # the wait is for the node: it does not keep others of this process waiting
         try:
             last = await PlainRun(self._hosts, host_of(award), request, interrupt, max_run_s=max_run_s).last_event()
-        except Silent as error:
+        except HostSilent as error:
             lost = TaskError(code="node_lost", message=str(error), node_id=award.node_id)
             return await self._give_up(lost, "silent", envelope, award, delivery)
         if last is None:
@@ -197,7 +203,7 @@ class Execute:
     async def _settle(
         self,
         last: RunEvent,
-        errands: Errands,
+        errands: Delegations,
         envelope: Envelope,
         award: Award,
         delivery: Delivery,
@@ -235,7 +241,9 @@ class Execute:
             error = believed(error, facts)
         return await self._report(error, spent(envelope, last.result), delivery)
 
-    async def _follow(self, watch: Watch, errands: Errands, envelope: Envelope, delivery: Delivery) -> RunEvent | None:
+    async def _follow(
+        self, watch: RunStream, errands: Delegations, envelope: Envelope, delivery: Delivery
+    ) -> RunEvent | None:
         """Relay the run and return its last event; one that falls silent is asked for once more.
 
         After an outage of the bus hosts come back one by one, and none of them is to blame for that: until
@@ -254,7 +262,7 @@ class Execute:
                     return last
                 moves += 1  # an earlier request of this handler may reach the host late, as after an outage
                 watch = watch.again()
-            except Silent:
+            except HostSilent:
                 settling = self._bus.connection.settled_s < SETTLE_S
                 if not settling and (asked_again or not watch.heard):
                     raise
@@ -264,7 +272,9 @@ class Execute:
                     await asyncio.sleep(ASK_AGAIN_S)
                 watch, asked_again = watch.again(), not settling
 
-    async def _relay(self, watch: Watch, errands: Errands, envelope: Envelope, delivery: Delivery) -> RunEvent | None:
+    async def _relay(
+        self, watch: RunStream, errands: Delegations, envelope: Envelope, delivery: Delivery
+    ) -> RunEvent | None:
         """Relay the run's events and return the last one.
 
         None when the watching is stopped, or a suspect message has proved harmless.

@@ -14,7 +14,7 @@ CLAIM_OBSERVATIONS = 2
 """Observations a claim counts as."""
 
 
-class Known(msgspec.Struct, frozen=True, gc=False):
+class BidderStats(msgspec.Struct, frozen=True, gc=False):
     """What is known of one bidder when a task is awarded."""
 
     task_id: str
@@ -41,7 +41,7 @@ class Known(msgspec.Struct, frozen=True, gc=False):
         return (self.mean * self.count + self.claim * CLAIM_OBSERVATIONS) / (self.count + CLAIM_OBSERVATIONS)
 
     @property
-    def dice(self) -> Random:
+    def rng(self) -> Random:
         """Randomness that is the same whenever the same task is awarded again."""
         digest = blake2b(f"{self.task_id}:{self.attempt}:{self.name or self.node_id}".encode(), digest_size=8).digest()
         return Random(int.from_bytes(digest))  # noqa: S311 - repeatable on purpose
@@ -55,7 +55,7 @@ class Trust(msgspec.Struct, frozen=True, gc=False):
     """The part of the value that is not evidence."""
 
 
-Policy = Callable[[Known], Trust]
+Policy = Callable[[BidderStats], Trust]
 
 
 class UnknownPolicy(LoomError):
@@ -64,7 +64,7 @@ class UnknownPolicy(LoomError):
     code = "invalid_setting"
 
 
-def ucb(known: Known) -> Trust:
+def ucb(known: BidderStats) -> Trust:
     """Trust the mean, plus a bonus for the little known: c·sqrt(ln(N + 1) / (n + 2)), after UCB1 (Auer et al. 2002).
 
     Tasks that are not judged yet count in n: so the unseen come first, but with a few tasks at a time.
@@ -74,27 +74,27 @@ def ucb(known: Known) -> Trust:
     return Trust(known.blended + bonus, bonus)
 
 
-def greedy(known: Known) -> Trust:
+def greedy(known: BidderStats) -> Trust:
     """Trust the mean alone."""
     return Trust(known.blended)
 
 
-def thompson(known: Known) -> Trust:
+def thompson(known: BidderStats) -> Trust:
     """Trust a draw from the Beta distribution of what the mean may really be (Thompson 1933)."""
     wins = known.mean * known.count + known.claim * CLAIM_OBSERVATIONS
     losses = known.count + CLAIM_OBSERVATIONS - wins
-    drawn = known.dice.betavariate(max(wins, 1e-3), max(losses, 1e-3))
+    drawn = known.rng.betavariate(max(wins, 1e-3), max(losses, 1e-3))
     return Trust(drawn, max(0.0, drawn - known.blended))
 
 
-def round_robin(known: Known) -> Trust:
+def round_robin(known: BidderStats) -> Trust:
     """Trust whoever has had the fewest tasks of the domain."""
     return Trust(1 / (1 + known.count + known.pending))
 
 
-def random(known: Known) -> Trust:
+def random(known: BidderStats) -> Trust:
     """Trust anybody alike."""
-    return Trust(known.dice.random())
+    return Trust(known.rng.random())
 
 
 POLICIES: dict[str, Policy] = {

@@ -34,7 +34,7 @@ def _now() -> float:
     return time.monotonic()
 
 
-class Roster:
+class HostDirectory:
     """Listens to announcements and to what ADAPT learns. It decides how long to wait, never who may bid.
 
     Args:

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from loom.bus.host_directory import HostKey
 from loom.bus.logs.discards import Discards
 from loom.schemas.auction import Bid, DeclineCode, Offer
-from loom.schemas.base import Relayed, Token, Undecodable, decode
+from loom.schemas.base import Message, Token, Undecodable, decode
 from loom.schemas.identity import LOCAL_OWNER
 
 MAX_OFFER_BYTES = 128 * 1024
@@ -30,7 +30,7 @@ class ReadOffer(Offer, frozen=True, kw_only=True):
     bids: tuple[ReadBid, ...] = ()
 
 
-class HostOffer(Relayed, frozen=True, kw_only=True):
+class HostOffer(Message, frozen=True, kw_only=True):
     """An offer and the host that has made it."""
 
     owner: Token = LOCAL_OWNER
@@ -45,7 +45,7 @@ class HostOffer(Relayed, frozen=True, kw_only=True):
         return HostKey(self.owner, self.host_id)
 
 
-class _RawOffer(Relayed, frozen=True, kw_only=True):
+class _RawOffer(Message, frozen=True, kw_only=True):
     """An offer whose bids are read one by one."""
 
     bids: tuple[msgspec.Raw, ...] = ()

@@ -20,7 +20,7 @@ Domain = tuple[str, str]
 """Node, qualified by its owner, and domain_token."""
 
 
-class Awards:
+class RecentAwards:
     """Remembers awards for as long as they are news; what it returns is its own, and changes with it."""
 
     def __init__(self) -> None:

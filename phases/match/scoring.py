@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from loom.bus.host_directory import HostKey
-from loom.phases.match.award_policies import Known, Policy, Trust, ucb
+from loom.phases.match.award_policies import BidderStats, Policy, Trust, ucb
 from loom.phases.match.newcomers import Newcomers, Shared, failing_owners, is_newcomer, shared_by
 from loom.phases.match.offers import HostOffer
 from loom.schemas.auction import Bid
@@ -32,7 +32,7 @@ TAKEN_S = 0.25
 _NONE = DomainEvidence()
 
 
-class Book(msgspec.Struct, frozen=True):
+class AuctionContext(msgspec.Struct, frozen=True):
     """What MATCH knows besides the offers."""
 
     profiles: Mapping[str, NodeProfile] = {}
@@ -86,7 +86,7 @@ class Nobody:
 Verdict = Awarded | AllBusy | Exhausted | Nobody
 
 
-def judge(envelope: Envelope, offers: Sequence[HostOffer], book: Book) -> Verdict:
+def decide(envelope: Envelope, offers: Sequence[HostOffer], book: AuctionContext) -> Verdict:
     """Return what follows from the offers to one call."""
     required = frozenset(envelope.ad.required_tools)
     able = [
@@ -109,7 +109,7 @@ def judge(envelope: Envelope, offers: Sequence[HostOffer], book: Book) -> Verdic
     return Nobody()
 
 
-def as_taken(host: HostKey, bid: Bid, envelope: Envelope, book: Book) -> Bid | None:
+def as_taken(host: HostKey, bid: Bid, envelope: Envelope, book: AuctionContext) -> Bid | None:
     """Return the bid with the awards of a moment ago as load; None when they leave no place for this task.
 
     Without that one free place is awarded to all who call at once, and all but one come back. What is kept for
@@ -128,7 +128,7 @@ def taken_s(bid: Bid) -> float:
     return min(TAKEN_S, bid.expected_s or TAKEN_S)
 
 
-def award(envelope: Envelope, bids: Sequence[tuple[HostKey, Bid]], book: Book) -> Award:
+def award(envelope: Envelope, bids: Sequence[tuple[HostKey, Bid]], book: AuctionContext) -> Award:
     """Return the award to the best of `bids`, (host, bid) each; there must be one."""
     nodes = [qualified(host.owner, bid.node_id) for host, bid in bids]
     known = [profile for node in set(nodes) if (profile := book.profiles.get(node))]  # one may be on two hosts
@@ -146,14 +146,14 @@ def award(envelope: Envelope, bids: Sequence[tuple[HostKey, Bid]], book: Book) -
         owner=best.host.owner,
         host_id=best.host.host_id,
         score=best.score,
-        bids=tuple(map(_told, ranked)),
+        bids=tuple(map(_to_scored_bid, ranked)),
         evidence_seq=max((profile.last_seq for profile in known), default=0),
         backlog=best.bid.backlog,
         policy=book.policy_name,
     )
 
 
-def score(envelope: Envelope, host: HostKey, bid: Bid, book: Book, total: int) -> ScoredBid:
+def score(envelope: Envelope, host: HostKey, bid: Bid, book: AuctionContext, total: int) -> ScoredBid:
     """Return `bid` with its score against those of other owners: .6 trust + .25 (1 - load) + .15 tools.
 
     Args:
@@ -162,7 +162,7 @@ def score(envelope: Envelope, host: HostKey, bid: Bid, book: Book, total: int) -
     token = envelope.domain_token
     shared = _shared({host.owner}, token, book)
     auction = _Auction(envelope, token, book, total, shared, failing_owners(envelope, partial(_evidence, book, token)))
-    return _told(_weigh(auction, qualified(host.owner, bid.node_id), host, bid))
+    return _to_scored_bid(_weigh(auction, qualified(host.owner, bid.node_id), host, bid))
 
 
 class _Auction(NamedTuple):
@@ -170,7 +170,7 @@ class _Auction(NamedTuple):
 
     envelope: Envelope
     domain_token: str
-    book: Book
+    book: AuctionContext
     total: int
     shared: Mapping[str, Shared]
     """Owner -> what its newcomers share."""
@@ -195,12 +195,12 @@ class _Weighed(NamedTuple):
     shared: Shared | None
 
 
-def _evidence(book: Book, domain_token: str, node: str) -> DomainEvidence:
+def _evidence(book: AuctionContext, domain_token: str, node: str) -> DomainEvidence:
     profile = book.profiles.get(node)
     return (profile.domains.get(domain_token) if profile else None) or _NONE
 
 
-def _shared(owners: Iterable[str], domain_token: str, book: Book) -> dict[str, Shared]:
+def _shared(owners: Iterable[str], domain_token: str, book: AuctionContext) -> dict[str, Shared]:
     """Return owner -> what its newcomers share, of the owners other than `local`."""
     groups = {owner: book.newcomers.of(owner, domain_token) for owner in owners if owner != LOCAL_OWNER}
     if not groups:
@@ -227,7 +227,7 @@ def _weigh(auction: _Auction, node: str, host: HostKey, bid: Bid) -> _Weighed:
         count, mean = evidence.count * remembered(evidence, book), evidence.mean if evidence.count else 0.0
         pending = book.pending.get((node, token), 0)
     trust = book.policy(
-        Known(
+        BidderStats(
             task_id=envelope.ad.task_id,
             attempt=envelope.attempt,
             node_id=bid.node_id,
@@ -280,7 +280,7 @@ def _among_equals(task_id: str, weighed: _Weighed) -> tuple[bytes, bytes, HostKe
     return own if weighed.shared is None else tie_break(task_id, weighed.name), own, weighed.host
 
 
-def _told(weighed: _Weighed) -> ScoredBid:
+def _to_scored_bid(weighed: _Weighed) -> ScoredBid:
     host, bid, evidence, trust = weighed.host, weighed.bid, weighed.evidence, weighed.trust
     return ScoredBid(
         node_id=bid.node_id,
@@ -299,7 +299,7 @@ def _told(weighed: _Weighed) -> ScoredBid:
     )
 
 
-def remembered(evidence: DomainEvidence, book: Book) -> float:
+def remembered(evidence: DomainEvidence, book: AuctionContext) -> float:
     """Return how much of the evidence still counts: all of it, and half as much after each half-life without news."""
     if not evidence.scores:
         return 1.0

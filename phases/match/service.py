@@ -19,8 +19,8 @@ from dataclasses import replace as replace_fields
 from msgspec.structs import replace
 
 from loom.bus.bus import Bus
-from loom.bus.health import Health
 from loom.bus.hops.delivery import Delivery, Slots
+from loom.bus.hops.health import Health
 from loom.bus.hops.hop_loop import HopLoop, Service, lane_slots
 from loom.bus.hops.outcomes import Dead, Done, Fail, Later, Next, Outcome
 from loom.bus.host_directory import HostKey
@@ -29,15 +29,15 @@ from loom.bus.topology import MATCH_LANES, Lane
 from loom.phases.match.announced_nodes import Wanted
 from loom.phases.match.award_policies import policy
 from loom.phases.match.busy_nodes import BusyNodes
-from loom.phases.match.directory import Roster
+from loom.phases.match.directory import HostDirectory
 from loom.phases.match.misspelt_domains import Misspelt, warning_in
 from loom.phases.match.node_ownership import SETTLE_S
 from loom.phases.match.offers import HostOffer
 from loom.phases.match.open_calls import OpenCall, OpenCalls
 from loom.phases.match.partial_decoding import ReadRecord
 from loom.phases.match.plain_bids import PlainNodes
-from loom.phases.match.recent_awards import Awards
-from loom.phases.match.scoring import AllBusy, Awarded, Book, Exhausted, Nobody, Verdict, judge
+from loom.phases.match.recent_awards import RecentAwards
+from loom.phases.match.scoring import AllBusy, AuctionContext, Awarded, Exhausted, Nobody, Verdict, decide
 from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, Bid, CallForBids, Lot
 from loom.schemas.base import Undecodable, cut_utf8
 from loom.schemas.config import ClusterConfig
@@ -76,9 +76,9 @@ class Match:
         self._bus = bus
         self._config = config
         self._hosts_here = hosts_here
-        self._awards = Awards()
+        self._awards = RecentAwards()
         self._records = bus.bucket("records", ReadRecord)
-        self._roster = Roster(bus, judged=self._on_judged)
+        self._roster = HostDirectory(bus, judged=self._on_judged)
         self._plain = PlainNodes(self._roster.nodes)
         self._busy = BusyNodes(self._roster.nodes)
         self._misspelt = Misspelt(self._roster.nodes)
@@ -271,7 +271,7 @@ class Match:
         wanted = Wanted(token, frozenset(envelope.ad.required_tools), envelope.excluded)
         call = await self._call_for_bids(envelope, spec)
         offers = [*_for_task(envelope.task_id, call.offers), *self._plain.offers(wanted)]
-        verdict = judge(envelope, self._busy.without(envelope.task_id, offers), self._book())
+        verdict = decide(envelope, self._busy.without(envelope.task_id, offers), self._book())
         if isinstance(verdict, Awarded):
             verdict = replace_fields(verdict, award=self._counted_if_plain(verdict.award, envelope))
             self._awards.note(envelope, token, verdict)
@@ -307,8 +307,8 @@ class Match:
         self._awards.judged(node, domain_token, attempt_ids)
         self._plain.judged(attempt_ids)
 
-    def _book(self) -> Book:
-        return Book(
+    def _book(self) -> AuctionContext:
+        return AuctionContext(
             profiles=self._roster.profiles,
             newcomers=self._roster.newcomers,
             policy=self._policy,

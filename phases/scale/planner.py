@@ -26,7 +26,7 @@ the rest. estimated_complexity is a number from 0 (trivial) to 1 (very hard). A 
 splitting is one subtask."""
 
 
-def given(ad: TaskAd, config: ClusterConfig) -> tuple[Subtask, ...] | None:
+def plan_from_ad(ad: TaskAd, config: ClusterConfig) -> tuple[Subtask, ...] | None:
     """Return the plan the ad itself gives; None when it gives none.
 
     Raises:
@@ -55,7 +55,7 @@ def bounded(plan: tuple[Subtask, ...], config: ClusterConfig) -> tuple[Subtask, 
     return plan
 
 
-async def asked(
+async def plan_from_model(
     llm: LLMProvider, ad: TaskAd, config: ClusterConfig, within_s: float, budget: int | None = None
 ) -> Answer[tuple[Subtask, ...]]:
     """Ask a model for a plan; a bad one is sent back once, with what is wrong with it.

@@ -19,9 +19,9 @@ from weakref import WeakValueDictionary
 from msgspec.structs import replace
 
 from loom.bus.bus import Bus
-from loom.bus.health import Health
 from loom.bus.hops.delivery import Delivery
 from loom.bus.hops.duplicates import store_once
+from loom.bus.hops.health import Health
 from loom.bus.hops.hop_loop import SLOTS, HopLoop, Service, schedule
 from loom.bus.hops.outcomes import Dead, Done, Fail, Next, Outcome
 from loom.bus.logs.logger import get_logger
@@ -29,7 +29,7 @@ from loom.bus.natsio.server_errors import Conflict
 from loom.bus.records import records
 from loom.bus.topology import SCALE_LANE
 from loom.phases.scale import planner, subtask_graph
-from loom.phases.scale.spawn_requests import NodeRequests
+from loom.phases.scale.spawn_requests import SpawnRequests
 from loom.phases.shared.division import is_saturated, undivided, wants_scale
 from loom.phases.shared.token_usage import before_the_run, charged, with_parts
 from loom.schemas.base import MAX_CONTENT_BYTES, Undecodable, cut_utf8
@@ -59,7 +59,7 @@ class Scale:
         self._llm = llm
         self._records = records(bus)
         self._plans = bus.bucket("plans", SplitPlan)
-        self._nodes = NodeRequests(bus)
+        self._nodes = SpawnRequests(bus)
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """Parent -> held by who changes its plan: only other replicas are met at the compare-and-set."""
         self._loop: HopLoop[ScaleMessage] = HopLoop(
@@ -145,15 +145,15 @@ class Scale:
         if entry is not None:
             return await self._answer(envelope, entry.value)
         try:
-            subtasks = planner.given(envelope.ad, self._config)
+            subtasks = planner.plan_from_ad(envelope.ad, self._config)
         except InvalidPlan as error:
             return Fail(TaskError.of(error), envelope)
         if subtasks is not None:
-            plan = subtask_graph.begin(envelope, subtasks)
+            plan = subtask_graph.start_plan(envelope, subtasks)
         elif self._llm is not None:
             plan = await self._ask_for_plan(envelope, self._llm)
         else:
-            plan = subtask_graph.whole(envelope, "no model is there to plan")
+            plan = subtask_graph.keep_whole(envelope, "no model is there to plan")
         try:
             await self._plans.create(envelope.task_id, plan)
         except Conflict:  # a twin of the message was faster
@@ -190,15 +190,15 @@ class Scale:
     async def _ask_for_plan(self, envelope: Envelope, llm: LLMProvider) -> SplitPlan:
         """A model's plan; where it has none of use, the task stays whole, and the plan says why."""
         left_s, budget = envelope.deadline - self._bus.clock.now(), before_the_run(envelope)
-        answer = await planner.asked(llm, envelope.ad, self._config, left_s, budget)
+        answer = await planner.plan_from_model(llm, envelope.ad, self._config, left_s, budget)
         envelope, subtasks = charged(envelope, "scale", answer.usage), answer.value
         if isinstance(answer.error, InvalidPlan):
-            return subtask_graph.whole(envelope, f"the model's plan cannot be used: {answer.error.message}")
+            return subtask_graph.keep_whole(envelope, f"the model's plan cannot be used: {answer.error.message}")
         if subtasks is None:
-            return subtask_graph.whole(envelope, f"the model could not be asked: {answer.why}")
+            return subtask_graph.keep_whole(envelope, f"the model could not be asked: {answer.why}")
         if len(subtasks) == 1:
-            return subtask_graph.whole(envelope, "the model sees one task in it")
-        return subtask_graph.begin(envelope, subtasks)
+            return subtask_graph.keep_whole(envelope, "the model sees one task in it")
+        return subtask_graph.start_plan(envelope, subtasks)
 
     # -- notices
 
@@ -208,7 +208,7 @@ class Scale:
         if child is None or not child.value.ended:
             log.warning("notice_too_early", child_id=child_id)
             return Done()
-        change = await self._change(parent_id, lambda plan: subtask_graph.note(plan, child.value))
+        change = await self._change(parent_id, lambda plan: subtask_graph.record_child(plan, child.value))
         if change is None:
             log.info("notice_without_plan", child_id=child_id)
             return Done()
@@ -279,7 +279,7 @@ class Scale:
             case "joining":
                 await self._drop_timer(plan.parent_id)
                 outputs = await self._outputs(plan, [part.id for part in plan.subtasks])
-                return Next("execute", subtask_graph.joined(plan, outputs), _id(plan, "join"))
+                return Next("execute", subtask_graph.synthesis_envelope(plan, outputs), _id(plan, "join"))
             case "done":
                 return await self._fail(plan)
 

@@ -20,7 +20,7 @@ PAUSES_S = (0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 4.0)
 hosts, and another may be qualified; a host that has a model choose a skill is qualified when the model has answered."""
 
 
-class NodeRequests:
+class SpawnRequests:
     """Requests to hosts that can start nodes: at most one a second for each domain.
 
     Where nobody bids, tasks that say different things are asked about each: one may call for a skill, another not.

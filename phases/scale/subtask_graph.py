@@ -30,7 +30,7 @@ def child_id(parent_id: str, subtask_id: str) -> str:
     return base64.b32encode(digest).decode().rstrip("=").lower()
 
 
-def begin(envelope: Envelope, subtasks: Sequence[Subtask]) -> SplitPlan:
+def start_plan(envelope: Envelope, subtasks: Sequence[Subtask]) -> SplitPlan:
     """Return the plan of a task about to be parked, with the first subtasks running."""
     named = tuple(
         Subtask(
@@ -46,7 +46,7 @@ def begin(envelope: Envelope, subtasks: Sequence[Subtask]) -> SplitPlan:
     return advance(SplitPlan(parent_id=envelope.task_id, subtasks=named, envelope=envelope))
 
 
-def whole(envelope: Envelope, why: str) -> SplitPlan:
+def keep_whole(envelope: Envelope, why: str) -> SplitPlan:
     """Return the plan of a task that stays whole: the decision is made once, however often the task comes."""
     return SplitPlan(parent_id=envelope.task_id, state="done", subtasks=(), envelope=envelope, note=cut_note(why))
 
@@ -109,7 +109,7 @@ def tokens_left(plan: SplitPlan) -> int | None:
     return None if budget is None else budget - sum(part.tokens for part in plan.subtasks)
 
 
-def note(plan: SplitPlan, record: TaskRecord) -> SplitPlan:
+def record_child(plan: SplitPlan, record: TaskRecord) -> SplitPlan:
     """Return the plan after the child of that (ended) record; a second time, nothing changes.
 
     A subtask that failed fails the plan, and so does a budget that is spent. In a plan that is done only the state of
@@ -200,7 +200,7 @@ def child_of(plan: SplitPlan, part: Subtask, outputs: Mapping[str, str], now: fl
         subtask=part.id,
         grant=part.grant,
         deadline=parent.deadline,
-        inputs=fitting({**given, **{name: outputs.get(name, "") for name in part.dependencies}}),
+        inputs=fit_inputs({**given, **{name: outputs.get(name, "") for name in part.dependencies}}),
     )
     return Envelope(
         ad=ad,
@@ -240,13 +240,13 @@ def ended_event(plan: SplitPlan, record: TaskRecord, now: float) -> SubtaskEvent
     )
 
 
-def joined(plan: SplitPlan, outputs: Mapping[str, str]) -> Envelope:
+def synthesis_envelope(plan: SplitPlan, outputs: Mapping[str, str]) -> Envelope:
     """Return the parent's envelope with all outputs, in the order of the plan, for the awarded node to synthesise."""
-    inputs = fitting({part.id: outputs.get(part.id, "") for part in plan.subtasks})
+    inputs = fit_inputs({part.id: outputs.get(part.id, "") for part in plan.subtasks})
     return replace(with_parts(plan.envelope, plan.subtasks), inputs=inputs)
 
 
-def fitting(inputs: Mapping[str, str]) -> dict[str, str]:
+def fit_inputs(inputs: Mapping[str, str]) -> dict[str, str]:
     """Return the inputs, the longest ones cut so that all together fit on an envelope."""
     room, kept = MAX_INPUTS_BYTES, {}
     for count, name in enumerate(sorted(inputs, key=lambda name: len(inputs[name]))):

@@ -14,7 +14,7 @@ from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.server_errors import Conflict, Refused
 from loom.bus.natsio.stored_message import read_message
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.records import change
+from loom.bus.records import update_record
 from loom.bus.replies import allowed_reply, answer, answer_error, may_answer
 from loom.phases.sense.admission import Admission, envelope_for
 from loom.phases.shared.check_pool import CheckPool
@@ -36,7 +36,7 @@ STRANDED_S = 1.0
 """Seconds after its deadline from which a task without messages counts as stranded."""
 
 
-class Desk:
+class ClientApi:
     """Answers clients. Every replica of SENSE has one; the server hands each request to one of them."""
 
     def __init__(self, bus: Bus, admission: Admission, checks: CheckPool) -> None:
@@ -154,7 +154,7 @@ class Desk:
         def cancel(record: TaskRecord) -> TaskRecord | None:
             return as_cancelled(replace(record, envelope=current), self._bus.clock.now())
 
-        changed = await change(self._admission.records, task_id, cancel)
+        changed = await update_record(self._admission.records, task_id, cancel)
         return changed.value if changed else entry.value
 
     async def _last_hop(self, task_id: str) -> Envelope | None:

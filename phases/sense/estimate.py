@@ -7,7 +7,7 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from loom.phases.shared.division import PLAN, undivided
-from loom.schemas.base import Unit, Wire
+from loom.schemas.base import CheckedMessage, Unit
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Spec
 from loom.schemas.task import TaskAd
@@ -39,7 +39,7 @@ _CJK_OR_MARK = re.compile(_CJK.pattern + r"|[\u3000-\u303f\uff01-\uff0f\uff1a-\u
 CJK_PER_WORD = 2  # Chinese words are about two characters long
 
 
-class Estimate(Wire, frozen=True, kw_only=True):
+class Estimate(CheckedMessage, frozen=True, kw_only=True):
     """A model's answer, in the shape it is asked for."""
 
     complexity: Unit
@@ -85,7 +85,7 @@ def complexity_of(text: str, domains: int) -> float:
     return round(score, 4)
 
 
-def look(ad: TaskAd) -> tuple[Spec, bool]:
+def estimate_task(ad: TaskAd) -> tuple[Spec, bool]:
     """Return the spec by the ad's own words, and whether the ad says too little to trust it."""
     found = find_domains(ad.description)
     domains = (ad.domain, *(d for d in found if d != ad.domain))[:8] if ad.domain.strip() else (found or (GENERAL,))

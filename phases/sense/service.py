@@ -13,18 +13,18 @@ import time
 from msgspec.structs import replace
 
 from loom.bus.bus import Bus
-from loom.bus.health import Health, together
 from loom.bus.hops.delivery import Delivery, Slots
+from loom.bus.hops.health import Health, together
 from loom.bus.hops.hop_loop import HopLoop, Service, lane_slots
 from loom.bus.hops.orphans import sweep
 from loom.bus.hops.outcomes import Dead, Done, Fail, Next, Outcome
-from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.topology import INTAKE_LANES, SENSE_LANE, Lane, in_flight, stream_state
 from loom.phases.sense.admission import Admission, envelope_for
 from loom.phases.sense.calibration_reader import Calibrations
-from loom.phases.sense.client_api import CANCELLED, Desk, check_accept
-from loom.phases.sense.estimate import estimate_schema, look, prompt, read_estimate, with_division
+from loom.phases.sense.client_api import CANCELLED, ClientApi, check_accept
+from loom.phases.sense.estimate import estimate_schema, estimate_task, prompt, read_estimate, with_division
 from loom.phases.shared.check_pool import CheckPool, NotChecked
 from loom.phases.shared.llm_call import ask
 from loom.phases.shared.token_usage import before_the_run, charged
@@ -60,7 +60,7 @@ class Sense:
         self._llm = llm
         self._admission = Admission(bus)
         self._checks = CheckPool(bus)
-        self._desk = Desk(bus, self._admission, self._checks)
+        self._desk = ClientApi(bus, self._admission, self._checks)
         self._calibrations = Calibrations(bus)
         self._room = config.max_in_flight
         self._idle = 0
@@ -160,7 +160,7 @@ class Sense:
 
     async def _with_spec(self, envelope: Envelope, left_s: float) -> tuple[Envelope, Spec]:
         """Return how hard the task is, and the envelope with what finding out took."""
-        spec, unsure = look(envelope.ad)
+        spec, unsure = estimate_task(envelope.ad)
         if not unsure or self._llm is None:
             return envelope, spec
         params = CompletionParams(
@@ -203,7 +203,7 @@ class Sense:
                 self._idle = max(0, stored - await in_flight(self._bus))
                 self._idle_until = time.monotonic() + IDLE_S
         except (LoomError, LookupError, TypeError) as error:  # the latter: an answer of another shape
-            log.warning("room_unknown", **describe(error))
+            log.warning("room_unknown", **error_fields(error))
         else:
             in_hand += self._begun - begun  # on their way into TASKS, and not seen there yet
             self._room = self._config.max_in_flight - max(0, stored - self._idle) - in_hand

@@ -15,7 +15,7 @@ from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
 from loom.phases.shared.acceptance import encoded_schema, has_check, out_of_bounds, plain_violation
 from loom.phases.shared.check_process import HelperDied, HelperProcess
-from loom.schemas.base import Relayed, encode
+from loom.schemas.base import Message, encode
 from loom.schemas.errors import Overloaded
 from loom.schemas.task import Accept, TaskError
 
@@ -54,7 +54,7 @@ class Violation:
     decided: bool = True
 
 
-class _Reply(Relayed, frozen=True, kw_only=True):
+class _Reply(Message, frozen=True, kw_only=True):
     kind: Literal["met", "unmet", "unusable", "slow", "memory", "died"]
     fault: str = ""
     last: bool = False

@@ -39,7 +39,7 @@ def client_bus(settings: Settings) -> Bus:
 
 
 @asynccontextmanager
-async def looking(settings: Settings) -> AsyncIterator[Bus]:
+async def connected(settings: Settings) -> AsyncIterator[Bus]:
     """Connect to the server of NATS_URL as an operator.
 
     Raises:

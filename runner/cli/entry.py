@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.openai.openai_provider import OpenAIProvider
 from loom.bus.bus import Bus
-from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.runner import log_output
 from loom.runner.cli.process_exit import StopSignals, tear_down
@@ -139,7 +139,9 @@ def _run(main: Coroutine[Any, Any, T], new_loop: LoopFactory) -> T:
             except (KeyboardInterrupt, SystemExit) as error:
                 if task.done():
                     raise
-                log.error("exception_escaped", hint="raised in a task or a callback of user code", **describe(error))
+                log.error(
+                    "exception_escaped", hint="raised in a task or a callback of user code", **error_fields(error)
+                )
     finally:
         tear_down(loop)
         asyncio.set_event_loop(None)
@@ -148,7 +150,7 @@ def _run(main: Coroutine[Any, Any, T], new_loop: LoopFactory) -> T:
 def _log_fault(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log what asyncio has to report in our own form: its own prints texts of exceptions, secrets and all."""
     error = context.get("exception")
-    log.error("task_failed", reason=context.get("message"), **(describe(error) if error is not None else {}))
+    log.error("task_failed", reason=context.get("message"), **(error_fields(error) if error is not None else {}))
 
 
 def _nothing() -> None:

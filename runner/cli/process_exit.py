@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
-from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 
 log = get_logger()
@@ -118,7 +118,7 @@ class StopSignals:
             log.error("ended_by_force", hint="user code still ran: it blocks, or ignores its cancel")
         except Exception as error:  # noqa: BLE001 - nothing may hold up the end
             with contextlib.suppress(OSError, ValueError):
-                log.error("last_words_failed", **describe(error))
+                log.error("last_words_failed", **error_fields(error))
         finally:
             exit_now(1)
 

@@ -10,7 +10,7 @@ from loom.bus.bus import Bus
 from loom.bus.hops.orphans import find as find_orphans
 from loom.bus.host_directory import AnnouncedHost, announced_hosts
 from loom.bus.natsio.server_errors import Refused
-from loom.bus.service_discovery import ANSWER_S, Clocks, Present, clocks, own_version, shared_settings, who_is_there
+from loom.bus.service_discovery import ANSWER_S, Clocks, Present, clocks, discover, own_version, shared_settings
 from loom.bus.topology import MIN_SERVER, Inspection, Part
 from loom.runner.doctor import agreement
 from loom.runner.doctor.findings import Finding
@@ -44,7 +44,7 @@ async def examine(bus: Bus, config: ClusterConfig) -> list[Finding]:
         return findings
     seen = await topology.inspect(bus, config)
     there, hosts, others, shared = await asyncio.gather(
-        who_is_there(bus), announced_hosts(bus, ANSWER_S), clocks(bus), shared_settings(bus)
+        discover(bus), announced_hosts(bus, ANSWER_S), clocks(bus), shared_settings(bus)
     )
     return [
         *findings,
@@ -66,7 +66,7 @@ async def examine(bus: Bus, config: ClusterConfig) -> list[Finding]:
 
 async def examine_here(bus: Bus) -> list[Finding]:
     """Return whether what runs on this machine answers, which proves its event loop and its connection."""
-    there = [each for each in await who_is_there(bus) if each.metadata.get("host") == socket.gethostname()]
+    there = [each for each in await discover(bus) if each.metadata.get("host") == socket.gethostname()]
     if not there:
         return [_fail("here", "nothing that runs on this machine answers", "see its log; start it again")]
     return [_ok("here", f"{', '.join(sorted(each.name for each in there))} answer")]

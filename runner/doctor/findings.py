@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-from loom.schemas.base import Wire
+from loom.schemas.base import CheckedMessage
 
 Mark = Literal["ok", "warn", "fail"]
 
 
-class Finding(Wire, frozen=True, kw_only=True, omit_defaults=False):
+class Finding(CheckedMessage, frozen=True, kw_only=True, omit_defaults=False):
     """One thing looked at."""
 
     mark: Mark

@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from loom.bus import topology
 from loom.bus.bus import Bus
-from loom.bus.health import Health
+from loom.bus.hops.health import Health
 from loom.bus.logs import left_out
 from loom.bus.natsio.stored_message import read_message
 from loom.bus.service_discovery import health_reports

@@ -24,9 +24,9 @@ from statistics import mean, median
 from typing import Protocol
 
 from loom.bus.host_directory import HostKey
-from loom.phases.adapt.evidence import fold
+from loom.phases.adapt.evidence import apply_reward
 from loom.phases.match.award_policies import POLICIES, policy
-from loom.phases.match.scoring import Book, award
+from loom.phases.match.scoring import AuctionContext, award
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import Envelope, Spec
 from loom.schemas.learning import NodeProfile, Reward
@@ -177,7 +177,7 @@ class Learner:
         )
         agents = range(self._world.agents(number))
         bids = [(HOST, Bid(node_id=str(agent), self_rating=self._world.claim(agent))) for agent in agents]
-        winner = award(task, bids, Book(self._profiles, self._policy, pending=self._pending)).node_id
+        winner = award(task, bids, AuctionContext(self._profiles, self._policy, pending=self._pending)).node_id
         self._pending[winner, domain_token] += 1
         return int(winner)
 
@@ -192,7 +192,7 @@ class Learner:
             ended_at=number,
         )
         known = self._profiles.get(reward.node_id, NodeProfile(node_id=reward.node_id))
-        self._profiles[reward.node_id] = fold(known, reward, number + 1, forget=self._forget)
+        self._profiles[reward.node_id] = apply_reward(known, reward, number + 1, forget=self._forget)
         self._pending[reward.node_id, reward.domain_token] -= 1
 
 

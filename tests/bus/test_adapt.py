@@ -8,7 +8,7 @@ from support.rewards import publish, reward
 from support.wait import until
 
 from loom.bus.rewards import RewardBus
-from loom.phases.adapt.evidence import fold
+from loom.phases.adapt.evidence import apply_reward
 from loom.schemas.identity import node_key
 from loom.schemas.learning import BIAS, WINDOW, Calibration, NodeProfile
 
@@ -44,7 +44,7 @@ async def refolded(stage: Stage, node: str = "n1") -> NodeProfile:
     async for one in RewardBus(bus=stage.bus).replay():
         seq += 1  # nothing is ever removed here: the n-th reward has sequence n
         if one.node_id == node:
-            known = fold(known, one, seq)
+            known = apply_reward(known, one, seq)
     assert seq == last
     return known
 

@@ -13,9 +13,9 @@ from support.phases import Stage, call_for_bids
 from support.runs import run
 from support.wait import until
 
+from loom.agents.host import announce_pace
 from loom.agents.host.announce_pace import AnnouncePace
 from loom.agents.host.announcement import announced, fitted
-from loom.agents.host import announce_pace
 from loom.agents.host.node_host import ANNOUNCE_S
 from loom.agents.host.node_share import Share
 from loom.bus.host_directory import announced_hosts

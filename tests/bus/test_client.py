@@ -16,14 +16,14 @@ from support.logs import capture_logs
 from support.stopping import stop
 from support.wait import until
 
-from loom.bus import bus as bus_module
 from loom.bus import topology
 from loom.bus.bus import Bus
-from loom.bus.natsio import connection
+from loom.bus.natsio import connection as connection_module
+from loom.bus.natsio import publishing
 from loom.bus.natsio.connection import PayloadTooLarge
-from loom.bus.natsio.one_shot import OneShot
 from loom.bus.natsio.requests import NoResponders
 from loom.bus.natsio.server_errors import Conflict, Refused
+from loom.bus.natsio.transport import connecting as connecting_module
 from loom.bus.natsio.transport.message import Msg
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.config import ClusterConfig
@@ -44,7 +44,7 @@ async def test_without_a_server_connecting_fails_within_its_patience() -> None:
 
 @pytest.mark.slow
 async def test_a_service_that_waits_for_its_server_says_so_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "TELL_S", 0.3)
+    monkeypatch.setattr(connecting_module, "REPORT_S", 0.3)
     bus = Bus("nats://me:secret@127.0.0.1:1", patience_s=0.8)
     with capture_logs() as logs, pytest.raises(BusUnavailable, match="without NATS_URL"):
         await bus.connect()
@@ -162,7 +162,9 @@ async def test_a_message_arrives_with_headers_and_json_or_bytes(plain: Bus) -> N
         got.append(msg)
 
     await plain.connection.subscribe(plain.subjects.of("delta", "*", "*"), take)
-    await plain.connection.publish(plain.subjects.of("delta", "public", "t1"), {"a": 1}, headers={"k": "v"}, reply="somewhere")
+    await plain.connection.publish(
+        plain.subjects.of("delta", "public", "t1"), {"a": 1}, headers={"k": "v"}, reply="somewhere"
+    )
     await plain.connection.publish(plain.subjects.of("delta", "public", "t2"), b"\xff")
     await until(lambda: len(got) == 2, what="both arrive")
     assert (got[0].data, got[0].headers, got[0].reply) == (b'{"a":1}', {"k": "v"}, "somewhere")
@@ -340,8 +342,8 @@ def lose_acks(bus: Bus, monkeypatch: pytest.MonkeyPatch, count: int) -> list[str
         opened.append(real(sink if len(opened) >= count else lambda _: None))
         return opened[-1]
 
-    monkeypatch.setattr(bus, "open_inbox", open_inbox)
-    monkeypatch.setattr(bus_module, "PUBLISH_TRY_S", 0.1)
+    monkeypatch.setattr(bus.requests, "open_inbox", open_inbox)
+    monkeypatch.setattr(publishing, "TRY_S", 0.1)
     return opened
 
 
@@ -420,7 +422,9 @@ async def test_what_is_published_while_the_server_is_down_arrives_afterwards(mor
     await asyncio.to_thread(server.kill)
     await until(lambda: not mortal.connection._nc.is_connected, what="the loss is noticed")
     await mortal.connection.publish(mortal.subjects.of("delta", "public", "t1"), b"buffered")
-    storing = asyncio.ensure_future(mortal.jetstream.publish(mortal.subjects.intake("public", "low", "t1"), b"x", msg_id="m1"))
+    storing = asyncio.ensure_future(
+        mortal.jetstream.publish(mortal.subjects.intake("public", "low", "t1"), b"x", msg_id="m1")
+    )
     await asyncio.to_thread(server.restart)
 
     assert (await storing).seq == 1
@@ -435,7 +439,9 @@ async def test_no_confirmed_message_is_lost_and_none_doubled_over_a_kill(mortal:
 
     async def keep_storing(worker: int) -> None:
         for n in range(worker, total, 10):
-            await mortal.jetstream.publish(mortal.subjects.intake("public", "low", f"t{n}"), b"x", msg_id=f"m{n}", within_s=20)
+            await mortal.jetstream.publish(
+                mortal.subjects.intake("public", "low", f"t{n}"), b"x", msg_id=f"m{n}", within_s=20
+            )
 
     work = asyncio.gather(*(keep_storing(worker) for worker in range(10)))
     await until(lambda: stored(mortal, 50), what="a part is stored")
@@ -452,7 +458,9 @@ async def stored(bus: Bus, least: int) -> bool:
 async def test_a_buffer_that_is_full_while_disconnected_is_said(mortal: Bus, server: NatsServer) -> None:
     await asyncio.to_thread(server.kill)
     await until(lambda: not mortal.connection._nc.is_connected, what="the loss is noticed")
-    megabytes = [mortal.connection.publish(mortal.subjects.of("delta", "public", "t1"), b"x" * 1_000_000) for _ in range(5)]
+    megabytes = [
+        mortal.connection.publish(mortal.subjects.of("delta", "public", "t1"), b"x" * 1_000_000) for _ in range(5)
+    ]
     refused = await asyncio.gather(*megabytes, return_exceptions=True)
     assert [type(one) for one in refused] == [type(None)] * 2 + [BusUnavailable] * 3
     await asyncio.to_thread(server.restart)
@@ -512,7 +520,7 @@ async def test_closing_just_as_a_reconnect_is_refused_leaves_no_task(connect: Co
 async def test_a_dead_read_loop_is_noticed_and_the_connection_made_anew(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "WATCH_S", 0.05)
+    monkeypatch.setattr(connection_module, "WATCH_S", 0.05)
     plain = await connect()
     heard = Heard()
     await plain.connection.subscribe(plain.subjects.of("delta", "public", "t1"), heard)
@@ -569,22 +577,11 @@ async def test_a_connection_that_answers_is_left_alone_when_only_the_store_is_si
 async def test_a_stream_that_answers_but_stores_nothing_is_overloaded(
     bus: Bus, plain: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bus_module, "_Unconfirmed", Unanswered)
+    monkeypatch.setattr(publishing.Publisher, "_on_reply", lambda *_: None)
     with pytest.raises(Overloaded, match="disk may be full"):
         await bus.jetstream.publish(bus.subjects.intake("public", "low", "t1"), b"x", within_s=0.1)
     with pytest.raises(BusUnavailable):
         await bus.jetstream.publish("in.no.stream", b"x", within_s=0.1)
-
-
-class Deaf(OneShot[Msg]):
-    def give(self, value: Msg) -> None:
-        """Hear nothing."""
-
-
-class Unanswered(bus_module._Unconfirmed):
-    def __init__(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
-        super().__init__(subject, payload, headers)
-        self.answer = Deaf()
 
 
 @pytest.mark.slow

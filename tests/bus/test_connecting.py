@@ -16,7 +16,7 @@ from support.logs import capture_logs
 from support.wait import until
 
 from loom.bus.bus import Bus
-from loom.bus.natsio import connection
+from loom.bus.natsio.transport import connecting as connecting_module
 from loom.bus.natsio.transport import resolver
 from loom.bus.natsio.transport.resolver import Resolver
 from loom.runner.server.nats_server import NatsServer
@@ -61,7 +61,7 @@ async def test_a_port_where_something_else_answers_is_named(greeting: bytes, cau
 
 @pytest.mark.slow
 async def test_a_port_that_accepts_and_stays_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "CONNECT_S", 0.2)
+    monkeypatch.setattr(connecting_module, "CONNECT_S", 0.2)
     async with fake_server() as fake:
         text = await refused(f"nats://u:secret@{fake.address}")
     assert "the connection is accepted, but no data arrives" in text
@@ -185,7 +185,7 @@ async def test_an_address_that_cannot_be_one_ends_every_command_at_once(
 async def test_a_service_that_waits_logs_the_cause_and_starts_once_there_is_a_server(
     server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "TELL_S", 0.1)
+    monkeypatch.setattr(connecting_module, "REPORT_S", 0.1)
     server.kill()
     bus = Bus(server.url, patience_s=20)
     refused = "the connection is refused; start one there"
@@ -255,7 +255,7 @@ async def test_a_name_server_that_does_not_answer_is_named_and_asked_once_at_a_t
         return []
 
     monkeypatch.setattr(resolver, "_entries", slow)
-    monkeypatch.setattr(connection, "CONNECT_S", 0.1)
+    monkeypatch.setattr(connecting_module, "CONNECT_S", 0.1)
     text = await refused("nats://slow.example", patience_s=0.8)
     assert "the host name cannot be looked up for now" in text
     assert asked == 1

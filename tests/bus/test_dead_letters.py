@@ -208,7 +208,7 @@ async def test_a_letter_that_cannot_be_kept_yet_is_not_lost(
         return await real(subject, message, **options)
 
     await put_raw(bus, GARBAGE)
-    monkeypatch.setattr(bus, "store", refuse_once)
+    monkeypatch.setattr(bus.jetstream, "publish", refuse_once)
     await phases.start(bus, never)
     letter = await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "t1"))
     assert letter.headers["Loom-Dead-deliveries"] == "2"
@@ -230,7 +230,7 @@ async def test_a_repeated_burial_is_one_letter_and_one_end(
             raise ConnectionError
         return ack
 
-    monkeypatch.setattr(bus, "store", fail_after_the_end)
+    monkeypatch.setattr(bus.jetstream, "publish", fail_after_the_end)
     await phases.start(bus, never)
     await asyncio.wait_for(failed.wait(), 5)
     await settled(bus, 1)

@@ -18,11 +18,11 @@ from support.wait import until
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.hops.delivery import Delivery
-from loom.bus.natsio.ack_metadata import rfc3339
 from loom.bus.hops.duplicates import is_ours, store_once
 from loom.bus.hops.hop_loop import schedule
 from loom.bus.hops.outcomes import Later, Next, Outcome
 from loom.bus.hops.schedules import SCHEDULE, TARGET
+from loom.bus.natsio.ack_metadata import rfc3339
 from loom.bus.natsio.stored_message import StoredMessage
 from loom.bus.rewards import RewardBus
 from loom.runner.services import running_nodes, running_phases

@@ -8,7 +8,7 @@ from support.wait import until
 
 from loom.bus.logs.left_out import LeftOut, together
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.service_discovery import Presence, health_reports
+from loom.bus.service_discovery import ServiceEndpoint, health_reports
 from loom.schemas.auction import CallForBids
 from loom.schemas.base import decode, encode
 from loom.schemas.config import ClusterConfig
@@ -248,7 +248,7 @@ async def test_phases_report_what_they_left_out_of_announcements(stage: Stage) -
     match = await stage.phase("match")
     adapt = await stage.phase("adapt")
     for bus, name, service in ((match.bus, "match", match.service), (adapt.bus, "adapt", adapt.service)):
-        presence = Presence(bus, (name,), bus.instance)
+        presence = ServiceEndpoint(bus, (name,), bus.instance)
         presence.health[name] = service.health
         await presence.start()
     subject = stage.bus.subjects.of("host", "local", "h1")

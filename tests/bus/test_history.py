@@ -6,7 +6,7 @@ from support.buses import envelope
 from loom.bus import queries
 from loom.bus.bus import Bus
 from loom.bus.hops.hop_loop import schedule
-from loom.bus.queries import ended_since, find, newest, recent_records, rewards_since
+from loom.bus.queries import ended_since, find_task, latest, recent_records, rewards_since
 from loom.bus.records import records
 from loom.bus.rewards import RewardBus, judgement
 from loom.schemas.envelope import Award, TaskRecord
@@ -42,7 +42,7 @@ async def test_the_newest_are_found_however_far_back_they_are(bus: Bus, monkeypa
     stream = bus.subjects.stream("REWARDS")
 
     async def seqs(node_id: str, limit: int) -> list[int]:
-        found = await newest(bus, stream, bus.subjects.of("reward", "rules", "local", node_id, "*"), limit)
+        found = await latest(bus, stream, bus.subjects.of("reward", "rules", "local", node_id, "*"), limit)
         assert found.last_seq == 30
         return [message.seq for message in found.messages]
 
@@ -55,7 +55,7 @@ async def test_the_newest_are_found_however_far_back_they_are(bus: Bus, monkeypa
 
 async def test_an_empty_stream_has_no_past(bus: Bus) -> None:
     assert (
-        await newest(bus, bus.subjects.stream("REWARDS"), bus.subjects.of("reward", "*", "*", "*", "*"), 5)
+        await latest(bus, bus.subjects.stream("REWARDS"), bus.subjects.of("reward", "*", "*", "*", "*"), 5)
     ).messages == []
     assert await recent_records(bus, 5) == []
     assert [one async for one in ended_since(bus, 0.0)] == []
@@ -76,7 +76,7 @@ async def test_since_a_moment_is_what_ended_and_was_earned_from_it_on(bus: Bus) 
     bucket, rewards = records(bus), RewardBus(bus=bus)
     await rewards.publish(reward(1))
     await bucket.create("early", record("early", "succeeded", ended_at=bus.clock.now()))
-    stored = await newest(bus, bus.subjects.stream("REWARDS"), bus.subjects.of("reward", "*", "*", "*", "*"), 1)
+    stored = await latest(bus, bus.subjects.stream("REWARDS"), bus.subjects.of("reward", "*", "*", "*", "*"), 1)
     moment = stored.messages[0].stored_at + 0.000_001
     middle = bus.clock.now()
     await rewards.publish(reward(2))
@@ -116,9 +116,10 @@ async def test_a_task_is_found_wherever_it_is(bus: Bus) -> None:
     )
     await bucket.create("ended", record("ended", "failed", ended_at=1.0))
 
-    assert (await find(bus, "queued")).submission == queued
+    assert (await find_task(bus, "queued")).submission == queued
     found = {
-        task_id: await find(bus, task_id) for task_id in ("hopping", "waiting", "between", "divided", "parked", "ended")
+        task_id: await find_task(bus, task_id)
+        for task_id in ("hopping", "waiting", "between", "divided", "parked", "ended")
     }
     assert {task_id: (one.phase, one.record and one.record.envelope.attempt) for task_id, one in found.items()} == {
         "hopping": ("match", 3),
@@ -135,14 +136,14 @@ async def test_eight_digits_stand_for_one_recent_id_only(bus: Bus) -> None:
     for task_id in ("0123456789", "abcdefgh-1", "abcdefgh-2"):
         await bucket.create(task_id, record(task_id))
 
-    found = await find(bus, "01234567")
+    found = await find_task(bus, "01234567")
     assert found.record is not None
     assert found.record.task_id == "0123456789"
     for unknown in ("0123456", "abcdefgh", "89012345"):
         with pytest.raises(UnknownTask):
-            await find(bus, unknown)
+            await find_task(bus, unknown)
     with pytest.raises(InvalidTask):
-        await find(bus, "a.b")
+        await find_task(bus, "a.b")
 
 
 def test_only_what_a_node_has_finished_can_be_judged() -> None:

@@ -10,11 +10,12 @@ from support.buses import Connect, back, envelope
 from support.logs import capture_logs
 from support.wait import until
 
-from loom.bus import bus as bus_module
 from loom.bus.bus import Bus
+from loom.bus.natsio import publishing
 from loom.bus.natsio.kv import Bucket, BucketReader, Entry
 from loom.bus.natsio.server_errors import Conflict, Refused
-from loom.bus.records import change, records
+from loom.bus.natsio.transport.message import Msg
+from loom.bus.records import records, update_record
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.base import Undecodable, encode
 from loom.schemas.envelope import Claim, TaskRecord
@@ -86,12 +87,12 @@ async def test_a_repeated_write_whose_acknowledgement_was_lost_does_not_conflict
 ) -> None:
     real, opened = bus.requests.open_inbox, list[str]()
 
-    def deaf_once(sink: Callable[[bus_module.Msg], None]) -> str:
+    def deaf_once(sink: Callable[[Msg], None]) -> str:
         opened.append(real(sink if opened else lambda _: None))
         return opened[-1]
 
-    monkeypatch.setattr(bus_module, "PUBLISH_TRY_S", 0.1)
-    monkeypatch.setattr(bus, "open_inbox", deaf_once)
+    monkeypatch.setattr(publishing, "TRY_S", 0.1)
+    monkeypatch.setattr(bus.requests, "open_inbox", deaf_once)
     revision = await bucket.create("n1", profile(tasks=1))
     assert len(opened) >= 2
     assert await bucket.get("n1") == Entry("n1", profile(tasks=1), revision)
@@ -106,13 +107,13 @@ async def test_a_repeated_write_another_has_overtaken_is_a_conflict(
     other = (await connect()).bucket("nodes", NodeProfile)
     real, lost = bus.requests.open_inbox, asyncio.Event()
 
-    def deaf_once(sink: Callable[[bus_module.Msg], None]) -> str:
+    def deaf_once(sink: Callable[[Msg], None]) -> str:
         if lost.is_set():
             return real(sink)
         return real(lambda _: lost.set())
 
-    monkeypatch.setattr(bus_module, "PUBLISH_TRY_S", 1)
-    monkeypatch.setattr(bus, "open_inbox", deaf_once)
+    monkeypatch.setattr(publishing, "TRY_S", 1)
+    monkeypatch.setattr(bus.requests, "open_inbox", deaf_once)
     writing = asyncio.ensure_future(bucket.update("n1", profile(tasks=1), first))
     await asyncio.wait_for(lost.wait(), 5)
     mine = await other.get("n1")
@@ -279,7 +280,7 @@ async def test_a_record_is_changed_by_deciding_again_after_every_conflict(bus: B
     async def claim() -> None:
         mine = records(await connect())
         for _ in range(5):
-            await change(mine, "t1", _claimed)
+            await update_record(mine, "t1", _claimed)
 
     await asyncio.gather(*(claim() for _ in range(3)))
     entry = await records(bus).get("t1")
@@ -288,10 +289,10 @@ async def test_a_record_is_changed_by_deciding_again_after_every_conflict(bus: B
 
 
 async def test_a_record_is_left_alone_when_there_is_nothing_to_change(bus: Bus) -> None:
-    assert await change(records(bus), "t1", _claimed) is None
+    assert await update_record(records(bus), "t1", _claimed) is None
     revision = await records(bus).create("t1", _record())
-    assert await change(records(bus), "t1", lambda _: None) == Entry("t1", _record(), revision)
-    entry = await change(records(bus), "t1", _claimed)
+    assert await update_record(records(bus), "t1", lambda _: None) == Entry("t1", _record(), revision)
+    entry = await update_record(records(bus), "t1", _claimed)
     assert entry == await records(bus).get("t1")
 
 
@@ -304,4 +305,4 @@ async def test_a_record_that_will_not_hold_still_is_unavailable(bus: Bus, monkey
 
     monkeypatch.setattr(bucket, "update", overtaken)
     with pytest.raises(BusUnavailable, match="t1"):
-        await change(bucket, "t1", _claimed)
+        await update_record(bucket, "t1", _claimed)

@@ -14,7 +14,7 @@ from loom.bus.bus import Bus
 from loom.bus.dead_letters import admin
 from loom.bus.dead_letters.admin import Letter, UnknownLetter
 from loom.bus.dead_letters.write import letter_facts, letter_headers
-from loom.schemas.base import MAX_MESSAGE_BYTES, Wire, decode, encode
+from loom.schemas.base import MAX_MESSAGE_BYTES, CheckedMessage, decode, encode
 from loom.schemas.envelope import DeadLetter, Envelope, Split
 from loom.schemas.errors import BusUnavailable, DeadLettered, InvalidTask, LoomError, Overloaded
 from loom.schemas.notices import SubtaskEnded
@@ -35,7 +35,7 @@ AD = TaskAd(
 GARBAGE = b"\xff\x00{"
 
 
-async def keep(bus: Bus, body: Wire | bytes, phase: str = "scale", task_id: str = "t1", **facts: Any) -> int:
+async def keep(bus: Bus, body: CheckedMessage | bytes, phase: str = "scale", task_id: str = "t1", **facts: Any) -> int:
     """Store a dead letter as a phase does, and return its sequence."""
     hop = (
         bus.subjects.intake("public", "normal", task_id)
@@ -166,7 +166,7 @@ async def test_a_retry_that_was_cut_off_before_its_end_is_repeated_as_the_same_t
         return answer
 
     with monkeypatch.context() as broken:
-        broken.setattr(bus, "api", lose_the_answer)
+        broken.setattr(bus.jetstream, "api", lose_the_answer)
         with pytest.raises(BusUnavailable):
             await admin.retry(bus, seq)
     (first,) = await submitted(bus)

@@ -258,7 +258,7 @@ async def test_a_next_hop_that_cannot_be_stored_brings_the_message_back(
 
     phase = await phases.start(bus, to_execute)
     await put(bus, envelope())
-    monkeypatch.setattr(bus, "store", refuse_once)
+    monkeypatch.setattr(bus.jetstream, "publish", refuse_once)
     await hop(bus, "execute")
     assert phase.tasks == ["t1", "t1"]
     await settled(bus, 1)
@@ -277,7 +277,7 @@ async def test_while_the_server_is_full_a_message_stays_in_hand_and_does_not_age
         return await real(subject, message, **options)
 
     phase = await phases.start(bus, to_execute)
-    monkeypatch.setattr(bus, "store", full)
+    monkeypatch.setattr(bus.jetstream, "publish", full)
     await real(bus.subjects.task("scale", "normal", "t1"), envelope())
     await hop(bus, "execute")
     assert {delivery.facts.delivered for _, delivery in phase.handled} == {1}

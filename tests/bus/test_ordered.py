@@ -10,8 +10,8 @@ from support.stopping import stop
 from support.wait import until
 
 from loom.bus.bus import Bus
-from loom.bus.natsio.ack_metadata import ack_metadata, rfc3339
 from loom.bus.natsio import ordered_consumer
+from loom.bus.natsio.ack_metadata import ack_metadata, rfc3339
 from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.errors import LoomError

@@ -18,7 +18,7 @@ from support.wait import until
 from loom.bus.bus import Bus
 from loom.bus.host_directory import HostKey
 from loom.phases.execute.plain_runs import PlainRun, read_reply
-from loom.phases.execute.run_stream import Hosts, Interrupt, Silent
+from loom.phases.execute.run_stream import Hosts, HostSilent, Interrupt
 from loom.schemas.base import encode
 from loom.schemas.envelope import Envelope
 from loom.schemas.run import RunEvent, RunRequest, Stop
@@ -217,7 +217,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hurry")
 async def test_an_absent_node_is_asked_again_and_lost_after_a_while(plain: Bus) -> None:
-    with pytest.raises(Silent, match="host h1 is not there"):
+    with pytest.raises(HostSilent, match="host h1 is not there"):
         await plain_run(await hosts_of(plain))
 
 
@@ -239,7 +239,7 @@ async def test_a_slow_node_is_asked_once_and_a_reply_after_it_was_lost_is_counte
         """Reply later."""
 
     requests = await respond(foreign, plain.subjects.of("run", "local", "h1"), nothing)
-    with pytest.raises(Silent, match=r"has not replied in 0\.5 s"):
+    with pytest.raises(HostSilent, match=r"has not replied in 0\.5 s"):
         await plain_run(await hosts_of(plain), max_run_s=0.5)
     assert len(requests) == 1
     await requests[0].respond(b"late")

@@ -5,12 +5,13 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 from msgspec.structs import replace
+from support.crashing import bus_of
 from support.phases import Replica, Stage, ad, awarded, envelope
 from support.wait import until
 
-from loom.bus.bus import Bus
 from loom.bus.hops.hop_loop import HopLoop
 from loom.bus.natsio.kv import Bucket
+from loom.bus.natsio.publishing import PubAckFuture
 from loom.bus.natsio.stored_message import read_message
 from loom.bus.topology import SCALE_LANE
 from loom.phases.evaluate.decisions import notice_of
@@ -44,10 +45,10 @@ async def divided(stage: Stage, state: State) -> SplitPlan:
     assert env.spec is not None
     env = replace(env, attempt=PARKED, spec=with_division(env.spec, env.ad, 0, ClusterConfig()))
     await stage.record(replace(env, award=None))
-    plan = subtask_graph.begin(env, parse_plan(str(PLAN).replace("'", '"')))
+    plan = subtask_graph.start_plan(env, parse_plan(str(PLAN).replace("'", '"')))
     for name in () if state == "running" else ("a", "b"):
         failed = state == "done" and name == "b"
-        plan = subtask_graph.note(plan, await ended(stage, plan, name, "failed" if failed else "succeeded"))
+        plan = subtask_graph.record_child(plan, await ended(stage, plan, name, "failed" if failed else "succeeded"))
     assert plan.state == state
     await stage.bus.bucket("plans", SplitPlan).create("p", plan)
     return plan
@@ -108,7 +109,7 @@ class Point(NamedTuple):
 POINTS = {
     "nowhere": Point(HopLoop, "_answer", lambda *_: False),
     "the plan is written": Point(Bucket, "update", lambda *_: True, calls=True),
-    "the hop is published": Point(Bus, "_confirm", lambda *_: True),
+    "the hop is published": Point(PubAckFuture, "ack", lambda *_: True),
     "only the ack is missing": Point(HopLoop, "_answer", lambda _delivery, verb: verb == b"+ACK"),
 }
 
@@ -118,7 +119,7 @@ def mortal(replica: Replica, point: Point, monkeypatch: pytest.MonkeyPatch) -> N
     original: Callable[..., Awaitable[Any]] = getattr(point.owner, point.method)
 
     async def fatal(self: Any, *args: Any, **options: Any) -> Any:
-        bus = self if isinstance(self, Bus) else self._bus
+        bus = bus_of(self)
         if bus is not replica.bus or bus.tasks.lost.is_set() or not point.when(*args):
             return await original(self, *args, **options)
         if point.calls:
@@ -269,7 +270,7 @@ async def test_a_notice_repeated_after_the_join_comes_with_the_newest_attempt(st
 def test_what_the_plan_took_is_charged_to_a_newer_attempt_once() -> None:
     usage = PhaseUsage(requests=1, prompt_tokens=40)
     env = envelope(ad(task_id="p"), now=0.0, budget=1000)
-    plan = subtask_graph.begin(
+    plan = subtask_graph.start_plan(
         replace(env, phase_usage={"scale": usage}, budget=960), parse_plan('[{"id":"a","description":"x"}]')
     )
     newer = subtask_graph.for_attempt(plan, replace(env, attempt=2, budget=1000))

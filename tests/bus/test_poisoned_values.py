@@ -336,10 +336,10 @@ def forge_next_answer(bus: Bus, data: bytes, monkeypatch: pytest.MonkeyPatch) ->
     def open_inbox(sink: Any) -> str:
         reply = opened(sink)
         asyncio.get_running_loop().call_soon(bus.requests._on_reply, Msg(reply, data=data))
-        monkeypatch.setattr(bus, "open_inbox", opened)
+        monkeypatch.setattr(bus.requests, "open_inbox", opened)
         return reply
 
-    monkeypatch.setattr(bus, "open_inbox", open_inbox)
+    monkeypatch.setattr(bus.requests, "open_inbox", open_inbox)
 
 
 @pytest.mark.parametrize("forged_answer", [b"\xff", b"7", b"[" * 5000, b'{"error":7}', b'{"state":7}', b'{"state":{}}'])

@@ -269,7 +269,7 @@ def count_requests(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             asked.append(message["batch"])
         await publish(subject, message, **options)
 
-    monkeypatch.setattr(bus, "publish", counted)
+    monkeypatch.setattr(bus.connection, "publish", counted)
     return asked
 
 

@@ -11,7 +11,7 @@ from support.wait import until
 from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.replies import MAX_REPLY, answer_task, may_answer
-from loom.bus.service_discovery import Presence, who_is_there
+from loom.bus.service_discovery import ServiceEndpoint, discover
 from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import TaskRecord
@@ -161,11 +161,11 @@ async def test_phases_scale_and_operators_get_their_answer_to_a_cancel_by_the_pl
 
 async def test_discovery_is_answered_to_every_role(stage: Stage) -> None:
     sense = await stage.connect("sense")
-    presence = Presence(sense, ["sense"], "i-1")
+    presence = ServiceEndpoint(sense, ["sense"], "i-1")
     await presence.start()
     for role in ("client", "operator", "node"):
         other = await stage.connect(role)
-        assert [each.id for each in await who_is_there(other, within_s=5, enough=bool)] == ["i-1"]
+        assert [each.id for each in await discover(other, within_s=5, enough=bool)] == ["i-1"]
     answers: list[Msg] = []
     await stage.bus.connection.subscribe_sync("forged.>", answers.append)
     await stage.bus.connection.publish("$SRV.PING", reply="forged.x")

@@ -7,7 +7,7 @@ from support.phases import Stage
 from support.wait import until
 
 from loom.bus.rewards import RewardBus
-from loom.phases.adapt.evidence import fold
+from loom.phases.adapt.evidence import apply_reward
 from loom.schemas.auction import RetireRequest
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
@@ -54,7 +54,7 @@ async def earned(stage: Stage, node_id: str, *scores: float, domain_token: str =
             score=score,
             ended_at=stage.bus.clock.now() + n,
         )
-        await bus.connection.publish(one)
+        await bus.publish(one)
 
 
 async def profiles(stage: Stage) -> dict[str, NodeProfile]:
@@ -69,7 +69,7 @@ async def refolded(stage: Stage) -> dict[str, NodeProfile]:
     seq = 0
     async for one in RewardBus(bus=stage.bus).replay():
         seq += 1
-        known[one.node_id] = fold(known.get(one.node_id, NodeProfile(node_id=one.node_id)), one, seq)
+        known[one.node_id] = apply_reward(known.get(one.node_id, NodeProfile(node_id=one.node_id)), one, seq)
     return known
 
 

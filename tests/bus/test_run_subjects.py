@@ -11,7 +11,7 @@ from loom.bus.bus import Bus
 from loom.bus.host_directory import HostKey
 from loom.bus.natsio.transport.message import Msg
 from loom.phases.execute.run_inbox import EventSubjects
-from loom.phases.execute.run_stream import Interrupt, Silent, Watch
+from loom.phases.execute.run_stream import HostSilent, Interrupt, RunStream
 from loom.schemas.envelope import Envelope
 from loom.schemas.run import RunEvent, RunRequest
 from loom.schemas.task import RunResult, TaskError
@@ -87,7 +87,7 @@ async def test_the_answer_of_the_server_that_a_host_is_absent_arrives(
     monkeypatch.setattr("loom.phases.execute.run_stream.ABSENT_S", 0.3)
     monkeypatch.setattr("loom.phases.execute.run_stream.ABSENT_AGAIN_S", 0.1)
     async with await watch_of(plain, REQUEST) as watch:
-        with pytest.raises(Silent, match="host h1 is not there"):
+        with pytest.raises(HostSilent, match="host h1 is not there"):
             await watch.next()
 
 
@@ -96,7 +96,7 @@ async def test_each_watching_has_a_key_of_its_own_and_a_run_that_moves_is_not_bl
 ) -> None:
     one = await FakeHost(plain).start()
     hosts = await hosts_of(plain)
-    first = Watch(hosts, HostKey("local", "h1"), REQUEST, Interrupt())
+    first = RunStream(hosts, HostKey("local", "h1"), REQUEST, Interrupt())
     async with first:
         await until(lambda: one.runs, what="it is asked")
     async with first.again() as second:

@@ -12,10 +12,10 @@ from loom.bus.bus import Bus
 from loom.bus.natsio.connection import PayloadTooLarge
 from loom.bus.natsio.request_many import request_many
 from loom.bus.natsio.transport.message import Msg
-from loom.schemas.base import Relayed, Token, decode
+from loom.schemas.base import Message, Token, decode
 
 
-class Reply(Relayed, frozen=True, kw_only=True):
+class Reply(Message, frozen=True, kw_only=True):
     name: Token
 
 
@@ -34,10 +34,11 @@ async def replier(bus: Bus, name: str, *, times: int = 1, raw: bytes | None = No
 async def ask(bus: Bus, *, enough: int = 99, window_s: float = 0.1) -> tuple[list[str], float]:
     started = time.monotonic()
     replies = await request_many(
-        bus,
+        bus.requests,
         bus.subjects.of("auction", "code"),
         {"who": "?"},
         read,
+        discards=bus.discards,
         window_s=window_s,
         enough=lambda replies: len(replies) >= enough,
     )

@@ -119,7 +119,7 @@ async def test_a_tap_takes_no_message_from_a_queue_group(plain: Bus, connect: Co
 
     async def answer(msg: object) -> None:
         answered.append(msg)
-        await server.publish(msg.reply, b"yes")  # type: ignore[attr-defined]
+        await server.connection.publish(msg.reply, b"yes")  # type: ignore[attr-defined]
 
     await server.connection.serve(server.subjects.of("status", "*"), answer, queue="sense")
     await server.requests.flush()

@@ -10,6 +10,7 @@ from support.logs import capture_logs
 
 from loom.bus import topology
 from loom.bus.bus import Bus
+from loom.bus.natsio.connection import Connection
 from loom.bus.natsio.server_errors import Refused
 from loom.runner.doctor.diagnosis import design
 from loom.schemas.config import ClusterConfig
@@ -182,7 +183,7 @@ async def test_a_stream_whose_change_the_server_refuses_is_reported(
             raise Refused("not permitted", 10000)
         return await api(call, body, **options)
 
-    monkeypatch.setattr(plain, "api", refuse)
+    monkeypatch.setattr(plain.jetstream, "api", refuse)
     assert await topology.apply(plain, ClusterConfig()) == [f"{stream}: allow_rollup_hdrs is True, designed False"]
 
 
@@ -245,7 +246,7 @@ async def test_many_processes_may_apply_at_once(nats_url: str, namespace: str, p
 
 
 async def test_an_old_server_is_refused_by_its_version(plain: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Bus, "server_version", (2, 11, 9))
+    monkeypatch.setattr(Connection, "server_version", (2, 11, 9))
     with pytest.raises(BusUnavailable, match=r"nats-server 2\.11\.9 is too old; loom needs 2\.12"):
         await topology.apply(plain, ClusterConfig())
     assert await names(plain) == set()
@@ -254,7 +255,7 @@ async def test_an_old_server_is_refused_by_its_version(plain: Bus, monkeypatch: 
 @pytest.mark.parametrize("version", [(2, 12, 0), (2, 15, 1), (3, 0, 0)])
 async def test_a_recent_server_is_taken(plain: Bus, monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...]) -> None:
     assert plain.connection.server_version >= (2, 12)
-    monkeypatch.setattr(Bus, "server_version", version)
+    monkeypatch.setattr(Connection, "server_version", version)
     assert await topology.apply(plain, ClusterConfig()) == []
 
 

@@ -13,7 +13,7 @@ from support.runs import watch_of
 from support.wait import until
 
 from loom.bus.bus import Bus
-from loom.phases.execute.run_stream import ASK_AGAIN_S, Interrupt, Silent, Watch
+from loom.phases.execute.run_stream import ASK_AGAIN_S, HostSilent, Interrupt, RunStream
 from loom.schemas.run import RunEvent, RunRequest
 from loom.schemas.task import RunResult, TaskAd
 
@@ -37,7 +37,7 @@ async def host(bus: Bus, answer: Callable[[FakeRun], Awaitable[None]] = FakeRun.
     return await one.start()
 
 
-async def heard(watch: Watch) -> list[RunEvent]:
+async def heard(watch: RunStream) -> list[RunEvent]:
     events = []
     async with watch:
         while (event := await watch.next()) is not None:
@@ -71,7 +71,9 @@ async def test_several_events_in_one_message_are_several_events(plain: Bus) -> N
     async def at_once(run: FakeRun) -> None:
         events = [RunEvent(seq=0, kind="accepted"), RunEvent(seq=1, kind="started")]
         await plain.connection.publish(run.subject, events)
-        await plain.connection.publish(run.subject, [*events, RunEvent(seq=2, kind="result", result=RunResult(content="done"))])
+        await plain.connection.publish(
+            run.subject, [*events, RunEvent(seq=2, kind="result", result=RunResult(content="done"))]
+        )
 
     await host(plain, at_once)
     assert [event.seq for event in await heard(await watch_of(plain, REQUEST))] == [0, 1, 2]
@@ -119,7 +121,7 @@ async def test_only_a_run_that_may_be_going_on_is_waited_for_as_long_as_three_he
     if attached:
         assert (await heard(watch))[-1].kind == "result"
     else:
-        with pytest.raises(Silent, match=r"silent for 0\.25 s"):
+        with pytest.raises(HostSilent, match=r"silent for 0\.25 s"):
             await heard(watch)
 
 
@@ -130,7 +132,7 @@ async def test_the_result_of_a_host_given_up_is_refused_and_logged(plain: Bus, m
         await run.say("accepted")
 
     one = await host(plain, stall)
-    with pytest.raises(Silent):
+    with pytest.raises(HostSilent):
         await heard(await watch_of(plain, REQUEST))
     with capture_logs() as logs:
         await one.runs[0].say("heartbeat")

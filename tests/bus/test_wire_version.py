@@ -8,7 +8,7 @@ from support.logs import capture_logs
 
 from loom.bus import topology
 from loom.bus.bus import Bus
-from loom.bus.service_discovery import Presence, check_processes
+from loom.bus.service_discovery import ServiceEndpoint, check_processes
 from loom.bus.wire_version import WIRE, WireMismatch
 from loom.runner.services import PhaseGroup
 from loom.schemas.config import ClusterConfig
@@ -77,8 +77,8 @@ async def test_a_lost_bucket_is_not_created_beside_streams_of_another_version(bu
 # -- processes
 
 
-async def present(bus: Bus, metadata: dict[str, str], *names: str) -> Presence:
-    presence = Presence(bus, names or ["match"], "i1", {"host": "somewhere", **metadata})
+async def present(bus: Bus, metadata: dict[str, str], *names: str) -> ServiceEndpoint:
+    presence = ServiceEndpoint(bus, names or ["match"], "i1", {"host": "somewhere", **metadata})
     await presence.start()
     return presence
 

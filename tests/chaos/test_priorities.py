@@ -14,10 +14,10 @@ from support.phases import ad, envelope
 
 from loom.agents.host.node_host import NodeHost
 from loom.agents.host.runs import Run
-from loom.agents.host.slots import Room
+from loom.agents.host.slots import RunQueue
 from loom.bus import task_client, topology
 from loom.bus.bus import Bus
-from loom.phases.match.scoring import AllBusy, Awarded, Book, Verdict, judge, taken_s
+from loom.phases.match.scoring import AllBusy, AuctionContext, Awarded, Verdict, decide, taken_s
 from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.auction import Bid
@@ -93,8 +93,8 @@ def test_only_the_urgent_are_awarded_to_a_node_at_full_load(priority: Priority, 
     full = offer("h1", [Bid(node_id="n1", self_rating=0.9, load=1.0, backlog=13)])
     free = offer("h2", [Bid(node_id="n2", self_rating=0.1, load=0.2)])
 
-    assert isinstance(judge(task, [full], Book()), Awarded if raised else AllBusy)
-    assert isinstance(judge(task, [full, free], Book()), Awarded)
+    assert isinstance(decide(task, [full], AuctionContext()), Awarded if raised else AllBusy)
+    assert isinstance(decide(task, [full, free], AuctionContext()), Awarded)
 
 
 @RAISED
@@ -104,7 +104,9 @@ def test_a_place_that_was_awarded_a_moment_ago_is_the_next_ones_only_if_urgent(
     only = offer("h1", [Bid(node_id="n1", load=0.9, backlog=7, free=2)])
 
     def verdict(taken: int) -> Verdict:
-        return judge(envelope(ad(priority=priority), now=0), [only], Book(taken={("local", "h1", "n1"): taken}))
+        return decide(
+            envelope(ad(priority=priority), now=0), [only], AuctionContext(taken={("local", "h1", "n1"): taken})
+        )
 
     assert isinstance(verdict(1), Awarded)
     assert isinstance(verdict(2), Awarded if raised else AllBusy)
@@ -114,7 +116,7 @@ def test_awards_of_a_moment_ago_spread_a_burst_over_equals() -> None:
     offers = [offer(f"h{n}", [Bid(node_id=f"n{n}", self_rating=0.9, free=16)]) for n in (1, 2)]
     taken: Counter[tuple[str, str, str]] = Counter()
     for number in range(20):
-        verdict = judge(envelope(ad(task_id=f"t{number}"), now=0), offers, Book(taken=taken))
+        verdict = decide(envelope(ad(task_id=f"t{number}"), now=0), offers, AuctionContext(taken=taken))
         assert isinstance(verdict, Awarded)
         taken["local", verdict.award.host_id, verdict.award.node_id] += 1
 
@@ -139,7 +141,7 @@ async def test_the_last_places_of_a_backlog_are_for_the_urgent() -> None:
         )
         return Run(bus, request, "_INBOX.x")
 
-    room = Room(slots=1, backlog=10)
+    room = RunQueue(slots=1, backlog=10)
     taken = 0
     while room.takes("normal"):
         room.enqueue(run("normal"))

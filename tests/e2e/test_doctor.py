@@ -21,12 +21,12 @@ from loom.bus.host_directory import AnnouncedHost
 from loom.bus.rewards import RewardBus
 from loom.bus.service_discovery import (
     Clocks,
-    Presence,
     Present,
+    ServiceEndpoint,
     clocks,
+    discover,
     settings_facts,
     shared_settings,
-    who_is_there,
 )
 from loom.bus.topology import Inspection, Part
 from loom.phases.adapt import Adapt
@@ -142,7 +142,7 @@ async def test_another_wire_version_is_found_in_streams_and_processes(on_bus: Wh
     config = (await client.jetstream.api(f"STREAM.INFO.{stream}"))["config"]
     await client.jetstream.api(f"STREAM.UPDATE.{stream}", {**config, "metadata": {}})
     async with Bus(on_bus[0], namespace=on_bus[1], role="match") as other:
-        presence = Presence(other, ["match"], "i1", {"loom.wire": "2"})
+        presence = ServiceEndpoint(other, ["match"], "i1", {"loom.wire": "2"})
         await presence.start()
         found = [finding for finding in await examine(client, ClusterConfig()) if finding.about == "wire"]
         await presence.stop()
@@ -288,10 +288,8 @@ async def test_a_server_without_jetstream_is_told_how_to_get_it(nats_url: str, t
 
 async def test_only_services_of_ones_own_namespace_are_seen(phases: Bus, client: Bus, nats_url: str) -> None:
     async with Bus(nats_url, namespace=f"{client.subjects.namespace}-other") as stranger:
-        assert await who_is_there(stranger, within_s=0.2) == []
-        assert len(await who_is_there(client, within_s=5, enough=lambda there: len(there) == len(PHASES))) == len(
-            PHASES
-        )
+        assert await discover(stranger, within_s=0.2) == []
+        assert len(await discover(client, within_s=5, enough=lambda there: len(there) == len(PHASES))) == len(PHASES)
 
 
 async def test_phases_are_found_as_nats_services_are(on_bus: Where, phases: Bus, client: Bus) -> None:
@@ -304,7 +302,9 @@ async def test_phases_are_found_as_nats_services_are(on_bus: Where, phases: Bus,
     assert re.fullmatch(r"\d+\.\d+\.\d+", ping["version"])
     assert ping["metadata"]["service"] == "match"
     clocks = {name: float(info["metadata"].pop(name)) for name in ("server_time", "wall_clock")}
-    assert clocks == {name: pytest.approx(client.clock.now(), abs=2) for name in clocks}  # the server runs on this machine
+    assert clocks == {
+        name: pytest.approx(client.clock.now(), abs=2) for name in clocks
+    }  # the server runs on this machine
     health = json.loads(info["metadata"].pop("health"))
     assert {name: info["metadata"].pop(name) for name in ("settings", "settings_digest")} == settings_facts(
         ClusterConfig()
@@ -343,7 +343,9 @@ async def test_a_phase_that_answers_and_does_not_work_is_found(
 async def test_messages_that_phases_left_out_are_a_warning(on_bus: Where, client: Bus) -> None:
     url, namespace = on_bus
     async with running_phases(url, names=("adapt",), namespace=namespace) as bus:
-        await client.jetstream.publish(client.subjects.of("reward", "rules", "local", "n1", "code"), b'{"seconds":1e308}')
+        await client.jetstream.publish(
+            client.subjects.of("reward", "rules", "local", "n1", "code"), b'{"seconds":1e308}'
+        )
         await until(lambda: bus.discards.counts, what="the reward is left out")
         found = troubles(await examine(client, ClusterConfig()))
     assert found["discards"] == "warn: messages were left out: 1 reward_undecodable"

@@ -13,7 +13,7 @@ from support.wait import until
 from loom import Runtime
 from loom.bus import topology
 from loom.bus.bus import Bus
-from loom.bus.service_discovery import Presence
+from loom.bus.service_discovery import ServiceEndpoint
 from loom.bus.wire_version import WireMismatch
 from loom.runner.server.nats_server import embedded_server
 from loom.schemas.config import ClusterConfig
@@ -77,7 +77,7 @@ async def test_a_running_process_of_another_version_keeps_it_from_the_streams(
 ) -> None:
     await topology.apply(client, CONFIG)
     async with Bus(on_bus[0], namespace=on_bus[1], role="match") as other:
-        presence = Presence(other, ["match"], "i1", {"loom.wire": "2"})
+        presence = ServiceEndpoint(other, ["match"], "i1", {"loom.wire": "2"})
         await presence.start()
         for line in ("init", "init --reset --yes"):
             ended = await in_thread(loom, line)
@@ -89,7 +89,7 @@ async def test_a_running_process_of_another_version_keeps_it_from_the_streams(
 
 async def test_a_runtime_names_the_process_of_another_version(phases: Bus, on_bus: Where) -> None:
     async with Bus(on_bus[0], namespace=on_bus[1], role="node") as other:
-        await Presence(other, ["match"], "i1", {"loom.wire": "2"}).start()
+        await ServiceEndpoint(other, ["match"], "i1", {"loom.wire": "2"}).start()
         with pytest.raises(WireMismatch, match="process"):
             async with Runtime():
                 pass

@@ -15,7 +15,7 @@ from support.streams import create_streams
 from support.wait import until
 
 from loom.bus.bus import Bus
-from loom.bus.service_discovery import who_is_there
+from loom.bus.service_discovery import discover
 from loom.bus.task_client import publish
 from loom.runner.cli.entry import loop_factory, run_to_end
 from loom.runner.settings import InvalidSetting, misspelt, warn_of_misspelt_settings
@@ -44,7 +44,7 @@ async def test_closed_standard_streams_are_as_good_as_dev_null(
         Bus(nats_url, namespace=namespace) as bus,
         command(tmp_path, *without(streams, *LOOM, "phase", "match"), **where) as phase,
     ):
-        await until(lambda: who_is_there(bus, enough=bool), what="the phase answers")
+        await until(lambda: discover(bus, enough=bool), what="the phase answers")
         ended = await phase.end(signal.SIGTERM)
     assert ended.code == 0
     assert "Traceback" not in ended.err

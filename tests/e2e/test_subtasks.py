@@ -75,7 +75,7 @@ async def test_a_client_subscribes_to_no_subject_of_a_phase(client: Bus, monkeyp
         subscribed.append(subject)
         return await original(subject, *args, **options)
 
-    monkeypatch.setattr(client, "subscribe", subscribe)
+    monkeypatch.setattr(client.connection, "subscribe", subscribe)
     async with Subtasks(client, "t1"):
         assert subscribed == [client.subjects.of("subtask", "public", "t1")]
 

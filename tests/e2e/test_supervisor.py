@@ -22,7 +22,7 @@ from support.wait import until
 
 from loom.bus import task_client
 from loom.bus.bus import Bus
-from loom.bus.service_discovery import who_is_there
+from loom.bus.service_discovery import discover
 from loom.runner.cli.commands import up as up_module
 from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import running_nodes
@@ -180,7 +180,7 @@ class Cluster:
         self.go_on = asyncio.Event()
 
     async def count(self) -> Counter[str]:
-        return Counter(each.metadata["service"] for each in await who_is_there(self.bus, within_s=0.2))
+        return Counter(each.metadata["service"] for each in await discover(self.bus, within_s=0.2))
 
     def victims(self) -> dict[int, str]:
         """Process id -> command line of all that runs, but for the shells that mind the server."""

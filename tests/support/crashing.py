@@ -17,11 +17,15 @@ from typing import Any, Self
 import structlog
 
 from loom.bus.bus import Bus
+from loom.bus.bus import _buses as buses
 from loom.bus.hops.hop_loop import HopLoop
 from loom.bus.logs import logger
+from loom.bus.natsio.connection import Connection as BusConnection
 from loom.bus.natsio.kv import Bucket
+from loom.bus.natsio.publishing import PubAckFuture
+from loom.bus.subjects import Subjects
 from loom.phases.scale import Scale
-from loom.phases.sense.client_api import Desk
+from loom.phases.sense.client_api import ClientApi
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.envelope import Phase
 from loom.schemas.run import RunRequest
@@ -72,7 +76,7 @@ def sent(owner: type, method: str, when: Callable[..., bool] = lambda *_: True) 
 
 def stored(*families: str) -> Patch:
     """Fall once the server has a message for a stream, and before its word of that is read."""
-    return sent(Bus, "_confirm", lambda bus, message, *_: _on(*families)(bus, message.subject))
+    return sent(PubAckFuture, "ack", lambda future: _on(*families)(future, future.subject))
 
 
 def _replace(owner: type, method: str, when: Callable[..., bool], *, call: bool, echo: bool = False) -> Patch:
@@ -85,11 +89,11 @@ def _replace(owner: type, method: str, when: Callable[..., bool], *, call: bool,
             setattr(owner, method, original)
             if not call:
                 if echo:
-                    await _bus_of(self).requests.flush()
+                    await bus_of(self).requests.flush()
                 fall()
             result = await original(self, *args, **options)
             if call:
-                await _bus_of(self).requests.flush()
+                await bus_of(self).requests.flush()
                 fall()
             return result
 
@@ -98,13 +102,19 @@ def _replace(owner: type, method: str, when: Callable[..., bool], *, call: bool,
     return patch
 
 
-def _bus_of(owner: Any) -> Bus:
+def bus_of(owner: Any) -> Bus:
+    """Return the bus that an object of the code under test uses."""
+    connection = owner if isinstance(owner, BusConnection) else getattr(owner, "_connection", None)
+    if isinstance(owner, Bucket):
+        connection = owner._jetstream.connection
+    if connection is not None:
+        return next(bus for bus in list(buses) if bus.connection is connection)
     return owner if isinstance(owner, Bus) else getattr(owner, "_bus", None) or owner.bus
 
 
 def _on(*families: str) -> Callable[..., bool]:
-    def addressed(bus: Bus, subject: str, *_: Any) -> bool:
-        parsed = bus.subjects.parse(subject)
+    def addressed(_owner: Any, subject: str, *_: Any) -> bool:
+        parsed = Subjects(subject.partition(".")[0]).parse(subject)
         return parsed is not None and parsed.family in families
 
     return addressed
@@ -118,8 +128,9 @@ def _becomes(state: str) -> Callable[..., bool]:
     return lambda self, _key, value, *_: self._prefix.endswith("_plans.") and value.state == state
 
 
-def _begins_a_subtask(bus: Bus, message: Any, *_: Any) -> bool:
-    parsed = bus.subjects.parse(message.subject)
+def begins_a_task(future: PubAckFuture) -> bool:
+    """Return whether a message goes to SENSE as a subtask or a delegated task does."""
+    parsed = Subjects(future.subject.partition(".")[0]).parse(future.subject)
     return parsed is not None and parsed.tokens.get("phase") == "sense"
 
 
@@ -134,22 +145,22 @@ POINTS: dict[str, Patch] = {
     "confirmed, unacked": before(HopLoop, "_answer", _acks),
     "acked": after(HopLoop, "_answer", _acks),
     "recorded": after(Bucket, "update", _in("records")),
-    "relayed": after(Bus, "publish", _on("delta")),
-    "rewarded": sent(Bus, "publish", _on("result")),
+    "relayed": after(BusConnection, "publish", _on("delta")),
+    "rewarded": sent(BusConnection, "publish", _on("result")),
     "reward stored": stored("reward"),
-    "announced": after(Bus, "publish", _on("result")),
+    "announced": after(BusConnection, "publish", _on("result")),
     "learned": after(Bucket, "update", _in("nodes")),
     "submission stored": stored("intake"),
-    "cancel told": after(Desk, "_tell_evaluate"),
-    "cancel recorded": after(Desk, "_cancelled"),
+    "cancel told": after(ClientApi, "_tell_evaluate"),
+    "cancel recorded": after(ClientApi, "_cancelled"),
     "plan stored": after(Bucket, "create", _in("plans")),
     "timer set": stored("later"),
-    "subtask begun": sent(Bus, "_confirm", _begins_a_subtask),
+    "subtask begun": sent(PubAckFuture, "ack", begins_a_task),
     "plan noted": after(Bucket, "update", _becomes("running")),
     "plan joined": after(Bucket, "update", _becomes("joining")),
     "timer dropped": after(Scale, "_drop_timer"),
     "plan over": after(Bucket, "update", _becomes("done")),
-    "subtask cancelled": after(Bus, "publish", _on("cancel")),
+    "subtask cancelled": after(BusConnection, "publish", _on("cancel")),
     "none": lambda _fall: None,
 }
 """Where a process may die or stop -> how to have it do so."""

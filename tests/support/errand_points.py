@@ -4,23 +4,17 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from loom.bus.bus import Bus
-from loom.phases.execute.delegation import Errands
-from loom.phases.execute.run_stream import Watch
-from support.crashing import Orders, Patch, after, before, phase, sent
-
-
-def _to_sense(bus: Bus, message: Any, *_: Any) -> bool:
-    parsed = bus.subjects.parse(message.subject)
-    return parsed is not None and parsed.tokens.get("phase") == "sense"
-
+from loom.bus.natsio.publishing import PubAckFuture
+from loom.phases.execute.delegation import Delegations
+from loom.phases.execute.run_stream import RunStream
+from support.crashing import Orders, Patch, after, before, begins_a_task, phase, sent
 
 POINTS: dict[str, Patch] = {
-    "heard": before(Errands, "_run"),
-    "noted": after(Errands, "_note"),
-    "stored": sent(Bus, "_confirm", _to_sense),
-    "ended": before(Watch, "hand"),
-    "handed": after(Watch, "hand"),
+    "heard": before(Delegations, "_run"),
+    "noted": after(Delegations, "_note"),
+    "stored": sent(PubAckFuture, "ack", begins_a_task),
+    "ended": before(RunStream, "hand"),
+    "handed": after(RunStream, "hand"),
 }
 """Where it may die or stop -> how to have it do so."""
 

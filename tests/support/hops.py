@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from loom.bus import topology
 from loom.bus.bus import Bus
 from loom.bus.hops.delivery import Delivery
-from loom.bus.natsio.ack_metadata import ack_metadata
 from loom.bus.hops.hop_loop import HopLoop, Service
 from loom.bus.hops.outcomes import Done, Outcome
+from loom.bus.natsio.ack_metadata import ack_metadata
 from loom.bus.natsio.server_errors import Refused
 from loom.bus.topology import SCALE_LANE, Lane
 from loom.schemas.base import decode

@@ -23,7 +23,7 @@ from loom.bus.queries import records_stream
 from loom.bus.records import records
 from loom.bus.stored_rewards import reward_in
 from loom.bus.topology import stream_state
-from loom.phases.adapt.evidence import fold
+from loom.phases.adapt.evidence import apply_reward
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.base import decode, new_id
 from loom.schemas.envelope import PHASES, SplitPlan, TaskRecord
@@ -183,7 +183,7 @@ class Books:
         rebuilt: dict[str, NodeProfile] = {}
         for seq, reward in self.rewards:
             known = rebuilt.get(reward.node_key, NodeProfile(node_id=reward.node_id, owner=reward.owner))
-            rebuilt[reward.node_key] = fold(known, reward, seq, forget=True)
+            rebuilt[reward.node_key] = apply_reward(known, reward, seq, forget=True)
         return rebuilt
 
     def unrewarded(self) -> list[str]:

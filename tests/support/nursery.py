@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from loom.agents.host.autoscaler import Nursery, Skills
+from loom.agents.host.autoscaler import NodeAutoscaler, Skills
 from loom.agents.host.node_host import NodeHost
 from loom.schemas.auction import (
     HostAnnouncement,
@@ -40,7 +40,7 @@ class Held:
 class Place:
     """A host with a nursery, and what is asked of it."""
 
-    def __init__(self, stage: Stage, host: NodeHost, nursery: Nursery) -> None:
+    def __init__(self, stage: Stage, host: NodeHost, nursery: NodeAutoscaler) -> None:
         self.stage, self.host, self.nursery = stage, host, nursery
 
     async def spawn(self, domain_token: str = "code", tools: tuple[str, ...] = (), text: str = "") -> SpawnReply:
@@ -92,7 +92,7 @@ async def place(
     stage: Stage, nodes: Sequence[AgentNode], max_nodes: int, skills: Skills | None = None, **rooms: int
 ) -> Place:
     bus = await stage.connect("node")
-    nursery = Nursery(bus, lambda: nodes, max_nodes=max_nodes, skills=skills)
+    nursery = NodeAutoscaler(bus, lambda: nodes, max_nodes=max_nodes, skills=skills)
     host = NodeHost(bus, nursery.nodes, **rooms)
     await host.start()
     await nursery.start(host)

@@ -8,7 +8,7 @@ from loom.bus.bus import Bus
 from loom.bus.host_directory import HostKey
 from loom.bus.natsio.transport.message import Msg
 from loom.phases.execute.run_inbox import EventSubjects
-from loom.phases.execute.run_stream import Hosts, Interrupt, Watch
+from loom.phases.execute.run_stream import Hosts, Interrupt, RunStream
 from loom.phases.execute.stops import Stops
 from loom.schemas.base import new_id
 from loom.schemas.run import RunEvent, RunRequest, Stop, read_events
@@ -35,9 +35,9 @@ async def hosts_of(bus: Bus) -> Hosts:
     return Hosts(bus, events, Stops(bus))
 
 
-async def watch_of(bus: Bus, request: RunRequest, interrupt: Interrupt | None = None, **facts: Any) -> Watch:
+async def watch_of(bus: Bus, request: RunRequest, interrupt: Interrupt | None = None, **facts: Any) -> RunStream:
     """Return a watch of a run on the host h1."""
-    return Watch(await hosts_of(bus), HostKey("local", "h1"), request, interrupt or Interrupt(), **facts)
+    return RunStream(await hosts_of(bus), HostKey("local", "h1"), request, interrupt or Interrupt(), **facts)
 
 
 class Watcher:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec import inspect as mi
 
 import loom.schemas
-from loom.schemas.base import Relayed, Wire
+from loom.schemas.base import CheckedMessage, Message
 
 SMALL = 2
 """Most items of a collection: messages nest deep enough as they are."""
@@ -30,7 +30,7 @@ tokens = st.text(alphabet=f"{ascii_letters}{digits}_-", min_size=1, max_size=64)
 """Not from a regular expression: drawing those takes many times as long."""
 
 
-def message_types() -> list[type[Relayed]]:
+def message_types() -> list[type[Message]]:
     """Every public Struct of loom.schemas."""
     modules = [
         importlib.import_module(f"loom.schemas.{one.name}") for one in pkgutil.iter_modules(loom.schemas.__path__)
@@ -40,12 +40,12 @@ def message_types() -> list[type[Relayed]]:
 
 
 def _is_message(name: str, value: Any) -> bool:
-    if not isinstance(value, type) or not issubclass(value, Relayed):
+    if not isinstance(value, type) or not issubclass(value, Message):
         return False
-    return value not in (Relayed, Wire) and not name.startswith("_")
+    return value not in (Message, CheckedMessage) and not name.startswith("_")
 
 
-def messages(shape: type[Relayed]) -> st.SearchStrategy[Any]:
+def messages(shape: type[Message]) -> st.SearchStrategy[Any]:
     """Any valid `shape`."""
     return _values(mi.type_info(shape))
 
@@ -88,22 +88,22 @@ def _values(kind: mi.Type) -> st.SearchStrategy[Any]:  # noqa: C901, PLR0911, PL
 
 
 @cache
-def _structs(cls: type[Relayed]) -> st.SearchStrategy[Any]:
+def _structs(cls: type[Message]) -> st.SearchStrategy[Any]:
     return st.builds(cls, **{field.name: _values(field.type) for field in _info(cls).fields})
 
 
-def _info(cls: type[Relayed]) -> mi.StructType:
+def _info(cls: type[Message]) -> mi.StructType:
     info = mi.type_info(cls)
     assert isinstance(info, mi.StructType)
     return info
 
 
-def float_fields() -> list[tuple[type[Relayed], str, list[float]]]:
+def float_fields() -> list[tuple[type[Message], str, list[float]]]:
     """Every field that is or may be a float, with values to refuse, of the messages that are checked when built."""
     return [
         (cls, field.name, _refused(kind))
         for cls in message_types()
-        if issubclass(cls, Wire)
+        if issubclass(cls, CheckedMessage)
         for field in _info(cls).fields
         for kind in (field.type.types if isinstance(field.type, mi.UnionType) else (field.type,))
         if isinstance(kind, mi.FloatType)
@@ -121,12 +121,12 @@ def _refused(kind: mi.FloatType) -> list[float]:
     return bad
 
 
-def fields_of(message: Relayed) -> dict[str, Any]:
+def fields_of(message: Message) -> dict[str, Any]:
     """The fields of a message by name."""
     return {name: getattr(message, name) for name in message.__struct_fields__}
 
 
-def with_unknown_field(message: Relayed) -> bytes:
+def with_unknown_field(message: Message) -> bytes:
     """The JSON of `message` as a newer peer might send it."""
     plain = msgspec.json.decode(msgspec.json.encode(message))
     return msgspec.json.encode({**plain, "field_of_the_future": [{"deep": 1}]})

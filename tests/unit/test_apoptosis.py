@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from support.auctions import nodes as announced_nodes
 
 from loom.bus.host_directory import AnnouncedHost
-from loom.phases.adapt.evidence import fold
+from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.retirement_policy import bequest, heir, staying, who_retires
 from loom.phases.shared.node_health import health
 from loom.schemas.auction import ChildState
@@ -104,7 +104,7 @@ def test_what_was_inherited_condemns_nobody() -> None:
             score=0.0,
             ended_at=float(seq),
         )
-        known = fold(known, left, seq)
+        known = apply_reward(known, left, seq)
     assert known.domains["code"].count == 11
     assert goes(host(child()), known=(known,)) == []
 
@@ -199,7 +199,7 @@ def test_a_bequest_is_one_observation_a_domain_and_no_task_of_the_heir() -> None
     start = profile("b", losses=3, code=[0.0])
     folded = start
     for seq, reward in enumerate(bequest(source, "local", "b"), start=1):
-        folded = fold(folded, reward, seq)
+        folded = apply_reward(folded, reward, seq)
     assert {domain_token: (e.count, e.mean) for domain_token, e in folded.domains.items()} == {
         "code": (2, 0.375),
         "data": (1, 0.0),
@@ -211,7 +211,7 @@ def test_a_second_bequest_of_the_same_node_replaces_the_first() -> None:
     folded = NodeProfile(node_id="b")
     for seq, scores in enumerate(([0.0], [1.0]), start=1):
         [reward] = bequest(profile("a-c1", code=scores), "local", "b")
-        folded = fold(folded, reward, seq)
+        folded = apply_reward(folded, reward, seq)
     assert (folded.domains["code"].count, folded.domains["code"].mean) == (1, 1.0)
 
 
@@ -219,7 +219,7 @@ def test_what_nodes_of_one_name_and_two_owners_hand_on_is_kept_apart() -> None:
     folded = NodeProfile(node_id="b", owner="acme")
     for seq, owner in enumerate(("local", "acme", "x" * 64), start=1):
         [reward] = bequest(replace(profile("a-c1", code=[1.0]), owner=owner), "acme", "b")
-        folded = fold(folded, reward, seq)
+        folded = apply_reward(folded, reward, seq)
     ids = [score.attempt_id for score in folded.domains["code"].scores]
     assert ids[:2] == ["inherit:a-c1", "inherit:acme.a-c1"]
     assert len(ids) == 3
@@ -228,7 +228,7 @@ def test_what_nodes_of_one_name_and_two_owners_hand_on_is_kept_apart() -> None:
 
 def test_what_was_inherited_is_not_passed_on() -> None:
     [first] = bequest(profile("a-c1", code=[1.0]), "local", "b")
-    between = fold(NodeProfile(node_id="b"), first, 1)
+    between = apply_reward(NodeProfile(node_id="b"), first, 1)
     assert list(bequest(between, "local", "c")) == []
 
 

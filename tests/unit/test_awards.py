@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.phases import ad, envelope
 
-from loom.phases.match.recent_awards import SWEEP_S, UNJUDGED_S, Awards
+from loom.phases.match.recent_awards import SWEEP_S, UNJUDGED_S, RecentAwards
 from loom.phases.match.scoring import TAKEN_S, Awarded
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import Award
@@ -28,13 +28,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def note(awards: Awards, task_id: str, node: str = "n1", host: str = "h1", *, expected_s: float = 0.0) -> None:
+def note(awards: RecentAwards, task_id: str, node: str = "n1", host: str = "h1", *, expected_s: float = 0.0) -> None:
     bid = Bid(node_id=node, expected_s=expected_s)
     awards.note(envelope(ad(task_id=task_id), now=0), "code", Awarded(Award(node_id=node, host_id=host), bid))
 
 
 def test_an_award_is_held_for_as_long_as_a_run_takes_whatever_was_awarded_before_it(clock: Clock) -> None:
-    awards = Awards()
+    awards = RecentAwards()
     note(awards, "t1")
     note(awards, "t2", expected_s=TAKEN_S / 10)
     note(awards, "t3", "n2")
@@ -46,7 +46,7 @@ def test_an_award_is_held_for_as_long_as_a_run_takes_whatever_was_awarded_before
 
 
 def test_an_award_is_pending_until_its_reward_is_known(clock: Clock) -> None:
-    awards = Awards()
+    awards = RecentAwards()
     for task in ("t1", "t2", "t2"):
         note(awards, task)
     assert dict(awards.pending()) == {("n1", "code"): 2}
@@ -59,7 +59,7 @@ def test_an_award_is_pending_until_its_reward_is_known(clock: Clock) -> None:
 
 
 def test_an_award_that_is_never_judged_is_forgotten(clock: Clock) -> None:
-    awards = Awards()
+    awards = RecentAwards()
     note(awards, "t1")
     clock.now += UNJUDGED_S / 2
     note(awards, "t2")
@@ -73,7 +73,7 @@ def test_an_award_that_is_never_judged_is_forgotten(clock: Clock) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.booleans(), st.integers(0, 5))))
 def test_what_is_counted_is_what_is_remembered(steps: list[tuple[str, bool, int]]) -> None:
-    awards = Awards()
+    awards = RecentAwards()
     expected: dict[str, set[str]] = {"a": set(), "b": set()}
     for node, judged, number in steps:
         if judged:

@@ -9,7 +9,7 @@ from support.phases import call_for_bids
 from loom.bus.subjects import Subjects
 from loom.bus.tap import Seen
 from loom.runner.cli.views.run_progress import Progress, line, live_table
-from loom.runner.cli.views.run_state import Board
+from loom.runner.cli.views.run_state import RunState
 from loom.schemas.envelope import Award, Envelope, Spec, Split
 from loom.schemas.events import TextDelta
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward
@@ -29,8 +29,8 @@ def seen(message: Any, family: str, *tokens: str) -> Seen:
     )
 
 
-def board(*names: str) -> Board:
-    return Board([TaskAd(task_id=name, description="x") for name in names])
+def board(*names: str) -> RunState:
+    return RunState([TaskAd(task_id=name, description="x") for name in names])
 
 
 def hop(phase: str, name: str = "one", *, attempt: int = 1, node: str = "") -> Seen:

@@ -15,12 +15,12 @@ from support.values import message_types
 from loom.bus.logs.discards import LINES, PERIOD_S, Discards
 from loom.bus.rewards import RewardBus
 from loom.phases.adapt.calibration_writer import actual, recalibrated
-from loom.phases.adapt.evidence import fold
+from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.retirement_policy import heir
 from loom.phases.match.offers import MAX_OFFER_BYTES, HostOffer, OfferReader
-from loom.phases.match.scoring import Awarded, Book, judge
+from loom.phases.match.scoring import AuctionContext, Awarded, decide
 from loom.schemas.auction import AnnouncedNode, Bid, HostAnnouncement, Offer
-from loom.schemas.base import MAX_INT, MAX_SECONDS, Relayed, Undecodable, decode, encode
+from loom.schemas.base import MAX_INT, MAX_SECONDS, Message, Undecodable, decode, encode
 from loom.schemas.envelope import MAX_TRUST, Envelope, TaskRecord
 from loom.schemas.errors import InvalidTask
 from loom.schemas.events import TextDelta
@@ -54,7 +54,7 @@ def unbounded(kind: mi.Type, path: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("shape", ON_THE_WIRE, ids=lambda shape: shape.__name__)
-def test_everything_in_a_message_is_bounded(shape: type[Relayed]) -> None:
+def test_everything_in_a_message_is_bounded(shape: type[Message]) -> None:
     info = mi.type_info(shape)
     assert isinstance(info, mi.StructType)
     assert [path for field in info.fields for path in unbounded(field.type, field.name)] == []
@@ -104,7 +104,7 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize(("message", "field", "number"), NUMBERS)
-def test_a_number_out_of_bounds_is_undecodable(message: Relayed, field: str, number: str) -> None:
+def test_a_number_out_of_bounds_is_undecodable(message: Message, field: str, number: str) -> None:
     with pytest.raises(Undecodable):
         decode(with_number(message, field, number), type(message))
 
@@ -126,7 +126,7 @@ def test_sums_of_a_profile_stop_at_their_bounds() -> None:
     profile = NodeProfile(node_id="n")
     for seq in range(1, 4):
         one = msgspec.structs.replace(REWARD, task_id=f"t{seq}", tokens=MAX_INT, seconds=MAX_SECONDS)
-        profile = fold(profile, one, seq)
+        profile = apply_reward(profile, one, seq)
     assert (profile.tokens, profile.seconds, profile.total_tasks) == (MAX_INT, MAX_SECONDS, 3)
     assert decode(encode(profile), NodeProfile) == profile
 
@@ -148,7 +148,7 @@ def test_a_huge_number_built_in_python_overflows_no_formula() -> None:
 
 def test_a_huge_number_of_free_places_can_be_weighed() -> None:
     bid = Bid(node_id="n", free=HUGE, load=0.5)
-    won = judge(envelope(ad(), now=0), [offer("h", [bid])], Book(taken={("local", "h", "n"): 3}))
+    won = decide(envelope(ad(), now=0), [offer("h", [bid])], AuctionContext(taken={("local", "h", "n"): 3}))
     assert isinstance(won, Awarded)
     assert 0.5 <= won.bid.load <= 1
 
@@ -156,8 +156,8 @@ def test_a_huge_number_of_free_places_can_be_weighed() -> None:
 def test_trust_is_bounded_where_it_is_written() -> None:
     from loom.phases.match.award_policies import Trust  # noqa: PLC0415 - of this test alone
 
-    book = Book(policy=lambda _: Trust(1e300))
-    won = judge(envelope(ad(), now=0), [offer("h", [Bid(node_id="n")])], book)
+    book = AuctionContext(policy=lambda _: Trust(1e300))
+    won = decide(envelope(ad(), now=0), [offer("h", [Bid(node_id="n")])], book)
     assert isinstance(won, Awarded)
     assert won.award.bids[0].trust == MAX_TRUST
     env = awarded(envelope(ad(), now=0), bids=won.award.bids)

@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 from support.phases import ad, awarded, envelope
 
-from loom.phases.execute.fencing import Drop, Take, claim, may_report
+from loom.phases.execute.fencing import Claimed, Superseded, claim, may_report
 from loom.schemas.envelope import Claim, Envelope, TaskRecord
 from loom.schemas.task import TaskError
 
@@ -18,7 +18,7 @@ def record(attempt: int = 0, **facts: Any) -> TaskRecord:
     return TaskRecord(task_id="t1", envelope=env(), admitted_at=0, **{"state": "running", "claim": held, **facts})
 
 
-def decided(rec: TaskRecord, message: Envelope) -> Take | Drop:
+def decided(rec: TaskRecord, message: Envelope) -> Claimed | Superseded:
     assert message.award is not None
     return claim(rec, message, message.award, "second", 9)
 
@@ -37,7 +37,7 @@ def test_a_higher_attempt_is_taken_and_the_same_one_on_its_host_is_attached_to(
     held: int, message: Envelope, attached: bool
 ) -> None:
     verdict = decided(record(held), message)
-    assert isinstance(verdict, Take)
+    assert isinstance(verdict, Claimed)
     assert verdict.attached is attached
     assert message.award is not None
     assert verdict.record.claim == Claim(
@@ -52,7 +52,7 @@ def test_a_higher_attempt_is_taken_and_the_same_one_on_its_host_is_attached_to(
 def test_a_claim_changes_nothing_else_in_the_record() -> None:
     before = record(reply_to=("_INBOX.a",), submission="s")
     verdict = decided(before, env())
-    assert isinstance(verdict, Take)
+    assert isinstance(verdict, Claimed)
     assert replace(verdict.record, claim=before.claim) == before
 
 
@@ -67,14 +67,14 @@ def test_a_claim_changes_nothing_else_in_the_record() -> None:
     ],
 )
 def test_a_lower_attempt_a_twin_elsewhere_and_an_ended_task_are_dropped(rec: TaskRecord, message: Envelope) -> None:
-    assert isinstance(decided(rec, message), Drop)
+    assert isinstance(decided(rec, message), Superseded)
 
 
 def test_the_same_host_id_of_another_owner_is_another_host() -> None:
     message = awarded(envelope(ad(task_id="t1"), now=0, attempt=2), owner="acme")
-    assert isinstance(decided(record(2), message), Drop)
+    assert isinstance(decided(record(2), message), Superseded)
     verdict = decided(record(1), message)
-    assert isinstance(verdict, Take)
+    assert isinstance(verdict, Claimed)
     assert (verdict.record.claim.owner, verdict.superseded) == ("acme", record(1).claim)
 
 
@@ -94,15 +94,15 @@ def test_a_claim_supersedes_the_attempt_whose_last_event_may_not_have_come(
     held: int, message: Envelope, superseded: bool
 ) -> None:
     verdict = decided(record(held), message)
-    assert isinstance(verdict, Take)
+    assert isinstance(verdict, Claimed)
     assert verdict.superseded == (record(held).claim if superseded else None)
 
 
 def test_a_message_of_an_ended_task_names_the_attempt_that_its_record_names() -> None:
     ended = decided(record(2, state="cancelled", ended_at=1.0), env(5))
     unclaimed = decided(record(0, state="cancelled", ended_at=1.0), env(1))
-    assert isinstance(ended, Drop)
-    assert isinstance(unclaimed, Drop)
+    assert isinstance(ended, Superseded)
+    assert isinstance(unclaimed, Superseded)
     assert (ended.ended, unclaimed.ended) == (record(2).claim, None)
 
 

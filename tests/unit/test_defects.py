@@ -17,8 +17,8 @@ from loom.agents.llm.agent import Agent
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.openai.openai_provider import OpenAIProvider
 from loom.agents.protocol import StreamingAgent, collect, failure_of
-from loom.phases.adapt.evidence import fold
-from loom.phases.evaluate.decisions import End, decide, reward_for
+from loom.phases.adapt.evidence import apply_reward
+from loom.phases.evaluate.decisions import Finish, decide, reward_for
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import LoomError
@@ -113,7 +113,7 @@ async def ended(agent: StreamingAgent) -> Envelope:
     except LoomError as error:
         ran = replace(task, error=failure_of(error, RunRequest(task_id="t1", node_id="n1", description="x")))
     end = decide(ran, ClusterConfig(max_attempts=1), 0)
-    assert isinstance(end, End)
+    assert isinstance(end, Finish)
     return end.envelope
 
 
@@ -123,7 +123,7 @@ def learned(*tasks: Envelope) -> tuple[NodeProfile, list[Reward]]:
     for seq, task in enumerate(tasks, 1):
         reward = reward_for(task, task.error, float(seq))
         assert reward is not None
-        profile = fold(profile, reward, seq)
+        profile = apply_reward(profile, reward, seq)
         rewards.append(reward)
     return profile, rewards
 

@@ -12,7 +12,7 @@ from support.values import tokens
 from loom import delegate
 from loom.agents.host.delegation import Delegator, failure
 from loom.agents.host.runs import Run
-from loom.agents.host.slots import Room
+from loom.agents.host.slots import RunQueue
 from loom.bus.bus import Bus
 from loom.phases.execute.delegation import answer_in, errand_for
 from loom.phases.shared.token_usage import tokens_of
@@ -82,7 +82,7 @@ def test_a_failure_says_what_failed_once(error: TaskError | None, says: str) -> 
 
 
 def delegator(**facts: Any) -> Delegator:
-    return Delegator(run(**facts), Room(1, 1), lambda: None)
+    return Delegator(run(**facts), RunQueue(1, 1), lambda: None)
 
 
 def test_without_a_limit_an_agent_grants_what_it_likes() -> None:
@@ -117,7 +117,7 @@ def test_what_others_took_counts_once_and_too_much_is_too_dear() -> None:
 
 
 def test_who_waits_for_others_frees_a_slot_and_gets_the_next_one_before_newcomers() -> None:
-    room = Room(1, 5)
+    room = RunQueue(1, 5)
     first, second, third = run("1"), run("2"), run("3", priority="critical")
     for one in (first, second, third):
         room.enqueue(one)
@@ -136,7 +136,7 @@ def test_who_waits_for_others_frees_a_slot_and_gets_the_next_one_before_newcomer
 
 
 def test_a_room_whose_runs_all_wait_is_busy_and_has_room() -> None:
-    room = Room(1, 0)
+    room = RunQueue(1, 0)
     one = run()
     room.enqueue(one)
     room.next()

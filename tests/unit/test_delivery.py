@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from nats.aio.msg import Msg
 
 from loom.bus.hops.delivery import DEAD_AFTER, SUSPECT_AFTER, Delivery, Slots, place
+from loom.bus.isolation import SharedExclusiveLock
 from loom.bus.natsio.ack_metadata import AckMetadata, ack_metadata, rfc3339
-from loom.bus.hops.isolation import SharedExclusiveLock
 
 OLD = "$JS.ACK.LOOM_TASKS.match_low.{delivered}.{stream}.{consumer}.{at}.{pending}"
 NEW = "$JS.ACK.hub.acchash.LOOM_TASKS.match_low.{delivered}.{stream}.{consumer}.{at}.{pending}"
@@ -24,7 +24,12 @@ def test_facts_are_read_from_every_form_of_the_reply(
 ) -> None:
     facts = ack_metadata(form.format(delivered=delivered, stream=stream, consumer=consumer, at=at, pending=pending))
     assert facts == AckMetadata(
-        delivered=delivered, stream_seq=stream, consumer_seq=consumer, stored_at=at / 1e9, pending=pending
+        delivered=delivered,
+        stream_seq=stream,
+        consumer_seq=consumer,
+        stored_at=at / 1e9,
+        pending=pending,
+        stream="LOOM_TASKS",
     )
 
 

@@ -11,8 +11,8 @@ from loom.phases.evaluate.decisions import (
     COUNTED,
     RETRIED,
     RETRY_MAX_S,
-    Back,
-    End,
+    Finish,
+    Retry,
     decide,
     implied_rewards,
     is_late,
@@ -62,7 +62,7 @@ def shown(end: Any) -> TaskResult:
 
 def test_a_result_is_a_success_of_score_one() -> None:
     decision = decided(env("42"))
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert (decision.state, decision.score, decision.below_threshold) == ("succeeded", 1.0, False)
 
 
@@ -81,7 +81,7 @@ def test_a_result_must_hold_every_text_asked_for_letter_for_letter(texts: tuple[
 @pytest.mark.parametrize("code", sorted(COUNTED))
 def test_a_nodes_fault_is_counted_excludes_it_and_sends_the_task_back(code: str) -> None:
     decision = decided(env(code=code))
-    assert isinstance(decision, Back)
+    assert isinstance(decision, Retry)
     back = decision.envelope
     assert (back.attempt, back.failures, back.excluded) == (2, 1, ("n1",))
     assert back.error is None
@@ -92,26 +92,26 @@ def test_a_nodes_fault_is_counted_excludes_it_and_sends_the_task_back(code: str)
 
 def test_a_busy_node_is_neither_counted_nor_excluded() -> None:
     decision = decided(env(code="node_busy", failures=2))
-    assert isinstance(decision, Back)
+    assert isinstance(decision, Retry)
     assert (decision.envelope.attempt, decision.envelope.failures, decision.envelope.excluded) == (2, 2, ())
 
 
 @pytest.mark.parametrize("code", FINAL)
 def test_every_other_code_ends_the_task(code: str) -> None:
     decision = decided(env(code=code))
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert decision.state == ("cancelled" if code == "cancelled" else "failed")
     assert decision.envelope.error is not None
     assert decision.envelope.error.code == code
 
 
 def test_a_code_of_a_newer_peer_ends_the_task_too() -> None:
-    assert isinstance(decided(env(code="from_the_future")), End)
+    assert isinstance(decided(env(code="from_the_future")), Finish)
 
 
 def test_a_node_is_excluded_once_however_often_it_fails() -> None:
     decision = decided(env(code="node_lost", excluded=("n1",)))
-    assert isinstance(decision, Back)
+    assert isinstance(decision, Retry)
     assert decision.envelope.excluded == ("n1",)
 
 
@@ -121,20 +121,20 @@ def test_a_node_is_excluded_once_however_often_it_fails() -> None:
 )
 def test_a_failing_node_costs_a_pause_that_doubles(code: str, failures: int, pause_s: float) -> None:
     decision = decided(env(code=code, failures=failures))
-    assert isinstance(decision, Back)
+    assert isinstance(decision, Retry)
     assert decision.delay_s == pytest.approx(pause_s)
 
 
 def test_pauses_are_bounded() -> None:
     decision = decide(env(code="node_lost", failures=98), ClusterConfig(max_attempts=100), 0)
-    assert isinstance(decision, Back)
+    assert isinstance(decision, Retry)
     assert decision.delay_s == RETRY_MAX_S
 
 
 def test_a_failed_attempt_is_remembered_with_its_reason() -> None:
     raised = TaskError(code="agent_failed", message="x" * 2000)
     decision = decided(replace(env("half an answer", attempt=4), error=raised))
-    assert isinstance(decision, Back)
+    assert isinstance(decision, Retry)
     [failed] = decision.envelope.failed_attempts
     assert (failed.attempt, failed.node_id, failed.code, failed.tokens) == (4, "n1", "agent_failed", 15)
     assert len(failed.message) == MAX_CAUSE_CHARS
@@ -144,14 +144,14 @@ def rate_limited(retry_after_s: float) -> Envelope:
     """An attempt whose node was told to come back later, as it stands when nobody else bids."""
     limited = TaskError(code="agent_failed", message="too busy", retry_after_s=retry_after_s)
     decision = decided(replace(env(), error=limited), now=10)
-    assert isinstance(decision, Back)
+    assert isinstance(decision, Retry)
     assert decision.envelope.excluded == ("n1",)
     return decision.envelope.failed(TaskError(code="no_bids"))
 
 
 def test_a_node_that_asked_for_a_rest_is_excluded_until_only_such_nodes_are_left() -> None:
     decision = decided(rate_limited(30), now=15)
-    assert isinstance(decision, Back)
+    assert isinstance(decision, Retry)
     assert decision.delay_s == pytest.approx(25)
     again = decision.envelope
     assert (again.attempt, again.failures, again.excluded, again.retry_at) == (3, 1, (), {})
@@ -161,7 +161,7 @@ def test_a_node_that_asked_for_a_rest_is_excluded_until_only_such_nodes_are_left
 
 def test_a_rest_past_the_deadline_is_not_waited_for() -> None:
     decision = decided(rate_limited(90), now=15)
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert decision.envelope.error is not None
     assert decision.envelope.error.message == "too busy"
 
@@ -169,13 +169,13 @@ def test_a_rest_past_the_deadline_is_not_waited_for() -> None:
 def test_the_node_that_is_rested_first_is_tried_first() -> None:
     left = env(code="no_bids", failures=2, excluded=("n1", "n2", "n3"), retry_at={"n1": 40.0, "n2": 20.0})
     decision = decided(left, now=15)
-    assert isinstance(decision, Back)
+    assert isinstance(decision, Retry)
     assert (decision.envelope.excluded, decision.envelope.retry_at) == (("n1", "n3"), {"n1": 40.0})
 
 
 def test_failures_are_bounded_by_max_attempts() -> None:
     decision = decided(env(code="agent_failed", failures=2, attempt=9))
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert (decision.state, decision.envelope.failures) == ("failed", 3)
     assert decision.envelope.error is not None
     assert decision.envelope.error.code == "agent_failed"
@@ -184,12 +184,12 @@ def test_failures_are_bounded_by_max_attempts() -> None:
 @pytest.mark.parametrize("best_effort", [False, True])
 def test_a_refused_result_is_kept_until_attempts_run_out(best_effort: bool) -> None:
     first = decide(replace(accepting("nowhere", best_effort=best_effort), attempt=1), CONFIG, 0)
-    assert isinstance(first, Back)
+    assert isinstance(first, Retry)
     assert first.envelope.best_rejected is not None
     assert first.envelope.best_rejected.node_id == "n1"
     own = TaskError(code="agent_failed", message="it raised", node_id="n2")
     last = decided(replace(awarded(first.envelope, "n2", "h2"), error=own, failures=2))
-    assert isinstance(last, End)
+    assert isinstance(last, Finish)
     assert last.envelope.error == own, "by which its node is rewarded"
     result = shown(last)
     if best_effort:
@@ -211,7 +211,7 @@ def test_a_refused_result_is_kept_until_attempts_run_out(best_effort: bool) -> N
 
 def test_a_task_whose_tokens_ran_out_after_a_refused_answer_ends_as_rejected() -> None:
     ended = decided(replace(accepting("nowhere"), budget=0))
-    assert isinstance(ended, End)
+    assert isinstance(ended, Finish)
     assert ended.envelope.error is not None
     assert ended.envelope.error.code == "rejected_result", "so that its node is rewarded"
     assert shown(ended).error == replace(shown(ended).error, code="rejected_result")
@@ -238,7 +238,7 @@ def test_a_result_that_could_not_be_checked_is_not_replaced_by_an_earlier_one() 
     best = RejectedResult(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
     message = replace(env("42", best_rejected=best), ad=ad(accept=Accept(pattern="x", best_effort=True)))
     ended = decide(message, CONFIG, 1000, unchecked("no process can be started"))
-    assert isinstance(ended, End)
+    assert isinstance(ended, Finish)
     assert (ended.state, ended.rejected) == ("failed", False)
 
 
@@ -249,7 +249,7 @@ def test_no_end_without_an_attempt_of_its_own_costs_a_node_anything() -> None:
         code="no_bids", failures=1, best_rejected=best, failed_attempts=tried, last_error=TaskError(code="node_busy")
     )
     ended = decided(replace(left, award=None, error=TaskError(code="no_bids")))
-    assert isinstance(ended, End)
+    assert isinstance(ended, Finish)
     assert implied_rewards(succeeded(ended.envelope, state=ended.state, rejected=ended.rejected)) == ()
     error = shown(ended).error
     assert error is not None
@@ -259,20 +259,20 @@ def test_no_end_without_an_attempt_of_its_own_costs_a_node_anything() -> None:
 def test_the_first_refused_result_is_not_replaced_by_an_equal_one() -> None:
     best = RejectedResult(result=RunResult(content="first"), node_id="n0", host_id="h0")
     decision = decide(replace(accepting("nowhere"), best_rejected=best), CONFIG, 0)
-    assert isinstance(decision, Back)
+    assert isinstance(decision, Retry)
     assert decision.envelope.best_rejected == best
 
 
 def test_an_empty_result_is_nothing_to_keep() -> None:
     decision = decided(env(""))
-    assert isinstance(decision, Back)
+    assert isinstance(decision, Retry)
     assert decision.envelope.best_rejected is None
 
 
 def test_when_bidders_run_out_the_last_attempts_own_error_is_the_end() -> None:
     own = TaskError(code="agent_failed", message="it raised")
     decision = decided(env(code="no_bids", failures=1, last_error=own))
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert decision.envelope.error == own
 
 
@@ -281,7 +281,7 @@ def test_when_bidders_run_out_only_best_effort_takes_the_best_refused_result(bes
     best = RejectedResult(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
     left = env(code="no_bids", failures=1, best_rejected=best, last_error=TaskError(code="rejected_result"))
     decision = decided(replace(left, ad=ad(accept=Accept(best_effort=best_effort))))
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     ends = {True: ("succeeded", True, False), False: ("failed", False, True)}
     assert (decision.state, decision.below_threshold, decision.rejected) == ends[best_effort]
 
@@ -290,7 +290,7 @@ def test_when_bidders_run_out_only_best_effort_takes_the_best_refused_result(bes
 def test_no_bids_is_the_end_when_no_attempt_failed_or_the_last_was_only_busy(last: str | None) -> None:
     last_error = TaskError(code=last) if last else None
     decision = decided(env(code="no_bids", failures=1 if last else 0, last_error=last_error))
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert decision.envelope.error is not None
     assert decision.envelope.error.code == "no_bids"
 
@@ -298,7 +298,7 @@ def test_no_bids_is_the_end_when_no_attempt_failed_or_the_last_was_only_busy(las
 @pytest.mark.parametrize(("code", "ends_with"), [("node_lost", "node_lost"), ("node_busy", "deadline_exceeded")])
 def test_past_the_deadline_nothing_is_sent_back(code: str, ends_with: str) -> None:
     decision = decided(env(code=code), now=100)
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert decision.state == "failed"
     assert decision.envelope.error is not None
     assert decision.envelope.error.code == ends_with
@@ -306,7 +306,7 @@ def test_past_the_deadline_nothing_is_sent_back(code: str, ends_with: str) -> No
 
 def test_a_result_that_came_late_still_counts() -> None:
     decision = decided(env("42"), now=1000)
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert decision.state == "succeeded"
 
 
@@ -318,7 +318,7 @@ def test_every_envelope_ends_or_goes_back_with_a_higher_attempt_and_bounded_fail
     code: str | None, content: str | None, failures: int, attempt: int, now: float
 ) -> None:
     decision = decided(env(content, code, failures=failures, attempt=attempt), now)
-    if isinstance(decision, Back):
+    if isinstance(decision, Retry):
         assert decision.envelope.attempt == attempt + 1
         assert decision.envelope.failures < CONFIG.max_attempts
         assert now < decision.envelope.deadline
@@ -387,7 +387,7 @@ def test_a_reward_has_the_labels_of_its_task() -> None:
 def test_an_end_with_a_kept_result_still_rewards_the_last_attempt_with_nought() -> None:
     best = RejectedResult(result=RunResult(content="nearly"), node_id="n0", host_id="h0")
     ending = decided(env(code="agent_failed", failures=2, best_rejected=best, attempt=3))
-    assert isinstance(ending, End)
+    assert isinstance(ending, Finish)
     (reward,) = implied_rewards(record(ending.envelope, ended_at=9.0))
     assert (reward.node_id, reward.score, reward.reward_id) == ("n1", 0.0, "t1:3:rules")
 
@@ -402,7 +402,7 @@ def test_a_replaced_attempt_is_late_unless_it_carries_a_cancel(attempt: int, cod
 
 def test_a_spent_budget_leaves_what_there_is_for_it() -> None:
     decision = decided(env("half an ans", "budget_exceeded"))
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert decision.state == "failed"
     assert decision.envelope.result is not None
     assert decision.envelope.result.content == "half an ans"
@@ -410,14 +410,14 @@ def test_a_spent_budget_leaves_what_there_is_for_it() -> None:
 
 def test_what_a_failing_agent_wrote_is_no_answer() -> None:
     decision = decided(env("half an ans", "agent_failed"))
-    assert isinstance(decision, Back)
+    assert isinstance(decision, Retry)
     assert decision.envelope.best_rejected is None
     assert decision.envelope.failed_attempts[-1].tokens == 15
 
 
 def test_without_tokens_left_there_is_no_other_attempt() -> None:
     decision = decided(env("half", "agent_failed", budget=0))
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert decision.envelope.error is not None
     assert decision.envelope.error.code == "budget_exceeded"
 
@@ -432,7 +432,7 @@ def judged_as(score: float, threshold: float = 0.5, **facts: Any) -> Envelope:
 
 def test_an_opinion_is_the_score_of_a_success_and_of_its_reward() -> None:
     decision = decided(judged_as(0.8))
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert (decision.state, decision.score) == ("succeeded", 0.8)
     earned = reward_for(decision.envelope, None, 5.0)
     assert earned is not None
@@ -441,7 +441,7 @@ def test_an_opinion_is_the_score_of_a_success_and_of_its_reward() -> None:
 
 def test_below_the_ads_threshold_the_task_goes_to_another_node_and_the_answer_is_kept() -> None:
     decision = decided(judged_as(0.6, threshold=0.7))
-    assert isinstance(decision, Back)
+    assert isinstance(decision, Retry)
     back = decision.envelope
     assert (back.excluded, back.opinion) == (("n1",), None)
     assert back.last_error is not None
@@ -472,7 +472,7 @@ def test_a_node_that_failed_earns_nothing_whatever_was_thought_of_it() -> None:
 def test_rules_come_before_opinions() -> None:
     refused = replace(judged_as(1.0), ad=ad(accept=Accept(contains=("42",))))
     decision = decided(refused)
-    assert isinstance(decision, Back)
+    assert isinstance(decision, Retry)
 
 
 def test_a_full_node_is_asked_again_after_a_pause_that_grows_to_five_seconds() -> None:
@@ -480,7 +480,7 @@ def test_a_full_node_is_asked_again_after_a_pause_that_grows_to_five_seconds() -
     pauses, delays = [], []
     for _ in range(12):
         again = decided(message.failed(TaskError(code="node_busy", message="full")))
-        assert isinstance(again, Back)
+        assert isinstance(again, Retry)
         assert (again.envelope.failures, again.envelope.excluded) == (0, ())
         message = again.envelope
         pauses.append(message.busy_pause_s)
@@ -500,7 +500,7 @@ def unjudged(rubric: str | None = None) -> Envelope:
 
 def test_without_an_opinion_there_is_no_score_and_the_reward_is_that_of_the_rules() -> None:
     decision = decided(unjudged())
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert (decision.state, decision.score) == ("succeeded", None)
     (reward,) = implied_rewards(record(decision.envelope, ended_at=9.0))
     assert reward.score == 1.0
@@ -508,7 +508,7 @@ def test_without_an_opinion_there_is_no_score_and_the_reward_is_that_of_the_rule
 
 def test_a_rubric_that_was_not_checked_earns_nothing() -> None:
     decision = decided(unjudged("be complete"))
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert (decision.state, decision.score) == ("succeeded", None)
     assert implied_rewards(record(decision.envelope, ended_at=9.0)) == ()
 
@@ -523,7 +523,7 @@ def test_a_failure_earns_nought_whether_or_not_its_rubric_could_be_checked() -> 
 def test_the_next_attempt_is_judged_afresh_and_keeps_the_warnings() -> None:
     message = replace(unjudged(), error=TaskError(code="agent_failed"), warnings=("the judge was away",))
     decision = decided(message)
-    assert isinstance(decision, Back)
+    assert isinstance(decision, Retry)
     assert (decision.envelope.unjudged, decision.envelope.warnings) == ("", ("the judge was away",))
 
 
@@ -542,7 +542,7 @@ def invalid(node_id: str = "n1", *said_before: str, **facts: Any) -> Envelope:
 
 def test_one_nodes_word_sends_the_task_elsewhere_counted_and_without_a_reward() -> None:
     decision = decided(invalid())
-    assert isinstance(decision, Back)
+    assert isinstance(decision, Retry)
     back = decision.envelope
     assert (back.attempt, back.failures, back.excluded, decision.delay_s) == (2, 1, ("n1",), 0.0)
     assert [tried.code for tried in back.failed_attempts] == ["invalid_task"]
@@ -551,19 +551,19 @@ def test_one_nodes_word_sends_the_task_elsewhere_counted_and_without_a_reward() 
 
 def test_a_second_nodes_word_ends_it() -> None:
     decision = decided(invalid("n2", "n1"))
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert decision.state == "failed"
     assert decision.envelope.error == invalid("n2").error
     assert implied_rewards(succeeded(decision.envelope, state="failed")) == ()
 
 
 def test_the_same_node_is_no_second_one() -> None:
-    assert isinstance(decided(invalid("n1", "n1")), Back)
+    assert isinstance(decided(invalid("n1", "n1")), Retry)
 
 
 def test_a_pinned_task_ends_at_once() -> None:
     decision = decided(replace(invalid(), ad=ad(task_id="t1", node_id="n1")))
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert decision.envelope.error is not None
     assert decision.envelope.error.code == "invalid_task"
 
@@ -573,21 +573,21 @@ def test_a_rule_that_the_ad_breaks_ends_it_whoever_was_awarded(award: str | None
     fault = TaskError(code="invalid_task", message="description is empty", field="description")
     message = env() if award else replace(env(), award=None)
     decision = decided(replace(message, error=fault))
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert decision.envelope.failures == 0
 
 
 def test_without_another_bidder_the_nodes_word_is_the_answer() -> None:
     back = decided(invalid())
-    assert isinstance(back, Back)
+    assert isinstance(back, Retry)
     decision = decided(replace(back.envelope, award=None).failed(TaskError(code="no_bids")))
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert decision.envelope.error == invalid().error
 
 
 def test_attempts_that_run_out_end_it_with_the_nodes_word() -> None:
     decision = decided(replace(invalid(), failures=2))
-    assert isinstance(decision, End)
+    assert isinstance(decision, Finish)
     assert decision.envelope.error == invalid().error
 
 
@@ -630,9 +630,9 @@ def test_a_failed_node_is_excluded_counted_and_rewarded_with_its_owner() -> None
 
 def test_the_second_word_that_an_ad_is_invalid_may_be_of_a_node_of_the_same_name() -> None:
     said_before = invalid("n1", "n1")
-    assert isinstance(decided(said_before), Back)
+    assert isinstance(decided(said_before), Retry)
     other = replace(awarded(said_before, owner="acme"), error=said_before.error)
-    assert isinstance(decided(other), End)
+    assert isinstance(decided(other), Finish)
 
 
 def test_a_refuted_word_costs_the_node_of_that_owner() -> None:
@@ -694,7 +694,7 @@ def test_however_a_task_ends_its_result_has_the_tokens_of_all_attempts_and_its_b
         message = replace(awarded(message), result=result, error=error, budget=10**6 - took)
         decision = decide(message, ClusterConfig(max_attempts=max_attempts), 0)
         message = decision.envelope
-        if isinstance(decision, End):
+        if isinstance(decision, Finish):
             ended = succeeded(message, state=decision.state, below_threshold=decision.below_threshold)
             assert ended.used.tokens == ended.to_result().prompt_tokens == took
             return

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.adapt.evidence import change_in, fold, summary
+from loom.phases.adapt.evidence import apply_reward, change_in, summary
 from loom.schemas.base import decode, encode
 from loom.schemas.learning import MAX_DOMAINS, WINDOW, NodeProfile, Reward
 
@@ -19,7 +19,7 @@ def reward(task: str = "t", score: float = 1.0, ended_at: float = 0.0, **facts: 
 
 def folded(rewards: list[Reward], start: NodeProfile = EMPTY) -> NodeProfile:
     for seq, one in enumerate(rewards, start=start.last_seq + 1):
-        start = fold(start, one, seq)
+        start = apply_reward(start, one, seq)
     return start
 
 
@@ -58,7 +58,7 @@ def test_folding_in_two_goes_or_again_from_any_point_gives_the_same(history: lis
     whole = folded(history)
     stored = folded(history[:cut])
     for seq, one in enumerate(history, start=1):  # a restarted replica reads the whole stream again
-        stored = fold(stored, one, seq)
+        stored = apply_reward(stored, one, seq)
     assert stored == whole
 
 
@@ -70,9 +70,9 @@ def test_windows_do_not_depend_on_the_order_of_arrival(scores: list[float], rand
 
 
 def test_a_sequence_already_folded_changes_nothing() -> None:
-    once = fold(EMPTY, reward(), 5)
-    assert fold(once, reward("other"), 5) is once
-    assert fold(once, reward("other"), 4) is once
+    once = apply_reward(EMPTY, reward(), 5)
+    assert apply_reward(once, reward("other"), 5) is once
+    assert apply_reward(once, reward("other"), 4) is once
 
 
 def test_the_window_holds_the_newest_120_by_end_of_attempt() -> None:
@@ -84,7 +84,7 @@ def test_the_window_holds_the_newest_120_by_end_of_attempt() -> None:
 
 def test_a_reward_older_than_a_full_window_is_ignored_but_counts_as_read() -> None:
     full = folded([reward(f"t{i}", ended_at=100.0 + i) for i in range(WINDOW)])
-    late = fold(full, reward("late", score=0.0, ended_at=99.0), full.last_seq + 1)
+    late = apply_reward(full, reward("late", score=0.0, ended_at=99.0), full.last_seq + 1)
     assert late.last_seq == full.last_seq + 1
     assert (late.domains, late.total_tasks, late.consecutive_losses) == (full.domains, full.total_tasks, 0)
 
@@ -137,12 +137,12 @@ def test_what_came_before_a_change_is_forgotten_and_does_not_come_back() -> None
     bad = [reward(f"b{n}", 0.0, 60 + n) for n in range(12)]
     profile, told = EMPTY, []
     for seq, one in enumerate([*good, *bad], 1):
-        before, profile = profile, fold(profile, one, seq, forget=True)
+        before, profile = profile, apply_reward(profile, one, seq, forget=True)
         told.append(change_in(before, profile))
 
     assert (profile.domains["code"].mean, profile.domains["code"].count <= 12) == (0.0, True)
     assert [change for change in told if change] == ["code: from 0.97 over 62 to 0.00 over 3"]
-    again = fold(profile, good[3], 1000, forget=True)
+    again = apply_reward(profile, good[3], 1000, forget=True)
     assert again.domains == profile.domains
     assert again.total_tasks == profile.total_tasks == 72
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.values import message_types, messages
 
 from loom.schemas.auction import AnnouncedNode
-from loom.schemas.base import MAX_INT, Relayed, Undecodable, decode, encode, new_id
+from loom.schemas.base import MAX_INT, Message, Undecodable, decode, encode, new_id
 from loom.schemas.errors import InvalidTask
 from loom.schemas.events import ToolCallStart
 from loom.schemas.llm import CompletionParams
@@ -56,7 +56,7 @@ def sprinkled(value: Any, null: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("shape", OBJECTS, ids=lambda shape: shape.__name__)
 @a_few
 @given(data=st.data())
-def test_a_message_with_nulls_is_the_message_without_these_fields(shape: type[Relayed], data: st.DataObject) -> None:
+def test_a_message_with_nulls_is_the_message_without_these_fields(shape: type[Message], data: st.DataObject) -> None:
     message, dice = data.draw(messages(shape)), Random(data.draw(st.integers(0, 99)))
     with_nulls, without = sprinkled(message, lambda: dice.random() < 0.5)
     bom = codecs.BOM_UTF8 if dice.random() < 0.5 else b""
@@ -92,7 +92,7 @@ FREE = {"a": None, "b": [None, {"c": None}]}
         ),
     ],
 )
-def test_a_null_inside_free_json_stays(shape: type[Relayed], outer: dict[str, Any], found: Any) -> None:
+def test_a_null_inside_free_json_stays(shape: type[Message], outer: dict[str, Any], found: Any) -> None:
     assert found(decode(encode(outer), shape)) == FREE
 
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from loom.phases.scale import subtask_graph
 from loom.phases.scale.planner import bounded
-from loom.phases.scale.planner import given as given_plan
+from loom.phases.scale.planner import plan_from_ad as given_plan
 from loom.schemas.base import MAX_INPUTS_BYTES, MAX_MESSAGE_BYTES, decode, encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Award, Envelope, RejectedResult, Spec, Split, SplitPlan, Subtask, TaskRecord
@@ -79,7 +79,7 @@ def test_every_plan_ends_and_nothing_begins_before_what_it_needs(
     parts: Sequence[Subtask], budget: int | None, dice: random.Random, data: st.DataObject
 ) -> None:
     may_fail = data.draw(st.booleans())
-    plan = subtask_graph.begin(parent(budget), parts)
+    plan = subtask_graph.start_plan(parent(budget), parts)
     begun: list[str] = [each.id for each in subtask_graph.running(plan)]
     while plan.state == "running":
         running = subtask_graph.running(plan)
@@ -89,9 +89,9 @@ def test_every_plan_ends_and_nothing_begins_before_what_it_needs(
             assert by_name(plan)[need].state == "succeeded"
         state = "failed" if may_fail and dice.random() < 0.1 else "succeeded"
         record = ended(plan, one.id, state, tokens=dice.randint(0, one.grant or 0))
-        after = subtask_graph.note(plan, record)
+        after = subtask_graph.record_child(plan, record)
         assert after != plan
-        assert subtask_graph.note(after, record) == after, "told twice"
+        assert subtask_graph.record_child(after, record) == after, "told twice"
         new = [each.id for each in subtask_graph.running(after) if each.id not in {old.id for old in running}]
         assert set(new) <= {each.id for each in subtask_graph.begun_by(after, record.task_id)}
         begun += new
@@ -108,16 +108,16 @@ def test_every_plan_ends_and_nothing_begins_before_what_it_needs(
 def test_what_is_lent_never_exceeds_what_is_left_and_the_synthesis_keeps_its_share(
     parts: Sequence[Subtask], budget: int, dice: random.Random
 ) -> None:
-    plan = subtask_graph.begin(parent(budget), parts)
+    plan = subtask_graph.start_plan(parent(budget), parts)
     while plan.state == "running":
         left = subtask_graph.tokens_left(plan)
         assert left is not None
         lent = sum(each.grant or 0 for each in subtask_graph.running(plan))
         assert lent <= left - subtask_graph.SYNTHESIS_SHARE * budget
         one = dice.choice(subtask_graph.running(plan))
-        plan = subtask_graph.note(plan, ended(plan, one.id, tokens=dice.randint(0, one.grant or 0)))
+        plan = subtask_graph.record_child(plan, ended(plan, one.id, tokens=dice.randint(0, one.grant or 0)))
     assert plan.state == "joining"
-    joined = subtask_graph.joined(plan, {})
+    joined = subtask_graph.synthesis_envelope(plan, {})
     used = sum(each.tokens for each in plan.subtasks)
     assert joined.budget == budget - used
     assert joined.budget >= subtask_graph.SYNTHESIS_SHARE * budget
@@ -126,7 +126,7 @@ def test_what_is_lent_never_exceeds_what_is_left_and_the_synthesis_keeps_its_sha
 @given(st.dictionaries(st.text(max_size=8), st.text(max_size=200), max_size=12), st.integers(1, 4000))
 def test_inputs_fit_in_their_order_and_short_ones_stay_whole(texts: dict[str, str], times: int) -> None:
     inputs = {name: text * times for name, text in texts.items()}
-    fitted = subtask_graph.fitting(inputs)
+    fitted = subtask_graph.fit_inputs(inputs)
     assert list(fitted) == list(inputs)
     assert sum(len(encode(text)) for text in fitted.values()) <= MAX_INPUTS_BYTES
     for name, text in inputs.items():
@@ -139,37 +139,41 @@ def test_inputs_fit_in_their_order_and_short_ones_stay_whole(texts: dict[str, st
 
 
 def test_what_one_did_not_use_comes_back_to_the_next() -> None:
-    plan = subtask_graph.begin(parent(1000), [part("a"), part("b", "a")])
+    plan = subtask_graph.start_plan(parent(1000), [part("a"), part("b", "a")])
     assert by_name(plan)["a"].grant == 400
-    plan = subtask_graph.note(plan, ended(plan, "a", tokens=100))
+    plan = subtask_graph.record_child(plan, ended(plan, "a", tokens=100))
     assert by_name(plan)["b"].grant == 700  # 900 are left, 200 of them for the synthesis
 
 
 def test_a_chain_leaves_the_synthesis_its_fifth_however_long_it_is() -> None:
     names = [f"s{n}" for n in range(8)]
-    plan = subtask_graph.begin(parent(1000), [part(name, *names[max(0, n - 1) : n]) for n, name in enumerate(names)])
+    plan = subtask_graph.start_plan(
+        parent(1000), [part(name, *names[max(0, n - 1) : n]) for n, name in enumerate(names)]
+    )
     for name in names:
-        plan = subtask_graph.note(plan, ended(plan, name, tokens=by_name(plan)[name].grant or 0))
+        plan = subtask_graph.record_child(plan, ended(plan, name, tokens=by_name(plan)[name].grant or 0))
     assert plan.state == "joining"
-    assert subtask_graph.joined(plan, {}).budget == pytest.approx(200, abs=8)
+    assert subtask_graph.synthesis_envelope(plan, {}).budget == pytest.approx(200, abs=8)
 
 
 def test_a_harder_subtask_gets_more() -> None:
-    plan = subtask_graph.begin(parent(1000), [part("a", estimated_complexity=0.9), part("b", estimated_complexity=0.1)])
+    plan = subtask_graph.start_plan(
+        parent(1000), [part("a", estimated_complexity=0.9), part("b", estimated_complexity=0.1)]
+    )
     assert by_name(plan)["a"].grant == 666
     assert by_name(plan)["b"].grant == 133
 
 
 def test_without_a_budget_there_are_no_limits() -> None:
-    plan = subtask_graph.begin(parent(), [part("a"), part("b", "a")])
-    plan = subtask_graph.note(plan, ended(plan, "a", tokens=10**6))
+    plan = subtask_graph.start_plan(parent(), [part("a"), part("b", "a")])
+    plan = subtask_graph.record_child(plan, ended(plan, "a", tokens=10**6))
     assert (by_name(plan)["a"].tokens, by_name(plan)["b"].grant) == (10**6, None)
     assert plan.state == "running"
 
 
 def test_a_budget_that_is_spent_fails_the_plan_at_once() -> None:
-    plan = subtask_graph.begin(parent(1000), [part("a"), part("b", "a"), part("c", "b")])
-    plan = subtask_graph.note(plan, ended(plan, "a", tokens=1000))
+    plan = subtask_graph.start_plan(parent(1000), [part("a"), part("b", "a"), part("c", "b")])
+    plan = subtask_graph.record_child(plan, ended(plan, "a", tokens=1000))
     error = subtask_graph.failure(plan)
     assert error is not None
     assert (plan.state, error.code) == ("done", "budget_exceeded")
@@ -177,7 +181,7 @@ def test_a_budget_that_is_spent_fails_the_plan_at_once() -> None:
 
 
 def test_a_budget_too_small_to_share_is_spent_from_the_beginning() -> None:
-    plan = subtask_graph.begin(parent(8), [part(f"s{n}") for n in range(16)])
+    plan = subtask_graph.start_plan(parent(8), [part(f"s{n}") for n in range(16)])
     error = subtask_graph.failure(plan)
     assert error is not None
     assert (plan.state, error.code) == ("done", "budget_exceeded")
@@ -194,14 +198,14 @@ def test_a_budget_too_small_to_share_is_spent_from_the_beginning() -> None:
     ],
 )
 def test_every_token_a_child_has_used_counts(facts: dict[str, Any], used: int) -> None:
-    plan = subtask_graph.begin(parent(1000), [part("a"), part("b")])
+    plan = subtask_graph.start_plan(parent(1000), [part("a"), part("b")])
     assert by_name(plan)["a"].grant == 400
-    plan = subtask_graph.note(plan, ended(plan, "a", tokens=40, **facts))
+    plan = subtask_graph.record_child(plan, ended(plan, "a", tokens=40, **facts))
     assert by_name(plan)["a"].tokens == used
 
 
 def test_the_best_of_refused_results_is_counted_as_the_attempt_it_was() -> None:
-    plan = subtask_graph.begin(parent(), [part("a"), part("b")])
+    plan = subtask_graph.start_plan(parent(), [part("a"), part("b")])
     best = RunResult(content="nearly", completion_tokens=30)
     record = ended(
         plan,
@@ -211,17 +215,17 @@ def test_the_best_of_refused_results_is_counted_as_the_attempt_it_was() -> None:
         best_rejected=RejectedResult(result=best, node_id="n7", host_id="h"),
         below_threshold=True,
     )
-    one = by_name(subtask_graph.note(plan, record))["a"]
+    one = by_name(subtask_graph.record_child(plan, record))["a"]
     assert (one.state, one.tokens, one.node_id) == ("succeeded", 30, "n7")
 
 
 def test_a_part_whose_answers_were_all_refused_says_so_and_the_plan_holds_no_answer() -> None:
-    plan = subtask_graph.begin(parent(), [part("a"), part("b")])
+    plan = subtask_graph.start_plan(parent(), [part("a"), part("b")])
     best = RejectedResult(result=RunResult(content="nearly"), reason="too short", node_id="n7", host_id="h")
     record = replace(ended(plan, "a", "failed", best_rejected=best), rejected=True)
     assert record.error is not None
     assert record.error.best_rejected == best.to_rejected()
-    plan = subtask_graph.note(plan, record)
+    plan = subtask_graph.record_child(plan, record)
     error = by_name(plan)["a"].error
     assert error == replace(record.error, best_rejected=None)
     why = subtask_graph.failure(plan)
@@ -230,57 +234,59 @@ def test_a_part_whose_answers_were_all_refused_says_so_and_the_plan_holds_no_ans
 
 
 def test_the_tokens_of_a_childs_own_subtasks_count() -> None:
-    plan = subtask_graph.begin(parent(), [part("a"), part("b")])
-    below = subtask_graph.begin(parent(), [part("x"), part("y")])
-    below = subtask_graph.note(below, ended(below, "x", tokens=7))
-    plan = subtask_graph.note(plan, ended(plan, "a", tokens=5, spent=subtask_graph.joined(below, {}).spent))
+    plan = subtask_graph.start_plan(parent(), [part("a"), part("b")])
+    below = subtask_graph.start_plan(parent(), [part("x"), part("y")])
+    below = subtask_graph.record_child(below, ended(below, "x", tokens=7))
+    plan = subtask_graph.record_child(
+        plan, ended(plan, "a", tokens=5, spent=subtask_graph.synthesis_envelope(below, {}).spent)
+    )
     assert by_name(plan)["a"].tokens == 12
 
 
 def test_a_joined_task_has_spent_what_its_parts_have_and_its_budget_agrees() -> None:
-    plan = subtask_graph.begin(parent(1000), [part("a"), part("b")])
+    plan = subtask_graph.start_plan(parent(1000), [part("a"), part("b")])
     for name in ("a", "b"):
-        plan = subtask_graph.note(plan, ended(plan, name, tokens=40))
-    task = subtask_graph.joined(plan, {})
+        plan = subtask_graph.record_child(plan, ended(plan, name, tokens=40))
+    task = subtask_graph.synthesis_envelope(plan, {})
     assert (task.spent.completion_tokens, task.budget) == (80, 920)
-    assert subtask_graph.joined(plan, {}) == task, "the same for a twin"
+    assert subtask_graph.synthesis_envelope(plan, {}) == task, "the same for a twin"
 
 
 # -- failures
 
 
 def test_a_failed_subtask_fails_the_plan_and_says_why() -> None:
-    plan = subtask_graph.begin(parent(), [part("a"), part("b"), part("c", "a", "b")])
-    plan = subtask_graph.note(plan, ended(plan, "a", "failed", code="node_lost"))
+    plan = subtask_graph.start_plan(parent(), [part("a"), part("b"), part("c", "a", "b")])
+    plan = subtask_graph.record_child(plan, ended(plan, "a", "failed", code="node_lost"))
     error = subtask_graph.failure(plan)
     assert error is not None
     assert (plan.state, error.code, error.message) == ("done", "subtask_failed", "subtask a ended with node_lost: no")
     assert [each.state for each in plan.subtasks] == ["failed", "running", "waiting"]
     assert plan.error == error
-    after = subtask_graph.note(plan, ended(plan, "b"))
+    after = subtask_graph.record_child(plan, ended(plan, "b"))
     assert (after.state, after.error) == ("done", error), "what comes after the end changes only its own part"
     assert [each.state for each in after.subtasks] == ["failed", "succeeded", "waiting"]
 
 
 @pytest.mark.parametrize("code", ["deadline_exceeded", "budget_exceeded"])
 def test_a_deadline_and_a_budget_are_the_parents_own(code: str) -> None:
-    plan = subtask_graph.begin(parent(), [part("a"), part("b")])
-    error = subtask_graph.failure(subtask_graph.note(plan, ended(plan, "a", "failed", code=code)))
+    plan = subtask_graph.start_plan(parent(), [part("a"), part("b")])
+    error = subtask_graph.failure(subtask_graph.record_child(plan, ended(plan, "a", "failed", code=code)))
     assert error == TaskError(code=code, message="subtask a: no")
 
 
 def test_a_cancelled_subtask_fails_the_plan() -> None:
-    plan = subtask_graph.begin(parent(), [part("a"), part("b")])
-    error = subtask_graph.failure(subtask_graph.note(plan, ended(plan, "a", "cancelled", code="cancelled")))
+    plan = subtask_graph.start_plan(parent(), [part("a"), part("b")])
+    error = subtask_graph.failure(subtask_graph.record_child(plan, ended(plan, "a", "cancelled", code="cancelled")))
     assert error is not None
     assert (error.code, error.message) == ("subtask_failed", "subtask a ended with cancelled: no")
 
 
 def test_a_record_that_has_not_ended_and_one_of_somebody_else_change_nothing() -> None:
-    plan = subtask_graph.begin(parent(), [part("a"), part("b")])
+    plan = subtask_graph.start_plan(parent(), [part("a"), part("b")])
     record = ended(plan, "a")
-    assert subtask_graph.note(plan, replace(record, state="running")) == plan
-    assert subtask_graph.note(plan, replace(record, task_id="other")) == plan
+    assert subtask_graph.record_child(plan, replace(record, state="running")) == plan
+    assert subtask_graph.record_child(plan, replace(record, task_id="other")) == plan
 
 
 # -- children
@@ -289,8 +295,8 @@ def test_a_record_that_has_not_ended_and_one_of_somebody_else_change_nothing() -
 def test_a_child_has_its_own_id_and_its_parents_deadline_priority_and_context() -> None:
     given: dict[str, Any] = {"limits": Limits(max_depth=1), "tools_allowed": ("add",), "labels": {"tenant": "a"}}
     env = parent(1000, context={"plan": [1], "repo": "x"}, trace="00-ab-cd-01", **given)
-    plan = subtask_graph.begin(env, [part("a"), part("b", "a", domain="data", estimated_complexity=0.4)])
-    plan = subtask_graph.note(plan, ended(plan, "a"))
+    plan = subtask_graph.start_plan(env, [part("a"), part("b", "a", domain="data", estimated_complexity=0.4)])
+    plan = subtask_graph.record_child(plan, ended(plan, "a"))
     child = subtask_graph.child_of(plan, by_name(plan)["b"], {"a": "out a", "z": "no"}, now=900.0)
     assert child.task_id == subtask_graph.child_id("p", "b") != subtask_graph.child_id("p", "a")
     assert (child.ad.domain, child.ad.description, child.ad.estimated_complexity) == ("data", "do b", 0.4)
@@ -305,7 +311,7 @@ def test_a_child_has_its_own_id_and_its_parents_deadline_priority_and_context() 
 
 def test_a_part_of_a_part_is_deeper_and_knows_what_its_parent_was_given() -> None:
     split = Split(parent="g", depth=1, subtask="p", deadline=1000.0, inputs={"before": "it", "a": "theirs"})
-    plan = subtask_graph.begin(parent(split=split), [part("a"), part("b", "a")])
+    plan = subtask_graph.start_plan(parent(split=split), [part("a"), part("b", "a")])
     first = subtask_graph.child_of(plan, by_name(plan)["a"], {}, 0.0)
     second = subtask_graph.child_of(plan, by_name(plan)["b"], {"a": "ours"}, 0.0)
     assert first.split is not None
@@ -329,13 +335,13 @@ def test_the_largest_plan_a_client_may_give_can_be_read_again_when_all_has_been_
     config = ClusterConfig(max_subtasks=64)
     env = parent(10**8, context={"k": "v" * 32_000}, inputs={"a": "\x01" * 10_000}, best_rejected=None)
     env = replace(env, ad=replace(env.ad, description="\x01" * 5000), trace="t" * 256)
-    plan = subtask_graph.begin(env, bounded(parts, config))
+    plan = subtask_graph.start_plan(env, bounded(parts, config))
     for each in parts[:-1]:
-        plan = subtask_graph.note(
+        plan = subtask_graph.record_child(
             plan, ended(plan, each.id, award=Award(node_id="n" * 64, host_id="h" * 64), tokens=10**4)
         )
     why = TaskError(code="agent_failed", message="\x01" * 2000)
-    plan = subtask_graph.note(plan, ended(plan, parts[-1].id, "failed", error=why))
+    plan = subtask_graph.record_child(plan, ended(plan, parts[-1].id, "failed", error=why))
     assert plan.state == "done"
     assert len(encode(plan)) < MAX_MESSAGE_BYTES / 2
     assert decode(encode(plan), SplitPlan) == plan
@@ -371,18 +377,18 @@ def test_a_plan_that_is_done_takes_in_the_ends_of_its_subtasks_and_changes_nothi
     dice: random.Random,
     parent_ended: bool,
 ) -> None:
-    plan = subtask_graph.begin(parent(), parts)
+    plan = subtask_graph.start_plan(parent(), parts)
     if parent_ended:
         done = subtask_graph.finish(plan)
     else:
-        done = subtask_graph.note(plan, ended(plan, dice.choice(subtask_graph.running(plan)).id, "failed"))
+        done = subtask_graph.record_child(plan, ended(plan, dice.choice(subtask_graph.running(plan)).id, "failed"))
         assert done.error == subtask_graph.failure(done)
     after = done
     for one in dice.sample(subtask_graph.running(done), len(subtask_graph.running(done))):
         record = ended(done, one.id, dice.choice(["succeeded", "failed", "cancelled"]))
-        after = subtask_graph.note(after, record)
+        after = subtask_graph.record_child(after, record)
         assert by_name(after)[one.id].state == record.state
-        assert subtask_graph.note(after, record) == after, "a second time"
+        assert subtask_graph.record_child(after, record) == after, "a second time"
     assert subtask_graph.running(after) == []
     assert (after.state, after.error) == ("done", done.error)
     untouched = {each.id for each in done.subtasks if each.state != "running"}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from loom.phases.adapt.evidence import fold
+from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.reward_weights import MOST, weights_of
 from loom.schemas.base import decode, encode
 from loom.schemas.learning import NodeProfile, Reward
@@ -26,7 +26,7 @@ def folded(*rewards: Reward, **weights: float) -> NodeProfile:
 
 def more(known: NodeProfile, *rewards: Reward, **weights: float) -> NodeProfile:
     for seq, one in enumerate(rewards, start=known.last_seq + 1):
-        known = fold(known, one, seq, weights=weights_of(weights))
+        known = apply_reward(known, one, seq, weights=weights_of(weights))
     return known
 
 
@@ -67,7 +67,7 @@ def test_the_rules_alone_take_no_room_for_their_name() -> None:
 
 def test_who_weighs_nothing_is_read_and_not_learned_from() -> None:
     before = folded(said("rules", 1.0))
-    after = fold(before, said("linter", 0.0), 2, weights=weights_of({"linter": 0}))
+    after = apply_reward(before, said("linter", 0.0), 2, weights=weights_of({"linter": 0}))
     assert after.last_seq == 2
     assert (after.domains, after.total_tasks) == (before.domains, 1)
     alone = folded(said("rules", 0.0), said("person", 1.0), rules=0)
@@ -152,7 +152,7 @@ def test_what_is_delivered_again_changes_nothing(history: list[tuple[str, str, f
     rewards = list(enumerate(rewards_of(history), start=1))
     profile, whole = EMPTY, folded(*rewards_of(history))
     for seq, one in [*rewards[:cut], *rewards[max(0, cut - back) :]]:
-        profile = fold(profile, one, seq)
+        profile = apply_reward(profile, one, seq)
     assert profile == whole
 
 

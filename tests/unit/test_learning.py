@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from support.phases import ad, envelope
 
 from loom.bus.host_directory import HostKey
-from loom.phases.adapt.evidence import fold
-from loom.phases.match.scoring import Book, award
+from loom.phases.adapt.evidence import apply_reward
+from loom.phases.match.scoring import AuctionContext, award
 from loom.schemas.auction import Bid
 from loom.schemas.learning import DomainEvidence, NodeProfile, Reward, Score
 
@@ -36,7 +36,7 @@ def awarded(tasks: int, bids: Mapping[str, Bid], works: Callable[[int, str], flo
     winners = []
     for number in range(tasks):
         task = envelope(ad(task_id=f"t{number}"), now=0)
-        winner = award(task, [(HOST, bid) for bid in bids.values()], Book(profiles)).node_id
+        winner = award(task, [(HOST, bid) for bid in bids.values()], AuctionContext(profiles)).node_id
         reward = Reward(
             reward_id=f"t{number}:1:rules",
             task_id=f"t{number}",
@@ -46,7 +46,9 @@ def awarded(tasks: int, bids: Mapping[str, Bid], works: Callable[[int, str], flo
             score=works(number, winner),
             ended_at=number,
         )
-        profiles[winner] = fold(profiles.get(winner, NodeProfile(node_id=winner)), reward, number + 1, forget=True)
+        profiles[winner] = apply_reward(
+            profiles.get(winner, NodeProfile(node_id=winner)), reward, number + 1, forget=True
+        )
         winners.append(winner)
     return winners
 
@@ -112,14 +114,14 @@ def test_a_much_better_busy_node_with_room_beats_a_bad_idle_one(
         (HOST, Bid(node_id="good", load=load, backlog=3, free=1)),
     ]
 
-    assert award(envelope(ad(), now=0), bids, Book(profiles)).node_id == "good"
+    assert award(envelope(ad(), now=0), bids, AuctionContext(profiles)).node_id == "good"
 
 
 def test_of_two_alike_the_idle_one_wins() -> None:
     profiles = {name: known(name, 0.8, 40) for name in ("busy", "idle")}
     bids = [(HOST, Bid(node_id="busy", load=0.3)), (HOST, Bid(node_id="idle"))]
 
-    assert award(envelope(ad(), now=0), bids, Book(profiles)).node_id == "idle"
+    assert award(envelope(ad(), now=0), bids, AuctionContext(profiles)).node_id == "idle"
 
 
 def test_an_idle_novice_does_not_beat_a_better_busy_expert_on_claims_alone() -> None:
@@ -128,7 +130,7 @@ def test_an_idle_novice_does_not_beat_a_better_busy_expert_on_claims_alone() -> 
         (HOST, Bid(node_id="expert", self_rating=0.825, load=0.8, free=4)),
     ]
 
-    assert award(envelope(ad(), now=0), bids, Book()).node_id == "expert"
+    assert award(envelope(ad(), now=0), bids, AuctionContext()).node_id == "expert"
 
 
 def test_an_idle_novice_is_tried_a_few_times_and_then_leaves_the_work_to_a_better_busy_expert() -> None:

@@ -3,7 +3,7 @@
 import pytest
 from support.logs import capture_logs
 
-from loom.bus.health import Health
+from loom.bus.hops.health import Health
 from loom.bus.logs.discards import LINES, Discards
 from loom.bus.logs.left_out import MAX_HOSTS, MAX_REASON, LeftOut, together
 from loom.schemas.base import MAX_MESSAGE_BYTES, decode, encode

@@ -10,7 +10,17 @@ from support.phases import ad, envelope
 
 from loom.phases.match.award_policies import POLICIES, Trust
 from loom.phases.match.offers import HostOffer
-from loom.phases.match.scoring import AllBusy, Awarded, Book, Exhausted, Nobody, award, judge, score, tie_break
+from loom.phases.match.scoring import (
+    AllBusy,
+    AuctionContext,
+    Awarded,
+    Exhausted,
+    Nobody,
+    award,
+    decide,
+    score,
+    tie_break,
+)
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import Envelope
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
@@ -33,16 +43,16 @@ def profile(node: str, count: int, mean: float, *, domain_token: str = "code", l
     )
 
 
-def knowing(known: NodeProfile, exploration: float = 0.3) -> Book:
-    return Book({known.node_id: known}, exploration=exploration)
+def knowing(known: NodeProfile, exploration: float = 0.3) -> AuctionContext:
+    return AuctionContext({known.node_id: known}, exploration=exploration)
 
 
 def judged(envelope: Envelope, *offers: HostOffer) -> Any:
-    return judge(envelope, offers, Book())
+    return decide(envelope, offers, AuctionContext())
 
 
 def test_a_score_without_evidence_rests_on_the_claim() -> None:
-    scored = score(env(), H1, Bid(node_id="n1", self_rating=0.9, load=0.5), Book(), 0)
+    scored = score(env(), H1, Bid(node_id="n1", self_rating=0.9, load=0.5), AuctionContext(), 0)
     assert scored.score == pytest.approx(0.6 * 0.9 + 0.25 * 0.5 + 0.15)
     assert (scored.evidence, scored.count, scored.bonus, scored.trust) == (None, 0, 0, pytest.approx(0.9))
 
@@ -59,7 +69,7 @@ def test_evidence_outweighs_the_claim_which_counts_as_two_observations() -> None
 def test_evidence_of_another_domain_counts_for_nothing() -> None:
     bid = Bid(node_id="n1", self_rating=0.5)
     assert score(env(), H1, bid, knowing(profile("n1", 50, 1.0, domain_token="data")), 0) == score(
-        env(), H1, bid, Book(), 0
+        env(), H1, bid, AuctionContext(), 0
     )
 
 
@@ -72,19 +82,19 @@ def test_evidence_is_looked_up_by_slug_whatever_the_wording() -> None:
 def test_a_claim_that_failed_often_loses_to_a_modest_one() -> None:
     boaster, modest = Bid(node_id="boaster", self_rating=1.0), Bid(node_id="modest", self_rating=0.5)
     profiles = {"boaster": profile("boaster", 30, 0.0), "modest": profile("modest", 30, 0.9)}
-    assert award(env(), [(H1, boaster), (H2, modest)], Book(profiles)).node_id == "modest"
+    assert award(env(), [(H1, boaster), (H2, modest)], AuctionContext(profiles)).node_id == "modest"
 
 
 def test_the_busier_of_equals_loses() -> None:
     bids = [(H1, Bid(node_id="busy", load=0.9, backlog=3)), (H2, Bid(node_id="idle", load=0.1))]
-    won = award(env(), bids, Book())
+    won = award(env(), bids, AuctionContext())
     assert (won.node_id, won.host_id, won.backlog) == ("idle", "h2", 0)
 
 
 def test_the_award_remembers_the_best_sixteen_bids_and_what_they_rest_on() -> None:
     bids = [(H1, Bid(node_id=f"n{i}", self_rating=i / 30)) for i in range(30)]
     profiles = {"n29": profile("n29", 3, 1.0, last_seq=77), "n1": profile("n1", 3, 0.0, last_seq=12)}
-    won = award(env(), bids, Book(profiles, exploration=0.0))
+    won = award(env(), bids, AuctionContext(profiles, exploration=0.0))
     assert won.node_id == won.bids[0].node_id == "n29"
     assert len(won.bids) == 16
     assert [bid.score for bid in won.bids] == sorted((bid.score for bid in won.bids), reverse=True)
@@ -93,7 +103,7 @@ def test_the_award_remembers_the_best_sixteen_bids_and_what_they_rest_on() -> No
 
 
 def test_the_award_names_the_policy_it_was_made_by() -> None:
-    book = Book(policy=POLICIES["random"], policy_name="random")
+    book = AuctionContext(policy=POLICIES["random"], policy_name="random")
     assert award(env(), [(H1, Bid(node_id="n1"))], book).policy == "random"
 
 
@@ -105,8 +115,8 @@ def test_exploration_counts_a_node_once_even_if_it_is_on_two_hosts() -> None:
 
 def test_ties_are_stable_for_a_task_and_spread_over_tasks() -> None:
     bids = [(H1, Bid(node_id=f"n{i}")) for i in range(4)]
-    winners = {task: award(env(task), bids, Book()).node_id for task in map(str, range(200))}
-    again = {task: award(env(task), bids[::-1], Book()).node_id for task in winners}
+    winners = {task: award(env(task), bids, AuctionContext()).node_id for task in map(str, range(200))}
+    again = {task: award(env(task), bids[::-1], AuctionContext()).node_id for task in winners}
     assert winners == again
     assert min(Counter(winners.values()).values()) > 25
 
@@ -114,7 +124,7 @@ def test_ties_are_stable_for_a_task_and_spread_over_tasks() -> None:
 @given(st.permutations(range(6)))
 def test_the_order_of_arrival_never_decides(order: list[int]) -> None:
     bids = [(key(f"h{i % 2}"), Bid(node_id=f"n{i // 2}", self_rating=0.5)) for i in range(6)]
-    assert award(env(), [bids[i] for i in order], Book()) == award(env(), bids, Book())
+    assert award(env(), [bids[i] for i in order], AuctionContext()) == award(env(), bids, AuctionContext())
 
 
 def test_a_bid_without_all_required_tools_is_no_bid() -> None:
@@ -185,9 +195,9 @@ def test_an_award_remembers_its_bids_by_score_then_by_the_tie_break_of_the_task_
     bids = [(H1, Bid(node_id="n1", self_rating=0.1))] + [
         (key(f"h{number}"), Bid(node_id=node, self_rating=claim)) for number, (node, claim) in enumerate(made, 2)
     ]
-    scored = [score(env(), host, bid, Book(), 0) for host, bid in bids]
+    scored = [score(env(), host, bid, AuctionContext(), 0) for host, bid in bids]
     ordered = sorted(scored, key=lambda bid: (-bid.score, tie_break("t1", bid.node_id), bid.host_id))
-    assert award(env(), bids, Book()).bids == tuple(ordered[:16])
+    assert award(env(), bids, AuctionContext()).bids == tuple(ordered[:16])
 
 
 def test_an_award_says_which_bid_has_won() -> None:
@@ -199,7 +209,7 @@ def test_an_award_says_which_bid_has_won() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.1])
 def test_a_policy_that_trusts_beyond_measure_is_refused_even_for_one_bid_of_many(value: float) -> None:
-    book = Book(policy=lambda known: Trust(value if known.node_id == "n30" else 0.5), policy_name="mine:odd")
+    book = AuctionContext(policy=lambda known: Trust(value if known.node_id == "n30" else 0.5), policy_name="mine:odd")
     with pytest.raises(ValueError, match="mine:odd"):
         award(env(), [(key("h"), Bid(node_id=f"n{number}")) for number in range(40)], book)
 
@@ -207,7 +217,9 @@ def test_a_policy_that_trusts_beyond_measure_is_refused_even_for_one_bid_of_many
 def test_idle_knowledge_fades_towards_the_claim() -> None:
     known = profile("n1", 8, 1.0)
     fresh, halved, old = (
-        score(env(), H1, Bid(node_id="n1", self_rating=0.0), Book({"n1": known}, now=now, half_life_s=100), 8).trust
+        score(
+            env(), H1, Bid(node_id="n1", self_rating=0.0), AuctionContext({"n1": known}, now=now, half_life_s=100), 8
+        ).trust
         for now in (0, 100, 10_000)
     )
     bonus = 0.3 * math.sqrt(math.log(9) / 2)

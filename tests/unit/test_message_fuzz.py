@@ -17,12 +17,12 @@ from loom.bus.dead_letters.write import letter_facts
 from loom.bus.host_directory import AnnouncedHost, HostKey
 from loom.bus.logs.discards import Discards
 from loom.bus.natsio.ordered_consumer import Stored
-from loom.bus.natsio.publishing import _read_ack
+from loom.bus.natsio.publishing import read_reply
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.stored_rewards import reward_in
 from loom.bus.subjects import Subjects
 from loom.phases.adapt.calibration_writer import recalibrated
-from loom.phases.adapt.evidence import fold, is_dated_ahead, summary
+from loom.phases.adapt.evidence import apply_reward, is_dated_ahead, summary
 from loom.phases.adapt.retirement_policy import bequest, heir, who_retires
 from loom.phases.evaluate import decisions as evaluate
 from loom.phases.execute.delegation import answer_in, errand_for
@@ -30,10 +30,10 @@ from loom.phases.execute.service import error_in, request_for, spent
 from loom.phases.match.award_policies import POLICIES
 from loom.phases.match.offers import OfferReader
 from loom.phases.match.partial_decoding import ReadProfile, known, window
-from loom.phases.match.scoring import Awarded, Book, judge
+from loom.phases.match.scoring import AuctionContext, Awarded, decide
 from loom.phases.scale import planner, subtask_graph
 from loom.phases.sense.calibration_reader import calibrated
-from loom.phases.sense.estimate import look
+from loom.phases.sense.estimate import estimate_task
 from loom.schemas.auction import (
     BID_LIMIT,
     CallForBids,
@@ -173,10 +173,10 @@ def any_message(forger: Forger) -> None:
 
 def ads(forger: Forger) -> None:
     ad = parse_ad(forger.body(TaskAd))
-    spec, _ = look(ad)
+    spec, _ = estimate_task(ad)
     calibrated(spec, {"code": Calibration(domain_token="code", bias=1.0, count=9)})
     check_ad(ad)
-    planner.given(ad, CONFIG)
+    planner.plan_from_ad(ad, CONFIG)
 
 
 def events(forger: Forger) -> None:
@@ -198,7 +198,9 @@ def auctions(forger: Forger) -> None:
         return
     taken = {(*offer.host, bid.node_id): forger.dice.choice([1, 5]) for offer in offers for bid in offer.bids}
     for policy in POLICIES.values():
-        verdict = judge(envelope, offers, Book(policy=policy, profiles=profiles, now=1e9, half_life_s=1e6, taken=taken))
+        verdict = decide(
+            envelope, offers, AuctionContext(policy=policy, profiles=profiles, now=1e9, half_life_s=1e6, taken=taken)
+        )
         if isinstance(verdict, Awarded):
             decode(
                 encode(msgspec.structs.replace(envelope, award=verdict.award)), Envelope, limit=2 * MAX_MESSAGE_BYTES
@@ -214,7 +216,7 @@ def learning(forger: Forger) -> None:
         reward = reward_in(Stored("loom.reward.rules.local.good-1.code", body, seq, 1.0, 0, {}), subjects, discards)
         reward = reward or forger.made(Reward)
         if reward is not None:
-            profile = fold(profile, reward, seq, forget=True)
+            profile = apply_reward(profile, reward, seq, forget=True)
             calibration = recalibrated(calibration, reward, seq)
     is_dated_ahead(profile, 1e9)
     decode(encode(calibration), Calibration)
@@ -254,12 +256,12 @@ def running(forger: Forger) -> None:
 def plans(forger: Forger) -> None:
     plan, record = forger.made(SplitPlan), forger.made(TaskRecord)
     if plan is not None and record is not None:
-        noted = subtask_graph.note(plan, record)
+        noted = subtask_graph.record_child(plan, record)
         decode(encode(noted), SplitPlan, limit=2 * MAX_MESSAGE_BYTES)
         subtask_graph.failure(noted)
         for part in subtask_graph.running(noted)[:2]:
             encode(subtask_graph.child_of(noted, part, {}, 1.0))
-        encode(subtask_graph.joined(noted, {}))
+        encode(subtask_graph.synthesis_envelope(noted, {}))
     parse_plan(forger.body(list[Subtask]).decode())
 
 
@@ -282,7 +284,7 @@ class Ack(msgspec.Struct):
 
 def acknowledgements(forger: Forger) -> None:
     body = forger.body(Ack)
-    _read_ack(Msg("_INBOX.x", "", forger.dice.choice([body, body + b"\xff", body[:-1], DEEP.encode()]), b""))
+    read_reply(Msg("_INBOX.x", "", forger.dice.choice([body, body + b"\xff", body[:-1], DEEP.encode()]), b""))
 
 
 def dead_letters(forger: Forger) -> None:
@@ -313,6 +315,6 @@ def test_a_stored_profile_whose_counts_do_not_fit_its_scores_goes_on_learning(co
         reward_id="t9:1:rules", task_id="t9", attempt=1, node_id="n", domain_token="data", score=1.0, ended_at=9.0
     )
 
-    folded = fold(decode(encode(stored), NodeProfile), reward, 1)
+    folded = apply_reward(decode(encode(stored), NodeProfile), reward, 1)
 
     assert (folded.success_rate, folded.total_tasks) == (1.0, 1)

@@ -6,7 +6,7 @@ from support.nodes import echo, node
 from support.phases import ad, envelope
 
 from loom.agents.host.announcement import announced as announced_node
-from loom.agents.host.clone import Child
+from loom.agents.host.clone import SpawnedNode
 from loom.phases.match.announced_nodes import AnnouncedNodes
 from loom.phases.match.misspelt_domains import FRESH_S, MOST_KEPT, Misspelt
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode
@@ -16,7 +16,7 @@ from loom.types import AgentNode
 SENTENCE = "no node rates itself in 'sael'; did you mean 'sales'?"
 
 
-def known(*nodes: AgentNode | Child | AnnouncedNode) -> AnnouncedNodes:
+def known(*nodes: AgentNode | SpawnedNode | AnnouncedNode) -> AnnouncedNodes:
     """The nodes that one host has announced."""
     there = AnnouncedNodes()
     shapes = tuple(one if isinstance(one, AnnouncedNode) else announced_node(one, 4) for one in nodes)
@@ -24,7 +24,7 @@ def known(*nodes: AgentNode | Child | AnnouncedNode) -> AnnouncedNodes:
     return there
 
 
-def warned(*nodes: AgentNode | Child | AnnouncedNode, domain: str = "sael", **facts: Any) -> str:
+def warned(*nodes: AgentNode | SpawnedNode | AnnouncedNode, domain: str = "sael", **facts: Any) -> str:
     return Misspelt(known(*nodes)).warning_for(envelope(ad(domain=domain), now=0, **facts))
 
 
@@ -75,7 +75,7 @@ def test_nodes_that_name_no_domain_and_no_nodes_are_no_reason_for_a_warning() ->
 
 
 def test_a_node_started_for_a_domain_names_it_beside_its_templates() -> None:
-    child = Child("n1-c1", node("n1", echo, sales=0.9), "law")
+    child = SpawnedNode("n1-c1", node("n1", echo, sales=0.9), "law")
     assert warned(child, domain="law") == ""
     assert warned(child) == SENTENCE
 

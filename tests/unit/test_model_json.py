@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Meta
 
-from loom.schemas.base import Undecodable, Unit, Wire
+from loom.schemas.base import CheckedMessage, Undecodable, Unit
 from loom.schemas.text.model_json import read_model_json
 
 
-class Verdict(Wire, frozen=True, kw_only=True):
+class Verdict(CheckedMessage, frozen=True, kw_only=True):
     score: Unit
     reason: Annotated[str, Meta(max_length=20)] = ""
 

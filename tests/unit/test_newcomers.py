@@ -11,10 +11,10 @@ from support.auctions import key
 from support.phases import ad, envelope
 
 from loom.bus.host_directory import HostKey
-from loom.phases.adapt.evidence import fold
+from loom.phases.adapt.evidence import apply_reward
 from loom.phases.match.award_policies import POLICIES
 from loom.phases.match.newcomers import Newcomers
-from loom.phases.match.scoring import Book, award, score
+from loom.phases.match.scoring import AuctionContext, award, score
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import Award, Envelope, FailedAttempt
 from loom.schemas.learning import DomainEvidence, NodeProfile, Reward, Score
@@ -35,7 +35,7 @@ class Cluster:
 
     def play(self, tasks: int = TASKS, late: int = 0) -> "Cluster":
         for number in range(tasks):
-            book = Book(self.profiles, POLICIES[self.policy], pending=self.pending, newcomers=self.newcomers)
+            book = AuctionContext(self.profiles, POLICIES[self.policy], pending=self.pending, newcomers=self.newcomers)
             won = award(envelope(ad(task_id=f"t{number}"), now=0), self.bids, book)
             self.awards.append(won)
             self.pending[won.node, "code"] += 1
@@ -56,7 +56,7 @@ class Cluster:
             ended_at=number,
         )
         known = self.profiles.get(won.node, NodeProfile(node_id=won.node_id, owner=won.owner))
-        self.profiles[won.node] = fold(known, reward, number + 1, forget=self.policy == "glr_ucb")
+        self.profiles[won.node] = apply_reward(known, reward, number + 1, forget=self.policy == "glr_ucb")
         self.newcomers.learn(won.node, self.profiles[won.node].domains)
         self.pending[won.node, "code"] -= 1
 
@@ -136,14 +136,14 @@ def known(node_id: str, owner: str, mean: float, count: int = 9) -> NodeProfile:
     return NodeProfile(node_id=node_id, owner=owner, domains={"code": evidence})
 
 
-def book_of(*profiles: NodeProfile) -> Book:
+def book_of(*profiles: NodeProfile) -> AuctionContext:
     newcomers = Newcomers()
     for one in profiles:
         newcomers.learn(one.name, one.domains)
-    return Book({one.name: one for one in profiles}, newcomers=newcomers)
+    return AuctionContext({one.name: one for one in profiles}, newcomers=newcomers)
 
 
-def ranked(task: Envelope, named: Sequence[Named], book: Book) -> list[str]:
+def ranked(task: Envelope, named: Sequence[Named], book: AuctionContext) -> list[str]:
     return [bid.node for bid in award(task, named, book).bids]
 
 
@@ -166,7 +166,10 @@ def test_the_failure_of_a_proven_node_does_not_concern_its_owners_newcomers() ->
     named = [*bids("acme", "n2", rating=1.0), *bids("local", "weak", rating=0.1)]
     book = book_of(known("good", "acme", 0.9))
     assert ranked(failed("good", "acme"), named, book) == ["acme.n2", "weak"]
-    assert ranked(failed("n1", "local"), [*bids("local", "n2", rating=1.0), *named[1:]], Book()) == ["n2", "weak"]
+    assert ranked(failed("n1", "local"), [*bids("local", "n2", rating=1.0), *named[1:]], AuctionContext()) == [
+        "n2",
+        "weak",
+    ]
 
 
 # -- what a score rests on
@@ -177,9 +180,9 @@ def test_pending_and_judged_attempts_of_all_newcomers_count_as_each_ones() -> No
     profiles = known("n1", "acme", 0.25, count=4), known("good", "acme", 0.9), known("n9", "beta", 0.0)
     book = book_of(*profiles)
     pending = {("acme.n2", "code"): 2, ("acme.good", "code"): 5, ("acme.n1", "data"): 7, ("n1", "code"): 3}
-    book = Book(book.profiles, pending=pending, newcomers=book.newcomers)
+    book = AuctionContext(book.profiles, pending=pending, newcomers=book.newcomers)
     scored = score(task, key("h1", "acme"), bid, book, 10)
-    own = Book({"n3": known("n3", "local", 0.25, count=4)}, pending={("n3", "code"): 2})
+    own = AuctionContext({"n3": known("n3", "local", 0.25, count=4)}, pending={("n3", "code"): 2})
     alone = score(task, key("h1"), bid, own, 10)
     assert (scored.trust, scored.bonus) == (alone.trust, alone.bonus)
     assert (scored.count, scored.evidence, scored.shared_count) == (0, None, 4)

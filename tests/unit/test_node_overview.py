@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.auctions import announced
 
-from loom.phases.adapt.evidence import fold
+from loom.phases.adapt.evidence import apply_reward
 from loom.runner.cli.commands.node import load_of
 from loom.runner.node_overview import Auctioned, DomainOverview, auctioned, overviews, standing_of
 from loom.schemas.config import ClusterConfig
@@ -24,7 +24,7 @@ def folded(*scores: float) -> NodeProfile:
             score=score,
             ended_at=1000.0 + seq,
         )
-        profile = fold(profile, one, seq, forget=True)
+        profile = apply_reward(profile, one, seq, forget=True)
     return profile
 
 

@@ -144,9 +144,9 @@ async def test_a_judge_is_not_asked_beyond_the_budget() -> None:
 
 def test_a_rubric_asks_for_an_opinion_and_a_share_of_the_rest_is_sampled() -> None:
     tasks = [answered(task_id=f"t{n}") for n in range(2000)]
-    assert llm_judge.wanted(answered(rubric="short"), 0.0)
-    assert not any(llm_judge.wanted(task, 0.0) for task in tasks)
-    assert all(llm_judge.wanted(task, 1.0) for task in tasks)
-    sampled = [task.task_id for task in tasks if llm_judge.wanted(task, 0.1)]
+    assert llm_judge.needs_llm_judge(answered(rubric="short"), 0.0)
+    assert not any(llm_judge.needs_llm_judge(task, 0.0) for task in tasks)
+    assert all(llm_judge.needs_llm_judge(task, 1.0) for task in tasks)
+    sampled = [task.task_id for task in tasks if llm_judge.needs_llm_judge(task, 0.1)]
     assert 120 < len(sampled) < 280
-    assert sampled == [task.task_id for task in tasks if llm_judge.wanted(replace(task, attempt=2), 0.1)]
+    assert sampled == [task.task_id for task in tasks if llm_judge.needs_llm_judge(replace(task, attempt=2), 0.1)]

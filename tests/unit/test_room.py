@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loom.agents.host import node_host
-from loom.agents.host.runs import KEEP_S, Finished, Run
-from loom.agents.host.slots import Room
+from loom.agents.host.runs import KEEP_S, FinishedRuns, Run
+from loom.agents.host.slots import RunQueue
 from loom.bus.bus import Bus
 from loom.phases.execute import run_stream
 from loom.phases.match import presence
@@ -28,7 +28,7 @@ def run() -> Iterator[Callable[..., Run]]:
     return make
 
 
-def fill(room: Room, runs: list[Run]) -> list[Run]:
+def fill(room: RunQueue, runs: list[Run]) -> list[Run]:
     for one in runs:
         room.enqueue(one)
     started = []
@@ -38,14 +38,14 @@ def fill(room: Room, runs: list[Run]) -> list[Run]:
 
 
 def test_slots_are_filled_first_and_the_rest_waits(run: Callable[..., Run]) -> None:
-    room = Room(2, 3)
+    room = RunQueue(2, 3)
     runs = [run() for _ in range(5)]
     assert fill(room, runs) == runs[:2]
     assert (room.queued, room.full, room.load) == (3, True, 1.0)
 
 
 def test_the_backlog_is_ordered_by_priority_then_by_arrival(run: Callable[..., Run]) -> None:
-    room = Room(1, 9)
+    room = RunQueue(1, 9)
     fill(room, [run()])
     waiting = [run("low"), run("normal"), run("critical"), run("high"), run("critical"), run("normal")]
     for one in waiting:
@@ -58,7 +58,7 @@ def test_the_backlog_is_ordered_by_priority_then_by_arrival(run: Callable[..., R
 
 
 def test_a_cancelled_run_leaves_the_backlog_at_once(run: Callable[..., Run]) -> None:
-    room = Room(1, 2)
+    room = RunQueue(1, 2)
     fill(room, [run()])
     first, second = run(), run()
     room.enqueue(first)
@@ -71,19 +71,19 @@ def test_a_cancelled_run_leaves_the_backlog_at_once(run: Callable[..., Run]) -> 
 
 
 def test_an_idle_room_has_no_load_and_is_not_full() -> None:
-    room = Room(4, 16)
+    room = RunQueue(4, 16)
     assert (room.load, room.full, room.queued) == (0, False, 0)
 
 
 def test_a_room_without_backlog_is_full_with_its_slots(run: Callable[..., Run]) -> None:
-    room = Room(1, 0)
+    room = RunQueue(1, 0)
     fill(room, [run()])
     assert room.full
 
 
 @given(st.lists(st.sampled_from(PRIORITIES), max_size=20), st.integers(1, 4), st.integers(0, 8))
 def test_load_stays_in_range_and_no_more_runs_than_slots(asked: list[Priority], slots: int, backlog: int) -> None:
-    room = Room(slots, backlog)
+    room = RunQueue(slots, backlog)
     for priority in asked:
         if not room.full:
             request = RunRequest(task_id="t", description="x", priority=priority)
@@ -96,7 +96,7 @@ def test_load_stays_in_range_and_no_more_runs_than_slots(asked: list[Priority], 
 
 def test_a_bid_has_the_nodes_claim_and_tools_and_the_rooms_numbers(run: Callable[..., Run]) -> None:
     node = AgentNode(id="n1", capabilities=CapabilityProfile(scores={"Code": 0.9}, tools=["search"]), load=0.0)
-    room = Room(1, 3)
+    room = RunQueue(1, 3)
     fill(room, [run(), run()])
     room.learn(RunResult(content="x", prompt_tokens=100, duration_s=2.0))
     room.learn(RunResult(content="x", prompt_tokens=200, duration_s=4.0))
@@ -113,7 +113,7 @@ def test_a_bid_has_the_nodes_claim_and_tools_and_the_rooms_numbers(run: Callable
 
 
 def test_the_end_of_a_run_is_kept_ten_minutes() -> None:
-    finished = Finished()
+    finished = FinishedRuns()
     finished.keep(("t", 1), b"end", 0.0)
     finished.keep(("u", 1), b"end", KEEP_S)
     assert finished.get(("t", 1)) == b"end"
@@ -124,7 +124,7 @@ def test_the_end_of_a_run_is_kept_ten_minutes() -> None:
 
 def test_what_is_kept_is_bounded_in_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loom.agents.host.runs.KEEP_BYTES", 5_000)
-    finished = Finished()
+    finished = FinishedRuns()
     for i in range(10):
         finished.keep((f"t{i}", 1), b"x" * 1100, float(i))
     kept = [i for i in range(10) if finished.get((f"t{i}", 1))]
@@ -132,7 +132,7 @@ def test_what_is_kept_is_bounded_in_size(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_run_ended_twice_is_kept_once() -> None:
-    finished = Finished()
+    finished = FinishedRuns()
     for end in (b"old", b"new"):
         finished.keep(("t", 1), end, 0.0)
     assert finished.get(("t", 1)) == b"new"

@@ -16,7 +16,7 @@ from loom.bus.bus import Bus
 from loom.bus.host_directory import HEARD_S
 from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.transport.message import Msg
-from loom.phases.match.directory import Roster
+from loom.phases.match.directory import HostDirectory
 from loom.phases.match.offers import ReadOffer
 from loom.phases.match.partial_decoding import ReadProfile
 from loom.schemas.auction import AnnouncedNode, HostAnnouncement, Offer
@@ -45,7 +45,7 @@ class Changes:
         return self._entries
 
 
-async def learn(roster: Roster, *profiles: Any) -> None:
+async def learn(roster: HostDirectory, *profiles: Any) -> None:
     await roster._learn(Changes(profiles))  # type: ignore[arg-type]
 
 
@@ -57,11 +57,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-async def roster(clock: Clock) -> Roster:
-    return Roster(Bus("nats://127.0.0.1:1"))
+async def roster(clock: Clock) -> HostDirectory:
+    return HostDirectory(Bus("nats://127.0.0.1:1"))
 
 
-def announce(roster: Roster, host: str, *node_ids: str, owner: str = "local", **facts: Any) -> None:
+def announce(roster: HostDirectory, host: str, *node_ids: str, owner: str = "local", **facts: Any) -> None:
     body = encode(HostAnnouncement(nodes=nodes(*node_ids), **facts))
     roster._on_announcement(Msg(f"loom.host.{owner}.{host}", data=body))
 
@@ -69,7 +69,7 @@ def announce(roster: Roster, host: str, *node_ids: str, owner: str = "local", **
 # -- the hosts to wait for
 
 
-async def test_a_host_is_awaited_until_it_has_been_silent_for_too_long(roster: Roster, clock: Clock) -> None:
+async def test_a_host_is_awaited_until_it_has_been_silent_for_too_long(roster: HostDirectory, clock: Clock) -> None:
     announce(roster, "h1", "n1")
     clock.now += HEARD_S / 2
     announce(roster, "h2", "n2")
@@ -82,7 +82,7 @@ async def test_a_host_is_awaited_until_it_has_been_silent_for_too_long(roster: R
     assert roster.awaited() == set()
 
 
-async def test_an_answer_is_a_sign_of_life_unless_its_host_is_leaving(roster: Roster, clock: Clock) -> None:
+async def test_an_answer_is_a_sign_of_life_unless_its_host_is_leaving(roster: HostDirectory, clock: Clock) -> None:
     announce(roster, "h1")
     announce(roster, "h2")
     clock.now += HEARD_S - 1
@@ -91,7 +91,7 @@ async def test_an_answer_is_a_sign_of_life_unless_its_host_is_leaving(roster: Ro
     assert roster.awaited() == {key("h1"), key("new")}
 
 
-async def test_a_host_that_announces_its_drain_is_not_awaited_any_more(roster: Roster) -> None:
+async def test_a_host_that_announces_its_drain_is_not_awaited_any_more(roster: HostDirectory) -> None:
     announce(roster, "h1", "n1")
     assert roster.host_of("n1") == key("h1")
     announce(roster, "h1", draining=True)
@@ -99,7 +99,7 @@ async def test_a_host_that_announces_its_drain_is_not_awaited_any_more(roster: R
     assert roster.host_of("n1") is None
 
 
-async def test_hosts_of_two_owners_may_have_one_id_and_neither_speaks_for_the_other(roster: Roster) -> None:
+async def test_hosts_of_two_owners_may_have_one_id_and_neither_speaks_for_the_other(roster: HostDirectory) -> None:
     announce(roster, "h1", "n1")
     announce(roster, "h1", "n1", owner="acme")
     assert roster.awaited() == {key("h1"), key("h1", "acme")}
@@ -109,7 +109,7 @@ async def test_hosts_of_two_owners_may_have_one_id_and_neither_speaks_for_the_ot
 
 
 async def test_an_announcement_that_was_overtaken_is_ignored_until_its_host_begins_again(
-    roster: Roster, clock: Clock
+    roster: HostDirectory, clock: Clock
 ) -> None:
     announce(roster, "h1", "n1", seq=7)
     announce(roster, "h1", "n1", seq=9, draining=True)
@@ -120,7 +120,7 @@ async def test_an_announcement_that_was_overtaken_is_ignored_until_its_host_begi
     assert roster.host_of("n1") == key("h1")
 
 
-async def test_a_host_of_plain_nodes_alone_is_there_and_not_waited_for(roster: Roster) -> None:
+async def test_a_host_of_plain_nodes_alone_is_there_and_not_waited_for(roster: HostDirectory) -> None:
     plain = HostAnnouncement(nodes=(AnnouncedNode(node_id="sh", plain=True),))
     roster._on_announcement(Msg("loom.host.local.p1", data=encode(plain)))
     assert (roster.awaited(), roster.only_plain, roster.host_of("sh")) == (set(), True, key("p1"))
@@ -133,7 +133,7 @@ async def test_a_host_of_plain_nodes_alone_is_there_and_not_waited_for(roster: R
     assert not roster.only_plain
 
 
-async def test_nodes_that_were_not_known_are_noticed_once(roster: Roster) -> None:
+async def test_nodes_that_were_not_known_are_noticed_once(roster: HostDirectory) -> None:
     for announcement in ("n1", "n2"):
         before = roster.new_nodes
         announce(roster, "h1", announcement)
@@ -143,7 +143,7 @@ async def test_nodes_that_were_not_known_are_noticed_once(roster: Roster) -> Non
         assert not before.is_set()
 
 
-async def test_the_names_of_made_up_nodes_are_bounded(roster: Roster, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_names_of_made_up_nodes_are_bounded(roster: HostDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loom.phases.match.directory.MAX_NODES", 10)
     announce(roster, "good", "n1")
     roster.answered([offer("good")], set())
@@ -165,7 +165,7 @@ def evidence(*scores: float, task: str = "t") -> DomainEvidence:
 async def test_whatever_adapt_writes_is_known_with_counts_means_and_the_newest_score(
     profiles: Sequence[NodeProfile],
 ) -> None:
-    roster = Roster(Bus("nats://127.0.0.1:1"))
+    roster = HostDirectory(Bus("nats://127.0.0.1:1"))
     for profile in profiles:
         await learn(roster, profile)
     for node, known in roster.profiles.items():
@@ -177,7 +177,7 @@ async def test_whatever_adapt_writes_is_known_with_counts_means_and_the_newest_s
         }
 
 
-async def test_the_best_known_follow_the_profiles(roster: Roster) -> None:
+async def test_the_best_known_follow_the_profiles(roster: HostDirectory) -> None:
     await learn(roster, NodeProfile(node_id="n1", domains={"code": evidence(1, 0)}))
     await learn(roster, NodeProfile(node_id="n2", domains={"code": evidence(1, 1)}))
     assert roster.ranking.best("code", 16) == ("n2", "n1")
@@ -187,7 +187,7 @@ async def test_the_best_known_follow_the_profiles(roster: Roster) -> None:
 
 async def test_only_the_domains_that_have_changed_are_told_and_of_many_changes_the_last() -> None:
     told: list[tuple[str, str, list[str]]] = []
-    roster = Roster(
+    roster = HostDirectory(
         Bus("nats://127.0.0.1:1"), judged=lambda node, domain_token, ids: told.append((node, domain_token, list(ids)))
     )
     code, data = evidence(1, 0), evidence(1, task="d")
@@ -204,7 +204,7 @@ async def test_only_the_domains_that_have_changed_are_told_and_of_many_changes_t
     assert roster.profiles["n1"].domains["code"].mean == pytest.approx(2 / 3)
 
 
-async def test_a_profile_that_cannot_be_read_leaves_what_is_known(roster: Roster) -> None:
+async def test_a_profile_that_cannot_be_read_leaves_what_is_known(roster: HostDirectory) -> None:
     await learn(roster, NodeProfile(node_id="n1", last_seq=1, domains={"code": evidence(1)}))
     with capture_logs() as logs:
         await learn(roster, {"node_id": "n1", "last_seq": 2, "domains": {"code": {"scores": ["odd"], "count": 9}}})

@@ -10,8 +10,8 @@ from loom.phases.sense.estimate import (
     Estimate,
     complexity_of,
     estimate_schema,
+    estimate_task,
     find_domains,
-    look,
     prompt,
     read_estimate,
 )
@@ -75,29 +75,29 @@ def test_complexity_is_always_in_range(text: str, domains: int) -> None:
 
 
 def test_an_ad_that_says_both_is_taken_at_its_word() -> None:
-    spec, unsure = look(TaskAd(domain="astrology", description="Write Python", estimated_complexity=0.0))
+    spec, unsure = estimate_task(TaskAd(domain="astrology", description="Write Python", estimated_complexity=0.0))
     assert (spec.method, spec.complexity, spec.domains[0], unsure) == ("given", 0.0, "astrology", False)
 
 
 def test_a_named_domain_without_complexity_is_looked_at_not_asked_about() -> None:
-    spec, unsure = look(TaskAd(domain="code", description="word " * 20))
+    spec, unsure = estimate_task(TaskAd(domain="code", description="word " * 20))
     assert (spec.method, spec.complexity, unsure) == ("heuristic", pytest.approx(0.1), False)
 
 
 def test_keywords_stand_in_for_a_missing_domain() -> None:
-    spec, unsure = look(TaskAd(description="Solve the equation"))
+    spec, unsure = estimate_task(TaskAd(description="Solve the equation"))
     assert (spec.domains, spec.method, unsure) == (("math",), "heuristic", False)
 
 
 @pytest.mark.parametrize("domain", ["", "   "])
 def test_an_ad_that_says_nothing_is_general_and_unsure(domain: str) -> None:
-    spec, unsure = look(TaskAd(domain=domain, description="Hello"))
+    spec, unsure = estimate_task(TaskAd(domain=domain, description="Hello"))
     assert (spec.domains, unsure) == (("general",), True)
 
 
 @given(st.text(min_size=1), st.text(max_size=128))
 def test_every_ad_gets_a_spec_that_can_be_auctioned(description: str, domain: str) -> None:
-    spec, _ = look(TaskAd(domain=domain, description=description))
+    spec, _ = estimate_task(TaskAd(domain=domain, description=description))
     assert spec.domain_token
     assert 1 <= len(spec.domains) <= 8
 
@@ -158,5 +158,5 @@ def test_sentences_and_lists_are_found_as_by_the_plain_rules(text: str) -> None:
 def test_a_long_description_takes_a_moment(text: str) -> None:
     description = text * (60_000 // len(text.encode())) + "x"
     began = time.thread_time()
-    look(TaskAd(description=description))
+    estimate_task(TaskAd(description=description))
     assert time.thread_time() - began < 0.5  # quadratic work takes seconds

@@ -17,8 +17,8 @@ from loom.bus.subjects import FAMILIES, Subjects
 from loom.bus.tap import SHAPES, Seen
 from loom.runner.cli.common import domain_slug, seconds, span, sparkline
 from loom.runner.cli.views import message_filter as sieve_module
-from loom.runner.cli.views.message_filter import Sieve, phase_of
-from loom.runner.cli.views.message_lines import Lines
+from loom.runner.cli.views.message_filter import MessageFilter, phase_of
+from loom.runner.cli.views.message_lines import MessageLines
 from loom.schemas.auction import HostAnnouncement
 from loom.schemas.envelope import PHASES, Award, Envelope, Spec, Split
 from loom.schemas.events import TextDelta
@@ -87,22 +87,22 @@ REWARD = seen(
 RUN = seen(RunRequest(task_id="t1", node_id="n1", description="x", domain="code"), "run", "local", "h")
 
 
-def through(sieve: Sieve, *traffic: Seen) -> list[int]:
+def through(sieve: MessageFilter, *traffic: Seen) -> list[int]:
     """Which of the messages pass."""
     return [index for index, message in enumerate(traffic) if sieve.passes(message)]
 
 
 def test_without_a_wish_everything_passes() -> None:
-    assert through(Sieve(), hop("t1"), delta("t2"), REWARD, learned("n1")) == [0, 1, 2, 3]
+    assert through(MessageFilter(), hop("t1"), delta("t2"), REWARD, learned("n1")) == [0, 1, 2, 3]
 
 
 def test_a_task_is_known_by_its_id_or_its_first_digits() -> None:
     whole = "0123456789abcdef" * 2
     traffic = (hop(whole), delta(whole), hop("01234567x"), learned("n1", "other", whole), RUN, result(whole))
 
-    assert through(Sieve(task=whole), *traffic) == [0, 1, 3, 5]
-    assert through(Sieve(task=whole[:8]), *traffic) == [0, 1, 3, 5]
-    assert through(Sieve(task="t1"), *traffic, REWARD) == [4, 6]
+    assert through(MessageFilter(task=whole), *traffic) == [0, 1, 3, 5]
+    assert through(MessageFilter(task=whole[:8]), *traffic) == [0, 1, 3, 5]
+    assert through(MessageFilter(task="t1"), *traffic, REWARD) == [4, 6]
 
 
 def test_a_task_comes_with_its_parts_and_theirs() -> None:
@@ -116,13 +116,13 @@ def test_a_task_comes_with_its_parts_and_theirs() -> None:
         learned("n1", "c11"),
     )
 
-    assert through(Sieve(task="t1"), *traffic) == [0, 1, 4, 5, 6]
-    assert through(Sieve(task="c1"), *traffic) == [0, 1, 4, 5, 6]
-    assert through(Sieve(task="c11"), *traffic) == [4, 5, 6]
+    assert through(MessageFilter(task="t1"), *traffic) == [0, 1, 4, 5, 6]
+    assert through(MessageFilter(task="c1"), *traffic) == [0, 1, 4, 5, 6]
+    assert through(MessageFilter(task="c11"), *traffic) == [4, 5, 6]
 
 
 def test_what_ended_before_a_tap_is_known_to_be_a_part_of_its_task() -> None:
-    sieve = Sieve(task="t1")
+    sieve = MessageFilter(task="t1")
     sieve.hear_of(part("c1", of="t1").message)
 
     assert through(sieve, result("c1"), result("c2")) == [0]
@@ -131,10 +131,10 @@ def test_what_ended_before_a_tap_is_known_to_be_a_part_of_its_task() -> None:
 def test_a_phase_gets_and_says() -> None:
     traffic = (hop("t1", "match"), hop("t1", "execute"), RUN, delta("t1"), result("t1"), REWARD, learned("n1", "t1"))
 
-    assert through(Sieve(phase="match"), *traffic) == [0]
-    assert through(Sieve(phase="execute"), *traffic) == [1, 2, 3]
-    assert through(Sieve(phase="evaluate"), *traffic) == [4, 5]
-    assert through(Sieve(phase="adapt"), *traffic) == [6]
+    assert through(MessageFilter(phase="match"), *traffic) == [0]
+    assert through(MessageFilter(phase="execute"), *traffic) == [1, 2, 3]
+    assert through(MessageFilter(phase="evaluate"), *traffic) == [4, 5]
+    assert through(MessageFilter(phase="adapt"), *traffic) == [6]
 
 
 def test_every_family_that_concerns_one_phase_has_it() -> None:
@@ -160,8 +160,8 @@ def test_deltas_follow_the_node_that_has_the_task() -> None:
         learned("n2", "t1"),
     )
 
-    assert through(Sieve(node="n1"), *traffic) == [1, 2, 7, 8]
-    assert through(Sieve(node="n2"), *traffic) == [4, 5, 6, 8, 9]
+    assert through(MessageFilter(node="n1"), *traffic) == [1, 2, 7, 8]
+    assert through(MessageFilter(node="n2"), *traffic) == [4, 5, 6, 8, 9]
 
 
 def test_a_domain_is_known_by_its_words_and_by_its_token() -> None:
@@ -169,21 +169,21 @@ def test_a_domain_is_known_by_its_words_and_by_its_token() -> None:
     traffic = (hop("t1", domain="代码"), delta("t1"), hop("t2"), delta("t2"), REWARD)
 
     assert chinese is not None
-    assert through(Sieve(domain_token=chinese), *traffic) == [0, 1]
+    assert through(MessageFilter(domain_token=chinese), *traffic) == [0, 1]
     assert domain_slug(chinese) == chinese
-    assert through(Sieve(domain_token="code"), *traffic) == [2, 3, 4]
+    assert through(MessageFilter(domain_token="code"), *traffic) == [2, 3, 4]
     assert domain_slug("") is None
 
 
 def test_wishes_combine() -> None:
     traffic = (hop("t1", "execute", node="n1"), hop("t1", "evaluate", node="n1"), hop("t2", "execute", node="n1"))
 
-    assert through(Sieve(task="t1", phase="execute", node="n1", domain_token="code"), *traffic) == [0]
+    assert through(MessageFilter(task="t1", phase="execute", node="n1", domain_token="code"), *traffic) == [0]
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sieve_module, "REMEMBERED", 2)
-    sieve = Sieve(node="n1")
+    sieve = MessageFilter(node="n1")
     traffic = [hop(f"t{number}", node="n1") for number in range(3)]
 
     assert through(sieve, *traffic, *(delta(f"t{number}") for number in range(3))) == [0, 1, 2, 4, 5]
@@ -194,7 +194,9 @@ def test_any_message_can_be_sifted(told: tuple[str, Any]) -> None:
     family, message = told
     names = next(each.tokens for each in FAMILIES if each.name == family)
 
-    Sieve(task="t", phase="match", node="n", domain_token="s").passes(seen(message, family, *("x" for _ in names)))
+    MessageFilter(task="t", phase="match", node="n", domain_token="s").passes(
+        seen(message, family, *("x" for _ in names))
+    )
 
 
 # -- lines
@@ -207,9 +209,9 @@ def screen(*, terminal: bool, width: int = 40, no_color: bool = False) -> Consol
 def test_a_line_on_a_terminal_fits_and_is_coloured_unless_that_is_not_wanted() -> None:
     long = seen(TaskResult(task_id="t1", state="succeeded", content="代码 " * 40), "result", "public", "t1", skipped=3)
 
-    coloured = Lines(screen(terminal=True))(long)
-    plain = Lines(screen(terminal=True, no_color=True))(long)
-    piped = Lines(screen(terminal=False))(long)
+    coloured = MessageLines(screen(terminal=True))(long)
+    plain = MessageLines(screen(terminal=True, no_color=True))(long)
+    piped = MessageLines(screen(terminal=False))(long)
 
     assert re.sub(r"\x1b\[\d+m", "", coloured) == plain
     assert "\x1b[33m3 skipped" in coloured
@@ -262,6 +264,6 @@ def test_a_node_is_asked_for_with_its_owner() -> None:
     rewarded = seen(reward, "reward", "rules", "acme", "coder", "code")
     ended = seen(TaskResult(task_id="t1", state="succeeded", node_id="coder", owner="acme"), "result", "public", "t1")
     every = [announced, awarded, rewarded, ended]
-    assert all(Sieve(node="acme.coder").passes(one) for one in every)
-    assert not any(Sieve(node="coder").passes(one) for one in every)
-    assert "acme.coder" in Lines(Console(file=io.StringIO()))(rewarded)
+    assert all(MessageFilter(node="acme.coder").passes(one) for one in every)
+    assert not any(MessageFilter(node="coder").passes(one) for one in every)
+    assert "acme.coder" in MessageLines(Console(file=io.StringIO()))(rewarded)

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.adapt.evidence import fold
+from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.rebuild import start_of
 from loom.phases.adapt.reward_weights import ID_LENGTH
 from loom.phases.adapt.snapshots import snapshot_of
@@ -47,7 +47,7 @@ def test_a_round_somebody_died_in_is_no_beginning() -> None:
 def test_a_snapshot_teaches_nobody_who_knows_the_node() -> None:
     known = NodeProfile(node_id="a", last_seq=3, total_tasks=3)
     told = snapshot_of(NodeProfile(node_id="a", last_seq=9, total_tasks=99), 9, 1)
-    assert fold(known, told, 10) is known
+    assert apply_reward(known, told, 10) is known
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(1e8, 1e10), st.integers(0, 9_999_999))
@@ -60,7 +60,7 @@ def test_the_snapshot_of_a_node_that_knows_all_it_may_is_a_message(
         domain_token = f"{domain:064}"
         for judge, score in enumerate(scores):
             seq += 1
-            profile = fold(
+            profile = apply_reward(
                 profile,
                 reward(f"{judge:064}", score, domain_token=domain_token, ended_at=ended_at, attempt=attempt),
                 seq,
@@ -79,13 +79,15 @@ def test_a_profile_from_before_entries_held_words_is_read() -> None:
     old = b'{"node_id":"a","last_seq":3,"domains":{"code":{"scores":[["t:1:rules",1.0,2.5]],"count":1,"mean":1.0}}}'
     profile = decode(old, NodeProfile)
     assert profile.domains["code"].scores == (Score(attempt_id="t:1:rules", score=1.0, ended_at=2.5),)
-    after = fold(profile, reward("rules", 0.0, domain_token="code", ended_at=3.0, attempt=2), 4)
+    after = apply_reward(profile, reward("rules", 0.0, domain_token="code", ended_at=3.0, attempt=2), 4)
     assert (after.domains["code"].count, after.domains["code"].mean) == (2, 0.5)
 
 
 def test_attempts_of_endless_numbers_are_kept_apart() -> None:
     profile = NodeProfile(node_id="a")
     for seq, attempt in enumerate((10**100, 10**100 + 1, 10**100), start=1):
-        profile = fold(profile, reward("rules", seq / 3, domain_token="code", ended_at=1.0, attempt=attempt), seq)
+        profile = apply_reward(
+            profile, reward("rules", seq / 3, domain_token="code", ended_at=1.0, attempt=attempt), seq
+        )
     assert [round(entry.score, 2) for entry in profile.domains["code"].scores] == [1.0, 0.67]
     assert all(len(entry.attempt_id) <= ID_LENGTH for entry in profile.domains["code"].scores)

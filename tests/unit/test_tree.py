@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from support.values import messages
 
-from loom.bus.queries import Found
+from loom.bus.queries import FoundTask
 from loom.runner.cli.views.subtask_tree import Division, tree
 from loom.runner.cli.views.tables import ROWS, short
 from loom.schemas.base import MAX_SECONDS
@@ -46,10 +46,10 @@ def part(name: str, state: str = "waiting", *after: str, **facts: Any) -> Subtas
     )
 
 
-def found(task_id: str, phase: str = "", state: Any = "running", node: str = "", **facts: Any) -> Found:
+def found(task_id: str, phase: str = "", state: Any = "running", node: str = "", **facts: Any) -> FoundTask:
     claim = Claim(attempt=1, node_id=node) if node else Claim()
     told = {"envelope": envelope(task_id), **facts}
-    return Found(TaskRecord(task_id=task_id, state=state, claim=claim, admitted_at=1000.0, **told), phase)
+    return FoundTask(TaskRecord(task_id=task_id, state=state, claim=claim, admitted_at=1000.0, **told), phase)
 
 
 def test_a_running_plan_shows_what_runs_where_and_what_waits_for_what() -> None:
@@ -100,7 +100,7 @@ def test_what_a_run_delegated_stands_with_its_parts() -> None:
         "t",
         {},
         {
-            "t": Found(found("t", delegated=(child, "unread")).record, ""),
+            "t": FoundTask(found("t", delegated=(child, "unread")).record, ""),
             child: found(child, state="succeeded", envelope=done, ended_at=1003.0),
         },
     )
@@ -138,7 +138,7 @@ def test_of_very_many_parts_the_first_are_shown() -> None:
 @settings(max_examples=20)
 @given(st.lists(messages(Subtask), min_size=1, max_size=3), messages(TaskRecord))
 def test_any_plan_can_be_drawn_at_any_width(parts: list[Subtask], record: TaskRecord) -> None:
-    children = {one.child_id: Found(record, "match") for one in parts if one.child_id}
+    children = {one.child_id: FoundTask(record, "match") for one in parts if one.child_id}
     lines = drawn(Division("t", {"t": plan("t", *parts)}, children), 80)
 
     assert all(cell_len(line) <= 80 for line in lines)

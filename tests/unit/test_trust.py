@@ -6,17 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.match.award_policies import POLICIES, Known, Trust, UnknownPolicy, policy
+from loom.phases.match.award_policies import POLICIES, BidderStats, Trust, UnknownPolicy, policy
 
 
-def known(**facts: Any) -> Known:
-    return Known(
+def known(**facts: Any) -> BidderStats:
+    return BidderStats(
         **{"task_id": "t", "attempt": 1, "node_id": "n", "claim": 0.5, "mean": 0.0, "count": 0, "total": 0, **facts}
     )
 
 
 anything = st.builds(
-    Known,
+    BidderStats,
     task_id=st.text(max_size=8),
     attempt=st.integers(1, 9),
     node_id=st.text(max_size=8),
@@ -30,7 +30,7 @@ anything = st.builds(
 
 
 @given(st.sampled_from(sorted(POLICIES)), anything)
-def test_every_policy_is_a_pure_function_to_a_finite_trust(name: str, facts: Known) -> None:
+def test_every_policy_is_a_pure_function_to_a_finite_trust(name: str, facts: BidderStats) -> None:
     trust = policy(name)(facts)
 
     assert trust == policy(name)(facts)

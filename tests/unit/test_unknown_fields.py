@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from loom.bus.records import record_version, remembered
+from loom.bus.records import record_from, record_version
 from loom.schemas.base import Undecodable, decode, encode
 from loom.schemas.decoding.unknown_fields import MAX_DEPTH, unknown_fields, with_unknown_fields
 from loom.schemas.envelope import (
@@ -82,7 +82,7 @@ def test_an_envelope_hands_a_records_own_fields_to_the_next_phase() -> None:
     record = with_unknown_fields(RECORD, NEW)
     known = record_version(record, 7)
     assert known is not None
-    entry = remembered(decode(encode(replace(ENVELOPE, record_version=known)), Envelope))
+    entry = record_from(decode(encode(replace(ENVELOPE, record_version=known)), Envelope))
     assert entry is not None
     assert unknown_fields(entry.value) == NEW
     assert json.loads(encode(entry.value))["new"] == NEW["new"]

@@ -12,7 +12,7 @@ from support.phases import ad, envelope
 from support.values import messages
 
 from loom.phases.match.award_policies import POLICIES
-from loom.phases.match.scoring import AVAILABILITY_WEIGHT, TOOLS_WEIGHT, TRUST_WEIGHT, Book
+from loom.phases.match.scoring import AVAILABILITY_WEIGHT, TOOLS_WEIGHT, TRUST_WEIGHT, AuctionContext
 from loom.phases.match.scoring import award as awarded
 from loom.runner.cli.views.award_explanation import TRUST, rests_on, why
 from loom.schemas.auction import Bid
@@ -116,7 +116,7 @@ def test_the_breakdown_says_what_trust_was_made_of(policy: str, known: str, unkn
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_of_ours_has_words_of_its_own(name: str) -> None:
     bids = [(key("h1"), Bid(node_id="a")), (key("h2"), Bid(node_id="b"))]
-    won = awarded(envelope(ad(), now=0), bids, Book(policy=POLICIES[name], policy_name=name))
+    won = awarded(envelope(ad(), now=0), bids, AuctionContext(policy=POLICIES[name], policy_name=name))
 
     assert name in TRUST
     assert TRUST[name] in rests_on(won)

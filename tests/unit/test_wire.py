@@ -13,7 +13,7 @@ from support.values import fields_of, float_fields, json_values, message_types, 
 from loom.schemas.base import (
     MAX_JSON_DEPTH,
     MAX_MESSAGE_BYTES,
-    Relayed,
+    Message,
     Undecodable,
     cut_utf8,
     decode,
@@ -35,7 +35,7 @@ def test_the_messages_are_found() -> None:
 @pytest.mark.parametrize("shape", message_types(), ids=lambda shape: shape.__name__)
 @a_few
 @given(data=st.data())
-def test_every_message_survives_the_wire(shape: type[Relayed], data: st.DataObject) -> None:
+def test_every_message_survives_the_wire(shape: type[Message], data: st.DataObject) -> None:
     message = data.draw(messages(shape))
     assert decode(encode(message), shape) == message
 
@@ -46,7 +46,7 @@ objects = [shape for shape in message_types() if not shape.__struct_config__.arr
 @pytest.mark.parametrize("shape", objects, ids=lambda shape: shape.__name__)
 @settings(a_few, max_examples=2)
 @given(data=st.data())
-def test_a_field_of_a_newer_peer_is_ignored_or_kept(shape: type[Relayed], data: st.DataObject) -> None:
+def test_a_field_of_a_newer_peer_is_ignored_or_kept(shape: type[Message], data: st.DataObject) -> None:
     message = data.draw(messages(shape))
     raw = with_unknown_field(message)
     read = decode(raw, shape)
@@ -64,7 +64,7 @@ def test_a_field_of_a_newer_peer_is_ignored_or_kept(shape: type[Relayed], data: 
 @settings(a_few, max_examples=1)
 @given(data=st.data())
 def test_a_float_json_cannot_carry_or_out_of_range_is_refused_at_construction(
-    shape: type[Relayed], field: str, refused: list[float], data: st.DataObject
+    shape: type[Message], field: str, refused: list[float], data: st.DataObject
 ) -> None:
     fields = fields_of(data.draw(messages(shape)))
     for value in refused:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from loom.bus.health import Health
+from loom.bus.hops.health import Health
 from loom.bus.logs.left_out import LeftOut
 from loom.bus.topology import Inspection, Part
 from loom.runner.doctor.working import OLD_S, Look, judged, waiting_in

@@ -14,7 +14,7 @@ from nats.aio.subscription import Subscription
 from nats.errors import BadSubjectError, ConnectionClosedError, OutboundBufferLimitError, ProtocolError
 from nats.protocol.parser import Parser
 
-from loom.bus.logs.log_fields import describe
+from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.transport.addresses import Address
 from loom.bus.natsio.transport.handshake import HandshakeClient
@@ -132,7 +132,7 @@ class FastClient(HandshakeClient):
             try:
                 handler(msg)
             except Exception as error:  # noqa: BLE001 - an escaping one would end the read loop
-                log.error("handler_failed", subject=msg.subject, **describe(error))
+                log.error("handler_failed", subject=msg.subject, **error_fields(error))
             return
         if subscription._pending_queue.full():
             log.warning("slow_consumer", subject=msg.subject)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from loom.bus.dead_letters import admin
 from loom.bus.dead_letters.admin import Letter
-from loom.runner.cli.common import MANY, AsLines, add_row, clock, looking, print_json
+from loom.runner.cli.common import MANY, AsLines, add_row, clock, connected, print_json
 from loom.runner.cli.entry import prepare, run_to_end
 from loom.runner.cli.views.tables import console, one_line, printable, short, table_of
 from loom.runner.settings import Settings
@@ -44,7 +44,7 @@ def ls(
 
 
 async def _ls(settings: Settings, limit: int, *, as_json: bool) -> None:
-    async with looking(settings) as bus:
+    async with connected(settings) as bus:
         found = await admin.letters(bus, limit)
     if as_json:
         for one in found:
@@ -76,7 +76,7 @@ def show(
 
 
 async def _show(settings: Settings, seq: int, *, as_json: bool) -> None:
-    async with looking(settings) as bus:
+    async with connected(settings) as bus:
         found = await admin.letter(bus, seq)
     if as_json:
         print_json({**as_object(found), "message": _as_json(found.body), "raw": found.body})
@@ -145,7 +145,7 @@ def retry(seq: LetterSeq) -> None:
 
 
 async def _retry(settings: Settings, seq: int) -> None:
-    async with looking(settings) as bus:
+    async with connected(settings) as bus:
         task_id = await admin.retry(bus, seq)
     typer.echo(f"letter {seq} handed in again as task {task_id}")
 
@@ -157,6 +157,6 @@ def drop(seq: LetterSeq) -> None:
 
 
 async def _drop(settings: Settings, seq: int) -> None:
-    async with looking(settings) as bus:
+    async with connected(settings) as bus:
         await admin.drop(bus, seq)
     typer.echo(f"letter {seq} dropped")

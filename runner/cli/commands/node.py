@@ -14,7 +14,7 @@ from loom.bus.logs import left_out
 from loom.bus.logs.left_out import LeftOut
 from loom.bus.service_discovery import health_reports
 from loom.phases.shared.node_health import Standing
-from loom.runner.cli.common import AsLines, add_row, clock, domain_slug, looking, print_json, sparkline
+from loom.runner.cli.common import AsLines, add_row, clock, connected, domain_slug, print_json, sparkline
 from loom.runner.cli.entry import prepare, run_to_end
 from loom.runner.cli.views.tables import console, one_line, table_of
 from loom.runner.node_overview import CALL_S, NEWEST, RECENT_TASKS, DomainOverview, NodeOverview, node_overviews
@@ -47,7 +47,7 @@ def hosts(as_json: AsLines = False) -> None:
 
 
 async def _nodes(settings: Settings, token: str | None, *, as_json: bool) -> None:
-    async with looking(settings) as bus:
+    async with connected(settings) as bus:
         found = await node_overviews(bus, settings.cluster)
     if token is not None:
         found = [node for node in found if token in node.domains]
@@ -65,7 +65,7 @@ async def _nodes(settings: Settings, token: str | None, *, as_json: bool) -> Non
 
 
 async def _hosts(settings: Settings, *, as_json: bool) -> None:
-    async with looking(settings) as bus:
+    async with connected(settings) as bus:
         here, reports = await asyncio.gather(announced_hosts(bus, CALL_S), health_reports(bus))
         omitted = left_out.together(
             [*(report.left_out for each in reports.values() for report in each), bus.discards.hosts]

@@ -9,7 +9,7 @@ from loom.bus.bus import Bus
 from loom.bus.hops.duplicates import store_once
 from loom.phases.adapt.retirement_policy import bequest
 from loom.phases.adapt.reward_weights import attempt_id
-from loom.runner.cli.common import looking
+from loom.runner.cli.common import connected
 from loom.runner.cli.entry import prepare, run_to_end
 from loom.runner.settings import Settings
 from loom.schemas.errors import LoomError
@@ -54,7 +54,7 @@ def _node(text: str, hint: str) -> _Node:
 
 
 async def _move(settings: Settings, before: _Node, after: _Node) -> None:
-    async with looking(settings) as bus:
+    async with connected(settings) as bus:
         profiles = bus.bucket("nodes", NodeProfile)
         stored, heir = await profiles.get(node_key(*before)), await profiles.get(node_key(*after))
         rewards = list(bequest(stored.value, *after, why=f"is now {after}")) if stored is not None else []

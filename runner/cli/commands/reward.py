@@ -10,13 +10,13 @@ from rich.text import Text
 
 from loom.bus.bus import Bus
 from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
-from loom.bus.queries import find, newest
+from loom.bus.queries import find_task, latest
 from loom.bus.rewards import RewardBus, judgement
 from loom.bus.stored_rewards import fault_of
 from loom.phases.adapt.evidence import forgets
 from loom.phases.adapt.rebuild import WRONG, Compared, Rebuilt, compare, repair
 from loom.phases.adapt.reward_weights import weights_of
-from loom.runner.cli.common import MANY, AsLines, TaskId, add_row, clock, domain_slug, looking, print_json
+from loom.runner.cli.common import MANY, AsLines, TaskId, add_row, clock, connected, domain_slug, print_json
 from loom.runner.cli.entry import prepare, run_to_end, unless_lost
 from loom.runner.cli.views.tables import console, one_line, short, table_of
 from loom.runner.settings import Settings
@@ -46,8 +46,8 @@ def reward(
 
 
 async def _reward(settings: Settings, task_id: str, score: float, reason: str) -> None:
-    async with looking(settings) as bus:
-        found = await find(bus, task_id)
+    async with connected(settings) as bus:
+        found = await find_task(bus, task_id)
         if found.record is None:
             raise InvalidTask("only a task that a node has finished can be judged", task_id=task_id)
         given = judgement(found.record, score, reason, bus.identity.source)
@@ -78,12 +78,12 @@ async def _rewards(
     settings: Settings, node: str | None, domain_token: str | None, limit: int, *, follow: bool, as_json: bool
 ) -> None:
     screen = console()
-    async with looking(settings) as bus:
+    async with connected(settings) as bus:
         stream, subject = (
             bus.subjects.stream("REWARDS"),
             bus.subjects.of("reward", "*", *(split_qualified(node) if node else ("*", "*")), domain_token or "*"),
         )
-        there = await newest(bus, stream, subject, limit, _is_reward)
+        there = await latest(bus, stream, subject, limit, _is_reward)
         for message in there.messages:
             _print(bus, screen, message, as_json=as_json)
         if follow:
@@ -154,7 +154,7 @@ def rebuild(
 
 async def _rebuild(settings: Settings, *, write: bool, as_json: bool) -> int:
     """Return the exit code: 1 where a profile is wrong and stays so."""
-    async with looking(settings) as bus:
+    async with connected(settings) as bus:
         config = settings.cluster
         weights = weights_of(config.judge_weights)
         rebuilt, compared = await compare(bus, forget=forgets(config.policy), weights=weights)

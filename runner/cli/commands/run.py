@@ -23,7 +23,7 @@ from loom.runner.cli.label_option import LabelPairs, labels_of
 from loom.runner.cli.process_exit import EXTRA_S
 from loom.runner.cli.views.answer_stream import Transcript
 from loom.runner.cli.views.run_progress import Progress
-from loom.runner.cli.views.run_state import FAMILIES, Board
+from loom.runner.cli.views.run_state import FAMILIES, RunState
 from loom.runner.cli.views.tables import closing, console, one_line, show
 from loom.runner.session import Session, check_phases
 from loom.runner.settings import Settings
@@ -70,7 +70,7 @@ def run(
 async def _run(
     settings: Settings, ads: Sequence[TaskAd], loaded: NodeFile, lines: TextIO, at_once: int
 ) -> list[TaskResult]:
-    board = Board(ads)
+    board = RunState(ads)
     screen = console(stderr=lines is sys.stdout)
     done: dict[str, TaskResult] = {}
     session = Session(lambda: loaded.nodes, settings, llm=sense_model(settings))
@@ -101,7 +101,7 @@ def counted(results: Sequence[TaskResult], tasks: int) -> str:
 
 
 async def _work_through(
-    bus: Bus, board: Board, progress: Progress, done: dict[str, TaskResult], at_once: int, learn_wait_s: float
+    bus: Bus, board: RunState, progress: Progress, done: dict[str, TaskResult], at_once: int, learn_wait_s: float
 ) -> None:
     """Do all tasks, then wait a little for what is learned from them, while the tap shows how far they are.
 
@@ -122,12 +122,12 @@ async def _work_through(
                     board.see(await anext(tap))
 
 
-async def _follow(tap: Tap, board: Board, progress: Progress) -> None:
+async def _follow(tap: Tap, board: RunState, progress: Progress) -> None:
     async for seen in tap:
         progress.changed(board.see(seen))
 
 
-async def _do_all(bus: Bus, board: Board, progress: Progress, done: dict[str, TaskResult], at_once: int) -> None:
+async def _do_all(bus: Bus, board: RunState, progress: Progress, done: dict[str, TaskResult], at_once: int) -> None:
     gate = asyncio.Semaphore(at_once)
 
     async def do(ad: TaskAd) -> None:

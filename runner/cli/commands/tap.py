@@ -11,9 +11,9 @@ from loom.bus.queries import ended_since, rewards_since
 from loom.bus.tap import Seen, Tap
 from loom.runner.cli.common import PATIENCE_S, check_has_run, domain_slug, node_name, seconds
 from loom.runner.cli.entry import DEFAULT_URL, prepare, run_to_end
-from loom.runner.cli.views.message_filter import Sieve
-from loom.runner.cli.views.message_lines import Lines, json_line
-from loom.runner.cli.views.stdout_writer import Spout
+from loom.runner.cli.views.message_filter import MessageFilter
+from loom.runner.cli.views.message_lines import MessageLines, json_line
+from loom.runner.cli.views.stdout_writer import StdoutWriter
 from loom.runner.cli.views.tables import console
 from loom.runner.settings import Settings
 from loom.schemas.base import encode
@@ -40,14 +40,14 @@ def tap(
     """Show the traffic of the namespace, one line per message, until Ctrl-C."""
     if phase and phase not in PHASES:
         raise typer.BadParameter(f"{phase!r} is not one of {', '.join(PHASES)}", param_hint="--phase")
-    sieve = Sieve(task=task, phase=phase, node=node_name(node) or "", domain_token=domain_slug(domain) or "")
+    sieve = MessageFilter(task=task, phase=phase, node=node_name(node) or "", domain_token=domain_slug(domain) or "")
     ago_s = seconds(since) if since else 0.0
     run_to_end(_tap(prepare("warning"), sieve, ago_s, as_json=as_json))
 
 
-async def _tap(settings: Settings, sieve: Sieve, ago_s: float, *, as_json: bool) -> None:
+async def _tap(settings: Settings, sieve: MessageFilter, ago_s: float, *, as_json: bool) -> None:
     url = settings.nats_url or DEFAULT_URL
-    line = json_line if as_json else Lines(console())
+    line = json_line if as_json else MessageLines(console())
     async with (
         Bus(
             url, namespace=settings.loom_namespace, role="operator", identity=settings.identity, patience_s=PATIENCE_S
@@ -55,7 +55,7 @@ async def _tap(settings: Settings, sieve: Sieve, ago_s: float, *, as_json: bool)
         Tap(bus, room=ROOM) as messages,
     ):
         typer.echo(f"listening on {bus.connection.address}, namespace {settings.loom_namespace}", err=True)
-        spout = Spout()
+        spout = StdoutWriter()
         told: set[str] = set()
         if ago_s:
             for seen in await past(bus, sieve, ago_s):
@@ -82,7 +82,7 @@ def _once(seen: Seen) -> str:
             return ""
 
 
-async def past(bus: Bus, sieve: Sieve, ago_s: float) -> list[Seen]:
+async def past(bus: Bus, sieve: MessageFilter, ago_s: float) -> list[Seen]:
     """Return the results and rewards of the last seconds that are wanted as if they were heard now, oldest first.
 
     Of more than ROOM of either kind the oldest are skipped.

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from loom.bus.bus import Bus
-from loom.bus.queries import Found, find, rewards_since
-from loom.runner.cli.common import TaskId, add_row, clock, looking, print_json, span
+from loom.bus.queries import FoundTask, find_task, rewards_since
+from loom.runner.cli.common import TaskId, add_row, clock, connected, print_json, span
 from loom.runner.cli.entry import prepare, run_to_end
 from loom.runner.cli.views.award_explanation import rests_on, why
 from loom.runner.cli.views.run_progress import STYLES
@@ -41,8 +41,8 @@ def task(
 
 
 async def _task(settings: Settings, task_id: str, *, as_json: bool) -> None:
-    async with looking(settings) as bus:
-        found = await find(bus, task_id)
+    async with connected(settings) as bus:
+        found = await find_task(bus, task_id)
         screen = console()
         if found.record is None:
             _show_waiting(screen, found.submission, as_json=as_json)
@@ -87,7 +87,7 @@ def _show_waiting(screen: Console, submission: Submission | None, *, as_json: bo
         screen.print(Text(f'{ad.task_id} waits for admission: {ad.priority} "{one_line(ad.description, 60)}"'))
 
 
-def _show(screen: Console, found: Found, division: Division, rewards: Sequence[Reward], now: float) -> None:
+def _show(screen: Console, found: FoundTask, division: Division, rewards: Sequence[Reward], now: float) -> None:
     record = found.record
     if record is None:
         return

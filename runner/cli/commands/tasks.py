@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loom.bus import task_client as client
-from loom.bus.queries import Found, find, recent_records
+from loom.bus.queries import FoundTask, find_task, recent_records
 from loom.bus.topology import stream_state
 from loom.runner.cli.common import (
     MANY,
@@ -17,8 +17,8 @@ from loom.runner.cli.common import (
     add_row,
     client_bus,
     clock,
+    connected,
     domain_slug,
-    looking,
     node_name,
     print_json,
     span,
@@ -72,7 +72,7 @@ async def _tasks(
             and labels.items() <= record.envelope.ad.labels.items()
         )
 
-    async with looking(settings) as bus:
+    async with connected(settings) as bus:
         records = await recent_records(bus, limit, wanted)
         waiting = (await stream_state(bus, "INTAKE"))["messages"]
     if as_json:
@@ -133,15 +133,15 @@ async def _cancel(settings: Settings, task_id: str) -> None:
         async with client_bus(settings) as bus:
             ended = await client.cancel(bus, task_id)
     else:
-        async with looking(settings) as bus:
-            ended = await client.cancel(bus, _whole_id(await find(bus, task_id)))
+        async with connected(settings) as bus:
+            ended = await client.cancel(bus, _whole_id(await find_task(bus, task_id)))
     if ended.state != "cancelled":
         typer.echo(f"{ended.task_id} had ended before: {ended.state}")
         raise typer.Exit(1)
     typer.echo(f"{ended.task_id} cancelled")
 
 
-def _whole_id(found: Found) -> str:
+def _whole_id(found: FoundTask) -> str:
     if found.record is not None:
         return found.record.task_id
     return found.submission.ad.task_id if found.submission is not None else ""

@@ -16,7 +16,7 @@ from loom.agents.host.node_host import BACKLOG, SLOTS, NodeHost
 from loom.bus import topology
 from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
-from loom.bus.service_discovery import Present, check_processes, who_is_there
+from loom.bus.service_discovery import Present, check_processes, discover
 from loom.bus.wire_version import WireMismatch
 from loom.runner import log_output
 from loom.runner.cli.entry import DEFAULT_URL, FOREVER_S, prepare, run_service, sense_model, until_lost
@@ -197,7 +197,7 @@ async def _all_present(bus: Bus, wanted: Counter[str]) -> None:
         return wanted <= Counter(each.metadata["service"] for each in there)
 
     while True:
-        if all_here(await who_is_there(bus, enough=all_here)):
+        if all_here(await discover(bus, enough=all_here)):
             return
         await asyncio.sleep(ASK_AGAIN_S)
 

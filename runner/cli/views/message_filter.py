@@ -44,7 +44,7 @@ Ours = OrderedDict[str, None]
 
 
 @dataclass
-class Sieve:
+class MessageFilter:
     """Passes what fits everything that was asked for; an empty wish fits all.
 
     A delta names neither node nor domain: it passes when the last message that did, of its task, has passed. A task

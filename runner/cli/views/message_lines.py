@@ -32,7 +32,7 @@ def json_line(seen: Seen) -> str:
     return encode(as_object(seen)).decode() + "\n"
 
 
-class Lines:
+class MessageLines:
     """Messages as lines for people; coloured and cut to the screen's width on a terminal only."""
 
     def __init__(self, screen: Console) -> None:

@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from loom.runner.cli.views.run_state import Board, Row
+from loom.runner.cli.views.run_state import Row, RunState
 from loom.runner.cli.views.tables import one_line, short, table_of
 
 DRAWS_PER_SECOND = 8
@@ -21,7 +21,7 @@ STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "waiting
 class Progress:
     """Shows a board: a table drawn again and again on a terminal, a line per change anywhere else."""
 
-    def __init__(self, board: Board, screen: Console) -> None:
+    def __init__(self, board: RunState, screen: Console) -> None:
         self._board = board
         self._screen = screen
         self._live: AbstractContextManager[Any] = nullcontext()
@@ -67,7 +67,7 @@ def _divided(row: Row) -> str:
     return f"{len(row.parts_ended)} of {len(row.parts)} begun subtasks done"
 
 
-def live_table(board: Board, height: int) -> Table:
+def live_table(board: RunState, height: int) -> Table:
     """Return the board at `height` rows: all of it, or those in work and then those that wait."""
     rows = list(board.rows.values())
     ended = sum(row.ended for row in rows)

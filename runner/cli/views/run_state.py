@@ -42,7 +42,7 @@ class Row:
     ended: bool = False
 
 
-class Board:
+class RunState:
     """The tasks of a run, in the order of their file. Messages about other tasks are ignored."""
 
     def __init__(self, ads: Sequence[TaskAd]) -> None:

@@ -16,7 +16,7 @@ BREATH = 32
 """Messages handled between two looks at the socket."""
 
 
-class Spout:
+class StdoutWriter:
     """Writes lines in a thread of its own, in order."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loom.bus.bus import Bus
-from loom.bus.queries import Found, find
+from loom.bus.queries import FoundTask, find_task
 from loom.phases.shared.token_usage import tokens_of
 from loom.runner.cli.common import add_row, span
 from loom.runner.cli.views.run_progress import STYLES
@@ -31,7 +31,7 @@ class Division:
     root: str
     plans: Mapping[str, SplitPlan] = field(default_factory=dict)
     """task id -> its plan, of each that was divided."""
-    found: Mapping[str, Found] = field(default_factory=dict)
+    found: Mapping[str, FoundTask] = field(default_factory=dict)
     """task id -> its record, and where it is."""
 
     @property
@@ -71,7 +71,7 @@ async def read_division(bus: Bus, record: TaskRecord) -> Division:
     """Return what a task was divided into; of very much, the first levels."""
     bucket = bus.bucket("plans", SplitPlan)
     plans: dict[str, SplitPlan] = {}
-    found: dict[str, Found] = {record.task_id: Found(record, "")}
+    found: dict[str, FoundTask] = {record.task_id: FoundTask(record, "")}
     level = [record.task_id]
     while level:
         entries = await asyncio.gather(*(bucket.get(each) for each in level))
@@ -89,9 +89,9 @@ def _below(plan: SplitPlan | None, record: TaskRecord | None) -> list[str]:
     return [child_id for child_id in (*begun, *(record.delegated if record else ())) if child_id]
 
 
-async def _find(bus: Bus, task_id: str) -> Found | None:
+async def _find(bus: Bus, task_id: str) -> FoundTask | None:
     try:
-        return await find(bus, task_id)
+        return await find_task(bus, task_id)
     except UnknownTask:  # on its way to its admission
         return None
 
@@ -176,7 +176,7 @@ def _node(part: Subtask) -> str:
     return qualified(part.owner or LOCAL_OWNER, part.node_id) if part.node_id else ""
 
 
-def _says(part: Subtask, found: Found | None, inner: SplitPlan | None) -> Text:
+def _says(part: Subtask, found: FoundTask | None, inner: SplitPlan | None) -> Text:
     if part.error is not None:
         return Text(one_line(f"{part.error.code}: {part.error.message}", WORDS), "red")
     where = ""

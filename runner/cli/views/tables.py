@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loom.runner.cli.views.run_state import Board
+from loom.runner.cli.views.run_state import RunState
 from loom.schemas.envelope import Award
 from loom.schemas.learning import Reward
 from loom.schemas.task import TaskResult
@@ -53,7 +53,7 @@ def console(*, stderr: bool = False) -> Console:
     return _Console(stderr=stderr, highlight=False)
 
 
-def closing(board: Board, results: Sequence[TaskResult]) -> list[Table]:
+def closing(board: RunState, results: Sequence[TaskResult]) -> list[Table]:
     """Return the tables that close a run: results, attempts with their awards and rewards, and what was learned."""
     tables = [_results(results), _attempts(board), _learned(board)]
     return [table for table in tables if table.row_count]
@@ -75,7 +75,7 @@ def _results(results: Sequence[TaskResult]) -> Table:
     return _and_more(table, len(results))
 
 
-def _attempts(board: Board) -> Table:
+def _attempts(board: RunState) -> Table:
     table = table_of(
         ("task", "awarded to", "score", "over", "reward", "signal"),
         title="Awards and rewards",
@@ -105,7 +105,7 @@ def _reward_cells(reward: Reward | None) -> tuple[str, str]:
     return ("", "") if reward is None else (f"{reward.score:.2f}", f"{reward.signal.total:.2f}")
 
 
-def _learned(board: Board) -> Table:
+def _learned(board: RunState) -> Table:
     table = table_of(("node", "domain", "mean reward", "rewards"), title="Learned", right=("mean reward", "rewards"))
     known = [
         (node, board.domains.get(domain_token, domain_token), evidence)

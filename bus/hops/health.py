@@ -5,10 +5,10 @@ from typing import Annotated
 from msgspec import Meta
 
 from loom.bus.logs.left_out import MAX_HOSTS, LeftOut
-from loom.schemas.base import Count, Name, Note, Relayed, Seconds, total
+from loom.schemas.base import Count, Message, Name, Note, Seconds, total
 
 
-class Health(Relayed, frozen=True, kw_only=True):
+class Health(Message, frozen=True, kw_only=True):
     """How far one phase of one process has got."""
 
     handled: Count = 0
