@@ -19,11 +19,13 @@ from loom.phases.execute.run_stream import RunStream
 from loom.phases.shared.inherited_ad import as_part
 from loom.phases.shared.token_usage import used_in_all
 from loom.schemas.base import MAX_INPUTS_BYTES, cut_utf8
+from loom.schemas.checks.ad import check_ad
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import MAX_DELEGATED, Envelope, Split, TaskRecord
+from loom.schemas.envelope import Envelope, Split
 from loom.schemas.errors import InvalidTask, LoomError
+from loom.schemas.record import MAX_DELEGATED, TaskRecord
 from loom.schemas.run import MAX_OPEN_DELEGATIONS, Delegated, RunEvent, delegated_id
-from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult, check_ad
+from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult
 
 log = get_logger()
 

@@ -38,10 +38,10 @@ from loom.phases.match.partial_decoding import ReadRecord
 from loom.phases.match.plain_bids import PlainNodes
 from loom.phases.match.recent_awards import RecentAwards
 from loom.phases.match.scoring import AllBusy, AuctionContext, Awarded, Exhausted, Nobody, Verdict, decide
-from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, Bid, CallForBids, Lot
+from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, Award, Bid, CallForBids, Lot
 from loom.schemas.base import Undecodable, cut_utf8
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import IN_HAND_S, Award, Envelope, Spec
+from loom.schemas.envelope import IN_HAND_S, Envelope, Spec
 from loom.schemas.identity import qualified, split_qualified
 from loom.schemas.task import TaskError
 

@@ -16,7 +16,8 @@ from loom.bus.hops.outcomes import Dead, Outcome
 from loom.bus.records import records
 from loom.bus.topology import INTAKE_LANES, SENSE_LANE
 from loom.schemas.base import MAX_MESSAGE_BYTES, encode
-from loom.schemas.envelope import Claim, Envelope, Hop, Phase, Split, TaskRecord
+from loom.schemas.envelope import Claim, Envelope, Hop, Phase, Split
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import RunResult, Submission, TaskAd
 
 GARBAGE = b'\xff\x00{"not": json'

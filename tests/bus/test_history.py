@@ -9,10 +9,11 @@ from loom.bus.hops.hop_loop import schedule
 from loom.bus.queries import ended_since, find_task, latest, recent_records, rewards_since
 from loom.bus.records import records
 from loom.bus.rewards import RewardBus, judgement
-from loom.schemas.envelope import Award, TaskRecord
+from loom.schemas.auction import Award
 from loom.schemas.errors import InvalidTask, UnknownTask
 from loom.schemas.learning import Reward
 from loom.schemas.notices import PlanTimeout, SubtaskEnded
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Submission, TaskAd, TaskState
 
 

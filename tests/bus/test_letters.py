@@ -15,7 +15,8 @@ from loom.bus.dead_letters import admin
 from loom.bus.dead_letters.admin import Letter, UnknownLetter
 from loom.bus.dead_letters.write import letter_facts, letter_headers
 from loom.schemas.base import MAX_MESSAGE_BYTES, CheckedMessage, decode, encode
-from loom.schemas.envelope import DeadLetter, Envelope, Split
+from loom.schemas.dead_letter import DeadLetter
+from loom.schemas.envelope import Envelope, Split
 from loom.schemas.errors import BusUnavailable, DeadLettered, InvalidTask, LoomError, Overloaded
 from loom.schemas.notices import SubtaskEnded
 from loom.schemas.task import Accept, Limits, Submission, TaskAd

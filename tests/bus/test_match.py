@@ -11,8 +11,9 @@ from support.wait import until
 from loom.bus.records import records
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Bid, CallForBids, HostAnnouncement, Offer
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Envelope, FailedAttempt, Spec, TaskRecord, TaskState
+from loom.schemas.envelope import Envelope, FailedAttempt, Spec, TaskState
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskError
 
 LONG = ClusterConfig(bid_window_ms=3000)

@@ -17,11 +17,13 @@ from loom.bus.topology import SCALE_LANE
 from loom.phases.evaluate.decisions import notice_of
 from loom.phases.scale import subtask_graph
 from loom.phases.sense.estimate import with_division
+from loom.schemas.auction import Award
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope, SplitPlan, TaskRecord
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.notices import ParentEnded, PlanTimeout, read_scale_message
-from loom.schemas.plan import parse_plan
+from loom.schemas.plan import SplitPlan, parse_plan
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import PhaseUsage, RunResult, TaskError
 
 PLAN = [{"id": "a", "description": "do a"}, {"id": "b", "description": "do b", "dependencies": ["a"]}]

@@ -10,8 +10,9 @@ from support.wait import until
 from loom.bus.hops.hop_loop import schedule
 from loom.schemas.base import encode, new_id
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Claim, Split, TaskRecord, TaskStatus
+from loom.schemas.envelope import Claim, Split
 from loom.schemas.llm import CompletionParams, CompletionResult
+from loom.schemas.record import TaskRecord, TaskStatus
 from loom.schemas.task import Accept, Accepted, RunResult, Submission, TaskAd, TaskResult
 
 

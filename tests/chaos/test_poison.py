@@ -28,8 +28,9 @@ from loom.bus.task_client import TaskHandle
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas import base
 from loom.schemas.base import MAX_MESSAGE_BYTES, decode, encode
-from loom.schemas.envelope import PHASES, Envelope, Hop, Phase, TaskRecord
+from loom.schemas.envelope import PHASES, Envelope, Hop, Phase
 from loom.schemas.errors import DeadLettered
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
 from loom.schemas.task import Submission, TaskAd
 

@@ -20,8 +20,9 @@ from loom.bus.dead_letters.admin import Letter
 from loom.runner.doctor.diagnosis import examine
 from loom.schemas.base import MAX_MESSAGE_BYTES, encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Envelope, Hop, Split, TaskRecord
+from loom.schemas.envelope import Envelope, Hop, Split
 from loom.schemas.errors import UnknownTask
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskAd
 
 EVIL = "hello [red]\x1b[31m\x9b"

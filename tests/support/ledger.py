@@ -26,9 +26,11 @@ from loom.bus.topology import stream_state
 from loom.phases.adapt.evidence import apply_reward
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.base import decode, new_id
-from loom.schemas.envelope import PHASES, SplitPlan, TaskRecord
+from loom.schemas.envelope import PHASES
 from loom.schemas.errors import LoomError
 from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.plan import SplitPlan
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskAd, TaskState
 from support.chaos import Cast, schedule
 from support.wait import until

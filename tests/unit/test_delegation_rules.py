@@ -17,10 +17,12 @@ from loom.bus.bus import Bus
 from loom.phases.execute.delegation import answer_in, errand_for
 from loom.phases.shared.token_usage import tokens_of
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Envelope, Split, TaskRecord
+from loom.schemas.envelope import Envelope, Split
 from loom.schemas.errors import BudgetExceeded, InvalidTask, LoomError
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest, delegated_id
-from loom.schemas.task import Limits, PhaseUsage, RunResult, TaskError, TaskResult, is_token
+from loom.schemas.task import Limits, PhaseUsage, RunResult, TaskError, TaskResult
+from loom.schemas.tokens import is_token
 
 CONFIG = ClusterConfig(max_depth=2)
 
