@@ -43,6 +43,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy examples/agents.py examples/report.py
+	$(BIN)/mypy tests/typing/public_api.py
 	$(BIN)/lint-imports
 
 test: $(READY)

@@ -31,6 +31,8 @@ from loom.compat.lifecycle import LifecycleManager
 from loom.compat.runtime_loop import RuntimeLoop
 from loom.compat.skill_nodes import load, skill_nodes
 from loom.compat.skill_registry import SkillNodeRegistry
+from loom.compat.types import HealthReport
+from loom.nodes import AgentNode, CapabilityProfile
 from loom.runner.node_overview import NodeOverview, node_overviews
 from loom.runner.session import Inheritance, Session
 from loom.runner.session_owner import SessionOwner
@@ -40,7 +42,7 @@ from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
 from loom.schemas.llm import AnyProvider
 from loom.schemas.task import TaskAd, TaskResult
 from loom.self_ratings import AnyCapabilities, domains_of, profile_of
-from loom.types import AgentNode, CapabilityProfile, HealthReport, Skill
+from loom.skills import Skill
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ from copy import deepcopy
 
 from loom.agents.host.self_ratings import domains_fault, scores_fault
 from loom.compat.cluster_manager import InvalidNode
-from loom.types import CapabilityProfile
+from loom.nodes import CapabilityProfile
 
 AnyCapabilities = CapabilityProfile | Mapping[str, float]
 """A profile, or a mapping of domain -> rating."""

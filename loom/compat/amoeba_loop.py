@@ -28,18 +28,11 @@ from loom.runner.session import Inheritance, Session
 from loom.runner.session_owner import SessionOwner
 from loom.runner.settings import Settings, from_environment
 from loom.schemas.base import Undecodable, decode
+from loom.schemas.events import Done, ErrorEvent, LoopEvent, SubtaskEvent, TextDelta, TokenUsage
 from loom.schemas.identity import ADAPT, LOCAL_OWNER
 from loom.schemas.learning import Lifecycle, NodeProfile
-from loom.types import (
-    AnyProvider,
-    Done,
-    ErrorEvent,
-    LoopEvent,
-    SubtaskEvent,
-    TaskResult,
-    TextDelta,
-    TokenUsage,
-)
+from loom.schemas.llm import AnyProvider
+from loom.schemas.task import TaskResult
 
 log = get_logger()
 

@@ -5,10 +5,13 @@ from collections.abc import Iterable
 from typing import Literal
 
 from loom.compat.cluster_manager import ClusterManager
+from loom.compat.types import HealthReport
+from loom.nodes import NEUTRAL, AgentNode, CapabilityProfile, unit
 from loom.phases.shared.node_health import HEALTH_WINDOW, Health, complement, health, standing
+from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
+from loom.schemas.task import Limits, TaskAd
 from loom.schemas.tokens import domain_token
-from loom.types import NEUTRAL, AgentNode, CapabilityProfile, ClusterConfig, HealthReport, Limits, TaskAd, unit
 
 ADVICE: dict[Health, Literal["keep", "merge", "recycle"]] = {
     "healthy": "keep",

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loom.schemas.errors import InvalidTask
-from loom.types import Message, TaskAd
+from loom.schemas.llm import Message
+from loom.schemas.task import TaskAd
 
 
 @dataclass

@@ -8,12 +8,13 @@ from msgspec.structs import replace
 
 from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
+from loom.compat.types import SubTask
 from loom.phases.scale import planner
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import AgentFailed, Cancelled, DeadlineExceeded, InvalidPlan, LoomError, SubtaskFailed
-from loom.schemas.llm import CompletionParams, CompletionResult, LLMProvider, SystemMessage, UserMessage
+from loom.schemas.llm import CompletionParams, CompletionResult, LLMProvider, SystemMessage, Usage, UserMessage
 from loom.schemas.plan import check_graph
-from loom.types import SubTask, TaskAd, TaskError, TaskResult, Usage
+from loom.schemas.task import TaskAd, TaskError, TaskResult
 
 Execute = Callable[[SubTask, dict[str, str]], Awaitable[TaskResult]]
 """Runs one subtask; the second argument holds subtask id -> output for each of its dependencies."""

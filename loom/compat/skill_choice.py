@@ -10,7 +10,7 @@ from loom.bus.natsio.ownership import running_loop
 from loom.compat.skill_registry import SkillNodeRegistry, best_by_words
 from loom.schemas.auction import SpawnRequest
 from loom.schemas.llm import CompletionParams, LLMProvider, SystemMessage, UserMessage
-from loom.types import Skill
+from loom.skills import Skill
 
 PROMPT = """\
 Choose the skill that the user's task calls for. Answer with JSON only: {{"skill": "NAME"}}, where NAME is one of the \

@@ -12,11 +12,12 @@ from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.compat.skill_choice import SkillChooser
 from loom.compat.skill_registry import SkillNodeRegistry
+from loom.nodes import AgentNode, CapabilityProfile
 from loom.schemas.auction import SpawnRequest
 from loom.schemas.errors import LoomError
 from loom.schemas.llm import AnyProvider
 from loom.schemas.tokens import domain_token
-from loom.types import AgentNode, CapabilityProfile, Skill
+from loom.skills import Skill
 
 log = get_logger()
 

@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
-from loom.types import Skill, SkillTrigger
+from loom.skills import Skill, SkillTrigger
 
 if TYPE_CHECKING:
     from loom.agents.tools import Tool
