@@ -3,26 +3,20 @@
 import asyncio
 import concurrent.futures
 import os
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextvars import copy_context
-from hashlib import blake2b
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar, overload
-
-import msgspec
+from typing import Any, TypeVar, overload
 
 from loom.ads import AnyAd, ad_of, as_type, with_schema
-from loom.agents.function_agent import as_agent
-from loom.agents.llm.agent import Agent
-from loom.agents.llm.config import AgentConfig, settings_without_effect
+from loom.agent_nodes import check_agent, derived_name, made_agent
+from loom.agents.llm.config import AgentConfig
 from loom.agents.tools import Tool
 from loom.arguments import check_cluster_config, check_config, check_provider, check_several
-from loom.background_loop import BackgroundLoop
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.ownership import THREADSAFE, Owner, running_loop
+from loom.bus.natsio.ownership import THREADSAFE, Owner
 from loom.bus.rewards import RewardBus, judgement
 from loom.bus.task_client import TaskHandle
 from loom.compat.amoeba_loop import AmoebaLoop
@@ -32,11 +26,11 @@ from loom.compat.runtime_loop import RuntimeLoop
 from loom.compat.skill_nodes import load, skill_nodes
 from loom.compat.skill_registry import SkillNodeRegistry
 from loom.compat.types import HealthReport
-from loom.nodes import AgentNode, CapabilityProfile
+from loom.nodes import AgentNode
+from loom.open_runtime import OpenRuntime
 from loom.runner.node_overview import NodeOverview, node_overviews
 from loom.runner.session import Inheritance, Session
-from loom.runner.session_owner import SessionOwner
-from loom.runner.settings import Settings, from_environment
+from loom.runner.settings import from_environment
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
 from loom.schemas.llm import AnyProvider
@@ -52,7 +46,7 @@ __path__ = [str(Path(__file__).parent / "compat" / "runtime")]
 """Makes `loom.runtime.core` importable, the path of loom-agent 0.6."""
 
 
-class Runtime:
+class Runtime(OpenRuntime):
     """Agents of this process, and a way to hand tasks to all agents on the bus.
 
     Building one does nothing; the first `await` connects: to the server of NATS_URL when that is set, else to an
@@ -89,11 +83,8 @@ class Runtime:
         check_cluster_config(cluster_config)
         self.provider = provider
         self.config = config or AgentConfig()
-        self.reward_bus = RewardBus()
-        self._settings: Settings = from_environment()
+        super().__init__(self._make_session, from_environment(), RewardBus())
         self._store = Path(store) if store is not None else None
-        self._closed = False
-        """Whether it was closed on purpose, so that only a `with` opens it again."""
         self._cluster_config = cluster_config or self._settings.cluster
         self.cluster = ClusterManager(self._cluster_config)
         self.lifecycle = LifecycleManager(self._cluster_config)
@@ -101,8 +92,6 @@ class Runtime:
         """As of `AmoebaLoop`: skills to become nodes where nobody bids; they work with the provider and the config."""
         self._context = copy_context()
         """Of context variables runs see what the maker of the Runtime saw, not what its first user does."""
-        self._sessions = SessionOwner(self._make_session)
-        self._background = BackgroundLoop(at_exit=self.dispose)
 
     def __repr__(self) -> str:
         owner = self._sessions.owner
@@ -145,29 +134,15 @@ class Runtime:
             LoomError: There is neither an agent nor a provider, what is given is not an agent, an argument has no
                 effect on it, a rating is not a number from 0 to 1, or the name is taken or not a token.
         """
-        check_provider(provider)
-        check_config(config)
         if agent is None:
-            provider, config = provider or self.provider, config or self.config
-            if provider is None:
-                raise LoomError("no provider: pass one to Runtime or add_agent, or an agent or function to add_agent")
-            unused = settings_without_effect(config, provider)
-            if unused:
-                log.warning("settings_without_effect", settings=unused, advice="pass provider=OpenAIProvider(config)")
-            agent = Agent(provider, config, system_prompt=system_prompt, tools=tools)
+            agent = made_agent(
+                provider or self.provider, config or self.config, system_prompt=system_prompt, tools=tools
+            )
         else:
-            made_of = {"system_prompt": system_prompt, "tools": tools or None, "provider": provider, "config": config}
-            given = [name for name, value in made_of.items() if value is not None]
-            if given:
-                raise LoomError(
-                    f"leave out the agent or {', '.join(given)}: only an agent that add_agent makes has that"
-                )
-        if isinstance(agent, AgentNode):
-            raise LoomError("an AgentNode is a node already: add it by rt.cluster.add_node(node)")
-        as_agent(agent)  # what is none is refused here, and not by every run
+            check_agent(agent, system_prompt=system_prompt, tools=tools or None, provider=provider, config=config)
         profile = profile_of(capabilities, getattr(agent, "tools", ()))
         takes = domains_of(domains)
-        node_id = name or self._name(agent, profile)
+        node_id = name or derived_name(agent, profile, [node.id for node in self.cluster.nodes])
         if replace:
             self.cluster.remove_node(node_id)
         elif self.cluster.get_node(node_id) is not None:
@@ -185,20 +160,9 @@ class Runtime:
         """
         node = self.cluster.remove_node(name)
         if node is None:
-            known = ", ".join(each.id for each in self.cluster.nodes) or "none"
+            known = ", ".join(node.id for node in self.cluster.nodes) or "none"
             raise InvalidNode(f"there is not a node {name}; there are: {known}", node_id=name)
         return node
-
-    def _name(self, agent: Any, capabilities: CapabilityProfile) -> str:
-        """Who a node is, by what it is made of: the same again after a restart."""
-        made_of = [
-            getattr(agent, "system_prompt", "") or getattr(agent, "__qualname__", type(agent).__name__),
-            sorted(capabilities.tools),
-            sorted(capabilities.scores.items()),
-        ]
-        digest = blake2b(msgspec.json.encode(made_of), digest_size=4).hexdigest()
-        ordinal = sum(node.id.startswith(digest) for node in self.cluster.nodes)
-        return f"{digest}-{ordinal + 1}"
 
     def load_skill(self, skill: Skill) -> AgentNode:
         """Add the skill, and a node that follows its instructions, at once; return the node.
@@ -393,75 +357,6 @@ class Runtime:
             raise InvalidTask("only a task that a node has finished can be judged", task_id=task_id)
         await self.reward_bus.publish(judgement(record, score, reason, session.bus.identity.source))
 
-    # -- lifecycle
-
-    async def __aenter__(self) -> Self:
-        self._closed = False
-        await self._open()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None and not self._settings.nats_url:
-            self.dispose()  # the server goes, too: nobody is left to hear of what is in hand
-        await self.aclose()
-
-    def __enter__(self) -> Self:
-        if running_loop() is not None:
-            raise LoomError("`with` would block the event loop of this thread; use `async with`")
-        try:
-            self._in_background(self.__aenter__())
-        except BaseException:
-            self.dispose()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self._in_background(self.__aexit__(kind, error, trace))
-        finally:
-            self.dispose()
-
-    def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Run `work` in the loop that the Runtime is open in, or in a background thread's."""
-        try:
-            loop = self._loop_for_sync()
-        except BaseException:
-            work.close()
-            raise
-        asyncio.run_coroutine_threadsafe(work, loop).result()
-
-    async def aclose(self) -> None:
-        """Drain what is in hand and close everything; safe to call twice.
-
-        Raises:
-            WrongEventLoop: The Runtime is open in another event loop.
-        """
-        await self._sessions.aclose()
-        self._closed = True
-
-    def dispose(self) -> None:
-        """Drop everything at once, without waiting for work in hand; from any thread, and safe to call twice."""
-        self._closed = True
-        self._sessions.abort()
-        self._background.close()
-
-    async def _open(self, task: TaskAd | None = None) -> Session:
-        """Return the open session; a node that `task` is pinned to is announced."""
-        self._check_closed()
-        session = await self._sessions.open()
-        self.reward_bus.bus = session.bus
-        if task is not None:
-            await session.announce(task.node_id)
-        return session
-
-    def _check_closed(self) -> None:
-        if self._closed:
-            raise LoomError("the Runtime is closed; open it again with `async with` or `with`, or make another one")
-
     def _make_session(self, parent: Inheritance | None) -> Session:
         return Session(
             lambda: self.cluster.nodes,
@@ -474,13 +369,3 @@ class Runtime:
             store=self._store,
             owner=Owner("Runtime", f"submit_sync, or {THREADSAFE}, or a Runtime of its own"),
         )
-
-    def _loop_for_sync(self) -> asyncio.AbstractEventLoop:
-        if running_loop() is not None:
-            raise LoomError("submit_sync would block the event loop of this thread; use `await rt.submit(…)`")
-        owner = self._sessions.owner
-        if owner is None:
-            return self._background.loop()
-        if not owner.loop.is_running():
-            raise owner.refusal()
-        return owner.loop
