@@ -4,10 +4,10 @@ import asyncio
 from typing import Any
 
 import pytest
-from support.buses import envelope
-from support.foreign import publish_raw
-from support.hops import Phases, arrived, deliver_in_vain, hop, last, messages, put, settled
+from support.bus_helpers import envelope
 from support.logs import capture_logs
+from support.loop_harness import Phases, arrived, deliver_in_vain, hop, last, messages, put, settled
+from support.raw_client import publish_raw
 
 from loom.bus.bus import Bus
 from loom.bus.hops import hop_loop as loop_module

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.buses import Connect
-from support.phases import Asker, Stage, ad, awarded, envelope, quiet
+from support.bus_helpers import Connect
+from support.phase_harness import Asker, Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
 from loom.bus.topology import EVALUATE_LANE

@@ -1,7 +1,7 @@
 """Looking back: the newest of a stream, what it holds since a moment, and a task wherever it is."""
 
 import pytest
-from support.buses import envelope
+from support.bus_helpers import envelope
 
 from loom.bus import queries
 from loom.bus.bus import Bus

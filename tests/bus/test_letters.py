@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from support.buses import envelope
-from support.hops import messages
-from support.values import messages as any_of
+from support.bus_helpers import envelope
+from support.loop_harness import messages
+from support.strategies import messages as any_of
 
 from loom.bus.bus import Bus
 from loom.bus.dead_letters import admin

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from support.auctions import key
-from support.phases import FakeHost, Replica, Stage, ad, envelope
+from support.phase_harness import FakeHost, Replica, Stage, ad, envelope
 from support.wait import until
 
 from loom.bus.logs.left_out import LeftOut

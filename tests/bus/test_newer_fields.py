@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from support.nodes import echo, node
-from support.phases import Stage
+from support.phase_harness import Stage
 from support.wait import until
 
 from loom.bus.records import records

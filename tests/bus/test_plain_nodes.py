@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from support.auctions import announced, key
-from support.phases import FakeHost, Replica, Stage, ad, envelope
+from support.phase_harness import FakeHost, Replica, Stage, ad, envelope
 from support.wait import until
 
 from loom.phases.match.announced_nodes import AnnouncedNodes

@@ -5,8 +5,8 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 from msgspec.structs import replace
-from support.crashing import bus_of
-from support.phases import Replica, Stage, ad, awarded, envelope
+from support.crash_process import bus_of
+from support.phase_harness import Replica, Stage, ad, awarded, envelope
 from support.wait import until
 
 from loom.bus.hops.hop_loop import HopLoop

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phases import Stage, ad, awarded, envelope, quiet
+from support.phase_harness import Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
 from loom.bus import task_client

@@ -4,8 +4,8 @@ import json
 from collections.abc import AsyncIterator
 
 import pytest
-from support.buses import Connect, Heard
-from support.phases import Asker, Stage, ad, envelope, submission
+from support.bus_helpers import Connect, Heard
+from support.phase_harness import Asker, Stage, ad, envelope, submission
 from support.wait import until
 
 from loom.bus.bus import Bus

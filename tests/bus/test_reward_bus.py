@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import pytest
-from support.buses import Connect
+from support.bus_helpers import Connect
 from support.logs import capture_logs
 from support.wait import until
 

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import pytest
-from support.buses import Connect, Heard
+from support.bus_helpers import Connect, Heard
 from support.logs import capture_logs
 
 from loom.bus.bus import Bus

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phases import Asker, Stage, ad, envelope, quiet, submission
+from support.phase_harness import Asker, Stage, ad, envelope, quiet, submission
 from support.wait import until
 
 from loom.bus.hops.hop_loop import schedule

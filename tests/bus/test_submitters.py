@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.buses import Heard
-from support.phases import Asker, Stage, ad, envelope, submission
+from support.bus_helpers import Heard
+from support.phase_harness import Asker, Stage, ad, envelope, submission
 from support.wait import until
 
 from loom.bus import task_client, task_updates

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
+from support.hanging_agents import Stubborn
 from support.nodes import node
-from support.stubborn import Stubborn
 from support.wait import until
 
 from loom.agents.host.node_host import NodeHost

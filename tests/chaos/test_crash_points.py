@@ -8,11 +8,11 @@ from functools import partial
 from typing import NamedTuple, Self
 
 import pytest
-from support.buses import back
-from support.crashing import WITHIN_S, Child, phase
+from support.bus_helpers import back
+from support.crash_process import WITHIN_S, Child, phase
+from support.fault_scenarios import survive, towns
 from support.nodes import node
-from support.phases import Asker, Stage, ad
-from support.towns import survive, towns
+from support.phase_harness import Asker, Stage, ad
 from support.wait import until
 
 from loom.agents.host.node_host import NodeHost

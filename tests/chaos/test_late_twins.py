@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import pytest
-from support.crashing import IMPATIENT, QUICK, WITHIN_S, Child, each_setting, host, phase
+from support.crash_process import IMPATIENT, QUICK, WITHIN_S, Child, each_setting, host, phase
 from support.nodes import node
-from support.phases import Stage, ad
+from support.phase_harness import Stage, ad
 from support.wait import until
 
 from loom.bus import task_client

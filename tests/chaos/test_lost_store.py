@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from support.nodes import echo, node
-from support.phases import Stage, awarded
+from support.phase_harness import Stage, awarded
 from support.wait import until
 
 from loom.bus import task_client, topology, upkeep

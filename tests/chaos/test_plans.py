@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any, NamedTuple, Self
 
 import pytest
-from support.crashing import WITHIN_S, Child, phase
+from support.crash_process import WITHIN_S, Child, phase
+from support.fault_scenarios import survive, towns
 from support.nodes import node
-from support.phases import Stage, ad
-from support.towns import survive, towns
+from support.phase_harness import Stage, ad
 from support.wait import until
 
 from loom.bus import task_client, topology

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 from msgspec.structs import replace
 from support.background import Cluster, background_cluster
-from support.foreign import publish_raw
 from support.in_process import Loom, is_refused
 from support.nodes import echo, node
+from support.raw_client import publish_raw
 from support.wait import until
 
 from loom.bus import task_client

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support.chaos import Cast
+from support.kill_schedule import Cast
 from support.wait import until
 
 from loom.bus import task_client, topology

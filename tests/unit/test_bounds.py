@@ -9,8 +9,8 @@ import pytest
 from msgspec import inspect as mi
 from support.auctions import announced, key, offer
 from support.logs import capture_logs
-from support.phases import ad, awarded, envelope
-from support.values import message_types
+from support.phase_harness import ad, awarded, envelope
+from support.strategies import message_types
 
 from loom.bus.logs.discards import LINES, PERIOD_S, Discards
 from loom.bus.rewards import RewardBus

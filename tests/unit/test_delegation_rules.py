@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.phases import ad, awarded, envelope
-from support.values import tokens
+from support.phase_harness import ad, awarded, envelope
+from support.strategies import tokens
 
 from loom import delegate
 from loom.agents.host.delegation import Delegator, failure

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from support.cli_parsing import accepted
 from support.pages import PAGES, ROOT, anchors, commands, text_of
-from support.words import accepted
 
 from loom.bus.bus import Bus
 from loom.bus.subjects import FAMILIES
