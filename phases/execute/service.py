@@ -283,7 +283,7 @@ class Execute:
         deltas = self._bus.subjects.of("delta", envelope.submitter, envelope.task_id)
         async with watch:
             while (event := await watch.next()) is not None and not event.final:
-                if delivery.alone:
+                if delivery.is_suspect:
                     return None
                 delivery.release()
                 if event.event is None:

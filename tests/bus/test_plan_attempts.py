@@ -109,10 +109,10 @@ class Point(NamedTuple):
 
 
 POINTS = {
-    "nowhere": Point(HopLoop, "_answer", lambda *_: False),
+    "nowhere": Point(HopLoop, "_checkpoint", lambda *_: False),
     "the plan is written": Point(Bucket, "update", lambda *_: True, calls=True),
     "the hop is published": Point(PubAckFuture, "ack", lambda *_: True),
-    "only the ack is missing": Point(HopLoop, "_answer", lambda _delivery, verb: verb == b"+ACK"),
+    "only the ack is missing": Point(HopLoop, "_checkpoint", lambda name: name == "before ack"),
 }
 
 
