@@ -55,8 +55,8 @@ class FunctionAgent:
                 async for event in events:
                     yield event
         except LoomError as error:
-            if error.spent is None and written.content:
-                error.__dict__.setdefault("facts", {})["spent"] = Done(content=written.content, usage=written.usage)
+            if getattr(error, "spent", None) is None and written.content:
+                vars(error)["spent"] = Done(content=written.content, usage=written.usage)
             raise
         except NotText as error:
             raise AgentFailed(f"{self.name} gave no text: {error}", task_id=job.task_id) from error

@@ -161,7 +161,7 @@ class _Seen:
         try:
             check_budget(self._job, result.tokens)
         except LoomError as error:
-            error.facts["spent"] = done
+            vars(error)["spent"] = done
             raise
         return result
 
@@ -205,14 +205,14 @@ def _charge(error: LoomError, spent: Spent) -> None:
     if not spent.tokens and not spent.usd:
         return
     known = spent_by(error)
-    before, result = (Done(), RunResult()) if known is None else (error.spent, known)
+    before, result = (Done(), RunResult()) if known is None else (vars(error)["spent"], known)
     after = TokenUsage(
         prompt_tokens=total(result.prompt_tokens, spent.prompt_tokens),
         completion_tokens=total(result.completion_tokens, spent.completion_tokens),
         estimated_cost=result.usd + spent.usd,
         estimated=result.estimated_usage,
     )
-    error.__dict__.setdefault("facts", {})["spent"] = replace(before, usage=after)
+    vars(error)["spent"] = replace(before, usage=after)
 
 
 def raised(error: BaseException, job: RunRequest) -> AgentFailed:
@@ -270,7 +270,8 @@ def failed(error: LoomError, request: RunRequest) -> tuple[TaskError, RunResult 
 def spent_by(error: LoomError) -> RunResult | None:
     """Return what a failed run has cost and written, where its agent says so and it makes sense."""
     try:
-        return result_of(error.spent) if isinstance(error.spent, Done) else None
+        spent = vars(error).get("spent")  # an error of any class: what a run has cost leaves with its error
+        return result_of(spent) if isinstance(spent, Done) else None
     except Exception:  # noqa: BLE001 - made by user code: that the run failed is what must be told
         return None
 
@@ -280,7 +281,7 @@ def failure_of(error: LoomError, request: RunRequest) -> TaskError:
 
     An InvalidTask about another task, such as one that the agent submits itself, is the agent's own failure.
     """
-    wait = error.retry_after_s
+    wait: Any = error.retry_after_s  # user code may set anything
     usable = isinstance(wait, int | float) and 0 <= wait <= MOST_WAIT_S
     code = error.code if error.code in OWN_CODES else AgentFailed.code
     if code == InvalidTask.code and error.task_id not in (None, request.task_id):
