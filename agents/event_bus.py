@@ -7,7 +7,7 @@ from contextlib import aclosing
 from fnmatch import fnmatchcase
 from typing import Any
 
-from loom.agents.user_code import error_text_fields
+from loom.agents.user_code import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import LoomError
 from loom.schemas.events import AgentEvent, ErrorEvent
@@ -95,7 +95,7 @@ class _Subscription:
         try:
             result = self.handler(event)
         except Exception as error:  # noqa: BLE001 - a handler may raise anything; the run goes on
-            log.warning("event_handler_raised", event_type=event.type, **error_text_fields(error))
+            log.warning("event_handler_raised", event_type=event.type, **error_fields(error))
             return
         if inspect.isawaitable(result):
             self.last = asyncio.ensure_future(self._after(self.last, result, event.type))
@@ -106,4 +106,4 @@ class _Subscription:
         try:
             await result
         except Exception as error:  # noqa: BLE001 - as above
-            log.warning("event_handler_raised", event_type=event_type, **error_text_fields(error))
+            log.warning("event_handler_raised", event_type=event_type, **error_fields(error))

@@ -11,7 +11,7 @@ from loom.agents.job import Answer, Job
 from loom.agents.protocol import Output, StreamingAgent, raised, usage_in
 from loom.agents.signatures import check_stream, name_of, takes_text
 from loom.agents.threaded import ThreadedIteration
-from loom.agents.user_code import ClosingIterator, call, guarded
+from loom.agents.user_code import ClosingIterator, call, contain
 from loom.agents.values import NotText, to_text
 from loom.agents.yielded_values import EVENTS, deltas, event_in, events_of
 from loom.schemas.base import MAX_CONTENT_BYTES, total
@@ -71,7 +71,7 @@ class FunctionAgent:
     async def _events(self, job: RunRequest, written: "_Written") -> AsyncGenerator[AgentEvent, None]:
         job = job if isinstance(job, Job) else Job.of(job)
         result = await call(self._fn, job.description if self._takes_text else job)
-        with guarded():
+        with contain():
             source = _iteration(result)
         if source is not None:
             async with ClosingIterator(source) as pieces:
@@ -115,18 +115,18 @@ class _Written:
         """
         if type(piece) is str and piece.isascii():
             return self._counted(piece)
-        with guarded():
+        with contain():
             piece = event_in(piece)
         if isinstance(piece, EVENTS) and not isinstance(piece, Done | TextDelta):
             self._output.add(0)
             return events_of(piece)
-        with guarded():
+        with contain():
             text = self._text(piece)
         return self._counted(text)
 
     def whole(self, value: Any) -> Iterable[AgentEvent]:
         """Take all there is and return it as events; what is too long for a result is not looked at."""
-        with guarded():
+        with contain():
             text = self._text(value[: self._room] if isinstance(value, str) else value)
         return self._kept(text)
 

@@ -28,7 +28,7 @@ class RunCosts(Protocol):
     """By the agent itself, as far as it reports them."""
 
     @property
-    def others_tokens(self) -> int:
+    def delegated_tokens(self) -> int:
         """Tokens of what the run has delegated."""
         ...
 
@@ -98,7 +98,7 @@ class Job(RunRequest, frozen=True, kw_only=True):
         costs = run_costs.get()
         if costs is not None:
             costs.own_tokens = max(costs.own_tokens, self.spent.tokens)
-            others = costs.others_tokens
+            others = costs.delegated_tokens
         check_budget(self, self.spent.tokens + others)
 
 

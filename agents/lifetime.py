@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import Context
 from typing import Any
 
-from loom.agents.user_code import call, ends_task, error_text_fields, type_name
+from loom.agents.user_code import call, ends_task, error_fields, type_name
 from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import AgentFailed, LoomError
 
@@ -80,7 +80,7 @@ class Lifetime:
             if ends_task(error):
                 self._fail("it was stopped")
                 raise
-            log.warning("agent_start_failed", agent=self._name, **error_text_fields(error))
+            log.warning("agent_start_failed", agent=self._name, **error_fields(error))
             self._fail(f"its start raised {type_name(error)}")
             return
         if not self._started.done():
@@ -92,7 +92,7 @@ class Lifetime:
         except BaseException as error:  # user code raises anything; the host goes on closing
             if ends_task(error):
                 raise
-            log.warning("agent_close_failed", agent=self._name, **error_text_fields(error))
+            log.warning("agent_close_failed", agent=self._name, **error_fields(error))
 
     def _fail(self, why: str) -> None:
         if not self._started.done():

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from loom.agents.deadline import Deadline
 from loom.agents.job import MAX_USD, Job, Spent, check_budget
-from loom.agents.user_code import ClosingIterator, ends_task, error_text_fields, guarded, type_name
+from loom.agents.user_code import ClosingIterator, contain, ends_task, error_fields, type_name
 from loom.agents.values import to_text
 from loom.agents.yielded_values import EVENTS, deltas, events_of
 from loom.bus.logs.logger import get_logger
@@ -93,7 +93,7 @@ async def collect(agent: StreamingAgent, request: RunRequest, tell: Tell | None 
 async def _collected(agent: StreamingAgent, job: Job, tell: Tell | None) -> RunResult:
     seen = _Seen(job)
     deadline = Deadline(job.remaining_s)
-    with guarded():
+    with contain():
         source = agent.stream(job)
         if not hasattr(source, "__aiter__"):
             raise AgentFailed(f"stream returned a {type(source).__name__}: make it an async generator")
@@ -217,9 +217,7 @@ def _charge(error: LoomError, spent: Spent) -> None:
 
 def raised(error: BaseException, job: RunRequest) -> AgentFailed:
     """Return what is published of an exception of user code, its type; its text goes to the log."""
-    log.warning(
-        "agent_raised", task_id=job.task_id, attempt=job.attempt, node_id=job.node_id, **error_text_fields(error)
-    )
+    log.warning("agent_raised", task_id=job.task_id, attempt=job.attempt, node_id=job.node_id, **error_fields(error))
     return AgentFailed(f"the agent raised {type_name(error)}", task_id=job.task_id)
 
 

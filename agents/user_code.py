@@ -29,11 +29,11 @@ class BaseExceptionRaised(Exception):
 
 
 async def call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Return what `fn` returns, raising what it raises as `guarded` does; a sync one runs in a thread of its own.
+    """Return what `fn` returns, raising what it raises as `contain` does; a sync one runs in a thread of its own.
 
     A cancelled call returns at once; the thread of a sync function is abandoned to run to its end.
     """
-    with guarded():
+    with contain():
         if is_async(fn):
             result = fn(*args, **kwargs)
         else:
@@ -44,7 +44,7 @@ async def call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         return result
 
 
-class guarded:  # noqa: N801 - used as a function; a class costs a third of a generator's context
+class contain:  # noqa: N801 - used as a function; a class costs a third of a generator's context
     """Raise `BaseExceptionRaised` for whatever leaves the body and would end the process or this task.
 
     A cancellation of this very task passes. The body must hold no `yield`: a generator that is closed there ends by
@@ -72,13 +72,13 @@ def ends_task(error: BaseException) -> bool:
 
 
 class ClosingIterator(Generic[T]):
-    """Iterates over what a user's code yields, guarded, and closes it, if it can be, however that ends.
+    """Iterates over what a user's code yields, contain, and closes it, if it can be, however that ends.
 
     An iteration that never waits gives the event loop a turn now and then.
     """
 
     def __init__(self, source: AsyncIterable[T]) -> None:
-        with guarded():
+        with contain():
             self._items = aiter(source)
         self._turn_at = time.monotonic()
 
@@ -92,7 +92,7 @@ class ClosingIterator(Generic[T]):
         if time.monotonic() - self._turn_at > TURN_S:
             await asyncio.sleep(0)
             self._turn_at = time.monotonic()
-        try:  # `guarded` by hand: there may be a hundred thousand items a second
+        try:  # `contain` by hand: there may be a hundred thousand items a second
             return await self._items.__anext__()
         except Exception:
             raise
@@ -105,7 +105,7 @@ class ClosingIterator(Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with guarded():
+            with contain():
                 close = getattr(self._items, "aclose", None)
                 if close is not None:
                     await close()
@@ -113,7 +113,7 @@ class ClosingIterator(Generic[T]):
             if error is None:
                 raise
             # What ended the iteration is the failure; this one came on top.
-            log.warning("close_failed", **error_text_fields(fault))
+            log.warning("close_failed", **error_fields(fault))
 
 
 def origin(error: BaseException) -> BaseException:
@@ -123,12 +123,12 @@ def origin(error: BaseException) -> BaseException:
     return cause if cause is not None and (stopped or type(error) is BaseExceptionRaised) else error
 
 
-def describe(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Return `TypeName: message` on one line without secrets, at most 500 characters."""
     return log_fields.summary(origin(error))
 
 
-def error_text_fields(error: BaseException) -> dict[str, str]:
+def error_fields(error: BaseException) -> dict[str, str]:
     """Return type, message without secrets, and place of what user code raised, for a log line."""
     return log_fields.error_fields(origin(error))
 

@@ -6,7 +6,7 @@ from typing import Any, get_args
 from msgspec import Struct, structs
 from msgspec.structs import replace
 
-from loom.agents.user_code import guarded
+from loom.agents.user_code import contain
 from loom.agents.values import NotText, to_json, to_text
 from loom.schemas.base import MAX_CONTENT_BYTES, Undecodable, decode, encode
 from loom.schemas.errors import AgentFailed
@@ -41,7 +41,7 @@ def events_of(item: Any) -> Iterable[AgentEvent]:
     if type(item) is TextDelta and type(item.text) is str and item.text.isascii() and len(item.text) <= DELTA_CHARS:
         return (item,)
     try:
-        with guarded():
+        with contain():
             return (_checked(item, type(item).__name__),) if type(item) in AS_THEY_ARE else _read(item)
     except NotText as error:
         raise AgentFailed(f"the agent's answer is not text: {error}") from error
