@@ -12,10 +12,11 @@ from loom.bus.natsio.ownership import Owner, running_loop
 from loom.bus.natsio.requests import NoResponders
 from loom.bus.task_updates import TaskUpdates, id_taken
 from loom.schemas.base import Undecodable, decode, new_id
-from loom.schemas.envelope import ENDED, TaskRecord, TaskStatus
+from loom.schemas.checks.ad import check_ad
 from loom.schemas.errors import BusUnavailable, LoomError, error_for
+from loom.schemas.record import ENDED, TaskRecord, TaskStatus
 from loom.schemas.run import Delta
-from loom.schemas.task import ErrorReply, StatusQuery, Submission, TaskAd, TaskResult, ad_digest, check_ad
+from loom.schemas.task import ErrorReply, StatusQuery, Submission, TaskAd, TaskResult, ad_digest
 
 log = get_logger()
 

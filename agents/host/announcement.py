@@ -19,7 +19,7 @@ from loom.schemas.auction import (
     HostAnnouncement,
 )
 from loom.schemas.base import cut_name, encode
-from loom.schemas.task import domain_token
+from loom.schemas.tokens import domain_token
 
 log = get_logger()
 

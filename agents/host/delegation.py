@@ -10,9 +10,10 @@ from loom.agents.host.runs import Run
 from loom.agents.host.slots import RunQueue
 from loom.agents.job import run_costs
 from loom.agents.tools import tool
+from loom.schemas.checks.ad import check_ad
 from loom.schemas.errors import BudgetExceeded, LoomError, SubtaskFailed
 from loom.schemas.run import MAX_OPEN_DELEGATIONS, delegated_id
-from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult, check_ad
+from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult
 
 MAX_TIMEOUT_S = 86_400.0
 

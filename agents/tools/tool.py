@@ -15,7 +15,7 @@ from loom.agents.values import NotText, to_text
 from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import LoomError
 from loom.schemas.llm import ToolDefinition
-from loom.schemas.task import is_token
+from loom.schemas.tokens import is_token
 
 MAX_DESCRIPTION_CHARS = 1024
 

@@ -13,15 +13,14 @@ from loom.schemas.envelope import (
     IN_HAND_S,
     MAX_CAUSE_CHARS,
     MAX_FAILED_ATTEMPTS,
-    REJECTED,
     Envelope,
     FailedAttempt,
     RejectedResult,
-    TaskRecord,
 )
 from loom.schemas.identity import JUDGE, RULES
 from loom.schemas.learning import Reward, Signal
 from loom.schemas.notices import SubtaskEnded
+from loom.schemas.record import REJECTED, TaskRecord
 from loom.schemas.task import Accept, RunResult, TaskError, TaskState
 
 COUNTED = frozenset({"node_lost", "agent_failed", "rejected_result"})

@@ -46,9 +46,11 @@ from loom.phases.shared.acceptance import has_check
 from loom.phases.shared.check_pool import CheckPool, NotChecked, Violation
 from loom.schemas.base import Undecodable
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Envelope, SplitPlan, TaskRecord
+from loom.schemas.envelope import Envelope
 from loom.schemas.llm import LLMProvider
 from loom.schemas.notices import ParentEnded, SubtaskEnded
+from loom.schemas.plan import SplitPlan
+from loom.schemas.record import TaskRecord
 
 log = get_logger()
 

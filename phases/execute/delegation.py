@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from msgspec.structs import replace
 
@@ -19,11 +19,13 @@ from loom.phases.execute.run_stream import RunStream
 from loom.phases.shared.inherited_ad import as_part
 from loom.phases.shared.token_usage import used_in_all
 from loom.schemas.base import MAX_INPUTS_BYTES, cut_utf8
+from loom.schemas.checks.ad import check_ad
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import MAX_DELEGATED, Envelope, Split, TaskRecord
+from loom.schemas.envelope import Envelope, Split
 from loom.schemas.errors import InvalidTask, LoomError
+from loom.schemas.record import MAX_DELEGATED, TaskRecord
 from loom.schemas.run import MAX_OPEN_DELEGATIONS, Delegated, RunEvent, delegated_id
-from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult, check_ad
+from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult
 
 log = get_logger()
 
@@ -63,6 +65,8 @@ class Delegations:
         """What is to be cancelled should the run end now."""
         self._failed = False
         """Whether an answer was not a success."""
+        self._released = ExitStack()
+        """Takes no slot while a delegated task is open."""
         self._refusals = 0
         self._repeated_at = 0.0
         self._watch: RunStream | None = None
@@ -104,7 +108,7 @@ class Delegations:
 
     def _begin(self, ad: TaskAd, call: int) -> None:
         if not self._open:
-            self._delivery.slots.taken -= 1
+            self._released.enter_context(self._delivery.released_slot())
             self._top_up()
         self._calls[ad.task_id] = call
         self._open[ad.task_id] = self._bus.tasks.spawn(self._run(ad), name=f"errand {ad.task_id}")
@@ -131,7 +135,7 @@ class Delegations:
         self._calls.pop(task_id)
         self._wanted.discard(task_id)
         if not self._open:
-            self._delivery.slots.taken += 1
+            self._released.close()
         if self._answers.pop(task_id, None) is None:
             cancelling = call_off(self._bus, self._envelope.task_id, [task_id], admitted=False)
             self._bus.tasks.spawn(cancelling, name=f"call off {task_id}")
@@ -140,8 +144,7 @@ class Delegations:
         """Wait for nothing more; the run goes on elsewhere, or has ended and what it has delegated with it."""
         for errand in self._open.values():
             errand.cancel()
-        if self._open:
-            self._delivery.slots.taken += 1
+        self._released.close()
         self._open.clear()
         if cancelling:
             await call_off(self._bus, self._envelope.task_id, self._wanted)

@@ -5,7 +5,9 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from loom.schemas.envelope import Award, Claim, Envelope, RecordVersion, TaskRecord
+from loom.schemas.auction import Award
+from loom.schemas.envelope import Claim, Envelope, RecordVersion
+from loom.schemas.record import TaskRecord
 
 Standing = Literal["report", "over", "settle", "leave"]
 NODE_LOST = "node_lost"

@@ -36,9 +36,10 @@ from loom.phases.execute.plain_runs import RUN_S, PlainRun
 from loom.phases.execute.run_inbox import EventSubjects, count_discarded
 from loom.phases.execute.run_stream import TOO_MANY, Hosts, HostSilent, Interrupt, RunStream
 from loom.phases.execute.stops import HostRun, Stops, Why
+from loom.schemas.auction import Award
 from loom.schemas.base import MAX_CONTENT_BYTES, cut_utf8
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Claim, Envelope
+from loom.schemas.envelope import Claim, Envelope
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.run import RunEvent, RunRequest
 from loom.schemas.task import RunResult, TaskError
@@ -282,7 +283,7 @@ class Execute:
         deltas = self._bus.subjects.of("delta", envelope.submitter, envelope.task_id)
         async with watch:
             while (event := await watch.next()) is not None and not event.final:
-                if delivery.alone:
+                if delivery.is_suspect:
                     return None
                 delivery.release()
                 if event.event is None:

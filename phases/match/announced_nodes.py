@@ -7,7 +7,7 @@ from typing import NamedTuple
 from loom.bus.host_directory import AnnouncedHost, HostKey
 from loom.schemas.auction import ANY_DOMAIN, AnnouncedNode
 from loom.schemas.identity import qualified
-from loom.schemas.task import domain_token
+from loom.schemas.tokens import domain_token
 
 Place = tuple[HostKey, str]
 """A host and the id of one of its nodes."""

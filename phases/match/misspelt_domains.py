@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from loom.phases.match.announced_nodes import AnnouncedNodes
 from loom.schemas.envelope import Envelope
-from loom.schemas.task import domain_token
 from loom.schemas.text.nearest_name import nearest_domain
+from loom.schemas.tokens import domain_token
 
 BEGINNING = "no node rates itself in "
 FRESH_S = 3.0

@@ -8,8 +8,9 @@ from msgspec.structs import replace
 from loom.bus.host_directory import HostKey
 from loom.bus.logs.discards import Discards
 from loom.schemas.auction import Bid, DeclineCode, Offer
-from loom.schemas.base import Message, Token, Undecodable, decode
+from loom.schemas.base import Message, Undecodable, decode
 from loom.schemas.identity import LOCAL_OWNER
+from loom.schemas.tokens import Token
 
 MAX_OFFER_BYTES = 128 * 1024
 """Sixteen bids with all the tools a task may require take less."""

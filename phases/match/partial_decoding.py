@@ -6,10 +6,11 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from loom.schemas.base import Count, Name, Timestamp, Token, Unit, decode
-from loom.schemas.envelope import ENDED
+from loom.schemas.base import Count, Name, Timestamp, Unit, decode
 from loom.schemas.identity import LOCAL_OWNER, node_key, qualified
 from loom.schemas.learning import MAX_DOMAINS, WINDOW, DomainEvidence, NodeProfile, Score
+from loom.schemas.record import ENDED
+from loom.schemas.tokens import Token
 
 
 class ReadRecord(msgspec.Struct, frozen=True):

@@ -17,8 +17,8 @@ from loom.bus.host_directory import HostKey
 from loom.phases.match.award_policies import BidderStats, Policy, Trust, ucb
 from loom.phases.match.newcomers import Newcomers, Shared, failing_owners, is_newcomer, shared_by
 from loom.phases.match.offers import HostOffer
-from loom.schemas.auction import Bid
-from loom.schemas.envelope import AWARD_BIDS, MAX_TRUST, Award, Envelope, ScoredBid
+from loom.schemas.auction import AWARD_BIDS, MAX_TRUST, Award, Bid, ScoredBid
+from loom.schemas.envelope import Envelope
 from loom.schemas.identity import LOCAL_OWNER, qualified, split_qualified
 from loom.schemas.learning import DomainEvidence, NodeProfile
 

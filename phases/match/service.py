@@ -13,7 +13,6 @@ import asyncio
 import random
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace as replace_fields
 
 from msgspec.structs import replace
@@ -38,10 +37,10 @@ from loom.phases.match.partial_decoding import ReadRecord
 from loom.phases.match.plain_bids import PlainNodes
 from loom.phases.match.recent_awards import RecentAwards
 from loom.phases.match.scoring import AllBusy, AuctionContext, Awarded, Exhausted, Nobody, Verdict, decide
-from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, Bid, CallForBids, Lot
+from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, Award, Bid, CallForBids, Lot
 from loom.schemas.base import Undecodable, cut_utf8
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import IN_HAND_S, Award, Envelope, Spec
+from loom.schemas.envelope import IN_HAND_S, Envelope, Spec
 from loom.schemas.identity import qualified, split_qualified
 from loom.schemas.task import TaskError
 
@@ -119,7 +118,7 @@ class Match:
         if envelope.last_error is not None and envelope.last_error.code == "node_busy":
             pause_s = envelope.busy_pause_s  # a longer one has passed already
             if pause_s <= IN_HAND_S:
-                with _counted(delivery):
+                with delivery.waiting():
                     await _pause(delivery, random.uniform(pause_s / 2, pause_s))  # noqa: S311 - jitter
         new_nodes = self._roster.new_nodes
         verdict = await self._look(envelope, spec)
@@ -171,7 +170,7 @@ class Match:
         if isinstance(verdict, Nobody) and spec.no_offers_since is not None:
             give_up = min(give_up, spec.no_offers_since + self._config.no_bids_after_s)
         pause_s = PAUSE_S[0]
-        with _counted(delivery):
+        with delivery.waiting():
             while self._bus.clock.now() < give_up and not delivery.recalled.is_set():
                 left_s = max(0.0, give_up - self._bus.clock.now())
                 if isinstance(verdict, AllBusy):
@@ -343,17 +342,6 @@ class Match:
     def _window(self, _lane: Lane, slots: Slots) -> int:
         """No more is read of a lane in which many wait already."""
         return min(slots.free, self._config.waiting_limit - slots.waiting)
-
-
-@contextmanager
-def _counted(delivery: Delivery) -> Iterator[None]:
-    """Count a delivery among those that only wait, of which a lane keeps few."""
-    delivery.release()
-    delivery.slots.waiting += 1
-    try:
-        yield
-    finally:
-        delivery.slots.waiting -= 1
 
 
 async def _pause(delivery: Delivery, seconds: float, news: asyncio.Event | None = None) -> None:

@@ -5,10 +5,9 @@ from loom.phases.shared.division import PLAN
 from loom.phases.shared.llm_call import Answer, ask
 from loom.schemas.base import MAX_CONTEXT_BYTES, encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Subtask
 from loom.schemas.errors import InvalidPlan, LoomError
 from loom.schemas.llm import AssistantMessage, CompletionParams, LLMProvider, Message, SystemMessage, UserMessage
-from loom.schemas.plan import PLAN_SCHEMA, parse_plan
+from loom.schemas.plan import PLAN_SCHEMA, Subtask, parse_plan
 from loom.schemas.task import TaskAd
 
 log = get_logger()

@@ -34,11 +34,12 @@ from loom.phases.shared.division import is_saturated, undivided, wants_scale
 from loom.phases.shared.token_usage import before_the_run, charged, with_parts
 from loom.schemas.base import MAX_CONTENT_BYTES, Undecodable, cut_utf8
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Envelope, SplitPlan, Subtask
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import BusUnavailable, InvalidPlan
 from loom.schemas.events import SubtaskEvent
 from loom.schemas.llm import LLMProvider
 from loom.schemas.notices import ParentEnded, PlanTimeout, ScaleMessage, SubtaskEnded, read_scale_message
+from loom.schemas.plan import SplitPlan, Subtask
 from loom.schemas.task import RunResult, TaskError
 
 log = get_logger()

@@ -11,8 +11,10 @@ from loom.phases.shared.inherited_ad import as_part
 from loom.phases.shared.token_usage import charged, tokens_of, used_in_all, with_parts
 from loom.schemas.auction import DESCRIPTION_BYTES
 from loom.schemas.base import MAX_INPUTS_BYTES, cut_note, cut_utf8, encode
-from loom.schemas.envelope import Envelope, Split, SplitPlan, Subtask, TaskRecord
+from loom.schemas.envelope import Envelope, Split
 from loom.schemas.events import SubtaskEvent
+from loom.schemas.plan import SplitPlan, Subtask
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskAd, TaskError
 
 SYNTHESIS_SHARE = 0.2

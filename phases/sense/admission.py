@@ -9,9 +9,10 @@ from loom.bus.natsio.server_errors import Conflict
 from loom.bus.records import record_version, records, update_record
 from loom.bus.replies import allowed_reply, answer, answer_error, answer_task
 from loom.schemas.base import Undecodable
-from loom.schemas.envelope import Envelope, TaskRecord
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import BusUnavailable, InvalidTask
 from loom.schemas.identity import PUBLIC
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Accepted, Submission, TaskAd, TaskError, TaskResult, ad_digest
 
 log = get_logger()

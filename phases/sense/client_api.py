@@ -19,11 +19,14 @@ from loom.bus.replies import allowed_reply, answer, answer_error, may_answer
 from loom.phases.sense.admission import Admission, envelope_for
 from loom.phases.shared.check_pool import CheckPool
 from loom.schemas.base import Undecodable, decode
-from loom.schemas.envelope import Envelope, TaskRecord, TaskStatus
+from loom.schemas.checks.ad import parse_ad
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import InvalidTask, LoomError, UnknownTask
 from loom.schemas.identity import PUBLIC
 from loom.schemas.notices import envelope_in
-from loom.schemas.task import Accepted, StatusQuery, Submission, TaskAd, TaskError, TaskResult, is_token, parse_ad
+from loom.schemas.record import TaskRecord, TaskStatus
+from loom.schemas.task import Accepted, StatusQuery, Submission, TaskAd, TaskError, TaskResult
+from loom.schemas.tokens import is_token
 
 log = get_logger()
 

@@ -29,12 +29,13 @@ from loom.phases.shared.check_pool import CheckPool, NotChecked
 from loom.phases.shared.llm_call import ask
 from loom.phases.shared.token_usage import before_the_run, charged
 from loom.schemas.base import MAX_AD_BYTES
+from loom.schemas.checks.ad import check_ad
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Spec
 from loom.schemas.errors import InvalidTask, LoomError
 from loom.schemas.identity import PUBLIC
 from loom.schemas.llm import CompletionParams, LLMProvider, UserMessage
-from loom.schemas.task import Submission, TaskAd, TaskError, check_ad
+from loom.schemas.task import Submission, TaskAd, TaskError
 
 log = get_logger()
 

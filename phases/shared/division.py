@@ -8,8 +8,9 @@ from typing import Literal, TypeAlias
 
 from msgspec.structs import replace
 
+from loom.schemas.auction import Award
 from loom.schemas.base import cut_note
-from loom.schemas.envelope import Award, Envelope, Spec
+from loom.schemas.envelope import Envelope, Spec
 
 PLAN = "plan"
 """Key of the ad's context under which a client may give the plan itself, or `true` to have one made."""

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from loom.schemas.base import total
-from loom.schemas.envelope import Envelope, Phase, Subtask, TaskRecord
+from loom.schemas.envelope import Envelope, Phase
+from loom.schemas.plan import Subtask
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import PhaseUsage, RunResult
 
 BEFORE_THE_RUN = 0.25

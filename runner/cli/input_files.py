@@ -18,8 +18,10 @@ from loom.agents.lifetime import CLOSE_S, has_lifetime
 from loom.agents.self_ratings import domains_fault, scores_fault
 from loom.agents.user_code import error_text
 from loom.runner.cli.file_lifespan import LEAVE_S, InvalidLifespan, Lifespan, lifespan_of
+from loom.schemas.checks.ad import parse_ad
 from loom.schemas.errors import InvalidTask, LoomError
-from loom.schemas.task import TaskAd, is_token, parse_ad
+from loom.schemas.task import TaskAd
+from loom.schemas.tokens import is_token
 
 MODULE = "loom_nodes_file"
 NODE_PARTS = ("id", "capabilities", "agent", "to_bid", "mirror")

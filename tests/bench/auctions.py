@@ -5,8 +5,8 @@ from pathlib import Path
 
 from support.wait import until
 
+from bench.bench_cluster import Town, ad, town
 from bench.measure import closed_loop, quantile, said
-from bench.town import Town, ad, town
 from loom.bus import topology
 from loom.bus.bus import Bus
 from loom.phases.match import Match

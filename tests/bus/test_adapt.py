@@ -3,7 +3,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from support.phases import Replica, Stage
+from support.phase_harness import Replica, Stage
 from support.rewards import publish, reward
 from support.wait import until
 

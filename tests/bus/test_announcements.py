@@ -9,7 +9,7 @@ import pytest
 from msgspec import to_builtins
 from support.auctions import offer_to
 from support.nodes import echo, node
-from support.phases import Stage, call_for_bids
+from support.phase_harness import Stage, call_for_bids
 from support.runs import run
 from support.wait import until
 

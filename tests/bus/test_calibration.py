@@ -1,7 +1,7 @@
 from collections.abc import AsyncIterator
 
 import pytest
-from support.phases import Asker, Stage
+from support.phase_harness import Asker, Stage
 from support.wait import until
 
 from loom.bus.rewards import RewardBus

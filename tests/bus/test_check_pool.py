@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.bombs import COSTLY_CONTENT, COSTLY_PATTERNS
-from support.buses import Connect
+from support.bus_helpers import Connect
 from support.logs import capture_logs
 from support.wait import until
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.buses import Connect, Heard, alive, back
+from support.bus_helpers import Connect, Heard, alive, back
 from support.logs import capture_logs
 from support.stopping import stop
 from support.wait import until

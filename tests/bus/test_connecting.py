@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
-from support.buses import alive, back
+from support.bus_helpers import alive, back
 from support.command import loom
 from support.configured import configured_server
 from support.fake_server import fake_server, info

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phases import Stage
+from support.phase_harness import Stage
 from support.runs import event_subject, stop_run
 from support.wait import until
 

@@ -3,16 +3,16 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-from support.phases import FakeHost, FakeRun, Stage, ad, awarded, envelope
+from support.phase_harness import FakeHost, FakeRun, Stage, ad, awarded, envelope
 from support.wait import until
 
 from loom.bus.logs.left_out import LeftOut, together
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.service_discovery import ServiceEndpoint, health_reports
-from loom.schemas.auction import CallForBids
+from loom.schemas.auction import Award, CallForBids
 from loom.schemas.base import decode, encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope
+from loom.schemas.envelope import Envelope
 from loom.schemas.events import TextDelta
 from loom.schemas.run import RunEvent
 from loom.schemas.task import RunResult

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.auctions import offer_to
 from support.logs import capture_logs
-from support.phases import Stage, call_for_bids, quiet
+from support.phase_harness import Stage, call_for_bids, quiet
 from support.runs import Watcher, run, stop_run
 from support.stopping import stop
 from support.wait import until

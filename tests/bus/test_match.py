@@ -5,15 +5,16 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phases import FakeHost, Replica, Stage, ad, envelope
+from support.phase_harness import FakeHost, Replica, Stage, ad, envelope
 from support.wait import until
 
 from loom.bus.records import records
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Bid, CallForBids, HostAnnouncement, Offer
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Envelope, FailedAttempt, Spec, TaskRecord, TaskState
+from loom.schemas.envelope import Envelope, FailedAttempt, Spec
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
-from loom.schemas.task import TaskError
+from loom.schemas.record import TaskRecord
+from loom.schemas.task import TaskError, TaskState
 
 LONG = ClusterConfig(bid_window_ms=3000)
 """A window nobody would wait for unnoticed."""

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 from support.auctions import key
-from support.phases import FakeHost, Replica, Stage, ad, envelope
+from support.phase_harness import FakeHost, Replica, Stage, ad, envelope
 from support.wait import until
 
 from loom.bus.logs.left_out import LeftOut
-from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Bid, CallForBids, Offer
+from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Award, Bid, CallForBids, Offer
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope
+from loom.schemas.envelope import Envelope
 
 SHORT = ClusterConfig(bid_window_ms=60)
 

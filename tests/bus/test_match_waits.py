@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from support.auctions import announced, key, offer
-from support.phases import FakeHost, Stage, ad, awarded, envelope
+from support.phase_harness import FakeHost, Stage, ad, awarded, envelope
 from support.wait import until
 
 from loom.phases.match.announced_nodes import AnnouncedNodes

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 from support.nodes import echo, node
-from support.nursery import WITHIN_S, Held, Place, place
-from support.phases import Stage
+from support.phase_harness import Stage
+from support.spawning_host import WITHIN_S, Held, Place, place
 from support.wait import until
 
 from loom.agents.host.clone import STEM, clone_id

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 from support.auctions import announced, key
-from support.phases import FakeHost, Replica, Stage, ad, envelope
+from support.phase_harness import FakeHost, Replica, Stage, ad, envelope
 from support.wait import until
 
 from loom.phases.match.announced_nodes import AnnouncedNodes
 from loom.phases.match.plain_bids import UNJUDGED_S, PlainNodes
-from loom.schemas.auction import AnnouncedDomain, AnnouncedNode
+from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Award
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope
+from loom.schemas.envelope import Envelope
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
 from loom.schemas.task import TaskError
 

@@ -11,7 +11,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg as NatsMsg
 from nats.micro import add_service
 from nats.micro.request import Request
-from support.phases import FakeHost, Stage, ad, awarded, envelope, quiet
+from support.phase_harness import FakeHost, Stage, ad, awarded, envelope, quiet
 from support.runs import hosts_of
 from support.wait import until
 

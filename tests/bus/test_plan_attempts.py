@@ -5,8 +5,8 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 from msgspec.structs import replace
-from support.crashing import bus_of
-from support.phases import Replica, Stage, ad, awarded, envelope
+from support.crash_process import bus_of
+from support.phase_harness import Replica, Stage, ad, awarded, envelope
 from support.wait import until
 
 from loom.bus.hops.hop_loop import HopLoop
@@ -17,11 +17,13 @@ from loom.bus.topology import SCALE_LANE
 from loom.phases.evaluate.decisions import notice_of
 from loom.phases.scale import subtask_graph
 from loom.phases.sense.estimate import with_division
+from loom.schemas.auction import Award
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope, SplitPlan, TaskRecord
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.notices import ParentEnded, PlanTimeout, read_scale_message
-from loom.schemas.plan import parse_plan
+from loom.schemas.plan import SplitPlan, parse_plan
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import PhaseUsage, RunResult, TaskError
 
 PLAN = [{"id": "a", "description": "do a"}, {"id": "b", "description": "do b", "dependencies": ["a"]}]
@@ -107,10 +109,10 @@ class Point(NamedTuple):
 
 
 POINTS = {
-    "nowhere": Point(HopLoop, "_answer", lambda *_: False),
+    "nowhere": Point(HopLoop, "_checkpoint", lambda *_: False),
     "the plan is written": Point(Bucket, "update", lambda *_: True, calls=True),
     "the hop is published": Point(PubAckFuture, "ack", lambda *_: True),
-    "only the ack is missing": Point(HopLoop, "_answer", lambda _delivery, verb: verb == b"+ACK"),
+    "only the ack is missing": Point(HopLoop, "_checkpoint", lambda name: name == "before ack"),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phases import Stage, ad, awarded, envelope, quiet
+from support.phase_harness import Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
 from loom.bus import task_client
@@ -18,10 +18,13 @@ from loom.bus.topology import SCALE_LANE
 from loom.phases.evaluate.decisions import notice_of
 from loom.phases.scale.subtask_graph import child_id
 from loom.phases.sense.estimate import with_division
+from loom.schemas.auction import Award
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope, Split, SplitPlan, TaskRecord
+from loom.schemas.envelope import Envelope, Split
 from loom.schemas.llm import CompletionParams, CompletionResult
 from loom.schemas.notices import ParentEnded
+from loom.schemas.plan import SplitPlan
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Limits, RunResult, TaskError
 
 Part = tuple[str, ...]

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.buses import Connect
+from support.bus_helpers import Connect
 from support.logs import capture_logs
-from support.phases import Asker, FakeHost, FakeRun, Stage, ad, awarded, envelope
+from support.phase_harness import Asker, FakeHost, FakeRun, Stage, ad, awarded, envelope
 from support.rewards import publish, reward
 from support.wait import until
 

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 
 import pytest
-from support.phases import FakeHost, FakeRun, Stage, ad, awarded, envelope, quiet
+from support.phase_harness import FakeHost, FakeRun, Stage, ad, awarded, envelope, quiet
 from support.runs import hosts_of, watch_of
 from support.wait import until
 

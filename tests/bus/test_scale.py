@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phases import Stage, ad, awarded, envelope, quiet
+from support.phase_harness import Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
 from loom.phases.shared.division import is_saturated
-from loom.schemas.auction import SpawnReply, SpawnRequest
+from loom.schemas.auction import Award, ScoredBid, SpawnReply, SpawnRequest
 from loom.schemas.base import decode
-from loom.schemas.envelope import Award, Envelope, ScoredBid
+from loom.schemas.envelope import Envelope
 
 
 @pytest.fixture

@@ -4,14 +4,15 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phases import Asker, Stage, ad, envelope, quiet, submission
+from support.phase_harness import Asker, Stage, ad, envelope, quiet, submission
 from support.wait import until
 
 from loom.bus.hops.hop_loop import schedule
 from loom.schemas.base import encode, new_id
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Claim, Split, TaskRecord, TaskStatus
+from loom.schemas.envelope import Claim, Split
 from loom.schemas.llm import CompletionParams, CompletionResult
+from loom.schemas.record import TaskRecord, TaskStatus
 from loom.schemas.task import Accept, Accepted, RunResult, Submission, TaskAd, TaskResult
 
 

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from support.hanging_agents import Stubborn
 from support.logs import capture_logs
 from support.nodes import node
-from support.phases import Stage
+from support.phase_harness import Stage
 from support.runs import Watcher, run, stop_run
-from support.stubborn import Stubborn
 from support.wait import until
 
 from loom.agents.host.delegation import Delegator

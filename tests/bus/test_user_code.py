@@ -10,7 +10,7 @@ import pytest
 import structlog
 from support.auctions import offer_to
 from support.logs import capture_logs
-from support.phases import Stage, call_for_bids
+from support.phase_harness import Stage, call_for_bids
 from support.runs import run
 from support.wait import until
 

@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 
 import pytest
-from support.crashing import QUICK, each_setting
+from support.crash_process import QUICK, each_setting
 
 from loom.runner.server.nats_server import NatsServer
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from support.openai_server import ERROR_EVENT, OpenAIServer, Reply, Request, text_event
-from support.phases import Stage, ad
+from support.phase_harness import Stage, ad
 from support.wait import until
 
 from loom.agents.llm.agent import Agent

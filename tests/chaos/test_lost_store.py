@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from support.nodes import echo, node
-from support.phases import Stage, awarded
+from support.phase_harness import Stage, awarded
 from support.wait import until
 
 from loom.bus import task_client, topology, upkeep
@@ -21,8 +21,8 @@ from loom.phases.sense import client_api
 from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.learning import NodeProfile
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import PRIORITIES, TaskAd, TaskResult
 
 STREAMS = ("INTAKE", "TASKS", "REWARDS", "DEAD", "records", "plans", "nodes", "tuning")

@@ -14,8 +14,8 @@ from loom.bus.records import records
 from loom.phases.scale import subtask_graph
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import SplitPlan
 from loom.schemas.errors import AgentFailed
+from loom.schemas.plan import SplitPlan
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
 

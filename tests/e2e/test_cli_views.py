@@ -22,10 +22,11 @@ from loom.bus import task_client
 from loom.bus.host_directory import AnnouncedHost
 from loom.bus.rewards import RewardBus
 from loom.schemas.base import decode
-from loom.schemas.envelope import SplitPlan, TaskRecord
 from loom.schemas.errors import UnknownTask
 from loom.schemas.identity import node_key
 from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.plan import SplitPlan
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
 

@@ -20,9 +20,9 @@ from loom.bus.records import records
 from loom.bus.topology import stream_state
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import AgentFailed, SubtaskFailed
 from loom.schemas.events import AgentEvent, Done, TokenUsage
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
 from loom.schemas.task import Limits, TaskAd, TaskResult
 

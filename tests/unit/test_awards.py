@@ -3,12 +3,11 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.phases import ad, envelope
+from support.phase_harness import ad, envelope
 
 from loom.phases.match.recent_awards import SWEEP_S, UNJUDGED_S, RecentAwards
 from loom.phases.match.scoring import TAKEN_S, Awarded
-from loom.schemas.auction import Bid
-from loom.schemas.envelope import Award
+from loom.schemas.auction import Award, Bid
 
 
 class Clock:

@@ -9,8 +9,8 @@ import pytest
 from msgspec import inspect as mi
 from support.auctions import announced, key, offer
 from support.logs import capture_logs
-from support.phases import ad, awarded, envelope
-from support.values import message_types
+from support.phase_harness import ad, awarded, envelope
+from support.strategies import message_types
 
 from loom.bus.logs.discards import LINES, PERIOD_S, Discards
 from loom.bus.rewards import RewardBus
@@ -19,12 +19,13 @@ from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.retirement_policy import heir
 from loom.phases.match.offers import MAX_OFFER_BYTES, HostOffer, OfferReader
 from loom.phases.match.scoring import AuctionContext, Awarded, decide
-from loom.schemas.auction import AnnouncedNode, Bid, HostAnnouncement, Offer
+from loom.schemas.auction import MAX_TRUST, AnnouncedNode, Bid, HostAnnouncement, Offer
 from loom.schemas.base import MAX_INT, MAX_SECONDS, Message, Undecodable, decode, encode
-from loom.schemas.envelope import MAX_TRUST, Envelope, TaskRecord
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import InvalidTask
 from loom.schemas.events import TextDelta
 from loom.schemas.learning import Calibration, NodeProfile, Reward
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunEvent, read_events
 from loom.schemas.task import RunResult, TaskAd, TaskError
 

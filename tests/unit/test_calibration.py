@@ -9,7 +9,8 @@ from loom.bus.bus import Bus
 from loom.phases.adapt.calibration_writer import MOST, Calibrating, actual, recalibrated
 from loom.phases.evaluate.decisions import reward_for
 from loom.phases.sense.calibration_reader import calibrated
-from loom.schemas.envelope import Award, Envelope, Spec
+from loom.schemas.auction import Award
+from loom.schemas.envelope import Envelope, Spec
 from loom.schemas.learning import Calibration, Reward
 from loom.schemas.task import RunResult, TaskAd, TaskError
 

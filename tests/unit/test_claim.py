@@ -2,10 +2,11 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phases import ad, awarded, envelope
+from support.phase_harness import ad, awarded, envelope
 
 from loom.phases.execute.fencing import Claimed, Superseded, claim, may_report
-from loom.schemas.envelope import Claim, Envelope, TaskRecord
+from loom.schemas.envelope import Claim, Envelope
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskError
 
 

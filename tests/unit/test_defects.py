@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 from support.openai_server import OpenAIServer, Reply
-from support.phases import ad, awarded, envelope
+from support.phase_harness import ad, awarded, envelope
 
 from loom.agents.function_agent import FunctionAgent
 from loom.agents.llm.agent import Agent

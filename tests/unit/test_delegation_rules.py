@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.phases import ad, awarded, envelope
-from support.values import tokens
+from support.phase_harness import ad, awarded, envelope
+from support.strategies import tokens
 
 from loom import delegate
 from loom.agents.host.delegation import Delegator, delegation_error
@@ -17,10 +17,12 @@ from loom.bus.bus import Bus
 from loom.phases.execute.delegation import answer_in, errand_for
 from loom.phases.shared.token_usage import tokens_of
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Envelope, Split, TaskRecord
+from loom.schemas.envelope import Envelope, Split
 from loom.schemas.errors import BudgetExceeded, InvalidTask, LoomError
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest, delegated_id
-from loom.schemas.task import Limits, PhaseUsage, RunResult, TaskError, TaskResult, is_token
+from loom.schemas.task import Limits, PhaseUsage, RunResult, TaskError, TaskResult
+from loom.schemas.tokens import is_token
 
 CONFIG = ClusterConfig(max_depth=2)
 

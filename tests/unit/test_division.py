@@ -11,9 +11,10 @@ from msgspec.structs import replace
 from loom.phases.sense.estimate import with_division
 from loom.phases.shared import division
 from loom.phases.shared.division import Reason, undivided, wants_scale
+from loom.schemas.auction import Award, ScoredBid
 from loom.schemas.base import decode, encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope, ScoredBid, Spec, Split
+from loom.schemas.envelope import Envelope, Spec, Split
 from loom.schemas.task import Limits, TaskAd
 
 AWARD = Award(node_id="n1", host_id="h1")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.phases import ad, awarded, envelope
+from support.phase_harness import ad, awarded, envelope
 
 from loom.bus.rewards import judgement
 from loom.phases.evaluate.decisions import (
@@ -21,17 +21,9 @@ from loom.phases.evaluate.decisions import (
     unchecked,
 )
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import (
-    IN_HAND_S,
-    MAX_CAUSE_CHARS,
-    Claim,
-    Envelope,
-    FailedAttempt,
-    Opinion,
-    RejectedResult,
-    TaskRecord,
-)
+from loom.schemas.envelope import IN_HAND_S, MAX_CAUSE_CHARS, Claim, Envelope, FailedAttempt, Opinion, RejectedResult
 from loom.schemas.errors import BY_CODE
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Accept, RunResult, TaskError, TaskResult
 
 CONFIG = ClusterConfig(max_attempts=3)

@@ -10,10 +10,13 @@ from msgspec.structs import replace
 from loom.phases.scale import subtask_graph
 from loom.phases.scale.planner import bounded
 from loom.phases.scale.planner import plan_from_ad as given_plan
+from loom.schemas.auction import Award
 from loom.schemas.base import MAX_INPUTS_BYTES, MAX_MESSAGE_BYTES, decode, encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope, RejectedResult, Spec, Split, SplitPlan, Subtask, TaskRecord
+from loom.schemas.envelope import Envelope, RejectedResult, Spec, Split
 from loom.schemas.errors import InvalidPlan
+from loom.schemas.plan import SplitPlan, Subtask
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Limits, PhaseUsage, RunResult, TaskAd, TaskError
 
 CONFIG = ClusterConfig()

@@ -45,14 +45,17 @@ from loom.schemas.auction import (
     SpawnRequest,
 )
 from loom.schemas.base import MAX_INT, MAX_MESSAGE_BYTES, Undecodable, decode, encode
+from loom.schemas.checks.ad import check_ad, parse_ad
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import DeadLetter, Envelope, SplitPlan, Subtask, TaskRecord
+from loom.schemas.dead_letter import DeadLetter
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import LoomError
 from loom.schemas.events import Done, ErrorEvent, SubtaskEvent
 from loom.schemas.learning import Calibration, Lease, Lifecycle, NodeProfile, Reward
-from loom.schemas.plan import parse_plan
+from loom.schemas.plan import SplitPlan, Subtask, parse_plan
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import Delta, RunEvent, RunRequest, read_events
-from loom.schemas.task import Accepted, ErrorReply, Submission, TaskAd, TaskResult, check_ad, parse_ad
+from loom.schemas.task import Accepted, ErrorReply, Submission, TaskAd, TaskResult
 
 SHAPES: tuple[Any, ...] = (
     *(

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 from support.auctions import announced, key
 from support.nodes import echo, node
-from support.phases import ad, envelope
+from support.phase_harness import ad, envelope
 
 from loom.agents.host.announcement import announced_node
 from loom.agents.host.clone import SpawnedNode

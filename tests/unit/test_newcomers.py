@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.auctions import key
-from support.phases import ad, envelope
+from support.phase_harness import ad, envelope
 
 from loom.bus.host_directory import HostKey
 from loom.phases.adapt.evidence import apply_reward
 from loom.phases.match.award_policies import POLICIES
 from loom.phases.match.newcomers import Newcomers
 from loom.phases.match.scoring import AuctionContext, award, score
-from loom.schemas.auction import Bid
-from loom.schemas.envelope import Award, Envelope, FailedAttempt
+from loom.schemas.auction import Award, Bid
+from loom.schemas.envelope import Envelope, FailedAttempt
 from loom.schemas.learning import DomainEvidence, NodeProfile, Reward, Score
 
 Named = tuple[HostKey, Bid]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.auctions import key, nodes, offer
 from support.logs import capture_logs
-from support.values import messages
+from support.strategies import messages
 
 from loom.bus.bus import Bus
 from loom.bus.host_directory import HEARD_S

@@ -15,7 +15,7 @@ from loom.runner.settings import Settings
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import node_key, qualified, split_qualified
 from loom.schemas.learning import NodeProfile, Reward
-from loom.schemas.task import is_token
+from loom.schemas.tokens import is_token
 
 
 class NoEvidence(LoomError):

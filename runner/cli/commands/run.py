@@ -28,9 +28,10 @@ from loom.runner.cli.views.tables import closing, console, one_line, show
 from loom.runner.session import Session, check_phases
 from loom.runner.settings import Settings
 from loom.schemas.base import decode, encode
+from loom.schemas.checks.ad import parse_ad
 from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
 from loom.schemas.events import StepStart, TextDelta
-from loom.schemas.task import Accepted, TaskAd, TaskError, TaskResult, parse_ad
+from loom.schemas.task import Accepted, TaskAd, TaskError, TaskResult
 
 STDOUT = "-"
 AT_ONCE = 16

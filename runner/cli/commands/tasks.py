@@ -29,8 +29,8 @@ from loom.runner.cli.views.run_progress import STYLES
 from loom.runner.cli.views.tables import console, one_line, short, table_of
 from loom.runner.cli.views.task_timeline import handed_in_at
 from loom.runner.settings import Settings
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.identity import PUBLIC
+from loom.schemas.record import TaskRecord
 
 STATES = ("running", "succeeded", "failed", "cancelled")
 

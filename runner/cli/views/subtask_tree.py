@@ -14,9 +14,10 @@ from loom.phases.shared.token_usage import tokens_of
 from loom.runner.cli.common import add_row, span
 from loom.runner.cli.views.run_progress import STYLES
 from loom.runner.cli.views.tables import ROWS, one_line, short, table_of
-from loom.schemas.envelope import SplitPlan, Subtask, TaskRecord
 from loom.schemas.errors import UnknownTask
 from loom.schemas.identity import LOCAL_OWNER, qualified
+from loom.schemas.plan import SplitPlan, Subtask
+from loom.schemas.record import TaskRecord
 
 MOST_READ = 64
 """Tasks read for one tree."""

@@ -7,7 +7,7 @@ from typing import Any
 from loom.bus.natsio.publishing import PubAckFuture
 from loom.phases.execute.delegation import Delegations
 from loom.phases.execute.run_stream import RunStream
-from support.crashing import Orders, Patch, after, before, begins_a_task, phase, sent
+from support.crash_process import Orders, Patch, after, before, begins_a_task, phase, sent
 
 POINTS: dict[str, Patch] = {
     "heard": before(Delegations, "_run"),

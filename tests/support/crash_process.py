@@ -134,16 +134,16 @@ def begins_a_task(future: PubAckFuture) -> bool:
     return parsed is not None and parsed.tokens.get("phase") == "sense"
 
 
-def _acks(_loop: HopLoop[Any], _delivery: Any, verb: bytes) -> bool:
-    return verb == b"+ACK"
+def _at(checkpoint: str) -> Callable[..., bool]:
+    return lambda _loop, name: name == checkpoint
 
 
 POINTS: dict[str, Patch] = {
-    "fetched": before(HopLoop, "_decide"),
-    "handled, unpublished": before(HopLoop, "_settle"),
+    "fetched": before(HopLoop, "_checkpoint", _at("fetched")),
+    "handled, unpublished": before(HopLoop, "_checkpoint", _at("handled")),
     "published, unconfirmed": stored("task", "later"),
-    "confirmed, unacked": before(HopLoop, "_answer", _acks),
-    "acked": after(HopLoop, "_answer", _acks),
+    "confirmed, unacked": before(HopLoop, "_checkpoint", _at("before ack")),
+    "acked": sent(HopLoop, "_checkpoint", _at("acked")),
     "recorded": after(Bucket, "update", _in("records")),
     "relayed": after(BusConnection, "publish", _on("delta")),
     "rewarded": sent(BusConnection, "publish", _on("result")),
