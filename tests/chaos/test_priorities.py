@@ -143,18 +143,18 @@ async def test_the_last_places_of_a_backlog_are_for_the_urgent() -> None:
 
     room = RunQueue(slots=1, backlog=10)
     taken = 0
-    while room.takes("normal"):
+    while room.accepts("normal"):
         room.enqueue(run("normal"))
-        room.next()
+        room.start_next()
         taken += 1
 
     assert (taken, room.load, room.full) == (10, 1.0, False)  # a slot, eight places, and one for an award on its way
-    assert not room.takes("low")
-    assert room.takes("high")
+    assert not room.accepts("low")
+    assert room.accepts("high")
     room.enqueue(run("critical"))
     assert room.full
-    assert not room.takes("critical")
+    assert not room.accepts("critical")
     room.running.clear()
-    first = room.next()
+    first = room.start_next()
     assert first is not None
     assert first.request.priority == "critical"

@@ -11,12 +11,12 @@ def _take(_self: Any, _message: Any) -> None:
     raise ValueError("a value that the code does not expect")
 
 
-async def _every(_seconds: float, _act: Any) -> None:
+async def _repeat_every(_seconds: float, _act: Any) -> None:
     raise ValueError("a value that the code does not expect")
 
 
 Adapt._take = _take  # type: ignore[method-assign]
-node_host.every = _every
+node_host.repeat_every = _repeat_every
 
 if __name__ == "__main__":
     main()

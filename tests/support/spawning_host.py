@@ -93,8 +93,7 @@ async def place(
 ) -> Place:
     bus = await stage.connect("node")
     nursery = NodeAutoscaler(bus, lambda: nodes, max_nodes=max_nodes, skills=skills)
-    host = NodeHost(bus, nursery.nodes, **rooms)
+    host = NodeHost(bus, nursery.nodes, spawner=nursery, **rooms)
     await host.start()
-    await nursery.start(host)
     stage._stack.push_async_callback(host.drain, 0)
     return Place(stage, host, nursery)

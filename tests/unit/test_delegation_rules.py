@@ -10,7 +10,7 @@ from support.phase_harness import ad, awarded, envelope
 from support.strategies import tokens
 
 from loom import delegate
-from loom.agents.host.delegation import Delegator, failure
+from loom.agents.host.delegation import Delegator, delegation_error
 from loom.agents.host.runs import Run
 from loom.agents.host.slots import RunQueue
 from loom.bus.bus import Bus
@@ -75,7 +75,7 @@ def test_a_model_sees_a_task_and_a_domain() -> None:
 )
 def test_a_failure_says_what_failed_once(error: TaskError | None, says: str) -> None:
     state: Any = "failed" if error else "cancelled"
-    raised = failure(TaskResult(task_id="c", state=state, error=error))
+    raised = delegation_error(TaskResult(task_id="c", state=state, error=error))
     assert raised.message.endswith(says)
     assert raised.code == "subtask_failed"
 
@@ -95,7 +95,7 @@ def test_a_grant_is_half_of_what_is_left_or_what_is_asked_and_never_more_than_th
     one = delegator(token_budget=100)
     assert (one._grant(None), one._grant(30), one._grant(1000)) == (50, 30, 100)
     one.own_tokens = 40
-    one.run.charge(TaskResult(task_id="c", state="succeeded", prompt_tokens=10, completion_tokens=20))
+    one.run.add_tokens(TaskResult(task_id="c", state="succeeded", prompt_tokens=10, completion_tokens=20))
     assert one._grant(1000) == 30
     one.own_tokens = 70
     with pytest.raises(BudgetExceeded, match="none of the task's 100 tokens"):
@@ -105,14 +105,21 @@ def test_a_grant_is_half_of_what_is_left_or_what_is_asked_and_never_more_than_th
 def test_what_others_took_counts_once_and_too_much_is_too_dear() -> None:
     one = delegator(token_budget=100)
     own = RunResult(content="x", prompt_tokens=30, completion_tokens=30)
-    assert (one.overspent(own), one.run.charged(own), one.run.charged(None)) == (None, own, None)
-    one.run.charge(TaskResult(task_id="c", state="succeeded", prompt_tokens=20, completion_tokens=20))
+    assert (one.overspent(own), one.run.with_delegated_usage(own), one.run.with_delegated_usage(None)) == (
+        None,
+        own,
+        None,
+    )
+    one.run.add_tokens(TaskResult(task_id="c", state="succeeded", prompt_tokens=20, completion_tokens=20))
     assert one.overspent(own) is None
-    assert one.run.charged(own) == RunResult(content="x", prompt_tokens=50, completion_tokens=50)
-    one.run.charge(TaskResult(task_id="d", state="failed", prompt_tokens=1))
+    assert one.run.with_delegated_usage(own) == RunResult(content="x", prompt_tokens=50, completion_tokens=50)
+    one.run.add_tokens(TaskResult(task_id="d", state="failed", prompt_tokens=1))
     too_dear = one.overspent(own)
     assert too_dear is not None
-    assert (too_dear.code, "101 were used, 41 of them by others" in too_dear.message) == ("budget_exceeded", True)
+    assert (too_dear.code, "101 were used, 41 of them by delegated tasks" in too_dear.message) == (
+        "budget_exceeded",
+        True,
+    )
 
 
 # -- slots
@@ -123,30 +130,30 @@ def test_who_waits_for_others_frees_a_slot_and_gets_the_next_one_before_newcomer
     first, second, third = run("1"), run("2"), run("3", priority="critical")
     for one in (first, second, third):
         room.enqueue(one)
-    assert room.next() is third
-    room.leave(third)
-    assert room.next() is first
-    room.come_back(third)
+    assert room.start_next() is third
+    room.suspend(third)
+    assert room.start_next() is first
+    room.resume(third)
     assert (room.running, room.queued, room.busy) == ({first}, 2, True)
-    assert room.next() is None
-    assert not third.seated.is_set()
-    room.forget(first)
-    assert room.next() is None
-    assert (room.running, room.away, third.seated.is_set()) == ({third}, set(), True)
-    room.forget(third)
-    assert room.next() is second
+    assert room.start_next() is None
+    assert not third.has_slot.is_set()
+    room.remove(first)
+    assert room.start_next() is None
+    assert (room.running, room.suspended, third.has_slot.is_set()) == ({third}, set(), True)
+    room.remove(third)
+    assert room.start_next() is second
 
 
 def test_a_room_whose_runs_all_wait_is_busy_and_has_room() -> None:
     room = RunQueue(1, 0)
     one = run()
     room.enqueue(one)
-    room.next()
+    room.start_next()
     assert room.full
-    room.leave(one)
+    room.suspend(one)
     assert (room.full, room.load, room.busy) == (False, 0, True)
-    room.come_back(one)
-    room.forget(one)
+    room.resume(one)
+    room.remove(one)
     assert (room.busy, room.queued) == (False, 0)
 
 

@@ -5,7 +5,7 @@ from support.auctions import announced, key
 from support.nodes import echo, node
 from support.phase_harness import ad, envelope
 
-from loom.agents.host.announcement import announced as announced_node
+from loom.agents.host.announcement import announced_node
 from loom.agents.host.clone import SpawnedNode
 from loom.phases.match.announced_nodes import AnnouncedNodes
 from loom.phases.match.misspelt_domains import FRESH_S, MOST_KEPT, Misspelt
