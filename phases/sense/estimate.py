@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 from msgspec.structs import replace
 
-from loom.phases.shared.division import PLAN, undivided
+from loom.phases.shared.scale_rule import PLAN_KEY, with_undivided_note
 from loom.schemas.base import CheckedMessage, Unit
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Spec
@@ -109,12 +109,16 @@ def with_division(spec: Spec, ad: TaskAd, depth: int, config: ClusterConfig) -> 
     if ad.limits is not None and ad.limits.max_depth is not None:
         deepest = min(deepest, ad.limits.max_depth)
     spec = replace(spec, divide=divide, deepest=deepest)
-    return undivided(spec, f"at most {deepest} divisions deep are allowed") if divide and depth >= deepest else spec
+    return (
+        with_undivided_note(spec, f"at most {deepest} divisions deep are allowed")
+        if divide and depth >= deepest
+        else spec
+    )
 
 
 def _is_to_be_divided(spec: Spec, ad: TaskAd, config: ClusterConfig) -> bool:
     """Whether the ad gives or wants a plan, or the task is hard and may go to any node."""
-    if ad.context.get(PLAN) not in (None, False):
+    if ad.context.get(PLAN_KEY) not in (None, False):
         return True
     threshold = config.mitosis_threshold
     if ad.limits is not None and ad.limits.mitosis_threshold is not None:

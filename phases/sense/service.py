@@ -26,8 +26,8 @@ from loom.phases.sense.calibration_reader import Calibrations
 from loom.phases.sense.client_api import CANCELLED, ClientApi, check_accept
 from loom.phases.sense.estimate import estimate_schema, estimate_task, prompt, read_estimate, with_division
 from loom.phases.shared.check_pool import CheckPool, NotChecked
-from loom.phases.shared.llm_call import ask
-from loom.phases.shared.token_usage import before_the_run, charged
+from loom.phases.shared.llm_call import call_llm
+from loom.phases.shared.token_usage import budget_before_run, with_phase_usage
 from loom.schemas.base import MAX_AD_BYTES
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Spec
@@ -169,9 +169,9 @@ class Sense:
             max_tokens=ESTIMATE_TOKENS,
             json_schema=estimate_schema(),
         )
-        within_s, budget = min(left_s, ASK_WITHIN_S), before_the_run(envelope)
-        answer = await ask(self._llm, params, read_estimate, within_s=within_s, budget=budget)
-        envelope, estimate = charged(envelope, "sense", answer.usage), answer.value
+        within_s, budget = min(left_s, ASK_WITHIN_S), budget_before_run(envelope)
+        answer = await call_llm(self._llm, params, read_estimate, within_s=within_s, budget=budget)
+        envelope, estimate = with_phase_usage(envelope, "sense", answer.usage), answer.value
         if estimate is None:
             return envelope, replace(spec, note=f"the model could not be asked: {answer.why}")
         given = envelope.ad.estimated_complexity

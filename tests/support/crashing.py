@@ -24,7 +24,7 @@ from loom.bus.natsio.connection import Connection as BusConnection
 from loom.bus.natsio.kv import Bucket
 from loom.bus.natsio.publishing import PubAckFuture
 from loom.bus.subjects import Subjects
-from loom.phases.scale import Scale
+from loom.phases.scale.division import Division
 from loom.phases.sense.client_api import ClientApi
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.envelope import Phase
@@ -158,7 +158,7 @@ POINTS: dict[str, Patch] = {
     "subtask begun": sent(PubAckFuture, "ack", begins_a_task),
     "plan noted": after(Bucket, "update", _becomes("running")),
     "plan joined": after(Bucket, "update", _becomes("joining")),
-    "timer dropped": after(Scale, "_drop_timer"),
+    "timer dropped": after(Division, "_remove_timer"),
     "plan over": after(Bucket, "update", _becomes("done")),
     "subtask cancelled": after(BusConnection, "publish", _on("cancel")),
     "none": lambda _fall: None,

@@ -260,9 +260,9 @@ def plans(forger: Forger) -> None:
     if plan is not None and record is not None:
         noted = subtask_graph.record_child(plan, record)
         decode(encode(noted), SplitPlan, limit=2 * MAX_MESSAGE_BYTES)
-        subtask_graph.failure(noted)
-        for part in subtask_graph.running(noted)[:2]:
-            encode(subtask_graph.child_of(noted, part, {}, 1.0))
+        subtask_graph.plan_error(noted)
+        for part in subtask_graph.running_subtasks(noted)[:2]:
+            encode(subtask_graph.child_envelope(noted, part, {}, 1.0))
         encode(subtask_graph.synthesis_envelope(noted, {}))
     parse_plan(forger.body(list[Subtask]).decode())
 
