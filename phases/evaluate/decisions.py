@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from loom.bus.rewards import RewardBus
 from loom.phases.shared.acceptance import plain_violation
 from loom.phases.shared.check_pool import Violation
-from loom.phases.shared.division import may_divide
+from loom.phases.shared.scale_rule import may_divide
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import (
     IN_HAND_S,

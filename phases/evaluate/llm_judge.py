@@ -8,8 +8,8 @@ from typing import Any
 from msgspec.structs import replace
 
 from loom.phases.shared import llm_call
-from loom.phases.shared.llm_call import Answer
-from loom.phases.shared.token_usage import charged
+from loom.phases.shared.llm_call import LLMAnswer
+from loom.phases.shared.token_usage import with_phase_usage
 from loom.schemas.base import CheckedMessage, Undecodable, cut_utf8, encode
 from loom.schemas.envelope import MAX_CAUSE_CHARS, Envelope, Opinion
 from loom.schemas.llm import CompletionParams, LLMProvider, SystemMessage, UserMessage
@@ -62,7 +62,7 @@ def needs_llm_judge(envelope: Envelope, share: float, has_model: bool = True) ->
 NO_MODEL = "the phases have no model"
 
 
-async def ask(llm: LLMProvider, envelope: Envelope, left_s: float) -> Answer[Opinion]:
+async def ask(llm: LLMProvider, envelope: Envelope, left_s: float) -> LLMAnswer[Opinion]:
     """Ask a model for its opinion of the envelope's result, within `left_s` seconds and the task's budget."""
     accept, result = envelope.ad.accept, envelope.result
     material = {
@@ -76,12 +76,14 @@ async def ask(llm: LLMProvider, envelope: Envelope, left_s: float) -> Answer[Opi
         max_tokens=MAX_TOKENS,
         json_schema=SCHEMA,
     )
-    return await llm_call.ask(llm, params, read_opinion, within_s=min(left_s, ASK_WITHIN_S), budget=envelope.budget)
+    return await llm_call.call_llm(
+        llm, params, read_opinion, within_s=min(left_s, ASK_WITHIN_S), budget=envelope.budget
+    )
 
 
-def with_opinion(envelope: Envelope, answer: Answer[Opinion]) -> Envelope:
+def with_opinion(envelope: Envelope, answer: LLMAnswer[Opinion]) -> Envelope:
     """Return the envelope with what came of the question: an opinion, or why there is none, and what it took."""
-    envelope = charged(envelope, "evaluate", answer.usage)
+    envelope = with_phase_usage(envelope, "evaluate", answer.usage)
     if answer.value is not None:
         return replace(envelope, opinion=answer.value, unjudged="")
     return unjudged(envelope, answer.why)

@@ -14,10 +14,11 @@ from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import records, update_record
+from loom.bus.task_client import cancel_and_confirm
 from loom.phases.execute.fencing import may_report
 from loom.phases.execute.run_stream import RunStream
-from loom.phases.shared.inherited_ad import as_part
-from loom.phases.shared.token_usage import used_in_all
+from loom.phases.shared.inherited_ad import inherited_ad
+from loom.phases.shared.token_usage import total_usage
 from loom.schemas.base import MAX_INPUTS_BYTES, cut_utf8
 from loom.schemas.checks.ad import check_ad
 from loom.schemas.config import ClusterConfig
@@ -32,7 +33,6 @@ log = get_logger()
 LOOK_AGAIN_S = 5.0  # a lost result message is found out this late
 RETRY_S = 1.0
 REPEAT_S = 1.0  # least time between repetitions of unconfirmed answers
-CANCEL_S = (0.02, 0.1, 0.4, 1.0, 1.0)  # waits for SENSE to record a cancel
 
 
 class Delegations:
@@ -182,7 +182,7 @@ class Delegations:
             other = TaskError(code="invalid_task", message="the id names another task", field="task_id")
             return TaskResult(task_id=ad.task_id, state="failed", error=other)
         if ad.task_id not in self._answers:
-            self._spent = self._spent.usage_with(used_in_all(record))
+            self._spent = self._spent.usage_with(total_usage(record))
         return answer_in(record)
 
     async def _note(self, task_id: str) -> bool:
@@ -244,7 +244,7 @@ def errand_for(envelope: Envelope, ad: TaskAd, config: ClusterConfig) -> Envelop
     grant = min(budgets, default=None)
     if grant is not None and grant < 1:
         raise InvalidTask("no tokens are left to delegate with", field="token_budget")
-    ad = check_ad(as_part(replace(ad, priority=envelope.priority, token_budget=grant), envelope.ad))
+    ad = check_ad(inherited_ad(replace(ad, priority=envelope.priority, token_budget=grant), envelope.ad))
     split = Split(parent=envelope.task_id, depth=depth, grant=grant, deadline=envelope.deadline)
     return Envelope(
         ad=ad,
@@ -261,7 +261,7 @@ def answer_in(record: TaskRecord) -> TaskResult:
 
     Labels are not for agents, and are left out.
     """
-    result, used = record.to_result(), used_in_all(record)
+    result, used = record.to_result(), total_usage(record)
     content, cut = cut_utf8(result.content, MAX_INPUTS_BYTES)
     return replace(
         result,
@@ -310,18 +310,13 @@ async def call_off(bus: Bus, parent: str, task_ids: Iterable[str], *, admitted: 
             Otherwise its record is waited for.
     """
 
+    def is_over(record: TaskRecord | None) -> bool:
+        return admitted if record is None else not goes_on(record, parent)
+
     async def call_off_one(task_id: str) -> None:
         try:
-            for wait_s in CANCEL_S:
-                entry = await records(bus).get(task_id)
-                if (entry is None and admitted) or (entry is not None and not goes_on(entry.value, parent)):
-                    return
-                if entry is not None:
-                    await bus.connection.publish(bus.subjects.of("cancel", task_id))
-                await asyncio.sleep(wait_s)
+            await cancel_and_confirm(bus, task_id, is_over)
         except LoomError as error:
-            log.warning("errand_not_cancelled", errand=task_id, **error_fields(error))
-        else:
-            log.warning("errand_not_cancelled", errand=task_id, error="nobody has recorded it")
+            log.warning("delegated_task_not_cancelled", delegated=task_id, **error_fields(error))
 
     await asyncio.gather(*map(call_off_one, task_ids))

@@ -293,7 +293,7 @@ async def test_a_model_that_hangs_is_not_waited_for(stage: Stage, monkeypatch: p
             await asyncio.Event().wait()
             raise AssertionError(params)
 
-    monkeypatch.setattr("loom.phases.sense.service.ASK_WITHIN_S", 0.05)
+    monkeypatch.setattr("loom.phases.sense.service.ESTIMATE_WITHIN_S", 0.05)
     await stage.phase("sense", llm=Hanging(""))
     await submit(stage, ad("Have a look", domain="", estimated_complexity=None))
     assert "TimeoutError" in (await stage.seen("task", phase="match")).spec.note

@@ -24,7 +24,7 @@ from loom.bus.natsio.connection import Connection as BusConnection
 from loom.bus.natsio.kv import Bucket
 from loom.bus.natsio.publishing import PubAckFuture
 from loom.bus.subjects import Subjects
-from loom.phases.scale import Scale
+from loom.phases.scale.division import Division
 from loom.phases.sense.client_api import ClientApi
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.envelope import Phase
@@ -151,14 +151,14 @@ POINTS: dict[str, Patch] = {
     "announced": after(BusConnection, "publish", _on("result")),
     "learned": after(Bucket, "update", _in("nodes")),
     "submission stored": stored("intake"),
-    "cancel told": after(ClientApi, "_tell_evaluate"),
-    "cancel recorded": after(ClientApi, "_cancelled"),
+    "cancel told": after(ClientApi, "_publish_to_evaluate"),
+    "cancel recorded": after(ClientApi, "_cancel_task"),
     "plan stored": after(Bucket, "create", _in("plans")),
     "timer set": stored("later"),
     "subtask begun": sent(PubAckFuture, "ack", begins_a_task),
     "plan noted": after(Bucket, "update", _becomes("running")),
     "plan joined": after(Bucket, "update", _becomes("joining")),
-    "timer dropped": after(Scale, "_drop_timer"),
+    "timer dropped": after(Division, "_remove_timer"),
     "plan over": after(Bucket, "update", _becomes("done")),
     "subtask cancelled": after(BusConnection, "publish", _on("cancel")),
     "none": lambda _fall: None,

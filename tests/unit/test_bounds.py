@@ -149,7 +149,7 @@ def test_a_huge_number_built_in_python_overflows_no_formula() -> None:
 
 def test_a_huge_number_of_free_places_can_be_weighed() -> None:
     bid = Bid(node_id="n", free=HUGE, load=0.5)
-    won = decide(envelope(ad(), now=0), [offer("h", [bid])], AuctionContext(taken={("local", "h", "n"): 3}))
+    won = decide(envelope(ad(), now=0), [offer("h", [bid])], AuctionContext(recent_awards={("local", "h", "n"): 3}))
     assert isinstance(won, Awarded)
     assert 0.5 <= won.bid.load <= 1
 

@@ -15,7 +15,7 @@ from loom.agents.host.runs import Run
 from loom.agents.host.slots import RunQueue
 from loom.bus.bus import Bus
 from loom.phases.execute.delegation import answer_in, errand_for
-from loom.phases.shared.token_usage import tokens_of
+from loom.phases.shared.token_usage import total_tokens
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Split
 from loom.schemas.errors import BudgetExceeded, InvalidTask, LoomError
@@ -251,13 +251,13 @@ def test_what_work_took_includes_failed_attempts_and_counts_none_twice() -> None
     result = RunResult(content="x", prompt_tokens=4, completion_tokens=3)
     split = Split(parent="p", depth=1, grant=100, deadline=0)
     asked = {"sense": PhaseUsage(requests=1, prompt_tokens=20, completion_tokens=2)}
-    assert tokens_of(ended()) == 0
-    assert tokens_of(ended(result=result)) == 7
-    assert tokens_of(ended(result=result, attempt=2, spent=spent(10))) == 17
-    assert tokens_of(ended(result=result, attempt=3, spent=spent(12), below=True)) == 12
-    assert tokens_of(ended(result=result, phase_usage=asked)) == 29
-    assert tokens_of(ended(result=result, split=split, budget=80)) == 20
-    assert tokens_of(ended(result=result, split=split, budget=100)) == 7
+    assert total_tokens(ended()) == 0
+    assert total_tokens(ended(result=result)) == 7
+    assert total_tokens(ended(result=result, attempt=2, spent=spent(10))) == 17
+    assert total_tokens(ended(result=result, attempt=3, spent=spent(12), below=True)) == 12
+    assert total_tokens(ended(result=result, phase_usage=asked)) == 29
+    assert total_tokens(ended(result=result, split=split, budget=80)) == 20
+    assert total_tokens(ended(result=result, split=split, budget=100)) == 7
 
 
 def test_the_answer_a_run_gets_tells_all_that_was_taken_and_fits_a_message() -> None:

@@ -29,7 +29,7 @@ from loom.phases.execute.delegation import answer_in, errand_for
 from loom.phases.execute.service import error_in, request_for, spent
 from loom.phases.match.award_policies import POLICIES
 from loom.phases.match.offers import OfferReader
-from loom.phases.match.partial_decoding import ReadProfile, known, window
+from loom.phases.match.partial_decoding import PartialProfile, decode_window, to_profile
 from loom.phases.match.scoring import AuctionContext, Awarded, decide
 from loom.phases.scale import planner, subtask_graph
 from loom.phases.sense.calibration_reader import calibrated
@@ -192,17 +192,19 @@ def auctions(forger: Forger) -> None:
     envelope, reader = forger.made(Envelope), OfferReader(Discards(), BID_LIMIT)
     reads = [partial(reader.read, HostKey("local", f"h{number}")) for number in range(3)]
     offers = [offer for read in reads if (offer := forger.made(Offer, read)) is not None]
-    profile = forger.made(ReadProfile)
+    profile = forger.made(PartialProfile)
     profiles = {}
     if profile is not None:
-        windows = {domain_token: window(evidence) for domain_token, evidence in profile.domains.items()}
-        profiles = {profile.name: known(profile, windows, None)}
+        windows = {domain_token: decode_window(evidence) for domain_token, evidence in profile.domains.items()}
+        profiles = {profile.node: to_profile(profile, windows, None)}
     if envelope is None or envelope.spec is None:
         return
     taken = {(*offer.host, bid.node_id): forger.dice.choice([1, 5]) for offer in offers for bid in offer.bids}
     for policy in POLICIES.values():
         verdict = decide(
-            envelope, offers, AuctionContext(policy=policy, profiles=profiles, now=1e9, half_life_s=1e6, taken=taken)
+            envelope,
+            offers,
+            AuctionContext(policy=policy, profiles=profiles, now=1e9, half_life_s=1e6, recent_awards=taken),
         )
         if isinstance(verdict, Awarded):
             decode(
@@ -261,9 +263,9 @@ def plans(forger: Forger) -> None:
     if plan is not None and record is not None:
         noted = subtask_graph.record_child(plan, record)
         decode(encode(noted), SplitPlan, limit=2 * MAX_MESSAGE_BYTES)
-        subtask_graph.failure(noted)
-        for part in subtask_graph.running(noted)[:2]:
-            encode(subtask_graph.child_of(noted, part, {}, 1.0))
+        subtask_graph.plan_error(noted)
+        for part in subtask_graph.running_subtasks(noted)[:2]:
+            encode(subtask_graph.child_envelope(noted, part, {}, 1.0))
         encode(subtask_graph.synthesis_envelope(noted, {}))
     parse_plan(forger.body(list[Subtask]).decode())
 
