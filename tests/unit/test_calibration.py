@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from loom.bus.bus import Bus
 from loom.phases.adapt.calibration_writer import MOST, Calibrating, actual, recalibrated
-from loom.phases.evaluate.decisions import reward_for
+from loom.phases.evaluate.rewards import reward_for
 from loom.phases.sense.calibration_reader import calibrated
 from loom.schemas.envelope import Award, Envelope, Spec
 from loom.schemas.learning import Calibration, Reward
