@@ -23,7 +23,7 @@ from loom.bus.stored_rewards import reward_in
 from loom.bus.subjects import Subjects
 from loom.phases.adapt.calibration_writer import recalibrated
 from loom.phases.adapt.evidence import apply_reward, is_dated_ahead, summary
-from loom.phases.adapt.retirement_policy import bequest, heir, who_retires
+from loom.phases.adapt.retirement_policy import due_retirements, heir, inherited_rewards
 from loom.phases.evaluate import decisions as evaluate
 from loom.phases.evaluate import rewards
 from loom.phases.execute.delegation import delegated_envelope, result_for_run
@@ -223,7 +223,7 @@ def learning(forger: Forger) -> None:
     decode(encode(calibration), Calibration)
     for one in (profile, summary(profile)):
         decode(encode(one), NodeProfile)
-    for inherited in bequest(profile, "acme", "heir"):
+    for inherited in inherited_rewards(profile, "acme", "heir"):
         decode(encode(inherited), Reward)
 
 
@@ -270,7 +270,7 @@ def hosts(forger: Forger) -> None:
     there = [host for host in (forger.made(AnnouncedHost) for _ in range(3)) if host is not None]
     profile = forger.made(NodeProfile)
     profiles = {profile.key: profile} if profile is not None else {}
-    who_retires(there, profiles, CONFIG)
+    due_retirements(there, profiles, CONFIG)
     heir(profile or NodeProfile(node_id="a"), there, profiles)
 
 
