@@ -5,10 +5,10 @@ from collections.abc import Mapping
 
 from loom.bus.bus import Bus
 from loom.bus.hops.duplicates import store_once
+from loom.bus.host_directory import AnnouncedHost, LiveHosts
 from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.requests import NoResponders
-from loom.phases.adapt.census import Census
 from loom.phases.adapt.lease import take_lease
 from loom.phases.adapt.retirement_policy import Retirement, bequest, heir, who_retires
 from loom.schemas.auction import RetireReply, RetireRequest
@@ -37,12 +37,12 @@ class Retiring:
         self._bus = bus
         self._config = config
         self._profiles = profiles
-        self._census = Census(bus)
+        self._live_hosts = LiveHosts(bus)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Begin to look after the nodes."""
-        await self._census.start()
+        await self._live_hosts.start()
         self._task = self._bus.tasks.spawn(self._watch(), name="retire nodes", essential=True)
 
     async def stop(self) -> None:
@@ -50,7 +50,7 @@ class Retiring:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await self._census.stop()
+        await self._live_hosts.stop()
 
     async def _watch(self) -> None:
         while True:
@@ -60,9 +60,12 @@ class Retiring:
             except LoomError as error:
                 log.warning("nobody_retired", **error_fields(error))
 
+    def _hosts(self) -> list[AnnouncedHost]:
+        return [host for host in self._live_hosts.hosts() if not host.draining]
+
     async def _sweep(self) -> None:
         """Have the first due child retired that its host lets go."""
-        due = who_retires(self._census.hosts(), self._profiles, self._config)[:TRIES]
+        due = who_retires(self._hosts(), self._profiles, self._config)[:TRIES]
         if not due or not await take_lease(self._bus, LEASE):
             return
         for one in due:
@@ -88,13 +91,13 @@ class Retiring:
             log.debug("retirement_declined", node_id=one.node_id, decline=reply.decline)
             return False
         log.info("node_retires", node_id=one.node_id, host=str(one.host), reason=one.reason)
-        self._census.note_retiring(one.host, one.node_id)
+        self._live_hosts.mark_retiring(one.host, one.node_id)
         return True
 
     async def _pass_on(self, key: str) -> None:
         """Publish what the node has learned for its heir to fold."""
         profile = self._profiles.get(key)
-        to = None if profile is None else heir(profile, self._census.hosts(), self._profiles)
+        to = None if profile is None else heir(profile, self._hosts(), self._profiles)
         if profile is None or to is None:
             return
         for reward in bequest(profile, profile.owner, to):

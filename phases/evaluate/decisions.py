@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from loom.bus.rewards import RewardBus
 from loom.phases.shared.acceptance import plain_violation
 from loom.phases.shared.check_pool import Violation
 from loom.phases.shared.division import may_divide
@@ -20,7 +19,7 @@ from loom.schemas.envelope import (
     TaskRecord,
 )
 from loom.schemas.identity import JUDGE, RULES
-from loom.schemas.learning import Reward, Signal
+from loom.schemas.learning import Reward, Signal, success_signal
 from loom.schemas.notices import SubtaskEnded
 from loom.schemas.task import Accept, RunResult, TaskError, TaskState
 
@@ -344,7 +343,7 @@ def _guess(envelope: Envelope) -> float | None:
 
 
 def _signal(envelope: Envelope, result: RunResult) -> Signal:
-    return RewardBus().compute_signal(envelope.ad, True, result.tokens, result.tool_errors)
+    return success_signal(envelope.ad, result.tokens, result.tool_errors)
 
 
 def implied_rewards(record: TaskRecord) -> tuple[Reward, ...]:

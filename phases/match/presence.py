@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 
-from loom.bus.host_directory import HEARD_S, HostKey
+from loom.bus.host_directory import ALIVE_S, HostKey
 
 MISSED_WINDOWS = 3
 """Windows after which a host that does not answer is not waited for."""
@@ -170,7 +170,7 @@ class Presence:
         return oldest is not None
 
     def _expire(self) -> None:
-        since = self._clock() - HEARD_S
+        since = self._clock() - ALIVE_S
         for known in (self._proven, self._newcomers):
             while known and known[oldest := next(iter(known))] < since:
                 self.forget(oldest)

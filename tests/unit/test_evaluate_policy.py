@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.phases import ad, awarded, envelope
 
-from loom.bus.rewards import judgement
 from loom.phases.evaluate.decisions import (
     COUNTED,
     RETRIED,
@@ -32,6 +31,7 @@ from loom.schemas.envelope import (
     TaskRecord,
 )
 from loom.schemas.errors import BY_CODE
+from loom.schemas.learning import judgement
 from loom.schemas.task import Accept, RunResult, TaskError, TaskResult
 
 CONFIG = ClusterConfig(max_attempts=3)

@@ -5,7 +5,7 @@ import time
 import pytest
 from support.auctions import key
 
-from loom.bus.host_directory import HEARD_S, HostKey
+from loom.bus.host_directory import ALIVE_S, HostKey
 from loom.phases.match.node_ownership import CONTEST_EVERY_S, SETTLE_S, Claims
 from loom.phases.match.presence import ANSWERS, MISSED_WINDOWS, NEWCOMERS_EVERY_S, Presence
 
@@ -158,7 +158,7 @@ def test_hosts_that_come_and_go_are_forgotten() -> None:
     hosts = Presence(clock, 100, gone.append)
     for number in range(100):
         hosts.announced(key(f"h{number}"))
-        clock.now += HEARD_S / 2
+        clock.now += ALIVE_S / 2
     hosts.awaited()
     assert len(hosts) <= 3
     assert len(gone) >= 97

@@ -45,7 +45,7 @@ def ls(
 
 async def _ls(settings: Settings, limit: int, *, as_json: bool) -> None:
     async with connected(settings) as bus:
-        found = await admin.letters(bus, limit)
+        found = await admin.list_letters(bus, limit)
     if as_json:
         for one in found:
             print_json(as_object(one))
@@ -77,7 +77,7 @@ def show(
 
 async def _show(settings: Settings, seq: int, *, as_json: bool) -> None:
     async with connected(settings) as bus:
-        found = await admin.letter(bus, seq)
+        found = await admin.get_letter(bus, seq)
     if as_json:
         print_json({**as_object(found), "message": _as_json(found.body), "raw": found.body})
         return
@@ -146,7 +146,7 @@ def retry(seq: LetterSeq) -> None:
 
 async def _retry(settings: Settings, seq: int) -> None:
     async with connected(settings) as bus:
-        task_id = await admin.retry(bus, seq)
+        task_id = await admin.retry_letter(bus, seq)
     typer.echo(f"letter {seq} handed in again as task {task_id}")
 
 
@@ -158,5 +158,5 @@ def drop(seq: LetterSeq) -> None:
 
 async def _drop(settings: Settings, seq: int) -> None:
     async with connected(settings) as bus:
-        await admin.drop(bus, seq)
+        await admin.delete_letter(bus, seq)
     typer.echo(f"letter {seq} dropped")

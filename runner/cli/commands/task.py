@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from loom.bus.bus import Bus
-from loom.bus.queries import FoundTask, find_task, rewards_since
-from loom.runner.cli.common import TaskId, add_row, clock, connected, print_json, span
+from loom.bus.queries import FoundTask, rewards_since
+from loom.runner.cli.common import TaskId, add_row, clock, connected, print_json, resolve_task, span
 from loom.runner.cli.entry import prepare, run_to_end
 from loom.runner.cli.views.award_explanation import rests_on, why
 from loom.runner.cli.views.run_progress import STYLES
@@ -42,7 +42,7 @@ def task(
 
 async def _task(settings: Settings, task_id: str, *, as_json: bool) -> None:
     async with connected(settings) as bus:
-        found = await find_task(bus, task_id)
+        found = await resolve_task(bus, task_id)
         screen = console()
         if found.record is None:
             _show_waiting(screen, found.submission, as_json=as_json)

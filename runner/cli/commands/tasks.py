@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loom.bus import task_client as client
-from loom.bus.queries import FoundTask, find_task, recent_records
+from loom.bus.queries import FoundTask, recent_records
 from loom.bus.topology import stream_state
 from loom.runner.cli.common import (
     MANY,
@@ -21,6 +21,7 @@ from loom.runner.cli.common import (
     domain_slug,
     node_name,
     print_json,
+    resolve_task,
     span,
 )
 from loom.runner.cli.entry import prepare, run_to_end
@@ -134,7 +135,7 @@ async def _cancel(settings: Settings, task_id: str) -> None:
             ended = await client.cancel(bus, task_id)
     else:
         async with connected(settings) as bus:
-            ended = await client.cancel(bus, _whole_id(await find_task(bus, task_id)))
+            ended = await client.cancel(bus, _whole_id(await resolve_task(bus, task_id)))
     if ended.state != "cancelled":
         typer.echo(f"{ended.task_id} had ended before: {ended.state}")
         raise typer.Exit(1)
