@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from loom.bus import topology
 from loom.bus.bus import Bus
-from loom.bus.hops.orphans import find as find_orphans
+from loom.bus.hops.orphans import find_orphans
 from loom.bus.host_directory import AnnouncedHost, announced_hosts
 from loom.bus.natsio.server_errors import Refused
 from loom.bus.service_discovery import ANSWER_S, Clocks, Present, clocks, discover, own_version, shared_settings
