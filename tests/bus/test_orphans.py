@@ -110,7 +110,7 @@ async def test_what_is_young_is_left_alone(stage: Stage, monkeypatch: pytest.Mon
 async def test_a_look_is_bounded_and_the_next_one_goes_on_behind_it(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(orphans, "MOST", 3)
+    monkeypatch.setattr(orphans, "MAX_MESSAGES", 3)
     for n in range(4):
         await stage.bus.jetstream.publish(stage.bus.subjects.later("scale", "x", f"y{n}"), b"{}")
     first = await find_orphans(stage.bus)
