@@ -356,7 +356,7 @@ async def test_a_forged_time_of_the_server_is_no_time(
     bus: Bus, forged_answer: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forge_next_answer(bus, forged_answer, monkeypatch)
-    assert await bus._clock_sync._ask(2.0) is None
+    assert await bus._clock_sync._request_time(2.0) is None
 
 
 # -- essential tasks

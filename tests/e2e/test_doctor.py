@@ -327,7 +327,7 @@ async def test_a_phase_that_answers_and_does_not_work_is_found(
         scale, adapt = group._started
         assert isinstance(scale, Scale)
         assert isinstance(adapt, Adapt)
-        await scale._loop._pulls[0].stop()
+        await scale._loop._consumers[0].stop()
         adapt._tasks[0].cancel()
         env = envelope(ad(task_id="t1"), now=client.clock.now())
         await client.jetstream.publish(client.subjects.task("scale", "normal", "t1"), env)

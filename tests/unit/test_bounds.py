@@ -13,7 +13,7 @@ from support.phase_harness import ad, awarded, envelope
 from support.strategies import message_types
 
 from loom.bus.logs.discards import LINES, PERIOD_S, Discards
-from loom.bus.rewards import RewardBus
+from loom.compat.reward_formulas import RewardBus
 from loom.phases.adapt.calibration_writer import actual_complexity, recalibrated
 from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.retirement_policy import heir
