@@ -1,4 +1,4 @@
-"""Whether a command line of `loom` is one."""
+"""Parsing of `loom` command lines without running them."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,8 @@ import typer
 from loom.runner.cli.app import app
 
 
-def accepted(words: Sequence[str]) -> str:
-    """Return the command's name if `words` (those after `loom`) would run; raise its usage error otherwise."""
+def parse_command(words: Sequence[str]) -> str:
+    """Return the command's name that `words` (those after `loom`) name, or raise its usage error."""
     group = typer.main.get_command(app)
     context = group.make_context("loom", list(words), resilient_parsing=False)
     rest = [*context._protected_args, *context.args]
