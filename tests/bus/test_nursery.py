@@ -1,8 +1,6 @@
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
-import pytest
 from support.nodes import echo, node
 from support.phase_harness import Stage
 from support.spawning_host import WITHIN_S, HeldAgent, SpawningHost, start_spawning_host
@@ -11,12 +9,6 @@ from support.wait import until
 from loom.agents.host.clone import STEM, child_id
 from loom.schemas.auction import SpawnRequest
 from loom.types import AgentNode, CapabilityProfile
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 async def test_a_saturated_host_starts_a_clone_that_bids_and_works(stage: Stage) -> None:

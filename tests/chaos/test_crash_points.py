@@ -8,11 +8,12 @@ from functools import partial
 from typing import NamedTuple, Self
 
 import pytest
+from support.builders import ad
 from support.bus_helpers import back
 from support.crash_process import WITHIN_S, CrashProcess, phase
 from support.fault_scenarios import run_all, scenarios
 from support.nodes import node
-from support.phase_harness import Asker, Stage, ad
+from support.phase_harness import Asker, Stage
 from support.wait import until
 
 from loom.agents.host.node_host import NodeHost

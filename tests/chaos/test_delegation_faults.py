@@ -7,10 +7,11 @@ from contextlib import AsyncExitStack
 from functools import partial
 
 import pytest
+from support.builders import ad
 from support.crash_process import WITHIN_S, CrashProcess
 from support.delegation_crash_points import POINTS, execute
 from support.nodes import node
-from support.phase_harness import Stage, ad
+from support.phase_harness import Stage
 from support.wait import until
 
 from loom import delegate

@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import pytest
+from support.builders import ad
 from support.crash_process import QUICK, SHORT_SILENCE, WITHIN_S, CrashProcess, each_setting, host, phase
 from support.nodes import node
-from support.phase_harness import Stage, ad
+from support.phase_harness import Stage
 from support.wait import until
 
 from loom.bus import task_client

@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any, NamedTuple, Self
 
 import pytest
+from support.builders import ad
 from support.crash_process import WITHIN_S, CrashProcess, phase
 from support.fault_scenarios import run_all, scenarios
 from support.nodes import node
-from support.phase_harness import Stage, ad
+from support.phase_harness import Stage
 from support.wait import until
 
 from loom.bus import task_client, topology

@@ -17,7 +17,8 @@ from loom.schemas.auction import (
 from loom.schemas.base import decode, new_id
 from loom.schemas.run import RunEvent, RunRequest, read_events
 from loom.types import AgentNode
-from support.phase_harness import Stage, call_for_bids
+from support.builders import call_for_bids
+from support.phase_harness import Stage
 from support.runs import event_subject
 from support.wait import until
 
