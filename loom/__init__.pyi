@@ -18,13 +18,13 @@ from loom.agents.tools import ToolResult as ToolResult
 from loom.agents.tools import define_tool as define_tool
 from loom.agents.tools import tool as tool
 from loom.bus.natsio.ownership import WrongEventLoop as WrongEventLoop
-from loom.bus.rewards import RewardBus as RewardBus
 from loom.bus.task_client import TaskHandle as TaskHandle
 from loom.compat.amoeba_loop import AmoebaLoop as AmoebaLoop
 from loom.compat.cluster_manager import ClusterManager as ClusterManager
 from loom.compat.lifecycle import LifecycleManager as LifecycleManager
 from loom.compat.loop_context import LoopContext as LoopContext
 from loom.compat.planner import TaskPlanner as TaskPlanner
+from loom.compat.reward_formulas import RewardBus as RewardBus
 from loom.compat.skill_registry import SkillNodeRegistry as SkillNodeRegistry
 from loom.nodes import AgentNode as AgentNode
 from loom.nodes import CapabilityProfile as CapabilityProfile

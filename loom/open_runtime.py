@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from loom.background_loop import BackgroundLoop
 from loom.bus.natsio.ownership import running_loop
-from loom.bus.rewards import RewardBus
+from loom.compat.reward_formulas import RewardBus
 from loom.runner.session import Inheritance, Session
 from loom.runner.session_owner import SessionOwner
 from loom.runner.settings import Settings

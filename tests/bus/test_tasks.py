@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from msgspec.structs import asdict
-from support.buses import Connect, Heard, envelope
-from support.hops import arrived, messages
+from support.bus_helpers import Connect, Heard, envelope
 from support.logs import capture_logs
+from support.loop_harness import arrived, messages
 from support.wait import until
 
 from loom.bus import task_client, task_updates, topology

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.values import message_types, messages
+from support.strategies import message_types, messages
 
 from loom.schemas.auction import AnnouncedNode
 from loom.schemas.base import MAX_INT, Message, Undecodable, decode, encode, new_id

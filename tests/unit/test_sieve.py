@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 from support.auctions import nodes
-from support.values import messages
+from support.strategies import messages
 
 from loom.bus.subjects import FAMILIES, Subjects
 from loom.bus.tap import SHAPES, Seen

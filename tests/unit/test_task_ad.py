@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.values import messages, tokens
+from support.strategies import messages, tokens
 
 from loom.schemas.base import MAX_AD_BYTES, MAX_CONTEXT_BYTES, encode, free_json_fault
 from loom.schemas.checks.ad import check_ad, parse_ad

@@ -2,7 +2,7 @@
 
 import pytest
 from hypothesis import given
-from support.values import messages
+from support.strategies import messages
 
 from loom.runner.cli.views.task_timeline import attempts, handed_in_at, tries, turns
 from loom.schemas.envelope import MAX_HOPS, Claim, Envelope, FailedAttempt, Hop, Split

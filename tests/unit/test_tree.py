@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
-from support.values import messages
+from support.strategies import messages
 
 from loom.bus.queries import FoundTask
 from loom.runner.cli.views.subtask_tree import Division, tree

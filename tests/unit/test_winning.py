@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.auctions import key
-from support.phases import ad, envelope
-from support.values import messages
+from support.builders import ad, envelope
+from support.strategies import messages
 
 from loom.phases.match.award_policies import POLICIES
 from loom.phases.match.scoring import AVAILABILITY_WEIGHT, TOOLS_WEIGHT, TRUST_WEIGHT, AuctionContext
