@@ -51,7 +51,7 @@ class LoopContext:
         """
         asked = [index for index, message in enumerate(self.messages) if message.role == "user"]
         if not asked:
-            raise InvalidTask("no user message: say what is to be done", field="messages")
+            raise InvalidTask("no user message: describe the work", field="messages")
         earlier = [
             {"role": message.role, "content": message.content}
             for message in self.messages[: asked[-1]]
