@@ -1,4 +1,4 @@
-"""Nodes as Python users hold them: they change while they work."""
+"""Nodes of this process: agents with their ratings, tools and history."""
 
 import time
 from collections.abc import Collection, Mapping
@@ -13,9 +13,9 @@ from loom.schemas.tokens import domain_token
 NodeStatus = Literal["idle", "busy", "splitting", "dying"]
 
 NEUTRAL = 0.5
-"""What is assumed of a node nothing is known about."""
+"""Rating of a node without evidence."""
 RATING_WEIGHT = 2
-"""Rewards that a node's own rating of itself counts as."""
+"""Number of rewards as which a node's self-rating counts."""
 
 
 def short_id() -> str:
@@ -24,25 +24,25 @@ def short_id() -> str:
 
 
 def unit(value: float) -> float:
-    """Return `value` clamped to [0, 1]; what is not a number counts as 0."""
+    """Return `value` clamped to [0, 1]; NaN counts as 0."""
     return value if 0 <= value <= 1 else min(1.0, max(0.0, value))
 
 
 @dataclass
 class CapabilityProfile:
-    """What a node says it can do, and how it has done so far."""
+    """Ratings, tools and success of a node."""
 
     scores: dict[str, float] = field(default_factory=dict)
-    """domain, any wording -> 0 useless to 1 expert."""
+    """domain (any wording) -> 0 useless to 1 expert."""
     tools: list[str] = field(default_factory=list)
     total_tasks: int = 0
     success_rate: float = NEUTRAL
-    """0 to 1; neutral while nothing is known."""
+    """0 to 1; 0.5 without evidence."""
 
     def key(self, domain: str) -> str:
-        """Return the wording under which `scores` holds `domain`; `domain` itself when it holds none.
+        """Return the wording of `domain` in `scores`; `domain` itself if it is not in them.
 
-        Two wordings are one domain when they share a domain_token: `Code` and `code`, but not 代码 and 数据.
+        Two wordings with the same domain_token are one domain: `Code` and `code`, but not 代码 and 数据.
         """
         if domain in self.scores:
             return domain
@@ -50,19 +50,19 @@ class CapabilityProfile:
         return next((name for name in self.scores if domain_token(name) == wanted), domain)
 
     def score(self, domain: str) -> float:
-        """Return the score in `domain`, in [0, 1]; neutral for a domain not named."""
+        """Return the score in `domain`, in [0, 1]; 0.5 for a domain without one."""
         known = self.scores.get(domain)
         return unit(self.scores.get(self.key(domain), NEUTRAL) if known is None else known)
 
     def tool_share(self, required: Collection[str]) -> float:
-        """Return the share of the required tools it has, each counted once; 1 when none is required."""
+        """Return the share of the required tools that the node has, each counted once; 1 if none is required."""
         wanted = set(required)
         return len(wanted.intersection(self.tools)) / len(wanted) if wanted else 1.0
 
 
 @dataclass
 class RewardRecord:
-    """What one task earned a node."""
+    """The reward of a node for one task."""
 
     task_id: str = ""
     reward: float = 0.0
@@ -74,14 +74,14 @@ class RewardRecord:
 
 @dataclass
 class AgentNode:
-    """An agent's place in a cluster. It can bid before its `agent` is set, but run nothing."""
+    """An agent's place in a cluster. It can bid without an `agent`, but not run a task."""
 
     id: str = field(default_factory=short_id)
     parent_id: str | None = None
     depth: int = 0
-    """Divisions between this node and one that was added by hand."""
+    """Divisions between this node and one that a program added."""
     capabilities: CapabilityProfile = field(default_factory=CapabilityProfile)
-    """A dict of ratings becomes a profile."""
+    """A profile, or a dict of ratings, which becomes one."""
     reward_history: list[RewardRecord] = field(default_factory=list)
     """Oldest first, at most 120 per domain."""
     status: NodeStatus = "idle"
@@ -95,25 +95,25 @@ class AgentNode:
     decayed_at: float = 0.0
     """Seconds since the epoch of the last decay of its scores; 0: never."""
     domains: Collection[str] | None = None
-    """Domains it takes at all, in any wording; None: every one. A task pinned to the node needs no domain of it.
+    """Domains that the node accepts, in any wording; None: all. A pinned task needs none of them.
 
-    Two wordings are one domain when they share a domain_token, as in `capabilities`.
+    Two wordings with the same domain_token are one domain, as in `capabilities`.
     """
     self_ratings: dict[str, float] = field(default_factory=dict)
-    """domain -> the rating of the node's maker, where `capabilities.scores` shows what has been learned instead."""
+    """domain -> original self-rating, if `capabilities.scores` shows the learned score instead."""
     _shown: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """domain -> the learned score that `mirror` has put into `capabilities.scores`."""
+    """domain -> the learned score that `mirror` stored in `capabilities.scores`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.capabilities, Mapping):
             self.capabilities = CapabilityProfile(scores=dict(self.capabilities))
 
     def takes(self, domain: str) -> bool:
-        """Return whether it takes tasks of a domain (as worded, or its token): one it names, with a rating above 0."""
+        """Return whether the node accepts tasks of a domain (any wording, or its token): its rating is above 0."""
         return self.claim(domain) > 0
 
     def remember(self, *, task_id: str, domain: str, reward: float, token_cost: int, at: float) -> None:
-        """Append a record to the history, dropping the domain's oldest past 120."""
+        """Append a record to the history and drop the domain's oldest one beyond 120."""
         self.reward_history.append(RewardRecord(task_id, reward, domain, token_cost, at))
         same = [
             index
@@ -124,7 +124,7 @@ class AgentNode:
             del self.reward_history[same[0]]
 
     def to_bid(self, *, domain: str, required_tools: Collection[str] = ()) -> auction.Bid:
-        """Return what this node offers on the wire for a task of `domain` (its wording or its domain_token)."""
+        """Return the bid of this node for a task of `domain` (any wording, or its domain_token)."""
         own = self.tool_names()
         return auction.Bid(
             node_id=self.id,
@@ -134,17 +134,17 @@ class AgentNode:
         )
 
     def tool_names(self) -> set[str]:
-        """Return the names of the tools it has, itself or by its agent."""
+        """Return the names of the tools of the node and its agent."""
         return {*self.capabilities.tools, *getattr(self.agent, "tools", ())}
 
     def has_tools(self, required: Collection[str]) -> bool:
-        """Return whether it has all of these tools, itself or by its agent."""
+        """Return whether the node or its agent has all of these tools."""
         return not required or self.tool_names().issuperset(required)
 
     def claim(self, domain: str) -> float:
-        """Return its own rating in a domain (as worded, or its token), in [0, 1]; 0: it does not take the domain.
+        """Return the self-rating in a domain (any wording, or its token), in [0, 1]; 0: the node refuses the domain.
 
-        That is the rating of its maker, never what has been learned: the auction weighs the two against each other.
+        It is never a learned score: the auction combines the self-rating with the evidence.
         """
         if self.domains is not None:
             wanted = domain_token(domain)
@@ -157,27 +157,27 @@ class AgentNode:
         return self.capabilities.score(domain)
 
     def named_domains(self) -> Collection[str]:
-        """Return the domains, as worded, that it rates itself above 0 in or is limited to."""
+        """Return the domains with a self-rating above 0, or those to which the node is limited."""
         if self.domains is None:
             return [domain for domain in self.capabilities.scores if self.claim(domain) > 0]
         return (self.domains,) if isinstance(self.domains, str) else self.domains
 
     def _is_learned(self, key: str) -> bool:
-        """Return whether a score is as `mirror` has left it; one set since is a new rating."""
+        """Return whether a score is the one that `mirror` stored; a later one is a new self-rating."""
         return key in self._shown and self._shown[key] == self.capabilities.scores.get(key)
 
     def mirror(self, profile: NodeProfile) -> None:
-        """Take over what has been learned about this node; its maker's ratings are kept in `self_ratings`."""
+        """Copy the learned profile of this node; its self-ratings are kept in `self_ratings`."""
         for name, evidence in profile.domains.items():
             if evidence.count:
                 self._show(self.capabilities.key(name), evidence)
-        facts = self.capabilities
-        facts.total_tasks = profile.total_tasks
-        facts.success_rate = profile.success_rate if profile.total_tasks else NEUTRAL
+        known = self.capabilities
+        known.total_tasks = profile.total_tasks
+        known.success_rate = profile.success_rate if profile.total_tasks else NEUTRAL
         self.consecutive_losses = profile.consecutive_losses
         self.reward_history = sorted(
             (
-                RewardRecord(entry.attempt_id.split(":")[0], entry.score, facts.key(name), timestamp=entry.ended_at)
+                RewardRecord(entry.attempt_id.split(":")[0], entry.score, known.key(name), timestamp=entry.ended_at)
                 for name, evidence in profile.domains.items()
                 for entry in evidence.scores
             ),
@@ -187,7 +187,7 @@ class AgentNode:
             self.last_active_at = max(self.last_active_at, self.reward_history[-1].timestamp)
 
     def _show(self, key: str, evidence: DomainEvidence) -> None:
-        """Show the mean of the rewards as the score of a domain, the maker's rating counting as two of them."""
+        """Store the mean of rewards and self-rating as the score of a domain; the self-rating counts as two rewards."""
         scores = self.capabilities.scores
         if key in scores and not self._is_learned(key):
             self.self_ratings[key] = scores[key]

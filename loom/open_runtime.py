@@ -19,7 +19,7 @@ class OpenRuntime:
     """Base of Runtime: `async with`, `with`, `aclose` and `dispose`.
 
     Args:
-        make_session: Makes a session; in a forked child it receives what the parent's session left.
+        make_session: Makes a session; in a forked child its argument is the inheritance from the parent.
         settings: Those of the environment; its `nats_url` decides whether the server outlives the Runtime.
         reward_bus: Its `bus` is set while a session is open.
     """
@@ -43,7 +43,7 @@ class OpenRuntime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and not self._settings.nats_url:
-            self.dispose()  # the server goes, too: nobody is left to hear of what is in hand
+            self.dispose()  # the embedded server stops as well, so draining would be useless
         await self.aclose()
 
     def __enter__(self) -> Self:
@@ -65,7 +65,7 @@ class OpenRuntime:
             self.dispose()
 
     def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Run `work` in the loop that the Runtime is open in, or in a background thread's."""
+        """Run `work` in the event loop of the open Runtime, or in that of a background thread."""
         try:
             loop = self._loop_for_sync()
         except BaseException:
@@ -74,7 +74,7 @@ class OpenRuntime:
         asyncio.run_coroutine_threadsafe(work, loop).result()
 
     async def aclose(self) -> None:
-        """Drain what is in hand and close everything; safe to call twice.
+        """Finish running work and close everything; safe to call twice.
 
         Raises:
             WrongEventLoop: The Runtime is open in another event loop.
@@ -84,14 +84,14 @@ class OpenRuntime:
         self.reward_bus.bus = None
 
     def dispose(self) -> None:
-        """Drop everything at once, without waiting for work in hand; from any thread, and safe to call twice."""
+        """Close everything at once without waiting for running work; from any thread, safe to call twice."""
         self._closed = True
         self.reward_bus.bus = None
         self._sessions.abort()
         self._background.close()
 
     async def _open(self, task: TaskAd | None = None) -> Session:
-        """Return the open session; a node that `task` is pinned to is announced."""
+        """Return the open session; the node to which `task` is pinned is announced."""
         self._check_closed()
         session = await self._sessions.open()
         self.reward_bus.bus = session.bus

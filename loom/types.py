@@ -1,4 +1,4 @@
-"""The shapes Python users hold: nodes that change while they work, and the messages re-exported under one name."""
+"""Types for programs, by the import path of loom-agent 0.6; `loom` exports the current ones as well."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -112,7 +112,7 @@ _OF_TOOLS = frozenset({"Tool", "ToolContext", "ToolRegistry", "ToolResult", "def
 
 
 def __getattr__(name: str) -> Any:
-    """Import what tools are made of when it is asked for: the shapes alone stay cheap."""
+    """Import the classes of tools on first access: the other types load faster."""
     if name not in _OF_TOOLS:
         raise AttributeError(f"module 'loom.types' has no attribute {name!r}")
     return getattr(import_module("loom.agents.tools"), name)

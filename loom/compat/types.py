@@ -11,7 +11,7 @@ from loom.phases.shared.node_health import Standing
 
 @dataclass
 class RewardSignal:
-    """A reward taken apart; each part 0 to 1."""
+    """The parts of a reward, each 0 to 1."""
 
     quality: float = 0.0
     efficiency: float = 0.0
@@ -20,20 +20,20 @@ class RewardSignal:
 
 @dataclass
 class Bid:
-    """One node's offer in a cluster's own auction."""
+    """A node's bid in an auction within one process."""
 
     agent_id: str = ""
     task_id: str = ""
     score: float = 0.0
     breakdown: dict[str, float] = field(default_factory=dict)
-    """capability, availability, history, tools -> 0 to 1, before weighing."""
+    """capability, availability, history, tools -> 0 to 1, without weights."""
     estimated_tokens: int = 0
     """0: not estimated."""
 
 
 @dataclass
 class SubTask:
-    """A part of a task that was split."""
+    """A subtask of a divided task."""
 
     id: str = field(default_factory=short_id)
     description: str = ""
@@ -45,7 +45,7 @@ class SubTask:
 
 @dataclass
 class TaskSpec:
-    """A task spelled out for whoever does it."""
+    """A task with explicit objective, format and boundaries."""
 
     task: str
     objective: str = ""
@@ -57,7 +57,7 @@ class TaskSpec:
 
 @dataclass
 class ComplexityEstimate:
-    """How hard a task looks."""
+    """Estimated complexity of a task."""
 
     score: float = 0.5
     """0 trivial to 1 very hard."""
@@ -68,23 +68,23 @@ class ComplexityEstimate:
 
 @dataclass
 class HealthReport:
-    """How a node fares, and what to do about it."""
+    """Health of a node, with a recommendation."""
 
     node_id: str
     status: Literal["healthy", "warning", "dying"]
     recent_avg_reward: float
     """Mean of the ten newest rewards; 0 without any."""
     idle_ms: int
-    """Since the node last did something; 0 while it is busy."""
+    """Milliseconds since its last activity; 0 while it is busy."""
     recommendation: Literal["keep", "merge", "recycle"]
-    """merge: its knowledge is worth passing on; recycle: it is not."""
+    """merge: another node should inherit its scores; recycle: no node should."""
     standing: Standing = "new"
-    """new: no task of it has been judged; unproven: fewer than ten have; failing: most of three or more went wrong."""
+    """new: no judged task; unproven: fewer than ten; failing: most of three or more failed."""
 
 
 @dataclass
 class AgentBlueprint:
-    """A recipe for new nodes, and how those made from it have done."""
+    """A template of nodes, with the success of those made from it."""
 
     id: str = field(default_factory=lambda: uuid4().hex)
     name: str = ""
@@ -93,7 +93,7 @@ class AgentBlueprint:
     domain: str = "general"
     domain_scores: dict[str, float] = field(default_factory=dict)
     tools_filter: list[str] = field(default_factory=list)
-    """Tools a node made from it gets; empty: all its parent has."""
+    """Tools of a node made from it; empty: all tools of its parent."""
     created_at: float = field(default_factory=time.time)
     updated_at: float = field(default_factory=time.time)
     generation: int = 1
