@@ -121,8 +121,8 @@ def parse_plan(text: str) -> tuple[Subtask, ...]:
     it. Ids may be integers, and `depends_on`, `depends` and `deps` are other names of `dependencies`.
 
     Raises:
-        InvalidPlan: The text has no plan, a field is unknown, a subtask is malformed, or the graph breaks a rule of
-            `check_graph`; `field` names the part.
+        InvalidPlan: The text has no plan, a field is unknown, a subtask is malformed, or `check_graph` refuses it;
+            `field` names the part.
     """
     found = next((value for value in json_values(text) if _parts_in(value)), None)
     parts = _parts_in(found)

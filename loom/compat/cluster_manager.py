@@ -76,10 +76,10 @@ class ClusterManager:
         return Bid(agent_id=node.id, task_id=task.task_id, score=score, breakdown=parts)
 
     def collect_bids(self, task: TaskAd) -> list[Bid]:
-        """Return the bids of all nodes that may take `task`, best first, ties in the order nodes were added.
+        """Return the bids of all nodes that may run `task`, best first; equal ones in the order of addition.
 
-        Nodes that split or die do not bid, nor do nodes with `domains` that lack the ad's; an ad pinned to a node
-        gets that one only.
+        Only idle and busy nodes bid, and only if their `domains` include that of the ad. For a pinned ad, only its node
+        bids.
         """
         bids = [
             self.compute_bid(node, task)

@@ -53,9 +53,9 @@ class LifecycleManager:
     def check_health(self, node: AgentNode, *, now: float | None = None) -> HealthReport:
         """Return the health of `node` at `now` (seconds since the epoch; default: the present).
 
-        A node is dying after too many consecutive losses or with too low a mean of ten rewards (recycle), or after
-        too long an idle time following work (merge). Half of the losses are a warning. A short history alone has no
-        effect.
+        A node is dying after too many consecutive losses, or with too low a mean of ten rewards: recycle. After too
+        long an idle time following work it is dying as well: merge. Half of the losses are a warning. A short history
+        alone has no effect.
         """
         rewards = [record.reward for record in node.reward_history[-HEALTH_WINDOW:]]
         mean = sum(rewards) / len(rewards) if rewards else 0.0
