@@ -120,7 +120,7 @@ def _host_and_port(text: str, which: str) -> tuple[str, str, str]:
     if not known:
         if not text.strip(":"):
             raise _NotAnAddressError(f"{which} has no host")
-        raise _NotAnAddressError(f"{which} has an invalid host; an IPv6 address needs brackets")
+        raise _NotAnAddressError(f"{which} has no valid host; an IPv6 address needs brackets")
     return host, port, tail
 
 
