@@ -54,12 +54,12 @@ def records_stream(bus: Bus) -> tuple[str, str]:
 
 
 async def latest(
-    bus: Bus, stream: str, subject: str, limit: int, wanted: Callable[[Stored], bool] = lambda _: True
+    bus: Bus, stream: str, subject: str, limit: int, matches: Callable[[Stored], bool] = lambda _: True
 ) -> Latest:
     """Return the newest `limit` messages of a stream that match, reading backwards in spans of growing length.
 
     Args:
-        wanted: Whether a message on `subject` matches.
+        matches: Whether a message on `subject` matches.
 
     Raises:
         Refused: The stream does not exist.
@@ -71,7 +71,7 @@ async def latest(
         start = max(first, last - span + 1)
         messages: deque[Stored] = deque(maxlen=limit)
         async for message in _until(OrderedConsumer(bus.jetstream, stream, filter=subject, start_seq=start), last):
-            if wanted(message):
+            if matches(message):
                 messages.append(message)
         if len(messages) >= limit or start <= first:
             return Latest(list(messages), last)
@@ -123,7 +123,7 @@ async def _until(consumer: OrderedConsumer, last: int) -> AsyncGenerator[Stored,
 
 
 async def recent_records(
-    bus: Bus, limit: int, wanted: Callable[[TaskRecord], bool] = lambda _: True
+    bus: Bus, limit: int, matches: Callable[[TaskRecord], bool] = lambda _: True
 ) -> list[TaskRecord]:
     """Return the `limit` records that changed last and match, newest task first.
 
@@ -133,15 +133,15 @@ async def recent_records(
     """
     by_subject: dict[str, TaskRecord] = {}
 
-    def matches(message: Stored) -> bool:
+    def is_match(message: Stored) -> bool:
         record = _read(bus, message, TaskRecord)
-        if record is None or not wanted(record):
+        if record is None or not matches(record):
             return False
         by_subject[message.subject] = record
         return True
 
     stream, subject = records_stream(bus)
-    messages = (await latest(bus, stream, subject, limit, matches)).messages
+    messages = (await latest(bus, stream, subject, limit, is_match)).messages
     newest = {message.subject: by_subject[message.subject] for message in messages}
     return sorted(newest.values(), key=lambda record: -record.admitted_at)
 

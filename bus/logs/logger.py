@@ -14,7 +14,7 @@ from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 _LIBRARY = logging.getLogger("loom")
 
 
-def _is_wanted(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+def _drop_disabled(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     """Drop an event below the level of the program's logging."""
     if not _LIBRARY.isEnabledFor(getattr(logging, method.upper())):
         raise structlog.DropEvent
@@ -32,7 +32,7 @@ def _library_logger() -> Any:
     return structlog.wrap_logger(
         _LIBRARY,
         processors=[
-            _is_wanted,
+            _drop_disabled,
             structlog.contextvars.merge_contextvars,
             structlog.processors.format_exc_info,
             _as_text,

@@ -43,11 +43,11 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
 def secrets_of(environment: Mapping[str, str]) -> set[str]:
     """Return the values of variables with names of secrets, and the passwords in URLs, also in URL encoding."""
-    found: set[str] = set()
+    secrets: set[str] = set()
     for name, value in environment.items():
         if _SECRET_NAME.search(name):
-            found.update((value, value.strip()))
+            secrets.update((value, value.strip()))
         for _, userinfo in _USERINFO.findall(value):
             password = userinfo.partition(":")[2] or userinfo
-            found.update((password, unquote(password)))
-    return {form for secret in found if len(secret) >= SHORTEST for form in (secret, quote(secret, safe=""))}
+            secrets.update((password, unquote(password)))
+    return {form for secret in secrets if len(secret) >= SHORTEST for form in (secret, quote(secret, safe=""))}

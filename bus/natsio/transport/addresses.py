@@ -131,7 +131,7 @@ def _login(userinfo: str) -> Login | None:
     return Login(token=unquote(user)) if user else None
 
 
-def tls_wanted(addresses: Sequence[Address]) -> bool:
+def tls_required(addresses: Sequence[Address]) -> bool:
     """Return whether any address requires TLS; then all servers do, also those that are discovered later."""
     return any(address.scheme == "tls" for address in addresses)
 

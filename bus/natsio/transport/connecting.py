@@ -12,7 +12,7 @@ import nats.errors
 from nats.aio.client import Client
 
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.transport.addresses import Address, tls_wanted
+from loom.bus.natsio.transport.addresses import Address, tls_required
 from loom.bus.natsio.transport.connect_causes import CHECK_ADDRESS, Cause, HungUp, cause_of
 from loom.bus.natsio.transport.fast_client import FastClient
 from loom.bus.natsio.transport.resolver import Resolver
@@ -88,7 +88,7 @@ class Connector:
         return " | ".join(f"{server}: {cause}" for server, cause in causes.items())
 
     def _causes(self) -> dict[str, Cause]:
-        tls = tls_wanted(self._addresses)
+        tls = tls_required(self._addresses)
         return {
             address.shown: cause_of(self.failures[address.netloc], tls=tls)
             for address in self._addresses

@@ -1,7 +1,7 @@
 """The handshake of a connection, up to CONNECT: addresses, TLS and credentials.
 
-nats-py uses TLS only if the server requires it, whatever the address says, and sends no credentials to servers that it
-discovers from another server.
+nats-py uses TLS only if the server requires it, whatever the address requires. It sends no credentials to servers that
+it discovers from another server.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import nats.errors
 from nats.aio.client import DEFAULT_BUFFER_SIZE, Client, Srv
 from nats.aio.transport import TcpTransport
 
-from loom.bus.natsio.transport.addresses import Address, Login, logins, tls_wanted
+from loom.bus.natsio.transport.addresses import Address, Login, logins, tls_required
 from loom.bus.natsio.transport.connect_causes import HungUp, NotNats, Silent
 from loom.bus.natsio.transport.resolver import Resolver
 
@@ -113,7 +113,7 @@ class HandshakeClient(Client):
         failures: dict[str, Exception] | None = None,
     ) -> None:
         super().__init__()
-        self._tls_wanted = tls_wanted(addresses)
+        self._tls_required = tls_required(addresses)
         self._known = {address.netloc for address in addresses}
         self._logins = logins(addresses)
         self._resolver = resolver or Resolver()
@@ -156,7 +156,7 @@ class HandshakeClient(Client):
         Raises:
             SecureConnWantedError: TLS is required, and the server does not offer it.
         """
-        if initial_connection and self._tls_wanted:
+        if initial_connection and self._tls_required:
             if not (info.get("tls_required") or info.get("tls_available")):
                 raise nats.errors.SecureConnWantedError
             info["tls_required"] = True  # the only field that nats-py checks
