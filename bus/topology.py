@@ -107,16 +107,19 @@ def streams(bus: Bus, config: ClusterConfig) -> Iterator[dict[str, Any]]:
         "max_bytes": 128 * MIB,
         "max_age": 30 * 86_400 * _NS,
     }
-    for name, keep in BUCKETS.items():
-        yield {
-            **limits,
-            "name": f"KV_{bus.subjects.bucket(name)}",
-            "subjects": [f"$KV.{bus.subjects.bucket(name)}.>"],
-            "discard": "new",
-            "max_msgs_per_subject": 1,
-            "max_age": int(keep.total_seconds()) * _NS,
-            "deny_delete": True,
-        }
+    for name, max_age in BUCKETS.items():
+        yield {**limits, **_bucket(bus.subjects.bucket(name), max_age)}
+
+
+def _bucket(name: str, max_age: timedelta) -> dict[str, Any]:
+    return {
+        "name": f"KV_{name}",
+        "subjects": [f"$KV.{name}.>"],
+        "discard": "new",
+        "max_msgs_per_subject": 1,
+        "max_age": int(max_age.total_seconds()) * _NS,
+        "deny_delete": True,
+    }
 
 
 def consumer(bus: Bus, lane: Lane) -> dict[str, Any]:
@@ -126,8 +129,8 @@ def consumer(bus: Bus, lane: Lane) -> dict[str, Any]:
         "filter_subject": ".".join((bus.subjects.namespace, *lane.filter)),
         "ack_policy": "explicit",
         "ack_wait": ACK_WAIT_S * _NS,
-        "max_deliver": -1,  # the loop dead-letters, so that nothing ends in silence
-        "max_ack_pending": -1,  # the loop's slots bound what is in hand
+        "max_deliver": -1,  # the hop loop dead-letters messages and ends their tasks
+        "max_ack_pending": -1,  # the slots of the hop loop are the limit
         "max_waiting": 2048,
     }
 
