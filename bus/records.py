@@ -8,7 +8,8 @@ from loom.bus.bus import Bus
 from loom.bus.natsio.kv import Bucket, Entry
 from loom.schemas.base import Message, Name, Timestamp, Undecodable
 from loom.schemas.decoding.unknown_fields import unknown_fields, with_unknown_fields
-from loom.schemas.envelope import Envelope, RecordVersion, ReplySubjects, TaskRecord
+from loom.schemas.envelope import Envelope, RecordVersion, ReplySubjects
+from loom.schemas.record import TaskRecord
 
 
 def records(bus: Bus) -> Bucket[TaskRecord]:

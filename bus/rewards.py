@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.identity import split_qualified
 from loom.schemas.learning import Reward
-from loom.schemas.task import domain_token
+from loom.schemas.tokens import domain_token
 
 if TYPE_CHECKING:
     from loom.bus.bus import Bus

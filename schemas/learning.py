@@ -4,12 +4,13 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from loom.schemas.base import CheckedMessage, Count, Name, Names, Note, Seconds, Timestamp, Token, Unit
+from loom.schemas.base import CheckedMessage, Count, Name, Names, Note, Seconds, Timestamp, Unit
 from loom.schemas.checks.labels import Labels
-from loom.schemas.envelope import REJECTED, TaskRecord
 from loom.schemas.errors import InvalidTask
 from loom.schemas.identity import LOCAL_OWNER, PERSON, RULES, node_key, qualified
+from loom.schemas.record import REJECTED, TaskRecord
 from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, TaskAd
+from loom.schemas.tokens import Token
 
 WINDOW = 120
 """Scores remembered per node and domain."""

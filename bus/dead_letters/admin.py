@@ -13,7 +13,8 @@ from loom.bus.natsio.server_errors import Refused
 from loom.bus.natsio.stored_message import read_message
 from loom.bus.queries import latest
 from loom.schemas.base import Undecodable, decode
-from loom.schemas.envelope import DeadLetter, Envelope
+from loom.schemas.dead_letter import DeadLetter
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import DeadLettered, LoomError
 from loom.schemas.notices import PlanTimeout, read_scale_message
 from loom.schemas.task import Submission, TaskAd
@@ -114,7 +115,7 @@ def _task_in(bus: Bus, letter: Letter) -> tuple[TaskAd, str]:
         why = "its bytes were cut" if letter.facts.cut else error.message
         raise DeadLettered(
             f"letter {letter.seq} holds no task that can be read ({why}): see `loom dead show {letter.seq}`, "
-            f"then `loom dead drop {letter.seq}`"
+            f"then `loom dead rm {letter.seq}`"
         ) from None
     envelope = message.envelope if isinstance(message, PlanTimeout) else message
     if not isinstance(envelope, Envelope):

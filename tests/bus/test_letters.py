@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from support.buses import envelope
-from support.hops import messages
-from support.values import messages as any_of
+from support.bus_helpers import envelope
+from support.loop_harness import messages
+from support.strategies import messages as any_of
 
 from loom.bus.bus import Bus
 from loom.bus.dead_letters import admin
 from loom.bus.dead_letters.admin import Letter, UnknownLetter
 from loom.bus.dead_letters.write import letter_facts, letter_headers
 from loom.schemas.base import MAX_MESSAGE_BYTES, CheckedMessage, decode, encode
-from loom.schemas.envelope import DeadLetter, Envelope, Split
+from loom.schemas.dead_letter import DeadLetter
+from loom.schemas.envelope import Envelope, Split
 from loom.schemas.errors import BusUnavailable, DeadLettered, InvalidTask, LoomError, Overloaded
 from loom.schemas.notices import SubtaskEnded
 from loom.schemas.task import Accept, Limits, Submission, TaskAd
@@ -178,7 +179,7 @@ async def test_a_retry_that_was_cut_off_before_its_end_is_repeated_as_the_same_t
 
 CHILD = encode(envelope(split=Split(parent="p1", depth=1, deadline=9)))
 CANNOT: dict[str, tuple[bytes, dict[str, Any], type[LoomError], str]] = {
-    "unreadable": (GARBAGE, {}, DeadLettered, "see `loom dead show 1`, then `loom dead drop 1`"),
+    "unreadable": (GARBAGE, {}, DeadLettered, "see `loom dead show 1`, then `loom dead rm 1`"),
     "cut": (encode(envelope())[:-9], {"cut": True}, DeadLettered, "its bytes were cut"),
     "a submission among hops": (encode(Submission(ad=AD, submission="s")), {}, DeadLettered, "no task"),
     "a subtask": (CHILD, {}, DeadLettered, "is a subtask of task p1"),

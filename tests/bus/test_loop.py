@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import structlog
 from msgspec.structs import replace
-from support.buses import Connect, back, envelope
-from support.hops import (
+from support.bus_helpers import Connect, back, envelope
+from support.logs import capture_logs
+from support.loop_harness import (
     Phases,
     arrived,
     deliver_in_vain,
@@ -21,7 +22,6 @@ from support.hops import (
     settled,
     turns,
 )
-from support.logs import capture_logs
 from support.wait import until
 
 from loom.bus import topology

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from msgspec.structs import asdict
-from support.buses import Connect, Heard, envelope
-from support.hops import arrived, messages
+from support.bus_helpers import Connect, Heard, envelope
 from support.logs import capture_logs
+from support.loop_harness import arrived, messages
 from support.wait import until
 
 from loom.bus import task_client, task_updates, topology
@@ -19,9 +19,9 @@ from loom.bus.replies import answer, answer_error, answer_task, error_headers
 from loom.bus.task_client import TaskHandle
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import TaskRecord, TaskStatus
 from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError, NoBids, Overloaded, UnknownTask
 from loom.schemas.events import TextDelta
+from loom.schemas.record import TaskRecord, TaskStatus
 from loom.schemas.run import Delta
 from loom.schemas.task import Accepted, RunResult, Submission, TaskAd, TaskError, TaskResult
 
@@ -183,7 +183,7 @@ async def test_when_no_phase_answers_that_is_said_even_with_a_tap_listening(
     await tap.connection.subscribe(tap.subjects.everything, Heard())
     await tap.requests.flush()
     with pytest.raises(BusUnavailable, match="loom up") as caught:
-        await task_client.ask(plain, plain.subjects.of("status", "t1"), timeout_s=0.1)
+        await task_client.request(plain, plain.subjects.of("status", "t1"), timeout_s=0.1)
     assert caught.value.url == plain.connection.address
 
 

@@ -97,7 +97,7 @@ import asyncio, os
 from loom.runner.supervisor import Program, Supervisor
 
 async def main():
-    words = {(*LOOM, "phase", "--supervised", "pipe", "scale")!r}
+    words = {(*LOOM, "phase", "run", "--supervised", "pipe", "scale")!r}
     programs = [Program(name, words) for name in ("one", "two")]
     async with Supervisor(programs, environment=dict(os.environ), stop_s=5, say=lambda *said: print(*said, flush=True)):
         await asyncio.Event().wait()
@@ -189,7 +189,7 @@ class Cluster:
     async def task(self, task_id: str) -> None:
         """Hand in a task that runs until `go_on`, and return when it runs."""
         ad = TaskAd(task_id=task_id, domain="any", description="wait", wait=False)
-        await task_client.ask(self.bus, self.bus.subjects.submit, ad)
+        await task_client.request(self.bus, self.bus.subjects.submit, ad)
         await self.reaches(task_id, "running")
 
     async def reaches(self, task_id: str, state: str, within_s: float = 20) -> None:
