@@ -9,9 +9,9 @@ from typing import NamedTuple, TypeVar
 from msgspec.structs import replace
 
 from loom.bus.bus import Bus
-from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
+from loom.bus.natsio.ordered_consumer import OrderedConsumer
 from loom.bus.natsio.server_errors import Refused
-from loom.bus.natsio.stored_message import last_message
+from loom.bus.natsio.stored_message import StoredMessage, last_message
 from loom.bus.records import records
 from loom.bus.stored_rewards import reward_in
 from loom.schemas.base import Undecodable, decode
@@ -34,7 +34,7 @@ _OPERATION = "KV-Operation"
 class Latest(NamedTuple):
     """The newest messages of a stream, and its end at the time they were read."""
 
-    messages: list[Stored]
+    messages: list[StoredMessage]
     """Oldest first."""
     last_seq: int
 
@@ -55,7 +55,7 @@ def records_stream(bus: Bus) -> tuple[str, str]:
 
 
 async def latest(
-    bus: Bus, stream: str, subject: str, limit: int, matches: Callable[[Stored], bool] = lambda _: True
+    bus: Bus, stream: str, subject: str, limit: int, matches: Callable[[StoredMessage], bool] = lambda _: True
 ) -> Latest:
     """Return the newest `limit` messages of a stream that match, reading backwards in spans of growing length.
 
@@ -70,7 +70,7 @@ async def latest(
     first, last, span = state["first_seq"], state["last_seq"], max(FIRST_SPAN, 4 * limit)
     while True:
         start = max(first, last - span + 1)
-        messages: deque[Stored] = deque(maxlen=limit)
+        messages: deque[StoredMessage] = deque(maxlen=limit)
         async for message in _until(OrderedConsumer(bus.jetstream, stream, filter=subject, start_seq=start), last):
             if matches(message):
                 messages.append(message)
@@ -79,7 +79,7 @@ async def latest(
         span *= 8
 
 
-async def since(bus: Bus, stream: str, subject: str, at: float) -> AsyncIterator[Stored]:
+async def since(bus: Bus, stream: str, subject: str, at: float) -> AsyncIterator[StoredMessage]:
     """Yield the messages that a stream stored at server time `at` or later, up to its present end.
 
     Raises:
@@ -95,7 +95,7 @@ async def since(bus: Bus, stream: str, subject: str, at: float) -> AsyncIterator
             yield message
 
 
-async def between(bus: Bus, stream: str, subject: str, first: int, last: int) -> AsyncIterator[Stored]:
+async def between(bus: Bus, stream: str, subject: str, first: int, last: int) -> AsyncIterator[StoredMessage]:
     """Yield the messages of a stream from sequence `first` to sequence `last`.
 
     Raises:
@@ -109,7 +109,7 @@ async def between(bus: Bus, stream: str, subject: str, first: int, last: int) ->
             yield message
 
 
-async def _until(consumer: OrderedConsumer, last: int) -> AsyncGenerator[Stored, None]:
+async def _until(consumer: OrderedConsumer, last: int) -> AsyncGenerator[StoredMessage, None]:
     """Yield the messages of `consumer` up to sequence `last`, and stop it."""
     try:
         while True:
@@ -134,7 +134,7 @@ async def recent_records(
     """
     by_subject: dict[str, TaskRecord] = {}
 
-    def is_match(message: Stored) -> bool:
+    def is_match(message: StoredMessage) -> bool:
         record = _read(bus, message, TaskRecord)
         if record is None or not matches(record):
             return False
@@ -231,7 +231,7 @@ def _submission_in(raw: bytes) -> Submission | None:
         return None
 
 
-def _read(bus: Bus, message: Stored, shape: type[T]) -> T | None:
+def _read(bus: Bus, message: StoredMessage, shape: type[T]) -> T | None:
     """Return the content of a message; None for a deleted key, and for an undecodable message, which is counted."""
     try:
         return decode(message.data, shape)

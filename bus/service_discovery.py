@@ -45,7 +45,7 @@ _PING = "io.nats.micro.v1.ping_response"
 _INFO = "io.nats.micro.v1.info_response"
 
 
-class Present(CheckedMessage, frozen=True, kw_only=True):
+class ServiceInstance(CheckedMessage, frozen=True, kw_only=True):
     """One instance of a service, as in a reply to PING."""
 
     type: str
@@ -55,7 +55,7 @@ class Present(CheckedMessage, frozen=True, kw_only=True):
     metadata: dict[str, str]
 
 
-class _Info(Present, frozen=True, kw_only=True):
+class _Info(ServiceInstance, frozen=True, kw_only=True):
     description: str
     endpoints: list[dict[str, str]]
 
@@ -81,7 +81,7 @@ class ServiceEndpoint:
         self._bus = bus
         common = {"namespace": bus.subjects.namespace, "host": socket.gethostname(), WIRE_KEY: WIRE, **(facts or {})}
         self._services = {
-            service_name(bus, name): Present(
+            service_name(bus, name): ServiceInstance(
                 type=_PING,
                 name=service_name(bus, name),
                 id=instance,
@@ -119,11 +119,11 @@ class ServiceEndpoint:
             elif verb == "INFO":
                 await self._reply(msg.reply, self._info(service))
 
-    async def _reply(self, reply: str, message: Present) -> None:
+    async def _reply(self, reply: str, message: ServiceInstance) -> None:
         if is_inbox(reply, plain=True):  # starting processes of the cluster request each other's services
             await self._bus.connection.publish(reply, message)
 
-    def _info(self, service: Present) -> "_Info":
+    def _info(self, service: ServiceInstance) -> "_Info":
         health = self._health(service)
         clocks = {SERVER_TIME: f"{self._bus.clock.now():.3f}", WALL_CLOCK: f"{time.time():.3f}"}
         report = {} if health is None else {HEALTH: encode(health).decode()}
@@ -137,7 +137,7 @@ class ServiceEndpoint:
             endpoints=[],
         )
 
-    def _health(self, service: Present) -> Health | None:
+    def _health(self, service: ServiceInstance) -> Health | None:
         report = self.health.get(service.metadata["service"])
         if report is None:
             return None
@@ -157,8 +157,8 @@ def settings_facts(config: ClusterConfig) -> dict[str, str]:
 
 
 async def discover(
-    bus: Bus, *, within_s: float = ANSWER_S, enough: Callable[[list[Present]], bool] = lambda _: False
-) -> list[Present]:
+    bus: Bus, *, within_s: float = ANSWER_S, enough: Callable[[list[ServiceInstance]], bool] = lambda _: False
+) -> list[ServiceInstance]:
     """Return the services of this namespace that reply within `within_s`, sorted by name and id.
 
     Args:
@@ -167,7 +167,7 @@ async def discover(
         enough: Whether to stop waiting; called after every reply with the services so far.
     """
 
-    def of_namespace(replies: list[Present]) -> list[Present]:
+    def of_namespace(replies: list[ServiceInstance]) -> list[ServiceInstance]:
         return [
             service
             for service in replies
@@ -187,8 +187,8 @@ async def discover(
     return sorted(of_namespace(replies), key=lambda service: (service.name, service.id))
 
 
-def _read(raw: bytes) -> Present:
-    return decode(raw, Present)
+def _read(raw: bytes) -> ServiceInstance:
+    return decode(raw, ServiceInstance)
 
 
 async def check_processes(bus: Bus) -> None:
@@ -197,9 +197,9 @@ async def check_processes(bus: Bus) -> None:
     Raises:
         WireMismatch: A process of another wire version has replied.
     """
-    services: list[Present] = []
+    services: list[ServiceInstance] = []
 
-    def enough(replies: list[Present]) -> bool:
+    def enough(replies: list[ServiceInstance]) -> bool:
         if replies[-1].metadata.get("namespace") == bus.subjects.namespace:
             services.append(replies[-1])
         names = {service.metadata.get("service") for service in services}
@@ -231,7 +231,7 @@ async def clocks(bus: Bus, *, within_s: float = ANSWER_S) -> list[Clocks]:
     """Return the clocks of each process of this namespace that replies within `within_s` seconds."""
     processes: dict[str, Clocks] = {}
 
-    def compare(replies: list[Present]) -> bool:
+    def compare(replies: list[ServiceInstance]) -> bool:
         newest, now = replies[-1], bus.clock.now()
         facts = newest.metadata
         with suppress(KeyError, ValueError):  # another program's service, or a version without clocks

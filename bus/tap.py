@@ -58,7 +58,7 @@ SHAPES: dict[str, type[Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class TappedMessage:
     """A message that a tap has received."""
 
     subject: str
@@ -78,7 +78,7 @@ class Seen:
 
 
 class Tap:
-    """Yields messages as they are published, at most once; a context manager and an async iterator of `Seen`.
+    """Yields messages as they are published, at most once; a context manager and an async iterator of `TappedMessage`.
 
     The messages of one family arrive in the order in which they were sent; messages of several selected families may
     overtake each other.
@@ -132,7 +132,7 @@ class Tap:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Seen:
+    async def __anext__(self) -> TappedMessage:
         """Return the next message; the iteration ends when the tap is closed.
 
         Raises:
@@ -160,7 +160,7 @@ class Tap:
         self._skipped = 0
         self._changed.set()
 
-    def _decoded(self, msg: Msg, at: float, skipped: int) -> Seen:
+    def _decoded(self, msg: Msg, at: float, skipped: int) -> TappedMessage:
         parsed = self._bus.subjects.parse(msg.subject)
         family = parsed.family if parsed else ""
         message: Any = msg.data
@@ -170,7 +170,7 @@ class Tap:
                 message = read_scale_message(msg.data) if by_type else decode(msg.data, SHAPES[family])
             except Undecodable:
                 message = msg.data  # invalid messages are shown, too
-        return Seen(
+        return TappedMessage(
             subject=msg.subject,
             family=family,
             tokens=parsed.tokens if parsed else {},

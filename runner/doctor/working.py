@@ -8,7 +8,7 @@ from loom.bus import topology
 from loom.bus.bus import Bus
 from loom.bus.hops.health import Health
 from loom.bus.logs import left_out
-from loom.bus.natsio.stored_message import read_message
+from loom.bus.natsio.stored_message import last_message
 from loom.bus.service_discovery import health_reports
 from loom.bus.topology import Inspection
 from loom.runner.doctor.findings import Finding, fail, ok, warn
@@ -70,7 +70,7 @@ async def _look(bus: Bus, seen: Inspection, config: ClusterConfig) -> Look:
 
 async def _last_reward(bus: Bus) -> int:
     subject = bus.subjects.of("reward", "*", "*", "*", "*")
-    last = await read_message(bus.jetstream, bus.subjects.stream("REWARDS"), {"last_by_subj": subject})
+    last = await last_message(bus.jetstream, bus.subjects.stream("REWARDS"), subject)
     return last.seq if last is not None else 0
 
 
