@@ -21,6 +21,7 @@ ACK_WAIT_S = 30
 MIN_SERVER = (2, 12)
 """First version of the server with message schedules."""
 MIB = 1 << 20
+"""Unit of the streams' limits, which are low because the server reserves that many bytes on its disk."""
 CREATE_TRIES = 5
 _NS = 1_000_000_000
 _ROLLUP = "allow_rollup_hdrs"

@@ -14,9 +14,9 @@ class Health(Message, frozen=True, kw_only=True):
     handled: Count = 0
     """Messages handled since the start."""
     in_hand: Count = 0
-    """Messages in processing."""
+    """Messages that are being handled."""
     oldest_s: Seconds = 0.0
-    """Age of the oldest message in processing."""
+    """Age of the oldest message that is being handled."""
     last_seq: Count | None = None
     """ADAPT: sequence of the last reward that was read."""
     failure: Note = ""

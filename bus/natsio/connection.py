@@ -219,8 +219,8 @@ class Connection:
             BusUnavailable: The connection is closed, or its buffer is full.
         """
         self.publish_nowait(subject, message, reply=reply, headers=headers)
-        if self._nc.clogged:
-            await self._nc.unclog()
+        if self._nc.is_congested:
+            await self._nc.wait_until_writable()
 
     def publish_nowait(
         self, subject: str, message: Any = b"", *, reply: str = "", headers: Mapping[str, str] | None = None
@@ -245,8 +245,8 @@ class Connection:
 
     async def wait_until_writable(self) -> None:
         """Wait for the socket if much was published without waiting; else return immediately."""
-        if self._nc.clogged:
-            await self._nc.unclog()
+        if self._nc.is_congested:
+            await self._nc.wait_until_writable()
 
     # -- subscribing
 
@@ -259,7 +259,7 @@ class Connection:
         """
         self.check_owner()
         try:
-            return await self._nc.listen(subject, handler, queue=queue)
+            return await self._nc.subscribe_sync(subject, handler, queue=queue)
         except nats.errors.Error as error:
             raise BusUnavailable(f"cannot subscribe: {error}", url=self.address) from error
 

@@ -71,7 +71,7 @@ class OrderedConsumer:
         """Whether the last batch ended with the last message that the stream contained at that time."""
 
     async def start(self) -> "OrderedConsumer":
-        """Create the consumer and start to pull; otherwise done by the first `batch`."""
+        """Create the consumer and start pulling; otherwise done by the first `batch`."""
         if not self._started:
             await self._open()
             self._started = True

@@ -17,7 +17,7 @@ from nats.aio.client import DEFAULT_BUFFER_SIZE, Client, Srv
 from nats.aio.transport import TcpTransport
 
 from loom.bus.natsio.transport.addresses import Address, Login, logins, tls_required
-from loom.bus.natsio.transport.connect_causes import HungUp, NotNats, Silent
+from loom.bus.natsio.transport.connect_causes import ConnectionClosedEarly, NoDataReceived, NotNats
 from loom.bus.natsio.transport.resolver import Resolver
 
 
@@ -143,12 +143,12 @@ class HandshakeClient(Client):
         """Return a more specific error, of a type that nats-py handles."""
         first_line = self._transport.first_line if isinstance(self._transport, Transport) else None
         if isinstance(error, TimeoutError) and first_line is None:
-            return Silent()
+            return NoDataReceived()
         if isinstance(error, nats.errors.Error | OSError) and (first_line or b"").startswith(b"INFO "):
             return error
         if isinstance(error, OSError):
             return error
-        return NotNats() if first_line else HungUp()
+        return NotNats() if first_line else ConnectionClosedEarly()
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         """Process the INFO of a server, to which nothing has been sent yet.
