@@ -1,8 +1,8 @@
 """A tap: the decoded traffic of a namespace, one message at a time, without effects on it.
 
-Consumes   all subject families of the namespace, or selected ones, by plain subscriptions outside every queue group
+Consumes   all subject families, or selected ones, by plain subscriptions outside every queue group
 Publishes  nothing, not even acknowledgements
-Gives up   messages that arrive faster than they are read are skipped and counted
+Gives up   on messages that arrive faster than they are read: skips and counts them
 """
 
 import asyncio

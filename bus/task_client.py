@@ -38,8 +38,8 @@ class TaskHandle:
     the result is lost, the result is requested. The subscriptions end with the task, or when the handle is dropped. A
     handle works in the event loop in which it was created.
 
-    If the id of the ad belongs to another task, the result is a failure with `invalid_task`: immediately if that task
-    has ended or has another submitter, else within seconds. That task is not affected.
+    If the id of the ad belongs to another task, the result is a failure with `invalid_task`. It arrives immediately if
+    that task has ended or has another submitter, else within seconds. That task is not affected.
 
     Args:
         submitter: Submitter of the task, if an operator submits it again; default: the submitter of the connection.
@@ -143,7 +143,7 @@ class TaskHandle:
         return result.content
 
     async def events(self) -> AsyncGenerator[Delta, None]:
-        """Yield the progress of the task in order until it ends, each step once; a new attempt starts at step 0.
+        """Yield the progress of the task in order until it ends, each step once; a new attempt starts over.
 
         If the iteration is ended early, the task continues, and a further iteration starts with its then current
         progress.

@@ -27,7 +27,7 @@ class Health(Message, frozen=True, kw_only=True):
     """Host -> what the whole process discarded of its messages."""
 
 
-def together(parts: list[Health]) -> Health:
+def merged_health(parts: list[Health]) -> Health:
     """Return the health of several parts of a phase as one."""
     return Health(
         handled=total(*(part.handled for part in parts)),

@@ -31,7 +31,7 @@ class LeftOut(Message, frozen=True, kw_only=True):
         return LeftOut(counts=counts, last=as_reason(reason), at=at)
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
         """The counts and the last reason as text: `3 offers, 1 event (last: Expected …)`."""
         parts = (f"{count:,} {part[:-1] if count == 1 else part}" for part, count in sorted(self.counts.items()))
         return f"{', '.join(parts)} (last: {self.last})"
@@ -43,7 +43,7 @@ def as_reason(text: str) -> str:
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)[:MAX_REASON]
 
 
-def together(reports: Iterable[Mapping[str, LeftOut]]) -> dict[str, LeftOut]:
+def merged_reports(reports: Iterable[Mapping[str, LeftOut]]) -> dict[str, LeftOut]:
     """Return the sum of the reports of several processes, by host; announcements, which all receive, count once."""
     by_host: dict[str, LeftOut] = {}
     for report in reports:

@@ -27,7 +27,7 @@ _RULES = (
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """Return `text` without secrets.
 
-    Replaced are the secrets of this process's environment, bearer and basic tokens, `sk-…` keys, private keys,
+    The secrets of this process's environment are replaced. So are bearer and basic tokens, `sk-…` keys, private keys,
     userinfo in URLs, and values that follow the name of a secret.
 
     Args:

@@ -25,7 +25,7 @@ async def request_many(
     """Publish a request and return the replies, in order of arrival.
 
     Args:
-        read: Decodes a reply; raises Undecodable for one that is to be counted and left out, or returns None for one
+        read: Decodes a reply. It raises Undecodable for a reply to be counted and left out, or returns None for one
             that it has counted itself.
         window_s: Longest wait, in seconds.
         enough: Whether to stop waiting; called after every reply with all replies, of which the new one is the last.

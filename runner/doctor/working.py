@@ -126,10 +126,10 @@ def _discards(after: Look) -> Iterator[Finding]:
 
 def _left_out(after: Look) -> Iterator[Finding]:
     """Report what hosts sent in vain, those of which it was lately first."""
-    hosts = left_out.together(report.left_out for reports in after.reports.values() for report in reports)
+    hosts = left_out.merged_reports(report.left_out for reports in after.reports.values() for report in reports)
     newest = sorted(hosts, key=lambda host_id: -hosts[host_id].at)
     for host_id in newest[:HOSTS]:
-        what = f"of host {host_id}: {hosts[host_id].words}"
+        what = f"of host {host_id}: {hosts[host_id].summary}"
         yield warn("left out", what, 'for its author: "What is forgiven" in docs/subjects.md')
     if len(newest) > HOSTS:
         yield warn("left out", f"something of {len(newest) - HOSTS} more hosts", "`loom host ls` lists them")
