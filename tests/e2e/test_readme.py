@@ -55,7 +55,7 @@ async def test_the_cluster_of_the_readme_does_the_task_of_the_readme(on_bus: tup
             await announced.wait()
         printed = await output_of([*LOOM, *submit[1:]], NATS_URL=on_bus[0])
         subject, ad = request[-2:]
-        answer = await task_client.ask(client, subject.replace("loom.", f"{on_bus[1]}."), ad.encode(), timeout_s=30)
+        answer = await task_client.request(client, subject.replace("loom.", f"{on_bus[1]}."), ad.encode(), timeout_s=30)
 
     assert "revenue" in printed or "rows" in printed
     result = decode(answer, TaskResult)
