@@ -26,7 +26,7 @@ log = get_logger()
 
 SETTLE_S = 5.0
 """Seconds after a reconnect within which every host is expected to be back."""
-ASK_AGAIN_S = 0.25
+REATTACH_S = 0.25
 SUBTASK_FAILED = "subtask_failed"
 MOVES = 3
 """How often a run that has moved is requested again although no other handler has requested it."""
@@ -127,7 +127,7 @@ class Attempt:
                 if await self._ownership() != "own":
                     raise
                 if settling:
-                    await asyncio.sleep(ASK_AGAIN_S)
+                    await asyncio.sleep(REATTACH_S)
                 stream, asked_again = stream.reattach(), not settling
 
     async def _relay(self, stream: RunStream) -> RunEvent | None:

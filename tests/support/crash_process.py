@@ -114,6 +114,8 @@ def bus_of(owner: Any) -> Bus:
 
 def _on(*families: str) -> Callable[..., bool]:
     def addressed(_owner: Any, subject: str, *_: Any) -> bool:
+        if subject.startswith(("$", "_")):  # of the server, or an inbox: outside every namespace
+            return False
         parsed = Subjects(subject.partition(".")[0]).parse(subject)
         return parsed is not None and parsed.family in families
 
