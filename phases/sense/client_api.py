@@ -14,7 +14,7 @@ from loom.bus.natsio.server_errors import Conflict, Refused
 from loom.bus.natsio.stored_message import StoredMessage, read_message
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import update_record
-from loom.bus.replies import allowed_reply, answer, answer_error, may_answer
+from loom.bus.replies import allowed_reply, answer, answer_error, is_inbox
 from loom.phases.sense.admission import Admission, envelope_for
 from loom.phases.shared.check_pool import CheckPool
 from loom.schemas.base import Undecodable, decode
@@ -179,7 +179,7 @@ class ClientApi:
             task_id=task_id,
             state="running",
             submission=queued.submission,
-            reply_to=(queued.reply_to,) if may_answer(queued.reply_to, plain=submitter == PUBLIC) else (),
+            reply_to=(queued.reply_to,) if is_inbox(queued.reply_to, plain=submitter == PUBLIC) else (),
             envelope=envelope_for(queued, submitter, self._bus.clock.now(), ""),
             admitted_at=self._bus.clock.now(),
         )
