@@ -1,7 +1,7 @@
 """What a client asks for, and what it gets back."""
 
 from hashlib import blake2b
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -25,7 +25,7 @@ from loom.schemas.base import (
 )
 from loom.schemas.checks.constructor_errors import FieldsByName
 from loom.schemas.checks.labels import LABELS_RULE, Labels
-from loom.schemas.errors import InvalidTask, LoomError, error_for
+from loom.schemas.errors import InvalidTask, LoomError, TaskFailed, error_for
 from loom.schemas.identity import LOCAL_OWNER, qualified
 from loom.schemas.llm import Usage
 from loom.schemas.tokens import NodeName, Token
@@ -162,11 +162,6 @@ class BestRejected(CheckedMessage, frozen=True, kw_only=True):
         return qualified(self.owner, self.node_id)
 
 
-def facts_of(best: BestRejected | None) -> dict[str, Any]:
-    """Return what an exception has of it: the whole as `best_rejected`, its text as `partial`."""
-    return {} if best is None else {"best_rejected": best, "partial": best.content}
-
-
 class TaskError(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Why a task, or one attempt at it, failed."""
 
@@ -190,16 +185,19 @@ class TaskError(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields
         )
 
     def to_exception(self, task_id: str) -> LoomError:
-        """Return the exception a Python caller gets; `partial` is the text of the best refused answer."""
-        return error_for(
+        """Return the exception that a Python caller gets; `partial` is the text of the best refused answer."""
+        error = error_for(
             self.code,
             self.message,
             task_id=task_id,
             field=self.field,
             node_id=self.node_id,
             retry_after_s=self.retry_after_s,
-            **facts_of(self.best_rejected),
         )
+        best = self.best_rejected
+        if best is not None and isinstance(error, TaskFailed):
+            error.best_rejected, error.partial = best, best.content
+        return error
 
 
 class RunResult(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -125,7 +125,7 @@ def _task_in(bus: Bus, dead: Letter) -> tuple[TaskAd, str]:
         why = "its bytes were cut" if dead.facts.cut else error.message
         raise DeadLettered(
             f"letter {dead.seq} holds no task that can be read ({why}): see `loom dead show {dead.seq}`, "
-            f"then `loom dead drop {dead.seq}`"
+            f"then `loom dead rm {dead.seq}`"
         ) from None
     envelope = message.envelope if isinstance(message, PlanTimeout) else message
     if not isinstance(envelope, Envelope):

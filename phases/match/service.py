@@ -237,9 +237,10 @@ class Match:
             return warning
         if self._roster.has_nodes:
             why = f"no node takes tasks of the domain {envelope.domain!r}"
-            return f"{why}; start one that does with `loom node FILE.py`, or name another domain"
+            return f"{why}; start one that does with `loom host run FILE.py`, or name another domain"
         return (
-            "no node is there to take the task; start one with `loom node FILE.py`, or add one with `rt.add_agent(…)`"
+            "no node is there to take the task; "
+            "start one with `loom host run FILE.py`, or add one with `rt.add_agent(…)`"
         )
 
     def _pinned(self, envelope: Envelope, node: str) -> Found:

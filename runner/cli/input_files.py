@@ -48,6 +48,18 @@ class NodeFile(NamedTuple):
         return agents_s + (LEAVE_S if self.lifespan else 0.0)
 
 
+def read_file(path: Path) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        InvalidFile: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidFile(f"{path}: {error.strerror}") from error
+
+
 def load_tasks(path: Path) -> list[TaskAd]:
     """Return the ads of a file, one JSON object a line; empty lines are left out.
 
@@ -55,10 +67,7 @@ def load_tasks(path: Path) -> list[TaskAd]:
         InvalidFile: It cannot be read, or holds no task.
         InvalidTask: A line is not an ad, or repeats an id; the message names line and field.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InvalidFile(f"{path}: {error.strerror}") from error
+    raw = read_file(path)
     ads: dict[str, TaskAd] = {}
     lines: dict[str, int] = {}
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):

@@ -195,7 +195,7 @@ def phases(there: list[Present]) -> Iterator[Finding]:
     for name in PHASES:
         versions = [each.version for each in there if each.metadata["service"] == name]
         if not versions:
-            yield _fail(f"phase {name}", "does not answer", f'run "loom phase {name}", or see its log')
+            yield _fail(f"phase {name}", "does not answer", f'run "loom phase run {name}", or see its log')
         elif set(versions) == {own_version()}:
             yield _ok(f"phase {name}", f"{len(versions)} of version {own_version()}")
         else:
@@ -207,12 +207,12 @@ def node_hosts(hosts: list[AnnouncedHost]) -> Finding:
     """Judge whether anybody is there to bid."""
     nodes = {(host.owner, node) for host in hosts for node in host.node_ids}
     if not nodes:
-        return _warn("hosts", "no node is there to bid", 'add some: "loom node FILE.py"')
+        return _warn("hosts", "no node is there to bid", 'add some: "loom host run FILE.py"')
     taken, slots = sum(host.running for host in hosts), sum(host.slots for host in hosts)
     queued = sum(host.queued for host in hosts)
     said = f"{len(hosts)} with {len(nodes)} nodes, {taken} of {slots} slots taken, {queued} queued"
     if slots and taken >= slots and queued:
-        return _warn("hosts", said, 'all are busy: add nodes with "loom node FILE.py"')
+        return _warn("hosts", said, 'all are busy: add nodes with "loom host run FILE.py"')
     return _ok("hosts", said)
 
 
@@ -229,7 +229,7 @@ def backlog(seen: Inspection, config: ClusterConfig) -> Iterator[Finding]:
     for name, info in infos.items():
         phase = name.partition("_")[0]
         if not name.startswith("intake_") and waiting[name] > config.max_in_flight:
-            yield _warn("backlog", f"{name}: {waiting[name]} wait", f'run more of it: "loom phase {phase}"')
+            yield _warn("backlog", f"{name}: {waiting[name]} wait", f'run more of it: "loom phase run {phase}"')
             calm = False
         if again := int(info.get("num_redelivered", 0)):
             todo = "a phase died or hung with them in hand; ten times make a dead letter: see its log"
@@ -257,5 +257,5 @@ def dead(seen: Inspection, stream: str) -> Finding:
     count = int(part.info["state"]["messages"]) if part.info is not None else 0
     if not count:
         return _ok("dead letters", "none")
-    todo = "see why: `loom dead ls`, `loom dead show`; then `loom dead retry` or `loom dead drop`"
+    todo = "see why: `loom dead ls`, `loom dead show`; then `loom dead retry` or `loom dead rm`"
     return _warn("dead letters", f"{count} wait", todo)

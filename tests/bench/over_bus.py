@@ -60,7 +60,7 @@ class Cluster:
             "PYTHONPATH": str(FILE.parents[1]),
             "LEARNING_WORLD": json.dumps(given),
         }
-        await self.stack.enter_async_context(command(self.folder, *LOOM, "node", str(FILE), **environment))
+        await self.stack.enter_async_context(command(self.folder, *LOOM, "host", "run", str(FILE), **environment))
         await until(
             lambda: all(self.match._roster.host_of(str(agent)) for agent in agents),
             within_s=WITHIN_S,

@@ -32,7 +32,7 @@ async def refused(url: str, patience_s: float = 0.5) -> str:
         await bus.connect()
     await bus.close()
     assert "\n" not in caught.value.message
-    return f"{caught.value.message} {caught.value.facts} {logs}"
+    return f"{caught.value.message} {vars(caught.value)} {logs}"
 
 
 @pytest.mark.slow

@@ -179,7 +179,7 @@ async def test_a_retry_that_was_cut_off_before_its_end_is_repeated_as_the_same_t
 
 CHILD = encode(envelope(split=Split(parent="p1", depth=1, deadline=9)))
 CANNOT: dict[str, tuple[bytes, dict[str, Any], type[LoomError], str]] = {
-    "unreadable": (GARBAGE, {}, DeadLettered, "see `loom dead show 1`, then `loom dead drop 1`"),
+    "unreadable": (GARBAGE, {}, DeadLettered, "see `loom dead show 1`, then `loom dead rm 1`"),
     "cut": (encode(envelope())[:-9], {"cut": True}, DeadLettered, "its bytes were cut"),
     "a submission among hops": (encode(Submission(ad=AD, submission="s")), {}, DeadLettered, "no task"),
     "a subtask": (CHILD, {}, DeadLettered, "is a part of task p1"),

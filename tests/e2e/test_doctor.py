@@ -100,7 +100,7 @@ async def test_each_thing_that_is_wrong_is_a_line_with_what_to_do(on_bus: Where,
     lines = ended.out.splitlines()
     assert all(re.match(r"(ok  |warn|fail) \S", line) for line in lines)
     assert any(line.startswith("fail streams        execute is missing → any running phase creates") for line in lines)
-    assert 'fail phase scale    does not answer → run "loom phase scale", or see its log' in lines
+    assert 'fail phase scale    does not answer → run "loom phase run scale", or see its log' in lines
 
 
 @pytest.mark.slow

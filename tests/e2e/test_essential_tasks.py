@@ -35,7 +35,7 @@ async def test_a_phase_whose_reader_fails_ends_with_the_reason(
     url, namespace = on_bus
     env = {"NATS_URL": url, "LOOM_NAMESPACE": namespace, "PYTHONPATH": TESTS}
     await create_streams(url, namespace)
-    async with command(tmp_path, *LOOM, "phase", "adapt", **env) as running:
+    async with command(tmp_path, *LOOM, "phase", "run", "adapt", **env) as running:
         await running.says("phases_started")
         await RewardBus(bus=client).publish(reward(1))
         ended = await running.end()
@@ -49,7 +49,7 @@ async def test_a_host_whose_heartbeats_fail_ends_with_the_reason(on_bus: tuple[s
     file = tmp_path / "nodes.py"
     file.write_text("from loom.types import AgentNode\nnodes = [AgentNode(id='n', agent=str.upper)]\n")
     env = {"NATS_URL": url, "LOOM_NAMESPACE": namespace, "PYTHONPATH": TESTS}
-    async with command(tmp_path, *LOOM, "node", str(file), **env) as running:
+    async with command(tmp_path, *LOOM, "host", "run", str(file), **env) as running:
         ended = await running.end()
     assert ended.code == 1
     assert f"service_failed: an essential task has failed (announce: {REASON})" in ended.err

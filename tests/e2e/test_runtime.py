@@ -177,7 +177,7 @@ async def test_nodes_added_while_it_runs_bid_at_once(on_bus: tuple[str, str], ph
 @pytest.mark.slow
 async def test_nobody_to_bid_ends_as_no_bids(embedded: None) -> None:
     async with Runtime(cluster_config=ClusterConfig(no_bids_after_s=0.5)) as rt:
-        with pytest.raises(NoBids, match="loom node"):
+        with pytest.raises(NoBids, match="loom host run"):
             await rt.submit(TaskAd(domain="code", description="sort"))
 
 

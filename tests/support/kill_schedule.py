@@ -110,9 +110,12 @@ class Cast:
         own = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         shared = {**own, "PYTHONPATH": str(Path(__file__).parents[1]), "NATS_URL": self.server.url, **self.env}
         self.members = {
-            name: Member(("phase", *words), shared, self.folder / f"{name}.log") for name, words in self.phases.items()
+            name: Member(("phase", "run", *words), shared, self.folder / f"{name}.log")
+            for name, words in self.phases.items()
         } | {
-            name: Member(("node", str(self.agents)), {**shared, "LEDGER_NODE": name}, self.folder / f"{name}.log")
+            name: Member(
+                ("host", "run", str(self.agents)), {**shared, "LEDGER_NODE": name}, self.folder / f"{name}.log"
+            )
             for name in self.nodes
         }
 

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from support.auctions import announced
 
 from loom.phases.adapt.evidence import apply_reward
-from loom.runner.cli.commands.node import load_of
+from loom.runner.cli.views.node_tables import load_of
 from loom.runner.node_overview import Auctioned, DomainOverview, auctioned, overviews, standing_of
 from loom.schemas.auction import Award, ScoredBid
 from loom.schemas.config import ClusterConfig
