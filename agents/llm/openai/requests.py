@@ -1,4 +1,4 @@
-"""Requests to a server with OpenAI's chat completions API. Pure."""
+"""Builds requests of OpenAI's chat completions API. Pure."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from loom.schemas.base import encode
 from loom.schemas.llm import CompletionParams, Message, ToolDefinition
 
 ONLY_WITH_TOOLS = frozenset({"tool_choice", "parallel_tool_calls"})
-"""Fields of a request that servers refuse where there are no tools."""
+"""Fields that servers refuse in a request without tools."""
 
 
 def request_of(
     config: AgentConfig, params: CompletionParams, compatibility: Compatibility, *, stream: bool
 ) -> dict[str, Any]:
-    """Return the body of a request: what is None is left out, `extra` is merged in, what is refused is not sent."""
+    """Return the body of a request with `extra` merged in, without settings of None and without refused parameters."""
     wanted: dict[str, Any] = {
         "model": config.model,
         "temperature": params.temperature,
@@ -36,7 +36,7 @@ def request_of(
 
 
 def _compatible(request: dict[str, Any], compatibility: Compatibility) -> dict[str, Any]:
-    """Return the request in the form that the model accepts."""
+    """Return the request in a form that the model accepts."""
     if "max_tokens" in request and (compatibility.completion_tokens or "max_completion_tokens" in request):
         request.setdefault("max_completion_tokens", request.pop("max_tokens"))
         request.pop("max_tokens", None)
@@ -52,7 +52,7 @@ def _response_format(params: CompletionParams) -> dict[str, Any] | None:
 
 
 def _messages(params: CompletionParams, compatibility: Compatibility, response_format: Any) -> list[dict[str, Any]]:
-    """Return the conversation; a schema that the request cannot carry otherwise is described in it."""
+    """Return the messages; they describe the schema if the response format does not contain it."""
     messages = [_message(each, compatibility) for each in params.messages]
     kind = response_format.get("type") if isinstance(response_format, dict) else None
     if params.json_schema is not None and kind != "json_schema":
@@ -62,7 +62,7 @@ def _messages(params: CompletionParams, compatibility: Compatibility, response_f
 
 
 def _add_system(messages: list[dict[str, Any]], text: str) -> None:
-    """Add to the system prompt."""
+    """Append a text to the system prompt."""
     if messages and messages[0]["role"] == "system":
         messages[0] = {**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}
     else:
@@ -70,7 +70,7 @@ def _add_system(messages: list[dict[str, Any]], text: str) -> None:
 
 
 def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages with each system prompt at the beginning of the user message that follows."""
+    """Return the messages with each system prompt prepended to the next user message."""
     result: list[dict[str, Any]] = []
     waiting: list[str] = []
     for message in messages:
