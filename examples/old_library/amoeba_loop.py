@@ -1,6 +1,6 @@
-"""A conversation through the six phases, with the imports and calls of loom-agent 0.6.
+"""Runs a conversation through the six phases, with the imports and calls of loom-agent 0.6.
 
-A model answers: set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own.
+The answers come from a model: set OPENAI_API_KEY, or OPENAI_BASE_URL for another server.
 
     python examples/old_library/amoeba_loop.py
 """
