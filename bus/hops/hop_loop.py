@@ -106,7 +106,7 @@ class HopLoop(Generic[T]):
                 lane.name,
                 window=partial(self._service.window, lane, slots),
                 sink=partial(self._accept, slots),
-                broken=partial(ensure_consumer, self._bus, lane),
+                restore=partial(ensure_consumer, self._bus, lane),
             )
             self._consumers.append(consumer)
             await consumer.start()

@@ -1,12 +1,13 @@
 """A plan answers for the newest attempt that asks SCALE, wherever SCALE dies: a copy by another way loses no task."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal, NamedTuple
 
 import pytest
 from msgspec.structs import replace
+from support.builders import ad, awarded, envelope
 from support.crash_process import bus_of
-from support.phase_harness import Replica, Stage, ad, awarded, envelope
+from support.phase_harness import Replica, Stage
 from support.wait import until
 
 from loom.bus.hops.hop_loop import HopLoop
@@ -32,12 +33,6 @@ PARKED = 2
 State = Literal["running", "joining", "done"]
 
 
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
-
-
 # -- a divided task
 
 
@@ -59,7 +54,7 @@ async def divided(stage: Stage, state: State) -> SplitPlan:
 async def ended(stage: Stage, plan: SplitPlan, name: str, state: Any = "succeeded") -> TaskRecord:
     """The stored record of a subtask that has ended."""
     (part,) = [part for part in plan.subtasks if part.id == name]
-    child = awarded(subtask_graph.child_of(plan, part, {}, stage.bus.clock.now()))
+    child = awarded(subtask_graph.child_envelope(plan, part, {}, stage.bus.clock.now()))
     if state == "failed":
         child = replace(child, error=TaskError(code="agent_failed", message="it broke"))
     else:
@@ -250,7 +245,7 @@ async def test_a_plan_that_is_over_fails_a_task_that_is_not(stage: Stage) -> Non
 
 async def test_a_timer_set_for_an_older_attempt_ends_the_newest(stage: Stage) -> None:
     plan = await divided(stage, "running")
-    await stage.bus.bucket("plans", SplitPlan).update("p", subtask_graph.for_attempt(plan, copy_of(plan, 5)), 1)
+    await stage.bus.bucket("plans", SplitPlan).update("p", subtask_graph.with_newer_attempt(plan, copy_of(plan, 5)), 1)
     await stage.phase("scale")
     timeout = PlanTimeout(envelope=plan.envelope)
     await stage.bus.jetstream.publish(stage.bus.subjects.task("scale", "normal", "p"), timeout, msg_id="due")
@@ -275,8 +270,8 @@ def test_what_the_plan_took_is_charged_to_a_newer_attempt_once() -> None:
     plan = subtask_graph.start_plan(
         replace(env, phase_usage={"scale": usage}, budget=960), parse_plan('[{"id":"a","description":"x"}]')
     )
-    newer = subtask_graph.for_attempt(plan, replace(env, attempt=2, budget=1000))
+    newer = subtask_graph.with_newer_attempt(plan, replace(env, attempt=2, budget=1000))
     assert (newer.envelope.budget, newer.envelope.phase_usage["scale"]) == (960, usage)
-    again = subtask_graph.for_attempt(newer, replace(newer.envelope, attempt=3))
+    again = subtask_graph.with_newer_attempt(newer, replace(newer.envelope, attempt=3))
     assert (again.envelope.budget, again.envelope.attempt, again.subtasks) == (960, 3, plan.subtasks)
-    assert subtask_graph.for_attempt(again, env) == again
+    assert subtask_graph.with_newer_attempt(again, env) == again

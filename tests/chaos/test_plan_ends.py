@@ -51,7 +51,7 @@ async def settled_plan(bus: Bus, task_id: str) -> SplitPlan:
 
     async def settled() -> SplitPlan | None:
         entry = await bus.bucket("plans", SplitPlan).get(task_id)
-        if entry is None or entry.value.state != "done" or subtask_graph.running(entry.value):
+        if entry is None or entry.value.state != "done" or subtask_graph.running_subtasks(entry.value):
             return None
         for part in entry.value.subtasks:
             record = await records(bus).get(part.child_id or "")

@@ -208,7 +208,7 @@ def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
     assert decode(json.dumps(told).encode(), TaskRecord).task_id == "report"
     assert "subtask end of report" in child
     assert re.search(r"report +succeeded .* \(4 subtasks\) tell it all", closed)
-    assert "not divided: no model is there to plan" in undivided
+    assert "not divided: no model is configured to plan" in undivided
     assert "subtasks done" not in undivided
 
 

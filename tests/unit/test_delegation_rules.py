@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.phase_harness import ad, awarded, envelope
+from support.builders import ad, awarded, envelope
 from support.strategies import tokens
 
 from loom import delegate
@@ -14,8 +14,8 @@ from loom.agents.host.delegation import Delegator, delegation_error
 from loom.agents.host.runs import Run
 from loom.agents.host.slots import RunQueue
 from loom.bus.bus import Bus
-from loom.phases.execute.delegation import answer_in, errand_for
-from loom.phases.shared.token_usage import tokens_of
+from loom.phases.execute.delegation import delegated_envelope, result_for_run
+from loom.phases.shared.token_usage import total_tokens
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Split
 from loom.schemas.errors import BudgetExceeded, InvalidTask, LoomError
@@ -166,7 +166,7 @@ def parent(**facts: Any) -> Envelope:
 
 def test_delegated_work_inherits_urgency_deadline_limits_and_trace() -> None:
     env = parent(ad={"limits": Limits(max_depth=1)})
-    child = errand_for(env, ad("part", task_id="c", priority="low", timeout_s=9999), CONFIG)
+    child = delegated_envelope(env, ad("part", task_id="c", priority="low", timeout_s=9999), CONFIG)
     assert (child.ad.description, child.priority, child.deadline, child.trace) == ("part", "high", env.deadline, "00-x")
     assert child.split == Split(parent=env.task_id, depth=1, deadline=env.deadline)
     assert (child.ad.limits, child.budget) == (env.ad.limits, None)
@@ -186,19 +186,19 @@ def test_delegated_work_inherits_urgency_deadline_limits_and_trace() -> None:
 def test_delegated_work_may_use_no_tool_that_the_task_may_not(
     own: tuple[str, ...] | None, outer: tuple[str, ...] | None, left: tuple[str, ...] | None
 ) -> None:
-    child = errand_for(parent(ad={"tools_allowed": outer}), ad(task_id="c", tools_allowed=own), CONFIG)
+    child = delegated_envelope(parent(ad={"tools_allowed": outer}), ad(task_id="c", tools_allowed=own), CONFIG)
     assert child.ad.tools_allowed == left
 
 
 def test_delegated_work_has_the_labels_of_its_task_and_the_run_gets_none_of_them() -> None:
-    child = errand_for(parent(ad={"labels": {"tenant": "a"}}), ad(task_id="c", labels={"tenant": "b"}), CONFIG)
+    child = delegated_envelope(parent(ad={"labels": {"tenant": "a"}}), ad(task_id="c", labels={"tenant": "b"}), CONFIG)
     record = TaskRecord(task_id="c", state="succeeded", envelope=child, admitted_at=0, ended_at=1)
-    assert (child.ad.labels, record.to_result().labels, answer_in(record).labels) == ({"tenant": "a"},) * 2 + ({},)
+    assert (child.ad.labels, record.to_result().labels, result_for_run(record).labels) == ({"tenant": "a"},) * 2 + ({},)
 
 
 def test_delegated_work_that_needs_a_tool_the_task_may_not_use_is_invalid() -> None:
     with pytest.raises(InvalidTask, match="tools_allowed lacks: shell"):
-        errand_for(parent(ad={"tools_allowed": ("add",)}), ad(task_id="c", required_tools=("shell",)), CONFIG)
+        delegated_envelope(parent(ad={"tools_allowed": ("add",)}), ad(task_id="c", required_tools=("shell",)), CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_delegated_work_that_needs_a_tool_the_task_may_not_use_is_invalid() -> N
 def test_delegated_work_gets_what_is_asked_and_no_more_than_is_left(
     asked: int | None, left: int | None, granted: int | None
 ) -> None:
-    child = errand_for(parent(budget=left), ad(task_id="c", token_budget=asked), CONFIG)
+    child = delegated_envelope(parent(budget=left), ad(task_id="c", token_budget=asked), CONFIG)
     assert child.split is not None
     assert (child.budget, child.split.grant, child.ad.token_budget) == (granted, granted, granted)
 
@@ -225,15 +225,15 @@ def test_delegating_ends_at_the_smaller_of_the_clusters_and_the_tasks_depth(
         with pytest.raises(
             InvalidTask, match=f"{depth + 1} deep, and max_depth is {min(2, limit or 0) if limit is not None else 2}"
         ):
-            errand_for(env, ad(task_id="c"), CONFIG)
+            delegated_envelope(env, ad(task_id="c"), CONFIG)
     else:
-        assert errand_for(env, ad(task_id="c"), CONFIG).depth == depth + 1
+        assert delegated_envelope(env, ad(task_id="c"), CONFIG).depth == depth + 1
 
 
 @pytest.mark.parametrize("fault", [{"description": " "}, {"context": {"k": "x" * 40_000}}])
 def test_an_ad_that_may_not_be_submitted_is_not_delegated_either(fault: dict[str, Any]) -> None:
     with pytest.raises(InvalidTask):
-        errand_for(parent(), replace(ad(task_id="c"), **fault), CONFIG)
+        delegated_envelope(parent(), replace(ad(task_id="c"), **fault), CONFIG)
 
 
 def ended(*, below: bool = False, **facts: Any) -> TaskRecord:
@@ -251,17 +251,17 @@ def test_what_work_took_includes_failed_attempts_and_counts_none_twice() -> None
     result = RunResult(content="x", prompt_tokens=4, completion_tokens=3)
     split = Split(parent="p", depth=1, grant=100, deadline=0)
     asked = {"sense": PhaseUsage(requests=1, prompt_tokens=20, completion_tokens=2)}
-    assert tokens_of(ended()) == 0
-    assert tokens_of(ended(result=result)) == 7
-    assert tokens_of(ended(result=result, attempt=2, spent=spent(10))) == 17
-    assert tokens_of(ended(result=result, attempt=3, spent=spent(12), below=True)) == 12
-    assert tokens_of(ended(result=result, phase_usage=asked)) == 29
-    assert tokens_of(ended(result=result, split=split, budget=80)) == 20
-    assert tokens_of(ended(result=result, split=split, budget=100)) == 7
+    assert total_tokens(ended()) == 0
+    assert total_tokens(ended(result=result)) == 7
+    assert total_tokens(ended(result=result, attempt=2, spent=spent(10))) == 17
+    assert total_tokens(ended(result=result, attempt=3, spent=spent(12), below=True)) == 12
+    assert total_tokens(ended(result=result, phase_usage=asked)) == 29
+    assert total_tokens(ended(result=result, split=split, budget=80)) == 20
+    assert total_tokens(ended(result=result, split=split, budget=100)) == 7
 
 
 def test_the_answer_a_run_gets_tells_all_that_was_taken_and_fits_a_message() -> None:
     result = RunResult(content="数" * 100_000, prompt_tokens=4, completion_tokens=3)
-    answer = answer_in(ended(result=result, spent=spent(10)))
+    answer = result_for_run(ended(result=result, spent=spent(10)))
     assert (answer.prompt_tokens, answer.completion_tokens, answer.truncated) == (14, 3, True)
     assert len(answer.content.encode()) <= 64 * 1024

@@ -96,8 +96,8 @@ async def _selected(bus: Bus, seqs: Sequence[int], wanted: LetterFilter) -> list
         UnknownLetter: A number has no letter.
     """
     if seqs:
-        return [await admin.letter(bus, seq) for seq in dict.fromkeys(seqs)]
-    return [letter for letter in await admin.letters(bus, MOST) if wanted.matches(letter)]
+        return [await admin.get_letter(bus, seq) for seq in dict.fromkeys(seqs)]
+    return [letter for letter in await admin.list_letters(bus, MOST) if wanted.matches(letter)]
 
 
 @app.command(epilog=epilog(EXAMPLES))
@@ -115,7 +115,7 @@ def ls(
 async def _ls(settings: Settings, limit: int, wanted: LetterFilter, *, as_json: bool) -> None:
     async with connected(settings) as bus:
         if wanted == (None, None):
-            letters = await admin.letters(bus, limit)
+            letters = await admin.list_letters(bus, limit)
         else:
             letters = (await _selected(bus, (), wanted))[-limit:]
     if as_json:
@@ -225,7 +225,7 @@ def retry(seqs: Sequences = None, is_all: All = False, phase: PhaseName = None, 
 
 
 async def _retry(bus: Bus, seq: int) -> str:
-    return f"letter {seq} submitted again as task {await admin.retry(bus, seq)}"
+    return f"letter {seq} submitted again as task {await admin.retry_letter(bus, seq)}"
 
 
 @app.command()
@@ -235,7 +235,7 @@ def rm(seqs: Sequences = None, is_all: All = False, phase: PhaseName = None, cod
 
 
 async def _remove(bus: Bus, seq: int) -> str:
-    await admin.drop(bus, seq)
+    await admin.delete_letter(bus, seq)
     return f"letter {seq} removed"
 
 

@@ -10,13 +10,23 @@ from rich.text import Text
 
 from loom.bus.bus import Bus
 from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
-from loom.bus.queries import find_task, latest
-from loom.bus.rewards import RewardBus, judgement
+from loom.bus.queries import latest
+from loom.bus.rewards import RewardBus
 from loom.bus.stored_rewards import fault_of
 from loom.phases.adapt.evidence import forgets
 from loom.phases.adapt.rebuild import WRONG, Compared, Rebuilt, compare, repair
 from loom.phases.adapt.reward_weights import weights_of
-from loom.runner.cli.common import MANY, AsLines, TaskId, add_row, clock, connected, domain_slug, print_json
+from loom.runner.cli.common import (
+    MANY,
+    AsLines,
+    TaskId,
+    add_row,
+    clock,
+    connected,
+    domain_slug,
+    print_json,
+    resolve_task,
+)
 from loom.runner.cli.entry import prepare, run_to_end, unless_lost
 from loom.runner.cli.groups import command_group, epilog
 from loom.runner.cli.views.tables import console, one_line, short, table_of
@@ -24,7 +34,7 @@ from loom.runner.settings import Settings
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.errors import InvalidTask
 from loom.schemas.identity import split_qualified
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning import NodeProfile, Reward, judgement
 
 VERDICTS = {
     "same": "as stored",
@@ -138,7 +148,7 @@ def add(
 
 async def _add(settings: Settings, task_id: str, score: float, reason: str) -> None:
     async with connected(settings) as bus:
-        found = await find_task(bus, task_id)
+        found = await resolve_task(bus, task_id)
         if found.record is None:
             raise InvalidTask("only a task that a node has finished can be judged", task_id=task_id)
         given = judgement(found.record, score, reason, bus.identity.source)
