@@ -19,6 +19,27 @@ from loom.providers.openai import OpenAIProvider
 from loom.types import AgentNode, CapabilityProfile, Skill, UserMessage
 
 
+def context_of(provider: OpenAIProvider) -> LoopContext:
+    return LoopContext(
+        messages=[UserMessage(content="Write a Python function that sorts a list, and a test for the code.")],
+        provider=provider,
+        tools=[],
+        tool_registry=None,
+        tool_config=None,
+        tool_context={},
+        max_steps=3,
+        streaming=True,
+        temperature=0.7,
+        max_tokens=1024,
+        session_id="session",
+        tenant_id="tenant",
+        agent_id="amoeba",
+        interceptors=None,
+        events=None,
+        signal=None,
+    )
+
+
 async def main() -> None:
     config = AgentConfig(system_prompt="You are brief.", stream=True)
     provider = OpenAIProvider(config)
@@ -44,25 +65,7 @@ async def main() -> None:
         skill_registry=skills,
         llm=provider,
     )
-    ctx = LoopContext(
-        messages=[UserMessage(content="Write a Python function that sorts a list, and a test for the code.")],
-        provider=provider,
-        tools=[],
-        tool_registry=None,
-        tool_config=None,
-        tool_context={},
-        max_steps=3,
-        streaming=True,
-        temperature=0.7,
-        max_tokens=1024,
-        session_id="session",
-        tenant_id="tenant",
-        agent_id="amoeba",
-        interceptors=None,
-        events=None,
-        signal=None,
-    )
-    async for event in loop.execute(ctx):
+    async for event in loop.execute(context_of(provider)):
         if isinstance(event, TextDeltaEvent):
             print(event.text, end="")
         elif event.type == "phase":
