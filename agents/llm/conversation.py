@@ -100,7 +100,7 @@ class Conversation:
             # Servers without this response format, or without it for requests with tools, refuse the whole request.
             if params.json_schema is None or self._answer.pieces or error.retry_after_s is not None:
                 raise
-            log.info("model_asked_without_schema", task_id=self._job.task_id, reason=error.message)
+            log.info("model_request_without_schema", task_id=self._job.task_id, reason=error.message)
             self._schema = None
             async with aclosing(self._request(replace(params, json_schema=None))) as pieces:
                 async for delta in pieces:

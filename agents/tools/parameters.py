@@ -37,7 +37,7 @@ class Parameters:
         contexts: Names of the parameters that receive the ToolContext.
 
     Raises:
-        LoomError: A parameter cannot be given by keyword, or JSON cannot carry its type.
+        LoomError: A parameter cannot be given by keyword, or JSON cannot represent its type.
     """
 
     def __init__(self, fn: Callable[..., Any], name: str, texts: Mapping[str, str]) -> None:

@@ -109,19 +109,19 @@ def refusal_of(body: Any, *, status: int | None, headers: Mapping[str, str], now
         headers: Headers with lower-case names.
         now: Seconds since the epoch.
     """
-    facts = _facts(body)
-    code = _word(facts.get("code"))
-    kind = _word(facts.get("type") or facts.get("status")).lower()
-    status = status or _status(facts.get("code")) or _STATUS_OF.get(code.lower()) or _STATUS_OF.get(kind)
+    fields = _error_fields(body)
+    code = _short_text(fields.get("code"))
+    kind = _short_text(fields.get("type") or fields.get("status")).lower()
+    status = status or _status(fields.get("code")) or _STATUS_OF.get(code.lower()) or _STATUS_OF.get(kind)
     reason = reason_of(body)
     retryable = status is None or status in TRY_AGAIN or status >= SERVER_ERROR
-    wait = wait_s(headers if status == TOO_MANY else _own(headers), body, now) if retryable else None
+    wait = wait_s(headers if status == TOO_MANY else _wait_headers(headers), body, now) if retryable else None
     spent = bool({code.lower(), kind} & _QUOTA_CODES) or (wait is None and bool(_QUOTA_WORDS.search(reason)))
     unnamed = not isinstance(body, dict | list) or reason.strip().lower() == "not found"
     return Refusal(
         status=status,
         reason=reason,
-        param=_word(facts.get("param")) or _location(body),
+        param=_short_text(fields.get("param")) or _location(body),
         code=code,
         wait_s=wait,
         quota_spent=spent or status == PAYMENT,
@@ -161,8 +161,8 @@ def reason_of(body: Any, depth: int = 0) -> str:
     if isinstance(body, str):
         return "" if body.lstrip().startswith("<") else body[: 4 * MAX_REASON_CHARS].strip()
     if isinstance(body, list):
-        found = [reason_of(each, depth + 1) for each in body[:MAX_PARTS]]
-        return "; ".join(each for each in found if each)
+        reasons = [reason_of(part, depth + 1) for part in body[:MAX_PARTS]]
+        return "; ".join(reason for reason in reasons if reason)
     if not isinstance(body, dict):
         return ""
     for name in ("error", "message", "detail", "msg", "errors", "error_description", "title"):
@@ -174,8 +174,8 @@ def reason_of(body: Any, depth: int = 0) -> str:
     metadata = body.get("metadata")  # the error of a gateway with the message of the server behind it
     raw = metadata.get("raw") if isinstance(metadata, dict) else None
     behind = reason_of(raw, depth + 1) if isinstance(raw, str | dict) else ""
-    where = _path(body.get("loc"))
-    return f"{where}: {reason}" if where else f"{reason}: {behind}" if behind else reason
+    location = _path(body.get("loc"))
+    return f"{location}: {reason}" if location else f"{reason}: {behind}" if behind else reason
 
 
 def clean(reason: str, secrets: Iterable[str] = ()) -> str:
@@ -188,12 +188,12 @@ def _after(reason: str) -> str:
     return f": {reason}" if reason else ""
 
 
-def _own(headers: Mapping[str, str]) -> dict[str, str]:
+def _wait_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """Return the headers about waiting, without rate limit headers, which are part of every response."""
     return {name: headers[name] for name in ("retry-after", "retry-after-ms", "date") if name in headers}
 
 
-def _facts(body: Any, depth: int = 0) -> Mapping[str, Any]:
+def _error_fields(body: Any, depth: int = 0) -> Mapping[str, Any]:
     """Return the fields of an error object and of the error objects nested in it; inner ones take precedence."""
     if isinstance(body, list) and body:
         body = body[0]
@@ -201,11 +201,11 @@ def _facts(body: Any, depth: int = 0) -> Mapping[str, Any]:
         return {}
     inner = body.get("error")
     if isinstance(inner, dict | list) and depth < MAX_DEPTH:
-        return {**body, **_facts(inner, depth + 1)}
+        return {**body, **_error_fields(inner, depth + 1)}
     return body
 
 
-def _word(value: Any) -> str:
+def _short_text(value: Any) -> str:
     """Return a text or a number as a text of at most 200 characters, and any other value as an empty text."""
     return str(value)[:200] if isinstance(value, str | int) else ""
 
@@ -226,10 +226,10 @@ def _location(body: Any, depth: int = 0) -> str:
     if isinstance(body, dict):
         own = _path(body.get("loc"))
         return own or next(
-            (found for name in ("error", "detail", "message") if (found := _location(body.get(name), depth + 1))), ""
+            (inner for name in ("error", "detail", "message") if (inner := _location(body.get(name), depth + 1))), ""
         )
     if isinstance(body, list):
-        return next((found for each in body[:MAX_PARTS] if (found := _location(each, depth + 1))), "")
+        return next((inner for part in body[:MAX_PARTS] if (inner := _location(part, depth + 1))), "")
     return ""
 
 
@@ -237,4 +237,4 @@ def _path(loc: Any) -> str:
     """Return the parts of a `loc` joined by dots."""
     if not isinstance(loc, list):
         return ""
-    return ".".join(str(each) for each in loc[:MAX_PARTS] if isinstance(each, str | int) and each != "body")[:200]
+    return ".".join(str(part) for part in loc[:MAX_PARTS] if isinstance(part, str | int) and part != "body")[:200]

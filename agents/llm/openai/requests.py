@@ -16,7 +16,7 @@ def request_of(
     config: AgentConfig, params: CompletionParams, compatibility: Compatibility, *, stream: bool
 ) -> dict[str, Any]:
     """Return the body of a request with `extra` merged in, without settings of None and without refused parameters."""
-    wanted: dict[str, Any] = {
+    configured: dict[str, Any] = {
         "model": config.model,
         "temperature": params.temperature,
         "max_tokens": params.max_tokens,
@@ -26,10 +26,10 @@ def request_of(
         "response_format": _response_format(params),
     }
     if params.tools:
-        wanted |= {"tools": [_tool(each) for each in params.tools], "tool_choice": config.tool_choice}
-    wanted |= config.extra
+        configured |= {"tools": [_tool(definition) for definition in params.tools], "tool_choice": config.tool_choice}
+    configured |= config.extra
     unused = frozenset() if params.tools else ONLY_WITH_TOOLS
-    sent = {name: value for name, value in wanted.items() if value is not None and name not in unused}
+    sent = {name: value for name, value in configured.items() if value is not None and name not in unused}
     request = _compatible(sent, compatibility)
     request["messages"] = _messages(params, compatibility, request.get("response_format"))
     return request
@@ -53,7 +53,7 @@ def _response_format(params: CompletionParams) -> dict[str, Any] | None:
 
 def _messages(params: CompletionParams, compatibility: Compatibility, response_format: Any) -> list[dict[str, Any]]:
     """Return the messages; they describe the schema if the response format does not contain it."""
-    messages = [_message(each, compatibility) for each in params.messages]
+    messages = [_message(message, compatibility) for message in params.messages]
     kind = response_format.get("type") if isinstance(response_format, dict) else None
     if params.json_schema is not None and kind != "json_schema":
         schema = encode(params.json_schema).decode()
@@ -85,26 +85,26 @@ def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _message(message: Message, compatibility: Compatibility) -> dict[str, Any]:
-    shape: dict[str, Any] = {"role": message.role, "content": message.content}
+    body: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
-        shape["content"] = message.content or None
-        shape["tool_calls"] = [
+        body["content"] = message.content or None
+        body["tool_calls"] = [
             {
-                **{name: value for name, value in each.extra.items() if name != REASONING_DETAILS},
-                "id": each.id,
+                **{name: value for name, value in call.extra.items() if name != REASONING_DETAILS},
+                "id": call.id,
                 "type": "function",
-                "function": {"name": each.name, "arguments": each.arguments},
+                "function": {"name": call.name, "arguments": call.arguments},
             }
-            for each in message.tool_calls
+            for call in message.tool_calls
         ]
-        details = [each.extra[REASONING_DETAILS] for each in message.tool_calls if REASONING_DETAILS in each.extra]
+        details = [call.extra[REASONING_DETAILS] for call in message.tool_calls if REASONING_DETAILS in call.extra]
         if details:
-            shape[REASONING_DETAILS] = details[0]
+            body[REASONING_DETAILS] = details[0]
     if message.role == "tool":
-        shape["tool_call_id"] = message.tool_call_id
+        body["tool_call_id"] = message.tool_call_id
     if message.role == "assistant" and compatibility.reasoning_content and (message.reasoning or message.tool_calls):
-        shape["reasoning_content"] = message.reasoning
-    return shape
+        body["reasoning_content"] = message.reasoning
+    return body
 
 
 def _tool(definition: ToolDefinition) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def _is_whole(arguments: str) -> bool:
 def _fragments(value: Any) -> list[_Fragment]:
     """Return the valid elements of the field `tool_calls`."""
     elements = value if isinstance(value, list) else [value]
-    return [_fragment(each) for each in elements if isinstance(each, dict)]
+    return [_fragment(element) for element in elements if isinstance(element, dict)]
 
 
 def _fragment(element: Mapping[str, Any]) -> _Fragment:
@@ -228,11 +228,11 @@ def _fragment(element: Mapping[str, Any]) -> _Fragment:
         name=_text(source.get("name")),
         arguments=to_text(json.dumps(arguments, ensure_ascii=False)) if whole else _text(arguments),
         whole=whole,
-        extra={key: each for key, each in element.items() if key not in _KNOWN and _can_go_back(each)},
+        extra={key: value for key, value in element.items() if key not in _KNOWN and _is_sendable(value)},
     )
 
 
-def _can_go_back(value: Any) -> bool:
+def _is_sendable(value: Any) -> bool:
     return value is not None and free_json_fault(value, max_bytes=sys.maxsize) is None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 MAX_DEPTH = 8
 EPOCH_FROM = 1e9
 """Larger numbers are times: seconds since the epoch, or milliseconds if they are 1,000 times larger."""
-MOST_PARTS = 200
+MAX_PARTS = 200
 PASSED_ON = "llm_provider-"
 """Prefix of the headers that the proxy of litellm forwards."""
 WAIT_FIELDS = frozenset({"retrydelay", "retry_after", "retry_after_s", "retry_after_seconds", "x-ratelimit-reset"})
@@ -41,7 +41,7 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
     text = headers.get("retry-after", headers.get(f"{PASSED_ON}retry-after", ""))
     until = _date(text)
     if until is None:
-        return span_s(text)
+        return duration_s(text)
     sent = _date(headers.get("date", ""))
     return max(0.0, until - (now if sent is None else sent))
 
@@ -51,13 +51,13 @@ def wait_s(headers: Mapping[str, str], body: Any, now: float) -> float | None:
 
     The order is `Retry-After`, fields of the body, sentences of the body, and `x-ratelimit-reset…` of exhausted limits.
     """
-    for found in (retry_after_s(headers, now), _in_body(body, now), _reset_s(headers, now)):
-        if found is not None:
-            return found
+    for seconds in (retry_after_s(headers, now), _in_body(body, now), _reset_s(headers, now)):
+        if seconds is not None:
+            return seconds
     return None
 
 
-def span_s(text: str) -> float | None:
+def duration_s(text: str) -> float | None:
     """Return the seconds of a duration such as `20s`, `1m30.5s` or `120ms`, or None."""
     text = text.strip().lower()
     parts = _SPAN.findall(text)
@@ -76,7 +76,7 @@ def _in_body(body: Any, now: float) -> float | None:
         elif name in ("message", "error", "detail", "raw", "") and isinstance(value, str):
             texts.append(value[:2000])
     for text in texts:
-        seconds = _in_words(text)
+        seconds = _in_sentence(text)
         if seconds is not None:
             return seconds
     return None
@@ -87,23 +87,23 @@ def _fields(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
     level, seen = [("", value)], 0
     for _ in range(depth):
         below: list[tuple[str, Any]] = []
-        for name, each in level:
+        for name, item in level:
             seen += 1
-            if seen > MOST_PARTS:
+            if seen > MAX_PARTS:
                 return
-            yield name, each
-            if isinstance(each, Mapping):
-                below.extend((str(key).lower(), part) for key, part in each.items())
-            elif isinstance(each, list):
-                below.extend(("", part) for part in each)
+            yield name, item
+            if isinstance(item, Mapping):
+                below.extend((str(key).lower(), part) for key, part in item.items())
+            elif isinstance(item, list):
+                below.extend(("", part) for part in item)
         level = below
 
 
-def _in_words(text: str) -> float | None:
+def _in_sentence(text: str) -> float | None:
     """Return the wait in a sentence, or None."""
     span = _WORDS_SPAN.search(text)
     if span:
-        return span_s(span[1])
+        return duration_s(span[1])
     words = _WORDS.search(text)
     if not words:
         return None
@@ -126,7 +126,7 @@ def _seconds(value: Any, now: float) -> float | None:
     """Return seconds from now for a number, a duration or a time."""
     number = _number(value)
     if number is None:
-        return span_s(value) if isinstance(value, str) else None
+        return duration_s(value) if isinstance(value, str) else None
     if number >= EPOCH_FROM:
         return max(0.0, (number / 1000 if number >= EPOCH_FROM * 1000 else number) - now)
     return number

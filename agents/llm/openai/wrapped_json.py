@@ -33,8 +33,8 @@ def json_text(text: str, schema: dict[str, Any]) -> str:
     if _is_json(whole):
         return whole
     fenced = [body.strip() for body in _FENCED.findall(text)]
-    found = [body for body in fenced if _is_json(body)] or list(_values_in(text, schema))
-    return found[0] if len(found) == 1 else text
+    values = [body for body in fenced if _is_json(body)] or list(_values_in(text, schema))
+    return values[0] if len(values) == 1 else text
 
 
 def _values_in(text: str, schema: dict[str, Any]) -> Iterator[str]:
