@@ -15,7 +15,7 @@ from loom.phases.match.announced_nodes import AnnouncedNodes, TaskRequirements
 from loom.phases.match.newcomers import Newcomers
 from loom.phases.match.node_ownership import NodeOwnership
 from loom.phases.match.offers import HostOffer
-from loom.phases.match.partial_decoding import PartialProfile, PartialScore, decode_window, to_profile
+from loom.phases.match.partial_decoding import PartialProfile, PartialScore, decode_scores, to_profile
 from loom.phases.match.presence import HostPresence
 from loom.phases.match.ranking import Ranking
 from loom.schemas.base import Undecodable
@@ -184,14 +184,14 @@ class HostDirectory:
         node = read.node
         before = self._partial_profiles.get(node)
         domains = before.domains if before else {}
-        windows: dict[str, tuple[PartialScore, ...]] = {
-            domain_token: decode_window(evidence)
+        scores_by_domain: dict[str, tuple[PartialScore, ...]] = {
+            domain_token: decode_scores(evidence)
             for domain_token, evidence in read.domains.items()
             if evidence != domains.get(domain_token)
         }
-        self.profiles[node] = profile = to_profile(read, windows, self.profiles.get(node))
+        self.profiles[node] = profile = to_profile(read, scores_by_domain, self.profiles.get(node))
         self._partial_profiles[node] = read
         self.newcomers.update(node, profile.domains)
         self.ranking.update(node, {domain_token: evidence.mean for domain_token, evidence in read.domains.items()})
-        for domain_token, scores in windows.items():
+        for domain_token, scores in scores_by_domain.items():
             self._on_rewarded(node, domain_token, [score.attempt_id for score in scores])

@@ -359,10 +359,10 @@ class Match:
         return min(slots.free, self._config.waiting_limit - slots.waiting)
 
 
-async def _pause(delivery: Delivery, seconds: float, news: asyncio.Event | None = None) -> None:
-    """Wait until the time has passed, the delivery is recalled or `news` is set."""
+async def _pause(delivery: Delivery, seconds: float, node_added: asyncio.Event | None = None) -> None:
+    """Wait until the time has passed, the delivery is recalled or `node_added` is set."""
     recalled = asyncio.ensure_future(delivery.recalled.wait())
-    waits = [recalled] if news is None else [recalled, asyncio.ensure_future(news.wait())]
+    waits = [recalled] if node_added is None else [recalled, asyncio.ensure_future(node_added.wait())]
     try:
         await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     finally:

@@ -264,8 +264,8 @@ def synthesis_envelope(plan: SplitPlan, outputs: Mapping[str, str]) -> Envelope:
 
 def fit_inputs(inputs: Mapping[str, str]) -> dict[str, str]:
     """Return the inputs, with the longest ones cut so that all of them fit into an envelope."""
-    room, kept = MAX_INPUTS_BYTES, {}
+    free_bytes, kept = MAX_INPUTS_BYTES, {}
     for count, name in enumerate(sorted(inputs, key=lambda name: len(inputs[name]))):
-        kept[name], _ = cut_utf8(inputs[name], room // (len(inputs) - count))
-        room -= len(encode(kept[name]))
+        kept[name], _ = cut_utf8(inputs[name], free_bytes // (len(inputs) - count))
+        free_bytes -= len(encode(kept[name]))
     return {name: kept[name] for name in inputs}

@@ -71,8 +71,8 @@ class CheckPool:
     """
 
     def __init__(self, bus: Bus) -> None:
-        self._quick = _Lane(bus, QUICK_S, most=None)
-        self._slow = _Lane(bus, SLOW_S, most=MAX_SLOW)
+        self._quick = _Lane(bus, QUICK_S, limit=None)
+        self._slow = _Lane(bus, SLOW_S, limit=MAX_SLOW)
         self._outcomes: _LRU[str | None] = _LRU()
         """Digest of pattern and schema -> why they are unusable; None: they are usable."""
         self._slow_digests: _LRU[bool] = _LRU()
@@ -112,8 +112,8 @@ class CheckPool:
         digest = _digest(accept, schema)
         if digest not in self._outcomes and (fault := out_of_bounds(accept)) is not None:
             self._outcomes[digest] = fault
-        if (known := self._outcomes.get(digest)) is not None:
-            return _unusable(known)
+        if (fault := self._outcomes.get(digest)) is not None:
+            return _unusable(fault)
         reply = await self._ask(accept, schema, digest, content)
         if reply.kind in {"met", "unmet", "unusable"}:
             self._outcomes[digest] = reply.fault if reply.kind == "unusable" else None
@@ -140,13 +140,13 @@ class _Lane:
 
     Args:
         cpu_s: CPU seconds for each check.
-        most: Limit of waiting and running checks; None: only the waiting time is limited.
+        limit: Limit of waiting and running checks; None: only the waiting time is limited.
     """
 
-    def __init__(self, bus: Bus, cpu_s: float, most: int | None) -> None:
+    def __init__(self, bus: Bus, cpu_s: float, limit: int | None) -> None:
         self._bus = bus
         self._cpu_s = cpu_s
-        self._most = most
+        self._limit = limit
         self._lock = asyncio.Lock()
         self._pending = 0
         self._helper: HelperProcess | None = None
@@ -182,7 +182,7 @@ class _Lane:
 
     @asynccontextmanager
     async def _acquired(self) -> AsyncIterator[None]:
-        if self._most is not None and self._pending >= self._most:
+        if self._limit is not None and self._pending >= self._limit:
             raise NotChecked("too many costly checks of accept are waiting; try again later", retry_after_s=WAIT_S)
         self._pending += 1
         try:

@@ -144,5 +144,5 @@ def _end(process: "subprocess.Popen[bytes]", own: socket.socket) -> None:
 def _folders() -> list[str]:
     """Return the folders from which the helper imports: its own, and those of the packages it needs."""
     specs = [find_spec(name) for name in ("regex", "jsonschema_rs", "msgspec")]
-    found = [str(Path(spec.origin).parent.parent) for spec in specs if spec is not None and spec.origin]
-    return list(dict.fromkeys([*found, str(Path(__file__).parent)]))
+    folders = [str(Path(spec.origin).parent.parent) for spec in specs if spec is not None and spec.origin]
+    return list(dict.fromkeys([*folders, str(Path(__file__).parent)]))

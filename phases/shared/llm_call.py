@@ -95,12 +95,12 @@ async def call_llm(
 
 def _retry_params(params: CompletionParams, failure: "_CallFailure", repair: RepairMessages | None) -> CompletionParams:
     """Return the request of the retry: without a response format, with more tokens after a truncated answer."""
-    messages, most = params.messages, params.max_tokens
+    messages, max_tokens = params.messages, params.max_tokens
     if repair is not None and isinstance(failure.error, LoomError) and failure.text is not None:
         messages = (*messages, *repair(failure.text, failure.error))
-    if failure.cut and most is not None:
-        most *= RETRY_TOKENS_FACTOR
-    return replace(params, messages=messages, json_schema=None, max_tokens=most)
+    if failure.cut and max_tokens is not None:
+        max_tokens *= RETRY_TOKENS_FACTOR
+    return replace(params, messages=messages, json_schema=None, max_tokens=max_tokens)
 
 
 @dataclass(frozen=True)
