@@ -1,18 +1,17 @@
 """A message id that was taken: an honest twin's message is left alone, any other one costs nothing but an id."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from hashlib import blake2b
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from support.builders import awarded, envelope, reward
 from support.logs import capture_logs
 from support.loop_harness import Phases, last, messages, put
 from support.nodes import Counting, node
-from support.phase_harness import Stage, awarded, envelope
-from support.rewards import reward
+from support.phase_harness import Stage
 from support.wait import until
 
 from loom.bus import task_client
@@ -37,12 +36,6 @@ from loom.schemas.task import RunResult, TaskAd, TaskError
 
 NOW = 1_800_000_000.0
 HOP = envelope(TaskAd(task_id="d", description="x"), now=NOW)
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 def kept(subject: str, message: Any, **headers: str) -> StoredMessage:

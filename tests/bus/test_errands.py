@@ -1,12 +1,13 @@
 """EXECUTE with a run that delegates: the test plays the host, and the phases the delegated task passes."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phase_harness import FakeHost, FakeRun, Stage, ad, awarded, envelope, quiet
+from support.builders import ad, awarded, envelope
+from support.fake_host import FakeHost, FakeRun
+from support.phase_harness import Stage, quiet
 from support.wait import until
 
 from loom.bus.records import records, update_record
@@ -17,12 +18,6 @@ from loom.schemas.run import delegated_id
 from loom.schemas.task import Limits, RunResult, TaskError, TaskResult
 
 CHILD = delegated_id("t1", 1, 1)
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,11 @@
 """Hosts in other languages: what is forgiven of their messages, and where their authors read what was not."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 
 import pytest
-from support.phase_harness import FakeHost, FakeRun, Stage, ad, awarded, envelope
+from support.builders import ad, awarded, envelope
+from support.fake_host import FakeHost, FakeRun
+from support.phase_harness import Stage
 from support.wait import until
 
 from loom.bus.logs.left_out import LeftOut, together
@@ -19,12 +21,6 @@ from loom.schemas.task import RunResult
 
 SHORT = ClusterConfig(bid_window_ms=40)
 Script = Callable[[FakeRun], Awaitable[None]]
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,12 @@
 """Messages that no consumer will deliver are no work in flight; they are found and removed, and nothing else is."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from support.builders import ad, envelope, submission
 from support.loop_harness import put
-from support.phase_harness import Stage, ad, envelope, submission
+from support.phase_harness import Stage
 from support.wait import until
 
 from loom.bus import topology
@@ -19,12 +19,6 @@ from loom.runner.doctor.diagnosis import stuck
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
 from loom.schemas.task import TaskAd
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 @pytest.fixture(autouse=True)

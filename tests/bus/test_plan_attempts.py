@@ -1,12 +1,13 @@
 """A plan answers for the newest attempt that asks SCALE, wherever SCALE dies: a copy by another way loses no task."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal, NamedTuple
 
 import pytest
 from msgspec.structs import replace
+from support.builders import ad, awarded, envelope
 from support.crash_process import bus_of
-from support.phase_harness import Replica, Stage, ad, awarded, envelope
+from support.phase_harness import Replica, Stage
 from support.wait import until
 
 from loom.bus.hops.hop_loop import HopLoop
@@ -30,12 +31,6 @@ PLAN = [{"id": "a", "description": "do a"}, {"id": "b", "description": "do b", "
 PARKED = 2
 """The attempt that was parked first."""
 State = Literal["running", "joining", "done"]
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 # -- a divided task

@@ -2,12 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phase_harness import Stage, ad, awarded, envelope, quiet
+from support.builders import ad, awarded, envelope
+from support.phase_harness import Stage, quiet
 from support.wait import until
 
 from loom.bus import task_client
@@ -29,12 +30,6 @@ from loom.schemas.task import Limits, RunResult, TaskError
 
 Part = tuple[str, ...]
 DIAMOND: Sequence[Part] = (("top",), ("left", "top"), ("right", "top"), ("end", "left", "right"))
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 def written(parts: Sequence[Part]) -> list[dict[str, Any]]:

@@ -1,11 +1,11 @@
 """Where answers go: to inboxes of clients, by plain subjects also to those of the cluster, and nowhere else."""
 
 import json
-from collections.abc import AsyncIterator
 
 import pytest
+from support.builders import ad, envelope, submission
 from support.bus_helpers import Connect, Heard
-from support.phase_harness import Asker, Stage, ad, envelope, submission
+from support.phase_harness import Asker, Stage
 from support.wait import until
 
 from loom.bus.bus import Bus
@@ -41,12 +41,6 @@ FORGED = [
     "_LOOM",
     "_INBOX." + MAX_REPLY * "x",
 ]
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 @pytest.mark.parametrize("plain", [True, False])

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from support.builders import awarded
 from support.nodes import echo, node
-from support.phase_harness import Stage, awarded
+from support.phase_harness import Stage
 from support.wait import until
 
 from loom.bus import task_client, topology, upkeep

@@ -9,8 +9,8 @@ from statistics import median
 
 import pytest
 from support.auctions import offer
+from support.builders import ad, envelope
 from support.nodes import node
-from support.phase_harness import ad, envelope
 
 from loom.agents.host.node_host import NodeHost
 from loom.agents.host.runs import Run

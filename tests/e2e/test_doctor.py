@@ -10,9 +10,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from support.builders import ad, envelope, reward
 from support.command import command, loom
-from support.phase_harness import ad, envelope
-from support.rewards import reward
 from support.wait import until
 
 from loom.bus import topology

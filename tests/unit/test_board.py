@@ -4,7 +4,7 @@ from io import StringIO
 from typing import Any
 
 from rich.console import Console
-from support.phase_harness import call_for_bids
+from support.builders import call_for_bids
 
 from loom.bus.subjects import Subjects
 from loom.bus.tap import Seen

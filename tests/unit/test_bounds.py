@@ -8,8 +8,8 @@ import msgspec
 import pytest
 from msgspec import inspect as mi
 from support.auctions import announced, key, offer
+from support.builders import ad, awarded, envelope
 from support.logs import capture_logs
-from support.phase_harness import ad, awarded, envelope
 from support.strategies import message_types
 
 from loom.bus.logs.discards import LINES, PERIOD_S, Discards

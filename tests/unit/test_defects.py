@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
+from support.builders import ad, awarded, envelope
 from support.openai_server import OpenAIServer, Reply
-from support.phase_harness import ad, awarded, envelope
 
 from loom.agents.function_agent import FunctionAgent
 from loom.agents.llm.agent import Agent
