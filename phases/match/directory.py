@@ -122,8 +122,8 @@ class HostDirectory:
             answered: Hosts that answered this call.
         """
         return any(
-            place[0] not in answered and not self._presence.is_dropped(place[0])
-            for place, _ in self.nodes.capable_nodes(requirements, plain=False)
+            location[0] not in answered and not self._presence.is_dropped(location[0])
+            for location, _ in self.nodes.capable_nodes(requirements, plain=False)
         )
 
     def have_plain_nodes_failed(self, requirements: TaskRequirements) -> bool:
@@ -153,9 +153,7 @@ class HostDirectory:
         nodes = tuple(qualified(host.owner, node_id) for node_id in host.node_ids)
         unknown = any(self._ownership.host_of(node) is None for node in nodes)
         if self._ownership.record_announcement(host.key, nodes):
-            self._bus.connection.publish_nowait(
-                self._bus.subjects.hosts
-            )  # hosts that are alive announce themselves at once
+            self._bus.connection.publish_nowait(self._bus.subjects.hosts)  # live hosts announce themselves at once
         if unknown:
             self._node_added.set()
             self._node_added = asyncio.Event()
