@@ -18,7 +18,7 @@ _SECTION = re.compile(r"^ *(?:Args|Returns|Raises|Yields|Example|Attributes|Note
 _END = re.compile(r"(?<!e\.g\.)(?<!i\.e\.)(?<=[.!?])[\"')*]*\s+(?=[\"'(*\[]*[A-Z0-9`])")
 _LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
 _CODE = re.compile(r"(`+)(?:(?!\1).)+\1", flags=re.DOTALL)
-_PATH = re.compile(r"[\w.-]*[/_][\w./-]*|\w\w+\.\w[\w.]*")
+_PATH = re.compile(r"[\w.-]*[/_][\w./-]*(?<=[\w/])|\w\w+\.\w[\w.]*(?<=\w)")
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
 
 
