@@ -11,14 +11,14 @@ from pathlib import Path
 
 from support.command import LOOM
 
+from bench.bench_cluster import SLOTS, WITHIN_S, BenchCluster, bench_cluster
 from bench.measure import cpu_s, said
-from bench.town import SLOTS, WITHIN_S, Town, town
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.schemas.events import TextDelta
 from loom.schemas.task import TaskAd
 
-TALKER = Path(__file__).with_name("talker.py")
+CHATTY_AGENT = Path(__file__).with_name("chatty_agent.py")
 WANTED_PER_S = 50_000
 MANY = 100
 ON_ONE, ON_MANY = 90_000, 1000
@@ -61,7 +61,7 @@ async def listen(bus: Bus, pieces: int) -> Heard:
     return Heard(pieces=len(text) // 3, messages=len(texts), whole=whole, began=began, ended=ended)
 
 
-async def rate(running: Town, count: int, pieces: int) -> str:
+async def rate(running: BenchCluster, count: int, pieces: int) -> str:
     """Return what is to be said of so many tasks side by side."""
     before = {name: cpu_s(pid) for name, pid in running.processes.items()}
     heard = await asyncio.gather(*(listen(running.bus, pieces) for _ in range(count)))
@@ -90,9 +90,9 @@ async def deaf_client(url: str) -> AsyncIterator[None]:
 async def many_deltas(*, quick: bool) -> None:
     """Deltas a second on one task, on a hundred, and beside a client that does not read."""
     scale = 10 if quick else 1
-    async with town() as running:
+    async with bench_cluster() as running:
         await running.phases()
-        words = (*LOOM, "node", str(TALKER), "--slots", str(SLOTS))
+        words = (*LOOM, "host", "run", str(CHATTY_AGENT), "--slots", str(SLOTS))
         await running.start("host", *words, says=f" on {running.url}")
         await running.connect()
         await rate(running, 1, 100)

@@ -1,27 +1,23 @@
 """EXECUTE with a run that delegates: the test plays the host, and the phases the delegated task passes."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phases import FakeHost, FakeRun, Stage, ad, awarded, envelope, quiet
+from support.builders import ad, awarded, envelope
+from support.fake_host import FakeHost, FakeRun
+from support.phase_harness import Stage, quiet
 from support.wait import until
 
 from loom.bus.records import records, update_record
 from loom.phases.execute.delegation import refusal
-from loom.schemas.envelope import MAX_DELEGATED, Claim, Envelope, Split, TaskRecord
+from loom.schemas.envelope import Claim, Envelope, Split
+from loom.schemas.record import MAX_DELEGATED, TaskRecord
 from loom.schemas.run import delegated_id
 from loom.schemas.task import Limits, RunResult, TaskError, TaskResult
 
 CHILD = delegated_id("t1", 1, 1)
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 @pytest.fixture(autouse=True)

@@ -1,31 +1,26 @@
 """Nodes that announce themselves and answer no call: MATCH bids for them."""
 
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from support.auctions import announced, key
-from support.phases import FakeHost, Replica, Stage, ad, envelope
+from support.builders import ad, envelope
+from support.fake_host import FakeHost
+from support.phase_harness import Replica, Stage
 from support.wait import until
 
 from loom.phases.match.announced_nodes import AnnouncedNodes
-from loom.phases.match.plain_bids import UNJUDGED_S, PlainNodes
-from loom.schemas.auction import AnnouncedDomain, AnnouncedNode
+from loom.phases.match.plain_bids import REWARD_DELAY_S, PlainNodes
+from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Award
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope
+from loom.schemas.envelope import Envelope
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
 from loom.schemas.task import TaskError
 
 LONG = ClusterConfig(bid_window_ms=5000)
 """A window that would be noticed."""
 BODY = b'{"nodes": [{"node_id": "sh", "plain": true, "domains": [{"domain": "Code", "self_rating": 0.8}]}]}'
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 def plain(node_id: str = "sh", **facts: Any) -> AnnouncedNode:
@@ -136,13 +131,13 @@ async def test_a_plain_node_has_as_many_tasks_as_slots_until_they_are_judged_or_
 def test_an_award_that_earns_no_reward_holds_its_place_for_its_longest_run() -> None:
     now = 100.0
     nodes = AnnouncedNodes()
-    nodes.announce(announced("p1", nodes=(plain(max_run_s=5.0),)))
+    nodes.update(announced("p1", nodes=(plain(max_run_s=5.0),)))
     load = PlainNodes(nodes, lambda: now)
     place = (key("p1"), "sh")
-    assert load.award(place, "t1", 1) is not None
-    assert load.award(place, "t1", 1) is not None, "a message that comes again is one award"
-    assert load._taken[place] == 1
-    now += 5.0 + UNJUDGED_S
+    assert load.record_award(place, "t1", 1) is not None
+    assert load.record_award(place, "t1", 1) is not None, "a message that comes again is one award"
+    assert load._used_slots[place] == 1
+    now += 5.0 + REWARD_DELAY_S
     load._expire()
-    assert (load._taken[place], load._awards) == (0, {})
-    assert load.award((key("p1"), "other"), "t1", 1) is None
+    assert (load._used_slots[place], load._awards) == (0, {})
+    assert load.record_award((key("p1"), "other"), "t1", 1) is None

@@ -3,15 +3,14 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from support.hanging_agents import HangingAgents
 from support.logs import capture_logs
 from support.nodes import node
-from support.phases import Stage
+from support.phase_harness import Stage
 from support.runs import Watcher, run, stop_run
-from support.stubborn import Stubborn
 from support.wait import until
 
 from loom.agents.host.delegation import Delegator
@@ -23,12 +22,6 @@ from loom.runner.services import running_nodes, running_phases
 from loom.schemas.base import encode
 from loom.schemas.run import RunRequest, Stop
 from loom.schemas.task import TaskAd
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +49,8 @@ def cancelled(host: NodeHost, task_id: str) -> None:
 
 async def is_free(host: NodeHost) -> None:
     """Every place of the node is free, and it works."""
-    room = host._room("n1")
-    await until(lambda: not room.has_work and not host._runs, what="every place is free")
+    room = host._queues.get_or_create("n1")
+    await until(lambda: not room.has_work and not host._runs.active(), what="every place is free")
     watcher = Watcher(host.bus)
     await watcher.run(host, task_id="afterwards")
     await watcher.heard("result")
@@ -93,7 +86,7 @@ async def test_a_run_that_is_late_before_it_begins_keeps_no_slot(stage: Stage) -
     host = await stage.host([node("n1", quick)], slots=1)
     for n in range(4):
         requested(host, task_id=f"t{n}", remaining_s=0.0)
-    await host._beat()
+    await host._executor.heartbeat()
     await is_free(host)
 
 
@@ -107,7 +100,7 @@ async def test_a_node_that_leaves_in_the_turn_of_its_run_leaves_no_slot_taken(st
     nodes.clear()
     await host.announce()
     cancelled(host, "t2")
-    await until(lambda: not host._rooms, what="nothing is left of the node")
+    await until(lambda: not host._queues.by_node, what="nothing is left of the node")
     nodes.append(gone)
     await is_free(host)
 
@@ -117,7 +110,9 @@ async def test_a_drain_in_the_turn_of_a_request_gives_every_run_back(stage: Stag
     for n in range(4):
         requested(host, task_id=f"t{n}")
     await host.drain(0)
-    await until(lambda: not host._room("n1").has_work and not host._runs, what="nothing is in hand")
+    await until(
+        lambda: not host._queues.get_or_create("n1").has_work and not host._runs.active(), what="nothing is in hand"
+    )
 
 
 async def test_400_runs_cancelled_at_any_moment_leave_every_slot_free(stage: Stage) -> None:
@@ -160,7 +155,7 @@ async def test_400_tasks_cancelled_right_after_their_submission_leave_every_slot
 
         for _ in range(50):
             await asyncio.gather(*(submitted_and_cancelled() for _ in range(8)))
-        room = host._room("n1")
+        room = host._queues.get_or_create("n1")
         await until(lambda: not room.has_work, what="every slot is free")
         assert await (await task_client.publish(bus, TaskAd(domain="any", description="x"), deltas=False)).content(20)
 
@@ -172,13 +167,13 @@ async def test_400_tasks_cancelled_right_after_their_submission_leave_every_slot
 async def test_a_run_that_ignores_its_cancel_is_given_up_and_shown(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.agents.host.node_host.GIVE_UP_S", 0.3)
-    stubborn = Stubborn()
+    monkeypatch.setattr("loom.agents.host.run_executor.GIVE_UP_S", 0.3)
+    hanging = HangingAgents()
 
     async def deaf_child(job: RunRequest) -> str:
-        return await asyncio.create_task(stubborn.deaf(job))  # what it waits for ignores the cancel
+        return await asyncio.create_task(hanging.ignores_cancel(job))  # what it waits for ignores the cancel
 
-    nodes = [node("n1", stubborn.deaf), node("n2", deaf_child)]
+    nodes = [node("n1", hanging.ignores_cancel), node("n2", deaf_child)]
     host = await stage.host(nodes, slots=1)
     try:
         with capture_logs() as logs:
@@ -195,23 +190,23 @@ async def test_a_run_that_ignores_its_cancel_is_given_up_and_shown(
         assert {line["task_id"] for line in given_up} == {"deaf-n1", "deaf-n2"}
         await until(lambda: stage.all("host")[-1].stuck == 1, what="the one that still runs is announced")
     finally:
-        stubborn.over.set()
+        hanging.released.set()
     await until(lambda: stage.all("host")[-1].stuck == 0, what="it has ended")
 
 
 @pytest.mark.slow
 async def test_a_drain_does_not_wait_for_runs_that_ignore_their_cancel(stage: Stage) -> None:
-    stubborn = Stubborn()
-    host = await stage.host([node("n1", stubborn.deaf)], slots=2)
+    hanging = HangingAgents()
+    host = await stage.host([node("n1", hanging.ignores_cancel)], slots=2)
     late = await run(stage, host, remaining_s=0.2)
     assert await late.code() == "deadline_exceeded"
     begun = time.monotonic()
     await host.drain(30)  # nothing is in hand: the one run has ended, whatever its code still does
-    watcher = stubborn.begun
+    watcher = hanging.started
     assert watcher == ["t1"]
     assert time.monotonic() - begun < 5
-    await until(lambda: not host._stopping, what="it is abandoned")
-    stubborn.over.set()
+    await until(lambda: not host._runs.cancelled, what="it is abandoned")
+    hanging.released.set()
 
 
 async def test_a_run_that_has_ended_gets_no_slot_back_for_what_it_delegated(stage: Stage) -> None:

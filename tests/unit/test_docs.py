@@ -10,15 +10,16 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from support.cli_parsing import parse_command
 from support.pages import PAGES, ROOT, anchors, commands, text_of
-from support.words import accepted
 
 from loom.bus.bus import Bus
 from loom.bus.subjects import FAMILIES
 from loom.bus.topology import LANES, streams
 from loom.runner.doctor import agreement, diagnosis, working
+from loom.schemas.checks.ad import parse_ad
 from loom.schemas.config import ClusterConfig
-from loom.schemas.task import domain_token, parse_ad
+from loom.schemas.tokens import domain_token
 
 DOCS = ROOT / "docs"
 SUBJECTS = DOCS / "subjects.md"
@@ -58,7 +59,7 @@ def test_every_finding_of_the_doctor_is_explained() -> None:
     ids=" ".join,
 )
 def test_the_commands_of_the_pages_are_looms(words: list[str]) -> None:
-    assert accepted(words[1:]) == words[1]
+    assert parse_command(words[1:]) == words[1]
 
 
 @pytest.mark.parametrize(
