@@ -19,6 +19,8 @@ class StoredMessage(NamedTuple):
     seq: int
     stored_at: float = 0.0
     """Server time, seconds since the epoch."""
+    pending: int = 0
+    """For a message of a consumer: how many messages followed it when it was delivered."""
 
 
 async def last_message(jetstream: JetStream, stream: str, subject: str) -> StoredMessage | None:

@@ -10,7 +10,7 @@ from support.fake_host import FakeHost, FakeRun
 from support.phase_harness import Stage, quiet
 from support.wait import until
 
-from loom.bus.records import records, update_record
+from loom.bus.records import records
 from loom.phases.execute.delegation import refusal
 from loom.schemas.envelope import Claim, Envelope, Split
 from loom.schemas.record import MAX_DELEGATED, TaskRecord
@@ -283,7 +283,7 @@ async def test_a_replica_that_was_overtaken_hands_nothing_over(stage: Stage) -> 
     def overtake(record: TaskRecord) -> TaskRecord:
         return replace(record, claim=Claim(**{**_fields(record.claim), "instance": "another"}))
 
-    await update_record(records(stage.bus), env.task_id, overtake)
+    await records(stage.bus).update_with(env.task_id, overtake)
     await end(stage, child, result=RunResult(content="four"))
     beats = one.mouth.seq if one.mouth else 0
     await until(lambda: one.mouth and one.mouth.seq > beats + 5, what="half a second")

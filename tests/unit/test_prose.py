@@ -39,7 +39,6 @@ class Limits:
 
 PENDING: dict[str, Limits] = {
     "schemas": Limits(dialect=3.0, too_long=2),
-    "bus": Limits(dialect=1.0),
     "agents": Limits(dialect=0.7, too_long=3),
     "phases": Limits(dialect=0.6, too_long=6),
     "runner": Limits(dialect=4.2, too_long=1),

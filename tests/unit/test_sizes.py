@@ -10,9 +10,6 @@ from support.prose import ROOT, SOURCE, modules
 MODULES_OF_A_FOLDER, LINES_OF_A_MODULE, LINES_OF_A_FUNCTION = 16, 400, 50
 
 PENDING: dict[str, int] = {
-    "bus/dead_letters/write.py:dead_letter": 52,
-    "bus/natsio/request_many.py:request_many": 55,
-    "bus/topology.py:streams": 51,
     "examples/agents.py": 445,
     "examples/old_library/amoeba_loop.py:main": 51,
     "loom/runtime.py": 485,
