@@ -10,7 +10,7 @@ from loom.bus.bus import Bus
 from loom.bus.hops.orphans import find_orphans
 from loom.bus.host_directory import AnnouncedHost, announced_hosts
 from loom.bus.natsio.server_errors import Refused
-from loom.bus.service_discovery import ANSWER_S, Clocks, Present, clocks, discover, own_version, shared_settings
+from loom.bus.service_discovery import ANSWER_S, Clocks, ServiceInstance, clocks, discover, own_version, shared_settings
 from loom.bus.topology import MIN_SERVER, Inspection, Part
 from loom.runner.doctor import agreement
 from loom.runner.doctor.findings import Finding
@@ -205,7 +205,7 @@ async def _probe(bus: Bus, name: str, subject: str) -> LoomError | None:
     return None
 
 
-def phases(there: list[Present]) -> Iterator[Finding]:
+def phases(there: list[ServiceInstance]) -> Iterator[Finding]:
     """Judge which phases answer, and whether they are of one version."""
     for name in PHASES:
         versions = [each.version for each in there if each.metadata["service"] == name]

@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from loom.bus.bus import Bus
-from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
+from loom.bus.natsio.ordered_consumer import OrderedConsumer
+from loom.bus.natsio.stored_message import StoredMessage
 from loom.bus.queries import latest
 from loom.bus.rewards import RewardBus
 from loom.bus.stored_rewards import fault_of
@@ -97,7 +98,7 @@ async def _follow(bus: Bus, screen: Console, stream: str, subject: str, start_se
         await reader.stop()
 
 
-def _is_reward(message: Stored) -> bool:
+def _is_reward(message: StoredMessage) -> bool:
     """Whether it is more than a snapshot, which no node has earned."""
     try:
         return decode(message.data, Reward).kind != "snapshot"
@@ -105,7 +106,7 @@ def _is_reward(message: Stored) -> bool:
         return True  # it is shown as what it is
 
 
-def _print(bus: Bus, screen: Console, message: Stored, *, as_json: bool) -> None:
+def _print(bus: Bus, screen: Console, message: StoredMessage, *, as_json: bool) -> None:
     try:
         given = decode(message.data, Reward)
     except Undecodable as error:

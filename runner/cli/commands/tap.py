@@ -8,7 +8,7 @@ import typer
 
 from loom.bus.bus import Bus
 from loom.bus.queries import ended_since, rewards_since
-from loom.bus.tap import Seen, Tap
+from loom.bus.tap import Tap, TappedMessage
 from loom.runner.cli.common import PATIENCE_S, check_has_run, domain_slug, node_name, seconds
 from loom.runner.cli.entry import DEFAULT_URL, prepare, run_to_end
 from loom.runner.cli.views.message_filter import MessageFilter
@@ -80,7 +80,7 @@ async def _tap(settings: Settings, sieve: MessageFilter, ago_s: float, *, as_jso
                 await spout.pause()
 
 
-def _once(seen: Seen) -> str:
+def _once(seen: TappedMessage) -> str:
     """What tells a message of the past from others, however it came to be heard."""
     match seen.message:
         case TaskResult(task_id=task_id):
@@ -91,7 +91,7 @@ def _once(seen: Seen) -> str:
             return ""
 
 
-async def past(bus: Bus, sieve: MessageFilter, ago_s: float) -> list[Seen]:
+async def past(bus: Bus, sieve: MessageFilter, ago_s: float) -> list[TappedMessage]:
     """Return the results and rewards of the last seconds that are wanted as if they were heard now, oldest first.
 
     Of more than ROOM of either kind the oldest are skipped.
@@ -102,7 +102,7 @@ async def past(bus: Bus, sieve: MessageFilter, ago_s: float) -> list[Seen]:
     await check_has_run(bus)
     at = bus.clock.now() - ago_s
     wanted = 0
-    results, rewards = deque[Seen](maxlen=ROOM), deque[Seen](maxlen=ROOM)
+    results, rewards = deque[TappedMessage](maxlen=ROOM), deque[TappedMessage](maxlen=ROOM)
     async for record in ended_since(bus, at):
         sieve.hear_of(record.envelope)
         seen = _as_heard(
@@ -122,10 +122,10 @@ async def past(bus: Bus, sieve: MessageFilter, ago_s: float) -> list[Seen]:
     return [replace(seen, skipped=wanted - len(told)) if seen is told[0] else seen for seen in told]
 
 
-def _as_heard(bus: Bus, address: tuple[str, ...], message: Any, at: float) -> Seen:
+def _as_heard(bus: Bus, address: tuple[str, ...], message: Any, at: float) -> TappedMessage:
     subject = bus.subjects.of(*address)
     parsed = bus.subjects.parse(subject)
-    return Seen(
+    return TappedMessage(
         subject=subject,
         family=address[0],
         tokens=parsed.tokens if parsed else {},
