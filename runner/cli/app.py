@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from loom.runner.cli.commands import dead, doctor, host, init, node, phase, reward, run, submit, tap, task, up
+from loom.runner.cli.commands import backup, dead, doctor, host, init, node, phase, reward, run, submit, tap, task, up
 from loom.runner.cli.groups import epilog
 from loom.runner.cli.process_exit import end
 from loom.runner.cli.views.tables import one_line
@@ -23,6 +23,8 @@ _EXITS = {
     "invalid_setting": 2,
     "invalid_task": 2,
     "no_evidence": 2,
+    "invalid_backup": 2,
+    "streams_exist": 2,
     "bus_unavailable": 3,
     "wire_mismatch": 3,
 }
@@ -68,6 +70,8 @@ for group, name in (
 ):
     app.add_typer(group, name=name, rich_help_panel=RESOURCES)
 app.command(rich_help_panel=ADMINISTRATION, epilog=epilog(init.EXAMPLES))(init.init)
+app.command(rich_help_panel=ADMINISTRATION, epilog=epilog(backup.EXAMPLES))(backup.backup)
+app.command(rich_help_panel=ADMINISTRATION, epilog=epilog(backup.EXAMPLES))(backup.restore)
 
 
 def _show_version(wanted: bool) -> None:
