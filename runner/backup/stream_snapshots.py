@@ -49,7 +49,8 @@ async def save_stream(bus: Bus, stream: str, path: Path) -> StreamSnapshot:
         OSError: The file exists or cannot be written.
     """
     chunks: asyncio.Queue[Msg] = asyncio.Queue()
-    inbox = bus.requests.open_inbox(chunks.put_nowait)
+    inbox = bus.requests.new_inbox()  # of its own: the server waits 2 s where only a wildcard covers the subject
+    subscription = await bus.connection.subscribe_sync(inbox, chunks.put_nowait)
     try:
         request = {"deliver_subject": inbox, "chunk_size": CHUNK_BYTES}
         snapshot = await bus.jetstream.api(
@@ -61,7 +62,7 @@ async def save_stream(bus: Bus, stream: str, path: Path) -> StreamSnapshot:
                 if chunk.reply:
                     await bus.connection.publish(chunk.reply)
     finally:
-        bus.requests.close_inbox(inbox)
+        bus.connection.unsubscribe(subscription)
     if chunk.status not in _OK:
         raise BusUnavailable(f"the snapshot of {stream} is incomplete: {chunk.headers.get('Description', 'no reason')}")
     return snapshot
