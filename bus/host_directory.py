@@ -12,8 +12,9 @@ from loom.bus.bus import Bus
 from loom.bus.logs.discards import Discards
 from loom.bus.natsio.transport.message import Msg
 from loom.schemas.auction import MAX_ANNOUNCEMENT_BYTES, HostAnnouncement
-from loom.schemas.base import Token, Undecodable, decode
+from loom.schemas.base import Undecodable, decode
 from loom.schemas.identity import LOCAL_OWNER, qualified
+from loom.schemas.tokens import Token
 
 MAX_HOSTS = 10_000
 """Hosts that a reader of announcements remembers at most."""

@@ -15,11 +15,12 @@ from loom.bus.natsio.server_errors import Refused
 from loom.bus.records import records
 from loom.bus.stored_rewards import reward_in
 from loom.schemas.base import Undecodable, decode
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import InvalidTask, UnknownTask
 from loom.schemas.learning import Reward
 from loom.schemas.notices import envelope_in
-from loom.schemas.task import Submission, is_token
+from loom.schemas.record import TaskRecord
+from loom.schemas.task import Submission
+from loom.schemas.tokens import is_token
 
 T = TypeVar("T")
 

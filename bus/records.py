@@ -11,8 +11,9 @@ from loom.bus.natsio.kv import Bucket, Entry
 from loom.bus.natsio.server_errors import Conflict
 from loom.schemas.base import Message, Name, Timestamp, Undecodable
 from loom.schemas.decoding.unknown_fields import unknown_fields, with_unknown_fields
-from loom.schemas.envelope import Envelope, RecordVersion, ReplySubjects, TaskRecord
+from loom.schemas.envelope import Envelope, RecordVersion, ReplySubjects
 from loom.schemas.errors import BusUnavailable
+from loom.schemas.record import TaskRecord
 
 TRIES = 16  # writers of one record are few; more than this is not contention
 

@@ -6,9 +6,9 @@ from typing import Any
 from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
 from loom.schemas.base import cut_name, cut_note
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import PUBLIC
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import ErrorReply
 
 log = get_logger()

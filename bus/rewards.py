@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from msgspec.structs import replace
 
 from loom.bus.logs.logger import get_logger
-from loom.schemas.envelope import REJECTED, TaskRecord
 from loom.schemas.errors import BusUnavailable, InvalidTask
 from loom.schemas.identity import LOCAL_OWNER, PERSON, split_qualified
 from loom.schemas.learning import Reward, Signal
-from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, TaskAd, domain_token
+from loom.schemas.record import REJECTED, TaskRecord
+from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, TaskAd
+from loom.schemas.tokens import domain_token
 
 if TYPE_CHECKING:
     from loom.bus.bus import Bus

@@ -4,9 +4,10 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from loom.schemas.base import CheckedMessage, Count, Name, Names, Note, Seconds, Timestamp, Token, Unit
+from loom.schemas.base import CheckedMessage, Count, Name, Names, Note, Seconds, Timestamp, Unit
 from loom.schemas.checks.labels import Labels
 from loom.schemas.identity import LOCAL_OWNER, RULES, node_key, qualified
+from loom.schemas.tokens import Token
 
 WINDOW = 120
 """Scores remembered per node and domain."""

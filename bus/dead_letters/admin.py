@@ -15,7 +15,8 @@ from loom.bus.dead_letters.write import is_submission, letter_facts, submitter_i
 from loom.bus.natsio.server_errors import Refused
 from loom.bus.queries import latest
 from loom.schemas.base import Undecodable, decode
-from loom.schemas.envelope import DeadLetter, Envelope
+from loom.schemas.dead_letter import DeadLetter
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import DeadLettered, LoomError
 from loom.schemas.notices import PlanTimeout, read_scale_message
 from loom.schemas.task import Submission, TaskAd

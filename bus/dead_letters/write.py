@@ -15,10 +15,13 @@ from loom.bus.natsio.server_errors import Conflict
 from loom.bus.records import records
 from loom.bus.replies import allowed_reply
 from loom.schemas.base import MAX_MESSAGE_BYTES, Undecodable, decode
-from loom.schemas.envelope import DeadLetter, Envelope, Phase, TaskRecord
+from loom.schemas.dead_letter import DeadLetter
+from loom.schemas.envelope import Envelope, Phase
 from loom.schemas.identity import PUBLIC
 from loom.schemas.notices import envelope_in
-from loom.schemas.task import Submission, TaskAd, TaskError, is_token
+from loom.schemas.record import TaskRecord
+from loom.schemas.task import Submission, TaskAd, TaskError
+from loom.schemas.tokens import is_token
 
 log = get_logger()
 

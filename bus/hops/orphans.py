@@ -19,7 +19,7 @@ from loom.bus.records import records
 from loom.bus.topology import TASK_LANES, Lane, lane_infos, stream_state
 from loom.schemas.base import Undecodable
 from loom.schemas.errors import LoomError
-from loom.schemas.task import is_token
+from loom.schemas.tokens import is_token
 
 log = get_logger()
 

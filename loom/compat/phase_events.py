@@ -8,10 +8,11 @@ from msgspec.structs import replace
 from loom.bus.logs.logger import get_logger
 from loom.bus.rewards import RewardBus
 from loom.bus.task_client import TaskHandle
-from loom.schemas.envelope import FailedAttempt, Hop, Phase, TaskRecord
+from loom.schemas.envelope import FailedAttempt, Hop, Phase
 from loom.schemas.errors import LoomError
 from loom.schemas.events import PhaseEvent
 from loom.schemas.learning import NodeProfile
+from loom.schemas.record import TaskRecord
 
 log = get_logger()
 

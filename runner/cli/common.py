@@ -23,7 +23,7 @@ from loom.runner.settings import Settings
 from loom.schemas.base import encode
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.identity import qualified, split_qualified
-from loom.schemas.task import domain_token
+from loom.schemas.tokens import domain_token
 
 PATIENCE_S = 2.0
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}

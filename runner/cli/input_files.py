@@ -13,13 +13,15 @@ from types import FrameType, ModuleType
 from typing import Any, NamedTuple
 
 from loom.agents.function_agent import as_agent
-from loom.agents.host.self_ratings import domains_fault, scores_fault
 from loom.agents.host.slots import Node
 from loom.agents.lifetime import CLOSE_S, has_lifetime
-from loom.agents.user_code import describe
+from loom.agents.self_ratings import domains_fault, scores_fault
+from loom.agents.user_code import error_text
 from loom.runner.cli.file_lifespan import LEAVE_S, InvalidLifespan, Lifespan, lifespan_of
+from loom.schemas.checks.ad import parse_ad
 from loom.schemas.errors import InvalidTask, LoomError
-from loom.schemas.task import TaskAd, is_token, parse_ad
+from loom.schemas.task import TaskAd
+from loom.schemas.tokens import is_token
 
 MODULE = "loom_nodes_file"
 NODE_PARTS = ("id", "capabilities", "agent", "to_bid", "mirror")
@@ -113,7 +115,7 @@ def _nodes(path: Path, nodes: Any) -> list[Node]:
         try:
             fault = _fault(node, seen)
         except BaseException as error:  # noqa: BLE001 - a class of the file's may raise when it is looked at
-            fault = f"cannot be looked at: {describe(error)}"
+            fault = f"cannot be looked at: {error_text(error)}"
         if fault:
             raise InvalidFile(f"{path}: nodes[{index}] {fault}")
     return nodes
@@ -142,7 +144,7 @@ def _run(path: Path) -> ModuleType:
     except BaseException as error:  # the file is user code: whatever it raises is its fault
         if interrupted:
             raise
-        raise InvalidFile(f"{path}, line {_line_in(path, error)}: {describe(error)}") from error
+        raise InvalidFile(f"{path}, line {_line_in(path, error)}: {error_text(error)}") from error
     return module
 
 

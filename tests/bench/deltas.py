@@ -11,14 +11,14 @@ from pathlib import Path
 
 from support.command import LOOM
 
+from bench.bench_cluster import SLOTS, WITHIN_S, Town, town
 from bench.measure import cpu_s, said
-from bench.town import SLOTS, WITHIN_S, Town, town
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.schemas.events import TextDelta
 from loom.schemas.task import TaskAd
 
-TALKER = Path(__file__).with_name("talker.py")
+CHATTY_AGENT = Path(__file__).with_name("chatty_agent.py")
 WANTED_PER_S = 50_000
 MANY = 100
 ON_ONE, ON_MANY = 90_000, 1000
@@ -92,7 +92,7 @@ async def many_deltas(*, quick: bool) -> None:
     scale = 10 if quick else 1
     async with town() as running:
         await running.phases()
-        words = (*LOOM, "host", "run", str(TALKER), "--slots", str(SLOTS))
+        words = (*LOOM, "host", "run", str(CHATTY_AGENT), "--slots", str(SLOTS))
         await running.start("host", *words, says=f" on {running.url}")
         await running.connect()
         await rate(running, 1, 100)

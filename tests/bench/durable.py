@@ -7,8 +7,8 @@ from pathlib import Path
 
 from support.nats_cluster import NatsCluster
 
+from bench.bench_cluster import Town
 from bench.measure import load
-from bench.town import Town
 from loom.runner.server.nats_server import NatsServer
 
 WARM_UP, TASKS, QUICK_TASKS, AT_ONCE, ALONE = 64, 1000, 200, 256, 50

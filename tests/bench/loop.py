@@ -22,9 +22,9 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))
 
 from bench import faststream_chain, profiling
+from bench.bench_cluster import of_phases, whole_loop
 from bench.measure import Contender, Load, load, middle, said
 from bench.raw_pipe import raw_pipe
-from bench.town import of_phases, whole_loop
 from loom.runner import log_output
 from loom.runner.cli.entry import run_to_end
 

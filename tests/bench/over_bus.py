@@ -62,7 +62,7 @@ class Cluster:
         }
         await self.stack.enter_async_context(command(self.folder, *LOOM, "host", "run", str(FILE), **environment))
         await until(
-            lambda: all(self.match._roster.host_of(str(agent)) for agent in agents),
+            lambda: all(self.match._directory.host_of(str(agent)) for agent in agents),
             within_s=WITHIN_S,
             what=f"MATCH has heard of {agents}; {[each.read_text() for each in self.folder.glob('*.err')]}",
         )
@@ -97,7 +97,7 @@ class Cluster:
     @property
     def known(self) -> int:
         """Sequence of the newest reward MATCH knows of, which is how many there are: one a task."""
-        return max((profile.last_seq for profile in self.match._roster.profiles.values()), default=0)
+        return max((profile.last_seq for profile in self.match._directory.profiles.values()), default=0)
 
     async def _submit(self, number: int) -> None:
         domain = f"d{self.world.domain(number)}"
@@ -125,7 +125,7 @@ async def cluster(url: str, world: World, config: ClusterConfig = CONFIG) -> Asy
 
 async def one_at_a_time(url: str, world: World, policy: str = "glr_ucb") -> list[int]:
     """Return whom a policy awards each task of a world to, when nothing is under way meanwhile and all are free."""
-    with patch("loom.phases.match.scoring.TAKEN_S", 0.0):  # an award of a moment ago is over, and is no load
+    with patch("loom.phases.match.scoring.AWARD_TO_RUN_S", 0.0):  # an award of a moment ago is over, and is no load
         async with cluster(url, world, replace(CONFIG, policy=policy)) as running:
             return await running.play()
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from support.wait import until
 
+from bench.bench_cluster import whole_loop
 from bench.measure import load
-from bench.town import whole_loop
 
 TOP = 25
 LARGEST = 3

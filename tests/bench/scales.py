@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from bench.auctions import many_hosts, many_nodes
 from bench.deltas import many_deltas
 from bench.durable import durability
-from bench.resting import backlog, idle, start_up
+from bench.idle import backlog, idle, start_up
 from loom.runner import log_output
 from loom.runner.cli.entry import run_to_end
 

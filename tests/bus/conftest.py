@@ -3,8 +3,8 @@
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from support.buses import Connect
-from support.hops import Phases
+from support.bus_helpers import Connect
+from support.loop_harness import Phases
 
 from loom.bus import topology
 from loom.bus.bus import Bus

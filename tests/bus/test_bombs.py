@@ -16,7 +16,7 @@ from support.bombs import (
     OVERSIZED_SCHEMAS,
 )
 from support.loop_time import Longest, longest_callback
-from support.phases import Asker, FakeHost, FakeRun, Stage, ad, awarded, envelope, submission
+from support.phase_harness import Asker, FakeHost, FakeRun, Stage, ad, awarded, envelope, submission
 from support.wait import until
 
 from loom.bus.topology import EVALUATE_LANE

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.buses import Connect, back
+from support.bus_helpers import Connect, back
 from support.configured import configured_server
 from support.logs import capture_logs
 from support.wait import until

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
-from support.buses import alive, back
+from support.bus_helpers import alive, back
 from support.command import loom
 from support.configured import configured_server
 from support.fake_server import fake_server, info
@@ -32,7 +32,7 @@ async def refused(url: str, patience_s: float = 0.5) -> str:
         await bus.connect()
     await bus.close()
     assert "\n" not in caught.value.message
-    return f"{caught.value.message} {caught.value.facts} {logs}"
+    return f"{caught.value.message} {vars(caught.value)} {logs}"
 
 
 @pytest.mark.slow

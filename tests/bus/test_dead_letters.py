@@ -4,10 +4,10 @@ import asyncio
 from typing import Any
 
 import pytest
-from support.buses import envelope
-from support.foreign import publish_raw
-from support.hops import Phases, arrived, deliver_in_vain, hop, last, messages, put, settled
+from support.bus_helpers import envelope
 from support.logs import capture_logs
+from support.loop_harness import Phases, arrived, deliver_in_vain, hop, last, messages, put, settled
+from support.raw_client import publish_raw
 
 from loom.bus.bus import Bus
 from loom.bus.hops import hop_loop as loop_module
@@ -16,7 +16,8 @@ from loom.bus.hops.outcomes import Dead, Outcome
 from loom.bus.records import records
 from loom.bus.topology import INTAKE_LANES, SENSE_LANE
 from loom.schemas.base import MAX_MESSAGE_BYTES, encode
-from loom.schemas.envelope import Claim, Envelope, Hop, Phase, Split, TaskRecord
+from loom.schemas.envelope import Claim, Envelope, Hop, Phase, Split
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import RunResult, Submission, TaskAd
 
 GARBAGE = b'\xff\x00{"not": json'

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.hops import Phases, last, messages, put
 from support.logs import capture_logs
+from support.loop_harness import Phases, last, messages, put
 from support.nodes import Counting, node
-from support.phases import Stage, awarded, envelope
+from support.phase_harness import Stage, awarded, envelope
 from support.rewards import reward
 from support.wait import until
 

@@ -4,28 +4,19 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.buses import Connect
-from support.phases import Asker, Stage, ad, awarded, envelope, quiet
+from support.bus_helpers import Connect
+from support.phase_harness import Asker, Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
 from loom.bus.topology import EVALUATE_LANE
 from loom.phases.evaluate.service import Evaluate
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import (
-    Claim,
-    Envelope,
-    FailedAttempt,
-    Hop,
-    RecordVersion,
-    RejectedResult,
-    Split,
-    SplitPlan,
-    Subtask,
-    TaskRecord,
-)
+from loom.schemas.envelope import Claim, Envelope, FailedAttempt, Hop, RecordVersion, RejectedResult, Split
 from loom.schemas.llm import CompletionParams, CompletionResult
 from loom.schemas.notices import ParentEnded, SubtaskEnded
+from loom.schemas.plan import SplitPlan, Subtask
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Accept, RunResult, TaskError, TaskResult
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phases import FakeHost, FakeRun, Stage, ad, awarded, envelope, quiet
+from support.phase_harness import FakeHost, FakeRun, Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
 from loom.bus.hops.delivery import Delivery, Slots

@@ -1,7 +1,7 @@
 """Looking back: the newest of a stream, what it holds since a moment, and a task wherever it is."""
 
 import pytest
-from support.buses import envelope
+from support.bus_helpers import envelope
 
 from loom.bus import queries
 from loom.bus.bus import Bus
@@ -9,10 +9,11 @@ from loom.bus.hops.hop_loop import schedule
 from loom.bus.queries import ended_since, find_task, latest, recent_records, rewards_since
 from loom.bus.records import records
 from loom.bus.rewards import RewardBus, judgement
-from loom.schemas.envelope import Award, TaskRecord
+from loom.schemas.auction import Award
 from loom.schemas.errors import InvalidTask, UnknownTask
 from loom.schemas.learning import Reward
 from loom.schemas.notices import PlanTimeout, SubtaskEnded
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Submission, TaskAd, TaskState
 
 

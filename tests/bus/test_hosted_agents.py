@@ -9,7 +9,7 @@ import pytest
 from support.auctions import offer_to
 from support.logs import capture_logs
 from support.nodes import echo, node
-from support.phases import Stage, call_for_bids
+from support.phase_harness import Stage, call_for_bids
 from support.runs import Watcher, run
 from support.wait import until
 

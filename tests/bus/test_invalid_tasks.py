@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-from support.phases import FakeHost, FakeRun, Stage, ad
+from support.phase_harness import FakeHost, FakeRun, Stage, ad
 from support.wait import until
 
 from loom.bus import task_client

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 
 import nats
 import pytest
-from support.buses import Connect, back, envelope
+from support.bus_helpers import Connect, back, envelope
 from support.logs import capture_logs
 from support.wait import until
 
@@ -18,9 +18,10 @@ from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import records, update_record
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.base import Undecodable, encode
-from loom.schemas.envelope import Claim, TaskRecord
+from loom.schemas.envelope import Claim
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.learning import NodeProfile
+from loom.schemas.record import TaskRecord
 
 
 def profile(node_id: str = "n1", tasks: int = 0) -> NodeProfile:

@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from support.buses import envelope
-from support.hops import messages
-from support.values import messages as any_of
+from support.bus_helpers import envelope
+from support.loop_harness import messages
+from support.strategies import messages as any_of
 
 from loom.bus.bus import Bus
 from loom.bus.dead_letters import admin
 from loom.bus.dead_letters.admin import Letter, UnknownLetter
 from loom.bus.dead_letters.write import letter_facts, letter_headers
 from loom.schemas.base import MAX_MESSAGE_BYTES, CheckedMessage, decode, encode
-from loom.schemas.envelope import DeadLetter, Envelope, Split
+from loom.schemas.dead_letter import DeadLetter
+from loom.schemas.envelope import Envelope, Split
 from loom.schemas.errors import BusUnavailable, DeadLettered, InvalidTask, LoomError, Overloaded
 from loom.schemas.notices import SubtaskEnded
 from loom.schemas.task import Accept, Limits, Submission, TaskAd

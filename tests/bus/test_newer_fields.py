@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from support.nodes import echo, node
-from support.phases import Stage
+from support.phase_harness import Stage
 from support.wait import until
 
 from loom.bus.records import records
 from loom.schemas.base import new_id
 from loom.schemas.decoding.unknown_fields import with_unknown_fields
-from loom.schemas.envelope import Envelope, TaskRecord
+from loom.schemas.envelope import Envelope
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Submission, TaskAd
 
 NEW: dict[str, Any] = {"new": {"a": [1, "x"]}}

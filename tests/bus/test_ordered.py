@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from support.buses import Connect, back
+from support.bus_helpers import Connect, back
 from support.stopping import stop
 from support.wait import until
 

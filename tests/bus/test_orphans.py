@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from support.hops import put
-from support.phases import Stage, ad, envelope, submission
+from support.loop_harness import put
+from support.phase_harness import Stage, ad, envelope, submission
 from support.wait import until
 
 from loom.bus import topology

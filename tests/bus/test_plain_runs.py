@@ -11,7 +11,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg as NatsMsg
 from nats.micro import add_service
 from nats.micro.request import Request
-from support.phases import FakeHost, Stage, ad, awarded, envelope, quiet
+from support.phase_harness import FakeHost, Stage, ad, awarded, envelope, quiet
 from support.runs import hosts_of
 from support.wait import until
 
@@ -217,7 +217,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hurry")
 async def test_an_absent_node_is_asked_again_and_lost_after_a_while(plain: Bus) -> None:
-    with pytest.raises(HostSilent, match="host h1 is not there"):
+    with pytest.raises(HostSilent, match="host h1 is not connected"):
         await plain_run(await hosts_of(plain))
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.buses import Connect
+from support.bus_helpers import Connect
 from support.logs import capture_logs
-from support.phases import Asker, FakeHost, FakeRun, Stage, ad, awarded, envelope
+from support.phase_harness import Asker, FakeHost, FakeRun, Stage, ad, awarded, envelope
 from support.rewards import publish, reward
 from support.wait import until
 
@@ -17,7 +17,7 @@ from loom.bus.natsio.background_tasks import ServiceFailed
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import records
 from loom.bus.topology import stream_state
-from loom.phases.adapt.lease import LEASE_S, take_lease
+from loom.phases.adapt.lease import LEASE_S, acquire_lease
 from loom.runner.cli.entry import until_lost
 from loom.schemas.auction import Bid
 from loom.schemas.base import encode
@@ -195,13 +195,13 @@ async def test_a_lease_longer_than_any_replica_takes_is_not_believed(stage: Stag
     await stage.bus.bucket("tuning", Lease).create(
         "x", Lease(holder="evil", until=min(9e10, stage.bus.clock.now() + until_s))
     )
-    assert await take_lease(stage.bus, "x")
+    assert await acquire_lease(stage.bus, "x")
 
 
 async def test_a_lease_that_cannot_be_read_is_taken(stage: Stage) -> None:
     await stage.bus.jetstream.publish(f"$KV.{stage.bus.subjects.bucket('tuning')}.x", b"\xff")
-    assert await take_lease(stage.bus, "x")
-    assert await take_lease(stage.bus, "x")
+    assert await acquire_lease(stage.bus, "x")
+    assert await acquire_lease(stage.bus, "x")
 
 
 # -- MATCH and EXECUTE

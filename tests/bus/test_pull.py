@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from support.buses import Connect, back, envelope
+from support.bus_helpers import Connect, back, envelope
 from support.logs import capture_logs
 from support.wait import until
 

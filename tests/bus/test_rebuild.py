@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phases import Replica, Stage
+from support.phase_harness import Replica, Stage
 from support.rewards import publish, reward
 from support.wait import until
 

@@ -4,8 +4,8 @@ import json
 from collections.abc import AsyncIterator
 
 import pytest
-from support.buses import Connect, Heard
-from support.phases import Asker, Stage, ad, envelope, submission
+from support.bus_helpers import Connect, Heard
+from support.phase_harness import Asker, Stage, ad, envelope, submission
 from support.wait import until
 
 from loom.bus.bus import Bus
@@ -14,7 +14,7 @@ from loom.bus.replies import MAX_REPLY, answer_task, may_answer
 from loom.bus.service_discovery import ServiceEndpoint, discover
 from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import TaskRecord
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Accepted, RunResult, TaskResult
 
 CLIENTS = ["_INBOX.x", "_INBOX.x.1", "_INBOX_ann.x.1", "_INBOXann.x", "_R_.abc.1", "_R_.abc"]

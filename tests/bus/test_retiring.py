@@ -2,8 +2,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 from support.nodes import node
-from support.nursery import WITHIN_S, Held, Place, place
-from support.phases import Stage
+from support.phase_harness import Stage
+from support.spawning_host import WITHIN_S, Held, Place, place
 from support.wait import until
 
 from loom.bus.rewards import RewardBus

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import pytest
-from support.buses import Connect
+from support.bus_helpers import Connect
 from support.logs import capture_logs
 from support.wait import until
 
@@ -14,7 +14,8 @@ from loom.bus.bus import Bus
 from loom.bus.rewards import RewardBus
 from loom.schemas.errors import BusUnavailable, InvalidTask
 from loom.schemas.learning import Reward
-from loom.schemas.task import TaskAd, domain_token
+from loom.schemas.task import TaskAd
+from loom.schemas.tokens import domain_token
 
 
 def reward(

@@ -5,14 +5,15 @@ import time
 from typing import Any
 
 import pytest
-from support.buses import Connect, Heard
+from support.bus_helpers import Connect, Heard
 from support.logs import capture_logs
 
 from loom.bus.bus import Bus
 from loom.bus.natsio.connection import PayloadTooLarge
 from loom.bus.natsio.request_many import request_many
 from loom.bus.natsio.transport.message import Msg
-from loom.schemas.base import Message, Token, decode
+from loom.schemas.base import Message, decode
+from loom.schemas.tokens import Token
 
 
 class Reply(Message, frozen=True, kw_only=True):

@@ -1,8 +1,8 @@
 """A message that a schedule has moved is taken only from the phases that may schedule it, for its own task."""
 
 import pytest
-from support.buses import envelope
-from support.hops import Phases, arrived, hop, put, settled
+from support.bus_helpers import envelope
+from support.loop_harness import Phases, arrived, hop, put, settled
 
 from loom.bus.bus import Bus
 from loom.bus.hops.hop_loop import schedule

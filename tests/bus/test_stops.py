@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phases import Asker, FakeHost, FakeRun, Stage, ad, awarded, envelope, quiet
+from support.phase_harness import Asker, FakeHost, FakeRun, Stage, ad, awarded, envelope, quiet
 from support.wait import until
 
 from loom.phases.execute.stops import STOP_AGAIN_S, STOPS

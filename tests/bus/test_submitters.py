@@ -5,17 +5,17 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.buses import Heard
-from support.phases import Asker, Stage, ad, envelope, submission
+from support.bus_helpers import Heard
+from support.phase_harness import Asker, Stage, ad, envelope, submission
 from support.wait import until
 
 from loom.bus import task_client, task_updates
 from loom.bus.bus import Bus
 from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import InvalidTask, UnknownTask
 from loom.schemas.identity import Identity
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Accepted, RunResult, Submission, TaskAd, TaskResult
 
 

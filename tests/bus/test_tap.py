@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from support.buses import Connect, envelope
+from support.bus_helpers import Connect, envelope
 from support.wait import until
 
 from loom.bus import tap as tap_module

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
-from support.buses import alive, back
+from support.bus_helpers import alive, back
 from support.certificates import certificate
 from support.command import loom
 from support.configured import configured_server

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.agents import Scripted, answering, wanting
 from support.logs import capture_logs
-from support.phases import Stage
+from support.phase_harness import Stage
 from support.runs import run
 
 from loom.agents.tools import Lifespan, Tool

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 import pytest
-from support.buses import Connect, envelope
+from support.bus_helpers import Connect, envelope
 from support.logs import capture_logs
 
 from loom.bus import topology

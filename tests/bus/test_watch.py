@@ -8,7 +8,7 @@ from itertools import count
 
 import pytest
 from support.logs import capture_logs
-from support.phases import FakeHost, FakeRun
+from support.phase_harness import FakeHost, FakeRun
 from support.runs import watch_of
 from support.wait import until
 

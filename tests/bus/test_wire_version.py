@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from support.buses import Connect
+from support.bus_helpers import Connect
 from support.logs import capture_logs
 
 from loom.bus import topology

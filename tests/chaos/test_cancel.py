@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
+from support.hanging_agents import Stubborn
 from support.nodes import node
-from support.stubborn import Stubborn
 from support.wait import until
 
 from loom.agents.host.node_host import NodeHost
@@ -17,8 +17,8 @@ from loom.bus.natsio.transport.message import Msg
 from loom.bus.task_client import TaskHandle
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import BusUnavailable, Cancelled, UnknownTask
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskAd
 
 WITHIN_S = 20

@@ -8,11 +8,11 @@ from functools import partial
 from typing import NamedTuple, Self
 
 import pytest
-from support.buses import back
-from support.crashing import WITHIN_S, Child, phase
+from support.bus_helpers import back
+from support.crash_process import WITHIN_S, Child, phase
+from support.fault_scenarios import survive, towns
 from support.nodes import node
-from support.phases import Asker, Stage, ad
-from support.towns import survive, towns
+from support.phase_harness import Asker, Stage, ad
 from support.wait import until
 
 from loom.agents.host.node_host import NodeHost
@@ -22,8 +22,9 @@ from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import PHASES, Phase, TaskRecord
+from loom.schemas.envelope import PHASES, Phase
 from loom.schemas.learning import NodeProfile
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskResult
 

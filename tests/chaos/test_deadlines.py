@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from support.hanging_agents import Stubborn
 from support.nodes import node
-from support.stubborn import Stubborn
 from support.wait import until
 
 from loom.agents.llm.agent import Agent

@@ -7,10 +7,10 @@ from contextlib import AsyncExitStack
 from functools import partial
 
 import pytest
-from support.crashing import WITHIN_S, Child
-from support.errand_points import POINTS, execute
+from support.crash_process import WITHIN_S, Child
+from support.delegation_crash_points import POINTS, execute
 from support.nodes import node
-from support.phases import Stage, ad
+from support.phase_harness import Stage, ad
 from support.wait import until
 
 from loom import delegate

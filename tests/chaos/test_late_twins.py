@@ -6,18 +6,19 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import pytest
-from support.crashing import IMPATIENT, QUICK, WITHIN_S, Child, each_setting, host, phase
+from support.crash_process import IMPATIENT, QUICK, WITHIN_S, Child, each_setting, host, phase
 from support.nodes import node
-from support.phases import Stage, ad
+from support.phase_harness import Stage, ad
 from support.wait import until
 
 from loom.bus import task_client
 from loom.bus.records import records
 from loom.bus.task_client import TaskHandle
 from loom.runner.services import running_phases
-from loom.schemas.envelope import PHASES, TaskRecord
+from loom.schemas.envelope import PHASES
 from loom.schemas.identity import LOCAL_OWNER, node_key
 from loom.schemas.learning import NodeProfile
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import Delta, RunRequest
 
 

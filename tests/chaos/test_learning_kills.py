@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from bench.learning import AGENTS, Setting, World
 from bench.over_bus import FILE
-from support.chaos import Cast, schedule
-from support.ledger import Books, read_books
+from support.invariants import Books, read_books
+from support.kill_schedule import Cast, schedule
 from support.wait import until
 
 from loom.bus import task_client

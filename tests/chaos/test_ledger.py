@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from support.chaos import LONGEST_DOWN_S, schedule
-from support.ledger import account
+from support.invariants import account
+from support.kill_schedule import LONGEST_DOWN_S, schedule
 
 
 def test_a_schedule_is_the_same_for_the_same_seed() -> None:

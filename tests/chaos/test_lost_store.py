@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 from support.nodes import echo, node
-from support.phases import Stage, awarded
+from support.phase_harness import Stage, awarded
 from support.wait import until
 
 from loom.bus import task_client, topology, upkeep
@@ -21,8 +21,8 @@ from loom.phases.sense import client_api
 from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.learning import NodeProfile
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import PRIORITIES, TaskAd, TaskResult
 
 STREAMS = ("INTAKE", "TASKS", "REWARDS", "DEAD", "records", "plans", "nodes", "tuning")
@@ -147,7 +147,7 @@ async def test_a_dead_letter_is_kept_although_its_stream_was_deleted(client: Bus
 
 @pytest.fixture(autouse=True)
 def soon_stranded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_api, "STRANDED_S", 0.1)
+    monkeypatch.setattr(client_api, "STRANDED_AFTER_S", 0.1)
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ async def test_a_late_task_that_still_waits_for_a_phase_is_left_alone(stage: Sta
     await stage.phase("evaluate")
     handle = await task_client.publish(stage.bus, TaskAd(domain="code", description="x", timeout_s=0.1), deltas=False)
     hop = await stage.seen("task", phase="match", task_id=handle.task_id)
-    await until(lambda: stage.bus.clock.now() > hop.deadline + client_api.STRANDED_S, what="the task is late")
+    await until(lambda: stage.bus.clock.now() > hop.deadline + client_api.STRANDED_AFTER_S, what="the task is late")
     for _ in range(2):
         await task_client.status(stage.bus, handle.task_id)
     assert stage.all("task", phase="evaluate") == []

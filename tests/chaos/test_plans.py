@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any, NamedTuple, Self
 
 import pytest
-from support.crashing import WITHIN_S, Child, phase
+from support.crash_process import WITHIN_S, Child, phase
+from support.fault_scenarios import survive, towns
 from support.nodes import node
-from support.phases import Stage, ad
-from support.towns import survive, towns
+from support.phase_harness import Stage, ad
 from support.wait import until
 
 from loom.bus import task_client, topology
@@ -20,7 +20,9 @@ from loom.phases.scale.subtask_graph import child_id
 from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import PHASES, SplitPlan, TaskRecord
+from loom.schemas.envelope import PHASES
+from loom.schemas.plan import SplitPlan
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import pytest
 from support.command import command
-from support.deadly import MARK
-from support.foreign import publish_raw, with_headers
-from support.hops import messages, settled
+from support.loop_harness import messages, settled
 from support.nodes import echo, node
+from support.poison_process import MARK
+from support.raw_client import publish_raw, with_headers
 from support.wait import until
 
 from loom.bus import task_client
@@ -28,8 +28,9 @@ from loom.bus.task_client import TaskHandle
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas import base
 from loom.schemas.base import MAX_MESSAGE_BYTES, decode, encode
-from loom.schemas.envelope import PHASES, Envelope, Hop, Phase, TaskRecord
+from loom.schemas.envelope import PHASES, Envelope, Hop, Phase
 from loom.schemas.errors import DeadLettered
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
 from loom.schemas.task import Submission, TaskAd
 
@@ -280,7 +281,7 @@ async def test_a_task_that_kills_its_process_every_time_ends_and_its_neighbours_
     deadly: Phase, nats_url: str, namespace: str, tmp_path: Path
 ) -> None:
     others = [phase for phase in PHASES if phase != deadly]
-    words = (sys.executable, "-m", "support.deadly", nats_url, namespace, deadly)
+    words = (sys.executable, "-m", "support.poison_process", nats_url, namespace, deadly)
     env = {"PYTHONPATH": str(Path(__file__).parents[1])}
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(running_phases(nats_url, names=others, namespace=namespace))

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import pytest
-from support.ledger import Ledger, check, read_books
+from support.invariants import Ledger, check, read_books
 from support.nats_cluster import NatsCluster, leader, nats_cluster
 from support.nodes import echo, node
 from support.wait import until

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from pathlib import Path
 
 import pytest
-from support.buses import alive
+from support.bus_helpers import alive
 from support.command import LOOM, Command, command
 from support.nodes import node
 from support.streams import create_streams

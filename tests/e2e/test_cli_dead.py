@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 from msgspec.structs import replace
 from support.background import Cluster, background_cluster
-from support.foreign import publish_raw
 from support.in_process import Loom, is_refused
 from support.nodes import echo, node
+from support.raw_client import publish_raw
 from support.wait import until
 
 from loom.bus import task_client
@@ -20,8 +20,9 @@ from loom.bus.dead_letters.admin import Letter
 from loom.runner.doctor.diagnosis import examine
 from loom.schemas.base import MAX_MESSAGE_BYTES, encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Envelope, Hop, Split, TaskRecord
+from loom.schemas.envelope import Envelope, Hop, Split
 from loom.schemas.errors import UnknownTask
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskAd
 
 EVIL = "hello [red]\x1b[31m\x9b"

@@ -22,10 +22,11 @@ from loom.bus import task_client
 from loom.bus.host_directory import AnnouncedHost
 from loom.bus.rewards import RewardBus
 from loom.schemas.base import decode
-from loom.schemas.envelope import SplitPlan, TaskRecord
 from loom.schemas.errors import UnknownTask
 from loom.schemas.identity import node_key
 from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.plan import SplitPlan
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
 
@@ -207,7 +208,7 @@ def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
     assert decode(json.dumps(told).encode(), TaskRecord).task_id == "report"
     assert "subtask end of report" in child
     assert re.search(r"report +succeeded .* \(4 subtasks\) tell it all", closed)
-    assert "not divided: no model is there to plan" in undivided
+    assert "not divided: no model is configured to plan" in undivided
     assert "subtasks done" not in undivided
 
 

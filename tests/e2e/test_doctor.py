@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from support.command import command, loom
-from support.phases import ad, envelope
+from support.phase_harness import ad, envelope
 from support.rewards import reward
 from support.wait import until
 

@@ -13,10 +13,10 @@ from support.wait import until
 from loom import Runtime, TaskAd
 from loom.bus import task_client
 from loom.bus.bus import Bus
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import AgentFailed, BusUnavailable, Cancelled, InvalidTask, LoomError, NoBids, UnknownTask
 from loom.schemas.events import TextDelta
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
 from loom.types import CapabilityProfile, ClusterConfig
 

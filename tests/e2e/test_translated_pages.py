@@ -5,8 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+from support.cli_parsing import accepted
 from support.programs import output_of
-from support.words import accepted
 
 ROOT = Path(__file__).parents[2]
 FRONT = "README.zh-CN.md"

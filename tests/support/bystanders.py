@@ -22,7 +22,7 @@ from loom.bus.natsio.transport.message import Msg
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.envelope import PHASES
 from loom.schemas.errors import LoomError
-from support.chaos import Cast
+from support.kill_schedule import Cast
 from support.wait import until
 
 AGENTS = Path(__file__).parents[1] / "data" / "troublesome_agents.py"

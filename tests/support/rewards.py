@@ -5,7 +5,7 @@ from typing import Any
 
 from loom.bus.rewards import RewardBus
 from loom.schemas.learning import Reward
-from support.phases import Stage
+from support.phase_harness import Stage
 
 
 def reward(n: int, node: str = "n1", score: float = 1.0, **facts: Any) -> Reward:

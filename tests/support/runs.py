@@ -12,7 +12,7 @@ from loom.phases.execute.run_stream import Hosts, Interrupt, RunStream
 from loom.phases.execute.stops import Stops
 from loom.schemas.base import new_id
 from loom.schemas.run import RunEvent, RunRequest, Stop, read_events
-from support.phases import Stage
+from support.phase_harness import Stage
 from support.wait import until
 
 

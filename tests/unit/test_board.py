@@ -4,13 +4,14 @@ from io import StringIO
 from typing import Any
 
 from rich.console import Console
-from support.phases import call_for_bids
+from support.phase_harness import call_for_bids
 
 from loom.bus.subjects import Subjects
 from loom.bus.tap import Seen
 from loom.runner.cli.views.run_progress import Progress, line, live_table
 from loom.runner.cli.views.run_state import RunState
-from loom.schemas.envelope import Award, Envelope, Spec, Split
+from loom.schemas.auction import Award
+from loom.schemas.envelope import Envelope, Spec, Split
 from loom.schemas.events import TextDelta
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward
 from loom.schemas.notices import ParentEnded, SubtaskEnded

@@ -19,7 +19,8 @@ from loom.runner.cli.entry import run_to_end, unless_lost, until_lost
 from loom.runner.cli.views.answer_stream import Transcript
 from loom.runner.cli.views.message_lines import _FACTS, as_object, describe
 from loom.runner.cli.views.tables import one_line, printable
-from loom.schemas.envelope import Award, Envelope, Split
+from loom.schemas.auction import Award
+from loom.schemas.envelope import Envelope, Split
 from loom.schemas.errors import BusUnavailable, InvalidTask
 from loom.schemas.notices import Notice, ParentEnded, PlanTimeout, SubtaskEnded
 from loom.schemas.task import TaskAd

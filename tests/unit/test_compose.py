@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.words import accepted
+from support.cli_parsing import accepted
 
 from loom.bus.topology import MIN_SERVER
 from loom.schemas.config import ClusterConfig

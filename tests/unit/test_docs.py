@@ -10,15 +10,16 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from support.cli_parsing import accepted
 from support.pages import PAGES, ROOT, anchors, commands, text_of
-from support.words import accepted
 
 from loom.bus.bus import Bus
 from loom.bus.subjects import FAMILIES
 from loom.bus.topology import LANES, streams
 from loom.runner.doctor import agreement, diagnosis, working
+from loom.schemas.checks.ad import parse_ad
 from loom.schemas.config import ClusterConfig
-from loom.schemas.task import domain_token, parse_ad
+from loom.schemas.tokens import domain_token
 
 DOCS = ROOT / "docs"
 SUBJECTS = DOCS / "subjects.md"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.values import json_values
+from support.strategies import json_values
 
 from loom.schemas.base import MAX_MESSAGE_BYTES, Undecodable, encode
 from loom.schemas.events import TextDelta

@@ -5,7 +5,7 @@ import string
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.values import tokens
+from support.strategies import tokens
 
 from loom.bus.subjects import FAMILIES, Family, Subjects
 from loom.schemas.errors import InvalidTask

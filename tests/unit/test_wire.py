@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.values import fields_of, float_fields, json_values, message_types, messages, with_unknown_field
+from support.strategies import fields_of, float_fields, json_values, message_types, messages, with_unknown_field
 
 from loom.schemas.base import (
     MAX_JSON_DEPTH,

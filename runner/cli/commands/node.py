@@ -8,7 +8,7 @@ from rich.text import Text
 
 from loom.bus.bus import Bus
 from loom.bus.hops.duplicates import store_once
-from loom.phases.adapt.retirement_policy import bequest
+from loom.phases.adapt.retirement_policy import inherited_rewards
 from loom.phases.adapt.reward_weights import attempt_id
 from loom.runner.cli.common import AsLines, connected, domain_slug, node_name, print_json
 from loom.runner.cli.entry import prepare, run_to_end
@@ -20,7 +20,7 @@ from loom.runner.settings import Settings
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import node_key, qualified, split_qualified
 from loom.schemas.learning import NodeProfile, Reward
-from loom.schemas.task import is_token
+from loom.schemas.tokens import is_token
 
 EXAMPLES = """
     loom node ls
@@ -159,7 +159,7 @@ async def _move(settings: Settings, before: _Node, after: _Node) -> None:
     async with connected(settings) as bus:
         profiles = bus.bucket("nodes", NodeProfile)
         stored, heir = await profiles.get(node_key(*before)), await profiles.get(node_key(*after))
-        rewards = list(bequest(stored.value, *after, why=f"is now {after}")) if stored is not None else []
+        rewards = list(inherited_rewards(stored.value, *after, why=f"is now {after}")) if stored is not None else []
         if stored is None or not rewards:
             raise NoEvidence(f"nothing is known of {before}: `loom node ls` lists the nodes with what is known of each")
         for reward in rewards:

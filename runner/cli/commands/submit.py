@@ -20,9 +20,10 @@ from loom.runner.cli.views.tables import one_line
 from loom.runner.session import check_phases
 from loom.runner.settings import Settings
 from loom.schemas.base import decode, encode
+from loom.schemas.checks.ad import parse_ad
 from loom.schemas.errors import InvalidTask
 from loom.schemas.events import StepStart, TextDelta
-from loom.schemas.task import Accepted, TaskAd, TaskResult, parse_ad
+from loom.schemas.task import Accepted, TaskAd, TaskResult
 
 ACCEPT_S = 6.0
 """A little longer than SENSE tries to store a submission."""

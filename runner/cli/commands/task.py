@@ -19,9 +19,9 @@ from loom.runner.cli.views.tables import console
 from loom.runner.cli.views.task_details import show_task, show_waiting
 from loom.runner.cli.views.task_table import task_table
 from loom.runner.settings import Settings
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.identity import PUBLIC
 from loom.schemas.learning import Reward
+from loom.schemas.record import TaskRecord
 
 REWARDS_S = 5.0
 """Longest search for a task's rewards."""

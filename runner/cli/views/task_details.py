@@ -13,9 +13,11 @@ from loom.runner.cli.views.run_progress import STYLES
 from loom.runner.cli.views.subtask_tree import Division, progress_of, tree
 from loom.runner.cli.views.tables import one_line, printable, show, table_of
 from loom.runner.cli.views.task_timeline import Try, handed_in_at, tries, turns
-from loom.schemas.envelope import Award, ScoredBid, SplitPlan, TaskRecord
+from loom.schemas.auction import Award, ScoredBid
 from loom.schemas.identity import JUDGE, PUBLIC, RULES
 from loom.schemas.learning import Reward
+from loom.schemas.plan import SplitPlan
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Submission, TaskError
 
 ANSWER_LINES = 12

@@ -9,7 +9,7 @@ from loom.runner.cli.common import add_row, clock, span
 from loom.runner.cli.views.run_progress import STYLES
 from loom.runner.cli.views.tables import one_line, short, table_of
 from loom.runner.cli.views.task_timeline import handed_in_at
-from loom.schemas.envelope import TaskRecord
+from loom.schemas.record import TaskRecord
 
 
 def task_table(records: Sequence[TaskRecord]) -> Table:

@@ -19,15 +19,16 @@ from loom.bus.records import records
 from loom.bus.subjects import Parsed
 from loom.bus.topology import Lane
 from loom.runner.services import PhaseService, build
-from loom.schemas.auction import AnnouncedNode, Bid, CallForBids, HostAnnouncement, Lot, Offer
+from loom.schemas.auction import AnnouncedNode, Award, Bid, CallForBids, HostAnnouncement, Lot, Offer
 from loom.schemas.base import decode, encode, new_id
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Claim, Envelope, Phase, Spec, TaskRecord
+from loom.schemas.envelope import Claim, Envelope, Phase, Spec
 from loom.schemas.events import SubtaskEvent
 from loom.schemas.identity import LOCAL, Identity
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.llm import LLMProvider
 from loom.schemas.notices import ParentEnded, SubtaskEnded, read_scale_message
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import Delta, RunEvent, RunKind, RunRequest, Stop
 from loom.schemas.task import ErrorReply, RunResult, Submission, TaskAd, TaskError, TaskResult
 from support.wait import until

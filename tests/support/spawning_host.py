@@ -17,7 +17,7 @@ from loom.schemas.auction import (
 from loom.schemas.base import decode, new_id
 from loom.schemas.run import RunEvent, RunRequest, read_events
 from loom.types import AgentNode
-from support.phases import Stage, call_for_bids
+from support.phase_harness import Stage, call_for_bids
 from support.runs import event_subject
 from support.wait import until
 
@@ -93,8 +93,7 @@ async def place(
 ) -> Place:
     bus = await stage.connect("node")
     nursery = NodeAutoscaler(bus, lambda: nodes, max_nodes=max_nodes, skills=skills)
-    host = NodeHost(bus, nursery.nodes, **rooms)
+    host = NodeHost(bus, nursery.nodes, spawner=nursery, **rooms)
     await host.start()
-    await nursery.start(host)
     stage._stack.push_async_callback(host.drain, 0)
     return Place(stage, host, nursery)

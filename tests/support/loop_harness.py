@@ -16,7 +16,7 @@ from loom.bus.natsio.server_errors import Refused
 from loom.bus.topology import SCALE_LANE, Lane
 from loom.schemas.base import decode
 from loom.schemas.envelope import Envelope
-from support.buses import Heard
+from support.bus_helpers import Heard
 from support.wait import until
 
 Handle = Callable[[Any, Delivery], Awaitable[Outcome]]

@@ -12,8 +12,8 @@ from statistics import median
 
 from support.wait import until
 
+from bench.bench_cluster import Town, ad, whole_loop
 from bench.measure import cpu_s, rss_mb, said
-from bench.town import Town, ad, whole_loop
 from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
 from loom.schemas.base import new_id

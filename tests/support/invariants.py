@@ -1,6 +1,6 @@
 """The account of a cluster under faults: what was accepted must be found ended, once, and nothing may be left over.
 
-Run as a script for a long account: `python -m support.ledger --tasks 2000 --kills 60 --seed 1`, with tests/ on
+Run as a script for a long account: `python -m support.invariants --tasks 2000 --kills 60 --seed 1`, with tests/ on
 PYTHONPATH; with `--parts 8 --tasks 50` the tasks are divided, and what a subtask costs is measured first. With
 `--mixed` some tasks are cancelled, some delegate, some are divided, and processes are also stopped for 5 to 40 s.
 """
@@ -26,11 +26,13 @@ from loom.bus.topology import stream_state
 from loom.phases.adapt.evidence import apply_reward
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.base import decode, new_id
-from loom.schemas.envelope import PHASES, SplitPlan, TaskRecord
+from loom.schemas.envelope import PHASES
 from loom.schemas.errors import LoomError
 from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.plan import SplitPlan
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskAd, TaskState
-from support.chaos import Cast, schedule
+from support.kill_schedule import Cast, schedule
 from support.wait import until
 
 AGENTS = Path(__file__).parents[1] / "data" / "ledger_agents.py"

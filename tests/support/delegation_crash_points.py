@@ -7,14 +7,14 @@ from typing import Any
 from loom.bus.natsio.publishing import PubAckFuture
 from loom.phases.execute.delegation import Delegations
 from loom.phases.execute.run_stream import RunStream
-from support.crashing import Orders, Patch, after, before, begins_a_task, phase, sent
+from support.crash_process import Orders, Patch, after, before, begins_a_task, phase, sent
 
 POINTS: dict[str, Patch] = {
     "heard": before(Delegations, "_run"),
-    "noted": after(Delegations, "_note"),
+    "noted": after(Delegations, "_record"),
     "stored": sent(PubAckFuture, "ack", begins_a_task),
-    "ended": before(RunStream, "hand"),
-    "handed": after(RunStream, "hand"),
+    "ended": before(RunStream, "send_answer"),
+    "handed": after(RunStream, "send_answer"),
 }
 """Where it may die or stop -> how to have it do so."""
 
