@@ -35,18 +35,21 @@ EXAMPLES = """
     loom submit --ad task.json --task-id nightly-1
 """
 
+AdFile = Annotated[
+    str | None,
+    typer.Option("--ad", metavar="FILE", help="JSON file with a task ad; - is stdin. Options override its fields."),
+]
+TaskIdOption = Annotated[
+    str | None, typer.Option("--task-id", metavar="ID", help="Id of the task; submitting it again is safe.")
+]
+
 
 def submit(
     description: Annotated[
         str | None, typer.Argument(metavar="DESCRIPTION", help="The work, in words; - reads it from stdin.")
     ] = None,
-    ad: Annotated[
-        str | None,
-        typer.Option("--ad", metavar="FILE", help="JSON file with a task ad; - is stdin. Options override its fields."),
-    ] = None,
-    task_id: Annotated[
-        str | None, typer.Option("--task-id", metavar="ID", help="Id of the task; submitting it again is safe.")
-    ] = None,
+    ad: AdFile = None,
+    task_id: TaskIdOption = None,
     domain: Annotated[str | None, typer.Option(help="Field of knowledge; without it SENSE decides.")] = None,
     priority: Annotated[
         str | None, typer.Option(metavar="low|normal|high|critical", help="Urgency; normal if absent.")
