@@ -9,10 +9,9 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from loom.runner.cli.commands import backup, dead, doctor, host, init, node, phase, reward, run, submit, tap, task, up
-from loom.runner.cli.groups import epilog
+from loom.runner.cli.groups import Commands, Group, epilog
 from loom.runner.cli.process_exit import end
 from loom.runner.cli.views.tables import one_line
 from loom.schemas.errors import LoomError
@@ -39,7 +38,7 @@ EXAMPLES = """
 """
 
 
-class _InOrder(TyperGroup):
+class _InOrder(Group):
     """Lists the commands panel by panel, not commands first and groups second."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -49,9 +48,7 @@ class _InOrder(TyperGroup):
         return sorted(names, key=lambda name: panels.index(getattr(self.commands[name], "rich_help_panel", DAILY)))
 
 
-app = typer.Typer(
-    name="loom", cls=_InOrder, epilog=epilog(EXAMPLES), add_completion=False, pretty_exceptions_enable=False
-)
+app = Commands(name="loom", cls=_InOrder, epilog=epilog(EXAMPLES), add_completion=False, pretty_exceptions_enable=False)
 for command, examples in (
     (up.up, up.EXAMPLES),
     (run.run, run.EXAMPLES),
@@ -59,7 +56,7 @@ for command, examples in (
     (tap.tap, tap.EXAMPLES),
     (doctor.doctor, doctor.EXAMPLES),
 ):
-    app.command(rich_help_panel=DAILY, epilog=epilog(examples))(command)
+    app.add(command, examples, rich_help_panel=DAILY)
 for group, name in (
     (task.app, "task"),
     (node.app, "node"),
@@ -69,9 +66,9 @@ for group, name in (
     (dead.app, "dead"),
 ):
     app.add_typer(group, name=name, rich_help_panel=RESOURCES)
-app.command(rich_help_panel=ADMINISTRATION, epilog=epilog(init.EXAMPLES))(init.init)
-app.command(rich_help_panel=ADMINISTRATION, epilog=epilog(backup.EXAMPLES))(backup.backup)
-app.command(rich_help_panel=ADMINISTRATION, epilog=epilog(backup.EXAMPLES))(backup.restore)
+app.add(init.init, init.EXAMPLES, rich_help_panel=ADMINISTRATION)
+app.add(backup.backup, backup.EXAMPLES, rich_help_panel=ADMINISTRATION)
+app.add(backup.restore, backup.EXAMPLES, rich_help_panel=ADMINISTRATION)
 
 
 def _show_version(wanted: bool) -> None:

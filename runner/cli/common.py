@@ -117,6 +117,14 @@ def clock(at: float) -> str:
     return then.strftime("%H:%M:%S" if then.date() == today.date() else "%d %b %H:%M")
 
 
+def age(duration_s: float) -> str:
+    """Return a duration in its largest unit: 12s, 5m, 3h, 2d."""
+    for unit, seconds_of_unit in reversed(UNITS.items()):
+        if duration_s >= seconds_of_unit:
+            return f"{int(duration_s / seconds_of_unit)}{unit}"
+    return "0s"
+
+
 def span(duration_s: float) -> str:
     """Return a duration in three figures or so: 0.4 ms, 85 ms, 1.25 s, 63 s, 12 min."""
     if duration_s < 0.01:  # noqa: PLR2004 - where milliseconds want a digit more

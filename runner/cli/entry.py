@@ -96,20 +96,25 @@ def run_to_end(work: Coroutine[Any, Any, T], *, limit_s: float | None = None) ->
 
 
 def run_service(
-    work: Coroutine[Any, Any, None], *, limit_s: float | None = None, last_words: Callable[[], None] | None = None
+    work: Coroutine[Any, Any, None],
+    *,
+    limit_s: float | None = None,
+    last_words: Callable[[], None] | None = None,
+    on_stop: Callable[[], str] | None = None,
 ) -> None:
     """Run `work` until SIGINT or SIGTERM cancels it, which is its normal end; a second signal hurries its drain.
 
     Args:
         limit_s: As of StopSignals, for work that runs user code.
         last_words: As of StopSignals.
+        on_stop: As of StopSignals.
     """
     new_loop = _chosen_loop(work)
 
     async def until_signalled() -> None:
         loop = asyncio.get_running_loop()
         service = loop.create_task(work)
-        signals = StopSignals(loop, service.cancel, limit_s=limit_s, last_words=last_words or _nothing)
+        signals = StopSignals(loop, service.cancel, limit_s=limit_s, last_words=last_words or _nothing, on_stop=on_stop)
         with signals, contextlib.suppress(asyncio.CancelledError):
             await service
 

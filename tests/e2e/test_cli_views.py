@@ -310,7 +310,7 @@ async def test_a_tap_tells_the_past_and_goes_on_with_what_it_was_asked_for(here:
         ("reward add nosuch 1", 1, "unknown_task: "),
         ("reward add t1 1.5", 2, "invalid_task: score must be from 0 to 1"),
         ("reward add going 1", 2, "invalid_task: only a task that a node has finished"),
-        ("task ls --state lost", 2, "bad_usage: Invalid value for --state: 'lost' is not one of running"),
+        ("task ls --state lost", 2, "bad_usage: Invalid value for --state: 'lost' is not one of queued"),
         ("tap --since soon", 2, "bad_usage: Invalid value: 'soon' is not a time; write it like 90s"),
         ("tap --phase brew", 2, "bad_usage: Invalid value for --phase: 'brew' is not one of sense"),
         ("reward ls --node a.b.c", 2, "invalid_task: owner must match"),
@@ -363,7 +363,7 @@ def test_an_empty_cluster_is_told_in_a_sentence(
         tasks, rewards, nodes = loom("task ls"), loom("reward ls"), loom("node ls")
         assert loom("task ls --json") == loom("reward ls --json") == loom("node ls --json") == (0, "", "")
 
-    assert tasks == (0, 'no tasks yet: hand one in with `loom submit "what is to do"`\n', "")
+    assert tasks == (0, 'no tasks yet: submit one with `loom submit "what is to do"`\n', "")
     assert rewards == (0, "no rewards yet: they come with the first ended task\n", "")
     assert nodes == (0, "no nodes are alive or remembered: start some with `loom host run FILE.py`\n", "")
     assert threading.active_count() < 10

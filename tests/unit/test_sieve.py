@@ -123,7 +123,7 @@ def test_a_task_comes_with_its_parts_and_theirs() -> None:
 
 def test_what_ended_before_a_tap_is_known_to_be_a_part_of_its_task() -> None:
     sieve = MessageFilter(task="t1")
-    sieve.hear_of(part("c1", of="t1").message)
+    sieve.remember_subtask(part("c1", of="t1").message)
 
     assert through(sieve, result("c1"), result("c2")) == [0]
 

@@ -18,7 +18,7 @@ from loom.phases.adapt.rebuild import WRONG, Compared, Rebuilt, compare, repair
 from loom.phases.adapt.reward_weights import weights_of
 from loom.runner.cli.common import MANY, AsLines, TaskId, add_row, clock, connected, domain_slug, print_json
 from loom.runner.cli.entry import prepare, run_to_end, unless_lost
-from loom.runner.cli.groups import command_group, epilog
+from loom.runner.cli.groups import command_group
 from loom.runner.cli.views.tables import console, one_line, short, table_of
 from loom.runner.settings import Settings
 from loom.schemas.base import Undecodable, decode
@@ -41,10 +41,7 @@ EXAMPLES = """
     loom reward rebuild --write
 """
 
-app = command_group("List rewards, add your own, and rebuild profiles from them.", EXAMPLES)
 
-
-@app.command(epilog=epilog(EXAMPLES))
 def ls(
     follow: Annotated[bool, typer.Option("--follow", help="Go on with new ones until Ctrl-C.")] = False,
     node: Annotated[str | None, typer.Option(metavar="NODE", help="Only this node's, or owner.node's.")] = None,
@@ -126,7 +123,6 @@ def line_of(given: Reward, at: float) -> Text:
     )
 
 
-@app.command()
 def add(
     task_id: TaskId,
     score: Annotated[float, typer.Argument(metavar="SCORE", help="0 useless to 1 perfect.")],
@@ -146,7 +142,6 @@ async def _add(settings: Settings, task_id: str, score: float, reason: str) -> N
     typer.echo(f"{given.score:.2f} for {given.node} in {given.domain_token}")
 
 
-@app.command()
 def rebuild(
     write: Annotated[bool, typer.Option("--write", help="Store the rebuilt profile where another is stored.")] = False,
     as_json: AsLines = False,
@@ -219,3 +214,6 @@ def _comparison(compared: Sequence[Compared]) -> Table:
 
 def _told(profile: NodeProfile | None) -> str:
     return f"{profile.total_tasks} {profile.success_rate:.2f}" if profile else "-"
+
+
+app = command_group("List rewards, add your own, and rebuild profiles from them.", EXAMPLES, ls, add, rebuild)
