@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from loom.runner.cli.command_groups import Commands, Group, epilog
 from loom.runner.cli.commands import backup, dead, doctor, host, init, node, phase, reward, run, submit, tap, task, up
-from loom.runner.cli.groups import Commands, Group, epilog
 from loom.runner.cli.process_exit import end
 from loom.runner.cli.views.tables import one_line
 from loom.schemas.errors import LoomError

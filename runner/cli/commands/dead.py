@@ -12,9 +12,9 @@ from rich.text import Text
 from loom.bus.bus import Bus
 from loom.bus.dead_letters import admin
 from loom.bus.dead_letters.admin import Letter, UnknownLetter
+from loom.runner.cli.command_groups import command_group
 from loom.runner.cli.common import MANY, AsLines, add_row, clock, connected, print_json
 from loom.runner.cli.entry import prepare, run_to_end
-from loom.runner.cli.groups import command_group
 from loom.runner.cli.views.tables import console, one_line, printable, short, table_of
 from loom.runner.settings import Settings
 from loom.schemas.base import encode

@@ -17,10 +17,10 @@ from loom.bus.logs import left_out
 from loom.bus.logs.left_out import LeftOut
 from loom.bus.logs.logger import get_logger
 from loom.bus.service_discovery import health_reports
+from loom.runner.cli.command_groups import command_group
 from loom.runner.cli.common import AsLines, add_row, connected, print_json
 from loom.runner.cli.entry import DEFAULT_URL, FOREVER_S, prepare, report_ready, run_service, run_to_end, until_lost
 from loom.runner.cli.file_lifespan import entered
-from loom.runner.cli.groups import command_group
 from loom.runner.cli.input_files import NodeFile, load_node_file
 from loom.runner.cli.process_exit import EXTRA_S
 from loom.runner.cli.views.tables import console, one_line, table_of

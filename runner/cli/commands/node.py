@@ -10,9 +10,9 @@ from loom.bus.bus import Bus
 from loom.bus.hops.duplicates import store_once
 from loom.phases.adapt.retirement_policy import inherited_rewards
 from loom.phases.adapt.reward_weights import attempt_id
+from loom.runner.cli.command_groups import command_group
 from loom.runner.cli.common import AsLines, connected, domain_slug, node_name, print_json
 from loom.runner.cli.entry import prepare, run_to_end
-from loom.runner.cli.groups import command_group
 from loom.runner.cli.views.node_tables import domain_table, domains_of_node_table, node_table, state_of
 from loom.runner.cli.views.tables import console, one_line
 from loom.runner.node_overview import NodeOverview, node_overviews

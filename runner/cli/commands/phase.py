@@ -8,8 +8,8 @@ import typer
 from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
 from loom.runner import log_output
+from loom.runner.cli.command_groups import command_group
 from loom.runner.cli.entry import DEFAULT_URL, FOREVER_S, phase_model, prepare, report_ready, run_service, until_lost
-from loom.runner.cli.groups import command_group
 from loom.runner.services import running_phases
 from loom.runner.settings import Settings
 from loom.runner.supervisor import STOP_GRACE_S, end_with_parent
@@ -47,12 +47,12 @@ def _phases(names: list[str]) -> tuple[Phase, ...]:
 
 
 async def _run(settings: Settings, names: tuple[Phase, ...]) -> None:
-    async with phases_on(settings.nats_url or DEFAULT_URL, names, settings, init=False) as bus:
+    async with phases_at(settings.nats_url or DEFAULT_URL, names, settings, init=False) as bus:
         report_ready(f"{', '.join(names)} on {bus.connection.address}")
         await until_lost(bus)
 
 
-def phases_on(
+def phases_at(
     url: str, names: tuple[Phase, ...], settings: Settings, *, init: bool
 ) -> AbstractAsyncContextManager[Bus]:
     """Return a context manager that runs phases on the server at `url` and waits for that server without limit.

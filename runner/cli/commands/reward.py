@@ -16,9 +16,9 @@ from loom.bus.stored_rewards import fault_of
 from loom.phases.adapt.evidence import forgets
 from loom.phases.adapt.rebuild import WRONG, Compared, Rebuilt, compare, repair
 from loom.phases.adapt.reward_weights import weights_of
+from loom.runner.cli.command_groups import command_group
 from loom.runner.cli.common import MANY, AsLines, TaskId, add_row, clock, connected, domain_slug, print_json
 from loom.runner.cli.entry import prepare, run_to_end, unless_lost
-from loom.runner.cli.groups import command_group
 from loom.runner.cli.views.tables import console, one_line, short, table_of
 from loom.runner.settings import Settings
 from loom.schemas.base import Undecodable, decode

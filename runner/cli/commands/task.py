@@ -12,9 +12,9 @@ from loom.bus.bus import Bus
 from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
 from loom.bus.queries import FoundTask, find_task, recent_records, records_stream, rewards_since
 from loom.bus.topology import stream_state
+from loom.runner.cli.command_groups import command_group
 from loom.runner.cli.common import MANY, AsLines, TaskId, client_bus, connected, domain_slug, node_name, print_json
 from loom.runner.cli.entry import prepare, run_to_end, unless_lost
-from loom.runner.cli.groups import command_group
 from loom.runner.cli.label_option import LabelPairs, labels_of
 from loom.runner.cli.views.subtask_tree import Division, read_division
 from loom.runner.cli.views.tables import console
