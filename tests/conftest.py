@@ -3,7 +3,7 @@
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, settings
 from support.command import FOREIGN
 from support.process_state import process_state_restored
 
+from loom.bus.bus import Bus
 from loom.runner.server.nats_server import NatsServer, find_server
+from loom.runner.services import running_phases
 from loom.schemas.errors import BusUnavailable
 
 RAM_DISK = Path("/dev/shm")  # making hundreds of streams is three times as fast there
@@ -70,5 +72,29 @@ def nats_url() -> Iterator[str]:
 
 @pytest.fixture
 def namespace() -> str:
-    """A namespace nobody else uses."""
+    """A namespace of the test's own."""
     return f"t{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+def on_bus(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """The environment of a process that uses the shared server; returns address and namespace."""
+    monkeypatch.setenv("NATS_URL", nats_url)
+    monkeypatch.setenv("LOOM_NAMESPACE", namespace)
+    return nats_url, namespace
+
+
+@pytest.fixture
+async def phases(on_bus: tuple[str, str]) -> AsyncIterator[Bus]:
+    """All six phases on the shared server."""
+    url, namespace = on_bus
+    async with running_phases(url, namespace=namespace) as bus:
+        yield bus
+
+
+@pytest.fixture
+async def client(on_bus: tuple[str, str]) -> AsyncIterator[Bus]:
+    """A client's connection."""
+    url, namespace = on_bus
+    async with Bus(url, namespace=namespace) as bus:
+        yield bus

@@ -5,12 +5,17 @@ from collections.abc import Mapping
 
 from loom.bus.bus import Bus
 from loom.bus.hops.duplicates import store_once
+from loom.bus.host_directory import AnnouncedHost, LiveHosts
 from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.requests import NoResponders
-from loom.phases.adapt.census import Census
 from loom.phases.adapt.lease import acquire_lease
-from loom.phases.adapt.retirement_policy import Retirement, due_retirements, heir, inherited_rewards
+from loom.phases.adapt.retirement_policy import (
+    Retirement,
+    due_retirements,
+    heir,
+    inherited_rewards,
+)
 from loom.schemas.auction import RetireReply, RetireRequest
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.config import ClusterConfig
@@ -41,12 +46,12 @@ class RetirementSweeper:
         self._bus = bus
         self._config = config
         self._profiles = profiles
-        self._census = Census(bus)
+        self._live_hosts = LiveHosts(bus)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Subscribe to announcements, and start to sweep."""
-        await self._census.start()
+        await self._live_hosts.start()
         self._task = self._bus.tasks.spawn(self._run(), name="retire nodes", essential=True)
 
     async def stop(self) -> None:
@@ -54,7 +59,7 @@ class RetirementSweeper:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await self._census.stop()
+        await self._live_hosts.stop()
 
     async def _run(self) -> None:
         while True:
@@ -64,9 +69,12 @@ class RetirementSweeper:
             except LoomError as error:
                 log.warning("retirement_sweep_failed", **error_fields(error))
 
+    def _hosts(self) -> list[AnnouncedHost]:
+        return [host for host in self._live_hosts.hosts() if not host.draining]
+
     async def _sweep(self) -> None:
         """Retire the first due node whose host accepts the request."""
-        due = due_retirements(self._census.hosts(), self._profiles, self._config)[:MAX_REQUESTS]
+        due = due_retirements(self._hosts(), self._profiles, self._config)[:MAX_REQUESTS]
         if not due or not await acquire_lease(self._bus, LEASE):
             return
         for retirement in due:
@@ -92,13 +100,13 @@ class RetirementSweeper:
             log.debug("node_retirement_declined", node_id=node_id, decline=reply.decline)
             return False
         log.info("node_retirement_requested", node_id=node_id, host=str(host), reason=retirement.reason)
-        self._census.note_retiring(host, node_id)
+        self._live_hosts.mark_retiring(host, node_id)
         return True
 
     async def _publish_inheritance(self, key: str) -> None:
         """Publish the evidence of a retired node as rewards of its heir."""
         profile = self._profiles.get(key)
-        heir_id = None if profile is None else heir(profile, self._census.hosts(), self._profiles)
+        heir_id = None if profile is None else heir(profile, self._hosts(), self._profiles)
         if profile is None or heir_id is None:
             return
         for reward in inherited_rewards(profile, profile.owner, heir_id):

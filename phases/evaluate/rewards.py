@@ -1,10 +1,9 @@
 """The rewards that results, failures and ended records imply. Pure."""
 
-from loom.bus.rewards import RewardBus
 from loom.phases.evaluate.decisions import COUNTED, INVALID
 from loom.schemas.envelope import Envelope
 from loom.schemas.identity import JUDGE, RULES
-from loom.schemas.learning import Reward, Signal
+from loom.schemas.learning import Reward, Signal, success_signal
 from loom.schemas.record import REJECTED, TaskRecord
 from loom.schemas.task import RunResult, TaskError
 
@@ -76,7 +75,7 @@ def _estimated(envelope: Envelope) -> float | None:
 
 
 def _signal(envelope: Envelope, result: RunResult) -> Signal:
-    return RewardBus().compute_signal(envelope.ad, True, result.tokens, result.tool_errors)
+    return success_signal(envelope.ad, result.tokens, result.tool_errors)
 
 
 def implied_rewards(record: TaskRecord) -> tuple[Reward, ...]:

@@ -13,7 +13,7 @@ from loom.bus.hops.duplicates import store_once
 from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.records import records, update_record
+from loom.bus.records import records
 from loom.bus.task_client import cancel_and_confirm
 from loom.phases.execute.fencing import ownership
 from loom.phases.execute.run_stream import RunStream
@@ -208,7 +208,7 @@ class Delegations:
             return replace(record, delegated=(*record.delegated, task_id)[-MAX_DELEGATED:])
 
         async with self._recording:  # concurrent writes of one run would only conflict
-            entry = await update_record(self._records, self._envelope.task_id, add)
+            entry = await self._records.update_with(self._envelope.task_id, add)
         return entry is not None and self._owns_claim(entry.value)
 
     def _owns_claim(self, record: TaskRecord) -> bool:

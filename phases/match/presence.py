@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 
-from loom.bus.host_directory import HEARD_S, HostKey
+from loom.bus.host_directory import ALIVE_S, HostKey
 
 MAX_MISSED_WINDOWS = 3
 """Number of bid windows a host may miss before auctions stop waiting for it."""
@@ -170,7 +170,7 @@ class HostPresence:
         return oldest is not None
 
     def _expire(self) -> None:
-        since = self._clock() - HEARD_S
+        since = self._clock() - ALIVE_S
         for hosts in (self._proven, self._unproven):
             while hosts and hosts[oldest := next(iter(hosts))] < since:
                 self.remove(oldest)

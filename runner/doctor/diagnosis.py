@@ -7,10 +7,10 @@ from typing import Any, Final
 
 from loom.bus import topology
 from loom.bus.bus import Bus
-from loom.bus.hops.orphans import find as find_orphans
+from loom.bus.hops.orphans import find_orphans
 from loom.bus.host_directory import AnnouncedHost, announced_hosts
 from loom.bus.natsio.server_errors import Refused
-from loom.bus.service_discovery import ANSWER_S, Clocks, Present, clocks, discover, own_version, shared_settings
+from loom.bus.service_discovery import ANSWER_S, Clocks, ServiceInstance, clocks, discover, own_version, shared_settings
 from loom.bus.topology import MIN_SERVER, Inspection, Part
 from loom.runner.doctor import agreement
 from loom.runner.doctor.findings import Finding
@@ -20,7 +20,7 @@ from loom.runner.doctor.findings import warn as _warn
 from loom.runner.doctor.working import working
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
-from loom.schemas.errors import BusUnavailable, Overloaded
+from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
 
 CLOCK_S: Final = 1.0
 """An offset from the server's clock that is worth a look; deadlines count in server time."""
@@ -178,7 +178,7 @@ async def storage(bus: Bus, seen: Inspection, config: ClusterConfig) -> Iterator
     there = {name: seen.streams[bus.subjects.stream(name)].info for name in probes}
     full = there["INTAKE"] is not None and int(there["INTAKE"]["state"]["messages"]) >= config.intake_limit
     asked = [name for name, info in there.items() if info is not None and not (full and name == "INTAKE")]
-    told = await asyncio.gather(*(topology.probe(bus, name, probes[name], within_s=PROBE_S) for name in asked))
+    told = await asyncio.gather(*(_probe(bus, name, probes[name]) for name in asked))
     troubles = [(bus.subjects.stream(name), why) for name, why in zip(asked, told, strict=True) if why is not None]
     disk = "make room on its disk, then restart nats-server: it does not write again by itself"
     found = [
@@ -190,7 +190,22 @@ async def storage(bus: Bus, seen: Inspection, config: ClusterConfig) -> Iterator
     return iter(found)
 
 
-def phases(there: list[Present]) -> Iterator[Finding]:
+async def _probe(bus: Bus, name: str, subject: str) -> LoomError | None:
+    """Store a message on a subject outside every lane and purge it; return the error if that fails.
+
+    Args:
+        name: INTAKE or TASKS.
+        subject: A subject of that stream that no consumer filters for.
+    """
+    try:
+        await bus.jetstream.publish(subject, b"", within_s=PROBE_S)
+        await bus.jetstream.api(f"STREAM.PURGE.{bus.subjects.stream(name)}", {"filter": subject})
+    except LoomError as error:
+        return error
+    return None
+
+
+def phases(there: list[ServiceInstance]) -> Iterator[Finding]:
     """Judge which phases answer, and whether they are of one version."""
     for name in PHASES:
         versions = [each.version for each in there if each.metadata["service"] == name]

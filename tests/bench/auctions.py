@@ -5,7 +5,7 @@ from pathlib import Path
 
 from support.wait import until
 
-from bench.bench_cluster import Town, ad, town
+from bench.bench_cluster import BenchCluster, ad, bench_cluster
 from bench.measure import closed_loop, quantile, said
 from loom.bus import topology
 from loom.bus.bus import Bus
@@ -30,7 +30,7 @@ MOST_TIMES_DEARER, MOST_P50_MS = 3.0, 25.0
 
 async def auction(hosts: int, nodes_each: int, auctions: int) -> tuple[float, float]:
     """Return p50 and p99 of awarding one task after another, in ms."""
-    async with town() as running:
+    async with bench_cluster() as running:
         bus = await running.connection(role="match")
         await topology.apply(bus, ClusterConfig())
         names = await _start_hosts(running, hosts, nodes_each)
@@ -57,7 +57,7 @@ async def auction(hosts: int, nodes_each: int, auctions: int) -> tuple[float, fl
     return 1e3 * quantile(times, 0.5), 1e3 * quantile(times, 0.99)
 
 
-async def _start_hosts(running: Town, hosts: int, nodes_each: int) -> list[str]:
+async def _start_hosts(running: BenchCluster, hosts: int, nodes_each: int) -> list[str]:
     """Start hosts spread over a few processes, and return the names of their nodes."""
     names = []
     processes = min(PROCESSES, hosts)

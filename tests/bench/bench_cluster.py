@@ -1,4 +1,4 @@
-"""A cluster of processes to measure: a server, phases in one process or in six, two node hosts."""
+"""A cluster of processes for benchmarks: a server, phases in one process or in six, two node hosts."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ SLOTS = 512
 WITHIN_S = 60
 
 
-class Town:
+class BenchCluster:
     """A running cluster, and a client of it in this process."""
 
     def __init__(self, url: str, server_pid: int, folder: Path, stack: AsyncExitStack, **environment: str) -> None:
@@ -76,7 +76,7 @@ class Town:
         self.processes["submitter"] = os.getpid()
 
     async def connection(self, *, role: str) -> Bus:
-        """Return one more connection of this process, closed when the town is."""
+        """Return one more connection of this process, closed with the cluster."""
         return await self._stack.enter_async_context(Bus(self.url, role=role))
 
     async def carry(self, count: int, at_once: int) -> list[float]:
@@ -100,22 +100,22 @@ def ad(*, timeout_s: float = 300.0) -> TaskAd:
 
 
 @asynccontextmanager
-async def town() -> AsyncIterator[Town]:
-    """Run a server of its own, and what the body starts beside it."""
+async def bench_cluster() -> AsyncIterator[BenchCluster]:
+    """Run a server, and the processes that the body starts."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = NatsServer()
         stack.callback(server.stop)
         server.start()
-        yield Town(server.url, server.pid, folder, stack)
+        yield BenchCluster(server.url, server.pid, folder, stack)
 
 
 @asynccontextmanager
 async def whole_loop(
     *, together: bool = True, by_request: bool = False, profile: Path | None = None
-) -> AsyncIterator[Town]:
-    """Run a town whose phases are in one process, or in six."""
-    async with town() as running:
+) -> AsyncIterator[BenchCluster]:
+    """Run a cluster whose phases are in one process or in six."""
+    async with bench_cluster() as running:
         await running.phases(together=together, profile=profile)
         await running.hosts()
         await running.connect()

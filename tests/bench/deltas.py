@@ -11,7 +11,7 @@ from pathlib import Path
 
 from support.command import LOOM
 
-from bench.bench_cluster import SLOTS, WITHIN_S, Town, town
+from bench.bench_cluster import SLOTS, WITHIN_S, BenchCluster, bench_cluster
 from bench.measure import cpu_s, said
 from loom.bus import task_client
 from loom.bus.bus import Bus
@@ -61,7 +61,7 @@ async def listen(bus: Bus, pieces: int) -> Heard:
     return Heard(pieces=len(text) // 3, messages=len(texts), whole=whole, began=began, ended=ended)
 
 
-async def rate(running: Town, count: int, pieces: int) -> str:
+async def rate(running: BenchCluster, count: int, pieces: int) -> str:
     """Return what is to be said of so many tasks side by side."""
     before = {name: cpu_s(pid) for name, pid in running.processes.items()}
     heard = await asyncio.gather(*(listen(running.bus, pieces) for _ in range(count)))
@@ -90,7 +90,7 @@ async def deaf_client(url: str) -> AsyncIterator[None]:
 async def many_deltas(*, quick: bool) -> None:
     """Deltas a second on one task, on a hundred, and beside a client that does not read."""
     scale = 10 if quick else 1
-    async with town() as running:
+    async with bench_cluster() as running:
         await running.phases()
         words = (*LOOM, "host", "run", str(CHATTY_AGENT), "--slots", str(SLOTS))
         await running.start("host", *words, says=f" on {running.url}")

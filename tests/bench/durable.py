@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support.nats_cluster import NatsCluster
 
-from bench.bench_cluster import Town
+from bench.bench_cluster import BenchCluster
 from bench.measure import load
 from loom.runner.server.nats_server import NatsServer
 
@@ -41,13 +41,13 @@ async def durability(*, quick: bool) -> None:
     for said, serving, copies in (("one server", one(), 1), ("one, flushing", one("always"), 1), ("three", three(), 3)):
         async with serving as (url, pid), AsyncExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            town = Town(url, pid, folder, stack, LOOM_REPLICAS=str(copies))
-            await town.phases()
-            await town.hosts()
-            await town.connect()
-            await town.carry(WARM_UP, WARM_UP)
-            alone = await load(town, ALONE, 1)
-            many = await load(town, QUICK_TASKS if quick else TASKS, AT_ONCE)
+            running = BenchCluster(url, pid, folder, stack, LOOM_REPLICAS=str(copies))
+            await running.phases()
+            await running.hosts()
+            await running.connect()
+            await running.carry(WARM_UP, WARM_UP)
+            alone = await load(running, ALONE, 1)
+            many = await load(running, QUICK_TASKS if quick else TASKS, AT_ONCE)
             print(
                 f"{said:14} {many.per_s:6,.0f} tasks/s with {AT_ONCE} under way; p50 alone {alone.p50_ms:6.2f} ms;"
                 f" server {many.cpu_us['server']:,.0f} µs a task"

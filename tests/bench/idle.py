@@ -12,7 +12,7 @@ from statistics import median
 
 from support.wait import until
 
-from bench.bench_cluster import Town, ad, whole_loop
+from bench.bench_cluster import BenchCluster, ad, whole_loop
 from bench.measure import cpu_s, rss_mb, said
 from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
@@ -148,11 +148,11 @@ async def backlog(*, quick: bool, queued: int) -> None:
         )
 
 
-def _cpu(running: Town) -> dict[str, float]:
+def _cpu(running: BenchCluster) -> dict[str, float]:
     return {name: cpu_s(pid) for name, pid in running.processes.items()}
 
 
-def _told(running: Town, before: dict[str, float], tasks: int) -> str:
+def _told(running: BenchCluster, before: dict[str, float], tasks: int) -> str:
     """Return the words for what a task has taken since, by process."""
     took = {name: 1e6 * (now - before[name]) / max(tasks, 1) for name, now in _cpu(running).items()}
     return "CPU µs a task: " + ", ".join(f"{name} {each:,.0f}" for name, each in took.items())

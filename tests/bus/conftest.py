@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from support.bus_helpers import Connect
 from support.loop_harness import Phases
+from support.phase_harness import Stage
 
 from loom.bus import topology
 from loom.bus.bus import Bus
@@ -65,3 +66,10 @@ async def phases() -> AsyncIterator[Phases]:
     phases = Phases()
     yield phases
     await phases.stop()
+
+
+@pytest.fixture
+async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
+    """A namespace with its streams, in which a test starts phases and hosts and reads every message."""
+    async with Stage(nats_url, namespace) as stage:
+        yield stage

@@ -1,22 +1,16 @@
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from support.builders import reward
 from support.phase_harness import Replica, Stage
-from support.rewards import publish, reward
+from support.rewards import publish
 from support.wait import until
 
 from loom.bus.rewards import RewardBus
 from loom.phases.adapt.evidence import apply_reward
 from loom.schemas.identity import node_key
 from loom.schemas.learning import BIAS, WINDOW, Calibration, NodeProfile
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 async def profile(stage: Stage, node: str = "n1") -> NodeProfile | None:

@@ -2,14 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from msgspec import to_builtins
 from support.auctions import offer_to
+from support.builders import call_for_bids
 from support.nodes import echo, node
-from support.phase_harness import Stage, call_for_bids
+from support.phase_harness import Stage
 from support.runs import run
 from support.wait import until
 
@@ -29,13 +29,6 @@ from loom.schemas.auction import (
 from loom.schemas.base import encode
 from loom.schemas.identity import Identity
 from loom.types import AgentNode, CapabilityProfile
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
-
 
 # -- what is announced of a node
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,8 +15,10 @@ from support.bombs import (
     OVERSIZED_PATTERNS,
     OVERSIZED_SCHEMAS,
 )
+from support.builders import ad, awarded, envelope, submission
+from support.fake_host import FakeHost, FakeRun
 from support.loop_time import Longest, longest_callback
-from support.phase_harness import Asker, FakeHost, FakeRun, Stage, ad, awarded, envelope, submission
+from support.phase_harness import Asker, Stage
 from support.wait import until
 
 from loom.bus.topology import EVALUATE_LANE
@@ -39,12 +41,6 @@ COSTLY = [
     *((Accept(pattern=pattern), COSTLY_CONTENT) for pattern in COSTLY_PATTERNS),
     *((Accept(json_schema=schema), content) for schema, content in (*COSTLY_SCHEMAS, *LARGE_CONTENTS)),
 ]
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 @pytest.fixture

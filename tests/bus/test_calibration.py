@@ -1,5 +1,3 @@
-from collections.abc import AsyncIterator
-
 import pytest
 from support.phase_harness import Asker, Stage
 from support.wait import until
@@ -8,12 +6,6 @@ from loom.bus.rewards import RewardBus
 from loom.schemas.base import new_id
 from loom.schemas.learning import BIAS, Calibration, Lease, Reward
 from loom.schemas.task import TaskAd
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 async def done(stage: Stage, *estimates: float, domain_token: str = "code") -> None:

@@ -24,12 +24,6 @@ from loom.types import AgentNode, CapabilityProfile
 CHILD = delegated_id("t1", 1, 1)
 
 
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
-
-
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 0.1)

@@ -1,15 +1,16 @@
 """EXECUTE with a run that delegates: the test plays the host, and the phases the delegated task passes."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phase_harness import FakeHost, FakeRun, Stage, ad, awarded, envelope, quiet
+from support.builders import ad, awarded, envelope
+from support.fake_host import FakeHost, FakeRun
+from support.phase_harness import Stage, quiet
 from support.wait import until
 
-from loom.bus.records import records, update_record
+from loom.bus.records import records
 from loom.phases.execute.delegation import refusal
 from loom.schemas.envelope import Claim, Envelope, Split
 from loom.schemas.record import MAX_DELEGATED, TaskRecord
@@ -17,12 +18,6 @@ from loom.schemas.run import delegated_id
 from loom.schemas.task import Limits, RunResult, TaskError, TaskResult
 
 CHILD = delegated_id("t1", 1, 1)
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 @pytest.fixture(autouse=True)
@@ -288,7 +283,7 @@ async def test_a_replica_that_was_overtaken_hands_nothing_over(stage: Stage) -> 
     def overtake(record: TaskRecord) -> TaskRecord:
         return replace(record, claim=Claim(**{**_fields(record.claim), "instance": "another"}))
 
-    await update_record(records(stage.bus), env.task_id, overtake)
+    await records(stage.bus).update_with(env.task_id, overtake)
     await end(stage, child, result=RunResult(content="four"))
     beats = one.mouth.seq if one.mouth else 0
     await until(lambda: one.mouth and one.mouth.seq > beats + 5, what="half a second")

@@ -1,11 +1,11 @@
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from support.builders import ad, awarded, envelope
 from support.bus_helpers import Connect
-from support.phase_harness import Asker, Stage, ad, awarded, envelope, quiet
+from support.phase_harness import Asker, Stage, quiet
 from support.wait import until
 
 from loom.bus.topology import EVALUATE_LANE
@@ -18,13 +18,6 @@ from loom.schemas.notices import ParentEnded, SubtaskEnded
 from loom.schemas.plan import SplitPlan, Subtask
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import Accept, RunResult, TaskError, TaskResult
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
-
 
 RAN = Hop(phase="execute", instance="execute-1", started=100.0, finished=200.0)
 

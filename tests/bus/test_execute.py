@@ -1,10 +1,12 @@
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phase_harness import FakeHost, FakeRun, Stage, ad, awarded, envelope, quiet
+from support.builders import ad, awarded, envelope
+from support.fake_host import FakeHost, FakeRun
+from support.phase_harness import Stage, quiet
 from support.wait import until
 
 from loom.bus.hops.delivery import Delivery, Slots
@@ -20,12 +22,6 @@ from loom.schemas.run import RunRequest
 from loom.schemas.task import Accept, RunResult, TaskError
 
 Script = Callable[[FakeRun], Awaitable[None]]
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,14 @@
 """Hosts in other languages: what is forgiven of their messages, and where their authors read what was not."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 
 import pytest
-from support.phase_harness import FakeHost, FakeRun, Stage, ad, awarded, envelope
+from support.builders import ad, awarded, envelope
+from support.fake_host import FakeHost, FakeRun
+from support.phase_harness import Stage
 from support.wait import until
 
-from loom.bus.logs.left_out import LeftOut, together
+from loom.bus.logs.left_out import LeftOut, merged_reports
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.service_discovery import ServiceEndpoint, health_reports
 from loom.schemas.auction import Award, CallForBids
@@ -19,12 +21,6 @@ from loom.schemas.task import RunResult
 
 SHORT = ClusterConfig(bid_window_ms=40)
 Script = Callable[[FakeRun], Awaitable[None]]
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 @pytest.fixture(autouse=True)
@@ -263,6 +259,6 @@ async def test_phases_report_what_they_left_out_of_announcements(stage: Stage) -
 
     await until(reported, what="both report both")
     reports = await health_reports(stage.bus, within_s=0.1)
-    found = together(report.left_out for each in reports.values() for report in each)
-    assert found["h1"].words == "2 announcements (last: Expected `object`, got `array`)"
+    found = merged_reports(report.left_out for each in reports.values() for report in each)
+    assert found["h1"].summary == "2 announcements (last: Expected `object`, got `array`)"
     assert "h1" in str(match.service._directory._presence.awaited_hosts())  # type: ignore[attr-defined]

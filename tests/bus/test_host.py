@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from support.auctions import offer_to
+from support.builders import call_for_bids
 from support.logs import capture_logs
-from support.phase_harness import Stage, call_for_bids, quiet
+from support.phase_harness import Stage, quiet
 from support.runs import Watcher, run, stop_run
 from support.stopping import stop
 from support.wait import until
@@ -27,12 +28,6 @@ from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
 from loom.schemas.run import RunRequest, read_events
 from loom.types import AgentNode, CapabilityProfile
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from support.auctions import offer_to
+from support.builders import call_for_bids
 from support.logs import capture_logs
 from support.nodes import echo, node
-from support.phase_harness import Stage, call_for_bids
+from support.phase_harness import Stage
 from support.runs import Watcher, run
 from support.wait import until
 
@@ -19,12 +20,6 @@ from loom.agents.host.autoscaler import choose_template
 from loom.schemas.auction import Offer, SpawnRequest
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.types import AgentNode, CapabilityProfile
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 async def call(stage: Stage, domain: str = "code") -> Offer:

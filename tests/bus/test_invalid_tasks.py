@@ -3,7 +3,9 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-from support.phase_harness import FakeHost, FakeRun, Stage, ad
+from support.builders import ad
+from support.fake_host import FakeHost, FakeRun
+from support.phase_harness import Stage
 from support.wait import until
 
 from loom.bus import task_client

@@ -1,11 +1,13 @@
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phase_harness import FakeHost, Replica, Stage, ad, envelope
+from support.builders import ad, envelope
+from support.fake_host import FakeHost
+from support.phase_harness import Replica, Stage
 from support.wait import until
 
 from loom.bus.records import records
@@ -19,12 +21,6 @@ from loom.schemas.task import TaskError, TaskState
 LONG = ClusterConfig(bid_window_ms=3000)
 """A window nobody would wait for unnoticed."""
 SHORT = ClusterConfig(bid_window_ms=40)
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,12 @@
 """Whose an offer is, which call it answers, and what becomes of those that answer none."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from support.auctions import key
-from support.phase_harness import FakeHost, Replica, Stage, ad, envelope
+from support.builders import ad, envelope
+from support.fake_host import FakeHost
+from support.phase_harness import Replica, Stage
 from support.wait import until
 
 from loom.bus.logs.left_out import LeftOut
@@ -14,12 +15,6 @@ from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
 
 SHORT = ClusterConfig(bid_window_ms=60)
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 async def host(stage: Stage, host_id: str = "h1", *node_ids: str, **facts: Any) -> FakeHost:

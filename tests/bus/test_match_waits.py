@@ -2,13 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 from support.auctions import announced, key, offer
-from support.phase_harness import FakeHost, Stage, ad, awarded, envelope
+from support.builders import ad, awarded, envelope
+from support.fake_host import FakeHost
+from support.phase_harness import Stage
 from support.wait import until
 
 from loom.phases.match.announced_nodes import AnnouncedNodes
@@ -21,12 +22,6 @@ from loom.schemas.envelope import Envelope
 from loom.schemas.task import TaskError
 
 BUSY = TaskError(code="node_busy", message="full")
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 async def host(stage: Stage, host_id: str = "h1", *node_ids: str, **facts: Any) -> FakeHost:

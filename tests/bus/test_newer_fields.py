@@ -1,10 +1,8 @@
 """Fields of a newer version pass through all phases, none of which knows them, into the record."""
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
-import pytest
 from msgspec.structs import replace
 from support.nodes import echo, node
 from support.phase_harness import Stage
@@ -18,12 +16,6 @@ from loom.schemas.record import TaskRecord
 from loom.schemas.task import Submission, TaskAd
 
 NEW: dict[str, Any] = {"new": {"a": [1, "x"]}}
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 async def record_of(stage: Stage, task_id: str) -> dict[str, Any]:

@@ -1,11 +1,9 @@
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
-import pytest
 from support.nodes import echo, node
 from support.phase_harness import Stage
-from support.spawning_host import WITHIN_S, Held, Place, place
+from support.spawning_host import WITHIN_S, HeldAgent, SpawningHost, start_spawning_host
 from support.wait import until
 
 from loom.agents.host.clone import STEM, clone_id
@@ -13,19 +11,15 @@ from loom.schemas.auction import SpawnRequest
 from loom.types import AgentNode, CapabilityProfile
 
 
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
-
-
 async def test_a_saturated_host_starts_a_clone_that_bids_and_works(stage: Stage) -> None:
-    agent = Held()
-    here = await place(stage, [AgentNode(id="a", agent=agent, depth=1, capabilities=expert("pdf"))], 2, slots=1)
-    await here.fill("a", agent)
+    agent = HeldAgent()
+    here = await start_spawning_host(
+        stage, [AgentNode(id="a", agent=agent, depth=1, capabilities=expert("pdf"))], 2, slots=1
+    )
+    await here.occupy("a", agent)
     reply = await here.spawn(tools=("pdf",))
     assert (reply.node_id, reply.decline) == ("a-c1", None)
-    said = await here.says("a", "a-c1")
+    said = await here.announces("a", "a-c1")
     assert (said.can_spawn, said.busy, said.slots) == (True, ("a",), 2)
     [state] = said.spawned
     assert (state.node_id, state.parent_id, state.retiring) == ("a-c1", "a", False)
@@ -36,10 +30,10 @@ async def test_a_saturated_host_starts_a_clone_that_bids_and_works(stage: Stage)
     assert (child.self_rating, child.load, child.tools) == (0.5, 0, ("pdf",))
     [elsewhere] = [one for one in here.bids(domain="cooking").bids if one.node_id == "a-c1"]
     assert elsewhere.self_rating == 0.1
-    clone: Any = here.nursery.nodes()[1]
+    clone: Any = here.autoscaler.nodes()[1]
     assert (clone.parent_id, clone.depth) == ("a", 2)
-    events = await here.fill("a-c1", agent)
-    agent.go.set()
+    events = await here.occupy("a-c1", agent)
+    agent.released.set()
     await until(lambda: events[-1].final, within_s=WITHIN_S, what="it ends")
     assert events[-1].result is not None
     assert events[-1].result.content == "done by a-c1"
@@ -50,31 +44,31 @@ def expert(*tools: str) -> CapabilityProfile:
 
 
 async def test_it_declines_what_it_cannot_or_need_not_or_may_not_start(stage: Stage) -> None:
-    agent = Held()
-    here = await place(stage, [node("a", agent, code=0.9)], 2, slots=1)
+    agent = HeldAgent()
+    here = await start_spawning_host(stage, [node("a", agent, code=0.9)], 2, slots=1)
     assert (await here.spawn()).decline == "idle"
-    await here.fill("a", agent)
+    await here.occupy("a", agent)
     assert (await here.spawn(tools=("pdf",))).decline == "unqualified"
     assert (await here.spawn()).node_id == "a-c1"
     assert (await here.spawn()).decline == "idle"
-    await here.fill("a-c1", agent)
+    await here.occupy("a-c1", agent)
     assert (await here.spawn()).decline == "full"
     assert here.names() == ["a", "a-c1"]
 
 
 async def test_the_template_that_claims_most_is_cloned_and_children_are_not(stage: Stage) -> None:
-    agent = Held()
-    here = await place(stage, [node("a", agent, code=0.2), node("b", agent, code=0.4)], 9, slots=1)
+    agent = HeldAgent()
+    here = await start_spawning_host(stage, [node("a", agent, code=0.2), node("b", agent, code=0.4)], 9, slots=1)
     for busy, born in (("a", None), ("b", "b-c1"), ("b-c1", "b-c2")):
-        await here.fill(busy, agent)
+        await here.occupy(busy, agent)
         assert (await here.spawn()).node_id == born
 
 
 async def test_requests_at_once_on_two_hosts_pass_no_limit(stage: Stage) -> None:
-    agent = Held()
-    here, there = [await place(stage, [node("a", agent)], 3, slots=1, backlog=0) for _ in range(2)]
+    agent = HeldAgent()
+    here, there = [await start_spawning_host(stage, [node("a", agent)], 3, slots=1, backlog=0) for _ in range(2)]
     for one in (here, there):
-        await one.fill("a", agent)
+        await one.occupy("a", agent)
     for size in (2, 3):
         await until(
             lambda size=size: asked(here, there, size),  # type: ignore[misc]
@@ -83,24 +77,24 @@ async def test_requests_at_once_on_two_hosts_pass_no_limit(stage: Stage) -> None
         )
         for one in (here, there):
             assert len(one.names()) == size
-            await one.fill(f"a-c{size - 1}", agent)
+            await one.occupy(f"a-c{size - 1}", agent)
     replies = await asyncio.gather(*(here.spawn() for _ in range(30)))
     assert {reply.decline for reply in replies} == {"full"}
     assert here.names() == there.names() == ["a", "a-c1", "a-c2"]
 
 
-async def asked(here: Place, there: Place, size: int) -> bool:
+async def asked(here: SpawningHost, there: SpawningHost, size: int) -> bool:
     """Ask ten times at once; return whether both hosts have grown to that size."""
     await asyncio.gather(*(here.spawn() for _ in range(10)))
     return len(here.names()) == len(there.names()) == size
 
 
 async def test_a_retiring_child_takes_nothing_new_and_ends_what_it_has(stage: Stage) -> None:
-    agent = Held()
-    here = await place(stage, [node("a", agent)], 2, slots=1)
-    await here.fill("a", agent)
+    agent = HeldAgent()
+    here = await start_spawning_host(stage, [node("a", agent)], 2, slots=1)
+    await here.occupy("a", agent)
     await here.spawn()
-    running = await here.fill("a-c1", agent)
+    running = await here.occupy("a-c1", agent)
     queued = await here.run("a-c1")
     assert (await here.retire("a-c1", when_idle=True)).decline == "busy"
     assert (await here.retire("a-c1")).decline is None
@@ -110,8 +104,8 @@ async def test_a_retiring_child_takes_nothing_new_and_ends_what_it_has(stage: St
     assert [one.node_id for one in here.bids().bids] == ["a"]
     late = await here.run("a-c1")
     assert (late[0].kind, late[0].code) == ("rejected", "busy")
-    assert (await here.says("a")).spawned == ()
-    agent.go.set()
+    assert (await here.announces("a")).spawned == ()
+    agent.released.set()
     retired = await stage.seen("lifecycle", kind="retired", node_id="a-c1", within_s=WITHIN_S)
     assert (running[-1].kind, queued[-1].kind) == ("result", "result")
     assert retired.reason == "a test"
@@ -124,7 +118,7 @@ async def test_a_retiring_child_takes_nothing_new_and_ends_what_it_has(stage: St
 
 
 async def test_an_original_is_never_let_go(stage: Stage) -> None:
-    here = await place(stage, [node("a", echo)], 2)
+    here = await start_spawning_host(stage, [node("a", echo)], 2)
     assert (await here.retire("a")).decline == "permanent"
     assert here.names() == ["a"]
 
@@ -132,7 +126,7 @@ async def test_an_original_is_never_let_go(stage: Stage) -> None:
 class Skills:
     """A source of one node for texts that say its word."""
 
-    def __init__(self, agent: Held, *tools: str) -> None:
+    def __init__(self, agent: HeldAgent, *tools: str) -> None:
         self.asked = 0
         self._node = AgentNode(id="skill-sql", agent=agent, capabilities=CapabilityProfile(tools=list(tools)))
 
@@ -142,61 +136,61 @@ class Skills:
 
 
 async def test_a_skill_becomes_a_node_where_nobody_can_and_is_a_child_like_any_other(stage: Stage) -> None:
-    agent = Held()
-    here = await place(stage, [], 9, Skills(agent, "db"), slots=1)
+    agent = HeldAgent()
+    here = await start_spawning_host(stage, [], 9, Skills(agent, "db"), slots=1)
     assert here.bids().decline == "unqualified"
     assert (await here.spawn(text="a poem")).decline == "unqualified"
     assert (await here.spawn(text="sql", tools=("db", "shell"))).decline == "unqualified"
     assert (await here.spawn("data", text="sql", tools=("db",))).node_id == "skill-sql"
     news = await stage.seen("lifecycle", kind="spawned", node_id="skill-sql", within_s=WITHIN_S)
     assert news.reason == "skill skill-sql: saturated in data"
-    [state] = (await here.says("skill-sql")).spawned
+    [state] = (await here.announces("skill-sql")).spawned
     assert (state.node_id, state.parent_id) == ("skill-sql", "skill-sql")
     [bid] = here.bids(domain="data", required_tools=("db",)).bids
     assert (bid.node_id, bid.self_rating, bid.tools) == ("skill-sql", 0.5, ("db",))
-    events = await here.fill("skill-sql", agent)
+    events = await here.occupy("skill-sql", agent)
     assert (await here.retire("skill-sql", when_idle=True)).decline == "busy"
-    agent.go.set()
+    agent.released.set()
     await until(lambda: events[-1].final, within_s=WITHIN_S, what="it ends")
     assert events[-1].result is not None
     assert events[-1].result.content == "done by skill-sql"
     assert (await here.retire("skill-sql")).decline is None
-    await here.says()
+    await here.announces()
     assert await stage.seen("lifecycle", kind="retired", node_id="skill-sql", within_s=WITHIN_S)
     assert (await here.spawn(text="sql")).node_id == "skill-sql"
 
 
 async def test_a_skill_that_is_there_is_not_started_twice_but_cloned_when_overrun(stage: Stage) -> None:
-    agent = Held()
+    agent = HeldAgent()
     skills = Skills(agent)
-    here = await place(stage, [], 2, skills, slots=1)
+    here = await start_spawning_host(stage, [], 2, skills, slots=1)
     assert (await here.spawn(text="sql")).node_id == "skill-sql"
     assert (await here.spawn(text="sql")).decline == "idle"
-    await here.fill("skill-sql", agent)
+    await here.occupy("skill-sql", agent)
     assert (await here.spawn(text="anything")).node_id == "skill-sql-c1"
     assert (await here.spawn(text="sql")).decline == "idle"
-    await here.fill("skill-sql-c1", agent)
+    await here.occupy("skill-sql-c1", agent)
     assert (await here.spawn(text="sql")).decline == "full"
     assert (here.names(), skills.asked) == (["skill-sql", "skill-sql-c1"], 1)
 
 
 async def test_skills_are_asked_only_where_no_node_can_and_there_is_room(stage: Stage) -> None:
-    skills = Skills(Held(), "db")
-    here = await place(stage, [node("a", echo)], 1, skills)
+    skills = Skills(HeldAgent(), "db")
+    here = await start_spawning_host(stage, [node("a", echo)], 1, skills)
     assert (await here.spawn(text="sql")).decline == "idle"
     assert (await here.spawn(text="sql", tools=("db",))).decline == "full"
     assert skills.asked == 0
 
 
 async def test_rubbish_and_a_stopped_nursery_start_nobody(stage: Stage) -> None:
-    agent = Held()
-    here = await place(stage, [node("a", agent)], 9, slots=1)
-    await here.fill("a", agent)
+    agent = HeldAgent()
+    here = await start_spawning_host(stage, [node("a", agent)], 9, slots=1)
+    await here.occupy("a", agent)
     await stage.bus.connection.publish(stage.bus.subjects.spawn, b"{")
     await stage.bus.connection.publish(stage.bus.subjects.of("retire", "local", here.host.host_id), b"[]")
     assert (await here.spawn()).node_id == "a-c1"
-    await here.nursery.stop()
-    await here.nursery.stop()
+    await here.autoscaler.stop()
+    await here.autoscaler.stop()
     await here.host.bus.requests.flush()
     await stage.bus.connection.publish(stage.bus.subjects.spawn, SpawnRequest(domain_token="code"))
     await stage.bus.requests.flush()

@@ -1,12 +1,13 @@
 """Nodes that announce themselves and answer no call: MATCH bids for them."""
 
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from support.auctions import announced, key
-from support.phase_harness import FakeHost, Replica, Stage, ad, envelope
+from support.builders import ad, envelope
+from support.fake_host import FakeHost
+from support.phase_harness import Replica, Stage
 from support.wait import until
 
 from loom.phases.match.announced_nodes import AnnouncedNodes
@@ -20,12 +21,6 @@ from loom.schemas.task import TaskError
 LONG = ClusterConfig(bid_window_ms=5000)
 """A window that would be noticed."""
 BODY = b'{"nodes": [{"node_id": "sh", "plain": true, "domains": [{"domain": "Code", "self_rating": 0.8}]}]}'
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 def plain(node_id: str = "sh", **facts: Any) -> AnnouncedNode:

@@ -11,7 +11,9 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg as NatsMsg
 from nats.micro import add_service
 from nats.micro.request import Request
-from support.phase_harness import FakeHost, Stage, ad, awarded, envelope, quiet
+from support.builders import ad, awarded, envelope
+from support.fake_host import FakeHost
+from support.phase_harness import Stage, quiet
 from support.runs import hosts_of
 from support.wait import until
 
@@ -26,12 +28,6 @@ from loom.schemas.task import Accept, RunResult, TaskError
 
 REQUEST = RunRequest(task_id="t1", attempt=2, description="count the words", remaining_s=60)
 HOST = HostKey("local", "h1")
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 @pytest.fixture

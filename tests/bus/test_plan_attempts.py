@@ -1,18 +1,19 @@
 """A plan answers for the newest attempt that asks SCALE, wherever SCALE dies: a copy by another way loses no task."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal, NamedTuple
 
 import pytest
 from msgspec.structs import replace
+from support.builders import ad, awarded, envelope
 from support.crash_process import bus_of
-from support.phase_harness import Replica, Stage, ad, awarded, envelope
+from support.phase_harness import Replica, Stage
 from support.wait import until
 
 from loom.bus.hops.hop_loop import HopLoop
 from loom.bus.natsio.kv import Bucket
 from loom.bus.natsio.publishing import PubAckFuture
-from loom.bus.natsio.stored_message import read_message
+from loom.bus.natsio.stored_message import last_message
 from loom.bus.topology import SCALE_LANE
 from loom.phases.evaluate.decisions import notice_of
 from loom.phases.scale import subtask_graph
@@ -30,12 +31,6 @@ PLAN = [{"id": "a", "description": "do a"}, {"id": "b", "description": "do b", "
 PARKED = 2
 """The attempt that was parked first."""
 State = Literal["running", "joining", "done"]
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 # -- a divided task
@@ -89,7 +84,7 @@ async def carried(stage: Stage) -> set[int]:
         subjects.task("evaluate", "*", "p"),
         subjects.later("*", "p", "*"),
     ):
-        message = await read_message(stage.bus.jetstream, subjects.stream("TASKS"), {"last_by_subj": subject})
+        message = await last_message(stage.bus.jetstream, subjects.stream("TASKS"), subject)
         if message is not None:
             read = read_scale_message(message.data)
             found.add(read.envelope.attempt if isinstance(read, PlanTimeout) else read.attempt)  # type: ignore[union-attr]

@@ -2,18 +2,19 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phase_harness import Stage, ad, awarded, envelope, quiet
+from support.builders import ad, awarded, envelope
+from support.phase_harness import Stage, quiet
 from support.wait import until
 
 from loom.bus import task_client
 from loom.bus.hops.hop_loop import schedule
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.records import records, update_record
+from loom.bus.records import records
 from loom.bus.topology import SCALE_LANE
 from loom.phases.evaluate.decisions import notice_of
 from loom.phases.scale.subtask_graph import child_id
@@ -29,12 +30,6 @@ from loom.schemas.task import Limits, RunResult, TaskError
 
 Part = tuple[str, ...]
 DIAMOND: Sequence[Part] = (("top",), ("left", "top"), ("right", "top"), ("end", "left", "right"))
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 def written(parts: Sequence[Part]) -> list[dict[str, Any]]:
@@ -436,7 +431,7 @@ async def test_a_budget_that_is_spent_ends_the_task_with_what_there_is(stage: St
 
 async def test_nothing_begins_for_a_parent_that_has_ended(stage: Stage) -> None:
     env = await awarded_task(stage, context={"plan": written((("a",),))})
-    await update_record(records(stage.bus), "p", lambda record: replace(record, state="cancelled", ended_at=1.0))
+    await records(stage.bus).update_with("p", lambda record: replace(record, state="cancelled", ended_at=1.0))
     await stage.phase("scale")
     await stage.put("scale", env)
     await dealt_with(stage)

@@ -1,15 +1,16 @@
 """Values that no honest process writes: each is left out, and the work on all others goes on."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from support.builders import ad, awarded, envelope, reward
 from support.bus_helpers import Connect
+from support.fake_host import FakeHost, FakeRun
 from support.logs import capture_logs
-from support.phase_harness import Asker, FakeHost, FakeRun, Stage, ad, awarded, envelope
-from support.rewards import publish, reward
+from support.phase_harness import Asker, Stage
+from support.rewards import publish
 from support.wait import until
 
 from loom.bus.bus import Bus
@@ -26,12 +27,6 @@ from loom.schemas.errors import BusUnavailable
 from loom.schemas.learning import BIAS, Calibration, DomainEvidence, Lease, NodeProfile, Score
 from loom.schemas.notices import SubtaskEnded
 from loom.schemas.task import RunResult, TaskError, TaskResult
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 async def profile(stage: Stage, node: str = "n1") -> NodeProfile | None:
@@ -356,7 +351,7 @@ async def test_a_forged_time_of_the_server_is_no_time(
     bus: Bus, forged_answer: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forge_next_answer(bus, forged_answer, monkeypatch)
-    assert await bus._clock_sync._ask(2.0) is None
+    assert await bus._clock_sync._request_time(2.0) is None
 
 
 # -- essential tasks

@@ -1,12 +1,12 @@
 """What the stream alone says: compared, repaired, and begun at snapshots once its head is gone."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from support.builders import reward
 from support.phase_harness import Replica, Stage
-from support.rewards import publish, reward
+from support.rewards import publish
 from support.wait import until
 
 from loom.bus.rewards import RewardBus
@@ -19,12 +19,6 @@ from loom.schemas.learning import SNAPSHOTS, NodeProfile
 KEEPS_ALL = ClusterConfig(policy="ucb")
 LIMIT = 256 * 1024
 WITHIN_S = 20
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 async def stored(stage: Stage) -> dict[str, NodeProfile]:

@@ -3,7 +3,7 @@ from collections.abc import AsyncIterator
 import pytest
 from support.nodes import node
 from support.phase_harness import Stage
-from support.spawning_host import WITHIN_S, Held, Place, place
+from support.spawning_host import WITHIN_S, HeldAgent, SpawningHost, start_spawning_host
 from support.wait import until
 
 from loom.bus.rewards import RewardBus
@@ -24,16 +24,16 @@ async def stage(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-async def grown(stage: Stage) -> Place:
+async def grown(stage: Stage) -> SpawningHost:
     """A host that has grown from one node to three, all busy; `let_go` ends their work."""
-    agent = Held()
-    here = await place(stage, [node("a", agent, code=0.9)], 3, slots=1)
-    here.let_go = agent.go.set  # type: ignore[attr-defined]
-    await here.fill("a", agent)
+    agent = HeldAgent()
+    here = await start_spawning_host(stage, [node("a", agent, code=0.9)], 3, slots=1)
+    here.let_go = agent.released.set  # type: ignore[attr-defined]
+    await here.occupy("a", agent)
     for child in ("a-c1", "a-c2"):
         assert (await here.spawn()).node_id == child
-        await here.fill(child, agent)
-    await here.says("a", "a-c1", "a-c2")
+        await here.occupy(child, agent)
+    await here.announces("a", "a-c1", "a-c2")
     return here
 
 
@@ -75,13 +75,13 @@ async def refolded(stage: Stage) -> dict[str, NodeProfile]:
 
 @pytest.mark.slow
 async def test_idle_children_retire_and_the_survivor_inherits_what_a_rebuild_finds_too(
-    stage: Stage, grown: Place
+    stage: Stage, grown: SpawningHost
 ) -> None:
     await stage.phase("adapt", ClusterConfig(idle_timeout_s=0.5))
     await earned(stage, "a-c1", 1.0, 0.5)
     await earned(stage, "a", 0.0, 0.0)
     grown.let_go()  # type: ignore[attr-defined]
-    await grown.says("a")
+    await grown.announces("a")
     assert {one.node_id for one in orders(stage)} == {"a-c1", "a-c2"}
     assert all(one.when_idle and one.reason.startswith("idle for") for one in orders(stage))
 
@@ -103,7 +103,7 @@ def last_told(stage: Stage, node_id: str) -> int:
     return news[-1].profile.domains["code"].count if news else 0
 
 
-async def test_a_failing_child_retires_amid_its_work_and_ends_it(stage: Stage, grown: Place) -> None:
+async def test_a_failing_child_retires_amid_its_work_and_ends_it(stage: Stage, grown: SpawningHost) -> None:
     await stage.phase("adapt", ClusterConfig(idle_timeout_s=0.01, consecutive_loss_limit=3))
     await earned(stage, "a-c2", 0.0, 0.0, 0.0)
     changed = await stage.seen("lifecycle", kind="changed", node_id="a-c2", within_s=WITHIN_S)
@@ -115,7 +115,7 @@ async def test_a_failing_child_retires_amid_its_work_and_ends_it(stage: Stage, g
 
 @pytest.mark.slow
 async def test_of_two_replicas_one_acts_and_min_nodes_stay(
-    stage: Stage, grown: Place, monkeypatch: pytest.MonkeyPatch
+    stage: Stage, grown: SpawningHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.phases.adapt.lease.LEASE_S", 1.0)
     config = ClusterConfig(idle_timeout_s=0.3, min_nodes=2)
@@ -130,12 +130,12 @@ async def test_of_two_replicas_one_acts_and_min_nodes_stay(
     [active] = [replica for replica in replicas if replica.bus.instance == holder.value.holder]
     active.die()
     await stage.phase("adapt", ClusterConfig(idle_timeout_s=0.3, min_nodes=1))
-    await grown.says("a")
+    await grown.announces("a")
     assert len(orders(stage)) == 2
 
 
 @pytest.mark.slow
-async def test_a_replica_waits_while_another_holds_the_lease(stage: Stage, grown: Place) -> None:
+async def test_a_replica_waits_while_another_holds_the_lease(stage: Stage, grown: SpawningHost) -> None:
     bucket = stage.bus.bucket("tuning", Lease)
     held = await bucket.create("apoptosis", Lease(holder="another", until=stage.bus.clock.now() + 25))
     await stage.phase("adapt", ClusterConfig(idle_timeout_s=0.1))
@@ -143,7 +143,7 @@ async def test_a_replica_waits_while_another_holds_the_lease(stage: Stage, grown
     await until(lambda: idle_for(stage, 0.5), within_s=WITHIN_S, what="both are idle and known to be")
     assert not orders(stage)
     await bucket.update("apoptosis", Lease(holder="another", until=stage.bus.clock.now() - 1), held)
-    await grown.says("a")
+    await grown.announces("a")
 
 
 def idle_for(stage: Stage, seconds: float) -> bool:

@@ -1,9 +1,9 @@
 """The subjects on which a run's events arrive: whose they are, and what comes on any other."""
 
-from collections.abc import AsyncIterator
-
 import pytest
-from support.phase_harness import FakeHost, FakeRun, Stage, ad, awarded, envelope, quiet
+from support.builders import ad, awarded, envelope
+from support.fake_host import FakeHost, FakeRun
+from support.phase_harness import Stage, quiet
 from support.runs import hosts_of, watch_of
 from support.wait import until
 
@@ -18,12 +18,6 @@ from loom.schemas.task import RunResult, TaskError
 
 REQUEST = RunRequest(task_id="t1", description="count the words", remaining_s=60)
 FORGED = RunEvent(seq=0, kind="result", result=RunResult(content="forged"))
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 async def given(stage: Stage, owner: str = "local") -> Envelope:

@@ -1,22 +1,16 @@
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phase_harness import Stage, ad, awarded, envelope, quiet
+from support.builders import ad, awarded, envelope
+from support.phase_harness import Stage, quiet
 from support.wait import until
 
 from loom.phases.shared.scale_rule import is_saturated
 from loom.schemas.auction import Award, ScoredBid, SpawnReply, SpawnRequest
 from loom.schemas.base import decode
 from loom.schemas.envelope import Envelope
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phase_harness import Asker, Stage, ad, envelope, quiet, submission
+from support.builders import ad, envelope, submission
+from support.phase_harness import Asker, Stage, quiet
 from support.wait import until
 
 from loom.bus.hops.hop_loop import schedule
@@ -14,12 +14,6 @@ from loom.schemas.envelope import Claim, Split
 from loom.schemas.llm import CompletionParams, CompletionResult
 from loom.schemas.record import TaskRecord, TaskStatus
 from loom.schemas.task import Accept, Accepted, RunResult, Submission, TaskAd, TaskResult
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 class Model:

@@ -3,11 +3,10 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from support.hanging_agents import Stubborn
+from support.hanging_agents import HangingAgents
 from support.logs import capture_logs
 from support.nodes import node
 from support.phase_harness import Stage
@@ -23,12 +22,6 @@ from loom.runner.services import running_nodes, running_phases
 from loom.schemas.base import encode
 from loom.schemas.run import RunRequest, Stop
 from loom.schemas.task import TaskAd
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 @pytest.fixture(autouse=True)
@@ -175,12 +168,12 @@ async def test_a_run_that_ignores_its_cancel_is_given_up_and_shown(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.agents.host.run_executor.GIVE_UP_S", 0.3)
-    stubborn = Stubborn()
+    hanging = HangingAgents()
 
     async def deaf_child(job: RunRequest) -> str:
-        return await asyncio.create_task(stubborn.deaf(job))  # what it waits for ignores the cancel
+        return await asyncio.create_task(hanging.ignores_cancel(job))  # what it waits for ignores the cancel
 
-    nodes = [node("n1", stubborn.deaf), node("n2", deaf_child)]
+    nodes = [node("n1", hanging.ignores_cancel), node("n2", deaf_child)]
     host = await stage.host(nodes, slots=1)
     try:
         with capture_logs() as logs:
@@ -197,23 +190,23 @@ async def test_a_run_that_ignores_its_cancel_is_given_up_and_shown(
         assert {line["task_id"] for line in given_up} == {"deaf-n1", "deaf-n2"}
         await until(lambda: stage.all("host")[-1].stuck == 1, what="the one that still runs is announced")
     finally:
-        stubborn.over.set()
+        hanging.released.set()
     await until(lambda: stage.all("host")[-1].stuck == 0, what="it has ended")
 
 
 @pytest.mark.slow
 async def test_a_drain_does_not_wait_for_runs_that_ignore_their_cancel(stage: Stage) -> None:
-    stubborn = Stubborn()
-    host = await stage.host([node("n1", stubborn.deaf)], slots=2)
+    hanging = HangingAgents()
+    host = await stage.host([node("n1", hanging.ignores_cancel)], slots=2)
     late = await run(stage, host, remaining_s=0.2)
     assert await late.code() == "deadline_exceeded"
     begun = time.monotonic()
     await host.drain(30)  # nothing is in hand: the one run has ended, whatever its code still does
-    watcher = stubborn.begun
+    watcher = hanging.started
     assert watcher == ["t1"]
     assert time.monotonic() - begun < 5
     await until(lambda: not host._runs.cancelled, what="it is abandoned")
-    stubborn.over.set()
+    hanging.released.set()
 
 
 async def test_a_run_that_has_ended_gets_no_slot_back_for_what_it_delegated(stage: Stage) -> None:

@@ -2,12 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phase_harness import Asker, FakeHost, FakeRun, Stage, ad, awarded, envelope, quiet
+from support.builders import ad, awarded, envelope
+from support.fake_host import FakeHost, FakeRun
+from support.phase_harness import Asker, Stage, quiet
 from support.wait import until
 
 from loom.phases.execute.stops import STOP_AGAIN_S, STOPS
@@ -17,12 +19,6 @@ from loom.schemas.task import TaskError, TaskResult
 
 CANCELLED = TaskError(code="cancelled", message="the task was cancelled")
 Script = Callable[[FakeRun], Awaitable[None]]
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from support.builders import ad, envelope, submission
 from support.bus_helpers import Heard
-from support.phase_harness import Asker, Stage, ad, envelope, submission
+from support.phase_harness import Asker, Stage
 from support.wait import until
 
 from loom.bus import task_client, task_updates
@@ -20,12 +21,6 @@ from loom.schemas.task import Accepted, RunResult, Submission, TaskAd, TaskResul
 
 
 @pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
-
-
-@pytest.fixture
 async def ann(stage: Stage) -> AsyncIterator[Bus]:
     """A client with the name ann."""
     async with Bus(stage.url, namespace=stage.namespace, identity=Identity(submitter="ann")) as bus:
@@ -35,7 +30,7 @@ async def ann(stage: Stage) -> AsyncIterator[Bus]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Handles ask for the status at short intervals."""
-    monkeypatch.setattr(task_client, "ASK_AGAIN_S", 0.05)
+    monkeypatch.setattr(task_client, "POLL_S", 0.05)
 
 
 async def stored(stage: Stage, submitter: str, task: TaskAd, **facts: Any) -> Submission:

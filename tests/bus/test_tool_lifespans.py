@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import pytest
 from support.agents import Scripted, answering, wanting
 from support.logs import capture_logs
 from support.phase_harness import Stage
@@ -39,12 +38,6 @@ class Server:
         call = wanting(ToolCall(id="c1", name="files_read", arguments="{}"))
         agent = Scripted(*[call, answering("read")] * 2).agent(made)
         return AgentNode(id=node_id, agent=agent, capabilities=CapabilityProfile(scores={"code": 0.5}))
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 async def test_a_server_is_opened_once_for_all_runs_and_nodes_and_closed_with_the_host(stage: Stage) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import structlog
 from support.auctions import offer_to
+from support.builders import call_for_bids
 from support.logs import capture_logs
-from support.phase_harness import Stage, call_for_bids
+from support.phase_harness import Stage
 from support.runs import run
 from support.wait import until
 
@@ -25,12 +26,6 @@ from loom.schemas.run import RunRequest
 from loom.types import AgentNode, CapabilityProfile
 
 CANARY = "Bearer sk-canary-0123456789"
-
-
-@pytest.fixture
-async def stage(nats_url: str, namespace: str) -> AsyncIterator[Stage]:
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
 
 
 def node(agent: Any, node_id: str = "n1") -> AgentNode:

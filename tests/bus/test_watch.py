@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 
 import pytest
+from support.fake_host import FakeHost, FakeRun
 from support.logs import capture_logs
-from support.phase_harness import FakeHost, FakeRun
 from support.runs import watch_of
 from support.wait import until
 

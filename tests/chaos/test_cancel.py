@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
-from support.hanging_agents import Stubborn
+from support.hanging_agents import HangingAgents
 from support.nodes import node
 from support.wait import until
 
@@ -25,10 +25,10 @@ WITHIN_S = 20
 
 
 @pytest.fixture
-def agents() -> Iterator[Stubborn]:
-    agents = Stubborn()
+def agents() -> Iterator[HangingAgents]:
+    agents = HangingAgents()
     yield agents
-    agents.over.set()
+    agents.released.set()
 
 
 @pytest.fixture
@@ -40,9 +40,9 @@ async def bus(nats_url: str, namespace: str) -> AsyncIterator[Bus]:
 @asynccontextmanager
 async def cluster(
     bus: Bus,
-    agents: Stubborn,
+    agents: HangingAgents,
     *,
-    kinds: Sequence[str] = ("endless", "deaf", "threaded", "quick"),
+    kinds: Sequence[str] = ("endless", "ignores_cancel", "threaded", "quick"),
     slots: int = 4,
     backlog: int = 16,
 ) -> AsyncIterator[None]:
@@ -82,12 +82,12 @@ async def is_cancelled(handle: TaskHandle) -> None:
 
 
 async def test_a_running_agent_stops_within_a_second_on_every_host_and_a_deaf_one_delays_no_answer(
-    bus: Bus, agents: Stubborn
+    bus: Bus, agents: HangingAgents
 ) -> None:
     async with cluster(bus, agents):
-        names = [f"{kind}{host}" for kind in ("endless", "deaf", "threaded") for host in (1, 2)]
+        names = [f"{kind}{host}" for kind in ("endless", "ignores_cancel", "threaded") for host in (1, 2)]
         handles = [await publish(bus, name) for name in names]
-        await until(lambda: len(agents.begun) == len(names), within_s=WITHIN_S, what="all run")
+        await until(lambda: len(agents.started) == len(names), within_s=WITHIN_S, what="all run")
 
         begun = time.monotonic()
         records = await asyncio.gather(*(handle.cancel() for handle in handles))
@@ -102,13 +102,15 @@ async def test_a_running_agent_stops_within_a_second_on_every_host_and_a_deaf_on
         await asyncio.gather(*map(is_cancelled, handles))
         # The places are free again, even those of runs that would not stop.
         assert await (await publish(bus, domain="quick")).content(WITHIN_S) == "done"
-        agents.over.set()
+        agents.released.set()
 
 
-async def test_a_waiting_task_is_cancelled_whether_in_an_auction_or_in_a_backlog(bus: Bus, agents: Stubborn) -> None:
+async def test_a_waiting_task_is_cancelled_whether_in_an_auction_or_in_a_backlog(
+    bus: Bus, agents: HangingAgents
+) -> None:
     async with cluster(bus, agents, kinds=("endless",), slots=1, backlog=1):
         running = [await publish(bus, "endless1"), await publish(bus, "endless2")]
-        await until(lambda: len(agents.begun) == 2, within_s=WITHIN_S, what="the slots are taken")
+        await until(lambda: len(agents.started) == 2, within_s=WITHIN_S, what="the slots are taken")
         queued = [await publish(bus), await publish(bus)]
 
         async def awarded() -> bool:
@@ -131,14 +133,16 @@ async def test_a_waiting_task_is_cancelled_whether_in_an_auction_or_in_a_backlog
         await asyncio.gather(*map(is_cancelled, waiting))
         await asyncio.gather(*(handle.cancel() for handle in running))
         last = await publish(bus)
-        await until(lambda: last.task_id in agents.begun, within_s=WITHIN_S, what="the places are free again")
+        await until(lambda: last.task_id in agents.started, within_s=WITHIN_S, what="the places are free again")
         await last.cancel()
 
-    assert len(agents.begun) == 3
+    assert len(agents.started) == 3
 
 
 @pytest.mark.slow
-async def test_a_task_handed_in_before_any_phase_is_cancelled_once_one_is_there(bus: Bus, agents: Stubborn) -> None:
+async def test_a_task_handed_in_before_any_phase_is_cancelled_once_one_is_there(
+    bus: Bus, agents: HangingAgents
+) -> None:
     async with running_phases(bus.connection.url, namespace=bus.subjects.namespace):
         pass  # leaves the streams
     handle = await publish(bus)
@@ -151,10 +155,12 @@ async def test_a_task_handed_in_before_any_phase_is_cancelled_once_one_is_there(
     async with cluster(bus, agents):
         assert await (await publish(bus, domain="quick")).content(WITHIN_S) == "done"
 
-    assert handle.task_id not in agents.begun
+    assert handle.task_id not in agents.started
 
 
-async def test_what_has_ended_stays_as_it_ended_and_an_unknown_task_is_said_to_be(bus: Bus, agents: Stubborn) -> None:
+async def test_what_has_ended_stays_as_it_ended_and_an_unknown_task_is_said_to_be(
+    bus: Bus, agents: HangingAgents
+) -> None:
     async with cluster(bus, agents):
         handle = await publish(bus, "quick1")
         assert await handle.content(WITHIN_S) == "done"
@@ -169,7 +175,7 @@ async def test_what_has_ended_stays_as_it_ended_and_an_unknown_task_is_said_to_b
 
 
 @pytest.mark.slow
-async def test_a_cancel_that_races_the_result_or_another_cancel_gives_one_end(bus: Bus, agents: Stubborn) -> None:
+async def test_a_cancel_that_races_the_result_or_another_cancel_gives_one_end(bus: Bus, agents: HangingAgents) -> None:
     async with cluster(bus, agents):
         told: dict[str, list[bytes]] = {}
 
@@ -195,7 +201,9 @@ async def test_a_cancel_that_races_the_result_or_another_cancel_gives_one_end(bu
 
 
 @pytest.mark.slow
-async def test_a_task_that_is_cancelled_while_it_waits_for_a_node_is_never_awarded(bus: Bus, agents: Stubborn) -> None:
+async def test_a_task_that_is_cancelled_while_it_waits_for_a_node_is_never_awarded(
+    bus: Bus, agents: HangingAgents
+) -> None:
     """Wherever it waits: for any node, for the one it is pinned to, or parked for the parts it was divided into."""
     plan = {"plan": {"subtasks": [{"id": "a", "description": "x", "domain": "quick"}]}}
     divided = TaskAd(domain="quick", description="x", estimated_complexity=1.0, context=plan)

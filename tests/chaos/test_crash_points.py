@@ -8,11 +8,12 @@ from functools import partial
 from typing import NamedTuple, Self
 
 import pytest
+from support.builders import ad
 from support.bus_helpers import back
-from support.crash_process import WITHIN_S, Child, phase
-from support.fault_scenarios import survive, towns
+from support.crash_process import WITHIN_S, CrashProcess, phase
+from support.fault_scenarios import run_all, scenarios
 from support.nodes import node
-from support.phase_harness import Asker, Stage, ad
+from support.phase_harness import Asker, Stage
 from support.wait import until
 
 from loom.agents.host.node_host import NodeHost
@@ -46,7 +47,9 @@ class Crash(NamedTuple):
 
 CRASHES: dict[str, Sequence[Crash]] = {
     "sense": [Crash("sense", point) for point in (*HOP, "recorded", "submission stored")],
-    "sense's cancel desk": [Crash("sense", point, "cancelled") for point in ("cancel told", "cancel recorded")],
+    "sense's cancel desk": [
+        Crash("sense", point, "cancelled") for point in ("cancel sent to evaluate", "cancel recorded")
+    ],
     "match": [Crash("match", point) for point in HOP],
     "scale": [Crash("scale", point) for point in HOP],
     "execute": [Crash("execute", point) for point in (*HOP, "recorded", "relayed")],
@@ -68,7 +71,7 @@ CRASHES: dict[str, Sequence[Crash]] = {
 }
 
 
-class Town(Stage):
+class CrashScenario(Stage):
     """A namespace where one phase runs in a process that will die or stop, and everything else is well."""
 
     def __init__(self, url: str, namespace: str, crash: Crash, how: signal.Signals, *, durable: bool) -> None:
@@ -91,7 +94,7 @@ class Town(Stage):
         await super().__aenter__()
         healthy = [name for name in PHASES if name != self.crash.phase]
         enter = self._stack.enter_async_context
-        self.child = await enter(Child(phase, self.url, self.namespace, *self.crash[:2], self.how))
+        self.child = await enter(CrashProcess(phase, self.url, self.namespace, *self.crash[:2], self.how))
         await enter(running_phases(self.url, names=healthy, namespace=self.namespace))
         for name in ("a", "b"):  # two hosts: a second auction may well be won by the other
             hosted = [node(name, self._agent, code=0.9)]
@@ -106,16 +109,16 @@ class Town(Stage):
             await asyncio.sleep(WITHIN_S if self.crash.task == "cancelled" else RUN_S)
         return f"survived attempt {job.attempt}"
 
-    async def strike(self) -> None:
+    async def inject(self) -> None:
         """Submit the task and wait until the phase has fallen over it."""
         self.client = Asker(self.bus)
         await self.client.ask(self.bus.subjects.submit, self.task)
         if self.crash.task == "cancelled":
             await until(lambda: self.runs[1], within_s=WITHIN_S, what="the run")
             await self.bus.connection.publish(self.bus.subjects.of("cancel", self.task.task_id))
-        await self.child.says("fallen")
+        await self.child.wait_for("crashing")
 
-    async def recover(self) -> None:
+    async def verify(self) -> None:
         """Put a replica in the dead one's place and see how the task ends."""
         if not (self.crash.phase == "execute" and self.crash.point in RUNNING):
             for host in self.hosts:  # a host that is still gone is lost; not so one whose run may be going on
@@ -175,13 +178,15 @@ async def test_a_task_survives_a_phase_killed_half_way_and_then_the_server(serve
         Crash("execute", "relayed"),
         Crash("evaluate", "recorded"),
     ]
-    await survive(towns(Town, halves, server.url, namespace, ways=[signal.SIGKILL], durable=True), server)
+    await run_all(
+        scenarios(CrashScenario, halves, server.url, namespace, signals=[signal.SIGKILL], durable=True), server
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("who", CRASHES)
 async def test_a_task_survives_a_phase_killed_or_stopped_at_any_point(who: str, nats_url: str, namespace: str) -> None:
-    await survive(towns(Town, CRASHES[who], nats_url, namespace))
+    await run_all(scenarios(CrashScenario, CRASHES[who], nats_url, namespace))
 
 
 @pytest.mark.slow
@@ -189,4 +194,4 @@ async def test_a_task_survives_a_phase_killed_or_stopped_at_any_point(who: str, 
 async def test_a_task_survives_a_phase_killed_or_stopped_at_any_point_and_then_the_server(
     who: str, server: NatsServer, namespace: str
 ) -> None:
-    await survive(towns(Town, CRASHES[who], server.url, namespace, durable=True), server)
+    await run_all(scenarios(CrashScenario, CRASHES[who], server.url, namespace, durable=True), server)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from support.hanging_agents import Stubborn
+from support.hanging_agents import HangingAgents
 from support.nodes import node
 from support.wait import until
 
@@ -64,9 +64,9 @@ async def ends_in_time(bus: Bus, node_id: str = "", **facts: Any) -> str:
 
 @pytest.mark.slow
 async def test_a_deadline_is_kept_in_an_auction_in_a_backlog_and_in_every_kind_of_run(bus: Bus) -> None:
-    work, model = Stubborn(), Silent()
+    work, model = HangingAgents(), Silent()
     nodes = [
-        *(node(kind, getattr(work, kind)) for kind in ("endless", "deaf", "threaded")),
+        *(node(kind, getattr(work, kind)) for kind in ("endless", "ignores_cancel", "threaded")),
         node("model", Agent(model, AgentConfig())),
         node("full", work.endless),
     ]
@@ -76,30 +76,30 @@ async def test_a_deadline_is_kept_in_an_auction_in_a_backlog_and_in_every_kind_o
         running_nodes(bus.connection.url, lambda: nodes, namespace=namespace, slots=1, backlog=1, drain_timeout_s=0),
     ):
         holding = await publish(bus, "full", timeout_s=60)
-        await until(lambda: holding.task_id in work.begun, within_s=WITHIN_S, what="the slot is taken")
+        await until(lambda: holding.task_id in work.started, within_s=WITHIN_S, what="the slot is taken")
         begun = time.monotonic()
         queued, bounced, toolless, *run = await asyncio.gather(
             ends_in_time(bus, "full"),
             ends_in_time(bus, "full"),
             ends_in_time(bus, required_tools=("nobody-has-this",)),
-            *(ends_in_time(bus, kind) for kind in ("endless", "deaf", "threaded", "model")),
+            *(ends_in_time(bus, kind) for kind in ("endless", "ignores_cancel", "threaded", "model")),
         )
         stopped = work.stopped[run[0]]
         await holding.cancel()
         await until(lambda: holding.task_id in work.stopped, within_s=WITHIN_S, what="the slot is free")
         after = await publish(bus, "full", timeout_s=60)
-        await until(lambda: after.task_id in work.begun, within_s=WITHIN_S, what="the next one runs")
+        await until(lambda: after.task_id in work.started, within_s=WITHIN_S, what="the next one runs")
         await after.cancel()
-        work.over.set()
+        work.released.set()
 
     assert stopped - begun < TIMEOUT_S + LATE_S
     assert len(model.asked) == 1
-    assert not {queued, bounced, toolless} & set(work.begun)
+    assert not {queued, bounced, toolless} & set(work.started)
 
 
 @pytest.mark.slow
 async def test_a_deadline_is_kept_while_all_are_busy_and_while_nobody_is_there(bus: Bus) -> None:
-    work = Stubborn()
+    work = HangingAgents()
     namespace = bus.subjects.namespace
     async with running_phases(bus.connection.url, namespace=namespace):
         await ends_in_time(bus)
@@ -112,16 +112,16 @@ async def test_a_deadline_is_kept_while_all_are_busy_and_while_nobody_is_there(b
             drain_timeout_s=0,
         ):
             holding = await publish(bus, timeout_s=60)
-            await until(lambda: work.begun, within_s=WITHIN_S, what="the slot is taken")
+            await until(lambda: work.started, within_s=WITHIN_S, what="the slot is taken")
             await asyncio.gather(*(ends_in_time(bus) for _ in range(5)))
             await holding.cancel()
 
-    assert work.begun == [holding.task_id]
+    assert work.started == [holding.task_id]
 
 
 @pytest.mark.slow
 async def test_a_task_whose_deadline_passed_before_any_phase_was_there_is_not_begun(bus: Bus) -> None:
-    work = Stubborn()
+    work = HangingAgents()
     namespace = bus.subjects.namespace
     async with running_phases(bus.connection.url, namespace=namespace):
         pass  # leaves the streams
@@ -135,4 +135,4 @@ async def test_a_task_whose_deadline_passed_before_any_phase_was_there_is_not_be
         with pytest.raises(DeadlineExceeded, match="before the task began"):
             await late.content(WITHIN_S)
 
-    assert not work.begun
+    assert not work.started

@@ -7,10 +7,11 @@ from contextlib import AsyncExitStack
 from functools import partial
 
 import pytest
-from support.crash_process import WITHIN_S, Child
+from support.builders import ad
+from support.crash_process import WITHIN_S, CrashProcess
 from support.delegation_crash_points import POINTS, execute
 from support.nodes import node
-from support.phase_harness import Stage, ad
+from support.phase_harness import Stage
 from support.wait import until
 
 from loom import delegate
@@ -22,7 +23,7 @@ from loom.schemas.run import RunRequest
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-class Town(Stage):
+class CrashScenario(Stage):
     """A namespace where EXECUTE will die or stop, and everything else is well; the one node has one slot."""
 
     def __init__(self, url: str, namespace: str, point: str, how: signal.Signals) -> None:
@@ -36,16 +37,16 @@ class Town(Stage):
             return "four"
         return f"they say {await delegate('part', domain='code')}"
 
-    async def survive(self) -> None:
+    async def run(self) -> None:
         """Go through the fault and see how the task and its part end."""
         enter = self._stack.enter_async_context
-        child = await enter(Child(execute, self.url, self.namespace, self.point, self.how))
+        child = await enter(CrashProcess(execute, self.url, self.namespace, self.point, self.how))
         others = [name for name in PHASES if name != "execute"]
         await enter(running_phases(self.url, names=others, namespace=self.namespace))
         hosted = [node("a", self.agent, code=0.9)]
         await enter(running_nodes(self.url, partial(list, hosted), namespace=self.namespace, slots=1))
         handle = await task_client.publish(self.bus, ad("whole", timeout_s=120))
-        await child.says("fallen")
+        await child.wait_for("crashing")
         await enter(running_phases(self.url, names=["execute"], namespace=self.namespace))
         result = await handle.result(2 * WITHIN_S)
         await until(self._quiet, within_s=WITHIN_S, what=f"{self.point}: empty streams; heard: {self.tape()}")
@@ -70,6 +71,6 @@ async def test_a_delegation_survives_execute_killed_or_stopped_at_any_point(
     how: signal.Signals, nats_url: str, namespace: str
 ) -> None:
     async with AsyncExitStack() as stack:
-        towns = [Town(nats_url, f"{namespace}-{n}", point, how) for n, point in enumerate(POINTS)]
-        await asyncio.gather(*(stack.enter_async_context(town) for town in towns))
-        await asyncio.gather(*(town.survive() for town in towns))
+        scenarios = [CrashScenario(nats_url, f"{namespace}-{n}", point, how) for n, point in enumerate(POINTS)]
+        await asyncio.gather(*(stack.enter_async_context(scenario) for scenario in scenarios))
+        await asyncio.gather(*(scenario.run() for scenario in scenarios))

@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import pytest
-from support.crash_process import IMPATIENT, QUICK, WITHIN_S, Child, each_setting, host, phase
+from support.builders import ad
+from support.crash_process import QUICK, SHORT_SILENCE, WITHIN_S, CrashProcess, each_setting, host, phase
 from support.nodes import node
-from support.phase_harness import Stage, ad
+from support.phase_harness import Stage
 from support.wait import until
 
 from loom.bus import task_client
@@ -24,7 +25,7 @@ from loom.schemas.run import Delta, RunRequest
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name, value in each_setting({**QUICK, **IMPATIENT}):
+    for module, name, value in each_setting({**QUICK, **SHORT_SILENCE}):
         monkeypatch.setattr(module, name, value)
 
 
@@ -101,14 +102,14 @@ async def lose_host(url: str, namespace: str, *, wakes: bool) -> None:
     async with AsyncExitStack() as stack:
         stage = await stack.enter_async_context(Stage(url, namespace))
         await stack.enter_async_context(running_phases(url, namespace=namespace))
-        lost = await stack.enter_async_context(Child(host, url, namespace, "lost"))
+        lost = await stack.enter_async_context(CrashProcess(host, url, namespace, "lost"))
         client = Client(stage)
         await client.submit()
-        await lost.says("run 1")
+        await lost.wait_for("run 1")
         await until(lambda: client.deltas, within_s=WITHIN_S, what="the first attempt's delta")
         await stage.host([node("other", other, code=0.9)])
         if wakes:
-            lost.stop()
+            lost.pause()
         else:
             lost.process.kill()
         record = await client.ended()
@@ -119,7 +120,7 @@ async def lose_host(url: str, namespace: str, *, wakes: bool) -> None:
         )
         if wakes:
             lost.resume()
-            await lost.says("stopped 1")
+            await lost.wait_for("stopped 1")
         await client.learned(lost=[0.0], other=[1.0])
         await settled(stage)
         assert await client.record() == record
@@ -146,12 +147,12 @@ async def stop_execute(url: str, namespace: str, wakes: str) -> None:
     async with AsyncExitStack() as stack:
         stage = await stack.enter_async_context(Stage(url, namespace))
         await stack.enter_async_context(running_phases(url, names=others, namespace=namespace))
-        stopped = await stack.enter_async_context(Child(phase, url, namespace, "execute"))
+        stopped = await stack.enter_async_context(CrashProcess(phase, url, namespace, "execute"))
         await stage.host([node("one", agent, code=0.9)])
         client = Client(stage)
         await client.submit()
         await until(lambda: len(client.deltas) == 2, within_s=WITHIN_S, what="a delta of the first replica")
-        stopped.stop()
+        stopped.pause()
         if wakes == "with the result in hand":
             agent.go.set()
         replica = await stack.enter_async_context(running_phases(url, names=["execute"], namespace=namespace))

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from support.builders import ad
 from support.openai_server import ERROR_EVENT, OpenAIServer, Reply, Request, text_event
-from support.phase_harness import Stage, ad
+from support.phase_harness import Stage
 from support.wait import until
 
 from loom.agents.llm.agent import Agent

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from support.builders import awarded
 from support.nodes import echo, node
-from support.phase_harness import Stage, awarded
+from support.phase_harness import Stage
 from support.wait import until
 
 from loom.bus import task_client, topology, upkeep
@@ -121,7 +122,7 @@ async def test_deleted_consumers_are_created_again_and_tasks_of_every_priority_e
 async def test_what_nothing_asks_for_is_created_again_at_the_next_look(
     nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upkeep, "LOOK_S", 0.1)
+    monkeypatch.setattr(upkeep, "CHECK_S", 0.1)
     async with Bus(nats_url, namespace=namespace) as client, running_phases(nats_url, namespace=namespace):
         for name in ("DEAD", "plans", "tuning"):
             stream = client.subjects.stream(name) if name.isupper() else f"KV_{client.subjects.bucket(name)}"

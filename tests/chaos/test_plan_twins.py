@@ -1,4 +1,4 @@
-"""A divided task of which a copy went to EXECUTE undivided: it ends once, with the outputs of its subtasks."""
+"""EXECUTE receives an undivided copy of a divided task: the task still ends once."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -23,18 +23,18 @@ from loom.schemas.task import TaskAd
 PLAN = [{"id": "a", "description": "part"}, {"id": "b", "description": "part", "dependencies": ["a"]}]
 
 
-class Town:
-    """All phases, two nodes, and a divided task whose subtasks wait until they are let go."""
+class DividedTask:
+    """A divided task on two nodes whose subtasks run until `released` is set."""
 
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
-        self.go = asyncio.Event()
+        self.released = asyncio.Event()
         self.answers_alone = False
         self.ad = TaskAd(domain="code", description="all", context={"plan": PLAN}, timeout_s=30)
 
     async def agent(self, job: RunRequest) -> str:
         if job.description == "part":
-            await self.go.wait()
+            await self.released.wait()
             return "out"
         if self.answers_alone:
             return "alone"
@@ -53,55 +53,55 @@ class Town:
 
 
 @pytest.fixture
-async def town(nats_url: str, namespace: str) -> AsyncIterator[Town]:
+async def divided(nats_url: str, namespace: str) -> AsyncIterator[DividedTask]:
     async with AsyncExitStack() as stack:
-        town = Town(await stack.enter_async_context(Bus(nats_url, namespace=namespace)))
+        divided = DividedTask(await stack.enter_async_context(Bus(nats_url, namespace=namespace)))
         await stack.enter_async_context(running_phases(nats_url, namespace=namespace))
-        nodes = [node(name, town.agent, code=0.9) for name in ("ann", "bob")]
+        nodes = [node(name, divided.agent, code=0.9) for name in ("ann", "bob")]
         await stack.enter_async_context(running_nodes(nats_url, lambda: nodes, namespace=namespace))
-        yield town
+        yield divided
 
 
 @pytest.mark.parametrize("until_running", [True, False], ids=["while subtasks run", "while they join"])
 async def test_a_copy_that_fails_undivided_leads_to_one_end_with_all_outputs(
-    town: Town, *, until_running: bool
+    divided: DividedTask, *, until_running: bool
 ) -> None:
-    handle = await task_client.publish(town.bus, town.ad, deltas=False)
-    plan = await until(town.plan, what="the task is divided")
-    await town.put(replace(plan.envelope, inputs={}))
+    handle = await task_client.publish(divided.bus, divided.ad, deltas=False)
+    plan = await until(divided.plan, what="the task is divided")
+    await divided.put(replace(plan.envelope, inputs={}))
 
-    async def asked_again() -> bool:
-        plan = await town.plan()
+    async def second_attempt_parked() -> bool:
+        plan = await divided.plan()
         return plan is not None and plan.envelope.attempt == 2
 
     if until_running:
-        await until(asked_again, what="the second attempt has taken the place of the parked one")
-    town.go.set()
+        await until(second_attempt_parked, what="the second attempt has taken the place of the parked one")
+    divided.released.set()
     result = await handle.result(20)
     assert (result.error, result.content, result.state) == (None, "a, b", "succeeded")
 
-    async def over() -> bool:
-        plan = await town.plan()
-        return plan is not None and plan.state == "done" and not (await stream_state(town.bus, "TASKS"))["messages"]
+    async def plan_done() -> bool:
+        plan = await divided.plan()
+        return plan is not None and plan.state == "done" and not (await stream_state(divided.bus, "TASKS"))["messages"]
 
-    await until(over, what="nothing is left of it")
-    parts: list[Subtask] = list((await until(town.plan, what="the plan")).subtasks)
+    await until(plan_done, what="the plan is done and the stream is empty")
+    parts: list[Subtask] = list((await until(divided.plan, what="the plan")).subtasks)
     assert {part.state for part in parts} == {"succeeded"}
-    record = await records(town.bus).get(town.ad.task_id)
+    record = await records(divided.bus).get(divided.ad.task_id)
     assert record is not None
     assert record.value.envelope.attempt == result.attempts
-    assert (await stream_state(town.bus, "DEAD"))["messages"] == 0
+    assert (await stream_state(divided.bus, "DEAD"))["messages"] == 0
 
 
-async def test_a_copy_that_succeeds_undivided_ends_the_task_and_cancels_its_subtasks(town: Town) -> None:
-    town.answers_alone = True
-    handle = await task_client.publish(town.bus, town.ad, deltas=False)
-    plan = await until(town.plan, what="the task is divided")
-    await town.put(plan.envelope)
+async def test_a_copy_that_succeeds_undivided_ends_the_task_and_cancels_its_subtasks(divided: DividedTask) -> None:
+    divided.answers_alone = True
+    handle = await task_client.publish(divided.bus, divided.ad, deltas=False)
+    plan = await until(divided.plan, what="the task is divided")
+    await divided.put(plan.envelope)
     assert (await handle.result(20)).content == "alone"
 
     async def cancelled() -> bool:
-        plan = await town.plan()
+        plan = await divided.plan()
         return plan is not None and plan.state == "done" and plan.subtasks[0].state == "cancelled"
 
     await until(cancelled, what="the subtask that ran is cancelled")

@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any, NamedTuple, Self
 
 import pytest
-from support.crash_process import WITHIN_S, Child, phase
-from support.fault_scenarios import survive, towns
+from support.builders import ad
+from support.crash_process import WITHIN_S, CrashProcess, phase
+from support.fault_scenarios import run_all, scenarios
 from support.nodes import node
-from support.phase_harness import Stage, ad
+from support.phase_harness import Stage
 from support.wait import until
 
 from loom.bus import task_client, topology
@@ -40,14 +41,14 @@ class Crash(NamedTuple):
 
 
 CRASHES: dict[str, Sequence[Crash]] = {
-    "dividing": [Crash("plan stored"), Crash("timer set"), Crash("subtask begun"), Crash("confirmed, unacked")],
-    "going on": [Crash("plan noted"), Crash("plan joined"), Crash("timer dropped"), Crash("plan over")],
-    "failing": [Crash("plan over", "failed"), Crash("timer dropped", "failed"), Crash("subtask cancelled", "failed")],
-    "cancelled": [Crash("plan over", "cancelled"), Crash("subtask cancelled", "cancelled")],
+    "dividing": [Crash("plan stored"), Crash("timer set"), Crash("subtask stored"), Crash("confirmed, unacked")],
+    "going on": [Crash("plan recorded"), Crash("plan joining"), Crash("timer removed"), Crash("plan done")],
+    "failing": [Crash("plan done", "failed"), Crash("timer removed", "failed"), Crash("subtask cancelled", "failed")],
+    "cancelled": [Crash("plan done", "cancelled"), Crash("subtask cancelled", "cancelled")],
 }
 
 
-class Town(Stage):
+class CrashScenario(Stage):
     """A namespace where SCALE runs in a process that will fall, and everything else is well."""
 
     def __init__(self, url: str, namespace: str, crash: Crash, how: signal.Signals, *, durable: bool) -> None:
@@ -71,7 +72,7 @@ class Town(Stage):
     async def __aenter__(self) -> Self:
         await super().__aenter__()
         enter = self._stack.enter_async_context
-        self.child = await enter(Child(phase, self.url, self.namespace, "scale", self.crash.point, self.how))
+        self.child = await enter(CrashProcess(phase, self.url, self.namespace, "scale", self.crash.point, self.how))
         await enter(running_phases(self.url, names=HEALTHY, namespace=self.namespace))
         for name in ("a", "b"):
             hosted = [node(name, self._agent, code=0.9)]
@@ -86,15 +87,15 @@ class Town(Stage):
             raise RuntimeError("not today")
         return f"{job.description}({', '.join(job.inputs.values())})"
 
-    async def strike(self) -> None:
+    async def inject(self) -> None:
         """Submit the task and wait until SCALE has fallen over it."""
         await task_client.publish(self.bus, self.task, deltas=False)
         if self.crash.ends == "cancelled":
             await until(lambda: self.runs, within_s=WITHIN_S, what="a subtask runs")
             await self.bus.connection.publish(self.bus.subjects.of("cancel", self.task.task_id))
-        await self.child.says("fallen")
+        await self.child.wait_for("crashing")
 
-    async def recover(self) -> None:
+    async def verify(self) -> None:
         """Put a replica in the fallen one's place and see how all of it ends."""
         await self._stack.enter_async_context(running_phases(self.url, names=["scale"], namespace=self.namespace))
         record = await self._check()
@@ -138,8 +139,8 @@ class Town(Stage):
 
 @pytest.mark.slow
 async def test_a_divided_task_survives_scale_killed_half_way(nats_url: str, namespace: str) -> None:
-    halves = [Crash("plan stored"), Crash("plan noted"), Crash("plan joined"), Crash("plan over", "cancelled")]
-    await survive(towns(Town, halves, nats_url, namespace, ways=[signal.SIGKILL]))
+    halves = [Crash("plan stored"), Crash("plan recorded"), Crash("plan joining"), Crash("plan done", "cancelled")]
+    await run_all(scenarios(CrashScenario, halves, nats_url, namespace, signals=[signal.SIGKILL]))
 
 
 @pytest.mark.slow
@@ -147,7 +148,7 @@ async def test_a_divided_task_survives_scale_killed_half_way(nats_url: str, name
 async def test_a_divided_task_survives_scale_killed_or_stopped_at_any_point(
     when: str, nats_url: str, namespace: str
 ) -> None:
-    await survive(towns(Town, CRASHES[when], nats_url, namespace))
+    await run_all(scenarios(CrashScenario, CRASHES[when], nats_url, namespace))
 
 
 @pytest.mark.slow
@@ -155,4 +156,4 @@ async def test_a_divided_task_survives_scale_killed_or_stopped_at_any_point(
 async def test_a_divided_task_survives_scale_killed_or_stopped_at_any_point_and_then_the_server(
     when: str, server: NatsServer, namespace: str
 ) -> None:
-    await survive(towns(Town, CRASHES[when], server.url, namespace, durable=True), server)
+    await run_all(scenarios(CrashScenario, CRASHES[when], server.url, namespace, durable=True), server)

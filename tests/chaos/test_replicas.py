@@ -5,10 +5,11 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import pytest
-from support.invariants import Ledger, check, read_books
+from support.invariants import check, learned_state
 from support.nats_cluster import NatsCluster, leader, nats_cluster
 from support.nodes import echo, node
 from support.wait import until
+from support.workload import Workload
 
 from loom.bus import task_client, topology
 from loom.bus.bus import Bus
@@ -96,28 +97,23 @@ async def test_the_leader_dies_while_tasks_are_submitted_and_none_is_lost(
         for names in (("sense", "execute"), ("match", "scale"), ("evaluate", "adapt")):
             await stack.enter_async_context(running_phases(cluster.url, names=names, config=THREE, patience_s=20))
         await stack.enter_async_context(running_nodes(cluster.url, lambda: [node("n", agent, code=0.9)], patience_s=20))
-        ledger = Ledger(client)
-        watching = asyncio.ensure_future(ledger.watch())
-        submitting = asyncio.ensure_future(ledger.submit(120, per_s=30))
-        await until(lambda: len(ledger.accepted) >= 20, within_s=30, what="tasks are accepted")
+        workload = Workload(client)
+        watching = asyncio.ensure_future(workload.watch())
+        submitting = asyncio.ensure_future(workload.submit(120, per_s=30))
+        await until(lambda: len(workload.accepted) >= 20, within_s=30, what="tasks are accepted")
         dead = await leader(client, stream)
         cluster.kill(dead)
         await submitting
         await leader(client, stream, other_than=dead)
-        await ledger.settled(within_s=60)
+        await workload.settled(within_s=60)
         await cluster.restart(dead)
         await cluster.ready()
-        books = await until(lambda: _folded(client), within_s=30, what="all rewards are folded")
+        state = await learned_state(client)
         watching.cancel()
-        check(ledger, books, runs)
+        check(workload, state, runs)
         await until(lambda: _level(client), within_s=30, what="the server that came back has caught up")
 
-    assert len(ledger.accepted) >= 20
-
-
-async def _folded(bus: Bus):  # type: ignore[no-untyped-def]  # noqa: ANN202 - as the ledger's own
-    books = await read_books(bus)
-    return books if books.refolded() == books.profiles else None
+    assert len(workload.accepted) >= 20
 
 
 async def _found(bus: Bus) -> list[Finding]:

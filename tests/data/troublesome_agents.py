@@ -1,4 +1,4 @@
-"""Agents of which all but the first are a burden to their host. NODE_KIND chooses the one this host has."""
+"""Agents that burden their host, except the first; TEST_NODE_ID selects one."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ async def blocks(description: str) -> str:
     return f"late: {description}"
 
 
-async def deaf(description: str) -> str:
+async def uncancellable(description: str) -> str:
     """Swallow every cancellation."""
     while True:
         with contextlib.suppress(BaseException):
@@ -45,12 +45,12 @@ async def endless(description: str) -> AsyncIterator[str]:
         yield f"{description} again and again " * 40
 
 
-KINDS = {agent.__name__: agent for agent in (honest, echo, interrupts, blocks, deaf, endless)}
-KIND = os.environ["LEDGER_NODE"].partition("-")[0]
+KINDS = {agent.__name__: agent for agent in (honest, echo, interrupts, blocks, uncancellable, endless)}
+KIND = os.environ["TEST_NODE_ID"].partition("-")[0]
 
 nodes = [
     AgentNode(
-        id=os.environ["LEDGER_NODE"],
+        id=os.environ["TEST_NODE_ID"],
         capabilities=CapabilityProfile(scores={"code": 0.8}, tools=[KIND]),
         agent=KINDS[KIND],
     )

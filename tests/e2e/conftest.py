@@ -1,4 +1,4 @@
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import pytest
 from support.background import Cluster
@@ -6,38 +6,12 @@ from support.in_process import Loom, commands
 from support.openai_server import OpenAIServer
 
 from loom import AgentConfig, OpenAIProvider
-from loom.bus.bus import Bus
-from loom.runner.services import running_phases
 
 
 @pytest.fixture(autouse=True)
 def hosts_gathered_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """MATCH takes its first task sooner: the hosts of a test are few, and answer within a tenth of a second."""
     monkeypatch.setattr("loom.phases.match.service.ANNOUNCE_WAIT_S", 0.1)
-
-
-@pytest.fixture
-def on_bus(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """The environment of a process that uses the shared server: address and namespace."""
-    monkeypatch.setenv("NATS_URL", nats_url)
-    monkeypatch.setenv("LOOM_NAMESPACE", namespace)
-    return nats_url, namespace
-
-
-@pytest.fixture
-async def phases(on_bus: tuple[str, str]) -> AsyncIterator[Bus]:
-    """All six phases on the shared server."""
-    url, namespace = on_bus
-    async with running_phases(url, namespace=namespace) as bus:
-        yield bus
-
-
-@pytest.fixture
-async def client(on_bus: tuple[str, str]) -> AsyncIterator[Bus]:
-    """A client's connection."""
-    url, namespace = on_bus
-    async with Bus(url, namespace=namespace) as bus:
-        yield bus
 
 
 @pytest.fixture

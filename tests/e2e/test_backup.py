@@ -21,7 +21,8 @@ from loom.runner.backup.cluster_backup import InvalidBackup, StreamsExist, backu
 from loom.runner.server.nats_server import embedded_server
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import PHASES, TaskRecord
+from loom.schemas.envelope import PHASES
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskAd
 
 CONFIG = ClusterConfig()

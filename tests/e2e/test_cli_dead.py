@@ -60,7 +60,7 @@ def _skipped(cluster: Cluster, ad: TaskAd) -> bytes:
 
 async def _kept(cluster: Cluster, count: int) -> list[Letter]:
     async def there() -> list[Letter]:
-        found = await admin.letters(cluster.bus, 100)
+        found = await admin.list_letters(cluster.bus, 100)
         return found if len(found) >= count else []
 
     return await until(there, within_s=20, what=f"{count} dead letters")

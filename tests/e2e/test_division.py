@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support.kill_schedule import Cast
+from support.kill_schedule import ProcessCluster
 from support.wait import until
 
 from loom.bus import task_client, topology
@@ -22,7 +22,7 @@ from loom.schemas.run import RunRequest
 from loom.types import AgentNode, CapabilityProfile
 
 FIELDS = {"ada": "code", "ben": "data"}
-name = os.environ["LEDGER_NODE"]
+name = os.environ["TEST_NODE_ID"]
 
 
 async def work(job: RunRequest) -> str:
@@ -46,7 +46,7 @@ async def test_a_diamond_runs_on_two_node_processes_and_is_put_together(tmp_path
     server = NatsServer()
     server.start()
     try:
-        async with Bus(server.url) as bus, Cast(server, tmp_path, {"all": PHASES}, ("ada", "ben"), agents):
+        async with Bus(server.url) as bus, ProcessCluster(server, tmp_path, {"all": PHASES}, ("ada", "ben"), agents):
             await until(lambda: _both_are_there(bus), within_s=30, what="both nodes")
             ad = TaskAd(domain="code", description="all", context={"plan": DIAMOND})
             handle = await task_client.publish(bus, ad)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from support.builders import ad, envelope, reward
 from support.command import command, loom
-from support.phase_harness import ad, envelope
-from support.rewards import reward
 from support.wait import until
 
 from loom.bus import topology
@@ -21,8 +20,8 @@ from loom.bus.host_directory import AnnouncedHost
 from loom.bus.rewards import RewardBus
 from loom.bus.service_discovery import (
     Clocks,
-    Present,
     ServiceEndpoint,
+    ServiceInstance,
     clocks,
     discover,
     settings_facts,
@@ -207,8 +206,8 @@ async def test_processes_that_are_wrong_about_the_servers_time_are_found(on_bus:
     ]
 
 
-def _present(service: str, version: str) -> Present:
-    return Present(type="", name=f"loom-{service}", id=version, version=version, metadata={"service": service})
+def _present(service: str, version: str) -> ServiceInstance:
+    return ServiceInstance(type="", name=f"loom-{service}", id=version, version=version, metadata={"service": service})
 
 
 def test_busy_hosts_and_backlogs_are_noticed() -> None:
@@ -327,7 +326,7 @@ async def test_a_phase_that_answers_and_does_not_work_is_found(
         scale, adapt = group._started
         assert isinstance(scale, Scale)
         assert isinstance(adapt, Adapt)
-        await scale._loop._pulls[0].stop()
+        await scale._loop._consumers[0].stop()
         adapt._tasks[0].cancel()
         env = envelope(ad(task_id="t1"), now=client.clock.now())
         await client.jetstream.publish(client.subjects.task("scale", "normal", "t1"), env)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.builders import reward
 from support.command import command
-from support.rewards import reward
 from support.streams import create_streams
 
 from loom import Runtime, TaskAd

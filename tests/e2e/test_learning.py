@@ -8,8 +8,8 @@ from contextlib import AsyncExitStack
 import pytest
 from bench.learning import Figures, Setting, World, play
 from bench.over_bus import one_at_a_time, side_by_side
+from support.fake_host import FakeHost
 from support.nodes import echo, fail, node
-from support.phase_harness import FakeHost
 from support.wait import until
 
 from loom.bus import task_client

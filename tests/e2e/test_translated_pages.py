@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from support.cli_parsing import accepted
+from support.cli_parsing import parse_command
 from support.programs import output_of
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def test_the_snippets_of_the_front_page_are_those_that_run_as_written() -> None:
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[:2]))
 def test_every_command_is_one_the_command_line_knows(words: list[str]) -> None:
-    assert accepted(words[1:]) == words[1]
+    assert parse_command(words[1:]) == words[1]
 
 
 @pytest.mark.parametrize("name", PAGES)

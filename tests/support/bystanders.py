@@ -1,4 +1,4 @@
-"""A stream of honest tasks beside tasks, agents and messages that burden the same cluster.
+"""A stream of honest tasks next to tasks, agents and messages that burden the same cluster.
 
 Run as a script for the long measurement: `python -m support.bystanders --seconds 60`, with tests/ on PYTHONPATH.
 """
@@ -22,15 +22,15 @@ from loom.bus.natsio.transport.message import Msg
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.envelope import PHASES
 from loom.schemas.errors import LoomError
-from support.kill_schedule import Cast
+from support.kill_schedule import ProcessCluster
 from support.wait import until
 
 AGENTS = Path(__file__).parents[1] / "data" / "troublesome_agents.py"
-HOSTS = ("honest-1", "honest-2", "echo", "interrupts-1", "interrupts-2", "blocks", "deaf", "endless")
+HOSTS = ("honest-1", "honest-2", "echo", "interrupts-1", "interrupts-2", "blocks", "uncancellable", "endless")
 PER_S = 20
 ANSWER_S = 30.0
-AGAIN_S = 1.0
-"""Between two burdens of one kind."""
+BURDEN_INTERVAL_S = 1.0
+"""Seconds between two burdens of one kind."""
 MOST_TIMES = 3.0
 MOST_MORE_S = 2.0
 FLOOR_S = 0.1
@@ -39,7 +39,7 @@ FLOOR_S = 0.1
 
 @dataclass
 class Stream:
-    """What became of a stream of tasks."""
+    """Durations and faults of a stream of tasks."""
 
     took_s: list[float] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -61,13 +61,13 @@ class Stream:
 
 
 class Client:
-    """Submits ads as JSON over the subject that any language uses."""
+    """Submits ads as JSON requests to the submit subject."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
 
     async def submit(self, tool: str, *, timeout_s: float = 60, **ad: Any) -> dict[str, Any]:
-        """Submit a task that only nodes with `tool` take, and return the answer."""
+        """Submit a task that only nodes with `tool` can run, and return the answer."""
         body = {
             "domain": "code",
             "description": "work",
@@ -83,7 +83,7 @@ class Client:
         return answer
 
     async def stream(self, seconds: float) -> Stream:
-        """Submit honest tasks at an even pace for so long, and return what became of them."""
+        """Submit honest tasks at a constant rate for that time, and return their durations and faults."""
         stream = Stream()
 
         async def submit(number: int) -> None:
@@ -105,7 +105,7 @@ class Client:
 
 
 class ForgedHost:
-    """A host made of plain messages whose every result has fields of its own choice."""
+    """A host made of plain messages whose results contain given raw fields."""
 
     def __init__(self, bus: Bus, tool: str, result: bytes) -> None:
         self._bus, self._tool, self._result = bus, tool, result
@@ -146,7 +146,7 @@ class ForgedHost:
 
 
 def schema_bomb(doublings: int = 60) -> dict[str, Any]:
-    """Return a JSON Schema of 4 kB whose references double so often."""
+    """Return a JSON Schema of about 4 kB whose references double that many times."""
     parts: dict[str, Any] = {"a0": {"type": "object"}}
     for n in range(1, doublings + 1):
         parts[f"a{n}"] = {"allOf": [{"$ref": f"#/$defs/a{n - 1}"}] * 2}
@@ -154,7 +154,7 @@ def schema_bomb(doublings: int = 60) -> dict[str, Any]:
 
 
 def burdens() -> Mapping[str, Callable[[Client], Awaitable[Any]]]:
-    """Return a name for each burden, and what brings it about once."""
+    """Return burden name -> function that applies it once."""
     return {
         "schema bomb": lambda client: client.submit("echo", description="{}", accept={"json_schema": schema_bomb()}),
         "pattern bomb": lambda client: client.submit("echo", accept={"pattern": "a{1000000}"}),
@@ -162,62 +162,62 @@ def burdens() -> Mapping[str, Callable[[Client], Awaitable[Any]]]:
         "1e308 seconds": lambda client: client.submit("duration"),
         "KeyboardInterrupt": lambda client: client.submit("interrupts", timeout_s=20),
         "blocked loop": lambda client: client.submit("blocks", timeout_s=20),
-        "swallowed cancel": lambda client: client.submit("deaf", timeout_s=2),
+        "swallowed cancel": lambda client: client.submit("uncancellable", timeout_s=2),
         "endless generator": lambda client: client.submit("endless", timeout_s=5),
     }
 
 
 @asynccontextmanager
 async def repeated(burden: Callable[[Client], Awaitable[Any]], client: Client) -> AsyncIterator[None]:
-    """Bring a burden about each second for the length of the block."""
+    """Apply a burden each second for the length of the block."""
 
     async def once() -> None:
-        with suppress(LoomError, TimeoutError):  # how it ends is the subject of other tests
+        with suppress(LoomError, TimeoutError):  # other tests check how it ends
             await burden(client)
 
-    async def again_and_again() -> None:
+    async def repeat() -> None:
         async with asyncio.TaskGroup() as group:
             while True:
                 group.create_task(once())
-                await asyncio.sleep(AGAIN_S)
+                await asyncio.sleep(BURDEN_INTERVAL_S)
 
-    going_on = asyncio.create_task(again_and_again())
+    repeating = asyncio.create_task(repeat())
     try:
         yield
-        assert not going_on.done(), "the burden has stopped by itself"
+        assert not repeating.done(), "the burden has stopped by itself"
     finally:
-        going_on.cancel()
-        await asyncio.gather(going_on, return_exceptions=True)
+        repeating.cancel()
+        await asyncio.gather(repeating, return_exceptions=True)
 
 
 @dataclass(frozen=True)
-class Town:
+class BurdenedCluster:
     """A cluster of six phase processes with honest and troublesome hosts, and a client of it."""
 
-    cast: Cast
+    cluster: ProcessCluster
     client: Client
 
     async def measure(self, seconds: float) -> dict[str, Stream]:
-        """Return the stream alone, as `alone`, and the same stream beside each burden."""
-        found = {"alone": await self.client.stream(seconds)}
+        """Return the stream without a burden, as `alone`, and the same stream under each burden."""
+        streams = {"alone": await self.client.stream(seconds)}
         for name, burden in burdens().items():
             async with repeated(burden, self.client):
-                found[name] = await self.client.stream(seconds)
-        return found
+                streams[name] = await self.client.stream(seconds)
+        return streams
 
     def ended(self) -> list[str]:
         """Return the names of the processes that have ended."""
-        return [name for name, member in self.cast.members.items() if not member.running]
+        return [name for name, process in self.cluster.processes.items() if not process.running]
 
-    async def stops(self, name: str, within_s: float) -> None:
-        """Ask a process to stop, and check that it ends in time."""
-        member = self.cast.members[name]
+    async def stop(self, name: str, within_s: float) -> None:
+        """Send SIGTERM to a process, and check that it ends in time."""
+        process = self.cluster.processes[name]
         async with asyncio.timeout(within_s):
-            await member.kill(signal.SIGTERM)
+            await process.kill(signal.SIGTERM)
 
 
 @asynccontextmanager
-async def town(folder: Path, **env: str) -> AsyncIterator[Town]:
+async def burdened_cluster(folder: Path, **env: str) -> AsyncIterator[BurdenedCluster]:
     """Start the cluster for the length of the block."""
     server = NatsServer(folder / "store")
     server.start()
@@ -225,13 +225,13 @@ async def town(folder: Path, **env: str) -> AsyncIterator[Town]:
     try:
         async with (
             Bus(server.url) as bus,
-            Cast(server, folder, phases, HOSTS, AGENTS, {"LOOM_LOG_LEVEL": "info", **env}) as cast,
+            ProcessCluster(server, folder, phases, HOSTS, AGENTS, {"LOOM_LOG_LEVEL": "info", **env}) as cluster,
             ForgedHost(bus, "integer", b'"prompt_tokens": 1%s' % (b"0" * 400)),
             ForgedHost(bus, "duration", b'"duration_s": 1e308'),
         ):
             client = Client(bus)
             await until(lambda: is_up(bus, client), within_s=60, what="the cluster is up")
-            yield Town(cast, client)
+            yield BurdenedCluster(cluster, client)
     finally:
         await asyncio.to_thread(server.stop)
 
@@ -245,45 +245,45 @@ async def is_up(bus: Bus, client: Client) -> bool:
     return all(answer.get("state") == "succeeded" for answer in answers)
 
 
-def check(found: Mapping[str, Stream]) -> None:
+def check(streams: Mapping[str, Stream]) -> None:
     """Check that no burden has cost the stream a task, an attempt or much time.
 
     Raises:
-        AssertionError: One has.
+        AssertionError: A burden has.
     """
-    alone = found["alone"]
-    for name, stream in found.items():
-        assert not stream.faults, f"beside {name}: {stream.faults[:3]}"
-        assert stream.p95_s <= MOST_TIMES * max(alone.p95_s, FLOOR_S), f"beside {name}: {stream}; alone: {alone}"
-        assert stream.slowest_s <= alone.slowest_s + MOST_MORE_S, f"beside {name}: {stream}; alone: {alone}"
+    alone = streams["alone"]
+    for name, stream in streams.items():
+        assert not stream.faults, f"under {name}: {stream.faults[:3]}"
+        assert stream.p95_s <= MOST_TIMES * max(alone.p95_s, FLOOR_S), f"under {name}: {stream}; alone: {alone}"
+        assert stream.slowest_s <= alone.slowest_s + MOST_MORE_S, f"under {name}: {stream}; alone: {alone}"
 
 
-async def account(folder: Path, seconds: float) -> dict[str, Stream]:
-    """Measure the stream, check it, and check that the processes have stayed and the deaf host stops in time.
+async def measure_and_check(folder: Path, seconds: float) -> dict[str, Stream]:
+    """Measure and check the stream, and check that no process ended and the uncancellable host stops in time.
 
     Raises:
-        AssertionError: A promise is broken.
-        TimeoutError: The deaf host does not stop.
+        AssertionError: A check failed.
+        TimeoutError: The uncancellable host does not stop.
     """
-    async with town(folder, LOOM_DRAIN_TIMEOUT_S="3") as place:
-        found = await place.measure(seconds)
-        for name, stream in found.items():
+    async with burdened_cluster(folder, LOOM_DRAIN_TIMEOUT_S="3") as cluster:
+        streams = await cluster.measure(seconds)
+        for name, stream in streams.items():
             print(f"{name:>20}: {stream}")
-        check(found)
-        assert not place.ended(), f"ended: {place.ended()}"
-        await place.stops("deaf", within_s=5)
-    return found
+        check(streams)
+        assert not cluster.ended(), f"ended: {cluster.ended()}"
+        await cluster.stop("uncancellable", within_s=5)
+    return streams
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--keep", type=Path, help="Folder for logs and streams.")
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as private:
-        folder = given.keep or Path(private)
+        folder = args.keep or Path(private)
         folder.mkdir(parents=True, exist_ok=True)
-        asyncio.run(account(folder, given.seconds))
+        asyncio.run(measure_and_check(folder, args.seconds))
 
 
 if __name__ == "__main__":

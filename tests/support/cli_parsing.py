@@ -1,4 +1,4 @@
-"""Whether a command line of `loom` is one."""
+"""Parsing of `loom` command lines without running them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +8,8 @@ import typer
 from loom.runner.cli.app import app
 
 
-def accepted(words: Sequence[str]) -> str:
-    """Return the first word of `words` (those after `loom`) if they would run; raise the usage error otherwise."""
+def parse_command(words: Sequence[str]) -> str:
+    """Return the command's name that `words` (those after `loom`) name, or raise its usage error."""
     group: Any = typer.main.get_command(app)
     context = group.make_context("loom", list(words), resilient_parsing=False)
     first = ""

@@ -1,6 +1,6 @@
-"""Phases and node hosts in processes of their own, to be killed at a named point or stopped for a while.
+"""Phases and node hosts in child processes that are killed at a named point or stopped for a while.
 
-The processes are forked from one that has imported everything already, so that each starts in a few milliseconds.
+A fork server imports everything once, so that each process starts in a few milliseconds.
 """
 
 import asyncio
@@ -42,13 +42,13 @@ QUICK: dict[str, float] = {
     "loom.bus.hops.hop_loop.IN_PROGRESS_S": 0.25,
     "loom.agents.host.node_host.HEARTBEAT_S": 0.25,
 }
-"""What a replica that is gone is replaced after, in tests."""
-IMPATIENT = {"loom.phases.execute.run_stream.SILENCE_S": 2.0}
-"""What a host that is silent is given up after."""
+"""Settings with which another replica takes over within about a second."""
+SHORT_SILENCE = {"loom.phases.execute.run_stream.SILENCE_S": 2.0}
+"""Setting with which a silent host is lost after two seconds."""
 
 
 def each_setting(values: Mapping[str, float]) -> list[tuple[Any, str, float]]:
-    """Return module, name and value of each."""
+    """Return module, attribute and value of each setting."""
     split = [(*name.rpartition("."), value) for name, value in values.items()]
     return [(importlib.import_module(module), name, value) for module, _, name, value in split]
 
@@ -56,48 +56,48 @@ def each_setting(values: Mapping[str, float]) -> list[tuple[Any, str, float]]:
 # -- points
 
 Patch = Callable[[Callable[[], None]], None]
-"""Has what it is given called at a point, the first time it is reached."""
+"""Installs a callback that runs the first time a point is reached."""
 
 
 def before(owner: type, method: str, when: Callable[..., bool] = lambda *_: True) -> Patch:
-    """Fall instead of calling a method."""
+    """Crash instead of calling a method."""
     return _replace(owner, method, when, call=False)
 
 
 def after(owner: type, method: str, when: Callable[..., bool] = lambda *_: True) -> Patch:
-    """Fall once a method has returned and the server has what it sent."""
+    """Crash once a method has returned and the server has received what it sent."""
     return _replace(owner, method, when, call=True)
 
 
 def sent(owner: type, method: str, when: Callable[..., bool] = lambda *_: True) -> Patch:
-    """Fall instead of calling a method, once the server has what was sent before."""
-    return _replace(owner, method, when, call=False, echo=True)
+    """Crash instead of calling a method, once the server has received what was sent before."""
+    return _replace(owner, method, when, call=False, flush=True)
 
 
 def stored(*families: str) -> Patch:
-    """Fall once the server has a message for a stream, and before its word of that is read."""
+    """Crash once the server has stored a message, before its acknowledgement is read."""
     return sent(PubAckFuture, "ack", lambda future: _on(*families)(future, future.subject))
 
 
-def _replace(owner: type, method: str, when: Callable[..., bool], *, call: bool, echo: bool = False) -> Patch:
+def _replace(owner: type, method: str, when: Callable[..., bool], *, call: bool, flush: bool = False) -> Patch:
     original: Callable[..., Awaitable[Any]] = getattr(owner, method)
 
-    def patch(fall: Callable[[], None]) -> None:
-        async def fatal(self: Any, *args: Any, **options: Any) -> Any:
+    def patch(crash: Callable[[], None]) -> None:
+        async def crashing(self: Any, *args: Any, **options: Any) -> Any:
             if not when(self, *args):
                 return await original(self, *args, **options)
             setattr(owner, method, original)
             if not call:
-                if echo:
+                if flush:
                     await bus_of(self).requests.flush()
-                fall()
+                crash()
             result = await original(self, *args, **options)
             if call:
                 await bus_of(self).requests.flush()
-                fall()
+                crash()
             return result
 
-        setattr(owner, method, fatal)
+        setattr(owner, method, crashing)
 
     return patch
 
@@ -151,122 +151,124 @@ POINTS: dict[str, Patch] = {
     "announced": after(BusConnection, "publish", _on("result")),
     "learned": after(Bucket, "update", _in("nodes")),
     "submission stored": stored("intake"),
-    "cancel told": after(ClientApi, "_publish_to_evaluate"),
+    "cancel sent to evaluate": after(ClientApi, "_publish_to_evaluate"),
     "cancel recorded": after(ClientApi, "_cancel_task"),
     "plan stored": after(Bucket, "create", _in("plans")),
     "timer set": stored("later"),
-    "subtask begun": sent(PubAckFuture, "ack", begins_a_task),
-    "plan noted": after(Bucket, "update", _becomes("running")),
-    "plan joined": after(Bucket, "update", _becomes("joining")),
-    "timer dropped": after(Division, "_remove_timer"),
-    "plan over": after(Bucket, "update", _becomes("done")),
+    "subtask stored": sent(PubAckFuture, "ack", begins_a_task),
+    "plan recorded": after(Bucket, "update", _becomes("running")),
+    "plan joining": after(Bucket, "update", _becomes("joining")),
+    "timer removed": after(Division, "_remove_timer"),
+    "plan done": after(Bucket, "update", _becomes("done")),
     "subtask cancelled": after(BusConnection, "publish", _on("cancel")),
-    "none": lambda _fall: None,
+    "none": lambda _crash: None,
 }
-"""Where a process may die or stop -> how to have it do so."""
+"""Name of a crash point -> the patch that installs it."""
 
 
 # -- processes
 
 
-class Child:
-    """A process doing `work`, which gets what it says through; a context manager that kills what is left.
+class CrashProcess:
+    """A child process that runs `work` and reports over a pipe; leaving the context kills it.
 
     Args:
-        work: An async function of `say`, `orders` and `args`: says "ready" once it works, and ends after `orders.over`.
+        work: An async function of `send`, `commands` and `args`. It sends "ready" once it works, and returns after
+            `commands.end`.
     """
 
     def __init__(self, work: Callable[..., Awaitable[None]], *args: Any) -> None:
-        self._pipe, self._theirs = FORKS.Pipe()
-        self.process = FORKS.Process(target=_main, args=(self._theirs, work, args), daemon=True)
-        self.said: list[Any] = []
+        self._pipe, self._child_pipe = FORKS.Pipe()
+        self.process = FORKS.Process(target=_main, args=(self._child_pipe, work, args), daemon=True)
+        self.received: list[Any] = []
         """Words, and log events as dicts, oldest first."""
 
     async def __aenter__(self) -> Self:
         self.process.start()
-        self._theirs.close()
-        asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._hear)
-        await self.says("ready")
+        self._child_pipe.close()
+        asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._receive)
+        await self.wait_for("ready")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.process.kill()
-        await self._gone()
+        await self._exited()
         asyncio.get_running_loop().remove_reader(self._pipe.fileno())
         self._pipe.close()
         self.process.join()
         self.process.close()
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         try:
-            self.said.append(self._pipe.recv())
+            self.received.append(self._pipe.recv())
         except (EOFError, ConnectionResetError):
             asyncio.get_running_loop().remove_reader(self._pipe.fileno())
 
-    async def says(self, word: str) -> None:
-        """Wait for a word."""
-        await until(lambda: word in self.said, within_s=WITHIN_S, what=f"{word!r} among {self.said}")
+    async def wait_for(self, word: str) -> None:
+        """Wait until the process has sent a word."""
+        await until(lambda: word in self.received, within_s=WITHIN_S, what=f"{word!r} among {self.received}")
 
     def logged(self, event: str) -> list[dict[str, Any]]:
-        """Return what was logged under that name."""
-        return [said for said in self.said if isinstance(said, dict) and said["event"] == event]
+        """Return the log events of that name."""
+        return [item for item in self.received if isinstance(item, dict) and item["event"] == event]
 
-    def stop(self) -> None:
-        """Hold it: it notices nothing."""
+    def pause(self) -> None:
+        """Stop the process with SIGSTOP."""
         os.kill(self.process.pid or 0, signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let it go on where it was."""
+        """Continue the process with SIGCONT."""
         os.kill(self.process.pid or 0, signal.SIGCONT)
 
-    def tell(self, word: str) -> None:
-        """Say something to it."""
+    def send(self, word: str) -> None:
+        """Send a command to the process."""
         self._pipe.send(word)
 
     async def end(self) -> None:
-        """Ask it to end in order, and wait for that."""
+        """Have the process end in order, and wait until it has exited."""
         self._pipe.send("end")
-        await self._gone()
-        assert self.process.exitcode == 0, f"ended with {self.process.exitcode}: {self.said}"
+        await self._exited()
+        assert self.process.exitcode == 0, f"exited with {self.process.exitcode}: {self.received}"
 
-    async def _gone(self) -> None:
-        await until(lambda: self.process.exitcode is not None, within_s=WITHIN_S, what=f"the end after {self.said}")
+    async def _exited(self) -> None:
+        what = f"the exit after {self.received}"
+        await until(lambda: self.process.exitcode is not None, within_s=WITHIN_S, what=what)
 
 
-class Orders:
-    """What a child is told; the end also when whoever started it has gone."""
+class ParentCommands:
+    """The commands "go" and "end" of the parent as events; a closed pipe counts as "end"."""
 
     def __init__(self, pipe: Connection) -> None:
-        self.go, self.over = asyncio.Event(), asyncio.Event()
-        asyncio.get_running_loop().add_reader(pipe.fileno(), self._hear, pipe)
+        self.go, self.end = asyncio.Event(), asyncio.Event()
+        asyncio.get_running_loop().add_reader(pipe.fileno(), self._receive, pipe)
 
-    def _hear(self, pipe: Connection) -> None:
+    def _receive(self, pipe: Connection) -> None:
         with suppress(EOFError, ConnectionResetError):
             if pipe.recv() == "go":
                 self.go.set()
                 return
         asyncio.get_running_loop().remove_reader(pipe.fileno())
-        self.over.set()
+        self.end.set()
 
 
 def _main(pipe: Connection, work: Callable[..., Awaitable[None]], args: tuple[Any, ...]) -> None:
-    def tell(_logger: Any, _level: str, event: Mapping[str, Any]) -> str:
+    def send_log_event(_logger: Any, _level: str, event: Mapping[str, Any]) -> str:
         pipe.send({name: str(value) for name, value in event.items()})
         raise structlog.DropEvent
 
-    logger.use(output([structlog.contextvars.merge_contextvars, tell]))
+    logger.use(output([structlog.contextvars.merge_contextvars, send_log_event]))
 
     async def run() -> None:
-        await work(pipe.send, Orders(pipe), *args)
+        await work(pipe.send, ParentCommands(pipe), *args)
 
     asyncio.run(run())
 
 
 async def phase(
-    say: Callable[[Any], None],
-    orders: Orders,
+    send: Callable[[Any], None],
+    commands: ParentCommands,
     url: str,
     namespace: str,
     name: Phase,
@@ -274,43 +276,43 @@ async def phase(
     how: signal.Signals = signal.SIGKILL,
     points: Mapping[str, Patch] = POINTS,
 ) -> None:
-    """Run one phase, which kills or stops itself when it first reaches `point`."""
+    """Run one phase, which kills or stops its process when it first reaches `point`."""
     for module, setting, value in each_setting(QUICK):
         setattr(module, setting, value)
 
-    def fall() -> None:
-        say("fallen")
+    def crash() -> None:
+        send("crashing")
         os.kill(os.getpid(), how)
 
-    points[point](fall)
+    points[point](crash)
     async with running_phases(url, names=[name], namespace=namespace, patience_s=WITHIN_S):
-        say("ready")
-        await orders.over.wait()
+        send("ready")
+        await commands.end.wait()
 
 
 async def host(
-    say: Callable[[Any], None],
-    orders: Orders,
+    send: Callable[[Any], None],
+    commands: ParentCommands,
     url: str,
     namespace: str,
     name: str,
 ) -> None:
-    """Host one node whose runs say `run <attempt>`, and `over <attempt>` on `go` or `stopped <attempt>` on a stop."""
+    """Host one node whose runs send `run <attempt>`, then `over <attempt>` on `go` or `stopped <attempt>` on a stop."""
     for module, setting, value in each_setting(QUICK):
         setattr(module, setting, value)
 
     async def agent(job: RunRequest) -> Any:
-        say(f"run {job.attempt}")
+        send(f"run {job.attempt}")
         yield f"begun by {name}, "
         try:
-            await orders.go.wait()
+            await commands.go.wait()
         except asyncio.CancelledError:
-            say(f"stopped {job.attempt}")
+            send(f"stopped {job.attempt}")
             raise
-        say(f"over {job.attempt}")
+        send(f"over {job.attempt}")
         yield f"ended by {name}"
 
     hosted = [node(name, agent, code=0.9)]
     async with running_nodes(url, lambda: hosted, namespace=namespace, drain_timeout_s=0):
-        say("ready")
-        await orders.over.wait()
+        send("ready")
+        await commands.end.wait()

@@ -1,4 +1,4 @@
-"""An EXECUTE in a process of its own that dies or stops while a delegation is under way."""
+"""An EXECUTE process that is killed or stopped while a delegation is in progress."""
 
 import signal
 from collections.abc import Callable
@@ -7,20 +7,20 @@ from typing import Any
 from loom.bus.natsio.publishing import PubAckFuture
 from loom.phases.execute.delegation import Delegations
 from loom.phases.execute.run_stream import RunStream
-from support.crash_process import Orders, Patch, after, before, begins_a_task, phase, sent
+from support.crash_process import ParentCommands, Patch, after, before, begins_a_task, phase, sent
 
 POINTS: dict[str, Patch] = {
-    "heard": before(Delegations, "_run"),
-    "noted": after(Delegations, "_record"),
+    "request received": before(Delegations, "_run"),
+    "recorded": after(Delegations, "_record"),
     "stored": sent(PubAckFuture, "ack", begins_a_task),
     "ended": before(RunStream, "send_answer"),
-    "handed": after(RunStream, "send_answer"),
+    "answer sent": after(RunStream, "send_answer"),
 }
-"""Where it may die or stop -> how to have it do so."""
+"""Name of a crash point -> the patch that installs it."""
 
 
 async def execute(
-    say: Callable[[Any], None], orders: Orders, url: str, namespace: str, point: str, how: signal.Signals
+    send: Callable[[Any], None], commands: ParentCommands, url: str, namespace: str, point: str, how: signal.Signals
 ) -> None:
-    """Run EXECUTE, which kills or stops itself when a delegation first reaches `point`."""
-    await phase(say, orders, url, namespace, "execute", point, how, points=POINTS)
+    """Run EXECUTE, which kills or stops its process when a delegation first reaches `point`."""
+    await phase(send, commands, url, namespace, "execute", point, how, points=POINTS)

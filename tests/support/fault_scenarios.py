@@ -1,4 +1,4 @@
-"""Namespaces in each of which one process dies at a point of its own, gone through side by side."""
+"""Fault scenarios, each in a namespace with a process that stops at one point, run concurrently."""
 
 import asyncio
 import signal
@@ -10,36 +10,36 @@ from typing import Any, Protocol
 from loom.runner.server.nats_server import NatsServer
 
 
-class Town(AbstractAsyncContextManager[Any], Protocol):
-    """A namespace with something that will die or stop in it."""
+class Scenario(AbstractAsyncContextManager[Any], Protocol):
+    """A namespace in which one process is killed or stopped."""
 
-    async def strike(self) -> None:
-        """Return once it has."""
+    async def inject(self) -> None:
+        """Start the work, and return once the fault has happened."""
 
-    async def recover(self) -> None:
-        """Replace it, and check that nothing is lost."""
+    async def verify(self) -> None:
+        """Replace the process, and check that nothing is lost."""
 
 
-def towns(
-    kind: Callable[..., Town],
+def scenarios(
+    kind: Callable[..., Scenario],
     crashes: Sequence[Any],
     url: str,
     namespace: str,
     *,
-    ways: Sequence[signal.Signals] = (signal.SIGKILL, signal.SIGSTOP),
+    signals: Sequence[signal.Signals] = (signal.SIGKILL, signal.SIGSTOP),
     durable: bool = False,
-) -> list[Town]:
-    """Return a town of that kind for each crash and each way to bring it about."""
-    cases = enumerate(product(crashes, ways))
+) -> list[Scenario]:
+    """Return one scenario for each pair of a crash and a signal."""
+    cases = enumerate(product(crashes, signals))
     return [kind(url, f"{namespace}-{n}", crash, how, durable=durable) for n, (crash, how) in cases]
 
 
-async def survive(towns: Sequence[Town], server: NatsServer | None = None) -> None:
-    """Let all of it happen at once; with `server`, kill and restart that before anybody recovers."""
+async def run_all(scenarios: Sequence[Scenario], server: NatsServer | None = None) -> None:
+    """Run scenarios concurrently; with `server`, restart that server between the faults and the checks."""
     async with AsyncExitStack() as stack:
-        await asyncio.gather(*(stack.enter_async_context(town) for town in towns))
-        await asyncio.gather(*(town.strike() for town in towns))
+        await asyncio.gather(*(stack.enter_async_context(scenario) for scenario in scenarios))
+        await asyncio.gather(*(scenario.inject() for scenario in scenarios))
         if server is not None:
             server.kill()
             await asyncio.to_thread(server.restart)
-        await asyncio.gather(*(town.recover() for town in towns))
+        await asyncio.gather(*(scenario.verify() for scenario in scenarios))

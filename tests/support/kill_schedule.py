@@ -1,4 +1,4 @@
-"""A whole cluster of processes, and a seeded schedule of what is killed when."""
+"""A cluster of processes, and a seeded schedule of kills."""
 
 import asyncio
 import contextlib
@@ -19,15 +19,15 @@ from support.streams import create_streams
 SERVER = "server"
 LONGEST_DOWN_S = 1.5
 FROZEN_S = (5.0, 40.0)
-"""Shortest and longest time for which a process is stopped."""
+"""Shortest and longest seconds for which a process is stopped."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """Something is killed, or stopped, and comes back a little later."""
+    """One fault: a target is killed and restarted later, or stopped and continued later."""
 
     after_s: float
-    """Since the kill before."""
+    """Seconds since the previous kill."""
     target: str
     down_s: float
     frozen: bool = False
@@ -35,22 +35,26 @@ class Kill:
 
 
 def schedule(seed: int, targets: Sequence[str], kills: int, every_s: float, *, stops: bool = False) -> Iterator[Kill]:
-    """Yield so many kills, the same ones for the same seed; each target is as likely as any other.
+    """Yield `kills` faults, the same ones for the same seed; every target is equally likely.
 
     Args:
-        stops: Whether every third one stops a process for a while. The server is only killed.
+        seed: Of the random numbers.
+        targets: Names of processes; `server` is the NATS server.
+        kills: Number of faults.
+        every_s: Mean seconds between two faults.
+        stops: Whether every third fault stops a process for a while. The server is only killed.
     """
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     for number in range(kills):
-        kill = Kill(dice.uniform(0.5, 1.5) * every_s, dice.choice(targets), dice.uniform(0, LONGEST_DOWN_S))
+        kill = Kill(rng.uniform(0.5, 1.5) * every_s, rng.choice(targets), rng.uniform(0, LONGEST_DOWN_S))
         if stops and number % 3 == 0 and kill.target != SERVER:
-            kill = replace(kill, down_s=dice.uniform(*FROZEN_S), frozen=True)
+            kill = replace(kill, down_s=rng.uniform(*FROZEN_S), frozen=True)
         yield kill
 
 
 @dataclass
-class Member:
-    """One process of the cluster, started again as often as it is killed."""
+class ClusterProcess:
+    """One process of the cluster, which can be killed, stopped and started again."""
 
     words: Sequence[str]
     env: Mapping[str, str]
@@ -64,7 +68,7 @@ class Member:
             )
 
     async def kill(self, number: signal.Signals = signal.SIGKILL) -> int:
-        """End the process and return its exit code; ended already, do nothing."""
+        """Send a signal to the process and return its exit code, or 0 if it has ended already."""
         if self.process is None:
             return 0
         with contextlib.suppress(ProcessLookupError):
@@ -78,7 +82,7 @@ class Member:
         return self.process is not None and self.process.returncode is None
 
     async def freeze(self, seconds: float) -> None:
-        """Stop the process for so long; it goes on where it was."""
+        """Stop the process for that time, then continue it."""
         if self.process is None:
             return
         process = self.process
@@ -89,13 +93,16 @@ class Member:
 
 
 @dataclass
-class Cast:
+class ProcessCluster:
     """A server, phases and nodes, each in a process of its own.
 
     Args:
+        server: A running server, which the schedule may kill.
+        folder: Where each process writes its log.
         phases: Name of a process -> the phases it runs.
         nodes: Names of node processes, one node each.
-        env: For all of them.
+        agents: The file of agents that each node process loads.
+        env: Environment of all processes.
     """
 
     server: NatsServer
@@ -107,51 +114,51 @@ class Cast:
     killed: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        own = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-        shared = {**own, "PYTHONPATH": str(Path(__file__).parents[1]), "NATS_URL": self.server.url, **self.env}
-        self.members = {
-            name: Member(("phase", "run", *words), shared, self.folder / f"{name}.log")
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+        shared = {**inherited, "PYTHONPATH": str(Path(__file__).parents[1]), "NATS_URL": self.server.url, **self.env}
+        self.processes = {
+            name: ClusterProcess(("phase", "run", *words), shared, self.folder / f"{name}.log")
             for name, words in self.phases.items()
         } | {
-            name: Member(
-                ("host", "run", str(self.agents)), {**shared, "LEDGER_NODE": name}, self.folder / f"{name}.log"
+            name: ClusterProcess(
+                ("host", "run", str(self.agents)), {**shared, "TEST_NODE_ID": name}, self.folder / f"{name}.log"
             )
             for name in self.nodes
         }
 
     async def __aenter__(self) -> Self:
         await create_streams(self.server.url, self.env.get("LOOM_NAMESPACE", "loom"))
-        await asyncio.gather(*(member.start() for member in self.members.values()))
+        await asyncio.gather(*(process.start() for process in self.processes.values()))
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.gather(*(member.kill() for member in self.members.values()))
+        await asyncio.gather(*(process.kill() for process in self.processes.values()))
 
     @property
     def targets(self) -> list[str]:
-        return [SERVER, *self.members]
+        return [SERVER, *self.processes]
 
-    async def suffer(self, kills: Iterator[Kill]) -> None:
-        """Carry out a schedule; returns when the last one killed is back."""
+    async def run_schedule(self, kills: Iterator[Kill]) -> None:
+        """Run a schedule, and return when the last killed process has been restarted."""
         async with asyncio.TaskGroup() as group:
             for kill in kills:
                 await asyncio.sleep(kill.after_s)
                 self.killed[f"{kill.target} stopped" if kill.frozen else kill.target] += 1
                 if kill.target == SERVER:
-                    await self._kill_server(kill.down_s)  # the only one: nothing else dies meanwhile
+                    await self._kill_server(kill.down_s)  # there is one server: no other process is killed meanwhile
                 elif kill.frozen:
-                    group.create_task(self.members[kill.target].freeze(kill.down_s))
+                    group.create_task(self.processes[kill.target].freeze(kill.down_s))
                 else:
-                    group.create_task(self._kill_member(self.members[kill.target], kill.down_s))
+                    group.create_task(self._kill_process(self.processes[kill.target], kill.down_s))
 
     async def _kill_server(self, down_s: float) -> None:
         await asyncio.to_thread(self.server.kill)
         await asyncio.sleep(down_s)
         await asyncio.to_thread(self.server.restart)
 
-    async def _kill_member(self, member: Member, down_s: float) -> None:
-        if member.process is None:
-            return  # still down from the time before
-        await member.kill()
+    async def _kill_process(self, process: ClusterProcess, down_s: float) -> None:
+        if process.process is None:
+            return  # still down after the previous kill
+        await process.kill()
         await asyncio.sleep(down_s)
-        await member.start()
+        await process.start()

@@ -1,13 +1,11 @@
 """One phase or node host alone on a real bus, with the test playing everybody else."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
-
-from msgspec.structs import replace
 
 from loom.agents.host.node_host import NodeHost
 from loom.agents.host.slots import Node
@@ -19,18 +17,18 @@ from loom.bus.records import records
 from loom.bus.subjects import Parsed
 from loom.bus.topology import Lane
 from loom.runner.services import PhaseService, build
-from loom.schemas.auction import AnnouncedNode, Award, Bid, CallForBids, HostAnnouncement, Lot, Offer
+from loom.schemas.auction import CallForBids, HostAnnouncement
 from loom.schemas.base import decode, encode, new_id
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Claim, Envelope, Phase, Spec
+from loom.schemas.envelope import Claim, Envelope, Phase
 from loom.schemas.events import SubtaskEvent
 from loom.schemas.identity import LOCAL, Identity
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.llm import LLMProvider
 from loom.schemas.notices import ParentEnded, SubtaskEnded, read_scale_message
 from loom.schemas.record import TaskRecord
-from loom.schemas.run import Delta, RunEvent, RunKind, RunRequest, Stop
-from loom.schemas.task import ErrorReply, RunResult, Submission, TaskAd, TaskError, TaskResult
+from loom.schemas.run import Delta, RunRequest
+from loom.schemas.task import ErrorReply, Submission, TaskError, TaskResult
 from support.wait import until
 
 T = TypeVar("T")
@@ -260,122 +258,6 @@ class Replica:
         """Stop as a killed process does: nothing is given back, nothing more is said."""
         self.bus.tasks.lost.set()
         self.bus.abort()
-
-
-@dataclass
-class FakeHost:
-    """A host whose behaviour the test scripts: every call and run request goes to a function."""
-
-    bus: Bus
-    host_id: str = "h1"
-    node_ids: tuple[str, ...] = ("n1",)
-    owner: str = "local"
-    nodes: tuple[AnnouncedNode, ...] = ()
-    """As announced; none: the ids alone."""
-    offer: Callable[[CallForBids], Offer | None] | None = None
-    run: Callable[["FakeRun"], Awaitable[None]] | None = None
-    calls: list[CallForBids] = field(default_factory=list)
-    runs: list["FakeRun"] = field(default_factory=list)
-    stops: list[Stop] = field(default_factory=list)
-    seq: int = 0
-
-    async def start(self) -> Self:
-        """Listen, then say that it is there."""
-        subjects = self.bus.subjects
-        await self.bus.connection.subscribe(subjects.of("auction", "*"), self._on_call)
-        await self.bus.connection.subscribe(subjects.of("run", self.owner, self.host_id), self._on_run)
-        await self.bus.connection.subscribe(subjects.of("stop", self.owner, self.host_id), self._on_stop)
-        await self.bus.connection.subscribe(subjects.hosts, self._on_hosts)
-        await self.announce()
-        await self.bus.requests.flush()
-        return self
-
-    async def announce(self, **facts: Any) -> None:
-        """Say that it is there."""
-        self.seq += 1
-        nodes = self.nodes or tuple(AnnouncedNode(node_id=node) for node in self.node_ids)
-        said = HostAnnouncement(**{"seq": self.seq, "nodes": nodes, **facts})
-        await self.bus.connection.publish(self.bus.subjects.of("host", self.owner, self.host_id), said)
-
-    def bids(self, *bids: Bid) -> Offer:
-        """Return an offer of these bids, or of one plain bid per node."""
-        return Offer(bids=bids or tuple(Bid(node_id=node) for node in self.node_ids))
-
-    def declines(self, why: Any) -> Offer:
-        """Return an offer without bids."""
-        return Offer(decline=why)
-
-    async def _on_hosts(self, _msg: Msg) -> None:
-        await self.announce()
-
-    async def _on_call(self, msg: Msg) -> None:
-        call = decode(msg.data, CallForBids)
-        self.calls.append(call)
-        offer = self.offer(call) if self.offer else self.bids()
-        if offer is not None:
-            await self.answer(call, offer)
-
-    async def answer(self, call: CallForBids, offer: Offer | bytes) -> None:
-        """Publish an offer to a call."""
-        subject = self.bus.subjects.of("offer", self.owner, self.host_id, *call.answer_to.split("."))
-        await self.bus.connection.publish(subject, offer)
-
-    async def _on_stop(self, msg: Msg) -> None:
-        self.stops.append(decode(msg.data, Stop))
-
-    async def _on_run(self, msg: Msg) -> None:
-        run = FakeRun(self.bus, decode(msg.data, RunRequest), msg.reply)
-        self.runs.append(run)
-        if self.run is not None:
-            self.bus.tasks.spawn(self.run(run), name="fake run")
-
-
-class FakeRun:
-    """One run request, and a mouth to answer it."""
-
-    def __init__(self, bus: Bus, request: RunRequest, subject: str) -> None:
-        self.bus, self.request, self.subject = bus, request, subject
-        self.seq = 0
-
-    async def say(self, kind: RunKind, **facts: Any) -> None:
-        """Send the next event."""
-        await self.bus.connection.publish(self.subject, RunEvent(seq=self.seq, kind=kind, **facts))
-        self.seq += 1
-
-    async def succeed(self, content: str = "done", **facts: Any) -> None:
-        """Accept, start and end well."""
-        await self.say("accepted")
-        await self.say("started")
-        await self.say("result", result=RunResult(content=content, **facts))
-
-
-def call_for_bids(domain: str = "code", *, answer_to: str = "match-1.c1", **facts: Any) -> CallForBids:
-    """Return a call of one lot, the task `t1`; `facts` of a lot or of the call replace those of this one."""
-    about = {name: facts.pop(name) for name in list(facts) if name in Lot.__struct_fields__}
-    lot = Lot(**{"task_id": "t1", "attempt": 1, "complexity": 0.5, "remaining_s": 60.0, **about})
-    return CallForBids(**{"call_id": "c1", "domain": domain, "lots": (lot,), "answer_to": answer_to, **facts})
-
-
-def ad(description: str = "add two numbers", **facts: Any) -> TaskAd:
-    """Return an ad in the domain `code` unless told otherwise."""
-    return TaskAd(description=description, **{"domain": "code", "estimated_complexity": 0.3, **facts})
-
-
-def envelope(task: TaskAd | None = None, *, left_s: float = 60, now: float, **facts: Any) -> Envelope:
-    """Return the envelope of an admitted task, `left_s` before its deadline."""
-    task = task or ad()
-    spec = Spec(complexity=0.3, domains=(task.domain or "general",), method="given")
-    return Envelope(ad=task, **{"deadline": now + left_s, "spec": spec, "budget": task.token_budget, **facts})
-
-
-def awarded(env: Envelope, node_id: str = "n1", host_id: str = "h1", **facts: Any) -> Envelope:
-    """Return the envelope as MATCH hands it on."""
-    return replace(env, award=Award(node_id=node_id, host_id=host_id, score=0.7, **facts))
-
-
-def submission(task: TaskAd, **facts: Any) -> Submission:
-    """Return an ad on its way into the loop."""
-    return Submission(ad=task, **{"submission": new_id(), **facts})
 
 
 class Asker:

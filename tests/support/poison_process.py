@@ -1,6 +1,6 @@
-"""One phase in a process that dies of every marked task, and is started again each time, as by a supervisor.
+"""One phase in a process that is killed by every marked task and restarted each time, as by a supervisor.
 
-Run as a script: server, namespace, phase. It writes a line for each death.
+Run as a script with server, namespace and phase as arguments. It prints a line for each death.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ PR_SET_PDEATHSIG = 1
 HANDLERS: dict[str, tuple[type[Any], str]] = {"sense": (Sense, "admit"), "scale": (Scale, "handle")}
 
 
-def make_mortal(phase: str) -> None:
+def crash_on_marked_tasks(phase: str) -> None:
     """Have the phase's handler kill this process when it gets a marked task."""
     service, name = HANDLERS[phase]
     real = getattr(service, name)
@@ -41,8 +41,8 @@ def make_mortal(phase: str) -> None:
     setattr(service, name, handle)
 
 
-def hurry() -> None:
-    """Have what is left behind come again after a second, not half a minute."""
+def shorten_ack_wait() -> None:
+    """Have unacknowledged messages delivered again after a second instead of half a minute."""
     real = topology.consumer
 
     def quick(bus: Bus, lane: topology.Lane) -> dict[str, Any]:
@@ -58,8 +58,8 @@ async def serve(url: str, namespace: str, phase: Phase) -> None:
 
 
 def main(url: str, namespace: str, phase: Phase) -> None:
-    make_mortal(phase)
-    hurry()
+    crash_on_marked_tasks(phase)
+    shorten_ack_wait()
     while True:
         child = os.fork()
         if not child:
@@ -70,4 +70,4 @@ def main(url: str, namespace: str, phase: Phase) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])  # type: ignore[arg-type]  # the test gives what is wanted
+    main(*sys.argv[1:])  # type: ignore[arg-type]  # the test passes a phase

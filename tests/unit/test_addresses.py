@@ -61,7 +61,7 @@ def test_spaces_and_empty_parts_of_a_list_are_left_out_and_it_is_shown_as_writte
         ("wss://h", "websocket"),
         ("nats://", "has no host"),
         ("nats://u:secret@", "has no host"),
-        ("nats://:4222", "has no host"),
+        ("nats://:4222", "has no valid host"),
         ("nats://:", "has no host"),
         ("nats://h:port", "port of the server's address is not a number from 1 to 65535"),
         ("nats://h:0", "port"),
@@ -73,9 +73,9 @@ def test_spaces_and_empty_parts_of_a_list_are_left_out_and_it_is_shown_as_writte
         ("::1", "IPv6 address needs brackets"),
         ("nats://[::1", "IPv6 address needs brackets"),
         ("nats://[::1]x", "IPv6 address needs brackets"),
-        ("nats://a b:1", "could be one"),
-        ("nats://h:1?tls=true", "goes on behind its port"),
-        ("nats://h:1/path", "goes on behind its port"),
+        ("nats://a b:1", "no valid host"),
+        ("nats://h:1?tls=true", "has text after its port"),
+        ("nats://h:1/path", "has text after its port"),
     ],
 )
 def test_what_is_no_address_is_refused_with_the_reason(text: str, words: str) -> None:

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.phase_harness import ad, envelope
+from support.builders import ad, envelope
 
 from loom.phases.match.recent_awards import MAX_PENDING_S, SWEEP_EVERY_S, RecentAwards
 from loom.phases.match.scoring import AWARD_TO_RUN_S, Awarded

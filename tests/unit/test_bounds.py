@@ -8,12 +8,12 @@ import msgspec
 import pytest
 from msgspec import inspect as mi
 from support.auctions import announced, key, offer
+from support.builders import ad, awarded, envelope
 from support.logs import capture_logs
-from support.phase_harness import ad, awarded, envelope
 from support.strategies import message_types
 
 from loom.bus.logs.discards import LINES, PERIOD_S, Discards
-from loom.bus.rewards import RewardBus
+from loom.compat.reward_formulas import RewardBus
 from loom.phases.adapt.calibration_writer import actual_complexity, recalibrated
 from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.retirement_policy import heir

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from support.phase_harness import ad, awarded, envelope
+from support.builders import ad, awarded, envelope
 
 from loom.phases.execute.fencing import Claimed, Superseded, claim, ownership
 from loom.schemas.envelope import Claim, Envelope

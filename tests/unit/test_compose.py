@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.cli_parsing import accepted
+from support.cli_parsing import parse_command
 
 from loom.bus.topology import MIN_SERVER
 from loom.schemas.config import ClusterConfig
@@ -74,13 +74,13 @@ def test_there_is_a_service_for_the_streams_each_phase_a_node_a_tap_and_a_doctor
 def test_every_command_line_is_one_of_looms(file: str, name: str) -> None:
     command = service_of(file, name)["command"]
 
-    assert accepted(command) == command[0]
+    assert parse_command(command) == command[0]
 
 
 @pytest.mark.parametrize("words", ["phase run", "doctor --there", "nonsense", "up --port x"])
 def test_a_wrong_command_line_would_be_noticed(words: str) -> None:
     with pytest.raises(Exception, match=r"[Mm]issing|[Nn]o such|valid integer"):
-        accepted(words.split())
+        parse_command(words.split())
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from support.cli_parsing import accepted
+from support.cli_parsing import parse_command
 from support.pages import PAGES, ROOT, anchors, commands, text_of
 
 from loom.bus.bus import Bus
@@ -59,7 +59,7 @@ def test_every_finding_of_the_doctor_is_explained() -> None:
     ids=" ".join,
 )
 def test_the_commands_of_the_pages_are_looms(words: list[str]) -> None:
-    assert accepted(words[1:]) == words[1]
+    assert parse_command(words[1:]) == words[1]
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.phase_harness import ad, awarded, envelope
+from support.builders import ad, awarded, envelope
 
-from loom.bus.rewards import judgement
 from loom.phases.evaluate.decisions import (
     COUNTED,
     RETRIED,
@@ -22,6 +21,7 @@ from loom.phases.evaluate.rewards import implied_rewards, reward_for
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import IN_HAND_S, MAX_CAUSE_CHARS, Claim, Envelope, FailedAttempt, Opinion, RejectedResult
 from loom.schemas.errors import BY_CODE
+from loom.schemas.learning import judgement
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import Accept, RunResult, TaskError, TaskResult
 

@@ -5,9 +5,14 @@ import time
 import pytest
 from support.auctions import key
 
-from loom.bus.host_directory import HEARD_S, HostKey
+from loom.bus.host_directory import ALIVE_S, HostKey
 from loom.phases.match.node_ownership import CONTEST_EVERY_S, SETTLE_S, NodeOwnership
-from loom.phases.match.presence import ANSWERS_PER_MISS, MAX_MISSED_WINDOWS, UNPROVEN_EVERY_S, HostPresence
+from loom.phases.match.presence import (
+    ANSWERS_PER_MISS,
+    MAX_MISSED_WINDOWS,
+    UNPROVEN_EVERY_S,
+    HostPresence,
+)
 
 
 class Clock:
@@ -158,7 +163,7 @@ def test_hosts_that_come_and_go_are_forgotten() -> None:
     hosts = HostPresence(clock, 100, gone.append)
     for number in range(100):
         hosts.record_announcement(key(f"h{number}"))
-        clock.now += HEARD_S / 2
+        clock.now += ALIVE_S / 2
     hosts.awaited_hosts()
     assert len(hosts) <= 3
     assert len(gone) >= 97

@@ -10,7 +10,7 @@ import pytest
 from bench.learning import AGENTS, DROPS, SEEDS, Figures, Setting, World, play, run
 from hypothesis import given
 from hypothesis import strategies as st
-from support.phase_harness import ad, envelope
+from support.builders import ad, envelope
 
 from loom.bus.host_directory import HostKey
 from loom.phases.adapt.evidence import apply_reward

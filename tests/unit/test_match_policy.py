@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.auctions import key
-from support.phase_harness import ad, envelope
+from support.builders import ad, envelope
 
 from loom.phases.match.award_policies import POLICIES, Trust
 from loom.phases.match.offers import HostOffer

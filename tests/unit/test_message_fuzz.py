@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from loom.bus.dead_letters.write import letter_facts
 from loom.bus.host_directory import AnnouncedHost, HostKey
 from loom.bus.logs.discards import Discards
-from loom.bus.natsio.ordered_consumer import Stored
 from loom.bus.natsio.publishing import read_reply
+from loom.bus.natsio.stored_message import StoredMessage
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.stored_rewards import reward_in
 from loom.bus.subjects import Subjects
@@ -219,7 +219,7 @@ def learning(forger: Forger) -> None:
     subjects, discards = Subjects("loom"), Discards()
     for seq in range(profile.last_seq + 1, profile.last_seq + 9):
         body = forger.body(Reward)
-        reward = reward_in(Stored("loom.reward.rules.local.good-1.code", body, seq, 1.0, 0, {}), subjects, discards)
+        reward = reward_in(StoredMessage("loom.reward.rules.local.good-1.code", body, {}, seq, 1.0), subjects, discards)
         reward = reward or forger.made(Reward)
         if reward is not None:
             profile = apply_reward(profile, reward, seq, forget=True)

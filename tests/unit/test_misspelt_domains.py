@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 from support.auctions import announced, key
+from support.builders import ad, envelope
 from support.nodes import echo, node
-from support.phase_harness import ad, envelope
 
 from loom.agents.host.announcement import announced_node
 from loom.agents.host.clone import SpawnedNode

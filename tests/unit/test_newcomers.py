@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.auctions import key
-from support.phase_harness import ad, envelope
+from support.builders import ad, envelope
 
 from loom.bus.host_directory import HostKey
 from loom.phases.adapt.evidence import apply_reward

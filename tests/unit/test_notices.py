@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from support.phase_harness import ad, envelope
+from support.builders import ad, envelope
 
 from loom.schemas.base import Undecodable, encode
 from loom.schemas.envelope import Envelope

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from hypothesis import given
 from hypothesis import strategies as st
-from support.phase_harness import call_for_bids
+from support.builders import call_for_bids
 
 from loom.agents.host.hosted_agents import HostedAgents
 from loom.agents.host.node_host import NodeHost

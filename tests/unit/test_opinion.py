@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from support.phase_harness import ad, awarded, envelope
+from support.builders import ad, awarded, envelope
 
 from loom.phases.evaluate import llm_judge
 from loom.phases.shared.llm_call import LLMAnswer

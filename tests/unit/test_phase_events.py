@@ -2,7 +2,7 @@
 
 import pytest
 from msgspec.structs import replace
-from support.phase_harness import awarded, envelope
+from support.builders import awarded, envelope
 
 from loom.compat.phase_events import MOST_READS, PhaseReports, phase_events
 from loom.schemas.envelope import Envelope, FailedAttempt, Hop

@@ -39,7 +39,6 @@ class Limits:
 
 PENDING: dict[str, Limits] = {
     "schemas": Limits(dialect=3.6, too_long=2),
-    "bus": Limits(dialect=3.4),
     "agents": Limits(dialect=3.4, too_long=3),
     "phases": Limits(dialect=4.3, too_long=6),
     "runner": Limits(dialect=4.7, too_long=1),

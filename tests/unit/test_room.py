@@ -145,4 +145,4 @@ def test_hosts_speak_as_often_as_the_phases_listen() -> None:
     assert node_host.HEARTBEAT_S == run_stream.HEARTBEAT_S == 2
     assert 3 * run_stream.HEARTBEAT_S <= run_stream.SILENCE_S < 4 * run_stream.HEARTBEAT_S
     assert run_stream.ABSENT_S < node_host.HEARTBEAT_S < run_stream.ACCEPT_S
-    assert 3 * node_host.ANNOUNCE_S <= presence.HEARD_S == 10
+    assert 3 * node_host.ANNOUNCE_S <= presence.ALIVE_S == 10

@@ -13,7 +13,7 @@ from support.logs import capture_logs
 from support.strategies import messages
 
 from loom.bus.bus import Bus
-from loom.bus.host_directory import HEARD_S
+from loom.bus.host_directory import ALIVE_S
 from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.transport.message import Msg
 from loom.phases.match.directory import HostDirectory
@@ -71,21 +71,21 @@ def announce(roster: HostDirectory, host: str, *node_ids: str, owner: str = "loc
 
 async def test_a_host_is_awaited_until_it_has_been_silent_for_too_long(roster: HostDirectory, clock: Clock) -> None:
     announce(roster, "h1", "n1")
-    clock.now += HEARD_S / 2
+    clock.now += ALIVE_S / 2
     announce(roster, "h2", "n2")
     assert roster.awaited_hosts() == {key("h1"), key("h2")}
-    clock.now += HEARD_S / 2 + 1
+    clock.now += ALIVE_S / 2 + 1
     assert roster.awaited_hosts() == {key("h2")}
     announce(roster, "h1", "n1")
     assert roster.awaited_hosts() == {key("h1"), key("h2")}
-    clock.now += HEARD_S + 1
+    clock.now += ALIVE_S + 1
     assert roster.awaited_hosts() == set()
 
 
 async def test_an_answer_is_a_sign_of_life_unless_its_host_is_leaving(roster: HostDirectory, clock: Clock) -> None:
     announce(roster, "h1")
     announce(roster, "h2")
-    clock.now += HEARD_S - 1
+    clock.now += ALIVE_S - 1
     roster.record_answers([offer("h1"), offer("h2", decline="draining"), offer("new")], set())
     clock.now += 2
     assert roster.awaited_hosts() == {key("h1"), key("new")}
@@ -115,7 +115,7 @@ async def test_an_announcement_that_was_overtaken_is_ignored_until_its_host_begi
     announce(roster, "h1", "n1", seq=9, draining=True)
     announce(roster, "h1", "n1", seq=8)
     assert roster.host_of("n1") is None
-    clock.now += HEARD_S
+    clock.now += ALIVE_S
     announce(roster, "h1", "n1", seq=1)
     assert roster.host_of("n1") == key("h1")
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.auctions import key
-from support.phase_harness import ad, envelope
+from support.builders import ad, envelope
 from support.strategies import messages
 
 from loom.phases.match.award_policies import POLICIES

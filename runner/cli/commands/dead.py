@@ -95,8 +95,8 @@ async def _selected(bus: Bus, seqs: Sequence[int], wanted: LetterFilter) -> list
         UnknownLetter: A number has no letter.
     """
     if seqs:
-        return [await admin.letter(bus, seq) for seq in dict.fromkeys(seqs)]
-    return [letter for letter in await admin.letters(bus, MOST) if wanted.matches(letter)]
+        return [await admin.get_letter(bus, seq) for seq in dict.fromkeys(seqs)]
+    return [letter for letter in await admin.list_letters(bus, MOST) if wanted.matches(letter)]
 
 
 def ls(
@@ -113,7 +113,7 @@ def ls(
 async def _ls(settings: Settings, limit: int, wanted: LetterFilter, *, as_json: bool) -> None:
     async with connected(settings) as bus:
         if wanted == (None, None):
-            letters = await admin.letters(bus, limit)
+            letters = await admin.list_letters(bus, limit)
         else:
             letters = (await _selected(bus, (), wanted))[-limit:]
     if as_json:
@@ -221,7 +221,7 @@ def retry(seqs: Sequences = None, is_all: All = False, phase: PhaseName = None, 
 
 
 async def _retry(bus: Bus, seq: int) -> str:
-    return f"letter {seq} submitted again as task {await admin.retry(bus, seq)}"
+    return f"letter {seq} submitted again as task {await admin.retry_letter(bus, seq)}"
 
 
 def rm(seqs: Sequences = None, is_all: All = False, phase: PhaseName = None, code: Code = None) -> None:
@@ -230,7 +230,7 @@ def rm(seqs: Sequences = None, is_all: All = False, phase: PhaseName = None, cod
 
 
 async def _remove(bus: Bus, seq: int) -> str:
-    await admin.drop(bus, seq)
+    await admin.delete_letter(bus, seq)
     return f"letter {seq} removed"
 
 

@@ -45,7 +45,7 @@ def ls(as_json: AsLines = False) -> None:
 async def _ls(settings: Settings, *, as_json: bool) -> None:
     async with connected(settings) as bus:
         hosts, reports = await asyncio.gather(announced_hosts(bus, CALL_S), health_reports(bus))
-        omitted = left_out.together(
+        omitted = left_out.merged_reports(
             [*(report.left_out for of_phase in reports.values() for report in of_phase), bus.discards.hosts]
         )
     if as_json:
@@ -57,7 +57,7 @@ async def _ls(settings: Settings, *, as_json: bool) -> None:
     screen = console()
     screen.print(_table(hosts) if hosts else "no hosts answer: start one with `loom host run FILE.py`")
     for name, counts in omitted.items():
-        screen.print(Text(one_line(f"{name}: left out: {counts.words}")), soft_wrap=True)
+        screen.print(Text(one_line(f"{name}: left out: {counts.summary}")), soft_wrap=True)
 
 
 def _as_object(host: AnnouncedHost) -> dict[str, Any]:

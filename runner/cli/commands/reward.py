@@ -9,22 +9,33 @@ from rich.table import Table
 from rich.text import Text
 
 from loom.bus.bus import Bus
-from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
-from loom.bus.queries import find_task, latest
-from loom.bus.rewards import RewardBus, judgement
+from loom.bus.natsio.ordered_consumer import OrderedConsumer
+from loom.bus.natsio.stored_message import StoredMessage
+from loom.bus.queries import latest
+from loom.bus.rewards import RewardBus
 from loom.bus.stored_rewards import fault_of
 from loom.phases.adapt.evidence import forgets
 from loom.phases.adapt.rebuild import WRONG, Compared, Rebuilt, compare, repair
 from loom.phases.adapt.reward_weights import weights_of
 from loom.runner.cli.command_groups import command_group
-from loom.runner.cli.common import MANY, AsLines, TaskId, add_row, clock, connected, domain_slug, print_json
+from loom.runner.cli.common import (
+    MANY,
+    AsLines,
+    TaskId,
+    add_row,
+    clock,
+    connected,
+    domain_slug,
+    print_json,
+    resolve_task,
+)
 from loom.runner.cli.entry import prepare, run_to_end, unless_lost
 from loom.runner.cli.views.tables import console, one_line, short, table_of
 from loom.runner.settings import Settings
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.errors import InvalidTask
 from loom.schemas.identity import split_qualified
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning import NodeProfile, Reward, judgement
 
 VERDICTS = {
     "same": "as stored",
@@ -84,7 +95,7 @@ async def _follow(bus: Bus, screen: Console, stream: str, subject: str, start_se
         await reader.stop()
 
 
-def _is_reward(message: Stored) -> bool:
+def _is_reward(message: StoredMessage) -> bool:
     """Whether it is more than a snapshot, which no node has earned."""
     try:
         return decode(message.data, Reward).kind != "snapshot"
@@ -92,7 +103,7 @@ def _is_reward(message: Stored) -> bool:
         return True  # it is shown as what it is
 
 
-def _print(bus: Bus, screen: Console, message: Stored, *, as_json: bool) -> None:
+def _print(bus: Bus, screen: Console, message: StoredMessage, *, as_json: bool) -> None:
     try:
         given = decode(message.data, Reward)
     except Undecodable as error:
@@ -134,7 +145,7 @@ def add(
 
 async def _add(settings: Settings, task_id: str, score: float, reason: str) -> None:
     async with connected(settings) as bus:
-        found = await find_task(bus, task_id)
+        found = await resolve_task(bus, task_id)
         if found.record is None:
             raise InvalidTask("only a task that a node has finished can be judged", task_id=task_id)
         given = judgement(found.record, score, reason, bus.identity.source)

@@ -136,7 +136,7 @@ async def _submit(settings: Settings, ad: TaskAd, *, as_json: bool) -> TaskResul
     async with client_bus(settings) as bus:
         await check_phases(bus)
         if not ad.wait:
-            answer = await task_client.ask(bus, task_client.request_subject(bus, "submit"), ad, timeout_s=ACCEPT_S)
+            answer = await task_client.request(bus, task_client.request_subject(bus, "submit"), ad, timeout_s=ACCEPT_S)
             accepted = decode(answer, Accepted)
             typer.echo(encode(accepted) if as_json else accepted.task_id)
             return None

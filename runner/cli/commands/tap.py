@@ -8,7 +8,7 @@ import typer
 
 from loom.bus.bus import Bus
 from loom.bus.queries import ended_since, rewards_since
-from loom.bus.tap import Seen, Tap
+from loom.bus.tap import Tap, TappedMessage
 from loom.runner.cli.common import PATIENCE_S, check_has_run, domain_slug, node_name, seconds
 from loom.runner.cli.entry import DEFAULT_URL, prepare, run_to_end
 from loom.runner.cli.views.message_filter import MessageFilter
@@ -87,7 +87,7 @@ async def _tap(settings: Settings, wanted: MessageFilter, ago_s: float, *, as_js
                 await writer.pause()
 
 
-def _identity(seen: Seen) -> str:
+def _identity(seen: TappedMessage) -> str:
     """Return what results and rewards of the past and of the present have in common; empty for other messages."""
     match seen.message:
         case TaskResult(task_id=task_id):
@@ -98,7 +98,7 @@ def _identity(seen: Seen) -> str:
             return ""
 
 
-async def past(bus: Bus, wanted: MessageFilter, ago_s: float) -> list[Seen]:
+async def past(bus: Bus, wanted: MessageFilter, ago_s: float) -> list[TappedMessage]:
     """Return the results and rewards of the last seconds that pass the filter, oldest first.
 
     The oldest of either kind are skipped where there are more than ROOM.
@@ -109,7 +109,7 @@ async def past(bus: Bus, wanted: MessageFilter, ago_s: float) -> list[Seen]:
     await check_has_run(bus)
     at = bus.clock.now() - ago_s
     passed = 0
-    results, rewards = deque[Seen](maxlen=ROOM), deque[Seen](maxlen=ROOM)
+    results, rewards = deque[TappedMessage](maxlen=ROOM), deque[TappedMessage](maxlen=ROOM)
     async for record in ended_since(bus, at):
         wanted.remember_subtask(record.envelope)
         seen = _as_seen(
@@ -129,10 +129,10 @@ async def past(bus: Bus, wanted: MessageFilter, ago_s: float) -> list[Seen]:
     return [replace(seen, skipped=passed - len(kept)) if seen is kept[0] else seen for seen in kept]
 
 
-def _as_seen(bus: Bus, address: tuple[str, ...], message: Any, at: float) -> Seen:
+def _as_seen(bus: Bus, address: tuple[str, ...], message: Any, at: float) -> TappedMessage:
     subject = bus.subjects.of(*address)
     parsed = bus.subjects.parse(subject)
-    return Seen(
+    return TappedMessage(
         subject=subject,
         family=address[0],
         tokens=parsed.tokens if parsed else {},

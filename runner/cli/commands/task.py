@@ -9,11 +9,22 @@ import typer
 
 from loom.bus import task_client
 from loom.bus.bus import Bus
-from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
-from loom.bus.queries import FoundTask, find_task, recent_records, records_stream, rewards_since
+from loom.bus.natsio.ordered_consumer import OrderedConsumer
+from loom.bus.natsio.stored_message import StoredMessage
+from loom.bus.queries import FoundTask, recent_records, records_stream, rewards_since
 from loom.bus.topology import stream_state
 from loom.runner.cli.command_groups import command_group
-from loom.runner.cli.common import MANY, AsLines, TaskId, client_bus, connected, domain_slug, node_name, print_json
+from loom.runner.cli.common import (
+    MANY,
+    AsLines,
+    TaskId,
+    client_bus,
+    connected,
+    domain_slug,
+    node_name,
+    print_json,
+    resolve_task,
+)
 from loom.runner.cli.entry import prepare, run_to_end, unless_lost
 from loom.runner.cli.label_option import LabelPairs, labels_of
 from loom.runner.cli.views.subtask_tree import Division, read_division
@@ -159,7 +170,7 @@ async def _follow(bus: Bus, wanted: TaskFilter, start_seq: int, *, as_json: bool
         await reader.stop()
 
 
-def _record_in(message: Stored) -> TaskRecord | None:
+def _record_in(message: StoredMessage) -> TaskRecord | None:
     try:
         return decode(message.data, TaskRecord)
     except Undecodable:
@@ -176,7 +187,7 @@ def show(
 
 async def _show(settings: Settings, task_id: str, *, as_json: bool) -> None:
     async with connected(settings) as bus:
-        found = await find_task(bus, task_id)
+        found = await resolve_task(bus, task_id)
         screen = console()
         if found.record is None:
             if as_json:
@@ -227,7 +238,7 @@ async def _cancel(settings: Settings, task_id: str) -> None:
             ended = await task_client.cancel(bus, task_id)
     else:
         async with connected(settings) as bus:
-            ended = await task_client.cancel(bus, _whole_id(await find_task(bus, task_id)))
+            ended = await task_client.cancel(bus, _whole_id(await resolve_task(bus, task_id)))
     if ended.state != "cancelled":
         typer.echo(f"{ended.task_id} had ended before: {ended.state}")
         raise typer.Exit(1)

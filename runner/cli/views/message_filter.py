@@ -4,7 +4,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-from loom.bus.tap import Seen
+from loom.bus.tap import TappedMessage
 from loom.runner.cli.views.tables import short
 from loom.schemas.auction import CallForBids, HostAnnouncement
 from loom.schemas.envelope import Envelope
@@ -66,7 +66,7 @@ class MessageFilter:
     _of_slug: Ours = field(default_factory=Ours)
     _kin: Ours = field(default_factory=Ours)
 
-    def passes(self, seen: Seen) -> bool:
+    def passes(self, seen: TappedMessage) -> bool:
         """Return whether the message passes, and remember the subtasks, nodes and domains it names."""
         if not self.routine and is_routine(seen):
             return False
@@ -87,7 +87,7 @@ class MessageFilter:
         return self.task in {task_id, short(task_id)} or task_id in self._kin
 
 
-def is_routine(seen: Seen) -> bool:
+def is_routine(seen: TappedMessage) -> bool:
     """Return whether a message repeats although no work is done: a heartbeat, a request for one, or a probe."""
     if seen.family == "status":
         return seen.tokens.get("task_id", "").startswith(PROBE)
@@ -113,7 +113,7 @@ def _remember(ours: Ours, task_id: str) -> None:
         ours.popitem(last=False)
 
 
-def tasks_of(seen: Seen) -> tuple[str, ...]:
+def tasks_of(seen: TappedMessage) -> tuple[str, ...]:
     """Return the tasks a message is about."""
     message: Any = seen.message
     if isinstance(message, Lifecycle):
@@ -126,7 +126,7 @@ def tasks_of(seen: Seen) -> tuple[str, ...]:
     return (task_id,) if task_id else ()
 
 
-def nodes_of(seen: Seen) -> set[str]:
+def nodes_of(seen: TappedMessage) -> set[str]:
     """Return the nodes a message names as those it is about, as people write them; losers of an auction are not."""
     match seen.message:
         case Envelope(award=award) | PlanTimeout(envelope=Envelope(award=award)):
@@ -139,7 +139,7 @@ def nodes_of(seen: Seen) -> set[str]:
             return {qualified(owner or LOCAL_OWNER, node_id)} if node_id else set()
 
 
-def slugs_of(seen: Seen) -> set[str]:
+def slugs_of(seen: TappedMessage) -> set[str]:
     """Return the domains a message names, as tokens; one that SENSE has not judged yet may name none."""
     match seen.message:
         case Envelope() as envelope:
@@ -156,7 +156,7 @@ def slugs_of(seen: Seen) -> set[str]:
     return {domain_token(domain)} if domain else set()
 
 
-def phase_of(seen: Seen) -> str:
+def phase_of(seen: TappedMessage) -> str:
     """Return the phase a message goes to, or comes from where it goes to none."""
     if seen.family == "lifecycle":
         return "adapt" if seen.tokens.get("kind") == "learned" else ""

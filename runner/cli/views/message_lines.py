@@ -7,7 +7,7 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 
-from loom.bus.tap import Seen
+from loom.bus.tap import TappedMessage
 from loom.runner.cli.views.tables import one_line, short
 from loom.schemas.auction import CallForBids, HostAnnouncement, Offer, RetireRequest, SpawnRequest
 from loom.schemas.base import encode
@@ -27,7 +27,7 @@ RESET, BOLD, DIM, YELLOW, CYAN = (f"\x1b[{code}m" for code in (0, 1, 2, 33, 36))
 """Tokens of a subject that say what its message is about, the first one it has."""
 
 
-def json_line(seen: Seen) -> str:
+def json_line(seen: TappedMessage) -> str:
     """Return a message whole, as a line of JSON."""
     return encode(as_object(seen)).decode() + "\n"
 
@@ -39,7 +39,7 @@ class MessageLines:
         self._coloured = screen.is_terminal and not screen.no_color
         self._width = screen.width if screen.is_terminal else None
 
-    def __call__(self, seen: Seen) -> str:
+    def __call__(self, seen: TappedMessage) -> str:
         """Return a message as a line, and before it one that tells what was skipped."""
         at = datetime.fromtimestamp(seen.at).strftime("%H:%M:%S.%f")[:-3]  # noqa: DTZ006 - the reader's own time
         kind, about, facts = describe(seen)
@@ -58,7 +58,7 @@ class MessageLines:
         return line + "\n"
 
 
-def as_object(seen: Seen) -> dict[str, Any]:
+def as_object(seen: TappedMessage) -> dict[str, Any]:
     """Return a message as free JSON; bytes that are no message of ours stand under `raw`, in base64."""
     read = not isinstance(seen.message, bytes)
     return {
@@ -73,7 +73,7 @@ def as_object(seen: Seen) -> dict[str, Any]:
     }
 
 
-def describe(seen: Seen) -> tuple[str, str, str]:
+def describe(seen: TappedMessage) -> tuple[str, str, str]:
     """Return kind, what it is about (a task, node or host) and the facts of a message, each on one line."""
     tokens = seen.tokens
     kind = {"task": f"task {tokens.get('phase')}", "lifecycle": tokens.get("kind", "")}.get(seen.family, seen.family)
@@ -98,7 +98,7 @@ def _named(tokens: dict[str, str], token: str) -> str:
     return qualified(tokens.get("owner", LOCAL_OWNER), tokens[token]) if token in tokens else ""
 
 
-def _news_of_division(seen: Seen, envelope: Envelope) -> str:
+def _news_of_division(seen: TappedMessage, envelope: Envelope) -> str:
     """That the subtasks of a divided task are done; empty for any other hop."""
     if seen.tokens.get("phase") == "execute" and envelope.inputs and envelope.award is not None:
         return f"its subtasks are done: {envelope.award.node} puts {len(envelope.inputs)} outputs together"

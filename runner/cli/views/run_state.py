@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loom.bus.tap import Seen
+from loom.bus.tap import TappedMessage
 from loom.schemas.auction import Award, CallForBids
 from loom.schemas.envelope import Envelope, Split
 from loom.schemas.events import TextDelta
@@ -62,7 +62,7 @@ class RunState:
         """Whether every reward heard of is part of its node's profile."""
         return self._to_learn <= self._learned
 
-    def see(self, seen: Seen) -> Row | None:
+    def see(self, seen: TappedMessage) -> Row | None:
         """Take in a message; return the row whose phase, node or attempt it changed."""
         message: Any = seen.message
         if isinstance(message, Lifecycle | Reward):
@@ -151,7 +151,7 @@ class RunState:
         self._learned.update((task_id, node) for task_id in ours)
 
 
-def _part_in(seen: Seen) -> tuple[str, str, bool] | None:
+def _part_in(seen: TappedMessage) -> tuple[str, str, bool] | None:
     """Parent and id of the subtask that a hop is about, and whether it has ended; None for any other message."""
     match seen.message:
         case SubtaskEnded() as notice:

@@ -1,4 +1,4 @@
-"""Agents that write down each run, in a file that survives them."""
+"""Agents that append each run to a file."""
 
 import asyncio
 import hashlib
@@ -9,12 +9,12 @@ from loom import delegate
 from loom.schemas.run import RunRequest
 from loom.types import AgentNode, CapabilityProfile
 
-RUNS = Path(os.environ["LEDGER_RUNS"])
+RUNS = Path(os.environ["TEST_RUNS_FILE"])
 LONGEST_S = 0.2
 
 
 async def work(job: RunRequest) -> str:
-    """Take a while that depends on the task, unless there is nothing to do, and answer what the ledger expects."""
+    """Work for a time derived from the task id, or delegate, or return at once, as the description asks."""
     with RUNS.open("a") as runs:
         runs.write(f"{job.task_id} {job.attempt}\n")
     if job.description.startswith("delegate"):
@@ -24,4 +24,4 @@ async def work(job: RunRequest) -> str:
     return f"done: {job.description}"
 
 
-nodes = [AgentNode(id=os.environ["LEDGER_NODE"], capabilities=CapabilityProfile(scores={"code": 0.8}), agent=work)]
+nodes = [AgentNode(id=os.environ["TEST_NODE_ID"], capabilities=CapabilityProfile(scores={"code": 0.8}), agent=work)]

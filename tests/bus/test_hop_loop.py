@@ -328,7 +328,7 @@ async def test_no_more_are_handled_at_once_than_there_are_slots(bus: Bus, phases
 async def test_not_even_after_a_reconnect(bus: Bus, phases: Phases) -> None:
     held = Held()
     phase = await phases.start(bus, held, lanes=[(SCALE_LANE, 3)])
-    await until(lambda: phase.loop._consumers[0].asked == 3, what="the request")
+    await until(lambda: phase.loop._consumers[0].pending == 3, what="the request")
     reconnected = asyncio.Event()
     bus.connection.on_reconnect(reconnected.set)
     await bus.connection._nc.force_reconnect()
