@@ -70,10 +70,10 @@ class PhaseGroup:
     """Phases on one connection, started and stopped together.
 
     Args:
-        init: Also create the streams, buckets and consumers, as `loom init` does; else a start needs the streams, and
-            creates only the consumers of its own phases. What gets lost later is created again either way.
-        hosts_here: Whether all node hosts are in this process and start after the phases: else MATCH takes its first
-            task half a second after it has asked the hosts to announce themselves.
+        init: Whether to create the streams, buckets and consumers, as `loom init` does. Otherwise a start needs the
+            streams and creates the consumers of its own phases. Streams that get lost later are created in both cases.
+        hosts_here: Whether all node hosts are in this process and start after the phases. Otherwise MATCH asks the
+            hosts to announce themselves and takes its first task half a second later.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """All streams and buckets of a namespace, saved into a folder and restored from it.
 
-Streams are saved one after the other while the cluster works. Their order keeps a backup consistent: work is saved
-before the records that tell whether it has ended, and profiles before the rewards from which they are rebuilt.
+Streams are saved one after the other while the cluster works. Their order keeps a backup consistent: tasks are saved
+before their records, and profiles before the rewards from which they are rebuilt.
 """
 
 import time

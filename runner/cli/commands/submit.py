@@ -132,7 +132,7 @@ def _json_of(field: str, text: str | bytes | None) -> Any:
 
 
 async def _submit(settings: Settings, ad: TaskAd, *, as_json: bool) -> TaskResult | None:
-    """Print what came of `ad` and return it; None when nobody waits for it."""
+    """Print the result of a task and return it; None when the command does not wait for it."""
     async with client_bus(settings) as bus:
         await check_phases(bus)
         if not ad.wait:
@@ -152,7 +152,7 @@ async def _submit(settings: Settings, ad: TaskAd, *, as_json: bool) -> TaskResul
 
 
 def notes_on(result: TaskResult) -> Iterator[str]:
-    """Yield what a person should know of a result besides its answer or error, a line each."""
+    """Yield a line for each thing a reader should know in addition to the answer or the error."""
     for warning in result.warnings:
         yield f"warning: {one_line(warning)}"
     if result.truncated:
@@ -166,7 +166,7 @@ def notes_on(result: TaskResult) -> Iterator[str]:
 
 
 async def _written(bus: Bus, ad: TaskAd) -> TaskResult:
-    """Return the task's result, its answer printed piece by piece while it is written."""
+    """Return the result of a task; its answer is printed while it is generated."""
     transcript = Transcript()
     try:
         async with submitted(bus, ad, deltas=True) as handle:

@@ -1,4 +1,4 @@
-"""Which messages `loom tap` shows. No I/O."""
+"""Selects the messages that `loom tap` prints. No I/O."""
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from loom.schemas.tokens import domain_token
 REMEMBERED = 100_000
 """Tasks remembered to be a node's or a domain's; the oldest are forgotten first."""
 
-SPEAKER = {
+PHASE_OF_FAMILY = {
     "submit": "sense",
     "status": "sense",
     "cancel": "sense",
@@ -37,11 +37,11 @@ SPEAKER = {
     "reward": "evaluate",
     "retire": "adapt",
 }
-"""family -> the phase that hears it first, or says it; tasks and dead letters name theirs."""
+"""Family -> the phase that receives it first, or publishes it; subjects of tasks and dead letters name theirs."""
 
 
 Ours = OrderedDict[str, None]
-"""Ids of tasks, the longest unheard of first."""
+"""Ids of tasks, the least recently seen first."""
 
 
 PROBE = "probe-"
@@ -160,4 +160,4 @@ def phase_of(seen: TappedMessage) -> str:
     """Return the phase a message goes to, or comes from where it goes to none."""
     if seen.family == "lifecycle":
         return "adapt" if seen.tokens.get("kind") == "learned" else ""
-    return seen.tokens.get("phase") or SPEAKER.get(seen.family, "")
+    return seen.tokens.get("phase") or PHASE_OF_FAMILY.get(seen.family, "")

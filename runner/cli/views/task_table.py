@@ -9,7 +9,7 @@ from rich.text import Text
 from loom.runner.cli.common import add_row, age, clock, span
 from loom.runner.cli.views.run_progress import STYLES
 from loom.runner.cli.views.tables import one_line, short, table_of
-from loom.runner.cli.views.task_timeline import handed_in_at
+from loom.runner.cli.views.task_timeline import submitted_at
 from loom.schemas.record import TaskRecord
 
 WHAT_CHARS = 24
@@ -59,10 +59,10 @@ def task_table(records: Sequence[TaskRecord], states: Mapping[str, TaskState], n
     table.columns[-1].min_width = WHAT_CHARS
     for record in records:
         state, phase = states[record.task_id]
-        took = span(max(0.0, record.ended_at - handed_in_at(record))) if record.ended_at is not None else ""
+        took = span(max(0.0, record.ended_at - submitted_at(record))) if record.ended_at is not None else ""
         add_row(
             table,
-            age(now - handed_in_at(record)),
+            age(now - submitted_at(record)),
             short(record.task_id),
             Text(state, STYLES.get(state, "cyan")),
             one_line(record.envelope.domain, 12),
