@@ -16,7 +16,7 @@ from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
 from loom.bus.service_discovery import ServiceInstance, check_processes, discover
 from loom.bus.wire_version import WireMismatch
-from loom.runner.cli.commands.phase import TERMINAL, phases_on
+from loom.runner.cli.commands.phase import TERMINAL, phases_at
 from loom.runner.cli.entry import DEFAULT_URL, FOREVER_S, prepare, report_ready, run_service, until_lost
 from loom.runner.retried_start import until_started
 from loom.runner.server.listening import LOOPBACK, check_free, is_loopback
@@ -120,7 +120,7 @@ async def _up(settings: Settings, server: Server, programs: list[Program] | None
 
 
 async def _in_here(url: str, settings: Settings, welcome: Callable[[str], str]) -> None:
-    async with phases_on(url, PHASES, settings, init=True) as bus:
+    async with phases_at(url, PHASES, settings, init=True) as bus:
         report_ready(welcome(bus.connection.address))
         await until_lost(bus)
 

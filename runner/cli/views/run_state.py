@@ -1,4 +1,4 @@
-"""What the bus says about the tasks of one `loom run`: where each of them is, and what came of it. No I/O."""
+"""State of the tasks of one `loom run`, from the messages of the bus: phase, node and result. No I/O."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from loom.schemas.run import Delta
 from loom.schemas.task import Submission, TaskAd, TaskResult
 
 FAMILIES = ("intake", "task", "auction", "delta", "result", "reward", "lifecycle")
-"""Families of subjects a board listens to."""
+"""Families of subjects that change the state."""
 
 TAIL_CHARS = 200
 """Most characters of an unfinished answer that are kept to be shown."""
@@ -59,7 +59,7 @@ class RunState:
 
     @property
     def learned(self) -> bool:
-        """Whether every reward heard of is part of its node's profile."""
+        """Whether every reward of the run is part of its node's profile."""
         return self._to_learn <= self._learned
 
     def see(self, seen: TappedMessage) -> Row | None:
