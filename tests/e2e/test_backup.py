@@ -48,7 +48,7 @@ async def work(bus: Bus) -> None:
         assert (await handle.result(20)).success
         await handle.close()
     await bus.jetstream.publish(bus.subjects.task("match", "normal", "broken"), b"\xff")
-    await until(lambda: admin.letters(bus, 10), what="a dead letter")
+    await until(lambda: admin.list_letters(bus, 10), what="a dead letter")
 
 
 async def wait_for_match(bus: Bus) -> None:
@@ -102,7 +102,7 @@ async def test_a_busy_cluster_is_saved_and_its_waiting_tasks_end_on_an_empty_ser
         assert await restore(bus, folder, CONFIG, lambda _: None) == manifest
         restored = {name: await contents(bus, name) for name in names}
         assert restored == source
-        assert len(await admin.letters(bus, 10)) == 1
+        assert len(await admin.list_letters(bus, 10)) == 1
         assert all(len(restored[f"KV_{bus.subjects.bucket(name)}"]) for name in ("plans", "records", "nodes"))
         with pytest.raises(StreamsExist, match="restore into an empty server"):
             await restore(bus, folder, CONFIG, lambda _: None)
