@@ -38,7 +38,7 @@ class Limits:
 
 
 PENDING: dict[str, Limits] = {
-    "phases": Limits(dialect=0.6, too_long=6),
+    "phases": Limits(dialect=0.5, too_long=6),
 }
 """Folders that do not pass yet, with their present numbers: lower them, never raise them."""
 
