@@ -6,7 +6,7 @@ RUNS := .venv/.runs
 NEW_VENV := test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: help python setup demo check lint test slow bench fmt
+.PHONY: help python setup demo check lint test slow bench docs fmt
 
 help:
 	@echo 'make demo    run examples/tasks.jsonl with the agents of examples/agents.py'
@@ -14,6 +14,7 @@ help:
 	@echo 'make check   what a change must pass: linters, types, import directions, tests'
 	@echo 'make slow    the tests that take longer'
 	@echo 'make bench   what the loop costs beside the bus alone; takes some minutes, on a machine without other work'
+	@echo 'make docs    build the pages and the API reference as a site in build/site'
 	@echo 'make fmt     format the code'
 	@echo 'make setup   only prepare .venv'
 
@@ -43,6 +44,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy examples/agents.py examples/report.py
+	$(BIN)/mypy tests/typing/public_api.py
 	$(BIN)/lint-imports
 
 test: $(READY)
@@ -57,6 +59,13 @@ bench: .venv/.bench
 
 .venv/.bench: $(READY)
 	$(INSTALL) '.[bench]'
+	@touch $@
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+.venv/.docs: $(READY)
+	$(INSTALL) '.[docs]'
 	@touch $@
 
 fmt: $(READY)

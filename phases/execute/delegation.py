@@ -30,7 +30,7 @@ from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult
 
 log = get_logger()
 
-LOOK_AGAIN_S = 5.0  # a lost result message is noticed after this time, at the latest
+POLL_RECORD_S = 5.0  # a lost result message is noticed after this time, at the latest
 RETRY_S = 1.0
 REPEAT_S = 1.0  # least time between repetitions of unconfirmed results
 
@@ -71,7 +71,7 @@ class Delegations:
         self._failed = False
         """Whether a result was not a success."""
         self._released = ExitStack()
-        """Takes no slot while a delegated task is open."""
+        """Frees the slot of the delivery while a delegated task is open."""
         self._refusals = 0
         self._repeated_at = 0.0
         self._stream: RunStream | None = None
@@ -232,7 +232,7 @@ class Delegations:
                 if entry is not None and entry.value.ended:
                     return entry.value
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_AGAIN_S):
+                    async with asyncio.timeout(POLL_RECORD_S):
                         await result_published.wait()
                 result_published.clear()
         finally:

@@ -119,7 +119,7 @@ async def test_delegated_work_becomes_a_task_and_its_end_is_told_to_the_run(stag
 async def test_an_end_that_nobody_told_is_found_and_a_lost_answer_repeated(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.phases.execute.delegation.LOOK_AGAIN_S", 0.2)
+    monkeypatch.setattr("loom.phases.execute.delegation.POLL_RECORD_S", 0.2)
     one = await host(stage)
     await stage.phase("execute")
     await given(stage)
