@@ -212,7 +212,7 @@ class Runtime(OpenRuntime):
         return self.lifecycle.check_all(self.cluster.nodes)
 
     async def nodes(self) -> list[NodeOverview]:
-        """Return every node of the cluster with its evidence in each domain; takes about half a second.
+        """Return every node of the cluster with its evidence in each domain; takes about a second.
 
         Raises:
             BusUnavailable: No server or no phases respond.

@@ -1,4 +1,4 @@
-"""What commands that look have in common: a connection to a cluster that is there, moments, rows, lines of JSON."""
+"""Shared parts of the commands: connections, options, and the format of times, rows and JSON."""
 
 import re
 import time
@@ -29,12 +29,12 @@ from loom.schemas.tokens import domain_token
 PATIENCE_S = 2.0
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 MANY = 20
-"""Entries of a list, unless asked for more."""
+"""Default number of entries of a list."""
 BARS = "▁▂▃▄▅▆▇█"
 SHORT_ID = 8
 """Digits of a shortened task id."""
 
-TaskId = Annotated[str, typer.Argument(metavar="ID", help="Id of the task; of a recent one its first 8 digits do.")]
+TaskId = Annotated[str, typer.Argument(metavar="ID", help="Id of the task; the first 8 digits of a recent one.")]
 AsLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
 
 
@@ -49,7 +49,7 @@ async def connected(settings: Settings) -> AsyncIterator[Bus]:
     """Connect to the server of NATS_URL as an operator.
 
     Raises:
-        BusUnavailable: No server, or one that no phase has ever run on.
+        BusUnavailable: There is no server, or no phase has ever run on it.
     """
     url = settings.nats_url or DEFAULT_URL
     async with Bus(
@@ -59,7 +59,7 @@ async def connected(settings: Settings) -> AsyncIterator[Bus]:
         await check_has_run(bus)
         yield bus
         if left_out := sum(bus.discards.counts.values()):
-            typer.echo(f"not shown, as they cannot be read: {left_out}", err=True)
+            typer.echo(f"unreadable messages that are not shown: {left_out}", err=True)
 
 
 def check_one_server(settings: Settings, store: Path | None) -> None:
@@ -96,10 +96,10 @@ async def resolve_task(bus: Bus, task_id: str) -> FoundTask:
 
 
 async def check_has_run(bus: Bus) -> None:
-    """Return if a phase has ever run here.
+    """Return when a phase has run in the namespace before.
 
     Raises:
-        BusUnavailable: No phase has ever run here.
+        BusUnavailable: No phase has run before.
     """
     try:
         await stream_state(bus, "REWARDS")
@@ -112,7 +112,7 @@ def seconds(text: str) -> float:
     """Return the seconds that `90s`, `10m`, `2h` or `1d` stand for.
 
     Raises:
-        typer.BadParameter: Not such a time.
+        typer.BadParameter: The text is not such a time.
     """
     parsed = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd])", text)
     if parsed is None:
@@ -131,7 +131,7 @@ def node_name(node: str | None) -> str | None:
 
 
 def clock(at: float) -> str:
-    """Return a moment in the reader's own time, with its day unless that is today."""
+    """Return a moment in local time, with its day unless that is today."""
     then, today = datetime.fromtimestamp(at), datetime.fromtimestamp(time.time())  # noqa: DTZ006 - the reader's own
     return then.strftime("%H:%M:%S" if then.date() == today.date() else "%d %b %H:%M")
 
@@ -145,7 +145,7 @@ def age(duration_s: float) -> str:
 
 
 def span(duration_s: float) -> str:
-    """Return a duration in three figures or so: 0.4 ms, 85 ms, 1.25 s, 63 s, 12 min."""
+    """Return a duration in about three digits: 0.4 ms, 85 ms, 1.25 s, 63 s, 12 min."""
     if duration_s < 0.01:  # noqa: PLR2004 - where milliseconds want a digit more
         return f"{duration_s * 1000:.1f} ms"
     if duration_s < 1:
@@ -161,7 +161,7 @@ def sparkline(scores: Iterable[float]) -> str:
 
 
 def add_row(table: Table, *cells: str | Text) -> None:
-    """Add cells as text: none of it is taken for markup, or steers the terminal."""
+    """Add cells as plain text, without markup and control characters."""
     table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells))
 
 

@@ -62,15 +62,15 @@ def init(
 
 
 def _confirm(namespace: str, where: str) -> None:
-    """Ask on the terminal whether to delete.
+    """Ask for confirmation on the terminal.
 
     Raises:
         typer.BadParameter: There is no terminal to ask on.
         typer.Abort: The answer is no.
     """
     if not sys.stdin.isatty():
-        raise typer.BadParameter("deletes all tasks and all that is learned: add --yes", param_hint="--reset")
-    typer.confirm(f"Delete all tasks, records and all that is learned in namespace {namespace} on {where}?", abort=True)
+        raise typer.BadParameter("deletes all tasks and all evidence: add --yes", param_hint="--reset")
+    typer.confirm(f"Delete all tasks, records and evidence in namespace {namespace} on {where}?", abort=True)
 
 
 async def _init(settings: Settings, store: Path | None, *, reset: bool) -> Made:

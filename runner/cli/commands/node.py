@@ -37,7 +37,7 @@ class UnknownNode(LoomError):
 
 
 class NoEvidence(LoomError):
-    """Nothing is known of the node whose evidence is to be handed on."""
+    """Nothing is known of the node whose evidence is to be moved."""
 
     code = "no_evidence"
 
@@ -130,12 +130,12 @@ def as_object(node: NodeOverview) -> dict[str, Any]:
 
 
 def move(
-    source: Annotated[str, typer.Argument(metavar="FROM", help="The node as it was: NODE, or OWNER.NODE.")],
-    target: Annotated[str, typer.Argument(metavar="TO", help="The node as it is now.")],
+    source: Annotated[str, typer.Argument(metavar="FROM", help="The old name: NODE, or OWNER.NODE.")],
+    target: Annotated[str, typer.Argument(metavar="TO", help="The new name: NODE, or OWNER.NODE.")],
 ) -> None:
-    """Hand on what is known of a node that has changed its name or owner: its mean reward in each domain.
+    """Give a renamed node the mean rewards of its old name or owner.
 
-    It counts as one observation in each domain. A second time changes nothing.
+    Each mean counts as one observation in its domain. Repeating the command changes nothing.
     """
     before, after = _node(source, "FROM"), _node(target, "TO")
     if before == after:
@@ -161,14 +161,14 @@ async def _move(settings: Settings, before: _Node, after: _Node) -> None:
             tasks = len(stored.value.domains[reward.domain_token].scores)
             known = f"{before} → {after}: {reward.domain_token} {reward.score:.2f} of {tasks} rewards"
             if heir is not None and _has(heir.value, reward):
-                typer.echo(f"{known}, handed on before")
+                typer.echo(f"{known}, moved before")
                 continue
             await _publish(bus, reward)
             typer.echo(f"{known}, as one observation")
 
 
 def _has(heir: NodeProfile, reward: Reward) -> bool:
-    """Return whether the heir has folded that inheritance already."""
+    """Return whether the profile contains the moved reward already."""
     evidence = heir.domains.get(reward.domain_token)
     inherited = {score.attempt_id: score.score for score in evidence.scores} if evidence else {}
     return inherited.get(attempt_id(reward)) == reward.score

@@ -64,7 +64,7 @@ def _head(record: TaskRecord, where: str, now: float) -> Iterator[Text]:
         state.append(f"{span(max(0.0, envelope.deadline - now))} left")
     yield state
     yield Text(f'"{one_line(ad.description, WORDS)}"')
-    facts = [f"handed in {clock(start)}", f"priority {ad.priority}"]
+    facts = [f"submitted {clock(start)}", f"priority {ad.priority}"]
     if envelope.spec is not None:
         spec = envelope.spec
         facts += [f"domain {', '.join(spec.domains)}", f"complexity {spec.complexity:.2f} ({spec.method})"]
