@@ -46,7 +46,7 @@ MAX_SUBMISSION_BYTES = MAX_AD_BYTES + 1024
 TOO_LARGE = TaskError(code="invalid_task", message=f"the ad is more than {MAX_AD_BYTES} bytes", field="description")
 CAPACITY_EVERY_S = 0.05
 EXACT_COUNT_FROM = 0.5
-"""Share of the capacity from which stored messages are told apart from tasks in flight."""
+"""Share of the capacity from which stored messages are distinguished from tasks in flight."""
 IDLE_COUNT_TTL_S = 0.5
 """Seconds for which the count of idle messages is cached; a count takes a request to each consumer."""
 URGENT_SHARE = 0.2  # share of the capacity that is reserved for priorities high and critical

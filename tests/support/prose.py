@@ -14,6 +14,8 @@ SOURCE = ("schemas", "bus", "agents", "phases", "runner", "loom", "examples")
 _GENERATED = re.compile(r"<!-- tables?: written by .*?<!-- end of tables? -->", flags=re.DOTALL)
 _FENCE = re.compile(r"^ *(```|~~~).*?^ *\1 *$", flags=re.DOTALL | re.MULTILINE)
 _ITEM = re.compile(r"^ *(?:[-*] |\d+[.)] |\|)")
+_ROW = re.compile(r"\S {2,}\S")
+"""A row of a table that is set with spaces, such as the header of a phase."""
 _SECTION = re.compile(r"^ *(?:Args|Returns|Raises|Yields|Example|Attributes|Note): *$")
 _END = re.compile(r"(?<!e\.g\.)(?<!i\.e\.)(?<=[.!?])[\"')*]*\s+(?=[\"'(*\[]*[A-Z0-9`]|\*\w+\*)")
 _LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
@@ -92,11 +94,11 @@ def _docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
 
 
 def _paragraphs(path: str, first: int, text: str) -> Iterator[Passage]:
-    """Yield the blocks of a text; list items, table cells and described arguments are blocks of their own."""
+    """Yield the blocks of a text; list items, rows and cells of tables and arguments are blocks of their own."""
     block: list[str] = []
     begin = first
     for number, line in enumerate([*text.splitlines(), ""], start=first):
-        is_new = bool(_ITEM.match(line) or re.match(r"^ {4,}\w+(?: \(.*\))?: ", line))
+        is_new = bool(_ITEM.match(line) or _ROW.search(line) or re.match(r"^ {4,}\w+(?: \(.*\))?: ", line))
         if block and (is_new or not line.strip() or line.startswith("#") or _SECTION.match(line)):
             yield from _cells(path, begin, block)
             block = []
