@@ -1,4 +1,4 @@
-"""A coroutine that can be left behind: user code may ignore its cancellation."""
+"""Abandons coroutines of user code, which may ignore their cancellation."""
 
 import asyncio
 import ctypes
@@ -10,24 +10,24 @@ T = TypeVar("T")
 
 
 class Abandonable(Generic[T]):
-    """Awaits a coroutine until it ends, or until it is abandoned and its task is cancelled or woken once more.
+    """Awaits a coroutine until it ends, or until it is abandoned and its task resumes once more.
 
     Raises:
-        asyncio.CancelledError: It was abandoned.
+        asyncio.CancelledError: The coroutine was abandoned.
     """
 
     def __init__(self, work: Coroutine[Any, Any, T]) -> None:
         self._work = work
         self._abandoned = False
         self.cancelled_itself = False
-        """Whether the coroutine has cancelled the task that runs it."""
+        """Whether the coroutine cancelled its own task."""
 
     def abandon(self) -> None:
-        """Resume the coroutine no more; to be followed by a cancel of its task."""
+        """Do not resume the coroutine again; the caller must cancel its task afterwards."""
         self._abandoned = True
 
     def __await__(self) -> Generator[Any, Any, T]:
-        """Pass on what the coroutine awaits, and what comes back."""
+        """Forward each awaited object to the event loop, and each result to the coroutine."""
         task = asyncio.current_task()
         step = partial(self._work.send, None)
         while True:
@@ -43,9 +43,9 @@ class Abandonable(Generic[T]):
             except GeneratorExit:
                 self._work.close()
                 raise
-            except BaseException as error:  # noqa: BLE001 - handed on: it is for the coroutine to handle
+            except BaseException as error:  # noqa: BLE001 - thrown into the coroutine
                 step = partial(self._work.throw, error)
             if self._abandoned:
-                # Never freed: its end would run the user's code once more, which may not end even then.
+                # The reference is never released: destroying the coroutine would resume user code, which may not end.
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._work))
                 raise asyncio.CancelledError

@@ -1,4 +1,4 @@
-"""The moment after which a job's work is worthless."""
+"""Deadlines that are enforced on the code of a job."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable
@@ -14,11 +14,12 @@ _END = object()
 
 
 class Deadline:
-    """A deadline `seconds` from now, on the running loop's clock; what waits under it raises DeadlineExceeded.
+    """A deadline on the clock of the running event loop; code that waits past it raises DeadlineExceeded.
 
     Args:
-        early_s: How much earlier it comes, at most a tenth of the time: for work that reports its cost before a
-            deadline of its caller ends it.
+        seconds: Seconds from now.
+        early_s: Seconds by which the deadline is moved forward, at most a tenth of `seconds`. The job can then report
+            its costs before the deadline of its caller.
     """
 
     def __init__(self, seconds: float, *, early_s: float = 0.0) -> None:
@@ -28,20 +29,20 @@ class Deadline:
 
     @property
     def left(self) -> float:
-        """Seconds left, never negative."""
+        """Seconds left, 0 or more."""
         return max(0.0, self._at - self._now())
 
     def check(self) -> None:
-        """Raise DeadlineExceeded if no time is left."""
+        """Raise DeadlineExceeded if the deadline has passed."""
         if self._now() >= self._at:
             raise self.exceeded()
 
     def enforced(self) -> "Enforced":
-        """Cancel the body of an `async with` when time runs out."""
+        """Return an async context manager that cancels its body at the deadline."""
         return Enforced(self, asyncio.timeout_at(self._at))
 
     async def each(self, source: AsyncIterable[T]) -> AsyncGenerator[T, None]:
-        """Yield what `source` yields, in time, and close it however this ends."""
+        """Yield the items of `source` until the deadline, and close it at the end."""
         async with ClosingIterator(source) as items:
             while True:
                 async with self.enforced():
@@ -51,12 +52,12 @@ class Deadline:
                 yield cast("T", item)
 
     def exceeded(self) -> DeadlineExceeded:
-        """Return the error of whoever was late."""
+        """Return the error for work that missed the deadline."""
         return DeadlineExceeded(f"not done within {self._seconds:g} s")
 
 
 class Enforced:
-    """A body that ends with its deadline: a class, since a generator's context costs more than most bodies."""
+    """Cancels the body of an `async with` at a deadline; a class, because `asynccontextmanager` takes longer."""
 
     def __init__(self, deadline: Deadline, scope: asyncio.Timeout) -> None:
         self._deadline = deadline

@@ -1,4 +1,4 @@
-"""Calls handlers with the events of agents, for programs that do not iterate them."""
+"""Calls handlers with the events of agents, for programs that do not iterate over them."""
 
 import asyncio
 import inspect
@@ -7,7 +7,7 @@ from contextlib import aclosing
 from fnmatch import fnmatchcase
 from typing import Any
 
-from loom.agents.user_code import error_text_fields
+from loom.agents.user_code import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import LoomError
 from loom.schemas.events import AgentEvent, ErrorEvent
@@ -15,18 +15,18 @@ from loom.schemas.events import AgentEvent, ErrorEvent
 log = get_logger()
 
 Handler = Callable[[Any], Any]
-"""Gets an event; a coroutine it returns is awaited beside the run, one event after the other."""
+"""Called with an event; a returned coroutine is awaited concurrently with the run, in the order of the events."""
 
 
 class EventBus:
-    """Passes events to handlers by type; an Agent has one.
+    """Calls handlers with events by type; an Agent has one.
 
-    A run does not wait for async handlers before it has ended. What a handler raises is logged and ends nothing.
+    A run waits for async handlers only at its end. Exceptions of handlers are logged.
 
         agent.on("tool_call_end", lambda event: print(event.name, event.duration_ms))
 
     Args:
-        parent: Gets every event, too.
+        parent: An event bus that also gets every event.
     """
 
     def __init__(self, parent: "EventBus | None" = None) -> None:
@@ -38,7 +38,7 @@ class EventBus:
         self._subscriptions.append(_Subscription(kind, handler))
 
     def on_pattern(self, pattern: str, handler: Handler) -> None:
-        """Call `handler` with each event whose type matches; `*` is any text, and `:` is read as `_`."""
+        """Call `handler` with each event whose type matches a pattern; `*` matches any text, and `:` means `_`."""
         self.on(pattern.replace(":", "_"), handler)
 
     def on_all(self, handler: Handler) -> None:
@@ -46,24 +46,24 @@ class EventBus:
         self.on("*", handler)
 
     def off(self, kind: str, handler: Handler) -> None:
-        """Call `handler` no more for a type or a pattern; without effect where it was not given."""
+        """Remove a handler of a type or a pattern, if there is one."""
         kind = kind.replace(":", "_")
-        self._subscriptions = [each for each in self._subscriptions if (each.kind, each.handler) != (kind, handler)]
+        self._subscriptions = [entry for entry in self._subscriptions if (entry.kind, entry.handler) != (kind, handler)]
 
     def create_child(self) -> "EventBus":
-        """Return an event bus whose events come here, too."""
+        """Return an event bus whose events are also passed to this one."""
         return EventBus(self)
 
     async def emit(self, event: AgentEvent) -> None:
         """Pass `event` to all handlers of its type, here and in the parents."""
-        for each in tuple(self._subscriptions):
-            if fnmatchcase(event.type, each.kind):
-                each.call(event)
+        for subscription in tuple(self._subscriptions):
+            if fnmatchcase(event.type, subscription.kind):
+                subscription.call(event)
         if self._parent is not None:
             await self._parent.emit(event)
 
     async def relay(self, events: AsyncGenerator[AgentEvent, None]) -> AsyncGenerator[AgentEvent, None]:
-        """Yield `events` and pass them to the handlers; a LoomError that ends them is an ErrorEvent to the handlers."""
+        """Yield `events` and pass them to the handlers, which get an ErrorEvent if a LoomError ends them."""
         try:
             async with aclosing(events):
                 async for event in events:
@@ -75,8 +75,8 @@ class EventBus:
         await self.settle()
 
     async def settle(self, timeout_s: float = 5.0) -> None:
-        """Wait until async handlers have had all events, here and in the parents, or for so long."""
-        pending = [task for each in self._subscriptions if (task := each.last) is not None and not task.done()]
+        """Wait until async handlers have processed all events, here and in the parents, for at most `timeout_s`."""
+        pending = [task for entry in self._subscriptions if (task := entry.last) is not None and not task.done()]
         if pending:
             await asyncio.wait(pending, timeout=timeout_s)
         if self._parent is not None:
@@ -84,7 +84,7 @@ class EventBus:
 
 
 class _Subscription:
-    """One handler, and the call of it that was begun last."""
+    """A handler and its latest call."""
 
     def __init__(self, kind: str, handler: Handler) -> None:
         self.kind = kind
@@ -95,7 +95,7 @@ class _Subscription:
         try:
             result = self.handler(event)
         except Exception as error:  # noqa: BLE001 - a handler may raise anything; the run goes on
-            log.warning("event_handler_raised", event_type=event.type, **error_text_fields(error))
+            log.warning("event_handler_raised", event_type=event.type, **error_fields(error))
             return
         if inspect.isawaitable(result):
             self.last = asyncio.ensure_future(self._after(self.last, result, event.type))
@@ -105,5 +105,5 @@ class _Subscription:
             await asyncio.wait([previous])
         try:
             await result
-        except Exception as error:  # noqa: BLE001 - as above
-            log.warning("event_handler_raised", event_type=event_type, **error_text_fields(error))
+        except Exception as error:  # noqa: BLE001 - a handler may raise anything; the run goes on
+            log.warning("event_handler_raised", event_type=event_type, **error_fields(error))

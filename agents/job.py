@@ -1,4 +1,4 @@
-"""What user code gets of a run, what it reports of its costs, and the answer that carries them."""
+"""The job that user code gets for a run, and the costs that user code reports."""
 
 import math
 import operator
@@ -12,33 +12,33 @@ import msgspec
 
 from loom.schemas.base import MAX_INT, total
 from loom.schemas.errors import AgentFailed, BudgetExceeded
-from loom.schemas.events import TokenUsage
+from loom.schemas.events import Done, TokenUsage
 from loom.schemas.run import RunRequest
 
 MAX_USD = 1e9
 
 _lock = threading.Lock()
-"""Held while costs are added: a sync agent may report from several threads."""
+"""Held while costs are added, because a sync agent may report from several threads."""
 
 
 class RunCosts(Protocol):
-    """What a run on a host has taken so far."""
+    """The tokens of a run on a host."""
 
     own_tokens: int
-    """By the agent itself, as far as it reports them."""
+    """Tokens that the agent itself has reported."""
 
     @property
-    def others_tokens(self) -> int:
-        """Tokens of what the run has delegated."""
+    def delegated_tokens(self) -> int:
+        """Tokens of the tasks that the run has delegated."""
         ...
 
 
 run_costs: ContextVar[RunCosts | None] = ContextVar("run_costs", default=None)
-"""The costs of the run that user code works for; None outside of a host."""
+"""The costs of the run that calls user code; None outside of a host."""
 
 
 class Spent(msgspec.Struct):
-    """The tokens and dollars a run has reported so far."""
+    """The tokens and US dollars that a run has reported."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -50,7 +50,7 @@ class Spent(msgspec.Struct):
         return total(self.prompt_tokens, self.completion_tokens)
 
     def add(self, prompt_tokens: int, completion_tokens: int, usd: float) -> None:
-        """Add costs, up to the greatest numbers a message carries."""
+        """Add costs; sums stop at the largest numbers that a message can hold."""
         with _lock:
             self.prompt_tokens = total(self.prompt_tokens, prompt_tokens)
             self.completion_tokens = total(self.completion_tokens, completion_tokens)
@@ -58,14 +58,14 @@ class Spent(msgspec.Struct):
 
 
 class Job(RunRequest, frozen=True, kw_only=True):
-    """A run request in the hands of user code: the task, and a way to report what the run costs."""
+    """The request of a run, with a method to report its costs."""
 
     spent: Spent = msgspec.field(default_factory=Spent)
-    """What `report` has added up. An `Answer`'s usage is not in it."""
+    """Sum of the reported costs, without the usage of an `Answer`."""
 
     @classmethod
     def of(cls, request: RunRequest) -> Self:
-        """Return the job of a request; nothing is spent yet."""
+        """Return the job of a request, with no costs."""
         facts = msgspec.structs.asdict(request)
         facts.pop("spent", None)
         return cls(**facts)
@@ -73,17 +73,17 @@ class Job(RunRequest, frozen=True, kw_only=True):
     def report(
         self, *, tokens: int = 0, prompt_tokens: int = 0, completion_tokens: int = 0, cost_usd: float = 0.0
     ) -> None:
-        """Add to what the run has cost; from any thread, as often as there is something to report.
+        """Add costs of the run; may be called from any thread and several times.
 
         Args:
-            tokens: All tokens, where they are not known apart. What prompt and completion leave of them counts as
-                completion tokens.
-            prompt_tokens: Tokens read.
-            completion_tokens: Tokens written.
+            tokens: Sum of all tokens, if prompt and completion are not known separately. Tokens beyond the other two
+                counts are added to the completion.
+            prompt_tokens: Tokens of prompts.
+            completion_tokens: Tokens of completions.
             cost_usd: US dollars.
 
         Raises:
-            BudgetExceeded: The task's `token_budget` is spent; the costs are counted all the same.
+            BudgetExceeded: The run has used more than the task's `token_budget`; the costs are added nevertheless.
             AgentFailed: An argument is negative or not a number.
 
         Example:
@@ -98,19 +98,19 @@ class Job(RunRequest, frozen=True, kw_only=True):
         costs = run_costs.get()
         if costs is not None:
             costs.own_tokens = max(costs.own_tokens, self.spent.tokens)
-            others = costs.others_tokens
+            others = costs.delegated_tokens
         check_budget(self, self.spent.tokens + others)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer together with what it has cost, for a function to return.
+    """An answer with its costs, returned by a function.
 
     Args:
-        content: Text, or any value that can be sent.
-        usage: Tokens: an object or a mapping with `prompt_tokens` and `completion_tokens`, `input_tokens` and
-            `output_tokens`, or `total_tokens`. They add to what `job.report` has counted.
-        cost_usd: US dollars, likewise.
+        content: Text, or a value that JSON can represent.
+        usage: An object or a mapping with `prompt_tokens` and `completion_tokens`, `input_tokens` and
+            `output_tokens`, or `total_tokens`. The tokens are added to those of `job.report`.
+        cost_usd: US dollars, added to those of `job.report`.
 
     Raises:
         AgentFailed: A count is negative or not a number.
@@ -127,7 +127,7 @@ class Answer:
         self.token_usage()
 
     def token_usage(self) -> TokenUsage:
-        """Return tokens and dollars as an agent's last event carries them."""
+        """Return tokens and dollars as the usage of a Done."""
         prompt, completion = split_tokens(
             _count(self.usage, "total_tokens"),
             _count(self.usage, "prompt_tokens", "input_tokens"),
@@ -141,19 +141,23 @@ class Answer:
         )
 
 
-def check_budget(job: RunRequest, tokens: int) -> None:
-    """Return if a run may have taken so many tokens.
+def check_budget(job: RunRequest, tokens: int, *, spent: Done | None = None) -> None:
+    """Check that a run has not used more tokens than the task allows.
+
+    Args:
+        tokens: Tokens that the run has used.
+        spent: The answer and its costs, for the error.
 
     Raises:
-        BudgetExceeded: They are more than the task's `token_budget`.
+        BudgetExceeded: The run has used more than the task's `token_budget`.
     """
     if job.token_budget is not None and tokens > job.token_budget:
         message = f"the task's {job.token_budget} tokens are spent: {tokens} were used"
-        raise BudgetExceeded(message, task_id=job.task_id)
+        raise BudgetExceeded(message, task_id=job.task_id, spent=spent)
 
 
 def split_tokens(tokens: Any, prompt_tokens: Any, completion_tokens: Any) -> tuple[int, int]:
-    """Return prompt and completion tokens; what they leave of `tokens` counts as completion.
+    """Return prompt and completion tokens; tokens beyond their sum are added to the completion.
 
     Raises:
         AgentFailed: A count is negative or not a whole number.
@@ -163,10 +167,10 @@ def split_tokens(tokens: Any, prompt_tokens: Any, completion_tokens: Any) -> tup
 
 
 def whole(name: str, value: Any) -> int:
-    """Return a count of tokens; None counts as 0.
+    """Return a number of tokens; None counts as 0.
 
     Raises:
-        AgentFailed: It is negative or not a whole number.
+        AgentFailed: The value is negative or not a whole number.
     """
     try:
         count = 0 if value is None else operator.index(value)
@@ -178,10 +182,10 @@ def whole(name: str, value: Any) -> int:
 
 
 def dollars(name: str, value: Any) -> float:
-    """Return a sum of dollars, at most 1e9; None counts as 0.
+    """Return an amount of dollars, at most 1e9; None counts as 0.
 
     Raises:
-        AgentFailed: It is negative or not a number.
+        AgentFailed: The value is negative or not a number.
     """
     try:
         amount = 0.0 if value is None else float(value)
@@ -197,6 +201,6 @@ def _not_a(value: Any) -> str:
 
 
 def _count(usage: Any, *names: str) -> Any:
-    """The first of these fields that `usage` has and that is not empty."""
+    """Return the first of these fields that `usage` has and that is not empty, or 0."""
     values = (usage.get(name) if isinstance(usage, Mapping) else getattr(usage, name, None) for name in names)
     return next((value for value in values if value), 0)

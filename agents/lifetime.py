@@ -1,4 +1,4 @@
-"""Agents that must be started before they work and closed afterwards, such as those with connections of their own."""
+"""Starts and closes agents that hold resources such as connections."""
 
 import asyncio
 import inspect
@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import Context
 from typing import Any
 
-from loom.agents.user_code import call, ends_task, error_text_fields, type_name
+from loom.agents.user_code import call, ends_task, error_fields, type_name
 from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import AgentFailed, LoomError
 
@@ -19,13 +19,11 @@ log = get_logger()
 
 
 class Lifetime:
-    """One agent object from its `start` to its `close`, both called in one task.
-
-    Connections and task groups may be opened in the first and closed in the second.
+    """Calls `start` and `close` of an agent in one task: a task group opened in `start` can be closed in `close`.
 
     Args:
         agent: An object with `async def start(self)`, `async def close(self)`, or both.
-        context: Context variables that both see.
+        context: Context variables in which both are called.
     """
 
     def __init__(self, agent: Any, context: Context) -> None:
@@ -38,14 +36,14 @@ class Lifetime:
 
     @property
     def failed(self) -> bool:
-        """Whether `start` has failed: the next run tries again, with a Lifetime of its own."""
+        """Whether `start` has failed; the next run tries again with a new Lifetime."""
         return self._started.done() and self._started.exception() is not None
 
     async def started(self) -> None:
-        """Return once `start` has returned.
+        """Wait until `start` has returned.
 
         Raises:
-            AgentFailed: It raised, or took too long.
+            AgentFailed: `start` raised, or took longer than START_S.
         """
         if not self._started.done():
             await asyncio.wait([self._started], timeout=START_S)
@@ -55,13 +53,13 @@ class Lifetime:
         self._started.result()
 
     def close(self) -> None:
-        """Have `close` called, from synchronous code."""
+        """Schedule the call of `close`, from synchronous code."""
         self._closing.set()
 
     async def closed(self) -> None:
-        """Have `close` called and return once it has returned, or has taken too long."""
+        """Call `close` and wait for it, for at most CLOSE_S."""
         self.close()
-        if not self._started.done():  # no run waits for it any more
+        if not self._started.done():  # no run waits for the start
             self._work.cancel()
         await asyncio.wait([self._work], timeout=CLOSE_S)
         if not self._work.done():
@@ -76,11 +74,11 @@ class Lifetime:
         except LoomError as error:
             self._fail(error.message)
             return
-        except BaseException as error:  # user code raises anything; the run that needed it fails
+        except BaseException as error:  # user code may raise anything; the run that needs the agent fails
             if ends_task(error):
                 self._fail("it was stopped")
                 raise
-            log.warning("agent_start_failed", agent=self._name, **error_text_fields(error))
+            log.warning("agent_start_failed", agent=self._name, **error_fields(error))
             self._fail(f"its start raised {type_name(error)}")
             return
         if not self._started.done():
@@ -89,19 +87,19 @@ class Lifetime:
         try:
             if close is not None:
                 await call(close)
-        except BaseException as error:  # user code raises anything; the host goes on closing
+        except BaseException as error:  # user code may raise anything; the host closes the other agents
             if ends_task(error):
                 raise
-            log.warning("agent_close_failed", agent=self._name, **error_text_fields(error))
+            log.warning("agent_close_failed", agent=self._name, **error_fields(error))
 
-    def _fail(self, why: str) -> None:
+    def _fail(self, reason: str) -> None:
         if not self._started.done():
-            self._started.set_exception(AgentFailed(f"the agent did not start: {why}"))
-            self._started.exception()  # retrieved, though no run may wait for it
+            self._started.set_exception(AgentFailed(f"the agent did not start: {reason}"))
+            self._started.exception()  # marked as retrieved, because there may be no run that waits for it
 
 
 def has_lifetime(agent: Any) -> bool:
-    """Return whether an agent has an async `start` or `close` without arguments."""
+    """Return whether an agent has an async `start` or `close` without required arguments."""
     return _method(agent, "start") is not None or _method(agent, "close") is not None
 
 

@@ -1,4 +1,4 @@
-"""What an agent is, and how its stream becomes one result."""
+"""The agent protocol, and the conversion of an agent's stream into a result."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from loom.agents.deadline import Deadline
 from loom.agents.job import MAX_USD, Job, Spent, check_budget
-from loom.agents.user_code import ClosingIterator, ends_task, error_text_fields, guarded, type_name
+from loom.agents.user_code import ClosingIterator, contain, ends_task, error_fields, type_name
 from loom.agents.values import to_text
 from loom.agents.yielded_values import EVENTS, deltas, events_of
 from loom.bus.logs.logger import get_logger
@@ -22,22 +22,22 @@ __all__ = ["StreamingAgent", "collect", "deltas", "failed", "failure_of", "raise
 
 log = get_logger()
 
-Tell = Callable[[Progress], Awaitable[None]]
+OnProgress = Callable[[Progress], Awaitable[None]]
 
 MAX_TEXT_CHARS = 4 * 2**20
-"""Characters of text beyond which a run counts as endless."""
+"""Characters of text beyond which the output of a run counts as endless."""
 MAX_EVENTS = 100_000
-"""Events, or pieces of text, beyond which a run counts as endless."""
+"""Events or pieces of text beyond which the output of a run counts as endless."""
 MAX_MESSAGE_CHARS = 2000
 OWN_CODES = frozenset({"agent_failed", "budget_exceeded", "deadline_exceeded", "invalid_task", "subtask_failed"})
-"""What a run may say of itself, and of what it has delegated. Any other code would speak for the cluster."""
-MOST_WAIT_S = 1e9
-"""A wait beyond this, some thirty years, means nothing."""
+"""Codes that the error of a run may have; other codes are reserved for the cluster."""
+MAX_RETRY_AFTER_S = 1e9
+"""A longer `retry_after_s` (about thirty years) is ignored."""
 
 
 @runtime_checkable
 class StreamingAgent(Protocol):
-    """Anything that works on a job: it yields progress and, last, one Done; it fails by raising a LoomError."""
+    """An object that works on jobs: `stream` yields progress events and a final Done, or raises a LoomError."""
 
     def stream(self, job: RunRequest) -> AsyncIterator[AgentEvent]:
         """Work on `job`."""
@@ -45,17 +45,20 @@ class StreamingAgent(Protocol):
 
 
 class Output:
-    """How much an agent has put out; one without end is stopped."""
+    """Counts the output of an agent, and stops endless output."""
 
     def __init__(self) -> None:
         self._chars = 0
         self._events = 0
 
     def add(self, chars: int) -> None:
-        """Count an event with so many characters of text.
+        """Count an event.
+
+        Args:
+            chars: Characters of text in the event.
 
         Raises:
-            AgentFailed: It is more than any answer takes.
+            AgentFailed: The output exceeds 4 MiB of text or 100,000 events.
         """
         self._chars += chars
         self._events += 1
@@ -64,74 +67,74 @@ class Output:
             raise AgentFailed(f"endless output: more than {limit}")
 
 
-async def collect(agent: StreamingAgent, request: RunRequest, tell: Tell | None = None) -> RunResult:
-    """Run a request to its end and return the result, with what the agent has reported of its costs.
+async def collect(agent: StreamingAgent, request: RunRequest, on_progress: OnProgress | None = None) -> RunResult:
+    """Run a request to its end and return the result, including the costs that the agent has reported.
 
     Args:
-        tell: Called with all progress as it comes.
+        on_progress: Called with each progress event.
 
     Raises:
-        LoomError: The agent failed; an ErrorEvent, an empty answer, none at all, an endless or a senseless one counts
-            as failing. Of any other exception only the type is named; its text is logged. `spent` has the costs.
-        BudgetExceeded: The answer took more than the request's `token_budget`.
-        asyncio.CancelledError: This task is cancelled.
+        LoomError: The agent failed: it raised, yielded an ErrorEvent, or gave an empty, endless or invalid answer.
+            Of other exceptions, the error has only the type and the log has the text. `spent` has the costs.
+        BudgetExceeded: The run used more than the request's `token_budget`.
+        asyncio.CancelledError: The current task was cancelled.
     """
     job = Job.of(request)
     try:
-        return await _collected(agent, job, tell)
+        return await _collect(agent, job, on_progress)
     except LoomError as error:
-        _charge(error, job.spent)
+        _add_reported_costs(error, job.spent)
         raise
-    except BaseException as error:  # an agent is user code: whatever it raises is its failure
+    except BaseException as error:  # an agent is user code and may raise anything
         if ends_task(error):
             raise
         failure = raised(error, job)
-        _charge(failure, job.spent)
+        _add_reported_costs(failure, job.spent)
         raise failure from error
 
 
-async def _collected(agent: StreamingAgent, job: Job, tell: Tell | None) -> RunResult:
-    seen = _Seen(job)
+async def _collect(agent: StreamingAgent, job: Job, on_progress: OnProgress | None) -> RunResult:
+    collector = _Collector(job)
     deadline = Deadline(job.remaining_s)
-    with guarded():
+    with contain():
         source = agent.stream(job)
         if not hasattr(source, "__aiter__"):
             raise AgentFailed(f"stream returned a {type(source).__name__}: make it an async generator")
     async with ClosingIterator(source) as items, deadline.enforced():
         async for item in items:
-            for event in seen.events(item):
-                if tell is not None:
-                    await tell(event)
-            deadline.check()  # it may have been deaf to its end
-    return seen.result()
+            for event in collector.add(item):
+                if on_progress is not None:
+                    await on_progress(event)
+            deadline.check()  # the agent may have ignored its cancellation
+    return collector.result()
 
 
-_SHOWN = frozenset(EVENTS) - {ErrorEvent, ToolCallEnd, Done}
-"""Events that are shown and change nothing."""
+_PROGRESS_ONLY = frozenset(EVENTS) - {ErrorEvent, ToolCallEnd, Done}
+"""Events that are passed on and do not affect the result."""
 
 
-class _Seen:
-    """What an agent has yielded so far."""
+class _Collector:
+    """Collects the values that an agent yields."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._output = Output()
         self._done: Done | None = None
         self._texts: list[str] = []
-        """Text that was not yielded as events: the answer, if no Done comes."""
+        """Text that was not yielded as events; it is the answer if there is no Done."""
         self._tool_errors = 0
 
-    def events(self, item: Any) -> Iterator[Progress]:
-        """Take an item and yield its progress.
+    def add(self, item: Any) -> Iterator[Progress]:
+        """Add a yielded value, and yield its progress events.
 
         Raises:
-            LoomError: It is an ErrorEvent, not an event at all, or more than any answer takes.
+            LoomError: The value is an ErrorEvent or not an event, or the output is endless.
         """
         self._output.add(_size(item))
         if isinstance(item, str):
             self._texts.append(item)
         for event in events_of(item):
-            if type(event) in _SHOWN:
+            if type(event) in _PROGRESS_ONLY:
                 yield event  # type: ignore[misc]  # none of them is a Done
                 continue
             if isinstance(event, ErrorEvent):
@@ -144,11 +147,11 @@ class _Seen:
                 yield event
 
     def result(self) -> RunResult:
-        """Return the result, with what the agent has reported of its costs.
+        """Return the result, including the costs that the agent has reported.
 
         Raises:
-            AgentFailed: There is no answer, or it makes no sense.
-            BudgetExceeded: It took more than the task's `token_budget`.
+            AgentFailed: There is no answer, or it is invalid.
+            BudgetExceeded: The run used more than the task's `token_budget`.
         """
         done = self._done
         if done is None and self._texts:
@@ -156,21 +159,17 @@ class _Seen:
         if done is None or not done.content or done.content.isspace():
             message = "the agent ended without an answer: its last event must be a Done with content"
             raise AgentFailed(message, task_id=self._job.task_id)
-        done = replace(done, content=quoted(done.content, self._job.accept))
-        result = _with(result_of(done, tool_errors=self._tool_errors), self._job.spent)
-        try:
-            check_budget(self._job, result.tokens)
-        except LoomError as error:
-            error.facts["spent"] = done
-            raise
+        done = replace(done, content=as_json_string(done.content, self._job.accept))
+        result = _with_reported_costs(result_of(done, tool_errors=self._tool_errors), self._job.spent)
+        check_budget(self._job, result.tokens, spent=done)
         return result
 
 
-def quoted(text: str, accept: Accept | None) -> str:
-    """Return a bare text as a JSON string where the ad's schema wants a string, and any other as it is.
+def as_json_string(text: str, accept: Accept | None) -> str:
+    """Return a text as a JSON string if the ad's schema requires a string and the text is not one yet.
 
     Example:
-        >>> quoted("yes", Accept(json_schema={"type": "string", "enum": ["yes", "no"]}))
+        >>> as_json_string("yes", Accept(json_schema={"type": "string", "enum": ["yes", "no"]}))
         '"yes"'
     """
     schema = accept.json_schema if accept else None
@@ -188,8 +187,8 @@ def _size(item: Any) -> int:
     return len(text) if isinstance(text, str) else 0
 
 
-def _with(result: RunResult, spent: Spent) -> RunResult:
-    """The result together with what the agent has reported on its way."""
+def _with_reported_costs(result: RunResult, spent: Spent) -> RunResult:
+    """Return the result with the costs added that the agent has reported."""
     if not spent.tokens and not spent.usd:
         return result
     return replace(
@@ -200,42 +199,42 @@ def _with(result: RunResult, spent: Spent) -> RunResult:
     )
 
 
-def _charge(error: LoomError, spent: Spent) -> None:
-    """Add what the agent has reported to the costs that its error carries."""
+def _add_reported_costs(error: LoomError, spent: Spent) -> None:
+    """Add the costs that the agent has reported to the `spent` of its error."""
     if not spent.tokens and not spent.usd:
         return
     known = spent_by(error)
-    before, result = (Done(), RunResult()) if known is None else (error.spent, known)
+    before, result = (Done(), RunResult()) if known is None else (vars(error)["spent"], known)
     after = TokenUsage(
         prompt_tokens=total(result.prompt_tokens, spent.prompt_tokens),
         completion_tokens=total(result.completion_tokens, spent.completion_tokens),
         estimated_cost=result.usd + spent.usd,
         estimated=result.estimated_usage,
     )
-    error.__dict__.setdefault("facts", {})["spent"] = replace(before, usage=after)
+    vars(error)["spent"] = replace(before, usage=after)
 
 
 def raised(error: BaseException, job: RunRequest) -> AgentFailed:
-    """Return what is published of an exception of user code, its type; its text goes to the log."""
-    log.warning(
-        "agent_raised", task_id=job.task_id, attempt=job.attempt, node_id=job.node_id, **error_text_fields(error)
-    )
+    """Log an exception of user code, and return an error to publish that contains only its type."""
+    log.warning("agent_raised", task_id=job.task_id, attempt=job.attempt, node_id=job.node_id, **error_fields(error))
     return AgentFailed(f"the agent raised {type_name(error)}", task_id=job.task_id)
 
 
 def usage_in(done: Done) -> TokenUsage:
-    """Return the usage of an agent's last event, which user code builds unchecked; None is no usage."""
+    """Return the usage of a Done; user code builds it unchecked, so it may be None."""
     given: TokenUsage | None = getattr(done, "usage", None)
     return TokenUsage() if given is None else given
 
 
 def result_of(done: Done, *, tool_errors: int = 0) -> RunResult:
-    """Return the result an agent's last event stands for, its content cut to what a message may carry.
+    """Return the result of a Done, with its content cut to the size limit of a message.
 
-    A usage or a count that is None is absent.
+    Args:
+        done: The last event of an agent. A usage or a count of None counts as 0.
+        tool_errors: Number of failed tool calls.
 
     Raises:
-        AgentFailed: A field is of another type than it should be, or out of its range.
+        AgentFailed: A field has the wrong type or is out of range.
     """
     content, truncated = cut_utf8(done.content, MAX_CONTENT_BYTES)
     usage = usage_in(done)
@@ -251,37 +250,38 @@ def result_of(done: Done, *, tool_errors: int = 0) -> RunResult:
             duration_s=(done.duration_ms or 0.0) / 1000,
             usd=min(MAX_USD, max(0.0, usage.estimated_cost or 0.0)),
         )
-        return decode(encode(result), RunResult)  # integers are checked by decoding alone
+        return decode(encode(result), RunResult)  # only decoding checks integers
     except (Undecodable, ValueError, TypeError, AttributeError) as error:  # user code builds events unchecked
         message = error.message if isinstance(error, Undecodable) else str(error)
         message = "a count is not a number" if isinstance(error, TypeError | AttributeError) else message
-        raise AgentFailed(f"the agent's result makes no sense: {message}") from error
+        raise AgentFailed(f"the agent's result is not valid: {message}") from error
 
 
 def failed(error: LoomError, request: RunRequest) -> tuple[TaskError, RunResult | None]:
-    """Return the error that is published for a run, and what the run has cost."""
+    """Return the error to publish for a run, and the costs of the run."""
     try:
         return failure_of(error, request), spent_by(error)
-    except BaseException:  # noqa: BLE001 - a class of the user's may raise when it is looked at
+    except BaseException:  # noqa: BLE001 - attributes of a user's class may raise anything
         message = f"the agent raised {type_name(error)}"
         return TaskError(code=AgentFailed.code, message=message, node_id=request.node_id), None
 
 
 def spent_by(error: LoomError) -> RunResult | None:
-    """Return what a failed run has cost and written, where its agent says so and it makes sense."""
+    """Return the costs and the text of a failed run, if its error has them and they are valid."""
     try:
-        return result_of(error.spent) if isinstance(error.spent, Done) else None
-    except Exception:  # noqa: BLE001 - made by user code: that the run failed is what must be told
+        spent = vars(error).get("spent")  # set on errors of any class
+        return result_of(spent) if isinstance(spent, Done) else None
+    except Exception:  # noqa: BLE001 - user code made it; the error is published without it
         return None
 
 
 def failure_of(error: LoomError, request: RunRequest) -> TaskError:
-    """Return the error that is published for an agent's: without secrets, and in a form that can be sent.
+    """Return the error to publish for an error of an agent: without secrets, and with valid fields only.
 
-    An InvalidTask about another task, such as one that the agent submits itself, is the agent's own failure.
+    An InvalidTask about another task, such as one that the agent submits itself, becomes an `agent_failed`.
     """
-    wait = error.retry_after_s
-    usable = isinstance(wait, int | float) and 0 <= wait <= MOST_WAIT_S
+    wait: Any = error.retry_after_s  # user code may set anything
+    usable = isinstance(wait, int | float) and 0 <= wait <= MAX_RETRY_AFTER_S
     code = error.code if error.code in OWN_CODES else AgentFailed.code
     if code == InvalidTask.code and error.task_id not in (None, request.task_id):
         code = AgentFailed.code

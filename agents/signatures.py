@@ -1,4 +1,4 @@
-"""What the functions and objects users hand over as agents take."""
+"""Checks the signatures of functions and objects that users give as agents."""
 
 import inspect
 import types
@@ -11,13 +11,13 @@ from loom.schemas.errors import LoomError
 from loom.schemas.run import RunRequest
 
 JOB_NAMES = frozenset({"job", "request", "req", "run"})
-"""A parameter of such a name and without an annotation gets the job; any other name gets the text."""
+"""Names of an unannotated parameter that gets the job; a parameter with another name gets the text."""
 STREAM = "`async def stream(self, job): yield TextDelta(text=…); yield Done(content=…)`"
 WRAP = "`async def answer(text: str): return (await it.ainvoke(…))…`"
 
 
 def name_of(fn: Callable[..., Any]) -> str:
-    """Return the name of a function, of what a `partial` calls, or of an object's class."""
+    """Return the name of a function, of the function of a `partial`, or of an object's class."""
     while isinstance(fn, partial):
         fn = fn.func
     name = getattr(fn, "__name__", None)
@@ -25,13 +25,13 @@ def name_of(fn: Callable[..., Any]) -> str:
 
 
 def takes_text(fn: Callable[..., Any]) -> bool:
-    """Return whether the one argument of `fn` is the task's text, and not the job.
+    """Return whether the argument of `fn` is the text of the task, and not the job.
 
-    Its annotation decides: text for `str` in any form (`str | None`, `Annotated[str, …]`), the job for what a Job may
-    be. Without an annotation its name does.
+    The annotation decides: `str` in any form (`str | None`, `Annotated[str, …]`) means text, a type that a Job can be
+    means the job. Without an annotation, the name of the parameter decides.
 
     Raises:
-        LoomError: `fn` does not take exactly one argument, hides its parameters, or wants another type.
+        LoomError: `fn` does not take exactly one argument, hides its parameters, or takes another type.
     """
     name = name_of(fn)
     parameters = list(_signature(fn, name).parameters.values())
@@ -53,10 +53,10 @@ def takes_text(fn: Callable[..., Any]) -> bool:
 
 
 def is_text(annotation: Any) -> bool:
-    """Return whether an annotation means text, the job not being among its alternatives."""
+    """Return whether an annotation means text and does not include the job."""
     if annotation is str:
         return True
-    if isinstance(annotation, str):  # postponed, and naming what cannot be found: read as it is written
+    if isinstance(annotation, str):  # postponed, and its names cannot be resolved
         words = annotation.replace("|", " ").replace("[", " ").replace("]", " ").replace(",", " ").split()
         return "str" in words and RunRequest.__name__ not in words
     origin = get_origin(annotation)
@@ -70,7 +70,7 @@ def is_text(annotation: Any) -> bool:
 
 
 def may_be_job(annotation: Any) -> bool:
-    """Return whether a Job may be meant by an annotation; True where that cannot be known."""
+    """Return whether an annotation may mean a Job; True if that is unknown."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return may_be_job(get_args(annotation)[0])
@@ -89,10 +89,10 @@ def _shown(annotation: Any) -> str:
 
 
 def check_stream(agent: Any) -> None:
-    """Return if an object's `stream` may be that of an agent.
+    """Check that an object's `stream` has the form of an agent's.
 
     Raises:
-        LoomError: It cannot be: it belongs to another framework, is not an async generator, or takes other arguments.
+        LoomError: `stream` belongs to another framework, is not an async generator, or takes other arguments.
     """
     kind, stream = type(agent).__name__, agent.stream
     if callable(getattr(agent, "ainvoke", None)) and not inspect.isasyncgenfunction(stream):
@@ -111,7 +111,7 @@ def check_stream(agent: Any) -> None:
     except TypeError:
         raise LoomError(f"stream of a {kind} must take one argument, the job: make it {STREAM}") from None
     except ValueError:
-        return  # of native code, which may hide its parameters
+        return  # native code may hide its parameters
 
 
 def _signature(fn: Callable[..., Any], name: str) -> inspect.Signature:
@@ -119,7 +119,7 @@ def _signature(fn: Callable[..., Any], name: str) -> inspect.Signature:
         return inspect.signature(fn, eval_str=True)
     except (TypeError, ValueError) as error:
         hidden: Exception = error
-    except Exception as error:  # noqa: BLE001 - a postponed annotation is code, which may raise anything
+    except Exception as error:  # noqa: BLE001 - a postponed annotation is code and may raise anything
         hidden = error
     try:
         return inspect.signature(fn)

@@ -1,4 +1,4 @@
-"""Sync generators of users, iterated in a thread of their own."""
+"""Iterates over sync generators of users in a thread."""
 
 import asyncio
 import threading
@@ -9,15 +9,15 @@ from contextvars import copy_context
 from typing import Any
 
 AHEAD = 64
-"""Items a generator may be ahead of its reader."""
+"""Items that a generator may yield before they are read."""
 
 _END = object()
 
 
 class ThreadedIteration:
-    """Iterates over a generator in a thread, so that what it does between two items does not block the event loop.
+    """Iterates over a generator in a thread, so that its code does not block the event loop.
 
-    The thread sees the context variables of the caller. `aclose` returns at once: the generator is closed in its
+    The thread has the context variables of the caller. `aclose` returns at once; the generator is closed in its
     thread when it next yields.
     """
 
@@ -27,7 +27,7 @@ class ThreadedIteration:
         self._items: deque[Any] = deque()
         self._failure: BaseException | None = None
         self._ready = asyncio.Event()
-        self._room = threading.Semaphore(AHEAD)
+        self._places = threading.Semaphore(AHEAD)
         self._closed = False
         context = copy_context()
         threading.Thread(target=context.run, args=(self._work,), name="loom-user-code", daemon=True).start()
@@ -38,10 +38,10 @@ class ThreadedIteration:
     async def __anext__(self) -> Any:
         while not self._items:
             self._ready.clear()
-            if not self._items:  # one may have come before the clearing
+            if not self._items:  # an item may have arrived before the clear
                 await self._ready.wait()
         if self._items[0] is not _END:
-            self._room.release()
+            self._places.release()
             return self._items.popleft()
         failure, self._failure = self._failure, None
         if isinstance(failure, StopAsyncIteration):
@@ -51,23 +51,23 @@ class ThreadedIteration:
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
-        """Have the generator closed when it next yields."""
+        """Close the generator when it next yields."""
         self._closed = True
-        self._room.release()
+        self._places.release()
 
     def _work(self) -> None:
         try:
             for item in self._source:
-                self._room.acquire()
+                self._places.acquire()
                 if self._closed:
                     break
                 self._put(item)
             self._source.close()
-        except BaseException as error:  # noqa: BLE001 - raised again where the generator is iterated
+        except BaseException as error:  # noqa: BLE001 - raised again in `__anext__`
             self._failure = error
         self._put(_END)
 
     def _put(self, item: Any) -> None:
         self._items.append(item)
-        with suppress(RuntimeError):  # the loop has closed: the reader has gone with it
+        with suppress(RuntimeError):  # the loop has closed, so there is no reader
             self._loop.call_soon_threadsafe(self._ready.set)

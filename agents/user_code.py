@@ -1,4 +1,4 @@
-"""Calls into functions that users wrote, which may block, exit or cancel themselves."""
+"""Calls functions of users, which may block the thread, exit the process or cancel their own task."""
 
 import asyncio
 import inspect
@@ -15,9 +15,9 @@ from loom.bus.logs import log_fields
 from loom.bus.logs.logger import get_logger
 
 TURN_S = 0.01
-"""Longest time an iteration that never waits keeps the event loop."""
+"""Seconds after which an iteration that never waits yields to the event loop."""
 AWAITABLES = 2
-"""A coroutine, and what it returns, are awaited; an awaitable that returns itself is awaited no further."""
+"""A coroutine and its result are awaited; the limit stops at an awaitable that returns itself."""
 
 T = TypeVar("T")
 
@@ -25,15 +25,19 @@ log = get_logger()
 
 
 class BaseExceptionRaised(Exception):
-    """User code raised what ends a process or a task; `__cause__` is it."""
+    """User code raised an exception that would end the process or the task; it is the `__cause__`."""
 
 
 async def call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Return what `fn` returns, raising what it raises as `guarded` does; a sync one runs in a thread of its own.
+    """Call `fn` and return its result; a sync function runs in its own thread.
 
-    A cancelled call returns at once; the thread of a sync function is abandoned to run to its end.
+    A cancelled call returns at once, while the thread of a sync function continues to its end.
+
+    Raises:
+        BaseExceptionRaised: `fn` raised an exception that is not an Exception.
+        Exception: `fn` raised it.
     """
-    with guarded():
+    with contain():
         if is_async(fn):
             result = fn(*args, **kwargs)
         else:
@@ -44,15 +48,15 @@ async def call(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         return result
 
 
-class guarded:  # noqa: N801 - used as a function; a class costs a third of a generator's context
-    """Raise `BaseExceptionRaised` for whatever leaves the body and would end the process or this task.
+class contain:  # noqa: N801 - used as a function; a class takes a third of the time of a contextmanager
+    """Convert SystemExit, stray CancelledError and the like, raised by user code, into `BaseExceptionRaised`.
 
-    A cancellation of this very task passes. The body must hold no `yield`: a generator that is closed there ends by
-    a GeneratorExit that is not the user's.
+    A cancellation of the current task passes. The body must not contain `yield`, because the GeneratorExit of a
+    generator that is closed there is not raised by user code.
     """
 
     def __enter__(self) -> None:
-        """Nothing to prepare."""
+        """Do nothing."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -63,7 +67,7 @@ class guarded:  # noqa: N801 - used as a function; a class costs a third of a ge
 
 
 def ends_task(error: BaseException) -> bool:
-    """Return whether `error` cancels the running task or closes the caller's coroutine, and is not user code's own."""
+    """Return whether `error` cancels the current task or closes its coroutine, and was not raised by user code."""
     if isinstance(error, asyncio.CancelledError):
         task = asyncio.current_task()
         return task is None or task.cancelling() > 0
@@ -72,13 +76,13 @@ def ends_task(error: BaseException) -> bool:
 
 
 class ClosingIterator(Generic[T]):
-    """Iterates over what a user's code yields, guarded, and closes it, if it can be, however that ends.
+    """Iterates over an async iterable of user code, contains its exceptions, and closes it at the end.
 
-    An iteration that never waits gives the event loop a turn now and then.
+    An iteration that never waits yields to the event loop every TURN_S.
     """
 
     def __init__(self, source: AsyncIterable[T]) -> None:
-        with guarded():
+        with contain():
             self._items = aiter(source)
         self._turn_at = time.monotonic()
 
@@ -92,7 +96,7 @@ class ClosingIterator(Generic[T]):
         if time.monotonic() - self._turn_at > TURN_S:
             await asyncio.sleep(0)
             self._turn_at = time.monotonic()
-        try:  # `guarded` by hand: there may be a hundred thousand items a second
+        try:  # without `contain`, as there may be 100,000 items per second
             return await self._items.__anext__()
         except Exception:
             raise
@@ -105,41 +109,41 @@ class ClosingIterator(Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with guarded():
+            with contain():
                 close = getattr(self._items, "aclose", None)
                 if close is not None:
                     await close()
         except Exception as fault:
             if error is None:
                 raise
-            # What ended the iteration is the failure; this one came on top.
-            log.warning("close_failed", **error_text_fields(fault))
+            # The error that ended the iteration is the one to raise.
+            log.warning("close_failed", **error_fields(fault))
 
 
 def origin(error: BaseException) -> BaseException:
-    """Return what user code raised: some exceptions cannot leave a coroutine, and come wrapped in another."""
+    """Return the exception that user code raised: some cannot leave a coroutine and are wrapped in another one."""
     cause = error.__cause__
     stopped = type(error) is RuntimeError and isinstance(cause, (StopIteration, StopAsyncIteration))
     return cause if cause is not None and (stopped or type(error) is BaseExceptionRaised) else error
 
 
-def describe(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Return `TypeName: message` on one line without secrets, at most 500 characters."""
     return log_fields.summary(origin(error))
 
 
-def error_text_fields(error: BaseException) -> dict[str, str]:
-    """Return type, message without secrets, and place of what user code raised, for a log line."""
+def error_fields(error: BaseException) -> dict[str, str]:
+    """Return log fields of a user exception: type, message without secrets, and place."""
     return log_fields.error_fields(origin(error))
 
 
 def type_name(error: BaseException) -> str:
-    """Return the class name of what user code raised: what may be published of it."""
+    """Return the class name of a user exception, the only part of it that is published."""
     return log_fields.type_name(origin(error))
 
 
 def is_async(fn: Callable[..., Any]) -> bool:
-    """Return whether calling `fn` cannot block: it makes a coroutine or an async generator."""
+    """Return whether `fn` is a coroutine function or an async generator function, so that its call cannot block."""
     return any(
         check(candidate)
         for check in (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
@@ -148,8 +152,8 @@ def is_async(fn: Callable[..., Any]) -> bool:
 
 
 async def _in_thread(fn: Callable[[], Any]) -> Any:
-    # Not asyncio.to_thread: its few threads are all taken once that many functions hang, and they hold up
-    # the process's end. Concurrency is bounded by whoever calls: a host's slots, an agent's parallel tools.
+    # asyncio.to_thread has few threads: functions that hang would occupy all of them and delay the end of the process.
+    # The callers limit concurrency: a host by its slots, an agent by its parallel tools.
     loop = asyncio.get_running_loop()
     finished: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
     context = copy_context()
@@ -157,9 +161,9 @@ async def _in_thread(fn: Callable[[], Any]) -> Any:
     def work() -> None:
         try:
             outcome: tuple[Any, BaseException | None] = (context.run(fn), None)
-        except BaseException as error:  # noqa: BLE001 - raised again where it is awaited
+        except BaseException as error:  # noqa: BLE001 - raised again by the awaiting task
             outcome = (None, error)
-        with suppress(RuntimeError):  # the loop has closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop has closed, so no task waits for the result
             loop.call_soon_threadsafe(settle, outcome)
 
     def settle(outcome: tuple[Any, BaseException | None]) -> None:

@@ -1,4 +1,4 @@
-"""What an agent yields, read as events."""
+"""Converts the values that an agent yields into events."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
@@ -6,24 +6,24 @@ from typing import Any, get_args
 from msgspec import Struct, structs
 from msgspec.structs import replace
 
-from loom.agents.user_code import guarded
+from loom.agents.user_code import contain
 from loom.agents.values import NotText, to_json, to_text
 from loom.schemas.base import MAX_CONTENT_BYTES, Undecodable, decode, encode
 from loom.schemas.errors import AgentFailed
 from loom.schemas.events import AgentEvent, Done, ReasoningDelta, TextDelta
 
 DELTA_CHARS = 4096
-"""Most characters of one TextDelta cut from a text that came whole."""
+"""Maximum length of a TextDelta that is cut from a longer text."""
 EVENTS: tuple[type, ...] = get_args(AgentEvent)
-# By their exact class: isinstance of a Struct that is another one takes a microsecond.
-AS_THEY_ARE = frozenset(EVENTS) - {TextDelta, ReasoningDelta, Done}
-"""Events whose fields are checked and not changed."""
-TYPES = frozenset(str(each.__struct_config__.tag) for each in EVENTS)  # type: ignore[attr-defined]
-"""The `type` of each event in JSON."""
+# Compared by exact class: a failing isinstance check of a Struct takes a microsecond.
+UNCHANGED = frozenset(EVENTS) - {TextDelta, ReasoningDelta, Done}
+"""Events whose fields are checked but not changed."""
+TYPES = frozenset(str(event.__struct_config__.tag) for event in EVENTS)  # type: ignore[attr-defined]
+"""The JSON `type` of each event."""
 
 
 def deltas(text: str) -> tuple[TextDelta, ...]:
-    """Return `text` in pieces, as far as a result may carry it."""
+    """Return `text` as TextDeltas of up to 4,096 characters, cut at the size limit of a result."""
     if 0 < len(text) <= DELTA_CHARS:
         return (TextDelta(text=text),)
     starts = range(0, min(len(text), MAX_CONTENT_BYTES), DELTA_CHARS)
@@ -31,18 +31,21 @@ def deltas(text: str) -> tuple[TextDelta, ...]:
 
 
 def events_of(item: Any) -> Iterable[AgentEvent]:
-    """Return what an agent's stream has yielded as events: an event, a mapping with an event's `type`, or text.
+    """Return a yielded value as events.
 
-    Text is made fit for UTF-8, and a long one cut into pieces.
+    Text is converted to valid UTF-8, and long text is cut into pieces.
+
+    Args:
+        item: An event, a mapping with the `type` of an event, or text.
 
     Raises:
-        AgentFailed: It is something else, or an event with a field of the wrong type.
+        AgentFailed: The value is of another type, or a field of the event has the wrong type.
     """
     if type(item) is TextDelta and type(item.text) is str and item.text.isascii() and len(item.text) <= DELTA_CHARS:
         return (item,)
     try:
-        with guarded():
-            return (_checked(item, type(item).__name__),) if type(item) in AS_THEY_ARE else _read(item)
+        with contain():
+            return (_checked(item, type(item).__name__),) if type(item) in UNCHANGED else _read(item)
     except NotText as error:
         raise AgentFailed(f"the agent's answer is not text: {error}") from error
 
@@ -67,10 +70,10 @@ def _read(item: Any) -> Iterable[AgentEvent]:
 
 
 def event_in(item: Any) -> Any:
-    """Return the event that a mapping with an event's `type` stands for, and anything else as it is.
+    """Return a mapping with the `type` of an event as that event, and any other value unchanged.
 
     Raises:
-        AgentFailed: It has a field of the wrong type.
+        AgentFailed: A field of the event has the wrong type.
     """
     if not isinstance(item, Mapping):
         return item
@@ -84,12 +87,12 @@ def event_in(item: Any) -> Any:
 
 
 def _text(content: Any) -> str:
-    """An answer's content, of which a result carries no more than this."""
+    """Return the content of an answer as text; one character more than a result can hold shows that it is too long."""
     return to_text(content[: MAX_CONTENT_BYTES + 1] if isinstance(content, str) else content)
 
 
 def _checked(item: Any, what: str) -> AgentEvent:
-    """The event as a reader of its JSON gets it."""
+    """Encode and decode an event, so that its fields have the types that a reader gets."""
     try:
         try:
             raw = encode(item)

@@ -1,4 +1,4 @@
-"""The bus of one process: a connection, and what every reader and writer of a namespace needs beside it."""
+"""The bus of one process: its connection to a namespace, and the parts that every client of the namespace needs."""
 
 import contextlib
 import os
@@ -24,23 +24,24 @@ log = get_logger()
 T = TypeVar("T")
 
 CLOCK_S = 1.0
-"""How long the server may take to state its time."""
+"""Seconds to wait for the server's time."""
 _DISCOVERY_DENIED = 'permissions violation for publish to "$srv.'
 
 
 class Bus:
-    """Everything one process uses of a namespace on a nats-server.
+    """The access of one process to a namespace on a nats-server.
 
-    `connection` publishes and subscribes, `requests` waits for replies, `jetstream` stores, `tasks` runs coroutines
-    until the connection closes, `subjects` builds subjects, `clock` states the server's time.
+    `connection` publishes and subscribes, `requests` waits for replies, `jetstream` publishes into streams, `tasks`
+    runs coroutines until the connection closes, `subjects` builds subjects, `clock` returns the server's time.
 
     Args:
         url: Servers, comma separated.
         namespace: First token of every subject.
-        role: Names the connection and its inboxes: `_INBOX.<random>` for `client`, `_LOOM.<role>.<instance>.<random>`
-            for phases, hosts (`node`) and commands of operators (`operator`), so that permissions can keep them apart.
-        identity: The submitter, owner and source it speaks as.
-        patience_s: How long `connect` tries.
+        role: Part of the names of the connection and its inboxes, so that permissions can distinguish them:
+            `_INBOX.<random>` for `client`, `_LOOM.<role>.<instance>.<random>` for phases, hosts (`node`) and commands
+            of operators (`operator`).
+        identity: Submitter, owner and source of what is published.
+        patience_s: Seconds for which `connect` tries.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Bus:
         _buses.add(self)
 
     async def connect(self) -> Self:
-        """Connect, trying for `patience_s`.
+        """Connect; retried for `patience_s` seconds.
 
         Raises:
             BusUnavailable: No server could be connected to; the message contains the cause and the remedy.
@@ -85,26 +86,26 @@ class Bus:
         await self.connection.connect()
         await self.requests.start()
         await self.jetstream.start()
-        if not self.by_name:  # a submitter's permissions are for its own tasks alone
+        if not self.by_name:  # a submitter has no permission to read information of streams
             await self.sync_clock()
             self.tasks.spawn(self._clock_sync.keep(), name="clock", essential=True)
         return self
 
     async def sync_clock(self) -> bool:
-        """Measure the server's time for `clock`; return whether the server stated it.
+        """Set `clock` by the server's time, and return whether the server answered.
 
-        The time stays this machine's own without JetStream, without the namespace's streams and without the right to
-        ask for their information.
+        The server's time is part of the information of a stream. `clock` keeps this machine's time without JetStream,
+        without the namespace's streams, and without the permission to request their information.
         """
         return await self._clock_sync.sync(timeout_s=CLOCK_S)
 
     async def close(self) -> None:
-        """Close the connection; safe to call twice or before `connect`. Publishes that are not acknowledged fail."""
+        """Close the connection; safe to call twice or before `connect`. Publishes without an acknowledgement fail."""
         await self.connection.close()
         self.jetstream.close()
 
     def abort(self) -> None:
-        """Drop the connection at once, from synchronous code; what is unsent is lost."""
+        """Close the connection immediately, from synchronous code; unsent messages are lost."""
         self.connection.abort()
         with contextlib.suppress(RuntimeError):  # the loop is closed, and the waiting tasks ended with it
             self.jetstream.close()
@@ -121,24 +122,24 @@ class Bus:
         """Return a key-value bucket of the namespace.
 
         Args:
-            name: As in the topology: `records`, `plans`, `nodes`, `tuning`.
-            shape: The type of its values.
+            name: Name in the topology: `records`, `plans`, `nodes` or `tuning`.
+            shape: Type of the values.
         """
         return Bucket(self.jetstream, self.subjects.bucket(name), shape)
 
     @property
     def by_name(self) -> bool:
-        """Whether this is a client whose requests name their submitter; others use the plain subjects."""
+        """Whether this is a client with a submitter in the subjects of its requests; others use the plain subjects."""
         return self.role == "client" and self.identity.submitter != PUBLIC
 
     def _is_known_error(self, error: Exception) -> bool:
         if self.role == "client" and _DISCOVERY_DENIED in str(error).lower():
-            log.info("discovery_denied", hint="processes of another wire version go unnoticed here")
+            log.info("discovery_denied", hint="processes of another wire version cannot be detected")
             return True
         return self._clock_sync.is_denial(error)
 
     def _detach(self) -> None:
-        """Become a bus that was never connected, in a forked child: sockets and selector are the parent's."""
+        """Become an unconnected bus, in a forked child: sockets and selector belong to the parent process."""
         keep_forever(self.__dict__.copy())
         self.__init__(  # type: ignore[misc]  # no subclass takes other arguments
             self.connection.url,

@@ -1,29 +1,29 @@
-"""Who may be handled beside whom: suspects alone, all others together."""
+"""A lock that runs suspected poison messages one at a time and all other messages concurrently."""
 
 import asyncio
 from collections import deque
 
 
 class SharedExclusiveLock:
-    """Many holders at once, or one alone.
+    """A lock with many shared holders or one exclusive holder.
 
-    A message that was delivered several times may be what kills the process. It is handled alone, so that
-    its neighbours' delivery counts do not grow with its own. Those who wait to be alone go first, in order.
+    A message that was delivered several times may be what ends the process. It is handled exclusively, so that the
+    delivery counts of other messages do not grow with its own. Waiting exclusive holders go first, in order.
     """
 
     def __init__(self) -> None:
-        self._together = 0
-        self._alone = False
-        self._waiting_alone: deque[asyncio.Future[None]] = deque()
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._shared_holders = 0
+        self._has_exclusive_holder = False
+        self._waiting_exclusive: deque[asyncio.Future[None]] = deque()
+        self._waiting_shared: deque[asyncio.Future[None]] = deque()
 
-    async def enter(self, *, alone: bool) -> None:
-        """Wait until there is room; every `enter` needs one `leave`."""
-        if not (self._alone or self._waiting_alone or (alone and self._together)):
-            self._take(alone=alone)
+    async def acquire(self, *, exclusive: bool) -> None:
+        """Wait until the lock is held; every `acquire` needs one `release` with the same argument."""
+        if not (self._has_exclusive_holder or self._waiting_exclusive or (exclusive and self._shared_holders)):
+            self._add_holder(exclusive=exclusive)
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue = self._waiting_alone if alone else self._waiting
+        queue = self._waiting_exclusive if exclusive else self._waiting_shared
         queue.append(turn)
         try:
             await turn
@@ -33,34 +33,33 @@ class SharedExclusiveLock:
                     queue.remove(turn)
                 self._wake()
             else:  # the turn came together with the cancellation
-                self.leave(alone=alone)
+                self.release(exclusive=exclusive)
             raise
 
-    def leave(self, *, alone: bool) -> None:
-        """Give the room back."""
-        if alone:
-            self._alone = False
+    def release(self, *, exclusive: bool) -> None:
+        """Release the lock, and wake the tasks that can hold it next."""
+        if exclusive:
+            self._has_exclusive_holder = False
         else:
-            self._together -= 1
+            self._shared_holders -= 1
         self._wake()
 
-    def _take(self, *, alone: bool) -> None:
-        if alone:
-            self._alone = True
+    def _add_holder(self, *, exclusive: bool) -> None:
+        if exclusive:
+            self._has_exclusive_holder = True
         else:
-            self._together += 1
+            self._shared_holders += 1
 
     def _wake(self) -> None:
-        """Hand the room to those whose turn it is."""
-        if self._waiting_alone:
-            if not (self._alone or self._together):
-                self._give_turn(self._waiting_alone, alone=True)
-        elif not self._alone:
-            while self._waiting:
-                self._give_turn(self._waiting, alone=False)
+        if self._waiting_exclusive:
+            if not (self._has_exclusive_holder or self._shared_holders):
+                self._wake_next(self._waiting_exclusive, exclusive=True)
+        elif not self._has_exclusive_holder:
+            while self._waiting_shared:
+                self._wake_next(self._waiting_shared, exclusive=False)
 
-    def _give_turn(self, queue: deque[asyncio.Future[None]], *, alone: bool) -> None:
+    def _wake_next(self, queue: deque[asyncio.Future[None]], *, exclusive: bool) -> None:
         turn = queue.popleft()
-        if not turn.done():  # else cancelled: its task will wake the next
-            self._take(alone=alone)
+        if not turn.done():  # a cancelled task wakes the next one itself
+            self._add_holder(exclusive=exclusive)
             turn.set_result(None)

@@ -20,7 +20,7 @@ from loom.bus.hops.health import Health
 from loom.bus.natsio.connection import Subscription
 from loom.bus.natsio.request_many import request_many
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.replies import may_answer
+from loom.bus.replies import is_inbox
 from loom.bus.wire_version import WIRE, WIRE_KEY, WireMismatch
 from loom.schemas.base import CheckedMessage, Undecodable, cut_note, decode, encode
 from loom.schemas.config import ClusterConfig
@@ -120,7 +120,7 @@ class ServiceEndpoint:
                 await self._answer(msg.reply, self._info(service))
 
     async def _answer(self, reply: str, message: Present) -> None:
-        if may_answer(reply, plain=True):  # processes of a cluster look for each other at their start
+        if is_inbox(reply, plain=True):  # processes of a cluster look for each other at their start
             await self._bus.connection.publish(reply, message)
 
     def _info(self, service: Present) -> "_Info":

@@ -1,4 +1,4 @@
-"""Reads the messages of the stream REWARDS: what a reward claims to be must agree with its subject."""
+"""Decodes the messages of the stream REWARDS, and checks them against their subjects."""
 
 from loom.bus.logs.discards import Discards
 from loom.bus.natsio.ordered_consumer import Stored
@@ -8,11 +8,11 @@ from loom.schemas.identity import ADAPT
 from loom.schemas.learning import Reward
 
 SKEW_S = 5.0
-"""How far the clock of a judge may be ahead of the server's."""
+"""Seconds by which the clock of a reward source may be ahead of the server's."""
 
 
 def reward_in(message: Stored, subjects: Subjects, discards: Discards) -> Reward | None:
-    """Return the reward that a message of the stream is; None for one that cannot be used, which is counted."""
+    """Return the reward in a message of the stream; None, and a count, for one that is invalid."""
     try:
         reward = decode(message.data, Reward)
     except Undecodable as error:
@@ -27,9 +27,9 @@ def reward_in(message: Stored, subjects: Subjects, discards: Discards) -> Reward
 
 
 def fault_of(reward: Reward, message: Stored, subjects: Subjects) -> tuple[str, str] | None:
-    """Return why a stored reward cannot be used, as the name of a log event and a reason; None when it can.
+    """Return why a stored reward is invalid, as the name of a log event and a reason; None if it is valid.
 
-    The permissions of a server pin the subject, not the body. So source, owner, node and domain must be those of the
+    Permissions of the server restrict subjects, not bodies. So source, owner, node and domain must be those of the
     subject, and only ADAPT may publish inheritances and snapshots.
     """
     if message.subject != subjects.of("reward", reward.source, reward.owner, reward.node_id, reward.domain_token):

@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 from loom.schemas.errors import InvalidTask
-from loom.schemas.task import TOKEN_PATTERN, is_token
+from loom.schemas.tokens import TOKEN_PATTERN, is_token
 
 _NAMESPACE = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _VARIABLE = re.compile(r"<(\w+)>")

@@ -10,18 +10,22 @@ from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.ownership import Owner, running_loop
 from loom.bus.natsio.requests import NoResponders
+from loom.bus.records import records
 from loom.bus.task_updates import TaskUpdates, id_taken
 from loom.schemas.base import Undecodable, decode, new_id
-from loom.schemas.envelope import ENDED, TaskRecord, TaskStatus
+from loom.schemas.checks.ad import check_ad
 from loom.schemas.errors import BusUnavailable, LoomError, error_for
+from loom.schemas.record import ENDED, TaskRecord, TaskStatus
 from loom.schemas.run import Delta
-from loom.schemas.task import ErrorReply, StatusQuery, Submission, TaskAd, TaskResult, ad_digest, check_ad
+from loom.schemas.task import ErrorReply, StatusQuery, Submission, TaskAd, TaskResult, ad_digest
 
 log = get_logger()
 
 ASK_AGAIN_S = 5.0  # a lost result message is found out this late
 UNANSWERED = 3  # questions in a row; phases may be on their way up again
 ANSWER_S = 3.0
+CONFIRM_CANCEL_S = (0.02, 0.1, 0.4, 1.0, 1.0)
+"""Seconds after each cancel message until the record is read again."""
 
 
 class TaskHandle:
@@ -317,3 +321,24 @@ async def cancel(bus: Bus, task_id: str) -> TaskResult:
         BusUnavailable: No phases answer.
     """
     return decode(await ask(bus, request_subject(bus, "cancel", task_id), task_id=task_id), TaskResult)
+
+
+async def cancel_and_confirm(bus: Bus, task_id: str, is_over: Callable[[TaskRecord | None], bool]) -> None:
+    """Publish the cancellation of a task until its record shows that the task is over.
+
+    For phases and hosts: SENSE answers requests of clients only.
+
+    Args:
+        is_over: Returns whether nothing is left to cancel, given the task's record; None stands for no record yet.
+
+    Raises:
+        BusUnavailable: SENSE did not confirm the cancellation in time.
+    """
+    for wait_s in CONFIRM_CANCEL_S:
+        entry = await records(bus).get(task_id)
+        if is_over(None if entry is None else entry.value):
+            return
+        if entry is not None:
+            await bus.connection.publish(bus.subjects.of("cancel", task_id))
+        await asyncio.sleep(wait_s)
+    raise BusUnavailable(f"SENSE did not confirm the cancellation of {task_id} within {sum(CONFIRM_CANCEL_S):g} s")

@@ -11,7 +11,7 @@ from loom.bus.natsio.server_errors import Refused, ServerErrorCode
 from loom.bus.wire_version import WIRE, WIRE_KEY, check_stream
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Phase
-from loom.schemas.errors import BusUnavailable, LoomError
+from loom.schemas.errors import BusUnavailable
 from loom.schemas.task import PRIORITIES
 
 log = get_logger()
@@ -343,21 +343,6 @@ async def ensure_consumer(bus: Bus, lane: Lane) -> None:
         f"CONSUMER.CREATE.{stream}.{lane.name}.{config['filter_subject']}",
         {"stream_name": stream, "config": config},
     )
-
-
-async def probe(bus: Bus, name: str, subject: str, *, within_s: float) -> LoomError | None:
-    """Store a message nobody consumes and take it away again; return why that failed, None where it did not.
-
-    Args:
-        name: INTAKE or TASKS.
-        subject: One of that stream's, outside every lane.
-    """
-    try:
-        await bus.jetstream.publish(subject, b"", within_s=within_s)
-        await bus.jetstream.api(f"STREAM.PURGE.{bus.subjects.stream(name)}", {"filter": subject})
-    except LoomError as error:
-        return error
-    return None
 
 
 async def stream_state(bus: Bus, name: str, *, subjects: str = "") -> dict[str, Any]:

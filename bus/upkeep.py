@@ -1,4 +1,4 @@
-"""Streams, buckets and consumers that vanish under running phases are created again."""
+"""Creates streams, buckets and consumers again that are deleted or lost while phases run."""
 
 import asyncio
 
@@ -11,28 +11,28 @@ from loom.schemas.errors import LoomError
 
 log = get_logger()
 
-LOOK_S = 30.0
-"""Seconds between two looks without a sign that something is missing."""
+CHECK_S = 30.0
+"""Seconds between two checks while no call has reported a missing stream or consumer."""
 PAUSE_S = 0.5
-"""Least time between two looks: many requests fail at once when a store is lost."""
+"""Shortest time between two checks, in seconds: many requests fail at once when a store is lost."""
 REPORT_S = 10.0
-"""Seconds between two log lines about the same trouble."""
+"""Seconds between two log lines about failed checks."""
 
 
 async def keep(bus: Bus, config: ClusterConfig) -> None:
-    """Create what is missing whenever `jetstream.missing` is set, and look every 30 s besides; runs until cancelled."""
+    """Create what is missing when `jetstream.missing` is set, and at least every 30 s; runs until cancelled."""
     reported = 0.0
     now = asyncio.get_running_loop().time
     while True:
         try:
-            async with asyncio.timeout(LOOK_S):
+            async with asyncio.timeout(CHECK_S):
                 await bus.jetstream.missing.wait()
         except TimeoutError:
-            pass  # nothing has asked for it: a regular look
+            pass  # a regular check
         bus.jetstream.missing.clear()
         try:
             created = await topology.init(bus, config)
-        except (LoomError, LookupError, TypeError) as error:  # the latter: an answer of another shape
+        except (LoomError, LookupError, TypeError) as error:  # the latter two: a reply of an unexpected shape
             bus.jetstream.missing.set()
             if now() >= reported + REPORT_S:
                 reported = now()

@@ -1,7 +1,7 @@
-"""The version of the wire: subjects, streams and messages that processes must share to work together.
+"""The version of the wire: of the subjects, streams and messages that processes must share to work together.
 
-It is metadata of every stream and bucket, and of every process that answers `$SRV.INFO`. A store or a process of
-another version is refused: a consumer created on an older stream would never deliver that stream's messages.
+It is metadata of every stream and bucket, and of every process in `$SRV.INFO`. Streams and processes of another
+version are refused: a consumer created on an older stream would never deliver that stream's messages.
 """
 
 import shlex
@@ -12,9 +12,9 @@ from typing import Any, Final, Self
 from loom.schemas.errors import LoomError
 
 WIRE: Final = "1"
-"""The version of this installation. It changes when older processes cannot work beside newer ones."""
+"""The version of this installation. It changes when older and newer processes cannot work together."""
 WIRE_KEY: Final = "loom.wire"
-"""Name of the metadata that holds the version."""
+"""Key of the metadata entry with the version."""
 RESET: Final = "loom init --reset"
 
 
@@ -22,9 +22,9 @@ class WireMismatch(LoomError):
     """A stream, a bucket or a running process has another wire version; waiting does not help.
 
     Args:
-        subject: What has it, for example `stream LOOM_TASKS`.
-        version: Its version; empty where it has none.
-        todo: What to do about it; absent: finish the tasks and delete the streams.
+        subject: The stream, bucket or process, for example `stream LOOM_TASKS`.
+        version: Its version; empty if it has none.
+        todo: What the operator should do; default: finish the tasks and delete the streams.
     """
 
     code = "wire_mismatch"
@@ -36,7 +36,7 @@ class WireMismatch(LoomError):
         )
 
     def in_store(self, folder: Path | None) -> Self:
-        """Return the error with the folder for `loom init --reset`, for a server that only this process runs."""
+        """Add the folder to `loom init --reset` in the message, for a server that only this process runs."""
         if folder is not None:
             self.message = self.message.replace(RESET, f"{RESET} --store {shlex.quote(str(folder))}")
             self.args = (self.message,)
@@ -44,16 +44,16 @@ class WireMismatch(LoomError):
 
 
 def wire_of(config: Mapping[str, Any]) -> str:
-    """Return the wire version in a stream's configuration; empty where there is none."""
+    """Return the wire version in a stream's configuration; empty if it has none."""
     metadata = config.get("metadata")
     return str(metadata.get(WIRE_KEY, "")) if isinstance(metadata, dict) else ""
 
 
 def check_stream(name: str, config: Mapping[str, Any]) -> None:
-    """Return if a stream has the wire version of this installation.
+    """Check that a stream has the wire version of this installation.
 
     Raises:
-        WireMismatch: It has another one, or none.
+        WireMismatch: It has another version, or none.
     """
     version = wire_of(config)
     if version != WIRE:

@@ -1,6 +1,6 @@
 """Agents that do real work on the files in `inputs`: tables, Python sources and texts.
 
-    loom run tasks.jsonl --agents agents.py        or        loom node agents.py
+    loom run tasks.jsonl --agents agents.py        or        loom host run agents.py
 
 They are plain functions and need neither network nor keys. Each domain has a quick one and a thorough one that
 claims more, so there is something to choose. With OPENAI_API_KEY or OPENAI_BASE_URL set, language models bid

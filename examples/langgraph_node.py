@@ -1,7 +1,7 @@
 """A langgraph graph as a node: it streams, reports its tokens, can be cancelled, and delegates to the cluster.
 
     pip install loom-nats langgraph langchain-openai
-    loom node langgraph_node.py        with OPENAI_API_KEY, or OPENAI_BASE_URL for another server
+    loom host run langgraph_node.py        with OPENAI_API_KEY, or OPENAI_BASE_URL for another server
 
 `graph_agent` works with each graph whose state has the key `messages`. The graph below lets other nodes collect facts
 and writes a text of them.

@@ -1,7 +1,7 @@
 """The tools of an MCP server, for a language model on a node.
 
     pip install loom-nats mcp
-    MCP_SERVER="npx -y @modelcontextprotocol/server-filesystem /data" loom node mcp_tools.py
+    MCP_SERVER="npx -y @modelcontextprotocol/server-filesystem /data" loom host run mcp_tools.py
 
 MCP_SERVER is a command, or the URL of a server with streamable HTTP. The model is that of OPENAI_API_KEY, or of another
 server: OPENAI_BASE_URL.

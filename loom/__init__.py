@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from loom.agents.llm.config import AgentConfig
     from loom.agents.llm.openai.openai_provider import OpenAIProvider
     from loom.agents.tools import Lifespan, Tool, ToolContext, ToolRegistry, ToolResult, define_tool, tool
-    from loom.bus.rewards import RewardBus
     from loom.compat.amoeba_loop import AmoebaLoop
     from loom.compat.cluster_manager import ClusterManager
     from loom.compat.lifecycle import LifecycleManager
     from loom.compat.loop_context import LoopContext
     from loom.compat.planner import TaskPlanner
+    from loom.compat.reward_formulas import RewardBus
     from loom.compat.skill_registry import SkillNodeRegistry
     from loom.runtime import Runtime
     from loom.schemas.config import ClusterConfig
@@ -104,7 +104,7 @@ _HOMES = {
     "LoomError": "schemas.errors",
     "LoopContext": "compat.amoeba_loop",
     "OpenAIProvider": "agents.llm.openai.openai_provider",
-    "RewardBus": "bus.rewards",
+    "RewardBus": "compat.reward_formulas",
     "Runtime": "runtime",
     "SkillNodeRegistry": "compat.skill_registry",
     "TaskAd": "schemas.task",

@@ -7,8 +7,9 @@ from msgspec.structs import replace
 
 from loom.agents.values import from_json, json_schema
 from loom.schemas.base import encode
+from loom.schemas.checks.ad import parse_ad
 from loom.schemas.errors import InvalidTask, LoomError, RejectedResult
-from loom.schemas.task import Accept, TaskAd, parse_ad
+from loom.schemas.task import Accept, TaskAd
 
 T = TypeVar("T")
 

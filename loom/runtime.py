@@ -23,11 +23,11 @@ from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.ownership import THREADSAFE, Owner, running_loop
-from loom.bus.rewards import RewardBus, judgement
 from loom.bus.task_client import TaskHandle
 from loom.compat.amoeba_loop import AmoebaLoop
 from loom.compat.cluster_manager import ClusterManager, InvalidNode
 from loom.compat.lifecycle import LifecycleManager
+from loom.compat.reward_formulas import RewardBus
 from loom.compat.runtime_loop import RuntimeLoop
 from loom.compat.skill_nodes import load, skill_nodes
 from loom.compat.skill_registry import SkillNodeRegistry
@@ -37,6 +37,7 @@ from loom.runner.session_owner import SessionOwner
 from loom.runner.settings import Settings, from_environment
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
+from loom.schemas.learning import judgement
 from loom.schemas.llm import AnyProvider
 from loom.schemas.task import TaskAd, TaskResult
 from loom.self_ratings import AnyCapabilities, domains_of, profile_of

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 
-from loom.agents.host.self_ratings import domains_fault, scores_fault
+from loom.agents.self_ratings import domains_fault, scores_fault
 from loom.compat.cluster_manager import InvalidNode
 from loom.types import CapabilityProfile
 

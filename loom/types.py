@@ -42,8 +42,8 @@ from loom.schemas.llm import (
     Usage,
     UserMessage,
 )
-from loom.schemas.rejected import BestRejected
-from loom.schemas.task import Accept, Limits, Priority, TaskAd, TaskError, TaskResult, domain_token
+from loom.schemas.task import Accept, BestRejected, Limits, Priority, TaskAd, TaskError, TaskResult
+from loom.schemas.tokens import domain_token
 
 if TYPE_CHECKING:
     from loom.agents.tools import Tool, ToolContext, ToolRegistry, ToolResult, define_tool

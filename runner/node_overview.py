@@ -12,10 +12,10 @@ from loom.phases.adapt.rebuild import stored_profiles
 from loom.phases.adapt.retirement_policy import newest_own
 from loom.phases.shared.node_health import Standing, standing
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.identity import qualified
 from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile
-from loom.schemas.task import domain_token
+from loom.schemas.record import TaskRecord
+from loom.schemas.tokens import domain_token
 
 CALL_S = 0.4
 """How long hosts have to announce themselves."""

@@ -155,20 +155,16 @@ class HostGroup(NamedTuple):
     """A node host with what belongs to it, started and stopped together."""
 
     host: NodeHost
-    nursery: NodeAutoscaler
     presence: ServiceEndpoint
 
-    async def start(self, *, growing: bool) -> None:
-        """Begin to bid; with `growing`, also take requests for further nodes."""
+    async def start(self) -> None:
+        """Start the host and its endpoint."""
         await self.host.start()
         await self.presence.start()
-        if growing:
-            await self.nursery.start(self.host)
 
     async def drain(self, timeout_s: float) -> None:
         """Finish runs for at most `timeout_s` and give the rest back."""
         await self.presence.stop()
-        await self.nursery.stop()
         await self.host.drain(timeout_s)
 
 
@@ -218,11 +214,12 @@ async def running_nodes(
         await check_processes(bus)
 
         async def start() -> HostGroup:
-            nursery = NodeAutoscaler(bus, nodes, max_nodes=max_nodes or 0)
-            host = NodeHost(bus, nursery.nodes, slots=slots, backlog=backlog)
-            group = HostGroup(host, nursery, ServiceEndpoint(bus, ["node"], host.host_id))
+            spawner = None if max_nodes is None else NodeAutoscaler(bus, nodes, max_nodes=max_nodes)
+            hosted = nodes if spawner is None else spawner.nodes
+            host = NodeHost(bus, hosted, slots=slots, backlog=backlog, spawner=spawner)
+            group = HostGroup(host, ServiceEndpoint(bus, ["node"], host.host_id))
             try:
-                await group.start(growing=max_nodes is not None)
+                await group.start()
             except BaseException:
                 await group.drain(0)
                 raise

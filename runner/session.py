@@ -170,16 +170,15 @@ class Session:
         host_bus = await self._connect(self._url, "node")
         if self.bus.by_name:
             await check_processes(host_bus)
-        nursery = NodeAutoscaler(host_bus, self._hosted, max_nodes=self._config.max_nodes, skills=self._skills)
-        host = NodeHost(host_bus, nursery.nodes)
+        spawner: NodeAutoscaler | None = None
+        if self._skills is not None:
+            spawner = NodeAutoscaler(host_bus, self._hosted, max_nodes=self._config.max_nodes, skills=self._skills)
+        host = NodeHost(host_bus, self._hosted if spawner is None else spawner.nodes, spawner=spawner)
         self._stack.push_async_callback(host.drain, self._config.drain_timeout_s)
         await host.start()
-        if self._skills is not None:
-            self._stack.push_async_callback(nursery.stop)
-            await nursery.start(host)
         self._host = host
         if self._server is not None and self._store is not None:
-            await self._recall(nursery.nodes())
+            await self._recall(self._hosted())
 
     @property
     def hosts_nodes(self) -> bool:

@@ -4,8 +4,10 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from loom.schemas.base import CheckedMessage, Count, Message, Name, Names, Note, Ordinal, Seconds, Token, Unit, total
-from loom.schemas.task import Priority, domain_token
+from loom.schemas.base import CheckedMessage, Count, Message, Name, Names, Note, Ordinal, Seconds, Unit, total
+from loom.schemas.identity import LOCAL_OWNER, qualified
+from loom.schemas.task import Priority
+from loom.schemas.tokens import Token, domain_token
 
 BID_LIMIT = 16
 """Most bids one offer carries."""
@@ -24,6 +26,10 @@ ANY_DOMAIN = "*"
 """In place of an announced domain: every domain that the node does not name."""
 NEUTRAL = 0.5
 """The self-rating of a node that gives none."""
+AWARD_BIDS = 16
+"""Bids an award remembers, best first."""
+MAX_TRUST = 1e9
+"""Most a bidder is trusted, and most its score."""
 
 DeclineCode = Literal["busy", "unqualified", "draining"]
 SpawnDecline = Literal["unqualified", "idle", "full"]
@@ -31,6 +37,7 @@ RetireDecline = Literal["permanent", "unknown", "busy"]
 AnswerTo = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\.[A-Za-z0-9_-]{1,64}\Z")]
 """The last two tokens of the subject an offer is published to: the MATCH instance and the call."""
 UsdPrice = Annotated[float, Meta(ge=0, le=1e6)]
+Merit = Annotated[float, Meta(ge=0, le=MAX_TRUST)]
 
 
 class Lot(Message, frozen=True, kw_only=True):
@@ -102,6 +109,63 @@ class Offer(Message, frozen=True, kw_only=True):
     bids: Annotated[tuple[Bid, ...], Meta(max_length=MAX_BIDS)] = ()
     decline: DeclineCode | None = None
     """busy: a node could do it and has no room; unqualified: no node could; draining: the host stops."""
+
+
+class ScoredBid(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A bid as the auction weighed it."""
+
+    node_id: Token
+    owner: Token = LOCAL_OWNER
+    host_id: Token
+    score: Merit
+    self_rating: Unit
+    evidence: Unit | None = None
+    """Mean reward of the node in this domain; absent: none yet."""
+    count: Count = 0
+    """Rewards behind the evidence."""
+    trust: Merit
+    """Evidence and claim blended, plus the bonus for the little known."""
+    bonus: Merit = 0.0
+    load: Unit
+    tools: Unit
+    """Share of the required tools the node has."""
+    shared_count: Count = 0
+    """Judged attempts of its owner's newcomers, which count as its own; 0: only its own count."""
+    comes_last: bool = False
+    """Whether it comes after all other bidders: another newcomer of its owner has failed the task."""
+
+    @property
+    def node(self) -> str:
+        """The node as people write it."""
+        return qualified(self.owner, self.node_id)
+
+
+class Award(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who won, and against whom."""
+
+    node_id: Token
+    owner: Token = LOCAL_OWNER
+    """Whose node it is."""
+    host_id: Token
+    score: Merit = 0.0
+    bids: Annotated[tuple[ScoredBid, ...], Meta(max_length=AWARD_BIDS)] = ()
+    """Best first."""
+    evidence_seq: Count = 0
+    """Sequence of the last reward the scores rest on."""
+    backlog: Count = 0
+    """Runs queued at the winner."""
+    policy: Annotated[str, Meta(max_length=200)] = ""
+    """How the bidders were trusted, by the name the setting has; empty: pinned, or of a version that did not tell."""
+    pinned: bool = False
+    plain: bool = False
+    """Whether the node is a plain one: it is asked once, and its first reply is the end of the run."""
+    max_run_s: Seconds | None = None
+    """Of a plain node: seconds after which a run without a reply is lost; absent: the default."""
+
+    @property
+    def node(self) -> str:
+        """The node as people write it."""
+        return qualified(self.owner, self.node_id)
 
 
 class ChildState(CheckedMessage, frozen=True, kw_only=True):

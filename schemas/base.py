@@ -33,10 +33,6 @@ MAX_NODES = 4096
 
 T = TypeVar("T")
 
-Token = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
-"""One variable part of a subject."""
-NodeName = Annotated[str, msgspec.Meta(pattern=r"^(?:[A-Za-z0-9_-]{1,64}\.)?[A-Za-z0-9_-]{1,64}\Z")]
-"""A node as people write it: `node_id` where the owner is `local`, else `owner.node_id`."""
 Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_SECONDS)]
 """A duration, at most some thirty years."""

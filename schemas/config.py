@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta
 
-from loom.schemas.base import CheckedMessage, Count, Ordinal, Seconds, Token, Unit
+from loom.schemas.base import CheckedMessage, Count, Ordinal, Seconds, Unit
 from loom.schemas.checks.constructor_errors import FieldsByName
+from loom.schemas.tokens import Token
 
 NOT_SETTINGS = {
     "bid_weights": "the weights are fixed, and `policy` rules how bidders are trusted",

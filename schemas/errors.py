@@ -1,49 +1,110 @@
-"""What can go wrong, with the code that says so in every language.
+"""Errors with stable codes, the same in every language.
 
 LoomError
-  InvalidTask         invalid_task        the ad breaks a rule                      field
-  NoBids              no_bids             nobody could or would take the task
-  DeadlineExceeded    deadline_exceeded   timeout_s ran out
-  Cancelled           cancelled           someone cancelled the task
-  NodeLost            node_lost           the node fell silent                      node_id
-  AgentFailed         agent_failed        the agent raised or gave up               node_id
-  RejectedResult      rejected_result     no answer met what the task accepts       best_rejected
-  BudgetExceeded      budget_exceeded     the task's hard token limit is spent
-  InvalidPlan         invalid_plan        the subtask graph breaks a rule
-  Overloaded          overloaded          the intake is full
-  UnknownTask         unknown_task        no task of that id is known
-  NodeBusy            node_busy           the node has neither slot nor backlog room
-  SubtaskFailed       subtask_failed      a subtask ended without a result
-  DeadLettered        dead_letter         a message could not be handled
-  BusUnavailable      bus_unavailable     no server or no phases answer             url
+  InvalidTask         invalid_task        the ad breaks a rule                         field
+  Overloaded          overloaded          the intake is full                           retry_after_s
+  UnknownTask         unknown_task        no task has that id                          task_id
+  BusUnavailable      bus_unavailable     no server or no phases answer                url
+  TaskFailed                              base of the errors that end a task or a run  best_rejected, partial, spent
+    NoBids            no_bids             no node offered to run the task
+    DeadlineExceeded  deadline_exceeded   timeout_s ran out
+    Cancelled         cancelled           a client cancelled the task
+    NodeLost          node_lost           the node stopped responding                  node_id
+    AgentFailed       agent_failed        the agent raised or gave up                  node_id
+    RejectedResult    rejected_result     no answer met what the task accepts
+    BudgetExceeded    budget_exceeded     the task's hard token limit is spent
+    InvalidPlan       invalid_plan        the subtask graph breaks a rule              field
+    NodeBusy          node_busy           the node has neither slot nor backlog room
+    SubtaskFailed     subtask_failed      a subtask ended without a result
+    DeadLettered      dead_letter         a message could not be handled
 """
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypedDict, Unpack
+
+if TYPE_CHECKING:
+    from loom.schemas.events import Done
+    from loom.schemas.task import BestRejected
 
 
 class LoomError(Exception):
-    """Something went wrong; `code` names it stably and the message says what to do next.
+    """Base of all errors of loom; `code` is stable and the message includes what to do next.
 
     Args:
         message: One sentence for a person, without secrets.
-        facts: Fields a program may branch on, kept as attributes: `task_id`, `field`, `node_id`, …
+        task_id: The task concerned.
+        field: Name of the field that breaks a rule.
+        node_id: The node concerned.
+        url: Address of the server that did not respond, without credentials.
+        retry_after_s: Seconds to wait before the next try, from 0.
     """
 
     code: ClassVar[str] = "unknown"
 
-    def __init__(self, message: str, **facts: Any) -> None:
+    message: str
+    # Defaults of the class: a subclass written by a user may not call __init__.
+    task_id: str | None = None
+    field: str | None = None
+    node_id: str | None = None
+    url: str | None = None
+    retry_after_s: float | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        task_id: str | None = None,
+        field: str | None = None,
+        node_id: str | None = None,
+        url: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
-        self.facts = facts
-
-    def __getattr__(self, name: str) -> Any:
-        # Only called for what is not set: a fact, or None for a fact this error does not have.
-        if name in _FACTS:
-            return self.__dict__.get("facts", {}).get(name)
-        raise AttributeError(name)
+        self.task_id = task_id
+        self.field = field
+        self.node_id = node_id
+        self.url = url
+        self.retry_after_s = retry_after_s
 
 
-_FACTS = frozenset({"task_id", "field", "node_id", "url", "retry_after_s", "partial", "spent", "best_rejected"})
+class _Common(TypedDict, total=False):
+    """The keyword arguments of LoomError."""
+
+    task_id: str | None
+    field: str | None
+    node_id: str | None
+    url: str | None
+    retry_after_s: float | None
+
+
+class TaskFailed(LoomError):
+    """Base of the errors that end a task or one of its runs.
+
+    Args:
+        message: One sentence for a person, without secrets.
+        best_rejected: The best answer that was refused: `content`, `score`, `reason`, `node_id`, `truncated`.
+        partial: Text of that answer, or the text that the agent had written before the error.
+        spent: What the agent had written and used before the error.
+        common: The keyword arguments of LoomError.
+    """
+
+    best_rejected: "BestRejected | None" = None
+    partial: str | None = None
+    spent: "Done | None" = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        best_rejected: "BestRejected | None" = None,
+        partial: str | None = None,
+        spent: "Done | None" = None,
+        **common: Unpack[_Common],
+    ) -> None:
+        super().__init__(message, **common)
+        self.best_rejected = best_rejected
+        self.partial = partial
+        self.spent = spent
 
 
 class InvalidTask(LoomError, ValueError):
@@ -52,54 +113,53 @@ class InvalidTask(LoomError, ValueError):
     code = "invalid_task"
 
 
-class NoBids(LoomError):
-    """Nobody could or would take the task."""
+class NoBids(TaskFailed):
+    """No node offered to run the task."""
 
     code = "no_bids"
 
 
-class DeadlineExceeded(LoomError):
+class DeadlineExceeded(TaskFailed):
     """The task's `timeout_s` ran out."""
 
     code = "deadline_exceeded"
 
 
-class Cancelled(LoomError):
-    """Someone cancelled the task."""
+class Cancelled(TaskFailed):
+    """A client cancelled the task."""
 
     code = "cancelled"
 
 
-class NodeLost(LoomError):
-    """The node that ran the task fell silent."""
+class NodeLost(TaskFailed):
+    """The node that ran the task stopped responding."""
 
     code = "node_lost"
 
 
-class AgentFailed(LoomError):
+class AgentFailed(TaskFailed):
     """The agent raised, or gave up."""
 
     code = "agent_failed"
 
 
-class RejectedResult(LoomError):
+class RejectedResult(TaskFailed):
     """No answer met what the task accepts.
 
-    `best_rejected` has the best answer there was (`content`, `score`, `reason`, `node_id`), `partial` its text alone;
-    both are None where no attempt had an answer.
+    `best_rejected` is the best refused answer, `partial` its text; both are None if no attempt had an answer.
     """
 
     code = "rejected_result"
 
 
-class BudgetExceeded(LoomError):
+class BudgetExceeded(TaskFailed):
     """The task's hard token limit is spent."""
 
     code = "budget_exceeded"
 
 
-class InvalidPlan(LoomError):
-    """The subtask graph breaks a rule."""
+class InvalidPlan(TaskFailed):
+    """The subtask graph breaks a rule; `field` names the part."""
 
     code = "invalid_plan"
 
@@ -111,44 +171,69 @@ class Overloaded(LoomError):
 
 
 class UnknownTask(LoomError):
-    """No task of that id is known."""
+    """No task has that id."""
 
     code = "unknown_task"
 
 
-class NodeBusy(LoomError):
+class NodeBusy(TaskFailed):
     """The node has neither a free slot nor room in its backlog."""
 
     code = "node_busy"
 
 
-class SubtaskFailed(LoomError):
+class SubtaskFailed(TaskFailed):
     """A subtask ended without a result."""
 
     code = "subtask_failed"
 
 
-class DeadLettered(LoomError):
-    """A message could not be handled and waits among the dead letters."""
+class DeadLettered(TaskFailed):
+    """A message could not be handled and is stored as a dead letter."""
 
     code = "dead_letter"
 
 
 class BusUnavailable(LoomError):
-    """No server, or no phases, answer."""
+    """No server or no phases answer; `url` is the server's address."""
 
     code = "bus_unavailable"
 
 
-BY_CODE: dict[str, type[LoomError]] = {cls.code: cls for cls in LoomError.__subclasses__()}
-"""code -> error class. Only the classes of this file."""
+BY_CODE: dict[str, type[LoomError]] = {
+    error.code: error
+    for error in (
+        InvalidTask,
+        NoBids,
+        DeadlineExceeded,
+        Cancelled,
+        NodeLost,
+        AgentFailed,
+        RejectedResult,
+        BudgetExceeded,
+        InvalidPlan,
+        Overloaded,
+        UnknownTask,
+        NodeBusy,
+        SubtaskFailed,
+        DeadLettered,
+        BusUnavailable,
+    )
+}
+"""code -> error class."""
 
 
-def error_for(code: str, message: str, **facts: Any) -> LoomError:
-    """Return the error a wire `code` stands for; an unknown code gives a plain LoomError with that code."""
-    cls = BY_CODE.get(code)
-    if cls is not None:
-        return cls(message, **facts)
-    error = LoomError(message, **facts)
-    error.code = code  # type: ignore[misc]  # a newer peer's code is kept as it came
+def error_for(code: str, message: str, **common: Unpack[_Common]) -> LoomError:
+    """Return the error of a wire `code`; an unknown code, as of a newer version, becomes a LoomError with that code.
+
+    Args:
+        code: A code of the table in docs/tasks.md, or one of a newer version.
+        message: One sentence for a person.
+        common: The keyword arguments of LoomError.
+    """
+    known = BY_CODE.get(code)
+    if known is not None:
+        return known(message, **common)
+    error = LoomError(message, **common)
+    error.code = code  # type: ignore[misc]  # the code of this instance alone
     return error

@@ -5,20 +5,10 @@ from typing import Annotated, ClassVar, Literal
 from msgspec import Meta
 from msgspec.structs import force_setattr
 
-from loom.schemas.base import (
-    CheckedMessage,
-    Count,
-    FreeJson,
-    Name,
-    Names,
-    Number,
-    Ordinal,
-    Text,
-    Timestamp,
-    Token,
-    Unit,
-)
-from loom.schemas.envelope import AWARD_BIDS, Merit, Phase, ScoredBid
+from loom.schemas.auction import AWARD_BIDS, Merit, ScoredBid
+from loom.schemas.base import CheckedMessage, Count, FreeJson, Name, Names, Number, Ordinal, Text, Timestamp, Unit
+from loom.schemas.envelope import Phase
+from loom.schemas.tokens import Token
 
 Milliseconds = Annotated[int, Meta(ge=-(10**12), le=10**12)] | Number
 """A duration, whole or not."""

@@ -1,6 +1,7 @@
 """Who a process speaks as: tokens that its subjects carry, so that the permissions of a server can pin them."""
 
-from loom.schemas.base import Message, Token
+from loom.schemas.base import Message
+from loom.schemas.tokens import Token
 
 PUBLIC = "public"
 LOCAL_OWNER = "local"

@@ -4,9 +4,13 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from loom.schemas.base import CheckedMessage, Count, Name, Names, Note, Seconds, Timestamp, Token, Unit
+from loom.schemas.base import CheckedMessage, Count, Name, Names, Note, Seconds, Timestamp, Unit
 from loom.schemas.checks.labels import Labels
-from loom.schemas.identity import LOCAL_OWNER, RULES, node_key, qualified
+from loom.schemas.errors import InvalidTask
+from loom.schemas.identity import LOCAL_OWNER, PERSON, RULES, node_key, qualified
+from loom.schemas.record import REJECTED, TaskRecord
+from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, TaskAd
+from loom.schemas.tokens import Token
 
 WINDOW = 120
 """Scores remembered per node and domain."""
@@ -25,6 +29,25 @@ class Signal(CheckedMessage, frozen=True, kw_only=True):
     reliability: Unit = 0.0
     total: Unit = 0.0
     """.5 quality + .3 efficiency + .2 reliability."""
+
+
+SUCCESS_QUALITY = 0.7
+"""Quality of a success that has not been judged."""
+
+
+def success_signal(ad: TaskAd, tokens: int, errors: int) -> Signal:
+    """Return the parts of the reward of a successful run.
+
+    Args:
+        ad: Efficiency is measured by its `token_budget`; without one by 4096 tokens.
+        tokens: Tokens of the run.
+        errors: Errors during the run, such as failed tool calls.
+    """
+    budget = DEFAULT_TOKEN_YARDSTICK if ad.token_budget is None else max(ad.token_budget, 1)
+    efficiency = 1 - min(max(tokens, 0), budget) / budget
+    reliability = 0.0 if errors else 1.0
+    total = 0.5 * SUCCESS_QUALITY + 0.3 * efficiency + 0.2 * reliability
+    return Signal(quality=SUCCESS_QUALITY, efficiency=efficiency, reliability=reliability, total=total)
 
 
 class Score(Struct, frozen=True, kw_only=True, array_like=True, omit_defaults=True, gc=False):
@@ -182,3 +205,59 @@ class Lifecycle(CheckedMessage, frozen=True, kw_only=True):
     profile: NodeProfile | None = None
     """learned: the profile."""
     reason: Note = ""
+
+
+def judgement(record: TaskRecord, score: float, reason: str, source: str = PERSON) -> Reward:
+    """Return a person's reward for the node that finished a task.
+
+    Args:
+        record: Record of a task that has ended.
+        score: From 0 (useless) to 1 (perfect).
+        reason: Explanation for readers; truncated to 500 characters.
+        source: Name of the person: `bus.identity.source`.
+
+    Raises:
+        InvalidTask: No node has finished the task, or the score is out of range.
+    """
+    owner, node_id, attempt = _judged_attempt(record)
+    if not record.ended or node_id is None:
+        raise InvalidTask("only a task that a node has finished can be judged", task_id=record.task_id)
+    if not _is_share(score):
+        why = f"score must be from 0 to 1, not {_shown(score)}: 0 is useless, 1 perfect"
+        raise InvalidTask(why, field="score", task_id=record.task_id)
+    return Reward(
+        reward_id=f"{record.task_id}:{attempt}:{source}",
+        task_id=record.task_id,
+        attempt=attempt,
+        source=source,
+        node_id=node_id,
+        owner=owner,
+        domain_token=record.envelope.domain_token,
+        score=score,
+        ended_at=record.ended_at or record.admitted_at,
+        reason=reason[:500],
+        labels=record.envelope.ad.labels,
+    )
+
+
+def _judged_attempt(record: TaskRecord) -> tuple[str, str | None, int]:
+    """Return owner, node and attempt of the result that a person sees: the best rejected one if none was accepted."""
+    envelope, best = record.envelope, record.envelope.best_rejected
+    if best is None or not (record.rejected or record.below_threshold):
+        result = record.to_result()
+        return result.owner or LOCAL_OWNER, result.node_id, envelope.attempt
+    node = (best.owner, best.node_id)
+    rejected = [
+        failed.attempt
+        for failed in envelope.failed_attempts
+        if (failed.owner, failed.node_id) == node and failed.code == REJECTED
+    ]
+    return *node, rejected[-1] if rejected else envelope.attempt
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else f"a {type(value).__name__}"

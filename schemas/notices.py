@@ -2,8 +2,9 @@
 
 from typing import TypeAlias
 
-from loom.schemas.base import Message, Token, Undecodable, decode
+from loom.schemas.base import Message, Undecodable, decode
 from loom.schemas.envelope import Envelope
+from loom.schemas.tokens import Token
 
 
 class SubtaskEnded(Message, frozen=True, kw_only=True, tag_field="type", tag="subtask_ended"):

@@ -3,14 +3,16 @@
 from collections import Counter
 from collections.abc import Collection, Sequence
 from graphlib import CycleError, TopologicalSorter
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from msgspec import Meta
 
-from loom.schemas.base import CheckedMessage, Token, Undecodable, Unit, cut_name
-from loom.schemas.envelope import Subtask
+from loom.schemas.base import CheckedMessage, Count, Name, Note, Seconds, Text, Undecodable, Unit, cut_name
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import InvalidPlan
+from loom.schemas.task import RunResult, TaskError
 from loom.schemas.text.model_json import as_shape, json_values
+from loom.schemas.tokens import Token
 
 PLAN_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -35,6 +37,44 @@ PLAN_SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 """JSON Schema of the answer a planning model is asked for."""
+
+
+class Subtask(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A node of a split plan."""
+
+    id: Token
+    description: Text
+    domain: Name = ""
+    dependencies: Annotated[tuple[Token, ...], Meta(max_length=1000)] = ()
+    estimated_complexity: Unit = 0.3
+    state: Literal["waiting", "running", "succeeded", "failed", "cancelled"] = "waiting"
+    child_id: Token | None = None
+    grant: Count | None = None
+    """Tokens it may use; absent: no limit."""
+    node_id: Token | None = None
+    """Who did it."""
+    owner: Token | None = None
+    """Whose node that is."""
+    error: TaskError | None = None
+    tokens: Count = 0
+    """Used, failed attempts included."""
+    spent: RunResult = RunResult()
+    """The same, as prompt and completion tokens, and the money; content is empty."""
+    duration_s: Seconds = 0.0
+    """From its admission to its end."""
+
+
+class SplitPlan(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A parked parent and the graph of its subtasks; outputs are read from the children's records."""
+
+    parent_id: Token
+    state: Literal["running", "joining", "done"] = "running"
+    subtasks: Annotated[tuple[Subtask, ...], Meta(max_length=1000)]
+    envelope: Envelope
+    """The parked parent."""
+    error: TaskError | None = None
+    """Why a plan that is done has failed; absent where the parent ended for another reason."""
+    note: Note = ""
 
 
 class Part(Protocol):

@@ -19,17 +19,17 @@ from loom.schemas.base import (
     Seconds,
     Text,
     Timestamp,
-    Token,
     Undecodable,
     Unit,
     cut_note,
     decode,
     encode,
 )
-from loom.schemas.conversation import earlier_turns
+from loom.schemas.decoding.conversation import earlier_turns
 from loom.schemas.events import Progress
 from loom.schemas.llm import Message as ChatMessage
 from loom.schemas.task import Accept, Priority, RunResult, TaskAd, TaskError, TaskResult
+from loom.schemas.tokens import Token
 
 MAX_OPEN_DELEGATIONS = 64
 """Delegated tasks a run may have open at a time."""

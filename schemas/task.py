@@ -1,9 +1,6 @@
 """What a client asks for, and what it gets back."""
 
-import re
-import unicodedata
-from functools import lru_cache
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from typing import Annotated, Literal
 
 import msgspec
@@ -11,37 +8,27 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from loom.schemas.base import (
-    MAX_AD_BYTES,
-    MAX_CONTEXT_BYTES,
-    MAX_JSON_DEPTH,
-    MAX_SCHEMA_BYTES,
     CheckedMessage,
     Count,
     FreeJson,
     Message,
     Name,
-    NodeName,
     Note,
     Seconds,
     Text,
-    Token,
-    Undecodable,
     Unit,
     cut_name,
     cut_note,
-    decode,
     encode,
-    free_json_fault,
     new_id,
     total,
 )
 from loom.schemas.checks.constructor_errors import FieldsByName
-from loom.schemas.checks.labels import LABELS_RULE, Labels, are_labels
-from loom.schemas.errors import InvalidTask, LoomError, error_for
+from loom.schemas.checks.labels import LABELS_RULE, Labels
+from loom.schemas.errors import InvalidTask, LoomError, TaskFailed, error_for
 from loom.schemas.identity import LOCAL_OWNER, qualified
 from loom.schemas.llm import Usage
-from loom.schemas.rejected import BestRejected, facts_of
-from loom.schemas.text.nearest_name import unknown_field
+from loom.schemas.tokens import NodeName, Token
 
 Priority = Literal["low", "normal", "high", "critical"]
 PRIORITIES: tuple[Priority, ...] = ("low", "normal", "high", "critical")
@@ -50,9 +37,6 @@ PRIORITIES: tuple[Priority, ...] = ("low", "normal", "high", "critical")
 DEFAULT_TOKEN_YARDSTICK = 4096
 """Tokens against which efficiency is measured when an ad sets no budget (the seed's default)."""
 
-TOKEN_PATTERN = r"[A-Za-z0-9_-]{1,64}"  # noqa: S105 - not a secret
-_TOKEN = re.compile(TOKEN_PATTERN)
-MAX_TOKEN = 64
 MAX_WARNINGS = 8
 MAX_DOLLARS = 1e9
 Dollars = Annotated[float, Meta(ge=0, le=MAX_DOLLARS)]
@@ -117,76 +101,10 @@ class TaskAd(CheckedMessage, metaclass=FieldsByName, frozen=True, kw_only=True, 
     def _out_of_range(self, name: str, ge: float, le: float) -> ValueError:
         """Return the error that a client in another language would get."""
         error = super()._out_of_range(name, ge, le)
-        return InvalidTask(f"{name} must be {_RULES[name]}", field=name) if name in _RULES else error
+        return InvalidTask(f"{name} must be {FIELD_RULES[name]}", field=name) if name in FIELD_RULES else error
 
 
-class _StrictAccept(Accept, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Accept as a client submits it."""
-
-
-class _StrictLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits as a client submits them."""
-
-
-class _StrictAd(TaskAd, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """TaskAd as a client submits it: a misspelt field is an error, not a silent default."""
-
-    accept: _StrictAccept | None = None
-    limits: _StrictLimits | None = None
-
-
-def parse_ad(raw: bytes) -> TaskAd:
-    """Return the ad a client submitted as JSON.
-
-    Raises:
-        InvalidTask: With `field` naming the part, where one is to blame.
-    """
-    if len(raw) > MAX_AD_BYTES:
-        raise _too_large(len(raw))
-    try:
-        ad = decode(raw, _StrictAd, keep_unknown=False)
-    except Undecodable as error:
-        raise _refusal(raw, error) from None
-    return check_ad(ad)
-
-
-def check_ad(ad: TaskAd) -> TaskAd:
-    """Return `ad` as it will be read, if it may be submitted; Python callers construct ads unchecked.
-
-    Raises:
-        InvalidTask: With `field` naming the part.
-    """
-    if not isinstance(ad.accept, Accept | None):
-        raise InvalidTask(f"accept must be {_RULES['accept']}", field="accept", task_id=ad.task_id)
-    schema = ad.accept.json_schema if ad.accept else None
-    for name, free, most in (("context", ad.context, MAX_CONTEXT_BYTES), ("accept", schema, MAX_SCHEMA_BYTES)):
-        fault = free_json_fault(free, max_bytes=most)
-        if fault:
-            raise InvalidTask(f"{name} {fault}", field=name, task_id=ad.task_id)
-    if not are_labels(ad.labels):
-        raise InvalidTask(f"labels must be {LABELS_RULE}", field="labels", task_id=ad.task_id)
-    try:
-        raw = encode(ad)
-        if len(raw) > MAX_AD_BYTES:
-            raise _too_large(len(raw))
-        checked = decode(raw, TaskAd)
-    except Undecodable as error:
-        refusal = _refusal(raw, error)
-        raise InvalidTask(refusal.message, field=refusal.field, task_id=ad.task_id) from None
-    except (UnicodeEncodeError, TypeError) as error:
-        field = _field_in(str(error))
-        raise InvalidTask(f"not a valid TaskAd: {error}", field=field, task_id=ad.task_id) from None
-    if not checked.description.strip():
-        raise InvalidTask("description is empty: say what is to be done", field="description", task_id=ad.task_id)
-    forbidden = set(checked.required_tools).difference(checked.tools_allowed or ())
-    if checked.tools_allowed is not None and forbidden:
-        names = ", ".join(sorted(forbidden))
-        message = f"required_tools has what tools_allowed lacks: {names}; add it there, or do not require it"
-        raise InvalidTask(cut_note(message), field="required_tools", task_id=ad.task_id)
-    return checked
-
-
-_RULES = {
+FIELD_RULES = {
     "task_id": "1 to 64 letters, digits, _ or -",
     "node_id": "NODE or OWNER.NODE, each 1 to 64 letters, digits, _ or -",
     "priority": f"one of {', '.join(PRIORITIES)}",
@@ -203,58 +121,6 @@ _RULES = {
 """field -> its rule in words, where msgspec's own are hard to read."""
 
 
-def _refusal(raw: bytes, error: Undecodable) -> InvalidTask:
-    if not raw.strip():
-        return InvalidTask("the ad is empty: send a JSON object with at least a description", field="description")
-    if isinstance(error.__cause__, RecursionError):
-        return InvalidTask(f"context is nested more than {MAX_JSON_DEPTH} levels deep", field="context")
-    if isinstance(error.__cause__, UnicodeDecodeError):
-        field = _field_not_utf8(raw)
-        return InvalidTask(f"{field or 'the ad'} is not UTF-8", field=field)
-    field = _field_in(error.message)
-    unknown = _UNKNOWN.search(error.message)
-    if unknown:
-        return InvalidTask(f"unknown field `{unknown[1]}`; {unknown_field(*_place(unknown))}", field=unknown[1])
-    if field in _RULES and error.message.endswith(f"`$.{field}`"):
-        return InvalidTask(f"{field} must be {_RULES[field]}", field=field)
-    return InvalidTask(f"not a valid TaskAd: {error.message}", field=field)
-
-
-_UNKNOWN = re.compile(r"unknown field `([^`]*)`(?: - at `\$\.(\w+)`)?")
-
-
-def _place(unknown: re.Match[str]) -> tuple[str, tuple[str, ...]]:
-    """Return an unknown field, and the fields there are in its place."""
-    shapes: dict[str | None, type[CheckedMessage]] = {"accept": Accept, "limits": Limits}
-    return unknown[1], shapes.get(unknown[2], TaskAd).__struct_fields__
-
-
-def _too_large(size: int) -> InvalidTask:
-    return InvalidTask(
-        f"the ad is {size} bytes, at most {MAX_AD_BYTES}: shorten description and context, or pass them by reference",
-        field="description",
-    )
-
-
-def _field_not_utf8(raw: bytes) -> str | None:
-    """The last key before the first byte that is not UTF-8."""
-    try:
-        raw.decode()
-    except UnicodeDecodeError as error:
-        keys = re.findall(rb'"(\w+)"\s*:', raw[: error.start])
-        return keys[-1].decode() if keys else None
-    return None
-
-
-def _field_in(message: str) -> str | None:
-    """The field a msgspec message blames: `$.field` in a path, or the unknown one in backticks."""
-    unknown = _UNKNOWN.search(message)
-    if unknown:
-        return unknown.group(1)
-    path = re.search(r"`\$\.([A-Za-z_]\w*)", message)
-    return path.group(1) if path else None
-
-
 def ad_digest(ad: TaskAd) -> str:
     """Return 16 hex digits that tell an ad from others under the same id; whether it waits makes no difference.
 
@@ -262,29 +128,6 @@ def ad_digest(ad: TaskAd) -> str:
         ad: As it was read from JSON, or as `check_ad` has returned it: 300 and 300.0 are different digits.
     """
     return blake2b(encode(ad if ad.wait else replace(ad, wait=True)), digest_size=8).hexdigest()
-
-
-def is_token(text: str) -> bool:
-    """Return whether `text` may stand as one token of a subject."""
-    return len(text) <= MAX_TOKEN and _is_token(text)
-
-
-@lru_cache(maxsize=4096)
-def _is_token(text: str) -> bool:
-    return _TOKEN.fullmatch(text) is not None
-
-
-@lru_cache(maxsize=1024)
-def domain_token(domain: str) -> str:
-    """Return the token a domain is addressed and indexed by, such as `code` for `Code` and `x-e6f04ffbaa42` for 代码.
-
-    The text in Unicode's form NFC, trimmed and in lower case; where that cannot stand in a subject, `x-` and the first
-    12 hex digits of the SHA-256 of its UTF-8 bytes. docs/subjects.md has examples for other implementations.
-    """
-    text = unicodedata.normalize("NFC", domain).strip().lower()
-    if _TOKEN.fullmatch(text):
-        return text
-    return "x-" + sha256(text.encode(errors="replace")).hexdigest()[:12]
 
 
 class Submission(Message, frozen=True, kw_only=True):
@@ -295,6 +138,28 @@ class Submission(Message, frozen=True, kw_only=True):
     """Random per submit call: tells a resent message from a second submitter of the same id."""
     reply_to: Annotated[str, Meta(max_length=256)] = ""
     """Where the TaskResult is wanted; empty: nowhere."""
+
+
+class BestRejected(CheckedMessage, frozen=True, kw_only=True):
+    """The best answer that was refused, with the reason."""
+
+    content: Text
+    """At most 64 KiB of JSON."""
+    truncated: bool = False
+    """Whether the answer was longer and has been cut."""
+    score: Unit = 0.0
+    """The judge's; 0 where the answer broke a rule and was not judged."""
+    reason: Note = ""
+    """Why it was refused."""
+    node_id: Name = ""
+    """The node that gave it."""
+    owner: Name = LOCAL_OWNER
+    """Whose node it is."""
+
+    @property
+    def node(self) -> str:
+        """The node as people write it."""
+        return qualified(self.owner, self.node_id)
 
 
 class TaskError(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -320,16 +185,19 @@ class TaskError(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields
         )
 
     def to_exception(self, task_id: str) -> LoomError:
-        """Return the exception a Python caller gets; `partial` is the text of the best refused answer."""
-        return error_for(
+        """Return the exception that a Python caller gets; `partial` is the text of the best refused answer."""
+        error = error_for(
             self.code,
             self.message,
             task_id=task_id,
             field=self.field,
             node_id=self.node_id,
             retry_after_s=self.retry_after_s,
-            **facts_of(self.best_rejected),
         )
+        best = self.best_rejected
+        if best is not None and isinstance(error, TaskFailed):
+            error.best_rejected, error.partial = best, best.content
+        return error
 
 
 class RunResult(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):

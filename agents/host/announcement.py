@@ -1,13 +1,13 @@
-"""What a host announces of its nodes."""
+"""Builds the announcement of a host from its nodes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec.structs import replace
 
 from loom.agents.host.clone import SpawnedNode
-from loom.agents.host.slots import Node, RunQueue
-from loom.agents.user_code import ends_task, error_text_fields
+from loom.agents.host.slots import Node, RunQueues
+from loom.agents.user_code import ends_task, error_fields
 from loom.bus.logs.logger import get_logger
 from loom.schemas.auction import (
     ANNOUNCED_NAMES,
@@ -19,67 +19,66 @@ from loom.schemas.auction import (
     HostAnnouncement,
 )
 from loom.schemas.base import cut_name, encode
-from loom.schemas.task import domain_token
+from loom.schemas.tokens import domain_token
 
 log = get_logger()
 
-_ELSEWHERE = "a domain that no node names"
+_UNNAMED_DOMAIN = "a domain that no node names"
 
 
-def facts_of(nodes: Sequence[Node], rooms: Mapping[str, RunQueue], slots: int) -> dict[str, Any]:
-    """Return the fields of a HostAnnouncement that follow from its nodes.
-
-    Args:
-        nodes: The nodes that have an agent.
-        rooms: Node id -> its room, for nodes that have had work.
-        slots: Runs each node works on at once.
-    """
+def node_fields(nodes: Sequence[Node], queues: RunQueues) -> dict[str, Any]:
+    """Return the fields of a HostAnnouncement that depend on its nodes."""
     ordered = sorted(nodes, key=lambda node: node.id)
-    used = {node.id: rooms[node.id] for node in ordered if node.id in rooms}
+    used = {node.id: queues.by_node[node.id] for node in ordered if node.id in queues.by_node}
     return {
-        "nodes": tuple(_announced(node, slots) for node in ordered),
-        "running": sum(len(room.running) for room in used.values()),
-        "queued": sum(room.queued for room in used.values()),
-        "busy": tuple(node_id for node_id, room in used.items() if room.has_work),
+        "nodes": tuple(_announced_or_id(node, queues.slots) for node in ordered),
+        "running": sum(len(queue.running) for queue in used.values()),
+        "queued": sum(queue.queued for queue in used.values()),
+        "busy": tuple(node_id for node_id, queue in used.items() if queue.has_work),
         "spawned": tuple(node.state() for node in nodes if isinstance(node, SpawnedNode)),
     }
 
 
-def _announced(node: Node, slots: int) -> AnnouncedNode:
-    """Return a node as it is announced; one whose code raises is announced by its id."""
+def _announced_or_id(node: Node, slots: int) -> AnnouncedNode:
+    """Return a node for an announcement; a node that raises is announced by its id alone."""
     try:
-        return announced(node, slots)
-    except BaseException as error:  # a node may be a user's class: its fault is not that of the others
+        return announced_node(node, slots)
+    except BaseException as error:  # a node may be of a user's class, which may raise anything
         if ends_task(error):
             raise
-        log.error("node_raised", node_id=node.id, **error_text_fields(error))
+        log.error("node_raised", node_id=node.id, **error_fields(error))
         return AnnouncedNode(node_id=node.id, slots=slots)
 
 
-def announced(node: Node, slots: int) -> AnnouncedNode:
-    """Return a node as its host announces it: the domains it names, and its rating in all others if it takes them.
+def announced_node(node: Node, slots: int) -> AnnouncedNode:
+    """Return a node for an announcement: the domains it names, and its rating of all other domains if it is above 0.
 
-    Of more than 64 domains or tools the first ones are announced: the node bids in all of them.
+    Only the first 64 domains and tools are announced; the node bids in all of its domains.
+
+    Args:
+        slots: Runs that the node works on at once.
     """
-    others = node.claim(_ELSEWHERE)
-    named: dict[str, AnnouncedDomain] = {}
+    other_rating = node.claim(_UNNAMED_DOMAIN)
+    by_token: dict[str, AnnouncedDomain] = {}
     for domain in node.named_domains():
-        named.setdefault(domain_token(domain), _domain(domain, node.claim(domain)))
-    domains = list(named.values())
+        by_token.setdefault(domain_token(domain), _domain(domain, node.claim(domain)))
+    domains = list(by_token.values())
     if len(domains) >= ANNOUNCED_NAMES:
-        domains, others = domains[: ANNOUNCED_NAMES - 1], max(others, NEUTRAL)  # those left out are not announced
-    if others > 0:
-        domains.append(_domain(ANY_DOMAIN, others))
+        domains = domains[: ANNOUNCED_NAMES - 1]
+        other_rating = max(other_rating, NEUTRAL)  # covers the domains that are left out
+    if other_rating > 0:
+        domains.append(_domain(ANY_DOMAIN, other_rating))
+    only_any = [domain.domain for domain in domains] == [ANY_DOMAIN] and other_rating == NEUTRAL
     return AnnouncedNode(
         node_id=node.id,
-        domains=None if [domain.domain for domain in domains] == [ANY_DOMAIN] and others == NEUTRAL else tuple(domains),
+        domains=None if only_any else tuple(domains),
         tools=tuple(cut_name(tool) for tool in sorted(node.tool_names()))[:ANNOUNCED_NAMES],
         slots=slots,
     )
 
 
-def fitted(announcement: HostAnnouncement) -> HostAnnouncement:
-    """Return an announcement of at most 64 KiB: a longer one names its nodes without their domains and tools."""
+def fit_size(announcement: HostAnnouncement) -> HostAnnouncement:
+    """Return an announcement of at most 64 KiB; the nodes of a longer one lose their domains and tools."""
     if len(encode(announcement)) <= MAX_ANNOUNCEMENT_BYTES:
         return announcement
     return replace(announcement, nodes=tuple(replace(node, domains=None, tools=()) for node in announcement.nodes))

@@ -1,4 +1,4 @@
-"""Announces a host and the nodes that come and go on it."""
+"""Announces a host, and publishes a lifecycle message for each node that joins or leaves it."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -7,22 +7,21 @@ from itertools import count
 
 from msgspec.structs import replace
 
-from loom.agents.host.announcement import fitted
-from loom.agents.host.repeating import attempt
+from loom.agents.host.announcement import fit_size
+from loom.agents.host.publishing import log_failures, publish_lifecycle
 from loom.agents.host.slots import Node
 from loom.bus.bus import Bus
 from loom.schemas.auction import HostAnnouncement
-from loom.schemas.learning import Lifecycle, LifecycleKind
 
-LEFT = 256
+MAX_LEFT = 256
 
 
 class Announcer:
-    """Publishes announcements of one host under rising numbers, and a lifecycle message for each node.
+    """Publishes the announcements of one host with increasing sequence numbers, and its lifecycle messages.
 
     Args:
-        nodes: Returns the nodes of the host that have an agent.
-        describe: Returns the announcement of these nodes.
+        nodes: Returns the nodes of the host that accept work.
+        announcement: Returns the announcement of these nodes.
     """
 
     def __init__(
@@ -30,18 +29,18 @@ class Announcer:
         bus: Bus,
         host_id: str,
         nodes: Callable[[], Sequence[Node]],
-        describe: Callable[[Sequence[Node]], HostAnnouncement],
+        announcement: Callable[[Sequence[Node]], HostAnnouncement],
     ) -> None:
         self._bus = bus
         self._host_id = host_id
         self._nodes = nodes
-        self._describe = describe
+        self._announcement = announcement
         self._last: HostAnnouncement | None = None
         self._seq = count(1)
-        self.known: frozenset[str] = frozenset()
-        """Nodes that have been announced."""
-        self.left: deque[str] = deque(maxlen=LEFT)
-        """Nodes that have gone lately: awards to them may still be on the way."""
+        self.announced: frozenset[str] = frozenset()
+        """Ids of the nodes in the last announcement."""
+        self.left: deque[str] = deque(maxlen=MAX_LEFT)
+        """Ids of nodes that left recently; awards to them may still arrive."""
 
     @property
     def subject(self) -> str:
@@ -49,34 +48,29 @@ class Announcer:
         return self._bus.subjects.of("host", self._bus.identity.owner, self._host_id)
 
     async def publish(self) -> list[str]:
-        """Publish which nodes there are, and a lifecycle message for each that has come or gone.
+        """Publish an announcement, and a lifecycle message for each node that joined or left since the last one.
 
         Returns:
-            The nodes that have gone.
+            The ids of the nodes that left.
         """
         nodes = self._nodes()
         ids = frozenset(node.id for node in nodes)
-        before = self.known
+        before = self.announced
         self.left.extend(before - ids)
-        self._last = fitted(replace(self._describe(nodes), seq=next(self._seq)))
+        self._last = fit_size(replace(self._announcement(nodes), seq=next(self._seq)))
         await self._bus.connection.publish(self.subject, self._last)
-        self.known = ids
+        self.announced = ids
         for node_id in ids - before:
-            await self._tell("joined", node_id)
+            await publish_lifecycle(self._bus, "joined", node_id, self._host_id)
         for node_id in before - ids:
-            await self._tell("left", node_id)
+            await publish_lifecycle(self._bus, "left", node_id, self._host_id)
         return list(before - ids)
 
     async def leave(self) -> None:
-        """Publish that all nodes have left."""
-        for node_id in self.known:
-            await attempt(partial(self._tell, "left", node_id))
+        """Publish that all nodes have left; failures are logged."""
+        for node_id in self.announced:
+            await log_failures(partial(publish_lifecycle, self._bus, "left", node_id, self._host_id))
 
-    def repeated(self) -> HostAnnouncement | None:
-        """Return the last announcement under a number of its own; may be called from another thread."""
+    def repeat(self) -> HostAnnouncement | None:
+        """Return the last announcement with a new sequence number; may be called from another thread."""
         return None if self._last is None else replace(self._last, seq=next(self._seq))
-
-    async def _tell(self, kind: LifecycleKind, node_id: str) -> None:
-        owner = self._bus.identity.owner
-        news = Lifecycle(kind=kind, node_id=node_id, owner=owner, host_id=self._host_id, at=self._bus.clock.now())
-        await self._bus.connection.publish(self._bus.subjects.of("lifecycle", owner, kind, owner, node_id), news)

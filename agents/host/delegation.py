@@ -1,4 +1,4 @@
-"""Delegation: a run has others do part of its work, and holds no slot while it waits for them."""
+"""Delegation of tasks by a run, which holds no slot while it waits for them."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,24 +10,26 @@ from loom.agents.host.runs import Run
 from loom.agents.host.slots import RunQueue
 from loom.agents.job import run_costs
 from loom.agents.tools import tool
+from loom.schemas.checks.ad import check_ad
 from loom.schemas.errors import BudgetExceeded, LoomError, SubtaskFailed
 from loom.schemas.run import MAX_OPEN_DELEGATIONS, delegated_id
-from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult, check_ad
+from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult
 
-MOST_S = 86_400.0
+MAX_TIMEOUT_S = 86_400.0
 
 _current: ContextVar[Optional["Delegator"]] = ContextVar("delegator", default=None)
 
 
-@tool(timeout_s=MOST_S)
+@tool(timeout_s=MAX_TIMEOUT_S)
 async def delegate(
     task: str, domain: str = "", token_budget: int | None = None, context: dict[str, Any] | None = None
 ) -> str:
-    """Give a task to whoever in the cluster is best at it, and return their answer.
+    """Delegate a task to the agent in the cluster that is best at it, and return its answer.
 
-    They know only what you tell them: `task` says in words all they need, `context` adds small JSON. `domain` names
-    the field of knowledge; empty: found from the words. `token_budget` is the most tokens they may use; absent: half
-    of what you have left, if you have a limit. Several tasks may be delegated at once.
+    The agent knows only what this call contains: `task` is the complete task in words, `context` adds small JSON.
+    `domain` names the field of knowledge; if it is empty, it is derived from the words. `token_budget` is the most
+    tokens the agent may use; by default half of the tokens you have left, if you have a limit. Several tasks may be
+    delegated at once.
     """
     delegator = Delegator.current()
     if delegator is None:
@@ -36,57 +38,64 @@ async def delegate(
 
 
 class Delegator:
-    """Delegates on behalf of one run; `delegate` finds it while the body of its `with` runs.
+    """Delegates tasks of one run; the `delegate` tool uses it while the body of its `with` runs.
 
     Args:
-        fill: Called when the run's room may have a slot to give.
+        start_queued: Called when a slot of the run's queue may have become free.
     """
 
-    def __init__(self, run: Run, room: RunQueue, fill: Callable[[], None]) -> None:
+    def __init__(self, run: Run, queue: RunQueue, start_queued: Callable[[], None]) -> None:
         self.run = run
         self.own_tokens = 0
-        """What the agent itself has taken so far, where it says so."""
-        self._room = room
-        self._fill = fill
+        """Tokens that the agent itself has reported so far."""
+        self._queue = queue
+        self._start_queued = start_queued
         self._calls = 0
         self._granted = 0
+        """Sum of the token budgets of open delegations."""
         self._open = 0
-        self._turn = asyncio.Semaphore(MAX_OPEN_DELEGATIONS)  # further ones wait their turn
+        self._limit = asyncio.Semaphore(MAX_OPEN_DELEGATIONS)
 
     def __enter__(self) -> Self:
-        self._tokens = _current.set(self), run_costs.set(self)
+        self._context_tokens = _current.set(self), run_costs.set(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _current.reset(self._tokens[0])
-        run_costs.reset(self._tokens[1])
+        _current.reset(self._context_tokens[0])
+        run_costs.reset(self._context_tokens[1])
 
     @property
-    def others_tokens(self) -> int:
-        """Tokens that delegated work has taken so far."""
-        return self.run.others.tokens
+    def delegated_tokens(self) -> int:
+        """Tokens that delegated tasks have used so far."""
+        return self.run.delegated_usage.tokens
 
     @staticmethod
     def current() -> "Delegator | None":
-        """Return that of the run the caller works for; None outside any."""
+        """Return the delegator of the calling run, or None outside of runs."""
         return _current.get()
 
     async def delegate(self, task: str, domain: str, token_budget: int | None, context: dict[str, Any]) -> str:
-        """Have others do a task and return their answer.
+        """Delegate a task and return its answer.
+
+        Args:
+            task: Description of the task.
+            domain: Domain of the task; empty: it is derived from the description.
+            token_budget: Token limit of the task; None: half of the tokens that are left, if the run has a limit.
+            context: JSON values for the task.
 
         Raises:
-            SubtaskFailed: It ended without a result; the message says why.
+            SubtaskFailed: The task ended without a result; the message has the reason.
             BudgetExceeded: No tokens are left to grant.
-            InvalidTask: It cannot be submitted; `field` names the part to blame.
+            InvalidTask: The task is not valid; `field` names the field.
         """
         self._calls += 1
         call = self._calls
         task_id = delegated_id(self.run.request.task_id, self.run.request.attempt, call)
-        async with self._turn:
-            if self.run.last is not None:
-                raise LoomError("the run that would delegate has ended")
+        async with self._limit:
+            if self.run.final_event is not None:
+                raise LoomError("a run that has ended cannot delegate")
             grant = self._grant(token_budget)
             ad = TaskAd(
                 task_id=task_id,
@@ -94,54 +103,54 @@ class Delegator:
                 description=task,
                 priority=self.run.request.priority,
                 token_budget=grant,
-                timeout_s=min(MOST_S, max(0.001, self.run.left_s)),
+                timeout_s=min(MAX_TIMEOUT_S, max(0.001, self.run.left_s)),
                 context=context,
             )
-            result = await self._ask(check_ad(ad), call)
+            result = await self._await_result(check_ad(ad), call)
         if result.success:
             return result.content
-        raise failure(result)
+        raise delegation_error(result)
 
-    async def _ask(self, ad: TaskAd, call: int) -> TaskResult:
-        """Wait for the work without a slot; the last of several answers gets the run its slot back."""
+    async def _await_result(self, ad: TaskAd, call: int) -> TaskResult:
+        """Wait for a delegated task without a slot; the last of several results resumes the run."""
         self._granted += ad.token_budget or 0
         self._open += 1
-        self._room.leave(self.run)
-        self._fill()
+        self._queue.suspend(self.run)
+        self._start_queued()
         try:
-            result = await self.run.ask(ad, call)
-            self.run.charge(result)
+            result = await self.run.await_delegated(ad, call)
+            self.run.add_tokens(result)
         finally:
             self._granted -= ad.token_budget or 0
             self._open -= 1
-            if not self._open and self.run.last is None:  # a run that has ended needs no slot
-                self._room.come_back(self.run)
-                self._fill()
-        if not self._open and self.run.last is None:
-            await self.run.seated.wait()
+            if not self._open and self.run.final_event is None:  # a run that has ended needs no slot
+                self._queue.resume(self.run)
+                self._start_queued()
+        if not self._open and self.run.final_event is None:
+            await self.run.has_slot.wait()
         return result
 
-    def _grant(self, asked: int | None) -> int | None:
-        """The most tokens the work may take; None where the task has no limit and none is asked for."""
+    def _grant(self, requested: int | None) -> int | None:
+        """Return the token budget of a delegated task; None if neither the run nor the caller sets a limit."""
         budget = self.run.request.token_budget
         if budget is None:
-            return asked
-        left = budget - self.own_tokens - self.run.others.tokens - self._granted
+            return requested
+        left = budget - self.own_tokens - self.delegated_tokens - self._granted
         if left < 1:
             raise BudgetExceeded(f"none of the task's {budget} tokens are left to delegate with")
-        return min(left, asked) if asked is not None else (left + 1) // 2
+        return min(left, requested) if requested is not None else (left + 1) // 2
 
     def overspent(self, result: RunResult) -> TaskError | None:
-        """Return why a result comes too dear: the run and those it delegated to have taken more than there was."""
-        budget, others = self.run.request.token_budget, self.run.others.tokens
-        if budget is None or not others or result.tokens + others <= budget:
+        """Return a `budget_exceeded` error if the run and its delegated tasks used more than the budget."""
+        budget, delegated = self.run.request.token_budget, self.delegated_tokens
+        if budget is None or not delegated or result.tokens + delegated <= budget:
             return None
-        used = f"{result.tokens + others} were used, {others} of them by others"
+        used = f"{result.tokens + delegated} were used, {delegated} of them by delegated tasks"
         return TaskError(code=BudgetExceeded.code, message=f"the task's {budget} tokens are spent: {used}")
 
 
-def failure(result: TaskResult) -> SubtaskFailed:
-    """Return the error of delegated work that ended without a result; a failure further down speaks for itself."""
+def delegation_error(result: TaskResult) -> SubtaskFailed:
+    """Return the error of a delegated task without a result; a nested SubtaskFailed keeps its message."""
     error = result.error
     if error is None:
         return SubtaskFailed(f"the delegated task ended as {result.state}", task_id=result.task_id)

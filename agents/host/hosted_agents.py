@@ -1,4 +1,4 @@
-"""The agents of a host's nodes: made of what the nodes have, started before their first run, closed at the end."""
+"""The agents of a host's nodes, started before their first run and closed when no node has them any more."""
 
 import asyncio
 from collections import Counter
@@ -15,43 +15,43 @@ from loom.schemas.errors import AgentFailed
 
 
 class HostedAgents:
-    """What the nodes of a host have for agents.
+    """Creates, starts and closes the agents of a host's nodes.
 
     Args:
-        context: Context variables that `start` and `close` of agents see.
+        context: Context variables in which agents are started and closed.
     """
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._made: dict[str, tuple[Any, StreamingAgent]] = {}
-        """Node -> what it has for an agent, and the agent made of it."""
+        self._agents: dict[str, tuple[Any, StreamingAgent]] = {}
+        """Node id -> the object given as its agent, and the StreamingAgent made of it."""
         self._lifetimes: dict[int, tuple[Any, Lifetime]] = {}
-        """Identity of an agent -> the agent, kept so that the identity stays its own, and its lifetime."""
+        """`id()` of an agent -> the agent, kept so that the id is not reused, and its lifetime."""
         self._runs: Counter[int] = Counter()
-        """Identity of an agent -> its runs in hand."""
-        self._ending: set[asyncio.Task[None]] = set()
+        """`id()` of an agent -> number of its active runs."""
+        self._closing: set[asyncio.Task[None]] = set()
 
-    def of(self, node: Node) -> StreamingAgent:
-        """Return the agent of a node, made once of what it has for one."""
-        given, agent = self._made.get(node.id, (None, None))
+    def agent_of(self, node: Node) -> StreamingAgent:
+        """Return the StreamingAgent of a node; it is made once for each object given as the agent."""
+        given, agent = self._agents.get(node.id, (None, None))
         if agent is None or given is not node.agent:
             agent = as_agent(node.agent)
-            self._made[node.id] = (node.agent, agent)
+            self._agents[node.id] = (node.agent, agent)
             if given is not None:
-                self._let_go(given)
+                self._close_if_unused(given)
         return agent
 
     @asynccontextmanager
-    async def ready(self, node: Node | None) -> AsyncIterator[StreamingAgent]:
-        """Yield the agent of a node, started; it is not closed while the body runs.
+    async def started(self, node: Node | None) -> AsyncIterator[StreamingAgent]:
+        """Start the agent of a node and yield it; it is not closed while the body runs.
 
         Raises:
-            AgentFailed: It did not start, and the next run tries again; or the node has gone.
-            LoomError: What the node has is not an agent.
+            AgentFailed: The agent did not start (the next run tries again), or the node is None.
+            LoomError: The node's agent is an object that cannot be used as one.
         """
         if node is None:
             raise AgentFailed("the node left before the run began")
-        agent, given = self.of(node), node.agent
+        agent, given = self.agent_of(node), node.agent
         if not has_lifetime(given):
             yield agent
             return
@@ -61,40 +61,40 @@ class HostedAgents:
             yield agent
         finally:
             self._runs[id(given)] -= 1
-            self._let_go(given)
+            self._close_if_unused(given)
 
-    def forget(self, node_id: str) -> None:
-        """Drop the agent of a node that has gone; it is closed if no other node has it."""
-        given, _ = self._made.pop(node_id, (None, None))
+    def remove(self, node_id: str) -> None:
+        """Remove the agent of a node that has left; it is closed if no other node has it."""
+        given, _ = self._agents.pop(node_id, (None, None))
         if given is not None:
-            self._let_go(given)
+            self._close_if_unused(given)
 
     def release(self) -> None:
-        """Have all agents closed, from synchronous code: by their event loop, if it still runs."""
+        """Close all agents from synchronous code; their event loop does it, if it still runs."""
         for _, lifetime in self._lifetimes.values():
             lifetime.close()
 
     async def close(self) -> None:
-        """Close all agents side by side; each has 5 s."""
+        """Close all agents concurrently; each may take 5 s."""
         lifetimes = [lifetime for _, lifetime in self._lifetimes.values()]
         self._lifetimes.clear()
-        await asyncio.gather(*(lifetime.closed() for lifetime in lifetimes), *self._ending)
+        await asyncio.gather(*(lifetime.closed() for lifetime in lifetimes), *self._closing)
 
     def _lifetime(self, agent: Any) -> Lifetime:
-        known = self._lifetimes.get(id(agent))
-        if known is not None and not known[1].failed:
-            return known[1]
+        _, current = self._lifetimes.get(id(agent), (None, None))
+        if current is not None and not current.failed:
+            return current
         lifetime = Lifetime(agent, self._context)
         self._lifetimes[id(agent)] = (agent, lifetime)
         return lifetime
 
-    def _let_go(self, agent: Any) -> None:
-        """Close an agent that no node has and no run uses."""
-        if self._runs[id(agent)] or any(given is agent for given, _ in self._made.values()):
+    def _close_if_unused(self, agent: Any) -> None:
+        """Close an agent if no node has it and no run uses it."""
+        if self._runs[id(agent)] or any(given is agent for given, _ in self._agents.values()):
             return
         del self._runs[id(agent)]
         _, lifetime = self._lifetimes.pop(id(agent), (None, None))
         if lifetime is not None:
             task = asyncio.get_running_loop().create_task(lifetime.closed())
-            self._ending.add(task)
-            task.add_done_callback(self._ending.discard)
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)

@@ -1,4 +1,4 @@
-"""A hosted node: what a host needs of it, and how much of it is taken."""
+"""The node protocol of a host, and the slots and run queue of each node."""
 
 import heapq
 from collections import deque
@@ -14,12 +14,15 @@ from loom.schemas.task import PRIORITIES, Priority, RunResult
 SMOOTHING = 0.3
 """Weight of the newest run in expected tokens and seconds."""
 URGENT = ("high", "critical")
-KEPT = 5
-"""One in so many places of the backlog is kept for urgent runs; half of these, too, for runs awarded meanwhile."""
+RESERVED_SHARE = 5
+"""One place in five of the backlog is reserved for urgent runs.
+
+Half of the reserve also accepts runs that were awarded before the full load was announced.
+"""
 
 
 class Node(Protocol):
-    """What a host needs of a node; `loom.types.AgentNode` is one."""
+    """The interface of a hosted node; `loom.types.AgentNode` implements it."""
 
     id: str
     agent: Any
@@ -27,47 +30,51 @@ class Node(Protocol):
     load: float
 
     def to_bid(self, *, domain: str, required_tools: Collection[str] = ()) -> Bid:
-        """Return its offer: claim, load and tools."""
+        """Return the node's bid: self-rating, load and tools."""
         ...
 
     def claim(self, domain: str) -> float:
-        """Return its own rating in `domain`, a domain_token or any wording of it: 0 to 1, the claim of its offer.
+        """Return the node's self-rating in a domain.
 
-        At 0 it does not take the domain: it bids on no such task.
+        Args:
+            domain: A domain token, or any wording of the domain.
+
+        Returns:
+            0 to 1; a node does not bid in a domain that it rates 0.
         """
         ...
 
     def named_domains(self) -> Collection[str]:
-        """Return the domains, in any wording, that it rates itself above 0 in or is limited to."""
+        """Return the domains, in any wording, that the node rates above 0 or is limited to."""
         ...
 
     def tool_names(self) -> Collection[str]:
-        """Return the names of the tools it has."""
+        """Return the names of the node's tools."""
         ...
 
     def has_tools(self, required: Collection[str]) -> bool:
-        """Return whether it has all of these tools: without them it does not bid."""
+        """Return whether the node has all of these tools; a node that lacks one does not bid."""
         ...
 
     def mirror(self, profile: NodeProfile) -> None:
-        """Take over what has been learned about it."""
+        """Copy a learned profile into the node."""
         ...
 
 
 class NodeIndex:
-    """Finds a host's nodes by id, however they come and go.
+    """Finds a host's nodes by id while nodes join and leave.
 
     Args:
-        nodes: Returns the nodes there are now.
+        nodes: Returns the current nodes.
     """
 
     def __init__(self, nodes: Callable[[], Sequence[Node]]) -> None:
         self._nodes = nodes
         self._places: dict[str, int] = {}
-        """Where among the nodes one was when last looked for."""
+        """Node id -> its position in the list at the last lookup."""
 
     def get(self, node_id: str) -> Node | None:
-        """Return the node of that id, if there is one."""
+        """Return the node with that id, or None."""
         nodes = self._nodes()
         place = self._places.get(node_id, 0)
         if place < len(nodes) and nodes[place].id == node_id:
@@ -81,19 +88,23 @@ class NodeIndex:
 
 
 class RunQueue:
-    """The slots and the backlog of one node; the last fifth of the backlog is for urgent runs.
+    """The slots and the backlog of one node; the last fifth of the backlog is reserved for urgent runs.
 
-    A run that waits for work it has delegated holds no slot: it may be what the slot is needed for.
+    A run that waits for delegated work holds no slot, because the delegated work may need that slot.
+
+    Args:
+        slots: Runs that work at once.
+        backlog: Runs that wait for a slot.
     """
 
     def __init__(self, slots: int, backlog: int) -> None:
         self.slots = slots
         self.backlog = backlog
-        self._open = slots + backlog - backlog // KEPT
+        self._open_places = slots + backlog - backlog // RESERVED_SHARE
         self.running: set[Run] = set()
-        self.away: set[Run] = set()
-        """Runs that have begun and hold no slot: they wait for others, or for their slot back."""
-        self._returning: deque[Run] = deque()
+        self.suspended: set[Run] = set()
+        """Started runs without a slot: they wait for delegated work, or for a slot after it."""
+        self._resuming: deque[Run] = deque()
         self.expected_tokens = 0.0
         self.expected_s = 0.0
         self._queue: list[tuple[int, int, Run]] = []
@@ -101,80 +112,86 @@ class RunQueue:
 
     @property
     def queued(self) -> int:
-        """Runs that wait for a slot."""
-        return len(self._queue) + len(self._returning)
+        """Number of runs that wait for a slot."""
+        return len(self._queue) + len(self._resuming)
 
     @property
     def busy(self) -> bool:
-        """Whether a run has begun and not ended."""
-        return bool(self.running or self.away)
+        """Whether a run has started and not ended."""
+        return bool(self.running or self.suspended)
 
     @property
     def has_work(self) -> bool:
-        """Whether a run is queued, or has begun and not ended, waiting for others perhaps."""
+        """Whether a run is queued, or has started and not ended."""
         return self.busy or self.queued > 0
 
     @property
     def full(self) -> bool:
-        """Whether one more run would have no place, however urgent."""
+        """Whether there is no place for another run of any priority."""
         return len(self.running) >= self.slots and self.queued >= self.backlog
 
     @property
     def load(self) -> float:
-        """Taken places as a share of those any run may have, 0 to 1; at 1 only an urgent run is taken."""
-        return min(1.0, (len(self.running) + self.queued) / self._open)
+        """Share of the places open to every priority that are taken, 0 to 1; at 1 only urgent runs are accepted."""
+        return min(1.0, (len(self.running) + self.queued) / self._open_places)
 
-    def takes(self, priority: Priority) -> bool:
-        """Whether there is a place for one more run of this priority."""
-        late = self.backlog // KEPT // 2
-        return not self.full and (len(self.running) + self.queued < self._open + late or priority in URGENT)
+    def accepts(self, priority: Priority) -> bool:
+        """Return whether there is a place for another run of this priority."""
+        late_places = self.backlog // RESERVED_SHARE // 2
+        return not self.full and (
+            len(self.running) + self.queued < self._open_places + late_places or priority in URGENT
+        )
 
     def enqueue(self, run: Run) -> None:
-        """Add a run behind all of its priority."""
+        """Add a run behind all runs of the same or a higher priority."""
         heapq.heappush(self._queue, (-PRIORITIES.index(run.request.priority), next(self._order), run))
 
-    def next(self) -> Run | None:
-        """Take the most urgent run that has a slot, or None; those that had one before get theirs first."""
-        while self._returning and len(self.running) < self.slots:
-            run = self._returning.popleft()
-            self.away.discard(run)
+    def start_next(self) -> Run | None:
+        """Give free slots to resuming runs, then one to the most urgent queued run.
+
+        Returns:
+            The queued run that got a slot, or None.
+        """
+        while self._resuming and len(self.running) < self.slots:
+            run = self._resuming.popleft()
+            self.suspended.discard(run)
             self.running.add(run)
-            run.seated.set()
+            run.has_slot.set()
         if not self._queue or len(self.running) >= self.slots:
             return None
         run = heapq.heappop(self._queue)[2]
         self.running.add(run)
         return run
 
-    def leave(self, run: Run) -> None:
-        """Free the slot of a run that waits for others, if it has one."""
-        self.forget(run)
-        self.away.add(run)
-        run.seated.clear()
+    def suspend(self, run: Run) -> None:
+        """Free the slot of a run that waits for delegated work."""
+        self.remove(run)
+        self.suspended.add(run)
+        run.has_slot.clear()
 
-    def come_back(self, run: Run) -> None:
-        """Have the next free slot given to a run that has waited; `run.seated` tells when."""
-        self._returning.append(run)
+    def resume(self, run: Run) -> None:
+        """Queue a suspended run for the next free slot; `run.has_slot` is set when it gets one."""
+        self._resuming.append(run)
 
-    def forget(self, run: Run) -> None:
-        """Free whatever place a run has."""
+    def remove(self, run: Run) -> None:
+        """Free the slot or the queue place of a run."""
         if run.work is None:
             self._queue = [queued for queued in self._queue if queued[2] is not run]
             heapq.heapify(self._queue)
         self.running.discard(run)
-        self.away.discard(run)
-        if run in self._returning:
-            self._returning.remove(run)
+        self.suspended.discard(run)
+        if run in self._resuming:
+            self._resuming.remove(run)
 
-    def learn(self, result: RunResult) -> None:
-        """Adjust what a run is expected to take."""
+    def record_usage(self, result: RunResult) -> None:
+        """Update the expected tokens and seconds of a run with those of a result."""
         first = not self.expected_s
         weight = 1.0 if first else SMOOTHING
         self.expected_tokens += weight * (result.tokens - self.expected_tokens)
         self.expected_s += weight * (result.duration_s - self.expected_s)
 
     def bid(self, node: Node, domain: str, required_tools: Collection[str]) -> Bid:
-        """Return the node's bid with the room's numbers."""
+        """Return the node's bid with the load and the expected costs of this queue."""
         offer = node.to_bid(domain=domain, required_tools=required_tools)
         return Bid(
             node_id=offer.node_id,
@@ -184,5 +201,35 @@ class RunQueue:
             expected_tokens=int(self.expected_tokens),
             expected_s=self.expected_s,
             backlog=self.queued,
-            free=max(0, self._open - len(self.running) - self.queued),
+            free=max(0, self._open_places - len(self.running) - self.queued),
         )
+
+
+class RunQueues:
+    """The run queues of a host's nodes; a node gets one with its first run.
+
+    Args:
+        slots: Runs that each node works on at once.
+        backlog: Runs that wait for a slot of each node.
+    """
+
+    def __init__(self, slots: int, backlog: int) -> None:
+        self.slots = slots
+        self.backlog = backlog
+        self.by_node: dict[str, RunQueue] = {}
+        """Node id -> its queue, for nodes that have had a run."""
+        self._empty = RunQueue(slots, backlog)
+
+    def get(self, node_id: str) -> RunQueue:
+        """Return the queue of a node to read; nodes without a run share an empty one."""
+        return self.by_node.get(node_id, self._empty)
+
+    def get_or_create(self, node_id: str) -> RunQueue:
+        """Return the queue of a node to change."""
+        if node_id not in self.by_node:
+            self.by_node[node_id] = RunQueue(self.slots, self.backlog)
+        return self.by_node[node_id]
+
+    def remove(self, node_id: str) -> None:
+        """Delete the queue of a node that has left."""
+        del self.by_node[node_id]

@@ -1,4 +1,4 @@
-"""A thread that watches a host's event loop: an agent that blocks the loop must not look like a dead host."""
+"""A thread that publishes for a host while an agent blocks the event loop, so that the host is not taken for dead."""
 
 import asyncio
 import sys
@@ -24,56 +24,56 @@ log = get_logger()
 
 CHECK_S = 0.5
 BLOCKED_S = 1.0
-"""Time without a turn after which the loop counts as blocked."""
+"""Seconds without a turn after which the event loop counts as blocked."""
 WARN_S = 5.0
 WARN_AGAIN_S = 60.0
 CONNECT_S = 2.0
 GIVE_BACK_S = 1.0
-MOST_FRAMES = 12
-MOST_NAMED = 8
+MAX_FRAMES = 12
+MAX_LOGGED = 8
 HEARTBEAT = encode(RunEvent(seq=0, kind="heartbeat"))
-"""It repeats a number that is past already: events not sent yet keep their own."""
+"""It repeats number 0, because the numbers of unsent events are taken."""
 
 
 class Watchdog:
     """Publishes heartbeats and announcements on a connection of its own while the event loop is blocked.
 
     Args:
-        bus: The host's connection; another one to the same server is opened when it is needed.
-        runs: Returns the runs in hand; called from the thread.
-        announcer: Has the host's last announcement, to be published again; asked from the thread.
-        beat_s: Seconds between heartbeats.
+        bus: The host's connection. The thread opens another one to the same server when it needs it.
+        active_runs: Returns the active runs; called from the thread.
+        announcer: Repeats the host's last announcement; called from the thread.
+        heartbeat_s: Seconds between heartbeats.
         announce_s: Seconds between announcements.
     """
 
     def __init__(
         self,
         bus: Bus,
-        runs: Callable[[], list[Run]],
+        active_runs: Callable[[], list[Run]],
         announcer: Announcer,
         *,
-        beat_s: float,
+        heartbeat_s: float,
         announce_s: float,
     ) -> None:
         self._bus = bus
-        self._runs = runs
+        self._active_runs = active_runs
         self._announcer = announcer
-        self._beat_s, self._announce_s = beat_s, announce_s
+        self._heartbeat_s, self._announce_s = heartbeat_s, announce_s
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
         self._turn_at = time.monotonic()
         self._warn_at = 0.0
-        """When to warn again of a loop that is still blocked."""
+        """Time of the next warning if the event loop is still blocked."""
         self._stopped = threading.Event()
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begin to watch the running event loop."""
+        """Start the thread that watches the running event loop."""
         self._turn()
         threading.Thread(target=self._watch, name="loom-watchdog", daemon=True).start()
 
     def stop(self) -> None:
-        """Watch no longer; returns at once."""
+        """Signal the thread to end, without waiting for it."""
         self._stopped.set()
         if self._timer is not None:
             self._timer.cancel()
@@ -90,37 +90,38 @@ class Watchdog:
             now = time.monotonic()
             stalled_s, checked_at = now - checked_at - CHECK_S, now
             if stalled_s > WARN_S:
-                log.warning("process_stalled", seconds=round(stalled_s, 1), **self._work_in_hand())
+                log.warning("process_stalled", seconds=round(stalled_s, 1), **self._suspect_fields())
             elif now - self._turn_at > BLOCKED_S and not self._loop.is_closed():
                 try:
-                    asyncio.run(self._stand_in(self._turn_at))
+                    asyncio.run(self._publish_while_blocked(self._turn_at))
                     self._warn_at = 0.0
-                except Exception as error:  # noqa: BLE001 - an escaping one would end the thread, and the host with it
-                    with suppress(OSError, ValueError):  # it may be the log itself that fails
+                except Exception as error:  # noqa: BLE001 - it would end the thread, and the host would be lost
+                    with suppress(OSError, ValueError):  # the log itself may be the cause
                         log.error("watchdog_failed", **error_fields(error))
                 checked_at = time.monotonic()
 
-    async def _stand_in(self, since: float) -> None:
-        """Publish in the place of the loop until it turns again."""
-        beat_at = announce_at = 0.0
+    async def _publish_while_blocked(self, since: float) -> None:
+        """Publish heartbeats and announcements until the event loop runs again."""
+        heartbeat_at = announce_at = 0.0
         async with AsyncExitStack() as stack:
             bus: Bus | None = None
             while self._turn_at == since and not self._stopped.is_set() and not self._loop.is_closed():
                 now = time.monotonic()
-                bus = bus or await self._connected(stack)
-                if bus is not None and now >= beat_at:
-                    beat_at = now + self._beat_s
-                    self._beat(bus)
+                bus = bus or await self._connect(stack)
+                if bus is not None and now >= heartbeat_at:
+                    heartbeat_at = now + self._heartbeat_s
+                    self._publish_heartbeats(bus)
                 if bus is not None and now >= announce_at:
                     announce_at = now + self._announce_s
                     self._announce(bus)
                 if now - since >= WARN_S and now >= self._warn_at:
-                    self._warn_at = now + WARN_AGAIN_S  # first: a log that fails must not do so each time
+                    self._warn_at = now + WARN_AGAIN_S  # set first: a failing log is not retried at once
                     self._warn(now - since)
-                await asyncio.sleep(min(CHECK_S, self._beat_s))
+                await asyncio.sleep(min(CHECK_S, self._heartbeat_s))
 
-    async def _connected(self, stack: AsyncExitStack) -> Bus | None:
-        twin = Bus(
+    async def _connect(self, stack: AsyncExitStack) -> Bus | None:
+        """Open a connection of the thread, or return None if the server does not answer."""
+        bus = Bus(
             self._bus.connection.url,
             namespace=self._bus.subjects.namespace,
             role=self._bus.role,
@@ -128,61 +129,61 @@ class Watchdog:
             patience_s=CONNECT_S,
         )
         try:
-            return await stack.enter_async_context(twin)
+            return await stack.enter_async_context(bus)
         except BusUnavailable as error:
             log.warning("watchdog_not_connected", reason=error.message)
             return None
 
-    def _beat(self, bus: Bus) -> None:
-        for run in self._runs():
+    def _publish_heartbeats(self, bus: Bus) -> None:
+        for run in self._active_runs():
             if run.left_s > 0:
-                with suppress(LoomError):  # at most once, as every heartbeat
+                with suppress(LoomError):  # a heartbeat is delivered at most once
                     bus.connection.publish_nowait(run.subject, HEARTBEAT)
 
     def _announce(self, bus: Bus, *, draining: bool = False) -> None:
-        announcement = self._announcer.repeated()
+        announcement = self._announcer.repeat()
         if announcement is not None:
-            with suppress(LoomError):  # at most once, as every announcement
+            with suppress(LoomError):  # an announcement is delivered at most once
                 message = replace(announcement, draining=announcement.draining or draining)
                 bus.connection.publish_nowait(self._announcer.subject, message)
 
     def _warn(self, blocked_s: float) -> None:
-        frame = sys._current_frames().get(self._loop_thread)  # noqa: SLF001 - Python's only way to it
-        frames = traceback.StackSummary.extract(traceback.walk_stack(frame), limit=MOST_FRAMES, lookup_lines=False)
+        frame = sys._current_frames().get(self._loop_thread)  # noqa: SLF001 - there is no public function
+        frames = traceback.StackSummary.extract(traceback.walk_stack(frame), limit=MAX_FRAMES, lookup_lines=False)
         log.warning(
             "event_loop_blocked",
             seconds=round(blocked_s, 1),
-            frames=[f"{each.filename}:{each.lineno} {each.name}" for each in frames],
-            hint="blocking work belongs in a def, in asyncio.to_thread or in a process",
-            **self._work_in_hand(),
+            frames=[f"{line.filename}:{line.lineno} {line.name}" for line in frames],
+            hint="move blocking work to a sync function, to asyncio.to_thread or to a process",
+            **self._suspect_fields(),
         )
 
-    def _work_in_hand(self) -> dict[str, object]:
-        """The run that has the loop, or those that may have it."""
-        runs, current = self._runs(), asyncio.current_task(self._loop)
-        begun = [run for run in runs if run.work is not None]
-        suspects = [run for run in begun if run.work is current] or begun
+    def _suspect_fields(self) -> dict[str, object]:
+        """Return log fields with the run that blocks the event loop, or with all runs that may."""
+        runs, current = self._active_runs(), asyncio.current_task(self._loop)
+        started = [run for run in runs if run.work is not None]
+        suspects = [run for run in started if run.work is current] or started
         return {
-            "nodes": sorted({run.request.node_id for run in suspects})[:MOST_NAMED],
-            "tasks": [run.request.task_id for run in suspects][:MOST_NAMED],
+            "nodes": sorted({run.request.node_id for run in suspects})[:MAX_LOGGED],
+            "tasks": [run.request.task_id for run in suspects][:MAX_LOGGED],
         }
 
     # -- in any other thread
 
-    def give_back(self, why: TaskError) -> None:
-        """Publish that the runs in hand end for this reason, without the loop; for a process that is about to end."""
+    def give_back(self, reason: TaskError) -> None:
+        """Publish that all active runs end with this error, without the event loop, before the process ends."""
         with suppress(TimeoutError):
-            asyncio.run(self._give_back(why))
+            asyncio.run(self._give_back(reason))
 
-    async def _give_back(self, why: TaskError) -> None:
-        runs = self._runs()
+    async def _give_back(self, reason: TaskError) -> None:
+        runs = self._active_runs()
         async with asyncio.timeout(GIVE_BACK_S), AsyncExitStack() as stack:
-            bus = await self._connected(stack)
+            bus = await self._connect(stack)
             if bus is None:
                 return
             self._announce(bus, draining=True)
             for run in runs:
-                with suppress(LoomError):  # its watcher finds out by its silence
-                    bus.connection.publish_nowait(run.subject, encode(RunEvent(seq=0, kind="error", error=why)))
+                with suppress(LoomError):  # the watcher detects the silence
+                    bus.connection.publish_nowait(run.subject, encode(RunEvent(seq=0, kind="error", error=reason)))
             await bus.requests.flush(timeout_s=GIVE_BACK_S)
-        log.info("runs_given_back", tasks=[run.request.task_id for run in runs][:MOST_NAMED], count=len(runs))
+        log.info("runs_given_back", tasks=[run.request.task_id for run in runs][:MAX_LOGGED], count=len(runs))

@@ -103,7 +103,7 @@ class Agent:
                     yield event
         except LoomError as error:
             spent = conversation.so_far()
-            error.facts.update(spent=spent, partial=spent.content)
+            vars(error).update(spent=spent, partial=spent.content)
             raise
 
     async def run(self, job: RunRequest | str) -> RunResult:

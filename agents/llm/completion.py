@@ -7,7 +7,7 @@ from typing import Any
 
 from loom.agents.deadline import Deadline
 from loom.agents.llm.chunk_reading import read_chunk, read_result
-from loom.agents.user_code import call, guarded
+from loom.agents.user_code import call, contain
 from loom.schemas.errors import AgentFailed
 from loom.schemas.llm import CompletionParams, StreamChunk
 
@@ -33,20 +33,20 @@ async def chunks(
     if not streams or (completes and not streaming):
         async with deadline.enforced():
             answer = await call(provider.complete, params)
-        with guarded():
+        with contain():
             whole = read_result(answer)
         yield whole
         return
     async with aclosing(deadline.each(await _stream(provider, params, deadline))) as pieces:
         async for piece in pieces:
-            with guarded():
+            with contain():
                 chunk = read_chunk(piece)
             yield chunk
 
 
 async def _stream(provider: Any, params: CompletionParams, deadline: Deadline) -> Any:
     """The provider's asynchronous iterator, also where a coroutine returns it."""
-    with guarded():
+    with contain():
         source = provider.stream(params)
         if inspect.isawaitable(source):
             async with deadline.enforced():

@@ -17,7 +17,7 @@ from loom.agents.llm.prompt import opening
 from loom.agents.llm.token_use import TokenUse, answer_limit, estimate_tokens
 from loom.agents.llm.tool_round import MOST_REPEATS, ToolRounds, Wanted
 from loom.agents.tools import Tool
-from loom.agents.user_code import error_text_fields, type_name
+from loom.agents.user_code import error_fields, type_name
 from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import AgentFailed, BudgetExceeded, LoomError
 from loom.schemas.events import AgentEvent, Done, ReasoningDelta, StepEnd, StepStart, TextDelta
@@ -123,9 +123,7 @@ class Conversation:
         except LoomError:
             raise
         except Exception as error:  # any object may be a provider, so anything may come out of it
-            log.warning(
-                "provider_raised", task_id=self._job.task_id, node_id=self._job.node_id, **error_text_fields(error)
-            )
+            log.warning("provider_raised", task_id=self._job.task_id, node_id=self._job.node_id, **error_fields(error))
             raise self._failed(f"the model could not answer: its provider raised {type_name(error)}") from error
 
     def _check_size(self) -> None:
@@ -211,7 +209,7 @@ class Conversation:
     @property
     def _spent(self) -> int:
         """Tokens the job has taken, those of delegated work included."""
-        return self._tokens.total + (self._delegator.run.others.tokens if self._delegator else 0)
+        return self._tokens.total + (self._delegator.delegated_tokens if self._delegator else 0)
 
     def so_far(self) -> Done:
         """Return the text, tokens and steps by now."""

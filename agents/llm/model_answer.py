@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from loom.agents.llm.openai.thinking import ThinkBlock
-from loom.agents.protocol import MAX_TEXT_CHARS, deltas
+from loom.agents.protocol import MAX_TEXT_CHARS
+from loom.agents.yielded_values import deltas
 from loom.schemas.events import ReasoningDelta, TextDelta
 from loom.schemas.llm import CompletionResult, StreamChunk, ToolCall, Usage
 

@@ -5,7 +5,7 @@ from msgspec.structs import replace
 from loom.agents.llm.history import alternating
 from loom.agents.values import to_text
 from loom.schemas.base import encode
-from loom.schemas.conversation import CONVERSATION, earlier_turns
+from loom.schemas.decoding.conversation import CONVERSATION, earlier_turns
 from loom.schemas.llm import Message
 from loom.schemas.run import RunRequest
 from loom.schemas.task import Accept

@@ -12,7 +12,7 @@ from loom.agents.deadline import Deadline
 from loom.agents.llm.history import arguments_object
 from loom.agents.tools import Tool, ToolContext, ToolResult, legal_name
 from loom.agents.tools.result import as_result
-from loom.agents.user_code import describe, error_text_fields, guarded, type_name
+from loom.agents.user_code import contain, error_fields, error_text, type_name
 from loom.bus.logs.logger import get_logger
 from loom.schemas.base import MAX_CONTENT_BYTES, free_json_fault
 from loom.schemas.events import ToolCallEnd, ToolCallStart
@@ -140,13 +140,13 @@ class ToolRounds:
 async def _run(tool: Tool, arguments: str, context: ToolContext) -> ToolResult:
     """Run a tool whose class may be a user's; whatever goes wrong becomes a text for the model."""
     try:
-        with guarded():
+        with contain():
             value: Any = await tool.run(arguments, context)
             return value if isinstance(value, ToolResult) else as_result(value)
     except Exception as error:  # noqa: BLE001 - a user's class may raise anything; the model gets to see it
-        log.warning("tool_failed", tool=tool.name, task_id=context.task_id, **error_text_fields(error))
+        log.warning("tool_failed", tool=tool.name, task_id=context.task_id, **error_fields(error))
         published = f"Error: the tool raised {type_name(error)}"
-        return ToolResult(f"Error: {describe(error)}", failed=True, published=published)
+        return ToolResult(f"Error: {error_text(error)}", failed=True, published=published)
 
 
 def _outcome(task: "asyncio.Task[tuple[ToolResult, float]]") -> tuple[ToolResult, float]:

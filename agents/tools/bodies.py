@@ -9,7 +9,7 @@ from loom.agents.tools.context import ToolContext, ToolResult
 from loom.agents.tools.docstring import read_docstring
 from loom.agents.tools.parameters import InvalidArguments, Parameters
 from loom.agents.tools.result import as_result, as_result_with_parts
-from loom.agents.user_code import call, describe, guarded, is_async
+from loom.agents.user_code import call, contain, error_text, is_async
 from loom.agents.values import from_json, json_schema, portable
 from loom.schemas.base import encode
 from loom.schemas.checks.pattern_bounds import OutOfBounds
@@ -78,7 +78,7 @@ class TypeBody:
     async def run(self, arguments: str, context: ToolContext) -> ToolResult:
         """Run the call."""
         try:
-            with guarded():
+            with contain():
                 given = from_json(self._kind, arguments.strip() or "{}")
         except ValueError as error:
             raise InvalidArguments(str(error)) from error
@@ -102,7 +102,7 @@ class SchemaBody:
             raise InvalidArguments(str(error)) from error
         self._check(given)
         value = await call(self._fn, given, context)
-        with guarded():
+        with contain():
             return as_result_with_parts(value)
 
 
@@ -118,7 +118,7 @@ async def _run(fn: "partial[Any]", *, threaded: bool) -> ToolResult:
         return None
 
     value = await call(whole if threaded else fn)
-    with guarded():
+    with contain():
         return results[0] if results else as_result(value)
 
 
@@ -141,7 +141,7 @@ def _checker(schema: dict[str, Any], name: str) -> Callable[[dict[str, Any]], No
     except OutOfBounds as error:
         raise LoomError(f"tool {name}: its schema {error}") from error
     except Exception as error:  # whatever a foreign library raises, the schema cannot be used
-        raise LoomError(f"tool {name}: its schema cannot be used: {describe(error)}") from error
+        raise LoomError(f"tool {name}: its schema cannot be used: {error_text(error)}") from error
 
     def check(arguments: dict[str, Any]) -> None:
         faults = []

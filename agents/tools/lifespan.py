@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Generic, TypeVar
 
-from loom.agents.user_code import error_text_fields, guarded, type_name
+from loom.agents.user_code import contain, error_fields, type_name
 from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import LoomError
 
@@ -101,12 +101,12 @@ class Lifespan(Generic[T]):
 
     async def _hold(self, ready: "asyncio.Future[T]", closing: asyncio.Event) -> None:
         try:
-            with guarded():
+            with contain():
                 async with self._open() as value:
                     ready.set_result(value)
                     await closing.wait()
         except Exception as error:  # noqa: BLE001 - a user's context manager may raise anything
-            log.warning("tool_resource_failed", resource=self.name, **error_text_fields(error))
+            log.warning("tool_resource_failed", resource=self.name, **error_fields(error))
             if not ready.done():
                 ready.set_exception(LoomError(f"{self.name} cannot be opened: {type_name(error)}"))
         finally:

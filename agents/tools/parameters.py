@@ -10,7 +10,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from loom.agents.tools.context import ToolContext
-from loom.agents.user_code import describe, guarded
+from loom.agents.user_code import contain, error_text
 from loom.agents.values import NotText, from_json, json_schema, to_json
 from loom.agents.values.annotations import for_msgspec
 from loom.schemas.base import encode
@@ -77,7 +77,7 @@ class Parameters:
             InvalidArguments: They do not fit.
         """
         try:
-            with guarded():
+            with contain():
                 values = from_json(self._shape, arguments.strip() or "{}")
         except ValueError as error:
             raise InvalidArguments(str(error)) from error
@@ -91,7 +91,7 @@ def _signature(fn: Callable[..., Any], name: str) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(fn, eval_str=True, locals=known).parameters.values())
     except (NameError, ValueError, TypeError, AttributeError, SyntaxError) as error:
-        raise LoomError(f"tool {name}: its parameters cannot be read: {describe(error)}") from error
+        raise LoomError(f"tool {name}: its parameters cannot be read: {error_text(error)}") from error
 
 
 def _is_context(kind: Any) -> bool:

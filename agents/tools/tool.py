@@ -10,12 +10,12 @@ from loom.agents.tools.lifespan import Lifespan
 from loom.agents.tools.names import name_of
 from loom.agents.tools.parameters import InvalidArguments
 from loom.agents.tools.result import cut
-from loom.agents.user_code import describe, type_name
+from loom.agents.user_code import error_text, type_name
 from loom.agents.values import NotText, to_text
 from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import LoomError
 from loom.schemas.llm import ToolDefinition
-from loom.schemas.task import is_token
+from loom.schemas.tokens import is_token
 
 MAX_DESCRIPTION_CHARS = 1024
 
@@ -110,11 +110,11 @@ class Tool:
         except NotText as error:
             return self._failed(f"the tool's result cannot be shown: {error}", context)
         except LoomError as error:  # meant for people
-            return self._failed(describe(error), context)
+            return self._failed(error_text(error), context)
         except Exception as error:  # noqa: BLE001 - a tool may raise anything; the model gets to see it
             if isinstance(error, TimeoutError) and scope.expired():
                 return self._failed(f"no result within {limit:g} s", context)
-            return self._failed(describe(error), context, f"the tool raised {type_name(error)}")
+            return self._failed(error_text(error), context, f"the tool raised {type_name(error)}")
 
     def _failed(self, reason: str, context: ToolContext, published: str | None = None) -> ToolResult:
         log.warning("tool_failed", tool=self.name, task_id=context.task_id, attempt=context.attempt, reason=reason)

@@ -1,4 +1,4 @@
-"""Dead letters: the raw bytes kept for an operator, and the task ended all the same."""
+"""Stores messages that cannot be handled as dead letters, and ends their tasks."""
 
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping
@@ -15,26 +15,31 @@ from loom.bus.natsio.server_errors import Conflict
 from loom.bus.records import records
 from loom.bus.replies import allowed_reply
 from loom.schemas.base import MAX_MESSAGE_BYTES, Undecodable, decode
-from loom.schemas.envelope import DeadLetter, Envelope, Phase, TaskRecord
+from loom.schemas.dead_letter import DeadLetter
+from loom.schemas.envelope import Envelope, Phase
 from loom.schemas.identity import PUBLIC
 from loom.schemas.notices import envelope_in
-from loom.schemas.task import Submission, TaskAd, TaskError, is_token
+from loom.schemas.record import TaskRecord
+from loom.schemas.task import Submission, TaskAd, TaskError
+from loom.schemas.tokens import is_token
 
 log = get_logger()
 
 T = TypeVar("T")
 End = Callable[[Envelope, bytes], Awaitable[None]]
-"""Ends a task here, by an envelope with the error; the bytes are those of the dead message."""
+"""Ends a task within the phase: called with an envelope that has the error, and the body of the dead message."""
 _PREFIX = "Loom-Dead-"
 
 
 async def dead_letter(
     bus: Bus, phase: Phase, task_id: str, delivery: Delivery, reason: str, end: End | None = None
 ) -> None:
-    """Keep the message as a dead letter and see that its task ends.
+    """Store a message as a dead letter, and end its task.
 
     Args:
-        end: How to end the task here; absent: by an envelope to EVALUATE.
+        task_id: Last token of the subject; any text.
+        reason: Why the message cannot be handled; truncated to 1000 characters.
+        end: Ends the task; default: by an envelope to EVALUATE.
     """
     raw = delivery.msg.data
     log.error("dead_letter", reason=reason, subject=delivery.subject, deliveries=delivery.facts.delivered)
@@ -42,7 +47,7 @@ async def dead_letter(
     submitter = submitter_in(bus, delivery.subject)
     record, is_unreadable = await _record(bus, task_id)
     own = None if submitted else _own_envelope(raw, task_id)
-    told = own or (record.envelope if record is not None else None)
+    latest = own or (record.envelope if record is not None else None)
     letter = DeadLetter(
         phase=phase,
         task_id=task_id,
@@ -51,9 +56,9 @@ async def dead_letter(
         reason=reason[:1000],
         stream_seq=delivery.facts.stream_seq,
         cut=len(raw) > MAX_MESSAGE_BYTES,
-        trail=" ".join(hop.phase for hop in told.hops) if told is not None else "",
+        trail=" ".join(hop.phase for hop in latest.hops) if latest is not None else "",
     )
-    # INTAKE and TASKS count their sequences apart.
+    # INTAKE and TASKS have sequences of their own.
     msg_id = f"{task_id}:dead:{'intake-' if submitted else ''}{delivery.facts.stream_seq}"
     await store_once(
         bus,
@@ -81,46 +86,46 @@ async def dead_letter(
 
 
 def is_submission(bus: Bus, subject: str) -> bool:
-    """Return whether what was on `subject` came from a client: a Submission, where all others are envelopes."""
+    """Return whether the messages on `subject` are submissions of clients, not envelopes."""
     parsed = bus.subjects.parse(subject)
     return parsed is not None and parsed.family == "intake"
 
 
 def submitter_in(bus: Bus, subject: str) -> str:
-    """Return whose task a message is about, as far as its subject names the submitter."""
+    """Return the submitter in a subject; `public` if it has none."""
     parsed = bus.subjects.parse(subject)
     return parsed.tokens.get("submitter", PUBLIC) if parsed is not None else PUBLIC
 
 
 async def _record(bus: Bus, task_id: str) -> tuple[TaskRecord | None, bool]:
-    """Return the task's record, and whether there is one that cannot be read."""
+    """Return the task's record, and whether a record exists that cannot be decoded."""
     if not is_token(task_id):
         return None, False
     try:
         entry = await records(bus).get(task_id)
-    except Undecodable as error:  # the letter is to be kept all the same
+    except Undecodable as error:  # the letter is stored nevertheless
         log.warning("record_unreadable", reason=error.message)
         return None, True
     return entry.value if entry is not None else None, False
 
 
 def _own_envelope(raw: bytes, task_id: str) -> Envelope | None:
-    """The envelope in the message, if it is of the task its subject names."""
+    """Return the envelope in the message, if its task is the one in the subject."""
     envelope = envelope_in(raw)
     return envelope if envelope is not None and is_token(task_id) and envelope.task_id == task_id else None
 
 
 def _rebuilt(bus: Bus, phase: Phase, task_id: str, record: TaskRecord | None) -> Envelope | None:
-    """The envelope to end in the place of one that cannot be read; None where no task would end by it."""
+    """Return an envelope that ends the task in place of one that cannot be decoded; None if no task would end by it."""
     if record is not None:
         return replace(record.envelope, attempt=max(record.envelope.attempt, record.claim.attempt))
-    if phase == "sense" and is_token(task_id):  # a subtask before its admission: somebody may wait for it
+    if phase == "sense" and is_token(task_id):  # a subtask before its admission: its parent may wait for it
         return _unknown(bus, task_id, "(unreadable subtask)")
     return None
 
 
 async def _submitted(bus: Bus, task_id: str, raw: bytes, record: TaskRecord | None, submitter: str) -> Envelope | None:
-    """The envelope to end for a message of a client, which may be about a task of somebody else."""
+    """Return the envelope that ends the task of a client's message, which may have the id of another client's task."""
     if not is_token(task_id):
         return None
     submission = _read(raw, Submission)
@@ -128,12 +133,12 @@ async def _submitted(bus: Bus, task_id: str, raw: bytes, record: TaskRecord | No
         return await _admit_dead(bus, task_id, submission, submitter)
     own = record.envelope.submitter == submitter
     if submission is None or not own or submission.submission != record.submission:
-        return None  # rubbish sent under the id of somebody's running task must not end it
+        return None  # a message with the id of another client's running task must not end that task
     return _rebuilt(bus, "sense", task_id, record)
 
 
 async def _admit_dead(bus: Bus, task_id: str, submission: Submission | None, submitter: str) -> Envelope:
-    """Return an envelope for a task that died before its admission, recorded so that its submitter is answered."""
+    """Return an envelope for a task that failed before its admission, and create its record for the reply."""
     if submission is None or submission.ad.task_id != task_id:
         return _unknown(bus, task_id, "(unreadable submission)", submitter)
     envelope = Envelope(ad=submission.ad, submitter=submitter, deadline=bus.clock.now())
@@ -147,7 +152,7 @@ async def _admit_dead(bus: Bus, task_id: str, submission: Submission | None, sub
         envelope=envelope,
         admitted_at=bus.clock.now(),
     )
-    with contextlib.suppress(Conflict):  # a twin of this message has been here
+    with contextlib.suppress(Conflict):  # another delivery of this message has created it
         await records(bus).create(task_id, record)
     return envelope
 
@@ -164,7 +169,7 @@ def _read(raw: bytes, shape: type[T]) -> T | None:
 
 
 def letter_headers(letter: DeadLetter) -> dict[str, str]:
-    """Return the facts of a dead letter as message headers."""
+    """Return the facts of a dead letter as the headers of its message."""
     plain = {name: str(getattr(letter, name)) for name in letter.__struct_fields__}
     return {
         _PREFIX + name.replace("_", "-"): " ".join(value.encode("ascii", "replace").decode().split())
@@ -173,15 +178,16 @@ def letter_headers(letter: DeadLetter) -> dict[str, str]:
 
 
 def letter_facts(headers: Mapping[str, str], subject: str) -> DeadLetter:
-    """Return what `headers` tell of the dead letter on `subject`, as far as they tell it.
+    """Return the facts of a dead letter from its headers and its subject.
 
-    Anybody may publish to that subject, so that any fact may be missing or nonsense: then they all stand at nothing.
+    Any client may have published it, so facts may be missing or invalid. A missing fact is empty or 0; if one is
+    invalid, all facts but those of the subject are.
     """
     _, _, phase, task_id = (*subject.split("."), "", "", "", "")[:4]
-    nothing = {"phase": phase, "task_id": task_id, "subject": "", "deliveries": 0, "reason": ""}
-    given = {name: headers.get(_PREFIX + name.replace("_", "-")) for name in DeadLetter.__struct_fields__}
-    known = {name: text for name, text in given.items() if text is not None}
+    defaults = {"phase": phase, "task_id": task_id, "subject": "", "deliveries": 0, "reason": ""}
+    texts = {name: headers.get(_PREFIX + name.replace("_", "-")) for name in DeadLetter.__struct_fields__}
+    given = {name: text for name, text in texts.items() if text is not None}
     try:
-        return msgspec.convert({**nothing, **known}, DeadLetter, strict=False)
+        return msgspec.convert({**defaults, **given}, DeadLetter, strict=False)
     except ValueError:
-        return msgspec.convert(nothing, DeadLetter)
+        return msgspec.convert(defaults, DeadLetter)

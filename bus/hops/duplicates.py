@@ -1,7 +1,7 @@
-"""What is done when the message id of a first sending was taken: the message that took it must be ours.
+"""Publishing under deterministic message ids, and checks of the message that has taken an id before.
 
-Ids are deterministic, so a twin of the sender may have stored the same message before; that is why it is a duplicate
-and no fault. But any client that may publish into the stream can guess an id and store another message under it.
+A duplicate is usually not a fault: another replica has stored the same message first. But any client with the
+permission to publish into the stream can guess an id and store a different message under it.
 """
 
 from collections.abc import Coroutine, Mapping
@@ -12,7 +12,7 @@ from loom.bus.bus import Bus
 from loom.bus.hops.schedules import SCHEDULE, TARGET, may_schedule
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.publishing import PubAck
-from loom.bus.natsio.stored_message import StoredMessage, read_message
+from loom.bus.natsio.stored_message import StoredMessage, last_message, read_message
 from loom.bus.records import records
 from loom.schemas.base import Undecodable, decode, encode, new_id
 from loom.schemas.envelope import Envelope
@@ -28,10 +28,12 @@ _TOLERANCE_S = 1.0
 def store_once(
     bus: Bus, subject: str, message: Any, *, msg_id: str, headers: dict[str, str] | None = None
 ) -> Coroutine[Any, Any, PubAck]:
-    """Send a message to be stored unless the same one is stored already; await what is returned, as with `Bus.store`.
+    """Publish a message into a stream unless the same message is stored already; return an awaitable of the PubAck.
+
+    The message is sent immediately, also if the result is not awaited.
 
     Raises:
-        BusUnavailable, Overloaded, Refused: As `Bus.store`.
+        BusUnavailable, Overloaded, Refused: As `JetStream.publish`.
     """
     sent = bus.jetstream.publish(subject, message, msg_id=msg_id, headers=headers)
 
@@ -52,79 +54,83 @@ async def resolve(
     headers: dict[str, str] | None = None,
     after: int = 0,
 ) -> PubAck:
-    """Return `ack`, a duplicate's, where a twin has stored the message; else store it under a random id.
+    """Return `ack` if the message that has taken the id is equivalent; else store this one under a random id.
 
     Args:
-        after: Sequence in the same stream of the message this one follows from; 0 where there is none.
+        ack: Acknowledgement of a duplicate.
+        after: Sequence, in the same stream, of the message that led to this one; 0 if it is in another stream.
     """
     stored = await read_message(bus.jetstream, ack.stream, {"seq": ack.seq})
     if stored is None:
-        # Settled by its reader, or removed by the client that took the id: the task itself shows which.
-        envelope = _carried(message)  # a notice does not carry the task, and may come twice
-        ours = envelope is not None and await _goes_on(bus, envelope, subject, max(ack.seq, after))
+        # Acked by its consumer, or removed by the client that took the id: the state of the task shows which.
+        envelope = _envelope_of(message)  # a notice has none, and may be stored twice
+        equivalent = envelope is not None and await _has_progressed(bus, envelope, subject, max(ack.seq, after))
     else:
-        ours = is_ours(stored, subject, message, headers or {}, bus.clock.now())
-    if ours:
+        equivalent = is_equivalent(stored, subject, message, headers or {}, bus.clock.now())
+    if equivalent:
         return ack
     log.warning("message_id_taken", subject=subject, by=stored.subject if stored else "", seq=ack.seq)
     return await bus.jetstream.publish(subject, message, msg_id=f"{msg_id}:{new_id()}", headers=headers)
 
 
-def is_ours(stored: StoredMessage, subject: str, message: Any, headers: Mapping[str, str], now: float) -> bool:
-    """Return whether a stored message does what `message` is to do.
+def is_equivalent(stored: StoredMessage, subject: str, message: Any, headers: Mapping[str, str], now: float) -> bool:
+    """Return whether a stored message has the effect that `message` would have.
 
-    An envelope, also one in a PlanTimeout, must be of the same task and attempt and, on its way back by a schedule,
-    not much later. Differences between twins (hops, times, instance, result) do not count. A reward must have the
-    same id and score. Anything else must be the same bytes.
+    An envelope, also the one in a PlanTimeout, must have the same task and attempt, and a scheduled one must not be
+    due much later. Differences between replicas (hops, times, instance, result) do not matter. A reward must have
+    the same id and score. Any other message must have the same bytes.
+
+    Args:
+        now: Server time, seconds since the epoch.
     """
     if isinstance(message, Reward):
         return _is_same_reward(stored, subject, message)
-    wanted = _carried(message)
-    if wanted is None:
+    envelope = _envelope_of(message)
+    if envelope is None:
         return stored.subject == subject and stored.data == (message if isinstance(message, bytes) else encode(message))
     try:
-        twin = read_scale_message(stored.data)
+        stored_message = read_scale_message(stored.data)
     except Undecodable:
         return False
-    carried = _carried(twin)
-    if carried is None or type(twin) is not type(message):
+    other = _envelope_of(stored_message)
+    if other is None or type(stored_message) is not type(message):
         return False
-    same = (carried.task_id, carried.attempt) == (wanted.task_id, wanted.attempt)
-    return same and _comes_out_alike(stored, subject, headers, now)
+    same = (other.task_id, other.attempt) == (envelope.task_id, envelope.attempt)
+    return same and _is_delivered_alike(stored, subject, headers, now)
 
 
 def _is_same_reward(stored: StoredMessage, subject: str, reward: Reward) -> bool:
-    """Whether a reward of the same id is stored; an inheritance of any heir counts as the same."""
+    """Return whether the stored reward has the same id; for an inheritance the heir may be another node."""
     try:
-        twin = decode(stored.data, Reward)
+        other = decode(stored.data, Reward)
     except Undecodable:
         return False
-    if (twin.reward_id, twin.kind) != (reward.reward_id, reward.kind):
+    if (other.reward_id, other.kind) != (reward.reward_id, reward.kind):
         return False
     if reward.kind == "inherit":
-        address = f".reward.{twin.source}.{twin.owner}.{twin.node_id}.{twin.domain_token}"
+        address = f".reward.{other.source}.{other.owner}.{other.node_id}.{other.domain_token}"
         return stored.subject.endswith(address)
-    return stored.subject == subject and twin.score == reward.score
+    return stored.subject == subject and other.score == reward.score
 
 
-def _carried(message: Any) -> Envelope | None:
-    """The envelope that a message is or holds."""
+def _envelope_of(message: Any) -> Envelope | None:
+    """Return the envelope that a message is or contains."""
     if isinstance(message, PlanTimeout):
         return message.envelope
     return message if isinstance(message, Envelope) else None
 
 
-def _comes_out_alike(stored: StoredMessage, subject: str, headers: Mapping[str, str], now: float) -> bool:
-    """Whether a stored message reaches the same phase as the wanted one would, and not much later.
+def _is_delivered_alike(stored: StoredMessage, subject: str, headers: Mapping[str, str], now: float) -> bool:
+    """Return whether a stored message reaches the same phase as a new one would, and not much later.
 
-    Twins schedule under subjects of their own, and one may wait where the other does not.
+    Replicas schedule under different subjects, and one may schedule a message that the other publishes immediately.
     """
     if SCHEDULE in stored.headers and not may_schedule(stored.subject, stored.headers.get(TARGET, "")):
         return False
     if _phase_subject(stored.subject, stored.headers) != _phase_subject(subject, headers):
         return False
-    at, wanted = _due(stored.headers, now), _due(headers, now)
-    return at is not None and wanted is not None and at <= wanted + max(0.0, wanted - now) + _TOLERANCE_S
+    stored_due, due = _due(stored.headers, now), _due(headers, now)
+    return stored_due is not None and due is not None and stored_due <= due + max(0.0, due - now) + _TOLERANCE_S
 
 
 def _phase_subject(subject: str, headers: Mapping[str, str]) -> str:
@@ -132,7 +138,7 @@ def _phase_subject(subject: str, headers: Mapping[str, str]) -> str:
 
 
 def _due(headers: Mapping[str, str], now: float) -> float | None:
-    """When the message comes out; None where that cannot be read."""
+    """Return the server time at which a message reaches its phase; None if its schedule cannot be parsed."""
     text = headers.get(SCHEDULE)
     if text is None:
         return now
@@ -142,8 +148,8 @@ def _due(headers: Mapping[str, str], now: float) -> float | None:
         return None
 
 
-async def _goes_on(bus: Bus, envelope: Envelope, subject: str, after: int) -> bool:
-    """Whether the task has got beyond the hop on `subject`, of which nothing is stored any more."""
+async def _has_progressed(bus: Bus, envelope: Envelope, subject: str, after: int) -> bool:
+    """Return whether the task has progressed beyond the hop on `subject`, which is not stored any more."""
     parsed = bus.subjects.parse(subject)
     phase = parsed.tokens.get("phase", "") if parsed else ""
     try:
@@ -154,14 +160,15 @@ async def _goes_on(bus: Bus, envelope: Envelope, subject: str, after: int) -> bo
         return False
     if entry.value.ended or entry.value.claim.attempt > envelope.attempt or phase == "sense":
         return True
-    carriers = (bus.subjects.later("*", envelope.task_id, "*"), bus.subjects.task("*", "*", envelope.task_id))
-    for carrier in carriers:
-        found = await read_message(bus.jetstream, bus.subjects.stream("TASKS"), {"last_by_subj": carrier})
-        if found is not None and found.seq > after and _carries(found, envelope):
+    filters = (bus.subjects.later("*", envelope.task_id, "*"), bus.subjects.task("*", "*", envelope.task_id))
+    for filter_subject in filters:
+        message = await last_message(bus.jetstream, bus.subjects.stream("TASKS"), filter_subject)
+        if message is not None and message.seq > after and _is_of_attempt(message, envelope):
             return True
     return False
 
 
-def _carries(found: StoredMessage, envelope: Envelope) -> bool:
-    carried = envelope_in(found.data)
-    return carried is not None and carried.task_id == envelope.task_id and carried.attempt >= envelope.attempt
+def _is_of_attempt(message: StoredMessage, envelope: Envelope) -> bool:
+    """Return whether a stored message has an envelope of the same task, of this attempt or a later one."""
+    stored = envelope_in(message.data)
+    return stored is not None and stored.task_id == envelope.task_id and stored.attempt >= envelope.attempt

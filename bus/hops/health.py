@@ -1,4 +1,4 @@
-"""What a phase reports about its own work, for an operator's checks."""
+"""The health report of a phase, which `loom doctor` reads."""
 
 from typing import Annotated
 
@@ -9,25 +9,26 @@ from loom.schemas.base import Count, Message, Name, Note, Seconds, total
 
 
 class Health(Message, frozen=True, kw_only=True):
-    """How far one phase of one process has got."""
+    """The progress and the failures of one phase of one process."""
 
     handled: Count = 0
     """Messages handled since the start."""
     in_hand: Count = 0
+    """Messages in processing."""
     oldest_s: Seconds = 0.0
-    """How long the oldest of those in hand has been there."""
+    """Age of the oldest message in processing."""
     last_seq: Count | None = None
-    """ADAPT: sequence of the last reward read."""
+    """ADAPT: sequence of the last reward that was read."""
     failure: Note = ""
-    """The essential task that failed, and its error."""
+    """Name and error of the essential task that failed."""
     discards: Annotated[dict[Name, Count], Meta(max_length=100)] = {}
-    """Log event -> messages of the whole process that were left out."""
+    """Log event -> number of messages that the whole process discarded."""
     left_out: Annotated[dict[Name, LeftOut], Meta(max_length=MAX_HOSTS)] = {}
-    """Host -> what the whole process left out of its messages."""
+    """Host -> what the whole process discarded of its messages."""
 
 
 def together(parts: list[Health]) -> Health:
-    """Return the health of several parts as one."""
+    """Return the health of several parts of a phase as one."""
     return Health(
         handled=total(*(part.handled for part in parts)),
         in_hand=total(*(part.in_hand for part in parts)),

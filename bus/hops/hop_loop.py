@@ -1,10 +1,11 @@
-"""The hop loop: pull, decode, decide, settle. Handlers decide; only this file settles."""
+"""The hop loop: pull, decode, decide, settle. Handlers decide what follows; only this module settles messages."""
 
 import asyncio
 import contextlib
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 import structlog
@@ -30,13 +31,16 @@ from loom.schemas.notices import PlanTimeout
 log = get_logger()
 T = TypeVar("T")
 
-IN_PROGRESS_S = 10.0  # a third of ack_wait
+IN_PROGRESS_S = 10.0
+"""Seconds between two acknowledgements of progress: a third of ACK_WAIT_S."""
 SLOTS = 256
-FULL_S = 2.0  # between two tries while the server is full
-RECALL_S = 2.0  # for handlers to give work back when the drain time is over
+FULL_S = 2.0
+"""Seconds between two tries while the server is full."""
+RECALL_S = 2.0
+"""Seconds that handlers have to give deliveries back after the drain time."""
 
 SHARES = {"low": 0.2, "normal": 0.6, "high": 0.1, "critical": 0.1}
-"""A lane's part of a phase's slots: a fifth is kept for what is urgent."""
+"""Priority -> share of the phase's slots: a fifth is kept for urgent tasks."""
 
 
 def lane_slots(lane: Lane, total: int = SLOTS) -> int:
@@ -45,21 +49,21 @@ def lane_slots(lane: Lane, total: int = SLOTS) -> int:
 
 
 def retry_s(delivered: int) -> float:
-    """Return the longest wait before a message that failed comes again: 0.5 s, doubled each time, at most 30."""
+    """Return the longest wait before a failed message is delivered again: 0.5 s, doubled each time, at most 30 s."""
     return min(30.0, 0.25 * 2.0 ** min(delivered, DEAD_AFTER))
 
 
 @dataclass(frozen=True)
 class Service(Generic[T]):
-    """One phase's consumers and what is done with their messages.
+    """The consumers of a phase and the handler of their messages.
 
     Args:
         lanes: Consumer and slots of each lane.
-        shape: What the messages are.
-        handle: Decides; may publish what stored state implies before it returns.
-        read: Reads a message where it is not always of one shape.
-        window: How many more messages a lane may take, where its slots alone don't say.
-        end: Ends a task whose message is dead, where that is this phase's own business.
+        shape: Type of the messages.
+        handle: Returns what follows; may publish what stored state implies before it returns.
+        read: Decodes a message, for a phase whose messages have several types.
+        window: Returns how many more messages a lane may receive; default: its free slots.
+        end: Ends the task of a dead message, for a phase that does so itself.
     """
 
     phase: Phase
@@ -72,102 +76,118 @@ class Service(Generic[T]):
 
 
 class HopLoop(Generic[T]):
-    """Runs a service against the bus: bounded, redelivery-safe, drained on stop."""
+    """Runs the handler of a phase over its messages: with bounded concurrency, safe to redeliver, drained on stop."""
 
     def __init__(self, bus: Bus, service: Service[T]) -> None:
         self._bus = bus
         self._service = service
-        self._pulls: list[PullConsumer] = []
-        self._in_hand: dict[asyncio.Task[None], Delivery] = {}
+        self._consumers: list[PullConsumer] = []
+        self._deliveries: dict[asyncio.Task[None], Delivery] = {}
+        self._in_progress: asyncio.Task[None] | None = None
         self._slots: dict[str, Slots] = {}
         self._handled = 0
 
     def health(self) -> Health:
-        """Return what has been handled and what is in hand."""
-        since = min((delivery.received for delivery in self._in_hand.values()), default=None)
+        """Return the numbers of handled messages and of those in processing, and the age of the oldest of these."""
+        since = min((delivery.received for delivery in self._deliveries.values()), default=None)
         oldest_s = 0.0 if since is None else max(0.0, self._bus.clock.now() - since)
-        return Health(handled=self._handled, in_hand=len(self._in_hand), oldest_s=total_s(oldest_s))
+        return Health(handled=self._handled, in_hand=len(self._deliveries), oldest_s=total_s(oldest_s))
 
     async def start(self) -> None:
-        """Begin to take messages; returns once the server has been asked."""
-        self._ticking = self._bus.tasks.spawn(self._tick(), name=f"in-progress {self._service.phase}", essential=True)
+        """Start to pull; returns once the first requests are sent."""
+        self._in_progress = self._bus.tasks.spawn(
+            self._send_in_progress(), name=f"in-progress {self._service.phase}", essential=True
+        )
         for lane, total in self._service.lanes:
             slots = self._slots[lane.name] = Slots(total)
-            pull = PullConsumer(
+            consumer = PullConsumer(
                 self._bus.jetstream,
                 self._bus.subjects.stream(lane.stream),
                 lane.name,
-                window=lambda lane=lane, slots=slots: self._service.window(lane, slots),  # type: ignore[misc]
-                sink=lambda msg, slots=slots: self._accept(msg, slots),  # type: ignore[misc]
-                broken=lambda lane=lane: ensure_consumer(self._bus, lane),  # type: ignore[misc]
+                window=partial(self._service.window, lane, slots),
+                sink=partial(self._accept, slots),
+                restore=partial(ensure_consumer, self._bus, lane),
             )
-            self._pulls.append(pull)
-            await pull.start()
+            self._consumers.append(consumer)
+            await consumer.start()
 
     def top_up(self) -> None:
-        """Ask for more where a lane's window has grown."""
-        for pull in self._pulls:
-            pull.top_up()
+        """Request more messages for the lanes whose window has grown."""
+        for consumer in self._consumers:
+            consumer.top_up()
 
     async def drain(self, timeout_s: float) -> None:
-        """Take nothing new, finish for at most `timeout_s`, give the rest back. Safe to call twice or unstarted."""
-        pulls, self._pulls = self._pulls, []
-        if not pulls:
-            return
-        await asyncio.gather(*(pull.stop() for pull in pulls))
-        for limit_s in (timeout_s, RECALL_S):
-            if self._in_hand:
-                await asyncio.wait(list(self._in_hand), timeout=limit_s)
-            for delivery in self._in_hand.values():
-                delivery.recall()
-        rest = dict(self._in_hand)
-        for task in rest:
-            task.cancel()
-        await asyncio.gather(*rest, return_exceptions=True)
-        for delivery in rest.values():
-            await self._answer(delivery, b"-NAK")
-        self._ticking.cancel()
+        """Stop to pull, finish deliveries for at most `timeout_s`, and give the others back.
 
-    def _accept(self, msg: Msg, slots: Slots) -> None:
+        Safe to call twice or before `start`.
+        """
+        consumers, self._consumers = self._consumers, []
+        if not consumers:
+            return
+        await asyncio.gather(*(consumer.stop() for consumer in consumers))
+        for limit_s in (timeout_s, RECALL_S):
+            if self._deliveries:
+                await asyncio.wait(list(self._deliveries), timeout=limit_s)
+            for delivery in self._deliveries.values():
+                delivery.recall()
+        unfinished = dict(self._deliveries)
+        for task in unfinished:
+            task.cancel()
+        await asyncio.gather(*unfinished, return_exceptions=True)
+        for delivery in unfinished.values():
+            await self._settle_message(delivery, b"-NAK")
+        if self._in_progress is not None:
+            self._in_progress.cancel()
+
+    async def _checkpoint(self, name: str) -> None:
+        """Do nothing. Crash tests replace this method to end the process at a named point.
+
+        Args:
+            name: `fetched`, `handled`, `before ack` or `acked`.
+        """
+
+    # -- one delivery
+
+    def _accept(self, slots: Slots, msg: Msg) -> None:
         delivery = Delivery(msg, slots, self._bus.isolation)
         delivery.received = self._bus.clock.now()
         slots.taken += 1
-        task = self._bus.tasks.spawn(self._serve(delivery), name=f"hop {delivery.subject}")
-        self._in_hand[task] = delivery
-        task.add_done_callback(self._finished)
+        task = self._bus.tasks.spawn(self._process(delivery), name=f"hop {delivery.subject}")
+        self._deliveries[task] = delivery
+        task.add_done_callback(self._on_done)
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        delivery = self._in_hand.pop(task)
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        delivery = self._deliveries.pop(task)
         delivery.release()
         delivery.slots.taken -= 1
         self.top_up()
         if not task.cancelled() and task.exception():
             log.error("loop_failed", subject=delivery.subject, **error_fields(task.exception()))
 
-    async def _serve(self, delivery: Delivery) -> None:
+    async def _process(self, delivery: Delivery) -> None:
         task_id = delivery.subject.rpartition(".")[2]  # the last token of every lane's subjects
         structlog.contextvars.bind_contextvars(task_id=task_id, phase=self._service.phase)  # of this asyncio task alone
         try:
-            await delivery.enter()
-            await self._work(delivery, task_id)
+            await delivery.acquire()
+            await self._handle_until_stored(delivery, task_id)
             self._handled += 1
-        except Exception as error:  # noqa: BLE001 - whatever a handler raises, its message must come back
+        except Exception as error:  # noqa: BLE001 - whatever a handler raises, its message must be delivered again
             wait_s = retry_s(delivery.facts.delivered) * random.uniform(0.5, 1)  # noqa: S311 - jitter
             log.warning("hop_failed", retry_in_s=round(wait_s, 2), **error_fields(error))
-            await self._answer(delivery, b'-NAK {"delay": %d}' % int(wait_s * 1e9))
+            await self._settle_message(delivery, b'-NAK {"delay": %d}' % int(wait_s * 1e9))
 
-    async def _work(self, delivery: Delivery, task_id: str) -> None:
-        """Decide and settle; while the server stores nothing, try again in hand.
+    async def _handle_until_stored(self, delivery: Delivery, task_id: str) -> None:
+        """Handle and settle a delivery; retry here while the server stores nothing.
 
-        It is not the message's fault, and handed back its count would grow until it passed for dead.
+        The message is not the cause. If it were given back, its delivery count would grow until it was dead-lettered.
         """
         while True:
             try:
-                await self._settle(delivery, task_id, await self._decide(delivery))
+                await self._apply(delivery, task_id, await self._decide(delivery))
             except Overloaded as error:
                 if delivery.recalled.is_set():
                     raise
-                log.warning("hop_waits", **error_fields(error))
+                log.warning("hop_stalled_stream_full", **error_fields(error))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(FULL_S):
                         await delivery.recalled.wait()
@@ -175,7 +195,8 @@ class HopLoop(Generic[T]):
                 return
 
     async def _decide(self, delivery: Delivery) -> Outcome:
-        if delivery.dead:
+        await self._checkpoint("fetched")
+        if delivery.exceeded_max_deliveries:
             return Dead(f"delivered {delivery.facts.delivered - 1} times without being settled")
         if (scheduler := forbidden_scheduler(delivery.msg)) is not None:
             return Dead(f"scheduled by {scheduler}")
@@ -185,30 +206,35 @@ class HopLoop(Generic[T]):
             return Dead(f"undecodable: {error.message}")
         try:
             return await self._service.handle(message, delivery)
-        except Undecodable as error:  # a stored value: the next delivery would find the same
+        except Undecodable as error:  # of a stored value: the next delivery would read the same bytes
             return Dead(f"a stored value is undecodable: {error.message}")
 
     def _read(self, raw: bytes) -> T:
         service = self._service
         return decode(raw, service.shape) if service.read is None else service.read(raw)
 
-    async def _settle(self, delivery: Delivery, task_id: str, outcome: Outcome) -> None:
+    # -- outcomes
+
+    async def _apply(self, delivery: Delivery, task_id: str, outcome: Outcome) -> None:
+        await self._checkpoint("handled")
         match outcome:
             case Next(phase, envelope, msg_id):
-                await self._pass_on(delivery, phase, envelope, msg_id)
+                await self._publish_hop(delivery, phase, envelope, msg_id)
             case Fail(error, envelope):
-                await self._pass_on(delivery, "evaluate", envelope.failed(error), None)
+                await self._publish_hop(delivery, "evaluate", envelope.failed(error), None)
             case Later():
-                await self._postpone(delivery, outcome)
+                await self._schedule_hop(delivery, outcome)
             case Dead(reason):
                 await dead_letter(self._bus, self._service.phase, task_id, delivery, reason, self._service.end)
             case Done():
                 pass
             case Leave():
                 return
-        await self._answer(delivery, b"+ACK")
+        await self._checkpoint("before ack")
+        await self._settle_message(delivery, b"+ACK")
+        await self._checkpoint("acked")
 
-    def _hopped(self, delivery: Delivery, envelope: Envelope) -> Envelope:
+    def _with_hop(self, delivery: Delivery, envelope: Envelope) -> Envelope:
         hop = Hop(
             phase=self._service.phase,
             instance=self._bus.instance,
@@ -218,43 +244,43 @@ class HopLoop(Generic[T]):
         )
         return envelope.with_hop(hop)
 
-    async def _pass_on(self, delivery: Delivery, phase: Phase, envelope: Envelope, msg_id: str | None) -> None:
-        hopped = self._hopped(delivery, envelope)
-        subject = self._bus.subjects.task(phase, hopped.priority, hopped.task_id)
-        msg_id = msg_id or f"{hopped.task_id}:{delivery.origin}"
-        ack = await self._bus.jetstream.publish(subject, hopped, msg_id=msg_id)
+    async def _publish_hop(self, delivery: Delivery, phase: Phase, envelope: Envelope, msg_id: str | None) -> None:
+        envelope = self._with_hop(delivery, envelope)
+        subject = self._bus.subjects.task(phase, envelope.priority, envelope.task_id)
+        msg_id = msg_id or f"{envelope.task_id}:{delivery.origin}"
+        ack = await self._bus.jetstream.publish(subject, envelope, msg_id=msg_id)
         if ack.duplicate:
-            await resolve(self._bus, ack, subject, hopped, msg_id=msg_id, after=delivery.seq_in(ack.stream))
+            await resolve(self._bus, ack, subject, envelope, msg_id=msg_id, after=delivery.seq_in(ack.stream))
 
-    async def _postpone(self, delivery: Delivery, later: Later) -> None:
-        hopped = self._hopped(delivery, later.envelope)
+    async def _schedule_hop(self, delivery: Delivery, later: Later) -> None:
+        envelope = self._with_hop(delivery, later.envelope)
         await schedule(
             self._bus,
-            self._bus.subjects.later(self._service.phase, hopped.task_id, delivery.origin),
-            target=self._bus.subjects.task(later.phase or self._service.phase, hopped.priority, hopped.task_id),
+            self._bus.subjects.later(self._service.phase, envelope.task_id, delivery.origin),
+            target=self._bus.subjects.task(later.phase or self._service.phase, envelope.priority, envelope.task_id),
             at=self._bus.clock.now() + later.delay_s,
-            message=hopped,
-            msg_id=later.msg_id or f"{hopped.task_id}:{delivery.origin}",
+            message=envelope,
+            msg_id=later.msg_id or f"{envelope.task_id}:{delivery.origin}",
         )
 
-    async def _answer(self, delivery: Delivery, verb: bytes) -> None:
+    async def _settle_message(self, delivery: Delivery, verb: bytes) -> None:
         try:
             await self._bus.connection.publish(delivery.msg.reply, verb)
         except LoomError as error:
             log.warning("settle_failed", verb=verb.decode()[:4], error=error.message)
 
-    async def _tick(self) -> None:
-        """Tell the server every 10 s that what is in hand is still being worked on."""
+    async def _send_in_progress(self) -> None:
+        """Acknowledge every 10 s that each delivery is in progress, so that the server does not deliver it again."""
         while True:
             await asyncio.sleep(IN_PROGRESS_S)
-            for delivery in list(self._in_hand.values()):
-                await self._answer(delivery, b"+WPI")
+            for delivery in list(self._deliveries.values()):
+                await self._settle_message(delivery, b"+WPI")
 
 
 async def schedule(
     bus: Bus, subject: str, *, target: str, at: float, message: Envelope | PlanTimeout, msg_id: str
 ) -> None:
-    """Store `message` under `subject`, to be moved to `target` at server time `at`.
+    """Store `message` under `subject`; the server moves it to `target` at server time `at`.
 
     A second schedule on the same subject replaces the first.
     """

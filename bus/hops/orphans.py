@@ -1,7 +1,7 @@
-"""Messages that stay in the stream of hops although no consumer will ever deliver them, and their removal.
+"""Orphans: messages of the stream of hops that no consumer will deliver, and their removal.
 
-The server may keep a message that was acknowledged, and a client may store one where no consumer looks. Neither is work
-in flight; they only take room on the disk.
+The server may keep a message that was acknowledged, and a client may store one on a subject without a consumer. Both
+only take disk space.
 """
 
 import asyncio
@@ -19,70 +19,72 @@ from loom.bus.records import records
 from loom.bus.topology import TASK_LANES, Lane, lane_infos, stream_state
 from loom.schemas.base import Undecodable
 from loom.schemas.errors import LoomError
-from loom.schemas.task import is_token
+from loom.schemas.tokens import is_token
 
 log = get_logger()
 
 SWEEP_S = 60.0
-"""Seconds between two looks."""
-MOST = 256
-"""Messages one look reads."""
+"""Longest pause between two passes, in seconds."""
+MAX_MESSAGES = 256
+"""Messages that one pass reads."""
 LEAST_AGE_S = 60.0
-"""Younger messages are left alone: they may be on their way still."""
+"""Younger messages are ignored: they may not have been delivered yet."""
 
 
 class Orphan(NamedTuple):
-    """A message nothing will deliver."""
+    """A message that no consumer will deliver."""
 
     seq: int
     subject: str
 
 
-class Look(NamedTuple):
-    """What one look has found."""
+class OrphanPage(NamedTuple):
+    """The orphans among 256 messages of the stream."""
 
     orphans: list[Orphan]
     next_seq: int
-    """Where the next look goes on; 1 after the last message."""
+    """First sequence of the next page; 1 after the last message."""
 
 
-async def find(bus: Bus, *, start_seq: int = 1) -> Look:
+async def find_orphans(bus: Bus, *, start_seq: int = 1) -> OrphanPage:
     """Return the orphans among the next 256 messages of the stream of hops, oldest first.
 
     Raises:
-        BusUnavailable: No answer.
-        Refused: There is no such stream.
+        BusUnavailable: The server does not answer.
+        Refused: The stream does not exist.
     """
     floors = {lane: int(info["ack_floor"]["stream_seq"]) for lane, info in (await lane_infos(bus)).items()}
     first = int((await stream_state(bus, "TASKS"))["first_seq"])
-    seq, found, stream = max(start_seq, first), list[Orphan](), bus.subjects.stream("TASKS")
-    for _ in range(MOST):
+    seq, orphans, stream = max(start_seq, first), list[Orphan](), bus.subjects.stream("TASKS")
+    for _ in range(MAX_MESSAGES):
         message = await read_message(bus.jetstream, stream, {"seq": seq, "next_by_subj": bus.subjects.everything})
         if message is None or bus.clock.now() - message.stored_at < LEAST_AGE_S:
-            return Look(found, 1)
+            return OrphanPage(orphans, 1)
         if await _is_orphan(bus, message.subject, message.seq, message.headers, floors):
-            found.append(Orphan(message.seq, message.subject))
+            orphans.append(Orphan(message.seq, message.subject))
         seq = message.seq + 1
-    return Look(found, seq)
+    return OrphanPage(orphans, seq)
 
 
 async def _is_orphan(bus: Bus, subject: str, seq: int, headers: Mapping[str, str], floors: Mapping[Lane, int]) -> bool:
     parsed = bus.subjects.parse(subject)
     if parsed is not None and parsed.family == "later":
         return SCHEDULE not in headers
-    lane = next((lane for lane in TASK_LANES if _takes(bus, lane, subject)), None)
+    lane = next((lane for lane in TASK_LANES if _matches(bus, lane, subject)), None)
     if lane is None:
         return True
     return seq <= floors.get(lane, 0) and await _has_ended(bus, subject.rpartition(".")[2])
 
 
-def _takes(bus: Bus, lane: Lane, subject: str) -> bool:
-    wanted, tokens = (bus.subjects.namespace, *lane.filter), subject.split(".")
-    return len(wanted) == len(tokens) and all(want in ("*", token) for want, token in zip(wanted, tokens, strict=True))
+def _matches(bus: Bus, lane: Lane, subject: str) -> bool:
+    pattern, tokens = (bus.subjects.namespace, *lane.filter), subject.split(".")
+    return len(pattern) == len(tokens) and all(
+        part in ("*", token) for part, token in zip(pattern, tokens, strict=True)
+    )
 
 
 async def _has_ended(bus: Bus, task_id: str) -> bool:
-    """Whether the task has ended, or is not known any more."""
+    """Return whether the task has ended, or has no record any more."""
     if not is_token(task_id):
         return True
     try:
@@ -93,16 +95,16 @@ async def _has_ended(bus: Bus, task_id: str) -> bool:
 
 
 async def sweep(bus: Bus) -> None:
-    """Remove orphans, 256 messages looked at in a minute; runs until cancelled. Replicas may sweep side by side."""
+    """Remove orphans, with one pass of 256 messages a minute; runs until cancelled, in several replicas if need be."""
     seq = 1
     while True:
-        await asyncio.sleep(SWEEP_S * random.uniform(0.5, 1))  # noqa: S311 - replicas apart
+        await asyncio.sleep(SWEEP_S * random.uniform(0.5, 1))  # noqa: S311 - jitter
         try:
-            orphans, seq = await find(bus, start_seq=seq)
+            orphans, seq = await find_orphans(bus, start_seq=seq)
             for orphan in orphans:
                 await _remove(bus, orphan)
         except LoomError as error:
-            log.info("orphans_not_looked_for", **error_fields(error))
+            log.info("orphan_sweep_failed", **error_fields(error))
 
 
 async def _remove(bus: Bus, orphan: Orphan) -> None:
@@ -110,7 +112,7 @@ async def _remove(bus: Bus, orphan: Orphan) -> None:
         await bus.jetstream.api(
             f"STREAM.MSG.DELETE.{bus.subjects.stream('TASKS')}", {"seq": orphan.seq, "no_erase": True}
         )
-    except Refused as refusal:  # another replica was faster
+    except Refused as refusal:  # another replica has removed it
         log.debug("orphan_gone", seq=orphan.seq, reason=refusal.message)
     else:
         log.warning("orphan_removed", subject=orphan.subject, seq=orphan.seq)

@@ -1,4 +1,4 @@
-"""What a handler decides about a delivery; the hop loop alone carries it out."""
+"""The decisions that a handler returns about a delivery; only the hop loop carries them out."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from loom.schemas.task import TaskError
 
 @dataclass(frozen=True)
 class Next:
-    """Pass the envelope on.
+    """Publish the envelope to a phase.
 
     Args:
-        msg_id: The message id when the hop follows from stored state and not from this one input.
+        msg_id: Message id of the hop, if it follows from stored state and not from this delivery alone.
     """
 
     phase: Phase
@@ -21,11 +21,11 @@ class Next:
 
 @dataclass(frozen=True)
 class Later:
-    """Hand the envelope to a phase after `delay_s`; meanwhile it holds no slot.
+    """Schedule the envelope to a phase after `delay_s` seconds; it takes no slot meanwhile.
 
     Args:
-        phase: Absent: to the same phase again.
-        msg_id: As in Next.
+        phase: Default: the phase that decides.
+        msg_id: As in `Next`.
     """
 
     delay_s: float
@@ -36,7 +36,7 @@ class Later:
 
 @dataclass(frozen=True)
 class Fail:
-    """Hand the envelope to EVALUATE with an error."""
+    """Publish the envelope to EVALUATE with an error."""
 
     error: TaskError
     envelope: Envelope
@@ -44,19 +44,19 @@ class Fail:
 
 @dataclass(frozen=True)
 class Dead:
-    """Never handle this message again: keep it for an operator and end its task."""
+    """Store the message as a dead letter and end its task."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Done:
-    """Nothing follows."""
+    """Ack the message; nothing follows."""
 
 
 @dataclass(frozen=True)
 class Leave:
-    """Settle nothing: another replica of this phase holds the message's claim."""
+    """Leave the message unsettled: another replica of this phase has the claim on its task."""
 
 
 Outcome = Next | Later | Fail | Dead | Done | Leave

@@ -1,7 +1,7 @@
-"""Messages that are stored now and move to a phase at a later time, and the phases that may schedule them.
+"""Scheduled messages, which the server moves to a phase at a later time, and the phases that may schedule them.
 
-The server moves a scheduled message to any subject of its stream. So permissions to publish do not bound who reaches
-a phase in this way, and the phase itself checks the subject of the schedule, which the server writes into a header.
+The server moves a scheduled message to any subject of its stream, whatever the publisher's permissions. Therefore the
+receiving phase checks the subject of the schedule, which the server writes into a header.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from loom.schemas.envelope import Phase
 SCHEDULE = "Nats-Schedule"
 TARGET = "Nats-Schedule-Target"
 SCHEDULER = "Nats-Scheduler"
-"""Header of a message that a schedule has moved: the subject of the schedule. The server refuses it in what a client
-publishes, in this spelling alone."""
+"""Header with the subject of the schedule that moved a message. The server refuses messages of clients with this
+header, but only in this spelling."""
 _SCHEDULER = SCHEDULER.encode()
 
 SCHEDULERS: Mapping[Phase, frozenset[Phase]] = {
@@ -28,7 +28,7 @@ SCHEDULERS: Mapping[Phase, frozenset[Phase]] = {
 
 
 def may_schedule(scheduler: str, target: str) -> bool:
-    """Return whether a schedule may move its message to a subject: the phases fit, and the task is the same.
+    """Return whether a schedule may move its message to a subject: the phases fit, and the task is the same one.
 
     Args:
         scheduler: Subject of the schedule, `<namespace>.later.<phase>.<task_id>.<origin>`.
@@ -36,14 +36,14 @@ def may_schedule(scheduler: str, target: str) -> bool:
     """
     match scheduler.split("."), target.split("."):
         case [own, "later", by, waiting, _], [namespace, "task", phase, _, task_id]:
-            allowed: Mapping[str, frozenset[Phase]] = SCHEDULERS  # type: ignore[assignment]  # any text may be looked up
+            allowed: Mapping[str, frozenset[Phase]] = SCHEDULERS  # type: ignore[assignment]  # keys of any text
             return own == namespace and waiting == task_id and by in allowed.get(phase, ())
         case _:
             return False
 
 
 def forbidden_scheduler(msg: Msg) -> str | None:
-    """Return the subject of the schedule that has moved `msg` without the right to; None for any other message."""
+    """Return the subject of the schedule that moved `msg` without permission; None for any other message."""
     if _SCHEDULER not in msg.raw_headers:
         return None
     scheduler = msg.headers.get(SCHEDULER)

@@ -1,4 +1,4 @@
-"""The tasks that run beside a connection, and what becomes of the process when an essential one fails."""
+"""The asyncio tasks of a connection; the failure of an essential one ends the process."""
 
 import asyncio
 from typing import Any
@@ -10,33 +10,34 @@ from loom.schemas.errors import LoomError
 log = get_logger()
 
 END_S = 5.0
-"""Seconds that cancelled tasks have to end."""
+"""Seconds to wait for the end of cancelled tasks."""
 
 
 class ServiceFailed(LoomError):
-    """A task without which the process is of no use has ended with an exception."""
+    """An essential task of the process has ended with an exception."""
 
     code = "service_failed"
 
 
 class BackgroundTasks:
-    """Starts tasks, keeps references to them, and ends them together."""
+    """Starts asyncio tasks, keeps references to them, and cancels them together."""
 
     def __init__(self) -> None:
         self.lost = asyncio.Event()
         """Set when the connection is closed for good or an essential task has failed: the process should end."""
         self.failure = ""
-        """The essential task that failed first, and its error."""
+        """Name and error of the essential task that failed first."""
         self.ending = False
-        """Whether the tasks are ended on purpose: a failure then does not set `lost`."""
+        """Whether the tasks are being cancelled on purpose; a failure then does not set `lost`."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._essential: set[asyncio.Task[Any]] = set()
 
     def spawn(self, work: Any, *, name: str, essential: bool = False) -> asyncio.Task[Any]:
-        """Run a coroutine until it ends or the connection closes, which cancels it.
+        """Start a task for a coroutine; it is cancelled when the connection is closed.
 
         Args:
-            essential: Whether the process is of no use without it: an exception that ends it sets `lost`.
+            name: Name of the task, for logs.
+            essential: Whether the process must end if the task raises: an exception then sets `lost`.
         """
         task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
@@ -50,12 +51,12 @@ class BackgroundTasks:
         return [task for task in self._tasks if not task.done()]
 
     async def end(self) -> None:
-        """Cancel all tasks but the current one, and wait for at most five seconds until they have ended."""
+        """Cancel all tasks except the current one, and wait up to five seconds for their end."""
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
         if tasks:
-            _, left = await asyncio.wait(tasks, timeout=END_S)  # an agent's code may ignore its cancellation
+            _, left = await asyncio.wait(tasks, timeout=END_S)  # user code may ignore its cancellation
             for task in left:
                 log.warning("task_left_behind", task=task.get_name())
 

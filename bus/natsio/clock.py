@@ -1,21 +1,21 @@
-"""The server's time in this process: the monotonic clock plus an offset that is measured now and then.
+"""The server's time in this process: the monotonic clock plus a measured offset.
 
-The wall clock is read once, for a first guess: it may step by any amount, forwards or backwards, at any moment. The
-monotonic clock does not step, but stands still while a machine is suspended: hence the measurements after a reconnect
-and after the two clocks have moved apart.
+The wall clock is read once, for the first estimate, because it may step forwards or backwards at any moment. The
+monotonic clock does not step, but stops while a machine is suspended. So the offset is measured again after a
+reconnect, and when the two clocks have moved apart.
 """
 
 import math
 import time
 
 STEP_S = 0.5
-"""How far wall and monotonic clock move apart before the offset is measured again."""
+"""Difference between the changes of the two clocks, in seconds, after which the offset is measured again."""
 SLACK_S = 0.001
-"""What rounding and the drift of a clock may add to the difference of two measurements."""
+"""Allowance for rounding and drift when two measurements are compared, in seconds."""
 
 
 class ServerClock:
-    """The server's time, as far as it has been measured; before that, the wall clock's at construction."""
+    """Returns the server's time; before the first measurement, the wall clock's as of construction."""
 
     def __init__(self) -> None:
         self._offset_s = self._gap_s = _gap_s()
@@ -32,16 +32,16 @@ class ServerClock:
 
     @property
     def wall_ahead_s(self) -> float:
-        """Seconds by which this machine's wall clock is ahead of the server's; negative: behind."""
+        """Seconds by which this machine's wall clock is ahead of the server's; negative if it is behind."""
         return time.time() - self.now()
 
     def measure(self, server_time: float, asked: float, answered: float) -> None:
-        """Take over the server's time from one answer, unless a more precise measurement agrees with it.
+        """Set the offset from one reply of the server, unless an earlier, more precise measurement agrees with it.
 
         Args:
-            server_time: What the answer states, seconds since the epoch.
-            asked: When the request was sent, in monotonic time.
-            answered: When the answer arrived, in monotonic time; `server_time` lies somewhere between the two.
+            server_time: Time in the reply, seconds since the epoch.
+            asked: Monotonic time at which the request was sent.
+            answered: Monotonic time at which the reply arrived; `server_time` is between the two.
         """
         offset_s = server_time - (asked + answered) / 2
         error_s = (answered - asked) / 2

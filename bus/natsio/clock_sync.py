@@ -1,4 +1,4 @@
-"""Measures the server's time: when a connection is made, after each reconnect, after a step, every few minutes."""
+"""Measures the server's time: on connect, after each reconnect, after a step of the wall clock, and periodically."""
 
 import asyncio
 import time
@@ -18,13 +18,14 @@ from loom.schemas.errors import LoomError
 log = get_logger()
 
 EVERY_S = 120.0
+"""Seconds between two measurements."""
 UNTIL_FIRST_S = 5.0
-"""Pause between attempts while the namespace has no streams."""
+"""Seconds between two attempts while the namespace has no streams."""
 CHECK_S = 1.0
-"""How often the wall clock is compared with the monotonic one."""
+"""Seconds between two comparisons of the wall clock with the monotonic clock."""
 TRIES = 3
 GOOD_S = 0.02
-"""A round trip after which no second try is made: the time is known to half of it."""
+"""Round trip, in seconds, after which no further try is made; the error of the time is at most half of it."""
 
 
 class _StreamInfo(msgspec.Struct):
@@ -32,10 +33,10 @@ class _StreamInfo(msgspec.Struct):
 
 
 class ClockSync:
-    """Keeps a clock at the server's time, which is part of the information of every stream.
+    """Keeps a clock at the server's time, which the information of every stream contains.
 
     Args:
-        stream: A stream that may be asked for.
+        stream: Name of the stream whose information is requested.
     """
 
     def __init__(self, clock: ServerClock, requests: Requests, connection: Connection, stream: str) -> None:
@@ -43,15 +44,15 @@ class ClockSync:
         self._requests = requests
         self._connection = connection
         self._subject = f"$JS.API.STREAM.INFO.{stream}"
-        self._answer: OneShot[Msg] | None = None
+        self._reply: OneShot[Msg] | None = None
         self._due = asyncio.Event()
         self._denied = False
 
     async def sync(self, *, timeout_s: float) -> bool:
-        """Measure the time, the best of up to three tries; return whether the server answered in `timeout_s`."""
+        """Measure the time, in up to three tries; return whether the server answered within `timeout_s`."""
         for tries in range(TRIES):
             asked = time.monotonic()
-            server_time = await self._ask(timeout_s)
+            server_time = await self._request_time(timeout_s)
             answered = time.monotonic()
             if server_time is None:
                 return tries > 0
@@ -61,7 +62,7 @@ class ClockSync:
         return True
 
     async def keep(self) -> NoReturn:
-        """Measure again whenever the offset may no longer be right."""
+        """Measure the time whenever the offset may be outdated; runs until cancelled."""
         self._connection.on_reconnect(self._on_reconnect)
         measured_at = time.monotonic()
         while True:
@@ -81,31 +82,33 @@ class ClockSync:
             pass
 
     def is_denial(self, error: Exception) -> bool:
-        """Return whether `error` denies the request for the server's time; a running request then ends."""
+        """Return whether `error` denies permission to request the server's time; a pending request then ends."""
         text = str(error).lower()
         if "permissions violation" not in text or self._subject.lower() not in text:
             return False
         if not self._denied:
-            log.info("server_time_denied", hint=f"allow publishing to {self._subject}; until then this clock counts")
+            log.info(
+                "server_time_denied", hint=f"allow publishing to {self._subject}; until then the local clock is used"
+            )
         self._denied = True
-        if self._answer is not None:
-            self._answer.wake()
+        if self._reply is not None:
+            self._reply.wake()
         return True
 
     def _on_reconnect(self) -> None:
         self._denied = False  # permissions may have changed
         self._due.set()
 
-    async def _ask(self, timeout_s: float) -> float | None:
-        """Return the server's time, seconds since the epoch; None without an answer that carries it."""
-        self._answer = OneShot()
-        reply = self._requests.open_inbox(self._answer.set)
+    async def _request_time(self, timeout_s: float) -> float | None:
+        """Return the server's time, seconds since the epoch; None without a reply that contains it."""
+        self._reply = OneShot()
+        reply = self._requests.open_inbox(self._reply.set)
         try:
             self._connection.publish_nowait(self._subject, reply=reply)
-            msg = await self._answer.wait(timeout_s)
+            msg = await self._reply.wait(timeout_s)
             stamp = msgspec.json.decode(msg.data, type=_StreamInfo).ts if msg is not None else None
         except (LoomError, ValueError, RecursionError):
-            return None  # not sent, or not the information of a stream: an error of the API, or "no responders"
+            return None  # not sent, or the reply is an error of the API or "no responders"
         finally:
             self._requests.close_inbox(reply)
         return stamp.timestamp() if stamp is not None else None

@@ -1,4 +1,4 @@
-"""One connection to a nats-server, hardened against faults seen in nats-py: the only place that makes one."""
+"""A connection to a nats-server, hardened against known faults of nats-py."""
 
 import asyncio
 import math
@@ -21,7 +21,7 @@ from loom.bus.natsio.transport.addresses import Address, parse_addresses, shown,
 from loom.bus.natsio.transport.connect_causes import Cause, cause_of
 from loom.bus.natsio.transport.connecting import Connector, abort_client, close_client, harden_socket
 from loom.bus.natsio.transport.fast_client import FastClient, SyncHandler
-from loom.bus.natsio.transport.message import Msg, format_headers
+from loom.bus.natsio.transport.message import Msg, PayloadTooLarge, format_headers
 from loom.schemas.base import encode
 from loom.schemas.errors import BusUnavailable, LoomError
 
@@ -30,25 +30,20 @@ __all__ = ["Connection", "PayloadTooLarge", "Subscription"]
 log = get_logger()
 
 WATCH_S = 1.0
+"""Seconds between two checks of nats-py's read loop."""
 
 Handler = Callable[[Msg], Awaitable[None]]
 
 
-class PayloadTooLarge(LoomError):
-    """A message over the server's limit, refused here because the server would cut the connection for good."""
-
-    code = "invalid_task"
-
-
 class Connection:
-    """One connection: its life, and messages that are published and received at most once.
+    """Connects, reconnects, and publishes and subscribes at most once.
 
     Args:
         url: Servers, comma separated.
-        name: Of the connection, as the server lists it.
+        name: Name of the connection in the server's list of connections.
         inbox: Prefix of the reply subjects.
-        patience_s: How long `connect` tries.
-        is_known_error: Called with each error the server reports; True: it needs no line in the log.
+        patience_s: Seconds for which `connect` tries.
+        is_known_error: Called with each error that the server reports; returns whether to leave it out of the log.
     """
 
     def __init__(
@@ -63,7 +58,7 @@ class Connection:
         self.url = url
         self._addresses: tuple[Address, ...] = ()
         self.address = "the servers of NATS_URL"
-        """The servers without credentials, for messages and logs."""
+        """The servers without credentials, for error messages and logs."""
         with suppress(BusUnavailable):  # raised by `connect`
             self._addresses = parse_addresses(url)
             self.address = shown(self._addresses)
@@ -76,13 +71,13 @@ class Connection:
         self._reconnected_at = -math.inf
         self._closing = False
         self._established = False
-        """Whether there has been a connection."""
+        """Whether the connection was ever established."""
         self._refusals = 0
-        """In a row, since the connection was lost."""
+        """Final refusals in a row, since the connection was lost."""
         self._reconnected: list[Callable[[], None]] = []
         self._owner: Owner | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        """Its owner's, compared with the running one at each message."""
+        """The owner's event loop, which each publish compares with the running one."""
         _connections.add(self)
 
     def _options(self, name: str) -> Mapping[str, Any]:
@@ -98,7 +93,7 @@ class Connection:
     # -- lifecycle
 
     async def connect(self) -> Self:
-        """Connect, trying for `patience_s`.
+        """Connect; retried for `patience_s` seconds.
 
         Raises:
             BusUnavailable: No server could be connected to; the message contains the cause and the remedy.
@@ -127,7 +122,7 @@ class Connection:
         await close_client(self._connector.client)
 
     def abort(self) -> None:
-        """Drop the connection at once, from synchronous code; what is unsent is lost."""
+        """Close the connection immediately, from synchronous code; unsent messages are lost."""
         self._closing = self.tasks.ending = True
         abort_client(self._connector.client, self.tasks.running())
 
@@ -142,14 +137,13 @@ class Connection:
     def loss(self) -> LoomError:
         """Return why `tasks.lost` is set: an essential task has failed, or the connection was closed for good."""
         if self.tasks.failure:
-            return ServiceFailed(
-                f"an essential task has failed ({self.tasks.failure}); see the log, then start it again"
-            )
+            failure = self.tasks.failure
+            return ServiceFailed(f"an essential task has failed ({failure}); see the log, then start the process again")
         return BusUnavailable("the connection to the server was closed for good", url=self.address)
 
     @property
     def is_connected(self) -> bool:
-        """Whether there is a connection just now."""
+        """Whether there is a connection at this moment."""
         return self._nc.is_connected
 
     @property
@@ -159,21 +153,18 @@ class Connection:
 
     @property
     def closing(self) -> bool:
-        """Whether the connection is being closed, or has been, on purpose."""
+        """Whether the connection is being closed on purpose, or has been."""
         return self._closing
 
     @property
     def is_unread(self) -> bool:
-        """Whether the connection is not read any more: its reader is cancelled when an event loop ends."""
+        """Whether the connection is not read any more: an event loop that ends cancels the reader."""
         reading = self._nc._reading_task
         return self._nc.is_connected and reading is not None and bool(reading.done() or reading.cancelling())
 
     @property
     def settled_s(self) -> float:
-        """Seconds since the connection was lost and made again: others may be on their way back still.
-
-        0 while it is lost, without end when it never was.
-        """
+        """Seconds since the last reconnect; 0 while the connection is lost, infinite if it was never lost."""
         return time.monotonic() - self._reconnected_at if self._nc.is_connected else 0.0
 
     @property
@@ -184,34 +175,34 @@ class Connection:
 
     @property
     def server_count(self) -> int:
-        """How many servers are known."""
+        """Number of known servers."""
         return len(self._nc.servers)
 
     # -- ownership
 
     def check_loop(self) -> None:
-        """Check as `check_owner` does, at less cost; a fork is not noticed before the event loop has ended."""
+        """Check as `check_owner` does, at less cost; a fork is detected only after the event loop has ended."""
         if running_loop() is not self._loop:
             self.check_owner()
 
     def check_owner(self) -> None:
-        """Return if the connection was opened in the running event loop and in this process.
+        """Check that the connection was opened in the running event loop and in this process.
 
         Raises:
-            WrongEventLoop: It was opened in another event loop.
-            BusUnavailable: It was not opened in this process.
+            WrongEventLoop: The connection was opened in another event loop.
+            BusUnavailable: The connection was not opened in this process.
         """
         if self._owner is None:
             raise BusUnavailable("the connection is not open in this process; call connect() first", url=self.address)
         self._owner.check()
 
     def _check_free(self) -> None:
-        """Return unless the connection is open in another living event loop."""
+        """Check that the connection is not open in another event loop that can still run."""
         if self._owner is not None and self._owner.lives and not self._nc.is_closed:
             self._owner.check()
 
     def _detach(self) -> None:
-        """Refuse every further call, in a forked child: sockets and selector are the parent's."""
+        """Refuse every further call, in a forked child: sockets and selector belong to the parent process."""
         keep_forever(self.__dict__.copy())
         self._owner = self._loop = None
         self._connector.client = self._nc = FastClient()
@@ -221,11 +212,11 @@ class Connection:
     async def publish(
         self, subject: str, message: Any = b"", *, reply: str = "", headers: Mapping[str, str] | None = None
     ) -> None:
-        """Publish at most once; bytes go as they are, anything else as JSON.
+        """Publish at most once: bytes unchanged, any other message as JSON.
 
         Raises:
-            PayloadTooLarge: Body and headers are over the server's limit.
-            BusUnavailable: The connection is gone, or its buffer is full.
+            PayloadTooLarge: Body and headers exceed the server's limit.
+            BusUnavailable: The connection is closed, or its buffer is full.
         """
         self.publish_nowait(subject, message, reply=reply, headers=headers)
         if self._nc.clogged:
@@ -234,37 +225,36 @@ class Connection:
     def publish_nowait(
         self, subject: str, message: Any = b"", *, reply: str = "", headers: Mapping[str, str] | None = None
     ) -> None:
-        """Publish from code that cannot wait. A caller with many messages uses `publish`, which waits for the socket.
+        """Publish from code that cannot wait; for many messages use `publish`, which waits for the socket.
 
         Raises:
-            PayloadTooLarge: Body and headers are over the server's limit.
-            BusUnavailable: The connection is gone, or its buffer is full.
+            PayloadTooLarge: Body and headers exceed the server's limit.
+            BusUnavailable: The connection is closed, or its buffer is full.
             WrongEventLoop: The connection is open in another event loop.
         """
-        if running_loop() is not self._loop:  # as `check_loop`, without a call: this is done for every message
+        if running_loop() is not self._loop:  # as `check_loop`, without the call: this runs for every message
             self.check_owner()
         payload = message if isinstance(message, bytes) else encode(message)
         block = format_headers(headers) if headers else b""
-        if len(payload) + len(block) > self._nc.max_payload:
-            size = len(payload) + len(block)
-            raise PayloadTooLarge(f"a message of {size} bytes; the server takes {self._nc.max_payload}")
+        if (size := len(payload) + len(block)) > self._nc.max_payload:
+            raise PayloadTooLarge(f"a message of {size} bytes exceeds the server's limit of {self._nc.max_payload}")
         try:
             self._nc.send(subject, reply, payload, block)
         except nats.errors.Error as error:
             raise BusUnavailable(f"cannot publish: {error}", url=self.address) from error
 
     async def wait_until_writable(self) -> None:
-        """Return once the socket takes more: at once, unless much was published without waiting."""
+        """Wait for the socket if much was published without waiting; else return immediately."""
         if self._nc.clogged:
             await self._nc.unclog()
 
     # -- subscribing
 
     async def subscribe_sync(self, subject: str, handler: SyncHandler, *, queue: str = "") -> Subscription:
-        """Call `handler` with every message on `subject` the moment it is read: it must be quick, and cannot wait.
+        """Call `handler` with every message on `subject` as soon as it is read; it must be quick.
 
         Raises:
-            BusUnavailable: The connection is gone.
+            BusUnavailable: The connection is closed.
             WrongEventLoop: The connection is open in another event loop.
         """
         self.check_owner()
@@ -274,10 +264,10 @@ class Connection:
             raise BusUnavailable(f"cannot subscribe: {error}", url=self.address) from error
 
     async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Subscription:
-        """Await `handler` with every message on `subject`, one at a time: it must be quick.
+        """Await `handler` with every message on `subject`, one at a time; it must be quick.
 
         Raises:
-            BusUnavailable: The connection is gone.
+            BusUnavailable: The connection is closed.
             WrongEventLoop: The connection is open in another event loop.
         """
         self.check_owner()
@@ -285,7 +275,7 @@ class Connection:
         async def guarded(msg: Msg) -> None:
             try:
                 await handler(msg)
-            except Exception as error:  # noqa: BLE001 - an escaping one would end the subscription silently
+            except Exception as error:  # noqa: BLE001 - it would end the subscription silently
                 log.error("handler_failed", subject=msg.subject, **error_fields(error))
 
         try:
@@ -312,17 +302,17 @@ class Connection:
         return await self.subscribe(subject, accept, queue=queue)
 
     def unsubscribe(self, subscription: Subscription) -> None:
-        """End a subscription without waiting; safe to call twice, and when the connection is already gone."""
+        """End a subscription without waiting; safe to call twice and on a closed connection."""
         self._nc.end_subscription(subscription)
 
     async def stop_delivery(self, subscription: Subscription) -> None:
-        """Ask the server to send no more on a subscription; what is on its way still reaches the handler."""
-        await self._nc._send_unsubscribe(subscription._id)  # the public call drops what is on its way
+        """Request the end of a subscription; messages that are on their way still reach the handler."""
+        await self._nc._send_unsubscribe(subscription._id)  # the public method drops these messages
 
     def unsubscribe_soon(self, subscriptions: Iterable[Subscription]) -> None:
-        """End subscriptions in the next turn of the connection's loop; from any thread, also from a finalizer.
+        """End subscriptions in the next iteration of the event loop; callable from any thread and from a finalizer.
 
-        A connection that is closed, or was inherited from a parent process, has none left to end.
+        Does nothing if the connection is closed or belongs to a parent process.
         """
 
         def end() -> None:
@@ -336,16 +326,16 @@ class Connection:
     # -- reconnects and errors, as nats-py reports them
 
     def on_reconnect(self, callback: Callable[[], None]) -> None:
-        """Call `callback` after every reconnect; it must not block."""
+        """Register a callback for every reconnect; it must not block."""
         self._reconnected.append(callback)
 
     def forget_reconnect(self, callback: Callable[[], None]) -> None:
-        """Stop calling `callback`."""
+        """Remove a callback; safe to call twice."""
         if callback in self._reconnected:
             self._reconnected.remove(callback)
 
     async def reconnect(self) -> None:
-        """Give up the connection and make another, if there is a server."""
+        """Close the connection and connect again, if a server is reachable."""
         with suppress(nats.errors.Error, OSError):
             await self._nc.force_reconnect()
 
@@ -358,7 +348,7 @@ class Connection:
             self._reconnect_failed(cause_of(error, tls=tls_wanted(self._addresses)))
 
     def _reconnect_failed(self, cause: Cause) -> None:
-        """Log each cause once; give up when every server has failed for good: nats-py retries without a limit."""
+        """Log each cause once, and give up when every server has refused for good: nats-py retries without limit."""
         if cause.what not in self._causes_logged:
             self._causes_logged.add(cause.what)
             log.warning("reconnect_failed", server=self.address, cause=str(cause))
@@ -380,7 +370,7 @@ class Connection:
         for callback in list(self._reconnected):
             try:
                 callback()
-            except Exception as error:  # noqa: BLE001 - an escaping one would end the reconnect half way
+            except Exception as error:  # noqa: BLE001 - it would abort the reconnect
                 log.error("reconnect_callback_failed", **error_fields(error))
 
     async def _on_close(self) -> None:
@@ -389,12 +379,12 @@ class Connection:
             self.tasks.lost.set()
 
     async def _watch(self) -> None:
-        """Reconnect when nats-py's read loop has died while it still believes in the connection."""
+        """Reconnect when nats-py's read loop has ended although the connection counts as open."""
         while True:
             await asyncio.sleep(WATCH_S)
-            reading = self._nc._reading_task  # the only sign of a dead read loop
+            reading = self._nc._reading_task  # the only indication that the read loop has ended
             if self._nc.is_connected and reading is not None and reading.done():
-                log.warning("read_loop_dead")
+                log.warning("read_loop_ended")
                 await self.reconnect()
 
 

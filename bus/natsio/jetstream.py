@@ -1,4 +1,4 @@
-"""The JetStream API, and messages that are published into streams."""
+"""The JetStream API, and publishing into streams."""
 
 import asyncio
 import time
@@ -17,19 +17,19 @@ from loom.schemas.errors import BusUnavailable
 T = TypeVar("T")
 
 LEADER_WAIT_S = 0.25
-ASK_AGAIN_S = 1.0
-"""Silence after which a call that may be made twice is made again: its server may have died, or lost its lead."""
-MAX_ANSWER_BYTES = 64 * 2**20
-"""The server's own limit of a message; an answer of the API may be as long."""
+REPEAT_S = 1.0
+"""Seconds without a reply after which an idempotent call is repeated: its server may have died or lost its lead."""
+MAX_REPLY_BYTES = 64 * 2**20
+"""Most bytes of a reply: the largest message that a server can be configured to accept."""
 _REPEATABLE = ("INFO", "STREAM.INFO.", "STREAM.MSG.GET.", "STREAM.CREATE.", "CONSUMER.INFO.", "CONSUMER.CREATE.")
 
 
-class _Answer(Message, frozen=True, kw_only=True):
+class _Reply(Message, frozen=True, kw_only=True):
     error: ApiError | None = None
 
 
 class JetStream:
-    """Calls the JetStream API of a connection, and publishes into streams.
+    """Calls the JetStream API, and publishes into streams.
 
     Args:
         discards: Counts the replies that cannot be read.
@@ -40,17 +40,17 @@ class JetStream:
         self.requests = requests
         self.discards = discards
         self.missing = asyncio.Event()
-        """Set when a stream or a consumer may be missing on the server; `loom.bus.upkeep` creates it again."""
+        """Set when a stream or consumer may be missing on the server; `loom.bus.upkeep` creates it again."""
         self._publisher = Publisher(connection, requests, discards, self)
         connection.on_reconnect(self._publisher.publish_again)
         connection.on_reconnect(self.missing.set)  # the server may have come back with an empty store
 
     async def start(self) -> None:
-        """Watch the publishes that are not acknowledged; needed once for each `connect`."""
+        """Start to repeat publishes without an acknowledgement; to be called once after each `connect`."""
         self.connection.tasks.spawn(self._publisher.watch(), name="watch unacknowledged", essential=True)
 
     def close(self) -> None:
-        """Fail the publishes that are not acknowledged: no acknowledgement can come any more."""
+        """Fail the publishes without an acknowledgement: none can arrive any more."""
         self._publisher.close()
 
     def publish(
@@ -62,14 +62,14 @@ class JetStream:
         headers: dict[str, str] | None = None,
         within_s: float = 10.0,
     ) -> PubAckFuture:
-        """Send a message into a stream at once, and return an awaitable of the server's acknowledgement.
+        """Send the message immediately and return an awaitable that resolves to the server's PubAck.
 
-        Messages that are published later follow this one, whether it is acknowledged or not. A lost acknowledgement
-        is answered by sending again under the same id, also where the acknowledgement is not awaited.
+        Messages that are published later follow this one, whether it is acknowledged or not. Without an
+        acknowledgement the message is sent again under the same id, also if the PubAck is not awaited.
 
         Args:
-            msg_id: `Nats-Msg-Id`: a second message of that id within two minutes is dropped.
-            within_s: Seconds after which the outcome stays unknown.
+            msg_id: `Nats-Msg-Id`: the server drops a second message with this id within two minutes.
+            within_s: Seconds after which the PubAck is given up, and it stays unknown whether the message is stored.
 
         Raises:
             BusUnavailable, PayloadTooLarge, WrongEventLoop: As `Connection.publish`; nothing was sent.
@@ -85,13 +85,19 @@ class JetStream:
     @overload
     async def api(self, call: str, body: Any = None, *, timeout_s: float = 5.0, shape: type[T]) -> T: ...
     async def api(self, call: str, body: Any = None, *, timeout_s: float = 5.0, shape: Any = dict[str, Any]) -> Any:
-        """Return the answer of `$JS.API.<call>`; a call that may be made twice is repeated until it is answered.
+        """Return the reply to `$JS.API.<call>`; an idempotent call is repeated until the server replies.
+
+        Args:
+            call: Subject of the call after `$JS.API.`, for example `STREAM.INFO.LOOM_TASKS`.
+            body: Body of the request; default: none.
+            timeout_s: Longest wait, in seconds.
+            shape: Type of the reply.
 
         Raises:
-            Refused: The server refused.
-            BusUnavailable: No answer, JetStream is off, or the replicas have not chosen a leader in time.
+            Refused: The server refused the call.
+            BusUnavailable: The server does not reply, JetStream is off, or the replicas have not elected a leader.
         """
-        again_s = ASK_AGAIN_S if call.startswith(_REPEATABLE) else None
+        again_s = REPEAT_S if call.startswith(_REPEATABLE) else None
         give_up = time.monotonic() + timeout_s
         while True:
             left_s = give_up - time.monotonic()
@@ -100,7 +106,7 @@ class JetStream:
             except NoResponders as error:
                 raise BusUnavailable("JetStream is off on this server; start it with `-js`") from error
             except TimeoutError as error:
-                raise BusUnavailable(f"no answer to {' '.join(call.split('.')[:2])} in {timeout_s} s") from error
+                raise BusUnavailable(f"no reply to {' '.join(call.split('.')[:2])} within {timeout_s} s") from error
             except Refused as error:
                 if error.err_code not in NO_LEADER:
                     raise
@@ -112,12 +118,12 @@ class JetStream:
         payload = b"" if body is None else encode(body)
         msg = await self.requests.request(f"$JS.API.{call}", payload, timeout_s=max(timeout_s, 0.01), again_s=again_s)
         try:
-            error = decode(msg.data, _Answer, limit=MAX_ANSWER_BYTES).error if b'"error"' in msg.data else None
-            answer = msgspec.json.decode(msg.data, type=shape) if error is None else None
+            error = decode(msg.data, _Reply, limit=MAX_REPLY_BYTES).error if b'"error"' in msg.data else None
+            reply = msgspec.json.decode(msg.data, type=shape) if error is None else None
         except (Undecodable, ValueError, RecursionError) as cause:
-            raise BusUnavailable(f"the answer to {' '.join(call.split('.')[:2])} cannot be read") from cause
+            raise BusUnavailable(f"the reply to {' '.join(call.split('.')[:2])} cannot be read") from cause
         if error is not None:
             if error.err_code in MISSING:
                 self.missing.set()
             raise Refused(error.description, error.err_code)
-        return answer
+        return reply

@@ -1,4 +1,4 @@
-"""Reads a stream in order from anywhere, and keeps on reading through restarts and gaps."""
+"""An ordered consumer: reads a stream in order, and continues through restarts of the server and lost messages."""
 
 import asyncio
 import contextlib
@@ -17,32 +17,35 @@ from loom.schemas.errors import LoomError
 log = get_logger()
 
 WINDOW = 512
-IDLE_S = 60  # the server forgets a reader that has not asked for so long
+"""Messages that wait for the reader at most."""
+IDLE_S = 60
+"""Seconds without a request after which the server deletes the consumer."""
 
 
 class Stored(NamedTuple):
-    """A message as the stream holds it."""
+    """A message of a stream."""
 
     subject: str
     data: bytes
     seq: int
     stored_at: float
     pending: int
-    """Messages behind it at the time it was sent."""
+    """Messages that followed it in the stream when it was sent."""
     headers: Mapping[str, str]
 
 
 class OrderedConsumer:
-    """Every message of a stream once, in stream order.
+    """Reads every message of a stream once, in stream order, without acknowledgements.
 
-    It acknowledges nothing and leaves nothing behind: an ephemeral consumer, made anew from the last sequence
-    read whenever one is missed or the server forgot it. `stop` deletes it.
+    The consumer on the server is ephemeral. When a message is missed or the consumer is deleted, another consumer is
+    created that starts after the last message read. `stop` deletes it.
 
     Args:
-        filter: Subject filter.
+        stream: Name of the stream on the server.
+        filter: Filter of the subjects.
         deliver: `all`, `new`, or `last_per_subject`.
-        start_seq: First sequence wanted; overrides `deliver`.
-        start_time: RFC 3339 time of the first message wanted; overrides `deliver`.
+        start_seq: First sequence to read; overrides `deliver`.
+        start_time: RFC 3339 time from which on to read; overrides `deliver`.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class OrderedConsumer:
         jetstream: JetStream,
         stream: str,
         *,
-        filter: str,  # noqa: A002 - the field's word
+        filter: str,  # noqa: A002 - the name in NATS clients
         deliver: str = "all",
         start_seq: int | None = None,
         start_time: str | None = None,
@@ -62,10 +65,10 @@ class OrderedConsumer:
         self._start_seq = start_seq
         self._start_time = start_time
         self._buffer: list[Stored] = []
-        self._filled = asyncio.Event()
+        self._changed = asyncio.Event()
         self._pull: PullConsumer | None = None
         self._consumer = ""
-        """The consumer on the server; empty when there is none to delete."""
+        """Name of the consumer on the server; empty if there is none to delete."""
         self._last_seq = 0
         self._consumer_seq = 0
         self._restarting: asyncio.Task[None] | None = None
@@ -73,35 +76,35 @@ class OrderedConsumer:
         self._stopped = False
         self._at_end = False
         self._created = ""
-        """When the stream that is read was created, as the server words it."""
+        """Creation time of the stream, as in the server's reply."""
         self.generation = 0
-        """How often the stream was lost and another of its name begun; each is read from its beginning."""
+        """How often the stream was deleted and another one of its name created; each is read from its first message."""
         self.caught_up = False
-        """Whether the stream held nothing beyond the last batch when that was sent."""
+        """Whether the last batch ended with the last message that the stream contained at that time."""
 
     async def start(self) -> "OrderedConsumer":
-        """Make the consumer and begin to pull; called by the first `batch` otherwise."""
+        """Create the consumer and start to pull; otherwise done by the first `batch`."""
         if not self._started:
             await self._open()
             self._started = True
         return self
 
     async def begin(self) -> None:
-        """Begin to read as `start` does, and try again until the server answers."""
+        """Start as `start` does; retried until the server answers."""
         while True:
             try:
                 await self.start()
             except LoomError as error:
-                log.warning("reader_not_started", stream=self._stream, error=error.message)
+                log.warning("ordered_consumer_not_started", stream=self._stream, error=error.message)
                 await asyncio.sleep(1)
             else:
                 return
 
     async def batch(self) -> list[Stored]:
-        """Wait for messages and return all that are there."""
+        """Wait for messages and return all that have arrived, oldest first; empty if there are none at the start."""
         await self.start()
-        await self._filled.wait()
-        self._filled.clear()
+        await self._changed.wait()
+        self._changed.clear()
         batch, self._buffer = self._buffer, []
         self.caught_up = self._at_end
         if self._pull is not None:
@@ -109,7 +112,7 @@ class OrderedConsumer:
         return batch
 
     async def stop(self) -> None:
-        """Stop reading, and have the server delete the consumer."""
+        """Stop reading, and delete the consumer on the server."""
         self._stopped = True
         try:
             if self._pull is not None:
@@ -118,7 +121,7 @@ class OrderedConsumer:
             self._delete_consumer()
 
     def _delete_consumer(self) -> None:
-        """Ask for it without waiting for the answer: the server deletes a consumer that is not used after IDLE_S."""
+        """Request the deletion without waiting for the reply: the server deletes unused consumers after IDLE_S, too."""
         name, self._consumer = self._consumer, ""
         if name:
             with contextlib.suppress(LoomError):
@@ -127,7 +130,7 @@ class OrderedConsumer:
                 )
 
     async def _find_stream(self) -> None:
-        """Start over where the stream is another one than before: its sequences start at 1 again."""
+        """Start from the beginning if the stream is not the same one as before: its sequences start at 1 again."""
         created = str((await self._jetstream.api(f"STREAM.INFO.{self._stream}"))["created"])
         if self._created not in ("", created):
             log.warning("stream_replaced", stream=self._stream, last_seq=self._last_seq)
@@ -157,30 +160,30 @@ class OrderedConsumer:
         else:
             config |= {"deliver_policy": self._deliver}
         self._consumer_seq = 0
-        self._consumer = name  # before the request: one that is broken off may have been served
+        self._consumer = name  # before the request: a cancelled request may have been processed
         answer = await self._jetstream.api(
             f"CONSUMER.CREATE.{self._stream}.{name}.{self._filter}",
             {"stream_name": self._stream, "config": config},
         )
-        if config["deliver_policy"] == "new":  # made anew before anything came, it must not begin later
+        if config["deliver_policy"] == "new":  # a later consumer must not start after this one
             self._start_seq = answer["delivered"]["stream_seq"] + 1
         self._at_end = not answer.get("num_pending")
         if self._at_end:
-            self._filled.set()  # tells whoever waits that there is nothing yet
+            self._changed.set()  # `batch` returns an empty list
         self._pull = PullConsumer(
             self._jetstream,
             self._stream,
             name,
             window=lambda: WINDOW - len(self._buffer),
             sink=self._accept,
-            broken=self._restart,
+            restore=self._restart,
         )
         await self._pull.start()
 
     def _accept(self, msg: Msg) -> None:
         facts = ack_metadata(msg.reply)
         if facts.consumer_seq != self._consumer_seq + 1:
-            if facts.consumer_seq > self._consumer_seq:  # one was lost on the way
+            if facts.consumer_seq > self._consumer_seq:  # a message was lost
                 self._begin_restart()
             return
         self._consumer_seq = facts.consumer_seq
@@ -189,7 +192,7 @@ class OrderedConsumer:
         self._buffer.append(
             Stored(msg.subject, msg.data, facts.stream_seq, facts.stored_at, facts.pending, msg.headers)
         )
-        self._filled.set()
+        self._changed.set()
 
     def _begin_restart(self) -> asyncio.Task[None]:
         if self._restarting is None or self._restarting.done():
@@ -202,7 +205,7 @@ class OrderedConsumer:
         await asyncio.wait([self._begin_restart()])
 
     async def _reopen(self) -> None:
-        """Make the consumer anew behind the last message read; retried until it works."""
+        """Create another consumer that starts after the last message read; retried until the server answers."""
         old, self._pull = self._pull, None
         if old is not None:
             await old.stop()
@@ -210,9 +213,9 @@ class OrderedConsumer:
         while not self._stopped:
             try:
                 await self._open()
-            except (LoomError, LookupError, TypeError) as error:  # the latter: an answer of another shape
+            except (LoomError, LookupError, TypeError) as error:  # the latter two: a reply of an unexpected shape
                 self._delete_consumer()
-                log.warning("reader_not_restored", stream=self._stream, **error_fields(error))
+                log.warning("ordered_consumer_not_restored", stream=self._stream, **error_fields(error))
                 await asyncio.sleep(1)
             else:
                 break

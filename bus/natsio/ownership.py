@@ -1,4 +1,4 @@
-"""The event loop and the process that asyncio objects belong to, and what a forked child does with inherited ones."""
+"""Checks that asyncio objects are used in their event loop and process, and detaches them in forked children."""
 
 import asyncio
 import ctypes
@@ -13,17 +13,17 @@ THREADSAFE: Final = "asyncio.run_coroutine_threadsafe(…, loop)"
 
 
 class WrongEventLoop(LoomError):
-    """A call came from an event loop or a process that the object does not belong to; the call changed nothing."""
+    """An object was used outside its event loop or process; the call had no effect."""
 
     code = "wrong_event_loop"
 
 
 class Owner:
-    """The event loop that runs now, and this process.
+    """The running event loop and the process, as the owner of an object.
 
     Args:
-        what: The owned object, for messages: `Runtime`, `connection`, …
-        ways: What a caller in another event loop can do, for messages.
+        what: Kind of the object, for error messages: `Runtime`, `connection`, …
+        ways: What a caller in another event loop can do instead, for error messages.
     """
 
     def __init__(self, what: str, ways: str = f"{THREADSAFE}, or a Runtime of its own") -> None:
@@ -35,25 +35,25 @@ class Owner:
 
     @property
     def inherited(self) -> bool:
-        """Whether a parent process owned the object before a fork."""
+        """Whether the object was created in a parent process, before a fork."""
         return self._pid != os.getpid()
 
     @property
     def lives(self) -> bool:
-        """Whether the loop can still run in this process."""
+        """Whether the event loop can still run in this process."""
         return not self.inherited and not self.loop.is_closed()
 
     def check(self) -> None:
-        """Return if the caller runs in the owner's loop.
+        """Check that the caller runs in the owner's event loop.
 
         Raises:
-            WrongEventLoop: It runs in another loop, in none, or in a forked child.
+            WrongEventLoop: The caller runs in another event loop, in none, or in a forked child.
         """
         if running_loop() is not self.loop or self.inherited:
             raise self.refusal()
 
     def refusal(self) -> WrongEventLoop:
-        """Return the error for a caller outside the owner's loop."""
+        """Return the error for a caller outside the owner's event loop."""
         if self.inherited:
             return WrongEventLoop(f"this {self._what} was opened by the parent process; open one in this process")
         if self.loop.is_closed():
@@ -62,7 +62,7 @@ class Owner:
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
-    """Return the event loop that runs in this thread; None when there is none."""
+    """Return the event loop that runs in this thread; None if none runs."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -72,8 +72,8 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 def keep_forever(inherited: Any) -> None:
     """Exempt an object from destruction, in a forked child.
 
-    A destroyed transport removes its socket from the epoll set, which parent and child share: the parent would not
-    be woken by that socket again. The child's exit closes its descriptors, and the parent's stay open.
+    A destroyed transport removes its socket from the epoll set, which parent and child share, and the parent would
+    not be woken by that socket again. The exit of the child closes only the child's descriptors.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
 
@@ -82,10 +82,10 @@ _loops: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
 
 
 def _detach_loops() -> None:
-    """Give inherited event loops a selector of their own, and stop those that run.
+    """Give inherited event loops new selectors, and stop those that run.
 
-    A fork in the thread of a loop leaves the child inside that loop. With the parent's selector it would read what
-    the parent's sockets receive, and its cleanup would unregister them. A loop of uvloop keeps what it has.
+    After a fork in the thread of an event loop, the child is inside that loop. With the parent's selector it would
+    read from the parent's sockets, and its cleanup would unregister them. Event loops of uvloop are not changed.
     """
     for loop in list(_loops):
         if isinstance(loop, asyncio.SelectorEventLoop) and not loop.is_closed():

@@ -1,4 +1,4 @@
-"""Messages on their way into streams: each is sent again until the server has acknowledged it."""
+"""Publishing into streams: each message is sent again until the server acknowledges it."""
 
 import asyncio
 import time
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from loom.bus.natsio.jetstream import JetStream
 
 TRY_S = 2.0
-"""Seconds that one sending has to be acknowledged; the message id makes another one safe."""
-LOOK_S = 0.05
+"""Seconds to wait for an acknowledgement before the message is sent again; the message id makes that safe."""
+CHECK_S = 0.05
+"""Seconds between two checks for missing acknowledgements."""
 UNDECIDED_S = 0.1
+"""Seconds before a message is sent again whose storage is undecided."""
 STALLED_AFTER = 2
-"""Publishes in a row without an acknowledgement after which the server may be stalled: one may be chance."""
+"""Sends in a row without an acknowledgement after which the server may be stalled; a single one may be chance."""
 
 
 class PubAck(Message, frozen=True, kw_only=True):
@@ -32,26 +34,26 @@ class PubAck(Message, frozen=True, kw_only=True):
     stream: Name = ""
     seq: Count = 0
     duplicate: bool = False
-    """Whether another message had taken the id and this one is not stored; a sending that `JetStream.publish` repeats
-    does not count."""
+    """Whether a message of this id was stored before, so that this one is not. A repetition by `JetStream.publish`
+    itself does not count."""
 
 
 class PubReply(PubAck, frozen=True, kw_only=True):
-    """The server's answer to a publish: an acknowledgement, or an error."""
+    """The server's reply to a publish: an acknowledgement, or an error."""
 
     error: ApiError | None = None
 
 
 class PubAckFuture:
-    """A message on its way into a stream. OneShot, it returns the PubAck; one task at a time may await it.
+    """A published message. Awaited, it returns the PubAck; one task at a time may await it.
 
-    A waiting task that is cancelled leaves the message on its way.
+    If the awaiting task is cancelled, the message is sent nevertheless.
 
     Raises:
         Conflict: The expected last sequence in the headers is not the last one.
-        Overloaded: The stream is full; or it answers and yet stores nothing in `within_s`, as with a full disk.
-        Refused: The server refused for another reason.
-        BusUnavailable: No acknowledgement in `within_s`, or the connection was closed before.
+        Overloaded: The stream is full; or it has a leader and stores nothing within `within_s`, as with a full disk.
+        Refused: The server refused the message for another reason.
+        BusUnavailable: No acknowledgement arrived within `within_s`, or the connection was closed.
     """
 
     __slots__ = (
@@ -78,28 +80,28 @@ class PubAckFuture:
         self.within_s = within_s
         self.give_up = time.monotonic() + within_s
         self.until = min(time.monotonic() + TRY_S, self.give_up)
-        """When to wait no longer for the last sending, in monotonic time."""
+        """Monotonic time until which the last send may be acknowledged."""
         self.reply = ""
         self.is_repeated = False
         self.retrying = False
-        """Whether a task is about to send it again."""
+        """Whether a task is about to send the message again."""
         self._ack: PubAck | None = None
         self._error: LoomError | None = None
         self._waiting: asyncio.Future[None] | None = None
 
     @property
     def done(self) -> bool:
-        """Whether the outcome is known."""
+        """Whether the message is acknowledged or has failed."""
         return self._ack is not None or self._error is not None
 
     def set_ack(self, ack: PubAck) -> None:
-        """Set the outcome: stored."""
+        """Resolve the future: the message is stored."""
         is_own = self.is_repeated and ack.duplicate
         self._ack = msgspec.structs.replace(ack, duplicate=False) if is_own else ack
         self._wake()
 
     def set_error(self, error: LoomError) -> None:
-        """Set the outcome: not stored, or unknown."""
+        """Fail the future: the message is not stored, or the outcome is unknown."""
         self._error = error
         self._wake()
 
@@ -111,12 +113,13 @@ class PubAckFuture:
         return self.ack().__await__()
 
     async def ack(self) -> PubAck:
-        """Return the acknowledgement once it has come: what `await` does."""
+        """Wait for the acknowledgement and return it, as `await` does."""
         await self._connection.wait_until_writable()
         if not self.done:
             if self._connection.is_unread:
                 raise BusUnavailable(
-                    "the event loop ends before the server has confirmed", url=self._connection.address
+                    "the event loop is ending before the server has acknowledged the message",
+                    url=self._connection.address,
                 )
             self._waiting = asyncio.get_running_loop().create_future()
             try:
@@ -130,16 +133,16 @@ class PubAckFuture:
 
 
 def read_reply(msg: Msg) -> PubReply | None:
-    """Return the server's answer to a publish; None where the stream has no leader, or does not exist.
+    """Return the server's reply to a publish; None if the stream has no leader, or does not exist.
 
     Raises:
-        Undecodable: The message is not such an answer.
+        Undecodable: The message is not such a reply.
     """
     return None if msg.status == "503" else decode(msg.data, PubReply)
 
 
 class Publisher:
-    """Sends messages into streams, and sends those again that are not acknowledged."""
+    """Publishes into streams, and sends messages again that are not acknowledged."""
 
     def __init__(self, connection: Connection, requests: Requests, discards: Discards, jetstream: "JetStream") -> None:
         self._connection = connection
@@ -148,10 +151,10 @@ class Publisher:
         self._jetstream = jetstream
         self._pending: set[PubAckFuture] = set()
         self._failures = 0
-        """Sendings in a row without an acknowledgement."""
+        """Sends in a row without an acknowledgement."""
 
     def publish(self, subject: str, payload: bytes, headers: dict[str, str], within_s: float) -> PubAckFuture:
-        """Send a message and return its future; see `JetStream.publish`."""
+        """Send a message and return its future, as `JetStream.publish` describes."""
         future = PubAckFuture(self._connection, subject, payload, headers, within_s)
         self._open_inbox(future)
         try:
@@ -163,26 +166,30 @@ class Publisher:
         return future
 
     def close(self) -> None:
-        """Fail all that is not acknowledged."""
+        """Fail all messages that are not acknowledged."""
         for future in list(self._pending):
             self._end(future)
             future.set_error(
                 BusUnavailable(
-                    "the connection was closed before the server had confirmed", url=self._connection.address
+                    "the connection was closed before the server had acknowledged the message",
+                    url=self._connection.address,
                 )
             )
 
     async def watch(self) -> None:
-        """Send again what is not acknowledged in time: a look at all of them costs less than a timer for each."""
+        """Send messages again that are not acknowledged in time; runs until cancelled.
+
+        One check of all messages costs less than a timer for each.
+        """
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(CHECK_S)
             now = time.monotonic()
-            for future in [each for each in self._pending if now >= each.until and not each.retrying]:
+            for future in [pending for pending in self._pending if now >= pending.until and not pending.retrying]:
                 self._jetstream.missing.set()
                 self._retry(future, after_s=0.0, silent=True)
 
     def publish_again(self) -> None:
-        """Send again what the lost connection has not acknowledged."""
+        """Send all messages again that were not acknowledged when the connection was lost."""
         for future in list(self._pending):
             if not future.retrying:
                 self._retry(future, after_s=0.0, silent=False)
@@ -199,10 +206,10 @@ class Publisher:
     def _on_reply(self, future: PubAckFuture, msg: Msg) -> None:
         try:
             reply = read_reply(msg)
-        except Undecodable as error:  # not of the server: anyone may publish to a reply subject
+        except Undecodable as error:  # not from the server: any client may publish to a reply subject
             self._discards.add("ack_undecodable", reason=error.message)
             reply = None
-        if msg.status == "503":  # a stream without a leader, or none at all
+        if msg.status == "503":  # the stream has no leader, or does not exist
             self._jetstream.missing.set()
         self._failures = 0
         if reply is None or (reply.error is not None and _is_undecided(reply.error)):
@@ -222,7 +229,7 @@ class Publisher:
     async def _publish_again(self, future: PubAckFuture, after_s: float, silent: bool) -> None:
         """Send a message once more, unless its time is over.
 
-        Each sending has an inbox of its own: a late answer to an earlier one may state less than the next.
+        Each send has an inbox of its own, so that a late reply to an earlier one is not mistaken for the reply to it.
         """
         try:
             if after_s:
@@ -242,7 +249,7 @@ class Publisher:
             future.is_repeated = True
             future.until = min(time.monotonic() + TRY_S, future.give_up)
             await self._connection.publish(future.subject, future.payload, reply=future.reply, headers=future.headers)
-        except LoomError as error:  # the connection is closed, or its buffer full
+        except LoomError as error:  # the connection is closed, or its buffer is full
             if not future.done:
                 self._end(future)
                 future.set_error(error)
@@ -250,16 +257,16 @@ class Publisher:
             future.retrying = False
 
     async def _why_late(self, future: PubAckFuture, *, silent: bool) -> LoomError:
-        late = f"the server has not confirmed a message in {future.within_s} s"
+        late = f"the server has not acknowledged a message within {future.within_s} s"
         if silent and await self._is_led(future.subject):
-            return Overloaded(f"{late}, though its stream answers: the disk may be full")
+            return Overloaded(f"{late}, although its stream has a leader: the disk may be full")
         return BusUnavailable(late)
 
     async def _is_led(self, subject: str) -> bool:
-        """Return whether the stream of `subject` has a leader that answers: the connection is not the cause then."""
+        """Return whether the stream of `subject` has a leader that answers; then the connection is not the cause."""
         try:
-            found = await self._jetstream.api("STREAM.NAMES", {"subject": subject}, timeout_s=1)
-            streams = found["streams"] or []
+            reply = await self._jetstream.api("STREAM.NAMES", {"subject": subject}, timeout_s=1)
+            streams = reply["streams"] or []
             for stream in streams:
                 await self._jetstream.api(f"STREAM.INFO.{stream}", timeout_s=1)
         except (LoomError, KeyError):
@@ -274,5 +281,5 @@ class Publisher:
 
 
 def _is_undecided(error: ApiError) -> bool:
-    """Return whether it is not known yet if the message will be stored."""
+    """Return whether the server has not decided yet if the message will be stored."""
     return error.err_code == ServerErrorCode.MSG_ID_IN_PROCESS or error.err_code in NO_LEADER

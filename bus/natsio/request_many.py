@@ -1,4 +1,4 @@
-"""Ask everybody at once and stop listening early: request-many."""
+"""One request with many replies."""
 
 import asyncio
 from collections.abc import Callable
@@ -15,55 +15,55 @@ T = TypeVar("T")
 async def request_many(
     requests: Requests,
     subject: str,
-    question: Any,
+    message: Any,
     read: Callable[[bytes], T | None],
     *,
     discards: Discards,
     window_s: float,
     enough: Callable[[list[T]], bool],
 ) -> list[T]:
-    """Publish `question` and return the answers, in order of arrival.
+    """Publish a request and return the replies, in order of arrival.
 
     Args:
-        read: Decodes an answer; raises Undecodable for one that is to be left out, or returns None when it has counted
-            that itself.
-        window_s: Longest wait.
-        enough: Whether to stop waiting; asked once after every answer, which is the last of those it is given.
+        read: Decodes a reply; raises Undecodable for one that is to be counted and left out, or returns None for one
+            that it has counted itself.
+        window_s: Longest wait, in seconds.
+        enough: Whether to stop waiting; called after every reply with all replies, of which the new one is the last.
 
     Returns:
-        What came in time; the other answers are counted and left out.
+        The replies that arrived in time and could be decoded.
     """
-    answers: list[T] = []
+    replies: list[T] = []
     loop = asyncio.get_running_loop()
-    over: asyncio.Future[None] = loop.create_future()
+    ended: asyncio.Future[None] = loop.create_future()
 
     def end() -> None:
-        if not over.done():
-            over.set_result(None)
+        if not ended.done():
+            ended.set_result(None)
 
-    def take(msg: Msg) -> None:
+    def on_reply(msg: Msg) -> None:
         if msg.status == "503":
             end()
             return
         try:
-            found = read(msg.data)
+            reply = read(msg.data)
         except Undecodable as error:
             discards.add("answer_undecodable", reason=error.message, subject=subject)
             return
-        if found is None:
+        if reply is None:
             return
-        answers.append(found)
-        if enough(answers):
+        replies.append(reply)
+        if enough(replies):
             end()
 
-    reply = requests.open_inbox(take)
+    inbox = requests.open_inbox(on_reply)
     try:
-        await requests.connection.publish(subject, question, reply=reply)
+        await requests.connection.publish(subject, message, reply=inbox)
         window = loop.call_later(window_s, end)
         try:
-            await over
+            await ended
         finally:
             window.cancel()
     finally:
-        requests.close_inbox(reply)
-    return answers
+        requests.close_inbox(inbox)
+    return replies

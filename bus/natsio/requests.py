@@ -1,7 +1,7 @@
-"""Requests and their replies, over one inbox subscription for all of them.
+"""Requests and their replies, over one inbox subscription.
 
-Replies of every kind arrive on one subscription and are distinguished by the last token of their subject, so that a
-request costs no subscription of its own.
+All replies arrive on one subscription and are distinguished by the last token of their subject, so that a request
+needs no subscription of its own.
 """
 
 import asyncio
@@ -23,13 +23,13 @@ from loom.schemas.errors import LoomError
 log = get_logger()
 
 SETTLED_S = 4.0
-"""Age from which a connection may be given up: a new one first gets time to work."""
+"""Age in seconds before which a connection is not given up."""
 DRAIN_S = 2.0
-"""Seconds that the messages of an ended subscription have to reach its handler."""
+"""Seconds to wait for the handler of an ended subscription to process its messages."""
 
 
 class NoResponders(LoomError):
-    """A subject has no subscriber. A shortcut only: any tap makes it disappear."""
+    """A subject has no subscriber. This is only a shortcut: with a tap as subscriber the error does not occur."""
 
     code = "bus_unavailable"
 
@@ -45,7 +45,7 @@ class Requests:
         self._leaving = False
 
     async def start(self) -> None:
-        """Subscribe to the replies; needed once for each `connect`."""
+        """Subscribe to the replies; to be called once after each `connect`."""
         await self.connection.subscribe_sync(f"{self._prefix}.*", self._on_reply)
 
     # -- inboxes
@@ -56,11 +56,11 @@ class Requests:
 
     @property
     def no_inbox(self) -> str:
-        """A reply subject for requests whose reply is of no use: replies to it are dropped."""
+        """A reply subject without a reader, for requests whose replies are not needed."""
         return f"{self._prefix}.0"
 
     def open_inbox(self, sink: Callable[[Msg], None]) -> str:
-        """Return a reply subject whose messages go to `sink` until `close_inbox`.
+        """Return a reply subject; `sink` is called with its messages until `close_inbox`.
 
         Raises:
             WrongEventLoop: The connection is open in another event loop.
@@ -88,10 +88,10 @@ class Requests:
         """Return the first reply.
 
         Args:
-            again_s: Seconds of silence after which the request is sent again: only for one that may arrive twice.
+            again_s: Seconds without a reply after which the request is sent again; only for idempotent requests.
 
         Raises:
-            TimeoutError: No reply in time.
+            TimeoutError: No reply arrived in time.
             NoResponders: The subject has no subscriber.
         """
         give_up = time.monotonic() + timeout_s
@@ -100,11 +100,11 @@ class Requests:
         try:
             await self.connection.publish(subject, message, reply=reply)
             if self.connection.is_unread:
-                raise TimeoutError(f"no answer on {subject} can be read: the event loop ends")
+                raise TimeoutError(f"no reply on {subject} can be received: the event loop is ending")
             while (msg := await answer.wait(min(give_up - time.monotonic(), again_s or timeout_s))) is None:
                 if time.monotonic() >= give_up:
-                    raise TimeoutError(f"no answer on {subject} in {timeout_s:g} s")
-                if self.connection.is_connected:  # else it waits in the buffer already
+                    raise TimeoutError(f"no reply on {subject} within {timeout_s:g} s")
+                if self.connection.is_connected:  # else the first one is still in the buffer
                     await self.connection.publish(subject, message, reply=reply)
         finally:
             self.close_inbox(reply)
@@ -113,25 +113,25 @@ class Requests:
         return msg
 
     async def flush(self, *, timeout_s: float = 2.0) -> None:
-        """Return once the server has processed all that was sent before.
+        """Return once the server has processed everything that was sent before.
 
         Raises:
-            TimeoutError: It has not in that time.
+            TimeoutError: The server has not done so within `timeout_s`.
         """
         answer: OneShot[Msg] = OneShot()
         reply = self.open_inbox(answer.set)
         try:
             await self.connection.publish(reply)
             if await answer.wait(timeout_s) is None:
-                raise TimeoutError(f"the server did not echo in {timeout_s:g} s")
+                raise TimeoutError(f"the server did not answer a flush within {timeout_s:g} s")
         finally:
             self.close_inbox(reply)
 
     async def leave_stalled_server(self) -> None:
-        """Connect again, to another server where there are several; a single one is left only if it answers nothing.
+        """Reconnect to another server; a single server is left only if it does not answer a flush.
 
-        One of several servers may live and yet be cut off from the others: it answers, and stores nothing. Calls that
-        come before a new connection is 4 s old change nothing.
+        One of several servers may be cut off from the others: it answers, but stores nothing. While the connection is
+        less than 4 s old, this method does nothing.
         """
         if self._leaving or self.connection.settled_s < SETTLED_S:
             return
@@ -151,8 +151,8 @@ class Requests:
         return True
 
     async def drain(self, subscription: Subscription) -> None:
-        """End a subscription after its handler has received all that the server has sent on it."""
-        if self.connection.is_unread:  # no echo could come
+        """End a subscription after its handler has processed all messages that the server has sent on it."""
+        if self.connection.is_unread:  # a flush could not be answered
             self.connection.unsubscribe(subscription)
             return
         try:
@@ -160,6 +160,6 @@ class Requests:
                 await self.connection.stop_delivery(subscription)
                 await self.flush()
                 async with asyncio.timeout(DRAIN_S):
-                    await subscription._pending_queue.join()  # received, and waiting for the handler
+                    await subscription._pending_queue.join()  # messages that wait for the handler
         finally:
             self.connection.unsubscribe(subscription)

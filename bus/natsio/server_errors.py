@@ -1,4 +1,4 @@
-"""Errors of the JetStream API, by the server's own codes."""
+"""Errors of the JetStream API and their codes."""
 
 from enum import IntEnum
 
@@ -7,22 +7,22 @@ from loom.schemas.errors import LoomError, Overloaded
 
 
 class ServerErrorCode(IntEnum):
-    """The codes that loom distinguishes; the names are those of nats-server's errors.json, shortened."""
+    """The error codes that loom distinguishes, with shortened names of nats-server's errors.json."""
 
     NO_PEERS = 10008
-    """Replicas are choosing a leader; it takes seconds."""
+    """Replicas are electing a leader, which takes seconds."""
     NO_QUORUM = 10009
     CONSUMER_NOT_FOUND = 10014
     INSUFFICIENT_RESOURCES = 10023
     NO_MESSAGE = 10037
     STORE_FAILED = 10047
-    """The disk has no room."""
+    """The disk is full."""
     STREAM_NOT_FOUND = 10059
     WRONG_LAST_SEQUENCE = 10071
     STREAM_FULL = 10077
     NO_LEADER = 10118
     MSG_ID_IN_PROCESS = 10158
-    """An earlier sending of this id is being stored, and not yet on enough replicas."""
+    """An earlier message of this id is not stored on enough replicas yet."""
     WRONG_LAST_SEQUENCE_CONSTANT = 10164
 
 
@@ -33,7 +33,7 @@ MISSING = frozenset({ServerErrorCode.STREAM_NOT_FOUND, ServerErrorCode.CONSUMER_
 
 
 class Refused(LoomError):
-    """The server refused a JetStream call; `err_code` is its number."""
+    """The server refused a JetStream call; `err_code` is the code of its error."""
 
     code = "bus_unavailable"
 
@@ -43,18 +43,18 @@ class Refused(LoomError):
 
 
 class Conflict(Refused):
-    """Another writer has stored a value under this key since it was read."""
+    """Another writer has stored a value under the key since it was read."""
 
 
 class ApiError(Message, frozen=True, kw_only=True):
-    """The error in an answer of the server."""
+    """The error in a reply of the JetStream API."""
 
     code: Count = 0
     err_code: Count = 0
     description: Text = ""
 
     def to_exception(self) -> LoomError:
-        """Return the exception of this error, for a message that was published into a stream."""
+        """Return the exception for a publish into a stream that failed with this error."""
         if self.err_code in WRONG_LAST:
             return Conflict(self.description, self.err_code)
         if self.err_code in FULL:

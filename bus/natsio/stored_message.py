@@ -1,4 +1,4 @@
-"""One message of a stream, read by its sequence or its subject."""
+"""Reads single messages of a stream, by sequence or by subject."""
 
 import base64
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from loom.bus.natsio.transport.message import parse_headers
 
 
 class StoredMessage(NamedTuple):
-    """A message as its stream holds it."""
+    """A message of a stream."""
 
     subject: str
     data: bytes
@@ -21,16 +21,29 @@ class StoredMessage(NamedTuple):
     """Server time, seconds since the epoch."""
 
 
-async def read_message(jetstream: JetStream, stream: str, which: dict[str, Any]) -> StoredMessage | None:
-    """Return a message of a stream; None when there is none.
+async def last_message(jetstream: JetStream, stream: str, subject: str) -> StoredMessage | None:
+    """Return the last message of a stream on a subject, which may have wildcards; None if there is none.
 
     Args:
-        stream: As the server names it.
-        which: As STREAM.MSG.GET takes it: `seq`, `last_by_subj`, or `seq` and `next_by_subj`.
+        stream: Name of the stream on the server, for example `LOOM_TASKS`.
 
     Raises:
-        BusUnavailable: No answer.
-        Refused: No such stream.
+        BusUnavailable: The server does not answer.
+        Refused: The stream does not exist.
+    """
+    return await read_message(jetstream, stream, {"last_by_subj": subject})
+
+
+async def read_message(jetstream: JetStream, stream: str, which: dict[str, Any]) -> StoredMessage | None:
+    """Return a message of a stream; None if there is none.
+
+    Args:
+        stream: Name of the stream on the server, for example `LOOM_TASKS`.
+        which: Body of STREAM.MSG.GET: `seq`, `last_by_subj`, or `seq` and `next_by_subj`.
+
+    Raises:
+        BusUnavailable: The server does not answer.
+        Refused: The stream does not exist.
     """
     try:
         message = (await jetstream.api(f"STREAM.MSG.GET.{stream}", which))["message"]

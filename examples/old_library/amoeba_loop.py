@@ -10,9 +10,9 @@ import asyncio
 from loom import ClusterManager, LifecycleManager, RewardBus
 from loom.agent import Agent
 from loom.agent.strategy import LoopContext
-from loom.compat.amoeba_loop import AmoebaLoop
-from loom.compat.planner import TaskPlanner
-from loom.compat.skill_registry import SkillNodeRegistry
+from loom.cluster.amoeba_loop import AmoebaLoop
+from loom.cluster.planner import TaskPlanner
+from loom.cluster.skill_registry import SkillNodeRegistry
 from loom.config import AgentConfig, ClusterConfig
 from loom.events import DoneEvent, EventBus, TextDeltaEvent
 from loom.providers.openai import OpenAIProvider

@@ -13,13 +13,13 @@ from loom.bus import task_client
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.ownership import THREADSAFE, Owner
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.rewards import RewardBus
 from loom.bus.task_client import TaskHandle
 from loom.compat.cluster_manager import ClusterManager
 from loom.compat.lifecycle import LifecycleManager
 from loom.compat.loop_context import LoopContext
 from loom.compat.phase_events import REWARDED, PhaseReports, adapted
 from loom.compat.planner import TaskPlanner
+from loom.compat.reward_formulas import RewardBus
 from loom.compat.skill_nodes import skill_nodes
 from loom.compat.skill_registry import SkillNodeRegistry
 from loom.compat.subtask_events import Subtasks

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
-from loom.schemas.task import is_token
+from loom.schemas.tokens import is_token
 from loom.types import AgentNode, Bid, TaskAd, unit
 
 WEIGHTS = {"capability": 0.4, "availability": 0.25, "history": 0.2, "tools": 0.15}

@@ -7,7 +7,7 @@ from typing import Literal
 from loom.compat.cluster_manager import ClusterManager
 from loom.phases.shared.node_health import HEALTH_WINDOW, Health, complement, health, standing
 from loom.schemas.errors import LoomError
-from loom.schemas.task import domain_token
+from loom.schemas.tokens import domain_token
 from loom.types import NEUTRAL, AgentNode, CapabilityProfile, ClusterConfig, HealthReport, Limits, TaskAd, unit
 
 ADVICE: dict[Health, Literal["keep", "merge", "recycle"]] = {

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from loom.bus.logs.logger import get_logger
-from loom.bus.rewards import RewardBus
 from loom.bus.task_client import TaskHandle
-from loom.schemas.envelope import FailedAttempt, Hop, Phase, TaskRecord
+from loom.schemas.envelope import FailedAttempt, Hop, Phase
 from loom.schemas.errors import LoomError
 from loom.schemas.events import PhaseEvent
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning import NodeProfile, success_signal
+from loom.schemas.record import TaskRecord
 
 log = get_logger()
 
@@ -169,4 +169,4 @@ def _reward(record: TaskRecord, error: str) -> float | None:
     if error or envelope.result is None:
         return 0.0 if envelope.award and error in REWARDED else None
     run = envelope.result
-    return RewardBus().compute_signal(envelope.ad, True, run.tokens, run.tool_errors).total
+    return success_signal(envelope.ad, run.tokens, run.tool_errors).total

@@ -5,11 +5,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from loom.agents.llm.guarded_provider import GuardedProvider
-from loom.bus.rewards import RewardBus
 from loom.compat.amoeba_loop import AmoebaLoop
 from loom.compat.cluster_manager import ClusterManager
 from loom.compat.lifecycle import LifecycleManager
 from loom.compat.planner import TaskPlanner
+from loom.compat.reward_formulas import RewardBus
 from loom.compat.skill_registry import SkillNodeRegistry
 from loom.runner.session import Session
 from loom.runner.session_owner import SessionOwner

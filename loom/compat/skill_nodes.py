@@ -15,7 +15,7 @@ from loom.compat.skill_registry import SkillNodeRegistry
 from loom.schemas.auction import SpawnRequest
 from loom.schemas.errors import LoomError
 from loom.schemas.llm import AnyProvider
-from loom.schemas.task import domain_token
+from loom.schemas.tokens import domain_token
 from loom.types import AgentNode, CapabilityProfile, Skill
 
 log = get_logger()

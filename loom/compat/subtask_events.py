@@ -14,9 +14,9 @@ from loom.bus.natsio.transport.message import Msg
 from loom.bus.task_client import TaskHandle
 from loom.schemas.auction import DESCRIPTION_BYTES
 from loom.schemas.base import Undecodable, cut_utf8, decode
-from loom.schemas.envelope import SplitPlan, Subtask
 from loom.schemas.errors import LoomError
 from loom.schemas.events import SubtaskEvent
+from loom.schemas.plan import SplitPlan, Subtask
 from loom.schemas.run import Delta
 
 

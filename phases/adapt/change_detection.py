@@ -1,45 +1,46 @@
-"""When a node's work in a domain has changed: a generalised likelihood ratio test over its window. Pure."""
+"""Detects when a node's work in a domain has changed: a generalised likelihood ratio test over its window. Pure."""
 
 import math
 from collections.abc import Sequence
 from itertools import accumulate
 
-LEAST = 8
-"""Scores below which nothing is said."""
-LEAST_BEFORE = 4
-LEAST_AFTER = 3
+MIN_SCORES = 8
+"""Scores in the window below which no change is reported."""
+MIN_BEFORE = 4
+MIN_AFTER = 3
 THRESHOLD = 12.0
 
 
-def changed_at(scores: Sequence[float]) -> int | None:
-    """Return how many scores came before the most likely change; None when there was none.
+def change_point(scores: Sequence[float]) -> int | None:
+    """Return the number of scores before the most likely change; None without a change.
 
-    The split i that maximises i·kl(m1, m) + (n - i)·kl(m2, m), with kl of Bernoulli variables and m1, m2, m the
-    means before it, after it and of all, after the GLR test of Besson et al. (JMLR 2022). It counts above 12.
+    It is the split i that maximises i·kl(m1, m) + (n - i)·kl(m2, m). kl is that of Bernoulli variables; m1, m2 and m
+    are the means before the split, after it, and of all scores. The maximum must exceed 12. Source: the GLR test of
+    Besson et al. (JMLR 2022).
 
     Args:
         scores: In [0, 1], oldest first.
     """
     total = len(scores)
-    if total < LEAST:
+    if total < MIN_SCORES:
         return None
     sums = list(accumulate(scores))
-    alone = likelihood(sums[-1], total)
-    if -alone <= THRESHOLD:
-        return None  # no split explains more than all there is to explain
-    best, at = THRESHOLD, None
-    for before in range(LEAST_BEFORE, total - LEAST_AFTER + 1):
+    whole = likelihood(sums[-1], total)
+    if -whole <= THRESHOLD:
+        return None  # no split can exceed this value
+    highest, change = THRESHOLD, None
+    for before in range(MIN_BEFORE, total - MIN_AFTER + 1):
         left = sums[before - 1]
-        evidence = likelihood(left, before) + likelihood(sums[-1] - left, total - before) - alone
-        if evidence > best:
-            best, at = evidence, before
-    return at
+        evidence = likelihood(left, before) + likelihood(sums[-1] - left, total - before) - whole
+        if evidence > highest:
+            highest, change = evidence, before
+    return change
 
 
 def likelihood(wins: float, total: float) -> float:
-    """Return the greatest log-likelihood of so many wins of Bernoulli trials, at most 0.
+    """Return the maximum log-likelihood of `wins` in `total` Bernoulli trials, at most 0.
 
-    Two parts' together, less that of the whole, is i·kl(m1, m) + (n - i)·kl(m2, m): their cross terms add up to it.
+    The sum for two parts minus that of the whole is i·kl(m1, m) + (n - i)·kl(m2, m), as the cross terms cancel.
     """
     losses = total - wins
     if wins <= 0 or losses <= 0:

@@ -1,4 +1,4 @@
-"""One of several replicas acts."""
+"""A lease by which one of several replicas acts."""
 
 from loom.bus.bus import Bus
 from loom.bus.natsio.server_errors import Conflict
@@ -8,11 +8,11 @@ from loom.schemas.learning import Lease
 LEASE_S = 15.0  # longer than a host takes to announce what has changed
 
 
-async def take_lease(bus: Bus, name: str) -> bool:
-    """Take or renew the lease of that name; False while it is another's.
+async def acquire_lease(bus: Bus, name: str) -> bool:
+    """Acquire or renew a lease for this replica; return False while another replica holds it.
 
     Raises:
-        BusUnavailable: No answer.
+        BusUnavailable: The server has not answered.
     """
     leases, now = bus.bucket("tuning", Lease), bus.clock.now()
     try:
@@ -22,12 +22,12 @@ async def take_lease(bus: Bus, name: str) -> bool:
     else:
         revision = entry.revision if entry else 0
     held = entry.value if entry is not None else Lease(holder="", until=0)
-    # A longer lease than any replica takes is not a replica's: it would be held by no process.
+    # No replica acquires a longer lease than this, so that a forged one cannot block all replicas.
     if held.holder != bus.instance and now < held.until <= now + 2 * LEASE_S:
         return False
-    mine = Lease(holder=bus.instance, until=now + LEASE_S)
+    renewed = Lease(holder=bus.instance, until=now + LEASE_S)
     try:
-        await leases.update(name, mine, revision)
+        await leases.update(name, renewed, revision)
     except Conflict:
         return False
     return True

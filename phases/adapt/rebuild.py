@@ -1,4 +1,4 @@
-"""What the stream alone says of every node, beside what is stored; and the repair of what is not the same."""
+"""Rebuilds every profile from the stream of rewards, compares it with the stored one, and repairs differences."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -14,102 +14,104 @@ from loom.schemas.identity import qualified, split_qualified
 from loom.schemas.learning import SNAPSHOTS, NodeProfile, Reward, Snapshot
 
 Verdict = Literal["same", "behind", "differs", "missing", "beyond"]
-"""same: stored as rebuilt. behind: the same, and rewards have come since. differs, missing: stored otherwise, or not
-at all. beyond: the stream does not tell, for its head is gone and no round of snapshots stands in for it."""
+"""same: the stored profile equals the rebuilt one. behind: it equals an earlier state of it. differs: it does not.
+missing: no profile is stored. beyond: unknown, as the stream has lost its head and no snapshots replace it."""
 WRONG: tuple[Verdict, ...] = ("differs", "missing")
 
 
 class Start(NamedTuple):
-    """Where a rebuild begins."""
+    """The state from which a rebuild starts."""
 
     seq: int
-    """Sequence up to which everything is in the profiles."""
+    """Sequence up to which the profiles contain every reward."""
     profiles: dict[str, NodeProfile]
     whole: bool
-    """Whether nothing is lost; else the stream's head is gone and nothing stands in for it."""
+    """Whether no reward is lost; otherwise the stream has lost its head, and no snapshots replace it."""
 
 
 class Compared(NamedTuple):
-    """One node: as stored, and as the stream has it."""
+    """The stored profile of a node and the one rebuilt from the stream."""
 
     key: str
-    """Under which its profile is stored."""
+    """Key of the stored profile: `owner.node_id`."""
     verdict: Verdict
     stored: Entry[NodeProfile] | None
     rebuilt: NodeProfile | None
     revision: int = 0
-    """Of a stored value that cannot be read, which a repair replaces."""
+    """Revision of a stored value that cannot be decoded, which a repair replaces; else 0."""
 
     @property
     def node(self) -> str:
-        """The node as people write it."""
+        """The node's qualified name."""
         return qualified(*split_qualified(self.key))
 
 
 class Rebuilt(NamedTuple):
-    """What the stream says."""
+    """The profiles rebuilt from the stream."""
 
     profiles: dict[str, NodeProfile]
     start: Start
     last_seq: int
-    then: dict[str, NodeProfile]
-    """The same as they were at the sequences asked for."""
+    earlier: dict[str, NodeProfile]
+    """The profiles at the sequences in the argument `at`."""
 
 
 async def rebuild(
     bus: Bus, *, forget: bool, weights: Mapping[str, float] = WEIGHTS, at: Mapping[str, int] | None = None
 ) -> Rebuilt:
-    """Fold the stream from its first reward, or from the oldest round of snapshots that stands in for its lost head.
+    """Apply the stream from its first reward, or from the oldest round of snapshots that replaces its lost head.
 
     Args:
-        forget: As the phases that wrote the profiles do: whether the award policy forgets what came before a change.
-        weights: As theirs: what the judges weigh.
-        at: Key of a node -> the last sequence folded of a profile to compare with.
+        bus: A connected bus.
+        forget: Whether the award policy drops scores from before a change, as in the phases that wrote the profiles.
+        weights: Weights of the sources, as in those phases.
+        at: Key of a node -> `last_seq` of a profile to compare with.
 
     Raises:
-        Refused: There is no such stream.
-        BusUnavailable: No answer.
+        Refused: The stream does not exist.
+        BusUnavailable: The server has not answered.
     """
     state = (await bus.jetstream.api(f"STREAM.INFO.{bus.subjects.stream('REWARDS')}"))["state"]
     first, last = state["first_seq"], state["last_seq"]
-    start = Start(0, {}, whole=True) if first <= 1 else start_of([one async for one in _snapshots(bus, last)], first)
-    profiles, wanted = dict(start.profiles), at or {}
-    then = {node: known for node, known in profiles.items() if known.last_seq == wanted.get(node)}
+    snapshots = [] if first <= 1 else [snapshot async for snapshot in _snapshots(bus, last)]
+    start = Start(0, {}, whole=True) if first <= 1 else start_of(snapshots, first)
+    profiles, at = dict(start.profiles), at or {}
+    earlier = {key: profile for key, profile in profiles.items() if profile.last_seq == at.get(key)}
     async for seq, reward in _rewards(bus, "*", start.seq + 1, last):
         key = reward.node_key
         known = profiles.get(key, NodeProfile(node_id=reward.node_id, owner=reward.owner))
-        folded = apply_reward(known, reward, seq, forget=forget, weights=weights)
-        if folded is known:
+        applied = apply_reward(known, reward, seq, forget=forget, weights=weights)
+        if applied is known:
             continue
-        profiles[key] = folded
-        if seq == wanted.get(key):
-            then[key] = folded
-    return Rebuilt(profiles, start, last, then)
+        profiles[key] = applied
+        if seq == at.get(key):
+            earlier[key] = applied
+    return Rebuilt(profiles, start, last, earlier)
 
 
 def start_of(snapshots: Sequence[Snapshot], first: int) -> Start:
-    """Return the profiles of the oldest finished round behind which the stream still holds everything.
+    """Return the profiles of the oldest complete round after which the stream still holds every message.
 
     Args:
-        snapshots: In stream order.
-        first: Sequence of the first message the stream holds.
+        snapshots: Snapshots in stream order.
+        first: Sequence of the first message in the stream.
     """
     rounds: dict[int, dict[str, NodeProfile]] = {}
-    for one in snapshots:
-        if one.through + 1 >= first:
-            told = rounds.setdefault(one.through, {})
-            told[one.profile.key] = one.profile
-            if len(told) >= one.nodes:
-                return Start(one.through, told, whole=True)
+    for snapshot in snapshots:
+        if snapshot.through + 1 >= first:
+            profiles = rounds.setdefault(snapshot.through, {})
+            profiles[snapshot.profile.key] = snapshot.profile
+            if len(profiles) >= snapshot.nodes:
+                return Start(snapshot.through, profiles, whole=True)
     return Start(first - 1, {}, whole=False)
 
 
 async def compare(bus: Bus, *, forget: bool, weights: Mapping[str, float] = WEIGHTS) -> tuple[Rebuilt, list[Compared]]:
-    """Return what the stream says, and each node beside what is stored of it, by key.
+    """Return the rebuilt profiles, and the comparison of each with the stored one, by key.
 
     Raises:
-        Refused: There is no such stream.
-        BusUnavailable: No answer.
+        Refused: The stream does not exist.
+        BusUnavailable: The server has not answered.
     """
     stored, unreadable = await read_profiles(bus)
     at = {node: entry.value.last_seq for node, entry in stored.items()}
@@ -122,66 +124,69 @@ async def compare(bus: Bus, *, forget: bool, weights: Mapping[str, float] = WEIG
 
 def _compared(key: str, stored: Entry[NodeProfile] | None, rebuilt: Rebuilt) -> Compared:
     known = rebuilt.profiles.get(key)
-    return Compared(key, _verdict(stored, known, rebuilt.then.get(key), rebuilt.start), stored, known)
+    return Compared(key, _verdict(stored, known, rebuilt.earlier.get(key), rebuilt.start), stored, known)
 
 
 def _verdict(
-    stored: Entry[NodeProfile] | None, rebuilt: NodeProfile | None, then: NodeProfile | None, start: Start
+    stored: Entry[NodeProfile] | None, rebuilt: NodeProfile | None, earlier: NodeProfile | None, start: Start
 ) -> Verdict:
-    if stored is not None and then == stored.value:
-        return "same" if then == rebuilt else "behind"
+    if stored is not None and earlier == stored.value:
+        return "same" if earlier == rebuilt else "behind"
     if rebuilt is None or not start.whole:
         return "beyond"
     return "missing" if stored is None else "differs"
 
 
 async def repair(bus: Bus, wrong: Sequence[Compared]) -> list[str]:
-    """Store the rebuilt profiles of what differs or is missing; return the keys that were written meanwhile.
+    """Store the rebuilt profiles of nodes whose profile differs or is missing.
 
-    A node the stream knows nothing of is left as it is.
+    A node without rewards in the stream is left unchanged.
+
+    Returns:
+        The keys that were not repaired, because another process has written them since the comparison.
 
     Raises:
-        BusUnavailable: No answer.
+        BusUnavailable: The server has not answered.
     """
-    bucket, lost = bus.bucket("nodes", NodeProfile), []
-    for one in wrong:
-        if one.verdict not in WRONG or one.rebuilt is None:
+    bucket, conflicts = bus.bucket("nodes", NodeProfile), []
+    for node in wrong:
+        if node.verdict not in WRONG or node.rebuilt is None:
             continue
         try:
-            await bucket.update(one.key, one.rebuilt, one.stored.revision if one.stored else one.revision)
+            await bucket.update(node.key, node.rebuilt, node.stored.revision if node.stored else node.revision)
         except Conflict:
-            lost.append(one.key)
-    return lost
+            conflicts.append(node.key)
+    return conflicts
 
 
 class StoredProfiles(NamedTuple):
-    """What the bucket of profiles holds."""
+    """The contents of the bucket of profiles."""
 
     profiles: dict[str, Entry[NodeProfile]]
-    """By key."""
+    """Key -> profile."""
     unreadable: dict[str, int]
-    """Key -> revision of the values that are not a profile of the node in their key."""
+    """Key -> revision of each value that is not a profile of the node in its key."""
 
 
 async def read_profiles(bus: Bus) -> StoredProfiles:
-    """Return every stored profile, and which ones cannot be used."""
+    """Return every stored profile, and the revisions of the values that are not usable."""
     reader = bus.bucket("nodes", NodeProfile).reader()
-    found = StoredProfiles({}, {})
+    contents = StoredProfiles({}, {})
     try:
         while not reader.caught_up:
             for entry in await reader.batch():
                 if entry.value.key == entry.key:
-                    found.profiles[entry.key] = entry
+                    contents.profiles[entry.key] = entry
                 else:
-                    found.unreadable[entry.key] = entry.revision
-            found.unreadable.update(reader.unreadable)
+                    contents.unreadable[entry.key] = entry.revision
+            contents.unreadable.update(reader.unreadable)
     finally:
         await reader.stop()
-    return found
+    return contents
 
 
 async def stored_profiles(bus: Bus) -> dict[str, Entry[NodeProfile]]:
-    """Return every stored profile that can be used, by key."""
+    """Return every usable stored profile, by key."""
     return (await read_profiles(bus)).profiles
 
 

@@ -1,11 +1,11 @@
-"""Who retires, and who inherits what they have learned. Pure: announcements and profiles in, decisions out."""
+"""Decides which spawned nodes retire, and which nodes inherit their evidence. Pure."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from loom.bus.host_directory import AnnouncedHost, HostKey
-from loom.phases.adapt.evidence import own_by_age
-from loom.phases.adapt.reward_weights import INHERITED, own
+from loom.phases.adapt.evidence import own_scores_by_age
+from loom.phases.adapt.reward_weights import INHERITED, own_scores
 from loom.phases.shared.node_health import HEALTH_WINDOW, complement, is_failing
 from loom.schemas.config import ClusterConfig
 from loom.schemas.identity import ADAPT, node_key
@@ -13,83 +13,89 @@ from loom.schemas.learning import NodeProfile, Reward
 
 
 class Retirement(NamedTuple):
-    """A child that is to go."""
+    """A spawned node that is due to retire."""
 
     host: HostKey
     node_id: str
     reason: str
     when_idle: bool
-    """Whether it may stay if it has got work meanwhile."""
+    """Whether its host may decline because the node has work again."""
 
     @property
     def key(self) -> str:
-        """The key of its profile."""
+        """The key of the node's profile."""
         return node_key(self.host.owner, self.node_id)
 
 
-def who_retires(
+def due_retirements(
     hosts: Sequence[AnnouncedHost], profiles: Mapping[str, NodeProfile], config: ClusterConfig
 ) -> list[Retirement]:
-    """Return the children that are failing, then those idle for `idle_timeout_s`, the longest first.
+    """Return the spawned nodes that are failing, then those idle for `idle_timeout_s`, the longest idle first.
 
-    Only children go, never a node that somebody has put there. One younger than `idle_timeout_s` is left alone, so
-    that it has had its chance, and at most so many are named that `min_nodes` of the cluster stay.
+    Only spawned nodes retire, never an original one. A node younger than `idle_timeout_s` is not considered. At least
+    `min_nodes` nodes of the cluster stay.
 
     Args:
-        profiles: By key.
+        hosts: The latest announcement of each host.
+        profiles: The profiles, by key.
+        config: Limits of idle time and failures, and the least number of nodes.
     """
     spare = max(0, sum(len(staying(host)) for host in hosts) - config.min_nodes)
-    grown = [
-        (host.key, child)
+    candidates = [
+        (host.key, node)
         for host in hosts
-        for child in host.spawned
-        if not child.retiring and child.age_s >= config.idle_timeout_s
+        for node in host.spawned
+        if not node.retiring and node.age_s >= config.idle_timeout_s
     ]
     failing, idle = [], []
-    for key, child in sorted(grown, key=lambda one: (-one[1].idle_s, one[0], one[1].node_id)):
-        if why := _failure(profiles.get(node_key(key.owner, child.node_id)), config):
-            failing.append(Retirement(key, child.node_id, why, when_idle=False))
-        elif child.idle_s > 0 and child.idle_s >= config.idle_timeout_s:
-            idle.append(Retirement(key, child.node_id, f"idle for {child.idle_s:.0f} s", when_idle=True))
+    for key, node in sorted(
+        candidates, key=lambda candidate: (-candidate[1].idle_s, candidate[0], candidate[1].node_id)
+    ):
+        if why := _failure(profiles.get(node_key(key.owner, node.node_id)), config):
+            failing.append(Retirement(key, node.node_id, why, when_idle=False))
+        elif node.idle_s > 0 and node.idle_s >= config.idle_timeout_s:
+            idle.append(Retirement(key, node.node_id, f"idle for {node.idle_s:.0f} s", when_idle=True))
     return [*failing, *idle][:spare]
 
 
 def heir(retired: NodeProfile, hosts: Sequence[AnnouncedHost], profiles: Mapping[str, NodeProfile]) -> str | None:
-    """Return the id of the idle node that a retired one complements most, or None where there is none to inherit.
+    """Return the id of the idle node that a retired one complements most; None without a candidate.
 
-    Only a node of the same owner inherits: evidence is no gift to a stranger. While another host of the owner still
-    has a node of that id none does, for its evidence is in use.
+    Only a node of the same owner inherits. If another host of the owner still has a node of the retired id, no node
+    inherits, for the evidence is still in use.
 
     Args:
-        profiles: By key.
+        retired: Profile of the retired node.
+        hosts: The latest announcement of each host.
+        profiles: The profiles, by key.
     """
-    kin = [host for host in hosts if host.owner == retired.owner]
-    if any(retired.node_id in staying(host) for host in kin):
+    owned = [host for host in hosts if host.owner == retired.owner]
+    if any(retired.node_id in staying(host) for host in owned):
         return None
-    mine = _means(retired)
+    means = _means(retired)
     gains = {
-        other: complement(
-            mine,
-            _means(profiles.get(node_key(retired.owner, other))),
+        node_id: complement(
+            means,
+            _means(profiles.get(node_key(retired.owner, node_id))),
             min(host.running, max(host.slots, 1)) / max(host.slots, 1),
         )
-        for host in kin
-        for other in staying(host) - set(host.busy)
+        for host in owned
+        for node_id in staying(host) - set(host.busy)
     }
-    return min(gains, key=lambda other: (-gains[other], other), default=None)
+    return min(gains, key=lambda node_id: (-gains[node_id], node_id), default=None)
 
 
-def bequest(profile: NodeProfile, owner: str, node_id: str, why: str = "has retired") -> Iterator[Reward]:
-    """Yield what a node inherits: for each domain the mean of what the other has earned itself, as one observation.
+def inherited_rewards(profile: NodeProfile, owner: str, node_id: str, why: str = "has retired") -> Iterator[Reward]:
+    """Yield the rewards that an heir gets: for each domain the mean of the scores that the other node earned itself.
 
     Args:
-        profile: The other's.
-        owner: The heir's.
-        node_id: The heir's.
-        why: For people, with the other as its subject.
+        profile: Profile of the other node.
+        owner: Owner of the heir.
+        node_id: Node id of the heir.
+        why: Reason for people, a clause whose subject is the other node.
     """
     for domain_token, evidence in profile.domains.items():
-        earned = own(evidence.scores)
+        earned = own_scores(evidence.scores)
         if earned:
             yield Reward(
                 reward_id=f"{INHERITED}{profile.name}",
@@ -107,17 +113,17 @@ def bequest(profile: NodeProfile, owner: str, node_id: str, why: str = "has reti
 
 
 def staying(host: AnnouncedHost) -> set[str]:
-    """Return the nodes of a host that are not on their way out."""
-    return set(host.node_ids) - {child.node_id for child in host.spawned if child.retiring}
+    """Return the ids of a host's nodes that are not retiring."""
+    return set(host.node_ids) - {node.node_id for node in host.spawned if node.retiring}
 
 
 def newest_own(profile: NodeProfile) -> list[float]:
-    """Return the last ten scores a node has earned itself, in whatever domain, oldest first."""
-    return [score.score for score in own_by_age(profile.domains)[-HEALTH_WINDOW:]]
+    """Return the last ten scores that a node has earned itself, in all domains, oldest first."""
+    return [score.score for score in own_scores_by_age(profile.domains)[-HEALTH_WINDOW:]]
 
 
 def _failure(profile: NodeProfile | None, config: ClusterConfig) -> str:
-    """Why the node is failing; empty when it is not, or too little is known."""
+    """Return the reason why the node is failing; empty if it is not, or has too few scores."""
     if profile is None:
         return ""
     recent = newest_own(profile)

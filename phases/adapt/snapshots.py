@@ -1,4 +1,4 @@
-"""Puts what is known of each node at the stream's end before its head is dropped: a rebuild starts there."""
+"""Publishes every profile into the stream of rewards before its head is dropped; a rebuild starts from there."""
 
 import asyncio
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from loom.bus.hops.duplicates import store_once
 from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.ordered_consumer import Stored
-from loom.phases.adapt.lease import take_lease
+from loom.phases.adapt.lease import acquire_lease
 from loom.schemas.base import encode
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import ADAPT
@@ -17,22 +17,23 @@ from loom.schemas.learning import SNAPSHOTS, NodeProfile, Reward, Snapshot
 log = get_logger()
 
 SHARE = 0.25
-"""Share of the stream's limit that fills up between two rounds; one round may take as much itself."""
+"""Share of the stream's size limit that may fill between two rounds; one round itself may take as much."""
 OVERHEAD_BYTES = 256
-"""What the server may store of a message besides body and subject: headers and its own entry."""
+"""Bytes that the server may store for a message in addition to body and subject: headers and its own entry."""
 NEAR = 1000
-"""Messages that a reader at the end of the stream may still have before it."""
-RETRY_S = 30.0  # longer than a lease: who began a round has finished it by then, or is gone
+"""Messages that a reader near the end of the stream may still have to read."""
+RETRY_S = 30.0  # longer than a lease: by then the replica that began a round has finished it, or has stopped
 LEASE = "snapshots"
 
 
 class Snapshots:
-    """Publishes a round of snapshots whenever enough has come since the last finished one.
+    """Publishes a round of snapshots each time the stream has grown enough since the last complete round.
 
-    Every replica counts what it reads, so whoever takes over knows when the next one is due.
+    Every replica counts what it reads, so that any of them knows when the next round is due.
 
     Args:
-        profiles: What has been learned, as it is now.
+        bus: A connected bus.
+        profiles: A live read-only view of the profiles, by key.
     """
 
     def __init__(self, bus: Bus, profiles: Mapping[str, NodeProfile]) -> None:
@@ -41,40 +42,40 @@ class Snapshots:
         self._limit = 0
         self._read_to = 0
         self._since = 0
-        """Bytes read since the last finished round."""
+        """Bytes read since the last complete round."""
         self._round: tuple[int, set[str]] = (0, set())
-        """Where the round that is being read was taken, and the nodes of it read so far."""
+        """Sequence at which the round that is being read was taken, and its nodes read so far."""
         self._due = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Ask how much the stream may hold, and begin to look after it."""
+        """Read the size limit of the stream, and start to publish rounds."""
         info = await self._bus.jetstream.api(f"STREAM.INFO.{self._bus.subjects.stream('REWARDS')}")
         self._limit = max(0, int(info["config"].get("max_bytes", 0)))
         if self._limit:
-            self._task = self._bus.tasks.spawn(self._watch(), name="take snapshots", essential=True)
+            self._task = self._bus.tasks.spawn(self._publish_when_due(), name="publish snapshots", essential=True)
 
-    def start_over(self) -> None:
-        """Count from nothing: the stream was lost, and another has begun."""
+    def on_stream_reset(self) -> None:
+        """Count from zero, for a new stream that has replaced a lost one."""
         self._read_to, self._since, self._round = 0, 0, (0, set())
         self._due.clear()
 
     async def stop(self) -> None:
-        """Publish no more."""
+        """Stop publishing."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def note(self, message: Stored, reward: Reward | None) -> None:
-        """Count a message that has been read, and folded where it is a reward."""
+    def count(self, message: Stored, reward: Reward | None) -> None:
+        """Count a message that has been read, after its reward, if any, was applied."""
         self._read_to = message.seq
         self._since += len(message.data) + len(message.subject) + OVERHEAD_BYTES
         if reward is not None and reward.snapshot is not None:
-            self._note_part(reward.snapshot)
-        if self._since > SHARE * self._limit and message.pending < NEAR:  # else a finished round may be yet to come
+            self._count_part(reward.snapshot)
+        if self._since > SHARE * self._limit and message.pending < NEAR:  # otherwise a complete round may still follow
             self._due.set()
 
-    def _note_part(self, part: Snapshot) -> None:
+    def _count_part(self, part: Snapshot) -> None:
         through, nodes = self._round
         if part.through != through:
             nodes = set()
@@ -84,35 +85,35 @@ class Snapshots:
             self._since = 0
             self._due.clear()
 
-    async def _watch(self) -> None:
+    async def _publish_when_due(self) -> None:
         while True:
             await self._due.wait()
             try:
-                if await take_lease(self._bus, LEASE):
+                if await acquire_lease(self._bus, LEASE):
                     await self._publish()
             except LoomError as error:
-                log.warning("no_snapshots", **error_fields(error))
-            await asyncio.sleep(RETRY_S)  # meanwhile the round is read, by this replica and all others
+                log.warning("snapshots_failed", **error_fields(error))
+            await asyncio.sleep(RETRY_S)  # meanwhile every replica reads the round
 
     async def _publish(self) -> None:
-        """Publish a round: profiles, and the sequence up to which they hold everything, of one and the same moment."""
+        """Publish a round: all profiles of one moment, and the sequence up to which they contain every reward."""
         through, profiles = self._read_to, dict(self._profiles)
-        round_ = [snapshot_of(profile, through, len(profiles)) for profile in profiles.values()]
-        taken = 0
-        for one in round_:
-            taken += len(encode(one))
-            await asyncio.sleep(0)  # a large profile takes milliseconds
-        if taken > SHARE * self._limit:
-            log.warning("too_much_for_snapshots", bytes=taken, limit=self._limit)
+        snapshots = [snapshot_of(profile, through, len(profiles)) for profile in profiles.values()]
+        size = 0
+        for snapshot in snapshots:
+            size += len(encode(snapshot))
+            await asyncio.sleep(0)  # a large profile takes milliseconds to encode
+        if size > SHARE * self._limit:
+            log.warning("snapshots_too_large", bytes=size, limit=self._limit)
             return
-        for one in round_:
-            subject = self._bus.subjects.of("reward", ADAPT, one.owner, one.node_id, SNAPSHOTS)
-            await store_once(self._bus, subject, one, msg_id=one.reward_id)
-        log.info("snapshots_taken", nodes=len(round_), bytes=taken, through=through)
+        for snapshot in snapshots:
+            subject = self._bus.subjects.of("reward", ADAPT, snapshot.owner, snapshot.node_id, SNAPSHOTS)
+            await store_once(self._bus, subject, snapshot, msg_id=snapshot.reward_id)
+        log.info("snapshots_published", nodes=len(snapshots), bytes=size, through=through)
 
 
 def snapshot_of(profile: NodeProfile, through: int, nodes: int) -> Reward:
-    """Return the snapshot of a profile that holds all of its node's rewards up to sequence `through`."""
+    """Return the snapshot of a profile that contains all rewards of its node up to sequence `through`."""
     return Reward(
         reward_id=f"snapshot:{profile.name}:{through}",
         kind="snapshot",

@@ -1,4 +1,4 @@
-"""A model's opinion of an answer: asked for by the ad, or of a sample of all answers."""
+"""An LLM as the judge of an answer: for ads with a rubric, and for a sample of all answers."""
 
 import re
 from hashlib import blake2b
@@ -8,8 +8,8 @@ from typing import Any
 from msgspec.structs import replace
 
 from loom.phases.shared import llm_call
-from loom.phases.shared.llm_call import Answer
-from loom.phases.shared.token_usage import charged
+from loom.phases.shared.llm_call import LLMAnswer
+from loom.phases.shared.token_usage import with_phase_usage
 from loom.schemas.base import CheckedMessage, Undecodable, cut_utf8, encode
 from loom.schemas.envelope import MAX_CAUSE_CHARS, Envelope, Opinion
 from loom.schemas.llm import CompletionParams, LLMProvider, SystemMessage, UserMessage
@@ -17,7 +17,7 @@ from loom.schemas.text.model_json import read_model_json
 
 ASK_WITHIN_S = 20.0
 ANSWER_BYTES = 24 * 1024
-"""Of an answer the judge reads so much."""
+"""Bytes of an answer that the judge reads."""
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"score": {"type": "number", "minimum": 0, "maximum": 1}, "reason": {"type": "string"}},
@@ -38,20 +38,21 @@ _PERCENT = re.compile(r"\s*(\d{1,6}(?:\.\d{1,9})?)\s*(?:%|percent)\s*", re.IGNOR
 
 
 class _Answer(CheckedMessage, frozen=True, kw_only=True):
-    """A judge's answer, in the shape it is asked for and in those that models give instead."""
+    """A judge's reply, in the requested shape or in one that models return instead."""
 
     score: Any
     reason: Any = ""
     out_of: Any = None
-    """The best score there is, where the judge names one."""
+    """The highest score of the judge's scale, if it names one."""
 
 
 def needs_llm_judge(envelope: Envelope, share: float, has_model: bool = True) -> bool:
-    """Return whether the answer is to be judged by a model: the ad has a rubric, or the task is of the sample.
+    """Return whether a model is to judge the answer: the ad has a rubric, or the task belongs to the sample.
 
     Args:
-        share: Of all tasks, 0 to 1; the same tasks whoever asks.
-        has_model: Whether there is a model to ask; without one nothing is sampled, but a rubric is still wanted.
+        envelope: The task's.
+        share: Share of all tasks that are sampled, 0 to 1; every replica samples the same tasks.
+        has_model: Whether a model is available. Without one no task is sampled, but a rubric still needs a judge.
     """
     if envelope.ad.accept is not None and envelope.ad.accept.rubric is not None:
         return True
@@ -62,8 +63,8 @@ def needs_llm_judge(envelope: Envelope, share: float, has_model: bool = True) ->
 NO_MODEL = "the phases have no model"
 
 
-async def ask(llm: LLMProvider, envelope: Envelope, left_s: float) -> Answer[Opinion]:
-    """Ask a model for its opinion of the envelope's result, within `left_s` seconds and the task's budget."""
+async def ask(llm: LLMProvider, envelope: Envelope, left_s: float) -> LLMAnswer[Opinion]:
+    """Request a model's opinion of the envelope's result, within `left_s` seconds and the task's budget."""
     accept, result = envelope.ad.accept, envelope.result
     material = {
         "task": cut_utf8(envelope.ad.description, ANSWER_BYTES)[0],
@@ -76,32 +77,34 @@ async def ask(llm: LLMProvider, envelope: Envelope, left_s: float) -> Answer[Opi
         max_tokens=MAX_TOKENS,
         json_schema=SCHEMA,
     )
-    return await llm_call.ask(llm, params, read_opinion, within_s=min(left_s, ASK_WITHIN_S), budget=envelope.budget)
+    return await llm_call.call_llm(
+        llm, params, read_opinion, within_s=min(left_s, ASK_WITHIN_S), budget=envelope.budget
+    )
 
 
-def with_opinion(envelope: Envelope, answer: Answer[Opinion]) -> Envelope:
-    """Return the envelope with what came of the question: an opinion, or why there is none, and what it took."""
-    envelope = charged(envelope, "evaluate", answer.usage)
+def with_opinion(envelope: Envelope, answer: LLMAnswer[Opinion]) -> Envelope:
+    """Return the envelope with the opinion or the reason for its absence, and with the tokens of the request."""
+    envelope = with_phase_usage(envelope, "evaluate", answer.usage)
     if answer.value is not None:
         return replace(envelope, opinion=answer.value, unjudged="")
     return unjudged(envelope, answer.why)
 
 
 def unjudged(envelope: Envelope, why: str) -> Envelope:
-    """Return the envelope of a result that is not judged although it was to be."""
+    """Return the envelope of a result that should have been judged and was not."""
     accept = envelope.ad.accept
     unchecked = "; its rubric was not checked" if accept is not None and accept.rubric is not None else ""
     return replace(envelope.warned(f"the judge could not be asked: {why}{unchecked}"), opinion=None, unjudged=why)
 
 
 def read_opinion(text: str) -> Opinion:
-    """Return the opinion in a judge's answer.
+    """Return the opinion in a judge's reply.
 
-    A score is a number from 0 to 1, as a number or as a text. Another scale is read where the answer names it: "8/10",
-    "4 out of 5", "80 %", or a score beside `out_of`. A bare 8 may be of 10 or of 100, and is not read.
+    A score is a number from 0 to 1, as a number or as text. Another scale is accepted if the reply names it: "8/10",
+    "4 out of 5", "80 %", or a score with `out_of`. A bare 8 may be of 10 or of 100, and is rejected.
 
     Raises:
-        Undecodable: There is none.
+        Undecodable: The reply has no opinion.
     """
     answer = read_model_json(text, _Answer)
     score = score_of(answer.score, answer.out_of)
@@ -112,20 +115,20 @@ def read_opinion(text: str) -> Opinion:
 
 
 def score_of(given: Any, out_of: Any = None) -> float | None:
-    """Return a judge's score from 0 to 1; None where it is not clear what is meant."""
-    best = _number(out_of)
-    if isinstance(given, str) and (found := _FRACTION.fullmatch(given)):
-        given, best = found[1], float(found[2])
-    elif isinstance(given, str) and (found := _PERCENT.fullmatch(given)):
-        given, best = found[1], 100.0
-    score, best = _number(given), 1.0 if best is None else best
-    if score is None or best <= 0 or not 0 <= score <= best:
+    """Return a judge's score from 0 to 1; None if its scale is not clear."""
+    highest = _number(out_of)
+    if isinstance(given, str) and (match := _FRACTION.fullmatch(given)):
+        given, highest = match[1], float(match[2])
+    elif isinstance(given, str) and (match := _PERCENT.fullmatch(given)):
+        given, highest = match[1], 100.0
+    score, highest = _number(given), 1.0 if highest is None else highest
+    if score is None or highest <= 0 or not 0 <= score <= highest:
         return None
-    return score / best
+    return score / highest
 
 
 def _number(value: Any) -> float | None:
-    """Return a number, or a text that is one, as a float; None for anything else, and for what is not finite."""
+    """Return a number, or text that is a number, as a float; None for any other value, and for infinity and NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

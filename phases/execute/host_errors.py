@@ -1,4 +1,4 @@
-"""How far EXECUTE believes the error code of a host: as far as its own facts go. Pure."""
+"""Which error codes of a host EXECUTE accepts: those that its own facts confirm. Pure."""
 
 from dataclasses import dataclass
 
@@ -7,33 +7,33 @@ from msgspec.structs import replace
 from loom.schemas.task import TaskError
 
 LATE_S = 1.0
-"""A host's clock may be ahead of ours by so much."""
+"""Seconds by which the clock of a host may be ahead of this one."""
 SPENT = 0.5
-"""Share of its budget a run has to report as spent: an agent stops before the request that would go beyond it."""
+"""Share of its budget that a run must report as used: an agent stops before the request that would exceed it."""
 MAX_MESSAGE_CHARS = 2000
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What EXECUTE knows of a run that has ended."""
+class RunFacts:
+    """Facts that EXECUTE has about a run that has ended."""
 
     budget: int | None
-    """Tokens that were left to the task when the run began; None: no limit."""
+    """Tokens that the task had left when the run began; None: unlimited."""
     tokens: int
-    """Tokens the host reports."""
+    """Tokens that the host reports as used."""
     left_s: float
-    """Seconds to the task's deadline."""
+    """Seconds until the task's deadline."""
     delegation_failed: bool
-    """Whether a task this run has delegated ended without a result."""
+    """Whether a task that this run has delegated ended without a result."""
     cancelled: bool
-    """Whether the task has been cancelled."""
+    """Whether the task was cancelled."""
 
 
-def believed(error: TaskError, facts: Facts) -> TaskError:
-    """Return the error with its code, if the facts confirm it, else as `agent_failed`; the message is kept.
+def confirmed_error(error: TaskError, facts: RunFacts) -> TaskError:
+    """Return the error with its code if the facts confirm it, else as `agent_failed`; the message is kept.
 
-    `node_busy` needs no fact: a host that stops gives a run back, and a rejection has the same effect. `invalid_task`
-    is the opinion of one node, which EVALUATE has another one confirm.
+    `node_busy` needs no confirmation: a host that stops gives a run back, and a rejection has the same effect.
+    `invalid_task` is the opinion of one node, which EVALUATE has another node confirm.
     """
     confirmed = {
         "node_busy": True,

@@ -1,4 +1,4 @@
-"""A run on a plain node: one request, and its first reply is the end of the run."""
+"""A run on a plain node: one request, whose first reply ends the run."""
 
 import asyncio
 import time
@@ -11,31 +11,34 @@ from loom.bus.host_directory import HostKey
 from loom.bus.logs.left_out import as_reason
 from loom.bus.natsio.transport.message import Msg
 from loom.phases.execute.run_inbox import count_discarded
-from loom.phases.execute.run_stream import LATE_S, STOPPED_S, Hosts, HostSilent, Interrupt, nobody_waits
+from loom.phases.execute.run_stream import LATE_S, STOPPED_S, Hosts, HostSilent, Interrupt, no_waiter
 from loom.phases.execute.stops import HostRun
 from loom.schemas.base import Undecodable, decode, encode
 from loom.schemas.run import MAX_OUTLINE_BYTES, RunEvent, RunRequest, read_events
 from loom.schemas.task import Accept, RunResult, TaskError
 
 RUN_S = 60.0
-"""Longest run of a plain node that announces none."""
+"""Longest run of a plain node that announces no limit of its own."""
 ABSENT_S = 3.0
-"""For so long a node is asked again that the server does not know."""
+"""Seconds for which the request is repeated while the server reports no subscriber."""
 ASK_AGAIN_S = 1.0
 KEY_HEADER = "Loom-Key"
 ERROR_HEADERS = ("Nats-Service-Error", "Nats-Service-Error-Code")
 LAST_KINDS = ("result", "error", "rejected")
-"""Kinds of a reply that is an event."""
+"""Event kinds that a reply may have."""
 _ANY: Any = Any
-SECOND_REPLY = "a second reply: the first one is the end of the run"
+SECOND_REPLY = "a second reply: the first one has ended the run"
 
 
 class PlainRun:
-    """A run on a plain node, as EXECUTE follows it.
+    """Requests a run from a plain node and returns its reply as the last event.
 
     Args:
-        max_run_s: Seconds after which a node that has not replied is lost.
+        hosts: The connections to node hosts.
+        host: The host that the run was awarded to.
+        request: The run request.
         interrupt: Ends the wait early.
+        max_run_s: Seconds after which a node that has not replied is lost.
     """
 
     def __init__(
@@ -49,92 +52,93 @@ class PlainRun:
         self._subject = ""
         self._reply: Msg | None = None
         self._absent = False
-        """Whether the server has answered that there is no such host."""
+        """Whether the server has reported that the host has no subscription."""
         self._given_up = False
-        self._woken = asyncio.Event()
+        self._wakeup = asyncio.Event()
 
     async def last_event(self) -> RunEvent | None:
-        """Ask the node and return its reply as the last event of the run; None when the watching is interrupted.
+        """Send the request and return the reply as the last event of the run; None after an interrupt.
 
         Raises:
-            Silent: There is no such host, or it has not replied in time.
+            HostSilent: The host is not connected, or has not replied in time.
         """
-        self._subject = self._hosts.events.open(self._host, self._take)
-        self._interrupt.wake = self._woken.set
+        self._subject = self._hosts.events.open(self._host, self._on_message)
+        self._interrupt.wake = self._wakeup.set
         try:
-            await self._ask()
-            await self._answered()
+            await self._send_request()
+            await self._wait_for_reply()
         except HostSilent:
-            self._give_up(min(LATE_S, self._request.remaining_s))
+            self._keep_open(min(LATE_S, self._request.remaining_s))
             raise
         finally:
-            self._interrupt.wake = nobody_waits
+            self._interrupt.wake = no_waiter
             if self._reply is None and self._interrupt.ends_attempt:
-                self._give_up(STOPPED_S)
+                self._keep_open(STOPPED_S)
             elif not self._given_up:
                 self._hosts.events.close(self._subject, expect_more=self._reply is None)
-        return None if self._reply is None else self._read(self._reply)
+        return None if self._reply is None else self._read_reply(self._reply)
 
-    async def _ask(self) -> None:
+    async def _send_request(self) -> None:
         self._absent = False
         bus, key = self._hosts.bus, self._request.key
         request = decode(encode(replace(self._request, sent_at=bus.clock.now())), dict[str, Any])
         subject = bus.subjects.of("run", self._host.owner, self._host.host_id)
         await bus.connection.publish(subject, {**request, "key": key}, reply=self._subject, headers={KEY_HEADER: key})
 
-    async def _answered(self) -> None:
-        """Wait for the reply or an interrupt; a host that is absent is asked again each second, for 3 s."""
+    async def _wait_for_reply(self) -> None:
+        """Wait for the reply or an interrupt; repeat the request to an absent host each second, for 3 s."""
         started = time.monotonic()
         while self._reply is None and self._interrupt.reason is None:
             waited_s = time.monotonic() - started
             if self._absent:
                 if waited_s >= ABSENT_S:
-                    raise HostSilent(f"host {self._host} is not there")
-                if not await self._woken_within(ASK_AGAIN_S):
-                    await self._ask()
-            elif not await self._woken_within(self._max_run_s - waited_s):
+                    raise HostSilent(f"host {self._host} is not connected")
+                if not await self._wait(ASK_AGAIN_S):
+                    await self._send_request()
+            elif not await self._wait(self._max_run_s - waited_s):
                 raise HostSilent(f"host {self._host} has not replied in {self._max_run_s:g} s")
 
-    async def _woken_within(self, seconds: float) -> bool:
+    async def _wait(self, seconds: float) -> bool:
+        """Wait up to `seconds` for a message or an interrupt; return whether one has arrived."""
         try:
             async with asyncio.timeout(seconds):
-                await self._woken.wait()
+                await self._wakeup.wait()
         except TimeoutError:
             return False
-        self._woken.clear()
+        self._wakeup.clear()
         return True
 
-    def _take(self, msg: Msg) -> None:
+    def _on_message(self, msg: Msg) -> None:
         if self._given_up:
-            self._end_late(msg)
+            self._on_late_reply(msg)
         elif msg.status == "503":
             self._absent = True
         elif self._reply is None:
             self._reply = msg
         else:
-            self._count(SECOND_REPLY)
-        self._woken.set()
+            self._count_discarded(SECOND_REPLY)
+        self._wakeup.set()
 
-    def _give_up(self, keep_s: float) -> None:
-        """Keep the subject open for a reply that comes too late."""
+    def _keep_open(self, keep_s: float) -> None:
+        """Give up the run, and keep its subject open for a late reply."""
         self._given_up = True
         asyncio.get_running_loop().call_later(keep_s, self._hosts.events.close, self._subject)
 
-    def _end_late(self, msg: Msg) -> None:
+    def _on_late_reply(self, msg: Msg) -> None:
         if msg.status == "503":
             return
         self._hosts.events.close(self._subject, expect_more=False)
-        self._hosts.stops.ended(HostRun(self._host, self._request.task_id, self._request.attempt))
+        self._hosts.stops.cancel(HostRun(self._host, self._request.task_id, self._request.attempt))
         if not self._interrupt.ends_attempt:
-            self._count("the run was given up before its reply came")
+            self._count_discarded("the run was given up before its reply arrived")
 
-    def _read(self, msg: Msg) -> RunEvent:
+    def _read_reply(self, msg: Msg) -> RunEvent:
         if any(name in msg.headers for name in ERROR_HEADERS):
             why = " ".join(msg.headers[name] for name in reversed(ERROR_HEADERS) if name in msg.headers)
-            return failed(f"the service answered with an error: {why}")
-        return read_reply(msg.data, self._request.accept, self._count)
+            return failure(f"the service answered with an error: {why}")
+        return read_reply(msg.data, self._request.accept, self._count_discarded)
 
-    def _count(self, reason: str) -> None:
+    def _count_discarded(self, reason: str) -> None:
         facts = {"task_id": self._request.task_id, "attempt": self._request.attempt}
         count_discarded(self._hosts.bus, self._host, "run_event_left_out", reason, **facts)
 
@@ -142,11 +146,13 @@ class PlainRun:
 def read_reply(raw: bytes, accept: Accept | None, discard: Callable[[str], None]) -> RunEvent:
     """Return a plain node's reply as the last event of its run.
 
-    A JSON object whose `kind` is that of a last event is read as one, and needs no number; any other body is the
-    content. A JSON string counts as its text, unless the ad has a JSON Schema, which is for the body as it is.
+    A JSON object whose `kind` is that of a last event is decoded as one, and needs no number. Any other body is the
+    content. A JSON string counts as its text, unless the ad has a JSON Schema, which applies to the whole body.
 
     Args:
-        discard: Called with the reason for a last event that cannot be read; it ends the run as `agent_failed`.
+        raw: Body of the reply.
+        accept: Acceptance criteria of the ad.
+        discard: Called with the reason if a last event cannot be decoded; the run then ends as `agent_failed`.
     """
     try:
         body = decode(raw, _ANY, limit=MAX_OUTLINE_BYTES)
@@ -159,6 +165,6 @@ def read_reply(raw: bytes, accept: Accept | None, discard: Callable[[str], None]
     return RunEvent(seq=0, kind="result", result=RunResult(content=content, steps=1))
 
 
-def failed(why: str) -> RunEvent:
-    """Return the last event of a run that has failed."""
+def failure(why: str) -> RunEvent:
+    """Return the last event of a failed run."""
     return RunEvent(seq=0, kind="error", error=TaskError(code="agent_failed", message=as_reason(why)))

@@ -1,4 +1,4 @@
-"""One run as EXECUTE follows it: the request, its events in order, and the silence between them."""
+"""The event stream of one run on a host: the request, its events in order, and the time limits on silence."""
 
 import asyncio
 import time
@@ -26,28 +26,28 @@ from loom.schemas.task import TaskError, TaskResult
 
 log = get_logger()
 
-ABSENT_S = 1.0  # nobody listens: a host may be a little later than we are to come back after an outage
-ACCEPT_S = 3.0  # it may be busy; on a machine at its limit hundreds answered later than after one
+ABSENT_S = 1.0  # without a subscriber: a host may reconnect a little later than this process after an outage
+ACCEPT_S = 3.0  # a busy host may need long: on a machine at its limit hundreds answered only after one second
 ASK_AGAIN_S = 1.0
-"""Silence after which a request is repeated: a host that takes long to answer must not get it many times."""
+"""Seconds of silence after which a request is repeated; a slow host must not receive it many times."""
 ABSENT_AGAIN_S = 0.3
-"""The same while the server knows of no host that would get it."""
-GAP_ASKS = 3
-"""Requests for missing events after which the run goes on without them."""
-HELD = 1024
-"""Events kept while others before them are missing."""
+"""The same while the server reports no subscriber."""
+GAP_REQUESTS = 3
+"""Requests for missing events after which the run continues without them."""
+MAX_OUT_OF_ORDER = 1024
+"""Events kept while earlier ones are missing, at most."""
 CATCH_UP_S = 5.0
 HEARTBEAT_S = 2.0
 SILENCE_S = 3 * HEARTBEAT_S + 0.5  # three heartbeats missed
 LATE_S = 600.0
-"""For so long the last event of a silent run is waited for, to be refused and counted; a host keeps it for as long."""
+"""Seconds for which a silent run's last event is awaited, to be discarded and counted. A host keeps it as long."""
 STOPPED_S = STOPS * STOP_AGAIN_S + 1
-"""For so long the last event of a stopped run is waited for."""
+"""Seconds for which the last event of a stopped run is awaited."""
 MAX_RUN_BYTES = 16 * 2**20
 MAX_RUN_EVENTS = 100_000
-"""What a run may send; more ends it."""
-BREATH = 64
-"""Events in a row after which the other runs of the process have their turn."""
+"""Limits of what a run may send; exceeding one ends it."""
+YIELD_EVERY = 64
+"""Events in a row after which the event loop runs other tasks."""
 TOO_MANY = TaskError(
     code="agent_failed",
     message=f"too many events: a run may send {MAX_RUN_EVENTS:,} of them and {MAX_RUN_BYTES // 2**20} MiB",
@@ -57,16 +57,16 @@ Reason = Literal["cancelled", "recalled", "late"]
 
 
 class HostSilent(Exception):
-    """The host has not been heard from in time."""
+    """The host has not sent an event in time."""
 
 
-def nobody_waits() -> None:
-    """Wake nobody."""
+def no_waiter() -> None:
+    """Do nothing: the `wake` of an interrupt that no stream waits on."""
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """The means by which EXECUTE reaches node hosts."""
+    """The parts by which EXECUTE communicates with node hosts: the bus, event subjects and stops."""
 
     bus: Bus
     events: EventSubjects
@@ -74,39 +74,41 @@ class Hosts:
 
 
 class Interrupt:
-    """What ends the watching of a run from outside: the first of a cancel, a recall and the deadline."""
+    """Ends the handling of a run from outside. The first of a cancel, a recall and the deadline is the reason."""
 
     def __init__(self) -> None:
         self.reason: Reason | None = None
-        self.wake: Callable[[], None] = nobody_waits
-        """Ends the wait for an event that is going on."""
+        self.wake: Callable[[], None] = no_waiter
+        """Ends a wait for an event."""
 
     def cancelled(self) -> bool:
-        """Whether the task was cancelled."""
+        """Return whether the task was cancelled."""
         return self.reason == "cancelled"
 
     @property
     def ends_attempt(self) -> bool:
-        """Whether the run's result is not wanted any more, here or elsewhere."""
+        """Whether the run's result is not needed any more, in any process."""
         return self.reason in ("cancelled", "late")
 
     def set(self, reason: Reason) -> None:
-        """Have the run watched no further."""
+        """Set the reason, unless one is set, and end the wait for an event."""
         if self.reason is None:
             self.reason = reason
             self.wake()
 
 
 class RunStream:
-    """The events of a run on a host.
+    """Requests a run from a host and returns its events in order.
 
-    Use as a context manager: the request is sent on entering. Each watching has an event subject of its own. It is
-    closed on leaving, unless the run is given up: then it stays open for the run's last event.
+    A context manager: entering publishes the request. Each stream has its own event subject. Leaving closes the
+    subject, unless the run is given up: then it stays open for the run's last event.
 
     Args:
+        hosts: The connections to node hosts.
         host: The host that the run was awarded to.
+        request: The run request.
         interrupt: Ends `next` early.
-        attached: Whether the run may be going on already. Then its host has the time of three heartbeats to answer.
+        attached: Whether the run may already be in progress. Its host then has three heartbeats' time to answer.
     """
 
     def __init__(
@@ -121,41 +123,41 @@ class RunStream:
         self._events: deque[RunEvent] = deque()
         self._waiting: asyncio.Future[None] | None = None
         self._subject = ""
-        """Where the run's events arrive."""
+        """Subject on which the run's events arrive."""
         self._next_seq = request.from_seq
         self._bytes = self._count = 0
-        """Of all events received."""
+        """Bytes and events received, in all."""
         self._chars = 0
-        """Of text in deltas."""
-        self._held: dict[int, RunEvent] = {}
-        """Number -> event that came while others before it were missing."""
-        self._gap_asks = 0
-        """How often the events from `_next_seq` on were asked for."""
-        self._gap_asked_at = 0.0
+        """Characters of text in the deltas so far."""
+        self._out_of_order: dict[int, RunEvent] = {}
+        """Number -> event that arrived while earlier ones were missing."""
+        self._gap_requests = 0
+        """Requests for the events from `_next_seq` on."""
+        self._gap_requested_at = 0.0
         self._attached = attached
         self._in_a_row = 0
-        """Events handed on without a wait between them."""
+        """Events returned without a wait between them."""
         self._given_up = False
-        self._asked = 0
-        """Requests sent. Only what was asked for again may come again."""
+        self._requests = 0
+        """Requests sent. Events may repeat only after a second request."""
         self._ended = False
-        """Whether the last event has come."""
-        self._unread = ""
-        """Why the newest event that was left out was."""
+        """Whether the last event has arrived."""
+        self._last_discard = ""
+        """Reason for the newest discarded event."""
         self._absent_since: float | None = None
-        self.heard = False
-        """Whether the host has said anything."""
+        self.has_events = False
+        """Whether an event of the host has been returned."""
 
     async def __aenter__(self) -> Self:
-        self._subject = self._hosts.events.open(self._host, self._take)
+        self._subject = self._hosts.events.open(self._host, self._on_message)
         self._interrupt.wake = self._wake
-        await self._ask()
+        await self._send_request()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._interrupt.wake = nobody_waits  # each would keep the other until a collection
+        self._interrupt.wake = no_waiter  # stream and interrupt would be a reference cycle
         if self._ended or not (isinstance(error, HostSilent) or self._interrupt.ends_attempt):
             self._close()
             return
@@ -164,119 +166,123 @@ class RunStream:
         asyncio.get_running_loop().call_later(keep_s, self._close)
 
     def _close(self) -> None:
-        # A run asked for twice may repeat its end, and a run that goes on elsewhere is not to blame for its events.
-        self._hosts.events.close(self._subject, expect_more=not self._ended or self._asked > 1)
+        # A run that was requested twice may repeat its end, and a run that continues elsewhere may still send events.
+        self._hosts.events.close(self._subject, expect_more=not self._ended or self._requests > 1)
 
-    async def _ask(self, **facts: Any) -> None:
-        self._asked += 1
+    async def _send_request(self, **facts: Any) -> None:
+        self._requests += 1
         left_s = max(0.0, self._until - time.monotonic())
         request = replace(self._request, remaining_s=left_s, sent_at=self._bus.clock.now(), **facts)
         subject = self._bus.subjects.of("run", self._host.owner, self._host.host_id)
         await self._bus.connection.publish(subject, request, reply=self._subject)
 
-    async def hand(self, delegated: Delegated, answer: TaskResult | None = None) -> None:
-        """Send the run the id of delegated work, and how it ended: the same request, from the next event on."""
+    async def send_answer(self, delegated: Delegated, answer: TaskResult | None = None) -> None:
+        """Send the run the id of a delegated task and, once it has ended, its result.
+
+        The message is the same run request, for the events from the next one on.
+        """
         answers = () if answer is None else (answer,)
-        await self._ask(from_seq=self._next_seq, delegated=(delegated,), answers=answers)
+        await self._send_request(from_seq=self._next_seq, delegated=(delegated,), answers=answers)
 
     async def next(self) -> RunEvent | None:
-        """Return the next event, each once and in order; None when the watching is stopped.
+        """Return the next event, each once and in order; None after an interrupt.
 
         Raises:
-            Silent: Nobody is there, no `accepted` came in time, or three heartbeats were missed.
+            HostSilent: The host is absent, sent no `accepted` in time, or missed three heartbeats.
         """
         while True:
             if not self._events:
-                await (self._hear(SILENCE_S, SILENCE_S) if self.heard else self._hear_first())
+                await (self._wait_for_event(SILENCE_S, SILENCE_S) if self.has_events else self._wait_for_first())
             if self._interrupt.reason is not None and not self._events:
                 return None
             event = self._events.popleft()
-            self.heard = True
+            self.has_events = True
             self._in_a_row = 0 if not self._events else self._in_a_row + 1
-            if self._in_a_row == BREATH:
+            if self._in_a_row == YIELD_EVERY:
                 self._in_a_row = 0
                 await asyncio.sleep(0)
             if event.final or event.seq == self._next_seq:
                 self._advance(event.seq + 1)
                 return event
             if event.seq > self._next_seq:
-                await self._miss(event)
+                await self._request_missing(event)
                 if event.kind == "heartbeat":
                     return event
-            elif event.kind != "heartbeat" and self._asked == 1 and not self._request.from_seq:
-                self._discard(f"its number {event.seq} came again: each event of a run takes the next one")
+            elif event.kind != "heartbeat" and self._requests == 1 and not self._request.from_seq:
+                self._discard(f"number {event.seq} came again: each event of a run takes the next number")
 
     def delta(self, seq: int, event: Progress) -> Delta:
-        """Return the delta of the next piece of progress, and count its text."""
+        """Return the delta for an event, and count its text."""
         at = self._chars
         if isinstance(event, TextDelta):
             self._chars = total(at, len(event.text))
         return Delta(task_id=self._request.task_id, attempt=self._request.attempt, seq=seq, at=at, event=event)
 
     def _advance(self, next_seq: int) -> None:
-        self._next_seq, self._gap_asks = next_seq, 0
-        if next_seq in self._held:
-            self._events.appendleft(self._held.pop(next_seq))
+        self._next_seq, self._gap_requests = next_seq, 0
+        if next_seq in self._out_of_order:
+            self._events.appendleft(self._out_of_order.pop(next_seq))
 
-    async def _miss(self, event: RunEvent) -> None:
-        """Ask for the events that are missing before this one; without them the run goes on in the end.
+    async def _request_missing(self, event: RunEvent) -> None:
+        """Request the events that are missing before this one; after three requests the run continues without them.
 
-        A host publishes what it has kept in order, so a second copy of a held event means that no more will come.
+        A host publishes kept events in order. So a second copy of an out-of-order event means that the missing ones
+        will not arrive.
         """
-        heartbeat = event.kind == "heartbeat"  # these are not kept by a host: a lost one leaves a gap for good
-        complete = event.seq in self._held or len(self._held) >= HELD
+        heartbeat = event.kind == "heartbeat"  # a host does not keep heartbeats: a lost one leaves a permanent gap
+        complete = event.seq in self._out_of_order or len(self._out_of_order) >= MAX_OUT_OF_ORDER
         if not heartbeat:
-            self._held[event.seq] = event
-        late = heartbeat and time.monotonic() - self._gap_asked_at >= ASK_AGAIN_S
-        if not self._gap_asks or (late and self._gap_asks < GAP_ASKS):
-            self._gap_asks, self._gap_asked_at = self._gap_asks + 1, time.monotonic()
-            await self._ask(from_seq=self._next_seq)
+            self._out_of_order[event.seq] = event
+        late = heartbeat and time.monotonic() - self._gap_requested_at >= ASK_AGAIN_S
+        if not self._gap_requests or (late and self._gap_requests < GAP_REQUESTS):
+            self._gap_requests, self._gap_requested_at = self._gap_requests + 1, time.monotonic()
+            await self._send_request(from_seq=self._next_seq)
         elif complete or late:
-            found = min(self._held, default=event.seq + 1)
+            next_seq = min(self._out_of_order, default=event.seq + 1)
             log.info(
                 "run_events_missing",
                 host_id=str(self._host),
                 task_id=self._request.task_id,
                 seq=self._next_seq,
-                until=found,
+                until=next_seq,
             )
-            self._advance(found)
+            self._advance(next_seq)
 
-    async def _hear(self, wait_s: float, limit_s: float) -> None:
-        """Wait until there is an event, for what is left of the time a host has."""
+    async def _wait_for_event(self, wait_s: float, limit_s: float) -> None:
+        """Wait up to `wait_s` for an event, the last part of the `limit_s` that the host has."""
         await self._wait(wait_s)
-        if not self._here:
-            with suppress(TimeoutError, LoomError):  # it may be us who are late: what has come by now counts
+        if not self._is_ready:
+            with suppress(TimeoutError, LoomError):  # this process may be late: events that have arrived by now count
                 await self._bus.requests.flush(timeout_s=CATCH_UP_S)
-        if not self._here:
-            left_out = f"; an event of it was left out: {self._unread}" if self._unread else ""
-            raise HostSilent(f"host {self._host} was silent for {limit_s:g} s{left_out}")
+        if not self._is_ready:
+            discarded = f"; an event of it was left out: {self._last_discard}" if self._last_discard else ""
+            raise HostSilent(f"host {self._host} was silent for {limit_s:g} s{discarded}")
 
-    async def _hear_first(self) -> None:
-        """Ask until something is heard: after an outage a host may be back later than we are, and miss the request."""
+    async def _wait_for_first(self) -> None:
+        """Repeat the request until an event arrives: a host that reconnects late after an outage misses the first."""
         wait_s, patience_s = (SILENCE_S, ACCEPT_S) if self._attached else (ACCEPT_S, ABSENT_S)
         give_up = time.monotonic() + wait_s
-        while not self._here:
+        while not self._is_ready:
             if self._absent_s >= patience_s:
-                raise HostSilent(f"host {self._host} is not there")
+                raise HostSilent(f"host {self._host} is not connected")
             left_s = give_up - time.monotonic()
             if left_s <= ASK_AGAIN_S:
-                await self._hear(max(0.0, left_s), wait_s)
+                await self._wait_for_event(max(0.0, left_s), wait_s)
                 return
-            await self._wait(ASK_AGAIN_S)  # the server's answer that there is no host ends it early
+            await self._wait(ASK_AGAIN_S)  # the server's no-responders reply ends this wait early
             if self._absent_since is not None:
                 await self._wait(ABSENT_AGAIN_S)
-            if not self._here:
-                await self._ask()
+            if not self._is_ready:
+                await self._send_request()
 
     @property
-    def _here(self) -> bool:
-        """Whether there is something to act on."""
+    def _is_ready(self) -> bool:
+        """Whether an event or an interrupt has arrived."""
         return bool(self._events) or self._interrupt.reason is not None
 
     async def _wait(self, seconds: float) -> None:
-        """Wait for an event or a stop."""
-        if self._here:
+        """Wait up to `seconds` for an event or an interrupt."""
+        if self._is_ready:
             return
         loop = asyncio.get_running_loop()
         self._waiting = loop.create_future()
@@ -292,49 +298,49 @@ class RunStream:
 
     @property
     def _absent_s(self) -> float:
-        """For how long the server has known of nobody who listens."""
+        """Seconds since the server first reported no subscriber."""
         return 0.0 if self._absent_since is None else time.monotonic() - self._absent_since
 
-    def again(self) -> "RunStream":
-        """Return a watch for what this one has missed: the host keeps events, and starts no run twice."""
+    def reattach(self) -> "RunStream":
+        """Close this stream and return one for the events after it: a host keeps events, and starts no run twice."""
         self._close()
         left_s = max(0.0, self._until - time.monotonic())
         request = replace(self._request, from_seq=self._next_seq, remaining_s=left_s)
-        watch = RunStream(self._hosts, self._host, request, self._interrupt)
-        watch._bytes, watch._count, watch._chars = self._bytes, self._count, self._chars
-        watch._unread = self._unread
-        return watch
+        stream = RunStream(self._hosts, self._host, request, self._interrupt)
+        stream._bytes, stream._count, stream._chars = self._bytes, self._count, self._chars
+        stream._last_discard = self._last_discard
+        return stream
 
     def _discard(self, reason: str) -> None:
-        self._unread = as_reason(reason)
+        self._last_discard = as_reason(reason)
         self._count_discarded("run_event_left_out", reason)
 
     def _count_discarded(self, event: str, reason: str, **facts: Any) -> None:
         facts = {"task_id": self._request.task_id, "attempt": self._request.attempt, **facts}
         count_discarded(self._bus, self._host, event, reason, **facts)
 
-    def _until_the_end(self, events: tuple[RunEvent, ...]) -> tuple[RunEvent, ...]:
-        """The events up to the first final one of the run; what comes after it is left out."""
-        end = 0 if self._ended else next((at for at, event in enumerate(events, 1) if event.final), None)
+    def _through_last(self, events: tuple[RunEvent, ...]) -> tuple[RunEvent, ...]:
+        """Return the events up to the first final one of the run, and discard those after it."""
+        end = 0 if self._ended else next((number for number, event in enumerate(events, 1) if event.final), None)
         if end is None:
             return events
         self._ended = True
         late = [event.kind for event in events[end:] if event.kind != "heartbeat"]
-        if late and self._asked == 1:
+        if late and self._requests == 1:
             self._discard(f"{late[0]} after the last event: the first result, error or rejection ends the run")
         return events[:end]
 
-    def _take(self, msg: Msg) -> None:
+    def _on_message(self, msg: Msg) -> None:
         if msg.status == "503":
             if self._absent_since is None:
                 self._absent_since = time.monotonic()
-            if not self.heard:
+            if not self.has_events:
                 self._wake()
             return
         self._absent_since = None
         events: tuple[RunEvent, ...] = ()
         try:
-            events = self._until_the_end(read_events(msg.data, self._discard))
+            events = self._through_last(read_events(msg.data, self._discard))
         except Undecodable as error:
             self._discard(error.message)
         if not self._given_up:
@@ -345,18 +351,18 @@ class RunStream:
                 self._events.clear()
                 events = (RunEvent(seq=self._next_seq, kind="error", error=TOO_MANY),)
         if not events:
-            return  # an empty array is a sign of life without an event
+            return  # an empty array still counts as a sign of life
         if not self._given_up:
             self._events.extend(events)
             self._wake()
         elif events[-1].final:
-            self._end_late(events[-1])
+            self._on_late_end(events[-1])
 
-    def _end_late(self, last: RunEvent) -> None:
-        """Take the last event of a run that was given up: it answers the stop, or comes too late."""
+    def _on_late_end(self, last: RunEvent) -> None:
+        """Process the last event of a run that was given up: it confirms a stop, or is too late and discarded."""
         self._close()
         request = self._request
-        self._hosts.stops.ended(HostRun(self._host, request.task_id, request.attempt))
+        self._hosts.stops.cancel(HostRun(self._host, request.task_id, request.attempt))
         stopped = self._interrupt.ends_attempt or (last.error is not None and last.error.code == "cancelled")
         if not stopped:
             why = "the run was given up before its last event came"

@@ -1,4 +1,4 @@
-"""Stops of runs on their hosts: repeated until the run's last event has come."""
+"""Stop messages to hosts: repeated until the last event of the run has arrived."""
 
 import asyncio
 from typing import Literal, NamedTuple
@@ -12,14 +12,14 @@ from loom.schemas.run import Stop
 log = get_logger()
 
 STOPS = 5
-"""Most times a stop is sent."""
+"""Stop messages per run, at most."""
 STOP_AGAIN_S = 1.0
 
-Why = Literal["cancelled", "silent", "late", "flooded", "forged", "superseded", "ended"]
+StopReason = Literal["cancelled", "silent", "late", "flooded", "forged", "superseded", "ended"]
 
 
 class HostRun(NamedTuple):
-    """An attempt, and the host that runs it."""
+    """An attempt and the host that runs it."""
 
     host: HostKey
     task_id: str
@@ -27,34 +27,34 @@ class HostRun(NamedTuple):
 
 
 class Stops:
-    """Sends `loom.stop` for runs whose result is not wanted any more: each second, at most five times."""
+    """Publishes `loom.stop` for runs whose result is not needed any more: once a second, at most five times."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._repeating: dict[HostRun, asyncio.Task[None]] = {}
 
-    def begin(self, run: HostRun, why: Why) -> None:
-        """Stop a run; a run that is being stopped already goes on being stopped."""
+    def start(self, run: HostRun, why: StopReason) -> None:
+        """Publish the first stop of a run and repeat it each second. A run that is being stopped is left unchanged."""
         if run in self._repeating or not run.host.host_id:
             return
         log.info("run_stopped", task_id=run.task_id, attempt=run.attempt, host_id=str(run.host), why=why)
-        self._send(run, why)
+        self._publish(run, why)
         repeating = self._bus.tasks.spawn(self._repeat(run, why), name=f"stop {run.task_id}")
         self._repeating[run] = repeating
         repeating.add_done_callback(lambda _: self._repeating.pop(run, None))
 
-    def ended(self, run: HostRun) -> None:
-        """Stop no further: the run's last event has come."""
+    def cancel(self, run: HostRun) -> None:
+        """Publish no more stops of a run: its last event has arrived."""
         repeating = self._repeating.get(run)
         if repeating is not None:
             repeating.cancel()
 
-    async def _repeat(self, run: HostRun, why: Why) -> None:
+    async def _repeat(self, run: HostRun, why: StopReason) -> None:
         for _ in range(STOPS - 1):
             await asyncio.sleep(STOP_AGAIN_S)
-            self._send(run, why)
+            self._publish(run, why)
 
-    def _send(self, run: HostRun, why: Why) -> None:
+    def _publish(self, run: HostRun, why: StopReason) -> None:
         try:
             subject = self._bus.subjects.of("stop", run.host.owner, run.host.host_id)
             self._bus.connection.publish_nowait(subject, Stop(task_id=run.task_id, attempt=run.attempt, why=why))

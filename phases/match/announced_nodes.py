@@ -1,4 +1,4 @@
-"""The nodes that the present hosts have announced, by the domains they take."""
+"""An index of the nodes that present hosts have announced, by domain."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -7,140 +7,145 @@ from typing import NamedTuple
 from loom.bus.host_directory import AnnouncedHost, HostKey
 from loom.schemas.auction import ANY_DOMAIN, AnnouncedNode
 from loom.schemas.identity import qualified
-from loom.schemas.task import domain_token
+from loom.schemas.tokens import domain_token
 
-Place = tuple[HostKey, str]
+NodeLocation = tuple[HostKey, str]
 """A host and the id of one of its nodes."""
 
 
-class Wanted(NamedTuple):
-    """What a task asks of a node."""
+class TaskRequirements(NamedTuple):
+    """The requirements of a task on a node."""
 
     domain_token: str
     tools: frozenset[str]
     excluded: Collection[str]
-    """Nodes that have failed it, qualified by their owners."""
+    """Qualified nodes that have failed the task."""
 
 
 class AnnouncedNodes:
-    """Finds announced nodes by what a task wants, in a time that depends on the nodes of its domain alone."""
+    """Finds announced nodes by the requirements of a task; the cost depends on the nodes of its domain only."""
 
     def __init__(self) -> None:
         self._hosts: dict[HostKey, tuple[AnnouncedNode, ...]] = {}
-        self._nodes: dict[Place, AnnouncedNode] = {}
-        self._by_domain: dict[tuple[str, bool], dict[Place, AnnouncedNode]] = {}
-        """domain_token, or `*`, and whether they are plain -> the nodes that name it."""
-        self._worded: dict[str, Counter[str]] = {}
-        """domain_token -> the domain as worded -> nodes that word it so and take it."""
-        self._announcements: dict[HostKey, int] = {}
+        self._nodes: dict[NodeLocation, AnnouncedNode] = {}
+        self._by_domain: dict[tuple[str, bool], dict[NodeLocation, AnnouncedNode]] = {}
+        """(domain_token or `*`, whether plain) -> nodes that announce it."""
+        self._wordings: dict[str, Counter[str]] = {}
+        """domain_token -> the domain as wording -> nodes that word it so and take it."""
+        self._announcement_counts: dict[HostKey, int] = {}
         self.size = 0
-        """Nodes, and names of domains and tools."""
+        """Number of nodes, domain names and tool names in the index."""
 
-    def announce(self, host: AnnouncedHost) -> None:
-        """Replace the nodes of a host."""
+    def update(self, host: AnnouncedHost) -> None:
+        """Replace the nodes of a host by those of its announcement."""
         key = host.key
-        self._announcements[key] = self._announcements.get(key, 0) + 1
+        self._announcement_counts[key] = self._announcement_counts.get(key, 0) + 1
         if self._hosts.get(key) != host.nodes:
             self._remove(key)
             self._hosts[key] = host.nodes
             for node_id, node in _by_id(host.nodes).items():
                 self._add((key, node_id), node)
 
-    def forget(self, host: HostKey) -> None:
-        """Forget a host and its nodes."""
-        self._announcements.pop(host, None)
+    def remove_host(self, host: HostKey) -> None:
+        """Remove a host and its nodes."""
+        self._announcement_counts.pop(host, None)
         self._remove(host)
 
-    def announcements(self, host: HostKey) -> int | None:
-        """Return how often a present host has announced itself; None when it has gone."""
-        return self._announcements.get(host)
+    def announcement_count(self, host: HostKey) -> int | None:
+        """Return how often a present host has announced itself; None for other hosts."""
+        return self._announcement_counts.get(host)
 
-    def get(self, place: Place) -> AnnouncedNode | None:
-        """Return the node of a host, if it has announced it."""
-        return self._nodes.get(place)
+    def get(self, location: NodeLocation) -> AnnouncedNode | None:
+        """Return an announced node; None where the host has not announced it."""
+        return self._nodes.get(location)
 
-    def able(self, wanted: Wanted, *, plain: bool) -> Iterator[tuple[Place, AnnouncedNode]]:
-        """Yield the nodes that take the domain, have the tools and have not failed the task.
+    def capable_nodes(
+        self, requirements: TaskRequirements, *, plain: bool
+    ) -> Iterator[tuple[NodeLocation, AnnouncedNode]]:
+        """Yield the nodes that accept the domain, have the tools and have not failed the task.
 
         Args:
-            plain: Which nodes: the plain ones, or those whose hosts bid for them.
+            plain: True: only plain nodes. False: only nodes whose hosts bid for them.
         """
-        named = self._by_domain.get((wanted.domain_token, plain), {})
-        for place, node in named.items():
-            if self._is_able(place, node, wanted):
-                yield place, node
-        for place, node in self._by_domain.get((ANY_DOMAIN, plain), {}).items():
-            if place not in named and self._is_able(place, node, wanted):
-                yield place, node
+        named = self._by_domain.get((requirements.domain_token, plain), {})
+        for location, node in named.items():
+            if self._is_capable(location, node, requirements):
+                yield location, node
+        for location, node in self._by_domain.get((ANY_DOMAIN, plain), {}).items():
+            if location not in named and self._is_capable(location, node, requirements):
+                yield location, node
 
-    def _is_able(self, place: Place, node: AnnouncedNode, wanted: Wanted) -> bool:
-        host, node_id = place
+    def _is_capable(self, location: NodeLocation, node: AnnouncedNode, requirements: TaskRequirements) -> bool:
+        host, node_id = location
         return (
-            (not wanted.tools or wanted.tools.issubset(node.tools))
-            and qualified(host.owner, node_id) not in wanted.excluded
-            and node.self_rating(wanted.domain_token) > 0
+            (not requirements.tools or requirements.tools.issubset(node.tools))
+            and qualified(host.owner, node_id) not in requirements.excluded
+            and node.self_rating(requirements.domain_token) > 0
         )
 
     # -- domains
 
-    def takes(self, token: str) -> bool:
-        """Return whether a node names a domain and takes it."""
-        return token in self._worded
+    def has_domain(self, token: str) -> bool:
+        """Return whether any node announces a domain with a self-rating above 0."""
+        return token in self._wordings
 
     def domains(self) -> Iterator[str]:
-        """Yield the domains that nodes name and take, as most of the nodes word them."""
-        for wordings in self._worded.values():
+        """Yield the announced domains, each in its most common spelling."""
+        for wordings in self._wordings.values():
             yield wordings.most_common(1)[0][0]
 
     # -- the index
 
-    def _add(self, place: Place, node: AnnouncedNode) -> None:
-        self._nodes[place] = node
+    def _add(self, location: NodeLocation, node: AnnouncedNode) -> None:
+        self._nodes[location] = node
         self.size += _size(node)
-        for token, worded in _tokens(node):
-            self._by_domain.setdefault((token, node.plain), {})[place] = node
-            if worded:
-                self._worded.setdefault(token, Counter())[worded] += 1
+        for token, wording in _tokens(node):
+            self._by_domain.setdefault((token, node.plain), {})[location] = node
+            if wording:
+                self._wordings.setdefault(token, Counter())[wording] += 1
 
     def _remove(self, host: HostKey) -> None:
         for node_id, node in _by_id(self._hosts.pop(host, ())).items():
-            place = (host, node_id)
-            del self._nodes[place]
+            location = (host, node_id)
+            del self._nodes[location]
             self.size -= _size(node)
-            for token, worded in _tokens(node):
-                self._drop((token, node.plain), place, worded)
+            for token, wording in _tokens(node):
+                self._drop((token, node.plain), location, wording)
 
-    def _drop(self, domain: tuple[str, bool], place: Place, worded: str) -> None:
+    def _drop(self, domain: tuple[str, bool], location: NodeLocation, wording: str) -> None:
         token, _ = domain
         nodes = self._by_domain[domain]
-        nodes.pop(place, None)
+        nodes.pop(location, None)
         if not nodes:
             del self._by_domain[domain]
-        if worded:
-            wordings = self._worded[token]
-            wordings[worded] -= 1
-            if not wordings[worded]:
-                del wordings[worded]
+        if wording:
+            wordings = self._wordings[token]
+            wordings[wording] -= 1
+            if not wordings[wording]:
+                del wordings[wording]
             if not wordings:
-                del self._worded[token]
+                del self._wordings[token]
 
 
 def _by_id(nodes: tuple[AnnouncedNode, ...]) -> dict[str, AnnouncedNode]:
-    """The nodes by their ids; of those that share one, the last counts."""
+    """Return node id -> node; for a repeated id, the last node."""
     return {node.node_id: node for node in nodes}
 
 
 def _tokens(node: AnnouncedNode) -> list[tuple[str, str]]:
-    """The tokens under which a node is found, each once, with the wording of a domain that it takes."""
+    """Return (domain_token, spelling) for each domain of a node, each token once.
+
+    The spelling is empty for `*` and for a self-rating of 0.
+    """
     if node.domains is None:
         return [(ANY_DOMAIN, "")]
-    found: dict[str, str] = {}
+    spellings: dict[str, str] = {}
     for named in node.domains:
         if named.domain == ANY_DOMAIN:
-            found.setdefault(ANY_DOMAIN, "")
+            spellings.setdefault(ANY_DOMAIN, "")
         else:
-            found.setdefault(domain_token(named.domain), "" if named.self_rating == 0 else named.domain)
-    return list(found.items())
+            spellings.setdefault(domain_token(named.domain), "" if named.self_rating == 0 else named.domain)
+    return list(spellings.items())
 
 
 def _size(node: AnnouncedNode) -> int:

@@ -1,4 +1,7 @@
-"""How far a bidder is trusted with a task: one function for each award policy. Pure, and the same for the same task."""
+"""The award policies: each is a function from a bidder's statistics to its trust. Pure.
+
+The random policies are derived from the task, so that a task awarded twice has the same winner.
+"""
 
 import importlib
 import math
@@ -10,95 +13,100 @@ import msgspec
 
 from loom.schemas.errors import LoomError
 
-CLAIM_OBSERVATIONS = 2
-"""Observations a claim counts as."""
+SELF_RATING_OBSERVATIONS = 2
+"""Weight of a self-rating, in observed rewards."""
 
 
 class BidderStats(msgspec.Struct, frozen=True, gc=False):
-    """What is known of one bidder when a task is awarded."""
+    """The statistics of one bidder at the award of a task."""
 
     task_id: str
     attempt: int
     node_id: str
-    claim: float
-    mean: float
-    """Of its rewards in the domain; 0 when there are none. Newcomers of an owner other than `local` have the mean,
-    count and pending tasks of all of them."""
-    count: float
-    """Rewards behind the mean; old ones count less."""
-    total: int
-    """Rewards of all bidders in the domain."""
-    pending: int = 0
-    """Tasks of the domain it was awarded lately and has not been judged for."""
+    self_rating: float
+    mean_reward: float
+    """Mean of the node's rewards in the domain, 0 to 1; 0 without rewards.
+
+    Newcomers of an owner other than `local` share one mean, reward count and pending count.
+    """
+    reward_count: float
+    """Number of rewards behind the mean; old rewards count less than 1."""
+    domain_reward_count: int
+    """Number of rewards of all bidders in the domain."""
+    pending_count: int = 0
+    """Number of recent awards in the domain that have no reward yet."""
     exploration: float = 0.3
-    """c of the bonus."""
-    name: str = ""
-    """What the randomness of its trust depends on: the node as people write it, or the owner whose newcomer it is."""
+    """Factor c of the exploration bonus."""
+    rng_key: str = ""
+    """Key of the random generator: the qualified node, or the owner for newcomers that share; empty: `node_id`."""
 
     @property
-    def blended(self) -> float:
-        """The mean reward, with the claim as a prior of two observations."""
-        return (self.mean * self.count + self.claim * CLAIM_OBSERVATIONS) / (self.count + CLAIM_OBSERVATIONS)
+    def blended_mean(self) -> float:
+        """The mean reward, with the self-rating as a prior of two observations."""
+        rewards = self.mean_reward * self.reward_count + self.self_rating * SELF_RATING_OBSERVATIONS
+        return rewards / (self.reward_count + SELF_RATING_OBSERVATIONS)
 
     @property
     def rng(self) -> Random:
-        """Randomness that is the same whenever the same task is awarded again."""
-        digest = blake2b(f"{self.task_id}:{self.attempt}:{self.name or self.node_id}".encode(), digest_size=8).digest()
+        """A random generator that is the same whenever the same attempt is awarded again."""
+        key = f"{self.task_id}:{self.attempt}:{self.rng_key or self.node_id}"
+        digest = blake2b(key.encode(), digest_size=8).digest()
         return Random(int.from_bytes(digest))  # noqa: S311 - repeatable on purpose
 
 
 class Trust(msgspec.Struct, frozen=True, gc=False):
-    """What a policy says of a bidder."""
+    """The trust of an award policy in one bidder."""
 
     value: float
+    """A finite number from 0; the score of a bid counts it up to a limit."""
     bonus: float = 0.0
-    """The part of the value that is not evidence."""
+    """The part of the value that does not come from evidence."""
 
 
 Policy = Callable[[BidderStats], Trust]
 
 
-class UnknownPolicy(LoomError):
-    """The setting names no award policy."""
+class UnknownAwardPolicy(LoomError):
+    """The setting names an award policy that does not exist or cannot be imported."""
 
     code = "invalid_setting"
 
 
-def ucb(known: BidderStats) -> Trust:
-    """Trust the mean, plus a bonus for the little known: c·sqrt(ln(N + 1) / (n + 2)), after UCB1 (Auer et al. 2002).
+def ucb(stats: BidderStats) -> Trust:
+    """Trust the mean plus a bonus for little evidence: c·sqrt(ln(N + 1) / (n + 2)), after UCB1 (Auer et al. 2002).
 
-    Tasks that are not judged yet count in n: so the unseen come first, but with a few tasks at a time.
+    Pending awards count in n: a node without evidence comes first, but gets only a few tasks at a time.
     """
-    seen = known.count + known.pending + CLAIM_OBSERVATIONS
-    bonus = known.exploration * math.sqrt(math.log(known.total + 1) / seen)
-    return Trust(known.blended + bonus, bonus)
+    observations = stats.reward_count + stats.pending_count + SELF_RATING_OBSERVATIONS
+    bonus = stats.exploration * math.sqrt(math.log(stats.domain_reward_count + 1) / observations)
+    return Trust(stats.blended_mean + bonus, bonus)
 
 
-def greedy(known: BidderStats) -> Trust:
+def greedy(stats: BidderStats) -> Trust:
     """Trust the mean alone."""
-    return Trust(known.blended)
+    return Trust(stats.blended_mean)
 
 
-def thompson(known: BidderStats) -> Trust:
-    """Trust a draw from the Beta distribution of what the mean may really be (Thompson 1933)."""
-    wins = known.mean * known.count + known.claim * CLAIM_OBSERVATIONS
-    losses = known.count + CLAIM_OBSERVATIONS - wins
-    drawn = known.rng.betavariate(max(wins, 1e-3), max(losses, 1e-3))
-    return Trust(drawn, max(0.0, drawn - known.blended))
+def thompson(stats: BidderStats) -> Trust:
+    """Trust a sample from the Beta distribution of the mean's true value (Thompson 1933)."""
+    wins = stats.mean_reward * stats.reward_count + stats.self_rating * SELF_RATING_OBSERVATIONS
+    losses = stats.reward_count + SELF_RATING_OBSERVATIONS - wins
+    sample = stats.rng.betavariate(max(wins, 1e-3), max(losses, 1e-3))
+    return Trust(sample, max(0.0, sample - stats.blended_mean))
 
 
-def round_robin(known: BidderStats) -> Trust:
-    """Trust whoever has had the fewest tasks of the domain."""
-    return Trust(1 / (1 + known.count + known.pending))
+def round_robin(stats: BidderStats) -> Trust:
+    """Trust the bidder with the fewest tasks of the domain most."""
+    return Trust(1 / (1 + stats.reward_count + stats.pending_count))
 
 
-def random(known: BidderStats) -> Trust:
-    """Trust anybody alike."""
-    return Trust(known.rng.random())
+def random(stats: BidderStats) -> Trust:
+    """Trust all bidders alike: the value is uniform between 0 and 1."""
+    return Trust(stats.rng.random())
 
 
 POLICIES: dict[str, Policy] = {
-    "glr_ucb": ucb,  # with ADAPT forgetting what came before a change
+    "glr_ucb": ucb,  # ADAPT drops the evidence from before a change
     "ucb": ucb,
     "thompson": thompson,
     "greedy": greedy,
@@ -108,17 +116,18 @@ POLICIES: dict[str, Policy] = {
 
 
 def policy(name: str) -> Policy:
-    """Return the policy of that name, or the function `module:function` names.
+    """Return the award policy of that name, or the function that `module:function` names.
 
     Raises:
-        UnknownPolicy: There is no such policy, or it cannot be imported.
+        UnknownAwardPolicy: There is no such policy, or it cannot be imported.
     """
     if name in POLICIES:
         return POLICIES[name]
     module, _, function = name.partition(":")
     try:
-        found: Policy = getattr(importlib.import_module(module), function)
+        imported: Policy = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        known = ", ".join(POLICIES)
-        raise UnknownPolicy(f"there is no award policy {name!r}: use one of {known}, or module:function") from error
-    return found
+        names = ", ".join(POLICIES)
+        why = f"there is no award policy {name!r}: use one of {names}, or module:function"
+        raise UnknownAwardPolicy(why) from error
+    return imported

@@ -1,4 +1,4 @@
-"""Which hosts and nodes there are, and what is known of the nodes."""
+"""The present hosts, their nodes, and the learned profiles of the nodes."""
 
 import asyncio
 import time
@@ -11,12 +11,12 @@ from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.connection import Subscription
 from loom.bus.natsio.kv import BucketReader
 from loom.bus.natsio.transport.message import Msg
-from loom.phases.match.announced_nodes import AnnouncedNodes, Wanted
+from loom.phases.match.announced_nodes import AnnouncedNodes, TaskRequirements
 from loom.phases.match.newcomers import Newcomers
-from loom.phases.match.node_ownership import Claims
+from loom.phases.match.node_ownership import NodeOwnership
 from loom.phases.match.offers import HostOffer
-from loom.phases.match.partial_decoding import Judged, ReadProfile, known, window
-from loom.phases.match.presence import Presence
+from loom.phases.match.partial_decoding import PartialProfile, PartialScore, decode_window, to_profile
+from loom.phases.match.presence import HostPresence
 from loom.phases.match.ranking import Ranking
 from loom.schemas.base import Undecodable
 from loom.schemas.identity import qualified
@@ -25,9 +25,9 @@ from loom.schemas.learning import NodeProfile
 log = get_logger()
 
 MAX_NODES = 100_000
-"""Ids of nodes that are kept for pinned tasks, those of each host counted."""
+"""Limit of node ids kept for pinned tasks; an id counts once per host."""
 MAX_NAMES = 300_000
-"""Nodes, domains and tools that are kept."""
+"""Limit of nodes, domain names and tool names in the index."""
 
 
 def _now() -> float:
@@ -35,58 +35,58 @@ def _now() -> float:
 
 
 class HostDirectory:
-    """Listens to announcements and to what ADAPT learns. It decides how long to wait, never who may bid.
+    """Follows host announcements and node profiles; decides how long auctions wait, never who may bid.
 
     Args:
-        judged: Called for every domain of a node that has changed, with the node, qualified by its owner, the
-            domain_token and the attempts in its window.
+        on_rewarded: Called for each changed domain of a profile, with the qualified node, the domain_token and the
+            attempt ids of its rewards.
     """
 
-    def __init__(self, bus: Bus, *, judged: Callable[[str, str, Iterable[str]], None] = lambda *_: None) -> None:
+    def __init__(self, bus: Bus, *, on_rewarded: Callable[[str, str, Iterable[str]], None] = lambda *_: None) -> None:
         self._bus = bus
-        self._judged = judged
+        self._on_rewarded = on_rewarded
         self.profiles: dict[str, NodeProfile] = {}
-        """Node, qualified by its owner -> what has been learned; of each window the newest score alone."""
+        """Qualified node -> learned profile, with only the newest score of each domain."""
         self.newcomers = Newcomers()
         self.ranking = Ranking()
         self.nodes = AnnouncedNodes()
-        self.asked_at = 0.0
-        """Monotonic time at which the hosts were asked to announce themselves."""
-        self._new_nodes = asyncio.Event()
-        self._read: dict[str, ReadProfile] = {}
+        self.announcements_requested_at = 0.0
+        """Monotonic time of the request for announcements."""
+        self._node_added = asyncio.Event()
+        self._partial_profiles: dict[str, PartialProfile] = {}
         self._announcements = AnnouncementReader(bus.discards, _now)
-        self._presence = Presence(_now, MAX_HOSTS, self._forget_nodes)
-        self._claims = Claims(_now, self._presence.seen_at)
-        self._reader: BucketReader[ReadProfile] | None = None
+        self._presence = HostPresence(_now, MAX_HOSTS, self._remove_nodes)
+        self._ownership = NodeOwnership(_now, self._presence.last_seen_at)
+        self._reader: BucketReader[PartialProfile] | None = None
         self._subscription: Subscription | None = None
 
     async def start(self) -> None:
-        """Listen, ask the hosts to announce themselves, and read what has been learned."""
+        """Subscribe, request announcements from all hosts, and read the stored profiles."""
         self._subscription = await self._bus.connection.subscribe_sync(
             self._bus.subjects.of("host", "*", "*"), self._on_announcement
         )
         await self._bus.connection.publish(self._bus.subjects.hosts)
-        self.asked_at = _now()
-        self._reader = self._bus.bucket("nodes", ReadProfile).reader()
+        self.announcements_requested_at = _now()
+        self._reader = self._bus.bucket("nodes", PartialProfile).reader()
         while not self._reader.caught_up:
-            await self._learn(self._reader)
-        self._bus.tasks.spawn(self._follow(self._reader), name="follow profiles", essential=True)
+            await self._read_batch(self._reader)
+        self._bus.tasks.spawn(self._follow_profiles(self._reader), name="follow profiles", essential=True)
 
     async def stop(self) -> None:
-        """Listen no more."""
+        """End the subscriptions."""
         if self._subscription is not None:
             self._bus.connection.unsubscribe(self._subscription)
         if self._reader is not None:
             await self._reader.stop()
 
-    def awaited(self) -> set[HostKey]:
+    def awaited_hosts(self) -> set[HostKey]:
         """Return the hosts whose offers the next auction waits for."""
-        return self._presence.awaited()
+        return self._presence.awaited_hosts()
 
     @property
     def only_plain(self) -> bool:
-        """Whether hosts are present, and none of them answers calls."""
-        return self.has_hosts and not self._presence.has_bidders
+        """Whether hosts are present, but none of them answers calls."""
+        return self.has_hosts and not self._presence.has_bidding_hosts
 
     @property
     def has_hosts(self) -> bool:
@@ -95,101 +95,103 @@ class HostDirectory:
 
     @property
     def has_nodes(self) -> bool:
-        """Whether any host that is present announces a node."""
-        return self._claims.size > 0
+        """Whether any present host announces a node."""
+        return self._ownership.size > 0
 
     @property
-    def new_nodes(self) -> asyncio.Event:
-        """Set when the next node is announced that was not known."""
-        return self._new_nodes
+    def node_added(self) -> asyncio.Event:
+        """An event that is set by the next announcement of a new node."""
+        return self._node_added
 
     def host_of(self, node: str) -> HostKey | None:
-        """Return the host of a node, qualified by its owner; None when no host that announces it is alive."""
-        return self._claims.host_of(node)
+        """Return the host of a qualified node; None when none of its hosts is alive."""
+        return self._ownership.host_of(node)
 
     def is_contested(self, node: str) -> bool:
-        """Return whether a second host has just announced a node, and the first may be alive."""
-        return self._claims.is_open(node)
+        """Return whether a second host has just announced a node whose first host may be alive."""
+        return self._ownership.is_contested(node)
 
-    def answered(self, offers: Sequence[HostOffer], missing: AbstractSet[HostKey]) -> None:
-        """Record who answered a call and who let its window pass; a host that is leaving is not waited for again."""
-        self._presence.answered([offer.host for offer in offers if offer.decline != "draining"], missing)
+    def record_answers(self, offers: Sequence[HostOffer], missing: AbstractSet[HostKey]) -> None:
+        """Record which hosts answered a call and which did not; a draining host does not become awaited."""
+        self._presence.record_answers([offer.host for offer in offers if offer.decline != "draining"], missing)
 
-    def may_yet_bid(self, wanted: Wanted, answered: AbstractSet[HostKey]) -> bool:
-        """Return whether a node is announced that could do a task, on a host that may answer the next call.
+    def may_yet_bid(self, requirements: TaskRequirements, answered: AbstractSet[HostKey]) -> bool:
+        """Return whether a capable node is announced on a host that may answer the next call.
 
         Args:
-            answered: Hosts that have answered this call.
+            answered: Hosts that answered this call.
         """
         return any(
             place[0] not in answered and not self._presence.is_dropped(place[0])
-            for place, _ in self.nodes.able(wanted, plain=False)
+            for place, _ in self.nodes.capable_nodes(requirements, plain=False)
         )
 
-    def have_failed(self, wanted: Wanted) -> bool:
-        """Return whether plain nodes are announced that could do a task and have failed it."""
-        return bool(wanted.excluded) and any(self.nodes.able(wanted._replace(excluded=()), plain=True))
+    def have_plain_nodes_failed(self, requirements: TaskRequirements) -> bool:
+        """Return whether capable plain nodes are announced that have failed the task."""
+        return bool(requirements.excluded) and any(
+            self.nodes.capable_nodes(requirements._replace(excluded=()), plain=True)
+        )
 
-    def _forget_nodes(self, host: HostKey) -> None:
-        self._claims.forget(host)
-        self.nodes.forget(host)
+    def _remove_nodes(self, host: HostKey) -> None:
+        self._ownership.remove_host(host)
+        self.nodes.remove_host(host)
 
     def _on_announcement(self, msg: Msg) -> None:
         announced = self._announcements.read(msg)
         if announced is None:
             return
         if announced.draining:
-            self._presence.forget(announced.key)
+            self._presence.remove(announced.key)
             return
         nodes = announced.nodes
-        self._presence.announced(announced.key, plain=bool(nodes) and all(node.plain for node in nodes))
-        if self._presence.seen_at(announced.key) is not None:  # else there are too many hosts
-            self._take_nodes(announced)
+        self._presence.record_announcement(announced.key, plain=bool(nodes) and all(node.plain for node in nodes))
+        if self._presence.last_seen_at(announced.key) is not None:  # None: the limit of hosts is reached
+            self._record_nodes(announced)
 
-    def _take_nodes(self, host: AnnouncedHost) -> None:
-        self.nodes.announce(host)
+    def _record_nodes(self, host: AnnouncedHost) -> None:
+        self.nodes.update(host)
         nodes = tuple(qualified(host.owner, node_id) for node_id in host.node_ids)
-        unknown = any(self._claims.host_of(node) is None for node in nodes)
-        if self._claims.announce(host.key, nodes):
+        unknown = any(self._ownership.host_of(node) is None for node in nodes)
+        if self._ownership.record_announcement(host.key, nodes):
             self._bus.connection.publish_nowait(
                 self._bus.subjects.hosts
-            )  # those that are alive announce themselves at once
+            )  # hosts that are alive announce themselves at once
         if unknown:
-            self._new_nodes.set()
-            self._new_nodes = asyncio.Event()
-        while self._is_full() and self._presence.forget_newcomer():
+            self._node_added.set()
+            self._node_added = asyncio.Event()
+        while self._is_full() and self._presence.remove_oldest_unproven():
             pass
 
     def _is_full(self) -> bool:
-        return self._claims.size > MAX_NODES or self.nodes.size > MAX_NAMES
+        return self._ownership.size > MAX_NODES or self.nodes.size > MAX_NAMES
 
-    # -- what has been learned
+    # -- profiles
 
-    async def _follow(self, reader: BucketReader[ReadProfile]) -> None:
+    async def _follow_profiles(self, reader: BucketReader[PartialProfile]) -> None:
         while True:
-            await self._learn(reader)
+            await self._read_batch(reader)
 
-    async def _learn(self, reader: BucketReader[ReadProfile]) -> None:
+    async def _read_batch(self, reader: BucketReader[PartialProfile]) -> None:
         batch = [entry.value for entry in await reader.batch() if entry.key == entry.value.key]
-        for node in {read.name: read for read in batch}.values():
+        for node in {read.node: read for read in batch}.values():
             try:
-                self._take(node)
+                self._update_profile(node)
             except Undecodable as error:
-                self._bus.discards.add("profile_undecodable", reason=error.message, node=node.name)
+                self._bus.discards.add("profile_undecodable", reason=error.message, node=node.node)
 
-    def _take(self, read: ReadProfile) -> None:
-        """Learn what has changed of a node."""
-        node = read.name
-        before = self._read.get(node)
+    def _update_profile(self, read: PartialProfile) -> None:
+        """Apply the changes of a node's profile."""
+        node = read.node
+        before = self._partial_profiles.get(node)
         domains = before.domains if before else {}
-        windows: dict[str, tuple[Judged, ...]] = {
-            domain_token: window(evidence)
+        windows: dict[str, tuple[PartialScore, ...]] = {
+            domain_token: decode_window(evidence)
             for domain_token, evidence in read.domains.items()
             if evidence != domains.get(domain_token)
         }
-        self.profiles[node] = profile = known(read, windows, self.profiles.get(node))
-        self._read[node] = read
-        self.newcomers.learn(node, profile.domains)
-        self.ranking.learn(node, {domain_token: evidence.mean for domain_token, evidence in read.domains.items()})
+        self.profiles[node] = profile = to_profile(read, windows, self.profiles.get(node))
+        self._partial_profiles[node] = read
+        self.newcomers.update(node, profile.domains)
+        self.ranking.update(node, {domain_token: evidence.mean for domain_token, evidence in read.domains.items()})
         for domain_token, scores in windows.items():
-            self._judged(node, domain_token, [score.attempt_id for score in scores])
+            self._on_rewarded(node, domain_token, [score.attempt_id for score in scores])

@@ -1,55 +1,55 @@
-"""A warning for a domain that looks misspelt."""
+"""Warnings about domains that are probably misspelt."""
 
 import time
 from collections.abc import Callable
 
 from loom.phases.match.announced_nodes import AnnouncedNodes
 from loom.schemas.envelope import Envelope
-from loom.schemas.task import domain_token
 from loom.schemas.text.nearest_name import nearest_domain
+from loom.schemas.tokens import domain_token
 
-BEGINNING = "no node rates itself in "
-FRESH_S = 3.0
-"""How long the nearest of the announced domains is kept for a domain: an auction costs no search."""
-MOST_KEPT = 256
+WARNING_PREFIX = "no node rates itself in "
+CACHE_S = 3.0
+"""Seconds for which the nearest announced domain is cached, so that an auction does not repeat the search."""
+MAX_CACHED = 256
 
 
-class Misspelt:
-    """Finds, for a domain that no node has announced, the announced one that was probably meant.
+class MisspeltDomains:
+    """Finds the announced domain that was probably meant by a domain that no node announces.
 
     Args:
-        nodes: What the present hosts have announced.
-        clock: Returns seconds that never go back.
+        nodes: The index of announced nodes.
+        clock: Returns monotonic seconds.
     """
 
     def __init__(self, nodes: AnnouncedNodes, clock: Callable[[], float] = time.monotonic) -> None:
         self._nodes = nodes
         self._clock = clock
         self._nearest: dict[str, tuple[float, str]] = {}
-        """domain_token -> when the nearest domain was looked for, and which it is; empty: there is none."""
+        """domain_token -> (monotonic time of the search, nearest domain or empty text)."""
 
     def warning_for(self, envelope: Envelope) -> str:
-        """Return a sentence on the domain that the ad names, where a known one was probably meant; else an empty text.
+        """Return a warning about the ad's domain where a similar domain is announced; otherwise an empty text.
 
-        Nodes without named domains do not cause a warning. A task gets one warning.
+        Nodes that accept any domain do not prevent the warning. A task gets one warning at most.
         """
         domain = envelope.ad.domain.strip()
-        if not domain or self._nodes.takes(envelope.domain_token) or warning_in(envelope) is not None:
+        if not domain or self._nodes.has_domain(envelope.domain_token) or warning_in(envelope) is not None:
             return ""
-        near = self._near(domain)
-        return f"{BEGINNING}{domain!r}; did you mean {near!r}?" if near else ""
+        nearest = self._nearest_domain(domain)
+        return f"{WARNING_PREFIX}{domain!r}; did you mean {nearest!r}?" if nearest else ""
 
-    def _near(self, domain: str) -> str:
+    def _nearest_domain(self, domain: str) -> str:
         token, now = domain_token(domain), self._clock()
-        at, near = self._nearest.get(token, (0.0, ""))
-        if token not in self._nearest or now - at >= FRESH_S:
-            near = nearest_domain(domain, self._nodes.domains()) or ""
-            if len(self._nearest) >= MOST_KEPT:
+        searched_at, nearest = self._nearest.get(token, (0.0, ""))
+        if token not in self._nearest or now - searched_at >= CACHE_S:
+            nearest = nearest_domain(domain, self._nodes.domains()) or ""
+            if len(self._nearest) >= MAX_CACHED:
                 self._nearest.clear()
-            self._nearest[token] = (now, near)
-        return near
+            self._nearest[token] = (now, nearest)
+        return nearest
 
 
 def warning_in(envelope: Envelope) -> str | None:
-    """Return the warning that a task has had already."""
-    return next((warning for warning in envelope.warnings if warning.startswith(BEGINNING)), None)
+    """Return the misspelt-domain warning that an envelope already has; None without one."""
+    return next((warning for warning in envelope.warnings if warning.startswith(WARNING_PREFIX)), None)

@@ -1,7 +1,7 @@
-"""Newcomers of one owner share one newcomer's chance: many names are no advantage. Pure.
+"""Newcomers of one owner share the chance of one newcomer, so that many node names give no advantage. Pure.
 
-A node is a newcomer in a domain while it has no reward there, or a mean reward below 0.5: a name that has failed is as
-cheap as one without evidence. Newcomers of the owner `local` share nothing: a single user needs no such protection.
+A node is a newcomer in a domain while it has no reward there, or a mean reward below 0.5: a name with failures is as
+cheap as a new one. Newcomers of the owner `local` share nothing, because a single user needs no such protection.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,37 +11,37 @@ from loom.schemas.envelope import Envelope
 from loom.schemas.identity import LOCAL_OWNER, split_qualified
 from loom.schemas.learning import DomainEvidence
 
-PROVEN = 0.5
-"""Mean reward from which a node stands for itself: it succeeds more often than not."""
+PROVEN_MEAN = 0.5
+"""Mean reward from which a node is not a newcomer: it succeeds more often than it fails."""
 
-Group = tuple[str, str]
+OwnerDomain = tuple[str, str]
 """Owner and domain_token."""
 
 
-class Shared(NamedTuple):
-    """What the newcomers of one owner have done together in a domain."""
+class SharedEvidence(NamedTuple):
+    """The joint record of one owner's newcomers in a domain."""
 
     attempts: float = 0.0
-    """Those that have been judged; old ones count less."""
+    """Number of rewarded attempts; old ones count less than 1."""
     mean: float = 0.0
-    """Mean reward of these; 0 without any."""
+    """Mean reward of these attempts, 0 to 1; 0 without attempts."""
     pending: int = 0
-    """Those that were awarded lately and have not been judged."""
+    """Number of recent awards without a reward."""
     judged: int = 0
-    """Those that have been judged, old ones in full."""
+    """Number of rewarded attempts; old ones count in full."""
 
 
 class Newcomers:
-    """The newcomers that have been judged, by owner and domain, kept as evidence comes."""
+    """The newcomers with rewards, by owner and domain; updated with every change of a profile."""
 
     def __init__(self) -> None:
-        self._groups: dict[Group, dict[str, DomainEvidence]] = {}
-        """Owner and domain -> node, qualified by its owner -> its evidence."""
+        self._groups: dict[OwnerDomain, dict[str, DomainEvidence]] = {}
+        """(owner, domain_token) -> qualified node -> evidence."""
         self._domains: dict[str, frozenset[str]] = {}
-        """Node, qualified by its owner -> the domains in which it is a newcomer that has been judged."""
+        """Qualified node -> domain_tokens in which it is a newcomer with rewards."""
 
-    def learn(self, node: str, domains: Mapping[str, DomainEvidence]) -> None:
-        """Replace all that is known of a node.
+    def update(self, node: str, domains: Mapping[str, DomainEvidence]) -> None:
+        """Replace the evidence of a node.
 
         Args:
             node: Qualified by its owner.
@@ -61,35 +61,37 @@ class Newcomers:
         if now:
             self._domains[node] = now
 
-    def of(self, owner: str, domain_token: str) -> Mapping[str, DomainEvidence]:
-        """Return node -> evidence of an owner's newcomers that have been judged in a domain."""
+    def evidence_of_owner(self, owner: str, domain_token: str) -> Mapping[str, DomainEvidence]:
+        """Return node -> evidence for the newcomers of an owner that have rewards in a domain."""
         return self._groups.get((owner, domain_token), {})
 
 
 def is_newcomer(owner: str, evidence: DomainEvidence) -> bool:
-    """Return whether a node with that evidence in a domain is one of the newcomers who share."""
-    return owner != LOCAL_OWNER and (not evidence.count or evidence.mean < PROVEN)
+    """Return whether a node with this evidence in a domain shares with the other newcomers of its owner."""
+    return owner != LOCAL_OWNER and (not evidence.count or evidence.mean < PROVEN_MEAN)
 
 
-def shared_by(known: Mapping[str, DomainEvidence], pending: int, weight: Callable[[DomainEvidence], float]) -> Shared:
-    """Return what an owner's newcomers have done together.
+def shared_evidence(
+    known: Mapping[str, DomainEvidence], pending: int, weight: Callable[[DomainEvidence], float]
+) -> SharedEvidence:
+    """Return the joint record of an owner's newcomers.
 
     Args:
-        known: Node -> evidence, of those that have been judged.
-        pending: Attempts of all of them that have not been judged.
-        weight: Returns how much of an evidence still counts, 0 to 1.
+        known: Node -> evidence, of the newcomers with rewards.
+        pending: Number of their recent awards without a reward.
+        weight: Returns the weight of an evidence, 0 to 1.
     """
     weighed = [(evidence.count * weight(evidence), evidence) for evidence in known.values()]
-    count = sum(each for each, _ in weighed)
-    mean = sum(each * evidence.mean for each, evidence in weighed) / count if count else 0.0
-    return Shared(count, mean, pending, sum(evidence.count for evidence in known.values()))
+    count = sum(attempts for attempts, _ in weighed)
+    mean = sum(attempts * evidence.mean for attempts, evidence in weighed) / count if count else 0.0
+    return SharedEvidence(count, mean, pending, sum(evidence.count for evidence in known.values()))
 
 
-def failing_owners(envelope: Envelope, evidence_of: Callable[[str], DomainEvidence]) -> frozenset[str]:
-    """Return the owners of newcomers that have failed the task: their other newcomers come after all other bidders.
+def owners_with_failed_newcomers(envelope: Envelope, evidence_of: Callable[[str], DomainEvidence]) -> frozenset[str]:
+    """Return the owners with newcomers that have failed the task: their other newcomers rank behind all other bidders.
 
     Args:
-        evidence_of: Returns the evidence of a node, qualified by its owner, in the task's domain.
+        evidence_of: Returns the evidence of a qualified node in the task's domain.
     """
     return frozenset(
         failed.owner

@@ -1,4 +1,4 @@
-"""The offers to a call for bids, as far as they can be read. Of each host the first one counts."""
+"""Decodes the offers to a call for bids. For each host, the first offer counts."""
 
 from typing import Any
 
@@ -8,58 +8,59 @@ from msgspec.structs import replace
 from loom.bus.host_directory import HostKey
 from loom.bus.logs.discards import Discards
 from loom.schemas.auction import Bid, DeclineCode, Offer
-from loom.schemas.base import Message, Token, Undecodable, decode
+from loom.schemas.base import Message, Undecodable, decode
 from loom.schemas.identity import LOCAL_OWNER
+from loom.schemas.tokens import Token
 
 MAX_OFFER_BYTES = 128 * 1024
-"""Sixteen bids with all the tools a task may require take less."""
+"""Limit of an offer's size; sixteen bids with the most tools a task may require are smaller."""
 MAX_OFFERS = 4096
-"""Offers to one call that are read."""
+"""Limit of decoded offers per call."""
 
 
-class ReadBid(Bid, frozen=True, kw_only=True):
-    """A bid as it came."""
+class UncheckedBid(Bid, frozen=True, kw_only=True):
+    """A decoded bid."""
 
     def __post_init__(self) -> None:
-        """Check nothing: decoding has checked every range, and JSON has no number that is not finite."""
+        """Skip the range checks: decoding has made them, and JSON has no infinite number."""
 
 
-class ReadOffer(Offer, frozen=True, kw_only=True):
-    """An offer as it came."""
+class UncheckedOffer(Offer, frozen=True, kw_only=True):
+    """A decoded offer."""
 
-    bids: tuple[ReadBid, ...] = ()
+    bids: tuple[UncheckedBid, ...] = ()
 
 
 class HostOffer(Message, frozen=True, kw_only=True):
-    """An offer and the host that has made it."""
+    """An offer and its host."""
 
     owner: Token = LOCAL_OWNER
-    """Whose host it is, by the subject: its nodes are the owner's."""
+    """Owner of the host and of its nodes, taken from the subject."""
     host_id: Token
     bids: tuple[Bid, ...] = ()
     decline: DeclineCode | None = None
 
     @property
     def host(self) -> HostKey:
-        """The host and its owner."""
+        """The host, with its owner."""
         return HostKey(self.owner, self.host_id)
 
 
 class _RawOffer(Message, frozen=True, kw_only=True):
-    """An offer whose bids are read one by one."""
+    """An offer whose bids are decoded one by one."""
 
     bids: tuple[msgspec.Raw, ...] = ()
     decline: DeclineCode | None = None
 
 
 class OfferReader:
-    """Reads the offers to one call: one of each host, with as many bids as were asked for.
+    """Decodes the offers to one call: one offer per host, with at most `limit` bids.
 
-    Ratings and loads out of range are taken as the nearest ones within.
+    Self-ratings and loads out of range are clamped.
 
     Args:
-        discards: Counts the offers and the bids that are left out.
-        limit: Most bids of one offer.
+        discards: Counts the offers and bids that are dropped.
+        limit: Most bids per offer.
     """
 
     def __init__(self, discards: Discards, limit: int) -> None:
@@ -68,12 +69,12 @@ class OfferReader:
         self._hosts: set[HostKey] = set()
 
     def read(self, host: HostKey, raw: bytes) -> HostOffer | None:
-        """Return an offer of `host` with the bids that can be read; None for one that is left out.
+        """Return an offer of `host` with its decodable bids; None for an offer that is dropped.
 
-        That is an offer of which nothing can be read, a second one of its host, and one too many.
+        An undecodable offer is dropped, and so are a host's second offer and all offers beyond MAX_OFFERS hosts.
         """
         if host in self._hosts:
-            reason = "the host has made an offer to this call already, and the first one counts"
+            reason = "the host has already made an offer to this call; the first offer counts"
             self._leave_out(host, "offer_repeated", reason)
             return None
         if len(self._hosts) >= MAX_OFFERS:
@@ -86,7 +87,7 @@ class OfferReader:
             return None
         self._hosts.add(host)
         if len(offer.bids) > self._limit:
-            reason = f"{len(offer.bids)} bids, at most {self._limit} are asked for"
+            reason = f"{len(offer.bids)} bids, at most {self._limit} are allowed"
             self._discards.of_host(str(host), "bids", "bids_discarded", reason=reason)
             offer = replace(offer, bids=offer.bids[: self._limit])
         return HostOffer(owner=host.owner, host_id=host.host_id, bids=offer.bids, decline=offer.decline)
@@ -94,24 +95,24 @@ class OfferReader:
     def _leave_out(self, host: HostKey, event: str, reason: str) -> None:
         self._discards.of_host(str(host), "offers", event, reason=reason)
 
-    def _decoded(self, host: HostKey, raw: bytes) -> ReadOffer:
+    def _decoded(self, host: HostKey, raw: bytes) -> UncheckedOffer:
         try:
-            return decode(raw, ReadOffer, limit=MAX_OFFER_BYTES, mend=_clamped)
+            return decode(raw, UncheckedOffer, limit=MAX_OFFER_BYTES, mend=_clamped)
         except Undecodable:
             parts = decode(raw, _RawOffer, limit=MAX_OFFER_BYTES)
         bids = tuple(bid for part in parts.bids if (bid := self._bid(host, part)) is not None)
-        return ReadOffer(bids=bids, decline=parts.decline)
+        return UncheckedOffer(bids=bids, decline=parts.decline)
 
-    def _bid(self, host: HostKey, raw: msgspec.Raw) -> ReadBid | None:
+    def _bid(self, host: HostKey, raw: msgspec.Raw) -> UncheckedBid | None:
         try:
-            return decode(bytes(raw), ReadBid, mend=_clamped_bid)
+            return decode(bytes(raw), UncheckedBid, mend=_clamped_bid)
         except Undecodable as error:
             self._discards.of_host(str(host), "bids", "bid_undecodable", reason=error.message)
             return None
 
 
 def _clamped(offer: Any) -> Any:
-    """The plain JSON of an offer with its ratings and loads in range."""
+    """Return the plain JSON of an offer with its self-ratings and loads in range."""
     bids = offer.get("bids") if isinstance(offer, dict) else None
     return {**offer, "bids": [_clamped_bid(bid) for bid in bids]} if isinstance(bids, list) else offer
 

@@ -1,4 +1,4 @@
-"""Calls for bids and the offers to them, by one subscription for all calls of a replica."""
+"""Calls for bids and the offers to them; one subscription serves all calls of a replica."""
 
 import asyncio
 from collections import OrderedDict
@@ -12,15 +12,15 @@ from loom.bus.natsio.transport.message import Msg
 from loom.phases.match.offers import HostOffer, OfferReader
 from loom.schemas.auction import BID_LIMIT, CallForBids
 
-REMEMBERED = 1024
-"""Closed calls that are remembered, so that late offers differ from offers to calls that were never made."""
+MAX_CLOSED_CALLS = 1024
+"""Limit of remembered closed calls, which distinguish late offers from offers to unknown calls."""
 
 
 class OpenCall:
-    """A call that offers are awaited for.
+    """A call for bids that is collecting offers.
 
     Args:
-        awaited: Hosts whose offers end the wait once all of them have come; none: the whole window is waited.
+        awaited: Hosts whose offers complete the call; without any, the whole bid window passes.
     """
 
     def __init__(self, reader: OfferReader, awaited: Iterable[HostKey]) -> None:
@@ -28,13 +28,13 @@ class OpenCall:
         self.answered: set[HostKey] = set()
         """Hosts that have sent an offer, readable or not."""
         self.missing = set(awaited)
-        """Hosts whose offers have not come."""
+        """Awaited hosts whose offers have not arrived."""
         self.complete = asyncio.Event()
         self._awaits = bool(self.missing)
         self._reader = reader
 
-    def take(self, host: HostKey, raw: bytes) -> None:
-        """Read an offer."""
+    def add_offer(self, host: HostKey, raw: bytes) -> None:
+        """Decode and add an offer; set `complete` with the last awaited one."""
         self.answered.add(host)
         offer = self._reader.read(host, raw)
         if offer is None:
@@ -52,11 +52,11 @@ class OpenCalls:
         self._bus = bus
         self._open: dict[str, OpenCall] = {}
         self._closed: OrderedDict[str, bool] = OrderedDict()
-        """Call -> whether its window was over; else all awaited hosts had answered before."""
+        """Call id -> whether its bid window ran out; False: all awaited hosts had answered before."""
         self._subscription: Subscription | None = None
 
     async def start(self) -> None:
-        """Subscribe to the offers for this replica."""
+        """Subscribe to the offers to this replica."""
         subject = self._bus.subjects.of("offer", "*", "*", self._bus.instance, "*")
         self._subscription = await self._bus.connection.subscribe_sync(subject, self._on_offer)
 
@@ -65,51 +65,51 @@ class OpenCalls:
         if self._subscription is not None:
             self._bus.connection.unsubscribe(self._subscription)
 
-    def new_call(self) -> tuple[str, str]:
-        """Return the id of a new call and its `answer_to`."""
+    def new_call_id(self) -> tuple[str, str]:
+        """Return (call id, `answer_to` token pair) for a new call."""
         call_id = token_hex(8)
         return call_id, f"{self._bus.instance}.{call_id}"
 
-    def unanswered(self) -> OpenCall:
-        """Return a call that was not published."""
+    def empty_call(self) -> OpenCall:
+        """Return a call that is not published."""
         return OpenCall(OfferReader(self._bus.discards, BID_LIMIT), ())
 
     async def publish(self, call: CallForBids, awaited: Iterable[HostKey], *, window_s: float) -> OpenCall:
-        """Publish a call to all hosts; return once those awaited have answered, at the latest after `window_s`.
+        """Publish a call to all hosts; return it once the awaited hosts have answered, or after `window_s` seconds.
 
         Args:
-            awaited: Hosts to wait for; none: the whole window is waited.
+            awaited: Hosts to wait for; without any, the whole window passes.
         """
         opened = self._open[call.call_id] = OpenCall(OfferReader(self._bus.discards, BID_LIMIT), awaited)
-        over = True
+        timed_out = True
         try:
             await self._bus.connection.publish(self._bus.subjects.of("auction", call.domain_token), call)
             async with asyncio.timeout(window_s):
                 await opened.complete.wait()
-            over = False
+            timed_out = False
         except TimeoutError:
-            pass  # the window is over
+            pass  # the window is timed_out
         finally:
-            self._close(call.call_id, over=over)
+            self._close(call.call_id, timed_out=timed_out)
         return opened
 
-    def _close(self, call_id: str, *, over: bool) -> None:
+    def _close(self, call_id: str, *, timed_out: bool) -> None:
         del self._open[call_id]
-        self._closed[call_id] = over
-        if len(self._closed) > REMEMBERED:
+        self._closed[call_id] = timed_out
+        if len(self._closed) > MAX_CLOSED_CALLS:
             self._closed.popitem(last=False)
 
     def _on_offer(self, msg: Msg) -> None:
         _, owner, host_id, _, call_id = msg.subject.rsplit(".", 4)
         host, call = HostKey(owner, host_id), self._open.get(call_id)
         if call is not None:
-            call.take(host, msg.data)
+            call.add_offer(host, msg.data)
             return
-        over = self._closed.get(call_id)
-        if over is None:
-            reason = "this replica of MATCH has made no such call lately"
-        elif over:
-            reason = "it came after the time in which offers to the call are read (LOOM_BID_WINDOW_MS)"
+        timed_out = self._closed.get(call_id)
+        if timed_out is None:
+            reason = "this replica of MATCH has not published such a call recently"
+        elif timed_out:
+            reason = "it arrived after the bid window of the call (LOOM_BID_WINDOW_MS)"
         else:
-            return  # the host was not waited for, and all that were had answered
+            return  # all awaited hosts had answered before
         self._bus.discards.of_host(str(host), "offers", "offer_late", reason=reason)

@@ -1,4 +1,4 @@
-"""What MATCH reads of profiles and records: what no award needs is passed over; nothing is checked twice."""
+"""Partial decoders for profiles and records: fields that awards do not need are skipped."""
 
 from collections.abc import Mapping
 from typing import Annotated
@@ -6,13 +6,14 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from loom.schemas.base import Count, Name, Timestamp, Token, Unit, decode
-from loom.schemas.envelope import ENDED
+from loom.schemas.base import Count, Name, Timestamp, Unit, decode
 from loom.schemas.identity import LOCAL_OWNER, node_key, qualified
 from loom.schemas.learning import MAX_DOMAINS, WINDOW, DomainEvidence, NodeProfile, Score
+from loom.schemas.record import ENDED
+from loom.schemas.tokens import Token
 
 
-class ReadRecord(msgspec.Struct, frozen=True):
+class PartialRecord(msgspec.Struct, frozen=True):
     """The part of a TaskRecord that decides whether a waiting task goes on."""
 
     state: str
@@ -23,34 +24,34 @@ class ReadRecord(msgspec.Struct, frozen=True):
         return self.state in ENDED
 
 
-class ReadEvidence(msgspec.Struct, frozen=True):
-    """A DomainEvidence whose window is opened only if it has changed."""
+class PartialEvidence(msgspec.Struct, frozen=True):
+    """A DomainEvidence whose scores are decoded only after a change."""
 
     scores: msgspec.Raw = msgspec.Raw(b"[]")
     count: Count = 0
     mean: Unit = 0.0
 
 
-class ReadProfile(msgspec.Struct, frozen=True):
-    """The part of a NodeProfile awards rest on."""
+class PartialProfile(msgspec.Struct, frozen=True):
+    """The part of a NodeProfile that awards depend on."""
 
     node_id: Token
     owner: Token = LOCAL_OWNER
     last_seq: Count = 0
-    domains: Annotated[dict[Name, ReadEvidence], Meta(max_length=MAX_DOMAINS)] = {}
+    domains: Annotated[dict[Name, PartialEvidence], Meta(max_length=MAX_DOMAINS)] = {}
 
     @property
     def key(self) -> str:
-        """The key under which it is stored."""
+        """The key in the bucket."""
         return node_key(self.owner, self.node_id)
 
     @property
-    def name(self) -> str:
+    def node(self) -> str:
         """The node, qualified by its owner."""
         return qualified(self.owner, self.node_id)
 
 
-class Judged(msgspec.Struct, frozen=True, array_like=True, gc=False):
+class PartialScore(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The first fields of a Score."""
 
     attempt_id: Name
@@ -58,25 +59,27 @@ class Judged(msgspec.Struct, frozen=True, array_like=True, gc=False):
     ended_at: Timestamp
 
 
-_Window = Annotated[tuple[Judged, ...], Meta(max_length=WINDOW)]
+_Window = Annotated[tuple[PartialScore, ...], Meta(max_length=WINDOW)]
 
 
-def window(evidence: ReadEvidence) -> tuple[Judged, ...]:
+def decode_window(evidence: PartialEvidence) -> tuple[PartialScore, ...]:
     """Return the scores of a domain, oldest first.
 
     Raises:
-        Undecodable: They are none.
+        Undecodable: The field is not a list of scores.
     """
-    scores: tuple[Judged, ...] = decode(bytes(evidence.scores), _Window)
+    scores: tuple[PartialScore, ...] = decode(bytes(evidence.scores), _Window)
     return scores
 
 
-def known(read: ReadProfile, windows: Mapping[str, tuple[Judged, ...]], before: NodeProfile | None) -> NodeProfile:
-    """Return the profile with the newest score of each domain alone: awards ask for no other.
+def to_profile(
+    read: PartialProfile, windows: Mapping[str, tuple[PartialScore, ...]], before: NodeProfile | None
+) -> NodeProfile:
+    """Return the profile with only the newest score of each domain, which is all that awards need.
 
     Args:
-        windows: domain_token -> scores, of the domains that have changed.
-        before: Where the others are.
+        windows: domain_token -> scores, for the domains that have changed.
+        before: The previous profile, which supplies the other domains.
     """
     domains = before.domains if before else {}
     return NodeProfile(
@@ -90,6 +93,6 @@ def known(read: ReadProfile, windows: Mapping[str, tuple[Judged, ...]], before: 
     )
 
 
-def _newest(evidence: ReadEvidence, scores: tuple[Judged, ...]) -> DomainEvidence:
-    last = tuple(Score(attempt_id=one.attempt_id, score=one.score, ended_at=one.ended_at) for one in scores[-1:])
+def _newest(evidence: PartialEvidence, scores: tuple[PartialScore, ...]) -> DomainEvidence:
+    last = tuple(Score(attempt_id=s.attempt_id, score=s.score, ended_at=s.ended_at) for s in scores[-1:])
     return DomainEvidence(scores=last, count=evidence.count, mean=evidence.mean)

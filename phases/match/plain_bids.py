@@ -1,4 +1,4 @@
-"""Bids of plain nodes, which MATCH makes itself: from their announcements and its own awards."""
+"""Bids of plain nodes, which MATCH computes itself from their announcements and its own awards."""
 
 import time
 from collections import Counter
@@ -6,88 +6,88 @@ from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 
 from loom.bus.host_directory import HostKey
-from loom.phases.match.announced_nodes import AnnouncedNodes, Place, Wanted
+from loom.phases.match.announced_nodes import AnnouncedNodes, NodeLocation, TaskRequirements
 from loom.phases.match.offers import HostOffer
 from loom.schemas.auction import AnnouncedNode, Bid
 
-RUN_S = 60.0
-"""Longest run of a plain node that announces none."""
-UNJUDGED_S = 10.0
-"""Time from the end of a run until its reward is known; an award that earns none is forgotten then."""
+DEFAULT_MAX_RUN_S = 60.0
+"""Longest run, in seconds, of a plain node that announces no limit."""
+REWARD_DELAY_S = 10.0
+"""Seconds from the longest end of a run until an award without a reward is dropped."""
 
 
 class PlainNodes:
-    """The load of plain nodes, by the awards of this replica that have not been judged yet, and their bids.
+    """Computes the load and the bids of plain nodes; the load is the number of this replica's awards without a reward.
 
     Args:
-        nodes: What the present hosts have announced.
-        clock: Returns seconds that never go back.
+        nodes: The index of announced nodes.
+        clock: Returns monotonic seconds.
     """
 
     def __init__(self, nodes: AnnouncedNodes, clock: Callable[[], float] = time.monotonic) -> None:
         self._nodes = nodes
         self._clock = clock
-        self._awards: dict[str, Place] = {}
-        """Attempt -> the node it was awarded to."""
-        self._ends: list[tuple[float, str]] = []
-        """A heap: when an attempt is forgotten at the latest."""
-        self._taken: Counter[Place] = Counter()
+        self._awards: dict[str, NodeLocation] = {}
+        """Attempt id -> node it was awarded to."""
+        self._expiries: list[tuple[float, str]] = []
+        """Heap of (monotonic time at which an award is dropped, attempt id)."""
+        self._used_slots: Counter[NodeLocation] = Counter()
 
-    def award(self, place: Place, task_id: str, attempt: int) -> AnnouncedNode | None:
-        """Return the plain node of a place, and count an award to it as load; None for any other node."""
-        node = self._nodes.get(place)
+    def record_award(self, location: NodeLocation, task_id: str, attempt: int) -> AnnouncedNode | None:
+        """Count an award to a plain node as load and return the node; None for a node that is not plain."""
+        node = self._nodes.get(location)
         if node is None or not node.plain:
             return None
         attempt_id = f"{task_id}:{attempt}"
-        self._end(attempt_id)
-        self._awards[attempt_id] = place
-        self._taken[place] += 1
-        run_s = RUN_S if node.max_run_s is None else node.max_run_s
-        heappush(self._ends, (self._clock() + run_s + UNJUDGED_S, attempt_id))
+        self._release(attempt_id)
+        self._awards[attempt_id] = location
+        self._used_slots[location] += 1
+        run_s = DEFAULT_MAX_RUN_S if node.max_run_s is None else node.max_run_s
+        heappush(self._expiries, (self._clock() + run_s + REWARD_DELAY_S, attempt_id))
         return node
 
-    def judged(self, attempt_ids: Iterable[str]) -> None:
-        """Free the places of attempts that have been rewarded."""
+    def release_rewarded(self, attempt_ids: Iterable[str]) -> None:
+        """Free the slots of attempts that have a reward."""
         if self._awards:
             for attempt_id in attempt_ids:
-                self._end(attempt_id)
+                self._release(attempt_id)
 
-    def came_back(self, task_id: str, attempt: int) -> None:
-        """Free the place of the attempt before this one: the task has come back from it."""
+    def release_previous_attempt(self, task_id: str, attempt: int) -> None:
+        """Free the slot of the attempt before this one, which has ended."""
         if self._awards:
-            self._end(f"{task_id}:{attempt - 1}")
+            self._release(f"{task_id}:{attempt - 1}")
 
-    def offers(self, wanted: Wanted) -> list[HostOffer]:
-        """Return an offer for each host that has announced plain nodes which could do the task."""
+    def offers(self, requirements: TaskRequirements) -> list[HostOffer]:
+        """Return one offer for each host with capable plain nodes."""
         self._expire()
-        bids: dict[HostKey, list[Bid]] = {}
-        for place, node in self._nodes.able(wanted, plain=True):
-            host_bids = bids.setdefault(place[0], [])
-            if (free := node.slots - self._taken[place]) > 0:
-                host_bids.append(_bid(node, free, wanted))
+        bids_by_host: dict[HostKey, list[Bid]] = {}
+        for location, node in self._nodes.capable_nodes(requirements, plain=True):
+            host_bids = bids_by_host.setdefault(location[0], [])
+            if (free := node.slots - self._used_slots[location]) > 0:
+                host_bids.append(_bid(node, free, requirements))
         return [
-            HostOffer(owner=host.owner, host_id=host.host_id, bids=tuple(each), decline=None if each else "busy")
-            for host, each in bids.items()
+            HostOffer(owner=host.owner, host_id=host.host_id, bids=tuple(bids), decline=None if bids else "busy")
+            for host, bids in bids_by_host.items()
         ]
 
-    def _end(self, attempt_id: str) -> None:
-        place = self._awards.pop(attempt_id, None)
-        if place is not None:
-            self._taken[place] -= 1
-            if not self._taken[place]:
-                del self._taken[place]
+    def _release(self, attempt_id: str) -> None:
+        location = self._awards.pop(attempt_id, None)
+        if location is not None:
+            self._used_slots[location] -= 1
+            if not self._used_slots[location]:
+                del self._used_slots[location]
 
     def _expire(self) -> None:
         now = self._clock()
-        while self._ends and self._ends[0][0] <= now:
-            self._end(heappop(self._ends)[1])
+        while self._expiries and self._expiries[0][0] <= now:
+            self._release(heappop(self._expiries)[1])
 
 
-def _bid(node: AnnouncedNode, free: int, wanted: Wanted) -> Bid:
+def _bid(node: AnnouncedNode, free: int, requirements: TaskRequirements) -> Bid:
     return Bid(
         node_id=node.node_id,
-        self_rating=node.self_rating(wanted.domain_token),
+        self_rating=node.self_rating(requirements.domain_token),
         load=(node.slots - free) / node.slots,
-        tools=tuple(wanted.tools),
+        tools=tuple(requirements.tools),
         free=free,
     )

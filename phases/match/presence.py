@@ -1,95 +1,95 @@
-"""Which hosts an auction waits for. Pure but for the clock that is handed in."""
+"""Decides which hosts an auction waits for. Pure except for the clock, which is passed in."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 
-from loom.bus.host_directory import HEARD_S, HostKey
+from loom.bus.host_directory import ALIVE_S, HostKey
 
-MISSED_WINDOWS = 3
-"""Windows after which a host that does not answer is not waited for."""
-ANSWERS = 4
-"""Answers that make up for a missed window: a host that answers some calls and not others is not waited for either."""
+MAX_MISSED_WINDOWS = 3
+"""Number of bid windows a host may miss before auctions stop waiting for it."""
+ANSWERS_PER_MISS = 4
+"""Number of answers that offset one missed window: auctions do not wait for a host that answers only some calls."""
 MAX_DOUBLINGS = 6
-"""A host that misses too many again has to answer twice as often as before, up to so many doublings."""
-NEWCOMERS_EVERY_S = 2.0
-"""Hosts that have not offered yet are waited for in one auction of this time: announcing is free, offering is not."""
-BURST = 2
-"""Auctions in a row that may do so after a time without one: hosts that join one after the other are all found."""
+"""Each time a host is dropped, the number of answers it needs to return doubles, up to this many times."""
+UNPROVEN_EVERY_S = 2.0
+"""Seconds per auction that also waits for unproven hosts: an announcement costs nothing, unlike an offer."""
+UNPROVEN_BURST = 2
+"""Number of such auctions in a row after a pause, so that hosts which join one after another are all found."""
 
-_LIMIT = MISSED_WINDOWS * ANSWERS
+_DROP_AT = MAX_MISSED_WINDOWS * ANSWERS_PER_MISS
 
 
-class Presence:
-    """Remembers hosts by their signs of life: in a time that does not depend on how many there are.
+class HostPresence:
+    """Tracks which hosts are alive and which of them answer calls for bids, in constant time per message.
 
-    An offer proves a host. A host that has only announced itself is a newcomer: it is called like all others, but
-    seldom waited for, so that made-up hosts cannot slow every auction. The same holds for one that misses windows,
-    until it has answered often enough.
+    A host is proven once it has made an offer, and unproven while it has only announced itself. Unproven hosts get
+    every call, but few auctions wait for them, so that forged hosts cannot slow every auction. A host that misses
+    windows is dropped from the awaited hosts in the same way, until it has answered often enough.
 
     Args:
-        clock: Returns seconds that never go back.
-        most: Hosts remembered at most; newcomers are forgotten first, the one longest silent before the others.
-        forgotten: Called with each host that is forgotten.
+        clock: Returns monotonic seconds.
+        max_hosts: Limit of tracked hosts. Unproven hosts are removed first, in the order of their last message.
+        on_removed: Called with each removed host.
     """
 
-    def __init__(self, clock: Callable[[], float], most: int, forgotten: Callable[[HostKey], None]) -> None:
+    def __init__(self, clock: Callable[[], float], max_hosts: int, on_removed: Callable[[HostKey], None]) -> None:
         self._clock = clock
-        self._most = most
-        self._forgotten = forgotten
+        self._max_hosts = max_hosts
+        self._on_removed = on_removed
         self._proven: OrderedDict[HostKey, float] = OrderedDict()
-        """Host -> last sign of life; the longest silent first. A plain dict finds its first key in linear time."""
-        self._newcomers: OrderedDict[HostKey, float] = OrderedDict()
+        """Host -> time of its last message, oldest first. A plain dict would find its first key in linear time."""
+        self._unproven: OrderedDict[HostKey, float] = OrderedDict()
         self._awaited: set[HostKey] = set()
-        """Proven hosts that answer."""
+        """Proven hosts that answer calls."""
         self._missed: dict[HostKey, int] = {}
-        """Host -> answers that would make up for the windows it has missed."""
+        """Host -> number of answers that would offset its missed windows."""
         self._drops: dict[HostKey, int] = {}
-        """Host -> how often it has missed too many."""
+        """Host -> how often it was dropped."""
         self._dropped: set[HostKey] = set()
-        """Hosts that have missed too many, and have not made up for all of them yet."""
+        """Hosts that have missed too many windows and not offset them yet."""
         self._returning: set[HostKey] = set()
-        """Dropped hosts that have announced themselves since they were last waited for."""
+        """Dropped hosts that have announced themselves since an auction last waited for them."""
         self._plain: set[HostKey] = set()
-        """Hosts of plain nodes alone: they answer no calls."""
-        self._newcomers_at = 0.0
-        """When newcomers and returning hosts will have been waited for seldom enough again."""
+        """Hosts with plain nodes only, which do not answer calls."""
+        self._unproven_wait_at = 0.0
+        """Monotonic time from which a full burst of auctions may wait for unproven and returning hosts."""
 
     def __len__(self) -> int:
-        return len(self._proven) + len(self._newcomers)
+        return len(self._proven) + len(self._unproven)
 
-    def seen_at(self, host: HostKey) -> float | None:
-        """Return when a present host last gave a sign of life; None for any other."""
+    def last_seen_at(self, host: HostKey) -> float | None:
+        """Return the monotonic time of a host's last message; None for a host that is not present."""
         self._expire()
-        return self._proven.get(host, self._newcomers.get(host))
+        return self._proven.get(host, self._unproven.get(host))
 
-    def awaited(self) -> set[HostKey]:
-        """Return the hosts whose offers the next auction waits for; one auction of a time includes newcomers."""
+    def awaited_hosts(self) -> set[HostKey]:
+        """Return the hosts whose offers the next auction waits for; unproven hosts are included only now and then."""
         self._expire()
         now = self._clock()
-        if self._awaited and self._newcomers_at - now > (BURST - 1) * NEWCOMERS_EVERY_S:
+        if self._awaited and self._unproven_wait_at - now > (UNPROVEN_BURST - 1) * UNPROVEN_EVERY_S:
             return set(self._awaited)
-        others = (self._returning | (self._newcomers.keys() - self._dropped)) - self._plain
+        others = (self._returning | (self._unproven.keys() - self._dropped)) - self._plain
         if others:
-            self._newcomers_at = (
-                max(self._newcomers_at, now) + NEWCOMERS_EVERY_S
+            self._unproven_wait_at = (
+                max(self._unproven_wait_at, now) + UNPROVEN_EVERY_S
             )  # auctions that begin meanwhile do not wait as well
         return self._awaited | others
 
     @property
-    def has_bidders(self) -> bool:
-        """Whether a host is present that answers calls."""
+    def has_bidding_hosts(self) -> bool:
+        """Whether any present host answers calls."""
         return len(self) > len(self._plain)
 
     def is_dropped(self, host: HostKey) -> bool:
-        """Return whether a host has missed too many windows."""
+        """Return whether a host has missed too many windows and not offset them yet."""
         return host in self._dropped
 
-    def announced(self, host: HostKey, *, plain: bool = False) -> None:
+    def record_announcement(self, host: HostKey, *, plain: bool = False) -> None:
         """Record an announcement.
 
         Args:
-            plain: Whether all of the host's nodes are plain: it answers no calls and is never waited for.
+            plain: Whether all nodes of the host are plain: it does not answer calls, and no auction waits for it.
         """
         now = self._clock()
         if plain:
@@ -99,33 +99,33 @@ class Presence:
             self._plain.discard(host)
             self._await_again(host)
         if host in self._proven:
-            _move(self._proven, host, now)
+            _touch(self._proven, host, now)
             if host in self._dropped:
                 self._returning.add(host)
             return
-        _move(self._newcomers, host, now)
+        _touch(self._unproven, host, now)
         self._expire()
-        self._trim(host)
+        self._remove_excess(host)
 
-    def answered(self, hosts: Iterable[HostKey], missing: AbstractSet[HostKey]) -> None:
-        """Record the hosts that answered a call, and those that were waited for in vain."""
+    def record_answers(self, hosts: Iterable[HostKey], missing: AbstractSet[HostKey]) -> None:
+        """Record the hosts that answered a call, and the awaited hosts that did not."""
         now = self._clock()
         for host in hosts:
-            self._newcomers.pop(host, None)
-            _move(self._proven, host, now)
-            self._make_up(host)
-            self._trim(host)
+            self._unproven.pop(host, None)
+            _touch(self._proven, host, now)
+            self._on_answer(host)
+            self._remove_excess(host)
         for host in missing:
-            if host in self._proven or host in self._newcomers:  # else it has left meanwhile
-                self._miss(host)
+            if host in self._proven or host in self._unproven:  # else the host has left
+                self._on_missed_window(host)
 
-    def _trim(self, newest: HostKey) -> None:
-        """Forget the hosts that were silent for longest while there are too many: newcomers, and then proven ones."""
-        while len(self) > self._most:
-            newcomer = next((host for host in self._newcomers if host != newest), None)
-            self.forget(newcomer or next(iter(self._proven)))
+    def _remove_excess(self, newest: HostKey) -> None:
+        """Remove hosts above the limit: unproven ones first, and those with the oldest message first."""
+        while len(self) > self._max_hosts:
+            unproven = next((host for host in self._unproven if host != newest), None)
+            self.remove(unproven or next(iter(self._proven)))
 
-    def _make_up(self, host: HostKey) -> None:
+    def _on_answer(self, host: HostKey) -> None:
         missed = self._missed.pop(host, 0)
         if missed > 1:
             self._missed[host] = missed - 1
@@ -136,47 +136,47 @@ class Presence:
             self._awaited.add(host)
 
     def _await_again(self, host: HostKey) -> None:
-        """Wait again for a proven host that has got nodes which bid."""
+        """Add a proven host that has nodes which bid again to the awaited hosts."""
         if host in self._proven and host not in self._dropped:
             self._awaited.add(host)
 
-    def _miss(self, host: HostKey) -> None:
+    def _on_missed_window(self, host: HostKey) -> None:
         self._returning.discard(host)
         if host in self._dropped:
             return
-        missed = self._missed.get(host, 0) + ANSWERS
-        if missed >= _LIMIT:
+        missed = self._missed.get(host, 0) + ANSWERS_PER_MISS
+        if missed >= _DROP_AT:
             self._dropped.add(host)
             self._awaited.discard(host)
             drops = self._drops[host] = self._drops.get(host, 0) + 1
-            missed = _LIMIT * 2 ** min(drops - 1, MAX_DOUBLINGS)
+            missed = _DROP_AT * 2 ** min(drops - 1, MAX_DOUBLINGS)
         self._missed[host] = missed
 
-    def forget(self, host: HostKey) -> None:
-        """Forget a host."""
+    def remove(self, host: HostKey) -> None:
+        """Remove a host."""
         self._proven.pop(host, None)
-        self._newcomers.pop(host, None)
+        self._unproven.pop(host, None)
         self._missed.pop(host, None)
         self._drops.pop(host, None)
         for hosts in (self._awaited, self._dropped, self._returning, self._plain):
             hosts.discard(host)
-        self._forgotten(host)
+        self._on_removed(host)
 
-    def forget_newcomer(self) -> bool:
-        """Forget the newcomer that was silent for longest; return whether there was one."""
-        oldest = next(iter(self._newcomers), None)
+    def remove_oldest_unproven(self) -> bool:
+        """Remove the unproven host with the oldest message; return whether there was one."""
+        oldest = next(iter(self._unproven), None)
         if oldest is not None:
-            self.forget(oldest)
+            self.remove(oldest)
         return oldest is not None
 
     def _expire(self) -> None:
-        since = self._clock() - HEARD_S
-        for known in (self._proven, self._newcomers):
-            while known and known[oldest := next(iter(known))] < since:
-                self.forget(oldest)
+        since = self._clock() - ALIVE_S
+        for hosts in (self._proven, self._unproven):
+            while hosts and hosts[oldest := next(iter(hosts))] < since:
+                self.remove(oldest)
 
 
-def _move(known: OrderedDict[HostKey, float], host: HostKey, now: float) -> None:
-    """Set a host's time and put it behind all others."""
-    known[host] = now
-    known.move_to_end(host)
+def _touch(hosts: OrderedDict[HostKey, float], host: HostKey, now: float) -> None:
+    """Set the time of a host's last message and move the host to the end."""
+    hosts[host] = now
+    hosts.move_to_end(host)

@@ -1,20 +1,20 @@
-"""The best known nodes of each domain, kept in order as evidence comes: a call for bids asks for them every time."""
+"""The nodes of each domain, sorted by mean reward; kept sorted, because every call for bids names the best."""
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping
 
 
 class Ranking:
-    """Nodes, qualified by their owners, by mean reward, per domain."""
+    """Ranks qualified nodes by mean reward, per domain."""
 
     def __init__(self) -> None:
         self._means: dict[str, dict[str, float]] = {}
-        """Node -> domain_token -> mean, as in the order."""
+        """Node -> domain_token -> mean reward, as in `_order`."""
         self._order: dict[str, list[tuple[float, str]]] = {}
-        """domain_token -> (-mean, node), best first."""
+        """domain_token -> (-mean reward, node), best first."""
 
-    def learn(self, node: str, means: Mapping[str, float]) -> None:
-        """Replace all that is known of a node; `means` by domain_token."""
+    def update(self, node: str, means: Mapping[str, float]) -> None:
+        """Replace the mean rewards of a node; `means` maps domain_token to mean reward."""
         before = self._means.get(node, {})
         for domain_token in before.keys() | means.keys():
             if before.get(domain_token) != means.get(domain_token):
@@ -22,7 +22,7 @@ class Ranking:
         self._means[node] = dict(means)
 
     def best(self, domain_token: str, limit: int) -> tuple[str, ...]:
-        """Return the nodes with the best evidence in a domain, best first, equals by name."""
+        """Return the nodes with the highest mean rewards in a domain, best first, ties by name."""
         return tuple(node for _, node in self._order.get(domain_token, [])[:limit])
 
     def _move(self, node: str, domain_token: str, before: float | None, after: float | None) -> None:

@@ -1,4 +1,4 @@
-"""Who wins: claims weighed by evidence. Pure: offers and profiles in, a verdict out."""
+"""Scores bids by self-rating and evidence, and picks the winner. Pure: offers and profiles in, a result out."""
 
 import math
 from collections import Counter
@@ -15,10 +15,16 @@ from msgspec.structs import replace
 
 from loom.bus.host_directory import HostKey
 from loom.phases.match.award_policies import BidderStats, Policy, Trust, ucb
-from loom.phases.match.newcomers import Newcomers, Shared, failing_owners, is_newcomer, shared_by
+from loom.phases.match.newcomers import (
+    Newcomers,
+    SharedEvidence,
+    is_newcomer,
+    owners_with_failed_newcomers,
+    shared_evidence,
+)
 from loom.phases.match.offers import HostOffer
-from loom.schemas.auction import Bid
-from loom.schemas.envelope import AWARD_BIDS, MAX_TRUST, Award, Envelope, ScoredBid
+from loom.schemas.auction import AWARD_BIDS, MAX_TRUST, Award, Bid, ScoredBid
+from loom.schemas.envelope import Envelope
 from loom.schemas.identity import LOCAL_OWNER, qualified, split_qualified
 from loom.schemas.learning import DomainEvidence, NodeProfile
 
@@ -26,119 +32,134 @@ TRUST_WEIGHT = 0.6
 AVAILABILITY_WEIGHT = 0.25
 TOOLS_WEIGHT = 0.15
 URGENT = ("high", "critical")
-"""Priorities that may have the places a node has kept for them."""
-TAKEN_S = 0.25
-"""What it takes an award to become a run on a busy machine."""
-_NONE = DomainEvidence()
+"""Priorities that may use the slots a node reserves for them."""
+AWARD_TO_RUN_S = 0.25
+"""Seconds from an award to the start of its run on a busy machine."""
+_NO_EVIDENCE = DomainEvidence()
 
 
 class AuctionContext(msgspec.Struct, frozen=True):
-    """What MATCH knows besides the offers."""
+    """What MATCH knows in addition to the offers."""
 
     profiles: Mapping[str, NodeProfile] = {}
-    """Node, qualified by its owner -> what has been learned."""
+    """Qualified node -> learned profile."""
     policy: Policy = ucb
     policy_name: str = ""
-    """As the setting has it."""
+    """Value of the setting."""
     exploration: float = 0.3
-    """c of the bonus for the little known."""
+    """Factor c of the exploration bonus."""
     now: float = 0.0
     """Server time, seconds since the epoch."""
     half_life_s: float = math.inf
-    """Idle time after which what is known of a node counts half."""
-    taken: Mapping[tuple[str, str, str], int] = {}
-    """(owner, host id, node id) -> awards of a moment ago, of which its bid cannot tell yet."""
-    pending: Mapping[tuple[str, str], int] = {}
-    """(node, qualified by its owner, domain_token) -> awards that have not been judged yet."""
+    """Seconds without a reward after which evidence counts half."""
+    recent_awards: Mapping[tuple[str, str, str], int] = {}
+    """(owner, host id, node id) -> number of awards too recent to show in the load of its bid."""
+    pending_awards: Mapping[tuple[str, str], int] = {}
+    """(qualified node, domain_token) -> number of awards without a reward."""
     newcomers: Newcomers = Newcomers()
-    """Those of the profiles that share, by their owners."""
+    """Evidence of the newcomers among the profiles, by owner."""
 
 
 @dataclass(frozen=True)
 class Awarded:
-    """There is a winner."""
+    """The auction has a winner."""
 
     award: Award
     bid: Bid
-    """The winner's."""
+    """Bid of the winner."""
     warning: str = ""
-    """For the submitter; empty: there is none."""
+    """Warning for the submitter; may be empty."""
 
 
 @dataclass(frozen=True)
 class AllBusy:
-    """Somebody could, but has no room now."""
+    """At least one node is capable of the task, but none has a free slot."""
 
 
 @dataclass(frozen=True)
 class Exhausted:
-    """All who could have failed this task already."""
+    """Every capable node has already failed the task."""
 
 
 @dataclass(frozen=True)
-class Nobody:
-    """No one who could do it is there."""
+class NoOffers:
+    """No capable node made an offer."""
 
     warning: str = ""
-    """For the submitter; empty: there is none."""
+    """Warning for the submitter; may be empty."""
 
 
-Verdict = Awarded | AllBusy | Exhausted | Nobody
+AuctionResult = Awarded | AllBusy | Exhausted | NoOffers
 
 
-def decide(envelope: Envelope, offers: Sequence[HostOffer], book: AuctionContext) -> Verdict:
-    """Return what follows from the offers to one call."""
+def decide(envelope: Envelope, offers: Sequence[HostOffer], context: AuctionContext) -> AuctionResult:
+    """Return the result of the auction of one call for bids."""
     required = frozenset(envelope.ad.required_tools)
-    able = [
+    capable = [
         (offer.host, bid)
         for offer in offers
         for bid in offer.bids
         if qualified(offer.owner, bid.node_id) not in envelope.excluded
         and (not required or required.issubset(bid.tools))
     ]
-    bids = [(host, seen) for host, bid in able if (seen := as_taken(host, bid, envelope, book)) is not None]
+    bids = [
+        (host, adjusted)
+        for host, bid in capable
+        if (adjusted := with_recent_awards(host, bid, envelope, context)) is not None
+    ]
     if bids:
-        won = award(envelope, bids, book)
+        won = award(envelope, bids, context)
         winner = (HostKey(won.owner, won.host_id), won.node_id)
         return Awarded(won, next(bid for host, bid in bids if (host, bid.node_id) == winner))
     declines = {offer.decline for offer in offers}
-    if able or "busy" in declines:
+    if capable or "busy" in declines:
         return AllBusy()
     if envelope.excluded and offers and "draining" not in declines:
         return Exhausted()
-    return Nobody()
+    return NoOffers()
 
 
-def as_taken(host: HostKey, bid: Bid, envelope: Envelope, book: AuctionContext) -> Bid | None:
-    """Return the bid with the awards of a moment ago as load; None when they leave no place for this task.
+def with_recent_awards(host: HostKey, bid: Bid, envelope: Envelope, context: AuctionContext) -> Bid | None:
+    """Return the bid with recent awards added to its load; None when no slot is left for this task.
 
-    Without that one free place is awarded to all who call at once, and all but one come back. What is kept for
-    urgent tasks is theirs alone.
+    Otherwise concurrent auctions would award one free slot several times, and all tasks but one would come back.
+    Slots reserved for urgent tasks are used by urgent tasks only.
     """
-    taken = book.taken.get((*host, bid.node_id), 0)
-    if bid.free is None or not taken:
+    recent_awards = context.recent_awards.get((*host, bid.node_id), 0)
+    if bid.free is None or not recent_awards:
         return bid if bid.load < 1 or envelope.priority in URGENT else None
-    if taken < bid.free:
-        return replace(bid, load=min(1.0, bid.load + taken / bid.free * (1 - bid.load)))
+    if recent_awards < bid.free:
+        return replace(bid, load=min(1.0, bid.load + recent_awards / bid.free * (1 - bid.load)))
     return replace(bid, load=1.0) if envelope.priority in URGENT else None
 
 
-def taken_s(bid: Bid) -> float:
-    """Return how long an award is held against a bidder: no longer than a run, after which its place is free again."""
-    return min(TAKEN_S, bid.expected_s or TAKEN_S)
+def award_hold_s(bid: Bid) -> float:
+    """Return for how many seconds an award counts as load: at most as long as its run, which frees the slot."""
+    return min(AWARD_TO_RUN_S, bid.expected_s or AWARD_TO_RUN_S)
 
 
-def award(envelope: Envelope, bids: Sequence[tuple[HostKey, Bid]], book: AuctionContext) -> Award:
-    """Return the award to the best of `bids`, (host, bid) each; there must be one."""
+def award(envelope: Envelope, bids: Sequence[tuple[HostKey, Bid]], context: AuctionContext) -> Award:
+    """Return the award to the best bid.
+
+    Args:
+        bids: (host, bid) pairs, at least one.
+    """
     nodes = [qualified(host.owner, bid.node_id) for host, bid in bids]
-    known = [profile for node in set(nodes) if (profile := book.profiles.get(node))]  # one may be on two hosts
+    profiles = [profile for node in set(nodes) if (profile := context.profiles.get(node))]  # a node may be on two hosts
     token = envelope.domain_token
-    total = sum(profile.domains[token].count for profile in known if token in profile.domains)
+    total = sum(profile.domains[token].count for profile in profiles if token in profile.domains)
     owners = {host.owner for host, _ in bids}
-    # Names are an advantage over other owners only: among the nodes of a single one each has its own chance.
-    shared = _shared(owners, token, book) if len(owners) > 1 else {}
-    auction = _Auction(envelope, token, book, total, shared, failing_owners(envelope, partial(_evidence, book, token)))
-    weighed = [_weigh(auction, node, host, bid) for node, (host, bid) in zip(nodes, bids, strict=True)]
+    # Many names are an advantage only over other owners. With a single owner, every node has its own chance.
+    shared = _shared(owners, token, context) if len(owners) > 1 else {}
+    auction = _Auction(
+        envelope,
+        token,
+        context,
+        total,
+        shared,
+        owners_with_failed_newcomers(envelope, partial(_evidence, context, token)),
+    )
+    weighed = [_weigh_bid(auction, node, host, bid) for node, (host, bid) in zip(nodes, bids, strict=True)]
     ranked = _best_first(envelope, weighed)
     best = ranked[0]
     return Award(
@@ -147,124 +168,134 @@ def award(envelope: Envelope, bids: Sequence[tuple[HostKey, Bid]], book: Auction
         host_id=best.host.host_id,
         score=best.score,
         bids=tuple(map(_to_scored_bid, ranked)),
-        evidence_seq=max((profile.last_seq for profile in known), default=0),
+        evidence_seq=max((profile.last_seq for profile in profiles), default=0),
         backlog=best.bid.backlog,
-        policy=book.policy_name,
+        policy=context.policy_name,
     )
 
 
-def score(envelope: Envelope, host: HostKey, bid: Bid, book: AuctionContext, total: int) -> ScoredBid:
-    """Return `bid` with its score against those of other owners: .6 trust + .25 (1 - load) + .15 tools.
+def score(envelope: Envelope, host: HostKey, bid: Bid, context: AuctionContext, total: int) -> ScoredBid:
+    """Return `bid` with its score in an auction of several owners: .6 trust + .25 (1 - load) + .15 tools.
 
     Args:
-        total: Rewards of all bidders in this domain.
+        total: Number of rewards of all bidders in this domain.
     """
     token = envelope.domain_token
-    shared = _shared({host.owner}, token, book)
-    auction = _Auction(envelope, token, book, total, shared, failing_owners(envelope, partial(_evidence, book, token)))
-    return _to_scored_bid(_weigh(auction, qualified(host.owner, bid.node_id), host, bid))
+    shared = _shared({host.owner}, token, context)
+    auction = _Auction(
+        envelope,
+        token,
+        context,
+        total,
+        shared,
+        owners_with_failed_newcomers(envelope, partial(_evidence, context, token)),
+    )
+    return _to_scored_bid(_weigh_bid(auction, qualified(host.owner, bid.node_id), host, bid))
 
 
 class _Auction(NamedTuple):
-    """What all bids of an auction are weighed by."""
+    """The inputs that all bids of one auction share."""
 
     envelope: Envelope
     domain_token: str
-    book: AuctionContext
+    context: AuctionContext
     total: int
-    shared: Mapping[str, Shared]
-    """Owner -> what its newcomers share."""
+    shared: Mapping[str, SharedEvidence]
+    """Owner -> evidence shared by its newcomers."""
     failed: frozenset[str]
-    """Owners of newcomers that have failed the task."""
+    """Owners with newcomers that have failed the task."""
 
 
-class _Weighed(NamedTuple):
-    """A bid and what its score is made of."""
+class _WeighedBid(NamedTuple):
+    """A bid, its score and the parts of the score."""
 
     score: float
     comes_last: bool
     name: str
-    """What distinguishes equal bids: the node, or the owner whose newcomer it is."""
+    """Key of the tie-break and the randomness: the node, or the owner of a newcomer."""
     node: str
-    """Qualified by its owner."""
+    """Node, qualified by its owner."""
     host: HostKey
     bid: Bid
     evidence: DomainEvidence
     trust: Trust
     tools: float
-    shared: Shared | None
+    shared: SharedEvidence | None
 
 
-def _evidence(book: AuctionContext, domain_token: str, node: str) -> DomainEvidence:
-    profile = book.profiles.get(node)
-    return (profile.domains.get(domain_token) if profile else None) or _NONE
+def _evidence(context: AuctionContext, domain_token: str, node: str) -> DomainEvidence:
+    profile = context.profiles.get(node)
+    return (profile.domains.get(domain_token) if profile else None) or _NO_EVIDENCE
 
 
-def _shared(owners: Iterable[str], domain_token: str, book: AuctionContext) -> dict[str, Shared]:
-    """Return owner -> what its newcomers share, of the owners other than `local`."""
-    groups = {owner: book.newcomers.of(owner, domain_token) for owner in owners if owner != LOCAL_OWNER}
+def _shared(owners: Iterable[str], domain_token: str, context: AuctionContext) -> dict[str, SharedEvidence]:
+    """Return owner -> evidence shared by its newcomers, for all owners other than `local`."""
+    groups = {
+        owner: context.newcomers.evidence_of_owner(owner, domain_token) for owner in owners if owner != LOCAL_OWNER
+    }
     if not groups:
         return {}
     pending: Counter[str] = Counter()
-    for (node, token), count in book.pending.items():
+    for (node, token), count in context.pending_awards.items():
         if token == domain_token:
             owner, _ = split_qualified(node)
-            if owner in groups and is_newcomer(owner, _evidence(book, token, node)):
+            if owner in groups and is_newcomer(owner, _evidence(context, token, node)):
                 pending[owner] += count
-    weight = partial(remembered, book=book)
-    return {owner: shared_by(known, pending[owner], weight) for owner, known in groups.items()}
+    weight = partial(decay_weight, context=context)
+    return {owner: shared_evidence(known, pending[owner], weight) for owner, known in groups.items()}
 
 
-def _weigh(auction: _Auction, node: str, host: HostKey, bid: Bid) -> _Weighed:
-    envelope, token, book, total, groups, failed = auction
-    profile, owner, name, shared = book.profiles.get(node), host.owner, node, None
-    evidence = (profile.domains.get(token) if profile else None) or _NONE
+def _weigh_bid(auction: _Auction, node: str, host: HostKey, bid: Bid) -> _WeighedBid:
+    envelope, token, context, total, groups, failed = auction
+    profile, owner, name, shared = context.profiles.get(node), host.owner, node, None
+    evidence = (profile.domains.get(token) if profile else None) or _NO_EVIDENCE
     newcomer = owner != LOCAL_OWNER and is_newcomer(owner, evidence)
     if newcomer and (shared := groups.get(owner)) is not None:
         name = f"{owner}."
         count, mean, pending = shared.attempts, shared.mean, shared.pending
     else:
-        count, mean = evidence.count * remembered(evidence, book), evidence.mean if evidence.count else 0.0
-        pending = book.pending.get((node, token), 0)
-    trust = book.policy(
+        count, mean = evidence.count * decay_weight(evidence, context), evidence.mean if evidence.count else 0.0
+        pending = context.pending_awards.get((node, token), 0)
+    trust = context.policy(
         BidderStats(
             task_id=envelope.ad.task_id,
             attempt=envelope.attempt,
             node_id=bid.node_id,
-            claim=bid.self_rating,
-            mean=mean,
-            count=count,
-            total=total,
-            pending=pending,
-            exploration=book.exploration,
-            name=name,
+            self_rating=bid.self_rating,
+            mean_reward=mean,
+            reward_count=count,
+            domain_reward_count=total,
+            pending_count=pending,
+            exploration=context.exploration,
+            rng_key=name,
         )
     )
     if not 0 <= trust.value < math.inf:
-        raise ValueError(f"policy {book.policy_name} trusts {node} with {trust.value}: no finite number from 0")
+        name = context.policy_name
+        raise ValueError(f"award policy {name} returned {trust.value} for node {node}; expected a finite number >= 0")
     required = envelope.ad.required_tools
     tools = len(set(required).intersection(bid.tools)) / len(set(required)) if required else 1.0
     value = TRUST_WEIGHT * min(trust.value, MAX_TRUST) + AVAILABILITY_WEIGHT * (1 - bid.load) + TOOLS_WEIGHT * tools
     comes_last = newcomer and owner in failed
-    return _Weighed(value, comes_last, name, node, host, bid, evidence, trust, tools, shared)
+    return _WeighedBid(value, comes_last, name, node, host, bid, evidence, trust, tools, shared)
 
 
-def _best_first(envelope: Envelope, weighed: Sequence[_Weighed]) -> list[_Weighed]:
-    """The bids an award remembers, in order; those that come last are behind all others."""
-    last = [one for one in weighed if one.comes_last]
+def _best_first(envelope: Envelope, weighed: Sequence[_WeighedBid]) -> list[_WeighedBid]:
+    """Return the bids to record in the award, best first; bids marked `comes_last` follow all others."""
+    last = [bid for bid in weighed if bid.comes_last]
     if not last:
         return _by_score(envelope, weighed)
-    others = _by_score(envelope, [one for one in weighed if not one.comes_last])
+    others = _by_score(envelope, [bid for bid in weighed if not bid.comes_last])
     return [*others, *_by_score(envelope, last)][:AWARD_BIDS]
 
 
-def _by_score(envelope: Envelope, weighed: Sequence[_Weighed]) -> list[_Weighed]:
-    """The best bids; of equals the tie-break decides, which only they need."""
-    ranked: list[_Weighed] = []
+def _by_score(envelope: Envelope, weighed: Sequence[_WeighedBid]) -> list[_WeighedBid]:
+    """Return the best bids; the tie-break is computed only for bids with equal scores."""
+    ranked: list[_WeighedBid] = []
     for _, group in groupby(sorted(weighed, key=_score, reverse=True), key=_score):
         equals = list(group)
         if len(equals) > 1:
-            equals.sort(key=partial(_among_equals, envelope.task_id))
+            equals.sort(key=partial(_equal_bids_key, envelope.task_id))
         ranked += equals
         if len(ranked) >= AWARD_BIDS:
             break
@@ -274,13 +305,13 @@ def _by_score(envelope: Envelope, weighed: Sequence[_Weighed]) -> list[_Weighed]
 _score = itemgetter(0)
 
 
-def _among_equals(task_id: str, weighed: _Weighed) -> tuple[bytes, bytes, HostKey]:
-    """What orders equals: newcomers who share have one place among the others, and each its own in that."""
+def _equal_bids_key(task_id: str, weighed: _WeighedBid) -> tuple[bytes, bytes, HostKey]:
+    """Return the sort key of bids with equal scores: newcomers that share stay together."""
     own = tie_break(task_id, weighed.node)
     return own if weighed.shared is None else tie_break(task_id, weighed.name), own, weighed.host
 
 
-def _to_scored_bid(weighed: _Weighed) -> ScoredBid:
+def _to_scored_bid(weighed: _WeighedBid) -> ScoredBid:
     host, bid, evidence, trust = weighed.host, weighed.bid, weighed.evidence, weighed.trust
     return ScoredBid(
         node_id=bid.node_id,
@@ -299,13 +330,13 @@ def _to_scored_bid(weighed: _Weighed) -> ScoredBid:
     )
 
 
-def remembered(evidence: DomainEvidence, book: AuctionContext) -> float:
-    """Return how much of the evidence still counts: all of it, and half as much after each half-life without news."""
+def decay_weight(evidence: DomainEvidence, context: AuctionContext) -> float:
+    """Return the weight of the evidence, 0 to 1: halved for each half-life since its last reward."""
     if not evidence.scores:
         return 1.0
-    return float(0.5 ** (max(0.0, book.now - evidence.scores[-1].ended_at) / book.half_life_s))
+    return float(0.5 ** (max(0.0, context.now - evidence.scores[-1].ended_at) / context.half_life_s))
 
 
 def tie_break(task_id: str, node: str) -> bytes:
-    """Return what orders equals: stable for one task, spread over many."""
+    """Return the tie-break key of a node: stable for one task, spread over many."""
     return blake2b(f"{task_id}:{node}".encode(), digest_size=8).digest()

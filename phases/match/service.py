@@ -1,19 +1,18 @@
-"""Match: award each task to the best of those who bid.
+"""Match: award each task to the best bidder.
 
 Consumes   task.match.<priority>.*   one lane per priority
            offer.*.*.<instance>.*    the offers to this replica's calls
            host.*.*                  announcements of node hosts
-Publishes  auction.<domain_token>    a call for bids, answered by every node host
-           task.scale                the envelope with its award, or without one when nobody at all bids
-State      none of its own; profiles are read, never written; so are the records of tasks that wait
-Gives up   no_bids when all who could have failed, or nobody bids for no_bids_after_s; deadline_exceeded
+Publishes  auction.<domain_token>    a call for bids, which every node host answers
+           task.scale                the envelope with its award, or without one when there are no offers
+State      none of its own; reads node profiles, and the records of waiting tasks
+Gives up   no_bids when all capable nodes have failed, or without offers for no_bids_after_s; deadline_exceeded
 """
 
 import asyncio
 import random
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace as replace_fields
 
 from msgspec.structs import replace
@@ -26,50 +25,60 @@ from loom.bus.hops.outcomes import Dead, Done, Fail, Later, Next, Outcome
 from loom.bus.host_directory import HostKey
 from loom.bus.logs.logger import get_logger
 from loom.bus.topology import MATCH_LANES, Lane
-from loom.phases.match.announced_nodes import Wanted
+from loom.phases.match.announced_nodes import TaskRequirements
 from loom.phases.match.award_policies import policy
 from loom.phases.match.busy_nodes import BusyNodes
 from loom.phases.match.directory import HostDirectory
-from loom.phases.match.misspelt_domains import Misspelt, warning_in
+from loom.phases.match.misspelt_domains import MisspeltDomains, warning_in
 from loom.phases.match.node_ownership import SETTLE_S
 from loom.phases.match.offers import HostOffer
 from loom.phases.match.open_calls import OpenCall, OpenCalls
-from loom.phases.match.partial_decoding import ReadRecord
+from loom.phases.match.partial_decoding import PartialRecord
 from loom.phases.match.plain_bids import PlainNodes
 from loom.phases.match.recent_awards import RecentAwards
-from loom.phases.match.scoring import AllBusy, AuctionContext, Awarded, Exhausted, Nobody, Verdict, decide
-from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, Bid, CallForBids, Lot
+from loom.phases.match.scoring import (
+    AllBusy,
+    AuctionContext,
+    AuctionResult,
+    Awarded,
+    Exhausted,
+    NoOffers,
+    decide,
+)
+from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, Award, Bid, CallForBids, Lot
 from loom.schemas.base import Undecodable, cut_utf8
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import IN_HAND_S, Award, Envelope, Spec
+from loom.schemas.envelope import IN_HAND_S, Envelope, Spec
 from loom.schemas.identity import qualified, split_qualified
 from loom.schemas.task import TaskError
 
 log = get_logger()
 
-GATHER_S = 0.5
-"""Time from asking the hosts to announce themselves to the first task: else the first host to do so would get it."""
-HOLD_S = 5.0
-"""How long a task that waits for bids is kept in hand before it goes to the tail of its lane."""
+ANNOUNCE_WAIT_S = 0.5
+"""Seconds between the request for announcements and the first task, so that all hosts can take part."""
+MAX_HOLD_S = 5.0
+"""Seconds for which a task without a node is held in memory before it returns to the end of its lane."""
 PAUSE_S = (0.1, 2.0)
-"""Shortest and longest pause between two calls for a task that waits."""
-ALONE_PAUSE_S = 1.0
-"""Pause between two calls for a task that no node could do."""
+"""Shortest and longest pause, in seconds, between two calls for a task while all nodes are busy."""
+NO_OFFERS_PAUSE_S = 1.0
+"""Pause, in seconds, between two calls for a task that no node is capable of."""
 MAX_REASON = 1000
-"""Characters of a reason that names the tools a client asked for."""
+"""Characters of an error message that lists the required tools."""
 DAY_S = 86_400.0
 
 
-Found = Verdict | Fail | Later
-"""What a look for a node came to."""
+Verdict = AuctionResult | Fail | Later
+"""The result of one search for a node."""
 
 
 class Match:
-    """The second phase.
+    """The MATCH service: holds an auction for each task and publishes the task with its award.
+
+    Tasks wait while all capable nodes are busy. SCALE is asked once to start a node for a task without offers.
 
     Args:
-        hosts_here: Whether all node hosts are in this process, and start after this phase: it takes tasks at once.
-            Else the first one is taken half a second after the hosts were asked to announce themselves.
+        hosts_here: Whether all node hosts are in this process and start after this phase. MATCH then takes tasks at
+            once; otherwise it starts half a second after its request for announcements.
     """
 
     def __init__(self, bus: Bus, config: ClusterConfig, *, hosts_here: bool = False) -> None:
@@ -77,251 +86,256 @@ class Match:
         self._config = config
         self._hosts_here = hosts_here
         self._awards = RecentAwards()
-        self._records = bus.bucket("records", ReadRecord)
-        self._roster = HostDirectory(bus, judged=self._on_judged)
-        self._plain = PlainNodes(self._roster.nodes)
-        self._busy = BusyNodes(self._roster.nodes)
-        self._misspelt = Misspelt(self._roster.nodes)
+        self._records = bus.bucket("records", PartialRecord)
+        self._directory = HostDirectory(bus, on_rewarded=self._on_rewarded)
+        self._plain = PlainNodes(self._directory.nodes)
+        self._busy = BusyNodes(self._directory.nodes)
+        self._misspelt = MisspeltDomains(self._directory.nodes)
         self._calls = OpenCalls(bus)
         self._policy = policy(config.policy)
         lanes = [(lane, lane_slots(lane)) for lane in MATCH_LANES]
         self._loop = HopLoop(bus, Service("match", lanes, Envelope, self.handle, window=self._window))
 
     def health(self) -> Health:
-        """Return how far the work has got."""
+        """Return the counters of handled messages and of messages in progress."""
         return self._loop.health()
 
     async def start(self) -> None:
-        """Begin to hold auctions."""
+        """Subscribe to offers and announcements, then take tasks."""
         await self._calls.start()
-        await self._roster.start()
+        await self._directory.start()
         if not self._hosts_here:
-            await asyncio.sleep(self._roster.asked_at + GATHER_S - time.monotonic())
+            await asyncio.sleep(self._directory.announcements_requested_at + ANNOUNCE_WAIT_S - time.monotonic())
         await self._loop.start()
 
     async def drain(self, timeout_s: float) -> None:
-        """Take nothing new, finish for at most `timeout_s`."""
+        """Stop taking tasks, and finish those in progress within `timeout_s` seconds."""
         await self._loop.drain(timeout_s)
         await self._calls.stop()
-        await self._roster.stop()
+        await self._directory.stop()
 
     async def handle(self, envelope: Envelope, delivery: Delivery) -> Outcome:
-        """Find a node for the task; while all are busy, ask again."""
+        """Award the task to a node; while all nodes are busy, repeat the call for bids."""
         spec = envelope.spec
         if spec is None:
             return Dead("the envelope came without a spec")
-        if _comes_back(envelope) and await self._has_ended(envelope):
+        if _was_rescheduled(envelope) and await self._task_has_ended(envelope):
             return Done()
-        self._free_last_node(envelope)
+        self._release_previous_attempt(envelope)
         envelope = replace(envelope, award=None, error=None, result=None)
         if self._bus.clock.now() >= envelope.deadline:
-            return self._too_late(envelope, spec)
+            return self._deadline_exceeded(envelope, spec)
         if envelope.last_error is not None and envelope.last_error.code == "node_busy":
-            pause_s = envelope.busy_pause_s  # a longer one has passed already
+            pause_s = envelope.busy_pause_s  # longer pauses have passed already, on a schedule
             if pause_s <= IN_HAND_S:
-                with _counted(delivery):
+                with delivery.waiting():
                     await _pause(delivery, random.uniform(pause_s / 2, pause_s))  # noqa: S311 - jitter
-        new_nodes = self._roster.new_nodes
-        verdict = await self._look(envelope, spec)
-        if isinstance(verdict, AllBusy) or (isinstance(verdict, Nobody) and self._may_hold(spec, delivery)):
-            waited = await self._wait(envelope, spec, delivery, verdict, new_nodes)
+        node_added = self._directory.node_added
+        verdict = await self._find_node(envelope, spec)
+        if isinstance(verdict, AllBusy) or (isinstance(verdict, NoOffers) and self._may_wait_for_node(spec, delivery)):
+            waited = await self._wait_for_node(envelope, spec, delivery, verdict, node_added)
             if waited is None:
                 return Done()
             verdict = waited
-        return self._follow(verdict, envelope, spec)
+        return self._to_outcome(verdict, envelope, spec)
 
-    def _free_last_node(self, envelope: Envelope) -> None:
-        """Record that the last attempt is over, and its node if that had no room."""
-        self._plain.came_back(envelope.task_id, envelope.attempt)
+    def _release_previous_attempt(self, envelope: Envelope) -> None:
+        """Free the slot of the previous attempt, and record its node as busy if it rejected the task."""
+        self._plain.release_previous_attempt(envelope.task_id, envelope.attempt)
         award, error = envelope.award, envelope.last_error
         if award is not None and error is not None and error.code == "node_busy":
-            self._busy.rejected(envelope.task_id, (HostKey(award.owner, award.host_id), award.node_id))
+            self._busy.record_rejection(envelope.task_id, (HostKey(award.owner, award.host_id), award.node_id))
 
-    async def _look(self, envelope: Envelope, spec: Spec) -> Found:
-        """Find a node once."""
+    async def _find_node(self, envelope: Envelope, spec: Spec) -> Verdict:
+        """Search for a node once."""
         if envelope.ad.node_id is not None:
-            return self._pinned(envelope, envelope.ad.node_id)
+            return self._award_pinned(envelope, envelope.ad.node_id)
         return await self._auction(envelope, spec)
 
-    def _may_hold(self, spec: Spec, delivery: Delivery) -> bool:
-        """Whether a task that no node could do waits in hand, where it notices new nodes at once.
+    def _may_wait_for_node(self, spec: Spec, delivery: Delivery) -> bool:
+        """Return whether a task without offers may wait in memory, where it reacts to a new node at once.
 
-        SCALE has been asked for a node before, and half of what a lane keeps is for tasks that wait for busy nodes.
+        SCALE must have been asked for a node before. Half of the waiting places of a lane are kept for tasks whose
+        nodes are busy.
         """
         if spec.no_offers_since is None or 2 * delivery.slots.waiting >= self._config.waiting_limit:
             return False
         return self._bus.clock.now() - spec.no_offers_since < self._config.no_bids_after_s
 
-    async def _wait(
+    async def _wait_for_node(
         self,
         envelope: Envelope,
         spec: Spec,
         delivery: Delivery,
-        verdict: Found,
-        new_nodes: asyncio.Event,
-    ) -> Found | None:
-        """Look again, counted among those who wait, until something has changed or it has taken long enough.
-
-        None: the task has ended meanwhile.
+        verdict: Verdict,
+        node_added: asyncio.Event,
+    ) -> Verdict | None:
+        """Search again until the result changes or the hold time has passed; None when the task has ended meanwhile.
 
         Args:
-            new_nodes: Set when a node was announced since the last look that was not known.
+            node_added: Set by the first announcement of a new node since the last search.
         """
-        give_up = min(self._bus.clock.now() + HOLD_S, envelope.deadline)
-        if isinstance(verdict, Nobody) and spec.no_offers_since is not None:
+        give_up = min(self._bus.clock.now() + MAX_HOLD_S, envelope.deadline)
+        if isinstance(verdict, NoOffers) and spec.no_offers_since is not None:
             give_up = min(give_up, spec.no_offers_since + self._config.no_bids_after_s)
         pause_s = PAUSE_S[0]
-        with _counted(delivery):
+        with delivery.waiting():
             while self._bus.clock.now() < give_up and not delivery.recalled.is_set():
                 left_s = max(0.0, give_up - self._bus.clock.now())
                 if isinstance(verdict, AllBusy):
                     jitter_s = random.uniform(pause_s / 2, pause_s)  # noqa: S311 - not a secret
                     await _pause(delivery, min(jitter_s, left_s))
                     pause_s = min(2 * pause_s, PAUSE_S[1])
-                elif isinstance(verdict, Nobody):
-                    await _pause(delivery, min(ALONE_PAUSE_S, left_s), new_nodes)
+                elif isinstance(verdict, NoOffers):
+                    await _pause(delivery, min(NO_OFFERS_PAUSE_S, left_s), node_added)
                 else:
                     break
-                if await self._has_ended(envelope):
+                if await self._task_has_ended(envelope):
                     return None
-                new_nodes = self._roster.new_nodes
-                verdict = await self._look(envelope, spec)
+                node_added = self._directory.node_added
+                verdict = await self._find_node(envelope, spec)
         return verdict
 
-    async def _has_ended(self, envelope: Envelope) -> bool:
-        """Return whether the task's record has ended: by a cancel, say, while the task waited for bids."""
+    async def _task_has_ended(self, envelope: Envelope) -> bool:
+        """Return whether the task's record has ended, for example by a cancel while the task waited."""
         try:
             entry = await self._records.get(envelope.task_id)
         except Undecodable:
-            return False  # EXECUTE reads the whole record, and settles what cannot be read
+            return False  # EXECUTE reads the whole record, and handles one that cannot be decoded
         return entry is not None and entry.value.ended
 
-    def _follow(self, verdict: Found, envelope: Envelope, spec: Spec) -> Outcome:
+    def _to_outcome(self, verdict: Verdict, envelope: Envelope, spec: Spec) -> Outcome:
         match verdict:
             case Fail() | Later():
                 return verdict
             case Awarded(award=award, warning=warning):
                 log.info("awarded", node=award.node, host_id=award.host_id, score=round(award.score, 3))
                 envelope = envelope.warned(warning) if warning else envelope
-                return Next("scale", replace(_met_someone(envelope, spec), award=award))
+                return Next("scale", replace(_with_offers(envelope, spec), award=award))
             case Exhausted():
-                return Fail(TaskError(code="no_bids", message="every node that could has failed this task"), envelope)
+                return Fail(TaskError(code="no_bids", message="every capable node has failed this task"), envelope)
             case AllBusy():
                 if self._bus.clock.now() >= envelope.deadline:
-                    return self._too_late(envelope, spec)
-                return Later(random.uniform(*PAUSE_S), _met_someone(envelope, spec))  # noqa: S311 - jitter
-            case Nobody(warning=warning):
+                    return self._deadline_exceeded(envelope, spec)
+                return Later(random.uniform(*PAUSE_S), _with_offers(envelope, spec))  # noqa: S311 - jitter
+            case NoOffers(warning=warning):
                 envelope = envelope.warned(warning) if warning else envelope
-                return self._alone(envelope, spec, self._why_nobody(envelope))
+                return self._on_no_offers(envelope, spec, self._no_offers_reason(envelope))
 
-    def _alone(self, envelope: Envelope, spec: Spec, why: str) -> Outcome:
-        """Nobody bids: ask SCALE for a node once, then call again until it has taken too long."""
+    def _on_no_offers(self, envelope: Envelope, spec: Spec, why: str) -> Outcome:
+        """Ask SCALE for a node the first time; then repeat the call until no_bids_after_s has passed."""
         now = self._bus.clock.now()
         if spec.no_offers_since is None:
             return Next("scale", replace(envelope, spec=replace(spec, no_offers_since=now)))
         if now - spec.no_offers_since >= self._config.no_bids_after_s:
             return Fail(TaskError(code="no_bids", message=why), envelope)
-        return Later(min(ALONE_PAUSE_S, max(0.0, envelope.deadline - now)), envelope)
+        return Later(min(NO_OFFERS_PAUSE_S, max(0.0, envelope.deadline - now)), envelope)
 
-    def _too_late(self, envelope: Envelope, spec: Spec) -> Outcome:
-        why = "all nodes were busy" if spec.no_offers_since is None else self._why_nobody(envelope)
+    def _deadline_exceeded(self, envelope: Envelope, spec: Spec) -> Outcome:
+        why = "all nodes were busy" if spec.no_offers_since is None else self._no_offers_reason(envelope)
         return Fail(
             TaskError(code="deadline_exceeded", message=f"the deadline passed before the award: {why}"), envelope
         )
 
-    def _why_nobody(self, envelope: Envelope) -> str:
+    def _no_offers_reason(self, envelope: Envelope) -> str:
         if envelope.ad.node_id is not None:
-            return f"the task is pinned to {envelope.ad.node_id}, which is not there"
-        if envelope.ad.required_tools and self._roster.has_hosts:
+            return f"the task is pinned to {envelope.ad.node_id}, which no present host announces"
+        if envelope.ad.required_tools and self._directory.has_hosts:
             return f"no node has all of the required tools: {', '.join(envelope.ad.required_tools)}"[:MAX_REASON]
         if (warning := warning_in(envelope)) is not None:
             return warning
-        if self._roster.has_nodes:
-            why = f"no node takes tasks of the domain {envelope.domain!r}"
-            return f"{why}; start one that does with `loom node FILE.py`, or name another domain"
-        return (
-            "no node is there to take the task; start one with `loom node FILE.py`, or add one with `rt.add_agent(…)`"
-        )
+        if self._directory.has_nodes:
+            why = f"no node accepts tasks of the domain {envelope.domain!r}"
+            return f"{why}; start a node for it with `loom host run FILE.py`, or name another domain"
+        return "no node is running; start one with `loom host run FILE.py`, or add one with `rt.add_agent(…)`"
 
-    def _pinned(self, envelope: Envelope, node: str) -> Found:
-        """Award a task to the node it is pinned to, wherever that is."""
+    def _award_pinned(self, envelope: Envelope, node: str) -> Verdict:
+        """Award a task to the node it is pinned to, on whichever host that is."""
         owner, node_id = split_qualified(node)
         node = qualified(owner, node_id)
         if node in envelope.excluded:
             return Fail(
                 TaskError(code="no_bids", message=f"the task is pinned to {node}, which has failed it"), envelope
             )
-        if self._roster.is_contested(node):
+        if self._directory.is_contested(node):
             return Later(SETTLE_S, envelope)
-        host = self._roster.host_of(node)
+        host = self._directory.host_of(node)
         if host is None:
-            return Nobody()
+            return NoOffers()
         award = Award(node_id=node_id, owner=owner, host_id=host.host_id, pinned=True)
-        return Awarded(self._counted_if_plain(award, envelope), Bid(node_id=node_id))
+        return Awarded(self._record_if_plain(award, envelope), Bid(node_id=node_id))
 
-    def _counted_if_plain(self, award: Award, envelope: Envelope) -> Award:
-        """Return the award; one to a plain node counts as its load, and states for EXECUTE how to run it."""
+    def _record_if_plain(self, award: Award, envelope: Envelope) -> Award:
+        """Return the award; an award to a plain node is counted as load and marked for EXECUTE."""
         place = (HostKey(award.owner, award.host_id), award.node_id)
-        node = self._plain.award(place, envelope.task_id, envelope.attempt)
+        node = self._plain.record_award(place, envelope.task_id, envelope.attempt)
         return award if node is None else replace(award, plain=True, max_run_s=node.max_run_s)
 
-    async def _auction(self, envelope: Envelope, spec: Spec) -> Verdict:
-        """Call for bids, and judge the offers with those of plain nodes."""
+    async def _auction(self, envelope: Envelope, spec: Spec) -> AuctionResult:
+        """Call for bids, and decide among the offers of hosts and those of plain nodes."""
         token = spec.domain_token
-        wanted = Wanted(token, frozenset(envelope.ad.required_tools), envelope.excluded)
+        requirements = TaskRequirements(token, frozenset(envelope.ad.required_tools), envelope.excluded)
         call = await self._call_for_bids(envelope, spec)
-        offers = [*_for_task(envelope.task_id, call.offers), *self._plain.offers(wanted)]
-        verdict = decide(envelope, self._busy.without(envelope.task_id, offers), self._book())
+        offers = [*_for_task(envelope.task_id, call.offers), *self._plain.offers(requirements)]
+        verdict = decide(envelope, self._busy.without_busy(envelope.task_id, offers), self._auction_context())
         if isinstance(verdict, Awarded):
-            verdict = replace_fields(verdict, award=self._counted_if_plain(verdict.award, envelope))
-            self._awards.note(envelope, token, verdict)
+            verdict = replace_fields(verdict, award=self._record_if_plain(verdict.award, envelope))
+            self._awards.record(envelope, token, verdict)
         else:
-            verdict = self._with_silent_hosts(verdict, call, wanted)
-        if isinstance(verdict, Awarded | Nobody) and not self._roster.ranking.best(token, 1):
+            verdict = self._with_silent_hosts(verdict, call, requirements)
+        if isinstance(verdict, Awarded | NoOffers) and not self._directory.ranking.best(token, 1):
             warning = self._misspelt.warning_for(envelope)
             return replace_fields(verdict, warning=warning) if warning else verdict
         return verdict
 
-    def _with_silent_hosts(self, verdict: Verdict, call: OpenCall, wanted: Wanted) -> Verdict:
-        """Return what follows from offers without a winner and from the announcements of hosts that made none."""
+    def _with_silent_hosts(
+        self, verdict: AuctionResult, call: OpenCall, requirements: TaskRequirements
+    ) -> AuctionResult:
+        """Return the result of an auction without a winner, considering the hosts that made no offer."""
         if isinstance(verdict, Exhausted) and call.missing:
-            return AllBusy()  # a host that should have answered may have a node yet: slow is not gone
-        if isinstance(verdict, Nobody) and self._roster.may_yet_bid(wanted, call.answered):
+            return AllBusy()  # a slow host may still have a capable node
+        if isinstance(verdict, NoOffers) and self._directory.may_yet_bid(requirements, call.answered):
             return AllBusy()
-        if isinstance(verdict, Nobody) and self._roster.only_plain and self._roster.have_failed(wanted):
+        if (
+            isinstance(verdict, NoOffers)
+            and self._directory.only_plain
+            and self._directory.have_plain_nodes_failed(requirements)
+        ):
             return Exhausted()
         return verdict
 
     async def _call_for_bids(self, envelope: Envelope, spec: Spec) -> OpenCall:
-        """Return a call with the offers that came: none where all hosts have plain nodes alone, which answer none."""
-        if self._roster.only_plain:
-            return self._calls.unanswered()
+        """Return a call with its offers; it stays empty where all hosts have plain nodes only."""
+        if self._directory.only_plain:
+            return self._calls.empty_call()
         window_s = self._config.bid_window_ms / 1000
-        call = await self._calls.publish(self._call(envelope, spec), self._roster.awaited(), window_s=window_s)
-        self._roster.answered(call.offers, call.missing)
+        call = await self._calls.publish(
+            self._new_call(envelope, spec), self._directory.awaited_hosts(), window_s=window_s
+        )
+        self._directory.record_answers(call.offers, call.missing)
         return call
 
-    def _on_judged(self, node: str, domain_token: str, attempt_ids: Iterable[str]) -> None:
-        """Forget the awards of attempts that have been rewarded."""
+    def _on_rewarded(self, node: str, domain_token: str, attempt_ids: Iterable[str]) -> None:
+        """Remove the awards of attempts that have a reward."""
         attempt_ids = tuple(attempt_ids)
-        self._awards.judged(node, domain_token, attempt_ids)
-        self._plain.judged(attempt_ids)
+        self._awards.remove_rewarded(node, domain_token, attempt_ids)
+        self._plain.release_rewarded(attempt_ids)
 
-    def _book(self) -> AuctionContext:
+    def _auction_context(self) -> AuctionContext:
         return AuctionContext(
-            profiles=self._roster.profiles,
-            newcomers=self._roster.newcomers,
+            profiles=self._directory.profiles,
+            newcomers=self._directory.newcomers,
             policy=self._policy,
             policy_name=self._config.policy,
             exploration=self._config.exploration,
             now=self._bus.clock.now(),
             half_life_s=self._config.half_life_days * DAY_S,
-            taken=self._awards.taken(),
-            pending=self._awards.pending(),
+            recent_awards=self._awards.recent(),
+            pending_awards=self._awards.pending(),
         )
 
-    def _call(self, envelope: Envelope, spec: Spec) -> CallForBids:
-        call_id, answer_to = self._calls.new_call()
+    def _new_call(self, envelope: Envelope, spec: Spec) -> CallForBids:
+        call_id, answer_to = self._calls.new_call_id()
         lot = Lot(
             task_id=envelope.task_id,
             attempt=envelope.attempt,
@@ -337,27 +351,16 @@ class Match:
             excluded=envelope.excluded,
             lots=(lot,),
             answer_to=answer_to,
-            prefer=self._roster.ranking.best(spec.domain_token, BID_LIMIT),
+            prefer=self._directory.ranking.best(spec.domain_token, BID_LIMIT),
         )
 
     def _window(self, _lane: Lane, slots: Slots) -> int:
-        """No more is read of a lane in which many wait already."""
+        """Return how many messages a lane may take; waiting tasks reduce the number."""
         return min(slots.free, self._config.waiting_limit - slots.waiting)
 
 
-@contextmanager
-def _counted(delivery: Delivery) -> Iterator[None]:
-    """Count a delivery among those that only wait, of which a lane keeps few."""
-    delivery.release()
-    delivery.slots.waiting += 1
-    try:
-        yield
-    finally:
-        delivery.slots.waiting -= 1
-
-
 async def _pause(delivery: Delivery, seconds: float, news: asyncio.Event | None = None) -> None:
-    """Wait until the time is over, the process stops or `news` is set."""
+    """Wait until the time has passed, the delivery is recalled or `news` is set."""
     recalled = asyncio.ensure_future(delivery.recalled.wait())
     waits = [recalled] if news is None else [recalled, asyncio.ensure_future(news.wait())]
     try:
@@ -368,17 +371,20 @@ async def _pause(delivery: Delivery, seconds: float, news: asyncio.Event | None 
 
 
 def _for_task(task_id: str, offers: Iterable[HostOffer]) -> Iterator[HostOffer]:
-    """Yield the offers with the bids that are for a task alone."""
+    """Yield the offers with only the bids for this task."""
     for offer in offers:
         bids = tuple(bid for bid in offer.bids if bid.is_for(task_id))
         yield offer if len(bids) == len(offer.bids) else replace(offer, bids=bids)
 
 
-def _comes_back(envelope: Envelope) -> bool:
-    """Whether the task was scheduled, by MATCH or after a busy node: a first auction costs no read of its record."""
+def _was_rescheduled(envelope: Envelope) -> bool:
+    """Return whether the task was scheduled by MATCH, or by EVALUATE after a busy node.
+
+    The first auction of a task saves the read of its record.
+    """
     last = envelope.hops[-1].phase if envelope.hops else ""
     return last == "match" or (last == "evaluate" and envelope.busy_pause_s > IN_HAND_S)
 
 
-def _met_someone(envelope: Envelope, spec: Spec) -> Envelope:
+def _with_offers(envelope: Envelope, spec: Spec) -> Envelope:
     return envelope if spec.no_offers_since is None else replace(envelope, spec=replace(spec, no_offers_since=None))

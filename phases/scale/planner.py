@@ -1,20 +1,19 @@
-"""Where a plan comes from: the ad itself, or a model, asked a second time with its mistakes."""
+"""The sources of a plan: the ad itself, or a model, which gets one chance to correct a bad plan."""
 
 from loom.bus.logs.logger import get_logger
-from loom.phases.shared.division import PLAN
-from loom.phases.shared.llm_call import Answer, ask
+from loom.phases.shared.llm_call import LLMAnswer, call_llm
+from loom.phases.shared.scale_rule import PLAN_KEY
 from loom.schemas.base import MAX_CONTEXT_BYTES, encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Subtask
 from loom.schemas.errors import InvalidPlan, LoomError
 from loom.schemas.llm import AssistantMessage, CompletionParams, LLMProvider, Message, SystemMessage, UserMessage
-from loom.schemas.plan import PLAN_SCHEMA, parse_plan
+from loom.schemas.plan import PLAN_SCHEMA, Subtask, parse_plan
 from loom.schemas.task import TaskAd
 
 log = get_logger()
 
 PLAN_WITHIN_S = 60.0
-"""A plan that takes a model longer is not worth waiting for."""
+"""Limit, in seconds, of a model's planning."""
 PLAN_TOKENS = 2048
 
 PROMPT = """\
@@ -27,22 +26,22 @@ splitting is one subtask."""
 
 
 def plan_from_ad(ad: TaskAd, config: ClusterConfig) -> tuple[Subtask, ...] | None:
-    """Return the plan the ad itself gives; None when it gives none.
+    """Return the plan that the ad contains; None without one.
 
     Raises:
-        InvalidPlan: It breaks a rule.
+        InvalidPlan: The plan breaks a rule.
     """
-    plan = ad.context.get(PLAN)
+    plan = ad.context.get(PLAN_KEY)
     if plan is None or isinstance(plan, bool):
         return None
-    return bounded(parse_plan(plan if isinstance(plan, str) else encode(plan).decode()), config)
+    return check_plan_size(parse_plan(plan if isinstance(plan, str) else encode(plan).decode()), config)
 
 
-def bounded(plan: tuple[Subtask, ...], config: ClusterConfig) -> tuple[Subtask, ...]:
-    """Return the plan, if it is not too large.
+def check_plan_size(plan: tuple[Subtask, ...], config: ClusterConfig) -> tuple[Subtask, ...]:
+    """Return the plan if it keeps the limits of size.
 
     Raises:
-        InvalidPlan: It is.
+        InvalidPlan: The plan is too large, or not encodable.
     """
     if len(plan) > config.max_subtasks:
         raise InvalidPlan(f"the plan has {len(plan)} subtasks, at most {config.max_subtasks}", field="subtasks")
@@ -50,18 +49,19 @@ def bounded(plan: tuple[Subtask, ...], config: ClusterConfig) -> tuple[Subtask, 
         size = len(encode(plan))
     except UnicodeEncodeError:
         raise InvalidPlan("the plan holds text that is not Unicode", field="subtasks") from None
-    if size > MAX_CONTEXT_BYTES:  # as much as a client may give: it must fit, with its parent, wherever it is kept
+    if size > MAX_CONTEXT_BYTES:  # the limit of a client's plan: the plan must fit into a message with its parent
         raise InvalidPlan(f"the plan is {size} bytes of JSON, at most {MAX_CONTEXT_BYTES}", field="subtasks")
     return plan
 
 
 async def plan_from_model(
     llm: LLMProvider, ad: TaskAd, config: ClusterConfig, within_s: float, budget: int | None = None
-) -> Answer[tuple[Subtask, ...]]:
-    """Ask a model for a plan; a bad one is sent back once, with what is wrong with it.
+) -> LLMAnswer[tuple[Subtask, ...]]:
+    """Ask a model for a plan; an unusable plan is returned to the model once, with the reason.
 
     Args:
-        budget: Tokens the plan may take; None: no limit.
+        within_s: Seconds for everything.
+        budget: Tokens that planning may use; None: no limit.
     """
     params = CompletionParams(
         messages=(SystemMessage(PROMPT.format(most=config.max_subtasks)), UserMessage(ad.description)),
@@ -71,12 +71,14 @@ async def plan_from_model(
     )
 
     def read(answer: str) -> tuple[Subtask, ...]:
-        return bounded(parse_plan(answer), config)
+        return check_plan_size(parse_plan(answer), config)
 
-    return await ask(llm, params, read, within_s=min(within_s, PLAN_WITHIN_S), budget=budget, mend=_mended)
+    return await call_llm(
+        llm, params, read, within_s=min(within_s, PLAN_WITHIN_S), budget=budget, repair=_repair_messages
+    )
 
 
-def _mended(answer: str, error: LoomError) -> tuple[Message, ...]:
-    log.info("plan_sent_back", reason=error.message)
+def _repair_messages(answer: str, error: LoomError) -> tuple[Message, ...]:
+    log.info("plan_returned_to_model", reason=error.message)
     why = f"This plan cannot be used: {error.message}. Answer with the corrected JSON only."
     return AssistantMessage(answer[:MAX_CONTEXT_BYTES]), UserMessage(why)

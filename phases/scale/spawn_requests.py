@@ -1,4 +1,4 @@
-"""Asking for one more node, where none or only a full one is there."""
+"""Requests for one more node, where no node bids or the winner is full."""
 
 import asyncio
 import time
@@ -13,26 +13,30 @@ from loom.schemas.errors import LoomError
 
 log = get_logger()
 
-ASK_EVERY_S = 1.0  # a node takes about this long to start and to be seen bidding
-ANSWER_S = 0.5
-PAUSES_S = (0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 4.0)
-"""Seconds before each request for a task without bids, while hosts decline as unqualified. The server picks one of the
-hosts, and another may be qualified; a host that has a model choose a skill is qualified when the model has answered."""
+REQUEST_EVERY_S = 1.0  # a node needs about this long to start and to bid
+REPLY_WITHIN_S = 0.5
+RETRY_PAUSES_S = (0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 4.0)
+"""Seconds before each request for a task without offers, while hosts decline as unqualified.
+
+The server picks one of the hosts, and another host may be qualified. A host that lets a model choose a skill is
+qualified once the model has answered.
+"""
 
 
 class SpawnRequests:
-    """Requests to hosts that can start nodes: at most one a second for each domain.
+    """Sends requests to hosts that can start nodes: at most one per second and domain.
 
-    Where nobody bids, tasks that say different things are asked about each: one may call for a skill, another not.
+    For tasks without offers the limit is per domain, tools and description, because only some of them may call for a
+    skill.
     """
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._asked: dict[tuple[object, ...], float] = {}
-        """What was asked within the last second, the oldest first."""
+        self._recent: dict[tuple[object, ...], float] = {}
+        """Key of a request within the last second -> its monotonic time, oldest first."""
 
-    def ask(self, envelope: Envelope, *, saturated: bool) -> None:
-        """Ask for a node for the task's domain; the task does not wait for the answer."""
+    def request(self, envelope: Envelope, *, saturated: bool) -> None:
+        """Request a node for the task's domain in the background."""
         request = SpawnRequest(
             domain_token=envelope.domain_token,
             required_tools=envelope.ad.required_tools,
@@ -41,21 +45,21 @@ class SpawnRequests:
             task_id=envelope.task_id,
         )
         now = time.monotonic()
-        what = (
+        key = (
             (request.domain_token,)
             if saturated
             else (request.domain_token, request.required_tools, request.description)
         )
-        while self._asked and now - next(iter(self._asked.values())) >= ASK_EVERY_S:
-            del self._asked[next(iter(self._asked))]
-        if what in self._asked:
+        while self._recent and now - next(iter(self._recent.values())) >= REQUEST_EVERY_S:
+            del self._recent[next(iter(self._recent))]
+        if key in self._recent:
             return
-        self._asked[what] = now
-        self._bus.tasks.spawn(self._request(request), name="spawn request")
+        self._recent[key] = now
+        self._bus.tasks.spawn(self._request_and_log(request), name="spawn request")
 
-    async def _request(self, request: SpawnRequest) -> None:
+    async def _request_and_log(self, request: SpawnRequest) -> None:
         try:
-            reply = await self._answer(request)
+            reply = await self._request_with_retries(request)
         except (TimeoutError, NoResponders):
             log.info("no_host_can_spawn", domain_token=request.domain_token, reason=request.reason)
         except LoomError as error:
@@ -63,16 +67,16 @@ class SpawnRequests:
         else:
             log.info("node_requested", domain_token=request.domain_token, node_id=reply.node_id, declined=reply.decline)
 
-    async def _answer(self, request: SpawnRequest) -> SpawnReply:
-        """Return the reply of a host; while it is `unqualified` and the task has no bids, the last of several."""
-        reply = await self._ask_one(request)
-        for pause_s in PAUSES_S[1:]:
+    async def _request_with_retries(self, request: SpawnRequest) -> SpawnReply:
+        """Return the reply of a host; for a task without offers, retry while hosts reply `unqualified`."""
+        reply = await self._request_once(request)
+        for pause_s in RETRY_PAUSES_S[1:]:
             if reply.decline != "unqualified" or request.reason == "saturated":
                 break
             await asyncio.sleep(pause_s)
-            reply = await self._ask_one(request)
+            reply = await self._request_once(request)
         return reply
 
-    async def _ask_one(self, request: SpawnRequest) -> SpawnReply:
-        msg = await self._bus.requests.request(self._bus.subjects.spawn, request, timeout_s=ANSWER_S)
+    async def _request_once(self, request: SpawnRequest) -> SpawnReply:
+        msg = await self._bus.requests.request(self._bus.subjects.spawn, request, timeout_s=REPLY_WITHIN_S)
         return decode(msg.data, SpawnReply)

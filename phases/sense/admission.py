@@ -1,4 +1,4 @@
-"""Admission: a task enters the loop once, however often it is submitted, and its id stays its own."""
+"""Admission: a task enters the loop once, however often it is submitted, and its id is never reused."""
 
 from msgspec.structs import replace
 
@@ -9,9 +9,10 @@ from loom.bus.natsio.server_errors import Conflict
 from loom.bus.records import record_version, records, update_record
 from loom.bus.replies import allowed_reply, answer, answer_error, answer_task
 from loom.schemas.base import Undecodable
-from loom.schemas.envelope import Envelope, TaskRecord
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import BusUnavailable, InvalidTask
 from loom.schemas.identity import PUBLIC
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Accepted, Submission, TaskAd, TaskError, TaskResult, ad_digest
 
 log = get_logger()
@@ -20,31 +21,35 @@ MAX_REPLIES = 8
 
 
 class Admission:
-    """Creates task records; the first one to do so admits the task."""
+    """Creates task records; the message that creates the record admits the task."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self.records = records(bus)
 
     async def check_id(self, ad: TaskAd, submitter: str) -> None:
-        """Return unless the id of an ad is that of another task; this is cheap, and `admit` is the guarantee.
+        """Raise if the id of an ad belongs to another task: a cheap first check, whereas `admit` guarantees the rule.
 
         Raises:
-            InvalidTask: A task of another submitter, or of another ad, has the id.
+            InvalidTask: The id is taken by a task of another submitter or of another ad.
         """
         try:
             entry = await self.records.get(ad.task_id)
-        except Undecodable:  # its admission finds that, too
+        except Undecodable:  # its admission raises it again
             return
         error = id_taken(entry.value, ad, submitter) if entry is not None else None
         if error is not None:
             raise error
 
     async def admit(self, envelope: Envelope, submission: str, reply_to: str = "") -> Envelope | None:
-        """Create the task's record, and return the envelope, which knows of it, if this message carries the task on.
+        """Create the task's record and return the envelope with its record version.
 
-        None when another submission does: `reply_to` is then answered with the result, now if the task has ended,
-        else when it ends; or refused, if the id is taken by another task.
+        None for a duplicate of a task that another message carries. Its `reply_to` then gets the result, now or when
+        the task ends, or an error if the id is taken by another task.
+
+        Args:
+            submission: Id of the submission; a redelivered message has the same one and is admitted again.
+            reply_to: Reply subject for the result; empty: none.
         """
         subject = self._bus.subjects.intake(envelope.submitter, envelope.priority, envelope.task_id)
         reply = allowed_reply(self._bus, reply_to, plain=envelope.submitter == PUBLIC, subject=subject)
@@ -59,14 +64,14 @@ class Admission:
         try:
             revision = await self.records.create(envelope.task_id, record)
         except Conflict:
-            return await self._meet(envelope, submission, reply)
+            return await self._on_duplicate(envelope, submission, reply)
         return replace(envelope, record_version=record_version(record, revision))
 
-    async def _meet(self, envelope: Envelope, submission: str, reply: str) -> Envelope | None:
+    async def _on_duplicate(self, envelope: Envelope, submission: str, reply: str) -> Envelope | None:
         task_id = envelope.task_id
         entry = await self.records.get(task_id)
         if entry is None:
-            raise BusUnavailable("a record conflicted and then was not there")
+            raise BusUnavailable(f"the record of {task_id} existed and was deleted meanwhile")
         record = entry.value
         error = id_taken(record, envelope.ad, envelope.submitter, submission)
         if error is not None:
@@ -79,15 +84,15 @@ class Admission:
         if record.submission == submission:
             return envelope
         if reply:
-            await self._listen_too(entry, reply)
+            await self._add_reply_to(entry, reply)
         return None
 
     async def _refuse(self, envelope: Envelope, reply: str, error: InvalidTask, record: TaskRecord) -> None:
-        """Report a taken id to the submitter of `envelope` alone.
+        """Report a taken id to the submitter of `envelope` only.
 
-        A Runtime waits for `loom.result` and has no reply subject. Another submitter's is its own, and gets a failed
-        result. The same submitter's is that of the known task too, and gets nothing but that task's own result, whose
-        digest of the ad shows the Runtime, as the status does, that it is of another ad.
+        A Runtime has no reply subject and waits for `loom.result`. Another submitter gets a failed result on its own
+        subject. The same submitter gets only the result of the known task, whose digest of the ad shows the Runtime,
+        as the status does, that it is of another ad.
         """
         log.warning("task_id_taken", submitter=envelope.submitter, by=record.envelope.submitter)
         await answer_error(self._bus, reply, error)
@@ -99,11 +104,11 @@ class Admission:
             await self._publish_result(record)
 
     async def _publish_result(self, record: TaskRecord) -> None:
-        """Publish the result of a task that has ended once more, for a submitter that listens to it."""
+        """Publish the result of an ended task again, for a submitter that waits for it."""
         subject = self._bus.subjects.of("result", record.envelope.submitter, record.task_id)
         await self._bus.connection.publish(subject, record.to_result())
 
-    async def _listen_too(self, entry: Entry[TaskRecord], reply: str) -> None:
+    async def _add_reply_to(self, entry: Entry[TaskRecord], reply: str) -> None:
         def add(record: TaskRecord) -> TaskRecord | None:
             if record.ended or reply in record.reply_to or len(record.reply_to) >= MAX_REPLIES:
                 return None
@@ -118,10 +123,10 @@ class Admission:
 
 
 def id_taken(record: TaskRecord, ad: TaskAd, submitter: str, submission: str = "") -> InvalidTask | None:
-    """Return why the task of a record is not the one an ad describes; None where it is.
+    """Return the error if a record belongs to another task than an ad; None if it belongs to the same task.
 
     Args:
-        submission: Of the ad; the one that the record is of has its ad, whatever that says.
+        submission: Id of the submission; that of the record always matches.
     """
     task_id = record.task_id
     if record.envelope.submitter != submitter:
@@ -134,7 +139,11 @@ def id_taken(record: TaskRecord, ad: TaskAd, submitter: str, submission: str = "
 
 
 def envelope_for(submission: Submission, submitter: str, stored_at: float, trace: str) -> Envelope:
-    """Return the first envelope of a submission; its deadline counts from when the server stored it."""
+    """Return the first envelope of a submission.
+
+    Args:
+        stored_at: Server time at which the submission was stored; the deadline counts from then.
+    """
     ad = submission.ad
     return Envelope(
         ad=ad, submitter=submitter, deadline=stored_at + ad.timeout_s, budget=ad.token_budget, trace=trace[:256]

@@ -1,4 +1,4 @@
-"""What SENSE's own guesses are corrected by: how far they have been off in a domain so far."""
+"""Reads the calibrations of ADAPT: the bias of SENSE's own complexity estimates, per domain."""
 
 import asyncio
 from collections.abc import Mapping
@@ -10,63 +10,65 @@ from loom.bus.natsio.kv import BucketReader
 from loom.schemas.envelope import Spec
 from loom.schemas.learning import BIAS, Calibration
 
-LEAST = 3
-"""Tasks behind a bias before it is used."""
+MIN_TASKS = 3
+"""Number of tasks from which a bias is applied."""
 
 
-class Calibrations:
-    """Follows what ADAPT learns of SENSE."""
+class CalibrationReader:
+    """Follows the calibrations in the bucket `tuning` and applies them."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._known: dict[str, Calibration] = {}
+        self._calibrations: dict[str, Calibration] = {}
         self._reader: BucketReader[Calibration] | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Read what is known, and go on reading."""
+        """Read the stored calibrations, and follow their changes."""
         self._reader = self._bus.bucket("tuning", Calibration).reader(f"{BIAS}*")
         while not self._reader.caught_up:
-            await self._learn(self._reader)
+            await self._read_batch(self._reader)
         self._task = self._bus.tasks.spawn(self._follow(self._reader), name="follow calibrations", essential=True)
 
     async def stop(self) -> None:
-        """Follow no more."""
+        """Stop following changes."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         if self._reader is not None:
             await self._reader.stop()
 
-    def apply(self, guess: Spec) -> Spec:
-        """Return a guess of SENSE's own, corrected."""
-        return calibrated(guess, self._known)
+    def apply(self, estimate: Spec) -> Spec:
+        """Return an estimate of SENSE, corrected by the bias of its domain."""
+        return calibrated(estimate, self._calibrations)
 
     async def _follow(self, reader: BucketReader[Calibration]) -> None:
         while True:
-            await self._learn(reader)
+            await self._read_batch(reader)
 
-    async def _learn(self, reader: BucketReader[Calibration]) -> None:
-        self._known |= {
+    async def _read_batch(self, reader: BucketReader[Calibration]) -> None:
+        self._calibrations |= {
             entry.value.domain_token: entry.value
             for entry in await reader.batch()
             if entry.key == BIAS + entry.value.domain_token
         }
 
 
-def calibrated(guess: Spec, known: Mapping[str, Calibration]) -> Spec:
-    """Return the guess with the bias of its domain added, within 0 and 1, once three tasks stand behind that.
+def calibrated(estimate: Spec, calibrations: Mapping[str, Calibration]) -> Spec:
+    """Return the estimate with the bias of its domain added, within 0 and 1, if at least three tasks support the bias.
 
-    The guess itself stays beside it: a bias is learned from what SENSE says by itself.
+    The uncorrected estimate is kept in `estimated`, because ADAPT learns the bias from it.
 
     Args:
-        guess: With a complexity that the ad did not give.
-        known: domain_token -> calibration.
+        estimate: With a complexity that the ad did not give.
+        calibrations: domain_token -> calibration.
     """
-    guess = replace(guess, estimated=guess.complexity)
-    learned = known.get(guess.domain_token)
-    if learned is None or learned.count < LEAST:
-        return guess
-    complexity = round(min(1.0, max(0.0, guess.complexity + learned.bias)), 4)
-    note = f"complexity {guess.complexity:.2f} by itself, {learned.bias:+.2f} by {learned.count} tasks before"
-    return replace(guess, complexity=complexity, note="; ".join(part for part in (guess.note, note) if part))
+    estimate = replace(estimate, estimated=estimate.complexity)
+    calibration = calibrations.get(estimate.domain_token)
+    if calibration is None or calibration.count < MIN_TASKS:
+        return estimate
+    complexity = round(min(1.0, max(0.0, estimate.complexity + calibration.bias)), 4)
+    note = (
+        f"complexity {estimate.complexity:.2f} by itself, {calibration.bias:+.2f} by {calibration.count} tasks before"
+    )
+    return replace(estimate, complexity=complexity, note="; ".join(part for part in (estimate.note, note) if part))

@@ -30,11 +30,11 @@ WAIT_S: Final = 2.0
 """Wall-clock time that a check waits for its turn in each lane."""
 STUCK_S: Final = 30.0
 """Wall-clock time of a check: so late a busy machine is no explanation."""
-MOST_SLOW: Final = 8
+MAX_SLOW: Final = 8
 """Checks in the slow lane, the running one included."""
 RESTART_S: Final = 1.0
 """Pause after a helper that could not be started."""
-REMEMBERED: Final = 1024
+MAX_REMEMBERED: Final = 1024
 """Acceptance criteria whose outcome is remembered."""
 
 
@@ -72,10 +72,10 @@ class CheckPool:
 
     def __init__(self, bus: Bus) -> None:
         self._quick = _Lane(bus, QUICK_S, most=None)
-        self._slow = _Lane(bus, SLOW_S, most=MOST_SLOW)
-        self._outcomes: _Recent[str | None] = _Recent()
+        self._slow = _Lane(bus, SLOW_S, most=MAX_SLOW)
+        self._outcomes: _LRU[str | None] = _LRU()
         """Digest of pattern and schema -> why they cannot be used; None when they can."""
-        self._costly: _Recent[bool] = _Recent()
+        self._slow_digests: _LRU[bool] = _LRU()
         """Digests of those that were too costly for the quick lane."""
 
     async def unsatisfiable(self, accept: Accept) -> str | None:
@@ -128,12 +128,12 @@ class CheckPool:
 
     async def _ask(self, accept: Accept, schema: bytes, digest: bytes, content: str | None) -> _Reply:
         request = {"pattern": accept.pattern, "json_schema": msgspec.Raw(schema), "content": content}
-        if digest not in self._costly:
+        if digest not in self._slow_digests:
             reply = await self._quick.ask(request)
             if reply.kind not in {"slow", "memory", "died"}:
                 return reply
             if reply.kind != "died":  # else perhaps another process has killed the helper
-                self._costly[digest] = True
+                self._slow_digests[digest] = True
         return await self._slow.ask(request)
 
 
@@ -149,8 +149,8 @@ class _Lane:
         self._bus = bus
         self._cpu_s = cpu_s
         self._most = most
-        self._turn = asyncio.Lock()
-        self._here = 0
+        self._lock = asyncio.Lock()
+        self._pending = 0
         self._helper: HelperProcess | None = None
         self._not_before = 0.0
         """When the next helper may be started, in monotonic time."""
@@ -162,47 +162,47 @@ class _Lane:
             NotChecked: Its turn does not come, or no process can be started, or it does not run.
         """
         raw = encode({"cpu_s": self._cpu_s, **request})
-        async with self._its_turn():
+        async with self._acquired():
             helper = self._helper
             if helper is None or not helper.is_alive:
                 helper = await self._start()
             try:
                 reply = _decode_reply(await helper.ask(raw, STUCK_S))
             except HelperDied as died:
-                self._drop("cpu" if died.why == "cpu" else "memory, or a signal")
+                self._end_helper("cpu" if died.why == "cpu" else "memory, or a signal")
                 return _Reply(kind="slow" if died.why == "cpu" else "died")
             except TimeoutError:
-                self._drop("stuck")
+                self._end_helper("stuck")
                 why = "the helper process that checks accept is stuck"
                 raise NotChecked(why, retry_after_s=RESTART_S) from None
             except BaseException:  # a cancellation: its answer would be taken for that of the next check
-                self._drop("cancelled")
+                self._end_helper("cancelled")
                 raise
             if reply.last:
-                self._drop("")
+                self._end_helper("")
             return reply
 
     @asynccontextmanager
-    async def _its_turn(self) -> AsyncIterator[None]:
-        if self._most is not None and self._here >= self._most:
+    async def _acquired(self) -> AsyncIterator[None]:
+        if self._most is not None and self._pending >= self._most:
             raise NotChecked("too many costly checks of accept are waiting; try again later", retry_after_s=WAIT_S)
-        self._here += 1
+        self._pending += 1
         try:
             try:
                 async with asyncio.timeout(WAIT_S):
-                    await self._turn.acquire()
+                    await self._lock.acquire()
             except TimeoutError:
                 why = f"the check of accept has waited for {WAIT_S:g} s; try again later"
                 raise NotChecked(why, retry_after_s=WAIT_S) from None
             try:
                 yield
             finally:
-                self._turn.release()
+                self._lock.release()
         finally:
-            self._here -= 1
+            self._pending -= 1
 
     async def _start(self) -> HelperProcess:
-        self._drop("")
+        self._end_helper("")
         if time.monotonic() < self._not_before:
             raise NotChecked("no helper process can be started to check accept", retry_after_s=RESTART_S)
         self._not_before = time.monotonic() + RESTART_S
@@ -218,7 +218,7 @@ class _Lane:
         self._bus.tasks.spawn(_end_with_bus(helper), name="check helper")
         return helper
 
-    def _drop(self, why: str) -> None:
+    def _end_helper(self, why: str) -> None:
         """End the process, if there is one: the next check starts another."""
         helper, self._helper = self._helper, None
         if helper is not None:
@@ -237,13 +237,13 @@ async def _end_with_bus(helper: HelperProcess) -> None:
         raise
 
 
-class _Recent(OrderedDict[bytes, T], Generic[T]):
+class _LRU(OrderedDict[bytes, T], Generic[T]):
     """The latest entries; the oldest ones are forgotten."""
 
     def __setitem__(self, key: bytes, value: T) -> None:
         super().__setitem__(key, value)
         self.move_to_end(key)
-        if len(self) > REMEMBERED:
+        if len(self) > MAX_REMEMBERED:
             self.popitem(last=False)
 
 

@@ -1,4 +1,4 @@
-"""A short memory that a model is down, so that not every task waits for it."""
+"""A circuit breaker for models, so that not every task waits for one that is down."""
 
 import time
 from collections.abc import Callable
@@ -6,51 +6,51 @@ from weakref import WeakKeyDictionary
 
 from loom.schemas.llm import LLMProvider
 
-FAILURES = 3
-"""Failures in a row after which a model counts as down."""
-REST_S = 30.0
-"""For how long it is not asked then; after that one question finds out whether it is back."""
+MAX_FAILURES = 3
+"""Consecutive failures after which the circuit opens."""
+OPEN_S = 30.0
+"""Seconds for which an open circuit allows no call; then one call probes the model."""
 
 
-class Breaker:
-    """Counts a model's failures in a row; after three of them it may be asked once every 30 s.
+class CircuitBreaker:
+    """Counts a model's consecutive failures; after three of them it allows one call per 30 s.
 
     Args:
-        clock: Monotonic seconds.
+        clock: Returns monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._failures = 0
-        self._rests_until = 0.0
+        self._open_until = 0.0
 
-    def may_ask(self) -> bool:
-        """Return whether the model may be asked; of a model that is down, each true stands for one probe."""
-        if self._failures < FAILURES:
+    def allow_request(self) -> bool:
+        """Return whether a call is allowed; with an open circuit, True stands for one probe."""
+        if self._failures < MAX_FAILURES:
             return True
         now = self._clock()
-        if now < self._rests_until:
+        if now < self._open_until:
             return False
-        self._rests_until = now + REST_S  # the others wait for what becomes of this one
+        self._open_until = now + OPEN_S  # other calls wait for the result of this probe
         return True
 
-    def succeeded(self) -> None:
-        """Note an answer, were it a refusal: the model is there."""
+    def record_success(self) -> None:
+        """Record an answer of the model, which may be a refusal, and close the circuit."""
         self._failures = 0
 
-    def failed(self) -> None:
-        """Note that no answer came."""
+    def record_failure(self) -> None:
+        """Record a call without an answer."""
         self._failures += 1
-        if self._failures >= FAILURES:
-            self._rests_until = self._clock() + REST_S
+        if self._failures >= MAX_FAILURES:
+            self._open_until = self._clock() + OPEN_S
 
 
-_breakers: WeakKeyDictionary[LLMProvider, Breaker] = WeakKeyDictionary()
+_breakers: WeakKeyDictionary[LLMProvider, CircuitBreaker] = WeakKeyDictionary()
 
 
-def breaker_of(provider: LLMProvider) -> Breaker:
-    """Return the breaker of a provider: the phases of one process share what they know of it."""
+def breaker_for(provider: LLMProvider) -> CircuitBreaker:
+    """Return the circuit breaker of a provider, which all phases of the process share."""
     try:
-        return _breakers.setdefault(provider, Breaker())
-    except TypeError:  # it cannot be hashed or weakly referenced; nothing is remembered then
-        return Breaker()
+        return _breakers.setdefault(provider, CircuitBreaker())
+    except TypeError:  # the provider is not hashable or weakly referenceable: its failures are not counted
+        return CircuitBreaker()

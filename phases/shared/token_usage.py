@@ -1,24 +1,26 @@
-"""What a task has used: in its attempts, in the phases' own questions, and in its parts. Pure."""
+"""The token usage of a task: its attempts, the phases' calls to a model, and its subtasks. Pure."""
 
 from collections.abc import Iterable
 
 from msgspec.structs import replace
 
 from loom.schemas.base import total
-from loom.schemas.envelope import Envelope, Phase, Subtask, TaskRecord
+from loom.schemas.envelope import Envelope, Phase
+from loom.schemas.plan import Subtask
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import PhaseUsage, RunResult
 
-BEFORE_THE_RUN = 0.25
-"""Share of a budget that the questions of the phases before the run may take at a time."""
+SHARE_BEFORE_RUN = 0.25
+"""Share of a budget that one phase before EXECUTE may use for a call to a model."""
 
 
-def before_the_run(envelope: Envelope) -> int | None:
-    """Return the tokens a phase before EXECUTE may ask a model for; None when there is no limit."""
-    return None if envelope.budget is None else int(envelope.budget * BEFORE_THE_RUN)
+def budget_before_run(envelope: Envelope) -> int | None:
+    """Return the tokens that a phase before EXECUTE may use for a call to a model; None without a limit."""
+    return None if envelope.budget is None else int(envelope.budget * SHARE_BEFORE_RUN)
 
 
-def charged(envelope: Envelope, phase: Phase, usage: PhaseUsage) -> Envelope:
-    """Return the envelope with a phase's questions to a model counted, and their tokens taken off its budget."""
+def with_phase_usage(envelope: Envelope, phase: Phase, usage: PhaseUsage) -> Envelope:
+    """Return the envelope with the usage of a phase's calls added, and subtracted from its budget."""
     if not usage.requests:
         return envelope
     before = envelope.phase_usage.get(phase, PhaseUsage())
@@ -29,10 +31,10 @@ def charged(envelope: Envelope, phase: Phase, usage: PhaseUsage) -> Envelope:
     )
 
 
-def tokens_of(record: TaskRecord) -> int:
-    """Return the tokens an ended task has taken in all: attempts, parts, the phases' questions.
+def total_tokens(record: TaskRecord) -> int:
+    """Return all tokens of an ended task: attempts, subtasks and the phases' calls.
 
-    Where it was granted a budget, it is at least what is missing of that: a run that was lost reports no tokens.
+    A task with a granted budget counts at least what is missing from it, because a lost run reports no tokens.
     """
     envelope = record.envelope
     used = total(record.used.tokens, *(usage.tokens for usage in envelope.phase_usage.values()))
@@ -40,23 +42,23 @@ def tokens_of(record: TaskRecord) -> int:
     return used if granted is None or envelope.budget is None else max(used, granted - envelope.budget)
 
 
-def used_in_all(record: TaskRecord) -> RunResult:
-    """Return the same tokens with the money; those that no completion is known of count as prompt tokens."""
+def total_usage(record: TaskRecord) -> RunResult:
+    """Return the same tokens with the costs; tokens of unknown kind count as prompt tokens."""
     used = record.used
     estimated = any(usage.estimated for usage in record.envelope.phase_usage.values())
     completion = total(
         used.completion_tokens, *(usage.completion_tokens for usage in record.envelope.phase_usage.values())
     )
     return RunResult(
-        prompt_tokens=max(0, tokens_of(record) - completion),
+        prompt_tokens=max(0, total_tokens(record) - completion),
         completion_tokens=completion,
         estimated_usage=used.estimated_usage or estimated,
         usd=used.usd,
     )
 
 
-def with_parts(envelope: Envelope, parts: Iterable[Subtask]) -> Envelope:
-    """Return a divided task's envelope, as it was parked, with what its subtasks have used taken off its budget."""
+def with_subtask_usage(envelope: Envelope, parts: Iterable[Subtask]) -> Envelope:
+    """Return a parked task's envelope with the usage of its subtasks added, and subtracted from its budget."""
     spent, tokens = envelope.spent, 0
     for part in parts:
         spent, tokens = spent.usage_with(part.spent), tokens + part.tokens

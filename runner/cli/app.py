@@ -6,11 +6,13 @@ Exit codes: 0 done; 1 the work failed; 2 bad input; 3 no server, no phases, or a
 import os
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from loom.runner.cli.commands import dead, doctor, init, node, node_group, reward, run, tap, task, tasks, up
+from loom.runner.cli.commands import dead, doctor, host, init, node, phase, reward, run, submit, tap, task, up
+from loom.runner.cli.groups import epilog
 from loom.runner.cli.process_exit import end
 from loom.runner.cli.views.tables import one_line
 from loom.schemas.errors import LoomError
@@ -24,19 +26,48 @@ _EXITS = {
     "bus_unavailable": 3,
     "wire_mismatch": 3,
 }
-# The one class of everything wrong with the words on a command line.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]  # its base is an exception
+"""Base class of all errors in a command line; typer exports only this subclass of it."""
+DAILY, RESOURCES, ADMINISTRATION = "Daily", "Resources", "Administration"
+EXAMPLES = """
+    loom up
+    loom host run agents.py
+    loom submit "Summarise the attached notes"
+    loom task ls
+"""
 
-app = typer.Typer(name="loom", add_completion=False, pretty_exceptions_enable=False)
-for command in (run.run, up.up, up.phase, run.submit, tap.tap):
-    app.command()(command)
-for view in (task.task, tasks.tasks, tasks.cancel, node.nodes, node.hosts, reward.reward):
-    app.command()(view)
-app.command()(init.init)
-app.command()(doctor.doctor)
-app.add_typer(node_group.app, name="node")
-app.add_typer(reward.app, name="rewards")
-app.add_typer(dead.app, name="dead")
+
+class _InOrder(TyperGroup):
+    """Lists the commands panel by panel, not commands first and groups second."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the commands, daily ones first."""
+        panels = (DAILY, RESOURCES, ADMINISTRATION)
+        names = super().list_commands(ctx)
+        return sorted(names, key=lambda name: panels.index(getattr(self.commands[name], "rich_help_panel", DAILY)))
+
+
+app = typer.Typer(
+    name="loom", cls=_InOrder, epilog=epilog(EXAMPLES), add_completion=False, pretty_exceptions_enable=False
+)
+for command, examples in (
+    (up.up, up.EXAMPLES),
+    (run.run, run.EXAMPLES),
+    (submit.submit, submit.EXAMPLES),
+    (tap.tap, tap.EXAMPLES),
+    (doctor.doctor, doctor.EXAMPLES),
+):
+    app.command(rich_help_panel=DAILY, epilog=epilog(examples))(command)
+for group, name in (
+    (task.app, "task"),
+    (node.app, "node"),
+    (host.app, "host"),
+    (phase.app, "phase"),
+    (reward.app, "reward"),
+    (dead.app, "dead"),
+):
+    app.add_typer(group, name=name, rich_help_panel=RESOURCES)
+app.command(rich_help_panel=ADMINISTRATION, epilog=epilog(init.EXAMPLES))(init.init)
 
 
 def _show_version(wanted: bool) -> None:

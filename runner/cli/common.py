@@ -13,20 +13,23 @@ from rich.text import Text
 
 from loom.bus.bus import Bus
 from loom.bus.natsio.server_errors import Refused
+from loom.bus.queries import FoundTask, find_task, recent_ids
 from loom.bus.topology import check_version, stream_state
 from loom.runner.cli.entry import DEFAULT_URL
 from loom.runner.cli.views.tables import printable
 from loom.runner.settings import Settings
 from loom.schemas.base import encode
-from loom.schemas.errors import BusUnavailable
+from loom.schemas.errors import BusUnavailable, UnknownTask
 from loom.schemas.identity import qualified, split_qualified
-from loom.schemas.task import domain_token
+from loom.schemas.tokens import domain_token
 
 PATIENCE_S = 2.0
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 MANY = 20
 """Entries of a list, unless asked for more."""
 BARS = "▁▂▃▄▅▆▇█"
+SHORT_ID = 8
+"""Digits of a shortened task id."""
 
 TaskId = Annotated[str, typer.Argument(metavar="ID", help="Id of the task; of a recent one its first 8 digits do.")]
 AsLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
@@ -54,6 +57,22 @@ async def connected(settings: Settings) -> AsyncIterator[Bus]:
         yield bus
         if left_out := sum(bus.discards.counts.values()):
             typer.echo(f"not shown, as they cannot be read: {left_out}", err=True)
+
+
+async def resolve_task(bus: Bus, task_id: str) -> FoundTask:
+    """Return the state of a task by its id; of a recent task also by the first eight digits of its id.
+
+    Raises:
+        UnknownTask: No task has that id, or several recent ids begin with these digits.
+        InvalidTask: `task_id` is not an id.
+    """
+    try:
+        return await find_task(bus, task_id)
+    except UnknownTask:
+        ids = await recent_ids(bus, task_id) if len(task_id) == SHORT_ID else []
+        if len(ids) != 1:
+            raise
+        return await find_task(bus, ids[0])
 
 
 async def check_has_run(bus: Bus) -> None:

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import signal
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -188,8 +189,19 @@ async def until_lost(bus: Bus) -> None:
     raise bus.connection.loss()
 
 
-def sense_model(settings: Settings) -> LLMProvider | None:
-    """Return the model SENSE may ask; None where the environment gives no access to one, or a wrong one."""
+def report_ready(text: str) -> None:
+    """Print `text` on a terminal; otherwise log its first line, so that all output of a service has one format."""
+    if sys.stdout.isatty():
+        print(text, flush=True)  # noqa: T201 - the command's output
+    else:
+        log.info("ready", message=text.partition("\n")[0])
+
+
+def phase_model(settings: Settings) -> LLMProvider | None:
+    """Return the model of the phases SENSE, SCALE and EVALUATE, or None.
+
+    It is None without OPENAI_API_KEY and OPENAI_BASE_URL, and when the model cannot be used, which is logged.
+    """
     if os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL"):
         try:
             return OpenAIProvider(AgentConfig(model=settings.loom_model))

@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from loom.agents.user_code import describe, guarded
+from loom.agents.user_code import contain, error_text
 from loom.bus.logs.logger import get_logger
 from loom.schemas.errors import LoomError
 
@@ -60,21 +60,22 @@ async def entered(lifespan: Lifespan | None, path: Path) -> AsyncIterator[None]:
         yield
     finally:
         try:
-            with guarded():
+            with contain():
                 async with asyncio.timeout(LEAVE_S):
                     await manager.__aexit__(None, None, None)
         except Exception as error:  # noqa: BLE001 - user code may raise anything
-            log.error("lifespan_failed", reason=f"{path}: lifespan did not end: {describe(error)}")
+            log.error("lifespan_failed", reason=f"{path}: lifespan did not end: {error_text(error)}")
 
 
 async def _begin(lifespan: Lifespan, path: Path) -> Any:
     manager: Any = None
     try:
-        with guarded():
+        with contain():
             manager = lifespan()
             async with asyncio.timeout(ENTER_S):
                 await manager.__aenter__()
     except Exception as error:
         usable = manager is None or isinstance(manager, AbstractAsyncContextManager)
-        raise InvalidLifespan(f"{path}: {f'lifespan did not begin: {describe(error)}' if usable else FORM}") from error
+        fault = f"lifespan did not begin: {error_text(error)}" if usable else FORM
+        raise InvalidLifespan(f"{path}: {fault}") from error
     return manager

@@ -13,13 +13,15 @@ from types import FrameType, ModuleType
 from typing import Any, NamedTuple
 
 from loom.agents.function_agent import as_agent
-from loom.agents.host.self_ratings import domains_fault, scores_fault
 from loom.agents.host.slots import Node
 from loom.agents.lifetime import CLOSE_S, has_lifetime
-from loom.agents.user_code import describe
+from loom.agents.self_ratings import domains_fault, scores_fault
+from loom.agents.user_code import error_text
 from loom.runner.cli.file_lifespan import LEAVE_S, InvalidLifespan, Lifespan, lifespan_of
+from loom.schemas.checks.ad import parse_ad
 from loom.schemas.errors import InvalidTask, LoomError
-from loom.schemas.task import TaskAd, is_token, parse_ad
+from loom.schemas.task import TaskAd
+from loom.schemas.tokens import is_token
 
 MODULE = "loom_nodes_file"
 NODE_PARTS = ("id", "capabilities", "agent", "to_bid", "mirror")
@@ -46,6 +48,18 @@ class NodeFile(NamedTuple):
         return agents_s + (LEAVE_S if self.lifespan else 0.0)
 
 
+def read_file(path: Path) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        InvalidFile: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidFile(f"{path}: {error.strerror}") from error
+
+
 def load_tasks(path: Path) -> list[TaskAd]:
     """Return the ads of a file, one JSON object a line; empty lines are left out.
 
@@ -53,10 +67,7 @@ def load_tasks(path: Path) -> list[TaskAd]:
         InvalidFile: It cannot be read, or holds no task.
         InvalidTask: A line is not an ad, or repeats an id; the message names line and field.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InvalidFile(f"{path}: {error.strerror}") from error
+    raw = read_file(path)
     ads: dict[str, TaskAd] = {}
     lines: dict[str, int] = {}
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
@@ -104,7 +115,7 @@ def _nodes(path: Path, nodes: Any) -> list[Node]:
         try:
             fault = _fault(node, seen)
         except BaseException as error:  # noqa: BLE001 - a class of the file's may raise when it is looked at
-            fault = f"cannot be looked at: {describe(error)}"
+            fault = f"cannot be looked at: {error_text(error)}"
         if fault:
             raise InvalidFile(f"{path}: nodes[{index}] {fault}")
     return nodes
@@ -133,7 +144,7 @@ def _run(path: Path) -> ModuleType:
     except BaseException as error:  # the file is user code: whatever it raises is its fault
         if interrupted:
             raise
-        raise InvalidFile(f"{path}, line {_line_in(path, error)}: {describe(error)}") from error
+        raise InvalidFile(f"{path}, line {_line_in(path, error)}: {error_text(error)}") from error
     return module
 
 

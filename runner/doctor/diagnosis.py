@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from loom.bus import topology
 from loom.bus.bus import Bus
-from loom.bus.hops.orphans import find as find_orphans
+from loom.bus.hops.orphans import find_orphans
 from loom.bus.host_directory import AnnouncedHost, announced_hosts
 from loom.bus.natsio.server_errors import Refused
 from loom.bus.service_discovery import ANSWER_S, Clocks, Present, clocks, discover, own_version, shared_settings
@@ -20,7 +20,7 @@ from loom.runner.doctor.findings import warn as _warn
 from loom.runner.doctor.working import working
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
-from loom.schemas.errors import BusUnavailable, Overloaded
+from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
 
 CLOCK_S: Final = 1.0
 """An offset from the server's clock that is worth a look; deadlines count in server time."""
@@ -178,7 +178,7 @@ async def storage(bus: Bus, seen: Inspection, config: ClusterConfig) -> Iterator
     there = {name: seen.streams[bus.subjects.stream(name)].info for name in probes}
     full = there["INTAKE"] is not None and int(there["INTAKE"]["state"]["messages"]) >= config.intake_limit
     asked = [name for name, info in there.items() if info is not None and not (full and name == "INTAKE")]
-    told = await asyncio.gather(*(topology.probe(bus, name, probes[name], within_s=PROBE_S) for name in asked))
+    told = await asyncio.gather(*(_probe(bus, name, probes[name]) for name in asked))
     troubles = [(bus.subjects.stream(name), why) for name, why in zip(asked, told, strict=True) if why is not None]
     disk = "make room on its disk, then restart nats-server: it does not write again by itself"
     found = [
@@ -190,12 +190,27 @@ async def storage(bus: Bus, seen: Inspection, config: ClusterConfig) -> Iterator
     return iter(found)
 
 
+async def _probe(bus: Bus, name: str, subject: str) -> LoomError | None:
+    """Store a message on a subject outside every lane and purge it; return the error if that fails.
+
+    Args:
+        name: INTAKE or TASKS.
+        subject: A subject of that stream that no consumer filters for.
+    """
+    try:
+        await bus.jetstream.publish(subject, b"", within_s=PROBE_S)
+        await bus.jetstream.api(f"STREAM.PURGE.{bus.subjects.stream(name)}", {"filter": subject})
+    except LoomError as error:
+        return error
+    return None
+
+
 def phases(there: list[Present]) -> Iterator[Finding]:
     """Judge which phases answer, and whether they are of one version."""
     for name in PHASES:
         versions = [each.version for each in there if each.metadata["service"] == name]
         if not versions:
-            yield _fail(f"phase {name}", "does not answer", f'run "loom phase {name}", or see its log')
+            yield _fail(f"phase {name}", "does not answer", f'run "loom phase run {name}", or see its log')
         elif set(versions) == {own_version()}:
             yield _ok(f"phase {name}", f"{len(versions)} of version {own_version()}")
         else:
@@ -207,12 +222,12 @@ def node_hosts(hosts: list[AnnouncedHost]) -> Finding:
     """Judge whether anybody is there to bid."""
     nodes = {(host.owner, node) for host in hosts for node in host.node_ids}
     if not nodes:
-        return _warn("hosts", "no node is there to bid", 'add some: "loom node FILE.py"')
+        return _warn("hosts", "no node is there to bid", 'add some: "loom host run FILE.py"')
     taken, slots = sum(host.running for host in hosts), sum(host.slots for host in hosts)
     queued = sum(host.queued for host in hosts)
     said = f"{len(hosts)} with {len(nodes)} nodes, {taken} of {slots} slots taken, {queued} queued"
     if slots and taken >= slots and queued:
-        return _warn("hosts", said, 'all are busy: add nodes with "loom node FILE.py"')
+        return _warn("hosts", said, 'all are busy: add nodes with "loom host run FILE.py"')
     return _ok("hosts", said)
 
 
@@ -229,7 +244,7 @@ def backlog(seen: Inspection, config: ClusterConfig) -> Iterator[Finding]:
     for name, info in infos.items():
         phase = name.partition("_")[0]
         if not name.startswith("intake_") and waiting[name] > config.max_in_flight:
-            yield _warn("backlog", f"{name}: {waiting[name]} wait", f'run more of it: "loom phase {phase}"')
+            yield _warn("backlog", f"{name}: {waiting[name]} wait", f'run more of it: "loom phase run {phase}"')
             calm = False
         if again := int(info.get("num_redelivered", 0)):
             todo = "a phase died or hung with them in hand; ten times make a dead letter: see its log"
@@ -257,5 +272,5 @@ def dead(seen: Inspection, stream: str) -> Finding:
     count = int(part.info["state"]["messages"]) if part.info is not None else 0
     if not count:
         return _ok("dead letters", "none")
-    todo = "see why: `loom dead ls`, `loom dead show`; then `loom dead retry` or `loom dead drop`"
+    todo = "see why: `loom dead ls`, `loom dead show`; then `loom dead retry` or `loom dead rm`"
     return _warn("dead letters", f"{count} wait", todo)

@@ -132,4 +132,4 @@ def _left_out(after: Look) -> Iterator[Finding]:
         what = f"of host {host_id}: {hosts[host_id].words}"
         yield warn("left out", what, 'for its author: "What is forgiven" in docs/subjects.md')
     if len(newest) > HOSTS:
-        yield warn("left out", f"something of {len(newest) - HOSTS} more hosts", "`loom hosts` lists them")
+        yield warn("left out", f"something of {len(newest) - HOSTS} more hosts", "`loom host ls` lists them")

@@ -38,9 +38,11 @@ async def auction(hosts: int, nodes_each: int, auctions: int) -> tuple[float, fl
         match = Match(bus, ClusterConfig())
         await match.start()
         try:
-            heard = match._roster
+            heard = match._directory
             announced = hosts * -(-nodes_each // ANNOUNCED_NODES)
-            await until(lambda: len(heard.awaited()) == announced, within_s=WITHIN_S, what="all hosts are heard of")
+            await until(
+                lambda: len(heard.awaited_hosts()) == announced, within_s=WITHIN_S, what="all hosts are heard of"
+            )
             await until(lambda: len(heard.profiles) == len(names), within_s=WITHIN_S, what="all profiles are read")
 
             async def once() -> None:

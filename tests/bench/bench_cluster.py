@@ -59,15 +59,15 @@ class BenchCluster:
         address = self.url
         if together:
             words, environment = (LOOM, {}) if profile is None else (PROFILED, {"BENCH_PROFILE": str(profile)})
-            await self.start("phases", *words, "phase", *PHASES, says=f" on {address}", **environment)
+            await self.start("phases", *words, "phase", "run", *PHASES, says=f" on {address}", **environment)
             return
         for phase in PHASES:
-            await self.start(phase, *LOOM, "phase", phase, says=f"{phase} on {address}")
+            await self.start(phase, *LOOM, "phase", "run", phase, says=f"{phase} on {address}")
 
     async def hosts(self) -> None:
         """Start two hosts with an agent each that does nothing."""
         for number in range(1, HOSTS + 1):
-            words = (*LOOM, "node", str(HERE / "noop.py"), "--slots", str(SLOTS))
+            words = (*LOOM, "host", "run", str(HERE / "noop.py"), "--slots", str(SLOTS))
             await self.start(f"host {number}", *words, says=f" on {self.url}", BENCH_NODES=f"n{number}")
 
     async def connect(self) -> None:

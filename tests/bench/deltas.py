@@ -92,7 +92,7 @@ async def many_deltas(*, quick: bool) -> None:
     scale = 10 if quick else 1
     async with bench_cluster() as running:
         await running.phases()
-        words = (*LOOM, "node", str(CHATTY_AGENT), "--slots", str(SLOTS))
+        words = (*LOOM, "host", "run", str(CHATTY_AGENT), "--slots", str(SLOTS))
         await running.start("host", *words, says=f" on {running.url}")
         await running.connect()
         await rate(running, 1, 100)

@@ -177,7 +177,7 @@ class Learner:
         )
         agents = range(self._world.agents(number))
         bids = [(HOST, Bid(node_id=str(agent), self_rating=self._world.claim(agent))) for agent in agents]
-        winner = award(task, bids, AuctionContext(self._profiles, self._policy, pending=self._pending)).node_id
+        winner = award(task, bids, AuctionContext(self._profiles, self._policy, pending_awards=self._pending)).node_id
         self._pending[winner, domain_token] += 1
         return int(winner)
 

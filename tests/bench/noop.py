@@ -1,4 +1,4 @@
-"""Agents that do nothing, for `loom node`: BENCH_NODES names them, separated by commas."""
+"""Agents that do nothing, for `loom host run`: BENCH_NODES names them, separated by commas."""
 
 import os
 

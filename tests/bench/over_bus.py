@@ -60,9 +60,9 @@ class Cluster:
             "PYTHONPATH": str(FILE.parents[1]),
             "LEARNING_WORLD": json.dumps(given),
         }
-        await self.stack.enter_async_context(command(self.folder, *LOOM, "node", str(FILE), **environment))
+        await self.stack.enter_async_context(command(self.folder, *LOOM, "host", "run", str(FILE), **environment))
         await until(
-            lambda: all(self.match._roster.host_of(str(agent)) for agent in agents),
+            lambda: all(self.match._directory.host_of(str(agent)) for agent in agents),
             within_s=WITHIN_S,
             what=f"MATCH has heard of {agents}; {[each.read_text() for each in self.folder.glob('*.err')]}",
         )
@@ -103,7 +103,7 @@ class Cluster:
     @property
     def known(self) -> int:
         """Sequence of the newest reward that MATCH knows, which is their number: each task earns one reward."""
-        return max((profile.last_seq for profile in self.match._roster.profiles.values()), default=0)
+        return max((profile.last_seq for profile in self.match._directory.profiles.values()), default=0)
 
     async def _submit(self, number: int) -> None:
         domain = f"d{self.world.domain(number)}"
@@ -131,7 +131,7 @@ async def cluster(url: str, world: World, config: ClusterConfig = CONFIG) -> Asy
 
 async def one_at_a_time(url: str, world: World, policy: str = "glr_ucb") -> list[int]:
     """Return whom a policy awards each task of a world to, when nothing is under way meanwhile and all are free."""
-    with patch("loom.phases.match.scoring.TAKEN_S", 0.0):  # an award of a moment ago is over, and is no load
+    with patch("loom.phases.match.scoring.AWARD_TO_RUN_S", 0.0):  # an award of a moment ago is over, and is no load
         async with cluster(url, world, replace(CONFIG, policy=policy)) as running:
             return await running.play()
 

@@ -51,7 +51,7 @@ async def writes(stage: Stage) -> int:
 
 def hold(adapt: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
     """Hold back what a replica writes; return what is set once it writes, and what lets it go on."""
-    bucket, entered, go = adapt.service._bucket, asyncio.Event(), asyncio.Event()
+    bucket, entered, go = adapt.service._writer._bucket, asyncio.Event(), asyncio.Event()
     update = bucket.update
 
     async def held(*args: Any) -> int:
@@ -237,7 +237,7 @@ async def at_the_end(stage: Stage) -> bool:
 @pytest.fixture
 async def replicas(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[Replica]:
     """Two replicas; a standby looks after 0.2 s."""
-    monkeypatch.setattr("loom.phases.adapt.service.STANDBY_S", 0.2)
+    monkeypatch.setattr("loom.phases.adapt.profile_writer.STANDBY_S", 0.2)
     return [await stage.phase("adapt"), await stage.phase("adapt")]
 
 
@@ -272,7 +272,7 @@ async def test_a_standby_takes_over_from_a_dead_replica(stage: Stage, replicas: 
         await publish(stage, reward(n))
         await learned(stage, n + 1)
     services: list[Any] = [replica.service for replica in replicas]
-    active = max(range(2), key=lambda i: services[i]._revisions.get("local.n1", 0))
+    active = max(range(2), key=lambda i: services[i]._writer._revisions.get("local.n1", 0))
     replicas[active].die()
     await publish(stage, reward(3), reward(4))
     assert await learned(stage, 5) == await refolded(stage)
@@ -283,7 +283,7 @@ async def test_a_standby_takes_over_from_a_dead_replica(stage: Stage, replicas: 
 
 async def test_a_replica_that_lags_behind_adopts_what_is_stored(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own write conflicts while it folds on: neither what it has folded since nor what is stored is lost."""
-    monkeypatch.setattr("loom.phases.adapt.service.STANDBY_S", 0.1)
+    monkeypatch.setattr("loom.phases.adapt.profile_writer.STANDBY_S", 0.1)
     slow: Any = await stage.phase("adapt")
     entered, go = hold(slow, monkeypatch)
     await publish(stage, reward(1))

@@ -15,9 +15,9 @@ from support.wait import until
 
 from loom.agents.host import announce_pace
 from loom.agents.host.announce_pace import AnnouncePace
-from loom.agents.host.announcement import announced, fitted
+from loom.agents.host.announcement import announced_node, fit_size
 from loom.agents.host.node_host import ANNOUNCE_S
-from loom.agents.host.node_share import Share
+from loom.agents.host.node_partition import NodePartition
 from loom.bus.host_directory import announced_hosts
 from loom.schemas.auction import (
     ANNOUNCED_NAMES,
@@ -44,7 +44,7 @@ from loom.types import AgentNode, CapabilityProfile
     ids=["any domain", "limited", "rated", "no domain"],
 )
 def test_a_node_is_announced_with_the_domains_it_names_and_whether_it_takes_others(of: Any, domains: Any) -> None:
-    shown = announced(of, 4).domains
+    shown = announced_node(of, 4).domains
     assert (None if shown is None else [to_builtins(one) for one in shown]) == domains
 
 
@@ -52,7 +52,7 @@ def test_a_node_is_announced_with_its_tools_and_slots_in_bounds() -> None:
     many = CapabilityProfile(
         scores={f"domain {n}": 0.4 for n in range(200)}, tools=[f"tool-{n:03}" for n in range(200)]
     )
-    shown = announced(AgentNode(id="n", agent=echo, capabilities=many), 3)
+    shown = announced_node(AgentNode(id="n", agent=echo, capabilities=many), 3)
     assert shown.domains is not None
     assert (len(shown.domains), shown.domains[-1].domain) == (ANNOUNCED_NAMES, "*")
     assert (len(shown.tools), shown.tools[0], shown.slots) == (ANNOUNCED_NAMES, "tool-000", 3)
@@ -60,8 +60,8 @@ def test_a_node_is_announced_with_its_tools_and_slots_in_bounds() -> None:
 
 def test_an_announcement_that_is_too_long_names_the_nodes_alone() -> None:
     nodes = tuple(AnnouncedNode(node_id=f"n{n}", tools=tuple(f"{n}-{t}" * 10 for t in range(60))) for n in range(128))
-    assert len(encode(fitted(HostAnnouncement(nodes=nodes)))) <= MAX_ANNOUNCEMENT_BYTES
-    assert fitted(HostAnnouncement(nodes=nodes)).node_ids == tuple(f"n{n}" for n in range(128))
+    assert len(encode(fit_size(HostAnnouncement(nodes=nodes)))) <= MAX_ANNOUNCEMENT_BYTES
+    assert fit_size(HostAnnouncement(nodes=nodes)).node_ids == tuple(f"n{n}" for n in range(128))
 
 
 # -- when
@@ -77,7 +77,7 @@ async def test_a_host_that_drains_says_so_three_times_under_rising_numbers(stage
 
 @pytest.mark.slow
 async def test_requests_for_announcements_are_answered_together_and_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(announce_pace, "PAUSE_S", 0.01)
+    monkeypatch.setattr(announce_pace, "RANDOM_DELAY_S", 0.01)
     monkeypatch.setattr(announce_pace, "EVERY_S", 0.2)
     monkeypatch.setattr(announce_pace, "BURST", 2)
     answers: list[float] = []
@@ -130,7 +130,7 @@ async def test_a_process_with_many_nodes_announces_itself_as_several_hosts(stage
 
 def test_a_node_stays_with_its_host_as_others_come_and_go() -> None:
     nodes: list[Any] = [AgentNode(id=f"n{number}") for number in range(5)]
-    share = Share(lambda: nodes, 3)
+    share = NodePartition(lambda: nodes, 3)
     assert ([one.id for one in share.own()], [one.id for one in share.rest()]) == (["n0", "n1", "n2"], ["n3", "n4"])
     del nodes[0]
     assert ([one.id for one in share.own()], [one.id for one in share.rest()]) == (["n1", "n2"], ["n3", "n4"])

@@ -80,7 +80,7 @@ async def test_replicas_that_count_the_same_tasks_count_them_once(stage: Stage) 
 async def test_domains_past_the_limit_leave_no_key_not_even_after_a_restart(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.phases.adapt.calibration_writer.MOST", 2)
+    monkeypatch.setattr("loom.phases.adapt.calibration_writer.MAX_DOMAINS", 2)
     first = await stage.phase("adapt")
     for domain_token in ("made-up-1", "code", "made-up-2"):
         await done(stage, 0.5, domain_token=domain_token)

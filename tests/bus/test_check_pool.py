@@ -102,7 +102,7 @@ async def test_costly_checks_wait_for_each_other_and_not_the_others_for_them(poo
 @pytest.mark.slow
 async def test_a_known_costly_check_goes_to_the_slow_lane_at_once(pool: CheckPool) -> None:
     await pool.violation(COSTLY_CONTENT, SLOW)
-    quick, turns = pid_of(pool._quick), pool._quick._turn
+    quick, turns = pid_of(pool._quick), pool._quick._lock
     async with turns:  # nothing passes the quick lane now
         assert await pool.violation("aaa", SLOW) is None
     assert pid_of(pool._quick) == quick
@@ -111,17 +111,17 @@ async def test_a_known_costly_check_goes_to_the_slow_lane_at_once(pool: CheckPoo
 @pytest.mark.slow
 async def test_too_many_costly_checks_are_put_off(pool: CheckPool) -> None:
     await pool.violation(COSTLY_CONTENT, SLOW)
-    async with pool._slow._turn:
-        waiting = [asyncio.ensure_future(pool.violation("a", SLOW)) for _ in range(check_pool.MOST_SLOW)]
-        await until(lambda: pool._slow._here == check_pool.MOST_SLOW, what="the lane is full")
+    async with pool._slow._lock:
+        waiting = [asyncio.ensure_future(pool.violation("a", SLOW)) for _ in range(check_pool.MAX_SLOW)]
+        await until(lambda: pool._slow._pending == check_pool.MAX_SLOW, what="the lane is full")
         with pytest.raises(NotChecked, match="too many costly checks"):
             await pool.violation("a", SLOW)
-    assert await asyncio.gather(*waiting) == [None] * check_pool.MOST_SLOW
+    assert await asyncio.gather(*waiting) == [None] * check_pool.MAX_SLOW
 
 
 async def test_a_check_waits_a_bounded_time_for_its_turn(pool: CheckPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_pool, "WAIT_S", 0.05)
-    async with pool._quick._turn:
+    async with pool._quick._lock:
         with pytest.raises(NotChecked, match="has waited"):
             await pool.violation("1", DIGITS)
     assert await pool.violation("1", DIGITS) is None
@@ -153,7 +153,7 @@ async def test_a_helper_killed_between_two_checks_is_replaced(pool: CheckPool) -
 async def test_a_cancelled_check_leaves_no_answer_for_the_next_one(pool: CheckPool) -> None:
     await pool.violation("a", SLOW)
     check = asyncio.ensure_future(pool.violation(COSTLY_CONTENT, SLOW))
-    await until(lambda: pool._quick._here, what="the check is made")
+    await until(lambda: pool._quick._pending, what="the check is made")
     await asyncio.sleep(0)
     check.cancel()
     await asyncio.gather(check, return_exceptions=True)

@@ -20,11 +20,10 @@ from loom.bus import topology
 from loom.bus.bus import Bus
 from loom.bus.natsio import connection as connection_module
 from loom.bus.natsio import publishing
-from loom.bus.natsio.connection import PayloadTooLarge
 from loom.bus.natsio.requests import NoResponders
 from loom.bus.natsio.server_errors import Conflict, Refused
 from loom.bus.natsio.transport import connecting as connecting_module
-from loom.bus.natsio.transport.message import Msg
+from loom.bus.natsio.transport.message import Msg, PayloadTooLarge
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, LoomError, Overloaded
@@ -124,7 +123,7 @@ async def test_no_password_is_ever_told(url: str, address: str) -> None:
     assert Bus(url).connection.address == address
     with capture_logs() as logs, pytest.raises(BusUnavailable) as caught:
         await Bus(url, patience_s=0.1).connect()
-    told = f"{caught.value} {caught.value.facts} {logs}"
+    told = f"{caught.value} {vars(caught.value)} {logs}"
     assert "geheim" not in told
     assert "heim" not in told
 

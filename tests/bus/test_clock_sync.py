@@ -96,7 +96,7 @@ async def test_the_best_of_three_tries_counts_when_the_way_is_long(bus: Bus, mon
         await asyncio.sleep((0.3, 0.05, 0.2)[asked - 1])  # all of it on the way back
         return at
 
-    monkeypatch.setattr(bus._clock_sync, "_ask", slow)
+    monkeypatch.setattr(bus._clock_sync, "_request_time", slow)
     set_off(bus, 3600)
     assert await bus.sync_clock()
     assert asked == 3

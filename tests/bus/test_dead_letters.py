@@ -16,7 +16,8 @@ from loom.bus.hops.outcomes import Dead, Outcome
 from loom.bus.records import records
 from loom.bus.topology import INTAKE_LANES, SENSE_LANE
 from loom.schemas.base import MAX_MESSAGE_BYTES, encode
-from loom.schemas.envelope import Claim, Envelope, Hop, Phase, Split, TaskRecord
+from loom.schemas.envelope import Claim, Envelope, Hop, Phase, Split
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import RunResult, Submission, TaskAd
 
 GARBAGE = b'\xff\x00{"not": json'
@@ -191,7 +192,7 @@ async def test_a_subject_that_is_not_utf8_makes_a_letter_and_cuts_no_connection(
         publish_raw(nats_url, b"PUB %s\xff 2\r\n{]\r\n" % subject)
         letter = await arrived(bus, "DEAD", bus.subjects.of("dead", "scale", "unknown"))
     assert letter.data == b"{]"
-    assert "read_loop_dead" not in {entry["event"] for entry in logs}
+    assert "read_loop_ended" not in {entry["event"] for entry in logs}
     await settled(bus, 0)
 
 

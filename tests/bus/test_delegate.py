@@ -214,7 +214,7 @@ async def test_several_parts_at_once_hold_no_slot_until_all_have_come(stage: Sta
     result = (await one.heard("result")).result
     assert result is not None
     assert result.content == "p0 p1 p2"
-    assert not host._room("n1").busy
+    assert not host._queues.get_or_create("n1").busy
 
 
 async def test_a_failed_part_is_an_error_the_agent_may_catch(stage: Stage) -> None:
@@ -256,7 +256,7 @@ async def test_an_agent_may_stop_waiting(stage: Stage) -> None:
     assert result is not None
     assert result.content == "without them"
     assert one.kinds() == ["accepted", "started", "waiting", "resumed", "result"]
-    assert not host._room("n1").busy
+    assert not host._queues.get_or_create("n1").busy
 
 
 @pytest.mark.slow
@@ -272,7 +272,7 @@ async def test_a_waiting_run_can_be_stopped(stage: Stage, how: str) -> None:
     error = (await one.heard("error")).error
     assert error is not None
     assert error.code == how
-    await until(lambda: not host._room("n1").busy, what="nothing is left of it")
+    await until(lambda: not host._queues.get_or_create("n1").busy, what="nothing is left of it")
 
 
 class Model:

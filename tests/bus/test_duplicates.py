@@ -17,7 +17,7 @@ from support.wait import until
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.hops.delivery import Delivery
-from loom.bus.hops.duplicates import is_ours, store_once
+from loom.bus.hops.duplicates import is_equivalent, store_once
 from loom.bus.hops.hop_loop import schedule
 from loom.bus.hops.outcomes import Later, Next, Outcome
 from loom.bus.hops.schedules import SCHEDULE, TARGET
@@ -66,7 +66,7 @@ def taken(logs: list[Any]) -> list[Any]:
     ],
 )
 def test_a_twins_message_has_the_same_subject_task_and_attempt(stored: StoredMessage, *, ours: bool) -> None:
-    assert is_ours(stored, "s", HOP, {}, NOW) is ours
+    assert is_equivalent(stored, "s", HOP, {}, NOW) is ours
 
 
 PHASE = "ns.task.match.normal.d"
@@ -92,13 +92,13 @@ def test_a_twins_schedule_comes_out_at_the_same_place_and_not_much_later(
 ) -> None:
     headers = {} if at is None else {SCHEDULE: f"@at {at}", TARGET: str(target)}
     wanted = {SCHEDULE: f"@at {rfc3339(NOW + 10)}", TARGET: PHASE}
-    assert is_ours(kept(under, HOP, **headers), LATER, HOP, wanted, NOW) is ours
+    assert is_equivalent(kept(under, HOP, **headers), LATER, HOP, wanted, NOW) is ours
 
 
 @pytest.mark.parametrize(("delay_s", "ours"), [(0.5, True), (30.0, False)])
 def test_a_twin_that_waits_long_does_not_stand_for_one_that_does_not(delay_s: float, *, ours: bool) -> None:
     stored = kept(LATER, HOP, **{SCHEDULE: f"@at {rfc3339(NOW + delay_s)}", TARGET: PHASE})
-    assert is_ours(stored, PHASE, HOP, {}, NOW) is ours
+    assert is_equivalent(stored, PHASE, HOP, {}, NOW) is ours
 
 
 # -- honest twins
@@ -328,16 +328,16 @@ async def test_a_divided_task_whose_ids_were_taken_ends_with_its_parts(nats_url:
     ],
 )
 def test_the_timeout_of_a_plan_is_ours_when_it_holds_the_same_attempt(stored: Any, *, ours: bool) -> None:
-    assert is_ours(kept("s", stored), "s", PlanTimeout(envelope=HOP), {}, NOW) is ours
+    assert is_equivalent(kept("s", stored), "s", PlanTimeout(envelope=HOP), {}, NOW) is ours
 
 
 @pytest.mark.parametrize("other", [SubtaskEnded(task_id="d", child_id="x", subtask="a"), ParentEnded(task_id="d"), HOP])
 def test_a_notice_is_ours_when_it_is_the_same(other: Any) -> None:
     notice = SubtaskEnded(task_id="d", child_id="c", subtask="a")
-    assert is_ours(kept("s", notice), "s", notice, {}, NOW)
-    assert not is_ours(kept("s", other), "s", notice, {}, NOW)
+    assert is_equivalent(kept("s", notice), "s", notice, {}, NOW)
+    assert not is_equivalent(kept("s", other), "s", notice, {}, NOW)
 
 
 def test_an_error_to_evaluate_is_ours_too() -> None:
     failed = HOP.failed(TaskError(code="node_lost", message="x"))
-    assert is_ours(kept("s", HOP), "s", failed, {}, NOW)
+    assert is_equivalent(kept("s", HOP), "s", failed, {}, NOW)

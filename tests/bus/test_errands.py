@@ -12,7 +12,8 @@ from support.wait import until
 
 from loom.bus.records import records, update_record
 from loom.phases.execute.delegation import refusal
-from loom.schemas.envelope import MAX_DELEGATED, Claim, Envelope, Split, TaskRecord
+from loom.schemas.envelope import Claim, Envelope, Split
+from loom.schemas.record import MAX_DELEGATED, TaskRecord
 from loom.schemas.run import delegated_id
 from loom.schemas.task import Limits, RunResult, TaskError, TaskResult
 

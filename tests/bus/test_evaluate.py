@@ -12,20 +12,11 @@ from loom.bus.topology import EVALUATE_LANE
 from loom.phases.evaluate.service import Evaluate
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import (
-    Claim,
-    Envelope,
-    FailedAttempt,
-    Hop,
-    RecordVersion,
-    RejectedResult,
-    Split,
-    SplitPlan,
-    Subtask,
-    TaskRecord,
-)
+from loom.schemas.envelope import Claim, Envelope, FailedAttempt, Hop, RecordVersion, RejectedResult, Split
 from loom.schemas.llm import CompletionParams, CompletionResult
 from loom.schemas.notices import ParentEnded, SubtaskEnded
+from loom.schemas.plan import SplitPlan, Subtask
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Accept, RunResult, TaskError, TaskResult
 
 RAN = Hop(phase="execute", instance="execute-1", started=100.0, finished=200.0)

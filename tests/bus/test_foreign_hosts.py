@@ -11,10 +11,10 @@ from support.wait import until
 from loom.bus.logs.left_out import LeftOut, together
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.service_discovery import ServiceEndpoint, health_reports
-from loom.schemas.auction import CallForBids
+from loom.schemas.auction import Award, CallForBids
 from loom.schemas.base import decode, encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope
+from loom.schemas.envelope import Envelope
 from loom.schemas.events import TextDelta
 from loom.schemas.run import RunEvent
 from loom.schemas.task import RunResult
@@ -27,7 +27,7 @@ Script = Callable[[FakeRun], Awaitable[None]]
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 0.4)
     monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 0.6)
-    monkeypatch.setattr("loom.phases.match.service.ALONE_PAUSE_S", 0.05)
+    monkeypatch.setattr("loom.phases.match.service.NO_OFFERS_PAUSE_S", 0.05)
 
 
 def raws(*bodies: bytes) -> Script:
@@ -261,4 +261,4 @@ async def test_phases_report_what_they_left_out_of_announcements(stage: Stage) -
     reports = await health_reports(stage.bus, within_s=0.1)
     found = together(report.left_out for each in reports.values() for report in each)
     assert found["h1"].words == "2 announcements (last: Expected `object`, got `array`)"
-    assert "h1" in str(match.service._roster._presence.awaited())  # type: ignore[attr-defined]
+    assert "h1" in str(match.service._directory._presence.awaited_hosts())  # type: ignore[attr-defined]

@@ -8,11 +8,13 @@ from loom.bus.bus import Bus
 from loom.bus.hops.hop_loop import schedule
 from loom.bus.queries import ended_since, find_task, latest, recent_records, rewards_since
 from loom.bus.records import records
-from loom.bus.rewards import RewardBus, judgement
-from loom.schemas.envelope import Award, TaskRecord
+from loom.bus.rewards import RewardBus
+from loom.runner.cli.common import resolve_task
+from loom.schemas.auction import Award
 from loom.schemas.errors import InvalidTask, UnknownTask
-from loom.schemas.learning import Reward
+from loom.schemas.learning import Reward, judgement
 from loom.schemas.notices import PlanTimeout, SubtaskEnded
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Submission, TaskAd, TaskState
 
 
@@ -35,7 +37,7 @@ def record(task_id: str, state: TaskState = "running", *, at: float = 1.0, ended
 
 
 async def test_the_newest_are_found_however_far_back_they_are(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queries, "FIRST_LOOK", 4)
+    monkeypatch.setattr(queries, "FIRST_SPAN", 4)
     rewards = RewardBus(bus=bus)
     for n in range(30):
         await rewards.publish(reward(n, "rare" if n in {1, 25} else "n1"))
@@ -136,14 +138,14 @@ async def test_eight_digits_stand_for_one_recent_id_only(bus: Bus) -> None:
     for task_id in ("0123456789", "abcdefgh-1", "abcdefgh-2"):
         await bucket.create(task_id, record(task_id))
 
-    found = await find_task(bus, "01234567")
+    found = await resolve_task(bus, "01234567")
     assert found.record is not None
     assert found.record.task_id == "0123456789"
     for unknown in ("0123456", "abcdefgh", "89012345"):
         with pytest.raises(UnknownTask):
-            await find_task(bus, unknown)
+            await resolve_task(bus, unknown)
     with pytest.raises(InvalidTask):
-        await find_task(bus, "a.b")
+        await resolve_task(bus, "a.b")
 
 
 def test_only_what_a_node_has_finished_can_be_judged() -> None:

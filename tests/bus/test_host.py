@@ -367,7 +367,7 @@ async def test_a_node_that_leaves_before_its_run_begins_fails_it(stage: Stage) -
     gate.set()
     await running.heard("result")
     assert await queued.code() == "agent_failed"
-    await until(lambda: not host._rooms, what="nothing is left of the node")
+    await until(lambda: not host._queues.by_node, what="nothing is left of the node")
 
 
 # -- idempotence
@@ -505,7 +505,7 @@ async def test_a_run_request_whose_events_would_go_elsewhere_is_refused_and_coun
     await stage.bus.connection.publish(stage.bus.subjects.of("run", "local", host.host_id), b"{", reply=subject)
     await until(lambda: host.bus.discards.counts["run_request_refused"] == 2, what="both are counted")
     await quiet(stage.bus, host.bus)
-    assert (heard, host._runs) == ([], {})
+    assert (heard, host._runs.active()) == ([], [])
 
 
 async def test_a_stop_ends_the_attempt_it_names_and_no_other(stage: Stage) -> None:
@@ -564,7 +564,7 @@ async def test_nothing_is_said_after_the_last_event(stage: Stage) -> None:
     await watcher.heard("started")
     await stop_run(stage.bus, host)
     assert await watcher.code() == "cancelled"
-    await until(lambda: not host._room("n1").running, what="it has come to its end")
+    await until(lambda: not host._queues.get_or_create("n1").running, what="it has come to its end")
     await quiet(stage.bus, host.bus)
     assert watcher.kinds() == ["accepted", "started", "error"]
 
@@ -672,7 +672,9 @@ async def test_a_queued_run_does_not_begin_past_its_deadline(stage: Stage, monke
     late = [await run(stage, host, task_id=f"late{n}", deadline=stage.bus.clock.now() + 0.2) for n in range(2)]
     last = await run(stage, host, task_id="last")
     await last.heard("accepted")
-    await until(lambda: all(each.left_s <= 0 for each in host._in_hand() if each.request.deadline), what="it is late")
+    await until(
+        lambda: all(each.left_s <= 0 for each in host._runs.active() if each.request.deadline), what="it is late"
+    )
     go.set()
     await last.heard("result")
     assert [await each.code() for each in late] == ["deadline_exceeded"] * 2

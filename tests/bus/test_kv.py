@@ -18,9 +18,10 @@ from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import records, update_record
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.base import Undecodable, encode
-from loom.schemas.envelope import Claim, TaskRecord
+from loom.schemas.envelope import Claim
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.learning import NodeProfile
+from loom.schemas.record import TaskRecord
 
 
 def profile(node_id: str = "n1", tasks: int = 0) -> NodeProfile:

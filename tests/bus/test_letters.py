@@ -15,7 +15,8 @@ from loom.bus.dead_letters import admin
 from loom.bus.dead_letters.admin import Letter, UnknownLetter
 from loom.bus.dead_letters.write import letter_facts, letter_headers
 from loom.schemas.base import MAX_MESSAGE_BYTES, CheckedMessage, decode, encode
-from loom.schemas.envelope import DeadLetter, Envelope, Split
+from loom.schemas.dead_letter import DeadLetter
+from loom.schemas.envelope import Envelope, Split
 from loom.schemas.errors import BusUnavailable, DeadLettered, InvalidTask, LoomError, Overloaded
 from loom.schemas.notices import SubtaskEnded
 from loom.schemas.task import Accept, Limits, Submission, TaskAd
@@ -74,7 +75,7 @@ def test_nonsense_among_the_facts_is_no_fact(headers: dict[str, str]) -> None:
 async def test_a_letter_is_read_back_with_its_facts_time_and_bytes(bus: Bus) -> None:
     whole = bytes(range(256)) * (MAX_MESSAGE_BYTES // 256)
     seq = await keep(bus, whole, deliveries=11, reason="too often", stream_seq=7, cut=True, trail="sense match")
-    found = await admin.letter(bus, seq)
+    found = await admin.get_letter(bus, seq)
 
     subject = bus.subjects.task("scale", "normal", "t1")
     assert found == Letter(
@@ -92,15 +93,15 @@ async def test_a_letter_is_read_back_with_its_facts_time_and_bytes(bus: Bus) -> 
         ),
         whole,
     )
-    assert await admin.letters(bus, 5) == [found._replace(stored_at=pytest.approx(found.stored_at, abs=1e-3))]
+    assert await admin.list_letters(bus, 5) == [found._replace(stored_at=pytest.approx(found.stored_at, abs=1e-3))]
 
 
 async def test_they_are_listed_newest_last_and_no_more_than_asked_for(bus: Bus) -> None:
-    assert await admin.letters(bus, 5) == []
+    assert await admin.list_letters(bus, 5) == []
     seqs = [await keep(bus, GARBAGE, task_id=f"t{n}") for n in range(5)]
     await bus.jetstream.publish(bus.subjects.of("dead", "mine", "own"), b"put here by hand")
 
-    listed = await admin.letters(bus, 3)
+    listed = await admin.list_letters(bus, 3)
 
     assert [one.seq for one in listed] == [*seqs[-2:], seqs[-1] + 1]
     assert (listed[-1].facts.phase, listed[-1].facts.reason, listed[-1].body) == ("mine", "", b"put here by hand")
@@ -108,18 +109,18 @@ async def test_they_are_listed_newest_last_and_no_more_than_asked_for(bus: Bus) 
 
 async def test_a_dropped_letter_is_gone_and_the_others_stay(bus: Bus) -> None:
     first, second = [await keep(bus, GARBAGE) for _ in range(2)]
-    await admin.drop(bus, first)
-    for work in (admin.drop, admin.letter, admin.retry):
+    await admin.delete_letter(bus, first)
+    for work in (admin.delete_letter, admin.get_letter, admin.retry_letter):
         with pytest.raises(UnknownLetter, match=f"no dead letter {first};"):
             await work(bus, first)
-    assert [one.seq for one in await admin.letters(bus, 5)] == [second]
+    assert [one.seq for one in await admin.list_letters(bus, 5)] == [second]
 
 
 @pytest.mark.parametrize("phase", ["sense", "execute"])
 async def test_a_retry_is_a_new_task_with_everything_asked_for_and_its_full_time(phase: str, bus: Bus) -> None:
     kept = Submission(ad=AD, submission="s1") if phase == "sense" else Envelope(ad=AD, deadline=1, attempt=3, step=9)
     seq = await keep(bus, kept, phase)
-    new_id = await admin.retry(bus, seq)
+    new_id = await admin.retry_letter(bus, seq)
 
     (new,) = await submitted(bus)
     assert new_id not in {"t1", ""}
@@ -135,14 +136,14 @@ async def test_a_letter_outlives_a_refusal_to_take_its_task(bus: Bus) -> None:
     await bus.jetstream.publish(bus.subjects.intake("public", "normal", "t0"), b"t0")
 
     with pytest.raises(Overloaded):
-        await admin.retry(bus, seq)
+        await admin.retry_letter(bus, seq)
 
-    assert (await admin.letter(bus, seq)).seq == seq
+    assert (await admin.get_letter(bus, seq)).seq == seq
 
 
 async def test_two_who_retry_a_letter_at_once_start_one_task(bus: Bus) -> None:
     seq = await keep(bus, envelope())
-    ended = await asyncio.gather(*(admin.retry(bus, seq) for _ in range(4)), return_exceptions=True)
+    ended = await asyncio.gather(*(admin.retry_letter(bus, seq) for _ in range(4)), return_exceptions=True)
 
     ids = {one for one in ended if not isinstance(one, BaseException)}
     assert len(ids) == 1
@@ -168,20 +169,20 @@ async def test_a_retry_that_was_cut_off_before_its_end_is_repeated_as_the_same_t
     with monkeypatch.context() as broken:
         broken.setattr(bus.jetstream, "api", lose_the_answer)
         with pytest.raises(BusUnavailable):
-            await admin.retry(bus, seq)
+            await admin.retry_letter(bus, seq)
     (first,) = await submitted(bus)
     if not deleted:
-        assert await admin.retry(bus, seq) == first.ad.task_id
+        assert await admin.retry_letter(bus, seq) == first.ad.task_id
     assert {one.ad.task_id for one in await submitted(bus)} == {first.ad.task_id}
     assert await messages(bus, "DEAD") == 0
 
 
 CHILD = encode(envelope(split=Split(parent="p1", depth=1, deadline=9)))
 CANNOT: dict[str, tuple[bytes, dict[str, Any], type[LoomError], str]] = {
-    "unreadable": (GARBAGE, {}, DeadLettered, "see `loom dead show 1`, then `loom dead drop 1`"),
+    "unreadable": (GARBAGE, {}, DeadLettered, "see `loom dead show 1`, then `loom dead rm 1`"),
     "cut": (encode(envelope())[:-9], {"cut": True}, DeadLettered, "its bytes were cut"),
     "a submission among hops": (encode(Submission(ad=AD, submission="s")), {}, DeadLettered, "no task"),
-    "a subtask": (CHILD, {}, DeadLettered, "is a part of task p1"),
+    "a subtask": (CHILD, {}, DeadLettered, "is a subtask of task p1"),
     "a notice": (
         encode(SubtaskEnded(task_id="p1", child_id="c", subtask="a")),
         {},
@@ -198,6 +199,6 @@ async def test_what_cannot_be_handed_in_again_says_why_and_stays(why: str, bus: 
     body, facts, error, says = CANNOT[why]
     seq = await keep(bus, body, **facts)
     with pytest.raises(error, match=says):
-        await admin.retry(bus, seq)
+        await admin.retry_letter(bus, seq)
     assert await messages(bus, "INTAKE") == 0
-    assert (await admin.letter(bus, seq)).body == body
+    assert (await admin.get_letter(bus, seq)).body == body

@@ -328,7 +328,7 @@ async def test_no_more_are_handled_at_once_than_there_are_slots(bus: Bus, phases
 async def test_not_even_after_a_reconnect(bus: Bus, phases: Phases) -> None:
     held = Held()
     phase = await phases.start(bus, held, lanes=[(SCALE_LANE, 3)])
-    await until(lambda: phase.loop._pulls[0].asked == 3, what="the request")
+    await until(lambda: phase.loop._consumers[0].pending == 3, what="the request")
     reconnected = asyncio.Event()
     bus.connection.on_reconnect(reconnected.set)
     await bus.connection._nc.force_reconnect()
@@ -466,13 +466,13 @@ async def test_progress_is_said_of_what_waits_for_its_turn_too(
     hasty: Bus, phases: Phases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop_module, "IN_PROGRESS_S", 0.1)
-    await hasty.isolation.enter(alone=True)
+    await hasty.isolation.acquire(exclusive=True)
     answers = record_answers(hasty)
     phase = await phases.start(hasty)
     await put(hasty, envelope())
     await until(lambda: answers.count(b"+WPI") >= 8, what="several signs of progress")
     assert phase.handled == []
-    hasty.isolation.leave(alone=True)
+    hasty.isolation.release(exclusive=True)
     await settled(hasty, 0)
     assert phase.tasks == ["t1"]
 
@@ -486,7 +486,7 @@ async def test_a_drain_finishes_what_is_in_hand_and_takes_nothing_new(bus: Bus, 
     await put(bus, envelope("t1"))
     await phase.count(1)
     draining = asyncio.ensure_future(phase.loop.drain(10))
-    await until(lambda: not phase.loop._pulls, what="the drain has begun")
+    await until(lambda: not phase.loop._consumers, what="the drain has begun")
     await put(bus, envelope("t2"))
     await bus.requests.flush()
     held.go_on.set()
@@ -529,17 +529,17 @@ async def test_what_waits_for_its_turn_is_given_back_too(
     bus: Bus, connect: Connect, phases: Phases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop_module, "RECALL_S", 0.05)
-    await bus.isolation.enter(alone=True)
+    await bus.isolation.acquire(exclusive=True)
     phase = await phases.start(bus)
     await put(bus, envelope())
-    await until(lambda: phase.loop._in_hand, what="the message is here")
+    await until(lambda: phase.loop._deliveries, what="the message is here")
     await phase.loop.drain(0)
     assert phase.handled == []
     other = await phases.start(await connect())
     await other.count(1)
-    bus.isolation.leave(alone=True)
+    bus.isolation.release(exclusive=True)
     async with asyncio.timeout(1):
-        await bus.isolation.enter(alone=True)  # the gate is free
+        await bus.isolation.acquire(exclusive=True)  # the gate is free
 
 
 async def test_a_drain_may_be_repeated_and_need_not_be_preceded_by_a_start(bus: Bus, phases: Phases) -> None:

@@ -13,9 +13,10 @@ from support.wait import until
 from loom.bus.records import records
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Bid, CallForBids, HostAnnouncement, Offer
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Envelope, FailedAttempt, Spec, TaskRecord, TaskState
+from loom.schemas.envelope import Envelope, FailedAttempt, Spec
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
-from loom.schemas.task import TaskError
+from loom.schemas.record import TaskRecord
+from loom.schemas.task import TaskError, TaskState
 
 LONG = ClusterConfig(bid_window_ms=3000)
 """A window nobody would wait for unnoticed."""
@@ -26,8 +27,8 @@ SHORT = ClusterConfig(bid_window_ms=40)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits in proportion, a tenth as long or less."""
     monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))
-    monkeypatch.setattr("loom.phases.match.service.ALONE_PAUSE_S", 0.05)
-    monkeypatch.setattr("loom.phases.match.service.HOLD_S", 0.3)
+    monkeypatch.setattr("loom.phases.match.service.NO_OFFERS_PAUSE_S", 0.05)
+    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 0.3)
 
 
 async def host(stage: Stage, host_id: str = "h1", *node_ids: str, **facts: Any) -> FakeHost:
@@ -181,7 +182,7 @@ async def quietly(**_facts: Any) -> None:
 async def test_a_proven_host_that_missed_three_windows_is_not_waited_for_until_it_announces_itself(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.phases.match.presence.NEWCOMERS_EVERY_S", 0.0)
+    monkeypatch.setattr("loom.phases.match.presence.UNPROVEN_EVERY_S", 0.0)
     await host(stage, "h1")
     silent = await host(stage, "h2", "n2")
     await match(stage, ClusterConfig(bid_window_ms=400))
@@ -198,7 +199,7 @@ async def test_a_proven_host_that_missed_three_windows_is_not_waited_for_until_i
 async def test_a_host_that_has_never_offered_slows_one_auction_in_two_seconds(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.phases.match.presence.BURST", 1)
+    monkeypatch.setattr("loom.phases.match.presence.UNPROVEN_BURST", 1)
     await host(stage, "h1")
     await host(stage, "h2", "n2", offer=lambda _: None)
     await match(stage, ClusterConfig(bid_window_ms=400))
@@ -339,7 +340,7 @@ async def test_who_has_waited_long_goes_to_the_tail(stage: Stage) -> None:
 
 
 async def test_no_more_of_a_lane_is_read_while_enough_of_it_wait(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.match.service.HOLD_S", 60)
+    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 60)
     one = await host(stage, offer=lambda _: one.declines("busy"))
     replica = await match(stage, ClusterConfig(waiting_limit=4))
     for n in range(20):
@@ -368,7 +369,7 @@ async def test_a_task_that_waits_past_its_deadline_fails(stage: Stage) -> None:
 
 
 async def test_a_drained_replica_gives_waiting_tasks_back(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.match.service.HOLD_S", 60)
+    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 60)
     one = await host(stage, offer=lambda _: one.declines("busy"))
     replica = await match(stage, LONG)
     await stage.put("match", task(stage))
@@ -440,7 +441,7 @@ async def test_a_pinned_task_that_is_cancelled_is_not_awarded_when_its_node_come
 async def test_a_task_that_ends_while_all_nodes_are_busy_calls_for_bids_no_more(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, state: TaskState
 ) -> None:
-    monkeypatch.setattr("loom.phases.match.service.HOLD_S", 60)
+    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 60)
     one = await host(stage, offer=lambda _: one.declines("busy"))
     await match(stage, LONG)
     env = task(stage)
@@ -595,4 +596,4 @@ async def test_a_task_whose_domain_no_node_takes_names_the_domain(stage: Stage) 
     await stage.put("match", task(stage, domain="poetry"))
     await stage.put("match", await stage.seen("task", phase="scale"))
     error = (await stage.seen("task", phase="evaluate")).error
-    assert error.message.startswith("no node takes tasks of the domain 'poetry'; start one that does")
+    assert error.message.startswith("no node accepts tasks of the domain 'poetry'; start a node for it")

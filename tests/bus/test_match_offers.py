@@ -10,9 +10,9 @@ from support.phase_harness import Replica, Stage
 from support.wait import until
 
 from loom.bus.logs.left_out import LeftOut
-from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Bid, CallForBids, Offer
+from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Award, Bid, CallForBids, Offer
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope
+from loom.schemas.envelope import Envelope
 
 SHORT = ClusterConfig(bid_window_ms=60)
 
@@ -83,7 +83,7 @@ async def test_an_offer_to_a_call_that_was_never_made_is_counted_for_its_host(st
     await stage.bus.connection.publish(subject, Offer(bids=(Bid(node_id="n9"),)))
     await until(lambda: left_out(replica, "acme.h9").counts, what="it is counted")
     assert left_out(replica, "acme.h9").counts == {"offers": 1}
-    assert "no such call" in left_out(replica, "acme.h9").last
+    assert "not published such a call" in left_out(replica, "acme.h9").last
 
 
 async def test_an_offer_to_another_replica_does_not_arrive(stage: Stage) -> None:
@@ -107,7 +107,7 @@ async def test_an_offer_that_comes_after_the_window_is_counted_and_one_that_was_
     await until(lambda: left_out(replica, "h2").counts, what="it is counted")
     assert left_out(replica, "h2").counts == {"offers": 1}
     assert "LOOM_BID_WINDOW_MS" in left_out(replica, "h2").last
-    replica.service._roster._presence.forget(key("h2"))
+    replica.service._directory._presence.remove(key("h2"))
     await awarded(stage)
     await late.answer(late.calls[1], late.bids())
     await late.bus.requests.flush()
@@ -135,8 +135,8 @@ async def test_a_bid_for_other_tasks_of_its_call_does_not_count(stage: Stage) ->
 @pytest.fixture
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))
-    monkeypatch.setattr("loom.phases.match.service.ALONE_PAUSE_S", 30.0)
-    monkeypatch.setattr("loom.phases.match.service.HOLD_S", 30.0)
+    monkeypatch.setattr("loom.phases.match.service.NO_OFFERS_PAUSE_S", 30.0)
+    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 30.0)
 
 
 @pytest.mark.usefixtures("hurry")

@@ -14,7 +14,7 @@ from support.wait import until
 
 from loom.phases.match.announced_nodes import AnnouncedNodes
 from loom.phases.match.busy_nodes import MAX_TASKS, BusyNodes
-from loom.phases.match.service import GATHER_S
+from loom.phases.match.service import ANNOUNCE_WAIT_S
 from loom.runner.services import build
 from loom.schemas.auction import Bid
 from loom.schemas.config import ClusterConfig
@@ -37,7 +37,7 @@ async def test_the_first_task_is_taken_once_hosts_have_had_time_to_announce_them
     announce = slow.announce
 
     async def after_a_while(**facts: Any) -> None:
-        await asyncio.sleep(0.3 * GATHER_S)
+        await asyncio.sleep(0.3 * ANNOUNCE_WAIT_S)
         await announce(**facts)
 
     slow.announce = after_a_while  # type: ignore[method-assign]
@@ -47,7 +47,7 @@ async def test_the_first_task_is_taken_once_hosts_have_had_time_to_announce_them
     began = time.monotonic()
     await match.start()
     try:
-        assert GATHER_S <= time.monotonic() - began < 4
+        assert ANNOUNCE_WAIT_S <= time.monotonic() - began < 4
         assert (await stage.seen("task", phase="scale")).award.node_id == "good"
     finally:
         await match.drain(0)
@@ -57,7 +57,7 @@ async def test_a_phase_whose_hosts_start_after_it_in_its_process_takes_tasks_at_
     match = build("match", await stage.connect("match"), ClusterConfig(), hosts_here=True)
     began = time.monotonic()
     await match.start()
-    assert time.monotonic() - began < GATHER_S
+    assert time.monotonic() - began < ANNOUNCE_WAIT_S
     await match.drain(0)
 
 
@@ -74,11 +74,11 @@ async def test_a_node_that_was_busy_comes_after_all_others_for_that_task_until_i
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))
-    monkeypatch.setattr("loom.phases.match.service.HOLD_S", 30.0)
+    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 30.0)
     both = (Bid(node_id="best", self_rating=0.9), Bid(node_id="next", self_rating=0.2))
     one = await host(stage, "h1", "best", "next", offer=lambda _: one.bids(*both))
     match = await stage.phase("match")
-    await until(lambda: match.service._roster.has_nodes, what="the host is known")
+    await until(lambda: match.service._directory.has_nodes, what="the host is known")
     env = envelope(ad(task_id="t1"), now=stage.bus.clock.now())
     await stage.put("match", rejected(stage, env, "best"))
     assert (await stage.seen("task", phase="scale")).award.node_id == "next"
@@ -90,7 +90,7 @@ async def test_a_node_that_was_busy_comes_after_all_others_for_that_task_until_i
     hop = await stage.seen("task", phase="scale", count=2, task_id="t1")
     assert hop.award.node_id == "best", "no other node bids"
     await one.announce()
-    await until(lambda: not match.service._busy._passed_over("t1"), what="the announcement has arrived")
+    await until(lambda: not match.service._busy._busy_nodes_of("t1"), what="the announcement has arrived")
     await stage.put("match", replace(again, attempt=again.attempt + 1))
     assert (await stage.seen("task", phase="scale", count=3, task_id="t1")).award.node_id == "best"
 
@@ -98,26 +98,26 @@ async def test_a_node_that_was_busy_comes_after_all_others_for_that_task_until_i
 def nodes(*hosts: str) -> AnnouncedNodes:
     known = AnnouncedNodes()
     for name in hosts:
-        known.announce(announced(name, "n1"))
+        known.update(announced(name, "n1"))
     return known
 
 
 def test_a_node_on_two_hosts_is_passed_over_on_the_one_that_was_busy() -> None:
     busy = BusyNodes(nodes("h1", "h2"))
-    busy.rejected("t1", (key("h1"), "n1"))
-    offers = busy.without("t1", [offer(name, [Bid(node_id="n1"), Bid(node_id="n2")]) for name in ("h1", "h2")])
+    busy.record_rejection("t1", (key("h1"), "n1"))
+    offers = busy.without_busy("t1", [offer(name, [Bid(node_id="n1"), Bid(node_id="n2")]) for name in ("h1", "h2")])
     assert [[bid.node_id for bid in one.bids] for one in offers] == [["n2"], ["n1", "n2"]]
-    assert busy.without("t2", offers) is offers
+    assert busy.without_busy("t2", offers) is offers
 
 
 def test_what_was_busy_is_bounded_and_forgotten_with_its_host() -> None:
     known = nodes("h1")
     busy = BusyNodes(known)
     for number in range(MAX_TASKS + 10):
-        busy.rejected(f"t{number}", (key("h1"), "n1"))
-    busy.rejected("t", (key("gone"), "n1"))
+        busy.record_rejection(f"t{number}", (key("h1"), "n1"))
+    busy.record_rejection("t", (key("gone"), "n1"))
     assert len(busy._tasks) == MAX_TASKS
-    known.forget(key("h1"))
+    known.remove_host(key("h1"))
     offers = [offer("h1", [Bid(node_id="n1")])]
-    assert busy.without(f"t{MAX_TASKS}", offers) is offers
+    assert busy.without_busy(f"t{MAX_TASKS}", offers) is offers
     assert len(busy._tasks) == MAX_TASKS - 1

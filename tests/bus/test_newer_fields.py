@@ -11,7 +11,8 @@ from support.wait import until
 from loom.bus.records import records
 from loom.schemas.base import new_id
 from loom.schemas.decoding.unknown_fields import with_unknown_fields
-from loom.schemas.envelope import Envelope, TaskRecord
+from loom.schemas.envelope import Envelope
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Submission, TaskAd
 
 NEW: dict[str, Any] = {"new": {"a": [1, "x"]}}

@@ -6,7 +6,7 @@ from support.phase_harness import Stage
 from support.spawning_host import WITHIN_S, HeldAgent, SpawningHost, start_spawning_host
 from support.wait import until
 
-from loom.agents.host.clone import STEM, child_id
+from loom.agents.host.clone import STEM, clone_id
 from loom.schemas.auction import SpawnRequest
 from loom.types import AgentNode, CapabilityProfile
 
@@ -199,6 +199,6 @@ async def test_rubbish_and_a_stopped_nursery_start_nobody(stage: Stage) -> None:
 
 
 def test_a_child_is_named_after_its_template_by_the_first_free_number() -> None:
-    assert child_id("a", ["a", "a-c1", "a-c3"]) == "a-c2"
+    assert clone_id("a", ["a", "a-c1", "a-c3"]) == "a-c2"
     long = "x" * 64
-    assert child_id(long, [long, f"{'x' * STEM}-c1"]) == f"{'x' * STEM}-c2"
+    assert clone_id(long, [long, f"{'x' * STEM}-c1"]) == f"{'x' * STEM}-c2"

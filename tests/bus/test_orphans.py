@@ -13,7 +13,7 @@ from loom.bus import topology
 from loom.bus.bus import Bus
 from loom.bus.hops import orphans
 from loom.bus.hops.hop_loop import schedule
-from loom.bus.hops.orphans import find, sweep
+from loom.bus.hops.orphans import find_orphans, sweep
 from loom.bus.topology import EXECUTE_LANE, MATCH_LANES, SENSE_LANE, Lane
 from loom.runner.doctor.diagnosis import stuck
 from loom.schemas.config import ClusterConfig
@@ -47,7 +47,7 @@ async def orphan(stage: Stage, task_id: str, phase: str = "execute", lane: Lane 
 
 
 async def found(bus: Bus) -> list[int]:
-    return [one.seq for one in (await find(bus)).orphans]
+    return [one.seq for one in (await find_orphans(bus)).orphans]
 
 
 @pytest.mark.parametrize(
@@ -92,23 +92,23 @@ async def test_a_consumer_that_is_missing_makes_no_orphans(stage: Stage) -> None
     await put(stage.bus, hop(stage, "t1"), "execute")
     await stage.bus.jetstream.api(f"CONSUMER.DELETE.{stage.bus.subjects.stream('TASKS')}.execute")
     with pytest.raises(Exception, match="consumer not found"):
-        await find(stage.bus)
+        await find_orphans(stage.bus)
 
 
 async def test_what_is_young_is_left_alone(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orphans, "LEAST_AGE_S", 60.0)
     await orphan(stage, "t1")
-    assert (await find(stage.bus)).orphans == []
+    assert (await find_orphans(stage.bus)).orphans == []
 
 
 async def test_a_look_is_bounded_and_the_next_one_goes_on_behind_it(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(orphans, "MOST", 3)
+    monkeypatch.setattr(orphans, "MAX_MESSAGES", 3)
     for n in range(4):
         await stage.bus.jetstream.publish(stage.bus.subjects.later("scale", "x", f"y{n}"), b"{}")
-    first = await find(stage.bus)
-    second = await find(stage.bus, start_seq=first.next_seq)
+    first = await find_orphans(stage.bus)
+    second = await find_orphans(stage.bus, start_seq=first.next_seq)
     assert [one.seq for one in first.orphans] == [1, 2, 3]
     assert [one.seq for one in second.orphans] == [4]
     assert second.next_seq == 1

@@ -11,10 +11,10 @@ from support.phase_harness import Replica, Stage
 from support.wait import until
 
 from loom.phases.match.announced_nodes import AnnouncedNodes
-from loom.phases.match.plain_bids import UNJUDGED_S, PlainNodes
-from loom.schemas.auction import AnnouncedDomain, AnnouncedNode
+from loom.phases.match.plain_bids import REWARD_DELAY_S, PlainNodes
+from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Award
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope
+from loom.schemas.envelope import Envelope
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
 from loom.schemas.task import TaskError
 
@@ -131,13 +131,13 @@ async def test_a_plain_node_has_as_many_tasks_as_slots_until_they_are_judged_or_
 def test_an_award_that_earns_no_reward_holds_its_place_for_its_longest_run() -> None:
     now = 100.0
     nodes = AnnouncedNodes()
-    nodes.announce(announced("p1", nodes=(plain(max_run_s=5.0),)))
+    nodes.update(announced("p1", nodes=(plain(max_run_s=5.0),)))
     load = PlainNodes(nodes, lambda: now)
     place = (key("p1"), "sh")
-    assert load.award(place, "t1", 1) is not None
-    assert load.award(place, "t1", 1) is not None, "a message that comes again is one award"
-    assert load._taken[place] == 1
-    now += 5.0 + UNJUDGED_S
+    assert load.record_award(place, "t1", 1) is not None
+    assert load.record_award(place, "t1", 1) is not None, "a message that comes again is one award"
+    assert load._used_slots[place] == 1
+    now += 5.0 + REWARD_DELAY_S
     load._expire()
-    assert (load._taken[place], load._awards) == (0, {})
-    assert load.award((key("p1"), "other"), "t1", 1) is None
+    assert (load._used_slots[place], load._awards) == (0, {})
+    assert load.record_award((key("p1"), "other"), "t1", 1) is None

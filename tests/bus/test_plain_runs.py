@@ -213,7 +213,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hurry")
 async def test_an_absent_node_is_asked_again_and_lost_after_a_while(plain: Bus) -> None:
-    with pytest.raises(HostSilent, match="host h1 is not there"):
+    with pytest.raises(HostSilent, match="host h1 is not connected"):
         await plain_run(await hosts_of(plain))
 
 

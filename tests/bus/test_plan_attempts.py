@@ -18,11 +18,13 @@ from loom.bus.topology import SCALE_LANE
 from loom.phases.evaluate.decisions import notice_of
 from loom.phases.scale import subtask_graph
 from loom.phases.sense.estimate import with_division
+from loom.schemas.auction import Award
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope, SplitPlan, TaskRecord
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.notices import ParentEnded, PlanTimeout, read_scale_message
-from loom.schemas.plan import parse_plan
+from loom.schemas.plan import SplitPlan, parse_plan
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import PhaseUsage, RunResult, TaskError
 
 PLAN = [{"id": "a", "description": "do a"}, {"id": "b", "description": "do b", "dependencies": ["a"]}]
@@ -52,7 +54,7 @@ async def divided(stage: Stage, state: State) -> SplitPlan:
 async def ended(stage: Stage, plan: SplitPlan, name: str, state: Any = "succeeded") -> TaskRecord:
     """The stored record of a subtask that has ended."""
     (part,) = [part for part in plan.subtasks if part.id == name]
-    child = awarded(subtask_graph.child_of(plan, part, {}, stage.bus.clock.now()))
+    child = awarded(subtask_graph.child_envelope(plan, part, {}, stage.bus.clock.now()))
     if state == "failed":
         child = replace(child, error=TaskError(code="agent_failed", message="it broke"))
     else:
@@ -102,10 +104,10 @@ class Point(NamedTuple):
 
 
 POINTS = {
-    "nowhere": Point(HopLoop, "_answer", lambda *_: False),
+    "nowhere": Point(HopLoop, "_checkpoint", lambda *_: False),
     "the plan is written": Point(Bucket, "update", lambda *_: True, calls=True),
     "the hop is published": Point(PubAckFuture, "ack", lambda *_: True),
-    "only the ack is missing": Point(HopLoop, "_answer", lambda _delivery, verb: verb == b"+ACK"),
+    "only the ack is missing": Point(HopLoop, "_checkpoint", lambda name: name == "before ack"),
 }
 
 
@@ -243,7 +245,7 @@ async def test_a_plan_that_is_over_fails_a_task_that_is_not(stage: Stage) -> Non
 
 async def test_a_timer_set_for_an_older_attempt_ends_the_newest(stage: Stage) -> None:
     plan = await divided(stage, "running")
-    await stage.bus.bucket("plans", SplitPlan).update("p", subtask_graph.for_attempt(plan, copy_of(plan, 5)), 1)
+    await stage.bus.bucket("plans", SplitPlan).update("p", subtask_graph.with_newer_attempt(plan, copy_of(plan, 5)), 1)
     await stage.phase("scale")
     timeout = PlanTimeout(envelope=plan.envelope)
     await stage.bus.jetstream.publish(stage.bus.subjects.task("scale", "normal", "p"), timeout, msg_id="due")
@@ -268,8 +270,8 @@ def test_what_the_plan_took_is_charged_to_a_newer_attempt_once() -> None:
     plan = subtask_graph.start_plan(
         replace(env, phase_usage={"scale": usage}, budget=960), parse_plan('[{"id":"a","description":"x"}]')
     )
-    newer = subtask_graph.for_attempt(plan, replace(env, attempt=2, budget=1000))
+    newer = subtask_graph.with_newer_attempt(plan, replace(env, attempt=2, budget=1000))
     assert (newer.envelope.budget, newer.envelope.phase_usage["scale"]) == (960, usage)
-    again = subtask_graph.for_attempt(newer, replace(newer.envelope, attempt=3))
+    again = subtask_graph.with_newer_attempt(newer, replace(newer.envelope, attempt=3))
     assert (again.envelope.budget, again.envelope.attempt, again.subtasks) == (960, 3, plan.subtasks)
-    assert subtask_graph.for_attempt(again, env) == again
+    assert subtask_graph.with_newer_attempt(again, env) == again

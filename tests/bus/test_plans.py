@@ -19,10 +19,13 @@ from loom.bus.topology import SCALE_LANE
 from loom.phases.evaluate.decisions import notice_of
 from loom.phases.scale.subtask_graph import child_id
 from loom.phases.sense.estimate import with_division
+from loom.schemas.auction import Award
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope, Split, SplitPlan, TaskRecord
+from loom.schemas.envelope import Envelope, Split
 from loom.schemas.llm import CompletionParams, CompletionResult
 from loom.schemas.notices import ParentEnded
+from loom.schemas.plan import SplitPlan
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Limits, RunResult, TaskError
 
 Part = tuple[str, ...]
@@ -351,7 +354,7 @@ async def test_a_timer_set_for_a_plan_that_another_replica_has_joined_meanwhile_
         await plans.update("p", replace(entry.value, state="joining"), entry.revision)
         await schedule(*args, **facts)
 
-    monkeypatch.setattr("loom.phases.scale.service.schedule", late)
+    monkeypatch.setattr("loom.phases.scale.division.schedule", late)
     await stage.phase("scale")
     await divided(stage, (("a",),))
     await stage.seen("later")
@@ -575,7 +578,7 @@ async def test_a_bad_plan_is_sent_back_once_with_what_is_wrong_with_it(stage: St
     [
         ((CYCLE, "sorry"), "the model's plan cannot be used: the answer holds no JSON list"),
         ((RuntimeError("key sk-1"),), "the model could not be asked: RuntimeError"),
-        ((ALONE,), "the model sees one task in it"),
+        ((ALONE,), "the model's plan has a single subtask"),
         (
             (json.dumps([{"id": "a", "description": "\ud83d"}]),) * 2,
             "subtask a is malformed: it holds text that is not Unicode",
@@ -674,7 +677,7 @@ async def test_where_there_is_no_model_a_hard_task_runs_whole_and_says_so(stage:
     await stage.phase("scale")
     await stage.put("scale", _hard(await awarded_task(stage)))
     spec = (await stage.seen("task", phase="execute")).spec
-    assert (spec.note, spec.whole) == ("not divided: no model is there to plan", True)
+    assert (spec.note, spec.whole) == ("not divided: no model is configured to plan", True)
 
 
 async def test_a_decision_not_to_divide_is_stored_and_holds_for_every_copy(stage: Stage) -> None:

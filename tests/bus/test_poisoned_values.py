@@ -18,7 +18,7 @@ from loom.bus.natsio.background_tasks import ServiceFailed
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import records
 from loom.bus.topology import stream_state
-from loom.phases.adapt.lease import LEASE_S, take_lease
+from loom.phases.adapt.lease import LEASE_S, acquire_lease
 from loom.runner.cli.entry import until_lost
 from loom.schemas.auction import Bid
 from loom.schemas.base import encode
@@ -190,13 +190,13 @@ async def test_a_lease_longer_than_any_replica_takes_is_not_believed(stage: Stag
     await stage.bus.bucket("tuning", Lease).create(
         "x", Lease(holder="evil", until=min(9e10, stage.bus.clock.now() + until_s))
     )
-    assert await take_lease(stage.bus, "x")
+    assert await acquire_lease(stage.bus, "x")
 
 
 async def test_a_lease_that_cannot_be_read_is_taken(stage: Stage) -> None:
     await stage.bus.jetstream.publish(f"$KV.{stage.bus.subjects.bucket('tuning')}.x", b"\xff")
-    assert await take_lease(stage.bus, "x")
-    assert await take_lease(stage.bus, "x")
+    assert await acquire_lease(stage.bus, "x")
+    assert await acquire_lease(stage.bus, "x")
 
 
 # -- MATCH and EXECUTE
@@ -351,7 +351,7 @@ async def test_a_forged_time_of_the_server_is_no_time(
     bus: Bus, forged_answer: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forge_next_answer(bus, forged_answer, monkeypatch)
-    assert await bus._clock_sync._ask(2.0) is None
+    assert await bus._clock_sync._request_time(2.0) is None
 
 
 # -- essential tasks

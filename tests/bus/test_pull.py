@@ -45,7 +45,7 @@ class Hand:
             "scale",
             window=lambda: self.room - len(self.held),
             sink=self.take,
-            broken=lambda: topology.ensure_consumer(bus, SCALE_LANE),
+            restore=lambda: topology.ensure_consumer(bus, SCALE_LANE),
         )
 
     def take(self, msg: Msg) -> None:
@@ -97,7 +97,7 @@ async def test_no_more_is_in_hand_than_the_window(bus: Bus) -> None:
         await hand.full()
         await quiet(bus)
         assert len(hand.held) == 4
-        assert hand.pull.asked == 0
+        assert hand.pull.pending == 0
 
         await hand.empty_all(20)
         assert hand.most == 4
@@ -111,7 +111,7 @@ async def test_messages_that_come_later_are_handed_over_as_they_come(bus: Bus) -
             await until(lambda: hand.held, what="the message")
             await hand.settle()
         assert hand.seen == [f"t{n}" for n in range(6)]
-        assert 0 < hand.pull.asked <= 4
+        assert 0 < hand.pull.pending <= 4
 
 
 async def test_a_window_that_closes_takes_nothing_and_opens_again(bus: Bus) -> None:
@@ -127,7 +127,7 @@ async def test_a_window_that_closes_takes_nothing_and_opens_again(bus: Bus) -> N
 
 async def test_a_reconnect_does_not_ask_for_more_than_the_window(bus: Bus) -> None:
     async with holding(bus, 4) as hand:
-        await until(lambda: hand.pull.asked == 4, what="the request")
+        await until(lambda: hand.pull.pending == 4, what="the request")
         reconnected = asyncio.Event()
         bus.connection.on_reconnect(reconnected.set)
         await (
@@ -161,7 +161,7 @@ async def test_pulling_goes_on_after_the_server_was_killed(mortal: Bus, server: 
 
 async def test_a_consumer_deleted_meanwhile_is_made_again(bus: Bus) -> None:
     async with holding(bus, 4) as hand:
-        await until(lambda: hand.pull.asked == 4, what="the request")
+        await until(lambda: hand.pull.pending == 4, what="the request")
         await bus.jetstream.api(f"CONSUMER.DELETE.{bus.subjects.stream('TASKS')}.scale")
         await put(bus, 0, 10)
         await hand.empty_all(10)
@@ -212,7 +212,7 @@ async def test_a_consumer_that_stays_away_is_looked_for_ever_more_rarely(
         times.append(time.monotonic())
         raise BusUnavailable("no such stream")
 
-    pull = PullConsumer(plain.jetstream, "NONE", "none", window=lambda: 1, sink=lambda _: None, broken=broken)
+    pull = PullConsumer(plain.jetstream, "NONE", "none", window=lambda: 1, sink=lambda _: None, restore=broken)
     await pull.start()
     with capture_logs():
         await until(lambda: len(times) == 4, within_s=20, what="four looks")
@@ -238,7 +238,7 @@ async def test_a_server_that_does_not_restore_a_consumer_a_few_times_is_left(
         tries += 1
         raise error
 
-    pull = PullConsumer(plain.jetstream, "NONE", "none", window=lambda: 1, sink=lambda _: None, broken=broken)
+    pull = PullConsumer(plain.jetstream, "NONE", "none", window=lambda: 1, sink=lambda _: None, restore=broken)
     await pull.start()
     with capture_logs():
         await until(lambda: tries >= 3 * pull_module.STALLED_AFTER + 1, what="many tries")
@@ -253,7 +253,7 @@ async def test_a_request_that_ran_out_is_followed_by_another(bus: Bus, monkeypat
         asked = count_requests(bus, monkeypatch)
         await until(lambda: len(asked) >= 2, what="two further requests")
         assert all(batch <= 4 for batch in asked)
-        assert hand.pull.asked <= 4
+        assert hand.pull.pending <= 4
         await put(bus, 0, 9)
         await hand.empty_all(9)
         assert hand.most <= 4
@@ -277,8 +277,8 @@ async def test_an_idle_pull_asks_once_and_then_waits(bus: Bus, monkeypatch: pyte
     asked = count_requests(bus, monkeypatch)
     monkeypatch.setattr(pull_module, "HEARTBEAT_S", 0.05)
     async with holding(bus, 4) as hand:
-        heard = hand.pull._heard
-        await until(lambda: hand.pull._heard > heard + 0.3, what="several heartbeats")
+        heard = hand.pull._received_at
+        await until(lambda: hand.pull._received_at > heard + 0.3, what="several heartbeats")
         for _ in range(50):
             hand.pull.top_up()
             await asyncio.sleep(0)

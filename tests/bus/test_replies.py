@@ -10,11 +10,11 @@ from support.wait import until
 
 from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.replies import MAX_REPLY, answer_task, may_answer
+from loom.bus.replies import MAX_REPLY, answer_task, is_inbox
 from loom.bus.service_discovery import ServiceEndpoint, discover
 from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import TaskRecord
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Accepted, RunResult, TaskResult
 
 CLIENTS = ["_INBOX.x", "_INBOX.x.1", "_INBOX_ann.x.1", "_INBOXann.x", "_R_.abc.1", "_R_.abc"]
@@ -46,18 +46,18 @@ FORGED = [
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("reply", CLIENTS)
 def test_an_inbox_of_a_client_may_be_answered_by_every_subject(reply: str, plain: bool) -> None:
-    assert may_answer(reply, plain=plain)
+    assert is_inbox(reply, plain=plain)
 
 
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("reply", ["", *FORGED])
 def test_any_other_subject_may_not(reply: str, plain: bool) -> None:
-    assert not may_answer(reply, plain=plain)
+    assert not is_inbox(reply, plain=plain)
 
 
 def test_an_inbox_of_the_cluster_may_be_answered_where_the_request_came_by_a_plain_subject() -> None:
-    assert may_answer("_LOOM.scale.scale-1.x.7", plain=True)
-    assert not may_answer("_LOOM.scale.scale-1.x.7")
+    assert is_inbox("_LOOM.scale.scale-1.x.7", plain=True)
+    assert not is_inbox("_LOOM.scale.scale-1.x.7")
 
 
 @pytest.mark.parametrize("family", ["submit", "status", "cancel"])
@@ -101,7 +101,7 @@ async def test_a_stored_reply_subject_is_treated_alike(stage: Stage, reply_to: s
     sent = submission(task, reply_to=reply_to[:MAX_REPLY])
     await stage.bus.jetstream.publish(stage.bus.subjects.intake("public", "normal", task.task_id), sent)
     await stage.settled("INTAKE")
-    refused = not may_answer(sent.reply_to, plain=True)
+    refused = not is_inbox(sent.reply_to, plain=True)
     assert (await stage.read(task.task_id)).reply_to == (() if refused else (sent.reply_to,))
     assert sense.bus.discards.counts["reply_refused"] == refused
 

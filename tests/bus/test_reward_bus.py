@@ -12,9 +12,11 @@ from support.wait import until
 from loom.bus import topology
 from loom.bus.bus import Bus
 from loom.bus.rewards import RewardBus
+from loom.compat import reward_formulas as formulas
 from loom.schemas.errors import BusUnavailable, InvalidTask
 from loom.schemas.learning import Reward
-from loom.schemas.task import TaskAd, domain_token
+from loom.schemas.task import TaskAd
+from loom.schemas.tokens import domain_token
 
 
 def reward(
@@ -154,7 +156,7 @@ async def test_a_listener_that_leaves_early_leaves_nothing_behind(bus: Bus, rewa
 
 
 async def test_without_a_bus_only_the_formulas_work() -> None:
-    rewards = RewardBus()
+    rewards = formulas.RewardBus()
     assert rewards.compute_signal(TaskAd(description="x"), True, 0).total > 0
     with pytest.raises(BusUnavailable, match="no bus"):
         await rewards.publish(reward(1))

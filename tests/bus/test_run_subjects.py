@@ -81,7 +81,7 @@ async def test_the_answer_of_the_server_that_a_host_is_absent_arrives(
     monkeypatch.setattr("loom.phases.execute.run_stream.ABSENT_S", 0.3)
     monkeypatch.setattr("loom.phases.execute.run_stream.ABSENT_AGAIN_S", 0.1)
     async with await watch_of(plain, REQUEST) as watch:
-        with pytest.raises(HostSilent, match="host h1 is not there"):
+        with pytest.raises(HostSilent, match="host h1 is not connected"):
             await watch.next()
 
 
@@ -93,7 +93,7 @@ async def test_each_watching_has_a_key_of_its_own_and_a_run_that_moves_is_not_bl
     first = RunStream(hosts, HostKey("local", "h1"), REQUEST, Interrupt())
     async with first:
         await until(lambda: one.runs, what="it is asked")
-    async with first.again() as second:
+    async with first.reattach() as second:
         await until(lambda: len(one.runs) == 2, what="it is asked again")
         assert one.runs[0].subject != one.runs[1].subject
         await one.runs[0].say("moved")

@@ -7,10 +7,10 @@ from support.builders import ad, awarded, envelope
 from support.phase_harness import Stage, quiet
 from support.wait import until
 
-from loom.phases.shared.division import is_saturated
-from loom.schemas.auction import SpawnReply, SpawnRequest
+from loom.phases.shared.scale_rule import is_saturated
+from loom.schemas.auction import Award, ScoredBid, SpawnReply, SpawnRequest
 from loom.schemas.base import decode
-from loom.schemas.envelope import Award, Envelope, ScoredBid
+from loom.schemas.envelope import Envelope
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ async def test_a_node_is_asked_for_once_a_second_and_domain(
         await stage.put("scale", task(stage, domain="code" if n % 2 else "data"))
     await stage.seen("task", phase="match", count=6)
     await until(lambda: len(asked) >= 2, what="two nodes are asked for")
-    monkeypatch.setattr("loom.phases.scale.spawn_requests.ASK_EVERY_S", 0.0)
+    monkeypatch.setattr("loom.phases.scale.spawn_requests.REQUEST_EVERY_S", 0.0)
     await stage.put("scale", task(stage))
     await until(lambda: len(asked) >= 3, what="one more is asked for")
     assert sorted(request.domain_token for request in asked) == ["code", "code", "data"]
@@ -101,7 +101,7 @@ async def test_tasks_nobody_bids_for_are_asked_about_each_by_what_they_say(
     stage: Stage, asked: list[SpawnRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of them may call for a skill that the others do not."""
-    monkeypatch.setattr("loom.phases.scale.spawn_requests.ASK_EVERY_S", 60.0)
+    monkeypatch.setattr("loom.phases.scale.spawn_requests.REQUEST_EVERY_S", 60.0)
     await stage.phase("scale")
     for text in ("sort", "é" * 600, "sort"):
         await stage.put("scale", task(stage, description=text))

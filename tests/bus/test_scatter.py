@@ -9,10 +9,10 @@ from support.bus_helpers import Connect, Heard
 from support.logs import capture_logs
 
 from loom.bus.bus import Bus
-from loom.bus.natsio.connection import PayloadTooLarge
 from loom.bus.natsio.request_many import request_many
-from loom.bus.natsio.transport.message import Msg
-from loom.schemas.base import Message, Token, decode
+from loom.bus.natsio.transport.message import Msg, PayloadTooLarge
+from loom.schemas.base import Message, decode
+from loom.schemas.tokens import Token
 
 
 class Reply(Message, frozen=True, kw_only=True):

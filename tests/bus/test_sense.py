@@ -10,8 +10,9 @@ from support.wait import until
 from loom.bus.hops.hop_loop import schedule
 from loom.schemas.base import encode, new_id
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Claim, Split, TaskRecord, TaskStatus
+from loom.schemas.envelope import Claim, Split
 from loom.schemas.llm import CompletionParams, CompletionResult
+from loom.schemas.record import TaskRecord, TaskStatus
 from loom.schemas.task import Accept, Accepted, RunResult, Submission, TaskAd, TaskResult
 
 
@@ -286,7 +287,7 @@ async def test_a_model_that_hangs_is_not_waited_for(stage: Stage, monkeypatch: p
             await asyncio.Event().wait()
             raise AssertionError(params)
 
-    monkeypatch.setattr("loom.phases.sense.service.ASK_WITHIN_S", 0.05)
+    monkeypatch.setattr("loom.phases.sense.service.ESTIMATE_WITHIN_S", 0.05)
     await stage.phase("sense", llm=Hanging(""))
     await submit(stage, ad("Have a look", domain="", estimated_complexity=None))
     assert "TimeoutError" in (await stage.seen("task", phase="match")).spec.note

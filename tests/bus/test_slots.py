@@ -49,8 +49,8 @@ def cancelled(host: NodeHost, task_id: str) -> None:
 
 async def is_free(host: NodeHost) -> None:
     """Every place of the node is free, and it works."""
-    room = host._room("n1")
-    await until(lambda: not room.has_work and not host._runs, what="every place is free")
+    room = host._queues.get_or_create("n1")
+    await until(lambda: not room.has_work and not host._runs.active(), what="every place is free")
     watcher = Watcher(host.bus)
     await watcher.run(host, task_id="afterwards")
     await watcher.heard("result")
@@ -86,7 +86,7 @@ async def test_a_run_that_is_late_before_it_begins_keeps_no_slot(stage: Stage) -
     host = await stage.host([node("n1", quick)], slots=1)
     for n in range(4):
         requested(host, task_id=f"t{n}", remaining_s=0.0)
-    await host._beat()
+    await host._executor.heartbeat()
     await is_free(host)
 
 
@@ -100,7 +100,7 @@ async def test_a_node_that_leaves_in_the_turn_of_its_run_leaves_no_slot_taken(st
     nodes.clear()
     await host.announce()
     cancelled(host, "t2")
-    await until(lambda: not host._rooms, what="nothing is left of the node")
+    await until(lambda: not host._queues.by_node, what="nothing is left of the node")
     nodes.append(gone)
     await is_free(host)
 
@@ -110,7 +110,9 @@ async def test_a_drain_in_the_turn_of_a_request_gives_every_run_back(stage: Stag
     for n in range(4):
         requested(host, task_id=f"t{n}")
     await host.drain(0)
-    await until(lambda: not host._room("n1").has_work and not host._runs, what="nothing is in hand")
+    await until(
+        lambda: not host._queues.get_or_create("n1").has_work and not host._runs.active(), what="nothing is in hand"
+    )
 
 
 async def test_400_runs_cancelled_at_any_moment_leave_every_slot_free(stage: Stage) -> None:
@@ -153,7 +155,7 @@ async def test_400_tasks_cancelled_right_after_their_submission_leave_every_slot
 
         for _ in range(50):
             await asyncio.gather(*(submitted_and_cancelled() for _ in range(8)))
-        room = host._room("n1")
+        room = host._queues.get_or_create("n1")
         await until(lambda: not room.has_work, what="every slot is free")
         assert await (await task_client.publish(bus, TaskAd(domain="any", description="x"), deltas=False)).content(20)
 
@@ -165,7 +167,7 @@ async def test_400_tasks_cancelled_right_after_their_submission_leave_every_slot
 async def test_a_run_that_ignores_its_cancel_is_given_up_and_shown(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.agents.host.node_host.GIVE_UP_S", 0.3)
+    monkeypatch.setattr("loom.agents.host.run_executor.GIVE_UP_S", 0.3)
     hanging = HangingAgents()
 
     async def deaf_child(job: RunRequest) -> str:
@@ -203,7 +205,7 @@ async def test_a_drain_does_not_wait_for_runs_that_ignore_their_cancel(stage: St
     watcher = hanging.started
     assert watcher == ["t1"]
     assert time.monotonic() - begun < 5
-    await until(lambda: not host._stopping, what="it is abandoned")
+    await until(lambda: not host._runs.cancelled, what="it is abandoned")
     hanging.released.set()
 
 

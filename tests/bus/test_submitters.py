@@ -14,9 +14,9 @@ from loom.bus import task_client, task_updates
 from loom.bus.bus import Bus
 from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import InvalidTask, UnknownTask
 from loom.schemas.identity import Identity
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Accepted, RunResult, Submission, TaskAd, TaskResult
 
 

@@ -19,9 +19,9 @@ from loom.bus.replies import answer, answer_error, answer_task, error_headers
 from loom.bus.task_client import TaskHandle
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import TaskRecord, TaskStatus
 from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError, NoBids, Overloaded, UnknownTask
 from loom.schemas.events import TextDelta
+from loom.schemas.record import TaskRecord, TaskStatus
 from loom.schemas.run import Delta
 from loom.schemas.task import Accepted, RunResult, Submission, TaskAd, TaskError, TaskResult
 

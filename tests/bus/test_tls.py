@@ -64,7 +64,7 @@ async def test_tls_asked_for_on_one_server_holds_for_all_of_them() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [("doctor",), ("phase", "sense")])
+@pytest.mark.parametrize("words", [("doctor",), ("phase", "run", "sense")])
 async def test_every_command_ends_at_once_and_names_the_cause(words: tuple[str, ...], tmp_path: Path) -> None:
     async with fake_server(info()) as fake:
         ended = await loom(tmp_path, *words, NATS_URL=f"tls://{LOGIN}@{fake.address}")
@@ -183,6 +183,6 @@ async def test_a_certificate_of_an_unknown_authority_or_for_another_host_is_the_
 async def test_a_service_ends_with_an_untrusted_certificate(tmp_path: Path) -> None:
     files = certificate(tmp_path)
     async with tls_server(tmp_path, files) as address:
-        ended = await loom(tmp_path, "phase", "sense", NATS_URL=f"tls://{address}")
+        ended = await loom(tmp_path, "phase", "run", "sense", NATS_URL=f"tls://{address}")
     assert ended.code == 3
     assert "certificate is not trusted" in ended.err

@@ -153,7 +153,7 @@ async def test_whatever_leaves_an_agent_fails_its_run_alone(stage: Stage, agent:
         watcher = await run(stage, host)
         error = (await watcher.heard("error")).error
         assert (await bystander.heard("result")).result is not None
-        await until(lambda: not host._room("n1").busy, what="its slot is free")
+        await until(lambda: not host._queues.get_or_create("n1").busy, what="its slot is free")
     assert error is not None
     assert (error.code, error.message) == ("agent_failed", f"the agent raised {named}")
     assert b"canary" not in b"".join(watcher.bodies)

@@ -140,7 +140,7 @@ async def test_a_run_past_its_deadline_gets_no_more_heartbeats_from_the_watchdog
     async with HostInAThread(nats_url, namespace, agent) as there:
         events = await events_of(bus, there.host, remaining_s=1.0)
         await until(lambda: agent.begun, what="the agent blocks the loop")
-        run = there.host._in_hand()[0]
+        run = there.host._runs.active()[0]
         await until(lambda: run.left_s == 0, within_s=WITHIN_S, what="the deadline")
         counts: list[int] = []
         for announcements in (2, 4):  # the same thread publishes them

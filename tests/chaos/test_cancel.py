@@ -17,8 +17,8 @@ from loom.bus.natsio.transport.message import Msg
 from loom.bus.task_client import TaskHandle
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import BusUnavailable, Cancelled, UnknownTask
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskAd
 
 WITHIN_S = 20

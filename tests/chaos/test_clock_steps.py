@@ -133,8 +133,8 @@ async def machines(folder: Path, url: str) -> AsyncIterator[Machines]:
     all_of_them = Machines(folder, url)
     await create_streams(url)
     try:
-        running = [await all_of_them.start(name, "phase", name) for name in PHASES]
-        running.append(await all_of_them.start("node", "node", str(agents), "--slots", "8"))
+        running = [await all_of_them.start(name, "phase", "run", name) for name in PHASES]
+        running.append(await all_of_them.start("node", "host", "run", str(agents), "--slots", "8"))
         await asyncio.gather(*(each.says(" on nats://") for each in running))
         yield all_of_them
     finally:
@@ -176,10 +176,10 @@ async def test_a_machine_that_starts_with_a_wrong_clock_works_before_and_after_i
     all_of_them = Machines(tmp_path, server.url)
     await create_streams(server.url)
     try:
-        rest = await all_of_them.start("rest", "phase", *(name for name in PHASES if name != "execute"))
-        wrong = await all_of_them.start("wrong", "phase", "execute")
+        rest = await all_of_them.start("rest", "phase", "run", *(name for name in PHASES if name != "execute"))
+        wrong = await all_of_them.start("wrong", "phase", "run", "execute")
         all_of_them.step("wrong", wrong_s)  # read before the interpreter has imported anything of ours
-        host = await all_of_them.start("node", "node", str(agents), "--slots", "8")
+        host = await all_of_them.start("node", "host", "run", str(agents), "--slots", "8")
         await asyncio.gather(*(each.says(" on nats://") for each in (rest, wrong, host)))
         async with Bus(server.url) as bus:
             await works_as_ever(bus, "with the wrong clock")

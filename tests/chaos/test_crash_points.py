@@ -23,8 +23,9 @@ from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import PHASES, Phase, TaskRecord
+from loom.schemas.envelope import PHASES, Phase
 from loom.schemas.learning import NodeProfile
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskResult
 

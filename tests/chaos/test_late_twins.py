@@ -16,9 +16,10 @@ from loom.bus import task_client
 from loom.bus.records import records
 from loom.bus.task_client import TaskHandle
 from loom.runner.services import running_phases
-from loom.schemas.envelope import PHASES, TaskRecord
+from loom.schemas.envelope import PHASES
 from loom.schemas.identity import LOCAL_OWNER, node_key
 from loom.schemas.learning import NodeProfile
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import Delta, RunRequest
 
 

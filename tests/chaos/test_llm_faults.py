@@ -320,8 +320,8 @@ NO_ESTIMATE: dict[str, Fault] = {
 async def test_a_heuristic_stands_in_for_a_model_that_fails_sense(
     nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.phases.sense.service.ASK_WITHIN_S", 2.0)
-    monkeypatch.setattr("loom.phases.shared.circuit_breaker.FAILURES", 100)  # each fault is asked about
+    monkeypatch.setattr("loom.phases.sense.service.ESTIMATE_WITHIN_S", 2.0)
+    monkeypatch.setattr("loom.phases.shared.circuit_breaker.MAX_FAILURES", 100)  # each fault is asked about
     models = Models(NO_ESTIMATE, by_number)
     async with OpenAIServer(models.answer) as server, Stage(nats_url, namespace) as stage:
         provider = await provider_for(server.base_url)

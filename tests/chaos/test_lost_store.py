@@ -22,8 +22,8 @@ from loom.phases.sense import client_api
 from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.learning import NodeProfile
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import PRIORITIES, TaskAd, TaskResult
 
 STREAMS = ("INTAKE", "TASKS", "REWARDS", "DEAD", "records", "plans", "nodes", "tuning")
@@ -122,7 +122,7 @@ async def test_deleted_consumers_are_created_again_and_tasks_of_every_priority_e
 async def test_what_nothing_asks_for_is_created_again_at_the_next_look(
     nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upkeep, "LOOK_S", 0.1)
+    monkeypatch.setattr(upkeep, "CHECK_S", 0.1)
     async with Bus(nats_url, namespace=namespace) as client, running_phases(nats_url, namespace=namespace):
         for name in ("DEAD", "plans", "tuning"):
             stream = client.subjects.stream(name) if name.isupper() else f"KV_{client.subjects.bucket(name)}"
@@ -148,7 +148,7 @@ async def test_a_dead_letter_is_kept_although_its_stream_was_deleted(client: Bus
 
 @pytest.fixture(autouse=True)
 def soon_stranded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_api, "STRANDED_S", 0.1)
+    monkeypatch.setattr(client_api, "STRANDED_AFTER_S", 0.1)
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ async def test_a_late_task_that_still_waits_for_a_phase_is_left_alone(stage: Sta
     await stage.phase("evaluate")
     handle = await task_client.publish(stage.bus, TaskAd(domain="code", description="x", timeout_s=0.1), deltas=False)
     hop = await stage.seen("task", phase="match", task_id=handle.task_id)
-    await until(lambda: stage.bus.clock.now() > hop.deadline + client_api.STRANDED_S, what="the task is late")
+    await until(lambda: stage.bus.clock.now() > hop.deadline + client_api.STRANDED_AFTER_S, what="the task is late")
     for _ in range(2):
         await task_client.status(stage.bus, handle.task_id)
     assert stage.all("task", phase="evaluate") == []

@@ -11,7 +11,7 @@ from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import running_nodes, running_phases
-from loom.schemas.envelope import TaskRecord
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskAd
 
 SLOW_RETURN_S = 2.0

@@ -14,8 +14,8 @@ from loom.bus.records import records
 from loom.phases.scale import subtask_graph
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import SplitPlan
 from loom.schemas.errors import AgentFailed
+from loom.schemas.plan import SplitPlan
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
 
@@ -51,7 +51,7 @@ async def settled_plan(bus: Bus, task_id: str) -> SplitPlan:
 
     async def settled() -> SplitPlan | None:
         entry = await bus.bucket("plans", SplitPlan).get(task_id)
-        if entry is None or entry.value.state != "done" or subtask_graph.running(entry.value):
+        if entry is None or entry.value.state != "done" or subtask_graph.running_subtasks(entry.value):
             return None
         for part in entry.value.subtasks:
             record = await records(bus).get(part.child_id or "")

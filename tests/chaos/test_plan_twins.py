@@ -14,8 +14,9 @@ from loom.bus.bus import Bus
 from loom.bus.records import records
 from loom.bus.topology import stream_state
 from loom.runner.services import running_nodes, running_phases
-from loom.schemas.envelope import Envelope, SplitPlan, Subtask
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import AgentFailed
+from loom.schemas.plan import SplitPlan, Subtask
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
 

@@ -21,7 +21,9 @@ from loom.phases.scale.subtask_graph import child_id
 from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import PHASES, SplitPlan, TaskRecord
+from loom.schemas.envelope import PHASES
+from loom.schemas.plan import SplitPlan
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
 
 pytestmark = pytest.mark.usefixtures("quick")

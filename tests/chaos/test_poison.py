@@ -28,8 +28,9 @@ from loom.bus.task_client import TaskHandle
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas import base
 from loom.schemas.base import MAX_MESSAGE_BYTES, decode, encode
-from loom.schemas.envelope import PHASES, Envelope, Hop, Phase, TaskRecord
+from loom.schemas.envelope import PHASES, Envelope, Hop, Phase
 from loom.schemas.errors import DeadLettered
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
 from loom.schemas.task import Submission, TaskAd
 
@@ -106,7 +107,7 @@ async def wait_for_letters(bus: Bus, count: int) -> dict[str, Letter]:
         return await messages(bus, "DEAD") >= count
 
     await until(there, within_s=WITHIN_S, what=f"{count} dead letters")
-    found = await admin.letters(bus, 10 * count)
+    found = await admin.list_letters(bus, 10 * count)
     assert len(found) == count
     return {one.facts.subject: one for one in found}
 
@@ -239,7 +240,7 @@ async def wait_for_letters_by_phase(bus: Bus, count: int) -> Counter[str]:
         return await messages(bus, "DEAD") == count
 
     await until(there, within_s=WITHIN_S, what=f"{count} dead letters")
-    return Counter(one.facts.phase for one in await admin.letters(bus, 10 * count))
+    return Counter(one.facts.phase for one in await admin.list_letters(bus, 10 * count))
 
 
 async def test_rubbish_in_the_place_of_a_hop_ends_the_task_and_whoever_waits_hears_it(
@@ -301,7 +302,7 @@ async def test_a_task_that_kills_its_process_every_time_ends_and_its_neighbours_
 
         for neighbour in (*before, *behind, *meanwhile):
             assert await neighbour.content(WITHIN_S) == "done: count the words"
-        (letter,) = await admin.letters(bus, 9)
+        (letter,) = await admin.list_letters(bus, 9)
         assert (letter.facts.phase, letter.facts.task_id, letter.facts.deliveries) == (deadly, "killer", DEAD_AFTER + 1)
         assert letter.facts.trail == ("" if deadly == "sense" else "sense match")
         assert process.out.count("died") == DEAD_AFTER

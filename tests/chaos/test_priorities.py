@@ -17,7 +17,7 @@ from loom.agents.host.runs import Run
 from loom.agents.host.slots import RunQueue
 from loom.bus import task_client, topology
 from loom.bus.bus import Bus
-from loom.phases.match.scoring import AllBusy, AuctionContext, Awarded, Verdict, decide, taken_s
+from loom.phases.match.scoring import AllBusy, AuctionContext, AuctionResult, Awarded, award_hold_s, decide
 from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.auction import Bid
@@ -103,9 +103,9 @@ def test_a_place_that_was_awarded_a_moment_ago_is_the_next_ones_only_if_urgent(
 ) -> None:
     only = offer("h1", [Bid(node_id="n1", load=0.9, backlog=7, free=2)])
 
-    def verdict(taken: int) -> Verdict:
+    def verdict(taken: int) -> AuctionResult:
         return decide(
-            envelope(ad(priority=priority), now=0), [only], AuctionContext(taken={("local", "h1", "n1"): taken})
+            envelope(ad(priority=priority), now=0), [only], AuctionContext(recent_awards={("local", "h1", "n1"): taken})
         )
 
     assert isinstance(verdict(1), Awarded)
@@ -116,7 +116,7 @@ def test_awards_of_a_moment_ago_spread_a_burst_over_equals() -> None:
     offers = [offer(f"h{n}", [Bid(node_id=f"n{n}", self_rating=0.9, free=16)]) for n in (1, 2)]
     taken: Counter[tuple[str, str, str]] = Counter()
     for number in range(20):
-        verdict = decide(envelope(ad(task_id=f"t{number}"), now=0), offers, AuctionContext(taken=taken))
+        verdict = decide(envelope(ad(task_id=f"t{number}"), now=0), offers, AuctionContext(recent_awards=taken))
         assert isinstance(verdict, Awarded)
         taken["local", verdict.award.host_id, verdict.award.node_id] += 1
 
@@ -129,7 +129,7 @@ def test_awards_of_a_moment_ago_spread_a_burst_over_equals() -> None:
     ids=["long runs", "nothing known yet", "short runs"],
 )
 def test_an_award_is_held_against_a_node_no_longer_than_its_runs_are_long(bid: Bid, held_s: float) -> None:
-    assert taken_s(bid) == held_s
+    assert award_hold_s(bid) == held_s
 
 
 async def test_the_last_places_of_a_backlog_are_for_the_urgent() -> None:
@@ -143,18 +143,18 @@ async def test_the_last_places_of_a_backlog_are_for_the_urgent() -> None:
 
     room = RunQueue(slots=1, backlog=10)
     taken = 0
-    while room.takes("normal"):
+    while room.accepts("normal"):
         room.enqueue(run("normal"))
-        room.next()
+        room.start_next()
         taken += 1
 
     assert (taken, room.load, room.full) == (10, 1.0, False)  # a slot, eight places, and one for an award on its way
-    assert not room.takes("low")
-    assert room.takes("high")
+    assert not room.accepts("low")
+    assert room.accepts("high")
     room.enqueue(run("critical"))
     assert room.full
-    assert not room.takes("critical")
+    assert not room.accepts("critical")
     room.running.clear()
-    first = room.next()
+    first = room.start_next()
     assert first is not None
     assert first.request.priority == "critical"

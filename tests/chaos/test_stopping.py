@@ -75,8 +75,8 @@ async def test_what_a_stopped_process_had_in_hand_is_finished_by_another(
 
     async with (
         running_phases(nats_url, names=[name for name in PHASES if name != "execute"], namespace=namespace),
-        start("phase", "execute") as first,
-        start("node", str(tmp_path / "sleepers.py")) as host,
+        start("phase", "run", "execute") as first,
+        start("host", "run", str(tmp_path / "sleepers.py")) as host,
         running_nodes(nats_url, lambda: [node("other", agent)], namespace=namespace),
         Bus(nats_url, namespace=namespace) as bus,
     ):
@@ -88,7 +88,7 @@ async def test_what_a_stopped_process_had_in_hand_is_finished_by_another(
             return record is not None and record.claim.node_id == "sleeper" and bool(agent.begun)
 
         await until(runs, within_s=WITHIN_S, what="one runs on each host")
-        async with start("phase", "execute") as second:
+        async with start("phase", "run", "execute") as second:
             await second.says("execute on nats")
             ended = await asyncio.gather(first.end(signal.SIGTERM), host.end(signal.SIGTERM))
             await until(lambda: len(agent.begun) == 2, within_s=WITHIN_S, what="the moved task runs on the other host")
@@ -167,9 +167,9 @@ async def test_every_service_that_is_shut_out_ends_so_that_it_is_started_again(
 
         await create_streams(url)
         services = [
-            await start("phase", "match", "sense"),
+            await start("phase", "run", "match", "sense"),
             await start("up"),
-            await start("node", str(tmp_path / "sleepers.py")),
+            await start("host", "run", str(tmp_path / "sleepers.py")),
             await start("tap"),
         ]
         said = ("match on nats", "loom is up on", "sleeper on nats", "listening on nats")

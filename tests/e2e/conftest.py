@@ -11,7 +11,7 @@ from loom import AgentConfig, OpenAIProvider
 @pytest.fixture(autouse=True)
 def hosts_gathered_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """MATCH takes its first task sooner: the hosts of a test are few, and answer within a tenth of a second."""
-    monkeypatch.setattr("loom.phases.match.service.GATHER_S", 0.1)
+    monkeypatch.setattr("loom.phases.match.service.ANNOUNCE_WAIT_S", 0.1)
 
 
 @pytest.fixture

@@ -203,7 +203,7 @@ async def test_a_cluster_of_processes_works_is_watched_and_stops(start: Start, t
     url = re.findall(r"nats://\S+:\d+", (await up.says("loom is up on")).err)[0]
     where = {"NATS_URL": url}
     tap, tap_json = await start("tap", **where), await start("tap", "--json", **where)
-    node = await start("node", "agents.py", "--slots", "2", **where)
+    node = await start("host", "run", "agents.py", "--slots", "2", **where)
     await node.says("shouter, speller, broken on nats://")
     await asyncio.gather(tap.says("listening on nats"), tap_json.says("listening on nats"))
 
@@ -249,7 +249,7 @@ async def test_a_phase_waits_for_its_server_and_for_its_streams(start: Start, na
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     url = f"nats://127.0.0.1:{port}"
-    phase = await start("phase", "match", "sense", NATS_URL=url, LOOM_NAMESPACE=namespace)
+    phase = await start("phase", "run", "match", "sense", NATS_URL=url, LOOM_NAMESPACE=namespace)
     await phase.says("connecting")
     server = NatsServer(port=port)
     server.start()
@@ -365,8 +365,8 @@ def quietly(environment: None) -> Iterator[None]:
         ("run good.jsonl --agents a.py --out ./good.jsonl", 2, "bad_usage: Invalid value for --out: is the file of"),
         ("run good.jsonl --agents missing.py", 2, "invalid_file: missing.py: no such file"),
         ("run bad.jsonl --agents missing.py", 2, "invalid_task: bad.jsonl, line 1, field domian: "),
-        ("node bad.py", 2, "invalid_file: bad.py, line 2: ZeroDivisionError: division by zero"),
-        ("phase sense nonsense", 2, "bad_usage: Invalid value for NAME: 'nonsense' is not one of sense, match"),
+        ("host run bad.py", 2, "invalid_file: bad.py, line 2: ZeroDivisionError: division by zero"),
+        ("phase run sense nonsense", 2, "bad_usage: Invalid value for NAME: 'nonsense' is not one of sense, match"),
         ("submit x --priority urgent", 2, "invalid_task: priority must be one of low, normal, high, critical"),
         ("submit x --timeout -1", 2, "invalid_task: "),
         ("submit x --context {", 2, "invalid_task: context is not JSON"),
@@ -412,7 +412,7 @@ def test_bad_input_is_one_line_and_an_exit_code(
 @pytest.mark.usefixtures("quietly")
 def test_a_bad_setting_ends_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LOOM_NAMESPACE", "Not A Name")
-    for words in (["up"], ["phase", "sense"], ["node", "x.py"], ["run", "x"], ["submit", "x"], ["tap"]):
+    for words in (["up"], ["phase", "run", "sense"], ["host", "run", "x.py"], ["run", "x"], ["submit", "x"], ["tap"]):
         monkeypatch.setattr(sys, "argv", ["loom", *words])
         with pytest.raises(SystemExit) as ended:
             main()
@@ -445,4 +445,4 @@ def test_the_command_introduces_itself(
     if words == ["--version"]:
         assert re.fullmatch(r"loom \d+\.\d+\.\d+\n", out)
     else:
-        assert all(f" {command} " in out for command in ("run", "up", "phase", "node", "submit", "tap"))
+        assert all(f" {command} " in out for command in ("run", "up", "phase", "node", "submit", "tap", "host", "task"))

@@ -20,8 +20,9 @@ from loom.bus.dead_letters.admin import Letter
 from loom.runner.doctor.diagnosis import examine
 from loom.schemas.base import MAX_MESSAGE_BYTES, encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Envelope, Hop, Split, TaskRecord
+from loom.schemas.envelope import Envelope, Hop, Split
 from loom.schemas.errors import UnknownTask
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskAd
 
 EVIL = "hello [red]\x1b[31m\x9b"
@@ -59,7 +60,7 @@ def _skipped(cluster: Cluster, ad: TaskAd) -> bytes:
 
 async def _kept(cluster: Cluster, count: int) -> list[Letter]:
     async def there() -> list[Letter]:
-        found = await admin.letters(cluster.bus, 100)
+        found = await admin.list_letters(cluster.bus, 100)
         return found if len(found) >= count else []
 
     return await until(there, within_s=20, what=f"{count} dead letters")
@@ -123,7 +124,7 @@ def test_every_view_fits_its_width_and_steers_no_terminal(
 def test_a_retried_letter_is_a_new_task_that_succeeds_and_the_letter_is_gone(here: Cluster, loom: Loom) -> None:
     letter = here.do(_one_more(here))  # the other tests look at the first four
     ended = loom(f"dead retry {letter.seq}")
-    said = re.fullmatch(rf"letter {letter.seq} handed in again as task ([0-9a-f]{{32}})\n", ended.out)
+    said = re.fullmatch(rf"letter {letter.seq} submitted again as task ([0-9a-f]{{32}})\n", ended.out)
     assert said, ended
 
     async def done() -> TaskRecord:
@@ -158,7 +159,7 @@ async def _ended(cluster: Cluster, task_id: str) -> TaskRecord | None:
         ("dead retry 4", 1, "dead_letter: letter 4 is a part of task p1"),
         ("dead retry 99", 1, "unknown_letter: there is no dead letter 99"),
         ("dead show 99", 1, "unknown_letter: there is no dead letter 99"),
-        ("dead drop 99", 1, "unknown_letter: there is no dead letter 99"),
+        ("dead rm 99", 1, "unknown_letter: there is no dead letter 99"),
         ("dead show 0", 2, "bad_usage: "),
         ("dead show one", 2, "bad_usage: "),
         ("dead bury 1", 2, "bad_usage: No such command 'bury'"),
@@ -181,7 +182,7 @@ def test_doctor_counts_letters_until_they_are_dropped(
         cluster.do(_kept(cluster, 1))
         finding = cluster.do(examine(cluster.bus, ClusterConfig()))[-1]
         shown = loom("dead show 1")
-        assert loom("dead drop 1") == (0, "letter 1 dropped\n", "")
+        assert loom("dead rm 1") == (0, "letter 1 removed\n", "")
         assert loom("dead ls").out == "no dead letters\n"
 
     assert (finding.about, finding.says) == ("dead letters", "1 wait")
@@ -191,7 +192,7 @@ def test_doctor_counts_letters_until_they_are_dropped(
 
 def test_without_phases_or_a_server_each_says_so(here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOOM_NAMESPACE", "nobody-here")
-    for line in ("dead ls", "dead show 1", "dead retry 1", "dead drop 1"):
+    for line in ("dead ls", "dead show 1", "dead retry 1", "dead rm 1"):
         ended = loom(line)
         assert (ended.code, ended.out) == (3, ""), line
         assert ended.err.splitlines()[-1].startswith("bus_unavailable: no phases have run in namespace nobody"), line
@@ -200,4 +201,4 @@ def test_without_phases_or_a_server_each_says_so(here: Cluster, loom: Loom, monk
 def test_dead_alone_says_what_there_is(loom: Loom) -> None:
     ended = loom("dead")
     assert ended.code == 0
-    assert all(word in ended.out for word in ("ls", "show", "retry", "drop"))
+    assert all(word in ended.out for word in ("ls", "show", "retry", "rm"))

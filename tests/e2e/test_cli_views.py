@@ -22,16 +22,20 @@ from loom.bus import task_client
 from loom.bus.host_directory import AnnouncedHost
 from loom.bus.rewards import RewardBus
 from loom.schemas.base import decode
-from loom.schemas.envelope import SplitPlan, TaskRecord
 from loom.schemas.errors import UnknownTask
 from loom.schemas.identity import node_key
 from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.plan import SplitPlan
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd
 
 HEX = "0123456789abcdef" * 2
 EVIL = "hello [red]\x1b[31m"
-VIEWS = ("tasks", "task t1", "task going", "nodes", "hosts", "rewards", "rewards rebuild")
+VIEWS = (
+    *("task ls", "task show t1", "task show going", "node ls", "node show good", "host ls"),
+    *("reward ls", "reward rebuild"),
+)
 
 
 async def endless(job: RunRequest) -> str:
@@ -89,12 +93,12 @@ def test_every_view_fits_its_width_and_steers_no_terminal(
 
         assert (ended.code, ended.err) == (0, ""), line
         assert "\x1b" not in ended.out, line
-        if line != "rewards":  # lines for pipes, not a table
+        if line != "reward ls":  # lines for pipes, not a table
             assert max(map(len, ended.out.splitlines())) <= columns, line
 
 
 def test_a_task_is_told_from_beginning_to_end(here: Cluster, loom: Loom) -> None:
-    out = loom("task t1").out
+    out = loom("task show t1").out
 
     assert re.match(r"t1  succeeded after \d", out)
     assert '"hello [red]�[31m"' in out
@@ -116,7 +120,7 @@ def test_a_task_is_told_from_beginning_to_end(here: Cluster, loom: Loom) -> None
 
 
 def test_a_running_task_is_told_as_far_as_it_is(here: Cluster, loom: Loom) -> None:
-    out = loom("task going").out
+    out = loom("task show going").out
 
     assert re.match(r"going  running for .*, in execute on slow, \d+ s left", out)
     assert re.search(r"1 +slow +running", out)
@@ -124,17 +128,19 @@ def test_a_running_task_is_told_as_far_as_it_is(here: Cluster, loom: Loom) -> No
 
 
 def test_a_record_is_printed_whole_and_found_by_its_first_digits(here: Cluster, loom: Loom) -> None:
-    record = decode(loom(f"task {HEX[:8]} --json").out.encode(), TaskRecord)
+    record = decode(loom(f"task show {HEX[:8]} --json").out.encode(), TaskRecord)
 
     assert record.task_id == HEX
     assert record.envelope.hops
-    running = decode(loom("task going --json").out.encode(), TaskRecord)
+    running = decode(loom("task show going --json").out.encode(), TaskRecord)
     assert [hop.phase for hop in running.envelope.hops] == ["sense", "match", "scale"]
 
 
 def test_tasks_come_newest_first_and_by_what_they_are(here: Cluster, loom: Loom) -> None:
     def listed(options: str) -> list[str]:
-        return [decode(line.encode(), TaskRecord).task_id for line in loom(f"tasks --json {options}").out.splitlines()]
+        return [
+            decode(line.encode(), TaskRecord).task_id for line in loom(f"task ls --json {options}").out.splitlines()
+        ]
 
     assert listed("--state succeeded --domain loud") == [HEX, "t1"]
     assert listed("--state succeeded --domain loud --limit 1") == [HEX]
@@ -143,8 +149,8 @@ def test_tasks_come_newest_first_and_by_what_they_are(here: Cluster, loom: Loom)
     assert listed("--label tenant=acme --label at=t1") == ["t1"]
     assert listed("--label tenant=") == []
     assert listed("--node nobody") == []
-    assert re.search(r"01234567 +succeeded +loud +good ", loom("tasks").out)
-    assert loom("tasks --node nobody").out == "no such task among those of the last 72 hours\n"
+    assert re.search(r"01234567 +succeeded +loud +good ", loom("task ls").out)
+    assert loom("task ls --node nobody").out == "no such task among those of the last 72 hours\n"
 
 
 PLAN = [
@@ -178,18 +184,18 @@ def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
         ad = TaskAd(task_id="report", domain="code", description="tell it all", context={"plan": PLAN})
         handle = cluster.do(task_client.publish(cluster.bus, ad))
         cluster.do(until(divided, within_s=15, what="one part runs"))
-        running = re.sub(" +\n", "\n", loom("task report").out)
-        listed = loom("tasks").out
+        running = re.sub(" +\n", "\n", loom("task show report").out)
+        listed = loom("task ls").out
         opened.set()
         result = cluster.do(handle.result(15))
-        ended, told = loom("task report").out, json.loads(loom("task report --json").out)
-        child = loom(f"task {told['plan']['subtasks'][3]['child_id']}").out
-        closed = loom("tasks").out
+        ended, told = loom("task show report").out, json.loads(loom("task show report --json").out)
+        child = loom(f"task show {told['plan']['subtasks'][3]['child_id']}").out
+        closed = loom("task ls").out
         whole = cluster.do(
             task_client.publish(cluster.bus, TaskAd(task_id="one", description="x", context={"plan": True}))
         )
         cluster.do(whole.result(15))
-        undivided = loom("task one").out
+        undivided = loom("task show one").out
 
     assert result.content == "tell it all after top, left, right, end"
     assert re.match(r"report  running for .*, divided, 2 of 4 subtasks done, \d+ s left", running)
@@ -202,14 +208,14 @@ def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
     assert decode(json.dumps(told).encode(), TaskRecord).task_id == "report"
     assert "subtask end of report" in child
     assert re.search(r"report +succeeded .* \(4 subtasks\) tell it all", closed)
-    assert "not divided: no model is there to plan" in undivided
+    assert "not divided: no model is configured to plan" in undivided
     assert "subtasks done" not in undivided
 
 
 def test_nodes_show_what_is_known_of_them(here: Cluster, loom: Loom) -> None:
-    out, loud = loom("nodes").out, loom("nodes --domain loud").out
-    alive = {one["node_id"]: one for one in map(json.loads, loom("nodes --json").out.splitlines())}
-    host = decode(loom("hosts --json").out.encode(), AnnouncedHost)
+    out, loud = loom("node ls").out, loom("node ls --domain loud").out
+    alive = {one["node_id"]: one for one in map(json.loads, loom("node ls --json").out.splitlines())}
+    host = decode(loom("host ls --json").out.encode(), AnnouncedHost)
 
     assert len(re.findall(r"^ *(bad|good|slow) ", out, flags=re.MULTILINE)) == 3
     assert re.search(r"bad .* unproven .* loud 0\.00", out)
@@ -217,7 +223,7 @@ def test_nodes_show_what_is_known_of_them(here: Cluster, loom: Loom) -> None:
         r"bad +unproven +\N{EN DASH} +0\.00 ±0\.43 +1 +\+0\.00 +▁", loud
     )  # excluded from the auction that is known
     assert re.search(r"good +\w+ +0\.80 +\d\.\d\d ±\d\.\d\d +\d +[+-]\d\.\d\d +[▁-█]+", loud)
-    assert "nothing is known" in loom("nodes --domain nowhere").out
+    assert "nothing is known" in loom("node ls --domain nowhere").out
     assert alive["slow"]["hosts"] == [host.host_id]
     assert alive["good"]["profile"]["domains"]["loud"]["count"] >= 2
     assert (alive["bad"]["standing"], alive["slow"]["standing"]) == ("unproven", "new")
@@ -226,29 +232,29 @@ def test_nodes_show_what_is_known_of_them(here: Cluster, loom: Loom) -> None:
 
 
 def test_a_person_judges_and_the_reward_is_seen(here: Cluster, loom: Loom) -> None:
-    assert loom(f"reward {HEX} 0.4 --reason dull").out == "0.40 for good in loud\n"
+    assert loom(f"reward add {HEX} 0.4 --reason dull").out == "0.40 for good in loud\n"
 
-    last = decode(loom("rewards --node good --domain loud --limit 1 --json").out.encode(), Reward)
+    last = decode(loom("reward ls --node good --domain loud --limit 1 --json").out.encode(), Reward)
     assert (last.task_id, last.score, last.source, last.reason) == (HEX, 0.4, "person", "dull")
-    assert re.search(r"0\.00  bad +loud +t1  by rules: agent_failed\n", loom("rewards").out)
-    assert loom("rewards --node nobody").out == "no such rewards\n"
-    assert re.search(r"2 +good +person +0\.40|1 +good +person +0\.40 .* dull", loom(f"task {HEX}").out)
+    assert re.search(r"0\.00  bad +loud +t1  by rules: agent_failed\n", loom("reward ls").out)
+    assert loom("reward ls --node nobody").out == "no such rewards\n"
+    assert re.search(r"2 +good +person +0\.40|1 +good +person +0\.40 .* dull", loom(f"task show {HEX}").out)
 
 
 def test_a_rebuild_finds_what_is_stored_and_repairs_what_is_not(here: Cluster, loom: Loom) -> None:
-    ended = loom("rewards rebuild")
+    ended = loom("reward rebuild")
     assert ended.code == 0
     assert re.search(r"bad +1 0\.00 +1 0\.00 +\d+ +as stored +\n", ended.out)
     assert "Folded from its first reward to reward" in ended.out
 
     here.do(_spoil(here, "bad"))
-    spoilt = loom("rewards rebuild")
+    spoilt = loom("reward rebuild")
     assert spoilt.code == 1
     assert re.search(r"bad +7 1\.00 +1 0\.00 +\d+ +stored otherwise", spoilt.out)
     assert "--write" in spoilt.out
-    told = [json.loads(line) for line in loom("rewards rebuild --write --json").out.splitlines()]
+    told = [json.loads(line) for line in loom("reward rebuild --write --json").out.splitlines()]
     assert {one["node_id"]: one["written"] for one in told} == {"bad": True, "good": False}
-    assert loom("rewards rebuild").code == 0
+    assert loom("reward rebuild").code == 0
 
 
 async def _spoil(cluster: Cluster, node_id: str) -> None:
@@ -261,10 +267,10 @@ async def _spoil(cluster: Cluster, node_id: str) -> None:
 def test_a_task_is_cancelled_once(here: Cluster, loom: Loom) -> None:
     here.do(_begin(here, "unwanted"))
 
-    assert loom("cancel unwanted") == (0, "unwanted cancelled\n", "")
-    assert loom("cancel unwanted").code == 0
-    assert loom("cancel t1") == (1, "t1 had ended before: succeeded\n", "")
-    assert re.match(r"unwanted  cancelled after .*", loom("task unwanted").out)
+    assert loom("task cancel unwanted") == (0, "unwanted cancelled\n", "")
+    assert loom("task cancel unwanted").code == 0
+    assert loom("task cancel t1") == (1, "t1 had ended before: succeeded\n", "")
+    assert re.match(r"unwanted  cancelled after .*", loom("task show unwanted").out)
 
 
 @pytest.mark.slow
@@ -272,7 +278,7 @@ async def test_a_tap_tells_the_past_and_goes_on_with_what_it_was_asked_for(here:
     where = {"NATS_URL": here.url, "LOOM_NAMESPACE": here.namespace}
     async with (
         command(tmp_path, *LOOM, "tap", "--since", "1h", "--node", "good", **where) as tap,
-        command(tmp_path, *LOOM, "rewards", "--follow", "--limit", "1", "--json", **where) as rewards,
+        command(tmp_path, *LOOM, "reward", "ls", "--follow", "--limit", "1", "--json", **where) as rewards,
     ):
         await tap.says("for t1, by rules")
         await rewards.says("reward_id")
@@ -297,24 +303,33 @@ async def test_a_tap_tells_the_past_and_goes_on_with_what_it_was_asked_for(here:
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [
-        ("task nosuch", 1, "unknown_task: no task nosuch is known"),
-        ("task 01234560", 1, "unknown_task: no task 01234560 is known"),
-        ("task a.b", 2, "invalid_task: task_id must match"),
-        ("cancel nosuch", 1, "unknown_task: "),
-        ("reward nosuch 1", 1, "unknown_task: "),
-        ("reward t1 1.5", 2, "invalid_task: score must be from 0 to 1"),
-        ("reward going 1", 2, "invalid_task: only a task that a node has finished"),
-        ("tasks --state lost", 2, "bad_usage: Invalid value for --state: 'lost' is not one of running"),
+        ("task show nosuch", 1, "unknown_task: no task nosuch is known"),
+        ("task show 01234560", 1, "unknown_task: no task 01234560 is known"),
+        ("task show a.b", 2, "invalid_task: task_id must match"),
+        ("task cancel nosuch", 1, "unknown_task: "),
+        ("reward add nosuch 1", 1, "unknown_task: "),
+        ("reward add t1 1.5", 2, "invalid_task: score must be from 0 to 1"),
+        ("reward add going 1", 2, "invalid_task: only a task that a node has finished"),
+        ("task ls --state lost", 2, "bad_usage: Invalid value for --state: 'lost' is not one of running"),
         ("tap --since soon", 2, "bad_usage: Invalid value: 'soon' is not a time; write it like 90s"),
         ("tap --phase brew", 2, "bad_usage: Invalid value for --phase: 'brew' is not one of sense"),
-        ("rewards --node a.b.c", 2, "invalid_task: owner must match"),
+        ("reward ls --node a.b.c", 2, "invalid_task: owner must match"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(line: str, code: int, said: str, here: Cluster, loom: Loom) -> None:
     is_refused(loom, line, code, said)
 
 
-COMMANDS = ("tasks", "task t1", "nodes", "hosts", "rewards", "cancel t1", "reward t1 1", "tap --since 1m")
+COMMANDS = (
+    "task ls",
+    "task show t1",
+    "node ls",
+    "host ls",
+    "reward ls",
+    "task cancel t1",
+    "reward add t1 1",
+    "tap --since 1m",
+)
 
 
 def test_without_phases_ever_every_command_says_so(here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,10 +360,10 @@ def test_an_empty_cluster_is_told_in_a_sentence(
     monkeypatch.setenv("LOOM_NAMESPACE", namespace)
     with background_cluster(nats_url, namespace, []) as empty:
         empty.do(empty.bus.requests.flush())
-        tasks, rewards, nodes = loom("tasks"), loom("rewards"), loom("nodes")
-        assert loom("tasks --json") == loom("rewards --json") == loom("nodes --json") == (0, "", "")
+        tasks, rewards, nodes = loom("task ls"), loom("reward ls"), loom("node ls")
+        assert loom("task ls --json") == loom("reward ls --json") == loom("node ls --json") == (0, "", "")
 
     assert tasks == (0, 'no tasks yet: hand one in with `loom submit "what is to do"`\n', "")
     assert rewards == (0, "no rewards yet: they come with the first ended task\n", "")
-    assert nodes == (0, "no nodes are alive or remembered: start some with `loom node FILE.py`\n", "")
+    assert nodes == (0, "no nodes are alive or remembered: start some with `loom host run FILE.py`\n", "")
     assert threading.active_count() < 10

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
@@ -20,9 +20,9 @@ from loom.bus.records import records
 from loom.bus.topology import stream_state
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import AgentFailed, SubtaskFailed
 from loom.schemas.events import AgentEvent, Done, TokenUsage
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
 from loom.schemas.task import Limits, TaskAd, TaskResult
 
@@ -210,7 +210,10 @@ async def test_cancelling_a_parent_that_waits_cancels_what_it_has_delegated(town
         return (await town.record(child_id)).state == "cancelled" and await town.empty()
 
     await until(over, within_s=WITHIN_S, what="the part is cancelled too")
-    idle: Callable[[], bool] = lambda: not any(room.busy for host in town.hosts for room in host._rooms.values())  # noqa: E731
+
+    def idle() -> bool:
+        return not any(queue.busy for host in town.hosts for queue in host._queues.by_node.values())
+
     await until(idle, within_s=WITHIN_S, what="all slots are free")
     assert (await town.record(handle.task_id)).delegated == (child_id,)
 

@@ -10,8 +10,9 @@ from loom.bus import task_client, topology
 from loom.bus.bus import Bus
 from loom.bus.topology import stream_state
 from loom.runner.server.nats_server import NatsServer
-from loom.schemas.envelope import PHASES, SplitPlan
+from loom.schemas.envelope import PHASES
 from loom.schemas.errors import LoomError
+from loom.schemas.plan import SplitPlan
 from loom.schemas.task import TaskAd
 
 AGENTS = """

@@ -99,7 +99,7 @@ async def test_each_thing_that_is_wrong_is_a_line_with_what_to_do(on_bus: Where,
     lines = ended.out.splitlines()
     assert all(re.match(r"(ok  |warn|fail) \S", line) for line in lines)
     assert any(line.startswith("fail streams        execute is missing → any running phase creates") for line in lines)
-    assert 'fail phase scale    does not answer → run "loom phase scale", or see its log' in lines
+    assert 'fail phase scale    does not answer → run "loom phase run scale", or see its log' in lines
 
 
 @pytest.mark.slow
@@ -326,7 +326,7 @@ async def test_a_phase_that_answers_and_does_not_work_is_found(
         scale, adapt = group._started
         assert isinstance(scale, Scale)
         assert isinstance(adapt, Adapt)
-        await scale._loop._pulls[0].stop()
+        await scale._loop._consumers[0].stop()
         adapt._tasks[0].cancel()
         env = envelope(ad(task_id="t1"), now=client.clock.now())
         await client.jetstream.publish(client.subjects.task("scale", "normal", "t1"), env)

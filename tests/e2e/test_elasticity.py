@@ -129,7 +129,7 @@ async def test_the_command_line_says_how_far_a_host_may_grow(nats_url: str, name
     file = tmp_path / "pair.py"
     file.write_text(PAIR)
     env = {"NATS_URL": nats_url, "LOOM_NAMESPACE": namespace}
-    words = ("node", str(file), "--max-nodes")
+    words = ("host", "run", str(file), "--max-nodes")
     async with command(tmp_path, *LOOM, *words, "3", **env) as host, Bus(nats_url, namespace=namespace) as bus:
         refused = await loom(tmp_path, *words, "1", **env)
         assert refused.code == 2

@@ -35,12 +35,12 @@ async def test_a_phase_whose_reader_fails_ends_with_the_reason(
     url, namespace = on_bus
     env = {"NATS_URL": url, "LOOM_NAMESPACE": namespace, "PYTHONPATH": TESTS}
     await create_streams(url, namespace)
-    async with command(tmp_path, *LOOM, "phase", "adapt", **env) as running:
+    async with command(tmp_path, *LOOM, "phase", "run", "adapt", **env) as running:
         await running.says("phases_started")
         await RewardBus(bus=client).publish(reward(1))
         ended = await running.end()
     assert ended.code == 1
-    assert f"service_failed: an essential task has failed (fold rewards: {REASON})" in ended.err
+    assert f"service_failed: an essential task has failed (apply rewards: {REASON})" in ended.err
 
 
 @pytest.mark.slow
@@ -49,7 +49,7 @@ async def test_a_host_whose_heartbeats_fail_ends_with_the_reason(on_bus: tuple[s
     file = tmp_path / "nodes.py"
     file.write_text("from loom.types import AgentNode\nnodes = [AgentNode(id='n', agent=str.upper)]\n")
     env = {"NATS_URL": url, "LOOM_NAMESPACE": namespace, "PYTHONPATH": TESTS}
-    async with command(tmp_path, *LOOM, "node", str(file), **env) as running:
+    async with command(tmp_path, *LOOM, "host", "run", str(file), **env) as running:
         ended = await running.end()
     assert ended.code == 1
     assert f"service_failed: an essential task has failed (announce: {REASON})" in ended.err
@@ -68,11 +68,11 @@ async def test_an_embedded_runtime_raises_the_reason_and_works_again_once_reopen
         session = rt._sessions._session
         assert session is not None
         with monkeypatch.context() as patch:
-            patch.setattr(Adapt, "_take", _fail)
+            patch.setattr(Adapt, "_process", _fail)
             await RewardBus(bus=session.bus).publish(reward(1))
             phases = next(bus for bus in session._buses if bus.role == "phases")
             await phases.tasks.lost.wait()
-        with pytest.raises(ServiceFailed, match="fold rewards"):
+        with pytest.raises(ServiceFailed, match="apply rewards"):
             await rt.submit(TaskAd(description="two", **task))
     async with rt:
         assert await rt.submit(TaskAd(description="three", **task)) == "THREE"
@@ -87,7 +87,7 @@ async def test_a_runtime_whose_phases_fail_at_once_leaves_no_server_behind(monke
         url = rt._sessions._session.bus.connection.url
         phases = next(bus for bus in rt._sessions._session._buses if bus.role == "phases")
         await phases.tasks.lost.wait()
-        with pytest.raises(ServiceFailed, match="fold rewards"):
+        with pytest.raises(ServiceFailed, match="apply rewards"):
             await rt.submit(TaskAd(description="one"))
     with pytest.raises(BusUnavailable):
         await Bus(url).connect()

@@ -102,10 +102,10 @@ nodes = [AgentNode(id=f.__name__, agent=f, capabilities=CapabilityProfile(scores
 
 @asynccontextmanager
 async def hosting(folder: Path, url: str, namespace: str, **env: str) -> AsyncIterator[Command]:
-    """`loom node` with these agents, in a process of its own."""
+    """`loom host run` with these agents, in a process of its own."""
     (folder / "agents.py").write_text(AGENTS)
     own = {"NATS_URL": url, "LOOM_NAMESPACE": namespace, **env}
-    async with command(folder, *LOOM, "node", str(folder / "agents.py"), **own) as host:
+    async with command(folder, *LOOM, "host", "run", str(folder / "agents.py"), **own) as host:
         yield await host.says("on nats://")
 
 

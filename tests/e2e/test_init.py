@@ -1,4 +1,4 @@
-"""`loom init`: what it creates, what it deletes, and what it refuses; the refusal of `loom up` and `loom phase`."""
+"""`loom init`: what it creates, what it deletes, and what it refuses; the refusal of `loom up` and `loom phase run`."""
 
 import asyncio
 import signal
@@ -101,7 +101,7 @@ async def test_services_end_with_one_line_on_a_store_of_another_version(
 ) -> None:
     stream = await make_old(client)
     where = {"NATS_URL": on_bus[0], "LOOM_NAMESPACE": on_bus[1]}
-    for words in (("up",), ("up", "--processes"), ("phase", "match")):
+    for words in (("up",), ("up", "--processes"), ("phase", "run", "match")):
         ended = await run(tmp_path, *words, **where)
         assert ended.code == 3, words
         lines = [line for line in ended.err.splitlines() if "wire_mismatch" in line]
@@ -130,7 +130,7 @@ async def test_the_store_of_a_program_is_reset_by_its_folder(
 @pytest.mark.slow
 async def test_a_phase_begins_once_the_streams_are_created(on_bus: Where, client: Bus, tmp_path: Path) -> None:
     where = {"NATS_URL": on_bus[0], "LOOM_NAMESPACE": on_bus[1]}
-    async with command(tmp_path, *LOOM, "phase", "scale", **where) as phase:
+    async with command(tmp_path, *LOOM, "phase", "run", "scale", **where) as phase:
         await phase.says("run `loom init`")
         await topology.apply(client, CONFIG)
         await until(lambda: "ready" in phase.err, what="the phase works")

@@ -46,7 +46,9 @@ async def hosting(
     url, namespace = on_bus
     environment = {"NATS_URL": url, "LOOM_NAMESPACE": namespace}
     environment |= {"OPENAI_BASE_URL": model.base_url, "OPENAI_API_KEY": "test", "LANGSMITH_TRACING": "false"}
-    async with command(tmp_path, *with_loom(python, "loom.runner.cli"), "node", str(EXAMPLE), **environment) as host:
+    async with command(
+        tmp_path, *with_loom(python, "loom.runner.cli"), "host", "run", str(EXAMPLE), **environment
+    ) as host:
         yield await host.says("on nats://")
 
 

@@ -40,7 +40,9 @@ async def hosting(on_bus: tuple[str, str], python: Path, base_url: str, folder: 
     url, namespace = on_bus
     environment = {"NATS_URL": url, "LOOM_NAMESPACE": namespace, "MCP_SERVER": f"{python} {SERVER}"}
     environment |= {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": KEY}
-    async with command(folder, *with_loom(python, "loom.runner.cli"), "node", str(EXAMPLE), **environment) as host:
+    async with command(
+        folder, *with_loom(python, "loom.runner.cli"), "host", "run", str(EXAMPLE), **environment
+    ) as host:
         yield await host.says("on nats://")
 
 

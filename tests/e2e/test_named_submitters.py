@@ -33,9 +33,10 @@ from loom.runner.session import Session
 from loom.runner.settings import from_environment
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import PHASES, TaskRecord
+from loom.schemas.envelope import PHASES
 from loom.schemas.events import TextDelta
 from loom.schemas.llm import UserMessage
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskResult
 from loom.types import Done

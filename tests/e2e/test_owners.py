@@ -63,7 +63,7 @@ def lines(text: str) -> list[dict[str, object]]:
 
 @pytest.mark.slow
 def test_evidence_of_a_name_is_kept_by_owner(here: Cluster, loom: Loom) -> None:
-    shown = lines(loom("nodes --json").out)
+    shown = lines(loom("node ls --json").out)
     assert {(one["owner"], one["node_id"]) for one in shown} >= {("local", "coder"), ("acme", "coder")}
     profiles = {(one["owner"], one["node_id"]): one["profile"] or {"domains": {}} for one in shown}  # type: ignore[index]
     assert profiles["acme", "coder"]["domains"]["code"]["mean"] > 0.5  # type: ignore[index]
@@ -72,24 +72,24 @@ def test_evidence_of_a_name_is_kept_by_owner(here: Cluster, loom: Loom) -> None:
 
 @pytest.mark.slow
 def test_views_name_the_owner_unless_it_is_local(here: Cluster, loom: Loom) -> None:
-    assert re.search(r"^ *acme\.coder +unproven ", loom("nodes").out, re.MULTILINE)
-    assert "local." not in loom("nodes").out + loom("tasks").out + loom("rewards").out
-    assert re.search(r"1\.00  acme\.coder +code +t1  by rules", loom("rewards").out)
-    assert "acme.coder" in loom("task t1").out
-    assert "pinned" in loom("task t1").out
+    assert re.search(r"^ *acme\.coder +unproven ", loom("node ls").out, re.MULTILINE)
+    assert "local." not in loom("node ls").out + loom("task ls").out + loom("reward ls").out
+    assert re.search(r"1\.00  acme\.coder +code +t1  by rules", loom("reward ls").out)
+    assert "acme.coder" in loom("task show t1").out
+    assert "pinned" in loom("task show t1").out
 
 
 def test_filters_take_a_node_with_its_owner_and_one_of_local_in_both_forms(here: Cluster, loom: Loom) -> None:
-    assert "by rules" in loom("rewards --node acme.coder").out
-    assert loom("rewards --node coder").out == loom("rewards --node local.coder").out
-    assert [one["task_id"] for one in lines(loom("tasks --node acme.coder --json").out)] == ["t2", "t1"]
-    assert loom("tasks --node coder").out == "no such task among those of the last 72 hours\n"
+    assert "by rules" in loom("reward ls --node acme.coder").out
+    assert loom("reward ls --node coder").out == loom("reward ls --node local.coder").out
+    assert [one["task_id"] for one in lines(loom("task ls --node acme.coder --json").out)] == ["t2", "t1"]
+    assert loom("task ls --node coder").out == "no such task among those of the last 72 hours\n"
 
 
 def test_a_person_judges_under_the_name_of_its_own(here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOOM_SOURCE", "alice")
-    assert loom("reward t1 0.5").out == "0.50 for acme.coder in code\n"
-    assert "by alice" in loom("rewards --node acme.coder").out
+    assert loom("reward add t1 0.5").out == "0.50 for acme.coder in code\n"
+    assert "by alice" in loom("reward ls --node acme.coder").out
     here.do(_judged(here))
 
 

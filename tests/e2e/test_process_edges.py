@@ -42,7 +42,7 @@ async def test_closed_standard_streams_are_as_good_as_dev_null(
     await create_streams(nats_url, namespace)
     async with (
         Bus(nats_url, namespace=namespace) as bus,
-        command(tmp_path, *without(streams, *LOOM, "phase", "match"), **where) as phase,
+        command(tmp_path, *without(streams, *LOOM, "phase", "run", "match"), **where) as phase,
     ):
         await until(lambda: discover(bus, enough=bool), what="the phase answers")
         ended = await phase.end(signal.SIGTERM)
@@ -90,7 +90,7 @@ async def test_process_1_obeys_sigterm_while_it_still_imports(tmp_path: Path) ->
     (tmp_path / "typer.py").write_text(
         "import pathlib, time\npathlib.Path(__file__).with_name('importing').touch()\ntime.sleep(60)\n"
     )
-    async with command(tmp_path, *CONTAINER, *LOOM, "phase", "sense", PYTHONPATH=str(tmp_path)) as container:
+    async with command(tmp_path, *CONTAINER, *LOOM, "phase", "run", "sense", PYTHONPATH=str(tmp_path)) as container:
         await until((tmp_path / "importing").exists, what="the imports have begun")
         os.kill(first_process(container), signal.SIGTERM)
         async with asyncio.timeout(PROMPT_S):
@@ -104,7 +104,7 @@ async def test_process_1_drains_and_ends_with_the_code_of_the_command(
 ) -> None:
     where = {"NATS_URL": nats_url, "LOOM_NAMESPACE": namespace}
     await create_streams(nats_url, namespace)
-    async with command(tmp_path, *CONTAINER, *LOOM, "phase", "match", **where) as container:
+    async with command(tmp_path, *CONTAINER, *LOOM, "phase", "run", "match", **where) as container:
         await container.says("match on nats")
         os.kill(first_process(container), signal.SIGTERM)
         async with asyncio.timeout(PROMPT_S):
@@ -135,7 +135,7 @@ async def test_orphans_of_agents_do_not_stay_zombies_under_process_1(
 
     async with (
         command(tmp_path, *LOOM, "up", **where) as up,
-        command(tmp_path, *CONTAINER, *LOOM, "node", str(tmp_path / "orphans.py"), **where) as container,
+        command(tmp_path, *CONTAINER, *LOOM, "host", "run", str(tmp_path / "orphans.py"), **where) as container,
         Bus(nats_url, namespace=namespace) as bus,
     ):
         await up.says("loom is up on")
@@ -157,7 +157,7 @@ async def test_a_process_whose_server_has_a_name_that_takes_long_to_look_up_ends
         "import socket, time\nsocket.getaddrinfo = lambda *_, **__: time.sleep(60)\n"
     )
     where = {"NATS_URL": "nats://slow.example", "PYTHONPATH": str(tmp_path), "LOOM_EVENT_LOOP": loop}
-    async with command(tmp_path, *LOOM, "phase", "sense", **where) as phase:
+    async with command(tmp_path, *LOOM, "phase", "run", "sense", **where) as phase:
         await phase.says("connecting")
         began = time.monotonic()
         assert (await phase.end(signal.SIGTERM)).code == 0
@@ -178,7 +178,7 @@ async def test_a_process_ends_after_its_drain_although_a_thread_goes_on(
         "nodes = [AgentNode(id='busy', capabilities=CapabilityProfile(scores={'t': 0.9}), agent=work)]\n"
     )
     where = {"NATS_URL": nats_url, "LOOM_NAMESPACE": namespace}
-    async with command(tmp_path, *LOOM, "node", str(tmp_path / "busy.py"), **where) as node:
+    async with command(tmp_path, *LOOM, "host", "run", str(tmp_path / "busy.py"), **where) as node:
         await node.says("busy on nats")
         began = time.monotonic()
         assert (await node.end(signal.SIGTERM)).code == 0

@@ -36,7 +36,7 @@ async def service(command: list[str], **environment: str) -> AsyncIterator[None]
 
 
 async def test_the_cluster_of_the_readme_does_the_task_of_the_readme(on_bus: tuple[str, str], client: Bus) -> None:
-    """`loom up`, `loom node` and the two ways to submit, word for word."""
+    """`loom up`, `loom host run` and the two ways to submit, word for word."""
     up = next(command for command in COMMANDS if command[:2] == ["loom", "up"])
     [nodes] = [command for command in COMMANDS if command[:2] == ["loom", "node"]]
     [submit] = [command for command in COMMANDS if command[:2] == ["loom", "submit"]]

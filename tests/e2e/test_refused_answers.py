@@ -109,20 +109,20 @@ def test_run_and_the_views_count_and_show_refused_answers_as_failures(
     assert "2 of 3 succeeded (1 with the best of refused answers)" in ended.out
     assert "rejected_result" in ended.out
 
-    shown = loom("task strict").out
+    shown = loom("task show strict").out
     assert "strict  failed after" in shown
     assert "Error: rejected_result: the result does not contain 'Paris'" in shown
     assert "Best refused answer (one)\nIt is Lyon." in shown
-    assert "short of what was asked" in loom("task lenient").out
-    assert "Answer, the best of those refused" in loom("task lenient").out
-    assert "rejected_result: the" in loom("tasks --state failed").out
+    assert "short of what was asked" in loom("task show lenient").out
+    assert "Answer, the best of those refused" in loom("task show lenient").out
+    assert "rejected_result: the" in loom("task ls --state failed").out
 
 
 def test_submit_prints_the_error_and_where_the_refused_answer_is(here: Cluster, loom: Loom) -> None:
     ended = loom("submit capital --node sorry")
     assert (ended.code, ended.out) == (1, "")
     note, error = ended.err.splitlines()
-    assert re.fullmatch(r"a refused answer of sorry is kept: `loom task \w+` shows it, --json has all of it", note)
+    assert re.fullmatch(r"a refused answer of sorry is kept: `loom task show \w+` shows it, --json has all of it", note)
     assert error == "rejected_result: the agent refuses the task (the best refused answer, of sorry)"
     answer = json.loads(loom("submit capital --node sorry --json").out)
     assert (answer["state"], answer["error"]["best_rejected"]["content"]) == ("failed", SORRY)

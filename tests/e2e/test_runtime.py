@@ -13,10 +13,10 @@ from support.wait import until
 from loom import Runtime, TaskAd
 from loom.bus import task_client
 from loom.bus.bus import Bus
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import AgentFailed, BusUnavailable, Cancelled, InvalidTask, LoomError, NoBids, UnknownTask
 from loom.schemas.events import TextDelta
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
 from loom.types import CapabilityProfile, ClusterConfig
 
@@ -177,7 +177,7 @@ async def test_nodes_added_while_it_runs_bid_at_once(on_bus: tuple[str, str], ph
 @pytest.mark.slow
 async def test_nobody_to_bid_ends_as_no_bids(embedded: None) -> None:
     async with Runtime(cluster_config=ClusterConfig(no_bids_after_s=0.5)) as rt:
-        with pytest.raises(NoBids, match="loom node"):
+        with pytest.raises(NoBids, match="loom host run"):
             await rt.submit(TaskAd(domain="code", description="sort"))
 
 

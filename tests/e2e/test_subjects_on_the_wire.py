@@ -156,7 +156,7 @@ async def _grow_and_cancel(wire: Wire, work: Work) -> None:
 
 
 async def _reward(client: Bus) -> None:
-    """A person's opinion of a task, as `loom reward` publishes it."""
+    """A person's opinion of a task, as `loom reward add` publishes it."""
     facts: dict[str, Any] = {"task_id": "whole", "attempt": 1, "node_id": "ann", "domain_token": "code"}
     reward = Reward(reward_id="whole:1:person", source="person", score=1.0, ended_at=client.clock.now(), **facts)
     await RewardBus(bus=client).publish(reward)

@@ -97,7 +97,7 @@ import asyncio, os
 from loom.runner.supervisor import Program, Supervisor
 
 async def main():
-    words = {(*LOOM, "phase", "--supervised", "pipe", "scale")!r}
+    words = {(*LOOM, "phase", "run", "--supervised", "pipe", "scale")!r}
     programs = [Program(name, words) for name in ("one", "two")]
     async with Supervisor(programs, environment=dict(os.environ), stop_s=5, say=lambda *said: print(*said, flush=True)):
         await asyncio.Event().wait()

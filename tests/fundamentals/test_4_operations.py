@@ -5,7 +5,7 @@ from support.wait import until
 from loom import Runtime, TaskAd
 from loom.bus import task_client
 from loom.bus.bus import Bus
-from loom.bus.dead_letters.admin import letters
+from loom.bus.dead_letters.admin import list_letters
 from loom.bus.tap import Tap
 from loom.runner.services import running_phases
 from loom.schemas.envelope import PHASES
@@ -40,7 +40,7 @@ async def test_a_phase_restarts_and_no_task_is_lost(on_bus: tuple[str, str]) -> 
 async def test_a_message_that_cannot_be_handled_is_a_dead_letter(phases: Bus, client: Bus) -> None:
     """A phase moves a message that it cannot decode to the stream of dead letters."""
     await client.jetstream.publish(client.subjects.task("scale", "normal", "t1"), b"not an envelope")
-    dead = await until(lambda: letters(client, limit=10), what="a dead letter is stored")
+    dead = await until(lambda: list_letters(client, limit=10), what="a dead letter is stored")
 
     assert [(letter.body, letter.facts.phase) for letter in dead] == [(b"not an envelope", "scale")]
 

@@ -4,9 +4,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from loom.schemas.auction import CallForBids, Lot
+from loom.schemas.auction import Award, CallForBids, Lot
 from loom.schemas.base import new_id
-from loom.schemas.envelope import Award, Envelope, Spec
+from loom.schemas.envelope import Envelope, Spec
 from loom.schemas.learning import Reward
 from loom.schemas.task import Submission, TaskAd
 

@@ -24,7 +24,7 @@ from loom.bus.natsio.connection import Connection as BusConnection
 from loom.bus.natsio.kv import Bucket
 from loom.bus.natsio.publishing import PubAckFuture
 from loom.bus.subjects import Subjects
-from loom.phases.scale import Scale
+from loom.phases.scale.division import Division
 from loom.phases.sense.client_api import ClientApi
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.envelope import Phase
@@ -134,16 +134,16 @@ def begins_a_task(future: PubAckFuture) -> bool:
     return parsed is not None and parsed.tokens.get("phase") == "sense"
 
 
-def _acks(_loop: HopLoop[Any], _delivery: Any, verb: bytes) -> bool:
-    return verb == b"+ACK"
+def _at(checkpoint: str) -> Callable[..., bool]:
+    return lambda _loop, name: name == checkpoint
 
 
 POINTS: dict[str, Patch] = {
-    "fetched": before(HopLoop, "_decide"),
-    "handled, unpublished": before(HopLoop, "_settle"),
+    "fetched": before(HopLoop, "_checkpoint", _at("fetched")),
+    "handled, unpublished": before(HopLoop, "_checkpoint", _at("handled")),
     "published, unconfirmed": stored("task", "later"),
-    "confirmed, unacked": before(HopLoop, "_answer", _acks),
-    "acked": after(HopLoop, "_answer", _acks),
+    "confirmed, unacked": before(HopLoop, "_checkpoint", _at("before ack")),
+    "acked": sent(HopLoop, "_checkpoint", _at("acked")),
     "recorded": after(Bucket, "update", _in("records")),
     "relayed": after(BusConnection, "publish", _on("delta")),
     "rewarded": sent(BusConnection, "publish", _on("result")),
@@ -151,14 +151,14 @@ POINTS: dict[str, Patch] = {
     "announced": after(BusConnection, "publish", _on("result")),
     "learned": after(Bucket, "update", _in("nodes")),
     "submission stored": stored("intake"),
-    "cancel sent to evaluate": after(ClientApi, "_tell_evaluate"),
-    "cancel recorded": after(ClientApi, "_cancelled"),
+    "cancel sent to evaluate": after(ClientApi, "_publish_to_evaluate"),
+    "cancel recorded": after(ClientApi, "_cancel_task"),
     "plan stored": after(Bucket, "create", _in("plans")),
     "timer set": stored("later"),
     "subtask stored": sent(PubAckFuture, "ack", begins_a_task),
     "plan recorded": after(Bucket, "update", _becomes("running")),
     "plan joining": after(Bucket, "update", _becomes("joining")),
-    "timer removed": after(Scale, "_drop_timer"),
+    "timer removed": after(Division, "_remove_timer"),
     "plan done": after(Bucket, "update", _becomes("done")),
     "subtask cancelled": after(BusConnection, "publish", _on("cancel")),
     "none": lambda _crash: None,

@@ -11,10 +11,10 @@ from support.crash_process import ParentCommands, Patch, after, before, begins_a
 
 POINTS: dict[str, Patch] = {
     "request received": before(Delegations, "_run"),
-    "recorded": after(Delegations, "_note"),
+    "recorded": after(Delegations, "_record"),
     "stored": sent(PubAckFuture, "ack", begins_a_task),
-    "ended": before(RunStream, "hand"),
-    "answer sent": after(RunStream, "hand"),
+    "ended": before(RunStream, "send_answer"),
+    "answer sent": after(RunStream, "send_answer"),
 }
 """Name of a crash point -> the patch that installs it."""
 

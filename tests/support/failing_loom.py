@@ -7,16 +7,16 @@ from loom.phases.adapt.service import Adapt
 from loom.runner.cli.app import main
 
 
-def _take(_self: Any, _message: Any) -> None:
+def _process(_self: Any, _message: Any) -> None:
     raise ValueError("a value that the code does not expect")
 
 
-async def _every(_seconds: float, _act: Any) -> None:
+async def _repeat_every(_seconds: float, _act: Any) -> None:
     raise ValueError("a value that the code does not expect")
 
 
-Adapt._take = _take  # type: ignore[method-assign]
-node_host.every = _every
+Adapt._process = _process  # type: ignore[method-assign]
+node_host.repeat_every = _repeat_every
 
 if __name__ == "__main__":
     main()

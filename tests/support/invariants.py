@@ -10,8 +10,9 @@ from loom.bus.stored_rewards import reward_in
 from loom.bus.topology import stream_state
 from loom.phases.adapt.evidence import apply_reward
 from loom.schemas.base import decode
-from loom.schemas.envelope import SplitPlan, TaskRecord
 from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.plan import SplitPlan
+from loom.schemas.record import TaskRecord
 from support.wait import until
 from support.workload import Workload
 

@@ -117,11 +117,11 @@ class ProcessCluster:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         shared = {**inherited, "PYTHONPATH": str(Path(__file__).parents[1]), "NATS_URL": self.server.url, **self.env}
         self.processes = {
-            name: ClusterProcess(("phase", *words), shared, self.folder / f"{name}.log")
+            name: ClusterProcess(("phase", "run", *words), shared, self.folder / f"{name}.log")
             for name, words in self.phases.items()
         } | {
             name: ClusterProcess(
-                ("node", str(self.agents)), {**shared, "TEST_NODE_ID": name}, self.folder / f"{name}.log"
+                ("host", "run", str(self.agents)), {**shared, "TEST_NODE_ID": name}, self.folder / f"{name}.log"
             )
             for name in self.nodes
         }

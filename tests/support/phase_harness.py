@@ -20,12 +20,13 @@ from loom.runner.services import PhaseService, build
 from loom.schemas.auction import CallForBids, HostAnnouncement
 from loom.schemas.base import decode, encode, new_id
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Claim, Envelope, Phase, TaskRecord
+from loom.schemas.envelope import Claim, Envelope, Phase
 from loom.schemas.events import SubtaskEvent
 from loom.schemas.identity import LOCAL, Identity
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.llm import LLMProvider
 from loom.schemas.notices import ParentEnded, SubtaskEnded, read_scale_message
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import Delta, RunRequest
 from loom.schemas.task import ErrorReply, Submission, TaskError, TaskResult
 from support.wait import until

@@ -10,8 +10,8 @@ from loom.bus.bus import Bus
 from loom.bus.records import records
 from loom.bus.topology import stream_state
 from loom.schemas.base import new_id
-from loom.schemas.envelope import TaskRecord
 from loom.schemas.errors import LoomError
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskAd, TaskState
 from support.wait import until
 

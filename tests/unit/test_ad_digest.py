@@ -8,9 +8,11 @@ from hypothesis import strategies as some
 from msgspec.structs import replace
 
 from loom.schemas.base import decode, encode
-from loom.schemas.envelope import Envelope, TaskRecord
+from loom.schemas.checks.ad import check_ad
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import InvalidTask
-from loom.schemas.task import Accept, Limits, Submission, TaskAd, TaskError, ad_digest, check_ad
+from loom.schemas.record import TaskRecord
+from loom.schemas.task import Accept, Limits, Submission, TaskAd, TaskError, ad_digest
 
 AD = TaskAd(task_id="t1", description="count", domain="code")
 NUMBERS = some.integers() | some.floats(allow_nan=False, allow_infinity=False)

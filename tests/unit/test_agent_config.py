@@ -11,7 +11,7 @@ from support.providers import ASK, provider_for, serving
 from loom import AgentConfig, OpenAIProvider, Runtime
 from loom.agents.llm.openai.endpoints import Endpoint, endpoint_of
 from loom.bus.logs.redaction import redact
-from loom.runner.cli.entry import sense_model
+from loom.runner.cli.entry import phase_model
 from loom.runner.settings import Settings
 from loom.schemas.errors import AgentFailed, LoomError
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
@@ -131,7 +131,7 @@ def test_a_variable_that_cannot_be_used_is_named_when_the_provider_is_made(
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
     monkeypatch.setenv(variable, value)
     with capture_logs() as logs:
-        assert sense_model(Settings()) is None
+        assert phase_model(Settings()) is None
     assert [line["event"] for line in logs] == ["model_unusable"]
 
 

@@ -11,9 +11,10 @@ from support.agents import JOB, MakeAgent, Scripted, add, answering, as_openai, 
 from support.logs import capture_logs
 from support.openai_server import OpenAIServer, Reply, Request
 
-from loom.agents.llm.history import CallIds, alternating, legal_call, legal_name
+from loom.agents.llm.history import CallIds, alternating, legal_call
 from loom.agents.llm.tool_round import MAX_CALLS
 from loom.agents.tools import tool
+from loom.agents.tools.names import legal_name
 from loom.schemas.events import ToolCallEnd, ToolCallStart
 from loom.schemas.llm import AssistantMessage, StreamChunk, ToolCall, UserMessage
 

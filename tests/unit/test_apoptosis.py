@@ -8,7 +8,7 @@ from support.auctions import nodes as announced_nodes
 
 from loom.bus.host_directory import AnnouncedHost
 from loom.phases.adapt.evidence import apply_reward
-from loom.phases.adapt.retirement_policy import bequest, heir, staying, who_retires
+from loom.phases.adapt.retirement_policy import due_retirements, heir, inherited_rewards, staying
 from loom.phases.shared.node_health import health
 from loom.schemas.auction import ChildState
 from loom.schemas.config import ClusterConfig
@@ -48,14 +48,14 @@ def profiles(*known: NodeProfile) -> dict[str, NodeProfile]:
 
 
 def goes(*hosts: AnnouncedHost, config: ClusterConfig = CONFIG, known: tuple[NodeProfile, ...] = ()) -> list[str]:
-    return [one.node_id for one in who_retires(hosts, profiles(*known), config)]
+    return [one.node_id for one in due_retirements(hosts, profiles(*known), config)]
 
 
 # -- who retires
 
 
 def test_a_child_idle_for_long_enough_retires_if_it_is_idle_still() -> None:
-    [one] = who_retires([host(child(idle_s=61))], {}, CONFIG)
+    [one] = due_retirements([host(child(idle_s=61))], {}, CONFIG)
     assert (one.host, one.node_id, one.when_idle) == (("local", "h1"), "a-c1", True)
     assert one.reason == "idle for 61 s"
     assert goes(host(child(idle_s=59))) == []
@@ -79,7 +79,7 @@ def test_a_working_child_is_not_idle_even_without_any_patience() -> None:
     ],
 )
 def test_a_failing_child_retires_though_it_works(known: NodeProfile, why: str) -> None:
-    [one] = who_retires([host(child(idle_s=0))], profiles(known), CONFIG)
+    [one] = due_retirements([host(child(idle_s=0))], profiles(known), CONFIG)
     assert (one.reason, one.when_idle) == (why, False)
 
 
@@ -143,7 +143,7 @@ def test_however_they_fare_enough_stay_and_only_children_go(
     hosts = [replace(one, host_id=f"h{n}") for n, one in enumerate(hosts)]
     config = ClusterConfig(idle_timeout_s=60, min_nodes=min_nodes)
     known = profiles(*(profile(f"a-c{n}", losses=20) for n in range(losers)))
-    due = who_retires(hosts, known, config)
+    due = due_retirements(hosts, known, config)
     before = sum(len(staying(one)) for one in hosts)
     assert len(due) <= max(0, before - min_nodes)
     assert len({(one.host, one.node_id) for one in due}) == len(due)
@@ -181,7 +181,7 @@ def test_evidence_and_heirs_are_of_one_owner() -> None:
         profile("c", code=[0.0]),
     )
     mine, theirs = host(child(), nodes=("c",)), host(child(), nodes=("b",), host_id="h2", owner="acme")
-    [one] = who_retires([mine, theirs], known, CONFIG)
+    [one] = due_retirements([mine, theirs], known, CONFIG)
     assert (one.host, one.key) == (("acme", "h2"), "acme.a-c1")
     retired = replace(profile("a-c1", code=[0.9]), owner="acme")
     leaving = replace(theirs, spawned=(child(retiring=True),))
@@ -198,7 +198,7 @@ def test_a_bequest_is_one_observation_a_domain_and_no_task_of_the_heir() -> None
     source = profile("a-c1", code=[1.0, 0.5], data=[0.0] * 30)
     start = profile("b", losses=3, code=[0.0])
     folded = start
-    for seq, reward in enumerate(bequest(source, "local", "b"), start=1):
+    for seq, reward in enumerate(inherited_rewards(source, "local", "b"), start=1):
         folded = apply_reward(folded, reward, seq)
     assert {domain_token: (e.count, e.mean) for domain_token, e in folded.domains.items()} == {
         "code": (2, 0.375),
@@ -210,7 +210,7 @@ def test_a_bequest_is_one_observation_a_domain_and_no_task_of_the_heir() -> None
 def test_a_second_bequest_of_the_same_node_replaces_the_first() -> None:
     folded = NodeProfile(node_id="b")
     for seq, scores in enumerate(([0.0], [1.0]), start=1):
-        [reward] = bequest(profile("a-c1", code=scores), "local", "b")
+        [reward] = inherited_rewards(profile("a-c1", code=scores), "local", "b")
         folded = apply_reward(folded, reward, seq)
     assert (folded.domains["code"].count, folded.domains["code"].mean) == (1, 1.0)
 
@@ -218,23 +218,23 @@ def test_a_second_bequest_of_the_same_node_replaces_the_first() -> None:
 def test_what_nodes_of_one_name_and_two_owners_hand_on_is_kept_apart() -> None:
     folded = NodeProfile(node_id="b", owner="acme")
     for seq, owner in enumerate(("local", "acme", "x" * 64), start=1):
-        [reward] = bequest(replace(profile("a-c1", code=[1.0]), owner=owner), "acme", "b")
+        [reward] = inherited_rewards(replace(profile("a-c1", code=[1.0]), owner=owner), "acme", "b")
         folded = apply_reward(folded, reward, seq)
     ids = [score.attempt_id for score in folded.domains["code"].scores]
     assert ids[:2] == ["inherit:a-c1", "inherit:acme.a-c1"]
     assert len(ids) == 3
-    assert list(bequest(folded, "acme", "c")) == [], "however long the name, it is known as an inheritance"
+    assert list(inherited_rewards(folded, "acme", "c")) == [], "however long the name, it is known as an inheritance"
 
 
 def test_what_was_inherited_is_not_passed_on() -> None:
-    [first] = bequest(profile("a-c1", code=[1.0]), "local", "b")
+    [first] = inherited_rewards(profile("a-c1", code=[1.0]), "local", "b")
     between = apply_reward(NodeProfile(node_id="b"), first, 1)
-    assert list(bequest(between, "local", "c")) == []
+    assert list(inherited_rewards(between, "local", "c")) == []
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=WINDOW))
 def test_a_bequest_lies_within_what_was_earned(scores: list[float]) -> None:
-    [reward] = bequest(profile("a-c1", code=scores), "local", "b")
+    [reward] = inherited_rewards(profile("a-c1", code=scores), "local", "b")
     assert min(scores) - 1e-9 <= reward.score <= max(scores) + 1e-9
     assert reward.ended_at == len(scores) - 1
 

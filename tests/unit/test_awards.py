@@ -5,10 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.builders import ad, envelope
 
-from loom.phases.match.recent_awards import SWEEP_S, UNJUDGED_S, RecentAwards
-from loom.phases.match.scoring import TAKEN_S, Awarded
-from loom.schemas.auction import Bid
-from loom.schemas.envelope import Award
+from loom.phases.match.recent_awards import MAX_PENDING_S, SWEEP_EVERY_S, RecentAwards
+from loom.phases.match.scoring import AWARD_TO_RUN_S, Awarded
+from loom.schemas.auction import Award, Bid
 
 
 class Clock:
@@ -30,19 +29,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def note(awards: RecentAwards, task_id: str, node: str = "n1", host: str = "h1", *, expected_s: float = 0.0) -> None:
     bid = Bid(node_id=node, expected_s=expected_s)
-    awards.note(envelope(ad(task_id=task_id), now=0), "code", Awarded(Award(node_id=node, host_id=host), bid))
+    awards.record(envelope(ad(task_id=task_id), now=0), "code", Awarded(Award(node_id=node, host_id=host), bid))
 
 
 def test_an_award_is_held_for_as_long_as_a_run_takes_whatever_was_awarded_before_it(clock: Clock) -> None:
     awards = RecentAwards()
     note(awards, "t1")
-    note(awards, "t2", expected_s=TAKEN_S / 10)
+    note(awards, "t2", expected_s=AWARD_TO_RUN_S / 10)
     note(awards, "t3", "n2")
-    assert dict(awards.taken()) == {("local", "h1", "n1"): 2, ("local", "h1", "n2"): 1}
-    clock.now += TAKEN_S / 10
-    assert dict(awards.taken()) == {("local", "h1", "n1"): 1, ("local", "h1", "n2"): 1}
-    clock.now += TAKEN_S
-    assert dict(awards.taken()) == {}
+    assert dict(awards.recent()) == {("local", "h1", "n1"): 2, ("local", "h1", "n2"): 1}
+    clock.now += AWARD_TO_RUN_S / 10
+    assert dict(awards.recent()) == {("local", "h1", "n1"): 1, ("local", "h1", "n2"): 1}
+    clock.now += AWARD_TO_RUN_S
+    assert dict(awards.recent()) == {}
 
 
 def test_an_award_is_pending_until_its_reward_is_known(clock: Clock) -> None:
@@ -50,25 +49,25 @@ def test_an_award_is_pending_until_its_reward_is_known(clock: Clock) -> None:
     for task in ("t1", "t2", "t2"):
         note(awards, task)
     assert dict(awards.pending()) == {("n1", "code"): 2}
-    awards.judged("n1", "code", ["other:1", "t1:1", "t2:2"])
-    awards.judged("n1", "data", ["t2:1"])
-    awards.judged("n2", "code", ["t2:1"])
+    awards.remove_rewarded("n1", "code", ["other:1", "t1:1", "t2:2"])
+    awards.remove_rewarded("n1", "data", ["t2:1"])
+    awards.remove_rewarded("n2", "code", ["t2:1"])
     assert dict(awards.pending()) == {("n1", "code"): 1}
-    awards.judged("n1", "code", ["t2:1"])
+    awards.remove_rewarded("n1", "code", ["t2:1"])
     assert dict(awards.pending()) == {}
 
 
 def test_an_award_that_is_never_judged_is_forgotten(clock: Clock) -> None:
     awards = RecentAwards()
     note(awards, "t1")
-    clock.now += UNJUDGED_S / 2
+    clock.now += MAX_PENDING_S / 2
     note(awards, "t2")
     assert dict(awards.pending()) == {("n1", "code"): 2}
-    clock.now += UNJUDGED_S / 2 + SWEEP_S
+    clock.now += MAX_PENDING_S / 2 + SWEEP_EVERY_S
     assert dict(awards.pending()) == {("n1", "code"): 1}
-    clock.now += UNJUDGED_S
+    clock.now += MAX_PENDING_S
     assert dict(awards.pending()) == {}
-    assert awards._unjudged == {}
+    assert awards._pending_attempts == {}
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.booleans(), st.integers(0, 5))))
@@ -77,7 +76,7 @@ def test_what_is_counted_is_what_is_remembered(steps: list[tuple[str, bool, int]
     expected: dict[str, set[str]] = {"a": set(), "b": set()}
     for node, judged, number in steps:
         if judged:
-            awards.judged(node, "code", [f"t{number}:1"])
+            awards.remove_rewarded(node, "code", [f"t{number}:1"])
             expected[node].discard(f"t{number}:1")
         else:
             note(awards, f"t{number}", node)

@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.execute.host_errors import LATE_S, SPENT, Facts, believed
+from loom.phases.execute.host_errors import LATE_S, SPENT, RunFacts, confirmed_error
 from loom.schemas.errors import BY_CODE
 from loom.schemas.task import TaskError
 
-NOTHING = Facts(budget=None, tokens=0, left_s=60, delegation_failed=False, cancelled=False)
+NOTHING = RunFacts(budget=None, tokens=0, left_s=60, delegation_failed=False, cancelled=False)
 
 facts = st.builds(
-    Facts,
+    RunFacts,
     budget=st.none() | st.integers(0, 100),
     tokens=st.integers(0, 200),
     left_s=st.floats(-5, 100),
@@ -21,12 +21,12 @@ facts = st.builds(
 codes = st.sampled_from(sorted(BY_CODE)) | st.text(max_size=64)
 
 
-def code(claimed: str, known: Facts) -> str:
-    return believed(TaskError(code=claimed, message="why"), known).code
+def code(claimed: str, known: RunFacts) -> str:
+    return confirmed_error(TaskError(code=claimed, message="why"), known).code
 
 
 @given(codes, facts)
-def test_a_code_is_believed_only_with_the_fact_that_confirms_it(claimed: str, known: Facts) -> None:
+def test_a_code_is_believed_only_with_the_fact_that_confirms_it(claimed: str, known: RunFacts) -> None:
     found = code(claimed, known)
     assert found in (claimed, "agent_failed")
     if found == "budget_exceeded":
@@ -50,36 +50,36 @@ def test_without_facts_every_code_is_the_agents_failure(claimed: str) -> None:
 @pytest.mark.parametrize(
     ("claimed", "known"),
     [
-        ("budget_exceeded", Facts(10, 10, 60, False, False)),
-        ("deadline_exceeded", Facts(None, 0, LATE_S, False, False)),
-        ("subtask_failed", Facts(None, 0, 60, True, False)),
-        ("cancelled", Facts(None, 0, 60, False, True)),
+        ("budget_exceeded", RunFacts(10, 10, 60, False, False)),
+        ("deadline_exceeded", RunFacts(None, 0, LATE_S, False, False)),
+        ("subtask_failed", RunFacts(None, 0, 60, True, False)),
+        ("cancelled", RunFacts(None, 0, 60, False, True)),
     ],
 )
-def test_a_confirmed_code_is_kept(claimed: str, known: Facts) -> None:
+def test_a_confirmed_code_is_kept(claimed: str, known: RunFacts) -> None:
     assert code(claimed, known) == claimed
 
 
 @pytest.mark.parametrize(
     ("claimed", "known"),
     [
-        ("budget_exceeded", Facts(None, 10**6, 60, False, False)),
-        ("budget_exceeded", Facts(10, 4, 60, False, False)),
-        ("deadline_exceeded", Facts(None, 0, LATE_S + 0.01, False, False)),
-        ("subtask_failed", Facts(None, 0, 60, False, True)),
-        ("cancelled", Facts(None, 0, 60, True, False)),
-        ("no_bids", Facts(0, 10, -1, True, True)),
+        ("budget_exceeded", RunFacts(None, 10**6, 60, False, False)),
+        ("budget_exceeded", RunFacts(10, 4, 60, False, False)),
+        ("deadline_exceeded", RunFacts(None, 0, LATE_S + 0.01, False, False)),
+        ("subtask_failed", RunFacts(None, 0, 60, False, True)),
+        ("cancelled", RunFacts(None, 0, 60, True, False)),
+        ("no_bids", RunFacts(0, 10, -1, True, True)),
     ],
 )
-def test_another_fact_confirms_nothing(claimed: str, known: Facts) -> None:
+def test_another_fact_confirms_nothing(claimed: str, known: RunFacts) -> None:
     assert code(claimed, known) == "agent_failed"
 
 
 def test_the_message_and_the_wait_are_kept_and_bounded() -> None:
-    error = believed(TaskError(code="no_bids", message="x" * 5000, retry_after_s=3), NOTHING)
+    error = confirmed_error(TaskError(code="no_bids", message="x" * 5000, retry_after_s=3), NOTHING)
     assert (error.message, error.retry_after_s) == ("x" * 2000, 3)
 
 
 def test_a_nodes_opinion_of_the_ad_keeps_its_code_and_its_field() -> None:
     error = TaskError(code="invalid_task", message="the file is not there", field="context", node_id="n1")
-    assert believed(error, NOTHING) == error
+    assert confirmed_error(error, NOTHING) == error

@@ -10,7 +10,8 @@ from loom.bus.subjects import Subjects
 from loom.bus.tap import Seen
 from loom.runner.cli.views.run_progress import Progress, line, live_table
 from loom.runner.cli.views.run_state import RunState
-from loom.schemas.envelope import Award, Envelope, Spec, Split
+from loom.schemas.auction import Award
+from loom.schemas.envelope import Envelope, Spec, Split
 from loom.schemas.events import TextDelta
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward
 from loom.schemas.notices import ParentEnded, SubtaskEnded

@@ -13,18 +13,19 @@ from support.logs import capture_logs
 from support.strategies import message_types
 
 from loom.bus.logs.discards import LINES, PERIOD_S, Discards
-from loom.bus.rewards import RewardBus
-from loom.phases.adapt.calibration_writer import actual, recalibrated
+from loom.compat.reward_formulas import RewardBus
+from loom.phases.adapt.calibration_writer import actual_complexity, recalibrated
 from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.retirement_policy import heir
 from loom.phases.match.offers import MAX_OFFER_BYTES, HostOffer, OfferReader
 from loom.phases.match.scoring import AuctionContext, Awarded, decide
-from loom.schemas.auction import AnnouncedNode, Bid, HostAnnouncement, Offer
+from loom.schemas.auction import MAX_TRUST, AnnouncedNode, Bid, HostAnnouncement, Offer
 from loom.schemas.base import MAX_INT, MAX_SECONDS, Message, Undecodable, decode, encode
-from loom.schemas.envelope import MAX_TRUST, Envelope, TaskRecord
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import InvalidTask
 from loom.schemas.events import TextDelta
 from loom.schemas.learning import Calibration, NodeProfile, Reward
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunEvent, read_events
 from loom.schemas.task import RunResult, TaskAd, TaskError
 
@@ -137,7 +138,7 @@ def test_tokens_of_a_result_stop_at_the_greatest_integer() -> None:
 
 def test_a_huge_number_built_in_python_overflows_no_formula() -> None:
     huge = msgspec.structs.replace(REWARD, tokens=HUGE, seconds=MAX_SECONDS)
-    assert actual(huge) == 1.0
+    assert actual_complexity(huge) == 1.0
     assert recalibrated(Calibration(domain_token="code"), huge, 1).count == 1
     assert RewardBus().compute_signal(TaskAd(), True, HUGE).efficiency == 0.0
     assert RewardBus().compute_signal(TaskAd(token_budget=HUGE), True, HUGE).efficiency == 0.0
@@ -148,7 +149,7 @@ def test_a_huge_number_built_in_python_overflows_no_formula() -> None:
 
 def test_a_huge_number_of_free_places_can_be_weighed() -> None:
     bid = Bid(node_id="n", free=HUGE, load=0.5)
-    won = decide(envelope(ad(), now=0), [offer("h", [bid])], AuctionContext(taken={("local", "h", "n"): 3}))
+    won = decide(envelope(ad(), now=0), [offer("h", [bid])], AuctionContext(recent_awards={("local", "h", "n"): 3}))
     assert isinstance(won, Awarded)
     assert 0.5 <= won.bid.load <= 1
 

@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from loom.bus.bus import Bus
-from loom.phases.adapt.calibration_writer import MOST, Calibrating, actual, recalibrated
-from loom.phases.evaluate.decisions import reward_for
+from loom.phases.adapt.calibration_writer import MAX_DOMAINS, CalibrationWriter, actual_complexity, recalibrated
+from loom.phases.evaluate.rewards import reward_for
 from loom.phases.sense.calibration_reader import calibrated
-from loom.schemas.envelope import Award, Envelope, Spec
+from loom.schemas.auction import Award
+from loom.schemas.envelope import Envelope, Spec
 from loom.schemas.learning import Calibration, Reward
 from loom.schemas.task import RunResult, TaskAd, TaskError
 
@@ -32,7 +33,7 @@ def guess(complexity: float = 0.5, domain: str = "code", note: str = "") -> Spec
     ("tokens", "seconds", "hard"), [(0, 0, 0), (8192, 0, 0.6), (0, 30, 0.4), (4096, 15, 0.5), (99_999, 999, 1)]
 )
 def test_how_hard_a_task_was_is_told_by_what_it_took(tokens: int, seconds: float, hard: float) -> None:
-    assert actual(reward(tokens=tokens, seconds=seconds)) == pytest.approx(hard)
+    assert actual_complexity(reward(tokens=tokens, seconds=seconds)) == pytest.approx(hard)
 
 
 def test_the_bias_moves_three_tenths_of_the_way_with_each_task() -> None:
@@ -106,11 +107,11 @@ def test_a_reward_tells_the_guess_itself_of_a_task_done_whole_by_its_node() -> N
 
 
 def test_so_many_domains_are_calibrated_and_no_more_but_those_go_on() -> None:
-    calibrating = Calibrating(Bus("nats://nowhere"))
-    domain_tokens = [f"d{number}" for number in range(MOST + 1)]
+    calibrating = CalibrationWriter(Bus("nats://nowhere"))
+    domain_tokens = [f"d{number}" for number in range(MAX_DOMAINS + 1)]
 
     assert [
-        calibrating.fold(seq, reward(domain_token=domain_token)) for seq, domain_token in enumerate(domain_tokens, 1)
-    ] == [True] * MOST + [False]
-    assert calibrating.fold(MOST + 2, reward(domain_token=domain_tokens[0]))
-    assert not calibrating.fold(MOST + 3, reward(domain_token=domain_tokens[-1]))
+        calibrating.apply(seq, reward(domain_token=domain_token)) for seq, domain_token in enumerate(domain_tokens, 1)
+    ] == [True] * MAX_DOMAINS + [False]
+    assert calibrating.apply(MAX_DOMAINS + 2, reward(domain_token=domain_tokens[0]))
+    assert not calibrating.apply(MAX_DOMAINS + 3, reward(domain_token=domain_tokens[-1]))

@@ -4,8 +4,9 @@ import pytest
 from msgspec.structs import replace
 from support.builders import ad, awarded, envelope
 
-from loom.phases.execute.fencing import Claimed, Superseded, claim, may_report
-from loom.schemas.envelope import Claim, Envelope, TaskRecord
+from loom.phases.execute.fencing import Claimed, Superseded, claim, ownership
+from loom.schemas.envelope import Claim, Envelope
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskError
 
 
@@ -109,13 +110,13 @@ def test_a_message_of_an_ended_task_names_the_attempt_that_its_record_names() ->
 @pytest.mark.parametrize(
     ("rec", "instance", "seq", "say"),
     [
-        (record(1), "first", 7, "report"),
-        (record(1), "other", 7, "leave"),
-        (record(1), "first", 8, "settle"),
-        (record(1), "other", 8, "settle"),
+        (record(1), "first", 7, "own"),
+        (record(1), "other", 7, "other_replica"),
+        (record(1), "first", 8, "other_message"),
+        (record(1), "other", 8, "other_message"),
         (record(2), "first", 7, "over"),
         (record(1, state="succeeded", ended_at=1.0), "first", 7, "over"),
     ],
 )
 def test_only_the_holder_of_the_claim_may_report_an_error(rec: TaskRecord, instance: str, seq: int, say: str) -> None:
-    assert may_report(rec, 1, instance, seq) == say
+    assert ownership(rec, 1, instance, seq) == say

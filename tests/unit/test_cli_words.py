@@ -14,13 +14,13 @@ from msgspec.structs import replace
 from loom.bus.bus import Bus
 from loom.bus.tap import SHAPES, Seen
 from loom.runner import log_output
-from loom.runner.cli import app
-from loom.runner.cli.commands import up
+from loom.runner.cli import app, entry
 from loom.runner.cli.entry import run_to_end, unless_lost, until_lost
 from loom.runner.cli.views.answer_stream import Transcript
 from loom.runner.cli.views.message_lines import _FACTS, as_object, describe
 from loom.runner.cli.views.tables import one_line, printable
-from loom.schemas.envelope import Award, Envelope, Split
+from loom.schemas.auction import Award
+from loom.schemas.envelope import Envelope, Split
 from loom.schemas.errors import BusUnavailable, InvalidTask
 from loom.schemas.notices import Notice, ParentEnded, PlanTimeout, SubtaskEnded
 from loom.schemas.task import TaskAd
@@ -183,7 +183,7 @@ def test_a_service_is_announced_by_a_line_on_a_terminal_and_by_a_log_event_elsew
     log_output.configure("info", readable=False)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
 
-    up._announce("match on nats://127.0.0.1:4222")
+    entry.report_ready("match on nats://127.0.0.1:4222")
 
     out, err = capsys.readouterr()
     if terminal:

@@ -66,7 +66,7 @@ def test_there_is_a_service_for_the_streams_each_phase_a_node_a_tap_and_a_doctor
     services = PROJECTS[file]["services"]
 
     assert {name for name in services if not name.startswith("nats")} == {*PHASES, "init", "node", "tap", "doctor"}
-    assert all(services[phase]["command"] == ["phase", phase] for phase in PHASES)
+    assert all(services[phase]["command"] == ["phase", "run", phase] for phase in PHASES)
     assert {name for name, service in services.items() if service.get("profiles")} == {"tap", "doctor"}
 
 
@@ -77,7 +77,7 @@ def test_every_command_line_is_one_of_looms(file: str, name: str) -> None:
     assert parse_command(command) == command[0]
 
 
-@pytest.mark.parametrize("words", ["phase", "doctor --there", "nonsense", "up --port x"])
+@pytest.mark.parametrize("words", ["phase run", "doctor --there", "nonsense", "up --port x"])
 def test_a_wrong_command_line_would_be_noticed(words: str) -> None:
     with pytest.raises(Exception, match=r"[Mm]issing|[Nn]o such|valid integer"):
         parse_command(words.split())
@@ -177,7 +177,7 @@ def test_the_mounted_file_of_agents_is_there(file: str) -> None:
     service = service_of(file, "node")
     mounted = [Path(volume.split(":")[0]) for volume in service["volumes"]]
 
-    assert (ROOT / mounted[0] / Path(service["command"][1]).name).is_file()
+    assert (ROOT / mounted[0] / Path(service["command"][-1]).name).is_file()
 
 
 def test_the_image_has_what_it_needs_and_runs_loom_below_an_init_without_rights() -> None:

@@ -10,7 +10,7 @@ from loom.agents.llm.agent import Agent
 from loom.agents.llm.prompt import job_message
 from loom.agents.protocol import collect
 from loom.schemas.base import decode, encode
-from loom.schemas.conversation import MAX_TURNS
+from loom.schemas.decoding.conversation import MAX_TURNS
 from loom.schemas.llm import AssistantMessage, Message, SystemMessage, UserMessage
 from loom.schemas.run import RunRequest
 

@@ -10,17 +10,19 @@ from support.builders import ad, awarded, envelope
 from support.strategies import tokens
 
 from loom import delegate
-from loom.agents.host.delegation import Delegator, failure
+from loom.agents.host.delegation import Delegator, delegation_error
 from loom.agents.host.runs import Run
 from loom.agents.host.slots import RunQueue
 from loom.bus.bus import Bus
-from loom.phases.execute.delegation import answer_in, errand_for
-from loom.phases.shared.token_usage import tokens_of
+from loom.phases.execute.delegation import delegated_envelope, result_for_run
+from loom.phases.shared.token_usage import total_tokens
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Envelope, Split, TaskRecord
+from loom.schemas.envelope import Envelope, Split
 from loom.schemas.errors import BudgetExceeded, InvalidTask, LoomError
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest, delegated_id
-from loom.schemas.task import Limits, PhaseUsage, RunResult, TaskError, TaskResult, is_token
+from loom.schemas.task import Limits, PhaseUsage, RunResult, TaskError, TaskResult
+from loom.schemas.tokens import is_token
 
 CONFIG = ClusterConfig(max_depth=2)
 
@@ -73,7 +75,7 @@ def test_a_model_sees_a_task_and_a_domain() -> None:
 )
 def test_a_failure_says_what_failed_once(error: TaskError | None, says: str) -> None:
     state: Any = "failed" if error else "cancelled"
-    raised = failure(TaskResult(task_id="c", state=state, error=error))
+    raised = delegation_error(TaskResult(task_id="c", state=state, error=error))
     assert raised.message.endswith(says)
     assert raised.code == "subtask_failed"
 
@@ -93,7 +95,7 @@ def test_a_grant_is_half_of_what_is_left_or_what_is_asked_and_never_more_than_th
     one = delegator(token_budget=100)
     assert (one._grant(None), one._grant(30), one._grant(1000)) == (50, 30, 100)
     one.own_tokens = 40
-    one.run.charge(TaskResult(task_id="c", state="succeeded", prompt_tokens=10, completion_tokens=20))
+    one.run.add_tokens(TaskResult(task_id="c", state="succeeded", prompt_tokens=10, completion_tokens=20))
     assert one._grant(1000) == 30
     one.own_tokens = 70
     with pytest.raises(BudgetExceeded, match="none of the task's 100 tokens"):
@@ -103,14 +105,21 @@ def test_a_grant_is_half_of_what_is_left_or_what_is_asked_and_never_more_than_th
 def test_what_others_took_counts_once_and_too_much_is_too_dear() -> None:
     one = delegator(token_budget=100)
     own = RunResult(content="x", prompt_tokens=30, completion_tokens=30)
-    assert (one.overspent(own), one.run.charged(own), one.run.charged(None)) == (None, own, None)
-    one.run.charge(TaskResult(task_id="c", state="succeeded", prompt_tokens=20, completion_tokens=20))
+    assert (one.overspent(own), one.run.with_delegated_usage(own), one.run.with_delegated_usage(None)) == (
+        None,
+        own,
+        None,
+    )
+    one.run.add_tokens(TaskResult(task_id="c", state="succeeded", prompt_tokens=20, completion_tokens=20))
     assert one.overspent(own) is None
-    assert one.run.charged(own) == RunResult(content="x", prompt_tokens=50, completion_tokens=50)
-    one.run.charge(TaskResult(task_id="d", state="failed", prompt_tokens=1))
+    assert one.run.with_delegated_usage(own) == RunResult(content="x", prompt_tokens=50, completion_tokens=50)
+    one.run.add_tokens(TaskResult(task_id="d", state="failed", prompt_tokens=1))
     too_dear = one.overspent(own)
     assert too_dear is not None
-    assert (too_dear.code, "101 were used, 41 of them by others" in too_dear.message) == ("budget_exceeded", True)
+    assert (too_dear.code, "101 were used, 41 of them by delegated tasks" in too_dear.message) == (
+        "budget_exceeded",
+        True,
+    )
 
 
 # -- slots
@@ -121,30 +130,30 @@ def test_who_waits_for_others_frees_a_slot_and_gets_the_next_one_before_newcomer
     first, second, third = run("1"), run("2"), run("3", priority="critical")
     for one in (first, second, third):
         room.enqueue(one)
-    assert room.next() is third
-    room.leave(third)
-    assert room.next() is first
-    room.come_back(third)
+    assert room.start_next() is third
+    room.suspend(third)
+    assert room.start_next() is first
+    room.resume(third)
     assert (room.running, room.queued, room.busy) == ({first}, 2, True)
-    assert room.next() is None
-    assert not third.seated.is_set()
-    room.forget(first)
-    assert room.next() is None
-    assert (room.running, room.away, third.seated.is_set()) == ({third}, set(), True)
-    room.forget(third)
-    assert room.next() is second
+    assert room.start_next() is None
+    assert not third.has_slot.is_set()
+    room.remove(first)
+    assert room.start_next() is None
+    assert (room.running, room.suspended, third.has_slot.is_set()) == ({third}, set(), True)
+    room.remove(third)
+    assert room.start_next() is second
 
 
 def test_a_room_whose_runs_all_wait_is_busy_and_has_room() -> None:
     room = RunQueue(1, 0)
     one = run()
     room.enqueue(one)
-    room.next()
+    room.start_next()
     assert room.full
-    room.leave(one)
+    room.suspend(one)
     assert (room.full, room.load, room.busy) == (False, 0, True)
-    room.come_back(one)
-    room.forget(one)
+    room.resume(one)
+    room.remove(one)
     assert (room.busy, room.queued) == (False, 0)
 
 
@@ -157,7 +166,7 @@ def parent(**facts: Any) -> Envelope:
 
 def test_delegated_work_inherits_urgency_deadline_limits_and_trace() -> None:
     env = parent(ad={"limits": Limits(max_depth=1)})
-    child = errand_for(env, ad("part", task_id="c", priority="low", timeout_s=9999), CONFIG)
+    child = delegated_envelope(env, ad("part", task_id="c", priority="low", timeout_s=9999), CONFIG)
     assert (child.ad.description, child.priority, child.deadline, child.trace) == ("part", "high", env.deadline, "00-x")
     assert child.split == Split(parent=env.task_id, depth=1, deadline=env.deadline)
     assert (child.ad.limits, child.budget) == (env.ad.limits, None)
@@ -177,19 +186,19 @@ def test_delegated_work_inherits_urgency_deadline_limits_and_trace() -> None:
 def test_delegated_work_may_use_no_tool_that_the_task_may_not(
     own: tuple[str, ...] | None, outer: tuple[str, ...] | None, left: tuple[str, ...] | None
 ) -> None:
-    child = errand_for(parent(ad={"tools_allowed": outer}), ad(task_id="c", tools_allowed=own), CONFIG)
+    child = delegated_envelope(parent(ad={"tools_allowed": outer}), ad(task_id="c", tools_allowed=own), CONFIG)
     assert child.ad.tools_allowed == left
 
 
 def test_delegated_work_has_the_labels_of_its_task_and_the_run_gets_none_of_them() -> None:
-    child = errand_for(parent(ad={"labels": {"tenant": "a"}}), ad(task_id="c", labels={"tenant": "b"}), CONFIG)
+    child = delegated_envelope(parent(ad={"labels": {"tenant": "a"}}), ad(task_id="c", labels={"tenant": "b"}), CONFIG)
     record = TaskRecord(task_id="c", state="succeeded", envelope=child, admitted_at=0, ended_at=1)
-    assert (child.ad.labels, record.to_result().labels, answer_in(record).labels) == ({"tenant": "a"},) * 2 + ({},)
+    assert (child.ad.labels, record.to_result().labels, result_for_run(record).labels) == ({"tenant": "a"},) * 2 + ({},)
 
 
 def test_delegated_work_that_needs_a_tool_the_task_may_not_use_is_invalid() -> None:
     with pytest.raises(InvalidTask, match="tools_allowed lacks: shell"):
-        errand_for(parent(ad={"tools_allowed": ("add",)}), ad(task_id="c", required_tools=("shell",)), CONFIG)
+        delegated_envelope(parent(ad={"tools_allowed": ("add",)}), ad(task_id="c", required_tools=("shell",)), CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +207,7 @@ def test_delegated_work_that_needs_a_tool_the_task_may_not_use_is_invalid() -> N
 def test_delegated_work_gets_what_is_asked_and_no_more_than_is_left(
     asked: int | None, left: int | None, granted: int | None
 ) -> None:
-    child = errand_for(parent(budget=left), ad(task_id="c", token_budget=asked), CONFIG)
+    child = delegated_envelope(parent(budget=left), ad(task_id="c", token_budget=asked), CONFIG)
     assert child.split is not None
     assert (child.budget, child.split.grant, child.ad.token_budget) == (granted, granted, granted)
 
@@ -216,15 +225,15 @@ def test_delegating_ends_at_the_smaller_of_the_clusters_and_the_tasks_depth(
         with pytest.raises(
             InvalidTask, match=f"{depth + 1} deep, and max_depth is {min(2, limit or 0) if limit is not None else 2}"
         ):
-            errand_for(env, ad(task_id="c"), CONFIG)
+            delegated_envelope(env, ad(task_id="c"), CONFIG)
     else:
-        assert errand_for(env, ad(task_id="c"), CONFIG).depth == depth + 1
+        assert delegated_envelope(env, ad(task_id="c"), CONFIG).depth == depth + 1
 
 
 @pytest.mark.parametrize("fault", [{"description": " "}, {"context": {"k": "x" * 40_000}}])
 def test_an_ad_that_may_not_be_submitted_is_not_delegated_either(fault: dict[str, Any]) -> None:
     with pytest.raises(InvalidTask):
-        errand_for(parent(), replace(ad(task_id="c"), **fault), CONFIG)
+        delegated_envelope(parent(), replace(ad(task_id="c"), **fault), CONFIG)
 
 
 def ended(*, below: bool = False, **facts: Any) -> TaskRecord:
@@ -242,17 +251,17 @@ def test_what_work_took_includes_failed_attempts_and_counts_none_twice() -> None
     result = RunResult(content="x", prompt_tokens=4, completion_tokens=3)
     split = Split(parent="p", depth=1, grant=100, deadline=0)
     asked = {"sense": PhaseUsage(requests=1, prompt_tokens=20, completion_tokens=2)}
-    assert tokens_of(ended()) == 0
-    assert tokens_of(ended(result=result)) == 7
-    assert tokens_of(ended(result=result, attempt=2, spent=spent(10))) == 17
-    assert tokens_of(ended(result=result, attempt=3, spent=spent(12), below=True)) == 12
-    assert tokens_of(ended(result=result, phase_usage=asked)) == 29
-    assert tokens_of(ended(result=result, split=split, budget=80)) == 20
-    assert tokens_of(ended(result=result, split=split, budget=100)) == 7
+    assert total_tokens(ended()) == 0
+    assert total_tokens(ended(result=result)) == 7
+    assert total_tokens(ended(result=result, attempt=2, spent=spent(10))) == 17
+    assert total_tokens(ended(result=result, attempt=3, spent=spent(12), below=True)) == 12
+    assert total_tokens(ended(result=result, phase_usage=asked)) == 29
+    assert total_tokens(ended(result=result, split=split, budget=80)) == 20
+    assert total_tokens(ended(result=result, split=split, budget=100)) == 7
 
 
 def test_the_answer_a_run_gets_tells_all_that_was_taken_and_fits_a_message() -> None:
     result = RunResult(content="数" * 100_000, prompt_tokens=4, completion_tokens=3)
-    answer = answer_in(ended(result=result, spent=spent(10)))
+    answer = result_for_run(ended(result=result, spent=spent(10)))
     assert (answer.prompt_tokens, answer.completion_tokens, answer.truncated) == (14, 3, True)
     assert len(answer.content.encode()) <= 64 * 1024

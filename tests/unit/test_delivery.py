@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nats.aio.msg import Msg
 
-from loom.bus.hops.delivery import DEAD_AFTER, SUSPECT_AFTER, Delivery, Slots, place
+from loom.bus.hops.delivery import DEAD_AFTER, SUSPECT_AFTER, Delivery, Slots, suspect_order
 from loom.bus.isolation import SharedExclusiveLock
 from loom.bus.natsio.ack_metadata import AckMetadata, ack_metadata, rfc3339
 
@@ -40,20 +40,20 @@ def _delivery(times: int) -> Delivery:
 
 def test_a_message_is_suspect_after_three_deliveries_and_dead_after_ten() -> None:
     assert (SUSPECT_AFTER, DEAD_AFTER) == (3, 10)
-    assert [_delivery(n).alone for n in (1, 3, 4, 10, 11)] == [False, False, True, True, True]
-    assert [_delivery(n).dead for n in (1, 4, 10, 11)] == [False, False, False, True]
+    assert [_delivery(n).is_suspect for n in (1, 3, 4, 10, 11)] == [False, False, True, True, True]
+    assert [_delivery(n).exceeded_max_deliveries for n in (1, 4, 10, 11)] == [False, False, False, True]
 
 
 @pytest.mark.slow
 async def test_a_delivery_lets_others_in_once() -> None:
     delivery = _delivery(5)
     delivery.release()  # it had not entered: nothing to give back
-    await delivery.enter()
+    await delivery.acquire()
     delivery.release()
     delivery.release()
     again = _delivery(5)
-    again._gate = delivery._gate
-    await again.enter()
+    again._lock = delivery._lock
+    await again.acquire()
 
 
 def test_slots_count_what_is_free() -> None:
@@ -73,7 +73,9 @@ def test_a_stamp_is_the_same_moment_with_its_offset(at: float) -> None:
 @given(*[st.integers(1, 2**40)] * 2, st.sampled_from(range(4, 11, 2)))
 def test_of_two_suspects_each_comes_first_once_in_two_deliveries(one: int, other: int, delivered: int) -> None:
     def places(count: int) -> list[float]:
-        return [place(AckMetadata(delivered=count, stream_seq=seq, stored_at=0, pending=0)) for seq in (one, other)]
+        return [
+            suspect_order(AckMetadata(delivered=count, stream_seq=seq, stored_at=0, pending=0)) for seq in (one, other)
+        ]
 
     (mine, others), (later, others_later) = places(delivered), places(delivered + 1)
     assert 0 <= min(mine, others, later, others_later) <= max(mine, others, later, others_later) <= 1

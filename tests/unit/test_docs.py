@@ -17,8 +17,9 @@ from loom.bus.bus import Bus
 from loom.bus.subjects import FAMILIES
 from loom.bus.topology import LANES, streams
 from loom.runner.doctor import agreement, diagnosis, working
+from loom.schemas.checks.ad import parse_ad
 from loom.schemas.config import ClusterConfig
-from loom.schemas.task import domain_token, parse_ad
+from loom.schemas.tokens import domain_token
 
 DOCS = ROOT / "docs"
 SUBJECTS = DOCS / "subjects.md"

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loom.schemas.auction import Award
 from loom.schemas.base import MAX_MESSAGE_BYTES, decode, encode
-from loom.schemas.envelope import MAX_HOPS, Award, Claim, Envelope, Hop, Phase, RejectedResult, Spec, Split, TaskRecord
+from loom.schemas.envelope import MAX_HOPS, Claim, Envelope, Hop, Phase, RejectedResult, Spec, Split
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import PhaseUsage, RunResult, TaskAd, TaskError, TaskResult, TaskUsage
 
 PIPELINE: tuple[Phase, ...] = ("sense", "match", "scale", "execute", "evaluate")

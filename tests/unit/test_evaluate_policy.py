@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.builders import ad, awarded, envelope
 
-from loom.bus.rewards import judgement
 from loom.phases.evaluate.decisions import (
     COUNTED,
     RETRIED,
@@ -14,24 +13,16 @@ from loom.phases.evaluate.decisions import (
     Finish,
     Retry,
     decide,
-    implied_rewards,
-    is_late,
+    is_stale,
     judge,
-    reward_for,
     unchecked,
 )
+from loom.phases.evaluate.rewards import implied_rewards, reward_for
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import (
-    IN_HAND_S,
-    MAX_CAUSE_CHARS,
-    Claim,
-    Envelope,
-    FailedAttempt,
-    Opinion,
-    RejectedResult,
-    TaskRecord,
-)
+from loom.schemas.envelope import IN_HAND_S, MAX_CAUSE_CHARS, Claim, Envelope, FailedAttempt, Opinion, RejectedResult
 from loom.schemas.errors import BY_CODE
+from loom.schemas.learning import judgement
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Accept, RunResult, TaskError, TaskResult
 
 CONFIG = ClusterConfig(max_attempts=3)
@@ -397,7 +388,7 @@ def test_an_end_with_a_kept_result_still_rewards_the_last_attempt_with_nought() 
     [(1, None, True), (1, "node_lost", True), (2, None, False), (3, "no_bids", False), (1, "cancelled", False)],
 )
 def test_a_replaced_attempt_is_late_unless_it_carries_a_cancel(attempt: int, code: str | None, late: bool) -> None:
-    assert is_late(env("42", code, attempt=attempt), record(env(), claim=Claim(attempt=2))) is late
+    assert is_stale(env("42", code, attempt=attempt), record(env(), claim=Claim(attempt=2))) is late
 
 
 def test_a_spent_budget_leaves_what_there_is_for_it() -> None:

@@ -8,10 +8,10 @@ from types import ModuleType
 
 import pytest
 
+from loom.schemas.checks.ad import parse_ad
 from loom.schemas.errors import AgentFailed
 from loom.schemas.plan import parse_plan
 from loom.schemas.run import RunRequest
-from loom.schemas.task import parse_ad
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 [AD] = [parse_ad(line) for line in (EXAMPLES / "report.jsonl").read_bytes().splitlines()]

@@ -9,9 +9,10 @@ from types import ModuleType
 import pytest
 
 from loom.agents.llm.agent import Agent
+from loom.schemas.checks.ad import parse_ad
 from loom.schemas.errors import AgentFailed
 from loom.schemas.run import RunRequest
-from loom.schemas.task import TaskAd, parse_ad
+from loom.schemas.task import TaskAd
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TASKS = [parse_ad(line) for line in (EXAMPLES / "tasks.jsonl").read_bytes().splitlines()]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.adapt.evidence import apply_reward, change_in, summary
+from loom.phases.adapt.evidence import apply_reward, change_between, summary
 from loom.schemas.base import decode, encode
 from loom.schemas.learning import MAX_DOMAINS, WINDOW, NodeProfile, Reward
 
@@ -138,7 +138,7 @@ def test_what_came_before_a_change_is_forgotten_and_does_not_come_back() -> None
     profile, told = EMPTY, []
     for seq, one in enumerate([*good, *bad], 1):
         before, profile = profile, apply_reward(profile, one, seq, forget=True)
-        told.append(change_in(before, profile))
+        told.append(change_between(before, profile))
 
     assert (profile.domains["code"].mean, profile.domains["code"].count <= 12) == (0.0, True)
     assert [change for change in told if change] == ["code: from 0.97 over 62 to 0.00 over 3"]

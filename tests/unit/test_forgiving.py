@@ -12,11 +12,12 @@ from support.strategies import message_types, messages
 
 from loom.schemas.auction import AnnouncedNode
 from loom.schemas.base import MAX_INT, Message, Undecodable, decode, encode, new_id
+from loom.schemas.checks.ad import parse_ad
 from loom.schemas.errors import InvalidTask
 from loom.schemas.events import ToolCallStart
 from loom.schemas.llm import CompletionParams
 from loom.schemas.run import RunEvent, RunRequest
-from loom.schemas.task import RunResult, TaskAd, parse_ad
+from loom.schemas.task import RunResult, TaskAd
 
 a_few = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 OBJECTS = [

@@ -26,7 +26,7 @@ class Visitors:
         self._tasks[name] = asyncio.create_task(self._visit(name, alone=alone))
 
     async def _visit(self, name: str, *, alone: bool) -> None:
-        await self.gate.enter(alone=alone)
+        await self.gate.acquire(exclusive=alone)
         try:
             self.entered.append(name)
             self.inside.append(name)
@@ -34,7 +34,7 @@ class Visitors:
             await self._leave[name].wait()
             self.inside.remove(name)
         finally:
-            self.gate.leave(alone=alone)
+            self.gate.release(exclusive=alone)
 
     async def leave(self, name: str) -> None:
         self._leave[name].set()
@@ -120,17 +120,17 @@ async def test_a_suspect_that_comes_as_the_gate_falls_free_does_not_jump_the_que
     order: list[str] = []
 
     async def enter(name: str) -> None:
-        await gate.enter(alone=True)
+        await gate.acquire(exclusive=True)
         order.append(name)
 
-    await gate.enter(alone=True)
+    await gate.acquire(exclusive=True)
     tasks = [asyncio.create_task(enter("first"))]
     await settled()
-    gate.leave(alone=True)
+    gate.release(exclusive=True)
     tasks.append(asyncio.create_task(enter("second")))  # before "first" has run
     await settled()
     assert order == ["first"]
-    gate.leave(alone=True)
+    gate.release(exclusive=True)
     await asyncio.gather(*tasks)
     assert order == ["first", "second"]
 
@@ -163,16 +163,16 @@ async def test_who_gives_up_waiting_leaves_the_gate_usable() -> None:
 
 async def test_a_turn_that_comes_together_with_the_cancellation_is_passed_on() -> None:
     gate = SharedExclusiveLock()
-    await gate.enter(alone=True)
-    waiting = asyncio.create_task(gate.enter(alone=True))
-    behind = asyncio.create_task(gate.enter(alone=False))
+    await gate.acquire(exclusive=True)
+    waiting = asyncio.create_task(gate.acquire(exclusive=True))
+    behind = asyncio.create_task(gate.acquire(exclusive=False))
     await settled()
-    gate.leave(alone=True)  # its turn
+    gate.release(exclusive=True)  # its turn
     waiting.cancel()  # before it could run
     await asyncio.gather(waiting, return_exceptions=True)
     await asyncio.wait_for(behind, 1)
-    gate.leave(alone=False)
-    await asyncio.wait_for(gate.enter(alone=True), 1)
+    gate.release(exclusive=False)
+    await asyncio.wait_for(gate.acquire(exclusive=True), 1)
 
 
 steps = st.lists(

@@ -8,12 +8,15 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from loom.phases.scale import subtask_graph
-from loom.phases.scale.planner import bounded
+from loom.phases.scale.planner import check_plan_size
 from loom.phases.scale.planner import plan_from_ad as given_plan
+from loom.schemas.auction import Award
 from loom.schemas.base import MAX_INPUTS_BYTES, MAX_MESSAGE_BYTES, decode, encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope, RejectedResult, Spec, Split, SplitPlan, Subtask, TaskRecord
+from loom.schemas.envelope import Envelope, RejectedResult, Spec, Split
 from loom.schemas.errors import InvalidPlan
+from loom.schemas.plan import SplitPlan, Subtask
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import Limits, PhaseUsage, RunResult, TaskAd, TaskError
 
 CONFIG = ClusterConfig()
@@ -36,7 +39,7 @@ def part(name: str, *needs: str, **facts: Any) -> Subtask:
 def ended(plan: SplitPlan, name: str, state: Any = "succeeded", tokens: int = 0, **facts: Any) -> TaskRecord:
     """The record of a subtask's task once it is over."""
     (one,) = [each for each in plan.subtasks if each.id == name]
-    child = subtask_graph.child_of(plan, one, {}, 0.0)
+    child = subtask_graph.child_envelope(plan, one, {}, 0.0)
     error = None if state == "succeeded" else TaskError(code=facts.pop("code", "agent_failed"), message="no")
     result = RunResult(content=f"out {name}", completion_tokens=tokens) if state == "succeeded" else None
     left = None if one.grant is None else max(0, one.grant - tokens)
@@ -80,9 +83,9 @@ def test_every_plan_ends_and_nothing_begins_before_what_it_needs(
 ) -> None:
     may_fail = data.draw(st.booleans())
     plan = subtask_graph.start_plan(parent(budget), parts)
-    begun: list[str] = [each.id for each in subtask_graph.running(plan)]
+    begun: list[str] = [each.id for each in subtask_graph.running_subtasks(plan)]
     while plan.state == "running":
-        running = subtask_graph.running(plan)
+        running = subtask_graph.running_subtasks(plan)
         assert running, "a running plan that waits for nobody would wait for ever"
         one = dice.choice(running)
         for need in one.dependencies:
@@ -92,8 +95,8 @@ def test_every_plan_ends_and_nothing_begins_before_what_it_needs(
         after = subtask_graph.record_child(plan, record)
         assert after != plan
         assert subtask_graph.record_child(after, record) == after, "told twice"
-        new = [each.id for each in subtask_graph.running(after) if each.id not in {old.id for old in running}]
-        assert set(new) <= {each.id for each in subtask_graph.begun_by(after, record.task_id)}
+        new = [each.id for each in subtask_graph.running_subtasks(after) if each.id not in {old.id for old in running}]
+        assert set(new) <= {each.id for each in subtask_graph.unblocked_by(after, record.task_id)}
         begun += new
         plan = after
     assert len(begun) == len(set(begun))
@@ -101,7 +104,7 @@ def test_every_plan_ends_and_nothing_begins_before_what_it_needs(
         assert {each.state for each in plan.subtasks} == {"succeeded"}
         assert sorted(begun) == sorted(each.id for each in parts)
     else:
-        assert subtask_graph.failure(plan) is not None
+        assert subtask_graph.plan_error(plan) is not None
 
 
 @given(dags(), st.integers(1000, 50_000), st.randoms(use_true_random=False))
@@ -112,9 +115,9 @@ def test_what_is_lent_never_exceeds_what_is_left_and_the_synthesis_keeps_its_sha
     while plan.state == "running":
         left = subtask_graph.tokens_left(plan)
         assert left is not None
-        lent = sum(each.grant or 0 for each in subtask_graph.running(plan))
+        lent = sum(each.grant or 0 for each in subtask_graph.running_subtasks(plan))
         assert lent <= left - subtask_graph.SYNTHESIS_SHARE * budget
-        one = dice.choice(subtask_graph.running(plan))
+        one = dice.choice(subtask_graph.running_subtasks(plan))
         plan = subtask_graph.record_child(plan, ended(plan, one.id, tokens=dice.randint(0, one.grant or 0)))
     assert plan.state == "joining"
     joined = subtask_graph.synthesis_envelope(plan, {})
@@ -174,7 +177,7 @@ def test_without_a_budget_there_are_no_limits() -> None:
 def test_a_budget_that_is_spent_fails_the_plan_at_once() -> None:
     plan = subtask_graph.start_plan(parent(1000), [part("a"), part("b", "a"), part("c", "b")])
     plan = subtask_graph.record_child(plan, ended(plan, "a", tokens=1000))
-    error = subtask_graph.failure(plan)
+    error = subtask_graph.plan_error(plan)
     assert error is not None
     assert (plan.state, error.code) == ("done", "budget_exceeded")
     assert by_name(plan)["b"].state == "waiting"
@@ -182,7 +185,7 @@ def test_a_budget_that_is_spent_fails_the_plan_at_once() -> None:
 
 def test_a_budget_too_small_to_share_is_spent_from_the_beginning() -> None:
     plan = subtask_graph.start_plan(parent(8), [part(f"s{n}") for n in range(16)])
-    error = subtask_graph.failure(plan)
+    error = subtask_graph.plan_error(plan)
     assert error is not None
     assert (plan.state, error.code) == ("done", "budget_exceeded")
 
@@ -228,7 +231,7 @@ def test_a_part_whose_answers_were_all_refused_says_so_and_the_plan_holds_no_ans
     plan = subtask_graph.record_child(plan, record)
     error = by_name(plan)["a"].error
     assert error == replace(record.error, best_rejected=None)
-    why = subtask_graph.failure(plan)
+    why = subtask_graph.plan_error(plan)
     assert why is not None
     assert why.message.startswith("subtask a ended with rejected_result: too short (the best refused answer")
 
@@ -258,7 +261,7 @@ def test_a_joined_task_has_spent_what_its_parts_have_and_its_budget_agrees() -> 
 def test_a_failed_subtask_fails_the_plan_and_says_why() -> None:
     plan = subtask_graph.start_plan(parent(), [part("a"), part("b"), part("c", "a", "b")])
     plan = subtask_graph.record_child(plan, ended(plan, "a", "failed", code="node_lost"))
-    error = subtask_graph.failure(plan)
+    error = subtask_graph.plan_error(plan)
     assert error is not None
     assert (plan.state, error.code, error.message) == ("done", "subtask_failed", "subtask a ended with node_lost: no")
     assert [each.state for each in plan.subtasks] == ["failed", "running", "waiting"]
@@ -271,13 +274,13 @@ def test_a_failed_subtask_fails_the_plan_and_says_why() -> None:
 @pytest.mark.parametrize("code", ["deadline_exceeded", "budget_exceeded"])
 def test_a_deadline_and_a_budget_are_the_parents_own(code: str) -> None:
     plan = subtask_graph.start_plan(parent(), [part("a"), part("b")])
-    error = subtask_graph.failure(subtask_graph.record_child(plan, ended(plan, "a", "failed", code=code)))
+    error = subtask_graph.plan_error(subtask_graph.record_child(plan, ended(plan, "a", "failed", code=code)))
     assert error == TaskError(code=code, message="subtask a: no")
 
 
 def test_a_cancelled_subtask_fails_the_plan() -> None:
     plan = subtask_graph.start_plan(parent(), [part("a"), part("b")])
-    error = subtask_graph.failure(subtask_graph.record_child(plan, ended(plan, "a", "cancelled", code="cancelled")))
+    error = subtask_graph.plan_error(subtask_graph.record_child(plan, ended(plan, "a", "cancelled", code="cancelled")))
     assert error is not None
     assert (error.code, error.message) == ("subtask_failed", "subtask a ended with cancelled: no")
 
@@ -297,7 +300,7 @@ def test_a_child_has_its_own_id_and_its_parents_deadline_priority_and_context() 
     env = parent(1000, context={"plan": [1], "repo": "x"}, trace="00-ab-cd-01", **given)
     plan = subtask_graph.start_plan(env, [part("a"), part("b", "a", domain="data", estimated_complexity=0.4)])
     plan = subtask_graph.record_child(plan, ended(plan, "a"))
-    child = subtask_graph.child_of(plan, by_name(plan)["b"], {"a": "out a", "z": "no"}, now=900.0)
+    child = subtask_graph.child_envelope(plan, by_name(plan)["b"], {"a": "out a", "z": "no"}, now=900.0)
     assert child.task_id == subtask_graph.child_id("p", "b") != subtask_graph.child_id("p", "a")
     assert (child.ad.domain, child.ad.description, child.ad.estimated_complexity) == ("data", "do b", 0.4)
     assert (child.ad.context, child.ad.limits, child.ad.timeout_s) == ({"repo": "x"}, Limits(max_depth=1), 100.0)
@@ -312,8 +315,8 @@ def test_a_child_has_its_own_id_and_its_parents_deadline_priority_and_context() 
 def test_a_part_of_a_part_is_deeper_and_knows_what_its_parent_was_given() -> None:
     split = Split(parent="g", depth=1, subtask="p", deadline=1000.0, inputs={"before": "it", "a": "theirs"})
     plan = subtask_graph.start_plan(parent(split=split), [part("a"), part("b", "a")])
-    first = subtask_graph.child_of(plan, by_name(plan)["a"], {}, 0.0)
-    second = subtask_graph.child_of(plan, by_name(plan)["b"], {"a": "ours"}, 0.0)
+    first = subtask_graph.child_envelope(plan, by_name(plan)["a"], {}, 0.0)
+    second = subtask_graph.child_envelope(plan, by_name(plan)["b"], {"a": "ours"}, 0.0)
     assert first.split is not None
     assert second.split is not None
     assert (first.depth, first.split.inputs) == (2, {"before": "it", "a": "theirs"})
@@ -335,7 +338,7 @@ def test_the_largest_plan_a_client_may_give_can_be_read_again_when_all_has_been_
     config = ClusterConfig(max_subtasks=64)
     env = parent(10**8, context={"k": "v" * 32_000}, inputs={"a": "\x01" * 10_000}, best_rejected=None)
     env = replace(env, ad=replace(env.ad, description="\x01" * 5000), trace="t" * 256)
-    plan = subtask_graph.start_plan(env, bounded(parts, config))
+    plan = subtask_graph.start_plan(env, check_plan_size(parts, config))
     for each in parts[:-1]:
         plan = subtask_graph.record_child(
             plan, ended(plan, each.id, award=Award(node_id="n" * 64, host_id="h" * 64), tokens=10**4)
@@ -357,7 +360,7 @@ def test_the_largest_plan_a_client_may_give_can_be_read_again_when_all_has_been_
 )
 def test_a_plan_that_is_too_large_or_cannot_be_written_is_refused(parts: tuple[Subtask, ...], complaint: str) -> None:
     with pytest.raises(InvalidPlan, match=complaint):
-        bounded(parts, CONFIG)
+        check_plan_size(parts, CONFIG)
 
 
 def test_a_plan_may_be_given_as_a_list_as_an_object_or_as_text() -> None:
@@ -381,15 +384,17 @@ def test_a_plan_that_is_done_takes_in_the_ends_of_its_subtasks_and_changes_nothi
     if parent_ended:
         done = subtask_graph.finish(plan)
     else:
-        done = subtask_graph.record_child(plan, ended(plan, dice.choice(subtask_graph.running(plan)).id, "failed"))
-        assert done.error == subtask_graph.failure(done)
+        done = subtask_graph.record_child(
+            plan, ended(plan, dice.choice(subtask_graph.running_subtasks(plan)).id, "failed")
+        )
+        assert done.error == subtask_graph.plan_error(done)
     after = done
-    for one in dice.sample(subtask_graph.running(done), len(subtask_graph.running(done))):
+    for one in dice.sample(subtask_graph.running_subtasks(done), len(subtask_graph.running_subtasks(done))):
         record = ended(done, one.id, dice.choice(["succeeded", "failed", "cancelled"]))
         after = subtask_graph.record_child(after, record)
         assert by_name(after)[one.id].state == record.state
         assert subtask_graph.record_child(after, record) == after, "a second time"
-    assert subtask_graph.running(after) == []
+    assert subtask_graph.running_subtasks(after) == []
     assert (after.state, after.error) == ("done", done.error)
     untouched = {each.id for each in done.subtasks if each.state != "running"}
     assert all(by_name(after)[name] == by_name(done)[name] for name in untouched)

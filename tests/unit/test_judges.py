@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from loom.phases.adapt.evidence import apply_reward
-from loom.phases.adapt.reward_weights import MOST, weights_of
+from loom.phases.adapt.reward_weights import MAX_SOURCES, weights_of
 from loom.schemas.base import decode, encode
 from loom.schemas.learning import NodeProfile, Reward
 
@@ -114,11 +114,11 @@ def test_a_loss_that_turns_into_a_win_ends_the_row_where_it_stands() -> None:
 
 
 def test_of_more_sources_than_there_is_room_for_the_heaviest_count() -> None:
-    crowd = [said(f"j{n}", 1.0) for n in range(MOST + 3)]
+    crowd = [said(f"j{n}", 1.0) for n in range(MAX_SOURCES + 3)]
     [entry] = folded(*crowd, said("person", 0.0)).domains["code"].scores
     assert list(entry.by_source) == ["person", "j0", "j1", "j2"]
     assert entry.score == pytest.approx(3 / 6)
-    unheard = folded(*crowd[:MOST])
+    unheard = folded(*crowd[:MAX_SOURCES])
     assert more(unheard, said("late", 0.0)).domains == unheard.domains
 
 

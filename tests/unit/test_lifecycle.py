@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.bus.rewards import RewardBus
 from loom.cluster import ApoptosisRejected, ClusterManager, LifecycleManager, MitosisError
+from loom.compat.reward_formulas import RewardBus
 from loom.types import AgentNode, CapabilityProfile, ClusterConfig, Limits, TaskAd
 
 NOW = 1_000_000.0

@@ -9,8 +9,8 @@ import pytest
 from support.logs import capture_logs
 from support.wait import until
 
-from loom.phases.shared.circuit_breaker import FAILURES, REST_S, Breaker, breaker_of
-from loom.phases.shared.llm_call import MORE_TOKENS, Answer, ask, is_affordable
+from loom.phases.shared.circuit_breaker import MAX_FAILURES, OPEN_S, CircuitBreaker, breaker_for
+from loom.phases.shared.llm_call import RETRY_TOKENS_FACTOR, LLMAnswer, call_llm, is_affordable
 from loom.schemas.errors import AgentFailed, BudgetExceeded, DeadlineExceeded, InvalidPlan
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk, Usage, UserMessage
 from loom.schemas.task import PhaseUsage
@@ -52,13 +52,13 @@ def number(text: str) -> int:
     return int(text)
 
 
-async def put(model: Model, **facts: Any) -> Answer[int]:
-    return await ask(model, QUESTION, number, **{"within_s": 10.0, **facts})
+async def put(model: Model, **facts: Any) -> LLMAnswer[int]:
+    return await call_llm(model, QUESTION, number, **{"within_s": 10.0, **facts})
 
 
 async def test_an_answer_comes_with_what_it_took() -> None:
     told = CompletionResult(content="7", usage=Usage(prompt_tokens=5, completion_tokens=2))
-    assert await put(Model(told)) == Answer(7, PhaseUsage(requests=1, prompt_tokens=5, completion_tokens=2))
+    assert await put(Model(told)) == LLMAnswer(7, PhaseUsage(requests=1, prompt_tokens=5, completion_tokens=2))
 
 
 @pytest.mark.parametrize("usage", [None, Usage(prompt_tokens=-1), Usage(prompt_tokens=10**20), "many"])
@@ -88,7 +88,7 @@ async def test_a_refused_or_unreadable_question_is_put_once_more_without_a_respo
 async def test_an_answer_that_was_cut_gets_more_room() -> None:
     model = Model(CompletionResult(content="", finish_reason="length"), "7")
     assert (await put(model)).value == 7
-    assert model.asked[1].max_tokens == 10 * MORE_TOKENS
+    assert model.asked[1].max_tokens == 10 * RETRY_TOKENS_FACTOR
 
 
 async def test_a_question_is_not_put_a_third_time() -> None:
@@ -129,7 +129,7 @@ async def test_an_exception_that_raises_when_it_is_looked_at_is_a_failure_like_a
 
 async def test_a_mistake_goes_along_with_the_second_question() -> None:
     model = Model("seven", "7")
-    await put(model, mend=lambda answer, error: (UserMessage(f"{answer}: {error.message}"),))
+    await put(model, repair=lambda answer, error: (UserMessage(f"{answer}: {error.message}"),))
     assert [message.content for message in model.asked[1].messages] == ["four", "seven: not a number"]
 
 
@@ -201,13 +201,13 @@ def test_without_a_budget_everything_is_affordable() -> None:
 async def test_a_model_that_failed_three_times_in_a_row_is_not_asked_for_a_while() -> None:
     model = Model(RuntimeError("down"))
     with capture_logs() as logs:
-        for _ in range(FAILURES):
+        for _ in range(MAX_FAILURES):
             await put(model)
         answer = await put(model)
-    assert len(model.asked) == FAILURES
+    assert len(model.asked) == MAX_FAILURES
     assert "not asked for a while" in answer.why
     assert isinstance(answer.error, AgentFailed)
-    assert [entry["event"] for entry in logs].count("model_not_asked") == FAILURES
+    assert [entry["event"] for entry in logs].count("llm_call_failed") == MAX_FAILURES
 
 
 async def test_an_answer_in_between_starts_the_count_again() -> None:
@@ -219,9 +219,9 @@ async def test_an_answer_in_between_starts_the_count_again() -> None:
 @pytest.mark.parametrize("answer", ["seven", Status(400)])
 async def test_a_model_that_refuses_is_not_down(answer: Any) -> None:
     model = Model(answer)
-    for _ in range(2 * FAILURES):
+    for _ in range(2 * MAX_FAILURES):
         await put(model)
-    assert len(model.asked) == 4 * FAILURES
+    assert len(model.asked) == 4 * MAX_FAILURES
 
 
 async def test_a_short_deadline_is_no_sign_that_a_model_is_down() -> None:
@@ -232,35 +232,35 @@ async def test_a_short_deadline_is_no_sign_that_a_model_is_down() -> None:
             raise AssertionError
 
     model = Slow()
-    for _ in range(2 * FAILURES):
+    for _ in range(2 * MAX_FAILURES):
         await put(model, within_s=0.001)
-    assert breaker_of(model).may_ask()
+    assert breaker_for(model).allow_request()
 
 
 def test_a_model_that_is_down_is_probed_once_in_thirty_seconds() -> None:
     now = [0.0]
-    breaker = Breaker(lambda: now[0])
-    for _ in range(FAILURES):
-        assert breaker.may_ask()
-        breaker.failed()
-    now[0] = REST_S - 0.01
-    assert not breaker.may_ask()
-    now[0] = REST_S
-    assert [breaker.may_ask(), breaker.may_ask()] == [True, False]
-    now[0] = 2 * REST_S
-    assert breaker.may_ask()
-    breaker.failed()
-    assert not breaker.may_ask()
-    now[0] = 3 * REST_S
-    assert breaker.may_ask()
-    breaker.succeeded()
-    assert [breaker.may_ask(), breaker.may_ask()] == [True, True]
+    breaker = CircuitBreaker(lambda: now[0])
+    for _ in range(MAX_FAILURES):
+        assert breaker.allow_request()
+        breaker.record_failure()
+    now[0] = OPEN_S - 0.01
+    assert not breaker.allow_request()
+    now[0] = OPEN_S
+    assert [breaker.allow_request(), breaker.allow_request()] == [True, False]
+    now[0] = 2 * OPEN_S
+    assert breaker.allow_request()
+    breaker.record_failure()
+    assert not breaker.allow_request()
+    now[0] = 3 * OPEN_S
+    assert breaker.allow_request()
+    breaker.record_success()
+    assert [breaker.allow_request(), breaker.allow_request()] == [True, True]
 
 
 def test_the_phases_of_a_process_share_what_they_know_of_a_provider() -> None:
     one, other = Model("7"), Model("7")
-    assert breaker_of(one) is breaker_of(one)
-    assert breaker_of(one) is not breaker_of(other)
+    assert breaker_for(one) is breaker_for(one)
+    assert breaker_for(one) is not breaker_for(other)
 
 
 def test_a_provider_that_cannot_be_remembered_is_asked_each_time() -> None:
@@ -268,5 +268,5 @@ def test_a_provider_that_cannot_be_remembered_is_asked_each_time() -> None:
         __slots__ = ()
         complete = stream = None
 
-    breaker_of(Slotted()).failed()  # type: ignore[arg-type]  # not a whole provider
-    assert breaker_of(Slotted()).may_ask()  # type: ignore[arg-type]  # as above
+    breaker_for(Slotted()).record_failure()  # type: ignore[arg-type]  # not a whole provider
+    assert breaker_for(Slotted()).allow_request()  # type: ignore[arg-type]  # as above

@@ -15,7 +15,7 @@ from loom.phases.match.scoring import (
     AuctionContext,
     Awarded,
     Exhausted,
-    Nobody,
+    NoOffers,
     award,
     decide,
     score,
@@ -136,7 +136,7 @@ def test_a_bid_without_all_required_tools_is_no_bid() -> None:
     verdict = judged(needs, offer("h1", half, whole))
     assert isinstance(verdict, Awarded)
     assert [bid.node_id for bid in verdict.award.bids] == ["whole"]
-    assert isinstance(judged(needs, offer("h1", half)), Nobody)
+    assert isinstance(judged(needs, offer("h1", half)), NoOffers)
 
 
 def test_an_excluded_node_is_not_awarded_even_if_its_host_offers_it() -> None:
@@ -151,14 +151,14 @@ def test_an_excluded_node_is_not_awarded_even_if_its_host_offers_it() -> None:
 @pytest.mark.parametrize(
     ("excluded", "declines", "verdict"),
     [
-        ((), [], Nobody),
-        ((), ["unqualified"], Nobody),
+        ((), [], NoOffers),
+        ((), ["unqualified"], NoOffers),
         ((), ["busy", "unqualified"], AllBusy),
-        ((), ["draining"], Nobody),
-        (("n1",), [], Nobody),
+        ((), ["draining"], NoOffers),
+        (("n1",), [], NoOffers),
         (("n1",), ["unqualified"], Exhausted),
         (("n1",), ["busy", "unqualified"], AllBusy),
-        (("n1",), ["unqualified", "draining"], Nobody),
+        (("n1",), ["unqualified", "draining"], NoOffers),
     ],
 )
 def test_what_follows_when_nobody_bids(excluded: tuple[str, ...], declines: list[str], verdict: type) -> None:

@@ -23,13 +23,14 @@ from loom.bus.stored_rewards import reward_in
 from loom.bus.subjects import Subjects
 from loom.phases.adapt.calibration_writer import recalibrated
 from loom.phases.adapt.evidence import apply_reward, is_dated_ahead, summary
-from loom.phases.adapt.retirement_policy import bequest, heir, who_retires
+from loom.phases.adapt.retirement_policy import due_retirements, heir, inherited_rewards
 from loom.phases.evaluate import decisions as evaluate
-from loom.phases.execute.delegation import answer_in, errand_for
-from loom.phases.execute.service import error_in, request_for, spent
+from loom.phases.evaluate import rewards
+from loom.phases.execute.delegation import delegated_envelope, result_for_run
+from loom.phases.execute.run_messages import error_of, request_for, with_result
 from loom.phases.match.award_policies import POLICIES
 from loom.phases.match.offers import OfferReader
-from loom.phases.match.partial_decoding import ReadProfile, known, window
+from loom.phases.match.partial_decoding import PartialProfile, decode_window, to_profile
 from loom.phases.match.scoring import AuctionContext, Awarded, decide
 from loom.phases.scale import planner, subtask_graph
 from loom.phases.sense.calibration_reader import calibrated
@@ -45,14 +46,17 @@ from loom.schemas.auction import (
     SpawnRequest,
 )
 from loom.schemas.base import MAX_INT, MAX_MESSAGE_BYTES, Undecodable, decode, encode
+from loom.schemas.checks.ad import check_ad, parse_ad
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import DeadLetter, Envelope, SplitPlan, Subtask, TaskRecord
+from loom.schemas.dead_letter import DeadLetter
+from loom.schemas.envelope import Envelope
 from loom.schemas.errors import LoomError
 from loom.schemas.events import Done, ErrorEvent, SubtaskEvent
 from loom.schemas.learning import Calibration, Lease, Lifecycle, NodeProfile, Reward
-from loom.schemas.plan import parse_plan
+from loom.schemas.plan import SplitPlan, Subtask, parse_plan
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import Delta, RunEvent, RunRequest, read_events
-from loom.schemas.task import Accepted, ErrorReply, Submission, TaskAd, TaskResult, check_ad, parse_ad
+from loom.schemas.task import Accepted, ErrorReply, Submission, TaskAd, TaskResult
 
 SHAPES: tuple[Any, ...] = (
     *(
@@ -189,17 +193,19 @@ def auctions(forger: Forger) -> None:
     envelope, reader = forger.made(Envelope), OfferReader(Discards(), BID_LIMIT)
     reads = [partial(reader.read, HostKey("local", f"h{number}")) for number in range(3)]
     offers = [offer for read in reads if (offer := forger.made(Offer, read)) is not None]
-    profile = forger.made(ReadProfile)
+    profile = forger.made(PartialProfile)
     profiles = {}
     if profile is not None:
-        windows = {domain_token: window(evidence) for domain_token, evidence in profile.domains.items()}
-        profiles = {profile.name: known(profile, windows, None)}
+        windows = {domain_token: decode_window(evidence) for domain_token, evidence in profile.domains.items()}
+        profiles = {profile.node: to_profile(profile, windows, None)}
     if envelope is None or envelope.spec is None:
         return
     taken = {(*offer.host, bid.node_id): forger.dice.choice([1, 5]) for offer in offers for bid in offer.bids}
     for policy in POLICIES.values():
         verdict = decide(
-            envelope, offers, AuctionContext(policy=policy, profiles=profiles, now=1e9, half_life_s=1e6, taken=taken)
+            envelope,
+            offers,
+            AuctionContext(policy=policy, profiles=profiles, now=1e9, half_life_s=1e6, recent_awards=taken),
         )
         if isinstance(verdict, Awarded):
             decode(
@@ -222,7 +228,7 @@ def learning(forger: Forger) -> None:
     decode(encode(calibration), Calibration)
     for one in (profile, summary(profile)):
         decode(encode(one), NodeProfile)
-    for inherited in bequest(profile, "acme", "heir"):
+    for inherited in inherited_rewards(profile, "acme", "heir"):
         decode(encode(inherited), Reward)
 
 
@@ -231,12 +237,12 @@ def judging(forger: Forger) -> None:
     if envelope is not None:
         decision = evaluate.decide(envelope, CONFIG, 1.0)
         decode(encode(decision.envelope), Envelope, limit=2 * MAX_MESSAGE_BYTES)
-        if (reward := evaluate.reward_for(envelope, envelope.error, 1.0)) is not None:
+        if (reward := rewards.reward_for(envelope, envelope.error, 1.0)) is not None:
             decode(encode(reward), Reward)
     if record is not None:
         decode(encode(record.to_result()), TaskResult)
-        decode(encode(answer_in(record)), TaskResult)
-        for implied in evaluate.implied_rewards(record):
+        decode(encode(result_for_run(record)), TaskResult)
+        for implied in rewards.implied_rewards(record):
             decode(encode(implied), Reward)
         evaluate.notice_of(record)
 
@@ -245,12 +251,12 @@ def running(forger: Forger) -> None:
     envelope, event = forger.made(Envelope), forger.made(RunEvent)
     if envelope is None or event is None:
         return
-    decode(encode(spent(envelope, event.result)), Envelope, limit=2 * MAX_MESSAGE_BYTES)
+    decode(encode(with_result(envelope, event.result)), Envelope, limit=2 * MAX_MESSAGE_BYTES)
     if envelope.award is not None:
-        error_in(event, envelope.award)
+        error_of(event, envelope.award)
         encode(request_for(envelope, envelope.award, 1.0))
     if event.ad is not None:
-        errand_for(envelope, event.ad, CONFIG)
+        delegated_envelope(envelope, event.ad, CONFIG)
 
 
 def plans(forger: Forger) -> None:
@@ -258,9 +264,9 @@ def plans(forger: Forger) -> None:
     if plan is not None and record is not None:
         noted = subtask_graph.record_child(plan, record)
         decode(encode(noted), SplitPlan, limit=2 * MAX_MESSAGE_BYTES)
-        subtask_graph.failure(noted)
-        for part in subtask_graph.running(noted)[:2]:
-            encode(subtask_graph.child_of(noted, part, {}, 1.0))
+        subtask_graph.plan_error(noted)
+        for part in subtask_graph.running_subtasks(noted)[:2]:
+            encode(subtask_graph.child_envelope(noted, part, {}, 1.0))
         encode(subtask_graph.synthesis_envelope(noted, {}))
     parse_plan(forger.body(list[Subtask]).decode())
 
@@ -269,7 +275,7 @@ def hosts(forger: Forger) -> None:
     there = [host for host in (forger.made(AnnouncedHost) for _ in range(3)) if host is not None]
     profile = forger.made(NodeProfile)
     profiles = {profile.key: profile} if profile is not None else {}
-    who_retires(there, profiles, CONFIG)
+    due_retirements(there, profiles, CONFIG)
     heir(profile or NodeProfile(node_id="a"), there, profiles)
 
 

@@ -5,10 +5,10 @@ from support.auctions import announced, key
 from support.builders import ad, envelope
 from support.nodes import echo, node
 
-from loom.agents.host.announcement import announced as announced_node
+from loom.agents.host.announcement import announced_node
 from loom.agents.host.clone import SpawnedNode
 from loom.phases.match.announced_nodes import AnnouncedNodes
-from loom.phases.match.misspelt_domains import FRESH_S, MOST_KEPT, Misspelt
+from loom.phases.match.misspelt_domains import CACHE_S, MAX_CACHED, MisspeltDomains
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode
 from loom.schemas.text.nearest_name import MOST_NAMES, nearest_domain
 from loom.types import AgentNode
@@ -20,12 +20,12 @@ def known(*nodes: AgentNode | SpawnedNode | AnnouncedNode) -> AnnouncedNodes:
     """The nodes that one host has announced."""
     there = AnnouncedNodes()
     shapes = tuple(one if isinstance(one, AnnouncedNode) else announced_node(one, 4) for one in nodes)
-    there.announce(announced("h1", nodes=shapes))
+    there.update(announced("h1", nodes=shapes))
     return there
 
 
 def warned(*nodes: AgentNode | SpawnedNode | AnnouncedNode, domain: str = "sael", **facts: Any) -> str:
-    return Misspelt(known(*nodes)).warning_for(envelope(ad(domain=domain), now=0, **facts))
+    return MisspeltDomains(known(*nodes)).warning_for(envelope(ad(domain=domain), now=0, **facts))
 
 
 # -- likeness
@@ -90,25 +90,25 @@ def test_a_domain_is_shown_as_most_of_its_nodes_word_it_and_forgotten_with_its_h
     there = AnnouncedNodes()
     for number, domain in enumerate(("Sales", "sales", "sales")):
         nodes = (AnnouncedNode(node_id="n", domains=(AnnouncedDomain(domain=domain),)),)
-        there.announce(announced(f"h{number}", nodes=nodes))
+        there.update(announced(f"h{number}", nodes=nodes))
     assert list(there.domains()) == ["sales"]
-    there.forget(key("h1"))
-    there.forget(key("h2"))
+    there.remove_host(key("h1"))
+    there.remove_host(key("h2"))
     assert list(there.domains()) == ["Sales"]
-    there.forget(key("h0"))
-    assert (list(there.domains()), there.takes("sales"), there.size) == ([], False, 0)
+    there.remove_host(key("h0"))
+    assert (list(there.domains()), there.has_domain("sales"), there.size) == ([], False, 0)
 
 
 def test_what_is_found_is_kept_for_a_moment_and_never_too_much() -> None:
     now = 100.0
     there = known(node("n1", echo, sales=0.9))
-    misspelt = Misspelt(there, lambda: now)
+    misspelt = MisspeltDomains(there, lambda: now)
     task = envelope(ad(domain="sael"), now=0)
     assert misspelt.warning_for(task) == SENTENCE
-    there.forget(key("h1"))
+    there.remove_host(key("h1"))
     assert misspelt.warning_for(task) == SENTENCE
-    now += FRESH_S
+    now += CACHE_S
     assert misspelt.warning_for(task) == ""
-    for number in range(3 * MOST_KEPT):
+    for number in range(3 * MAX_CACHED):
         misspelt.warning_for(envelope(ad(domain=f"d{number}"), now=0))
-    assert len(misspelt._nearest) <= MOST_KEPT
+    assert len(misspelt._nearest) <= MAX_CACHED

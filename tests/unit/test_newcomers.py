@@ -15,8 +15,8 @@ from loom.phases.adapt.evidence import apply_reward
 from loom.phases.match.award_policies import POLICIES
 from loom.phases.match.newcomers import Newcomers
 from loom.phases.match.scoring import AuctionContext, award, score
-from loom.schemas.auction import Bid
-from loom.schemas.envelope import Award, Envelope, FailedAttempt
+from loom.schemas.auction import Award, Bid
+from loom.schemas.envelope import Envelope, FailedAttempt
 from loom.schemas.learning import DomainEvidence, NodeProfile, Reward, Score
 
 Named = tuple[HostKey, Bid]
@@ -35,7 +35,9 @@ class Cluster:
 
     def play(self, tasks: int = TASKS, late: int = 0) -> "Cluster":
         for number in range(tasks):
-            book = AuctionContext(self.profiles, POLICIES[self.policy], pending=self.pending, newcomers=self.newcomers)
+            book = AuctionContext(
+                self.profiles, POLICIES[self.policy], pending_awards=self.pending, newcomers=self.newcomers
+            )
             won = award(envelope(ad(task_id=f"t{number}"), now=0), self.bids, book)
             self.awards.append(won)
             self.pending[won.node, "code"] += 1
@@ -57,7 +59,7 @@ class Cluster:
         )
         known = self.profiles.get(won.node, NodeProfile(node_id=won.node_id, owner=won.owner))
         self.profiles[won.node] = apply_reward(known, reward, number + 1, forget=self.policy == "glr_ucb")
-        self.newcomers.learn(won.node, self.profiles[won.node].domains)
+        self.newcomers.update(won.node, self.profiles[won.node].domains)
         self.pending[won.node, "code"] -= 1
 
     def won_by(self, owner: str) -> list[int]:
@@ -139,7 +141,7 @@ def known(node_id: str, owner: str, mean: float, count: int = 9) -> NodeProfile:
 def book_of(*profiles: NodeProfile) -> AuctionContext:
     newcomers = Newcomers()
     for one in profiles:
-        newcomers.learn(one.name, one.domains)
+        newcomers.update(one.name, one.domains)
     return AuctionContext({one.name: one for one in profiles}, newcomers=newcomers)
 
 
@@ -180,9 +182,9 @@ def test_pending_and_judged_attempts_of_all_newcomers_count_as_each_ones() -> No
     profiles = known("n1", "acme", 0.25, count=4), known("good", "acme", 0.9), known("n9", "beta", 0.0)
     book = book_of(*profiles)
     pending = {("acme.n2", "code"): 2, ("acme.good", "code"): 5, ("acme.n1", "data"): 7, ("n1", "code"): 3}
-    book = AuctionContext(book.profiles, pending=pending, newcomers=book.newcomers)
+    book = AuctionContext(book.profiles, pending_awards=pending, newcomers=book.newcomers)
     scored = score(task, key("h1", "acme"), bid, book, 10)
-    own = AuctionContext({"n3": known("n3", "local", 0.25, count=4)}, pending={("n3", "code"): 2})
+    own = AuctionContext({"n3": known("n3", "local", 0.25, count=4)}, pending_awards={("n3", "code"): 2})
     alone = score(task, key("h1"), bid, own, 10)
     assert (scored.trust, scored.bonus) == (alone.trust, alone.bonus)
     assert (scored.count, scored.evidence, scored.shared_count) == (0, None, 4)
@@ -214,7 +216,7 @@ def test_after_any_changes_the_newcomers_are_those_of_the_last_profiles(
             token: DomainEvidence() if mean is None else DomainEvidence(count=3, mean=mean)
             for token, mean in means.items()
         }
-        newcomers.learn(node, last[node])
+        newcomers.update(node, last[node])
     for owner in ("acme", "beta", "local"):
         for token in ("code", "data"):
             expected = {
@@ -223,5 +225,5 @@ def test_after_any_changes_the_newcomers_are_those_of_the_last_profiles(
                 if node.startswith(f"{owner}.") and token in domains and domains[token].count
                 if domains[token].mean < 0.5
             }
-            assert dict(newcomers.of(owner, token)) == expected
+            assert dict(newcomers.evidence_of_owner(owner, token)) == expected
     assert all(newcomers._groups.values()), "an empty group is forgotten"

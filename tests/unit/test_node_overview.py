@@ -4,12 +4,15 @@ from hypothesis import strategies as st
 from support.auctions import announced
 
 from loom.phases.adapt.evidence import apply_reward
-from loom.runner.cli.commands.node import load_of
+from loom.runner.cli.views.node_tables import load_of
 from loom.runner.node_overview import Auctioned, DomainOverview, auctioned, overviews, standing_of
+from loom.schemas.auction import Award, ScoredBid
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope, ScoredBid, TaskRecord
+from loom.schemas.envelope import Envelope
 from loom.schemas.learning import DomainEvidence, NodeProfile, Reward
-from loom.schemas.task import TaskAd, domain_token
+from loom.schemas.record import TaskRecord
+from loom.schemas.task import TaskAd
+from loom.schemas.tokens import domain_token
 
 
 def folded(*scores: float) -> NodeProfile:

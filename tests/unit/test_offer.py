@@ -50,11 +50,11 @@ calls = st.builds(
 
 
 def in_hand(host: NodeHost, node_id: str, count: int) -> None:
-    room = host._room(node_id)
+    room = host._queues.get_or_create(node_id)
     for number in range(count):
         request = RunRequest(task_id=f"{node_id}-{number}", node_id=node_id, description="x")
         room.enqueue(Run(cast("Bus", None), request, ""))
-    while room.next() is not None:
+    while room.start_next() is not None:
         pass
 
 
@@ -68,8 +68,11 @@ def best(host: NodeHost, there: list[AgentNode], call: CallForBids) -> tuple[lis
         and set(call.required_tools) <= set(node.capabilities.tools)
         and node.claim(call.domain_token) > 0
     ]
-    free = [node for node in able if node.status != "dying" and not host._room(node.id).full]
-    bids = [host._room(node.id).bid(cast("Node", node), call.domain_token, call.required_tools) for node in free]
+    free = [node for node in able if node.status != "dying" and not host._queues.get_or_create(node.id).full]
+    bids = [
+        host._queues.get_or_create(node.id).bid(cast("Node", node), call.domain_token, call.required_tools)
+        for node in free
+    ]
     return sorted(bids, key=lambda bid: (bid.node_id not in call.prefer, -bid.self_rating, bid.load)), bool(able)
 
 
@@ -101,13 +104,13 @@ def test_a_node_is_found_wherever_its_list_has_moved_it(changes: list[tuple[bool
         elif not adds and name in known:
             there.pop(known.index(name))
         for wanted in NAMES:
-            assert cast("Any", host._node(wanted)) is next((node for node in there if node.id == wanted), None)
+            assert cast("Any", host._find_node(wanted)) is next((node for node in there if node.id == wanted), None)
 
 
 def test_an_agent_is_made_once_of_a_function_and_again_of_another() -> None:
     node = AgentNode(id="n1", agent=agent)
     agents = HostedAgents(copy_context())
-    first = agents.of(cast("Node", node))
-    assert agents.of(cast("Node", node)) is first
+    first = agents.agent_of(cast("Node", node))
+    assert agents.agent_of(cast("Node", node)) is first
     node.agent = asyncio.sleep
-    assert agents.of(cast("Node", node)) is not first
+    assert agents.agent_of(cast("Node", node)) is not first

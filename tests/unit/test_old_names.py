@@ -17,7 +17,7 @@ from loom import (
     UserMessage,
     types,
 )
-from loom.schemas.errors import InvalidTask, NoBids
+from loom.schemas.errors import BY_CODE, InvalidTask, NoBids
 from loom.schemas.llm import AssistantMessage, Message, SystemMessage
 from loom.types import AgentNode, Bid, CapabilityProfile, RewardRecord, Skill, TaskAd
 
@@ -63,7 +63,7 @@ def test_errors_have_their_names() -> None:
 
 
 def test_the_errors_module_has_every_error_of_the_wire() -> None:
-    codes = {cls.__name__ for cls in loom.LoomError.__subclasses__() if cls.__module__ == "loom.schemas.errors"}
+    codes = {cls.__name__ for cls in BY_CODE.values()}
 
     assert codes <= set(import_module("loom.errors").__all__)
 

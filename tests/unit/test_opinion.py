@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from support.builders import ad, awarded, envelope
 
 from loom.phases.evaluate import llm_judge
-from loom.phases.shared.llm_call import Answer
+from loom.phases.shared.llm_call import LLMAnswer
 from loom.schemas.envelope import Envelope, Opinion
 from loom.schemas.llm import CompletionParams, CompletionResult
 from loom.schemas.task import Accept, PhaseUsage, RunResult
@@ -33,7 +33,7 @@ def answered(task_id: str = "t1", rubric: str | None = None, content: str = "an 
     return awarded(task)
 
 
-async def asked(says: str, **facts: Any) -> tuple[Answer[Opinion], Model]:
+async def asked(says: str, **facts: Any) -> tuple[LLMAnswer[Opinion], Model]:
     model = Model(says)
     return await llm_judge.ask(model, answered(**facts), 10), model  # type: ignore[arg-type]  # it never streams
 
@@ -118,7 +118,7 @@ async def test_a_silent_judge_is_not_waited_for_past_the_deadline() -> None:
 
 
 def test_a_result_that_could_not_be_judged_has_a_warning() -> None:
-    why = Answer[Opinion](None, why="RuntimeError")
+    why = LLMAnswer[Opinion](None, why="RuntimeError")
     plain = llm_judge.with_opinion(answered(), why)
     assert (plain.opinion, plain.unjudged) == (None, "RuntimeError")
     assert plain.warnings == ("the judge could not be asked: RuntimeError",)
@@ -129,8 +129,8 @@ def test_a_result_that_could_not_be_judged_has_a_warning() -> None:
 def test_what_a_judge_took_is_counted_and_taken_off_the_budget() -> None:
     usage = PhaseUsage(requests=1, prompt_tokens=30, completion_tokens=5)
     task = replace(answered(), budget=100)
-    once = llm_judge.with_opinion(task, Answer(Opinion(score=0.5), usage))
-    twice = llm_judge.with_opinion(once, Answer(Opinion(score=0.5), usage))
+    once = llm_judge.with_opinion(task, LLMAnswer(Opinion(score=0.5), usage))
+    twice = llm_judge.with_opinion(once, LLMAnswer(Opinion(score=0.5), usage))
     assert (once.budget, twice.budget) == (65, 30)
     assert twice.phase_usage == {"evaluate": PhaseUsage(requests=2, prompt_tokens=60, completion_tokens=10)}
 

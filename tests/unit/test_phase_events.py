@@ -5,9 +5,10 @@ from msgspec.structs import replace
 from support.builders import awarded, envelope
 
 from loom.compat.phase_events import MOST_READS, PhaseReports, phase_events
-from loom.schemas.envelope import Envelope, FailedAttempt, Hop, TaskRecord
+from loom.schemas.envelope import Envelope, FailedAttempt, Hop
 from loom.schemas.errors import BusUnavailable
 from loom.schemas.events import PhaseEvent
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import RunResult, TaskError
 
 

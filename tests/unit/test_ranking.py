@@ -12,7 +12,7 @@ def test_after_any_changes_the_best_of_each_domain_come_best_first(
 ) -> None:
     ranking = Ranking()
     for node, told in changes:
-        ranking.learn(node, told)
+        ranking.update(node, told)
     known = dict(changes)
     for domain_token in ("code", "data", "math"):
         there = {node: told[domain_token] for node, told in known.items() if domain_token in told}
@@ -22,7 +22,7 @@ def test_after_any_changes_the_best_of_each_domain_come_best_first(
 
 def test_what_is_told_is_copied() -> None:
     ranking, told = Ranking(), {"code": 0.5}
-    ranking.learn("n1", told)
+    ranking.update("n1", told)
     told["code"] = 0.9
-    ranking.learn("n1", told)
+    ranking.update("n1", told)
     assert ranking.best("code", 9) == ("n1",)

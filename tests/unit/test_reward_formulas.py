@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.bus.rewards import RewardBus
+from loom.compat.reward_formulas import RewardBus
 from loom.schemas.learning import WINDOW
 from loom.types import AgentNode, CapabilityProfile, RewardSignal, TaskAd
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loom.agents.host import node_host
-from loom.agents.host.runs import KEEP_S, FinishedRuns, Run
+from loom.agents.host.run_table import FINISHED_S, FinishedRuns
+from loom.agents.host.runs import Run
 from loom.agents.host.slots import RunQueue
 from loom.bus.bus import Bus
 from loom.phases.execute import run_stream
@@ -32,7 +33,7 @@ def fill(room: RunQueue, runs: list[Run]) -> list[Run]:
     for one in runs:
         room.enqueue(one)
     started = []
-    while (one := room.next()) is not None:
+    while (one := room.start_next()) is not None:
         started.append(one)
     return started
 
@@ -53,7 +54,7 @@ def test_the_backlog_is_ordered_by_priority_then_by_arrival(run: Callable[..., R
     order = []
     while room.queued:
         room.running.clear()
-        order.append(room.next())
+        order.append(room.start_next())
     assert order == [waiting[i] for i in (2, 4, 3, 1, 5, 0)]
 
 
@@ -64,10 +65,10 @@ def test_a_cancelled_run_leaves_the_backlog_at_once(run: Callable[..., Run]) -> 
     room.enqueue(first)
     room.enqueue(second)
     assert room.full
-    room.forget(first)
+    room.remove(first)
     assert (room.queued, room.full) == (1, False)
     room.running.clear()
-    assert room.next() is second
+    assert room.start_next() is second
 
 
 def test_an_idle_room_has_no_load_and_is_not_full() -> None:
@@ -98,8 +99,8 @@ def test_a_bid_has_the_nodes_claim_and_tools_and_the_rooms_numbers(run: Callable
     node = AgentNode(id="n1", capabilities=CapabilityProfile(scores={"Code": 0.9}, tools=["search"]), load=0.0)
     room = RunQueue(1, 3)
     fill(room, [run(), run()])
-    room.learn(RunResult(content="x", prompt_tokens=100, duration_s=2.0))
-    room.learn(RunResult(content="x", prompt_tokens=200, duration_s=4.0))
+    room.record_usage(RunResult(content="x", prompt_tokens=100, duration_s=2.0))
+    room.record_usage(RunResult(content="x", prompt_tokens=200, duration_s=4.0))
     assert room.bid(node, "code", ("search", "shell")) == Bid(
         node_id="n1",
         self_rating=0.9,
@@ -115,15 +116,15 @@ def test_a_bid_has_the_nodes_claim_and_tools_and_the_rooms_numbers(run: Callable
 def test_the_end_of_a_run_is_kept_ten_minutes() -> None:
     finished = FinishedRuns()
     finished.keep(("t", 1), b"end", 0.0)
-    finished.keep(("u", 1), b"end", KEEP_S)
+    finished.keep(("u", 1), b"end", FINISHED_S)
     assert finished.get(("t", 1)) == b"end"
-    finished.keep(("v", 1), b"end", KEEP_S + 1)
+    finished.keep(("v", 1), b"end", FINISHED_S + 1)
     assert finished.get(("t", 1)) is None
     assert finished.get(("u", 1)) == b"end"
 
 
 def test_what_is_kept_is_bounded_in_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.agents.host.runs.KEEP_BYTES", 5_000)
+    monkeypatch.setattr("loom.agents.host.run_table.FINISHED_BYTES", 5_000)
     finished = FinishedRuns()
     for i in range(10):
         finished.keep((f"t{i}", 1), b"x" * 1100, float(i))
@@ -144,4 +145,4 @@ def test_hosts_speak_as_often_as_the_phases_listen() -> None:
     assert node_host.HEARTBEAT_S == run_stream.HEARTBEAT_S == 2
     assert 3 * run_stream.HEARTBEAT_S <= run_stream.SILENCE_S < 4 * run_stream.HEARTBEAT_S
     assert run_stream.ABSENT_S < node_host.HEARTBEAT_S < run_stream.ACCEPT_S
-    assert 3 * node_host.ANNOUNCE_S <= presence.HEARD_S == 10
+    assert 3 * node_host.ANNOUNCE_S <= presence.ALIVE_S == 10

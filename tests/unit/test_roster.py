@@ -13,12 +13,12 @@ from support.logs import capture_logs
 from support.strategies import messages
 
 from loom.bus.bus import Bus
-from loom.bus.host_directory import HEARD_S
+from loom.bus.host_directory import ALIVE_S
 from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.transport.message import Msg
 from loom.phases.match.directory import HostDirectory
-from loom.phases.match.offers import ReadOffer
-from loom.phases.match.partial_decoding import ReadProfile
+from loom.phases.match.offers import UncheckedOffer
+from loom.phases.match.partial_decoding import PartialProfile
 from loom.schemas.auction import AnnouncedNode, HostAnnouncement, Offer
 from loom.schemas.base import Undecodable, decode, encode
 from loom.schemas.learning import DomainEvidence, NodeProfile, Score
@@ -38,15 +38,15 @@ class Changes:
     """A bucket's reader that has one batch."""
 
     def __init__(self, profiles: Iterable[Any]) -> None:
-        read = [decode(encode(profile), ReadProfile) for profile in profiles]
+        read = [decode(encode(profile), PartialProfile) for profile in profiles]
         self._entries = [Entry(profile.key, profile, 1) for profile in read]
 
-    async def batch(self) -> list[Entry[ReadProfile]]:
+    async def batch(self) -> list[Entry[PartialProfile]]:
         return self._entries
 
 
 async def learn(roster: HostDirectory, *profiles: Any) -> None:
-    await roster._learn(Changes(profiles))  # type: ignore[arg-type]
+    await roster._read_batch(Changes(profiles))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -71,41 +71,41 @@ def announce(roster: HostDirectory, host: str, *node_ids: str, owner: str = "loc
 
 async def test_a_host_is_awaited_until_it_has_been_silent_for_too_long(roster: HostDirectory, clock: Clock) -> None:
     announce(roster, "h1", "n1")
-    clock.now += HEARD_S / 2
+    clock.now += ALIVE_S / 2
     announce(roster, "h2", "n2")
-    assert roster.awaited() == {key("h1"), key("h2")}
-    clock.now += HEARD_S / 2 + 1
-    assert roster.awaited() == {key("h2")}
+    assert roster.awaited_hosts() == {key("h1"), key("h2")}
+    clock.now += ALIVE_S / 2 + 1
+    assert roster.awaited_hosts() == {key("h2")}
     announce(roster, "h1", "n1")
-    assert roster.awaited() == {key("h1"), key("h2")}
-    clock.now += HEARD_S + 1
-    assert roster.awaited() == set()
+    assert roster.awaited_hosts() == {key("h1"), key("h2")}
+    clock.now += ALIVE_S + 1
+    assert roster.awaited_hosts() == set()
 
 
 async def test_an_answer_is_a_sign_of_life_unless_its_host_is_leaving(roster: HostDirectory, clock: Clock) -> None:
     announce(roster, "h1")
     announce(roster, "h2")
-    clock.now += HEARD_S - 1
-    roster.answered([offer("h1"), offer("h2", decline="draining"), offer("new")], set())
+    clock.now += ALIVE_S - 1
+    roster.record_answers([offer("h1"), offer("h2", decline="draining"), offer("new")], set())
     clock.now += 2
-    assert roster.awaited() == {key("h1"), key("new")}
+    assert roster.awaited_hosts() == {key("h1"), key("new")}
 
 
 async def test_a_host_that_announces_its_drain_is_not_awaited_any_more(roster: HostDirectory) -> None:
     announce(roster, "h1", "n1")
     assert roster.host_of("n1") == key("h1")
     announce(roster, "h1", draining=True)
-    assert roster.awaited() == set()
+    assert roster.awaited_hosts() == set()
     assert roster.host_of("n1") is None
 
 
 async def test_hosts_of_two_owners_may_have_one_id_and_neither_speaks_for_the_other(roster: HostDirectory) -> None:
     announce(roster, "h1", "n1")
     announce(roster, "h1", "n1", owner="acme")
-    assert roster.awaited() == {key("h1"), key("h1", "acme")}
+    assert roster.awaited_hosts() == {key("h1"), key("h1", "acme")}
     assert (roster.host_of("n1"), roster.host_of("acme.n1")) == (key("h1"), key("h1", "acme"))
     announce(roster, "h1", owner="acme", draining=True)
-    assert (roster.awaited(), roster.host_of("n1"), roster.host_of("acme.n1")) == ({key("h1")}, key("h1"), None)
+    assert (roster.awaited_hosts(), roster.host_of("n1"), roster.host_of("acme.n1")) == ({key("h1")}, key("h1"), None)
 
 
 async def test_an_announcement_that_was_overtaken_is_ignored_until_its_host_begins_again(
@@ -115,7 +115,7 @@ async def test_an_announcement_that_was_overtaken_is_ignored_until_its_host_begi
     announce(roster, "h1", "n1", seq=9, draining=True)
     announce(roster, "h1", "n1", seq=8)
     assert roster.host_of("n1") is None
-    clock.now += HEARD_S
+    clock.now += ALIVE_S
     announce(roster, "h1", "n1", seq=1)
     assert roster.host_of("n1") == key("h1")
 
@@ -123,22 +123,22 @@ async def test_an_announcement_that_was_overtaken_is_ignored_until_its_host_begi
 async def test_a_host_of_plain_nodes_alone_is_there_and_not_waited_for(roster: HostDirectory) -> None:
     plain = HostAnnouncement(nodes=(AnnouncedNode(node_id="sh", plain=True),))
     roster._on_announcement(Msg("loom.host.local.p1", data=encode(plain)))
-    assert (roster.awaited(), roster.only_plain, roster.host_of("sh")) == (set(), True, key("p1"))
+    assert (roster.awaited_hosts(), roster.only_plain, roster.host_of("sh")) == (set(), True, key("p1"))
     announce(roster, "h1", "n1")
-    assert (roster.awaited(), roster.only_plain) == ({key("h1")}, False)
+    assert (roster.awaited_hosts(), roster.only_plain) == ({key("h1")}, False)
     both = HostAnnouncement(nodes=(*plain.nodes, AnnouncedNode(node_id="n2")))
     roster._on_announcement(Msg("loom.host.local.p1", data=encode(both)))
-    roster.answered([offer("h1")], set())
-    assert roster.awaited() >= {key("h1")}
+    roster.record_answers([offer("h1")], set())
+    assert roster.awaited_hosts() >= {key("h1")}
     assert not roster.only_plain
 
 
 async def test_nodes_that_were_not_known_are_noticed_once(roster: HostDirectory) -> None:
     for announcement in ("n1", "n2"):
-        before = roster.new_nodes
+        before = roster.node_added
         announce(roster, "h1", announcement)
         assert before.is_set()
-        before = roster.new_nodes
+        before = roster.node_added
         announce(roster, "h1", announcement)
         assert not before.is_set()
 
@@ -146,10 +146,10 @@ async def test_nodes_that_were_not_known_are_noticed_once(roster: HostDirectory)
 async def test_the_names_of_made_up_nodes_are_bounded(roster: HostDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loom.phases.match.directory.MAX_NODES", 10)
     announce(roster, "good", "n1")
-    roster.answered([offer("good")], set())
+    roster.record_answers([offer("good")], set())
     for number in range(20):
         announce(roster, f"h{number}", *(f"n{number}-{n}" for n in range(4)))
-    assert roster._claims.size <= 10
+    assert roster._ownership.size <= 10
     assert roster.host_of("n1") == key("good")
 
 
@@ -188,7 +188,8 @@ async def test_the_best_known_follow_the_profiles(roster: HostDirectory) -> None
 async def test_only_the_domains_that_have_changed_are_told_and_of_many_changes_the_last() -> None:
     told: list[tuple[str, str, list[str]]] = []
     roster = HostDirectory(
-        Bus("nats://127.0.0.1:1"), judged=lambda node, domain_token, ids: told.append((node, domain_token, list(ids)))
+        Bus("nats://127.0.0.1:1"),
+        on_rewarded=lambda node, domain_token, ids: told.append((node, domain_token, list(ids))),
     )
     code, data = evidence(1, 0), evidence(1, task="d")
     await learn(roster, NodeProfile(node_id="n1", domains={"code": code, "data": data}))
@@ -218,7 +219,7 @@ async def test_a_profile_that_cannot_be_read_leaves_what_is_known(roster: HostDi
 
 @given(messages(Offer))
 def test_an_offer_is_read_as_it_was_written(offer: Offer) -> None:
-    assert encode(decode(encode(offer), ReadOffer)) == encode(offer)
+    assert encode(decode(encode(offer), UncheckedOffer)) == encode(offer)
 
 
 @pytest.mark.parametrize(
@@ -226,9 +227,9 @@ def test_an_offer_is_read_as_it_was_written(offer: Offer) -> None:
 )
 def test_an_offer_beyond_its_ranges_is_refused(odd: dict[str, Any]) -> None:
     with pytest.raises(Undecodable):
-        decode(json.dumps({"bids": [{"node_id": "n", **odd}]}).encode(), ReadOffer)
+        decode(json.dumps({"bids": [{"node_id": "n", **odd}]}).encode(), UncheckedOffer)
 
 
 def test_a_number_that_no_float_can_hold_is_refused() -> None:
     with pytest.raises(Undecodable):
-        decode(b'{"bids": [{"node_id": "n", "expected_s": 1e999}]}', ReadOffer)
+        decode(b'{"bids": [{"node_id": "n", "expected_s": 1e999}]}', UncheckedOffer)

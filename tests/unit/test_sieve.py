@@ -19,8 +19,8 @@ from loom.runner.cli.common import domain_slug, seconds, span, sparkline
 from loom.runner.cli.views import message_filter as sieve_module
 from loom.runner.cli.views.message_filter import MessageFilter, phase_of
 from loom.runner.cli.views.message_lines import MessageLines
-from loom.schemas.auction import HostAnnouncement
-from loom.schemas.envelope import PHASES, Award, Envelope, Spec, Split
+from loom.schemas.auction import Award, HostAnnouncement
+from loom.schemas.envelope import PHASES, Envelope, Spec, Split
 from loom.schemas.events import TextDelta
 from loom.schemas.learning import Lifecycle, Reward
 from loom.schemas.run import Delta, RunRequest

@@ -13,7 +13,7 @@ from loom.compat.skill_registry import SkillNodeRegistry
 from loom.schemas.auction import SpawnRequest
 from loom.schemas.errors import LoomError
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
-from loom.schemas.task import is_token
+from loom.schemas.tokens import is_token
 from loom.types import AgentNode, Skill, SkillTrigger
 
 

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from support.strategies import messages, tokens
 
 from loom.schemas.base import MAX_AD_BYTES, MAX_CONTEXT_BYTES, encode, free_json_fault
+from loom.schemas.checks.ad import check_ad, parse_ad
 from loom.schemas.checks.labels import are_labels
 from loom.schemas.errors import InvalidTask
-from loom.schemas.task import Accept, Limits, TaskAd, check_ad, domain_token, is_token, parse_ad
+from loom.schemas.task import Accept, Limits, TaskAd
+from loom.schemas.tokens import domain_token, is_token
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 

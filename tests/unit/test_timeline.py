@@ -5,8 +5,9 @@ from hypothesis import given
 from support.strategies import messages
 
 from loom.runner.cli.views.task_timeline import attempts, handed_in_at, tries, turns
-from loom.schemas.envelope import MAX_HOPS, Claim, Envelope, FailedAttempt, Hop, Split, TaskRecord
+from loom.schemas.envelope import MAX_HOPS, Claim, Envelope, FailedAttempt, Hop, Split
 from loom.schemas.learning import Reward
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import RunResult, TaskAd, TaskError
 
 TRIP = ("match", "scale", "execute", "evaluate")

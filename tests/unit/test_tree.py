@@ -14,7 +14,9 @@ from loom.bus.queries import FoundTask
 from loom.runner.cli.views.subtask_tree import Division, tree
 from loom.runner.cli.views.tables import ROWS, short
 from loom.schemas.base import MAX_SECONDS
-from loom.schemas.envelope import Claim, Envelope, Split, SplitPlan, Subtask, TaskRecord
+from loom.schemas.envelope import Claim, Envelope, Split
+from loom.schemas.plan import SplitPlan, Subtask
+from loom.schemas.record import TaskRecord
 from loom.schemas.task import RunResult, TaskAd, TaskError
 
 NOW = 1010.0

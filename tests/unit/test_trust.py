@@ -6,12 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.match.award_policies import POLICIES, BidderStats, Trust, UnknownPolicy, policy
+from loom.phases.match.award_policies import POLICIES, BidderStats, Trust, UnknownAwardPolicy, policy
 
 
 def known(**facts: Any) -> BidderStats:
     return BidderStats(
-        **{"task_id": "t", "attempt": 1, "node_id": "n", "claim": 0.5, "mean": 0.0, "count": 0, "total": 0, **facts}
+        **{
+            "task_id": "t",
+            "attempt": 1,
+            "node_id": "n",
+            "self_rating": 0.5,
+            "mean_reward": 0.0,
+            "reward_count": 0,
+            "domain_reward_count": 0,
+            **facts,
+        }
     )
 
 
@@ -20,11 +29,11 @@ anything = st.builds(
     task_id=st.text(max_size=8),
     attempt=st.integers(1, 9),
     node_id=st.text(max_size=8),
-    claim=st.floats(0, 1),
-    mean=st.floats(0, 1),
-    count=st.integers(0, 120),
-    total=st.integers(0, 5000),
-    pending=st.integers(0, 50),
+    self_rating=st.floats(0, 1),
+    mean_reward=st.floats(0, 1),
+    reward_count=st.integers(0, 120),
+    domain_reward_count=st.integers(0, 5000),
+    pending_count=st.integers(0, 50),
     exploration=st.floats(0, 2),
 )
 
@@ -40,18 +49,23 @@ def test_every_policy_is_a_pure_function_to_a_finite_trust(name: str, facts: Bid
 
 
 def test_the_little_known_get_a_bonus_that_shrinks_with_what_is_known_and_what_is_under_way() -> None:
-    bonuses = [policy("ucb")(known(total=100, **facts)).bonus for facts in ({}, {"pending": 3}, {"count": 20})]
+    bonuses = [
+        policy("ucb")(known(domain_reward_count=100, **facts)).bonus
+        for facts in ({}, {"pending_count": 3}, {"reward_count": 20})
+    ]
 
     assert bonuses == sorted(bonuses, reverse=True)
     assert bonuses[0] == pytest.approx(0.3 * math.sqrt(math.log(101) / 2))
 
 
 def test_greedy_trusts_the_mean_alone() -> None:
-    assert policy("greedy")(known(mean=1.0, count=8, claim=0.0, total=100)) == Trust(0.8)
+    assert policy("greedy")(known(mean_reward=1.0, reward_count=8, self_rating=0.0, domain_reward_count=100)) == Trust(
+        0.8
+    )
 
 
 def test_thompson_draws_around_what_is_known() -> None:
-    draws = [policy("thompson")(known(task_id=str(n), mean=0.8, count=100)).value for n in range(400)]
+    draws = [policy("thompson")(known(task_id=str(n), mean_reward=0.8, reward_count=100)).value for n in range(400)]
 
     assert sum(draws) / len(draws) == pytest.approx(0.794, abs=0.01)
     assert len(set(draws)) == len(draws)
@@ -60,7 +74,7 @@ def test_thompson_draws_around_what_is_known() -> None:
 def test_round_robin_takes_turns() -> None:
     had: Counter[str] = Counter()
     for _ in range(30):
-        trusts = {name: policy("round_robin")(known(node_id=name, count=had[name])).value for name in "abc"}
+        trusts = {name: policy("round_robin")(known(node_id=name, reward_count=had[name])).value for name in "abc"}
         had[max(trusts, key=lambda name: trusts[name])] += 1
 
     assert set(had.values()) == {10}
@@ -81,5 +95,5 @@ def test_a_policy_of_ones_own_is_named_by_module_and_function() -> None:
 
 @pytest.mark.parametrize("name", ["best", "no.such:thing", "math:nothing", ":", "math"])
 def test_a_policy_that_is_not_there_is_said_with_what_there_is(name: str) -> None:
-    with pytest.raises(UnknownPolicy, match=r"glr_ucb.*module:function"):
+    with pytest.raises(UnknownAwardPolicy, match=r"glr_ucb.*module:function"):
         policy(name)

@@ -8,23 +8,15 @@ import pytest
 from msgspec.structs import replace
 
 from loom.bus.records import record_from, record_version
+from loom.schemas.auction import Award, ScoredBid
 from loom.schemas.base import Undecodable, decode, encode
+from loom.schemas.checks.ad import parse_ad
 from loom.schemas.decoding.unknown_fields import MAX_DEPTH, unknown_fields, with_unknown_fields
-from loom.schemas.envelope import (
-    Award,
-    Claim,
-    Envelope,
-    FailedAttempt,
-    Hop,
-    RejectedResult,
-    ScoredBid,
-    Spec,
-    SplitPlan,
-    Subtask,
-    TaskRecord,
-)
+from loom.schemas.envelope import Claim, Envelope, FailedAttempt, Hop, RejectedResult, Spec
+from loom.schemas.plan import SplitPlan, Subtask
+from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunEvent
-from loom.schemas.task import PhaseUsage, RunResult, Submission, TaskAd, TaskError, parse_ad
+from loom.schemas.task import PhaseUsage, RunResult, Submission, TaskAd, TaskError
 
 NEW: dict[str, Any] = {"new": {"a": [1, None, "x"]}}
 BID = ScoredBid(node_id="n1", host_id="h1", score=0.5, self_rating=0.5, trust=0.5, load=0.25, tools=0.75)

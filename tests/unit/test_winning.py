@@ -15,9 +15,8 @@ from loom.phases.match.award_policies import POLICIES
 from loom.phases.match.scoring import AVAILABILITY_WEIGHT, TOOLS_WEIGHT, TRUST_WEIGHT, AuctionContext
 from loom.phases.match.scoring import award as awarded
 from loom.runner.cli.views.award_explanation import TRUST, rests_on, why
-from loom.schemas.auction import Bid
+from loom.schemas.auction import Award, Bid, ScoredBid
 from loom.schemas.base import decode, encode
-from loom.schemas.envelope import Award, ScoredBid
 
 
 def bid(node_id: str, **facts: float) -> ScoredBid:

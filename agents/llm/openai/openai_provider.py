@@ -132,7 +132,7 @@ class OpenAIProvider:
             except Exception as error:  # see _fault: the library lets more than its own errors through
                 failure = self._fault(error).error
                 broke_off = failure.message if isinstance(error, BrokeOff) else f"{_BROKE_OFF}: {failure.message}"
-                raise AgentFailed(broke_off, partial="".join(written), **failure.facts) from error
+                raise AgentFailed(broke_off, partial="".join(written), retry_after_s=failure.retry_after_s) from error
 
     async def aclose(self) -> None:
         """Close the connections of the running event loop; the provider may be used again."""
@@ -231,8 +231,9 @@ class OpenAIProvider:
         endpoint: Endpoint = self._endpoint
         versioned = endpoint.azure or urlsplit(endpoint.url).path.endswith("/v1")
         message = sentence(refusal, self._server, versioned=versioned, secrets=endpoint.secrets)
-        facts = {} if refusal.wait_s is None else {"retry_after_s": refusal.wait_s}
-        return _Fault(error=AgentFailed(message, **facts), curable=refusal.curable, refusal=refusal)
+        return _Fault(
+            error=AgentFailed(message, retry_after_s=refusal.wait_s), curable=refusal.curable, refusal=refusal
+        )
 
     @property
     def _server(self) -> str:

@@ -1,4 +1,4 @@
-"""Parses the addresses of servers in NATS_URL; no message contains a part of their secrets."""
+"""Parses the addresses of servers in NATS_URL; error messages contain no part of their secrets."""
 
 import re
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class Address(NamedTuple):
     port: int
     login: Login | None
     shown: str
-    """As it was written, without credentials."""
+    """The address as written in NATS_URL, without credentials."""
 
     @property
     def netloc(self) -> str:
@@ -46,16 +46,16 @@ class Address(NamedTuple):
 
     @property
     def url(self) -> str:
-        """The address without credentials, in full."""
+        """Scheme, host and port."""
         return f"{self.scheme}://{self.netloc}"
 
 
 def parse_addresses(text: str) -> tuple[Address, ...]:
-    """Return the servers of a comma separated list; spaces around them and empty parts are left out.
+    """Return the servers of a comma separated list; spaces around them and empty parts are ignored.
 
     Raises:
-        BusUnavailable: There is none, or one of them is not an address; the message repeats nothing of the text, as any
-            part of it may belong to a password.
+        BusUnavailable: The list is empty, or a part is not an address. The message contains nothing of the text, as
+            any part of it may belong to a password.
     """
     parts = [part.strip() for part in text.split(",")]
     try:
@@ -69,7 +69,7 @@ def parse_addresses(text: str) -> tuple[Address, ...]:
 
 
 def shown(addresses: Sequence[Address]) -> str:
-    """Return a list of servers as it was written, without credentials."""
+    """Return the addresses as written, comma separated, without credentials."""
     return ",".join(address.shown for address in addresses)
 
 
@@ -77,11 +77,11 @@ def _parse(part: str, number: int, count: int) -> Address:
     which = f"server {number} of {count}" if count > 1 else "the server's address"
     scheme, rest = _without_scheme(part, which)
     userinfo, at, rest = rest.rpartition("@")
-    if at and number > 1 and not scheme:  # the comma before it may be one of the password
+    if at and number > 1 and not scheme:  # the comma before it may belong to a password
         raise _NotAnAddressError(f"{which} has a user or token but no nats:// or tls:// before it")
     host, port_text, tail = _host_and_port(rest, which)
     if tail.strip("/"):
-        raise _NotAnAddressError(f"{which} goes on behind its port")
+        raise _NotAnAddressError(f"{which} has text after its port")
     port = DEFAULT_PORT
     if port_text:
         port = int(port_text) if port_text.isascii() and port_text.isdecimal() and len(port_text) <= 5 else 0  # noqa: PLR2004
@@ -94,20 +94,20 @@ def _parse(part: str, number: int, count: int) -> Address:
 
 
 def _without_scheme(part: str, which: str) -> tuple[str, str]:
-    """Return the scheme, empty where there is none, and what follows it."""
-    found = _SCHEME.match(part)
-    if found is None:
+    """Return the scheme (empty if there is none) and the rest."""
+    match = _SCHEME.match(part)
+    if match is None:
         return "", part
-    scheme = found[1].lower()
+    scheme = match[1].lower()
     if scheme in {"ws", "wss"}:
-        raise _NotAnAddressError(f"{which} is a websocket, which loom does not speak")
+        raise _NotAnAddressError(f"{which} is a websocket, which loom does not support")
     if scheme not in {"nats", "tls"}:
         raise _NotAnAddressError(f"{which} begins with neither nats:// nor tls://")
-    return scheme, part[found.end() :]
+    return scheme, part[match.end() :]
 
 
 def _host_and_port(text: str, which: str) -> tuple[str, str, str]:
-    """Return host, port (empty where there is none), and what follows them."""
+    """Return host, port (empty if there is none), and the rest."""
     end = next((at for at, letter in enumerate(text) if letter in "/?#"), len(text))
     text, tail = text[:end], text[end:]
     if text.startswith("["):
@@ -120,7 +120,7 @@ def _host_and_port(text: str, which: str) -> tuple[str, str, str]:
     if not known:
         if not text.strip(":"):
             raise _NotAnAddressError(f"{which} has no host")
-        raise _NotAnAddressError(f"{which} has no host that could be one; an IPv6 address needs brackets")
+        raise _NotAnAddressError(f"{which} has an invalid host; an IPv6 address needs brackets")
     return host, port, tail
 
 
@@ -132,10 +132,10 @@ def _login(userinfo: str) -> Login | None:
 
 
 def tls_wanted(addresses: Sequence[Address]) -> bool:
-    """Return whether any address asks for TLS: it then holds for all servers, also for those learned of later."""
+    """Return whether any address requires TLS; then all servers do, also those that are discovered later."""
     return any(address.scheme == "tls" for address in addresses)
 
 
 def logins(addresses: Sequence[Address]) -> dict[str, Login]:
-    """Return the credentials by host and port, of the servers that have some."""
+    """Return the credentials of the addresses that have some, by host and port."""
     return {address.netloc: address.login for address in addresses if address.login is not None}

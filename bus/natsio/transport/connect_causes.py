@@ -1,4 +1,4 @@
-"""Turns the errors of an attempt to connect into causes: one sentence each, with the remedy."""
+"""Converts the errors of connection attempts into causes: one sentence each, with the remedy."""
 
 import errno
 import re
@@ -13,21 +13,21 @@ CHECK_ADDRESS = "check host and port in NATS_URL"
 CHECK_LOGIN = "check the user and password, or the token, in NATS_URL"
 
 LONGEST = 200
-"""Most characters of an error text of the server that a cause repeats."""
+"""Most characters of the server's error text in a cause."""
 
 _EXPIRED, _HOSTNAME, _IP = 10, 62, 64  # X509_V_ERR_…
 
 
 class NotNats(nats.errors.Error):
-    """The first line of the other side does not belong to the NATS protocol."""
+    """The first line of the peer does not belong to the NATS protocol."""
 
 
 class Silent(nats.errors.Error):
-    """The other side accepted the connection and sent nothing."""
+    """The peer accepted the connection and sent nothing."""
 
 
 class HungUp(nats.errors.Error):
-    """The other side closed the connection before it had sent anything."""
+    """The peer closed the connection before it had sent anything."""
 
 
 class Cause(NamedTuple):
@@ -36,7 +36,7 @@ class Cause(NamedTuple):
     what: str
     todo: str
     final: bool = False
-    """Whether a later attempt would fail too."""
+    """Whether later attempts would fail, too."""
 
     def __str__(self) -> str:
         return f"{self.what}; {self.todo}"
@@ -46,7 +46,7 @@ _PLAIN: dict[type[BaseException], Cause] = {
     nats.errors.SecureConnWantedError: Cause(
         "the server offers no TLS", "give it a certificate, or write nats:// in NATS_URL", final=True
     ),
-    HungUp: Cause("the server hangs up", "it may be starting or stopping: see its log"),
+    HungUp: Cause("the server closes the connection", "it may be starting or stopping: see its log"),
     Silent: Cause("the connection is accepted, but no data arrives", f"{CHECK_ADDRESS}: no nats-server is there"),
     NotNats: Cause("the answer does not come from a nats-server", CHECK_ADDRESS),
     TimeoutError: Cause("no answer", f"{CHECK_ADDRESS}; a firewall may drop the packets"),
@@ -58,7 +58,7 @@ def cause_of(error: BaseException, *, tls: bool = False) -> Cause:
 
     Args:
         error: The exception of the attempt.
-        tls: Whether TLS was asked for.
+        tls: Whether the addresses require TLS.
     """
     for kind, cause in _PLAIN.items():
         if isinstance(error, kind):
@@ -78,7 +78,7 @@ def cause_of(error: BaseException, *, tls: bool = False) -> Cause:
 
 def _tls(error: ssl.SSLError) -> Cause:
     if not isinstance(error, ssl.SSLCertVerificationError):
-        reason = getattr(error, "reason", None) or "no reason given"  # absent where Python itself raised it
+        reason = getattr(error, "reason", None) or "no reason given"  # absent if Python itself raised the error
         return Cause(f"TLS fails ({reason})", "see the server's log", final=True)
     reason = error.verify_message.rstrip(".") or "no reason given"
     if error.verify_code == _EXPIRED:
@@ -91,7 +91,7 @@ def _tls(error: ssl.SSLError) -> Cause:
 
 
 def _refusal(text: str, *, tls: bool) -> Cause:
-    """Return the cause that an error text of the server stands for; nats-py puts it in quotes."""
+    """Return the cause of an error text of the server, which nats-py puts in quotes."""
     quoted = re.search(r"'([^']+)'", text)
     if quoted is None:
         return Cause(text.removeprefix("nats: "), "see the server's log")
@@ -107,8 +107,8 @@ def _refusal(text: str, *, tls: bool) -> Cause:
 
 def _unresolved(error: socket.gaierror) -> Cause:
     if error.errno == socket.EAI_AGAIN:
-        return Cause("the host name cannot be looked up for now", "check the name, and this machine's name server")
-    return Cause("the host name is not known", "check the name in NATS_URL")
+        return Cause("the host name cannot be resolved at the moment", "check the name, and this machine's name server")
+    return Cause("the host name is unknown", "check the name in NATS_URL")
 
 
 def _os_error(error: OSError) -> Cause:

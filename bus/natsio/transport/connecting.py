@@ -1,4 +1,4 @@
-"""Makes the first connection to one of several servers, and states why there is none."""
+"""Makes the first connection to one of several servers, and reports why it fails."""
 
 import asyncio
 import random
@@ -21,21 +21,22 @@ from loom.schemas.errors import BusUnavailable
 log = get_logger()
 
 RETRY_S = 0.2
+"""Seconds between two attempts to connect."""
 CONNECT_S = 2.0
-"""How long each step of one attempt to connect may take: look-up, TCP, the first line, TLS."""
+"""Seconds for each step of an attempt to connect: name resolution, TCP, the first line, TLS."""
 STALL_MS = 10_000
-"""Age of unacknowledged bytes that means a half-open peer."""
+"""Milliseconds without an acknowledgement by TCP after which the peer is considered gone."""
 REPORT_S = 10.0
-"""Seconds between two log lines while there is no server to connect to."""
+"""Seconds between two log lines while no server can be reached."""
 
 
 class Connector:
-    """Connects a client, with as many attempts as its time allows.
+    """Connects a client to one of several servers, with repeated attempts.
 
     Args:
         addresses: The servers.
-        shown: The servers without credentials, for messages and logs.
-        patience_s: Seconds of all attempts together.
+        shown: The servers without credentials, for error messages and logs.
+        patience_s: Seconds for all attempts together.
         options: Further arguments of nats-py's `connect`: name, callbacks, inbox prefix.
     """
 
@@ -43,7 +44,7 @@ class Connector:
         self.client = FastClient()
         """The client of the last attempt."""
         self.failures: dict[str, Exception] = {}
-        """Host and port -> why the last attempt there failed; reconnects record theirs here, too."""
+        """Host and port -> error of the last attempt there; reconnects record their errors here, too."""
         self._addresses = addresses
         self._shown = shown
         self._patience_s = patience_s
@@ -72,13 +73,13 @@ class Connector:
         return self.client
 
     async def _report(self) -> None:
-        """Log every REPORT_S why there is no server yet: a service waits without a limit."""
+        """Log every REPORT_S why no server can be reached, because a service waits without limit."""
         while True:
             await asyncio.sleep(REPORT_S)
             log.warning("no_server_yet", server=self._shown, cause=self.why())
 
     def why(self) -> str:
-        """Return why no server could be connected to; of several, each one's own cause unless they are alike."""
+        """Return why the connection fails; for several servers the cause of each, unless all causes are equal."""
         causes = self._causes()
         if not causes:
             return f"no answer in {self._patience_s:g} s; {CHECK_ADDRESS}"
@@ -95,10 +96,10 @@ class Connector:
         }
 
     async def _connect(self) -> None:
-        """Connect; a failure that may pass is followed by another attempt, which begins with another server.
+        """Connect; a temporary failure is followed by another attempt, which starts with another server.
 
         Raises:
-            BusUnavailable: No server can be connected to, and waiting does not help.
+            BusUnavailable: No server can be connected to, and later attempts would fail, too.
         """
         order = deque(random.sample(self._addresses, len(self._addresses)))
         while True:
@@ -106,7 +107,7 @@ class Connector:
                 await self._connect_once(order)
                 if self.client.is_connected:
                     return
-                self.failures[order[0].netloc] = HungUp()  # so late that nats-py has not noticed
+                self.failures[order[0].netloc] = HungUp()  # too late for nats-py to detect it
             causes = self._causes()
             if len(causes) == len({address.shown for address in self._addresses}) and all(
                 cause.final for cause in causes.values()
@@ -123,14 +124,14 @@ class Connector:
             dont_randomize=True,
             allow_reconnect=False,
             max_reconnect_attempts=-1,
-            reconnect_time_wait=RETRY_S,  # type: ignore[arg-type]  # a fraction works, and a server starts in 15 ms
+            reconnect_time_wait=RETRY_S,  # type: ignore[arg-type]  # a fraction works
             connect_timeout=min(CONNECT_S, self._patience_s / 2),  # type: ignore[arg-type]  # a fraction works
             ping_interval=5,
             max_outstanding_pings=2,
             drain_timeout=5,
             **self._options,
         )
-        # nats-py tries the first connection for ever by itself; what it does after that must be asked for.
+        # With these options from the start, nats-py would retry the first connection without limit.
         self.client.options.update(
             allow_reconnect=True, max_reconnect_attempts=-1, reconnect_time_wait=0.5, dont_randomize=False
         )
@@ -139,23 +140,23 @@ class Connector:
 async def close_client(client: FastClient) -> None:
     """Close a client, connected or not."""
     while (reconnecting := client._reconnection_task) is not None and not reconnecting.done():
-        reconnecting.cancel()  # once may not do: Python 3.11 loses it when the connection is refused just then
+        reconnecting.cancel()  # Python 3.11 may lose a cancellation while the connection is refused
         await asyncio.wait([reconnecting], timeout=0.1)
     if client.is_closed:
         return
     try:
         await client.close()
     except (nats.errors.Error, OSError, AssertionError, RuntimeError):
-        pass  # closed all the same; it asserts that it ever connected, uvloop that its transport is there
+        pass  # closed nevertheless: nats-py asserts that it was connected, uvloop that it has a transport
     except asyncio.CancelledError:
-        # Amid a reconnect nats-py cancels a future and then waits for it.
+        # During a reconnect nats-py cancels a future and then waits for it.
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
 
 
 def abort_client(client: FastClient, tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Close a client at once, from synchronous code, and cancel the tasks that use it."""
+    """Close a client immediately, from synchronous code, and cancel the tasks that use it."""
     client._status = Client.CLOSED  # nats-py has no synchronous close
     client._server_pool.clear()  # ends a reconnect that misses its cancellation
     writer = getattr(client._transport, "_bare_io_writer", None)
@@ -163,7 +164,7 @@ def abort_client(client: FastClient, tasks: Iterable[asyncio.Task[Any]]) -> None
     own = (client._reading_task, client._flusher_task, client._ping_interval_task, client._reconnection_task)
     running = [*tasks, *(task for task in (*own, *subs) if task is not None and not task.done())]
     if any(task.get_loop().is_closed() for task in running) or not running:
-        _close_socket(writer)  # the loop that would have closed it has ended, and its tasks with it
+        _close_socket(writer)  # its event loop, which would have closed it, has ended
         return
     for task in running:
         task.cancel()
@@ -172,7 +173,7 @@ def abort_client(client: FastClient, tasks: Iterable[asyncio.Task[Any]]) -> None
 
 
 def harden_socket(client: FastClient) -> None:
-    """Have the system end a connection whose peer acknowledges nothing for STALL_MS."""
+    """Make the operating system close a connection whose peer acknowledges nothing for STALL_MS."""
     writer = getattr(client._transport, "_bare_io_writer", None)  # nats-py offers no socket options
     sock = writer.get_extra_info("socket") if writer else None
     if sock is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -180,9 +181,9 @@ def harden_socket(client: FastClient) -> None:
 
 
 def _close_socket(writer: asyncio.StreamWriter | None) -> None:
-    """Close the socket of a transport whose event loop is closed and cannot do it any more."""
+    """Close the socket of a transport whose event loop is closed."""
     transport = writer.transport if writer is not None else None
     sock = getattr(transport, "_sock", None)
     if sock is not None:
         sock.close()
-        transport._sock, transport._closing = None, True  # type: ignore[union-attr]  # so that its end warns of nothing
+        transport._sock, transport._closing = None, True  # type: ignore[union-attr]  # avoids its ResourceWarning

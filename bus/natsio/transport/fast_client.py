@@ -1,8 +1,8 @@
-"""nats-py with a lean path for messages: parsed in place, handed over at once, written once per turn of the loop.
+"""nats-py with a faster path for messages: parsed in place, handled immediately, written once per loop iteration.
 
-Connecting, reconnecting, pings and errors stay nats-py's. What it does for each message (five regular expressions, a
-parsed dict of headers, a queue and a task for each subscription, a flush that wakes another task) costs several times
-what a hop itself does.
+Connecting, reconnecting, pings and errors are left to nats-py. Its work for each message (five regular expressions, a
+parsed dict of headers, a queue and a task for each subscription, a flush that wakes another task) would cost several
+times as much as a hop itself.
 """
 
 import asyncio
@@ -24,14 +24,15 @@ from loom.bus.natsio.transport.resolver import Resolver
 log = get_logger()
 
 CLOGGED_BYTES = 2 * 2**20
-"""Unsent bytes beyond which whoever publishes waits for the socket."""
+"""Unsent bytes above which `Connection.publish` waits for the socket."""
 MAX_LINE = 4096
+"""Most bytes of a line of the protocol, except INFO and -ERR."""
 
 SyncHandler = Callable[[Msg], None]
 
 
 class FastParser(Parser):
-    """Reads messages in place; every other line of the protocol is nats-py's parser's."""
+    """Parses messages in place; all other lines of the protocol are left to nats-py's parser."""
 
     def __init__(self, nc: "FastClient") -> None:
         super().__init__(nc)
@@ -39,15 +40,15 @@ class FastParser(Parser):
         self._rest = b""
 
     def reset(self) -> None:
-        """Forget what has come of a message that is not complete."""
+        """Drop the incomplete message that was received last."""
         super().reset()
         self._rest = b""
 
     async def parse(self, data: bytes = b"") -> None:
-        """Hand over every message that is complete.
+        """Deliver every complete message, and keep the incomplete rest for the next call.
 
         Raises:
-            ProtocolError: This is not what a nats-server says.
+            ProtocolError: The data does not belong to the NATS protocol.
         """
         if self._rest:
             data = self._rest + data
@@ -84,7 +85,7 @@ _breaks = re.compile(r"[\s\x00]").search
 
 
 class FastClient(HandshakeClient):
-    """A client of nats-py with a faster path for messages, received and sent."""
+    """A client of nats-py with a faster path for received and sent messages."""
 
     def __init__(
         self,
@@ -97,18 +98,18 @@ class FastClient(HandshakeClient):
         self._handlers: dict[int, SyncHandler] = {}
         self._writing = False
         self.clogged = False
-        """Whether the socket takes less than is sent: `unclog` waits."""
+        """Whether more than CLOGGED_BYTES are unsent; `unclog` waits for the socket."""
 
-    # -- what comes in
+    # -- receiving
 
     async def listen(self, subject: str, handler: SyncHandler, *, queue: str = "") -> Subscription:
-        """Call `handler` with every message as it is read, in order: it must be quick, and not block."""
+        """Call `handler` with every message as it is read, in order; it must be quick, and must not block."""
         subscription = await self.subscribe(subject, queue=queue)
         self._handlers[subscription._id] = handler
         return subscription
 
     def end_subscription(self, subscription: Subscription) -> None:
-        """End a subscription without waiting; messages that wait for its handler are dropped. Safe to call twice."""
+        """End a subscription without waiting, and drop messages that wait for its handler. Safe to call twice."""
         if subscription._closed:
             return
         subscription._closed = True
@@ -122,26 +123,26 @@ class FastClient(HandshakeClient):
                 self._schedule_write()
 
     def deliver(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        """Hand a message over: at once to a listener, else into its subscription's queue."""
+        """Call the synchronous handler of a subscription, or put the message into the subscription's queue."""
         subscription = self._subs.get(sid)
         if subscription is None:
-            return  # unsubscribed meanwhile
+            return  # unsubscribed
         msg = Msg(subject.decode(errors="replace"), reply.decode(errors="replace"), data, headers)
         handler = self._handlers.get(sid)
         if handler is not None:
             try:
                 handler(msg)
-            except Exception as error:  # noqa: BLE001 - an escaping one would end the read loop
+            except Exception as error:  # noqa: BLE001 - it would end the read loop
                 log.error("handler_failed", subject=msg.subject, **error_fields(error))
             return
         if subscription._pending_queue.full():
             log.warning("slow_consumer", subject=msg.subject)
             return
         subscription._pending_size += len(data)
-        subscription._pending_queue.put_nowait(msg)  # type: ignore[arg-type]  # only this file and our handlers read it
+        subscription._pending_queue.put_nowait(msg)  # type: ignore[arg-type]  # read only here and by our handlers
 
     async def _process_connect_init(self) -> None:
-        """Begin a connection; what was read of the last one while that was given up is forgotten."""
+        """Start the handshake of a connection, and drop the incomplete message of the previous one."""
         self._ps.reset()
         await super()._process_connect_init()
 
@@ -149,18 +150,18 @@ class FastClient(HandshakeClient):
         super()._remove_sub(sid, max_msgs)
         self._handlers.pop(sid, None)
 
-    # -- what goes out
+    # -- sending
 
     def send(self, subject: str, reply: str, payload: bytes, headers: bytes) -> None:
-        """Send when this turn of the event loop is over, or once connected again.
+        """Send a message at the end of this iteration of the event loop, or after a reconnect.
 
         Args:
-            headers: A whole header block, or nothing.
+            headers: A complete header block, or empty.
 
         Raises:
-            BadSubjectError: The subject is empty, or the protocol would take a part of it for something else.
+            BadSubjectError: The subject is empty, or a subject contains white space or a zero byte.
             ConnectionClosedError: The connection is closed for good.
-            OutboundBufferLimitError: The connection is lost, and what waits for its return is too much already.
+            OutboundBufferLimitError: The connection is lost, and the buffer of unsent messages is full.
         """
         if not subject or _breaks(subject) or _breaks(reply):
             raise BadSubjectError
@@ -187,7 +188,7 @@ class FastClient(HandshakeClient):
             self._schedule_write()
 
     async def unclog(self) -> None:
-        """Wait until the socket has taken most of what was sent, at most as long as nats-py does for a flush."""
+        """Wait until the socket has accepted most of the unsent bytes, at most for nats-py's flush timeout."""
         try:
             async with asyncio.timeout(self._flush_timeout):
                 while self.clogged and self._transport is not None:
@@ -203,16 +204,16 @@ class FastClient(HandshakeClient):
     def _write_out(self) -> None:
         self._writing = False
         if not self._pending or not self.is_connected or self._transport is None:
-            return  # reconnected, it is sent before anything else
+            return  # sent after the reconnect, before anything else
         writer: asyncio.StreamWriter = self._transport._io_writer  # type: ignore[attr-defined]  # of TCP and of TLS
         if writer.is_closing():
-            return  # lost, which nats-py is about to notice; uvloop would raise
+            return  # the connection is lost; uvloop would raise
         pending, self._pending, self._pending_data_size = self._pending, [], 0
         writer.write(b"".join(pending))
         self.clogged = writer.transport.get_write_buffer_size() > CLOGGED_BYTES
 
     async def _flush_pending(self, force_flush: bool = False) -> Any:
-        """Send what waits; nats-py wakes a task for it."""
+        """Send what is pending, without waking a task as nats-py does."""
         if force_flush or not self.is_connected:
             return await super()._flush_pending(force_flush)
         if not self._writing:

@@ -1,7 +1,7 @@
 """The handshake of a connection, up to CONNECT: addresses, TLS and credentials.
 
-nats-py uses TLS only where the server demands it, whatever the address asks for, and sends no credentials to servers it
-learns of from another one.
+nats-py uses TLS only if the server requires it, whatever the address says, and sends no credentials to servers that it
+discovers from another server.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from loom.bus.natsio.transport.resolver import Resolver
 
 
 class Transport(TcpTransport):
-    """A TCP connection to the first address of a host that accepts one; keeps the first line that is read."""
+    """A TCP connection to the first address of a host that accepts it; keeps the first line that is read."""
 
     def __init__(self, resolver: Resolver) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # nats-py's
@@ -31,15 +31,15 @@ class Transport(TcpTransport):
         self._handshake_failed = False
 
     async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: float) -> None:
-        """Look the host up, then connect.
+        """Resolve the host name, then connect.
 
         Args:
-            connect_timeout: Seconds for each of the two.
+            connect_timeout: Seconds for each of the two steps.
 
         Raises:
-            OSError: The name is not known, or no address of it accepts a connection.
+            OSError: The name is unknown, or none of its addresses accepts a connection.
         """
-        if self._bare_io_writer is not None:  # of the connection before: nats-py leaves it open below TLS
+        if self._bare_io_writer is not None:  # of the previous connection, which nats-py leaves open below TLS
             self._bare_io_writer.transport.abort()
         self.first_line, self._handshake_failed = None, False
         try:
@@ -63,15 +63,15 @@ class Transport(TcpTransport):
     async def connect_tls(
         self, uri: str | ParseResult, ssl_context: ssl.SSLContext, buffer_size: int, connect_timeout: int
     ) -> None:
-        """Continue by TLS.
+        """Upgrade the connection to TLS.
 
         Raises:
-            OSError: The handshake failed; ssl.SSLError holds the cause.
+            OSError: The handshake failed; an ssl.SSLError contains the cause.
         """
         assert self._io_writer is not None  # noqa: S101 - `connect` comes first
         reader = asyncio.StreamReader(limit=buffer_size)
         protocol = asyncio.StreamReaderProtocol(reader)
-        protocol._over_ssl = True  # type: ignore[attr-defined]  # asyncio's own way; else it warns at the end
+        protocol._over_ssl = True  # type: ignore[attr-defined]  # as asyncio itself does; else it warns at the end
         loop = asyncio.get_running_loop()
         host = uri if isinstance(uri, str) else uri.hostname
         try:
@@ -85,12 +85,12 @@ class Transport(TcpTransport):
         self._io_reader, self._io_writer = reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     async def wait_closed(self) -> None:
-        """Return once the connection is closed."""
-        if not self._handshake_failed:  # else it would never return: the failed upgrade has detached the stream
+        """Wait until the connection is closed."""
+        if not self._handshake_failed:  # it would never return, because the failed upgrade has detached the stream
             await super().wait_closed()  # type: ignore[no-untyped-call]  # nats-py's
 
     async def readline(self) -> bytes:
-        """Return a line, which is empty at the end of the connection."""
+        """Return a line; empty at the end of the connection."""
         line: bytes = await super().readline()  # type: ignore[no-untyped-call]  # nats-py's
         if self.first_line is None:
             self.first_line = line
@@ -98,12 +98,12 @@ class Transport(TcpTransport):
 
 
 class HandshakeClient(Client):
-    """A client that connects by the rules of its addresses.
+    """A client that follows the scheme and the credentials of its addresses.
 
     Args:
-        addresses: Its servers. Where one of them asks for TLS, nothing is sent to any server without it.
-        resolver: Looks host names up.
-        failures: Gets the last error of each server that failed: host and port -> error.
+        addresses: The servers. If one of them requires TLS, nothing is sent to any server without TLS.
+        resolver: Resolves host names.
+        failures: Receives the last error of each server: host and port -> error.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class HandshakeClient(Client):
         server = self._current_server.uri.netloc if self._current_server is not None else ""
         try:
             await super()._process_connect_init()
-        except Exception as error:  # noqa: BLE001 - another protocol makes nats-py fail in many ways
+        except Exception as error:  # noqa: BLE001 - nats-py fails in many ways at another protocol
             failure = self._explained(error)
             self._failures[server] = failure
             _raise(failure, error)
@@ -151,15 +151,15 @@ class HandshakeClient(Client):
         return NotNats() if first_line else HungUp()
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        """Process the INFO of a server; nothing has been sent to it yet.
+        """Process the INFO of a server, to which nothing has been sent yet.
 
         Raises:
-            SecureConnWantedError: TLS is asked for, and the server does not offer it.
+            SecureConnWantedError: TLS is required, and the server does not offer it.
         """
         if initial_connection and self._tls_wanted:
             if not (info.get("tls_required") or info.get("tls_available")):
                 raise nats.errors.SecureConnWantedError
-            info["tls_required"] = True  # all that nats-py looks at
+            info["tls_required"] = True  # the only field that nats-py checks
         await super()._process_info(info, initial_connection)
 
     def _connect_command(self) -> bytes:
@@ -170,7 +170,7 @@ class HandshakeClient(Client):
         return super()._connect_command()
 
     def _login(self) -> Login | None:
-        """Return the credentials for the server at hand; one learned of from another gets those of the first."""
+        """Return the credentials for the current server; a discovered server gets those of the first address."""
         server = self._current_server.uri.netloc if self._current_server is not None else ""
         if server in self._known:
             return self._logins.get(server)

@@ -1,18 +1,27 @@
-"""A message as it came: read in place, its headers taken apart only when somebody asks."""
+"""A received message, whose headers are parsed on first access, and the format of header blocks."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
+
+from loom.schemas.errors import LoomError
 
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _VERSION = "NATS/1.0"
 
 
+class PayloadTooLarge(LoomError):
+    """A message exceeds the server's limit; the server would close the connection for it."""
+
+    code = "invalid_task"
+
+
 class Msg:
-    """What was received on a subject.
+    """A received message.
 
     Args:
-        reply: Where an answer goes; empty when none is wanted.
-        raw_headers: The header block as it came; empty when there is none.
+        reply: Reply subject; empty if no reply is requested.
+        data: The body.
+        raw_headers: The header block as received; empty if there is none.
     """
 
     __slots__ = ("_headers", "data", "raw_headers", "reply", "subject")
@@ -26,29 +35,35 @@ class Msg:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """By name; the server's own word, if it is one, as `Status` and `Description`. Of a repeated one the first."""
+        """Headers by name; if a header repeats, its first value.
+
+        The status line of a control message of the server appears as `Status` and `Description`.
+        """
         if self._headers is None:
             self._headers = parse_headers(self.raw_headers) if self.raw_headers else NO_HEADERS
         return self._headers
 
     @property
     def status(self) -> str | None:
-        """The server's word instead of a message: 503 nobody listens, 100 still here, 404, 408, 409; else None."""
+        """Status code of a control message of the server, for example 503 (no responders) or 100 (heartbeat).
+
+        None for other messages.
+        """
         return self.headers.get("Status") if self.raw_headers.startswith(b"NATS/1.0 ") else None
 
 
 def parse_headers(raw: bytes) -> dict[str, str]:
-    """Return a header block by name; what is no header line is left out."""
+    """Return the headers of a block by name; lines that are not headers are left out."""
     first, *lines = raw.decode(errors="replace").split("\r\n")
     headers: dict[str, str] = {}
-    version, _, said = first.partition(" ")
+    version, _, status = first.partition(" ")
     if version != _VERSION:
         return headers
-    code, _, why = said.partition(" ")
+    code, _, description = status.partition(" ")
     if code.isdigit():
         headers["Status"] = code
-    if why:
-        headers["Description"] = why.strip()
+    if description:
+        headers["Description"] = description.strip()
     for line in lines:
         name, colon, value = line.partition(":")
         if colon and name and not any(map(str.isspace, name)):
@@ -57,10 +72,10 @@ def parse_headers(raw: bytes) -> dict[str, str]:
 
 
 def format_headers(headers: Mapping[str, str]) -> bytes:
-    """Return the header block that says `headers`; a line break in a value becomes a blank.
+    """Return the header block of `headers`; a line break in a value becomes a space.
 
     Raises:
-        ValueError: A name is empty or holds a blank, a control character or a colon.
+        ValueError: A name is empty or contains a space, a control character or a colon.
     """
     lines = [_VERSION]
     for name, value in headers.items():

@@ -13,16 +13,20 @@ from loom.runner.doctor.findings import Finding
 from loom.runner.settings import Settings
 from loom.schemas.base import encode
 
+EXAMPLES = """
+    loom doctor
+    loom doctor --here --json
+"""
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print each finding as a JSON object on a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
     here: Annotated[
-        bool, typer.Option("--here", help="Only whether what runs on this machine answers: a health check.")
+        bool, typer.Option("--here", help="Only check that the processes of this machine answer: a health check.")
     ] = False,
 ) -> None:
-    """Examine the cluster; what is wrong comes with what to do. Exit code 1: something fails; 3: no server."""
+    """Check the cluster and suggest fixes. Exit code 1: a check fails; 3: no server."""
     findings = run_to_end(_examined(prepare("error"), here=here))
     screen = console()
     for finding in findings:

@@ -17,32 +17,38 @@ from loom.runner.server.nats_server import embedded_server
 from loom.runner.server.store import check_unused
 from loom.runner.settings import Settings
 
+EXAMPLES = """
+    loom init
+    LOOM_NAMESPACE=test loom init --reset --yes
+    loom init --store ~/loom-data
+"""
+
 
 class Made(NamedTuple):
-    """What `loom init` has done, by name."""
+    """Names of streams and buckets that `loom init` changed."""
 
     deleted: list[str]
     created: list[str]
     differences: list[str]
-    """Sentences on what is there and is not as designed."""
+    """Sentences about existing streams and buckets whose configuration differs."""
 
 
 def init(
     reset: Annotated[
-        bool, typer.Option("--reset", help="Delete streams and buckets first, with all tasks and all that is learned.")
+        bool, typer.Option("--reset", help="First delete streams and buckets, with all tasks and all evidence.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="With --reset: do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --reset: do not ask for confirmation.")] = False,
     store: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
             exists=True,
             file_okay=False,
-            help="Folder of a `loom up` that is not running, or of a program.",
+            help="Store folder of a `loom up` or a program that is not running.",
         ),
     ] = None,
 ) -> None:
-    """Create the streams, buckets and consumers of the namespace that are missing; what is there stays as it is."""
+    """Create the missing streams, buckets and consumers of the namespace. Existing ones are left unchanged."""
     settings = prepare("error")
     if settings.nats_url and store is not None:
         raise typer.BadParameter("NATS_URL names a server, and no other is started", param_hint="--store")

@@ -1,185 +1,185 @@
-"""Who works here: `loom nodes`, `loom hosts`."""
+"""`loom node ls`, `show` and `move`."""
 
-import asyncio
-from collections.abc import Sequence
-from typing import Annotated, Any
+from hashlib import blake2b
+from typing import Annotated, Any, NamedTuple
 
 import typer
-from msgspec import to_builtins
-from rich.table import Table
 from rich.text import Text
 
-from loom.bus.host_directory import AnnouncedHost, announced_hosts
-from loom.bus.logs import left_out
-from loom.bus.logs.left_out import LeftOut
-from loom.bus.service_discovery import health_reports
-from loom.phases.shared.node_health import Standing
-from loom.runner.cli.common import AsLines, add_row, clock, connected, domain_slug, print_json, sparkline
+from loom.bus.bus import Bus
+from loom.bus.hops.duplicates import store_once
+from loom.phases.adapt.retirement_policy import inherited_rewards
+from loom.phases.adapt.reward_weights import attempt_id
+from loom.runner.cli.common import AsLines, connected, domain_slug, node_name, print_json
 from loom.runner.cli.entry import prepare, run_to_end
-from loom.runner.cli.views.tables import console, one_line, table_of
-from loom.runner.node_overview import CALL_S, NEWEST, RECENT_TASKS, DomainOverview, NodeOverview, node_overviews
+from loom.runner.cli.groups import command_group, epilog
+from loom.runner.cli.views.node_tables import domain_table, domains_of_node_table, node_table
+from loom.runner.cli.views.tables import console, one_line
+from loom.runner.node_overview import NodeOverview, node_overviews
 from loom.runner.settings import Settings
-from loom.schemas.learning import NodeProfile
+from loom.schemas.errors import LoomError
+from loom.schemas.identity import node_key, qualified, split_qualified
+from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.tokens import is_token
 
-STYLES: dict[Standing, str] = {
-    "new": "dim",
-    "unproven": "",
-    "healthy": "green",
-    "warning": "yellow",
-    "failing": "red",
-}
-NOTHING = "\N{EN DASH}"
+EXAMPLES = """
+    loom node ls
+    loom node ls --domain code
+    loom node show acme.coder
+    loom node move coder coder-2
+"""
+
+app = command_group("List nodes, show one, and move evidence to a renamed node.", EXAMPLES)
 
 
-def nodes(
+class UnknownNode(LoomError):
+    """No node of that name is alive or remembered."""
+
+    code = "unknown_node"
+
+
+class NoEvidence(LoomError):
+    """Nothing is known of the node whose evidence is to be handed on."""
+
+    code = "no_evidence"
+
+
+class _Node(NamedTuple):
+    owner: str
+    node_id: str
+
+    def __str__(self) -> str:
+        return qualified(*self)
+
+
+@app.command(epilog=epilog(EXAMPLES))
+def ls(
     as_json: AsLines = False,
     domain: Annotated[
-        str | None, typer.Option("--domain", metavar="DOMAIN", help="Show what is known of each node in this domain.")
+        str | None, typer.Option("--domain", metavar="DOMAIN", help="List only nodes known in this domain, in detail.")
     ] = None,
 ) -> None:
-    """Show the nodes that are alive or remembered, and what is known of each."""
-    run_to_end(_nodes(prepare("warning"), domain_slug(domain), as_json=as_json))
+    """List the nodes that are alive or remembered, one row for each."""
+    run_to_end(_ls(prepare("warning"), domain_slug(domain), as_json=as_json))
 
 
-def hosts(as_json: AsLines = False) -> None:
-    """Show the node hosts that are alive, and what phases left out of what hosts sent."""
-    run_to_end(_hosts(prepare("warning"), as_json=as_json))
-
-
-async def _nodes(settings: Settings, token: str | None, *, as_json: bool) -> None:
+async def _ls(settings: Settings, token: str | None, *, as_json: bool) -> None:
     async with connected(settings) as bus:
-        found = await node_overviews(bus, settings.cluster)
+        nodes = await node_overviews(bus, settings.cluster)
     if token is not None:
-        found = [node for node in found if token in node.domains]
+        nodes = [node for node in nodes if token in node.domains]
     if as_json:
-        for node in found:
+        for node in nodes:
             print_json(as_object(node))
         return
     screen = console()
-    if not found and token is not None:
-        screen.print("nothing is known of any node in this domain; `loom nodes` lists the domains of each")
-    elif not found:
-        screen.print("no nodes are alive or remembered: start some with `loom node FILE.py`")
+    if not nodes and token is not None:
+        screen.print("nothing is known of any node in this domain; `loom node ls` lists the domains of each")
+    elif not nodes:
+        screen.print("no nodes are alive or remembered: start some with `loom host run FILE.py`")
     else:
-        screen.print(_all(found) if token is None else _in_domain(found, token))
+        screen.print(node_table(nodes) if token is None else domain_table(nodes, token))
 
 
-async def _hosts(settings: Settings, *, as_json: bool) -> None:
+@app.command()
+def show(
+    node: Annotated[str, typer.Argument(metavar="NODE", help="The node: NODE, or OWNER.NODE.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the node as JSON.")] = False,
+) -> None:
+    """Show one node: its hosts, and what is known of it in each domain."""
+    run_to_end(_show(prepare("warning"), node_name(node) or "", as_json=as_json))
+
+
+async def _show(settings: Settings, name: str, *, as_json: bool) -> None:
     async with connected(settings) as bus:
-        here, reports = await asyncio.gather(announced_hosts(bus, CALL_S), health_reports(bus))
-        omitted = left_out.together(
-            [*(report.left_out for each in reports.values() for report in each), bus.discards.hosts]
-        )
+        nodes = {node.name: node for node in await node_overviews(bus, settings.cluster)}
+    node = nodes.get(name)
+    if node is None:
+        raise UnknownNode(f"no node {name} is alive or remembered: `loom node ls` lists the nodes")
     if as_json:
-        for host in here:
-            print_json({**_host_object(host), "alive": True, "left_out": omitted.pop(host.name, LeftOut())})
-        for name, one in omitted.items():
-            print_json({"host_id": name, "alive": False, "left_out": one})
+        print_json(as_object(node))
         return
     screen = console()
-    if here:
-        screen.print(_hosts_table(here))
-    else:
-        screen.print("no hosts answer: start one with `loom node FILE.py`")
-    for name, one in omitted.items():
-        screen.print(Text(one_line(f"{name}: left out: {one.words}")), soft_wrap=True)
-
-
-def _host_object(host: AnnouncedHost) -> dict[str, Any]:
-    """Return what a host has announced as free JSON."""
-    return {"owner": host.owner, **to_builtins(host), "slots": host.slots}
-
-
-def _hosts_table(here: Sequence[AnnouncedHost]) -> Table:
-    numbers = ("slots", "running", "queued")
-    table = table_of(("host", *numbers, "state", "nodes"), right=numbers, ratios={"nodes": 1})
-    table.columns[-1].no_wrap = False
-    for host in here:
-        state = "draining" if host.draining else "takes work"
-        state += ", can start nodes" if host.can_spawn else ""
-        state += f", {host.stuck} stuck" if host.stuck else ""
-        counts = (str(host.slots), str(host.running), str(host.queued))
-        add_row(table, host.name, *counts, state, ", ".join(host.node_ids))
-    return table
+    hosts = ", ".join(host.name for host in node.hosts) or "none: it is not alive"
+    screen.print(Text(one_line(f"{node.name}  {node.standing}")))
+    screen.print(Text(f"hosts: {one_line(hosts)}"), soft_wrap=True)
+    if node.profile is not None:
+        profile = node.profile
+        screen.print(
+            f"{profile.total_tasks} tasks, {profile.consecutive_losses} failures in a row, {profile.tokens} tokens"
+        )
+    screen.print(domains_of_node_table(node) if node.domains else "nothing is known of it in any domain")
 
 
 def as_object(node: NodeOverview) -> dict[str, Any]:
     """Return what is known of a node as free JSON."""
-    known = {token: each for token, each in node.domains.items() if each.count}
+    known = {token: overview for token, overview in node.domains.items() if overview.count}
     return {
         "node_id": node.node_id,
         "owner": node.owner,
         "alive": node.alive,
         "hosts": [host.name for host in node.hosts],
         "standing": node.standing,
-        "domains": {token: each.domain for token, each in node.domains.items()},
+        "domains": {token: overview.domain for token, overview in node.domains.items()},
         "self_ratings": {
-            token: each.self_rating for token, each in node.domains.items() if each.self_rating is not None
+            token: overview.self_rating for token, overview in node.domains.items() if overview.self_rating is not None
         },
-        "uncertainty": {token: each.uncertainty for token, each in known.items()},
-        "trend": {token: each.trend for token, each in known.items()},
-        "changed_at": {token: each.changed_at for token, each in known.items() if each.changed_at is not None},
+        "uncertainty": {token: overview.uncertainty for token, overview in known.items()},
+        "trend": {token: overview.trend for token, overview in known.items()},
+        "changed_at": {
+            token: overview.changed_at for token, overview in known.items() if overview.changed_at is not None
+        },
         "profile": node.profile,
     }
 
 
-def _all(found: Sequence[NodeOverview]) -> Table:
-    """A row for each node."""
-    numbers = ("load", "tasks", "losses", "tokens")
-    columns = ("node", "standing", *numbers, "last", "mean reward")
-    table = table_of(columns, right=numbers, ratios={"node": 1, "mean reward": 1})
-    table.columns[-1].no_wrap = False
-    for node in found:
-        profile = node.profile or NodeProfile(node_id=node.node_id)
-        load = " ".join(load_of(host) for host in node.hosts) or "not alive"
-        counts = (str(profile.total_tasks), str(profile.consecutive_losses), str(profile.tokens))
-        last = clock(profile.updated_at) if profile.updated_at else NOTHING
-        how = Text(node.standing, STYLES[node.standing])
-        by_domain = ", ".join(f"{each.domain} {_number(each.mean)}" for each in _best_known_first(node))
-        add_row(table, node.name, how, load, *counts, last, by_domain or NOTHING)
-    table.caption = (
-        "new: no task judged yet. unproven: fewer than ten. load: runs of the host's slots, + queued. "
-        "losses: failures in a row. `--domain` shows one domain in full."
-    )
-    return table
+@app.command()
+def move(
+    source: Annotated[str, typer.Argument(metavar="FROM", help="The node as it was: NODE, or OWNER.NODE.")],
+    target: Annotated[str, typer.Argument(metavar="TO", help="The node as it is now.")],
+) -> None:
+    """Hand on what is known of a node that has changed its name or owner: its mean reward in each domain.
+
+    It counts as one observation in each domain. A second time changes nothing.
+    """
+    before, after = _node(source, "FROM"), _node(target, "TO")
+    if before == after:
+        raise typer.BadParameter(f"FROM and TO are both {before}", param_hint="TO")
+    run_to_end(_move(prepare("warning"), before, after))
 
 
-def _best_known_first(node: NodeOverview) -> list[DomainOverview]:
-    return sorted(node.domains.values(), key=lambda each: (-each.count, each.domain))
+def _node(text: str, hint: str) -> _Node:
+    node = _Node(*split_qualified(text))
+    if not all(map(is_token, node)):
+        raise typer.BadParameter(f"{text!r} is not a node: write NODE, or OWNER.NODE", param_hint=hint)
+    return node
 
 
-def load_of(host: AnnouncedHost) -> str:
-    """Return how busy a host is: runs of slots, and what is queued besides."""
-    return f"{host.running}/{host.slots}" + (f"+{host.queued}" if host.queued else "")
+async def _move(settings: Settings, before: _Node, after: _Node) -> None:
+    async with connected(settings) as bus:
+        profiles = bus.bucket("nodes", NodeProfile)
+        stored, heir = await profiles.get(node_key(*before)), await profiles.get(node_key(*after))
+        rewards = list(inherited_rewards(stored.value, *after, why=f"is now {after}")) if stored is not None else []
+        if stored is None or not rewards:
+            raise NoEvidence(f"nothing is known of {before}: `loom node ls` lists the nodes with what is known of each")
+        for reward in rewards:
+            tasks = len(stored.value.domains[reward.domain_token].scores)
+            known = f"{before} → {after}: {reward.domain_token} {reward.score:.2f} of {tasks} rewards"
+            if heir is not None and _has(heir.value, reward):
+                typer.echo(f"{known}, handed on before")
+                continue
+            await _publish(bus, reward)
+            typer.echo(f"{known}, as one observation")
 
 
-def _in_domain(found: Sequence[NodeOverview], token: str) -> Table:
-    """A row for each node of which something is known in one domain."""
-    here = {node.name: node.domains[token] for node in found}
-    numbers = ("self-rating", "mean reward", "count", "trend")
-    changes = any(each.changed_at is not None for each in here.values())
-    columns = ("node", "standing", *numbers, "newest", *(("changed",) if changes else ()))
-    title = next(iter(here.values())).domain
-    table = table_of(columns, title=title, right=numbers, ratios={"node": 1})
-    for node in sorted(found, key=lambda node: -(here[node.name].mean or 0.0)):
-        shown = _evidence(here[node.name])[: len(columns) - 2]
-        add_row(table, node.name, Text(node.standing, STYLES[node.standing]), *shown)
-    table.caption = (
-        f"self-rating: as last given in the {RECENT_TASKS} newest tasks. mean reward: over count, in 19 of 20 cases "
-        f"within ±. trend: the newest {NEWEST} against the mean."
-        + (" changed: what came before is forgotten." if changes else "")
-    )
-    return table
+def _has(heir: NodeProfile, reward: Reward) -> bool:
+    """Return whether the heir has folded that inheritance already."""
+    evidence = heir.domains.get(reward.domain_token)
+    inherited = {score.attempt_id: score.score for score in evidence.scores} if evidence else {}
+    return inherited.get(attempt_id(reward)) == reward.score
 
 
-def _evidence(known: DomainOverview) -> tuple[str, str, str, str, str, str]:
-    """Self-rating, mean, count, trend, newest scores and change."""
-    mean = NOTHING if known.mean is None else f"{known.mean:.2f} ±{known.uncertainty:.2f}"
-    trend = NOTHING if known.trend is None else f"{known.trend:+.2f}"
-    newest = sparkline(score.score for score in known.evidence.scores[-NEWEST:])
-    changed = "" if known.changed_at is None else clock(known.changed_at)
-    return _number(known.self_rating), mean, str(known.count), trend, newest, changed
-
-
-def _number(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.2f}"
+async def _publish(bus: Bus, reward: Reward) -> None:
+    subject = bus.subjects.of("reward", reward.source, reward.owner, reward.node_id, reward.domain_token)
+    digest = blake2b(repr(reward.score).encode(), digest_size=4).hexdigest()  # evidence that has changed is new
+    await store_once(bus, subject, reward, msg_id=f"{reward.reward_id}:{reward.node}:{reward.domain_token}:{digest}")

@@ -1,4 +1,4 @@
-"""What work earns: `loom reward`, `loom rewards`, `loom rewards rebuild`."""
+"""`loom reward ls`, `add` and `rebuild`."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -10,20 +10,31 @@ from rich.text import Text
 
 from loom.bus.bus import Bus
 from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
-from loom.bus.queries import find_task, latest
-from loom.bus.rewards import RewardBus, judgement
+from loom.bus.queries import latest
+from loom.bus.rewards import RewardBus
 from loom.bus.stored_rewards import fault_of
 from loom.phases.adapt.evidence import forgets
 from loom.phases.adapt.rebuild import WRONG, Compared, Rebuilt, compare, repair
 from loom.phases.adapt.reward_weights import weights_of
-from loom.runner.cli.common import MANY, AsLines, TaskId, add_row, clock, connected, domain_slug, print_json
+from loom.runner.cli.common import (
+    MANY,
+    AsLines,
+    TaskId,
+    add_row,
+    clock,
+    connected,
+    domain_slug,
+    print_json,
+    resolve_task,
+)
 from loom.runner.cli.entry import prepare, run_to_end, unless_lost
+from loom.runner.cli.groups import command_group, epilog
 from loom.runner.cli.views.tables import console, one_line, short, table_of
 from loom.runner.settings import Settings
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.errors import InvalidTask
 from loom.schemas.identity import split_qualified
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning import NodeProfile, Reward, judgement
 
 VERDICTS = {
     "same": "as stored",
@@ -34,33 +45,17 @@ VERDICTS = {
 }
 GOOD, POOR = 0.7, 0.3
 """Scores from which a reward is shown green, and below which red."""
+EXAMPLES = """
+    loom reward ls --follow
+    loom reward add 3f9a21c4 0.2 --reason "wrong year"
+    loom reward rebuild --write
+"""
+
+app = command_group("List rewards, add your own, and rebuild profiles from them.", EXAMPLES)
 
 
-def reward(
-    task_id: TaskId,
-    score: Annotated[float, typer.Argument(metavar="SCORE", help="0 useless to 1 perfect.")],
-    reason: Annotated[str, typer.Option(help="Why, for people.")] = "",
-) -> None:
-    """Judge an ended task: publish a reward for the node that did it, by the person LOOM_SOURCE names."""
-    run_to_end(_reward(prepare("warning"), task_id, score, reason))
-
-
-async def _reward(settings: Settings, task_id: str, score: float, reason: str) -> None:
-    async with connected(settings) as bus:
-        found = await find_task(bus, task_id)
-        if found.record is None:
-            raise InvalidTask("only a task that a node has finished can be judged", task_id=task_id)
-        given = judgement(found.record, score, reason, bus.identity.source)
-        await RewardBus(bus=bus).publish(given)
-    typer.echo(f"{given.score:.2f} for {given.node} in {given.domain_token}")
-
-
-app = typer.Typer()
-
-
-@app.callback(invoke_without_command=True)
-def rewards(
-    context: typer.Context,
+@app.command(epilog=epilog(EXAMPLES))
+def ls(
     follow: Annotated[bool, typer.Option("--follow", help="Go on with new ones until Ctrl-C.")] = False,
     node: Annotated[str | None, typer.Option(metavar="NODE", help="Only this node's, or owner.node's.")] = None,
     domain: Annotated[str | None, typer.Option(help="Only those in this domain.")] = None,
@@ -68,13 +63,11 @@ def rewards(
     as_json: AsLines = False,
 ) -> None:
     """Show the last rewards, the newest at the end."""
-    if context.invoked_subcommand is not None:
-        return
     settings = prepare("warning")
-    run_to_end(_rewards(settings, node, domain_slug(domain), limit, follow=follow, as_json=as_json))
+    run_to_end(_ls(settings, node, domain_slug(domain), limit, follow=follow, as_json=as_json))
 
 
-async def _rewards(
+async def _ls(
     settings: Settings, node: str | None, domain_token: str | None, limit: int, *, follow: bool, as_json: bool
 ) -> None:
     screen = console()
@@ -141,6 +134,26 @@ def line_of(given: Reward, at: float) -> Text:
         (f"  {given.node:<16}", "bold"),
         f" {given.domain_token:<14} {short(given.task_id)}{attempt}  by {given.source}{reason}",
     )
+
+
+@app.command()
+def add(
+    task_id: TaskId,
+    score: Annotated[float, typer.Argument(metavar="SCORE", help="0 useless to 1 perfect.")],
+    reason: Annotated[str, typer.Option(help="Why, for people.")] = "",
+) -> None:
+    """Judge an ended task: publish a reward for the node that did it, by the person LOOM_SOURCE names."""
+    run_to_end(_add(prepare("warning"), task_id, score, reason))
+
+
+async def _add(settings: Settings, task_id: str, score: float, reason: str) -> None:
+    async with connected(settings) as bus:
+        found = await resolve_task(bus, task_id)
+        if found.record is None:
+            raise InvalidTask("only a task that a node has finished can be judged", task_id=task_id)
+        given = judgement(found.record, score, reason, bus.identity.source)
+        await RewardBus(bus=bus).publish(given)
+    typer.echo(f"{given.score:.2f} for {given.node} in {given.domain_token}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What does work and ends: `loom run`, `loom submit`."""
+"""`loom run`."""
 
 import asyncio
 import contextlib
@@ -6,41 +6,33 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, TextIO
 
-import msgspec
 import typer
 
-from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.tap import Tap
-from loom.bus.task_client import TaskHandle
-from loom.runner.cli.common import client_bus
-from loom.runner.cli.entry import prepare, run_to_end, sense_model, unless_lost
+from loom.runner.cli.entry import phase_model, prepare, run_to_end, unless_lost
 from loom.runner.cli.file_lifespan import entered
 from loom.runner.cli.input_files import InvalidFile, NodeFile, load_node_file, load_tasks
-from loom.runner.cli.label_option import LabelPairs, labels_of
 from loom.runner.cli.process_exit import EXTRA_S
-from loom.runner.cli.views.answer_stream import Transcript
+from loom.runner.cli.task_submission import result_of
 from loom.runner.cli.views.run_progress import Progress
 from loom.runner.cli.views.run_state import FAMILIES, RunState
 from loom.runner.cli.views.tables import closing, console, one_line, show
-from loom.runner.session import Session, check_phases
+from loom.runner.session import Session
 from loom.runner.settings import Settings
-from loom.schemas.base import decode, encode
-from loom.schemas.errors import BusUnavailable, InvalidTask, LoomError
-from loom.schemas.events import StepStart, TextDelta
-from loom.schemas.task import Accepted, TaskAd, TaskError, TaskResult, parse_ad
+from loom.schemas.base import encode
+from loom.schemas.task import TaskAd, TaskResult
 
 STDOUT = "-"
 AT_ONCE = 16
 MOST_WARNINGS = 20
-"""Different warnings a run prints; the file of results has all of them."""
-ACCEPT_S = 6.0
-"""A little longer than SENSE tries to have a submission stored."""
-
-
-# -- loom run
+"""Most different warnings that are printed; the file of results has all of them."""
+EXAMPLES = """
+    loom run tasks.jsonl --agents agents.py
+    NATS_URL=nats://db1:4222 loom run tasks.jsonl --out - --at-once 4
+"""
 
 
 def run(
@@ -73,7 +65,7 @@ async def _run(
     board = RunState(ads)
     screen = console(stderr=lines is sys.stdout)
     done: dict[str, TaskResult] = {}
-    session = Session(lambda: loaded.nodes, settings, llm=sense_model(settings))
+    session = Session(lambda: loaded.nodes, settings, llm=phase_model(settings))
     started = time.monotonic()
     async with entered(loaded.lifespan, loaded.path), contextlib.aclosing(session):
         await session.open()
@@ -132,7 +124,7 @@ async def _do_all(bus: Bus, board: RunState, progress: Progress, done: dict[str,
 
     async def do(ad: TaskAd) -> None:
         async with gate:
-            result = await _answer(bus, ad)
+            result = await result_of(bus, ad)
         done[ad.task_id] = result
         progress.changed(board.end(result))
 
@@ -143,28 +135,6 @@ async def _do_all(bus: Bus, board: RunState, progress: Progress, done: dict[str,
         for each in working:
             each.cancel()
         await asyncio.gather(*working, return_exceptions=True)
-
-
-async def _answer(bus: Bus, ad: TaskAd) -> TaskResult:
-    """Return the task's result; a refusal to take it is one, too."""
-    try:
-        async with _handed_in(bus, ad, deltas=False) as handle:
-            return await handle.result()
-    except BusUnavailable:
-        raise  # no word about the task: the run cannot go on
-    except LoomError as error:
-        return TaskResult(
-            task_id=ad.task_id, state="failed", error=TaskError.of(error), domain=ad.domain, labels=ad.labels
-        )
-
-
-def _handed_in(bus: Bus, ad: TaskAd, *, deltas: bool) -> contextlib.AbstractAsyncContextManager[TaskHandle]:
-    """Publish a task that is cancelled when the command is interrupted."""
-
-    def report(result: TaskResult) -> None:
-        typer.echo(f"interrupted: {ad.task_id} {result.state}", err=True)
-
-    return task_client.published(bus, ad, deltas=deltas, cancel_with_caller=True, cancelled=report)
 
 
 @contextlib.contextmanager
@@ -183,99 +153,3 @@ def output(name: str) -> Iterator[TextIO]:
         raise InvalidFile(f"{name}: {error.strerror}") from error
     with file:
         yield file
-
-
-# -- loom submit
-
-
-def submit(
-    description: Annotated[str, typer.Argument(help="The work, in words.")],
-    domain: Annotated[str, typer.Option(help="Field of knowledge; without it SENSE decides.")] = "",
-    priority: Annotated[str, typer.Option(metavar="low|normal|high|critical", help="How urgent it is.")] = "normal",
-    timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Time to the deadline; 300 if absent.")
-    ] = None,
-    node: Annotated[str | None, typer.Option(metavar="ID", help="Only this node may do it; no auction.")] = None,
-    tool: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A tool the node must have; repeatable.")
-    ] = None,
-    label: LabelPairs = None,
-    context: Annotated[str, typer.Option(metavar="JSON", help="An object handed to the agent.")] = "{}",
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the task's id and do not wait.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
-) -> None:
-    """Hand in one task, show its answer as it is written, and print its result."""
-    settings = prepare("warning")
-    given: dict[str, Any] = {
-        "description": description,
-        "domain": domain,
-        "priority": priority,
-        "timeout_s": timeout,
-        "node_id": node,
-        "required_tools": tool,
-        "labels": labels_of(label),
-        "context": _context(context),
-        "wait": not no_wait,
-    }
-    ad = parse_ad(encode({name: value for name, value in given.items() if value is not None}))
-    result = run_to_end(_submit(settings, ad, as_json=as_json))
-    if result is not None and result.error is not None:
-        raise result.error.to_exception(ad.task_id)
-
-
-async def _submit(settings: Settings, ad: TaskAd, *, as_json: bool) -> TaskResult | None:
-    """Print what came of `ad` and return it; None when nobody waits for it."""
-    async with client_bus(settings) as bus:
-        await check_phases(bus)
-        if not ad.wait:
-            answer = await task_client.ask(bus, task_client.request_subject(bus, "submit"), ad, timeout_s=ACCEPT_S)
-            accepted = decode(answer, Accepted)
-            typer.echo(encode(accepted) if as_json else accepted.task_id)
-            return None
-        live = sys.stdout.isatty() and not as_json
-        result = await unless_lost(bus, _written(bus, ad) if live else _answer(bus, ad))
-    if as_json:
-        typer.echo(encode(result))
-    elif not live and result.success:
-        typer.echo(result.content)
-    for note in () if as_json else notes_on(result):
-        typer.echo(note, err=True)
-    return result
-
-
-def notes_on(result: TaskResult) -> Iterator[str]:
-    """Yield what a person should know of a result besides its answer or error, a line each."""
-    for warning in result.warnings:
-        yield f"warning: {one_line(warning)}"
-    if result.truncated:
-        yield "truncated: the answer was longer than a message may carry, and has been cut"
-    if result.below_threshold:
-        yield "below threshold: no answer met what the task accepts; this is the best of those refused"
-    best = result.error.best_rejected if result.error is not None else None
-    if best is not None:
-        yield f"a refused answer of {best.node_id} is kept: `loom task {result.task_id}` shows it, --json has all of it"
-
-
-async def _written(bus: Bus, ad: TaskAd) -> TaskResult:
-    """Return the task's result, its answer printed piece by piece while it is written."""
-    transcript = Transcript()
-    try:
-        async with _handed_in(bus, ad, deltas=True) as handle:
-            async for delta in handle.events():
-                if isinstance(delta.event, TextDelta):
-                    transcript.add(delta.attempt, delta.event.text)
-                elif isinstance(delta.event, StepStart):
-                    transcript.break_line()
-            result = await handle.result()
-        transcript.close(result.content)
-    finally:
-        transcript.break_line()
-    return result
-
-
-def _context(text: str) -> Any:
-    """The JSON of `--context`; that it is an object is for the ad to check."""
-    try:
-        return msgspec.json.decode(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidTask(f"context is not JSON: {error}", field="context") from error

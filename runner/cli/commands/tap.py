@@ -1,4 +1,4 @@
-"""What watches: `loom tap`."""
+"""`loom tap`."""
 
 from collections import deque
 from dataclasses import replace
@@ -25,6 +25,13 @@ ROOM = 2_000
 """Messages that may wait to be shown: a screen that lags by more shows the past, so later ones are skipped."""
 
 
+EXAMPLES = """
+    loom tap
+    loom tap --task 3f9a21c4 --since 10m
+    loom tap --phase match --json
+"""
+
+
 def tap(
     task: Annotated[
         str, typer.Option(metavar="ID", help="Only this task and its subtasks; its first 8 digits do.")
@@ -34,7 +41,9 @@ def tap(
         str, typer.Option(metavar="NODE", help="Only this node, or owner.node, and the tasks it works on.")
     ] = "",
     domain: Annotated[str, typer.Option(help="Only this domain.")] = "",
-    since: Annotated[str, typer.Option(metavar="10m", help="First tell what ended and was earned so long ago.")] = "",
+    since: Annotated[
+        str, typer.Option(metavar="DURATION", help="Also print results and rewards from the last DURATION, e.g. 10m.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print every message whole, one JSON object a line.")] = False,
 ) -> None:
     """Show the traffic of the namespace, one line per message, until Ctrl-C."""

@@ -1,43 +1,42 @@
-"""What keeps running: `loom up`, `loom phase`, `loom node`."""
+"""`loom up`."""
 
 import asyncio
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from loom.agents.host.node_host import BACKLOG, SLOTS, NodeHost
 from loom.bus import topology
 from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
 from loom.bus.service_discovery import Present, check_processes, discover
 from loom.bus.wire_version import WireMismatch
-from loom.runner import log_output
-from loom.runner.cli.entry import DEFAULT_URL, FOREVER_S, prepare, run_service, sense_model, until_lost
-from loom.runner.cli.file_lifespan import entered
-from loom.runner.cli.input_files import NodeFile, load_node_file
-from loom.runner.cli.process_exit import EXTRA_S
+from loom.runner.cli.commands.phase import TERMINAL, phases_on
+from loom.runner.cli.entry import DEFAULT_URL, FOREVER_S, prepare, report_ready, run_service, until_lost
 from loom.runner.retried_start import until_started
 from loom.runner.server.listening import LOOPBACK, check_free, is_loopback
 from loom.runner.server.nats_server import embedded_server
 from loom.runner.server.store import check_unused, default_store, log_store
-from loom.runner.services import running_nodes, running_phases
 from loom.runner.settings import Settings
-from loom.runner.supervisor import STOP_GRACE_S, Program, Supervisor, end_with_parent, keep_alive, labelled
+from loom.runner.supervisor import STOP_GRACE_S, Program, Supervisor, keep_alive, labelled
 from loom.schemas.envelope import PHASES, Phase
 
 log = get_logger()
 
 PORT = 4222
 MOST_REPLICAS = 64
-TERMINAL = "terminal"
 ASK_AGAIN_S = 0.1
+EXAMPLES = """
+    loom up
+    loom up --ephemeral --port 0
+    LOOM_TOKEN=long-secret-token-0 loom up --host 0.0.0.0
+    NATS_URL=nats://db1:4222 loom up --processes --replicas execute=3
+"""
 
 
 def up(
@@ -92,48 +91,6 @@ def _store_of(settings: Settings) -> Path:
     return Path(settings.loom_store) if settings.loom_store else default_store(settings.loom_namespace)
 
 
-def phase(
-    names: Annotated[list[str], typer.Argument(metavar="NAME…", help=f"Any of {', '.join(PHASES)}.")],
-    supervised: Annotated[str, typer.Option(hidden=True, help="Ends with standard input; logs as for this.")] = "",
-) -> None:
-    """Run these phases on the server of NATS_URL, waiting for it, and for `loom init`, if need be."""
-    settings = prepare("info")
-    if supervised:
-        log_output.configure(settings.loom_log_level, readable=supervised == TERMINAL)
-        end_with_parent(settings.cluster.drain_timeout_s + STOP_GRACE_S)
-    run_service(_phase(settings, _phases(names)))
-
-
-def node(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE.py", help="Python file that defines `nodes`, a list, and maybe `lifespan`.")
-    ],
-    slots: Annotated[int, typer.Option(min=1, help="Runs each node works on at once.")] = SLOTS,
-    backlog: Annotated[int, typer.Option(min=0, help="Runs each node queues besides.")] = BACKLOG,
-    max_nodes: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Clone nodes under load, up to N in all; clones idle too long go."),
-    ] = None,
-) -> None:
-    """Host the nodes a file defines on the server of NATS_URL, waiting for it if need be.
-
-    `loom node move` hands on what is known of a node that has a new name.
-    """
-    settings = prepare("info")
-    loaded = load_node_file(file)
-    if max_nodes is not None and max_nodes < len(loaded.nodes):
-        raise typer.BadParameter(f"{file} has {len(loaded.nodes)} nodes already", param_hint="--max-nodes")
-    hosts: list[NodeHost] = []
-
-    def give_back() -> None:
-        for host in hosts:
-            host.give_back()
-
-    limit_s = settings.cluster.drain_timeout_s + loaded.close_s + EXTRA_S
-    work = _node(settings, loaded, slots, backlog, max_nodes, hosts)
-    run_service(work, limit_s=limit_s, last_words=give_back)
-
-
 async def _up(settings: Settings, server: Server, programs: list[Program] | None) -> None:
     async def cluster(url: str) -> None:
         welcome = partial(_welcome, settings, server)
@@ -163,8 +120,8 @@ async def _up(settings: Settings, server: Server, programs: list[Program] | None
 
 
 async def _in_here(url: str, settings: Settings, welcome: Callable[[str], str]) -> None:
-    async with _phases_on(url, PHASES, settings, init=True) as bus:
-        _announce(welcome(bus.connection.address))
+    async with phases_on(url, PHASES, settings, init=True) as bus:
+        report_ready(welcome(bus.connection.address))
         await until_lost(bus)
 
 
@@ -186,7 +143,7 @@ async def _in_processes(url: str, settings: Settings, programs: list[Program], w
         )
         async with supervisor:
             await _all_present(bus, Counter(name.partition("-")[0] for name in names))
-            _announce(welcome(bus.connection.address))
+            report_ready(welcome(bus.connection.address))
             await until_lost(bus)
 
 
@@ -218,7 +175,7 @@ async def _first_to_end(*works: Coroutine[Any, Any, None]) -> None:
 def _programs(counts: dict[Phase, int]) -> list[Program]:
     """One command for each process, named `match`, or `execute-1`, `execute-2` where there are several."""
     audience = TERMINAL if sys.stderr.isatty() else "pipe"
-    command = (sys.executable, "-m", "loom.runner.cli", "phase", "--supervised", audience)
+    command = (sys.executable, "-m", "loom.runner.cli", "phase", "run", "--supervised", audience)
     return [
         Program(name if counts[name] == 1 else f"{name}-{number}", (*command, name))
         for name in PHASES
@@ -238,57 +195,6 @@ def _counts(replicas: list[str]) -> dict[Phase, int]:
     return counts
 
 
-async def _phase(settings: Settings, names: tuple[Phase, ...]) -> None:
-    async with _phases_on(settings.nats_url or DEFAULT_URL, names, settings, init=False) as bus:
-        _announce(f"{', '.join(names)} on {bus.connection.address}")
-        await until_lost(bus)
-
-
-def _phases_on(
-    url: str, names: tuple[Phase, ...], settings: Settings, *, init: bool
-) -> AbstractAsyncContextManager[Bus]:
-    log.info("connecting", server=Bus(url).connection.address)
-    return running_phases(
-        url,
-        names=names,
-        namespace=settings.loom_namespace,
-        identity=settings.identity,
-        config=settings.cluster,
-        llm=sense_model(settings),
-        patience_s=FOREVER_S,
-        init=init,
-    )
-
-
-async def _node(
-    settings: Settings, loaded: NodeFile, slots: int, backlog: int, max_nodes: int | None, hosts: list[NodeHost]
-) -> None:
-    url = settings.nats_url or DEFAULT_URL
-    log.info("connecting", server=Bus(url).connection.address)
-    hosted = running_nodes(
-        url,
-        lambda: loaded.nodes,
-        namespace=settings.loom_namespace,
-        identity=settings.identity,
-        slots=slots,
-        backlog=backlog,
-        max_nodes=max_nodes,
-        drain_timeout_s=settings.cluster.drain_timeout_s,
-        patience_s=FOREVER_S,
-    )
-    async with entered(loaded.lifespan, loaded.path), hosted as host:
-        hosts.append(host)
-        _announce(f"{', '.join(node.id for node in loaded.nodes)} on {host.bus.connection.address}")
-        await until_lost(host.bus)
-
-
-def _phases(names: list[str]) -> tuple[Phase, ...]:
-    unknown = [name for name in names if name not in PHASES]
-    if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(PHASES)}", param_hint="NAME")
-    return tuple(name for name in PHASES if name in names)
-
-
 def _welcome(settings: Settings, server: Server, address: str) -> str:
     """Where the cluster is and what it keeps, and the next three commands as they must be typed here."""
     lines = [f"loom is up on {address}, namespace {settings.loom_namespace}"]
@@ -303,21 +209,9 @@ def _welcome(settings: Settings, server: Server, address: str) -> str:
     return "\n".join(
         (
             *lines,
-            f"  {own}loom node FILE.py              adds agents",
-            f'  {own}loom submit "what is to do"    hands in work',
+            f"  {own}loom host run FILE.py          hosts agents",
+            f'  {own}loom submit "what is to do"    submits a task',
             f"  {own}loom tap                       shows all traffic",
             "Ctrl-C stops it",
         )
     )
-
-
-def _announce(text: str) -> None:
-    """Print on a terminal; elsewhere log the first line, so that all output of a service is of one form."""
-    if sys.stdout.isatty():
-        _say(text)
-    else:
-        log.info("ready", message=text.partition("\n")[0])
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)  # noqa: T201 - the command's answer; who waits for it through a pipe gets it now

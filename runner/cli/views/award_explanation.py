@@ -1,7 +1,7 @@
 """Why the winner of an auction won, in the terms of the policy it was held by. No I/O."""
 
 from loom.phases.match.scoring import AVAILABILITY_WEIGHT, TOOLS_WEIGHT, TRUST_WEIGHT
-from loom.schemas.envelope import Award, ScoredBid
+from loom.schemas.auction import Award, ScoredBid
 
 CLOSE = 0.005
 """Scores nearer than this look the same with two decimals."""

@@ -12,7 +12,8 @@ from loom.schemas.events import SubtaskEvent
 from loom.schemas.identity import LOCAL_OWNER, qualified
 from loom.schemas.learning import Lifecycle, NodeProfile
 from loom.schemas.notices import PlanTimeout
-from loom.schemas.task import Submission, TaskAd, domain_token
+from loom.schemas.task import Submission, TaskAd
+from loom.schemas.tokens import domain_token
 
 REMEMBERED = 100_000
 """Tasks remembered to be a node's or a domain's; the oldest are forgotten first."""

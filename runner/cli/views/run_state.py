@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loom.bus.tap import Seen
-from loom.schemas.auction import CallForBids
-from loom.schemas.envelope import Award, Envelope, Split
+from loom.schemas.auction import Award, CallForBids
+from loom.schemas.envelope import Envelope, Split
 from loom.schemas.events import TextDelta
 from loom.schemas.identity import qualified
 from loom.schemas.learning import Lifecycle, NodeProfile, Reward

@@ -10,13 +10,14 @@ from rich.text import Text
 
 from loom.bus.bus import Bus
 from loom.bus.queries import FoundTask, find_task
-from loom.phases.shared.token_usage import tokens_of
+from loom.phases.shared.token_usage import total_tokens
 from loom.runner.cli.common import add_row, span
 from loom.runner.cli.views.run_progress import STYLES
 from loom.runner.cli.views.tables import ROWS, one_line, short, table_of
-from loom.schemas.envelope import SplitPlan, Subtask, TaskRecord
 from loom.schemas.errors import UnknownTask
 from loom.schemas.identity import LOCAL_OWNER, qualified
+from loom.schemas.plan import SplitPlan, Subtask
+from loom.schemas.record import TaskRecord
 
 MOST_READ = 64
 """Tasks read for one tree."""
@@ -108,7 +109,7 @@ def _as_part(record: TaskRecord) -> Subtask:
         node_id=result.node_id,
         owner=result.owner,
         error=result.error,
-        tokens=tokens_of(record),
+        tokens=total_tokens(record),
         duration_s=record.lasted_s,
     )
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loom.runner.cli.views.run_state import RunState
-from loom.schemas.envelope import Award
+from loom.schemas.auction import Award
 from loom.schemas.learning import Reward
 from loom.schemas.task import TaskResult
 

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from loom.schemas.envelope import MAX_HOPS, Envelope, Hop, Phase, TaskRecord
+from loom.schemas.envelope import MAX_HOPS, Envelope, Hop, Phase
 from loom.schemas.identity import JUDGE, RULES
 from loom.schemas.learning import Reward
+from loom.schemas.record import TaskRecord
 
 AFTER: dict[Phase, Phase] = {
     "sense": "match",

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from loom.phases.sense.estimate import with_division
-from loom.phases.shared import division
-from loom.phases.shared.division import Reason, undivided, wants_scale
+from loom.phases.shared import scale_rule
+from loom.phases.shared.scale_rule import ScaleReason, scale_reason, with_undivided_note
+from loom.schemas.auction import Award, ScoredBid
 from loom.schemas.base import decode, encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.envelope import Award, Envelope, ScoredBid, Spec, Split
+from loom.schemas.envelope import Envelope, Spec, Split
 from loom.schemas.task import Limits, TaskAd
 
 AWARD = Award(node_id="n1", host_id="h1")
@@ -52,14 +53,14 @@ def sensed(complexity: float = 0.3, depth: int = 0, config: ClusterConfig = CONF
         (replace(task(), spec=None), None),
     ],
 )
-def test_scale_gets_what_it_has_something_to_do_with(envelope: Envelope, reason: Reason | None) -> None:
-    assert wants_scale(envelope) == reason
-    assert wants_scale(decode(encode(envelope), Envelope)) == reason, "the wire keeps all it takes"
+def test_scale_gets_what_it_has_something_to_do_with(envelope: Envelope, reason: ScaleReason | None) -> None:
+    assert scale_reason(envelope) == reason
+    assert scale_reason(decode(encode(envelope), Envelope)) == reason, "the wire keeps all it takes"
 
 
 def test_the_rule_reads_no_settings() -> None:
-    source = inspect.getsource(division)
-    assert list(inspect.signature(wants_scale).parameters) == ["envelope"]
+    source = inspect.getsource(scale_rule)
+    assert list(inspect.signature(scale_reason).parameters) == ["envelope"]
     assert "loom.schemas.config" not in source
     assert "loom.bus" not in source
 
@@ -72,15 +73,15 @@ def test_copies_of_one_message_are_decided_alike_whatever_they_met(
     other = replace(
         task(), attempt=attempt, award=replace(AWARD, node_id="n9", backlog=backlog), excluded=tuple(excluded), step=7
     )
-    assert wants_scale(other) == wants_scale(task()) == "divide"
+    assert scale_reason(other) == scale_reason(task()) == "divide"
 
 
 def test_a_winner_is_a_node_on_a_host_of_an_owner() -> None:
     def bid(owner: str) -> ScoredBid:
         return ScoredBid(node_id="n1", owner=owner, host_id="h1", score=1, self_rating=1, trust=1, load=1.0, tools=1)
 
-    assert not division.is_saturated(replace(AWARD, bids=(bid("acme"),)))
-    assert division.is_saturated(replace(AWARD, bids=(bid("acme"), bid("local"))))
+    assert not scale_rule.is_saturated(replace(AWARD, bids=(bid("acme"),)))
+    assert scale_rule.is_saturated(replace(AWARD, bids=(bid("acme"), bid("local"))))
 
 
 # -- what SENSE writes
@@ -117,11 +118,11 @@ def test_an_ad_may_only_narrow_the_depth(limit: int | None, deepest: int) -> Non
 def test_a_task_too_deep_to_be_divided_has_a_note_of_it(depth: int, limits: Limits | None) -> None:
     spec = sensed(0.9, depth, limits=limits)
     assert spec.note == f"not divided: at most {spec.deepest} divisions deep are allowed"
-    assert wants_scale(replace(task(depth=depth), spec=spec)) is None
+    assert scale_reason(replace(task(depth=depth), spec=spec)) is None
     assert sensed(0.3, depth, limits=limits).note == ""
 
 
 def test_a_reason_is_noted_once_and_beside_other_notes() -> None:
-    spec = undivided(replace(sensed(), note="calibrated"), "no model is there to plan")
-    assert spec.note == "calibrated; not divided: no model is there to plan"
-    assert undivided(spec, "no model is there to plan") == spec
+    spec = with_undivided_note(replace(sensed(), note="calibrated"), "no model is configured to plan")
+    assert spec.note == "calibrated; not divided: no model is configured to plan"
+    assert with_undivided_note(spec, "no model is configured to plan") == spec

@@ -1,4 +1,4 @@
-"""Which nodes of a process one of its hosts announces, where they are more than an announcement holds."""
+"""Divides the nodes of a process between hosts when there are more than one announcement can hold."""
 
 from collections.abc import Callable, Sequence
 from operator import is_
@@ -7,24 +7,24 @@ from loom.agents.host.slots import Node
 from loom.schemas.auction import ANNOUNCED_NODES
 
 
-class Share:
-    """Divides the nodes of a process between one host and further hosts. A node stays where it was first.
+class NodePartition:
+    """Divides the nodes of a process between one host and further hosts; a node stays with its first host.
 
     Args:
-        nodes: Returns the nodes there are now.
-        most: Most nodes of the host.
+        nodes: Returns the current nodes of the process.
+        limit: Maximum number of nodes of the first host.
     """
 
-    def __init__(self, nodes: Callable[[], Sequence[Node]], most: int = ANNOUNCED_NODES) -> None:
+    def __init__(self, nodes: Callable[[], Sequence[Node]], limit: int = ANNOUNCED_NODES) -> None:
         self._nodes = nodes
-        self._most = most
+        self._limit = limit
         self._divided: list[Node] = []
-        """The nodes there were when they were last divided."""
+        """The nodes at the last division."""
         self._own: list[Node] = []
         self._rest: list[Node] = []
 
     def own(self) -> Sequence[Node]:
-        """Return the nodes of the host."""
+        """Return the nodes of the first host."""
         self._divide()
         return self._own
 
@@ -37,15 +37,15 @@ class Share:
         nodes = self._nodes()
         if len(nodes) == len(self._divided) and all(map(is_, nodes, self._divided)):
             return
-        before = {node.id for node in self._own}
-        elsewhere = {node.id for node in self._rest}
-        room = self._most - sum(node.id in before for node in nodes)
+        own_ids = {node.id for node in self._own}
+        rest_ids = {node.id for node in self._rest}
+        free_places = self._limit - sum(node.id in own_ids for node in nodes)
         own: list[Node] = []
         rest: list[Node] = []
         for node in nodes:
-            stays = node.id in before
-            if stays or (node.id not in elsewhere and room > 0):
-                room -= not stays
+            stays = node.id in own_ids
+            if stays or (node.id not in rest_ids and free_places > 0):
+                free_places -= not stays
                 own.append(node)
             else:
                 rest.append(node)
