@@ -174,14 +174,14 @@ async def test_sixteen_tasks_at_once_learn_hardly_less_than_one_at_a_time(nats_u
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 async def test_a_dishonest_bidder_hardly_wins_over_the_bus(nats_url: str) -> None:
     """An agent that claims 1.0 and succeeds in 20 % wins at most 5 % of later tasks; by chance it would win 12 %."""
-    world = World(4003, Setting(tasks=600, dishonest=True))
+    world = World(4003, Setting(tasks=1200, dishonest=True))
 
     winners = await side_by_side(nats_url, world, at_once=4)  # 16 awards in a burst would be made without evidence
 
-    assert winners[-300:].count(world.boaster or 0) <= 15
+    assert winners[-600:].count(world.boaster) <= 30
 
 
 async def test_a_domains_bias_is_read_under_the_key_it_is_written_under(town: Town) -> None:
