@@ -6,7 +6,7 @@ RUNS := .venv/.runs
 NEW_VENV := test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: help python setup demo check lint test coverage slow bench fmt
+.PHONY: help python setup demo check lint test coverage slow bench docs fmt
 
 help:
 	@echo 'make demo    run examples/tasks.jsonl with the agents of examples/agents.py'
@@ -15,6 +15,7 @@ help:
 	@echo 'make coverage   the tests, with the share of lines and branches that they run, by folder'
 	@echo 'make slow    the tests that take longer'
 	@echo 'make bench   what the loop costs beside the bus alone; takes some minutes, on a machine without other work'
+	@echo 'make docs    build the pages and the API reference as a site in build/site'
 	@echo 'make fmt     format the code'
 	@echo 'make setup   only prepare .venv'
 
@@ -44,6 +45,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy examples/agents.py examples/report.py
+	$(BIN)/mypy tests/typing/public_api.py
 	$(BIN)/lint-imports
 
 test: $(READY)
@@ -64,6 +66,13 @@ bench: .venv/.bench
 
 .venv/.bench: $(READY)
 	$(INSTALL) '.[bench]'
+	@touch $@
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+.venv/.docs: $(READY)
+	$(INSTALL) '.[docs]'
 	@touch $@
 
 fmt: $(READY)

@@ -59,7 +59,7 @@ class FunctionAgent:
                 vars(error)["spent"] = Done(content=written.content, usage=written.usage)
             raise
         except NotText as error:
-            raise AgentFailed(f"{self.name} gave no text: {error}", task_id=job.task_id) from error
+            raise AgentFailed(f"{self.name} did not return text: {error}", task_id=job.task_id) from error
         except Exception as error:  # a function of a user may raise anything
             raise raised(error, job) from error
         if not written.content.strip():

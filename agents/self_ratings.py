@@ -1,4 +1,4 @@
-"""Rules for the claims of nodes."""
+"""Checks the self-ratings and the domains that users give for a node."""
 
 from collections.abc import Collection, Mapping
 from numbers import Real
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def scores_fault(scores: Any) -> str | None:
-    """Return what is wrong with the ratings of a node, domain -> 0 useless to 1 expert; None when they may stand."""
+    """Return the fault of a node's self-ratings (domain -> 0 to 1), as a clause that follows its name, or None."""
     if not isinstance(scores, Mapping):
         return f'has capabilities that are a {type(scores).__name__}: give a dict such as {{"code": 0.9}}'
     faults = (_domain_fault(domain) or _rating_fault(domain, rating) for domain, rating in scores.items())
@@ -14,11 +14,11 @@ def scores_fault(scores: Any) -> str | None:
 
 
 def domains_fault(domains: Any) -> str | None:
-    """Return what is wrong with the domains a node takes; None when they may stand, as None itself, every domain."""
+    """Return the fault of a node's domains, as a clause that follows its name, or None; None means every domain."""
     if domains is None or (isinstance(domains, str) and domains.strip()):
         return None
     if isinstance(domains, str) or not isinstance(domains, Collection) or not domains:
-        return "has domains that name nothing: give a list of texts, or leave it out for a node that takes every domain"
+        return "has no valid domains: give a list of texts, or leave it out for a node that accepts every domain"
     return next((fault for domain in domains if (fault := _domain_fault(domain))), None)
 
 

@@ -102,7 +102,7 @@ def _checked(item: Any, what: str) -> AgentEvent:
     except Undecodable as error:
         raise AgentFailed(f"the agent yielded a {what} that cannot be sent: {error.message}") from error
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise AgentFailed(f"the agent yielded a {what} with a value that JSON cannot carry") from error
+        raise AgentFailed(f"the agent yielded a {what} with a value that JSON cannot represent") from error
 
 
 def _fields(item: Any) -> Any:

@@ -31,15 +31,15 @@ _DISCOVERY_DENIED = 'permissions violation for publish to "$srv.'
 class Bus:
     """The access of one process to a namespace on a nats-server.
 
-    `connection` publishes and subscribes, `requests` waits for replies, `jetstream` publishes into streams, `tasks`
+    `connection` publishes and subscribes, `requests` waits for replies, `jetstream` publishes into streams. `tasks`
     runs coroutines until the connection closes, `subjects` builds subjects, `clock` returns the server's time.
 
     Args:
         url: Servers, comma separated.
         namespace: First token of every subject.
-        role: Part of the names of the connection and its inboxes, so that permissions can distinguish them:
-            `_INBOX.<random>` for `client`, `_LOOM.<role>.<instance>.<random>` for phases, hosts (`node`) and commands
-            of operators (`operator`).
+        role: `client`, a phase, `node` for hosts, or `operator`. It is part of the connection's name and inboxes, so
+            that permissions can distinguish them. Inboxes are `_INBOX.<random>` for clients, and
+            `_LOOM.<role>.<instance>.<random>` for the others.
         identity: Submitter, owner and source of what is published.
         patience_s: Seconds for which `connect` tries.
     """

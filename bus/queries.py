@@ -9,9 +9,9 @@ from typing import NamedTuple, TypeVar
 from msgspec.structs import replace
 
 from loom.bus.bus import Bus
-from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
+from loom.bus.natsio.ordered_consumer import OrderedConsumer
 from loom.bus.natsio.server_errors import Refused
-from loom.bus.natsio.stored_message import last_message
+from loom.bus.natsio.stored_message import StoredMessage, last_message
 from loom.bus.records import records
 from loom.bus.stored_rewards import reward_in
 from loom.schemas.base import Undecodable, decode
@@ -34,7 +34,7 @@ _OPERATION = "KV-Operation"
 class Latest(NamedTuple):
     """The newest messages of a stream, and its end at the time they were read."""
 
-    messages: list[Stored]
+    messages: list[StoredMessage]
     """Oldest first."""
     last_seq: int
 
@@ -55,12 +55,12 @@ def records_stream(bus: Bus) -> tuple[str, str]:
 
 
 async def latest(
-    bus: Bus, stream: str, subject: str, limit: int, wanted: Callable[[Stored], bool] = lambda _: True
+    bus: Bus, stream: str, subject: str, limit: int, matches: Callable[[StoredMessage], bool] = lambda _: True
 ) -> Latest:
     """Return the newest `limit` messages of a stream that match, reading backwards in spans of growing length.
 
     Args:
-        wanted: Whether a message on `subject` matches.
+        matches: Whether a message on `subject` matches.
 
     Raises:
         Refused: The stream does not exist.
@@ -70,16 +70,16 @@ async def latest(
     first, last, span = state["first_seq"], state["last_seq"], max(FIRST_SPAN, 4 * limit)
     while True:
         start = max(first, last - span + 1)
-        messages: deque[Stored] = deque(maxlen=limit)
+        messages: deque[StoredMessage] = deque(maxlen=limit)
         async for message in _until(OrderedConsumer(bus.jetstream, stream, filter=subject, start_seq=start), last):
-            if wanted(message):
+            if matches(message):
                 messages.append(message)
         if len(messages) >= limit or start <= first:
             return Latest(list(messages), last)
         span *= 8
 
 
-async def since(bus: Bus, stream: str, subject: str, at: float) -> AsyncIterator[Stored]:
+async def since(bus: Bus, stream: str, subject: str, at: float) -> AsyncIterator[StoredMessage]:
     """Yield the messages that a stream stored at server time `at` or later, up to its present end.
 
     Raises:
@@ -95,7 +95,7 @@ async def since(bus: Bus, stream: str, subject: str, at: float) -> AsyncIterator
             yield message
 
 
-async def between(bus: Bus, stream: str, subject: str, first: int, last: int) -> AsyncIterator[Stored]:
+async def between(bus: Bus, stream: str, subject: str, first: int, last: int) -> AsyncIterator[StoredMessage]:
     """Yield the messages of a stream from sequence `first` to sequence `last`.
 
     Raises:
@@ -109,7 +109,7 @@ async def between(bus: Bus, stream: str, subject: str, first: int, last: int) ->
             yield message
 
 
-async def _until(consumer: OrderedConsumer, last: int) -> AsyncGenerator[Stored, None]:
+async def _until(consumer: OrderedConsumer, last: int) -> AsyncGenerator[StoredMessage, None]:
     """Yield the messages of `consumer` up to sequence `last`, and stop it."""
     try:
         while True:
@@ -124,7 +124,7 @@ async def _until(consumer: OrderedConsumer, last: int) -> AsyncGenerator[Stored,
 
 
 async def recent_records(
-    bus: Bus, limit: int, wanted: Callable[[TaskRecord], bool] = lambda _: True
+    bus: Bus, limit: int, matches: Callable[[TaskRecord], bool] = lambda _: True
 ) -> list[TaskRecord]:
     """Return the `limit` records that changed last and match, newest task first.
 
@@ -134,15 +134,15 @@ async def recent_records(
     """
     by_subject: dict[str, TaskRecord] = {}
 
-    def matches(message: Stored) -> bool:
+    def is_match(message: StoredMessage) -> bool:
         record = _read(bus, message, TaskRecord)
-        if record is None or not wanted(record):
+        if record is None or not matches(record):
             return False
         by_subject[message.subject] = record
         return True
 
     stream, subject = records_stream(bus)
-    messages = (await latest(bus, stream, subject, limit, matches)).messages
+    messages = (await latest(bus, stream, subject, limit, is_match)).messages
     newest = {message.subject: by_subject[message.subject] for message in messages}
     return sorted(newest.values(), key=lambda record: -record.admitted_at)
 
@@ -231,7 +231,7 @@ def _submission_in(raw: bytes) -> Submission | None:
         return None
 
 
-def _read(bus: Bus, message: Stored, shape: type[T]) -> T | None:
+def _read(bus: Bus, message: StoredMessage, shape: type[T]) -> T | None:
     """Return the content of a message; None for a deleted key, and for an undecodable message, which is counted."""
     try:
         return decode(message.data, shape)

@@ -1,7 +1,5 @@
 """Task records: reading them, changing them by compare-and-set, and the version of them that an envelope carries."""
 
-from collections.abc import Callable
-
 from msgspec.structs import replace
 
 from loom.bus.bus import Bus
@@ -49,16 +47,6 @@ def record_version(record: TaskRecord, revision: int) -> RecordVersion | None:
         admitted_at=record.admitted_at,
     )
     return with_unknown_fields(version, unknown_fields(record))
-
-
-async def update_record(
-    bucket: Bucket[TaskRecord],
-    task_id: str,
-    decide: Callable[[TaskRecord], TaskRecord | None],
-    entry: Entry[TaskRecord] | None = None,
-) -> Entry[TaskRecord] | None:
-    """Change a record; arguments, result and errors are those of `Bucket.update_with`."""
-    return await bucket.update_with(task_id, decide, entry)
 
 
 class _ReadableFields(Message, frozen=True, kw_only=True):

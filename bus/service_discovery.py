@@ -1,6 +1,6 @@
-"""Who serves here: discovery as NATS services do it, PING and INFO of the micro protocol (`nats micro ls`).
+"""Registration and discovery of services, by PING and INFO of the NATS micro protocol (`nats micro ls`).
 
-A service is named `<namespace>-<what>`, and whoever asks `$SRV.PING` gets one answer from each instance.
+The name of a service is `<namespace>-<phase>` or `<namespace>-node`. Each instance replies to a request on `$SRV.PING`.
 """
 
 import hashlib
@@ -27,26 +27,26 @@ from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
 
 ANSWER_S = 0.5
-"""How long to listen for answers: nobody knows how many there will be."""
+"""Seconds to wait for replies, whose number is not known."""
 
 SERVER_TIME, WALL_CLOCK = "server_time", "wall_clock"
-"""Metadata of INFO: the process's two clocks at its answer, seconds since the epoch."""
+"""Keys in the metadata of INFO: the two clocks of the process at its reply, seconds since the epoch."""
 
 WIRE_CHECK_S = 0.1
-"""How long a start waits for processes of another wire version, unless all phases have answered."""
+"""Seconds for which a start waits for processes of another wire version, unless all phases have replied."""
 
 SETTINGS, SETTINGS_DIGEST = "settings", "settings_digest"
-"""Metadata of a phase's INFO: the settings that all processes must have in common, as JSON, and a digest of them."""
+"""Keys in the metadata of a phase's INFO: the settings that all processes must share, as JSON, and their digest."""
 
 HEALTH = "health"
-"""Metadata of a phase's INFO: its Health as JSON."""
+"""Key in the metadata of a phase's INFO: its Health as JSON."""
 
 _PING = "io.nats.micro.v1.ping_response"
 _INFO = "io.nats.micro.v1.info_response"
 
 
-class Present(CheckedMessage, frozen=True, kw_only=True):
-    """One instance of a service, as the micro protocol words it."""
+class ServiceInstance(CheckedMessage, frozen=True, kw_only=True):
+    """One instance of a service, as in a reply to PING."""
 
     type: str
     name: str
@@ -55,19 +55,19 @@ class Present(CheckedMessage, frozen=True, kw_only=True):
     metadata: dict[str, str]
 
 
-class _Info(Present, frozen=True, kw_only=True):
+class _Info(ServiceInstance, frozen=True, kw_only=True):
     description: str
     endpoints: list[dict[str, str]]
 
 
 class ServiceEndpoint:
-    """Answers discovery for services of this process.
+    """Replies to discovery requests for the services of this process.
 
     Args:
-        names: What they are: the phases, or `node`.
-        instance: Tells replicas apart.
-        facts: Further metadata of each.
-        config: Whose settings INFO states; absent: none.
+        names: Names of the services: phases, or `node`.
+        instance: Id that distinguishes replicas.
+        facts: Further metadata of each service.
+        config: Settings for the metadata of INFO; default: none.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ServiceEndpoint:
         self._bus = bus
         common = {"namespace": bus.subjects.namespace, "host": socket.gethostname(), WIRE_KEY: WIRE, **(facts or {})}
         self._services = {
-            service_name(bus, name): Present(
+            service_name(bus, name): ServiceInstance(
                 type=_PING,
                 name=service_name(bus, name),
                 id=instance,
@@ -93,37 +93,37 @@ class ServiceEndpoint:
         self._settings = settings_facts(config) if config is not None else {}
         self._subscriptions: list[Subscription] = []
         self.health: dict[str, Callable[[], Health]] = {}
-        """Name -> returns how far its work has got."""
+        """Name of a service -> function that returns its health."""
 
     async def start(self) -> None:
-        """Begin to answer."""
+        """Subscribe to discovery requests; returns once the server has processed the subscriptions."""
         subjects = ["$SRV.*"]
         for name, service in self._services.items():
             subjects += [f"$SRV.*.{name}", f"$SRV.*.{name}.{service.id}"]
         for subject in subjects:
-            self._subscriptions.append(await self._bus.connection.subscribe(subject, self._on_question))
+            self._subscriptions.append(await self._bus.connection.subscribe(subject, self._on_request))
         await self._bus.requests.flush()
 
     async def stop(self) -> None:
-        """Answer no more; safe to call twice or unstarted."""
+        """End the subscriptions; safe to call twice or before `start`."""
         subscriptions, self._subscriptions = self._subscriptions, []
         for subscription in subscriptions:
             self._bus.connection.unsubscribe(subscription)
 
-    async def _on_question(self, msg: Msg) -> None:
+    async def _on_request(self, msg: Msg) -> None:
         _, verb, *rest = msg.subject.split(".")
-        asked = [self._services[rest[0]]] if rest else self._services.values()
-        for service in asked:
+        services = [self._services[rest[0]]] if rest else self._services.values()
+        for service in services:
             if verb == "PING":
-                await self._answer(msg.reply, service)
+                await self._reply(msg.reply, service)
             elif verb == "INFO":
-                await self._answer(msg.reply, self._info(service))
+                await self._reply(msg.reply, self._info(service))
 
-    async def _answer(self, reply: str, message: Present) -> None:
-        if is_inbox(reply, plain=True):  # processes of a cluster look for each other at their start
+    async def _reply(self, reply: str, message: ServiceInstance) -> None:
+        if is_inbox(reply, plain=True):  # starting processes of the cluster request each other's services
             await self._bus.connection.publish(reply, message)
 
-    def _info(self, service: Present) -> "_Info":
+    def _info(self, service: ServiceInstance) -> "_Info":
         health = self._health(service)
         clocks = {SERVER_TIME: f"{self._bus.clock.now():.3f}", WALL_CLOCK: f"{time.time():.3f}"}
         report = {} if health is None else {HEALTH: encode(health).decode()}
@@ -137,103 +137,104 @@ class ServiceEndpoint:
             endpoints=[],
         )
 
-    def _health(self, service: Present) -> Health | None:
+    def _health(self, service: ServiceInstance) -> Health | None:
         report = self.health.get(service.metadata["service"])
         if report is None:
             return None
         first = next(iter(self.health)) == service.metadata["service"]  # the counts are those of the whole process
-        report_here = replace(report(), failure=cut_note(self._bus.tasks.failure))
+        health = replace(report(), failure=cut_note(self._bus.tasks.failure))
         if not first:
-            return report_here
+            return health
         discards = self._bus.discards
-        return replace(report_here, discards=dict(discards.counts.most_common(20)), left_out=dict(discards.hosts))
+        return replace(health, discards=dict(discards.counts.most_common(20)), left_out=dict(discards.hosts))
 
 
 def settings_facts(config: ClusterConfig) -> dict[str, str]:
-    """Return the metadata that states the settings which all processes must have in common."""
-    as_read = decode(encode(config), ClusterConfig)  # one form of each number: 300 and 300.0 are the same
-    stated = msgspec.json.encode(as_read.shared, order="sorted")
+    """Return the metadata with the settings that all processes must share, and their digest."""
+    normal = decode(encode(config), ClusterConfig)  # 300 and 300.0 have the same form then
+    stated = msgspec.json.encode(normal.shared, order="sorted")
     return {SETTINGS: stated.decode(), SETTINGS_DIGEST: hashlib.sha256(stated).hexdigest()[:12]}
 
 
 async def discover(
-    bus: Bus, *, within_s: float = ANSWER_S, enough: Callable[[list[Present]], bool] = lambda _: False
-) -> list[Present]:
-    """Return the services of this namespace that answer in `within_s`, sorted by name and id.
+    bus: Bus, *, within_s: float = ANSWER_S, enough: Callable[[list[ServiceInstance]], bool] = lambda _: False
+) -> list[ServiceInstance]:
+    """Return the services of this namespace that reply within `within_s`, sorted by name and id.
 
     Args:
         bus: A connection of any role.
-        enough: Whether to stop listening; asked after every answer.
+        within_s: Longest wait, in seconds.
+        enough: Whether to stop waiting; called after every reply with the services so far.
     """
 
-    def ours(answers: list[Present]) -> list[Present]:
+    def of_namespace(replies: list[ServiceInstance]) -> list[ServiceInstance]:
         return [
-            each
-            for each in answers
-            if each.metadata.get("namespace") == bus.subjects.namespace
-            and each.name == service_name(bus, each.metadata.get("service", ""))
+            service
+            for service in replies
+            if service.metadata.get("namespace") == bus.subjects.namespace
+            and service.name == service_name(bus, service.metadata.get("service", ""))
         ]
 
-    answers = await request_many(
+    replies = await request_many(
         bus.requests,
         "$SRV.PING",
         b"",
         _read,
         discards=bus.discards,
         window_s=within_s,
-        enough=lambda answers: enough(ours(answers)),
+        enough=lambda replies: enough(of_namespace(replies)),
     )
-    return sorted(ours(answers), key=lambda each: (each.name, each.id))
+    return sorted(of_namespace(replies), key=lambda service: (service.name, service.id))
 
 
-def _read(raw: bytes) -> Present:
-    return decode(raw, Present)
+def _read(raw: bytes) -> ServiceInstance:
+    return decode(raw, ServiceInstance)
 
 
 async def check_processes(bus: Bus) -> None:
-    """Return unless a process of another wire version runs in this namespace; takes 0.1 s where phases are missing.
+    """Check that no process of another wire version runs in this namespace; takes 0.1 s unless all phases run.
 
     Raises:
-        WireMismatch: Such a process has answered.
+        WireMismatch: A process of another wire version has replied.
     """
-    ours: list[Present] = []
+    services: list[ServiceInstance] = []
 
-    def enough(answers: list[Present]) -> bool:
-        if answers[-1].metadata.get("namespace") == bus.subjects.namespace:
-            ours.append(answers[-1])
-        answered = {each.metadata.get("service") for each in ours}
-        return answered.issuperset(PHASES) or any(each.metadata.get(WIRE_KEY) != WIRE for each in ours)
+    def enough(replies: list[ServiceInstance]) -> bool:
+        if replies[-1].metadata.get("namespace") == bus.subjects.namespace:
+            services.append(replies[-1])
+        names = {service.metadata.get("service") for service in services}
+        return names.issuperset(PHASES) or any(service.metadata.get(WIRE_KEY) != WIRE for service in services)
 
     await request_many(
         bus.requests, "$SRV.INFO", b"", _read, discards=bus.discards, window_s=WIRE_CHECK_S, enough=enough
     )
-    for each in ours:
-        if each.metadata.get(WIRE_KEY) != WIRE:
-            process = f"{each.name} ({each.id}) on {each.metadata.get('host', 'an unknown host')}"
+    for service in services:
+        if service.metadata.get(WIRE_KEY) != WIRE:
+            process = f"{service.name} ({service.id}) on {service.metadata.get('host', 'an unknown host')}"
             todo = "stop it and the others of its version, or choose another LOOM_NAMESPACE"
-            raise WireMismatch(f"process {process}", each.metadata.get(WIRE_KEY, ""), todo)
+            raise WireMismatch(f"process {process}", service.metadata.get(WIRE_KEY, ""), todo)
 
 
 class Clocks(NamedTuple):
-    """The clocks of one process beside those of the process that asked."""
+    """The differences between the clocks of one process and the server's time."""
 
     services: tuple[str, ...]
     instance: str
     host: str
     server_time_off_s: float
-    """What the process takes for the server's time, less what it is; the time of the answer's way is in it."""
+    """The server's time in the process minus the real one, in seconds; includes the transport time of the reply."""
     wall_off_s: float
-    """The process's wall clock, less the server's time."""
+    """The process's wall clock minus the server's time, in seconds."""
 
 
 async def clocks(bus: Bus, *, within_s: float = ANSWER_S) -> list[Clocks]:
-    """Return the clocks of every process of this namespace that answers in `within_s`, one entry each."""
+    """Return the clocks of each process of this namespace that replies within `within_s` seconds."""
     processes: dict[str, Clocks] = {}
 
-    def compare(answers: list[Present]) -> bool:
-        newest, now = answers[-1], bus.clock.now()
+    def compare(replies: list[ServiceInstance]) -> bool:
+        newest, now = replies[-1], bus.clock.now()
         facts = newest.metadata
-        with suppress(KeyError, ValueError):  # another program's service, or of a version without clocks
+        with suppress(KeyError, ValueError):  # another program's service, or a version without clocks
             if facts["namespace"] == bus.subjects.namespace:
                 known = processes.get(newest.id)
                 processes[newest.id] = Clocks(
@@ -250,45 +251,45 @@ async def clocks(bus: Bus, *, within_s: float = ANSWER_S) -> list[Clocks]:
 
 
 class SharedSettings(NamedTuple):
-    """The settings of one phase that all processes must have in common."""
+    """The settings of one phase that all processes must share."""
 
     process: str
-    """Its service and instance, as `loom-match (3f2a)`."""
+    """Service and instance, for example `loom-match (3f2a)`."""
     digest: str
     values: dict[str, Any]
 
 
 async def shared_settings(bus: Bus, *, within_s: float = ANSWER_S) -> list[SharedSettings]:
-    """Return the settings of the phases of this namespace that answer in `within_s`, sorted by process."""
-    answers = await request_many(
+    """Return the settings of the phases of this namespace that reply within `within_s` seconds, sorted by process."""
+    replies = await request_many(
         bus.requests, "$SRV.INFO", b"", _read, discards=bus.discards, window_s=within_s, enough=lambda _: False
     )
-    found = []
-    for each in answers:
-        if each.metadata.get("namespace") == bus.subjects.namespace and SETTINGS in each.metadata:
-            with suppress(Undecodable):  # of another program
-                values = decode(each.metadata[SETTINGS].encode(errors="replace"), dict[str, Any])
-                digest = each.metadata.get(SETTINGS_DIGEST, "")
-                found.append(SharedSettings(f"{each.name} ({each.id})", digest, values))
-    return sorted(found, key=lambda each: each.process)
+    settings = []
+    for service in replies:
+        if service.metadata.get("namespace") == bus.subjects.namespace and SETTINGS in service.metadata:
+            with suppress(Undecodable):  # another program's service
+                values = decode(service.metadata[SETTINGS].encode(errors="replace"), dict[str, Any])
+                digest = service.metadata.get(SETTINGS_DIGEST, "")
+                settings.append(SharedSettings(f"{service.name} ({service.id})", digest, values))
+    return sorted(settings, key=lambda entry: entry.process)
 
 
 async def health_reports(bus: Bus, *, within_s: float = ANSWER_S) -> dict[str, list[Health]]:
-    """Return what the phases of this namespace that answer in `within_s` report, by phase."""
-    answers = await request_many(
+    """Return the health reports of the phases of this namespace that reply within `within_s` seconds, by phase."""
+    replies = await request_many(
         bus.requests, "$SRV.INFO", b"", _read, discards=bus.discards, window_s=within_s, enough=lambda _: False
     )
     reports: dict[str, list[Health]] = {}
-    for each in answers:
-        if each.metadata.get("namespace") == bus.subjects.namespace and HEALTH in each.metadata:
+    for service in replies:
+        if service.metadata.get("namespace") == bus.subjects.namespace and HEALTH in service.metadata:
             with suppress(Undecodable):  # of another version
-                report = decode(each.metadata[HEALTH].encode(errors="replace"), Health)
-                reports.setdefault(each.metadata.get("service", ""), []).append(report)
+                report = decode(service.metadata[HEALTH].encode(errors="replace"), Health)
+                reports.setdefault(service.metadata.get("service", ""), []).append(report)
     return reports
 
 
 def service_name(bus: Bus, name: str) -> str:
-    """Return what a service of this namespace is called: `loom-match` for `match`."""
+    """Return the name of a service of this namespace: `loom-match` for `match`."""
     return f"{bus.subjects.namespace}-{name}"
 
 

@@ -1,7 +1,7 @@
 """Decodes the messages of the stream REWARDS, and checks them against their subjects."""
 
 from loom.bus.logs.discards import Discards
-from loom.bus.natsio.ordered_consumer import Stored
+from loom.bus.natsio.stored_message import StoredMessage
 from loom.bus.subjects import Subjects
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.identity import ADAPT
@@ -11,7 +11,7 @@ SKEW_S = 5.0
 """Seconds by which the clock of a reward source may be ahead of the server's."""
 
 
-def reward_in(message: Stored, subjects: Subjects, discards: Discards) -> Reward | None:
+def reward_in(message: StoredMessage, subjects: Subjects, discards: Discards) -> Reward | None:
     """Return the reward in a message of the stream; None, and a count, for one that is invalid."""
     try:
         reward = decode(message.data, Reward)
@@ -26,7 +26,7 @@ def reward_in(message: Stored, subjects: Subjects, discards: Discards) -> Reward
     return reward
 
 
-def fault_of(reward: Reward, message: Stored, subjects: Subjects) -> tuple[str, str] | None:
+def fault_of(reward: Reward, message: StoredMessage, subjects: Subjects) -> tuple[str, str] | None:
     """Return why a stored reward is invalid, as the name of a log event and a reason; None if it is valid.
 
     Permissions of the server restrict subjects, not bodies. So source, owner, node and domain must be those of the

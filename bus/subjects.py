@@ -1,6 +1,6 @@
-"""Every subject, built and read here only. docs/subjects.md is generated from this file.
+"""The table of subjects, and the only code that builds and parses them. docs/subjects.md is generated from it.
 
-A subject is the namespace, a family, and the family's variable tokens; a token is checked when it is put in.
+A subject consists of the namespace, a family, and the family's variable tokens, which are checked when it is built.
 """
 
 import re
@@ -18,7 +18,7 @@ class Family(NamedTuple):
 
     name: str
     pattern: str
-    """What follows the namespace; a variable token is its name in angle brackets."""
+    """The tokens after the namespace; a variable token is its name in angle brackets."""
     kind: str
     body: str
     route: str
@@ -121,34 +121,34 @@ _TOKENS = {(row.name, len(row.tokens)): row.tokens for row in FAMILIES}
 _TEMPLATES = {(row.name, len(row.tokens)): "%s." + _VARIABLE.sub("%s", row.pattern) for row in FAMILIES}
 _ANY_TOKEN = rf"(?:{TOKEN_PATTERN}|\*)"
 _JOINED = [re.compile(r"\.".join([_ANY_TOKEN] * count) + r"\Z") for count in range(7)]
-"""Number of tokens -> what those tokens match when dots join them: one match costs less than one for each token."""
+"""Number of tokens -> pattern of the joined tokens: one match costs less than one match per token."""
 _BY_LENGTH: dict[tuple[str, int], list[tuple[str, list[str]]]] = {}
-"""(first token, number of tokens) -> the rows that such a subject may belong to: name, tokens."""
+"""(first token, number of tokens) -> name and tokens of each row that such a subject may belong to."""
 for _row in FAMILIES:
     _parts = _row.pattern.split(".")
     _BY_LENGTH.setdefault((_parts[0], len(_parts)), []).append((_row.name, _parts))
 
 
 class Parsed(NamedTuple):
-    """A subject taken apart."""
+    """The family and the variable tokens of a subject."""
 
     family: str
     tokens: dict[str, str]
 
     @property
     def task_id(self) -> str:
-        """The task the subject is about; empty where it names none."""
+        """The id of the task, or of the parent task; empty if the subject has neither."""
         return self.tokens.get("task_id") or self.tokens.get("parent_id", "")
 
 
 class Subjects:
-    """The subjects of one namespace.
+    """Builds and parses the subjects of one namespace.
 
     Args:
-        namespace: Matches `[a-z0-9][a-z0-9_-]{0,31}`; two namespaces on one server never see each other.
+        namespace: Matches `[a-z0-9][a-z0-9_-]{0,31}`; namespaces on one server are isolated from each other.
 
     Raises:
-        ValueError: Not such a name.
+        ValueError: `namespace` does not match.
     """
 
     def __init__(self, namespace: str = "loom") -> None:
@@ -161,13 +161,16 @@ class Subjects:
         self.spawn = f"{namespace}.spawn"
 
     def of(self, family: str, *tokens: str) -> str:
-        """Return the subject of `family` with `tokens` in the table's order; `*` stands for any.
+        """Return the subject of `family` with `tokens` in the order of the table.
 
-        The number of tokens selects the row where a family has two: `of("status", task_id)` is the plain subject,
-        `of("status", submitter, task_id)` the one of a submitter.
+        If a family has two rows, the number of tokens selects one: `of("status", task_id)` is the plain subject,
+        `of("status", submitter, task_id)` the subject of a submitter.
+
+        Args:
+            tokens: Values of the variable tokens; `*` is the wildcard.
 
         Raises:
-            InvalidTask: A token has characters a subject must not have; `field` names it.
+            InvalidTask: A token contains characters that are not allowed; `field` names it.
         """
         row = family, len(tokens)
         if not _JOINED[len(tokens)].match(".".join(tokens)):
@@ -178,7 +181,7 @@ class Subjects:
         return _TEMPLATES[row] % (self.namespace, *tokens)
 
     def later(self, phase: str, task_id: str, key: str) -> str:
-        """Return the subject under which a message waits that `phase` has scheduled."""
+        """Return the subject of a message that `phase` schedules."""
         return self.of("later", phase, task_id, key)
 
     def task(self, phase: str, priority: str, task_id: str) -> str:
@@ -198,7 +201,7 @@ class Subjects:
         return f"{self.namespace}_{name}"
 
     def parse(self, subject: str) -> Parsed | None:
-        """Return what `subject` says, or None when it is not one of this namespace's."""
+        """Return family and tokens of a subject; None if it is not in the table, or in another namespace."""
         namespace, *tokens = subject.split(".")
         if namespace != self.namespace or not tokens:
             return None

@@ -1,8 +1,8 @@
-"""A listener on a namespace: decoded traffic, one message at a time, and nobody notices.
+"""A tap: the decoded traffic of a namespace, one message at a time, without effects on it.
 
-Hears      every family of the namespace, or the families asked for
-Says       nothing: a plain subscription, outside every queue group, that acknowledges nothing
-Gives up   what comes faster than it is read is skipped and counted
+Consumes   all subject families, or selected ones, by plain subscriptions outside every queue group
+Publishes  nothing, not even acknowledgements
+Gives up   on messages that arrive faster than they are read: skips and counts them
 """
 
 import asyncio
@@ -26,14 +26,14 @@ from loom.schemas.run import Delta, RunEvent, RunRequest, Stop
 from loom.schemas.task import Submission, TaskAd, TaskResult
 
 ROOM = 10_000
-"""Messages that wait for a reader."""
+"""Most messages that wait for the reader."""
 ROOM_BYTES = 64 * 1024 * 1024
-"""Their bodies together."""
+"""Most bytes of their bodies."""
 
 _READ_BY_TYPE = frozenset({"task", "later"})
-"""Families whose messages may be notices for SCALE, too."""
+"""Families whose messages may also be notices for SCALE."""
 REPEATED = frozenset({"offer", "event"})
-"""Families that a tap leaves out unless they are named: awards, deltas and results repeat their content."""
+"""Families left out unless selected: awards, deltas and results have the same content."""
 SHAPES: dict[str, type[Any]] = {
     "submit": TaskAd,
     "intake": Submission,
@@ -54,64 +54,65 @@ SHAPES: dict[str, type[Any]] = {
     "event": RunEvent,
     "stop": Stop,
 }
-"""family -> what its messages are; the others have no body, or one that could not be read before."""
+"""Family -> type of its messages; the other families have no body, or one without a type of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """One message on its way."""
+class TappedMessage:
+    """A message that a tap has received."""
 
     subject: str
     family: str
-    """Empty: not a subject of ours."""
+    """Empty for a subject outside the table of subjects."""
     tokens: dict[str, str]
-    """By name, as in the table of subjects: `task_id`, `phase`, …"""
+    """Variable tokens by name, as in the table of subjects: `task_id`, `phase`, …"""
     message: Any
-    """What SHAPES says; the body's bytes where it is not that, and for other families."""
+    """An object of the type in SHAPES; the bytes of the body if they cannot be decoded, or the family has no type."""
     headers: dict[str, str]
     at: float
-    """When it was heard, server time."""
+    """Server time at which the message was received."""
     size: int
     """Bytes of the body."""
     skipped: int = 0
-    """Messages just before this one for which there was no room."""
+    """Number of skipped messages directly before this one."""
 
 
 class Tap:
-    """Traffic as it passes, at most once; a context manager and an async iterator of `Seen`.
+    """Yields messages as they are published, at most once; a context manager and an async iterator of `TappedMessage`.
 
-    One family comes in the order it was sent; several families asked for by name may overtake each other.
+    The messages of one family arrive in the order in which they were sent; messages of several selected families may
+    overtake each other.
 
     Args:
-        families: Those wanted; none: all of the namespace but REPEATED, one order for everything.
-        room: Messages kept for a slow reader; later ones are skipped until it has caught up.
+        families: Selected families; default: all except REPEATED, in one common order.
+        room: Most messages kept for a slow reader; further ones are skipped until it has caught up.
     """
 
     def __init__(self, bus: Bus, families: Iterable[str] = (), *, room: int = ROOM) -> None:
         self._bus = bus
-        wanted = set(families)
+        selected = set(families)
         self._subjects = [
-            bus.subjects.of(row.name, *("*" for _ in row.tokens)) for row in FAMILIES if row.name in wanted
+            bus.subjects.of(row.name, *("*" for _ in row.tokens)) for row in FAMILIES if row.name in selected
         ] or [bus.subjects.everything]
-        self._left_out = frozenset() if wanted else REPEATED
+        self._left_out = frozenset() if selected else REPEATED
         self._room = room
         self._waiting: deque[tuple[Msg, float, int]] = deque()
         self._waiting_bytes = 0
         self._skipped = 0
-        self._stirred = asyncio.Event()
+        self._changed = asyncio.Event()
         self._closed = False
         self._subscriptions: list[Subscription] = []
-        self._noticing: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         try:
             for subject in self._subjects:
-                self._subscriptions.append(await self._bus.connection.subscribe(subject, self._take))
+                self._subscriptions.append(await self._bus.connection.subscribe(subject, self._on_message))
             await self._bus.requests.flush()
         except BaseException:  # a cancelled entry is not followed by an exit
             self._close()
             raise
-        self._noticing = self._bus.tasks.spawn(self._notice_loss(), name="tap")
+        self._watching = self._bus.tasks.spawn(self._watch_connection(), name="tap")
         return self
 
     async def __aexit__(
@@ -123,16 +124,16 @@ class Tap:
         for subscription in self._subscriptions:
             self._bus.connection.unsubscribe(subscription)
         self._subscriptions.clear()
-        if self._noticing is not None:
-            self._noticing.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
         self._closed = True
-        self._stirred.set()
+        self._changed.set()
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Seen:
-        """Return the next message; ends when the tap is closed.
+    async def __anext__(self) -> TappedMessage:
+        """Return the next message; the iteration ends when the tap is closed.
 
         Raises:
             BusUnavailable: The connection is closed for good.
@@ -142,13 +143,13 @@ class Tap:
                 raise self._bus.connection.loss()
             if self._closed:
                 raise StopAsyncIteration
-            self._stirred.clear()
-            await self._stirred.wait()
+            self._changed.clear()
+            await self._changed.wait()
         msg, at, skipped = self._waiting.popleft()
         self._waiting_bytes -= len(msg.data)
-        return self._seen(msg, at, skipped)
+        return self._decoded(msg, at, skipped)
 
-    async def _take(self, msg: Msg) -> None:
+    async def _on_message(self, msg: Msg) -> None:
         if self._left_out and _family(msg.subject) in self._left_out:
             return
         if len(self._waiting) >= self._room or self._waiting_bytes + len(msg.data) > ROOM_BYTES:
@@ -157,9 +158,9 @@ class Tap:
         self._waiting.append((msg, self._bus.clock.now(), self._skipped))
         self._waiting_bytes += len(msg.data)
         self._skipped = 0
-        self._stirred.set()
+        self._changed.set()
 
-    def _seen(self, msg: Msg, at: float, skipped: int) -> Seen:
+    def _decoded(self, msg: Msg, at: float, skipped: int) -> TappedMessage:
         parsed = self._bus.subjects.parse(msg.subject)
         family = parsed.family if parsed else ""
         message: Any = msg.data
@@ -168,8 +169,8 @@ class Tap:
                 by_type = family in _READ_BY_TYPE
                 message = read_scale_message(msg.data) if by_type else decode(msg.data, SHAPES[family])
             except Undecodable:
-                message = msg.data  # shown as it came: judging it is the receiver's part
-        return Seen(
+                message = msg.data  # invalid messages are shown, too
+        return TappedMessage(
             subject=msg.subject,
             family=family,
             tokens=parsed.tokens if parsed else {},
@@ -180,11 +181,11 @@ class Tap:
             skipped=skipped,
         )
 
-    async def _notice_loss(self) -> None:
+    async def _watch_connection(self) -> None:
         await self._bus.tasks.lost.wait()
-        self._stirred.set()
+        self._changed.set()
 
 
 def _family(subject: str) -> str:
-    """The second token of a subject, read before anything else of a message is."""
+    """Return the second token of a subject, without parsing the rest."""
     return subject.split(".", 2)[1]

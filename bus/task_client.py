@@ -1,4 +1,4 @@
-"""The client's side of a task: publish it, follow it, get its answer."""
+"""The client side of a task: publishes it, follows its progress, and returns its result."""
 
 import asyncio
 import contextlib
@@ -21,25 +21,28 @@ from loom.schemas.task import ErrorReply, StatusQuery, Submission, TaskAd, TaskR
 
 log = get_logger()
 
-ASK_AGAIN_S = 5.0  # a lost result message is found out this late
-UNANSWERED = 3  # questions in a row; phases may be on their way up again
-ANSWER_S = 3.0
+POLL_S = 5.0
+"""Seconds between two status requests while a result is awaited, because its message may be lost."""
+MAX_UNANSWERED = 3
+"""Status requests in a row without a reply after which waiting fails; phases may be restarting."""
+REPLY_S = 3.0
+"""Seconds to wait for a reply of SENSE."""
 CONFIRM_CANCEL_S = (0.02, 0.1, 0.4, 1.0, 1.0)
 """Seconds after each cancel message until the record is read again."""
 
 
 class TaskHandle:
-    """One submitted task.
+    """One submitted task: its progress, its result, and its cancellation.
 
-    Deltas are at-most-once and kept, within bounds, from `publish` on until they are read; the result is requested
-    again when its message was lost. The subscriptions end with the task, or when the handle is dropped. A handle
-    works in the event loop that made it.
+    Deltas arrive at most once, and are kept within bounds from `publish` on until they are read. If the message with
+    the result is lost, the result is requested. The subscriptions end with the task, or when the handle is dropped. A
+    handle works in the event loop in which it was created.
 
-    Where the id of the ad is that of another task, the result is a failed one with `invalid_task`: at once if the id
-    is of another submitter or of a task that has ended, else within seconds. That task goes on.
+    If the id of the ad belongs to another task, the result is a failure with `invalid_task`. It arrives immediately if
+    that task has ended or has another submitter, else within seconds. That task is not affected.
 
     Args:
-        submitter: Whose task it is, where an operator submits it again; absent: the connection's own.
+        submitter: Submitter of the task, if an operator submits it again; default: the submitter of the connection.
     """
 
     def __init__(self, bus: Bus, ad: TaskAd, *, submitter: str = "") -> None:
@@ -59,15 +62,15 @@ class TaskHandle:
         return f"<TaskHandle {self.task_id}, {result.result().state if ended else 'not known to have ended'}>"
 
     async def publish(self, *, deltas: bool = True) -> None:
-        """Publish the ad; once this returns, the task will end.
+        """Publish the ad. Once this method returns, the task is stored and will end.
 
         Args:
             deltas: Whether progress is kept from now on; otherwise from the first step of `events` on.
 
         Raises:
-            InvalidTask: The ad breaks a rule; `field` names it.
+            InvalidTask: A field of the ad is invalid; `field` names it.
             Overloaded: The intake is full.
-            BusUnavailable: The server does not confirm.
+            BusUnavailable: The server does not acknowledge.
         """
         self._updates.ad_digest = ad_digest(check_ad(self.ad))
         submission = Submission(ad=self.ad, submission=new_id())
@@ -78,30 +81,30 @@ class TaskHandle:
                 submission,
                 msg_id=f"{self.task_id}:{submission.submission}",
             )
-        except BaseException:  # a caller that is cancelled here gets no handle to close
+        except BaseException:  # a cancelled caller has no handle to close
             self._updates.close()
             raise
 
     async def open(self, *, deltas: bool) -> None:
-        """Subscribe to the result, and to deltas if wanted; to be called before the task is published."""
+        """Subscribe to the result, and with `deltas` to progress; to be called before the task is published."""
         await self._updates.subscribe()
         if deltas:
             await self._updates.subscribe_to_deltas()
 
     async def close(self) -> None:
-        """End the subscriptions; safe to call twice, and from another event loop. `result` and `events` renew them."""
+        """End the subscriptions; safe to call twice and from another event loop. `result` and `events` renew them."""
         if running_loop() is self._owner.loop:
             self._updates.close()
         else:
             self._updates.drop()
 
     async def result(self, timeout_s: float | None = None) -> TaskResult:
-        """Return the task's result once it has ended, however it ended.
+        """Wait for the end of the task and return its result, also that of a failed or cancelled task.
 
         Raises:
-            TimeoutError: It has not ended in `timeout_s`.
-            BusUnavailable: No phases answer, for about half a minute.
-            WrongEventLoop: The handle was made in another event loop.
+            TimeoutError: The task has not ended within `timeout_s`.
+            BusUnavailable: No phase has answered for about half a minute.
+            WrongEventLoop: The handle was created in another event loop.
         """
         result = self._updates.result
         if result.done():
@@ -109,30 +112,30 @@ class TaskHandle:
         self._owner.check()
         unanswered = 0
         async with asyncio.timeout(timeout_s):
-            wait_s = ASK_AGAIN_S if self._updates.subscribed else 0.0  # the result may have come before
+            wait_s = POLL_S if self._updates.subscribed else 0.0  # the result may have been published before
             await self._updates.subscribe()
             while True:
                 await asyncio.wait([result], timeout=wait_s)
                 if result.done():
                     break
-                wait_s = ASK_AGAIN_S
+                wait_s = POLL_S
                 try:
-                    await self._look()
+                    await self._poll()
                 except BusUnavailable:
                     unanswered += 1
-                    if unanswered == UNANSWERED:
+                    if unanswered == MAX_UNANSWERED:
                         raise
                 else:
                     unanswered = 0
         return result.result()
 
     async def content(self, timeout_s: float | None = None) -> str:
-        """Return the answer's text.
+        """Wait for the end of the task and return the text of its answer.
 
         Raises:
-            LoomError: The task failed; the class and code say how.
-            TimeoutError: It has not ended in `timeout_s`.
-            WrongEventLoop: The handle was made in another event loop.
+            LoomError: The task failed; class and code depend on the failure.
+            TimeoutError: The task has not ended within `timeout_s`.
+            WrongEventLoop: The handle was created in another event loop.
         """
         result = await self.result(timeout_s)
         if result.error is not None:
@@ -140,18 +143,19 @@ class TaskHandle:
         return result.content
 
     async def events(self) -> AsyncGenerator[Delta, None]:
-        """Yield progress in order until the task ends, each step once; a later attempt starts from its first step.
+        """Yield the progress of the task in order until it ends, each step once; a new attempt starts over.
 
-        An iteration that is broken off leaves the task running and drops its progress; another one goes on from then.
+        If the iteration is ended early, the task continues, and a further iteration starts with its then current
+        progress.
 
         Raises:
-            WrongEventLoop: The handle was made in another event loop.
+            WrongEventLoop: The handle was created in another event loop.
         """
         self._owner.check()
         updates = self._updates
         updates.begin_reading()
-        watching = asyncio.ensure_future(self.result())
-        watching.add_done_callback(lambda _: updates.changed.set())
+        waiting = asyncio.ensure_future(self.result())
+        waiting.add_done_callback(lambda _: updates.changed.set())
         try:
             await updates.subscribe_to_deltas()
             while True:
@@ -159,50 +163,50 @@ class TaskHandle:
                     if (delta.attempt, delta.seq) >= (self._attempt, self._next_seq):
                         self._attempt, self._next_seq = delta.attempt, delta.seq + 1
                         yield delta
-                if watching.done():
+                if waiting.done():
                     return
                 updates.changed.clear()
                 await updates.changed.wait()
         finally:
             updates.end_reading()
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)  # `result` raises it again for its own caller
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)  # the exception is raised again by `result`
 
     async def status(self) -> TaskResult:
-        """Return how far the task is: its state, and its result once it has ended."""
+        """Return the state of the task, and its result once it has ended."""
         return await status(self._bus, self.task_id)
 
     async def record(self) -> TaskRecord | None:
-        """Return all that is known of the task; None while it waits for admission."""
+        """Return the record of the task; None while the task waits for admission."""
         return await record(self._bus, self.task_id)
 
     async def cancel(self) -> TaskResult:
-        """Cancel the task and return how it has ended; one that had ended before stays as it ended.
+        """Cancel the task and return its result; a task that has ended keeps its result.
 
         Raises:
-            InvalidTask: The id is that of a task of another ad, which goes on.
+            InvalidTask: The id belongs to a task with another ad, which is not cancelled.
         """
         if self._updates.ad_digest and self._updates.is_of_another_ad(await status(self._bus, self.task_id)):
             raise id_taken(self.task_id).to_exception(self.task_id)
         return await cancel(self._bus, self.task_id)
 
-    async def _look(self) -> None:
-        found = await status(self._bus, self.task_id)
-        if found.state in ENDED or self._updates.is_of_another_ad(found):
-            self._updates.finish(found)
+    async def _poll(self) -> None:
+        current = await status(self._bus, self.task_id)
+        if current.state in ENDED or self._updates.is_of_another_ad(current):
+            self._updates.finish(current)
 
 
 async def publish(bus: Bus, ad: TaskAd, *, deltas: bool = True, submitter: str = "") -> TaskHandle:
-    """Publish a task and return its handle; once this returns, the task will end.
+    """Publish a task and return its handle. Once this function returns, the task is stored and will end.
 
     Args:
         deltas: Whether progress is kept from now on.
         submitter: As for TaskHandle.
 
     Raises:
-        InvalidTask: The ad breaks a rule; `field` names it.
+        InvalidTask: A field of the ad is invalid; `field` names it.
         Overloaded: The intake is full.
-        BusUnavailable: The server does not confirm.
+        BusUnavailable: The server does not acknowledge.
     """
     handle = TaskHandle(bus, ad, submitter=submitter)
     await handle.publish(deltas=deltas)
@@ -218,17 +222,17 @@ async def published(
     cancel_with_caller: bool,
     cancelled: Callable[[TaskResult], None] | None = None,
 ) -> AsyncIterator[TaskHandle]:
-    """Publish a task and yield its handle, which is closed with the block.
+    """Publish a task and yield its handle, which is closed at the end of the block.
 
     Args:
         deltas: Whether progress is kept from the start.
-        cancel_with_caller: Whether the task is cancelled when the caller is cancelled, or breaks off an iteration.
+        cancel_with_caller: Whether the task is cancelled when the caller is cancelled or ends an iteration early.
         cancelled: Called with the result of a task that was cancelled with its caller.
 
     Raises:
-        InvalidTask: The ad breaks a rule; `field` names it.
+        InvalidTask: A field of the ad is invalid; `field` names it.
         Overloaded: The intake is full.
-        BusUnavailable: The server does not confirm.
+        BusUnavailable: The server does not acknowledge.
     """
     handle = TaskHandle(bus, ad)
     try:
@@ -236,7 +240,7 @@ async def published(
         yield handle
     except (asyncio.CancelledError, GeneratorExit):
         if cancel_with_caller:
-            with contextlib.suppress(LoomError):  # the task was never stored, or the cluster is gone
+            with contextlib.suppress(LoomError):  # the task was never stored, or no phase answers
                 result = await handle.cancel()
                 if cancelled is not None:
                     cancelled(result)
@@ -246,22 +250,22 @@ async def published(
 
 
 def log_warnings(result: TaskResult) -> None:
-    """Log what a person should know of a result."""
+    """Log the warnings of a result."""
     for warning in result.warnings:
         log.warning("task_warning", task_id=result.task_id, warning=warning)
 
 
-async def ask(
-    bus: Bus, subject: str, message: Any = b"", *, timeout_s: float = ANSWER_S, task_id: str | None = None
+async def request(
+    bus: Bus, subject: str, message: Any = b"", *, timeout_s: float = REPLY_S, task_id: str | None = None
 ) -> bytes:
-    """Return the body of an answer: that a task has failed is one, too.
+    """Send a request to SENSE and return the body of the reply, which may be the result of a failed task.
 
     Args:
-        task_id: The task that the request is about, for the error of a refused one.
+        task_id: Task of the request, for the error if the request is refused.
 
     Raises:
-        LoomError: The request is refused; the class is that of the code.
-        BusUnavailable: No phases answer.
+        LoomError: The request is refused; its class is that of the error code.
+        BusUnavailable: No phase answers.
     """
     try:
         msg = await bus.requests.request(subject, message, timeout_s=timeout_s)
@@ -274,7 +278,7 @@ async def ask(
 
 
 def _refusal(raw: bytes) -> ErrorReply | None:
-    """The refusal of a request; None where the body is the result of a failed task."""
+    """Return the error of a refused request; None if the body is the result of a failed task."""
     try:
         return decode(raw, ErrorReply)
     except Undecodable:
@@ -282,45 +286,45 @@ def _refusal(raw: bytes) -> ErrorReply | None:
 
 
 def request_subject(bus: Bus, family: str, *task_id: str) -> str:
-    """Return the subject of a request to SENSE: the submitter's own for a client that has a name, else the plain one.
+    """Return the subject of a request to SENSE, with the submitter if the client has one.
 
     Args:
-        family: submit, status or cancel.
-        task_id: None for submit.
+        family: `submit`, `status` or `cancel`.
+        task_id: Not for `submit`.
     """
     name = (bus.identity.submitter,) if bus.by_name else ()
     return bus.subjects.of(family, *name, *task_id)
 
 
 async def status(bus: Bus, task_id: str) -> TaskResult:
-    """Return how far a task is: its state, and its result once it has ended.
+    """Return the state of a task, and its result once it has ended.
 
     Raises:
-        UnknownTask: No task of that id is known.
-        BusUnavailable: No phases answer.
+        UnknownTask: No task has that id.
+        BusUnavailable: No phase answers.
     """
-    return decode(await ask(bus, request_subject(bus, "status", task_id), task_id=task_id), TaskResult)
+    return decode(await request(bus, request_subject(bus, "status", task_id), task_id=task_id), TaskResult)
 
 
 async def record(bus: Bus, task_id: str) -> TaskRecord | None:
-    """Return all that is known of a task; None while it waits for admission.
+    """Return the record of a task; None while the task waits for admission.
 
     Raises:
-        UnknownTask: No task of that id is known.
-        BusUnavailable: No phases answer.
+        UnknownTask: No task has that id.
+        BusUnavailable: No phase answers.
     """
-    answer = await ask(bus, request_subject(bus, "status", task_id), StatusQuery(full=True), task_id=task_id)
-    return decode(answer, TaskStatus).record
+    reply = await request(bus, request_subject(bus, "status", task_id), StatusQuery(full=True), task_id=task_id)
+    return decode(reply, TaskStatus).record
 
 
 async def cancel(bus: Bus, task_id: str) -> TaskResult:
-    """Cancel a task and return how it has ended; one that had ended before stays as it ended.
+    """Cancel a task and return its result; a task that has ended keeps its result.
 
     Raises:
-        UnknownTask: No task of that id is known.
-        BusUnavailable: No phases answer.
+        UnknownTask: No task has that id.
+        BusUnavailable: No phase answers.
     """
-    return decode(await ask(bus, request_subject(bus, "cancel", task_id), task_id=task_id), TaskResult)
+    return decode(await request(bus, request_subject(bus, "cancel", task_id), task_id=task_id), TaskResult)
 
 
 async def cancel_and_confirm(bus: Bus, task_id: str, is_over: Callable[[TaskRecord | None], bool]) -> None:

@@ -1,4 +1,4 @@
-"""What a client receives about one task: its result, and the progress that has not been read yet."""
+"""The subscriptions of a client for one task: its result, and its unread progress."""
 
 import asyncio
 from collections import deque
@@ -12,16 +12,16 @@ from loom.schemas.run import Delta
 from loom.schemas.task import TaskError, TaskResult
 
 BUFFER: Final = 10_000
-"""Most deltas kept for a reader; later ones are dropped until the reader has caught up."""
+"""Most deltas kept for a reader; further ones are dropped until the reader has caught up."""
 BUFFER_BYTES: Final = 16 * 2**20
-"""Most bytes of them."""
+"""Most bytes of these deltas."""
 
 
 class TaskUpdates:
-    """The subscriptions for one task and what has come on them.
+    """Receives the result and the progress of one task.
 
-    Subscriptions end with the result, or with `close`. Nothing here refers to the task's handle: a handle that is
-    dropped can be collected while its subscriptions still exist.
+    The subscriptions end with the result, or with `close`. This object has no reference to the task's handle, so that
+    a dropped handle is collected although its subscriptions still exist.
     """
 
     def __init__(self, bus: Bus, task_id: str, submitter: str) -> None:
@@ -29,10 +29,10 @@ class TaskUpdates:
         self._task_id = task_id
         self._submitter = submitter
         self.ad_digest = ""
-        """Of the ad that was published; empty: any task of the id will do."""
+        """Digest of the published ad; empty if a task of any ad is accepted."""
         self.result: asyncio.Future[TaskResult] = asyncio.get_running_loop().create_future()
         self.changed = asyncio.Event()
-        """Set when a delta comes; a reader clears it before it waits."""
+        """Set when a delta arrives; a reader clears it before it waits."""
         self._deltas: deque[bytes] = deque()
         self._bytes = 0
         self._readers = 0
@@ -41,27 +41,27 @@ class TaskUpdates:
 
     @property
     def subscribed(self) -> bool:
-        """Whether the result will come by itself."""
+        """Whether the result is subscribed to."""
         return self._to_result is not None
 
     async def subscribe(self) -> None:
-        """Subscribe to the result, unless that is done or the result is here."""
+        """Subscribe to the result, unless it is subscribed to or has arrived."""
         if self._to_result is None and not self.result.done():
             subject = self._bus.subjects.of("result", self._submitter, self._task_id)
             self._to_result = await self._bus.connection.subscribe_sync(subject, self._on_result)
 
     async def subscribe_to_deltas(self) -> None:
-        """Subscribe to progress, unless that is done or the result is here."""
+        """Subscribe to progress, unless it is subscribed to or the result has arrived."""
         if self._to_deltas is None and not self.result.done():
             subject = self._bus.subjects.of("delta", self._submitter, self._task_id)
             self._to_deltas = await self._bus.connection.subscribe_sync(subject, self._on_delta)
 
     def begin_reading(self) -> None:
-        """Count a reader of deltas."""
+        """Add a reader of deltas."""
         self._readers += 1
 
     def end_reading(self) -> None:
-        """Discount a reader; after the last one the subscription ends and unread deltas are dropped."""
+        """Remove a reader; after the last one the subscription ends, and unread deltas are dropped."""
         self._readers -= 1
         if not self._readers:
             self._end_deltas()
@@ -69,7 +69,7 @@ class TaskUpdates:
             self._bytes = 0
 
     def next_delta(self) -> Delta | None:
-        """Return the oldest delta that has not been read; None when there is none."""
+        """Return the oldest unread delta; None if there is none."""
         while self._deltas:
             raw = self._deltas.popleft()
             self._bytes -= len(raw)
@@ -80,11 +80,11 @@ class TaskUpdates:
         return None
 
     def is_of_another_ad(self, result: TaskResult) -> bool:
-        """Return whether a result, or a state, is that of another task under the same id."""
+        """Return whether a result or state belongs to another task with the same id."""
         return bool(self.ad_digest and result.ad_digest) and result.ad_digest != self.ad_digest
 
     def finish(self, result: TaskResult) -> None:
-        """Set the result and end the subscriptions; a second result is ignored, and that of another ad is an error."""
+        """Set the result and end the subscriptions; further results are ignored, and one of another ad is an error."""
         if not self.result.done():
             if self.is_of_another_ad(result):
                 result = TaskResult(task_id=self._task_id, state="failed", error=id_taken(self._task_id))
@@ -99,8 +99,10 @@ class TaskUpdates:
             self._to_result = None
 
     def drop(self) -> None:
-        """Close from any thread, as a finalizer must."""
-        subscriptions = [each for each in (self._to_result, self._to_deltas) if each is not None]
+        """End the subscriptions from any thread; for finalizers."""
+        subscriptions = [
+            subscription for subscription in (self._to_result, self._to_deltas) if subscription is not None
+        ]
         if subscriptions:
             self._bus.connection.unsubscribe_soon(subscriptions)
 
@@ -112,7 +114,7 @@ class TaskUpdates:
     def _on_result(self, msg: Msg) -> None:
         try:
             result = decode(msg.data, TaskResult)
-        except Undecodable as error:  # the record holds the result, and is read before long
+        except Undecodable as error:  # the result is also in the record, which the handle polls
             self._bus.discards.add("result_undecodable", reason=error.message, task_id=self._task_id)
         else:
             self.finish(result)
@@ -125,6 +127,6 @@ class TaskUpdates:
 
 
 def id_taken(task_id: str) -> TaskError:
-    """Return the error of an ad whose id is that of a task of another ad."""
+    """Return the error of an ad whose id belongs to a task of another ad."""
     why = f"the id {task_id} is taken by another ad; choose another one"
     return TaskError(code="invalid_task", message=why, field="task_id")

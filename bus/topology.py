@@ -1,4 +1,4 @@
-"""Streams, buckets and consumers as data, and one function that makes the server match."""
+"""The design of streams, buckets and consumers as data, and functions that create and compare them."""
 
 import asyncio
 from collections.abc import Iterator
@@ -17,15 +17,18 @@ from loom.schemas.task import PRIORITIES
 log = get_logger()
 
 ACK_WAIT_S = 30
-MIN_SERVER = (2, 12)  # message schedules
-MIB = 1 << 20  # the server sets the bytes of a bounded stream aside on its disk
+"""Seconds without an acknowledgement after which the server delivers a message again."""
+MIN_SERVER = (2, 12)
+"""First version of the server with message schedules."""
+MIB = 1 << 20
+"""Unit of the streams' limits, which are low because the server reserves that many bytes on its disk."""
 CREATE_TRIES = 5
 _NS = 1_000_000_000
 _ROLLUP = "allow_rollup_hdrs"
 _METADATA = "metadata"
 _NAME_IN_USE = 10058
 _STORE_NOT_READY = 10049
-_TOO_FEW_SERVERS = {10074, 10005}  # no cluster at all, or one without enough servers for the replicas
+_TOO_FEW_SERVERS = {10074, 10005}  # without a cluster, or with too few servers for the replicas
 
 
 class Lane(NamedTuple):
@@ -53,7 +56,7 @@ PHASE_LANES: dict[Phase, tuple[Lane, ...]] = {
     "evaluate": (EVALUATE_LANE,),
     "adapt": (),
 }
-"""Phase -> its own consumers; ADAPT reads the stream of rewards without one."""
+"""Phase -> its durable consumers; ADAPT reads the stream of rewards without one."""
 
 BUCKETS: dict[str, timedelta] = {
     "records": timedelta(hours=72),
@@ -61,17 +64,17 @@ BUCKETS: dict[str, timedelta] = {
     "nodes": timedelta(0),
     "tuning": timedelta(0),
 }
-"""name -> how long a value is kept; 0 is for ever."""
+"""Name -> how long a value is kept; 0 is without limit."""
 
 
 def streams(bus: Bus, config: ClusterConfig) -> Iterator[dict[str, Any]]:
-    """Yield the configuration of every stream of the namespace, as the JetStream API takes it."""
+    """Yield the configuration of every stream and bucket of the namespace, in the form of the JetStream API."""
     ns = bus.subjects.namespace
     common = {
         "storage": "file",
         "num_replicas": config.replicas,
         "duplicate_window": 120 * _NS,
-        _ROLLUP: False,  # one message with a rollup header would erase all others
+        _ROLLUP: False,  # a message with a rollup header would delete all others
         _METADATA: {WIRE_KEY: WIRE},
     }
     work = {**common, "retention": "workqueue"}
@@ -88,9 +91,9 @@ def streams(bus: Bus, config: ClusterConfig) -> Iterator[dict[str, Any]]:
         **work,
         "name": bus.subjects.stream("TASKS"),
         "subjects": [f"{ns}.task.>", f"{ns}.later.>"],
-        "discard": "old",  # never discards: there is no limit, but schedules demand it
+        "discard": "old",  # required by schedules; without a limit nothing is discarded
         "allow_msg_schedules": True,
-        _ROLLUP: True,  # the server sets it with schedules and refuses to unset it
+        _ROLLUP: True,  # the server sets it for schedules and refuses to unset it
     }
     yield {
         **limits,
@@ -105,16 +108,19 @@ def streams(bus: Bus, config: ClusterConfig) -> Iterator[dict[str, Any]]:
         "max_bytes": 128 * MIB,
         "max_age": 30 * 86_400 * _NS,
     }
-    for name, keep in BUCKETS.items():
-        yield {
-            **limits,
-            "name": f"KV_{bus.subjects.bucket(name)}",
-            "subjects": [f"$KV.{bus.subjects.bucket(name)}.>"],
-            "discard": "new",
-            "max_msgs_per_subject": 1,
-            "max_age": int(keep.total_seconds()) * _NS,
-            "deny_delete": True,
-        }
+    for name, max_age in BUCKETS.items():
+        yield {**limits, **_bucket(bus.subjects.bucket(name), max_age)}
+
+
+def _bucket(name: str, max_age: timedelta) -> dict[str, Any]:
+    return {
+        "name": f"KV_{name}",
+        "subjects": [f"$KV.{name}.>"],
+        "discard": "new",
+        "max_msgs_per_subject": 1,
+        "max_age": int(max_age.total_seconds()) * _NS,
+        "deny_delete": True,
+    }
 
 
 def consumer(bus: Bus, lane: Lane) -> dict[str, Any]:
@@ -124,17 +130,17 @@ def consumer(bus: Bus, lane: Lane) -> dict[str, Any]:
         "filter_subject": ".".join((bus.subjects.namespace, *lane.filter)),
         "ack_policy": "explicit",
         "ack_wait": ACK_WAIT_S * _NS,
-        "max_deliver": -1,  # the loop dead-letters, so that nothing ends in silence
-        "max_ack_pending": -1,  # the loop's slots bound what is in hand
+        "max_deliver": -1,  # the hop loop dead-letters messages and ends their tasks
+        "max_ack_pending": -1,  # the slots of the hop loop are the limit
         "max_waiting": 2048,
     }
 
 
 def check_version(bus: Bus) -> None:
-    """Return if the server is new enough.
+    """Check that the version of the server is supported.
 
     Raises:
-        BusUnavailable: It is not.
+        BusUnavailable: The server is too old.
     """
     version = bus.connection.server_version
     if version < MIN_SERVER:
@@ -144,14 +150,14 @@ def check_version(bus: Bus) -> None:
 
 
 async def init(bus: Bus, config: ClusterConfig) -> list[str]:
-    """Create the streams, buckets and consumers that are missing, change nothing else, and return their names.
+    """Create missing streams, buckets and consumers, and return their names; existing ones are not changed.
 
     Raises:
-        BusUnavailable: No answer, or the server refuses a stream.
-        WireMismatch: A stream or bucket is of another wire version; nothing has been created then.
+        BusUnavailable: The server does not answer, or refuses a stream.
+        WireMismatch: A stream or bucket has another wire version; nothing was created.
     """
     missing = await missing_streams(bus, config)
-    created = [str(wanted["name"]) for wanted in missing if await _create_stream(bus, wanted)]
+    created = [str(design["name"]) for design in missing if await _create_stream(bus, design)]
     for name in dict.fromkeys(lane.stream for lane in LANES):
         stored = (await bus.jetstream.api(f"CONSUMER.NAMES.{bus.subjects.stream(name)}"))["consumers"] or []
         for lane in LANES:
@@ -162,35 +168,35 @@ async def init(bus: Bus, config: ClusterConfig) -> list[str]:
 
 
 async def missing_streams(bus: Bus, config: ClusterConfig) -> list[dict[str, Any]]:
-    """Return the configuration of every stream and bucket that the server does not have.
+    """Return the configuration of every missing stream and bucket.
 
     Raises:
-        BusUnavailable: No answer.
-        WireMismatch: One that it has is of another wire version.
+        BusUnavailable: The server does not answer.
+        WireMismatch: An existing one has another wire version.
     """
-    wanted = list(streams(bus, config))
-    infos = await asyncio.gather(*(_stream_info(bus, one["name"]) for one in wanted))
+    designs = list(streams(bus, config))
+    infos = await asyncio.gather(*(_stream_info(bus, design["name"]) for design in designs))
     for info in infos:
         if info is not None:
             check_stream(info["config"]["name"], info["config"])
-    return [one for one, info in zip(wanted, infos, strict=True) if info is None]
+    return [design for design, info in zip(designs, infos, strict=True) if info is None]
 
 
 async def check_streams(bus: Bus, config: ClusterConfig) -> None:
-    """Return if every stream and bucket is there.
+    """Check that every stream and bucket exists.
 
     Raises:
-        BusUnavailable: No answer, or one is missing; the message names it and `loom init`.
-        WireMismatch: One is of another wire version.
+        BusUnavailable: The server does not answer, or one is missing; the message names it and `loom init`.
+        WireMismatch: One has another wire version.
     """
-    missing = [str(one["name"]) for one in await missing_streams(bus, config)]
+    missing = [str(design["name"]) for design in await missing_streams(bus, config)]
     if missing:
         more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
         raise BusUnavailable(f"{missing[0]}{more} missing on {bus.connection.address}: run `loom init`, or `loom up`")
 
 
 async def apply(bus: Bus, config: ClusterConfig) -> list[str]:
-    """Create what is missing and return how the rest differs from the design, one sentence each.
+    """Create what is missing, and return how existing streams differ from the design, one sentence each.
 
     Raises:
         BusUnavailable: The server is too old, has no JetStream, or refuses a stream.
@@ -199,31 +205,31 @@ async def apply(bus: Bus, config: ClusterConfig) -> list[str]:
     check_version(bus)
     await init(bus, config)
     differences: list[str] = []
-    for wanted in streams(bus, config):
-        differences += await _compare(bus, wanted)
+    for design in streams(bus, config):
+        differences += await _compare(bus, design)
     for lane in LANES:
         await ensure_consumer(bus, lane)
-    await bus.sync_clock()  # the first moment at which a stream is there to ask about
+    await bus.sync_clock()  # a stream, whose information contains the time, exists now
     for difference in differences:
         log.warning("topology_differs", difference=difference)
     return differences
 
 
 async def delete(bus: Bus, config: ClusterConfig) -> list[str]:
-    """Delete every stream and bucket of the namespace, of any wire version, and return the names of those there were.
+    """Delete every stream and bucket of the namespace, of any wire version, and return their names.
 
     Raises:
-        BusUnavailable: No answer.
+        BusUnavailable: The server does not answer.
     """
     deleted = []
-    for one in streams(bus, config):
+    for design in streams(bus, config):
         try:
-            await bus.jetstream.api(f"STREAM.DELETE.{one['name']}")
+            await bus.jetstream.api(f"STREAM.DELETE.{design['name']}")
         except Refused as error:
             if error.err_code != ServerErrorCode.STREAM_NOT_FOUND:
                 raise
         else:
-            deleted.append(str(one["name"]))
+            deleted.append(str(design["name"]))
     return deleted
 
 
@@ -237,34 +243,34 @@ async def _stream_info(bus: Bus, name: str) -> dict[str, Any] | None:
 
 
 class Part(NamedTuple):
-    """A stream, bucket or consumer as the server has it."""
+    """A stream, bucket or consumer on the server."""
 
     name: str
     info: dict[str, Any] | None
-    """The server's whole answer; None where there is no such thing."""
+    """The server's information; None if it does not exist, or the server does not answer."""
     differences: tuple[str, ...]
-    """From the design, each as `key is this, designed that`."""
+    """Differences from the design, each as `key is …, designed …`."""
     silent: str = ""
-    """Why the server would not say whether there is such a thing; empty when it did."""
+    """Why the server did not answer; empty if it did."""
 
 
 class Inspection(NamedTuple):
-    """What `inspect` found."""
+    """The streams and consumers on the server."""
 
     streams: dict[str, Part]
-    """name on the server -> a stream or a bucket"""
+    """Name on the server -> stream or bucket."""
     consumers: dict[str, Part]
-    """lane -> its consumer"""
+    """Name of the lane -> its consumer."""
 
 
 async def inspect(bus: Bus, config: ClusterConfig) -> Inspection:
-    """Return what is there beside what `apply` would make, and change nothing.
+    """Compare the server with the design, without any change.
 
     Raises:
-        Refused: The server will not say.
+        Refused: The server refuses to give the information.
     """
     parts = await asyncio.gather(
-        *(_part(bus, one["name"], f"STREAM.INFO.{one['name']}", one) for one in streams(bus, config))
+        *(_part(bus, design["name"], f"STREAM.INFO.{design['name']}", design) for design in streams(bus, config))
     )
     lanes = await asyncio.gather(
         *(
@@ -275,34 +281,34 @@ async def inspect(bus: Bus, config: ClusterConfig) -> Inspection:
     return Inspection({part.name: part for part in parts}, {part.name: part for part in lanes})
 
 
-async def _part(bus: Bus, name: str, call: str, wanted: dict[str, Any]) -> Part:
+async def _part(bus: Bus, name: str, call: str, design: dict[str, Any]) -> Part:
     try:
         info = await bus.jetstream.api(call)
     except Refused as error:
         if error.err_code in {ServerErrorCode.STREAM_NOT_FOUND, ServerErrorCode.CONSUMER_NOT_FOUND}:
             return Part(name, None, ())
         raise
-    except BusUnavailable as error:  # no leader: the others may well have theirs
+    except BusUnavailable as error:  # it has no leader; the others may have one
         return Part(name, None, (), error.message)
-    return Part(name, info, tuple(_differences(info["config"], wanted)))
+    return Part(name, info, tuple(_differences(info["config"], design)))
 
 
-def _differences(config: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
-    for key, value in wanted.items():
+def _differences(config: dict[str, Any], design: dict[str, Any]) -> Iterator[str]:
+    for key, value in design.items():
         if key != _METADATA and (config.get(key) or 0) != (value or 0):
             yield f"{key} is {config.get(key)!r}, designed {value!r}"
 
 
-async def _compare(bus: Bus, wanted: dict[str, Any]) -> list[str]:
-    """Return how a stream differs from the design, after its rollup headers have been turned off."""
-    stored: dict[str, Any] = (await bus.jetstream.api(f"STREAM.INFO.{wanted['name']}"))["config"]
-    if stored.get(_ROLLUP) and not wanted[_ROLLUP]:
+async def _compare(bus: Bus, design: dict[str, Any]) -> list[str]:
+    """Forbid rollup headers for a stream, and return how it still differs from the design."""
+    stored: dict[str, Any] = (await bus.jetstream.api(f"STREAM.INFO.{design['name']}"))["config"]
+    if stored.get(_ROLLUP) and not design[_ROLLUP]:
         stored = await _forbid_rollup(bus, stored)
-    return [f"{wanted['name']}: {difference}" for difference in _differences(stored, wanted)]
+    return [f"{design['name']}: {difference}" for difference in _differences(stored, design)]
 
 
 async def _forbid_rollup(bus: Bus, stored: dict[str, Any]) -> dict[str, Any]:
-    """Turn rollup headers off for a stream and return its configuration, unchanged where the server refuses."""
+    """Forbid rollup headers for a stream, and return its configuration, which is unchanged if the server refuses."""
     try:
         answer = await bus.jetstream.api(f"STREAM.UPDATE.{stored['name']}", {**stored, _ROLLUP: False})
     except Refused as refusal:
@@ -313,22 +319,22 @@ async def _forbid_rollup(bus: Bus, stored: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-async def _create_stream(bus: Bus, wanted: dict[str, Any]) -> bool:
-    """Create a stream that is missing, unless another process is faster; return whether this process has."""
+async def _create_stream(bus: Bus, design: dict[str, Any]) -> bool:
+    """Create a missing stream; return False if another process has created it meanwhile."""
     for left in reversed(range(CREATE_TRIES)):
         try:
-            await bus.jetstream.api(f"STREAM.CREATE.{wanted['name']}", wanted)
+            await bus.jetstream.api(f"STREAM.CREATE.{design['name']}", design)
         except Refused as refusal:
             if refusal.err_code == _NAME_IN_USE:
-                check_stream(wanted["name"], (await bus.jetstream.api(f"STREAM.INFO.{wanted['name']}"))["config"])
+                check_stream(design["name"], (await bus.jetstream.api(f"STREAM.INFO.{design['name']}"))["config"])
                 return False
             if refusal.err_code != _STORE_NOT_READY or not left:
                 todo = ""
                 if refusal.err_code in _TOO_FEW_SERVERS:
                     todo = (
-                        f"; {wanted['num_replicas']} replicas need as many servers: start them, or lower LOOM_REPLICAS"
+                        f"; {design['num_replicas']} replicas need as many servers: start them, or lower LOOM_REPLICAS"
                     )
-                raise BusUnavailable(f"cannot create stream {wanted['name']}: {refusal.message}{todo}") from refusal
+                raise BusUnavailable(f"cannot create stream {design['name']}: {refusal.message}{todo}") from refusal
             await asyncio.sleep(0.05)  # seen under load; the next try succeeds
         else:
             return True
@@ -336,7 +342,7 @@ async def _create_stream(bus: Bus, wanted: dict[str, Any]) -> bool:
 
 
 async def ensure_consumer(bus: Bus, lane: Lane) -> None:
-    """Create a lane's consumer unless it exists."""
+    """Create the consumer of a lane, unless it exists."""
     stream = bus.subjects.stream(lane.stream)
     config = consumer(bus, lane)
     await bus.jetstream.api(
@@ -346,26 +352,30 @@ async def ensure_consumer(bus: Bus, lane: Lane) -> None:
 
 
 async def stream_state(bus: Bus, name: str, *, subjects: str = "") -> dict[str, Any]:
-    """Return the state of a stream; with `subjects`, also how many messages match that filter, by subject.
+    """Return the state of a stream.
+
+    Args:
+        name: Name in the topology, for example `TASKS`.
+        subjects: Filter; the state then contains the number of messages on each subject that matches.
 
     Raises:
-        BusUnavailable: No answer.
-        Refused: No such stream.
+        BusUnavailable: The server does not answer.
+        Refused: The stream does not exist.
     """
     body = {"subjects_filter": subjects} if subjects else None
     info = await bus.jetstream.api(f"STREAM.INFO.{bus.subjects.stream(name)}", body)
     state = info.get("state")
     if not isinstance(state, dict) or not all(isinstance(state.get(key), int) for key in ("messages", "last_seq")):
-        raise BusUnavailable(f"the answer about stream {name} cannot be read; ask again")
+        raise BusUnavailable(f"the server's reply about stream {name} cannot be read; try again")
     return state
 
 
 async def lane_infos(bus: Bus) -> dict[Lane, dict[str, Any]]:
-    """Return the server's information on each consumer of the hops.
+    """Return the server's information on each consumer of the stream TASKS.
 
     Raises:
-        BusUnavailable: No answer.
-        Refused: One of them is missing.
+        BusUnavailable: The server does not answer.
+        Refused: A consumer does not exist.
     """
     stream = bus.subjects.stream("TASKS")
     infos = await asyncio.gather(*(bus.jetstream.api(f"CONSUMER.INFO.{stream}.{lane.name}") for lane in TASK_LANES))
@@ -373,11 +383,11 @@ async def lane_infos(bus: Bus) -> dict[Lane, dict[str, Any]]:
 
 
 async def in_flight(bus: Bus) -> int:
-    """Return how many hops wait for a phase or are in the hands of one; what is parked until its time is neither.
+    """Return the number of hops that wait for a phase or are being processed; scheduled messages do not count.
 
     Raises:
-        BusUnavailable: No answer.
-        Refused: A consumer is missing.
+        BusUnavailable: The server does not answer.
+        Refused: A consumer does not exist.
     """
     infos = (await lane_infos(bus)).values()
     return sum(int(info["num_pending"]) + int(info["num_ack_pending"]) for info in infos)

@@ -1,10 +1,10 @@
-"""A langgraph graph as a node: it streams, reports its tokens, can be cancelled, and delegates to the cluster.
+"""Runs a langgraph graph as a node that streams, reports tokens, can be cancelled, and delegates to the cluster.
 
     pip install loom-nats langgraph langchain-openai
     loom host run langgraph_node.py        with OPENAI_API_KEY, or OPENAI_BASE_URL for another server
 
-`graph_agent` works with each graph whose state has the key `messages`. The graph below lets other nodes collect facts
-and writes a text of them.
+`graph_agent` works with every graph whose state has the key `messages`. The graph below delegates the collection of
+facts to other nodes, and writes a text from them.
 """
 
 import os
@@ -32,7 +32,7 @@ def graph_agent(graph: Graph, *, answering: str, steps: int = 25) -> Callable[[J
     Args:
         graph: A compiled graph.
         answering: The name of the graph's node whose text is the answer.
-        steps: Most steps of the graph for one job.
+        steps: Maximum number of steps of the graph for one job.
     """
 
     async def run(job: Job) -> AsyncIterator[str]:
@@ -52,7 +52,7 @@ def graph_agent(graph: Graph, *, answering: str, steps: int = 25) -> Callable[[J
 
 
 def turns(job: Job) -> Iterator[tuple[str, str]]:
-    """Yield a job's conversation, and the results of the subtasks it builds on."""
+    """Yield the conversation of a job, and the results of the subtasks that it depends on."""
     for message in job.messages:
         yield message.role, message.content
     for name, output in job.inputs.items():
@@ -60,7 +60,7 @@ def turns(job: Job) -> Iterator[tuple[str, str]]:
 
 
 def report(job: Job, update: dict[str, Any]) -> None:
-    """Report the tokens of the messages that nodes of the graph have added; once the budget is spent, this raises."""
+    """Report the tokens of the messages added by the graph; raises BudgetExceeded when the budget is spent."""
     for change in update.values():
         for message in (change or {}).get("messages", ()):
             used = message.usage_metadata if isinstance(message, AIMessage) else None
@@ -69,13 +69,13 @@ def report(job: Job, update: dict[str, Any]) -> None:
 
 
 async def research(state: MessagesState) -> MessagesState:
-    """Let the best node of the cluster collect facts."""
+    """Delegate the collection of facts to the cluster."""
     facts = await delegate(f"Collect facts: {state['messages'][-1].text}", domain="facts")
     return {"messages": [SystemMessage(f"Facts:\n{facts}")]}
 
 
 async def write(state: MessagesState) -> MessagesState:
-    """Write the text."""
+    """Write the text from the facts."""
     return {"messages": [await model.ainvoke(state["messages"])]}
 
 

@@ -1,10 +1,10 @@
-"""The tools of an MCP server, for a language model on a node.
+"""Gives the tools of an MCP server to a language model on a node.
 
     pip install loom-nats mcp
     MCP_SERVER="npx -y @modelcontextprotocol/server-filesystem /data" loom host run mcp_tools.py
 
-MCP_SERVER is a command, or the URL of a server with streamable HTTP. The model is that of OPENAI_API_KEY, or of another
-server: OPENAI_BASE_URL.
+MCP_SERVER is a command, or the URL of a server with streamable HTTP. OPENAI_API_KEY or OPENAI_BASE_URL selects the
+server of the model.
 """
 
 import asyncio
@@ -23,11 +23,11 @@ from loom.types import AgentNode, CapabilityProfile
 
 
 class McpServer:
-    """An MCP server whose tools agents may call; it runs while one of their nodes does.
+    """Connects to an MCP server and offers its tools; the server runs while a node with its tools does.
 
     Args:
-        server: How it is started, or its URL.
-        name: For messages.
+        server: Parameters for starting the server, or its URL.
+        name: Name of the server in messages.
     """
 
     def __init__(self, server: StdioServerParameters | str, *, name: str = "the MCP server") -> None:
@@ -35,15 +35,15 @@ class McpServer:
         self._client = Lifespan(lambda: Client(server), name=name)
 
     async def tools(self) -> list[Tool]:
-        """Return all its tools, asked of the server once; names that models cannot use are changed."""
-        found: list[RemoteTool] = []
+        """Request the list of tools once and return them; names that models do not accept are changed."""
+        remote_tools: list[RemoteTool] = []
         async with Client(self._server) as client:
             page = await client.list_tools()
-            found += page.tools
+            remote_tools += page.tools
             while page.next_cursor:
                 page = await client.list_tools(cursor=page.next_cursor)
-                found += page.tools
-        return [self._tool(each) for each in found]
+                remote_tools += page.tools
+        return [self._tool(remote) for remote in remote_tools]
 
     def _tool(self, remote: RemoteTool) -> Tool:
         return Tool(
@@ -55,19 +55,19 @@ class McpServer:
         )
 
     def _caller(self, name: str) -> Callable[[dict[str, Any], ToolContext], Any]:
-        async def call(arguments: dict[str, Any], context: ToolContext) -> CallToolResult:  # noqa: ARG001 - a tool's form
+        async def call(arguments: dict[str, Any], context: ToolContext) -> CallToolResult:  # noqa: ARG001 - the signature of a tool
             try:
                 return await self._client.value.call_tool(name, arguments)
             except MCPError as error:
                 if error.code == CONNECTION_CLOSED:
-                    self._client.reopen()  # by the next call
+                    self._client.reopen()  # at the next call
                 raise
 
         return call
 
 
 def server_of(text: str) -> StdioServerParameters | str:
-    """Return a URL as it is, and anything else as a command, whose process gets no key of this environment."""
+    """Return a URL unchanged, and other text as a command; its process does not inherit keys of the environment."""
     if text.startswith(("http://", "https://")):
         return text
     command, *arguments = shlex.split(text)

@@ -1,10 +1,10 @@
-"""Agents that write a report over the documents in `report`, each doing its part.
+"""Agents that write a report about the documents in `report` together.
 
     loom run report.jsonl --agents report.py
 
-The task of `report.jsonl` brings its own plan: three documents are read side by side, what was found is compared, and
-the editor who won the whole task puts all of it together. Plain functions, without network or keys: what a language
-model would do with an `Agent`, they do with counting.
+The task in `report.jsonl` has a plan: three documents are read concurrently, the findings are compared, and the editor
+who won the whole task writes the report. The agents are plain functions without network or keys. They count words and
+figures where an `Agent` would use a language model.
 """
 
 import re
@@ -24,7 +24,7 @@ RATIOS = (("loans per visitor", "Loans", "Visitors"), ("cost per visitor", "Cost
 
 
 class Findings(msgspec.Struct):
-    """What one document says."""
+    """The findings of one document."""
 
     title: str
     words: int
@@ -53,34 +53,39 @@ def read(job: RunRequest) -> str:
 
 
 def compare(job: RunRequest) -> str:
-    """Return what the documents read before have in common, side by side."""
+    """Return the figures of all documents in comparison."""
     documents = findings_in(job)
-    if len(documents) < 2:  # noqa: PLR2004 - one has nothing to be compared with
+    if len(documents) < 2:  # noqa: PLR2004 - a comparison needs two
         raise AgentFailed("give me the findings of at least two documents")
     lines = []
     for name in documents[0].figures:
-        ranked = sorted((each for each in documents if name in each.figures), key=lambda each: -each.figures[name])
-        lines.append(f"{name}: " + ", ".join(f"{each.title} {each.figures[name]:,}" for each in ranked))
+        ranked = sorted(
+            (document for document in documents if name in document.figures),
+            key=lambda document: -document.figures[name],
+        )
+        lines.append(f"{name}: " + ", ".join(f"{document.title} {document.figures[name]:,}" for document in ranked))
     for name, above, below in RATIOS:
-        known = [each for each in documents if each.figures.get(below) and above in each.figures]
-        ratios = sorted(((each.figures[above] / each.figures[below], each.title) for each in known), reverse=True)
+        known = [document for document in documents if document.figures.get(below) and above in document.figures]
+        ratios = sorted(
+            ((document.figures[above] / document.figures[below], document.title) for document in known), reverse=True
+        )
         lines.append(f"{name}: " + ", ".join(f"{title} {ratio:.2f}" for ratio, title in ratios))
     return "\n".join(lines)
 
 
 def write(job: RunRequest) -> str:
-    """Return the whole report, from the findings and what compared them."""
+    """Return the report, from the findings and their comparison."""
     documents = findings_in(job)
     compared = [output for name, output in job.inputs.items() if name.startswith("compare")]
     if not documents or not compared:
         raise AgentFailed("an editor needs findings and a comparison")
-    whole = sum(each.figures.get("Visitors", 0) for each in documents)
-    words = sum(each.words for each in documents)
+    whole = sum(document.figures.get("Visitors", 0) for document in documents)
+    words = sum(document.words for document in documents)
     parts = [
         f"{len(documents)} libraries, {whole:,} visitors; {words} words read",
         *compared,
         "What they ask for:",
-        *(f"- {each.title}: {each.wish}" for each in documents if each.wish),
+        *(f"- {document.title}: {document.wish}" for document in documents if document.wish),
     ]
     return "\n".join(parts)
 
@@ -91,7 +96,7 @@ def findings_in(job: RunRequest) -> list[Findings]:
 
 
 def specialist(name: str, domain: str, work: object) -> AgentNode:
-    """Return a node that takes tasks of one domain."""
+    """Return a node that accepts tasks of one domain."""
     return AgentNode(id=name, domains=[domain], capabilities=CapabilityProfile(scores={domain: 0.9}), agent=work)
 
 

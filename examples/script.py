@@ -1,11 +1,11 @@
-"""A plain script without an event loop: `python examples/script.py`."""
+"""A script without an event loop: `python examples/script.py`."""
 
 from loom import Runtime, TaskAd
 from loom.types import CapabilityProfile
 
 
 def count_words(description: str) -> str:
-    """Return how many words the description has."""
+    """Return the number of words in the description."""
     return f"{len(description.split())} words"
 
 

@@ -1,4 +1,4 @@
-"""What people hand in as a task, and the type they want its answer in."""
+"""Ads from the arguments of Python callers, and answers as values of a type."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
@@ -21,7 +21,7 @@ def ad_of(task: AnyAd) -> TaskAd:
     """Return the ad of a task.
 
     Raises:
-        InvalidTask: A mapping breaks a rule of ads, in the words of `loom.submit`; or it is something else.
+        InvalidTask: A mapping breaks a rule of ads, or the argument has another type.
     """
     if isinstance(task, TaskAd):
         parts: tuple[Any, ...] = (task.accept, task.limits)
@@ -36,10 +36,10 @@ def ad_of(task: AnyAd) -> TaskAd:
 
 
 def with_schema(ad: TaskAd, kind: Any) -> TaskAd:
-    """Return `ad` accepting only JSON of a type; a JSON Schema of its own stays.
+    """Return `ad` with the JSON Schema of a type in `accept`, unless it has a schema.
 
     Raises:
-        LoomError: JSON cannot carry the type.
+        LoomError: The type has no JSON Schema.
     """
     if kind is str or (ad.accept is not None and ad.accept.json_schema is not None):
         return ad
@@ -51,7 +51,7 @@ def with_schema(ad: TaskAd, kind: Any) -> TaskAd:
 
 
 def as_type(content: str, kind: type[T], task_id: str) -> T:
-    """Return an answer's content as a value of a type; text as it is for `str`.
+    """Return the content of an answer as a value of a type; for `str` the content itself.
 
     Raises:
         RejectedResult: It is not JSON of that type.
@@ -71,11 +71,11 @@ def _parsed(fields: dict[str, Any]) -> TaskAd:
     try:
         raw = encode(fields)
     except (TypeError, ValueError, OverflowError, RecursionError):
-        raise InvalidTask("the task has a value that JSON cannot carry", task_id=task_id) from None
+        raise InvalidTask("the task has a value that is not JSON", task_id=task_id) from None
     try:
         return parse_ad(raw)
     except InvalidTask as error:
-        # With an id: an agent that hands in a wrong ad of its own must not blame the task it works on.
+        # With an id: the error of an ad that an agent submits is distinguished from that of its own task.
         raise InvalidTask(error.message, field=error.field, task_id=task_id) from error
 
 

@@ -1,4 +1,4 @@
-"""What the front door is given in the wrong place: one sentence on what to write instead."""
+"""Checks of the Runtime's arguments; each error has the correction."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ _EXAMPLE = "Runtime(OpenAIProvider(config), config)"
 
 
 def check_provider(provider: Any) -> None:
-    """Raise LoomError if what is given as a provider is not one; None is fine.
+    """Return if `provider` is a provider or None.
 
     Raises:
-        LoomError: It is a setting, a class, or has no `complete`.
+        LoomError: It is a setting, a class, or an object without `complete`.
     """
     if provider is None:
         return
@@ -31,10 +31,10 @@ def check_provider(provider: Any) -> None:
 
 
 def check_config(config: Any) -> None:
-    """Raise LoomError if what is given as an agent's settings is something else; None is fine.
+    """Return if `config` is an AgentConfig or None.
 
     Raises:
-        LoomError: It is not an AgentConfig.
+        LoomError: It has another type.
     """
     if config is None or isinstance(config, AgentConfig):
         return
@@ -44,20 +44,20 @@ def check_config(config: Any) -> None:
 
 
 def check_cluster_config(config: Any) -> None:
-    """Raise LoomError if what is given as the phases' settings is something else; None is fine.
+    """Return if `config` is a ClusterConfig or None.
 
     Raises:
-        LoomError: It is not a ClusterConfig.
+        LoomError: It has another type.
     """
     if not isinstance(config, ClusterConfig | None):
         raise LoomError(f"cluster_config cannot be a {type(config).__name__}: write ClusterConfig(max_attempts=…)")
 
 
 def check_several(ads: Any) -> None:
-    """Raise InvalidTask if what is given as several tasks is a single one.
+    """Return if `ads` is an iterable of tasks.
 
     Raises:
-        InvalidTask: It is a text, a dict, or cannot be iterated over.
+        InvalidTask: It is a string, a dict, or not iterable.
     """
     if isinstance(ads, str | dict) or not hasattr(ads, "__iter__"):
         raise InvalidTask(f"a {type(ads).__name__} is not a list of tasks: write submit_many([task, …])")

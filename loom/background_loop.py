@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own, for callers that have none."""
+"""An event loop in a background thread, for synchronous callers."""
 
 import asyncio
 import atexit
@@ -10,16 +10,16 @@ from typing import Final
 from loom.bus.natsio.ownership import keep_forever
 
 CLOSE_S: Final = 5.0
-"""How long `close` waits for the thread; a task that ignores its cancellation does not hold it up longer."""
+"""Seconds that `close` waits for the thread, for example if a task ignores its cancellation."""
 
 
 class BackgroundLoop:
-    """Runs an event loop in a daemon thread, from the first use of `loop` until `close`.
+    """Runs an event loop in a daemon thread, from the first call of `loop` until `close`.
 
-    A forked child has no such thread: it starts one of its own.
+    A forked child starts another thread, because it does not inherit the parent's.
 
     Args:
-        at_exit: Called when the interpreter exits and the loop has not been closed.
+        at_exit: Called at the exit of the interpreter if the loop is not closed.
     """
 
     def __init__(self, at_exit: Callable[[], None]) -> None:
@@ -29,7 +29,7 @@ class BackgroundLoop:
         self._pid = 0
 
     def loop(self) -> asyncio.AbstractEventLoop:
-        """Return the loop, starting it if there is none in this process."""
+        """Return the loop; start it if this process has none."""
         with _starting:
             if self._loop is not None and self._pid != os.getpid():
                 keep_forever(self._loop)
@@ -43,7 +43,7 @@ class BackgroundLoop:
             return self._loop
 
     def close(self) -> None:
-        """Cancel what runs in the loop and end the thread; safe to call twice, or before the first use."""
+        """Cancel the tasks of the loop and end the thread; safe to call twice, or before `loop`."""
         with _starting:
             loop = self._loop if self._pid == os.getpid() else None
             if loop is None:
@@ -56,7 +56,7 @@ class BackgroundLoop:
 
 
 _starting = threading.Lock()
-"""Held while a loop is started or closed; released in a forked child, whatever thread held it."""
+"""Held while a loop starts or closes; released in a forked child, even if another thread held it."""
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release)

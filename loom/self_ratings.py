@@ -1,27 +1,27 @@
-"""A node's claims, as people give them."""
+"""Self-ratings and domains of a node, from the arguments of `add_agent`."""
 
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 
 from loom.agents.self_ratings import domains_fault, scores_fault
 from loom.compat.cluster_manager import InvalidNode
-from loom.types import CapabilityProfile
+from loom.nodes import CapabilityProfile
 
 AnyCapabilities = CapabilityProfile | Mapping[str, float]
 """A profile, or a mapping of domain -> rating."""
 
 
 def profile_of(capabilities: AnyCapabilities | None, tools: Collection[str]) -> CapabilityProfile:
-    """Return a profile of its own, with these tools besides.
+    """Return a copy of the capabilities as a profile, with further tools.
 
     Raises:
-        InvalidNode: A rating is not a number from 0 to 1, or a domain not a text.
+        InvalidNode: A rating is not a number from 0 to 1, or a domain is not a string.
     """
     given = CapabilityProfile() if capabilities is None else capabilities
     fault = scores_fault(given.scores if isinstance(given, CapabilityProfile) else given)
     if fault:
         raise InvalidNode(f"the node {fault}")
-    # Copied, as two nodes may claim alike.
+    # A copy, because two nodes may share the argument.
     profile = deepcopy(given) if isinstance(given, CapabilityProfile) else CapabilityProfile(scores=dict(given))
     profile.scores = {domain: float(rating) for domain, rating in profile.scores.items()}
     profile.tools = list(dict.fromkeys([*profile.tools, *tools]))
@@ -29,10 +29,10 @@ def profile_of(capabilities: AnyCapabilities | None, tools: Collection[str]) -> 
 
 
 def domains_of(domains: Collection[str] | None) -> list[str] | None:
-    """Return the domains a node takes, a single text being one of them; None: every one.
+    """Return the domains that a node accepts; a string is a single domain, None means all.
 
     Raises:
-        InvalidNode: There is not one, or one is not a text.
+        InvalidNode: The collection is empty, or a domain is not a string.
     """
     fault = domains_fault(domains)
     if fault:

@@ -1,4 +1,4 @@
-"""Skills, and the triggers that call for them."""
+"""Skills and their triggers."""
 
 import re
 from collections.abc import Callable
@@ -8,18 +8,18 @@ from typing import Literal
 
 @dataclass
 class SkillTrigger:
-    """When a skill is called for. One that could never match is refused with ValueError."""
+    """The condition under which a task needs a skill. A trigger that cannot match raises ValueError."""
 
     type: Literal["keyword", "pattern", "semantic", "custom"] = "keyword"
     keywords: list[str] = field(default_factory=list)
     pattern: str = ""
-    """A regular expression (Python's `re`), matched anywhere, upper and lower case alike."""
+    """A regular expression (Python's `re`), searched without regard to case."""
     match_all: bool = False
     """Whether every keyword must occur."""
     threshold: float = 0.7
-    """Least answer of `evaluator` that counts."""
+    """Least value of `evaluator` that counts as a match."""
     evaluator: Callable[[str], float] | None = None
-    """semantic and custom: text -> how well it fits, 0 to 1."""
+    """semantic and custom: text -> degree of the match, 0 to 1."""
 
     def __post_init__(self) -> None:
         needed = {"keyword": self.keywords, "pattern": self.pattern}.get(self.type, self.evaluator)
@@ -34,21 +34,21 @@ class SkillTrigger:
 
 @dataclass
 class Skill:
-    """Instructions an agent can be given when a task calls for them.
+    """Instructions of which a node is made when a task needs them.
 
     Raises:
-        ValueError: `trigger` is a dict that does not make a SkillTrigger.
+        ValueError: `trigger` is a dict with wrong fields.
     """
 
     name: str
     description: str = ""
     instructions: str = ""
     activation_level: Literal["always", "conditional", "manual"] = "conditional"
-    """manual: never chosen by its trigger."""
+    """manual: its trigger never chooses it."""
     priority: float = 0.5
-    """0 to 1; weighs the trigger's match."""
+    """0 to 1; multiplied by the degree of the match."""
     trigger: SkillTrigger | None = None
-    """Absent: a task calls for the skill by its name and description. A dict of its fields does, too."""
+    """Absent: name and description decide whether a task needs the skill. May be a dict of the trigger's fields."""
     tools: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

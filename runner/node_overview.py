@@ -1,4 +1,4 @@
-"""What is known of each node and of its domains: announcements, profiles and recent auctions in one picture."""
+"""Overviews of nodes and their domains, from announcements, profiles and recent auctions."""
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ Z, PRIOR = 1.96, 4
 
 @dataclass(frozen=True)
 class Auctioned:
-    """What recent auctions show beside their winners."""
+    """Self-ratings and domains of recent auctions."""
 
     self_ratings: Mapping[tuple[str, str], float]
     """(node, qualified by its owner, token of a domain) -> the rating the node last gave itself."""

@@ -1,4 +1,4 @@
-"""The messages of an auction, and what node hosts announce of themselves."""
+"""The messages of an auction, the award, and the announcements of node hosts."""
 
 from typing import Annotated, Literal
 
@@ -10,26 +10,26 @@ from loom.schemas.task import Priority
 from loom.schemas.tokens import Token, domain_token
 
 BID_LIMIT = 16
-"""Most bids one offer carries."""
+"""Most bids of an offer, unless the call sets another limit."""
 MAX_BIDS = 64
-"""Most bids a call may ask of one host."""
+"""Greatest limit of bids that a call may set for one host."""
 MAX_LOTS = 16
-"""Most tasks one call is for."""
+"""Most tasks of one call."""
 DESCRIPTION_BYTES = 1024
 """Bytes of a task's description in a call for bids."""
 ANNOUNCED_NODES = 128
 """Most nodes of one announcement; a process with more announces itself as several hosts."""
 MAX_ANNOUNCEMENT_BYTES = 64 * 1024
 ANNOUNCED_NAMES = 64
-"""Most domains and most tools that a node announces."""
+"""Most domains and most tools of an announced node."""
 ANY_DOMAIN = "*"
-"""In place of an announced domain: every domain that the node does not name."""
+"""Instead of a domain in an announcement: every domain that the node does not list."""
 NEUTRAL = 0.5
-"""The self-rating of a node that gives none."""
+"""Self-rating of a node without one."""
 AWARD_BIDS = 16
-"""Bids an award remembers, best first."""
+"""Most bids of an award: the best."""
 MAX_TRUST = 1e9
-"""Most a bidder is trusted, and most its score."""
+"""Greatest trust in a bidder, and its greatest score."""
 
 DeclineCode = Literal["busy", "unqualified", "draining"]
 SpawnDecline = Literal["unqualified", "idle", "full"]
@@ -61,7 +61,7 @@ class CallForBids(Message, frozen=True, kw_only=True):
 
     call_id: Token
     domain: Name
-    """As worded; its token is that of the subject `loom.auction.<domain_token>`."""
+    """As in the ad; its token is that of the subject `loom.auction.<domain_token>`."""
     required_tools: Names = ()
     excluded: Names = ()
     """Nodes that have failed a task of the call: `node_id`, or `owner.node_id` where the owner is not `local`."""
@@ -69,7 +69,7 @@ class CallForBids(Message, frozen=True, kw_only=True):
     answer_to: AnswerTo
     """The offer goes to `loom.offer.<owner>.<host_id>.<answer_to>`."""
     limit: Annotated[int, Meta(ge=1, le=MAX_BIDS)] = BID_LIMIT
-    """Most bids of one offer that are read."""
+    """Most bids that are read from one offer."""
     prefer: Names = ()
     """Nodes with the best evidence in the domain, named as in `excluded`: a host should offer those that are free."""
 
@@ -84,19 +84,19 @@ class Bid(CheckedMessage, frozen=True, kw_only=True):
 
     node_id: Token
     self_rating: Unit = NEUTRAL
-    """How well the node rates itself in the domain."""
+    """The node's own rating in the domain."""
     load: Unit = 0.0
-    """Taken slots and backlog as a share of all there is room for."""
+    """Occupied slots and backlog as a share of the capacity, 0 to 1."""
     tools: Names = ()
-    """Those of the required tools it has."""
+    """The required tools that the node has."""
     expected_tokens: Count = 0
     expected_s: Seconds = 0.0
     backlog: Count = 0
-    """Runs queued before this one."""
+    """Runs in the queue before this one."""
     free: Count | None = None
-    """Places for tasks that are not urgent; absent: unknown."""
+    """Free places for tasks that are not urgent; absent: unknown."""
     tasks: Annotated[tuple[Token, ...], Meta(max_length=MAX_LOTS)] | None = None
-    """Tasks of the call's lots that the bid is for; absent: all of them."""
+    """Ids of the lots that the bid is for; absent: all of them."""
 
     def is_for(self, task_id: str) -> bool:
         """Return whether the bid is for a task of its call."""
@@ -104,15 +104,15 @@ class Bid(CheckedMessage, frozen=True, kw_only=True):
 
 
 class Offer(Message, frozen=True, kw_only=True):
-    """One host's answer to a call: bids, or why there are none. The subject names the host and its owner."""
+    """A host's reply to a call: bids, or the reason for none. The subject has the host and its owner."""
 
     bids: Annotated[tuple[Bid, ...], Meta(max_length=MAX_BIDS)] = ()
     decline: DeclineCode | None = None
-    """busy: a node could do it and has no room; unqualified: no node could; draining: the host stops."""
+    """busy: qualified nodes have no free slot; unqualified: no node qualifies; draining: the host stops."""
 
 
 class ScoredBid(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A bid as the auction weighed it."""
+    """A bid with the terms of its score."""
 
     node_id: Token
     owner: Token = LOCAL_OWNER
@@ -120,19 +120,19 @@ class ScoredBid(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields
     score: Merit
     self_rating: Unit
     evidence: Unit | None = None
-    """Mean reward of the node in this domain; absent: none yet."""
+    """Mean reward of the node in this domain; absent: no rewards yet."""
     count: Count = 0
     """Rewards behind the evidence."""
     trust: Merit
-    """Evidence and claim blended, plus the bonus for the little known."""
+    """Weighted mean of evidence and self-rating, plus the bonus."""
     bonus: Merit = 0.0
     load: Unit
     tools: Unit
-    """Share of the required tools the node has."""
+    """Share of the required tools that the node has."""
     shared_count: Count = 0
-    """Judged attempts of its owner's newcomers, which count as its own; 0: only its own count."""
+    """Judged attempts of its owner's new nodes, which count as its own; 0: only its own count."""
     comes_last: bool = False
-    """Whether it comes after all other bidders: another newcomer of its owner has failed the task."""
+    """Whether it ranks after all other bidders, because another new node of its owner failed the task."""
 
     @property
     def node(self) -> str:
@@ -141,26 +141,26 @@ class ScoredBid(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Award(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who won, and against whom."""
+    """The winner of an auction, and the best bids."""
 
     node_id: Token
     owner: Token = LOCAL_OWNER
-    """Whose node it is."""
+    """Owner of the node."""
     host_id: Token
     score: Merit = 0.0
     bids: Annotated[tuple[ScoredBid, ...], Meta(max_length=AWARD_BIDS)] = ()
     """Best first."""
     evidence_seq: Count = 0
-    """Sequence of the last reward the scores rest on."""
+    """Sequence of the last reward in the evidence behind the scores."""
     backlog: Count = 0
-    """Runs queued at the winner."""
+    """Runs in the queue of the winner."""
     policy: Annotated[str, Meta(max_length=200)] = ""
-    """How the bidders were trusted, by the name the setting has; empty: pinned, or of a version that did not tell."""
+    """Award policy, as in the setting; empty: the task is pinned, or the award is of an older version."""
     pinned: bool = False
     plain: bool = False
-    """Whether the node is a plain one: it is asked once, and its first reply is the end of the run."""
+    """Whether the node is plain: one request, and its first reply ends the run."""
     max_run_s: Seconds | None = None
-    """Of a plain node: seconds after which a run without a reply is lost; absent: the default."""
+    """Seconds after which a run of a plain node without a reply is lost; absent: the default."""
 
     @property
     def node(self) -> str:
@@ -169,52 +169,52 @@ class Award(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class ChildState(CheckedMessage, frozen=True, kw_only=True):
-    """How a node fares that its host started on request."""
+    """State of a node that its host started on request."""
 
     node_id: Token
     parent_id: Token
-    """The node it is a clone of."""
+    """The original of the clone."""
     age_s: Seconds = 0.0
-    """Since it was started."""
+    """Seconds since its start."""
     idle_s: Seconds = 0.0
-    """Since it last had work in hand, or was started; 0 while it has some."""
+    """Seconds since its last run, or its start; 0 during a run."""
     retiring: bool = False
-    """Whether it only finishes what it has in hand."""
+    """Whether it finishes its runs and accepts no more."""
 
 
 class AnnouncedDomain(CheckedMessage, frozen=True, kw_only=True):
-    """A domain that a node takes."""
+    """A domain in which a node accepts tasks."""
 
     domain: Name
-    """As worded; `*`: every domain that the node does not name."""
+    """Any wording; `*`: every domain that the node does not list."""
     self_rating: Unit | None = None
-    """How well the node rates itself there; 0: it does not take the domain; absent: 0.5."""
+    """The node's rating of itself; 0: it refuses the domain; absent: 0.5."""
 
 
 class Price(CheckedMessage, frozen=True, kw_only=True):
-    """What a node's tokens cost, in USD per million. Reserved: not used yet."""
+    """Price of a node's tokens in USD per million. Reserved: not used yet."""
 
     input: UsdPrice = 0.0
     output: UsdPrice = 0.0
 
 
 class AnnouncedNode(CheckedMessage, frozen=True, kw_only=True):
-    """What a host announces of one of its nodes."""
+    """A node in its host's announcement."""
 
     node_id: Token
     domains: Annotated[tuple[AnnouncedDomain, ...], Meta(max_length=ANNOUNCED_NAMES)] | None = None
-    """Absent: it takes tasks of every domain."""
+    """Absent: the node accepts tasks of every domain."""
     tools: Annotated[tuple[Name, ...], Meta(max_length=ANNOUNCED_NAMES)] = ()
     slots: Count = 1
-    """Runs it works on at once."""
+    """Most concurrent runs."""
     plain: bool = False
-    """Whether MATCH bids for it, from this announcement, and its first reply to a run request is the end of the run."""
+    """Whether MATCH bids for the node, from this announcement, and its first reply to a run request ends the run."""
     max_run_s: Seconds | None = None
     """Seconds after which a run of a plain node without a reply is lost; absent: 60."""
     price: Price | None = None
 
     def self_rating(self, domain: str) -> float:
-        """Return how the node rates itself in a domain, given as worded or by its token; 0: it does not take it."""
+        """Return the node's rating of itself in a domain (any wording, or its token); 0: it refuses the domain."""
         if self.domains is None:
             return NEUTRAL
         wanted = domain_token(domain)
@@ -229,23 +229,23 @@ class AnnouncedNode(CheckedMessage, frozen=True, kw_only=True):
 
 
 class HostAnnouncement(CheckedMessage, frozen=True, kw_only=True):
-    """A sign of life of a node host, with its nodes. The subject names the host and its owner."""
+    """Heartbeat of a node host, with its nodes. The subject has the host and its owner."""
 
     seq: Count = 0
-    """Rises with each announcement of the host: a lower one than the last is ignored."""
+    """Increases with each announcement of the host; a lower one than the last is ignored."""
     nodes: Annotated[tuple[AnnouncedNode, ...], Meta(max_length=ANNOUNCED_NODES)] = ()
     running: Count = 0
     queued: Count = 0
     draining: bool = False
-    """Whether the host stops: it takes no more runs."""
+    """Whether the host stops and accepts no more runs."""
     can_spawn: bool = False
     """Whether it can start nodes on request."""
     busy: Annotated[tuple[Token, ...], Meta(max_length=ANNOUNCED_NODES)] = ()
-    """Those of the nodes that have work in hand."""
+    """Ids of the nodes with runs."""
     spawned: Annotated[tuple[ChildState, ...], Meta(max_length=ANNOUNCED_NODES)] = ()
-    """Those of the nodes that were started on request."""
+    """The nodes that were started on request."""
     stuck: Count = 0
-    """Runs that still work although they were given up: they ignored their cancel. They hold no slot."""
+    """Abandoned runs that ignored their cancellation and still execute. They occupy no slot."""
 
     @property
     def node_ids(self) -> tuple[str, ...]:
@@ -254,12 +254,12 @@ class HostAnnouncement(CheckedMessage, frozen=True, kw_only=True):
 
     @property
     def slots(self) -> int:
-        """Runs that the nodes work on at once."""
+        """Most concurrent runs of all nodes."""
         return total(*(node.slots for node in self.nodes))
 
 
 class SpawnRequest(CheckedMessage, frozen=True, kw_only=True):
-    """SCALE asks for one more node."""
+    """SCALE's request for one more node."""
 
     domain_token: Token
     required_tools: Names = ()
@@ -270,27 +270,27 @@ class SpawnRequest(CheckedMessage, frozen=True, kw_only=True):
 
 
 class SpawnReply(CheckedMessage, frozen=True, kw_only=True):
-    """A host's answer to a request for a node: which one it has started, or why none."""
+    """A host's reply to a spawn request: the started node, or the reason for none."""
 
     host_id: Token
     node_id: Token | None = None
     decline: SpawnDecline | None = None
-    """unqualified: none of its nodes has the tools; idle: one that could take the work has none; full: at its limit."""
+    """unqualified: no node has the tools; idle: a qualified node has no work; full: the host is at its limit."""
 
 
 class RetireRequest(CheckedMessage, frozen=True, kw_only=True):
-    """ADAPT asks a host to retire a node."""
+    """ADAPT's request to retire a node."""
 
     node_id: Token
     reason: Annotated[str, Meta(max_length=500)] = ""
     when_idle: bool = False
-    """Whether the node may stay if it has work in hand."""
+    """Whether the node stays if it has runs."""
 
 
 class RetireReply(CheckedMessage, frozen=True, kw_only=True):
-    """A host's answer: the node takes no more work and goes once it has none in hand, or why it stays."""
+    """A host's reply: the node retires after its last run, or the reason why it stays."""
 
     host_id: Token
     node_id: Token
     decline: RetireDecline | None = None
-    """permanent: it was not started on request; unknown: it is not here (any more); busy: as `when_idle` asked."""
+    """permanent: it was not started on request; unknown: the host has no such node; busy: it has runs (`when_idle`)."""

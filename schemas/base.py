@@ -1,4 +1,4 @@
-"""What every message has in common: how it is declared, encoded, decoded and bounded."""
+"""Base classes, field types, encoding and decoding of all messages."""
 
 import codecs
 import math
@@ -25,17 +25,17 @@ MAX_MESSAGE_BYTES = 512 * 1024
 MAX_JSON_DEPTH = 32
 
 MAX_INT = 2**53 - 1
-"""Greatest integer of a message: every reader of JSON agrees on the integers up to here."""
+"""Greatest integer of a message: all JSON libraries read integers up to here exactly."""
 MAX_SECONDS = 1e9
 MAX_TIMESTAMP = 1e11
 MAX_NODES = 4096
-"""Most nodes, tasks or outputs one message names."""
+"""Most nodes, tasks or outputs that one message may have."""
 
 T = TypeVar("T")
 
 Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_SECONDS)]
-"""A duration, at most some thirty years."""
+"""A duration, at most about thirty years."""
 Timestamp = Annotated[float, msgspec.Meta(ge=0, le=MAX_TIMESTAMP)]
 """Server time, seconds since the epoch."""
 Number = Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
@@ -43,25 +43,25 @@ Number = Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
 Ordinal = Annotated[int, msgspec.Meta(ge=1, le=MAX_INT)]
 Text = Annotated[str, msgspec.Meta(max_length=MAX_MESSAGE_BYTES)]
-"""Content: as long as a message may be."""
+"""Content, at most as long as a message."""
 Name = Annotated[str, msgspec.Meta(max_length=200)]
-"""An id, a code, the name of a field or of a tool: whatever names one thing."""
+"""An id, a code, or the name of a field or tool."""
 Note = Annotated[str, msgspec.Meta(max_length=2048)]
 """Sentences for people."""
 Names = Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_NODES)]
 Outputs = Annotated[dict[Name, Text], msgspec.Meta(max_length=MAX_NODES)]
 """subtask id -> output."""
 FreeJson = Annotated[dict[str, Any], msgspec.Meta(max_length=MAX_CONTEXT_BYTES)]
-"""A JSON object of a client's own; `free_json_fault` checks its size and depth."""
+"""A JSON object that a client defines; `free_json_fault` checks its size and depth."""
 
 
 def cut_note(text: str) -> str:
-    """Return `text` cut to what a `Note` holds."""
+    """Return the first 2,000 characters of `text`, which fit a `Note`."""
     return text[:2000]
 
 
 def cut_name(text: str) -> str:
-    """Return `text` cut to what a `Name` holds."""
+    """Return the first 200 characters of `text`, which fit a `Name`."""
     return text[:200]
 
 
@@ -81,18 +81,18 @@ def new_id() -> str:
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """A message made of others and of readings of a clock: immutable, built by keyword, unknown fields ignored.
+    """Base class of every message: frozen, keyword-only, unknown fields ignored.
 
-    It is built dozens of times for each task, and so not checked: whoever reads it checks every range. Nor does the
-    garbage collector look at it: what can be sent holds nothing that holds it.
+    Ranges are validated when decoding, not when constructing, because a task builds dozens of these. `gc=False` is
+    safe: messages cannot contain reference cycles.
     """
 
 
 class CheckedMessage(Message, frozen=True, kw_only=True):
-    """A message or a part of one that says something of its own.
+    """Base class of messages whose floats are also validated at construction.
 
-    A float that is not finite or out of its declared range is refused at construction, because JSON would
-    turn it into null and the reader could not tell why.
+    A float that is not finite or out of its declared range raises ValueError. JSON would turn it into null, and the
+    reader could not find the cause.
     """
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class CheckedMessage(Message, frozen=True, kw_only=True):
                 continue
             try:
                 fits = ge <= value <= le
-            except TypeError:  # a text, say
+            except TypeError:  # not a number
                 fits = False
             if not fits:
                 raise self._out_of_range(name, ge, le)
@@ -119,11 +119,11 @@ class CheckedMessage(Message, frozen=True, kw_only=True):
 
 
 _bounds: dict[type, tuple[tuple[str, float, float], ...]] = {}
-"""What is checked of each class: built as often as messages are, this is not asked of a cache each time."""
+"""Float bounds per class. A plain dict, because `functools.cache` is measurably slower on this hot path."""
 
 
 def _float_fields(cls: type) -> tuple[tuple[str, float, float], ...]:
-    """Name, least and greatest value of each field of `cls` that is a float or an optional float."""
+    """Return name, least and greatest value of each field of `cls` that is a float or an optional float."""
     found = []
     for name, hint in get_type_hints(cls, include_extras=True).items():
         for part in _alternatives(hint):
@@ -144,7 +144,7 @@ _encoder = msgspec.json.Encoder()
 
 
 def encode(message: Any) -> bytes:
-    """Return `message` as JSON bytes, with the unknown fields it was read with."""
+    """Return `message` as JSON bytes, including the unknown fields that were decoded with it."""
     encoded = _encoder.encode(message)
     return encode_keeping(message, encoded) if Keeping.begun else encoded
 
@@ -155,7 +155,7 @@ def _decoder(shape: Any) -> msgspec.json.Decoder[Any]:
 
 
 class Undecodable(LoomError):
-    """Bytes that are not the message they claim to be."""
+    """Bytes do not decode as the expected message."""
 
     code = "dead_letter"
 
@@ -168,19 +168,21 @@ def decode(
     mend: Callable[[Any], Any] | None = None,
     keep_unknown: bool = True,
 ) -> T:
-    """Return `raw` as a `shape`; a part that phases pass on keeps the fields it does not know.
+    """Return `raw` as a `shape`; parts that phases pass on keep their unknown fields.
 
-    A byte order mark before it is skipped. Where it does not fit as it is, fields that are null count as absent, and
-    texts of digits as counts.
+    A leading byte order mark is skipped. If the bytes do not fit as they are, null fields count as absent and strings
+    of digits as counts.
 
     Args:
-        limit: Most bytes that are read.
-        mend: What else is forgiven: given the plain JSON value of what does not fit, it returns the one to read.
+        raw: JSON in UTF-8.
+        shape: The type of the result.
+        limit: Most bytes of `raw`.
+        mend: Called with the plain JSON value if it does not fit; returns the value to decode instead.
         keep_unknown: False: an unknown field in a part that phases pass on is an error.
 
     Raises:
         Undecodable: Longer than `limit` bytes, not JSON, not UTF-8, nested too deeply, or not that shape. The message
-            names the path of the field.
+            has the path of the field.
     """
     if len(raw) > limit:
         raise Undecodable(f"{len(raw)} bytes; at most {limit} are read")
@@ -188,7 +190,7 @@ def decode(
     try:
         return decoder.decode(raw)
     except (ValueError, RecursionError):
-        pass  # what is forgiven costs nothing where there is nothing to forgive
+        pass  # tolerant decoding costs nothing for a message that fits
     read: Callable[[bytes], T] = partial(decode_keeping, shape=shape) if keep_unknown else decoder.decode
     try:
         return _forgiving(raw.removeprefix(codecs.BOM_UTF8), decoder, shape, mend, read)
@@ -205,24 +207,29 @@ def _forgiving(
     mend: Callable[[Any], Any] | None,
     read: Callable[[bytes], T],
 ) -> T:
-    """Decode with everything forgiven; the errors are the decoder's, or those of `read`."""
+    """Decode tolerantly; errors are those of the decoder or of `read`."""
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:
         fault = error
     if REFUSAL in str(fault):
-        with suppress(msgspec.ValidationError):  # a field may have to be forgiven as well
+        with suppress(msgspec.ValidationError):  # a field may need tolerance as well
             return read(raw)
     try:
         plain = msgspec.json.decode(raw)
     except (ValueError, RecursionError):
         raise fault from None
-    # By way of JSON again: what is kept raw is made of bytes.
+    # Encoded again, because raw fields consist of bytes.
     return read(encode(forgiven(plain if mend is None else mend(plain), shape)))
 
 
 def free_json_fault(value: Any, *, max_bytes: int) -> str | None:
-    """Return why `value` is not acceptable as free-form JSON, or None when it is."""
+    """Return why `value` is not acceptable as free-form JSON, or None if it is.
+
+    Args:
+        value: A Python value.
+        max_bytes: Most bytes of its JSON form.
+    """
     stack = [(value, 1)]
     while stack:
         item, depth = stack.pop()
@@ -246,8 +253,8 @@ def free_json_fault(value: Any, *, max_bytes: int) -> str | None:
 
 
 def cut_utf8(text: str, max_bytes: int) -> tuple[str, bool]:
-    """Return `text` whose JSON form takes at most `max_bytes`, and whether it was cut."""
-    text, whole = text[:max_bytes], len(text) <= max_bytes  # a character takes a byte or more: the rest is never read
+    """Return the longest start of `text` whose JSON form takes at most `max_bytes`, and whether it was cut."""
+    text, whole = text[:max_bytes], len(text) <= max_bytes  # each character takes at least a byte
     if whole and len(encode(text)) <= max_bytes:
         return text, False
     low, high = 0, len(text)

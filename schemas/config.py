@@ -1,4 +1,4 @@
-"""The numbers that rule a cluster: pure values, the seed's names and defaults where the seed has one."""
+"""Settings of a cluster. Names and defaults are those of loom-agent 0.6 where it has them."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,7 @@ NOT_SETTINGS = {
 }
 """Settings of loom-agent 0.6 that have no counterpart, and why."""
 BLUEPRINTS = "blueprint_"
-"""How the names of more of them begin."""
+"""Prefix of further settings without a counterpart."""
 
 PROCESS_SETTINGS = frozenset({"drain_timeout_s", "learn_wait_s"})
 """Settings that may differ between the processes of a namespace."""
@@ -24,7 +24,7 @@ Weight = Annotated[float, Meta(ge=0, le=1000)]
 
 
 class _OldNames(FieldsByName):
-    """Accepts `idle_timeout` for `idle_timeout_s`, and explains which settings of loom-agent 0.6 there are not."""
+    """Accepts `idle_timeout` for `idle_timeout_s`, and refuses other settings of loom-agent 0.6 with the reason."""
 
     if not TYPE_CHECKING:  # type checkers read the fields' own signature
 
@@ -32,7 +32,7 @@ class _OldNames(FieldsByName):
             """Build the config.
 
             Raises:
-                TypeError: An argument is positional, or there is not such a setting.
+                TypeError: An argument is positional, or the setting does not exist.
             """
             if "idle_timeout" in given:
                 given.setdefault("idle_timeout_s", given.pop("idle_timeout"))
@@ -45,53 +45,53 @@ class _OldNames(FieldsByName):
 
 
 class ClusterConfig(CheckedMessage, frozen=True, kw_only=True, metaclass=_OldNames):
-    """How the phases decide. Every field has a default; give only what differs."""
+    """Settings by which the phases decide. Every field has a default."""
 
     min_nodes: Count = 1
-    """Nodes of a cluster that apoptosis leaves alone."""
+    """Apoptosis retires no node of a cluster with at most as many nodes."""
     max_nodes: Ordinal = 10
-    """Nodes beyond which none is added by mitosis."""
+    """Mitosis adds no node to a cluster with at least as many nodes."""
     max_depth: Annotated[int, Meta(ge=0, le=16)] = 2
-    """Most divisions between a client's task and its smallest part."""
+    """Most divisions between a client's task and its deepest subtask."""
     mitosis_threshold: Unit = 0.6
-    """Tasks harder than this are split."""
+    """Tasks with a higher complexity are divided."""
     max_subtasks: Annotated[int, Meta(ge=1, le=64)] = 16
-    """Parts a task is divided into at most."""
+    """Most subtasks of a task."""
     apoptosis_threshold: Unit = 0.3
-    """Nodes whose recent mean reward is below this are failing."""
+    """A node with a lower mean of recent rewards is failing."""
     idle_timeout_s: Seconds = 300.0
     """Idle time after which a node that was started on request may retire."""
     consecutive_loss_limit: Ordinal = 20
-    """Failures in a row after which a node is failing."""
+    """Consecutive failures after which a node is failing."""
     bid_window_ms: Annotated[int, Meta(ge=1, le=10_000)] = 250
     """Longest wait for offers."""
     no_bids_after_s: Seconds = 30.0
-    """How long a task waits for anybody at all to bid."""
+    """Seconds that a task without any offer waits before it fails with `no_bids`."""
     waiting_limit: Ordinal = 64
     """Tasks per lane that wait in MATCH while all nodes are busy."""
     policy: Annotated[str, Meta(min_length=1, max_length=200)] = "glr_ucb"
-    """How MATCH trusts bidders: glr_ucb, ucb, thompson, greedy, round_robin, random, or `module:function`."""
+    """Award policy of MATCH: glr_ucb, ucb, thompson, greedy, round_robin, random, or `module:function`."""
     exploration: Annotated[float, Meta(ge=0, le=1e9)] = 0.3
-    """Weight of the bonus for nodes little is known about (c of UCB)."""
+    """Weight of the bonus for nodes with little evidence (c of UCB)."""
     half_life_days: Annotated[float, Meta(ge=0.001, le=1e15)] = 14.0
-    """Days without news after which what is known of a node counts half."""
+    """Days without rewards after which the evidence about a node counts half."""
     judge_share: Unit = 0.0
-    """Share of results a model judges besides those whose ad has a rubric, where a model can be asked."""
+    """Share of results without a rubric that a model judges as well, if EVALUATE has a model."""
     judge_weights: dict[Token, Weight] = {}
-    """What the word of a source of rewards weighs beside others on the same attempt; with 0 nothing is learned from it.
-    Whoever is not named weighs 1, a person (`person`) 3."""
+    """Weight of each reward source when several score the same attempt. 0 ignores the source. Default: 3 for `person`,
+    1 for all others."""
     max_attempts: Annotated[int, Meta(ge=1, le=100)] = 3
-    """Attempts that may be the nodes' fault."""
+    """Most failed attempts of a task for which nodes are to blame."""
     max_in_flight: Ordinal = 1000
-    """Hops in TASKS above which SENSE admits nothing more."""
+    """SENSE admits no further task while TASKS has more hops."""
     intake_limit: Ordinal = 100_000
-    """Submissions INTAKE holds before it answers `overloaded`."""
+    """Most submissions in INTAKE; further ones are refused with `overloaded`."""
     drain_timeout_s: Seconds = 10.0
-    """Longest wait for work in hand when stopping."""
+    """Longest wait for running work when a process stops."""
     learn_wait_s: Seconds = 2.0
     """Longest wait of `AmoebaLoop.execute` for ADAPT."""
     replicas: Annotated[int, Meta(ge=1, le=5)] = 1
-    """Copies of every stream and bucket, each on a server of its own."""
+    """Copies of every stream and bucket, each on another server."""
 
     @property
     def idle_timeout(self) -> float:
@@ -106,5 +106,5 @@ class ClusterConfig(CheckedMessage, frozen=True, kw_only=True, metaclass=_OldNam
     def __post_init__(self) -> None:
         super().__post_init__()
         for source, weight in self.judge_weights.items():
-            if not 0 <= weight <= 1000:  # noqa: PLR2004 - as declared; a NaN is none of that
+            if not 0 <= weight <= 1000:  # noqa: PLR2004 - as declared; false for NaN
                 raise ValueError(f"ClusterConfig.judge_weights must be numbers from 0 to 1000, not {source}={weight}")

@@ -7,11 +7,11 @@ from msgspec import Meta
 from loom.schemas.base import CheckedMessage, Count, Note
 
 Subject = Annotated[str, Meta(max_length=4096)]
-"""As long as the server takes one; a token of it may be as long."""
+"""A subject, at most as long as the server accepts; a single token may be as long."""
 
 
 class DeadLetter(CheckedMessage, frozen=True, kw_only=True):
-    """The facts beside the raw bytes of a message that could not be handled."""
+    """Headers of a dead letter; its body is the raw bytes of the message."""
 
     phase: Subject
     task_id: Subject
@@ -20,6 +20,6 @@ class DeadLetter(CheckedMessage, frozen=True, kw_only=True):
     reason: Annotated[str, Meta(max_length=1000)]
     stream_seq: Count = 0
     cut: bool = False
-    """Whether the bytes kept are fewer than there were."""
+    """Whether the stored bytes are only the start of the message."""
     trail: Note = ""
-    """The phases it had passed, oldest first, with a space between: `sense match scale`."""
+    """The phases that the message had passed, oldest first, separated by spaces: `sense match scale`."""

@@ -1,4 +1,4 @@
-"""The envelope that six phases pass along, and what each of them writes on it."""
+"""The envelope that the six phases pass on, and the parts that they add."""
 
 from typing import Annotated, Literal
 
@@ -36,37 +36,37 @@ Phase = Literal["sense", "match", "scale", "execute", "evaluate", "adapt"]
 PHASES: tuple[Phase, ...] = ("sense", "match", "scale", "execute", "evaluate", "adapt")
 
 MAX_HOPS = 64
-"""Hops an envelope remembers; past that the middle is dropped."""
+"""Most hops of an envelope; of more, those in the middle are dropped."""
 MAX_FAILED_ATTEMPTS = 16
-"""Failed attempts an envelope remembers, the newest ones."""
+"""Most failed attempts of an envelope: the newest."""
 MAX_CAUSE_CHARS = 300
 BUSY_S, BUSY_MAX_S = 0.02, 5.0
-"""First and longest pause after an attempt that met a full node."""
+"""First and longest pause after an attempt on a node without a free slot."""
 IN_HAND_S = 0.25
-"""A longer pause is a schedule: it holds no slot of MATCH."""
+"""A longer pause becomes a scheduled message and occupies no slot of MATCH."""
 ReplySubjects = Annotated[tuple[Annotated[str, Meta(max_length=256)], ...], Meta(max_length=8)]
 
 
 class Spec(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What SENSE made of the ad."""
+    """SENSE's estimate of a task: complexity, domains, and whether to divide it."""
 
     complexity: Unit
     domains: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=8)]
-    """Best first; the first one is auctioned."""
+    """Best first; the first one is used for the auction."""
     method: Literal["given", "heuristic", "llm"]
-    """given: the ad said both; llm: a model was asked; heuristic: a look at the words."""
+    """given: the ad has both; llm: a model's estimate; heuristic: derived from the words."""
     note: Note = ""
-    """Why the method is not the one expected, for example that the model could not be asked."""
+    """Why another method than the expected one was used, for example that the model did not respond."""
     estimated: Unit | None = None
-    """SENSE's own guess, before calibration; absent: the ad gave the complexity."""
+    """SENSE's estimate before calibration; absent: the ad has the complexity."""
     divide: bool = False
-    """Whether the task is to be divided: its ad gives or wants a plan, or it is harder than the threshold."""
+    """Whether to divide the task: its ad contains or requires a plan, or its complexity exceeds the threshold."""
     deepest: Annotated[int, Meta(ge=0, le=16)] = 0
-    """Divisions there may be between a client's task and its smallest part."""
+    """Most divisions between a client's task and its deepest subtask."""
     whole: bool = False
-    """Whether SCALE has decided against dividing the task."""
+    """Whether SCALE decided not to divide the task."""
     no_offers_since: Timestamp | None = None
-    """Server time since which nobody at all has answered a call."""
+    """Server time since which calls for bids received no offer."""
 
     @property
     def domain_token(self) -> str:
@@ -75,25 +75,25 @@ class Spec(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Split(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where a subtask comes from."""
+    """The parent of a subtask or delegated task."""
 
     parent: Token
     depth: Annotated[int, Meta(ge=1, le=16)]
     subtask: Token | None = None
     """Id within the parent's plan; absent for delegated work."""
     grant: Count | None = None
-    """Tokens the parent gave; absent: no limit."""
+    """Token limit set by the parent; absent: no limit."""
     deadline: Timestamp
-    """The parent's, in server time."""
+    """Deadline of the parent, in server time."""
     inputs: Outputs = {}
 
 
 class Hop(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One phase's turn."""
+    """The handling of an envelope by one phase."""
 
     phase: Phase
     instance: Name
-    """Which replica."""
+    """The replica of the phase."""
     started: Timestamp
     """Server time, seconds since the epoch."""
     finished: Timestamp
@@ -101,7 +101,7 @@ class Hop(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class RejectedResult(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A refused result worth keeping in case nothing better comes."""
+    """The best refused result so far, with its score and node."""
 
     result: RunResult
     score: Unit = 0.0
@@ -112,7 +112,7 @@ class RejectedResult(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_f
     host_id: Token
 
     def to_rejected(self) -> BestRejected:
-        """Return what a submitter is shown of it."""
+        """Return the form that a submitter receives."""
         run = self.result
         return BestRejected(
             content=run.content,
@@ -125,14 +125,14 @@ class RejectedResult(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class Opinion(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a judging model thinks of a result."""
+    """A judging model's score of a result."""
 
     score: Unit
     reason: Annotated[str, Meta(max_length=MAX_CAUSE_CHARS)] = ""
 
 
 class FailedAttempt(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An attempt that came to nothing by its node's fault."""
+    """A failed attempt for which its node is to blame."""
 
     attempt: Ordinal
     node_id: Token
@@ -150,7 +150,7 @@ class FailedAttempt(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class Claim(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """EXECUTE's hold on an attempt: the fence."""
+    """The fence of an attempt: the EXECUTE replica and message that may report its result."""
 
     attempt: Count = 0
     """0: no attempt is claimed yet."""
@@ -158,20 +158,21 @@ class Claim(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     owner: Name = LOCAL_OWNER
     host_id: Name = ""
     instance: Name = ""
-    """Which EXECUTE replica."""
+    """The EXECUTE replica."""
     stream_seq: Count = 0
-    """Sequence in TASKS of the message that carries the claim."""
+    """Sequence in TASKS of the message with the claim."""
 
     @property
     def node(self) -> str:
-        """The node as people write it; empty where there is none."""
+        """The node as people write it; empty without a claim."""
         return qualified(self.owner, self.node_id) if self.node_id else ""
 
 
 class RecordVersion(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The record besides its envelope, as whoever wrote it last has left it: the next write needs no reading.
+    """The task record's other fields and revision, as of the last write.
 
-    The write names `revision`, so it fails where somebody else has written since, and then the record is read.
+    With them the next compare-and-set can be attempted without a read. It names `revision` and fails after a write of
+    another process; then the record is read.
     """
 
     revision: Ordinal
@@ -182,32 +183,32 @@ class RecordVersion(Message, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Envelope(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A task on its way through the phases."""
+    """A task with its current state, passed from phase to phase."""
 
     v: Count = 1
     ad: TaskAd
     submitter: Token = PUBLIC
-    """Whose task it is; subtasks and delegated tasks have their parent's."""
+    """Submitter of the task; subtasks and delegated tasks have that of their parent."""
     spec: Spec | None = None
     award: Award | None = None
     split: Split | None = None
     inputs: Outputs = {}
-    """subtask id -> output, for a synthesis."""
+    """subtask id -> output, the input of a synthesis."""
     result: RunResult | None = None
     opinion: Opinion | None = None
-    """Of the result, where a model was asked."""
+    """A model's score of the result; absent: no model judged it."""
     unjudged: Note = ""
-    """Why the result has no opinion although one was wanted; empty: it has one, or none was wanted."""
+    """Why the result lacks a required opinion; empty: it has one, or none is required."""
     best_rejected: RejectedResult | None = None
-    """The best refused result so far."""
+    """Best refused result so far."""
     error: TaskError | None = None
     last_error: TaskError | None = None
-    """Why the attempt before this one failed."""
+    """Error of the previous attempt."""
     attempt: Ordinal = 1
     failures: Count = 0
-    """Attempts that were the node's fault."""
+    """Failed attempts for which nodes are to blame."""
     busy_retries: Count = 0
-    """Attempts that met a full node."""
+    """Attempts on nodes without a free slot."""
     step: Count = 0
     """Hops so far."""
     deadline: Timestamp
@@ -217,30 +218,29 @@ class Envelope(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
     excluded: Names = ()
     """Nodes that have failed the task: `node_id`, or `owner.node_id` where the owner is not `local`."""
     retry_at: Annotated[dict[Name, Timestamp], Meta(max_length=1000)] = {}
-    """Node, as in `excluded` -> server time from which it asked to be tried again, as a model's server told it."""
+    """Node, named as in `excluded` -> server time of the earliest retry, from the `retry_after_s` of its error."""
     failed_attempts: Annotated[tuple[FailedAttempt, ...], Meta(max_length=MAX_FAILED_ATTEMPTS)] = ()
     """Attempts that failed, oldest first; the newest ones where there were more."""
     spent: RunResult = RunResult()
-    """Tokens and money of all attempts whose result is not in `result`, and of a divided task's subtasks; content is
-    empty."""
+    """Tokens and cost of all attempts whose result is not in `result`, and of the subtasks; content is empty."""
     phase_usage: Annotated[dict[Name, PhaseUsage], Meta(max_length=16)] = {}
-    """phase -> what its questions to a model took."""
+    """phase -> tokens of its model calls."""
     warnings: Annotated[tuple[Note, ...], Meta(max_length=MAX_WARNINGS)] = ()
-    """What a person should know of the result."""
+    """Warnings about the result, for people."""
     trace: Note = ""
-    """W3C traceparent, passed on as it came."""
+    """W3C traceparent, passed on unchanged."""
     record_version: RecordVersion | None = None
-    """Of the task's record; absent on the record's own copy."""
+    """Version of the task's record; absent in the record's own copy."""
     hops: Annotated[tuple[Hop, ...], Meta(max_length=2 * MAX_HOPS)] = ()
 
     @property
     def task_id(self) -> str:
-        """The ad's id."""
+        """Id of the task."""
         return self.ad.task_id
 
     @property
     def priority(self) -> Priority:
-        """The ad's priority."""
+        """Priority of the task."""
         return self.ad.priority
 
     @property
@@ -250,18 +250,18 @@ class Envelope(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def domain(self) -> str:
-        """The auctioned domain as worded."""
+        """The auctioned domain, in the wording of the ad or of SENSE."""
         return self.spec.domains[0] if self.spec else self.ad.domain
 
     @property
     def depth(self) -> int:
-        """0 for what a client submitted."""
+        """0 for a task of a client, one more for each division or delegation."""
         return self.split.depth if self.split else 0
 
     def with_hop(self, hop: Hop) -> "Envelope":
-        """Return the next step's envelope: one hop longer, the middle dropped past 64.
+        """Return the envelope of the next step, with one more hop; of more than 64, those in the middle are dropped.
 
-        A phase that hands a task to itself extends its last hop instead of adding one.
+        A phase that publishes a task to itself extends its last hop instead of adding one.
         """
         hops = self.hops
         if hops and hops[-1].phase == hop.phase and hops[-1].instance == hop.instance:
@@ -274,7 +274,7 @@ class Envelope(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def busy_pause_s(self) -> float:
-        """Seconds to pause after an attempt that met a full node: 20 ms, doubled each time, at most 5 s."""
+        """Seconds to pause after an attempt on a full node: 0.02, doubled each time, at most 5."""
         return min(BUSY_MAX_S, BUSY_S * 2.0 ** min(self.busy_retries - 1, 16)) if self.busy_retries else 0.0
 
     def failed(self, error: TaskError) -> "Envelope":
@@ -282,13 +282,13 @@ class Envelope(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return replace(self.without_result(), error=error)
 
     def without_result(self) -> "Envelope":
-        """Return the envelope with its result's tokens and money among what is spent, and the result gone."""
+        """Return the envelope without its result, whose tokens and cost are added to `spent`."""
         if self.result is None:
             return self
         return replace(self, spent=self.spent.usage_with(self.result), result=None)
 
     def warned(self, warning: str) -> "Envelope":
-        """Return the envelope with one more warning for the submitter, unless it has it, or as many as fit."""
+        """Return the envelope with one more warning, unless it has that warning or the most that fit."""
         if warning in self.warnings or len(self.warnings) >= MAX_WARNINGS:
             return self
         return replace(self, warnings=(*self.warnings, cut_note(warning)))

@@ -1,22 +1,24 @@
 """Errors with stable codes, the same in every language.
 
-LoomError
-  InvalidTask         invalid_task        the ad breaks a rule                         field
-  Overloaded          overloaded          the intake is full                           retry_after_s
-  UnknownTask         unknown_task        no task has that id                          task_id
-  BusUnavailable      bus_unavailable     no server or no phases answer                url
-  TaskFailed                              base of the errors that end a task or a run  best_rejected, partial, spent
-    NoBids            no_bids             no node offered to run the task
-    DeadlineExceeded  deadline_exceeded   timeout_s ran out
-    Cancelled         cancelled           a client cancelled the task
-    NodeLost          node_lost           the node stopped responding                  node_id
-    AgentFailed       agent_failed        the agent raised or gave up                  node_id
-    RejectedResult    rejected_result     no answer met what the task accepts
-    BudgetExceeded    budget_exceeded     the task's hard token limit is spent
-    InvalidPlan       invalid_plan        the subtask graph breaks a rule              field
-    NodeBusy          node_busy           the node has neither slot nor backlog room
-    SubtaskFailed     subtask_failed      a subtask ended without a result
-    DeadLettered      dead_letter         a message could not be handled
+All classes derive from LoomError; those from NoBids on derive from TaskFailed.
+
+| Class | Code | Meaning | Main attribute |
+|---|---|---|---|
+| InvalidTask | invalid_task | the ad breaks a rule | field |
+| Overloaded | overloaded | the intake is full | retry_after_s |
+| UnknownTask | unknown_task | no task has that id | task_id |
+| BusUnavailable | bus_unavailable | no server or no phases respond | url |
+| NoBids | no_bids | no node offered to run the task |  |
+| DeadlineExceeded | deadline_exceeded | timeout_s ran out |  |
+| Cancelled | cancelled | a client cancelled the task |  |
+| NodeLost | node_lost | the node stopped responding | node_id |
+| AgentFailed | agent_failed | the agent raised or gave up | node_id |
+| RejectedResult | rejected_result | no answer met what the task accepts | best_rejected |
+| BudgetExceeded | budget_exceeded | the task's hard token limit is spent | spent |
+| InvalidPlan | invalid_plan | the subtask graph breaks a rule | field |
+| NodeBusy | node_busy | the node has neither slot nor backlog room |  |
+| SubtaskFailed | subtask_failed | a subtask ended without a result |  |
+| DeadLettered | dead_letter | a message could not be handled |  |
 """
 
 from typing import TYPE_CHECKING, ClassVar, TypedDict, Unpack

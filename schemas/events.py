@@ -1,4 +1,4 @@
-"""What happens while an agent works, as one tagged union: the same from the agent to the client."""
+"""Events of a run as one tagged union, the same in the agent, on the wire and at the client."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -22,7 +22,7 @@ class TextDelta(CheckedMessage, frozen=True, kw_only=True, tag="text_delta"):
 
 
 class ReasoningDelta(CheckedMessage, frozen=True, kw_only=True, tag="reasoning_delta"):
-    """A piece of the model's reasoning, where it shows any."""
+    """A piece of the model's reasoning, if its server sends any."""
 
     type: ClassVar[str] = "reasoning_delta"
     text: Text = ""
@@ -38,7 +38,7 @@ class ToolCallStart(CheckedMessage, frozen=True, kw_only=True, tag="tool_call_st
 
 
 class ToolCallEnd(CheckedMessage, frozen=True, kw_only=True, tag="tool_call_end"):
-    """A tool has run; `result` is what the model gets to see, at most 2,000 characters here."""
+    """A tool has run; `result` is the text that the model receives, cut to 2,000 characters."""
 
     type: ClassVar[str] = "tool_call_end"
     tool_call_id: Text
@@ -59,7 +59,7 @@ class StepStart(CheckedMessage, frozen=True, kw_only=True, tag="step_start"):
     type: ClassVar[str] = "step_start"
     step: Count
     total_steps: Count = 0
-    """The most rounds there may be."""
+    """Most rounds of the agent."""
 
 
 class StepEnd(CheckedMessage, frozen=True, kw_only=True, tag="step_end"):
@@ -80,15 +80,15 @@ class ErrorEvent(CheckedMessage, frozen=True, kw_only=True, tag="error"):
 
 
 class TokenUsage(CheckedMessage, frozen=True, kw_only=True):
-    """Tokens the whole work took."""
+    """Tokens and cost of the whole run."""
 
     prompt_tokens: Count = 0
     completion_tokens: Count = 0
     total_tokens: Count = 0
     estimated_cost: Number = 0.0
-    """US dollars, as far as the agent reports them."""
+    """US dollars, if the agent reports them."""
     estimated: bool = False
-    """Whether tokens were guessed from text lengths because the model did not say."""
+    """Whether tokens were estimated from text lengths because the model did not report them."""
 
 
 class Done(CheckedMessage, frozen=True, kw_only=True, tag="done"):
@@ -114,49 +114,49 @@ class SubtaskEvent(CheckedMessage, frozen=True, kw_only=True, tag="subtask"):
     """Its id within the plan."""
     state: Literal["begun", "ended"]
     child_state: Literal["succeeded", "failed", "cancelled"] | None = None
-    """How it has ended; absent while it runs."""
+    """State of the ended task; absent while it runs."""
     description: Text = ""
-    """At most 1 KiB of it."""
+    """The first 1 KiB."""
     node_id: Name | None = None
-    """That of its result; absent while it runs."""
+    """Node of its result; absent while it runs."""
     owner: Name | None = None
-    """Whose node that is."""
+    """Owner of the node."""
     error: Name = ""
-    """Code of the error for which it did not succeed."""
+    """Code of its error; empty for a success."""
     at: Timestamp
     """When it began or ended, in server time."""
 
 
 class PhaseEvent(CheckedMessage, frozen=True, kw_only=True, tag="phase"):
-    """A phase has passed a task on, and what it decided; a loop reports it, from the task's record.
+    """A phase has decided and passed a task on; `AmoebaLoop` derives it from the task's record.
 
-    Which of the fields are set depends on `name`. After a failed attempt the phases of the next one are reported again.
+    The set fields depend on `name`. After a failed attempt, the phases of the next attempt are reported again.
     """
 
     type: ClassVar[str] = "phase"
     name: Phase
     attempt: Ordinal = 1
-    """The attempt the phase worked for."""
+    """Number of the attempt, from 1."""
     duration_ms: Milliseconds = 0
-    """Time the phase had the task in hand; 0 for `adapt`."""
+    """Time from receipt to publication by the phase; 0 for `adapt`."""
     complexity: Unit | None = None
     """sense: 0 trivial to 1 very hard."""
     domain: Name = ""
-    """sense: the domain of the auction, as worded."""
+    """sense: the domain of the auction."""
     domains: Names = ()
     """sense: all domains found, best first."""
     method: Name = ""
     """sense: `given`, `heuristic` or `llm`."""
     node_id: Name | None = None
-    """match: the winner; execute, evaluate, adapt: the node that had the task."""
+    """match: the winner; execute, evaluate, adapt: the node of the attempt."""
     owner: Name | None = None
-    """Whose node that is."""
+    """Owner of the node."""
     score: Merit | None = None
     """match: the winning bid's score; evaluate: the judge's score of the result, 0 to 1."""
     bids: Annotated[tuple[ScoredBid, ...], Meta(max_length=AWARD_BIDS)] = ()
-    """match: the best bids with their parts, best first; empty for a pinned task."""
+    """match: the best bids with the terms of their scores, best first; empty for a pinned task."""
     subtasks: Count = 0
-    """scale: parts the task was divided into so far."""
+    """scale: subtasks so far."""
     tokens: Count = 0
     """execute: prompt and completion tokens of the attempt."""
     reward: Unit | None = None
@@ -170,8 +170,8 @@ class PhaseEvent(CheckedMessage, frozen=True, kw_only=True, tag="phase"):
 
 
 Progress = TextDelta | ReasoningDelta | ToolCallStart | ToolCallEnd | StepStart | StepEnd
-"""What an agent may say on its way."""
+"""Events of a run before its end."""
 AgentEvent = Progress | ErrorEvent | Done
-"""What an agent says."""
+"""All events of an agent."""
 LoopEvent = AgentEvent | SubtaskEvent | PhaseEvent
-"""What a loop says of a task."""
+"""All events of `AmoebaLoop.execute`."""

@@ -1,4 +1,4 @@
-"""Who a process speaks as: tokens that its subjects carry, so that the permissions of a server can pin them."""
+"""Identity of a process: tokens in its subjects, which the permissions of a server can enforce."""
 
 from loom.schemas.base import Message
 from loom.schemas.tokens import Token
@@ -7,19 +7,19 @@ PUBLIC = "public"
 LOCAL_OWNER = "local"
 PERSON = "person"
 ADAPT = "adapt"
-"""Source of what ADAPT itself puts into the stream of rewards."""
+"""Source of ADAPT's own entries in the stream of rewards."""
 RULES = "rules"
-"""Source of EVALUATE's rewards by rule."""
+"""Source of EVALUATE's rewards by fixed rules."""
 JUDGE = "judge"
-"""Source of EVALUATE's rewards by the opinion of a model."""
+"""Source of EVALUATE's rewards by a model."""
 RESERVED = frozenset(
     {"sense", "match", "scale", "execute", "evaluate", "adapt", "rules", "judge", "import", "eval"},
 )
-"""Names of phases and of sources of rewards: no submitter, owner or person may have one of them."""
+"""Names of phases and reward sources; submitters, owners and people must have other names."""
 
 
 class Identity(Message, frozen=True, kw_only=True):
-    """The names that come with the credentials of a process; a single user needs none of them.
+    """Names that belong to the credentials of a process; a single user needs none.
 
     Example:
         >>> Identity(owner="acme").owner
@@ -27,19 +27,19 @@ class Identity(Message, frozen=True, kw_only=True):
     """
 
     submitter: Token = PUBLIC
-    """Whose tasks it submits."""
+    """Submitter of its tasks."""
     owner: Token = LOCAL_OWNER
-    """Whose nodes it hosts."""
+    """Owner of its nodes."""
     source: Token = PERSON
-    """As whom it judges results."""
+    """Source of its rewards."""
 
 
 LOCAL = Identity()
-"""A single user on one machine."""
+"""The identity of a single user."""
 
 
 def qualified(owner: str, name: str) -> str:
-    """Return the name of an owner's node or host as people and messages write it: `local` is never shown.
+    """Return the name of an owner's node or host, with the owner unless it is `local`.
 
     Example:
         >>> qualified("acme", "coder"), qualified("local", "coder")
@@ -49,7 +49,7 @@ def qualified(owner: str, name: str) -> str:
 
 
 def node_key(owner: str, node_id: str) -> str:
-    """Return the key under which the profile of a node is stored.
+    """Return the key of the stored profile of a node.
 
     Example:
         >>> node_key("acme", "coder"), node_key("local", "coder")
@@ -59,7 +59,7 @@ def node_key(owner: str, node_id: str) -> str:
 
 
 def split_qualified(text: str) -> tuple[str, str]:
-    """Return the owner and the name that `qualified` or `node_key` has put together.
+    """Return the owner and the name in a text that `qualified` or `node_key` returned.
 
     Example:
         >>> split_qualified("acme.coder"), split_qualified("coder"), split_qualified("local.coder")

@@ -1,4 +1,4 @@
-"""What has been learned, and the messages it is learned from."""
+"""Rewards, the profiles learned from them, and related messages."""
 
 from typing import Annotated, Literal
 
@@ -13,15 +13,15 @@ from loom.schemas.task import DEFAULT_TOKEN_YARDSTICK, TaskAd
 from loom.schemas.tokens import Token
 
 WINDOW = 120
-"""Scores remembered per node and domain."""
+"""Most scores per node and domain: the newest."""
 SNAPSHOTS = "_snapshot"
-"""In place of the domain's token in the subject of a snapshot."""
+"""Replaces the domain's token in the subject of a snapshot."""
 BIAS = "bias."
-"""How the keys of calibrations begin in the bucket `tuning`; the domain_token follows."""
+"""Prefix of the keys of calibrations in the bucket `tuning`; the domain_token follows."""
 
 
 class Signal(CheckedMessage, frozen=True, kw_only=True):
-    """A reward taken apart for people; ADAPT does not fold it."""
+    """The parts of a reward, for people; ADAPT does not use them."""
 
     quality: Unit = 0.0
     efficiency: Unit = 0.0
@@ -51,59 +51,59 @@ def success_signal(ad: TaskAd, tokens: int, errors: int) -> Signal:
 
 
 class Score(Struct, frozen=True, kw_only=True, array_like=True, omit_defaults=True, gc=False):
-    """One entry of a window: an attempt, however many have judged it.
+    """One entry of a window: an attempt with the scores of all its sources.
 
-    Made of a Reward, whose numbers are checked, and read by the hundred: it is not checked again.
+    It is not validated: its numbers come from a validated Reward, and hundreds are decoded at once.
     """
 
     attempt_id: Name
-    """`task:attempt`; `inherit:` and the name of another node: what that node has handed on."""
+    """`task:attempt`; for inherited evidence `inherit:` and the name of the other node."""
     score: Unit
-    """The weighted mean of what its judges said last."""
+    """Weighted mean of the latest score of each source."""
     ended_at: Timestamp
     by_source: Annotated[dict[Name, Unit], Meta(max_length=64)] = {}
-    """source -> what it said last, in four decimals; none: the rules alone have judged. The digest stands for a
-    source with a name of more than eight characters."""
+    """source -> its latest score, rounded to four decimals; empty: only the rules have judged. A source whose name has
+    more than eight characters is represented by a digest."""
 
 
 class DomainEvidence(CheckedMessage, frozen=True, kw_only=True):
-    """What is known of one node in one domain. Count and mean are the window's."""
+    """Evidence about one node in one domain. Count and mean are those of the window."""
 
     scores: Annotated[tuple[Score, ...], Meta(max_length=WINDOW)] = ()
-    """By end of attempt, oldest first."""
+    """Ordered by the end of the attempt, oldest first."""
     count: Count = 0
     mean: Unit = 0.0
     since: Timestamp = 0.0
-    """Attempts that ended earlier are forgotten: the window was full, or the node has changed."""
+    """Attempts that ended earlier are dropped: the window was full, or the node changed."""
 
 
 MAX_DOMAINS = 24
-"""Domains remembered per node: all windows full, a profile still fits a message."""
+"""Most domains of a profile: with full windows it still fits a message."""
 
 
 class NodeProfile(CheckedMessage, frozen=True, kw_only=True):
-    """What has been learned about one node."""
+    """All evidence about one node."""
 
     node_id: Token
     owner: Token = LOCAL_OWNER
-    """Whose node it is."""
+    """Owner of the node."""
     last_seq: Count = 0
     """Sequence in REWARDS of the last reward folded."""
     domains: Annotated[dict[Name, DomainEvidence], Meta(max_length=MAX_DOMAINS)] = {}
     """domain_token -> evidence."""
     total_tasks: Count = 0
     success_rate: Unit = 0.0
-    """Share of the windows' scores of at least .5."""
+    """Share of scores of at least .5 in the windows."""
     consecutive_losses: Count = 0
     tokens: Count = 0
-    """In all; the sum stops at the greatest integer of a message."""
+    """Total; at most the greatest integer of a message."""
     seconds: Seconds = 0.0
-    """In all; the sum stops at 1e9."""
+    """Total; at most 1e9."""
     updated_at: Timestamp = 0.0
 
     @property
     def key(self) -> str:
-        """The key under which it is stored."""
+        """Key of the stored profile."""
         return node_key(self.owner, self.node_id)
 
     @property
@@ -113,55 +113,55 @@ class NodeProfile(CheckedMessage, frozen=True, kw_only=True):
 
 
 class Snapshot(CheckedMessage, frozen=True, kw_only=True):
-    """What was known of one node when all of the stream up to `through` was folded: one of a round, one per node."""
+    """Profile of one node after all rewards up to `through`; a round of snapshots has one per node."""
 
     through: Count
-    """Sequence in REWARDS; the same for the whole round."""
+    """Sequence in REWARDS; equal in the whole round."""
     nodes: Count
-    """How many the round has: a round that lacks one was never finished."""
+    """Number of snapshots of the round; a round with fewer was not finished."""
     profile: NodeProfile
 
 
 class Reward(CheckedMessage, frozen=True, kw_only=True):
-    """How well a node did one attempt at a task, in somebody's judgement."""
+    """The score of one attempt by one source."""
 
     reward_id: Annotated[str, Meta(max_length=200)]
-    """`task:attempt:source`; a later one of the same source on the same attempt replaces the earlier one.
+    """`task:attempt:source`; a later reward of the same source for the same attempt replaces the earlier one.
     inherit: `inherit:` and the name of the other node."""
     kind: Literal["reward", "inherit", "snapshot"] = "reward"
-    """inherit: the mean of another node that has retired or changed its name; it counts as one observation.
-    snapshot: not a reward but the state from which a rebuild starts. Both are of the source `adapt` only."""
+    """inherit: the mean of another node that retired or changed its name; it counts as one observation.
+    snapshot: not a reward but the state from which a rebuild starts. Both come only from the source `adapt`."""
     task_id: Token
     """inherit: the other node's id instead; snapshot: the node's own."""
     attempt: Count
     source: Token = RULES
-    """Who judges: the source in the subject."""
+    """The judge: the source in the subject."""
     node_id: Token
     owner: Token = LOCAL_OWNER
-    """Whose node it is."""
+    """Owner of the node."""
     domain_token: Token
     score: Unit
-    """0 useless to 1 perfect: what ADAPT folds."""
+    """0 useless to 1 perfect; ADAPT adds it to the profile."""
     signal: Signal = Signal()
     tokens: Count = 0
     seconds: Seconds = 0.0
     ended_at: Timestamp
     """When the attempt ended, server time."""
     estimated: Unit | None = None
-    """How hard SENSE itself took the task to be, before calibration; absent: the ad said it, or the run cannot tell."""
+    """SENSE's estimate of the complexity before calibration; absent: the ad has one, or the run does not show it."""
     reason: Annotated[str, Meta(max_length=500)] = ""
     labels: Labels = {}
-    """The ad's."""
+    """Labels of the ad."""
     snapshot: Snapshot | None = None
 
     @property
     def node_key(self) -> str:
-        """The key under which the profile of its node is stored."""
+        """Key of the stored profile of its node."""
         return node_key(self.owner, self.node_id)
 
     @property
     def node(self) -> str:
-        """Its node as people write it."""
+        """The node as people write it."""
         return qualified(self.owner, self.node_id)
 
     def __hash__(self) -> int:
@@ -170,19 +170,19 @@ class Reward(CheckedMessage, frozen=True, kw_only=True):
 
 
 class Calibration(CheckedMessage, frozen=True, kw_only=True):
-    """How far SENSE is off in one domain."""
+    """Error of SENSE's estimates in one domain."""
 
     domain_token: Token
     bias: Annotated[float, Meta(ge=-1, le=1)] = 0.0
     """Moving average of actual less estimated complexity."""
     count: Count = 0
-    """Tasks behind it."""
+    """Number of tasks in the average."""
     last_seq: Count = 0
     """Sequence in REWARDS of the last reward folded."""
 
 
 class Lease(CheckedMessage, frozen=True, kw_only=True):
-    """Who of several replicas may act, and until when."""
+    """The replica that may act, and until when."""
 
     holder: Name
     until: Timestamp
@@ -193,7 +193,7 @@ LifecycleKind = Literal["joined", "left", "spawned", "retired", "changed", "lear
 
 
 class Lifecycle(CheckedMessage, frozen=True, kw_only=True):
-    """Something happened to a node."""
+    """An event in the life of a node."""
 
     kind: LifecycleKind
     node_id: Token
@@ -201,9 +201,9 @@ class Lifecycle(CheckedMessage, frozen=True, kw_only=True):
     host_id: Name = ""
     at: Timestamp
     task_ids: Names = ()
-    """learned: the tasks whose rewards are now part of the profile."""
+    """learned: tasks whose rewards are new in the profile."""
     profile: NodeProfile | None = None
-    """learned: the profile."""
+    """learned: the new profile."""
     reason: Note = ""
 
 

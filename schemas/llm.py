@@ -1,4 +1,4 @@
-"""The port to a language model: what any provider is asked, and what it answers."""
+"""The interface of language models: questions, answers, and the protocols of providers."""
 
 from collections.abc import AsyncIterator
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -12,14 +12,14 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 
 class ToolCall(CheckedMessage, frozen=True, kw_only=True):
-    """A model's wish to call a tool."""
+    """A model's call of a tool."""
 
     id: str
     name: str
     arguments: str = ""
-    """JSON text as the model wrote it: unchecked."""
+    """JSON text of the model, not validated."""
     extra: FreeJson = {}
-    """Fields beside the call that its server wants back unchanged, such as a signature."""
+    """Further fields that the server requires back unchanged, such as a signature."""
 
 
 class Message(CheckedMessage, frozen=True, kw_only=True):
@@ -30,13 +30,13 @@ class Message(CheckedMessage, frozen=True, kw_only=True):
     tool_calls: tuple[ToolCall, ...] = ()
     """Assistant only."""
     tool_call_id: str = ""
-    """Tool only: the call this answers."""
+    """Tool only: id of the call."""
     reasoning: str = ""
-    """Assistant only: the model's reasoning, for servers that want it back."""
+    """Assistant only: the model's reasoning, for servers that require it back."""
 
 
 class ToolDefinition(CheckedMessage, frozen=True, kw_only=True):
-    """A tool as the model sees it."""
+    """A tool as the model receives it."""
 
     name: str
     description: str = ""
@@ -45,7 +45,7 @@ class ToolDefinition(CheckedMessage, frozen=True, kw_only=True):
 
 
 class Usage(CheckedMessage, frozen=True, kw_only=True):
-    """Tokens one completion took."""
+    """Tokens of one completion."""
 
     prompt_tokens: Count = 0
     completion_tokens: Count = 0
@@ -62,13 +62,13 @@ class CompletionParams(CheckedMessage, frozen=True, kw_only=True):
     messages: tuple[Message, ...]
     tools: tuple[ToolDefinition, ...] = ()
     temperature: float | None = 0.7
-    """None: the server's own."""
+    """None: the default of the server."""
     max_tokens: int | None = 4096
-    """Most tokens of the answer; None: the server's own limit."""
+    """Most tokens of the answer; None: the limit of the server."""
     json_schema: dict[str, Any] | None = None
-    """The answer must be JSON of this schema, where the model can be held to it."""
+    """JSON Schema of the answer, for models that support one."""
     timeout_s: float | None = None
-    """Seconds until the answer is worthless; absent: the provider's own limit."""
+    """Seconds after which the answer is not needed; absent: the limit of the provider."""
 
 
 class CompletionResult(CheckedMessage, frozen=True, kw_only=True):
@@ -77,7 +77,7 @@ class CompletionResult(CheckedMessage, frozen=True, kw_only=True):
     content: str = ""
     reasoning: str = ""
     refusal: str = ""
-    """The model's sentence, where it refuses."""
+    """The model's sentence if it refuses."""
     tool_calls: tuple[ToolCall, ...] = ()
     usage: Usage | None = None
     finish_reason: str | None = None
@@ -88,9 +88,9 @@ class CompletionResult(CheckedMessage, frozen=True, kw_only=True):
 
 
 class StreamChunk(CheckedMessage, frozen=True, kw_only=True):
-    """A piece of a model's answer; the last one carries `finish_reason` and `usage`, where they are known.
+    """A piece of a model's answer; the last one has `finish_reason` and `usage` if the server sends them.
 
-    None in place of a text or of the calls means that there is none.
+    None instead of a text or of the calls counts as empty.
     """
 
     text: str = ""
@@ -103,7 +103,7 @@ class StreamChunk(CheckedMessage, frozen=True, kw_only=True):
     tool_call: ToolCall | None = None
     """Another way to give one complete call; it becomes the last of `tool_calls`."""
     tool_call_delta: Any = None
-    """Ignored: fragments of a call mean nothing to an agent."""
+    """Ignored: agents need complete calls."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,7 +114,7 @@ class StreamChunk(CheckedMessage, frozen=True, kw_only=True):
 
 
 def _fill_absent(message: Struct, **defaults: Any) -> None:
-    """Put a field's default where its value is None, as other libraries give what is absent."""
+    """Replace None by a field's default: other libraries use None for absent values."""
     for name, default in defaults.items():
         if getattr(message, name) is None:
             force_setattr(message, name, default)
@@ -122,7 +122,7 @@ def _fill_absent(message: Struct, **defaults: Any) -> None:
 
 @runtime_checkable
 class LLMProvider(Protocol):
-    """A provider with both methods; agents take one with either, an `AnyProvider`."""
+    """A provider with both methods; agents accept one with either, an `AnyProvider`."""
 
     async def complete(self, params: CompletionParams) -> CompletionResult:
         """Return the whole answer."""
@@ -150,11 +150,11 @@ class StreamProvider(Protocol):
 
 
 AnyProvider = LLMProvider | CompletionProvider | StreamProvider
-"""What agents take as a provider."""
+"""Providers that agents accept."""
 
 
 class _Turn:
-    """Makes messages of one role, and knows them: `isinstance(message, UserMessage)`."""
+    """Factory of messages of one role, and their type: `isinstance(message, UserMessage)`."""
 
     def __init__(self, role: Role) -> None:
         self._role = role
@@ -168,8 +168,8 @@ class _Turn:
 
 
 UserMessage = _Turn("user")
-"""Returns a user's turn."""
+"""Makes a turn of the user."""
 SystemMessage = _Turn("system")
-"""Returns a system prompt."""
+"""Makes a system prompt."""
 AssistantMessage = _Turn("assistant")
-"""Returns a model's turn."""
+"""Makes a turn of the model."""

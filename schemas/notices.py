@@ -1,4 +1,4 @@
-"""What SCALE reads besides envelopes: notices about divided tasks, distinguished by the field `type`."""
+"""Notices to SCALE about divided tasks, distinguished from envelopes by the field `type`."""
 
 from typing import TypeAlias
 
@@ -13,16 +13,16 @@ class SubtaskEnded(Message, frozen=True, kw_only=True, tag_field="type", tag="su
     task_id: Token
     """The divided task."""
     child_id: Token
-    """The task that the subtask was."""
+    """The task of the subtask."""
     subtask: Token
     """Its id within the plan."""
 
 
 class PlanTimeout(Message, frozen=True, kw_only=True, tag_field="type", tag="plan_timeout"):
-    """The deadline of a divided task has come. Scheduled when its subtasks begin."""
+    """The deadline of a divided task has passed. Scheduled when its subtasks start."""
 
     envelope: Envelope
-    """The parked task's: it ends by this one where its plan cannot be read."""
+    """Envelope of the parked task; it ends the task if the plan cannot be read."""
 
     @property
     def task_id(self) -> str:
@@ -31,7 +31,7 @@ class PlanTimeout(Message, frozen=True, kw_only=True, tag_field="type", tag="pla
 
 
 class ParentEnded(Message, frozen=True, kw_only=True, tag_field="type", tag="parent_ended"):
-    """A divided task has ended, so its subtasks are to stop."""
+    """A divided task has ended, so its subtasks must stop."""
 
     task_id: Token
     """The divided task."""
@@ -42,25 +42,25 @@ ScaleMessage: TypeAlias = Envelope | Notice
 
 
 class _Typed(Message, frozen=True, kw_only=True):
-    """The one field by which notices are distinguished."""
+    """The field that distinguishes notices."""
 
     type: str = ""
 
 
 def read_scale_message(raw: bytes) -> ScaleMessage:
-    """Return a message on SCALE's subject: a notice where the field `type` names one, else an Envelope.
+    """Return a message on SCALE's subject: a notice if the field `type` names one, else an Envelope.
 
     Raises:
         Undecodable: It is neither.
     """
-    if b'"type"' in raw and decode(raw, _Typed).type:  # few envelopes have those letters: most are read once
+    if b'"type"' in raw and decode(raw, _Typed).type:  # few envelopes contain those bytes: most are decoded once
         notice: Notice = decode(raw, Notice)  # type: ignore[arg-type]  # msgspec takes a union for a type
         return notice
     return decode(raw, Envelope)
 
 
 def envelope_in(raw: bytes) -> Envelope | None:
-    """Return the envelope that a message of the stream TASKS carries; None where it carries none or is unreadable."""
+    """Return the envelope in a message of the stream TASKS; None without one, or if it cannot be decoded."""
     try:
         message = read_scale_message(raw)
     except Undecodable:

@@ -1,4 +1,4 @@
-"""Plans of subtasks: what a model is asked for, how its answer is read, and the rules every graph obeys."""
+"""Plans of subtasks: messages, parsing of a model's answer, and the rules of every graph."""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -36,11 +36,11 @@ PLAN_SCHEMA: dict[str, Any] = {
     "required": ["subtasks"],
     "additionalProperties": False,
 }
-"""JSON Schema of the answer a planning model is asked for."""
+"""JSON Schema of a planning model's answer."""
 
 
 class Subtask(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A node of a split plan."""
+    """A subtask in a plan."""
 
     id: Token
     description: Text
@@ -50,22 +50,22 @@ class Subtask(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=T
     state: Literal["waiting", "running", "succeeded", "failed", "cancelled"] = "waiting"
     child_id: Token | None = None
     grant: Count | None = None
-    """Tokens it may use; absent: no limit."""
+    """Token limit; absent: no limit."""
     node_id: Token | None = None
-    """Who did it."""
+    """Node of the result."""
     owner: Token | None = None
-    """Whose node that is."""
+    """Owner of the node."""
     error: TaskError | None = None
     tokens: Count = 0
-    """Used, failed attempts included."""
+    """Tokens used, failed attempts included."""
     spent: RunResult = RunResult()
-    """The same, as prompt and completion tokens, and the money; content is empty."""
+    """The same tokens, divided into prompt and completion, and the cost; content is empty."""
     duration_s: Seconds = 0.0
-    """From its admission to its end."""
+    """Seconds from admission to end."""
 
 
 class SplitPlan(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A parked parent and the graph of its subtasks; outputs are read from the children's records."""
+    """A parked parent and the graph of its subtasks; outputs are in the records of the subtasks."""
 
     parent_id: Token
     state: Literal["running", "joining", "done"] = "running"
@@ -73,12 +73,12 @@ class SplitPlan(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields
     envelope: Envelope
     """The parked parent."""
     error: TaskError | None = None
-    """Why a plan that is done has failed; absent where the parent ended for another reason."""
+    """Why a done plan failed; absent if the parent ended for another reason."""
     note: Note = ""
 
 
 class Part(Protocol):
-    """Anything with an id that may wait for others."""
+    """A subtask of a plan, as a message or as loom-agent 0.6 has it."""
 
     @property
     def id(self) -> str:
@@ -87,15 +87,15 @@ class Part(Protocol):
 
     @property
     def dependencies(self) -> Sequence[str]:
-        """Ids of the parts whose outputs it needs."""
+        """Ids of the subtasks whose outputs it needs."""
         ...
 
 
 def check_graph(subtasks: Sequence[Part]) -> None:
-    """Accept a plan whose ids are unique, whose dependencies are known and which has no cycle.
+    """Return if ids are unique, dependencies are ids of the plan, and the graph has no cycle.
 
     Raises:
-        InvalidPlan: Saying which rule is broken and by whom; `field` is `subtasks`, `id` or `dependencies`.
+        InvalidPlan: A rule is broken; `field` is `subtasks`, `id` or `dependencies`.
     """
     if not subtasks:
         raise InvalidPlan("the plan has no subtasks", field="subtasks")
@@ -115,15 +115,14 @@ def check_graph(subtasks: Sequence[Part]) -> None:
 
 
 def parse_plan(text: str) -> tuple[Subtask, ...]:
-    """Return the plan in a model's answer, whole or not at all.
+    """Return the plan in a model's answer.
 
-    The JSON may stand bare, in a code fence, amid prose or after a reasoning block, as an array of subtasks or as an
-    object with `subtasks`. Ids may be whole numbers, and `depends_on`, `depends` or `deps` may stand for
-    `dependencies`.
+    The JSON is an array of subtasks or an object with `subtasks`. A code fence, prose or a reasoning block may surround
+    it. Ids may be integers, and `depends_on`, `depends` and `deps` are other names of `dependencies`.
 
     Raises:
-        InvalidPlan: No plan in it, a field is unknown, a subtask is malformed, or the graph breaks a rule of
-            `check_graph`; `field` names the part.
+        InvalidPlan: The text has no plan, a field is unknown, a subtask is malformed, or `check_graph` refuses it;
+            `field` names the part.
     """
     found = next((value for value in json_values(text) if _parts_in(value)), None)
     parts = _parts_in(found)
@@ -140,7 +139,7 @@ _Number = Annotated[int, Meta(ge=0, le=10**9)]
 
 
 class _Draft(CheckedMessage, frozen=True, kw_only=True):
-    """A subtask as models write it."""
+    """A subtask in a model's answer."""
 
     id: Token | _Number
     description: Annotated[str, Meta(pattern=r"\S")]
@@ -149,7 +148,7 @@ class _Draft(CheckedMessage, frozen=True, kw_only=True):
     estimated_complexity: Unit = 0.3
 
     def to_subtask(self) -> Subtask:
-        """Return the subtask with its ids as text."""
+        """Return the subtask with its ids as strings."""
         return Subtask(
             id=str(self.id),
             description=self.description,
@@ -161,7 +160,7 @@ class _Draft(CheckedMessage, frozen=True, kw_only=True):
 
 DEPENDENCIES = "dependencies"
 ALIASES = ("depends_on", "depends", "deps")
-"""Other names of `dependencies` in plans that were written for other systems."""
+"""Other names of `dependencies`, from plans for other systems."""
 
 
 def _draft(part: dict[str, Any]) -> _Draft:
@@ -190,5 +189,5 @@ def _parts_in(value: Any) -> list[Any] | None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Name the first few; a plan may have a thousand."""
+    """Return the first eight names, separated by commas; a plan may have a thousand."""
     return ", ".join(names[:8])

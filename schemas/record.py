@@ -1,4 +1,4 @@
-"""The record of a task, and the answers made from it."""
+"""The record of a task, and the results derived from it."""
 
 from typing import Annotated
 
@@ -11,32 +11,32 @@ from loom.schemas.task import RunResult, TaskError, TaskResult, TaskState, TaskU
 from loom.schemas.tokens import Token
 
 MAX_DELEGATED = 256
-"""Delegated tasks a record remembers."""
+"""Most delegated tasks of a record: the newest."""
 REJECTED = "rejected_result"
 ENDED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 """Terminal states."""
 
 
 class TaskRecord(Message, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is known of a task, from admission to 72 hours after."""
+    """State of a task, stored from admission to 72 hours after its end."""
 
     task_id: Token
     state: TaskState
     submission: Name = ""
     reply_to: ReplySubjects = ()
     envelope: Envelope
-    """As admitted, then as it was when an attempt was claimed; once the task has ended, as it ended."""
+    """The envelope at admission, later at the newest claim of an attempt, and finally at the end."""
     claim: Claim = Claim()
     admitted_at: Timestamp
     ended_at: Timestamp | None = None
     score: Unit | None = None
-    """What the judge gave the result."""
+    """Score of the result by a model."""
     below_threshold: bool = False
-    """Whether it succeeded with the best refused answer, as the ad's `best_effort` allows."""
+    """Whether the task succeeded with the best refused answer, which the ad's `best_effort` permits."""
     rejected: bool = False
-    """Whether it failed because attempts or bidders ran out after an answer had been refused."""
+    """Whether attempts or bidders ran out after an answer had been refused."""
     delegated: Annotated[tuple[Token, ...], Meta(max_length=MAX_DELEGATED)] = ()
-    """Tasks its runs have delegated, oldest first; the newest ones where there were more."""
+    """Ids of delegated tasks, oldest first; at most the newest 256."""
 
     def __repr__(self) -> str:
         return f"<TaskRecord {self.task_id}, {self.state}>"
@@ -48,21 +48,21 @@ class TaskRecord(Message, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     @property
     def ad_digest(self) -> str:
-        """Tells the ad from others under the same id; empty where the submission could not be read."""
+        """Digest that distinguishes the ad from others with the same id; empty if the ad could not be decoded."""
         error = self.envelope.error
         unread = not self.submission or (error is not None and error.code == "dead_letter")
         return "" if unread else ad_digest(self.envelope.ad)
 
     @property
     def lasted_s(self) -> float:
-        """Seconds from admission to the end, at most what a message carries; 0 while the task goes on."""
+        """Seconds from admission to end, at most the longest duration of a message; 0 while the task runs."""
         return min(MAX_SECONDS, max(0.0, (self.ended_at or self.admitted_at) - self.admitted_at))
 
     @property
     def error(self) -> TaskError | None:
-        """Why the task did not succeed, as submitters see it: with the best answer that was refused on the way.
+        """The error that submitters receive, with the best refused answer; absent for a success.
 
-        `envelope.error` is the last attempt's own error, by which its node is rewarded.
+        `envelope.error` is the error of the last attempt, from which the reward of its node is computed.
         """
         own, best = self.envelope.error, self.envelope.best_rejected
         if own is None or self.state == "succeeded":
@@ -78,14 +78,14 @@ class TaskRecord(Message, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     @property
     def used(self) -> RunResult:
-        """Tokens and money of all attempts; content is empty."""
+        """Tokens and cost of all attempts; content is empty."""
         env = self.envelope
-        if env.result is None or self.below_threshold:  # a kept result is of an attempt that counts as spent
+        if env.result is None or self.below_threshold:  # the tokens of a refused result are in `spent`
             return env.spent
         return env.spent.usage_with(env.result)
 
     def to_result(self) -> TaskResult:
-        """Return the answer this record holds; for a running task, how far it is."""
+        """Return the result of the task; for a running task, its present state."""
         env = self.envelope
         run, used = env.result or RunResult(), self.used
         by = env.best_rejected if self.below_threshold else env.award
@@ -116,7 +116,7 @@ class TaskRecord(Message, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class TaskStatus(TaskResult, frozen=True, kw_only=True):
-    """The answer to a `StatusQuery` with `full`: the result together with the record."""
+    """The reply to a `StatusQuery` with `full`: the result and the record."""
 
     record: TaskRecord | None = None
     """Without reply subjects; absent while the task waits for admission."""

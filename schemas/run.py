@@ -32,62 +32,62 @@ from loom.schemas.task import Accept, Priority, RunResult, TaskAd, TaskError, Ta
 from loom.schemas.tokens import Token
 
 MAX_OPEN_DELEGATIONS = 64
-"""Delegated tasks a run may have open at a time."""
+"""Most delegated tasks that a run may wait for at once."""
 
 
 class Delegated(Message, frozen=True, kw_only=True):
-    """The id under which EXECUTE has published delegated work."""
+    """The id of a delegated task that EXECUTE has published."""
 
     call: Count
-    """Which delegation of the attempt it is, as its `waiting` had it."""
+    """Number of the delegation within the attempt, as in its `waiting` event."""
     task_id: Token
 
 
 class RunRequest(Message, frozen=True, kw_only=True):
-    """Run this task on that node. Idempotent by (task_id, attempt)."""
+    """A request to run a task on a node. Idempotent by (task_id, attempt)."""
 
     task_id: Token
-    attempt: Ordinal = field(default_factory=lambda: 1)  # a plain default would not be written
+    attempt: Ordinal = field(default_factory=lambda: 1)  # a plain default would be omitted in JSON
     node_id: Name = ""
     domain: Name = ""
-    """As the ad or SENSE worded it."""
+    """In the wording of the ad or of SENSE."""
     description: Text
     complexity: Unit = 0.5
     context: FreeJson = {}
     inputs: Outputs = {}
-    """subtask id -> output, for a task that others prepared."""
+    """subtask id -> output, for a synthesis or a subtask with dependencies."""
     accept: Accept | None = None
-    """What the answer must be to count as a success."""
+    """Rules that the answer must meet."""
     tools: Names = ()
-    """Tools the run may use; empty: all the node has. A host narrows it further."""
+    """Tools that the run may use; empty: all tools of the node. A host may narrow it further."""
     tools_allowed: Names | None = None
-    """The ad's list: no other tool may be used, whatever `tools` holds; absent: no restriction; empty: no tools."""
+    """List of the ad: no other tool may be used, even if it is in `tools`; absent: no restriction; empty: no tools."""
     token_budget: Count | None = None
     """Tokens left; a hard limit. Absent: none."""
     remaining_s: Seconds = 300.0
     priority: Priority = "normal"
     depth: Count = 0
-    """0 for what a client submitted, one more for each division or delegation."""
+    """0 for a task of a client, one more for each division or delegation."""
     from_seq: Count = 0
-    """Number of the first event wanted: more than 0 when re-attaching to a run."""
+    """Number of the first requested event: more than 0 to reattach to a run."""
     delegated: Annotated[tuple[Delegated, ...], Meta(max_length=1000)] = ()
-    """Ids of delegated work: those of `answers`, and those of what has just been published."""
+    """Ids of delegated tasks: of those in `answers`, and of those just published."""
     answers: Annotated[tuple[TaskResult, ...], Meta(max_length=1000)] = ()
-    """How delegated work ended, for a run that waits for it; at most 64 KiB of content in all. Prompt tokens include
-    all that failed attempts took."""
+    """Results of delegated tasks for which the run waits, with at most 64 KiB of content in total. Prompt tokens
+    include those of failed attempts."""
     trace: Note = ""
     deadline: Timestamp | None = None
-    """The task's, in server time. A host begins no run after it."""
+    """Deadline of the task in server time. A host starts no run after it."""
     sent_at: Timestamp | None = None
-    """Server time of this sending. A host begins no run for a request that has waited for too long."""
+    """Server time of publication. A host starts no run for a request that is too old."""
 
     @property
     def key(self) -> str:
-        """What tools may use to recognise a repeated effect."""
+        """Key by which tools recognise a repeated effect: `task:attempt`."""
         return f"{self.task_id}:{self.attempt}"
 
     def allows(self, tool: str) -> bool:
-        """Return whether the run may use the tool of that name, if its node has it.
+        """Return whether the run may use a tool, provided that its node has it.
 
         Example:
             >>> def answer(job: RunRequest) -> str:
@@ -97,7 +97,7 @@ class RunRequest(Message, frozen=True, kw_only=True):
 
     @property
     def messages(self) -> tuple[ChatMessage, ...]:
-        """The conversation as turns, oldest first: those of `context["conversation"]`, then the description."""
+        """Turns of the conversation, oldest first: those of `context["conversation"]`, then the description."""
         return (*earlier_turns(self.context), ChatMessage(role="user", content=self.description))
 
 
@@ -115,7 +115,7 @@ RunKind = Literal[
     "error",
 ]
 FINAL_KINDS: frozenset[str] = frozenset({"rejected", "moved", "result", "error"})
-"""No event follows one of these."""
+"""Kinds of events that end a run."""
 
 
 class RunEvent(Message, frozen=True, kw_only=True):
@@ -124,19 +124,19 @@ class RunEvent(Message, frozen=True, kw_only=True):
     seq: Count
     kind: RunKind
     queued: Count = 0
-    """accepted: runs before this one."""
+    """accepted: runs in the queue before this one."""
     code: Literal["busy", "unqualified", ""] = ""
     """rejected: why."""
     event: Progress | None = None
-    """delta (text, steps) and tool_call: what happened."""
+    """delta (text, steps) and tool_call: the event of the agent."""
     ad: TaskAd | None = None
-    """waiting: the work delegated, without an id; its `token_budget` is the most it may take."""
+    """waiting: the delegated task, without an id; its `token_budget` is its token limit."""
     call: Count = 0
-    """waiting: which delegation of this attempt it is, from 1; the id is `delegated_id` of it."""
+    """waiting: number of the delegation within the attempt, from 1; `delegated_id` derives the id from it."""
     task_id: Token | None = None
-    """resumed: the delegated task nobody waits for any more, answered or not."""
+    """resumed: the delegated task for which the run no longer waits, with or without a result."""
     result: RunResult | None = None
-    """result: what was produced; error: what had been written and spent by then, where the agent knows."""
+    """result: the outcome; error: text and tokens before the error, if the agent reports them."""
     error: TaskError | None = None
 
     @property
@@ -146,7 +146,7 @@ class RunEvent(Message, frozen=True, kw_only=True):
 
 
 class Stop(Message, frozen=True, kw_only=True):
-    """End this attempt's run: its result is not wanted any more. Repeated until the run's last event."""
+    """A request to end a run whose result is not needed any more. Published again until the last event of the run."""
 
     task_id: Token
     attempt: Ordinal
@@ -155,7 +155,7 @@ class Stop(Message, frozen=True, kw_only=True):
 
 
 def encode_event(event: RunEvent) -> bytes:
-    """Return an event as JSON; the ad of a `waiting` has no id, because EXECUTE derives it."""
+    """Return an event as JSON, without the id of its ad, because EXECUTE derives it."""
     if event.ad is None:
         return encode(event)
     tree = decode(encode(event), dict[str, Any])
@@ -164,24 +164,24 @@ def encode_event(event: RunEvent) -> bytes:
 
 
 def delegated_id(task_id: str, attempt: int, call: int) -> str:
-    """Return the id of the `call`-th task an attempt delegates: 26 letters and digits, the same wherever computed."""
+    """Return the id of the `call`-th delegated task of an attempt: 26 lower-case letters and digits, a digest."""
     digest = blake2b(f"{task_id}:{attempt}:{call}".encode(), digest_size=16).digest()
     return b32encode(digest).decode().rstrip("=").lower()
 
 
 def read_events(raw: bytes, discard: Callable[[str], None] = lambda _: None) -> tuple[RunEvent, ...]:
-    """Return what one message on a run's event subject holds: an event, or several in a JSON array, oldest first.
+    """Return the events of one message: a single event, or a JSON array of events, oldest first.
 
-    Content that is no string is taken as its JSON text. What still cannot be read takes no other event with it: a
-    `result`, an `error`, a `rejected`, or content without a kind is the end of the run all the same, as `agent_failed`
-    with the reason; anything else that is JSON is a sign of life and no more, a heartbeat.
+    Content that is not a string becomes its JSON text. An event that cannot be decoded does not affect the others. If
+    it is a `result`, an `error`, a `rejected` or has content without a kind, it ends the run as `agent_failed` with the
+    reason. Any other JSON counts as a heartbeat.
 
     Args:
-        raw: At most 512 KiB for each event.
-        discard: Called with the reason for each event that cannot be read.
+        raw: JSON, at most 512 KiB for each event.
+        discard: Called with the reason for each event that cannot be decoded.
 
     Raises:
-        Undecodable: It is not JSON, or too long to be looked at.
+        Undecodable: It is not JSON, or longer than 16 MiB.
     """
     try:
         read: RunEvent | tuple[RunEvent, ...] = decode(raw, _Events, mend=_with_texts)
@@ -194,15 +194,15 @@ def read_events(raw: bytes, discard: Callable[[str], None] = lambda _: None) -> 
 
 
 MAX_OUTLINE_BYTES = 16 * 2**20
-"""Longest message that is looked at to find out what it was to be; as much as a whole run may send."""
+"""Longest message whose parts are decoded one by one; a whole run may publish as much."""
 MAX_EVENTS = 10_000
-"""Most parts of a message that are read one by one."""
+"""Most events of one message that are decoded one by one."""
 MAX_UNREADABLE = 100
-"""Parts of a message that cannot be read, after which the rest is not looked at."""
+"""Undecodable events of a message after which the rest is ignored."""
 
 
 class _Outline(Message, frozen=True, kw_only=True):
-    """What is read of an event that cannot be read: each field by itself."""
+    """The fields of an undecodable event, each decoded separately."""
 
     seq: Raw = Raw(b"0")
     kind: Raw = Raw(b"null")
@@ -214,7 +214,7 @@ _Outlines: Any = _Outline | Annotated[tuple[Raw, ...], Meta(max_length=MAX_EVENT
 
 
 def _with_texts(value: Any) -> Any:
-    """The events with the content of their results as text."""
+    """Return the events with the content of their results as text."""
     for event in value if isinstance(value, list) else [value]:
         result = event.get("result") if isinstance(event, dict) else None
         if isinstance(result, dict) and not isinstance(result.get("content"), str | None):
@@ -223,19 +223,19 @@ def _with_texts(value: Any) -> Any:
 
 
 def _each(parts: Iterable[Raw], discard: Callable[[str], None]) -> Iterator[RunEvent]:
-    """The events of an array that cannot be read as a whole."""
+    """Yield the events of an array that cannot be decoded as a whole."""
     reasons: list[str] = []
     for part in parts:
         yield _event(bytes(part), reasons.append)
         if len(reasons) == MAX_UNREADABLE:
-            reasons.append(f"{MAX_UNREADABLE} events of one message cannot be read; the rest is not looked at")
+            reasons.append(f"{MAX_UNREADABLE} events of one message cannot be decoded; the rest is ignored")
             break
     for reason in reasons:
         discard(reason)
 
 
 def _event(raw: bytes, discard: Callable[[str], None]) -> RunEvent:
-    """One event of several."""
+    """Return one event of an array."""
     try:
         return decode(raw, RunEvent, mend=_with_texts)
     except Undecodable as error:
@@ -243,13 +243,13 @@ def _event(raw: bytes, discard: Callable[[str], None]) -> RunEvent:
 
 
 def _in_place(outline: Any, reason: str, discard: Callable[[str], None]) -> RunEvent:
-    """Return what stands for an event that cannot be read, and why."""
+    """Return the replacement of an undecodable event."""
     discard(reason)
     if not isinstance(outline, _Outline):
         return RunEvent(seq=0, kind="heartbeat")
     seq, kind = _lenient(outline.seq, Count, 0), _lenient(outline.kind, Name, "")
     if kind in ("result", "error", "rejected") or (not kind and bytes(outline.content) != b"null"):
-        why = cut_note(f"the last event of the run cannot be read: {reason}")
+        why = cut_note(f"the last event of the run cannot be decoded: {reason}")
         return RunEvent(seq=seq, kind="error", error=TaskError(code="agent_failed", message=why))
     return RunEvent(seq=seq, kind="heartbeat")
 
@@ -262,13 +262,12 @@ def _lenient(raw: Raw, shape: Any, otherwise: Any) -> Any:
 
 
 class Delta(Message, frozen=True, kw_only=True, omit_defaults=False):
-    """One step of progress as clients see it."""
+    """One step of progress, as clients receive it."""
 
     task_id: Token
     attempt: Count
     seq: Count
-    """The number of the run's event: each is greater than the one before, and heartbeats leave gaps."""
+    """Number of the run's event, increasing; heartbeats leave gaps."""
     at: Count = 0
-    """Characters (Unicode code points) of text before it in this attempt: more than a reader has received means that
-    the reader has missed some."""
+    """Characters (Unicode code points) of text before it in this attempt; more than received: there is a gap."""
     event: Progress

@@ -1,4 +1,4 @@
-"""What a client asks for, and what it gets back."""
+"""Tasks of clients and their results: ads, errors, results, replies."""
 
 from hashlib import blake2b
 from typing import Annotated, Literal
@@ -35,7 +35,7 @@ PRIORITIES: tuple[Priority, ...] = ("low", "normal", "high", "critical")
 """Least urgent first."""
 
 DEFAULT_TOKEN_YARDSTICK = 4096
-"""Tokens against which efficiency is measured when an ad sets no budget (the seed's default)."""
+"""Token budget for the efficiency of tasks without one; the default of loom-agent 0.6."""
 
 MAX_WARNINGS = 8
 MAX_DOLLARS = 1e9
@@ -44,62 +44,63 @@ ToolName = Annotated[str, Meta(min_length=1, max_length=64)]
 
 
 class Accept(CheckedMessage, metaclass=FieldsByName, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a result must be to count as a success."""
+    """Rules that a result must meet to count as a success."""
 
     contains: Annotated[tuple[Annotated[str, Meta(max_length=1000)], ...], Meta(max_length=16)] = ()
-    """Texts the content must hold, letter for letter."""
+    """Texts that the content must contain exactly."""
     pattern: Annotated[str, Meta(min_length=1, max_length=1000)] | None = None
-    """A regular expression that must be found in the content."""
+    """A regular expression that must match somewhere in the content."""
     json_schema: FreeJson | None = None
-    """The content must be JSON that fits this schema, which holds all it refers to."""
+    """JSON Schema of the content; it must contain everything to which it refers."""
     rubric: Annotated[str, Meta(min_length=1, max_length=2000)] | None = None
-    """What a model judges the content by, where the phases may ask one."""
+    """Criteria for a model that judges the content, if EVALUATE has one."""
     threshold: Unit = 0.5
-    """Least score of that model; below it the task goes to another node."""
+    """Least score of that model; with a lower one the task goes to another node."""
     best_effort: bool = False
-    """Whether the best refused answer is taken when attempts, bidders or time run out; otherwise the task fails."""
+    """Whether the best refused answer counts when attempts, bidders or time run out; otherwise the task fails."""
 
 
 class Limits(CheckedMessage, metaclass=FieldsByName, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Narrower bounds than the cluster's; a wider one is ignored."""
+    """Narrower bounds than those of the cluster; wider ones are ignored."""
 
     max_depth: Annotated[int, Meta(ge=0, le=16)] | None = None
     mitosis_threshold: Unit | None = None
 
 
 class TaskAd(CheckedMessage, metaclass=FieldsByName, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An advertisement for work: what is to be done, and under which limits."""
+    """An advertisement for work: the description of a task and its limits."""
 
     task_id: Token = msgspec.field(default_factory=new_id)
     domain: Annotated[str, Meta(max_length=128)] = ""
-    """Field of knowledge, any text; empty: SENSE decides."""
+    """Field of knowledge, any text; empty: SENSE chooses it."""
     description: Text = ""
     """The work, in words. At least one visible character."""
     estimated_complexity: Unit | None = None
-    """0 trivial to 1 very hard; absent: SENSE decides."""
+    """0 trivial to 1 very hard; absent: SENSE estimates it."""
     priority: Priority = "normal"
     required_tools: Annotated[tuple[ToolName, ...], Meta(max_length=32)] = ()
     tools_allowed: Annotated[tuple[ToolName, ...], Meta(max_length=256)] | None = None
-    """The only tools a run may use, of those its node has; absent: all of them; empty: none. Subtasks and delegated
-    tasks inherit the list and can only narrow it."""
+    """The only tools of its node that a run may use; absent: all of them; empty: none. Subtasks and delegated tasks
+    inherit the list and can only narrow it."""
     token_budget: Annotated[int, Meta(ge=1, le=100_000_000)] | None = None
-    """A hard limit of tokens; absent: no limit, and 4096 as yardstick of efficiency."""
+    """Hard limit of tokens; absent: no limit, and efficiency is measured against 4096."""
     timeout_s: Annotated[float, Meta(gt=0, le=86_400)] = 300.0
     """Seconds from acceptance to the deadline."""
     node_id: NodeName | None = None
-    """Pin: only this node may run it; no auction. `node_id`, or `owner.node_id` where the owner is not `local`."""
+    """Pin: only this node may run the task, without an auction. `node_id`, or `owner.node_id` if the owner is not
+    `local`."""
     accept: Accept | None = None
     limits: Limits | None = None
     context: FreeJson = {}
-    """Small free JSON handed to the agent."""
+    """Small JSON object for the agent."""
     labels: Labels = {}
-    """Pairs of strings for gateways, tenants and people, at most 16 and 2 KiB of JSON in all. The record, the result
-    and rewards have them, subtasks and delegated tasks inherit them, and no agent gets to see them."""
+    """Pairs of strings for gateways, tenants and people, at most 16 and 2 KiB of JSON in total. The record, the result
+    and rewards have them, subtasks and delegated tasks inherit them, and agents do not receive them."""
     wait: bool = True
-    """False: `loom.submit` answers at once with `accepted`."""
+    """False: the reply of `loom.submit` is `accepted`, at once."""
 
     def _out_of_range(self, name: str, ge: float, le: float) -> ValueError:
-        """Return the error that a client in another language would get."""
+        """Return the error that clients in other languages receive."""
         error = super()._out_of_range(name, ge, le)
         return InvalidTask(f"{name} must be {FIELD_RULES[name]}", field=name) if name in FIELD_RULES else error
 
@@ -118,43 +119,43 @@ FIELD_RULES = {
     "limits": 'an object such as {"max_depth": 1}',
     "wait": "true or false",
 }
-"""field -> its rule in words, where msgspec's own are hard to read."""
+"""field -> its rule in words, which are easier to read than those of msgspec."""
 
 
 def ad_digest(ad: TaskAd) -> str:
-    """Return 16 hex digits that tell an ad from others under the same id; whether it waits makes no difference.
+    """Return 16 hex digits that distinguish an ad from others with the same id; `wait` has no effect on them.
 
     Args:
-        ad: As it was read from JSON, or as `check_ad` has returned it: 300 and 300.0 are different digits.
+        ad: Decoded from JSON, or returned by `check_ad`: 300 and 300.0 have different digests.
     """
     return blake2b(encode(ad if ad.wait else replace(ad, wait=True)), digest_size=8).hexdigest()
 
 
 class Submission(Message, frozen=True, kw_only=True):
-    """An ad on its way into the loop."""
+    """An ad in the stream INTAKE."""
 
     ad: TaskAd
     submission: Token
-    """Random per submit call: tells a resent message from a second submitter of the same id."""
+    """Random per call of submit: distinguishes a repeated message from another submission of the same id."""
     reply_to: Annotated[str, Meta(max_length=256)] = ""
-    """Where the TaskResult is wanted; empty: nowhere."""
+    """Subject for the TaskResult; empty: none."""
 
 
 class BestRejected(CheckedMessage, frozen=True, kw_only=True):
-    """The best answer that was refused, with the reason."""
+    """The best refused answer of a task without an accepted one."""
 
     content: Text
-    """At most 64 KiB of JSON."""
+    """The answer, at most 64 KiB of JSON."""
     truncated: bool = False
     """Whether the answer was longer and has been cut."""
     score: Unit = 0.0
-    """The judge's; 0 where the answer broke a rule and was not judged."""
+    """Score by a model; 0 if the answer broke a rule and was not judged."""
     reason: Note = ""
     """Why it was refused."""
     node_id: Name = ""
-    """The node that gave it."""
+    """Node of the answer."""
     owner: Name = LOCAL_OWNER
-    """Whose node it is."""
+    """Owner of the node."""
 
     @property
     def node(self) -> str:
@@ -171,7 +172,7 @@ class TaskError(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields
     node_id: Name | None = None
     retry_after_s: Seconds | None = None
     best_rejected: BestRejected | None = None
-    """On a TaskResult's error: the best answer that was refused on the way, if there was one."""
+    """In the error of a TaskResult: the best refused answer, if there was one."""
 
     @classmethod
     def of(cls, error: LoomError, *, node_id: str | None = None) -> "TaskError":
@@ -201,7 +202,7 @@ class TaskError(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class RunResult(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a node's agent produced in one attempt."""
+    """Outcome of one run: content, tokens and cost."""
 
     content: Text = ""
     """The answer, at most 64 KiB of JSON."""
@@ -210,17 +211,17 @@ class RunResult(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields
     prompt_tokens: Count = 0
     completion_tokens: Count = 0
     estimated_usage: bool = False
-    """Whether tokens were guessed from text lengths because the model did not say."""
+    """Whether tokens were estimated from text lengths because the model did not report them."""
     steps: Count = 0
-    """Rounds the agent took."""
+    """Rounds of the agent."""
     tool_errors: Count = 0
     duration_s: Seconds = 0.0
     usd: Dollars = 0.0
-    """What the run has cost, as far as its agent reports it."""
+    """Cost of the run in US dollars, if its agent reports it."""
 
     @property
     def tokens_used(self) -> int:
-        """The same as `tokens`."""
+        """Equal to `tokens`."""
         return self.tokens
 
     @property
@@ -239,7 +240,7 @@ class RunResult(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields
         return total(self.prompt_tokens, self.completion_tokens)
 
     def usage_with(self, other: "RunResult") -> "RunResult":
-        """Return the tokens and the money of both, and nothing else of either."""
+        """Return a result with the sum of both tokens and costs, and nothing else."""
         return RunResult(
             prompt_tokens=total(self.prompt_tokens, other.prompt_tokens),
             completion_tokens=total(self.completion_tokens, other.completion_tokens),
@@ -249,13 +250,13 @@ class RunResult(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class PhaseUsage(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one phase has asked a model on behalf of a task."""
+    """Model calls of one phase for a task."""
 
     requests: Count = 0
     prompt_tokens: Count = 0
     completion_tokens: Count = 0
     estimated: bool = False
-    """Whether tokens were guessed from text lengths because the model did not report them."""
+    """Whether tokens were estimated from text lengths because the model did not report them."""
 
     @property
     def tokens(self) -> int:
@@ -273,13 +274,13 @@ class PhaseUsage(CheckedMessage, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class TaskUsage(CheckedMessage, frozen=True, kw_only=True):
-    """What a task has taken besides its runs."""
+    """Tokens of a task in addition to those of its runs."""
 
     phases: Annotated[dict[Name, PhaseUsage], Meta(max_length=16)] = {}
-    """phase -> what its questions to a model took; absent: the phase asked none."""
+    """phase -> tokens of its model calls; absent: it made none."""
 
     def __hash__(self) -> int:
-        """Return a hash, so that results with a dictionary in them may be members of a set."""
+        """Return a hash: sets may contain results, despite the dictionary in them."""
         return hash(frozenset(self.phases.items()))
 
 
@@ -287,7 +288,7 @@ TaskState = Literal["accepted", "running", "succeeded", "failed", "cancelled"]
 
 
 class TaskResult(Message, frozen=True, kw_only=True):
-    """The one answer to a task."""
+    """The final result of a task."""
 
     task_id: Token
     state: TaskState
@@ -296,35 +297,35 @@ class TaskResult(Message, frozen=True, kw_only=True):
     domain: Name = ""
     node_id: Name | None = None
     owner: Name | None = None
-    """Whose node it is."""
+    """Owner of the node."""
     host_id: Name | None = None
     attempts: Count = 0
     score: Unit | None = None
-    """What the judge gave the result."""
+    """Score of the result by a model."""
     below_threshold: bool = False
-    """Whether a success is only the best answer there was, short of what `accept` asks, as `best_effort` allows."""
+    """Whether a success is the best refused answer, which `best_effort` permits."""
     truncated: bool = False
     prompt_tokens: Count = 0
-    """Of all attempts, failed ones included, with all that subtasks and delegated tasks took; what the phases asked
-    a model on behalf of the task itself is in `usage`."""
+    """Total of all attempts, failed ones included, and of subtasks and delegated tasks. Model calls of the phases for
+    the task itself are in `usage`."""
     completion_tokens: Count = 0
     estimated_usage: bool = False
-    """Whether tokens were guessed from text lengths because a model did not report them."""
+    """Whether tokens were estimated from text lengths because a model did not report them."""
     usd: Dollars = 0.0
-    """What all attempts have cost, as far as their agents report it."""
+    """Cost of all attempts in US dollars, if their agents report it."""
     usage: TaskUsage = TaskUsage()
     steps: Count = 0
     duration_s: Seconds = 0.0
-    """Seconds the winning run took."""
+    """Duration of the winning run."""
     warnings: Annotated[tuple[Note, ...], Meta(max_length=MAX_WARNINGS)] = ()
-    """What a person should know of the result, such as a judge that could not be asked."""
+    """Warnings about the result, such as a judging model that did not respond."""
     labels: Labels = {}
-    """The ad's."""
+    """Labels of the ad."""
     ad_digest: Annotated[str, Meta(max_length=64)] = ""
-    """Of the ad as it was submitted: another one under the same id has another digest. Empty: the ad is not known."""
+    """Digest of the submitted ad: another ad with the same id has another one. Empty: the ad is unknown."""
 
     def __hash__(self) -> int:
-        """Return a hash, so that results may be members of a set with the dictionary of labels in them."""
+        """Return a hash: sets may contain results, despite the dictionary of labels in them."""
         return hash((self.task_id, self.state, self.content, self.attempts))
 
     @property
@@ -334,19 +335,19 @@ class TaskResult(Message, frozen=True, kw_only=True):
 
     @property
     def node(self) -> str:
-        """The node as people write it: `owner.node_id` where the owner is not `local`; empty where there is none."""
+        """The node as people write it: `owner.node_id` if the owner is not `local`; empty without a node."""
         return qualified(self.owner or LOCAL_OWNER, self.node_id) if self.node_id else ""
 
 
 class Accepted(CheckedMessage, frozen=True, kw_only=True, omit_defaults=False):
-    """The answer to a submit that does not wait."""
+    """The reply to a submission that does not wait."""
 
     task_id: Token
     state: Literal["accepted"] = "accepted"
 
 
 class ErrorReply(CheckedMessage, frozen=True, kw_only=True):
-    """The body of the reply to a request that is refused; whatever concerns a task that exists is a TaskResult."""
+    """The reply to a refused request; an error of an existing task comes as a TaskResult."""
 
     code: Name
     message: Note
@@ -354,7 +355,7 @@ class ErrorReply(CheckedMessage, frozen=True, kw_only=True):
 
 
 class StatusQuery(Message, frozen=True, kw_only=True):
-    """What a request for the status of a task, or for its cancel, may have as its body."""
+    """Optional body of a status or cancel request."""
 
     full: bool | None = None
-    """Whether the record is wanted, too."""
+    """Whether the reply includes the record."""

@@ -13,13 +13,13 @@ MAX_TOKEN = 64
 _TOKEN = re.compile(TOKEN_PATTERN)
 
 Token = Annotated[str, msgspec.Meta(pattern=rf"^{TOKEN_PATTERN}\Z")]
-"""One variable part of a subject."""
+"""A variable part of a subject."""
 NodeName = Annotated[str, msgspec.Meta(pattern=rf"^(?:{TOKEN_PATTERN}\.)?{TOKEN_PATTERN}\Z")]
 """A node as people write it: `node_id` where the owner is `local`, else `owner.node_id`."""
 
 
 def is_token(text: str) -> bool:
-    """Return whether `text` may stand as one token of a subject."""
+    """Return whether `text` is valid as one token of a subject."""
     return len(text) <= MAX_TOKEN and _is_token(text)
 
 
@@ -30,10 +30,10 @@ def _is_token(text: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def domain_token(domain: str) -> str:
-    """Return the token a domain is addressed and indexed by, such as `code` for `Code` and `x-e6f04ffbaa42` for 代码.
+    """Return the token of a domain in subjects and keys, such as `code` for `Code` and `x-e6f04ffbaa42` for 代码.
 
-    The text in Unicode's form NFC, trimmed and in lower case; where that cannot stand in a subject, `x-` and the first
-    12 hex digits of the SHA-256 of its UTF-8 bytes. docs/subjects.md has examples for other implementations.
+    It is the text in Unicode's form NFC, trimmed and in lower case. If that is not a valid token, it is `x-` and the
+    first 12 hex digits of the SHA-256 of its UTF-8 bytes. docs/subjects.md has examples for other implementations.
     """
     text = unicodedata.normalize("NFC", domain).strip().lower()
     if _TOKEN.fullmatch(text):

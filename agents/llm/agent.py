@@ -1,4 +1,4 @@
-"""An agent that works in rounds with a language model and calls tools."""
+"""An agent that calls a language model in rounds, and runs the tools that the model calls."""
 
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
@@ -18,19 +18,19 @@ from loom.schemas.task import RunResult
 
 
 class Agent:
-    """A model with a system prompt and tools; each job is a conversation of its own.
+    """A model with a system prompt and tools; each job is a separate conversation.
 
     Args:
-        provider: Any object with `complete` or `stream` of `LLMProvider`, or both. What they give may be objects of
-            other classes with the fields of `CompletionResult` and `StreamChunk`, dicts or texts.
+        provider: Any object with `complete` or `stream` of `LLMProvider`, or both. Their results may be dicts, texts,
+            or objects of other classes with the fields of `CompletionResult` and `StreamChunk`.
         config: Default: an AgentConfig without a system prompt.
-        system_prompt: Instead of the config's.
-        tools: Tools, or functions to make tools of, or a ToolRegistry; names must differ.
-        name: What people call it.
-        event_bus: Gets the events of every job, beside the iterator; absent: one of its own, for `on`.
+        system_prompt: Replaces that of the config.
+        tools: Tools, functions to make tools of, or a ToolRegistry; names must be unique.
+        name: Name for people.
+        event_bus: Gets the events of every job in addition to the iterator; default: a new one, used by `on`.
 
     Raises:
-        LoomError: A function cannot be a tool, or two have one name.
+        LoomError: A function cannot be a tool, or two tools have the same name.
     """
 
     def __init__(
@@ -50,26 +50,26 @@ class Agent:
         self.config = config or AgentConfig()
         self.system_prompt = self.config.system_prompt if system_prompt is None else system_prompt
         self.name = name or "agent"
-        made = [each if isinstance(each, Tool) else Tool(each) for each in tools]
-        self._tools = {each.name: each for each in made}
-        if len(self._tools) < len(made):
-            raise LoomError("two tools have one name: give one of them another by tool(name=…)")
+        all_tools = [tool if isinstance(tool, Tool) else Tool(tool) for tool in tools]
+        self._tools = {tool.name: tool for tool in all_tools}
+        if len(self._tools) < len(all_tools):
+            raise LoomError("two tools have the same name: rename one of them by tool(name=…)")
 
     @property
     def tools(self) -> tuple[str, ...]:
-        """Names of its tools."""
+        """Names of the agent's tools."""
         return tuple(self._tools)
 
     async def start(self) -> None:
-        """Open what its tools need open; a node host calls it before the first run.
+        """Open the lifespans of the tools; a node host calls it before the first run.
 
         Raises:
-            LoomError: A tool's lifespan cannot be opened.
+            LoomError: The lifespan of a tool cannot be opened.
         """
         await start_all(self._tools.values())
 
     async def close(self) -> None:
-        """Close what `start` opened; a node host calls it at its end."""
+        """Close the lifespans of the tools; a node host calls it when it stops."""
         await close_all(self._tools.values())
 
     async def __aenter__(self) -> Self:
@@ -80,21 +80,21 @@ class Agent:
         await self.close()
 
     async def stream(self, job: RunRequest | str) -> AsyncGenerator[AgentEvent, None]:
-        """Work on `job`, or on a description, until the model answers without asking for tools, or at `max_steps`.
+        """Work on a job, or on a description, until the model answers without tool calls, or until `max_steps`.
 
-        The model's reasoning comes as ReasoningDelta, its answer as TextDelta. With `job.accept.json_schema` the model
-        is asked for that form, and fences or prose around one JSON value are no part of the final content.
+        Reasoning of the model is yielded as ReasoningDelta, its answer as TextDelta. With `job.accept.json_schema`,
+        the model is asked for that format. Fences or prose around one JSON value are removed from the final content.
 
-        The same tool with the same arguments in a third round running is not run: its result is a warning. In a fifth
-        the model counts as turning in circles.
+        A tool call with equal arguments in a third consecutive round is not run; its result is a warning. In a fifth
+        round the job fails.
 
         Raises:
-            AgentFailed: The model could not be asked, broke off, does not stop, turns in circles or gave no answer, and
-                why; `retry_after_s` where its server asks for a wait.
+            AgentFailed: The model failed, broke off, does not stop, repeats its tool calls, or gave no answer. The
+                message has the reason, and `retry_after_s` the wait that its server asks for.
             BudgetExceeded: `job.token_budget` is spent.
             DeadlineExceeded: `job.remaining_s` ran out.
 
-        Each of them has `partial`, the text so far, and `spent`, a Done with the text and the tokens so far.
+        Each error has `partial`, the text so far, and `spent`, a Done with that text and the tokens so far.
         """
         conversation = Conversation(self.provider, self.config, self.system_prompt, self._tools, _as_request(job))
         try:
@@ -107,7 +107,7 @@ class Agent:
             raise
 
     async def run(self, job: RunRequest | str) -> RunResult:
-        """Work on `job`, or on a description, and return the result.
+        """Work on a job, or on a description, and return the result.
 
         Raises:
             LoomError: As `stream` does.

@@ -1,4 +1,4 @@
-"""Checks of what a config or the environment sets for a request. Pure."""
+"""Checks of addresses, API keys and headers from a config or the environment. Pure."""
 
 import re
 from urllib.parse import urlsplit
@@ -7,7 +7,7 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 def url_fault(url: object) -> str | None:
-    """Return why `url` cannot be the address of a server, or None; the sentence begins with its name."""
+    """Return why `url` cannot be the address of a server, as a clause that follows its name, or None."""
     if not isinstance(url, str):
         return "must be a text"
     try:
@@ -23,18 +23,18 @@ def url_fault(url: object) -> str | None:
 
 
 def key_fault(key: object) -> str | None:
-    """Return why `key` cannot be sent, or None; the sentence begins with its name and does not repeat the key."""
+    """Return why an API key cannot be sent, as a clause that follows its name and does not contain the key, or None."""
     if not isinstance(key, str):
         return "must be a text"
     if not key.isascii() or any(char.isspace() or not char.isprintable() for char in key.strip()):
-        return "holds a space, a line break, a quotation mark or another character that a key cannot have"
+        return "contains a space, a line break, a quotation mark or another character that a key cannot have"
     return None
 
 
 def header_fault(name: str, value: object) -> str | None:
-    """Return why a header cannot be sent, or None; the sentence begins with its name and does not repeat the value."""
+    """Return why a header cannot be sent, as a clause that follows its name and does not contain the value, or None."""
     if not _HEADER_NAME.fullmatch(name):
-        return "is not the name of a header"
+        return "is not a valid header name"
     if not isinstance(value, str) or not value.isascii() or not value.isprintable():
         return "must be a text of printable ASCII characters"
     return None

@@ -1,4 +1,4 @@
-"""Reads what any provider gives as an answer, or as a piece of one."""
+"""Converts the answers and stream chunks of any provider into StreamChunks."""
 
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
@@ -15,19 +15,25 @@ OTHERS = ("tool_calls", "tool_call", "usage", "finish_reason")
 
 
 def read_chunk(given: Any) -> StreamChunk:
-    """Return a piece of a stream: a StreamChunk, an object or dict with its fields, or a text.
+    """Return a piece of a stream as a StreamChunk.
+
+    Args:
+        given: A StreamChunk, an object or dict with its fields, or a text.
 
     Raises:
-        AgentFailed: It is something else, or a field has a wrong type.
+        AgentFailed: The piece is of another type, or a field has the wrong type.
     """
     return _read(given, "text", "a chunk of the model's stream", "a StreamChunk")
 
 
 def read_result(given: Any) -> StreamChunk:
-    """Return a whole answer as one piece: a CompletionResult, an object or dict with its fields, or a text.
+    """Return a whole answer as one StreamChunk.
+
+    Args:
+        given: A CompletionResult, an object or dict with its fields, or a text.
 
     Raises:
-        AgentFailed: It is something else, or a field has a wrong type.
+        AgentFailed: The answer is of another type, or a field has the wrong type.
     """
     return _read(given, "content", "the model's answer", "a CompletionResult")
 
@@ -49,7 +55,7 @@ def _read(given: Any, text_field: str, what: str, wanted: str) -> StreamChunk:
 
 
 def _fields(given: Any) -> Any:
-    """An object whose attributes are the entries of a dict; anything else as it is."""
+    """Return a dict as an object with its entries as attributes, and any other value unchanged."""
     if isinstance(given, Mapping):
         return SimpleNamespace(**{name: value for name, value in given.items() if isinstance(name, str)})
     return given
@@ -72,7 +78,7 @@ def _calls(fields: Any, what: str) -> Iterable[ToolCall]:
     single = getattr(fields, "tool_call", None)
     if single is not None and single not in calls:
         calls.append(single)
-    return (_call(each, what) for each in calls)
+    return (_call(call, what) for call in calls)
 
 
 def _call(given: Any, what: str) -> ToolCall:
@@ -92,6 +98,6 @@ def _call(given: Any, what: str) -> ToolCall:
 
 
 def _sendable(extra: Any) -> dict[str, Any]:
-    """Fields beside a call, where they can be sent back: as JSON."""
+    """Return the extra fields of a call if they can be sent back as JSON, else an empty dict."""
     usable = isinstance(extra, dict) and free_json_fault(extra, max_bytes=MAX_MESSAGE_BYTES) is None
     return extra if usable else {}

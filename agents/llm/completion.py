@@ -1,4 +1,4 @@
-"""One question to a provider, whichever of the two methods it has."""
+"""Requests an answer from a provider that has `complete`, `stream` or both."""
 
 import inspect
 from collections.abc import AsyncGenerator
@@ -15,16 +15,18 @@ from loom.schemas.llm import CompletionParams, StreamChunk
 async def chunks(
     provider: Any, params: CompletionParams, deadline: Deadline, *, streaming: bool
 ) -> AsyncGenerator[StreamChunk, None]:
-    """Yield the answer in pieces; a whole answer is one piece.
+    """Request an answer and yield it in pieces; an answer of `complete` is one piece.
 
     Args:
         provider: An object with `complete`, `stream` or both.
+        params: The request.
+        deadline: Enforced on each piece.
         streaming: Whether `stream` is preferred.
 
     Raises:
-        AgentFailed: The provider has neither method, or gives something that cannot be read.
+        AgentFailed: The provider has neither method, or its answer cannot be read.
         DeadlineExceeded: There is no time left.
-        Exception: Whatever the provider raises.
+        Exception: The provider raised it.
     """
     streams, completes = (callable(getattr(provider, name, None)) for name in ("stream", "complete"))
     if not streams and not completes:
@@ -45,7 +47,7 @@ async def chunks(
 
 
 async def _stream(provider: Any, params: CompletionParams, deadline: Deadline) -> Any:
-    """The provider's asynchronous iterator, also where a coroutine returns it."""
+    """Return the provider's async iterator, which a coroutine may return."""
     with contain():
         source = provider.stream(params)
         if inspect.isawaitable(source):

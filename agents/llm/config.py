@@ -19,53 +19,53 @@ RESERVED = frozenset({"messages", "tools", "stream"})
 @fields_by_name
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig:
-    """Settings of an agent and of the model it uses; its repr shows no key and no header.
+    """Settings of an agent and of its model; the repr does not show the API key and the headers.
 
-    A setting of None is left out of the request, so that the server's own default holds.
+    A setting of None is left out of the request, so that the default of the server applies.
 
-        AgentConfig(model="gpt-5-mini", temperature=None, reasoning_effort="low", extra={"seed": 7})
+        AgentConfig(model="gpt-5-mini", temperature=None, reasoning_effort="low", extra={"top_p": 0.9})
         AgentConfig(model="my-deployment", base_url="https://me.openai.azure.com", api_version="2024-10-21")
 
     Raises:
-        ValueError: A setting is out of range, or cannot be sent as it is; the message names it.
+        ValueError: A setting is out of range or cannot be sent; the message names it.
     """
 
     provider: str = "openai"
-    """The protocol: `openai`, at any server that has it. For another one, pass an object with `complete` and `stream`
-    in the place of `OpenAIProvider`."""
+    """The protocol: `openai`, for any compatible server. For another protocol, pass an object with `complete` and
+    `stream` instead of `OpenAIProvider`."""
     model: str = "gpt-4o-mini"
-    """With Azure: the deployment."""
+    """The name of the model; with Azure, the name of the deployment."""
     system_prompt: str = ""
     max_steps: int = 10
-    """Most rounds with the model for one job."""
+    """Maximum number of rounds with the model for one job."""
     temperature: float | None = 0.7
     """0 to 2."""
     max_tokens: int | None = 4096
-    """Most tokens of one answer, reasoning included. Sent as `max_completion_tokens` to models that require it."""
+    """Maximum tokens of one answer, including reasoning. Sent as `max_completion_tokens` to models that require it."""
     token_budget: int = 128_000
-    """Most tokens one conversation may grow to."""
+    """Maximum size of a conversation in tokens."""
     stream: bool = True
     reasoning_effort: str | None = None
-    """`low`, `medium`, `high` or what else the model knows."""
+    """`low`, `medium`, `high` or another value of the model."""
     tool_choice: str | dict[str, Any] | None = None
     """Sent with each request that has tools."""
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Fields merged into the body of each request, over those of the other settings: `{"top_p": 0.9, "seed": 7}`. A
-    value of None takes a field out. As `extra_body` of the openai library."""
+    """Fields merged into the body of each request, such as `{"top_p": 0.9}`; they override the other settings. A value
+    of None removes a field. Same as `extra_body` of the openai library."""
     headers: dict[str, str] = field(default_factory=dict, repr=False)
     """Sent with each request."""
     api_key: str | None = field(default=None, repr=False)
-    """Absent: `OPENAI_API_KEY`, with `api_version` also `AZURE_OPENAI_API_KEY`. White space around it is removed."""
+    """Default: `OPENAI_API_KEY`, or `AZURE_OPENAI_API_KEY` with `api_version`. White space around it is removed."""
     base_url: str | None = None
-    """Absent: `OPENAI_BASE_URL`, else OpenAI's own, with `api_version` `AZURE_OPENAI_ENDPOINT`. A query in it is
+    """Default: `OPENAI_BASE_URL`, else that of OpenAI; `AZURE_OPENAI_ENDPOINT` with `api_version`. A query in it is
     sent with each request."""
     api_version: str | None = None
-    """Makes the server an Azure one: sent as `api-version`, with the key in the header `api-key`."""
+    """Selects Azure: sent as `api-version`, with the key in the header `api-key`."""
     timeout_s: float = 60.0
-    """How many seconds a server may send nothing before a try is given up."""
+    """Seconds without data from the server after which a try fails."""
     connect_timeout_s: float = 10.0
     tool_context: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Handed to tools that ask for a ToolContext."""
+    """Passed to tools in their ToolContext."""
 
     def __post_init__(self) -> None:
         if isinstance(self.api_key, str):
@@ -98,13 +98,13 @@ OF_PROVIDERS = (
     "timeout_s",
     "connect_timeout_s",
 )
-"""Settings that a provider reads, and an agent does not."""
+"""Settings that only providers read."""
 
 
 def settings_without_effect(config: AgentConfig, provider: Any) -> list[str]:
-    """Return the settings of an agent's config that are set, and that its provider does not have.
+    """Return the names of settings in an agent's config that its provider does not use.
 
-    Empty where the provider has no AgentConfig as its `config`: it may take them from anywhere.
+    The list is empty if the provider's `config` is not an AgentConfig, because its settings are then unknown.
     """
     own, default = getattr(provider, "config", None), AgentConfig()
     if not isinstance(own, AgentConfig):
@@ -145,10 +145,10 @@ _SECONDS = (lambda value: _is_number(value) and value > 0, "must be a number of 
 _OPTIONAL_TEXT = (_is_optional_text, "must be a text or None")
 _OTHER_PROVIDER = (
     f"is unknown; known: {', '.join(PROVIDERS)}, for any server with OpenAI's chat completions API (see base_url). "
-    "For another API pass an object with `complete` and `stream` in the place of OpenAIProvider"
+    "For another API pass an object with `complete` and `stream` instead of OpenAIProvider"
 )
 _UNSHOWN = frozenset({"system_prompt", "extra", "headers"})
-"""Settings whose values no message holds."""
+"""Settings whose values do not appear in messages."""
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "provider": (lambda value: isinstance(value, str), "must be a text"),
     "model": (lambda value: isinstance(value, str) and value.strip() != "", "must be the name of a model"),

@@ -1,4 +1,4 @@
-"""One job's conversation with a model: its rounds, limits and cost."""
+"""The conversation of one job with a model: its rounds, limits and costs."""
 
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -11,11 +11,11 @@ from loom.agents.host.delegation import Delegator
 from loom.agents.llm.completion import chunks
 from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.history import CallIds, legal_call
-from loom.agents.llm.model_answer import ModelAnswer, most_chars, why_empty
+from loom.agents.llm.model_answer import ModelAnswer, max_chars, why_empty
 from loom.agents.llm.openai.wrapped_json import json_text
 from loom.agents.llm.prompt import opening
 from loom.agents.llm.token_use import TokenUse, answer_limit, estimate_tokens
-from loom.agents.llm.tool_round import MOST_REPEATS, ToolRounds, Wanted
+from loom.agents.llm.tool_round import MAX_REPEATS, RequestedCall, ToolRounds
 from loom.agents.tools import Tool
 from loom.agents.user_code import error_fields, type_name
 from loom.bus.logs.logger import get_logger
@@ -25,16 +25,16 @@ from loom.schemas.llm import AnyProvider, CompletionParams, Message
 from loom.schemas.run import RunRequest
 
 REPORT_S = 0.05
-"""How long before its deadline a job ends, so that its cost is reported by then."""
+"""Seconds by which a job ends before its deadline, so that its costs are reported in time."""
 
 log = get_logger()
 
 
 class Conversation:
-    """One job's messages, tokens and time: nothing of it outlives the job.
+    """Runs the rounds of one job with a model, and counts its tokens and time.
 
     Args:
-        tools: By name; the job may narrow them.
+        tools: Tools by name; the job may allow only some of them.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class Conversation:
         job: RunRequest,
     ) -> None:
         self._provider, self._config, self._job = provider, config, job
-        allowed = {name: each for name, each in tools.items() if job.allows(name)}
-        self._definitions = tuple(each.definition for each in allowed.values())
+        allowed = {name: tool for name, tool in tools.items() if job.allows(name)}
+        self._definitions = tuple(tool.definition for tool in allowed.values())
         self._messages = opening(system_prompt, job)
         self._schema = job.accept.json_schema if job.accept else None
         self._started = time.monotonic()
@@ -57,28 +57,28 @@ class Conversation:
         self._calls = ToolRounds(allowed, job, self._deadline, config.tool_context)
         self._ids = CallIds()
         self._answer = ModelAnswer()
-        self._limit: int | None = None  # most tokens of the last answer
+        self._limit: int | None = None  # token limit of the last answer
         self._tokens = TokenUse()
-        self._text = ""  # of the last round that wrote any
+        self._text = ""  # text of the last round that wrote some
 
     async def events(self) -> AsyncGenerator[AgentEvent, None]:
-        """Yield what happens until the model answers without asking for tools; the last event is Done.
+        """Yield events until the model answers without tool calls; the last event is Done.
 
         Raises:
-            LoomError: As `Agent.stream` does.
+            LoomError: Same as `Agent.stream`.
         """
-        most = self._config.max_steps
-        for step in range(1, most + 1):
+        max_steps = self._config.max_steps
+        for step in range(1, max_steps + 1):
             self._step = step
-            yield StepStart(step=step, total_steps=most)
-            async with aclosing(self._ask()) as pieces:
+            yield StepStart(step=step, total_steps=max_steps)
+            async with aclosing(self._request_answer()) as pieces:
                 async for delta in pieces:
                     yield delta
             self._check_answer()
             if not self._answer.tool_calls:
                 yield StepEnd(step=step)
                 break
-            if step == most:  # results of tools would not be read any more
+            if step == max_steps:  # the model could not read the results of its calls
                 yield StepEnd(step=step, reason="max_steps")
                 break
             async with aclosing(self._call_tools()) as events:
@@ -88,28 +88,28 @@ class Conversation:
         self._finish()
         yield self.so_far()
 
-    async def _ask(self) -> AsyncGenerator[TextDelta | ReasoningDelta, None]:
-        """Ask the model, yield what it shows, keep the answer and count its tokens, also those of a broken one."""
+    async def _request_answer(self) -> AsyncGenerator[TextDelta | ReasoningDelta, None]:
+        """Request an answer, yield its deltas, and count its tokens, also if it breaks off."""
         params = self._params()
         self._answer = ModelAnswer()
         try:
-            async with aclosing(self._asked(params)) as pieces:
+            async with aclosing(self._request(params)) as pieces:
                 async for delta in pieces:
                     yield delta
         except AgentFailed as error:
-            # A server that knows no such response format, or not beside tools, refuses the whole request.
+            # Servers without this response format, or without it for requests with tools, refuse the whole request.
             if params.json_schema is None or self._answer.pieces or error.retry_after_s is not None:
                 raise
-            log.info("model_asked_without_schema", task_id=self._job.task_id, reason=error.message)
+            log.info("model_request_without_schema", task_id=self._job.task_id, reason=error.message)
             self._schema = None
-            async with aclosing(self._asked(replace(params, json_schema=None))) as pieces:
+            async with aclosing(self._request(replace(params, json_schema=None))) as pieces:
                 async for delta in pieces:
                     yield delta
         finally:
             self._count()
 
-    async def _asked(self, params: CompletionParams) -> AsyncGenerator[TextDelta | ReasoningDelta, None]:
-        """Ask once; whatever the provider raises is the agent's failure."""
+    async def _request(self, params: CompletionParams) -> AsyncGenerator[TextDelta | ReasoningDelta, None]:
+        """Request an answer once; an exception of the provider becomes AgentFailed."""
         params = replace(params, timeout_s=self._deadline.left)
         source = chunks(self._provider, params, self._deadline, streaming=self._config.stream)
         try:
@@ -122,36 +122,38 @@ class Conversation:
                 yield delta
         except LoomError:
             raise
-        except Exception as error:  # any object may be a provider, so anything may come out of it
+        except Exception as error:  # any object may be a provider, and may raise anything
             log.warning("provider_raised", task_id=self._job.task_id, node_id=self._job.node_id, **error_fields(error))
             raise self._failed(f"the model could not answer: its provider raised {type_name(error)}") from error
 
     def _check_size(self) -> None:
-        if self._answer.pieces > 1 and self._answer.size > most_chars(self._config.max_tokens):
+        if self._answer.pieces > 1 and self._answer.size > max_chars(self._config.max_tokens):
             raise self._failed("the model does not stop: its answer is longer than it was asked for")
 
     def _params(self) -> CompletionParams:
-        """The next question, its answer bounded by the tokens that are left."""
+        """Return the next request, with the answer limited to the tokens that are left."""
         size = max(self._tokens.last, estimate_tokens((self._messages, self._definitions)))
         if size > self._config.token_budget:
-            raise self._failed(f"the conversation has outgrown the agent's {self._config.token_budget} tokens")
+            raise self._failed(
+                f"the conversation exceeds the agent's token_budget of {self._config.token_budget} tokens"
+            )
         left = None if self._job.token_budget is None else self._job.token_budget - self._spent
         if left is not None and size >= left:
-            raise self._overspent(f"{left} are left and the next question takes about {size}")
+            raise self._overspent(f"{left} are left and the next request takes about {size}")
         self._limit = answer_limit(self._config.max_tokens, None if left is None else left - size)
         return CompletionParams(
             messages=tuple(self._messages),
             tools=self._definitions,
             temperature=self._config.temperature,
             max_tokens=self._limit,
-            # Servers that hold an answer to a schema from its first token leave a model that has tools no way to call
-            # one: the prompt alone describes the answer then.
+            # Some servers enforce the schema from the first token, so that the model cannot call tools: with tools,
+            # only the prompt describes the answer.
             json_schema=None if self._definitions else self._schema,
             timeout_s=self._deadline.left,
         )
 
     def _count(self) -> None:
-        """Account for the answer, as far as it came."""
+        """Count the tokens of the answer, complete or not."""
         answer = self._answer
         if not answer.pieces:
             return
@@ -170,18 +172,18 @@ class Conversation:
             raise self._overspent(f"{self._spent} were used")
 
     async def _call_tools(self) -> AsyncGenerator[AgentEvent, None]:
-        """Run the calls of the answer; they and their results become a part of the conversation."""
+        """Run the tool calls of the answer, and add them and their results to the conversation."""
         answer = self._answer
-        circling = self._calls.circling(answer.tool_calls)
-        if circling:
-            again = f"the same call of {', '.join(circling)} {MOST_REPEATS} rounds running"
-            raise self._failed(f"the model turns in circles: {again}")
-        calls = [Wanted(each, legal_call(each, self._ids.unique(each.id))) for each in answer.tool_calls]
+        repeated = self._calls.count_repeats(answer.tool_calls)
+        if repeated:
+            calls_of = f"the same call of {', '.join(repeated)} {MAX_REPEATS} rounds running"
+            raise self._failed(f"the model turns in circles: {calls_of}")
+        calls = [RequestedCall(call, legal_call(call, self._ids.unique(call.id))) for call in answer.tool_calls]
         turn = Message(
             role="assistant",
             content=answer.content,
             reasoning=answer.reasoning,
-            tool_calls=tuple(each.legal for each in calls),
+            tool_calls=tuple(call.legal for call in calls),
         )
         self._messages.append(turn)
         async with aclosing(self._calls.run(calls, self._messages, cut=answer.cut)) as events:
@@ -189,14 +191,14 @@ class Conversation:
                 yield event
 
     def _finish(self) -> None:
-        """Take off what surrounds the answer.
+        """Remove fences and prose around a JSON answer.
 
         Raises:
-            AgentFailed: There is none.
+            AgentFailed: There is no answer.
         """
-        if not self._text or self._answer.spoilt:
-            why = self._why_empty()
-            raise self._failed("the model ended without an answer" + (f": {why}" if why else ""))
+        if not self._text or self._answer.is_refused_or_cut:
+            reason = self._why_empty()
+            raise self._failed("the model ended without an answer" + (f": {reason}" if reason else ""))
         if self._job.accept is not None and self._job.accept.json_schema is not None:
             self._text = json_text(self._text, self._job.accept.json_schema)
 
@@ -208,11 +210,11 @@ class Conversation:
 
     @property
     def _spent(self) -> int:
-        """Tokens the job has taken, those of delegated work included."""
+        """Tokens that the job has used, including those of delegated tasks."""
         return self._tokens.total + (self._delegator.delegated_tokens if self._delegator else 0)
 
     def so_far(self) -> Done:
-        """Return the text, tokens and steps by now."""
+        """Return the text, tokens and steps so far."""
         return Done(
             content=self._text,
             tokens_used=self._tokens.total,
@@ -224,5 +226,7 @@ class Conversation:
     def _failed(self, message: str) -> AgentFailed:
         return AgentFailed(message, task_id=self._job.task_id)
 
-    def _overspent(self, how: str) -> BudgetExceeded:
-        return BudgetExceeded(f"the task's {self._job.token_budget} tokens are spent: {how}", task_id=self._job.task_id)
+    def _overspent(self, detail: str) -> BudgetExceeded:
+        return BudgetExceeded(
+            f"the task's {self._job.token_budget} tokens are spent: {detail}", task_id=self._job.task_id
+        )

@@ -1,4 +1,4 @@
-"""A user's model provider, for a process that does other work too."""
+"""Wraps a user's model provider for a process that does other work as well."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -11,20 +11,20 @@ from loom.schemas.errors import AgentFailed
 from loom.schemas.llm import AnyProvider, CompletionParams, CompletionResult, StreamChunk
 
 LIMIT_S = 180.0
-"""How long an answer may take where the question sets no limit."""
+"""Seconds that an answer may take if the request has no limit."""
 
 
 class GuardedProvider:
-    """A provider that cannot end the process or task that asks it: such an exception comes out as AgentFailed.
+    """Converts exceptions of a provider that would end the process or the task into AgentFailed.
 
-    It reads what `Agent` reads: answers of other forms, and of providers with `complete` or `stream` alone.
+    Like `Agent`, it accepts answers in other formats, and providers with only one of `complete` and `stream`.
     """
 
     def __init__(self, provider: AnyProvider) -> None:
         self._provider = provider
 
     async def complete(self, params: CompletionParams) -> CompletionResult:
-        """Return the provider's answer, without a block of thoughts at its start."""
+        """Return the provider's answer, without a block of reasoning at its start."""
         answer = ModelAnswer()
         async with aclosing(self._chunks(params, streaming=False)) as pieces:
             async for piece in pieces:
@@ -33,7 +33,7 @@ class GuardedProvider:
         return answer.result()
 
     def stream(self, params: CompletionParams) -> AsyncGenerator[StreamChunk, None]:
-        """Yield the provider's pieces."""
+        """Yield the pieces of the provider's answer."""
         return self._chunks(params, streaming=True)
 
     async def _chunks(self, params: CompletionParams, *, streaming: bool) -> AsyncGenerator[StreamChunk, None]:

@@ -1,7 +1,7 @@
-"""What goes back to a model: whatever it wrote, in a form that every server accepts.
+"""Repairs the messages of a model before they are sent back to it.
 
-Servers refuse a conversation as a whole for one tool call with a broken name, id or arguments. So such a call is mended
-before it becomes a part of the conversation; the call's result names the fault to the model.
+Servers refuse a whole conversation for one tool call with an invalid name, id or arguments. Such a call is repaired
+before it is added to the conversation; the result of the call describes the fault to the model.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from loom.schemas.llm import Message, ToolCall
 
 
 def arguments_object(arguments: str) -> dict[str, Any] | None:
-    """Return a call's arguments, empty ones as {}; None where they are not a JSON object."""
+    """Return the arguments of a call (empty: {}), or None if they are not a JSON object."""
     try:
         return msgspec.json.decode(arguments.strip() or "{}", type=dict[str, Any])
     except (ValueError, RecursionError):
@@ -23,22 +23,22 @@ def arguments_object(arguments: str) -> dict[str, Any] | None:
 
 
 def legal_call(call: ToolCall, call_id: str) -> ToolCall:
-    """Return `call` as it may go back to its server: its arguments are {} where they are not a JSON object."""
+    """Return a call that a server accepts: with a legal name, and {} for arguments that are not a JSON object."""
     readable = call.arguments.strip() and arguments_object(call.arguments) is not None
     arguments = call.arguments if readable else "{}"
     return replace(call, id=call_id, name=legal_name(call.name), arguments=arguments)
 
 
 class CallIds:
-    """The ids of one conversation's calls: every call has one, and no two the same."""
+    """Gives every call of a conversation a unique id."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
         self._made = 0
 
-    def unique(self, wanted: str) -> str:
-        """Return `wanted`, or an id made of nine letters and digits where it is empty or taken."""
-        call_id = wanted.strip()
+    def unique(self, requested: str) -> str:
+        """Return `requested`, or a new id of nine letters and digits if it is empty or taken."""
+        call_id = requested.strip()
         while not call_id or call_id in self._taken:
             self._made += 1
             call_id = f"call{self._made:05d}"
@@ -47,7 +47,7 @@ class CallIds:
 
 
 def alternating(turns: Iterable[Message]) -> list[Message]:
-    """Return `turns` with neighbours of one role joined, since many models expect the roles to alternate."""
+    """Join consecutive messages of the same role, because many models expect alternating roles."""
     joined: list[Message] = []
     for turn in turns:
         if joined and joined[-1].role == turn.role:

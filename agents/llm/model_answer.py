@@ -1,4 +1,4 @@
-"""A model's answer as it comes, and why there may be none."""
+"""Collects the answer of a model, and explains an empty one."""
 
 from collections.abc import Iterable
 
@@ -10,17 +10,17 @@ from loom.schemas.llm import CompletionResult, StreamChunk, ToolCall, Usage
 
 MAX_REFUSAL_CHARS = 1000
 CHARS_PER_TOKEN = 32
-"""More than any model packs into a token."""
+"""More characters than a token of any model has."""
 
 
 class ModelAnswer:
-    """Collects the pieces of one answer and returns each as what may be shown of it."""
+    """Collects the pieces of one answer and returns the deltas to show for each piece."""
 
     def __init__(self) -> None:
         self.pieces = 0
-        """How many have come."""
+        """Number of pieces so far."""
         self.size = 0
-        """Characters so far, those of reasoning and calls included."""
+        """Characters so far, including reasoning and tool calls."""
         self.refusal = ""
         self.tool_calls: list[ToolCall] = []
         self.usage: Usage | None = None
@@ -31,32 +31,32 @@ class ModelAnswer:
         self._thoughts: list[str] = []
 
     @property
-    def spoilt(self) -> bool:
-        """Whether the model refused, or was cut before it wrote any text."""
+    def is_refused_or_cut(self) -> bool:
+        """Whether the model refused, or reached its token limit, before it wrote any text."""
         return not self.content.strip() and not self.tool_calls and (bool(self.refusal.strip()) or self.cut)
 
     @property
     def cut(self) -> bool:
-        """Whether the answer ended at its most tokens."""
+        """Whether the answer ended at its token limit."""
         return self.finish_reason == "length"
 
     @property
     def content(self) -> str:
-        """The text, without thoughts."""
+        """The text without reasoning."""
         return "".join(self._texts)
 
     @property
     def reasoning(self) -> str:
-        """The reasoning that came in a field of its own."""
+        """The reasoning in a separate field."""
         return "".join(self._reasoning)
 
     @property
     def thoughts(self) -> str:
-        """The reasoning that came within the text."""
+        """The reasoning within the text."""
         return "".join(self._thoughts)
 
     def add(self, chunk: StreamChunk) -> list[ReasoningDelta | TextDelta]:
-        """Take a piece and return what it shows."""
+        """Add a piece and return its deltas."""
         self.pieces += 1
         self.size += len(chunk.text) + len(chunk.reasoning) + len(chunk.refusal)
         self.size += sum(len(call.id) + len(call.name) + len(call.arguments) for call in chunk.tool_calls)
@@ -68,7 +68,7 @@ class ModelAnswer:
         return self._shown(chunk.reasoning, thoughts, text)
 
     def end(self) -> list[ReasoningDelta | TextDelta]:
-        """Return what is left to show after the last piece."""
+        """Return the remaining deltas after the last piece."""
         return self._shown("", *self._think.rest())
 
     def result(self) -> CompletionResult:
@@ -86,30 +86,31 @@ class ModelAnswer:
         for kept, piece in ((self._reasoning, reasoning), (self._thoughts, thoughts), (self._texts, text)):
             if piece:
                 kept.append(piece)
-        return [*(ReasoningDelta(text=each.text) for each in _pieces(reasoning + thoughts)), *_pieces(text)]
+        return [*(ReasoningDelta(text=piece.text) for piece in _pieces(reasoning + thoughts)), *_pieces(text)]
 
 
 def _pieces(text: str) -> Iterable[TextDelta]:
     return deltas(text) if text else ()
 
 
-def most_chars(max_tokens: int | None) -> int:
-    """Return how many characters a stream of at most `max_tokens` tokens may have: a longer one does not stop."""
+def max_chars(max_tokens: int | None) -> int:
+    """Return the number of characters beyond which a stream of at most `max_tokens` tokens counts as endless."""
     return MAX_TEXT_CHARS if max_tokens is None else max_tokens * CHARS_PER_TOKEN
 
 
 def why_empty(answer: ModelAnswer, *, limit: int | None, by_budget: bool) -> str:
-    """Return why an answer holds no text, as a clause for a message.
+    """Return why an answer has no text, as a clause for a message.
 
     Args:
-        limit: Most tokens the answer could have.
-        by_budget: Whether the task's token budget made that limit, not the agent's config.
+        answer: An answer without text.
+        limit: Token limit of the answer.
+        by_budget: Whether the limit follows from the task's token budget, and not from the agent's config.
     """
     if answer.refusal.strip():
         return f"it refused: {' '.join(answer.refusal.split())[:MAX_REFUSAL_CHARS]}"
     reasoned = bool(answer.reasoning or answer.thoughts)
     if not answer.cut:
-        return "it wrote reasoning alone" if reasoned else ""
+        return "it wrote only reasoning" if reasoned else ""
     what = "went into reasoning" if reasoned else "ended before any text (hidden reasoning counts as well)"
     if limit is None:
         return f"the most tokens its server allows {what}: set AgentConfig(max_tokens=…)"

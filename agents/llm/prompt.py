@@ -1,4 +1,4 @@
-"""The first messages of a job: the system prompt, the turns of a conversation, and the work."""
+"""Builds the first messages of a job: the system prompt, earlier turns of a conversation, and the task."""
 
 from msgspec.structs import replace
 
@@ -12,9 +12,9 @@ from loom.schemas.task import Accept
 
 
 def opening(system_prompt: str, job: RunRequest) -> list[Message]:
-    """Return the messages a conversation about `job` begins with.
+    """Return the first messages of the conversation about a job.
 
-    System turns of the job's own conversation follow the agent's system prompt, in one message with it.
+    System turns in the job's conversation are appended to the agent's system prompt.
     """
     *earlier, last = [replace(turn, content=to_text(turn.content)) for turn in job.messages]
     system = [system_prompt, *(turn.content for turn in earlier if turn.role == "system")]
@@ -25,9 +25,9 @@ def opening(system_prompt: str, job: RunRequest) -> list[Message]:
 
 
 def job_message(job: RunRequest) -> str:
-    """Return `job` in words: description, context as JSON, outputs of earlier subtasks by name, what is accepted.
+    """Return the text of a job: description, context as JSON, outputs of earlier subtasks, acceptance criteria.
 
-    Turns of a conversation in the context are left out: they are messages of their own.
+    Turns of a conversation in the context are left out, because they are separate messages.
     """
     context = job.context
     if earlier_turns(context):
@@ -38,13 +38,13 @@ def job_message(job: RunRequest) -> str:
     if job.inputs:
         parts.append("Results of the subtasks this one builds on:")
         parts.extend(f"[{name}]\n{output}" for name, output in job.inputs.items())
-    if job.accept is not None and (wanted := acceptance(job.accept)):
-        parts.append(wanted)
+    if job.accept is not None and (criteria := acceptance(job.accept)):
+        parts.append(criteria)
     return to_text("\n\n".join(parts))
 
 
 def acceptance(accept: Accept) -> str:
-    """Return in one paragraph what an answer must be; empty where anything will do."""
+    """Return the acceptance criteria of an answer as text, one sentence per line; empty if there are none."""
     sentences = []
     if accept.json_schema is not None:
         schema = encode(accept.json_schema).decode()

@@ -1,4 +1,4 @@
-"""The tool calls of one turn: run side by side, each answered by exactly one message."""
+"""Runs the tool calls of a turn concurrently, and answers each with one message."""
 
 import asyncio
 import time
@@ -22,34 +22,34 @@ from loom.schemas.run import RunRequest
 log = get_logger()
 
 WARNED_REPEATS = 3
-"""A call wanted in so many rounds running is not run again: its result is a warning."""
-MOST_REPEATS = 5
-"""A call wanted in so many rounds running ends the job."""
+"""Consecutive rounds with an equal call from which the call is not run; its result is a warning."""
+MAX_REPEATS = 5
+"""Consecutive rounds with an equal call that end the job."""
 PARALLEL_TOOLS = 8
-"""Calls of one round that run at a time."""
+"""Calls of one round that run concurrently."""
 MAX_CALLS = 64
-"""Calls of one round that are run; any further one is answered by an error."""
+"""Calls of one round that are run; further ones are answered by an error."""
 EVENT_RESULT_CHARS = 2000
 CANCEL_GRACE_S = 0.5
-"""How long a cancelled tool may take to clean up before it is left behind."""
+"""Seconds that a cancelled tool may take to end before the round ends without it."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A call a model wants."""
+class RequestedCall:
+    """A tool call requested by a model."""
 
     written: ToolCall
-    """As the model wrote it."""
+    """The call as the model wrote it."""
     legal: ToolCall
-    """As it goes into the conversation."""
+    """The repaired call for the conversation."""
 
 
 class ToolRounds:
-    """Runs the calls of one job.
+    """Runs the tool calls of one job.
 
     Args:
-        tools: By name.
-        tool_context: Handed to tools that take a ToolContext.
+        tools: Tools by name.
+        tool_context: Passed to tools in their ToolContext.
     """
 
     def __init__(
@@ -59,32 +59,34 @@ class ToolRounds:
         self._job = job
         self._deadline = deadline
         self._tool_context = tool_context
-        self._room = asyncio.Semaphore(PARALLEL_TOOLS)
-        self._made = 0  # calls of all rounds
-        self._rounds: dict[tuple[str, str], int] = {}  # call of the last round -> rounds running that wanted it
+        self._parallel = asyncio.Semaphore(PARALLEL_TOOLS)
+        self._calls = 0  # in all rounds
+        self._rounds: dict[tuple[str, str], int] = {}  # call of the last round -> consecutive rounds with it
 
-    def circling(self, calls: Sequence[ToolCall]) -> list[str]:
-        """Count a round that wants `calls`, and return the names of those wanted for too many rounds running."""
-        self._rounds = {call: self._rounds.get(call, 0) + 1 for call in {_identity(each) for each in calls}}
-        return sorted({name for (name, _), rounds in self._rounds.items() if rounds >= MOST_REPEATS})
+    def count_repeats(self, calls: Sequence[ToolCall]) -> list[str]:
+        """Count a round with `calls`, and return the tools whose calls are repeated in too many consecutive rounds."""
+        self._rounds = {call: self._rounds.get(call, 0) + 1 for call in {_identity(call) for call in calls}}
+        return sorted({name for (name, _), rounds in self._rounds.items() if rounds >= MAX_REPEATS})
 
     async def run(
-        self, calls: Sequence[Wanted], conversation: list[Message], *, cut: bool = False
+        self, calls: Sequence[RequestedCall], conversation: list[Message], *, cut: bool = False
     ) -> AsyncGenerator[ToolCallStart | ToolCallEnd, None]:
         """Run `calls`, yield their starts and ends, and add their results to `conversation` in the order of the calls.
 
         Args:
-            cut: Whether the turn was cut at its most tokens, which explains arguments that cannot be read.
+            calls: The calls of one turn.
+            conversation: The messages of the job.
+            cut: Whether the turn ended at its token limit, which explains invalid arguments.
 
         Raises:
             DeadlineExceeded: There is no time left.
         """
-        running: dict[asyncio.Task[tuple[ToolResult, float]], Wanted] = {}
+        running: dict[asyncio.Task[tuple[ToolResult, float]], RequestedCall] = {}
         try:
-            for place, each in enumerate(calls):
-                yield _start(each.legal)
-                self._made += 1
-                running[asyncio.create_task(self._result(each, place, self._made, cut=cut))] = each
+            for place, call in enumerate(calls):
+                yield _start(call.legal)
+                self._calls += 1
+                running[asyncio.create_task(self._result(call, place, self._calls, cut=cut))] = call
             pending = set(running)
             while pending:
                 ended, pending = await asyncio.wait(
@@ -99,34 +101,36 @@ class ToolRounds:
             if unfinished:
                 await asyncio.wait(unfinished, timeout=CANCEL_GRACE_S)
         conversation.extend(
-            Message(role="tool", content=_outcome(task)[0].text, tool_call_id=each.legal.id)
-            for task, each in running.items()
+            Message(role="tool", content=_outcome(task)[0].text, tool_call_id=call.legal.id)
+            for task, call in running.items()
         )
 
-    async def _result(self, wanted: Wanted, place: int, number: int, *, cut: bool) -> tuple[ToolResult, float]:
-        """The result and how many milliseconds it took."""
-        call = wanted.written
+    async def _result(
+        self, requested: RequestedCall, place: int, number: int, *, cut: bool
+    ) -> tuple[ToolResult, float]:
+        """Return the result of a call and its duration in milliseconds."""
+        call = requested.written
         refusal = self._refusal(call, place)
         if refusal:
             return ToolResult(f"Error: {refusal}", failed=True), 0.0
-        async with self._room:
+        async with self._parallel:
             started = time.monotonic()
             context = ToolContext(
                 task_id=self._job.task_id,
                 attempt=self._job.attempt,
                 remaining_s=self._deadline.left,
                 call=number,
-                call_id=wanted.legal.id,
+                call_id=requested.legal.id,
                 tool_context=self._tool_context,
             )
             result = await _run(self._tools[legal_name(call.name)], call.arguments, context)
             took_ms = (time.monotonic() - started) * 1000
         if cut and result.failed and arguments_object(call.arguments) is None:
-            result = ToolResult(f"{result.text}; the turn was cut at its most tokens", failed=True)
+            result = ToolResult(f"{result.text}; the turn was cut at its token limit", failed=True)
         return result, took_ms
 
     def _refusal(self, call: ToolCall, place: int) -> str:
-        """Why a call is not run; empty when it is."""
+        """Return why a call is not run; empty if it is run."""
         if legal_name(call.name) not in self._tools:
             return f"there is no tool of that name; there are: {', '.join(self._tools) or 'none'}"
         if place >= MAX_CALLS:
@@ -138,26 +142,26 @@ class ToolRounds:
 
 
 async def _run(tool: Tool, arguments: str, context: ToolContext) -> ToolResult:
-    """Run a tool whose class may be a user's; whatever goes wrong becomes a text for the model."""
+    """Run a tool, whose class may be a user's; an exception becomes a text for the model."""
     try:
         with contain():
             value: Any = await tool.run(arguments, context)
             return value if isinstance(value, ToolResult) else as_result(value)
-    except Exception as error:  # noqa: BLE001 - a user's class may raise anything; the model gets to see it
+    except Exception as error:  # noqa: BLE001 - a user's class may raise anything; the model gets the error
         log.warning("tool_failed", tool=tool.name, task_id=context.task_id, **error_fields(error))
         published = f"Error: the tool raised {type_name(error)}"
         return ToolResult(f"Error: {error_text(error)}", failed=True, published=published)
 
 
 def _outcome(task: "asyncio.Task[tuple[ToolResult, float]]") -> tuple[ToolResult, float]:
-    """What came of a call that has ended; a tool may have cancelled the task that ran it."""
+    """Return the result and the duration of an ended call; the tool may have cancelled its own task."""
     if task.cancelled():
         return ToolResult("Error: the tool cancelled itself", failed=True), 0.0
     return task.result()
 
 
 def _identity(call: ToolCall) -> tuple[str, str]:
-    """What makes two calls the same: the tool, and the arguments however they are written."""
+    """Return the name and the normalized arguments of a call, which are equal for equal calls."""
     try:
         value = msgspec.json.decode(call.arguments)
         return call.name, msgspec.json.encode(value, order="sorted").decode()

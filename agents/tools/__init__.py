@@ -1,4 +1,4 @@
-"""Tools: what a model may call. Python functions, or anything else that has a JSON Schema."""
+"""Tools that a model may call: Python functions, or calls described by a JSON Schema."""
 
 from loom.agents.tools.context import ToolContext, ToolResult
 from loom.agents.tools.lifespan import Lifespan

@@ -1,4 +1,4 @@
-"""What a tool runs: a Python function, or a call described by a type or a JSON Schema."""
+"""The callables of tools: a Python function, or a call described by a type or a JSON Schema."""
 
 import inspect
 from collections.abc import Callable
@@ -18,36 +18,40 @@ from loom.schemas.errors import LoomError
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_FAULTS = 3
-"""Most faults of one call's arguments a message lists."""
+"""Maximum number of faults of a call's arguments in a message."""
 MAX_FAULT_CHARS = 300
-_NOT_ON_TOP = ("oneOf", "anyOf", "allOf", "enum", "not", "if", "then", "else")
-"""Keywords that servers refuse on top of a tool's parameters; arguments are checked against them all the same."""
+_NOT_AT_TOP_LEVEL = ("oneOf", "anyOf", "allOf", "enum", "not", "if", "then", "else")
+"""Keywords that servers refuse at the top level of a schema; arguments are still checked against them."""
 
 
 class Body(Protocol):
-    """What a tool runs.
+    """The interface of a tool's callable.
 
     Attributes:
-        parameters: JSON Schema of the arguments, as a model gets it.
-        description: For the model, where the tool has none of its own.
+        parameters: JSON Schema of the arguments for a model.
+        description: Description for a model, if the tool has no other.
     """
 
     parameters: dict[str, Any]
     description: str
 
     async def run(self, arguments: str, context: ToolContext) -> ToolResult:
-        """Run it with a model's arguments, JSON text.
+        """Call the callable.
+
+        Args:
+            arguments: Arguments of a model, as JSON text.
+            context: The job and the call.
 
         Raises:
-            InvalidArguments: They do not fit.
-            NotText: The value is neither text nor JSON.
-            Exception: Whatever the code of a user raises.
+            InvalidArguments: The arguments do not fit the schema.
+            NotText: The result is neither text nor JSON.
+            Exception: User code raised it.
         """
         ...
 
 
 class FunctionBody:
-    """A function whose parameters are the arguments."""
+    """Calls a function with the arguments as its parameters."""
 
     def __init__(self, fn: Callable[..., Any], name: str) -> None:
         if inspect.isasyncgenfunction(fn):
@@ -58,14 +62,14 @@ class FunctionBody:
         self.parameters = self._signature.schema
 
     async def run(self, arguments: str, context: ToolContext) -> ToolResult:
-        """Run the function; a sync one, and the iteration of what it returns, in a thread."""
+        """Call the function; a sync function, and the iteration over its result, run in a thread."""
         given = self._signature.read(arguments)
         given.update(dict.fromkeys(self._signature.contexts, context))
         return await _run(partial(self._fn, **given), threaded=not is_async(self._fn))
 
 
 class TypeBody:
-    """A call that takes the arguments as an object of one type."""
+    """Calls a function with the arguments as an object of a type."""
 
     def __init__(self, kind: Any, fn: Callable[[Any, ToolContext], Any], name: str) -> None:
         self._kind, self._fn = kind, fn
@@ -76,7 +80,7 @@ class TypeBody:
         self.description = self.parameters.get("description", "")
 
     async def run(self, arguments: str, context: ToolContext) -> ToolResult:
-        """Run the call."""
+        """Call the function."""
         try:
             with contain():
                 given = from_json(self._kind, arguments.strip() or "{}")
@@ -86,7 +90,7 @@ class TypeBody:
 
 
 class SchemaBody:
-    """A call that takes the arguments as a dict, which fits a JSON Schema."""
+    """Calls a function with the arguments as a dict that is valid under a JSON Schema."""
 
     def __init__(self, schema: dict[str, Any], fn: Callable[[dict[str, Any], ToolContext], Any], name: str) -> None:
         self._fn = fn
@@ -95,7 +99,7 @@ class SchemaBody:
         self.parameters = _as_parameters(portable(schema), name)
 
     async def run(self, arguments: str, context: ToolContext) -> ToolResult:
-        """Run the call; a part of its value that is not text becomes a placeholder."""
+        """Call the function; parts of its result that are not text become placeholders."""
         try:
             given = from_json(dict[str, Any], arguments.strip() or "{}")
         except ValueError as error:
@@ -107,40 +111,40 @@ class SchemaBody:
 
 
 async def _run(fn: "partial[Any]", *, threaded: bool) -> ToolResult:
-    """Call `fn`, which may return an awaitable; in its thread, what a sync one returns becomes text, too."""
+    """Call `fn`, which may return an awaitable; the result of a sync function is converted to text in its thread."""
     results: list[ToolResult] = []
 
-    def whole() -> Any:
+    def call_and_convert() -> Any:
         value = fn()
         if inspect.isawaitable(value):
             return value
         results.append(as_result(value))
         return None
 
-    value = await call(whole if threaded else fn)
+    value = await call(call_and_convert if threaded else fn)
     with contain():
         return results[0] if results else as_result(value)
 
 
 def _as_parameters(schema: dict[str, Any], name: str) -> dict[str, Any]:
-    """The schema of a tool's arguments as servers want it: an object that names its properties."""
+    """Return a schema in the form that servers require: an object with properties."""
     if schema.get("type", "object") != "object":
-        raise LoomError(f"tool {name}: a model gives its arguments as an object, not as {schema['type']}")
-    kept = {key: value for key, value in schema.items() if key not in _NOT_ON_TOP}
+        raise LoomError(f"tool {name}: the arguments of a tool are an object, not {schema['type']}")
+    kept = {key: value for key, value in schema.items() if key not in _NOT_AT_TOP_LEVEL}
     return {"type": "object", "properties": {}, **kept}
 
 
 def _checker(schema: dict[str, Any], name: str) -> Callable[[dict[str, Any]], None]:
-    """Return a function that raises InvalidArguments for arguments that do not fit `schema`."""
+    """Return a function that raises InvalidArguments for arguments that are not valid under `schema`."""
     import jsonschema_rs  # noqa: PLC0415 - most agents need none of its 10 MB
 
     try:
         _check_size(schema)
         check_schema(schema)
-        validator = jsonschema_rs.validator_for(schema, retriever=_nothing)
+        validator = jsonschema_rs.validator_for(schema, retriever=_refuse_reference)
     except OutOfBounds as error:
         raise LoomError(f"tool {name}: its schema {error}") from error
-    except Exception as error:  # whatever a foreign library raises, the schema cannot be used
+    except Exception as error:  # the library may raise anything
         raise LoomError(f"tool {name}: its schema cannot be used: {error_text(error)}") from error
 
     def check(arguments: dict[str, Any]) -> None:
@@ -162,6 +166,6 @@ def _check_size(schema: dict[str, Any]) -> None:
         raise OutOfBounds(f"is {size} bytes of JSON; at most {MAX_SCHEMA_BYTES}")
 
 
-def _nothing(uri: str) -> Any:
-    """A schema holds all it refers to: a tool server must not aim this process at any address."""
+def _refuse_reference(uri: str) -> Any:
+    """Refuse references to other documents, so that a tool server cannot direct requests of this process."""
     raise ValueError(f"{uri} is outside of the schema")

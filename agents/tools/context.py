@@ -1,4 +1,4 @@
-"""What a tool gets to know of its call, and what it returns to the model."""
+"""The context of a tool call, and its result for the model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,34 +7,34 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class ToolContext:
-    """The job and the call a tool runs for; a parameter annotated with this class receives it."""
+    """The job and the call of a tool; passed to a parameter that is annotated with this class."""
 
     task_id: str
     attempt: int
     remaining_s: float
-    """Seconds the job has left as the tool starts."""
+    """Seconds that the job has left when the tool starts."""
     call: int = 1
-    """Number of the call among all calls of the attempt, in the order in which the model made them."""
+    """Number of the call within the attempt, from 1, in the order of the model."""
     call_id: str = ""
-    """Id of the call in the conversation, as the model's server knows it."""
+    """Id of the call in the conversation with the model."""
     tool_context: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """As in the agent's config."""
+    """The `tool_context` of the agent's config."""
 
     @property
     def key(self) -> str:
-        """`task:attempt:call`, for the idempotency of an effect.
+        """`task:attempt:call`, an idempotency key for side effects.
 
-        Two calls of an attempt never share a key, also if they are equal and in one round. An attempt that is run
-        again counts from 1 again, so that a model that makes the same calls repeats their keys.
+        Each call of an attempt has a different key, even if the arguments are equal. An attempt that is run again
+        counts from 1 again, so that the same calls have the same keys.
         """
         return f"{self.task_id}:{self.attempt}:{self.call}"
 
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a model gets to see of a call. A tool may return one, to report a failure without raising."""
+    """The result of a call for the model. A tool may return one to report a failure without raising."""
 
     text: str
     failed: bool = False
     published: str | None = None
-    """What the bus gets instead: of an exception its type alone. Absent: the text."""
+    """Text for the bus instead, such as the type of an exception; default: `text`."""

@@ -1,4 +1,4 @@
-"""Docstrings of tools: the description, and what they have on each parameter."""
+"""Reads the description and the parameters of a tool from its docstring."""
 
 import inspect
 import re
@@ -9,9 +9,9 @@ _ENTRY = re.compile(r"(\*{0,2}\w+)\s*(?:\([^)]*\))?:\s*(.*)")
 
 
 def read_docstring(thing: Any) -> tuple[str, dict[str, str]]:
-    """Return the docstring of `thing` without its section on arguments, and that section by parameter.
+    """Return the docstring of an object without its `Args:` section, and the texts of that section by parameter.
 
-    The section has Google's form: a line `Args:`, then an indented `name: text` or `name (type): text` for each.
+    The section has Google style: a line `Args:`, then one indented `name: text` or `name (type): text` per parameter.
     """
     lines = (inspect.getdoc(thing) or "").splitlines()
     start = next((n for n, line in enumerate(lines) if _HEADER.fullmatch(line)), None)
@@ -32,6 +32,6 @@ def _entries(section: list[str]) -> dict[str, str]:
         if entry is not None:
             name = entry[1].lstrip("*")
             entries[name] = entry[2].strip()
-        elif name:  # a line that continues the one before
+        elif name:  # a continuation line
             entries[name] = f"{entries[name]} {line.strip()}".strip()
     return entries

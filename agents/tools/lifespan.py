@@ -1,4 +1,4 @@
-"""What tools need open while they may be called: a connection, a session, a process."""
+"""Resources that are open while tools may be called, such as connections, sessions and processes."""
 
 import asyncio
 from collections.abc import Callable
@@ -18,13 +18,13 @@ log = get_logger()
 
 
 class Lifespan(Generic[T]):
-    """An async context manager that is open from the first `start` to the last `close`, in a task of its own.
+    """Keeps an async context manager open from the first `start` to the last `close`.
 
-    Several tools may share one. A context manager that has to be left by the task that entered it is suitable.
+    Several tools may share a lifespan. The context manager is entered and exited in one separate task.
 
     Args:
-        open_: Makes the context manager; called for each opening, and again where the one before has failed.
-        name: What it is, for messages.
+        open_: Returns the context manager; called each time it is opened, and again after a failure.
+        name: Name of the resource in messages.
     """
 
     def __init__(
@@ -39,20 +39,20 @@ class Lifespan(Generic[T]):
 
     @property
     def value(self) -> T:
-        """What the context manager returned when it was entered.
+        """The value of the entered context manager.
 
         Raises:
-            LoomError: It is not open.
+            LoomError: The lifespan is not open.
         """
         if self._task is None or self._task.done() or not self._ready.done():
             raise LoomError(f"{self.name} is not open")
         return self._ready.result()
 
     async def start(self) -> None:
-        """Open it, or wait until it is open.
+        """Open the lifespan, or wait until it is open.
 
         Raises:
-            LoomError: It cannot be opened.
+            LoomError: The lifespan cannot be opened.
         """
         self._users += 1
         try:
@@ -62,10 +62,10 @@ class Lifespan(Generic[T]):
             raise
 
     async def ready(self) -> None:
-        """Return once it is open; one that has ended since `start` is opened again.
+        """Wait until the lifespan is open; if it has ended since `start`, it is opened again.
 
         Raises:
-            LoomError: It cannot be opened, or nothing has started it.
+            LoomError: The lifespan cannot be opened, or was not started.
         """
         if not self._users:
             raise LoomError(f"{self.name} is not open: run the agent on a node, or inside `async with agent`")
@@ -76,7 +76,7 @@ class Lifespan(Generic[T]):
         await asyncio.shield(self._ready)
 
     def reopen(self) -> None:
-        """Close what is open and let the next call open it again: for a call that finds a connection lost."""
+        """Close the context manager, so that the next call opens it again, for example after a lost connection."""
         task, closing = self._task, self._closing
         self._task = None
         if task is not None and not task.done():
@@ -84,7 +84,7 @@ class Lifespan(Generic[T]):
             task.get_loop().call_soon_threadsafe(closing.set)  # a sync call runs in a thread
 
     async def close(self) -> None:
-        """Close it, if no other user is left; what has not ended after 5 s is cancelled."""
+        """Close the lifespan after its last user; a context manager that does not exit within 5 s is cancelled."""
         self._users = max(0, self._users - 1)
         if self._users:
             return
@@ -112,5 +112,5 @@ class Lifespan(Generic[T]):
         finally:
             if not ready.done():
                 ready.set_exception(LoomError(f"{self.name} was closed while it opened"))
-            ready.exception()  # asyncio reports one that nothing has read
+            ready.exception()  # marks it as retrieved, so that asyncio does not report it
             self._leaving.discard(asyncio.current_task())

@@ -1,4 +1,4 @@
-"""Names under which models may call tools."""
+"""Names of tools that models accept."""
 
 import re
 from hashlib import blake2b
@@ -11,17 +11,17 @@ _FOREIGN = re.compile(r"[^A-Za-z0-9_-]+")
 
 
 def legal_name(name: str) -> str:
-    """Return `name` as a tool may be called: 1 to 64 letters, digits, `_` and `-`."""
+    """Return a legal tool name for `name`: 1 to 64 letters, digits, `_` and `-`."""
     if _NAME.fullmatch(name):
         return name
     return _FOREIGN.sub("_", name)[:MAX_NAME_CHARS] if re.search("[A-Za-z0-9]", name) else NAMELESS
 
 
 def name_of(alias: str) -> str:
-    """Return the name for a tool that its server names `alias`; empty for an empty one.
+    """Return the tool name for the name on a tool server; empty for an empty one.
 
-    Spaces, dots and the like become `_`. A name in another script, or a long one, gets a digest, so that two of a
-    server's tools do not share a name.
+    Spaces, dots and similar characters become `_`. A long name, or a name in another script, gets a digest, so that the
+    names of a server's tools stay different.
     """
     if not alias or (alias.isascii() and len(alias) <= MAX_NAME_CHARS):
         return alias and legal_name(alias)

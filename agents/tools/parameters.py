@@ -1,4 +1,4 @@
-"""Parameters of a Python function as the schema of a tool, and a model's arguments as its keyword arguments."""
+"""Converts a function's parameters into a tool schema, and a model's arguments into keyword arguments."""
 
 import inspect
 import types
@@ -17,25 +17,27 @@ from loom.schemas.base import encode
 from loom.schemas.errors import LoomError
 
 MAX_DEFAULT_BYTES = 256
-"""A longer default value is no part of the schema."""
+"""A longer default value is left out of the schema."""
 
 
 class InvalidArguments(ValueError):
-    """A model's arguments do not fit; the message names which and why."""
+    """The arguments of a model are not valid; the message names the fault."""
 
 
 class Parameters:
-    """The parameters of `fn`, those that receive a ToolContext apart.
+    """The parameters of a function, without those that receive a ToolContext.
 
     Args:
-        texts: Parameter -> description, for those whose annotation has none.
+        fn: The function of the tool.
+        name: Name of the tool in messages.
+        texts: Parameter -> description, for parameters without one in their annotation.
 
     Attributes:
         schema: JSON Schema of the arguments, an object.
-        contexts: Names of the parameters that receive the ToolContext, however it is annotated.
+        contexts: Names of the parameters that receive the ToolContext.
 
     Raises:
-        LoomError: A parameter cannot be given by keyword, or JSON cannot carry its type.
+        LoomError: A parameter cannot be given by keyword, or JSON cannot represent its type.
     """
 
     def __init__(self, fn: Callable[..., Any], name: str, texts: Mapping[str, str]) -> None:
@@ -43,38 +45,43 @@ class Parameters:
         self._defaults: dict[str, Callable[[], Any]] = {}
         described: dict[str, Any] = {}
         fields: list[Any] = []
-        for each in _signature(fn, name):
-            if each.kind not in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
-                raise LoomError(f"tool {name}: {each.name} cannot be given by keyword; a model names its arguments")
-            if _is_context(each.annotation):
-                self.contexts += (each.name,)
+        for parameter in _signature(fn, name):
+            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                raise LoomError(
+                    f"tool {name}: {parameter.name} cannot be given by keyword; a model names its arguments"
+                )
+            if _is_context(parameter.annotation):
+                self.contexts += (parameter.name,)
                 continue
-            kind = Any if each.annotation is each.empty else each.annotation
+            kind = Any if parameter.annotation is parameter.empty else parameter.annotation
             if _mentions_context(kind):
-                raise LoomError(f"tool {name}: a ToolContext is given as {each.name} itself, not as a part of it")
-            default, field = each.default, _pydantic_field(kind, each.default)
-            if field is not None:  # `x: int = Field(3)`: the function's own default is the Field
+                raise LoomError(
+                    f"tool {name}: annotate {parameter.name} with ToolContext alone, not inside another type"
+                )
+            default, field = parameter.default, _pydantic_field(kind, parameter.default)
+            if field is not None:  # in `x: int = Field(3)`, the default of the function is the Field
                 kind = Annotated[kind, field] if field is default else kind
                 default = field.get_default()
                 if field.is_required():
-                    default = each.empty
+                    default = parameter.empty
                 else:
-                    self._defaults[each.name] = partial(field.get_default, call_default_factory=True)
-            shape = for_msgspec(_with_text(kind, texts.get(each.name, "")))
-            if default is each.empty:
-                fields.append((each.name, shape))
-            else:  # left out by the model, left out of the call: Python's own default holds
-                fields.append((each.name, Union[shape, UnsetType], UNSET))  # noqa: UP007 - not every shape has an |
-                described[each.name] = default
+                    self._defaults[parameter.name] = partial(field.get_default, call_default_factory=True)
+            shape = for_msgspec(_with_text(kind, texts.get(parameter.name, "")))
+            if default is parameter.empty:
+                fields.append((parameter.name, shape))
+            else:  # left out of the call if the model leaves it out, so that the function's default applies
+                optional: Any = Union[shape, UnsetType]  # noqa: UP007 - some shapes do not support `|`
+                fields.append((parameter.name, optional, UNSET))
+                described[parameter.name] = default
         self._shape = msgspec.defstruct(name, fields, kw_only=True, forbid_unknown_fields=True)
         self.schema = _schema(self._shape, name)
         _add_defaults(self.schema["properties"], described)
 
     def read(self, arguments: str) -> dict[str, Any]:
-        """Return a model's arguments, JSON text, as keyword arguments.
+        """Return the arguments of a model, which are JSON text, as keyword arguments.
 
         Raises:
-            InvalidArguments: They do not fit.
+            InvalidArguments: The arguments are not valid.
         """
         try:
             with contain():
@@ -86,7 +93,7 @@ class Parameters:
 
 
 def _signature(fn: Callable[..., Any], name: str) -> list[inspect.Parameter]:
-    # A module may import ToolContext for type checkers alone.
+    # A module may import ToolContext only for type checkers.
     known = {} if "ToolContext" in getattr(fn, "__globals__", {}) else {"ToolContext": ToolContext}
     try:
         return list(inspect.signature(fn, eval_str=True, locals=known).parameters.values())
@@ -95,30 +102,30 @@ def _signature(fn: Callable[..., Any], name: str) -> list[inspect.Parameter]:
 
 
 def _is_context(kind: Any) -> bool:
-    """Return whether an annotation is ToolContext, alone, annotated or in a union."""
+    """Return whether an annotation is ToolContext, possibly annotated or in a union."""
     origin = get_origin(kind)
     if origin is Annotated:
         return _is_context(get_args(kind)[0])
     if origin in (Union, types.UnionType):
-        return any(_is_context(each) for each in get_args(kind))
+        return any(_is_context(item) for item in get_args(kind))
     return kind is ToolContext or kind == "ToolContext"
 
 
 def _mentions_context(kind: Any) -> bool:
-    return kind is ToolContext or any(_mentions_context(each) for each in get_args(kind))
+    return kind is ToolContext or any(_mentions_context(item) for item in get_args(kind))
 
 
 def _pydantic_field(kind: Any, default: Any) -> Any:
-    """The pydantic Field that gives the default of a parameter, or None."""
+    """Return the pydantic Field with the default of a parameter, or None."""
     extras = get_args(kind)[1:] if get_origin(kind) is Annotated and default is inspect.Parameter.empty else ()
-    for each in (default, *extras):
-        if hasattr(each, "is_required") and hasattr(each, "get_default"):
-            return each
+    for item in (default, *extras):
+        if hasattr(item, "is_required") and hasattr(item, "get_default"):
+            return item
     return None
 
 
 def _with_text(kind: Any, text: str) -> Any:
-    """`kind` with a description, which one of its own outweighs."""
+    """Return `kind` with a description, unless it has one."""
     if not text:
         return kind
     if get_origin(kind) is Annotated:

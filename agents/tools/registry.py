@@ -1,4 +1,4 @@
-"""Tools by name, and tools in the form of the predecessor's `define_tool`."""
+"""A registry of tools, and the `define_tool` of loom-agent 0.6."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -9,25 +9,25 @@ from loom.schemas.errors import LoomError
 
 
 class ToolRegistry:
-    """Tools by name; it is accepted wherever a sequence of tools is.
+    """Finds tools by name; accepted wherever a sequence of tools is.
 
     Args:
         tools: Tools, or functions to make tools of.
 
     Raises:
-        LoomError: As `register`.
+        LoomError: Same as `register`.
     """
 
     def __init__(self, tools: Iterable[Tool | Callable[..., Any]] = ()) -> None:
         self._tools: dict[str, Tool] = {}
-        for each in tools:
-            self.register(each)
+        for tool in tools:
+            self.register(tool)
 
     def register(self, tool: Tool | Callable[..., Any]) -> Tool:
-        """Add a tool, or a function as a tool, and return the tool: also a decorator.
+        """Add a tool, or a function as a tool, and return the tool; may be used as a decorator.
 
         Raises:
-            LoomError: The function cannot be a tool, or the name is taken.
+            LoomError: The function cannot be a tool, or the name is taken already.
         """
         made = tool if isinstance(tool, Tool) else Tool(tool)
         if made.name in self._tools:
@@ -36,7 +36,7 @@ class ToolRegistry:
         return made
 
     def get(self, name: str) -> Tool | None:
-        """Return the tool of that name, or None."""
+        """Return the tool with that name, or None."""
         return self._tools.get(name)
 
     def __iter__(self) -> Iterator[Tool]:
@@ -54,14 +54,16 @@ def define_tool(
     *,
     timeout_s: float = 30.0,
 ) -> Tool:
-    """Return a tool that calls `execute(arguments, context)` with its arguments as an object of the type `parameters`.
+    """Return a tool that calls `execute(arguments, context)` with the arguments as an object of type `parameters`.
 
     Args:
+        name: Name of the tool.
+        description: Description for the model.
         parameters: A pydantic model, dataclass, Struct or TypedDict.
-        execute: Sync or async.
-        timeout_s: Seconds one call may take.
+        execute: A sync or async function.
+        timeout_s: Seconds that a call may take.
 
     Raises:
-        LoomError: The name is empty, or JSON cannot carry the type.
+        LoomError: The name is empty, or JSON cannot represent the type.
     """
     return Tool(name=name, description=description, schema=parameters, call=execute, timeout_s=timeout_s)

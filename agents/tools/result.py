@@ -1,4 +1,4 @@
-"""Values of tools as results for a model."""
+"""Converts the values of tools into results for a model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,15 +8,15 @@ from loom.agents.values import to_text
 from loom.schemas.base import cut_utf8
 
 MAX_RESULT_BYTES = 16 * 1024
-"""Most a model gets to see of one result."""
+"""Maximum size of a result for a model."""
 MAX_LABEL_CHARS = 200
 
 
 def as_result(value: Any) -> ToolResult:
-    """Return a tool's value as a result, cut to what a model gets to see.
+    """Return the value of a tool as a result of at most 16 KiB.
 
     Raises:
-        NotText: It is neither text nor JSON.
+        NotText: The value is neither text nor JSON.
     """
     if isinstance(value, ToolResult):
         published = None if value.published is None else to_text(value.published)
@@ -25,32 +25,32 @@ def as_result(value: Any) -> ToolResult:
 
 
 def as_result_with_parts(value: Any) -> ToolResult:
-    """Return the value of a tool server as a result: content in parts becomes text.
+    """Return the value of a tool server as a result; content in parts is converted to text.
 
-    A text part stays; an image, audio or binary resource becomes a placeholder such as `[image: image/png, 68 bytes]`.
-    The parts are a list, or the `content` of an object or dict, with `isError` beside them, as in the Model Context
-    Protocol. Any other value is treated as that of a function.
+    The value is a list of parts, or an object or dict with `content` and `isError`, as in the Model Context Protocol.
+    Text parts are kept. Images, audio and binary resources become placeholders such as `[image: image/png, 68 bytes]`.
+    Any other value is treated as that of a function.
 
     Raises:
-        NotText: It is neither text nor JSON.
+        NotText: The value is neither text nor JSON.
     """
-    parts = value if isinstance(value, list) else _fact(value, "content")
-    if not isinstance(parts, list) or not all(isinstance(_fact(part, "type"), str) for part in parts):
+    parts = value if isinstance(value, list) else _field(value, "content")
+    if not isinstance(parts, list) or not all(isinstance(_field(part, "type"), str) for part in parts):
         return as_result(value)
-    structured = _fact(value, "structuredContent", "structured_content")
+    structured = _field(value, "structuredContent", "structured_content")
     texts = [_text_of_part(part) for part in parts]
     if not texts and structured is not None:
         texts = [to_text(structured)]
-    failed = bool(_fact(value, "isError", "is_error"))
-    # The error's text is that of an exception as a rule: the model needs it, the bus does not get it.
+    failed = bool(_field(value, "isError", "is_error"))
+    # The text of an error is usually that of an exception: the model gets it, the bus does not.
     return ToolResult(cut("\n".join(texts)), failed=failed, published="Error: the tool failed" if failed else None)
 
 
 def cut(value: Any) -> str:
-    """Return a tool's value as text a model gets to see; of a long text only as much is read.
+    """Return the value of a tool as text of at most 16 KiB; longer text is not converted.
 
     Raises:
-        NotText: It is neither text nor JSON.
+        NotText: The value is neither text nor JSON.
     """
     text = to_text(value[:MAX_RESULT_BYTES] if isinstance(value, str) else value)
     size = len(value) if isinstance(value, str) else len(text)
@@ -59,29 +59,29 @@ def cut(value: Any) -> str:
 
 
 def _text_of_part(part: Any) -> str:
-    kind = str(_fact(part, "type"))
+    kind = str(_field(part, "type"))
     if kind == "text":
-        return to_text(_fact(part, "text") or "")
-    inner = _fact(part, "resource") if kind == "resource" else part
-    text = _fact(inner, "text")
+        return to_text(_field(part, "text") or "")
+    inner = _field(part, "resource") if kind == "resource" else part
+    text = _field(inner, "text")
     if kind == "resource" and isinstance(text, str):
         return to_text(text)
     return _placeholder(kind, inner)
 
 
 def _placeholder(kind: str, part: Any) -> str:
-    facts = [str(fact) for fact in (_fact(part, "uri"), _fact(part, "mimeType", "mime_type")) if fact]
-    data = _fact(part, "data", "blob")
+    details = [str(detail) for detail in (_field(part, "uri"), _field(part, "mimeType", "mime_type")) if detail]
+    data = _field(part, "data", "blob")
     if isinstance(data, str):
-        facts.append(f"{len(data) * 3 // 4 - data[-2:].count('=')} bytes")
-    label = f"{kind}: {', '.join(facts)}" if facts else kind
+        details.append(f"{len(data) * 3 // 4 - data[-2:].count('=')} bytes")
+    label = f"{kind}: {', '.join(details)}" if details else kind
     return f"[{' '.join(to_text(label).split())[:MAX_LABEL_CHARS]}]"
 
 
-def _fact(value: Any, *names: str) -> Any:
-    """The first of the named facts of an object or a dict; None without any."""
+def _field(value: Any, *names: str) -> Any:
+    """Return the first of these fields that an object or a dict has, or None."""
     for name in names:
-        found = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
-        if found is not None:
-            return found
+        field = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+        if field is not None:
+            return field
     return None

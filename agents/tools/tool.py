@@ -1,4 +1,4 @@
-"""A tool, made of a Python function or of a JSON Schema and a call."""
+"""A tool made from a Python function, or from a JSON Schema and a callable."""
 
 import asyncio
 from collections.abc import Callable, Iterable
@@ -23,24 +23,24 @@ log = get_logger()
 
 
 class Tool:
-    """What a model may call: a Python function, or a call described by a JSON Schema.
+    """Describes a function or a call to a model, and runs it with the arguments of the model.
 
-    Of a function the annotations are the schema and the docstring is the description; a section `Args:` in it
-    describes the parameters, as `Annotated[…, "text"]` does. Parameters and results may be of any type of
-    `loom.agents.values`: dataclasses, pydantic models, Structs, NamedTuples and so on.
+    The annotations of a function are the schema, and its docstring is the description. An `Args:` section, or
+    `Annotated[…, "text"]`, describes the parameters. Parameters and results may have any type of `loom.agents.values`,
+    such as dataclasses, pydantic models, Structs and NamedTuples.
 
     Args:
-        fn: Sync (runs in a thread) or async; its parameters can be given by keyword. A parameter annotated with
-            ToolContext, also as `ToolContext | None`, receives it and is not a part of the schema.
-        name: Letters, digits, `_` and `-`, at most 64; default: the function's name. With `schema` any text: the
-            tool gets a legal name made of it, and `alias` keeps the text.
-        description: For the model; default: the docstring.
-        timeout_s: Seconds one call may take.
-        schema: In the place of `fn`: the arguments' JSON Schema, an object of at most 64 KiB, or their type, such as a
-            pydantic model. Arguments that do not fit are refused.
-        call: With `schema`: a sync or async function of the arguments, a dict or an object of that type, and the
-            ToolContext. With a JSON Schema the value may have the parts of a tool server's result.
-        lifespan: What is open as long as the tool may be called. Several tools may share one.
+        fn: A sync function (run in a thread) or an async one, without positional-only parameters. A parameter
+            annotated with ToolContext or `ToolContext | None` receives the context and is not part of the schema.
+        name: Up to 64 letters, digits, `_` and `-`; default: the name of the function. With `schema` any text, which
+            is kept as `alias` and converted to a legal name.
+        description: Description for the model; default: the docstring.
+        timeout_s: Seconds that a call may take.
+        schema: Replaces `fn`: a JSON Schema of the arguments (an object, at most 64 KiB), or their type, such as a
+            pydantic model. Invalid arguments are refused.
+        call: Required with `schema`: a sync or async function of the arguments and the ToolContext. The arguments are
+            a dict, or an object of the type. With a JSON Schema, the result may have the parts of a tool server.
+        lifespan: A resource that is open while the tool may be called. Several tools may share one.
 
     Raises:
         LoomError: The function or the schema cannot be described to a model.
@@ -62,12 +62,12 @@ class Tool:
         lifespan: Lifespan[Any] | None = None,
     ) -> None:
         self.alias = name or str(getattr(fn, "__name__", ""))
-        """The name it was given."""
+        """The name given to the constructor."""
         self.name = self.alias if schema is None else name_of(self.alias)
-        """The name models call it by."""
+        """The name for models."""
         if not is_token(self.name):
             raise LoomError(f"{self.name!r} cannot name a tool: give a name of letters, digits, _ and -")
-        if not timeout_s > 0:  # nor is NaN, which would upset the event loop's timers
+        if not timeout_s > 0:  # NaN, which breaks timers of the event loop, is refused as well
             raise LoomError(f"tool {self.name}: timeout_s must be more than 0, not {timeout_s:g}")
         self.timeout_s = timeout_s
         self._fn = fn or call
@@ -79,25 +79,25 @@ class Tool:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function itself, unchecked."""
+        """Call the function without checks."""
         return self._fn(*args, **kwargs) if self._fn else None
 
     async def start(self) -> None:
-        """Open its lifespan.
+        """Open the lifespan of the tool.
 
         Raises:
-            LoomError: It cannot be opened.
+            LoomError: The lifespan cannot be opened.
         """
         if self._lifespan is not None:
             await self._lifespan.start()
 
     async def close(self) -> None:
-        """Close its lifespan, unless another tool still needs it."""
+        """Close the lifespan of the tool, unless another tool still uses it."""
         if self._lifespan is not None:
             await self._lifespan.close()
 
     async def run(self, arguments: str, context: ToolContext) -> ToolResult:
-        """Call it with a model's `arguments`, JSON text; whatever goes wrong becomes a text for the model."""
+        """Call the function with the arguments of a model, which are JSON text; errors become a text for the model."""
         limit = min(self.timeout_s, context.remaining_s)
         scope = asyncio.timeout(limit)
         try:
@@ -109,9 +109,9 @@ class Tool:
             return self._failed(f"the arguments are not valid: {error}", context)
         except NotText as error:
             return self._failed(f"the tool's result cannot be shown: {error}", context)
-        except LoomError as error:  # meant for people
+        except LoomError as error:  # its message contains no secrets
             return self._failed(error_text(error), context)
-        except Exception as error:  # noqa: BLE001 - a tool may raise anything; the model gets to see it
+        except Exception as error:  # noqa: BLE001 - a tool may raise anything; the model gets the error
             if isinstance(error, TimeoutError) and scope.expired():
                 return self._failed(f"no result within {limit:g} s", context)
             return self._failed(error_text(error), context, f"the tool raised {type_name(error)}")
@@ -141,7 +141,7 @@ def tool(*, name: str | None = None, timeout_s: float = 30.0) -> Callable[[Calla
 def tool(
     fn: Callable[..., Any] | None = None, /, *, name: str | None = None, timeout_s: float = 30.0
 ) -> Tool | Callable[[Callable[..., Any]], Tool]:
-    """Make a Tool of a function: `@tool`, `@tool(timeout_s=5)` or `tool(function)`."""
+    """Make a Tool from a function: `@tool`, `@tool(timeout_s=5)` or `tool(function)`."""
 
     def make(function: Callable[..., Any]) -> Tool:
         return Tool(function, name=name, timeout_s=timeout_s)
@@ -150,22 +150,22 @@ def tool(
 
 
 async def start_all(tools: Iterable[Tool]) -> None:
-    """Start each tool; where one cannot be started, close those that were.
+    """Start all tools; if one fails, close those that were started.
 
     Raises:
-        LoomError: One cannot be opened.
+        LoomError: The lifespan of a tool cannot be opened.
     """
     started: list[Tool] = []
     try:
-        for each in tools:
-            await each.start()
-            started.append(each)
+        for item in tools:
+            await item.start()
+            started.append(item)
     except BaseException:
         await close_all(started)
         raise
 
 
 async def close_all(tools: Iterable[Tool]) -> None:
-    """Close each tool; a lifespan logs what goes wrong as it ends."""
-    for each in tools:
-        await each.close()
+    """Close all tools; lifespans log their errors."""
+    for item in tools:
+        await item.close()

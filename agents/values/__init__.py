@@ -1,7 +1,7 @@
-"""Typed values of users' code: their JSON Schema, and their way from and to JSON.
+"""JSON Schemas of types in user code, and the conversion of their values from and to JSON.
 
 Types and values may mix msgspec Structs, dataclasses, attrs classes, TypedDict, NamedTuple, Enum and pydantic models.
-pydantic is used where a type comes from it, and imported by nothing here.
+This package does not import pydantic; it is used for types that come from it.
 """
 
 from loom.agents.values.decode import from_json

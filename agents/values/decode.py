@@ -1,4 +1,4 @@
-"""JSON, as a model writes it, as values of a type."""
+"""Converts JSON written by a model into values of a type."""
 
 from functools import lru_cache
 from typing import Any
@@ -10,18 +10,17 @@ from loom.agents.values.foreign import dec_hook
 
 
 def from_json(kind: Any, raw: bytes | str) -> Any:
-    """Return the JSON text `raw` as a `kind`.
+    """Return JSON text as a value of type `kind`, with every field checked.
 
-    Every field is checked. One habit of models is tolerated: a number, true, false or null written as text, where
-    the type leaves no other reading (`"3"` for an int, but not for `int | str`, nor for a field of a pydantic model,
-    to which pydantic's own rules apply).
+    Models sometimes write numbers, true, false and null as text. Such text is converted if the type is unambiguous:
+    `"3"` for an int, but not for `int | str`. Fields of pydantic models follow the rules of pydantic.
 
     Args:
-        kind: Any type `json_schema` takes.
-        raw: JSON alone; a `str` type wants a JSON string.
+        kind: Any type that `json_schema` accepts.
+        raw: JSON without other text; the type `str` requires a JSON string.
 
     Raises:
-        ValueError: `raw` is not JSON, or not of that type; the message names the place as a path from `$`.
+        ValueError: `raw` is not JSON, or not of that type; the message has the path from `$`.
 
     Example:
         >>> from_json(dict[str, int], '{"a": 1}')
@@ -29,7 +28,7 @@ def from_json(kind: Any, raw: bytes | str) -> Any:
     """
     try:
         strict, lax = _decoders(kind)
-    except TypeError:  # metadata that has no hash, or a type JSON cannot carry: the second fails again, with words
+    except TypeError:  # unhashable metadata, or an unsupported type, which raises again with a message
         strict, lax = _decoders.__wrapped__(kind)
     try:
         try:

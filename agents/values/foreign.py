@@ -1,4 +1,4 @@
-"""Types that msgspec leaves to others: pydantic's, paths and fractions."""
+"""Types that msgspec does not support: those of pydantic, paths and fractions."""
 
 import sys
 from fractions import Fraction
@@ -10,14 +10,14 @@ from loom.agents.values.annotations import ForPydantic, is_pydantic
 from loom.schemas.base import encode
 
 MAX_FAULTS = 3
-"""Most faults of one value a message lists."""
+"""Maximum number of faults of a value in a message."""
 
 
 def schema_hook(kind: Any) -> dict[str, Any]:
-    """Return the JSON Schema of a type msgspec does not know.
+    """Return the JSON Schema of a type that msgspec does not support.
 
     Raises:
-        TypeError: Nor is it known here.
+        TypeError: The type is not supported here either.
     """
     if isinstance(kind, type) and issubclass(kind, PurePath):
         return {"type": "string", "description": "a path"}
@@ -25,17 +25,17 @@ def schema_hook(kind: Any) -> dict[str, Any]:
         return {"type": "string", "description": "a fraction such as 1/3"}
     adapter = _adapter(kind)
     if adapter is None:
-        raise TypeError(f"JSON cannot carry a value of type {getattr(kind, '__name__', kind)}")
+        raise TypeError(f"JSON cannot represent a value of type {getattr(kind, '__name__', kind)}")
     schema: dict[str, Any] = adapter.json_schema(ref_template="#/$defs/{model}")
     return schema
 
 
 def dec_hook(kind: Any, value: Any) -> Any:
-    """Return `value`, made of JSON's types, as a `kind`.
+    """Return a value of JSON types as a value of type `kind`.
 
     Raises:
-        ValueError: It is not such a value.
-        NotImplementedError: The type is not known here.
+        ValueError: The value is not valid for the type.
+        NotImplementedError: The type is not supported.
     """
     if kind is Fraction or (isinstance(kind, type) and issubclass(kind, PurePath)):
         return _from_str(kind, value)
@@ -47,12 +47,12 @@ def dec_hook(kind: Any, value: Any) -> Any:
     except ValueError as error:
         if not hasattr(error, "errors"):
             raise
-        raise ValueError(_sentence(error)) from None
+        raise ValueError(_fault_message(error)) from None
 
 
 def _from_str(kind: Any, value: Any) -> Any:
     if not isinstance(value, str):
-        raise ValueError(f"Expected `str` for a {kind.__name__}, got `{type(value).__name__}`")  # noqa: TRY004 - wanted so
+        raise ValueError(f"Expected `str` for a {kind.__name__}, got `{type(value).__name__}`")  # noqa: TRY004 - msgspec expects ValueError
     try:
         return kind(value)
     except ArithmeticError:  # 1/0
@@ -60,23 +60,23 @@ def _from_str(kind: Any, value: Any) -> Any:
 
 
 def _adapter(kind: Any) -> Any:
-    """The TypeAdapter of a type of pydantic's, or None for any other type."""
+    """Return the TypeAdapter of a pydantic type, or None for any other type."""
     kind = kind.kind if isinstance(kind, ForPydantic) else kind if is_pydantic(kind) else None
     if kind is None:
         return None
     try:
-        return _made_adapter(kind)
-    except TypeError:  # metadata that has no hash
-        return _made_adapter.__wrapped__(kind)
+        return _cached_adapter(kind)
+    except TypeError:  # unhashable metadata
+        return _cached_adapter.__wrapped__(kind)
 
 
 @lru_cache(maxsize=256)
-def _made_adapter(kind: Any) -> Any:
-    return sys.modules["pydantic"].TypeAdapter(kind)  # where there is such a type, pydantic has been imported
+def _cached_adapter(kind: Any) -> Any:
+    return sys.modules["pydantic"].TypeAdapter(kind)  # a program with such a type has imported pydantic
 
 
-def _sentence(error: Any) -> str:
-    """The faults pydantic found, one clause each, without the values."""
+def _fault_message(error: Any) -> str:
+    """Return the faults found by pydantic, one clause per fault, without the values."""
     faults = error.errors(include_url=False, include_input=False, include_context=False)
     clauses = []
     for fault in faults[:MAX_FAULTS]:

@@ -1,4 +1,4 @@
-"""JSON Schemas of types, in the dialect that models' servers have in common."""
+"""JSON Schemas of types, in the subset that the servers of models have in common."""
 
 import re
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from loom.agents.values.foreign import schema_hook
 
 _NO_DEFAULT = re.compile(r"Encoding objects of type (\S+) is unsupported")
 _REFERENCE = "#/$defs/"
-_UNDERSTOOD_FORMATS = frozenset({"date-time"})
-"""Gemini's server refuses a string with another format."""
+_KEPT_FORMATS = frozenset({"date-time"})
+"""String formats that are kept; the server of Gemini refuses others."""
 _NAMES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _MAPS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -20,18 +20,18 @@ _SCHEMAS = ("items", "additionalProperties", "not", "propertyNames", "contains")
 
 
 def json_schema(kind: Any) -> dict[str, Any]:
-    """Return the JSON Schema of `kind`, as OpenAI, llama.cpp and Gemini accept it.
+    """Return the JSON Schema of a type, in a form that OpenAI, llama.cpp and Gemini accept.
 
-    An array always has an object as `items`; a tuple is an array of as many items, of any of its types. The type
-    itself is on top, those it is made of are under `$defs`. Descriptions come from `Annotated[…, "text"]`,
-    `msgspec.Meta(description=…)`, pydantic's `Field(description=…)`, `Doc` and the docstrings of classes.
+    An array always has an object as `items`; a tuple is an array of fixed length with items of any of its types. The
+    schema of the type is at the top level, those of its parts are under `$defs`. Descriptions come from
+    `Annotated[…, "text"]`, `msgspec.Meta(description=…)`, pydantic's `Field(description=…)`, `Doc` and docstrings.
 
     Args:
-        kind: A type of JSON's own, msgspec Struct, dataclass, attrs class, TypedDict, NamedTuple, Enum, pydantic
-            model, date or time, UUID, Decimal, Fraction, Path, or a collection or union of them.
+        kind: A JSON type, msgspec Struct, dataclass, attrs class, TypedDict, NamedTuple, Enum or pydantic model; a
+            date, time, UUID, Decimal, Fraction or Path; or a collection or union of them.
 
     Raises:
-        TypeError: JSON cannot carry it, or not tell one member of a union from another.
+        TypeError: JSON cannot represent the type, or cannot distinguish the members of a union.
 
     Example:
         >>> json_schema(tuple[int, str])
@@ -40,7 +40,7 @@ def json_schema(kind: Any) -> dict[str, Any]:
     try:
         return portable(_described(kind))
     except Exception as error:
-        # A class may hold names that do not exist, and pydantic has errors of its own.
+        # Annotations may contain undefined names, and pydantic raises its own errors.
         raise TypeError(_reason(error)) from error
 
 
@@ -49,31 +49,31 @@ def _reason(error: Exception) -> str:
     default = _NO_DEFAULT.fullmatch(text)
     if default is None:
         return text
-    return f"JSON cannot carry a field's default value of type {default[1]}: give it as default_factory"
+    return f"JSON cannot represent a field's default value of type {default[1]}: give it as default_factory"
 
 
 def _described(kind: Any) -> dict[str, Any]:
-    """The schema as msgspec and pydantic write it, with the descriptions of fields."""
+    """Return the schema of msgspec and pydantic, with the descriptions of fields added."""
     shape = for_msgspec(kind)
     (top,), parts = msgspec.json.schema_components([shape], schema_hook=schema_hook, ref_template=_REFERENCE + "{name}")
     for owner, field, description in described_fields(kind):
         known = parts.get(owner, {}).get("properties", {}).get(field)
         if known is not None:
             known.setdefault("description", description)
-    for each in (top, *list(parts.values())):
-        _hoist(each, parts)
+    for schema in (top, *list(parts.values())):
+        _hoist(schema, parts)
     return {**top, "$defs": parts} if parts else top
 
 
 def _hoist(node: Any, parts: dict[str, Any]) -> None:
-    """Move the definitions inside a schema to `parts`, those of a name that another one has under a new name."""
+    """Move the definitions inside a schema to `parts`; a definition whose name is taken gets a new one."""
     if isinstance(node, dict) and "$defs" in node:
         inner: dict[str, Any] = node.pop("$defs")
-        names = {name: _free_name(name, each, parts) for name, each in inner.items()}
+        names = {name: _free_name(name, item, parts) for name, item in inner.items()}
         for part in _parts([node, list(inner.values())]):
             if _named(part) in names:
                 part["$ref"] = _REFERENCE + names[_named(part)]
-        parts.update({names[name]: each for name, each in inner.items()})
+        parts.update({names[name]: item for name, item in inner.items()})
     for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
         _hoist(child, parts)
 
@@ -86,16 +86,16 @@ def _free_name(name: str, schema: dict[str, Any], parts: dict[str, Any]) -> str:
 
 
 def portable(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return a JSON Schema in the dialect of `json_schema`: tuples, formats and booleans are reworded.
+    """Return a JSON Schema in the subset of `json_schema`: tuples, formats and booleans are rewritten.
 
-    A reference on top is replaced by what it names.
+    A reference at the top level is replaced by its definition.
     """
     top = _rewritten(schema)
     definitions = top.pop("$defs", {})
     name = _named(top)
     if name in definitions:
         top = {**definitions[name], **{key: value for key, value in top.items() if key != "$ref"}}
-        if not any(_named(each) == name for each in _parts([top, definitions])):
+        if not any(_named(item) == name for item in _parts([top, definitions])):
             del definitions[name]
         top.pop("title", None)
     return {**top, "$defs": definitions} if definitions else top
@@ -114,29 +114,29 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _rewritten(schema: Any) -> dict[str, Any]:
-    """`schema` in the common dialect."""
-    if not isinstance(schema, dict):  # true: anything; false: nothing
+    """Return a schema in the common subset."""
+    if not isinstance(schema, dict):  # `true` accepts every value, `false` none
         return {} if schema is not False else {"not": {}}
-    made = {key: value for key, value in schema.items() if key not in ("$schema", "default")}
+    rewritten = {key: value for key, value in schema.items() if key not in ("$schema", "default")}
     for key in _MAPS:
-        if isinstance(made.get(key), dict):
-            made[key] = {name: _rewritten(each) for name, each in made[key].items()}
+        if isinstance(rewritten.get(key), dict):
+            rewritten[key] = {name: _rewritten(item) for name, item in rewritten[key].items()}
     for key in _LISTS:
-        if isinstance(made.get(key), list):
-            made[key] = [_rewritten(each) for each in made[key]]
+        if isinstance(rewritten.get(key), list):
+            rewritten[key] = [_rewritten(item) for item in rewritten[key]]
     for key in _SCHEMAS:
-        if key in made and not isinstance(made[key], (bool, list)):
-            made[key] = _rewritten(made[key])
+        if key in rewritten and not isinstance(rewritten[key], (bool, list)):
+            rewritten[key] = _rewritten(rewritten[key])
     if "default" in schema:
-        made["default"] = msgspec.to_builtins(schema["default"], str_keys=True)
-    return _with_type(_with_plain_format(_with_items(made)))
+        rewritten["default"] = msgspec.to_builtins(schema["default"], str_keys=True)
+    return _with_type(_with_plain_format(_with_items(rewritten)))
 
 
 def _with_items(schema: dict[str, Any]) -> dict[str, Any]:
-    """An array with one object as `items`; of a tuple's items each may have any of its types."""
+    """Return an array with one object as `items`; an item of a tuple may have any of the types of its items."""
     places = schema.pop("prefixItems", None)
-    if isinstance(schema.get("items"), list):  # how older drafts write a tuple
-        places = [_rewritten(each) for each in schema.pop("items")]
+    if isinstance(schema.get("items"), list):  # a tuple in older drafts
+        places = [_rewritten(item) for item in schema.pop("items")]
     kind = schema.get("type")
     if kind != "array" and not (isinstance(kind, list) and "array" in kind):
         return schema
@@ -149,21 +149,21 @@ def _with_items(schema: dict[str, Any]) -> dict[str, Any]:
         schema.setdefault("minItems", len(places))
         schema.setdefault("maxItems", len(places))
     options: list[dict[str, Any]] = []
-    for each in places:
-        option = {key: value for key, value in each.items() if key not in ("title", "default")}
+    for item in places:
+        option = {key: value for key, value in item.items() if key not in ("title", "default")}
         if option not in options:
             options.append(option)
     items = options[0] if len(options) == 1 else {"anyOf": options} if options else {}
-    titles = [each.get("title") for each in places]
+    titles = [item.get("title") for item in places]
     if places and all(titles):
         schema.setdefault("description", f"in this order: {', '.join(map(str, titles))}")
     return {**schema, "items": items}
 
 
 def _with_type(schema: dict[str, Any]) -> dict[str, Any]:
-    """An enum with the type of its values, without which some servers refuse it."""
+    """Add the type of the values to an enum, because some servers refuse an enum without a type."""
     values = schema.get("enum")
-    kinds = {type(each) for each in values} if isinstance(values, list) else set()
+    kinds = {type(item) for item in values} if isinstance(values, list) else set()
     if len(kinds) == 1 and "type" not in schema:
         name = _NAMES.get(kinds.pop())
         return {**schema, "type": name} if name else schema
@@ -171,11 +171,11 @@ def _with_type(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_plain_format(schema: dict[str, Any]) -> dict[str, Any]:
-    """A string's format or encoding as words, where servers refuse the keyword."""
+    """Move the format or encoding of a string to its description, if servers refuse the keyword."""
     words = [
         schema.pop(key)
         for key in ("format", "contentEncoding")
-        if schema.get(key) not in _UNDERSTOOD_FORMATS and isinstance(schema.get(key), str)
+        if schema.get(key) not in _KEPT_FORMATS and isinstance(schema.get(key), str)
     ]
     if words:
         text = schema.get("description")

@@ -1,4 +1,4 @@
-"""Values that users' code returned, as text and as JSON's own types."""
+"""Converts values of user code into text and into JSON types."""
 
 import math
 import os
@@ -18,28 +18,29 @@ import msgspec
 from loom.schemas.base import MAX_JSON_DEPTH, encode
 
 MAX_VALUES = 250_000
-"""Most numbers, texts and collections one value may hold; an iterator without end must not take the process."""
+"""Maximum number of values inside a value, so that an endless iterator does not block the process."""
 
-_NOT_UTF8 = "the value holds bytes that are not UTF-8 text; encode them, as base64 for example"
-_AS_THEY_ARE = frozenset({bool, int, NoneType})
+_NOT_UTF8 = "the value contains bytes that are not UTF-8 text; encode them, as base64 for example"
+_UNCHANGED = frozenset({bool, int, NoneType})
 _BY_MSGSPEC = (date, time, timedelta, UUID, Decimal)
 _BYTES = (bytes, bytearray, memoryview)
 
 
 class NotText(ValueError):
-    """A value is neither text nor JSON; the message has a sentence on why."""
+    """A value is neither text nor JSON; the message has the reason."""
 
 
 def to_text(value: Any) -> str:
-    """Return a user's value as text: a str as it is, bytes as the UTF-8 they are, anything else as JSON.
+    """Return a value as text: a str unchanged, bytes decoded as UTF-8, any other value as JSON.
 
-    JSON is made of Structs, dataclasses, attrs classes, pydantic models (their own serialisation), TypedDict,
-    NamedTuple (an array), Enum (its value), dates and times, UUID, Decimal, Fraction and Path (a string), sets,
-    deques, ranges, generators, and what has `tolist`, as numpy's arrays and scalars; nested in any way.
+    Supported are Structs, dataclasses, attrs classes, TypedDict, and pydantic models with their own serialisation.
+    A NamedTuple becomes an array, an Enum its value, and dates, times, UUID, Decimal, Fraction and Path a string.
+    Sets, deques, ranges, generators, and objects with `tolist`, such as numpy arrays, become arrays. Values may be
+    nested.
 
     Raises:
-        NotText: JSON cannot carry it: another object, bytes that are not UTF-8, a number that is not finite, a
-            nesting of more than 32 levels, more than 250,000 values.
+        NotText: The value contains another object, bytes that are not UTF-8, or a number that is not finite. More than
+            32 levels of nesting or 250,000 values raise as well.
 
     Example:
         >>> to_text({"when": date(2024, 5, 1)})
@@ -52,39 +53,39 @@ def to_text(value: Any) -> str:
         return plain
     try:
         return encode(plain).decode()
-    except ValueError:  # Python's own limit of digits
-        raise NotText("the value holds an integer of more than 4300 digits") from None
+    except ValueError:  # the digit limit of Python
+        raise NotText("the value contains an integer of more than 4300 digits") from None
 
 
 def to_json(value: Any) -> Any:
-    """Return a user's value as None, bool, int, float, str, list and dict alone.
+    """Return a value as JSON types: None, bool, int, float, str, list and dict.
 
     Raises:
-        NotText: As `to_text`.
+        NotText: Same as `to_text`.
     """
     try:
-        return _Conversion().of(value, 1)
+        return _Conversion().convert(value, 1)
     except NotText:
         raise
     except UnicodeDecodeError:
         raise NotText(_NOT_UTF8) from None
-    except (TypeError, ValueError, RecursionError) as error:  # out of a serialiser of the value's own
+    except (TypeError, ValueError, RecursionError) as error:  # raised by the serializer of the value
         raise NotText(f"a value of type {type(value).__name__} cannot become JSON ({type(error).__name__})") from None
 
 
 class _Conversion:
-    """The conversion of one value, and how many values it has met."""
+    """Converts one value recursively, and counts the values inside it."""
 
     def __init__(self) -> None:
         self._count = 0
 
-    def of(self, value: Any, depth: int) -> Any:
+    def convert(self, value: Any, depth: int) -> Any:
         self._count += 1
         if self._count > MAX_VALUES:
-            raise NotText(f"the value holds more than {MAX_VALUES} values")
+            raise NotText(f"the value contains more than {MAX_VALUES} values")
         if depth > MAX_JSON_DEPTH:
             raise NotText(f"the value is nested more than {MAX_JSON_DEPTH} levels deep")
-        if type(value) in _AS_THEY_ARE:
+        if type(value) in _UNCHANGED:
             return value
         if not isinstance(value, Enum):
             scalar = _scalar(value)
@@ -94,31 +95,31 @@ class _Conversion:
                 return self._object(value.items(), depth)
             items = _items(value)
             if items is not None:
-                made = [self.of(each, depth + 1) for each in items]
-                return _in_order(made) if isinstance(value, AbstractSet) else made
-        return self.of(_unwrapped(value), depth + 1)
+                made = [self.convert(item, depth + 1) for item in items]
+                return _sorted(made) if isinstance(value, AbstractSet) else made
+        return self.convert(_content_of(value), depth + 1)
 
     def _object(self, items: Iterable[tuple[Any, Any]], depth: int) -> dict[str, Any]:
         made: dict[str, Any] = {}
         for key, value in items:
-            name = self.of(key, depth + 1)
+            name = self.convert(key, depth + 1)
             if isinstance(name, (list, dict)):
-                raise NotText(f"the value has a {type(key).__name__} as a key, which JSON cannot carry")
+                raise NotText(f"the value has a {type(key).__name__} as a key, which JSON does not support")
             name = name if isinstance(name, str) else encode(name).decode()
             if name in made:
-                raise NotText("the value has two keys that JSON writes the same way")
-            made[name] = self.of(value, depth + 1)
+                raise NotText("the value has two keys that are equal in JSON")
+            made[name] = self.convert(value, depth + 1)
         return made
 
 
 def _scalar(value: Any) -> Any:
-    """`value` as a str or number, or None if it is neither."""
+    """Return a value as a str or a number, or None if it is neither."""
     made: Any = None
     if isinstance(value, str):
-        made = str.encode(value, errors="replace").decode()  # plain, whatever a subclass makes of it
+        made = str.encode(value, errors="replace").decode()  # a plain str, also for a subclass
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise NotText("the value holds a number that is not finite, which JSON cannot carry")
+            raise NotText("the value contains a number that is not finite, which JSON does not support")
         made = float(value)
     elif isinstance(value, int):
         made = int(value)
@@ -134,9 +135,9 @@ def _scalar(value: Any) -> Any:
 
 
 def _items(value: Any) -> Iterable[Any] | None:
-    """What a collection, or an iterator of Python's own, holds; None if `value` is neither.
+    """Return the items of a collection or of a built-in iterator, or None.
 
-    Another iterator may be a file or a socket: reading it is the business of the code that opened it.
+    Other iterators are not read, because they may be files or sockets.
     """
     if isinstance(value, (Sequence, AbstractSet)) or type(value).__name__ in ("deque", "dict_values"):
         return value  # type: ignore[no-any-return]
@@ -147,11 +148,11 @@ def _items(value: Any) -> Iterable[Any] | None:
     return None
 
 
-def _unwrapped(value: Any) -> Any:
-    """`value`, an object, as what it is made of.
+def _content_of(value: Any) -> Any:
+    """Return the content of an object.
 
     Raises:
-        NotText: That cannot be known.
+        NotText: The class of the object is not supported.
     """
     kind = type(value)
     serializer = getattr(kind, "__pydantic_serializer__", None)
@@ -161,7 +162,7 @@ def _unwrapped(value: Any) -> Any:
         made = value.value
     elif serializer is not None:
         made = serializer.to_python(value, mode="json", warnings=False)
-    elif isinstance(value, msgspec.Struct):  # its own rules for names and tags
+    elif isinstance(value, msgspec.Struct):  # msgspec knows its names and tags
         made = msgspec.to_builtins(value, str_keys=True, builtin_types=_BYTES, enc_hook=to_json)
     elif is_dataclass(value):
         made = {field.name: getattr(value, field.name) for field in fields(value)}
@@ -169,16 +170,16 @@ def _unwrapped(value: Any) -> Any:
         made = {field.name: getattr(value, field.name) for field in kind.__attrs_attrs__}
     elif callable(getattr(value, "tolist", None)):
         made = value.tolist()
-    elif hasattr(kind, "__fields__") and callable(getattr(value, "json", None)):  # a model of pydantic 1
+    elif hasattr(kind, "__fields__") and callable(getattr(value, "json", None)):  # a pydantic 1 model
         made = msgspec.json.decode(value.json())
     else:
         raise NotText(f"a value of type {kind.__name__} is neither text nor JSON")
     return made
 
 
-def _in_order(items: list[Any]) -> list[Any]:
-    """Items of a set in an order that is the same in every process."""
+def _sorted(items: list[Any]) -> list[Any]:
+    """Return the items of a set in an order that is equal in every process."""
     try:
         return sorted(items)
-    except TypeError:  # numbers beside texts, or objects
+    except TypeError:  # mixed types, or objects
         return sorted(items, key=encode)

@@ -10,7 +10,7 @@ from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.dead_letters.write import is_submission, letter_facts, submitter_in
 from loom.bus.natsio.server_errors import Refused
-from loom.bus.natsio.stored_message import read_message
+from loom.bus.natsio.stored_message import message_at
 from loom.bus.queries import latest
 from loom.schemas.base import Undecodable, decode
 from loom.schemas.dead_letter import DeadLetter
@@ -59,7 +59,7 @@ async def get_letter(bus: Bus, seq: int) -> Letter:
         UnknownLetter: No dead letter has that sequence; it may have been deleted.
         BusUnavailable: The server does not answer.
     """
-    message = await read_message(bus.jetstream, bus.subjects.stream("DEAD"), {"seq": seq})
+    message = await message_at(bus.jetstream, bus.subjects.stream("DEAD"), seq)
     if message is None:
         raise UnknownLetter(f"there is no dead letter {seq}; `loom dead ls` lists them")
     return Letter(seq, message.stored_at, letter_facts(message.headers, message.subject), message.data)

@@ -48,16 +48,7 @@ async def dead_letter(
     record, is_unreadable = await _record(bus, task_id)
     own = None if submitted else _own_envelope(raw, task_id)
     latest = own or (record.envelope if record is not None else None)
-    letter = DeadLetter(
-        phase=phase,
-        task_id=task_id,
-        subject=delivery.subject,
-        deliveries=delivery.facts.delivered,
-        reason=reason[:1000],
-        stream_seq=delivery.facts.stream_seq,
-        cut=len(raw) > MAX_MESSAGE_BYTES,
-        trail=" ".join(hop.phase for hop in latest.hops) if latest is not None else "",
-    )
+    letter = _letter(phase, task_id, delivery, reason, latest)
     # INTAKE and TASKS have sequences of their own.
     msg_id = f"{task_id}:dead:{'intake-' if submitted else ''}{delivery.facts.stream_seq}"
     await store_once(
@@ -83,6 +74,20 @@ async def dead_letter(
         await end(envelope, raw)
     else:
         await store_once(bus, bus.subjects.task("evaluate", envelope.priority, task_id), envelope, msg_id=msg_id)
+
+
+def _letter(phase: Phase, task_id: str, delivery: Delivery, reason: str, envelope: Envelope | None) -> DeadLetter:
+    """Return the facts of a dead letter; `envelope` is the task's, if it is known."""
+    return DeadLetter(
+        phase=phase,
+        task_id=task_id,
+        subject=delivery.subject,
+        deliveries=delivery.facts.delivered,
+        reason=reason[:1000],
+        stream_seq=delivery.facts.stream_seq,
+        cut=len(delivery.msg.data) > MAX_MESSAGE_BYTES,
+        trail=" ".join(hop.phase for hop in envelope.hops) if envelope is not None else "",
+    )
 
 
 def is_submission(bus: Bus, subject: str) -> bool:

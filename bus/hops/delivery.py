@@ -58,8 +58,8 @@ class Delivery:
     def origin(self) -> str:
         """The stored message itself, by the kind of its stream and its sequence: the same at every delivery.
 
-        The ids of messages that follow from it contain it. A count of steps would not do: twins of one task on paths
-        of different length arrive at the same number, and the later one's hop would be dropped as a duplicate.
+        The ids of messages that follow from it contain it. A count of steps would not do: two copies of a task on
+        paths of different length reach the same number. The hop of the later copy would then be a duplicate.
         """
         return f"{self.subject.split('.')[1]}-{self.facts.stream_seq}"
 
@@ -120,7 +120,7 @@ def suspect_order(facts: AckMetadata) -> float:
     """Return the position of a delivery among suspects, from 0 (first) to 1 (last), different at each delivery.
 
     A suspect that ends the process takes down all suspects behind it, and all of them come back together with equal
-    counts. So two messages have one order at an even count and the reverse order at the next, odd count: of any two,
+    counts. So two messages have one order at an even count and the reverse order at the next, odd count. Of any two,
     the harmless message has been first once.
     """
     pair, reverse = divmod(facts.delivered, 2)

@@ -12,7 +12,7 @@ from loom.bus.bus import Bus
 from loom.bus.hops.schedules import SCHEDULE, TARGET, may_schedule
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.publishing import PubAck
-from loom.bus.natsio.stored_message import StoredMessage, last_message, read_message
+from loom.bus.natsio.stored_message import StoredMessage, last_message, message_at
 from loom.bus.records import records
 from loom.schemas.base import Undecodable, decode, encode, new_id
 from loom.schemas.envelope import Envelope
@@ -60,7 +60,7 @@ async def resolve(
         ack: Acknowledgement of a duplicate.
         after: Sequence, in the same stream, of the message that led to this one; 0 if it is in another stream.
     """
-    stored = await read_message(bus.jetstream, ack.stream, {"seq": ack.seq})
+    stored = await message_at(bus.jetstream, ack.stream, ack.seq)
     if stored is None:
         # Acked by its consumer, or removed by the client that took the id: the state of the task shows which.
         envelope = _envelope_of(message)  # a notice has none, and may be stored twice

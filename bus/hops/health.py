@@ -14,9 +14,9 @@ class Health(Message, frozen=True, kw_only=True):
     handled: Count = 0
     """Messages handled since the start."""
     in_hand: Count = 0
-    """Messages in processing."""
+    """Messages that are being handled."""
     oldest_s: Seconds = 0.0
-    """Age of the oldest message in processing."""
+    """Age of the oldest message that is being handled."""
     last_seq: Count | None = None
     """ADAPT: sequence of the last reward that was read."""
     failure: Note = ""
@@ -27,7 +27,7 @@ class Health(Message, frozen=True, kw_only=True):
     """Host -> what the whole process discarded of its messages."""
 
 
-def together(parts: list[Health]) -> Health:
+def merged_health(parts: list[Health]) -> Health:
     """Return the health of several parts of a phase as one."""
     return Health(
         handled=total(*(part.handled for part in parts)),

@@ -88,13 +88,13 @@ class HopLoop(Generic[T]):
         self._handled = 0
 
     def health(self) -> Health:
-        """Return the numbers of handled messages and of those in processing, and the age of the oldest of these."""
+        """Return how many messages were handled and are being handled, and the age of the oldest of the latter."""
         since = min((delivery.received for delivery in self._deliveries.values()), default=None)
         oldest_s = 0.0 if since is None else max(0.0, self._bus.clock.now() - since)
         return Health(handled=self._handled, in_hand=len(self._deliveries), oldest_s=total_s(oldest_s))
 
     async def start(self) -> None:
-        """Start to pull; returns once the first requests are sent."""
+        """Start pulling; returns once the first requests are sent."""
         self._in_progress = self._bus.tasks.spawn(
             self._send_in_progress(), name=f"in-progress {self._service.phase}", essential=True
         )
@@ -117,7 +117,7 @@ class HopLoop(Generic[T]):
             consumer.top_up()
 
     async def drain(self, timeout_s: float) -> None:
-        """Stop to pull, finish deliveries for at most `timeout_s`, and give the others back.
+        """Stop pulling, finish deliveries for at most `timeout_s`, and give the others back.
 
         Safe to call twice or before `start`.
         """

@@ -14,7 +14,7 @@ from loom.bus.hops.schedules import SCHEDULE
 from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.server_errors import Refused
-from loom.bus.natsio.stored_message import read_message
+from loom.bus.natsio.stored_message import next_message
 from loom.bus.records import records
 from loom.bus.topology import TASK_LANES, Lane, lane_infos, stream_state
 from loom.schemas.base import Undecodable
@@ -57,7 +57,7 @@ async def find_orphans(bus: Bus, *, start_seq: int = 1) -> OrphanPage:
     first = int((await stream_state(bus, "TASKS"))["first_seq"])
     seq, orphans, stream = max(start_seq, first), list[Orphan](), bus.subjects.stream("TASKS")
     for _ in range(MAX_MESSAGES):
-        message = await read_message(bus.jetstream, stream, {"seq": seq, "next_by_subj": bus.subjects.everything})
+        message = await next_message(bus.jetstream, stream, bus.subjects.everything, seq)
         if message is None or bus.clock.now() - message.stored_at < LEAST_AGE_S:
             return OrphanPage(orphans, 1)
         if await _is_orphan(bus, message.subject, message.seq, message.headers, floors):

@@ -1,4 +1,4 @@
-"""Messages that the readers of a process leave out: counted by kind and host, and logged at a bounded rate."""
+"""Counts the messages that a process discards, by kind and host, and logs them at a bounded rate."""
 
 import time
 from collections import Counter, OrderedDict
@@ -13,7 +13,7 @@ log = get_logger()
 
 PERIOD_S = 10.0
 LINES = 20
-"""Lines of one kind logged in a period; the messages beyond are only counted."""
+"""Most lines of one kind in a period; further messages are only counted."""
 
 
 class Discards:
@@ -26,13 +26,19 @@ class Discards:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.counts: Counter[str] = Counter()
         self.hosts: OrderedDict[str, LeftOut] = OrderedDict()
-        """Host -> what was left out of its messages: the 100 hosts of which it was lately."""
+        """Host -> what was discarded of its messages, for the 100 hosts with the newest discards."""
         self._now = now
         self._periods: dict[str, tuple[float, int]] = {}
-        """event -> start of its period, and the lines logged in it."""
+        """Event -> start of its period, and the number of lines in it."""
 
     def add(self, event: str, *, reason: str, **facts: Any) -> None:
-        """Count one discarded message, and log it unless its kind has filled its share of the log."""
+        """Count a discarded message, and log it unless the period has enough lines of its kind.
+
+        Args:
+            event: Name of the log event, and kind of the message.
+            reason: Why it was discarded; truncated to 500 characters.
+            facts: Further fields of the log event.
+        """
         self.counts[event] += 1
         now = self._now()
         started, lines = self._periods.get(event, (now, 0))
@@ -43,7 +49,7 @@ class Discards:
             log.warning(event, reason=reason[:500], total=self.counts[event], **facts)
 
     def of_host(self, host_id: str, part: Part, event: str, *, reason: str, **facts: Any) -> None:
-        """Count one discarded message, or part of one, of a node host besides."""
+        """Count a discarded message of a node host, or a part of one, also for that host."""
         key = cut_name(host_id)
         self.hosts[key] = self.hosts.pop(key, LeftOut()).plus(part, reason, time.time())
         if len(self.hosts) > MAX_HOSTS:

@@ -1,6 +1,6 @@
-"""Loom's own logger: structlog's and logging's global configuration is neither read nor changed.
+"""Loom's logger, which neither reads nor changes the global configuration of structlog and logging.
 
-Unless a program asks otherwise (`use`), lines go to the standard library's logger `loom`, as those of any library do.
+Unless a program selects another output (`use`), log events go to the standard library's logger `loom`.
 """
 
 import logging
@@ -14,15 +14,15 @@ from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 _LIBRARY = logging.getLogger("loom")
 
 
-def _is_wanted(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    """Drop a line that is below the level of the program's logging."""
+def _drop_disabled(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """Drop an event below the level of the program's logging."""
     if not _LIBRARY.isEnabledFor(getattr(logging, method.upper())):
         raise structlog.DropEvent
     return event
 
 
 def _as_text(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
-    """Render the event name, then its facts."""
+    """Render the name of the event, then its fields."""
     name = event.pop("event", "")
     facts = " ".join(f"{key}={value!r}" for key, value in event.items())
     return f"{name} {facts}".rstrip()
@@ -32,7 +32,7 @@ def _library_logger() -> Any:
     return structlog.wrap_logger(
         _LIBRARY,
         processors=[
-            _is_wanted,
+            _drop_disabled,
             structlog.contextvars.merge_contextvars,
             structlog.processors.format_exc_info,
             _as_text,
@@ -42,7 +42,7 @@ def _library_logger() -> Any:
 
 
 class _Log:
-    """Passes each line to the output of the moment."""
+    """Passes each event to the current output."""
 
     def __init__(self) -> None:
         self.default = self.output = _library_logger()
@@ -60,23 +60,23 @@ def get_logger() -> FilteringBoundLogger:
 
 
 def use(output: Any) -> None:
-    """Send every further line to `output`, a bound logger."""
+    """Send all further events to `output`, a bound logger."""
     _log.output = output
 
 
 def reset() -> None:
-    """Send every further line to the standard library's logger `loom` again."""
+    """Send all further events to the standard library's logger `loom` again."""
     use(_log.default)
 
 
 def is_default() -> bool:
-    """Return whether lines go to the standard library's logger `loom`."""
+    """Return whether events go to the standard library's logger `loom`."""
     return _log.output is _log.default
 
 
 @contextmanager
 def replaced(output: Any) -> Iterator[None]:
-    """Send lines to `output`, a bound logger, while the body runs."""
+    """Send events to `output`, a bound logger, while the block runs."""
     before = _log.output
     use(output)
     try:

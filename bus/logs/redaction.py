@@ -1,4 +1,4 @@
-"""Secrets taken out of texts that go into logs, errors and messages."""
+"""Removes secrets from texts for logs, errors and messages."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from urllib.parse import quote, unquote
 
 MASK = "***"
 SHORTEST = 6
-"""Characters of the shortest value taken for a secret; shorter ones are too common in ordinary text."""
+"""Fewest characters of a value that counts as a secret; shorter ones are too common in ordinary text."""
 
 _SECRET_NAME = re.compile(
     r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|COOKIE|SIGNATURE|_PASS$|_PWD$|^PASS$|_AUTH$", re.IGNORECASE
@@ -27,13 +27,13 @@ _RULES = (
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """Return `text` without secrets.
 
-    Taken out are the secrets of this process's environment, bearer and basic tokens, `sk-…` keys, private keys,
-    userinfo in URLs, and values written after a secret's name.
+    The secrets of this process's environment are replaced. So are bearer and basic tokens, `sk-…` keys, private keys,
+    userinfo in URLs, and values that follow the name of a secret.
 
     Args:
-        secrets: Further ones, for example an API key given in code.
+        secrets: Further secrets, for example an API key in code.
     """
-    known = {*secrets_of(os.environ), *(each for each in secrets if each)}
+    known = {*secrets_of(os.environ), *(secret for secret in secrets if secret)}
     for secret in sorted(known, key=len, reverse=True):
         text = text.replace(secret, MASK)
     for pattern, mask in _RULES:
@@ -42,12 +42,12 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
 
 def secrets_of(environment: Mapping[str, str]) -> set[str]:
-    """Return the values of variables whose names look secret, and the passwords in URLs, as they may be written."""
-    found: set[str] = set()
+    """Return the values of variables with names of secrets, and the passwords in URLs, also in URL encoding."""
+    secrets: set[str] = set()
     for name, value in environment.items():
         if _SECRET_NAME.search(name):
-            found.update((value, value.strip()))
+            secrets.update((value, value.strip()))
         for _, userinfo in _USERINFO.findall(value):
             password = userinfo.partition(":")[2] or userinfo
-            found.update((password, unquote(password)))
-    return {form for secret in found if len(secret) >= SHORTEST for form in (secret, quote(secret, safe=""))}
+            secrets.update((password, unquote(password)))
+    return {form for secret in secrets if len(secret) >= SHORTEST for form in (secret, quote(secret, safe=""))}

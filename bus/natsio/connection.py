@@ -17,7 +17,7 @@ from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.background_tasks import BackgroundTasks, ServiceFailed
 from loom.bus.natsio.ownership import Owner, keep_forever, running_loop
-from loom.bus.natsio.transport.addresses import Address, parse_addresses, shown, tls_wanted
+from loom.bus.natsio.transport.addresses import Address, parse_addresses, shown, tls_required
 from loom.bus.natsio.transport.connect_causes import Cause, cause_of
 from loom.bus.natsio.transport.connecting import Connector, abort_client, close_client, harden_socket
 from loom.bus.natsio.transport.fast_client import FastClient, SyncHandler
@@ -219,8 +219,8 @@ class Connection:
             BusUnavailable: The connection is closed, or its buffer is full.
         """
         self.publish_nowait(subject, message, reply=reply, headers=headers)
-        if self._nc.clogged:
-            await self._nc.unclog()
+        if self._nc.is_congested:
+            await self._nc.wait_until_writable()
 
     def publish_nowait(
         self, subject: str, message: Any = b"", *, reply: str = "", headers: Mapping[str, str] | None = None
@@ -245,8 +245,8 @@ class Connection:
 
     async def wait_until_writable(self) -> None:
         """Wait for the socket if much was published without waiting; else return immediately."""
-        if self._nc.clogged:
-            await self._nc.unclog()
+        if self._nc.is_congested:
+            await self._nc.wait_until_writable()
 
     # -- subscribing
 
@@ -259,7 +259,7 @@ class Connection:
         """
         self.check_owner()
         try:
-            return await self._nc.listen(subject, handler, queue=queue)
+            return await self._nc.subscribe_sync(subject, handler, queue=queue)
         except nats.errors.Error as error:
             raise BusUnavailable(f"cannot subscribe: {error}", url=self.address) from error
 
@@ -345,7 +345,7 @@ class Connection:
         if self._nc.is_connected:
             log.warning("bus_error", error=str(error) or type(error).__name__)
         elif self._established and any(error is failure for failure in self._connector.failures.values()):
-            self._reconnect_failed(cause_of(error, tls=tls_wanted(self._addresses)))
+            self._reconnect_failed(cause_of(error, tls=tls_required(self._addresses)))
 
     def _reconnect_failed(self, cause: Cause) -> None:
         """Log each cause once, and give up when every server has refused for good: nats-py retries without limit."""

@@ -2,8 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import uuid4
 
 from loom.bus.logs.log_fields import error_fields
@@ -11,6 +10,7 @@ from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.ack_metadata import ack_metadata
 from loom.bus.natsio.jetstream import JetStream
 from loom.bus.natsio.pull_consumer import PullConsumer
+from loom.bus.natsio.stored_message import StoredMessage
 from loom.bus.natsio.transport.message import Msg
 from loom.schemas.errors import LoomError
 
@@ -20,18 +20,6 @@ WINDOW = 512
 """Messages that wait for the reader at most."""
 IDLE_S = 60
 """Seconds without a request after which the server deletes the consumer."""
-
-
-class Stored(NamedTuple):
-    """A message of a stream."""
-
-    subject: str
-    data: bytes
-    seq: int
-    stored_at: float
-    pending: int
-    """Messages that followed it in the stream when it was sent."""
-    headers: Mapping[str, str]
 
 
 class OrderedConsumer:
@@ -64,7 +52,7 @@ class OrderedConsumer:
         self._deliver = deliver
         self._start_seq = start_seq
         self._start_time = start_time
-        self._buffer: list[Stored] = []
+        self._buffer: list[StoredMessage] = []
         self._changed = asyncio.Event()
         self._pull: PullConsumer | None = None
         self._consumer = ""
@@ -83,7 +71,7 @@ class OrderedConsumer:
         """Whether the last batch ended with the last message that the stream contained at that time."""
 
     async def start(self) -> "OrderedConsumer":
-        """Create the consumer and start to pull; otherwise done by the first `batch`."""
+        """Create the consumer and start pulling; otherwise done by the first `batch`."""
         if not self._started:
             await self._open()
             self._started = True
@@ -100,7 +88,7 @@ class OrderedConsumer:
             else:
                 return
 
-    async def batch(self) -> list[Stored]:
+    async def batch(self) -> list[StoredMessage]:
         """Wait for messages and return all that have arrived, oldest first; empty if there are none at the start."""
         await self.start()
         await self._changed.wait()
@@ -190,7 +178,7 @@ class OrderedConsumer:
         self._last_seq = facts.stream_seq
         self._at_end = facts.pending == 0
         self._buffer.append(
-            Stored(msg.subject, msg.data, facts.stream_seq, facts.stored_at, facts.pending, msg.headers)
+            StoredMessage(msg.subject, msg.data, msg.headers, facts.stream_seq, facts.stored_at, facts.pending)
         )
         self._changed.set()
 

@@ -72,8 +72,8 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 def keep_forever(inherited: Any) -> None:
     """Exempt an object from destruction, in a forked child.
 
-    A destroyed transport removes its socket from the epoll set, which parent and child share, and the parent would
-    not be woken by that socket again. The exit of the child closes only the child's descriptors.
+    A destroyed transport removes its socket from the epoll set, which parent and child share. The parent would not
+    be woken by that socket again. The exit of the child closes only the child's descriptors.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
 

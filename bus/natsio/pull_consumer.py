@@ -76,7 +76,7 @@ class PullConsumer:
         return self._pending
 
     async def start(self) -> None:
-        """Start to pull."""
+        """Start pulling."""
         await self._subscribe()
         self._jetstream.connection.on_reconnect(self._restart)
         self._pulling = self._jetstream.connection.tasks.spawn(
@@ -88,7 +88,7 @@ class PullConsumer:
         self.top_up()
 
     async def stop(self) -> None:
-        """Stop to pull; messages that are on their way still reach the sink before this method returns."""
+        """Stop pulling; messages that are on their way still reach the sink before this method returns."""
         self._stopped = True
         self._due.set()
         self._jetstream.connection.forget_reconnect(self._restart)

@@ -1,10 +1,10 @@
 """One request with many replies."""
 
-import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from loom.bus.logs.discards import Discards
+from loom.bus.natsio.one_shot import OneShot
 from loom.bus.natsio.requests import Requests
 from loom.bus.natsio.transport.message import Msg
 from loom.schemas.base import Undecodable
@@ -25,7 +25,7 @@ async def request_many(
     """Publish a request and return the replies, in order of arrival.
 
     Args:
-        read: Decodes a reply; raises Undecodable for one that is to be counted and left out, or returns None for one
+        read: Decodes a reply. It raises Undecodable for a reply to be counted and left out, or returns None for one
             that it has counted itself.
         window_s: Longest wait, in seconds.
         enough: Whether to stop waiting; called after every reply with all replies, of which the new one is the last.
@@ -34,16 +34,11 @@ async def request_many(
         The replies that arrived in time and could be decoded.
     """
     replies: list[T] = []
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[None] = loop.create_future()
-
-    def end() -> None:
-        if not ended.done():
-            ended.set_result(None)
+    ended: OneShot[bool] = OneShot()
 
     def on_reply(msg: Msg) -> None:
         if msg.status == "503":
-            end()
+            ended.set(True)
             return
         try:
             reply = read(msg.data)
@@ -54,16 +49,12 @@ async def request_many(
             return
         replies.append(reply)
         if enough(replies):
-            end()
+            ended.set(True)
 
     inbox = requests.open_inbox(on_reply)
     try:
         await requests.connection.publish(subject, message, reply=inbox)
-        window = loop.call_later(window_s, end)
-        try:
-            await ended
-        finally:
-            window.cancel()
+        await ended.wait(window_s)
     finally:
         requests.close_inbox(inbox)
     return replies

@@ -1,7 +1,7 @@
 """Requests and their replies, over one inbox subscription.
 
-All replies arrive on one subscription and are distinguished by the last token of their subject, so that a request
-needs no subscription of its own.
+All replies arrive on one subscription and are distinguished by the last token of their subject. A request needs no
+subscription of its own.
 """
 
 import asyncio

@@ -16,7 +16,7 @@ OPERATORS = {
 
 
 class ParseError(ValueError):
-    """The expression makes no sense; `position` says where."""
+    """The expression is invalid; `position` is the index of the fault."""
 
     def __init__(self, message, position):
         super().__init__(f"{message} at {position}")

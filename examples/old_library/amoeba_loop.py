@@ -1,6 +1,6 @@
-"""A conversation through the six phases, with the imports and calls of loom-agent 0.6.
+"""Runs a conversation through the six phases, with the imports and calls of loom-agent 0.6.
 
-A model answers: set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own.
+The answers come from a model: set OPENAI_API_KEY, or OPENAI_BASE_URL for another server.
 
     python examples/old_library/amoeba_loop.py
 """
@@ -17,6 +17,27 @@ from loom.config import AgentConfig, ClusterConfig
 from loom.events import DoneEvent, EventBus, TextDeltaEvent
 from loom.providers.openai import OpenAIProvider
 from loom.types import AgentNode, CapabilityProfile, Skill, UserMessage
+
+
+def context_of(provider: OpenAIProvider) -> LoopContext:
+    return LoopContext(
+        messages=[UserMessage(content="Write a Python function that sorts a list, and a test for the code.")],
+        provider=provider,
+        tools=[],
+        tool_registry=None,
+        tool_config=None,
+        tool_context={},
+        max_steps=3,
+        streaming=True,
+        temperature=0.7,
+        max_tokens=1024,
+        session_id="session",
+        tenant_id="tenant",
+        agent_id="amoeba",
+        interceptors=None,
+        events=None,
+        signal=None,
+    )
 
 
 async def main() -> None:
@@ -44,25 +65,7 @@ async def main() -> None:
         skill_registry=skills,
         llm=provider,
     )
-    ctx = LoopContext(
-        messages=[UserMessage(content="Write a Python function that sorts a list, and a test for the code.")],
-        provider=provider,
-        tools=[],
-        tool_registry=None,
-        tool_config=None,
-        tool_context={},
-        max_steps=3,
-        streaming=True,
-        temperature=0.7,
-        max_tokens=1024,
-        session_id="session",
-        tenant_id="tenant",
-        agent_id="amoeba",
-        interceptors=None,
-        events=None,
-        signal=None,
-    )
-    async for event in loop.execute(ctx):
+    async for event in loop.execute(context_of(provider)):
         if isinstance(event, TextDeltaEvent):
             print(event.text, end="")
         elif event.type == "phase":

@@ -1,6 +1,6 @@
-"""An auction among the nodes of one process, with the imports and calls of loom-agent 0.6.
+"""Holds an auction among the nodes of one process, with the imports and calls of loom-agent 0.6.
 
-Neither a server nor a model is needed:
+The program needs neither a server nor a model:
 
     python examples/old_library/cluster_manager.py
 """
@@ -29,7 +29,7 @@ print("winner:", winner.id, "- split:", lifecycle.should_split(task, winner))
 assert cluster.compute_bid(winner, task).score > Bid().score
 
 cluster.update_load("coder", 1.0)
-cluster.update_load("gone", 0.5)  # has retired: without effect
+cluster.update_load("gone", 0.5)  # an unknown node: without effect
 busy = cluster.select_winner(task)
 assert busy is not None
 print("winner while the coder is busy:", busy.id)

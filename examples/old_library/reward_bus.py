@@ -1,6 +1,6 @@
-"""What a node learns from its tasks, with the imports and calls of loom-agent 0.6.
+"""Updates a node with the rewards of its tasks, with the imports and calls of loom-agent 0.6.
 
-Neither a server nor a model is needed:
+The program needs neither a server nor a model:
 
     python examples/old_library/reward_bus.py
 """

@@ -1,6 +1,6 @@
-"""A Runtime with nodes of a model and a skill, with the imports and calls of loom-agent 0.6.
+"""Opens a Runtime with nodes of a model and a skill, with the imports and calls of loom-agent 0.6.
 
-A model answers: set OPENAI_API_KEY, or OPENAI_BASE_URL for a server of your own.
+The answers come from a model: set OPENAI_API_KEY, or OPENAI_BASE_URL for another server.
 
     python examples/old_library/runtime.py
 """

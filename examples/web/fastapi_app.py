@@ -1,8 +1,8 @@
-"""A web service with FastAPI, whose lifespan is that of a Runtime: `uvicorn fastapi_app:app`.
+"""A web service with FastAPI that opens a Runtime in its lifespan: `uvicorn fastapi_app:app`.
 
     curl -X POST localhost:8000/tasks -H 'Content-Type: application/json' -d '{"description": "how many words"}'
 
-With NATS_URL set its tasks go to all agents of that cluster; without, each worker process has a server of its own.
+With NATS_URL set, tasks go to the agents of that cluster. Without it, each worker process starts its own server.
 """
 
 from collections.abc import AsyncIterator
@@ -17,7 +17,7 @@ from loom.types import CapabilityProfile
 
 
 class Work(BaseModel):
-    """What a client of the web service sends."""
+    """The body of a request."""
 
     description: str
     domain: str = "writing"
@@ -25,7 +25,7 @@ class Work(BaseModel):
 
 
 async def count_words(description: str) -> str:
-    """Return how many words the description has."""
+    """Return the number of words in the description."""
     return f"{len(description.split())} words"
 
 
@@ -44,7 +44,7 @@ app = FastAPI(lifespan=lifespan)
 
 @app.post("/tasks")
 async def do_task(work: Work, request: Request) -> dict[str, str]:
-    """Have a task done and return its answer; the task is cancelled when the client goes away."""
+    """Submit a task and return its answer; the task is cancelled if the client disconnects."""
     rt: Runtime = request.app.state.loom
     try:
         answer = await rt.submit(TaskAd(**work.model_dump()), cancel_with_caller=True)

@@ -1,7 +1,7 @@
-"""A web service with Flask, whose views are synchronous: `flask --app flask_app run`.
+"""A web service with Flask and synchronous views: `flask --app flask_app run`.
 
-Django's views work alike. The Runtime is made with the module and opens with the first task, in whichever worker
-process needs it; a worker forked afterwards opens one of its own.
+Views of Django work in the same way. The module creates the Runtime, and the first task of a worker process opens it.
+Worker processes that are forked later open their own.
 """
 
 from flask import Flask, request
@@ -13,7 +13,7 @@ from loom.types import CapabilityProfile
 
 
 def count_words(description: str) -> str:
-    """Return how many words the description has."""
+    """Return the number of words in the description."""
     return f"{len(description.split())} words"
 
 
@@ -24,7 +24,7 @@ rt.add_agent(count_words, name="counter", capabilities=CapabilityProfile(scores=
 
 @app.post("/tasks")
 def do_task() -> ResponseReturnValue:
-    """Have a task done and return its answer."""
+    """Submit a task and return its answer."""
     try:
         return {"answer": rt.submit_sync(TaskAd(domain="writing", description=request.json["description"]))}
     except InvalidTask as error:

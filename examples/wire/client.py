@@ -1,6 +1,6 @@
-"""A client without loom: `python client.py [URL] DESCRIPTION`, with nats-py alone. Ctrl-C cancels the task.
+"""A client that uses only nats-py: `python client.py [URL] DESCRIPTION`. Ctrl-C cancels the task.
 
-In an account of a submitter, as docs/tasks.md describes it, the same subjects reach that submitter's tasks alone.
+In the account of a submitter (see docs/tasks.md), the same subjects reach only the tasks of that submitter.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import nats
 
 
 async def main(url: str, description: str) -> int:
-    """Submit a task, print its text as it comes, and return 0 if it has succeeded."""
+    """Submit a task, print its text as it arrives, and return 0 if the task succeeded."""
     nc = await nats.connect(url)
     task = uuid.uuid4().hex
 

@@ -1,4 +1,4 @@
-"""A plain node with nats-py and json alone: it announces itself, and its reply to a request is the answer."""
+"""A plain node that uses only nats-py and json: it announces itself, and answers each request with a reply."""
 
 import asyncio
 import json

@@ -1,1 +1,1 @@
-"""The API of loom-agent 0.6, for programs written for it. The cluster itself uses none of it."""
+"""The API of loom-agent 0.6, frozen: for programs written for it. The phases and node hosts use none of it."""

@@ -1,4 +1,4 @@
-"""AmoebaLoop: one conversation through the six phases, as a stream of events."""
+"""AmoebaLoop of loom-agent 0.6: runs a conversation through the six phases and yields its events."""
 
 import asyncio
 import os
@@ -28,18 +28,11 @@ from loom.runner.session import Inheritance, Session
 from loom.runner.session_owner import SessionOwner
 from loom.runner.settings import Settings, from_environment
 from loom.schemas.base import Undecodable, decode
+from loom.schemas.events import Done, ErrorEvent, LoopEvent, SubtaskEvent, TextDelta, TokenUsage
 from loom.schemas.identity import ADAPT, LOCAL_OWNER
 from loom.schemas.learning import Lifecycle, NodeProfile
-from loom.types import (
-    AnyProvider,
-    Done,
-    ErrorEvent,
-    LoopEvent,
-    SubtaskEvent,
-    TaskResult,
-    TextDelta,
-    TokenUsage,
-)
+from loom.schemas.llm import AnyProvider
+from loom.schemas.task import TaskResult
 
 log = get_logger()
 
@@ -47,20 +40,19 @@ log = get_logger()
 class AmoebaLoop:
     """Runs a conversation's task through SENSE, MATCH, SCALE, EXECUTE, EVALUATE and ADAPT.
 
-    `execute` opens what it needs and closes it again; inside `async with loop` it stays open between calls. What the
-    loop has learned is kept between calls, too, and shown in the nodes of `cluster`.
+    `execute` opens a session and closes it again; inside `async with loop` the session stays open between calls.
+    Evidence is kept between calls, and the nodes of `cluster` show it.
 
     Args:
-        cluster: Its nodes are hosted while the loop is open, read live.
-        reward_bus: Gets a bus while the loop is open.
-        lifecycle: Its config rules the phases started here.
-        planner: For the caller's own use: the phases plan by themselves, and ask as it does.
-        skill_registry: A skill a task calls for becomes a node when nobody bids. With skills in it as the loop
-            opens, it hosts up to `max_nodes` nodes: those of skills, and clones of any that are overrun.
-        llm: What SENSE may ask, and SCALE for a plan, where the phases are started here; and the model of skills.
-        store: Folder in which a server started here keeps records and what has been learned; absent: that of
-            LOOM_STORE, else a temporary one that ends with the loop (`dispose`, garbage collection, or the end of the
-            program).
+        cluster: Its nodes are hosted while the loop is open; later changes count.
+        reward_bus: Its `bus` is set while the loop is open.
+        lifecycle: Its config has the settings of the phases that the loop starts.
+        planner: For the caller's own use: SCALE plans without it.
+        skill_registry: A skill that a task needs becomes a node if there are no bids. With skills in the registry, the
+            loop hosts up to `max_nodes` nodes: those of skills, and clones of overloaded nodes.
+        llm: The model of skills, and of SENSE, SCALE and EVALUATE in this process.
+        store: Folder of an embedded server with records and evidence. Absent: the folder of LOOM_STORE, or a temporary
+            one that ends with the loop (`dispose`, garbage collection, or the end of the program).
     """
 
     def __init__(
@@ -87,16 +79,16 @@ class AmoebaLoop:
         """The session that `async with` keeps open."""
 
     async def execute(self, ctx: LoopContext) -> AsyncIterator[LoopEvent]:
-        """Yield what happens until the task has ended and has been learned from; the last event is Done.
+        """Yield events until the task has ended and ADAPT has processed its reward; the last event is Done.
 
-        A failed attempt shows as a recoverable ErrorEvent before the next one begins, a failed task as a final
-        ErrorEvent before Done. Of a divided task a SubtaskEvent reports when each part begins and ends. A PhaseEvent
-        reports what each phase decided: the first three with the attempt's first progress, all before Done.
+        A failed attempt yields a recoverable ErrorEvent before the next attempt, a failed task a final ErrorEvent
+        before Done. A SubtaskEvent reports that a subtask starts or ends. A PhaseEvent reports the decision of a
+        phase: the first three with the attempt's first progress, all before Done.
 
-        An iteration that is broken off cancels the task.
+        Ending the iteration early cancels the task.
 
         Raises:
-            InvalidTask: The context holds no task.
+            InvalidTask: The context has no task.
             BusUnavailable: No server or no phases answer.
             WrongEventLoop: The loop is open in another event loop, by `async with` or by a conversation there.
         """
@@ -142,7 +134,7 @@ class AmoebaLoop:
     async def _ending(
         self, result: TaskResult, text: str, phases: PhaseReports, learned: "_Learned"
     ) -> AsyncGenerator[LoopEvent, None]:
-        """Yield what is left to report of a task that has ended, `text` of its answer having been reported."""
+        """Yield the remaining events of an ended task; `text` is the part of its answer that was yielded."""
         task_client.log_warnings(result)
         if result.content != text and result.content.startswith(text):
             yield TextDelta(text=result.content[len(text) :])  # deltas may get lost, the result does not
@@ -166,7 +158,7 @@ class AmoebaLoop:
         await self._close()
 
     def dispose(self) -> None:
-        """Drop everything at once, and remove the temporary store; from any thread, and safe to call twice."""
+        """Close everything at once and remove the temporary store; from any thread, safe to call twice."""
         self._held = None
         self._sessions.abort()
         temporary, self._temporary = self._temporary, None
@@ -180,7 +172,7 @@ class AmoebaLoop:
 
     @asynccontextmanager
     async def _session(self) -> AsyncIterator[Session]:
-        """Yield the session that `async with` opened, else one that its last user closes: they share a store."""
+        """Yield the session of `async with`, or one that its last user closes, because users share a store."""
         session = await self._sessions.open()
         session.users += 1
         try:
@@ -204,7 +196,7 @@ class AmoebaLoop:
         )
 
     def _store_for(self, settings: Settings) -> Path | None:
-        """Return where the loop keeps what it learns; None where the settings say it."""
+        """Return the folder of the loop's store; None if the settings have one."""
         if self._store is not None or settings.nats_url or settings.loom_store:
             return self._store
         if self._temporary is None or self._temporary.is_inherited:
@@ -213,7 +205,7 @@ class AmoebaLoop:
 
 
 class _Learned:
-    """Listens for ADAPT to say that a task has been learned from, and shows it in the cluster's own node.
+    """Subscribes to ADAPT's `learned` events of a task and copies the profile to the node of the cluster.
 
     The node's host gets the same message over another connection, perhaps later. A session without nodes of its own
     does not listen, as the permissions of a submitter need not allow it.
@@ -240,12 +232,12 @@ class _Learned:
             self._bus.connection.unsubscribe(self._subscription)
 
     def concerns(self, result: TaskResult) -> bool:
-        """Return whether a node of this process's owner has had the task, and this process hosts nodes."""
+        """Return whether a node of this process's owner ran the task, and this process hosts nodes."""
         owned = (result.owner or LOCAL_OWNER) == self._bus.identity.owner
         return self._listens and result.node_id is not None and owned
 
     async def wait(self, node_id: str, seconds: float) -> NodeProfile | None:
-        """Wait until ADAPT has learned about that node, or for so long; return the node's profile then."""
+        """Wait for the node's profile after the task, at most so long, and return it."""
         try:
             async with asyncio.timeout(seconds):
                 while node_id not in self._profiles:

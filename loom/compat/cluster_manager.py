@@ -1,14 +1,16 @@
-"""The nodes of one process, and the auction among them."""
+"""ClusterManager of loom-agent 0.6: the nodes of one process, and an auction among them."""
 
 from collections.abc import Sequence
 
+from loom.compat.types import Bid
+from loom.nodes import AgentNode, unit
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
+from loom.schemas.task import TaskAd
 from loom.schemas.tokens import is_token
-from loom.types import AgentNode, Bid, TaskAd, unit
 
 WEIGHTS = {"capability": 0.4, "availability": 0.25, "history": 0.2, "tools": 0.15}
-"""What each part of a bid counts for; together 1."""
+"""Weight of each term of a bid; their sum is 1."""
 
 
 class InvalidNode(LoomError):
@@ -30,11 +32,11 @@ class ClusterManager:
 
     @property
     def nodes(self) -> list[AgentNode]:
-        """The nodes as they are now, in a list of its own."""
+        """A new list of the present nodes."""
         return list(self._nodes.values())
 
     def add_node(self, node: AgentNode) -> None:
-        """Add `node`, in the place of another one with its id.
+        """Add `node`; it replaces a node with the same id.
 
         Raises:
             InvalidNode: The id cannot be part of a subject.
@@ -44,40 +46,40 @@ class ClusterManager:
         self._nodes[node.id] = node
 
     def get_node(self, node_id: str) -> AgentNode | None:
-        """Return the node of that id, if there is one."""
+        """Return the node with that id, or None."""
         return self._nodes.get(node_id)
 
     def remove_node(self, node_id: str) -> AgentNode | None:
-        """Remove and return the node of that id, if there is one."""
+        """Remove and return the node with that id, or return None."""
         return self._nodes.pop(node_id, None)
 
     def find_idle(self) -> AgentNode | None:
-        """Return the first idle node, if there is one."""
+        """Return the first idle node, or None."""
         return next((node for node in self._nodes.values() if node.status == "idle"), None)
 
     def update_load(self, node_id: str, load: float) -> None:
-        """Set a node's load, clamped to [0, 1]; without effect where no node has that id, as after its retirement."""
+        """Set a node's load, clamped to [0, 1]; no effect if no node has that id, as after its retirement."""
         node = self._nodes.get(node_id)
         if node is not None:
             node.load = unit(load)
 
     def compute_bid(self, node: AgentNode, task: TaskAd) -> Bid:
-        """Return what `node` bids on `task`: the weighed sum of four parts, each in [0, 1]."""
-        facts = node.capabilities
+        """Return the bid of `node` for `task`: the weighted sum of four terms, each in [0, 1]."""
+        profile = node.capabilities
         parts = {
-            "capability": facts.score(task.domain),
+            "capability": profile.score(task.domain),
             "availability": 1.0 - unit(node.load),
-            "history": unit(facts.success_rate),
-            "tools": facts.tool_share(task.required_tools),
+            "history": unit(profile.success_rate),
+            "tools": profile.tool_share(task.required_tools),
         }
         score = sum(WEIGHTS[name] * value for name, value in parts.items())
         return Bid(agent_id=node.id, task_id=task.task_id, score=score, breakdown=parts)
 
     def collect_bids(self, task: TaskAd) -> list[Bid]:
-        """Return the bids of all nodes that may take `task`, best first, ties in the order nodes were added.
+        """Return the bids of all nodes that may run `task`, best first; equal ones in the order of addition.
 
-        Nodes that split or die do not bid, nor do nodes with `domains` that lack the ad's; an ad pinned to a node
-        gets that one only.
+        Only idle and busy nodes bid, and only if their `domains` include that of the ad. For a pinned ad, only its node
+        bids.
         """
         bids = [
             self.compute_bid(node, task)

@@ -1,21 +1,24 @@
-"""When tasks and nodes divide (mitosis), how nodes fare, and how they retire (apoptosis)."""
+"""LifecycleManager of loom-agent 0.6: division (mitosis), health and retirement (apoptosis) of nodes."""
 
 import time
 from collections.abc import Iterable
 from typing import Literal
 
 from loom.compat.cluster_manager import ClusterManager
+from loom.compat.types import HealthReport
+from loom.nodes import NEUTRAL, AgentNode, CapabilityProfile, unit
 from loom.phases.shared.node_health import HEALTH_WINDOW, Health, complement, health, standing
+from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
+from loom.schemas.task import Limits, TaskAd
 from loom.schemas.tokens import domain_token
-from loom.types import NEUTRAL, AgentNode, CapabilityProfile, ClusterConfig, HealthReport, Limits, TaskAd, unit
 
 ADVICE: dict[Health, Literal["keep", "merge", "recycle"]] = {
     "healthy": "keep",
     "warning": "merge",
     "dying": "recycle",
 }
-"""What to do with a node that fares so; the seed's words."""
+"""Health of a node -> recommendation, in the terms of loom-agent 0.6."""
 
 
 class MitosisError(LoomError):
@@ -31,15 +34,15 @@ class ApoptosisRejected(LoomError):
 
 
 class LifecycleManager:
-    """Decides by the limits of a ClusterConfig; changes only the nodes and the cluster it is given."""
+    """Decides by the limits of a ClusterConfig; changes only its arguments."""
 
     def __init__(self, config: ClusterConfig | None = None) -> None:
         self.config = config or ClusterConfig()
 
     def should_split(self, task: TaskAd, node: AgentNode) -> bool:
-        """Return whether `task` is hard enough to be split and `node` not too deep for it.
+        """Return whether the complexity of `task` exceeds the threshold and `node` may divide.
 
-        A task nobody has estimated counts as of middling complexity. The task's own limits only narrow.
+        Complexity is 0.5 without an estimate. The limits of the task only narrow those of the config.
         """
         limits = task.limits or Limits()
         threshold = max(self.config.mitosis_threshold, limits.mitosis_threshold or 0.0)
@@ -48,11 +51,11 @@ class LifecycleManager:
         return complexity > threshold and node.depth < depth
 
     def check_health(self, node: AgentNode, *, now: float | None = None) -> HealthReport:
-        """Return how `node` fares at `now` (seconds since the epoch; default: the present).
+        """Return the health of `node` at `now` (seconds since the epoch; default: the present).
 
-        Dying is who lost too often in a row, or earned too little over ten rewards (recycle), or has worked
-        before and idled too long (merge). Half the losses are a warning. A node with little or no history
-        is never condemned for the lack of it.
+        A node is dying after too many consecutive losses, or with too low a mean of ten rewards: recycle. After too
+        long an idle time following work it is dying as well: merge. Half of the losses are a warning. A short history
+        alone has no effect.
         """
         rewards = [record.reward for record in node.reward_history[-HEALTH_WINDOW:]]
         mean = sum(rewards) / len(rewards) if rewards else 0.0
@@ -69,12 +72,12 @@ class LifecycleManager:
         return [self.check_health(node, now=now) for node in nodes]
 
     def mitosis(self, parent: AgentNode, cluster: ClusterManager | None = None, *, domain: str = "") -> AgentNode:
-        """Return a child of `parent`: its agent and tools, no history, and a neutral claim.
+        """Return a child of `parent` with its agent and tools, without history, with neutral self-ratings.
 
         Args:
-            parent: Stays as it is.
-            cluster: The child joins it, if there is room.
-            domain: What the child claims; empty: the domains its parent claims.
+            parent: It is not changed.
+            cluster: The child is added to it.
+            domain: Domain of the child; empty: those of its parent.
 
         Raises:
             MitosisError: `parent` is `max_depth` divisions deep, or the cluster has `max_nodes`.
@@ -96,9 +99,9 @@ class LifecycleManager:
         return child
 
     def apoptosis(self, node: AgentNode, cluster: ClusterManager) -> AgentNode | None:
-        """Retire `node` from `cluster`; return the idle node that took over its capabilities, None without any.
+        """Remove `node` from `cluster`; return the idle node that inherits its capabilities, None without one.
 
-        The heir is the one it complements best: greatest sum of score differences, less up to half for load.
+        The heir has the greatest sum of score differences, reduced by up to half for its load.
 
         Raises:
             ApoptosisRejected: The node is working, is not in the cluster, or no more than `min_nodes` are left.
@@ -106,7 +109,7 @@ class LifecycleManager:
         if cluster.get_node(node.id) is not node:
             raise ApoptosisRejected(f"{node.id} is not in the cluster", node_id=node.id)
         if node.status in ("busy", "splitting"):
-            raise ApoptosisRejected(f"{node.id} is working: let it finish first", node_id=node.id)
+            raise ApoptosisRejected(f"{node.id} is working: wait for the end of its run", node_id=node.id)
         if len(cluster.nodes) <= self.config.min_nodes:
             raise ApoptosisRejected(f"at least {self.config.min_nodes} nodes must stay", node_id=node.id)
         heirs = [other for other in cluster.nodes if other is not node and other.status == "idle"]
@@ -118,7 +121,7 @@ class LifecycleManager:
         return heir
 
     def merge_capabilities(self, source: AgentNode, target: AgentNode) -> None:
-        """Blend the scores of `source` into `target`, weighed by their tasks, and add its tools; `source` stays.
+        """Merge the scores of `source` into `target`, weighted by their tasks, and add its tools.
 
         Two nodes without any task weigh the same.
         """

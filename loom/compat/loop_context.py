@@ -1,24 +1,25 @@
-"""What a conversation asks of the loop."""
+"""LoopContext of loom-agent 0.6: a conversation as input of an AmoebaLoop."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from loom.schemas.errors import InvalidTask
-from loom.types import Message, TaskAd
+from loom.schemas.llm import Message
+from loom.schemas.task import TaskAd
 
 
 @dataclass
 class LoopContext:
-    """What a conversation asks of the loop.
+    """A conversation as input of an AmoebaLoop.
 
     Args:
-        messages: The last user message is the task; earlier ones go along as its context.
-        domain: Where it belongs; empty: SENSE decides.
-        timeout_s: Seconds until the task is given up.
+        messages: The last user message is the task; earlier turns are its context.
+        domain: Domain of the task; empty: SENSE chooses it.
+        timeout_s: Seconds until the deadline of the task.
         token_budget: A hard limit of tokens; None: no limit.
 
-    The fields after these are accepted and have no effect: the agents that bid have a model, tools and limits of
-    their own, and a task that is broken off is cancelled.
+    Further fields are accepted without effect: the agents that bid have models, tools and limits. A task whose
+    iteration ends early is cancelled.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -50,7 +51,7 @@ class LoopContext:
         """
         asked = [index for index, message in enumerate(self.messages) if message.role == "user"]
         if not asked:
-            raise InvalidTask("no user message: say what is to be done", field="messages")
+            raise InvalidTask("no user message: describe the work", field="messages")
         earlier = [
             {"role": message.role, "content": message.content}
             for message in self.messages[: asked[-1]]

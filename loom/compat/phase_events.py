@@ -1,4 +1,4 @@
-"""Reports what each phase decided about a task, as its record shows it."""
+"""PhaseEvents for AmoebaLoop of loom-agent 0.6: the decisions of the phases, derived from a task's record."""
 
 import asyncio
 from collections.abc import Sequence
@@ -16,29 +16,29 @@ from loom.schemas.record import TaskRecord
 log = get_logger()
 
 REWARDED = frozenset({"node_lost", "agent_failed", "rejected_result", "deadline_exceeded"})
-"""Failures that ADAPT learns from, where a node had the task."""
+"""Codes of failures with a reward for the node."""
 MOST_READS = 8
-"""Readings of the record for one attempt, while it does not show the attempt yet."""
+"""Most reads of the record for one attempt that it does not contain yet."""
 READ_S = 1.0
-"""Longest wait for the record."""
+"""Longest wait for the record, in seconds."""
 
 
 class PhaseReports:
-    """Reads the record of one task when there may be news, and reports each phase once for each attempt."""
+    """Reads the record of one task after its events, and reports each phase once for each attempt."""
 
     def __init__(self, handle: TaskHandle) -> None:
         self._handle = handle
         self.subtasks: set[str] = set()
-        """Ids of the parts the task has been divided into so far."""
+        """Ids of the subtasks so far."""
         self._reported: set[tuple[int, Phase]] = set()
         self._attempt = 0
-        """The newest one that was reported."""
+        """The newest reported attempt."""
         self._awaited = 0
-        """The one that `_reads` counts for."""
+        """The attempt of `_reads`."""
         self._reads = 0
 
     async def of_attempt(self, attempt: int) -> list[PhaseEvent]:
-        """Return what the phases before EXECUTE decided for a running attempt; empty once they have been reported."""
+        """Return the events of the phases before EXECUTE for a running attempt; empty after the first time."""
         if attempt != self._awaited:
             self._awaited, self._reads = attempt, 0
         if attempt <= self._attempt or self._reads >= MOST_READS:
@@ -51,7 +51,7 @@ class PhaseReports:
         return self._new(record, running=attempt)
 
     async def of_ended(self) -> list[PhaseEvent]:
-        """Return what has not been reported of a task that has ended, its evaluation included."""
+        """Return the remaining events of an ended task, its evaluation included."""
         record = await self._read()
         return [] if record is None else self._new(record)
 
@@ -59,13 +59,13 @@ class PhaseReports:
         try:
             async with asyncio.timeout(READ_S):
                 return await self._handle.record()
-        except (LoomError, TimeoutError) as error:  # the task itself goes on, and its progress must not wait for long
+        except (LoomError, TimeoutError) as error:  # the task continues, and its progress must not wait for long
             log.info("phases_not_reported", task_id=self._handle.task_id, reason=type(error).__name__)
             self._reads = MOST_READS
             return None
 
     def _new(self, record: TaskRecord, *, running: int | None = None) -> list[PhaseEvent]:
-        """The events that have not been reported; of the attempt that runs only those before its run."""
+        """Return the events that were not reported; of the running attempt only those before its run."""
         new = [
             event
             for event in phase_events(record, subtasks=len(self.subtasks))
@@ -95,13 +95,13 @@ def phase_events(record: TaskRecord, *, subtasks: int = 0) -> list[PhaseEvent]:
     attempts = _attempts(hops, envelope.attempt)
     seconds: dict[tuple[int, Phase], float] = {}
     for hop, attempt in zip(hops, attempts, strict=True):
-        before = seconds.pop((attempt, hop.phase), 0.0)  # MATCH and SCALE may have had the task several times
+        before = seconds.pop((attempt, hop.phase), 0.0)  # MATCH and SCALE may have handled the task several times
         seconds[attempt, hop.phase] = before + hop.finished - hop.started
     return [_event(phase, attempt, took, record, subtasks) for (attempt, phase), took in seconds.items()]
 
 
 def adapted(profile: NodeProfile, attempt: int) -> PhaseEvent:
-    """Return the event of ADAPT: what is known of a node that has been learned about."""
+    """Return the event of ADAPT: the evidence about a node after the reward."""
     return PhaseEvent(
         name="adapt",
         attempt=max(attempt, 1),
@@ -113,12 +113,12 @@ def adapted(profile: NodeProfile, attempt: int) -> PhaseEvent:
 
 
 def _precedes(event: PhaseEvent, attempt: int) -> bool:
-    """Return whether the event is older than the run of `attempt`: the record may be further than its progress."""
+    """Return whether the event precedes the run of `attempt`: the record may be newer than the progress."""
     return event.attempt < attempt or (event.attempt == attempt and event.name not in ("execute", "evaluate"))
 
 
 def _attempts(hops: Sequence[Hop], last: int) -> list[int]:
-    """The attempt of each hop: EVALUATE alone starts another one, and the last hop belongs to the last attempt."""
+    """Return the attempt of each hop: only EVALUATE starts another one, and the last hop is of the last attempt."""
     begun, counted = 0, []
     for hop in hops:
         counted.append(begun)
@@ -142,7 +142,7 @@ def _event(phase: Phase, attempt: int, seconds: float, record: TaskRecord, subta
 
 
 def _of_tried(event: PhaseEvent, tried: FailedAttempt) -> PhaseEvent:
-    """Complete an event of an attempt that failed and was followed by another one."""
+    """Return an event of a failed attempt that another one followed, with all its fields."""
     if event.name == "match":
         return replace(event, node_id=tried.node_id, owner=tried.owner)
     event = replace(event, node_id=tried.node_id, owner=tried.owner, error=tried.code)
@@ -150,7 +150,7 @@ def _of_tried(event: PhaseEvent, tried: FailedAttempt) -> PhaseEvent:
 
 
 def _of_last(event: PhaseEvent, record: TaskRecord) -> PhaseEvent:
-    """Complete an event of the last attempt."""
+    """Return an event of the last attempt with all its fields."""
     envelope, award = record.envelope, record.envelope.award
     if award is not None:
         event = replace(event, node_id=award.node_id, owner=award.owner)
@@ -164,7 +164,7 @@ def _of_last(event: PhaseEvent, record: TaskRecord) -> PhaseEvent:
 
 
 def _reward(record: TaskRecord, error: str) -> float | None:
-    """What the last attempt earned its node; None where it earned nothing, good or bad."""
+    """Return the reward of the last attempt; None if there was none."""
     envelope = record.envelope
     if error or envelope.result is None:
         return 0.0 if envelope.award and error in REWARDED else None

@@ -1,4 +1,4 @@
-"""Splits a task with a model's help, runs the parts, and puts their outputs together."""
+"""TaskPlanner of loom-agent 0.6: divides a task by a model, runs the subtasks, and combines their outputs."""
 
 import asyncio
 import inspect
@@ -8,15 +8,16 @@ from msgspec.structs import replace
 
 from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
+from loom.compat.types import SubTask
 from loom.phases.scale import planner
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import AgentFailed, Cancelled, DeadlineExceeded, InvalidPlan, LoomError, SubtaskFailed
-from loom.schemas.llm import CompletionParams, CompletionResult, LLMProvider, SystemMessage, UserMessage
+from loom.schemas.llm import CompletionParams, CompletionResult, LLMProvider, SystemMessage, Usage, UserMessage
 from loom.schemas.plan import check_graph
-from loom.types import SubTask, TaskAd, TaskError, TaskResult, Usage
+from loom.schemas.task import TaskAd, TaskError, TaskResult
 
 Execute = Callable[[SubTask, dict[str, str]], Awaitable[TaskResult]]
-"""Runs one subtask; the second argument holds subtask id -> output for each of its dependencies."""
+"""Runs one subtask; the second argument maps the id of each dependency to its output."""
 
 SYNTHESIS_PROMPT = """\
 Answer the user's task from the outputs of its subtasks below, each after its id in brackets. Answer the task itself; \
@@ -26,17 +27,16 @@ log = get_logger()
 
 
 class TaskPlanner:
-    """Plans with any LLM provider; keeps no state of its own."""
+    """Plans with any LLM provider; it has no state."""
 
     def __init__(self, provider: LLMProvider) -> None:
         self._provider = provider
 
     async def decompose(self, task: TaskAd | str) -> list[SubTask]:
-        """Return subtasks that make a valid graph; one equal to the task when the model gives none in time.
+        """Return subtasks of a valid graph; without a plan in time, a single subtask equal to the task.
 
-        The model is asked as SCALE asks it: a bad plan is sent back once.
-
-        Raises what the provider raises, unless it is AgentFailed or DeadlineExceeded.
+        The request to the model is that of SCALE: an invalid plan is returned to the model once. Exceptions of the
+        provider other than AgentFailed and DeadlineExceeded are raised.
         """
         ad = _as_ad(task)
         try:
@@ -58,19 +58,19 @@ class TaskPlanner:
         ]
 
     async def execute_dag(self, subtasks: Sequence[SubTask], execute: Execute) -> dict[str, TaskResult]:
-        """Run each subtask as soon as the ones it depends on have succeeded.
+        """Run each subtask as soon as its dependencies have succeeded.
 
         Args:
             subtasks: A graph that `check_graph` accepts.
-            execute: What it raises becomes that subtask's failed result.
+            execute: Runs one subtask; an exception becomes a failed result.
 
         Returns:
-            subtask id -> result, in the order of `subtasks`. One that depends on a failure is not run: its own
-            result is a failure with code `subtask_failed` and 0 attempts.
+            subtask id -> result, in the order of `subtasks`. After a failure, the dependent subtasks do not run: their
+            results are failures with code `subtask_failed` and 0 attempts.
 
         Raises:
-            InvalidPlan: The graph breaks a rule; nothing has been run.
-            TypeError: `execute` does not take two arguments; nothing has been run.
+            InvalidPlan: The graph breaks a rule; no subtask has run.
+            TypeError: `execute` does not take two arguments; no subtask has run.
         """
         _check_executor(execute)
         check_graph(subtasks)
@@ -89,12 +89,10 @@ class TaskPlanner:
         return {name: task.result() for name, task in running.items()}
 
     async def aggregate(self, task: TaskAd | str, results: Mapping[str, TaskResult]) -> TaskResult:
-        """Return one answer to `task` from its subtasks' results, with the tokens of all of them.
+        """Return one result of `task` from those of its subtasks, with the tokens of all of them.
 
-        A single success is the answer as it stands; several are put together by the model, which is told of
-        missing ones. When no subtask gave a result, or the model gives none, the answer is a failure.
-
-        Raises whatever the provider raises.
+        A single success is the answer. The model combines several; its prompt lists the missing ones. Without any
+        success, or without an answer of the model, the result is a failure. Exceptions of the provider are raised.
         """
         ad = _as_ad(task)
         outputs = {name: r.content for name, r in results.items() if r.success and r.content.strip()}
@@ -125,12 +123,12 @@ def _check_executor(execute: Execute) -> None:
         raise TypeError(
             f"execute must take the subtask and the outputs it builds on, (subtask, inputs): {error}"
         ) from None
-    except ValueError:  # a callable that hides its parameters
+    except ValueError:  # a callable without a signature
         return
 
 
 async def _attempt(execute: Execute, subtask: SubTask, inputs: dict[str, str]) -> TaskResult:
-    """Run one subtask; a failure of any kind is a result, so that its siblings go on."""
+    """Run one subtask; any failure becomes a result, so that other subtasks continue."""
     try:
         return await execute(subtask, inputs)
     except LoomError as error:
@@ -139,7 +137,7 @@ async def _attempt(execute: Execute, subtask: SubTask, inputs: dict[str, str]) -
         current = asyncio.current_task()
         if current is None or current.cancelling():
             raise
-        # Nobody cancelled us: something the subtask awaited was cancelled elsewhere.
+        # This task was not cancelled, but something that the subtask awaited.
         return _failed(subtask.id, Cancelled("what the subtask waited for was cancelled"), attempts=1)
     except Exception as error:  # noqa: BLE001 - `execute` is the user's and may raise anything
         log.warning("subtask_raised", subtask_id=subtask.id, **error_fields(error))
@@ -151,7 +149,7 @@ def _failed(task_id: str, error: LoomError, *, attempts: int = 0) -> TaskResult:
 
 
 def _total(answer: TaskResult, results: Mapping[str, TaskResult], usage: Usage | None = None) -> TaskResult:
-    """Return `answer` with what all results and the synthesis cost."""
+    """Return `answer` with the tokens of all results and of the synthesis."""
     return replace(
         answer,
         prompt_tokens=sum(r.prompt_tokens for r in results.values()) + (usage.prompt_tokens if usage else 0),

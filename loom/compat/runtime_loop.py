@@ -1,4 +1,4 @@
-"""The AmoebaLoop of a Runtime."""
+"""The AmoebaLoop of loom-agent 0.6 on the session of a Runtime."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,7 +17,7 @@ from loom.schemas.llm import AnyProvider
 
 
 class RuntimeLoop(AmoebaLoop):
-    """Uses the session of its Runtime while that is open, and one of its own otherwise.
+    """Uses the session of its Runtime while that is open, otherwise its own.
 
     Args:
         sessions: The Runtime's.

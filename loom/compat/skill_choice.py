@@ -1,4 +1,4 @@
-"""Which skill a task calls for, where skills have no trigger: the model's choice by name and description."""
+"""The choice of a skill for a task, as in loom-agent 0.6: by triggers, by a model, or by words."""
 
 import asyncio
 from collections import OrderedDict
@@ -10,7 +10,7 @@ from loom.bus.natsio.ownership import running_loop
 from loom.compat.skill_registry import SkillNodeRegistry, best_by_words
 from loom.schemas.auction import SpawnRequest
 from loom.schemas.llm import CompletionParams, LLMProvider, SystemMessage, UserMessage
-from loom.types import Skill
+from loom.skills import Skill
 
 PROMPT = """\
 Choose the skill that the user's task calls for. Answer with JSON only: {{"skill": "NAME"}}, where NAME is one of the \
@@ -20,15 +20,15 @@ names below, or "none" where no skill fits.
 NONE = "none"
 WITHIN_S = 10.0
 MAX_ANSWERS = 256
-"""Choices that are remembered, the newest ones."""
+"""Most choices in the cache: the newest."""
 MAX_QUESTIONS = 4
-"""Questions to the model at a time; beyond, words decide."""
+"""Most concurrent questions to the model; beyond it, words decide."""
 
 log = get_logger()
 
 
 class SkillChooser:
-    """Chooses a skill: by triggers, else by the model, else by the words of names and descriptions.
+    """Chooses a skill by triggers, otherwise by the model, otherwise by the words of names and descriptions.
 
     `choose` returns at once; while the model is asked it returns None. The request for a node of a task without bids
     is repeated for some seconds, so a later one finds the answer.
@@ -41,9 +41,9 @@ class SkillChooser:
         self._questions: dict[tuple[str, tuple[str, ...]], asyncio.Task[None]] = {}
 
     def choose(self, wanted: SpawnRequest) -> Skill | None:
-        """Return the skill that the task calls for; None without one, or while the model is asked.
+        """Return the skill for the task; None without one, or while the model is deciding.
 
-        Raises what a trigger's evaluator raises.
+        Exceptions of a trigger's evaluator are raised.
         """
         skill = self._registry.find_triggered(wanted.description, required_tools=wanted.required_tools)
         if skill is not None:
@@ -79,7 +79,7 @@ class SkillChooser:
         try:
             async with asyncio.timeout(WITHIN_S):
                 answer = (await self._provider.complete(params)).content
-        except Exception as error:  # noqa: BLE001 - a user's provider may raise anything; words stand in
+        except Exception as error:  # noqa: BLE001 - a user's provider may raise anything; then words decide
             log.warning("skill_choice_failed", **error_fields(error))
             chosen = best_by_words(text, skills)
         else:
@@ -91,7 +91,7 @@ class SkillChooser:
 
 
 def named_in(answer: str, skills: Sequence[Skill]) -> Skill | None:
-    """Return the skill that a model's answer names; None where it names none of them, or several."""
+    """Return the skill that a model's answer names; None if it names none or several."""
     quoted = [skill for skill in skills if f'"{skill.name.casefold()}"' in answer.casefold()]
     named = quoted or [skill for skill in skills if skill.name.casefold() == answer.strip(" .'\n`").casefold()]
     return named[0] if len(named) == 1 else None

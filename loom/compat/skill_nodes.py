@@ -1,4 +1,4 @@
-"""Skills become nodes: where nobody can take a task that calls for one, an agent is made of it."""
+"""Skill nodes of loom-agent 0.6: a skill becomes a node when a task needs it and no node can run the task."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -12,22 +12,23 @@ from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.compat.skill_choice import SkillChooser
 from loom.compat.skill_registry import SkillNodeRegistry
+from loom.nodes import AgentNode, CapabilityProfile
 from loom.schemas.auction import SpawnRequest
 from loom.schemas.errors import LoomError
 from loom.schemas.llm import AnyProvider
 from loom.schemas.tokens import domain_token
-from loom.types import AgentNode, CapabilityProfile, Skill
+from loom.skills import Skill
 
 log = get_logger()
 
 LOADED_CLAIM = 0.7
-"""What the node of a skill that was loaded by hand claims in the domain of the skill's name."""
+"""Self-rating of the node of a loaded skill in the domain of the skill's name."""
 
 
 def skill_nodes(
     registry: SkillNodeRegistry, provider: AnyProvider | None, config: AgentConfig | None = None
 ) -> Skills | None:
-    """Return what makes nodes of the registry's skills on request; None without a skill, or a model to work with.
+    """Return a factory of nodes of the registry's skills; None without a skill or a model.
 
     Raises:
         LoomError: One of the registry's tools cannot be described to a model.
@@ -40,7 +41,7 @@ def skill_nodes(
 
 
 def tools_of(registry: SkillNodeRegistry) -> dict[str, Tool]:
-    """Return the tools that the registry's skills may name, by name.
+    """Return the tools of the registry, by name.
 
     Raises:
         LoomError: One of them cannot be described to a model.
@@ -57,10 +58,10 @@ def _node_for(
     config: AgentConfig | None,
     wanted: SpawnRequest,
 ) -> AgentNode | None:
-    """Return a node with the skill the task calls for most, marked as loaded; None where none will do."""
+    """Return a node with the skill that fits the task best, marked as loaded; None if no skill fits."""
     try:
         skill = chooser.choose(wanted)
-    except BaseException as error:  # noqa: BLE001 - a trigger's evaluator is user code: whatever it raises is no match
+    except BaseException as error:  # noqa: BLE001 - an evaluator is user code: any exception is a mismatch
         log.warning("skill_trigger_raised", **error_fields(error))
         return None
     if skill is None:
@@ -76,7 +77,7 @@ def _node_for(
 def node_of(
     skill: Skill, tools: Mapping[str, Tool], provider: AnyProvider, config: AgentConfig | None = None
 ) -> AgentNode:
-    """Return a node whose agent follows the skill's instructions, with those of `tools` that the skill names."""
+    """Return a node whose agent has the skill's instructions and those of `tools` that the skill names."""
     agent = Agent(
         provider,
         config,
@@ -90,7 +91,7 @@ def node_of(
 def load(
     skill: Skill, registry: SkillNodeRegistry, provider: AnyProvider, config: AgentConfig | None = None
 ) -> AgentNode:
-    """Register the skill as loaded, and return a node for it that claims the domain of the skill's name.
+    """Register the skill as loaded, and return its node, with a self-rating in the domain of the skill's name.
 
     Raises:
         LoomError: The skill names a tool that the registry was not given.
@@ -98,7 +99,7 @@ def load(
     tools = tools_of(registry)
     missing = ", ".join(sorted(set(skill.tools) - tools.keys()))
     if missing:
-        raise LoomError(f"skill {skill.name} names tools that the skill_registry was not given: {missing}")
+        raise LoomError(f"skill {skill.name} needs tools that are not in the skill_registry: {missing}")
     node = node_of(skill, tools, provider, config)
     node.capabilities = CapabilityProfile(scores={skill.name: LOADED_CLAIM}, tools=list(skill.tools))
     registry.register(skill)
@@ -107,6 +108,6 @@ def load(
 
 
 def node_id(skill: Skill) -> str:
-    """Return the id of a skill's node, always the same: evidence about it outlives it."""
+    """Return the id of a skill's node, always the same, so that its evidence outlives the node."""
     name = domain_token(f"skill-{skill.name}")
     return name if name.startswith("skill-") else f"skill-{name}"

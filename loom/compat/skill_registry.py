@@ -1,31 +1,31 @@
-"""The skills agents can be given, by name, and which of them a text calls for."""
+"""SkillNodeRegistry of loom-agent 0.6: skills by name, and their matches with a text."""
 
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
-from loom.types import Skill, SkillTrigger
+from loom.skills import Skill, SkillTrigger
 
 if TYPE_CHECKING:
     from loom.agents.tools import Tool
 
 LEAST_MATCH = 0.3
-"""Priority times fit below which a skill is not chosen."""
+"""Least product of priority and match of a chosen skill."""
 LEAST_WORDS = 2
 _COMMON = """
 a an and any are at be by can do for from how i in into is it make me my of on or please some that the thi to use what
 which will with write you your skill agent task
 """
 COMMON = frozenset(_COMMON.split())
-"""Words that any task may have; without the `s` at their end."""
+"""Words without meaning for a match; without a final `s`."""
 
 
 class SkillNodeRegistry:
-    """Holds skills by name, upper and lower case alike; a later one of the same name replaces the earlier.
+    """Skills by name, without regard to case; a later one of the same name replaces the earlier.
 
     Args:
-        tools: What skills may name in their `tools`: Tools, or functions to make tools of.
+        tools: Tools for the `tools` of skills, or functions to make tools of.
     """
 
     def __init__(self, tools: "Iterable[Tool | Callable[..., Any]]" = ()) -> None:
@@ -35,7 +35,7 @@ class SkillNodeRegistry:
 
     @property
     def size(self) -> int:
-        """How many skills there are."""
+        """Number of skills."""
         return len(self._skills)
 
     def register(self, skill: Skill) -> None:
@@ -50,11 +50,11 @@ class SkillNodeRegistry:
             self.register(skill)
 
     def get(self, name: str) -> Skill | None:
-        """Return the skill of that name, if there is one."""
+        """Return the skill of that name, or None."""
         return self._skills.get(_fold(name))
 
     def mark_loaded(self, name: str) -> None:
-        """Note that a node has been given the skill.
+        """Mark a skill as loaded: a node has it.
 
         Raises:
             KeyError: There is no such skill.
@@ -65,7 +65,7 @@ class SkillNodeRegistry:
         self._loaded.add(key)
 
     def is_loaded(self, name: str) -> bool:
-        """Return whether a node has been given the skill."""
+        """Return whether a node has the skill."""
         return _fold(name) in self._loaded
 
     def describe_all(self) -> str:
@@ -73,15 +73,15 @@ class SkillNodeRegistry:
         return "\n".join(f"{skill.name}: {skill.description}" for skill in self._skills.values())
 
     def find_match(self, text: str, *, required_tools: Collection[str] = ()) -> Skill | None:
-        """Return the skill `text` calls for most, by a trigger or else by the words of a skill without one.
+        """Return the skill that matches `text` best, by triggers, otherwise by the words of skills without one.
 
         Only skills that name all `required_tools` are candidates.
         """
-        found = self.find_triggered(text, required_tools=required_tools)
-        return found or best_by_words(text, self.described(required_tools=required_tools))
+        triggered = self.find_triggered(text, required_tools=required_tools)
+        return triggered or best_by_words(text, self.described(required_tools=required_tools))
 
     def find_triggered(self, text: str, *, required_tools: Collection[str] = ()) -> Skill | None:
-        """Return the skill with the greatest priority times fit of its trigger, at least .3; ties to the earlier."""
+        """Return the skill with the greatest product of priority and match, at least .3; the earlier one of equals."""
         rated = [
             (skill.priority * fit(skill.trigger, text), skill)
             for skill in self._candidates(required_tools)
@@ -91,7 +91,7 @@ class SkillNodeRegistry:
         return skill if best >= LEAST_MATCH else None
 
     def described(self, *, required_tools: Collection[str] = ()) -> list[Skill]:
-        """Return the skills that a name and a description call for: those without a trigger."""
+        """Return the skills without a trigger, which name and description select."""
         return [skill for skill in self._candidates(required_tools) if skill.trigger is None]
 
     def _candidates(self, required_tools: Collection[str]) -> list[Skill]:
@@ -104,10 +104,10 @@ class SkillNodeRegistry:
 
 
 def fit(trigger: SkillTrigger, text: str) -> float:
-    """Return how well `text` meets `trigger`, 0 to 1.
+    """Return the degree to which `text` matches `trigger`, 0 to 1.
 
-    Keywords count by the share that occurs, or all or nothing with `match_all`; a pattern matches or not;
-    an evaluator's answer counts from the threshold on.
+    Of keywords it is the share that occurs; with `match_all` all must occur. A pattern gives 0 or 1. The value of an
+    evaluator counts from the threshold on.
     """
     if trigger.type == "keyword":
         folded = _fold(text)
@@ -120,18 +120,18 @@ def fit(trigger: SkillTrigger, text: str) -> float:
 
 
 def best_by_words(text: str, skills: Iterable[Skill]) -> Skill | None:
-    """Return the skill whose name and description share most words with `text`; None where too few are shared.
+    """Return the skill with the most words in common with `text`; None with too few.
 
-    A word of the name counts two, one of the description one, and two are needed; ties to the earlier.
+    A word of the name counts two, one of the description one, and two are needed; the earlier one of equals.
     """
     words = _words(text)
-    rated = [(2 * len(words & _words(each.name)) + len(words & _words(each.description)), each) for each in skills]
-    best, skill = max(rated, key=lambda pair: pair[0], default=(0, None))
-    return skill if best >= LEAST_WORDS else None
+    rated = [(2 * len(words & _words(skill.name)) + len(words & _words(skill.description)), skill) for skill in skills]
+    best, chosen = max(rated, key=lambda pair: pair[0], default=(0, None))
+    return chosen if best >= LEAST_WORDS else None
 
 
 def _words(text: str) -> set[str]:
-    """The words of a text that mean something alone, without a last `s`; of Chinese each pair of characters."""
+    """Return the meaningful words of a text without a final `s`; for Chinese each pair of characters."""
     found = set[str]()
     for word in re.findall(r"[^\W_]+", _fold(text)):
         if word.isascii():
@@ -142,5 +142,5 @@ def _words(text: str) -> set[str]:
 
 
 def _fold(text: str) -> str:
-    """Fold case, and full-width forms as Chinese and Japanese keyboards make them."""
+    """Return a text with case and full-width forms (of Chinese and Japanese keyboards) folded."""
     return unicodedata.normalize("NFKC", text).casefold().strip()

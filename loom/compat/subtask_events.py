@@ -1,4 +1,4 @@
-"""Events of the subtasks of one task, should SCALE divide it."""
+"""Events of the subtasks of one task, for AmoebaLoop of loom-agent 0.6."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -21,7 +21,7 @@ from loom.schemas.run import Delta
 
 
 class Subtasks:
-    """Subscribes to what SCALE publishes of a task's subtasks, from before the task is submitted; a context manager.
+    """Subscribes to SCALE's events of a task's subtasks before the task is submitted; a context manager.
 
     An event may be lost, or come twice. It is yielded once; what was lost is read from the plan when the task has
     ended, where this client may read plans.
@@ -32,7 +32,7 @@ class Subtasks:
         self._task_id = task_id
         self._plans = bus.bucket("plans", SplitPlan)
         self._ended: dict[str, bool] = {}
-        """Id of a subtask -> whether its end has been reported, and not only its beginning."""
+        """Id of a subtask -> whether its end was yielded, too."""
         self._news: asyncio.Queue[Delta | SubtaskEvent | None] = asyncio.Queue()
         self._subscription: Subscription | None = None
 
@@ -49,7 +49,7 @@ class Subtasks:
             self._bus.connection.unsubscribe(subscription)
 
     async def follow(self, handle: TaskHandle) -> AsyncGenerator[Delta | SubtaskEvent, None]:
-        """Yield the task's own progress and the events of its subtasks, until it has ended."""
+        """Yield the progress of the task and the events of its subtasks until its end."""
         deltas = asyncio.create_task(self._deltas(handle))
         try:
             while (news := await self._news.get()) is not None:
@@ -58,7 +58,7 @@ class Subtasks:
             deltas.cancel()
             await asyncio.gather(deltas, return_exceptions=True)
         if self._ended:
-            with suppress(LoomError):  # the task has its result: this is all that is missing
+            with suppress(LoomError):  # only these events are missing: the task has its result
                 await self._report_plan()
         while not self._news.empty():
             if (news := self._news.get_nowait()) is not None:
@@ -86,7 +86,7 @@ class Subtasks:
                 self._report(event)
 
     def _report(self, event: SubtaskEvent) -> None:
-        """Put an event in line unless it has been there; a beginning before its end, were it lost."""
+        """Queue an event unless it was queued before; a lost start is queued before its end."""
         if event.subtask not in self._ended:
             self._ended[event.subtask] = False
             self._news.put_nowait(replace(event, state="begun", child_state=None, node_id=None, owner=None, error=""))
@@ -96,7 +96,7 @@ class Subtasks:
 
 
 def _latest(parent_id: str, part: Subtask, now: float) -> SubtaskEvent | None:
-    """The last event of a subtask by its plan; None where it has not begun."""
+    """Return the last event of a subtask, derived from its plan; None before its start."""
     if part.state == "waiting" or part.child_id is None:
         return None
     begun = SubtaskEvent(

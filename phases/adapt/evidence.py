@@ -41,18 +41,17 @@ def apply_reward(
 ) -> NodeProfile:
     """Return `profile` after the reward at stream sequence `seq`.
 
-    A sequence that is already applied changes nothing, nor does a snapshot. A reward from a source of weight 0 changes
-    the sequence only. An attempt is one entry of its window, with the scores of all its sources. An attempt that ended
-    before every entry of a full window is ignored. An inheritance is one entry, for any number of rewards, and does
-    not count as a task of this node.
+    An applied sequence changes nothing, nor does a snapshot. A source of weight 0 changes the sequence only. An attempt
+    is one entry of its window, with the scores of all its sources. One that ended before every entry of a full window
+    is ignored. An inheritance is one entry, for any number of rewards, and is not a task of this node.
 
     The count of consecutive losses uses the first score of each attempt. If a later score turns a loss into a win, or
     the reverse, the count is recomputed from the stored windows, ordered by when attempts ended.
 
     Args:
-        profile: The node's, before the reward.
+        profile: The profile before the reward.
         reward: A reward, snapshot or inheritance of the node.
-        seq: Its sequence in the stream of rewards.
+        seq: Sequence of the reward in its stream.
         forget: Whether scores from before a change of the node in the domain are dropped.
         weights: Weights of the sources, as returned by `weights_of`.
     """
@@ -69,22 +68,25 @@ def apply_reward(
         return profile
     is_new_task = reward.kind == "reward" and known is None
     domains = _newest({**profile.domains, reward.domain_token: after})
-    scores = [score.score for evidence in domains.values() for score in evidence.scores]
-    losses = profile.consecutive_losses
+    is_revised = reward.kind == "reward" and known is not None and _lost(known) != _lost(new)
+    losses = _consecutive_losses(domains) if is_revised else profile.consecutive_losses
     if is_new_task:
         losses = total(losses, 1) if _lost(new) else 0
-    elif known is not None and reward.kind == "reward" and _lost(known) != _lost(new):
-        losses = _consecutive_losses(domains)
     return replace(
         profile,
         domains=domains,
-        success_rate=sum(score >= SUCCESS for score in scores) / len(scores),
+        success_rate=_success_rate(domains),
         total_tasks=total(profile.total_tasks, 1 if is_new_task else 0),
         consecutive_losses=losses,
         tokens=total(profile.tokens, reward.tokens if is_new_task else 0),
         seconds=total_s(profile.seconds, reward.seconds if is_new_task else 0.0),
         updated_at=max(profile.updated_at, reward.ended_at),
     )
+
+
+def _success_rate(domains: Mapping[str, DomainEvidence]) -> float:
+    scores = [score.score for evidence in domains.values() for score in evidence.scores]
+    return sum(score >= SUCCESS for score in scores) / len(scores)
 
 
 def own_scores_by_age(domains: Mapping[str, DomainEvidence]) -> list[Score]:

@@ -18,7 +18,8 @@ from loom.bus.hops.health import Health
 from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.log_fields import summary as summary_of
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
+from loom.bus.natsio.ordered_consumer import OrderedConsumer
+from loom.bus.natsio.stored_message import StoredMessage
 from loom.bus.stored_rewards import reward_in
 from loom.phases.adapt.calibration_writer import CalibrationWriter
 from loom.phases.adapt.evidence import forgets
@@ -114,7 +115,7 @@ class Adapt:
             self._snapshots.on_stream_reset()
         self._dirty.set()
 
-    def _process(self, message: Stored) -> None:
+    def _process(self, message: StoredMessage) -> None:
         self._writer.read_seq = message.seq
         reward = reward_in(message, self._bus.subjects, self._bus.discards)
         try:

@@ -7,7 +7,7 @@ from loom.bus.bus import Bus
 from loom.bus.hops.duplicates import store_once
 from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.ordered_consumer import Stored
+from loom.bus.natsio.stored_message import StoredMessage
 from loom.phases.adapt.lease import acquire_lease
 from loom.schemas.base import encode
 from loom.schemas.errors import LoomError
@@ -66,7 +66,7 @@ class Snapshots:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def count(self, message: Stored, reward: Reward | None) -> None:
+    def count(self, message: StoredMessage, reward: Reward | None) -> None:
         """Count a message that has been read, after its reward, if any, was applied."""
         self._read_to = message.seq
         self._since += len(message.data) + len(message.subject) + OVERHEAD_BYTES

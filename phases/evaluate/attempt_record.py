@@ -6,7 +6,7 @@ from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.server_errors import Conflict
-from loom.bus.records import record_from, records, update_record
+from loom.bus.records import record_from, records
 from loom.phases.evaluate.decisions import Finish, is_stale
 from loom.schemas.envelope import Envelope
 from loom.schemas.record import TaskRecord
@@ -103,7 +103,7 @@ async def write_end(
             rejected=finish.rejected,
         )
 
-    written = await update_record(records(bus), envelope.task_id, end, entry)
+    written = await records(bus).update_with(envelope.task_id, end, entry)
     if written is not None and written.value.ended:
         result = written.value.to_result()
         log.info("task_ended", state=result.state, code=result.error.code if result.error else "")

@@ -25,9 +25,9 @@ COUNTED = frozenset({"node_lost", "agent_failed", "rejected_result"})
 INVALID = "invalid_task"
 """With a node: its opinion of the ad, which another node has to confirm. Without one: the ad breaks a rule."""
 RETRIED = COUNTED | {"node_busy"}
-RETRY_S = 0.1
+RETRY_DELAY_S = 0.1
 """Pause after the first failure of a node, in seconds; doubled after each further one."""
-RETRY_MAX_S = 5.0
+MAX_RETRY_DELAY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,9 @@ def count_failure(envelope: Envelope, error: TaskError, now: float) -> Envelope:
 
 def retry_delay_s(error: TaskError, failures: int) -> float:
     """Return the least pause before the next attempt, in seconds; 0 after a rejected result or a busy node."""
-    return min(RETRY_MAX_S, RETRY_S * 2.0 ** (failures - 1)) if error.code in {"node_lost", "agent_failed"} else 0.0
+    if error.code not in {"node_lost", "agent_failed"}:
+        return 0.0
+    return min(MAX_RETRY_DELAY_S, RETRY_DELAY_S * 2.0 ** (failures - 1))
 
 
 def retry_rested(envelope: Envelope, now: float) -> Retry | None:

@@ -36,7 +36,7 @@ def reward_for(envelope: Envelope, error: TaskError | None, ended_at: float) -> 
         owner=award.owner,
         domain_token=envelope.domain_token,
         score=_score(envelope, error),
-        signal=Signal() if error else _signal(envelope, result),
+        signal=Signal() if error else success_signal(envelope.ad, result.tokens, result.tool_errors),
         tokens=result.tokens,
         seconds=result.duration_s,
         ended_at=ended_at,
@@ -72,10 +72,6 @@ def _has_opinion(envelope: Envelope, error: TaskError | None) -> bool:
 def _estimated(envelope: Envelope) -> float | None:
     """Return SENSE's estimate of the complexity; None without one, or if other nodes have done parts of the task."""
     return envelope.spec.estimated if envelope.spec and not envelope.inputs else None
-
-
-def _signal(envelope: Envelope, result: RunResult) -> Signal:
-    return success_signal(envelope.ad, result.tokens, result.tool_errors)
 
 
 def implied_rewards(record: TaskRecord) -> tuple[Reward, ...]:

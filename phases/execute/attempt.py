@@ -26,11 +26,12 @@ log = get_logger()
 
 SETTLE_S = 5.0
 """Seconds after a reconnect within which every host is expected to be back."""
-ASK_AGAIN_S = 0.25
+REATTACH_S = 0.25
+"""Pause before a request is repeated after a reconnect."""
 SUBTASK_FAILED = "subtask_failed"
 MOVES = 3
 """How often a run that has moved is requested again although no other handler has requested it."""
-NOT_MOVED = "the host states that the run has moved, and no other EXECUTE has asked for it"
+NOT_MOVED = "the host states that the run has moved, and no other EXECUTE has requested it"
 
 
 class Attempt:
@@ -100,19 +101,19 @@ class Attempt:
         """Send a plain node one request and return its first reply as the last event; None on an interrupt."""
         max_run_s = RUN_S if self._award.max_run_s is None else self._award.max_run_s
         request = request_for(self._envelope, self._award, self._bus.clock.now())
-        self._delivery.release()  # only the node is waited for: other messages of this process may be handled
+        self._delivery.release()  # the wait is for the node alone: other messages of this process may be handled
         plain = PlainRun(self._hosts, host_of(self._award), request, self._interrupt, max_run_s=max_run_s)
         return await plain.last_event()
 
     async def _relay_run(self) -> RunEvent | None:
-        """Relay the run and return its last event; a silent host is asked once more.
+        """Relay the run and return its last event; the request to a silent host is repeated once.
 
-        Hosts come back one by one after an outage of the bus, through no fault of their own. Until they have had
-        time to do so, a silent host is asked again without a limit.
+        After an outage of the bus hosts reconnect one by one. For `SETTLE_S` the request to a silent host is repeated
+        without a limit.
         """
         request = request_for(self._envelope, self._award, self._bus.clock.now())
         stream = RunStream(self._hosts, host_of(self._award), request, self._interrupt, attached=self._attached)
-        asked_again, moves = False, 0
+        repeated, moves = False, 0
         while True:
             try:
                 last = await self._relay(stream)
@@ -122,13 +123,13 @@ class Attempt:
                 stream = stream.reattach()
             except HostSilent:
                 settling = self._bus.connection.settled_s < SETTLE_S
-                if not settling and (asked_again or not stream.has_events):
+                if not settling and (repeated or not stream.has_events):
                     raise
                 if await self._ownership() != "own":
                     raise
                 if settling:
-                    await asyncio.sleep(ASK_AGAIN_S)
-                stream, asked_again = stream.reattach(), not settling
+                    await asyncio.sleep(REATTACH_S)
+                stream, repeated = stream.reattach(), not settling
 
     async def _relay(self, stream: RunStream) -> RunEvent | None:
         """Publish the run's events as deltas and return the last event.
@@ -163,7 +164,7 @@ class Attempt:
     async def _yield_to_newer(self) -> Outcome:
         """Leave the run to another handler: settle a copy of its message, leave its own message unsettled.
 
-        A host that reports a move although no other handler has asked for the run has failed the attempt.
+        A host that reports a move although no other handler has requested the run has failed the attempt.
         """
         if await self._is_only_owner():
             task_id = self._envelope.task_id

@@ -13,7 +13,7 @@ from loom.bus.hops.duplicates import store_once
 from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.records import records, update_record
+from loom.bus.records import records
 from loom.bus.task_client import cancel_and_confirm
 from loom.phases.execute.fencing import ownership
 from loom.phases.execute.run_stream import RunStream
@@ -30,7 +30,7 @@ from loom.schemas.task import RunResult, TaskAd, TaskError, TaskResult
 
 log = get_logger()
 
-LOOK_AGAIN_S = 5.0  # a lost result message is noticed after this time, at the latest
+POLL_RECORD_S = 5.0  # a lost result message is noticed after this time, at the latest
 RETRY_S = 1.0
 REPEAT_S = 1.0  # least time between repetitions of unconfirmed results
 
@@ -71,7 +71,7 @@ class Delegations:
         self._failed = False
         """Whether a result was not a success."""
         self._released = ExitStack()
-        """Takes no slot while a delegated task is open."""
+        """Frees the slot of the delivery while a delegated task is open."""
         self._refusals = 0
         self._repeated_at = 0.0
         self._stream: RunStream | None = None
@@ -208,7 +208,7 @@ class Delegations:
             return replace(record, delegated=(*record.delegated, task_id)[-MAX_DELEGATED:])
 
         async with self._recording:  # concurrent writes of one run would only conflict
-            entry = await update_record(self._records, self._envelope.task_id, add)
+            entry = await self._records.update_with(self._envelope.task_id, add)
         return entry is not None and self._owns_claim(entry.value)
 
     def _owns_claim(self, record: TaskRecord) -> bool:
@@ -232,7 +232,7 @@ class Delegations:
                 if entry is not None and entry.value.ended:
                     return entry.value
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_AGAIN_S):
+                    async with asyncio.timeout(POLL_RECORD_S):
                         await result_published.wait()
                 result_published.clear()
         finally:

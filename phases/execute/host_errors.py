@@ -6,9 +6,9 @@ from msgspec.structs import replace
 
 from loom.schemas.task import TaskError
 
-LATE_S = 1.0
+CLOCK_SKEW_S = 1.0
 """Seconds by which the clock of a host may be ahead of this one."""
-SPENT = 0.5
+USED_SHARE = 0.5
 """Share of its budget that a run must report as used: an agent stops before the request that would exceed it."""
 MAX_MESSAGE_CHARS = 2000
 
@@ -38,8 +38,8 @@ def confirmed_error(error: TaskError, facts: RunFacts) -> TaskError:
     confirmed = {
         "node_busy": True,
         "invalid_task": True,
-        "budget_exceeded": facts.budget is not None and facts.tokens >= SPENT * facts.budget,
-        "deadline_exceeded": facts.left_s <= LATE_S,
+        "budget_exceeded": facts.budget is not None and facts.tokens >= USED_SHARE * facts.budget,
+        "deadline_exceeded": facts.left_s <= CLOCK_SKEW_S,
         "subtask_failed": facts.delegation_failed,
         "cancelled": facts.cancelled,
     }

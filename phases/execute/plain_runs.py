@@ -11,7 +11,7 @@ from loom.bus.host_directory import HostKey
 from loom.bus.logs.left_out import as_reason
 from loom.bus.natsio.transport.message import Msg
 from loom.phases.execute.run_inbox import count_discarded
-from loom.phases.execute.run_stream import LATE_S, STOPPED_S, Hosts, HostSilent, Interrupt, no_waiter
+from loom.phases.execute.run_stream import LATE_EVENT_S, STOPPED_S, Hosts, HostSilent, Interrupt, no_waiter
 from loom.phases.execute.stops import HostRun
 from loom.schemas.base import Undecodable, decode, encode
 from loom.schemas.run import MAX_OUTLINE_BYTES, RunEvent, RunRequest, read_events
@@ -21,7 +21,7 @@ RUN_S = 60.0
 """Longest run of a plain node that announces no limit of its own."""
 ABSENT_S = 3.0
 """Seconds for which the request is repeated while the server reports no subscriber."""
-ASK_AGAIN_S = 1.0
+REPEAT_REQUEST_S = 1.0
 KEY_HEADER = "Loom-Key"
 ERROR_HEADERS = ("Nats-Service-Error", "Nats-Service-Error-Code")
 LAST_KINDS = ("result", "error", "rejected")
@@ -68,7 +68,7 @@ class PlainRun:
             await self._send_request()
             await self._wait_for_reply()
         except HostSilent:
-            self._keep_open(min(LATE_S, self._request.remaining_s))
+            self._keep_open(min(LATE_EVENT_S, self._request.remaining_s))
             raise
         finally:
             self._interrupt.wake = no_waiter
@@ -93,7 +93,7 @@ class PlainRun:
             if self._absent:
                 if waited_s >= ABSENT_S:
                     raise HostSilent(f"host {self._host} is not connected")
-                if not await self._wait(ASK_AGAIN_S):
+                if not await self._wait(REPEAT_REQUEST_S):
                     await self._send_request()
             elif not await self._wait(self._max_run_s - waited_s):
                 raise HostSilent(f"host {self._host} has not replied in {self._max_run_s:g} s")

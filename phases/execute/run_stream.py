@@ -28,9 +28,9 @@ log = get_logger()
 
 ABSENT_S = 1.0  # without a subscriber: a host may reconnect a little later than this process after an outage
 ACCEPT_S = 3.0  # a busy host may need long: on a machine at its limit hundreds answered only after one second
-ASK_AGAIN_S = 1.0
+REPEAT_REQUEST_S = 1.0
 """Seconds of silence after which a request is repeated; a slow host must not receive it many times."""
-ABSENT_AGAIN_S = 0.3
+REPEAT_ABSENT_S = 0.3
 """The same while the server reports no subscriber."""
 GAP_REQUESTS = 3
 """Requests for missing events after which the run continues without them."""
@@ -39,7 +39,7 @@ MAX_OUT_OF_ORDER = 1024
 CATCH_UP_S = 5.0
 HEARTBEAT_S = 2.0
 SILENCE_S = 3 * HEARTBEAT_S + 0.5  # three heartbeats missed
-LATE_S = 600.0
+LATE_EVENT_S = 600.0
 """Seconds for which a silent run's last event is awaited, to be discarded and counted. A host keeps it as long."""
 STOPPED_S = STOPS * STOP_AGAIN_S + 1
 """Seconds for which the last event of a stopped run is awaited."""
@@ -162,7 +162,7 @@ class RunStream:
             self._close()
             return
         self._given_up = True
-        keep_s = min(LATE_S, self._request.remaining_s) if isinstance(error, HostSilent) else STOPPED_S
+        keep_s = min(LATE_EVENT_S, self._request.remaining_s) if isinstance(error, HostSilent) else STOPPED_S
         asyncio.get_running_loop().call_later(keep_s, self._close)
 
     def _close(self) -> None:
@@ -233,7 +233,7 @@ class RunStream:
         complete = event.seq in self._out_of_order or len(self._out_of_order) >= MAX_OUT_OF_ORDER
         if not heartbeat:
             self._out_of_order[event.seq] = event
-        late = heartbeat and time.monotonic() - self._gap_requested_at >= ASK_AGAIN_S
+        late = heartbeat and time.monotonic() - self._gap_requested_at >= REPEAT_REQUEST_S
         if not self._gap_requests or (late and self._gap_requests < GAP_REQUESTS):
             self._gap_requests, self._gap_requested_at = self._gap_requests + 1, time.monotonic()
             await self._send_request(from_seq=self._next_seq)
@@ -266,12 +266,12 @@ class RunStream:
             if self._absent_s >= patience_s:
                 raise HostSilent(f"host {self._host} is not connected")
             left_s = give_up - time.monotonic()
-            if left_s <= ASK_AGAIN_S:
+            if left_s <= REPEAT_REQUEST_S:
                 await self._wait_for_event(max(0.0, left_s), wait_s)
                 return
-            await self._wait(ASK_AGAIN_S)  # the server's no-responders reply ends this wait early
+            await self._wait(REPEAT_REQUEST_S)  # the server's no-responders reply ends this wait early
             if self._absent_since is not None:
-                await self._wait(ABSENT_AGAIN_S)
+                await self._wait(REPEAT_ABSENT_S)
             if not self._is_ready:
                 await self._send_request()
 

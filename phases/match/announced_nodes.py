@@ -110,9 +110,9 @@ class AnnouncedNodes:
             del self._nodes[location]
             self.size -= _size(node)
             for token, wording in _tokens(node):
-                self._drop((token, node.plain), location, wording)
+                self._remove_from_index((token, node.plain), location, wording)
 
-    def _drop(self, domain: tuple[str, bool], location: NodeLocation, wording: str) -> None:
+    def _remove_from_index(self, domain: tuple[str, bool], location: NodeLocation, wording: str) -> None:
         token, _ = domain
         nodes = self._by_domain[domain]
         nodes.pop(location, None)

@@ -115,7 +115,7 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def policy(name: str) -> Policy:
+def load_policy(name: str) -> Policy:
     """Return the award policy of that name, or the function that `module:function` names.
 
     Raises:

@@ -15,7 +15,7 @@ from loom.phases.match.announced_nodes import AnnouncedNodes, TaskRequirements
 from loom.phases.match.newcomers import Newcomers
 from loom.phases.match.node_ownership import NodeOwnership
 from loom.phases.match.offers import HostOffer
-from loom.phases.match.partial_decoding import PartialProfile, PartialScore, decode_window, to_profile
+from loom.phases.match.partial_decoding import PartialProfile, PartialScore, decode_scores, to_profile
 from loom.phases.match.presence import HostPresence
 from loom.phases.match.ranking import Ranking
 from loom.schemas.base import Undecodable
@@ -122,8 +122,8 @@ class HostDirectory:
             answered: Hosts that answered this call.
         """
         return any(
-            place[0] not in answered and not self._presence.is_dropped(place[0])
-            for place, _ in self.nodes.capable_nodes(requirements, plain=False)
+            location[0] not in answered and not self._presence.is_dropped(location[0])
+            for location, _ in self.nodes.capable_nodes(requirements, plain=False)
         )
 
     def have_plain_nodes_failed(self, requirements: TaskRequirements) -> bool:
@@ -153,9 +153,7 @@ class HostDirectory:
         nodes = tuple(qualified(host.owner, node_id) for node_id in host.node_ids)
         unknown = any(self._ownership.host_of(node) is None for node in nodes)
         if self._ownership.record_announcement(host.key, nodes):
-            self._bus.connection.publish_nowait(
-                self._bus.subjects.hosts
-            )  # hosts that are alive announce themselves at once
+            self._bus.connection.publish_nowait(self._bus.subjects.hosts)  # live hosts announce themselves at once
         if unknown:
             self._node_added.set()
             self._node_added = asyncio.Event()
@@ -184,14 +182,14 @@ class HostDirectory:
         node = read.node
         before = self._partial_profiles.get(node)
         domains = before.domains if before else {}
-        windows: dict[str, tuple[PartialScore, ...]] = {
-            domain_token: decode_window(evidence)
+        scores_by_domain: dict[str, tuple[PartialScore, ...]] = {
+            domain_token: decode_scores(evidence)
             for domain_token, evidence in read.domains.items()
             if evidence != domains.get(domain_token)
         }
-        self.profiles[node] = profile = to_profile(read, windows, self.profiles.get(node))
+        self.profiles[node] = profile = to_profile(read, scores_by_domain, self.profiles.get(node))
         self._partial_profiles[node] = read
         self.newcomers.update(node, profile.domains)
         self.ranking.update(node, {domain_token: evidence.mean for domain_token, evidence in read.domains.items()})
-        for domain_token, scores in windows.items():
+        for domain_token, scores in scores_by_domain.items():
             self._on_rewarded(node, domain_token, [score.attempt_id for score in scores])

@@ -27,7 +27,7 @@ class SharedEvidence(NamedTuple):
     """Mean reward of these attempts, 0 to 1; 0 without attempts."""
     pending: int = 0
     """Number of recent awards without a reward."""
-    judged: int = 0
+    rewarded: int = 0
     """Number of rewarded attempts; old ones count in full."""
 
 
@@ -72,19 +72,19 @@ def is_newcomer(owner: str, evidence: DomainEvidence) -> bool:
 
 
 def shared_evidence(
-    known: Mapping[str, DomainEvidence], pending: int, weight: Callable[[DomainEvidence], float]
+    evidence_by_node: Mapping[str, DomainEvidence], pending: int, weight: Callable[[DomainEvidence], float]
 ) -> SharedEvidence:
     """Return the joint record of an owner's newcomers.
 
     Args:
-        known: Node -> evidence, of the newcomers with rewards.
+        evidence_by_node: Node -> evidence, of the newcomers with rewards.
         pending: Number of their recent awards without a reward.
         weight: Returns the weight of an evidence, 0 to 1.
     """
-    weighed = [(evidence.count * weight(evidence), evidence) for evidence in known.values()]
+    weighed = [(evidence.count * weight(evidence), evidence) for evidence in evidence_by_node.values()]
     count = sum(attempts for attempts, _ in weighed)
     mean = sum(attempts * evidence.mean for attempts, evidence in weighed) / count if count else 0.0
-    return SharedEvidence(count, mean, pending, sum(evidence.count for evidence in known.values()))
+    return SharedEvidence(count, mean, pending, sum(evidence.count for evidence in evidence_by_node.values()))
 
 
 def owners_with_failed_newcomers(envelope: Envelope, evidence_of: Callable[[str], DomainEvidence]) -> frozenset[str]:

@@ -99,9 +99,9 @@ class OfferReader:
         try:
             return decode(raw, UncheckedOffer, limit=MAX_OFFER_BYTES, mend=_clamped)
         except Undecodable:
-            parts = decode(raw, _RawOffer, limit=MAX_OFFER_BYTES)
-        bids = tuple(bid for part in parts.bids if (bid := self._bid(host, part)) is not None)
-        return UncheckedOffer(bids=bids, decline=parts.decline)
+            raw_offer = decode(raw, _RawOffer, limit=MAX_OFFER_BYTES)
+        bids = tuple(bid for raw_bid in raw_offer.bids if (bid := self._bid(host, raw_bid)) is not None)
+        return UncheckedOffer(bids=bids, decline=raw_offer.decline)
 
     def _bid(self, host: HostKey, raw: msgspec.Raw) -> UncheckedBid | None:
         try:

@@ -59,26 +59,26 @@ class PartialScore(msgspec.Struct, frozen=True, array_like=True, gc=False):
     ended_at: Timestamp
 
 
-_Window = Annotated[tuple[PartialScore, ...], Meta(max_length=WINDOW)]
+_Scores = Annotated[tuple[PartialScore, ...], Meta(max_length=WINDOW)]
 
 
-def decode_window(evidence: PartialEvidence) -> tuple[PartialScore, ...]:
+def decode_scores(evidence: PartialEvidence) -> tuple[PartialScore, ...]:
     """Return the scores of a domain, oldest first.
 
     Raises:
         Undecodable: The field is not a list of scores.
     """
-    scores: tuple[PartialScore, ...] = decode(bytes(evidence.scores), _Window)
+    scores: tuple[PartialScore, ...] = decode(bytes(evidence.scores), _Scores)
     return scores
 
 
 def to_profile(
-    read: PartialProfile, windows: Mapping[str, tuple[PartialScore, ...]], before: NodeProfile | None
+    read: PartialProfile, scores_by_domain: Mapping[str, tuple[PartialScore, ...]], before: NodeProfile | None
 ) -> NodeProfile:
     """Return the profile with only the newest score of each domain, which is all that awards need.
 
     Args:
-        windows: domain_token -> scores, for the domains that have changed.
+        scores_by_domain: domain_token -> scores, for the domains that have changed.
         before: The previous profile, which supplies the other domains.
     """
     domains = before.domains if before else {}
@@ -87,7 +87,9 @@ def to_profile(
         owner=read.owner,
         last_seq=read.last_seq,
         domains={
-            domain_token: _newest(evidence, windows[domain_token]) if domain_token in windows else domains[domain_token]
+            domain_token: _newest(evidence, scores_by_domain[domain_token])
+            if domain_token in scores_by_domain
+            else domains[domain_token]
             for domain_token, evidence in read.domains.items()
         },
     )

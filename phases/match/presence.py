@@ -71,9 +71,8 @@ class HostPresence:
             return set(self._awaited)
         others = (self._returning | (self._unproven.keys() - self._dropped)) - self._plain
         if others:
-            self._unproven_wait_at = (
-                max(self._unproven_wait_at, now) + UNPROVEN_EVERY_S
-            )  # auctions that begin meanwhile do not wait as well
+            # Set at once, so that concurrent auctions do not wait as well.
+            self._unproven_wait_at = max(self._unproven_wait_at, now) + UNPROVEN_EVERY_S
         return self._awaited | others
 
     @property

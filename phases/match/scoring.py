@@ -242,7 +242,9 @@ def _shared(owners: Iterable[str], domain_token: str, context: AuctionContext) -
             if owner in groups and is_newcomer(owner, _evidence(context, token, node)):
                 pending[owner] += count
     weight = partial(decay_weight, context=context)
-    return {owner: shared_evidence(known, pending[owner], weight) for owner, known in groups.items()}
+    return {
+        owner: shared_evidence(evidence_by_node, pending[owner], weight) for owner, evidence_by_node in groups.items()
+    }
 
 
 def _weigh_bid(auction: _Auction, node: str, host: HostKey, bid: Bid) -> _WeighedBid:
@@ -325,7 +327,7 @@ def _to_scored_bid(weighed: _WeighedBid) -> ScoredBid:
         bonus=min(trust.bonus, MAX_TRUST),
         load=bid.load,
         tools=weighed.tools,
-        shared_count=weighed.shared.judged if weighed.shared else 0,
+        shared_count=weighed.shared.rewarded if weighed.shared else 0,
         comes_last=weighed.comes_last,
     )
 

@@ -26,7 +26,7 @@ from loom.bus.host_directory import HostKey
 from loom.bus.logs.logger import get_logger
 from loom.bus.topology import MATCH_LANES, Lane
 from loom.phases.match.announced_nodes import TaskRequirements
-from loom.phases.match.award_policies import policy
+from loom.phases.match.award_policies import load_policy
 from loom.phases.match.busy_nodes import BusyNodes
 from loom.phases.match.directory import HostDirectory
 from loom.phases.match.misspelt_domains import MisspeltDomains, warning_in
@@ -92,7 +92,7 @@ class Match:
         self._busy = BusyNodes(self._directory.nodes)
         self._misspelt = MisspeltDomains(self._directory.nodes)
         self._calls = OpenCalls(bus)
-        self._policy = policy(config.policy)
+        self._policy = load_policy(config.policy)
         lanes = [(lane, lane_slots(lane)) for lane in MATCH_LANES]
         self._loop = HopLoop(bus, Service("match", lanes, Envelope, self.handle, window=self._window))
 
@@ -267,8 +267,8 @@ class Match:
 
     def _record_if_plain(self, award: Award, envelope: Envelope) -> Award:
         """Return the award; an award to a plain node is counted as load and marked for EXECUTE."""
-        place = (HostKey(award.owner, award.host_id), award.node_id)
-        node = self._plain.record_award(place, envelope.task_id, envelope.attempt)
+        location = (HostKey(award.owner, award.host_id), award.node_id)
+        node = self._plain.record_award(location, envelope.task_id, envelope.attempt)
         return award if node is None else replace(award, plain=True, max_run_s=node.max_run_s)
 
     async def _auction(self, envelope: Envelope, spec: Spec) -> AuctionResult:
@@ -359,10 +359,10 @@ class Match:
         return min(slots.free, self._config.waiting_limit - slots.waiting)
 
 
-async def _pause(delivery: Delivery, seconds: float, news: asyncio.Event | None = None) -> None:
-    """Wait until the time has passed, the delivery is recalled or `news` is set."""
+async def _pause(delivery: Delivery, seconds: float, node_added: asyncio.Event | None = None) -> None:
+    """Wait until the time has passed, the delivery is recalled or `node_added` is set."""
     recalled = asyncio.ensure_future(delivery.recalled.wait())
-    waits = [recalled] if news is None else [recalled, asyncio.ensure_future(news.wait())]
+    waits = [recalled] if node_added is None else [recalled, asyncio.ensure_future(node_added.wait())]
     try:
         await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     finally:

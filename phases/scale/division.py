@@ -32,7 +32,6 @@ from loom.schemas.task import RunResult, TaskError
 
 log = get_logger()
 
-MAX_UPDATE_TRIES = 64  # subtasks that end together each change the same plan
 PLAN_OVER = TaskError(code="subtask_failed", message="the plan of the task is over")
 
 
@@ -153,20 +152,16 @@ class Division:
         self, parent_id: str, decide: Callable[[SplitPlan], SplitPlan]
     ) -> tuple[SplitPlan, SplitPlan] | None:
         """Change a plan by compare-and-set; return it before and after the change, None without a plan."""
+        before: list[SplitPlan] = []
+
+        def change(plan: SplitPlan) -> SplitPlan | None:
+            before[:] = [plan]
+            changed = decide(plan)
+            return None if changed == plan else changed
+
         async with self._locks.setdefault(parent_id, asyncio.Lock()):
-            for _ in range(MAX_UPDATE_TRIES):
-                entry = await self._plans.get(parent_id)
-                if entry is None:
-                    return None
-                changed = decide(entry.value)
-                if changed == entry.value:
-                    return changed, changed
-                try:
-                    await self._plans.update(parent_id, changed, entry.revision)
-                except Conflict:
-                    continue
-                return entry.value, changed
-        raise BusUnavailable(f"gave up updating the plan of {parent_id} after {MAX_UPDATE_TRIES} conflicting writes")
+            entry = await self._plans.update_with(parent_id, change)
+        return None if entry is None else (before[0], entry.value)
 
     async def _end_without_plan(self, plan: SplitPlan) -> Outcome:
         """Fail a task that runs although its plan is over, because no other message can end it."""

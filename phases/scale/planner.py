@@ -20,8 +20,8 @@ PROMPT = """\
 Split the user's task into at most {most} subtasks that different specialists can do on their own, in parallel where \
 possible.
 Answer with JSON only: {{"subtasks": [{{"id", "description", "domain", "dependencies", "estimated_complexity"}}]}}.
-A subtask gets the outputs of those whose ids are in its dependencies, and nothing else: its description must say all \
-the rest. estimated_complexity is a number from 0 (trivial) to 1 (very hard). A task that gains nothing from \
+A subtask gets the outputs of those whose ids are in its dependencies, and nothing else: its description must contain \
+everything else. estimated_complexity is a number from 0 (trivial) to 1 (very hard). A task that gains nothing from \
 splitting is one subtask."""
 
 

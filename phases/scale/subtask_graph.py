@@ -36,14 +36,14 @@ def start_plan(envelope: Envelope, subtasks: Sequence[Subtask]) -> SplitPlan:
     """Return the plan of a task about to be parked, with its first subtasks running."""
     named = tuple(
         Subtask(
-            id=part.id,
-            description=part.description,
-            domain=part.domain,
-            dependencies=part.dependencies,
-            estimated_complexity=part.estimated_complexity,
-            child_id=child_id(envelope.task_id, part.id),
+            id=subtask.id,
+            description=subtask.description,
+            domain=subtask.domain,
+            dependencies=subtask.dependencies,
+            estimated_complexity=subtask.estimated_complexity,
+            child_id=child_id(envelope.task_id, subtask.id),
         )
-        for part in subtasks
+        for subtask in subtasks
     )
     return advance(SplitPlan(parent_id=envelope.task_id, subtasks=named, envelope=envelope))
 
@@ -79,33 +79,40 @@ def advance(plan: SplitPlan) -> SplitPlan:
     """
     if error := plan_error(plan):
         return replace(finish(plan), error=error)
-    done = {part.id for part in plan.subtasks if part.state == "succeeded"}
+    done = {subtask.id for subtask in plan.subtasks if subtask.state == "succeeded"}
     if len(done) == len(plan.subtasks):
         return replace(plan, state="joining")
-    ready = {part.id for part in plan.subtasks if part.state == "waiting" and done.issuperset(part.dependencies)}
+    ready = {
+        subtask.id for subtask in plan.subtasks if subtask.state == "waiting" and done.issuperset(subtask.dependencies)
+    }
     grants = _grants(plan, ready)
-    plan = replace(plan, subtasks=tuple(_started(part, grants) for part in plan.subtasks))
+    plan = replace(plan, subtasks=tuple(_started(subtask, grants) for subtask in plan.subtasks))
     error = plan_error(plan)
     return replace(finish(plan), error=error) if error else plan
 
 
-def _started(part: Subtask, grants: Mapping[str, int | None]) -> Subtask:
-    if part.id not in grants:
-        return part
-    grant = grants[part.id]
+def _started(subtask: Subtask, grants: Mapping[str, int | None]) -> Subtask:
+    if subtask.id not in grants:
+        return subtask
+    grant = grants[subtask.id]
     if grant == 0:
-        return replace(part, state="failed", error=TaskError(code="budget_exceeded", message="no tokens are left"))
-    return replace(part, state="running", grant=grant)
+        return replace(subtask, state="failed", error=TaskError(code="budget_exceeded", message="no tokens are left"))
+    return replace(subtask, state="running", grant=grant)
 
 
 def _grants(plan: SplitPlan, ready: Collection[str]) -> dict[str, int | None]:
-    """Return subtask id -> tokens: the rest of the budget is shared by complexity among all that has not started."""
+    """Return subtask id -> tokens: the rest of the budget is shared by complexity among the waiting subtasks.
+
+    The rest includes the tokens that ended subtasks have not used.
+    """
     left = tokens_left(plan)
     if left is None or plan.envelope.budget is None:
         return dict.fromkeys(ready)
-    lent = sum(max(0, (part.grant or 0) - part.tokens) for part in running_subtasks(plan))
+    lent = sum(max(0, (subtask.grant or 0) - subtask.tokens) for subtask in running_subtasks(plan))
     free = max(0.0, left - lent - plan.envelope.budget * SYNTHESIS_SHARE)
-    weights = {part.id: MIN_WEIGHT + part.estimated_complexity for part in plan.subtasks if part.state == "waiting"}
+    weights = {
+        subtask.id: MIN_WEIGHT + subtask.estimated_complexity for subtask in plan.subtasks if subtask.state == "waiting"
+    }
     weight = sum(weights.values())
     return {name: int(free * weights[name] / weight) for name in ready}
 
@@ -113,7 +120,7 @@ def _grants(plan: SplitPlan, ready: Collection[str]) -> dict[str, int | None]:
 def tokens_left(plan: SplitPlan) -> int | None:
     """Return the parent's budget minus the usage of its subtasks; None without a limit."""
     budget = plan.envelope.budget
-    return None if budget is None else budget - sum(part.tokens for part in plan.subtasks)
+    return None if budget is None else budget - sum(subtask.tokens for subtask in plan.subtasks)
 
 
 def record_child(plan: SplitPlan, record: TaskRecord) -> SplitPlan:
@@ -122,7 +129,8 @@ def record_child(plan: SplitPlan, record: TaskRecord) -> SplitPlan:
     A failed subtask, or a spent budget, fails the plan. In a plan that is done, only the subtask's state changes.
     """
     subtasks = tuple(
-        _with_child_result(part, record) if part.child_id == record.task_id else part for part in plan.subtasks
+        _with_child_result(subtask, record) if subtask.child_id == record.task_id else subtask
+        for subtask in plan.subtasks
     )
     if subtasks == plan.subtasks:
         return plan
@@ -130,12 +138,12 @@ def record_child(plan: SplitPlan, record: TaskRecord) -> SplitPlan:
     return advance(updated) if plan.state == "running" else updated
 
 
-def _with_child_result(part: Subtask, record: TaskRecord) -> Subtask:
-    if part.state != "running" or not record.ended or record.state in {"accepted", "running"}:
-        return part
+def _with_child_result(subtask: Subtask, record: TaskRecord) -> Subtask:
+    if subtask.state != "running" or not record.ended or record.state in {"accepted", "running"}:
+        return subtask
     result = record.to_result()
     return replace(
-        part,
+        subtask,
         state=record.state,
         error=_without_best_rejected(record.error),
         node_id=result.node_id,
@@ -153,13 +161,13 @@ def _without_best_rejected(error: TaskError | None) -> TaskError | None:
 
 def plan_error(plan: SplitPlan) -> TaskError | None:
     """Return why the parent fails; None while it does not."""
-    for part in plan.subtasks:
-        if part.state in ("failed", "cancelled"):
-            why = part.error.message if part.error else ""
-            code = part.error.code if part.error else part.state
+    for subtask in plan.subtasks:
+        if subtask.state in ("failed", "cancelled"):
+            why = subtask.error.message if subtask.error else ""
+            code = subtask.error.code if subtask.error else subtask.state
             if code in _SHARED_LIMITS:
-                return TaskError(code=code, message=f"subtask {part.id}: {why}"[:2000])
-            return TaskError(code="subtask_failed", message=f"subtask {part.id} ended with {code}: {why}"[:2000])
+                return TaskError(code=code, message=f"subtask {subtask.id}: {why}"[:2000])
+            return TaskError(code="subtask_failed", message=f"subtask {subtask.id} ended with {code}: {why}"[:2000])
     left = tokens_left(plan)
     if left is not None and left <= 0:
         return TaskError(code="budget_exceeded", message="the subtasks have used all tokens of the budget")
@@ -168,13 +176,13 @@ def plan_error(plan: SplitPlan) -> TaskError | None:
 
 def running_subtasks(plan: SplitPlan) -> list[Subtask]:
     """Return the subtasks that have started and not ended, in the order of the plan."""
-    return [part for part in plan.subtasks if part.state == "running"]
+    return [subtask for subtask in plan.subtasks if subtask.state == "running"]
 
 
 def unblocked_by(plan: SplitPlan, child_id: str) -> list[Subtask]:
     """Return the running subtasks that depend on the given child."""
-    ended = {part.id for part in plan.subtasks if part.child_id == child_id}
-    return [part for part in running_subtasks(plan) if not ended.isdisjoint(part.dependencies)]
+    ended = {subtask.id for subtask in plan.subtasks if subtask.child_id == child_id}
+    return [subtask for subtask in running_subtasks(plan) if not ended.isdisjoint(subtask.dependencies)]
 
 
 def finish(plan: SplitPlan) -> SplitPlan:
@@ -182,7 +190,7 @@ def finish(plan: SplitPlan) -> SplitPlan:
     return replace(plan, state="done")
 
 
-def child_envelope(plan: SplitPlan, part: Subtask, outputs: Mapping[str, str], now: float) -> Envelope:
+def child_envelope(plan: SplitPlan, subtask: Subtask, outputs: Mapping[str, str], now: float) -> Envelope:
     """Return the first envelope of a subtask.
 
     Args:
@@ -192,12 +200,12 @@ def child_envelope(plan: SplitPlan, part: Subtask, outputs: Mapping[str, str], n
     parent = plan.envelope
     given = parent.split.inputs if parent.split else {}
     ad = TaskAd(
-        task_id=part.child_id or child_id(parent.task_id, part.id),
-        domain=part.domain or parent.domain,
-        description=part.description,
-        estimated_complexity=part.estimated_complexity,
+        task_id=subtask.child_id or child_id(parent.task_id, subtask.id),
+        domain=subtask.domain or parent.domain,
+        description=subtask.description,
+        estimated_complexity=subtask.estimated_complexity,
         priority=parent.priority,
-        token_budget=part.grant,
+        token_budget=subtask.grant,
         timeout_s=max(0.001, min(86_400.0, parent.deadline - now)),
         context={key: value for key, value in parent.ad.context.items() if key != PLAN_KEY},
     )
@@ -205,41 +213,41 @@ def child_envelope(plan: SplitPlan, part: Subtask, outputs: Mapping[str, str], n
     split = Split(
         parent=parent.task_id,
         depth=parent.depth + 1,
-        subtask=part.id,
-        grant=part.grant,
+        subtask=subtask.id,
+        grant=subtask.grant,
         deadline=parent.deadline,
-        inputs=fit_inputs({**given, **{name: outputs.get(name, "") for name in part.dependencies}}),
+        inputs=fit_inputs({**given, **{name: outputs.get(name, "") for name in subtask.dependencies}}),
     )
     return Envelope(
         ad=ad,
         submitter=parent.submitter,
         split=split,
         deadline=parent.deadline,
-        budget=part.grant,
+        budget=subtask.grant,
         trace=parent.trace,
     )
 
 
-def begun_event(plan: SplitPlan, part: Subtask, now: float) -> SubtaskEvent:
+def begun_event(plan: SplitPlan, subtask: Subtask, now: float) -> SubtaskEvent:
     """Return the event for clients that a subtask has started."""
     return SubtaskEvent(
         parent_id=plan.parent_id,
-        child_id=part.child_id or child_id(plan.parent_id, part.id),
-        subtask=part.id,
+        child_id=subtask.child_id or child_id(plan.parent_id, subtask.id),
+        subtask=subtask.id,
         state="begun",
-        description=cut_utf8(part.description, DESCRIPTION_BYTES)[0],
+        description=cut_utf8(subtask.description, DESCRIPTION_BYTES)[0],
         at=now,
     )
 
 
 def ended_event(plan: SplitPlan, record: TaskRecord, now: float) -> SubtaskEvent | None:
     """Return the event for clients that the subtask of an ended record has ended; None for a task of another plan."""
-    part = next((part for part in plan.subtasks if part.child_id == record.task_id), None)
-    if part is None or record.state in {"accepted", "running"}:
+    subtask = next((subtask for subtask in plan.subtasks if subtask.child_id == record.task_id), None)
+    if subtask is None or record.state in {"accepted", "running"}:
         return None
     result = record.to_result()
     return replace(
-        begun_event(plan, part, record.ended_at or now),
+        begun_event(plan, subtask, record.ended_at or now),
         state="ended",
         child_state=record.state,
         node_id=result.node_id,
@@ -250,14 +258,14 @@ def ended_event(plan: SplitPlan, record: TaskRecord, now: float) -> SubtaskEvent
 
 def synthesis_envelope(plan: SplitPlan, outputs: Mapping[str, str]) -> Envelope:
     """Return the parent's envelope with all outputs, in the order of the plan, for the synthesis by its node."""
-    inputs = fit_inputs({part.id: outputs.get(part.id, "") for part in plan.subtasks})
+    inputs = fit_inputs({subtask.id: outputs.get(subtask.id, "") for subtask in plan.subtasks})
     return replace(with_subtask_usage(plan.envelope, plan.subtasks), inputs=inputs)
 
 
 def fit_inputs(inputs: Mapping[str, str]) -> dict[str, str]:
     """Return the inputs, with the longest ones cut so that all of them fit into an envelope."""
-    room, kept = MAX_INPUTS_BYTES, {}
+    free_bytes, kept = MAX_INPUTS_BYTES, {}
     for count, name in enumerate(sorted(inputs, key=lambda name: len(inputs[name]))):
-        kept[name], _ = cut_utf8(inputs[name], room // (len(inputs) - count))
-        room -= len(encode(kept[name]))
+        kept[name], _ = cut_utf8(inputs[name], free_bytes // (len(inputs) - count))
+        free_bytes -= len(encode(kept[name]))
     return {name: kept[name] for name in inputs}

@@ -6,7 +6,7 @@ from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.server_errors import Conflict
-from loom.bus.records import record_version, records, update_record
+from loom.bus.records import record_version, records
 from loom.bus.replies import allowed_reply, answer, answer_error, answer_task
 from loom.schemas.base import Undecodable
 from loom.schemas.envelope import Envelope
@@ -114,7 +114,7 @@ class Admission:
                 return None
             return replace(record, reply_to=(*record.reply_to, reply))
 
-        changed = await update_record(self.records, entry.key, add)
+        changed = await self.records.update_with(entry.key, add)
         record = changed.value if changed else entry.value
         if record.ended:
             await answer_task(self._bus, reply, record)

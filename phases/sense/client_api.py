@@ -11,9 +11,8 @@ from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.connection import Subscription
 from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.server_errors import Conflict, Refused
-from loom.bus.natsio.stored_message import StoredMessage, read_message
+from loom.bus.natsio.stored_message import StoredMessage, last_message
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.records import update_record
 from loom.bus.replies import allowed_reply, answer, answer_error, is_inbox
 from loom.phases.sense.admission import Admission, envelope_for
 from loom.phases.shared.check_pool import CheckPool
@@ -122,7 +121,7 @@ class ClientApi:
             return
         task_id, subjects = record.task_id, self._bus.subjects
         for hops in (subjects.later("*", task_id, "*"), subjects.task("*", "*", task_id)):
-            if await read_message(self._bus.jetstream, subjects.stream("TASKS"), {"last_by_subj": hops}) is not None:
+            if await last_message(self._bus.jetstream, subjects.stream("TASKS"), hops) is not None:
                 return
         log.warning("task_stranded", task_id=task_id)
         attempt = max(record.envelope.attempt, record.claim.attempt)
@@ -156,7 +155,7 @@ class ClientApi:
         def cancel(record: TaskRecord) -> TaskRecord | None:
             return as_cancelled(replace(record, envelope=current), self._bus.clock.now())
 
-        changed = await update_record(self._admission.records, task_id, cancel)
+        changed = await self._admission.records.update_with(task_id, cancel)
         return changed.value if changed else entry.value
 
     async def _last_hop(self, task_id: str) -> Envelope | None:
@@ -166,7 +165,7 @@ class ClientApi:
 
     async def _last_message(self, stream: str, subject: str) -> StoredMessage | None:
         try:
-            return await read_message(self._bus.jetstream, self._bus.subjects.stream(stream), {"last_by_subj": subject})
+            return await last_message(self._bus.jetstream, self._bus.subjects.stream(stream), subject)
         except Refused:
             return None
 

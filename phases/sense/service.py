@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from loom.bus.bus import Bus
 from loom.bus.hops.delivery import Delivery, Slots
-from loom.bus.hops.health import Health, together
+from loom.bus.hops.health import Health, merged_health
 from loom.bus.hops.hop_loop import HopLoop, Service, lane_slots
 from loom.bus.hops.orphans import sweep
 from loom.bus.hops.outcomes import Dead, Done, Fail, Next, Outcome
@@ -80,7 +80,7 @@ class Sense:
 
     def health(self) -> Health:
         """Return the counters of handled messages and of messages in progress."""
-        return together([self._intake.health(), self._subtasks.health()])
+        return merged_health([self._intake.health(), self._subtasks.health()])
 
     async def start(self) -> None:
         """Measure the capacity, then start to admit tasks and to answer requests."""

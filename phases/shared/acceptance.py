@@ -1,4 +1,4 @@
-"""Acceptance criteria as far as the event loop may check them: bounds, and rules of linear time. Pure.
+"""Acceptance criteria that the event loop may check: size bounds, and rules that take linear time. Pure.
 
 Patterns and JSON Schemas are compiled and run by check_pool.py.
 """
@@ -18,13 +18,13 @@ REFUSALS = re.compile(
     r"(?:help|assist|comply|do (?:that|this)|provide|fulfil?l|answer|complete|process|create|generate)\b",
     re.IGNORECASE,
 )
-"""How models say that they will not. Only the beginning counts: an answer may well quote a refusal."""
+"""Common refusals by models. Only the beginning of an answer is matched, because answers may quote a refusal."""
 REFUSAL_CHARS: Final = 300
-"""A longer answer is not a mere refusal."""
+"""Limit of the length of an answer that counts as a refusal."""
 
 
 def plain_violation(content: str, accept: Accept | None) -> str | None:
-    """Return which rule an answer breaks, in one sentence; None when it breaks none but perhaps pattern or schema."""
+    """Return which plain rule an answer breaks, in one sentence, or None; pattern and schema are not checked."""
     if not content.strip():
         return "the result is empty"
     if len(content) <= REFUSAL_CHARS and REFUSALS.search(content.strip()):
@@ -39,7 +39,7 @@ def has_check(accept: Accept | None) -> bool:
 
 
 def encoded_schema(accept: Accept) -> bytes | str:
-    """Return the JSON Schema as JSON, `null` without one; or, as text, which bound of size it exceeds."""
+    """Return the JSON Schema as JSON, `null` without one; or, as text, the size bound that it exceeds."""
     try:
         schema: bytes = encode(accept.json_schema)
     except RecursionError:
@@ -50,7 +50,7 @@ def encoded_schema(accept: Accept) -> bytes | str:
 
 
 def out_of_bounds(accept: Accept) -> str | None:
-    """Return which bound a pattern or a JSON Schema exceeds, in one sentence; None when both keep them all."""
+    """Return the bound that a pattern or a JSON Schema exceeds, in one sentence; None within all bounds."""
     checks: list[tuple[str, Any, Any]] = [
         ("pattern", accept.pattern, pattern_steps),
         ("json_schema", accept.json_schema, check_schema),

@@ -1,7 +1,7 @@
 """Program of a helper process: compiles and runs the patterns and JSON Schemas of submitters.
 
-It is started by check_process.py with standard input as its one socket, and imports nothing of loom. Each message is
-4 bytes of length, then JSON. The kernel ends the process when a check exceeds its CPU time (SIGPROF) or its memory.
+check_process.py starts it with a socket as standard input; it imports nothing of loom. Each message is 4 bytes of
+length, then JSON. The kernel ends the process when a check exceeds its CPU time (SIGPROF) or its memory.
 """
 
 import os
@@ -20,25 +20,25 @@ import msgspec
 import regex
 
 MEMORY_BYTES: Final = 512 << 20
-"""Address space beyond what the process has when it is ready."""
+"""Limit of address space, in addition to that of the started process."""
 RETIRE_KIB: Final = 128 << 10
-"""A process that has grown by so much ends after its answer: the next check finds all of the memory free."""
+"""Growth after which the process ends with its answer, so that the next check has all of the memory."""
 ORPHAN_S: Final = 5.0
-"""Interval of the look at the parent, which a forked child of it may outlive with a copy of the socket."""
+"""Seconds between checks of the parent, because a forked child of it may keep a copy of the socket open."""
 KEPT: Final = 64
-"""Compiled patterns, and as many validators."""
+"""Limit of cached patterns, and of cached validators."""
 SEARCH_SHARE: Final = 0.8
-"""Part of the time for a pattern's search, which can stop by itself: the process need not be ended then."""
+"""Share of the CPU time for the search of a pattern, which can stop by itself and keep the process alive."""
 _SOCKET: Final = 0
 _LENGTH = struct.Struct(">I")
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What is to be checked.
+    """A check.
 
     Args:
-        cpu_s: Seconds of CPU time.
-        content: Absent: nothing is run; the pattern and the schema are only compiled.
+        cpu_s: CPU seconds.
+        content: The result to check; None: pattern and schema are only compiled.
     """
 
     cpu_s: float
@@ -48,11 +48,11 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """The outcome.
+    """The outcome of a check.
 
     Args:
-        kind: "unusable": it does not compile; "unmet": the content does not fit; "slow", "memory": a limit was met.
-        fault: One sentence, empty when kind is "met".
+        kind: "unusable": does not compile; "unmet": the content does not match; "slow", "memory": a limit was reached.
+        fault: One sentence; empty when kind is "met".
         last: Whether the process ends after this reply.
     """
 
@@ -85,14 +85,14 @@ def _compile(pattern: str | None, schema: bytes) -> str | None:
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - odd patterns raise more than regex.error, such as RecursionError
-        return f"accept.pattern is no regular expression: {_first_line(error)}"
+        return f"accept.pattern is not a regular expression: {_first_line(error)}"
     try:
         if schema != b"null":
             _validator(schema)
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever a foreign library raises, the schema cannot be used
-        return f"accept.json_schema is no JSON Schema: {_first_line(error)}"
+    except Exception as error:  # noqa: BLE001 - the schema is unusable, whatever the library raises
+        return f"accept.json_schema is not a JSON Schema: {_first_line(error)}"
     return None
 
 
@@ -123,7 +123,7 @@ def _validator(schema: bytes) -> jsonschema_rs.Validator:
 
 
 def _nothing(uri: str) -> Any:
-    """A schema must hold all it refers to: a submitter must not aim this process at any address."""
+    """Refuse references out of the schema, so that submitters cannot make this process open an address."""
     raise ValueError(f"{uri} is outside of the schema")
 
 
@@ -137,12 +137,12 @@ def _first_line(error: Exception) -> str:
 
 
 def main() -> None:
-    """Answer checks until the parent closes its end, or is gone."""
+    """Answer checks until the parent closes its end or has ended."""
     parent = int(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent's thread may block SIGPROF
-    check(Request(1.0, r"\{", msgspec.Raw(b"{}"), "{}"))  # what is made at the first use is no part of the limit
+    check(Request(1.0, r"\{", msgspec.Raw(b"{}"), "{}"))  # allocations of the first use do not count for the limit
     _limit()
     grown = _peak_kib() + RETIRE_KIB
     _write(b"")
@@ -159,7 +159,7 @@ def main() -> None:
 
 def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(OSError, ValueError):  # no Linux, or a limit below this one: the system's own stays
+    with suppress(OSError, ValueError):  # not Linux, or a lower limit of the system, which stays
         with open("/proc/self/statm", "rb") as statm:  # noqa: PTH123 - pathlib is not imported here
             pages = int(statm.read().split()[0])
         limit = pages * resource.getpagesize() + MEMORY_BYTES
@@ -172,15 +172,15 @@ def _peak_kib() -> int:
 
 
 def _read(is_orphan: Callable[[], bool]) -> bytes | None:
-    """Return the next message; None at the end of the parent."""
+    """Return the next message; None when the parent has ended."""
     while not select.select([_SOCKET], [], [], ORPHAN_S)[0]:
         if is_orphan():
             return None
-    head = _exactly(_LENGTH.size)
-    return None if head is None else _exactly(_LENGTH.unpack(head)[0])
+    head = _read_exactly(_LENGTH.size)
+    return None if head is None else _read_exactly(_LENGTH.unpack(head)[0])
 
 
-def _exactly(size: int) -> bytes | None:
+def _read_exactly(size: int) -> bytes | None:
     parts: list[bytes] = []
     while size:
         part = os.read(_SOCKET, min(size, 1 << 16))

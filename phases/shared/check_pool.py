@@ -1,4 +1,4 @@
-"""Checks of what ads accept, made in helper processes: neither the event loop nor its memory is a submitter's."""
+"""Checks of acceptance criteria in helper processes, which protect the event loop and its memory from submitters."""
 
 import asyncio
 import time
@@ -23,31 +23,31 @@ log = get_logger()
 T = TypeVar("T")
 
 QUICK_S: Final = 0.1
-"""CPU time of a check in the quick lane; one that needs more moves to the slow lane."""
+"""CPU seconds of a check in the quick lane; a check that needs more moves to the slow lane."""
 SLOW_S: Final = 1.0
-"""CPU time of a check in the slow lane; one that needs more has failed."""
+"""CPU seconds of a check in the slow lane; a check that needs more has failed."""
 WAIT_S: Final = 2.0
-"""Wall-clock time that a check waits for its turn in each lane."""
+"""Seconds that a check may wait for its turn in each lane."""
 STUCK_S: Final = 30.0
-"""Wall-clock time of a check: so late a busy machine is no explanation."""
+"""Wall-clock seconds after which a helper counts as stuck: load alone does not explain them."""
 MAX_SLOW: Final = 8
-"""Checks in the slow lane, the running one included."""
+"""Limit of checks in the slow lane, including the running one."""
 RESTART_S: Final = 1.0
-"""Pause after a helper that could not be started."""
+"""Pause, in seconds, after a helper that failed to start."""
 MAX_REMEMBERED: Final = 1024
-"""Acceptance criteria whose outcome is remembered."""
+"""Limit of cached outcomes."""
 
 
 class NotChecked(Overloaded):
-    """The check cannot be made now: too many wait, or no helper process can be started."""
+    """The check cannot be made now: too many checks wait, or no helper process starts."""
 
 
 @dataclass(frozen=True)
 class Violation:
-    """Why a result is refused.
+    """The reason why a result is refused.
 
     Args:
-        decided: False: the check met a limit, and nothing is known of the result.
+        decided: False: the check reached a limit, so that the result may be valid.
     """
 
     error: TaskError
@@ -64,25 +64,25 @@ _decode_reply = msgspec.json.Decoder(_Reply).decode
 
 
 class CheckPool:
-    """Checks for one service, in two processes at most, which are started when the first check needs them.
+    """Checks acceptance criteria for one service, in at most two processes that start with their first check.
 
-    Every check begins in the quick lane. So costly ones wait for each other in the slow lane, and the others wait
-    for a tenth of a second at a time. The processes end with the bus.
+    Every check starts in the quick lane, where it can delay others by a tenth of a second. Costly checks wait for each
+    other in the slow lane. The processes end with the bus.
     """
 
     def __init__(self, bus: Bus) -> None:
-        self._quick = _Lane(bus, QUICK_S, most=None)
-        self._slow = _Lane(bus, SLOW_S, most=MAX_SLOW)
+        self._quick = _Lane(bus, QUICK_S, limit=None)
+        self._slow = _Lane(bus, SLOW_S, limit=MAX_SLOW)
         self._outcomes: _LRU[str | None] = _LRU()
-        """Digest of pattern and schema -> why they cannot be used; None when they can."""
+        """Digest of pattern and schema -> why they are unusable; None: they are usable."""
         self._slow_digests: _LRU[bool] = _LRU()
-        """Digests of those that were too costly for the quick lane."""
+        """Digests of criteria that were too costly for the quick lane."""
 
     async def unsatisfiable(self, accept: Accept) -> str | None:
-        """Return in one sentence why a pattern or a JSON Schema cannot be used; None when both can.
+        """Return why a pattern or a JSON Schema is unusable, in one sentence; None if both are usable.
 
         Raises:
-            NotChecked: It cannot be found out now.
+            NotChecked: The check cannot be made now.
         """
         if not has_check(accept):
             return None
@@ -99,12 +99,10 @@ class CheckPool:
         return self._outcomes[digest]
 
     async def violation(self, content: str, accept: Accept) -> Violation | None:
-        """Return why a result is refused by pattern or JSON Schema; None when it is not.
-
-        A result that `plain_violation` refuses is not looked at.
+        """Return why a result violates pattern or JSON Schema; None if it does not, or if `plain_violation` refuses it.
 
         Raises:
-            NotChecked: It cannot be found out now.
+            NotChecked: The check cannot be made now.
         """
         if not has_check(accept) or plain_violation(content, accept) is not None:
             return None
@@ -114,8 +112,8 @@ class CheckPool:
         digest = _digest(accept, schema)
         if digest not in self._outcomes and (fault := out_of_bounds(accept)) is not None:
             self._outcomes[digest] = fault
-        if (known := self._outcomes.get(digest)) is not None:
-            return _unusable(known)
+        if (fault := self._outcomes.get(digest)) is not None:
+            return _unusable(fault)
         reply = await self._ask(accept, schema, digest, content)
         if reply.kind in {"met", "unmet", "unusable"}:
             self._outcomes[digest] = reply.fault if reply.kind == "unusable" else None
@@ -132,34 +130,34 @@ class CheckPool:
             reply = await self._quick.ask(request)
             if reply.kind not in {"slow", "memory", "died"}:
                 return reply
-            if reply.kind != "died":  # else perhaps another process has killed the helper
+            if reply.kind != "died":  # otherwise another process may have killed the helper
                 self._slow_digests[digest] = True
         return await self._slow.ask(request)
 
 
 class _Lane:
-    """One helper process, asked for one check after another, in the order of their coming.
+    """One helper process, which runs one check after another in order of arrival.
 
     Args:
-        cpu_s: CPU time for each check.
-        most: Checks that may wait or run; None: no bound but the time they wait.
+        cpu_s: CPU seconds for each check.
+        limit: Limit of waiting and running checks; None: only the waiting time is limited.
     """
 
-    def __init__(self, bus: Bus, cpu_s: float, most: int | None) -> None:
+    def __init__(self, bus: Bus, cpu_s: float, limit: int | None) -> None:
         self._bus = bus
         self._cpu_s = cpu_s
-        self._most = most
+        self._limit = limit
         self._lock = asyncio.Lock()
         self._pending = 0
         self._helper: HelperProcess | None = None
         self._not_before = 0.0
-        """When the next helper may be started, in monotonic time."""
+        """Monotonic time from which a helper may be started again."""
 
     async def ask(self, request: Mapping[str, object]) -> _Reply:
-        """Return the outcome; kind "died" where the process ended and nothing is known of the cause.
+        """Return the outcome of a check; kind "died" if the process ended for an unknown reason.
 
         Raises:
-            NotChecked: Its turn does not come, or no process can be started, or it does not run.
+            NotChecked: The waiting time passed, no process starts, or the process is stuck.
         """
         raw = encode({"cpu_s": self._cpu_s, **request})
         async with self._acquired():
@@ -175,7 +173,7 @@ class _Lane:
                 self._end_helper("stuck")
                 why = "the helper process that checks accept is stuck"
                 raise NotChecked(why, retry_after_s=RESTART_S) from None
-            except BaseException:  # a cancellation: its answer would be taken for that of the next check
+            except BaseException:  # a cancellation: its answer would be read as that of the next check
                 self._end_helper("cancelled")
                 raise
             if reply.last:
@@ -184,7 +182,7 @@ class _Lane:
 
     @asynccontextmanager
     async def _acquired(self) -> AsyncIterator[None]:
-        if self._most is not None and self._pending >= self._most:
+        if self._limit is not None and self._pending >= self._limit:
             raise NotChecked("too many costly checks of accept are waiting; try again later", retry_after_s=WAIT_S)
         self._pending += 1
         try:
@@ -192,7 +190,7 @@ class _Lane:
                 async with asyncio.timeout(WAIT_S):
                     await self._lock.acquire()
             except TimeoutError:
-                why = f"the check of accept has waited for {WAIT_S:g} s; try again later"
+                why = f"the check of accept waited for {WAIT_S:g} s; try again later"
                 raise NotChecked(why, retry_after_s=WAIT_S) from None
             try:
                 yield
@@ -219,7 +217,7 @@ class _Lane:
         return helper
 
     def _end_helper(self, why: str) -> None:
-        """End the process, if there is one: the next check starts another."""
+        """End the helper process, if any; the next check starts another one."""
         helper, self._helper = self._helper, None
         if helper is not None:
             helper.close()
@@ -228,17 +226,17 @@ class _Lane:
 
 
 async def _end_with_bus(helper: HelperProcess) -> None:
-    """Close the helper when this task is cancelled, which the bus does when it closes."""
+    """Close the helper when this task is cancelled, which happens when the bus closes."""
     try:
         await helper.closed.wait()
     except asyncio.CancelledError:
-        await asyncio.sleep(0)  # checks that run are cancelled in this turn, too: they let go of the socket
+        await asyncio.sleep(0)  # running checks are cancelled in the same turn and release the socket
         helper.close()
         raise
 
 
 class _LRU(OrderedDict[bytes, T], Generic[T]):
-    """The latest entries; the oldest ones are forgotten."""
+    """A mapping of the latest entries, without the oldest ones."""
 
     def __setitem__(self, key: bytes, value: T) -> None:
         super().__setitem__(key, value)

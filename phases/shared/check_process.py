@@ -1,6 +1,6 @@
-"""One helper process: started, asked and ended from the event loop.
+"""One helper process: started, called and ended from the event loop.
 
-It is no child of asyncio: no signal handler and no child watcher is needed, so that it works in any thread.
+The process is not started through asyncio, so that it needs no signal handler and works in any thread.
 """
 
 import asyncio
@@ -17,20 +17,20 @@ from pathlib import Path
 from typing import Final, Self
 
 START_S: Final = 20.0
-"""Wall-clock time for the process to be ready; 0.2 s on an idle machine."""
+"""Wall-clock seconds until the process must be ready; an idle machine needs 0.2 s."""
 REAP_S: Final = 1.0
 _REAP_STEP_S: Final = 0.005
 _LENGTH = struct.Struct(">I")
 _BOOT: Final = "import sys; sys.path += sys.argv[2:]; import check_helper; check_helper.main()"
 _KEPT_VARIABLES: Final = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-"""All that the process is given of the environment, which may hold secrets."""
+"""The only environment variables that the process inherits, because others may hold secrets."""
 
 
 class HelperDied(Exception):
-    """The process has ended before its answer.
+    """The process ended before its answer.
 
     Args:
-        why: "cpu", or "ended" where the cause is not known, such as lack of memory.
+        why: "cpu", or "ended" where the cause is unknown, such as lack of memory.
     """
 
     def __init__(self, why: str) -> None:
@@ -39,31 +39,31 @@ class HelperDied(Exception):
 
 
 class HelperProcess:
-    """A running helper. `close` it: it ends as well when this object, or this process, is gone."""
+    """A running helper. It ends with `close`, with this object, and with this process."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", own: socket.socket) -> None:
         self._process = process
         self._socket = own
         self._end = weakref.finalize(self, _end, process, own)
-        self._end.atexit = False  # the process reads the end of its input then
+        self._end.atexit = False  # the process then reads the end of its input
         self.closed = asyncio.Event()
         """Set by `close`."""
 
     @classmethod
     async def start(cls) -> Self:
-        """Start a helper and return once it is ready.
+        """Start a helper and return it once it is ready.
 
         Raises:
-            OSError: The system starts no process now.
-            HelperDied: It ended at once.
-            TimeoutError: It is not ready in time.
+            OSError: The system cannot start a process now.
+            HelperDied: The process ended at once.
+            TimeoutError: The process is not ready in time.
         """
-        own, its = socket.socketpair()
+        own, peer = socket.socketpair()
         try:
             own.setblocking(False)
             process = subprocess.Popen(  # noqa: S603, ASYNC220 - a vfork: the loop stands for a millisecond
                 [sys.executable or "python3", "-I", "-S", "-B", "-c", _BOOT, str(os.getpid()), *_folders()],
-                stdin=its.fileno(),
+                stdin=peer.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
@@ -74,7 +74,7 @@ class HelperProcess:
             own.close()
             raise
         finally:
-            its.close()
+            peer.close()
         helper = cls(process, own)
         try:
             async with asyncio.timeout(START_S):
@@ -109,10 +109,10 @@ class HelperProcess:
         self.closed.set()
 
     async def _receive(self) -> bytes:
-        head = await self._exactly(_LENGTH.size)
-        return await self._exactly(_LENGTH.unpack(head)[0])
+        head = await self._read_exactly(_LENGTH.size)
+        return await self._read_exactly(_LENGTH.unpack(head)[0])
 
-    async def _exactly(self, size: int) -> bytes:
+    async def _read_exactly(self, size: int) -> bytes:
         loop = asyncio.get_running_loop()
         received = b""
         while len(received) < size:
@@ -126,7 +126,7 @@ class HelperProcess:
         return received
 
     async def _why(self) -> str:
-        """Return why the process has ended: its socket closes a moment before it can be waited for."""
+        """Return why the process has ended; its socket closes shortly before its exit code is available."""
         for _ in range(int(REAP_S / _REAP_STEP_S)):
             if (code := self._process.poll()) is not None:
                 return "cpu" if code == -signal.SIGPROF else "ended"
@@ -137,12 +137,12 @@ class HelperProcess:
 def _end(process: "subprocess.Popen[bytes]", own: socket.socket) -> None:
     own.close()
     process.kill()
-    with suppress(subprocess.TimeoutExpired):  # the next Popen of this process waits for it then
+    with suppress(subprocess.TimeoutExpired):  # the next Popen waits for it
         process.wait(REAP_S)
 
 
 def _folders() -> list[str]:
-    """Return the folders the helper imports from: its own, and those of the packages it needs."""
+    """Return the folders from which the helper imports: its own, and those of the packages it needs."""
     specs = [find_spec(name) for name in ("regex", "jsonschema_rs", "msgspec")]
-    found = [str(Path(spec.origin).parent.parent) for spec in specs if spec is not None and spec.origin]
-    return list(dict.fromkeys([*found, str(Path(__file__).parent)]))
+    folders = [str(Path(spec.origin).parent.parent) for spec in specs if spec is not None and spec.origin]
+    return list(dict.fromkeys([*folders, str(Path(__file__).parent)]))

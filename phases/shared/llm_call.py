@@ -1,4 +1,4 @@
-"""One question of a phase to a model: with a deadline, a budget, and a short memory of a model that is down."""
+"""One call of a phase to a model: with a deadline, a budget, one retry and a circuit breaker."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -19,36 +19,36 @@ T = TypeVar("T")
 log = get_logger()
 
 CHARS_PER_TOKEN = 4
-"""Bytes of a text that count as a token where a model reports none."""
+"""Bytes of text that are estimated as one token where a model reports no usage."""
 REFUSED_STATUSES = frozenset({400, 404, 415, 422, 501})
-"""Statuses by which a server refuses a request for what it asks: without a response format it may answer."""
+"""HTTP statuses of a refused request, which may succeed without a response format."""
 MAX_CAUSES = 8
 MIN_CONCLUSIVE_S = 5.0
-"""Less time than this is too little to conclude from a silence that a model is down."""
+"""Least time limit, in seconds, whose expiry counts as a failure of the model."""
 RETRY_TOKENS_FACTOR = 4
-"""An answer that was cut may be so many times longer when it is asked for again: reasoning counts too."""
+"""Factor of `max_tokens` in the retry after a truncated answer, because reasoning counts too."""
 MAX_REPORTED = 10**12
-"""A greater number of tokens is nonsense."""
+"""Largest token count that is accepted from a model."""
 NO_USAGE = PhaseUsage()
 NO_BUDGET = "the token budget does not allow it"
 MODEL_DOWN = "it has failed several times in a row and is not asked for a while"
 
 
 RepairMessages = Callable[[str, LoomError], tuple[Message, ...]]
-"""(answer, why it could not be read) -> what is added to the conversation before the question is ask again."""
+"""(answer, error of its reader) -> messages to append to the conversation before the retry."""
 
 
 @dataclass(frozen=True)
 class LLMAnswer(Generic[T]):
-    """What came of a question."""
+    """The result of a call to a model."""
 
     value: T | None
-    """None: no readable answer came, or the model was not asked."""
+    """The value in the answer; None without a readable answer."""
     usage: PhaseUsage = NO_USAGE
     why: str = ""
-    """Why there is no value: for people, without any text of the model's or the provider's."""
+    """Why there is no value, for people; contains no text of the model or the provider."""
     error: Exception | None = None
-    """What the provider or the reader of its answer raised last, where there is no value."""
+    """The last error of the provider or the reader, if there is no value."""
 
 
 async def call_llm(
@@ -60,17 +60,16 @@ async def call_llm(
     budget: int | None = None,
     repair: RepairMessages | None = None,
 ) -> LLMAnswer[T]:
-    """Ask a model, and once more without a response format where it refuses one or its answer cannot be read.
+    """Ask a model; retry once without a response format if the model refuses the format or its answer cannot be read.
 
-    A model that is down is not asked: after three failures in a row one question in 30 s finds out whether it is back.
-    Nothing but a cancellation is raised.
+    A model with three consecutive failures counts as down and gets one call per 30 s. Only a cancellation is raised.
 
     Args:
-        params: The question; its `timeout_s` is set here.
-        read: Returns the value in an answer; raises LoomError for an answer that has none.
-        within_s: Seconds for everything.
-        budget: Tokens it may take, prompt and longest answer together; None: no limit.
-        repair: Makes the messages that follow an answer that cannot be read; None: the same question is ask again.
+        params: The request; its `timeout_s` is set here.
+        read: Returns the value in an answer; raises LoomError for an answer without one.
+        within_s: Seconds for the call and its retry.
+        budget: Tokens that prompt and longest answer may use together; None: no limit.
+        repair: Returns the messages to append after an unreadable answer; None: the retry repeats the request.
     """
     breaker = breaker_for(llm)
     if not is_affordable(params, budget):
@@ -95,35 +94,35 @@ async def call_llm(
 
 
 def _retry_params(params: CompletionParams, failure: "_CallFailure", repair: RepairMessages | None) -> CompletionParams:
-    """Return the question as it is ask again: without a response format, and with more room after an answer cut."""
-    messages, most = params.messages, params.max_tokens
+    """Return the request of the retry: without a response format, with more tokens after a truncated answer."""
+    messages, max_tokens = params.messages, params.max_tokens
     if repair is not None and isinstance(failure.error, LoomError) and failure.text is not None:
         messages = (*messages, *repair(failure.text, failure.error))
-    if failure.cut and most is not None:
-        most *= RETRY_TOKENS_FACTOR
-    return replace(params, messages=messages, json_schema=None, max_tokens=most)
+    if failure.cut and max_tokens is not None:
+        max_tokens *= RETRY_TOKENS_FACTOR
+    return replace(params, messages=messages, json_schema=None, max_tokens=max_tokens)
 
 
 @dataclass(frozen=True)
 class _CallFailure:
-    """Why a question has no value for an answer."""
+    """The failure of one request."""
 
     error: Exception
     why: str
     text: str | None = None
-    """The answer, where one came."""
+    """The answer, if any."""
     down: bool = False
-    """Whether no answer came at all."""
+    """Whether no answer arrived."""
     retryable: bool = False
-    """Whether the model may answer a question without a response format."""
+    """Whether the model may answer a request without a response format."""
     timed_out: bool = False
-    """Whether its time ran out."""
+    """Whether the time limit has passed."""
     cut: bool = False
-    """Whether the answer reached its longest length."""
+    """Whether the answer was truncated at `max_tokens`."""
 
 
 class _Conversation(Generic[T]):
-    """The questions ask to a model until one answer can be read."""
+    """The requests to a model until an answer is readable."""
 
     def __init__(self, llm: LLMProvider, read: Callable[[str], T], due: float) -> None:
         self._llm, self._read, self._due = llm, read, due
@@ -131,7 +130,7 @@ class _Conversation(Generic[T]):
         self.usage = NO_USAGE
 
     async def ask(self, params: CompletionParams) -> _CallFailure | None:
-        """Ask, and keep the value; return what went wrong, if anything did."""
+        """Send a request and store its value; return the failure, if any."""
         left_s = self._due - asyncio.get_running_loop().time()
         if left_s <= 0:
             return _CallFailure(TimeoutError(), "TimeoutError", down=True, timed_out=True)
@@ -140,7 +139,7 @@ class _Conversation(Generic[T]):
             result: Any = await run_within(self._llm.complete(replace(params, timeout_s=left_s)), left_s)
             text = result.content if isinstance(result.content, str) else ""
             self.usage = self.usage.plus(usage_of(params, result.usage, text))
-        except Exception as error:  # noqa: BLE001 - a user's provider may raise anything; the phase goes on without
+        except Exception as error:  # noqa: BLE001 - a user's provider may raise anything; the phase continues without it
             return _to_failure(error)
         try:
             self.value = self._read(text)
@@ -153,7 +152,7 @@ class _Conversation(Generic[T]):
 def _to_failure(error: Exception) -> _CallFailure:
     try:
         return _classify(error)
-    except BaseException:  # noqa: BLE001 - a class of a user's may raise anything when it is looked at
+    except BaseException:  # noqa: BLE001 - attributes of a user's exception may raise anything
         return _CallFailure(AgentFailed("the model's provider failed"), type_name(error), down=True)
 
 
@@ -163,35 +162,35 @@ def _classify(error: Exception) -> _CallFailure:
     while cause is not None and len(chain) < MAX_CAUSES:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__  # HTTP libraries drop the cause of a refused connection
-    statuses = [status for each in chain if isinstance(status := getattr(each, "status_code", None), int)]
+    statuses = [status for link in chain if isinstance(status := getattr(link, "status_code", None), int)]
     if statuses:
         refused = statuses[0] in REFUSED_STATUSES
         return _CallFailure(error, type_name(error), down=not refused, retryable=refused)
-    timed_out = any(isinstance(each, TimeoutError | DeadlineExceeded) for each in chain)
-    no_answer = timed_out or any(isinstance(each, OSError) for each in chain)
-    unreadable = isinstance(error, AgentFailed) and not no_answer  # an answer that made no sense to the provider
+    timed_out = any(isinstance(link, TimeoutError | DeadlineExceeded) for link in chain)
+    no_answer = timed_out or any(isinstance(link, OSError) for link in chain)
+    unreadable = isinstance(error, AgentFailed) and not no_answer  # the provider could not decode the answer
     return _CallFailure(error, type_name(error), down=True, retryable=unreadable, timed_out=timed_out)
 
 
 _abandoned: set[asyncio.Task[Any]] = set()
-"""Questions whose provider has not heeded its cancellation yet."""
+"""Calls of providers that have not stopped after their cancellation."""
 
 
-async def run_within(question: Coroutine[Any, Any, T], seconds: float) -> T:
-    """Return what a user's coroutine returns; one that swallows its cancellation is left behind.
+async def run_within(call: Coroutine[Any, Any, T], seconds: float) -> T:
+    """Return the result of a user's coroutine; abandon a coroutine that does not stop when cancelled.
 
     Raises:
-        TimeoutError: It took longer.
-        RuntimeError: It has cancelled itself.
-        Whatever it raises.
+        TimeoutError: The coroutine took longer than `seconds`.
+        RuntimeError: The coroutine cancelled itself.
+        Exception: Any error of the coroutine.
     """
-    task = asyncio.ensure_future(question)
+    task = asyncio.ensure_future(call)
     try:
         await asyncio.wait({task}, timeout=seconds)
         if not task.done():
             raise TimeoutError
         if task.cancelled():
-            raise RuntimeError("the question was cancelled, and not from here")
+            raise RuntimeError("the call to the model cancelled itself")
         return task.result()
     finally:
         if not task.done():
@@ -207,12 +206,12 @@ def _forget(task: asyncio.Task[Any]) -> None:
 
 
 def is_affordable(params: CompletionParams, budget: int | None) -> bool:
-    """Return whether the question and its longest answer fit in a budget of tokens."""
+    """Return whether a request and its longest answer fit into a budget of tokens."""
     return budget is None or _estimate_tokens(_prompt_text(params)) + (params.max_tokens or 0) <= budget
 
 
 def usage_of(params: CompletionParams, used: Usage | None, text: str) -> PhaseUsage:
-    """Return the tokens of an answer as its model reports them, else estimated from the lengths of the texts."""
+    """Return the usage that the model reports, or else an estimate from the lengths of the texts."""
     if isinstance(used, Usage) and _is_count(used.prompt_tokens) and _is_count(used.completion_tokens):
         return PhaseUsage(prompt_tokens=used.prompt_tokens, completion_tokens=used.completion_tokens)
     return PhaseUsage(

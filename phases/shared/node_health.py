@@ -1,4 +1,4 @@
-"""When a node is failing, and whose place it would best take: what the phases and the front door decide alike."""
+"""The health of a node, and its best heir: rules shared by the phases, the commands and the public API. Pure."""
 
 from collections.abc import Mapping, Sequence
 from math import fsum
@@ -9,23 +9,23 @@ from loom.schemas.config import ClusterConfig
 Health = Literal["healthy", "warning", "dying"]
 
 Standing = Literal["new", "unproven", "healthy", "warning", "failing"]
-"""What is known of a node: nothing, too little, that it does well, that it has begun to fail, that it fails."""
+"""The reputation of a node: no rewards, few rewards, healthy, first losses, or failing."""
 
 HEALTH_WINDOW = 10
-"""Rewards a node's recent mean is made of; with fewer, the mean says too little to condemn anybody."""
+"""Number of rewards in a node's recent mean; a shorter history never makes a node fail by its mean."""
 FEW = 3
-"""Rewards from which a poor mean is worth a word."""
+"""Number of rewards from which a low mean is shown as failing."""
 NEUTRAL = 0.5
-"""The score of a domain nothing is known about."""
+"""Score of a domain without evidence."""
 
 
 def is_failing(rewards: Sequence[float], losses: int, config: ClusterConfig) -> bool:
-    """Return whether a node lost too often in a row, or earned too little over its last ten rewards.
+    """Return whether a node lost too often in a row, or has a low mean over its last ten rewards.
 
     Args:
-        rewards: Oldest first, each 0 to 1; fewer than ten condemn nobody.
-        losses: Failures in a row.
-        config: Its `consecutive_loss_limit` and `apoptosis_threshold`.
+        rewards: Oldest first, each 0 to 1; with fewer than ten, the mean does not count.
+        losses: Number of consecutive failures.
+        config: Supplies `consecutive_loss_limit` and `apoptosis_threshold`.
     """
     recent = rewards[-HEALTH_WINDOW:]
     poor = len(recent) == HEALTH_WINDOW and fsum(recent) / HEALTH_WINDOW < config.apoptosis_threshold
@@ -33,11 +33,11 @@ def is_failing(rewards: Sequence[float], losses: int, config: ClusterConfig) -> 
 
 
 def health(rewards: Sequence[float], losses: int, config: ClusterConfig) -> Health:
-    """Return how a node fares: dying when it is failing, a warning at half the losses; little history is healthy.
+    """Return the health of a node: dying when it is failing, warning from half of the loss limit, otherwise healthy.
 
     Args:
         rewards: Oldest first, each 0 to 1.
-        losses: Failures in a row.
+        losses: Number of consecutive failures.
         config: As for `is_failing`.
     """
     if is_failing(rewards, losses, config):
@@ -46,14 +46,14 @@ def health(rewards: Sequence[float], losses: int, config: ClusterConfig) -> Heal
 
 
 def standing(rewards: Sequence[float], losses: int, config: ClusterConfig) -> Standing:
-    """Return what is known of a node, where `health` keeps silent about a short history.
+    """Return the reputation of a node, which also rates a short history, unlike `health`.
 
-    Three rewards that are poor on average are failing already, as far as people are concerned; only `health` and
-    `is_failing` decide what happens to the node.
+    Three rewards with a low mean are shown to people as failing; only `health` and `is_failing` decide what happens to
+    the node.
 
     Args:
         rewards: Oldest first, each 0 to 1.
-        losses: Failures in a row.
+        losses: Number of consecutive failures.
         config: As for `is_failing`.
     """
     if not rewards:
@@ -68,12 +68,12 @@ def standing(rewards: Sequence[float], losses: int, config: ClusterConfig) -> St
 
 
 def complement(mine: Mapping[str, float], its: Mapping[str, float], load: float) -> float:
-    """Return how differently skilled a node is that might inherit: sum |Δscore| · (1 - load / 2).
+    """Return how well a node complements a retiring one as its heir: sum |Δscore| · (1 - load / 2).
 
     Args:
-        mine: Domain's domain_token -> score, of who leaves.
-        its: The same, of who stays.
-        load: Of who stays, 0 to 1.
+        mine: domain_token -> score of the retiring node.
+        its: domain_token -> score of the heir.
+        load: Load of the heir, 0 to 1.
     """
     apart = sum(abs(mine.get(domain_token, NEUTRAL) - its.get(domain_token, NEUTRAL)) for domain_token in {*mine, *its})
     return apart * (1 - 0.5 * load)

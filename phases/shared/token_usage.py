@@ -57,10 +57,10 @@ def total_usage(record: TaskRecord) -> RunResult:
     )
 
 
-def with_subtask_usage(envelope: Envelope, parts: Iterable[Subtask]) -> Envelope:
+def with_subtask_usage(envelope: Envelope, subtasks: Iterable[Subtask]) -> Envelope:
     """Return a parked task's envelope with the usage of its subtasks added, and subtracted from its budget."""
     spent, tokens = envelope.spent, 0
-    for part in parts:
-        spent, tokens = spent.usage_with(part.spent), tokens + part.tokens
+    for subtask in subtasks:
+        spent, tokens = spent.usage_with(subtask.spent), tokens + subtask.tokens
     budget = envelope.budget
     return replace(envelope, spent=spent, budget=None if budget is None else max(0, budget - tokens))

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,8 @@ from loom.bus.queries import FoundTask, find_task, recent_ids
 from loom.bus.topology import check_version, stream_state
 from loom.runner.cli.entry import DEFAULT_URL
 from loom.runner.cli.views.tables import printable
+from loom.runner.server.nats_server import embedded_server
+from loom.runner.server.store import check_unused
 from loom.runner.settings import Settings
 from loom.schemas.base import encode
 from loom.schemas.errors import BusUnavailable, UnknownTask
@@ -57,6 +60,23 @@ async def connected(settings: Settings) -> AsyncIterator[Bus]:
         yield bus
         if left_out := sum(bus.discards.counts.values()):
             typer.echo(f"not shown, as they cannot be read: {left_out}", err=True)
+
+
+def check_one_server(settings: Settings, store: Path | None) -> None:
+    """Refuse `--store` when NATS_URL names a server."""
+    if settings.nats_url and store is not None:
+        raise typer.BadParameter("NATS_URL names a server, and no other is started", param_hint="--store")
+
+
+@asynccontextmanager
+async def server_of(settings: Settings, store: Path | None) -> AsyncIterator[str]:
+    """Yield the address of the server of NATS_URL, or of a temporary server on the store folder."""
+    if store is None:
+        yield settings.nats_url or DEFAULT_URL
+        return
+    check_unused(store)
+    async with embedded_server(store, sync_interval=settings.loom_sync_interval or None) as server:
+        yield server.url
 
 
 async def resolve_task(bus: Bus, task_id: str) -> FoundTask:
@@ -114,6 +134,14 @@ def clock(at: float) -> str:
     """Return a moment in the reader's own time, with its day unless that is today."""
     then, today = datetime.fromtimestamp(at), datetime.fromtimestamp(time.time())  # noqa: DTZ006 - the reader's own
     return then.strftime("%H:%M:%S" if then.date() == today.date() else "%d %b %H:%M")
+
+
+def age(duration_s: float) -> str:
+    """Return a duration in its largest unit: 12s, 5m, 3h, 2d."""
+    for unit, seconds_of_unit in reversed(UNITS.items()):
+        if duration_s >= seconds_of_unit:
+            return f"{int(duration_s / seconds_of_unit)}{unit}"
+    return "0s"
 
 
 def span(duration_s: float) -> str:

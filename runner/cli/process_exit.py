@@ -38,6 +38,8 @@ class StopSignals:
         limit_s: Seconds from the first signal to the end of the process, whatever still runs; the second one leaves
             a second. Absent: signals only call `stop`.
         last_words: Called in the thread before the process is ended so.
+        on_stop: Returns what the process still does, in plain words for standard error; called at the first signal, in
+            the thread. Absent: a log line takes its place.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class StopSignals:
         *,
         limit_s: float | None,
         last_words: Callable[[], None],
+        on_stop: Callable[[], str] | None = None,
     ) -> None:
         self.received: list[int] = []
         """Numbers of the signals, oldest first."""
@@ -54,6 +57,7 @@ class StopSignals:
         self._stop = stop
         self._limit_s = limit_s
         self._last_words = last_words
+        self._on_stop = on_stop
         self._end_at = float("inf")
         self._handled = 0
         self._is_main = threading.current_thread() is threading.main_thread()
@@ -110,7 +114,15 @@ class StopSignals:
             limit_s = self._limit_s if self._handled == 1 else HURRY_S
             self._end_at = min(self._end_at, time.monotonic() + limit_s)
         with contextlib.suppress(OSError, ValueError):  # the reader of the log may have gone before us
-            log.info("stopping", hint="once more hurries it")
+            if self._on_stop is not None and self._handled == 1 and sys.stderr.isatty():
+                print(self._on_stop(), file=sys.stderr, flush=True)  # noqa: T201 - for the person at the terminal
+            else:
+                log.info("stopping", hint=self._hint())
+
+    def _hint(self) -> str:
+        if self._on_stop is not None and self._handled == 1:
+            return self._on_stop()
+        return "a second signal ends the process within a second"
 
     def _end(self) -> NoReturn:
         try:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from loom.bus.service_discovery import Present, SharedSettings
+from loom.bus.service_discovery import ServiceInstance, SharedSettings
 from loom.bus.topology import Inspection
 from loom.bus.wire_version import RESET, WIRE, WIRE_KEY, wire_of
 from loom.runner.doctor.findings import Finding, fail, ok, warn
@@ -13,7 +13,7 @@ MOST_PROCESSES = 4
 """Processes that a finding names for each value of a setting."""
 
 
-def wire(seen: Inspection, services: Iterable[Present]) -> Iterator[Finding]:
+def wire(seen: Inspection, services: Iterable[ServiceInstance]) -> Iterator[Finding]:
     """Judge the wire versions of streams, buckets and processes; versions that agree yield no finding."""
     for name, part in seen.streams.items():
         if part.info is not None and wire_of(part.info["config"]) != WIRE:

@@ -1,4 +1,4 @@
-"""Whether phases that answer also work: what they report beside what waits for them on the server."""
+"""Checks that phases that answer also work: their reports against the messages that wait on the server."""
 
 import asyncio
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from loom.bus import topology
 from loom.bus.bus import Bus
 from loom.bus.hops.health import Health
 from loom.bus.logs import left_out
-from loom.bus.natsio.stored_message import read_message
+from loom.bus.natsio.stored_message import last_message
 from loom.bus.service_discovery import health_reports
 from loom.bus.topology import Inspection
 from loom.runner.doctor.findings import Finding, fail, ok, warn
@@ -70,7 +70,7 @@ async def _look(bus: Bus, seen: Inspection, config: ClusterConfig) -> Look:
 
 async def _last_reward(bus: Bus) -> int:
     subject = bus.subjects.of("reward", "*", "*", "*", "*")
-    last = await read_message(bus.jetstream, bus.subjects.stream("REWARDS"), {"last_by_subj": subject})
+    last = await last_message(bus.jetstream, bus.subjects.stream("REWARDS"), subject)
     return last.seq if last is not None else 0
 
 
@@ -126,10 +126,10 @@ def _discards(after: Look) -> Iterator[Finding]:
 
 def _left_out(after: Look) -> Iterator[Finding]:
     """Report what hosts sent in vain, those of which it was lately first."""
-    hosts = left_out.together(report.left_out for reports in after.reports.values() for report in reports)
+    hosts = left_out.merged_reports(report.left_out for reports in after.reports.values() for report in reports)
     newest = sorted(hosts, key=lambda host_id: -hosts[host_id].at)
     for host_id in newest[:HOSTS]:
-        what = f"of host {host_id}: {hosts[host_id].words}"
+        what = f"of host {host_id}: {hosts[host_id].summary}"
         yield warn("left out", what, 'for its author: "What is forgiven" in docs/subjects.md')
     if len(newest) > HOSTS:
         yield warn("left out", f"something of {len(newest) - HOSTS} more hosts", "`loom host ls` lists them")

@@ -29,17 +29,17 @@ class _StrictLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class _StrictAd(TaskAd, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """TaskAd as a client submits it: a misspelt field is an error, not a silent default."""
+    """TaskAd as a client submits it: a misspelt field is an error."""
 
     accept: _StrictAccept | None = None
     limits: _StrictLimits | None = None
 
 
 def parse_ad(raw: bytes) -> TaskAd:
-    """Return the ad a client submitted as JSON.
+    """Return the ad that a client submitted as JSON.
 
     Raises:
-        InvalidTask: With `field` naming the part, where one is to blame.
+        InvalidTask: The ad breaks a rule; `field` names the part, if the error belongs to one.
     """
     if len(raw) > MAX_AD_BYTES:
         raise _too_large(len(raw))
@@ -51,10 +51,10 @@ def parse_ad(raw: bytes) -> TaskAd:
 
 
 def check_ad(ad: TaskAd) -> TaskAd:
-    """Return `ad` as it will be read, if it may be submitted; Python callers construct ads unchecked.
+    """Return `ad` as phases decode it, if it may be submitted; Python callers construct ads unchecked.
 
     Raises:
-        InvalidTask: With `field` naming the part.
+        InvalidTask: The ad breaks a rule; `field` names the part.
     """
     if not isinstance(ad.accept, Accept | None):
         raise InvalidTask(f"accept must be {FIELD_RULES['accept']}", field="accept", task_id=ad.task_id)
@@ -77,7 +77,7 @@ def check_ad(ad: TaskAd) -> TaskAd:
         field = _field_in(str(error))
         raise InvalidTask(f"not a valid TaskAd: {error}", field=field, task_id=ad.task_id) from None
     if not checked.description.strip():
-        raise InvalidTask("description is empty: say what is to be done", field="description", task_id=ad.task_id)
+        raise InvalidTask("description is empty: describe the work", field="description", task_id=ad.task_id)
     forbidden = set(checked.required_tools).difference(checked.tools_allowed or ())
     if checked.tools_allowed is not None and forbidden:
         names = ", ".join(sorted(forbidden))
@@ -107,7 +107,7 @@ _UNKNOWN = re.compile(r"unknown field `([^`]*)`(?: - at `\$\.(\w+)`)?")
 
 
 def _place(unknown: re.Match[str]) -> tuple[str, tuple[str, ...]]:
-    """Return an unknown field, and the fields there are in its place."""
+    """Return an unknown field, and the known fields at its place."""
     shapes: dict[str | None, type[CheckedMessage]] = {"accept": Accept, "limits": Limits}
     return unknown[1], shapes.get(unknown[2], TaskAd).__struct_fields__
 
@@ -120,7 +120,7 @@ def _too_large(size: int) -> InvalidTask:
 
 
 def _field_not_utf8(raw: bytes) -> str | None:
-    """The last key before the first byte that is not UTF-8."""
+    """Return the last key before the first byte that is not UTF-8."""
     try:
         raw.decode()
     except UnicodeDecodeError as error:
@@ -130,7 +130,7 @@ def _field_not_utf8(raw: bytes) -> str | None:
 
 
 def _field_in(message: str) -> str | None:
-    """The field a msgspec message blames: `$.field` in a path, or the unknown one in backticks."""
+    """Return the field in a message of msgspec: `$.field` in a path, or an unknown field in backticks."""
     unknown = _UNKNOWN.search(message)
     if unknown:
         return unknown.group(1)

@@ -1,4 +1,4 @@
-"""Python calls that give a type fields it does not take: one sentence on what to write instead."""
+"""Errors of constructor calls with wrong arguments: one sentence with the correction."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -11,11 +11,11 @@ from loom.schemas.text.nearest_name import unknown_field
 T = TypeVar("T")
 
 MAIN_FIELDS = ("description", "model")
-"""What a single positional argument is meant to be."""
+"""The field that a single positional argument probably is."""
 
 
 def call_fault(name: str, fields: Sequence[str], args: Sequence[Any], given: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a call of a type that takes its fields by name; None when that is not the fault."""
+    """Return the error of a call with positional or unknown arguments; None if it has neither."""
     if args:
         main = next((field for field in MAIN_FIELDS if field in fields), fields[0])
         return f"{name} takes its fields by name: write {name}({main}=…)"
@@ -32,7 +32,7 @@ class FieldsByName(msgspec.StructMeta):
             """Build the message.
 
             Raises:
-                TypeError: An argument is positional, or names a field that there is not.
+                TypeError: An argument is positional, or the field does not exist.
             """
             try:
                 return super().__call__(*args, **given)
@@ -44,7 +44,7 @@ class FieldsByName(msgspec.StructMeta):
 
 
 def fields_by_name(cls: type[T]) -> type[T]:
-    """Make a keyword-only dataclass refuse a wrong call in the same words."""
+    """Decorate a keyword-only dataclass: wrong calls raise TypeError with the same sentences."""
     init: Callable[..., None] = cls.__init__
 
     @wraps(init)

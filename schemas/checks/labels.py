@@ -10,13 +10,13 @@ MAX_LABELS = 16
 MAX_LABELS_BYTES = 2048
 
 Labels = Annotated[dict[str, Annotated[str, Meta(max_length=MAX_LABELS_BYTES)]], Meta(max_length=MAX_LABELS)]
-"""What a client attaches to a task so as to find it again; never shown to agents."""
+"""Labels by which clients find a task again; agents do not receive them."""
 
 LABELS_RULE = f"at most {MAX_LABELS} pairs of strings, {MAX_LABELS_BYTES} bytes of JSON in all"
 
 
 def are_labels(value: object) -> bool:
-    """Return whether `value` keeps `LABELS_RULE`."""
+    """Return whether `value` conforms to `LABELS_RULE`."""
     if not isinstance(value, dict) or len(value) > MAX_LABELS:
         return False
     texts = [*value, *value.values()]

@@ -1,4 +1,4 @@
-"""Bounds of a submitter's regular expression, found by reading it: nothing is compiled here."""
+"""Bounds of a submitter's regular expression, checked without compiling it."""
 
 import re
 from typing import Final
@@ -9,7 +9,7 @@ MAX_REPEAT: Final = 1000
 MAX_NESTING: Final = 50
 """Groups inside of each other."""
 MAX_STEPS: Final = 50_000
-"""Characters and sets with all repeats written out; so many compile in about 20 ms, odd ones in 0.2 s."""
+"""Characters and sets with all repeats expanded; this number compiles in about 20 ms, at worst 0.2 s."""
 CLUSTER_STEPS: Final = 10
 r"""Steps of `\X` and `\R`, which compile to small patterns of their own."""
 
@@ -33,7 +33,7 @@ _TOKEN = re.compile(
 )
 _VERBOSE = re.compile(r"\(\?[A-Za-wyz0-9]{0,16}x")
 _IGNORED = re.compile(r"(\\.|\[\^?\]?(?:\\.|[^\]\\])*+(?:\]|\Z))|\s+|#[^\n]*", re.DOTALL)
-"""In a verbose pattern: an escape or a set, which stays, or white space or a comment, which does not."""
+"""In a verbose pattern: an escape or a set, which is kept, or white space or a comment, which is removed."""
 _REFUSED_FLAGS: Final = {
     "V1": "the version 1 syntax",
     "b": "best fuzzy matches",
@@ -49,13 +49,13 @@ _UNSUPPORTED: Final = {
 
 
 class OutOfBounds(Exception):
-    """Text of a submitter exceeds a bound; the message is the end of a sentence."""
+    """A submitter's pattern or schema exceeds a bound; the message is the end of a sentence."""
 
 
 def pattern_steps(pattern: str) -> int:
-    """Return the size of a regular expression with all its repeats written out, at least 1.
+    """Return the size of a regular expression with all its repeats expanded, at least 1.
 
-    A malformed one has a size as well: whether it is well formed is the compiler's decision.
+    A malformed expression has a size as well; the compiler refuses it later.
 
     Raises:
         OutOfBounds: It exceeds a bound, or uses a feature that is not supported.
@@ -71,11 +71,11 @@ def pattern_steps(pattern: str) -> int:
 
 
 class _Size:
-    """The steps of a pattern as it is read, group by group."""
+    """Counts the steps of a pattern, group by group."""
 
     def __init__(self) -> None:
         self._steps = [0]
-        """Of each open group, the outermost first."""
+        """Steps of each open group, the outermost first."""
         self._last = 0
         """Steps of the latest element, which a repeat multiplies."""
 
@@ -119,10 +119,10 @@ class _Size:
 
 
 def _times(repeat: re.Match[str]) -> int:
-    """How often a repeat writes out its element, at least once.
+    """Return the number of copies of a repeated element, at least 1.
 
     Raises:
-        OutOfBounds: More than 1000 times.
+        OutOfBounds: More than 1000 copies.
     """
     counts = [text.lstrip("0") for text in (repeat["least"], repeat["most"]) if text]
     if any(len(text) > len(str(MAX_REPEAT)) or int(text or 0) > MAX_REPEAT for text in counts):

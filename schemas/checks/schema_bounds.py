@@ -1,4 +1,4 @@
-"""Bounds of a submitter's JSON Schema, found by walking it: nothing is compiled here."""
+"""Bounds of a submitter's JSON Schema, checked without compiling it."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -20,9 +20,9 @@ Container = dict[str, Any] | list[Any]
 
 
 def check_schema(schema: Mapping[str, Any]) -> None:
-    """Return if a schema keeps the bounds: depth, numbers, patterns, and its size with all references expanded.
+    """Return if a schema is within the bounds: depth, numbers, patterns, and its size with all references expanded.
 
-    Whether it is a valid schema is the compiler's decision. Values under `enum`, `const`, `default` and `examples`
+    An invalid schema is refused later, by the compiler. Values under `enum`, `const`, `default` and `examples`
     are treated like schemas: the names may be those of properties.
 
     Raises:
@@ -40,16 +40,16 @@ def check_schema(schema: Mapping[str, Any]) -> None:
 
 
 class _Document:
-    """A schema's objects and arrays, and what its references point at."""
+    """The objects and arrays of a schema, and the targets of its references."""
 
     def __init__(self, schema: Mapping[str, Any]) -> None:
         self.root: Container = dict(schema)
         self.nodes: list[dict[str, Any]] = []
         """All objects, the root first."""
         self._parts: dict[int, list[Container]] = {}
-        """Object or array -> the objects and arrays directly in it."""
+        """Object or array -> its direct objects and arrays."""
         self._base: dict[int, str] = {}
-        """Object -> the URI that its references are relative to."""
+        """Object -> the base URI of its references."""
         self._named: dict[str, list[Container]] = {}
         """Absolute URI, with the anchor as its fragment -> the nodes of that name."""
         self._walk()
@@ -94,7 +94,7 @@ class _Document:
         return parts
 
     def _targets(self, reference: str, base: str) -> list[Container]:
-        """Return the nodes a reference may point at; none where it leaves the schema, which the compiler refuses."""
+        """Return the possible targets of a reference; none outside of the schema, which the compiler refuses."""
         uri = _joined(base, reference)
         if uri in self._named:
             return self._named[uri]
@@ -107,8 +107,8 @@ class _Document:
 def _expansion(document: _Document) -> int:
     """Return the size of the schema with every reference replaced by its target, or more than the bound.
 
-    A part that holds itself counts once where it is met again: recursion is legal and ends with the answer. Each part
-    is counted once and remembered, so a chain of doubling references takes no more time than it has links.
+    A part inside of itself counts once: recursion is legal and ends with the answer. Sizes are cached, so a chain of
+    doubling references takes time proportional to its length.
     """
     sizes: dict[int, int] = {}
     edges: dict[int, list[Container]] = {}
@@ -163,5 +163,5 @@ def _pointed(root: Container, pointer: str) -> Container | None:
 def _joined(base: str, reference: str) -> str:
     try:
         return urljoin(base, reference)
-    except ValueError:  # no URI, such as one with half a bracket: the compiler refuses it
+    except ValueError:  # not a URI, for example an unbalanced bracket: the compiler refuses it
         return reference

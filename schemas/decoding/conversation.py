@@ -1,4 +1,4 @@
-"""Earlier turns of a conversation, as clients in any language put them into a task's context."""
+"""Earlier turns of a conversation in a task's context, in the form of any client."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,22 +6,22 @@ from typing import Any
 from loom.schemas.llm import Message
 
 CONVERSATION = "conversation"
-"""Key of a task's context that holds the earlier turns: a list of {"role", "content"}, oldest first."""
+"""Key of a task's context with the earlier turns: a list of {"role", "content"}, oldest first."""
 MAX_TURNS = 256
-"""Most earlier turns that are read: the newest."""
+"""Most earlier turns that are decoded: the newest."""
 
 
 def earlier_turns(context: Mapping[str, Any]) -> tuple[Message, ...]:
     """Return the turns in `context["conversation"]`, oldest first, at most the newest 256.
 
-    Only turns of the roles user, assistant and system with a text are read, the others left out. A text may be a
-    string, or a list of parts like `{"type": "text", "text": "…"}`.
+    Turns without a text or of other roles than user, assistant and system are omitted. A text may be a string, or a
+    list of parts like `{"type": "text", "text": "…"}`.
     """
     turns = context.get(CONVERSATION)
     if not isinstance(turns, list | tuple):
         return ()
-    read = (_turn(each) for each in turns[-MAX_TURNS:])
-    return tuple(turn for turn in read if turn is not None)
+    decoded = map(_turn, turns[-MAX_TURNS:])
+    return tuple(turn for turn in decoded if turn is not None)
 
 
 def _turn(value: Any) -> Message | None:

@@ -1,4 +1,4 @@
-"""What is forgiven of JSON from outside: null in place of a field means absent; a count may be a text, or end in .0."""
+"""Tolerant decoding of JSON from other programs: null fields count as absent; integers may be strings or floats."""
 
 import re
 from functools import cache
@@ -10,10 +10,10 @@ _DIGITS = re.compile(r"0|[1-9][0-9]{0,15}")
 
 
 def forgiven(value: Any, shape: Any) -> Any:
-    """Return a plain JSON value as a reader of `shape` may take it.
+    """Return a plain JSON value in a form that decodes as `shape`, if tolerance is enough.
 
-    Fields of messages that are null and may not be are left out. A count that is written as a text of digits, or as a
-    float without a fraction, becomes an integer. Free JSON and fields that are not declared stay as they are.
+    Null fields that may not be null are removed. A string of digits, or a float without a fraction, becomes an integer
+    where one is declared. Free JSON and undeclared fields are not changed.
 
     Example:
         >>> forgiven({"content": None, "steps": "3"}, RunResult)
@@ -29,13 +29,13 @@ def _kind(shape: Any) -> inspect.Type:
 
 @cache
 def _fields(cls: type) -> dict[str, inspect.Type]:
-    """Name on the wire -> type of each field of a message."""
+    """Return the name in JSON -> type of each field of a message."""
     kind = _kind(cls)
     return {field.encode_name: field.type for field in kind.fields} if isinstance(kind, inspect.StructType) else {}
 
 
 def _walked(value: Any, kind: inspect.Type) -> Any:
-    """The value with what is forgiven: only as deep as messages are declared."""
+    """Return the value with tolerance applied, only as deep as messages are declared."""
     if isinstance(kind, inspect.Metadata):
         kind = kind.type
     if isinstance(kind, inspect.UnionType):
@@ -57,19 +57,19 @@ def _walked(value: Any, kind: inspect.Type) -> Any:
 
 
 def _may_be_null(kind: inspect.Type) -> bool:
-    """Whether null is a value of the field, and no stand-in for its absence."""
+    """Return whether null is a valid value of the field."""
     return isinstance(kind, inspect.AnyType) or (isinstance(kind, inspect.UnionType) and kind.includes_none)
 
 
 def _count(value: Any) -> Any:
-    """The integer that is unmistakably meant; anything else as it is."""
+    """Return the integer that a string or float represents; other values unchanged."""
     if isinstance(value, str):
         return int(value) if _DIGITS.fullmatch(value) else value
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2.0**53 else value
 
 
 def _in_union(value: Any, union: inspect.UnionType) -> Any:
-    """The value by the one type of the union it can only be; as it is where there are several."""
+    """Return the value by the only possible type of a union; unchanged if there are several."""
     kinds = [kind.type if isinstance(kind, inspect.Metadata) else kind for kind in union.types]
     if isinstance(value, dict):
         structs = [kind for kind in kinds if isinstance(kind, inspect.StructType)]

@@ -1,8 +1,8 @@
-"""Fields of a newer version: kept with the part of a message that has them, and written again where they were.
+"""Unknown fields of a newer version: they stay with their part of a message and are encoded again at their place.
 
-The classes that phases pass on refuse unknown fields (`forbid_unknown_fields`), so that reading a message without any
-costs nothing. One that is refused is read again here: its unknown fields are taken out, and the parts that had them
-become instances of a subclass that holds them. `replace` copies them; a part that a phase builds itself has none.
+The classes that phases pass on refuse unknown fields (`forbid_unknown_fields`), so decoding a message without any costs
+nothing. A refused message is decoded again here. Its unknown fields are removed, and the parts that had them become
+instances of a subclass with those fields. `replace` copies them; a part that a phase builds has none.
 """
 
 import types
@@ -17,28 +17,28 @@ T = TypeVar("T")
 S = TypeVar("S", bound=msgspec.Struct)
 
 REFUSAL = "unknown field"
-"""In the text of an error of msgspec: a message has an unknown field."""
+"""Part of the text of msgspec's error for an unknown field."""
 MAX_DEPTH = 32
-"""Levels that the value of an unknown field may be nested."""
+"""Most levels of nesting of the value of an unknown field."""
 _FIELD, _KEY = "unknown_fields", "~unknown_fields"
 _MARK = b'"~unknown_fields":'
 
 
 class Keeping:
-    """Whether this process has ever read an unknown field: if not, nothing is looked for when messages are written."""
+    """Whether this process has decoded an unknown field; until then encoding skips the search for them."""
 
     begun = False
 
 
 class _Removed(NamedTuple):
-    """What was taken out of one part of a message, and of the parts in it, by field, key or index."""
+    """Unknown fields of one part of a message, and of its own parts, by field, key or index."""
 
     own: dict[str, Any]
     parts: dict[str | int, "_Removed"]
 
 
 def decode_keeping(raw: bytes, shape: type[T]) -> T:
-    """Return `raw` as a `shape` that keeps the fields it does not know.
+    """Return `raw` as a `shape` with its unknown fields.
 
     Raises:
         ValueError: It is not that shape, or the value of an unknown field is nested too deeply.
@@ -51,7 +51,7 @@ def decode_keeping(raw: bytes, shape: type[T]) -> T:
 
 
 def encode_keeping(message: Any, encoded: bytes) -> bytes:
-    """Return the JSON of a message with the unknown fields in their places.
+    """Return the JSON of a message with its unknown fields at their places.
 
     Args:
         encoded: The message as msgspec encodes it, returned as it is where no field was unknown.
@@ -62,13 +62,13 @@ def encode_keeping(message: Any, encoded: bytes) -> bytes:
 
 
 def unknown_fields(value: msgspec.Struct) -> Mapping[str, Any]:
-    """Return the unknown fields that a message, or a part of one, has been read with."""
+    """Return the unknown fields with which a message, or a part of one, was decoded."""
     fields: Mapping[str, Any] = getattr(value, _FIELD, {})
     return fields
 
 
 def with_unknown_fields(value: S, fields: Mapping[str, Any]) -> S:
-    """Return a message, or a part of one, with further unknown fields; those of a name it knows are left out."""
+    """Return a message, or a part of one, with further unknown fields; names of known fields are omitted."""
     if not fields:
         return value
     kept = {key: field for key, field in fields.items() if key not in value.__struct_encode_fields__}
@@ -82,7 +82,7 @@ def with_unknown_fields(value: S, fields: Mapping[str, Any]) -> S:
 
 @cache
 def _keeper(cls: type[S]) -> type[S]:
-    """Return the subclass of `cls` that holds unknown fields."""
+    """Return the subclass of `cls` with unknown fields."""
     if _FIELD in cls.__struct_fields__:
         return cls
     body = {
@@ -102,7 +102,7 @@ def _type_info(shape: Any) -> inspect.Type:
 
 
 def _remove(info: inspect.Type, tree: Any) -> _Removed | None:
-    """Take the unknown fields out of decoded JSON, and return them; None where there are none."""
+    """Remove the unknown fields from decoded JSON, and return them; None without any."""
     own: dict[str, Any] = {}
     parts: dict[str | int, _Removed | None] = {}
     match info:
@@ -124,7 +124,7 @@ def _remove(info: inspect.Type, tree: Any) -> _Removed | None:
 
 
 def _is_tagged(info: inspect.StructType, tree: dict[str, Any]) -> bool:
-    """Return whether a JSON object has the tag of a struct, where that has one."""
+    """Return whether a JSON object has the tag of a struct, if the struct has one."""
     return info.tag_field is None or tree.get(info.tag_field, info.tag) == info.tag
 
 
@@ -155,7 +155,7 @@ def _put_back(value: Any, removed: _Removed) -> Any:
 
 
 def _as_written(value: Any) -> Any:
-    """Return what is encoded in the place of `value`: dictionaries with known and unknown fields side by side."""
+    """Return the replacement of `value` for encoding: dictionaries with known and unknown fields."""
     if isinstance(value, msgspec.Struct) and not value.__struct_config__.array_like:
         config, tree = value.__struct_config__, {}
         if config.tag_field is not None:
@@ -172,5 +172,5 @@ def _as_written(value: Any) -> Any:
 
 def _is_default(field: structs.FieldInfo, value: Any) -> bool:
     if field.default is not msgspec.NODEFAULT:
-        return value is field.default  # as msgspec decides it
+        return value is field.default  # the rule of msgspec
     return field.default_factory in (dict, list, tuple, set) and not value

@@ -1,4 +1,4 @@
-"""The JSON value in a model's answer, whatever stands around it. Pure."""
+"""The JSON values in a model's answer, with any text around them. Pure."""
 
 import json
 import re
@@ -12,11 +12,11 @@ from loom.schemas.base import MAX_MESSAGE_BYTES, Undecodable, encode
 T = TypeVar("T")
 
 MAX_IN_VAIN = 256 * 1024
-"""Twice the characters read from brackets that turn out to open no JSON, 256 more for each: about 10 ms."""
+"""Limit of work on brackets that do not open JSON: twice the characters, 256 more for each; about 10 ms."""
 MAX_VALUES = 1000
-"""Values looked at in one answer."""
+"""Most values of one answer."""
 MAX_ANSWER_CHARS = 2 * MAX_MESSAGE_BYTES
-"""As much of an answer is read."""
+"""Characters of an answer that are searched."""
 
 _BRACKET = re.compile(r"[\[{]")
 _BRACKET_OR_TAG = re.compile(r"[\[{]|</?(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
@@ -25,11 +25,10 @@ _BRACKET_OR_TAG = re.compile(r"[\[{]|</?(?:think|thinking|thought|reasoning)>", 
 def read_model_json(text: str, shape: type[T]) -> T:
     """Return the first JSON object in a model's answer that is a `shape`.
 
-    It may stand in a code fence, amid prose or after a reasoning block. Numbers may be texts, and a field that is
-    `null` counts as absent.
+    A code fence, prose or a reasoning block may surround it. Numbers may be strings, and `null` fields count as absent.
 
     Raises:
-        Undecodable: The answer holds none; the message has the reason of the first object that is not a `shape`.
+        Undecodable: The answer has none; the message has the reason for the first object that is not a `shape`.
     """
     reason = ""
     for value in json_values(text):
@@ -42,10 +41,10 @@ def read_model_json(text: str, shape: type[T]) -> T:
 
 
 def as_shape(value: Any, shape: type[T]) -> T:
-    """Return a JSON value of a model as a `shape`; numbers may be texts, and a field that is `null` counts as absent.
+    """Return a JSON value of a model as a `shape`; numbers may be strings, and `null` fields count as absent.
 
     Raises:
-        Undecodable: It is not one, or holds what cannot be sent on, such as half a surrogate pair.
+        Undecodable: It does not fit, or it cannot be encoded again, for example half a surrogate pair.
     """
     if isinstance(value, dict):
         value = {name: part for name, part in value.items() if part is not None}
@@ -61,10 +60,9 @@ def as_shape(value: Any, shape: type[T]) -> T:
 def json_values(text: str) -> Iterator[Any]:
     """Yield the JSON arrays and objects of an answer, outermost only, in order.
 
-    What stands in a reasoning block, such as `<think>…</think>`, is not an answer; nor is what stands before a
-    closing tag that was never opened, which some servers send. Of a block that is never closed the last value counts
-    if the text ends with it: the model forgot the tag. Too many brackets that open no JSON end the search, and so do
-    1000 values.
+    Text in a reasoning block, such as `<think>…</think>`, is skipped. So is text before a closing tag without an
+    opening one, which some servers send. If a block is never closed and the text ends with a value, that value counts:
+    the model omitted the tag. The search ends after 1000 values, or after too many brackets that do not open JSON.
     """
     values: list[Any] = []
     thought: tuple[int, list[Any]] | None = None
@@ -94,7 +92,7 @@ _decoder = json.JSONDecoder(parse_constant=_not_finite)
 
 
 def _marks(text: str) -> Iterator[tuple[Any, int]]:
-    """Yield what matters in a text with its place: JSON values, and the tags of reasoning outside of them."""
+    """Yield JSON values and the reasoning tags outside of them, each with its end in the text."""
     mark = _BRACKET_OR_TAG if "<" in text else _BRACKET
     at, in_vain, values = 0, 0, 0
     while in_vain < MAX_IN_VAIN and values < MAX_VALUES and (found := mark.search(text, at)):

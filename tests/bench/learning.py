@@ -25,7 +25,7 @@ from typing import Protocol
 
 from loom.bus.host_directory import HostKey
 from loom.phases.adapt.evidence import apply_reward
-from loom.phases.match.award_policies import POLICIES, policy
+from loom.phases.match.award_policies import POLICIES, load_policy
 from loom.phases.match.scoring import AuctionContext, award
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import Envelope, Spec
@@ -163,7 +163,7 @@ class Learner:
 
     def __init__(self, name: str, world: World) -> None:
         self._world = world
-        self._policy = policy(name)
+        self._policy = load_policy(name)
         self._forget = name == "glr_ucb"
         self._profiles: dict[str, NodeProfile] = {}
         self._pending: Counter[tuple[str, str]] = Counter()

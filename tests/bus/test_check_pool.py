@@ -122,7 +122,7 @@ async def test_too_many_costly_checks_are_put_off(pool: CheckPool) -> None:
 async def test_a_check_waits_a_bounded_time_for_its_turn(pool: CheckPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_pool, "WAIT_S", 0.05)
     async with pool._quick._lock:
-        with pytest.raises(NotChecked, match="has waited"):
+        with pytest.raises(NotChecked, match="accept waited"):
             await pool.violation("1", DIGITS)
     assert await pool.violation("1", DIGITS) is None
 

@@ -10,7 +10,7 @@ from support.fake_host import FakeHost, FakeRun
 from support.phase_harness import Stage, quiet
 from support.wait import until
 
-from loom.bus.records import records, update_record
+from loom.bus.records import records
 from loom.phases.execute.delegation import refusal
 from loom.schemas.envelope import Claim, Envelope, Split
 from loom.schemas.record import MAX_DELEGATED, TaskRecord
@@ -119,7 +119,7 @@ async def test_delegated_work_becomes_a_task_and_its_end_is_told_to_the_run(stag
 async def test_an_end_that_nobody_told_is_found_and_a_lost_answer_repeated(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loom.phases.execute.delegation.LOOK_AGAIN_S", 0.2)
+    monkeypatch.setattr("loom.phases.execute.delegation.POLL_RECORD_S", 0.2)
     one = await host(stage)
     await stage.phase("execute")
     await given(stage)
@@ -283,7 +283,7 @@ async def test_a_replica_that_was_overtaken_hands_nothing_over(stage: Stage) -> 
     def overtake(record: TaskRecord) -> TaskRecord:
         return replace(record, claim=Claim(**{**_fields(record.claim), "instance": "another"}))
 
-    await update_record(records(stage.bus), env.task_id, overtake)
+    await records(stage.bus).update_with(env.task_id, overtake)
     await end(stage, child, result=RunResult(content="four"))
     beats = one.mouth.seq if one.mouth else 0
     await until(lambda: one.mouth and one.mouth.seq > beats + 5, what="half a second")

@@ -8,7 +8,7 @@ from support.fake_host import FakeHost, FakeRun
 from support.phase_harness import Stage
 from support.wait import until
 
-from loom.bus.logs.left_out import LeftOut, together
+from loom.bus.logs.left_out import LeftOut, merged_reports
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.service_discovery import ServiceEndpoint, health_reports
 from loom.schemas.auction import Award, CallForBids
@@ -259,6 +259,6 @@ async def test_phases_report_what_they_left_out_of_announcements(stage: Stage) -
 
     await until(reported, what="both report both")
     reports = await health_reports(stage.bus, within_s=0.1)
-    found = together(report.left_out for each in reports.values() for report in each)
-    assert found["h1"].words == "2 announcements (last: Expected `object`, got `array`)"
+    found = merged_reports(report.left_out for each in reports.values() for report in each)
+    assert found["h1"].summary == "2 announcements (last: Expected `object`, got `array`)"
     assert "h1" in str(match.service._directory._presence.awaited_hosts())  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from loom.bus.natsio import publishing
 from loom.bus.natsio.kv import Bucket, BucketReader, Entry
 from loom.bus.natsio.server_errors import Conflict, Refused
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.records import records, update_record
+from loom.bus.records import records
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.base import Undecodable, encode
 from loom.schemas.envelope import Claim
@@ -281,7 +281,7 @@ async def test_a_record_is_changed_by_deciding_again_after_every_conflict(bus: B
     async def claim() -> None:
         mine = records(await connect())
         for _ in range(5):
-            await update_record(mine, "t1", _claimed)
+            await mine.update_with("t1", _claimed)
 
     await asyncio.gather(*(claim() for _ in range(3)))
     entry = await records(bus).get("t1")
@@ -290,10 +290,10 @@ async def test_a_record_is_changed_by_deciding_again_after_every_conflict(bus: B
 
 
 async def test_a_record_is_left_alone_when_there_is_nothing_to_change(bus: Bus) -> None:
-    assert await update_record(records(bus), "t1", _claimed) is None
+    assert await records(bus).update_with("t1", _claimed) is None
     revision = await records(bus).create("t1", _record())
-    assert await update_record(records(bus), "t1", lambda _: None) == Entry("t1", _record(), revision)
-    entry = await update_record(records(bus), "t1", _claimed)
+    assert await records(bus).update_with("t1", lambda _: None) == Entry("t1", _record(), revision)
+    entry = await records(bus).update_with("t1", _claimed)
     assert entry == await records(bus).get("t1")
 
 
@@ -306,4 +306,4 @@ async def test_a_record_that_will_not_hold_still_is_unavailable(bus: Bus, monkey
 
     monkeypatch.setattr(bucket, "update", overtaken)
     with pytest.raises(BusUnavailable, match="t1"):
-        await update_record(bucket, "t1", _claimed)
+        await bucket.update_with("t1", _claimed)

@@ -208,7 +208,7 @@ async def plain_run(hosts: Hosts, interrupt: Interrupt | None = None, max_run_s:
 @pytest.fixture
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loom.phases.execute.plain_runs.ABSENT_S", 0.4)
-    monkeypatch.setattr("loom.phases.execute.plain_runs.ASK_AGAIN_S", 0.1)
+    monkeypatch.setattr("loom.phases.execute.plain_runs.REPEAT_REQUEST_S", 0.1)
 
 
 @pytest.mark.usefixtures("hurry")

@@ -13,7 +13,7 @@ from support.wait import until
 from loom.bus.hops.hop_loop import HopLoop
 from loom.bus.natsio.kv import Bucket
 from loom.bus.natsio.publishing import PubAckFuture
-from loom.bus.natsio.stored_message import read_message
+from loom.bus.natsio.stored_message import last_message
 from loom.bus.topology import SCALE_LANE
 from loom.phases.evaluate.decisions import notice_of
 from loom.phases.scale import subtask_graph
@@ -84,7 +84,7 @@ async def carried(stage: Stage) -> set[int]:
         subjects.task("evaluate", "*", "p"),
         subjects.later("*", "p", "*"),
     ):
-        message = await read_message(stage.bus.jetstream, subjects.stream("TASKS"), {"last_by_subj": subject})
+        message = await last_message(stage.bus.jetstream, subjects.stream("TASKS"), subject)
         if message is not None:
             read = read_scale_message(message.data)
             found.add(read.envelope.attempt if isinstance(read, PlanTimeout) else read.attempt)  # type: ignore[union-attr]

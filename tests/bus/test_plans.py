@@ -14,7 +14,7 @@ from support.wait import until
 from loom.bus import task_client
 from loom.bus.hops.hop_loop import schedule
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.records import records, update_record
+from loom.bus.records import records
 from loom.bus.topology import SCALE_LANE
 from loom.phases.evaluate.decisions import notice_of
 from loom.phases.scale.subtask_graph import child_id
@@ -431,7 +431,7 @@ async def test_a_budget_that_is_spent_ends_the_task_with_what_there_is(stage: St
 
 async def test_nothing_begins_for_a_parent_that_has_ended(stage: Stage) -> None:
     env = await awarded_task(stage, context={"plan": written((("a",),))})
-    await update_record(records(stage.bus), "p", lambda record: replace(record, state="cancelled", ended_at=1.0))
+    await records(stage.bus).update_with("p", lambda record: replace(record, state="cancelled", ended_at=1.0))
     await stage.phase("scale")
     await stage.put("scale", env)
     await dealt_with(stage)

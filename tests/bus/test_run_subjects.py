@@ -79,7 +79,7 @@ async def test_the_answer_of_the_server_that_a_host_is_absent_arrives(
     plain: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.phases.execute.run_stream.ABSENT_S", 0.3)
-    monkeypatch.setattr("loom.phases.execute.run_stream.ABSENT_AGAIN_S", 0.1)
+    monkeypatch.setattr("loom.phases.execute.run_stream.REPEAT_ABSENT_S", 0.1)
     async with await watch_of(plain, REQUEST) as watch:
         with pytest.raises(HostSilent, match="host h1 is not connected"):
             await watch.next()

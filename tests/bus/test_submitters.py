@@ -30,7 +30,7 @@ async def ann(stage: Stage) -> AsyncIterator[Bus]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Handles ask for the status at short intervals."""
-    monkeypatch.setattr(task_client, "ASK_AGAIN_S", 0.05)
+    monkeypatch.setattr(task_client, "POLL_S", 0.05)
 
 
 async def stored(stage: Stage, submitter: str, task: TaskAd, **facts: Any) -> Submission:

@@ -9,7 +9,7 @@ from support.wait import until
 from loom.bus import tap as tap_module
 from loom.bus.bus import Bus
 from loom.bus.subjects import FAMILIES
-from loom.bus.tap import SHAPES, Seen, Tap
+from loom.bus.tap import SHAPES, Tap, TappedMessage
 from loom.schemas.base import encode
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import BusUnavailable
@@ -19,7 +19,7 @@ from loom.schemas.run import Delta
 WITHIN_S = 5
 
 
-async def take(tap: Tap, count: int) -> list[Seen]:
+async def take(tap: Tap, count: int) -> list[TappedMessage]:
     async with asyncio.timeout(WITHIN_S):
         return [await anext(tap) for _ in range(count)]
 

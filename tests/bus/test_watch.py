@@ -13,7 +13,7 @@ from support.runs import watch_of
 from support.wait import until
 
 from loom.bus.bus import Bus
-from loom.phases.execute.run_stream import ASK_AGAIN_S, HostSilent, Interrupt, RunStream
+from loom.phases.execute.run_stream import REPEAT_REQUEST_S, HostSilent, Interrupt, RunStream
 from loom.schemas.run import RunEvent, RunRequest
 from loom.schemas.task import RunResult, TaskAd
 
@@ -22,7 +22,7 @@ REQUEST = RunRequest(task_id="t1", description="count the words", remaining_s=60
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.run_stream.ASK_AGAIN_S", 0.1)
+    monkeypatch.setattr("loom.phases.execute.run_stream.REPEAT_REQUEST_S", 0.1)
     monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 1)
 
 
@@ -200,7 +200,7 @@ async def test_events_that_a_host_has_not_kept_do_not_stall_the_run(plain: Bus) 
 
 
 async def test_an_unanswered_request_is_repeated_each_second() -> None:
-    assert ASK_AGAIN_S == 1.0
+    assert REPEAT_REQUEST_S == 1.0
 
 
 @pytest.mark.parametrize("limit", ["MAX_RUN_EVENTS", "MAX_RUN_BYTES"])

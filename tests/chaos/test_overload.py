@@ -60,7 +60,7 @@ async def submit(bus: Bus, task_id: str) -> bool:
     """Hand a task to the desk; whether it was accepted."""
     ad = TaskAd(task_id=task_id, domain="any", description="x", wait=False)
     try:
-        await task_client.ask(bus, bus.subjects.submit, ad, timeout_s=WITHIN_S)
+        await task_client.request(bus, bus.subjects.submit, ad, timeout_s=WITHIN_S)
     except Overloaded:
         return False
     return True

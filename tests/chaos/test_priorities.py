@@ -58,7 +58,7 @@ async def flood(bus: Bus, count: int) -> None:
     """Hand in so many low tasks, each of them accepted."""
     for _ in range(count // AT_ONCE):
         ads = [TaskAd(domain="any", description="can wait", priority="low", wait=False) for _ in range(AT_ONCE)]
-        await asyncio.gather(*(task_client.ask(bus, bus.subjects.submit, ad, timeout_s=WITHIN_S) for ad in ads))
+        await asyncio.gather(*(task_client.request(bus, bus.subjects.submit, ad, timeout_s=WITHIN_S) for ad in ads))
 
 
 async def latency(bus: Bus) -> float:

@@ -20,8 +20,8 @@ from loom.bus.host_directory import AnnouncedHost
 from loom.bus.rewards import RewardBus
 from loom.bus.service_discovery import (
     Clocks,
-    Present,
     ServiceEndpoint,
+    ServiceInstance,
     clocks,
     discover,
     settings_facts,
@@ -206,8 +206,8 @@ async def test_processes_that_are_wrong_about_the_servers_time_are_found(on_bus:
     ]
 
 
-def _present(service: str, version: str) -> Present:
-    return Present(type="", name=f"loom-{service}", id=version, version=version, metadata={"service": service})
+def _present(service: str, version: str) -> ServiceInstance:
+    return ServiceInstance(type="", name=f"loom-{service}", id=version, version=version, metadata={"service": service})
 
 
 def test_busy_hosts_and_backlogs_are_noticed() -> None:

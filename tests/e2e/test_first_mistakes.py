@@ -151,7 +151,7 @@ def test_what_is_clearly_meant_is_taken() -> None:
 
 HANDING_IN: dict[str, tuple[Any, str]] = {
     "a number": (5, "a int is not a task: give a TaskAd, a dict of its fields, or a text"),
-    "an empty text": ("", "description is empty: say what is to be done"),
+    "an empty text": ("", "description is empty: describe the work"),
     "a misspelt key": ({"descripton": "x"}, "unknown field `descripton`; did you mean `description`?"),
     "a misspelt key inside": (
         {"description": "x", "accept": {"contain": ["y"]}},

@@ -38,7 +38,7 @@ async def service(command: list[str], **environment: str) -> AsyncIterator[None]
 async def test_the_cluster_of_the_readme_does_the_task_of_the_readme(on_bus: tuple[str, str], client: Bus) -> None:
     """`loom up`, `loom host run` and the two ways to submit, word for word."""
     up = next(command for command in COMMANDS if command[:2] == ["loom", "up"])
-    [nodes] = [command for command in COMMANDS if command[:2] == ["loom", "node"]]
+    [nodes] = [command for command in COMMANDS if command[:3] == ["loom", "host", "run"]]
     [submit] = [command for command in COMMANDS if command[:2] == ["loom", "submit"]]
     [request] = [command for command in COMMANDS if command[:2] == ["nats", "req"]]
     announced = asyncio.Event()
@@ -55,7 +55,7 @@ async def test_the_cluster_of_the_readme_does_the_task_of_the_readme(on_bus: tup
             await announced.wait()
         printed = await output_of([*LOOM, *submit[1:]], NATS_URL=on_bus[0])
         subject, ad = request[-2:]
-        answer = await task_client.ask(client, subject.replace("loom.", f"{on_bus[1]}."), ad.encode(), timeout_s=30)
+        answer = await task_client.request(client, subject.replace("loom.", f"{on_bus[1]}."), ad.encode(), timeout_s=30)
 
     assert "revenue" in printed or "rows" in printed
     result = decode(answer, TaskResult)

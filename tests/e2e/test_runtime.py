@@ -59,6 +59,20 @@ async def test_submit_returns_the_answer(on_bus: tuple[str, str], phases: Bus) -
         assert await rt.submit(TaskAd(domain="code", description="sort")) == "done: sort"
 
 
+@pytest.mark.parametrize("close", ["aclose", "dispose"])
+async def test_a_closed_runtime_leaves_its_reward_bus_without_a_bus(
+    on_bus: tuple[str, str], phases: Bus, close: str
+) -> None:
+    rt = runtime()
+    await rt.submit(TaskAd(domain="code", description="sort"))
+    assert rt.reward_bus.bus is not None
+
+    await rt.aclose() if close == "aclose" else rt.dispose()
+
+    assert rt.reward_bus.bus is None
+    rt.dispose()
+
+
 async def test_a_failure_is_raised_as_its_type(on_bus: tuple[str, str], phases: Bus) -> None:
     rt = Runtime()
     rt.add_agent(fail, name="clumsy", capabilities=CODE)

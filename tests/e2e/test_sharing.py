@@ -112,7 +112,7 @@ async def test_duplicate_submits_all_get_the_one_answer(on_bus: tuple[str, str],
         body = TaskAd(task_id="same", domain="code", description="x", timeout_s=20)
 
         async def submit(bus: Bus) -> bytes:
-            return await task_client.ask(bus, bus.subjects.submit, body, timeout_s=20)
+            return await task_client.request(bus, bus.subjects.submit, body, timeout_s=20)
 
         at_once = await asyncio.gather(*(submit(bus) for bus in (first, second, first)))
         after_the_end = await submit(second)
@@ -130,7 +130,7 @@ async def test_a_ninth_waiting_submitter_is_told_accepted(on_bus: tuple[str, str
     async with running_nodes(url, lambda: nodes, namespace=namespace), Bus(url, namespace=namespace) as bus:
         body = TaskAd(task_id="same", domain="code", description="x")
         answers = await asyncio.gather(
-            *(task_client.ask(bus, bus.subjects.submit, body, timeout_s=20) for _ in range(9))
+            *(task_client.request(bus, bus.subjects.submit, body, timeout_s=20) for _ in range(9))
         )
 
     assert Counter(json.loads(answer)["state"] for answer in answers) == {"succeeded": 8, "accepted": 1}

@@ -189,7 +189,7 @@ class Cluster:
     async def task(self, task_id: str) -> None:
         """Hand in a task that runs until `go_on`, and return when it runs."""
         ad = TaskAd(task_id=task_id, domain="any", description="wait", wait=False)
-        await task_client.ask(self.bus, self.bus.subjects.submit, ad)
+        await task_client.request(self.bus, self.bus.subjects.submit, ad)
         await self.reaches(task_id, "running")
 
     async def reaches(self, task_id: str, state: str, within_s: float = 20) -> None:

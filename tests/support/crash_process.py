@@ -23,7 +23,7 @@ from loom.bus.logs import logger
 from loom.bus.natsio.connection import Connection as BusConnection
 from loom.bus.natsio.kv import Bucket
 from loom.bus.natsio.publishing import PubAckFuture
-from loom.bus.subjects import Subjects
+from loom.bus.subjects import Parsed, Subjects
 from loom.phases.scale.division import Division
 from loom.phases.sense.client_api import ClientApi
 from loom.runner.services import running_nodes, running_phases
@@ -114,7 +114,7 @@ def bus_of(owner: Any) -> Bus:
 
 def _on(*families: str) -> Callable[..., bool]:
     def addressed(_owner: Any, subject: str, *_: Any) -> bool:
-        parsed = Subjects(subject.partition(".")[0]).parse(subject)
+        parsed = _parse(subject)
         return parsed is not None and parsed.family in families
 
     return addressed
@@ -130,8 +130,13 @@ def _becomes(state: str) -> Callable[..., bool]:
 
 def begins_a_task(future: PubAckFuture) -> bool:
     """Return whether a message goes to SENSE as a subtask or a delegated task does."""
-    parsed = Subjects(future.subject.partition(".")[0]).parse(future.subject)
+    parsed = _parse(future.subject)
     return parsed is not None and parsed.tokens.get("phase") == "sense"
+
+
+def _parse(subject: str) -> Parsed | None:
+    """Return the parts of a subject; None for one outside a namespace: of the server, of a bucket, or an inbox."""
+    return None if subject.startswith(("$", "_")) else Subjects(subject.partition(".")[0]).parse(subject)
 
 
 def _at(checkpoint: str) -> Callable[..., bool]:

@@ -4,7 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from loom.bus.bus import Bus
-from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
+from loom.bus.natsio.ordered_consumer import OrderedConsumer
+from loom.bus.natsio.stored_message import StoredMessage
 from loom.bus.queries import records_stream
 from loom.bus.stored_rewards import reward_in
 from loom.bus.topology import stream_state
@@ -84,8 +85,8 @@ async def read_state(bus: Bus) -> ClusterState:
     )
 
 
-async def _read_all(reader: OrderedConsumer) -> list[Stored]:
-    messages: list[Stored] = []
+async def _read_all(reader: OrderedConsumer) -> list[StoredMessage]:
+    messages: list[StoredMessage] = []
     try:
         while not reader.caught_up:
             messages += await reader.batch()

@@ -15,10 +15,10 @@ _GENERATED = re.compile(r"<!-- tables?: written by .*?<!-- end of tables? -->", 
 _FENCE = re.compile(r"^ *(```|~~~).*?^ *\1 *$", flags=re.DOTALL | re.MULTILINE)
 _ITEM = re.compile(r"^ *(?:[-*] |\d+[.)] |\|)")
 _SECTION = re.compile(r"^ *(?:Args|Returns|Raises|Yields|Example|Attributes|Note): *$")
-_END = re.compile(r"(?<!e\.g\.)(?<!i\.e\.)(?<=[.!?])[\"')*]*\s+(?=[\"'(*\[]*[A-Z0-9`])")
+_END = re.compile(r"(?<!e\.g\.)(?<!i\.e\.)(?<=[.!?])[\"')*]*\s+(?=[\"'(*\[]*[A-Z0-9`]|\*\w+\*)")
 _LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
 _CODE = re.compile(r"(`+)(?:(?!\1).)+\1", flags=re.DOTALL)
-_PATH = re.compile(r"[\w.-]*[/_][\w./-]*|\w\w+\.\w[\w.]*")
+_PATH = re.compile(r"[\w.-]*[/_][\w./-]*(?<=[\w/])|\w\w+\.\w[\w.]*(?<=\w)")
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
 
 

@@ -71,7 +71,7 @@ class Workload:
         ad = self.ad(number)
         try:
             if number % 2:
-                await task_client.ask(self.bus, self.bus.subjects.submit, ad, timeout_s=8)
+                await task_client.request(self.bus, self.bus.subjects.submit, ad, timeout_s=8)
             else:
                 await (await task_client.publish(self.bus, ad, deltas=False)).close()
         except (LoomError, TimeoutError):

@@ -107,11 +107,11 @@ def test_a_schema_cannot_reach_out() -> None:
     [
         (Accept(), None),
         (Accept(pattern="a+", json_schema=NUMBERED), None),
-        (Accept(pattern="(a"), "no regular expression"),
-        (Accept(pattern=r"(?P<n>a)(?P<n"), "no regular expression"),
-        (Accept(json_schema={"type": "nonsense"}), "no JSON Schema"),
-        (Accept(json_schema={"$ref": "#/$defs/absent"}), "no JSON Schema"),
-        (Accept(json_schema={"pattern": "(a"}), "no JSON Schema"),
+        (Accept(pattern="(a"), "not a regular expression"),
+        (Accept(pattern=r"(?P<n>a)(?P<n"), "not a regular expression"),
+        (Accept(json_schema={"type": "nonsense"}), "not a JSON Schema"),
+        (Accept(json_schema={"$ref": "#/$defs/absent"}), "not a JSON Schema"),
+        (Accept(json_schema={"pattern": "(a"}), "not a JSON Schema"),
     ],
 )
 def test_rules_that_can_never_be_met_are_found_beforehand(accept: Accept, reason: str | None) -> None:

@@ -40,8 +40,8 @@ def test_a_mapping_has_the_fields_of_an_ad(kind: Callable[..., Any]) -> None:
     [
         ({"description": "x", "domian": "code"}, "unknown field `domian`", "domian"),
         ({"description": "x", "priority": "urgent"}, "priority must be one of low, normal, high, critical", "priority"),
-        ({"description": " "}, "description is empty: say what is to be done", "description"),
-        ({"description": "x", "context": {"when": object()}}, "a value that JSON cannot carry", None),
+        ({"description": " "}, "description is empty: describe the work", "description"),
+        ({"description": "x", "context": {"when": object()}}, "a value that is not JSON", None),
         ({}, "description is empty", "description"),
         (["x"], "a list is not a task: give a TaskAd, a dict of its fields, or a text", None),
         (None, "a NoneType is not a task", None),

@@ -61,7 +61,7 @@ STOP = StreamChunk(finish_reason="stop")
         ([StreamChunk(text="<think>hm"), CUT], r": its max_tokens \(4096\) went into reasoning: raise"),
         ([CUT], r": its max_tokens \(4096\) ended before any text \(hidden reasoning counts as well\): raise"),
         ([StreamChunk(refusal="I can't "), StreamChunk(refusal="help.\n"), STOP], ": it refused: I can't help.$"),
-        ([THOUGHT, STOP], ": it wrote reasoning alone$"),
+        ([THOUGHT, STOP], ": it wrote only reasoning$"),
         ([STOP], "$"),
         ([], "$"),
     ],

@@ -84,7 +84,7 @@ async def test_a_call_cut_at_the_most_tokens_is_explained(server: OpenAIServer, 
     with capture_logs():
         await make(add, max_tokens=4).run(JOB)
 
-    assert "cut at its most tokens" in server.requests[1].messages[-1]["content"]
+    assert "cut at its token limit" in server.requests[1].messages[-1]["content"]
 
 
 async def test_calls_that_share_an_id_or_have_none_get_ids_of_their_own() -> None:

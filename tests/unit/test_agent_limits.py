@@ -76,7 +76,7 @@ async def test_a_conversation_that_outgrows_the_agent_is_the_agents_failure(
     server: OpenAIServer, make: MakeAgent
 ) -> None:
     server.script(Reply(tool_calls=(("read", "{}"),)))
-    with pytest.raises(AgentFailed, match="outgrown"):
+    with pytest.raises(AgentFailed, match="exceeds the agent's token_budget"):
         await make(tool(name="read")(lambda: "x" * 8000), token_budget=1000).run(JOB)
 
     assert len(server.requests) == 1

@@ -132,7 +132,7 @@ async def test_a_model_gets_no_tool_that_the_task_does_not_allow(
 
 
 def test_two_tools_of_one_name_are_refused() -> None:
-    with pytest.raises(LoomError, match="one name"):
+    with pytest.raises(LoomError, match="the same name"):
         Agent(OpenAIProvider(), tools=(add, add))
 
 

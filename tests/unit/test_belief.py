@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.execute.host_errors import LATE_S, SPENT, RunFacts, confirmed_error
+from loom.phases.execute.host_errors import CLOCK_SKEW_S, USED_SHARE, RunFacts, confirmed_error
 from loom.schemas.errors import BY_CODE
 from loom.schemas.task import TaskError
 
@@ -31,9 +31,9 @@ def test_a_code_is_believed_only_with_the_fact_that_confirms_it(claimed: str, kn
     assert found in (claimed, "agent_failed")
     if found == "budget_exceeded":
         assert known.budget is not None
-        assert known.tokens >= SPENT * known.budget
+        assert known.tokens >= USED_SHARE * known.budget
     elif found == "deadline_exceeded":
-        assert known.left_s <= LATE_S
+        assert known.left_s <= CLOCK_SKEW_S
     elif found == "subtask_failed":
         assert known.delegation_failed
     elif found == "cancelled":
@@ -51,7 +51,7 @@ def test_without_facts_every_code_is_the_agents_failure(claimed: str) -> None:
     ("claimed", "known"),
     [
         ("budget_exceeded", RunFacts(10, 10, 60, False, False)),
-        ("deadline_exceeded", RunFacts(None, 0, LATE_S, False, False)),
+        ("deadline_exceeded", RunFacts(None, 0, CLOCK_SKEW_S, False, False)),
         ("subtask_failed", RunFacts(None, 0, 60, True, False)),
         ("cancelled", RunFacts(None, 0, 60, False, True)),
     ],
@@ -65,7 +65,7 @@ def test_a_confirmed_code_is_kept(claimed: str, known: RunFacts) -> None:
     [
         ("budget_exceeded", RunFacts(None, 10**6, 60, False, False)),
         ("budget_exceeded", RunFacts(10, 4, 60, False, False)),
-        ("deadline_exceeded", RunFacts(None, 0, LATE_S + 0.01, False, False)),
+        ("deadline_exceeded", RunFacts(None, 0, CLOCK_SKEW_S + 0.01, False, False)),
         ("subtask_failed", RunFacts(None, 0, 60, False, True)),
         ("cancelled", RunFacts(None, 0, 60, True, False)),
         ("no_bids", RunFacts(0, 10, -1, True, True)),

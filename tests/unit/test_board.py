@@ -7,7 +7,7 @@ from rich.console import Console
 from support.builders import call_for_bids
 
 from loom.bus.subjects import Subjects
-from loom.bus.tap import Seen
+from loom.bus.tap import TappedMessage
 from loom.runner.cli.views.run_progress import Progress, line, live_table
 from loom.runner.cli.views.run_state import RunState
 from loom.schemas.auction import Award
@@ -21,11 +21,11 @@ from loom.schemas.task import Submission, TaskAd, TaskResult
 SUBJECTS = Subjects()
 
 
-def seen(message: Any, family: str, *tokens: str) -> Seen:
+def seen(message: Any, family: str, *tokens: str) -> TappedMessage:
     subject = SUBJECTS.of(family, *tokens)
     parsed = SUBJECTS.parse(subject)
     assert parsed is not None
-    return Seen(
+    return TappedMessage(
         subject=subject, family=family, tokens=parsed.tokens, message=message, headers={}, at=0.0, size=0, skipped=0
     )
 
@@ -34,21 +34,21 @@ def board(*names: str) -> RunState:
     return RunState([TaskAd(task_id=name, description="x") for name in names])
 
 
-def hop(phase: str, name: str = "one", *, attempt: int = 1, node: str = "") -> Seen:
+def hop(phase: str, name: str = "one", *, attempt: int = 1, node: str = "") -> TappedMessage:
     award = Award(node_id=node, host_id="h") if node else None
     spec = Spec(complexity=0.1, domains=("代码",), method="given")
     ad = TaskAd(task_id=name, description="x")
     return seen(Envelope(ad=ad, spec=spec, award=award, attempt=attempt, deadline=9.0), "task", phase, "normal", name)
 
 
-def reward(name: str, node: str) -> Seen:
+def reward(name: str, node: str) -> TappedMessage:
     message = Reward(
         reward_id=f"{name}:1:rules", task_id=name, attempt=1, node_id=node, domain_token="code", score=1.0, ended_at=1.0
     )
     return seen(message, "reward", "rules", "local", node, "code")
 
 
-def learned(node: str, *names: str) -> Seen:
+def learned(node: str, *names: str) -> TappedMessage:
     profile = NodeProfile(node_id=node, total_tasks=len(names))
     news = Lifecycle(kind="learned", node_id=node, at=1.0, task_ids=names, profile=profile)
     return seen(news, "lifecycle", "adapt", "learned", "local", node)
@@ -178,7 +178,7 @@ def test_a_terminal_gets_a_table_and_a_pipe_gets_lines() -> None:
     assert lines == "one  execute  on coder\n"
 
 
-def part(name: str, *, of: str, ended: bool = False) -> Seen:
+def part(name: str, *, of: str, ended: bool = False) -> TappedMessage:
     if ended:
         return seen(SubtaskEnded(task_id=of, child_id=name, subtask="a"), "task", "scale", "normal", of)
     split = Split(parent=of, depth=1, subtask="a", deadline=9.0)

@@ -72,9 +72,9 @@ def test_domains_may_come_in_any_collection(domains: Any, taken: list[str] | Non
 @pytest.mark.parametrize(
     ("domains", "sentence"),
     [
-        ([], "domains that name nothing"),
-        ("", "domains that name nothing"),
-        (7, "domains that name nothing"),
+        ([], "no valid domains"),
+        ("", "no valid domains"),
+        (7, "no valid domains"),
         ([7], "a domain that is a int"),
         ([""], "a domain that is empty"),
     ],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from loom.bus.bus import Bus
-from loom.bus.tap import SHAPES, Seen
+from loom.bus.tap import SHAPES, TappedMessage
 from loom.runner import log_output
 from loom.runner.cli import app, entry
 from loom.runner.cli.entry import run_to_end, unless_lost, until_lost
@@ -76,7 +76,7 @@ def test_every_kind_of_message_has_words() -> None:
 )
 def test_what_cannot_be_read_is_still_told(family: str, headers: dict[str, str], said: tuple[str, str, str]) -> None:
     tokens = {"task_id": "t1"} if family else {}
-    seen = Seen(
+    seen = TappedMessage(
         subject="loom.new.thing",
         family=family,
         tokens=tokens,
@@ -111,7 +111,7 @@ PART = Split(parent="report", depth=1, subtask="end", deadline=60.0, inputs={"le
 def test_each_step_of_a_division_is_told(phase: str, facts: dict[str, Any], said: str) -> None:
     envelope = Envelope(ad=TaskAd(task_id="t1", description="do it"), deadline=60.0, **facts)
     tokens = {"task_id": "t1", "phase": phase}
-    seen = Seen(subject="", family="task", tokens=tokens, message=envelope, headers={}, at=10.0, size=1)
+    seen = TappedMessage(subject="", family="task", tokens=tokens, message=envelope, headers={}, at=10.0, size=1)
 
     assert describe(seen)[2] == said
 
@@ -130,7 +130,7 @@ PARKED = PlanTimeout(envelope=Envelope(ad=TaskAd(task_id="t1", description="do i
 )
 def test_each_notice_about_a_division_is_described(family: str, notice: Notice, said: str) -> None:
     tokens = {"task_id": "t1", "phase": "scale"} if family == "task" else {"task_id": "t1", "origin": "timer"}
-    seen = Seen(subject="", family=family, tokens=tokens, message=notice, headers={}, at=10.0, size=1)
+    seen = TappedMessage(subject="", family=family, tokens=tokens, message=notice, headers={}, at=10.0, size=1)
 
     assert describe(seen)[2] == said
 

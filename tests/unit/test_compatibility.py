@@ -9,7 +9,7 @@ from support.openai_server import Reply, Request, message_body
 from support.providers import ASK, answered, serving
 
 from loom.agents.llm.config import AgentConfig
-from loom.agents.llm.openai.compatibility import Compatibility, mended
+from loom.agents.llm.openai.compatibility import Compatibility, adapt
 from loom.agents.llm.openai.refusals import refusal_of
 from loom.agents.llm.openai.requests import request_of
 from loom.schemas.errors import AgentFailed
@@ -174,7 +174,7 @@ def test_each_mend_changes_the_request() -> None:
         assert request not in sent
         sent.append(request)
         message = "Unsupported parameters: " + ", ".join(f"'{name}'" for name in request) + " and the system role"
-        step = mended(known, request, refusal_of({"message": message}, status=400, headers={}, now=0))
+        step = adapt(known, request, refusal_of({"message": message}, status=400, headers={}, now=0))
         if step is None:
             break
         known, _ = step

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.bus.natsio.transport.connect_causes import HungUp, NotNats, Silent, cause_of
+from loom.bus.natsio.transport.connect_causes import ConnectionClosedEarly, NoDataReceived, NotNats, cause_of
 
 
 def certificate_error(code: int, message: str) -> ssl.SSLCertVerificationError:
@@ -25,9 +25,9 @@ def certificate_error(code: int, message: str) -> ssl.SSLCertVerificationError:
         (OSError(113, "No route to host"), "cannot be reached (EHOSTUNREACH)", "check host and port", False),
         (OSError("?"), "cannot be reached (OSError)", "check host and port", False),
         (ConnectionResetError(104, "reset"), "closes the connection", "log", False),
-        (HungUp(), "closes the connection", "log", False),
+        (ConnectionClosedEarly(), "closes the connection", "log", False),
         (TimeoutError(), "no answer", "firewall", False),
-        (Silent(), "no data arrives", "host and port", False),
+        (NoDataReceived(), "no data arrives", "host and port", False),
         (NotNats(), "does not come from a nats-server", "host and port", False),
         (socket.gaierror(socket.EAI_NONAME, "x"), "host name is unknown", "check the name", False),
         (socket.gaierror(socket.EAI_AGAIN, "x"), "cannot be resolved at the moment", "name server", False),

@@ -8,8 +8,8 @@ from support.builders import ad, awarded, envelope
 
 from loom.phases.evaluate.decisions import (
     COUNTED,
+    MAX_RETRY_DELAY_S,
     RETRIED,
-    RETRY_MAX_S,
     Finish,
     Retry,
     decide,
@@ -119,7 +119,7 @@ def test_a_failing_node_costs_a_pause_that_doubles(code: str, failures: int, pau
 def test_pauses_are_bounded() -> None:
     decision = decide(env(code="node_lost", failures=98), ClusterConfig(max_attempts=100), 0)
     assert isinstance(decision, Retry)
-    assert decision.delay_s == RETRY_MAX_S
+    assert decision.delay_s == MAX_RETRY_DELAY_S
 
 
 def test_a_failed_attempt_is_remembered_with_its_reason() -> None:

@@ -32,6 +32,9 @@ def load(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "analysis"]:
+        monkeypatch.delitem(sys.modules, name)
     spec.loader.exec_module(module)
     return module
 
@@ -41,7 +44,7 @@ def inputs(agents: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """A folder of the test's own in place of examples/inputs."""
     folder = tmp_path / "inputs"
     folder.mkdir()
-    monkeypatch.setattr(agents, "INPUTS", folder.resolve())
+    monkeypatch.setattr(sys.modules["analysis.input_files"], "INPUTS", folder.resolve())
     return folder
 
 
@@ -179,7 +182,10 @@ def test_chinese_is_read_as_chinese(agents: ModuleType) -> None:
 
 
 def test_points_inside_a_number_end_no_sentence(agents: ModuleType) -> None:
-    assert agents.sentences_of("It costs 2.50 a piece. Really?") == ["It costs 2.50 a piece.", "Really?"]
+    assert sys.modules["analysis.texts"].sentences_of("It costs 2.50 a piece. Really?") == [
+        "It costs 2.50 a piece.",
+        "Really?",
+    ]
 
 
 # -- inputs ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from support.logs import capture_logs
 
 from loom.bus.hops.health import Health
 from loom.bus.logs.discards import LINES, Discards
-from loom.bus.logs.left_out import MAX_HOSTS, MAX_REASON, LeftOut, together
+from loom.bus.logs.left_out import MAX_HOSTS, MAX_REASON, LeftOut, merged_reports
 from loom.schemas.base import MAX_MESSAGE_BYTES, decode, encode
 
 
@@ -16,8 +16,8 @@ def test_counts_of_a_host_have_the_last_reason() -> None:
         discards.of_host("h1", "offers", "offer_undecodable", reason="Expected `str`")
         discards.of_host("h1", "events", "run_event_left_out", reason="late", task_id="t1")
         discards.of_host("h2", "bids", "bid_undecodable", reason="odd")
-    assert discards.hosts["h1"].words == "1 event, 2 offers (last: late)"
-    assert discards.hosts["h2"].words == "1 bid (last: odd)"
+    assert discards.hosts["h1"].summary == "1 event, 2 offers (last: late)"
+    assert discards.hosts["h2"].summary == "1 bid (last: odd)"
     assert dict(discards.counts) == {"offer_undecodable": 2, "run_event_left_out": 1, "bid_undecodable": 1}
     assert [(log["host_id"], log["reason"]) for log in logs][2:] == [("h1", "late"), ("h2", "odd")]
     assert logs[2]["task_id"] == "t1"
@@ -57,12 +57,12 @@ def test_a_flood_of_hosts_leaves_the_newest_hundred_in_a_report_that_can_be_read
 def test_reports_of_several_processes_are_one_and_an_announcement_counts_once() -> None:
     one = LeftOut(counts={"announcements": 5, "offers": 2}, last="older", at=1.0)
     other = LeftOut(counts={"announcements": 4, "events": 1, "offers": 1}, last="newer", at=2.0)
-    found = together([{"h2": one}, {"h2": other, "h1": one}, {}])
+    found = merged_reports([{"h2": one}, {"h2": other, "h1": one}, {}])
     assert list(found) == ["h1", "h2"]
     assert found["h1"] == one
-    assert found["h2"].words == "5 announcements, 1 event, 3 offers (last: newer)"
+    assert found["h2"].summary == "5 announcements, 1 event, 3 offers (last: newer)"
 
 
 def test_a_count_of_a_newer_version_can_be_read() -> None:
     raw = b'{"left_out": {"h1": {"counts": {"answers": 1, "words": 2}, "last": "x", "why": 7}}}'
-    assert decode(raw, Health).left_out["h1"].words == "1 answer, 2 words (last: x)"
+    assert decode(raw, Health).left_out["h1"].summary == "1 answer, 2 words (last: x)"

@@ -128,7 +128,7 @@ def test_a_file_of_nodes_may_import_its_neighbours_and_define_dataclasses(script
         ("nodes = {'a': 1}\n", "agents.py: defines no `nodes`"),
         ("nodes = [3]\n", "agents.py: nodes[0] is a int without `id`"),
         (NODES + "nodes[0].agent = None\n", "agents.py: nodes[0] (shouter) has no agent"),
-        (NODES + "nodes[0].domains = []\n", "agents.py: nodes[0] (shouter) has domains that name nothing"),
+        (NODES + "nodes[0].domains = []\n", "agents.py: nodes[0] (shouter) has no valid domains"),
         (
             NODES + "nodes[0].capabilities.scores['loud'] = 9\n",
             "agents.py: nodes[0] (shouter) has the rating 9 in 'loud'",

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from loom.bus.dead_letters.write import letter_facts
 from loom.bus.host_directory import AnnouncedHost, HostKey
 from loom.bus.logs.discards import Discards
-from loom.bus.natsio.ordered_consumer import Stored
 from loom.bus.natsio.publishing import read_reply
+from loom.bus.natsio.stored_message import StoredMessage
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.stored_rewards import reward_in
 from loom.bus.subjects import Subjects
@@ -30,7 +30,7 @@ from loom.phases.execute.delegation import delegated_envelope, result_for_run
 from loom.phases.execute.run_messages import error_of, request_for, with_result
 from loom.phases.match.award_policies import POLICIES
 from loom.phases.match.offers import OfferReader
-from loom.phases.match.partial_decoding import PartialProfile, decode_window, to_profile
+from loom.phases.match.partial_decoding import PartialProfile, decode_scores, to_profile
 from loom.phases.match.scoring import AuctionContext, Awarded, decide
 from loom.phases.scale import planner, subtask_graph
 from loom.phases.sense.calibration_reader import calibrated
@@ -196,8 +196,8 @@ def auctions(forger: Forger) -> None:
     profile = forger.made(PartialProfile)
     profiles = {}
     if profile is not None:
-        windows = {domain_token: decode_window(evidence) for domain_token, evidence in profile.domains.items()}
-        profiles = {profile.node: to_profile(profile, windows, None)}
+        scores_by_domain = {domain_token: decode_scores(evidence) for domain_token, evidence in profile.domains.items()}
+        profiles = {profile.node: to_profile(profile, scores_by_domain, None)}
     if envelope is None or envelope.spec is None:
         return
     taken = {(*offer.host, bid.node_id): forger.dice.choice([1, 5]) for offer in offers for bid in offer.bids}
@@ -219,7 +219,7 @@ def learning(forger: Forger) -> None:
     subjects, discards = Subjects("loom"), Discards()
     for seq in range(profile.last_seq + 1, profile.last_seq + 9):
         body = forger.body(Reward)
-        reward = reward_in(Stored("loom.reward.rules.local.good-1.code", body, seq, 1.0, 0, {}), subjects, discards)
+        reward = reward_in(StoredMessage("loom.reward.rules.local.good-1.code", body, {}, seq, 1.0), subjects, discards)
         reward = reward or forger.made(Reward)
         if reward is not None:
             profile = apply_reward(profile, reward, seq, forget=True)

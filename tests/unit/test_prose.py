@@ -38,14 +38,7 @@ class Limits:
 
 
 PENDING: dict[str, Limits] = {
-    "schemas": Limits(dialect=3.6, too_long=2),
-    "bus": Limits(dialect=3.4),
-    "agents": Limits(dialect=3.4, too_long=3),
-    "phases": Limits(dialect=4.3, too_long=6),
-    "runner": Limits(dialect=4.7, too_long=1),
-    "loom": Limits(dialect=3.3, too_long=1),
-    "examples": Limits(dialect=2.9),
-    "pages": Limits(dialect=4.2, too_long=32),
+    "phases": Limits(dialect=0.6, too_long=6),
 }
 """Folders that do not pass yet, with their present numbers: lower them, never raise them."""
 

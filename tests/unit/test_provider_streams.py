@@ -52,7 +52,7 @@ async def test_an_error_the_library_lets_through_is_understood(
     fault = provider._fault(error)
 
     assert said in fault.error.message
-    assert fault.curable
+    assert fault.retryable
 
 
 async def test_silence_in_the_middle_is_a_failure(server: OpenAIServer) -> None:

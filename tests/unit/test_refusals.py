@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from support.openai_server import Reply
 from support.providers import ASK, answered, serving
 
-from loom.agents.llm.openai.refusals import MAX_REASON_CHARS, body_of, reason_of, refusal_of, sentence
+from loom.agents.llm.openai.refusals import MAX_REASON_CHARS, body_of, reason_of, refusal_message, refusal_of
 from loom.schemas.errors import AgentFailed
 
 SERVER = "the server"
@@ -16,7 +16,7 @@ OPENROUTER = {"message": "Provider returned error", "code": 400, "metadata": {"r
 
 def described(body: Any, status: int | None, **more: Any) -> str:
     refusal = refusal_of(body, status=status, headers={}, now=0)
-    return sentence(refusal, SERVER, **{"versioned": True, **more})
+    return refusal_message(refusal, SERVER, **{"versioned": True, **more})
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ JSON = st.recursive(
 def test_whatever_a_server_sends_is_a_short_sentence_and_a_wait(body: Any, status: int | None, value: str) -> None:
     headers = dict.fromkeys(("retry-after", "x-ratelimit-reset", "x-ratelimit-reset-tokens"), value)
     refusal = refusal_of(body, status=status, headers=headers, now=1e9)
-    message = sentence(refusal, SERVER, versioned=False)
+    message = refusal_message(refusal, SERVER, versioned=False)
 
     assert len(message) < MAX_REASON_CHARS + 120
     assert message.encode()

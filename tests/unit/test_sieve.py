@@ -14,7 +14,7 @@ from support.auctions import nodes
 from support.strategies import messages
 
 from loom.bus.subjects import FAMILIES, Subjects
-from loom.bus.tap import SHAPES, Seen
+from loom.bus.tap import SHAPES, TappedMessage
 from loom.runner.cli.common import domain_slug, seconds, span, sparkline
 from loom.runner.cli.views import message_filter as sieve_module
 from loom.runner.cli.views.message_filter import MessageFilter, phase_of
@@ -29,10 +29,10 @@ from loom.schemas.task import TaskAd, TaskResult
 SUBJECTS = Subjects()
 
 
-def seen(message: Any, family: str, *tokens: str, skipped: int = 0) -> Seen:
+def seen(message: Any, family: str, *tokens: str, skipped: int = 0) -> TappedMessage:
     parsed = SUBJECTS.parse(SUBJECTS.of(family, *tokens))
     assert parsed is not None
-    return Seen(
+    return TappedMessage(
         subject=SUBJECTS.of(family, *tokens),
         family=family,
         tokens=parsed.tokens,
@@ -44,28 +44,28 @@ def seen(message: Any, family: str, *tokens: str, skipped: int = 0) -> Seen:
     )
 
 
-def hop(task_id: str, phase: str = "execute", *, node: str = "", domain: str = "code") -> Seen:
+def hop(task_id: str, phase: str = "execute", *, node: str = "", domain: str = "code") -> TappedMessage:
     award = Award(node_id=node, host_id="h") if node else None
     spec = Spec(complexity=0.5, domains=(domain,), method="given")
     ad = TaskAd(task_id=task_id, description="x")
     return seen(Envelope(ad=ad, spec=spec, award=award, deadline=1.0), "task", phase, "normal", task_id)
 
 
-def delta(task_id: str) -> Seen:
+def delta(task_id: str) -> TappedMessage:
     return seen(Delta(task_id=task_id, attempt=1, seq=0, event=TextDelta(text="x")), "delta", "public", task_id)
 
 
-def result(task_id: str, node_id: str | None = None) -> Seen:
+def result(task_id: str, node_id: str | None = None) -> TappedMessage:
     return seen(TaskResult(task_id=task_id, state="failed", node_id=node_id), "result", "public", task_id)
 
 
-def part(task_id: str, *, of: str) -> Seen:
+def part(task_id: str, *, of: str) -> TappedMessage:
     split = Split(parent=of, depth=1, subtask="a", deadline=1.0)
     message = Envelope(ad=TaskAd(task_id=task_id, description="x"), deadline=1.0, split=split)
     return seen(message, "task", "sense", "normal", task_id)
 
 
-def learned(node_id: str, *task_ids: str) -> Seen:
+def learned(node_id: str, *task_ids: str) -> TappedMessage:
     return seen(
         Lifecycle(kind="learned", node_id=node_id, at=0.0, task_ids=task_ids),
         "lifecycle",
@@ -87,7 +87,7 @@ REWARD = seen(
 RUN = seen(RunRequest(task_id="t1", node_id="n1", description="x", domain="code"), "run", "local", "h")
 
 
-def through(sieve: MessageFilter, *traffic: Seen) -> list[int]:
+def through(sieve: MessageFilter, *traffic: TappedMessage) -> list[int]:
     """Which of the messages pass."""
     return [index for index, message in enumerate(traffic) if sieve.passes(message)]
 
@@ -123,7 +123,7 @@ def test_a_task_comes_with_its_parts_and_theirs() -> None:
 
 def test_what_ended_before_a_tap_is_known_to_be_a_part_of_its_task() -> None:
     sieve = MessageFilter(task="t1")
-    sieve.hear_of(part("c1", of="t1").message)
+    sieve.remember_subtask(part("c1", of="t1").message)
 
     assert through(sieve, result("c1"), result("c2")) == [0]
 
@@ -267,3 +267,16 @@ def test_a_node_is_asked_for_with_its_owner() -> None:
     assert all(MessageFilter(node="acme.coder").passes(one) for one in every)
     assert not any(MessageFilter(node="coder").passes(one) for one in every)
     assert "acme.coder" in MessageLines(Console(file=io.StringIO()))(rewarded)
+
+
+def test_heartbeats_and_probes_pass_only_where_routine_messages_are_wanted() -> None:
+    traffic = (
+        seen(HostAnnouncement(nodes=nodes("n1")), "host", "local", "h"),
+        seen(b"", "hosts"),
+        seen(b"", "status", "probe-1a2b3c4d"),
+        seen(b"", "status", "t1"),
+        hop("t1"),
+    )
+
+    assert through(MessageFilter(routine=False), *traffic) == [3, 4]
+    assert through(MessageFilter(), *traffic) == [0, 1, 2, 3, 4]

@@ -270,7 +270,7 @@ async def test_a_context_of_the_models_own_is_refused(fn: Any, name: str) -> Non
 def test_a_context_inside_of_another_parameter_is_refused_when_made() -> None:
     def act(contexts: list[ToolContext]) -> None: ...
 
-    with pytest.raises(LoomError, match="contexts itself"):
+    with pytest.raises(LoomError, match="annotate contexts with ToolContext"):
         Tool(act)
 
 

@@ -95,7 +95,7 @@ def doubling() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("schema", "reason"),
     [
-        ({"type": "array"}, "not as array"),
+        ({"type": "array"}, "not array"),
         ({"type": "what"}, "cannot be used"),
         ({"$ref": "https://example.com/schema"}, "outside of the schema"),
         (doubling(), "parts with its references expanded"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.phases.match.award_policies import POLICIES, BidderStats, Trust, UnknownAwardPolicy, policy
+from loom.phases.match.award_policies import POLICIES, BidderStats, Trust, UnknownAwardPolicy, load_policy
 
 
 def known(**facts: Any) -> BidderStats:
@@ -40,9 +40,9 @@ anything = st.builds(
 
 @given(st.sampled_from(sorted(POLICIES)), anything)
 def test_every_policy_is_a_pure_function_to_a_finite_trust(name: str, facts: BidderStats) -> None:
-    trust = policy(name)(facts)
+    trust = load_policy(name)(facts)
 
-    assert trust == policy(name)(facts)
+    assert trust == load_policy(name)(facts)
     assert math.isfinite(trust.value)
     assert trust.value >= 0
     assert trust.bonus >= 0
@@ -50,7 +50,7 @@ def test_every_policy_is_a_pure_function_to_a_finite_trust(name: str, facts: Bid
 
 def test_the_little_known_get_a_bonus_that_shrinks_with_what_is_known_and_what_is_under_way() -> None:
     bonuses = [
-        policy("ucb")(known(domain_reward_count=100, **facts)).bonus
+        load_policy("ucb")(known(domain_reward_count=100, **facts)).bonus
         for facts in ({}, {"pending_count": 3}, {"reward_count": 20})
     ]
 
@@ -59,13 +59,15 @@ def test_the_little_known_get_a_bonus_that_shrinks_with_what_is_known_and_what_i
 
 
 def test_greedy_trusts_the_mean_alone() -> None:
-    assert policy("greedy")(known(mean_reward=1.0, reward_count=8, self_rating=0.0, domain_reward_count=100)) == Trust(
-        0.8
-    )
+    assert load_policy("greedy")(
+        known(mean_reward=1.0, reward_count=8, self_rating=0.0, domain_reward_count=100)
+    ) == Trust(0.8)
 
 
 def test_thompson_draws_around_what_is_known() -> None:
-    draws = [policy("thompson")(known(task_id=str(n), mean_reward=0.8, reward_count=100)).value for n in range(400)]
+    draws = [
+        load_policy("thompson")(known(task_id=str(n), mean_reward=0.8, reward_count=100)).value for n in range(400)
+    ]
 
     assert sum(draws) / len(draws) == pytest.approx(0.794, abs=0.01)
     assert len(set(draws)) == len(draws)
@@ -74,7 +76,7 @@ def test_thompson_draws_around_what_is_known() -> None:
 def test_round_robin_takes_turns() -> None:
     had: Counter[str] = Counter()
     for _ in range(30):
-        trusts = {name: policy("round_robin")(known(node_id=name, reward_count=had[name])).value for name in "abc"}
+        trusts = {name: load_policy("round_robin")(known(node_id=name, reward_count=had[name])).value for name in "abc"}
         had[max(trusts, key=lambda name: trusts[name])] += 1
 
     assert set(had.values()) == {10}
@@ -82,7 +84,7 @@ def test_round_robin_takes_turns() -> None:
 
 def test_random_is_fair() -> None:
     wins = Counter(
-        max("abc", key=lambda name: policy("random")(known(task_id=str(task), node_id=name)).value)
+        max("abc", key=lambda name: load_policy("random")(known(task_id=str(task), node_id=name)).value)
         for task in range(900)
     )
 
@@ -90,10 +92,10 @@ def test_random_is_fair() -> None:
 
 
 def test_a_policy_of_ones_own_is_named_by_module_and_function() -> None:
-    assert policy("loom.phases.match.award_policies:greedy") is POLICIES["greedy"]
+    assert load_policy("loom.phases.match.award_policies:greedy") is POLICIES["greedy"]
 
 
 @pytest.mark.parametrize("name", ["best", "no.such:thing", "math:nothing", ":", "math"])
 def test_a_policy_that_is_not_there_is_said_with_what_there_is(name: str) -> None:
     with pytest.raises(UnknownAwardPolicy, match=r"glr_ucb.*module:function"):
-        policy(name)
+        load_policy(name)

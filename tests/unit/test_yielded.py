@@ -66,7 +66,7 @@ async def test_content_that_is_not_text_becomes_json() -> None:
         (b"x", "yielded a bytes"),
         (TextDelta(text=5), "yielded a TextDelta that cannot be sent: Expected `str`, got `int` - at `$.text`"),  # type: ignore[arg-type]
         (ToolCallStart(tool_call_id=None, name="x"), "yielded a ToolCallStart that cannot be sent"),  # type: ignore[arg-type]
-        (ToolCallStart(tool_call_id="1", name="x", input={"a": object()}), "a value that JSON cannot carry"),
+        (ToolCallStart(tool_call_id="1", name="x", input={"a": object()}), "a value that JSON cannot represent"),
         (ToolCallEnd(tool_call_id="1", result={"a": 1}), "yielded a ToolCallEnd that cannot be sent"),  # type: ignore[arg-type]
         ({"type": "step_start", "step": "one"}, "yielded a mapping of type step_start that cannot be sent"),
         (Done(content=object()), "not text"),  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""Answers of a server, read whatever their form. Pure.
+"""Reads the answers of servers in all known formats. Pure.
 
-What carries nothing is skipped: events without choices or delta, pings, unknown fields. What is there is kept: text
-in parts, reasoning under any of its names, a refusal, calls, usage.
+Events without choices or delta, pings and unknown fields are skipped. Text in parts, reasoning under any of its names,
+refusals, tool calls and usage are kept.
 """
 
 import json
@@ -18,27 +18,27 @@ from loom.schemas.llm import StreamChunk, Usage
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 REASONING_DETAILS = "reasoning_details"
-"""A field of a message that OpenRouter wants back with its calls; kept beside the first of them."""
+"""A field that OpenRouter requires back with the tool calls; it is kept in `extra` of the first call."""
 MAX_DETAILS = 10_000
 MAX_FINISH_REASON_CHARS = 64
 MAX_NESTING = 8
 
 
 class Unreadable(Exception):
-    """An answer holds nothing that is known; its text is a clause about the answer."""
+    """An answer has an unknown format; the text is a clause about the answer."""
 
 
 class BrokeOff(Exception):
-    """A stream ended before the answer did."""
+    """A stream ended before the end of the answer."""
 
 
 class AnswerReader:
-    """Reads one answer, from events or from a whole value."""
+    """Reads one answer from its events or from one whole value."""
 
     def __init__(self) -> None:
         self.finish_reason: str | None = None
         self.reasoning_field: str | None = None
-        """The field that reasoning came in."""
+        """Name of the field with the reasoning."""
         self._calls = ToolCalls()
         self._details: list[Any] = []
         self._usage: Usage | None = None
@@ -47,13 +47,13 @@ class AnswerReader:
         self._unknown: Any = None
 
     def read(self, value: Any) -> StreamChunk | None:
-        """Return what an event or a whole answer adds; None: nothing yet.
+        """Return the chunk of an event or of a whole answer, or None if it adds no text.
 
         Raises:
-            ErrorReply: It is an error instead.
-            AgentFailed: The calls are too many or too long.
+            ErrorReply: The value is an error.
+            AgentFailed: The tool calls are too many or too long.
         """
-        if isinstance(value, list) and len(value) == 1:  # as some servers wrap an error
+        if isinstance(value, list) and len(value) == 1:  # some servers wrap an error in a list
             value = value[0]
         if not isinstance(value, dict):
             self._unknown = value
@@ -72,15 +72,16 @@ class AnswerReader:
         return self._chunk_of(choice)
 
     def last(self, *, ended: bool, whole: bool) -> StreamChunk:
-        """Return the last chunk: calls, usage and finish reason.
+        """Return the last chunk: tool calls, usage and finish reason.
 
         Args:
-            ended: Whether the server marked the end, or the answer came whole.
-            whole: Whether it came whole.
+            ended: Whether the server sent an end mark, or the answer is one whole value.
+            whole: Whether the answer is one whole value.
 
         Raises:
-            BrokeOff: There is neither an end mark nor a finish reason.
-            ErrorReply, Unreadable: A whole answer is something else.
+            BrokeOff: There is no end mark and no finish reason.
+            ErrorReply: A whole answer is an error.
+            Unreadable: A whole answer has an unknown format.
         """
         if whole and not self._read_choice:
             self._refuse_unknown()
@@ -95,7 +96,7 @@ class AnswerReader:
         return StreamChunk(tool_calls=calls, usage=self._usage, finish_reason=self.finish_reason)
 
     def _refuse_unknown(self) -> NoReturn:
-        """Raise the error of an answer that held no choice."""
+        """Raise the error of an answer without a choice."""
         if isinstance(self._unknown, str):
             page = self._unknown.lstrip().startswith("<")
             raise Unreadable("is a web page: check base_url" if page else "could not be read: it is not JSON")
@@ -104,7 +105,7 @@ class AnswerReader:
         raise Unreadable("could not be read: it has no choices")
 
     def _choice(self, choices: Any) -> dict[str, Any] | None:
-        """Return the event's part of the one choice that counts: the first."""
+        """Return the part of an event that belongs to the first choice; others are ignored."""
         for choice in choices if isinstance(choices, list) else ():
             if isinstance(choice, dict):
                 index = choice.get("index")
@@ -115,13 +116,13 @@ class AnswerReader:
         return None
 
     def _chunk_of(self, choice: dict[str, Any]) -> StreamChunk | None:
-        """Read a choice's delta, or its message."""
+        """Return the chunk of a choice's delta or message, if it adds text."""
         delta, message = choice.get("delta"), choice.get("message")
         if isinstance(delta, dict):
             self._read_delta = True
             turn = delta
             self._calls.add_fragments(delta.get("tool_calls"))
-        elif isinstance(message, dict) and not self._read_delta:  # some streams end with the whole message again
+        elif isinstance(message, dict) and not self._read_delta:  # some streams repeat the whole message at the end
             turn = message
             self._calls.add_whole(message.get("tool_calls"))
         else:
@@ -144,13 +145,13 @@ class AnswerReader:
 
 
 def content_of(value: Any, depth: int = 0) -> tuple[str, str]:
-    """Return the text and the reasoning in content: a text, a part, or a list of parts."""
+    """Return the text and the reasoning of content, which is a text, a part, or a list of parts."""
     if value is None or depth == MAX_NESTING:
         return "", ""
     if isinstance(value, str):
         return to_text(value), ""
     if isinstance(value, list):
-        parts = [content_of(each, depth + 1) for each in value]
+        parts = [content_of(part, depth + 1) for part in value]
         return "".join(text for text, _ in parts), "".join(reasoning for _, reasoning in parts)
     if isinstance(value, dict) and isinstance(value.get("type"), str):
         return _part(value, depth)
@@ -158,7 +159,7 @@ def content_of(value: Any, depth: int = 0) -> tuple[str, str]:
 
 
 def _part(part: dict[str, Any], depth: int) -> tuple[str, str]:
-    """Return the text and the reasoning of one typed part; images and the like have none."""
+    """Return the text and the reasoning of a part with a type; an image, for example, has neither."""
     kind = part["type"]
     if kind in ("thinking", "reasoning", "reasoning_text", "summary_text"):
         inner = next((part[name] for name in ("thinking", "reasoning", "text", "summary") if part.get(name)), None)
@@ -170,7 +171,7 @@ def _part(part: dict[str, Any], depth: int) -> tuple[str, str]:
 
 
 def _plain(value: Any) -> str:
-    """Return a text as it is, and another value as JSON."""
+    """Return a text unchanged, and another value as JSON."""
     if value is None:
         return ""
     try:

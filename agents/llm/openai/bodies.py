@@ -1,4 +1,4 @@
-"""Bodies of answers, taken apart: server-sent events, or one JSON value, whichever a server sends. Pure."""
+"""Parses the bodies of answers, which are server-sent events or one JSON value. Pure."""
 
 import codecs
 import json
@@ -7,9 +7,9 @@ from typing import Any
 from loom.schemas.errors import AgentFailed
 
 MAX_LINE_BYTES = 16 << 20
-"""Most bytes of a line or a whole body; a longer one ends the answer."""
+"""Maximum bytes of a line or of a whole body; a longer one fails."""
 MAX_STREAM_BYTES = 256 << 20
-"""Most bytes of a stream."""
+"""Maximum bytes of a stream."""
 END = "[DONE]"
 TOO_LONG = "the answer of the model's server is too long to be read"
 
@@ -17,28 +17,28 @@ _BROKEN = object()
 
 
 class BodyReader:
-    """Turns the bytes of a body into JSON values, one for each event or one for the whole.
+    """Converts the bytes of a body into JSON values: one for each event, or one for the whole body.
 
-    What is neither JSON nor an event is skipped in a stream, and kept as a text where there is nothing else.
+    In a stream, lines that are not JSON or events are skipped. A body without any is returned as text.
     """
 
     def __init__(self) -> None:
         self.ended = False
-        """Whether the stream has had its end mark, or the whole value was read."""
+        """Whether the end mark of a stream, or a whole value, has been read."""
         self.whole = False
-        """Whether the body was one value."""
+        """Whether the body is one value."""
         self._decode = codecs.getincrementaldecoder("utf-8-sig")("replace").decode
         self._pending: list[str] = []
         self._size = 0
         self._total = 0
         self._streams: bool | None = None
-        """Whether the body is a stream of events; None: nothing has been read."""
+        """Whether the body is a stream of events; None before the first data."""
         self._event = ""
         self._data: list[str] = []
         self._data_size = 0
 
     def feed(self, data: bytes) -> list[Any]:
-        """Return the values that `data` completes.
+        """Add data and return the values that are complete with it.
 
         Raises:
             AgentFailed: The body is too long.
@@ -57,7 +57,7 @@ class BodyReader:
         return [value for line in lines for value in self._line(line.rstrip("\r"))]
 
     def rest(self) -> list[Any]:
-        """Return what is left at the end of the body."""
+        """Return the remaining values at the end of the body."""
         text = "".join(self._pending)
         self._pending = []
         if self._streams:
@@ -68,7 +68,7 @@ class BodyReader:
         value = _json(text)
         if value is not _BROKEN:
             return [value]
-        # Some servers send one JSON value on each line.
+        # Some servers send one JSON value per line.
         values = [_json(line) for line in text.splitlines() if line.strip()]
         return values if len(values) > 1 and _BROKEN not in values else [text]
 
@@ -79,7 +79,7 @@ class BodyReader:
             raise AgentFailed(TOO_LONG)
 
     def _line(self, line: str) -> list[Any]:
-        """Take one line; an empty one completes an event."""
+        """Add a line and return the values of events that it completes; an empty line completes an event."""
         if not line:
             return self._completed()
         name, _, value = line.partition(":")
@@ -88,7 +88,7 @@ class BodyReader:
             self._event = value
         if name != "data":
             return []
-        # Some servers leave out the empty line between events; a JSON value may also take several lines.
+        # Some servers omit the empty line between events; a JSON value may also span several lines.
         done = self._completed() if len(self._data) == 1 and _is_json(self._data[0]) else []
         self._data.append(value)
         self._data_size += len(value)

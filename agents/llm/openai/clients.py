@@ -1,4 +1,4 @@
-"""Clients of the openai library, one for each event loop: connections do not outlive their loop."""
+"""Clients of the openai library, one per event loop, because connections belong to an event loop."""
 
 import asyncio
 import importlib
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 FIRST_ERROR = 400
-"""The lowest status of HTTP that is an error's."""
+"""The lowest HTTP status of an error."""
 MAX_ERROR_BYTES = 64 * 1024
-"""As much of the body of an error is read."""
+"""Bytes that are read of the body of an error."""
 
 
 class Clients:
-    """Makes a client on first use and keeps it for as long as its event loop lives.
+    """Creates a client on first use in an event loop, and keeps it until the loop is closed.
 
     Args:
-        timeout_s: How long a server may send nothing.
-        connect_timeout_s: How long a connection may take.
+        timeout_s: Seconds that a server may send no data.
+        connect_timeout_s: Seconds that a connection may take.
     """
 
     def __init__(self, timeout_s: float, connect_timeout_s: float) -> None:
@@ -36,10 +36,10 @@ class Clients:
         self._clients: dict[asyncio.AbstractEventLoop, tuple[AsyncGenerator[AsyncOpenAI, None], AsyncOpenAI]] = {}
 
     async def get(self, endpoint: Endpoint) -> "AsyncOpenAI":
-        """Return the running loop's client.
+        """Return the client of the running event loop.
 
         Raises:
-            AgentFailed: The environment's proxy or certificates cannot be used.
+            AgentFailed: The proxy or the certificates of the environment cannot be used.
         """
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
@@ -60,7 +60,7 @@ class Clients:
             await lifetime.aclose()
 
     async def _lifetime(self, endpoint: Endpoint) -> "AsyncGenerator[AsyncOpenAI, None]":
-        # A generator, because asyncio.run closes those that its loop leaves open: aclose need not be called.
+        # asyncio.run closes open async generators of its loop, so that aclose is optional.
         async with self._client(endpoint) as client:
             yield client
 
@@ -84,21 +84,21 @@ class Clients:
         if not endpoint.azure:
             return openai.AsyncOpenAI(base_url=endpoint.url, **options)
         version = endpoint.query["api-version"]
-        if endpoint.url.count("/") == len("//"):  # without a path: the address of the resource
+        if endpoint.url.count("/") == len("//"):  # a URL without a path is the address of the resource
             return openai.AsyncAzureOpenAI(azure_endpoint=endpoint.url, api_version=version, **options)
         return openai.AsyncAzureOpenAI(base_url=endpoint.url, api_version=version, **options)
 
 
 async def _raise_error(response: Any) -> None:
-    """Raise the error that a response is; of its body, which has no bound of its own, the beginning is read.
+    """Check the status of a response; at most MAX_ERROR_BYTES of the body of an error are read.
 
     Raises:
-        ErrorReply: Its status is an error's.
+        ErrorReply: The status is 400 or above.
     """
     if response.status_code < FIRST_ERROR:
         return
     body = bytearray()
-    with suppress(Exception):  # without its words an error is one all the same
+    with suppress(Exception):  # an error without a readable body is raised as well
         async with aclosing(response.aiter_bytes()) as pieces:
             async for piece in pieces:
                 body += piece[: MAX_ERROR_BYTES - len(body)]
@@ -108,7 +108,7 @@ async def _raise_error(response: Any) -> None:
 
 
 def _unusable(error: Exception) -> str:
-    """Return why no connection can be made at all, whatever the server."""
+    """Return why the environment does not permit any connection."""
     match error:
         case ImportError():
             return (

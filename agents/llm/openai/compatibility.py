@@ -1,4 +1,4 @@
-"""What a model does not accept, learned from its server's refusals. Pure."""
+"""Adapts requests to a model, based on the refusals of its server. Pure."""
 
 import re
 from collections.abc import Mapping
@@ -7,8 +7,8 @@ from typing import Any
 
 from loom.agents.llm.openai.refusals import Refusal
 
-MAX_MENDS = 8
-"""Most mends of one request."""
+MAX_ADAPTATIONS = 8
+"""Maximum number of adaptations of one request."""
 
 _STATUSES = frozenset({400, 422})
 _CODES = frozenset({"unsupported_parameter", "unsupported_value", "unknown_parameter", "extra_forbidden"})
@@ -28,34 +28,41 @@ _OWN = {
     "reasoning_effort": r"reasoning_effort",
     "stream": r"stream|streaming",
 }
-"""Parameters in the order in which they are looked for, and the words that name them; then those of `extra`."""
+"""Parameter -> pattern of its names in a refusal, in search order; the fields of `extra` come after them."""
 _FIXED = frozenset({"model", "messages", "tools"})
-"""Without these a request asks for something else."""
+"""Parameters that are never left out."""
 _NO_SYSTEM = re.compile(r"system.{0,20} role|role.{0,40}\bsystem\b|system (message|prompt)", re.IGNORECASE)
 _MISSING = re.compile(r"missing|required|must (be|have|include|contain)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compatibility:
-    """How requests to one model differ from what is configured."""
+    """The differences between requests to a model and its configuration."""
 
     left_out: frozenset[str] = frozenset()
     """Parameters that are not sent."""
     completion_tokens: bool = False
     """Whether `max_tokens` is sent as `max_completion_tokens`."""
     json_object: bool = False
-    """Whether a schema is described in the prompt, and only a JSON object is required."""
+    """Whether the prompt describes the schema, and the response format requires only a JSON object."""
     system_as_user: bool = False
-    """Whether the system prompt is the beginning of the first user message."""
+    """Whether the system prompt is prepended to the first user message."""
     reasoning_content: bool | None = None
-    """Whether reasoning goes back as `reasoning_content`; None: the server has not sent any."""
+    """Whether reasoning is sent back as `reasoning_content`; None: the server has not sent any."""
 
 
-def mended(known: Compatibility, request: Mapping[str, Any], refusal: Refusal) -> tuple[Compatibility, str] | None:
-    """Return what is known after a refusal, and the name of what the model does not accept.
+def adapt(known: Compatibility, request: Mapping[str, Any], refusal: Refusal) -> tuple[Compatibility, str] | None:
+    """Return the compatibility after a refusal, and the name of the refused parameter.
 
-    None: the refusal does not name a parameter of the request as unsupported. Each step leaves less to change, so
-    that mending ends.
+    Each call removes or replaces a parameter, so that repeated calls end.
+
+    Args:
+        known: The compatibility before the refusal.
+        request: The refused request.
+        refusal: The error of the server.
+
+    Returns:
+        None if the refusal does not name a parameter of the request as unsupported.
     """
     if refusal.status not in _STATUSES:
         return None
@@ -72,15 +79,15 @@ def mended(known: Compatibility, request: Mapping[str, Any], refusal: Refusal) -
 
 
 def _reasoning(known: Compatibility, refusal: Refusal) -> tuple[Compatibility, str] | None:
-    """Send reasoning back where it is missed, and keep it where it is refused."""
-    wanted = bool(_MISSING.search(refusal.reason))
-    if (wanted and known.reasoning_content is None) or (not wanted and known.reasoning_content):
-        return replace(known, reasoning_content=wanted), "reasoning_content"
+    """Send reasoning back if the server requires it, and leave it out if the server refuses it."""
+    required = bool(_MISSING.search(refusal.reason))
+    if (required and known.reasoning_content is None) or (not required and known.reasoning_content):
+        return replace(known, reasoning_content=required), "reasoning_content"
     return None
 
 
 def _named(request: Mapping[str, Any], refusal: Refusal) -> str | None:
-    """Return the parameter of the request that a refusal names."""
+    """Return the parameter of the request that a refusal names, or None."""
     root = re.split(r"[.\[]", refusal.param)[0]
     if root in request:
         return None if root in _FIXED else root
@@ -92,7 +99,7 @@ def _named(request: Mapping[str, Any], refusal: Refusal) -> str | None:
 
 
 def _without(known: Compatibility, request: Mapping[str, Any], name: str) -> Compatibility:
-    """Return `known` with a milder form of a parameter, or without it."""
+    """Return the compatibility with a simpler form of a parameter, or without the parameter."""
     if name == "max_tokens" and not known.completion_tokens:
         return replace(known, completion_tokens=True)
     if name == "response_format" and _type(request[name]) == "json_schema" and not known.json_object:

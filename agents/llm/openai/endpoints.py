@@ -1,4 +1,4 @@
-"""Where a model is reached. Pure."""
+"""The address and the credentials of a model's server. Pure."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,20 +10,20 @@ from loom.schemas.errors import AgentFailed
 
 OPENAI_URL = "https://api.openai.com/v1"
 NO_KEY = "none"
-"""Sent to servers of one's own, which need no key: the openai library requires one."""
+"""Sent to servers that need no key, because the openai library requires one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """A server of models, and how a request to it is made."""
+    """The address of a server, and the headers and query of its requests."""
 
     url: str
-    """Without a query."""
+    """The URL without its query."""
     key: str = field(repr=False)
     query: dict[str, str] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict, repr=False)
     azure: bool = False
-    """Whether the path of a request has the deployment, as Azure's has, and the key goes into `api-key`."""
+    """Whether the path contains the deployment and the header `api-key` the key, as with Azure."""
 
     @property
     def host(self) -> str:
@@ -32,21 +32,21 @@ class Endpoint:
 
     @property
     def secrets(self) -> list[str]:
-        """Values that no message may hold: key, headers and password; ordinary words are left out."""
+        """Values that must not appear in messages: key, headers and password, except for ordinary words."""
         values = [self.key, *self.headers.values(), urlsplit(self.url).password or ""]
         return [value for value in values if _looks_secret(value)]
 
 
 def endpoint_of(config: AgentConfig, environment: Mapping[str, str], *, key_required: bool = True) -> Endpoint:
-    """Return the endpoint that a config and the environment describe.
+    """Return the endpoint for a config and the environment.
 
     Args:
-        config: What it sets wins over the environment.
-        environment: Of `OPENAI_BASE_URL`, `OPENAI_API_KEY`, and Azure's variables of these kinds.
-        key_required: False: a missing key is left empty.
+        config: Its settings override the environment.
+        environment: Variables such as `OPENAI_BASE_URL`, `OPENAI_API_KEY`, and those of Azure.
+        key_required: Whether a missing key raises.
 
     Raises:
-        AgentFailed: A variable holds what cannot be used, or a key is missing; `field` names it.
+        AgentFailed: A variable has an invalid value, or the key is missing; `field` names it.
     """
     azure = ("AZURE_OPENAI_ENDPOINT",) if config.api_version else ()
     url, url_from = _first(config.base_url, "base_url", (*azure, "OPENAI_BASE_URL"), environment, url_fault)
@@ -60,7 +60,7 @@ def endpoint_of(config: AgentConfig, environment: Mapping[str, str], *, key_requ
     if key_required and not key and not given and (config.api_version or bare == OPENAI_URL):
         raise AgentFailed("the model needs an API key: set OPENAI_API_KEY, or api_key in AgentConfig", field="api_key")
     query, headers = dict(parse_qsl(parts.query, keep_blank_values=True)), dict(config.headers)
-    versioned = parts.path.rstrip("/").endswith("/v1")  # Azure's newer API has the paths of OpenAI's
+    versioned = parts.path.rstrip("/").endswith("/v1")  # the newer API of Azure has the same paths as OpenAI
     if config.api_version:
         query["api-version"] = config.api_version
         if versioned and key:
@@ -81,19 +81,19 @@ def _first(
     environment: Mapping[str, str],
     fault_of: Callable[[str], str | None],
 ) -> tuple[str, str]:
-    """Return the configured value, or that of the first variable that is set, and its name."""
+    """Return the configured value, or the value of the first variable that is set, with its name."""
     if value:
         return value, name
     for variable in variables:
-        found = environment.get(variable, "").strip()
-        if found:
-            fault = fault_of(found)
+        from_environment = environment.get(variable, "").strip()
+        if from_environment:
+            fault = fault_of(from_environment)
             if fault:
                 raise AgentFailed(f"{variable} {fault}", field=variable)
-            return found, variable
+            return from_environment, variable
     return "", ""
 
 
 def _looks_secret(value: str) -> bool:
-    """Whether a value is not one of the words that guides write in the place of a key, as `ollama`."""
+    """Return whether a value is not a placeholder for a key, such as `ollama`."""
     return len(value) >= 8 and (len(value) >= 16 or not value.replace("-", "").replace("_", "").isalpha())  # noqa: PLR2004

@@ -1,6 +1,6 @@
-"""What a server answers in the place of an answer: its reason, and whether another try may help. Pure.
+"""Reads the errors of servers: the reason, and whether another try may succeed. Pure.
 
-Reasons are read in the forms of OpenAI, Azure, Ollama, FastAPI, Gemini, Mistral, vLLM, LM Studio and OpenRouter.
+Supported formats are those of OpenAI, Azure, Ollama, FastAPI, Gemini, Mistral, vLLM, LM Studio and OpenRouter.
 """
 
 import json
@@ -15,11 +15,11 @@ from loom.bus.logs.redaction import MASK, redact
 
 MAX_REASON_CHARS = 300
 MAX_DEPTH = 8
-MOST_PARTS = 8
-"""Most faults of a list that are named."""
+MAX_PARTS = 8
+"""Maximum number of faults of a list in a message."""
 TRY_AGAIN = frozenset({408, 425, 429})
-"""With all from 500 up: what another try may cure."""
-REFUSES_ACCESS = frozenset({401, 403})
+"""Statuses after which another try may succeed, in addition to 500 and above."""
+ACCESS_REFUSED = frozenset({401, 403})
 NOT_FOUND = 404
 TOO_MANY = 429
 PAYMENT = 402
@@ -45,12 +45,12 @@ _STATUS_OF = {
     "resource_exhausted": 429,
     "insufficient_quota": 429,
 }
-"""Kinds of errors that come without a number."""
+"""Type or code of an error -> HTTP status, for errors without a status."""
 _NO_SUCH_PATH = re.compile(
     r"unexpected endpoint|no route|(page|url|path|route|endpoint) (was )?not found", re.IGNORECASE
 )
 _MASKED = re.compile(r"\S*\*{3,}[^\s.,;:]*")
-"""A key that a server has masked itself, which still shows a part of it."""
+"""A key masked by the server, which still contains a part of it."""
 
 
 class ErrorReply(Exception):
@@ -58,12 +58,12 @@ class ErrorReply(Exception):
 
     Args:
         body: Decoded JSON, or the text.
-        status_code: Of HTTP; None: that of a success.
-        headers: Looked up in lower case.
+        status_code: HTTP status; None for the status of a success.
+        headers: Headers with lower-case names.
     """
 
     def __init__(self, body: Any, status_code: int | None = None, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__("an error in the place of an answer")
+        super().__init__("the server returned an error instead of an answer")
         self.body = body
         self.status_code = status_code
         self.headers: Mapping[str, str] = {} if headers is None else headers
@@ -71,29 +71,29 @@ class ErrorReply(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """An error of a server, understood."""
+    """The meaning of a server's error."""
 
     status: int | None
-    """None: the server gave none."""
+    """HTTP status; None if the server did not send one."""
     reason: str = ""
-    """The server's words, as they are."""
+    """The message of the server, unchanged."""
     param: str = ""
     """The parameter that the server names as the cause."""
     code: str = ""
     wait_s: float | None = None
     quota_spent: bool = False
     no_path: bool = False
-    """Whether the server does not know the path."""
+    """Whether the server does not have the requested path."""
 
     @property
-    def curable(self) -> bool:
-        """Whether another try may help."""
-        passing = self.status is None or self.status in TRY_AGAIN or self.status >= SERVER_ERROR
-        return passing and not self.quota_spent and not self.no_path
+    def retryable(self) -> bool:
+        """Whether another try may succeed."""
+        temporary = self.status is None or self.status in TRY_AGAIN or self.status >= SERVER_ERROR
+        return temporary and not self.quota_spent and not self.no_path
 
 
 def body_of(text: str) -> Any:
-    """Return the JSON in the body of an error, or its text where it is something else."""
+    """Return the body of an error as JSON, or as text if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -101,27 +101,27 @@ def body_of(text: str) -> Any:
 
 
 def refusal_of(body: Any, *, status: int | None, headers: Mapping[str, str], now: float) -> Refusal:
-    """Return what a server's error means.
+    """Return the meaning of a server's error.
 
     Args:
         body: Decoded JSON, or the text.
-        status: Of HTTP; None: a success, so that the body's own counts.
-        headers: Looked up in lower case.
+        status: HTTP status; None for the status of a success, so that the status in the body is used.
+        headers: Headers with lower-case names.
         now: Seconds since the epoch.
     """
-    facts = _facts(body)
-    code = _word(facts.get("code"))
-    kind = _word(facts.get("type") or facts.get("status")).lower()
-    status = status or _status(facts.get("code")) or _STATUS_OF.get(code.lower()) or _STATUS_OF.get(kind)
+    fields = _error_fields(body)
+    code = _short_text(fields.get("code"))
+    kind = _short_text(fields.get("type") or fields.get("status")).lower()
+    status = status or _status(fields.get("code")) or _STATUS_OF.get(code.lower()) or _STATUS_OF.get(kind)
     reason = reason_of(body)
-    curable = status is None or status in TRY_AGAIN or status >= SERVER_ERROR
-    wait = wait_s(headers if status == TOO_MANY else _own(headers), body, now) if curable else None
+    retryable = status is None or status in TRY_AGAIN or status >= SERVER_ERROR
+    wait = wait_s(headers if status == TOO_MANY else _wait_headers(headers), body, now) if retryable else None
     spent = bool({code.lower(), kind} & _QUOTA_CODES) or (wait is None and bool(_QUOTA_WORDS.search(reason)))
     unnamed = not isinstance(body, dict | list) or reason.strip().lower() == "not found"
     return Refusal(
         status=status,
         reason=reason,
-        param=_word(facts.get("param")) or _location(body),
+        param=_short_text(fields.get("param")) or _location(body),
         code=code,
         wait_s=wait,
         quota_spent=spent or status == PAYMENT,
@@ -129,12 +129,12 @@ def refusal_of(body: Any, *, status: int | None, headers: Mapping[str, str], now
     )
 
 
-def sentence(refusal: Refusal, server: str, *, versioned: bool, secrets: Iterable[str] = ()) -> str:
-    """Return what happened, for people, without secrets.
+def refusal_message(refusal: Refusal, server: str, *, versioned: bool, secrets: Iterable[str] = ()) -> str:
+    """Return a message for people about a refusal, without secrets.
 
     Args:
         refusal: The error.
-        server: Its name in the sentence.
+        server: Name of the server in the message.
         versioned: Whether the path of `base_url` ends with /v1.
         secrets: Values that must not appear.
     """
@@ -145,7 +145,7 @@ def sentence(refusal: Refusal, server: str, *, versioned: bool, secrets: Iterabl
         return f"{server} does not know the path{status}{_after(reason)}; {hint}"
     if refusal.quota_spent:
         return f"{server} refuses: the quota or the credit is used up{status}{_after(reason)}"
-    if refusal.status in REFUSES_ACCESS:
+    if refusal.status in ACCESS_REFUSED:
         return f"{server} refuses access{status}{_after(reason) or ': check the API key'}"
     if refusal.status in TRY_AGAIN:
         return f"{server} is too busy{status}{_after(reason)}"
@@ -155,14 +155,14 @@ def sentence(refusal: Refusal, server: str, *, versioned: bool, secrets: Iterabl
 
 
 def reason_of(body: Any, depth: int = 0) -> str:
-    """Return a server's own words in the body of an error; empty where there are none, or a page of HTML."""
+    """Return the message in the body of an error; empty if there is none, or if the body is an HTML page."""
     if depth == MAX_DEPTH:
         return ""
     if isinstance(body, str):
         return "" if body.lstrip().startswith("<") else body[: 4 * MAX_REASON_CHARS].strip()
     if isinstance(body, list):
-        found = [reason_of(each, depth + 1) for each in body[:MOST_PARTS]]
-        return "; ".join(each for each in found if each)
+        reasons = [reason_of(part, depth + 1) for part in body[:MAX_PARTS]]
+        return "; ".join(reason for reason in reasons if reason)
     if not isinstance(body, dict):
         return ""
     for name in ("error", "message", "detail", "msg", "errors", "error_description", "title"):
@@ -171,15 +171,15 @@ def reason_of(body: Any, depth: int = 0) -> str:
             break
     else:
         return ""
-    metadata = body.get("metadata")  # a gateway's, with the words of the server behind it
+    metadata = body.get("metadata")  # the error of a gateway with the message of the server behind it
     raw = metadata.get("raw") if isinstance(metadata, dict) else None
     behind = reason_of(raw, depth + 1) if isinstance(raw, str | dict) else ""
-    where = _path(body.get("loc"))
-    return f"{where}: {reason}" if where else f"{reason}: {behind}" if behind else reason
+    location = _path(body.get("loc"))
+    return f"{location}: {reason}" if location else f"{reason}: {behind}" if behind else reason
 
 
 def clean(reason: str, secrets: Iterable[str] = ()) -> str:
-    """Return a reason on one line, cut, without secrets."""
+    """Return a reason on one line, shortened and without secrets."""
     text = redact(to_text(reason[: 4 * MAX_REASON_CHARS]), secrets)
     return " ".join(_MASKED.sub(MASK, text).split())[:MAX_REASON_CHARS]
 
@@ -188,30 +188,30 @@ def _after(reason: str) -> str:
     return f": {reason}" if reason else ""
 
 
-def _own(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return the headers about waiting that do not come with every answer."""
+def _wait_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers about waiting, without rate limit headers, which are part of every response."""
     return {name: headers[name] for name in ("retry-after", "retry-after-ms", "date") if name in headers}
 
 
-def _facts(body: Any, depth: int = 0) -> Mapping[str, Any]:
-    """Return the innermost object that describes the error: that with a code, a type or a parameter."""
+def _error_fields(body: Any, depth: int = 0) -> Mapping[str, Any]:
+    """Return the fields of an error object and of the error objects nested in it; inner ones take precedence."""
     if isinstance(body, list) and body:
         body = body[0]
     if not isinstance(body, dict):
         return {}
     inner = body.get("error")
     if isinstance(inner, dict | list) and depth < MAX_DEPTH:
-        return {**body, **_facts(inner, depth + 1)}
+        return {**body, **_error_fields(inner, depth + 1)}
     return body
 
 
-def _word(value: Any) -> str:
-    """Return a text or a number as a text of a bounded length, and anything else as none."""
+def _short_text(value: Any) -> str:
+    """Return a text or a number as a text of at most 200 characters, and any other value as an empty text."""
     return str(value)[:200] if isinstance(value, str | int) else ""
 
 
 def _status(code: Any) -> int | None:
-    """Return a code that is a status of HTTP for an error."""
+    """Return an error code that is an HTTP error status, or None."""
     if isinstance(code, str) and code.isdecimal() and len(code) == len("400"):
         code = int(code)
     if isinstance(code, int) and not isinstance(code, bool) and 400 <= code < 600:  # noqa: PLR2004
@@ -220,16 +220,16 @@ def _status(code: Any) -> int | None:
 
 
 def _location(body: Any, depth: int = 0) -> str:
-    """Return the parameter that FastAPI or Mistral names: the first `loc`, without `body`."""
+    """Return the parameter named by FastAPI or Mistral: the first `loc`, without `body`."""
     if depth == MAX_DEPTH:
         return ""
     if isinstance(body, dict):
         own = _path(body.get("loc"))
         return own or next(
-            (found for name in ("error", "detail", "message") if (found := _location(body.get(name), depth + 1))), ""
+            (inner for name in ("error", "detail", "message") if (inner := _location(body.get(name), depth + 1))), ""
         )
     if isinstance(body, list):
-        return next((found for each in body[:MOST_PARTS] if (found := _location(each, depth + 1))), "")
+        return next((inner for part in body[:MAX_PARTS] if (inner := _location(part, depth + 1))), "")
     return ""
 
 
@@ -237,4 +237,4 @@ def _path(loc: Any) -> str:
     """Return the parts of a `loc` joined by dots."""
     if not isinstance(loc, list):
         return ""
-    return ".".join(str(each) for each in loc[:MOST_PARTS] if isinstance(each, str | int) and each != "body")[:200]
+    return ".".join(str(part) for part in loc[:MAX_PARTS] if isinstance(part, str | int) and part != "body")[:200]

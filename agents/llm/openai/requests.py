@@ -1,4 +1,4 @@
-"""Requests to a server with OpenAI's chat completions API. Pure."""
+"""Builds requests of OpenAI's chat completions API. Pure."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from loom.schemas.base import encode
 from loom.schemas.llm import CompletionParams, Message, ToolDefinition
 
 ONLY_WITH_TOOLS = frozenset({"tool_choice", "parallel_tool_calls"})
-"""Fields of a request that servers refuse where there are no tools."""
+"""Fields that servers refuse in a request without tools."""
 
 
 def request_of(
     config: AgentConfig, params: CompletionParams, compatibility: Compatibility, *, stream: bool
 ) -> dict[str, Any]:
-    """Return the body of a request: what is None is left out, `extra` is merged in, what is refused is not sent."""
-    wanted: dict[str, Any] = {
+    """Return the body of a request with `extra` merged in, without settings of None and without refused parameters."""
+    configured: dict[str, Any] = {
         "model": config.model,
         "temperature": params.temperature,
         "max_tokens": params.max_tokens,
@@ -26,17 +26,17 @@ def request_of(
         "response_format": _response_format(params),
     }
     if params.tools:
-        wanted |= {"tools": [_tool(each) for each in params.tools], "tool_choice": config.tool_choice}
-    wanted |= config.extra
+        configured |= {"tools": [_tool(definition) for definition in params.tools], "tool_choice": config.tool_choice}
+    configured |= config.extra
     unused = frozenset() if params.tools else ONLY_WITH_TOOLS
-    sent = {name: value for name, value in wanted.items() if value is not None and name not in unused}
+    sent = {name: value for name, value in configured.items() if value is not None and name not in unused}
     request = _compatible(sent, compatibility)
     request["messages"] = _messages(params, compatibility, request.get("response_format"))
     return request
 
 
 def _compatible(request: dict[str, Any], compatibility: Compatibility) -> dict[str, Any]:
-    """Return the request in the form that the model accepts."""
+    """Return the request in a form that the model accepts."""
     if "max_tokens" in request and (compatibility.completion_tokens or "max_completion_tokens" in request):
         request.setdefault("max_completion_tokens", request.pop("max_tokens"))
         request.pop("max_tokens", None)
@@ -52,8 +52,8 @@ def _response_format(params: CompletionParams) -> dict[str, Any] | None:
 
 
 def _messages(params: CompletionParams, compatibility: Compatibility, response_format: Any) -> list[dict[str, Any]]:
-    """Return the conversation; a schema that the request cannot carry otherwise is described in it."""
-    messages = [_message(each, compatibility) for each in params.messages]
+    """Return the messages; they describe the schema if the response format does not contain it."""
+    messages = [_message(message, compatibility) for message in params.messages]
     kind = response_format.get("type") if isinstance(response_format, dict) else None
     if params.json_schema is not None and kind != "json_schema":
         schema = encode(params.json_schema).decode()
@@ -62,7 +62,7 @@ def _messages(params: CompletionParams, compatibility: Compatibility, response_f
 
 
 def _add_system(messages: list[dict[str, Any]], text: str) -> None:
-    """Add to the system prompt."""
+    """Append a text to the system prompt."""
     if messages and messages[0]["role"] == "system":
         messages[0] = {**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}
     else:
@@ -70,7 +70,7 @@ def _add_system(messages: list[dict[str, Any]], text: str) -> None:
 
 
 def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages with each system prompt at the beginning of the user message that follows."""
+    """Return the messages with each system prompt prepended to the next user message."""
     result: list[dict[str, Any]] = []
     waiting: list[str] = []
     for message in messages:
@@ -85,26 +85,26 @@ def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _message(message: Message, compatibility: Compatibility) -> dict[str, Any]:
-    shape: dict[str, Any] = {"role": message.role, "content": message.content}
+    body: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
-        shape["content"] = message.content or None
-        shape["tool_calls"] = [
+        body["content"] = message.content or None
+        body["tool_calls"] = [
             {
-                **{name: value for name, value in each.extra.items() if name != REASONING_DETAILS},
-                "id": each.id,
+                **{name: value for name, value in call.extra.items() if name != REASONING_DETAILS},
+                "id": call.id,
                 "type": "function",
-                "function": {"name": each.name, "arguments": each.arguments},
+                "function": {"name": call.name, "arguments": call.arguments},
             }
-            for each in message.tool_calls
+            for call in message.tool_calls
         ]
-        details = [each.extra[REASONING_DETAILS] for each in message.tool_calls if REASONING_DETAILS in each.extra]
+        details = [call.extra[REASONING_DETAILS] for call in message.tool_calls if REASONING_DETAILS in call.extra]
         if details:
-            shape[REASONING_DETAILS] = details[0]
+            body[REASONING_DETAILS] = details[0]
     if message.role == "tool":
-        shape["tool_call_id"] = message.tool_call_id
+        body["tool_call_id"] = message.tool_call_id
     if message.role == "assistant" and compatibility.reasoning_content and (message.reasoning or message.tool_calls):
-        shape["reasoning_content"] = message.reasoning
-    return shape
+        body["reasoning_content"] = message.reasoning
+    return body
 
 
 def _tool(definition: ToolDefinition) -> dict[str, Any]:

@@ -1,22 +1,22 @@
-"""A block of reasoning that a model writes at the start of its text. Pure."""
+"""Separates a block of reasoning at the start of a text from the answer. Pure."""
 
 OPENING, CLOSING = "<think>", "</think>"
 
 
 class ThinkBlock:
-    """Separates `<think>…</think>` at the start of an answer from the answer, over any number of pieces.
+    """Separates `<think>…</think>` at the start of a streamed text from the answer.
 
-    Servers without a parser for a model's reasoning leave such blocks in the text. A tag may be cut anywhere; a block
-    that is never closed lasts to the end.
+    Servers without a parser for reasoning leave such blocks in the text. A tag may be split between pieces. A block
+    without a closing tag continues to the end.
     """
 
     def __init__(self) -> None:
-        self._state = "start"  # start: a block may begin; inside: of a block; answer: no block can begin any more
-        self._held = ""  # text that may turn out to be a part of a tag
-        self._found = False
+        self._state = "start"  # start: before a block; inside: in a block; answer: after the blocks
+        self._held = ""  # text that may be a part of a tag
+        self._had_block = False
 
     def split(self, text: str) -> tuple[str, str]:
-        """Return the thoughts and the answer's text that are certain once `text` has come."""
+        """Add a piece, and return the reasoning and the answer text that are certain after it."""
         if self._state == "answer":
             return "", text
         self._held += text
@@ -28,10 +28,10 @@ class ThinkBlock:
                     return thoughts, ""
                 if not rest.startswith(OPENING):
                     self._state = "answer"
-                    answer = rest if self._found else self._held
+                    answer = rest if self._had_block else self._held
                     self._held = ""
                     return thoughts, answer
-                self._state, self._held, self._found = "inside", rest.removeprefix(OPENING), True
+                self._state, self._held, self._had_block = "inside", rest.removeprefix(OPENING), True
             before, tag, rest = self._held.partition(CLOSING)
             if not tag:
                 kept = _tail(self._held)
@@ -43,15 +43,15 @@ class ThinkBlock:
             self._state, self._held, thoughts = "start", rest, thoughts + before
 
     def rest(self) -> tuple[str, str]:
-        """Return what was held back, as `split` does, after the last piece."""
+        """Return the remaining reasoning and answer text after the last piece."""
         held, self._held = self._held, ""
         if self._state == "inside":
             return held, ""
-        return "", held.lstrip() if self._found else held
+        return "", held.lstrip() if self._had_block else held
 
 
 def without_thoughts(text: str) -> tuple[str, str]:
-    """Return the thoughts at the start of a whole answer, and the answer without them."""
+    """Return the reasoning at the start of a whole text, and the answer without it."""
     block = ThinkBlock()
     thoughts, answer = block.split(text)
     more, rest = block.rest()
@@ -59,5 +59,5 @@ def without_thoughts(text: str) -> tuple[str, str]:
 
 
 def _tail(text: str) -> int:
-    """How many characters at the end of `text` may begin the closing tag."""
+    """Return the number of characters at the end of `text` that may be the start of the closing tag."""
     return next((size for size in range(len(CLOSING) - 1, 0, -1) if text.endswith(CLOSING[:size])), 0)

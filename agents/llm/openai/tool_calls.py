@@ -1,8 +1,8 @@
-"""Tool calls of an answer, put together from whatever form a server gives them. Pure.
+"""Assembles the tool calls of an answer from the fragments of any server. Pure.
 
-A call is found by its index. Without an index a fragment belongs to the latest call. A name begins a new call where the
-call under that index already has a name and whole arguments, or a name in the same event. An id alone never begins one:
-some servers send it late, or another one with each fragment.
+Fragments belong to the call with the same index, and without an index to the latest call. A name starts a new call if
+the call with that index has a name and complete arguments, or got its name in the same event. An id does not start a
+call, because some servers send it late, or a different one with each fragment.
 """
 
 import json
@@ -20,21 +20,21 @@ from loom.schemas.errors import AgentFailed
 from loom.schemas.llm import ToolCall
 
 MAX_CALLS = 128
-"""Most calls of one answer."""
+"""Maximum number of calls of one answer."""
 MAX_CALL_BYTES = 1 << 20
-"""Most bytes of all calls of one answer."""
+"""Maximum bytes of all calls of one answer."""
 ID_CHARS = 9
-"""Length of an id made here: some servers take no other."""
+"""Length of a generated id; some servers accept only this length."""
 
-MAX_LOOKED_AT = 32 << 20
-"""Bytes of one call's arguments that are parsed, over and over, to find whether they are whole."""
+MAX_PARSED_BYTES = 32 << 20
+"""Bytes of a call that are parsed in total to find out whether its arguments are complete."""
 
 _KNOWN = frozenset({"index", "id", "type", "function", "name", "arguments"})
 
 
 @dataclass
 class _Call:
-    """A call that is being put together."""
+    """A call that is being assembled."""
 
     index: int | None
     id: str = ""
@@ -42,9 +42,9 @@ class _Call:
     pieces: list[str] = field(default_factory=list)
     length: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
-    looked_at: int = 0
+    parsed_bytes: int = 0
     whole: bool | None = None
-    """Whether the arguments are complete; None: not known."""
+    """Whether the arguments are complete; None: unknown."""
 
     @property
     def arguments(self) -> str:
@@ -52,17 +52,17 @@ class _Call:
         return self.pieces[0]
 
     def is_whole(self) -> bool:
-        """Whether the arguments are complete, as far as it takes no more time than an answer is worth."""
+        """Return whether the arguments are complete; False after MAX_PARSED_BYTES."""
         if self.whole is None:
             last = next((piece for piece in reversed(self.pieces) if piece and not piece.isspace()), "")
             if not last.rstrip().endswith("}"):
                 return False
-            self.looked_at += self.length
-            self.whole = self.looked_at <= MAX_LOOKED_AT and _is_whole(self.arguments)
+            self.parsed_bytes += self.length
+            self.whole = self.parsed_bytes <= MAX_PARSED_BYTES and _is_whole(self.arguments)
         return self.whole
 
     def add_arguments(self, text: str, *, whole: bool) -> None:
-        # An empty object in front of others is the placeholder of some servers.
+        # Some servers send an empty object as a placeholder before the arguments.
         if whole or (self.length == len("{}") and text and self.arguments == "{}"):
             self.pieces, self.length = [], 0
         if text:
@@ -73,19 +73,19 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Fragment:
-    """What one element of `tool_calls` holds."""
+    """The content of one element of `tool_calls`."""
 
     index: int | None
     id: str
     name: str
     arguments: str
     whole: bool
-    """Whether the arguments came as an object, and so are not a piece."""
+    """Whether the arguments are an object and therefore complete."""
     extra: dict[str, Any]
 
 
 class ToolCalls:
-    """The calls of one answer."""
+    """Assembles the tool calls of one answer."""
 
     def __init__(self) -> None:
         self._calls: list[_Call] = []
@@ -99,50 +99,50 @@ class ToolCalls:
             AgentFailed: The calls are too many or too long.
         """
         named: set[int] = set()
-        for each in _fragments(value):
-            call = self._open_call(each, named)
-            if each.name:
+        for fragment in _fragments(value):
+            call = self._open_call(fragment, named)
+            if fragment.name:
                 named.add(id(call))
-            self._extend(call, each)
+            self._extend(call, fragment)
 
     def add_whole(self, value: Any) -> None:
-        """Add the calls of a whole answer: each element is one.
+        """Add the calls of a whole answer, one per element.
 
         Raises:
             AgentFailed: The calls are too many or too long.
         """
-        for each in _fragments(value):
-            self._extend(self._begin(each.index), each)
+        for fragment in _fragments(value):
+            self._extend(self._start_call(fragment.index), fragment)
 
     def finished(self) -> tuple[ToolCall, ...]:
-        """Return the calls, each with an id of its own."""
+        """Return the calls, each with a unique id."""
         used: set[str] = set()
         calls = []
-        for each in self._calls:
-            if not each.name and not each.arguments:
+        for call in self._calls:
+            if not call.name and not call.arguments:
                 continue
-            identity = each.id
-            while not identity or identity in used:
-                identity = uuid4().hex[:ID_CHARS]
-            used.add(identity)
+            call_id = call.id
+            while not call_id or call_id in used:
+                call_id = uuid4().hex[:ID_CHARS]
+            used.add(call_id)
             calls.append(
-                ToolCall(id=identity, name=each.name, arguments=plain_arguments(each.arguments), extra=each.extra)
+                ToolCall(id=call_id, name=call.name, arguments=plain_arguments(call.arguments), extra=call.extra)
             )
         return tuple(calls)
 
     def _open_call(self, fragment: _Fragment, named: Collection[int]) -> _Call:
-        """Return the call that a fragment belongs to."""
+        """Return the call of a fragment, and start one if needed."""
         latest = self._calls[-1] if self._calls else None
         call = self._open.get(fragment.index)
         if fragment.index is None and fragment.id and not fragment.name:
-            call = next((each for each in self._calls if each.id == fragment.id), call)
+            call = next((known for known in self._calls if known.id == fragment.id), call)
         if call is None and latest is not None and (fragment.index is None or latest.index is None):
             call = latest if not fragment.name or fragment.index is None else None
-        if call is None or _begins(fragment, call, id(call) in named):
-            return self._begin(fragment.index)
+        if call is None or _starts_call(fragment, call, id(call) in named):
+            return self._start_call(fragment.index)
         return call
 
-    def _begin(self, index: int | None) -> _Call:
+    def _start_call(self, index: int | None) -> _Call:
         if len(self._calls) == MAX_CALLS:
             raise AgentFailed(f"the model called more than {MAX_CALLS} tools in one answer")
         call = _Call(index)
@@ -158,15 +158,15 @@ class ToolCalls:
         call.id = call.id or fragment.id
         if not fragment.name.startswith(call.name):
             call.name += fragment.name
-        elif fragment.name:  # the first one, the same one again, or a longer one
+        elif fragment.name:  # the first name, the same name, or a longer one
             call.name = fragment.name
         if not _repeats(fragment, call):
             call.add_arguments(fragment.arguments, whole=fragment.whole)
         call.extra.update(fragment.extra)
 
 
-def _begins(fragment: _Fragment, call: _Call, named: bool) -> bool:
-    """Whether a fragment under the index of `call` begins another call."""
+def _starts_call(fragment: _Fragment, call: _Call, named: bool) -> bool:
+    """Return whether a fragment with the index of `call` starts another call."""
     if not fragment.name or not call.name:
         return False
     if named:
@@ -180,13 +180,13 @@ def _begins(fragment: _Fragment, call: _Call, named: bool) -> bool:
 
 
 def _repeats(fragment: _Fragment, call: _Call) -> bool:
-    """Whether a fragment holds a whole call that is already there."""
+    """Return whether a fragment repeats a complete call."""
     same = fragment.id == call.id != "" and fragment.name == call.name != ""
     return same and len(fragment.arguments) == call.length and call.is_whole() and fragment.arguments == call.arguments
 
 
 def plain_arguments(text: str) -> str:
-    """Return arguments as the text of an object, where they are one in another form: `null`, or a text in a text."""
+    """Return arguments as the text of a JSON object; `null` and JSON in a JSON string are converted."""
     stripped = text.strip()
     if stripped == "null":
         return "{}"
@@ -202,7 +202,7 @@ def plain_arguments(text: str) -> str:
 
 
 def _is_whole(arguments: str) -> bool:
-    """Whether the text is a JSON object, and so complete."""
+    """Return whether the text is a complete JSON object."""
     if not arguments.rstrip().endswith("}"):
         return False
     try:
@@ -212,9 +212,9 @@ def _is_whole(arguments: str) -> bool:
 
 
 def _fragments(value: Any) -> list[_Fragment]:
-    """Return what is legible of the field `tool_calls`."""
+    """Return the valid elements of the field `tool_calls`."""
     elements = value if isinstance(value, list) else [value]
-    return [_fragment(each) for each in elements if isinstance(each, dict)]
+    return [_fragment(element) for element in elements if isinstance(element, dict)]
 
 
 def _fragment(element: Mapping[str, Any]) -> _Fragment:
@@ -228,11 +228,11 @@ def _fragment(element: Mapping[str, Any]) -> _Fragment:
         name=_text(source.get("name")),
         arguments=to_text(json.dumps(arguments, ensure_ascii=False)) if whole else _text(arguments),
         whole=whole,
-        extra={key: each for key, each in element.items() if key not in _KNOWN and _can_go_back(each)},
+        extra={key: value for key, value in element.items() if key not in _KNOWN and _is_sendable(value)},
     )
 
 
-def _can_go_back(value: Any) -> bool:
+def _is_sendable(value: Any) -> bool:
     return value is not None and free_json_fault(value, max_bytes=sys.maxsize) is None
 
 

@@ -1,4 +1,4 @@
-"""How long a server asks to wait, in headers and bodies. Pure."""
+"""Reads the wait that a server asks for from headers and bodies. Pure."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -8,12 +8,12 @@ from typing import Any
 
 MAX_DEPTH = 8
 EPOCH_FROM = 1e9
-"""Numbers from here on are moments: seconds since the epoch, or milliseconds from a thousand times as much on."""
-MOST_PARTS = 200
+"""Larger numbers are times: seconds since the epoch, or milliseconds if they are 1,000 times larger."""
+MAX_PARTS = 200
 PASSED_ON = "llm_provider-"
-"""How the name of a header begins that litellm's proxy passes on."""
+"""Prefix of the headers that the proxy of litellm forwards."""
 WAIT_FIELDS = frozenset({"retrydelay", "retry_after", "retry_after_s", "retry_after_seconds", "x-ratelimit-reset"})
-"""Fields of a body, in lower case, that hold a wait; the last is of a server behind a gateway."""
+"""Lower-case names of body fields with a wait; the last is that of a server behind a gateway."""
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SPAN = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(ms|[smhd])")
@@ -26,13 +26,13 @@ _WORDS_SPAN = re.compile(r"(?:try again|retry) in ((?:\d{1,9}(?:\.\d{1,9})?(?:ms
 
 
 def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Return how many seconds a server asks to wait, by `retry-after-ms` or `Retry-After` (seconds, span or date).
+    """Return the seconds in `retry-after-ms` or `Retry-After` (seconds, duration or date), or None.
 
-    A gateway may pass the model server's header on under a name of its own.
+    The header may also have the prefix of a gateway.
 
     Args:
-        headers: Looked up in lower case. A date counts from the server's own `Date`.
-        now: Seconds since the epoch, for an answer without a `Date`.
+        headers: Headers with lower-case names. A date is compared with the `Date` of the server.
+        now: Seconds since the epoch, used if there is no `Date`.
     """
     for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         seconds = _number(headers.get(name, headers.get(PASSED_ON + name, "")))
@@ -41,24 +41,24 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
     text = headers.get("retry-after", headers.get(f"{PASSED_ON}retry-after", ""))
     until = _date(text)
     if until is None:
-        return span_s(text)
+        return duration_s(text)
     sent = _date(headers.get("date", ""))
     return max(0.0, until - (now if sent is None else sent))
 
 
 def wait_s(headers: Mapping[str, str], body: Any, now: float) -> float | None:
-    """Return how many seconds a server asks to wait, by its headers or by the body of its error; None: it does not.
+    """Return the seconds that a server asks to wait in its headers or in the body of its error, or None.
 
-    The order: `Retry-After`, fields of the body, words of the body, `x-ratelimit-reset…` of what is used up.
+    The order is `Retry-After`, fields of the body, sentences of the body, and `x-ratelimit-reset…` of exhausted limits.
     """
-    for found in (retry_after_s(headers, now), _in_body(body, now), _reset_s(headers, now)):
-        if found is not None:
-            return found
+    for seconds in (retry_after_s(headers, now), _in_body(body, now), _reset_s(headers, now)):
+        if seconds is not None:
+            return seconds
     return None
 
 
-def span_s(text: str) -> float | None:
-    """Return the seconds of a span such as `20s`, `1m30.5s` or `120ms`; None: it is not one."""
+def duration_s(text: str) -> float | None:
+    """Return the seconds of a duration such as `20s`, `1m30.5s` or `120ms`, or None."""
     text = text.strip().lower()
     parts = _SPAN.findall(text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
@@ -76,34 +76,34 @@ def _in_body(body: Any, now: float) -> float | None:
         elif name in ("message", "error", "detail", "raw", "") and isinstance(value, str):
             texts.append(value[:2000])
     for text in texts:
-        seconds = _in_words(text)
+        seconds = _in_sentence(text)
         if seconds is not None:
             return seconds
     return None
 
 
 def _fields(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
-    """Yield names, in lower case, and values in a body, those further out first; a text alone has no name."""
+    """Yield lower-case names and values in a body, outer ones first; a plain text has an empty name."""
     level, seen = [("", value)], 0
     for _ in range(depth):
         below: list[tuple[str, Any]] = []
-        for name, each in level:
+        for name, item in level:
             seen += 1
-            if seen > MOST_PARTS:
+            if seen > MAX_PARTS:
                 return
-            yield name, each
-            if isinstance(each, Mapping):
-                below.extend((str(key).lower(), part) for key, part in each.items())
-            elif isinstance(each, list):
-                below.extend(("", part) for part in each)
+            yield name, item
+            if isinstance(item, Mapping):
+                below.extend((str(key).lower(), part) for key, part in item.items())
+            elif isinstance(item, list):
+                below.extend(("", part) for part in item)
         level = below
 
 
-def _in_words(text: str) -> float | None:
-    """Return the wait that a sentence names."""
+def _in_sentence(text: str) -> float | None:
+    """Return the wait in a sentence, or None."""
     span = _WORDS_SPAN.search(text)
     if span:
-        return span_s(span[1])
+        return duration_s(span[1])
     words = _WORDS.search(text)
     if not words:
         return None
@@ -113,7 +113,7 @@ def _in_words(text: str) -> float | None:
 
 
 def _reset_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Return when the last of the used up limits is full again."""
+    """Return the seconds until the last of the exhausted limits is reset, or None."""
     waits = [
         _seconds(headers.get(f"x-ratelimit-reset{kind}", ""), now)
         for kind in ("", "-requests", "-tokens")
@@ -123,17 +123,17 @@ def _reset_s(headers: Mapping[str, str], now: float) -> float | None:
 
 
 def _seconds(value: Any, now: float) -> float | None:
-    """Return seconds from now, of a number, a span or a moment."""
+    """Return seconds from now for a number, a duration or a time."""
     number = _number(value)
     if number is None:
-        return span_s(value) if isinstance(value, str) else None
+        return duration_s(value) if isinstance(value, str) else None
     if number >= EPOCH_FROM:
         return max(0.0, (number / 1000 if number >= EPOCH_FROM * 1000 else number) - now)
     return number
 
 
 def _number(value: Any) -> float | None:
-    """Return a finite number that is not negative."""
+    """Return a finite number from 0, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -1,4 +1,4 @@
-"""JSON that a model has put into a fence or into prose. Pure."""
+"""Extracts JSON from a fence or from prose. Pure."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 MAX_CANDIDATES = 64
-"""Places of a text where a JSON value is looked for."""
+"""Maximum number of positions at which a JSON value may start."""
 
 
 def _refuse_constant(name: str) -> None:
@@ -14,30 +14,31 @@ def _refuse_constant(name: str) -> None:
 
 
 _FENCED = re.compile(r"```[ \t]*+[A-Za-z0-9_-]*+[ \t]*+\r?\n(.*?)```", re.DOTALL)
-# Possessive: a fence before ten thousand spaces would take seconds otherwise.
+# Possessive quantifiers: a fence before 10,000 spaces would otherwise take seconds.
 _OPENINGS = {"object": "{", "array": "["}
 _decoder = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def json_text(text: str, schema: dict[str, Any]) -> str:
-    """Return the one JSON value in `text`, as it is written there; `text` itself where there is none, or several.
+    """Return the JSON value in `text` without the fence or prose around it.
 
-    A fence and prose around the value are taken off. In prose only a value of the schema's type is looked for, an
-    object or an array.
+    In prose, only an object or an array of the schema's type counts. If there is none or more than one value, `text` is
+    returned unchanged.
 
     Args:
-        schema: The JSON Schema of what is wanted.
+        text: The answer of a model.
+        schema: JSON Schema of the value.
     """
     whole = text.strip()
     if _is_json(whole):
         return whole
     fenced = [body.strip() for body in _FENCED.findall(text)]
-    found = [body for body in fenced if _is_json(body)] or list(_values_in(text, schema))
-    return found[0] if len(found) == 1 else text
+    values = [body for body in fenced if _is_json(body)] or list(_values_in(text, schema))
+    return values[0] if len(values) == 1 else text
 
 
 def _values_in(text: str, schema: dict[str, Any]) -> Iterator[str]:
-    """The JSON objects or arrays in `text`, from the first on."""
+    """Yield the JSON objects or arrays in `text` in their order."""
     kind = schema.get("type")
     opening = _OPENINGS.get(kind, "{[") if isinstance(kind, str) else "{["
     places = re.compile(f"[{re.escape(opening)}]")

@@ -120,7 +120,7 @@ def _host_and_port(text: str, which: str) -> tuple[str, str, str]:
     if not known:
         if not text.strip(":"):
             raise _NotAnAddressError(f"{which} has no host")
-        raise _NotAnAddressError(f"{which} has an invalid host; an IPv6 address needs brackets")
+        raise _NotAnAddressError(f"{which} has no valid host; an IPv6 address needs brackets")
     return host, port, tail
 
 
@@ -131,7 +131,7 @@ def _login(userinfo: str) -> Login | None:
     return Login(token=unquote(user)) if user else None
 
 
-def tls_wanted(addresses: Sequence[Address]) -> bool:
+def tls_required(addresses: Sequence[Address]) -> bool:
     """Return whether any address requires TLS; then all servers do, also those that are discovered later."""
     return any(address.scheme == "tls" for address in addresses)
 

@@ -22,11 +22,11 @@ class NotNats(nats.errors.Error):
     """The first line of the peer does not belong to the NATS protocol."""
 
 
-class Silent(nats.errors.Error):
+class NoDataReceived(nats.errors.Error):
     """The peer accepted the connection and sent nothing."""
 
 
-class HungUp(nats.errors.Error):
+class ConnectionClosedEarly(nats.errors.Error):
     """The peer closed the connection before it had sent anything."""
 
 
@@ -46,8 +46,10 @@ _PLAIN: dict[type[BaseException], Cause] = {
     nats.errors.SecureConnWantedError: Cause(
         "the server offers no TLS", "give it a certificate, or write nats:// in NATS_URL", final=True
     ),
-    HungUp: Cause("the server closes the connection", "it may be starting or stopping: see its log"),
-    Silent: Cause("the connection is accepted, but no data arrives", f"{CHECK_ADDRESS}: no nats-server is there"),
+    ConnectionClosedEarly: Cause("the server closes the connection", "it may be starting or stopping: see its log"),
+    NoDataReceived: Cause(
+        "the connection is accepted, but no data arrives", f"{CHECK_ADDRESS}: no nats-server is there"
+    ),
     NotNats: Cause("the answer does not come from a nats-server", CHECK_ADDRESS),
     TimeoutError: Cause("no answer", f"{CHECK_ADDRESS}; a firewall may drop the packets"),
 }
@@ -116,6 +118,6 @@ def _os_error(error: OSError) -> Cause:
     if errno.ECONNREFUSED in numbers:
         return Cause("the connection is refused", START_ONE)
     if numbers & {errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED}:
-        return _PLAIN[HungUp]
+        return _PLAIN[ConnectionClosedEarly]
     known = next((number for number in numbers if number), None)
     return Cause(f"the host cannot be reached ({errno.errorcode.get(known or 0, type(error).__name__)})", CHECK_ADDRESS)

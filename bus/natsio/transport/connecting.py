@@ -12,8 +12,8 @@ import nats.errors
 from nats.aio.client import Client
 
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.transport.addresses import Address, tls_wanted
-from loom.bus.natsio.transport.connect_causes import CHECK_ADDRESS, Cause, HungUp, cause_of
+from loom.bus.natsio.transport.addresses import Address, tls_required
+from loom.bus.natsio.transport.connect_causes import CHECK_ADDRESS, Cause, ConnectionClosedEarly, cause_of
 from loom.bus.natsio.transport.fast_client import FastClient
 from loom.bus.natsio.transport.resolver import Resolver
 from loom.schemas.errors import BusUnavailable
@@ -88,7 +88,7 @@ class Connector:
         return " | ".join(f"{server}: {cause}" for server, cause in causes.items())
 
     def _causes(self) -> dict[str, Cause]:
-        tls = tls_wanted(self._addresses)
+        tls = tls_required(self._addresses)
         return {
             address.shown: cause_of(self.failures[address.netloc], tls=tls)
             for address in self._addresses
@@ -107,7 +107,7 @@ class Connector:
                 await self._connect_once(order)
                 if self.client.is_connected:
                     return
-                self.failures[order[0].netloc] = HungUp()  # too late for nats-py to detect it
+                self.failures[order[0].netloc] = ConnectionClosedEarly()  # too late for nats-py to detect it
             causes = self._causes()
             if len(causes) == len({address.shown for address in self._addresses}) and all(
                 cause.final for cause in causes.values()
@@ -124,7 +124,7 @@ class Connector:
             dont_randomize=True,
             allow_reconnect=False,
             max_reconnect_attempts=-1,
-            reconnect_time_wait=RETRY_S,  # type: ignore[arg-type]  # a fraction works
+            reconnect_time_wait=RETRY_S,  # type: ignore[arg-type]  # a fraction works, and a server starts in 15 ms
             connect_timeout=min(CONNECT_S, self._patience_s / 2),  # type: ignore[arg-type]  # a fraction works
             ping_interval=5,
             max_outstanding_pings=2,

@@ -1,8 +1,8 @@
 """nats-py with a faster path for messages: parsed in place, handled immediately, written once per loop iteration.
 
-Connecting, reconnecting, pings and errors are left to nats-py. Its work for each message (five regular expressions, a
-parsed dict of headers, a queue and a task for each subscription, a flush that wakes another task) would cost several
-times as much as a hop itself.
+Connecting, reconnecting, pings and errors are left to nats-py. For each message nats-py runs five regular expressions,
+parses the headers into a dict, uses a queue and a task per subscription, and wakes another task to flush. That costs
+several times as much as a hop itself.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from loom.bus.natsio.transport.resolver import Resolver
 
 log = get_logger()
 
-CLOGGED_BYTES = 2 * 2**20
+CONGESTED_BYTES = 2 * 2**20
 """Unsent bytes above which `Connection.publish` waits for the socket."""
 MAX_LINE = 4096
 """Most bytes of a line of the protocol, except INFO and -ERR."""
@@ -97,12 +97,12 @@ class FastClient(HandshakeClient):
         self._ps = FastParser(self)
         self._handlers: dict[int, SyncHandler] = {}
         self._writing = False
-        self.clogged = False
-        """Whether more than CLOGGED_BYTES are unsent; `unclog` waits for the socket."""
+        self.is_congested = False
+        """Whether more than CONGESTED_BYTES are unsent; `wait_until_writable` waits for the socket."""
 
     # -- receiving
 
-    async def listen(self, subject: str, handler: SyncHandler, *, queue: str = "") -> Subscription:
+    async def subscribe_sync(self, subject: str, handler: SyncHandler, *, queue: str = "") -> Subscription:
         """Call `handler` with every message as it is read, in order; it must be quick, and must not block."""
         subscription = await self.subscribe(subject, queue=queue)
         self._handlers[subscription._id] = handler
@@ -187,15 +187,15 @@ class FastClient(HandshakeClient):
         if not self._writing:
             self._schedule_write()
 
-    async def unclog(self) -> None:
+    async def wait_until_writable(self) -> None:
         """Wait until the socket has accepted most of the unsent bytes, at most for nats-py's flush timeout."""
         try:
             async with asyncio.timeout(self._flush_timeout):
-                while self.clogged and self._transport is not None:
+                while self.is_congested and self._transport is not None:
                     await self._transport.drain()  # type: ignore[no-untyped-call]
-                    self.clogged = False
+                    self.is_congested = False
         except (TimeoutError, OSError):
-            log.warning("bus_clogged")
+            log.warning("socket_congested")
 
     def _schedule_write(self) -> None:
         self._writing = True
@@ -210,7 +210,7 @@ class FastClient(HandshakeClient):
             return  # the connection is lost; uvloop would raise
         pending, self._pending, self._pending_data_size = self._pending, [], 0
         writer.write(b"".join(pending))
-        self.clogged = writer.transport.get_write_buffer_size() > CLOGGED_BYTES
+        self.is_congested = writer.transport.get_write_buffer_size() > CONGESTED_BYTES
 
     async def _flush_pending(self, force_flush: bool = False) -> Any:
         """Send what is pending, without waking a task as nats-py does."""

@@ -1,7 +1,7 @@
 """The handshake of a connection, up to CONNECT: addresses, TLS and credentials.
 
-nats-py uses TLS only if the server requires it, whatever the address says, and sends no credentials to servers that it
-discovers from another server.
+nats-py uses TLS only if the server requires it, whatever the address requires. It sends no credentials to servers that
+it discovers from another server.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ import nats.errors
 from nats.aio.client import DEFAULT_BUFFER_SIZE, Client, Srv
 from nats.aio.transport import TcpTransport
 
-from loom.bus.natsio.transport.addresses import Address, Login, logins, tls_wanted
-from loom.bus.natsio.transport.connect_causes import HungUp, NotNats, Silent
+from loom.bus.natsio.transport.addresses import Address, Login, logins, tls_required
+from loom.bus.natsio.transport.connect_causes import ConnectionClosedEarly, NoDataReceived, NotNats
 from loom.bus.natsio.transport.resolver import Resolver
 
 
@@ -113,7 +113,7 @@ class HandshakeClient(Client):
         failures: dict[str, Exception] | None = None,
     ) -> None:
         super().__init__()
-        self._tls_wanted = tls_wanted(addresses)
+        self._tls_required = tls_required(addresses)
         self._known = {address.netloc for address in addresses}
         self._logins = logins(addresses)
         self._resolver = resolver or Resolver()
@@ -143,12 +143,12 @@ class HandshakeClient(Client):
         """Return a more specific error, of a type that nats-py handles."""
         first_line = self._transport.first_line if isinstance(self._transport, Transport) else None
         if isinstance(error, TimeoutError) and first_line is None:
-            return Silent()
+            return NoDataReceived()
         if isinstance(error, nats.errors.Error | OSError) and (first_line or b"").startswith(b"INFO "):
             return error
         if isinstance(error, OSError):
             return error
-        return NotNats() if first_line else HungUp()
+        return NotNats() if first_line else ConnectionClosedEarly()
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         """Process the INFO of a server, to which nothing has been sent yet.
@@ -156,7 +156,7 @@ class HandshakeClient(Client):
         Raises:
             SecureConnWantedError: TLS is required, and the server does not offer it.
         """
-        if initial_connection and self._tls_wanted:
+        if initial_connection and self._tls_required:
             if not (info.get("tls_required") or info.get("tls_available")):
                 raise nats.errors.SecureConnWantedError
             info["tls_required"] = True  # the only field that nats-py checks

@@ -14,9 +14,9 @@ import typer
 from loom.bus import topology
 from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
-from loom.bus.service_discovery import Present, check_processes, discover
+from loom.bus.service_discovery import ServiceInstance, check_processes, discover
 from loom.bus.wire_version import WireMismatch
-from loom.runner.cli.commands.phase import TERMINAL, phases_on
+from loom.runner.cli.commands.phase import TERMINAL, phases_at
 from loom.runner.cli.entry import DEFAULT_URL, FOREVER_S, prepare, report_ready, run_service, until_lost
 from loom.runner.retried_start import until_started
 from loom.runner.server.listening import LOOPBACK, check_free, is_loopback
@@ -120,7 +120,7 @@ async def _up(settings: Settings, server: Server, programs: list[Program] | None
 
 
 async def _in_here(url: str, settings: Settings, welcome: Callable[[str], str]) -> None:
-    async with phases_on(url, PHASES, settings, init=True) as bus:
+    async with phases_at(url, PHASES, settings, init=True) as bus:
         report_ready(welcome(bus.connection.address))
         await until_lost(bus)
 
@@ -150,7 +150,7 @@ async def _in_processes(url: str, settings: Settings, programs: list[Program], w
 async def _all_present(bus: Bus, wanted: Counter[str]) -> None:
     """Return once as many of each phase answer."""
 
-    def all_here(there: list[Present]) -> bool:
+    def all_here(there: list[ServiceInstance]) -> bool:
         return wanted <= Counter(each.metadata["service"] for each in there)
 
     while True:

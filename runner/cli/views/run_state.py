@@ -1,10 +1,10 @@
-"""What the bus says about the tasks of one `loom run`: where each of them is, and what came of it. No I/O."""
+"""State of the tasks of one `loom run`, from the messages of the bus: phase, node and result. No I/O."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loom.bus.tap import Seen
+from loom.bus.tap import TappedMessage
 from loom.schemas.auction import Award, CallForBids
 from loom.schemas.envelope import Envelope, Split
 from loom.schemas.events import TextDelta
@@ -15,7 +15,7 @@ from loom.schemas.run import Delta
 from loom.schemas.task import Submission, TaskAd, TaskResult
 
 FAMILIES = ("intake", "task", "auction", "delta", "result", "reward", "lifecycle")
-"""Families of subjects a board listens to."""
+"""Families of subjects that change the state."""
 
 TAIL_CHARS = 200
 """Most characters of an unfinished answer that are kept to be shown."""
@@ -59,10 +59,10 @@ class RunState:
 
     @property
     def learned(self) -> bool:
-        """Whether every reward heard of is part of its node's profile."""
+        """Whether every reward of the run is part of its node's profile."""
         return self._to_learn <= self._learned
 
-    def see(self, seen: Seen) -> Row | None:
+    def see(self, seen: TappedMessage) -> Row | None:
         """Take in a message; return the row whose phase, node or attempt it changed."""
         message: Any = seen.message
         if isinstance(message, Lifecycle | Reward):
@@ -151,7 +151,7 @@ class RunState:
         self._learned.update((task_id, node) for task_id in ours)
 
 
-def _part_in(seen: Seen) -> tuple[str, str, bool] | None:
+def _part_in(seen: TappedMessage) -> tuple[str, str, bool] | None:
     """Parent and id of the subtask that a hop is about, and whether it has ended; None for any other message."""
     match seen.message:
         case SubtaskEnded() as notice:

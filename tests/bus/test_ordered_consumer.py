@@ -12,7 +12,8 @@ from support.wait import until
 from loom.bus.bus import Bus
 from loom.bus.natsio import ordered_consumer
 from loom.bus.natsio.ack_metadata import ack_metadata, rfc3339
-from loom.bus.natsio.ordered_consumer import OrderedConsumer, Stored
+from loom.bus.natsio.ordered_consumer import OrderedConsumer
+from loom.bus.natsio.stored_message import StoredMessage
 from loom.runner.server.nats_server import NatsServer
 from loom.schemas.errors import LoomError
 
@@ -27,7 +28,7 @@ class Reading:
             filter=options.pop("filter", bus.subjects.of("dead", "*", "*")),
             **options,
         )
-        self.read: list[Stored] = []
+        self.read: list[StoredMessage] = []
         self.failed: BaseException | None = None
         self._task = asyncio.create_task(self._read())
 

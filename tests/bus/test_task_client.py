@@ -161,7 +161,7 @@ async def test_waiting_may_be_limited_and_begun_again(plain: Bus, handle: TaskHa
 async def test_a_lost_result_message_is_found_out_by_asking(
     desk: Desk, handle: TaskHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task_client, "ASK_AGAIN_S", 0.05)
+    monkeypatch.setattr(task_client, "POLL_S", 0.05)
     desk.says["status"] = _ended(state="running", ended_at=None).to_result()
     waiting = asyncio.ensure_future(handle.result(10))
     await until(lambda: len(desk.asked) >= 2, what="asked twice")
@@ -176,14 +176,14 @@ async def test_a_lost_result_message_is_found_out_by_asking(
 async def test_when_no_phase_answers_that_is_said_even_with_a_tap_listening(
     plain: Bus, connect: Connect, handle: TaskHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task_client, "ASK_AGAIN_S", 0.05)
+    monkeypatch.setattr(task_client, "POLL_S", 0.05)
     with pytest.raises(BusUnavailable, match="loom up"):
         await handle.result(10)
     tap = await connect()
     await tap.connection.subscribe(tap.subjects.everything, Heard())
     await tap.requests.flush()
     with pytest.raises(BusUnavailable, match="loom up") as caught:
-        await task_client.ask(plain, plain.subjects.of("status", "t1"), timeout_s=0.1)
+        await task_client.request(plain, plain.subjects.of("status", "t1"), timeout_s=0.1)
     assert caught.value.url == plain.connection.address
 
 
@@ -305,7 +305,7 @@ async def test_looking_away_early_leaves_the_task_alone(plain: Bus, handle: Task
 async def test_progress_ends_quietly_when_no_phase_answers_and_the_result_says_why(
     handle: TaskHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task_client, "ASK_AGAIN_S", 0.05)
+    monkeypatch.setattr(task_client, "POLL_S", 0.05)
     complaints: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: complaints.append(context))
     assert await seen(handle) == []
