@@ -6,12 +6,13 @@ RUNS := .venv/.runs
 NEW_VENV := test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: help python setup demo check lint test slow bench docs fmt
+.PHONY: help python setup demo check lint test coverage slow bench docs fmt
 
 help:
 	@echo 'make demo    run examples/tasks.jsonl with the agents of examples/agents.py'
 	@echo 'make test    the tests'
 	@echo 'make check   what a change must pass: linters, types, import directions, tests'
+	@echo 'make coverage   the tests, with the share of lines and branches that they run, by folder'
 	@echo 'make slow    the tests that take longer'
 	@echo 'make bench   what the loop costs beside the bus alone; takes some minutes, on a machine without other work'
 	@echo 'make docs    build the pages and the API reference as a site in build/site'
@@ -49,6 +50,12 @@ lint: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal
+
+coverage: $(READY)
+	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=
+	@for room in schemas bus agents phases runner loom; do \
+	  printf '%-8s %3s %%\n' $$room "$$($(BIN)/coverage report --include="$$room/*" --format=total)"; done
+	@printf '%-8s %3s %%\n' all "$$($(BIN)/coverage report --format=total)"
 
 slow: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal --timeout 180 -m 'slow and not container'

@@ -1,4 +1,4 @@
-"""Fixtures every test may ask for."""
+"""Fixtures for all tests."""
 
 import os
 import secrets
@@ -66,7 +66,7 @@ def nats_url() -> Iterator[str]:
         server = NatsServer(Path(store))
         server.start()
         yield server.url
-        server.kill()  # a clean end would tidy up hundreds of streams that nobody wants
+        server.kill()  # a clean stop would spend time on hundreds of unused streams
         server.stop()
 
 

@@ -4,7 +4,7 @@ import asyncio
 import json
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -68,9 +68,13 @@ class Cluster:
         )
 
     async def play(self, at_once: int = 1) -> list[int]:
-        """Have every task done, so many at once, and return whom they were awarded to.
+        """Run every task and return the agent that each was awarded to.
 
-        One at a time, a task is submitted once MATCH knows how the one before it went.
+        A task is submitted once fewer than `at_once` rewards are missing in the directory of MATCH. So a slow machine
+        adds no awards without evidence.
+
+        Args:
+            at_once: Tasks in progress at a time, at least 1.
         """
         room = asyncio.Semaphore(at_once)
 
@@ -88,15 +92,17 @@ class Cluster:
                 await self.host([AGENTS])
             async with asyncio.timeout(WITHIN_S):
                 await room.acquire()
-            if at_once == 1:
-                await until(lambda: self.known >= len(self.winners), within_s=WITHIN_S, what="MATCH knows the rewards")
+            await until(self._rewards_known(at_once), within_s=WITHIN_S, what="MATCH knows the rewards")
             await self._submit(number)
         await until(lambda: len(self.winners) == setting.tasks, within_s=WITHIN_S, what="all is judged")
         return [self.winners[number] for number in range(setting.tasks)]
 
+    def _rewards_known(self, at_once: int) -> Callable[[], bool]:
+        return lambda: self.known > len(self.winners) - at_once
+
     @property
     def known(self) -> int:
-        """Sequence of the newest reward MATCH knows of, which is how many there are: one a task."""
+        """Sequence of the newest reward that MATCH knows, which is their number: each task earns one reward."""
         return max((profile.last_seq for profile in self.match._directory.profiles.values()), default=0)
 
     async def _submit(self, number: int) -> None:
@@ -130,10 +136,10 @@ async def one_at_a_time(url: str, world: World, policy: str = "glr_ucb") -> list
             return await running.play()
 
 
-async def side_by_side(url: str, world: World, policy: str = "glr_ucb") -> list[int]:
-    """The same with 16 tasks under way."""
+async def side_by_side(url: str, world: World, policy: str = "glr_ucb", *, at_once: int = AT_ONCE) -> list[int]:
+    """Return the agent that a policy awards each task to, with `at_once` tasks in progress at a time."""
     async with cluster(url, world, replace(CONFIG, policy=policy)) as running:
-        return await running.play(AT_ONCE)
+        return await running.play(at_once)
 
 
 async def compare(policies: Sequence[str], settings: Sequence[Setting], seeds: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""A cancel, wherever the task is: the right state, the right answer, and nobody works on."""
+"""A cancel in every state of a task: the task ends as cancelled, the client is answered, and work stops."""
 
 import asyncio
 import time
@@ -73,7 +73,7 @@ async def publish(bus: Bus, node_id: str = "", domain: str = "any") -> TaskHandl
 
 
 async def is_cancelled(handle: TaskHandle) -> None:
-    """The record, the answer and a second cancel all say so."""
+    """Check that the record, the answer and a second cancel are all `cancelled`."""
     with pytest.raises(Cancelled):
         await handle.content(WITHIN_S)
     found = await handle.status()
@@ -81,9 +81,8 @@ async def is_cancelled(handle: TaskHandle) -> None:
     assert await handle.cancel() == found
 
 
-async def test_a_running_agent_stops_within_a_second_on_every_host_and_a_deaf_one_delays_no_answer(
-    bus: Bus, agents: HangingAgents
-) -> None:
+async def test_a_cancelled_run_stops_within_a_second_on_every_host(bus: Bus, agents: HangingAgents) -> None:
+    """An agent that ignores the cancel does not delay the answer."""
     async with cluster(bus, agents):
         names = [f"{kind}{host}" for kind in ("endless", "ignores_cancel", "threaded") for host in (1, 2)]
         handles = [await publish(bus, name) for name in names]
@@ -105,9 +104,7 @@ async def test_a_running_agent_stops_within_a_second_on_every_host_and_a_deaf_on
         agents.released.set()
 
 
-async def test_a_waiting_task_is_cancelled_whether_in_an_auction_or_in_a_backlog(
-    bus: Bus, agents: HangingAgents
-) -> None:
+async def test_a_task_in_an_auction_or_in_a_backlog_is_cancelled(bus: Bus, agents: HangingAgents) -> None:
     async with cluster(bus, agents, kinds=("endless",), slots=1, backlog=1):
         running = [await publish(bus, "endless1"), await publish(bus, "endless2")]
         await until(lambda: len(agents.started) == 2, within_s=WITHIN_S, what="the slots are taken")
@@ -120,11 +117,11 @@ async def test_a_waiting_task_is_cancelled_whether_in_an_auction_or_in_a_backlog
         await until(awarded, within_s=WITHIN_S, what="the backlogs are full")
         called: list[bytes] = []
 
-        async def hear(msg: Msg) -> None:
+        async def record_message(msg: Msg) -> None:
             called.append(msg.data)
 
         auctioned = await publish(bus)
-        await bus.connection.subscribe(bus.subjects.of("auction", "*"), hear)
+        await bus.connection.subscribe(bus.subjects.of("auction", "*"), record_message)
         await until(lambda: len(called) > 1, within_s=WITHIN_S, what="nodes are asked again and again")
         bounced = await publish(bus, "endless1")  # no auction: pinned to a node that is full
 
@@ -140,7 +137,7 @@ async def test_a_waiting_task_is_cancelled_whether_in_an_auction_or_in_a_backlog
 
 
 @pytest.mark.slow
-async def test_a_task_handed_in_before_any_phase_is_cancelled_once_one_is_there(
+async def test_a_task_submitted_before_any_phase_runs_is_cancelled_once_one_starts(
     bus: Bus, agents: HangingAgents
 ) -> None:
     async with running_phases(bus.connection.url, namespace=bus.subjects.namespace):
@@ -158,9 +155,7 @@ async def test_a_task_handed_in_before_any_phase_is_cancelled_once_one_is_there(
     assert handle.task_id not in agents.started
 
 
-async def test_what_has_ended_stays_as_it_ended_and_an_unknown_task_is_said_to_be(
-    bus: Bus, agents: HangingAgents
-) -> None:
+async def test_a_cancel_changes_no_ended_task_and_an_unknown_task_is_an_error(bus: Bus, agents: HangingAgents) -> None:
     async with cluster(bus, agents):
         handle = await publish(bus, "quick1")
         assert await handle.content(WITHIN_S) == "done"
@@ -177,12 +172,12 @@ async def test_what_has_ended_stays_as_it_ended_and_an_unknown_task_is_said_to_b
 @pytest.mark.slow
 async def test_a_cancel_that_races_the_result_or_another_cancel_gives_one_end(bus: Bus, agents: HangingAgents) -> None:
     async with cluster(bus, agents):
-        told: dict[str, list[bytes]] = {}
+        bodies: dict[str, list[bytes]] = {}
 
-        async def hear(msg: Msg) -> None:
-            told.setdefault(msg.subject.rsplit(".", 1)[1], []).append(msg.data)
+        async def record_message(msg: Msg) -> None:
+            bodies.setdefault(msg.subject.rsplit(".", 1)[1], []).append(msg.data)
 
-        await bus.connection.subscribe(bus.subjects.of("result", "*", "*"), hear)
+        await bus.connection.subscribe(bus.subjects.of("result", "*", "*"), record_message)
 
         async def race(number: int) -> None:
             handle = await publish(bus, domain="quick")
@@ -196,8 +191,8 @@ async def test_a_cancel_that_races_the_result_or_another_cancel_gives_one_end(bu
         await asyncio.gather(*(race(number) for number in range(40)))
         await bus.requests.flush()
 
-    assert len(told) == 40
-    assert all(len(set(said)) == 1 for said in told.values())  # told again perhaps, never otherwise
+    assert len(bodies) == 40
+    assert all(len(set(results)) == 1 for results in bodies.values())  # a result may be repeated, never changed
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ async def works_as_ever(bus: Bus, when: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step_s", STEPS_S)
-async def test_a_step_in_a_process_that_does_everything_changes_nothing(
+async def test_a_clock_step_of_a_process_with_all_services_changes_nothing(
     nats_url: str, namespace: str, step_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = time.time
@@ -149,9 +149,10 @@ async def clock_findings(folder: Path, url: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_a_step_of_any_one_machine_ends_no_task_and_moves_no_deadline_and_doctor_names_it(
+async def test_a_clock_step_of_one_machine_ends_no_task_and_moves_no_deadline(
     server: NatsServer, tmp_path: Path
 ) -> None:
+    """The clock of each machine in turn jumps by an hour, and `loom doctor` reports which one."""
     async with machines(tmp_path, server.url) as all_of_them, Bus(server.url) as bus:
         await works_as_ever(bus, "before any step")
         for name in (*PHASES, "node"):
@@ -168,7 +169,7 @@ async def test_a_step_of_any_one_machine_ends_no_task_and_moves_no_deadline_and_
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("wrong_s", STEPS_S)
-async def test_a_machine_that_starts_with_a_wrong_clock_works_before_and_after_it_is_set_right(
+async def test_a_machine_that_starts_with_a_wrong_clock_works_before_and_after_a_fix(
     server: NatsServer, tmp_path: Path, wrong_s: float
 ) -> None:
     agents = tmp_path / "agents.py"

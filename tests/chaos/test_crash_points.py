@@ -1,4 +1,4 @@
-"""A phase dies or stops at each point of a hop, alone or with the server: the task ends once, and ran once."""
+"""A phase is killed or stopped at each point of a hop, alone or with the server: the task runs once and ends once."""
 
 import asyncio
 import signal
@@ -37,7 +37,7 @@ RUN_S = 2.0  # longer than a message of a dead replica takes to come again: it m
 
 
 class Crash(NamedTuple):
-    """Who dies where, and what the task is like."""
+    """The phase that crashes, the point, and the kind of task."""
 
     phase: Phase
     point: str
@@ -47,7 +47,7 @@ class Crash(NamedTuple):
 
 CRASHES: dict[str, Sequence[Crash]] = {
     "sense": [Crash("sense", point) for point in (*HOP, "recorded", "submission stored")],
-    "sense's cancel desk": [
+    "sense, cancelling": [
         Crash("sense", point, "cancelled") for point in ("cancel sent to evaluate", "cancel recorded")
     ],
     "match": [Crash("match", point) for point in HOP],
@@ -72,14 +72,14 @@ CRASHES: dict[str, Sequence[Crash]] = {
 
 
 class CrashScenario(Stage):
-    """A namespace where one phase runs in a process that will die or stop, and everything else is well."""
+    """A namespace in which one phase runs in a process that is killed or stopped."""
 
     def __init__(self, url: str, namespace: str, crash: Crash, how: signal.Signals, *, durable: bool) -> None:
         super().__init__(url, namespace)
         self.how = how
         self.crash = crash
         self.runs: Counter[int] = Counter()
-        """attempt -> how often it ran"""
+        """Attempt -> number of runs."""
         self.hosts: list[NodeHost] = []
         self.task = ad("survive")
         self._durable = durable
@@ -110,7 +110,7 @@ class CrashScenario(Stage):
         return f"survived attempt {job.attempt}"
 
     async def inject(self) -> None:
-        """Submit the task and wait until the phase has fallen over it."""
+        """Submit the task, and wait until the phase has reached its crash point."""
         self.client = Asker(self.bus)
         await self.client.ask(self.bus.subjects.submit, self.task)
         if self.crash.task == "cancelled":
@@ -119,27 +119,27 @@ class CrashScenario(Stage):
         await self.child.wait_for("crashing")
 
     async def verify(self) -> None:
-        """Put a replica in the dead one's place and see how the task ends."""
+        """Start another replica, and check how the task ends."""
         if not (self.crash.phase == "execute" and self.crash.point in RUNNING):
             for host in self.hosts:  # a host that is still gone is lost; not so one whose run may be going on
                 await back(host.bus)
         await self._stack.enter_async_context(
             running_phases(self.url, names=[self.crash.phase], namespace=self.namespace)
         )
-        record = await until(self._ended, within_s=WITHIN_S, what=f"{self.crash}: the end; heard: {self.tape()}")
+        record = await until(self._ended, within_s=WITHIN_S, what=f"{self.crash}: the end; messages: {self.tape()}")
         await self._check(record)
-        if self.how is signal.SIGSTOP:  # now it goes on where it was
+        if self.how is signal.SIGSTOP:  # the stopped process goes on
             self.child.resume()
             await self.child.end()
             await self._check(record)
-        await self._answered(record, surely=not self._durable)
+        await self._answered(record, required=not self._durable)
 
     async def _check(self, record: TaskRecord) -> None:
-        """The streams run empty, and what has come of the task is what should, once, and stays."""
+        """Check that the streams are empty, and that the task has the right state, runs and rewards."""
         attempts = 2 if self.crash.task == "refused" else 1
         rewards = 0 if self.crash.task == "cancelled" else attempts
         await until(lambda: self._learned(rewards), within_s=WITHIN_S, what=f"{self.crash}: {rewards} rewards")
-        await until(self._quiet, within_s=WITHIN_S, what=f"{self.crash}: empty streams; heard: {self.tape()}")
+        await until(self._quiet, within_s=WITHIN_S, what=f"{self.crash}: empty streams; messages: {self.tape()}")
         assert record.state == ("cancelled" if self.crash.task == "cancelled" else "succeeded"), (self.crash, record)
         assert self.runs == dict.fromkeys(range(1, attempts + 1), 1), self.crash
         assert await self._ended() == record, self.crash
@@ -153,7 +153,7 @@ class CrashScenario(Stage):
         return entry.value if entry and entry.value.ended else None
 
     async def _learned(self, rewards: int) -> bool:
-        """Whether the nodes have learned from exactly so many."""
+        """Return whether the nodes have learned from exactly `rewards` rewards."""
         bucket = self.bus.bucket("nodes", NodeProfile)
         profiles = [entry.value for name in ("a", "b") if (entry := await bucket.get(f"local.{name}"))]
         return sum(profile.total_tasks for profile in profiles) == rewards
@@ -161,9 +161,9 @@ class CrashScenario(Stage):
     async def _quiet(self) -> bool:
         return not await self.pending("INTAKE") and not await self.pending("TASKS")
 
-    async def _answered(self, record: TaskRecord, *, surely: bool) -> None:
-        """Whoever waits has been told; where a server's restart may have lost the answer, asking finds it."""
-        if surely:
+    async def _answered(self, record: TaskRecord, *, required: bool) -> None:
+        """Check that the client was answered, and that a status request returns the same result."""
+        if required:
             await until(lambda: self.client.answers, within_s=WITHIN_S, what=f"{self.crash}: an answer")
         if record.state == "succeeded":
             assert {decode(msg.data, TaskResult) for msg in self.client.answers} <= {record.to_result()}, self.crash
@@ -184,14 +184,17 @@ async def test_a_task_survives_a_phase_killed_half_way_and_then_the_server(serve
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("who", CRASHES)
-async def test_a_task_survives_a_phase_killed_or_stopped_at_any_point(who: str, nats_url: str, namespace: str) -> None:
-    await run_all(scenarios(CrashScenario, CRASHES[who], nats_url, namespace))
+@pytest.mark.parametrize("where", CRASHES)
+async def test_a_task_survives_a_phase_killed_or_stopped_at_any_point(
+    where: str, nats_url: str, namespace: str
+) -> None:
+    await run_all(scenarios(CrashScenario, CRASHES[where], nats_url, namespace))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("who", CRASHES)
-async def test_a_task_survives_a_phase_killed_or_stopped_at_any_point_and_then_the_server(
-    who: str, server: NatsServer, namespace: str
+@pytest.mark.parametrize("where", CRASHES)
+async def test_a_task_survives_a_phase_and_then_the_server_at_any_point(
+    where: str, server: NatsServer, namespace: str
 ) -> None:
-    await run_all(scenarios(CrashScenario, CRASHES[who], server.url, namespace, durable=True), server)
+    """The phase is killed or stopped first, then the server is killed and restarted."""
+    await run_all(scenarios(CrashScenario, CRASHES[where], server.url, namespace, durable=True), server)

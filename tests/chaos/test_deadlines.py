@@ -1,4 +1,4 @@
-"""Nobody works past a deadline, wherever the task is when it comes, and the answer comes in time."""
+"""No phase and no agent works past a deadline, in any state of a task, and the client is answered in time."""
 
 import asyncio
 import time
@@ -81,7 +81,7 @@ async def test_a_deadline_is_kept_in_an_auction_in_a_backlog_and_in_every_kind_o
         queued, bounced, toolless, *run = await asyncio.gather(
             ends_in_time(bus, "full"),
             ends_in_time(bus, "full"),
-            ends_in_time(bus, required_tools=("nobody-has-this",)),
+            ends_in_time(bus, required_tools=("missing-tool",)),
             *(ends_in_time(bus, kind) for kind in ("endless", "ignores_cancel", "threaded", "model")),
         )
         stopped = work.stopped[run[0]]
@@ -98,7 +98,7 @@ async def test_a_deadline_is_kept_in_an_auction_in_a_backlog_and_in_every_kind_o
 
 
 @pytest.mark.slow
-async def test_a_deadline_is_kept_while_all_are_busy_and_while_nobody_is_there(bus: Bus) -> None:
+async def test_a_deadline_is_kept_while_all_nodes_are_busy_and_without_nodes(bus: Bus) -> None:
     work = HangingAgents()
     namespace = bus.subjects.namespace
     async with running_phases(bus.connection.url, namespace=namespace):
@@ -120,7 +120,7 @@ async def test_a_deadline_is_kept_while_all_are_busy_and_while_nobody_is_there(b
 
 
 @pytest.mark.slow
-async def test_a_task_whose_deadline_passed_before_any_phase_was_there_is_not_begun(bus: Bus) -> None:
+async def test_a_task_whose_deadline_passed_before_any_phase_ran_is_not_started(bus: Bus) -> None:
     work = HangingAgents()
     namespace = bus.subjects.namespace
     async with running_phases(bus.connection.url, namespace=namespace):

@@ -1,4 +1,4 @@
-"""EXECUTE dies or stops while a run waits for work it has delegated: both end once, and ran once."""
+"""EXECUTE is killed or stopped while a run waits for a delegated task: both run once and end once."""
 
 import asyncio
 import signal
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 class CrashScenario(Stage):
-    """A namespace where EXECUTE will die or stop, and everything else is well; the one node has one slot."""
+    """A namespace in which EXECUTE is killed or stopped; its one node has one slot."""
 
     def __init__(self, url: str, namespace: str, point: str, how: signal.Signals) -> None:
         super().__init__(url, namespace)
@@ -35,10 +35,10 @@ class CrashScenario(Stage):
         self.runs[job.description] += 1
         if job.depth:
             return "four"
-        return f"they say {await delegate('part', domain='code')}"
+        return f"the answer is {await delegate('part', domain='code')}"
 
     async def run(self) -> None:
-        """Go through the fault and see how the task and its part end."""
+        """Run the scenario, and check how the task and its delegated part end."""
         enter = self._stack.enter_async_context
         child = await enter(CrashProcess(execute, self.url, self.namespace, self.point, self.how))
         others = [name for name in PHASES if name != "execute"]
@@ -49,12 +49,12 @@ class CrashScenario(Stage):
         await child.wait_for("crashing")
         await enter(running_phases(self.url, names=["execute"], namespace=self.namespace))
         result = await handle.result(2 * WITHIN_S)
-        await until(self._quiet, within_s=WITHIN_S, what=f"{self.point}: empty streams; heard: {self.tape()}")
+        await until(self._quiet, within_s=WITHIN_S, what=f"{self.point}: empty streams; messages: {self.tape()}")
         if self.how is signal.SIGSTOP:
             child.resume()
             await child.end()
-            await until(self._quiet, within_s=WITHIN_S, what=f"{self.point}: still empty; heard: {self.tape()}")
-        assert (result.state, result.content, result.attempts) == ("succeeded", "they say four", 1), self.point
+            await until(self._quiet, within_s=WITHIN_S, what=f"{self.point}: still empty; messages: {self.tape()}")
+        assert (result.state, result.content, result.attempts) == ("succeeded", "the answer is four", 1), self.point
         assert self.runs == {"whole": 1, "part": 1}, self.point
         record = await self.read(handle.task_id)
         (part,) = record.delegated

@@ -1,4 +1,4 @@
-"""The server's disk fills up: nothing more is accepted, the operator is told, and what was accepted ends."""
+"""The server's disk is full: submissions are refused, doctor reports it, and accepted tasks end."""
 
 import asyncio
 import os

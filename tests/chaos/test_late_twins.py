@@ -1,4 +1,4 @@
-"""Who is stopped or killed while it works and wakes too late changes nothing any more."""
+"""A process that is stopped while it works and resumes too late changes nothing."""
 
 import asyncio
 from collections import Counter
@@ -30,7 +30,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Client:
-    """Submits one task and keeps all it is told."""
+    """Submits one task and records every delta of it."""
 
     def __init__(self, stage: Stage) -> None:
         self.bus = stage.bus
@@ -72,17 +72,17 @@ class Client:
         await until(so, within_s=WITHIN_S, what=f"learned {wanted}")
 
 
-class Held:
-    """An agent that says something, and goes on when told to."""
+class HeldAgent:
+    """An agent that yields a text and returns once `released` is set."""
 
     def __init__(self) -> None:
         self.runs: Counter[int] = Counter()
-        self.go = asyncio.Event()
+        self.released = asyncio.Event()
 
     async def __call__(self, job: RunRequest) -> AsyncIterator[str]:
         self.runs[job.attempt] += 1
         yield "begun, "
-        await self.go.wait()
+        await self.released.wait()
         yield "ended"
 
 
@@ -92,13 +92,13 @@ async def settled(stage: Stage) -> None:
     async def so() -> bool:
         return not await stage.pending("TASKS") and not await stage.pending("INTAKE")
 
-    await until(so, within_s=WITHIN_S, what=f"empty streams; heard: {stage.tape()}")
+    await until(so, within_s=WITHIN_S, what=f"empty streams; messages: {stage.tape()}")
     assert await stage.pending("DEAD") == 0
 
 
 async def lose_host(url: str, namespace: str, *, wakes: bool) -> None:
-    other = Held()
-    other.go.set()
+    other = HeldAgent()
+    other.released.set()
     async with AsyncExitStack() as stack:
         stage = await stack.enter_async_context(Stage(url, namespace))
         await stack.enter_async_context(running_phases(url, namespace=namespace))
@@ -126,15 +126,16 @@ async def lose_host(url: str, namespace: str, *, wakes: bool) -> None:
         assert await client.record() == record
         assert other.runs == {2: 1}
         assert {delta.attempt for delta in client.deltas} == {1, 2}
-        heard = [delta for delta in stage.all("delta") if delta.attempt == 1]
-        assert heard == [delta for delta in client.deltas if delta.attempt == 1]  # nothing more after it woke
+        published = [delta for delta in stage.all("delta") if delta.attempt == 1]
+        assert published == [delta for delta in client.deltas if delta.attempt == 1]  # none after it resumed
         assert len(stage.all("result")) == 1
 
 
 @pytest.mark.slow
-async def test_a_host_frozen_or_killed_during_a_run_is_replaced_and_its_run_is_stopped_when_it_wakes(
+async def test_a_host_stopped_or_killed_in_a_run_is_replaced_and_its_run_is_cancelled(
     nats_url: str, namespace: str
 ) -> None:
+    """A stopped host cancels its run when it resumes."""
     await asyncio.gather(
         lose_host(nats_url, f"{namespace}-frozen", wakes=True),
         lose_host(nats_url, f"{namespace}-killed", wakes=False),
@@ -142,7 +143,7 @@ async def test_a_host_frozen_or_killed_during_a_run_is_replaced_and_its_run_is_s
 
 
 async def stop_execute(url: str, namespace: str, wakes: str) -> None:
-    agent = Held()
+    agent = HeldAgent()
     others = [name for name in PHASES if name != "execute"]
     async with AsyncExitStack() as stack:
         stage = await stack.enter_async_context(Stage(url, namespace))
@@ -154,7 +155,7 @@ async def stop_execute(url: str, namespace: str, wakes: str) -> None:
         await until(lambda: len(client.deltas) == 2, within_s=WITHIN_S, what="a delta of the first replica")
         stopped.pause()
         if wakes == "with the result in hand":
-            agent.go.set()
+            agent.released.set()
         replica = await stack.enter_async_context(running_phases(url, names=["execute"], namespace=namespace))
 
         async def taken_over() -> bool:
@@ -163,7 +164,7 @@ async def stop_execute(url: str, namespace: str, wakes: str) -> None:
         await until(taken_over, within_s=WITHIN_S, what="the other replica has claimed the run")
         if wakes == "during the run":
             stopped.resume()  # it may find the message delivered to it once more, and take the run back: that is well
-        agent.go.set()
+        agent.released.set()
         record = await client.ended()
         stopped.resume()
         await stopped.end()
@@ -178,8 +179,6 @@ async def stop_execute(url: str, namespace: str, wakes: str) -> None:
 
 
 @pytest.mark.slow
-async def test_an_execute_replica_that_wakes_after_another_took_its_run_over_settles_silently(
-    nats_url: str, namespace: str
-) -> None:
+async def test_an_execute_replica_that_resumes_after_a_takeover_changes_nothing(nats_url: str, namespace: str) -> None:
     whens = ("during the run", "after the end", "with the result in hand")
     await asyncio.gather(*(stop_execute(nats_url, f"{namespace}-{n}", when) for n, when in enumerate(whens)))

@@ -1,4 +1,4 @@
-"""Models that fail in every way, behind real agents on a real bus: each task ends, and says how."""
+"""Models that fail in every way, behind real agents on a real bus: each task ends with the right result or error."""
 
 import asyncio
 import time
@@ -64,14 +64,14 @@ def wanting(name: str, arguments: str = "{}") -> Reply:
     return Reply(tool_calls=((name, arguments),), usage=(20, 5))
 
 
-def told(request: Request) -> str:
-    """What the model has been told last."""
+def last_message(request: Request) -> str:
+    """Return the last message that the model has received."""
     return str(request.messages[-1]["content"])
 
 
 def echo(request: Request) -> Reply:
-    """An answer that shows what a tool said."""
-    return Reply(text=told(request)[:100], usage=(20, 5))
+    """Reply with the result of a tool."""
+    return Reply(text=last_message(request)[:100], usage=(20, 5))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ FAULTS: dict[str, Fault] = {
         Reply(status=429, headers={"Retry-After": "Thu, 01 Jan 2026 00:00:00 GMT"}), FINE, says="fine", asked=2
     ),
     "429 without a word": well(Reply(status=429), FINE, says="fine", asked=2),
-    "429 for ever": ill(Reply(status=429), says="too busy (429)", asked=3),
+    "429 always": ill(Reply(status=429), says="too busy (429)", asked=3),
     "429 past the deadline": ill(
         Reply(status=429, headers={"Retry-After": "3600"}), says="too busy (429)", retry_after_s=3600
     ),
@@ -118,15 +118,15 @@ FAULTS: dict[str, Fault] = {
         Reply(status=429, headers={"Retry-After": "Fri, 01 Jan 2100 00:00:00 GMT"}), says="too busy (429)"
     ),
     "500 once": well(Reply(status=500), FINE, says="fine", asked=2),
-    "500 for ever": ill(Reply(status=500, body='{"error": {"message": "oh no"}}'), says="(500): oh no", asked=3),
+    "500 always": ill(Reply(status=500, body='{"error": {"message": "oh no"}}'), says="(500): oh no", asked=3),
     "502 with a page": ill(Reply(status=502, body=PAGE), says="failed (502)", asked=3),
     "400 with half a character": ill(Reply(status=400, body='{"error": {"message": "\\ud83d"}}'), says="(400): ?"),
     "401": ill(Reply(status=401), says="check the API key"),
     # -- the connection
     "dropped once": well(Reply(cut_after=0), FINE, says="fine", asked=2),
-    "dropped for ever": ill(Reply(cut_after=0), says="connection to the model's server", asked=3),
+    "dropped always": ill(Reply(cut_after=0), says="connection to the model's server", asked=3),
     "silent once": well(Reply(delay_s=60), FINE, says="fine", asked=2, patience_s=2),
-    "silent for ever": ill(Reply(delay_s=60), says="sent nothing", asked=3, patience_s=0.3),
+    "silent always": ill(Reply(delay_s=60), says="sent nothing", asked=3, patience_s=0.3),
     "late": ill(Reply(text="word " * 1000, pause_s=0.2), says="", code="deadline_exceeded", ad={"timeout_s": 2.0}),
     # -- the answer
     "cut in the middle": ill(Reply(text="a text of several pieces", cut_after=3), says="broke off"),
@@ -151,7 +151,9 @@ FAULTS: dict[str, Fault] = {
     "an unknown tool": well(wanting("divide"), echo, says="no tool of that name", asked=2),
     "a tool that hangs": well(wanting("hang"), echo, says="no result within 0.1 s", asked=2),
     "a tool that raises": well(wanting("burst"), echo, says="OSError: the disk is on fire", asked=2),
-    "a tool that floods": well(wanting("flood"), lambda r: Reply(text=told(r)[-50:]), says="1000000 char", asked=2),
+    "a tool that floods": well(
+        wanting("flood"), lambda r: Reply(text=last_message(r)[-50:]), says="1000000 char", asked=2
+    ),
     "a tool without text": well(wanting("opaque"), echo, says="neither text nor JSON", asked=2),
     "the same call again": ill(wanting(*CALLS), says="turns in circles", asked=5),
     "tools without end": ill(
@@ -196,7 +198,7 @@ def by_prompt(request: Request) -> str:
 
 def by_number(request: Request) -> str:
     """The question ends with the number of the fault."""
-    return list(NO_ESTIMATE)[int(told(request).rpartition(" ")[2])]
+    return list(NO_ESTIMATE)[int(last_message(request).rpartition(" ")[2])]
 
 
 async def provider_for(url: str, patience_s: float = 30.0) -> OpenAIProvider:
@@ -278,7 +280,7 @@ async def test_a_task_leaves_a_model_that_fails_for_one_that_does_not(nats_url: 
 
 
 @pytest.mark.slow
-async def test_the_only_model_is_asked_again_when_it_said_and_nobody_holds_a_slot_until_then(
+async def test_the_only_model_is_retried_after_its_retry_after_without_a_slot(
     nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openai_provider, "PATIENCE_S", 0.1)
@@ -302,7 +304,7 @@ async def test_the_only_model_is_asked_again_when_it_said_and_nobody_holds_a_slo
 UNSURE = {"domain": "", "estimated_complexity": None}
 NO_ESTIMATE: dict[str, Fault] = {
     "429 for long": ill(Reply(status=429, headers={"Retry-After": "3600"}), says="AgentFailed"),
-    "429 for ever": ill(Reply(status=429), says="AgentFailed"),
+    "429 always": ill(Reply(status=429), says="AgentFailed"),
     "500": ill(Reply(status=500), says="AgentFailed"),
     "502 with a page": ill(Reply(status=502, body=PAGE), says="AgentFailed"),
     "401": ill(Reply(status=401), says="AgentFailed"),
@@ -317,7 +319,7 @@ NO_ESTIMATE: dict[str, Fault] = {
 
 
 @pytest.mark.slow
-async def test_a_heuristic_stands_in_for_a_model_that_fails_sense(
+async def test_sense_uses_a_heuristic_when_its_model_fails(
     nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.phases.sense.service.ESTIMATE_WITHIN_S", 2.0)

@@ -119,7 +119,7 @@ async def test_deleted_consumers_are_created_again_and_tasks_of_every_priority_e
     await complete(client)
 
 
-async def test_what_nothing_asks_for_is_created_again_at_the_next_look(
+async def test_an_unused_stream_is_created_again_at_the_next_check(
     nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upkeep, "CHECK_S", 0.1)
@@ -170,9 +170,10 @@ async def purge(stage: Stage) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("lose", "plan"), [(purge, []), (roll_up, [{"id": "a", "description": "a"}])])
-async def test_a_task_whose_messages_were_lost_ends_after_its_deadline_when_it_is_asked_for(
+async def test_a_status_request_ends_a_late_task_whose_messages_were_lost(
     stage: Stage, lose: Callable[[Stage], Awaitable[None]], plan: list[Any]
 ) -> None:
+    """The task ends after its deadline, once a client asks for its status."""
     for phase in ("sense", "scale", "evaluate"):
         await stage.phase(phase)  # type: ignore[arg-type]
     handle = await task_client.publish(stage.bus, TaskAd(domain="code", description="x", timeout_s=0.5), deltas=False)
@@ -200,7 +201,7 @@ async def has_ended(stage: Stage, task_id: str) -> bool:
     return (await stage.read(task_id)).ended
 
 
-async def test_a_late_task_that_still_waits_for_a_phase_is_left_alone(stage: Stage) -> None:
+async def test_a_status_request_does_not_end_a_late_task_that_waits_for_a_phase(stage: Stage) -> None:
     await stage.phase("sense")
     await stage.phase("evaluate")
     handle = await task_client.publish(stage.bus, TaskAd(domain="code", description="x", timeout_s=0.1), deltas=False)

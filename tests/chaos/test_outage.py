@@ -1,4 +1,4 @@
-"""The server goes and comes back: nobody is blamed for it, and nothing is lost."""
+"""The server stops and comes back: no node is blamed, and nothing is lost."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -18,7 +18,7 @@ SLOW_RETURN_S = 2.0
 
 
 @pytest.mark.slow
-async def test_a_host_that_is_slow_to_come_back_after_an_outage_is_not_taken_for_lost(server: NatsServer) -> None:
+async def test_a_host_that_reconnects_late_after_an_outage_is_not_lost(server: NatsServer) -> None:
     agent = Counting()
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(running_phases(server.url))

@@ -1,4 +1,4 @@
-"""Too much work is refused at once; what was accepted ends, without anybody's help."""
+"""Excess work is refused at once, and accepted tasks end without an operator."""
 
 import asyncio
 import time
@@ -141,7 +141,7 @@ async def test_a_full_intake_refuses_at_once_and_all_that_was_accepted_ends(bus:
 
 
 @pytest.mark.slow
-async def test_without_any_phase_the_intake_takes_so_many_and_keeps_them(bus: Bus) -> None:
+async def test_without_phases_the_intake_accepts_up_to_its_limit_and_keeps_them(bus: Bus) -> None:
     config = ClusterConfig(intake_limit=LIMIT)
     where = {"namespace": bus.subjects.namespace}
     async with running_phases(bus.connection.url, config=config, **where):

@@ -1,4 +1,4 @@
-"""SCALE dies or stops at each point of a plan: the parent ends once, and no subtask ran twice."""
+"""SCALE is killed or stopped at each point of a plan: the parent ends once, and no subtask runs twice."""
 
 import asyncio
 import signal
@@ -33,7 +33,7 @@ HEALTHY = [name for name in PHASES if name != "scale"]
 
 
 class Crash(NamedTuple):
-    """Where SCALE falls, and how the task is to end."""
+    """The point where SCALE crashes, and the expected state of the task."""
 
     point: str
     ends: str = "succeeded"
@@ -49,13 +49,13 @@ CRASHES: dict[str, Sequence[Crash]] = {
 
 
 class CrashScenario(Stage):
-    """A namespace where SCALE runs in a process that will fall, and everything else is well."""
+    """A namespace in which SCALE runs in a process that is killed or stopped."""
 
     def __init__(self, url: str, namespace: str, crash: Crash, how: signal.Signals, *, durable: bool) -> None:
         super().__init__(url, namespace)
         self.crash, self.how = crash, how
         self.runs: Counter[tuple[str, int]] = Counter()
-        """(task, attempt) -> how often it ran"""
+        """(task id, attempt) -> number of runs."""
         self.task = ad("all", context={"plan": [self._part(name) for name in PLAN]})
         self.family = [self.task.task_id, *(child_id(self.task.task_id, name) for name in PLAN)]
         self._durable = durable
@@ -88,7 +88,7 @@ class CrashScenario(Stage):
         return f"{job.description}({', '.join(job.inputs.values())})"
 
     async def inject(self) -> None:
-        """Submit the task and wait until SCALE has fallen over it."""
+        """Submit the task, and wait until SCALE has reached its crash point."""
         await task_client.publish(self.bus, self.task, deltas=False)
         if self.crash.ends == "cancelled":
             await until(lambda: self.runs, within_s=WITHIN_S, what="a subtask runs")
@@ -96,17 +96,17 @@ class CrashScenario(Stage):
         await self.child.wait_for("crashing")
 
     async def verify(self) -> None:
-        """Put a replica in the fallen one's place and see how all of it ends."""
+        """Start another replica, and check how the task and its subtasks end."""
         await self._stack.enter_async_context(running_phases(self.url, names=["scale"], namespace=self.namespace))
         record = await self._check()
-        if self.how is signal.SIGSTOP:  # now it goes on where it was
+        if self.how is signal.SIGSTOP:  # the stopped process goes on
             self.child.resume()
             await self.child.end()
             assert await self._check() == record, self.crash
 
     async def _check(self) -> TaskRecord:
-        """All have ended, as they should, nothing ran twice, and nothing is left over."""
-        await until(self._over, within_s=2 * WITHIN_S, what=f"{self.crash}: the end; heard: {self.tape()}")
+        """Check that all tasks have the right state, no attempt ran twice, and the streams are empty."""
+        await until(self._over, within_s=2 * WITHIN_S, what=f"{self.crash}: the end; messages: {self.tape()}")
         found = {name: await self._record(name) for name in self.family}
         record = found[self.task.task_id]
         assert record is not None
@@ -153,7 +153,8 @@ async def test_a_divided_task_survives_scale_killed_or_stopped_at_any_point(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", CRASHES)
-async def test_a_divided_task_survives_scale_killed_or_stopped_at_any_point_and_then_the_server(
+async def test_a_divided_task_survives_scale_and_then_the_server_at_any_point(
     when: str, server: NatsServer, namespace: str
 ) -> None:
+    """SCALE is killed or stopped first, then the server is killed and restarted."""
     await run_all(scenarios(CrashScenario, CRASHES[when], server.url, namespace, durable=True), server)

@@ -1,4 +1,4 @@
-"""Messages that cannot be handled, and one that kills: each is kept for an operator, and everybody else is served."""
+"""Messages that cannot be handled or kill their process: each becomes a dead letter, and other tasks go on."""
 
 import asyncio
 import re
@@ -63,7 +63,7 @@ KINDS = {
     "half a character": Kind(instead(b"count", rb"\ud800"), "surrogate"),
     "a control character": Kind(instead(b"count", b"\x1b[31m\x00"), "invalid character"),
     "nested too deeply": Kind(instead(b'"context":{}', b'"context":{"a":%s}' % DEEP), "nested too deeply"),
-    "nested where nobody looks": Kind(instead(b'{"ad"', b'{"what":%s,"ad"' % DEEP), "nested too deeply"),
+    "nested in an unknown field": Kind(instead(b'{"ad"', b'{"what":%s,"ad"' % DEEP), "nested too deeply"),
     "another shape": Kind(lambda _: b'[{"ad":1}]', "Expected `object`, got `array`"),
     "an integer for a text": Kind(instead(b'"count the words"', b"7"), r"Expected `str`, got `int` - at `\$\.ad"),
     "not a number": Kind(instead(b"55.5", b"NaN"), "invalid character"),
@@ -130,9 +130,10 @@ async def cluster(nats_url: str, namespace: str) -> AsyncIterator[Bus]:
         yield bus
 
 
-async def test_a_poison_message_of_every_kind_is_kept_in_every_phase_and_all_go_on_serving(
+async def test_every_kind_of_poison_message_is_dead_lettered_and_phases_go_on(
     cluster: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The bytes are kept, the task of each message ends as `dead_letter`, and later tasks succeed."""
     sizes, real = list[int](), base._decoder
     monkeypatch.setattr(base, "_decoder", lambda shape: _Measured(real(shape), sizes))
     sent: dict[str, tuple[str, Kind, bytes]] = {}
@@ -155,7 +156,7 @@ async def test_a_poison_message_of_every_kind_is_kept_in_every_phase_and_all_go_
     await settled(cluster, 0, "INTAKE")
     await settled(cluster, 0, "TASKS")
     ids = [subject.rsplit(".", 1)[1] for subject, (lane, *_) in sent.items() if lane in {"intake", "sense"}]
-    for task_id in ids:  # tasks come in here, and somebody may wait for them
+    for task_id in ids:  # a client may wait for a task of this stream
         assert await end_of(cluster, task_id) == "dead_letter", task_id
 
 
@@ -204,7 +205,7 @@ HEADERS = (
 )
 
 
-async def test_whatever_stands_in_headers_and_subjects_goes_no_further(cluster: Bus) -> None:
+async def test_malformed_headers_and_subjects_do_not_reach_other_messages(cluster: Bus) -> None:
     lanes = {lane: subject_of(cluster, lane, "t").encode()[:-1] for lane in LANES}
     rubbish = [
         with_headers(b"%sheaders-%d" % (lane, n), block, b"{]")
@@ -243,9 +244,7 @@ async def wait_for_letters_by_phase(bus: Bus, count: int) -> Counter[str]:
     return Counter(one.facts.phase for one in await admin.list_letters(bus, 10 * count))
 
 
-async def test_rubbish_in_the_place_of_a_hop_ends_the_task_and_whoever_waits_hears_it(
-    nats_url: str, namespace: str
-) -> None:
+async def test_an_undecodable_hop_ends_the_task_and_its_client_gets_the_error(nats_url: str, namespace: str) -> None:
     over = asyncio.Event()
 
     async def hold(_job: RunRequest) -> str:
@@ -276,12 +275,12 @@ async def _runs(bus: Bus, task_id: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deadly", ["sense", "scale"])
+@pytest.mark.parametrize("crashing_phase", ["sense", "scale"])
 async def test_a_task_that_kills_its_process_every_time_ends_and_its_neighbours_succeed(
-    deadly: Phase, nats_url: str, namespace: str, tmp_path: Path
+    crashing_phase: Phase, nats_url: str, namespace: str, tmp_path: Path
 ) -> None:
-    others = [phase for phase in PHASES if phase != deadly]
-    words = (sys.executable, "-m", "support.poison_process", nats_url, namespace, deadly)
+    others = [phase for phase in PHASES if phase != crashing_phase]
+    words = (sys.executable, "-m", "support.poison_process", nats_url, namespace, crashing_phase)
     env = {"PYTHONPATH": str(Path(__file__).parents[1])}
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(running_phases(nats_url, names=others, namespace=namespace))
@@ -297,14 +296,18 @@ async def test_a_task_that_kills_its_process_every_time_ends_and_its_neighbours_
             await until(lambda: process.out.count("died") > len(meanwhile), within_s=WITHIN_S, what="another death")
             meanwhile.append(await task_client.publish(bus, _neighbour(6 + len(meanwhile))))
 
-        with pytest.raises(DeadLettered, match=f"{deadly} could not handle the task: delivered 10 times"):
+        with pytest.raises(DeadLettered, match=f"{crashing_phase} could not handle the task: delivered 10 times"):
             await handle.content(2 * WITHIN_S)
 
         for neighbour in (*before, *behind, *meanwhile):
             assert await neighbour.content(WITHIN_S) == "done: count the words"
         (letter,) = await admin.list_letters(bus, 9)
-        assert (letter.facts.phase, letter.facts.task_id, letter.facts.deliveries) == (deadly, "killer", DEAD_AFTER + 1)
-        assert letter.facts.trail == ("" if deadly == "sense" else "sense match")
+        assert (letter.facts.phase, letter.facts.task_id, letter.facts.deliveries) == (
+            crashing_phase,
+            "killer",
+            DEAD_AFTER + 1,
+        )
+        assert letter.facts.trail == ("" if crashing_phase == "sense" else "sense match")
         assert process.out.count("died") == DEAD_AFTER
         assert await end_of(bus, "killer") == "dead_letter"
         await settled(bus, 0)

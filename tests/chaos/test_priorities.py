@@ -88,7 +88,7 @@ async def test_a_critical_task_overtakes_five_thousand_low_ones(server: NatsServ
 
 
 @RAISED
-def test_only_the_urgent_are_awarded_to_a_node_at_full_load(priority: Priority, raised: bool) -> None:
+def test_only_urgent_tasks_are_awarded_to_a_node_at_full_load(priority: Priority, raised: bool) -> None:
     task = envelope(ad(priority=priority), now=0)
     full = offer("h1", [Bid(node_id="n1", self_rating=0.9, load=1.0, backlog=13)])
     free = offer("h2", [Bid(node_id="n2", self_rating=0.1, load=0.2)])
@@ -98,9 +98,7 @@ def test_only_the_urgent_are_awarded_to_a_node_at_full_load(priority: Priority, 
 
 
 @RAISED
-def test_a_place_that_was_awarded_a_moment_ago_is_the_next_ones_only_if_urgent(
-    priority: Priority, raised: bool
-) -> None:
+def test_a_slot_of_a_recent_award_is_awarded_again_only_to_an_urgent_task(priority: Priority, raised: bool) -> None:
     only = offer("h1", [Bid(node_id="n1", load=0.9, backlog=7, free=2)])
 
     def verdict(taken: int) -> AuctionResult:
@@ -112,7 +110,7 @@ def test_a_place_that_was_awarded_a_moment_ago_is_the_next_ones_only_if_urgent(
     assert isinstance(verdict(2), Awarded if raised else AllBusy)
 
 
-def test_awards_of_a_moment_ago_spread_a_burst_over_equals() -> None:
+def test_recent_awards_spread_a_burst_over_equal_nodes() -> None:
     offers = [offer(f"h{n}", [Bid(node_id=f"n{n}", self_rating=0.9, free=16)]) for n in (1, 2)]
     taken: Counter[tuple[str, str, str]] = Counter()
     for number in range(20):
@@ -132,7 +130,7 @@ def test_an_award_is_held_against_a_node_no_longer_than_its_runs_are_long(bid: B
     assert award_hold_s(bid) == held_s
 
 
-async def test_the_last_places_of_a_backlog_are_for_the_urgent() -> None:
+async def test_the_last_places_of_a_backlog_are_for_urgent_tasks() -> None:
     bus = Bus("nats://127.0.0.1:1")
 
     def run(priority: Priority) -> Run:

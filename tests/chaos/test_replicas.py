@@ -1,4 +1,4 @@
-"""Three servers, three copies of everything: one of them is killed, and nothing that was accepted is lost."""
+"""Three servers and three replicas of each stream: one server is killed, and no accepted task is lost."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -55,21 +55,21 @@ async def test_every_stream_is_on_three_servers_and_tasks_end_on_them(cluster: N
 
 
 @pytest.mark.slow
-async def test_more_copies_of_what_is_there_are_the_operators_to_make(cluster: NatsCluster, client: Bus) -> None:
+async def test_existing_streams_get_no_more_replicas_without_an_operator(cluster: NatsCluster, client: Bus) -> None:
     assert await topology.apply(client, ClusterConfig()) == []
 
-    told = await topology.apply(client, THREE)
+    warnings = await topology.apply(client, THREE)
 
-    assert len(told) == len(await _copies(client))
-    assert all(sentence.endswith(": num_replicas is 1, designed 3") for sentence in told)
+    assert len(warnings) == len(await _copies(client))
+    assert all(sentence.endswith(": num_replicas is 1, designed 3") for sentence in warnings)
     assert set((await _copies(client)).values()) == {1}
     advice = [each.todo for each in await examine(client, THREE) if each.about == "streams"]
     assert all("nats stream edit" in todo for todo in advice)
 
 
 @pytest.mark.slow
-async def test_a_message_sent_again_while_its_first_sending_is_being_copied_is_stored_once(client: Bus) -> None:
-    """Replicas refuse a second sending of an id that is not yet stored; that is no answer for who sent it."""
+async def test_a_message_published_again_while_it_is_replicated_is_stored_once(client: Bus) -> None:
+    """Replicas refuse a message id that is being stored; the publisher retries until the first one is stored."""
     await topology.apply(client, THREE)
     subject = client.subjects.intake("public", "low", "t1")
 
@@ -126,9 +126,7 @@ async def _level(bus: Bus) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-async def test_the_doctor_names_the_server_that_is_down_and_says_when_too_few_are_left(
-    cluster: NatsCluster, client: Bus
-) -> None:
+async def test_doctor_names_the_server_that_is_down_and_a_lost_quorum(cluster: NatsCluster, client: Bus) -> None:
     await topology.apply(client, THREE)
     await until(lambda: _level(client), within_s=30, what="all copies are level")
     first, second, _ = sorted(

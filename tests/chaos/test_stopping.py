@@ -63,7 +63,7 @@ async def publish(bus: Bus, node_id: str | None = None) -> TaskHandle:
 
 
 @pytest.mark.slow
-async def test_what_a_stopped_process_had_in_hand_is_finished_by_another(
+async def test_another_process_finishes_the_work_of_a_stopped_process(
     nats_url: str, namespace: str, tmp_path: Path
 ) -> None:
     agent = Agent()
@@ -155,7 +155,7 @@ def config_of(port: int, password: str, folder: Path) -> str:
 
 
 @pytest.mark.slow
-async def test_every_service_that_is_shut_out_ends_so_that_it_is_started_again(
+async def test_every_service_that_the_server_rejects_exits_for_a_restart(
     guarded: tuple[str, asyncio.subprocess.Process, Path], tmp_path: Path
 ) -> None:
     url, server, conf = guarded

@@ -29,7 +29,7 @@ from loom.schemas.task import Limits, TaskAd, TaskResult
 WITHIN_S = 30
 
 
-class Town:
+class DelegatingCluster:
     """All phases, and hosts with one node of one slot each."""
 
     def __init__(self, on_bus: tuple[str, str], stack: AsyncExitStack) -> None:
@@ -37,7 +37,7 @@ class Town:
         self.stack = stack
         self.hosts: list[NodeHost] = []
 
-    async def open(self, agents: dict[str, Any], config: ClusterConfig | None = None) -> "Town":
+    async def open(self, agents: dict[str, Any], config: ClusterConfig | None = None) -> "DelegatingCluster":
         enter = self.stack.enter_async_context
         await enter(running_phases(self.url, namespace=self.namespace, config=config))
         for name, agent in agents.items():
@@ -73,9 +73,9 @@ class Town:
 
 
 @pytest.fixture
-async def town(on_bus: tuple[str, str]) -> Any:
+async def cluster(on_bus: tuple[str, str]) -> Any:
     async with AsyncExitStack() as stack:
-        yield Town(on_bus, stack)
+        yield DelegatingCluster(on_bus, stack)
 
 
 async def pass_on(job: RunRequest) -> str:
@@ -88,11 +88,11 @@ async def pass_on(job: RunRequest) -> str:
 
 
 @pytest.mark.slow
-async def test_all_delegate_to_each_other_at_full_concurrency_and_all_end(town: Town) -> None:
-    await town.open({"a": pass_on, "b": pass_on})
-    results = await asyncio.gather(*(town.result(f"parent {n} level 2") for n in range(8)))
+async def test_all_delegate_to_each_other_at_full_concurrency_and_all_end(cluster: DelegatingCluster) -> None:
+    await cluster.open({"a": pass_on, "b": pass_on})
+    results = await asyncio.gather(*(cluster.result(f"parent {n} level 2") for n in range(8)))
     assert [result.content for result in results] == ["((leaf leaf) (leaf leaf))"] * 8
-    await until(town.empty, what="nothing is left in TASKS")
+    await until(cluster.empty, what="nothing is left in TASKS")
 
 
 async def deeper(job: RunRequest) -> str:
@@ -100,15 +100,17 @@ async def deeper(job: RunRequest) -> str:
 
 
 @pytest.mark.parametrize("limits", [None, Limits(max_depth=1)])
-async def test_a_chain_deeper_than_the_limit_ends_with_an_error_that_says_so(town: Town, limits: Limits | None) -> None:
-    await town.open({"a": deeper, "b": deeper})
+async def test_a_chain_deeper_than_the_limit_ends_with_an_error_that_says_so(
+    cluster: DelegatingCluster, limits: Limits | None
+) -> None:
+    await cluster.open({"a": deeper, "b": deeper})
     most = limits.max_depth if limits else 2
-    handle = await town.submit("go", limits=limits)
+    handle = await cluster.submit("go", limits=limits)
     result = await handle.result(WITHIN_S)
     assert result.error is not None
     assert (result.state, result.error.code, result.attempts) == ("failed", "subtask_failed", 1)
     assert f"delegating once more would be {(most or 0) + 1} deep, and max_depth is {most}" in result.error.message
-    (child,) = await town.children(handle.task_id)
+    (child,) = await cluster.children(handle.task_id)
     assert (child.envelope.depth, child.state) == (1, "failed")
 
 
@@ -138,20 +140,20 @@ async def expert(job: RunRequest) -> str:
 
 @pytest.mark.slow
 async def test_a_model_delegates_by_a_tool_and_a_failure_is_a_tool_error(
-    town: Town, model: OpenAIServer, provider: OpenAIProvider
+    cluster: DelegatingCluster, model: OpenAIServer, provider: OpenAIProvider
 ) -> None:
     calls = (("delegate", '{"task": "two and two", "domain": "math"}'), ("delegate", '{"task": "fly"}'))
     model.script(Reply(tool_calls=calls, usage=(100, 20)), Reply(text="four, and we cannot fly", usage=(200, 30)))
-    await town.open({"boss": Boss(Agent(provider, tools=[two, delegate]))})
-    await town.host("expert", expert)
-    handle = await town.submit("do both", node_id="boss", token_budget=5000)
+    await cluster.open({"boss": Boss(Agent(provider, tools=[two, delegate]))})
+    await cluster.host("expert", expert)
+    handle = await cluster.submit("do both", node_id="boss", token_budget=5000)
     result = await handle.result(WITHIN_S)
     assert (result.content, result.prompt_tokens, result.completion_tokens) == ("four, and we cannot fly", 300, 50)
     told = [message["content"] for message in model.requests[-1].body["messages"] if message["role"] == "tool"]
     assert told[0] == "an expert's four"
     # The expert reports `subtask_failed` without a delegation of its own: that is the agent's failure.
     assert told[1].startswith("Error: SubtaskFailed: delegated work failed: agent_failed: ")
-    children = await town.children(handle.task_id)
+    children = await cluster.children(handle.task_id)
     assert {(each.envelope.ad.description, each.envelope.ad.domain, each.state) for each in children} == {
         ("two and two", "math", "succeeded"),
         ("fly", "", "failed"),
@@ -172,14 +174,14 @@ class Spender:
 
 @pytest.mark.parametrize(("budget", "code"), [(100, None), (99, "budget_exceeded"), (None, None)])
 async def test_tokens_of_delegated_work_count_against_the_task(
-    town: Town, budget: int | None, code: str | None
+    cluster: DelegatingCluster, budget: int | None, code: str | None
 ) -> None:
-    await town.open({"a": Spender(), "b": Spender()})
-    handle = await town.submit("all", token_budget=budget)
+    await cluster.open({"a": Spender(), "b": Spender()})
+    handle = await cluster.submit("all", token_budget=budget)
     result = await handle.result(WITHIN_S)
     assert (result.content, result.prompt_tokens, result.completion_tokens) == ("with a part", 80, 20)
     assert (result.error and result.error.code) == code
-    record = await town.record(handle.task_id)
+    record = await cluster.record(handle.task_id)
     assert record.envelope.budget == (0 if budget else None)
 
 
@@ -198,45 +200,45 @@ class Sleepers:
         return "slept"
 
 
-async def test_cancelling_a_parent_that_waits_cancels_what_it_has_delegated(town: Town) -> None:
+async def test_cancelling_a_parent_that_waits_cancels_what_it_has_delegated(cluster: DelegatingCluster) -> None:
     agent = Sleepers()
-    await town.open({"a": agent, "b": agent})
-    handle = await town.submit("all")
+    await cluster.open({"a": agent, "b": agent})
+    handle = await cluster.submit("all")
     await until(lambda: agent.began["1 1"], within_s=WITHIN_S, what="the part")
     assert (await handle.cancel()).state == "cancelled"
-    (child_id,) = (await town.record(handle.task_id)).delegated
+    (child_id,) = (await cluster.record(handle.task_id)).delegated
 
     async def over() -> bool:
-        return (await town.record(child_id)).state == "cancelled" and await town.empty()
+        return (await cluster.record(child_id)).state == "cancelled" and await cluster.empty()
 
     await until(over, within_s=WITHIN_S, what="the part is cancelled too")
 
     def idle() -> bool:
-        return not any(queue.busy for host in town.hosts for queue in host._queues.by_node.values())
+        return not any(queue.busy for host in cluster.hosts for queue in host._queues.by_node.values())
 
     await until(idle, within_s=WITHIN_S, what="all slots are free")
-    assert (await town.record(handle.task_id)).delegated == (child_id,)
+    assert (await cluster.record(handle.task_id)).delegated == (child_id,)
 
 
 @pytest.mark.slow
 async def test_a_host_lost_while_its_run_waits_is_replaced_and_its_part_cancelled(
-    town: Town, monkeypatch: pytest.MonkeyPatch
+    cluster: DelegatingCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 0.25)
     monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 2.0)
     agent = Sleepers()
-    await town.open({"a": agent})
-    handle = await town.submit("all")
+    await cluster.open({"a": agent})
+    handle = await cluster.submit("all")
     await until(lambda: agent.began["0 1"], within_s=WITHIN_S, what="the run")
     await until(lambda: agent.began["1 1"], within_s=WITHIN_S, what="the part, in the slot of who waits for it")
-    await town.host("b", agent)
-    first = town.hosts[0]
+    await cluster.host("b", agent)
+    first = cluster.hosts[0]
     first.bus.tasks.lost.set()
     first.bus.abort()
     await until(lambda: agent.began["0 2"], within_s=WITHIN_S, what="the second attempt")
     agent.wake.set()
     result = await handle.result(WITHIN_S)
     assert (result.content, result.node_id) == ("attempt 2: slept", "b")
-    await until(town.empty, within_s=WITHIN_S, what="nothing is left")
-    states = [child.state for child in await town.children(handle.task_id)]
+    await until(cluster.empty, within_s=WITHIN_S, what="nothing is left")
+    states = [child.state for child in await cluster.children(handle.task_id)]
     assert states == ["cancelled", "succeeded"]

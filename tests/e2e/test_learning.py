@@ -46,7 +46,7 @@ class Rewards:
         return [reward.score for reward in self.all if reward.node_id == node_id]
 
 
-class Town:
+class LearningCluster:
     """Phases that retry soon and give a silent host up soon."""
 
     def __init__(self, bus: Bus, url: str, namespace: str, stack: AsyncExitStack) -> None:
@@ -77,14 +77,14 @@ class Town:
 
 
 @pytest.fixture
-async def town(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Town]:
+async def cluster(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LearningCluster]:
     monkeypatch.setattr("loom.phases.evaluate.decisions.RETRY_DELAY_S", 0.01)
     monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 0.3)
     async with AsyncExitStack() as stack:
         config = ClusterConfig(max_attempts=4)
         await stack.enter_async_context(running_phases(nats_url, namespace=namespace, config=config))
         bus = await stack.enter_async_context(Bus(nats_url, namespace=namespace))
-        here = Town(bus, nats_url, namespace, stack)
+        here = LearningCluster(bus, nats_url, namespace, stack)
         await here.rewards.start(bus)
         yield here
 
@@ -103,53 +103,53 @@ async def hang(_job: RunRequest) -> str:
 
 
 @pytest.mark.slow
-async def test_who_fails_says_nothing_or_never_answers_loses_its_share_and_never_looks_successful(town: Town) -> None:
-    await town.host(node("failing", fail, code=0.9), node("empty", empty, code=0.9))
-    await town.silent_host("silent", 0.9)
-    await town.host(node("good", echo, code=0.5))
-    results = await town.work(80)
+async def test_a_node_that_fails_or_is_silent_loses_its_share_and_earns_no_success(cluster: LearningCluster) -> None:
+    await cluster.host(node("failing", fail, code=0.9), node("empty", empty, code=0.9))
+    await cluster.silent_host("silent", 0.9)
+    await cluster.host(node("good", echo, code=0.5))
+    results = await cluster.work(80)
 
     assert {result.node_id for result in results if result.success} == {"good"}
     assert all(result.success for result in results)
     for name in ("failing", "empty", "silent"):
-        scores = town.rewards.scores(name)
+        scores = cluster.rewards.scores(name)
         assert 1 <= len(scores) <= 30, name
         assert set(scores) == {0.0}, name
-    assert set(town.rewards.scores("good")) == {1.0}
-    firsts = [reward.node_id for reward in town.rewards.all if reward.attempt == 1]
+    assert set(cluster.rewards.scores("good")) == {1.0}
+    firsts = [reward.node_id for reward in cluster.rewards.all if reward.attempt == 1]
     assert firsts[-40:].count("good") >= 30, firsts
 
 
-async def test_a_mistake_of_the_client_fails_after_two_nodes_and_costs_none_of_them_anything(town: Town) -> None:
-    await town.host(*(node(name, call_invalid, code=0.9) for name in ("ann", "bob", "eve")))
-    results = await town.work(5)
+async def test_an_invalid_task_fails_after_two_nodes_and_costs_them_nothing(cluster: LearningCluster) -> None:
+    await cluster.host(*(node(name, call_invalid, code=0.9) for name in ("ann", "bob", "eve")))
+    results = await cluster.work(5)
 
     for result in results:
         assert result.error is not None
         assert (result.error.code, result.error.field) == ("invalid_task", "context.file")
         assert result.error.message == "the file sales.csv does not exist"
         assert result.attempts == 2
-    assert town.rewards.all == []
+    assert cluster.rewards.all == []
 
 
-async def test_a_node_that_calls_every_ad_invalid_loses_its_share_as_one_that_fails(town: Town) -> None:
-    await town.host(node("refusing", call_invalid, code=0.9), node("good", echo, code=0.5))
-    results = await town.work(40)
+async def test_a_node_that_calls_every_ad_invalid_loses_its_share_as_one_that_fails(cluster: LearningCluster) -> None:
+    await cluster.host(node("refusing", call_invalid, code=0.9), node("good", echo, code=0.5))
+    results = await cluster.work(40)
 
     assert {result.node_id for result in results} == {"good"}
     assert all(result.success for result in results)
-    assert set(town.rewards.scores("refusing")) == {0.0}
-    assert len(town.rewards.scores("refusing")) <= 15
-    assert set(town.rewards.scores("good")) == {1.0}
+    assert set(cluster.rewards.scores("refusing")) == {0.0}
+    assert len(cluster.rewards.scores("refusing")) <= 15
+    assert set(cluster.rewards.scores("good")) == {1.0}
 
 
 @pytest.mark.slow
-async def test_who_hangs_until_the_deadline_loses_its_share(town: Town) -> None:
-    await town.host(node("hanging", hang, code=0.9), node("good", echo, code=0.5))
-    results = await town.work(20, timeout_s=0.5)
+async def test_a_node_that_hangs_until_the_deadline_loses_its_share(cluster: LearningCluster) -> None:
+    await cluster.host(node("hanging", hang, code=0.9), node("good", echo, code=0.5))
+    results = await cluster.work(20, timeout_s=0.5)
     ends = Counter(result.success for result in results)
 
-    assert set(town.rewards.scores("hanging")) == {0.0}
+    assert set(cluster.rewards.scores("hanging")) == {0.0}
     assert ends[True] >= 8
     assert all(result.success for result in results[-4:])
 
@@ -174,23 +174,25 @@ async def test_sixteen_tasks_at_once_learn_hardly_less_than_one_at_a_time(nats_u
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 async def test_a_dishonest_bidder_hardly_wins_over_the_bus(nats_url: str) -> None:
-    world = World(4003, Setting(tasks=600, dishonest=True))
-    winners = await side_by_side(nats_url, world)
+    """An agent that claims 1.0 and succeeds in 20 % wins at most 5 % of later tasks; by chance it would win 12 %."""
+    world = World(4003, Setting(tasks=1200, dishonest=True))
 
-    assert winners[-300:].count(world.boaster or 0) <= 15
+    winners = await side_by_side(nats_url, world, at_once=4)  # 16 awards in a burst would be made without evidence
+
+    assert winners[-600:].count(world.boaster) <= 30
 
 
-async def test_a_domains_bias_is_read_under_the_key_it_is_written_under(town: Town) -> None:
+async def test_a_domains_bias_is_read_under_the_key_it_is_written_under(cluster: LearningCluster) -> None:
     """Whatever the wording of the domain, and in no other domain."""
-    await town.host(node("quick", echo))
+    await cluster.host(node("quick", echo))
 
     async def guess(domain: str) -> Spec:
         text = "Read the contract, list every clause that names a date, and say which of them is the next to come."
         ad = TaskAd(domain=domain, description=text)
-        assert (await (await task_client.publish(town.bus, ad, deltas=False)).result(WITHIN_S)).success
-        entry = await records(town.bus).get(ad.task_id)
+        assert (await (await task_client.publish(cluster.bus, ad, deltas=False)).result(WITHIN_S)).success
+        entry = await records(cluster.bus).get(ad.task_id)
         assert entry is not None
         assert entry.value.envelope.spec is not None
         return entry.value.envelope.spec

@@ -1,4 +1,4 @@
-"""A cluster beside the tests: phases and nodes in a thread of their own, for commands run in this process."""
+"""Phases and nodes in a background thread, for commands that run in this process."""
 
 import asyncio
 import threading

@@ -19,7 +19,7 @@ def call_for_bids(domain: str = "code", *, answer_to: str = "match-1.c1", **fact
 
 
 def ad(description: str = "add two numbers", **facts: Any) -> TaskAd:
-    """Return an ad in the domain `code` unless told otherwise."""
+    """Return an ad, by default in the domain `code`."""
     return TaskAd(description=description, **{"domain": "code", "estimated_complexity": 0.3, **facts})
 
 
@@ -31,17 +31,17 @@ def envelope(task: TaskAd | None = None, *, left_s: float = 60, now: float, **fa
 
 
 def awarded(env: Envelope, node_id: str = "n1", host_id: str = "h1", **facts: Any) -> Envelope:
-    """Return the envelope as MATCH hands it on."""
+    """Return the envelope with an award, as MATCH publishes it."""
     return replace(env, award=Award(node_id=node_id, host_id=host_id, score=0.7, **facts))
 
 
 def submission(task: TaskAd, **facts: Any) -> Submission:
-    """Return an ad on its way into the loop."""
+    """Return the submission of an ad."""
     return Submission(ad=task, **{"submission": new_id(), **facts})
 
 
 def reward(n: int, node: str = "n1", score: float = 1.0, **facts: Any) -> Reward:
-    """Return what the rules say of the first attempt at task `t<n>`, which ended at second `n`."""
+    """Return the reward of the source `rules` for the first attempt at task `t<n>`, which ended at second `n`."""
     wanted: dict[str, Any] = {"domain_token": "code", "tokens": 10, "seconds": 0.5, **facts}
     return Reward(
         reward_id=f"t{n}:1:rules", task_id=f"t{n}", attempt=1, node_id=node, score=score, ended_at=float(n), **wanted

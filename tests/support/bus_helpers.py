@@ -1,4 +1,4 @@
-"""What bus tests share: how connections are asked for, messages heard, envelopes made."""
+"""Helpers of the bus tests: connections, recorded messages, small envelopes."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any

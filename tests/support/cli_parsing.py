@@ -9,7 +9,7 @@ from loom.runner.cli.app import app
 
 
 def parse_command(words: Sequence[str]) -> str:
-    """Return the command's name that `words` (those after `loom`) name, or raise its usage error."""
+    """Return the first word of a command line that parses, or raise its usage error; `words` follow `loom`."""
     group: Any = typer.main.get_command(app)
     context = group.make_context("loom", list(words), resilient_parsing=False)
     first = ""

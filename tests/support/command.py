@@ -49,7 +49,7 @@ class Command:
             assert spoken or self.process.returncode is None, f"ended without {text!r}: {self.err}"
             return spoken
 
-        await until(said, within_s=WITHIN_S, what=f"{text!r} is said")
+        await until(said, within_s=WITHIN_S, what=f"{text!r} is printed")
         return self
 
     async def end(self, number: signal.Signals | None = None) -> Ended:

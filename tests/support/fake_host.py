@@ -21,7 +21,7 @@ class FakeHost:
     node_ids: tuple[str, ...] = ("n1",)
     owner: str = "local"
     nodes: tuple[AnnouncedNode, ...] = ()
-    """As announced; none: the ids alone."""
+    """As announced; empty: the ids alone."""
     offer: Callable[[CallForBids], Offer | None] | None = None
     run: Callable[["FakeRun"], Awaitable[None]] | None = None
     calls: list[CallForBids] = field(default_factory=list)
@@ -30,7 +30,7 @@ class FakeHost:
     seq: int = 0
 
     async def start(self) -> Self:
-        """Listen, then say that it is there."""
+        """Subscribe, then announce the host."""
         subjects = self.bus.subjects
         await self.bus.connection.subscribe(subjects.of("auction", "*"), self._on_call)
         await self.bus.connection.subscribe(subjects.of("run", self.owner, self.host_id), self._on_run)
@@ -41,11 +41,11 @@ class FakeHost:
         return self
 
     async def announce(self, **facts: Any) -> None:
-        """Say that it is there."""
+        """Publish an announcement of the host."""
         self.seq += 1
         nodes = self.nodes or tuple(AnnouncedNode(node_id=node) for node in self.node_ids)
-        said = HostAnnouncement(**{"seq": self.seq, "nodes": nodes, **facts})
-        await self.bus.connection.publish(self.bus.subjects.of("host", self.owner, self.host_id), said)
+        announcement = HostAnnouncement(**{"seq": self.seq, "nodes": nodes, **facts})
+        await self.bus.connection.publish(self.bus.subjects.of("host", self.owner, self.host_id), announcement)
 
     def bids(self, *bids: Bid) -> Offer:
         """Return an offer of these bids, or of one plain bid per node."""
@@ -81,7 +81,7 @@ class FakeHost:
 
 
 class FakeRun:
-    """One run request, and a mouth to answer it."""
+    """One run request, and methods that publish its events."""
 
     def __init__(self, bus: Bus, request: RunRequest, subject: str) -> None:
         self.bus, self.request, self.subject = bus, request, subject
@@ -93,7 +93,7 @@ class FakeRun:
         self.seq += 1
 
     async def succeed(self, content: str = "done", **facts: Any) -> None:
-        """Accept, start and end well."""
+        """Publish the events of a successful run."""
         await self.say("accepted")
         await self.say("started")
         await self.say("result", result=RunResult(content=content, **facts))

@@ -22,7 +22,7 @@ Loom = Callable[..., Ended]
 
 @contextmanager
 def commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Loom]:
-    """Yield what runs a command line; the environment is the test's to set."""
+    """Yield a function that runs a command line in the environment of the test."""
 
     def run(line: str) -> Ended:
         monkeypatch.setattr(sys, "argv", ["loom", *line.split()])
@@ -38,10 +38,10 @@ def commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     log_output.reset()
 
 
-def is_refused(loom: Loom, line: str, code: int, said: str) -> None:
-    """The command ends with this code, and all it says is one line of error that begins so."""
+def is_refused(loom: Loom, line: str, code: int, message: str) -> None:
+    """Check that the command ends with this code and prints one error line that begins with `message`."""
     ended = loom(line)
 
     assert (ended.code, ended.out) == (code, ""), ended
-    assert ended.err.startswith(said), ended
+    assert ended.err.startswith(message), ended
     assert ended.err.count("\n") == 1, ended

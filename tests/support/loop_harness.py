@@ -1,4 +1,4 @@
-"""A phase whose decisions a test makes, and looks at what it left in the streams."""
+"""A phase whose handler a test provides, and readers of what it leaves in the streams."""
 
 import asyncio
 import base64
@@ -23,7 +23,7 @@ Handle = Callable[[Any, Delivery], Awaitable[Outcome]]
 
 
 class Phase:
-    """A hop loop of its own with a handler to be replaced; by default it says Done."""
+    """A hop loop with a replaceable handler, which returns Done by default."""
 
     def __init__(self, bus: Bus, handle: Handle | None = None, **service: Any) -> None:
         self.bus = bus
@@ -59,7 +59,7 @@ async def _done(_message: Any, _delivery: Delivery) -> Outcome:
 
 
 class Phases:
-    """Starts phases, and stops them at the end."""
+    """Starts phases, and stops all of them in `stop`."""
 
     def __init__(self) -> None:
         self._stack = AsyncExitStack()
@@ -94,7 +94,7 @@ class Kept(NamedTuple):
 
 
 async def last(bus: Bus, stream: str, subject: str) -> Kept | None:
-    """The last message of a subject, which may hold wildcards."""
+    """Return the last message of a subject, which may hold wildcards."""
     try:
         answer = await bus.jetstream.api(f"STREAM.MSG.GET.{bus.subjects.stream(stream)}", {"last_by_subj": subject})
     except Refused:
@@ -116,12 +116,12 @@ async def hop(bus: Bus, phase: str, task_id: str = "t1") -> Kept:
 
 
 async def messages(bus: Bus, stream: str = "TASKS") -> int:
-    """How many messages a stream holds."""
+    """Return the number of messages of a stream."""
     return int((await topology.stream_state(bus, stream))["messages"])
 
 
 async def settled(bus: Bus, left: int = 0, stream: str = "TASKS") -> None:
-    """Wait until a stream holds so many messages."""
+    """Wait until a stream holds `left` messages."""
 
     async def so() -> bool:
         return await messages(bus, stream) == left
@@ -130,12 +130,12 @@ async def settled(bus: Bus, left: int = 0, stream: str = "TASKS") -> None:
 
 
 async def lane(bus: Bus, lane: Lane = SCALE_LANE) -> dict[str, Any]:
-    """What the server says of a lane."""
+    """Return the consumer info of a lane."""
     return await bus.jetstream.api(f"CONSUMER.INFO.{bus.subjects.stream(lane.stream)}.{lane.name}")
 
 
 async def deliver_in_vain(bus: Bus, times: int, lane: Lane = SCALE_LANE) -> None:
-    """Have the lane's next message delivered so many times, and give it back each time."""
+    """Have the next message of the lane delivered `times` times, and reject each delivery."""
     inbox, heard = bus.requests.new_inbox(), Heard()
     subscription = await bus.connection.subscribe(inbox, heard)
     subject = f"$JS.API.CONSUMER.MSG.NEXT.{bus.subjects.stream(lane.stream)}.{lane.name}"
@@ -148,7 +148,7 @@ async def deliver_in_vain(bus: Bus, times: int, lane: Lane = SCALE_LANE) -> None
 
 
 def record_answers(bus: Bus, lose: Callable[[bytes], bool] = lambda _: False) -> list[bytes]:
-    """What this connection answers to deliveries from now on; what `lose` picks never gets to the server."""
+    """Record the acknowledgements of this connection; those for which `lose` returns True are not sent."""
     answers: list[bytes] = []
     publish = bus.connection.publish
 
@@ -164,6 +164,6 @@ def record_answers(bus: Bus, lose: Callable[[bytes], bool] = lambda _: False) ->
 
 
 async def turns(count: int = 20) -> None:
-    """Let everything that can run, run."""
+    """Let every ready task of the event loop run."""
     for _ in range(count):
         await asyncio.sleep(0)

@@ -61,7 +61,7 @@ class Member:
             guard.end(self._pid, keep_folder=keep_folder)
 
     def looks(self, page: str) -> dict[str, Any]:
-        """What the server says of itself; empty when it says nothing."""
+        """Return a monitoring page of the server; empty when it does not answer."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self._http}/{page}", timeout=2) as answer:
                 said: dict[str, Any] = json.load(answer)

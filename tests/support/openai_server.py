@@ -33,7 +33,7 @@ class Reply:
     finish_reason: str | None = "auto"
     """auto: stop or tool_calls; None: a stream just ends."""
     usage: tuple[int, int] | str | None = "auto"
-    """(prompt tokens, completion tokens); auto: counted from the texts; None: never told."""
+    """(prompt tokens, completion tokens); auto: counted from the texts; None: left out."""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     body: str = ""
@@ -45,7 +45,7 @@ class Reply:
     cut_after: int | None = None
     """The connection breaks after so many events of a stream, or before anything else."""
     silent_after: int | None = None
-    """The server says nothing more after so many events of a stream."""
+    """Events of a stream after which the server sends nothing more."""
     no_choices: bool = False
     """A whole answer has none; a stream begins with an event without."""
     events: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class Request:
 Answerer = Callable[[Request], Reply]
 
 ERROR_EVENT = '{"error": {"message": "the engine stopped", "type": "server_error"}}'
-"""What a server says in a stream it cannot go on with."""
+"""An error event inside a stream."""
 
 
 class OpenAIServer:

@@ -1,4 +1,4 @@
-"""One phase or node host alone on a real bus, with the test playing everybody else."""
+"""One phase or node host on a real bus, with a test in the place of all other services."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -58,7 +58,7 @@ class Heard:
 
 
 class Stage:
-    """A namespace of its own: `bus` is a client's connection, and everything said is kept in `heard`.
+    """A namespace with a client's connection as `bus`, in which `heard` records every message.
 
     The tap is a subscriber on the whole namespace, so nothing here ever sees a "no responders" answer.
     """
@@ -74,7 +74,7 @@ class Stage:
         self._stack.push_async_callback(self._clear)
         await self._lay_out()
         await self.bus.connection.subscribe(self.bus.subjects.everything, self._hear)
-        await self.bus.requests.flush()  # others speak on connections of their own, which the server may read first
+        await self.bus.requests.flush()  # the server may read the connections of others first
         return self
 
     async def __aexit__(
@@ -83,7 +83,7 @@ class Stage:
         await self._stack.aclose()
 
     async def _lay_out(self) -> None:
-        """Make the topology at once and in memory: what `topology.apply` does, five times faster."""
+        """Create the topology concurrently and in memory, five times faster than `topology.apply`."""
         streams = topology.streams(self.bus, ClusterConfig())
         await asyncio.gather(
             *(self.bus.jetstream.api(f"STREAM.CREATE.{one['name']}", {**one, "storage": "memory"}) for one in streams)
@@ -92,7 +92,7 @@ class Stage:
         await self.bus.sync_clock()
 
     async def _clear(self) -> None:
-        """Leave no streams behind: the server is shared by the whole session."""
+        """Delete the streams, because all tests share the server."""
         streams = topology.streams(self.bus, ClusterConfig())
         await asyncio.gather(*(self.bus.jetstream.api(f"STREAM.DELETE.{one['name']}") for one in streams))
 
@@ -107,7 +107,7 @@ class Stage:
                 body = decode(body, shape)
             self.heard.append(Heard(parsed, body, dict(msg.headers or {})))
 
-    # -- who is there
+    # -- services
 
     async def connect(self, role: str, identity: Identity = LOCAL) -> Bus:
         """Return one more connection, closed when the stage is."""
@@ -135,7 +135,7 @@ class Stage:
         self._stack.push_async_callback(host.drain, 0)
         return host
 
-    # -- what is said
+    # -- publishing
 
     async def put(self, phase: Phase, envelope: Envelope) -> None:
         """Store an envelope on a phase's subject."""
@@ -171,10 +171,10 @@ class Stage:
         state = await topology.stream_state(self.bus, stream, subjects=subjects)
         return sum(state.get("subjects", {}).values()) if subjects else int(state["messages"])
 
-    # -- what was heard
+    # -- recorded messages
 
     def all(self, family: str, **tokens: str) -> list[Any]:
-        """Return the bodies heard of a family, oldest first; `phase`, `task_id`, … narrow it."""
+        """Return the recorded bodies of a family, oldest first; `phase`, `task_id` and other tokens filter them."""
         return [one.body for one in self._of(family, tokens)]
 
     def _of(self, family: str, tokens: dict[str, str]) -> list[Heard]:
@@ -189,7 +189,7 @@ class Stage:
         await until(
             lambda: len(self._of(family, tokens)) >= count,
             within_s=within_s,
-            what=f"{count} of {family} {tokens}; heard: {self.tape()}",
+            what=f"{count} of {family} {tokens}; messages: {self.tape()}",
         )
         return self.all(family, **tokens)[count - 1]
 
@@ -200,17 +200,17 @@ class Stage:
         async def empty() -> bool:
             return await self.pending(stream, subjects) == left
 
-        await until(empty, what=f"{stream} {phase} holds {left}; heard: {self.tape()}")
+        await until(empty, what=f"{stream} {phase} holds {left}; messages: {self.tape()}")
 
     async def hurry(self, lane: Lane, ack_wait_s: float) -> None:
-        """Have the server hand out again after so long what is neither settled nor in progress."""
+        """Set the acknowledgement wait of a lane."""
         config = {**topology.consumer(self.bus, lane), "ack_wait": int(ack_wait_s * 1e9)}
         stream = self.bus.subjects.stream(lane.stream)
         call = f"CONSUMER.CREATE.{stream}.{lane.name}.{config['filter_subject']}"
         await self.bus.jetstream.api(call, {"stream_name": stream, "config": config})
 
     async def reject(self, lane: Lane, times: int) -> None:
-        """Take the lane's next message and give it back, so often."""
+        """Fetch the next message of the lane and reject it, `times` times."""
         taken: list[Msg] = []
         pull = PullConsumer(
             self.bus.jetstream,
@@ -227,7 +227,7 @@ class Stage:
         await pull.stop()
 
     async def gate_measured(self) -> None:
-        """Wait until a full SENSE has measured its room twice more."""
+        """Wait until a full SENSE has read the size of its stream twice more."""
         asked: list[Msg] = []
 
         async def count(msg: Msg) -> None:
@@ -239,7 +239,7 @@ class Stage:
         self.bus.connection.unsubscribe(info)
 
     def tape(self) -> list[str]:
-        """Return the subjects heard, oldest first, for a failure's message."""
+        """Return the recorded subjects, oldest first, for the message of a failure."""
         return [".".join((one.parsed.family, *one.parsed.tokens.values())) for one in self.heard]
 
 
@@ -255,13 +255,13 @@ class Replica:
             await self.service.drain(0)
 
     def die(self) -> None:
-        """Stop as a killed process does: nothing is given back, nothing more is said."""
+        """Stop as a killed process does: no message is settled or published any more."""
         self.bus.tasks.lost.set()
         self.bus.abort()
 
 
 class Asker:
-    """A client that asks and collects every answer that comes, not only the first."""
+    """A client that sends requests and records every reply, not only the first."""
 
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
@@ -295,7 +295,7 @@ class Asker:
 
 
 async def quiet(bus: Bus, *others: Bus) -> None:
-    """Let everything that has been said be heard: a round trip of every connection, twice."""
+    """Wait until every published message has arrived: two round trips of each connection."""
     for one in (*others, bus) * 2:
         await one.requests.flush()
         await asyncio.sleep(0)

@@ -17,7 +17,7 @@ from support.wait import until
 
 
 async def event_subject(bus: Bus, host_id: str, take: Callable[[Msg], None] = lambda _: None) -> str:
-    """Return a new subject for the events of a run; they are handed to `take`."""
+    """Return a new subject for the events of a run; `take` is called with each."""
     subject = bus.subjects.of("event", "local", host_id, bus.instance, new_id())
     await bus.connection.subscribe_sync(subject, take)
     return subject
@@ -66,7 +66,7 @@ class Watcher:
         )
 
     def kinds(self) -> list[str]:
-        """The kinds heard, heartbeats left out."""
+        """Return the kinds of the recorded events, without heartbeats."""
         return [event.kind for event in self.events if event.kind != "heartbeat"]
 
     def has(self, kind: str) -> bool:
@@ -77,7 +77,7 @@ class Watcher:
         def found() -> list[RunEvent]:
             return [event for event in self.events if event.kind == kind]
 
-        await until(lambda: len(found()) >= count, within_s=within_s, what=f"{kind}; heard {self.kinds()}")
+        await until(lambda: len(found()) >= count, within_s=within_s, what=f"{kind}; recorded: {self.kinds()}")
         return found()[count - 1]
 
     async def code(self) -> str:

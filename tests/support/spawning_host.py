@@ -84,7 +84,7 @@ class SpawningHost:
             announcements = self.stage.all("host", host_id=self.host.host_id)
             return announcements[-1] if announcements and announcements[-1].node_ids == tuple(sorted(names)) else None
 
-        last = await until(announced, within_s=WITHIN_S, what=f"{names} are announced; heard: {self.stage.tape()}")
+        last = await until(announced, within_s=WITHIN_S, what=f"{names} are announced; messages: {self.stage.tape()}")
         assert last is not None
         return last
 
