@@ -32,12 +32,7 @@ def is_dated_ahead(profile: NodeProfile, at: float) -> bool:
 
 
 def apply_reward(
-    profile: NodeProfile,
-    reward: Reward,
-    seq: int,
-    *,
-    forget: bool = False,
-    weights: Mapping[str, float] = WEIGHTS,
+    profile: NodeProfile, reward: Reward, seq: int, *, forget: bool = False, weights: Mapping[str, float] = WEIGHTS
 ) -> NodeProfile:
     """Return `profile` after the reward at stream sequence `seq`.
 
@@ -66,8 +61,8 @@ def apply_reward(
     after = _with_entry(before, known, new, forget=forget)
     if after is before:
         return profile
-    is_new_task = reward.kind == "reward" and known is None
     domains = _newest({**profile.domains, reward.domain_token: after})
+    is_new_task = reward.kind == "reward" and known is None
     is_revised = reward.kind == "reward" and known is not None and _lost(known) != _lost(new)
     losses = _consecutive_losses(domains) if is_revised else profile.consecutive_losses
     if is_new_task:
