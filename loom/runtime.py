@@ -145,14 +145,18 @@ class Runtime(OpenRuntime):
         profile = profile_of(capabilities, getattr(agent, "tools", ()))
         takes = domains_of(domains)
         node_id = name or derived_name(agent, profile, [node.id for node in self.cluster.nodes])
+        self._free_name(node_id, replace=replace)
+        node = AgentNode(id=node_id, capabilities=profile, agent=agent, domains=takes)
+        self.cluster.add_node(node)
+        return node
+
+    def _free_name(self, node_id: str, *, replace: bool) -> None:
+        """Remove the node of this name, or refuse the name if `replace` is false."""
         if replace:
             self.cluster.remove_node(node_id)
         elif self.cluster.get_node(node_id) is not None:
             hint = f"choose another name, pass replace=True, or call remove_agent({node_id!r}) first"
             raise InvalidNode(f"there is another node {node_id}: {hint}", node_id=node_id)
-        node = AgentNode(id=node_id, capabilities=profile, agent=agent, domains=takes)
-        self.cluster.add_node(node)
-        return node
 
     def remove_agent(self, name: str) -> AgentNode:
         """Remove and return a node; it stops bidding, and its present runs continue to their end.
@@ -204,7 +208,7 @@ class Runtime(OpenRuntime):
         return self.lifecycle.check_all(self.cluster.nodes)
 
     async def nodes(self) -> list[NodeOverview]:
-        """Return every node of the cluster with its evidence in each domain; takes about half a second.
+        """Return every node of the cluster with its evidence in each domain; takes about a second.
 
         Raises:
             BusUnavailable: No server or no phases respond.

@@ -1,4 +1,4 @@
-"""What is known of each node and of its domains: announcements, profiles and recent auctions in one picture."""
+"""Overviews of nodes and their domains, from announcements, profiles and recent auctions."""
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +17,8 @@ from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile
 from loom.schemas.record import TaskRecord
 from loom.schemas.tokens import domain_token
 
-CALL_S = 0.4
-"""How long hosts have to announce themselves."""
+CALL_S = 1.2
+"""Seconds for hosts to announce themselves; a host that has just announced itself four times waits up to 1.1 s."""
 RECENT_TASKS = 200
 """Newest tasks in whose auctions self-ratings and the wording of domains are looked for."""
 NEWEST = 10
@@ -29,7 +29,7 @@ Z, PRIOR = 1.96, 4
 
 @dataclass(frozen=True)
 class Auctioned:
-    """What recent auctions show beside their winners."""
+    """Self-ratings and domains of recent auctions."""
 
     self_ratings: Mapping[tuple[str, str], float]
     """(node, qualified by its owner, token of a domain) -> the rating the node last gave itself."""
@@ -110,7 +110,7 @@ class NodeOverview:
 
 
 async def node_overviews(bus: Bus, config: ClusterConfig) -> list[NodeOverview]:
-    """Return every node that is alive or has a profile, those alive first; takes about half a second.
+    """Return every node that is alive or has a profile, those alive first; takes about a second.
 
     Args:
         config: Its limits decide which node is failing.

@@ -1,11 +1,11 @@
-"""The one place that builds and wires things: a bus, the phases on it, a node host."""
+"""Builds and connects everything else: phases on a bus, and node hosts with what starts their nodes."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple, Protocol
 
-from loom.agents.host.autoscaler import NodeAutoscaler
+from loom.agents.host.autoscaler import NodeAutoscaler, Skills
 from loom.agents.host.node_host import BACKLOG, SLOTS, NodeHost
 from loom.agents.host.slots import Node
 from loom.agents.llm.guarded_provider import GuardedProvider
@@ -70,10 +70,10 @@ class PhaseGroup:
     """Phases on one connection, started and stopped together.
 
     Args:
-        init: Also create the streams, buckets and consumers, as `loom init` does; else a start needs the streams, and
-            creates only the consumers of its own phases. What gets lost later is created again either way.
-        hosts_here: Whether all node hosts are in this process and start after the phases: else MATCH takes its first
-            task half a second after it has asked the hosts to announce themselves.
+        init: Whether to create the streams, buckets and consumers, as `loom init` does. Otherwise a start needs the
+            streams and creates the consumers of its own phases. Streams that get lost later are created in both cases.
+        hosts_here: Whether all node hosts are in this process and start after the phases. Otherwise MATCH asks the
+            hosts to announce themselves and takes its first task half a second later.
     """
 
     def __init__(
@@ -151,6 +151,47 @@ class PhaseGroup:
         return bool(started)
 
 
+@asynccontextmanager
+async def phases_on(
+    bus: Bus,
+    names: Sequence[Phase] = PHASES,
+    config: ClusterConfig | None = None,
+    llm: AnyProvider | None = None,
+    *,
+    patience_s: float = 0.0,
+    init: bool = True,
+    hosts_here: bool = False,
+) -> AsyncIterator[None]:
+    """Run phases on a connection while the body runs; the arguments are those of PhaseGroup and its `start`."""
+    group = PhaseGroup(bus, names, config, llm, init=init, hosts_here=hosts_here)
+    try:
+        await group.start(patience_s=patience_s)
+        yield
+    finally:
+        await group.drain()
+
+
+def build_host(
+    bus: Bus,
+    nodes: Callable[[], Sequence[Node]],
+    *,
+    slots: int = SLOTS,
+    backlog: int = BACKLOG,
+    max_nodes: int | None = None,
+    skills: Skills | None = None,
+) -> NodeHost:
+    """Return a node host, not yet started.
+
+    Args:
+        max_nodes: Most nodes the host may grow to by clones or skills; None: it starts none.
+        skills: As of NodeAutoscaler.
+    """
+    if max_nodes is None:
+        return NodeHost(bus, nodes, slots=slots, backlog=backlog)
+    autoscaler = NodeAutoscaler(bus, nodes, max_nodes=max_nodes, skills=skills)
+    return NodeHost(bus, autoscaler.nodes, slots=slots, backlog=backlog, spawner=autoscaler)
+
+
 class HostGroup(NamedTuple):
     """A node host with what belongs to it, started and stopped together."""
 
@@ -182,13 +223,11 @@ async def running_phases(
 ) -> AsyncIterator[Bus]:
     """Run phases on a connection of their own while the body runs; `init` is that of PhaseGroup."""
     role = names[0] if len(names) == 1 else "phases"
-    async with Bus(url, namespace=namespace, role=role, identity=identity, patience_s=patience_s) as bus:
-        group = PhaseGroup(bus, names, config, llm, init=init)
-        try:
-            await group.start(patience_s=patience_s)
-            yield bus
-        finally:
-            await group.drain()
+    async with (
+        Bus(url, namespace=namespace, role=role, identity=identity, patience_s=patience_s) as bus,
+        phases_on(bus, names, config, llm, patience_s=patience_s, init=init),
+    ):
+        yield bus
 
 
 @asynccontextmanager
@@ -214,9 +253,7 @@ async def running_nodes(
         await check_processes(bus)
 
         async def start() -> HostGroup:
-            spawner = None if max_nodes is None else NodeAutoscaler(bus, nodes, max_nodes=max_nodes)
-            hosted = nodes if spawner is None else spawner.nodes
-            host = NodeHost(bus, hosted, slots=slots, backlog=backlog, spawner=spawner)
+            host = build_host(bus, nodes, slots=slots, backlog=backlog, max_nodes=max_nodes)
             group = HostGroup(host, ServiceEndpoint(bus, ["node"], host.host_id))
             try:
                 await group.start()

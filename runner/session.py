@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakSet
 
-from loom.agents.host.autoscaler import NodeAutoscaler, Skills
+from loom.agents.host.autoscaler import Skills
 from loom.agents.host.node_host import NodeHost
 from loom.agents.host.slots import Node
 from loom.bus import task_client
@@ -26,7 +26,7 @@ from loom.bus.wire_version import WireMismatch
 from loom.runner import log_output
 from loom.runner.server.nats_server import NatsServer, embedded_server
 from loom.runner.server.store import log_store, log_unused_store
-from loom.runner.services import PhaseGroup
+from loom.runner.services import build_host, phases_on
 from loom.runner.settings import Settings, warn_of_misspelt_settings
 from loom.schemas.base import Undecodable, new_id
 from loom.schemas.config import ClusterConfig
@@ -62,7 +62,7 @@ class Session:
         nodes: Returns the nodes to host, read live.
         settings: Its `nats_url` decides: given, that server and the phases on it are used; empty, embedded ones.
         config: Rules the phases started here; others have their own.
-        llm: What SENSE may ask, where it is started here.
+        llm: Model of the phases SENSE, SCALE and EVALUATE that are started here.
         skills: Makes nodes of skills; given, nodes are started here on request, up to `config.max_nodes` in all.
         context: What runs and phases see of context variables; absent: the caller's. Each run has a copy of its own.
         parent: The session of the parent process, after a fork: its embedded server is used while its phases answer,
@@ -170,10 +170,8 @@ class Session:
         host_bus = await self._connect(self._url, "node")
         if self.bus.by_name:
             await check_processes(host_bus)
-        spawner: NodeAutoscaler | None = None
-        if self._skills is not None:
-            spawner = NodeAutoscaler(host_bus, self._hosted, max_nodes=self._config.max_nodes, skills=self._skills)
-        host = NodeHost(host_bus, self._hosted if spawner is None else spawner.nodes, spawner=spawner)
+        max_nodes = None if self._skills is None else self._config.max_nodes
+        host = build_host(host_bus, self._hosted, max_nodes=max_nodes, skills=self._skills)
         self._stack.push_async_callback(host.drain, self._config.drain_timeout_s)
         await host.start()
         self._host = host
@@ -295,10 +293,9 @@ class Session:
         self._server = await self._stack.enter_async_context(server)
         log_store(self._store)
         bus = await self._connect(self._server.url, "phases")
-        phases = PhaseGroup(bus, config=self._config, llm=self._llm, hosts_here=True)
-        self._stack.push_async_callback(phases.drain)
+        phases = phases_on(bus, config=self._config, llm=self._llm, hosts_here=True)
         try:
-            await phases.start()
+            await self._stack.enter_async_context(phases)
         except WireMismatch as error:
             raise error.in_store(self._store) from None
         return self._server.url

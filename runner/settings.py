@@ -50,8 +50,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     loom_event_loop: Annotated[str, Meta(pattern=r"^(auto|uvloop|asyncio)\Z")] = "auto"
     """LOOM_EVENT_LOOP. Event loop of the commands: auto, uvloop or asyncio; auto: uvloop where it is installed."""
     loom_store: str = ""
-    """LOOM_STORE. Folder in which a server started here keeps its streams; empty: for `loom up` a folder of the
-    namespace in the user's data folder, for all others a temporary one."""
+    """LOOM_STORE. Folder in which a server started here keeps its streams. Empty: `loom up` uses a folder of the
+    namespace in the user's data folder, all others a temporary folder."""
     loom_token: Annotated[str, Meta(pattern=r"^([A-Za-z0-9._~-]{16,256})?\Z")] = ""
     """LOOM_TOKEN. What a server started here asks of its clients: they connect to nats://TOKEN@host:port; empty:
     nothing."""
@@ -150,7 +150,7 @@ def misspelt(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def _pairs(value: str) -> dict[str, str]:
-    """What `name=value,name=value` says.
+    """Return the pairs of `name=value,name=value`.
 
     Raises:
         ValueError: It is something else, or names one twice.

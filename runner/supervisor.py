@@ -1,7 +1,7 @@
-"""Processes kept alive: their logs told apart, started again when they die, stopped together.
+"""Keeps processes running: labels their logs, restarts them when they die, and stops them together.
 
-Each child holds the read end of a pipe as its standard input. When the write end closes, because this process is
-gone, however it went, the child ends itself (`end_with_parent`): nothing is left behind.
+Each child holds the read end of a pipe as its standard input. The write end closes when this process ends for any
+reason. The child then ends itself (`end_with_parent`), so that no process is left behind.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ STOP_GRACE_S: Final = 5.0
 LINE_BYTES: Final = 64 * 1024
 """Longer lines of a log are cut in pieces."""
 LAST_WORDS_S: Final = 1.0
-"""For the output of a process that has ended; somebody else may hold its pipe open."""
+"""Seconds to read the output of a process that has ended; another process may hold its pipe open."""
 _COLOURS: Final = (36, 33, 32, 35, 34, 31)
 
 
@@ -161,8 +161,8 @@ class Supervisor:
 def labelled(names: Sequence[str]) -> Callable[[str, str], None]:
     """Return a function that writes a line of a program to standard error, with the program's name.
 
-    On a terminal the name stands in front of the line, in colour; elsewhere each line is one JSON object that holds the
-    name under `process`.
+    On a terminal the name stands in front of the line, in colour. Elsewhere each line is a JSON object with the name
+    under `process`.
     """
     if not sys.stderr.isatty():
         return lambda name, line: _write(with_process(name, line))

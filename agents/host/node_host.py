@@ -197,6 +197,11 @@ class NodeHost:
             return self.further is not None and self.further.is_new(node_id)
         return node_id not in self._announcer.announced and node.agent is not None
 
+    @property
+    def active_runs(self) -> int:
+        """Runs that are queued or in work here and on the further hosts."""
+        return len(self._runs.active()) + (self.further.active_runs if self.further is not None else 0)
+
     def hosts(self) -> "Iterator[NodeHost]":
         """Yield this host and the further ones."""
         host: NodeHost | None = self

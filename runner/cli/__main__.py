@@ -1,5 +1,5 @@
 """`python -m loom.runner.cli` is `loom`."""
 
-from loom.runner.cli.start import main
+from loom.runner.cli.process_start import main
 
 main()

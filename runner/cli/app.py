@@ -9,10 +9,9 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from loom.runner.cli.commands import dead, doctor, host, init, node, phase, reward, run, submit, tap, task, up
-from loom.runner.cli.groups import epilog
+from loom.runner.cli.command_groups import Commands, Group, epilog
+from loom.runner.cli.commands import backup, dead, doctor, host, init, node, phase, reward, run, submit, tap, task, up
 from loom.runner.cli.process_exit import end
 from loom.runner.cli.views.tables import one_line
 from loom.schemas.errors import LoomError
@@ -23,6 +22,8 @@ _EXITS = {
     "invalid_setting": 2,
     "invalid_task": 2,
     "no_evidence": 2,
+    "invalid_backup": 2,
+    "streams_exist": 2,
     "bus_unavailable": 3,
     "wire_mismatch": 3,
 }
@@ -37,7 +38,7 @@ EXAMPLES = """
 """
 
 
-class _InOrder(TyperGroup):
+class _InOrder(Group):
     """Lists the commands panel by panel, not commands first and groups second."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -47,9 +48,7 @@ class _InOrder(TyperGroup):
         return sorted(names, key=lambda name: panels.index(getattr(self.commands[name], "rich_help_panel", DAILY)))
 
 
-app = typer.Typer(
-    name="loom", cls=_InOrder, epilog=epilog(EXAMPLES), add_completion=False, pretty_exceptions_enable=False
-)
+app = Commands(name="loom", cls=_InOrder, epilog=epilog(EXAMPLES), add_completion=False, pretty_exceptions_enable=False)
 for command, examples in (
     (up.up, up.EXAMPLES),
     (run.run, run.EXAMPLES),
@@ -57,7 +56,7 @@ for command, examples in (
     (tap.tap, tap.EXAMPLES),
     (doctor.doctor, doctor.EXAMPLES),
 ):
-    app.command(rich_help_panel=DAILY, epilog=epilog(examples))(command)
+    app.add(command, examples, rich_help_panel=DAILY)
 for group, name in (
     (task.app, "task"),
     (node.app, "node"),
@@ -67,7 +66,9 @@ for group, name in (
     (dead.app, "dead"),
 ):
     app.add_typer(group, name=name, rich_help_panel=RESOURCES)
-app.command(rich_help_panel=ADMINISTRATION, epilog=epilog(init.EXAMPLES))(init.init)
+app.add(init.init, init.EXAMPLES, rich_help_panel=ADMINISTRATION)
+app.add(backup.backup, backup.EXAMPLES, rich_help_panel=ADMINISTRATION)
+app.add(backup.restore, backup.EXAMPLES, rich_help_panel=ADMINISTRATION)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,10 +1,11 @@
-"""What commands that look have in common: a connection to a cluster that is there, moments, rows, lines of JSON."""
+"""Shared parts of the commands: connections, options, and the format of times, rows and JSON."""
 
 import re
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,8 @@ from loom.bus.queries import FoundTask, find_task, recent_ids
 from loom.bus.topology import check_version, stream_state
 from loom.runner.cli.entry import DEFAULT_URL
 from loom.runner.cli.views.tables import printable
+from loom.runner.server.nats_server import embedded_server
+from loom.runner.server.store import check_unused
 from loom.runner.settings import Settings
 from loom.schemas.base import encode
 from loom.schemas.errors import BusUnavailable, UnknownTask
@@ -26,12 +29,12 @@ from loom.schemas.tokens import domain_token
 PATIENCE_S = 2.0
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 MANY = 20
-"""Entries of a list, unless asked for more."""
+"""Default number of entries of a list."""
 BARS = "▁▂▃▄▅▆▇█"
 SHORT_ID = 8
 """Digits of a shortened task id."""
 
-TaskId = Annotated[str, typer.Argument(metavar="ID", help="Id of the task; of a recent one its first 8 digits do.")]
+TaskId = Annotated[str, typer.Argument(metavar="ID", help="Id of the task; the first 8 digits of a recent one.")]
 AsLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
 
 
@@ -46,7 +49,7 @@ async def connected(settings: Settings) -> AsyncIterator[Bus]:
     """Connect to the server of NATS_URL as an operator.
 
     Raises:
-        BusUnavailable: No server, or one that no phase has ever run on.
+        BusUnavailable: There is no server, or no phase has ever run on it.
     """
     url = settings.nats_url or DEFAULT_URL
     async with Bus(
@@ -56,7 +59,24 @@ async def connected(settings: Settings) -> AsyncIterator[Bus]:
         await check_has_run(bus)
         yield bus
         if left_out := sum(bus.discards.counts.values()):
-            typer.echo(f"not shown, as they cannot be read: {left_out}", err=True)
+            typer.echo(f"unreadable messages that are not shown: {left_out}", err=True)
+
+
+def check_one_server(settings: Settings, store: Path | None) -> None:
+    """Refuse `--store` when NATS_URL names a server."""
+    if settings.nats_url and store is not None:
+        raise typer.BadParameter("NATS_URL names a server, and no other is started", param_hint="--store")
+
+
+@asynccontextmanager
+async def server_of(settings: Settings, store: Path | None) -> AsyncIterator[str]:
+    """Yield the address of the server of NATS_URL, or of a temporary server on the store folder."""
+    if store is None:
+        yield settings.nats_url or DEFAULT_URL
+        return
+    check_unused(store)
+    async with embedded_server(store, sync_interval=settings.loom_sync_interval or None) as server:
+        yield server.url
 
 
 async def resolve_task(bus: Bus, task_id: str) -> FoundTask:
@@ -76,10 +96,10 @@ async def resolve_task(bus: Bus, task_id: str) -> FoundTask:
 
 
 async def check_has_run(bus: Bus) -> None:
-    """Return if a phase has ever run here.
+    """Return when a phase has run in the namespace before.
 
     Raises:
-        BusUnavailable: No phase has ever run here.
+        BusUnavailable: No phase has run before.
     """
     try:
         await stream_state(bus, "REWARDS")
@@ -92,7 +112,7 @@ def seconds(text: str) -> float:
     """Return the seconds that `90s`, `10m`, `2h` or `1d` stand for.
 
     Raises:
-        typer.BadParameter: Not such a time.
+        typer.BadParameter: The text is not such a time.
     """
     parsed = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd])", text)
     if parsed is None:
@@ -111,13 +131,21 @@ def node_name(node: str | None) -> str | None:
 
 
 def clock(at: float) -> str:
-    """Return a moment in the reader's own time, with its day unless that is today."""
+    """Return a moment in local time, with its day unless that is today."""
     then, today = datetime.fromtimestamp(at), datetime.fromtimestamp(time.time())  # noqa: DTZ006 - the reader's own
     return then.strftime("%H:%M:%S" if then.date() == today.date() else "%d %b %H:%M")
 
 
+def age(duration_s: float) -> str:
+    """Return a duration in its largest unit: 12s, 5m, 3h, 2d."""
+    for unit, seconds_of_unit in reversed(UNITS.items()):
+        if duration_s >= seconds_of_unit:
+            return f"{int(duration_s / seconds_of_unit)}{unit}"
+    return "0s"
+
+
 def span(duration_s: float) -> str:
-    """Return a duration in three figures or so: 0.4 ms, 85 ms, 1.25 s, 63 s, 12 min."""
+    """Return a duration in about three digits: 0.4 ms, 85 ms, 1.25 s, 63 s, 12 min."""
     if duration_s < 0.01:  # noqa: PLR2004 - where milliseconds want a digit more
         return f"{duration_s * 1000:.1f} ms"
     if duration_s < 1:
@@ -133,7 +161,7 @@ def sparkline(scores: Iterable[float]) -> str:
 
 
 def add_row(table: Table, *cells: str | Text) -> None:
-    """Add cells as text: none of it is taken for markup, or steers the terminal."""
+    """Add cells as plain text, without markup and control characters."""
     table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells))
 
 

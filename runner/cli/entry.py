@@ -1,4 +1,4 @@
-"""From a command to a running coroutine: settings, event loop, signals, and connections that are gone for good."""
+"""Runs the coroutine of a command: settings, event loop, signals, and lost connections."""
 
 import asyncio
 import contextlib
@@ -28,18 +28,18 @@ LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 DEFAULT_URL = "nats://127.0.0.1:4222"
 FOREVER_S = float("inf")
-"""How patiently a service waits for its server."""
+"""How long a service waits for its server: without limit."""
 
 
 RARELY = (50_000, 20, 50)
-"""When garbage is collected: a message leaves many small objects behind, and none that only a collection would find."""
+"""Thresholds of the garbage collector: messages create many small objects, and almost none of them in cycles."""
 
 
 def prepare(log_level: str) -> Settings:
-    """Return the settings of this process, its logs set up; `log_level` rules unless LOOM_LOG_LEVEL does.
+    """Configure the logs and return the settings of this process; LOOM_LOG_LEVEL overrides `log_level`.
 
     Raises:
-        InvalidSetting: An environment variable does not fit.
+        InvalidSetting: The value of an environment variable is invalid.
     """
     settings = from_environment()
     log_output.configure(settings.loom_log_level or log_level)
@@ -48,13 +48,13 @@ def prepare(log_level: str) -> Settings:
 
 
 def loop_factory(wanted: str) -> LoopFactory:
-    """Return the function that makes the event loop.
+    """Return the function that creates the event loop.
 
     Args:
         wanted: auto, uvloop or asyncio.
 
     Raises:
-        InvalidSetting: uvloop is wanted and not installed.
+        InvalidSetting: uvloop is requested and not installed.
     """
     if wanted != "asyncio" and importlib.util.find_spec("uvloop"):
         factory: LoopFactory = importlib.import_module("uvloop").new_event_loop
@@ -67,14 +67,14 @@ def loop_factory(wanted: str) -> LoopFactory:
 
 
 def run_to_end(work: Coroutine[Any, Any, T], *, limit_s: float | None = None) -> T:
-    """Return what `work` returns, on the loop of LOOM_EVENT_LOOP. SIGTERM cancels it, and so does Ctrl-C.
+    """Run `work` on the loop of LOOM_EVENT_LOOP and return its result. SIGTERM and Ctrl-C cancel it.
 
     Args:
         limit_s: As of StopSignals, for work that runs user code.
 
     Raises:
-        SystemExit: SIGTERM came, and `work` has ended of it.
-        KeyboardInterrupt: SIGINT came, and `work` has ended of it.
+        SystemExit: SIGTERM has cancelled `work`.
+        KeyboardInterrupt: SIGINT has cancelled `work`.
     """
     new_loop = _chosen_loop(work)
     received: list[int] = []
@@ -96,20 +96,25 @@ def run_to_end(work: Coroutine[Any, Any, T], *, limit_s: float | None = None) ->
 
 
 def run_service(
-    work: Coroutine[Any, Any, None], *, limit_s: float | None = None, last_words: Callable[[], None] | None = None
+    work: Coroutine[Any, Any, None],
+    *,
+    limit_s: float | None = None,
+    last_words: Callable[[], None] | None = None,
+    on_stop: Callable[[], str] | None = None,
 ) -> None:
     """Run `work` until SIGINT or SIGTERM cancels it, which is its normal end; a second signal hurries its drain.
 
     Args:
         limit_s: As of StopSignals, for work that runs user code.
         last_words: As of StopSignals.
+        on_stop: As of StopSignals.
     """
     new_loop = _chosen_loop(work)
 
     async def until_signalled() -> None:
         loop = asyncio.get_running_loop()
         service = loop.create_task(work)
-        signals = StopSignals(loop, service.cancel, limit_s=limit_s, last_words=last_words or _nothing)
+        signals = StopSignals(loop, service.cancel, limit_s=limit_s, last_words=last_words or _nothing, on_stop=on_stop)
         with signals, contextlib.suppress(asyncio.CancelledError):
             await service
 
@@ -117,7 +122,7 @@ def run_service(
 
 
 def _chosen_loop(work: Coroutine[Any, Any, Any]) -> LoopFactory:
-    """Return what makes the loop of LOOM_EVENT_LOOP; where that is refused, `work` is closed."""
+    """Return the loop factory of LOOM_EVENT_LOOP; close `work` when the setting is refused."""
     try:
         return loop_factory(from_environment().loom_event_loop)
     except InvalidSetting:
@@ -126,7 +131,7 @@ def _chosen_loop(work: Coroutine[Any, Any, Any]) -> LoopFactory:
 
 
 def _run(main: Coroutine[Any, Any, T], new_loop: LoopFactory) -> T:
-    """Run `main` to its end. What user code raises in a task or a callback of its own ends neither loop nor process."""
+    """Run `main` to its end. Exceptions of user code in other tasks or callbacks end neither loop nor process."""
     gc.freeze()  # what has been imported stays
     gc.set_threshold(*RARELY)
     loop = new_loop()
@@ -149,13 +154,13 @@ def _run(main: Coroutine[Any, Any, T], new_loop: LoopFactory) -> T:
 
 
 def _log_fault(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log what asyncio has to report in our own form: its own prints texts of exceptions, secrets and all."""
+    """Log a report of asyncio without the texts of exceptions, which may hold secrets."""
     error = context.get("exception")
     log.error("task_failed", reason=context.get("message"), **(error_fields(error) if error is not None else {}))
 
 
 def _nothing() -> None:
-    """Leave without last words."""
+    """Do nothing."""
 
 
 async def unless_lost(bus: Bus, work: Coroutine[Any, Any, T]) -> T:
@@ -179,7 +184,7 @@ async def unless_lost(bus: Bus, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def until_lost(bus: Bus) -> None:
-    """Wait; a service that may go on for ever does so here.
+    """Wait without limit while a service works.
 
     Raises:
         BusUnavailable: The connection was closed for good.

@@ -1,4 +1,4 @@
-"""What a file of nodes opens before its nodes work, and closes after them."""
+"""The `lifespan` of a node file: opened before its nodes start, closed after them."""
 
 import asyncio
 import inspect
@@ -29,10 +29,10 @@ class InvalidLifespan(LoomError):
 
 
 def lifespan_of(given: Any) -> Lifespan:
-    """Return what a file calls `lifespan` as a function that returns an async context manager.
+    """Return the `lifespan` of a file as a function that returns an async context manager.
 
     Raises:
-        InvalidLifespan: It is something else.
+        InvalidLifespan: The object is something else.
     """
     if not callable(given) or inspect.iscoroutinefunction(given) or isinstance(given, type):
         raise InvalidLifespan(FORM)

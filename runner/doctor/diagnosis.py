@@ -94,7 +94,7 @@ async def jetstream(bus: Bus) -> Finding:
 
 
 def clock(offset_s: float) -> Finding:
-    """Judge this machine's clock beside the server's."""
+    """Compare the clock of this machine with that of the server."""
     text = f"{_apart(-offset_s)} the server's"
     if abs(offset_s) < CLOCK_S:
         return _ok("clock", text)
@@ -118,7 +118,7 @@ def _apart(seconds: float) -> str:
 
 
 def design(seen: Inspection, namespace: str) -> Iterator[Finding]:
-    """Judge streams, buckets and consumers beside the design."""
+    """Compare streams, buckets and consumers with the topology."""
     parts = [*seen.streams.values(), *seen.consumers.values()]
     missing = [part.name for part in parts if part.info is None and not part.silent]
     if len(missing) == len(parts):
@@ -219,7 +219,7 @@ def phases(there: list[ServiceInstance]) -> Iterator[Finding]:
 
 
 def node_hosts(hosts: list[AnnouncedHost]) -> Finding:
-    """Judge whether anybody is there to bid."""
+    """Check that a node can bid."""
     nodes = {(host.owner, node) for host in hosts for node in host.node_ids}
     if not nodes:
         return _warn("hosts", "no node is there to bid", 'add some: "loom host run FILE.py"')
@@ -238,7 +238,7 @@ def backlog(seen: Inspection, config: ClusterConfig) -> Iterator[Finding]:
     calm = True
     intake = sum(count for name, count in waiting.items() if name.startswith("intake_"))
     if intake >= FULL * config.intake_limit:
-        todo = "clients are told `overloaded` at the limit: add nodes, or raise LOOM_INTAKE_LIMIT"
+        todo = "clients get `overloaded` at the limit: add nodes, or raise LOOM_INTAKE_LIMIT"
         yield _warn("backlog", f"intake: {intake} of at most {config.intake_limit} wait", todo)
         calm = False
     for name, info in infos.items():
@@ -256,7 +256,7 @@ def backlog(seen: Inspection, config: ClusterConfig) -> Iterator[Finding]:
 
 
 async def stuck(bus: Bus, seen: Inspection) -> list[Finding]:
-    """Judge whether messages stay in the stream of hops that no phase will ever get; no finding where none do."""
+    """Check for messages in the stream of tasks that no phase will receive; without any there is no finding."""
     if any(seen.consumers[lane.name].info is None for lane in topology.TASK_LANES):
         return []  # `design` reports it
     orphans = (await find_orphans(bus)).orphans
@@ -267,7 +267,7 @@ async def stuck(bus: Bus, seen: Inspection) -> list[Finding]:
 
 
 def dead(seen: Inspection, stream: str) -> Finding:
-    """Judge whether dead letters wait for somebody to look at them."""
+    """Check that no dead letters wait for an operator."""
     part = seen.streams[stream]
     count = int(part.info["state"]["messages"]) if part.info is not None else 0
     if not count:

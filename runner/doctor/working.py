@@ -1,4 +1,4 @@
-"""Whether phases that answer also work: what they report beside what waits for them on the server."""
+"""Checks that phases that answer also work: their reports against the messages that wait on the server."""
 
 import asyncio
 from collections.abc import Iterator

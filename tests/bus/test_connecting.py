@@ -167,7 +167,7 @@ async def test_each_server_gets_its_own_credentials() -> None:
 @pytest.mark.parametrize(
     ("line", "url", "words"),
     [
-        ("phase sense", "http://127.0.0.1:1", "the server's address begins with neither nats:// nor tls://"),
+        ("phase run sense", "http://127.0.0.1:1", "the server's address begins with neither nats:// nor tls://"),
         ("up --processes", "nats://u:s3cr,et@127.0.0.1:1", "write a comma as %2C"),
         ("doctor", "nats://127.0.0.1:99999", "is not a number from 1 to 65535"),
     ],

@@ -160,6 +160,11 @@ async def _ended(cluster: Cluster, task_id: str) -> TaskRecord | None:
         ("dead retry 99", 1, "unknown_letter: there is no dead letter 99"),
         ("dead show 99", 1, "unknown_letter: there is no dead letter 99"),
         ("dead rm 99", 1, "unknown_letter: there is no dead letter 99"),
+        ("dead retry", 2, "bad_usage: Invalid value for SEQ: give the numbers of letters, or --all"),
+        ("dead rm 1 --all", 2, "bad_usage: Invalid value for SEQ: give the numbers of letters, or --all"),
+        ("dead rm 1 --phase scale", 2, "bad_usage: Invalid value for --phase: --phase and --code need --all"),
+        ("dead ls --phase brew", 2, "bad_usage: Invalid value for --phase: 'brew' is not one of sense"),
+        ("dead ls --code odd", 2, "bad_usage: Invalid value for --code: 'odd' is not one of undecodable"),
         ("dead show 0", 2, "bad_usage: "),
         ("dead show one", 2, "bad_usage: "),
         ("dead bury 1", 2, "bad_usage: No such command 'bury'"),
@@ -202,3 +207,42 @@ def test_dead_alone_says_what_there_is(loom: Loom) -> None:
     ended = loom("dead")
     assert ended.code == 0
     assert all(word in ended.out for word in ("ls", "show", "retry", "rm"))
+
+
+def test_letters_are_selected_by_phase_and_code(here: Cluster, loom: Loom) -> None:
+    def listed(options: str) -> list[tuple[str, str]]:
+        letters = [json.loads(line) for line in loom(f"dead ls --json {options}").out.splitlines()]
+        return [(letter["phase"], letter["code"]) for letter in letters[:4]]
+
+    assert listed("--all") == [
+        ("sense", "undecodable"),
+        ("match", "undecodable"),
+        ("scale", "incomplete"),
+        ("execute", "incomplete"),
+    ]
+    assert listed("--phase match") == [("match", "undecodable")]
+    assert listed("--code incomplete") == [("scale", "incomplete"), ("execute", "incomplete")]
+    assert loom("dead ls --phase adapt").out == "no dead letters\n"
+    assert "reason   undecodable" in loom("dead show --all --phase match").out
+
+
+@pytest.mark.slow
+def test_all_selected_letters_are_removed(nats_url: str, loom: Loom, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NATS_URL", nats_url)
+    with background_cluster(nats_url, namespace := f"t{secrets.token_hex(4)}", []) as cluster:
+        monkeypatch.setenv("LOOM_NAMESPACE", namespace)
+        for phase in ("match", "match", "scale"):
+            cluster.do(_publish_garbage(cluster, phase))
+        cluster.do(_kept(cluster, 3))
+        refused = loom("dead retry --all --phase scale")
+        removed = loom("dead rm --all --phase match")
+        left = loom("dead ls --json").out
+
+    assert (refused.code, refused.err.count("dead_letter: letter")) == (1, 1)
+    assert removed.out.count(" removed\n") == 2
+    assert [json.loads(line)["phase"] for line in left.splitlines()] == ["scale"]
+
+
+async def _publish_garbage(cluster: Cluster, phase: str) -> None:
+    subject = cluster.bus.subjects.of("task", phase, "normal", secrets.token_hex(4))
+    await cluster.bus.jetstream.publish(subject, b"\xff")

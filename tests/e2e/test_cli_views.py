@@ -310,7 +310,7 @@ async def test_a_tap_tells_the_past_and_goes_on_with_what_it_was_asked_for(here:
         ("reward add nosuch 1", 1, "unknown_task: "),
         ("reward add t1 1.5", 2, "invalid_task: score must be from 0 to 1"),
         ("reward add going 1", 2, "invalid_task: only a task that a node has finished"),
-        ("task ls --state lost", 2, "bad_usage: Invalid value for --state: 'lost' is not one of running"),
+        ("task ls --state lost", 2, "bad_usage: Invalid value for --state: 'lost' is not one of queued"),
         ("tap --since soon", 2, "bad_usage: Invalid value: 'soon' is not a time; write it like 90s"),
         ("tap --phase brew", 2, "bad_usage: Invalid value for --phase: 'brew' is not one of sense"),
         ("reward ls --node a.b.c", 2, "invalid_task: owner must match"),
@@ -363,7 +363,89 @@ def test_an_empty_cluster_is_told_in_a_sentence(
         tasks, rewards, nodes = loom("task ls"), loom("reward ls"), loom("node ls")
         assert loom("task ls --json") == loom("reward ls --json") == loom("node ls --json") == (0, "", "")
 
-    assert tasks == (0, 'no tasks yet: hand one in with `loom submit "what is to do"`\n', "")
+    assert tasks == (0, 'no tasks yet: submit one with `loom submit "what is to do"`\n', "")
     assert rewards == (0, "no rewards yet: they come with the first ended task\n", "")
     assert nodes == (0, "no nodes are alive or remembered: start some with `loom host run FILE.py`\n", "")
     assert threading.active_count() < 10
+
+
+def test_a_task_list_shows_phase_and_age_and_queued_tasks_as_queued(here: Cluster, loom: Loom) -> None:
+    ad = TaskAd(task_id="unplaced", node_id="absent", description="An Invoice to check")
+    here.do(_publish(here, ad))
+    here.do(until(lambda: _is_known(here, "unplaced"), what="the task is admitted"))
+
+    listed = [json.loads(line) for line in loom("task ls --text INVOICE --json").out.splitlines()]
+    assert [(task["task_id"], task["queued"]) for task in listed] == [("unplaced", True)]
+    assert re.search(r"\d+s +unplaced +queued +.*(match|later|sense)? +An Invoice", loom("task ls --text invoice").out)
+    assert re.search(r"going +running .* execute +go on", loom("task ls --state running").out)
+    assert "unplaced" not in loom("task ls --state running").out
+    assert "unplaced" in loom("task ls --state queued").out
+    assert loom("task ls --text nowhere").out == "no such task among those of the last 72 hours\n"
+    here.do(task_client.cancel(here.bus, "unplaced"))
+
+
+async def _publish(cluster: Cluster, ad: TaskAd) -> None:
+    await (await task_client.publish(cluster.bus, ad)).close()
+
+
+async def _is_known(cluster: Cluster, task_id: str) -> bool:
+    """Whether MATCH has the task."""
+    state = (
+        await cluster.bus.jetstream.api(
+            f"STREAM.INFO.{cluster.bus.subjects.stream('TASKS')}", {"subjects_filter": f"*.*.match.*.{task_id}"}
+        )
+    )["state"]
+    return bool(state.get("subjects"))
+
+
+@pytest.mark.slow
+async def test_a_task_list_follows_changes(here: Cluster, tmp_path: Path) -> None:
+    where = {"NATS_URL": here.url, "LOOM_NAMESPACE": here.namespace}
+    async with command(tmp_path, *LOOM, "task", "ls", "--follow", "--text", "followed", **where) as tasks:
+        await tasks.says("no such task")
+        for task_id in ("followed-1", "unseen"):
+            ad = TaskAd(task_id=task_id, description="x", domain="quiet", node_id="good")
+            await asyncio.to_thread(here.do, _publish(here, ad))
+        await tasks.says("succeeded")
+        ended = await tasks.end(signal.SIGINT)
+
+    assert ended.code == 130
+    assert re.search(r"followed-1 +succeeded +quiet +good +x", ended.out)
+    assert "unseen" not in ended.out
+
+
+def test_a_node_is_shown_with_a_row_for_each_domain(here: Cluster, loom: Loom) -> None:
+    shown = loom("node show good").out
+
+    assert re.match(r"good  \w+\nhosts: \w+\n\d+ tasks, 0 failures in a row", shown)
+    assert re.search(r"loud +0\.80 +\d\.\d\d ±\d\.\d\d", shown)
+    assert json.loads(loom("node show good --json").out)["node_id"] == "good"
+    assert loom("node show nosuch").err.startswith("unknown_node: no node nosuch is alive or remembered")
+
+
+@pytest.mark.slow
+async def test_a_stopping_host_says_at_once_what_it_has_in_hand(here: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "endless.py").write_text(
+        "import asyncio\n"
+        "from loom.types import AgentNode, CapabilityProfile\n"
+        "async def work(description: str) -> str: await asyncio.sleep(600); return 'x'\n"
+        "nodes = [AgentNode(id='endless', capabilities=CapabilityProfile(scores={'t': 0.9}), agent=work)]\n"
+    )
+    where = {"NATS_URL": here.url, "LOOM_NAMESPACE": here.namespace, "LOOM_DRAIN_TIMEOUT_S": "1"}
+    async with command(tmp_path, *LOOM, "host", "run", str(tmp_path / "endless.py"), **where) as host:
+        await host.says("endless on nats")
+        ad = TaskAd(task_id="long", description="x", domain="t", node_id="endless")
+        await asyncio.to_thread(here.do, _publish(here, ad))
+        await asyncio.to_thread(here.do, until(lambda: _runs(here, "long"), what="the run has begun"))
+        ended = await host.end(signal.SIGINT)
+        await asyncio.to_thread(here.do, task_client.cancel(here.bus, "long"))
+
+    assert "stopping: 1 run in hand, waiting up to 1 s; Ctrl-C again stops at once" in ended.err
+
+
+async def _runs(cluster: Cluster, task_id: str) -> bool:
+    try:
+        record = await task_client.record(cluster.bus, task_id)
+    except UnknownTask:
+        return False
+    return record is not None and record.claim.attempt > 0

@@ -159,7 +159,17 @@ def test_a_file_that_the_user_of_the_image_may_not_read_is_named(images: None, t
     (closed / "agents.py").write_text("nodes = []")
     tmp_path.chmod(0o755)
     refused = subprocess.run(  # noqa: PLW1510 - the exit code is what is looked at
-        ["docker", "run", "--rm", "--volume", f"{tmp_path}:/given:ro", "loom", "node", "/given/closed/agents.py"],
+        [
+            "docker",
+            "run",
+            "--rm",
+            "--volume",
+            f"{tmp_path}:/given:ro",
+            "loom",
+            "host",
+            "run",
+            "/given/closed/agents.py",
+        ],
         capture_output=True,
         text=True,
     )

@@ -103,7 +103,7 @@ def test_a_node_with_a_new_name_takes_its_evidence_along_once(here: Cluster, loo
     assert moved.code == 0, moved
     assert re.fullmatch(r"acme\.coder → beta\.writer: code [01]\.\d\d of 2 rewards, as one observation\n", moved.out)
     here.do(until(lambda: _inherited(here), what="the evidence has moved"))  # type: ignore[arg-type]
-    assert loom("node move acme.coder beta.writer").out.endswith("handed on before\n")
+    assert loom("node move acme.coder beta.writer").out.endswith("moved before\n")
     here.do(_one_inheritance(here))
 
 

@@ -53,7 +53,7 @@ async def test_closed_standard_streams_are_as_good_as_dev_null(
 def test_the_numbers_of_closed_streams_are_taken_and_printing_goes_nowhere() -> None:
     code = (
         "import os, socket, sys\n"
-        "from loom.runner.cli.start import open_standard_streams\n"
+        "from loom.runner.cli.process_start import open_standard_streams\n"
         "open_standard_streams()\n"
         "assert socket.socket().fileno() > 2\n"
         "print('lost'); print('lost', file=sys.stderr); assert sys.stdin.read() == ''\n"

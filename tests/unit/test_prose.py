@@ -38,8 +38,7 @@ class Limits:
 
 
 PENDING: dict[str, Limits] = {
-    "phases": Limits(dialect=0.6, too_long=6),
-    "runner": Limits(dialect=4.2, too_long=1),
+    "phases": Limits(dialect=0.5, too_long=6),
 }
 """Folders that do not pass yet, with their present numbers: lower them, never raise them."""
 

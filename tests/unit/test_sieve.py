@@ -123,7 +123,7 @@ def test_a_task_comes_with_its_parts_and_theirs() -> None:
 
 def test_what_ended_before_a_tap_is_known_to_be_a_part_of_its_task() -> None:
     sieve = MessageFilter(task="t1")
-    sieve.hear_of(part("c1", of="t1").message)
+    sieve.remember_subtask(part("c1", of="t1").message)
 
     assert through(sieve, result("c1"), result("c2")) == [0]
 
@@ -267,3 +267,16 @@ def test_a_node_is_asked_for_with_its_owner() -> None:
     assert all(MessageFilter(node="acme.coder").passes(one) for one in every)
     assert not any(MessageFilter(node="coder").passes(one) for one in every)
     assert "acme.coder" in MessageLines(Console(file=io.StringIO()))(rewarded)
+
+
+def test_heartbeats_and_probes_pass_only_where_routine_messages_are_wanted() -> None:
+    traffic = (
+        seen(HostAnnouncement(nodes=nodes("n1")), "host", "local", "h"),
+        seen(b"", "hosts"),
+        seen(b"", "status", "probe-1a2b3c4d"),
+        seen(b"", "status", "t1"),
+        hop("t1"),
+    )
+
+    assert through(MessageFilter(routine=False), *traffic) == [3, 4]
+    assert through(MessageFilter(), *traffic) == [0, 1, 2, 3, 4]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from support.strategies import messages
 
-from loom.runner.cli.views.task_timeline import attempts, handed_in_at, tries, turns
+from loom.runner.cli.views.task_timeline import attempts, submitted_at, tries, turns
 from loom.schemas.envelope import MAX_HOPS, Claim, Envelope, FailedAttempt, Hop, Split
 from loom.schemas.learning import Reward
 from loom.schemas.record import TaskRecord
@@ -69,8 +69,8 @@ def test_a_running_task_has_the_turns_it_had() -> None:
 def test_a_subtask_begins_with_its_admission() -> None:
     split = Split(parent="p", depth=1, deadline=1300.0)
 
-    assert handed_in_at(record(envelope())) == 1000.0
-    assert handed_in_at(record(envelope(split=split))) == 1001.0
+    assert submitted_at(record(envelope())) == 1000.0
+    assert submitted_at(record(envelope(split=split))) == 1001.0
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from rich.text import Text
 from loom.bus.bus import Bus
 from loom.bus.dead_letters import admin
 from loom.bus.dead_letters.admin import Letter, UnknownLetter
+from loom.runner.cli.command_groups import command_group
 from loom.runner.cli.common import MANY, AsLines, add_row, clock, connected, print_json
 from loom.runner.cli.entry import prepare, run_to_end
-from loom.runner.cli.groups import command_group, epilog
 from loom.runner.cli.views.tables import console, one_line, printable, short, table_of
 from loom.runner.settings import Settings
 from loom.schemas.base import encode
@@ -41,7 +41,6 @@ EXAMPLES = """
     loom dead rm 7 8
 """
 
-app = command_group("List, show, retry and remove messages that could not be handled.", EXAMPLES)
 
 Sequences = Annotated[
     list[int] | None,
@@ -100,7 +99,6 @@ async def _selected(bus: Bus, seqs: Sequence[int], wanted: LetterFilter) -> list
     return [letter for letter in await admin.list_letters(bus, MOST) if wanted.matches(letter)]
 
 
-@app.command(epilog=epilog(EXAMPLES))
 def ls(
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Most letters to list.")] = MANY,
     is_all: Annotated[bool, typer.Option("--all", help="List all letters, whatever --limit is.")] = False,
@@ -137,7 +135,6 @@ def _table(letters: Sequence[Letter]) -> Table:
     return table
 
 
-@app.command()
 def show(
     seqs: Sequences = None,
     is_all: All = False,
@@ -218,7 +215,6 @@ def escaped(raw: bytes) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-@app.command()
 def retry(seqs: Sequences = None, is_all: All = False, phase: PhaseName = None, code: Code = None) -> None:
     """Submit the tasks of dead letters again, as new tasks, and remove the letters."""
     _for_each(_retry, seqs or (), _filter_of(phase, code), is_all=is_all)
@@ -228,7 +224,6 @@ async def _retry(bus: Bus, seq: int) -> str:
     return f"letter {seq} submitted again as task {await admin.retry_letter(bus, seq)}"
 
 
-@app.command()
 def rm(seqs: Sequences = None, is_all: All = False, phase: PhaseName = None, code: Code = None) -> None:
     """Remove dead letters. Their tasks have ended."""
     _for_each(_remove, seqs or (), _filter_of(phase, code), is_all=is_all)
@@ -273,3 +268,6 @@ async def _act(
     if not letters:
         typer.echo("no dead letters")
     return succeeded
+
+
+app = command_group("List, show, retry and remove messages that could not be handled.", EXAMPLES, ls, show, retry, rm)

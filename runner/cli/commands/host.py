@@ -17,10 +17,10 @@ from loom.bus.logs import left_out
 from loom.bus.logs.left_out import LeftOut
 from loom.bus.logs.logger import get_logger
 from loom.bus.service_discovery import health_reports
+from loom.runner.cli.command_groups import command_group
 from loom.runner.cli.common import AsLines, add_row, connected, print_json
 from loom.runner.cli.entry import DEFAULT_URL, FOREVER_S, prepare, report_ready, run_service, run_to_end, until_lost
 from loom.runner.cli.file_lifespan import entered
-from loom.runner.cli.groups import command_group, epilog
 from loom.runner.cli.input_files import NodeFile, load_node_file
 from loom.runner.cli.process_exit import EXTRA_S
 from loom.runner.cli.views.tables import console, one_line, table_of
@@ -36,10 +36,7 @@ EXAMPLES = """
     loom host ls
 """
 
-app = command_group("Host agent nodes, and list the hosts of the cluster.", EXAMPLES)
 
-
-@app.command()
 def ls(as_json: AsLines = False) -> None:
     """List the node hosts that are alive, and counts of their messages that phases left out."""
     run_to_end(_ls(prepare("warning"), as_json=as_json))
@@ -81,7 +78,6 @@ def _table(hosts: Sequence[AnnouncedHost]) -> Table:
     return table
 
 
-@app.command(epilog=epilog(EXAMPLES))
 def run(
     file: Annotated[
         Path,
@@ -105,9 +101,15 @@ def run(
         for host in hosts:
             host.give_back()
 
+    def runs_in_hand() -> str:
+        count = sum(host.active_runs for host in hosts)
+        runs = f"{count} run{'' if count == 1 else 's'} in hand"
+        wait = f", waiting up to {settings.cluster.drain_timeout_s:.0f} s" if count else ""
+        return f"stopping: {runs}{wait}; Ctrl-C again stops at once"
+
     limit_s = settings.cluster.drain_timeout_s + loaded.close_s + EXTRA_S
     work = _run(settings, loaded, slots, backlog, max_nodes, hosts)
-    run_service(work, limit_s=limit_s, last_words=give_back)
+    run_service(work, limit_s=limit_s, last_words=give_back, on_stop=runs_in_hand)
 
 
 async def _run(
@@ -130,3 +132,6 @@ async def _run(
         hosts.append(host)
         report_ready(f"{', '.join(node.id for node in loaded.nodes)} on {host.bus.connection.address}")
         await until_lost(host.bus)
+
+
+app = command_group("Host agent nodes, and list the hosts of the cluster.", EXAMPLES, ls, run)

@@ -1,8 +1,6 @@
 """`loom init`: streams, buckets and consumers."""
 
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -12,9 +10,8 @@ from loom.bus import topology
 from loom.bus.bus import Bus
 from loom.bus.service_discovery import check_processes
 from loom.bus.wire_version import WIRE, WireMismatch
+from loom.runner.cli.common import check_one_server, server_of
 from loom.runner.cli.entry import DEFAULT_URL, prepare, run_to_end
-from loom.runner.server.nats_server import embedded_server
-from loom.runner.server.store import check_unused
 from loom.runner.settings import Settings
 
 EXAMPLES = """
@@ -50,8 +47,7 @@ def init(
 ) -> None:
     """Create the missing streams, buckets and consumers of the namespace. Existing ones are left unchanged."""
     settings = prepare("error")
-    if settings.nats_url and store is not None:
-        raise typer.BadParameter("NATS_URL names a server, and no other is started", param_hint="--store")
+    check_one_server(settings, store)
     if reset and not yes:
         _confirm(settings.loom_namespace, str(store or Bus(settings.nats_url or DEFAULT_URL).connection.address))
     made = run_to_end(_init(settings, store, reset=reset))
@@ -66,20 +62,20 @@ def init(
 
 
 def _confirm(namespace: str, where: str) -> None:
-    """Ask on the terminal whether to delete.
+    """Ask for confirmation on the terminal.
 
     Raises:
         typer.BadParameter: There is no terminal to ask on.
         typer.Abort: The answer is no.
     """
     if not sys.stdin.isatty():
-        raise typer.BadParameter("deletes all tasks and all that is learned: add --yes", param_hint="--reset")
-    typer.confirm(f"Delete all tasks, records and all that is learned in namespace {namespace} on {where}?", abort=True)
+        raise typer.BadParameter("deletes all tasks and all evidence: add --yes", param_hint="--reset")
+    typer.confirm(f"Delete all tasks, records and evidence in namespace {namespace} on {where}?", abort=True)
 
 
 async def _init(settings: Settings, store: Path | None, *, reset: bool) -> Made:
     async with (
-        _server(settings, store) as url,
+        server_of(settings, store) as url,
         Bus(url, namespace=settings.loom_namespace, role="operator", identity=settings.identity) as bus,
     ):
         topology.check_version(bus)
@@ -90,14 +86,3 @@ async def _init(settings: Settings, store: Path | None, *, reset: bool) -> Made:
         except WireMismatch as error:
             raise error.in_store(store) from None
         return Made(deleted, created, await topology.apply(bus, settings.cluster))
-
-
-@asynccontextmanager
-async def _server(settings: Settings, store: Path | None) -> AsyncIterator[str]:
-    """Yield the address of the server of NATS_URL, or of one that runs on `store` meanwhile."""
-    if store is None:
-        yield settings.nats_url or DEFAULT_URL
-        return
-    check_unused(store)
-    async with embedded_server(store, sync_interval=settings.loom_sync_interval or None) as server:
-        yield server.url

@@ -10,10 +10,10 @@ from loom.bus.bus import Bus
 from loom.bus.hops.duplicates import store_once
 from loom.phases.adapt.retirement_policy import inherited_rewards
 from loom.phases.adapt.reward_weights import attempt_id
+from loom.runner.cli.command_groups import command_group
 from loom.runner.cli.common import AsLines, connected, domain_slug, node_name, print_json
 from loom.runner.cli.entry import prepare, run_to_end
-from loom.runner.cli.groups import command_group, epilog
-from loom.runner.cli.views.node_tables import domain_table, domains_of_node_table, node_table
+from loom.runner.cli.views.node_tables import domain_table, domains_of_node_table, node_table, state_of
 from loom.runner.cli.views.tables import console, one_line
 from loom.runner.node_overview import NodeOverview, node_overviews
 from loom.runner.settings import Settings
@@ -29,8 +29,6 @@ EXAMPLES = """
     loom node move coder coder-2
 """
 
-app = command_group("List nodes, show one, and move evidence to a renamed node.", EXAMPLES)
-
 
 class UnknownNode(LoomError):
     """No node of that name is alive or remembered."""
@@ -39,7 +37,7 @@ class UnknownNode(LoomError):
 
 
 class NoEvidence(LoomError):
-    """Nothing is known of the node whose evidence is to be handed on."""
+    """Nothing is known of the node whose evidence is to be moved."""
 
     code = "no_evidence"
 
@@ -52,7 +50,6 @@ class _Node(NamedTuple):
         return qualified(*self)
 
 
-@app.command(epilog=epilog(EXAMPLES))
 def ls(
     as_json: AsLines = False,
     domain: Annotated[
@@ -81,7 +78,6 @@ async def _ls(settings: Settings, token: str | None, *, as_json: bool) -> None:
         screen.print(node_table(nodes) if token is None else domain_table(nodes, token))
 
 
-@app.command()
 def show(
     node: Annotated[str, typer.Argument(metavar="NODE", help="The node: NODE, or OWNER.NODE.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the node as JSON.")] = False,
@@ -100,8 +96,8 @@ async def _show(settings: Settings, name: str, *, as_json: bool) -> None:
         print_json(as_object(node))
         return
     screen = console()
-    hosts = ", ".join(host.name for host in node.hosts) or "none: it is not alive"
-    screen.print(Text(one_line(f"{node.name}  {node.standing}")))
+    hosts = ", ".join(host.name for host in node.hosts) or "none"
+    screen.print(Text.assemble((one_line(node.name), "bold"), "  ", state_of(node)))
     screen.print(Text(f"hosts: {one_line(hosts)}"), soft_wrap=True)
     if node.profile is not None:
         profile = node.profile
@@ -133,14 +129,13 @@ def as_object(node: NodeOverview) -> dict[str, Any]:
     }
 
 
-@app.command()
 def move(
-    source: Annotated[str, typer.Argument(metavar="FROM", help="The node as it was: NODE, or OWNER.NODE.")],
-    target: Annotated[str, typer.Argument(metavar="TO", help="The node as it is now.")],
+    source: Annotated[str, typer.Argument(metavar="FROM", help="The old name: NODE, or OWNER.NODE.")],
+    target: Annotated[str, typer.Argument(metavar="TO", help="The new name: NODE, or OWNER.NODE.")],
 ) -> None:
-    """Hand on what is known of a node that has changed its name or owner: its mean reward in each domain.
+    """Give a renamed node the mean rewards of its old name or owner.
 
-    It counts as one observation in each domain. A second time changes nothing.
+    Each mean counts as one observation in its domain. Repeating the command changes nothing.
     """
     before, after = _node(source, "FROM"), _node(target, "TO")
     if before == after:
@@ -166,14 +161,14 @@ async def _move(settings: Settings, before: _Node, after: _Node) -> None:
             tasks = len(stored.value.domains[reward.domain_token].scores)
             known = f"{before} → {after}: {reward.domain_token} {reward.score:.2f} of {tasks} rewards"
             if heir is not None and _has(heir.value, reward):
-                typer.echo(f"{known}, handed on before")
+                typer.echo(f"{known}, moved before")
                 continue
             await _publish(bus, reward)
             typer.echo(f"{known}, as one observation")
 
 
 def _has(heir: NodeProfile, reward: Reward) -> bool:
-    """Return whether the heir has folded that inheritance already."""
+    """Return whether the profile contains the moved reward already."""
     evidence = heir.domains.get(reward.domain_token)
     inherited = {score.attempt_id: score.score for score in evidence.scores} if evidence else {}
     return inherited.get(attempt_id(reward)) == reward.score
@@ -183,3 +178,6 @@ async def _publish(bus: Bus, reward: Reward) -> None:
     subject = bus.subjects.of("reward", reward.source, reward.owner, reward.node_id, reward.domain_token)
     digest = blake2b(repr(reward.score).encode(), digest_size=4).hexdigest()  # evidence that has changed is new
     await store_once(bus, subject, reward, msg_id=f"{reward.reward_id}:{reward.node}:{reward.domain_token}:{digest}")
+
+
+app = command_group("List nodes, show one, and move evidence to a renamed node.", EXAMPLES, ls, show, move)

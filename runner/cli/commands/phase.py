@@ -8,8 +8,8 @@ import typer
 from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
 from loom.runner import log_output
+from loom.runner.cli.command_groups import command_group
 from loom.runner.cli.entry import DEFAULT_URL, FOREVER_S, phase_model, prepare, report_ready, run_service, until_lost
-from loom.runner.cli.groups import command_group, epilog
 from loom.runner.services import running_phases
 from loom.runner.settings import Settings
 from loom.runner.supervisor import STOP_GRACE_S, end_with_parent
@@ -24,10 +24,7 @@ EXAMPLES = """
     NATS_URL=nats://db1:4222 loom phase run sense match
 """
 
-app = command_group("Run phases in a process of their own.", EXAMPLES)
 
-
-@app.command(epilog=epilog(EXAMPLES))
 def run(
     names: Annotated[list[str], typer.Argument(metavar="NAME…", help=f"Any of {', '.join(PHASES)}.")],
     supervised: Annotated[
@@ -50,12 +47,12 @@ def _phases(names: list[str]) -> tuple[Phase, ...]:
 
 
 async def _run(settings: Settings, names: tuple[Phase, ...]) -> None:
-    async with phases_on(settings.nats_url or DEFAULT_URL, names, settings, init=False) as bus:
+    async with phases_at(settings.nats_url or DEFAULT_URL, names, settings, init=False) as bus:
         report_ready(f"{', '.join(names)} on {bus.connection.address}")
         await until_lost(bus)
 
 
-def phases_on(
+def phases_at(
     url: str, names: tuple[Phase, ...], settings: Settings, *, init: bool
 ) -> AbstractAsyncContextManager[Bus]:
     """Return a context manager that runs phases on the server at `url` and waits for that server without limit.
@@ -74,3 +71,6 @@ def phases_on(
         patience_s=FOREVER_S,
         init=init,
     )
+
+
+app = command_group("Run phases in a process of their own.", EXAMPLES, run)

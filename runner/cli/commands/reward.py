@@ -17,6 +17,7 @@ from loom.bus.stored_rewards import fault_of
 from loom.phases.adapt.evidence import forgets
 from loom.phases.adapt.rebuild import WRONG, Compared, Rebuilt, compare, repair
 from loom.phases.adapt.reward_weights import weights_of
+from loom.runner.cli.command_groups import command_group
 from loom.runner.cli.common import (
     MANY,
     AsLines,
@@ -29,7 +30,6 @@ from loom.runner.cli.common import (
     resolve_task,
 )
 from loom.runner.cli.entry import prepare, run_to_end, unless_lost
-from loom.runner.cli.groups import command_group, epilog
 from loom.runner.cli.views.tables import console, one_line, short, table_of
 from loom.runner.settings import Settings
 from loom.schemas.base import Undecodable, decode
@@ -52,18 +52,15 @@ EXAMPLES = """
     loom reward rebuild --write
 """
 
-app = command_group("List rewards, add your own, and rebuild profiles from them.", EXAMPLES)
 
-
-@app.command(epilog=epilog(EXAMPLES))
 def ls(
-    follow: Annotated[bool, typer.Option("--follow", help="Go on with new ones until Ctrl-C.")] = False,
-    node: Annotated[str | None, typer.Option(metavar="NODE", help="Only this node's, or owner.node's.")] = None,
-    domain: Annotated[str | None, typer.Option(help="Only those in this domain.")] = None,
-    limit: Annotated[int, typer.Option(min=0, max=100_000, help="How many of those there are.")] = MANY,
+    follow: Annotated[bool, typer.Option("--follow", help="Print new rewards as they come, until Ctrl-C.")] = False,
+    node: Annotated[str | None, typer.Option(metavar="NODE", help="Only rewards of this node, or owner.node.")] = None,
+    domain: Annotated[str | None, typer.Option(help="Only rewards in this domain.")] = None,
+    limit: Annotated[int, typer.Option(min=0, max=100_000, help="Most rewards to list.")] = MANY,
     as_json: AsLines = False,
 ) -> None:
-    """Show the last rewards, the newest at the end."""
+    """List the latest rewards, the newest last."""
     settings = prepare("warning")
     run_to_end(_ls(settings, node, domain_slug(domain), limit, follow=follow, as_json=as_json))
 
@@ -77,12 +74,12 @@ async def _ls(
             bus.subjects.stream("REWARDS"),
             bus.subjects.of("reward", "*", *(split_qualified(node) if node else ("*", "*")), domain_token or "*"),
         )
-        there = await latest(bus, stream, subject, limit, _is_reward)
-        for message in there.messages:
+        newest = await latest(bus, stream, subject, limit, _is_reward)
+        for message in newest.messages:
             _print(bus, screen, message, as_json=as_json)
         if follow:
-            await unless_lost(bus, _follow(bus, screen, stream, subject, there.last_seq + 1, as_json=as_json))
-        elif not there.messages and not as_json:
+            await unless_lost(bus, _follow(bus, screen, stream, subject, newest.last_seq + 1, as_json=as_json))
+        elif not newest.messages and not as_json:
             screen.print(
                 "no such rewards" if node or domain_token else "no rewards yet: they come with the first ended task"
             )
@@ -99,11 +96,11 @@ async def _follow(bus: Bus, screen: Console, stream: str, subject: str, start_se
 
 
 def _is_reward(message: StoredMessage) -> bool:
-    """Whether it is more than a snapshot, which no node has earned."""
+    """Return whether a message is a reward of a run, not a snapshot of a profile."""
     try:
         return decode(message.data, Reward).kind != "snapshot"
     except Undecodable:
-        return True  # it is shown as what it is
+        return True  # printed as unreadable
 
 
 def _print(bus: Bus, screen: Console, message: StoredMessage, *, as_json: bool) -> None:
@@ -125,7 +122,7 @@ def _print(bus: Bus, screen: Console, message: StoredMessage, *, as_json: bool) 
 
 
 def line_of(given: Reward, at: float) -> Text:
-    """Return a reward as one line: when, how good, who, in what, for which task, in whose judgement."""
+    """Return a reward as one line: time, score, node, domain, task, source and reason."""
     style = "green" if given.score >= GOOD else "red" if given.score < POOR else "yellow"
     attempt = f" #{given.attempt}" if given.attempt > 1 else ""
     reason = f": {one_line(given.reason, 200)}" if given.reason else ""
@@ -137,13 +134,12 @@ def line_of(given: Reward, at: float) -> Text:
     )
 
 
-@app.command()
 def add(
     task_id: TaskId,
-    score: Annotated[float, typer.Argument(metavar="SCORE", help="0 useless to 1 perfect.")],
-    reason: Annotated[str, typer.Option(help="Why, for people.")] = "",
+    score: Annotated[float, typer.Argument(metavar="SCORE", help="From 0 (useless) to 1 (perfect).")],
+    reason: Annotated[str, typer.Option(help="Reason, for readers of the reward.")] = "",
 ) -> None:
-    """Judge an ended task: publish a reward for the node that did it, by the person LOOM_SOURCE names."""
+    """Publish a reward for the node that did a finished task. The source is LOOM_SOURCE."""
     run_to_end(_add(prepare("warning"), task_id, score, reason))
 
 
@@ -157,17 +153,16 @@ async def _add(settings: Settings, task_id: str, score: float, reason: str) -> N
     typer.echo(f"{given.score:.2f} for {given.node} in {given.domain_token}")
 
 
-@app.command()
 def rebuild(
-    write: Annotated[bool, typer.Option("--write", help="Store the rebuilt profile where another is stored.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Overwrite stored profiles that differ.")] = False,
     as_json: AsLines = False,
 ) -> None:
-    """Learn every node's profile again from the stream alone, and compare it with what is stored."""
+    """Rebuild every node profile from the stream of rewards and compare it with the stored one."""
     raise typer.Exit(run_to_end(_rebuild(prepare("warning"), write=write, as_json=as_json)))
 
 
 async def _rebuild(settings: Settings, *, write: bool, as_json: bool) -> int:
-    """Return the exit code: 1 where a profile is wrong and stays so."""
+    """Return the exit code: 1 when a wrong profile is left."""
     async with connected(settings) as bus:
         config = settings.cluster
         weights = weights_of(config.judge_weights)
@@ -206,7 +201,7 @@ def _show(rebuilt: Rebuilt, compared: Sequence[Compared], wrong: Sequence[str], 
         start = f"reward {rebuilt.start.seq + 1}: what came before is gone, and no snapshots stand in for it"
     screen.print(Text(f"Folded from {start} to reward {rebuilt.last_seq}."))
     if wrong and written:
-        screen.print(Text(f"Written by somebody else meanwhile: {', '.join(wrong)}. Look again."))
+        screen.print(Text(f"Changed by another process meanwhile: {', '.join(wrong)}. Run the command again."))
     elif wrong:
         screen.print(
             Text("--write stores the rebuilt ones. LOOM_POLICY and LOOM_JUDGE_WEIGHTS are to be as they are for ADAPT.")
@@ -223,10 +218,13 @@ def _comparison(compared: Sequence[Compared]) -> Table:
         style = "red" if one.verdict in WRONG else "yellow" if one.verdict == "beyond" else "green"
         at = str(one.rebuilt.last_seq) if one.rebuilt else "-"
         stored = one.stored.value if one.stored else None
-        add_row(table, one.node, _told(stored), _told(one.rebuilt), at, Text(VERDICTS[one.verdict], style))
+        add_row(table, one.node, _summary(stored), _summary(one.rebuilt), at, Text(VERDICTS[one.verdict], style))
     table.caption = "stored, rebuilt: tasks and mean success. at: the last reward folded."
     return table
 
 
-def _told(profile: NodeProfile | None) -> str:
+def _summary(profile: NodeProfile | None) -> str:
     return f"{profile.total_tasks} {profile.success_rate:.2f}" if profile else "-"
+
+
+app = command_group("List rewards, add your own, and rebuild profiles from them.", EXAMPLES, ls, add, rebuild)

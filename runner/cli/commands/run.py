@@ -39,12 +39,12 @@ def run(
     file: Annotated[Path, typer.Argument(metavar="TASKS.jsonl", help="Tasks, one JSON object a line.")],
     agents: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.py", help="Python file that defines `nodes`; with NATS_URL set it may be left out."),
+        typer.Option(metavar="FILE.py", help="Python file that defines `nodes`; optional with NATS_URL."),
     ] = None,
     out: Annotated[str, typer.Option(help="File of results, one JSON object a line; - is stdout.")] = "results.jsonl",
-    at_once: Annotated[int, typer.Option(min=1, help="Tasks handed in at a time.")] = AT_ONCE,
+    at_once: Annotated[int, typer.Option(min=1, help="Tasks that are submitted at a time.")] = AT_ONCE,
 ) -> None:
-    """Do the tasks of a file, here or on the server of NATS_URL, and show how it went."""
+    """Run the tasks of a file, here or on the server of NATS_URL, and show results and rewards."""
     settings = prepare("warning")
     ads = load_tasks(file)
     if agents is None and not settings.nats_url:
@@ -72,7 +72,7 @@ async def _run(
         try:
             with Progress(board, screen) as progress:
                 await _work_through(session.bus, board, progress, done, at_once, settings.cluster.learn_wait_s)
-        finally:  # an interrupted run keeps what it has, however long its agents hold up the end
+        finally:  # an interrupted run keeps its results, even when its agents end late
             results = [done[ad.task_id] for ad in ads if ad.task_id in done]
             lines.writelines(encode(result).decode() + "\n" for result in results)
             lines.flush()
@@ -86,7 +86,7 @@ async def _run(
 
 
 def counted(results: Sequence[TaskResult], tasks: int) -> str:
-    """Return how many of a run's tasks succeeded, and how many of these with less than was asked, in words."""
+    """Return the counts of succeeded tasks, and of those with a refused answer, as a sentence."""
     best_effort = sum(result.success and result.below_threshold for result in results)
     less = f" ({best_effort} with the best of refused answers)" if best_effort else ""
     return f"{sum(result.success for result in results)} of {tasks} succeeded{less}"
@@ -95,9 +95,9 @@ def counted(results: Sequence[TaskResult], tasks: int) -> str:
 async def _work_through(
     bus: Bus, board: RunState, progress: Progress, done: dict[str, TaskResult], at_once: int, learn_wait_s: float
 ) -> None:
-    """Do all tasks, then wait a little for what is learned from them, while the tap shows how far they are.
+    """Run all tasks, then wait a little until ADAPT has learned from them; a tap shows the progress.
 
-    A named submitter has no right to the traffic, and sees only what came of its tasks.
+    A named submitter has no right to the traffic and sees only its results.
     """
     if bus.by_name:
         await unless_lost(bus, _do_all(bus, board, progress, done, at_once))

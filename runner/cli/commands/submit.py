@@ -35,18 +35,21 @@ EXAMPLES = """
     loom submit --ad task.json --task-id nightly-1
 """
 
+AdFile = Annotated[
+    str | None,
+    typer.Option("--ad", metavar="FILE", help="JSON file with a task ad; - is stdin. Options override its fields."),
+]
+TaskIdOption = Annotated[
+    str | None, typer.Option("--task-id", metavar="ID", help="Id of the task; submitting it again is safe.")
+]
+
 
 def submit(
     description: Annotated[
         str | None, typer.Argument(metavar="DESCRIPTION", help="The work, in words; - reads it from stdin.")
     ] = None,
-    ad: Annotated[
-        str | None,
-        typer.Option("--ad", metavar="FILE", help="JSON file with a task ad; - is stdin. Options override its fields."),
-    ] = None,
-    task_id: Annotated[
-        str | None, typer.Option("--task-id", metavar="ID", help="Id of the task; submitting it again is safe.")
-    ] = None,
+    ad: AdFile = None,
+    task_id: TaskIdOption = None,
     domain: Annotated[str | None, typer.Option(help="Field of knowledge; without it SENSE decides.")] = None,
     priority: Annotated[
         str | None, typer.Option(metavar="low|normal|high|critical", help="Urgency; normal if absent.")
@@ -129,7 +132,7 @@ def _json_of(field: str, text: str | bytes | None) -> Any:
 
 
 async def _submit(settings: Settings, ad: TaskAd, *, as_json: bool) -> TaskResult | None:
-    """Print what came of `ad` and return it; None when nobody waits for it."""
+    """Print the result of a task and return it; None when the command does not wait for it."""
     async with client_bus(settings) as bus:
         await check_phases(bus)
         if not ad.wait:
@@ -149,7 +152,7 @@ async def _submit(settings: Settings, ad: TaskAd, *, as_json: bool) -> TaskResul
 
 
 def notes_on(result: TaskResult) -> Iterator[str]:
-    """Yield what a person should know of a result besides its answer or error, a line each."""
+    """Yield a line for each thing a reader should know in addition to the answer or the error."""
     for warning in result.warnings:
         yield f"warning: {one_line(warning)}"
     if result.truncated:
@@ -163,7 +166,7 @@ def notes_on(result: TaskResult) -> Iterator[str]:
 
 
 async def _written(bus: Bus, ad: TaskAd) -> TaskResult:
-    """Return the task's result, its answer printed piece by piece while it is written."""
+    """Return the result of a task; its answer is printed while it is generated."""
     transcript = Transcript()
     try:
         async with submitted(bus, ad, deltas=True) as handle:

@@ -22,7 +22,7 @@ from loom.schemas.learning import Reward
 from loom.schemas.task import TaskResult
 
 ROOM = 2_000
-"""Messages that may wait to be shown: a screen that lags by more shows the past, so later ones are skipped."""
+"""Messages that may wait for a slow screen; further ones are skipped and counted."""
 
 
 EXAMPLES = """
@@ -36,7 +36,7 @@ def tap(
     task: Annotated[
         str, typer.Option(metavar="ID", help="Only this task and its subtasks; its first 8 digits do.")
     ] = "",
-    phase: Annotated[str, typer.Option(metavar="|".join(PHASES), help="Only what this phase gets and says.")] = "",
+    phase: Annotated[str, typer.Option(metavar="|".join(PHASES), help="Only messages to or from this phase.")] = "",
     node: Annotated[
         str, typer.Option(metavar="NODE", help="Only this node, or owner.node, and the tasks it works on.")
     ] = "",
@@ -44,17 +44,24 @@ def tap(
     since: Annotated[
         str, typer.Option(metavar="DURATION", help="Also print results and rewards from the last DURATION, e.g. 10m.")
     ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print every message whole, one JSON object a line.")] = False,
+    is_all: Annotated[bool, typer.Option("--all", help="Include heartbeats of hosts and status probes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print whole messages, one JSON object a line.")] = False,
 ) -> None:
-    """Show the traffic of the namespace, one line per message, until Ctrl-C."""
+    """Print the messages of the namespace, one a line, until Ctrl-C."""
     if phase and phase not in PHASES:
         raise typer.BadParameter(f"{phase!r} is not one of {', '.join(PHASES)}", param_hint="--phase")
-    sieve = MessageFilter(task=task, phase=phase, node=node_name(node) or "", domain_token=domain_slug(domain) or "")
+    wanted = MessageFilter(
+        routine=is_all,
+        task=task,
+        phase=phase,
+        node=node_name(node) or "",
+        domain_token=domain_slug(domain) or "",
+    )
     ago_s = seconds(since) if since else 0.0
-    run_to_end(_tap(prepare("warning"), sieve, ago_s, as_json=as_json))
+    run_to_end(_tap(prepare("warning"), wanted, ago_s, as_json=as_json))
 
 
-async def _tap(settings: Settings, sieve: MessageFilter, ago_s: float, *, as_json: bool) -> None:
+async def _tap(settings: Settings, wanted: MessageFilter, ago_s: float, *, as_json: bool) -> None:
     url = settings.nats_url or DEFAULT_URL
     line = json_line if as_json else MessageLines(console())
     async with (
@@ -64,24 +71,24 @@ async def _tap(settings: Settings, sieve: MessageFilter, ago_s: float, *, as_jso
         Tap(bus, room=ROOM) as messages,
     ):
         typer.echo(f"listening on {bus.connection.address}, namespace {settings.loom_namespace}", err=True)
-        spout = StdoutWriter()
-        told: set[str] = set()
+        writer = StdoutWriter()
+        printed: set[str] = set()
         if ago_s:
-            for seen in await past(bus, sieve, ago_s):
-                told.add(_once(seen))
-                await spout.pour(line(seen))
+            for seen in await past(bus, wanted, ago_s):
+                printed.add(_identity(seen))
+                await writer.write(line(seen))
         skipped = 0
         async for seen in messages:
             skipped += seen.skipped
-            if sieve.passes(seen) and _once(seen) not in told:
-                await spout.pour(line(replace(seen, skipped=skipped)))
+            if wanted.passes(seen) and _identity(seen) not in printed:
+                await writer.write(line(replace(seen, skipped=skipped)))
                 skipped = 0
             else:
-                await spout.pause()
+                await writer.pause()
 
 
-def _once(seen: TappedMessage) -> str:
-    """What tells a message of the past from others, however it came to be heard."""
+def _identity(seen: TappedMessage) -> str:
+    """Return what results and rewards of the past and of the present have in common; empty for other messages."""
     match seen.message:
         case TaskResult(task_id=task_id):
             return f"result {task_id}"
@@ -91,38 +98,38 @@ def _once(seen: TappedMessage) -> str:
             return ""
 
 
-async def past(bus: Bus, sieve: MessageFilter, ago_s: float) -> list[TappedMessage]:
-    """Return the results and rewards of the last seconds that are wanted as if they were heard now, oldest first.
+async def past(bus: Bus, wanted: MessageFilter, ago_s: float) -> list[TappedMessage]:
+    """Return the results and rewards of the last seconds that pass the filter, oldest first.
 
-    Of more than ROOM of either kind the oldest are skipped.
+    The oldest of either kind are skipped where there are more than ROOM.
 
     Raises:
         BusUnavailable: No phase has ever run here.
     """
     await check_has_run(bus)
     at = bus.clock.now() - ago_s
-    wanted = 0
+    passed = 0
     results, rewards = deque[TappedMessage](maxlen=ROOM), deque[TappedMessage](maxlen=ROOM)
     async for record in ended_since(bus, at):
-        sieve.hear_of(record.envelope)
-        seen = _as_heard(
+        wanted.remember_subtask(record.envelope)
+        seen = _as_seen(
             bus, ("result", record.envelope.submitter, record.task_id), record.to_result(), record.ended_at or at
         )
-        if sieve.passes(seen):
-            wanted += 1
+        if wanted.passes(seen):
+            passed += 1
             results.append(seen)
     async for stored_at, reward in rewards_since(bus, at):
-        seen = _as_heard(
+        seen = _as_seen(
             bus, ("reward", reward.source, reward.owner, reward.node_id, reward.domain_token), reward, stored_at
         )
-        if sieve.passes(seen):
-            wanted += 1
+        if wanted.passes(seen):
+            passed += 1
             rewards.append(seen)
-    told = sorted((*results, *rewards), key=lambda seen: seen.at)
-    return [replace(seen, skipped=wanted - len(told)) if seen is told[0] else seen for seen in told]
+    kept = sorted((*results, *rewards), key=lambda seen: seen.at)
+    return [replace(seen, skipped=passed - len(kept)) if seen is kept[0] else seen for seen in kept]
 
 
-def _as_heard(bus: Bus, address: tuple[str, ...], message: Any, at: float) -> TappedMessage:
+def _as_seen(bus: Bus, address: tuple[str, ...], message: Any, at: float) -> TappedMessage:
     subject = bus.subjects.of(*address)
     parsed = bus.subjects.parse(subject)
     return TappedMessage(

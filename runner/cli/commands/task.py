@@ -1,15 +1,19 @@
 """`loom task ls`, `show` and `cancel`."""
 
 import asyncio
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import typer
 
 from loom.bus import task_client
 from loom.bus.bus import Bus
-from loom.bus.queries import FoundTask, recent_records, rewards_since
+from loom.bus.natsio.ordered_consumer import OrderedConsumer
+from loom.bus.natsio.stored_message import StoredMessage
+from loom.bus.queries import FoundTask, recent_records, records_stream, rewards_since
 from loom.bus.topology import stream_state
+from loom.runner.cli.command_groups import command_group
 from loom.runner.cli.common import (
     MANY,
     AsLines,
@@ -21,14 +25,14 @@ from loom.runner.cli.common import (
     print_json,
     resolve_task,
 )
-from loom.runner.cli.entry import prepare, run_to_end
-from loom.runner.cli.groups import command_group, epilog
+from loom.runner.cli.entry import prepare, run_to_end, unless_lost
 from loom.runner.cli.label_option import LabelPairs, labels_of
 from loom.runner.cli.views.subtask_tree import Division, read_division
 from loom.runner.cli.views.tables import console
 from loom.runner.cli.views.task_details import show_task, show_waiting
-from loom.runner.cli.views.task_table import task_table
+from loom.runner.cli.views.task_table import QUEUED, TaskState, state_of, state_of_change, task_line, task_table
 from loom.runner.settings import Settings
+from loom.schemas.base import Undecodable, decode
 from loom.schemas.identity import PUBLIC
 from loom.schemas.learning import Reward
 from loom.schemas.record import TaskRecord
@@ -37,77 +41,147 @@ REWARDS_S = 5.0
 """Longest search for a task's rewards."""
 EXAMPLES = """
     loom task ls --state failed
+    loom task ls --text invoice --follow
     loom task show 3f9a21c4
     loom task cancel 3f9a21c4
 """
 
-app = command_group("List, show and cancel tasks.", EXAMPLES)
 
-STATES = ("running", "succeeded", "failed", "cancelled")
+STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 
 
-@app.command(epilog=epilog(EXAMPLES))
+class TaskFilter(NamedTuple):
+    """Selects tasks; an empty field selects all."""
+
+    state: str | None
+    domain_token: str | None
+    node: str | None
+    labels: Mapping[str, str]
+    text: str
+
+    def matches(self, record: TaskRecord, state: TaskState) -> bool:
+        """Return whether a task in this state matches."""
+        envelope = record.envelope
+        return (
+            (self.state is None or state.state == self.state)
+            and (self.domain_token is None or envelope.domain_token == self.domain_token)
+            and (self.node is None or self.node in {record.claim.node, record.to_result().node})
+            and self.labels.items() <= envelope.ad.labels.items()
+            and self.text in f"{record.task_id} {envelope.ad.description}".casefold()
+        )
+
+
 def ls(
     state: Annotated[str | None, typer.Option(metavar="|".join(STATES), help="Only tasks in this state.")] = None,
     domain: Annotated[str | None, typer.Option(help="Only tasks of this domain.")] = None,
     node: Annotated[
-        str | None, typer.Option(metavar="NODE", help="Only tasks this node, or owner.node, has last worked on.")
+        str | None, typer.Option(metavar="NODE", help="Only tasks that this node, or owner.node, works on or did last.")
     ] = None,
     label: LabelPairs = None,
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many.")] = MANY,
+    text: Annotated[str, typer.Option(help="Only tasks whose id or description contains this, in any case.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Most tasks to list.")] = MANY,
+    follow: Annotated[bool, typer.Option("--follow", help="Print a line for each later change, until Ctrl-C.")] = False,
     as_json: AsLines = False,
 ) -> None:
     """List recent tasks, the newest first."""
     if state is not None and state not in STATES:
         raise typer.BadParameter(f"{state!r} is not one of {', '.join(STATES)}", param_hint="--state")
     settings = prepare("warning")
-    run_to_end(_ls(settings, state, domain_slug(domain), node, labels_of(label), limit, as_json=as_json))
+    wanted = TaskFilter(state, domain_slug(domain), node_name(node), labels_of(label), text.casefold())
+    run_to_end(_ls(settings, wanted, limit, follow=follow, as_json=as_json))
 
 
-async def _ls(
-    settings: Settings,
-    state: str | None,
-    domain_token: str | None,
-    node: str | None,
-    labels: dict[str, str],
-    limit: int,
+async def _ls(settings: Settings, wanted: TaskFilter, limit: int, *, follow: bool, as_json: bool) -> None:
+    async with connected(settings) as bus:
+        last_seq = (await bus.jetstream.api(f"STREAM.INFO.{records_stream(bus)[0]}"))["state"]["last_seq"]
+        phases, waiting = await asyncio.gather(_phases(bus), stream_state(bus, "INTAKE"))
+        states: dict[str, TaskState] = {}
+
+        def matches(record: TaskRecord) -> bool:
+            states[record.task_id] = state_of(record, phases)
+            return wanted.matches(record, states[record.task_id])
+
+        records = await recent_records(bus, limit, matches)
+        _print(records, states, wanted, waiting["messages"], bus.clock.now(), as_json=as_json)
+        if follow:
+            await unless_lost(bus, _follow(bus, wanted, last_seq + 1, as_json=as_json))
+
+
+def _print(
+    records: Sequence[TaskRecord],
+    states: Mapping[str, TaskState],
+    wanted: TaskFilter,
+    waiting: int,
+    now: float,
     *,
     as_json: bool,
 ) -> None:
-    node = node_name(node)
-
-    def wanted(record: TaskRecord) -> bool:
-        return (
-            (state is None or record.state == state)
-            and (domain_token is None or record.envelope.domain_token == domain_token)
-            and (node is None or node in {record.claim.node, record.to_result().node})
-            and labels.items() <= record.envelope.ad.labels.items()
-        )
-
-    async with connected(settings) as bus:
-        records = await recent_records(bus, limit, wanted)
-        waiting = (await stream_state(bus, "INTAKE"))["messages"]
     if as_json:
         for record in records:
-            print_json(record)
+            state, phase = states[record.task_id]
+            print_json({**msgspec.to_builtins(record), "phase": phase, "queued": state == QUEUED})
         return
     screen = console()
     if records:
-        screen.print(task_table(records))
-    elif any((state, domain_token, node, labels)):
+        screen.print(task_table(records, states, now))
+    elif any(wanted):
         screen.print("no such task among those of the last 72 hours")
     else:
-        screen.print('no tasks yet: hand one in with `loom submit "what is to do"`')
+        screen.print('no tasks yet: submit one with `loom submit "what is to do"`')
     if waiting:
-        screen.print(f"{waiting} more waiting for admission")
+        screen.print(f"{waiting} more queued for admission")
 
 
-@app.command()
+async def _phases(bus: Bus) -> dict[str, str]:
+    """Return the phase of each task that has a message in the stream of tasks; `later` where it is scheduled."""
+    stream = bus.subjects.stream("TASKS")
+    phases: dict[str, str] = {}
+    for subjects in (bus.subjects.later("*", "*", "*"), bus.subjects.of("task", "*", "*", "*")):
+        info = await bus.jetstream.api(f"STREAM.INFO.{stream}", {"subjects_filter": subjects})
+        for subject in info["state"].get("subjects") or ():
+            parsed = bus.subjects.parse(subject)
+            if parsed is not None:
+                phases[parsed.tokens["task_id"]] = "later" if parsed.family == "later" else parsed.tokens["phase"]
+    return phases
+
+
+async def _follow(bus: Bus, wanted: TaskFilter, start_seq: int, *, as_json: bool) -> None:
+    """Print each task whose state or attempt changes."""
+    stream, subject = records_stream(bus)
+    reader = OrderedConsumer(bus.jetstream, stream, filter=subject, start_seq=start_seq)
+    screen, printed = console(), dict[str, tuple[str, int]]()
+    try:
+        while True:
+            for message in await reader.batch():
+                record = _record_in(message)
+                if record is None:
+                    continue
+                state, change = state_of_change(record), (record.state, record.claim.attempt)
+                if not wanted.matches(record, state) or printed.get(record.task_id) == change:
+                    continue
+                printed[record.task_id] = change
+                if record.ended:
+                    del printed[record.task_id]
+                if as_json:
+                    print_json(record)
+                else:
+                    screen.print(task_line(record, state, message.stored_at), soft_wrap=True)
+    finally:
+        await reader.stop()
+
+
+def _record_in(message: StoredMessage) -> TaskRecord | None:
+    try:
+        return decode(message.data, TaskRecord)
+    except Undecodable:
+        return None  # a deleted key, or a value that is not a record
+
+
 def show(
     task_id: TaskId,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
-    """Show how one task went, or how far it is: hops, bids, subtasks, attempts, answer, rewards."""
+    """Show the progress of one task: hops, bids, subtasks, attempts, answer and rewards."""
     run_to_end(_show(prepare("warning"), task_id, as_json=as_json))
 
 
@@ -153,9 +227,8 @@ def _with_plan(record: TaskRecord, division: Division) -> Any:
     return told
 
 
-@app.command()
 def cancel(task_id: TaskId) -> None:
-    """Cancel a task; one that has ended stays as it ended."""
+    """Cancel a running task. Finished tasks are left unchanged."""
     run_to_end(_cancel(prepare("warning"), task_id))
 
 
@@ -176,3 +249,6 @@ def _whole_id(found: FoundTask) -> str:
     if found.record is not None:
         return found.record.task_id
     return found.submission.ad.task_id if found.submission is not None else ""
+
+
+app = command_group("List, show and cancel tasks.", EXAMPLES, ls, show, cancel)

@@ -16,7 +16,7 @@ from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
 from loom.bus.service_discovery import ServiceInstance, check_processes, discover
 from loom.bus.wire_version import WireMismatch
-from loom.runner.cli.commands.phase import TERMINAL, phases_on
+from loom.runner.cli.commands.phase import TERMINAL, phases_at
 from loom.runner.cli.entry import DEFAULT_URL, FOREVER_S, prepare, report_ready, run_service, until_lost
 from loom.runner.retried_start import until_started
 from loom.runner.server.listening import LOOPBACK, check_free, is_loopback
@@ -40,29 +40,29 @@ EXAMPLES = """
 
 
 def up(
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port of the server; 0 takes any free one.")] = PORT,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port of the server; 0 selects a free port.")] = PORT,
     host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="Address of this machine to listen on; beyond it with LOOM_TOKEN.")
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on; other machines need LOOM_TOKEN.")
     ] = LOOPBACK,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond this machine without a token: every client may use it.")
+        bool, typer.Option("--insecure", help="Allow an address that other machines can reach without a token.")
     ] = False,
     store: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Folder that keeps records and what is learned; else LOOM_STORE, or the user's data."
+            metavar="DIR", help="Folder for records and evidence; default: LOOM_STORE, or the user's data folder."
         ),
     ] = None,
-    ephemeral: Annotated[bool, typer.Option("--ephemeral", help="Keep nothing beyond the end of the command.")] = False,
+    ephemeral: Annotated[bool, typer.Option("--ephemeral", help="Delete all data at the end of the command.")] = False,
     processes: Annotated[
-        bool, typer.Option("--processes", help="Give each phase a process of its own, started again when it dies.")
+        bool, typer.Option("--processes", help="Run each phase in its own process, restarted when it dies.")
     ] = False,
     replicas: Annotated[
         list[str] | None,
         typer.Option(metavar="PHASE=N", help="With --processes: N processes for a phase. Repeatable."),
     ] = None,
 ) -> None:
-    """Start a server and the six phases, and keep them running; with NATS_URL set, the phases alone."""
+    """Start a server and the six phases. With NATS_URL set, start only the phases."""
     settings = prepare("info")
     counts = _counts(replicas or [])
     if replicas and not processes:
@@ -84,7 +84,7 @@ class Server(NamedTuple):
     host: str
     port: int
     store: Path | None
-    """None: a temporary one."""
+    """None: a temporary folder."""
 
 
 def _store_of(settings: Settings) -> Path:
@@ -102,7 +102,7 @@ async def _up(settings: Settings, server: Server, programs: list[Program] | None
         await cluster(settings.nats_url)
         return
     if server.store is not None:
-        check_unused(server.store)  # its owner has most likely the port as well, and is the better news
+        check_unused(server.store)  # a server that has the store most likely has the port too, and its error is clearer
     check_free(server.host, server.port)
     started = embedded_server(
         server.store,
@@ -120,7 +120,7 @@ async def _up(settings: Settings, server: Server, programs: list[Program] | None
 
 
 async def _in_here(url: str, settings: Settings, welcome: Callable[[str], str]) -> None:
-    async with phases_on(url, PHASES, settings, init=True) as bus:
+    async with phases_at(url, PHASES, settings, init=True) as bus:
         report_ready(welcome(bus.connection.address))
         await until_lost(bus)
 
@@ -148,10 +148,10 @@ async def _in_processes(url: str, settings: Settings, programs: list[Program], w
 
 
 async def _all_present(bus: Bus, wanted: Counter[str]) -> None:
-    """Return once as many of each phase answer."""
+    """Return once the wanted number of processes of each phase answers."""
 
-    def all_here(there: list[ServiceInstance]) -> bool:
-        return wanted <= Counter(each.metadata["service"] for each in there)
+    def all_here(processes: list[ServiceInstance]) -> bool:
+        return wanted <= Counter(process.metadata["service"] for process in processes)
 
     while True:
         if all_here(await discover(bus, enough=all_here)):
@@ -160,7 +160,7 @@ async def _all_present(bus: Bus, wanted: Counter[str]) -> None:
 
 
 async def _first_to_end(*works: Coroutine[Any, Any, None]) -> None:
-    """Run them side by side until one ends or fails; the others are cancelled."""
+    """Run coroutines concurrently until one ends or fails; cancel the others."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -173,7 +173,7 @@ async def _first_to_end(*works: Coroutine[Any, Any, None]) -> None:
 
 
 def _programs(counts: dict[Phase, int]) -> list[Program]:
-    """One command for each process, named `match`, or `execute-1`, `execute-2` where there are several."""
+    """Return a program for each process, named `match`, or `execute-1`, `execute-2` where there are several."""
     audience = TERMINAL if sys.stderr.isatty() else "pipe"
     command = (sys.executable, "-m", "loom.runner.cli", "phase", "run", "--supervised", audience)
     return [
@@ -196,11 +196,11 @@ def _counts(replicas: list[str]) -> dict[Phase, int]:
 
 
 def _welcome(settings: Settings, server: Server, address: str) -> str:
-    """Where the cluster is and what it keeps, and the next three commands as they must be typed here."""
+    """Return the address of the cluster, its store folder, and three further commands as typed here."""
     lines = [f"loom is up on {address}, namespace {settings.loom_namespace}"]
     if not settings.nats_url:
         kept = server.store.absolute() if server.store is not None else None
-        lines.append(f"  records and what is learned are kept in {kept}" if kept else "  nothing is kept (--ephemeral)")
+        lines.append(f"  records and evidence are kept in {kept}" if kept else "  nothing is kept (--ephemeral)")
         if not is_loopback(server.host):
             lines.append(f"  it listens on {server.host} for other machines")
     own = "" if settings.nats_url or address == DEFAULT_URL else f"NATS_URL={address} "

@@ -14,7 +14,7 @@ class Transcript:
         self._fresh_line = True
 
     def add(self, attempt: int, text: str) -> None:
-        """Print a piece of an attempt's answer; a later attempt starts anew on a line of its own."""
+        """Print a piece of an attempt's answer; a later attempt starts on a new line."""
         if attempt != self._attempt:
             self.break_line()
             self._attempt, self._pieces = attempt, []
@@ -22,16 +22,16 @@ class Transcript:
         self._write(text)
 
     def break_line(self) -> None:
-        """Go on on a line of its own."""
+        """Start a new line, unless one has just begun."""
         if not self._fresh_line:
             self._write("\n")
 
     def close(self, content: str) -> None:
-        """Print what of the whole answer is missing."""
+        """Print the part of the whole answer that has not been printed."""
         written = "".join(self._pieces)
         if content.startswith(written):
             self._write(content[len(written) :])
-        elif content.strip() not in written:  # pieces were lost, or the answer is not what was said on the way
+        elif content.strip() not in written:  # pieces were lost, or the final answer differs from the streamed text
             self.break_line()
             self._write(content)
 

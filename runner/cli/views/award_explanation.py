@@ -1,4 +1,4 @@
-"""Why the winner of an auction won, in the terms of the policy it was held by. No I/O."""
+"""Explains why the winner of an auction won, in the terms of its award policy. No I/O."""
 
 from loom.phases.match.scoring import AVAILABILITY_WEIGHT, TOOLS_WEIGHT, TRUST_WEIGHT
 from loom.schemas.auction import Award, ScoredBid
@@ -6,7 +6,7 @@ from loom.schemas.auction import Award, ScoredBid
 CLOSE = 0.005
 """Scores nearer than this look the same with two decimals."""
 BY_EVIDENCE = ("", "glr_ucb", "ucb", "greedy")
-"""Policies whose trust is evidence and claim blended, plus a bonus; empty: an award that does not tell."""
+"""Policies whose trust is evidence and claim blended, plus a bonus; empty: an award without a policy."""
 TRUST = {
     "": "the bonus being part of trust",
     "glr_ucb": "the bonus being part of trust",
@@ -50,12 +50,12 @@ def rests_on(award: Award) -> str:
     else:
         evidence = "no rewards were known"
     if award.policy == "random":
-        said = "policy random"
+        basis = "policy random"
     else:
-        said = f"policy {award.policy}, {evidence}" if award.policy else evidence
+        basis = f"policy {award.policy}, {evidence}" if award.policy else evidence
     weights = f"{TRUST_WEIGHT} trust + {AVAILABILITY_WEIGHT} (1 - load) + {TOOLS_WEIGHT} tools"
     trust = TRUST.get(award.policy, "trust and bonus being its own")
-    return f"{said[0].upper()}{said[1:]}; total = {weights}, {trust}."
+    return f"{basis[0].upper()}{basis[1:]}; total = {weights}, {trust}."
 
 
 def _advantages(policy: str, best: ScoredBid, second: ScoredBid) -> list[tuple[float, str]]:
@@ -71,7 +71,7 @@ def _advantages(policy: str, best: ScoredBid, second: ScoredBid) -> list[tuple[f
 
 def _better(policy: str, part: str, best: ScoredBid, second: ScoredBid) -> str:
     return {
-        "trust": _told(policy, best, second, more=True),
+        "trust": _difference(policy, best, second, more=True),
         "bonus": f"less is known about it, which earns a bonus of {best.bonus:.2f} against {second.bonus:.2f}",
         "load": f"it is less busy, {best.load:.0%} against {second.load:.0%}",
         "tools": f"it has more of the tools, {best.tools:.0%} against {second.tools:.0%}",
@@ -80,15 +80,15 @@ def _better(policy: str, part: str, best: ScoredBid, second: ScoredBid) -> str:
 
 def _worse(policy: str, part: str, best: ScoredBid, second: ScoredBid) -> str:
     return {
-        "trust": _told(policy, best, second, more=False),
+        "trust": _difference(policy, best, second, more=False),
         "bonus": f"the other has the bonus of the little known, {second.bonus:.2f} against {best.bonus:.2f}",
         "load": f"it is busier, {best.load:.0%} against {second.load:.0%}",
         "tools": f"it has fewer of the tools, {best.tools:.0%} against {second.tools:.0%}",
     }[part]
 
 
-def _told(policy: str, best: ScoredBid, second: ScoredBid, *, more: bool) -> str:
-    """How the policy tells the two apart; `more`: to the best one's advantage."""
+def _difference(policy: str, best: ScoredBid, second: ScoredBid, *, more: bool) -> str:
+    """Return how the policy distinguishes two bids; `more`: the difference favours the winner."""
     amount = "more" if more else "less"
     if policy in BY_EVIDENCE:
         return f"it is trusted {amount}, for {_trusted(best)} against {_trusted(second)}"

@@ -1,4 +1,4 @@
-"""Which messages `loom tap` shows. No I/O."""
+"""Selects the messages that `loom tap` prints. No I/O."""
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from loom.schemas.tokens import domain_token
 REMEMBERED = 100_000
 """Tasks remembered to be a node's or a domain's; the oldest are forgotten first."""
 
-SPEAKER = {
+PHASE_OF_FAMILY = {
     "submit": "sense",
     "status": "sense",
     "cancel": "sense",
@@ -37,21 +37,27 @@ SPEAKER = {
     "reward": "evaluate",
     "retire": "adapt",
 }
-"""family -> the phase that hears it first, or says it; tasks and dead letters name theirs."""
+"""Family -> the phase that receives it first, or publishes it; subjects of tasks and dead letters name theirs."""
 
 
 Ours = OrderedDict[str, None]
-"""Ids of tasks, the longest unheard of first."""
+"""Ids of tasks, the least recently seen first."""
+
+
+PROBE = "probe-"
+"""Beginning of the task ids that clients ask for to learn whether phases answer."""
 
 
 @dataclass
 class MessageFilter:
-    """Passes what fits everything that was asked for; an empty wish fits all.
+    """Passes the messages that match every field; an empty field matches all.
 
-    A delta names neither node nor domain: it passes when the last message that did, of its task, has passed. A task
-    comes with its subtasks, and theirs, from where they are first heard of.
+    A delta names neither node nor domain: it passes when the previous message of its task that names one has passed.
+    The subtasks of a task, and theirs, pass with it from their first message on.
     """
 
+    routine: bool = True
+    """Whether heartbeats of hosts, requests for them and status probes pass."""
     task: str = ""
     phase: str = ""
     node: str = ""
@@ -61,22 +67,31 @@ class MessageFilter:
     _kin: Ours = field(default_factory=Ours)
 
     def passes(self, seen: TappedMessage) -> bool:
-        """Return whether the message is wanted."""
+        """Return whether the message passes, and remember the subtasks, nodes and domains it names."""
+        if not self.routine and is_routine(seen):
+            return False
         tasks = tasks_of(seen)
         node = _fits(self.node, nodes_of(seen), tasks, self._of_node)
         domain = _fits(self.domain_token, slugs_of(seen), tasks, self._of_slug)
         if isinstance(seen.message, Envelope):
-            self.hear_of(seen.message)
+            self.remember_subtask(seen.message)
         task = not self.task or any(self._is_ours(each) for each in tasks)
         return node and domain and task and (not self.phase or self.phase == phase_of(seen))
 
-    def hear_of(self, envelope: Envelope) -> None:
-        """Remember a subtask of the wanted task, so that what is said of it passes."""
+    def remember_subtask(self, envelope: Envelope) -> None:
+        """Remember a subtask of the selected task, so that its messages pass."""
         if self.task and envelope.split is not None and self._is_ours(envelope.split.parent):
             _remember(self._kin, envelope.task_id)
 
     def _is_ours(self, task_id: str) -> bool:
         return self.task in {task_id, short(task_id)} or task_id in self._kin
+
+
+def is_routine(seen: TappedMessage) -> bool:
+    """Return whether a message repeats although no work is done: a heartbeat, a request for one, or a probe."""
+    if seen.family == "status":
+        return seen.tokens.get("task_id", "").startswith(PROBE)
+    return seen.family in {"host", "hosts"}
 
 
 def _fits(wish: str, named: set[str], tasks: tuple[str, ...], ours: Ours) -> bool:
@@ -145,4 +160,4 @@ def phase_of(seen: TappedMessage) -> str:
     """Return the phase a message goes to, or comes from where it goes to none."""
     if seen.family == "lifecycle":
         return "adapt" if seen.tokens.get("kind") == "learned" else ""
-    return seen.tokens.get("phase") or SPEAKER.get(seen.family, "")
+    return seen.tokens.get("phase") or PHASE_OF_FAMILY.get(seen.family, "")

@@ -1,4 +1,4 @@
-"""What `loom tap` says of each message."""
+"""Each message of `loom tap` as a line."""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -24,23 +24,20 @@ WORDS = 60
 RESET, BOLD, DIM, YELLOW, CYAN = (f"\x1b[{code}m" for code in (0, 1, 2, 33, 36))
 
 
-"""Tokens of a subject that say what its message is about, the first one it has."""
-
-
 def json_line(seen: TappedMessage) -> str:
     """Return a message whole, as a line of JSON."""
     return encode(as_object(seen)).decode() + "\n"
 
 
 class MessageLines:
-    """Messages as lines for people; coloured and cut to the screen's width on a terminal only."""
+    """Formats messages as lines; colours them and cuts them to the width of the screen on a terminal only."""
 
     def __init__(self, screen: Console) -> None:
         self._coloured = screen.is_terminal and not screen.no_color
         self._width = screen.width if screen.is_terminal else None
 
     def __call__(self, seen: TappedMessage) -> str:
-        """Return a message as a line, and before it one that tells what was skipped."""
+        """Return a message as a line, after a line with the number of messages that were skipped."""
         at = datetime.fromtimestamp(seen.at).strftime("%H:%M:%S.%f")[:-3]  # noqa: DTZ006 - the reader's own time
         kind, about, facts = describe(seen)
         parts = [(f"{at} ", DIM), (f"{kind:<16} ", CYAN), (f"{about:<12} " if facts else about, BOLD), (facts, "")]
@@ -59,7 +56,7 @@ class MessageLines:
 
 
 def as_object(seen: TappedMessage) -> dict[str, Any]:
-    """Return a message as free JSON; bytes that are no message of ours stand under `raw`, in base64."""
+    """Return a message as free JSON; bytes that cannot be decoded are under `raw`, in base64."""
     read = not isinstance(seen.message, bytes)
     return {
         "at": seen.at,
@@ -164,7 +161,7 @@ def _where(envelope: Envelope) -> str:
     if envelope.spec is not None:
         spec = envelope.spec
         if spec.no_offers_since is not None:
-            return f"nobody has bid in {spec.domain_token} so far{attempt}"
+            return f"no bids in {spec.domain_token} so far{attempt}"
         return f"{', '.join(spec.domains)}, complexity {spec.complexity:.2f} ({spec.method}){attempt}"
     said = f'"{one_line(envelope.ad.description, WORDS)}"'
     return f"{_origin(envelope.split)}{said}"

@@ -30,17 +30,21 @@ def node_table(nodes: Sequence[NodeOverview]) -> Table:
     table.columns[-1].no_wrap = False
     for node in nodes:
         profile = node.profile or NodeProfile(node_id=node.node_id)
-        load = " ".join(load_of(host) for host in node.hosts) or "not alive"
+        load = " ".join(load_of(host) for host in node.hosts) or NOTHING
         counts = (str(profile.total_tasks), str(profile.consecutive_losses), str(profile.tokens))
         last = clock(profile.updated_at) if profile.updated_at else NOTHING
-        how = Text(node.standing, STYLES[node.standing])
         by_domain = ", ".join(f"{overview.domain} {_number(overview.mean)}" for overview in _best_known_first(node))
-        add_row(table, node.name, how, load, *counts, last, by_domain or NOTHING)
+        add_row(table, node.name, state_of(node), load, *counts, last, by_domain or NOTHING)
     table.caption = (
         "new: no task judged yet. unproven: fewer than ten. load: runs of the host's slots, + queued. "
         "losses: failures in a row. `--domain` shows one domain in full."
     )
     return table
+
+
+def state_of(node: NodeOverview) -> Text:
+    """Return the standing of a node, or that no host has it; what it earned before is in its profile."""
+    return Text(node.standing, STYLES[node.standing]) if node.alive else Text("not alive", "dim")
 
 
 def _best_known_first(node: NodeOverview) -> list[DomainOverview]:
@@ -62,7 +66,7 @@ def domain_table(nodes: Sequence[NodeOverview], token: str) -> Table:
     table = table_of(columns, title=title, right=numbers, ratios={"node": 1})
     for node in sorted(nodes, key=lambda node: -(overviews[node.name].mean or 0.0)):
         shown = _evidence(overviews[node.name])[: len(columns) - 2]
-        add_row(table, node.name, Text(node.standing, STYLES[node.standing]), *shown)
+        add_row(table, node.name, state_of(node), *shown)
     table.caption = (
         f"self-rating: as last given in the {RECENT_TASKS} newest tasks. mean reward: over count, in 19 of 20 cases "
         f"within ±. trend: the newest {NEWEST} against the mean."

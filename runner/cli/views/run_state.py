@@ -1,4 +1,4 @@
-"""What the bus says about the tasks of one `loom run`: where each of them is, and what came of it. No I/O."""
+"""State of the tasks of one `loom run`, from the messages of the bus: phase, node and result. No I/O."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from loom.schemas.run import Delta
 from loom.schemas.task import Submission, TaskAd, TaskResult
 
 FAMILIES = ("intake", "task", "auction", "delta", "result", "reward", "lifecycle")
-"""Families of subjects a board listens to."""
+"""Families of subjects that change the state."""
 
 TAIL_CHARS = 200
 """Most characters of an unfinished answer that are kept to be shown."""
@@ -30,12 +30,12 @@ class Row:
 
     ad: TaskAd
     phase: str = "waiting"
-    """waiting (not handed in yet), a phase, or the state it ended in."""
+    """`waiting` (not submitted yet), a phase, or the state of an ended task."""
     node: str = ""
     """As people write it."""
     attempt: int = 1
     tail: str = ""
-    """End of what the node has written so far."""
+    """End of the answer so far."""
     parts: set[str] = field(default_factory=set)
     """Ids of its subtasks that have begun."""
     parts_ended: set[str] = field(default_factory=set)
@@ -59,11 +59,11 @@ class RunState:
 
     @property
     def learned(self) -> bool:
-        """Whether every reward heard of is part of its node's profile."""
+        """Whether every reward of the run is part of its node's profile."""
         return self._to_learn <= self._learned
 
     def see(self, seen: TappedMessage) -> Row | None:
-        """Take in a message; return the row whose phase, node or attempt it changed."""
+        """Apply a message; return the row whose phase, node or attempt it changed."""
         message: Any = seen.message
         if isinstance(message, Lifecycle | Reward):
             self._learn(message) if isinstance(message, Lifecycle) else self._reward(message)
@@ -90,7 +90,7 @@ class RunState:
         return row if before != (row.phase, row.node, row.attempt) else None
 
     def _call(self, call: CallForBids) -> Row | None:
-        """Take in a call for bids; return the row of the last of its tasks that has come to MATCH by it."""
+        """Apply a call for bids; return the row of its last task that has moved to MATCH."""
         changed = None
         for lot in call.lots:
             row = self.rows.get(lot.task_id)
@@ -106,7 +106,7 @@ class RunState:
         return changed
 
     def end(self, result: TaskResult) -> Row | None:
-        """Take in a result, from whichever way it came first; return its row unless it had ended."""
+        """Apply a result from the tap or the handle; return its row unless it had ended."""
         row = self.rows[result.task_id]
         if row.ended:
             return None
@@ -117,7 +117,7 @@ class RunState:
         return row
 
     def _part(self, parent_id: str, task_id: str, ended: bool) -> Row | None:
-        """Take in that a subtask is on its way, or has ended."""
+        """Apply the start or the end of a subtask."""
         row = self.rows.get(parent_id)
         if row is None or row.ended:
             return None

@@ -1,6 +1,6 @@
-"""Standard output that may block, because somebody has stopped reading it, without stopping the event loop.
+"""Writes to standard output without blocking the event loop, even when its reader has stopped reading.
 
-A process that stops reading from the server is cut off by it; one whose screen is slow is to skip messages instead.
+The server cuts off a process that stops reading from it. A process with a slow screen skips messages instead.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ FULL = 256
 """Lines that may wait to be written."""
 WAIT_S = 0.005
 BREATH = 32
-"""Messages handled between two looks at the socket."""
+"""Messages handled before the event loop reads from the socket again."""
 
 
 class StdoutWriter:
@@ -23,18 +23,18 @@ class StdoutWriter:
         self._lines: SimpleQueue[str] = SimpleQueue()
         self._fault: OSError | None = None
         self._turn = 0
-        # A daemon: a write nobody reads never returns, and must not keep the process from ending.
-        self._thread = threading.Thread(target=self._write, name="spout", daemon=True)
+        # A daemon: a write without a reader never returns, and must not keep the process from ending.
+        self._thread = threading.Thread(target=self._write_lines, name="stdout writer", daemon=True)
 
-    async def pour(self, text: str) -> None:
-        """Hand `text` on; waits while too much is waiting already.
+    async def write(self, text: str) -> None:
+        """Queue `text` for the thread; waits while the queue is full.
 
         Raises:
             OSError: Standard output is closed, a BrokenPipeError when its reader has gone.
         """
         if self._thread.ident is None:
             self._thread.start()
-        while self._lines.qsize() >= FULL and self._fault is None:  # noqa: ASYNC110 - the thread need not wake us
+        while self._lines.qsize() >= FULL and self._fault is None:  # noqa: ASYNC110 - the thread cannot wake the loop cheaply
             await asyncio.sleep(WAIT_S)
         if self._fault is not None:
             raise self._fault
@@ -42,12 +42,12 @@ class StdoutWriter:
         await self.pause()
 
     async def pause(self) -> None:
-        """Let the socket be read now and then; to be called for every message that is not poured."""
+        """Give the event loop a turn now and then; call it for every message that is not written."""
         self._turn += 1
         if self._turn % BREATH == 0:
             await asyncio.sleep(0)
 
-    def _write(self) -> None:
+    def _write_lines(self) -> None:
         # Not through sys.stdout: at its end Python would wait for the lock of a write that never returns.
         descriptor = sys.stdout.fileno()
         try:

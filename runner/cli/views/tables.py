@@ -1,4 +1,4 @@
-"""How things look: one printable line each, tables of 80 columns, no colour where none is wanted."""
+"""Printable text, and tables that fit 80 columns."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from loom.schemas.task import TaskResult
 ROWS = 40
 """Most rows of a closing table: the file of results has them all."""
 MADE_ID = re.compile(r"[0-9a-f]{32}|[a-z2-7]{26}")
-"""An id nobody chose: a task's, a subtask's."""
+"""A generated id of a task or subtask."""
 
 
 def printable(text: str) -> str:
@@ -38,10 +38,10 @@ def short(task_id: str) -> str:
 
 
 class _Console(Console):
-    """A console whose reader may leave: the work it tells of goes on."""
+    """A console whose closed output does not end the command."""
 
     def on_broken_pipe(self) -> None:
-        """Say no more; what is still buffered goes nowhere, so that the end of the process does not stumble over it."""
+        """Stop printing, and redirect buffered output to /dev/null so that it cannot fail at the end of the process."""
         self.quiet = True
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -12,7 +12,7 @@ from loom.runner.cli.views.award_explanation import rests_on, why
 from loom.runner.cli.views.run_progress import STYLES
 from loom.runner.cli.views.subtask_tree import Division, progress_of, tree
 from loom.runner.cli.views.tables import one_line, printable, show, table_of
-from loom.runner.cli.views.task_timeline import Try, handed_in_at, tries, turns
+from loom.runner.cli.views.task_timeline import Try, submitted_at, tries, turns
 from loom.schemas.auction import Award, ScoredBid
 from loom.schemas.identity import JUDGE, PUBLIC, RULES
 from loom.schemas.learning import Reward
@@ -54,7 +54,7 @@ def _print(screen: Console, *tables: Table) -> None:
 
 def _head(record: TaskRecord, where: str, now: float) -> Iterator[Text]:
     envelope, ad = record.envelope, record.envelope.ad
-    start = handed_in_at(record)
+    start = submitted_at(record)
     state = Text.assemble((record.task_id, "bold"), "  ", (record.state, STYLES.get(record.state, "cyan")))
     if record.ended_at is not None:
         state.append(f" after {span(max(0.0, record.ended_at - start))}")
@@ -64,14 +64,14 @@ def _head(record: TaskRecord, where: str, now: float) -> Iterator[Text]:
         state.append(f"{span(max(0.0, envelope.deadline - now))} left")
     yield state
     yield Text(f'"{one_line(ad.description, WORDS)}"')
-    facts = [f"handed in {clock(start)}", f"priority {ad.priority}"]
+    facts = [f"submitted {clock(start)}", f"priority {ad.priority}"]
     if envelope.spec is not None:
         spec = envelope.spec
         facts += [f"domain {', '.join(spec.domains)}", f"complexity {spec.complexity:.2f} ({spec.method})"]
     elif envelope.domain:
         facts.append(f"domain {envelope.domain}")
     if envelope.spec is not None and envelope.spec.no_offers_since is not None and not record.ended:
-        facts.append(f"nobody has bid for {span(max(0.0, now - envelope.spec.no_offers_since))}")
+        facts.append(f"no bids for {span(max(0.0, now - envelope.spec.no_offers_since))}")
     if envelope.submitter != PUBLIC:
         facts.append(f"submitter {envelope.submitter}")
     if ad.required_tools:

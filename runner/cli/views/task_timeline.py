@@ -1,7 +1,7 @@
-"""What a task's record tells about its way through the phases. No I/O.
+"""The way of a task through the phases, from its record. No I/O.
 
-A record remembers hops, but not which attempt each belongs to, and the award of the last attempt only; who tried
-before is known from the failed attempts on its envelope and, while the task runs, from the rewards of the failures.
+A record holds hops without their attempts, and the award of the last attempt only. Earlier attempts are in the failed
+attempts of its envelope and, while the task runs, in the rewards of the failures.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class Turn:
     instance: str
     attempt: int
     at_s: float
-    """When it began, seconds after the task was handed in."""
+    """When it began, seconds after the task was submitted."""
     waited_s: float | None
     """Between the end of the turn before and its own start; None when that is not known."""
     worked_s: float
@@ -50,13 +50,13 @@ class Try:
     outcome: str
     """`succeeded`, `running`, or the code of an error."""
     reason: str = ""
-    """What the error said."""
+    """Message of the error."""
     tokens: int = 0
     duration_s: float = 0.0
 
 
-def handed_in_at(record: TaskRecord) -> float:
-    """Return when the task was handed in, server time; a subtask begins with its admission."""
+def submitted_at(record: TaskRecord) -> float:
+    """Return when the task was submitted, server time; a subtask begins with its admission."""
     envelope = record.envelope
     return record.admitted_at if envelope.split else envelope.deadline - envelope.ad.timeout_s
 
@@ -67,7 +67,7 @@ def turns(record: TaskRecord) -> list[Turn]:
     EVALUATE ends a task without a hop: its last turn is reckoned from the end of the hop before, waiting included.
     So is that of the phase which had a task when it was cancelled.
     """
-    envelope, start = record.envelope, handed_in_at(record)
+    envelope, start = record.envelope, submitted_at(record)
     before, told = start, []
     gap = _gap(envelope.hops)
     for index, (hop, attempt) in enumerate(zip(envelope.hops, attempts(envelope), strict=True)):

@@ -1,7 +1,7 @@
-"""The first and the last thing in a `loom` process, before and after everything that takes long to import.
+"""Start and end of a `loom` process, before and after the imports that take long.
 
-As process 1 of a container `loom` is the init as well: the kernel drops signals for which process 1 has no handler, and
-makes it the parent of all orphans, which stay zombies until it waits for them.
+As process 1 of a container, `loom` is the init as well. The kernel drops signals for which process 1 has no handler.
+Process 1 becomes the parent of all orphans, which stay zombies until it waits for them.
 """
 
 import atexit
@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 LINGER_S = 1.0
-"""How long non-daemon threads may go on once the command is over."""
+"""Seconds that non-daemon threads may run after the command has ended."""
 _OWN = {signal.SIGTTIN, signal.SIGTTOU, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT}
 """Signals that are not passed on: those of the terminal, and those of faults in this process."""
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
