@@ -121,8 +121,7 @@ class Runtime(OpenRuntime):
         """Add a node; it bids from the next call for bids on.
 
         Args:
-            agent: A function, an object with `stream(job)`, or one with `run(text)`; absent: an agent is made of the
-                provider and the config.
+            agent: A function, or an object with `stream(job)` or `run(text)`; absent: made of provider and config.
             capabilities: Self-ratings: domain -> 0 to 1, as a dict or in a profile. With 0 the node refuses the domain.
             name: Node id, the key of its evidence; absent: derived from the parts of the agent.
             domains: Domains that the node accepts, in any wording; absent: all. Pinned tasks need none of them.
@@ -132,9 +131,6 @@ class Runtime(OpenRuntime):
             provider: The model of a made agent, instead of that of the Runtime. Several models in one Runtime:
                 `add_agent(provider=OpenAIProvider(config), config=config)`.
             config: For a made agent, instead of that of the Runtime. Model and server are those of the provider.
-
-        Returns:
-            The node, which may be changed while it works.
 
         Raises:
             LoomError: Neither an agent nor a provider is given, or an argument has the wrong type or no effect.

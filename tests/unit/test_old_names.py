@@ -141,7 +141,7 @@ def test_a_runtime_takes_its_arguments_by_position_and_makes_loops_and_nodes_of_
 def test_a_skill_whose_tools_are_not_there_is_not_loaded() -> None:
     rt = Runtime(OpenAIProvider(AgentConfig(api_key="test")))
 
-    with pytest.raises(loom.LoomError, match="skill_registry was not given: search"):
+    with pytest.raises(loom.LoomError, match="not in the skill_registry: search"):
         rt.load_skill(Skill(name="coder", tools=["search"]))
     assert rt.cluster.nodes == []
     for call in (Runtime().amoeba_loop, lambda: Runtime().load_skill(Skill(name="coder"))):
