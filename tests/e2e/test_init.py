@@ -90,6 +90,7 @@ async def test_a_running_process_of_another_version_keeps_it_from_the_streams(
 async def test_a_runtime_names_the_process_of_another_version(phases: Bus, on_bus: Where) -> None:
     async with Bus(on_bus[0], namespace=on_bus[1], role="node") as other:
         await ServiceEndpoint(other, ["match"], "i1", {"loom.wire": "2"}).start()
+        await other.requests.flush()
         with pytest.raises(WireMismatch, match="process"):
             async with Runtime():
                 pass

@@ -26,5 +26,5 @@ def test_each_make_target_of_ci_exists() -> None:
     steps = [step.get("run", "") for job in yaml.safe_load(WORKFLOW)["jobs"].values() for step in job["steps"]]
     targets = {run.removeprefix("make ") for run in steps if run.startswith("make ")}
 
-    assert targets == {"setup", "check", "slow"}
+    assert targets == {"setup", "check", "slow", "coverage"}
     assert [target for target in targets if f"\n{target}:" not in makefile] == []
