@@ -209,7 +209,7 @@ class Publisher:
         except Undecodable as error:  # not from the server: any client may publish to a reply subject
             self._discards.add("ack_undecodable", reason=error.message)
             reply = None
-        if msg.status == "503":  # the stream has no leader, or does not exist
+        if reply is None and msg.status == "503":  # the stream has no leader, or does not exist
             self._jetstream.missing.set()
         self._failures = 0
         if reply is None or (reply.error is not None and _is_undecided(reply.error)):

@@ -80,8 +80,9 @@ def apply_reward(
 
 
 def _success_rate(domains: Mapping[str, DomainEvidence]) -> float:
-    scores = [score.score for evidence in domains.values() for score in evidence.scores]
-    return sum(score >= SUCCESS for score in scores) / len(scores)
+    """Return the share of successes among all entries of all windows."""
+    scores = [entry.score for evidence in domains.values() for entry in evidence.scores]
+    return sum([score >= SUCCESS for score in scores]) / len(scores)  # lists: this runs for every reward
 
 
 def own_scores_by_age(domains: Mapping[str, DomainEvidence]) -> list[Score]:
