@@ -47,6 +47,8 @@ async def test_what_another_phase_or_task_has_scheduled_is_a_dead_letter(
 
 
 async def test_the_header_is_compared_exactly(bus: Bus, phases: Phases) -> None:
+    if bus.connection.server_version < (2, 14):
+        pytest.skip("nats-server before 2.14 accepts the header from clients")
     phase = await phases.start(bus)
     subject, forged = bus.subjects.task("scale", "normal", "t1"), bus.subjects.later("match", "t1", "x")
     with pytest.raises(Refused, match="invalid scheduler"):
