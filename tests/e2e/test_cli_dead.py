@@ -156,7 +156,7 @@ async def _ended(cluster: Cluster, task_id: str) -> TaskRecord | None:
     [
         ("dead retry 1", 1, "dead_letter: letter 1 holds no task that can be read"),
         ("dead retry 2", 1, "dead_letter: letter 2 holds no task that can be read (its bytes were cut)"),
-        ("dead retry 4", 1, "dead_letter: letter 4 is a part of task p1"),
+        ("dead retry 4", 1, "dead_letter: letter 4 is a subtask of task p1"),
         ("dead retry 99", 1, "unknown_letter: there is no dead letter 99"),
         ("dead show 99", 1, "unknown_letter: there is no dead letter 99"),
         ("dead rm 99", 1, "unknown_letter: there is no dead letter 99"),

@@ -229,9 +229,9 @@ async def test_a_secret_in_an_exception_is_found_nowhere(namespace: str, tmp_pat
                 await bus.connection.subscribe_sync(">", heard.append)
                 ad = TaskAd(node_id="tells_a_secret", domain="x", description="x", timeout_s=20)
                 result = await (await task_client.publish(bus, ad, deltas=True)).result(WITHIN_S)
-                said = await loom(tmp_path, "tasks", "--json", NATS_URL=server.url, LOOM_NAMESPACE=namespace)
+                said = await loom(tmp_path, "task", "ls", "--json", NATS_URL=server.url, LOOM_NAMESPACE=namespace)
                 one = await loom(
-                    tmp_path, "task", result.task_id, "--json", NATS_URL=server.url, LOOM_NAMESPACE=namespace
+                    tmp_path, "task", "show", result.task_id, "--json", NATS_URL=server.url, LOOM_NAMESPACE=namespace
                 )
                 await bus.requests.flush()
                 ended = await host.end(signal.SIGTERM)

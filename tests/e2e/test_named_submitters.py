@@ -107,15 +107,15 @@ async def test_the_commands_of_a_submitter_need_no_more(operator: Bus, ann: dict
     task_id = accepted.out.strip()
     await until(lambda: record_exists(operator, task_id), what="the task is admitted")
     assert (await record_of(operator, task_id)).envelope.submitter == "ann"
-    assert (await run("cancel", task_id)).out == f"{task_id} cancelled\n"
-    assert (await run("cancel", "unknown")).err.startswith("unknown_task: no task unknown is known")
+    assert (await run("task", "cancel", task_id)).out == f"{task_id} cancelled\n"
+    assert (await run("task", "cancel", "unknown")).err.startswith("unknown_task: no task unknown is known")
 
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text(json.dumps({"domain": "code", "description": "count"}) + "\n")
     done = await run("run", str(tasks), "--out", str(tmp_path / "out.jsonl"))
     assert done.code == 0
     assert "1 of 1 succeeded" in done.out
-    shown = await command_output(tmp_path, operator, "task", task_id)
+    shown = await command_output(tmp_path, operator, "task", "show", task_id)
     assert "submitter ann" in shown
 
 

@@ -108,7 +108,7 @@ def test_the_wheel_holds_only_sources(wheel: zipfile.ZipFile) -> None:
     stray = [
         name
         for name in wheel.namelist()
-        if not re.fullmatch(r"loom/(.*\.py|py\.typed)|loom_nats-[^/]*\.dist-info/.*", name) or "__pycache__" in name
+        if not re.fullmatch(r"loom/(.*\.pyi?|py\.typed)|loom_nats-[^/]*\.dist-info/.*", name) or "__pycache__" in name
     ]
 
     assert stray == []
