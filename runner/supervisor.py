@@ -64,7 +64,7 @@ class Supervisor:
         programs: Started at once; their names differ.
         environment: Theirs, whole.
         stop_s: Seconds between asking them to end and killing them.
-        say: Takes each line they print: the program's name, then the line without its end.
+        write_line: Takes each line they print: the program's name, then the line without its end.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class Supervisor:
         *,
         environment: dict[str, str],
         stop_s: float,
-        say: Callable[[str, str], None],
+        write_line: Callable[[str, str], None],
     ) -> None:
         self._programs = programs
         self._environment = environment
         self._stop_s = stop_s
-        self._say = say
+        self._write_line = write_line
         self._running: dict[str, asyncio.subprocess.Process] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
@@ -153,9 +153,9 @@ class Supervisor:
             if len(rest) >= LINE_BYTES:
                 lines, rest = [*lines, rest], b""
             for line in lines:
-                self._say(name, line.decode(errors="replace"))
+                self._write_line(name, line.decode(errors="replace"))
         if rest:
-            self._say(name, rest.decode(errors="replace"))
+            self._write_line(name, rest.decode(errors="replace"))
 
 
 def labelled(names: Sequence[str]) -> Callable[[str, str], None]:
@@ -169,13 +169,13 @@ def labelled(names: Sequence[str]) -> Callable[[str, str], None]:
     width = max(map(len, names))
     colourful = not os.environ.get("NO_COLOR")
 
-    def say(name: str, line: str) -> None:
+    def write_line(name: str, line: str) -> None:
         label = f"{name:<{width}} │"
         if colourful:
             label = f"\x1b[{_COLOURS[names.index(name) % len(_COLOURS)]}m{label}\x1b[0m"
         _write(f"{label} {line}")
 
-    return say
+    return write_line
 
 
 def with_process(name: str, line: str) -> str:

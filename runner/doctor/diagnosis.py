@@ -74,11 +74,11 @@ async def examine_here(bus: Bus) -> list[Finding]:
 
 def server(version: tuple[int, ...], address: str) -> Finding:
     """Judge the server's version."""
-    said = f"nats-server {'.'.join(map(str, version))} at {address}"
+    about = f"nats-server {'.'.join(map(str, version))} at {address}"
     if version >= MIN_SERVER:
-        return _ok("server", said)
+        return _ok("server", about)
     least = ".".join(map(str, MIN_SERVER))
-    return _fail("server", f"{said} is too old", f"upgrade it to {least} or newer: loom needs message schedules")
+    return _fail("server", f"{about} is too old", f"upgrade it to {least} or newer: loom needs message schedules")
 
 
 async def jetstream(bus: Bus) -> Finding:
@@ -86,8 +86,8 @@ async def jetstream(bus: Bus) -> Finding:
     try:
         info = await bus.jetstream.api("INFO")
     except BusUnavailable as error:
-        said, _, todo = error.message.partition("; ")
-        return _fail("jetstream", said, todo or "see the server's log")
+        about, _, todo = error.message.partition("; ")
+        return _fail("jetstream", about, todo or "see the server's log")
     except Refused as error:
         return _fail("jetstream", f"refused: {error.message}", "enable JetStream for this account")
     return _ok("jetstream", f"{info.get('streams', 0)} streams, {info.get('storage', 0) / 2**20:.1f} MiB stored")
@@ -140,7 +140,7 @@ def design(seen: Inspection, namespace: str) -> Iterator[Finding]:
 
 
 def replicas(seen: Inspection) -> Iterator[Finding]:
-    """Judge whether every stream has a leader and replicas that keep up; nothing to say of a single server."""
+    """Judge whether every stream has a leader and replicas that keep up; a single server is not judged."""
     unled = [part.name for part in (*seen.streams.values(), *seen.consumers.values()) if part.silent or _unled(part)]
     for name in unled:
         todo = "more than half of its servers must be up: start those that are down (`nats server list`)"
@@ -178,8 +178,8 @@ async def storage(bus: Bus, seen: Inspection, config: ClusterConfig) -> Iterator
     there = {name: seen.streams[bus.subjects.stream(name)].info for name in probes}
     full = there["INTAKE"] is not None and int(there["INTAKE"]["state"]["messages"]) >= config.intake_limit
     asked = [name for name, info in there.items() if info is not None and not (full and name == "INTAKE")]
-    told = await asyncio.gather(*(_probe(bus, name, probes[name]) for name in asked))
-    troubles = [(bus.subjects.stream(name), why) for name, why in zip(asked, told, strict=True) if why is not None]
+    reasons = await asyncio.gather(*(_probe(bus, name, probes[name]) for name in asked))
+    troubles = [(bus.subjects.stream(name), why) for name, why in zip(asked, reasons, strict=True) if why is not None]
     disk = "make room on its disk, then restart nats-server: it does not write again by itself"
     found = [
         _fail("storage", f"{name} stores nothing: {why.message}", disk if isinstance(why, Overloaded) else AGAIN)
@@ -214,8 +214,8 @@ def phases(there: list[ServiceInstance]) -> Iterator[Finding]:
         elif set(versions) == {own_version()}:
             yield _ok(f"phase {name}", f"{len(versions)} of version {own_version()}")
         else:
-            said = ", ".join(sorted(set(versions)))
-            yield _warn(f"phase {name}", f"versions {said} answer, this is {own_version()}", "upgrade all alike")
+            found = ", ".join(sorted(set(versions)))
+            yield _warn(f"phase {name}", f"versions {found} answer, this is {own_version()}", "upgrade all alike")
 
 
 def node_hosts(hosts: list[AnnouncedHost]) -> Finding:
@@ -225,10 +225,10 @@ def node_hosts(hosts: list[AnnouncedHost]) -> Finding:
         return _warn("hosts", "no node is there to bid", 'add some: "loom host run FILE.py"')
     taken, slots = sum(host.running for host in hosts), sum(host.slots for host in hosts)
     queued = sum(host.queued for host in hosts)
-    said = f"{len(hosts)} with {len(nodes)} nodes, {taken} of {slots} slots taken, {queued} queued"
+    about = f"{len(hosts)} with {len(nodes)} nodes, {taken} of {slots} slots taken, {queued} queued"
     if slots and taken >= slots and queued:
-        return _warn("hosts", said, 'all are busy: add nodes with "loom host run FILE.py"')
-    return _ok("hosts", said)
+        return _warn("hosts", about, 'all are busy: add nodes with "loom host run FILE.py"')
+    return _ok("hosts", about)
 
 
 def backlog(seen: Inspection, config: ClusterConfig) -> Iterator[Finding]:

@@ -378,7 +378,7 @@ def _version(binary: str) -> tuple[int, int]:
         raise BusUnavailable(f"{binary} does not run ({type(error).__name__}): {INSTALL_HINT}") from error
     numbers = re.search(r"v(\d+)\.(\d+)", output)
     if numbers is None:
-        raise BusUnavailable(f"{binary} does not say its version: {INSTALL_HINT}")
+        raise BusUnavailable(f"{binary} does not state its version: {INSTALL_HINT}")
     return int(numbers[1]), int(numbers[2])
 
 

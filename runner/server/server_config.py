@@ -10,7 +10,7 @@ MAX_RESERVED_BYTES: Final = 2**50
 
 
 def server_config(version: tuple[int, int], sync_interval: str | None, token: str) -> str:
-    """Return the text of the server's configuration file: all that its command line does not say."""
+    """Return the text of the server's configuration file: all that its command line does not contain."""
     # A bounded stream reserves its bound, used or not: by default three quarters of the free disk are there to give.
     jetstream = [f"max_file_store: {MAX_RESERVED_BYTES}"]
     if sync_interval is not None:

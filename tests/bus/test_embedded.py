@@ -367,5 +367,5 @@ def test_the_wheels_server_stands_in_for_an_old_one_on_the_path(path: Path) -> N
 def test_a_program_that_is_no_server_is_refused(path: Path) -> None:
     (path / "nats-server").write_text("#!/bin/sh\necho hello\n")
     (path / "nats-server").chmod(0o755)
-    with pytest.raises(BusUnavailable, match="does not say its version"):
+    with pytest.raises(BusUnavailable, match="does not state its version"):
         find_server()

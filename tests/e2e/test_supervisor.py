@@ -65,7 +65,7 @@ async def supervised(
         [Program(name, ("/bin/sh", "-c", script)) for name, script in programs],
         environment=dict(os.environ),
         stop_s=stop_s,
-        say=lambda name, line: said.append((name, line)),
+        write_line=lambda name, line: said.append((name, line)),
     )
     async with supervisor:
         yield supervisor, said
@@ -96,10 +96,13 @@ async def test_nothing_outlives_a_supervisor_that_is_killed(tmp_path: Path, nats
 import asyncio, os
 from loom.runner.supervisor import Program, Supervisor
 
+def print_line(name, line):
+    print(name, line, flush=True)
+
 async def main():
     words = {(*LOOM, "phase", "run", "--supervised", "pipe", "scale")!r}
     programs = [Program(name, words) for name in ("one", "two")]
-    async with Supervisor(programs, environment=dict(os.environ), stop_s=5, say=lambda *said: print(*said, flush=True)):
+    async with Supervisor(programs, environment=dict(os.environ), stop_s=5, write_line=print_line):
         await asyncio.Event().wait()
 
 asyncio.run(main())

@@ -219,12 +219,12 @@ async def _rewards(bus: Bus, record: TaskRecord) -> tuple[list[Reward], bool]:
 
 
 def _with_plan(record: TaskRecord, division: Division) -> Any:
-    """The record as JSON; of a divided task with its plan, whose envelope is the record's own."""
-    told = msgspec.to_builtins(record)
+    """Return the record as JSON, with the plan of a divided task, but without the plan's copy of the envelope."""
+    document = msgspec.to_builtins(record)
     if division.plan is not None:
-        told["plan"] = msgspec.to_builtins(division.plan)
-        del told["plan"]["envelope"]
-    return told
+        document["plan"] = msgspec.to_builtins(division.plan)
+        del document["plan"]["envelope"]
+    return document
 
 
 def cancel(task_id: TaskId) -> None:

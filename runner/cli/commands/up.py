@@ -139,7 +139,7 @@ async def _in_processes(url: str, settings: Settings, programs: list[Program], w
             programs,
             environment={**os.environ, "NATS_URL": url},
             stop_s=settings.cluster.drain_timeout_s + STOP_GRACE_S,
-            say=labelled(names),
+            write_line=labelled(names),
         )
         async with supervisor:
             await _all_present(bus, Counter(name.partition("-")[0] for name in names))

@@ -163,8 +163,8 @@ def _where(envelope: Envelope) -> str:
         if spec.no_offers_since is not None:
             return f"no bids in {spec.domain_token} so far{attempt}"
         return f"{', '.join(spec.domains)}, complexity {spec.complexity:.2f} ({spec.method}){attempt}"
-    said = f'"{one_line(envelope.ad.description, WORDS)}"'
-    return f"{_origin(envelope.split)}{said}"
+    quoted = f'"{one_line(envelope.ad.description, WORDS)}"'
+    return f"{_origin(envelope.split)}{quoted}"
 
 
 def _origin(split: Split | None) -> str:

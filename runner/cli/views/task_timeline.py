@@ -68,10 +68,10 @@ def turns(record: TaskRecord) -> list[Turn]:
     So is that of the phase which had a task when it was cancelled.
     """
     envelope, start = record.envelope, submitted_at(record)
-    before, told = start, []
+    before, phase_turns = start, []
     gap = _gap(envelope.hops)
     for index, (hop, attempt) in enumerate(zip(envelope.hops, attempts(envelope), strict=True)):
-        told.append(
+        phase_turns.append(
             Turn(
                 phase=hop.phase,
                 instance=hop.instance,
@@ -85,7 +85,7 @@ def turns(record: TaskRecord) -> list[Turn]:
         before = hop.finished
     if record.ended_at is not None and envelope.hops:
         worked = max(0.0, record.ended_at - before)
-        told.append(
+        phase_turns.append(
             Turn(
                 phase="evaluate" if record.state != "cancelled" else AFTER[envelope.hops[-1].phase],
                 instance="",
@@ -95,7 +95,7 @@ def turns(record: TaskRecord) -> list[Turn]:
                 worked_s=worked,
             )
         )
-    return told
+    return phase_turns
 
 
 def attempts(envelope: Envelope) -> list[int]:
