@@ -15,7 +15,7 @@ from loom.bus.natsio.clock_sync import ClockSync
 from loom.bus.natsio.connection import Connection
 from loom.bus.natsio.jetstream import JetStream
 from loom.bus.natsio.kv import Bucket
-from loom.bus.natsio.ownership import keep_forever
+from loom.bus.natsio.loop_ownership import keep_forever
 from loom.bus.natsio.requests import Requests
 from loom.bus.subjects import Subjects
 from loom.schemas.identity import LOCAL, PUBLIC, Identity

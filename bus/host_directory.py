@@ -80,7 +80,7 @@ class AnnouncementReader:
         try:
             announcement = decode(msg.data, HostAnnouncement, limit=MAX_ANNOUNCEMENT_BYTES)
         except Undecodable as error:
-            self._discards.of_host(str(key), "announcements", "announcement_undecodable", reason=error.message)
+            self._discards.add_from_host(str(key), "announcements", "announcement_undecodable", reason=error.message)
             return None
         if self._is_outdated(key, announcement.seq):
             return None

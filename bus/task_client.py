@@ -8,7 +8,7 @@ from typing import Any
 
 from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.ownership import Owner, running_loop
+from loom.bus.natsio.loop_ownership import Owner, running_loop
 from loom.bus.natsio.requests import NoResponders
 from loom.bus.records import records
 from loom.bus.task_updates import TaskUpdates, id_taken

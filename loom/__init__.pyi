@@ -17,7 +17,7 @@ from loom.agents.tools import ToolRegistry as ToolRegistry
 from loom.agents.tools import ToolResult as ToolResult
 from loom.agents.tools import define_tool as define_tool
 from loom.agents.tools import tool as tool
-from loom.bus.natsio.ownership import WrongEventLoop as WrongEventLoop
+from loom.bus.natsio.loop_ownership import WrongEventLoop as WrongEventLoop
 from loom.bus.task_client import TaskHandle as TaskHandle
 from loom.compat.amoeba_loop import AmoebaLoop as AmoebaLoop
 from loom.compat.cluster_manager import ClusterManager as ClusterManager

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from loom.bus.natsio.ownership import keep_forever
+from loom.bus.natsio.loop_ownership import keep_forever
 
 CLOSE_S: Final = 5.0
 """Seconds that `close` waits for the thread, for example if a task ignores its cancellation."""

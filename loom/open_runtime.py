@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from loom.background_loop import BackgroundLoop
-from loom.bus.natsio.ownership import running_loop
+from loom.bus.natsio.loop_ownership import running_loop
 from loom.compat.reward_formulas import RewardBus
 from loom.runner.session import Inheritance, Session
 from loom.runner.session_owner import SessionOwner

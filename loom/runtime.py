@@ -16,7 +16,7 @@ from loom.arguments import check_cluster_config, check_config, check_provider, c
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.ownership import THREADSAFE, Owner
+from loom.bus.natsio.loop_ownership import THREADSAFE, Owner
 from loom.bus.task_client import TaskHandle
 from loom.compat.amoeba_loop import AmoebaLoop
 from loom.compat.cluster_manager import ClusterManager, InvalidNode

@@ -18,7 +18,7 @@ from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.logs import logger
 from loom.bus.logs.log_fields import error_fields
-from loom.bus.natsio.ownership import Owner, keep_forever, running_loop
+from loom.bus.natsio.loop_ownership import Owner, keep_forever, running_loop
 from loom.bus.natsio.requests import NoResponders
 from loom.bus.service_discovery import check_processes
 from loom.bus.topology import check_version

@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Callable
 
-from loom.bus.natsio.ownership import Owner
+from loom.bus.natsio.loop_ownership import Owner
 from loom.runner.session import Inheritance, Session
 
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from loom.bus.logs.left_out import MAX_HOSTS, LeftOut
+from loom.bus.logs.discard_reports import MAX_HOSTS, DiscardReport
 from loom.schemas.base import Count, Message, Name, Note, Seconds, total
 
 
@@ -23,7 +23,7 @@ class Health(Message, frozen=True, kw_only=True):
     """Name and error of the essential task that failed."""
     discards: Annotated[dict[Name, Count], Meta(max_length=100)] = {}
     """Log event -> number of messages that the whole process discarded."""
-    left_out: Annotated[dict[Name, LeftOut], Meta(max_length=MAX_HOSTS)] = {}
+    left_out: Annotated[dict[Name, DiscardReport], Meta(max_length=MAX_HOSTS)] = {}
     """Host -> what the whole process discarded of its messages."""
 
 

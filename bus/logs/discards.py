@@ -5,7 +5,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from loom.bus.logs.left_out import MAX_HOSTS, LeftOut, Part
+from loom.bus.logs.discard_reports import MAX_HOSTS, DiscardReport, Part
 from loom.bus.logs.logger import get_logger
 from loom.schemas.base import cut_name
 
@@ -25,7 +25,7 @@ class Discards:
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.counts: Counter[str] = Counter()
-        self.hosts: OrderedDict[str, LeftOut] = OrderedDict()
+        self.hosts: OrderedDict[str, DiscardReport] = OrderedDict()
         """Host -> what was discarded of its messages, for the 100 hosts with the newest discards."""
         self._now = now
         self._periods: dict[str, tuple[float, int]] = {}
@@ -48,10 +48,10 @@ class Discards:
         if lines < LINES:
             log.warning(event, reason=reason[:500], total=self.counts[event], **facts)
 
-    def of_host(self, host_id: str, part: Part, event: str, *, reason: str, **facts: Any) -> None:
+    def add_from_host(self, host_id: str, part: Part, event: str, *, reason: str, **facts: Any) -> None:
         """Count a discarded message of a node host, or a part of one, also for that host."""
         key = cut_name(host_id)
-        self.hosts[key] = self.hosts.pop(key, LeftOut()).plus(part, reason, time.time())
+        self.hosts[key] = self.hosts.pop(key, DiscardReport()).plus(part, reason, time.time())
         if len(self.hosts) > MAX_HOSTS:
             self.hosts.popitem(last=False)
         self.add(event, reason=reason, host_id=key, **facts)

@@ -16,7 +16,7 @@ from nats.aio.subscription import Subscription
 from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.background_tasks import BackgroundTasks, ServiceFailed
-from loom.bus.natsio.ownership import Owner, keep_forever, running_loop
+from loom.bus.natsio.loop_ownership import Owner, keep_forever, running_loop
 from loom.bus.natsio.transport.addresses import Address, parse_addresses, shown, tls_required
 from loom.bus.natsio.transport.connect_causes import Cause, cause_of
 from loom.bus.natsio.transport.connecting import Connector, abort_client, close_client, harden_socket

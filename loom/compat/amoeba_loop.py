@@ -11,7 +11,7 @@ from typing import Self
 
 from loom.bus import task_client
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.ownership import THREADSAFE, Owner
+from loom.bus.natsio.loop_ownership import THREADSAFE, Owner
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.task_client import TaskHandle
 from loom.compat.cluster_manager import ClusterManager

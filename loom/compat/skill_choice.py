@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from loom.bus.logs.log_fields import error_fields
 from loom.bus.logs.logger import get_logger
-from loom.bus.natsio.ownership import running_loop
+from loom.bus.natsio.loop_ownership import running_loop
 from loom.compat.skill_registry import SkillNodeRegistry, best_by_words
 from loom.schemas.auction import SpawnRequest
 from loom.schemas.llm import CompletionParams, LLMProvider, SystemMessage, UserMessage

@@ -94,7 +94,7 @@ class RetirementSweeper:
         try:
             reply = decode(msg.data, RetireReply)
         except Undecodable as error:  # a node of another host may be due as well
-            self._bus.discards.of_host(str(host), "answers", "retire_reply_undecodable", reason=error.message)
+            self._bus.discards.add_from_host(str(host), "answers", "retire_reply_undecodable", reason=error.message)
             return False
         if reply.decline is not None:
             log.debug("node_retirement_declined", node_id=node_id, decline=reply.decline)

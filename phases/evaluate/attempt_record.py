@@ -7,7 +7,8 @@ from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.server_errors import Conflict
 from loom.bus.records import record_from, records
-from loom.phases.evaluate.decisions import Finish, is_stale
+from loom.phases.evaluate.late_results import is_late
+from loom.phases.evaluate.retry_policy import Finish
 from loom.schemas.envelope import Envelope
 from loom.schemas.record import TaskRecord
 
@@ -41,23 +42,23 @@ class AttemptRecord:
         """Return whether the attempt may still end its task or be retried."""
         if not self._is_read:
             await self._read()
-        return self._entry is not None and not self._entry.value.ended and not self._is_stale(self._entry.value)
+        return self._entry is not None and not self._entry.value.ended and not self._is_late(self._entry.value)
 
     async def finish(self, finish: Finish) -> None:
         """End the task, unless it has ended or a later attempt is running."""
         if self.ended is None and (self._entry is not None or await self.is_open()):
             self._entry = await write_end(self._bus, finish, self._envelope, self._entry)
 
-    def _is_stale(self, record: TaskRecord) -> bool:
-        return is_stale(self._envelope, record)
+    def _is_late(self, record: TaskRecord) -> bool:
+        return is_late(self._envelope, record)
 
     async def _read(self) -> None:
         self._is_read = True
         self._entry = await self._records.get(self._envelope.task_id) or await self._create_missing()
         if self._entry is None:
             log.warning("record_missing", attempt=self._envelope.attempt)
-        elif not self._entry.value.ended and self._is_stale(self._entry.value):
-            log.info("stale_attempt_dropped", attempt=self._envelope.attempt, claimed=self._entry.value.claim.attempt)
+        elif not self._entry.value.ended and self._is_late(self._entry.value):
+            log.info("late_result_dropped", attempt=self._envelope.attempt, claimed=self._entry.value.claim.attempt)
 
     async def _create_missing(self) -> Entry[TaskRecord] | None:
         """Create the record of a message that never reached admission; only such a message may lack a record."""
@@ -91,7 +92,7 @@ async def write_end(
     now = bus.clock.now()
 
     def end(record: TaskRecord) -> TaskRecord | None:
-        if record.ended or is_stale(envelope, record):
+        if record.ended or is_late(envelope, record):
             return None
         return replace(
             record,

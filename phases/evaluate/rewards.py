@@ -1,6 +1,6 @@
 """The rewards that results, failures and ended records imply. Pure."""
 
-from loom.phases.evaluate.decisions import COUNTED, INVALID
+from loom.phases.evaluate.retry_policy import COUNTED, INVALID
 from loom.schemas.envelope import Envelope
 from loom.schemas.identity import JUDGE, RULES
 from loom.schemas.learning import Reward, Signal, success_signal

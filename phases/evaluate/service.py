@@ -29,7 +29,7 @@ from loom.bus.rewards import RewardBus
 from loom.bus.topology import EVALUATE_LANE
 from loom.phases.evaluate import llm_judge
 from loom.phases.evaluate.attempt_record import AttemptRecord, write_end
-from loom.phases.evaluate.decisions import Finish, Retry, decide, judge, may_be_divided, notice_of, unchecked
+from loom.phases.evaluate.retry_policy import Finish, Retry, decide, judge, may_be_divided, notice_of, unchecked
 from loom.phases.evaluate.rewards import implied_rewards, reward_for
 from loom.phases.shared.acceptance import has_check
 from loom.phases.shared.check_pool import CheckPool, NotChecked, Violation

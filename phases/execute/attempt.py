@@ -9,8 +9,8 @@ from loom.bus.hops.delivery import Delivery
 from loom.bus.hops.outcomes import Done, Leave, Next, Outcome
 from loom.bus.logs.logger import get_logger
 from loom.bus.records import records
+from loom.phases.execute.claims import Ownership, ownership
 from loom.phases.execute.delegation import Delegations
-from loom.phases.execute.fencing import Ownership, ownership
 from loom.phases.execute.host_errors import RunFacts, confirmed_error
 from loom.phases.execute.plain_runs import RUN_S, PlainRun
 from loom.phases.execute.run_inbox import count_discarded

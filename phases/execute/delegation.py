@@ -15,7 +15,7 @@ from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import records
 from loom.bus.task_client import cancel_and_confirm
-from loom.phases.execute.fencing import ownership
+from loom.phases.execute.claims import ownership
 from loom.phases.execute.run_stream import RunStream
 from loom.phases.shared.inherited_ad import inherited_ad
 from loom.phases.shared.token_usage import total_usage

@@ -8,7 +8,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from loom.bus.host_directory import HostKey
-from loom.bus.logs.left_out import as_reason
+from loom.bus.logs.discard_reports import as_reason
 from loom.bus.natsio.transport.message import Msg
 from loom.phases.execute.run_inbox import count_discarded
 from loom.phases.execute.run_stream import LATE_EVENT_S, STOPPED_S, Hosts, HostSilent, Interrupt, no_waiter

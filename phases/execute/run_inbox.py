@@ -75,4 +75,4 @@ class EventSubjects:
 
 def count_discarded(bus: Bus, host: HostKey, event: str, reason: str, **facts: Any) -> None:
     """Count and log an event that is discarded, for its host."""
-    bus.discards.of_host(str(host), "events", event, reason=reason, **facts)
+    bus.discards.add_from_host(str(host), "events", event, reason=reason, **facts)

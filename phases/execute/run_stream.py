@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from loom.bus.bus import Bus
 from loom.bus.host_directory import HostKey
-from loom.bus.logs.left_out import as_reason
+from loom.bus.logs.discard_reports import as_reason
 from loom.bus.logs.logger import get_logger
 from loom.bus.natsio.transport.message import Msg
 from loom.phases.execute.run_inbox import EventSubjects, count_discarded

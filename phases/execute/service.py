@@ -32,8 +32,8 @@ from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import record_from, record_version, records
 from loom.bus.topology import EXECUTE_LANE
 from loom.phases.execute.attempt import Attempt, failure_outcome
+from loom.phases.execute.claims import Claimed, Superseded, claim
 from loom.phases.execute.delegation import Delegations, cancel_tasks
-from loom.phases.execute.fencing import Claimed, Superseded, claim
 from loom.phases.execute.run_inbox import EventSubjects
 from loom.phases.execute.run_stream import Hosts, Interrupt
 from loom.phases.execute.stops import HostRun, StopReason, Stops

@@ -88,12 +88,12 @@ class OfferReader:
         self._hosts.add(host)
         if len(offer.bids) > self._limit:
             reason = f"{len(offer.bids)} bids, at most {self._limit} are allowed"
-            self._discards.of_host(str(host), "bids", "bids_discarded", reason=reason)
+            self._discards.add_from_host(str(host), "bids", "bids_discarded", reason=reason)
             offer = replace(offer, bids=offer.bids[: self._limit])
         return HostOffer(owner=host.owner, host_id=host.host_id, bids=offer.bids, decline=offer.decline)
 
     def _leave_out(self, host: HostKey, event: str, reason: str) -> None:
-        self._discards.of_host(str(host), "offers", event, reason=reason)
+        self._discards.add_from_host(str(host), "offers", event, reason=reason)
 
     def _decoded(self, host: HostKey, raw: bytes) -> UncheckedOffer:
         try:
@@ -107,7 +107,7 @@ class OfferReader:
         try:
             return decode(bytes(raw), UncheckedBid, mend=_clamped_bid)
         except Undecodable as error:
-            self._discards.of_host(str(host), "bids", "bid_undecodable", reason=error.message)
+            self._discards.add_from_host(str(host), "bids", "bid_undecodable", reason=error.message)
             return None
 
 

@@ -112,4 +112,4 @@ class OpenCalls:
             reason = "it arrived after the bid window of the call (LOOM_BID_WINDOW_MS)"
         else:
             return  # all awaited hosts had answered before
-        self._bus.discards.of_host(str(host), "offers", "offer_late", reason=reason)
+        self._bus.discards.add_from_host(str(host), "offers", "offer_late", reason=reason)

@@ -208,7 +208,7 @@ class _Lane:
             helper = await HelperProcess.start()
         except (OSError, HelperDied) as error:  # TimeoutError is an OSError
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            log.error("check_helper_not_started", reason=reason)
+            log.error("json_schema_check_not_started", reason=reason)
             why = f"no helper process can be started to check accept ({reason})"
             raise NotChecked(why, retry_after_s=RESTART_S) from None
         self._not_before = 0.0
@@ -222,7 +222,7 @@ class _Lane:
         if helper is not None:
             helper.close()
             if why:
-                log.warning("check_helper_ended", why=why)
+                log.warning("json_schema_check_ended", why=why)
 
 
 async def _end_with_bus(helper: HelperProcess) -> None:

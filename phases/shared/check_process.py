@@ -21,7 +21,7 @@ START_S: Final = 20.0
 REAP_S: Final = 1.0
 _REAP_STEP_S: Final = 0.005
 _LENGTH = struct.Struct(">I")
-_BOOT: Final = "import sys; sys.path += sys.argv[2:]; import check_helper; check_helper.main()"
+_BOOT: Final = "import sys; sys.path += sys.argv[2:]; import json_schema_check; json_schema_check.main()"
 _KEPT_VARIABLES: Final = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 """The only environment variables that the process inherits, because others may hold secrets."""
 

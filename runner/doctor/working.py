@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 from loom.bus import topology
 from loom.bus.bus import Bus
 from loom.bus.hops.health import Health
-from loom.bus.logs import left_out
+from loom.bus.logs import discard_reports
 from loom.bus.natsio.stored_message import last_message
 from loom.bus.service_discovery import health_reports
 from loom.bus.topology import Inspection
@@ -126,7 +126,7 @@ def _discards(after: Look) -> Iterator[Finding]:
 
 def _left_out(after: Look) -> Iterator[Finding]:
     """Report what hosts sent in vain, those of which it was lately first."""
-    hosts = left_out.merged_reports(report.left_out for reports in after.reports.values() for report in reports)
+    hosts = discard_reports.merged_reports(report.left_out for reports in after.reports.values() for report in reports)
     newest = sorted(hosts, key=lambda host_id: -hosts[host_id].at)
     for host_id in newest[:HOSTS]:
         what = f"of host {host_id}: {hosts[host_id].summary}"

@@ -181,7 +181,7 @@ async def test_helpers_that_cannot_be_started_are_named_and_tried_again(
         for _ in range(3):
             with pytest.raises(NotChecked, match="no helper process can be started"):
                 await pool.violation("1", DIGITS)
-    assert [line["reason"] for line in logs if line["event"] == "check_helper_not_started"] == [
+    assert [line["reason"] for line in logs if line["event"] == "json_schema_check_not_started"] == [
         "No such file or directory"
     ]
     pool._quick._not_before = 0.0

@@ -8,7 +8,7 @@ from support.fake_host import FakeHost, FakeRun
 from support.phase_harness import Stage
 from support.wait import until
 
-from loom.bus.logs.left_out import LeftOut, merged_reports
+from loom.bus.logs.discard_reports import DiscardReport, merged_reports
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.service_discovery import ServiceEndpoint, health_reports
 from loom.schemas.auction import Award, CallForBids
@@ -41,7 +41,7 @@ def raws(*bodies: bytes) -> Script:
     return answer
 
 
-async def run_on(stage: Stage, script: Script) -> tuple[Envelope, LeftOut | None]:
+async def run_on(stage: Stage, script: Script) -> tuple[Envelope, DiscardReport | None]:
     """Run a task on a host of that script; return how the attempt ended, and what was left out."""
     await FakeHost(await stage.connect("node"), run=script).start()
     execute = await stage.phase("execute")
@@ -172,7 +172,7 @@ async def test_a_reply_after_the_host_was_given_up_is_counted(stage: Stage) -> N
 # -- auctions
 
 
-async def auction(stage: Stage, offers: tuple[bytes, ...]) -> tuple[Award | None, LeftOut | None]:
+async def auction(stage: Stage, offers: tuple[bytes, ...]) -> tuple[Award | None, DiscardReport | None]:
     """Hold an auction at which h1 answers with these bytes; return the award and what was left out."""
     host = await FakeHost(await stage.connect("node")).start()
 
@@ -254,7 +254,7 @@ async def test_phases_report_what_they_left_out_of_announcements(stage: Stage) -
 
     async def reported() -> bool:
         reports = await health_reports(stage.bus, within_s=0.1)
-        counted = [report.left_out.get("h1", LeftOut()).counts for each in reports.values() for report in each]
+        counted = [report.left_out.get("h1", DiscardReport()).counts for each in reports.values() for report in each]
         return counted == [{"announcements": 2}] * 2
 
     await until(reported, what="both report both")

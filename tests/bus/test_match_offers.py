@@ -9,7 +9,7 @@ from support.fake_host import FakeHost
 from support.phase_harness import Replica, Stage
 from support.wait import until
 
-from loom.bus.logs.left_out import LeftOut
+from loom.bus.logs.discard_reports import DiscardReport
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Award, Bid, CallForBids, Offer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
@@ -42,8 +42,8 @@ async def awarded(stage: Stage, **facts: Any) -> Award:
     return award
 
 
-def left_out(replica: Replica, host: str) -> LeftOut:
-    return replica.bus.discards.hosts.get(host, LeftOut())
+def left_out(replica: Replica, host: str) -> DiscardReport:
+    return replica.bus.discards.hosts.get(host, DiscardReport())
 
 
 # -- owners

@@ -15,7 +15,7 @@ from loom.bus.natsio.kv import Bucket
 from loom.bus.natsio.publishing import PubAckFuture
 from loom.bus.natsio.stored_message import last_message
 from loom.bus.topology import SCALE_LANE
-from loom.phases.evaluate.decisions import notice_of
+from loom.phases.evaluate.retry_policy import notice_of
 from loom.phases.scale import subtask_graph
 from loom.phases.sense.estimate import with_division
 from loom.schemas.auction import Award

@@ -16,7 +16,7 @@ from loom.bus.hops.hop_loop import schedule
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import records
 from loom.bus.topology import SCALE_LANE
-from loom.phases.evaluate.decisions import notice_of
+from loom.phases.evaluate.retry_policy import notice_of
 from loom.phases.scale.subtask_graph import child_id
 from loom.phases.sense.estimate import with_division
 from loom.schemas.auction import Award

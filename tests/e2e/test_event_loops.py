@@ -25,7 +25,7 @@ from loom import (
 )
 from loom.bus import task_client
 from loom.bus.bus import Bus
-from loom.bus.natsio.ownership import WrongEventLoop
+from loom.bus.natsio.loop_ownership import WrongEventLoop
 from loom.compat.planner import TaskPlanner
 from loom.schemas.base import new_id
 from loom.schemas.errors import AgentFailed, BusUnavailable, LoomError

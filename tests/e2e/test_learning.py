@@ -78,7 +78,7 @@ class LearningCluster:
 
 @pytest.fixture
 async def cluster(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LearningCluster]:
-    monkeypatch.setattr("loom.phases.evaluate.decisions.RETRY_DELAY_S", 0.01)
+    monkeypatch.setattr("loom.phases.evaluate.retry_policy.RETRY_DELAY_S", 0.01)
     monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 0.3)
     async with AsyncExitStack() as stack:
         config = ClusterConfig(max_attempts=4)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.bombs import COSTLY_PATTERNS, OVERSIZED_PATTERNS, OVERSIZED_SCHEMAS, SLOW_TO_READ
 
 from loom.phases.shared.acceptance import encoded_schema, has_check, out_of_bounds, plain_violation
-from loom.phases.shared.check_helper import Request, check
+from loom.phases.shared.json_schema_check import Request, check
 from loom.schemas.base import encode
 from loom.schemas.task import Accept
 

@@ -1,130 +1,122 @@
-"""Claims and domains of nodes, and adding and removing agents."""
-
-from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
+from support.builders import ad, awarded, envelope
 
-from loom import LoomError, Runtime
-from loom.types import AgentNode, CapabilityProfile
-
-
-def echo(text: str) -> str:
-    return text
-
-
-def test_capabilities_may_be_a_dict() -> None:
-    node = Runtime().add_agent(echo, capabilities={"code": 0.9, "sales": Fraction(1, 2), "law": 1})
-
-    assert node.capabilities.scores == {"code": 0.9, "sales": 0.5, "law": 1.0}
-    assert node.takes("anything")
+from loom.phases.execute.claims import Claimed, Superseded, claim, ownership
+from loom.schemas.envelope import Claim, Envelope
+from loom.schemas.record import TaskRecord
+from loom.schemas.task import TaskError
 
 
-def test_a_profile_is_copied_for_each_node() -> None:
-    profile, rt = CapabilityProfile(scores={"code": 0.9}, tools=["shell"]), Runtime()
-    first, second = (rt.add_agent(echo, name=name, capabilities=profile).capabilities for name in ("a", "b"))
-    first.scores["code"] = 0.1
+def env(attempt: int = 1, node: str = "n1", host: str = "h1") -> Envelope:
+    return awarded(envelope(ad(task_id="t1"), now=0, attempt=attempt), node, host)
 
-    assert second.scores == {"code": 0.9}
-    assert second.tools == ["shell"]
+
+def record(attempt: int = 0, **facts: Any) -> TaskRecord:
+    held = Claim(attempt=attempt, node_id="n1", host_id="h1", instance="first", stream_seq=7) if attempt else Claim()
+    return TaskRecord(task_id="t1", envelope=env(), admitted_at=0, **{"state": "running", "claim": held, **facts})
+
+
+def decided(rec: TaskRecord, message: Envelope) -> Claimed | Superseded:
+    assert message.award is not None
+    return claim(rec, message, message.award, "second", 9)
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "sentence"),
+    ("held", "message", "attached"),
     [
-        ({"code": 9}, "the node has the rating 9 in 'code': give a number from 0"),
-        ({"code": -0.1}, "the rating -0.1 in 'code'"),
-        ({"code": float("nan")}, "the rating nan in 'code'"),
-        ({"code": "high"}, "the rating a str in 'code'"),
-        ({"code": True}, "the rating a bool in 'code'"),
-        ({"code": None}, "the rating a NoneType in 'code'"),
-        ({7: 0.5}, "a domain that is a int"),
-        ({" ": 0.5}, "a domain that is empty"),
-        (CapabilityProfile(scores={"code": 9}), "the rating 9 in 'code'"),
-        (["code"], 'capabilities that are a list: give a dict such as {"code": 0.9}'),
+        (0, env(1), False),
+        (0, env(3), False),
+        (1, env(2), False),
+        (1, env(2, "n2", "h2"), False),
+        (2, env(2), True),
     ],
 )
-def test_a_rating_that_is_not_a_number_from_0_to_1_is_refused(capabilities: Any, sentence: str) -> None:
-    rt = Runtime()
-    with pytest.raises(LoomError) as caught:
-        rt.add_agent(echo, capabilities=capabilities)
-    assert sentence in caught.value.message
-    assert rt.cluster.nodes == []
+def test_a_higher_attempt_is_taken_and_the_same_one_on_its_host_is_attached_to(
+    held: int, message: Envelope, attached: bool
+) -> None:
+    verdict = decided(record(held), message)
+    assert isinstance(verdict, Claimed)
+    assert verdict.attached is attached
+    assert message.award is not None
+    assert verdict.record.claim == Claim(
+        attempt=message.attempt,
+        node_id=message.award.node_id,
+        host_id=message.award.host_id,
+        instance="second",
+        stream_seq=9,
+    )
 
 
-def test_a_node_takes_its_domains_alone_in_any_wording() -> None:
-    node = Runtime().add_agent(echo, domains=["Code", "代码"], capabilities={"code": 0.9, "law": 0.9})
-
-    assert [node.takes(domain) for domain in ("code", " CODE ", "代码", "数据", "law", "general")] == [True] * 3 + [
-        False
-    ] * 3
-    assert (node.claim("code"), node.claim("law")) == (0.9, 0.0)
+def test_a_claim_changes_nothing_else_in_the_record() -> None:
+    before = record(reply_to=("_INBOX.a",), submission="s")
+    verdict = decided(before, env())
+    assert isinstance(verdict, Claimed)
+    assert replace(verdict.record, claim=before.claim) == before
 
 
 @pytest.mark.parametrize(
-    ("domains", "taken"), [("sales", ["sales"]), (("a", "b"), ["a", "b"]), (None, None), ({"a"}, ["a"])]
-)
-def test_domains_may_come_in_any_collection(domains: Any, taken: list[str] | None) -> None:
-    assert Runtime().add_agent(echo, domains=domains).domains == taken
-
-
-@pytest.mark.parametrize(
-    ("domains", "sentence"),
+    ("rec", "message"),
     [
-        ([], "no valid domains"),
-        ("", "no valid domains"),
-        (7, "no valid domains"),
-        ([7], "a domain that is a int"),
-        ([""], "a domain that is empty"),
+        (record(2), env(1)),
+        (record(2), env(2, "n1", "h2")),
+        (record(2), env(2, "n2", "h1")),
+        (record(state="succeeded", ended_at=1.0), env(5)),
+        (record(state="cancelled", ended_at=1.0), env(1)),
     ],
 )
-def test_domains_that_name_nothing_are_refused(domains: Any, sentence: str) -> None:
-    with pytest.raises(LoomError, match=sentence):
-        Runtime().add_agent(echo, domains=domains)
+def test_a_lower_attempt_a_twin_elsewhere_and_an_ended_task_are_dropped(rec: TaskRecord, message: Envelope) -> None:
+    assert isinstance(decided(rec, message), Superseded)
 
 
-def test_a_rating_of_0_is_not_taken() -> None:
-    node = AgentNode(capabilities=CapabilityProfile(scores={"code": 0.0}))
-    assert not node.takes("code")
-    assert node.takes("sales")
+def test_the_same_host_id_of_another_owner_is_another_host() -> None:
+    message = awarded(envelope(ad(task_id="t1"), now=0, attempt=2), owner="acme")
+    assert isinstance(decided(record(2), message), Superseded)
+    verdict = decided(record(1), message)
+    assert isinstance(verdict, Claimed)
+    assert (verdict.record.claim.owner, verdict.superseded) == ("acme", record(1).claim)
 
 
-def test_a_taken_name_is_refused_with_the_way_to_replace_it() -> None:
-    rt = Runtime()
-    rt.add_agent(echo, name="a")
-    with pytest.raises(LoomError, match=r"pass replace=True, or call remove_agent\('a'\) first"):
-        rt.add_agent(echo, name="a")
-
-    def other(text: str) -> str:
-        return text
-
-    assert rt.add_agent(other, name="a", replace=True).agent is other
-    assert [node.agent for node in rt.cluster.nodes] == [other]
-    assert rt.add_agent(echo, name="b", replace=True).id == "b"
-
-
-def test_a_replacement_that_is_refused_leaves_the_old_node() -> None:
-    rt = Runtime()
-    rt.add_agent(echo, name="a")
-    for refused in ({"capabilities": {"code": 9}}, {"domains": []}):
-        with pytest.raises(LoomError):
-            rt.add_agent(echo, name="a", replace=True, **refused)  # type: ignore[arg-type]
-    assert rt.cluster.get_node("a") is not None
+@pytest.mark.parametrize(
+    ("held", "message", "superseded"),
+    [
+        (0, env(2, "n2", "h2"), False),
+        (1, env(2), False),
+        (1, env(1), False),
+        (1, env(2, "n2", "h2"), True),
+        (1, replace(env(2, "n2", "h2"), last_error=TaskError(code="node_lost")), True),
+        (1, replace(env(2, "n2", "h2"), last_error=TaskError(code="agent_failed")), False),
+        (1, replace(env(3, "n2", "h2"), last_error=TaskError(code="agent_failed")), True),
+    ],
+)
+def test_a_claim_supersedes_the_attempt_whose_last_event_may_not_have_come(
+    held: int, message: Envelope, superseded: bool
+) -> None:
+    verdict = decided(record(held), message)
+    assert isinstance(verdict, Claimed)
+    assert verdict.superseded == (record(held).claim if superseded else None)
 
 
-def test_a_removed_agent_is_gone_and_may_be_added_again() -> None:
-    rt = Runtime()
-    node = rt.add_agent(echo, name="a")
-
-    assert rt.remove_agent("a") is node
-    assert rt.cluster.nodes == []
-    assert rt.add_agent(echo, name="a").id == "a"
-    with pytest.raises(LoomError, match="there is not a node b; there are: a"):
-        rt.remove_agent("b")
+def test_a_message_of_an_ended_task_names_the_attempt_that_its_record_names() -> None:
+    ended = decided(record(2, state="cancelled", ended_at=1.0), env(5))
+    unclaimed = decided(record(0, state="cancelled", ended_at=1.0), env(1))
+    assert isinstance(ended, Superseded)
+    assert isinstance(unclaimed, Superseded)
+    assert (ended.ended, unclaimed.ended) == (record(2).claim, None)
 
 
-@pytest.mark.parametrize("agent", [AgentNode(agent=echo), lambda: AgentNode])
-def test_a_node_is_not_an_agent(agent: AgentNode | Callable[[], Any]) -> None:
-    with pytest.raises(LoomError, match=r"rt\.cluster\.add_node\(node\)|must take one argument"):
-        Runtime().add_agent(agent)
+@pytest.mark.parametrize(
+    ("rec", "instance", "seq", "say"),
+    [
+        (record(1), "first", 7, "own"),
+        (record(1), "other", 7, "other_replica"),
+        (record(1), "first", 8, "other_message"),
+        (record(1), "other", 8, "other_message"),
+        (record(2), "first", 7, "over"),
+        (record(1, state="succeeded", ended_at=1.0), "first", 7, "over"),
+    ],
+)
+def test_only_the_holder_of_the_claim_may_report_an_error(rec: TaskRecord, instance: str, seq: int, say: str) -> None:
+    assert ownership(rec, 1, instance, seq) == say

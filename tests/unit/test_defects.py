@@ -18,7 +18,7 @@ from loom.agents.llm.config import AgentConfig
 from loom.agents.llm.openai.openai_provider import OpenAIProvider
 from loom.agents.protocol import StreamingAgent, collect, failure_of
 from loom.phases.adapt.evidence import apply_reward
-from loom.phases.evaluate.decisions import Finish, decide
+from loom.phases.evaluate.retry_policy import Finish, decide
 from loom.phases.evaluate.rewards import reward_for
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope

@@ -24,7 +24,7 @@ from loom.bus.subjects import Subjects
 from loom.phases.adapt.calibration_writer import recalibrated
 from loom.phases.adapt.evidence import apply_reward, is_dated_ahead, summary
 from loom.phases.adapt.retirement_policy import due_retirements, heir, inherited_rewards
-from loom.phases.evaluate import decisions as evaluate
+from loom.phases.evaluate import retry_policy as evaluate
 from loom.phases.evaluate import rewards
 from loom.phases.execute.delegation import delegated_envelope, result_for_run
 from loom.phases.execute.run_messages import error_of, request_for, with_result

@@ -13,8 +13,8 @@ from rich.text import Text
 from loom.agents.host.node_host import BACKLOG, SLOTS, NodeHost
 from loom.bus.bus import Bus
 from loom.bus.host_directory import AnnouncedHost, announced_hosts
-from loom.bus.logs import left_out
-from loom.bus.logs.left_out import LeftOut
+from loom.bus.logs import discard_reports
+from loom.bus.logs.discard_reports import DiscardReport
 from loom.bus.logs.logger import get_logger
 from loom.bus.service_discovery import health_reports
 from loom.runner.cli.command_groups import command_group
@@ -45,12 +45,12 @@ def ls(as_json: AsLines = False) -> None:
 async def _ls(settings: Settings, *, as_json: bool) -> None:
     async with connected(settings) as bus:
         hosts, reports = await asyncio.gather(announced_hosts(bus, CALL_S), health_reports(bus))
-        omitted = left_out.merged_reports(
+        omitted = discard_reports.merged_reports(
             [*(report.left_out for of_phase in reports.values() for report in of_phase), bus.discards.hosts]
         )
     if as_json:
         for host in hosts:
-            print_json({**_as_object(host), "alive": True, "left_out": omitted.pop(host.name, LeftOut())})
+            print_json({**_as_object(host), "alive": True, "left_out": omitted.pop(host.name, DiscardReport())})
         for name, counts in omitted.items():
             print_json({"host_id": name, "alive": False, "left_out": counts})
         return

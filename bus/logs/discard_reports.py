@@ -15,7 +15,7 @@ MAX_REASON = 200
 """Most characters of a reason."""
 
 
-class LeftOut(Message, frozen=True, kw_only=True):
+class DiscardReport(Message, frozen=True, kw_only=True):
     """What was discarded of the messages of one host."""
 
     counts: Annotated[dict[Name, Count], Meta(max_length=16)] = {}
@@ -25,10 +25,10 @@ class LeftOut(Message, frozen=True, kw_only=True):
     at: Timestamp = 0.0
     """Time of the last discard, by the wall clock of the process that discarded it."""
 
-    def plus(self, part: Part, reason: str, at: float) -> "LeftOut":
+    def plus(self, part: Part, reason: str, at: float) -> "DiscardReport":
         """Return the report with one more discard."""
         counts = {**self.counts, part: total(self.counts.get(part, 0), 1)}
-        return LeftOut(counts=counts, last=as_reason(reason), at=at)
+        return DiscardReport(counts=counts, last=as_reason(reason), at=at)
 
     @property
     def summary(self) -> str:
@@ -43,19 +43,19 @@ def as_reason(text: str) -> str:
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)[:MAX_REASON]
 
 
-def merged_reports(reports: Iterable[Mapping[str, LeftOut]]) -> dict[str, LeftOut]:
+def merged_reports(reports: Iterable[Mapping[str, DiscardReport]]) -> dict[str, DiscardReport]:
     """Return the sum of the reports of several processes, by host; announcements, which all receive, count once."""
-    by_host: dict[str, LeftOut] = {}
+    by_host: dict[str, DiscardReport] = {}
     for report in reports:
         for host_id, left_out in report.items():
             by_host[host_id] = _sum(by_host[host_id], left_out) if host_id in by_host else left_out
     return {host_id: by_host[host_id] for host_id in sorted(by_host)}
 
 
-def _sum(left: LeftOut, right: LeftOut) -> LeftOut:
+def _sum(left: DiscardReport, right: DiscardReport) -> DiscardReport:
     counts = dict(left.counts)
     for part, count in right.counts.items():
         other = counts.get(part, 0)
         counts[part] = max(other, count) if part == BROADCAST else total(other, count)
     newest = max(left, right, key=lambda report: report.at)
-    return LeftOut(counts=counts, last=newest.last, at=newest.at)
+    return DiscardReport(counts=counts, last=newest.last, at=newest.at)

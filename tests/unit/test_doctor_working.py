@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from loom.bus.hops.health import Health
-from loom.bus.logs.left_out import LeftOut
+from loom.bus.logs.discard_reports import DiscardReport
 from loom.bus.topology import Inspection, Part
 from loom.runner.doctor.working import OLD_S, Look, judged, waiting_in
 from loom.schemas.config import ClusterConfig
@@ -78,8 +78,8 @@ def test_lanes_of_a_phase_count_together_and_a_full_cluster_lets_the_intake_wait
     assert waiting_in(seen, ClusterConfig(max_in_flight=5)) == {"sense": 1, "match": 4}
 
 
-def left_out(at: float, **counts: int) -> LeftOut:
-    return LeftOut(counts=counts, last="Expected `int`", at=at)
+def left_out(at: float, **counts: int) -> DiscardReport:
+    return DiscardReport(counts=counts, last="Expected `int`", at=at)
 
 
 def test_what_hosts_sent_in_vain_is_a_line_for_each_of_the_last_ten() -> None:

@@ -53,12 +53,6 @@ class Retry:
 Decision = Finish | Retry
 
 
-def is_stale(envelope: Envelope, record: TaskRecord) -> bool:
-    """Return whether a later attempt has replaced the envelope's; a cancel is never stale, for it is of the task."""
-    cancelled = envelope.error is not None and envelope.error.code == "cancelled"
-    return envelope.attempt < record.claim.attempt and not cancelled
-
-
 def judge(envelope: Envelope, violation: Violation | None = None) -> TaskError | None:
     """Return why the result is rejected, by a rule or by the model's opinion; None if it is accepted.
 

@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support.builders import ad, awarded, envelope
 
-from loom.phases.evaluate.decisions import (
+from loom.phases.evaluate.late_results import is_late
+from loom.phases.evaluate.retry_policy import (
     COUNTED,
     MAX_RETRY_DELAY_S,
     RETRIED,
     Finish,
     Retry,
     decide,
-    is_stale,
     judge,
     unchecked,
 )
@@ -388,7 +388,7 @@ def test_an_end_with_a_kept_result_still_rewards_the_last_attempt_with_nought() 
     [(1, None, True), (1, "node_lost", True), (2, None, False), (3, "no_bids", False), (1, "cancelled", False)],
 )
 def test_a_replaced_attempt_is_late_unless_it_carries_a_cancel(attempt: int, code: str | None, late: bool) -> None:
-    assert is_stale(env("42", code, attempt=attempt), record(env(), claim=Claim(attempt=2))) is late
+    assert is_late(env("42", code, attempt=attempt), record(env(), claim=Claim(attempt=2))) is late
 
 
 def test_a_spent_budget_leaves_what_there_is_for_it() -> None:
