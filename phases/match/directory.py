@@ -12,11 +12,11 @@ from loom.bus.natsio.connection import Subscription
 from loom.bus.natsio.kv import BucketReader
 from loom.bus.natsio.transport.message import Msg
 from loom.phases.match.announced_nodes import AnnouncedNodes, TaskRequirements
+from loom.phases.match.calls.offers import HostOffer
+from loom.phases.match.calls.presence import HostPresence
 from loom.phases.match.newcomers import Newcomers
 from loom.phases.match.node_ownership import NodeOwnership
-from loom.phases.match.offers import HostOffer
 from loom.phases.match.partial_decoding import PartialProfile, PartialScore, decode_scores, to_profile
-from loom.phases.match.presence import HostPresence
 from loom.phases.match.ranking import Ranking
 from loom.schemas.base import Undecodable
 from loom.schemas.identity import qualified
@@ -53,6 +53,8 @@ class HostDirectory:
         self.announcements_requested_at = 0.0
         """Monotonic time of the request for announcements."""
         self._node_added = asyncio.Event()
+        self._spawners: set[HostKey] = set()
+        """Hosts that can start nodes on request."""
         self._partial_profiles: dict[str, PartialProfile] = {}
         self._announcements = AnnouncementReader(bus.discards, _now)
         self._presence = HostPresence(_now, MAX_HOSTS, self._remove_nodes)
@@ -99,6 +101,11 @@ class HostDirectory:
         return self._ownership.size > 0
 
     @property
+    def can_spawn(self) -> bool:
+        """Whether any present host can start nodes on request."""
+        return bool(self._spawners)
+
+    @property
     def node_added(self) -> asyncio.Event:
         """An event that is set by the next announcement of a new node."""
         return self._node_added
@@ -135,6 +142,7 @@ class HostDirectory:
     def _remove_nodes(self, host: HostKey) -> None:
         self._ownership.remove_host(host)
         self.nodes.remove_host(host)
+        self._spawners.discard(host)
 
     def _on_announcement(self, msg: Msg) -> None:
         announced = self._announcements.read(msg)
@@ -150,6 +158,7 @@ class HostDirectory:
 
     def _record_nodes(self, host: AnnouncedHost) -> None:
         self.nodes.update(host)
+        (self._spawners.add if host.can_spawn else self._spawners.discard)(host.key)
         nodes = tuple(qualified(host.owner, node_id) for node_id in host.node_ids)
         unknown = any(self._ownership.host_of(node) is None for node in nodes)
         if self._ownership.record_announcement(host.key, nodes):

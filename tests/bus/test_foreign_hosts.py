@@ -185,7 +185,7 @@ async def auction(stage: Stage, offers: tuple[bytes, ...]) -> tuple[Award | None
     await host.bus.requests.flush()
     match = await stage.phase("match", SHORT)
     await stage.put("match", envelope(ad(), now=stage.bus.clock.now()))
-    award = (await stage.seen("task", phase="scale")).award
+    award = (await stage.seen("task", phase="execute")).award
     return award, match.bus.discards.hosts.get("h1")
 
 

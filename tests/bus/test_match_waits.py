@@ -48,7 +48,7 @@ async def test_the_first_task_is_taken_once_hosts_have_had_time_to_announce_them
     await match.start()
     try:
         assert ANNOUNCE_WAIT_S <= time.monotonic() - began < 4
-        assert (await stage.seen("task", phase="scale")).award.node_id == "good"
+        assert (await stage.seen("task", phase="execute")).award.node_id == "good"
     finally:
         await match.drain(0)
 
@@ -81,18 +81,18 @@ async def test_a_node_that_was_busy_comes_after_all_others_for_that_task_until_i
     await until(lambda: match.service._directory.has_nodes, what="the host is known")
     env = envelope(ad(task_id="t1"), now=stage.bus.clock.now())
     await stage.put("match", rejected(stage, env, "best"))
-    assert (await stage.seen("task", phase="scale")).award.node_id == "next"
+    assert (await stage.seen("task", phase="execute")).award.node_id == "next"
     await stage.put("match", envelope(ad(task_id="t2"), now=stage.bus.clock.now()))
-    assert (await stage.seen("task", phase="scale", task_id="t2")).award.node_id == "best", "by that task alone"
+    assert (await stage.seen("task", phase="execute", task_id="t2")).award.node_id == "best", "by that task alone"
 
     again = rejected(stage, rejected(stage, env, "best"), "next")
     await stage.put("match", again)
-    hop = await stage.seen("task", phase="scale", count=2, task_id="t1")
+    hop = await stage.seen("task", phase="execute", count=2, task_id="t1")
     assert hop.award.node_id == "best", "no other node bids"
     await one.announce()
     await until(lambda: not match.service._busy._busy_nodes_of("t1"), what="the announcement has arrived")
     await stage.put("match", replace(again, attempt=again.attempt + 1))
-    assert (await stage.seen("task", phase="scale", count=3, task_id="t1")).award.node_id == "best"
+    assert (await stage.seen("task", phase="execute", count=3, task_id="t1")).award.node_id == "best"
 
 
 def nodes(*hosts: str) -> AnnouncedNodes:

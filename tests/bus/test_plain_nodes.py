@@ -11,7 +11,7 @@ from support.phase_harness import Replica, Stage
 from support.wait import until
 
 from loom.phases.match.announced_nodes import AnnouncedNodes
-from loom.phases.match.plain_bids import REWARD_DELAY_S, PlainNodes
+from loom.phases.match.calls.plain_bids import REWARD_DELAY_S, PlainNodes
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Award
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
@@ -33,7 +33,7 @@ async def announce(stage: Stage, replica: Replica, body: bytes = BODY, host: str
     await replica.bus.requests.flush()
 
 
-async def outcome(stage: Stage, *, phase: str = "scale", **facts: Any) -> Envelope:
+async def outcome(stage: Stage, *, phase: str = "execute", **facts: Any) -> Envelope:
     about = {name: facts.pop(name) for name in list(facts) if name in Envelope.__struct_fields__}
     env = envelope(ad(**facts), now=stage.bus.clock.now(), **about)
     await stage.put("match", env)
@@ -120,12 +120,12 @@ async def test_a_plain_node_has_as_many_tasks_as_slots_until_they_are_judged_or_
     scores = (Score(attempt_id=f"{first.task_id}:1", score=1.0, ended_at=1.0),)
     profile = NodeProfile(node_id="sh", domains={"code": DomainEvidence(scores=scores, count=1, mean=1.0)})
     await stage.bus.bucket("nodes", NodeProfile).create(profile.key, profile)
-    await stage.seen("task", phase="scale", count=3)
+    await stage.seen("task", phase="execute", count=3)
     lost = TaskError(code="node_lost", message="silent")
     again = envelope(second.ad, now=stage.bus.clock.now(), attempt=2, excluded=("sh",), failures=1, last_error=lost)
     await stage.put("match", again)
-    await stage.seen("task", phase="scale", count=4)
-    assert {env.task_id for env in stage.all("task", phase="scale")} == {first.task_id, second.task_id, "w0", "w1"}
+    await stage.seen("task", phase="execute", count=4)
+    assert {env.task_id for env in stage.all("task", phase="execute")} == {first.task_id, second.task_id, "w0", "w1"}
 
 
 def test_an_award_that_earns_no_reward_holds_its_place_for_its_longest_run() -> None:

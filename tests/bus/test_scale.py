@@ -8,8 +8,8 @@ from support.phase_harness import Stage, quiet
 from support.wait import until
 
 from loom.phases.shared.scale_rule import is_saturated
-from loom.schemas.auction import Award, ScoredBid, SpawnReply, SpawnRequest
-from loom.schemas.base import decode
+from loom.schemas.auction import Award, ScoredBid, SpawnReply, SpawnRequest, bids_json
+from loom.schemas.base import decode, encode
 from loom.schemas.envelope import Envelope
 
 
@@ -67,8 +67,8 @@ async def test_a_task_nobody_bid_for_asks_for_a_node_and_goes_back(stage: Stage,
     [
         (Award(node_id="n1", host_id="h1"), False),
         (Award(node_id="n1", host_id="h1", backlog=1), True),
-        (Award(node_id="n1", host_id="h1", bids=(bid(1.0),)), True),
-        (Award(node_id="n1", host_id="h1", bids=(bid(0.9), bid(1.0, "n2"))), False),
+        (Award(node_id="n1", host_id="h1", bids_json=bids_json([encode(bid(1.0))])), True),
+        (Award(node_id="n1", host_id="h1", bids_json=bids_json(map(encode, (bid(0.9), bid(1.0, "n2"))))), False),
     ],
 )
 def test_a_winner_with_a_queue_or_full_load_is_saturated(award: Award, saturated: bool) -> None:

@@ -17,7 +17,8 @@ from loom.agents.host.runs import Run
 from loom.agents.host.slots import RunQueue
 from loom.bus import task_client, topology
 from loom.bus.bus import Bus
-from loom.phases.match.scoring import AllBusy, AuctionContext, AuctionResult, Awarded, award_hold_s, decide
+from loom.phases.match.ranked_bids import AllBusy, AuctionResult, Awarded, decide
+from loom.phases.match.scoring import AuctionContext, award_hold_s
 from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.auction import Bid

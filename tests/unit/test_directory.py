@@ -16,8 +16,8 @@ from loom.bus.bus import Bus
 from loom.bus.host_directory import ALIVE_S
 from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.transport.message import Msg
+from loom.phases.match.calls.offers import UncheckedOffer
 from loom.phases.match.directory import HostDirectory
-from loom.phases.match.offers import UncheckedOffer
 from loom.phases.match.partial_decoding import PartialProfile
 from loom.schemas.auction import AnnouncedNode, HostAnnouncement, Offer
 from loom.schemas.base import Undecodable, decode, encode

@@ -14,7 +14,8 @@ from support.builders import ad, envelope
 
 from loom.bus.host_directory import HostKey
 from loom.phases.adapt.evidence import apply_reward
-from loom.phases.match.scoring import AuctionContext, award
+from loom.phases.match.ranked_bids import award
+from loom.phases.match.scoring import AuctionContext
 from loom.schemas.auction import Bid
 from loom.schemas.learning import DomainEvidence, NodeProfile, Reward, Score
 

@@ -29,9 +29,10 @@ from loom.phases.evaluate import rewards
 from loom.phases.execute.delegation import delegated_envelope, result_for_run
 from loom.phases.execute.run_messages import error_of, request_for, with_result
 from loom.phases.match.award_policies import POLICIES
-from loom.phases.match.offers import OfferReader
+from loom.phases.match.calls.offers import OfferReader
 from loom.phases.match.partial_decoding import PartialProfile, decode_scores, to_profile
-from loom.phases.match.scoring import AuctionContext, Awarded, decide
+from loom.phases.match.ranked_bids import Awarded, decide
+from loom.phases.match.scoring import AuctionContext
 from loom.phases.scale import planner, subtask_graph
 from loom.phases.sense.calibration_reader import calibrated
 from loom.phases.sense.estimate import estimate_task

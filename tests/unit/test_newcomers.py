@@ -14,7 +14,8 @@ from loom.bus.host_directory import HostKey
 from loom.phases.adapt.evidence import apply_reward
 from loom.phases.match.award_policies import POLICIES
 from loom.phases.match.newcomers import Newcomers
-from loom.phases.match.scoring import AuctionContext, award, score
+from loom.phases.match.ranked_bids import award
+from loom.phases.match.scoring import AuctionContext, score
 from loom.schemas.auction import Award, Bid
 from loom.schemas.envelope import Envelope, FailedAttempt
 from loom.schemas.learning import DomainEvidence, NodeProfile, Reward, Score

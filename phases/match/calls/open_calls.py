@@ -9,7 +9,7 @@ from loom.bus.bus import Bus
 from loom.bus.host_directory import HostKey
 from loom.bus.natsio.connection import Subscription
 from loom.bus.natsio.transport.message import Msg
-from loom.phases.match.offers import HostOffer, OfferReader
+from loom.phases.match.calls.offers import HostOffer, OfferReader
 from loom.schemas.auction import BID_LIMIT, CallForBids
 
 MAX_CLOSED_CALLS = 1024
