@@ -14,13 +14,14 @@ from support.crash_process import WITHIN_S, CrashProcess, phase
 from support.fault_scenarios import run_all, scenarios
 from support.nodes import node
 from support.phase_harness import Asker, Stage
+from support.services import running_phases
 from support.wait import until
 
 from loom.agents.host.node_host import NodeHost
 from loom.bus import task_client, topology
 from loom.bus.records import records
 from loom.runner.server.nats_server import NatsServer
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES, Phase

@@ -12,11 +12,12 @@ from support.crash_process import WITHIN_S, CrashProcess
 from support.delegation_crash_points import POINTS, execute
 from support.nodes import node
 from support.phase_harness import Stage
+from support.services import running_phases
 from support.wait import until
 
 from loom import delegate
 from loom.bus import task_client
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.envelope import PHASES
 from loom.schemas.run import RunRequest
 

@@ -4,12 +4,14 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 from support.nodes import node
 from support.openai_server import OpenAIServer, Reply
+from support.services import QUICK_START, running_phases
 from support.wait import until
 
 from loom import Agent, OpenAIProvider, delegate, tool
@@ -18,7 +20,9 @@ from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.records import records
 from loom.bus.topology import stream_state
-from loom.runner.services import running_nodes, running_phases
+from loom.phases.execute.timings import ExecuteTimings
+from loom.runner.services import running_nodes
+from loom.runner.timings import ServiceTimings
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import AgentFailed, SubtaskFailed
 from loom.schemas.events import AgentEvent, Done, TokenUsage
@@ -37,9 +41,11 @@ class DelegatingCluster:
         self.stack = stack
         self.hosts: list[NodeHost] = []
 
-    async def open(self, agents: dict[str, Any], config: ClusterConfig | None = None) -> "DelegatingCluster":
+    async def open(
+        self, agents: dict[str, Any], config: ClusterConfig | None = None, timings: ServiceTimings = QUICK_START
+    ) -> "DelegatingCluster":
         enter = self.stack.enter_async_context
-        await enter(running_phases(self.url, namespace=self.namespace, config=config))
+        await enter(running_phases(self.url, namespace=self.namespace, config=config, timings=timings))
         for name, agent in agents.items():
             await self.host(name, agent)
         self.bus = await enter(Bus(self.url, namespace=self.namespace))
@@ -225,9 +231,8 @@ async def test_a_host_lost_while_its_run_waits_is_replaced_and_its_part_cancelle
     cluster: DelegatingCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 0.25)
-    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 2.0)
     agent = Sleepers()
-    await cluster.open({"a": agent})
+    await cluster.open({"a": agent}, timings=replace(QUICK_START, execute=ExecuteTimings(silence_s=2.0)))
     handle = await cluster.submit("all")
     await until(lambda: agent.began["0 1"], within_s=WITHIN_S, what="the run")
     await until(lambda: agent.began["1 1"], within_s=WITHIN_S, what="the part, in the slot of who waits for it")

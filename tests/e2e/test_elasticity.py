@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support.command import LOOM, command, loom
 from support.nodes import Counting, node
+from support.services import running_phases
 from support.wait import until
 
 from loom.agents.host.slots import Node
@@ -17,7 +18,7 @@ from loom.bus.bus import Bus
 from loom.bus.host_directory import host_in
 from loom.bus.natsio.requests import NoResponders
 from loom.bus.natsio.transport.message import Msg
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.auction import HostAnnouncement, SpawnReply, SpawnRequest
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig

@@ -12,6 +12,7 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg as Message
 from support.nodes import node
+from support.services import running_phases
 from support.subject_table import PATTERNS, pattern_of
 from support.wait import until
 
@@ -20,7 +21,7 @@ from loom.bus.bus import Bus
 from loom.bus.rewards import RewardBus
 from loom.bus.subjects import Subjects
 from loom.bus.tap import SHAPES
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.learning import Reward

@@ -43,8 +43,6 @@ QUICK: dict[str, float] = {
     "loom.agents.host.node_host.HEARTBEAT_S": 0.25,
 }
 """Settings with which another replica takes over within about a second."""
-SHORT_SILENCE = {"loom.phases.execute.run_stream.SILENCE_S": 2.0}
-"""Setting with which a silent host is lost after two seconds."""
 
 
 def each_setting(values: Mapping[str, float]) -> list[tuple[Any, str, float]]:

@@ -10,7 +10,7 @@ from loom.agents.host.run_table import FINISHED_S, FinishedRuns
 from loom.agents.host.runs import Run
 from loom.agents.host.slots import RunQueue
 from loom.bus.bus import Bus
-from loom.phases.execute import run_stream
+from loom.phases.execute.timings import HEARTBEAT_S, ExecuteTimings
 from loom.phases.match import presence
 from loom.schemas.auction import Bid
 from loom.schemas.run import RunRequest
@@ -142,7 +142,8 @@ def test_a_run_ended_twice_is_kept_once() -> None:
 
 def test_hosts_speak_as_often_as_the_phases_listen() -> None:
     """Neither side imports the other; both follow the design."""
-    assert node_host.HEARTBEAT_S == run_stream.HEARTBEAT_S == 2
-    assert 3 * run_stream.HEARTBEAT_S <= run_stream.SILENCE_S < 4 * run_stream.HEARTBEAT_S
-    assert run_stream.ABSENT_S < node_host.HEARTBEAT_S < run_stream.ACCEPT_S
+    timings = ExecuteTimings()
+    assert node_host.HEARTBEAT_S == HEARTBEAT_S == 2
+    assert 3 * HEARTBEAT_S <= timings.silence_s < 4 * HEARTBEAT_S
+    assert timings.absent_s < node_host.HEARTBEAT_S < timings.accept_s
     assert 3 * node_host.ANNOUNCE_S <= presence.ALIVE_S == 10
