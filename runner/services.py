@@ -193,17 +193,19 @@ def build_host(
     backlog: int = BACKLOG,
     max_nodes: int | None = None,
     skills: Skills | None = None,
+    timings: ServiceTimings = ServiceTimings(),
 ) -> NodeHost:
     """Return a node host, not yet started.
 
     Args:
         max_nodes: Most nodes the host may grow to by clones or skills; None: it starts none.
         skills: As of NodeAutoscaler.
+        timings: Intervals and limits of the services.
     """
     if max_nodes is None:
-        return NodeHost(bus, nodes, slots=slots, backlog=backlog)
+        return NodeHost(bus, nodes, slots=slots, backlog=backlog, timings=timings.host)
     autoscaler = NodeAutoscaler(bus, nodes, max_nodes=max_nodes, skills=skills)
-    return NodeHost(bus, autoscaler.nodes, slots=slots, backlog=backlog, spawner=autoscaler)
+    return NodeHost(bus, autoscaler.nodes, slots=slots, backlog=backlog, spawner=autoscaler, timings=timings.host)
 
 
 class HostGroup(NamedTuple):
@@ -257,18 +259,20 @@ async def running_nodes(
     drain_timeout_s: float = 10.0,
     identity: Identity = LOCAL,
     patience_s: float = 2.0,
+    timings: ServiceTimings = ServiceTimings(),
 ) -> AsyncIterator[NodeHost]:
     """Host nodes on a connection of their own while the body runs.
 
     Args:
         max_nodes: Most nodes the host may grow to by clones of these; absent: it starts none.
+        timings: Intervals and limits of the services.
     """
     async with Bus(url, namespace=namespace, role="node", identity=identity, patience_s=patience_s) as bus:
         topology.check_version(bus)
         await check_processes(bus)
 
         async def start() -> HostGroup:
-            host = build_host(bus, nodes, slots=slots, backlog=backlog, max_nodes=max_nodes)
+            host = build_host(bus, nodes, slots=slots, backlog=backlog, max_nodes=max_nodes, timings=timings)
             group = HostGroup(host, ServiceEndpoint(bus, ["node"], host.host_id))
             try:
                 await group.start()

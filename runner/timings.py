@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from loom.agents.host.timings import HostTimings
 from loom.phases.execute.timings import ExecuteTimings
 from loom.phases.match.timings import MatchTimings
 
@@ -10,5 +11,6 @@ from loom.phases.match.timings import MatchTimings
 class ServiceTimings:
     """Waits and intervals of each service."""
 
+    host: HostTimings = HostTimings()
     match: MatchTimings = MatchTimings()
     execute: ExecuteTimings = ExecuteTimings()

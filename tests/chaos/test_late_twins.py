@@ -14,6 +14,7 @@ from support.phase_harness import Stage
 from support.services import QUICK_START, running_phases
 from support.wait import until
 
+from loom.agents.host.timings import HostTimings
 from loom.bus import task_client
 from loom.bus.records import records
 from loom.bus.task_client import TaskHandle
@@ -24,8 +25,8 @@ from loom.schemas.learning import NodeProfile
 from loom.schemas.record import TaskRecord
 from loom.schemas.run import Delta, RunRequest
 
-SHORT_SILENCE = replace(QUICK_START, execute=ExecuteTimings(silence_s=2.0))
-"""Times with which a silent host is lost after two seconds."""
+TIMINGS = replace(QUICK_START, host=HostTimings(heartbeat_s=0.25), execute=ExecuteTimings(silence_s=2.0))
+"""Short heartbeats, and a silent host is lost after two seconds."""
 
 
 @pytest.fixture(autouse=True)
@@ -105,8 +106,8 @@ async def lose_host(url: str, namespace: str, *, wakes: bool) -> None:
     other = HeldAgent()
     other.released.set()
     async with AsyncExitStack() as stack:
-        stage = await stack.enter_async_context(Stage(url, namespace))
-        await stack.enter_async_context(running_phases(url, namespace=namespace, timings=SHORT_SILENCE))
+        stage = await stack.enter_async_context(Stage(url, namespace, TIMINGS))
+        await stack.enter_async_context(running_phases(url, namespace=namespace, timings=TIMINGS))
         lost = await stack.enter_async_context(CrashProcess(host, url, namespace, "lost"))
         client = Client(stage)
         await client.submit()
@@ -151,8 +152,8 @@ async def stop_execute(url: str, namespace: str, wakes: str) -> None:
     agent = HeldAgent()
     others = [name for name in PHASES if name != "execute"]
     async with AsyncExitStack() as stack:
-        stage = await stack.enter_async_context(Stage(url, namespace))
-        await stack.enter_async_context(running_phases(url, names=others, namespace=namespace, timings=SHORT_SILENCE))
+        stage = await stack.enter_async_context(Stage(url, namespace, TIMINGS))
+        await stack.enter_async_context(running_phases(url, names=others, namespace=namespace, timings=TIMINGS))
         stopped = await stack.enter_async_context(CrashProcess(phase, url, namespace, "execute"))
         await stage.host([node("one", agent, code=0.9)])
         client = Client(stage)
@@ -162,7 +163,7 @@ async def stop_execute(url: str, namespace: str, wakes: str) -> None:
         if wakes == "with the result in hand":
             agent.released.set()
         replica = await stack.enter_async_context(
-            running_phases(url, names=["execute"], namespace=namespace, timings=SHORT_SILENCE)
+            running_phases(url, names=["execute"], namespace=namespace, timings=TIMINGS)
         )
 
         async def taken_over() -> bool:

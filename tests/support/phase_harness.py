@@ -66,7 +66,7 @@ class Stage:
     Args:
         url: Address of the server.
         namespace: First token of all subjects.
-        timings: Times of the services that `phase` starts from then on.
+        timings: Times of the services that `phase` and `host` start from then on.
     """
 
     def __init__(self, url: str, namespace: str, timings: ServiceTimings = ServiceTimings()) -> None:
@@ -137,7 +137,7 @@ class Stage:
     ) -> NodeHost:
         """Start a node host on a connection of its own, or on `bus`."""
         bus = bus or await self.connect("node")
-        host = NodeHost(bus, nodes if callable(nodes) else lambda: nodes, **rooms)
+        host = NodeHost(bus, nodes if callable(nodes) else lambda: nodes, timings=self.timings.host, **rooms)
         await host.start()
         self._stack.push_async_callback(host.drain, 0)
         return host

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loom.agents.host import node_host
 from loom.agents.host.run_table import FINISHED_S, FinishedRuns
 from loom.agents.host.runs import Run
 from loom.agents.host.slots import RunQueue
+from loom.agents.host.timings import HostTimings
 from loom.bus.bus import Bus
 from loom.phases.execute.timings import HEARTBEAT_S, ExecuteTimings
 from loom.phases.match import presence
@@ -143,7 +143,7 @@ def test_a_run_ended_twice_is_kept_once() -> None:
 def test_hosts_speak_as_often_as_the_phases_listen() -> None:
     """Neither side imports the other; both follow the design."""
     timings = ExecuteTimings()
-    assert node_host.HEARTBEAT_S == HEARTBEAT_S == 2
+    assert HostTimings.heartbeat_s == HEARTBEAT_S == 2
     assert 3 * HEARTBEAT_S <= timings.silence_s < 4 * HEARTBEAT_S
-    assert timings.absent_s < node_host.HEARTBEAT_S < timings.accept_s
-    assert 3 * node_host.ANNOUNCE_S <= presence.ALIVE_S == 10
+    assert timings.absent_s < HostTimings.heartbeat_s < timings.accept_s
+    assert 3 * HostTimings.announce_s <= presence.ALIVE_S == 10
