@@ -18,6 +18,7 @@ from loom.phases.match.misspelt_domains import MisspeltDomains
 from loom.phases.match.ranked_bids import AllBusy, AuctionResult, Awarded, Exhausted, JointAuction, NoOffers
 from loom.phases.match.recent_awards import RecentAwards
 from loom.phases.match.scoring import URGENT, AuctionContext
+from loom.phases.match.timings import MatchTimings
 from loom.schemas.auction import BID_LIMIT, DESCRIPTION_BYTES, Award, CallForBids, Lot
 from loom.schemas.base import cut_utf8
 from loom.schemas.config import ClusterConfig
@@ -32,11 +33,11 @@ class Auctioneer:
     Its own awards count as load of their nodes until they show in bids or rewards.
     """
 
-    def __init__(self, bus: Bus, config: ClusterConfig) -> None:
+    def __init__(self, bus: Bus, config: ClusterConfig, timings: MatchTimings) -> None:
         self._bus = bus
         self._config = config
         self._policy = load_policy(config.policy)
-        self.directory = HostDirectory(bus, on_rewarded=self._on_rewarded)
+        self.directory = HostDirectory(bus, timings, on_rewarded=self._on_rewarded)
         self._awards = RecentAwards()
         self._plain = PlainNodes(self.directory.nodes)
         self._busy = BusyNodes(self.directory.nodes)

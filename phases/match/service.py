@@ -29,6 +29,7 @@ from loom.phases.match.misspelt_domains import warning_in
 from loom.phases.match.node_ownership import SETTLE_S
 from loom.phases.match.partial_decoding import PartialRecord
 from loom.phases.match.ranked_bids import AllBusy, AuctionResult, Awarded, Exhausted, NoOffers
+from loom.phases.match.timings import MatchTimings
 from loom.phases.shared.pace import Pace
 from loom.phases.shared.scale_rule import scale_reason
 from loom.schemas.auction import Award, Bid
@@ -40,18 +41,8 @@ from loom.schemas.task import TaskError
 
 log = get_logger()
 
-ANNOUNCE_WAIT_S = 0.5
-"""Seconds between the request for announcements and the first task, so that all hosts can take part."""
-MAX_HOLD_S = 5.0
-"""Seconds for which a task without a node is held in memory before it returns to the end of its lane."""
-PAUSE_S = (0.1, 2.0)
-"""Shortest and longest pause, in seconds, between two calls for a task while all nodes are busy."""
-NO_OFFERS_PAUSE_S = 1.0
-"""Pause, in seconds, between two calls for a task that no node is capable of."""
 MAX_REASON = 1000
 """Characters of an error message that lists the required tools."""
-SPAWN_EVERY_S = 1.0
-"""Seconds between two tasks of a domain that pass through SCALE because their nodes have no free slot."""
 
 Verdict = AuctionResult | Fail | Later
 """The result of one search for a node."""
@@ -65,16 +56,20 @@ class Match:
     Args:
         hosts_here: Whether all node hosts are in this process and start after this phase. MATCH then takes tasks at
             once; otherwise it starts half a second after its request for announcements.
+        timings: Waits and pauses.
     """
 
-    def __init__(self, bus: Bus, config: ClusterConfig, *, hosts_here: bool = False) -> None:
+    def __init__(
+        self, bus: Bus, config: ClusterConfig, *, hosts_here: bool = False, timings: MatchTimings = MatchTimings()
+    ) -> None:
         self._bus = bus
         self._config = config
         self._hosts_here = hosts_here
         self._records = bus.bucket("records", PartialRecord)
-        self._auctioneer = Auctioneer(bus, config)
+        self._timings = timings
+        self._auctioneer = Auctioneer(bus, config, timings)
         self._directory = self._auctioneer.directory
-        self._spawn_pace = Pace(SPAWN_EVERY_S)
+        self._spawn_pace = Pace(timings.spawn_every_s)
         lanes = [(lane, lane_slots(lane)) for lane in MATCH_LANES]
         self._loop = HopLoop(bus, Service("match", lanes, Envelope, self.handle, window=self._window))
 
@@ -86,7 +81,8 @@ class Match:
         """Subscribe to offers and announcements, then take tasks."""
         await self._auctioneer.start()
         if not self._hosts_here:
-            await asyncio.sleep(self._directory.announcements_requested_at + ANNOUNCE_WAIT_S - time.monotonic())
+            begin_at = self._directory.announcements_requested_at + self._timings.announce_wait_s
+            await asyncio.sleep(begin_at - time.monotonic())
         await self._loop.start()
 
     async def drain(self, timeout_s: float) -> None:
@@ -148,19 +144,19 @@ class Match:
         Args:
             node_added: Set by the first announcement of a new node since the last search.
         """
-        give_up = min(self._bus.clock.now() + MAX_HOLD_S, envelope.deadline)
+        give_up = min(self._bus.clock.now() + self._timings.max_hold_s, envelope.deadline)
         if isinstance(verdict, NoOffers) and spec.no_offers_since is not None:
             give_up = min(give_up, spec.no_offers_since + self._config.no_bids_after_s)
-        pause_s = PAUSE_S[0]
+        pause_s = self._timings.min_pause_s
         with delivery.waiting():
             while self._bus.clock.now() < give_up and not delivery.recalled.is_set():
                 left_s = max(0.0, give_up - self._bus.clock.now())
                 if isinstance(verdict, AllBusy):
                     jitter_s = random.uniform(pause_s / 2, pause_s)  # noqa: S311 - not a secret
                     await _pause(delivery, min(jitter_s, left_s))
-                    pause_s = min(2 * pause_s, PAUSE_S[1])
+                    pause_s = min(2 * pause_s, self._timings.max_pause_s)
                 elif isinstance(verdict, NoOffers):
-                    await _pause(delivery, min(NO_OFFERS_PAUSE_S, left_s), node_added)
+                    await _pause(delivery, min(self._timings.no_offers_pause_s, left_s), node_added)
                 else:
                     break
                 if await self._task_has_ended(envelope):
@@ -190,7 +186,8 @@ class Match:
             case AllBusy():
                 if self._bus.clock.now() >= envelope.deadline:
                     return self._deadline_exceeded(envelope, spec)
-                return Later(random.uniform(*PAUSE_S), _with_offers(envelope, spec))  # noqa: S311 - jitter
+                pause_s = random.uniform(self._timings.min_pause_s, self._timings.max_pause_s)  # noqa: S311 - jitter
+                return Later(pause_s, _with_offers(envelope, spec))
             case NoOffers(warning=warning):
                 envelope = envelope.warned(warning) if warning else envelope
                 return self._on_no_offers(envelope, spec, self._no_offers_reason(envelope))
@@ -213,7 +210,7 @@ class Match:
             return Next("scale", replace(envelope, spec=replace(spec, no_offers_since=now)))
         if now - spec.no_offers_since >= self._config.no_bids_after_s:
             return Fail(TaskError(code="no_bids", message=why), envelope)
-        return Later(min(NO_OFFERS_PAUSE_S, max(0.0, envelope.deadline - now)), envelope)
+        return Later(min(self._timings.no_offers_pause_s, max(0.0, envelope.deadline - now)), envelope)
 
     def _deadline_exceeded(self, envelope: Envelope, spec: Spec) -> Outcome:
         why = "all nodes were busy" if spec.no_offers_since is None else self._no_offers_reason(envelope)

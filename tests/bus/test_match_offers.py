@@ -10,6 +10,8 @@ from support.phase_harness import Replica, Stage
 from support.wait import until
 
 from loom.bus.logs.discard_reports import DiscardReport
+from loom.phases.match.timings import MatchTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Award, Bid, CallForBids, Offer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
@@ -133,10 +135,9 @@ async def test_a_bid_for_other_tasks_of_its_call_does_not_count(stage: Stage) ->
 
 
 @pytest.fixture
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))
-    monkeypatch.setattr("loom.phases.match.service.NO_OFFERS_PAUSE_S", 30.0)
-    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 30.0)
+def hurry(stage: Stage) -> None:
+    timings = MatchTimings(min_pause_s=0.01, max_pause_s=0.05, no_offers_pause_s=30.0, max_hold_s=30.0)
+    stage.timings = ServiceTimings(match=timings)
 
 
 @pytest.mark.usefixtures("hurry")
@@ -164,7 +165,7 @@ async def test_announced_nodes_that_do_not_qualify_do_not_keep_a_task_waiting(
     await match(stage, silent)
     env = envelope(ad(), now=stage.bus.clock.now())
     await stage.put("match", env)
-    assert (await stage.seen("task", phase="execute", task_id=env.task_id)).award is None
+    assert (await stage.seen("task", phase="scale", task_id=env.task_id)).award is None
 
 
 @pytest.mark.usefixtures("hurry")
@@ -176,11 +177,11 @@ async def test_a_task_without_bidders_is_looked_at_again_when_unknown_nodes_are_
     replica = await match(stage, unable)
     env = envelope(ad(node_id=pinned), now=stage.bus.clock.now())
     await stage.put("match", env)
-    asks = await stage.seen("task", phase="execute", task_id=env.task_id)
+    asks = await stage.seen("task", phase="scale", task_id=env.task_id)
     assert asks.award is None
     await stage.put("match", asks)
     await until(lambda: replica.service._loop._slots["match_normal"].waiting == 1, what="it waits in hand")
     await host(stage, "h2", "n2")
-    won = await stage.seen("task", phase="execute", count=2, task_id=env.task_id)
+    won = await stage.seen("task", phase="execute", task_id=env.task_id)
     assert (won.award.node_id, won.spec.no_offers_since) == ("n2", None)
     assert not stage.all("later")

@@ -6,8 +6,10 @@ from support.phase_harness import Stage
 from support.spawning_host import WITHIN_S, HeldAgent, SpawningHost, start_spawning_host
 from support.wait import until
 
+from loom.agents.host.timings import HostTimings
 from loom.bus.rewards import RewardBus
 from loom.phases.adapt.evidence import apply_reward
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import RetireRequest
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
@@ -17,9 +19,8 @@ from loom.schemas.learning import Lease, NodeProfile, Reward
 
 @pytest.fixture
 async def stage(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
-    monkeypatch.setattr("loom.agents.host.node_host.ANNOUNCE_S", 0.1)
     monkeypatch.setattr("loom.phases.adapt.retirement.SWEEP_S", 0.05)
-    async with Stage(nats_url, namespace) as stage:
+    async with Stage(nats_url, namespace, ServiceTimings(host=HostTimings(announce_s=0.1))) as stage:
         yield stage
 
 

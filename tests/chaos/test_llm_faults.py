@@ -11,6 +11,7 @@ import pytest
 from support.builders import ad
 from support.openai_server import ERROR_EVENT, OpenAIServer, Reply, Request, text_event
 from support.phase_harness import Stage
+from support.services import running_phases
 from support.wait import until
 
 from loom.agents.llm.agent import Agent
@@ -21,7 +22,7 @@ from loom.agents.tools import tool
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.compat.planner import TaskPlanner
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.task import TaskAd, TaskResult
 from loom.types import AgentNode, CapabilityProfile
 

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from support.builders import awarded
 from support.nodes import echo, node
 from support.phase_harness import Stage
+from support.services import running_phases
 from support.wait import until
 
 from loom.bus import task_client, topology, upkeep
@@ -20,7 +21,7 @@ from loom.bus.natsio.server_errors import Refused
 from loom.phases.scale import subtask_graph
 from loom.phases.sense import client_api
 from loom.runner.server.nats_server import NatsServer
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.config import ClusterConfig
 from loom.schemas.learning import NodeProfile
 from loom.schemas.record import TaskRecord
