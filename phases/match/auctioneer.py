@@ -13,6 +13,7 @@ from loom.phases.match.busy_nodes import BusyNodes
 from loom.phases.match.calls.joint_calls import AuctionedTask, JointCalls
 from loom.phases.match.calls.open_calls import OpenCall, OpenCalls
 from loom.phases.match.calls.plain_bids import PlainNodes
+from loom.phases.match.calls.shortlist import Shortlist
 from loom.phases.match.directory import HostDirectory
 from loom.phases.match.misspelt_domains import MisspeltDomains
 from loom.phases.match.ranked_bids import AllBusy, AuctionResult, Awarded, Exhausted, JointAuction, NoOffers
@@ -42,7 +43,8 @@ class Auctioneer:
         self._plain = PlainNodes(self.directory.nodes)
         self._busy = BusyNodes(self.directory.nodes)
         self._misspelt = MisspeltDomains(self.directory.nodes)
-        self._calls = OpenCalls(bus)
+        self._calls = OpenCalls(bus, self.directory.record_late_answer)
+        self._shortlist = Shortlist(self.directory)
         self._joint_calls = JointCalls(bus.tasks, self._hold)
 
     async def start(self) -> None:
@@ -88,8 +90,7 @@ class Auctioneer:
 
     def _decide(self, task: AuctionedTask, auction: JointAuction, call: OpenCall) -> AuctionResult:
         envelope, token = task.envelope, task.spec.domain_token
-        requirements = TaskRequirements(token, frozenset(envelope.ad.required_tools), envelope.excluded)
-        plain = self._plain.offers(requirements)
+        plain = self._plain.offers(task.requirements)
         offers = self._busy.without_busy(envelope.task_id, [*auction.offers, *plain] if plain else auction.offers)
         result = auction.decide(envelope, offers)
         if isinstance(result, Awarded):
@@ -97,7 +98,7 @@ class Auctioneer:
             self._awards.record(envelope, token, result)
             auction.record(result.award)
             return result
-        return self._with_silent_hosts(result, call, requirements)
+        return self._with_silent_hosts(result, call, task.requirements)
 
     def _with_silent_hosts(
         self, result: AuctionResult, call: OpenCall, requirements: TaskRequirements
@@ -113,11 +114,27 @@ class Auctioneer:
         return result
 
     async def _call_for_bids(self, tasks: Sequence[AuctionedTask]) -> OpenCall:
-        """Return a call with its offers; it stays empty where all hosts have plain nodes only."""
+        """Return a call with its offers; it stays empty where all hosts have plain nodes only.
+
+        Where there are many hosts, a shortlist of them is called, and all hosts only if none of these bids.
+        """
         if self.directory.only_plain:
             return self._calls.empty_call()
-        window_s = self._config.bid_window_ms / 1000
-        call = await self._calls.publish(self._new_call(tasks), self.directory.awaited_hosts(), window_s=window_s)
+        hosts = self._shortlist.hosts_for(tasks[0].requirements, tasks[0].envelope.task_id)
+        if hosts is not None:
+            call = await self._publish_call(tasks, hosts)
+            if any(offer.bids for offer in call.offers):
+                return call
+        return await self._publish_call(tasks, None)
+
+    async def _publish_call(self, tasks: Sequence[AuctionedTask], hosts: Sequence[HostKey] | None) -> OpenCall:
+        awaited = self.directory.awaited_hosts()
+        call = await self._calls.publish(
+            self._new_call(tasks),
+            awaited if hosts is None else awaited.intersection(hosts),
+            window_s=self._config.bid_window_ms / 1000,
+            hosts=hosts,
+        )
         self.directory.record_answers(call.offers, call.missing)
         return call
 

@@ -97,7 +97,12 @@ class HostDirectory:
     @property
     def only_plain(self) -> bool:
         """Whether hosts are present, but none of them answers calls."""
-        return self.has_hosts and not self._presence.has_bidding_hosts
+        return self.has_hosts and not self.bidding_hosts
+
+    @property
+    def bidding_hosts(self) -> int:
+        """Number of present hosts that answer calls."""
+        return self._presence.bidding_hosts
 
     @property
     def has_hosts(self) -> bool:
@@ -130,6 +135,10 @@ class HostDirectory:
     def record_answers(self, offers: Sequence[HostOffer], missing: AbstractSet[HostKey]) -> None:
         """Record which hosts answered a call and which did not; a draining host does not become awaited."""
         self._presence.record_answers([offer.host for offer in offers if offer.decline != "draining"], missing)
+
+    def record_late_answer(self, host: HostKey) -> None:
+        """Record that a host answered a call after all awaited hosts."""
+        self._presence.record_answers([host], frozenset())
 
     def may_yet_bid(self, requirements: TaskRequirements, answered: AbstractSet[HostKey]) -> bool:
         """Return whether a capable node is announced on a host that may answer the next call.

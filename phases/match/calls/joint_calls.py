@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from loom.bus.natsio.background_tasks import BackgroundTasks
+from loom.phases.match.announced_nodes import TaskRequirements
 from loom.phases.match.ranked_bids import AuctionResult
 from loom.schemas.auction import MAX_LOTS
 from loom.schemas.envelope import Envelope, Spec
@@ -19,6 +20,12 @@ class AuctionedTask:
     spec: Spec
     result: asyncio.Future[AuctionResult] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Set once the task is decided; cancelled if its message is handed back before."""
+
+    @property
+    def requirements(self) -> TaskRequirements:
+        """What the task requires of a node."""
+        ad = self.envelope.ad
+        return TaskRequirements(self.spec.domain_token, frozenset(ad.required_tools), self.envelope.excluded)
 
     @property
     def rank(self) -> tuple[int, float]:
