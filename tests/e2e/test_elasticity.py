@@ -20,6 +20,7 @@ from loom.bus.bus import Bus
 from loom.bus.host_directory import host_in
 from loom.bus.natsio.requests import NoResponders
 from loom.bus.natsio.transport.message import Msg
+from loom.phases.adapt.timings import AdaptTimings
 from loom.runner.services import running_nodes
 from loom.schemas.auction import HostAnnouncement, SpawnReply, SpawnRequest
 from loom.schemas.base import decode
@@ -83,11 +84,10 @@ def nodes(agent: Counting) -> Sequence[Node]:
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 async def test_a_burst_grows_two_hosts_to_their_limits_and_quiet_shrinks_them_again(
-    nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+    nats_url: str, namespace: str
 ) -> None:
     """Two SCALE and two ADAPT replicas: nothing in flight is lost, no run happens twice."""
-    timings = replace(QUICK_START, host=HostTimings(announce_s=0.2))
-    monkeypatch.setattr("loom.phases.adapt.retirement.SWEEP_S", 0.2)
+    timings = replace(QUICK_START, host=HostTimings(announce_s=0.2), adapt=AdaptTimings(sweep_s=0.2))
     agent, census = Counting(RUN_S), Census()
     here, there = nodes(agent), nodes(agent)
     async with (

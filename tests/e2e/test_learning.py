@@ -80,8 +80,7 @@ class LearningCluster:
 
 
 @pytest.fixture
-async def cluster(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LearningCluster]:
-    monkeypatch.setattr("loom.phases.evaluate.retry_policy.RETRY_DELAY_S", 0.01)
+async def cluster(nats_url: str, namespace: str) -> AsyncIterator[LearningCluster]:
     timings = replace(QUICK_START, execute=ExecuteTimings(accept_s=0.3))
     async with AsyncExitStack() as stack:
         config = ClusterConfig(max_attempts=4)

@@ -23,6 +23,7 @@ from loom.bus.bus import Bus
 from loom.bus.rewards import RewardBus
 from loom.bus.subjects import Subjects
 from loom.bus.tap import SHAPES
+from loom.phases.adapt.timings import AdaptTimings
 from loom.runner.services import running_nodes
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
@@ -100,12 +101,11 @@ class Work:
         yield f"done: {job.description}"
 
 
-TIMINGS = replace(QUICK_START, host=HostTimings(announce_s=0.2))
+TIMINGS = replace(QUICK_START, host=HostTimings(announce_s=0.2), adapt=AdaptTimings(sweep_s=0.1))
 
 
 @pytest.fixture
-async def wire(on_bus: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Wire]:
-    monkeypatch.setattr("loom.phases.adapt.retirement.SWEEP_S", 0.1)
+async def wire(on_bus: tuple[str, str]) -> AsyncIterator[Wire]:
     async with Wire(*on_bus) as wire:
         yield wire
 
