@@ -9,6 +9,8 @@ from support.wait import until
 
 from loom.bus.rewards import RewardBus
 from loom.phases.adapt.evidence import apply_reward
+from loom.phases.adapt.timings import AdaptTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.identity import node_key
 from loom.schemas.learning import BIAS, WINDOW, Calibration, NodeProfile
 
@@ -203,8 +205,8 @@ async def test_a_restarted_replica_goes_on_without_counting_twice(stage: Stage) 
     assert stored.total_tasks == 16
 
 
-async def test_a_drain_writes_what_is_folded(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.adapt.service.BATCH_S", 60)
+async def test_a_drain_writes_what_is_folded(stage: Stage) -> None:
+    stage.timings = ServiceTimings(adapt=AdaptTimings(batch_s=60))
     adapt: Any = await stage.phase("adapt")
     await publish(stage, reward(1))
     await until(lambda: adapt.service._profiles, what="it is folded")
@@ -235,9 +237,9 @@ async def at_the_end(stage: Stage) -> bool:
 
 
 @pytest.fixture
-async def replicas(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[Replica]:
+async def replicas(stage: Stage) -> list[Replica]:
     """Two replicas; a standby looks after 0.2 s."""
-    monkeypatch.setattr("loom.phases.adapt.profile_writer.STANDBY_S", 0.2)
+    stage.timings = ServiceTimings(adapt=AdaptTimings(standby_s=0.2))
     return [await stage.phase("adapt"), await stage.phase("adapt")]
 
 
@@ -283,7 +285,7 @@ async def test_a_standby_takes_over_from_a_dead_replica(stage: Stage, replicas: 
 
 async def test_a_replica_that_lags_behind_adopts_what_is_stored(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own write conflicts while it folds on: neither what it has folded since nor what is stored is lost."""
-    monkeypatch.setattr("loom.phases.adapt.profile_writer.STANDBY_S", 0.1)
+    stage.timings = ServiceTimings(adapt=AdaptTimings(standby_s=0.1))
     slow: Any = await stage.phase("adapt")
     entered, go = hold(slow, monkeypatch)
     await publish(stage, reward(1))

@@ -12,6 +12,8 @@ from support.wait import until
 from loom.bus.rewards import RewardBus
 from loom.phases.adapt.rebuild import compare, rebuild, repair, stored_profiles
 from loom.phases.adapt.reward_weights import weights_of
+from loom.phases.adapt.timings import AdaptTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.learning import SNAPSHOTS, NodeProfile
@@ -115,9 +117,9 @@ async def test_a_judge_of_its_own_moves_a_profile_by_its_weight_and_a_rebuild_do
 
 
 @pytest.fixture
-async def short(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Stage:
+async def short(stage: Stage) -> Stage:
     """A stage whose stream of rewards soon drops its head."""
-    monkeypatch.setattr("loom.phases.adapt.snapshots.RETRY_S", 0.05)
+    stage.timings = ServiceTimings(adapt=AdaptTimings(snapshot_retry_s=0.05))
     stream = stage.bus.subjects.stream("REWARDS")
     info = await stage.bus.jetstream.api(f"STREAM.INFO.{stream}")
     await stage.bus.jetstream.api(f"STREAM.UPDATE.{stream}", {**info["config"], "max_bytes": LIMIT})

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from support.command import Command, command, loom
 from support.nodes import node
+from support.services import running_phases
 from support.streams import create_streams
 
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.runner.server.nats_server import NatsServer
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.envelope import PHASES
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd, TaskResult

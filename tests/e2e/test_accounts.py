@@ -19,11 +19,12 @@ from support.command import command
 from support.configured import configured_server
 from support.javascript import javascript_folder
 from support.nodes import node
+from support.services import running_phases
 from support.wait import until
 
 from loom import Runtime
 from loom.bus.bus import Bus
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.config import ClusterConfig
 from loom.schemas.events import TextDelta
 from loom.schemas.run import RunRequest

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from support.builders import ad, envelope, reward
 from support.command import command, loom
+from support.services import running_phases
 from support.wait import until
 
 from loom.bus import topology
@@ -33,7 +34,7 @@ from loom.phases.scale import Scale
 from loom.runner.doctor.diagnosis import backlog, clock, examine, examine_here, node_hosts, phases, process_clocks
 from loom.runner.doctor.findings import Finding
 from loom.runner.server.nats_server import find_server
-from loom.runner.services import PhaseGroup, running_nodes, running_phases
+from loom.runner.services import PhaseGroup, running_nodes
 from loom.schemas.auction import AnnouncedNode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES

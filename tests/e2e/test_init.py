@@ -8,6 +8,7 @@ import pytest
 from support.command import LOOM, Ended, command
 from support.command import loom as run
 from support.in_process import Loom, is_refused
+from support.services import running_phases
 from support.wait import until
 
 from loom import Runtime
@@ -16,7 +17,6 @@ from loom.bus.bus import Bus
 from loom.bus.service_discovery import ServiceEndpoint
 from loom.bus.wire_version import WireMismatch
 from loom.runner.server.nats_server import embedded_server
-from loom.runner.services import running_phases
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
 
