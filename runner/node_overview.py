@@ -12,7 +12,7 @@ from loom.phases.adapt.retirement_policy import newest_own
 from loom.phases.shared.node_health import Standing, standing
 from loom.schemas.config import ClusterConfig
 from loom.schemas.identity import qualified
-from loom.schemas.learning import DomainEvidence, NodeProfile
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile
 from loom.schemas.record import TaskRecord
 from loom.schemas.tokens import domain_token
 

@@ -32,7 +32,7 @@ from loom.schemas.base import Undecodable, new_id
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import BusUnavailable, LoomError, UnknownTask
 from loom.schemas.identity import node_key, split_qualified
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.llm import AnyProvider
 
 STREAMS_S = 10.0

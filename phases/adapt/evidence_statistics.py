@@ -2,7 +2,7 @@
 
 from math import sqrt
 
-from loom.schemas.learning import WINDOW, DomainEvidence
+from loom.schemas.learning.profile import WINDOW, DomainEvidence
 
 RECENT_SCORES = 10
 """Number of the newest scores that the trend compares with the mean of the window."""

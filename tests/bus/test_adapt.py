@@ -10,7 +10,8 @@ from support.wait import until
 from loom.bus.rewards import RewardBus
 from loom.phases.adapt.evidence import apply_reward
 from loom.schemas.identity import node_key
-from loom.schemas.learning import BIAS, WINDOW, Calibration, NodeProfile
+from loom.schemas.learning.calibration import BIAS, Calibration
+from loom.schemas.learning.profile import WINDOW, NodeProfile
 
 
 async def profile(stage: Stage, node: str = "n1") -> NodeProfile | None:

@@ -14,7 +14,8 @@ from loom.phases.adapt.rebuild import compare, rebuild, repair, stored_profiles
 from loom.phases.adapt.reward_weights import weights_of
 from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import SNAPSHOTS, NodeProfile
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import SNAPSHOTS
 
 KEEPS_ALL = ClusterConfig(policy="ucb")
 LIMIT = 256 * 1024

@@ -18,7 +18,7 @@ from loom.bus.task_client import TaskHandle
 from loom.runner.services import running_phases
 from loom.schemas.envelope import PHASES
 from loom.schemas.identity import LOCAL_OWNER, node_key
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.record import TaskRecord
 from loom.schemas.run import Delta, RunRequest
 

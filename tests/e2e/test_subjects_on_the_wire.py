@@ -23,7 +23,7 @@ from loom.bus.tap import SHAPES
 from loom.runner.services import running_nodes, running_phases
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.notices import read_scale_message
 from loom.schemas.run import RunRequest, read_events
 

@@ -5,7 +5,7 @@ from support.builders import reward
 
 from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.evidence_statistics import changed_at, margin_of_error, mean_reward, trend
-from loom.schemas.learning import DomainEvidence, NodeProfile
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile
 
 
 def evidence(*scores: float) -> DomainEvidence:

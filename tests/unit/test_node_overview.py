@@ -7,7 +7,8 @@ from loom.runner.node_overview import Auctioned, auctioned, overviews, standing_
 from loom.schemas.auction import Award, ScoredBid
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskAd
 from loom.schemas.tokens import domain_token

@@ -20,7 +20,8 @@ from loom.runner.node_overview import NodeOverview, node_overviews
 from loom.runner.settings import Settings
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import node_key, qualified, split_qualified
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.tokens import is_token
 
 EXAMPLES = """

@@ -11,7 +11,7 @@ from loom.phases.shared.node_health import Standing
 from loom.runner.cli.common import add_row, clock, sparkline
 from loom.runner.cli.views.tables import table_of
 from loom.runner.node_overview import RECENT_TASKS, DomainOverview, NodeOverview
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 
 STYLES: dict[Standing, str] = {
     "new": "dim",
