@@ -332,7 +332,7 @@ async def check_phases(bus: Bus) -> None:
         except UnknownTask:
             return
         except BusUnavailable as error:
-            no_answer = isinstance(error.__cause__, TimeoutError | NoResponders)
-            if no_answer or time.monotonic() >= give_up:
+            no_reply = isinstance(error.__cause__, TimeoutError | NoResponders)
+            if no_reply or time.monotonic() >= give_up:
                 raise
         await asyncio.sleep(ASK_AGAIN_S)
