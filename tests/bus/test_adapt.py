@@ -12,7 +12,8 @@ from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.timings import AdaptTimings
 from loom.runner.timings import ServiceTimings
 from loom.schemas.identity import node_key
-from loom.schemas.learning import BIAS, WINDOW, Calibration, NodeProfile
+from loom.schemas.learning.calibration import BIAS, Calibration
+from loom.schemas.learning.profile import WINDOW, NodeProfile
 
 
 async def profile(stage: Stage, node: str = "n1") -> NodeProfile | None:

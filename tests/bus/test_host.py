@@ -26,7 +26,8 @@ from loom.schemas.auction import Offer
 from loom.schemas.base import encode
 from loom.schemas.errors import AgentFailed, BudgetExceeded, Cancelled, LoomError, NodeBusy
 from loom.schemas.events import Done, ReasoningDelta, TextDelta, TokenUsage
-from loom.schemas.learning import Lifecycle, NodeProfile
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
 from loom.schemas.run import RunRequest, read_events
 from loom.types import AgentNode, CapabilityProfile

@@ -17,7 +17,7 @@ from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Bid, CallForBids, HostAnnouncement, Offer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, FailedAttempt, Spec
-from loom.schemas.learning import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskError, TaskState
 

@@ -25,7 +25,9 @@ from loom.schemas.auction import Bid
 from loom.schemas.base import encode
 from loom.schemas.envelope import Claim
 from loom.schemas.errors import BusUnavailable
-from loom.schemas.learning import BIAS, Calibration, DomainEvidence, Lease, NodeProfile, Score
+from loom.schemas.learning.calibration import BIAS, Calibration
+from loom.schemas.learning.lease import Lease
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
 from loom.schemas.notices import SubtaskEnded
 from loom.schemas.task import RunResult, TaskError, TaskResult
 

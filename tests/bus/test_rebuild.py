@@ -16,7 +16,8 @@ from loom.phases.adapt.timings import AdaptTimings
 from loom.runner.timings import ServiceTimings
 from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import SNAPSHOTS, NodeProfile
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import SNAPSHOTS
 
 KEEPS_ALL = ClusterConfig(policy="ucb")
 LIMIT = 256 * 1024

@@ -13,7 +13,9 @@ from loom.schemas.auction import RetireRequest
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.identity import node_key
-from loom.schemas.learning import Lease, NodeProfile, Reward
+from loom.schemas.learning.lease import Lease
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from support.phase_harness import Stage
 from support.runs import Watcher, run, stop_run
 from support.wait import until
 
-from loom.agents.host.delegation import Delegator
 from loom.agents.host.node_host import NodeHost
 from loom.agents.host.timings import HostTimings
+from loom.agents.run_context import current_run
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
@@ -215,10 +215,10 @@ async def test_a_run_that_has_ended_gets_no_slot_back_for_what_it_delegated(stag
 
     async def leaves_a_task_behind(job: RunRequest) -> str:
         async def delegates() -> None:
-            delegator = Delegator.current()
-            assert delegator is not None
+            run_context = current_run()
+            assert run_context is not None
             async with asyncio.timeout(0.2):
-                await delegator.delegate("x", "any", None, {})
+                await run_context.delegate("x", "any", None, {})
 
         left.append(asyncio.create_task(delegates()))
         await asyncio.sleep(0)

@@ -145,7 +145,7 @@ async def machines(folder: Path, url: str) -> AsyncIterator[Machines]:
 async def clock_findings(folder: Path, url: str) -> list[str]:
     ended = await loom(folder, "doctor", "--json", NATS_URL=url)
     findings = [json.loads(line) for line in ended.out.splitlines()]
-    return [finding["says"] for finding in findings if finding["about"] == "clock" and finding["mark"] != "ok"]
+    return [finding["message"] for finding in findings if finding["about"] == "clock" and finding["mark"] != "ok"]
 
 
 @pytest.mark.slow

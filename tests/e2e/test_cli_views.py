@@ -24,7 +24,8 @@ from loom.bus.rewards import RewardBus
 from loom.schemas.base import decode
 from loom.schemas.errors import UnknownTask
 from loom.schemas.identity import node_key
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.plan import SplitPlan
 from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest

@@ -52,7 +52,7 @@ def troubles(findings: list[Finding]) -> dict[str, str]:
     wrong = [finding for finding in findings if finding.mark != "ok"]
     assert all(finding.todo for finding in wrong)
     assert not any(finding.todo for finding in findings if finding.mark == "ok")
-    return {finding.about: f"{finding.mark}: {finding.says}" for finding in wrong}
+    return {finding.about: f"{finding.mark}: {finding.message}" for finding in wrong}
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ async def test_a_setting_that_differs_between_phases_is_named_with_its_values(on
 
     ids = {each.process.split(" ")[0].removeprefix(f"{namespace}-"): each.process for each in shared}
     both = f"{ids['match']} {ids['sense']}"
-    assert [(finding.mark, finding.says, finding.todo) for finding in found] == [
+    assert [(finding.mark, finding.message, finding.todo) for finding in found] == [
         (
             "warn",
             f'judge_weights is {{"judge":2.0}} in {ids["execute"]}, {{}} in {both}',
@@ -147,7 +147,7 @@ async def test_another_wire_version_is_found_in_streams_and_processes(on_bus: Wh
         found = [finding for finding in await examine(client, ClusterConfig()) if finding.about == "wire"]
         await presence.stop()
 
-    assert [(finding.mark, finding.says) for finding in found] == [
+    assert [(finding.mark, finding.message) for finding in found] == [
         ("fail", f"{stream} has no wire version, this is 1"),
         ("fail", f"{on_bus[1]}-match (i1) has wire version 2, this is 1"),
     ]
@@ -164,7 +164,7 @@ async def test_an_empty_server_says_that_nothing_has_run(client: Bus) -> None:
 
 def test_replicas_of_other_versions_and_strange_clocks_are_noticed() -> None:
     assert clock(0.4).mark == "ok"
-    assert clock(-3.0).says == "3.00 s ahead of the server's"
+    assert clock(-3.0).message == "3.00 s ahead of the server's"
     assert clock(3.0).mark == "warn"
     found = troubles(list(phases([_present("match", "0.0.1"), _present("match", "0.0.2")])))
     assert found["phase match"].startswith("warn: versions 0.0.1, 0.0.2 answer")
@@ -198,7 +198,7 @@ async def test_processes_that_are_wrong_about_the_servers_time_are_found(on_bus:
         match.clock._offset_s += 3600
         host.bus.clock._offset_s -= 5
         await client.sync_clock()
-        found = [finding.says for finding in await examine(client, ClusterConfig()) if finding.about == "clock"]
+        found = [finding.message for finding in await examine(client, ClusterConfig()) if finding.about == "clock"]
 
     plain = [re.sub(r"\(.*\) on \S+", "", says) for says in found[1:]]
     assert [re.sub(r"\d+\.\d\d", lambda number: f"{float(number[0]):.0f}", says) for says in plain] == [

@@ -25,7 +25,7 @@ from loom.runner.services import running_nodes
 from loom.schemas.auction import HostAnnouncement, SpawnReply, SpawnRequest
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import Lifecycle
+from loom.schemas.learning.lifecycle import Lifecycle
 from loom.schemas.task import TaskAd, TaskResult
 
 WITHIN_S = 60

@@ -24,7 +24,8 @@ from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Claim, Envelope, Phase
 from loom.schemas.events import SubtaskEvent
 from loom.schemas.identity import LOCAL, Identity
-from loom.schemas.learning import Lifecycle, Reward
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.reward import Reward
 from loom.schemas.llm import LLMProvider
 from loom.schemas.notices import ParentEnded, SubtaskEnded, read_scale_message
 from loom.schemas.record import TaskRecord

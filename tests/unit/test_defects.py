@@ -23,7 +23,8 @@ from loom.phases.evaluate.rewards import reward_for
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import LoomError
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.run import RunRequest
 
 TESTS = Path(__file__).parents[1]
