@@ -274,7 +274,7 @@ async def test_an_example_client_reads_the_address_from_the_environment_and_canc
     address: str, words: tuple[str, ...], tmp_path: Path
 ) -> None:
     async with command(tmp_path, *words, "for ever", NATS_URL=url_of("TEAM_B", address)) as client:
-        await client.says("done: ")
+        await client.wait_for_output("done: ")
         ended = await client.end(signal.SIGINT)
     assert ended.code == 1, ended.err
     result = json.loads(ended.out.splitlines()[-1])

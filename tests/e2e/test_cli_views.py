@@ -281,13 +281,13 @@ async def test_a_tap_tells_the_past_and_goes_on_with_what_it_was_asked_for(here:
         command(tmp_path, *LOOM, "tap", "--since", "1h", "--node", "good", **where) as tap,
         command(tmp_path, *LOOM, "reward", "ls", "--follow", "--limit", "1", "--json", **where) as rewards,
     ):
-        await tap.says("for t1, by rules")
-        await rewards.says("reward_id")
+        await tap.wait_for_output("for t1, by rules")
+        await rewards.wait_for_output("reward_id")
         ad = TaskAd(task_id="t9", description="x", domain="quiet", node_id="good")
         handle = await asyncio.to_thread(here.do, task_client.publish(here.bus, ad))
-        await tap.says("for t9, by rules")
-        await tap.says(f"{'result':<16} t9 ")
-        await rewards.says('"task_id":"t9"')
+        await tap.wait_for_output("for t9, by rules")
+        await tap.wait_for_output(f"{'result':<16} t9 ")
+        await rewards.wait_for_output('"task_id":"t9"')
         ended = await tap.end(signal.SIGINT)
         assert (await rewards.end(signal.SIGINT)).code == 130
     await asyncio.to_thread(here.do, handle.close())
@@ -403,11 +403,11 @@ async def _is_known(cluster: Cluster, task_id: str) -> bool:
 async def test_a_task_list_follows_changes(here: Cluster, tmp_path: Path) -> None:
     where = {"NATS_URL": here.url, "LOOM_NAMESPACE": here.namespace}
     async with command(tmp_path, *LOOM, "task", "ls", "--follow", "--text", "followed", **where) as tasks:
-        await tasks.says("no such task")
+        await tasks.wait_for_output("no such task")
         for task_id in ("followed-1", "unseen"):
             ad = TaskAd(task_id=task_id, description="x", domain="quiet", node_id="good")
             await asyncio.to_thread(here.do, _publish(here, ad))
-        await tasks.says("succeeded")
+        await tasks.wait_for_output("succeeded")
         ended = await tasks.end(signal.SIGINT)
 
     assert ended.code == 130
@@ -434,7 +434,7 @@ async def test_a_stopping_host_says_at_once_what_it_has_in_hand(here: Cluster, t
     )
     where = {"NATS_URL": here.url, "LOOM_NAMESPACE": here.namespace, "LOOM_DRAIN_TIMEOUT_S": "1"}
     async with command(tmp_path, *LOOM, "host", "run", str(tmp_path / "endless.py"), **where) as host:
-        await host.says("endless on nats")
+        await host.wait_for_output("endless on nats")
         ad = TaskAd(task_id="long", description="x", domain="t", node_id="endless")
         await asyncio.to_thread(here.do, _publish(here, ad))
         await asyncio.to_thread(here.do, until(lambda: _runs(here, "long"), what="the run has begun"))

@@ -275,7 +275,7 @@ async def test_an_old_server_is_to_be_upgraded(nats_url: str, tmp_path: Path) ->
 async def test_a_server_without_jetstream_is_told_how_to_get_it(nats_url: str, tmp_path: Path) -> None:
     words = (find_server()[0], "-a", "127.0.0.1", "-p", "-1")
     async with command(tmp_path, *words) as server:
-        await server.says("Server is ready")
+        await server.wait_for_output("Server is ready")
         address = re.findall(r"client connections on (\S+)", server.err)[0]
         async with Bus(f"nats://{address}") as bus:
             found = troubles(await examine(bus, ClusterConfig()))

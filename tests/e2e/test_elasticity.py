@@ -141,7 +141,7 @@ async def test_the_command_line_says_how_far_a_host_may_grow(nats_url: str, name
         refused = await loom(tmp_path, *words, "1", **env)
         assert refused.code == 2
         assert "has 2 nodes already" in " ".join(refused.err.split())
-        await host.says("a, b on")
+        await host.wait_for_output("a, b on")
 
         async def asked() -> SpawnReply | None:
             try:

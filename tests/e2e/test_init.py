@@ -139,7 +139,7 @@ async def test_the_store_of_a_program_is_reset_by_its_folder(
 async def test_a_phase_begins_once_the_streams_are_created(on_bus: Where, client: Bus, tmp_path: Path) -> None:
     where = {"NATS_URL": on_bus[0], "LOOM_NAMESPACE": on_bus[1]}
     async with command(tmp_path, *LOOM, "phase", "run", "scale", **where) as phase:
-        await phase.says("run `loom init`")
+        await phase.wait_for_output("run `loom init`")
         await topology.apply(client, CONFIG)
         await until(lambda: "ready" in phase.err, what="the phase works")
         assert (await phase.end(signal.SIGTERM)).code == 0

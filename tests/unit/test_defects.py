@@ -66,7 +66,7 @@ COVERED = {
         "e2e/test_learning.py::test_a_domains_bias_is_read_under_the_key_it_is_written_under"
     ],
     "outputs that are not passed along": [
-        "bus/test_plans.py::test_what_waits_begins_as_soon_as_its_own_needs_are_met",
+        "bus/test_plans.py::test_a_waiting_subtask_begins_as_soon_as_its_own_needs_are_met",
         "unit/test_planner.py::test_dependents_get_the_outputs_they_asked_for_and_no_others",
         "unit/test_agent.py::test_the_model_is_told_prompt_task_context_and_inputs",
         "e2e/test_division.py::test_a_diamond_runs_on_two_node_processes_and_is_put_together",
