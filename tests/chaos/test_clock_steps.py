@@ -150,7 +150,7 @@ async def clock_findings(folder: Path, url: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_a_clock_step_of_one_machine_ends_no_task_and_moves_no_deadline(
+async def test_a_clock_step_on_one_machine_ends_no_task_and_moves_no_deadline(
     server: NatsServer, tmp_path: Path
 ) -> None:
     """The clock of each machine in turn jumps by an hour, and `loom doctor` reports which one."""

@@ -164,7 +164,7 @@ async def test_another_account_reaches_neither_a_task_nor_its_id(clients: Client
     assert (await ann.ask("loom.cancel.t1"))["state"] == "cancelled"
 
 
-async def test_a_reply_subject_from_an_account_is_no_command_in_the_cluster(clients: Clients) -> None:
+async def test_a_reply_subject_from_an_account_is_not_a_command_in_the_cluster(clients: Clients) -> None:
     ann, other, operator = clients
     assert (
         await ann.ask("loom.submit", {"task_id": "t1", "domain": "code", "description": "for ever", "wait": False})

@@ -132,7 +132,7 @@ nodes = [AgentNode(id="a", agent=work), AgentNode(id="b", agent=work)]
 
 
 @pytest.mark.slow
-async def test_the_command_line_says_how_far_a_host_may_grow(nats_url: str, namespace: str, tmp_path: Path) -> None:
+async def test_the_command_line_limits_the_growth_of_a_host(nats_url: str, namespace: str, tmp_path: Path) -> None:
     file = tmp_path / "pair.py"
     file.write_text(PAIR)
     env = {"NATS_URL": nats_url, "LOOM_NAMESPACE": namespace}

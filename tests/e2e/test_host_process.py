@@ -188,7 +188,7 @@ async def test_a_second_signal_ends_a_host_at_once(nats_url: str, namespace: str
 
 
 @pytest.mark.slow
-async def test_what_user_code_raises_in_tasks_and_callbacks_of_its_own_does_not_end_the_host(
+async def test_exceptions_in_user_tasks_and_callbacks_do_not_end_the_host(
     nats_url: str, namespace: str, tmp_path: Path
 ) -> None:
     async with (

@@ -49,7 +49,9 @@ async def test_it_creates_everything_once_and_prints_it(loom: Loom, client: Bus)
     assert (again.code, again.out, again.err) == (0, f"{summary}\n", "")
 
 
-async def test_what_differs_is_printed_and_left_alone(loom: Loom, client: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_differing_setting_is_printed_and_not_changed(
+    loom: Loom, client: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await topology.apply(client, CONFIG)
     monkeypatch.setenv("LOOM_INTAKE_LIMIT", "7")
     ended = await in_thread(loom, "init")
