@@ -64,12 +64,12 @@ def build(
         timings: Waits and intervals of the services.
     """
     builders: dict[Phase, Callable[[], PhaseService]] = {
-        "sense": lambda: Sense(bus, config, llm),
+        "sense": lambda: Sense(bus, config, llm, timings=timings.sense),
         "match": lambda: Match(bus, config, hosts_here=hosts_here, timings=timings.match),
-        "scale": lambda: Scale(bus, config, llm),
+        "scale": lambda: Scale(bus, config, llm, timings=timings.scale),
         "execute": lambda: Execute(bus, config, timings=timings.execute),
-        "evaluate": lambda: Evaluate(bus, config, llm),
-        "adapt": lambda: Adapt(bus, config),
+        "evaluate": lambda: Evaluate(bus, config, llm, timings=timings.evaluate),
+        "adapt": lambda: Adapt(bus, config, timings=timings.adapt),
     }
     return builders[phase]()
 

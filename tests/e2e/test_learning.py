@@ -25,7 +25,7 @@ from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Spec
 from loom.schemas.errors import InvalidTask
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd, TaskResult
 
@@ -80,8 +80,7 @@ class LearningCluster:
 
 
 @pytest.fixture
-async def cluster(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LearningCluster]:
-    monkeypatch.setattr("loom.phases.evaluate.retry_policy.RETRY_DELAY_S", 0.01)
+async def cluster(nats_url: str, namespace: str) -> AsyncIterator[LearningCluster]:
     timings = replace(QUICK_START, execute=ExecuteTimings(accept_s=0.3))
     async with AsyncExitStack() as stack:
         config = ClusterConfig(max_attempts=4)

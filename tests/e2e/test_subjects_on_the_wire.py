@@ -23,10 +23,11 @@ from loom.bus.bus import Bus
 from loom.bus.rewards import RewardBus
 from loom.bus.subjects import Subjects
 from loom.bus.tap import SHAPES
+from loom.phases.adapt.timings import AdaptTimings
 from loom.runner.services import running_nodes
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.notices import read_scale_message
 from loom.schemas.run import RunRequest, read_events
 
@@ -100,12 +101,11 @@ class Work:
         yield f"done: {job.description}"
 
 
-TIMINGS = replace(QUICK_START, host=HostTimings(announce_s=0.2))
+TIMINGS = replace(QUICK_START, host=HostTimings(announce_s=0.2), adapt=AdaptTimings(sweep_s=0.1))
 
 
 @pytest.fixture
-async def wire(on_bus: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Wire]:
-    monkeypatch.setattr("loom.phases.adapt.retirement.SWEEP_S", 0.1)
+async def wire(on_bus: tuple[str, str]) -> AsyncIterator[Wire]:
     async with Wire(*on_bus) as wire:
         yield wire
 
