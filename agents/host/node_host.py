@@ -30,7 +30,7 @@ from loom.bus.natsio.transport.message import Msg
 from loom.schemas.auction import CallForBids, HostAnnouncement, Offer
 from loom.schemas.base import Undecodable, decode, encode, new_id
 from loom.schemas.identity import ADAPT
-from loom.schemas.learning import Lifecycle
+from loom.schemas.learning.lifecycle import Lifecycle
 from loom.schemas.run import RunEvent, RunRequest, Stop
 
 log = get_logger()

@@ -3,7 +3,7 @@
 from loom.bus.bus import Bus
 from loom.bus.natsio.server_errors import Conflict
 from loom.schemas.base import Undecodable
-from loom.schemas.learning import Lease
+from loom.schemas.learning.lease import Lease
 
 
 async def acquire_lease(bus: Bus, name: str, lease_s: float) -> bool:

@@ -18,7 +18,9 @@ from loom.phases.adapt.rebuild import read_profiles, rebuild
 from loom.schemas.base import Undecodable
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import ADAPT, split_qualified
-from loom.schemas.learning import Lifecycle, NodeProfile, Reward
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 
 log = get_logger()
 

@@ -22,7 +22,7 @@ from loom.schemas.base import Undecodable, decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import ADAPT
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 
 log = get_logger()
 

@@ -13,7 +13,8 @@ from loom.phases.adapt.timings import AdaptTimings
 from loom.schemas.base import encode
 from loom.schemas.errors import LoomError
 from loom.schemas.identity import ADAPT
-from loom.schemas.learning import SNAPSHOTS, NodeProfile, Reward, Snapshot
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import SNAPSHOTS, Reward, Snapshot
 
 log = get_logger()
 

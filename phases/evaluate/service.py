@@ -24,7 +24,7 @@ from loom.bus.hops.hop_loop import SLOTS, HopLoop, Service
 from loom.bus.hops.outcomes import Done, Later, Next, Outcome
 from loom.bus.logs.logger import get_logger
 from loom.bus.records import records, salvaged
-from loom.bus.replies import answer_task
+from loom.bus.replies import send_result
 from loom.bus.rewards import RewardBus
 from loom.bus.topology import EVALUATE_LANE
 from loom.phases.evaluate import llm_judge
@@ -180,7 +180,7 @@ class Evaluate:
                 self._bus.subjects.of("result", record.envelope.submitter, record.task_id), record.to_result()
             )
             for reply in record.reply_to:
-                await answer_task(self._bus, reply, record)
+                await send_result(self._bus, reply, record)
         except BaseException:
             for confirmation in publishing:  # not awaited: the message is redelivered, and its rewards are sent again
                 self._bus.tasks.spawn(confirmation, name=f"reward {record.task_id}")

@@ -21,7 +21,7 @@ from loom.phases.match.ranking import Ranking
 from loom.phases.match.timings import MatchTimings
 from loom.schemas.base import Undecodable
 from loom.schemas.identity import qualified
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 
 log = get_logger()
 

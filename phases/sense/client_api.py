@@ -13,7 +13,7 @@ from loom.bus.natsio.kv import Entry
 from loom.bus.natsio.server_errors import Conflict, Refused
 from loom.bus.natsio.stored_message import StoredMessage, last_message
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.replies import allowed_reply, answer, answer_error, is_inbox
+from loom.bus.replies import allowed_reply, is_inbox, send_error, send_reply
 from loom.phases.sense.admission import Admission, envelope_for
 from loom.phases.shared.check_pool import CheckPool
 from loom.schemas.base import Undecodable, decode
@@ -90,10 +90,10 @@ class ClientApi:
             )
         except LoomError as error:
             log.info("submission_refused", code=error.code, field=error.field, reason=error.message[:200])
-            await answer_error(self._bus, client.reply, error)
+            await send_error(self._bus, client.reply, error)
             return
         if not ad.wait:
-            await answer(self._bus, client.reply, Accepted(task_id=ad.task_id))
+            await send_reply(self._bus, client.reply, Accepted(task_id=ad.task_id))
 
     async def _status(self, msg: Msg) -> None:
         client = self._client(msg)
@@ -102,13 +102,13 @@ class ClientApi:
             entry = await self._get_record(task_id, client)
             if entry is not None:
                 await self._end_if_stranded(entry.value)
-                await answer(self._bus, client.reply, status_of(entry.value, msg.data))
+                await send_reply(self._bus, client.reply, status_of(entry.value, msg.data))
             elif await self._queued_submission(task_id, client) is not None:
-                await answer(self._bus, client.reply, Accepted(task_id=task_id))
+                await send_reply(self._bus, client.reply, Accepted(task_id=task_id))
             else:
                 raise _unknown(task_id)
         except LoomError as error:
-            await answer_error(self._bus, client.reply, error)
+            await send_error(self._bus, client.reply, error)
 
     async def _get_record(self, task_id: str, client: "Client") -> Entry[TaskRecord] | None:
         """Return the record of a task; None without one.
@@ -139,9 +139,9 @@ class ClientApi:
             record = await self._cancel_task(_task_id_of(msg), client)
             if record.state == "cancelled":  # again for a repeated cancel: the first message may be lost
                 await self._bus.connection.publish(self._bus.subjects.of("cancelled", record.task_id))
-            await answer(self._bus, client.reply, status_of(record, msg.data))
+            await send_reply(self._bus, client.reply, status_of(record, msg.data))
         except LoomError as error:
-            await answer_error(self._bus, client.reply, error)
+            await send_error(self._bus, client.reply, error)
 
     async def _cancel_task(self, task_id: str, client: "Client") -> TaskRecord:
         """Cancel the task unless it has ended, and return its record.

@@ -67,7 +67,7 @@ def test_an_announcement_that_is_too_long_names_the_nodes_alone() -> None:
 # -- when
 
 
-async def test_a_host_that_drains_says_so_three_times_under_rising_numbers(stage: Stage) -> None:
+async def test_a_draining_host_announces_it_three_times_under_rising_numbers(stage: Stage) -> None:
     host = await stage.host([node("n1", echo)])
     await host.drain(0)
     await until(lambda: sum(one.draining for one in stage.all("host")) == 3, what="three announcements")
@@ -99,7 +99,7 @@ async def test_a_node_that_refused_a_run_is_announced_once_it_has_room(stage: St
 
     host = await stage.host([node("n1", held)], slots=1, backlog=0)
     for task, answer in (("t1", "accepted"), ("t2", "rejected")):
-        await (await run(stage, host, task_id=task)).heard(answer)  # type: ignore[arg-type]
+        await (await run(stage, host, task_id=task)).event(answer)  # type: ignore[arg-type]
     before = len(stage.all("host"))
     go.set()
     await until(
@@ -142,7 +142,7 @@ def test_a_node_stays_with_its_host_as_others_come_and_go() -> None:
 # -- owners
 
 
-async def test_a_host_of_an_owner_speaks_under_its_own_subjects(stage: Stage) -> None:
+async def test_a_host_of_an_owner_publishes_under_its_own_subjects(stage: Stage) -> None:
     bus = await stage.connect("node", identity=Identity(owner="acme"))
     host = await stage.host([node("n1", echo), node("n2", echo)], bus=bus)
     [one] = await announced_hosts(stage.bus, 0.3)

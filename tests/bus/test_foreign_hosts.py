@@ -72,7 +72,9 @@ FORGIVEN: dict[str, tuple[tuple[bytes, ...], str]] = {
 
 
 @pytest.mark.parametrize(("bodies", "content"), FORGIVEN.values(), ids=FORGIVEN)
-async def test_what_is_forgiven_of_a_run_is_a_success(stage: Stage, bodies: tuple[bytes, ...], content: str) -> None:
+async def test_a_run_with_tolerated_mistakes_is_a_success(
+    stage: Stage, bodies: tuple[bytes, ...], content: str
+) -> None:
     ended, left_out = await run_on(stage, raws(*bodies))
     assert ended.error is None
     assert ended.result is not None
@@ -112,13 +114,13 @@ async def test_an_unreadable_event_on_the_way_keeps_the_run_alive_and_is_counted
     end = encode(RunEvent(seq=3, kind="result", result=RunResult(content="done")))
     bodies = (b'{"seq":0,"kind":"accepted"}', b'{"seq":1,"kind":"thinking"}', b"hello", delta, end)
     ended, left_out = await run_on(stage, raws(*bodies))
-    assert (ended.error, [said.seq for said in stage.all("delta")]) == (None, [2])
+    assert (ended.error, [delta.seq for delta in stage.all("delta")]) == (None, [2])
     assert left_out is not None
     assert left_out.counts == {"events": 2}
     assert "malformed" in left_out.last
 
 
-async def test_a_host_that_sends_no_json_is_lost_for_a_reason_its_author_can_read(stage: Stage) -> None:
+async def test_a_host_that_sends_no_json_is_lost_with_a_readable_reason(stage: Stage) -> None:
     ended, left_out = await run_on(stage, raws(b"hello"))
     assert ended.error is not None
     assert ended.error.code == "node_lost"

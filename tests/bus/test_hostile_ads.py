@@ -72,7 +72,7 @@ async def test_an_oversized_or_unusable_accept_is_refused_at_submit(stage: Stage
 
 
 @pytest.mark.slow
-async def test_an_oversized_accept_that_has_passed_no_desk_is_refused_at_admission(
+async def test_an_oversized_accept_put_straight_into_the_intake_is_refused_at_admission(
     stage: Stage, longest: Longest
 ) -> None:
     await stage.phase("sense")
@@ -115,7 +115,9 @@ async def test_an_oversized_accept_that_reaches_evaluate_ends_its_task_without_b
 
 
 @pytest.mark.slow
-async def test_costly_checks_end_in_their_time_beside_neighbours_without_delay(stage: Stage, longest: Longest) -> None:
+async def test_costly_checks_end_in_their_time_without_delay_to_concurrent_tasks(
+    stage: Stage, longest: Longest
+) -> None:
     await stage.phase("evaluate", ONE_ATTEMPT)
     for number, (accept, content) in enumerate(COSTLY):
         await back_from_execute(stage, accept, content, f"t{number}")
@@ -209,7 +211,7 @@ async def test_a_message_larger_than_any_ad_is_refused_before_it_is_walked(stage
 
 
 @pytest.mark.parametrize("text", [".", "\n", "\n\t", "\r\n", "1", "\n1", "。", "? ", "- ", "implemen", "代", "(("])
-async def test_a_description_of_64_kib_takes_a_moment(stage: Stage, longest: Longest, text: str) -> None:
+async def test_a_description_of_64_kib_is_checked_quickly(stage: Stage, longest: Longest, text: str) -> None:
     await stage.phase("sense")
     asker = Asker(stage.bus)
     size = 60_000 // len(text.encode())
@@ -220,7 +222,7 @@ async def test_a_description_of_64_kib_takes_a_moment(stage: Stage, longest: Lon
 
 
 @pytest.mark.slow
-async def test_all_phases_stand_a_submitters_bombs(stage: Stage, longest: Longest) -> None:
+async def test_all_phases_survive_a_submitters_bombs(stage: Stage, longest: Longest) -> None:
     """The way of an ordinary cluster: bombs among tasks that all succeed."""
     phases: tuple[Phase, ...] = ("sense", "match", "scale", "execute", "evaluate")
     for name in phases:

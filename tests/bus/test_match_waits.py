@@ -110,7 +110,7 @@ def test_a_node_on_two_hosts_is_passed_over_on_the_one_that_was_busy() -> None:
     assert busy.without_busy("t2", offers) is offers
 
 
-def test_what_was_busy_is_bounded_and_forgotten_with_its_host() -> None:
+def test_the_list_of_busy_nodes_is_bounded_and_forgotten_with_their_host() -> None:
     known = nodes("h1")
     busy = BusyNodes(known)
     for number in range(MAX_TASKS + 10):

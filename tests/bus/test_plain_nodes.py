@@ -17,7 +17,7 @@ from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Award
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
-from loom.schemas.learning import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
 from loom.schemas.task import TaskError
 
 LONG = ClusterConfig(bid_window_ms=5000)

@@ -176,7 +176,7 @@ async def test_a_consumer_deleted_meanwhile_is_made_again(bus: Bus) -> None:
 
 
 @pytest.mark.slow
-async def test_it_is_made_again_even_where_a_tap_hides_that_nobody_answers(bus: Bus, connect: Connect) -> None:
+async def test_a_consumer_is_made_again_even_where_a_tap_hides_a_missing_responder(bus: Bus, connect: Connect) -> None:
     tap = await connect()
 
     async def listen(_: Msg) -> None: ...
@@ -247,7 +247,7 @@ async def test_a_server_that_does_not_restore_a_consumer_a_few_times_is_left(
     assert len(reconnects) == int(leaves), "a new connection is given time"
 
 
-async def test_a_request_that_ran_out_is_followed_by_another(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_expired_pull_request_is_followed_by_another(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     async with holding(bus, 4, PullTimings(expires_s=0.3, heartbeat_s=0.1)) as hand:
         asked = count_requests(bus, monkeypatch)
         await until(lambda: len(asked) >= 2, what="two further requests")
@@ -275,8 +275,8 @@ def count_requests(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 async def test_an_idle_pull_asks_once_and_then_waits(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = count_requests(bus, monkeypatch)
     async with holding(bus, 4, PullTimings(heartbeat_s=0.05)) as hand:
-        heard = hand.pull._received_at
-        await until(lambda: hand.pull._received_at > heard + 0.3, what="several heartbeats")
+        received_at = hand.pull._received_at
+        await until(lambda: hand.pull._received_at > received_at + 0.3, what="several heartbeats")
         for _ in range(50):
             hand.pull.top_up()
             await asyncio.sleep(0)
@@ -294,7 +294,7 @@ async def test_a_busy_pull_does_not_ask_for_each_message(bus: Bus, monkeypatch: 
         assert len(asked) < 64
 
 
-async def test_a_stopped_pull_hands_over_what_is_on_its_way_and_then_nothing(bus: Bus) -> None:
+async def test_a_stopped_pull_delivers_the_messages_on_their_way_and_then_none(bus: Bus) -> None:
     await put(bus, 0, 3)
     hand = Hand(bus, 8)
     await hand.pull.start()
@@ -317,7 +317,7 @@ async def test_stopping_amid_a_reconnect_leaves_no_subscription(bus: Bus) -> Non
     bus.connection.on_reconnect(reconnected.set)
     await bus.connection._nc.force_reconnect()
     await asyncio.wait_for(reconnected.wait(), 5)
-    await asyncio.sleep(0)  # the pull is about to listen anew
+    await asyncio.sleep(0)  # the pull is about to subscribe again
     await hand.pull.stop()
     assert len(bus.connection._nc._subs) == before
     assert hand.pull._subscription is None

@@ -13,7 +13,9 @@ from loom.schemas.auction import RetireRequest
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.identity import node_key
-from loom.schemas.learning import Lease, NodeProfile, Reward
+from loom.schemas.learning.lease import Lease
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ async def profiles(stage: Stage) -> dict[str, NodeProfile]:
 
 
 async def refolded(stage: Stage) -> dict[str, NodeProfile]:
-    """What the stream itself says, folded from the beginning; nothing is ever removed here."""
+    """The profiles by the stream itself, folded from the beginning; no message is ever removed here."""
     known: dict[str, NodeProfile] = {}
     seq = 0
     async for one in RewardBus(bus=stage.bus).replay():
@@ -72,7 +74,7 @@ async def refolded(stage: Stage) -> dict[str, NodeProfile]:
 
 
 @pytest.mark.slow
-async def test_idle_children_retire_and_the_survivor_inherits_what_a_rebuild_finds_too(
+async def test_idle_children_retire_and_the_survivor_inherits_the_profile_that_a_rebuild_finds(
     stage: Stage, grown: SpawningHost
 ) -> None:
     await stage.phase("adapt", ClusterConfig(idle_timeout_s=0.5))
@@ -90,13 +92,13 @@ async def test_idle_children_retire_and_the_survivor_inherits_what_a_rebuild_fin
     await until(inherited, within_s=WITHIN_S, what="the survivor's stored profile holds the inheritance")
     heir = (await profiles(stage))["a"]
     assert (heir.domains["code"].mean, heir.total_tasks, heir.consecutive_losses) == (0.25, 2, 2)
-    await until(lambda: last_told(stage, "a") == 3, within_s=WITHIN_S, what="the inheritance is told")
+    await until(lambda: published_count(stage, "a") == 3, within_s=WITHIN_S, what="the inheritance is published")
     [passed] = [one for one in stage.all("reward", node_id="a") if one.kind == "inherit"]
     assert (passed.reward_id, passed.score) == ("inherit:a-c1", 0.75)
 
 
-def last_told(stage: Stage, node_id: str) -> int:
-    """Return the rewards in `code` that the newest profile told of counts."""
+def published_count(stage: Stage, node_id: str) -> int:
+    """Return the rewards in `code` that the newest published profile counts."""
     news = stage.all("lifecycle", kind="learned", node_id=node_id)
     return news[-1].profile.domains["code"].count if news else 0
 

@@ -17,13 +17,13 @@ from loom.schemas.envelope import Envelope
 
 @pytest.fixture
 async def asked(stage: Stage) -> list[SpawnRequest]:
-    """The requests for nodes that were made; nobody answers them."""
+    """The spawn requests that were made; no host answers them."""
     requests: list[SpawnRequest] = []
 
-    async def hear(msg: Any) -> None:
+    async def record(msg: Any) -> None:
         requests.append(decode(msg.data, SpawnRequest))
 
-    await stage.bus.connection.subscribe(stage.bus.subjects.spawn, hear)
+    await stage.bus.connection.subscribe(stage.bus.subjects.spawn, record)
     return requests
 
 
@@ -35,7 +35,7 @@ def bid(load: float, node_id: str = "n1") -> ScoredBid:
     return ScoredBid(node_id=node_id, host_id="h1", score=1, self_rating=1, trust=1, load=load, tools=1)
 
 
-async def test_an_awarded_task_passes_on_as_it_came(stage: Stage, asked: list[SpawnRequest]) -> None:
+async def test_an_awarded_task_passes_on_unchanged(stage: Stage, asked: list[SpawnRequest]) -> None:
     await stage.phase("scale")
     env = awarded(task(stage))
     await stage.put("scale", env)
@@ -46,7 +46,7 @@ async def test_an_awarded_task_passes_on_as_it_came(stage: Stage, asked: list[Sp
     assert not asked
 
 
-async def test_a_task_nobody_bid_for_asks_for_a_node_and_goes_back(stage: Stage, asked: list[SpawnRequest]) -> None:
+async def test_a_task_without_bids_makes_a_spawn_request_and_goes_back(stage: Stage, asked: list[SpawnRequest]) -> None:
     await stage.phase("scale")
     env = task(stage, required_tools=("search",))
     await stage.put("scale", env)
@@ -97,7 +97,7 @@ async def test_a_node_is_asked_for_once_a_second_and_domain(stage: Stage, asked:
     assert sorted(request.domain_token for request in asked) == ["code", "code", "data"]
 
 
-async def test_tasks_nobody_bids_for_are_asked_about_each_by_what_they_say(
+async def test_each_task_without_bids_makes_a_spawn_request_with_its_own_text(
     stage: Stage, asked: list[SpawnRequest]
 ) -> None:
     """One of them may call for a skill that the others do not."""
@@ -114,7 +114,7 @@ async def test_tasks_nobody_bids_for_are_asked_about_each_by_what_they_say(
     assert len(asked) == 3
 
 
-async def test_where_nobody_bids_a_host_that_cannot_is_not_the_last_to_be_asked(stage: Stage) -> None:
+async def test_a_host_that_declines_a_spawn_request_is_followed_by_another(stage: Stage) -> None:
     await stage.phase("scale")
     asked: list[SpawnRequest] = []
 

@@ -46,14 +46,14 @@ async def code_of(stage: Stage) -> str:
 
 
 async def hang(run: FakeRun) -> None:
-    await run.say("accepted")
+    await run.publish("accepted")
     while True:
-        await run.say("heartbeat")
+        await run.publish("heartbeat")
         await asyncio.sleep(0.05)
 
 
 async def accepted(run: FakeRun) -> None:
-    await run.say("accepted")
+    await run.publish("accepted")
 
 
 async def flood(run: FakeRun) -> None:
@@ -70,7 +70,7 @@ async def test_a_cancelled_run_is_stopped_until_its_last_event_and_not_counted(s
     await until(lambda: one.runs, what="it runs")
     await stage.bus.connection.publish(stage.bus.subjects.of("cancelled", env.task_id))
     await until(lambda: len(one.stops) == 2, what="it is stopped twice")
-    await one.runs[0].say("error", error=CANCELLED)
+    await one.runs[0].publish("error", error=CANCELLED)
     await quiet(stage.bus, execute.bus, one.bus)
     sent = len(one.stops)
     stopped_at = time.monotonic()

@@ -25,7 +25,7 @@ from loom.runner.services import running_nodes
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES, Phase
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskResult

@@ -21,7 +21,7 @@ from loom.bus.task_client import TaskHandle
 from loom.phases.execute.timings import ExecuteTimings
 from loom.schemas.envelope import PHASES
 from loom.schemas.identity import LOCAL_OWNER, node_key
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.record import TaskRecord
 from loom.schemas.run import Delta, RunRequest
 

@@ -24,7 +24,7 @@ from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import running_nodes
 from loom.runner.timings import ServiceTimings
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import PRIORITIES, TaskAd, TaskResult
 

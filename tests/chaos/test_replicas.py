@@ -135,7 +135,7 @@ async def test_doctor_names_the_server_that_is_down_and_a_lost_quorum(cluster: N
     )
 
     async def warned() -> bool:
-        return any(each.mark == "warn" and each.says.startswith(f"{first} is down") for each in await _found(client))
+        return any(each.mark == "warn" and each.message.startswith(f"{first} is down") for each in await _found(client))
 
     cluster.kill(first)
     await until(warned, within_s=40, what="the server that is down is named")

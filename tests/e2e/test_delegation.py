@@ -105,7 +105,7 @@ async def deeper(job: RunRequest) -> str:
 
 
 @pytest.mark.parametrize("limits", [None, Limits(max_depth=1)])
-async def test_a_chain_deeper_than_the_limit_ends_with_an_error_that_says_so(
+async def test_a_chain_deeper_than_the_limit_ends_with_an_error_that_names_the_limit(
     cluster: DelegatingCluster, limits: Limits | None
 ) -> None:
     await cluster.open({"a": deeper, "b": deeper})
@@ -205,7 +205,7 @@ class Sleepers:
         return "slept"
 
 
-async def test_cancelling_a_parent_that_waits_cancels_what_it_has_delegated(cluster: DelegatingCluster) -> None:
+async def test_cancelling_a_waiting_parent_cancels_its_delegated_tasks(cluster: DelegatingCluster) -> None:
     agent = Sleepers()
     await cluster.open({"a": agent, "b": agent})
     handle = await cluster.submit("all")

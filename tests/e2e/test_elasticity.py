@@ -25,7 +25,7 @@ from loom.runner.services import running_nodes
 from loom.schemas.auction import HostAnnouncement, SpawnReply, SpawnRequest
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import Lifecycle
+from loom.schemas.learning.lifecycle import Lifecycle
 from loom.schemas.task import TaskAd, TaskResult
 
 WITHIN_S = 60
@@ -132,7 +132,7 @@ nodes = [AgentNode(id="a", agent=work), AgentNode(id="b", agent=work)]
 
 
 @pytest.mark.slow
-async def test_the_command_line_says_how_far_a_host_may_grow(nats_url: str, namespace: str, tmp_path: Path) -> None:
+async def test_the_command_line_limits_the_growth_of_a_host(nats_url: str, namespace: str, tmp_path: Path) -> None:
     file = tmp_path / "pair.py"
     file.write_text(PAIR)
     env = {"NATS_URL": nats_url, "LOOM_NAMESPACE": namespace}
@@ -141,7 +141,7 @@ async def test_the_command_line_says_how_far_a_host_may_grow(nats_url: str, name
         refused = await loom(tmp_path, *words, "1", **env)
         assert refused.code == 2
         assert "has 2 nodes already" in " ".join(refused.err.split())
-        await host.says("a, b on")
+        await host.wait_for_output("a, b on")
 
         async def asked() -> SpawnReply | None:
             try:

@@ -25,7 +25,7 @@ from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Spec
 from loom.schemas.errors import InvalidTask
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd, TaskResult
 

@@ -219,7 +219,7 @@ async def test_nodes_that_cannot_be_hosted_are_tried_again(
     await session.aclose()
 
 
-async def test_a_conversation_without_nodes_of_its_own_does_not_wait_for_what_is_learned(
+async def test_a_conversation_without_own_nodes_does_not_wait_for_learning(
     on_bus: tuple[str, str], provider: OpenAIProvider
 ) -> None:
     url, namespace = on_bus

@@ -125,7 +125,7 @@ async def test_duplicate_submits_all_get_the_one_answer(on_bus: tuple[str, str],
     assert agent.runs == {"same": 1}
 
 
-async def test_a_ninth_waiting_submitter_is_told_accepted(on_bus: tuple[str, str], phases: Bus) -> None:
+async def test_a_ninth_waiting_submitter_receives_accepted(on_bus: tuple[str, str], phases: Bus) -> None:
     url, namespace = on_bus
     nodes = [node("coder", Counting(0.3), code=0.9)]
     async with running_nodes(url, lambda: nodes, namespace=namespace), Bus(url, namespace=namespace) as bus:

@@ -27,7 +27,7 @@ from loom.phases.adapt.timings import AdaptTimings
 from loom.runner.services import running_nodes
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.notices import read_scale_message
 from loom.schemas.run import RunRequest, read_events
 

@@ -81,7 +81,7 @@ class Watcher:
         """Whether an event of that kind came."""
         return any(event.kind == kind for event in self.events)
 
-    async def heard(self, kind: str, *, count: int = 1, within_s: float = 20) -> RunEvent:
+    async def event(self, kind: str, *, count: int = 1, within_s: float = 20) -> RunEvent:
         def found() -> list[RunEvent]:
             return [event for event in self.events if event.kind == kind]
 
@@ -90,7 +90,7 @@ class Watcher:
 
     async def code(self) -> str:
         """The code of the error it ended with."""
-        error = (await self.heard("error")).error
+        error = (await self.event("error")).error
         assert error is not None
         return error.code
 

@@ -123,7 +123,7 @@ def test_the_end_of_a_run_is_kept_ten_minutes() -> None:
     assert finished.get(("u", 1)) == b"end"
 
 
-def test_what_is_kept_is_bounded_in_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_the_kept_events_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loom.agents.host.run_table.FINISHED_BYTES", 5_000)
     finished = FinishedRuns()
     for i in range(10):
