@@ -33,7 +33,7 @@ COVERED = {
         "unit/test_defects.py::test_whatever_goes_wrong_with_a_model_is_a_loss_in_the_profile",
         "unit/test_agent_providers.py::test_whatever_a_provider_raises_is_a_failure",
         "unit/test_agent_answers.py::test_an_end_without_any_text_is_a_failure",
-        "unit/test_evaluate_policy.py::test_an_empty_result_is_refused",
+        "unit/test_retry_policy.py::test_an_empty_result_is_refused",
         "chaos/test_llm_faults.py::test_every_fault_of_a_model_ends_the_task_as_it_should",
     ],
     "unused nodes that die on the first submit": [
@@ -49,12 +49,12 @@ COVERED = {
     ],
     "failing fast that pays": [
         "unit/test_reward_formulas.py::test_a_failure_earns_nothing_however_fast",
-        "unit/test_evaluate_policy.py::test_a_failure_earns_nought_for_the_nodes_fault_and_nothing_otherwise",
+        "unit/test_retry_policy.py::test_a_failure_earns_nought_for_the_nodes_fault_and_nothing_otherwise",
     ],
     "decay that is a cliff": [
         "unit/test_reward_formulas.py::test_a_day_hardly_matters_and_there_is_no_cliff",
         "unit/test_reward_formulas.py::test_a_claim_without_any_reward_does_not_fade",
-        "unit/test_match_policy.py::test_idle_knowledge_fades_towards_the_claim",
+        "unit/test_scoring.py::test_idle_knowledge_fades_towards_the_claim",
     ],
     "losses counted twice": [
         "unit/test_defects.py::test_a_loss_is_counted_once_however_often_it_is_told",
