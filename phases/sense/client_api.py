@@ -33,15 +33,21 @@ CANCELLED = TaskError(code="cancelled", message="the task was cancelled")
 STRANDED = TaskError(
     code="deadline_exceeded", message="the deadline passed, and the server has lost the task's messages"
 )
-STRANDED_AFTER_S = 1.0
-"""Seconds after its deadline from which a task without messages counts as stranded."""
 
 
 class ClientApi:
-    """Answers requests of clients. Every replica of SENSE has one, and the server picks one for each request."""
+    """Answers requests of clients. Every replica of SENSE has one, and the server picks one for each request.
 
-    def __init__(self, bus: Bus, admission: Admission, checks: CheckPool) -> None:
+    Args:
+        bus: A connected bus.
+        admission: Creates and reads the records of tasks.
+        checks: Checks the acceptance criteria of ads.
+        stranded_after_s: Seconds after its deadline from which a task without messages counts as stranded.
+    """
+
+    def __init__(self, bus: Bus, admission: Admission, checks: CheckPool, *, stranded_after_s: float) -> None:
         self._bus = bus
+        self._stranded_after_s = stranded_after_s
         self._admission = admission
         self._checks = checks
         self._subscriptions: list[Subscription] = []
@@ -117,7 +123,7 @@ class ClientApi:
 
     async def _end_if_stranded(self, record: TaskRecord) -> None:
         """End a task past its deadline whose messages the server has lost."""
-        if record.ended or self._bus.clock.now() < record.envelope.deadline + STRANDED_AFTER_S:
+        if record.ended or self._bus.clock.now() < record.envelope.deadline + self._stranded_after_s:
             return
         task_id, subjects = record.task_id, self._bus.subjects
         for hops in (subjects.later("*", task_id, "*"), subjects.task("*", "*", task_id)):

@@ -102,7 +102,7 @@ async def test_ten_thousand_dropped_handles_leave_no_subscription_and_no_memory(
     await publish_and_drop(bus, 10_000)
 
 
-async def test_a_dropped_handle_takes_the_progress_it_kept_with_it(plain: Bus) -> None:
+async def test_the_progress_a_dropped_handle_kept_is_freed_with_it(plain: Bus) -> None:
     before = await held(plain)
     handle = TaskHandle(plain, AD)
     await handle.open(deltas=True)

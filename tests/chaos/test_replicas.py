@@ -8,6 +8,7 @@ import pytest
 from support.invariants import check, learned_state
 from support.nats_cluster import NatsCluster, leader, nats_cluster
 from support.nodes import echo, node
+from support.services import running_phases
 from support.wait import until
 from support.workload import Workload
 
@@ -16,7 +17,7 @@ from loom.bus.bus import Bus
 from loom.bus.hops import hop_loop
 from loom.runner.doctor.diagnosis import examine
 from loom.runner.doctor.findings import Finding
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.config import ClusterConfig
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd

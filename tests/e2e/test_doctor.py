@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from support.builders import ad, envelope, reward
 from support.command import command, loom
+from support.services import running_phases
 from support.wait import until
 
 from loom.bus import topology
@@ -33,7 +34,7 @@ from loom.phases.scale import Scale
 from loom.runner.doctor.diagnosis import backlog, clock, examine, examine_here, node_hosts, phases, process_clocks
 from loom.runner.doctor.findings import Finding
 from loom.runner.server.nats_server import find_server
-from loom.runner.services import PhaseGroup, running_nodes, running_phases
+from loom.runner.services import PhaseGroup, running_nodes
 from loom.schemas.auction import AnnouncedNode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
@@ -78,7 +79,7 @@ async def test_a_healthy_cluster_has_nothing_but_good_findings(on_bus: Where, cl
 
 
 @pytest.mark.slow
-async def test_each_thing_that_is_wrong_is_a_line_with_what_to_do(on_bus: Where, client: Bus, tmp_path: Path) -> None:
+async def test_each_problem_is_a_line_with_advice(on_bus: Where, client: Bus, tmp_path: Path) -> None:
     url, namespace = on_bus
     s = client.subjects
     async with running_phases(url, names=("sense", "match"), namespace=namespace):
@@ -153,7 +154,7 @@ async def test_another_wire_version_is_found_in_streams_and_processes(on_bus: Wh
 
 
 @pytest.mark.slow
-async def test_an_empty_server_says_that_nothing_has_run(client: Bus) -> None:
+async def test_an_empty_server_is_reported_as_never_used(client: Bus) -> None:
     found = troubles(await examine(client, ClusterConfig()))
 
     assert found["streams"] == f"fail: none in namespace {client.subjects.namespace}"
@@ -271,10 +272,10 @@ async def test_an_old_server_is_to_be_upgraded(nats_url: str, tmp_path: Path) ->
     )
 
 
-async def test_a_server_without_jetstream_is_told_how_to_get_it(nats_url: str, tmp_path: Path) -> None:
+async def test_a_server_without_jetstream_is_reported_with_the_remedy(nats_url: str, tmp_path: Path) -> None:
     words = (find_server()[0], "-a", "127.0.0.1", "-p", "-1")
     async with command(tmp_path, *words) as server:
-        await server.says("Server is ready")
+        await server.wait_for_output("Server is ready")
         address = re.findall(r"client connections on (\S+)", server.err)[0]
         async with Bus(f"nats://{address}") as bus:
             found = troubles(await examine(bus, ClusterConfig()))
@@ -285,7 +286,7 @@ async def test_a_server_without_jetstream_is_told_how_to_get_it(nats_url: str, t
 # -- presence
 
 
-async def test_only_services_of_ones_own_namespace_are_seen(phases: Bus, client: Bus, nats_url: str) -> None:
+async def test_only_services_of_the_own_namespace_are_listed(phases: Bus, client: Bus, nats_url: str) -> None:
     async with Bus(nats_url, namespace=f"{client.subjects.namespace}-other") as stranger:
         assert await discover(stranger, within_s=0.2) == []
         assert len(await discover(client, within_s=5, enough=lambda there: len(there) == len(PHASES))) == len(PHASES)

@@ -47,7 +47,7 @@ async def lifecycle_of(bus: Bus) -> list[Lifecycle]:
     return news
 
 
-async def test_a_task_that_nobody_bids_for_is_answered_by_the_skill_it_calls_for(
+async def test_a_task_without_bids_is_answered_by_its_matching_skill(
     monkeypatch: pytest.MonkeyPatch, model: OpenAIServer, provider: OpenAIProvider
 ) -> None:
     monkeypatch.delenv("NATS_URL", raising=False)

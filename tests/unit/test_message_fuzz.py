@@ -310,9 +310,7 @@ TARGETS = (
 @pytest.mark.parametrize("target", TARGETS, ids=[target.__name__ for target in TARGETS])
 @settings(derandomize=True, deadline=None, max_examples=60, database=None)
 @given(seed=st.integers(0, 2**32), odd=st.sampled_from([0.02, 0.1, 0.3]))
-def test_whatever_a_message_holds_only_loom_errors_come_of_it(
-    target: Callable[[Forger], None], seed: int, odd: float
-) -> None:
+def test_any_message_leads_to_loom_errors_only(target: Callable[[Forger], None], seed: int, odd: float) -> None:
     with suppress(LoomError):  # a message that is refused
         target(Forger(seed, odd))
 

@@ -43,13 +43,11 @@ def folded(*scores: float) -> NodeProfile:
         ((1.0,) * 100 + (0.0,) * 7, "failing"),
     ],
 )
-def test_a_node_that_never_worked_one_of_which_little_is_known_and_one_that_fails_are_told_apart(
-    rewards: tuple[float, ...], standing: str
-) -> None:
+def test_new_little_known_and_failing_nodes_are_distinguished(rewards: tuple[float, ...], standing: str) -> None:
     assert standing_of(folded(*rewards) if rewards else None, ClusterConfig(apoptosis_threshold=0.35)) == standing
 
 
-def test_nodes_that_are_alive_come_first_with_what_is_known_of_them() -> None:
+def test_live_nodes_come_first_with_their_evidence() -> None:
     host = announced("h", "b", "c", running=2, queued=3)
     profiles = [NodeProfile(node_id="a", total_tasks=3), NodeProfile(node_id="c")]
     seen = Auctioned({("b", "code"): 0.9, ("gone", "code"): 0.1}, {})
