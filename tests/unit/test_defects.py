@@ -39,7 +39,7 @@ COVERED = {
     "unused nodes that die on the first submit": [
         "unit/test_lifecycle.py::test_a_first_task_leaves_unused_nodes_alone",
         "unit/test_lifecycle.py::test_a_node_without_history_is_healthy_however_long_it_idles",
-        "unit/test_apoptosis.py::test_a_node_without_history_or_at_the_threshold_is_not_retired",
+        "unit/test_retirement_policy.py::test_a_node_without_history_or_at_the_threshold_is_not_retired",
         "e2e/test_runtime.py::test_unused_nodes_stay_healthy",
     ],
     "streamed runs that cost nothing": [
