@@ -203,7 +203,7 @@ async def test_a_restarted_replica_goes_on_without_counting_twice(stage: Stage) 
     assert stored.total_tasks == 16
 
 
-async def test_a_drain_writes_what_is_folded(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_drain_writes_the_folded_rewards(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loom.phases.adapt.service.BATCH_S", 60)
     adapt: Any = await stage.phase("adapt")
     await publish(stage, reward(1))
@@ -281,7 +281,9 @@ async def test_a_standby_takes_over_from_a_dead_replica(stage: Stage, replicas: 
     assert {"t3", "t4", "t5"} <= tasks_named(stage)
 
 
-async def test_a_replica_that_lags_behind_adopts_what_is_stored(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_replica_that_lags_behind_adopts_the_stored_profile(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its own write conflicts while it folds on: neither what it has folded since nor what is stored is lost."""
     monkeypatch.setattr("loom.phases.adapt.profile_writer.STANDBY_S", 0.1)
     slow: Any = await stage.phase("adapt")

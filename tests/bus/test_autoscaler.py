@@ -89,7 +89,7 @@ async def asked(here: SpawningHost, there: SpawningHost, size: int) -> bool:
     return len(here.names()) == len(there.names()) == size
 
 
-async def test_a_retiring_child_takes_nothing_new_and_ends_what_it_has(stage: Stage) -> None:
+async def test_a_retiring_child_takes_no_new_run_and_ends_the_ones_it_has(stage: Stage) -> None:
     agent = HeldAgent()
     here = await start_spawning_host(stage, [node("a", agent)], 2, slots=1)
     await here.occupy("a", agent)
@@ -174,7 +174,7 @@ async def test_a_running_skill_is_not_started_twice_but_cloned_when_saturated(st
     assert (here.names(), skills.asked) == (["skill-sql", "skill-sql-c1"], 1)
 
 
-async def test_skills_are_asked_only_where_no_node_can_and_there_is_room(stage: Stage) -> None:
+async def test_skills_are_asked_only_where_no_node_qualifies_and_a_slot_is_left(stage: Stage) -> None:
     skills = Skills(HeldAgent(), "db")
     here = await start_spawning_host(stage, [node("a", echo)], 1, skills)
     assert (await here.spawn(text="sql")).decline == "idle"

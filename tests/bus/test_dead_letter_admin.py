@@ -59,7 +59,7 @@ async def submitted(bus: Bus) -> list[Submission]:
 
 
 @given(any_of(DeadLetter))
-def test_the_facts_are_read_as_they_were_written_but_for_what_a_header_cannot_hold(facts: DeadLetter) -> None:
+def test_facts_are_read_as_written_except_characters_a_header_cannot_hold(facts: DeadLetter) -> None:
     read = letter_facts(letter_headers(facts), "ns.dead.p.t")
     assert (read.deliveries, read.stream_seq, read.cut) == (facts.deliveries, facts.stream_seq, facts.cut)
     assert read.reason.split() == facts.reason.encode("ascii", "replace").decode().split()

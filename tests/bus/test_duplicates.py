@@ -327,17 +327,17 @@ async def test_a_divided_task_whose_ids_were_taken_ends_with_its_parts(nats_url:
         (SubtaskEnded(task_id="d", child_id="c", subtask="a"), False),
     ],
 )
-def test_the_timeout_of_a_plan_is_ours_when_it_holds_the_same_attempt(stored: Any, *, ours: bool) -> None:
+def test_a_stored_timeout_of_a_plan_counts_as_sent_when_its_attempt_is_the_same(stored: Any, *, ours: bool) -> None:
     assert is_equivalent(kept("s", stored), "s", PlanTimeout(envelope=HOP), {}, NOW) is ours
 
 
 @pytest.mark.parametrize("other", [SubtaskEnded(task_id="d", child_id="x", subtask="a"), ParentEnded(task_id="d"), HOP])
-def test_a_notice_is_ours_when_it_is_the_same(other: Any) -> None:
+def test_a_stored_notice_counts_as_sent_when_it_is_the_same(other: Any) -> None:
     notice = SubtaskEnded(task_id="d", child_id="c", subtask="a")
     assert is_equivalent(kept("s", notice), "s", notice, {}, NOW)
     assert not is_equivalent(kept("s", other), "s", notice, {}, NOW)
 
 
-def test_an_error_to_evaluate_is_ours_too() -> None:
+def test_a_stored_error_to_evaluate_counts_as_sent_too() -> None:
     failed = HOP.failed(TaskError(code="node_lost", message="x"))
     assert is_equivalent(kept("s", HOP), "s", failed, {}, NOW)

@@ -556,7 +556,7 @@ async def test_a_suspect_message_returns_to_its_own_subject_once_its_run_has_sho
     await stage.settled(phase="execute")
 
 
-async def test_a_drained_replica_hands_its_runs_on(stage: Stage) -> None:
+async def test_a_drained_replica_passes_its_runs_on(stage: Stage) -> None:
     moving = MovingHost()
     one = await host(stage, moving)
     leaving = await stage.phase("execute")

@@ -306,7 +306,7 @@ async def test_a_failed_run_reports_the_tokens_of_delegated_work(stage: Stage) -
     assert (await one.event("error")).result == RunResult(prompt_tokens=5, completion_tokens=6)
 
 
-async def test_nothing_of_a_waiting_run_reaches_the_one_that_gets_its_slot(stage: Stage) -> None:
+async def test_no_context_of_a_waiting_run_reaches_the_run_that_gets_its_slot(stage: Stage) -> None:
     secret: ContextVar[str] = ContextVar("secret", default="none")
     seen: list[str] = []
 

@@ -98,7 +98,7 @@ async def test_an_oversized_accept_of_a_delegated_task_is_refused_at_admission(s
 
 
 @pytest.mark.slow
-async def test_an_oversized_accept_that_reaches_evaluate_ends_its_task_without_blame(
+async def test_an_oversized_accept_that_reaches_evaluate_ends_its_task_without_a_reward(
     stage: Stage, longest: Longest
 ) -> None:
     await stage.phase("evaluate")
@@ -158,7 +158,7 @@ async def test_a_redelivered_bomb_ends_as_the_first_delivery_would_have(stage: S
     assert (await stage.seen("result", task_id="t2")).state == "succeeded"
 
 
-async def test_without_helpers_a_submitter_gets_overloaded_and_others_are_served(
+async def test_a_submitter_gets_overloaded_without_helpers_and_others_are_served(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
@@ -170,7 +170,7 @@ async def test_without_helpers_a_submitter_gets_overloaded_and_others_are_served
     assert (await stage.seen("task", phase="match", task_id="t2")).error is None
 
 
-async def test_without_helpers_sense_admits_what_evaluate_will_check(
+async def test_sense_without_helpers_admits_tasks_that_evaluate_will_check(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")

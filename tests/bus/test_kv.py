@@ -124,7 +124,7 @@ async def test_a_repeated_write_another_has_overtaken_is_a_conflict(
         await writing
 
 
-async def test_a_bucket_that_is_not_there_is_refused(plain: Bus) -> None:
+async def test_a_missing_bucket_is_refused(plain: Bus) -> None:
     with pytest.raises(Refused):
         await plain.bucket("nodes", NodeProfile).get("n1")
 
@@ -289,7 +289,7 @@ async def test_a_record_is_changed_by_deciding_again_after_every_conflict(bus: B
     assert entry.value.claim.attempt == 15
 
 
-async def test_a_record_is_left_alone_when_there_is_nothing_to_change(bus: Bus) -> None:
+async def test_a_record_without_a_change_is_not_written(bus: Bus) -> None:
     assert await records(bus).update_with("t1", _claimed) is None
     revision = await records(bus).create("t1", _record())
     assert await records(bus).update_with("t1", lambda _: None) == Entry("t1", _record(), revision)

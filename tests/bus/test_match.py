@@ -115,7 +115,7 @@ async def test_learned_profiles_are_followed_live_and_decide_the_auction(stage: 
     assert set(one.calls[-1].prefer) == {"proven", "boaster"}
 
 
-async def test_newcomers_of_one_owner_share_what_they_have_done(stage: Stage) -> None:
+async def test_newcomers_of_one_owner_share_their_count_of_tasks(stage: Stage) -> None:
     """Judged ones by the stored profiles, pending ones by the awards of a moment ago."""
     failed = NodeProfile(node_id="n0", owner="acme", domains={"code": DomainEvidence(count=5, mean=0.0)})
     await stage.bus.bucket("nodes", NodeProfile).create(failed.key, failed)
@@ -167,7 +167,7 @@ async def test_an_auction_ends_once_all_known_hosts_have_answered(stage: Stage) 
     assert len(stage.all("task", phase="scale")[0].award.bids) == 2
 
 
-async def test_without_a_known_host_the_whole_window_is_waited(stage: Stage) -> None:
+async def test_an_auction_without_a_known_host_lasts_the_whole_window(stage: Stage) -> None:
     one = await host(stage, "h1")
     one.announce = quietly  # type: ignore[method-assign]
     await stage.phase("match", ClusterConfig(bid_window_ms=300))
@@ -230,7 +230,7 @@ async def test_a_pinned_task_goes_to_the_first_of_two_hosts_that_announce_its_no
     assert [env.award.host_id for env in stage.all("task", phase="scale")] == ["h1", "h1"]
 
 
-async def test_an_owner_that_announces_the_drain_of_its_own_host_of_that_name_has_no_effect(stage: Stage) -> None:
+async def test_the_drain_of_another_owners_host_of_the_same_name_has_no_effect(stage: Stage) -> None:
     await host(stage, "h1", "good-1")
     await match(stage)
     body = HostAnnouncement(seq=9, draining=True)
@@ -317,7 +317,7 @@ async def test_a_task_waits_while_a_known_host_is_slow(stage: Stage) -> None:
 # -- all busy
 
 
-async def test_while_all_are_busy_a_task_waits_and_calls_again(stage: Stage) -> None:
+async def test_a_task_waits_and_calls_again_while_all_nodes_are_busy(stage: Stage) -> None:
     one = await host(stage, offer=lambda _: one.bids() if len(one.calls) > 3 else one.declines("busy"))
     await match(stage, LONG)
     await stage.put("match", task(stage))
@@ -401,7 +401,7 @@ async def settled(stage: Stage) -> None:
 
 
 @pytest.mark.slow
-async def test_a_task_that_is_cancelled_while_there_are_no_nodes_is_dropped(stage: Stage) -> None:
+async def test_a_task_cancelled_while_no_node_exists_is_dropped(stage: Stage) -> None:
     await match(stage, SHORT)
     env = task(
         stage, spec=Spec(complexity=0.1, domains=("code",), method="given", no_offers_since=stage.bus.clock.now())
@@ -550,7 +550,7 @@ def naming(domain: str) -> tuple[AnnouncedNode, ...]:
     return (AnnouncedNode(node_id="n1", domains=(AnnouncedDomain(domain=domain), AnnouncedDomain(domain="*"))),)
 
 
-async def test_an_award_in_a_domain_that_no_node_names_has_a_warning_with_the_nearest_one(stage: Stage) -> None:
+async def test_an_award_in_an_unknown_domain_has_a_warning_with_the_nearest_one(stage: Stage) -> None:
     one = await host(stage, nodes=naming("sales"))
     await match(stage)
     await stage.put("match", task(stage, task_id="t1", domain="Sael"))

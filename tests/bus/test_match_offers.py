@@ -49,7 +49,7 @@ def left_out(replica: Replica, host: str) -> DiscardReport:
 # -- owners
 
 
-async def test_an_award_names_the_owner_of_the_subject_and_evidence_of_another_owner_is_not_excluded(
+async def test_an_award_names_the_owner_of_the_subject_and_excludes_no_other_owners_evidence(
     stage: Stage,
 ) -> None:
     one = await host(stage, "h1", owner="acme", offer=lambda _: one.bids(Bid(node_id="n1", self_rating=0.9)))
@@ -96,7 +96,7 @@ async def test_an_offer_to_another_replica_does_not_arrive(stage: Stage) -> None
     assert not left_out(second, "h9").counts
 
 
-async def test_an_offer_that_comes_after_the_window_is_counted_and_one_that_was_not_waited_for_is_not(
+async def test_an_offer_after_the_window_is_counted_unless_its_host_was_not_awaited(
     stage: Stage,
 ) -> None:
     prompt = await host(stage, "h1")
@@ -169,7 +169,7 @@ async def test_announced_nodes_that_do_not_qualify_do_not_keep_a_task_waiting(
 
 @pytest.mark.usefixtures("hurry")
 @pytest.mark.parametrize("pinned", [None, "n2"])
-async def test_a_task_without_bidders_is_looked_at_again_when_unknown_nodes_are_announced(
+async def test_a_task_without_bidders_is_auctioned_again_when_unknown_nodes_are_announced(
     stage: Stage, pinned: str | None
 ) -> None:
     unable = await host(stage, offer=lambda _: unable.declines("unqualified"))

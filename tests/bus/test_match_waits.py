@@ -70,7 +70,7 @@ def rejected(stage: Stage, env: Envelope, node_id: str, host_id: str = "h1") -> 
     return awarded(envelope(env.ad, now=stage.bus.clock.now(), **facts), node_id, host_id)
 
 
-async def test_a_node_that_was_busy_comes_after_all_others_for_that_task_until_its_host_announces_itself(
+async def test_a_busy_node_ranks_last_for_the_task_until_its_host_announces_itself(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))

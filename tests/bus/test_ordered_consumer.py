@@ -197,7 +197,7 @@ async def test_a_consumer_the_server_forgot_is_made_again(bus: Bus, reading: Sta
 
 
 @pytest.mark.parametrize("deliver", ["all", "new", "last_per_subject"])
-async def test_nothing_is_missed_or_doubled_over_a_kill(
+async def test_no_message_is_missed_or_doubled_over_a_kill(
     mortal: Bus, server: NatsServer, connect: Connect, reading: Start, deliver: str
 ) -> None:
     before = [] if deliver == "new" else [0, 1, 2]

@@ -105,7 +105,7 @@ async def test_a_pinned_task_goes_to_a_plain_node_with_its_longest_run(stage: St
     assert (won.pinned, won.plain, won.max_run_s) == (True, True, 5.0)
 
 
-async def test_a_plain_node_has_as_many_tasks_as_slots_until_they_are_judged_or_come_back(
+async def test_a_plain_node_fills_its_slots_until_its_tasks_are_judged_or_returned(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))

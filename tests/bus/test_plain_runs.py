@@ -149,7 +149,7 @@ async def test_a_reply_that_is_a_last_event_counts_as_one(
     assert bool(execute.bus.discards.hosts) == (b'"text"' in body)
 
 
-async def test_of_two_replies_the_second_is_ignored_and_counted(stage: Stage, foreign: Client) -> None:
+async def test_the_second_of_two_replies_is_ignored_and_counted(stage: Stage, foreign: Client) -> None:
     await respond(foreign, subject_of(stage), replies(b"first", b"second"))
     execute = await stage.phase("execute")
     await given(stage)

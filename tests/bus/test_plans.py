@@ -239,7 +239,7 @@ async def test_clients_get_an_event_when_a_subtask_begins_and_when_it_ends(stage
     assert (await begun(stage, "a")).submitter == "acme"
 
 
-async def test_events_are_repeated_with_what_they_are_about_and_not_for_strangers(stage: Stage) -> None:
+async def test_events_are_repeated_with_their_notice_and_only_for_subtasks_of_the_plan(stage: Stage) -> None:
     await stage.phase("scale")
     await divided(stage, (("a",), ("b",)))
     record = await ended(stage, "a")
@@ -310,7 +310,7 @@ async def test_a_notice_before_its_time_or_without_a_plan_changes_nothing(stage:
 
 
 @pytest.mark.slow
-async def test_at_its_deadline_a_parked_task_fails(stage: Stage) -> None:
+async def test_a_parked_task_fails_at_its_deadline(stage: Stage) -> None:
     await stage.phase("scale")
     await divided(stage, (("a",),), left_s=0.6)
     await begun(stage, "a")
@@ -344,7 +344,7 @@ async def test_a_task_joined_late_leaves_its_own_next_attempt_alone(stage: Stage
     assert await stage.pending("TASKS", stage.bus.subjects.later("scale", "p", "task-77")) == 1
 
 
-async def test_a_timer_set_for_a_plan_that_another_replica_has_joined_meanwhile_is_taken_back(
+async def test_the_timer_of_a_plan_joined_by_another_replica_is_removed(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def late(*args: Any, **facts: Any) -> None:
@@ -418,7 +418,7 @@ async def test_a_failed_subtask_fails_the_parent_with_its_reason(stage: Stage) -
     assert await timers(stage) == 0
 
 
-async def test_a_budget_that_is_spent_ends_the_task_with_what_there_is(stage: Stage) -> None:
+async def test_a_spent_budget_ends_the_task_with_the_outputs_so_far(stage: Stage) -> None:
     await stage.phase("scale")
     await divided(stage, (("a",), ("b", "a"), ("c", "b")), token_budget=1000)
     await ended(stage, "a", tokens=10)
@@ -429,7 +429,7 @@ async def test_a_budget_that_is_spent_ends_the_task_with_what_there_is(stage: St
     assert len(ids(stage, "task", phase="sense")) == 2
 
 
-async def test_nothing_begins_for_a_parent_that_has_ended(stage: Stage) -> None:
+async def test_no_subtask_begins_for_a_parent_that_has_ended(stage: Stage) -> None:
     env = await awarded_task(stage, context={"plan": written((("a",),))})
     await records(stage.bus).update_with("p", lambda record: replace(record, state="cancelled", ended_at=1.0))
     await stage.phase("scale")

@@ -103,7 +103,7 @@ def published_count(stage: Stage, node_id: str) -> int:
     return news[-1].profile.domains["code"].count if news else 0
 
 
-async def test_a_failing_child_retires_amid_its_work_and_ends_it(stage: Stage, grown: SpawningHost) -> None:
+async def test_a_failing_child_retires_during_its_work_and_ends_it(stage: Stage, grown: SpawningHost) -> None:
     await stage.phase("adapt", ClusterConfig(idle_timeout_s=0.01, consecutive_loss_limit=3))
     await earned(stage, "a-c2", 0.0, 0.0, 0.0)
     changed = await stage.seen("lifecycle", kind="changed", node_id="a-c2", within_s=WITHIN_S)
@@ -114,7 +114,7 @@ async def test_a_failing_child_retires_amid_its_work_and_ends_it(stage: Stage, g
 
 
 @pytest.mark.slow
-async def test_of_two_replicas_one_acts_and_min_nodes_stay(
+async def test_one_of_two_replicas_acts_and_min_nodes_stay(
     stage: Stage, grown: SpawningHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.phases.adapt.lease.LEASE_S", 1.0)

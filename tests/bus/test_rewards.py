@@ -155,7 +155,7 @@ async def test_a_listener_that_leaves_early_leaves_nothing_behind(bus: Bus, rewa
     assert len(bus.connection._nc._subs) == before
 
 
-async def test_without_a_bus_only_the_formulas_work() -> None:
+async def test_only_the_formulas_work_without_a_bus() -> None:
     rewards = formulas.RewardBus()
     assert rewards.compute_signal(TaskAd(description="x"), True, 0).total > 0
     with pytest.raises(BusUnavailable, match="no bus"):

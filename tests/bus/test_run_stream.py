@@ -47,7 +47,7 @@ async def read_events(watch: RunStream) -> list[RunEvent]:
     return events
 
 
-async def test_a_host_that_missed_the_request_is_asked_again_for_what_is_left_of_the_time(plain: Bus) -> None:
+async def test_a_host_that_missed_the_request_is_asked_again_with_the_remaining_time(plain: Bus) -> None:
     one = await host(plain, deaf=2)
     kinds = [event.kind for event in await read_events(await watch_of(plain, REQUEST))]
     assert kinds == ["accepted", "started", "result"]
@@ -79,7 +79,7 @@ async def test_several_events_in_one_message_are_several_events(plain: Bus) -> N
     assert [event.seq for event in await read_events(await watch_of(plain, REQUEST))] == [0, 1, 2]
 
 
-async def test_a_stop_ends_the_wait_for_the_next_event_and_what_has_come_still_counts(plain: Bus) -> None:
+async def test_a_stop_ends_the_wait_for_the_next_event_and_earlier_events_still_count(plain: Bus) -> None:
     one = await host(plain, FakeRun.succeed)
     stop = Interrupt()
     async with await watch_of(plain, REQUEST, stop) as watch:
@@ -111,7 +111,7 @@ async def test_a_watch_that_is_over_leaves_nothing_for_the_garbage_collector(pla
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attached", [True, False])
-async def test_only_a_run_that_may_be_going_on_is_waited_for_as_long_as_three_heartbeats(
+async def test_only_a_run_that_may_still_go_on_is_awaited_for_three_heartbeats(
     plain: Bus, monkeypatch: pytest.MonkeyPatch, attached: bool
 ) -> None:
     monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 0.25)

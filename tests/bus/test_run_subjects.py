@@ -48,7 +48,7 @@ async def test_a_run_request_names_the_host_its_owner_and_the_replica_in_its_rep
     [("local", "h1", "guessed", "h1"), ("local", "h2", "", "h2"), ("acme", "h1", "", "acme.h1")],
     ids=["another key", "another host", "another owner"],
 )
-async def test_events_for_a_run_that_was_not_given_to_the_host_have_no_effect_and_are_counted(
+async def test_events_for_a_run_of_another_host_have_no_effect_and_are_counted(
     stage: Stage, owner: str, host_id: str, key: str, counted: str
 ) -> None:
     async def start(run: FakeRun) -> None:

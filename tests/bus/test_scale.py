@@ -114,7 +114,7 @@ async def test_each_task_without_bids_makes_a_spawn_request_with_its_own_text(
     assert len(asked) == 3
 
 
-async def test_a_host_that_declines_a_spawn_request_is_followed_by_another(stage: Stage) -> None:
+async def test_a_spawn_request_for_lack_of_bids_is_repeated_after_a_decline(stage: Stage) -> None:
     await stage.phase("scale")
     asked: list[SpawnRequest] = []
 
