@@ -1,4 +1,4 @@
-"""When the server's time is measured, and what counts where it cannot be."""
+"""Measurements of the server's time, and the fallback where it cannot be measured."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ from loom.schemas.config import ClusterConfig
 
 
 def set_off(bus: Bus, seconds: float) -> None:
-    """Let a connection's time be wrong, as after a suspension."""
+    """Make a connection's time wrong, as after a suspension."""
     bus.clock._offset_s += seconds
     assert abs(bus.clock.now() - time.time()) > 1
 

@@ -1,4 +1,4 @@
-"""The connection: what it promises while all is well, and through everything that was seen to break one."""
+"""The connection: its promises in normal operation and through every failure that has been observed."""
 
 import asyncio
 import os
@@ -333,7 +333,7 @@ async def test_inboxes_of_phases_are_kept_apart_from_those_of_clients_by_role_an
 
 
 def lose_acks(bus: Bus, monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
-    """Let the next `count` answers to this connection get lost; returns the inboxes that were opened."""
+    """Lose the next `count` answers to this connection; returns the inboxes that were opened."""
     opened: list[str] = []
     real: Callable[[Callable[[Msg], None]], str] = bus.requests.open_inbox
 

@@ -1,4 +1,4 @@
-"""Dead letters: the bytes are kept, and the task ends all the same."""
+"""Dead letters: the bytes are kept, and the task still ends."""
 
 import asyncio
 from typing import Any

@@ -104,7 +104,7 @@ async def test_a_final_code_ends_the_task_without_a_reward(stage: Stage, code: s
 
 
 class Judge:
-    """A model with an opinion, or without any."""
+    """A model that returns a given opinion, or raises."""
 
     def __init__(self, reply: str | Exception) -> None:
         self._reply = reply

@@ -205,7 +205,7 @@ async def nothing(_run: FakeRun) -> None:
 
 
 async def hang(run: FakeRun) -> None:
-    """Accept, and keep on saying that it works."""
+    """Accept, and go on publishing heartbeats."""
     await accepted(run)
     while True:
         await run.publish("heartbeat")
@@ -481,7 +481,7 @@ async def test_a_host_that_states_a_move_that_did_not_happen_has_failed(stage: S
 
 @pytest.mark.slow
 async def test_a_stale_copys_error_is_settled_silently(stage: Stage) -> None:
-    """Its host falls silent to the first watcher without saying that the run has moved."""
+    """Its host stops sending to the first watcher without an event that the run has moved."""
     moving = MovingHost(publishes_moved=False)
     one = await host(stage, moving)
     await stage.phase("execute")

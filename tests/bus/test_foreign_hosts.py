@@ -1,4 +1,4 @@
-"""Hosts in other languages: what is forgiven of their messages, and where their authors read what was not."""
+"""Hosts in other languages: the mistakes that are tolerated in their messages, and the reports of the others."""
 
 from collections.abc import Awaitable, Callable
 

@@ -289,7 +289,7 @@ def raising(error: BaseException) -> Callable[[str], Any]:
 
 
 class Stubborn:
-    """Streams, and yields whatever it was given."""
+    """Streams the given events."""
 
     def __init__(self, *events: Any) -> None:
         self.events = events
@@ -657,7 +657,7 @@ async def test_a_run_ends_at_the_deadline_of_its_request_however_late_that_is_re
 
 
 async def test_a_queued_run_does_not_begin_past_its_deadline(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its slot becomes free before the next heartbeat looks at it."""
+    """Its slot becomes free before the next heartbeat checks it."""
     monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 30)
     begun: list[str] = []
     go = asyncio.Event()

@@ -63,7 +63,7 @@ class Watcher:
         return self
 
     async def answer(self, task_id: str = CHILD, content: str = "four", **facts: Any) -> None:
-        """Hand over how delegated work ended, from the next event on."""
+        """Send the end of delegated work, from the next event on."""
         result = TaskResult(**{"task_id": task_id, "state": "succeeded", "content": content, **facts})
         await self.ask(answers=(result,), from_seq=self.events[-1].seq + 1)
 
@@ -276,7 +276,7 @@ async def test_a_waiting_run_can_be_stopped(stage: Stage, how: str) -> None:
 
 
 class Model:
-    """Spends tokens of its own after what others have done."""
+    """Spends tokens of its own after the delegated work."""
 
     async def stream(self, _job: RunRequest) -> AsyncIterator[AgentEvent]:
         answer = await delegate("a part")

@@ -1,4 +1,4 @@
-"""What a host makes of its nodes' agents: domains, starts and closes, costs, and ads that cannot be used."""
+"""The agents of a host's nodes: domains, starts and closes, costs, and ads that cannot be used."""
 
 import asyncio
 from collections import Counter

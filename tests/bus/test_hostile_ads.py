@@ -1,4 +1,4 @@
-"""Ads and envelopes made to stop SENSE or EVALUATE, and the tasks of their neighbours."""
+"""Ads and envelopes made to stop SENSE or EVALUATE, and concurrent honest tasks."""
 
 import asyncio
 import sys
@@ -50,7 +50,7 @@ def longest(monkeypatch: pytest.MonkeyPatch) -> Iterator[Longest]:
 
 
 async def back_from_execute(stage: Stage, accept: Accept | None, content: str, task_id: str, **facts: Any) -> None:
-    """Put an envelope to EVALUATE that no SENSE has looked at."""
+    """Put an envelope to EVALUATE that no SENSE has checked."""
     left_s = facts.pop("left_s", 600)
     env = envelope(ad(task_id=task_id, accept=accept), now=stage.bus.clock.now(), left_s=left_s, **facts)
     env = awarded(replace(env, result=RunResult(content=content)))
@@ -222,7 +222,7 @@ async def test_a_description_of_64_kib_is_checked_quickly(stage: Stage, longest:
 
 @pytest.mark.slow
 async def test_all_phases_survive_a_submitters_bombs(stage: Stage, longest: Longest) -> None:
-    """The way of an ordinary cluster: bombs among tasks that all succeed."""
+    """An ordinary cluster: bombs among tasks that all succeed."""
     phases: tuple[Phase, ...] = ("sense", "match", "scale", "execute", "evaluate")
     for name in phases:
         await stage.phase(name, ONE_ATTEMPT)

@@ -1,4 +1,7 @@
-"""Nodes that call an ad invalid, through all six phases: a client's mistake costs no node, a node's habit costs it."""
+"""Nodes that call an ad invalid, through all six phases.
+
+A client's mistake costs no node, and a node that always does so loses awards.
+"""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 

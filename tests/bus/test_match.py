@@ -25,7 +25,7 @@ SHORT = ClusterConfig(bid_window_ms=40)
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits in proportion, a tenth as long or less."""
+    """Shorter waits in proportion, a tenth as long or less."""
     monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))
     monkeypatch.setattr("loom.phases.match.service.NO_OFFERS_PAUSE_S", 0.05)
     monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 0.3)
@@ -39,7 +39,7 @@ async def host(stage: Stage, host_id: str = "h1", *node_ids: str, **facts: Any) 
 
 
 async def match(stage: Stage, config: ClusterConfig | None = None) -> Replica:
-    """Start MATCH and wait until it knows the hosts there are."""
+    """Start MATCH and wait until it knows all hosts."""
     before = {host: len(stage.all("host", host_id=host)) for host in ("h1", "h2", "h7")}
     known = [host for host, announced in before.items() if announced]
     replica = await stage.phase("match", config)
@@ -116,12 +116,12 @@ async def test_learned_profiles_are_followed_live_and_decide_the_auction(stage: 
 
 
 async def test_newcomers_of_one_owner_share_their_count_of_tasks(stage: Stage) -> None:
-    """Judged ones by the stored profiles, pending ones by the awards of a moment ago."""
+    """Judged tasks count by the stored profiles, pending ones by the latest awards."""
     failed = NodeProfile(node_id="n0", owner="acme", domains={"code": DomainEvidence(count=5, mean=0.0)})
     await stage.bus.bucket("nodes", NodeProfile).create(failed.key, failed)
-    mine = await host(stage, "h1", offer=lambda _: mine.bids(Bid(node_id="weak", self_rating=0.2)))
+    local = await host(stage, "h1", offer=lambda _: local.bids(Bid(node_id="weak", self_rating=0.2)))
     names = [Bid(node_id=f"n{n}", self_rating=1.0, free=9) for n in range(1, 9)]
-    theirs = await host(stage, "h2", owner="acme", offer=lambda _: theirs.bids(*names))
+    acme = await host(stage, "h2", owner="acme", offer=lambda _: acme.bids(*names))
     await match(stage)
     await stage.put("match", task(stage))
     first = (await stage.seen("task", phase="scale")).award
@@ -392,7 +392,7 @@ async def put_record(stage: Stage, env: Envelope, state: TaskState) -> int:
 
 
 async def settled(stage: Stage) -> None:
-    """Wait until no task is in MATCH's hand, before it or scheduled for it."""
+    """Wait until MATCH has no task in hand, queued or scheduled."""
 
     async def empty() -> bool:
         return await stage.pending("TASKS") == len(stage.all("task", phase="scale"))

@@ -1,4 +1,4 @@
-"""Whose an offer is, which call it answers, and what becomes of those that answer none."""
+"""The owner of an offer, the call it answers, and offers that answer no call."""
 
 from typing import Any
 
@@ -60,16 +60,16 @@ async def test_an_award_names_the_owner_of_the_subject_and_excludes_no_other_own
 
 
 async def test_hosts_of_two_owners_under_one_id_make_an_offer_each(stage: Stage) -> None:
-    mine = await host(stage, "h1", "n1", offer=lambda _: mine.bids(Bid(node_id="n1", self_rating=0.1)))
+    local = await host(stage, "h1", "n1", offer=lambda _: local.bids(Bid(node_id="n1", self_rating=0.1)))
     other = await host(stage, "h1", "n1", owner="acme", offer=lambda _: other.bids(Bid(node_id="n1", self_rating=1)))
-    await match(stage, mine, other, config=ClusterConfig(bid_window_ms=3000))
+    await match(stage, local, other, config=ClusterConfig(bid_window_ms=3000))
     award = await awarded(stage)
     assert [(bid.owner, bid.node_id) for bid in award.bids] == [("acme", "n1"), ("local", "n1")]
 
 
 async def test_a_pin_without_an_owner_is_to_a_local_node(stage: Stage) -> None:
-    mine, other = await host(stage, "h1", "n1"), await host(stage, "h2", "n1", owner="acme")
-    await match(stage, mine, other)
+    local, other = await host(stage, "h1", "n1"), await host(stage, "h2", "n1", owner="acme")
+    await match(stage, local, other)
     assert (await awarded(stage, node_id="n1")).host_id == "h1"
 
 

@@ -1,4 +1,4 @@
-"""What MATCH waits for: hosts that may not have announced themselves yet, and nodes that had no room."""
+"""Waits of MATCH: for hosts that have not announced themselves yet, and for nodes without a free slot."""
 
 import asyncio
 import time

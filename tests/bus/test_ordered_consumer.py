@@ -1,4 +1,4 @@
-"""The ordered reader: every message once, in order, wherever it begins and whatever happens."""
+"""The ordered reader yields every message once and in order, from any start and through any failure."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -19,7 +19,7 @@ from loom.schemas.errors import LoomError
 
 
 class Reading:
-    """A reader and all it has read."""
+    """A reader and all messages it has read."""
 
     def __init__(self, bus: Bus, **options: Any) -> None:
         self.reader = OrderedConsumer(
@@ -48,7 +48,7 @@ class Reading:
         assert self.failed is None
 
     async def got(self, wanted: list[int], within_s: float = 20) -> None:
-        """Wait until this was read, in this order, and nothing else."""
+        """Wait until exactly these messages were read, in this order."""
         await self.count(len(wanted), within_s)
         assert self.bodies == wanted
         assert [message.seq for message in self.read] == sorted({message.seq for message in self.read})

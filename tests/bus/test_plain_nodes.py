@@ -19,7 +19,7 @@ from loom.schemas.learning import DomainEvidence, NodeProfile, Score
 from loom.schemas.task import TaskError
 
 LONG = ClusterConfig(bid_window_ms=5000)
-"""A window that would be noticed."""
+"""A window so long that waiting for it would fail the test."""
 BODY = b'{"nodes": [{"node_id": "sh", "plain": true, "domains": [{"domain": "Code", "self_rating": 0.8}]}]}'
 
 

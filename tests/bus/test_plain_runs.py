@@ -1,4 +1,4 @@
-"""Plain nodes: whatever answers a request is an agent."""
+"""Plain nodes: any program that answers a request is an agent."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ HOST = HostKey("local", "h1")
 
 @pytest.fixture
 async def foreign(nats_url: str) -> AsyncIterator[Client]:
-    """A connection that knows nothing of loom."""
+    """A connection without any code of loom."""
     client = await nats.connect(nats_url)
     yield client
     await client.close()

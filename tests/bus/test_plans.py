@@ -1,4 +1,4 @@
-"""SCALE divides a task: what it publishes and stores, whatever comes twice, late or never."""
+"""SCALE divides a task: its messages and records, also when messages come twice, late or never."""
 
 import asyncio
 import json
@@ -37,21 +37,21 @@ def written(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 async def awarded_task(stage: Stage, **facts: Any) -> Envelope:
-    """A task that runs, as MATCH hands it to SCALE."""
-    ours = {name: facts.pop(name) for name in ("left_s", "split") if name in facts}
-    env = sensed(awarded(envelope(ad(**{"task_id": "p", **facts}), now=stage.bus.clock.now(), **ours)))
+    """A running task, as MATCH sends it to SCALE."""
+    options = {name: facts.pop(name) for name in ("left_s", "split") if name in facts}
+    env = sensed(awarded(envelope(ad(**{"task_id": "p", **facts}), now=stage.bus.clock.now(), **options)))
     await stage.record(replace(env, award=None))
     return env
 
 
 def sensed(env: Envelope, **facts: Any) -> Envelope:
-    """The envelope with what SENSE decides about dividing its task."""
+    """The envelope with the decision of SENSE about dividing its task."""
     assert env.spec is not None
     return replace(env, spec=with_division(replace(env.spec, **facts), env.ad, env.depth, ClusterConfig()))
 
 
 async def divided(stage: Stage, parts: Sequence[Part], **facts: Any) -> Envelope:
-    """A task whose ad gives its plan, in SCALE's hands."""
+    """A task whose ad gives its plan, sent to SCALE."""
     env = await awarded_task(stage, context={"plan": written(parts)}, **facts)
     await stage.put("scale", env)
     return env
@@ -65,7 +65,7 @@ async def begun(stage: Stage, name: str, parent: str = "p", *, count: int = 1) -
 
 
 async def end(stage: Stage, child: Envelope, state: Any = "succeeded", tokens: int = 0, **facts: Any) -> TaskRecord:
-    """Let a subtask end as EVALUATE does: its record, then the notice."""
+    """End a subtask as EVALUATE does: its record, then the notice."""
     assert child.split is not None
     result = RunResult(content=f"out {child.split.subtask}", completion_tokens=tokens)
     error = None if state == "succeeded" else TaskError(code="agent_failed", message="it broke")
@@ -110,7 +110,7 @@ def timers(stage: Stage) -> Any:
 
 
 async def reads_of(stage: Stage, bucket: str) -> list[Msg]:
-    """Every look into a bucket from now on."""
+    """Record every read of a bucket from now on."""
     received: list[Msg] = []
 
     async def record(msg: Msg) -> None:
@@ -324,7 +324,7 @@ async def test_a_parked_task_fails_at_its_deadline(stage: Stage) -> None:
 
 @pytest.mark.slow
 async def test_the_servers_clock_decides_when_a_parked_task_is_late(stage: Stage) -> None:
-    """A replica whose clock is behind takes the timer for what it is."""
+    """A replica whose clock is behind still accepts the timer."""
     scale = await stage.phase("scale")
     scale.bus.clock._offset_s -= 30
     await divided(stage, (("a",),), left_s=0.6)
@@ -530,7 +530,7 @@ async def test_a_given_plan_that_breaks_a_rule_ends_the_task_and_names_the_rule(
 
 
 class Scripted:
-    """A model that gives these answers, or raises them, and keeps what it was asked."""
+    """A model that returns or raises these answers, and keeps its requests."""
 
     def __init__(self, *answers: str | Exception) -> None:
         self.answers = list(answers)
@@ -681,7 +681,7 @@ async def test_a_hard_task_without_a_model_runs_whole_with_a_note(stage: Stage) 
 
 
 async def test_a_decision_not_to_divide_is_stored_and_holds_for_every_copy(stage: Stage) -> None:
-    """A replica that has a model decides for a copy as the one did that had none; a later attempt costs no look."""
+    """A replica with a model keeps the decision of a replica without one; a later attempt costs no read."""
     scale = await stage.phase("scale")
     env = _hard(await awarded_task(stage))
     await stage.put("scale", env)

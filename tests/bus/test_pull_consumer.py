@@ -1,4 +1,4 @@
-"""The continuous pull: a bounded window, kept full, through restarts and without fuss."""
+"""The continuous pull: a bounded window, kept full, through restarts and without idle requests."""
 
 import asyncio
 import contextlib
@@ -86,7 +86,7 @@ async def consumer_info(bus: Bus) -> dict[str, Any]:
 
 
 async def quiet(bus: Bus) -> None:
-    """Return once everything the server had to deliver has been delivered."""
+    """Return once the server has delivered all pending messages."""
     for _ in range(3):
         await bus.requests.flush()
 

@@ -1,4 +1,4 @@
-"""Where answers go: to inboxes of clients, by plain subjects also to those of the cluster, and nowhere else."""
+"""Answers go to inboxes of clients, for plain subjects also to those of the cluster, and to no other subject."""
 
 import json
 

@@ -27,14 +27,14 @@ async def stage(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) 
 async def grown(stage: Stage) -> SpawningHost:
     """A host that has grown from one node to three, all busy; `let_go` ends their work."""
     agent = HeldAgent()
-    here = await start_spawning_host(stage, [node("a", agent, code=0.9)], 3, slots=1)
-    here.let_go = agent.released.set  # type: ignore[attr-defined]
-    await here.occupy("a", agent)
+    host = await start_spawning_host(stage, [node("a", agent, code=0.9)], 3, slots=1)
+    host.let_go = agent.released.set  # type: ignore[attr-defined]
+    await host.occupy("a", agent)
     for child in ("a-c1", "a-c2"):
-        assert (await here.spawn()).node_id == child
-        await here.occupy(child, agent)
-    await here.announces("a", "a-c1", "a-c2")
-    return here
+        assert (await host.spawn()).node_id == child
+        await host.occupy(child, agent)
+    await host.announces("a", "a-c1", "a-c2")
+    return host
 
 
 def orders(stage: Stage) -> list[RetireRequest]:

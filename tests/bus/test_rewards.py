@@ -45,7 +45,7 @@ async def replayed(rewards: RewardBus, **only: str) -> list[Reward]:
 
 
 class Listener:
-    """Collects what a subscription yields."""
+    """Collects the rewards of a subscription."""
 
     def __init__(self, stream: AsyncIterator[Reward]) -> None:
         self.got: list[Reward] = []
@@ -63,11 +63,11 @@ class Listener:
 async def listening(bus: Bus, count: int) -> None:
     """Wait until so many readers have their consumers."""
 
-    async def there() -> bool:
+    async def have_consumers() -> bool:
         names = (await bus.jetstream.api(f"CONSUMER.NAMES.{bus.subjects.stream('REWARDS')}"))["consumers"] or []
         return len(names) >= count
 
-    await until(there, what=f"{count} readers")
+    await until(have_consumers, what=f"{count} readers")
 
 
 async def test_a_reward_is_published_and_replayed_unchanged(rewards: RewardBus) -> None:

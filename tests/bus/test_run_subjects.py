@@ -1,4 +1,4 @@
-"""The subjects on which a run's events arrive: whose they are, and what comes on any other."""
+"""The subjects on which a run's events arrive, and messages that come on any other."""
 
 import pytest
 from support.builders import ad, awarded, envelope

@@ -1,4 +1,4 @@
-"""What EXECUTE stops, when and how often, and who publishes that a task is cancelled."""
+"""Stops of EXECUTE: their runs, times and repetitions, and the phases that publish a cancellation."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""Whose task it is: plain subjects reach all tasks, those of a submitter its own, and an id has one task."""
+"""The submitter of a task: plain subjects reach all tasks, those of a submitter its own, and an id has one task."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -41,7 +41,7 @@ async def stored(stage: Stage, submitter: str, task: TaskAd, **facts: Any) -> Su
 
 
 async def admitted(stage: Stage, submitter: str, task: TaskAd, **facts: Any) -> TaskRecord:
-    """Have a task admitted, and return its record."""
+    """Submit a task, wait for its admission, and return its record."""
     await stored(stage, submitter, task, **facts)
     await stage.settled("INTAKE")
     return await stage.read(task.task_id)
@@ -177,7 +177,7 @@ async def test_admission_refuses_another_ad_of_the_same_submitter_and_its_first_
 
 
 async def test_a_submission_delivered_again_belongs_to_its_own_task_with_any_ad(stage: Stage) -> None:
-    """The server hands it out again when an acknowledgement was lost."""
+    """The server delivers it again when an acknowledgement was lost."""
     await stage.phase("sense")
     task = ad()
     sent = await stored(stage, "ann", task)

@@ -1,4 +1,4 @@
-"""What leaves user code stays with its run: neither the host nor another run notices."""
+"""Exceptions of user code end only their run: neither the host nor another run is affected."""
 
 import asyncio
 import time
