@@ -14,7 +14,7 @@ from loom.phases.match.scoring import Awarded
 from loom.schemas.auction import ANNOUNCED_NODES
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, Spec
-from loom.schemas.learning import DomainEvidence, NodeProfile
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile
 
 HOSTS_FILE = Path(__file__).with_name("hosts.py")
 PROCESSES = 4

@@ -29,7 +29,8 @@ from loom.phases.match.award_policies import POLICIES, load_policy
 from loom.phases.match.scoring import AuctionContext, award
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import Envelope, Spec
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.task import TaskAd
 
 AGENTS, DOMAINS, TASKS = 8, 6, 3000

@@ -24,7 +24,7 @@ from loom.runner.server.nats_server import NatsServer
 from loom.runner.services import PhaseGroup
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.task import TaskAd
 
 FILE = Path(__file__).with_name("agents.py")

@@ -19,7 +19,8 @@ from loom.bus.tap import Tap
 from loom.bus.task_client import TaskHandle
 from loom.schemas.base import encode
 from loom.schemas.events import TextDelta
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.run import Delta
 from loom.schemas.task import TaskAd, TaskResult
 

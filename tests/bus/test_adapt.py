@@ -9,8 +9,11 @@ from support.wait import until
 
 from loom.bus.rewards import RewardBus
 from loom.phases.adapt.evidence import apply_reward
+from loom.phases.adapt.timings import AdaptTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.identity import node_key
-from loom.schemas.learning import BIAS, WINDOW, Calibration, NodeProfile
+from loom.schemas.learning.calibration import BIAS, Calibration
+from loom.schemas.learning.profile import WINDOW, NodeProfile
 
 
 async def profile(stage: Stage, node: str = "n1") -> NodeProfile | None:
@@ -203,8 +206,8 @@ async def test_a_restarted_replica_goes_on_without_counting_twice(stage: Stage) 
     assert stored.total_tasks == 16
 
 
-async def test_a_drain_writes_the_folded_rewards(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.adapt.service.BATCH_S", 60)
+async def test_a_drain_writes_the_folded_rewards(stage: Stage) -> None:
+    stage.timings = ServiceTimings(adapt=AdaptTimings(batch_s=60))
     adapt: Any = await stage.phase("adapt")
     await publish(stage, reward(1))
     await until(lambda: adapt.service._profiles, what="it is folded")
@@ -235,9 +238,9 @@ async def at_the_end(stage: Stage) -> bool:
 
 
 @pytest.fixture
-async def replicas(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[Replica]:
+async def replicas(stage: Stage) -> list[Replica]:
     """Two replicas; a standby checks after 0.2 s."""
-    monkeypatch.setattr("loom.phases.adapt.profile_writer.STANDBY_S", 0.2)
+    stage.timings = ServiceTimings(adapt=AdaptTimings(standby_s=0.2))
     return [await stage.phase("adapt"), await stage.phase("adapt")]
 
 
@@ -285,7 +288,7 @@ async def test_a_replica_that_lags_behind_adopts_the_stored_profile(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own write conflicts while it folds on: neither the rewards folded since nor the stored ones are lost."""
-    monkeypatch.setattr("loom.phases.adapt.profile_writer.STANDBY_S", 0.1)
+    stage.timings = ServiceTimings(adapt=AdaptTimings(standby_s=0.1))
     slow: Any = await stage.phase("adapt")
     entered, go = hold(slow, monkeypatch)
     await publish(stage, reward(1))

@@ -16,8 +16,8 @@ from support.wait import until
 from loom.agents.host import announce_pace
 from loom.agents.host.announce_pace import AnnouncePace
 from loom.agents.host.announcement import announced_node, fit_size
-from loom.agents.host.node_host import ANNOUNCE_S
 from loom.agents.host.node_partition import NodePartition
+from loom.agents.host.timings import HostTimings
 from loom.bus.host_directory import announced_hosts
 from loom.schemas.auction import (
     ANNOUNCED_NAMES,
@@ -77,11 +77,10 @@ async def test_a_draining_host_announces_it_three_times_under_rising_numbers(sta
 
 @pytest.mark.slow
 async def test_requests_for_announcements_are_answered_together_and_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(announce_pace, "RANDOM_DELAY_S", 0.01)
-    monkeypatch.setattr(announce_pace, "EVERY_S", 0.2)
+    timings = HostTimings(requested_announce_s=0.2, max_announce_delay_s=0.01)
     monkeypatch.setattr(announce_pace, "BURST", 2)
     answers: list[float] = []
-    pace = AnnouncePace(lambda: answers.append(time.monotonic()))
+    pace = AnnouncePace(lambda: answers.append(time.monotonic()), timings)
     began = time.monotonic()
     while time.monotonic() < began + 0.7:
         pace.request()
@@ -103,7 +102,9 @@ async def test_a_node_that_refused_a_run_is_announced_once_it_has_room(stage: St
         await (await run(stage, host, task_id=task)).event(answer)  # type: ignore[arg-type]
     before = len(stage.all("host"))
     go.set()
-    await until(lambda: len(stage.all("host")) > before, within_s=ANNOUNCE_S / 2, what="one before it is due")
+    await until(
+        lambda: len(stage.all("host")) > before, within_s=HostTimings.announce_s / 2, what="one before it is due"
+    )
 
 
 # -- more nodes than one announcement holds

@@ -4,7 +4,9 @@ from support.wait import until
 
 from loom.bus.rewards import RewardBus
 from loom.schemas.base import new_id
-from loom.schemas.learning import BIAS, Calibration, Lease, Reward
+from loom.schemas.learning.calibration import BIAS, Calibration
+from loom.schemas.learning.lease import Lease
+from loom.schemas.learning.reward import Reward
 from loom.schemas.task import TaskAd
 
 

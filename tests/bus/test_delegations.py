@@ -12,6 +12,8 @@ from support.wait import until
 
 from loom.bus.records import records
 from loom.phases.execute.delegation import refusal
+from loom.phases.execute.timings import ExecuteTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.envelope import Claim, Envelope, Split
 from loom.schemas.record import MAX_DELEGATED, TaskRecord
 from loom.schemas.run import delegated_id
@@ -20,9 +22,9 @@ from loom.schemas.task import Limits, RunResult, TaskError, TaskResult
 CHILD = delegated_id("t1", 1, 1)
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 1.5)
+@pytest.fixture
+def timings() -> ServiceTimings:
+    return ServiceTimings(execute=ExecuteTimings(silence_s=1.5))
 
 
 class Delegating(FakeHost):
@@ -117,9 +119,9 @@ async def test_delegated_work_becomes_a_task_and_its_end_is_sent_to_the_run(stag
 
 @pytest.mark.slow
 async def test_an_end_without_a_notice_is_found_and_a_lost_answer_repeated(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+    stage: Stage,
 ) -> None:
-    monkeypatch.setattr("loom.phases.execute.delegation.POLL_RECORD_S", 0.2)
+    stage.timings = ServiceTimings(execute=ExecuteTimings(silence_s=1.5, poll_record_s=0.2))
     one = await host(stage)
     await stage.phase("execute")
     await given(stage)

@@ -15,6 +15,8 @@ from loom.bus.isolation import SharedExclusiveLock
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.topology import EXECUTE_LANE
 from loom.phases.execute.service import Execute
+from loom.phases.execute.timings import ExecuteTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Claim, Envelope, Split
 from loom.schemas.events import TextDelta, ToolCallStart
@@ -24,10 +26,9 @@ from loom.schemas.task import Accept, RunResult, TaskError
 Script = Callable[[FakeRun], Awaitable[None]]
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 0.4)
-    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 0.6)
+@pytest.fixture
+def timings() -> ServiceTimings:
+    return ServiceTimings(execute=ExecuteTimings(accept_s=0.4, silence_s=0.6))
 
 
 async def host(stage: Stage, run: Script | None = FakeRun.succeed, host_id: str = "h1") -> FakeHost:

@@ -11,6 +11,9 @@ from support.wait import until
 from loom.bus.logs.discard_reports import DiscardReport, merged_reports
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.service_discovery import ServiceEndpoint, health_reports
+from loom.phases.execute.timings import ExecuteTimings
+from loom.phases.match.timings import MatchTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import Award, CallForBids
 from loom.schemas.base import decode, encode
 from loom.schemas.config import ClusterConfig
@@ -23,11 +26,11 @@ SHORT = ClusterConfig(bid_window_ms=40)
 Script = Callable[[FakeRun], Awaitable[None]]
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.execute.run_stream.ACCEPT_S", 0.4)
-    monkeypatch.setattr("loom.phases.execute.run_stream.SILENCE_S", 0.6)
-    monkeypatch.setattr("loom.phases.match.service.NO_OFFERS_PAUSE_S", 0.05)
+@pytest.fixture
+def timings() -> ServiceTimings:
+    return ServiceTimings(
+        match=MatchTimings(no_offers_pause_s=0.05), execute=ExecuteTimings(accept_s=0.4, silence_s=0.6)
+    )
 
 
 def raws(*bodies: bytes) -> Script:

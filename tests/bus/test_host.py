@@ -16,24 +16,26 @@ from support.stopping import stop
 from support.wait import until
 
 from loom.agents.host.runs import BATCH_BYTES, PATIENCE_S
+from loom.agents.host.timings import HostTimings
 from loom.agents.llm.agent import Agent
 from loom.bus.natsio.clock import ServerClock
 from loom.bus.natsio.transport.message import Msg
 from loom.runner.server.nats_server import NatsServer
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import Offer
 from loom.schemas.base import encode
 from loom.schemas.errors import AgentFailed, BudgetExceeded, Cancelled, LoomError, NodeBusy
 from loom.schemas.events import Done, ReasoningDelta, TextDelta, TokenUsage
-from loom.schemas.learning import Lifecycle, NodeProfile
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.llm import CompletionParams, CompletionResult, StreamChunk
 from loom.schemas.run import RunRequest, read_events
 from loom.types import AgentNode, CapabilityProfile
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.agents.host.node_host.ANNOUNCE_S", 0.1)
-    monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 0.1)
+@pytest.fixture
+def timings() -> ServiceTimings:
+    return ServiceTimings(host=HostTimings(announce_s=0.1, heartbeat_s=0.1))
 
 
 async def quick(description: str) -> str:
@@ -223,7 +225,7 @@ async def test_the_text_of_an_agent_comes_in_messages_of_bounded_size(stage: Sta
 
 @pytest.mark.slow
 async def test_an_agent_that_never_waits_is_slowed_to_the_pace_of_the_server(
-    server: NatsServer, namespace: str, monkeypatch: pytest.MonkeyPatch
+    server: NatsServer, namespace: str, timings: ServiceTimings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loom.agents.protocol.MAX_TEXT_CHARS", 10**9)
     published, most, moved_at = 0, 25_000, time.monotonic()
@@ -234,7 +236,7 @@ async def test_an_agent_that_never_waits_is_slowed_to_the_pace_of_the_server(
             published, moved_at = published + 1, time.monotonic()
             yield "x" * 4000
 
-    async with Stage(server.url, namespace) as stage:
+    async with Stage(server.url, namespace, timings) as stage:
         host = await stage.host([node(agent=talk)])
         stop(server.pid)
         try:
@@ -656,9 +658,9 @@ async def test_a_run_ends_at_the_deadline_of_its_request_however_late_that_is_re
     assert await watcher.code() == "deadline_exceeded"
 
 
-async def test_a_queued_run_does_not_begin_past_its_deadline(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_queued_run_does_not_begin_past_its_deadline(stage: Stage) -> None:
     """Its slot becomes free before the next heartbeat checks it."""
-    monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 30)
+    stage.timings = ServiceTimings(host=HostTimings(announce_s=0.1, heartbeat_s=30))
     begun: list[str] = []
     go = asyncio.Event()
 

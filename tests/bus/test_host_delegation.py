@@ -13,8 +13,10 @@ from support.wait import until
 
 from loom import delegate
 from loom.agents.host.node_host import NodeHost
+from loom.agents.host.timings import HostTimings
 from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
+from loom.runner.timings import ServiceTimings
 from loom.schemas.errors import SubtaskFailed
 from loom.schemas.events import AgentEvent, Done, TokenUsage
 from loom.schemas.run import RunEvent, RunRequest, delegated_id, read_events
@@ -24,9 +26,9 @@ from loom.types import AgentNode, CapabilityProfile
 CHILD = delegated_id("t1", 1, 1)
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 0.1)
+@pytest.fixture
+def timings() -> ServiceTimings:
+    return ServiceTimings(host=HostTimings(heartbeat_s=0.1))
 
 
 def node(agent: Any) -> AgentNode:

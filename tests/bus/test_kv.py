@@ -20,7 +20,7 @@ from loom.runner.server.nats_server import NatsServer
 from loom.schemas.base import Undecodable, encode
 from loom.schemas.envelope import Claim
 from loom.schemas.errors import BusUnavailable
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.record import TaskRecord
 
 

@@ -1,6 +1,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace as replace_fields
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from support.phase_harness import Replica, Stage
 from support.wait import until
 
 from loom.bus.records import records
+from loom.phases.match.timings import MatchTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import AnnouncedDomain, AnnouncedNode, Bid, CallForBids, HostAnnouncement, Offer
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope, FailedAttempt, Spec
-from loom.schemas.learning import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import TaskError, TaskState
 
@@ -23,12 +26,14 @@ LONG = ClusterConfig(bid_window_ms=3000)
 SHORT = ClusterConfig(bid_window_ms=40)
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorter waits in proportion, a tenth as long or less."""
-    monkeypatch.setattr("loom.phases.match.service.PAUSE_S", (0.01, 0.05))
-    monkeypatch.setattr("loom.phases.match.service.NO_OFFERS_PAUSE_S", 0.05)
-    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 0.3)
+TIMINGS = MatchTimings(min_pause_s=0.01, max_pause_s=0.05, no_offers_pause_s=0.05, max_hold_s=0.3)
+"""Shorter waits in proportion, a tenth as long or less."""
+LONG_HOLD = replace_fields(TIMINGS, max_hold_s=60)
+
+
+@pytest.fixture
+def timings() -> ServiceTimings:
+    return ServiceTimings(match=TIMINGS)
 
 
 async def host(stage: Stage, host_id: str = "h1", *node_ids: str, **facts: Any) -> FakeHost:
@@ -38,8 +43,9 @@ async def host(stage: Stage, host_id: str = "h1", *node_ids: str, **facts: Any) 
     return one
 
 
-async def match(stage: Stage, config: ClusterConfig | None = None) -> Replica:
+async def match(stage: Stage, config: ClusterConfig | None = None, timings: MatchTimings = TIMINGS) -> Replica:
     """Start MATCH and wait until it knows all hosts."""
+    stage.timings = ServiceTimings(match=timings)
     before = {host: len(stage.all("host", host_id=host)) for host in ("h1", "h2", "h7")}
     known = [host for host, announced in before.items() if announced]
     replica = await stage.phase("match", config)
@@ -180,12 +186,11 @@ async def quietly(**_facts: Any) -> None:
 
 @pytest.mark.slow
 async def test_a_proven_host_that_missed_three_windows_is_not_waited_for_until_it_announces_itself(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+    stage: Stage,
 ) -> None:
-    monkeypatch.setattr("loom.phases.match.presence.UNPROVEN_EVERY_S", 0.0)
     await host(stage, "h1")
     silent = await host(stage, "h2", "n2")
-    await match(stage, ClusterConfig(bid_window_ms=400))
+    await match(stage, ClusterConfig(bid_window_ms=400), replace_fields(TIMINGS, unproven_every_s=0.0))
     await timed(stage, task(stage))
     silent.offer = lambda _: None
     for _ in range(3):
@@ -339,10 +344,9 @@ async def test_a_task_that_has_waited_long_goes_to_the_tail(stage: Stage) -> Non
     assert (await stage.seen("task", phase="scale")).award.node_id == "n1"
 
 
-async def test_no_more_of_a_lane_is_read_while_enough_of_it_wait(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 60)
+async def test_no_more_of_a_lane_is_read_while_enough_of_it_wait(stage: Stage) -> None:
     one = await host(stage, offer=lambda _: one.declines("busy"))
-    replica = await match(stage, ClusterConfig(waiting_limit=4))
+    replica = await match(stage, ClusterConfig(waiting_limit=4), LONG_HOLD)
     for n in range(20):
         await stage.put("match", task(stage, task_id=f"t{n}"))
     await until(lambda: len({call.lots[0].task_id for call in one.calls}) >= 4, what="four wait")
@@ -368,10 +372,9 @@ async def test_a_task_that_waits_past_its_deadline_fails(stage: Stage) -> None:
     assert "late" not in {call.lots[0].task_id for call in one.calls}
 
 
-async def test_a_drained_replica_gives_waiting_tasks_back(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 60)
+async def test_a_drained_replica_gives_waiting_tasks_back(stage: Stage) -> None:
     one = await host(stage, offer=lambda _: one.declines("busy"))
-    replica = await match(stage, LONG)
+    replica = await match(stage, LONG, LONG_HOLD)
     await stage.put("match", task(stage))
     await until(lambda: one.calls, what="it is called for")
     await replica.service.drain(0.1)
@@ -438,12 +441,9 @@ async def test_a_pinned_task_that_is_cancelled_is_not_awarded_when_its_node_come
 
 
 @pytest.mark.parametrize("state", ["cancelled", "failed", "succeeded"])
-async def test_a_task_that_ends_while_all_nodes_are_busy_calls_for_bids_no_more(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, state: TaskState
-) -> None:
-    monkeypatch.setattr("loom.phases.match.service.MAX_HOLD_S", 60)
+async def test_a_task_that_ends_while_all_nodes_are_busy_calls_for_bids_no_more(stage: Stage, state: TaskState) -> None:
     one = await host(stage, offer=lambda _: one.declines("busy"))
-    await match(stage, LONG)
+    await match(stage, LONG, LONG_HOLD)
     env = task(stage)
     await put_record(stage, env, "running")
     await stage.put("match", env)

@@ -170,7 +170,7 @@ async def test_the_doctor_counts_orphans(stage: Stage) -> None:
     await orphan(stage, "t1")
     [finding] = await stuck(stage.bus, await topology.inspect(stage.bus, ClusterConfig()))
     assert (finding.mark, finding.about) == ("warn", "orphans")
-    assert f"1 messages stay in {stage.bus.subjects.stream('TASKS')}" in finding.says
+    assert f"1 messages stay in {stage.bus.subjects.stream('TASKS')}" in finding.message
 
 
 async def test_a_phase_of_sense_sweeps(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,13 +18,16 @@ from loom.bus.natsio.background_tasks import ServiceFailed
 from loom.bus.natsio.transport.message import Msg
 from loom.bus.records import records
 from loom.bus.topology import stream_state
-from loom.phases.adapt.lease import LEASE_S, acquire_lease
+from loom.phases.adapt.lease import acquire_lease
+from loom.phases.adapt.timings import AdaptTimings
 from loom.runner.cli.entry import until_lost
 from loom.schemas.auction import Bid
 from loom.schemas.base import encode
 from loom.schemas.envelope import Claim
 from loom.schemas.errors import BusUnavailable
-from loom.schemas.learning import BIAS, Calibration, DomainEvidence, Lease, NodeProfile, Score
+from loom.schemas.learning.calibration import BIAS, Calibration
+from loom.schemas.learning.lease import Lease
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
 from loom.schemas.notices import SubtaskEnded
 from loom.schemas.task import RunResult, TaskError, TaskResult
 
@@ -183,18 +186,18 @@ async def test_an_implausible_calibration_is_learned_again_from_the_stream(stage
     await until(calibrated, what="the calibration is written over")
 
 
-@pytest.mark.parametrize("until_s", [LEASE_S * 10, 3600, 9e10])
+@pytest.mark.parametrize("until_s", [AdaptTimings.lease_s * 10, 3600, 9e10])
 async def test_a_lease_longer_than_any_replica_takes_is_ignored(stage: Stage, until_s: float) -> None:
     await stage.bus.bucket("tuning", Lease).create(
         "x", Lease(holder="evil", until=min(9e10, stage.bus.clock.now() + until_s))
     )
-    assert await acquire_lease(stage.bus, "x")
+    assert await acquire_lease(stage.bus, "x", AdaptTimings.lease_s)
 
 
 async def test_a_lease_that_cannot_be_read_is_taken(stage: Stage) -> None:
     await stage.bus.jetstream.publish(f"$KV.{stage.bus.subjects.bucket('tuning')}.x", b"\xff")
-    assert await acquire_lease(stage.bus, "x")
-    assert await acquire_lease(stage.bus, "x")
+    assert await acquire_lease(stage.bus, "x", AdaptTimings.lease_s)
+    assert await acquire_lease(stage.bus, "x", AdaptTimings.lease_s)
 
 
 # -- MATCH and EXECUTE

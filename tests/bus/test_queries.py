@@ -12,7 +12,8 @@ from loom.bus.rewards import RewardBus
 from loom.runner.cli.common import resolve_task
 from loom.schemas.auction import Award
 from loom.schemas.errors import InvalidTask, UnknownTask
-from loom.schemas.learning import Reward, judgement
+from loom.schemas.learning.judgement import judgement
+from loom.schemas.learning.reward import Reward
 from loom.schemas.notices import PlanTimeout, SubtaskEnded
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import Submission, TaskAd, TaskState

@@ -12,9 +12,12 @@ from support.wait import until
 from loom.bus.rewards import RewardBus
 from loom.phases.adapt.rebuild import compare, rebuild, repair, stored_profiles
 from loom.phases.adapt.reward_weights import weights_of
+from loom.phases.adapt.timings import AdaptTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import SNAPSHOTS, NodeProfile
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import SNAPSHOTS
 
 KEEPS_ALL = ClusterConfig(policy="ucb")
 LIMIT = 256 * 1024
@@ -115,9 +118,9 @@ async def test_a_custom_judge_moves_a_profile_by_its_weight_and_so_does_a_rebuil
 
 
 @pytest.fixture
-async def short(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Stage:
+async def short(stage: Stage) -> Stage:
     """A stage whose stream of rewards soon drops its head."""
-    monkeypatch.setattr("loom.phases.adapt.snapshots.RETRY_S", 0.05)
+    stage.timings = ServiceTimings(adapt=AdaptTimings(snapshot_retry_s=0.05))
     stream = stage.bus.subjects.stream("REWARDS")
     info = await stage.bus.jetstream.api(f"STREAM.INFO.{stream}")
     await stage.bus.jetstream.api(f"STREAM.UPDATE.{stream}", {**info["config"], "max_bytes": LIMIT})

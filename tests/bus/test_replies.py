@@ -10,7 +10,7 @@ from support.wait import until
 
 from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.replies import MAX_REPLY, answer_task, is_inbox
+from loom.bus.replies import MAX_REPLY, is_inbox, send_result
 from loom.bus.service_discovery import ServiceEndpoint, discover
 from loom.schemas.base import encode
 from loom.schemas.config import ClusterConfig
@@ -135,7 +135,7 @@ async def test_a_forged_reply_subject_in_a_record_gets_no_result(plain: Bus, con
     await listener.requests.flush()
     env = envelope(now=plain.clock.now(), result=RunResult(content="42"))
     record = TaskRecord(task_id=env.task_id, state="succeeded", envelope=env, admitted_at=1.0)
-    await answer_task(plain, "forged.x", record)
+    await send_result(plain, "forged.x", record)
     await plain.requests.flush()
     await listener.requests.flush()
     assert not received.messages

@@ -119,7 +119,7 @@ async def test_an_unreadable_answer_is_left_out_and_logged(plain: Bus) -> None:
     with capture_logs() as logs:
         names, _ = await ask(plain, enough=2, window_s=0.2)
     assert names == ["good"]
-    assert [entry["event"] for entry in logs] == ["answer_undecodable"] * 2
+    assert [entry["event"] for entry in logs] == ["reply_undecodable"] * 2
 
 
 async def test_late_answers_have_no_effect(plain: Bus) -> None:

@@ -1,26 +1,26 @@
-from collections.abc import AsyncIterator
-
 import pytest
 from support.nodes import node
 from support.phase_harness import Stage
 from support.spawning_host import WITHIN_S, HeldAgent, SpawningHost, start_spawning_host
 from support.wait import until
 
+from loom.agents.host.timings import HostTimings
 from loom.bus.rewards import RewardBus
 from loom.phases.adapt.evidence import apply_reward
+from loom.phases.adapt.timings import AdaptTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import RetireRequest
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
 from loom.schemas.identity import node_key
-from loom.schemas.learning import Lease, NodeProfile, Reward
+from loom.schemas.learning.lease import Lease
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 
 
 @pytest.fixture
-async def stage(nats_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
-    monkeypatch.setattr("loom.agents.host.node_host.ANNOUNCE_S", 0.1)
-    monkeypatch.setattr("loom.phases.adapt.retirement.SWEEP_S", 0.05)
-    async with Stage(nats_url, namespace) as stage:
-        yield stage
+def timings() -> ServiceTimings:
+    return ServiceTimings(host=HostTimings(announce_s=0.1), adapt=AdaptTimings(sweep_s=0.05))
 
 
 @pytest.fixture
@@ -114,10 +114,8 @@ async def test_a_failing_child_retires_during_its_work_and_ends_it(stage: Stage,
 
 
 @pytest.mark.slow
-async def test_one_of_two_replicas_acts_and_min_nodes_stay(
-    stage: Stage, grown: SpawningHost, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("loom.phases.adapt.lease.LEASE_S", 1.0)
+async def test_one_of_two_replicas_acts_and_min_nodes_stay(stage: Stage, grown: SpawningHost) -> None:
+    stage.timings = ServiceTimings(adapt=AdaptTimings(sweep_s=0.05, lease_s=1.0))
     config = ClusterConfig(idle_timeout_s=0.3, min_nodes=2)
     replicas = [await stage.phase("adapt", config) for _ in range(2)]
     grown.let_go()  # type: ignore[attr-defined]

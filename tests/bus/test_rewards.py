@@ -14,7 +14,7 @@ from loom.bus.bus import Bus
 from loom.bus.rewards import RewardBus
 from loom.compat import reward_formulas as formulas
 from loom.schemas.errors import BusUnavailable, InvalidTask
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.task import TaskAd
 from loom.schemas.tokens import domain_token
 

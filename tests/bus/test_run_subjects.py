@@ -12,6 +12,7 @@ from loom.bus.host_directory import HostKey
 from loom.bus.natsio.transport.message import Msg
 from loom.phases.execute.run_inbox import EventSubjects
 from loom.phases.execute.run_stream import HostSilent, Interrupt, RunStream
+from loom.phases.execute.timings import ExecuteTimings
 from loom.schemas.envelope import Envelope
 from loom.schemas.run import RunEvent, RunRequest
 from loom.schemas.task import RunResult, TaskError
@@ -75,12 +76,9 @@ async def test_events_of_another_replica_are_not_received(stage: Stage) -> None:
     assert not execute.bus.discards.hosts
 
 
-async def test_the_answer_of_the_server_that_a_host_is_absent_arrives(
-    plain: Bus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("loom.phases.execute.run_stream.ABSENT_S", 0.3)
-    monkeypatch.setattr("loom.phases.execute.run_stream.REPEAT_ABSENT_S", 0.1)
-    async with await watch_of(plain, REQUEST) as watch:
+async def test_the_answer_of_the_server_that_a_host_is_absent_arrives(plain: Bus) -> None:
+    timings = ExecuteTimings(absent_s=0.3, repeat_absent_s=0.1)
+    async with await watch_of(plain, REQUEST, timings=timings) as watch:
         with pytest.raises(HostSilent, match="host h1 is not connected"):
             await watch.next()
 

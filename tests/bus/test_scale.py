@@ -7,7 +7,9 @@ from support.builders import ad, awarded, envelope
 from support.phase_harness import Stage, quiet
 from support.wait import until
 
+from loom.phases.scale.timings import ScaleTimings
 from loom.phases.shared.scale_rule import is_saturated
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import Award, ScoredBid, SpawnReply, SpawnRequest
 from loom.schemas.base import decode
 from loom.schemas.envelope import Envelope
@@ -83,25 +85,23 @@ async def test_a_saturated_winner_asks_for_a_node_and_passes_on(stage: Stage, as
     assert asked[0].reason == "saturated"
 
 
-async def test_a_node_is_asked_for_once_a_second_and_domain(
-    stage: Stage, asked: list[SpawnRequest], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await stage.phase("scale")
+async def test_a_node_is_asked_for_once_a_second_and_domain(stage: Stage, asked: list[SpawnRequest]) -> None:
+    scale: Any = await stage.phase("scale")
     for n in range(6):
         await stage.put("scale", task(stage, domain="code" if n % 2 else "data"))
     await stage.seen("task", phase="match", count=6)
     await until(lambda: len(asked) >= 2, what="two nodes are asked for")
-    monkeypatch.setattr("loom.phases.scale.spawn_requests.REQUEST_EVERY_S", 0.0)
+    scale.service._spawn_requests._interval_s = 0.0
     await stage.put("scale", task(stage))
     await until(lambda: len(asked) >= 3, what="one more is asked for")
     assert sorted(request.domain_token for request in asked) == ["code", "code", "data"]
 
 
 async def test_each_task_without_bids_makes_a_spawn_request_with_its_own_text(
-    stage: Stage, asked: list[SpawnRequest], monkeypatch: pytest.MonkeyPatch
+    stage: Stage, asked: list[SpawnRequest]
 ) -> None:
     """One task may need a skill that the others do not."""
-    monkeypatch.setattr("loom.phases.scale.spawn_requests.REQUEST_EVERY_S", 60.0)
+    stage.timings = ServiceTimings(scale=ScaleTimings(spawn_interval_s=60.0))
     await stage.phase("scale")
     for text in ("sort", "é" * 600, "sort"):
         await stage.put("scale", task(stage, description=text))

@@ -8,6 +8,8 @@ from support.phase_harness import Asker, Stage, quiet
 from support.wait import until
 
 from loom.bus.hops.hop_loop import schedule
+from loom.phases.sense.timings import SenseTimings
+from loom.runner.timings import ServiceTimings
 from loom.schemas.base import encode, new_id
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Claim, Split
@@ -281,13 +283,13 @@ async def test_a_model_that_is_down_does_not_keep_every_vague_task_waiting(stage
     assert "not asked for a while" in spec.note
 
 
-async def test_a_model_that_hangs_is_not_waited_for(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_model_that_hangs_is_not_waited_for(stage: Stage) -> None:
     class Hanging(Model):
         async def complete(self, params: CompletionParams) -> CompletionResult:
             await asyncio.Event().wait()
             raise AssertionError(params)
 
-    monkeypatch.setattr("loom.phases.sense.service.ESTIMATE_WITHIN_S", 0.05)
+    stage.timings = ServiceTimings(sense=SenseTimings(estimate_within_s=0.05))
     await stage.phase("sense", llm=Hanging(""))
     await submit(stage, ad("Have a look", domain="", estimated_complexity=None))
     assert "TimeoutError" in (await stage.seen("task", phase="match")).spec.note

@@ -13,21 +13,22 @@ from support.phase_harness import Stage
 from support.runs import Watcher, run, stop_run
 from support.wait import until
 
-from loom.agents.host.delegation import Delegator
 from loom.agents.host.node_host import NodeHost
+from loom.agents.host.timings import HostTimings
+from loom.agents.run_context import current_run
 from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
 from loom.runner.services import running_nodes, running_phases
+from loom.runner.timings import ServiceTimings
 from loom.schemas.base import encode
 from loom.schemas.run import RunRequest, Stop
 from loom.schemas.task import TaskAd
 
 
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.agents.host.node_host.ANNOUNCE_S", 0.1)
-    monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 0.1)
+@pytest.fixture
+def timings() -> ServiceTimings:
+    return ServiceTimings(host=HostTimings(announce_s=0.1, heartbeat_s=0.1))
 
 
 async def quick(job: RunRequest) -> str:
@@ -165,9 +166,9 @@ async def test_400_tasks_cancelled_right_after_their_submission_leave_every_slot
 
 @pytest.mark.slow
 async def test_a_run_that_ignores_its_cancel_is_given_up_and_shown(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+    stage: Stage,
 ) -> None:
-    monkeypatch.setattr("loom.agents.host.run_executor.GIVE_UP_S", 0.3)
+    stage.timings = ServiceTimings(host=HostTimings(announce_s=0.1, heartbeat_s=0.1, cancel_grace_s=0.3))
     hanging = HangingAgents()
 
     async def deaf_child(job: RunRequest) -> str:
@@ -214,10 +215,10 @@ async def test_a_run_that_has_ended_gets_no_slot_back_for_its_delegations(stage:
 
     async def leaves_a_task_behind(job: RunRequest) -> str:
         async def delegates() -> None:
-            delegator = Delegator.current()
-            assert delegator is not None
+            run_context = current_run()
+            assert run_context is not None
             async with asyncio.timeout(0.2):
-                await delegator.delegate("x", "any", None, {})
+                await run_context.delegate("x", "any", None, {})
 
         left.append(asyncio.create_task(delegates()))
         await asyncio.sleep(0)

@@ -15,7 +15,7 @@ from support.wait import until
 from loom.bus import task_client, task_updates, topology
 from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
-from loom.bus.replies import answer, answer_error, answer_task, error_headers
+from loom.bus.replies import error_headers, send_error, send_reply, send_result
 from loom.bus.task_client import TaskHandle
 from loom.schemas.base import decode
 from loom.schemas.config import ClusterConfig
@@ -46,9 +46,9 @@ class Desk:
         self.asked.append(family)
         reply = self.answers[family]
         if isinstance(reply, LoomError):
-            await answer_error(self.bus, msg.reply, reply)
+            await send_error(self.bus, msg.reply, reply)
         else:
-            await answer(self.bus, msg.reply, reply)
+            await send_reply(self.bus, msg.reply, reply)
 
 
 @pytest.fixture
@@ -362,7 +362,7 @@ async def test_a_failed_task_is_answered_with_its_result_and_as_an_error_in_the_
     record = _ended(state="cancelled", envelope=envelope(error=error))
     received: list[Msg] = []
     reply = plain.requests.open_inbox(received.append)
-    await answer_task(plain, reply, record)
+    await send_result(plain, reply, record)
     await plain.requests.flush()
     (msg,) = received
     assert msg.headers is not None
@@ -370,7 +370,7 @@ async def test_a_failed_task_is_answered_with_its_result_and_as_an_error_in_the_
     assert msg.headers["Nats-Service-Error"] == "someone cancelled the task: ??"
     assert decode(msg.data, TaskResult) == record.to_result()
 
-    await answer_task(plain, reply, _ended())
+    await send_result(plain, reply, _ended())
     await plain.requests.flush()
     assert decode(received[1].data, TaskResult).content == "42"
     assert not received[1].headers

@@ -161,7 +161,7 @@ async def test_a_stream_of_before_that_allows_rollup_headers_is_changed_in_place
     await plain.jetstream.api(f"STREAM.CREATE.{stream}", {**wanted, "allow_rollup_hdrs": True})
     await plain.jetstream.publish(subject_in(plain, name, "k1"), b"{}")
     seen = await topology.inspect(plain, ClusterConfig())
-    assert [(finding.mark, finding.says) for finding in design(seen, "x") if stream in finding.says] == [
+    assert [(finding.mark, finding.message) for finding in design(seen, "x") if stream in finding.message] == [
         ("warn", f"{stream}: allow_rollup_hdrs is True, designed False")
     ]
 

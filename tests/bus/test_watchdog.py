@@ -13,6 +13,7 @@ from support.runs import event_subject
 from support.wait import until
 
 from loom.agents.host.node_host import NodeHost
+from loom.agents.host.timings import HostTimings
 from loom.bus.bus import Bus
 from loom.bus.natsio.transport.message import Msg
 from loom.schemas.auction import HostAnnouncement
@@ -20,6 +21,7 @@ from loom.schemas.base import decode
 from loom.schemas.run import RunEvent, RunRequest, read_events
 
 WITHIN_S = 20
+TIMINGS = HostTimings(announce_s=0.1, heartbeat_s=0.1, watchdog_check_s=0.05, blocked_s=0.2, blocked_warning_s=0.4)
 
 
 class HostInAThread:
@@ -36,7 +38,7 @@ class HostInAThread:
     async def _serve(self) -> None:
         self._end, self._loop = asyncio.Event(), asyncio.get_running_loop()
         async with Bus(self._url, namespace=self._namespace, role="node") as bus:
-            self.host = NodeHost(bus, lambda: [node("n1", self._agent)])
+            self.host = NodeHost(bus, lambda: [node("n1", self._agent)], timings=TIMINGS)
             await self.host.start()
             self.started.set()
             await self._end.wait()
@@ -57,15 +59,6 @@ class HostInAThread:
 async def bus(nats_url: str, namespace: str) -> AsyncIterator[Bus]:
     async with Bus(nats_url, namespace=namespace) as bus:
         yield bus
-
-
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loom.agents.host.node_host.ANNOUNCE_S", 0.1)
-    monkeypatch.setattr("loom.agents.host.node_host.HEARTBEAT_S", 0.1)
-    monkeypatch.setattr("loom.agents.host.watchdog.CHECK_S", 0.05)
-    monkeypatch.setattr("loom.agents.host.watchdog.BLOCKED_S", 0.2)
-    monkeypatch.setattr("loom.agents.host.watchdog.WARN_S", 0.4)
 
 
 async def events_of(bus: Bus, host: NodeHost, **facts: Any) -> list[RunEvent]:

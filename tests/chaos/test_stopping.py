@@ -11,6 +11,7 @@ import pytest
 from support.bus_helpers import alive
 from support.command import LOOM, Command, command
 from support.nodes import node
+from support.services import running_phases
 from support.streams import create_streams
 from support.wait import until
 
@@ -18,7 +19,7 @@ from loom.bus import task_client
 from loom.bus.bus import Bus
 from loom.bus.task_client import TaskHandle
 from loom.runner.server.nats_server import NatsServer, find_server
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.envelope import PHASES
 from loom.schemas.run import RunRequest
 from loom.schemas.task import TaskAd

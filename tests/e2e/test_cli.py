@@ -146,7 +146,9 @@ async def test_run_uses_the_cluster_of_nats_url_and_pipes_its_results(
 
 
 @pytest.mark.slow
-async def test_run_without_phases_says_what_to_do(start: Start, on_bus: tuple[str, str]) -> None:
+async def test_run_without_phases_names_the_missing_phases_and_the_remedy(
+    start: Start, on_bus: tuple[str, str]
+) -> None:
     ended = await loom(start, "run", "tasks.jsonl", "--agents", "agents.py")
 
     assert (ended.code, ended.err) == (3, 'bus_unavailable: no phases answer; run "loom up"\n')
@@ -154,7 +156,7 @@ async def test_run_without_phases_says_what_to_do(start: Start, on_bus: tuple[st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
-async def test_an_interrupted_run_keeps_what_it_has(start: Start, tmp_path: Path, by: signal.Signals) -> None:
+async def test_an_interrupted_run_keeps_its_results(start: Start, tmp_path: Path, by: signal.Signals) -> None:
     (tmp_path / "agents.py").write_text(
         AGENTS + "import asyncio\nnodes[2].agent = lambda description: asyncio.sleep(600)"
     )
@@ -234,7 +236,7 @@ async def test_a_cluster_of_processes_works_is_watched_and_stops(start: Start, t
 
 
 @pytest.mark.slow
-async def test_up_says_so_when_its_port_is_taken(start: Start) -> None:
+async def test_up_reports_a_taken_port(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ended = await loom(start, "up", "--port", str(port))
@@ -336,7 +338,7 @@ async def test_an_interrupted_submit_cancels_its_task(
 
 
 @pytest.mark.slow
-async def test_without_waiting_the_id_is_all_there_is(start: Start, phases: Bus, client: Bus) -> None:
+async def test_submit_without_wait_prints_the_id_alone(start: Start, phases: Bus, client: Bus) -> None:
     ended = await loom(start, "submit", "x", "--no-wait", "--label", "tenant=a=b", "--label", "user=")
 
     assert ended.code == 0

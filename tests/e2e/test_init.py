@@ -8,6 +8,7 @@ import pytest
 from support.command import LOOM, Ended, command
 from support.command import loom as run
 from support.in_process import Loom, is_refused
+from support.services import running_phases
 from support.wait import until
 
 from loom import Runtime
@@ -16,7 +17,6 @@ from loom.bus.bus import Bus
 from loom.bus.service_discovery import ServiceEndpoint
 from loom.bus.wire_version import WireMismatch
 from loom.runner.server.nats_server import embedded_server
-from loom.runner.services import running_phases
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import PHASES
 
@@ -49,7 +49,9 @@ async def test_it_creates_everything_once_and_prints_it(loom: Loom, client: Bus)
     assert (again.code, again.out, again.err) == (0, f"{summary}\n", "")
 
 
-async def test_what_differs_is_printed_and_left_alone(loom: Loom, client: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_differing_setting_is_printed_and_not_changed(
+    loom: Loom, client: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await topology.apply(client, CONFIG)
     monkeypatch.setenv("LOOM_INTAKE_LIMIT", "7")
     ended = await in_thread(loom, "init")

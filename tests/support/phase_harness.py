@@ -17,13 +17,15 @@ from loom.bus.records import records
 from loom.bus.subjects import Parsed
 from loom.bus.topology import Lane
 from loom.runner.services import PhaseService, build
+from loom.runner.timings import ServiceTimings
 from loom.schemas.auction import CallForBids, HostAnnouncement
 from loom.schemas.base import decode, encode, new_id
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Claim, Envelope, Phase
 from loom.schemas.events import SubtaskEvent
 from loom.schemas.identity import LOCAL, Identity
-from loom.schemas.learning import Lifecycle, Reward
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.reward import Reward
 from loom.schemas.llm import LLMProvider
 from loom.schemas.notices import ParentEnded, SubtaskEnded, read_scale_message
 from loom.schemas.record import TaskRecord
@@ -61,10 +63,16 @@ class Stage:
     """A namespace with a client's connection as `bus`, in which `recorded` records every message.
 
     The tap is a subscriber on the whole namespace, so nothing here ever sees a "no responders" answer.
+
+    Args:
+        url: Address of the server.
+        namespace: First token of all subjects.
+        timings: Times of the services that `phase` and `host` start from then on.
     """
 
-    def __init__(self, url: str, namespace: str) -> None:
+    def __init__(self, url: str, namespace: str, timings: ServiceTimings = ServiceTimings()) -> None:
         self.url, self.namespace = url, namespace
+        self.timings = timings
         self.bus = Bus(url, namespace=namespace)
         self.recorded: list[RecordedMessage] = []
         self._stack = AsyncExitStack()
@@ -119,7 +127,7 @@ class Stage:
     ) -> "Replica":
         """Start a replica of one phase on a connection of its own."""
         bus = await self.connect(name)
-        service = build(name, bus, config or ClusterConfig(), llm, hosts_here=True)
+        service = build(name, bus, config or ClusterConfig(), llm, hosts_here=True, timings=self.timings)
         await service.start()
         replica = Replica(bus, service)
         self._stack.push_async_callback(replica.close)
@@ -130,7 +138,7 @@ class Stage:
     ) -> NodeHost:
         """Start a node host on a connection of its own, or on `bus`."""
         bus = bus or await self.connect("node")
-        host = NodeHost(bus, nodes if callable(nodes) else lambda: nodes, **rooms)
+        host = NodeHost(bus, nodes if callable(nodes) else lambda: nodes, timings=self.timings.host, **rooms)
         await host.start()
         self._stack.push_async_callback(host.drain, 0)
         return host

@@ -21,7 +21,7 @@ from loom.phases.match.offers import UncheckedOffer
 from loom.phases.match.partial_decoding import PartialProfile
 from loom.schemas.auction import AnnouncedNode, HostAnnouncement, Offer
 from loom.schemas.base import Undecodable, decode, encode
-from loom.schemas.learning import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
 
 
 class Clock:
@@ -162,7 +162,7 @@ def evidence(*scores: float, task: str = "t") -> DomainEvidence:
 
 
 @given(st.lists(messages(NodeProfile), max_size=4))
-async def test_whatever_adapt_writes_is_known_with_counts_means_and_the_newest_score(
+async def test_profiles_of_adapt_are_known_with_counts_means_and_newest_score(
     profiles: Sequence[NodeProfile],
 ) -> None:
     roster = HostDirectory(Bus("nats://127.0.0.1:1"))
@@ -185,7 +185,7 @@ async def test_the_best_known_follow_the_profiles(roster: HostDirectory) -> None
     assert roster.ranking.best("code", 16) == ("n1",)
 
 
-async def test_only_the_domains_that_have_changed_are_told_and_of_many_changes_the_last() -> None:
+async def test_only_changed_domains_are_reported_and_only_their_last_change() -> None:
     told: list[tuple[str, str, list[str]]] = []
     roster = HostDirectory(
         Bus("nats://127.0.0.1:1"),
@@ -205,7 +205,7 @@ async def test_only_the_domains_that_have_changed_are_told_and_of_many_changes_t
     assert roster.profiles["n1"].domains["code"].mean == pytest.approx(2 / 3)
 
 
-async def test_a_profile_that_cannot_be_read_leaves_what_is_known(roster: HostDirectory) -> None:
+async def test_an_unreadable_profile_leaves_the_known_profile(roster: HostDirectory) -> None:
     await learn(roster, NodeProfile(node_id="n1", last_seq=1, domains={"code": evidence(1)}))
     with capture_logs() as logs:
         await learn(roster, {"node_id": "n1", "last_seq": 2, "domains": {"code": {"scores": ["odd"], "count": 9}}})
