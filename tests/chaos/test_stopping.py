@@ -172,8 +172,8 @@ async def test_every_service_that_the_server_rejects_exits_for_a_restart(
             await start("host", "run", str(tmp_path / "sleepers.py")),
             await start("tap"),
         ]
-        said = ("match on nats", "loom is up on", "sleeper on nats", "listening on nats")
-        await asyncio.gather(*(each.says(text) for each, text in zip(services, said, strict=True)))
+        ready_lines = ("match on nats", "loom is up on", "sleeper on nats", "listening on nats")
+        await asyncio.gather(*(each.says(text) for each, text in zip(services, ready_lines, strict=True)))
 
         conf.write_text(conf.read_text().replace("secret", "changed"))
         server.send_signal(signal.SIGHUP)  # reads its configuration again, and hangs up on who may not be here

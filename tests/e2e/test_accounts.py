@@ -71,15 +71,15 @@ class BareClient:
 
     def __init__(self, nc: Client) -> None:
         self.nc = nc
-        self.heard: list[tuple[str, Any]] = []
+        self.messages: list[tuple[str, Any]] = []
         self.errors: list[str] = []
 
     async def listen(self, *subjects: str) -> None:
-        async def hear(msg: Any) -> None:
-            self.heard.append((msg.subject, json.loads(msg.data) if msg.data else None))
+        async def on_message(msg: Any) -> None:
+            self.messages.append((msg.subject, json.loads(msg.data) if msg.data else None))
 
         for subject in subjects:
-            await self.nc.subscribe(subject, cb=hear)
+            await self.nc.subscribe(subject, cb=on_message)
         await self.nc.flush()
 
     async def ask(self, subject: str, body: Any = None) -> Any:
@@ -126,13 +126,15 @@ async def test_a_bare_client_in_an_account_gets_late_answers_deltas_and_results(
     await operator.listen("loom.result.*.*", "loom.delta.*.*", "loom.intake.>")
     result = await ann.ask("loom.submit", {"task_id": "t1", "domain": "code", "description": "late"})
     assert (result["state"], result["content"]) == ("succeeded", "done: late")
-    await until(lambda: len([1 for subject, _ in ann.heard if ".result." in subject]) == 1, what="the result has come")
-    texts = [body["event"].get("text", "") for subject, body in ann.heard if subject == "loom.delta.public.t1"]
+    await until(
+        lambda: len([1 for subject, _ in ann.messages if ".result." in subject]) == 1, what="the result has come"
+    )
+    texts = [body["event"].get("text", "") for subject, body in ann.messages if subject == "loom.delta.public.t1"]
     assert "".join(texts) == "done: late"
-    assert ("loom.result.public.t1", result) in ann.heard
+    assert ("loom.result.public.t1", result) in ann.messages
     assert not ann.errors
-    assert not other.heard
-    assert {subject.split(".")[2] for subject, _ in operator.heard} == {"TEAM_A"}
+    assert not other.messages
+    assert {subject.split(".")[2] for subject, _ in operator.messages} == {"TEAM_A"}
     full = await ann.ask("loom.status.t1", {"full": True})
     assert full["record"]["envelope"]["submitter"] == "TEAM_A"
     assert "reply_to" not in full["record"]
@@ -155,8 +157,8 @@ async def test_another_account_reaches_neither_a_task_nor_its_id(clients: Client
     body = {"ad": ad, "submission": "s1"}
     ack = await other.ask("loom.intake.public.normal.t1", body)  # straight into the intake, as a Runtime does
     assert ack["stream"] == "LOOM_INTAKE"
-    await until(lambda: bool(other.heard), what="the refusal has come")
-    [(subject, result)] = other.heard
+    await until(lambda: bool(other.messages), what="the refusal has come")
+    [(subject, result)] = other.messages
     assert (subject, result["state"], result["error"]["code"]) == ("loom.result.public.t1", "failed", "invalid_task")
     assert await running()
     assert (await operator.ask("loom.status.t1"))["state"] == "running"  # by the plain subject, in LOOM itself
@@ -187,7 +189,7 @@ async def test_a_reply_subject_from_an_account_is_not_a_command_in_the_cluster(c
     for task_id in ("t2", "t3"):
         await until(lambda task_id=task_id: ended(task_id), what=f"{task_id} has ended")  # type: ignore[misc]
     assert (await ann.ask("loom.status.t1"))["state"] in ("accepted", "running")
-    results = [body for subject, body in operator.heard if subject.startswith("_INBOX.victim")]
+    results = [body for subject, body in operator.messages if subject.startswith("_INBOX.victim")]
     assert all(body["task_id"] == "t3" for body in results)  # what a stored submission asks for, in LOOM's own inboxes
 
 
@@ -208,7 +210,7 @@ async def test_a_submitter_may_publish_nothing_else(clients: Clients) -> None:
     await until(lambda: len(ann.errors) == len(forbidden), what="every publish is refused")
     assert all("permissions violation" in error.lower() for error in ann.errors)
     await operator.nc.flush()
-    assert not [subject for subject, _ in operator.heard if subject in forbidden]
+    assert not [subject for subject, _ in operator.messages if subject in forbidden]
 
 
 def test_a_server_refuses_an_import_under_the_name_of_another_account(tmp_path: Path) -> None:

@@ -188,8 +188,8 @@ def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
         listed = loom("task ls").out
         opened.set()
         result = cluster.do(handle.result(15))
-        ended, told = loom("task show report").out, json.loads(loom("task show report --json").out)
-        child = loom(f"task show {told['plan']['subtasks'][3]['child_id']}").out
+        ended, printed = loom("task show report").out, json.loads(loom("task show report --json").out)
+        child = loom(f"task show {printed['plan']['subtasks'][3]['child_id']}").out
         closed = loom("task ls").out
         whole = cluster.do(
             task_client.publish(cluster.bus, TaskAd(task_id="one", description="x", context={"plan": True}))
@@ -204,8 +204,8 @@ def test_a_divided_task_is_drawn_while_it_runs_and_when_it_has_ended(
     assert re.search(r"└─ end +waiting +left, right +close\n", running)
     assert re.search(r"running .* report/right: block", listed)
     assert re.search(r"4 of 4 subtasks done", ended)
-    assert [part["state"] for part in told["plan"]["subtasks"]] == ["succeeded"] * 4
-    assert decode(json.dumps(told).encode(), TaskRecord).task_id == "report"
+    assert [part["state"] for part in printed["plan"]["subtasks"]] == ["succeeded"] * 4
+    assert decode(json.dumps(printed).encode(), TaskRecord).task_id == "report"
     assert "subtask end of report" in child
     assert re.search(r"report +succeeded .* \(4 subtasks\) tell it all", closed)
     assert "not divided: no model is configured to plan" in undivided
@@ -252,8 +252,8 @@ def test_a_rebuild_confirms_correct_profiles_and_repairs_wrong_ones(here: Cluste
     assert spoilt.code == 1
     assert re.search(r"bad +7 1\.00 +1 0\.00 +\d+ +stored otherwise", spoilt.out)
     assert "--write" in spoilt.out
-    told = [json.loads(line) for line in loom("reward rebuild --write --json").out.splitlines()]
-    assert {one["node_id"]: one["written"] for one in told} == {"bad": True, "good": False}
+    printed = [json.loads(line) for line in loom("reward rebuild --write --json").out.splitlines()]
+    assert {one["node_id"]: one["written"] for one in printed} == {"bad": True, "good": False}
     assert loom("reward rebuild").code == 0
 
 
@@ -301,7 +301,7 @@ async def test_a_tap_prints_past_messages_and_then_new_ones_that_match(here: Clu
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("line", "code", "said"),
+    ("line", "code", "message"),
     [
         ("task show nosuch", 1, "unknown_task: no task nosuch is known"),
         ("task show 01234560", 1, "unknown_task: no task 01234560 is known"),
@@ -317,9 +317,9 @@ async def test_a_tap_prints_past_messages_and_then_new_ones_that_match(here: Clu
     ],
 )
 def test_an_impossible_command_is_refused_in_one_line(
-    line: str, code: int, said: str, here: Cluster, loom: Loom
+    line: str, code: int, message: str, here: Cluster, loom: Loom
 ) -> None:
-    is_refused(loom, line, code, said)
+    is_refused(loom, line, code, message)
 
 
 COMMANDS = (

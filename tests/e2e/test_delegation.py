@@ -149,10 +149,10 @@ async def test_a_model_delegates_by_a_tool_and_a_failure_is_a_tool_error(
     handle = await cluster.submit("do both", node_id="boss", token_budget=5000)
     result = await handle.result(WITHIN_S)
     assert (result.content, result.prompt_tokens, result.completion_tokens) == ("four, and we cannot fly", 300, 50)
-    told = [message["content"] for message in model.requests[-1].body["messages"] if message["role"] == "tool"]
-    assert told[0] == "an expert's four"
+    tool_results = [message["content"] for message in model.requests[-1].body["messages"] if message["role"] == "tool"]
+    assert tool_results[0] == "an expert's four"
     # The expert reports `subtask_failed` without a delegation of its own: that is the agent's failure.
-    assert told[1].startswith("Error: SubtaskFailed: delegated work failed: agent_failed: ")
+    assert tool_results[1].startswith("Error: SubtaskFailed: delegated work failed: agent_failed: ")
     children = await cluster.children(handle.task_id)
     assert {(each.envelope.ad.description, each.envelope.ad.domain, each.state) for each in children} == {
         ("two and two", "math", "succeeded"),

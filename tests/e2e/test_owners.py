@@ -120,15 +120,15 @@ async def _one_inheritance(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("node move ghost coder", "no_evidence: nothing is known of ghost"),
         ("node move coder local.coder", "bad_usage: Invalid value for TO: FROM and TO are both coder"),
         ("node move a.b.c coder", "bad_usage: Invalid value for FROM"),
     ],
 )
-def test_an_impossible_move_is_refused(line: str, said: str, here: Cluster, loom: Loom) -> None:
-    is_refused(loom, line, 2, said)
+def test_an_impossible_move_is_refused(line: str, message: str, here: Cluster, loom: Loom) -> None:
+    is_refused(loom, line, 2, message)
 
 
 @pytest.mark.slow

@@ -226,5 +226,5 @@ def test_a_misspelt_setting_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -
     with capture_logs() as logs:
         warn_of_misspelt_settings()
         warn_of_misspelt_settings()
-    told = [entry for entry in logs if entry["variable"] == "LOOM_LOGLEVEL"]
-    assert [(entry["event"], entry["hint"]) for entry in told] == [("unknown_setting", "is LOOM_LOG_LEVEL meant?")]
+    warnings = [entry for entry in logs if entry["variable"] == "LOOM_LOGLEVEL"]
+    assert [(entry["event"], entry["hint"]) for entry in warnings] == [("unknown_setting", "is LOOM_LOG_LEVEL meant?")]

@@ -100,8 +100,8 @@ def test_a_comma_in_a_secret_is_refused_with_the_way_to_write_it_and_no_part_of_
     with pytest.raises(BusUnavailable, match="write a comma as %2C") as caught:
         parse_addresses(text)
 
-    said = f"{caught.value!r} {vars(caught.value)} {Bus(text).connection.address}"
-    assert not any(part in said for part in ("s3cr", "et@x", "secret", "12", "34"))
+    rendered = f"{caught.value!r} {vars(caught.value)} {Bus(text).connection.address}"
+    assert not any(part in rendered for part in ("s3cr", "et@x", "secret", "12", "34"))
 
 
 @given(user=st.text(LETTERS, min_size=1, max_size=20), password=st.text(LETTERS, max_size=20))

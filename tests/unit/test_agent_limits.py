@@ -29,11 +29,11 @@ async def test_an_answer_without_end_is_a_failure(server: OpenAIServer, make: Ma
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize("told", [None, (0, 0)])
+@pytest.mark.parametrize("reported", [None, (0, 0)])
 async def test_cost_is_estimated_when_the_model_reports_no_usage(
-    server: OpenAIServer, make: MakeAgent, told: tuple[int, int] | None, streaming: bool
+    server: OpenAIServer, make: MakeAgent, reported: tuple[int, int] | None, streaming: bool
 ) -> None:
-    server.script(Reply(text="x" * 400, usage=told))
+    server.script(Reply(text="x" * 400, usage=reported))
     result = await make(stream=streaming).run(JOB)
 
     assert 100 <= result.completion_tokens <= 110

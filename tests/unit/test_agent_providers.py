@@ -48,14 +48,14 @@ async def test_every_exception_of_a_provider_is_a_failure(error: BaseException, 
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize("told", [{"prompt_tokens": -900}, {"prompt_tokens": "7"}, {"completion_tokens": 1.5}, {}])
-async def test_nonsense_about_usage_is_replaced_by_an_estimate(told: dict[str, Any], streaming: bool) -> None:
+@pytest.mark.parametrize("reported", [{"prompt_tokens": -900}, {"prompt_tokens": "7"}, {"completion_tokens": 1.5}, {}])
+async def test_nonsense_about_usage_is_replaced_by_an_estimate(reported: dict[str, Any], streaming: bool) -> None:
     class Boastful:
         async def complete(self, _params: CompletionParams) -> CompletionResult:
-            return CompletionResult(content="fine", usage=Usage(**told))
+            return CompletionResult(content="fine", usage=Usage(**reported))
 
         async def stream(self, _params: CompletionParams) -> AsyncIterator[StreamChunk]:
-            yield StreamChunk(text="fine", usage=Usage(**told), finish_reason="stop")
+            yield StreamChunk(text="fine", usage=Usage(**reported), finish_reason="stop")
 
     done = done_of(await events_of(Agent(Boastful(), AgentConfig(stream=streaming))))
 

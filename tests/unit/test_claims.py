@@ -108,7 +108,7 @@ def test_a_message_of_an_ended_task_names_the_attempt_that_its_record_names() ->
 
 
 @pytest.mark.parametrize(
-    ("rec", "instance", "seq", "say"),
+    ("rec", "instance", "seq", "expected"),
     [
         (record(1), "first", 7, "own"),
         (record(1), "other", 7, "other_replica"),
@@ -118,5 +118,7 @@ def test_a_message_of_an_ended_task_names_the_attempt_that_its_record_names() ->
         (record(1, state="succeeded", ended_at=1.0), "first", 7, "over"),
     ],
 )
-def test_only_the_holder_of_the_claim_may_report_an_error(rec: TaskRecord, instance: str, seq: int, say: str) -> None:
-    assert ownership(rec, 1, instance, seq) == say
+def test_only_the_holder_of_the_claim_may_report_an_error(
+    rec: TaskRecord, instance: str, seq: int, expected: str
+) -> None:
+    assert ownership(rec, 1, instance, seq) == expected

@@ -66,17 +66,17 @@ def test_a_model_sees_a_task_and_a_domain() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "sentence"),
     [
         (TaskError(code="no_bids", message="nobody came"), "delegated work failed: no_bids: nobody came"),
         (TaskError(code="subtask_failed", message="further down"), "further down"),
         (None, "ended as cancelled"),
     ],
 )
-def test_a_failure_names_its_cause_once(error: TaskError | None, says: str) -> None:
+def test_a_failure_names_its_cause_once(error: TaskError | None, sentence: str) -> None:
     state: Any = "failed" if error else "cancelled"
     raised = delegation_error(TaskResult(task_id="c", state=state, error=error))
-    assert raised.message.endswith(says)
+    assert raised.message.endswith(sentence)
     assert raised.code == "subtask_failed"
 
 

@@ -186,21 +186,21 @@ async def test_the_best_known_follow_the_profiles(roster: HostDirectory) -> None
 
 
 async def test_only_changed_domains_are_reported_and_only_their_last_change() -> None:
-    told: list[tuple[str, str, list[str]]] = []
+    reports: list[tuple[str, str, list[str]]] = []
     roster = HostDirectory(
         Bus("nats://127.0.0.1:1"),
-        on_rewarded=lambda node, domain_token, ids: told.append((node, domain_token, list(ids))),
+        on_rewarded=lambda node, domain_token, ids: reports.append((node, domain_token, list(ids))),
     )
     code, data = evidence(1, 0), evidence(1, task="d")
     await learn(roster, NodeProfile(node_id="n1", domains={"code": code, "data": data}))
-    assert told == [("n1", "code", ["t0:1", "t1:1"]), ("n1", "data", ["d0:1"])]
-    told.clear()
+    assert reports == [("n1", "code", ["t0:1", "t1:1"]), ("n1", "data", ["d0:1"])]
+    reports.clear()
     known = roster.profiles["n1"].domains
     later = [
         NodeProfile(node_id="n1", domains={"code": evidence(*scores), "data": data}) for scores in ([1], [1, 0, 1])
     ]
     await learn(roster, *later)
-    assert told == [("n1", "code", ["t0:1", "t1:1", "t2:1"])]
+    assert reports == [("n1", "code", ["t0:1", "t1:1", "t2:1"])]
     assert roster.profiles["n1"].domains["data"] is known["data"]
     assert roster.profiles["n1"].domains["code"].mean == pytest.approx(2 / 3)
 

@@ -57,13 +57,13 @@ def job(file: str, **context: str) -> RunRequest:
 
 def test_a_tables_overview_gives_types_ranges_means_and_gaps(agents: ModuleType) -> None:
     lines = agents.quick_data(job("sales.csv")).splitlines()
-    said = dict(line.split(maxsplit=1) for line in lines[1:])
+    columns = dict(line.split(maxsplit=1) for line in lines[1:])
 
     assert lines[0] == "sales.csv: 240 rows, 10 columns"
-    assert said["date"] == "date    2024-01-03 to 2025-01-01"
-    assert said["units"] == "number  min 2, mean 12.36, max 61"
-    assert said["rating"] == "number  min 1, mean 3.94, max 5, 29 missing"
-    assert said["region"] == "text    4 different: south 72, west 68, north 64"
+    assert columns["date"] == "date    2024-01-03 to 2025-01-01"
+    assert columns["units"] == "number  min 2, mean 12.36, max 61"
+    assert columns["rating"] == "number  min 1, mean 3.94, max 5, 29 missing"
+    assert columns["region"] == "text    4 different: south 72, west 68, north 64"
 
 
 def test_a_tables_report_ranks_correlations_and_groups(agents: ModuleType) -> None:

@@ -57,8 +57,8 @@ async def put(model: Model, **facts: Any) -> LLMAnswer[int]:
 
 
 async def test_an_answer_has_its_token_usage() -> None:
-    told = CompletionResult(content="7", usage=Usage(prompt_tokens=5, completion_tokens=2))
-    assert await put(Model(told)) == LLMAnswer(7, PhaseUsage(requests=1, prompt_tokens=5, completion_tokens=2))
+    completion = CompletionResult(content="7", usage=Usage(prompt_tokens=5, completion_tokens=2))
+    assert await put(Model(completion)) == LLMAnswer(7, PhaseUsage(requests=1, prompt_tokens=5, completion_tokens=2))
 
 
 @pytest.mark.parametrize("usage", [None, Usage(prompt_tokens=-1), Usage(prompt_tokens=10**20), "many"])

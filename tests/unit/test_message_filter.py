@@ -190,8 +190,8 @@ def test_the_number_of_remembered_tasks_is_bounded(monkeypatch: pytest.MonkeyPat
 
 
 @given(st.sampled_from(sorted(SHAPES)).flatmap(lambda family: st.tuples(st.just(family), messages(SHAPES[family]))))
-def test_any_message_can_be_sifted(told: tuple[str, Any]) -> None:
-    family, message = told
+def test_any_message_can_be_sifted(sample: tuple[str, Any]) -> None:
+    family, message = sample
     names = next(each.tokens for each in FAMILIES if each.name == family)
 
     MessageFilter(task="t", phase="match", node="n", domain_token="s").passes(
@@ -224,9 +224,9 @@ def test_a_line_on_a_terminal_fits_and_is_coloured_unless_that_is_not_wanted() -
 # -- small words
 
 
-@pytest.mark.parametrize(("text", "said"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("1d", 86_400)])
-def test_a_time_is_written_with_its_unit(text: str, said: float) -> None:
-    assert seconds(text) == said
+@pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("1d", 86_400)])
+def test_a_time_is_written_with_its_unit(text: str, expected: float) -> None:
+    assert seconds(text) == expected
 
 
 @pytest.mark.parametrize("text", ["10", "m", "-1s", "1 h", "1w", "", "9999999999s"])
@@ -236,11 +236,11 @@ def test_other_times_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("duration_s", "said"),
+    ("duration_s", "expected"),
     [(0.0004, "0.4 ms"), (0.085, "85 ms"), (1.254, "1.25 s"), (63.2, "63 s"), (720, "12 min")],
 )
-def test_durations_have_a_few_figures(duration_s: float, said: str) -> None:
-    assert span(duration_s) == said
+def test_durations_have_a_few_figures(duration_s: float, expected: str) -> None:
+    assert span(duration_s) == expected
 
 
 @given(st.lists(st.floats(min_value=0, max_value=1)))

@@ -67,7 +67,7 @@ def test_every_kind_of_message_has_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "headers", "said"),
+    ("family", "headers", "expected"),
     [
         ("", {}, ("?", "loom.new.thing", "7 bytes")),
         ("result", {}, ("result", "t1", "7 bytes")),
@@ -75,7 +75,7 @@ def test_every_kind_of_message_has_words() -> None:
     ],
 )
 def test_an_unreadable_message_is_still_described(
-    family: str, headers: dict[str, str], said: tuple[str, str, str]
+    family: str, headers: dict[str, str], expected: tuple[str, str, str]
 ) -> None:
     tokens = {"task_id": "t1"} if family else {}
     seen = TappedMessage(
@@ -88,7 +88,7 @@ def test_an_unreadable_message_is_still_described(
         size=7,
     )
 
-    assert describe(seen) == said
+    assert describe(seen) == expected
     assert as_object(seen)["raw"] == b"\xff\x00 ?!.."
 
 
@@ -98,7 +98,7 @@ PART = Split(parent="report", depth=1, subtask="end", deadline=60.0, inputs={"le
 
 
 @pytest.mark.parametrize(
-    ("phase", "facts", "said"),
+    ("phase", "facts", "expected"),
     [
         ("sense", {"split": PART}, 'subtask end of report with left, right: "do it"'),
         ("sense", {"split": replace(PART, subtask=None, inputs={})}, 'delegated by report: "do it"'),
@@ -110,19 +110,19 @@ PART = Split(parent="report", depth=1, subtask="end", deadline=60.0, inputs={"le
         ("scale", {"award": AWARD}, "awarded to bob (0.00, 0 bids)"),
     ],
 )
-def test_each_step_of_a_division_is_described(phase: str, facts: dict[str, Any], said: str) -> None:
+def test_each_step_of_a_division_is_described(phase: str, facts: dict[str, Any], expected: str) -> None:
     envelope = Envelope(ad=TaskAd(task_id="t1", description="do it"), deadline=60.0, **facts)
     tokens = {"task_id": "t1", "phase": phase}
     seen = TappedMessage(subject="", family="task", tokens=tokens, message=envelope, headers={}, at=10.0, size=1)
 
-    assert describe(seen)[2] == said
+    assert describe(seen)[2] == expected
 
 
 PARKED = PlanTimeout(envelope=Envelope(ad=TaskAd(task_id="t1", description="do it"), deadline=60.0))
 
 
 @pytest.mark.parametrize(
-    ("family", "notice", "said"),
+    ("family", "notice", "expected"),
     [
         ("later", PARKED, "divided: parked for its subtasks, at most 50 s"),
         ("task", PARKED, "the deadline has passed before all of its subtasks had ended"),
@@ -130,11 +130,11 @@ PARKED = PlanTimeout(envelope=Envelope(ad=TaskAd(task_id="t1", description="do i
         ("task", ParentEnded(task_id="t1"), "has ended, and so have its subtasks"),
     ],
 )
-def test_each_notice_about_a_division_is_described(family: str, notice: Notice, said: str) -> None:
+def test_each_notice_about_a_division_is_described(family: str, notice: Notice, expected: str) -> None:
     tokens = {"task_id": "t1", "phase": "scale"} if family == "task" else {"task_id": "t1", "origin": "timer"}
     seen = TappedMessage(subject="", family=family, tokens=tokens, message=notice, headers={}, at=10.0, size=1)
 
-    assert describe(seen)[2] == said
+    assert describe(seen)[2] == expected
 
 
 async def test_work_ends_with_the_connection_it_needs() -> None:

@@ -250,10 +250,10 @@ async def test_a_done_longer_than_a_result_is_cut() -> None:
 
 
 async def test_a_function_may_yield_mappings_with_the_type_of_an_event_among_its_text() -> None:
-    told: list[Any] = []
+    events: list[Any] = []
 
-    async def tell(event: Any) -> None:
-        told.append(event)
+    async def report(event: Any) -> None:
+        events.append(event)
 
     def steps(text: str) -> Iterator[Any]:
         yield {"type": "reasoning_delta", "text": "hm"}
@@ -262,11 +262,11 @@ async def test_a_function_may_yield_mappings_with_the_type_of_an_event_among_its
         yield {"type": ["unhashable"]}
         yield {"type": "done", "usage": {"prompt_tokens": 3}}
 
-    result = await collect(as_agent(steps), JOB, tell)
+    result = await collect(as_agent(steps), JOB, report)
 
     assert result.content == 'count to 3{"type":"greeting"}{"type":["unhashable"]}'
     assert result.prompt_tokens == 3
-    assert ReasoningDelta(text="hm") in told
+    assert ReasoningDelta(text="hm") in events
 
 
 async def test_a_mapping_with_a_field_of_the_wrong_type_fails_the_run_of_a_function() -> None:

@@ -46,8 +46,8 @@ def test_an_unfinished_round_is_not_a_starting_point() -> None:
 
 def test_a_snapshot_does_not_change_a_known_profile() -> None:
     known = NodeProfile(node_id="a", last_seq=3, total_tasks=3)
-    told = snapshot_of(NodeProfile(node_id="a", last_seq=9, total_tasks=99), 9, 1)
-    assert apply_reward(known, told, 10) is known
+    snapshot = snapshot_of(NodeProfile(node_id="a", last_seq=9, total_tasks=99), 9, 1)
+    assert apply_reward(known, snapshot, 10) is known
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(1e8, 1e10), st.integers(0, 9_999_999))

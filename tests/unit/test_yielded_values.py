@@ -28,15 +28,15 @@ class Scripted:
 
 
 async def test_text_that_is_yielded_without_a_done_is_the_answer() -> None:
-    told: list[Any] = []
+    events: list[Any] = []
 
-    async def tell(event: Any) -> None:
-        told.append(event)
+    async def report(event: Any) -> None:
+        events.append(event)
 
-    result = await collect(Scripted("hello ", "wörld"), JOB, tell)
+    result = await collect(Scripted("hello ", "wörld"), JOB, report)
 
     assert result.content == "hello wörld"
-    assert told == [TextDelta(text="hello "), TextDelta(text="wörld")]
+    assert events == [TextDelta(text="hello "), TextDelta(text="wörld")]
 
 
 async def test_a_done_has_the_last_word_over_text_before_it() -> None:
