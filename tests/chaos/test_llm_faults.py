@@ -76,16 +76,16 @@ def echo(request: Request) -> Reply:
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What a model does, and how the task must end."""
+    """The replies of a model, and the expected end of the task."""
 
     replies: Sequence[Reply | Callable[[Request], Reply]]
-    """In order; the last one for ever."""
+    """In order; the last one repeats."""
     state: str = "failed"
     code: str = "agent_failed"
     contains: str = ""
     """Part of the answer, or of the error's message."""
     requests: int = 1
-    """How often the model is asked."""
+    """The number of requests to the model."""
     retry_after_s: float | None = None
     ad: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -188,7 +188,7 @@ FAULTS: dict[str, Fault] = {
 
 
 class Models:
-    """One server behind many models, each with a fault of its own; `which` tells them apart by what they are asked."""
+    """One server behind many models, each with a fault of its own; `which` returns the fault for a request."""
 
     def __init__(self, faults: dict[str, Fault], which: Callable[[Request], str]) -> None:
         self.asked_at: dict[str, list[float]] = {name: [] for name in faults}

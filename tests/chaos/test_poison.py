@@ -1,4 +1,4 @@
-"""Messages that cannot be handled or kill their process: each becomes a dead letter, and other tasks go on."""
+"""Messages that cannot be handled or kill their process: each becomes a dead letter, and other tasks continue."""
 
 import asyncio
 import re

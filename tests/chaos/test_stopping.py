@@ -1,4 +1,4 @@
-"""Processes that stop, wait, and give up: what they had in hand goes on elsewhere."""
+"""Processes that stop, wait, and give up: their running tasks continue elsewhere."""
 
 import asyncio
 import signal

@@ -1,4 +1,4 @@
-"""What an ad accepts reaches agents and models, and what surrounds a model's JSON does not fail it."""
+"""The `accept` of an ad reaches agents and models, and text around a model's JSON does not fail it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Submitters in accounts of their own: a bare client needs no name, and reaches nothing of anybody else."""
+"""Submitters in separate accounts: a bare client needs no name, and reaches nothing of other submitters."""
 
 import asyncio
 import json
@@ -204,7 +204,7 @@ async def test_a_submitter_may_publish_nothing_else(clients: Clients) -> None:
     )
     for subject in forbidden:
         await ann.nc.publish(subject, b"{}")
-        await other.nc.publish(subject, b"{}")  # free in its own account, where nobody listens
+        await other.nc.publish(subject, b"{}")  # free in its own account, without a subscriber
     for one in (ann, other):
         await one.nc.flush()
     await until(lambda: len(ann.errors) == len(forbidden), what="every publish is refused")
@@ -241,7 +241,7 @@ async def test_a_runtime_in_an_account_needs_no_name_and_no_more_permissions_tha
 
 @pytest.fixture(scope="session")
 def javascript_client() -> Path:
-    """`client.mjs` beside the one package it needs."""
+    """`client.mjs` next to its one package."""
     folder = javascript_folder()
     shutil.copy(EXAMPLES / "client.mjs", folder / "client.mjs")
     return folder / "client.mjs"

@@ -151,7 +151,7 @@ RUN = (("begun", None), ("ended", "coder"))
 async def test_the_parts_of_a_divided_task_are_reported_at_start_and_end(
     on_bus: tuple[str, str], model: OpenAIServer, provider: OpenAIProvider
 ) -> None:
-    """The model of the phases says the task is hard, and how to divide it."""
+    """The model of the phases rates the task as hard, and divides it."""
     model.script(
         Reply(text=json.dumps({"complexity": 0.9, "domains": ["code"]})),
         Reply(text=f"Here is my plan: {json.dumps(PLAN)}"),

@@ -1,4 +1,4 @@
-"""A client that knows nothing but NATS and JSON."""
+"""A client that uses only NATS and JSON."""
 
 import json
 from collections.abc import AsyncIterator
@@ -32,7 +32,7 @@ async def nodes(on_bus: tuple[str, str], phases: Bus) -> AsyncIterator[list[Agen
 
 @pytest.fixture(params=["alone", "with a tap on everything"])
 async def tapped(request: pytest.FixtureRequest, raw: Client, namespace: str) -> list[Msg]:
-    """What a tap on the namespace has heard; empty when there is none."""
+    """The messages that a tap on the namespace has received; empty when there is no tap."""
     messages: list[Msg] = []
 
     async def append_message(msg: Msg) -> None:

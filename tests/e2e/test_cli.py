@@ -1,4 +1,4 @@
-"""The command line, run as people and supervisors run it: as processes."""
+"""The command line, run in processes as by people and supervisors."""
 
 import asyncio
 import json

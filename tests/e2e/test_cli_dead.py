@@ -1,4 +1,4 @@
-"""`loom dead`: what an operator sees of messages that could not be handled, and what may be done with them."""
+"""`loom dead`: the list, display, retry and removal of messages that could not be handled."""
 
 import base64
 import json

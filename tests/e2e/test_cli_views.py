@@ -1,4 +1,4 @@
-"""What operators look at, on one cluster: what it says, at any width, piped, and with nothing there."""
+"""The views of the command line on one cluster: their text at any width, piped, and on an empty cluster."""
 
 import asyncio
 import json

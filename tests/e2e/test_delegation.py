@@ -1,4 +1,4 @@
-"""Agents that have other agents do part of their work."""
+"""Agents that delegate part of their work to other agents."""
 
 import asyncio
 from collections import Counter
@@ -186,7 +186,7 @@ async def test_tokens_of_delegated_work_count_against_the_task(
 
 
 class Sleepers:
-    """Agents of which the first delegates a part, and whoever gets that takes for ever, or until `wake`."""
+    """Agents of which the first delegates a part; the agent of that part sleeps until `wake`."""
 
     def __init__(self) -> None:
         self.wake = asyncio.Event()

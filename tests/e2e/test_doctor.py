@@ -1,4 +1,4 @@
-"""`loom doctor`: what it finds, what it advises, and how it ends."""
+"""`loom doctor`: its findings, its advice, and its exit codes."""
 
 import asyncio
 import json
@@ -47,7 +47,7 @@ def nodes() -> list[AgentNode]:
 
 
 def troubles(findings: list[Finding]) -> dict[str, str]:
-    """About -> what is said, of all that is not well; each comes with advice."""
+    """Return the findings that are not ok, by subject; each has advice."""
     wrong = [finding for finding in findings if finding.mark != "ok"]
     assert all(finding.todo for finding in wrong)
     assert not any(finding.todo for finding in findings if finding.mark == "ok")

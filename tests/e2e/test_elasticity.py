@@ -31,7 +31,7 @@ CONFIG = ClusterConfig(idle_timeout_s=1.0)
 
 
 class Census:
-    """What the hosts say of themselves: how many nodes each has now, and had at most."""
+    """Counts the nodes of each host from its announcements: the current number and the peak."""
 
     def __init__(self) -> None:
         self.now: dict[str, int] = {}
@@ -53,7 +53,7 @@ class Census:
 
 
 class Burst:
-    """Keeps so many tasks in the loop until it is told to stop."""
+    """Keeps a number of tasks in the loop until `over` is set."""
 
     def __init__(self, bus: Bus) -> None:
         self.results: list[TaskResult] = []

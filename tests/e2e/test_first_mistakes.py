@@ -1,4 +1,4 @@
-"""The mistakes of a first hour with Python, each answered by one sentence on what to write instead."""
+"""The mistakes of a first hour with Python, each answered by one sentence with the fix."""
 
 import re
 from collections.abc import Callable

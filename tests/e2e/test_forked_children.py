@@ -1,4 +1,4 @@
-"""A process that forks while it uses a Runtime: parent and child go on without each other's sockets."""
+"""A process that forks while it uses a Runtime: parent and child continue without each other's sockets."""
 
 import asyncio
 import multiprocessing

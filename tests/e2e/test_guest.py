@@ -1,4 +1,4 @@
-"""A Runtime inside a user's program: what belongs to the program stays as it is."""
+"""A Runtime inside a user's program: the global state of the program stays unchanged."""
 
 import asyncio
 import logging

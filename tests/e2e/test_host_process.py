@@ -1,4 +1,4 @@
-"""Processes that host user code: what it raises, holds up or blocks, and how they end."""
+"""Processes that host user code: its exceptions, its blocking calls, and the end of the process."""
 
 import asyncio
 import json

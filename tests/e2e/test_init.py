@@ -1,4 +1,4 @@
-"""`loom init`: what it creates, what it deletes, and what it refuses; the refusal of `loom up` and `loom phase run`."""
+"""`loom init`: its created and deleted streams, and its refusals; the refusals of `loom up` and `loom phase run`."""
 
 import asyncio
 import signal

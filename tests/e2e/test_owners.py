@@ -1,4 +1,4 @@
-"""Nodes of several owners in one cluster: what operators see of them, and how evidence follows a new name."""
+"""Nodes of several owners in one cluster: the views of operators, and evidence that follows a new name."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from loom.schemas.task import TaskAd
 
 @pytest.fixture(scope="module")
 def cluster(nats_url: str) -> Iterator[Cluster]:
-    """A node `coder` of the owner acme, which succeeds, beside one of the owner `local`, which fails."""
+    """A node `coder` of the owner acme, which succeeds, and one of the owner `local`, which fails."""
     namespace = f"t{secrets.token_hex(4)}"
     with background_cluster(nats_url, namespace, [node("coder", fail, code=0.9)]) as cluster:
         guests = running_nodes(

@@ -1,4 +1,4 @@
-"""The edges of a `loom` process: closed streams, process 1 of a container, an end that waits for nothing."""
+"""The edges of a `loom` process: closed streams, process 1 of a container, an exit that waits for nothing."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""The cluster and the commands of the README do what it shows; tests/e2e/test_pages.py runs its programs."""
+"""The cluster and the commands of the README have the shown results; tests/e2e/test_pages.py runs its programs."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""What outlives a program: records and what has been learned, in a store."""
+"""Records and learned profiles in a store outlive a program."""
 
 import asyncio
 import gc

@@ -1,4 +1,4 @@
-"""What a client hears of the parts of its own task."""
+"""Events about the subtasks of a task, as received by its client."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`loom up --processes`: what dies comes back, what stops leaves nothing."""
+"""`loom up --processes`: dead processes are restarted, and a stop leaves no process behind."""
 
 import asyncio
 import json
@@ -206,7 +206,7 @@ class Cluster:
         await until(reached, within_s=within_s, what=f"{task_id} is {state}")
 
     async def kill(self, pid: int) -> None:
-        """Kill a process; return when everybody is back, in time."""
+        """Kill a process; return when all processes run again, in time."""
         before = set(self.victims())
         with suppress(ProcessLookupError):  # the server and its guard go together
             os.kill(pid, signal.SIGKILL)

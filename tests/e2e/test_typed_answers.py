@@ -1,4 +1,4 @@
-"""Tasks handed in as they are meant, and answers in the type that is wanted."""
+"""Tasks submitted as texts, dicts or ads, and answers in the requested type."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""`loom up`: where its store is, who may use its server, and what its logs look like."""
+"""`loom up`: the place of its store, access to its server, and the format of its logs."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The nodes of examples/wire, which know NATS and JSON and nothing of loom: they win, work, and obey."""
+"""The nodes of examples/wire use NATS and JSON without loom: they win tasks, work, and obey stops."""
 
 import asyncio
 import shutil

@@ -1,4 +1,4 @@
-"""Addresses of servers: what is understood, and that no message repeats a part of a secret."""
+"""Addresses of servers: the accepted forms, and errors that repeat no part of a secret."""
 
 from urllib.parse import quote
 

@@ -1,4 +1,4 @@
-"""What people hand in as a task, and the type they want its answer in."""
+"""Ads: the accepted forms of a task, and the requested type of its answer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""An answer without text says why, and what surrounds an answer is no part of it."""
+"""An answer without text gives the reason, and text around an answer is removed."""
 
 import time
 from typing import Any

@@ -1,4 +1,4 @@
-"""What goes back to a model is accepted by strict servers, whatever the model wrote."""
+"""The history sent back to a model is accepted by strict servers, for any text of the model."""
 
 import asyncio
 import json

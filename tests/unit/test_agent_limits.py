@@ -1,4 +1,4 @@
-"""What a job may take, and that its cost is known however it ends."""
+"""The limits of a job, and its cost, which is known after every kind of end."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""Any object with complete or stream is a provider, and what it gives is read forgivingly."""
+"""Any object with complete or stream is a provider, and its results are read leniently."""
 
 import asyncio
 from collections.abc import AsyncIterator

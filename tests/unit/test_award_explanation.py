@@ -1,4 +1,4 @@
-"""Why the winner of an auction won, under each policy."""
+"""The explanation of an award, under each policy."""
 
 import re
 from typing import Any

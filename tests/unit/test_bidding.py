@@ -1,4 +1,4 @@
-"""What a host offers, whatever its nodes are: the same as if each of them had made a bid and the best were taken."""
+"""The offer of a host: for any nodes, it equals the best of the bids of all of them."""
 
 import asyncio
 from contextvars import copy_context

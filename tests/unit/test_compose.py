@@ -1,4 +1,4 @@
-"""compose.yaml, compose.cluster.yaml and the Dockerfile: their commands are loom's, and what they name is there."""
+"""compose.yaml, compose.cluster.yaml and the Dockerfile: their commands are loom's, and every named file exists."""
 
 import re
 import shlex

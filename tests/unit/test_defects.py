@@ -1,6 +1,7 @@
 """The classes of defect that an in-process library of this kind had, and the tests that keep each of them out.
 
-Most are elsewhere, beside what they test; what is here follows one run through agent, judge and profile.
+Most tests are in other modules, next to the code they test. The tests here follow one run through agent, judge and
+profile.
 """
 
 import ast

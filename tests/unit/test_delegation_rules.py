@@ -1,4 +1,4 @@
-"""Delegation without a bus: ids, grants, slots, the child's envelope and what it has spent."""
+"""Delegation without a bus: ids, grants, slots, the child's envelope and its spent tokens."""
 
 from typing import Any, cast
 

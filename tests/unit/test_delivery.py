@@ -1,4 +1,4 @@
-"""What the server says of a delivery, and when a message is suspect or dead."""
+"""Metadata of a delivery, and the limits after which a message is suspect or dead."""
 
 from datetime import datetime
 

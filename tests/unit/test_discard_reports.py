@@ -1,4 +1,4 @@
-"""What is counted of a host's messages that were left out, and how it reads."""
+"""The counts of a host's discarded messages, and their text."""
 
 import pytest
 from support.logs import capture_logs

@@ -1,4 +1,4 @@
-"""docs/agents.md: its tables have what the code has, and what they show is what happens."""
+"""docs/agents.md: its tables are complete, and their values are those of the code."""
 
 import dataclasses
 import re

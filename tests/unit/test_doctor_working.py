@@ -1,4 +1,4 @@
-"""What doctor makes of the reports of phases that answer."""
+"""The findings of doctor from the reports of phases that answer."""
 
 from typing import Any
 

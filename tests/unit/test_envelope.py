@@ -1,4 +1,4 @@
-"""The envelope: how hops are remembered, and what a record says of a task."""
+"""The envelope: its hops, and the result of a task from its record."""
 
 from typing import Any
 

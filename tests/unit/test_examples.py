@@ -1,4 +1,4 @@
-"""The examples do what they say, on the files they come with."""
+"""The examples give the documented results on the supplied files."""
 
 import importlib.util
 import shutil

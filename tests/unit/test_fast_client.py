@@ -1,4 +1,4 @@
-"""What a server sends is read alike however it comes in pieces, and what is sent is what the protocol says."""
+"""Bytes of a server are parsed alike in any pieces, and sent bytes follow the protocol."""
 
 from itertools import pairwise
 

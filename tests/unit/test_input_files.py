@@ -1,4 +1,4 @@
-"""Files users hand to the command line: what is read, and what is said of one that cannot be."""
+"""Files given to the command line: their contents, and the errors for unreadable ones."""
 
 import signal
 import sys

@@ -1,4 +1,4 @@
-"""The gate: many together, or one alone."""
+"""The shared-exclusive lock: many holders together, or one alone."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,7 +12,7 @@ from loom.bus.isolation import SharedExclusiveLock
 
 
 class Visitors:
-    """Tasks that enter a gate and stay until told."""
+    """Tasks that acquire the lock and hold it until `leave`."""
 
     def __init__(self) -> None:
         self.gate = SharedExclusiveLock()
@@ -203,8 +203,8 @@ def test_a_suspect_is_always_alone_and_an_open_gate_has_no_waiters(steps: list[t
                 alone = [name for name in guests.inside if name.endswith("alone")]
                 assert not alone or len(guests.inside) == 1
                 assert guests.inside or not there
-            while there:  # everybody gets in and out
-                await until(lambda: guests.inside, within_s=1, what="somebody enters")
+            while there:  # every task acquires and releases the lock
+                await until(lambda: guests.inside, within_s=1, what="a task has the lock")
                 there.remove(name := guests.inside[0])
                 await guests.leave(name)
 

@@ -1,4 +1,4 @@
-"""Award policies and what is learned, played out in small worlds without a bus."""
+"""Award policies and learning, simulated in small worlds without a bus."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ def known(node_id: str, mean: float, count: int) -> NodeProfile:
 
 
 def awarded(tasks: int, bids: Mapping[str, Bid], works: Callable[[int, str], float]) -> list[str]:
-    """Return who wins each task in turn, when everybody's work is judged before the next one comes."""
+    """Return the winner of each task in turn; all work is judged before the next task."""
     profiles: dict[str, NodeProfile] = {}
     winners = []
     for number in range(tasks):

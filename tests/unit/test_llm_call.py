@@ -1,4 +1,4 @@
-"""A phase's question to a model: bounded in time and tokens, asked twice at most, not at all while it is down."""
+"""A model request of a phase: bounded in time and tokens, sent twice at most, and not sent while the model is down."""
 
 import asyncio
 import time

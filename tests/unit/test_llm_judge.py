@@ -16,7 +16,7 @@ from loom.schemas.task import Accept, PhaseUsage, RunResult
 
 
 class Model:
-    """Says what it is told to, and keeps what it was asked."""
+    """Replies with a fixed text, and records its requests."""
 
     def __init__(self, reply: str) -> None:
         self.asked: list[CompletionParams] = []

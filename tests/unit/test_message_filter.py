@@ -1,4 +1,4 @@
-"""Which messages a tap shows, and how it writes them."""
+"""The messages shown by a tap, and their text."""
 
 import io
 import re
@@ -148,7 +148,7 @@ def test_every_family_that_concerns_one_phase_has_it() -> None:
 def test_deltas_follow_the_node_that_has_the_task() -> None:
     here = seen(HostAnnouncement(nodes=nodes("n1", "n2")), "host", "local", "h")
     traffic = (
-        delta("t1"),  # nobody has said yet whose it is
+        delta("t1"),  # its node is not known yet
         hop("t1", node="n1"),
         delta("t1"),
         delta("t2"),

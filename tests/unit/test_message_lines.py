@@ -1,4 +1,4 @@
-"""What the command line prints: printable, on one line, and an answer only once."""
+"""The output of the command line: printable, on one line, and an answer only once."""
 
 import asyncio
 import json
@@ -45,8 +45,12 @@ def test_line_breaks_and_tabs_are_printable_and_escapes_are_not() -> None:
         ([], "good night", "good night\n"),
         ([(1, "good ")], "good night", "good night\n"),  # the last piece was lost
         ([(1, "night")], "good night", "night\ngood night\n"),  # the first was
-        ([(1, "let me see. "), (1, "good night\n")], "good night", "let me see. good night\n"),  # said on the way
-        ([(1, "good "), (2, "good day")], "good day", "good \ngood day\n"),  # another node began anew
+        (
+            [(1, "let me see. "), (1, "good night\n")],
+            "good night",
+            "let me see. good night\n",
+        ),  # written before the result
+        ([(1, "good "), (2, "good day")], "good day", "good \ngood day\n"),  # another node started again
         ([(1, "a long story")], "a long", "a long story\n"),  # the result was cut
     ],
 )

@@ -1,4 +1,4 @@
-"""Hosts an auction waits for: in linear time, and made-up ones seldom."""
+"""The hosts that an auction waits for: found in linear time, and rarely made-up ones."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What the record of a task shows of its phases."""
+"""Phase events read from the record of a task."""
 
 import pytest
 from msgspec.structs import replace

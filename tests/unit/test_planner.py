@@ -234,7 +234,7 @@ async def test_a_providers_error_reaches_the_caller() -> None:
 
 
 class Runner:
-    """Executes subtasks as told and keeps what each was given."""
+    """Executes subtasks, fails the named ones, and records the inputs of each."""
 
     def __init__(self, *, failing: Sequence[str] = (), raising: BaseException | None = None) -> None:
         self.failing, self.raising = failing, raising

@@ -132,7 +132,7 @@ def test_a_failed_attempt_is_remembered_with_its_reason() -> None:
 
 
 def rate_limited(retry_after_s: float) -> Envelope:
-    """An attempt whose node was told to come back later, as it stands when nobody else bids."""
+    """An attempt whose node asked for a later retry, at the time when no other node bids."""
     limited = TaskError(code="agent_failed", message="too busy", retry_after_s=retry_after_s)
     decision = decided(replace(env(), error=limited), now=10)
     assert isinstance(decision, Retry)

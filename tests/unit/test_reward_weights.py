@@ -1,4 +1,4 @@
-"""Several judges of one attempt, weighed against one another: one task in what is learned."""
+"""Several judges of one attempt, weighed against one another: one task in the profile."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a run shows of its tasks, from messages that may be late, lost, or somebody else's."""
+"""The progress of the tasks of `loom run`, from messages that may be late, lost, or of other submitters."""
 
 from io import StringIO
 from typing import Any
@@ -138,15 +138,15 @@ def test_all_is_learned_once_every_reward_is_in_its_nodes_profile() -> None:
     state = board("one", "two")
     assert state.learned
 
-    state.end(result("one", "coder"))  # its reward may be heard later, or never
+    state.end(result("one", "coder"))  # its reward may arrive later, or never
     assert not state.learned
     state.see(reward("two", "writer"))
-    state.see(learned("coder", "one", "somebody-elses"))
+    state.see(learned("coder", "one", "foreign"))
     assert not state.learned
     state.see(learned("writer", "two"))
     assert state.learned
 
-    state.see(learned("stranger", "somebody-elses"))
+    state.see(learned("stranger", "foreign"))
     assert set(state.profiles) == {"coder", "writer"}
 
 
@@ -196,7 +196,7 @@ def test_a_divided_task_shows_how_far_its_parts_are() -> None:
         if state.see(message)
     ]
     assert state.see(part("c1", of="one", ended=True)) is row
-    assert state.see(part("c1", of="one", ended=True)) is None  # said twice
+    assert state.see(part("c1", of="one", ended=True)) is None  # received twice
 
     assert lines == [
         "one  scale  on coder  0 of 1 begun subtasks done",

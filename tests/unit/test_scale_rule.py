@@ -1,4 +1,4 @@
-"""Which tasks are SCALE's business: by what SENSE has written into the envelope, and by no setting."""
+"""The rule that sends a task to SCALE: it reads SENSE's estimate in the envelope, and no setting."""
 
 import inspect
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is taken as an agent, and what it is given."""
+"""The objects accepted as agents, and their arguments."""
 
 import functools
 import threading

@@ -1,4 +1,4 @@
-"""Which skill a task calls for, where skills have no trigger."""
+"""The choice of a skill for a task, for skills without a trigger."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Which node a request makes of the skills there are."""
+"""The node that a request creates from the known skills."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -18,7 +18,7 @@ from loom.types import AgentNode, Skill, SkillTrigger
 
 
 class Model:
-    """Says what it was told."""
+    """Replies with the texts of its messages."""
 
     async def complete(self, params: CompletionParams) -> CompletionResult:
         return CompletionResult(content=" / ".join(str(message.content) for message in params.messages))

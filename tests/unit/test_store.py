@@ -1,4 +1,4 @@
-"""Where a server's streams are kept, and who has them."""
+"""The store of a server's streams: its folder, its lock and its version."""
 
 import os
 import subprocess

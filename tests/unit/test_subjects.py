@@ -1,4 +1,4 @@
-"""Subjects: built and read in one place, and nothing gets into one that changes its shape."""
+"""Subjects: built and parsed in one place, and closed to tokens that change their shape."""
 
 import string
 

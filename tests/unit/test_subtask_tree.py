@@ -1,4 +1,4 @@
-"""A task's parts as a tree: whole, indented, and never longer than a screen bears."""
+"""A task's parts as a tree: complete, indented, and bounded in length."""
 
 import io
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a client may submit, how it is told what is wrong, and how a domain becomes a token."""
+"""Ads: the accepted fields, the errors for wrong ones, and the token of a domain."""
 
 import json
 import unicodedata

@@ -1,4 +1,4 @@
-"""What a record tells about a task's way."""
+"""The timeline of a task, from its record."""
 
 import pytest
 from hypothesis import given

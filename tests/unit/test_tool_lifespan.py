@@ -1,4 +1,4 @@
-"""What tools need open: opened once, closed by the task that opened it, opened again where it broke."""
+"""Resources of tools: opened once, closed by the opening task, and reopened after a failure."""
 
 import asyncio
 from collections.abc import AsyncIterator

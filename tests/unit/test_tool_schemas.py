@@ -1,4 +1,4 @@
-"""Tools that are described by a JSON Schema or a type, such as those of a tool server."""
+"""Tools that are described by a JSON Schema or a type, such as the tools of a tool server."""
 
 import base64
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""What an agent's stream may yield."""
+"""The values that an agent's stream may yield."""
 
 import time
 from collections.abc import AsyncIterator
