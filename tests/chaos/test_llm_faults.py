@@ -151,8 +151,8 @@ FAULTS: dict[str, Fault] = {
     "without end": fails(Reply(text="word " * 1000), contains="does not stop", config={"max_tokens": 10}),
     "no usage": succeeds(Reply(text="fine", usage=None), contains="fine", requests=1),
     # -- tools
-    "arguments that are no JSON": succeeds(wanting("add", "{a:"), echo, contains="not valid", requests=2),
-    "arguments that are no object": succeeds(wanting("add", "[1]"), echo, contains="not valid", requests=2),
+    "arguments that are not JSON": succeeds(wanting("add", "{a:"), echo, contains="not valid", requests=2),
+    "arguments that are not an object": succeeds(wanting("add", "[1]"), echo, contains="not valid", requests=2),
     "arguments of the wrong type": succeeds(
         wanting("add", '{"a": "x", "b": 1}'), echo, contains="not valid", requests=2
     ),

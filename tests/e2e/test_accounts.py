@@ -38,7 +38,7 @@ async def work(job: RunRequest) -> AsyncIterator[TextDelta]:
     yield TextDelta(text="done: ")
     if "late" in job.description:
         await asyncio.sleep(LATE_S)
-    if "for ever" in job.description:
+    if "endless" in job.description:
         await asyncio.Event().wait()
     yield TextDelta(text=job.description)
 
@@ -142,7 +142,7 @@ async def test_a_bare_client_in_an_account_gets_late_answers_deltas_and_results(
 
 async def test_another_account_reaches_neither_a_task_nor_its_id(clients: Clients) -> None:
     ann, other, operator = clients
-    ad = {"task_id": "t1", "domain": "code", "description": "for ever"}
+    ad = {"task_id": "t1", "domain": "code", "description": "endless"}
     assert (await ann.ask("loom.submit", {**ad, "wait": False}))["state"] == "accepted"
 
     async def running() -> bool:
@@ -167,9 +167,9 @@ async def test_another_account_reaches_neither_a_task_nor_its_id(clients: Client
 
 async def test_a_reply_subject_from_an_account_is_not_a_command_in_the_cluster(clients: Clients) -> None:
     ann, other, operator = clients
-    assert (
-        await ann.ask("loom.submit", {"task_id": "t1", "domain": "code", "description": "for ever", "wait": False})
-    )["state"] == "accepted"
+    assert (await ann.ask("loom.submit", {"task_id": "t1", "domain": "code", "description": "endless", "wait": False}))[
+        "state"
+    ] == "accepted"
     await operator.listen("_INBOX.victim.>")
     ad = {"task_id": "t2", "domain": "code", "description": "x"}
     for reply in (
@@ -230,7 +230,7 @@ async def test_a_runtime_in_an_account_needs_no_name_and_no_more_permissions_tha
     monkeypatch.setenv("NATS_URL", url_of("TEAM_A", address))
     async with Runtime() as rt:
         assert await rt.submit({"domain": "code", "description": "sort"}) == "done: sort"
-        handle = await rt.publish({"domain": "code", "description": "for ever"})
+        handle = await rt.publish({"domain": "code", "description": "endless"})
         assert (await handle.cancel()).state == "cancelled"
     refused = [record.getMessage() for record in caplog.records if "ermissions" in record.getMessage()]
     assert not refused
@@ -274,7 +274,7 @@ async def test_an_example_client_prints_the_text_and_the_result(
 async def test_an_example_client_reads_the_address_from_the_environment_and_cancels(
     address: str, words: tuple[str, ...], tmp_path: Path
 ) -> None:
-    async with command(tmp_path, *words, "for ever", NATS_URL=url_of("TEAM_B", address)) as client:
+    async with command(tmp_path, *words, "endless", NATS_URL=url_of("TEAM_B", address)) as client:
         await client.says("done: ")
         ended = await client.end(signal.SIGINT)
     assert ended.code == 1, ended.err

@@ -200,11 +200,11 @@ def test_doctor_counts_letters_until_they_are_dropped(
 def test_each_command_reports_missing_phases_or_a_missing_server(
     here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LOOM_NAMESPACE", "nobody-here")
+    monkeypatch.setenv("LOOM_NAMESPACE", "unused")
     for line in ("dead ls", "dead show 1", "dead retry 1", "dead rm 1"):
         ended = loom(line)
         assert (ended.code, ended.out) == (3, ""), line
-        assert ended.err.splitlines()[-1].startswith("bus_unavailable: no phases have run in namespace nobody"), line
+        assert ended.err.splitlines()[-1].startswith("bus_unavailable: no phases have run in namespace unused"), line
 
 
 def test_dead_without_a_command_lists_its_commands(loom: Loom) -> None:

@@ -134,7 +134,7 @@ class Boss:
 
 async def expert(job: RunRequest) -> str:
     if "fly" in job.description:
-        raise SubtaskFailed("nobody can fly")
+        raise SubtaskFailed("no agent can fly")
     return "an expert's four"
 
 

@@ -322,7 +322,7 @@ print("the program goes on")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("leave", ["pass", pytest.param("rt.dispose()", marks=pytest.mark.slow)])
-async def test_a_program_goes_on_after_a_runtime_whose_agent_ignores_its_cancel(tmp_path: Path, leave: str) -> None:
+async def test_a_program_continues_after_a_runtime_whose_agent_ignores_its_cancel(tmp_path: Path, leave: str) -> None:
     (tmp_path / "program.py").write_text(PROGRAM.replace("{leave}", leave))
     async with command(tmp_path, sys.executable, str(tmp_path / "program.py")) as program:
         ended = await program.end()

@@ -86,7 +86,9 @@ def test_filters_accept_a_node_with_its_owner_and_local_nodes_in_both_forms(here
     assert loom("task ls --node coder").out == "no such task among those of the last 72 hours\n"
 
 
-def test_a_person_judges_under_the_name_of_its_own(here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_person_judges_under_the_configured_source(
+    here: Cluster, loom: Loom, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOOM_SOURCE", "alice")
     assert loom("reward add t1 0.5").out == "0.50 for acme.coder in code\n"
     assert "by alice" in loom("reward ls --node acme.coder").out
@@ -98,7 +100,7 @@ async def _judged(cluster: Cluster) -> None:
     assert [(one.reward_id, one.owner) for one in given] == [("t1:1:alice", "acme")]
 
 
-def test_a_node_with_a_new_name_takes_its_evidence_along_once(here: Cluster, loom: Loom) -> None:
+def test_a_renamed_node_takes_its_evidence_along_once(here: Cluster, loom: Loom) -> None:
     moved = loom("node move acme.coder beta.writer")
     assert moved.code == 0, moved
     assert re.fullmatch(r"acme\.coder → beta\.writer: code [01]\.\d\d of 2 rewards, as one observation\n", moved.out)

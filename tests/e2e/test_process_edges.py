@@ -150,9 +150,7 @@ async def test_orphans_of_agents_do_not_stay_zombies_under_process_1(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loop", ["asyncio", "auto"])
-async def test_a_process_whose_server_has_a_name_that_takes_long_to_look_up_ends_at_once(
-    loop: str, tmp_path: Path
-) -> None:
+async def test_a_process_with_a_slow_lookup_of_its_servers_name_ends_at_once(loop: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import socket, time\nsocket.getaddrinfo = lambda *_, **__: time.sleep(60)\n"
     )

@@ -1,4 +1,4 @@
-"""The seed's own document: its snippets run as written."""
+"""The document of loom-agent 0.6: its snippets run as written."""
 
 import ast
 import inspect

@@ -87,7 +87,7 @@ async def test_a_task_without_bids_is_answered_by_its_matching_skill(
     assert not cluster.nodes
 
 
-async def test_a_node_that_can_bid_keeps_the_skill_at_rest_and_a_required_tool_calls_it(
+async def test_a_bidding_node_keeps_the_skill_unused_and_a_required_tool_starts_it(
     phases: Bus, provider: OpenAIProvider
 ) -> None:
     runtime = Runtime(provider)

@@ -113,7 +113,7 @@ def test_any_credentials_come_back_from_their_percent_encoding(user: str, passwo
 
 
 @given(st.text(LETTERS, max_size=60), st.sampled_from(["", "nats://", "tls://u:", "nats://a:1,", "nats://u:p@"]))
-def test_any_text_is_addresses_or_one_sentence(text: str, prefix: str) -> None:
+def test_any_text_gives_addresses_or_one_sentence(text: str, prefix: str) -> None:
     try:
         addresses = parse_addresses(prefix + text)
     except BusUnavailable:

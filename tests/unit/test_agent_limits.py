@@ -206,7 +206,7 @@ async def test_calls_without_end_are_a_failure() -> None:
         await events_of(provider.agent(add, max_tokens=10))
 
 
-async def test_a_whole_answer_longer_than_asked_for_is_an_answer() -> None:
+async def test_a_whole_answer_above_the_requested_length_is_an_answer() -> None:
     result = (
         await Scripted([StreamChunk(text="x" * 100_000, finish_reason="stop")])
         .agent(stream=False, max_tokens=10)

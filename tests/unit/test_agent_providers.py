@@ -129,7 +129,7 @@ async def test_a_tool_call_may_come_in_any_of_these_forms(pieces: list[Any]) -> 
     assert provider.asked[1].messages[-1].content == "5"
 
 
-async def test_calls_may_come_one_by_one() -> None:
+async def test_calls_may_arrive_one_by_one() -> None:
     calls = [ToolCall(id=f"c{n}", name="add", arguments=f'{{"a":{n},"b":0}}') for n in range(3)]
     provider = Scripted([StreamChunk(tool_call=call) for call in calls], ["done"])
     await events_of(provider.agent(add))

@@ -34,7 +34,7 @@ async def test_tools_run_until_the_model_answers(server: OpenAIServer, make: Mak
     assert server.requests[1].messages[-3]["tool_calls"][0]["function"]["name"] == "add"
 
 
-async def test_calls_of_one_round_run_side_by_side(server: OpenAIServer, make: MakeAgent) -> None:
+async def test_calls_of_one_round_run_concurrently(server: OpenAIServer, make: MakeAgent) -> None:
     both = asyncio.Barrier(2)
 
     async def meet(name: str) -> str:

@@ -34,7 +34,7 @@ def decided(rec: TaskRecord, message: Envelope) -> Claimed | Superseded:
         (2, env(2), True),
     ],
 )
-def test_a_higher_attempt_is_taken_and_the_same_one_on_its_host_is_attached_to(
+def test_a_higher_attempt_is_claimed_and_the_same_one_on_its_host_is_attached(
     held: int, message: Envelope, attached: bool
 ) -> None:
     verdict = decided(record(held), message)
@@ -91,7 +91,7 @@ def test_the_same_host_id_of_another_owner_is_another_host() -> None:
         (1, replace(env(3, "n2", "h2"), last_error=TaskError(code="agent_failed")), True),
     ],
 )
-def test_a_claim_supersedes_the_attempt_whose_last_event_may_not_have_come(
+def test_a_claim_supersedes_the_attempt_whose_last_event_may_be_missing(
     held: int, message: Envelope, superseded: bool
 ) -> None:
     verdict = decided(record(held), message)

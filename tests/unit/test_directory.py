@@ -99,7 +99,7 @@ async def test_a_host_that_announces_its_drain_is_not_awaited_any_more(roster: H
     assert roster.host_of("n1") is None
 
 
-async def test_hosts_of_two_owners_may_have_one_id_and_neither_speaks_for_the_other(roster: HostDirectory) -> None:
+async def test_hosts_of_two_owners_may_share_an_id_and_stay_separate(roster: HostDirectory) -> None:
     announce(roster, "h1", "n1")
     announce(roster, "h1", "n1", owner="acme")
     assert roster.awaited_hosts() == {key("h1"), key("h1", "acme")}
@@ -120,7 +120,7 @@ async def test_an_announcement_that_was_overtaken_is_ignored_until_its_host_begi
     assert roster.host_of("n1") == key("h1")
 
 
-async def test_a_host_of_plain_nodes_alone_is_there_and_not_waited_for(roster: HostDirectory) -> None:
+async def test_a_host_of_plain_nodes_alone_is_listed_and_not_awaited(roster: HostDirectory) -> None:
     plain = HostAnnouncement(nodes=(AnnouncedNode(node_id="sh", plain=True),))
     roster._on_announcement(Msg("loom.host.local.p1", data=encode(plain)))
     assert (roster.awaited_hosts(), roster.only_plain, roster.host_of("sh")) == (set(), True, key("p1"))

@@ -89,7 +89,7 @@ def test_a_reward_older_than_a_full_window_is_ignored_but_counts_as_read() -> No
     assert (late.domains, late.total_tasks, late.consecutive_losses) == (full.domains, full.total_tasks, 0)
 
 
-def test_a_late_reward_takes_its_place_by_age_while_there_is_room() -> None:
+def test_a_late_reward_is_ordered_by_age_within_the_window() -> None:
     profile = folded([reward("b", ended_at=2.0), reward("c", ended_at=3.0), reward("a", ended_at=1.0)])
     assert [entry.attempt_id[0] for entry in profile.domains["code"].scores] == ["a", "b", "c"]
 

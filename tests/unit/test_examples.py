@@ -218,14 +218,14 @@ def test_the_tools_read_no_other_files_either(agents: ModuleType) -> None:
 # -- tasks and nodes -------------------------------------------------------------------------------------------------
 
 
-def test_there_are_tasks_of_three_domains_and_some_that_name_none() -> None:
+def test_the_tasks_have_three_domains_and_some_name_none() -> None:
     assert len(TASKS) >= 12
     assert len({ad.task_id for ad in TASKS}) == len(TASKS)
     assert {ad.domain for ad in TASKS} == {"data", "code", "writing", ""}
 
 
 @pytest.mark.parametrize("ad", TASKS, ids=lambda ad: ad.task_id)
-def test_the_thorough_agent_of_its_kind_meets_what_each_task_accepts(agents: ModuleType, ad: TaskAd) -> None:
+def test_the_thorough_agent_of_each_domain_gives_accepted_answers(agents: ModuleType, ad: TaskAd) -> None:
     work = {".csv": agents.thorough_data, ".py": agents.thorough_code, ".txt": agents.thorough_writing}
     content = work[Path(ad.context["file"]).suffix](
         RunRequest(task_id=ad.task_id, description=ad.description, context=ad.context)

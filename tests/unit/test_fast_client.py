@@ -77,7 +77,7 @@ def test_headers_come_back_as_they_were_sent(headers: dict[str, str]) -> None:
     assert parse_headers(format_headers(headers)) == headers
 
 
-def test_a_value_cannot_smuggle_in_a_header_of_its_own() -> None:
+def test_a_value_cannot_inject_a_header() -> None:
     block = format_headers({"traceparent": "a\r\nNats-Msg-Id: mine\r\n\r\nbody"})
     assert parse_headers(block) == {"traceparent": "a Nats-Msg-Id: mine  body"}
 

@@ -101,7 +101,7 @@ def test_a_node_that_begins_to_fail_loses_its_share_within_tens_of_tasks() -> No
     assert winners[120:].count("turning") <= 18
 
 
-# -- load is weighed, and is no trump
+# -- load is weighed, and not decisive
 
 
 @given(st.floats(0, 0.99), st.floats(0, 0.4), st.floats(0.5, 0.6), st.integers(20, 120))

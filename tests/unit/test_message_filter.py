@@ -92,7 +92,7 @@ def through(sieve: MessageFilter, *traffic: TappedMessage) -> list[int]:
     return [index for index, message in enumerate(traffic) if sieve.passes(message)]
 
 
-def test_without_a_wish_everything_passes() -> None:
+def test_a_filter_without_criteria_passes_every_message() -> None:
     assert through(MessageFilter(), hop("t1"), delta("t2"), REWARD, learned("n1")) == [0, 1, 2, 3]
 
 
@@ -190,7 +190,7 @@ def test_the_number_of_remembered_tasks_is_bounded(monkeypatch: pytest.MonkeyPat
 
 
 @given(st.sampled_from(sorted(SHAPES)).flatmap(lambda family: st.tuples(st.just(family), messages(SHAPES[family]))))
-def test_any_message_can_be_sifted(sample: tuple[str, Any]) -> None:
+def test_any_message_can_be_filtered(sample: tuple[str, Any]) -> None:
     family, message = sample
     names = next(each.tokens for each in FAMILIES if each.name == family)
 
@@ -252,7 +252,7 @@ def test_a_sparkline_has_a_bar_per_score_and_higher_ones_for_better(scores: list
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
 
 
-def test_a_node_is_asked_for_with_its_owner() -> None:
+def test_a_node_is_selected_with_its_owner() -> None:
     announced = seen(HostAnnouncement(nodes=nodes("coder")), "host", "acme", "h1")
     award = Award(node_id="coder", owner="acme", host_id="h1")
     ad = TaskAd(task_id="t1", description="x")

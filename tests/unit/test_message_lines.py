@@ -27,7 +27,7 @@ from loom.schemas.task import TaskAd
 
 
 @given(st.text(), st.integers(min_value=1, max_value=50))
-def test_one_line_is_one_line_no_longer_than_asked_and_steers_no_terminal(text: str, most: int) -> None:
+def test_one_line_is_within_its_length_and_has_no_control_characters(text: str, most: int) -> None:
     line = one_line(text, most)
 
     assert len(line) <= most

@@ -53,7 +53,7 @@ def test_the_trend_is_that_of_the_newest_ten() -> None:
     assert in_domain(folded(1.0).domains["code"]).trend == 0
 
 
-def test_without_evidence_there_is_neither_mean_nor_interval_nor_trend() -> None:
+def test_without_evidence_mean_interval_and_trend_are_none() -> None:
     known = in_domain(DomainEvidence())
     assert (known.mean, known.uncertainty, known.trend) == (None, None, None)
 

@@ -100,7 +100,7 @@ async def test_the_request_has_every_given_parameter(server: OpenAIServer, provi
     assert asked.body["response_format"]["json_schema"]["schema"] == {"type": "object"}
 
 
-async def test_an_answer_of_a_schema_can_be_asked_for(provider: OpenAIProvider) -> None:
+async def test_a_schema_of_the_answer_can_be_requested(provider: OpenAIProvider) -> None:
     schema = {
         "type": "object",
         "properties": {"complexity": {"type": "number"}, "domains": {"type": "array", "items": {"type": "string"}}},

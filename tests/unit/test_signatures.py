@@ -79,7 +79,7 @@ def subclass(text: Words) -> str:
         lambda task: task,
     ],
 )
-def test_the_text_is_given_where_text_is_meant(fn: Callable[..., Any]) -> None:
+def test_an_argument_for_text_gets_the_text(fn: Callable[..., Any]) -> None:
     assert takes_text(fn)
 
 
@@ -112,7 +112,7 @@ def postponed_job(x: "RunRequest") -> str:
         lambda run: run,
     ],
 )
-async def test_the_job_is_given_where_the_job_is_meant(fn: Callable[..., Any]) -> None:
+async def test_an_argument_for_the_job_gets_the_job(fn: Callable[..., Any]) -> None:
     assert not takes_text(fn)
 
 
@@ -162,7 +162,7 @@ def test_a_function_that_wants_neither_text_nor_a_job_is_refused(kind: Any, show
 
 
 @pytest.mark.parametrize("kind", [object, Named, OwnJob, RunRequest | int, "Unfound", TypeVar("T")])
-def test_the_job_is_given_where_it_may_be_meant(kind: Any) -> None:
+def test_an_ambiguous_argument_gets_the_job(kind: Any) -> None:
     def wants(x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         return x
 

@@ -375,7 +375,7 @@ def test_a_plan_may_be_given_as_a_list_as_an_object_or_as_text() -> None:
 
 
 @given(dags(), st.randoms(use_true_random=False), st.booleans())
-def test_a_plan_that_is_done_takes_in_the_ends_of_its_subtasks_and_changes_nothing_else(
+def test_a_done_plan_records_ends_of_subtasks_and_changes_nothing_else(
     parts: Sequence[Subtask],
     dice: random.Random,
     parent_ended: bool,
