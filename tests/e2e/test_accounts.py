@@ -19,11 +19,12 @@ from support.command import command
 from support.configured import configured_server
 from support.javascript import javascript_folder
 from support.nodes import node
+from support.services import running_phases
 from support.wait import until
 
 from loom import Runtime
 from loom.bus.bus import Bus
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.config import ClusterConfig
 from loom.schemas.events import TextDelta
 from loom.schemas.run import RunRequest
@@ -275,7 +276,7 @@ async def test_an_example_client_reads_the_address_from_the_environment_and_canc
     address: str, words: tuple[str, ...], tmp_path: Path
 ) -> None:
     async with command(tmp_path, *words, "endless", NATS_URL=url_of("TEAM_B", address)) as client:
-        await client.says("done: ")
+        await client.wait_for_output("done: ")
         ended = await client.end(signal.SIGINT)
     assert ended.code == 1, ended.err
     result = json.loads(ended.out.splitlines()[-1])

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 from support.nodes import echo, fail, node
 from support.openai_server import OpenAIServer, Reply
+from support.services import running_phases
 from support.wait import until
 
 from loom import (
@@ -27,7 +28,6 @@ from loom import (
 from loom.bus.bus import Bus
 from loom.bus.queries import recent_records
 from loom.compat.planner import TaskPlanner
-from loom.runner.services import running_phases
 from loom.schemas.errors import InvalidTask
 from loom.schemas.llm import AssistantMessage
 from loom.schemas.run import RunRequest

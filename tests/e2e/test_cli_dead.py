@@ -192,7 +192,7 @@ def test_doctor_counts_letters_until_they_are_dropped(
         assert loom("dead rm 1") == (0, "letter 1 removed\n", "")
         assert loom("dead ls").out == "no dead letters\n"
 
-    assert (finding.about, finding.says) == ("dead letters", "1 wait")
+    assert (finding.about, finding.message) == ("dead letters", "1 wait")
     assert "loom dead ls" in finding.todo
     assert "\x1b" not in shown.out + shown.err
 

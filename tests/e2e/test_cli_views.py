@@ -24,7 +24,8 @@ from loom.bus.rewards import RewardBus
 from loom.schemas.base import decode
 from loom.schemas.errors import UnknownTask
 from loom.schemas.identity import node_key
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.plan import SplitPlan
 from loom.schemas.record import TaskRecord
 from loom.schemas.run import RunRequest
@@ -280,13 +281,13 @@ async def test_a_tap_prints_past_messages_and_then_new_ones_that_match(here: Clu
         command(tmp_path, *LOOM, "tap", "--since", "1h", "--node", "good", **where) as tap,
         command(tmp_path, *LOOM, "reward", "ls", "--follow", "--limit", "1", "--json", **where) as rewards,
     ):
-        await tap.says("for t1, by rules")
-        await rewards.says("reward_id")
+        await tap.wait_for_output("for t1, by rules")
+        await rewards.wait_for_output("reward_id")
         ad = TaskAd(task_id="t9", description="x", domain="quiet", node_id="good")
         handle = await asyncio.to_thread(here.do, task_client.publish(here.bus, ad))
-        await tap.says("for t9, by rules")
-        await tap.says(f"{'result':<16} t9 ")
-        await rewards.says('"task_id":"t9"')
+        await tap.wait_for_output("for t9, by rules")
+        await tap.wait_for_output(f"{'result':<16} t9 ")
+        await rewards.wait_for_output('"task_id":"t9"')
         ended = await tap.end(signal.SIGINT)
         assert (await rewards.end(signal.SIGINT)).code == 130
     await asyncio.to_thread(here.do, handle.close())
@@ -406,11 +407,11 @@ async def _is_known(cluster: Cluster, task_id: str) -> bool:
 async def test_a_task_list_follows_changes(here: Cluster, tmp_path: Path) -> None:
     where = {"NATS_URL": here.url, "LOOM_NAMESPACE": here.namespace}
     async with command(tmp_path, *LOOM, "task", "ls", "--follow", "--text", "followed", **where) as tasks:
-        await tasks.says("no such task")
+        await tasks.wait_for_output("no such task")
         for task_id in ("followed-1", "unseen"):
             ad = TaskAd(task_id=task_id, description="x", domain="quiet", node_id="good")
             await asyncio.to_thread(here.do, _publish(here, ad))
-        await tasks.says("succeeded")
+        await tasks.wait_for_output("succeeded")
         ended = await tasks.end(signal.SIGINT)
 
     assert ended.code == 130
@@ -437,7 +438,7 @@ async def test_a_stopping_host_reports_its_running_tasks_at_once(here: Cluster, 
     )
     where = {"NATS_URL": here.url, "LOOM_NAMESPACE": here.namespace, "LOOM_DRAIN_TIMEOUT_S": "1"}
     async with command(tmp_path, *LOOM, "host", "run", str(tmp_path / "endless.py"), **where) as host:
-        await host.says("endless on nats")
+        await host.wait_for_output("endless on nats")
         ad = TaskAd(task_id="long", description="x", domain="t", node_id="endless")
         await asyncio.to_thread(here.do, _publish(here, ad))
         await asyncio.to_thread(here.do, until(lambda: _runs(here, "long"), what="the run has begun"))

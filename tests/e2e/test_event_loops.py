@@ -29,7 +29,7 @@ from loom.bus.natsio.loop_ownership import WrongEventLoop
 from loom.compat.planner import TaskPlanner
 from loom.schemas.base import new_id
 from loom.schemas.errors import AgentFailed, BusUnavailable, LoomError
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.types import CapabilityProfile
 
 SUM = TaskAd(domain="code", description="sum", timeout_s=20)

@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 from support.openai_server import OpenAIServer, Reply, Request
+from support.services import running_phases
 
 from loom import OpenAIProvider, Runtime, TaskAd
 from loom.agents.llm.agent import Agent
-from loom.runner.services import running_phases
 from loom.schemas.config import ClusterConfig
 from loom.types import Accept, CapabilityProfile, TaskResult
 

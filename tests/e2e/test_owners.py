@@ -16,7 +16,7 @@ from loom.bus import task_client
 from loom.bus.rewards import RewardBus
 from loom.runner.services import running_nodes
 from loom.schemas.identity import Identity
-from loom.schemas.learning import NodeProfile
+from loom.schemas.learning.profile import NodeProfile
 from loom.schemas.task import TaskAd
 
 

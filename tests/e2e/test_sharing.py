@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 from support.nodes import Counting, node
+from support.services import running_phases
 
 from loom import Runtime
 from loom.bus import task_client
 from loom.bus.bus import Bus
-from loom.runner.services import running_nodes, running_phases
+from loom.runner.services import running_nodes
 from loom.schemas.envelope import PHASES
 from loom.schemas.task import TaskAd
 from loom.types import CapabilityProfile

@@ -22,7 +22,7 @@ from loom.bus.natsio.transport.message import Msg
 from loom.compat.planner import TaskPlanner
 from loom.schemas.auction import RetireRequest
 from loom.schemas.base import decode
-from loom.schemas.learning import Lifecycle
+from loom.schemas.learning.lifecycle import Lifecycle
 from loom.types import Done, PhaseEvent, Skill, SkillTrigger
 
 WITHIN_S = 30

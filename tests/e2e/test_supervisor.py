@@ -227,7 +227,7 @@ WHOLE = Counter(PHASES) + Counter(["execute"])
 async def cluster(folder: Path, store: str) -> AsyncIterator[Cluster]:
     words = ("up", "--processes", "--replicas", "execute=2", "--port", "0")
     async with command(folder, *LOOM, *words, LOOM_STORE=store) as up:
-        await up.says("loom is up on")
+        await up.wait_for_output("loom is up on")
         url = re.findall(r"nats://\S+:\d+", up.err)[0]
         async with Bus(url) as bus:
             running = Cluster(up, bus)

@@ -32,7 +32,7 @@ async def test_a_server_started_here_flushes_as_often_as_set(tmp_path: Path) -> 
 
     async def settings(ready_line: str, *words: str) -> str:
         async with command(tmp_path, *words, LOOM_SYNC_INTERVAL="always") as running:
-            await running.says(ready_line)
+            await running.wait_for_output(ready_line)
             return _server_settings(running.process.pid)
 
     texts = await asyncio.gather(

@@ -11,7 +11,8 @@ from loom.phases.evaluate.rewards import reward_for
 from loom.phases.sense.calibration_reader import calibrated
 from loom.schemas.auction import Award
 from loom.schemas.envelope import Envelope, Spec
-from loom.schemas.learning import Calibration, Reward
+from loom.schemas.learning.calibration import Calibration
+from loom.schemas.learning.reward import Reward
 from loom.schemas.task import RunResult, TaskAd, TaskError
 
 NEW = Calibration(domain_token="code")

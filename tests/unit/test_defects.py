@@ -24,7 +24,8 @@ from loom.phases.evaluate.rewards import reward_for
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import LoomError
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.run import RunRequest
 
 TESTS = Path(__file__).parents[1]
@@ -66,7 +67,7 @@ COVERED = {
         "e2e/test_learning.py::test_a_domains_bias_is_read_under_the_key_it_is_written_under"
     ],
     "outputs that are not passed along": [
-        "bus/test_plans.py::test_what_waits_begins_as_soon_as_its_own_needs_are_met",
+        "bus/test_plans.py::test_a_waiting_subtask_begins_as_soon_as_its_own_needs_are_met",
         "unit/test_planner.py::test_dependents_get_the_outputs_of_their_dependencies_and_no_others",
         "unit/test_agent.py::test_the_request_has_prompt_task_context_and_inputs",
         "e2e/test_division.py::test_a_diamond_runs_on_two_node_processes_and_is_put_together",

@@ -94,10 +94,10 @@ def test_without_a_limit_an_agent_grants_any_budget() -> None:
 def test_a_grant_is_half_of_the_rest_or_the_requested_amount_within_the_rest() -> None:
     one = delegator(token_budget=100)
     assert (one._grant(None), one._grant(30), one._grant(1000)) == (50, 30, 100)
-    one.own_tokens = 40
+    one.report_tokens(40)
     one.run.add_tokens(TaskResult(task_id="c", state="succeeded", prompt_tokens=10, completion_tokens=20))
     assert one._grant(1000) == 30
-    one.own_tokens = 70
+    one.report_tokens(70)
     with pytest.raises(BudgetExceeded, match="none of the task's 100 tokens"):
         one._grant(1)
 

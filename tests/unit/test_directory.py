@@ -21,7 +21,7 @@ from loom.phases.match.offers import UncheckedOffer
 from loom.phases.match.partial_decoding import PartialProfile
 from loom.schemas.auction import AnnouncedNode, HostAnnouncement, Offer
 from loom.schemas.base import Undecodable, decode, encode
-from loom.schemas.learning import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
 
 
 class Clock:

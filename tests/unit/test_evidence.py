@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from loom.phases.adapt.evidence import apply_reward, change_between, summary
 from loom.schemas.base import decode, encode
-from loom.schemas.learning import MAX_DOMAINS, WINDOW, NodeProfile, Reward
+from loom.schemas.learning.profile import MAX_DOMAINS, WINDOW, NodeProfile
+from loom.schemas.learning.reward import Reward
 
 EMPTY = NodeProfile(node_id="n1")
 

@@ -16,7 +16,8 @@ from loom.bus.host_directory import HostKey
 from loom.phases.adapt.evidence import apply_reward
 from loom.phases.match.scoring import AuctionContext, award
 from loom.schemas.auction import Bid
-from loom.schemas.learning import DomainEvidence, NodeProfile, Reward, Score
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.reward import Reward
 
 OTHER_SEEDS = range(3000, 3020)
 NEVER = 10**6

@@ -22,7 +22,8 @@ from loom.runner.cli.views.message_lines import MessageLines
 from loom.schemas.auction import Award, HostAnnouncement
 from loom.schemas.envelope import PHASES, Envelope, Spec, Split
 from loom.schemas.events import TextDelta
-from loom.schemas.learning import Lifecycle, Reward
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.reward import Reward
 from loom.schemas.run import Delta, RunRequest
 from loom.schemas.task import TaskAd, TaskResult
 

@@ -52,7 +52,11 @@ from loom.schemas.dead_letter import DeadLetter
 from loom.schemas.envelope import Envelope
 from loom.schemas.errors import LoomError
 from loom.schemas.events import Done, ErrorEvent, SubtaskEvent
-from loom.schemas.learning import Calibration, Lease, Lifecycle, NodeProfile, Reward
+from loom.schemas.learning.calibration import Calibration
+from loom.schemas.learning.lease import Lease
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.plan import SplitPlan, Subtask, parse_plan
 from loom.schemas.record import TaskRecord
 from loom.schemas.run import Delta, RunEvent, RunRequest, read_events

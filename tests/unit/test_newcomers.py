@@ -17,7 +17,8 @@ from loom.phases.match.newcomers import Newcomers
 from loom.phases.match.scoring import AuctionContext, award, score
 from loom.schemas.auction import Award, Bid
 from loom.schemas.envelope import Envelope, FailedAttempt
-from loom.schemas.learning import DomainEvidence, NodeProfile, Reward, Score
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.reward import Reward
 
 Named = tuple[HostKey, Bid]
 TASKS = 50

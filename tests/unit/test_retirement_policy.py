@@ -12,7 +12,8 @@ from loom.phases.adapt.retirement_policy import due_retirements, heir, inherited
 from loom.phases.shared.node_health import health
 from loom.schemas.auction import ChildState
 from loom.schemas.config import ClusterConfig
-from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile, Reward, Score
+from loom.schemas.learning.profile import WINDOW, DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.reward import Reward
 
 CONFIG = ClusterConfig(idle_timeout_s=60, min_nodes=1)
 OLD = {"age_s": 1000.0}

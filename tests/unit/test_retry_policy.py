@@ -21,7 +21,7 @@ from loom.phases.evaluate.rewards import implied_rewards, reward_for
 from loom.schemas.config import ClusterConfig
 from loom.schemas.envelope import IN_HAND_S, MAX_CAUSE_CHARS, Claim, Envelope, FailedAttempt, Opinion, RejectedResult
 from loom.schemas.errors import BY_CODE
-from loom.schemas.learning import judgement
+from loom.schemas.learning.judgement import judgement
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import Accept, RunResult, TaskError, TaskResult
 

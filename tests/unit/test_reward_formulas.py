@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loom.compat.reward_formulas import RewardBus
-from loom.schemas.learning import WINDOW
+from loom.schemas.learning.profile import WINDOW
 from loom.types import AgentNode, CapabilityProfile, RewardSignal, TaskAd
 
 CODE = TaskAd(task_id="t", domain="code", description="x", token_budget=1000)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from loom.phases.adapt.evidence import apply_reward
 from loom.phases.adapt.reward_weights import MAX_SOURCES, weights_of
 from loom.schemas.base import decode, encode
-from loom.schemas.learning import NodeProfile, Reward
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 
 EMPTY = NodeProfile(node_id="n1")
 LONG = "the-security-review-of-the-platform-team"

@@ -13,7 +13,9 @@ from loom.runner.cli.views.run_state import RunState
 from loom.schemas.auction import Award
 from loom.schemas.envelope import Envelope, Spec, Split
 from loom.schemas.events import TextDelta
-from loom.schemas.learning import Lifecycle, NodeProfile, Reward
+from loom.schemas.learning.lifecycle import Lifecycle
+from loom.schemas.learning.profile import NodeProfile
+from loom.schemas.learning.reward import Reward
 from loom.schemas.notices import ParentEnded, SubtaskEnded
 from loom.schemas.run import Delta
 from loom.schemas.task import Submission, TaskAd, TaskResult

@@ -23,7 +23,7 @@ from loom.phases.match.scoring import (
 )
 from loom.schemas.auction import Bid
 from loom.schemas.envelope import Envelope
-from loom.schemas.learning import DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.profile import DomainEvidence, NodeProfile, Score
 
 H1, H2 = key("h1"), key("h2")
 

@@ -6,7 +6,8 @@ from loom.phases.adapt.rebuild import start_of
 from loom.phases.adapt.reward_weights import ID_LENGTH
 from loom.phases.adapt.snapshots import snapshot_of
 from loom.schemas.base import MAX_MESSAGE_BYTES, decode, encode
-from loom.schemas.learning import MAX_DOMAINS, WINDOW, NodeProfile, Reward, Score, Snapshot
+from loom.schemas.learning.profile import MAX_DOMAINS, WINDOW, NodeProfile, Score
+from loom.schemas.learning.reward import Reward, Snapshot
 
 LONGEST = 178
 """Bytes an entry takes at most."""

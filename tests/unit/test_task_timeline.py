@@ -6,7 +6,7 @@ from support.strategies import messages
 
 from loom.runner.cli.views.task_timeline import attempts, submitted_at, tries, turns
 from loom.schemas.envelope import MAX_HOPS, Claim, Envelope, FailedAttempt, Hop, Split
-from loom.schemas.learning import Reward
+from loom.schemas.learning.reward import Reward
 from loom.schemas.record import TaskRecord
 from loom.schemas.task import RunResult, TaskAd, TaskError
 

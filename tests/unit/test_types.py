@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from loom.nodes import unit
 from loom.schemas.base import decode, encode
-from loom.schemas.learning import WINDOW, DomainEvidence, NodeProfile, Score
+from loom.schemas.learning.profile import WINDOW, DomainEvidence, NodeProfile, Score
 from loom.schemas.tokens import domain_token
 from loom.types import AgentNode, CapabilityProfile, SkillTrigger, TaskAd
 
