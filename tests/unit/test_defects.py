@@ -1,6 +1,7 @@
 """The classes of defect that an in-process library of this kind had, and the tests that keep each of them out.
 
-Most are elsewhere, beside what they test; what is here follows one run through agent, judge and profile.
+Most tests are in other modules, next to the code they test. The tests here follow one run through agent, judge and
+profile.
 """
 
 import ast
@@ -67,12 +68,12 @@ COVERED = {
     ],
     "outputs that are not passed along": [
         "bus/test_plans.py::test_a_waiting_subtask_begins_as_soon_as_its_own_needs_are_met",
-        "unit/test_planner.py::test_dependents_get_the_outputs_they_asked_for_and_no_others",
+        "unit/test_planner.py::test_dependents_get_the_outputs_of_their_dependencies_and_no_others",
         "unit/test_agent.py::test_the_request_has_prompt_task_context_and_inputs",
         "e2e/test_division.py::test_a_diamond_runs_on_two_node_processes_and_is_put_together",
     ],
     "memories mixed between tasks at the same time": [
-        "unit/test_agent.py::test_jobs_at_the_same_time_never_see_each_other",
+        "unit/test_agent.py::test_concurrent_jobs_are_isolated",
         "bus/test_host.py::test_two_tasks_at_once_never_see_each_others_text",
     ],
     "an idle novice beating a better busy expert": [
