@@ -1,4 +1,4 @@
-"""The continuous pull: a bounded window, kept full, through restarts and without fuss."""
+"""The continuous pull: a bounded window, kept full, through restarts and without idle requests."""
 
 import asyncio
 import contextlib
@@ -93,7 +93,7 @@ async def consumer_info(bus: Bus) -> dict[str, Any]:
 
 
 async def quiet(bus: Bus) -> None:
-    """Return once everything the server had to deliver has been delivered."""
+    """Return once the server has delivered all pending messages."""
     for _ in range(3):
         await bus.requests.flush()
 
@@ -149,7 +149,7 @@ async def test_a_reconnect_does_not_ask_for_more_than_the_window(bus: Bus) -> No
         assert hand.most == 4
 
 
-async def test_pulling_goes_on_after_the_server_was_killed(mortal: Bus, server: NatsServer) -> None:
+async def test_a_pull_goes_on_after_the_server_was_killed(mortal: Bus, server: NatsServer) -> None:
     await put(mortal, 0, 10)
     async with holding(mortal, 4) as hand:
         await hand.full()
@@ -206,7 +206,7 @@ async def test_a_consumer_that_cannot_be_restored_yet_is_tried_again(bus: Bus) -
 
 
 @pytest.mark.slow
-async def test_a_consumer_that_stays_away_is_looked_for_ever_more_rarely(
+async def test_a_missing_consumer_is_checked_at_growing_intervals(
     plain: Bus,
 ) -> None:
     times: list[float] = []
@@ -309,7 +309,7 @@ async def test_a_stopped_pull_delivers_the_messages_on_their_way_and_then_none(b
     await hand.pull.stop()
 
 
-async def test_stopping_amid_a_reconnect_leaves_no_subscription(bus: Bus) -> None:
+async def test_a_stop_during_a_reconnect_leaves_no_subscription(bus: Bus) -> None:
     before = len(bus.connection._nc._subs)
     hand = Hand(bus, 4)
     await hand.pull.start()
