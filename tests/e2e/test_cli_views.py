@@ -106,7 +106,7 @@ def test_a_task_is_shown_from_submission_to_result(here: Cluster, loom: Loom) ->
     hops = [line.split() for line in out.partition("Hops")[2].partition("Bids")[0].splitlines()[2:] if line.strip()]
     assert [(hop[2], hop[3]) for hop in hops] == [
         (phase, attempt)
-        for attempt, phases in (("1", "sense match scale execute evaluate"), ("2", "match scale execute evaluate"))
+        for attempt, phases in (("1", "sense match execute evaluate"), ("2", "match execute evaluate"))
         for phase in phases.split()
     ]
     assert re.search(r"good +0\.80 +- +0 +0\.80 +0\.00 +0\.\d\d +1\.00 +0\.\d\d", out)
@@ -134,7 +134,7 @@ def test_a_record_is_printed_whole_and_found_by_its_first_digits(here: Cluster, 
     assert record.task_id == HEX
     assert record.envelope.hops
     running = decode(loom("task show going --json").out.encode(), TaskRecord)
-    assert [hop.phase for hop in running.envelope.hops] == ["sense", "match", "scale"]
+    assert [hop.phase for hop in running.envelope.hops] == ["sense", "match"]
 
 
 def test_tasks_are_listed_newest_first_and_filtered_by_their_facts(here: Cluster, loom: Loom) -> None:

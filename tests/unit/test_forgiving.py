@@ -39,18 +39,21 @@ def sprinkled(value: Any, null: Any) -> tuple[Any, Any]:
     if isinstance(value, dict):
         named = {name: sprinkled(one, null) for name, one in value.items()}
         return {name: pair[0] for name, pair in named.items()}, {name: pair[1] for name, pair in named.items()}
+    if isinstance(value, msgspec.Raw):
+        return value, value
     if not isinstance(value, msgspec.Struct) or value.__struct_config__.array_like:
-        plain = msgspec.to_builtins(value)
+        plain = msgspec.json.decode(encode(value))
         return plain, plain
     config = value.__struct_config__
     with_nulls: dict[str, Any] = {} if config.tag is None else {str(config.tag_field): config.tag}
     without = dict(with_nulls)
     for field in msgspec.structs.fields(value):
         made = field.default_factory is new_id  # another one each time
-        if not field.required and not made and null():
+        part = getattr(value, field.name)
+        if not field.required and not made and not isinstance(part, msgspec.Raw) and null():
             with_nulls[field.encode_name] = None
         else:
-            with_nulls[field.encode_name], without[field.encode_name] = sprinkled(getattr(value, field.name), null)
+            with_nulls[field.encode_name], without[field.encode_name] = sprinkled(part, null)
     return with_nulls, without
 
 
