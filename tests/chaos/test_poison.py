@@ -26,6 +26,7 @@ from loom.bus.dead_letters.admin import Letter
 from loom.bus.hops.delivery import DEAD_AFTER
 from loom.bus.records import records
 from loom.bus.task_client import TaskHandle
+from loom.phases.shared.scale_rule import PLAN_KEY
 from loom.runner.services import running_nodes
 from loom.schemas import base
 from loom.schemas.base import MAX_MESSAGE_BYTES, decode, encode
@@ -289,7 +290,9 @@ async def test_a_task_that_kills_its_process_every_time_ends_and_its_neighbours_
         await stack.enter_async_context(running_nodes(nats_url, lambda: nodes, namespace=namespace))
         bus = await stack.enter_async_context(Bus(nats_url, namespace=namespace))
         before = [await task_client.publish(bus, _neighbour(n)) for n in range(3)]
-        handle = await task_client.publish(bus, TaskAd(task_id="killer", description="x", context={MARK: True}))
+        handle = await task_client.publish(
+            bus, TaskAd(task_id="killer", description="x", context={MARK: True, PLAN_KEY: True})
+        )
         behind = [await task_client.publish(bus, _neighbour(n)) for n in range(3, 6)]
         process = await stack.enter_async_context(command(tmp_path, *words, **env))
         meanwhile = list[TaskHandle]()
