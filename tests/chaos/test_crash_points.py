@@ -43,7 +43,11 @@ class Crash(NamedTuple):
     phase: Phase
     point: str
     task: str = "plain"
-    """plain; whole: SCALE decides not to divide it; refused: the first attempt fails; cancelled: while it runs."""
+    """One of plain, whole, early, refused, cancelled.
+
+    SCALE keeps a whole task undivided. An early task is submitted before a node is present. The first attempt of a
+    refused task fails. A cancelled task is cancelled while it runs.
+    """
 
 
 CRASHES: dict[str, Sequence[Crash]] = {
@@ -53,6 +57,7 @@ CRASHES: dict[str, Sequence[Crash]] = {
     ],
     "match": [Crash("match", point) for point in HOP],
     "scale": [Crash("scale", point, "whole") for point in (*HOP, "plan stored")],
+    "scale, without offers": [Crash("scale", point, "early") for point in HOP],
     "execute": [Crash("execute", point) for point in (*HOP, "recorded", "relayed")],
     "evaluate at the end": [
         Crash("evaluate", point)
@@ -97,6 +102,12 @@ class CrashScenario(Stage):
         enter = self._stack.enter_async_context
         self.child = await enter(CrashProcess(phase, self.url, self.namespace, *self.crash[:2], self.how))
         await enter(running_phases(self.url, names=healthy, namespace=self.namespace))
+        if self.crash.task != "early":
+            await self._start_hosts()
+        return self
+
+    async def _start_hosts(self) -> None:
+        enter = self._stack.enter_async_context
         for name in ("a", "b"):  # two hosts: a second auction may well be won by the other
             hosted = [node(name, self._agent, code=0.9)]
             self.hosts.append(
@@ -104,7 +115,6 @@ class CrashScenario(Stage):
                     running_nodes(self.url, partial(list, hosted), namespace=self.namespace, timings=SHORT_HEARTBEAT)
                 )
             )
-        return self
 
     async def _agent(self, job: RunRequest) -> str:
         self.runs[job.attempt] += 1
@@ -125,6 +135,8 @@ class CrashScenario(Stage):
 
     async def verify(self) -> None:
         """Start another replica, and check how the task ends."""
+        if not self.hosts:
+            await self._start_hosts()
         if not (self.crash.phase == "execute" and self.crash.point in RUNNING):
             for host in self.hosts:  # a host that is still gone is lost; not so one whose run may be going on
                 await back(host.bus)
