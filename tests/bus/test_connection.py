@@ -591,7 +591,7 @@ async def test_a_request_whose_server_dies_is_sent_again(mortal: Bus, server: Na
     await asyncio.to_thread(server.restart)
 
     assert (await asked)["state"]["messages"] == 0
-    with pytest.raises(BusUnavailable):  # what changes something twice is for the caller to repeat
+    with pytest.raises(BusUnavailable):  # only the caller may repeat a purge
         await purged
 
 

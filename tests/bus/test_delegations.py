@@ -211,7 +211,7 @@ async def test_another_replica_finds_the_awaited_subtask_and_sends_its_end(
     await leaving.service.drain(0)
     await stage.phase("execute")
     await until(lambda: one.newest_run is not first, within_s=20, what="it is watched by another")
-    await one.publish("waiting", ad=waiting)  # as a host repeats what it keeps
+    await one.publish("waiting", ad=waiting)  # a host repeats its stored events like this
     await end(stage, child, result=RunResult(content="four"))
     assert (await one.answer()).content == "four"
     assert (await finish(stage, one)).error is None
@@ -296,7 +296,7 @@ def _fields(claim: Claim) -> dict[str, Any]:
     return {name: getattr(claim, name) for name in Claim.__struct_fields__}
 
 
-# -- what a run may not cause
+# -- delegations that are refused
 
 
 async def victim(stage: Stage, task_id: str, **facts: Any) -> None:

@@ -46,7 +46,7 @@ def taken(logs: list[Any]) -> list[Any]:
     return [entry for entry in logs if entry["event"] == "message_id_taken"]
 
 
-# -- whose message it is
+# -- the owner of a message
 
 
 @pytest.mark.parametrize(

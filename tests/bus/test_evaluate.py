@@ -252,7 +252,7 @@ async def test_another_nodes_success_refutes_the_error_and_repeated_messages_are
     assert await stage.pending("REWARDS") == 2
 
 
-# -- what it took
+# -- tokens
 
 
 async def test_the_tokens_of_failed_attempts_are_in_the_result_however_the_task_ends(stage: Stage) -> None:
@@ -390,7 +390,7 @@ async def test_no_bids_after_failures_ends_with_the_last_attempts_own_error(stag
     assert not stage.all("reward")
 
 
-# -- messages that come twice, late, or out of nowhere
+# -- messages that come twice, late, or without a record
 
 
 async def test_messages_after_the_end_only_have_it_announced_again(stage: Stage) -> None:

@@ -154,7 +154,7 @@ async def test_profiles_learned_before_the_start_are_known_to_the_first_auction(
     assert (await stage.seen("task", phase="scale")).award.evidence_seq == 9
 
 
-# -- how long offers are waited for
+# -- the bid window
 
 
 async def timed(stage: Stage, env: Envelope, phase: str = "scale") -> float:
@@ -520,7 +520,7 @@ async def test_a_task_whose_node_was_busy_pauses_first(pinned: str | None, stage
     assert await timed(stage, task(stage, node_id=pinned, last_error=busy, busy_retries=4)) >= 0.08
 
 
-# -- the rest
+# -- other cases
 
 
 async def test_an_envelope_without_a_spec_is_a_dead_letter(stage: Stage) -> None:

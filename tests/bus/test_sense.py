@@ -164,7 +164,7 @@ async def test_an_answer_is_never_sent_outside_client_inboxes(stage: Stage, repl
     assert not hijacked
 
 
-# -- what is refused
+# -- refusals
 
 
 async def test_a_bad_ad_is_refused_at_submission_and_nothing_is_queued(stage: Stage) -> None:
@@ -219,7 +219,7 @@ async def test_bytes_that_are_not_a_submission_end_as_dead_letter(stage: Stage) 
     assert await stage.pending("DEAD") == 1
 
 
-# -- how hard, which domain
+# -- complexity and domain
 
 
 async def test_a_model_is_asked_when_the_ad_has_little_text(stage: Stage) -> None:

@@ -60,7 +60,7 @@ async def flood(run: FakeRun) -> None:
     await run.bus.connection.publish(run.subject, [RunEvent(seq=n, kind="heartbeat") for n in range(20)])
 
 
-# -- what is stopped
+# -- stops of runs
 
 
 async def test_a_cancelled_run_is_stopped_until_its_last_event_and_not_counted(stage: Stage) -> None:
@@ -184,7 +184,7 @@ async def test_a_claim_stops_the_lower_attempt_that_may_still_run_on_another_hos
     assert bool(two.stops) is stopped
 
 
-# -- who publishes that a task is cancelled
+# -- publishers of a cancellation
 
 
 async def cancelled_at(stage: Stage, count: int) -> None:

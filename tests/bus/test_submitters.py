@@ -97,7 +97,7 @@ async def test_a_name_reaches_its_own_task_and_the_plain_subject_every_task(stag
         assert len(stage.all("task", phase="evaluate")) == count
 
 
-# -- submits of an id that is known
+# -- submissions of a known id
 
 
 @pytest.mark.parametrize("by", ["bob", "public", ""])

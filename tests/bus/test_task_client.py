@@ -316,7 +316,7 @@ async def test_progress_ends_quietly_when_no_phase_answers_and_the_result_raises
     assert complaints == []
 
 
-# -- asking and cancelling
+# -- status and cancel
 
 
 async def test_the_status_is_a_result_and_the_record_is_absent_while_the_task_waits(
