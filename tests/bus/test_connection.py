@@ -246,7 +246,7 @@ async def test_a_stopped_subscription_still_delivers_the_messages_that_have_come
     assert received.bodies == [b"0", b"1", b"2", b"3", b"4"]
 
 
-async def test_served_requests_run_concurrently_up_to_the_limit_and_a_bad_one_harms_no_other(plain: Bus) -> None:
+async def test_served_requests_run_concurrently_up_to_a_limit_and_a_bad_one_alone_fails(plain: Bus) -> None:
     running, most, go_on = 0, 0, asyncio.Event()
 
     async def work(msg: Msg) -> None:

@@ -290,7 +290,7 @@ async def test_a_nodes_failure_sends_the_task_back_with_a_reward_of_zero(stage: 
     assert not stage.all("result")
 
 
-async def test_a_node_that_asked_for_a_pause_is_tried_again_when_no_other_is_left(stage: Stage) -> None:
+async def test_a_node_that_asked_for_a_pause_is_retried_if_no_other_is_left(stage: Stage) -> None:
     await stage.phase("evaluate")
     rested_at = stage.bus.clock.now() + 0.3
     await given(stage, code="no_bids", attempt=2, failures=1, excluded=("n1",), retry_at={"n1": rested_at})

@@ -225,7 +225,7 @@ async def test_a_node_that_comes_back_in_time_is_asked_again(plain: Bus, foreign
 
 
 @pytest.mark.slow
-async def test_a_slow_node_is_asked_once_and_a_reply_after_it_was_lost_is_counted(plain: Bus, foreign: Client) -> None:
+async def test_a_slow_node_is_asked_once_and_its_reply_after_the_loss_counted(plain: Bus, foreign: Client) -> None:
     async def nothing(_msg: NatsMsg) -> None:
         """Reply later."""
 

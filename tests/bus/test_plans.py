@@ -585,7 +585,7 @@ async def test_a_bad_plan_is_sent_back_once_with_its_errors(stage: Stage) -> Non
         ),
     ],
 )
-async def test_without_a_usable_plan_the_task_runs_whole_with_a_note_and_no_second_request(
+async def test_a_task_without_a_usable_plan_runs_whole_with_a_note_and_no_retry(
     stage: Stage, answers: tuple[Any, ...], why: str
 ) -> None:
     model = Scripted(*answers)

@@ -143,7 +143,7 @@ async def test_the_end_of_an_ended_task_stops_the_attempt_in_its_record(stage: S
     assert one.stops[0] == Stop(task_id=env.task_id, attempt=3, why="ended")
 
 
-async def test_a_message_that_comes_past_the_deadline_stops_the_attempt_that_the_record_names(stage: Stage) -> None:
+async def test_a_message_past_the_deadline_stops_the_attempt_in_the_record(stage: Stage) -> None:
     one = await host(stage, hang)
     await stage.phase("execute")
     env = awarded(envelope(ad(), now=stage.bus.clock.now(), left_s=-1))
@@ -191,7 +191,7 @@ async def cancelled_at(stage: Stage, count: int) -> None:
     await stage.seen("cancelled", task_id="t1", count=count)
 
 
-async def test_sense_publishes_a_cancel_once_the_record_has_it_and_again_when_it_is_repeated(stage: Stage) -> None:
+async def test_sense_publishes_a_cancel_after_its_record_and_again_when_repeated(stage: Stage) -> None:
     await stage.phase("sense")
     await stage.record(envelope(ad(task_id="t1"), now=stage.bus.clock.now()))
     asker = Asker(stage.bus)
